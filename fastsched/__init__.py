@@ -1,0 +1,1 @@
+"""Optimal noise schedules for diffusion and flow models."""
