@@ -1,1 +1,61 @@
-"""Optimal noise schedules for diffusion and flow models."""
+"""Optimal noise schedules for diffusion and flow models.
+
+    >>> import fastsched as fs
+    >>> denoiser = fs.Denoiser.from_epsilon(unet, alphas_cumprod)
+    >>> stats = fs.measure(denoiser, shape=(4, 64, 64))
+    >>> schedule = fs.optimal_schedule(stats, steps=8, solver="dpmpp_2m")
+
+Names are imported on first use, so that ``import fastsched`` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastsched import baselines, costs, oracles
+    from fastsched.denoiser import Denoiser
+    from fastsched.measurement import measure
+    from fastsched.optimal import optimal_schedule
+    from fastsched.path_statistics import PathStatistics
+    from fastsched.sampling import sample
+    from fastsched.schedule import Schedule
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Denoiser": "denoiser",
+    "PathStatistics": "path_statistics",
+    "Schedule": "schedule",
+    "measure": "measurement",
+    "optimal_schedule": "optimal",
+    "sample": "sampling",
+}
+_MODULES = ("baselines", "costs", "oracles")
+
+__all__ = [
+    "Denoiser",
+    "PathStatistics",
+    "Schedule",
+    "baselines",
+    "costs",
+    "measure",
+    "optimal_schedule",
+    "oracles",
+    "sample",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"fastsched.{name}")
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"fastsched.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'fastsched' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

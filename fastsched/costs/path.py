@@ -1,0 +1,233 @@
+"""The solver-aware path cost: the error of every step of a solver, from one Gram of increments.
+
+Between levels the path takes ``D`` as piecewise linear in ``lambda``, so over a segment from ``rho_q`` to
+``rho_{q+1}`` (``h`` its length in ``lambda``, ``I`` in ``rho``) the integral puts ``I - w`` on ``D_q`` and ``w`` on
+``D_{q+1}``, ``w = rho_{q+1} - I/h``. With ``r_q = rho_q + (I - w)`` the path is
+
+    ``y_k - y_j = (rho_k - rho_j) D_j + sum_{j <= q < k} (rho_k - r_q) e_q``,   ``e_q = D_{q+1} - D_q``.
+
+A step of a linear solver (`fastsched.solvers`) with weights ``b`` then errs by ``sum_q C_q e_q``:
+
+* ``j <= q < k``: ``C_q = r_q - rho_k`` (plus ``scale * b_k * f`` if the solver looks ahead to ``k``),
+* ``i <= q < j``: ``C_q = -scale * B_i * u_q``, ``B_i`` the weight on ``i`` and earlier, and so on for earlier levels,
+
+where ``u_q e_q`` is the change of the slope over a segment: ``u = 1`` for ``D``; ``u_q = -(r_q + 1/tau - rho)`` for
+``g``, in which ``1/tau - rho`` is 0 (VE, VP) or 1 (flow). The local error is ``E ||.||^2 = s_k^2 C' G C``.
+
+Source: multistep error analysis in the form of Lu et al. 2022 (DPM-Solver++) and Zhang & Chen 2023 (DEIS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastsched import validate
+from fastsched.path_statistics import PathStatistics
+from fastsched.solvers import Node, Solver, get_solver, step_scale
+
+Array = NDArray[np.float64]
+
+#: How an error made at a level is weighted by what becomes of it at the end of the path.
+WEIGHTS = ("isotropic", "directional", "geometric")
+
+
+def sensitivity_weight(stats: PathStatistics, weight: str | None) -> Array:
+    """The weight of an error made at each level, [N + 1]; entry 0 is not used.
+
+    ``"isotropic"`` is ``phi``, ``"directional"`` ``psi``, ``"geometric"`` ``sqrt(phi psi)``, None 1 everywhere.
+
+    Raises:
+        ValueError: If the weight is unknown, or needs a sensitivity that was not measured.
+    """
+    if weight is None:
+        return np.ones(stats.levels + 1)
+    validate.choice("weight", weight, WEIGHTS)
+    phi, psi = stats.phi.numpy(), stats.psi.numpy()
+    if weight == "isotropic":
+        return phi
+    return psi if weight == "directional" else np.sqrt(phi * psi)
+
+
+def path_cost(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", weight: str | None = "geometric") -> PathCost:
+    """The cost of every step of ``solver`` between the levels of ``stats``.
+
+    Raises:
+        ValueError: If the solver or weight is unknown, or the weight needs a sensitivity that was not measured.
+    """
+    return PathCost(
+        solver=get_solver(solver),
+        s=stats.s.numpy(),
+        tau=stats.process.sampler_sigma(stats.s).numpy(),
+        gram=stats.gram.mean(0).numpy(),
+        weight=sensitivity_weight(stats, weight),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class PathCost:
+    """Costs over levels ``0..N``, where level N is sigma 0.
+
+    Attributes:
+        solver: The solver.
+        s: Levels 0..N-1, [N].
+        tau: The same as sampler sigmas, [N].
+        gram: Mean increment Gram ``E <e_p, e_q>``, [N-1, N-1].
+        weight: Of an error made at each level, [N + 1]; entry 0 is not used.
+    """
+
+    solver: Solver
+    s: Array
+    tau: Array
+    gram: Array
+    weight: Array
+
+    @property
+    def levels(self) -> int:
+        """N."""
+        return len(self.s)
+
+    @cached_property
+    def rho(self) -> Array:
+        """``1 / s``, [N]."""
+        return 1 / self.s
+
+    @cached_property
+    def _node_rho(self) -> Array:
+        """``r_q``, [N-1]: where in rho an increment may be taken to happen."""
+        a, b = self.rho[:-1], self.rho[1:]
+        length = b - a
+        with np.errstate(divide="ignore"):
+            h = np.log(b / a)
+        on_end = np.where(np.isinf(h), length / 2, b - length / h)
+        return b - on_end
+
+    @cached_property
+    def _slope_change(self) -> Array:
+        """``u_q``, [N-1]."""
+        if self.solver.variable == "rho":
+            return np.ones(self.levels - 1)
+        return -(self._node_rho + (1 / self.tau - self.rho)[-1])
+
+    def _node(self, k: int | NDArray[np.intp]) -> Node:
+        with np.errstate(divide="ignore"):
+            return Node(self.rho[k], -np.log(self.s[k]), self.tau[k])
+
+    @cached_property
+    def pairs(self) -> Array:
+        """Cost of a step from level j to k with no earlier slope, [N + 1, N + 1]; ``inf`` where ``k <= j``."""
+        n = self.levels
+        costs = np.full((n + 1, n + 1), np.inf)
+        for k in range(1, n):
+            costs[:k, k] = self.weight[k] * self.s[k] ** 2 * self._base(k)
+        costs[:n, n] = self._end_cost()
+        return costs
+
+    @cached_property
+    def triples(self) -> Array:
+        """Cost of a step from j to k after one from i to j, ``[i, j, k]``, [N + 1]^3; ``inf`` unless ``i < j < k``."""
+        n = self.levels
+        costs = np.full((n + 1, n + 1, n + 1), np.inf)
+        u, before = self._slope_change, np.tri(n, n - 1, -1, dtype=bool)  # [j, p]: p < j
+        uu = np.stack([self._suffix_squares(u, j, n) for j in range(n)], axis=1)  # [i, j]
+        levels = np.arange(n)
+        for k in range(2, n):
+            j, i = levels[None, :k], levels[:k, None]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                history = [self._node(j), self._node(i)]
+                scale = step_scale(self.solver, history[0], self._node(k))
+                tail = self.solver.weights(history, self._node(k))[-1]
+                alpha = np.where(i < j, -scale * tail, 0.0)  # [i, j]
+            spread = self.gram[:, :k] * self._step_vector(k)  # [p, q]
+            reach = np.cumsum(spread[:, ::-1], axis=1)[:, ::-1]  # [p, j]: sum over j <= q < k
+            crossed = np.where(before[:k].T, u[:, None] * reach, 0.0)
+            cross = np.cumsum(crossed[::-1], axis=0)[::-1][:k]  # [i, j]: sum over i <= p < j
+            total = self._base(k)[None, :] + 2 * alpha * cross + alpha**2 * uu[:k, :k]
+            scaled = self.weight[k] * self.s[k] ** 2 * total
+            costs[:k, :k, k] = np.where(i < j, np.maximum(scaled, 0.0), np.inf)
+        end = self._end_cost()
+        costs[:n, :n, n] = np.where(levels[:, None] < levels[None, :], end[None, :], np.inf)
+        return costs
+
+    def of(self, nodes: Sequence[int]) -> Array:
+        """The cost of each step of a schedule, with the solver's whole history, [steps].
+
+        Args:
+            nodes: Ascending level indices, the last of which is N (sigma 0).
+        """
+        return np.array([self.step(nodes[max(0, n - self.solver.history) : n + 2]) for n in range(len(nodes) - 1)])
+
+    def step(self, nodes: Sequence[int]) -> float:
+        """The cost of the step between the last two of ``nodes``, those before being its history."""
+        j, k = nodes[-2], nodes[-1]
+        if k == self.levels:
+            return float(self._end_cost()[j])
+        vector = self.error_vector(nodes)
+        start = nodes[0]
+        inside = vector[start:k]
+        return float(self.weight[k] * self.s[k] ** 2 * (inside @ self.gram[start:k, start:k] @ inside))
+
+    def error_vector(self, nodes: Sequence[int]) -> Array:
+        """``C`` [N-1]: the error in ``y_k`` of the step between the last two ``nodes``, over the increments."""
+        *earlier, j, k = nodes
+        vector = np.zeros(self.levels - 1)
+        if k == self.levels:
+            vector[j:] = -1.0  # z = D_j, against D_{N-1}
+            return vector
+        history = [self._node(n) for n in (j, *earlier[::-1])]
+        end = self._node(k)
+        weights = list(self.solver.weights(history, end))
+        scale = step_scale(self.solver, history[0], end)
+        vector[j:k] = self._step_vector(k)[j:k]
+        if self.solver.lookahead:
+            vector[j:k] += scale * float(weights.pop(0)) * self._lookahead_factor(k)
+        tails = np.cumsum(weights[::-1])[::-1]  # weight on each level and those before it
+        newer = j
+        for tail, older in zip(tails[1:], earlier[::-1], strict=True):
+            vector[older:newer] = -scale * tail * self._slope_change[older:newer]
+            newer = older
+        return vector
+
+    def _step_vector(self, k: int) -> Array:
+        """``r_q - rho_k`` for ``q < k``, [k]."""
+        return self._node_rho[:k] - self.rho[k]
+
+    def _lookahead_factor(self, k: int) -> float:
+        """Change of the slope at ``k`` with ``D_k - D_j``, the state there being the Euler prediction."""
+        return 1.0 if self.solver.variable == "rho" else -1.0 / float(self.tau[k])
+
+    def _base(self, k: int) -> Array:
+        """``C' G C`` of the one-slope step from each ``j < k`` to ``k``, [k]."""
+        vector = self._step_vector(k)
+        if not self.solver.lookahead:
+            return self._suffix_squares(vector, k, k)
+        ones = np.ones(k)
+        start = self._node(np.arange(k))
+        weight = np.asarray(self.solver.weights([start], self._node(k))[0])
+        extra = step_scale(self.solver, start, self._node(k)) * weight * self._lookahead_factor(k)
+        return (
+            self._suffix_products(vector, vector, k)
+            + 2 * extra * self._suffix_products(vector, ones, k)
+            + extra**2 * self._suffix_products(ones, ones, k)
+        )
+
+    def _suffix_squares(self, vector: Array, k: int, length: int) -> Array:
+        """``sum_{j <= p, q < k} v_p G_pq v_q`` for ``j < k``, then zeros up to ``length``."""
+        squares = np.zeros(length)
+        squares[:k] = self._suffix_products(vector[:k], vector[:k], k)
+        return squares
+
+    def _suffix_products(self, left: Array, right: Array, k: int) -> Array:
+        """``sum_{j <= p, q < k} left_p G_pq right_q`` for every ``j < k``, [k]; summed from the end."""
+        products = left[:, None] * self.gram[:k, :k] * right[None, :]
+        rows = np.triu(products).sum(1) + np.triu(products.T, 1).sum(1)
+        return np.cumsum(rows[::-1])[::-1]
+
+    def _end_cost(self) -> Array:
+        """``E ||D_{N-1} - D_j||^2`` for the step from each level to sigma 0, [N]."""
+        n = self.levels
+        return self.weight[n] * self._suffix_squares(np.ones(n - 1), n - 1, n)

@@ -1,0 +1,286 @@
+"""Noise processes ``x = alpha * x0 + sigma * eps``, and the coordinates all of them share.
+
+A process maps the noise level ``s = sigma / alpha`` to what its network and its samplers speak: the scales
+``alpha`` and ``sigma``, the timestep, and the *sampler sigma*. The sampler sigma is ``s`` itself for
+variance-exploding and variance-preserving models (k-diffusion's sigma) and the flow time ``t`` for flow
+matching (the sigma of the flow samplers of diffusers and ComfyUI).
+
+Source: Karras et al. 2022 (arXiv 2206.00364), section 2 and table 1; Lipman et al. 2022 (arXiv 2210.02747).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsched import validate
+
+
+class NoiseProcess:
+    """What every noise process can do; levels ``s`` are float64 tensors, noisiest first.
+
+    Attributes:
+        kind: ``"ve"``, ``"vp"`` or ``"flow"``.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def s_min(self) -> float:
+        """The smallest level the network knows."""
+        raise NotImplementedError
+
+    @property
+    def s_max(self) -> float:
+        """The largest; ``inf`` where the process starts from pure noise."""
+        raise NotImplementedError
+
+    def alpha(self, s: Tensor) -> Tensor:
+        """Signal scale at levels ``s``."""
+        raise NotImplementedError
+
+    def sigma(self, s: Tensor) -> Tensor:
+        """Noise scale at levels ``s``."""
+        raise NotImplementedError
+
+    def sampler_sigma(self, s: Tensor) -> Tensor:
+        """The noise level as samplers of this process print it."""
+        return s
+
+    def level(self, sampler_sigma: Tensor) -> Tensor:
+        """The inverse of `sampler_sigma`."""
+        return sampler_sigma
+
+    def timestep(self, s: Tensor) -> Tensor | None:
+        """The timestep that the network is given at levels ``s``, or None where it is given sigma."""
+        return None
+
+    def levels(self, n: int) -> Tensor:
+        """A grid of ``n`` levels from ``s_max`` to ``s_min``, uniform in ``lambda = -log s``."""
+        return log_uniform(self.s_max, self.s_min, validate.positive_int("levels", n, minimum=2))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `process_from_dict` needs, in JSON types."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class VarianceExploding(NoiseProcess):
+    """``x = x0 + s * eps`` for ``s`` in ``[sigma_min, sigma_max]`` (EDM, k-diffusion)."""
+
+    sigma_min: float
+    sigma_max: float
+    kind: ClassVar[str] = "ve"
+
+    def __post_init__(self) -> None:
+        low, high = validate.sigma_range(self.sigma_min, self.sigma_max)
+        object.__setattr__(self, "sigma_min", low)
+        object.__setattr__(self, "sigma_max", high)
+
+    @property
+    def s_min(self) -> float:
+        return self.sigma_min
+
+    @property
+    def s_max(self) -> float:
+        return self.sigma_max
+
+    def alpha(self, s: Tensor) -> Tensor:
+        return torch.ones_like(s)
+
+    def sigma(self, s: Tensor) -> Tensor:
+        return s
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
+
+
+@dataclass(frozen=True)
+class VariancePreserving(NoiseProcess):
+    """A discrete process ``alpha_t = sqrt(abar_t)``, ``sigma_t = sqrt(1 - abar_t)`` (DDPM, Stable Diffusion).
+
+    Levels between two timesteps get a fractional one, interpolated linearly in ``log s`` (as k-diffusion and
+    diffusers do). With ``integer_timesteps`` the network is asked only at timesteps it was trained on.
+
+    Attributes:
+        alphas_cumprod: ``abar_t`` for ``t = 0 .. T-1``, descending within ``[0, 1)``; a last value of 0 is
+            zero terminal SNR.
+        integer_timesteps: Whether timesteps must be whole numbers.
+    """
+
+    alphas_cumprod: tuple[float, ...]
+    integer_timesteps: bool = False
+    kind: ClassVar[str] = "vp"
+
+    def __post_init__(self) -> None:
+        values = torch.as_tensor(self.alphas_cumprod).detach().to("cpu", torch.float64)
+        if values.ndim != 1 or len(values) < 2:
+            raise ValueError(f"alphas_cumprod must be a list of at least two values, got shape {tuple(values.shape)}")
+        inside = (values[:-1] > 0).all() and values[-1] >= 0 and values[0] < 1
+        if not bool(inside and (values[1:] < values[:-1]).all()):
+            raise ValueError(
+                "alphas_cumprod must descend strictly from below 1 to above 0 (or 0 at the last timestep); "
+                "pass the cumulative products, in order of timestep, not the betas"
+            )
+        object.__setattr__(self, "alphas_cumprod", tuple(values.tolist()))
+
+    @property
+    def trained_levels(self) -> Tensor:
+        """``s_t = sqrt((1 - abar_t) / abar_t)`` for ``t = 0 .. T-1``, ascending, [T] float64."""
+        abar = torch.tensor(self.alphas_cumprod, dtype=torch.float64)
+        return ((1 - abar) / abar).sqrt()
+
+    @property
+    def s_min(self) -> float:
+        return float(self.trained_levels[0])
+
+    @property
+    def s_max(self) -> float:
+        return float(self.trained_levels[-1])
+
+    def alpha(self, s: Tensor) -> Tensor:
+        return (1 + s.square()).rsqrt()
+
+    def sigma(self, s: Tensor) -> Tensor:
+        return (1 + s.pow(-2)).rsqrt()
+
+    def timestep(self, s: Tensor) -> Tensor:
+        trained = self.trained_levels.log().numpy()
+        finite = int(np.isfinite(trained).sum())
+        values = s.detach().to("cpu", torch.float64).numpy()
+        with np.errstate(divide="ignore"):
+            t = np.interp(np.log(values), trained[:finite], np.arange(finite, dtype=np.float64))
+        t = np.where(np.isinf(values), len(trained) - 1.0, t)
+        return torch.from_numpy(np.round(t) if self.integer_timesteps else t).to(s.device)
+
+    def levels(self, n: int) -> Tensor:
+        n = validate.positive_int("levels", n, minimum=2)
+        trained = self.trained_levels
+        if not self.integer_timesteps:
+            start = [] if math.isfinite(self.s_max) else [math.inf]
+            top = float(trained[-1] if not start else trained[-2])
+            values = [*start, *log_uniform(top, self.s_min, n - len(start)).tolist()]
+            return torch.tensor(values, dtype=torch.float64)
+        if n > len(trained):
+            raise ValueError(f"levels must be at most {len(trained)}, the timesteps the network knows, got {n}")
+        return trained[_spread_indices(trained, n)].flip(0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "alphas_cumprod": list(self.alphas_cumprod),
+            "integer_timesteps": self.integer_timesteps,
+        }
+
+
+@dataclass(frozen=True)
+class FlowMatching(NoiseProcess):
+    """``x = (1 - t) * x0 + t * eps``: rectified flow; ``s = t / (1 - t)``, timestep and sampler sigma are ``t``.
+
+    Attributes:
+        t_min: The smallest time at which the network is asked.
+        t_max: The time of pure noise; 1 is ``s = inf``.
+    """
+
+    t_min: float = 2e-3
+    t_max: float = 1.0
+    kind: ClassVar[str] = "flow"
+    #: The second level of the grid when the first is pure noise: above it a network sees little but noise.
+    first_finite_s: ClassVar[float] = 100.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.t_min < self.t_max <= 1:
+            raise ValueError(
+                f"t_min and t_max must satisfy 0 < t_min < t_max <= 1, got {self.t_min!r} and {self.t_max!r}"
+            )
+
+    @property
+    def s_min(self) -> float:
+        return self.t_min / (1 - self.t_min)
+
+    @property
+    def s_max(self) -> float:
+        return self.t_max / (1 - self.t_max) if self.t_max < 1 else math.inf
+
+    def alpha(self, s: Tensor) -> Tensor:
+        return 1 / (1 + s)
+
+    def sigma(self, s: Tensor) -> Tensor:
+        return 1 / (1 + 1 / s)
+
+    def sampler_sigma(self, s: Tensor) -> Tensor:
+        return self.sigma(s)
+
+    def level(self, sampler_sigma: Tensor) -> Tensor:
+        if bool((sampler_sigma > 1).any()):
+            raise ValueError(f"sigmas of a flow model are times within [0, 1], got {float(sampler_sigma.max()):g}")
+        return sampler_sigma / (1 - sampler_sigma)
+
+    def timestep(self, s: Tensor) -> Tensor:
+        return self.sigma(s)
+
+    def levels(self, n: int) -> Tensor:
+        if math.isfinite(self.s_max):
+            return super().levels(n)
+        finite = log_uniform(
+            max(self.first_finite_s, 2 * self.s_min),
+            self.s_min,
+            validate.positive_int("levels", n, minimum=3) - 1,
+        )
+        return torch.cat([torch.tensor([math.inf], dtype=torch.float64), finite])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "t_min": self.t_min, "t_max": self.t_max}
+
+
+def process_from_dict(values: Mapping[str, Any]) -> NoiseProcess:
+    """Rebuild a process from `NoiseProcess.to_dict`.
+
+    Raises:
+        ValueError: If the kind is unknown or an entry is missing.
+    """
+    makers = {"ve": VarianceExploding, "vp": VariancePreserving, "flow": FlowMatching}
+    entries = dict(values)
+    kind = validate.choice("noise process kind", entries.pop("kind", None), makers)
+    try:
+        return makers[kind](**entries)
+    except TypeError as error:
+        raise ValueError(f"noise process {kind!r} cannot be read from {sorted(entries)}: {error}") from None
+
+
+def log_uniform(high: float, low: float, n: int) -> Tensor:
+    """``n`` levels from ``high`` to ``low``, uniform in the logarithm, both ends exact. Shape [n], float64."""
+    levels = torch.linspace(math.log(high), math.log(low), n, dtype=torch.float64).exp()
+    levels[0], levels[-1] = high, low
+    return levels
+
+
+def half_log_snr(s: Tensor) -> Tensor:
+    """``lambda = -log s``; ``-inf`` at pure noise."""
+    return -s.log()
+
+
+def _spread_indices(trained: Tensor, n: int) -> Sequence[int]:
+    """``n`` distinct indices into ascending ``trained`` whose logarithms are spread as evenly as they allow."""
+    logs = trained.log().numpy()
+    last = len(logs) - 1
+    top = logs[last] if np.isfinite(logs[last]) else logs[last - 1]
+    wanted = np.linspace(logs[0], top, n)
+    chosen = {int(np.abs(logs - value).argmin()) for value in wanted} | {0, last}
+    while len(chosen) > n:  # only the added last index of zero terminal SNR can exceed n
+        chosen.discard(sorted(chosen)[-2])
+    while len(chosen) < n:
+        order = sorted(chosen)
+        gaps = [(min(logs[b], top) - logs[a], a, b) for a, b in itertools.pairwise(order) if b - a > 1]
+        _, a, b = max(gaps)
+        middle = (logs[a] + min(logs[b], top)) / 2
+        inner = np.arange(a + 1, b)
+        chosen.add(int(inner[np.abs(logs[inner] - middle).argmin()]))
+    return sorted(chosen)

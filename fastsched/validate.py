@@ -1,0 +1,93 @@
+"""Argument checks shared by the public functions: each error names the argument and says what would do."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
+    """Return ``value`` as an int of at least ``minimum``.
+
+    Raises:
+        TypeError: If ``value`` is not a whole number.
+        ValueError: If ``value`` is below ``minimum``.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
+    number = value.__index__()  # type: ignore[attr-defined]  # checked by hasattr above
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    return number
+
+
+def sigma_range(sigma_min: float, sigma_max: float) -> tuple[float, float]:
+    """Return ``(sigma_min, sigma_max)`` as floats with ``0 < sigma_min < sigma_max``, both finite.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    low, high = float(sigma_min), float(sigma_max)
+    if not (math.isfinite(low) and low > 0):
+        raise ValueError(f"sigma_min must be positive and finite, got {sigma_min!r}")
+    if not math.isfinite(high):
+        raise ValueError(f"sigma_max must be finite, got {sigma_max!r}")
+    if low >= high:
+        raise ValueError(f"sigma_min must be below sigma_max, got sigma_min={low:g} and sigma_max={high:g}")
+    return low, high
+
+
+def choice(name: str, value: object, known: Iterable[str]) -> str:
+    """Return ``value`` if it is one of the ``known`` names.
+
+    Raises:
+        ValueError: If it is not; the message lists the names and the nearest match.
+    """
+    names = list(known)
+    if isinstance(value, str) and value in names:
+        return value
+    near = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}, got {value!r}{hint}")
+
+
+def sample_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return ``shape``, the shape of one sample, as a tuple of positive ints.
+
+    Raises:
+        TypeError: If it is not a sequence of whole numbers.
+        ValueError: If it is empty or has an entry below 1.
+    """
+    if isinstance(shape, (int, str)) or not isinstance(shape, Iterable):
+        raise TypeError(f"shape must be a sequence such as (4, 64, 64), without the batch, got {shape!r}")
+    sizes = tuple(positive_int("shape", size) for size in shape)
+    if not sizes:
+        raise ValueError("shape must have at least one entry, got ()")
+    return sizes
+
+
+def descending_sigmas(sigmas: Tensor | Sequence[float], *, name: str = "sigmas") -> Tensor:
+    """Return ``sigmas`` as a float64 CPU tensor, strictly descending and non-negative.
+
+    The first value may be ``inf``: the noise level of a flow or zero-terminal-SNR process at its start.
+
+    Raises:
+        ValueError: If there are fewer than two values, or one is NaN, negative or not below the one before.
+    """
+    values = torch.as_tensor(sigmas).detach().to("cpu", torch.float64)
+    if values.ndim != 1 or len(values) < 2:
+        raise ValueError(f"{name} must be a list of at least two noise levels, got shape {tuple(values.shape)}")
+    if bool(values.isnan().any()) or bool((values < 0).any()) or bool(values[1:].isinf().any()):
+        raise ValueError(f"{name} must be non-negative numbers, got {values.tolist()}")
+    rising = (values[1:] >= values[:-1]).nonzero()
+    if len(rising):
+        k = int(rising[0])
+        raise ValueError(
+            f"{name} must strictly descend, but {name}[{k + 1}] = {values[k + 1]:g} follows {values[k]:g}; "
+            "sort them from noisy to clean and remove repeats"
+        )
+    return values
