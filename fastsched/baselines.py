@@ -1,0 +1,256 @@
+"""Schedules in common use, to compare with.
+
+Every function returns a float64 tensor [steps + 1], strictly descending, whose last entry is 0: the
+k-diffusion convention, in which a multistep sampler makes ``steps`` model calls. Entries are noise levels
+``s = sigma / alpha`` (except :func:`flow_shift`, which is in flow time).
+
+A schedule over a range of levels is a curve ``s(u)`` from ``s(0) = sigma_max`` to ``s(1) = sigma_min``, and there
+are two ways to end it, told apart by ``spare_last``:
+
+* ``False``, as people use them: ``steps`` nodes, the last at ``sigma_min``, and then 0;
+* ``True``: ``steps + 1`` nodes of which the one at ``sigma_min`` is replaced by 0, which spares a model call at
+  a level where little is left to do.
+
+All raise ``ValueError`` naming the argument if ``steps`` is below 1, or if not
+``0 < sigma_min < sigma_max < inf``. With ``steps = 1`` the schedule is ``[sigma_max, 0]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ays",
+    "beta",
+    "cosine",
+    "exponential",
+    "flow_shift",
+    "flow_shift_mu",
+    "karras",
+    "kl_optimal",
+    "linear",
+    "vp_uniform",
+]
+
+_AYS = {
+    "sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+    "svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
+}
+
+
+def karras(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0, *, spare_last: bool = False) -> Tensor:
+    """``s(u) = (s_max^(1/rho) + u (s_min^(1/rho) - s_max^(1/rho)))^rho``.
+
+    Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", equation 5.
+    ``rho`` is positive; 1 is :func:`linear`, and as it grows the curve tends to :func:`exponential`.
+    """
+    _positive("rho", rho)
+
+    def curve(u: Tensor) -> Tensor:
+        return _lerp(sigma_max ** (1 / rho), sigma_min ** (1 / rho), u) ** rho
+
+    return _schedule(curve, steps, sigma_min, sigma_max, spare_last)
+
+
+def exponential(steps: int, sigma_min: float, sigma_max: float, *, spare_last: bool = False) -> Tensor:
+    """``s(u) = exp((1 - u) ln s_max + u ln s_min)``: uniform in the log-SNR, as DPM-Solver's default."""
+    return _schedule(
+        lambda u: torch.exp(_lerp(math.log(sigma_max), math.log(sigma_min), u)),
+        steps,
+        sigma_min,
+        sigma_max,
+        spare_last,
+    )
+
+
+def linear(steps: int, sigma_min: float, sigma_max: float, *, spare_last: bool = False) -> Tensor:
+    """``s(u) = (1 - u) s_max + u s_min``."""
+    return _schedule(lambda u: _lerp(sigma_max, sigma_min, u), steps, sigma_min, sigma_max, spare_last)
+
+
+def kl_optimal(
+    steps: int, sigma_min: float, sigma_max: float, data_std: float = 1.0, *, spare_last: bool = False
+) -> Tensor:
+    """``s(u) = c tan((1 - u) atan(s_max / c) + u atan(s_min / c))``, with ``c = data_std``.
+
+    The optimum for Gaussian data of standard deviation ``c`` (Sabour, Fidler and Kreis 2024, "Align Your Steps",
+    theorem 3.1). ``data_std`` is positive.
+    """
+    _positive("data_std", data_std)
+
+    def curve(u: Tensor) -> Tensor:
+        angle = _lerp(math.atan(sigma_max / data_std), math.atan(sigma_min / data_std), u)
+        return data_std * torch.tan(angle)
+
+    return _schedule(curve, steps, sigma_min, sigma_max, spare_last)
+
+
+def vp_uniform(
+    steps: int,
+    sigma_min: float,
+    sigma_max: float,
+    beta_min: float = 0.1,
+    beta_max: float = 20.0,
+    *,
+    spare_last: bool = False,
+) -> Tensor:
+    """Uniform in the time ``t`` of the variance-preserving SDE with a linear ``beta``.
+
+    ``s(t) = sqrt(exp((beta_max - beta_min) t^2 / 2 + beta_min t) - 1)`` between the times of the two levels; the
+    customary ``t`` from 1 to 1e-3 is levels 152.17 to 0.010486 (Song et al. 2021, "Score-Based Generative
+    Modeling through Stochastic Differential Equations", appendix C). ``0 < beta_min < beta_max``.
+    """
+    _positive("beta_min", beta_min)
+    _positive("beta_max", beta_max)
+    if beta_min >= beta_max:
+        raise ValueError(f"beta_min must be below beta_max={beta_max}; it is {beta_min}")
+    slope = beta_max - beta_min
+
+    def time(sigma: float) -> float:
+        # The positive root of slope t^2 / 2 + beta_min t = log(1 + sigma^2), free of cancellation near 0.
+        log_variance = math.log1p(sigma**2)
+        return 2 * log_variance / (beta_min + math.sqrt(beta_min**2 + 2 * slope * log_variance))
+
+    def curve(u: Tensor) -> Tensor:
+        t = _lerp(time(sigma_max), time(sigma_min), u)
+        return torch.sqrt(torch.expm1(0.5 * slope * t**2 + beta_min * t))
+
+    return _schedule(curve, steps, sigma_min, sigma_max, spare_last)
+
+
+def cosine(steps: int, sigma_min: float, sigma_max: float, *, spare_last: bool = False) -> Tensor:
+    """Uniform in the time of the cosine process, between the times of the two levels.
+
+    ``abar = cos^2((t + 0.008) / 1.008 * pi / 2)`` and ``s = sqrt(1 / abar - 1)`` (Nichol and Dhariwal 2021,
+    "Improved Denoising Diffusion Probabilistic Models", equation 17), so ``s`` is the tangent of an angle linear
+    in ``t``: given its range, this is :func:`kl_optimal` for data of unit variance.
+    """
+    return kl_optimal(steps, sigma_min, sigma_max, 1.0, spare_last=spare_last)
+
+
+def beta(
+    steps: int,
+    sigma_min: float,
+    sigma_max: float,
+    alpha: float = 0.6,
+    beta: float = 0.6,
+    *,
+    spare_last: bool = False,
+) -> Tensor:
+    """``s(u) = s_min + (s_max - s_min) Q(1 - u)``, ``Q`` the quantile function of Beta(``alpha``, ``beta``).
+
+    Lee et al. 2024, "Beta Sampling is All You Need", as diffusers applies it to levels. Both parameters are
+    positive; 1 and 1 are :func:`linear`.
+
+    Raises:
+        ValueError: Also if levels so close to an end are asked for that they coincide in float64.
+    """
+    from scipy.special import betaincinv
+
+    _positive("alpha", alpha)
+    _positive("beta", beta)
+
+    def curve(u: Tensor) -> Tensor:
+        quantile = torch.from_numpy(betaincinv(alpha, beta, (1 - u).numpy()))
+        return sigma_min + (sigma_max - sigma_min) * quantile
+
+    return _schedule(curve, steps, sigma_min, sigma_max, spare_last)
+
+
+def flow_shift(steps: int, shift: float = 3.0) -> Tensor:
+    """Shifted uniform flow times: ``m t / (1 + (m - 1) t)`` for ``t = 1, 1 - 1/steps, ..., 1/steps``, then 0.
+
+    Entries are flow times in (0, 1], which flow models call sigma (``s = t / (1 - t)``); the first is 1. Esser et
+    al. 2024, "Scaling Rectified Flow Transformers", equation 23; the shift ``m`` is 3 for Stable Diffusion 3 and
+    ``exp(mu)`` for Flux, with ``mu`` from :func:`flow_shift_mu`. ``shift`` is positive; 1 leaves ``t`` uniform.
+    """
+    _positive("shift", shift)
+    t = torch.linspace(1, 0, _steps(steps) + 1, dtype=torch.float64)
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def flow_shift_mu(
+    tokens: int,
+    *,
+    base_tokens: int = 256,
+    max_tokens: int = 4096,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+) -> float:
+    """Flux's ``mu``: linear in the number of image tokens, ``base_shift`` at ``base_tokens`` to ``max_shift``.
+
+    A picture of H x W pixels has ``H W / 256`` tokens (autoencoder by 8, patches by 2). The line goes on outside the
+    two points, as in Flux's own code. For the schedule, ``flow_shift(steps, math.exp(mu))``.
+
+    Raises:
+        ValueError: If ``tokens`` is below 1 or the two token counts coincide.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1; it is {tokens}")
+    if base_tokens == max_tokens:
+        raise ValueError(f"max_tokens must differ from base_tokens; both are {base_tokens}")
+    return base_shift + (max_shift - base_shift) * (tokens - base_tokens) / (max_tokens - base_tokens)
+
+
+def ays(steps: int, model: Literal["sd15", "sdxl", "svd"] = "sd15") -> Tensor:
+    """The published tables of Align Your Steps, log-linearly interpolated to ``steps``.
+
+    The tables are for 10 steps and have 11 levels, of which 0 replaces the last (Sabour, Fidler and Kreis 2024).
+
+    Args:
+        steps: Number of steps; 10 gives the table itself.
+        model: ``"sd15"`` and ``"sdxl"`` (Stable Diffusion 1.5 and XL), ``"svd"`` (Stable Video Diffusion).
+
+    Raises:
+        ValueError: If ``steps`` is below 1 or ``model`` is not one of the three.
+    """
+    if model not in _AYS:
+        raise ValueError(f"model must be one of {', '.join(_AYS)}; it is {model!r}")
+    table = torch.tensor(_AYS[model], dtype=torch.float64).log()
+    place = torch.linspace(0, len(table) - 1, _steps(steps) + 1, dtype=torch.float64)
+    left = place.long().clamp(max=len(table) - 2)
+    sigmas = torch.exp(table[left] + (place - left) * (table[left + 1] - table[left]))
+    sigmas[-1] = 0.0
+    return sigmas
+
+
+def _schedule(
+    curve: Callable[[Tensor], Tensor], steps: int, sigma_min: float, sigma_max: float, spare_last: bool
+) -> Tensor:
+    """Nodes on a curve of u in [0, 1], its ends exact, and the final 0."""
+    _positive("sigma_min", sigma_min)
+    _positive("sigma_max", sigma_max)
+    if sigma_min >= sigma_max:
+        raise ValueError(f"sigma_min must be below sigma_max={sigma_max}; it is {sigma_min}")
+    nodes = _steps(steps) + spare_last
+    sigmas = curve(torch.linspace(0, 1, nodes, dtype=torch.float64))
+    sigmas[-1] = sigma_min
+    sigmas[0] = sigma_max
+    if spare_last:
+        sigmas[-1] = 0.0
+    else:
+        sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+    if not bool((sigmas[:-1] > sigmas[1:]).all()):
+        raise ValueError(f"steps={steps} levels from {sigma_max} to {sigma_min} coincide in float64; take fewer")
+    return sigmas
+
+
+def _lerp(start: float, end: float, u: Tensor) -> Tensor:
+    return (1 - u) * start + u * end
+
+
+def _steps(steps: int) -> int:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; it is {steps}")
+    return steps
+
+
+def _positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive and finite; it is {value}")
