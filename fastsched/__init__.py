@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastsched import baselines, costs, oracles
     from fastsched.denoiser import Denoiser
     from fastsched.measurement import measure
-    from fastsched.optimal import optimal_schedule
+    from fastsched.optimal import optimal_schedule, score_optimal_schedule
     from fastsched.path_statistics import PathStatistics
     from fastsched.sampling import sample
     from fastsched.schedule import Schedule
@@ -31,6 +31,7 @@ _HOME = {
     "measure": "measurement",
     "optimal_schedule": "optimal",
     "sample": "sampling",
+    "score_optimal_schedule": "optimal",
 }
 _MODULES = ("baselines", "costs", "oracles")
 
@@ -44,6 +45,7 @@ __all__ = [
     "optimal_schedule",
     "oracles",
     "sample",
+    "score_optimal_schedule",
 ]
 
 

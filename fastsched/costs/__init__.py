@@ -1,5 +1,7 @@
 """Cost matrices over pairs or triples of noise levels, one family a file."""
 
+from fastsched.costs.matrix import CostMatrix, ModelCalls
 from fastsched.costs.path import PathCost, path_cost
+from fastsched.costs.stein import stein_corrector
 
-__all__ = ["PathCost", "path_cost"]
+__all__ = ["CostMatrix", "ModelCalls", "PathCost", "path_cost", "stein_corrector"]

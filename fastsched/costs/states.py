@@ -1,0 +1,228 @@
+"""States ``z ~ p_k`` at every noise level: from data plus noise, or along the probability-flow path."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastsched import validate
+from fastsched.denoiser import Denoiser
+from fastsched.measurement import noise_of, sample_seeds
+from fastsched.noise import log_uniform
+from fastsched.sampling import nodes_of, not_finite
+from fastsched.solvers import dpmpp_2m_weights
+
+#: The longest step in ``log s`` that the path takes between two levels.
+PATH_STEP = 0.35
+
+PAIRS = ("adjacent", "all")
+
+
+class StateSource:
+    """The states of one estimate, and the network as the estimates ask it.
+
+    Args:
+        denoiser: The denoiser.
+        sigmas: Sampler sigmas, descending, [N]; positive and of finite level (pure noise has no finite score).
+        shape: The shape of one sample, without the batch.
+        samples: How many samples.
+        data: Clean samples [n, *shape] to which noise is added; None follows the probability-flow path instead.
+        seed: Of the noises and the choice of data. Sample ``b`` is the same whatever ``samples`` and ``batch_size``.
+        batch_size: Samples handled at once; all when None.
+        device: Where to run; where the network's parameters are when None.
+        dtype: What the network computes in; that of its parameters when None. States are float32, or float64 if
+            this is.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        *,
+        sigmas: Tensor | Sequence[float],
+        shape: Sequence[int],
+        samples: int,
+        data: Tensor | None = None,
+        seed: int = 0,
+        batch_size: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.denoiser, self.process = denoiser, denoiser.process
+        self.s = finite_levels(denoiser, sigmas)
+        self.shape = validate.sample_shape(shape)
+        self.samples = validate.positive_int("samples", samples)
+        self.batch = samples if batch_size is None else validate.positive_int("batch_size", batch_size)
+        self.device = torch.device(device) if device is not None else denoiser.device
+        self.dtype = dtype if dtype is not None else denoiser.dtype
+        self.state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.seeds = sample_seeds(seed, self.samples)
+        self.alpha = self.process.alpha(self.s)
+        a, c = denoiser.coefficients(self.s)
+        #: ``score(z; s_k) = score_a[k] z + score_c[k] R``, [N] float64 each.
+        self.score_a, self.score_c = (a * self.alpha - 1) / self.s.square(), c / self.s.square()
+        #: ``D(z; s_k) = denoised_a[k] z + denoised_c[k] R``.
+        self.denoised_a, self.denoised_c = a * self.alpha, c
+        self.forward_calls = 0
+        self._chosen = None if data is None else _choose(data, self.shape, self.samples, seed)
+
+    @property
+    def levels(self) -> int:
+        """N, the number of levels."""
+        return len(self.s)
+
+    def raw_output(self, z: Tensor, k: int) -> Tensor:
+        """The network's output at the state ``z`` [B, *shape] and level ``k``; counted.
+
+        Raises:
+            ValueError: If it holds NaN or inf (the message names the level).
+        """
+        raw = self._finite_raw(float(self.alpha[k]) * z, self.s[k])
+        self.forward_calls += len(z)
+        return raw
+
+    def score_of(self, z: Tensor, raw: Tensor, k: int) -> Tensor:
+        """The score of the variance-exploding marginal at level ``k``, [B, *shape], in the dtype of ``z``."""
+        return float(self.score_a[k]) * z + float(self.score_c[k]) * raw.to(z.dtype)
+
+    def denoised_of(self, z: Tensor, raw: Tensor, k: int) -> Tensor:
+        """``D`` at level ``k``, [B, *shape], in the dtype of ``z``."""
+        return float(self.denoised_a[k]) * z + float(self.denoised_c[k]) * raw.to(z.dtype)
+
+    def batches(self) -> Iterator[slice]:
+        """Which samples are handled at once."""
+        for start in range(0, self.samples, self.batch):
+            yield slice(start, min(start + self.batch, self.samples))
+
+    def states(self, rows: slice, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """``(k, z, R)`` for the levels ``k < count``: states ``z ~ p_k`` and the network's output there.
+
+        From data ``z = x0 + s_k eps``, with one ``eps`` a sample for all levels; else the states of one path.
+        """
+        noise = noise_of(self.seeds[rows], self.shape).to(self.device, self.state_dtype)
+        if self._chosen is None:
+            yield from self._follow_path(noise, count)
+            return
+        clean = self._chosen[rows].to(self.device, self.state_dtype)
+        for k in range(count):
+            z = clean + float(self.s[k]) * noise
+            yield k, z, self.raw_output(z, k)
+
+    def _follow_path(self, noise: Tensor, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """DPM-Solver++(2M) from the process's highest level, no step longer than `PATH_STEP` in ``log s``."""
+        grid, positions = _path_levels(self.denoiser, self.s[:count])
+        nodes, sigma = nodes_of(self.process, grid), self.process.sigma(grid)
+        a, c = self.denoiser.coefficients(grid)
+        y, history = noise, []
+        for n, node in enumerate(nodes):
+            x = float(sigma[n]) * y
+            raw = self._finite_raw(x, grid[n])
+            self.forward_calls += len(noise)
+            if n in positions:
+                yield positions[n], float(grid[n]) * y, raw
+            if n + 1 == len(nodes):
+                return
+            denoised = float(a[n]) * x + float(c[n]) * raw.to(y.dtype)
+            history = [(node, denoised), *history][:2]
+            weights = dpmpp_2m_weights([earlier for earlier, _ in history], nodes[n + 1])
+            mean = sum(float(b) * slope for b, (_, slope) in zip(weights, history, strict=True))
+            y = y + float(nodes[n + 1].rho - node.rho) * mean
+
+    def _finite_raw(self, x: Tensor, s: Tensor) -> Tensor:
+        raw = self.denoiser.raw_output(x, s, dtype=self.dtype)
+        if not bool(torch.isfinite(raw).all()):
+            raise ValueError(not_finite(self.process, s))
+        return raw
+
+
+def finite_levels(denoiser: Denoiser, sigmas: Tensor | Sequence[float]) -> Tensor:
+    """The levels ``s`` of sampler ``sigmas``, [N] float64.
+
+    Raises:
+        ValueError: If they do not descend, or one is 0 or pure noise, where the score of data is not finite.
+    """
+    values = validate.descending_sigmas(sigmas)
+    s = denoiser.process.level(values)
+    if float(s[-1]) <= 0 or not bool(torch.isfinite(s).all()):
+        raise ValueError(
+            "sigmas must be noise levels above 0 and short of pure noise (for flow models: times within (0, 1)), "
+            f"got {values.tolist()}; leave the ends out, select adds them"
+        )
+    return s
+
+
+def finite_grid(denoiser: Denoiser, n: int) -> Tensor:
+    """``n`` levels ``s`` of the denoiser's own grid, pure noise left out, [n] float64."""
+    levels = denoiser.levels(n)
+    return levels if bool(torch.isfinite(levels[0])) else denoiser.levels(n + 1)[1:]
+
+
+def check_pairs(pairs: str) -> str:
+    """Return ``pairs`` if it is ``"adjacent"`` or ``"all"``.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    return validate.choice("pairs", pairs, PAIRS)
+
+
+def pair_indices(levels: int, pairs: str) -> Tensor:
+    """The steps (from, to) between levels, [P, 2] int64: neighbours, or all with from < to, by rows."""
+    if pairs == "adjacent":
+        return torch.stack([torch.arange(levels - 1), torch.arange(1, levels)], 1)
+    return torch.triu_indices(levels, levels, 1).T
+
+
+def step_speed(s: Tensor, pairs: Tensor, velocity: str | None) -> Tensor:
+    """``v`` of each step, [P]: the noisier of its two levels, the cleaner, or 1.
+
+    Raises:
+        ValueError: If ``velocity`` is none of ``"noisier"``, ``"cleaner"`` and None.
+    """
+    if velocity is None:
+        return torch.ones(len(pairs), dtype=torch.float64)
+    validate.choice("velocity", velocity, ("noisier", "cleaner"))
+    return s[pairs[:, 0 if velocity == "noisier" else 1]]
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, show: bool, description: str) -> Iterator[Callable[[int], None]]:
+    """A bar over ``total`` steps of work, or nothing; yields the function that advances it."""
+    if not show:
+        yield lambda steps: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=description) as bar:
+        yield lambda steps: (bar.update(steps), None)[1]
+
+
+def _path_levels(denoiser: Denoiser, s: Tensor) -> tuple[Tensor, dict[int, int]]:
+    """The levels a path visits so that it meets all of ``s``, and which of them are which of ``s``."""
+    top = denoiser.levels(3)
+    start = [value for value in top[:2].tolist() if value > float(s[0]) * (1 + 1e-9)]
+    anchors = [*(start if math.isinf(denoiser.process.s_max) else start[:1]), *s.tolist()]
+    grid = anchors[:1]
+    for high, low in itertools.pairwise(anchors):
+        pieces = 1 if math.isinf(high) else max(1, math.ceil(math.log(high / low) / PATH_STEP - 1e-9))
+        grid += log_uniform(high, low, pieces + 1)[1:].tolist() if pieces > 1 else [low]
+    position = {value: k for k, value in enumerate(s.tolist())}
+    return torch.tensor(grid, dtype=torch.float64), {n: position[v] for n, v in enumerate(grid) if v in position}
+
+
+def _choose(data: Tensor, shape: tuple[int, ...], samples: int, seed: int) -> Tensor:
+    """``samples`` rows of ``data`` in a random order, all used before one is used again."""
+    if not isinstance(data, Tensor) or not data.is_floating_point():
+        raise TypeError(f"data must be a floating-point tensor [n, *shape], got {type(data).__name__}")
+    if tuple(data.shape[1:]) != shape or len(data) == 0:
+        raise ValueError(f"data must have shape [n, {', '.join(map(str, shape))}], got {tuple(data.shape)}")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    return data[order[torch.arange(samples) % len(data)].to(data.device)]

@@ -1,0 +1,102 @@
+"""The paper's schedule, from a denoiser: Algorithm 1 on the corrector cost."""
+
+import math
+
+import pytest
+import torch
+
+import fastsched as fs
+from fastsched.costs import stein_corrector
+
+
+def _gaussian(d=64, std=0.5):
+    oracle = fs.oracles.Gaussian(std, (d,))
+    return oracle, fs.Denoiser.from_denoiser(oracle.denoise, 0.002, 80.0)
+
+
+def test_summed_lengths_approach_the_closed_form():
+    oracle, denoiser = _gaussian()
+    exact = float(oracle.corrector_length(80.0) - oracle.corrector_length(0.002))
+    data = oracle.sample(2048, seed=1, dtype=torch.float64)
+    # Steps of h in log s: "noisier" is h too long at high noise (h = 0.0207 at 512 levels), "cleaner" only h^2 / 6
+    # (0.2% at 96). The states' norms, chi-squares of 64 x 2,048 terms, leave sqrt(2 / 131,072) / 2 = 0.2% in a length.
+    for velocity, levels, bound in (("noisier", 512, 0.0207 + 0.006), ("cleaner", 96, 0.002 + 0.006)):
+        cost = stein_corrector(
+            denoiser,
+            shape=(64,),
+            sigmas=denoiser.levels(levels),
+            samples=2048,
+            velocity=velocity,
+            data=data,
+            dtype=torch.float64,
+            progress=False,
+        )
+        assert float(cost.lengths.sum()) == pytest.approx(exact, rel=bound)
+
+
+@pytest.mark.parametrize("from_data", [True, False], ids=["data", "path"])
+@pytest.mark.parametrize("steps", [4, 8, 16])
+def test_gaussian_schedule_has_equal_exact_lengths(steps, from_data):
+    oracle, denoiser = _gaussian()
+    schedule = fs.score_optimal_schedule(
+        denoiser,
+        steps,
+        shape=(64,),
+        levels=256,
+        samples=16,
+        data=oracle.sample(64, seed=1) if from_data else None,
+        progress=False,
+    )
+    lengths = -oracle.corrector_length(schedule.sigmas).diff()
+    assert schedule.steps == schedule.model_calls == steps
+    assert (lengths / lengths.mean() - 1).abs().max() < 0.02
+
+
+def test_last_node_is_spared_or_kept():
+    _, denoiser = _gaussian()
+    settings = {"shape": (64,), "samples": 4, "progress": False}
+    spared = fs.score_optimal_schedule(denoiser, 6, **settings)
+    kept = fs.score_optimal_schedule(denoiser, 7, spare_last=False, **settings)
+    torch.testing.assert_close(kept.sigmas[:6], spared.sigmas[:6])
+    assert kept.end_sigma == pytest.approx(0.002)
+    assert spared.sigmas[-1] == kept.sigmas[-1] == 0
+    assert fs.score_optimal_schedule(denoiser, 1, **settings).sigmas.tolist() == pytest.approx([80.0, 0.0])
+
+
+def test_flow_models_start_from_pure_noise():
+    oracle = fs.oracles.Gaussian(0.5, (16,))
+
+    def velocity(x, t):  # E[eps - x0 | x] at t = 1 is x itself: the data's mean is 0
+        t = t.reshape(-1, 1)
+        inner = t.clamp(max=1 - 1e-6)
+        clean = oracle.denoise(x / (1 - inner), (inner / (1 - inner))[:, 0])
+        return (x - clean) / t
+
+    schedule = fs.score_optimal_schedule(fs.Denoiser.from_velocity(velocity), 5, shape=(16,), progress=False)
+    assert schedule.sigmas[0] == 1
+    assert schedule.sigmas[-1] == 0
+    assert schedule.noise == "flow"
+    assert len(schedule.sigmas) == 6
+    # The inner nodes are those of the variance-exploding model between the same finite levels.
+    exploding = fs.Denoiser.from_denoiser(oracle.denoise, 2e-3 / (1 - 2e-3), 100.0)
+    expected = fs.score_optimal_schedule(exploding, 5, shape=(16,), progress=False).sigmas
+    torch.testing.assert_close(schedule.sigmas[1:5], (expected / (1 + expected))[1:5], rtol=0.01, atol=0.0)
+
+
+def test_integer_timesteps_are_levels_the_network_knows():
+    abar = torch.linspace(0.999, 0.002, 100, dtype=torch.float64)
+    denoiser = fs.Denoiser.from_epsilon(lambda x, t: x * 0.9, abar, integer_timesteps=True)
+    schedule = fs.score_optimal_schedule(denoiser, 6, shape=(4,), progress=False)
+    trained = ((1 - abar) / abar).sqrt()
+    assert all(float((trained - sigma).abs().min()) < 1e-12 for sigma in schedule.sigmas[:-1])
+    assert schedule.timesteps is not None
+    assert torch.equal(schedule.timesteps, schedule.timesteps.round())
+
+
+def test_same_seed_same_schedule_and_bad_steps():
+    _, denoiser = _gaussian(8)
+    first, again = (fs.score_optimal_schedule(denoiser, 5, shape=(8,), seed=4, progress=False) for _ in range(2))
+    assert torch.equal(first.sigmas, again.sigmas)
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        fs.score_optimal_schedule(denoiser, 0, shape=(8,), progress=False)
+    assert math.isclose(float(first.sigmas[0]), 80.0)
