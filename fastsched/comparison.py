@@ -1,0 +1,356 @@
+"""Compare schedules by what they leave of the converged sample, from the same noise."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsched import metrics, validate
+from fastsched.denoiser import Denoiser
+from fastsched.measurement import noise_of, sample_seeds
+from fastsched.sampling import sample
+from fastsched.schedule import Schedule
+from fastsched.solvers import Solver, get_solver
+
+#: Steps of the reference. By dpmpp_2m on a Gaussian mixture they leave a typical squared distance to the limit of
+#: 3e-7, of which half is float32's rounding, where the best eight-step schedule leaves 6e-3; Heun's method needs twice
+#: the calls for as much.
+REFERENCE_STEPS = 300
+
+#: Where the noises of a comparison start among those of one seed, out of reach of a measurement's.
+FIRST_SAMPLE = 2**31
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Converged samples, and the noise they come from; reusable for every comparison of one denoiser.
+
+    Attributes:
+        noise: Standard normal, [B, *shape] float32.
+        ends: The converged samples ``x0`` from that noise, [B, *shape].
+        solver: The solver they were computed with.
+        steps: Its steps, uniform in ``log s``.
+        model_calls: Network evaluations spent, counted per sample.
+    """
+
+    noise: Tensor
+    ends: Tensor
+    solver: str
+    steps: int
+    model_calls: int
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """What one schedule does to the samples.
+
+    Attributes:
+        name: The schedule's name.
+        solver: The solver it was run with.
+        steps: Steps, the last of which ends at sigma 0.
+        model_calls: Network evaluations a sample.
+        typical_error: Geometric mean over samples of ``||x0 - x0_converged||^2``, summed over a sample's elements;
+            what is below float32's rounding of a sample counts as that.
+        mean_error: Arithmetic mean of the same. A few samples that end in another mode can dominate it.
+        standard_error: Of ``mean_error``.
+        frechet: Squared Frechet distance between the samples and the converged ones (`metrics.frechet_distance`).
+    """
+
+    name: str
+    solver: str
+    steps: int
+    model_calls: int
+    typical_error: float
+    mean_error: float
+    standard_error: float
+    frechet: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Schedules side by side; ``print`` it for a table, best first.
+
+    Attributes:
+        rows: One a schedule, in the order given.
+        samples: Over how many samples.
+        reference: What they were compared with, to be passed to the next `compare`.
+    """
+
+    rows: tuple[ComparisonRow, ...]
+    samples: int
+    reference: Reference
+
+    @property
+    def ranked(self) -> tuple[ComparisonRow, ...]:
+        """The rows by typical error, best first."""
+        return tuple(sorted(self.rows, key=lambda row: row.typical_error))
+
+    def __getitem__(self, name: str) -> ComparisonRow:
+        """The row of that name.
+
+        Raises:
+            KeyError: If there is none.
+        """
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"no schedule {name!r}; there are {', '.join(repr(row.name) for row in self.rows)}")
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The rows as dictionaries, in the order given; keys as in `ComparisonRow`."""
+        return [asdict(row) for row in self.rows]
+
+    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The rows as CSV with a header, in the order given; also written to ``path`` if given."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [field.name for field in fields(ComparisonRow)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.to_dicts())
+        if path is not None:
+            with open(path, "w", encoding="utf-8", newline="") as file:
+                file.write(text.getvalue())
+        return text.getvalue()
+
+    def __str__(self) -> str:
+        header = ("schedule", "solver", "steps", "calls", "typical error", "mean error", "frechet")
+        cells = [
+            (
+                row.name,
+                row.solver,
+                str(row.steps),
+                str(row.model_calls),
+                f"{row.typical_error:.4g}",
+                f"{row.mean_error:.4g}" + ("" if math.isnan(row.standard_error) else f" ± {row.standard_error:.2g}"),
+                "-" if math.isnan(row.frechet) else f"{row.frechet:.4g}",
+            )
+            for row in self.ranked
+        ]
+        note = (
+            f"squared distance to the converged samples ({self.reference.solver}, {self.reference.steps} steps), over "
+            f"{self.samples} noises; typical = geometric mean"
+        )
+        return f"{aligned([header, *cells], left=2)}\n{note}"
+
+
+@torch.no_grad()
+def converged_reference(
+    denoiser: Denoiser,
+    shape: Sequence[int],
+    *,
+    samples: int = 256,
+    seed: int = 0,
+    steps: int = REFERENCE_STEPS,
+    solver: str | Solver = "dpmpp_2m",
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> Reference:
+    """Converged samples: a fine run of ``solver``, uniform in ``log s`` over the denoiser's whole range, then 0.
+
+    Its own squared distance to the limit of many steps is of order ``steps^-4`` for a second-order solver.
+
+    Args:
+        denoiser: What to sample from.
+        shape: The shape of one sample, without the batch.
+        samples: How many.
+        seed: Of the noises; they differ from those of every `fastsched.measure`.
+        steps: Steps of the run; a model that knows only whole timesteps gets at most one a timestep.
+        solver: A solver's name.
+        batch_size: Samples run at once; all of them when None.
+        device: Where to run; where the network's parameters are when None.
+        dtype: What the network computes in; that of its parameters when None.
+        progress: Show a progress bar.
+
+    Returns:
+        The noises and the samples, on the CPU.
+
+    Raises:
+        ValueError: If an argument is out of range or unknown, or the network returns NaN or inf.
+    """
+    sizes = validate.sample_shape(shape)
+    seeds = sample_seeds(seed, validate.positive_int("samples", samples)) + FIRST_SAMPLE
+    method = get_solver(solver)
+    fine = denoiser.levels(_known_levels(denoiser, validate.positive_int("steps", steps, minimum=2)))
+    sigmas = denoiser.process.sampler_sigma(torch.cat([fine, fine.new_zeros(1)]))
+    noise = noise_of(seeds, sizes)
+    total = method.model_calls(len(fine)) * len(noise)
+    with _progress_bar(total, progress, "converged reference") as advance:
+        run = _Runner(denoiser, batch_size, device, dtype, advance)
+        ends = run.sample(sigmas, method, noise)
+    return Reference(noise, ends, method.name, len(fine), total)
+
+
+def compare(
+    denoiser: Denoiser,
+    schedules: Mapping[str, Schedule | Tensor],
+    solver: str | Solver | None = None,
+    *,
+    shape: Sequence[int] | None = None,
+    samples: int = 256,
+    seed: int = 0,
+    reference_steps: int = REFERENCE_STEPS,
+    reference: Reference | None = None,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Run schedules with the real sampler and report how far each ends from the converged samples.
+
+    For each schedule and noise ``b``, ``q_b = ||x0_b - x0_b(converged)||^2``, both from the same noise. Reported are
+    the geometric mean of ``q`` (the typical error, to rank by), its arithmetic mean with standard error, the Frechet
+    distance between the two sets of samples, and the model calls.
+
+    Args:
+        denoiser: What to sample from.
+        schedules: By name: a `Schedule`, or sampler sigmas [steps + 1] descending to 0 (times for a flow model).
+        solver: Run all of them with this solver; each `Schedule`'s own when None.
+        shape: The shape of one sample, without the batch; may be left out if ``reference`` is given.
+        samples: How many noises; those of ``reference`` if it is given, as ``seed`` and ``reference_steps``.
+        seed: Of the noises; they differ from those of every `fastsched.measure`.
+        reference_steps: Steps of the converged run.
+        reference: Converged samples from `converged_reference` or an earlier comparison's ``.reference``.
+        batch_size: Samples run at once; all of them when None.
+        device: Where to run; where the network's parameters are when None.
+        dtype: What the network computes in; that of its parameters when None.
+        progress: Show a progress bar.
+
+    Returns:
+        One row a schedule, and the reference for the next call. With a single sample, ``standard_error`` and
+        ``frechet`` are NaN.
+
+    Raises:
+        ValueError: If there is no schedule, one does not fit the denoiser or names no solver, or an argument is out
+            of range or unknown.
+    """
+    runs = _planned(denoiser, schedules, solver)
+    if reference is None:
+        if shape is None:
+            raise ValueError("shape must be given, the shape of one sample such as (4, 64, 64), or else a reference")
+        reference = converged_reference(
+            denoiser,
+            shape,
+            samples=samples,
+            seed=seed,
+            steps=reference_steps,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+        )
+    elif shape is not None and tuple(shape) != tuple(reference.noise.shape[1:]):
+        raise ValueError(f"shape {tuple(shape)} is not that of the reference, {tuple(reference.noise.shape[1:])}")
+    calls = sum(method.model_calls(len(sigmas) - 1) for sigmas, method in runs.values())
+    rows = []
+    with _progress_bar(calls * len(reference.noise), progress, "comparing") as advance:
+        run = _Runner(denoiser, batch_size, device, dtype, advance)
+        for name, (sigmas, method) in runs.items():
+            rows.append(_row(name, sigmas, method, run.sample(sigmas, method, reference.noise), reference))
+    return Comparison(tuple(rows), len(reference.noise), reference)
+
+
+def _planned(
+    denoiser: Denoiser, schedules: Mapping[str, Schedule | Tensor], solver: str | Solver | None
+) -> dict[str, tuple[Tensor, Solver]]:
+    """The sigmas and the solver of every schedule, checked before anything is run."""
+    if not isinstance(schedules, Mapping) or not schedules:
+        raise ValueError("schedules must be a dictionary of at least one schedule by name, such as {'mine': schedule}")
+    runs = {}
+    for name, schedule in schedules.items():
+        chosen = solver
+        if isinstance(schedule, Schedule):
+            chosen = solver if solver is not None else schedule.solver
+            if schedule.noise != denoiser.process.kind:
+                raise ValueError(
+                    f"schedules[{name!r}] is for a {schedule.noise!r} noise process, and the denoiser's is "
+                    f"{denoiser.process.kind!r}; compare schedules of one model"
+                )
+        if chosen is None:
+            raise ValueError(f"solver must be given, for schedules[{name!r}] does not say what it is for")
+        sigmas = schedule.sigmas if isinstance(schedule, Schedule) else schedule
+        values = validate.descending_sigmas(sigmas, name=f"schedules[{name!r}]")
+        if float(values[-1]) != 0:
+            raise ValueError(f"schedules[{name!r}] must end in 0, got {float(values[-1]):g}; append it")
+        denoiser.process.level(values)  # raises where sigmas are not of this process
+        runs[name] = (values, get_solver(chosen))
+    return runs
+
+
+def _row(name: str, sigmas: Tensor, method: Solver, ends: Tensor, reference: Reference) -> ComparisonRow:
+    squared = metrics.squared_distances(ends, reference.ends)
+    rounding = torch.finfo(torch.float32).eps ** 2 * reference.ends.double().flatten(1).square().sum(1)
+    mean, error = metrics.mean_and_standard_error(squared)
+    return ComparisonRow(
+        name=name,
+        solver=method.name,
+        steps=len(sigmas) - 1,
+        model_calls=method.model_calls(len(sigmas) - 1),
+        typical_error=metrics.geometric_mean(squared.maximum(rounding)),
+        mean_error=mean,
+        standard_error=error,
+        frechet=metrics.frechet_distance(ends, reference.ends) if len(ends) > 1 else math.nan,
+    )
+
+
+class _Runner:
+    """Samples in batches, advancing a progress bar by the samples of every network call."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        batch_size: int | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        advance: Callable[[int], None],
+    ) -> None:
+        def counted(x: Tensor, condition: Tensor) -> Tensor:
+            advance(len(x))
+            return denoiser.network(x, condition)
+
+        self.denoiser = replace(denoiser, network=counted)
+        self.batch_size = None if batch_size is None else validate.positive_int("batch_size", batch_size)
+        self.device = denoiser.device if device is None else torch.device(device)
+        self.dtype = denoiser.dtype if dtype is None else dtype
+
+    def sample(self, sigmas: Tensor, method: Solver, noise: Tensor) -> Tensor:
+        batches = noise.split(self.batch_size or len(noise))
+        ends = [sample(self.denoiser, sigmas, method, part.to(self.device), dtype=self.dtype) for part in batches]
+        return torch.cat([end.cpu() for end in ends])
+
+
+def _known_levels(denoiser: Denoiser, steps: int) -> int:
+    """``steps``, or as many levels as a network of whole timesteps knows if they are fewer."""
+    process = denoiser.process
+    return min(steps, len(process.alphas_cumprod)) if getattr(process, "integer_timesteps", False) else steps  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _progress_bar(total: int, show: bool, what: str) -> Iterator[Callable[[int], None]]:
+    if not show:
+        yield lambda calls: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, unit="call") as bar:
+        yield lambda calls: (bar.update(calls), None)[1]
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Rows of text in aligned columns, the first ``left`` to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [cell.ljust(w) if n < left else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths))]  # noqa: B905
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(map(line, rows))
