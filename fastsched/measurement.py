@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,16 +104,19 @@ def sample_seeds(seed: int, samples: int) -> Tensor:
 
 def noise_of(seeds: Tensor, shape: Sequence[int]) -> Tensor:
     """The standard normal noise that each path starts from, [B, *shape] float32, on the CPU."""
-    return torch.stack([torch.randn(*shape, generator=_generator(seed, 0)) for seed in seeds.tolist()])
+    draws = [_generator(seed, 0).standard_normal(tuple(shape), dtype=np.float32) for seed in seeds.tolist()]
+    return torch.from_numpy(np.stack(draws))
 
 
-def _probe_of(seeds: Tensor, shape: Sequence[int]) -> Tensor:
-    signs = [torch.randint(0, 2, tuple(shape), generator=_generator(seed, 1)) for seed in seeds.tolist()]
-    return 2.0 * torch.stack(signs).float() - 1.0
+def probe_of(seeds: Tensor, shape: Sequence[int]) -> Tensor:
+    """The Rademacher probe that each sweep starts from, [B, *shape] float32, on the CPU."""
+    signs = [_generator(seed, 1).integers(0, 2, tuple(shape)) for seed in seeds.tolist()]
+    return torch.from_numpy(2 * np.stack(signs) - 1).float()
 
 
-def _generator(seed: int, stream: int) -> torch.Generator:
-    return torch.Generator().manual_seed(2 * seed + stream)
+def _generator(seed: int, stream: int) -> np.random.Generator:
+    # Philox takes the whole seed as its key; torch's CPU generator would use the low 32 bits alone.
+    return np.random.Generator(np.random.Philox(key=2 * seed + stream))
 
 
 class _Run:
@@ -166,7 +170,7 @@ def _measure_batch(run: _Run, seeds: Tensor, shape: tuple[int, ...], advance: Ca
     vectors = None
     calls = len(run.s)
     if run.sensitivity is not None:
-        probe = _probe_of(seeds, shape).to(run.device)
+        probe = probe_of(seeds, shape).to(run.device)
         vectors = _sweep_back(run, raws, states, probe, data_std, advance)
         calls += len(run.s) - 1
     flat = lambda tensors: torch.stack(tensors).flatten(2)  # noqa: E731 - [N, B, d]

@@ -120,7 +120,7 @@ class VariancePreserving(NoiseProcess):
     kind: ClassVar[str] = "vp"
 
     def __post_init__(self) -> None:
-        values = torch.as_tensor(self.alphas_cumprod).detach().to("cpu", torch.float64)
+        values = validate.float64(self.alphas_cumprod)
         if values.ndim != 1 or len(values) < 2:
             raise ValueError(f"alphas_cumprod must be a list of at least two values, got shape {tuple(values.shape)}")
         inside = (values[:-1] > 0).all() and values[-1] >= 0 and values[0] < 1

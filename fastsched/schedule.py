@@ -48,7 +48,7 @@ class Schedule:
         object.__setattr__(self, "solver", get_solver(self.solver).name)
         validate.choice("noise", self.noise, ("ve", "vp", "flow"))
         if self.timesteps is not None:
-            timesteps = torch.as_tensor(self.timesteps).detach().to("cpu", torch.float64)
+            timesteps = validate.float64(self.timesteps)
             if timesteps.shape != (len(sigmas) - 1,):
                 raise ValueError(
                     f"timesteps must have one value for each sigma but the last, [{len(sigmas) - 1}], "

@@ -70,6 +70,13 @@ def sample_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return sizes
 
 
+def float64(values: Tensor | Sequence[float]) -> Tensor:
+    """``values`` as a float64 CPU tensor; a list of Python floats keeps every digit."""
+    if isinstance(values, Tensor):
+        return values.detach().to("cpu", torch.float64)
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def descending_sigmas(sigmas: Tensor | Sequence[float], *, name: str = "sigmas") -> Tensor:
     """Return ``sigmas`` as a float64 CPU tensor, strictly descending and non-negative.
 
@@ -78,7 +85,7 @@ def descending_sigmas(sigmas: Tensor | Sequence[float], *, name: str = "sigmas")
     Raises:
         ValueError: If there are fewer than two values, or one is NaN, negative or not below the one before.
     """
-    values = torch.as_tensor(sigmas).detach().to("cpu", torch.float64)
+    values = float64(sigmas)
     if values.ndim != 1 or len(values) < 2:
         raise ValueError(f"{name} must be a list of at least two noise levels, got shape {tuple(values.shape)}")
     if bool(values.isnan().any()) or bool((values < 0).any()) or bool(values[1:].isinf().any()):

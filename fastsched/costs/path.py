@@ -59,11 +59,12 @@ def path_cost(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", weight: 
     Raises:
         ValueError: If the solver or weight is unknown, or the weight needs a sensitivity that was not measured.
     """
+    gram = stats.gram.mean(0).numpy()
     return PathCost(
         solver=get_solver(solver),
         s=stats.s.numpy(),
         tau=stats.process.sampler_sigma(stats.s).numpy(),
-        gram=stats.gram.mean(0).numpy(),
+        gram=(gram + gram.T) / 2,  # equal to rounding; exactly so, both triangles give the same costs
         weight=sensitivity_weight(stats, weight),
     )
 

@@ -1,0 +1,70 @@
+"""Networks of every kind made from an oracle's exact denoiser, for tests."""
+
+import torch
+
+import fastsched as fs
+
+
+def batch_shape(values, like):
+    return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def vp_table(steps=1000, beta_min=0.1, beta_max=20.0):
+    """Cumulative alphas of a linear VP process: s from about 0.014 to 157."""
+    t = (torch.arange(steps, dtype=torch.float64) + 1) / steps
+    return torch.exp(-0.5 * t**2 * (beta_max - beta_min) - t * beta_min)
+
+
+def exact_denoiser(oracle, sigma_min=0.002, sigma_max=80.0):
+    return fs.Denoiser.from_denoiser(oracle.denoise, sigma_min, sigma_max)
+
+
+def exact_denoisers(oracle):
+    """The oracle as each kind of network, each over the levels 0.02 to 80 or as near as its process comes."""
+    table = vp_table()
+    trained = ((1 - table) / table).sqrt()
+
+    def level_of(t):
+        low = t.double().floor().clamp(0, len(table) - 2).long()
+        part = t.double() - low
+        return (trained[low].log() * (1 - part) + trained[low + 1].log() * part).exp()
+
+    def vp_parts(x, t):
+        s = level_of(t)
+        alpha = (1 + s**2).rsqrt()
+        x0 = oracle.denoise(x / batch_shape(alpha, x), s.to(x.dtype))
+        a, sigma = batch_shape(alpha, x), batch_shape(s * alpha, x)
+        return x0, (x - a * x0) / sigma, a, sigma
+
+    def epsilon(x, t):
+        return vp_parts(x, t)[1]
+
+    def v(x, t):
+        x0, eps, a, sigma = vp_parts(x, t)
+        return a * eps - sigma * x0
+
+    def velocity(x, t):
+        tb = batch_shape(t, x)
+        s = (t.double() / (1 - t.double())).clamp_max(1e9)
+        x0 = oracle.denoise(x / batch_shape(1 / (1 + s), x), s.to(x.dtype))
+        return (x - x0) / tb
+
+    def edm(x, c_noise):
+        s = (4 * c_noise.double()).exp()
+        total = (s**2 + 0.25).sqrt()
+        z = x * batch_shape(total, x)
+        skip, out = batch_shape(0.25 / total**2, x), batch_shape(0.5 * s / total, x)
+        return (oracle.denoise(z, s.to(x.dtype)) - skip * z) / out
+
+    return {
+        "x0": exact_denoiser(oracle, 0.02, 80.0),
+        "edm": fs.Denoiser.from_edm(edm, sigma_min=0.02, sigma_max=80.0),
+        "score": fs.Denoiser.from_score(oracle.score, 0.02, 80.0),
+        "epsilon": fs.Denoiser.from_epsilon(epsilon, table),
+        "v": fs.Denoiser.from_v(v, table),
+        "velocity": fs.Denoiser.from_velocity(velocity, t_min=0.02 / 1.02),
+    }
+
+
+def mixture(d=4, seed=0):
+    return fs.oracles.GaussianMixture.random(d, 3, seed=seed)

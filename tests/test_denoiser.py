@@ -1,0 +1,99 @@
+import pytest
+import torch
+from models import exact_denoisers, mixture, vp_table
+
+import fastsched as fs
+
+ORACLE = mixture(d=4)
+KINDS = exact_denoisers(ORACLE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_the_exact_denoiser(kind):
+    denoiser = KINDS[kind]
+    s = denoiser.levels(12)
+    s = s[s.isfinite()]
+    z = s[:, None] * torch.randn(len(s), 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = ORACLE.denoise(z, s)
+    # the network is told its timestep or c_noise in float64 for float64 states; interpolated levels agree to 1e-9
+    torch.testing.assert_close(denoiser(z, s), exact, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_coefficients_recombine_the_raw_output(kind):
+    denoiser = KINDS[kind]
+    s = torch.tensor([0.7], dtype=torch.float64)
+    x = torch.randn(1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    a, c = denoiser.coefficients(s)
+    alpha = denoiser.process.alpha(s)
+    recombined = a * x + c * denoiser.raw_output(x, s)
+    torch.testing.assert_close(recombined, ORACLE.denoise(x / alpha, s), rtol=1e-7, atol=1e-7)
+
+
+def test_edm_wrapper_is_unwrapped():
+    class Wrapper(torch.nn.Module):
+        sigma_data, sigma_min, sigma_max = 0.25, 0, float("inf")
+
+        def __init__(self):
+            super().__init__()
+            self.model = lambda x, c_noise: torch.zeros_like(x)
+
+    denoiser = fs.Denoiser.from_edm(Wrapper())
+    assert denoiser.sigma_data == 0.25
+    assert (denoiser.process.s_min, denoiser.process.s_max) == (0.002, 80.0)
+    z = torch.ones(1, 3, dtype=torch.float64)
+    torch.testing.assert_close(denoiser(z, 0.5), z * 0.25**2 / (0.25**2 + 0.5**2))
+
+
+def test_denoiser_reads_pure_noise():
+    y = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    at_noise = KINDS["velocity"].denoise(y, float("inf"))
+    mean = (ORACLE.weights[:, None] * ORACLE.means).sum(0).double()
+    torch.testing.assert_close(at_noise, mean.expand(3, 4), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_networks_get_their_dtype_and_a_wide_condition(dtype):
+    seen = {}
+
+    def network(x, t):
+        seen.update(x=x.dtype, t=t.dtype)
+        return torch.zeros_like(x)
+
+    fs.Denoiser.from_epsilon(network, vp_table()).denoise(torch.zeros(2, 3), 1.0, dtype=dtype)
+    assert seen == {"x": dtype, "t": torch.float32}
+
+
+def test_integer_networks_get_integers():
+    seen = []
+
+    def network(x, t):
+        seen.append(t)
+        return torch.zeros_like(x)
+
+    fs.Denoiser.from_epsilon(network, vp_table(), integer_timesteps=True).denoise(torch.zeros(2, 3), 1.0)
+    assert seen[0].dtype == torch.int64
+
+
+def test_wrong_output_shape_is_named():
+    doubled = fs.Denoiser.from_denoiser(lambda z, s: torch.cat([z, z], 1), 0.1, 1.0)
+    with pytest.raises(ValueError, match=r"shape \(2, 6\) for a state of shape \(2, 3\); .*variance"):
+        doubled(torch.zeros(2, 3), 0.5)
+
+
+def test_output_that_is_no_tensor_is_named():
+    wrapped = fs.Denoiser.from_denoiser(lambda z, s: (z,), 0.1, 1.0)
+    with pytest.raises(TypeError, match="returned tuple"):
+        wrapped(torch.zeros(2, 3), 0.5)
+
+
+def test_network_must_be_callable():
+    with pytest.raises(TypeError, match="callable"):
+        fs.Denoiser.from_denoiser(3, 0.1, 1.0)
+
+
+def test_epsilon_of_zero_terminal_snr_is_refused():
+    table = torch.cat([vp_table()[:-1], torch.zeros(1)])
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        fs.Denoiser.from_epsilon(lambda x, t: x, table)
+    assert fs.Denoiser.from_v(lambda x, t: x, table).process.s_max == float("inf")

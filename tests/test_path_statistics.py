@@ -1,0 +1,128 @@
+import json
+import struct
+
+import pytest
+import torch
+from models import exact_denoisers, mixture
+from safetensors.torch import load_file, save_file
+
+import fastsched as fs
+
+KINDS = exact_denoisers(mixture())
+
+
+def measure(kind="x0", **options):
+    return fs.measure(KINDS[kind], (4,), progress=False, **{"levels": 12, "samples": 3, **options})
+
+
+@pytest.fixture(scope="module")
+def stats():
+    return measure()
+
+
+def assert_same(one, two):
+    assert one.process == two.process
+    assert one.shape == two.shape
+    assert one.model_calls == two.model_calls
+    assert one.data_std == two.data_std
+    for name in ("s", "seeds", "gram", "ends", "cross", "w_squared"):
+        left, right = getattr(one, name), getattr(two, name)
+        assert (left is None and right is None) or torch.equal(left, right), name
+
+
+@pytest.mark.parametrize("kind", ["x0", "epsilon", "velocity"])
+@pytest.mark.parametrize("sensitivity", ["finite-difference", None])
+def test_save_and_load(tmp_path, kind, sensitivity):
+    measured = measure(kind, sensitivity=sensitivity)
+    measured.save(tmp_path / "stats.safetensors")
+    assert_same(fs.PathStatistics.load(tmp_path / "stats.safetensors"), measured)
+    assert [file.name for file in tmp_path.iterdir()] == ["stats.safetensors"]
+
+
+def test_psi_by_its_definition(stats):
+    n = stats.levels
+    for k in range(1, n):
+        numerator = denominator = 0.0
+        for q in range(max(0, k - 6), k):
+            for b in range(stats.samples):
+                numerator += float(stats.cross[b, k - 1, q]) ** 2
+                denominator += float(stats.gram[b, q, q])
+        assert float(stats.psi[k]) == pytest.approx(numerator / denominator, rel=1e-12)
+
+
+def test_merge_is_measuring_more(stats):
+    more = measure(seed=1)
+    both = stats.merge(more)
+    assert both.samples == 6
+    assert both.model_calls == stats.model_calls + more.model_calls
+    torch.testing.assert_close(both.phi[1:-1], (stats.phi + more.phi)[1:-1] / 2)
+    assert torch.equal(both.select([3, 4, 5]).gram, more.gram)
+
+
+def test_merge_refuses_the_same_paths_twice(stats):
+    with pytest.raises(ValueError, match="repeats 3 of these paths"):
+        stats.merge(stats)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"levels": 13}, "other levels"), ({"kind": "v"}, "another noise process"),
+     ({"sensitivity": None}, "sensitivity exactly if")],
+)  # fmt: skip
+def test_merge_refuses_what_does_not_fit(stats, options, message):
+    with pytest.raises(ValueError, match=message):
+        stats.merge(measure(seed=1, **options))
+
+
+def test_truncated_file(stats, tmp_path):
+    path = tmp_path / "stats.safetensors"
+    stats.save(path)
+    whole = path.read_bytes()
+    for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            fs.PathStatistics.load(path)
+
+
+def test_foreign_file(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="does not hold path statistics"):
+        fs.PathStatistics.load(tmp_path / "other.safetensors")
+    (tmp_path / "text").write_text("a text")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        fs.PathStatistics.load(tmp_path / "text")
+    with pytest.raises(FileNotFoundError, match="no such statistics file"):
+        fs.PathStatistics.load(tmp_path / "missing")
+
+
+def header_of(path):
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["fastsched"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"version": 99}, "version 99, newer than"), ({"process": {"kind": "vq"}}, "did you mean 've'|kind must be"),
+     ({"data_std": None}, "lacks an entry")],
+)  # fmt: skip
+def test_changed_header(stats, tmp_path, change, message):
+    path = tmp_path / "stats.safetensors"
+    stats.save(path)
+    header = header_of(path) | change
+    save_file(load_file(path), path, metadata={"fastsched": json.dumps(header)})
+    with pytest.raises(ValueError, match=message):
+        fs.PathStatistics.load(path)
+
+
+def test_missing_or_misshapen_tensor(stats, tmp_path):
+    path = tmp_path / "stats.safetensors"
+    stats.save(path)
+    header, tensors = header_of(path), load_file(path)
+    metadata = {"fastsched": json.dumps(header)}
+    save_file({name: value for name, value in tensors.items() if name != "gram"}, path, metadata=metadata)
+    with pytest.raises(ValueError, match="lacks an entry"):
+        fs.PathStatistics.load(path)
+    save_file(tensors | {"gram": tensors["gram"][:, :5].contiguous()}, path, metadata=metadata)
+    with pytest.raises(ValueError, match="gram has shape"):
+        fs.PathStatistics.load(path)
