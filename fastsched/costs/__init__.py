@@ -3,5 +3,6 @@
 from fastsched.costs.matrix import CostMatrix, ModelCalls
 from fastsched.costs.path import PathCost, path_cost
 from fastsched.costs.stein import stein_corrector
+from fastsched.costs.stein_predictor import stein_predictor
 
-__all__ = ["CostMatrix", "ModelCalls", "PathCost", "path_cost", "stein_corrector"]
+__all__ = ["CostMatrix", "ModelCalls", "PathCost", "path_cost", "stein_corrector", "stein_predictor"]
