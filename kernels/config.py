@@ -1,0 +1,199 @@
+"""Launch parameters, chosen from a static table by size, dtype and architecture.
+
+A table and not an autotuner: it launches the same way every time, needs no GPU to be read or tested, and costs
+nothing on the first call. ``benchmarks/speed/tune.py`` measures alternatives on a GPU; winners are entered by hand.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+import torch
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+SHARED_MEMORY = {  # bytes one program may use
+    "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+
+
+@dataclass(frozen=True)
+class GramLaunch:
+    """How `level_gram` tiles its input.
+
+    Attributes:
+        rows: Rows of the tile, 64 or 128. Fewer levels are stacked, more are cut into blocks of rows.
+        columns: Columns of the tile.
+        warps: Warps of a program.
+        stages: Depth of the load pipeline.
+        programs: Programs a multiprocessor, over which the columns are dealt out.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    programs: int = 1
+
+
+# One row a family of architectures, one entry a shape: levels at most, and whether there are sensitivity vectors.
+# Registers, spills and shared memory of the entries are checked by tests/test_kernel_compile.py.
+FAMILIES = {"sm_80": "ampere", "sm_89": "ada", "sm_90": "hopper", "sm_100": "hopper", "sm_120": "ada", "gfx942": "cdna"}
+_BLOCKS = GramLaunch(64, 16, 8, 2)
+GRAM = {
+    "hopper": {
+        "64": GramLaunch(64, 64, 4, 3, programs=2),
+        "128": GramLaunch(128, 32, 8, 3),
+        "256": GramLaunch(128, 32, 8, 2),
+        "64+W": GramLaunch(64, 32, 4, 3, programs=2),
+        "128+W": GramLaunch(64, 32, 8, 2),
+        "256+W": GramLaunch(64, 32, 8, 2),
+    },
+    "ampere": {
+        "64": GramLaunch(64, 64, 4, 3),
+        "128": GramLaunch(128, 32, 8, 3),
+        "256": GramLaunch(64, 16, 4, 2, programs=2),
+        "64+W": GramLaunch(64, 16, 4, 2, programs=2),
+        "128+W": _BLOCKS,
+        "256+W": _BLOCKS,
+    },
+    "ada": {
+        "64": GramLaunch(64, 32, 4, 2, programs=2),
+        "128": GramLaunch(64, 16, 4, 2, programs=2),
+        "256": GramLaunch(64, 16, 4, 2, programs=2),
+        "64+W": GramLaunch(64, 16, 4, 2, programs=2),
+        "128+W": _BLOCKS,
+        "256+W": _BLOCKS,
+    },
+    "cdna": {
+        "64": GramLaunch(64, 64, 4, 2, programs=2),
+        "128": GramLaunch(128, 64, 8, 2),
+        "256": GramLaunch(64, 64, 4, 2),
+        "64+W": GramLaunch(64, 32, 4, 2, programs=2),
+        "128+W": GramLaunch(64, 32, 4, 2),
+        "256+W": GramLaunch(64, 32, 4, 2),
+    },
+    "unaligned": {  # element by element; wide tiles would spill
+        "64": GramLaunch(64, 32, 8, 2),
+        "128": GramLaunch(128, 16, 8, 2),
+        "256": _BLOCKS,
+        "64+W": _BLOCKS,
+        "128+W": _BLOCKS,
+        "256+W": _BLOCKS,
+    },
+    "ieee": {  # float32 products on the ordinary cores
+        "64": GramLaunch(64, 32, 4, 2),
+        "128": GramLaunch(128, 32, 8, 2),
+        "256": _BLOCKS,
+        "64+W": _BLOCKS,
+        "128+W": _BLOCKS,
+        "256+W": _BLOCKS,
+    },
+    # Four warps or more would take the tensor core of sm_100, which has no float32: the compiler silently uses TF32.
+    "ieee on sm_100": dict.fromkeys(("64", "128", "256", "64+W", "128+W", "256+W"), GramLaunch(64, 16, 2, 2)),
+}
+
+
+@dataclass(frozen=True)
+class HutchinsonLaunch:
+    """How `hutchinson` runs over a tile of 128 x 64 elements: warps of a program, depth of its load pipeline."""
+
+    warps: int = 8
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class MinPlusLaunch:
+    """How `min_plus` cuts an edge's search: previous levels and next levels a tile, warps of a program."""
+
+    previous: int = 16
+    following: int = 32
+    warps: int = 4
+
+
+def architecture(device: torch.device) -> str:
+    """Name a device as the table does; the interpreter counts as sm_90.
+
+    Raises:
+        ValueError: The device is neither a CUDA nor a HIP device.
+    """
+    if interpreted():
+        return "sm_90"
+    if device.type != "cuda":
+        raise ValueError(f"device must be a CUDA or HIP device; got {device}")
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return nearest(major * 10 + minor)
+
+
+def nearest(capability: int) -> str:
+    """Name the newest architecture of the table that is no newer than a compute capability (86 -> sm_80).
+
+    Raises:
+        ValueError: It is older than all of them.
+    """
+    known = [int(name[3:]) for name in ARCHITECTURES if name.startswith("sm_")]
+    below = [number for number in known if number <= capability]
+    if not below:
+        raise ValueError(f"compute capability must be at least 8.0; got {capability / 10}")
+    return f"sm_{max(below)}"
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def gram_launch(N: int, itemsize: int, arch: str, *, precision: str, aligned: bool, cross: bool) -> GramLaunch:
+    """Choose the tile of `level_gram`.
+
+    Args:
+        N: Number of levels.
+        itemsize: Bytes of an element of the widest input.
+        arch: One of `ARCHITECTURES`; another gfx name counts as gfx942, any other as sm_80.
+        precision: ``"bf16x3"``, ``"tf32x3"`` or ``"ieee"``.
+        aligned: Whether rows start on 16-element boundaries, so that loads can be wide.
+        cross: Whether the cross block with sensitivity vectors is asked for.
+    """
+    family = FAMILIES.get(arch, "cdna" if arch.startswith("gfx") else "ampere")
+    shape = ("64" if N <= 64 else "128" if N <= 128 else "256") + "+W" * cross
+    if precision == "ieee":
+        return GRAM["ieee on sm_100" if arch == "sm_100" else "ieee" if aligned else "unaligned"][shape]
+    if not aligned:
+        return GRAM["unaligned"][shape]
+    launch = GRAM[family][shape]
+    if family == "hopper" and shape == "128" and itemsize == 2:
+        return replace(launch, columns=64)
+    if family == "ampere" and shape == "64" and precision == "tf32x3":
+        return replace(launch, columns=32)
+    return launch
+
+
+def hutchinson_launch(arch: str) -> HutchinsonLaunch:
+    """Choose how `hutchinson` runs: two tiles of float32 in flight for two inputs take 128 KiB of shared memory."""
+    return HutchinsonLaunch(stages=3 if SHARED_MEMORY.get(arch, 0) > 128 * 1024 + 1024 else 2)
+
+
+def splits(tiles: int, samples: int, programs: int, processors: int) -> int:
+    """Choose the number of programs that share the columns of one sample.
+
+    Args:
+        tiles: Column tiles of one sample: no more programs than tiles.
+        samples: Samples, each with programs of its own.
+        programs: Programs a multiprocessor.
+        processors: Multiprocessors of the device.
+    """
+    return max(1, min(tiles, programs * processors // samples))
+
+
+def processors(device: torch.device) -> int:
+    """Count the multiprocessors of a device; the interpreter counts as three."""
+    if interpreted():
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,344 @@
+"""The increment Gram matrix in one pass over the network outputs. `README.md` beside this file derives it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config
+
+
+@triton.jit
+def load_row(p_block, o_level, N, m_col):
+    """Rows ``o_level`` in float32, zero outside the levels, [M, BK]."""
+    m_level = (o_level >= 0) & (o_level < N)  # [M]
+    return tl.load(p_block, mask=m_level[:, None] & m_col, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_coefficients(p_now, o_level, N, STEP: tl.constexpr):
+    """The coefficients of the four levels from each of ``o_level`` on, four [M, 1]; ``STEP`` past them, their steps."""
+    p_block = p_now + STEP * N + o_level
+    c_0 = tl.load(p_block, mask=o_level < N, other=0.0)[:, None]
+    c_1 = tl.load(p_block + 1, mask=o_level + 1 < N, other=0.0)[:, None]
+    c_2 = tl.load(p_block + 2, mask=o_level + 2 < N, other=0.0)[:, None]
+    c_3 = tl.load(p_block + 3, mask=o_level + 3 < N, other=0.0)[:, None]
+    return c_0, c_1, c_2, c_3
+
+
+@triton.jit
+def increments(p_rows, o_level, stride_level, N, o_col, m_col, now, step):
+    """``now_k (t_k - t_{k-1}) + step_k t_{k-1}`` for the four levels k from each of ``o_level`` on, four [M, BK].
+
+    Five slices of rows give four slices of differences without any exchange between threads.
+    """
+    p_block = p_rows + o_level.to(tl.int64)[:, None] * stride_level + o_col  # [M, BK]
+    b_before = load_row(p_block - stride_level, o_level - 1, N, m_col)
+    b_0 = load_row(p_block, o_level, N, m_col)
+    b_1 = load_row(p_block + stride_level, o_level + 1, N, m_col)
+    b_2 = load_row(p_block + 2 * stride_level, o_level + 2, N, m_col)
+    b_3 = load_row(p_block + 3 * stride_level, o_level + 3, N, m_col)
+    return (
+        now[0] * (b_0 - b_before) + step[0] * b_before,
+        now[1] * (b_1 - b_0) + step[1] * b_0,
+        now[2] * (b_2 - b_1) + step[2] * b_1,
+        now[3] * (b_3 - b_2) + step[3] * b_2,
+    )
+
+
+@triton.jit
+def interleave(b_0, b_1, b_2, b_3):
+    """Four [M, BK] of every fourth row -> [4 M, BK]."""
+    b_all = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))  # [M, BK, 2, 2]
+    return b_all.permute(0, 2, 3, 1).reshape(4 * b_0.shape[0], b_0.shape[1])
+
+
+@triton.jit
+def level_tile(p_R, p_X, o_level, r_level, x_level, N, o_col, m_col, c, dc, a, da, STATES: tl.constexpr):
+    """Increments of ``a_k X_k + c_k R_k``, [4 M, BK] float32."""
+    e_0, e_1, e_2, e_3 = increments(p_R, o_level, r_level, N, o_col, m_col, c, dc)
+    if STATES == "levels":
+        x_0, x_1, x_2, x_3 = increments(p_X, o_level, x_level, N, o_col, m_col, a, da)
+        e_0, e_1, e_2, e_3 = e_0 + x_0, e_1 + x_1, e_2 + x_2, e_3 + x_3
+    if STATES == "shared":
+        b_x = tl.load(p_X + o_col, mask=m_col, other=0.0).to(tl.float32)  # [M or 1, BK]
+        e_0, e_1, e_2, e_3 = e_0 + da[0] * b_x, e_1 + da[1] * b_x, e_2 + da[2] * b_x, e_3 + da[3] * b_x
+    return interleave(e_0, e_1, e_2, e_3)
+
+
+@triton.jit
+def split(b_w, SCALE: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """``w = high + low`` in the precision's storage, as ``high`` and ``SCALE * low``; only ``low`` is rounded to it."""
+    if PRECISION == "bf16x3":
+        b_high = ((b_w.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+        b_low = SCALE * (b_w - b_high)
+        if INTERPRET:  # NumPy has no bfloat16: the same values in float32
+            b_low = ((b_low.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+            return b_high, b_low
+        return b_high.to(tl.bfloat16), b_low.to(tl.bfloat16)
+    else:  # tf32: 13 of the 23 bits go
+        b_high = ((b_w.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        b_low = SCALE * (b_w - b_high)
+        return b_high, ((b_low.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def product(b_left, b_right, b_sum, MODE: tl.constexpr):
+    """``sum + left right'``, one dot; ``MODE`` says how the hardware reads its operands."""
+    return tl.dot(b_left, tl.trans(b_right), b_sum, input_precision=MODE, max_num_imprecise_acc=1)
+
+
+@triton.jit
+def square_product(b_e, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """A matrix M with ``(M + M') / 2 = e e'`` up to the precision's low-by-low product, [ROWS, ROWS]."""
+    b_zero = tl.zeros([b_e.shape[0], b_e.shape[0]], tl.float32)
+    if PRECISION == "ieee":
+        return product(b_e, b_e, b_zero, "ieee")
+    MODE: tl.constexpr = "ieee" if PRECISION == "bf16x3" else "tf32"
+    b_high, b_low_twice = split(b_e, 2, PRECISION, INTERPRET)
+    return product(b_high, b_low_twice, product(b_high, b_high, b_zero, MODE), MODE)
+
+
+@triton.jit
+def cross_product(b_left, b_right, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """``left right'`` up to the precision's low-by-low product, [ROWS, ROWS]."""
+    b_zero = tl.zeros([b_left.shape[0], b_right.shape[0]], tl.float32)
+    if PRECISION == "ieee":
+        return product(b_left, b_right, b_zero, "ieee")
+    MODE: tl.constexpr = "ieee" if PRECISION == "bf16x3" else "tf32"
+    l_high, l_low = split(b_left, 1, PRECISION, INTERPRET)
+    r_high, r_low = split(b_right, 1, PRECISION, INTERPRET)
+    b_sum = product(l_high, r_high, b_zero, MODE)
+    return product(l_low, r_high, product(l_high, r_low, b_sum, MODE), MODE)
+
+
+@triton.jit
+def add_lanes(b_x):
+    """Sums of four adjacent columns, which one thread holds, [ROWS, BK] -> [ROWS, BK / 4]."""
+    return tl.sum(b_x.reshape(b_x.shape[0], b_x.shape[1] // 4, 4), 2)
+
+
+@triton.jit
+def gram_kernel(
+    p_R, p_X, p_W, p_coefficients, p_pairs, p_gram, p_diagonal, p_cross, p_norms,
+    N, K, iterations, r_level, r_sample, x_level, x_sample, w_level, w_sample,
+    STATES: tl.constexpr, PAIRED: tl.constexpr, CROSS: tl.constexpr, STACK: tl.constexpr,
+    ROWS: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One program: its share of the columns of one sample, for one pair of row blocks.
+
+    Grid ``(pairs, parts, samples)``. With ``STACK`` > 1 a tile holds that many groups of columns, each a stack of
+    ``ROWS / STACK`` levels. Each program writes one tile of float32 partial sums, [ROWS, ROWS], and [ROWS] diagonals.
+    """
+    pair, part, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    parts = tl.num_programs(1).to(tl.int64)
+    left, right = tl.load(p_pairs + 2 * pair), tl.load(p_pairs + 2 * pair + 1)
+    o_row = tl.arange(0, ROWS)
+    o_slice = tl.arange(0, ROWS // 4) * 4  # rows of the tile: slice r holds rows 4 m + r
+    HEIGHT: tl.constexpr = ROWS // STACK
+    o_left, o_right = left * ROWS + o_slice % HEIGHT, right * ROWS + o_slice % HEIGHT
+    if STACK > 1:
+        o_shift = (o_slice // HEIGHT * BK)[:, None]  # [ROWS / 4, 1]
+        w_shift = (o_row // HEIGHT * BK)[:, None]  # [ROWS, 1]
+    else:
+        o_shift = tl.zeros([1, 1], tl.int32)
+        w_shift = tl.zeros([1, 1], tl.int32)
+    o_col = o_shift + tl.arange(0, BK)[None, :]
+    w_col = w_shift + tl.arange(0, BK)[None, :]
+    w_row = left * ROWS + o_row % HEIGHT
+    o_w = w_row.to(tl.int64)[:, None] * w_level + w_col  # [ROWS, BK]
+
+    a, da = load_coefficients(p_coefficients, o_right, N, 0), load_coefficients(p_coefficients, o_right, N, 2)
+    c, dc = load_coefficients(p_coefficients, o_right, N, 1), load_coefficients(p_coefficients, o_right, N, 3)
+    if PAIRED:
+        la, lda = load_coefficients(p_coefficients, o_left, N, 0), load_coefficients(p_coefficients, o_left, N, 2)
+        lc, ldc = load_coefficients(p_coefficients, o_left, N, 1), load_coefficients(p_coefficients, o_left, N, 3)
+
+    p_R += sample.to(tl.int64) * r_sample
+    p_X += sample.to(tl.int64) * x_sample
+    p_W += sample.to(tl.int64) * w_sample
+    b_gram = tl.zeros([ROWS, ROWS], tl.float32)
+    b_diagonal = tl.zeros([ROWS, BK // 4], tl.float32)
+    b_cross = tl.zeros([ROWS, ROWS], tl.float32)
+    b_norms = tl.zeros([ROWS, BK // 4], tl.float32)
+    for it in range(iterations):
+        first = (it * parts + part) * (BK * STACK)
+        m_col = o_col < K - first
+        p_r, p_x = p_R + first, p_X + first
+        b_e = level_tile(p_r, p_x, o_right, r_level, x_level, N, o_col, m_col, c, dc, a, da, STATES)
+        if PAIRED:
+            b_l = level_tile(p_r, p_x, o_left, r_level, x_level, N, o_col, m_col, lc, ldc, la, lda, STATES)
+            b_gram += cross_product(b_l, b_e, PRECISION, INTERPRET)
+        else:
+            b_gram += square_product(b_e, PRECISION, INTERPRET)
+        b_diagonal += add_lanes(b_e * b_e)
+        if CROSS:
+            b_w = load_row(p_W + first + o_w, w_row, N, w_col < K - first)
+            b_cross += cross_product(b_w, b_e, PRECISION, INTERPRET)
+            b_norms += add_lanes(b_w * b_w)
+
+    tile = (part.to(tl.int64) * tl.num_programs(2) + sample) * tl.num_programs(0) + pair
+    o_tile = tile * ROWS * ROWS + o_row[:, None] * ROWS + o_row[None, :]
+    tl.store(p_gram + o_tile, b_gram)
+    tl.store(p_diagonal + tile * ROWS + o_row, tl.sum(b_diagonal, 1))
+    if CROSS:
+        tl.store(p_cross + o_tile, b_cross)
+        tl.store(p_norms + tile * ROWS + o_row, tl.sum(b_norms, 1))
+
+
+def level_gram(
+    R: Tensor, X: Tensor | None, W: Tensor | None, coefficients: Tensor, per_sample: bool, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the kernel and add up its partial sums.
+
+    Args:
+        R: ``[N, B, d]``.
+        X: ``[N, B, d]``, ``[B, d]`` or None.
+        W: ``[N, B, d]`` or None.
+        coefficients: ``[2, N]`` float64 on the host: ``a``, ``c``.
+        per_sample: Keep the samples apart.
+        precision: ``"bf16x3"``, ``"tf32x3"`` or ``"ieee"``.
+
+    Returns:
+        Gram matrix, cross block, squared norms, float64; the last two empty without ``W``.
+    """
+    N, B, _ = R.shape
+    flat = not per_sample and all(t is None or t.is_contiguous() for t in (R, X, W))
+    R, X, W = (None if t is None else _view(t, flat) for t in (R, X, W))
+    aligned = all(t is None or _aligned(t) for t in (R, X, W))
+    itemsize = max(t.element_size() for t in (R, X, W) if t is not None)
+    arch = config.architecture(R.device)
+    chosen = config.gram_launch(N, itemsize, arch, precision=precision, aligned=aligned, cross=W is not None)
+    partials = launch(R, X, W, _steps(coefficients).to(R.device), precision, chosen)
+    totals = [t.sum(0, dtype=torch.float64) for t in partials]  # one order for every run
+    if not per_sample:
+        totals = [t.sum(0, keepdim=True) / B for t in totals]
+    gram, diagonal, cross, norms = _assemble(*totals, N, chosen.rows)
+    gram.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
+    results = [gram, cross, norms] if per_sample else [gram[0], cross[0], norms[0]]
+    if W is None:
+        results[1:] = gram.new_empty(0), gram.new_empty(0)
+    return results[0], results[1].contiguous(), results[2].contiguous()
+
+
+def launch(
+    R: Tensor, X: Tensor | None, W: Tensor | None, steps: Tensor, precision: str, chosen: config.GramLaunch,
+    parts: int | None = None, fill: float | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """Run the kernel over ``[N, G, K]`` views.
+
+    Args:
+        R: ``[N, G, K]``.
+        X: ``[N, G, K]``, ``[1, G, K]`` or None.
+        W: ``[N, G, K]`` or None.
+        steps: ``[4, N]`` float32, from `_steps`.
+        precision: As `level_gram` takes it.
+        chosen: Tile and warps.
+        parts: Programs that share the columns; from the device's size if None.
+        fill: What to fill the outputs with first (tests poison them).
+
+    Returns:
+        Partial sums of Gram matrix, diagonal, cross block, norms: ``[parts, G, pairs, rows, ..]``.
+    """
+    N, G, K = R.shape
+    rows, cross = chosen.rows, W is not None
+    states = "none" if X is None else "shared" if X.shape[0] == 1 and N > 1 else "levels"
+    fixed = constants(N, states, cross, precision, chosen)
+    pairs = _pairs(-(-N // rows), cross)
+    tiles = triton.cdiv(K, chosen.columns * fixed["STACK"])
+    if parts is None:
+        parts = config.splits(tiles, G * len(pairs), chosen.programs, config.processors(R.device))
+    shape = (parts, G, len(pairs), rows)
+    sizes = [(*shape, rows), shape, (*shape, rows) if cross else (1, 1, 1, 1, 1), shape if cross else (1, 1, 1, 1)]
+    outputs = [R.new_empty(size, dtype=torch.float32) for size in sizes]
+    if fill is not None:
+        for output in outputs:
+            output.fill_(fill)
+    X, W = R if X is None else X, R if W is None else W
+    gram_kernel[len(pairs), parts, G](
+        R, X, W, steps, torch.tensor(pairs, dtype=torch.int32).to(R.device), *outputs,
+        N, K, triton.cdiv(tiles, parts), R.stride(0), R.stride(1), X.stride(0), X.stride(1), W.stride(0), W.stride(1),
+        **fixed, num_warps=chosen.warps, num_stages=chosen.stages,
+    )  # fmt: skip
+    return outputs
+
+
+def constants(N: int, states: str, cross: bool, precision: str, chosen: config.GramLaunch) -> dict:
+    """The kernel's compile-time arguments."""
+    return {
+        "STATES": states,
+        "PAIRED": chosen.rows < N,
+        "CROSS": cross,
+        "STACK": max(1, chosen.rows // max(16, triton.next_power_of_2(N))),
+        "ROWS": chosen.rows,
+        "BK": chosen.columns,
+        "PRECISION": precision,
+        "INTERPRET": config.interpreted(),
+    }
+
+
+def _pairs(blocks: int, cross: bool) -> list[tuple[int, int]]:
+    """Pairs of row blocks: the upper triangle, or all of them where the cross block needs both orders."""
+    return [(i, j) for i in range(blocks) for j in range(blocks) if cross or i <= j]
+
+
+def _steps(coefficients: Tensor) -> Tensor:
+    """``[2, N]`` float64 -> ``[4, N]`` float32: the coefficients and, subtracted in float64, their steps."""
+    before = torch.cat([coefficients.new_zeros(2, 1), coefficients[:, :-1]], 1)
+    return torch.cat([coefficients, coefficients - before]).float()
+
+
+def _view(t: Tensor, flat: bool) -> Tensor:
+    """``[N, B, d]`` or ``[B, d]`` -> ``[N or 1, G, K]`` with adjacent columns; one sample in all if ``flat``."""
+    t = t if t.ndim == 3 else t.unsqueeze(0)
+    if flat:
+        return t.flatten(1).unsqueeze(1)
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _aligned(t: Tensor) -> bool:
+    """Whether every row starts on a 16-element boundary and ends on one."""
+    starts = t.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in t.stride()[:-1])
+    return starts and t.shape[-1] % 16 == 0
+
+
+def _assemble(
+    gram: Tensor, diagonal: Tensor, cross: Tensor, norms: Tensor, N: int, rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tiles ``[G, pairs, rows, rows]`` and ``[G, pairs, rows]`` -> ``[G, N, N]`` and ``[G, N]``."""
+    blocks = -(-N // rows)
+    if blocks > 1:
+        return _assemble_blocks(gram, diagonal, cross, norms, N, blocks)
+    height = min(rows, max(16, triton.next_power_of_2(N)))
+    gram, cross = (_unstack(t[:, 0], height)[:, :N, :N] if t.shape[-1] > 1 else t for t in (gram, cross))
+    diagonal, norms = (
+        t[:, 0].unflatten(-1, (-1, height)).sum(1)[:, :N] if t.shape[-1] > 1 else t for t in (diagonal, norms)
+    )
+    return (gram + gram.mT) / 2, diagonal, cross, norms
+
+
+def _unstack(tile: Tensor, height: int) -> Tensor:
+    """Add up the diagonal blocks of a tile of stacked column groups: ``[G, rows, rows]`` -> ``[G, height, height]``."""
+    stack = tile.shape[-1] // height
+    return tile.view(-1, stack, height, stack, height).diagonal(dim1=1, dim2=3).sum(-1)
+
+
+def _assemble_blocks(
+    gram: Tensor, diagonal: Tensor, cross: Tensor, norms: Tensor, N: int, blocks: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    G, rows = len(gram), gram.shape[-1]
+    pairs = _pairs(blocks, cross.shape[-1] > 1)
+    whole = [gram.new_zeros(G, blocks, rows, blocks, rows) for _ in range(2)]
+    lines = [gram.new_zeros(G, blocks, rows) for _ in range(2)]
+    for p, (i, j) in enumerate(pairs):
+        whole[0][:, i, :, j] = gram[:, p]
+        if i == j:
+            lines[0][:, i] = diagonal[:, p]
+        if cross.shape[-1] > 1:
+            whole[1][:, i, :, j] = cross[:, p]
+            lines[1][:, i] = norms[:, p]
+    gram, cross = (t.flatten(3).flatten(1, 2)[:, :N, :N] for t in whole)
+    diagonal, norms = (t.flatten(1)[:, :N] for t in lines)
+    return gram.triu() + gram.triu(1).mT, diagonal, cross, norms
