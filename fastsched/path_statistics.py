@@ -91,17 +91,20 @@ class PathStatistics:
         """Sensitivity in the directions of the solver's errors, [N + 1] float64.
 
         ``psi_k = sum_q E <w_k, e_q>^2 / sum_q E ||e_q||^2`` over the last six increments that end at or before
-        level k. ``psi_N = 1`` and ``psi_0`` is NaN, as in `phi`.
+        level k, divided by the same ratio at the end over all increments. That ratio is 1 in expectation
+        (``w_N`` is the probe itself), so it is a control variate: where errors keep to one direction, as on
+        Gaussian data, it removes the noise of the probes altogether. ``psi_N = 1`` and ``psi_0`` is NaN, as in `phi`.
 
         Raises:
             ValueError: If measured with ``sensitivity=None``.
         """
         cross, _ = self._sensitivity()
         squared, size = cross.square().mean(0), self.gram.diagonal(dim1=1, dim2=2).mean(0)
+        at_end = float(squared[-1].sum() / size.sum()) if float(size.sum()) > 0 else 0.0
         values = [torch.nan]
         for k in range(1, self.levels):
             window = slice(max(0, k - DIRECTIONAL_WINDOW), k)
-            total = float(size[window].sum())
+            total = float(size[window].sum()) * at_end
             values.append(float(squared[k - 1, window].sum()) / total if total > 0 else 0.0)
         return torch.tensor([*values, 1.0], dtype=torch.float64)
 

@@ -39,15 +39,29 @@ def test_save_and_load(tmp_path, kind, sensitivity):
     assert [file.name for file in tmp_path.iterdir()] == ["stats.safetensors"]
 
 
+def ratio(stats, k, increments):
+    """Mean squared product of w_k with some increments, over their mean square."""
+    pairs = [(b, q) for b in range(stats.samples) for q in increments]
+    return sum(float(stats.cross[b, k - 1, q]) ** 2 for b, q in pairs) / sum(
+        float(stats.gram[b, q, q]) for b, q in pairs
+    )
+
+
 def test_psi_by_its_definition(stats):
     n = stats.levels
+    at_end = ratio(stats, n, range(n - 1))
     for k in range(1, n):
-        numerator = denominator = 0.0
-        for q in range(max(0, k - 6), k):
-            for b in range(stats.samples):
-                numerator += float(stats.cross[b, k - 1, q]) ** 2
-                denominator += float(stats.gram[b, q, q])
-        assert float(stats.psi[k]) == pytest.approx(numerator / denominator, rel=1e-12)
+        expected = ratio(stats, k, range(max(0, k - 6), k)) / at_end
+        assert float(stats.psi[k]) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_psi_of_a_gaussian_has_no_noise_of_probes(seed):
+    """All increments of a path are parallel, so one sample gives phi of the closed form but for the path's error."""
+    oracle = fs.oracles.Gaussian(0.5, (8,))
+    denoiser = fs.Denoiser.from_denoiser(oracle.denoise, 0.01, 20.0)
+    stats = fs.measure(denoiser, (8,), levels=128, samples=1, seed=seed, progress=False)
+    torch.testing.assert_close(stats.psi[1:-1], oracle.sensitivity(stats.s[1:]).double(), rtol=0.05, atol=0)
 
 
 def test_merge_is_measuring_more(stats):

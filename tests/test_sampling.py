@@ -31,7 +31,7 @@ def test_stopping_short_returns_the_state():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_output_names_the_level(bad):
     broken = fs.Denoiser.from_denoiser(lambda z, s: torch.where(s.reshape(-1, 1) < 1, bad, z), 0.01, 80.0)
-    with pytest.raises(ValueError, match="NaN or inf at sigma = 0.5"):
+    with pytest.raises(ValueError, match=r"NaN or inf at sigma = 0\.5"):
         fs.sample(broken, [80.0, 2.0, 0.5, 0.1, 0.0], "ddim", NOISE)
 
 
