@@ -14,10 +14,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastsched import baselines, costs, oracles
+    from fastsched import baselines, costs, diffusers, metrics, oracles, plot
+    from fastsched.comparison import Comparison, compare, converged_reference
     from fastsched.denoiser import Denoiser
+    from fastsched.fixed_point import refine_schedule
     from fastsched.measurement import measure
-    from fastsched.optimal import optimal_schedule, score_optimal_schedule
+    from fastsched.optimal import optimal_schedule, score_optimal_schedule, select
     from fastsched.path_statistics import PathStatistics
     from fastsched.sampling import sample
     from fastsched.schedule import Schedule
@@ -25,27 +27,40 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Comparison": "comparison",
     "Denoiser": "denoiser",
     "PathStatistics": "path_statistics",
     "Schedule": "schedule",
+    "compare": "comparison",
+    "converged_reference": "comparison",
     "measure": "measurement",
     "optimal_schedule": "optimal",
+    "refine_schedule": "fixed_point",
     "sample": "sampling",
     "score_optimal_schedule": "optimal",
+    "select": "optimal",
 }
-_MODULES = ("baselines", "costs", "oracles")
+_MODULES = ("baselines", "costs", "diffusers", "metrics", "oracles", "plot")
 
 __all__ = [
+    "Comparison",
     "Denoiser",
     "PathStatistics",
     "Schedule",
     "baselines",
+    "compare",
+    "converged_reference",
     "costs",
+    "diffusers",
     "measure",
+    "metrics",
     "optimal_schedule",
     "oracles",
+    "plot",
+    "refine_schedule",
     "sample",
     "score_optimal_schedule",
+    "select",
 ]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
+from fastsched.costs.matrix import CostMatrix
 from fastsched.costs.path import path_cost
 from fastsched.costs.states import finite_grid
 from fastsched.costs.stein import stein_corrector
@@ -16,7 +17,7 @@ from fastsched.denoiser import Denoiser
 from fastsched.noise import NoiseProcess, VariancePreserving
 from fastsched.path_statistics import PathStatistics
 from fastsched.schedule import Schedule
-from fastsched.selection import cheapest_paths, equal_arc_length
+from fastsched.selection import cheapest_paths, equal_arc_length, first_order_paths
 from fastsched.solvers import get_solver
 
 
@@ -114,8 +115,57 @@ def score_optimal_schedule(
         dtype=dtype,
         progress=progress,
     )
-    nodes = equal_arc_length(cost.s, cost.lengths, max(2, steps + int(spare_last)))
-    return Schedule.from_levels(denoiser.process, _to_zero(denoiser.process, nodes, steps), name)
+    return select(cost, steps, method="arc_length", spare_last=spare_last, solver=name)
+
+
+def select(
+    cost: CostMatrix,
+    steps: int,
+    *,
+    method: str | None = None,
+    spare_last: bool = True,
+    solver: str = "dpmpp_2m",
+) -> Schedule:
+    """The schedule of ``steps`` steps that a cost matrix favours; no model calls.
+
+    Both methods make ``sum_n cost(k_n, k_{n+1})`` small. Dynamic programming finds the levels of the grid with the
+    least sum. Equal arc length (Algorithm 1 of the paper) gives every step the same ``cost^(1/p)``, cumulated over
+    neighbouring levels: the least sum in the limit of short steps, where ``cost ~ delta * step^p``, off the grid
+    too. They differ where steps are long.
+
+    Args:
+        cost: What `fastsched.costs.stein_corrector`, ``stein_predictor``, ``fisher_rao`` or ``klub`` returned.
+        steps: Nodes above sigma 0; model calls of a multistep solver.
+        method: ``"dynamic_programming"`` (needs all pairs of levels) or ``"arc_length"``. None: the first where all
+            pairs are there.
+        spare_last: The last node. True: ``steps + 1`` nodes from the highest level to the lowest, the last of them
+            replaced by 0. False: ``steps`` nodes, the last at the lowest level, then 0.
+        solver: What the schedule is marked as being for.
+
+    Returns:
+        The schedule; it predicts no error. A process that starts from pure noise has its first node moved there.
+
+    Raises:
+        ValueError: If an argument is out of range or unknown, or dynamic programming lacks pairs.
+    """
+    steps = validate.positive_int("steps", steps)
+    complete = len(cost.pairs) == len(cost.s) * (len(cost.s) - 1) // 2
+    if method is None:
+        method = "dynamic_programming" if complete else "arc_length"
+    validate.choice("method", method, ("dynamic_programming", "arc_length"))
+    nodes = max(2, steps + int(spare_last))
+    if method == "arc_length":
+        s = equal_arc_length(cost.s, cost.lengths, nodes)
+    elif not complete:
+        raise ValueError(
+            "method='dynamic_programming' needs the cost of all pairs of levels: estimate with pairs='all'"
+        )
+    elif nodes > len(cost.s):
+        raise ValueError(f"steps must be at most {len(cost.s) - int(spare_last)} on {len(cost.s)} levels, got {steps}")
+    else:
+        clipped = cost.matrix.clamp_min(0.0).numpy()  # an unbiased estimate near 0 may fall below it
+        s = cost.s[first_order_paths(clipped, nodes - 1).path(nodes - 1)]
+    return Schedule.from_levels(cost.process, _to_zero(cost.process, s, steps), get_solver(solver).name)
 
 
 def _to_zero(process: NoiseProcess, nodes: Tensor, steps: int) -> Tensor:
