@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.noise import NoiseProcess
 from fastsched.solvers import get_solver
+
+if TYPE_CHECKING:
+    from fastsched.comfyui import ComfyUISigmas
 
 FORMAT = "fastsched.schedule"
 VERSION = 1
@@ -88,6 +91,34 @@ class Schedule:
         values = ", ".join(f"{value:.4g}" for value in self.sigmas.tolist())
         error = "" if self.predicted_error is None else f", predicted_error={self.predicted_error:.4g}"
         return f"Schedule({self.solver}, {self.steps} steps, {self.noise}: [{values}]{error})"
+
+    def to_diffusers(self, scheduler: Any, *, mu: float | None = None) -> dict[str, Any]:
+        """Keyword arguments with which a pipeline of diffusers uses this schedule: ``pipe(prompt, **arguments)``.
+
+        ``sigmas=`` or ``timesteps=``, with what the scheduler's class will do to them undone (shift, appended zero,
+        dropped last entry, ramp), proven by running a copy (`fastsched.diffusers.export`, which also reports the
+        sigmas used). Where a class takes no list, `fastsched.diffusers.apply` sets the pipeline up.
+
+        Args:
+            scheduler: The pipeline's scheduler.
+            mu: The shift that the pipeline will pass, for schedulers with ``use_dynamic_shifting``.
+
+        Raises:
+            ValueError: If the scheduler cannot be given the schedule so; the message says why and what can.
+        """
+        from fastsched.diffusers import export
+
+        return export(self, scheduler, mu=mu).arguments
+
+    def to_comfyui(self) -> ComfyUISigmas:
+        """The sigmas for ComfyUI: ``.text`` in plain decimals, ``.sigmas`` [steps + 1] float32.
+
+        Raises:
+            ValueError: If the first sigma is infinite.
+        """
+        from fastsched.comfyui import comfyui_sigmas
+
+        return comfyui_sigmas(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON with plain decimals; an existing file is replaced only when the new one is whole."""

@@ -1,0 +1,14 @@
+"""Measure any pipeline of diffusers by its own loop, and hand schedules back to it with proof.
+
+Needs the extra: ``pip install "fastsched[diffusers]"``.
+"""
+
+try:
+    import diffusers as _diffusers  # noqa: F401 - the library, not this package
+except ImportError as error:
+    raise ImportError(f'fastsched.diffusers needs diffusers ({error}): pip install "fastsched[diffusers]"') from error
+
+from fastsched.diffusers.applier import apply
+from fastsched.diffusers.exporter import Export, export
+
+__all__ = ["Export", "apply", "export"]

@@ -1,0 +1,156 @@
+"""Set a pipeline up so that its next plain call uses a schedule."""
+
+from __future__ import annotations
+
+import functools
+import types
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsched.diffusers.conventions import Convention, describe
+from fastsched.diffusers.exporter import Export, Setter, check_range, given_arguments, plain_copy, prove
+from fastsched.schedule import Schedule
+
+#: Classes whose step goes to ``t - train_steps // num_inference_steps`` and reads that number at every step.
+ARITHMETIC = ("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler")
+
+#: How far below flow time 1, whose log-SNR is infinite, solvers in log-SNR start (as UniPC's own class does).
+BELOW_ONE = 1e-6
+
+
+def apply(schedule: Schedule, pipe: Any) -> Export:
+    """Give ``pipe`` a copy of its scheduler that uses ``schedule`` whatever number of steps a call asks for.
+
+    Three ways are tried, and the first that is proven exact is taken; failing that, the one with the least rounding:
+
+    * ``"arguments"``: the class's own ``set_timesteps(sigmas=...)`` or ``(timesteps=...)``;
+    * ``"assigned"``: its ``sigmas`` and ``timesteps`` set after ``set_timesteps``, if its ``step`` follows them;
+    * ``"stepped"``: for DDIM, the stride that its ``step`` reads, set before each step.
+
+    The class and config of the scheduler stay what they were, so that a pipeline saves and loads as before. The old
+    scheduler is not changed; keep ``pipe.scheduler`` to go back to it.
+
+    Args:
+        schedule: The schedule.
+        pipe: A pipeline with a ``scheduler``.
+
+    Returns:
+        How the schedule was given, the sigmas that will be used and their largest relative error.
+
+    Raises:
+        ValueError: If no way is proven to work; the message holds the reason of each.
+    """
+    scheduler, proof = applied(schedule, pipe.scheduler)
+    pipe.scheduler = scheduler
+    return proof
+
+
+def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
+    """A copy of ``scheduler`` that uses ``schedule``, and its proof; arguments and errors as in `apply`."""
+    convention = describe(scheduler)
+    check_range(schedule, convention, scheduler)
+    proven: list[tuple[Export, Setter]] = []
+    reasons = []
+    for way, make in (("arguments", _by_arguments), ("assigned", _by_assignment), ("stepped", _by_steps)):
+        try:
+            setter = make(schedule, scheduler, convention)
+            proof = prove(schedule, scheduler, convention, setter, way)
+        except ValueError as error:
+            reasons.append(f"{way}: {error}")
+            continue
+        proven.append((proof, setter))
+        if proof.exact:
+            break
+    if not proven:
+        raise ValueError(f"{type(scheduler).__name__} cannot be made to use this schedule. " + " | ".join(reasons))
+    proof, setter = min(proven, key=lambda pair: pair[0].error)
+    target = plain_copy(scheduler)
+    _override(target, setter)
+    return target, proof
+
+
+def _override(scheduler: Any, setter: Setter) -> None:
+    original = type(scheduler).set_timesteps
+
+    @functools.wraps(original)  # pipelines inspect the signature
+    def set_timesteps(self: Any, num_inference_steps: Any = None, device: Any = None, *_: Any, **__: Any) -> None:
+        setter(self)
+        if device is not None:
+            self.timesteps = self.timesteps.to(device)
+
+    scheduler.set_timesteps = types.MethodType(set_timesteps, scheduler)
+
+
+def _by_arguments(schedule: Schedule, scheduler: Any, convention: Convention) -> Setter:
+    # Any shift will do, for it is undone and done again; these leave times alone.
+    config = scheduler.config
+    shifting = {}
+    if config.get("use_dynamic_shifting"):
+        shifting = {"mu": 1.0 if config.get("time_shift_type") == "linear" else 0.0}
+    arguments = given_arguments(schedule, scheduler, convention, shifting.get("mu"))
+    return lambda target: type(target).set_timesteps(target, **arguments, **shifting)
+
+
+def _by_assignment(schedule: Schedule, scheduler: Any, convention: Convention) -> Setter:
+    sigmas = schedule.sigmas.clone()
+    if scheduler.config.get("use_flow_sigmas"):
+        sigmas[0] = sigmas[0].clamp(max=1 - BELOW_ONE)
+    timesteps = convention.timesteps(convention.process.level(sigmas[:-1]))
+
+    def setter(target: Any) -> None:
+        _set_steps(target, schedule.steps)
+        if getattr(target, "sigmas", None) is None:
+            raise ValueError("it keeps no sigmas that could be set")
+        twice = getattr(target, "order", 1) == 2
+        target.sigmas = _inner_twice(sigmas, twice, ends=True).to(target.sigmas)
+        target.timesteps = _like_timesteps(_inner_twice(timesteps, twice, ends=False), target.timesteps)
+
+    return setter
+
+
+def _by_steps(schedule: Schedule, scheduler: Any, convention: Convention) -> Setter:
+    if not {cls.__name__ for cls in type(scheduler).__mro__}.intersection(ARITHMETIC):
+        raise ValueError("its step reads no stride that could be set")
+    whole = convention.timesteps(schedule.sigmas[:-1]).round().to(torch.int64)
+    following = dict(zip(whole.tolist(), [*whole[1:].tolist(), -1], strict=True))
+    if len(following) < len(whole):
+        raise ValueError(f"two of the schedule's levels round to the same timestep: {whole.tolist()}")
+    original = type(scheduler).step
+
+    @functools.wraps(original)
+    def step(self: Any, model_output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        stride = int(timestep) - following[int(timestep)]
+        self.num_inference_steps = Fraction(self.config.num_train_timesteps, stride)
+        return original(self, model_output, timestep, *args, **kwargs)
+
+    def setter(target: Any) -> None:
+        _set_steps(target, schedule.steps)
+        target.timesteps = whole.to(target.timesteps)
+        target.final_alpha_cumprod = torch.ones_like(target.final_alpha_cumprod)  # the last step ends at sigma 0
+        target.step = types.MethodType(step, target)
+
+    return setter
+
+
+def _set_steps(target: Any, steps: int) -> None:
+    """The class's own ``set_timesteps`` for so many steps, to reset its state."""
+    shifting = {"mu": 1.0} if target.config.get("use_dynamic_shifting") else {}
+    type(target).set_timesteps(target, steps, **shifting)
+
+
+def _inner_twice(values: Tensor, twice: bool, *, ends: bool) -> Tensor:
+    """``values`` as a two-call scheduler lists them: all but the first (and with ``ends`` the last) repeated."""
+    if not twice:
+        return values
+    inner = values[1:-1] if ends else values[1:]
+    return torch.cat([values[:1], inner.repeat_interleave(2), *([values[-1:]] if ends else [])])
+
+
+def _like_timesteps(timesteps: Tensor, like: Tensor) -> Tensor:
+    """``timesteps`` in the dtype of ``like`` where that keeps them."""
+    if not like.is_floating_point() and bool(((timesteps - timesteps.round()).abs() < 1e-4).all()):
+        return timesteps.round().to(like)
+    return timesteps.to(like.device, torch.float32 if not like.is_floating_point() else like.dtype)

@@ -1,0 +1,254 @@
+"""What a scheduler of diffusers means: its noise process, what its network predicts, and the state it steps.
+
+A pipeline's loop is the same for all of them::
+
+    for t in scheduler.timesteps:
+        output = network(scheduler.scale_model_input(x, t), t)
+        x = scheduler.step(output, t, x).prev_sample
+
+but ``x`` is a variance-exploding state for some classes and the process's own for others, ``t`` an index, a flow time
+times 1000 or ``log(sigma) / 4``, and ``output`` one of five predictions. `describe` reads all that off a scheduler.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsched.denoiser import Denoiser
+from fastsched.noise import FlowMatching, NoiseProcess, VarianceExploding, VariancePreserving
+
+#: Classes that step ``z = x / alpha`` and scale it down to ``x`` for the network.
+SCALED_VP = (
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverSDEScheduler",
+)
+#: Classes that step ``x`` itself and name levels by whole timesteps.
+PLAIN_VP = (
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "SASolverScheduler",
+    "PNDMScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
+)
+FLOW = (
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    "FlowMapEulerDiscreteScheduler",
+    "LTXEulerAncestralRFScheduler",
+)
+EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+
+#: Classes that are one of our solvers whatever their settings.
+SAME_SOLVER = {
+    "ddim": (
+        "EulerDiscreteScheduler",
+        "EDMEulerScheduler",
+        "DDIMScheduler",
+        "DDIMParallelScheduler",
+        "CogVideoXDDIMScheduler",
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMapEulerDiscreteScheduler",
+    ),
+    "heun": ("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+}
+
+#: diffusers' ``prediction_type`` in the words of `fastsched.Denoiser`.
+PREDICTIONS = {
+    "epsilon": "epsilon",
+    "v_prediction": "v",
+    "sample": "x0",
+    "original_sample": "x0",
+    "flow_prediction": "velocity",
+}
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How a scheduler and its network speak.
+
+    Attributes:
+        denoiser: The noise process and prediction; its network is the pipeline, and cannot be called.
+        sign: What the network's output is multiplied by to be ``R`` (-1 for EDM networks that predict ``v``).
+        scaled: Whether the state between steps is ``z = x / alpha`` (the process's own ``x`` otherwise).
+        train_steps: Timesteps of the model; flow times are multiplied by it.
+        integer: Whether the class names levels by whole timesteps.
+        learned_variance: Whether the network's output holds a variance after the prediction, to be dropped.
+    """
+
+    denoiser: Denoiser
+    sign: float = 1.0
+    scaled: bool = False
+    train_steps: int = 1000
+    integer: bool = False
+    learned_variance: bool = False
+
+    @property
+    def process(self) -> NoiseProcess:
+        """The noise process."""
+        return self.denoiser.process
+
+    def timesteps(self, s: Tensor) -> Tensor:
+        """What names levels ``s`` to the network, fractional in between: float64, of the shape of ``s``."""
+        if isinstance(self.process, VarianceExploding):
+            return s.log() / 4
+        if isinstance(self.process, VariancePreserving):
+            return replace(self.process, integer_timesteps=False).timestep(s)
+        timesteps = self.process.timestep(s)
+        assert timesteps is not None  # only variance-exploding networks are given sigma
+        return timesteps * self.train_steps if isinstance(self.process, FlowMatching) else timesteps
+
+    def levels(self, timesteps: Tensor) -> Tensor:
+        """The levels ``s`` at which a network understands ``timesteps``: the inverse of `timesteps`, float64."""
+        t = timesteps.detach().to("cpu", torch.float64)
+        if isinstance(self.process, VarianceExploding):
+            return (4 * t).exp()
+        if isinstance(self.process, FlowMatching):
+            return t / self.train_steps / (1 - t / self.train_steps)
+        assert isinstance(self.process, VariancePreserving)
+        trained = self.process.trained_levels.log()
+        low = t.floor().long().clamp(0, len(trained) - 2)
+        fraction = t - low
+        mixed = torch.lerp(trained[low], trained[low + 1], fraction)
+        whole = torch.where(fraction < 0.5, trained[low], trained[low + 1])  # the last level may be infinite
+        return torch.where((fraction == 0) | (fraction == 1), whole, mixed).exp()
+
+    def input_scale(self, s: Tensor) -> Tensor:
+        """What the network's input is, over ``x``: ``c_in = 1/sqrt(s^2 + sigma_data^2)`` for EDM networks, or 1."""
+        if self.denoiser.prediction != "edm":
+            return torch.ones_like(s)
+        return (s.square() + self.denoiser.sigma_data**2).rsqrt()
+
+    def raw_output(self, output: Tensor, channels: int) -> Tensor:
+        """``R`` of a network's ``output`` for a state of ``channels`` channels."""
+        if self.learned_variance and output.ndim > 1 and output.shape[1] == 2 * channels:
+            output = output[:, :channels]
+        return output if self.sign == 1.0 else self.sign * output
+
+
+def describe(scheduler: Any) -> Convention:
+    """How ``scheduler``, an object of a diffusers class, and its network speak.
+
+    Raises:
+        ValueError: If the class has a noise process, a prediction or a setting that fastsched does not know.
+    """
+    names = {cls.__name__ for cls in type(scheduler).__mro__}
+    if names.intersection(EDM):
+        return _edm(scheduler)
+    known_vp = names.intersection(SCALED_VP + PLAIN_VP)
+    if names.intersection(FLOW) or (known_vp and _setting(scheduler, "use_flow_sigmas", False)):
+        return _flow(scheduler)
+    if known_vp:
+        if _setting(scheduler, "timestep_type", "discrete") == "continuous" and _prediction(scheduler) == "v":
+            return _continuous_v(scheduler)
+        return _variance_preserving(scheduler, scaled=bool(names.intersection(SCALED_VP)))
+    raise ValueError(
+        f"{type(scheduler).__name__} has a noise process or a way of stepping that fastsched does not know; "
+        "schedules exist for DDPM-like, EDM and flow-matching schedulers (docs/schedulers.md lists them)"
+    )
+
+
+def solver_of(scheduler: Any) -> str | None:
+    """Which of fastsched's solvers the class and settings of ``scheduler`` are; None if none of them.
+
+    Proven for each class by running both (tests/test_diffusers_table.py).
+    """
+    names = {cls.__name__ for cls in type(scheduler).__mro__}
+    config = scheduler.config
+    if names & {"DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler"}:
+        if config.algorithm_type != "dpmsolver++" or config.solver_order > 2:
+            return None
+        if config.solver_order == 1:
+            return "ddim"
+        return "dpmpp_2m" if config.solver_type == "midpoint" else None
+    if names & {"FlowMatchEulerDiscreteScheduler"} and config.get("stochastic_sampling"):
+        return None
+    for solver, classes in SAME_SOLVER.items():
+        if names.intersection(classes):
+            return solver
+    return None
+
+
+def _pipeline_network(x: Tensor, condition: Tensor) -> Tensor:
+    raise RuntimeError("this network is a pipeline's; it can be called by the pipeline's loop alone")
+
+
+def _variance_preserving(scheduler: Any, *, scaled: bool) -> Convention:
+    abar = scheduler.alphas_cumprod.double()
+    process = VariancePreserving(abar, integer_timesteps=not scaled)  # type: ignore[arg-type]  # made a tuple
+    prediction = _prediction(scheduler)
+    if prediction == "velocity":
+        raise ValueError("prediction_type 'flow_prediction' needs use_flow_sigmas=True in the scheduler's config")
+    if prediction == "epsilon" and math.isinf(process.s_max):
+        raise ValueError(
+            f"{type(scheduler).__name__} has zero terminal SNR with prediction_type 'epsilon', which says nothing of "
+            "the image there; the model was trained with 'v_prediction', or without rescale_betas_zero_snr"
+        )
+    return Convention(
+        Denoiser(_pipeline_network, process, prediction),
+        scaled=scaled,
+        train_steps=len(abar),
+        integer=not scaled,
+        learned_variance=_setting(scheduler, "variance_type", None) in ("learned", "learned_range"),
+    )
+
+
+def _continuous_v(scheduler: Any) -> Convention:
+    """Stable Video Diffusion: EDM's preconditioning with ``sigma_data = 1``, and ``v = -F``."""
+    trained = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).double().sqrt()
+    low, high = (_setting(scheduler, name, None) for name in ("sigma_min", "sigma_max"))
+    process = VarianceExploding(float(trained[0]) if low is None else low, float(trained[-1]) if high is None else high)
+    return Convention(Denoiser(_pipeline_network, process, "edm", 1.0), sign=-1.0, scaled=True)
+
+
+def _edm(scheduler: Any) -> Convention:
+    config = scheduler.config
+    process = VarianceExploding(config.sigma_min, config.sigma_max)
+    prediction = _prediction(scheduler)
+    if prediction not in ("epsilon", "v"):
+        raise ValueError(f"prediction_type {config.prediction_type!r} is not one of an EDM network's")
+    denoiser = Denoiser(_pipeline_network, process, "edm", config.sigma_data)
+    return Convention(denoiser, sign=-1.0 if prediction == "v" else 1.0, scaled=True)
+
+
+def _flow(scheduler: Any) -> Convention:
+    if _setting(scheduler, "invert_sigmas", False):
+        raise ValueError("invert_sigmas=True (Mochi) turns flow time around, which fastsched does not know")
+    prediction = _prediction(scheduler) if _setting(scheduler, "use_flow_sigmas", False) else "velocity"
+    if prediction != "velocity":
+        raise ValueError(f"a flow scheduler with prediction_type {scheduler.config.prediction_type!r} is not known")
+    steps = int(scheduler.config.num_train_timesteps)
+    shift = float(_setting(scheduler, "flow_shift", 1.0))
+    lowest = scheduler.__dict__.get("sigma_min") or shift / (steps + shift - 1)
+    return Convention(Denoiser(_pipeline_network, FlowMatching(float(lowest), 1.0), "velocity"), train_steps=steps)
+
+
+def _prediction(scheduler: Any) -> str:
+    kind = _setting(scheduler, "prediction_type", "epsilon")
+    if kind not in PREDICTIONS:
+        raise ValueError(f"prediction_type {kind!r} is not one of {', '.join(map(repr, PREDICTIONS))}")
+    return PREDICTIONS[kind]
+
+
+def _setting(scheduler: Any, name: str, default: Any) -> Any:
+    """An entry of the scheduler's config, which may lack it."""
+    return scheduler.config.get(name, default)

@@ -1,0 +1,191 @@
+"""The table of every scheduler of diffusers: ``python tests/scheduler_table.py`` writes docs/schedulers.md."""
+
+import contextlib
+import inspect
+import logging
+import pathlib
+import warnings
+from dataclasses import replace
+
+import diffusers
+import torch
+from diffusers import schedulers as library
+
+import fastsched as fs
+from fastsched.diffusers.applier import applied
+from fastsched.diffusers.conventions import describe, solver_of
+from fastsched.diffusers.loop import oracle_network, rounding, scales, states_of
+from fastsched.noise import FlowMatching, VariancePreserving
+from fastsched.solvers import SOLVERS
+
+PATH = pathlib.Path(__file__).parents[1] / "docs" / "schedulers.md"
+STEPS = 6
+SAME = 1e-3
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+
+#: Settings shown beside the defaults, where they change what a class does.
+VARIANTS = {
+    "DPMSolverMultistepScheduler": [{"solver_order": 1}, {"solver_order": 3}, {"algorithm_type": "sde-dpmsolver++"}],
+    "FlowMatchEulerDiscreteScheduler": [{"shift": 3.0}, {"use_dynamic_shifting": True}, {"use_karras_sigmas": True}],
+    "EDMEulerScheduler": [{"sigma_schedule": "exponential"}],
+    "EDMDPMSolverMultistepScheduler": [{"solver_order": 3}],
+}
+for _name in (
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+):
+    VARIANTS.setdefault(_name, []).append(FLOW)
+
+HEADER = f"""# Schedulers of diffusers
+
+Which schedulers take a schedule, how, and how exactly. Written by `python tests/scheduler_table.py` from runs of every
+class of diffusers {diffusers.__version__} on a schedule at uneven levels between whole timesteps; a test fails when it
+is out of date.
+
+* **takes**: what `set_timesteps` accepts.
+* **to_diffusers**: whether `schedule.to_diffusers(scheduler)` gives the pipeline's call arguments that make the class
+  use the schedule: *exact* (every sigma within 1e-5, relative), *rounded* to whole timesteps (exact for schedules at
+  whole timesteps, which `fastsched.diffusers.measure` chooses for these classes), or no.
+* **apply**: the same for `fastsched.diffusers.apply(schedule, pipe)`, and how: by the class's own *arguments*, with
+  its sigmas *assigned*, or its stride *stepped*.
+* **solver**: which solver of fastsched the class is, found by running both on a mixture of Gaussians (they agree to
+  1e-3); "adds noise" if it is stochastic, "own" if it is none of ours.
+
+| scheduler | takes | to_diffusers | apply | solver |
+|---|---|---|---|---|
+"""
+
+
+def uneven_schedule(convention):
+    """STEPS uneven levels of the process, none but the first at a whole timestep."""
+    levels = convention.process.levels(200) if not isinstance(convention.process, VariancePreserving) else None
+    if levels is None:
+        top = len(convention.process.alphas_cumprod) - 1
+        fractions = torch.tensor([1.0, 0.84563, 0.50026, 0.21043, 0.06072, 0.00983], dtype=torch.float64)
+        s = convention.levels(fractions * top)
+    else:
+        s = levels[torch.tensor([0, 23, 61, 108, 151, 186])]
+    sigmas = convention.process.sampler_sigma(torch.cat([s, s.new_zeros(1)]))
+    return fs.Schedule(sigmas, "ddim", convention.process.kind)
+
+
+def exact_denoise(oracle):
+    """``D(y, s)`` of ``oracle``, also at pure noise."""
+
+    def denoise(y, s):
+        level = s.reshape(-1)[:1].clamp(max=1e6)
+        return oracle.denoise(y.flatten(1) * level, level).reshape(y.shape)
+
+    return denoise
+
+
+def exact_denoiser(convention, oracle):
+    """``oracle`` as a Denoiser of the scheduler's process: what `fs.sample` runs."""
+    denoise, process = exact_denoise(oracle), convention.process
+    if isinstance(process, VariancePreserving):
+        process = replace(process, integer_timesteps=False)
+
+    def network(x, condition):
+        s = condition[:1].double()
+        if isinstance(process, FlowMatching):
+            s = s / (1 - s)
+        elif isinstance(process, VariancePreserving):
+            s = convention.levels(s)
+        return denoise(x / process.sigma(s), s)
+
+    return fs.Denoiser(network, process, "x0")
+
+
+def run_scheduler(scheduler, convention, oracle, sigmas, noise):
+    """Where the scheduler takes ``noise``, the network being the oracle at the levels of ``sigmas``."""
+    levels = convention.process.level(sigmas[:-1])
+    names, network = convention.timesteps(levels), oracle_network(convention, exact_denoise(oracle))
+
+    def at_level(x, t):
+        given = torch.as_tensor(t, dtype=torch.float64)
+        nearest = (names - given).abs().argmin()
+        near = (names[nearest] - given).abs() <= rounding(convention)
+        return network(x, levels[nearest] if near else convention.levels(given))
+
+    scale = scales(convention, levels[:1])[1].float()
+    return list(states_of(scheduler, at_level, scale * noise))[-1]
+
+
+def matching_solvers(scheduler, convention, schedule):
+    """The solvers of fastsched that take the same noises to the same ends, to 1e-3."""
+    oracle = fs.oracles.GaussianMixture.random(4, 3, seed=0, spread=0.25, std=0.1)  # within the [-1, 1] of clip_sample
+    noise = torch.randn(16, 4, 1, 1, generator=torch.Generator().manual_seed(0))
+    target, proof = applied(schedule, scheduler)
+    target.set_timesteps(STEPS)
+    ends = run_scheduler(target, convention, oracle, proof.sigmas, noise)
+    matching = []
+    for name in SOLVERS:
+        ours = fs.sample(exact_denoiser(convention, oracle), proof.sigmas, name, noise.double())
+        if float((ends - ours).norm() / ours.norm()) < SAME:
+            matching.append(name)
+    return matching
+
+
+def why_not(error):
+    """The reason of a refusal, in a few words."""
+    text = str(error)
+    if "keeps no sigmas" in text:
+        return "keeps no sigmas that could be set"
+    return "not finite at sigma 0" if "nan" in text else "does not follow its sigmas"
+
+
+def row(name, config):
+    """One line of the table, and what a test checks: the solver claimed and those found, if it runs."""
+    label = f"`{name}`" + (f" ({', '.join(f'{k}={v!r}' for k, v in config.items())})" if config else "")
+    cls = getattr(library, name)
+    if "dummy" in cls.__module__:
+        return f"| {label} | not run: needs torchsde | | | |", None
+    takes = "none"
+    if hasattr(cls, "set_timesteps"):
+        accepted = inspect.signature(cls.set_timesteps).parameters
+        takes = ", ".join(f"`{key}`" for key in ("sigmas", "timesteps") if key in accepted) or "none"
+    try:
+        scheduler = cls(**config)
+        convention = describe(scheduler)
+    except (ValueError, TypeError):
+        return f"| {label} | {takes} | no: another process | no | own |", None
+    schedule = uneven_schedule(convention)
+    given = "no"
+    with contextlib.suppress(ValueError):
+        proof = fs.diffusers.export(schedule, scheduler, mu=1.0 if config.get("use_dynamic_shifting") else None)
+        given = "exact" if proof.exact else "rounded"
+    try:
+        _, proof = applied(schedule, scheduler)
+    except ValueError as error:
+        return f"| {label} | {takes} | {given} | no: {why_not(error)} | {solver_of(scheduler) or 'own'} |", None
+    put = f"{'exact' if proof.exact else 'rounded'}, {proof.way}"
+    matching = matching_solvers(scheduler, convention, schedule) if proof.deterministic else []
+    solver = ", ".join(matching) or ("own" if proof.deterministic else "adds noise")
+    return f"| {label} | {takes} | {given} | {put} | {solver} |", (solver_of(scheduler), matching)
+
+
+def rows():
+    """Every scheduler that the library exports, with the variants above."""
+    names = sorted(name for name in dir(library) if name.endswith("Scheduler"))
+    return {(name, str(config)): row(name, config) for name in names for config in ({}, *VARIANTS.get(name, []))}
+
+
+def quietly():
+    """Without the libraries' own advice on unusual timesteps."""
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+def table():
+    """The document."""
+    with warnings.catch_warnings():
+        quietly()
+        return HEADER + "\n".join(line for line, _ in rows().values()) + "\n"
+
+
+if __name__ == "__main__":
+    PATH.parent.mkdir(exist_ok=True)
+    PATH.write_text(table(), encoding="utf-8")
