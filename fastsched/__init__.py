@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastsched.denoiser import Denoiser
     from fastsched.fixed_point import refine_schedule
     from fastsched.measurement import measure
+    from fastsched.online import AdaptiveSchedule
     from fastsched.optimal import optimal_schedule, score_optimal_schedule, select
     from fastsched.path_statistics import PathStatistics
     from fastsched.sampling import sample
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AdaptiveSchedule": "online",
     "Comparison": "comparison",
     "Denoiser": "denoiser",
     "PathStatistics": "path_statistics",
@@ -43,6 +45,7 @@ _HOME = {
 _MODULES = ("baselines", "costs", "diffusers", "metrics", "oracles", "plot")
 
 __all__ = [
+    "AdaptiveSchedule",
     "Comparison",
     "Denoiser",
     "PathStatistics",

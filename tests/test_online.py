@@ -1,0 +1,166 @@
+import socket
+
+import pytest
+import torch
+
+import fastsched as fs
+
+STD = 0.5
+
+
+def _gaussian(d=16):
+    return fs.oracles.Gaussian(STD, (d,))
+
+
+def _start(n=17):
+    return fs.noise.log_uniform(20.0, 0.05, n)
+
+
+def _exact_costs(s, d=16):
+    return s[:-1] ** 2 * _gaussian(d).stein_corrector(s[:-1], s[1:])
+
+
+def _spread(s):
+    costs = _exact_costs(s)
+    return float(costs.std(correction=0) / costs.mean())
+
+
+def test_full_rate_is_algorithm_1():
+    adaptive = fs.AdaptiveSchedule(_start(), rate=1.0)
+    costs = _exact_costs(_start())
+    adaptive.observe(costs)
+    assert adaptive.update()
+    expected = fs.selection.equal_arc_length(_start(), costs.sqrt(), 17)
+    torch.testing.assert_close(adaptive.s, expected, rtol=1e-12, atol=0.0)
+
+
+def test_small_rate_blends():
+    adaptive = fs.AdaptiveSchedule(_start(), rate=0.25)
+    costs = _exact_costs(_start())
+    adaptive.observe(costs)
+    adaptive.update()
+    target = fs.selection.equal_arc_length(_start(), costs.sqrt(), 17)
+    torch.testing.assert_close(adaptive.s.log(), 0.25 * target.log() + 0.75 * _start().log())
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["denoiser-object", "function"])
+def test_converges_to_equal_costs_from_batches(exact):
+    oracle = _gaussian()
+    denoise = fs.Denoiser.from_denoiser(oracle.denoise, 0.05, 20.0) if exact else oracle.denoise
+    adaptive = fs.AdaptiveSchedule(_start(), rate=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for batch in range(200):
+        clean = oracle.sample(64, seed=batch)
+        assert adaptive.observe_denoiser(denoise, clean, generator=generator) == 128
+        assert adaptive.update()
+    # An interval has 4 samples a batch and an update remembers about 2 / rate = 20 of them: 80 squares of 16 elements
+    # leave sqrt(2 / 1280) = 4% of noise in a cost, and as much again where its neighbours pull on it.
+    assert _spread(_start()) > 0.8
+    assert _spread(adaptive.s) < 0.12
+    assert adaptive.updates == 200
+    assert adaptive.s[0] == 20.0
+    assert float(adaptive.s[-1]) == pytest.approx(0.05)
+
+
+def test_micro_batches_add_up():
+    whole, parts = (fs.AdaptiveSchedule(_start(), rate=0.5) for _ in range(2))
+    costs = torch.rand(48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    intervals = torch.arange(48) % 16
+    whole.observe(costs, intervals)
+    for rows in range(0, 48, 8):
+        parts.observe(costs[rows : rows + 8], intervals[rows : rows + 8])
+    assert parts.variation == pytest.approx(whole.variation)
+    assert whole.update()
+    assert parts.update()
+    torch.testing.assert_close(parts.s, whole.s)
+
+
+def test_waits_until_every_interval_was_seen():
+    adaptive = fs.AdaptiveSchedule(_start(4))
+    adaptive.observe(torch.tensor([1.0, 2.0]), torch.tensor([0, 2]))
+    assert not adaptive.update()
+    assert torch.equal(adaptive.s, fs.AdaptiveSchedule(_start(4)).s)
+    adaptive.observe(torch.tensor([3.0]), torch.tensor([1]))
+    assert adaptive.update()
+
+
+def test_state_dict_goes_on_where_it_stopped(tmp_path):
+    first = fs.AdaptiveSchedule(_start(), rate=0.3)
+    first.observe(_exact_costs(_start()))
+    first.update()
+    first.observe(torch.ones(3), torch.tensor([1, 2, 3]))
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = fs.AdaptiveSchedule(_start(5))
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for schedule in (first, second):
+        schedule.observe(torch.arange(16.0))
+        schedule.update()
+    assert torch.equal(first.s, second.s)
+    assert (second.updates, second.rate) == (2, 0.3)
+    with pytest.raises(ValueError, match="state lacks the entry 'rate'"):
+        second.load_state_dict({"s": _start()})
+
+
+def test_draws_follow_the_schedule_and_its_density():
+    adaptive = fs.AdaptiveSchedule([10.0, 4.0, 3.9, 0.1])
+    drawn = adaptive.draw(60_000, generator=torch.Generator().manual_seed(0))
+    assert drawn.dtype == torch.float32
+    counts = torch.histc(drawn.log(), bins=1, min=float(torch.tensor(3.9).log()), max=float(torch.tensor(4.0).log()))
+    # A third of 60,000: binomial deviation 115.
+    assert float(counts) == pytest.approx(20_000, abs=4 * 115)
+    grid = torch.linspace(-2.3025, 2.3025, 200_001, dtype=torch.float64)
+    assert float(torch.trapezoid(adaptive.density(grid.exp()), grid)) == pytest.approx(1.0, abs=2e-3)
+    assert adaptive.density(torch.tensor([11.0, 0.05])).tolist() == [0.0, 0.0]
+
+
+def _rank(rank, port, results):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    adaptive = fs.AdaptiveSchedule(_start(), rate=0.5)
+    half = torch.arange(rank * 8, rank * 8 + 8)  # each rank sees half of the intervals
+    moved = []
+    for _ in range(3):
+        adaptive.observe(_exact_costs(adaptive.s)[half], half)
+        moved.append(adaptive.update())
+    results.put((rank, moved, adaptive.s.tolist()))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without distributed")
+def test_ranks_share_their_observations():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    processes = [context.Process(target=_rank, args=(rank, port, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    outcomes = sorted(results.get() for _ in processes)
+    alone = fs.AdaptiveSchedule(_start(), rate=0.5)
+    for _ in range(3):
+        alone.observe(_exact_costs(alone.s))
+        alone.update()
+    for _, moved, s in outcomes:
+        assert moved == [True] * 3
+        assert s == alone.s.tolist()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fs.AdaptiveSchedule([1.0, 2.0]), "s must strictly descend"),
+        (lambda: fs.AdaptiveSchedule([1.0, 0.0]), "s must be levels above 0"),
+        (lambda: fs.AdaptiveSchedule([2.0, 1.0], rate=0.0), "rate must be within"),
+        (lambda: fs.AdaptiveSchedule([2.0, 1.0]).observe(torch.ones(2)), "costs must have one value"),
+        (lambda: fs.AdaptiveSchedule([2.0, 1.0]).observe(torch.tensor([torch.nan])), "costs must be finite"),
+        (lambda: fs.AdaptiveSchedule([2.0, 1.0]).observe(torch.ones(1), torch.tensor([1])), "intervals must be"),
+        (lambda: fs.AdaptiveSchedule([2.0, 1.0]).draw(0), "n must be at least 1"),
+    ],
+    ids=["rising", "zero", "rate", "count", "nan", "interval", "draw"],
+)
+def test_bad_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
