@@ -103,7 +103,7 @@ GRAM = {
 class HutchinsonLaunch:
     """How `hutchinson` runs over a tile of 128 x 64 elements: warps of a program, depth of its load pipeline."""
 
-    warps: int = 8
+    warps: int = 4
     stages: int = 3
 
 
@@ -175,9 +175,13 @@ def gram_launch(N: int, itemsize: int, arch: str, *, precision: str, aligned: bo
     return launch
 
 
-def hutchinson_launch(arch: str) -> HutchinsonLaunch:
-    """Choose how `hutchinson` runs: two tiles of float32 in flight for two inputs take 128 KiB of shared memory."""
-    return HutchinsonLaunch(stages=3 if SHARED_MEMORY.get(arch, 0) > 128 * 1024 + 1024 else 2)
+def hutchinson_launch(probe: str) -> HutchinsonLaunch:
+    """Choose how `hutchinson` runs: 64 KiB of shared memory hold two float32 tiles, of one input or of two.
+
+    Args:
+        probe: ``"seed"``, ``"shared"`` or ``"levels"``.
+    """
+    return HutchinsonLaunch(stages=2 if probe == "levels" else 3)
 
 
 def splits(tiles: int, samples: int, programs: int, processors: int) -> int:

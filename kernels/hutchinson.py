@@ -96,7 +96,7 @@ def launch(V: Tensor | None, seed: int, JV: Tensor, fill: float | None = None) -
     probe = "seed" if V is None else "shared" if V.ndim == 2 else "levels"
     V = JV[0] if V is None else V if V.stride(-1) == 1 else V.contiguous()
     v_level, v_sample = (0, V.stride(0)) if V.ndim == 2 else (V.stride(0), V.stride(1))
-    chosen = config.hutchinson_launch(config.architecture(JV.device))
+    chosen = config.hutchinson_launch(probe)
     tiles = triton.cdiv(d, BITS * BLOCKS)
     sums = torch.empty((tiles, 2, N, B), dtype=torch.float32, device=JV.device)
     if fill is not None:
