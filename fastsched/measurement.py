@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,10 @@ from fastsched.denoiser import Denoiser
 from fastsched.noise import half_log_snr
 from fastsched.path_statistics import PathStatistics, data_deviation
 from fastsched.sampling import not_finite
+
+Answer = TypeVar("Answer")
+#: A generator that asks for raw outputs: yields a state and its level, is sent ``R``, and returns an answer.
+Ask: TypeAlias = Generator[tuple[Tensor, int], Tensor, Answer]
 
 SENSITIVITIES = ("finite-difference", "jvp")
 
@@ -73,8 +78,8 @@ def measure(
     batch = samples if batch_size is None else validate.positive_int("batch_size", batch_size)
     if sensitivity is not None:
         validate.choice("sensitivity", sensitivity, SENSITIVITIES)
-    s = _levels(denoiser, levels)
-    run = _Run(
+    s = measured_levels(denoiser, levels)
+    run = Run(
         denoiser,
         s,
         torch.device(device) if device is not None else denoiser.device,
@@ -84,7 +89,9 @@ def measure(
     seeds = sample_seeds(seed, samples)
     calls = len(s) * (1 if sensitivity is None else 2) - (sensitivity is not None)
     with _progress_bar(calls * samples, progress) as advance:
-        parts = [_measure_batch(run, seeds[n : n + batch], sizes, advance) for n in range(0, samples, batch)]
+        parts = [
+            _drive(run, measurement_steps(run, seeds[n : n + batch], sizes, advance)) for n in range(0, samples, batch)
+        ]
     whole = parts[0]
     for part in parts[1:]:
         whole = whole.merge(part)
@@ -119,8 +126,8 @@ def _generator(seed: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=2 * seed + stream))
 
 
-class _Run:
-    """One measurement's settings, and the network as the sweep needs it."""
+class Run:
+    """One measurement's settings, and the network as it needs it."""
 
     def __init__(
         self,
@@ -142,36 +149,58 @@ class _Run:
         self.a, self.c = denoiser.coefficients(s)
 
     def raw_output(self, x: Tensor, k: int) -> Tensor:
+        """``R`` at ``x`` [B, *shape] and level k; ValueError if it is not finite."""
         raw = self.denoiser.raw_output(x, self.s[k], dtype=self.dtype)
         if not bool(torch.isfinite(raw).all()):
             raise ValueError(f"{not_finite(self.denoiser.process, self.s[k])} (level {k} of {len(self.s)})")
         return raw
 
-    def jacobian_product(self, x: Tensor, raw: Tensor, w: Tensor, k: int, data_std: float) -> Tensor:
-        """``J_k w`` for ``w`` [B, *shape], given the output ``raw`` at ``x``."""
+    def exact_product(self, x: Tensor, w: Tensor, k: int) -> Tensor:
+        """``J_k w`` for ``w`` [B, *shape], by a forward-mode derivative at ``x``."""
         a, c, alpha = float(self.a[k]), float(self.c[k]), float(self.alpha[k])
-        if self.sensitivity == "jvp":
-            function = lambda state: self.denoiser.raw_output(state, self.s[k], dtype=self.dtype)  # noqa: E731
-            change = torch.func.jvp(function, (x,), (alpha * w,))[1]
-            if not bool(torch.isfinite(change).all()):
-                raise ValueError(f"{not_finite(self.denoiser.process, self.s[k])} (derivative, level {k})")
-            return a * alpha * w + c * change.float()
+        function = lambda state: self.denoiser.raw_output(state, self.s[k], dtype=self.dtype)  # noqa: E731
+        change = torch.func.jvp(function, (x,), (alpha * w,))[1]
+        if not bool(torch.isfinite(change).all()):
+            raise ValueError(f"{not_finite(self.denoiser.process, self.s[k])} (derivative, level {k})")
+        return a * alpha * w + c * change.float()
+
+    def difference_product(self, x: Tensor, raw: Tensor, w: Tensor, k: int, data_std: float) -> Ask[Tensor]:
+        """``J_k w`` for ``w`` [B, *shape], by a forward difference from the output ``raw`` at ``x``; one call."""
+        a, c, alpha = float(self.a[k]), float(self.c[k]), float(self.alpha[k])
         size = RELATIVE_STEP.get(self.dtype, 0.01) * math.hypot(float(self.s[k]), data_std)
         norm = w.flatten(1).norm(dim=1) / math.sqrt(w[0].numel())
         h = (size / norm.clamp_min(torch.finfo(w.dtype).tiny)).reshape(-1, *[1] * (w.ndim - 1))
-        moved = self.raw_output(x + alpha * h * w, k)
+        moved = yield x + alpha * h * w, k
         return a * alpha * w + c * (moved.float() - raw.float()) / h
 
 
-def _measure_batch(run: _Run, seeds: Tensor, shape: tuple[int, ...], advance: Callable[[int], None]) -> PathStatistics:
+def _drive(run: Run, steps: Ask[PathStatistics]) -> PathStatistics:
+    """Answer what ``steps`` ask with the run's own network."""
+    try:
+        x, k = next(steps)
+        while True:
+            x, k = steps.send(run.raw_output(x, k))
+    except StopIteration as finished:
+        return finished.value
+
+
+def measurement_steps(
+    run: Run, seeds: Tensor, shape: tuple[int, ...], advance: Callable[[int], None] = lambda calls: None
+) -> Ask[PathStatistics]:
+    """One batch's measurement, as a generator that asks for the network's raw outputs.
+
+    It yields ``(x, k)``, a state [B, *shape] and its level, and is sent ``R`` there; it returns the statistics. So a
+    measurement can be driven by whoever can call the network: `measure`, or a pipeline's own loop
+    (`fastsched.diffusers.CalibrationScheduler`). ``advance`` is told of calls made.
+    """
     noise = noise_of(seeds, shape).to(run.device)
-    raws, states, end = _follow_path(run, noise, advance)
+    raws, states, end = yield from _follow_path(run, noise, advance)
     data_std = data_deviation(end)
     vectors = None
     calls = len(run.s)
     if run.sensitivity is not None:
         probe = probe_of(seeds, shape).to(run.device)
-        vectors = _sweep_back(run, raws, states, probe, data_std, advance)
+        vectors = yield from _sweep_back(run, raws, states, probe, data_std, advance)
         calls += len(run.s) - 1
     flat = lambda tensors: torch.stack(tensors).flatten(2)  # noqa: E731 - [N, B, d]
     result = ops.level_increment_gram(
@@ -191,13 +220,15 @@ def _measure_batch(run: _Run, seeds: Tensor, shape: tuple[int, ...], advance: Ca
     )
 
 
-def _follow_path(run: _Run, noise: Tensor, advance: Callable[[int], None]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def _follow_path(
+    run: Run, noise: Tensor, advance: Callable[[int], None]
+) -> Ask[tuple[list[Tensor], list[Tensor], Tensor]]:
     """Raw outputs and states at every level, and the end ``D_{N-1}``."""
     y, before = noise, None
     raws, states, denoised = [], [], noise
     for k in range(len(run.s)):
         x = float(run.sigma[k]) * y
-        raw = run.raw_output(x, k)
+        raw = yield x, k
         advance(len(noise))
         raws.append(raw)
         states.append(x)
@@ -214,27 +245,31 @@ def _follow_path(run: _Run, noise: Tensor, advance: Callable[[int], None]) -> tu
 
 
 def _sweep_back(
-    run: _Run,
+    run: Run,
     raws: list[Tensor],
     states: list[Tensor],
     probe: Tensor,
     data_std: float,
     advance: Callable[[int], None],
-) -> list[Tensor]:
+) -> Ask[list[Tensor]]:
     """The adjoint vectors ``w_1 .. w_N`` (no step ends at level 0, so ``w_0`` is not needed)."""
     vectors = [probe]
     following = 0.0
     for k in range(len(run.s) - 1, 0, -1):
         keep = following / float(run.s[k])
         w = vectors[-1]
-        product = run.jacobian_product(states[k], raws[k], w, k, data_std)
+        if run.sensitivity == "jvp":
+            product = run.exact_product(states[k], w, k)
+        else:
+            product = yield from run.difference_product(states[k], raws[k], w, k, data_std)
         advance(len(probe))
         vectors.append(keep * w + (1 - keep) * product)
         following = float(run.s[k])
     return vectors[::-1]
 
 
-def _levels(denoiser: Denoiser, levels: int | Tensor) -> Tensor:
+def measured_levels(denoiser: Denoiser, levels: int | Tensor) -> Tensor:
+    """The levels to measure at, float64 [N], from their number or a list of them; errors as in `measure`."""
     if isinstance(levels, int):
         return denoiser.levels(validate.positive_int("levels", levels, minimum=3))
     s = validate.descending_sigmas(levels, name="levels")
