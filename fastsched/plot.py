@@ -1,0 +1,302 @@
+"""Figures of schedules, statistics and samples.
+
+``plot_*`` functions return a matplotlib ``Figure`` that belongs to no window; ``figure.savefig("name.png")`` writes
+it. The ``draw_*`` functions beneath them draw on axes of your own. Colours are those of Okabe & Ito, which
+colour-blind readers tell apart. Needs matplotlib: ``pip install 'fastsched[demo]'``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastsched import validate
+from fastsched.comparison import Comparison
+from fastsched.costs.path import sensitivity_weight
+from fastsched.path_statistics import PathStatistics
+from fastsched.schedule import Schedule
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+#: Okabe & Ito: blue, orange, green, pink, vermilion, sky, yellow, black.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def cost_density(stats: PathStatistics, weight: str | None = "geometric") -> tuple[NDArray, NDArray]:
+    """How much a step costs where: ``weight_k ||e_q||^2 / (lambda_k - lambda_q)^2`` between neighbours, ``k = q + 1``.
+
+    It is the weighted squared speed of the denoiser's output per unit of ``log sigma``, averaged over paths. A short
+    Euler step of length ``h`` costs ``h^4 / 4`` of it, so the best Euler schedule spends equal lengths of its
+    fourth root.
+
+    Args:
+        stats: What `fastsched.measure` returned.
+        weight: As in `fastsched.optimal_schedule`; None if measured without sensitivity.
+
+    Returns:
+        The levels ``s`` (geometric middle of neighbours) and the density there, each [N - 1]; [N - 2] where the
+        process starts from pure noise, infinitely far from its second level.
+
+    Raises:
+        ValueError: If the weight is unknown, or needs a sensitivity that was not measured.
+    """
+    s = stats.s.numpy()
+    first = int(not math.isfinite(s[0]))
+    squared = stats.gram.mean(0).diagonal().numpy() * sensitivity_weight(stats, weight)[1:-1]
+    gaps = np.log(s[first:-1] / s[first + 1 :])
+    return np.sqrt(s[first:-1] * s[first + 1 :]), squared[first:] / gaps**2
+
+
+def plot_schedules(schedules: Mapping[str, Schedule | Tensor], *, stats: PathStatistics | None = None) -> Figure:
+    """A row of dots for each schedule, over the cost density of ``stats`` if given.
+
+    Args:
+        schedules: By name: a `Schedule`, or sampler sigmas descending to 0. The 0 is not drawn.
+        stats: Of the same model, for the curve above the rows.
+
+    Raises:
+        ValueError: If there is no schedule, or flow times and sigmas are mixed.
+    """
+    figure = _figure(7.2, 1.1 + 0.32 * len(schedules) + (2.2 if stats else 0.0))
+    if stats is None:
+        draw_schedules(figure.subplots(), schedules)
+        return figure
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 0.4 + 0.32 * len(schedules)])
+    draw_cost_density(above, stats)
+    draw_schedules(below, schedules, flow=stats.process.kind == "flow")
+    above.set_xlabel("")
+    return figure
+
+
+def plot_cost_density(stats: PathStatistics) -> Figure:
+    """The cost density (`cost_density`) over sigma, with and without the sensitivity if it was measured."""
+    figure = _figure(7.2, 3.0)
+    draw_cost_density(figure.subplots(), stats)
+    return figure
+
+
+def plot_sample_grid(samples: Mapping[str, Tensor], *, columns: int | None = None) -> Figure:
+    """Samples of several schedules side by side, the same noise at the same place in each.
+
+    Args:
+        samples: By title: images [B, C, H, W] or [B, H, W], C 1 or 3, with values from -1 to 1.
+        columns: Images in a row of each grid; the square root of B when None.
+
+    Raises:
+        ValueError: If there is no grid, or one does not hold images.
+    """
+    if not samples:
+        raise ValueError("samples must hold at least one grid by title")
+    figure = _figure(2.4 * len(samples), 2.75)
+    grids = figure.subplots(1, len(samples), squeeze=False)[0]
+    for axes, (title, images) in zip(grids, samples.items(), strict=True):
+        draw_sample_grid(axes, images, columns=columns)
+        axes.set_title(title)
+    return figure
+
+
+def plot_errors(comparisons: Sequence[Comparison], names: Sequence[str] | None = None) -> Figure:
+    """Typical error over model calls, one line a schedule name; rows of one name are joined across comparisons.
+
+    Args:
+        comparisons: From `fastsched.compare`, for example one for each number of steps.
+        names: The schedules to draw; all of them when None.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+    """
+    figure = _figure(4.6, 3.2)
+    draw_errors(figure.subplots(), comparisons, names)
+    return figure
+
+
+def plot_overview(
+    samples: Mapping[str, Tensor],
+    converged: Tensor,
+    schedules: Mapping[str, Schedule | Tensor],
+    stats: PathStatistics,
+    comparisons: Sequence[Comparison],
+    *,
+    title: str = "",
+    columns: int | None = None,
+) -> Figure:
+    """Samples side by side and what each misses; below, the schedules under the cost density, and the errors.
+
+    Args:
+        samples: As in `plot_sample_grid`.
+        converged: The converged samples from the same noises, in the same shape.
+        schedules: As in `plot_schedules`; the errors drawn are those of the same names.
+        stats: As in `plot_schedules`.
+        comparisons: As in `plot_errors`.
+        title: Above everything.
+        columns: As in `plot_sample_grid`.
+
+    Raises:
+        ValueError: As these.
+    """
+    if not samples or not comparisons:
+        raise ValueError("samples and comparisons must hold at least one entry each")
+    figure = _figure(10.5, 6.6)
+    figure.suptitle(title, fontsize="large", fontweight="bold")
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.0, 1.0], hspace=0.05)[:, 0]
+    grids = top.subplots(2, len(samples) + 1, squeeze=False)
+    differences = []
+    for (above, below), (name, images) in zip(grids.T, samples.items(), strict=False):
+        draw_sample_grid(above, images, columns=columns)
+        above.set_title(name, fontsize="medium")
+        differences.append(draw_difference_grid(below, images, converged, columns=columns))
+    above, key = grids.T[-1]
+    draw_sample_grid(above, converged, columns=columns)
+    above.set_title(f"converged\n{comparisons[0].reference.steps} model calls", fontsize="medium")
+    key.set_axis_off()
+    scale = key.inset_axes((0.1, 0.62, 0.8, 0.12))
+    bar = top.colorbar(differences[0], cax=scale, orientation="horizontal", ticks=[0, 0.5, 1])
+    bar.set_label("distance of each pixel to the\nconverged one (black to white: 2)", fontsize="small")
+    left, right = bottom.subfigures(1, 2, squeeze=False, width_ratios=[1.75, 1.0], wspace=0.03)[0]
+    curve, rows = left.subplots(2, 1, sharex=True, height_ratios=[1.5, 1.0])
+    draw_cost_density(curve, stats)
+    draw_schedules(rows, schedules, flow=stats.process.kind == "flow")
+    curve.set_xlabel("")
+    draw_errors(right.subplots(), comparisons, list(schedules))
+    return figure
+
+
+def draw_cost_density(axes: Axes, stats: PathStatistics) -> None:
+    """Draw `cost_density`, as a share of its own largest value."""
+    measured = stats.cross is not None
+    curves = {"weighted by what reaches the end": "geometric"} if measured else {}
+    for label, weight in {**curves, "unweighted": None}.items():
+        s, density = cost_density(stats, weight)
+        sigmas = stats.process.sampler_sigma(torch.from_numpy(s)).numpy()
+        share = density / density.max()
+        if weight is None:
+            axes.plot(sigmas, share, color="#777777", linewidth=1.2, linestyle="--", label=label)
+        else:
+            axes.fill_between(sigmas, share, color=COLOURS[5], alpha=0.35, linewidth=0)
+            axes.plot(sigmas, share, color=COLOURS[0], linewidth=1.6, label=label)
+    axes.set_ylim(0, 1.08)
+    axes.set_ylabel("cost density\n(share of its peak)")
+    axes.legend(frameon=False, fontsize="small")
+    _sigma_axis(axes, stats.process.kind == "flow")
+
+
+def draw_schedules(axes: Axes, schedules: Mapping[str, Schedule | Tensor], *, flow: bool | None = None) -> None:
+    """Draw a row of dots for each schedule, the first on top. ``flow``: sigmas are times; read off when None."""
+    if not schedules:
+        raise ValueError("schedules must hold at least one schedule by name")
+    kinds = {schedule.noise == "flow" for schedule in schedules.values() if isinstance(schedule, Schedule)}
+    if flow is not None:
+        kinds.add(flow)
+    if len(kinds) > 1:
+        raise ValueError("schedules must all be in sigmas or all in flow times to share an axis")
+    for row, schedule in enumerate(schedules.values()):
+        sigmas = schedule.sigmas if isinstance(schedule, Schedule) else validate.descending_sigmas(schedule)
+        inside = sigmas[(sigmas > 0) & torch.isfinite(sigmas)].numpy()
+        colour, marker = COLOURS[row % len(COLOURS)], MARKERS[row % len(MARKERS)]
+        axes.axhline(row, color="#DDDDDD", linewidth=0.8, zorder=0)
+        axes.plot(inside, np.full(len(inside), row), marker, color=colour, markersize=6, clip_on=False)
+    axes.set_yticks(range(len(schedules)), list(schedules))
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(schedules) - 0.5, -0.5)
+    axes.spines["left"].set_visible(False)
+    _sigma_axis(axes, bool(kinds and kinds.pop()))
+
+
+def draw_sample_grid(axes: Axes, images: Tensor, *, columns: int | None = None) -> None:
+    """Draw images [B, C, H, W] or [B, H, W] in rows; values from -1 (black) to 1 (white)."""
+    sheet = _sheet(((_images(images) + 1) / 2).clamp(0, 1), columns)
+    axes.imshow(sheet.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_axis_off()
+
+
+def draw_difference_grid(axes: Axes, images: Tensor, reference: Tensor, *, columns: int | None = None) -> AxesImage:
+    """Draw ``|image - reference|`` of every pixel, averaged over channels: white is 0, the darkest 1 or more.
+
+    Returns:
+        What a colour bar is made from.
+    """
+    if images.shape != reference.shape:
+        raise ValueError(
+            f"images and reference must have the same shape, got {tuple(images.shape)} and {tuple(reference.shape)}"
+        )
+    away = (_images(images) - _images(reference)).abs().mean(1, keepdim=True)
+    sheet = _sheet(away, columns, fill=math.nan)
+    axes.set_axis_off()
+    return axes.imshow(sheet.squeeze(), cmap="Purples", vmin=0, vmax=1, interpolation="nearest")
+
+
+def _images(images: Tensor) -> Tensor:
+    batch = images[:, None] if images.ndim == 3 else images
+    if batch.ndim != 4 or batch.shape[1] not in (1, 3) or len(batch) == 0:
+        raise ValueError(f"images must be [B, C, H, W] with C 1 or 3, or [B, H, W], got shape {tuple(images.shape)}")
+    return batch.detach().to("cpu", torch.float64)
+
+
+def _sheet(images: Tensor, columns: int | None, fill: float = 1.0) -> NDArray:
+    """Images [B, C, H, W] in rows on one sheet [height, width, C], a gap of ``fill`` between them."""
+    count, channels, height, width = images.shape
+    across = validate.positive_int("columns", math.ceil(math.sqrt(count)) if columns is None else columns)
+    down, gap = math.ceil(count / across), max(1, height // 8)
+    sheet = np.full((down * (height + gap) - gap, across * (width + gap) - gap, channels), fill)
+    for n, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        top, left = (n // across) * (height + gap), (n % across) * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def draw_errors(axes: Axes, comparisons: Sequence[Comparison], names: Sequence[str] | None = None) -> None:
+    """Draw typical error over model calls, one line a schedule name."""
+    every = [row for comparison in comparisons for row in comparison.rows]
+    lines = list(dict.fromkeys(row.name for row in every)) if names is None else names
+    if not every or not lines:
+        raise ValueError("comparisons must hold at least one row to draw")
+    for n, name in enumerate(lines):
+        rows = sorted((row for row in every if row.name == name), key=lambda row: row.model_calls)
+        axes.plot(
+            [row.model_calls for row in rows],
+            [row.typical_error for row in rows],
+            color=COLOURS[n % len(COLOURS)],
+            marker=MARKERS[n % len(MARKERS)],
+            linewidth=1.6,
+            markersize=6,
+            label=name,
+        )
+    axes.set_yscale("log")
+    axes.set_xticks(sorted({row.model_calls for row in every}))
+    axes.set_xlabel("model calls a sample")
+    axes.set_ylabel("typical squared distance\nto the converged sample")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#EEEEEE")
+    axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.42, 1.0), ncols=2)
+
+
+def _sigma_axis(axes: Axes, flow: bool) -> None:
+    """Noise on the left, as time runs in sampling; logarithmic in sigma, linear in flow time."""
+    if not flow:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("flow time (noise on the left)" if flow else "sigma (noise on the left; the final 0 is not drawn)")
+    axes.spines[["top", "right"]].set_visible(False)
+    if not axes.xaxis_inverted():
+        axes.invert_xaxis()
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"figures need matplotlib ({error}); pip install 'fastsched[demo]'") from None
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
