@@ -1,5 +1,7 @@
 """Each solver's step, taken apart and put together from its published formula."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -22,14 +24,14 @@ def slope(z, s):
 
 def karras_euler(sigmas):
     z = NOISE * sigmas[0]
-    for s, t in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for s, t in itertools.pairwise(sigmas):
         z = z + (t - s) * slope(z, s)
     return z
 
 
 def karras_heun(sigmas):
     z = NOISE * sigmas[0]
-    for s, t in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for s, t in itertools.pairwise(sigmas):
         d = slope(z, s)
         guess = z + (t - s) * d
         z = guess if t == 0 else z + (t - s) * (d + slope(guess, t)) / 2
@@ -38,7 +40,7 @@ def karras_heun(sigmas):
 
 def dpm_solver_pp_2m(sigmas):
     z, old = NOISE * sigmas[0], None
-    for n, (s, t) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for n, (s, t) in enumerate(itertools.pairwise(sigmas)):
         d = ORACLE.denoise(z, s)
         h = torch.log(s) - torch.log(t)
         if old is None or t == 0:
@@ -52,7 +54,7 @@ def dpm_solver_pp_2m(sigmas):
 
 def four_step_ipndm(sigmas):
     z, slopes = NOISE * sigmas[0], []
-    for s, t in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for s, t in itertools.pairwise(sigmas):
         slopes = [slope(z, s), *slopes][:4]
         if t == 0:
             return z + (t - s) * slopes[0]
@@ -74,7 +76,7 @@ def test_flow_euler_is_ddim():
     denoiser = exact_denoisers(ORACLE)["velocity"]
     t = torch.tensor([1.0, 0.9, 0.6, 0.3, 0.1, 0.0], dtype=torch.float64)
     x = NOISE
-    for a, b in zip(t[:-1], t[1:], strict=True):
+    for a, b in itertools.pairwise(t):
         x = x + (b - a) * denoiser.raw_output(x, a / (1 - a))
     torch.testing.assert_close(fs.sample(denoiser, t, "euler", NOISE), x, rtol=1e-9, atol=1e-9)
 
@@ -83,7 +85,7 @@ def test_flow_heun_averages_velocities():
     denoiser = exact_denoisers(ORACLE)["velocity"]
     t = torch.tensor([1.0, 0.9, 0.6, 0.3, 0.1, 0.0], dtype=torch.float64)
     x = NOISE
-    for a, b in zip(t[:-1], t[1:], strict=True):
+    for a, b in itertools.pairwise(t):
         v = denoiser.raw_output(x, a / (1 - a))
         guess = x + (b - a) * v
         x = guess if b == 0 else x + (b - a) * (v + denoiser.raw_output(guess, b / (1 - b))) / 2

@@ -1,0 +1,35 @@
+# Every target sets up what it needs in .venv; PYTHON chooses the interpreter it is made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check bench bench-quality clean
+
+demo: $(VENV)/demo-installed  ## measure, select and compare on handwritten digits; table and figure
+	$(BIN)/fastsched demo --output demo-output
+
+test: check  ## lint, types, and the whole test suite
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev-installed  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/dev-installed  ## speed of the ops on this machine
+	$(BIN)/python -m pytest benchmarks/speed --benchmark-only
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[demo]'
+	touch $@
+
+$(VENV)/dev-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-output build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
