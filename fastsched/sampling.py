@@ -42,7 +42,8 @@ def sample(
     Args:
         denoiser: What to sample from.
         sigmas: Sampler sigmas [steps + 1], strictly descending, usually ending in 0; or a `Schedule`.
-        solver: A solver's name; that of the schedule when None.
+        solver: A solver's name; that of the schedule when None. ``"sde_dpmpp_2m"`` and ``"ancestral"`` are
+            `fastsched.stochastic.sample_stochastic` with its defaults.
         noise: Standard normal noise [B, *shape], float32 or float64; the state is kept in its dtype.
         dtype: What the network computes in; the dtype of ``noise`` when None.
         progress: Show a progress bar.
@@ -59,6 +60,10 @@ def sample(
         raise ValueError("solver must be given, for the sigmas do not say what they are for")
     if noise is None:
         raise ValueError("noise must be given: standard normal, [B, *shape]")
+    if name in ("sde_dpmpp_2m", "ancestral"):
+        from fastsched.stochastic import sample_stochastic
+
+        return sample_stochastic(denoiser, sigmas, str(name), noise, dtype=dtype, progress=progress)
     method = get_solver(name)
     values = validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas))  # type: ignore[arg-type]
     s = denoiser.process.level(values)

@@ -111,10 +111,17 @@ class StateSource:
         if self._chosen is None:
             yield from self._follow_path(noise, count)
             return
-        clean = self._chosen[rows].to(self.device, self.state_dtype)
+        clean = self.clean(rows)
         for k in range(count):
             z = clean + float(self.s[k]) * noise
             yield k, z, self.raw_output(z, k)
+
+    def clean(self, rows: slice) -> Tensor:
+        """Clean samples, [B, *shape]: of the data, or where probability-flow paths end."""
+        if self._chosen is not None:
+            return self._chosen[rows].to(self.device, self.state_dtype)
+        *_, (k, z, raw) = self.states(rows, self.levels)
+        return self.denoised_of(z, raw, k)
 
     def _follow_path(self, noise: Tensor, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """DPM-Solver++(2M) from the process's highest level, no step longer than `PATH_STEP` in ``log s``."""
