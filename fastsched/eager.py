@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 19  # of one work buffer: a column block's increments stay in the cache
+_CHUNK_ELEMENTS = 1 << 18  # of one work buffer: a column block's increments stay in the cache
 _SIGN_TILE = (128, 64)  # signs per Philox block, Philox blocks per tile; `kernels/hutchinson.py` has the same
 _MASK = 0xFFFFFFFF
 

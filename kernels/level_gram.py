@@ -206,12 +206,12 @@ def level_gram(
     """
     N, B, _ = R.shape
     flat = not per_sample and all(t is None or t.is_contiguous() for t in (R, X, W))
-    R, X, W = (None if t is None else _view(t, flat) for t in (R, X, W))
+    R, X, W = (None if t is None else columns_view(t, flat) for t in (R, X, W))
     aligned = all(t is None or _aligned(t) for t in (R, X, W))
     itemsize = max(t.element_size() for t in (R, X, W) if t is not None)
     arch = config.architecture(R.device)
     chosen = config.gram_launch(N, itemsize, arch, precision=precision, aligned=aligned, cross=W is not None)
-    partials = launch(R, X, W, _steps(coefficients).to(R.device), precision, chosen)
+    partials = launch(R, X, W, coefficient_steps(coefficients).to(R.device), precision, chosen)
     totals = [t.sum(0, dtype=torch.float64) for t in partials]  # one order for every run
     if not per_sample:
         totals = [t.sum(0, keepdim=True) / B for t in totals]
@@ -233,7 +233,7 @@ def launch(
         R: ``[N, G, K]``.
         X: ``[N, G, K]``, ``[1, G, K]`` or None.
         W: ``[N, G, K]`` or None.
-        steps: ``[4, N]`` float32, from `_steps`.
+        steps: ``[4, N]`` float32, from `coefficient_steps`.
         precision: As `level_gram` takes it.
         chosen: Tile and warps.
         parts: Programs that share the columns; from the device's size if None.
@@ -284,13 +284,13 @@ def _pairs(blocks: int, cross: bool) -> list[tuple[int, int]]:
     return [(i, j) for i in range(blocks) for j in range(blocks) if cross or i <= j]
 
 
-def _steps(coefficients: Tensor) -> Tensor:
+def coefficient_steps(coefficients: Tensor) -> Tensor:
     """``[2, N]`` float64 -> ``[4, N]`` float32: the coefficients and, subtracted in float64, their steps."""
     before = torch.cat([coefficients.new_zeros(2, 1), coefficients[:, :-1]], 1)
     return torch.cat([coefficients, coefficients - before]).float()
 
 
-def _view(t: Tensor, flat: bool) -> Tensor:
+def columns_view(t: Tensor, flat: bool) -> Tensor:
     """``[N, B, d]`` or ``[B, d]`` -> ``[N or 1, G, K]`` with adjacent columns; one sample in all if ``flat``."""
     t = t if t.ndim == 3 else t.unsqueeze(0)
     if flat:

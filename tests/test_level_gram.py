@@ -184,8 +184,8 @@ def run_parts(case: GramCase, parts: list[int], fill: float) -> list[list[np.nda
     from fastsched.kernels import config, level_gram
 
     R, X, a, c, options = case.inputs(DEVICE)
-    R, X, W = (None if t is None else level_gram._view(t, True) for t in (R, X, options.get("W")))
-    steps = level_gram._steps(torch.stack([a, c])).to(DEVICE)
+    R, X, W = (None if t is None else level_gram.columns_view(t, True) for t in (R, X, options.get("W")))
+    steps = level_gram.coefficient_steps(torch.stack([a, c])).to(DEVICE)
     chosen = config.gram_launch(case.N, 4, "sm_90", precision=case.precision, aligned=False, cross=W is not None)
     runs = [level_gram.launch(R, X, W, steps, case.precision, chosen, n, fill) for n in parts]
     return [[t.cpu().numpy() for t in outputs] for outputs in runs]

@@ -1,0 +1,132 @@
+"""What every benchmark shares: interleaved timing, where it ran, and rows of results."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]],
+    device: str = "cpu",
+    repeats: int = 9,
+    budget: float = 60.0,
+) -> dict[str, np.ndarray]:
+    """Time functions in turn, round after round, so that a drift of the machine reaches all of them.
+
+    On a GPU the cache is overwritten before each call and CUDA events take the time.
+
+    Args:
+        functions: What to time, by name. Each is called once first, untimed.
+        device: ``"cpu"`` or ``"cuda"``.
+        repeats: Number of rounds.
+        budget: Seconds after which a function is left out of later rounds (never before three).
+
+    Returns:
+        Seconds of every timed call, by name.
+    """
+    clear = torch.empty(1 << 28, dtype=torch.int8, device=device) if device == "cuda" else None
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            if len(seconds[name]) >= 3 and sum(seconds[name]) > budget:
+                continue
+            seconds[name].append(_timed(function, clear))
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def _timed(function: Callable[[], Any], clear: torch.Tensor | None) -> float:
+    if clear is None:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    clear.zero_()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def quantiles(seconds: np.ndarray) -> dict[str, float]:
+    """Return ``p20_ms``, ``p50_ms``, ``p80_ms``."""
+    return {f"p{p}_ms": round(float(np.percentile(seconds, p)) * 1e3, 4) for p in (20, 50, 80)}
+
+
+def copy_bandwidth(gigabytes: float = 4.0) -> float:
+    """Bytes a second, read plus written, of a plain copy on the GPU."""
+    source = torch.empty(int(gigabytes * 1e9 / 2), dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    seconds = interleaved({"copy": lambda: target.copy_(source)}, "cuda", repeats=20)["copy"]
+    return 2 * source.numel() / float(np.median(seconds))
+
+
+def environment(device: str = "cpu") -> dict[str, str]:
+    """Where a row was taken: device, versions, commit (``+`` marks changes since)."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {_cores()} cores",
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "commit": _commit(),
+    }
+
+
+def append(name: str, rows: list[dict[str, Any]], key: tuple[str, ...]) -> None:
+    """Write rows to ``results/<name>.csv``; a row with the same ``key`` columns as an old one replaces it."""
+    path = RESULTS / f"{name}.csv"
+    old: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            old = list(csv.DictReader(file))
+    merged = {tuple(str(row.get(k, "")) for k in key): row for row in [*old, *rows]}
+    columns = list(dict.fromkeys(column for row in merged.values() for column in row))
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(merged.values())
+
+
+def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
+    """Lay rows out for a terminal."""
+    lines = [columns, *(tuple(str(row.get(c, "")) for c in columns) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _triton_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return ""
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../fastsched", "../kernels", ".")
+    return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)

@@ -1,0 +1,85 @@
+"""Hutchinson sums: `hutchinson_reduce` with its three kinds of probes against eager and compiled PyTorch.
+
+``python -m benchmarks.speed.hutchinson``, on the GPU if there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.common import append, copy_bandwidth, environment, interleaved, quantiles, table
+from fastsched import reference
+from fastsched.ops import hutchinson_reduce, rademacher
+
+KEY = ("device", "threads", "torch", "commit", "case", "variant")
+SEED = 1
+
+
+def plain(V: Tensor, JV: Tensor) -> tuple[Tensor, Tensor]:
+    JV = JV.float()
+    return (V * JV).sum(-1), JV.square().sum(-1)
+
+
+def variants(JV: Tensor, compiled: bool) -> dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], Tensor, int]]:
+    """Name -> call, the probes it uses, the bytes it must read."""
+    shared = rademacher(SEED, JV.shape[1:], JV.device)
+    each = shared.expand_as(JV).contiguous()
+    found = {
+        "hutchinson_reduce, seed": (lambda: hutchinson_reduce(SEED, JV), shared, JV.nbytes),
+        "hutchinson_reduce, shared probe": (lambda: hutchinson_reduce(shared, JV), shared, JV.nbytes + shared.nbytes),
+        "hutchinson_reduce, probe a level": (lambda: hutchinson_reduce(each, JV), each, JV.nbytes + each.nbytes),
+        "eager, shared probe": (lambda: plain(shared, JV), shared, JV.nbytes + shared.nbytes),
+    }
+    if compiled:
+        fused = torch.compile(plain)
+        found["torch.compile, shared probe"] = (lambda: fused(shared, JV), shared, JV.nbytes + shared.nbytes)
+        found["torch.compile, probe a level"] = (lambda: fused(each, JV), each, JV.nbytes + each.nbytes)
+    return found
+
+
+def compare(shape: tuple[int, int, int], dtype: torch.dtype, device: str, compiled: bool, repeats: int) -> list[dict]:
+    """Time all variants interleaved; one row a variant."""
+    JV = torch.randn(shape, device=device).to(dtype)
+    bandwidth = copy_bandwidth() if device == "cuda" else None
+    found = variants(JV, compiled)
+    seconds = interleaved({name: call for name, (call, _, _) in found.items()}, device, repeats)
+    rows = []
+    for name, (call, V, nbytes) in found.items():
+        row = {"case": f"{shape} {dtype}", "variant": name, "bytes": nbytes} | quantiles(seconds[name])
+        if bandwidth is not None:
+            row["share_of_copy_bandwidth"] = round(nbytes / float(np.median(seconds[name])) / bandwidth, 3)
+        size = JV[0].double().abs().sum(-1)  # what a sum's error is measured against
+        error = (call()[0][0].double() - reference.hutchinson(V if V.ndim == 2 else V[:1], JV[:1])[0][0]).abs() / size
+        rows.append(row | {"error": f"{error.max():.1e}"} | environment(device))
+    return rows
+
+
+def main() -> None:
+    """Compare, print, append to the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--dry-run", action="store_true", help="print only")
+    options = parser.parse_args()
+    shape = (48, 4, 1 << 22) if options.device == "cuda" else (48, 4, 1 << 16)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = compare(shape, dtype, options.device, options.compiled, options.repeats)
+        print(shape, dtype, "\n" + table(rows, ("variant", "p50_ms", "share_of_copy_bandwidth", "error")), flush=True)
+        if not options.dry_run:
+            append("hutchinson", rows, KEY)
+
+
+@pytest.mark.parametrize("variant", list(variants(torch.ones(1, 1, 1), compiled=False)))
+def test_hutchinson(benchmark, variant):
+    benchmark(variants(torch.randn(48, 4, 1 << 14), compiled=False)[variant][0])
+
+
+if __name__ == "__main__":
+    main()

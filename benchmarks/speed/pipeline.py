@@ -1,0 +1,82 @@
+"""What measuring and selecting cost apart from the model's own calls.
+
+``python -m benchmarks.speed.pipeline``: `measure` on a network that costs next to nothing (its calls are timed and
+taken off), then `optimal_schedule` from the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastsched as fs
+from benchmarks.common import append, environment, quantiles, table
+
+KEY = ("device", "threads", "torch", "commit", "case", "variant")
+
+
+class Timed:
+    """A Gaussian's denoiser, ``D = z c^2 / (c^2 + s^2)`` with ``c = 1``, that counts its calls and their seconds."""
+
+    def __init__(self) -> None:
+        self.calls, self.seconds = 0, 0.0
+
+    def __call__(self, z: Tensor, s: Tensor) -> Tensor:
+        """One call."""
+        if z.is_cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        s = torch.as_tensor(s, dtype=z.dtype, device=z.device)
+        s = s.view(-1, *(1,) * (z.ndim - 1)) if s.ndim else s
+        out = z / (1 + s * s)
+        if z.is_cuda:
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - start
+        self.calls += 1
+        return out
+
+
+def once(shape: tuple[int, ...], levels: int, samples: int, steps: int, device: str) -> tuple[dict[str, float], int]:
+    """Seconds of each part, and the number of model calls."""
+    network = Timed()
+    denoiser = fs.Denoiser.from_denoiser(network, sigma_min=0.02, sigma_max=80.0)
+    start = time.perf_counter()
+    stats = fs.measure(denoiser, shape, levels=levels, samples=samples, device=device, progress=False)
+    measured = time.perf_counter() - start
+    seconds = {"measure, model calls taken off": measured - network.seconds, "model calls": network.seconds}
+    for solver in ("ddim", "dpmpp_2m"):
+        start = time.perf_counter()
+        fs.optimal_schedule(stats, steps=steps, solver=solver)
+        seconds[f"optimal_schedule, {solver}"] = time.perf_counter() - start
+    return seconds, network.calls
+
+
+def main() -> None:
+    """Measure, print, append to the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dry-run", action="store_true", help="print only")
+    options = parser.parse_args()
+    for shape, levels, samples, steps in (((4, 64, 64), 48, 8, 8), ((4, 128, 128), 64, 8, 32)):
+        once(shape, levels, samples, steps, options.device)
+        runs = [once(shape, levels, samples, steps, options.device) for _ in range(options.repeats)]
+        case = f"shape {shape} levels {levels} samples {samples} steps {steps}"
+        rows = [
+            {"case": case, "variant": name}
+            | quantiles(np.array([seconds[name] for seconds, _ in runs]))
+            | {"model_calls": runs[0][1]}
+            | environment(options.device)
+            for name in runs[0][0]
+        ]
+        print(case, table(rows, ("variant", "p20_ms", "p50_ms", "p80_ms", "model_calls")), sep="\n", flush=True)
+        if not options.dry_run:
+            append("pipeline", rows, KEY)
+
+
+if __name__ == "__main__":
+    main()
