@@ -1,0 +1,166 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import fastsched as fs
+from fastsched import plot
+from fastsched.comparison import Comparison, ComparisonRow, Reference
+
+STD = 0.5
+
+
+@pytest.fixture(scope="module")
+def stats() -> fs.PathStatistics:
+    oracle = fs.oracles.Gaussian(STD, (4,))
+    denoiser = fs.Denoiser.from_denoiser(oracle.denoise, 0.002, 80.0)
+    return fs.measure(denoiser, (4,), samples=2, levels=96, progress=False)
+
+
+@pytest.fixture
+def schedules() -> dict[str, torch.Tensor]:
+    return {"a": fs.baselines.karras(5, 0.002, 80.0), "b": fs.baselines.exponential(7, 0.002, 80.0)}
+
+
+def comparison(calls: int, **errors: float) -> Comparison:
+    rows = [ComparisonRow(name, "ddim", calls, calls, error, error, 0.0, 0.0) for name, error in errors.items()]
+    return Comparison(tuple(rows), 2, Reference(torch.zeros(2, 4), torch.zeros(2, 4), "ddim", 300, 600))
+
+
+def test_density_of_gaussian_data_is_the_closed_form(stats):
+    # D along the path is c^2 / (c^2 + s^2) z(s), z(s) = z_0 sqrt((c^2 + s^2) / (c^2 + s_0^2)).
+    s, density = plot.cost_density(stats, weight=None)
+    start = torch.tensor(80.0**2 + STD**2).item()
+    scale = float(80.0**2 * fs.measurement.noise_of(stats.seeds, (4,)).square().sum(1).mean()) / start
+    slope = STD**2 * s**2 * (STD**2 + s**2) ** -1.5  # |dD / d log s| per unit of that
+    inside = (s > 0.02) & (s < 20)
+    # Differences over steps of log(80 / 0.002) / 95 = 0.11: an error of about 0.11^2 relative; the path's own is less.
+    np.testing.assert_allclose(density[inside], scale * slope[inside] ** 2, rtol=0.05)
+
+
+def test_weighted_density_is_the_weight_times_the_plain_one(stats):
+    _, plain = plot.cost_density(stats, weight=None)
+    _, weighted = plot.cost_density(stats, weight="isotropic")
+    np.testing.assert_allclose(weighted / plain, stats.phi[1:-1].numpy(), rtol=1e-9)
+
+
+def test_density_skips_the_gap_from_pure_noise():
+    denoiser = fs.Denoiser.from_velocity(lambda x, t: x * (2 * t[:, None] - 1))
+    stats = fs.measure(denoiser, (3,), samples=2, levels=16, sensitivity=None, progress=False)
+    s, density = plot.cost_density(stats, weight=None)
+    assert len(s) == len(density) == 14
+    assert np.isfinite(s).all()
+    assert np.isfinite(density).all()
+
+
+def test_schedules_are_drawn_at_their_sigmas_noise_on_the_left(schedules, tmp_path):
+    figure = plot.plot_schedules(schedules)
+    (axes,) = figure.axes
+    drawn = [line.get_xdata() for line in axes.lines if line.get_marker() not in ("None", None, "")]
+    for found, sigmas in zip(drawn, schedules.values(), strict=True):
+        np.testing.assert_allclose(found, sigmas[:-1].numpy())
+    left, right = axes.get_xlim()
+    assert left > right
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    figure.savefig(tmp_path / "a.svg")
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+
+
+def test_schedules_over_the_density_share_its_axis(stats, schedules, tmp_path):
+    figure = plot.plot_schedules(schedules, stats=stats)
+    above, below = figure.axes
+    assert above.get_xlim() == below.get_xlim()
+    assert max(line.get_ydata().max() for line in above.lines) == 1.0
+    figure.savefig(tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_flow_times_are_drawn_on_a_linear_axis():
+    schedule = fs.Schedule(fs.baselines.flow_shift(4), "ddim", "flow")
+    assert plot.plot_schedules({"flow": schedule}).axes[0].get_xscale() == "linear"
+
+
+def test_sample_grid_places_every_image():
+    images = torch.linspace(-1, 1, 5).reshape(5, 1, 1, 1).expand(5, 1, 8, 8)
+    figure = plot.plot_sample_grid({"left": images, "right": images[:, 0]}, columns=3)
+    for axes, title in zip(figure.axes, ("left", "right"), strict=True):
+        sheet = np.asarray(axes.images[0].get_array())
+        assert sheet.shape == (2 * 8 + 1, 3 * 8 + 2)
+        corners = [sheet[0, 0], sheet[0, 9], sheet[0, 18], sheet[9, 0], sheet[9, 9]]
+        np.testing.assert_allclose(corners, np.linspace(0, 1, 5), atol=1e-7)
+        assert sheet[9, 18] == 1.0  # no sixth image
+        assert axes.get_title() == title
+
+
+def test_colour_images_keep_their_channels():
+    images = torch.tensor([-1.0, 0.0, 1.0]).reshape(1, 3, 1, 1).expand(2, 3, 4, 4)
+    sheet = np.asarray(plot.plot_sample_grid({"a": images}).axes[0].images[0].get_array())
+    np.testing.assert_allclose(sheet[0, 0], [0.0, 0.5, 1.0])
+
+
+def test_difference_grid_is_the_distance_of_each_pixel():
+    axes = plot._figure(2, 2).subplots()
+    image = plot.draw_difference_grid(axes, torch.full((1, 2, 2), 0.75), torch.full((1, 2, 2), 0.5))
+    np.testing.assert_allclose(np.asarray(image.get_array()), 0.25)
+
+
+def test_errors_join_rows_of_one_name():
+    figure = plot.plot_errors([comparison(8, a=0.5, b=2.0), comparison(6, a=1.0, b=3.0)], names=["a"])
+    (line,) = figure.axes[0].lines
+    assert list(line.get_xdata()) == [6, 8]
+    assert list(line.get_ydata()) == [1.0, 0.5]
+
+
+def test_overview_holds_every_part(stats, schedules):
+    images = torch.zeros(4, 1, 8, 8)
+    figure = plot.plot_overview({"a": images, "b": images}, images, schedules, stats, [comparison(6, a=1.0, b=2.0)])
+    text = {axes.get_title() for axes in figure.axes}
+    assert {"a", "b", "converged\n300 model calls"} <= text
+    figure.draw_without_rendering()
+
+
+def test_pyplot_is_not_imported():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, torch, fastsched as fs; fs.plot.plot_schedules({'a': torch.tensor([1., 0.])});"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: plot.plot_schedules({}), "at least one schedule"),
+        (lambda: plot.plot_schedules({"a": torch.tensor([1.0, 2.0])}), "strictly descend"),
+        (
+            lambda: plot.plot_schedules(
+                {
+                    "a": fs.Schedule(torch.tensor([0.9, 0.0]), "ddim", "flow"),
+                    "b": fs.Schedule(torch.tensor([0.9, 0.0]), "ddim", "ve"),
+                }
+            ),
+            "all be in sigmas or all in flow times",
+        ),
+        (lambda: plot.plot_sample_grid({}), "at least one grid"),
+        (lambda: plot.plot_sample_grid({"a": torch.zeros(3, 2, 8, 8)}), "C 1 or 3"),
+        (lambda: plot.plot_sample_grid({"a": torch.zeros(3, 8, 8)}, columns=0), "columns"),
+        (lambda: plot.plot_errors([]), "at least one row"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_density_without_sensitivity_asks_for_no_weight(stats):
+    from dataclasses import replace
+
+    plain = replace(stats, cross=None, w_squared=None)
+    with pytest.raises(ValueError, match="weight=None"):
+        plot.cost_density(plain)
+    assert len(plot.plot_cost_density(plain).axes[0].lines) == 1
+    assert not math.isnan(plot.cost_density(plain, None)[1].sum())
