@@ -144,7 +144,7 @@ def measure(
 def select(
     statistics: Annotated[Path, typer.Argument(help="What 'fastsched measure' wrote.")],
     steps: Annotated[str, typer.Option(help="Model calls: 8, or several, 6,8,10.")],
-    solver: Annotated[str, typer.Option(help="ddim (euler), heun, dpmpp_2m or ipndm.")] = "dpmpp_2m",
+    solver: Annotated[str, typer.Option(help="Such as ddim, heun, dpmpp_2m or ipndm.")] = "dpmpp_2m",
     weight: Annotated[str, typer.Option(help="geometric, isotropic, directional or none.")] = "geometric",
     output: Annotated[
         Optional[Path],  # noqa: UP045

@@ -149,7 +149,7 @@ def plot_overview(
     figure = _figure(10.5, 6.6)
     figure.suptitle(title, fontsize="large", fontweight="bold")
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.0, 1.0], hspace=0.05)[:, 0]
-    grids = top.subplots(2, len(samples) + 1, squeeze=False)
+    grids = top.subplots(2, len(samples) + 1, squeeze=False, gridspec_kw={"wspace": 0.06})
     differences = []
     for (above, below), (name, images) in zip(grids.T, samples.items(), strict=False):
         draw_sample_grid(above, images, columns=columns)
@@ -160,7 +160,7 @@ def plot_overview(
     above.set_title(f"converged\n{comparisons[0].reference.steps} model calls", fontsize="medium")
     key.set_axis_off()
     scale = key.inset_axes((0.1, 0.62, 0.8, 0.12))
-    bar = top.colorbar(differences[0], cax=scale, orientation="horizontal", ticks=[0, 0.5, 1])
+    bar = top.colorbar(differences[0], cax=scale, orientation="horizontal", ticks=[0, 0.25, 0.5])
     bar.set_label("distance of each pixel to the\nconverged one (black to white: 2)", fontsize="small")
     left, right = bottom.subfigures(1, 2, squeeze=False, width_ratios=[1.75, 1.0], wspace=0.03)[0]
     curve, rows = left.subplots(2, 1, sharex=True, height_ratios=[1.5, 1.0])
@@ -220,7 +220,7 @@ def draw_sample_grid(axes: Axes, images: Tensor, *, columns: int | None = None) 
 
 
 def draw_difference_grid(axes: Axes, images: Tensor, reference: Tensor, *, columns: int | None = None) -> AxesImage:
-    """Draw ``|image - reference|`` of every pixel, averaged over channels: white is 0, the darkest 1 or more.
+    """Draw ``|image - reference|`` of every pixel, averaged over channels: white is 0, the darkest half or more.
 
     Returns:
         What a colour bar is made from.
@@ -232,7 +232,7 @@ def draw_difference_grid(axes: Axes, images: Tensor, reference: Tensor, *, colum
     away = (_images(images) - _images(reference)).abs().mean(1, keepdim=True)
     sheet = _sheet(away, columns, fill=math.nan)
     axes.set_axis_off()
-    return axes.imshow(sheet.squeeze(), cmap="Purples", vmin=0, vmax=1, interpolation="nearest")
+    return axes.imshow(sheet.squeeze(), cmap="Purples", vmin=0, vmax=0.5, interpolation="nearest")
 
 
 def _images(images: Tensor) -> Tensor:

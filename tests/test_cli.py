@@ -180,7 +180,7 @@ def test_a_measurement_is_not_overwritten_unasked(folder, model, tmp_path):
 
 
 def test_unknown_solver_names_its_near_match(folder):
-    result = run("select", folder / "s.safetensors", "--steps", "4", "--solver", "dpm_2m")
+    result = run("select", folder / "s.safetensors", "--steps", "4", "--solver", "dpmpp2m")
     assert result.exit_code == 2
     assert "did you mean 'dpmpp_2m'?" in one_line(result)
 

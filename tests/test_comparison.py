@@ -213,7 +213,7 @@ def test_an_exact_copy_keeps_a_finite_place(gaussian, converged):
     [
         ({"schedules": {}}, "schedules must be a dictionary"),
         ({"solver": None}, "solver must be given, for schedules\\['k'\\]"),
-        ({"solver": "dpm_2m"}, "did you mean 'dpmpp_2m'"),
+        ({"solver": "dpmpp2m"}, "did you mean 'dpmpp_2m'"),
         ({"schedules": {"k": torch.tensor([3.0, 1.0])}}, "schedules\\['k'\\] must end in 0"),
         ({"schedules": {"k": torch.tensor([1.0, 3.0, 0.0])}}, "schedules\\['k'\\] must strictly descend"),
         ({"schedules": {"k": fs.Schedule(torch.tensor([0.9, 0.0]), "ddim", "flow")}}, "'flow' noise process"),
