@@ -22,6 +22,7 @@ def interleaved(
     device: str = "cpu",
     repeats: int = 9,
     budget: float = 60.0,
+    clock: str = "wall",
 ) -> dict[str, np.ndarray]:
     """Time functions in turn, round after round, so that a drift of the machine reaches all of them.
 
@@ -32,6 +33,8 @@ def interleaved(
         device: ``"cpu"`` or ``"cuda"``.
         repeats: Number of rounds.
         budget: Seconds after which a function is left out of later rounds (never before three).
+        clock: ``"wall"``, or on the CPU ``"cpu"``: the seconds that all threads of this process computed, which
+            other processes on the machine disturb less.
 
     Returns:
         Seconds of every timed call, by name.
@@ -44,15 +47,16 @@ def interleaved(
         for name, function in functions.items():
             if len(seconds[name]) >= 3 and sum(seconds[name]) > budget:
                 continue
-            seconds[name].append(_timed(function, clear))
+            seconds[name].append(_timed(function, clear, clock))
     return {name: np.array(values) for name, values in seconds.items()}
 
 
-def _timed(function: Callable[[], Any], clear: torch.Tensor | None) -> float:
+def _timed(function: Callable[[], Any], clear: torch.Tensor | None, clock: str) -> float:
     if clear is None:
-        start = time.perf_counter()
+        now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
+        start = now()
         function()
-        return time.perf_counter() - start
+        return now() - start
     clear.zero_()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()

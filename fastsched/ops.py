@@ -98,13 +98,9 @@ def level_increment_gram(
     _check_gram(R, X, W, precision)
     triton = _use_triton(backend, R)
     if triton and R.dtype == torch.float64:
-        raise ValueError(
-            'R is float64, which the Triton kernel does not read; pass float32 or backend="torch"'
-        )
+        raise ValueError('R is float64, which the Triton kernel does not read; pass float32 or backend="torch"')
     coefficients = torch.stack([_coefficients("a", a, R.shape[0]), _coefficients("c", c, R.shape[0])])
-    gram, cross, w_squared = torch.ops.fastsched.level_gram(
-        R, X, W, coefficients, per_sample, precision, triton
-    )
+    gram, cross, w_squared = torch.ops.fastsched.level_gram(R, X, W, coefficients, per_sample, precision, triton)
     return LevelGram(gram, None, None) if W is None else LevelGram(gram, cross, w_squared)
 
 
@@ -159,9 +155,7 @@ def hutchinson_reduce(V_or_seed: Tensor | int, JV: Tensor, *, backend: str = "au
         raise ValueError(f"V_or_seed must be a tensor or a seed from 0 to 2^63 - 1; got {seed}")
     triton = _use_triton(backend, JV)
     if triton and torch.float64 in (JV.dtype, None if V is None else V.dtype):
-        raise ValueError(
-            'float64 JV or V_or_seed is not read by the Triton kernel; pass float32 or backend="torch"'
-        )
+        raise ValueError('float64 JV or V_or_seed is not read by the Triton kernel; pass float32 or backend="torch"')
     v_jv, jv_jv = torch.ops.fastsched.hutchinson(V, seed, JV, triton)
     return v_jv, jv_jv
 
@@ -225,9 +219,7 @@ def second_order_min_plus(first: Tensor, cost: Tensor, steps: int, *, backend: s
         raise ValueError(f"first and cost must share a device; got {first.device} and {cost.device}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")
-    totals, paths = torch.ops.fastsched.min_plus(
-        first.double(), cost.double(), steps, _use_triton(backend, cost)
-    )
+    totals, paths = torch.ops.fastsched.min_plus(first.double(), cost.double(), steps, _use_triton(backend, cost))
     return MinPlus(totals, paths)
 
 
@@ -245,7 +237,8 @@ def _level_gram(
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if triton:
-        return _kernel("level_gram").level_gram(R, X, W, coefficients, per_sample, precision)
+        with torch.cuda.device_of(R):
+            return _kernel("level_gram").level_gram(R, X, W, coefficients, per_sample, precision)
     return eager.level_gram(R, X, W, coefficients, per_sample)
 
 
@@ -262,7 +255,8 @@ def _(R, X, W, coefficients, per_sample, precision, triton):
 @torch.library.custom_op("fastsched::hutchinson", mutates_args=())
 def _hutchinson(V: Tensor | None, seed: int, JV: Tensor, triton: bool) -> tuple[Tensor, Tensor]:
     if triton:
-        return _kernel("hutchinson").hutchinson(V, seed, JV)
+        with torch.cuda.device_of(JV):
+            return _kernel("hutchinson").hutchinson(V, seed, JV)
     return eager.hutchinson(V, seed, JV)
 
 
@@ -275,7 +269,8 @@ def _(V, seed, JV, triton):
 @torch.library.custom_op("fastsched::min_plus", mutates_args=())
 def _min_plus(first: Tensor, cost: Tensor, steps: int, triton: bool) -> tuple[Tensor, Tensor]:
     if triton:
-        return _kernel("min_plus").min_plus(first, cost, steps)
+        with torch.cuda.device_of(cost):
+            return _kernel("min_plus").min_plus(first, cost, steps)
     totals, paths = eager.min_plus(first.cpu().numpy(), cost.cpu().numpy(), steps)
     return torch.from_numpy(totals).to(cost.device), torch.from_numpy(paths).to(cost.device)
 

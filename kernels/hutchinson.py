@@ -41,22 +41,21 @@ def load_quarters(p_tile, o_quarter, left, QUARTER: tl.constexpr):
 
 @triton.jit
 def hutchinson_kernel(
-    p_V, p_JV, p_sums, seed, N, d, v_level, v_sample, j_level, j_sample,
+    p_V, p_JV, p_sums, seed, N, samples, d, v_level, v_sample, j_level, j_sample,
     PROBE: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of 8192 columns of one sample, at every level.
 
-    Grid ``(tiles, samples)``. A probe that all levels share is loaded, or drawn, once and stays in registers. A level
+    Grid ``(tiles * samples,)``. A probe that all levels share is loaded, or drawn, once and stays in registers. A level
     leaves two float32 sums in ``sums[tile, 2, level, sample]``.
     """
-    tile, sample = tl.program_id(0), tl.program_id(1)
+    tile, sample = tl.program_id(0) // samples, tl.program_id(0) % samples
     QUARTER: tl.constexpr = BITS * BLOCKS // 4
     o_quarter = tl.arange(0, 32)[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :]  # [32, BLOCKS]
     first = tile.to(tl.int64) * (BITS * BLOCKS)
     left = tl.minimum(d - first, BITS * BLOCKS).to(tl.int32)
     p_V += sample.to(tl.int64) * v_sample + first
     p_JV += sample.to(tl.int64) * j_sample + first
-    samples = tl.num_programs(1)
     p_sums += tile.to(tl.int64) * 2 * N * samples + sample
     if PROBE == "seed":
         v_0, v_1, v_2, v_3 = draw_signs(seed, tile, sample, BLOCKS)
@@ -101,8 +100,8 @@ def launch(V: Tensor | None, seed: int, JV: Tensor, fill: float | None = None) -
     sums = torch.empty((tiles, 2, N, B), dtype=torch.float32, device=JV.device)
     if fill is not None:
         sums.fill_(fill)
-    hutchinson_kernel[tiles, B](
-        V, JV, sums, seed, N, d, v_level, v_sample, JV.stride(0), JV.stride(1),
+    hutchinson_kernel[(tiles * B,)](
+        V, JV, sums, seed, N, B, d, v_level, v_sample, JV.stride(0), JV.stride(1),
         **constants(probe, chosen), num_warps=chosen.warps,
     )  # fmt: skip
     return sums

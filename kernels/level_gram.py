@@ -243,6 +243,8 @@ def launch(
         Partial sums of Gram matrix, diagonal, cross block, norms: ``[parts, G, pairs, rows, ..]``.
     """
     N, G, K = R.shape
+    if G > 65535:  # the grid's limit
+        raise ValueError(f"R must have at most 65535 samples that are kept apart or not contiguous; got {G}")
     rows, cross = chosen.rows, W is not None
     states = "none" if X is None else "shared" if X.shape[0] == 1 and N > 1 else "levels"
     fixed = constants(N, states, cross, precision, chosen)

@@ -225,7 +225,7 @@ def build_hutchinson(arch: str, probe: str, dtype: str) -> Built:
     chosen = config.hutchinson_launch(probe)
     types = {"p_V": POINTERS[dtype], "p_JV": POINTERS[dtype], "p_sums": "*fp32", "seed": "i64"}
     constants, options = hutchinson.constants(probe, chosen), {"num_warps": chosen.warps}
-    return compile_kernel(hutchinson.hutchinson_kernel, types, constants, ("N", "seed"), arch, options)
+    return compile_kernel(hutchinson.hutchinson_kernel, types, constants, ("N", "samples", "seed"), arch, options)
 
 
 HUTCHINSON = [

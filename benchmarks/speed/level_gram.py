@@ -20,7 +20,7 @@ from benchmarks.common import append, copy_bandwidth, environment, interleaved, 
 from fastsched import reference
 from fastsched.ops import level_increment_gram, pairwise_squared_distances
 
-KEY = ("device", "threads", "torch", "commit", "case", "variant")
+KEY = ("device", "threads", "clock", "torch", "commit", "case", "variant")
 
 
 @dataclass(frozen=True)
@@ -128,16 +128,16 @@ def errors(found: Tensor, want: Tensor) -> dict[str, str]:
     return {"error_adjacent": f"{adjacent.max():.1e}", "error_all": f"{relative.max():.1e}"}
 
 
-def compare(case: Case, device: str, compiled: bool, bandwidth: float | None, repeats: int) -> list[dict]:
+def compare(case: Case, device: str, compiled: bool, bandwidth: float | None, repeats: int, clock: str) -> list[dict]:
     """Time all variants of a case interleaved; one row a variant."""
     functions, nbytes, want = variants(case, device, compiled)
-    seconds = interleaved(functions, device, repeats)
+    seconds = interleaved(functions, device, repeats, clock=clock)
     ours = float(np.median(next(iter(seconds.values()))))
     rows = []
     for name, taken in seconds.items():
         scale = case.B if name.startswith("level_increment_gram") else 1  # ours is a mean over samples
         row = {"case": str(case), "variant": name} | quantiles(taken)
-        row |= {"times_ours": round(float(np.median(taken)) / ours, 3), "bytes": nbytes}
+        row |= {"clock": clock, "times_ours": round(float(np.median(taken)) / ours, 3), "bytes": nbytes}
         if bandwidth is not None:
             row["share_of_copy_bandwidth"] = round(nbytes / float(np.median(taken)) / bandwidth, 3)
         rows.append(row | errors(scale * functions[name](), want) | environment(device))
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--levels", type=int, help="only the cases of this many levels")
     parser.add_argument("--dry-run", action="store_true", help="print only")
     parser.add_argument("--threads", type=int, help="of PyTorch; one is steadier on a busy machine")
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: seconds computed, not passed")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -171,7 +172,7 @@ def main() -> None:
     for case in cases(options.device):
         if options.levels not in (None, case.N):
             continue
-        rows = compare(case, options.device, options.compiled, bandwidth, options.repeats)
+        rows = compare(case, options.device, options.compiled, bandwidth, options.repeats, options.clock)
         print(
             case, table(rows, ("variant", "p50_ms", "times_ours", "error_adjacent", "error_all")), sep="\n", flush=True
         )
