@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoiser import Denoiser
+from fastsched.multistep import Node, log_rho
 from fastsched.noise import NoiseProcess
-from fastsched.solvers import Node, Solver, get_solver, step_scale
+from fastsched.solvers import Solver, get_solver, step_scale
 
 if TYPE_CHECKING:
     from fastsched.schedule import Schedule
@@ -23,8 +23,7 @@ def nodes_of(process: NoiseProcess, s: Tensor) -> list[Node]:
     values = s.to(torch.float64)
     rho = (1 / values).numpy()
     tau = process.sampler_sigma(values).numpy()
-    with np.errstate(divide="ignore"):
-        return [Node(r, np.log(r), t) for r, t in zip(rho, tau, strict=True)]
+    return [Node(r, log_rho(r), t) for r, t in zip(rho, tau, strict=True)]
 
 
 @torch.no_grad()
@@ -68,29 +67,43 @@ def sample(
     values = validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas))  # type: ignore[arg-type]
     s = denoiser.process.level(values)
     nodes = nodes_of(denoiser.process, s)
-    y, history = noise, []
     steps: Sequence[int] = range(len(nodes) - 1)
     if progress:
         from tqdm import tqdm
 
         steps = tqdm(steps, desc=f"{method.name} sampling", unit="step")  # type: ignore[assignment]
+    y, y_before, history = noise, noise, []
     for n in steps:
         start, end = nodes[n], nodes[n + 1]
         denoised = _finite_denoised(denoiser, y, s[n], dtype)
         if end.tau == 0:
             return denoised
-        history = [(start, _slope(method, start, y, denoised)), *history][: method.history + 1]
-        if method.lookahead:
-            predicted = y + float(end.rho - start.rho) * denoised
-            ahead = _finite_denoised(denoiser, predicted, s[n + 1], dtype)
-            slopes = [_slope(method, end, predicted, ahead), *[slope for _, slope in history]]
-        else:
-            slopes = [slope for _, slope in history]
+        newest = _slope(method, start, y, denoised)
+        if method.corrector is not None and history:
+            known = [node for node, _ in history]
+            y = _step(method, method.corrector(known, start), y_before, known[0], start, [newest, *_slopes(history)])
+        history = [(start, newest), *history][: method.history + 1]
+        slopes = _slopes(history)
+        if method.stage is not None:
+            stage = method.stage(start, end)
+            predicted = y + float(stage.rho - start.rho) * denoised
+            ahead = _finite_denoised(denoiser, predicted, torch.as_tensor(1 / stage.rho), dtype)
+            slopes = [_slope(method, stage, predicted, ahead), *slopes]
         weights = method.weights([node for node, _ in history], end)
-        mean = sum(float(b) * slope for b, slope in zip(weights, slopes, strict=True))
-        scale = float(step_scale(method, start, end))
-        y = y + scale * mean if method.variable == "rho" else (1 - scale) * y + scale * mean
+        y_before, y = y, _step(method, weights, y, start, end, slopes)
     return y * float(s[-1])
+
+
+def _step(
+    method: Solver, weights: Sequence[Any], y: Tensor, start: Node, end: Node, slopes: Sequence[Tensor]
+) -> Tensor:
+    mean = sum(float(b) * slope for b, slope in zip(weights, slopes, strict=True))
+    scale = float(step_scale(method, start, end))
+    return y + scale * mean if method.variable == "rho" else (1 - scale) * y + scale * mean
+
+
+def _slopes(history: Sequence[tuple[Node, Tensor]]) -> list[Tensor]:
+    return [slope for _, slope in history]
 
 
 def _slope(method: Solver, node: Node, y: Tensor, denoised: Tensor) -> Tensor:

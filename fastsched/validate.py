@@ -50,7 +50,8 @@ def choice(name: str, value: object, known: Iterable[str]) -> str:
     names = list(known)
     if isinstance(value, str) and value in names:
         return value
-    near = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.5)
+    spelled = str(value).lower().replace("+", "p").translate(str.maketrans("- ", "__"))
+    near = difflib.get_close_matches(spelled, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}, got {value!r}{hint}")
 

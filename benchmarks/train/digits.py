@@ -2,9 +2,12 @@
 
     python benchmarks/train/digits.py
 
-needs scikit-learn, takes about eight minutes of one free core and ends with the denoising error, beside that of the
-best linear denoiser and of the data set's own posterior mean (which a network that memorised the data would
-reach).
+needs scikit-learn, takes two to four minutes of one core and ends with the denoising error, beside that of the best
+linear denoiser and of the data set's own posterior mean (which a network that memorised the data would reach).
+
+3,000 steps were chosen by the error on 360 digits held out (``--held-out 360``), against 1,500 and 6,000: at sigma
+0.05, 0.1, 0.5 and 1 it is 3.0e-3, 1.0e-2, 1.1e-1 and 2.3e-1 of the data's variance after 1,500 steps, 2.9e-3, 9.9e-3,
+9.1e-2 and 2.1e-1 after 3,000, and 3.4e-3, 1.1e-2, 8.6e-2 and 2.0e-1 after 6,000: longer, low noise overfits.
 """
 
 from __future__ import annotations
@@ -95,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ASSET, help="where to write the weights")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--iterations", type=int, default=12_000)
+    parser.add_argument("--iterations", type=int, default=3_000)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate; cosine decay to 0")
     parser.add_argument("--weight-decay", type=float, default=0.01)

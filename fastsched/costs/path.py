@@ -8,11 +8,13 @@ Between levels the path takes ``D`` as piecewise linear in ``lambda``, so over a
 
 A step of a linear solver (`fastsched.solvers`) with weights ``b`` then errs by ``sum_q C_q e_q``:
 
-* ``j <= q < k``: ``C_q = r_q - rho_k`` (plus ``scale * b_k * f`` if the solver looks ahead to ``k``),
+* ``j <= q < k``: ``C_q = r_q - rho_k``, plus ``scale * b * f * p_q`` for a slope of weight ``b`` at a node ahead, of
+  which the path has covered the share ``p_q`` of segment ``q`` (all 1 for the end of the step),
 * ``i <= q < j``: ``C_q = -scale * B_i * u_q``, ``B_i`` the weight on ``i`` and earlier, and so on for earlier levels,
 
-where ``u_q e_q`` is the change of the slope over a segment: ``u = 1`` for ``D``; ``u_q = -(r_q + 1/tau - rho)`` for
-``g``, in which ``1/tau - rho`` is 0 (VE, VP) or 1 (flow). The local error is ``E ||.||^2 = s_k^2 C' G C``.
+where ``u_q e_q`` is the change of the slope over a segment: ``u = f = 1`` for ``D``; ``u_q = -(r_q + 1/tau - rho)`` for
+``g``, in which ``1/tau - rho`` is 0 (VE, VP) or 1 (flow), and ``f = -1/tau`` at the node ahead, whose state is an Euler
+prediction. The local error is ``E ||.||^2 = s_k^2 C' G C``.
 
 Source: multistep error analysis in the form of Lu et al. 2022 (DPM-Solver++) and Zhang & Chen 2023 (DEIS).
 """
@@ -27,8 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastsched import validate
+from fastsched.multistep import Node, log_rho
 from fastsched.path_statistics import PathStatistics
-from fastsched.solvers import Node, Solver, get_solver, step_scale
+from fastsched.solvers import Solver, get_solver, step_scale
 
 Array = NDArray[np.float64]
 
@@ -114,9 +117,12 @@ class PathCost:
             return np.ones(self.levels - 1)
         return -(self._node_rho + (1 / self.tau - self.rho)[-1])
 
+    @cached_property
+    def _lam(self) -> Array:
+        return log_rho(self.rho)
+
     def _node(self, k: int | NDArray[np.intp]) -> Node:
-        with np.errstate(divide="ignore"):
-            return Node(self.rho[k], -np.log(self.s[k]), self.tau[k])
+        return Node(self.rho[k], self._lam[k], self.tau[k])
 
     @cached_property
     def pairs(self) -> Array:
@@ -124,8 +130,11 @@ class PathCost:
         n = self.levels
         costs = np.full((n + 1, n + 1), np.inf)
         for k in range(1, n):
-            costs[:k, k] = self.weight[k] * self.s[k] ** 2 * self._base(k)
-        costs[:n, n] = self._end_cost()
+            if self.solver.stage is None and self.solver.corrector is None:
+                costs[:k, k] = self.weight[k] * self.s[k] ** 2 * self._suffix_squares(self._step_vector(k), k)
+            else:
+                costs[:k, k] = [self.step([j, k]) for j in range(k)]
+        costs[:n, n] = self._end_cost
         return costs
 
     @cached_property
@@ -133,25 +142,19 @@ class PathCost:
         """Cost of a step from j to k after one from i to j, ``[i, j, k]``, [N + 1]^3; ``inf`` unless ``i < j < k``."""
         n = self.levels
         costs = np.full((n + 1, n + 1, n + 1), np.inf)
-        u, before = self._slope_change, np.tri(n, n - 1, -1, dtype=bool)  # [j, p]: p < j
-        uu = np.stack([self._suffix_squares(u, j, n) for j in range(n)], axis=1)  # [i, j]
-        levels = np.arange(n)
         for k in range(2, n):
-            j, i = levels[None, :k], levels[:k, None]
-            with np.errstate(invalid="ignore", divide="ignore"):
-                history = [self._node(j), self._node(i)]
-                scale = step_scale(self.solver, history[0], self._node(k))
-                tail = self.solver.weights(history, self._node(k))[-1]
-                alpha = np.where(i < j, -scale * tail, 0.0)  # [i, j]
-            spread = self.gram[:, :k] * self._step_vector(k)  # [p, q]
-            reach = np.cumsum(spread[:, ::-1], axis=1)[:, ::-1]  # [p, j]: sum over j <= q < k
-            crossed = np.where(before[:k].T, u[:, None] * reach, 0.0)
-            cross = np.cumsum(crossed[::-1], axis=0)[::-1][:k]  # [i, j]: sum over i <= p < j
-            total = self._base(k)[None, :] + 2 * alpha * cross + alpha**2 * uu[:k, :k]
-            scaled = self.weight[k] * self.s[k] ** 2 * total
-            costs[:k, :k, k] = np.where(i < j, np.maximum(scaled, 0.0), np.inf)
-        end = self._end_cost()
-        costs[:n, :n, n] = np.where(levels[:, None] < levels[None, :], end[None, :], np.inf)
+            i, j = np.arange(k)[:, None], np.arange(k)[None, :]
+            alpha, beta = self._two_slope_factors(i, j, k)
+            vector, ones = self._step_vector(k), np.ones(k)
+            total = self._suffix_squares(vector, k)[None, :] + alpha**2 * self._history_squares[:k, :k]
+            total += 2 * alpha * self._cross_products(vector, k)
+            if self.solver.corrector is not None:
+                total += 2 * beta * self._suffix_products(vector, ones, k) + beta**2 * self._suffix_squares(ones, k)
+                total += 2 * alpha * beta * self._cross_products(ones, k)
+            scaled = self.weight[k] * self.s[k] ** 2 * np.maximum(total, 0.0)
+            costs[:k, :k, k] = np.where(i < j, scaled, np.inf)
+        before_end = np.arange(n)[:, None] < np.arange(n)[None, :]
+        costs[:n, :n, n] = np.where(before_end, self._end_cost[None, :], np.inf)
         return costs
 
     def of(self, nodes: Sequence[int]) -> Array:
@@ -160,32 +163,42 @@ class PathCost:
         Args:
             nodes: Ascending level indices, the last of which is N (sigma 0).
         """
-        return np.array([self.step(nodes[max(0, n - self.solver.history) : n + 2]) for n in range(len(nodes) - 1)])
+        return np.array([self._step_of(nodes, n) for n in range(len(nodes) - 1)])
 
-    def step(self, nodes: Sequence[int]) -> float:
-        """The cost of the step between the last two of ``nodes``, those before being its history."""
-        j, k = nodes[-2], nodes[-1]
-        if k == self.levels:
-            return float(self._end_cost()[j])
-        vector = self.error_vector(nodes)
-        start = nodes[0]
-        inside = vector[start:k]
-        return float(self.weight[k] * self.s[k] ** 2 * (inside @ self.gram[start:k, start:k] @ inside))
+    def step(self, nodes: Sequence[int], *, corrected: bool = True) -> float:
+        """The cost of the step between the last two of ``nodes``, those before being its history, newest last.
 
-    def error_vector(self, nodes: Sequence[int]) -> Array:
-        """``C`` [N-1]: the error in ``y_k`` of the step between the last two ``nodes``, over the increments."""
+        Args:
+            nodes: Ascending level indices.
+            corrected: Whether the solver's corrector, if it has one, is applied: not before the step to sigma 0.
+        """
+        key = (*nodes, corrected)
+        if key not in self._steps:
+            self._steps[key] = self._step_cost(nodes, corrected)
+        return self._steps[key]
+
+    def error_vector(self, nodes: Sequence[int], *, corrected: bool = True) -> Array:
+        """``C`` [N-1]: the error in ``y_k`` of the step between the last two ``nodes``, over the increments.
+
+        For the step to sigma 0, where ``y`` has no limit, the error in ``z``.
+        """
         *earlier, j, k = nodes
         vector = np.zeros(self.levels - 1)
         if k == self.levels:
             vector[j:] = -1.0  # z = D_j, against D_{N-1}
             return vector
-        history = [self._node(n) for n in (j, *earlier[::-1])]
-        end = self._node(k)
-        weights = list(self.solver.weights(history, end))
+        history, end = [self._node(n) for n in (j, *earlier[::-1])], self._node(k)
         scale = step_scale(self.solver, history[0], end)
         vector[j:k] = self._step_vector(k)[j:k]
-        if self.solver.lookahead:
-            vector[j:k] += scale * float(weights.pop(0)) * self._lookahead_factor(k)
+        ahead = end if self.solver.corrector is not None and corrected else None
+        rule = self.solver.weights if ahead is None else self.solver.corrector
+        assert rule is not None
+        weights = list(rule(history, end))
+        if self.solver.stage is not None:
+            ahead = self.solver.stage(history[0], end)
+        if ahead is not None:
+            factor = 1.0 if self.solver.variable == "rho" else -1.0 / ahead.tau
+            vector[j:k] += scale * float(weights.pop(0)) * factor * self._covered(ahead)[j:k]
         tails = np.cumsum(weights[::-1])[::-1]  # weight on each level and those before it
         newer = j
         for tail, older in zip(tails[1:], earlier[::-1], strict=True):
@@ -193,34 +206,62 @@ class PathCost:
             newer = older
         return vector
 
+    @cached_property
+    def _steps(self) -> dict[tuple[int, ...], float]:
+        return {}
+
+    def _step_of(self, nodes: Sequence[int], n: int) -> float:
+        """The cost of step ``n`` of a schedule."""
+        last_corrected = n + 2 < len(nodes) - 1
+        return self.step(nodes[max(0, n - self.solver.history) : n + 2], corrected=last_corrected)
+
+    def _step_cost(self, nodes: Sequence[int], corrected: bool) -> float:
+        j, k = nodes[-2], nodes[-1]
+        if k == self.levels:
+            return float(self._end_cost[j])
+        inside = self.error_vector(nodes, corrected=corrected)[nodes[0] : k]
+        gram = self.gram[nodes[0] : k, nodes[0] : k]
+        return float(self.weight[k] * self.s[k] ** 2 * (inside @ gram @ inside))
+
     def _step_vector(self, k: int) -> Array:
         """``r_q - rho_k`` for ``q < k``, [k]."""
         return self._node_rho[:k] - self.rho[k]
 
-    def _lookahead_factor(self, k: int) -> float:
-        """Change of the slope at ``k`` with ``D_k - D_j``, the state there being the Euler prediction."""
-        return 1.0 if self.solver.variable == "rho" else -1.0 / float(self.tau[k])
+    def _covered(self, node: Node) -> Array:
+        """The share of each segment that lies before ``node``, [N-1]."""
+        return np.clip((node.lam - self._lam[:-1]) / np.diff(self._lam), 0.0, 1.0)
 
-    def _base(self, k: int) -> Array:
-        """``C' G C`` of the one-slope step from each ``j < k`` to ``k``, [k]."""
-        vector = self._step_vector(k)
-        if not self.solver.lookahead:
-            return self._suffix_squares(vector, k, k)
-        ones = np.ones(k)
-        start = self._node(np.arange(k))
-        weight = np.asarray(self.solver.weights([start], self._node(k))[0])
-        extra = step_scale(self.solver, start, self._node(k)) * weight * self._lookahead_factor(k)
-        return (
-            self._suffix_products(vector, vector, k)
-            + 2 * extra * self._suffix_products(vector, ones, k)
-            + extra**2 * self._suffix_products(ones, ones, k)
-        )
+    def _two_slope_factors(self, i: NDArray[np.intp], j: NDArray[np.intp], k: int) -> tuple[Array, Array]:
+        """What multiplies ``u`` over ``[i, j)`` and, with a corrector, 1 over ``[j, k)``; each [i, j]."""
+        history, end = [self._node(j), self._node(i)], self._node(k)
+        scale = step_scale(self.solver, history[0], end)
+        rule = self.solver.weights if self.solver.corrector is None else self.solver.corrector
+        with np.errstate(invalid="ignore", divide="ignore"):
+            weights = rule(history, end)
+            alpha = np.where(i < j, -scale * weights[-1], 0.0)
+            beta = np.where(i < j, scale * weights[0], 0.0)
+        return alpha, beta
 
-    def _suffix_squares(self, vector: Array, k: int, length: int) -> Array:
-        """``sum_{j <= p, q < k} v_p G_pq v_q`` for ``j < k``, then zeros up to ``length``."""
-        squares = np.zeros(length)
-        squares[:k] = self._suffix_products(vector[:k], vector[:k], k)
+    @cached_property
+    def _history_squares(self) -> Array:
+        """``sum_{i <= p, q < j} u_p G_pq u_q``, [i, j]."""
+        n, u = self.levels, self._slope_change
+        squares = np.zeros((n, n))
+        for j in range(1, n):
+            squares[:j, j] = self._suffix_squares(u[:j], j)
         return squares
+
+    def _cross_products(self, vector: Array, k: int) -> Array:
+        """``sum_{i <= p < j, j <= q < k} u_p G_pq v_q``, [i, j] for levels below ``k``."""
+        spread = self.gram[:k, :k] * vector  # [p, q]
+        reach = np.cumsum(spread[:, ::-1], axis=1)[:, ::-1]  # [p, j]: sum over j <= q < k
+        before = np.tri(k, k, -1, dtype=bool).T  # [p, j]: p < j
+        crossed = np.where(before, self._slope_change[:k, None] * reach, 0.0)
+        return np.cumsum(crossed[::-1], axis=0)[::-1]
+
+    def _suffix_squares(self, vector: Array, k: int) -> Array:
+        """``sum_{j <= p, q < k} v_p G_pq v_q`` for every ``j < k``, [k]."""
+        return self._suffix_products(vector, vector, k)
 
     def _suffix_products(self, left: Array, right: Array, k: int) -> Array:
         """``sum_{j <= p, q < k} left_p G_pq right_q`` for every ``j < k``, [k]; summed from the end."""
@@ -228,7 +269,8 @@ class PathCost:
         rows = np.triu(products).sum(1) + np.triu(products.T, 1).sum(1)
         return np.cumsum(rows[::-1])[::-1]
 
+    @cached_property
     def _end_cost(self) -> Array:
         """``E ||D_{N-1} - D_j||^2`` for the step from each level to sigma 0, [N]."""
         n = self.levels
-        return self.weight[n] * self._suffix_squares(np.ones(n - 1), n - 1, n)
+        return self.weight[n] * np.append(self._suffix_squares(np.ones(n - 1), n - 1), 0.0)

@@ -13,9 +13,9 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoiser import Denoiser
 from fastsched.measurement import noise_of, sample_seeds
+from fastsched.multistep import dpmpp_2m_weights
 from fastsched.noise import log_uniform
 from fastsched.sampling import nodes_of, not_finite
-from fastsched.solvers import dpmpp_2m_weights
 
 #: The longest step in ``log s`` that the path takes between two levels.
 PATH_STEP = 0.35
