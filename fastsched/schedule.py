@@ -35,6 +35,7 @@ class Schedule:
         timesteps: What the network is given at each but the last sigma, [steps] float64; None for models that are
             given sigma.
         predicted_error: Predicted ``E ||x0 - x0_converged||^2`` from the same noise, summed over a sample's elements.
+        measured_error: The same as an audition found it by sampling: the geometric mean over its samples.
     """
 
     sigmas: Tensor
@@ -42,6 +43,7 @@ class Schedule:
     noise: str = "ve"
     timesteps: Tensor | None = None
     predicted_error: float | None = None
+    measured_error: float | None = None
 
     def __post_init__(self) -> None:
         sigmas = validate.descending_sigmas(self.sigmas)
@@ -131,8 +133,9 @@ class Schedule:
         }
         if self.timesteps is not None:
             entries["timesteps"] = _decimals(self.timesteps.tolist())
-        if self.predicted_error is not None:
-            entries["predicted_error"] = _decimal(self.predicted_error)
+        for name in ("predicted_error", "measured_error"):
+            if getattr(self, name) is not None:
+                entries[name] = _decimal(getattr(self, name))
         text = "{\n" + ",\n".join(f'  "{key}": {value}' for key, value in entries.items()) + "\n}\n"
         unfinished = f"{os.fspath(path)}.unfinished"
         with open(unfinished, "w", encoding="utf-8") as file:
@@ -169,6 +172,7 @@ class Schedule:
                 noise=entries["noise"],
                 timesteps=None if timesteps is None else torch.tensor(timesteps, dtype=torch.float64),
                 predicted_error=entries.get("predicted_error"),
+                measured_error=entries.get("measured_error"),
             )
         except KeyError as error:
             raise ValueError(f"{name} lacks the entry {error}") from None

@@ -9,6 +9,9 @@ except ImportError as error:
     raise ImportError(f'fastsched.diffusers needs diffusers ({error}): pip install "fastsched[diffusers]"') from error
 
 from fastsched.diffusers.applier import apply
+from fastsched.diffusers.calibration import CalibrationScheduler
 from fastsched.diffusers.exporter import Export, export
+from fastsched.diffusers.fitting import fit
+from fastsched.diffusers.pipeline import measure
 
-__all__ = ["Export", "apply", "export"]
+__all__ = ["CalibrationScheduler", "Export", "apply", "export", "fit", "measure"]

@@ -57,6 +57,7 @@ FLOW = (
     "LTXEulerAncestralRFScheduler",
 )
 EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+KNOWN = SCALED_VP + PLAIN_VP + FLOW + EDM
 
 #: Classes that are one of our solvers whatever their settings.
 SAME_SOLVER = {

@@ -112,7 +112,7 @@ def prove(
     name = type(scheduler).__name__
     try:
         setter(target)
-        used = _declared(target, convention)
+        used = declared_sigmas(target, convention)
         levels = convention.process.level(used)
         run = trace(target, convention, levels[:-1])
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, AssertionError, KeyError) as error:
@@ -251,7 +251,7 @@ def _linear_timesteps(sigmas: Tensor, process: VariancePreserving) -> list[float
     return np.interp(sigmas.numpy(), trained, np.arange(len(trained), dtype=np.float64)).tolist()
 
 
-def _declared(scheduler: Any, convention: Convention) -> Tensor:
+def declared_sigmas(scheduler: Any, convention: Convention) -> Tensor:
     """The sampler sigmas that a scheduler says it will use, [steps + 1]; read off its timesteps if it keeps none."""
     end = torch.zeros(1, dtype=torch.float64)
     if getattr(scheduler, "sigmas", None) is None:

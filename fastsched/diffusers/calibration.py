@@ -1,0 +1,288 @@
+"""A scheduler of diffusers that measures the pipeline it is put into."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from torch import Tensor
+
+from fastsched.diffusers.conventions import KNOWN, describe
+from fastsched.measurement import RELATIVE_STEP, Ask, Run, measured_levels, measurement_steps, sample_seeds
+from fastsched.path_statistics import PathStatistics
+
+#: A finite difference this many times smaller than its own size is what a repeated call may differ by.
+REPEATABLE = 0.1
+
+
+class CalibrationScheduler(SchedulerMixin, ConfigMixin):
+    """Measure a pipeline by its own loop: ``2 N + 1`` steps instead of a sampler's.
+
+    Put in place of a pipeline's scheduler, it hands the pipeline the states of a measurement over N levels
+    (`fastsched.measurement.measurement_steps`) and takes what the pipeline computes there, guidance, adapters and all:
+
+    ========================  ============================================  ==============================
+    steps                     the pipeline's network is given               the output is used for
+    ========================  ============================================  ==============================
+    first                     the pipeline's own latents                    their shape, dtype and device
+    next N                    ``x_k``, from the noisiest level down         the reference path
+    next N - 1                ``x_k + h w_k``, from the cleanest level up   ``J w``, a forward difference
+    last                      ``x_0`` again                                 a check that it is answered alike
+    ========================  ============================================  ==============================
+
+    The pipeline ends with the clean ends of the paths, which it may decode as ever. The noises come from ``seed``, not
+    from the pipeline's latents (`fastsched.measurement.noise_of`).
+
+    ``CalibrationScheduler.from_config(pipe.scheduler.config)`` makes one; `fastsched.diffusers.measure` does it all.
+
+    Args:
+        scheduler_class: The class of diffusers whose noise process, prediction and timesteps the pipeline speaks.
+        scheduler_config: Its config.
+        seed: Of the noises and probes.
+        samples_before: How many samples of this seed were measured before.
+
+    Raises:
+        ValueError: From ``step`` and ``set_timesteps``, if the pipeline does not follow: another number of steps, more
+            than one call of ``step`` a timestep, latents changed between steps, or a network that answers the same
+            question differently in the course of a run. The message says which.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        scheduler_class: str = "EulerDiscreteScheduler",
+        scheduler_config: dict[str, Any] | None = None,
+        seed: int = 0,
+        samples_before: int = 0,
+    ) -> None:
+        settings = scheduler_config or {}
+        self.convention = describe(getattr(diffusers, scheduler_class).from_config(settings))
+        # Pipelines read entries of their scheduler's config, so those stay where they look for them.
+        self.register_to_config(**{key: value for key, value in settings.items() if not key.startswith("_")})
+        self.init_noise_sigma = 1.0
+        self.timesteps = torch.arange(0)
+        self.mu: float | None = None
+        self._clear()
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """From the config of any scheduler that fastsched knows, or of a saved `CalibrationScheduler`.
+
+        Raises:
+            ValueError: If the noise process, prediction or a setting is one that fastsched does not know.
+        """
+        if isinstance(config, dict) and "scheduler_class" not in config:
+            config = {"scheduler_class": _class_of(config), "scheduler_config": dict(config)}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any, *, seed: int = 0, samples_before: int = 0) -> CalibrationScheduler:
+        """From a pipeline's scheduler itself: what was set on it since it was made counts too, and so do subclasses.
+
+        Raises:
+            ValueError: As in `from_config`.
+        """
+        convention = describe(scheduler)
+        known = next(base for base in type(scheduler).__mro__ if hasattr(diffusers, base.__name__))
+        made = cls(known.__name__, dict(scheduler.config), seed, samples_before)
+        made.convention = convention
+        return made
+
+    @property
+    def statistics(self) -> PathStatistics:
+        """What was measured, one sample for each of the pipeline's batch.
+
+        Raises:
+            ValueError: If the pipeline has not made all the steps.
+        """
+        if self._statistics is None or self._index < len(self.timesteps):
+            raise ValueError(
+                f"the pipeline made {self._index} of the {len(self.timesteps)} steps of a measurement; it was "
+                "interrupted, or its loop leaves steps out"
+            )
+        return self._statistics
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        **_: Any,
+    ) -> None:
+        """Prepare a measurement over N levels in ``2 N + 1`` steps; lists of levels count by their length alone.
+
+        Raises:
+            ValueError: If the number of steps is even or below 7.
+        """
+        given = sigmas if sigmas is not None else timesteps
+        steps = num_inference_steps if given is None else len(given)
+        if steps is None or steps < 7 or steps % 2 == 0:
+            raise ValueError(f"num_inference_steps must be 2 * levels + 1, with at least 3 levels, got {steps}")
+        self._clear()
+        self._device, self.mu = device, mu
+        self._levels = measured_levels(self.convention.denoiser, (steps - 1) // 2)
+        s = torch.cat([self._levels[:1], self._levels, self._levels[1:].flip(0), self._levels[:1]])
+        names = self.convention.timesteps(s)
+        if self.convention.integer:
+            names = names.round().to(torch.int64)
+        elif device is not None and torch.device(device).type == "mps":
+            names = names.float()
+        self.timesteps = names.to(device) if names.dtype == torch.int64 else names.to(torch.float32).to(device)
+        self.num_inference_steps = steps
+        sigmas_used = self.convention.process.sampler_sigma(s)
+        self.sigmas = torch.cat([sigmas_used, sigmas_used.new_zeros(1)]).float()
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Only the beginning will do.
+
+        Raises:
+            ValueError: Otherwise.
+        """
+        if begin_index != 0:
+            raise ValueError("the pipeline starts midway (an image-to-image strength?); measure it from pure noise")
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """``sample`` as it is: the states handed out are already what the network is to be given."""
+        return sample
+
+    def add_noise(self, *_: Any, **__: Any) -> Tensor:
+        """Not in a measurement, which starts from pure noise.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "the pipeline adds noise to an image of its own; a measurement starts from pure noise, so measure the "
+            "text-to-image pipeline of the same model"
+        )
+
+    scale_noise = add_noise
+
+    @torch.no_grad()
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        *_: Any,
+        return_dict: bool = True,
+        **__: Any,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Take the network's output for the state handed out last, and hand out the next one.
+
+        Args:
+            model_output: What the pipeline computed, [B, *shape].
+            timestep: The entry of ``timesteps`` whose turn it is.
+            sample: The state that was handed out.
+            return_dict: Whether to return a ``SchedulerOutput`` or a tuple.
+
+        Raises:
+            ValueError: If the pipeline does not follow, or the output is not finite.
+        """
+        self._check(timestep, sample)
+        output = self.convention.raw_output(model_output, sample.shape[1])
+        if not bool(torch.isfinite(output).all()):
+            raise ValueError(f"the network returned NaN or inf at timestep {float(torch.as_tensor(timestep).max()):g}")
+        last = len(self.timesteps) - 1
+        if self._index == 0:
+            handed = self._start(output, sample)
+        elif self._index < last:
+            handed = self._send(output)
+        else:
+            self._check_repeat(output)
+            handed = self._ends
+        self._index += 1
+        self._handed = following = handed.to(sample.dtype)
+        return SchedulerOutput(prev_sample=following) if return_dict else (following,)
+
+    def __len__(self) -> int:
+        return self.convention.train_steps
+
+    def _clear(self) -> None:
+        self._index = 0
+        self._statistics: PathStatistics | None = None
+        self._steps: Ask[PathStatistics] | None = None
+        self._handed: Tensor | None = None
+        self._first: tuple[Tensor, Tensor] | None = None
+
+    def _start(self, output: Tensor, sample: Tensor) -> Tensor:
+        self._run = Run(self.convention.denoiser, self._levels, sample.device, output.dtype, "finite-difference")
+        before = int(self.config["samples_before"])
+        seeds = sample_seeds(int(self.config["seed"]), before + len(sample))
+        self._steps = measurement_steps(self._run, seeds[-len(sample) :], tuple(sample.shape[1:]))
+        x, k = next(self._steps)
+        self._question = self._input(x, k)
+        return self._question
+
+    def _send(self, output: Tensor) -> Tensor:
+        """Answer the measurement; its next question, or at its end the first one again."""
+        assert self._steps is not None
+        if self._first is None:
+            self._first = (self._question, output)
+        try:
+            x, k = self._steps.send(output)
+        except StopIteration as finished:
+            batch = len(output)
+            self._statistics = replace(finished.value, model_calls=len(self.timesteps) * batch)
+            self._ends = finished.value.ends.to(output.device)
+            return self._first[0]
+        return self._input(x, k)
+
+    def _input(self, x: Tensor, k: int) -> Tensor:
+        return float(self.convention.input_scale(self._levels[k])) * x
+
+    def _check(self, timestep: Any, sample: Tensor) -> None:
+        if self._index >= len(self.timesteps):
+            raise ValueError("the pipeline calls step after its last timestep; start a new run")
+        given, expected = torch.as_tensor(timestep).float().cpu(), self.timesteps[self._index].float().cpu()
+        if not bool(torch.isclose(given, expected, rtol=1e-3, atol=1e-3).all()):
+            raise ValueError(
+                f"step {self._index} was called with timestep {float(given.max()):g} instead of {float(expected):g}: "
+                "the pipeline does not call its network and scheduler once for each of scheduler.timesteps, so it "
+                "cannot be measured by its loop; measure its network (fastsched.measure)"
+            )
+        if self._handed is None:
+            return
+        same = sample.shape == self._handed.shape
+        change = (sample.float() - self._handed.float().to(sample.device)).norm() if same else torch.inf
+        if not change <= 1e-3 * self._handed.float().norm():
+            raise ValueError(
+                f"the pipeline changed the latents between steps {self._index - 1} and {self._index} (inpainting, or "
+                "an image to be kept?), so it cannot be measured by its loop; measure its network (fastsched.measure)"
+            )
+
+    def _check_repeat(self, output: Tensor) -> None:
+        assert self._first is not None
+        first = self._first[1].float()
+        change = float((output.float() - first).norm() / first.norm().clamp_min(1e-30))
+        if change > REPEATABLE * RELATIVE_STEP.get(output.dtype, 0.01):
+            raise ValueError(
+                f"the same latents and timestep were answered {change:.2%} differently at the end of the run than at "
+                "its beginning; what the pipeline computes must not depend on the step's number (a guidance or "
+                "control that starts or ends midway) or on chance (dropout)"
+            )
+
+
+def _class_of(config: dict[str, Any]) -> str:
+    """The class that ``config`` is of: by name if it was loaded, by its entries if it was made in memory."""
+    if "_class_name" in config:
+        return config["_class_name"]
+    entries = {key for key in config if not key.startswith("_")}
+    for name in KNOWN:
+        accepted = set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self", "kwargs"}
+        if accepted == entries:
+            return name
+    raise ValueError(
+        "config does not name its class, and its entries are not those of a scheduler that fastsched knows; use "
+        "CalibrationScheduler.from_scheduler(pipe.scheduler)"
+    )

@@ -1,0 +1,202 @@
+"""From a pipeline to its schedule: measure, select, audition through the pipeline itself."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor
+
+from fastsched import baselines
+from fastsched.costs.path import WEIGHTS
+from fastsched.diffusers.applier import applied
+from fastsched.diffusers.conventions import describe, solver_of
+from fastsched.diffusers.exporter import declared_sigmas, plain_copy
+from fastsched.diffusers.loop import scales
+from fastsched.diffusers.pipeline import call, check_call, measure, prompt_of, scheduler_replaced
+from fastsched.measurement import noise_of
+from fastsched.optimal import optimal_schedule
+from fastsched.path_statistics import PathStatistics
+from fastsched.schedule import Schedule
+
+
+def fit(
+    pipe: Any,
+    steps: int,
+    *,
+    solver: str | None = None,
+    stats: PathStatistics | None = None,
+    levels: int = 48,
+    samples: int = 4,
+    prompts: str | Sequence[str] | None = None,
+    seed: int = 0,
+    audition: bool = True,
+    **call_kwargs: Any,
+) -> Schedule:
+    """The schedule of ``steps`` steps for a pipeline as it stands: its scheduler's solver, guidance, adapters.
+
+    Measures the pipeline (`measure`), selects a schedule under each sensitivity weight, and lets those, the ddim
+    schedule, karras, exponential and the pipeline's own schedule audition: each samples ``steps`` steps through the
+    pipeline from the noises of the measured paths, and the one that ends nearest to the paths' ends wins, by the
+    geometric mean over samples of ``||x0 - x0_path||^2``. Cost: ``2 levels + 1`` calls a sample, and ``steps + 1``
+    (twice that with heun) a sample and candidate.
+
+    Args:
+        pipe: A pipeline whose scheduler can be given schedules (docs/schedulers.md).
+        steps: Steps, of which the last ends at sigma 0.
+        solver: The solver to choose for; that of the pipeline's scheduler when None.
+        stats: An earlier measurement of this pipeline with the same ``seed``, ``prompts`` and arguments.
+        levels: As in `measure`.
+        samples: As in `measure`.
+        prompts: As in `measure`.
+        seed: As in `measure`.
+        audition: Whether to hold the audition. Without it the selection under the default weight is returned.
+        **call_kwargs: What the pipeline is called with.
+
+    Returns:
+        The schedule with its predicted error, and its measured one from the audition. `fastsched.diffusers.apply`
+        puts it to use; the pipeline itself is left as it was.
+
+    Raises:
+        ValueError: If an argument is out of range, the scheduler cannot be given schedules or is none of fastsched's
+            solvers (name one by ``solver``), or adds noise of its own and so cannot audition.
+    """
+    check_call(pipe, prompts, call_kwargs)
+    name = solver if solver is not None else solver_of(pipe.scheduler)
+    if name is None:
+        raise ValueError(
+            f"{type(pipe.scheduler).__name__} is none of fastsched's solvers, so solver must say for which one to "
+            "choose (the nearest: 'ddim' for first-order ones, 'dpmpp_2m' for multistep ones)"
+        )
+    if stats is None:
+        stats = measure(pipe, levels=levels, samples=samples, prompts=prompts, seed=seed, **call_kwargs)
+    best = optimal_schedule(stats, steps, name)
+    _, proof = applied(best, pipe.scheduler)
+    if not audition:
+        return best
+    if not proof.deterministic:
+        raise ValueError(
+            f"{type(pipe.scheduler).__name__} adds noise of its own, so its samples cannot be held against the paths' "
+            "ends; set audition=False, or fit with a deterministic scheduler of the same model"
+        )
+    entrants = candidates(stats, steps, name, pipe.scheduler)
+    errors = [audition_error(pipe, stats, entrant, prompts, call_kwargs) for entrant in entrants]
+    lowest = min(range(len(errors)), key=errors.__getitem__)
+    return replace(entrants[lowest], measured_error=errors[lowest])
+
+
+def candidates(stats: PathStatistics, steps: int, solver: str, scheduler: Any) -> list[Schedule]:
+    """What enters an audition: unlike schedules, all of which ``scheduler`` can be given, the best guess first.
+
+    The selection under every weight, the one for ddim, karras and exponential over the process's range with both
+    placements of the last node, and the schedule that the scheduler would use by itself.
+    """
+    process = stats.process
+    chosen = [optimal_schedule(stats, steps, solver, weight=weight) for weight in ("geometric", None, *WEIGHTS[:2])]
+    chosen.append(replace(optimal_schedule(stats, steps, "ddim"), solver=solver, predicted_error=None))
+    lists = []
+    finite = stats.s[torch.isfinite(stats.s)]
+    if process.kind != "flow" and steps > 1:
+        ends = (steps, float(finite[-1]), float(finite[0]))
+        for formula in (baselines.karras, baselines.exponential):
+            lists += [formula(*ends, spare_last=spare) for spare in (False, True)]
+    own = _own_sigmas(scheduler, steps)
+    lists += [] if own is None else [own]
+    chosen += [Schedule.from_levels(process, process.level(sigmas), solver) for sigmas in lists]
+    kept: list[Schedule] = []
+    for schedule in chosen:
+        if any(torch.equal(schedule.sigmas, other.sigmas) for other in kept) or not _fits(schedule, scheduler):
+            continue
+        kept.append(schedule)
+    return kept
+
+
+def audition_error(
+    pipe: Any,
+    stats: PathStatistics,
+    schedule: Schedule,
+    prompts: str | Sequence[str] | None,
+    call_kwargs: dict[str, Any],
+) -> float:
+    """The geometric mean over the measured samples of ``||x0 - x0_path||^2``, sampling through the pipeline.
+
+    The pipeline is called as `fastsched.diffusers.measure` called it, with ``schedule`` applied, and made to start
+    from the noises of the measured paths by one more step at the first level.
+    """
+    distances: list[Tensor] = []
+    turn = 0
+    while sum(len(part) for part in distances) < stats.samples:
+        before = sum(len(part) for part in distances)
+        scheduler, _ = applied(schedule, pipe.scheduler)
+        last = _start_at(scheduler, stats.seeds[before:], schedule)
+        with scheduler_replaced(pipe, scheduler):
+            call(pipe, schedule.steps, prompt_of(prompts, turn), call_kwargs)
+        ends = last[0].float().cpu()
+        expected = stats.ends[before : before + len(ends)]
+        distances.append((ends[: len(expected)] - expected).square().flatten(1).sum(1).double())
+        turn += 1
+    smallest = torch.finfo(torch.float64).tiny
+    return float(torch.cat(distances).clamp_min(smallest).log().mean().exp())
+
+
+def _start_at(scheduler: Any, seeds: Tensor, schedule: Schedule) -> list[Tensor]:
+    """Make ``scheduler`` (a copy) begin at the noises of ``seeds``, by a first step that only hands them out.
+
+    Returns:
+        A list that holds the last state once the pipeline has run.
+    """
+    kind, put = type(scheduler), scheduler.set_timesteps
+    convention = describe(scheduler)
+    scale = scales(convention, convention.process.level(schedule.sigmas[:1]))[1].float()
+    last: list[Tensor] = []
+
+    @functools.wraps(kind.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.__dict__.pop("step", None)
+        put(*args, **kwargs)
+
+        @functools.wraps(kind.step)
+        def hand_out(self: Any, output: Tensor, timestep: Any, sample: Tensor, *_: Any, **options: Any) -> Any:
+            self.__dict__.pop("step")
+            put(*args, **kwargs)  # as if this step had not been
+            follow = self.step
+
+            @functools.wraps(kind.step)
+            def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+                result = follow(*args, **kwargs)
+                last[:] = [result[0] if isinstance(result, tuple) else result.prev_sample]
+                return result
+
+            self.step = types.MethodType(step, self)
+            start = (scale * noise_of(seeds[: len(sample)], sample.shape[1:])).to(sample)
+            return SchedulerOutput(prev_sample=start) if options.get("return_dict", True) else (start,)
+
+        self.timesteps = torch.cat([self.timesteps[:1], self.timesteps])
+        self.step = types.MethodType(hand_out, self)
+
+    scheduler.set_timesteps = types.MethodType(set_timesteps, scheduler)
+    return last
+
+
+def _own_sigmas(scheduler: Any, steps: int) -> Tensor | None:
+    """The sigmas that ``scheduler`` would use by itself, if they are a schedule that ends in 0."""
+    target, config = plain_copy(scheduler), scheduler.config
+    if config.get("use_dynamic_shifting"):
+        return None  # the pipeline knows by how much, and only when it is called
+    target.set_timesteps(steps)
+    sigmas = declared_sigmas(target, describe(scheduler))
+    descending = bool((sigmas[1:] < sigmas[:-1]).all())
+    return sigmas if descending and float(sigmas[-1]) == 0 and len(sigmas) == steps + 1 else None
+
+
+def _fits(schedule: Schedule, scheduler: Any) -> bool:
+    try:
+        applied(schedule, scheduler)
+    except ValueError:
+        return False
+    return True

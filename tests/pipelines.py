@@ -1,0 +1,257 @@
+"""Pipelines around exact denoisers, and small random ones of every family; nothing is downloaded."""
+
+import inspect
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDPMPipeline,
+    DiffusionPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from scheduler_table import exact_denoise
+
+from fastsched.diffusers.conventions import describe
+from fastsched.diffusers.loop import oracle_network
+
+SHAPE = (2, 2, 2)
+
+
+class OracleUNet(ModelMixin, ConfigMixin):
+    """A UNet-shaped module that answers exactly for mixtures of Gaussians.
+
+    The first is the unconditional one; where there is a second, it is that of a conditioning whose embeddings are 1.
+    """
+
+    @register_to_config
+    def __init__(self, in_channels: int = SHAPE[0], sample_size: int = SHAPE[1], time_cond_proj_dim: int | None = None):
+        super().__init__()
+        self.anchor = torch.nn.Parameter(torch.zeros(1))  # gives the module a device and a dtype
+
+    def answer_for(self, scheduler, *oracles):
+        self.convention = describe(scheduler)
+        self.networks = [oracle_network(self.convention, exact_denoise(oracle)) for oracle in oracles]
+        return self
+
+    def forward(self, sample, timestep, encoder_hidden_states=None, return_dict=True, **_):
+        s = self.convention.levels(torch.as_tensor(timestep).reshape(-1)[:1])
+        outputs = [network(sample, s) for network in self.networks]
+        output = outputs[0]
+        if len(outputs) > 1:
+            conditional = encoder_hidden_states.flatten(1).amax(1) > 0.5
+            output = torch.where(conditional.reshape(-1, 1, 1, 1), outputs[1], outputs[0])
+        return (output,) if not return_dict else UNetOutput(output)
+
+
+class UNetOutput(tuple):
+    """As much of a model's output as pipelines use."""
+
+    def __new__(cls, sample):
+        return super().__new__(cls, (sample,))
+
+    @property
+    def sample(self):
+        return self[0]
+
+
+class OraclePipeline(DiffusionPipeline):
+    """The loop of diffusers' pipelines and nothing else; ``hooks`` let tests misbehave in it."""
+
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.prompts = []
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt=None,
+        num_inference_steps=50,
+        images=2,
+        sigmas=None,
+        timesteps=None,
+        mu=None,
+        output_type="pil",
+        on_step=None,
+        change_latents=None,
+        repeat_steps=1,
+    ):
+        self.prompts.append(prompt)
+        shifting = {} if mu is None else {"mu": mu}
+        timesteps, _ = retrieve_timesteps(self.scheduler, num_inference_steps, "cpu", timesteps, sigmas, **shifting)
+        latents = torch.randn(images, *SHAPE, dtype=self.unet.dtype)
+        if hasattr(self.scheduler, "init_noise_sigma"):
+            latents = latents * self.scheduler.init_noise_sigma
+        for i, t in enumerate(timesteps):
+            scaled = latents
+            if "scale_model_input" in dir(self.scheduler):
+                scaled = self.scheduler.scale_model_input(latents, t)
+            output = self.unet(scaled, t.expand(images), return_dict=False)[0]
+            if on_step is not None:
+                output = on_step(i, output)
+            for _ in range(repeat_steps):
+                latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+            if change_latents is not None:
+                latents = change_latents(latents)
+        return latents
+
+
+def oracle_pipeline(scheduler, *oracles, dtype=torch.float32):
+    return OraclePipeline(OracleUNet().to(dtype).answer_for(scheduler, *oracles), scheduler)
+
+
+def small_unet():
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=8,
+    )
+
+
+def small_vae():
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        norm_num_groups=4,
+        sample_size=16,
+    )
+
+
+def small_conditional_unet(**config):
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        **config,
+    )
+
+
+def unconditional(scheduler):
+    """DDIM's pipeline for its scheduler, DDPM's for any other: it calls no scale_model_input."""
+    cls = DDIMPipeline if type(scheduler).__name__ == "DDIMScheduler" else DDPMPipeline
+    pipe = cls(small_unet(), scheduler)
+    pipe.scheduler = scheduler
+    return pipe, {"batch_size": 2}, {"output_type": "np"}
+
+
+def stable_diffusion(scheduler):
+    pipe = StableDiffusionPipeline(
+        vae=small_vae(),
+        text_encoder=None,
+        tokenizer=None,
+        unet=small_conditional_unet(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    embeddings = {"prompt_embeds": torch.randn(2, 4, 16), "negative_prompt_embeds": torch.randn(2, 4, 16)}
+    return pipe, {**embeddings, "guidance_scale": 5.0}, {"output_type": "np"}
+
+
+def stable_diffusion_xl(scheduler):
+    unet = small_conditional_unet(
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=8 * 6 + 16
+    )
+    pipe = StableDiffusionXLPipeline(
+        vae=small_vae(),
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=unet,
+        scheduler=scheduler,
+        add_watermarker=False,
+    )
+    shapes = {"prompt_embeds": (2, 4, 16), "pooled_prompt_embeds": (2, 16)}
+    embeddings = {name: torch.randn(shape) for name, shape in shapes.items()}
+    embeddings |= {f"negative_{name}": torch.randn(shape) for name, shape in shapes.items()}
+    return pipe, {**embeddings, "guidance_scale": 5.0}, {"output_type": "np"}
+
+
+def stable_diffusion_3(scheduler):
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=16,
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=scheduler,
+        vae=small_vae(),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    shapes = {"prompt_embeds": (2, 4, 16), "pooled_prompt_embeds": (2, 16)}
+    embeddings = {name: torch.randn(shape) for name, shape in shapes.items()}
+    embeddings |= {f"negative_{name}": torch.randn(shape) for name, shape in shapes.items()}
+    return pipe, {**embeddings, "guidance_scale": 5.0, "height": 16, "width": 16}, {"output_type": "latent"}
+
+
+def flux(scheduler):
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 4, 8),
+    )
+    pipe = FluxPipeline(
+        scheduler=scheduler,
+        vae=small_vae(),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
+    call = {"prompt_embeds": torch.randn(2, 4, 16), "pooled_prompt_embeds": torch.randn(2, 16)}
+    return pipe, {**call, "height": 16, "width": 16}, {"output_type": "latent"}
+
+
+def call_signature(pipe):
+    return inspect.signature(type(pipe).__call__)

@@ -1,0 +1,280 @@
+"""Pipelines measured by their own loop: the same as measuring the network, or a reason why not."""
+
+import inspect
+
+import pytest
+import torch
+
+import fastsched as fs
+
+pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+
+import diffusers
+import pipelines
+from pipelines import SHAPE, oracle_pipeline
+from scheduler_table import exact_denoise
+
+from fastsched.diffusers.conventions import describe
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SVD = {"timestep_type": "continuous", "use_karras_sigmas": True, "sigma_min": 0.002, "sigma_max": 700.0}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+LEVELS, SAMPLES = 48, 4
+
+KINDS = {
+    "epsilon-scaled-linear": ("EulerDiscreteScheduler", SD),
+    "v-scaled-linear": ("EulerDiscreteScheduler", {**SD, "prediction_type": "v_prediction"}),
+    "sample-scaled-linear": ("EulerDiscreteScheduler", {**SD, "prediction_type": "sample"}),
+    "epsilon-linear-whole-timesteps": ("DPMSolverMultistepScheduler", {}),
+    "epsilon-cosine": ("DDIMScheduler", {"beta_schedule": "squaredcos_cap_v2"}),
+    "v-cosine": ("DDIMScheduler", {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}),
+    "sample-cosine": ("DDIMScheduler", {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}),
+    "v-zero-terminal-snr": (
+        "DDIMScheduler",
+        {**SD, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    ),
+    "v-zero-terminal-snr-euler": (
+        "EulerDiscreteScheduler",
+        {**SD, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    ),
+    "edm": ("EDMEulerScheduler", {}),
+    "edm-v": ("EDMDPMSolverMultistepScheduler", {"prediction_type": "v_prediction"}),
+    "svd-continuous-v": ("EulerDiscreteScheduler", {**SVD, "prediction_type": "v_prediction"}),
+    "flow": ("FlowMatchEulerDiscreteScheduler", {}),
+    "flow-static-shift": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    "flow-dynamic-shift": ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
+    "flow-heun": ("FlowMatchHeunDiscreteScheduler", {}),
+    "flow-unipc": ("UniPCMultistepScheduler", FLOW),
+}
+
+
+def mixture(seed=0):
+    return fs.oracles.GaussianMixture.random(8, 3, seed=seed)
+
+
+def denoiser_of(scheduler, *networks_and_scales):
+    """The pipeline's network as a Denoiser: the sum of oracles' outputs, each times its scale."""
+    convention = describe(scheduler)
+    process = convention.process
+
+    def level(condition):
+        if process.kind == "ve":
+            return (4 * condition).exp()
+        return convention.levels(condition * convention.train_steps if process.kind == "flow" else condition)
+
+    from fastsched.diffusers.loop import oracle_network
+
+    parts = [(oracle_network(convention, exact_denoise(oracle)), scale) for oracle, scale in networks_and_scales]
+
+    def network(x, condition):
+        s = level(condition[:1].double())
+        return convention.sign * sum(scale * part(x, s) for part, scale in parts)
+
+    return fs.Denoiser(network, process, convention.denoiser.prediction, convention.denoiser.sigma_data)
+
+
+def cells_apart(schedule, other, s):
+    """The largest distance between nodes of two schedules, in cells of the levels ``s``."""
+    level = schedule.sigmas[:-1], other.sigmas[:-1]
+    if schedule.noise == "flow":
+        level = tuple(t / (1 - t) for t in level)
+    nodes = [[int((s.log() - value.log()).abs().nan_to_num(0.0).argmin()) for value in values] for values in level]
+    return max(abs(a - b) for a, b in zip(*nodes, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pipeline_is_measured_as_its_network_is(kind):
+    name, config = KINDS[kind]
+    scheduler = getattr(diffusers, name)(**config)
+    pipe = oracle_pipeline(scheduler, mixture())
+    mu = {"mu": 1.15} if config.get("use_dynamic_shifting") else {}
+    measured = fs.diffusers.measure(pipe, levels=LEVELS, samples=SAMPLES, **mu)
+    direct = fs.measure(denoiser_of(scheduler, (mixture(), 1.0)), SHAPE, levels=LEVELS, samples=SAMPLES, progress=False)
+    assert torch.equal(measured.s, direct.s)
+    assert torch.equal(measured.seeds, direct.seeds)
+    torch.testing.assert_close(measured.phi[1:], direct.phi[1:], rtol=1e-3, atol=1e-5)  # float32 differences
+    assert measured.model_calls == (2 * LEVELS + 1) * SAMPLES
+    for solver in ("ddim", "dpmpp_2m"):
+        ours, theirs = (fs.optimal_schedule(stats, 6, solver) for stats in (measured, direct))
+        assert cells_apart(ours, theirs, direct.s) <= 1
+
+
+def test_guidance_is_part_of_what_is_measured():
+    scheduler = diffusers.EulerDiscreteScheduler(**SD)
+    plain, conditional, scale = mixture(), mixture(1), 4.0
+    unet = pipelines.OracleUNet().answer_for(scheduler, plain, conditional)
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    measured = fs.diffusers.measure(
+        pipe,
+        samples=SAMPLES,
+        prompt_embeds=torch.ones(4, 1, 1),
+        negative_prompt_embeds=torch.zeros(4, 1, 1),
+        guidance_scale=scale,
+        height=8,
+        width=8,
+        latents=torch.zeros(4, *SHAPE),  # for their shape alone
+    )
+    guided = denoiser_of(scheduler, (plain, 1 - scale), (conditional, scale))
+    direct = fs.measure(guided, SHAPE, samples=SAMPLES, progress=False)
+    assert cells_apart(fs.optimal_schedule(measured, 6), fs.optimal_schedule(direct, 6), direct.s) <= 1
+    alone = fs.measure(denoiser_of(scheduler, (conditional, 1.0)), SHAPE, samples=SAMPLES, progress=False)
+    assert cells_apart(fs.optimal_schedule(measured, 6), fs.optimal_schedule(alone, 6), direct.s) > 1
+
+
+@pytest.mark.parametrize("kind", ["epsilon-scaled-linear", "v-cosine", "edm", "flow-static-shift"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_gives_the_same_schedule_within_two_cells(kind, dtype):
+    name, config = KINDS[kind]
+    scheduler = getattr(diffusers, name)(**config)
+    wide, narrow = (
+        fs.diffusers.measure(oracle_pipeline(scheduler, mixture(), dtype=kept), samples=8, images=4)
+        for kept in (torch.float32, dtype)
+    )
+    for solver in ("ddim", "dpmpp_2m"):
+        schedules = [fs.optimal_schedule(stats, 6, solver) for stats in (wide, narrow)]
+        assert cells_apart(*schedules, wide.s) <= 2
+
+
+def test_samples_do_not_depend_on_the_batch_and_prompts_take_turns():
+    pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())
+    one = fs.diffusers.measure(pipe, levels=12, samples=3, images=1, prompts=["a", "b"])
+    assert pipe.prompts == ["a", "b", "a"]
+    three = fs.diffusers.measure(pipe, levels=12, samples=3, images=3, prompts="a")
+    assert torch.equal(one.seeds, three.seeds)
+    # The finite difference's size comes from the batch's own data deviation, so sensitivities agree but not to a bit.
+    torch.testing.assert_close(one.gram, three.gram, rtol=1e-4, atol=1e-4)
+    assert fs.diffusers.measure(pipe, levels=12, samples=3, images=2).samples == 4
+    again = fs.diffusers.measure(pipe, levels=12, samples=3, images=3, seed=1)
+    assert not set(again.seeds.tolist()) & set(three.seeds.tolist())
+
+
+def test_latents_of_a_video_are_measured():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
+    calibration = fs.diffusers.CalibrationScheduler.from_config(scheduler.config)
+    calibration.set_timesteps(13)
+    network = denoiser_of(scheduler, (mixture(), 1.0)).network
+    latents = torch.randn(1, 2, 1, 2, 2)  # [batch, channels, frames, height, width]
+    for t in calibration.timesteps:
+        output = network(latents, t.reshape(1) / 1000)
+        latents = calibration.step(output, t, latents).prev_sample
+    assert calibration.statistics.shape == (2, 1, 2, 2)
+
+
+def fail_at(step, error):
+    def on_step(i, output):
+        if i == step:
+            raise error
+        return output
+
+    return on_step
+
+
+def state_of(pipe):
+    return (
+        id(pipe.scheduler),
+        dict(pipe.scheduler.config),
+        pipe.config["scheduler"],
+        pipe.device,
+        pipe.dtype,
+        inspect.signature(pipe.__call__),
+        {name: repr(value) for name, value in vars(pipe.scheduler).items()},
+    )
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["raises", "interrupted"])
+@pytest.mark.parametrize("task", ["measure", "fit"])
+def test_the_pipeline_is_left_as_it_was(task, error):
+    pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())
+    before = state_of(pipe)
+    run = {
+        "measure": lambda **call: fs.diffusers.measure(pipe, levels=8, samples=2, **call),
+        "fit": lambda **call: fs.diffusers.fit(pipe, 4, levels=8, samples=2, **call),
+    }[task]
+    run()
+    assert state_of(pipe) == before
+    with pytest.raises(type(error)):
+        run(on_step=fail_at(3, error))
+    assert state_of(pipe) == before
+
+
+def test_fit_interrupted_in_its_audition_leaves_the_pipeline_as_it_was():
+    pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())
+    before, stats = state_of(pipe), fs.diffusers.measure(pipe, levels=8, samples=2)
+    with pytest.raises(KeyboardInterrupt):
+        fs.diffusers.fit(pipe, 4, stats=stats, on_step=fail_at(2, KeyboardInterrupt()))
+    assert state_of(pipe) == before
+
+
+@pytest.mark.parametrize(
+    ("misbehaviour", "reason"),
+    [
+        ({"repeat_steps": 2}, "does not call its network and scheduler once for each"),
+        ({"change_latents": lambda latents: latents * 1.1}, "changed the latents between steps"),
+        ({"on_step": lambda i, output: output * (1.5 if i < 4 else 1.0)}, "must not depend on the step's number"),
+        ({"on_step": lambda i, output: output * float("nan") if i == 5 else output}, "NaN or inf at timestep"),
+    ],
+    ids=["two steps a call", "latents changed", "guidance ends midway", "not finite"],
+)
+def test_a_pipeline_that_cannot_be_driven_is_told_why(misbehaviour, reason):
+    pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())
+    with pytest.raises(ValueError, match=reason):
+        fs.diffusers.measure(pipe, levels=8, samples=2, **misbehaviour)
+
+
+def test_a_run_that_stops_early_is_no_measurement():
+    class Impatient(pipelines.OraclePipeline):
+        def __call__(self, num_inference_steps=50):
+            self.scheduler.set_timesteps(num_inference_steps)
+            x = torch.randn(1, *SHAPE)
+            for t in self.scheduler.timesteps[:5]:
+                x = self.scheduler.step(self.unet(x, t)[0], t, x)[0]
+
+    scheduler = diffusers.EulerDiscreteScheduler(**SD)
+    pipe = Impatient(pipelines.OracleUNet().answer_for(scheduler, mixture()), scheduler)
+    with pytest.raises(ValueError, match="made 5 of the 17 steps"):
+        fs.diffusers.measure(pipe, levels=8)
+
+
+def test_image_to_image_and_foreign_schedulers_are_refused():
+    calibration = fs.diffusers.CalibrationScheduler.from_config(diffusers.EulerDiscreteScheduler(**SD).config)
+    with pytest.raises(ValueError, match="text-to-image"):
+        calibration.add_noise(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    with pytest.raises(ValueError, match="midway"):
+        calibration.set_begin_index(3)
+    with pytest.raises(ValueError, match="2 \\* levels \\+ 1"):
+        calibration.set_timesteps(50)
+    with pytest.raises(ValueError, match="does not know"):
+        fs.diffusers.measure(oracle_pipeline_of_unknown_kind())
+    pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())
+    with pytest.raises(ValueError, match="num_inference_steps must be left out"):
+        fs.diffusers.measure(pipe, num_inference_steps=20)
+    with pytest.raises(TypeError, match="pipe must be a pipeline"):
+        fs.diffusers.measure(object())
+
+
+def oracle_pipeline_of_unknown_kind():
+    pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())
+    pipe.scheduler = diffusers.SCMScheduler()
+    return pipe
+
+
+def test_a_calibration_scheduler_is_a_scheduler_of_diffusers(tmp_path):
+    scheduler = diffusers.EulerDiscreteScheduler(**SD, prediction_type="v_prediction")
+    made = fs.diffusers.CalibrationScheduler.from_config(scheduler.config)
+    assert isinstance(made, diffusers.SchedulerMixin)
+    assert isinstance(made, diffusers.ConfigMixin)
+    assert made.config.steps_offset == scheduler.config.steps_offset  # pipelines look for entries of their own
+    made.save_pretrained(tmp_path)
+    loaded = fs.diffusers.CalibrationScheduler.from_pretrained(tmp_path)
+    assert loaded.convention.process == describe(scheduler).process
+    assert loaded.convention.denoiser.prediction == "v"
