@@ -40,28 +40,44 @@ def path_of(s, denoised):
     return np.stack(y)
 
 
-def step_error(solver, nodes, s, y, denoised, levels):
-    """``z`` after one step of ``solver`` from the path's own states and outputs, less the path's ``z``."""
+def step_error(cost, nodes, y, denoised, levels):
+    """``z`` after one step of the solver from the path's own states and outputs, less the path's ``z``.
+
+    A denoiser asked off the path, at a predicted state, returns the path's output and its share of the departure.
+    """
+    solver, s = cost.solver, cost.s
     *history, k = nodes
     j = history[-1]
+    lam = [n.lam for n in levels]
+    known, end = [levels[n] for n in history[::-1]], levels[k]
+    scale = step_scale(solver, levels[j], end)
+
+    def at(node, values):
+        return np.array([np.interp(node.lam, lam, column) for column in values.T])
 
     def slope(node, state, output):
         return output if solver.variable == "rho" else state - output / node.tau
 
-    newest_first = history[::-1]
-    known, end = [levels[n] for n in newest_first], levels[k]
-    used = [slope(levels[n], y[n], denoised[n]) for n in newest_first]
-    rule = solver.corrector or solver.weights
-    if solver.corrector is not None:
-        used = [denoised[k], *used]
+    def step(rule, slopes):
+        mean = sum(b * value for b, value in zip(rule(known, end), slopes, strict=True))
+        return y[j] + scale * mean if solver.variable == "rho" else (1 - scale) * y[j] + scale * mean
+
+    def ask(node, state, on_path):
+        share = np.interp(node.lam, lam, cost.jacobian)
+        return at(node, denoised) + share * (state - on_path) / node.rho
+
+    slopes = [slope(levels[n], y[n], denoised[n]) for n in history[::-1]]
     if solver.stage is not None:
         node = solver.stage(levels[j], end)
         guess = y[j] + (node.rho - levels[j].rho) * denoised[j]
-        output = np.array([np.interp(node.lam, [n.lam for n in levels], column) for column in denoised.T])
-        used = [slope(node, guess, output), *used]
-    mean = sum(b * value for b, value in zip(rule(known, end), used, strict=True))
-    scale = step_scale(solver, levels[j], end)
-    after = y[j] + scale * mean if solver.variable == "rho" else (1 - scale) * y[j] + scale * mean
+        # the departure that the cost counts: each segment's share of the Euler error that the stage has covered
+        covered = np.clip((node.lam - np.array(lam[:-1])) / np.diff(lam), 0, 1)
+        covered[:j] = 0
+        departure = (covered * (cost._node_rho - node.rho)) @ np.diff(denoised, axis=0)
+        slopes = [slope(node, guess, ask(node, guess, guess - departure)), *slopes]
+    after = step(solver.weights, slopes)
+    if solver.corrector is not None:
+        after = step(solver.corrector, [ask(end, after, y[k]), *slopes])
     return (after - y[k]) * s[k]
 
 
@@ -73,14 +89,15 @@ def random_path(stats, seed):
     return denoised, start + path_of(stats.s.numpy(), denoised)
 
 
+@pytest.mark.parametrize("weight", [None, "geometric"])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_error_vector_is_the_error_of_the_step(stats, name):
+def test_error_vector_is_the_error_of_the_step(stats, name, weight):
     solver = SOLVERS[name]
-    cost = path_cost(stats, solver, None)
+    cost = path_cost(stats, solver, weight)
     levels = nodes_of(stats.process, stats.s)
     for seed, nodes in enumerate(itertools.combinations(range(LEVELS), solver.history + 2)):
         denoised, y = random_path(stats, seed)
-        expected = step_error(solver, nodes, stats.s.numpy(), y, denoised, levels)
+        expected = step_error(cost, nodes, y, denoised, levels)
         found = stats.s.numpy()[nodes[-1]] * cost.error_vector(nodes) @ np.diff(denoised, axis=0)
         # float64 rounding, amplified by y (up to rho = 50 times the outputs) that cancel in the slopes
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-10)

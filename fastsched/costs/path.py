@@ -13,8 +13,10 @@ A step of a linear solver (`fastsched.solvers`) with weights ``b`` then errs by 
 * ``i <= q < j``: ``C_q = -scale * B_i * u_q``, ``B_i`` the weight on ``i`` and earlier, and so on for earlier levels,
 
 where ``u_q e_q`` is the change of the slope over a segment: ``u = f = 1`` for ``D``; ``u_q = -(r_q + 1/tau - rho)`` for
-``g``, in which ``1/tau - rho`` is 0 (VE, VP) or 1 (flow), and ``f = -1/tau`` at the node ahead, whose state is an Euler
-prediction. The local error is ``E ||.||^2 = s_k^2 C' G C``.
+``g``, in which ``1/tau - rho`` is 0 (VE, VP) or 1 (flow), and ``f = -1/tau`` at the node ahead. The state there is a
+prediction, itself in error by ``sum_q P_q e_q``; the denoiser passes on the share ``J`` of it, which adds
+``scale * b * f * J s P_q``. ``J`` is taken as the scalar that turns one level's sensitivity into the next one's. The
+local error is ``E ||.||^2 = s_k^2 C' G C``.
 
 Source: multistep error analysis in the form of Lu et al. 2022 (DPM-Solver++) and Zhang & Chen 2023 (DEIS).
 """
@@ -24,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,8 +71,22 @@ def path_cost(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", weight: 
         s=stats.s.numpy(),
         tau=stats.process.sampler_sigma(stats.s).numpy(),
         gram=(gram + gram.T) / 2,  # equal to rounding; exactly so, both triangles give the same costs
-        weight=sensitivity_weight(stats, weight),
+        weight=(weights := sensitivity_weight(stats, weight)),
+        jacobian=np.zeros(stats.levels) if weight is None else scalar_jacobian(stats.s.numpy(), weights),
     )
+
+
+def scalar_jacobian(s: Array, weight: Array) -> Array:
+    """The share of a state's error that the denoiser passes on at each level, [N]; entry 0 is 0.
+
+    From ``a_k = (keep + (1 - keep) J_k) a_{k+1}`` with ``a = sqrt(weight)`` and ``keep = s_{k+1} / s_k``, kept within
+    ``[0, 1]``: an exact denoiser of one mode has no other, and the noise of the weights has.
+    """
+    a, keep = np.sqrt(weight), np.append(s[1:], 0.0) / s
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = (a[:-1] / a[1:] - keep) / (1 - keep)
+    values[0] = 0.0
+    return np.clip(np.nan_to_num(values), 0.0, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +99,7 @@ class PathCost:
         tau: The same as sampler sigmas, [N].
         gram: Mean increment Gram ``E <e_p, e_q>``, [N-1, N-1].
         weight: Of an error made at each level, [N + 1]; entry 0 is not used.
+        jacobian: The share of a state's error that the denoiser passes on, [N].
     """
 
     solver: Solver
@@ -89,6 +107,7 @@ class PathCost:
     tau: Array
     gram: Array
     weight: Array
+    jacobian: Array
 
     @property
     def levels(self) -> int:
@@ -144,13 +163,13 @@ class PathCost:
         costs = np.full((n + 1, n + 1, n + 1), np.inf)
         for k in range(2, n):
             i, j = np.arange(k)[:, None], np.arange(k)[None, :]
-            alpha, beta = self._two_slope_factors(i, j, k)
+            alpha, beta, gain = self._two_slope_factors(i, j, k)
             vector, ones = self._step_vector(k), np.ones(k)
-            total = self._suffix_squares(vector, k)[None, :] + alpha**2 * self._history_squares[:k, :k]
-            total += 2 * alpha * self._cross_products(vector, k)
+            total = gain**2 * self._suffix_squares(vector, k) + alpha**2 * self._history_squares[:k, :k]
+            total += 2 * alpha * gain * self._cross_products(vector, k)
             if self.solver.corrector is not None:
-                total += 2 * beta * self._suffix_products(vector, ones, k) + beta**2 * self._suffix_squares(ones, k)
-                total += 2 * alpha * beta * self._cross_products(ones, k)
+                total += 2 * beta * gain * self._suffix_products(vector, ones, k)
+                total += beta**2 * self._suffix_squares(ones, k) + 2 * alpha * beta * self._cross_products(ones, k)
             scaled = self.weight[k] * self.s[k] ** 2 * np.maximum(total, 0.0)
             costs[:k, :k, k] = np.where(i < j, scaled, np.inf)
         before_end = np.arange(n)[:, None] < np.arange(n)[None, :]
@@ -183,28 +202,40 @@ class PathCost:
         For the step to sigma 0, where ``y`` has no limit, the error in ``z``.
         """
         *earlier, j, k = nodes
-        vector = np.zeros(self.levels - 1)
         if k == self.levels:
-            vector[j:] = -1.0  # z = D_j, against D_{N-1}
-            return vector
+            return np.where(np.arange(k - 1) < j, 0.0, -1.0)  # z = D_j, against D_{N-1}
         history, end = [self._node(n) for n in (j, *earlier[::-1])], self._node(k)
         scale = step_scale(self.solver, history[0], end)
+        vector = self._history_error(list(self.solver.weights(history, end)), earlier, j, k, scale)
+        if self.solver.corrector is not None and corrected:
+            first, *weights = self.solver.corrector(history, end)
+            predicted = vector
+            vector = self._history_error(weights, earlier, j, k, scale)
+            vector[j:k] += scale * first
+            vector += scale * first * self.jacobian[k] * self.s[k] * predicted
+        return vector
+
+    def _history_error(self, weights: list[Any], earlier: Sequence[int], j: int, k: int, scale: Any) -> Array:
+        """The error of a step with these weights on its stage, if the solver has one, and its history."""
+        vector = np.zeros(self.levels - 1)
         vector[j:k] = self._step_vector(k)[j:k]
-        ahead = end if self.solver.corrector is not None and corrected else None
-        rule = self.solver.weights if ahead is None else self.solver.corrector
-        assert rule is not None
-        weights = list(rule(history, end))
         if self.solver.stage is not None:
-            ahead = self.solver.stage(history[0], end)
-        if ahead is not None:
-            factor = 1.0 if self.solver.variable == "rho" else -1.0 / ahead.tau
-            vector[j:k] += scale * float(weights.pop(0)) * factor * self._covered(ahead)[j:k]
+            vector[j:k] += scale * weights.pop(0) * self._stage_change(j, k)
         tails = np.cumsum(weights[::-1])[::-1]  # weight on each level and those before it
         newer = j
         for tail, older in zip(tails[1:], earlier[::-1], strict=True):
             vector[older:newer] = -scale * tail * self._slope_change[older:newer]
             newer = older
         return vector
+
+    def _stage_change(self, j: int, k: int) -> Array:
+        """Change of the slope from level ``j`` to the stage of a step to ``k``, over the increments, [k - j]."""
+        assert self.solver.stage is not None
+        node = self.solver.stage(self._node(j), self._node(k))
+        factor = 1.0 if self.solver.variable == "rho" else -1.0 / node.tau
+        covered = np.clip((node.lam - self._lam[:-1]) / np.diff(self._lam), 0.0, 1.0)[j:k]
+        share = np.interp(node.lam, self._lam, self.jacobian)
+        return factor * covered * (1 + share / node.rho * (self._node_rho[j:k] - node.rho))
 
     @cached_property
     def _steps(self) -> dict[tuple[int, ...], float]:
@@ -227,20 +258,19 @@ class PathCost:
         """``r_q - rho_k`` for ``q < k``, [k]."""
         return self._node_rho[:k] - self.rho[k]
 
-    def _covered(self, node: Node) -> Array:
-        """The share of each segment that lies before ``node``, [N-1]."""
-        return np.clip((node.lam - self._lam[:-1]) / np.diff(self._lam), 0.0, 1.0)
-
-    def _two_slope_factors(self, i: NDArray[np.intp], j: NDArray[np.intp], k: int) -> tuple[Array, Array]:
-        """What multiplies ``u`` over ``[i, j)`` and, with a corrector, 1 over ``[j, k)``; each [i, j]."""
+    def _two_slope_factors(self, i: NDArray[np.intp], j: NDArray[np.intp], k: int) -> tuple[Array, Array, Array]:
+        """What multiplies ``u`` over ``[i, j)``, and 1 and the step vector over ``[j, k)``; each [i, j]."""
         history, end = [self._node(j), self._node(i)], self._node(k)
         scale = step_scale(self.solver, history[0], end)
-        rule = self.solver.weights if self.solver.corrector is None else self.solver.corrector
         with np.errstate(invalid="ignore", divide="ignore"):
-            weights = rule(history, end)
-            alpha = np.where(i < j, -scale * weights[-1], 0.0)
-            beta = np.where(i < j, scale * weights[0], 0.0)
-        return alpha, beta
+            alpha = -scale * self.solver.weights(history, end)[-1]
+            beta = gain = np.zeros_like(alpha)
+            if self.solver.corrector is not None:
+                first, *_, last = self.solver.corrector(history, end)
+                beta = scale * first
+                gain = beta * self.jacobian[k] * self.s[k]
+                alpha = -scale * last + gain * alpha
+        return tuple(np.where(i < j, part, 0.0) for part in (alpha, beta, 1 + gain))  # type: ignore[return-value]
 
     @cached_property
     def _history_squares(self) -> Array:
