@@ -25,10 +25,15 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shi
 
 #: Settings shown beside the defaults, where they change what a class does.
 VARIANTS = {
-    "DPMSolverMultistepScheduler": [{"solver_order": 1}, {"solver_order": 3}, {"algorithm_type": "sde-dpmsolver++"}],
+    "DPMSolverMultistepScheduler": [
+        {"solver_order": 1},
+        {"solver_order": 3},
+        {"solver_order": 3, "lower_order_final": False},
+        {"algorithm_type": "sde-dpmsolver++"},
+    ],
     "FlowMatchEulerDiscreteScheduler": [{"shift": 3.0}, {"use_dynamic_shifting": True}, {"use_karras_sigmas": True}],
     "EDMEulerScheduler": [{"sigma_schedule": "exponential"}],
-    "EDMDPMSolverMultistepScheduler": [{"solver_order": 3}],
+    "EDMDPMSolverMultistepScheduler": [{"solver_order": 3, "lower_order_final": False}],
 }
 for _name in (
     "DEISMultistepScheduler",

@@ -35,4 +35,4 @@ def test_solvers_agree_with_the_schedulers_they_are(rows):
     found = {key: result for key, (_, result) in rows.items() if result is not None}
     wrong = {key: result for key, result in found.items() if result[1] != ([result[0]] if result[0] else [])}
     assert not wrong
-    assert {solver for solver, _ in found.values()} >= {"ddim", "dpmpp_2m", "heun"}
+    assert {solver for solver, _ in found.values()} >= {"ddim", "dpmpp_2m", "dpmpp_3m", "heun", "unipc"}

@@ -176,11 +176,16 @@ def solver_of(scheduler: Any) -> str | None:
     names = {cls.__name__ for cls in type(scheduler).__mro__}
     config = scheduler.config
     if names & {"DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler"}:
-        if config.algorithm_type != "dpmsolver++" or config.solver_order > 2:
+        if config.algorithm_type != "dpmsolver++":
             return None
+        if config.solver_order == 3:  # otherwise its last step but one is of second order
+            return None if config.lower_order_final else "dpmpp_3m"
         if config.solver_order == 1:
             return "ddim"
         return "dpmpp_2m" if config.solver_type == "midpoint" else None
+    if "UniPCMultistepScheduler" in names:
+        usual = config.solver_type == "bh2" and config.predict_x0 and config.lower_order_final
+        return "unipc" if usual and config.solver_order == 2 else None
     if names & {"FlowMatchEulerDiscreteScheduler"} and config.get("stochastic_sampling"):
         return None
     for solver, classes in SAME_SOLVER.items():

@@ -70,8 +70,8 @@ def fit(
     name = solver if solver is not None else solver_of(pipe.scheduler)
     if name is None:
         raise ValueError(
-            f"{type(pipe.scheduler).__name__} is none of fastsched's solvers, so solver must say for which one to "
-            "choose (the nearest: 'ddim' for first-order ones, 'dpmpp_2m' for multistep ones)"
+            f"{type(pipe.scheduler).__name__}, as it is set, is none of fastsched's solvers, so solver must name the "
+            "nearest one to choose for (docs/schedulers.md): 'ddim' for first-order ones, 'lms', 'dpmpp_3m', ..."
         )
     if stats is None:
         stats = measure(pipe, levels=levels, samples=samples, prompts=prompts, seed=seed, **call_kwargs)
@@ -94,7 +94,8 @@ def candidates(stats: PathStatistics, steps: int, solver: str, scheduler: Any) -
     """What enters an audition: unlike schedules, all of which ``scheduler`` can be given, the best guess first.
 
     The selection under every weight, the one for ddim, karras and exponential over the process's range with both
-    placements of the last node, and the schedule that the scheduler would use by itself.
+    placements of the last node (not for flow models), and the schedule that the scheduler would use by itself, unless
+    that depends on the resolution.
     """
     process = stats.process
     chosen = [optimal_schedule(stats, steps, solver, weight=weight) for weight in ("geometric", None, *WEIGHTS[:2])]

@@ -1,0 +1,178 @@
+"""From a pipeline to samples by its schedule, through every family of pipeline; weights are random."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import fastsched as fs
+
+pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+
+import diffusers
+import pipelines
+from pipelines import oracle_pipeline
+
+from fastsched.diffusers.fitting import audition_error, candidates
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+LEVELS, STEPS = 10, 4
+
+#: A random network's x0 knows no bounds; clipping it to a trained one's would cut the path's ends off.
+UNCLIPPED = {"clip_sample": False}
+FAMILIES = {
+    "ddim": (pipelines.unconditional, diffusers.DDIMScheduler(**UNCLIPPED), "ddim"),
+    "ddpm": (pipelines.unconditional, diffusers.DPMSolverMultistepScheduler(), "dpmpp_2m"),
+    "stable-diffusion": (pipelines.stable_diffusion, diffusers.DPMSolverMultistepScheduler(**SD), "dpmpp_2m"),
+    "stable-diffusion-unipc": (pipelines.stable_diffusion, diffusers.UniPCMultistepScheduler(**SD), "unipc"),
+    "stable-diffusion-xl": (pipelines.stable_diffusion_xl, diffusers.EulerDiscreteScheduler(**SD), "ddim"),
+    "stable-diffusion-xl-heun": (pipelines.stable_diffusion_xl, diffusers.HeunDiscreteScheduler(**SD), "heun"),
+    "edm": (pipelines.stable_diffusion_xl, diffusers.EDMEulerScheduler(), "ddim"),
+    "edm-2m": (pipelines.stable_diffusion_xl, diffusers.EDMDPMSolverMultistepScheduler(), "dpmpp_2m"),
+    "stable-diffusion-3": (
+        pipelines.stable_diffusion_3,
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "ddim",
+    ),
+    "flux": (pipelines.flux, diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "ddim"),
+    "stable-diffusion-3-heun": (
+        pipelines.stable_diffusion_3,
+        diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0),
+        "heun",
+    ),
+}
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def steps_taken(pipe, call):
+    """The network inputs' timesteps and the clean end of a plain call."""
+    asked = []
+    network = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+    hook = network.register_forward_pre_hook(
+        lambda module, args, kwargs: asked.append(kwargs["timestep"] if "timestep" in kwargs else args[1]),
+        with_kwargs=True,
+    )
+    try:
+        output = pipe(**call)
+    finally:
+        hook.remove()
+    return [float(torch.as_tensor(t).max()) for t in asked], output
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_measured_fitted_applied_and_sampled(family):
+    make, scheduler, solver = FAMILIES[family]
+    torch.manual_seed(0)
+    pipe, call, ending = make(scheduler)
+    quiet(pipe)
+    stats = fs.diffusers.measure(pipe, levels=LEVELS, samples=2, **call)
+    assert stats.samples == 2
+    assert stats.model_calls == (2 * LEVELS + 1) * 2
+    schedule = fs.diffusers.fit(pipe, STEPS, stats=stats, **call)
+    assert (schedule.solver, schedule.steps) == (solver, STEPS)
+    assert schedule.measured_error is not None
+    assert pipe.scheduler is scheduler
+    proof = fs.diffusers.apply(schedule, pipe)
+    assert proof.exact
+    asked, output = steps_taken(pipe, {**call, **ending})
+    calls = 2 * STEPS - 1 if solver == "heun" else STEPS
+    assert len(asked) == calls  # whatever number of steps the pipeline has for a default
+    assert torch.isfinite(torch.as_tensor(output[0])).all()
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_arguments_given_by_hand_are_used_by_the_pipeline(name):
+    flow = name.startswith("Flow")
+    make = pipelines.stable_diffusion_3 if flow else pipelines.stable_diffusion
+    pipe, call, ending = make(getattr(diffusers, name)(**({"shift": 3.0} if flow else SD)))
+    quiet(pipe)
+    stats = fs.diffusers.measure(pipe, levels=LEVELS, samples=2, **call)
+    schedule = fs.optimal_schedule(stats, STEPS, "ddim")
+    asked, _ = steps_taken(pipe, {**call, **ending, **schedule.to_diffusers(pipe.scheduler)})
+    expected = schedule.timesteps * (1000 if flow else 1)
+    assert asked == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+KINDS = {
+    "vp": ("EulerDiscreteScheduler", SD, "ddim"),
+    "vp-whole": ("DPMSolverMultistepScheduler", SD, "dpmpp_2m"),
+    "vp-ddim": ("DDIMScheduler", {**SD, **UNCLIPPED}, "ddim"),
+    "edm": ("EDMDPMSolverMultistepScheduler", {}, "dpmpp_2m"),
+    "flow": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "ddim"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_audition_samples_through_the_pipeline_as_fastsched_does(kind):
+    """The measured error is that of `fs.sample` from the same noises: to 1e-3, as the solvers' parity."""
+    from test_diffusers_measure import denoiser_of
+
+    from fastsched.measurement import noise_of
+
+    name, config, solver = KINDS[kind]
+    scheduler = getattr(diffusers, name)(**config)
+    oracle = fs.oracles.GaussianMixture.random(8, 3, seed=0)
+    pipe = oracle_pipeline(scheduler, oracle)
+    stats = fs.diffusers.measure(pipe, levels=24, samples=4)
+    schedule = fs.optimal_schedule(stats, 6, solver)
+    measured = audition_error(pipe, stats, schedule, None, {})
+    denoiser = denoiser_of(scheduler, (oracle, 1.0))
+    ends = fs.sample(denoiser, schedule, noise=noise_of(stats.seeds, stats.shape).double())
+    squared = (ends - stats.ends.double()).square().flatten(1).sum(1)
+    assert measured == pytest.approx(float(squared.log().mean().exp()), rel=5e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fitted_schedule_is_the_best_of_its_audition(kind):
+    name, config, _ = KINDS[kind]
+    scheduler = getattr(diffusers, name)(**config)
+    pipe = oracle_pipeline(scheduler, fs.oracles.GaussianMixture.random(8, 3, seed=0))
+    stats = fs.diffusers.measure(pipe, levels=24, samples=4)
+    schedule = fs.diffusers.fit(pipe, 6, stats=stats)
+    entrants = candidates(stats, 6, schedule.solver, scheduler)
+    assert len(entrants) >= 3
+    errors = [audition_error(pipe, stats, entrant, None, {}) for entrant in entrants]
+    assert schedule.measured_error == pytest.approx(min(errors))
+    own = diffusers_default(scheduler, 6)
+    if own is not None:
+        assert any(torch.allclose(entrant.sigmas, own, rtol=1e-5) for entrant in entrants)
+
+
+def diffusers_default(scheduler, steps):
+    from fastsched.diffusers.fitting import _own_sigmas
+
+    return _own_sigmas(scheduler, steps)
+
+
+def test_fit_measures_for_itself_and_saves_with_its_error(tmp_path):
+    pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), fs.oracles.GaussianMixture.random(8, 3, seed=0))
+    schedule = fs.diffusers.fit(pipe, 5, levels=16, samples=2, prompts=["a", "b"])
+    schedule.save(tmp_path / "schedule.json")
+    loaded = fs.Schedule.load(tmp_path / "schedule.json")
+    assert loaded.measured_error == schedule.measured_error
+    assert torch.equal(loaded.sigmas, schedule.sigmas)
+    plain = fs.diffusers.fit(pipe, 5, levels=16, samples=2, audition=False)
+    assert plain.measured_error is None
+    assert plain.predicted_error is not None
+
+
+def test_fit_says_what_it_cannot_do():
+    oracle = fs.oracles.GaussianMixture.random(8, 3, seed=0)
+    pipe = oracle_pipeline(diffusers.EulerAncestralDiscreteScheduler(**SD), oracle)
+    with pytest.raises(ValueError, match="solver must name"):
+        fs.diffusers.fit(pipe, 4, levels=8)
+    with pytest.raises(ValueError, match="adds noise of its own"):
+        fs.diffusers.fit(pipe, 4, levels=8, samples=2, solver="ddim")
+    assert fs.diffusers.fit(pipe, 4, levels=8, samples=2, solver="ddim", audition=False).steps == 4
+    pndm = oracle_pipeline(diffusers.PNDMScheduler(**SD), oracle)
+    with pytest.raises(ValueError, match="cannot be made to use"):
+        fs.diffusers.fit(pndm, 4, levels=8, samples=2, solver="ipndm")
+
+
+def test_a_schedule_keeps_its_fields_when_its_error_is_measured():
+    schedule = fs.Schedule(torch.tensor([2.0, 1.0, 0.0]), "ddim", "ve", predicted_error=1.0)
+    assert dataclasses.replace(schedule, measured_error=0.5).predicted_error == 1.0
