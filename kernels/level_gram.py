@@ -70,18 +70,22 @@ def level_tile(p_R, p_X, o_level, r_level, x_level, N, o_col, m_col, c, dc, a, d
 
 @triton.jit
 def split(b_w, SCALE: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """``w = high + low`` in the precision's storage, as ``high`` and ``SCALE * low``; only ``low`` is rounded to it."""
-    if PRECISION == "bf16x3":
-        b_high = ((b_w.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
-        b_low = SCALE * (b_w - b_high)
-        if INTERPRET:  # NumPy has no bfloat16: the same values in float32
-            b_low = ((b_low.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
-            return b_high, b_low
+    """``w = high + low`` in the precision's storage, as ``high`` and ``SCALE * low``; only ``low`` is rounded to it.
+
+    The high part is rounded as an integer, which can lose a NaN; the low part never does.
+    """
+    DROPPED: tl.constexpr = 16 if PRECISION == "bf16x3" else 13  # of float32's 23 bits
+    HALF: tl.constexpr = 1 << (DROPPED - 1)
+    KEPT: tl.constexpr = -(1 << DROPPED)
+    b_high = ((b_w.to(tl.int32, bitcast=True) + HALF) & KEPT).to(tl.float32, bitcast=True)
+    b_low = SCALE * (b_w - b_high)
+    if INTERPRET:  # NumPy has neither format: the same values in float32
+        b_cut = ((b_low.to(tl.int32, bitcast=True) + HALF) & KEPT).to(tl.float32, bitcast=True)
+        return b_high, tl.where(b_low == b_low, b_cut, b_low)
+    elif PRECISION == "bf16x3":
         return b_high.to(tl.bfloat16), b_low.to(tl.bfloat16)
-    else:  # tf32: 13 of the 23 bits go
-        b_high = ((b_w.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-        b_low = SCALE * (b_w - b_high)
-        return b_high, ((b_low.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    else:  # TF32 hardware truncates the low part
+        return b_high, b_low
 
 
 @triton.jit

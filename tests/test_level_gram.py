@@ -164,12 +164,17 @@ def with_nan(R: torch.Tensor) -> torch.Tensor:
     return R
 
 
+def with_gpu_nan(R: torch.Tensor) -> torch.Tensor:
+    R[3, 0, 5] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # what arithmetic on a GPU gives
+    return R
+
+
 def with_inf(R: torch.Tensor) -> torch.Tensor:
     R[3, 0, 5] = math.inf
     return R
 
 
-@pytest.mark.parametrize("change", [with_nan, with_inf])
+@pytest.mark.parametrize("change", [with_nan, with_gpu_nan, with_inf])
 @pytest.mark.parametrize("precision", ["bf16x3", "tf32x3", "ieee"])
 def test_bad_numbers_come_through(change, precision):
     gram = on_device(GramCase(N=16, B=1, d=64, states="none", precision=precision), change).gram

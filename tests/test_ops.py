@@ -234,9 +234,9 @@ def test_min_plus_is_quick():
     second_order_min_plus(first, cost, 2)
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()  # not the clock's: other processes may hold the processor
         second_order_min_plus(first, cost, 32)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 0.1
 
 
