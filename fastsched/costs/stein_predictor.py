@@ -119,7 +119,7 @@ def stein_predictor(
         warnings.warn(
             f"{estimator.unconverged} of {estimator.solves} solves stopped short of a residual of {TOLERANCE:g}; raise "
             "max_iterations, or the network's Jacobian is far from symmetric and positive",
-            stacklevel=2,
+            stacklevel=3,  # past the no_grad decorator
         )
     return CostMatrix(
         name="stein_predictor",

@@ -1,0 +1,108 @@
+"""What the experiments share: arguments, data, figures, and where results go."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastsched as fs
+from benchmarks.common import RESULTS, append, environment, table
+from fastsched.comparison import Reference
+from fastsched.digits import load_digits_network
+from fastsched.oracles import GaussianMixture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SHAPE = (1, 8, 8)
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    """``--quick`` for a run of less than a minute; it writes under other names and leaves the real results alone."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer samples and cases: under a minute")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    return args
+
+
+def report(
+    name: str,
+    rows: list[dict[str, Any]],
+    columns: Sequence[str],
+    key: Sequence[str],
+    *,
+    quick: bool,
+    figure: Figure | None = None,
+) -> None:
+    """Print a table, write ``results/experiment_<name>.csv`` and the figure beside it."""
+    print(table([{k: _short(v) for k, v in row.items()} for row in rows], tuple(columns)))
+    stem = f"experiment_{name}" + ("_quick" if quick else "")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{stem}.csv").unlink(missing_ok=True)
+    append(stem, [{**row, **environment()} for row in rows], tuple(key))
+    if figure is not None:
+        figure.savefig(RESULTS / f"{stem}.png", dpi=120)
+    print(f"written: {RESULTS / stem}.csv" + ("" if figure is None else " and .png"))
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def axes(columns: int = 1, rows: int = 1, width: float = 5.0, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+    """A figure and its axes in reading order."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for ax in grid.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, list(grid.flat)
+
+
+def digits_denoiser() -> fs.Denoiser:
+    """The denoiser that fastsched ships."""
+    return fs.Denoiser.from_edm(load_digits_network())
+
+
+def digits_data() -> Tensor:
+    """The 1,797 digits of scikit-learn, [1797, 1, 8, 8] in [-1, 1]."""
+    from sklearn.datasets import load_digits
+
+    pixels = load_digits().data  # type: ignore[attr-defined]  # a Bunch
+    return torch.from_numpy(pixels).float().reshape(-1, *SHAPE) / 8 - 1
+
+
+def karras_family(steps: int, rhos: Sequence[float] = (3, 5, 7, 9)) -> dict[str, Tensor]:
+    """Schedules of Karras et al. in both placements of the last node (`fastsched.baselines`)."""
+    return {
+        f"karras rho {rho:g}" + (", spared" if spare else ""): fs.baselines.karras(
+            steps, SIGMA_MIN, SIGMA_MAX, rho=rho, spare_last=spare
+        )
+        for rho in rhos
+        for spare in (False, True)
+    }
+
+
+def errors(denoiser: fs.Denoiser, schedules: Mapping[str, Any], solver: str, reference: Reference) -> dict[str, Any]:
+    """The comparison's rows by name."""
+    comparison = fs.compare(denoiser, dict(schedules), solver, reference=reference, progress=False)
+    return {row.name: row for row in comparison.rows}
+
+
+def points_mixture(points: np.ndarray, std: float) -> GaussianMixture:
+    """A Gaussian of deviation ``std`` at each of ``points`` [n, d]."""
+    means = torch.from_numpy(np.atleast_2d(points)).double()
+    n, d = means.shape
+    return GaussianMixture(torch.ones(n), means, (std**2 * torch.eye(d, dtype=torch.float64)).expand(n, d, d).clone())
