@@ -44,9 +44,7 @@ def increment_gram(R: Tensor, X: Tensor | None, a: Tensor, c: Tensor, *, per_sam
     return gram if per_sample else gram.mean(0)
 
 
-def cross_gram(
-    W: Tensor, R: Tensor, X: Tensor | None, a: Tensor, c: Tensor, *, per_sample: bool = False
-) -> Tensor:
+def cross_gram(W: Tensor, R: Tensor, X: Tensor | None, a: Tensor, c: Tensor, *, per_sample: bool = False) -> Tensor:
     """Return ``A[k, q] = <w_k, e_q>``: ``[B, N, N]`` per sample, else its mean over samples ``[N, N]``."""
     cross = torch.einsum("kbd,qbd->bkq", W.double(), increments(R, X, a, c))
     return cross if per_sample else cross.mean(0)

@@ -354,8 +354,6 @@ assert torch.allclose(found, reference.increment_gram(R, None, torch.zeros(4), t
 
 def test_loads_no_triton_itself():
     script = "import sys, fastsched.ops; print([m for m in sys.modules if m.startswith('fastsched.kernels')])"
-    out = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=120
-    )
+    out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=120)
     assert out.stdout.strip() == "[]"
     assert ops.BACKENDS == ("auto", "triton", "torch")

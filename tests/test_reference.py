@@ -56,8 +56,6 @@ def test_min_plus_by_hand():
 
 
 def test_hutchinson_by_hand():
-    v_jv, jv_jv = reference.hutchinson(
-        torch.tensor([[1.0, -1.0]]), torch.tensor([[[2.0, 3.0]], [[0.5, 4.0]]])
-    )
+    v_jv, jv_jv = reference.hutchinson(torch.tensor([[1.0, -1.0]]), torch.tensor([[[2.0, 3.0]], [[0.5, 4.0]]]))
     assert v_jv.tolist() == [[-1.0], [-3.5]]
     assert jv_jv.tolist() == [[13.0], [16.25]]
