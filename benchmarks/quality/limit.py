@@ -1,0 +1,136 @@
+"""The limit: the schedule that coordinate descent on the sampler's own typical error finds, for a few cells.
+
+    python -m benchmarks.quality.limit
+
+About 10^5 network evaluations a cell, over 200 noises that no other part of the benchmark sees; what they buy is what
+any other method can still hope for. Schedules go to ``benchmarks/results/quality_limit.csv``, where a cell that is
+there already is left alone; `benchmarks.quality.run` evaluates them beside the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import fastsched as fs
+from benchmarks.common import RESULTS, append
+from benchmarks.quality.baselines import highest_finite
+from benchmarks.quality.choosing import Choosers
+from benchmarks.quality.models import MODELS
+
+CELLS = (("ddim", 8), ("dpmpp_2m", 6), ("dpmpp_2m", 10), ("ipndm", 8))
+SAMPLES = 200
+SEED = 1000
+#: Share of the gap to a neighbour that a node is moved by, ever finer.
+MOVES = (0.4, 0.2, 0.1, 0.05)
+#: Gap in ``log s`` that stands for an infinite one: below pure noise, and above sigma 0.
+OPEN_GAP = 1.5
+STARTS = ("fastsched", "gits", "kl_optimal_spared", "exponential_spared", "karras_3_spared")
+PATH = RESULTS / "quality_limit.csv"
+
+
+def descend(error: Callable[[Tensor], float], s: Tensor, low: float, high: float) -> tuple[Tensor, float, int]:
+    """Move one inner node at a time wherever that lowers ``error``, by ever smaller shares of the gaps.
+
+    Args:
+        error: Of levels [steps + 1], descending to 0.
+        s: Where to start.
+        low: The lowest level a node may take.
+        high: The highest, where the first node is at pure noise.
+
+    Returns:
+        The levels, their error, and how often it was evaluated.
+    """
+    best, evaluations = error(s), 1
+    for share in MOVES:
+        for _ in range(3):
+            before = best
+            for n in range(1, len(s) - 1):
+                for direction in (1, -1):
+                    moved = _moved(s, n, direction * share, low, high)
+                    value = error(moved)
+                    evaluations += 1
+                    if value < best:
+                        s, best = moved, value
+                        break
+            if best > 0.99 * before:
+                break
+    return s, best, evaluations
+
+
+def _moved(s: Tensor, n: int, share: float, low: float, high: float) -> Tensor:
+    """Levels with node ``n`` moved by a share of the gap to its noisier (positive) or cleaner neighbour."""
+    here = math.log(s[n])
+    noisier, cleaner = float(s[n - 1]), float(s[n + 1])
+    above = math.log(noisier) if math.isfinite(noisier) else min(here + OPEN_GAP, math.log(10 * high))
+    below = math.log(cleaner) if cleaner > 0 else max(here - OPEN_GAP, math.log(low))
+    gap = above - here if share > 0 else here - below
+    moved = s.clone()
+    moved[n] = math.exp(here + share * gap)
+    return moved
+
+
+def find(name: str, solver: str, calls: int) -> dict[str, object]:
+    """The limit of one cell, from the best of `STARTS`, as a row of the results."""
+    model = MODELS[name]()
+    process = model.denoiser.process
+    reference = fs.converged_reference(model.denoiser, model.shape, samples=SAMPLES, seed=SEED, progress=False)
+
+    def error(s: Tensor) -> float:
+        ends = fs.sample(model.denoiser, process.sampler_sigma(s), solver, reference.noise)
+        return fs.metrics.geometric_mean(fs.metrics.squared_distances(ends, reference.ends))
+
+    choosers = Choosers(model, SEED).choose(solver, calls)
+    starts = [process.level(choosers[start]().sigmas) for start in STARTS]
+    start = min(starts, key=error)
+    s, best, evaluations = descend(error, start, process.s_min, highest_finite(process))
+    return {
+        "denoiser": name,
+        "solver": solver,
+        "calls": calls,
+        "typical_error": f"{best:.4g}",
+        "start_error": f"{error(start):.4g}",
+        "model_calls": evaluations * calls * SAMPLES,
+        "sigmas": " ".join(f"{value:.6g}" for value in process.sampler_sigma(s).tolist()),
+    }
+
+
+def limit_schedules(name: str, solver: str, calls: int) -> dict[str, Tensor]:
+    """``{"limit": sigmas}`` where the limit of the cell is known, or nothing."""
+    sigmas = _known().get((name, solver, str(calls)))
+    return {} if sigmas is None else {"limit": sigmas}
+
+
+@functools.lru_cache(maxsize=1)
+def _known() -> dict[tuple[str, str, str], Tensor]:
+    if not PATH.exists():
+        return {}
+    with PATH.open(newline="") as file:
+        return {
+            (row["denoiser"], row["solver"], row["calls"]): torch.tensor(
+                [float(value) for value in row["sigmas"].split()], dtype=torch.float64
+            )
+            for row in csv.DictReader(file)
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    cells = [(name, *cell) for cell in CELLS for name in args.models]
+    missing = [cell for cell in cells if not limit_schedules(*cell)]
+    for cell in tqdm(missing, desc="limit", unit="cell"):
+        append("quality_limit", [find(*cell)], ("denoiser", "solver", "calls"))
+
+
+if __name__ == "__main__":
+    main()

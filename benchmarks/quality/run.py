@@ -1,0 +1,188 @@
+"""The quality benchmark: schedules for six denoisers, six solvers and 4 to 20 model calls, run and compared.
+
+    python -m benchmarks.quality.run            # all, within 40 minutes of two cores
+    python -m benchmarks.quality.run --quick    # some, within 3 minutes
+
+For each denoiser and seed: converged samples of noises that no chooser sees, then every schedule's samples from the
+same noises. A seed changes these noises and every measurement. Rows go to ``benchmarks/results/quality.csv`` as they
+are found and are not computed twice, so that an interrupted run goes on where it was; ``--redo`` names methods to run
+anew. Then ``python -m benchmarks.quality.summary``.
+
+heun makes ``2 n - 1`` model calls in n steps, so 7 of 8, 9 of 10 and so on; for 6 it would be the row of 5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import fastsched as fs
+from benchmarks.common import RESULTS, environment
+from benchmarks.quality import table
+from benchmarks.quality.choosing import Choosers, Chosen
+from benchmarks.quality.limit import limit_schedules
+from benchmarks.quality.models import MODELS, Model
+from fastsched.comparison import Reference
+from fastsched.solvers import get_solver
+
+SOLVERS = ("ddim", "heun", "dpmpp_2m", "dpmpp_3m", "ipndm", "unipc")
+CALLS = (4, 5, 6, 8, 10, 14, 20)
+SEEDS = (0, 1, 2, 3, 4)
+#: Noises a seed.
+SAMPLES = 64
+#: The converged run: the third-order solver, whose own distance to the limit is far below any schedule's.
+REFERENCE = {"steps": 400, "solver": "dpmpp_3m"}
+
+Cell = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A denoiser and a seed: what one process does at a time.
+
+    Attributes:
+        model: The denoiser's name.
+        seed: Of noises and measurements.
+        cells: Solvers and model calls.
+        samples: How many noises.
+        methods: Which to run; all when empty.
+        done: Rows there already, as (solver, calls, method).
+        commit: Of the code, for the rows.
+    """
+
+    model: str
+    seed: int
+    cells: tuple[Cell, ...]
+    samples: int
+    methods: tuple[str, ...]
+    done: frozenset[tuple[str, int, str]]
+    commit: str
+
+
+def steps_within(solver: str, calls: int) -> int:
+    """The most steps of ``solver`` that take no more than ``calls`` model calls."""
+    return (calls + 1) // 2 if get_solver(solver).stage is not None else calls
+
+
+def cells(solvers: Sequence[str], calls: Sequence[int]) -> tuple[Cell, ...]:
+    """Solvers and model calls; of those at which a solver makes the same steps, the one it can use up."""
+    found: dict[tuple[str, int], Cell] = {}
+    for solver in solvers:
+        for count in sorted(calls):
+            found.setdefault((solver, steps_within(solver, count)), (solver, count))
+    return tuple(found.values())
+
+
+def rows_of(unit: Unit) -> list[dict[str, Any]]:
+    """Run what is missing of a unit."""
+    model = MODELS[unit.model]()
+    choosers = Choosers(model, unit.seed)
+    reference = fs.converged_reference(
+        model.denoiser, model.shape, samples=unit.samples, seed=unit.seed, progress=False, **REFERENCE
+    )
+    rows = []
+    for solver, calls in unit.cells:
+        steps = steps_within(solver, calls)
+        limits = {name: lambda s=s: Chosen(s) for name, s in limit_schedules(unit.model, solver, calls).items()}
+        for method, choose in {**choosers.choose(solver, steps), **limits}.items():
+            if (solver, calls, method) in unit.done or (unit.methods and method not in unit.methods):
+                continue
+            chosen = choose()
+            place = {"denoiser": unit.model, "solver": solver, "calls": calls, "seed": unit.seed, "method": method}
+            rows.append({**place, **result(model, solver, chosen, reference), "commit": unit.commit})
+    return rows
+
+
+def result(model: Model, solver: str, chosen: Chosen, reference: Reference) -> dict[str, Any]:
+    """Sample by a schedule, and measure how far it ends from the reference.
+
+    What is below float32's rounding of a sample counts as that, as in `fastsched.compare`.
+    """
+    ends = fs.sample(model.denoiser, chosen.sigmas, solver, reference.noise)
+    squared = fs.metrics.squared_distances(ends, reference.ends)
+    rounding = torch.finfo(torch.float32).eps ** 2 * reference.ends.double().flatten(1).square().sum(1)
+    values = {
+        "typical_error": fs.metrics.geometric_mean(squared.maximum(rounding)),
+        "mean_error": float(squared.mean()),
+        "frechet": fs.metrics.frechet_distance(ends, reference.ends),
+        "sliced_wasserstein": fs.metrics.sliced_wasserstein(ends, reference.ends, projections=64),
+        "choosing_seconds": chosen.seconds,
+        "predicted": chosen.predicted,
+    }
+    steps = len(chosen.sigmas) - 1
+    return {
+        "steps": steps,
+        "model_calls": get_solver(solver).model_calls(steps),
+        "choosing_calls": chosen.model_calls,
+        **{name: "" if value is None else f"{value:.4g}" for name, value in values.items()},
+    }
+
+
+def planned(args: argparse.Namespace, rows: Sequence[table.Row]) -> list[Unit]:
+    """What to run, all denoisers of one seed before the next."""
+    grid = cells(args.solvers, args.calls)
+    done: dict[tuple[str, str], set[tuple[str, int, str]]] = {}
+    for row in rows:
+        done.setdefault((row["denoiser"], row["seed"]), set()).add((row["solver"], int(row["calls"]), row["method"]))
+    commit = environment()["commit"]
+    return [
+        Unit(name, seed, grid, args.samples, tuple(args.methods), frozenset(done.get((name, str(seed)), ())), commit)
+        for seed in args.seeds
+        for name in args.models
+    ]
+
+
+def finished(units: Sequence[Unit], workers: int) -> Iterator[list[table.Row]]:
+    """The rows of each unit, as they are found."""
+    if workers == 1:
+        torch.set_num_threads(1)
+        yield from map(rows_of, units)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for future in as_completed([pool.submit(rows_of, unit) for unit in units]):
+            yield future.result()
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="within 3 minutes: fewer cells, noises and seeds")
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--solvers", nargs="*", default=None, choices=SOLVERS)
+    parser.add_argument("--calls", nargs="*", type=int, default=None)
+    parser.add_argument("--seeds", nargs="*", type=int, default=None)
+    parser.add_argument("--samples", type=int, default=None, help="noises a seed")
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--methods", nargs="*", default=[], metavar="method", help="run only these")
+    parser.add_argument("--redo", nargs="*", default=[], metavar="method", help="methods whose rows to run anew")
+    parser.add_argument("--output", type=Path, default=None, help="the CSV; results/quality.csv, or quality_quick.csv")
+    args = parser.parse_args(argv)
+    full = {"solvers": SOLVERS, "calls": CALLS, "seeds": SEEDS, "samples": SAMPLES, "output": RESULTS / "quality.csv"}
+    quick = {"solvers": ("ddim", "dpmpp_2m"), "calls": (5, 10), "seeds": (0,), "samples": 32}
+    quick |= {"output": RESULTS / "quality_quick.csv"}
+    for name, value in (quick if args.quick else full).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    kept = [row for row in table.read(args.output) if row["method"] not in args.redo]
+    table.write(args.output, kept)
+    units = planned(args, kept)
+    for rows in tqdm(finished(units, args.workers), total=len(units), desc="quality", unit="unit"):
+        table.append(args.output, rows)
+    print(f"written: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
