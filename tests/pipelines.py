@@ -1,10 +1,10 @@
 """Pipelines around exact denoisers, and small random ones of every family; nothing is downloaded."""
 
-import inspect
-
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
+    ControlNetModel,
     DDIMPipeline,
     DDPMPipeline,
     DiffusionPipeline,
@@ -12,10 +12,13 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -253,5 +256,55 @@ def flux(scheduler):
     return pipe, {**call, "height": 16, "width": 16}, {"output_type": "latent"}
 
 
-def call_signature(pipe):
-    return inspect.signature(type(pipe).__call__)
+def controlled(scheduler):
+    """Stable Diffusion with a ControlNet."""
+    unet = small_conditional_unet()
+    pipe = StableDiffusionControlNetPipeline(
+        vae=small_vae(),
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet,
+        controlnet=ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8)),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    call = {
+        "prompt_embeds": torch.randn(2, 4, 16),
+        "negative_prompt_embeds": torch.randn(2, 4, 16),
+        "image": torch.rand(2, 3, 16, 16),
+        "guidance_scale": 5.0,
+    }
+    return pipe, call, {"output_type": "np"}
+
+
+def wan(scheduler):
+    """A video pipeline, which calls its network twice a step for guidance."""
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=1,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    vae = AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, transformer=transformer)
+    call = {
+        "prompt_embeds": torch.randn(1, 4, 16),
+        "negative_prompt_embeds": torch.randn(1, 4, 16),
+        "height": 16,
+        "width": 16,
+        "num_frames": 5,
+        "guidance_scale": 3.0,
+    }
+    return pipe, call, {"output_type": "latent"}

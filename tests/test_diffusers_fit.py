@@ -34,6 +34,12 @@ FAMILIES = {
         diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         "ddim",
     ),
+    "wan": (
+        pipelines.wan,
+        diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+        "unipc",
+    ),
+    "controlnet": (pipelines.controlled, diffusers.EulerDiscreteScheduler(**SD), "ddim"),
     "flux": (pipelines.flux, diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "ddim"),
     "stable-diffusion-3-heun": (
         pipelines.stable_diffusion_3,
@@ -80,7 +86,19 @@ def test_measured_fitted_applied_and_sampled(family):
     assert proof.exact
     asked, output = steps_taken(pipe, {**call, **ending})
     calls = 2 * STEPS - 1 if solver == "heun" else STEPS
+    if family == "wan":
+        calls *= 2  # with and without the prompt
     assert len(asked) == calls  # whatever number of steps the pipeline has for a default
+    assert torch.isfinite(torch.as_tensor(output[0])).all()
+
+
+def test_a_scheduler_that_adds_noise_is_measured_fitted_without_an_audition_and_applied():
+    pipe, call, ending = pipelines.unconditional(diffusers.DDPMScheduler(**UNCLIPPED))
+    quiet(pipe)
+    schedule = fs.diffusers.fit(pipe, STEPS, levels=LEVELS, samples=2, solver="ddim", audition=False, **call)
+    assert fs.diffusers.apply(schedule, pipe).exact
+    asked, output = steps_taken(pipe, {**call, **ending})
+    assert asked == schedule.timesteps.tolist()
     assert torch.isfinite(torch.as_tensor(output[0])).all()
 
 

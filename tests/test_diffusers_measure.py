@@ -220,10 +220,11 @@ def test_fit_interrupted_in_its_audition_leaves_the_pipeline_as_it_was():
     [
         ({"repeat_steps": 2}, "does not call its network and scheduler once for each"),
         ({"change_latents": lambda latents: latents * 1.1}, "changed the latents between steps"),
-        ({"on_step": lambda i, output: output * (1.5 if i < 4 else 1.0)}, "must not depend on the step's number"),
+        ({"on_step": lambda i, output: output * (1.5 if i < 14 else 1.0)}, "must not depend on the step's number"),
+        ({"on_step": lambda i, output: output * (1.5 if i > 3 else 1.0)}, "must not depend on the step's number"),
         ({"on_step": lambda i, output: output * float("nan") if i == 5 else output}, "NaN or inf at timestep"),
     ],
-    ids=["two steps a call", "latents changed", "guidance ends midway", "not finite"],
+    ids=["two steps a call", "latents changed", "guidance ends midway", "guidance starts midway", "not finite"],
 )
 def test_a_pipeline_that_cannot_be_driven_is_told_why(misbehaviour, reason):
     pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())

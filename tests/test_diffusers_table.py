@@ -22,6 +22,7 @@ def rows():
 
 @pytest.mark.slow
 def test_the_table_is_current(rows):
+    pytest.importorskip("torchsde", reason="some classes of the table need it")
     if diffusers.__version__ != PINNED:
         pytest.skip(f"the committed table is of diffusers {PINNED}; this is {diffusers.__version__}")
     expected = scheduler_table.HEADER + "\n".join(line for line, _ in rows.values()) + "\n"

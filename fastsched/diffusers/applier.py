@@ -24,7 +24,8 @@ BELOW_ONE = 1e-6
 def apply(schedule: Schedule, pipe: Any) -> Export:
     """Give ``pipe`` a copy of its scheduler that uses ``schedule`` whatever number of steps a call asks for.
 
-    Three ways are tried, and the first that is proven exact is taken; failing that, the one with the least rounding:
+    Three ways are tried. The first that is proven exact, in sigmas and in the timesteps that the network is given, is
+    taken; failing that, the one with the least rounding:
 
     * ``"arguments"``: the class's own ``set_timesteps(sigmas=...)`` or ``(timesteps=...)``;
     * ``"assigned"``: its ``sigmas`` and ``timesteps`` set after ``set_timesteps``, if its ``step`` follows them;
@@ -62,14 +63,20 @@ def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
             reasons.append(f"{way}: {error}")
             continue
         proven.append((proof, setter))
-        if proof.exact:
+        if _rounding(proof) == (0.0, 0.0):
             break
     if not proven:
         raise ValueError(f"{type(scheduler).__name__} cannot be made to use this schedule. " + " | ".join(reasons))
-    proof, setter = min(proven, key=lambda pair: pair[0].error)
+    proof, setter = min(proven, key=lambda pair: _rounding(pair[0]))
     target = plain_copy(scheduler)
     _override(target, setter)
     return target, proof
+
+
+def _rounding(proof: Export) -> tuple[float, float]:
+    """How much of the schedule is lost: in the sigmas, and beyond a twentieth of a timestep in the timesteps."""
+    timesteps = proof.timestep_error if proof.timestep_error > 0.05 else 0.0
+    return (0.0 if proof.exact else proof.error, timesteps)
 
 
 def _override(scheduler: Any, setter: Setter) -> None:

@@ -33,7 +33,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     first                     the pipeline's own latents                    their shape, dtype and device
     next N                    ``x_k``, from the noisiest level down         the reference path
     next N - 1                ``x_k + h w_k``, from the cleanest level up   ``J w``, a forward difference
-    last                      ``x_0`` again                                 a check that it is answered alike
+    last                      an early ``x_k`` again                        a check that it is answered alike
     ========================  ============================================  ==============================
 
     The pipeline ends with the clean ends of the paths, which it may decode as ever. The noises come from ``seed``, not
@@ -131,7 +131,10 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._clear()
         self._device, self.mu = device, mu
         self._levels = measured_levels(self.convention.denoiser, (steps - 1) // 2)
-        s = torch.cat([self._levels[:1], self._levels, self._levels[1:].flip(0), self._levels[:1]])
+        # Early, so that what starts or ends midway shows, but where the conditioning already counts.
+        self._repeated = len(self._levels) // 8
+        repeated = self._levels[self._repeated : self._repeated + 1]
+        s = torch.cat([self._levels[:1], self._levels, self._levels[1:].flip(0), repeated])
         names = self.convention.timesteps(s)
         if self.convention.integer:
             names = names.round().to(torch.int64)
@@ -213,30 +216,29 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._statistics: PathStatistics | None = None
         self._steps: Ask[PathStatistics] | None = None
         self._handed: Tensor | None = None
-        self._first: tuple[Tensor, Tensor] | None = None
+        self._asked: tuple[Tensor, Tensor] | None = None
 
     def _start(self, output: Tensor, sample: Tensor) -> Tensor:
         self._run = Run(self.convention.denoiser, self._levels, sample.device, output.dtype, "finite-difference")
         before = int(self.config["samples_before"])
         seeds = sample_seeds(int(self.config["seed"]), before + len(sample))
         self._steps = measurement_steps(self._run, seeds[-len(sample) :], tuple(sample.shape[1:]))
-        x, k = next(self._steps)
-        self._question = self._input(x, k)
-        return self._question
+        return self._input(*next(self._steps))
 
     def _send(self, output: Tensor) -> Tensor:
-        """Answer the measurement; its next question, or at its end the first one again."""
+        """Answer the measurement; its next question, or at its end an early one again."""
         assert self._steps is not None
-        if self._first is None:
-            self._first = (self._question, output)
+        assert self._handed is not None
+        if self._index == 1 + self._repeated:
+            self._asked = (self._handed, output)
         try:
-            x, k = self._steps.send(output)
+            question = self._steps.send(output)
         except StopIteration as finished:
-            batch = len(output)
-            self._statistics = replace(finished.value, model_calls=len(self.timesteps) * batch)
+            assert self._asked is not None
+            self._statistics = replace(finished.value, model_calls=len(self.timesteps) * len(output))
             self._ends = finished.value.ends.to(output.device)
-            return self._first[0]
-        return self._input(x, k)
+            return self._asked[0]
+        return self._input(*question)
 
     def _input(self, x: Tensor, k: int) -> Tensor:
         return float(self.convention.input_scale(self._levels[k])) * x
@@ -262,8 +264,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             )
 
     def _check_repeat(self, output: Tensor) -> None:
-        assert self._first is not None
-        first = self._first[1].float()
+        assert self._asked is not None
+        first = self._asked[1].float()
         change = float((output.float() - first).norm() / first.norm().clamp_min(1e-30))
         if change > REPEATABLE * RELATIVE_STEP.get(output.dtype, 0.01):
             raise ValueError(
