@@ -55,7 +55,8 @@ def main() -> None:
             )
         names = sorted(found, key=lambda name: -found[name].typical_error)
         colours = ["0.7" if name in karras else "C0" if "corrector" in name else "C1" for name in names]
-        ax.barh(names, [found[name].typical_error for name in names], color=colours)
+        ax.hlines(names, 0, [found[name].typical_error for name in names], "0.9")
+        ax.scatter([found[name].typical_error for name in names], names, color=colours)
         ax.set_xscale("log")
         ax.set_title(f"{solver}, {STEPS} steps")
         ax.set_xlabel("typical error")
