@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-KEY = ("denoiser", "solver", "calls", "seed", "method")
-COLUMNS = (
+KEY: tuple[str, ...] = ("denoiser", "solver", "calls", "seed", "method")
+COLUMNS: tuple[str, ...] = (
     *KEY,
     "steps",
     "model_calls",

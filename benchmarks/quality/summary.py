@@ -1,0 +1,250 @@
+"""What the quality benchmark shows: ratios over all cells, cells that are lost, a table and a plot.
+
+    python -m benchmarks.quality.summary
+
+reads ``benchmarks/results/quality.csv`` and writes ``docs/quality.md`` and ``docs/quality.png``. A *cell* is a
+denoiser, a solver and a number of model calls; its error under a method is the geometric mean over seeds. Ratios are
+geometric means over cells.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.common import RESULTS
+from benchmarks.quality import table
+from benchmarks.quality.choosing import OURS
+
+DOCS = Path(__file__).parents[2] / "docs"
+METRICS = {"typical_error": "typical", "mean_error": "mean", "frechet": "Frechet"}
+#: Above this ratio to a baseline a cell counts as lost.
+LOST = 1.05
+
+Cell = tuple[str, str, int]  # denoiser, solver, model calls
+
+
+@dataclass(frozen=True)
+class Results:
+    """Values of every metric, by cell and method, one a seed.
+
+    Attributes:
+        values: ``values[metric][cell][method]``, a list over seeds.
+        cells: All cells.
+        methods: All methods.
+    """
+
+    values: dict[str, dict[Cell, dict[str, list[float]]]]
+    cells: tuple[Cell, ...]
+    methods: tuple[str, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """The results in a CSV of `benchmarks.quality.run`."""
+        names = (*METRICS, "sliced_wasserstein", "choosing_calls", "choosing_seconds", "predicted")
+        values: dict[str, dict[Cell, dict[str, list[float]]]] = {name: {} for name in names}
+        methods: dict[str, None] = {}
+        for row in table.read(path):
+            cell = (row["denoiser"], row["solver"], int(row["calls"]))
+            methods[row["method"]] = None
+            for name in names:
+                if row[name]:
+                    values[name].setdefault(cell, {}).setdefault(row["method"], []).append(float(row[name]))
+        return cls(values, tuple(values["typical_error"]), tuple(methods))
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """The methods that are neither fastsched's nor the limit."""
+        return tuple(name for name in self.methods if name not in OURS and name != "limit")
+
+    def error(self, metric: str, cell: Cell, method: str) -> float:
+        """The geometric mean over seeds; NaN where the method was not run."""
+        found = self.values[metric].get(cell, {}).get(method)
+        return float(np.exp(np.mean(np.log(np.maximum(found, 1e-30))))) if found else np.nan
+
+    def best(self, metric: str, cell: Cell) -> tuple[str, float]:
+        """The best baseline of a cell and its error."""
+        errors = {name: self.error(metric, cell, name) for name in self.baselines}
+        known = {name: value for name, value in errors.items() if not np.isnan(value)}
+        name = min(known, key=known.__getitem__)
+        return name, known[name]
+
+    def ratio(self, metric: str, cell: Cell, method: str, against: str) -> float:
+        """A method's error over another's; ``"best"`` is the cell's best baseline."""
+        other = self.best(metric, cell)[1] if against == "best" else self.error(metric, cell, against)
+        return self.error(metric, cell, method) / other
+
+    def mean_ratio(self, metric: str, method: str, against: str, cells: Iterable[Cell] | None = None) -> float:
+        """The geometric mean of `ratio` over cells where both are known."""
+        ratios = [self.ratio(metric, cell, method, against) for cell in cells or self.cells]
+        return geometric(ratios)
+
+    def spread(self, method: str) -> float:
+        """Standard deviation over seeds of the logarithm of the error, its root mean square over cells."""
+        found = [self.values["typical_error"][cell].get(method, ()) for cell in self.cells]
+        logs = [np.log(values).var(ddof=1) for values in found if len(values) > 1]
+        return float(np.sqrt(np.mean(logs))) if logs else np.nan
+
+    def rank_correlation(self, denoiser: str, method: str, metric: str) -> float:
+        """Spearman's correlation of predicted and actual error over the cells of a denoiser."""
+        from scipy.stats import spearmanr
+
+        cells = [cell for cell in self.cells if cell[0] == denoiser]
+        pairs = [(self.error("predicted", cell, method), self.error(metric, cell, method)) for cell in cells]
+        known = np.array([pair for pair in pairs if not np.isnan(pair).any()])
+        return float(np.asarray(spearmanr(known[:, 0], known[:, 1]))[0]) if len(known) > 2 else np.nan
+
+
+def geometric(values: Iterable[float]) -> float:
+    """The geometric mean of those that are numbers; NaN of none."""
+    known = np.array([value for value in values if not np.isnan(value)])
+    return float(np.exp(np.log(known).mean())) if len(known) else np.nan
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def headline(results: Results) -> str:
+    """Each of fastsched's methods against the best baseline of each cell, karras, and the limit."""
+    rows = []
+    for method in OURS:
+        for metric, title in METRICS.items():
+            if not any(method in found for found in results.values[metric].values()):
+                continue
+            ratios = [results.ratio(metric, cell, method, "best") for cell in results.cells]
+            against = [results.mean_ratio(metric, method, other) for other in ("best", "karras_7", "limit")]
+            lost = sum(ratio > LOST for ratio in ratios)
+            rows.append([method, title, *(f"{value:.3f}" for value in against), f"{lost} of {len(ratios)}"])
+    return markdown(["method", "error", "best baseline", "karras", "limit", "cells above 1.05"], rows)
+
+
+def standings(results: Results) -> str:
+    """Every method: its errors over karras', how often it is best, and what choosing took."""
+    shared = [name for name in results.methods if name != "limit"]
+    wins = [min(shared, key=lambda n: _or_inf(results.error("typical_error", cell, n))) for cell in results.cells]
+    rows = []
+    for name in sorted(shared, key=lambda n: results.mean_ratio("typical_error", n, "karras_7")):
+        ratios = [results.mean_ratio(metric, name, "karras_7") for metric in METRICS]
+        calls = [value for cell in results.cells for value in results.values["choosing_calls"][cell].get(name, ())]
+        seconds = [value for cell in results.cells for value in results.values["choosing_seconds"][cell].get(name, ())]
+        cost = [f"{np.max(calls):,.0f}", f"{np.median(seconds):.2g}"]
+        rows.append([name, *(f"{r:.3f}" for r in ratios), str(wins.count(name)), f"{results.spread(name):.2f}", *cost])
+    header = ["method", *METRICS.values(), "best in cells", "spread", "calls, at most", "seconds"]
+    return markdown(header, rows)
+
+
+def breakdown(results: Results, method: str) -> str:
+    """Typical error over the best baseline's and over karras', by solver, denoiser and model calls."""
+    rows = []
+    keys: tuple[Callable[[Cell], object], ...] = (lambda c: c[1], lambda c: c[0], lambda c: c[2])
+    for key in keys:
+        for value in dict.fromkeys(map(key, results.cells)):
+            chosen = [cell for cell in results.cells if key(cell) == value]
+            ratios = [results.mean_ratio("typical_error", method, other, chosen) for other in ("best", "karras_7")]
+            rows.append([f"{value} calls" if isinstance(value, int) else str(value), *(f"{r:.3f}" for r in ratios)])
+    return markdown([method, "best baseline", "karras"], rows)
+
+
+def lost_cells(results: Results, method: str) -> str:
+    """The cells in which a baseline is better by more than 5%, worst first."""
+    rows = []
+    for cell in results.cells:
+        name, best = results.best("typical_error", cell)
+        ours = results.error("typical_error", cell, method)
+        if ours > LOST * best:
+            rows.append((ours / best, [cell[0], cell[1], str(cell[2]), name, f"{best:.3g}", f"{ours:.3g}"]))
+    rows.sort(key=lambda row: -row[0])
+    return markdown(
+        ["denoiser", "solver", "calls", "best baseline", "its error", method, "ratio"],
+        [[*row, f"{ratio:.2f}"] for ratio, row in rows],
+    )
+
+
+def correlations(results: Results) -> str:
+    """Spearman's correlation of the dynamic programme's predicted error with the actual one, by denoiser."""
+    rows = []
+    for denoiser in dict.fromkeys(cell[0] for cell in results.cells):
+        values = [results.rank_correlation(denoiser, m, e) for m in OURS[:2] for e in ("typical_error", "mean_error")]
+        rows.append([denoiser, *(f"{value:.3f}" for value in values)])
+    return markdown(["denoiser", *(f"{m}, {e}" for m in OURS[:2] for e in ("typical", "mean"))], rows)
+
+
+def plot(results: Results, path: Path, solver: str = "dpmpp_2m") -> None:
+    """Typical error over model calls for one solver, a panel a denoiser."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    denoisers = list(dict.fromkeys(cell[0] for cell in results.cells))
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = np.ravel(figure.subplots(2, -(-len(denoisers) // 2), squeeze=False))
+    lines = {"karras_7": ("0.6", "karras"), "paper": ("C2", "paper"), "gits": ("C4", "gits"), "dmn": ("C5", "dmn")}
+    lines |= {"fastsched_dp": ("C1", "fastsched, no audition"), "fastsched": ("C3", "fastsched")}
+    for ax, denoiser in zip(panels, denoisers, strict=False):
+        cells = sorted(cell for cell in results.cells if cell[:2] == (denoiser, solver))
+        calls = [cell[2] for cell in cells]
+        best = [results.best("typical_error", cell)[1] for cell in cells]
+        ax.plot(calls, best, "--", color="k", lw=1, label="best of all baselines")
+        for name, (colour, label) in lines.items():
+            ax.plot(
+                calls, [results.error("typical_error", c, name) for c in cells], "o-", ms=3, color=colour, label=label
+            )
+        limit = [results.error("typical_error", cell, "limit") for cell in cells]
+        ax.plot(calls, limit, "k*", ms=9, label="limit")
+        ax.set(title=denoiser, xscale="log", yscale="log", xticks=calls, xticklabels=map(str, calls))
+        ax.minorticks_off()
+        ax.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(fontsize=7)
+    figure.supxlabel(f"model calls of {solver}")
+    figure.supylabel("typical squared distance to the converged sample")
+    figure.savefig(path, dpi=100)
+
+
+def report(results: Results) -> str:
+    """All tables as one page of markdown."""
+    seeds = max(len(found) for by in results.values["typical_error"].values() for found in by.values())
+    last = next(name for name in reversed(OURS) if name in results.methods)
+    parts = [
+        f"{len(results.cells)} cells (denoiser, solver, model calls), {seeds} seeds; errors are squared distances to "
+        "the converged sample of the same noise, typical = geometric mean over samples; ratios are geometric means "
+        "over cells.",
+        headline(results),
+        "Each method against karras (rho 7, last node at the lowest sigma); what choosing one schedule takes, the "
+        "measurement that serves all of them included; spread is the standard deviation over seeds of the log error:",
+        standings(results),
+        "By solver, denoiser and number of model calls:",
+        breakdown(results, last),
+        "Rank correlation of predicted and actual error over a denoiser's cells:",
+        correlations(results),
+        f"Cells in which the best of {len(results.baselines)} baselines is ahead by more than 5%:",
+        lost_cells(results, last),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _or_inf(value: float) -> float:
+    return np.inf if np.isnan(value) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS / "quality.csv")
+    parser.add_argument("--output", type=Path, default=DOCS, help="folder for quality.md and quality.png")
+    args = parser.parse_args()
+    results = Results.read(args.results)
+    args.output.mkdir(parents=True, exist_ok=True)
+    page = report(results)
+    (args.output / "quality.md").write_text(page)
+    plot(results, args.output / "quality.png")
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
