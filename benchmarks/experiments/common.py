@@ -24,11 +24,18 @@ SHAPE = (1, 8, 8)
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """``--quick`` for a run of less than a minute; it writes under other names and leaves the real results alone."""
+def arguments(description: str | None, **choices: Sequence[str]) -> argparse.Namespace:
+    """``--quick`` for a run of less than a minute; it writes under other names and leaves the real results alone.
+
+    Args:
+        description: The script's docstring.
+        choices: Further options with their values, the default first.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer samples and cases: under a minute")
     parser.add_argument("--threads", type=int, default=1)
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", choices=values, default=values[0])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     return args

@@ -1,11 +1,13 @@
 """Algorithm 2 in a training loop: the schedule of noise levels is learned with the denoiser of digits.
 
-    python -m benchmarks.experiments.online_digits
+    python -m benchmarks.experiments.online_digits --start linear
+    python -m benchmarks.experiments.online_digits --start log-uniform
 
-Two networks a seed, equal in initialisation, data order and number of steps: one draws training levels from the
-starting schedule, uniform in ``log s``, the other from `fastsched.AdaptiveSchedule` that starts there. Reported over
+Two networks a seed, equal in initialisation and number of steps: one draws training levels from the starting schedule,
+uniform in ``s`` or in ``log s``, the other from `fastsched.AdaptiveSchedule` that starts there. Reported over
 training: the coefficient of variation of the incremental corrector costs of each schedule under its own network, and
-the loss on held-out digits, of EDM's weighting and averaged over ``log s``, the same levels and noises for both.
+the loss on held-out digits, of EDM's weighting and averaged over ``log s``, the same levels and noises for both. With
+the log-uniform start that average is the very loss that the fixed schedule trains on.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def cost_variation(network: DigitsNetwork, s: Tensor, clean: Tensor) -> float:
 
 
 def train(
-    data: Tensor, held_out: Tensor, adaptive: bool, seed: int, steps: int, batch: int = 128
+    data: Tensor, held_out: Tensor, start: Tensor, adaptive: bool, seed: int, steps: int, batch: int = 128
 ) -> list[dict[str, Any]]:
     """One run; a row for each of five moments of it."""
     torch.manual_seed(seed)
@@ -68,7 +70,7 @@ def train(
     average = copy.deepcopy(network).requires_grad_(False)
     optimiser = torch.optim.Adam(network.parameters(), 1e-3)
     decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: 0.5 * (1 + math.cos(math.pi * n / steps)))
-    schedule = fs.AdaptiveSchedule(log_uniform(SIGMA_MAX, SIGMA_MIN, LEVELS), rate=0.02)
+    schedule = fs.AdaptiveSchedule(start, rate=0.02)
     draws = torch.Generator().manual_seed(seed)
     probes = torch.Generator().manual_seed(seed + 1)
     rows = []
@@ -100,8 +102,10 @@ def train(
 
 
 def main() -> None:
-    args = arguments(__doc__)
+    args = arguments(__doc__, start=("log-uniform", "linear"))
     seeds, steps = (1, 200) if args.quick else (5, 1500)
+    linear = torch.linspace(SIGMA_MAX, SIGMA_MIN, LEVELS, dtype=torch.float64)
+    start = linear if args.start == "linear" else log_uniform(SIGMA_MAX, SIGMA_MIN, LEVELS)
     data = digits_data()
     data = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))]
     data, held_out = data[360:], data[:360]
@@ -109,7 +113,7 @@ def main() -> None:
         row
         for seed in range(seeds)
         for adaptive in (False, True)
-        for row in train(data, held_out, adaptive, seed, steps)
+        for row in train(data, held_out, start, adaptive, seed, steps)
     ]
     figure, panels = axes(2)
     for panel, quantity in zip(panels, ("cost_variation", "held_out_loss"), strict=True):
@@ -122,7 +126,7 @@ def main() -> None:
         panel.set_ylabel(quantity.replace("_", " "))
     panels[0].legend()
     columns = ("seed", "schedule", "step", "cost_variation", "held_out_loss")
-    report("online_digits", rows, columns, ("seed", "schedule", "step"), quick=args.quick, figure=figure)
+    report(f"online_digits_{args.start}", rows, columns, ("seed", "schedule", "step"), quick=args.quick, figure=figure)
     final = [row for row in rows if row["step"] == max(row["step"] for row in rows)]
     for name in ("fixed", "adaptive"):
         for quantity in ("cost_variation", "held_out_loss"):
