@@ -161,9 +161,9 @@ def test_the_fitted_schedule_is_the_best_of_its_audition(kind):
 
 
 def diffusers_default(scheduler, steps):
-    from fastsched.diffusers.fitting import _own_sigmas
+    from fastsched.diffusers.fitting import own_sigmas
 
-    return _own_sigmas(scheduler, steps)
+    return own_sigmas(scheduler, steps)
 
 
 def test_fit_measures_for_itself_and_saves_with_its_error(tmp_path):

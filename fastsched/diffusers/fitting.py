@@ -106,7 +106,7 @@ def candidates(stats: PathStatistics, steps: int, solver: str, scheduler: Any) -
         ends = (steps, float(finite[-1]), float(finite[0]))
         for formula in (baselines.karras, baselines.exponential):
             lists += [formula(*ends, spare_last=spare) for spare in (False, True)]
-    own = _own_sigmas(scheduler, steps)
+    own = own_sigmas(scheduler, steps)
     lists += [] if own is None else [own]
     chosen += [Schedule.from_levels(process, process.level(sigmas), solver) for sigmas in lists]
     kept: list[Schedule] = []
@@ -184,7 +184,7 @@ def _start_at(scheduler: Any, seeds: Tensor, schedule: Schedule) -> list[Tensor]
     return last
 
 
-def _own_sigmas(scheduler: Any, steps: int) -> Tensor | None:
+def own_sigmas(scheduler: Any, steps: int) -> Tensor | None:
     """The sigmas that ``scheduler`` would use by itself, if they are a schedule that ends in 0."""
     target, config = plain_copy(scheduler), scheduler.config
     if config.get("use_dynamic_shifting"):
