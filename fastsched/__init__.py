@@ -15,15 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastsched import baselines, costs, diffusers, metrics, oracles, plot
+    from fastsched.auditioning import audition
     from fastsched.comparison import Comparison, compare, converged_reference
     from fastsched.denoiser import Denoiser
+    from fastsched.fitting import fit
     from fastsched.fixed_point import refine_schedule
     from fastsched.measurement import measure
     from fastsched.online import AdaptiveSchedule
     from fastsched.optimal import optimal_schedule, score_optimal_schedule, select
     from fastsched.path_statistics import PathStatistics
+    from fastsched.planning import error_curve, predict_error, steps_needed
     from fastsched.sampling import sample
     from fastsched.schedule import Schedule
+    from fastsched.uncertainty import standard_errors
 
 __version__ = "0.1.0"
 
@@ -33,14 +37,20 @@ _HOME = {
     "Denoiser": "denoiser",
     "PathStatistics": "path_statistics",
     "Schedule": "schedule",
+    "audition": "auditioning",
     "compare": "comparison",
     "converged_reference": "comparison",
+    "error_curve": "planning",
+    "fit": "fitting",
     "measure": "measurement",
     "optimal_schedule": "optimal",
+    "predict_error": "planning",
     "refine_schedule": "fixed_point",
     "sample": "sampling",
     "score_optimal_schedule": "optimal",
     "select": "optimal",
+    "standard_errors": "uncertainty",
+    "steps_needed": "planning",
 }
 _MODULES = ("baselines", "costs", "diffusers", "metrics", "oracles", "plot")
 
@@ -50,20 +60,26 @@ __all__ = [
     "Denoiser",
     "PathStatistics",
     "Schedule",
+    "audition",
     "baselines",
     "compare",
     "converged_reference",
     "costs",
     "diffusers",
+    "error_curve",
+    "fit",
     "measure",
     "metrics",
     "optimal_schedule",
     "oracles",
     "plot",
+    "predict_error",
     "refine_schedule",
     "sample",
     "score_optimal_schedule",
     "select",
+    "standard_errors",
+    "steps_needed",
 ]
 
 

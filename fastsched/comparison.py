@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from fastsched import metrics, validate
 from fastsched.denoiser import Denoiser
 from fastsched.measurement import noise_of, sample_seeds
+from fastsched.progress import progress_bar
 from fastsched.sampling import sample
 from fastsched.schedule import Schedule
 from fastsched.solvers import Solver, get_solver
@@ -184,7 +184,7 @@ def converged_reference(
     sigmas = denoiser.process.sampler_sigma(torch.cat([fine, fine.new_zeros(1)]))
     noise = noise_of(seeds, sizes)
     total = method.model_calls(len(fine)) * len(noise)
-    with _progress_bar(total, progress, "converged reference") as advance:
+    with progress_bar(total, progress, "converged reference") as advance:
         run = _Runner(denoiser, batch_size, device, dtype, advance)
         ends = run.sample(sigmas, method, noise)
     return Reference(noise, ends, method.name, len(fine), total)
@@ -252,7 +252,7 @@ def compare(
         raise ValueError(f"shape {tuple(shape)} is not that of the reference, {tuple(reference.noise.shape[1:])}")
     calls = sum(method.model_calls(len(sigmas) - 1) for sigmas, method in runs.values())
     rows = []
-    with _progress_bar(calls * len(reference.noise), progress, "comparing") as advance:
+    with progress_bar(calls * len(reference.noise), progress, "comparing") as advance:
         run = _Runner(denoiser, batch_size, device, dtype, advance)
         for name, (sigmas, method) in runs.items():
             rows.append(_row(name, sigmas, method, run.sample(sigmas, method, reference.noise), reference))
@@ -332,17 +332,6 @@ def _known_levels(denoiser: Denoiser, steps: int) -> int:
     """``steps``, or as many levels as a network of whole timesteps knows if they are fewer."""
     process = denoiser.process
     return min(steps, len(process.alphas_cumprod)) if getattr(process, "integer_timesteps", False) else steps  # type: ignore[attr-defined]
-
-
-@contextlib.contextmanager
-def _progress_bar(total: int, show: bool, what: str) -> Iterator[Callable[[int], None]]:
-    if not show:
-        yield lambda calls: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=what, unit="call") as bar:
-        yield lambda calls: (bar.update(calls), None)[1]
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from fastsched import ops, validate
 from fastsched.denoiser import Denoiser
-from fastsched.noise import half_log_snr
+from fastsched.multistep import Node, dpmpp_3m_weights
 from fastsched.path_statistics import PathStatistics, data_deviation
-from fastsched.sampling import not_finite
+from fastsched.progress import progress_bar
+from fastsched.sampling import nodes_of, not_finite
 
 Answer = TypeVar("Answer")
 #: A generator that asks for raw outputs: yields a state and its level, is sent ``R``, and returns an answer.
@@ -28,13 +28,17 @@ SENSITIVITIES = ("finite-difference", "jvp")
 RELATIVE_STEP = {torch.float64: 0.01, torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.05}
 
 
+#: How many samples `measure(samples="auto")` adds at a time, and where it stops.
+AUTO_CHUNK, AUTO_MOST = 4, 32
+
+
 @torch.no_grad()
 def measure(
     denoiser: Denoiser,
     shape: Sequence[int],
     *,
     levels: int | Tensor = 48,
-    samples: int = 8,
+    samples: int | str = 8,
     sensitivity: str | None = "finite-difference",
     seed: int = 0,
     batch_size: int | None = None,
@@ -44,7 +48,7 @@ def measure(
 ) -> PathStatistics:
     """Follow ``samples`` probability-flow paths over ``levels`` levels and keep what schedules are chosen from.
 
-    **Path.** From ``y_0 = noise``, one call a level, by DPM-Solver++(2M). **Sensitivity.** Back from the end with a
+    **Path.** From ``y_0 = noise``, one call a level, by DPM-Solver++(3M). **Sensitivity.** Back from the end with a
     Rademacher probe ``w_N = w``,
 
         ``w_k = (s_{k+1}/s_k) w_{k+1} + (1 - s_{k+1}/s_k) J_k w_{k+1}``,   ``J = dD/dz``,
@@ -58,7 +62,8 @@ def measure(
         denoiser: What to measure.
         shape: The shape of one sample, without the batch.
         levels: How many levels (32 to 64 serve), or the levels ``s`` themselves, descending.
-        samples: How many paths.
+        samples: How many paths; ``"auto"`` adds them four at a time, 4 to 32, until the schedule settles
+            (`fastsched.uncertainty.settled` states the rule).
         sensitivity: ``"finite-difference"``, ``"jvp"`` or None.
         seed: Of the noises and probes. Sample ``n`` is the same whatever ``samples`` and ``batch_size``.
         batch_size: Paths followed at once; all of them when None. About ``3 N`` states a path are held.
@@ -74,8 +79,12 @@ def measure(
             (the message names the level).
     """
     sizes = validate.sample_shape(shape)
-    samples = validate.positive_int("samples", samples)
-    batch = samples if batch_size is None else validate.positive_int("batch_size", batch_size)
+    automatic = isinstance(samples, str)
+    if automatic:
+        validate.choice("samples", samples, ["auto"])
+    most = AUTO_MOST if automatic else validate.positive_int("samples", samples)
+    chunk = AUTO_CHUNK if automatic else most
+    batch = chunk if batch_size is None else validate.positive_int("batch_size", batch_size)
     if sensitivity is not None:
         validate.choice("sensitivity", sensitivity, SENSITIVITIES)
     s = measured_levels(denoiser, levels)
@@ -86,16 +95,26 @@ def measure(
         dtype if dtype is not None else denoiser.dtype,
         sensitivity,
     )
-    seeds = sample_seeds(seed, samples)
+    seeds = sample_seeds(seed, most)
     calls = len(s) * (1 if sensitivity is None else 2) - (sensitivity is not None)
-    with _progress_bar(calls * samples, progress) as advance:
-        parts = [
-            _drive(run, measurement_steps(run, seeds[n : n + batch], sizes, advance)) for n in range(0, samples, batch)
-        ]
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole.merge(part)
+    whole: PathStatistics | None = None
+    with progress_bar(calls * most, progress, "measuring") as advance:
+        for start in range(0, most, chunk):
+            end = min(start + chunk, most)
+            for n in range(start, end, batch):
+                part = _drive(run, measurement_steps(run, seeds[n : min(n + batch, end)], sizes, advance))
+                whole = part if whole is None else whole.merge(part)
+            assert whole is not None
+            if automatic and _settled(whole):
+                break
+    assert whole is not None
     return whole
+
+
+def _settled(stats: PathStatistics) -> bool:
+    from fastsched.uncertainty import settled  # selection lies above measurement, which it judges here
+
+    return settled(stats)
 
 
 def sample_seeds(seed: int, samples: int) -> Tensor:
@@ -144,7 +163,7 @@ class Run:
             dtype,
             sensitivity,
         )
-        self.rho, self.lam = 1 / s, half_log_snr(s)
+        self.rho = 1 / s
         self.alpha, self.sigma = denoiser.process.alpha(s), denoiser.process.sigma(s)
         self.a, self.c = denoiser.coefficients(s)
 
@@ -164,10 +183,13 @@ class Run:
             raise ValueError(f"{not_finite(self.denoiser.process, self.s[k])} (derivative, level {k})")
         return a * alpha * w + c * change.float()
 
-    def difference_product(self, x: Tensor, raw: Tensor, w: Tensor, k: int, data_std: float) -> Ask[Tensor]:
-        """``J_k w`` for ``w`` [B, *shape], by a forward difference from the output ``raw`` at ``x``; one call."""
+    def difference_product(self, x: Tensor, raw: Tensor, w: Tensor, k: int, spread: Tensor) -> Ask[Tensor]:
+        """``J_k w`` for ``w`` [B, *shape], by a forward difference from the output ``raw`` at ``x``; one call.
+
+        ``spread`` [B] is the deviation of each path's end, which says how far the denoiser is linear at low noise.
+        """
         a, c, alpha = float(self.a[k]), float(self.c[k]), float(self.alpha[k])
-        size = RELATIVE_STEP.get(self.dtype, 0.01) * math.hypot(float(self.s[k]), data_std)
+        size = RELATIVE_STEP.get(self.dtype, 0.01) * (float(self.s[k]) ** 2 + spread**2).sqrt()
         norm = w.flatten(1).norm(dim=1) / math.sqrt(w[0].numel())
         h = (size / norm.clamp_min(torch.finfo(w.dtype).tiny)).reshape(-1, *[1] * (w.ndim - 1))
         moved = yield x + alpha * h * w, k
@@ -195,12 +217,12 @@ def measurement_steps(
     """
     noise = noise_of(seeds, shape).to(run.device)
     raws, states, end = yield from _follow_path(run, noise, advance)
-    data_std = data_deviation(end)
     vectors = None
     calls = len(run.s)
     if run.sensitivity is not None:
         probe = probe_of(seeds, shape).to(run.device)
-        vectors = yield from _sweep_back(run, raws, states, probe, data_std, advance)
+        spread = end.flatten(1).std(dim=1, correction=0)  # each sample's own, so that batches do not change samples
+        vectors = yield from _sweep_back(run, raws, states, probe, spread, advance)
         calls += len(run.s) - 1
     flat = lambda tensors: torch.stack(tensors).flatten(2)  # noqa: E731 - [N, B, d]
     result = ops.level_increment_gram(
@@ -213,7 +235,7 @@ def measurement_steps(
         seeds=seeds,
         gram=result.gram[:, 1:, 1:].cpu(),
         ends=end.cpu(),
-        data_std=data_std,
+        data_std=data_deviation(end),
         model_calls=calls * len(seeds),
         cross=None if result.cross is None else result.cross[:, :, 1:].cpu(),
         w_squared=None if result.w_squared is None else result.w_squared.cpu(),
@@ -223,24 +245,23 @@ def measurement_steps(
 def _follow_path(
     run: Run, noise: Tensor, advance: Callable[[int], None]
 ) -> Ask[tuple[list[Tensor], list[Tensor], Tensor]]:
-    """Raw outputs and states at every level, and the end ``D_{N-1}``."""
-    y, before = noise, None
-    raws, states, denoised = [], [], noise
-    for k in range(len(run.s)):
+    """Raw outputs and states at every level, and the end ``D_{N-1}``; by DPM-Solver++(3M)."""
+    nodes = nodes_of(run.denoiser.process, run.s)
+    y, denoised = noise, noise
+    raws, states = [], []
+    history: list[tuple[Node, Tensor]] = []
+    for k, node in enumerate(nodes):
         x = float(run.sigma[k]) * y
         raw = yield x, k
         advance(len(noise))
         raws.append(raw)
         states.append(x)
         denoised = float(run.a[k]) * x + float(run.c[k]) * raw.float()
-        if k + 1 == len(run.s):
-            break
-        slope = denoised
-        if before is not None and math.isfinite(float(run.lam[k - 1])):
-            ratio = float((run.lam[k + 1] - run.lam[k]) / (run.lam[k] - run.lam[k - 1]))
-            slope = denoised + 0.5 * ratio * (denoised - before)
-        y = y + float(run.rho[k + 1] - run.rho[k]) * slope
-        before = denoised
+        history = [(node, denoised), *history][:3]
+        if k + 1 < len(nodes):
+            weights = dpmpp_3m_weights([known for known, _ in history], nodes[k + 1])
+            slope = sum(float(b) * output for b, (_, output) in zip(weights, history, strict=True))
+            y = y + float(run.rho[k + 1] - run.rho[k]) * slope
     return raws, states, denoised
 
 
@@ -249,7 +270,7 @@ def _sweep_back(
     raws: list[Tensor],
     states: list[Tensor],
     probe: Tensor,
-    data_std: float,
+    spread: Tensor,
     advance: Callable[[int], None],
 ) -> Ask[list[Tensor]]:
     """The adjoint vectors ``w_1 .. w_N`` (no step ends at level 0, so ``w_0`` is not needed)."""
@@ -261,7 +282,7 @@ def _sweep_back(
         if run.sensitivity == "jvp":
             product = run.exact_product(states[k], w, k)
         else:
-            product = yield from run.difference_product(states[k], raws[k], w, k, data_std)
+            product = yield from run.difference_product(states[k], raws[k], w, k, spread)
         advance(len(probe))
         vectors.append(keep * w + (1 - keep) * product)
         following = float(run.s[k])
@@ -276,15 +297,3 @@ def measured_levels(denoiser: Denoiser, levels: int | Tensor) -> Tensor:
     if len(s) < 3 or float(s[-1]) <= 0:
         raise ValueError("levels must be at least three positive noise levels; sigma 0 is added as the end")
     return s
-
-
-@contextlib.contextmanager
-def _progress_bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A bar over ``total`` model calls, or nothing; yields the function that advances it."""
-    if not show:
-        yield lambda calls: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc="measuring", unit="call") as bar:
-        yield lambda calls: (bar.update(calls), None)[1]

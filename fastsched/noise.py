@@ -262,11 +262,6 @@ def log_uniform(high: float, low: float, n: int) -> Tensor:
     return levels
 
 
-def half_log_snr(s: Tensor) -> Tensor:
-    """``lambda = -log s``; ``-inf`` at pure noise."""
-    return -s.log()
-
-
 def _spread_indices(trained: Tensor, n: int) -> Sequence[int]:
     """``n`` distinct indices into ascending ``trained`` whose logarithms are spread as evenly as they allow."""
     logs = trained.log().numpy()

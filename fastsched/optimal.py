@@ -10,31 +10,43 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.costs.matrix import CostMatrix
-from fastsched.costs.path import path_cost
+from fastsched.costs.path import PathCost, path_cost
 from fastsched.costs.states import finite_grid
 from fastsched.costs.stein import stein_corrector
 from fastsched.denoiser import Denoiser
 from fastsched.noise import NoiseProcess, VariancePreserving
 from fastsched.path_statistics import PathStatistics
+from fastsched.polish import coordinate_descent, error_estimates
+from fastsched.polish import polish as polished_nodes
 from fastsched.schedule import Schedule
-from fastsched.selection import cheapest_paths, equal_arc_length, first_order_paths
+from fastsched.selection import Selection, cheapest_paths, equal_arc_length, first_order_paths
 from fastsched.solvers import get_solver
+
+#: How finely `polish` cuts the measured grid.
+POLISH_PARTS = 4
 
 
 def optimal_schedule(
-    stats: PathStatistics, steps: int, solver: str = "dpmpp_2m", *, weight: str | None = "geometric"
+    stats: PathStatistics,
+    steps: int,
+    solver: str = "dpmpp_2m",
+    *,
+    weight: str | None = "geometric",
+    polish: bool = True,
 ) -> Schedule:
     """The schedule of ``steps`` steps with the least weighted error under ``solver``; no model calls.
 
     Minimises ``sum_n weight_{k_n} s_{k_n}^2 C_n' G C_n`` over the levels ``k_1 < ... < k_steps = N`` of the measured
-    grid (`fastsched.costs.path`), exactly for solvers that use up to two slopes; longer histories are scored by
-    their two most recent slopes.
+    grid (`fastsched.costs.path`) by dynamic programming: exactly for solvers that use up to two slopes. For those with
+    a longer history or a corrector the two most recent slopes are used, then coordinate descent on the exact cost.
 
     Args:
         stats: What `fastsched.measure` returned.
         steps: Steps, of which the last ends at sigma 0; at most the number of levels less one.
         solver: A solver's name.
         weight: ``"geometric"`` (``sqrt(phi psi)``), ``"isotropic"`` (``phi``), ``"directional"`` (``psi``) or None.
+        polish: Whether to go on by coordinate descent on the predicted error, which knows how errors of different
+            steps add up (`fastsched.polish`), first on the measured grid, then between its levels.
 
     Returns:
         The schedule, with the predicted squared distance to the converged sample.
@@ -44,10 +56,24 @@ def optimal_schedule(
     """
     method = get_solver(solver)
     cost = path_cost(stats, method, weight)
-    selection = cheapest_paths(cost, steps)
-    nodes = selection.path(steps)
+    nodes = chosen_nodes(cost, cheapest_paths(cost, steps), steps)
+    if polish:
+        nodes = polished_nodes(stats, cost, nodes)
+        if not getattr(stats.process, "integer_timesteps", False):
+            coarse, stats = stats.s, stats.refine(POLISH_PARTS)
+            cost = path_cost(stats, method, weight)
+            places = [*(int(n) for n in torch.searchsorted(-stats.s, -coarse)), stats.levels]
+            nodes = polished_nodes(stats, cost, [places[n] for n in nodes])
     s = torch.cat([stats.s, stats.s.new_zeros(1)])[nodes]
-    return Schedule.from_levels(stats.process, s, method.name, float(cost.of(nodes).sum()))
+    return Schedule.from_levels(stats.process, s, method.name, error_estimates(stats, cost, nodes).largest)
+
+
+def chosen_nodes(cost: PathCost, selection: Selection, steps: int) -> list[int]:
+    """The levels of the best schedule of ``steps`` steps, after descent on the exact cost where that differs."""
+    nodes = selection.path(steps)
+    if cost.solver.history <= 1 and cost.solver.corrector is None:
+        return nodes
+    return coordinate_descent(lambda candidate: float(cost.of(candidate).sum()), nodes)
 
 
 def score_optimal_schedule(
@@ -81,7 +107,8 @@ def score_optimal_schedule(
         levels: How many levels the cost is estimated on, or the levels ``s`` themselves, descending.
         samples: How many states a level.
         data: Clean samples [n, *shape]: states are data plus noise. None: states of a probability-flow path.
-        velocity: ``v``: ``"noisier"``, ``"cleaner"`` or None, as in `fastsched.costs.stein_corrector`.
+        velocity: ``v``: ``"noisier"``, ``"cleaner"`` or None, as in `fastsched.costs.stein_corrector`. The first two
+            agree on levels uniform in ``log s``, the denoiser's own.
         spare_last: The last node. True: ``steps + 1`` nodes at equal lengths from the highest level to the lowest,
             the last of them replaced by 0. False: ``steps`` nodes, the last at the lowest level, then 0.
         solver: What the schedule is marked as being for.

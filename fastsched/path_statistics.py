@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.noise import NoiseProcess, process_from_dict
 
 FORMAT = "fastsched.path_statistics"
@@ -127,6 +129,42 @@ class PathStatistics:
             data_std=data_deviation(self.ends[rows]),
             cross=None if self.cross is None else self.cross[rows],
             w_squared=None if self.w_squared is None else self.w_squared[rows],
+        )
+
+    def refine(self, parts: int) -> PathStatistics:
+        """These statistics on a grid with every segment cut into ``parts``, equal in ``lambda``; no model calls.
+
+        ``D`` is taken as linear in ``lambda`` within a segment, as everywhere else, so that an increment splits into
+        equal ones; so are the adjoint vectors. A segment from pure noise is not cut.
+
+        Raises:
+            ValueError: If ``parts`` is below 1, or the network accepts only integer timesteps.
+        """
+        validate.positive_int("parts", parts)
+        if getattr(self.process, "integer_timesteps", False):
+            raise ValueError("parts must be 1 for a network that accepts only integer timesteps")
+        lam = self.s.log()
+        cuts = [1 if math.isinf(float(self.s[q])) else parts for q in range(self.levels - 1)]
+        fine = [lam[q] + (lam[q + 1] - lam[q]) * m / cuts[q] for q in range(self.levels - 1) for m in range(cuts[q])]
+        s = torch.stack([*fine, lam[-1]]).exp()
+        s[torch.tensor([0, *np.cumsum(cuts)])] = self.s
+        # split[q, q'] = 1/cuts where the fine segment q' lies in q; mix[k', k] interpolates levels 1 .. N
+        split = torch.zeros(self.levels - 1, len(s) - 1, dtype=torch.float64)
+        mix = torch.zeros(len(s), self.levels, dtype=torch.float64)
+        position = 0
+        for q, count in enumerate(cuts):
+            split[q, position : position + count] = 1 / count
+            for m in range(1, count + 1):
+                mix[position + m - 1, max(q - 1, 0)] += 1 - m / count
+                mix[position + m - 1, q] += m / count
+            position += count
+        mix[-1, -1] = 1.0
+        return replace(
+            self,
+            s=s,
+            gram=split.T @ self.gram @ split,
+            cross=None if self.cross is None else mix @ self.cross @ split,
+            w_squared=None if self.w_squared is None else self.w_squared @ mix.T,
         )
 
     def merge(self, other: PathStatistics) -> PathStatistics:

@@ -48,7 +48,7 @@ def cheapest_paths(cost: PathCost, steps: int) -> Selection:
         )
     if cost.solver.history == 0:
         return first_order_paths(cost.pairs, steps)
-    first, triples = torch.from_numpy(cost.pairs[0]), torch.from_numpy(cost.triples)
+    first, triples = torch.from_numpy(cost.first), torch.from_numpy(cost.triples)
     result = ops.second_order_min_plus(first, triples, steps)
     return Selection(result.totals.numpy(), result.paths.numpy())
 

@@ -112,6 +112,7 @@ def test_tables_agree_with_single_steps(stats, name, weight):
     for j, k in itertools.combinations(range(n + 1), 2):
         assert pairs[j, k] == pytest.approx(cost.step([j, k]), rel=1e-9, abs=1e-14)
     assert np.isinf(pairs[np.tri(n + 1, dtype=bool)]).all()
+    np.testing.assert_allclose(cost.first, pairs[0], rtol=1e-9, atol=1e-14)
     if cost.solver.history == 0:
         return
     triples = cost.triples

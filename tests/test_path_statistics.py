@@ -140,3 +140,39 @@ def test_missing_or_misshapen_tensor(stats, tmp_path):
     save_file(tensors | {"gram": tensors["gram"][:, :5].contiguous()}, path, metadata=metadata)
     with pytest.raises(ValueError, match="gram has shape"):
         fs.PathStatistics.load(path)
+
+
+def test_refined_statistics_describe_the_same_path(stats):
+    fine = stats.refine(3)
+    assert fine.levels == 3 * (stats.levels - 1) + 1
+    assert torch.equal(fine.s[::3], stats.s)
+    # a coarse increment is the sum of its parts
+    parts = fine.gram.reshape(3, 11, 3, 11, 3).sum((2, 4))
+    torch.testing.assert_close(parts, stats.gram, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(fine.phi[3::3], stats.phi[1:-1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        fine.cross[:, 2::3].reshape(3, 11, 11, 3).sum(3), stats.cross[:, :-1], rtol=1e-12, atol=1e-12
+    )
+    assert torch.equal(fine.cross[:, -1].reshape(3, 11, 3).sum(2), stats.cross[:, -1]) or torch.allclose(
+        fine.cross[:, -1].reshape(3, 11, 3).sum(2), stats.cross[:, -1]
+    )
+
+
+def test_refined_path_errors_agree(stats):
+    """The same schedule on both grids has the same error: the finer path is the same piecewise linear one."""
+    from fastsched.costs import path_cost
+
+    nodes = [0, 3, 7, 10, 12]
+    for solver in ("ddim", "dpmpp_2m", "ipndm", "heun"):
+        coarse = path_cost(stats, solver, None).of(nodes)
+        fine = path_cost(stats.refine(4), solver, None).of([4 * n for n in nodes[:-1]] + [45])
+        torch.testing.assert_close(torch.from_numpy(coarse), torch.from_numpy(fine), rtol=1e-9, atol=1e-12)
+
+
+def test_flow_statistics_refine_below_pure_noise():
+    flow = measure("velocity")
+    fine = flow.refine(2)
+    assert fine.levels == 2 * (flow.levels - 2) + 2
+    assert fine.s[0] == float("inf")
+    with pytest.raises(ValueError, match="parts must be at least 1"):
+        flow.refine(0)

@@ -157,6 +157,12 @@ class PathCost:
         return costs
 
     @cached_property
+    def first(self) -> Array:
+        """Cost of the first step, from level 0 to each level, [N + 1]; ``inf`` at level 0."""
+        n = self.levels
+        return np.array([np.inf, *(self.step([0, k]) for k in range(1, n)), self._end_cost[0]])
+
+    @cached_property
     def triples(self) -> Array:
         """Cost of a step from j to k after one from i to j, ``[i, j, k]``, [N + 1]^3; ``inf`` unless ``i < j < k``."""
         n = self.levels
@@ -182,7 +188,12 @@ class PathCost:
         Args:
             nodes: Ascending level indices, the last of which is N (sigma 0).
         """
-        return np.array([self._step_of(nodes, n) for n in range(len(nodes) - 1)])
+        histories = (self.history_of(nodes, n) for n in range(len(nodes) - 1))
+        return np.array([self.step(part, corrected=corrected) for part, corrected in histories])
+
+    def history_of(self, nodes: Sequence[int], n: int) -> tuple[tuple[int, ...], bool]:
+        """The nodes that step ``n`` of a schedule uses, and whether a corrector applies: the arguments of `step`."""
+        return tuple(nodes[max(0, n - self.solver.history) : n + 2]), n + 2 < len(nodes) - 1
 
     def step(self, nodes: Sequence[int], *, corrected: bool = True) -> float:
         """The cost of the step between the last two of ``nodes``, those before being its history, newest last.
@@ -240,11 +251,6 @@ class PathCost:
     @cached_property
     def _steps(self) -> dict[tuple[int, ...], float]:
         return {}
-
-    def _step_of(self, nodes: Sequence[int], n: int) -> float:
-        """The cost of step ``n`` of a schedule."""
-        last_corrected = n + 2 < len(nodes) - 1
-        return self.step(nodes[max(0, n - self.solver.history) : n + 2], corrected=last_corrected)
 
     def _step_cost(self, nodes: Sequence[int], corrected: bool) -> float:
         j, k = nodes[-2], nodes[-1]
