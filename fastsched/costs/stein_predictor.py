@@ -60,7 +60,8 @@ def stein_predictor(
     a probe, and one derivative a probe for each iteration of its two solves: about 5 between neighbours, more
     between distant levels. An estimate may come out negative where the true cost is close to 0: the square is
     unbiased, and its noise falls as ``step^2`` only, the cost as ``step^4``; on a fine grid use many samples or
-    ``probes=None``.
+    ``probes=None``. With probes ``J`` is taken for symmetric, as that of an exact denoiser is; where a trained
+    network's is far from it, long steps do not converge (a warning says so) and ``probes=None`` is the way.
 
     Args:
         denoiser: What to measure.
