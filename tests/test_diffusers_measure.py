@@ -134,10 +134,11 @@ def test_guidance_is_part_of_what_is_measured():
 @pytest.mark.parametrize("kind", ["epsilon-scaled-linear", "v-cosine", "edm", "flow-static-shift"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_gives_the_same_schedule_within_two_cells(kind, dtype):
+    # Of 32 samples: with 8 of these eight-dimensional ones another seed moves a node by up to six cells by itself.
     name, config = KINDS[kind]
     scheduler = getattr(diffusers, name)(**config)
     wide, narrow = (
-        fs.diffusers.measure(oracle_pipeline(scheduler, mixture(), dtype=kept), samples=8, images=4)
+        fs.diffusers.measure(oracle_pipeline(scheduler, mixture(), dtype=kept), samples=32, images=32)
         for kept in (torch.float32, dtype)
     )
     for solver in ("ddim", "dpmpp_2m"):

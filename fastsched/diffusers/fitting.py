@@ -12,8 +12,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from fastsched import baselines
-from fastsched.costs.path import WEIGHTS
+from fastsched.auditioning import default_candidates
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.conventions import describe, solver_of
 from fastsched.diffusers.exporter import declared_sigmas, plain_copy
@@ -40,10 +39,10 @@ def fit(
 ) -> Schedule:
     """The schedule of ``steps`` steps for a pipeline as it stands: its scheduler's solver, guidance, adapters.
 
-    Measures the pipeline (`measure`), selects a schedule under each sensitivity weight, and lets those, the ddim
-    schedule, karras, exponential and the pipeline's own schedule audition: each samples ``steps`` steps through the
-    pipeline from the noises of the measured paths, and the one that ends nearest to the paths' ends wins, by the
-    geometric mean over samples of ``||x0 - x0_path||^2``. Cost: ``2 levels + 1`` calls a sample, and ``steps + 1``
+    Measures the pipeline (`measure`), selects a schedule under each sensitivity weight, and lets those, the schedules
+    in common use and the pipeline's own audition: each samples ``steps`` steps through the pipeline from the noises of
+    the measured paths, and the one that ends nearest to the paths' ends wins, by the geometric mean over samples of
+    ``||x0 - x0_path||^2``. Cost: ``2 levels + 1`` calls a sample, and ``steps + 1``
     (twice that with heun) a sample and candidate.
 
     Args:
@@ -93,22 +92,13 @@ def fit(
 def candidates(stats: PathStatistics, steps: int, solver: str, scheduler: Any) -> list[Schedule]:
     """What enters an audition: unlike schedules, all of which ``scheduler`` can be given, the best guess first.
 
-    The selection under every weight, the one for ddim, karras and exponential over the process's range with both
-    placements of the last node (not for flow models), and the schedule that the scheduler would use by itself, unless
-    that depends on the resolution.
+    Those of `fastsched.audition`, and the schedule that the scheduler would use by itself, unless that depends on the
+    resolution.
     """
-    process = stats.process
-    chosen = [optimal_schedule(stats, steps, solver, weight=weight) for weight in ("geometric", None, *WEIGHTS[:2])]
-    chosen.append(replace(optimal_schedule(stats, steps, "ddim"), solver=solver, predicted_error=None))
-    lists = []
-    finite = stats.s[torch.isfinite(stats.s)]
-    if process.kind != "flow" and steps > 1:
-        ends = (steps, float(finite[-1]), float(finite[0]))
-        for formula in (baselines.karras, baselines.exponential):
-            lists += [formula(*ends, spare_last=spare) for spare in (False, True)]
+    chosen = list(default_candidates(stats, steps, solver).values())
     own = own_sigmas(scheduler, steps)
-    lists += [] if own is None else [own]
-    chosen += [Schedule.from_levels(process, process.level(sigmas), solver) for sigmas in lists]
+    if own is not None:
+        chosen.append(Schedule.from_levels(stats.process, stats.process.level(own), solver))
     kept: list[Schedule] = []
     for schedule in chosen:
         if any(torch.equal(schedule.sigmas, other.sigmas) for other in kept) or not _fits(schedule, scheduler):
