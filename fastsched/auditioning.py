@@ -17,10 +17,14 @@ from fastsched.measurement import noise_of
 from fastsched.metrics import squared_distances
 from fastsched.optimal import optimal_schedule
 from fastsched.path_statistics import PathStatistics
+from fastsched.planning import predict_error
 from fastsched.progress import progress_bar
 from fastsched.sampling import sample
 from fastsched.schedule import Schedule
 from fastsched.solvers import Solver, get_solver
+
+#: How many candidates run on all samples.
+FINALISTS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +56,7 @@ class Audition:
     """The outcome: every candidate, the best first, and what it took.
 
     Attributes:
-        table: The candidates that ran all samples, by typical error; then those dropped halfway.
+        table: The candidates that ran all samples, by typical error; then those dropped on the way.
         model_calls: Network evaluations, counted per sample.
     """
 
@@ -74,22 +78,28 @@ class Audition:
 
 
 def default_candidates(stats: PathStatistics, steps: int, solver: str | Solver) -> dict[str, Schedule]:
-    """The selection under each weight, polished and not, that for ddim, and the schedules in common use.
+    """Up to eight schedules: selections under each weight, that for ddim, and two schedules in common use.
 
-    Statistics without a sensitivity give the unweighted selections alone. Schedules that coincide are listed once.
+    Of karras and exponential, each with its end kept and spared (uniform and shifted times for flow models), the two
+    of least predicted error. Statistics without a sensitivity give unweighted selections alone. Schedules that
+    coincide are listed once.
     """
     name = get_solver(solver).name
-    weights = [None] if stats.cross is None else ["geometric", "isotropic", "directional", None]
     found: dict[str, Schedule] = {}
-    for weight in weights:
-        label = weight or "unweighted"
-        found[f"{label}, polished"] = optimal_schedule(stats, steps, name, weight=weight)
-        found[label] = optimal_schedule(stats, steps, name, weight=weight, polish=False)
-    assert set(weights) <= {None, *WEIGHTS}
-    ddim = optimal_schedule(stats, steps, "ddim", weight=weights[0], polish=False)
+    for weight in (None,) if stats.cross is None else WEIGHTS:
+        found[f"{weight or 'unweighted'}, polished"] = optimal_schedule(stats, steps, name, weight=weight)
+    default = None if stats.cross is None else "geometric"
+    for weight in dict.fromkeys((default, None)):
+        found[weight or "unweighted"] = optimal_schedule(stats, steps, name, weight=weight, polish=False)
+    ddim = optimal_schedule(stats, steps, "ddim", weight=default, polish=False)
     found["ddim's"] = replace(ddim, solver=name, predicted_error=None)
-    for label, sigmas in _common_sigmas(stats, steps).items():
-        found[label] = Schedule.from_levels(stats.process, stats.process.level(sigmas), name)
+    common = {
+        label: Schedule.from_levels(stats.process, stats.process.level(sigmas), name)
+        for label, sigmas in _common_sigmas(stats, steps).items()
+    }
+    expected = {label: predict_error(stats, schedule, name, weight=default) for label, schedule in common.items()}
+    for label in sorted(common, key=expected.__getitem__)[:2]:
+        found[label] = common[label]
     distinct: dict[str, Schedule] = {}
     for label, schedule in found.items():
         if not any(torch.allclose(schedule.sigmas, other.sigmas, rtol=1e-6, atol=0) for other in distinct.values()):
@@ -145,7 +155,8 @@ def audition(
     Each candidate samples from the noises of the paths in ``stats``; its error is the squared distance to the paths'
     ends, which are converged to the path's own accuracy (that of N steps of DPM-Solver++(3M)); among schedules that
     come near it, differences mean little. The rank is by the geometric mean over samples, which a few samples that
-    change mode do not decide. All run on the first half of the samples, and the better half of them on the rest.
+    change mode do not decide. All run on
+    the first three eighths of the samples, and the best two on the rest.
 
     Args:
         denoiser: The denoiser that ``stats`` was measured on.
@@ -171,16 +182,16 @@ def audition(
         raise ValueError(f"samples must be at most the {stats.samples} that were measured, got {count}")
     entrants = _entrants(stats, steps, method, candidates)
     stage = _Stage(denoiser, stats, method, batch_size, device, dtype)
-    half = (count + 1) // 2 if len(entrants) > 2 else count
+    first = -(-3 * count // 8) if len(entrants) > FINALISTS else count
     errors: dict[str, Tensor] = {}
-    total = len(entrants) * half + (len(entrants) + 1) // 2 * (count - half)
+    total = len(entrants) * first + FINALISTS * (count - first)
     with progress_bar(total * method.model_calls(steps), progress, "audition") as advance:
         for name, schedule in entrants.items():
-            errors[name] = stage.errors(schedule, 0, half, advance)
-        if half < count:
-            leaders = sorted(entrants, key=lambda name: _typical(errors[name]))[: (len(entrants) + 1) // 2]
+            errors[name] = stage.errors(schedule, 0, first, advance)
+        if first < count:
+            leaders = sorted(entrants, key=lambda name: _typical(errors[name]))[:FINALISTS]
             for name in leaders:
-                rest = stage.errors(entrants[name], half, count, advance)
+                rest = stage.errors(entrants[name], first, count, advance)
                 errors[name] = torch.cat([errors[name], rest])
     calls = method.model_calls(steps) * sum(len(each) for each in errors.values())
     return Audition(_table(entrants, errors), calls)

@@ -33,7 +33,7 @@ def test_winner_is_the_best_of_those_who_ran_all(outcome):
     finalists = [row for row in outcome.table if len(row.errors) == 6]
     assert outcome.winner is outcome.table[0].schedule
     assert outcome.table[0].typical_error == min(row.typical_error for row in finalists)
-    assert 3 <= len(finalists) < len(outcome.table)
+    assert len(finalists) == 2 < len(outcome.table) <= 8
     assert all(len(row.errors) == 3 for row in outcome.table if row not in finalists)
 
 
@@ -74,7 +74,7 @@ def test_other_processes_have_candidates(kind):
     assert schedule.noise == stats.process.kind
     assert schedule.measured_error > 0
     names = default_candidates(stats, 5, "ddim")
-    assert any("times" in name or "karras" in name for name in names)
+    assert any(name.startswith(("uniform", "shift", "karras", "exponential")) for name in names)
 
 
 def test_integer_networks_audition_on_their_timesteps():

@@ -38,8 +38,11 @@ def test_estimates_by_their_definitions(stats, name):
     assert found.total == pytest.approx(sum(found))
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "ipndm", "unipc", "heun"])
-def test_coherent_estimate_is_the_error_on_gaussian_data(name):
+# unipc goes on with slopes of predicted states, which the estimate counts within a step but not in those after it
+@pytest.mark.parametrize(
+    ("name", "part"), [("ddim", 0.15), ("dpmpp_2m", 0.15), ("ipndm", 0.15), ("heun", 0.15), ("unipc", 0.3)]
+)
+def test_coherent_estimate_is_the_error_on_gaussian_data(name, part):
     """All errors of a path are parallel there: the estimate with cross terms is the sampler's own error."""
     oracle = fs.oracles.Gaussian(0.5, (8,))
     denoiser = exact_denoiser(oracle, 0.01, 20.0)
@@ -52,7 +55,7 @@ def test_coherent_estimate_is_the_error_on_gaussian_data(name):
     actual = float((samples - oracle.flow(noise * 20.0, 20.0, 0.0)).square().sum(1).mean())
     # A solver carries errors on by its own step, the estimate by the flow: they differ as a step differs from the flow,
     # by a tenth or so here, of errors that may cancel; so the bound is a part of their sum without cancelling.
-    assert abs(predicted**0.5 - actual**0.5) < 0.15 * float(np.sqrt(cost.of(nodes)).sum())
+    assert abs(predicted**0.5 - actual**0.5) < part * float(np.sqrt(cost.of(nodes)).sum())
 
 
 def test_dual_weighted_estimate_is_unbiased():
