@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# The tensors of the tests and benchmarks are small: threads would only wait for each other.
+export OMP_NUM_THREADS := 1
+
 .PHONY: demo test check bench bench-quality clean
 
 demo: $(VENV)/demo-installed  ## measure, select and compare on handwritten digits; table and figure
 	$(BIN)/fastsched demo --output demo-output
 
 test: check  ## lint, types, and the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 check: $(VENV)/dev-installed  ## lint, format and types
 	$(BIN)/ruff check .
@@ -19,6 +22,10 @@ check: $(VENV)/dev-installed  ## lint, format and types
 
 bench: $(VENV)/dev-installed  ## speed of the ops on this machine
 	$(BIN)/python -m pytest benchmarks/speed --benchmark-only
+
+bench-quality: $(VENV)/dev-installed  ## sampling error against every published way of choosing steps; QUICK=1 for 3 minutes
+	$(BIN)/python -m benchmarks.quality.run $(if $(QUICK),--quick)
+	$(BIN)/python -m benchmarks.quality.summary
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

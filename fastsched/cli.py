@@ -180,6 +180,51 @@ def select(
 
 
 @app.command()
+def plan(
+    stats: Annotated[Path, typer.Argument(help="Statistics that 'fastsched measure' wrote.")],
+    solver: Annotated[
+        str, typer.Option(help="ddim, dpmpp_2m, ipndm, heun, ... or several, comma-separated.")
+    ] = "dpmpp_2m",
+    max_steps: Annotated[int, typer.Option(help="The most steps to consider.")] = 20,
+    target: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="An error, or a schedule in use and its steps such as karras:20: how many steps reach it?"),
+    ] = None,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Figure to write.")] = None,  # noqa: UP045
+) -> None:
+    r"""Tell how many steps a model needs. Predicted error against model calls, from one measurement.
+
+    \b
+    fastsched plan stats.safetensors --solver ddim,dpmpp_2m -o plan.png
+    fastsched plan stats.safetensors --target karras:20
+    """
+    with _errors_in_a_line():
+        from fastsched.path_statistics import PathStatistics
+        from fastsched.planning import error_curve, steps_needed
+        from fastsched.plot import plot_error_curves
+
+        loaded = PathStatistics.load(stats)
+        curves = [error_curve(loaded, name, max_steps) for name in solver.split(",")]
+        for curve in curves:
+            typer.echo(str(curve))
+            if target is not None:
+                steps = steps_needed(loaded, curve.solver, target=_target(target), max_steps=max_steps)
+                typer.echo(f"{curve.solver} needs {steps} steps for {target}")
+        if output is not None:
+            plot_error_curves(curves).savefig(output)
+            _note(f"wrote {output}")
+
+
+def _target(text: str) -> float | tuple[str, int]:
+    """An error, or the name and steps of a schedule in use."""
+    name, colon, steps = text.partition(":")
+    try:
+        return (name, int(steps)) if colon else float(text)
+    except ValueError:
+        raise ValueError(f"target must be an error such as 0.05, or karras:20, got {text!r}") from None
+
+
+@app.command()
 def compare(
     denoiser: DenoiserName,
     schedules: Annotated[list[Path], typer.Argument(help="Schedules that 'fastsched select' wrote.")],

@@ -20,6 +20,7 @@ from fastsched import validate
 from fastsched.comparison import Comparison
 from fastsched.costs.path import sensitivity_weight
 from fastsched.path_statistics import PathStatistics
+from fastsched.planning import ErrorCurve
 from fastsched.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -117,6 +118,28 @@ def plot_errors(comparisons: Sequence[Comparison], names: Sequence[str] | None =
     """
     figure = _figure(4.6, 3.2)
     draw_errors(figure.subplots(), comparisons, names)
+    return figure
+
+
+def plot_error_curves(curves: Sequence[ErrorCurve]) -> Figure:
+    """Predicted error over model calls, one line a solver.
+
+    Args:
+        curves: From `fastsched.error_curve`.
+    """
+    figure = _figure(4.6, 3.2)
+    axes = figure.subplots()
+    for n, curve in enumerate(curves):
+        axes.plot(
+            curve.model_calls,
+            curve.predicted_errors,
+            color=COLOURS[n % len(COLOURS)],
+            marker=MARKERS[n % len(MARKERS)],
+            markersize=4,
+            label=curve.solver,
+        )
+    axes.set(xlabel="model calls", ylabel="predicted squared error", yscale="log")
+    axes.legend(frameon=False)
     return figure
 
 

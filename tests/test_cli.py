@@ -292,3 +292,19 @@ def test_help_teaches_and_imports_nothing_heavy():
 
 def test_version():
     assert run("--version").stdout == f"fastsched {fs.__version__}\n"
+
+
+def test_plan_prints_and_draws(folder, tmp_path):
+    figure = tmp_path / "plan.png"
+    result = run("plan", folder / "s.safetensors", "--solver", "ddim,dpmpp_2m", "--max-steps", "6", "-o", figure)
+    assert result.exit_code == 0, result.output
+    assert "predicted error" in result.stdout
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    result = run("plan", folder / "s.safetensors", "--max-steps", "8", "--target", "karras:8")
+    assert "steps for karras:8" in result.stdout
+
+
+def test_plan_refuses_a_strange_target(folder):
+    result = run("plan", folder / "s.safetensors", "--max-steps", "4", "--target", "karras:many")
+    assert result.exit_code == 2
+    assert "target must be an error such as 0.05" in result.stderr
