@@ -33,7 +33,7 @@ def cantor_points(depth: int) -> np.ndarray:
 
 def main() -> None:
     args = arguments(__doc__)
-    count = 500 if args.quick else 4000
+    count = 500 if args.quick else 2000
     oracle = points_mixture(cantor_points(DEPTH), 0.3 * 3.0**-DEPTH)
     denoiser = fs.Denoiser.from_denoiser(oracle.denoise, SIGMA_MIN, SIGMA_MAX)
     data = oracle.sample(4096, seed=1, dtype=torch.float64)
@@ -41,7 +41,7 @@ def main() -> None:
     levels = denoiser.levels(64 if args.quick else 160)
     cost = fs.costs.stein_corrector(denoiser, sigmas=levels, samples=500 if args.quick else 4000, **shared)
     predictor = fs.costs.stein_predictor(
-        denoiser, sigmas=levels, samples=100 if args.quick else 2000, probes=None, **shared
+        denoiser, sigmas=levels, samples=100 if args.quick else 500, probes=None, **shared
     )
     stats = fs.measure(denoiser, (1,), levels=levels, samples=16 if args.quick else 64, progress=False)
     noise = torch.randn(count, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64)

@@ -39,7 +39,7 @@ def data_sets(n: int) -> dict[str, np.ndarray]:
 
 def main() -> None:
     args = arguments(__doc__)
-    points, count = (100, 128) if args.quick else (400, 1024)
+    points, count = (100, 128) if args.quick else (200, 512)
     rows = []
     sets = data_sets(points)
     figure, panels = axes(len(sets), 2, width=3.2, height=2.8)
@@ -49,7 +49,7 @@ def main() -> None:
         s = denoiser.levels(24 if args.quick else 48)
         shared: dict[str, Any] = {"shape": (2,), "sigmas": s, "dtype": torch.float64, "progress": False}
         shared["data"] = oracle.sample(4096, seed=1, dtype=torch.float64)
-        samples = 50 if args.quick else 500
+        samples = 50 if args.quick else 200
         costs = {
             "corrector": fs.costs.stein_corrector(denoiser, samples=samples, **shared),
             "predictor": fs.costs.stein_predictor(denoiser, samples=samples, probes=None, **shared),
