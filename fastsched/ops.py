@@ -100,7 +100,10 @@ def level_increment_gram(
     if triton and R.dtype == torch.float64:
         raise ValueError('R is float64, which the Triton kernel does not read; pass float32 or backend="torch"')
     coefficients = torch.stack([_coefficients("a", a, R.shape[0]), _coefficients("c", c, R.shape[0])])
-    gram, cross, w_squared = torch.ops.fastsched.level_gram(R, X, W, coefficients, per_sample, precision, triton)
+    if _plain_call(triton, R):
+        gram, cross, w_squared = eager.level_gram(R, X, W, coefficients, per_sample)
+    else:
+        gram, cross, w_squared = torch.ops.fastsched.level_gram(R, X, W, coefficients, per_sample, precision, triton)
     return LevelGram(gram, None, None) if W is None else LevelGram(gram, cross, w_squared)
 
 
@@ -219,8 +222,11 @@ def second_order_min_plus(first: Tensor, cost: Tensor, steps: int, *, backend: s
         raise ValueError(f"first and cost must share a device; got {first.device} and {cost.device}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")
-    totals, paths = torch.ops.fastsched.min_plus(first.double(), cost.double(), steps, _use_triton(backend, cost))
-    return MinPlus(totals, paths)
+    triton = _use_triton(backend, cost)
+    if _plain_call(triton, cost):
+        totals, paths = map(torch.from_numpy, eager.min_plus(first.double().numpy(), cost.double().numpy(), steps))
+        return MinPlus(totals, paths)
+    return MinPlus(*torch.ops.fastsched.min_plus(first.double(), cost.double(), steps, triton))
 
 
 # Schemas and fakes. `triton` is the caller's choice, already made: an op never picks for itself.
@@ -285,6 +291,11 @@ def _kernel(name: str):
 
 
 # Checks.
+
+
+def _plain_call(triton: bool, tensor: Tensor) -> bool:
+    """Whether nobody is tracing: a plain CPU tensor skips the dispatcher, whose first use imports torch's compiler."""
+    return not triton and type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _use_triton(backend: str, tensor: Tensor) -> bool:
