@@ -162,7 +162,5 @@ def _target_error(stats: PathStatistics, solver: str | Solver, target: object, w
         return predict_error(stats, target, solver, weight=weight)
     goal = float(target)  # type: ignore[arg-type]
     if not (math.isfinite(goal) and goal > 0):
-        raise ValueError(
-            f"target must be a positive error, a schedule or a pair like ('karras', 20), got {target!r}"
-        )
+        raise ValueError(f"target must be a positive error, a schedule or a pair like ('karras', 20), got {target!r}")
     return goal

@@ -80,7 +80,8 @@ def test_bad_arguments(arguments, message):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"version": 2}, "version 2, and the newest known here is 1; update"), ({"format": "x"}, "does not hold a schedule"),
+    [({"version": 2}, "version 2, and the newest known here is 1; update"),
+     ({"format": "x"}, "does not hold a schedule"),
      ({"sigmas": [1.0, 2.0]}, "valid schedule: sigmas must strictly descend"), ({"sigmas": "abc"}, "valid schedule"),
      ({"solver": "magic"}, "valid schedule: solver must be one of"), ({"sigmas": None}, "valid schedule")],
 )  # fmt: skip
