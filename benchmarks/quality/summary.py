@@ -44,16 +44,23 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """The results in a CSV of `benchmarks.quality.run`."""
+        """The results in a CSV of `benchmarks.quality.run`; of each cell, the seeds that all its methods have run."""
         names = (*METRICS, "sliced_wasserstein", "choosing_calls", "choosing_seconds", "predicted")
         values: dict[str, dict[Cell, dict[str, list[float]]]] = {name: {} for name in names}
         methods: dict[str, None] = {}
-        for row in table.read(path):
-            cell = (row["denoiser"], row["solver"], int(row["calls"]))
+        rows = table.read(path)
+        seeds: dict[Cell, dict[str, set[str]]] = {}
+        for row in rows:
+            seeds.setdefault(_cell(row), {}).setdefault(row["method"], set()).add(row["seed"])
+        shared = {cell: set.intersection(*found.values()) for cell, found in seeds.items()}
+        for row in rows:
+            if row["seed"] not in shared[_cell(row)]:
+                continue
             methods[row["method"]] = None
             for name in names:
                 if row[name]:
-                    values[name].setdefault(cell, {}).setdefault(row["method"], []).append(float(row[name]))
+                    by_method = values[name].setdefault(_cell(row), {})
+                    by_method.setdefault(row["method"], []).append(float(row[name]))
         return cls(values, tuple(values["typical_error"]), tuple(methods))
 
     @property
@@ -212,7 +219,7 @@ def report(results: Results) -> str:
     seeds = max(len(found) for by in results.values["typical_error"].values() for found in by.values())
     last = next(name for name in reversed(OURS) if name in results.methods)
     parts = [
-        f"{len(results.cells)} cells (denoiser, solver, model calls), {seeds} seeds; errors are squared distances to "
+        f"{len(results.cells)} cells (denoiser, solver, model calls), {seeds} seed{'s' * (seeds > 1)}; errors are squared distances to "
         "the converged sample of the same noise, typical = geometric mean over samples; ratios are geometric means "
         "over cells.",
         headline(results),
@@ -227,6 +234,10 @@ def report(results: Results) -> str:
         lost_cells(results, last),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _cell(row: table.Row) -> Cell:
+    return row["denoiser"], row["solver"], int(row["calls"])
 
 
 def _or_inf(value: float) -> float:
