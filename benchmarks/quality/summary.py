@@ -219,9 +219,9 @@ def report(results: Results) -> str:
     seeds = max(len(found) for by in results.values["typical_error"].values() for found in by.values())
     last = next(name for name in reversed(OURS) if name in results.methods)
     parts = [
-        f"{len(results.cells)} cells (denoiser, solver, model calls), {seeds} seed{'s' * (seeds > 1)}; errors are squared distances to "
-        "the converged sample of the same noise, typical = geometric mean over samples; ratios are geometric means "
-        "over cells.",
+        f"{len(results.cells)} cells (denoiser, solver, model calls), seeds in each: {seeds}; errors are squared "
+        "distances to the converged sample of the same noise, typical = geometric mean over samples; ratios are "
+        "geometric means over cells.",
         headline(results),
         "Each method against karras (rho 7, last node at the lowest sigma); what choosing one schedule takes, the "
         "measurement that serves all of them included; spread is the standard deviation over seeds of the log error:",
