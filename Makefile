@@ -24,6 +24,7 @@ bench: $(VENV)/dev-installed  ## speed of the ops on this machine
 	$(BIN)/python -m pytest benchmarks/speed --benchmark-only
 
 bench-quality: $(VENV)/dev-installed  ## sampling error against every published way of choosing steps; QUICK=1 for 3 minutes
+	$(BIN)/python -m benchmarks.quality.limit
 	$(BIN)/python -m benchmarks.quality.run $(if $(QUICK),--quick)
 	$(BIN)/python -m benchmarks.quality.summary
 

@@ -80,9 +80,9 @@ class Audition:
 def default_candidates(stats: PathStatistics, steps: int, solver: str | Solver) -> dict[str, Schedule]:
     """Up to eight schedules: selections under each weight, that for ddim, and two schedules in common use.
 
-    Of karras and exponential, each with its end kept and spared (uniform and shifted times for flow models), the two
-    of least predicted error. Statistics without a sensitivity give unweighted selections alone. Schedules that
-    coincide are listed once.
+    Of karras and exponential, each with its end kept and spared, kl_optimal with the data's own deviation (and uniform
+    and shifted times for flow models), the two of least predicted error. Statistics without a sensitivity give
+    unweighted selections alone. Schedules that coincide are listed once.
     """
     name = get_solver(solver).name
     found: dict[str, Schedule] = {}
@@ -94,8 +94,8 @@ def default_candidates(stats: PathStatistics, steps: int, solver: str | Solver) 
     ddim = optimal_schedule(stats, steps, "ddim", weight=default, polish=False)
     found["ddim's"] = replace(ddim, solver=name, predicted_error=None)
     common = {
-        label: Schedule.from_levels(stats.process, stats.process.level(sigmas), name)
-        for label, sigmas in _common_sigmas(stats, steps).items()
+        label: Schedule.from_levels(stats.process, levels, name)
+        for label, levels in _common_levels(stats, steps).items()
     }
     expected = {label: predict_error(stats, schedule, name, weight=default) for label, schedule in common.items()}
     for label in sorted(common, key=expected.__getitem__)[:2]:
@@ -107,23 +107,27 @@ def default_candidates(stats: PathStatistics, steps: int, solver: str | Solver) 
     return distinct
 
 
-def _common_sigmas(stats: PathStatistics, steps: int) -> dict[str, Tensor]:
-    process = stats.process
-    if process.kind == "flow":
-        times = {"uniform times": 1.0, "shift 3": 3.0}
-        top = float(process.sampler_sigma(stats.s[:1]))
-        return {label: top * baselines.flow_shift(steps, shift) for label, shift in times.items()}
+def _common_levels(stats: PathStatistics, steps: int) -> dict[str, Tensor]:
+    """Levels ``s`` [steps + 1] of the schedules in common use, over the measured range."""
     finite = stats.s[stats.s.isfinite()]
     low, high = float(finite[-1]), float(finite[0])
-    schedules = {
+    scale = max(stats.data_std, low)  # 0 for a constant denoiser
+    levels = {
         "karras": baselines.karras(steps, low, high),
         "karras, end spared": baselines.karras(steps, low, high, spare_last=True),
         "exponential": baselines.exponential(steps, low, high),
         "exponential, end spared": baselines.exponential(steps, low, high, spare_last=True),
+        "kl_optimal, end spared": baselines.kl_optimal(steps, low, high, scale, spare_last=True),
     }
-    if getattr(process, "integer_timesteps", False):
-        return {label: _snapped(sigmas, stats.s) for label, sigmas in schedules.items()}
-    return schedules
+    if getattr(stats.process, "integer_timesteps", False):
+        return {label: _snapped(each, stats.s) for label, each in levels.items()}
+    for each in levels.values():
+        each[0] = stats.s[0]  # pure noise, where the process starts from it
+    if stats.process.kind == "flow":
+        top = float(stats.process.sampler_sigma(stats.s[:1]))
+        for label, shift in {"uniform times": 1.0, "shift 3": 3.0}.items():
+            levels[label] = stats.process.level(top * baselines.flow_shift(steps, shift))
+    return levels
 
 
 def _snapped(sigmas: Tensor, s: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def test_other_processes_have_candidates(kind):
     assert schedule.noise == stats.process.kind
     assert schedule.measured_error > 0
     names = default_candidates(stats, 5, "ddim")
-    assert any(name.startswith(("uniform", "shift", "karras", "exponential")) for name in names)
+    assert any(name.startswith(("uniform", "shift", "karras", "exponential", "kl_optimal")) for name in names)
 
 
 def test_integer_networks_audition_on_their_timesteps():
