@@ -277,7 +277,7 @@ def test_an_unexpected_error_is_one_line_unless_a_traceback_is_asked_for(tmp_pat
 
 
 def test_help_teaches_and_imports_nothing_heavy():
-    for command in ("demo", "measure", "select", "compare", "plot"):
+    for command in ("demo", "measure", "select", "plan", "compare", "plot"):
         result = run(command, "--help")
         assert result.exit_code == 0
         assert f"fastsched {command}" in result.stdout
@@ -308,3 +308,9 @@ def test_plan_refuses_a_strange_target(folder):
     result = run("plan", folder / "s.safetensors", "--max-steps", "4", "--target", "karras:many")
     assert result.exit_code == 2
     assert "target must be an error such as 0.05" in result.stderr
+
+
+def test_module_runs_as_the_command():
+    result = subprocess.run([sys.executable, "-m", "fastsched", "--version"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0
+    assert fs.__version__ in result.stdout
