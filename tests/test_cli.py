@@ -313,7 +313,5 @@ def test_plan_refuses_a_strange_target(folder):
 def test_module_runs_as_the_command():
     command = [sys.executable, "-m", "fastsched", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        [sys.executable, "-m", "fastsched", "--version"], capture_output=True, text=True, timeout=120
-    )
     assert result.returncode == 0
     assert fs.__version__ in result.stdout
