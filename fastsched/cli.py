@@ -44,7 +44,7 @@ def main(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show Python's traceback with an error.")] = False,
 ) -> None:
-    r"""Choose the noise levels of a diffusion or flow model: measure it once, then select for any solver and steps.
+    """Choose the noise levels of a diffusion or flow model: measure it once, then select for any solver and steps.
 
     \b
     Try it:      fastsched demo --output demo-output
@@ -71,7 +71,7 @@ def demo(
     samples: Annotated[int, typer.Option(help="Noises to compare over.")] = 1024,
     quiet: Quiet = False,
 ) -> None:
-    r"""Show it all on handwritten digits: measure, select, compare with schedules in use, draw.
+    """Show it all on handwritten digits: measure, select, compare with schedules in use, draw.
 
     \b
     fastsched demo
@@ -102,7 +102,7 @@ def measure(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if there is one.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    r"""Measure a denoiser, once. Takes (2 LEVELS - 1) model calls a sample, no gradients, no data.
+    """Measure a denoiser, once. Takes (2 LEVELS - 1) model calls a sample, no gradients, no data.
 
     A denoiser is named by a function of no arguments that returns a fastsched.Denoiser:
 
@@ -143,7 +143,7 @@ def measure(
 @app.command()
 def select(
     statistics: Annotated[Path, typer.Argument(help="What 'fastsched measure' wrote.")],
-    steps: Annotated[str, typer.Option(help="Model calls: 8, or several, 6,8,10.")],
+    steps: Annotated[str, typer.Option(help="Steps: 8, or several, 6,8,10.")],
     solver: Annotated[str, typer.Option(help="Such as ddim, heun, dpmpp_2m or ipndm.")] = "dpmpp_2m",
     weight: Annotated[str, typer.Option(help="geometric, isotropic, directional or none.")] = "geometric",
     output: Annotated[
@@ -151,7 +151,7 @@ def select(
         typer.Option("--output", "-o", help="Schedule to write; with several steps NAME.json becomes NAME-6.json ..."),
     ] = None,
 ) -> None:
-    r"""Select the schedule of least error. No model calls; prints the sigmas, the last of them 0.
+    """Select the schedule of least error. No model calls; prints the sigmas, the last of them 0.
 
     \b
     fastsched select stats.safetensors --steps 8 -o schedule.json
@@ -192,7 +192,7 @@ def plan(
     ] = None,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Figure to write.")] = None,  # noqa: UP045
 ) -> None:
-    r"""Tell how many steps a model needs. Predicted error against model calls, from one measurement.
+    """Tell how many steps a model needs. Predicted error against model calls, from one measurement.
 
     \b
     fastsched plan stats.safetensors --solver ddim,dpmpp_2m -o plan.png
@@ -241,7 +241,7 @@ def compare(
     csv: Annotated[Optional[Path], typer.Option(help="Also write the table as CSV.")] = None,  # noqa: UP045
     quiet: Quiet = False,
 ) -> None:
-    r"""Rank schedules by a real run. Tells how far each ends from the converged samples of the same noise.
+    """Rank schedules by a real run. Tells how far each ends from the converged samples of the same noise.
 
     \b
     fastsched compare digits schedule.json
@@ -280,7 +280,7 @@ def plot(
     files: Annotated[list[Path], typer.Argument(help="Schedules (.json), and statistics (.safetensors) at most once.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Figure to write: .png, .svg or .pdf.")],
 ) -> None:
-    r"""Draw schedules and statistics. The schedules go under the cost density if there are statistics.
+    """Draw schedules and statistics. The schedules go under the cost density if there are statistics.
 
     \b
     fastsched plot stats.safetensors schedule.json -o schedule.png

@@ -68,11 +68,15 @@ class Denoiser:
         """
 
         def setting(name: str, given: float | None, default: float) -> float:
-            value = getattr(net, name, None) if given is None else given
-            return float(value) if value and math.isfinite(float(value)) else default
+            if given is not None:
+                return float(given)
+            found = getattr(net, name, None)  # EDMPrecond has 0 and inf where it knows no limit
+            return float(found) if found and math.isfinite(float(found)) else default
 
         data = setting("sigma_data", sigma_data, 0.5)
         low, high = setting("sigma_min", sigma_min, 0.002), setting("sigma_max", sigma_max, 80.0)
+        if not (math.isfinite(data) and data > 0):
+            raise ValueError(f"sigma_data must be positive and finite, got {sigma_data!r}")
         raw = net.model if hasattr(net, "sigma_data") and hasattr(net, "model") else net  # type: ignore[attr-defined]
         return cls(_callable(raw), VarianceExploding(low, high), "edm", data)
 

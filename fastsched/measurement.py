@@ -291,7 +291,7 @@ def _sweep_back(
 
 def measured_levels(denoiser: Denoiser, levels: int | Tensor) -> Tensor:
     """The levels to measure at, float64 [N], from their number or a list of them; errors as in `measure`."""
-    if isinstance(levels, int):
+    if not isinstance(levels, Tensor):
         return denoiser.levels(validate.positive_int("levels", levels, minimum=3))
     s = validate.descending_sigmas(levels, name="levels")
     if len(s) < 3 or float(s[-1]) <= 0:

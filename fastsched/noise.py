@@ -158,7 +158,7 @@ class VariancePreserving(NoiseProcess):
         with np.errstate(divide="ignore"):
             t = np.interp(np.log(values), trained[:finite], np.arange(finite, dtype=np.float64))
         t = np.where(np.isinf(values), len(trained) - 1.0, t)
-        return torch.from_numpy(np.round(t) if self.integer_timesteps else t).to(s.device)
+        return torch.as_tensor(np.round(t) if self.integer_timesteps else t, dtype=torch.float64).to(s.device)
 
     def levels(self, n: int) -> Tensor:
         n = validate.positive_int("levels", n, minimum=2)

@@ -106,8 +106,9 @@ class PathStatistics:
         values = [torch.nan]
         for k in range(1, self.levels):
             window = slice(max(0, k - DIRECTIONAL_WINDOW), k)
-            total = float(size[window].sum()) * at_end
-            values.append(float(squared[k - 1, window].sum()) / total if total > 0 else 0.0)
+            total, share = float(size[window].sum()) * at_end, float(squared[k - 1, window].sum())
+            # no increment there to tell a direction by (outputs rounded to half precision): the mean over all
+            values.append(share / total if total > 0 and share > 0 else float(self.phi[k]))
         return torch.tensor([*values, 1.0], dtype=torch.float64)
 
     def _sensitivity(self) -> tuple[Tensor, Tensor]:
@@ -263,6 +264,10 @@ class PathStatistics:
             value = getattr(self, field)
             if value is not None and tuple(value.shape) != shape:
                 raise ValueError(f"{name}: {field} has shape {tuple(value.shape)}, not {shape}")
+        for field in ("gram", "cross", "w_squared"):
+            value = getattr(self, field)
+            if value is not None and not bool(value.isfinite().all()):
+                raise ValueError(f"{name}: {field} holds NaN or inf; measure again")
         if len(self.ends) != b:
             raise ValueError(f"{name}: ends holds {len(self.ends)} samples, not {b}")
 

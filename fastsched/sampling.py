@@ -12,7 +12,7 @@ from fastsched import validate
 from fastsched.denoiser import Denoiser
 from fastsched.multistep import Node, log_rho
 from fastsched.noise import NoiseProcess
-from fastsched.solvers import Solver, get_solver, step_scale
+from fastsched.solvers import Solver, from_pure_noise, get_solver, step_scale
 
 if TYPE_CHECKING:
     from fastsched.schedule import Schedule
@@ -78,6 +78,9 @@ def sample(
         denoised = _finite_denoised(denoiser, y, s[n], dtype)
         if end.tau == 0:
             return denoised
+        if from_pure_noise(method, start):
+            y_before, y = y, y + float(end.rho - start.rho) * denoised
+            continue
         newest = _slope(method, start, y, denoised)
         if method.corrector is not None and history:
             known = [node for node, _ in history]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -167,7 +168,7 @@ class Schedule:
         try:
             timesteps = entries.get("timesteps")
             return cls(
-                sigmas=torch.tensor(entries["sigmas"], dtype=torch.float64),
+                sigmas=torch.tensor([float(value) for value in entries["sigmas"]], dtype=torch.float64),
                 solver=entries["solver"],
                 noise=entries["noise"],
                 timesteps=None if timesteps is None else torch.tensor(timesteps, dtype=torch.float64),
@@ -181,8 +182,8 @@ class Schedule:
 
 
 def _decimal(value: float) -> str:
-    """``value`` without an exponent, in as few digits as read back the same."""
-    return np.format_float_positional(value, trim="0")
+    """``value`` without an exponent, in as few digits as read back the same; pure noise, which JSON lacks, quoted."""
+    return '"inf"' if math.isinf(value) else np.format_float_positional(value, trim="0")
 
 
 def _decimals(values: Iterable[float]) -> str:

@@ -162,6 +162,15 @@ def get_solver(solver: str | Solver) -> Solver:
     return SOLVERS[name]
 
 
+def from_pure_noise(solver: Solver, start: Node) -> bool:
+    """Whether a step starts where the solver's own form has no limit, ``tau = inf``; it is then Euler's, over ``rho``.
+
+    So a variance-preserving model of zero terminal SNR begins. The slope there is left out of later steps. Flow models
+    start at ``tau = 1``, and solvers over ``rho`` without a stage take the slope as infinitely far off.
+    """
+    return bool(np.isinf(start.tau)) and (solver.variable == "tau" or solver.stage is not None)
+
+
 def step_scale(solver: Solver, start: Node, end: Node) -> Any:
     """What multiplies the mean slope in ``y_k``: ``rho_k - rho_j``, or ``(tau_k - tau_j) / tau_k``."""
     if solver.variable == "rho":

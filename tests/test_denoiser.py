@@ -97,3 +97,19 @@ def test_epsilon_of_zero_terminal_snr_is_refused():
     with pytest.raises(ValueError, match="zero terminal SNR"):
         fs.Denoiser.from_epsilon(lambda x, t: x, table)
     assert fs.Denoiser.from_v(lambda x, t: x, table).process.s_max == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"sigma_min": 0, "sigma_max": 1}, "sigma_min must be positive"), ({"sigma_max": float("nan")}, "sigma_max"),
+     ({"sigma_data": 0}, "sigma_data must be positive"), ({"sigma_data": -1}, "sigma_data must be positive")],
+)  # fmt: skip
+def test_edm_settings_given_are_checked_not_replaced(options, message):
+    with pytest.raises(ValueError, match=message):
+        fs.Denoiser.from_edm(lambda x, c_noise: x, **options)
+
+
+def test_nan_of_an_integer_network_is_named():
+    broken = fs.Denoiser.from_epsilon(lambda x, t: x * float("nan"), vp_table(), integer_timesteps=True)
+    with pytest.raises(ValueError, match=r"NaN or inf at sigma = .*\(timestep 999\)"):
+        fs.measure(broken, (4,), levels=12, progress=False)

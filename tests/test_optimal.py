@@ -5,6 +5,7 @@ import torch
 from models import exact_denoiser, exact_denoisers, mixture
 
 import fastsched as fs
+from fastsched.solvers import SOLVERS
 
 C = 0.5
 
@@ -92,3 +93,61 @@ def test_predicted_error_is_near_the_actual_one():
     actual = float((fs.sample(denoiser, schedule, noise=noise) - converged).square().sum(1).mean())
     assert schedule.predicted_error is not None
     assert 1 / 3 < schedule.predicted_error / actual < 3
+
+
+def zero_terminal_denoiser(oracle):
+    """The oracle's v over a table that ends in pure noise."""
+    from models import batch_shape, vp_table
+
+    table = torch.cat([vp_table()[:-1], torch.zeros(1, dtype=torch.float64)])
+    trained = ((1 - table) / table).sqrt()
+
+    def v(x, t):
+        low = t.double().floor().clamp(0, len(table) - 3).long()
+        part = t.double() - low
+        s = (trained[low].log() * (1 - part) + trained[low + 1].log() * part).exp()
+        s = torch.where(t >= len(table) - 1, 1e12, s)
+        alpha, sigma = (1 + s**2).rsqrt(), (1 + s**-2).rsqrt()
+        x0 = oracle.denoise(x / batch_shape(alpha, x), s.to(x.dtype))
+        return (batch_shape(alpha, x) * x - x0) / batch_shape(sigma, x)
+
+    return fs.Denoiser.from_v(v, table)
+
+
+@pytest.fixture(scope="module")
+def zero_terminal():
+    denoiser = zero_terminal_denoiser(fs.oracles.Gaussian(C, (4,)))
+    return denoiser, fs.measure(denoiser, (4,), levels=24, samples=2, progress=False)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 23])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_starts_from_pure_noise(zero_terminal, solver, steps):
+    denoiser, stats = zero_terminal
+    schedule = fs.optimal_schedule(stats, steps, solver)
+    assert schedule.sigmas[0] == math.inf
+    assert math.isfinite(schedule.predicted_error)
+    samples = fs.sample(denoiser, schedule, noise=fs.measurement.noise_of(stats.seeds, (4,)))
+    if steps == 8:  # near the path's end, whose deviation is 0.5
+        assert float((samples - stats.ends).square().mean()) < 0.1 * C**2
+
+
+def test_half_precision_outputs_leave_a_sane_schedule():
+    """A denoised image rounded to bfloat16 changes by nothing or a whole unit between neighbouring levels."""
+
+    def rounded(z, s):
+        return ((C**2 / (C**2 + s**2)).reshape(-1, 1) * z.float()).to(torch.bfloat16)
+
+    denoiser = fs.Denoiser.from_denoiser(rounded, 0.002, 80.0)
+    stats = fs.measure(denoiser, (16,), dtype=torch.bfloat16, progress=False)
+    noise = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    exact = fs.oracles.Gaussian(C, (16,))
+    ends = exact.flow(noise * 80.0, 80.0, 0.0)
+    wide = exact_denoiser(exact)
+
+    def error(sigmas):
+        return float((fs.sample(wide, sigmas, "ddim", noise) - ends).square().sum(1).mean())
+
+    for polish in (True, False):
+        found = fs.optimal_schedule(stats, 6, "ddim", polish=polish)
+        assert error(found.sigmas) < 2 * error(exact.optimal_ddim_schedule(6, 80.0))

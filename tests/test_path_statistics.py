@@ -176,3 +176,13 @@ def test_flow_statistics_refine_below_pure_noise():
     assert fine.s[0] == float("inf")
     with pytest.raises(ValueError, match="parts must be at least 1"):
         flow.refine(0)
+
+
+def test_file_with_nan(stats, tmp_path):
+    path = tmp_path / "stats.safetensors"
+    stats.save(path)
+    header, tensors = header_of(path), load_file(path)
+    tensors["gram"][0, 0, 0] = float("nan")
+    save_file(tensors, path, metadata={"fastsched": json.dumps(header)})
+    with pytest.raises(ValueError, match="gram holds NaN or inf"):
+        fs.PathStatistics.load(path)

@@ -112,3 +112,10 @@ def test_truncated_missing_and_foreign_file(tmp_path):
     path.write_text('{"format": "fastsched.schedule", "version": 1, "solver": "ddim"}')
     with pytest.raises(ValueError, match="lacks the entry 'sigmas'"):
         fs.Schedule.load(path)
+
+
+def test_pure_noise_survives_a_file(tmp_path):
+    schedule = fs.Schedule([float("inf"), 1.0, 0.0], "ddim", "vp", [999.0, 400.0])
+    schedule.save(tmp_path / "s.json")
+    assert json.loads((tmp_path / "s.json").read_text())["sigmas"] == ["inf", 1.0, 0.0]
+    assert torch.equal(fs.Schedule.load(tmp_path / "s.json").sigmas, schedule.sigmas)

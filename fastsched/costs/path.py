@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from fastsched import validate
 from fastsched.multistep import Node, log_rho
 from fastsched.path_statistics import PathStatistics
-from fastsched.solvers import Solver, get_solver, step_scale
+from fastsched.solvers import Solver, from_pure_noise, get_solver, step_scale
 
 Array = NDArray[np.float64]
 
@@ -215,6 +215,9 @@ class PathCost:
         *earlier, j, k = nodes
         if k == self.levels:
             return np.where(np.arange(k - 1) < j, 0.0, -1.0)  # z = D_j, against D_{N-1}
+        if from_pure_noise(self.solver, self._node(j)):
+            return np.append(self._step_vector(k), np.zeros(self.levels - 1 - k))
+        earlier = [n for n in earlier if not from_pure_noise(self.solver, self._node(n))]
         history, end = [self._node(n) for n in (j, *earlier[::-1])], self._node(k)
         scale = step_scale(self.solver, history[0], end)
         vector = self._history_error(list(self.solver.weights(history, end)), earlier, j, k, scale)
@@ -276,7 +279,8 @@ class PathCost:
                 beta = scale * first
                 gain = beta * self.jacobian[k] * self.s[k]
                 alpha = -scale * last + gain * alpha
-        return tuple(np.where(i < j, part, 0.0) for part in (alpha, beta, 1 + gain))  # type: ignore[return-value]
+            ordered, far = i < j, np.isinf(history[1].tau) & (self.solver.variable == "tau")
+        return np.where(ordered & ~far, alpha, 0.0), np.where(ordered, beta, 0.0), np.where(ordered, 1 + gain, 0.0)
 
     @cached_property
     def _history_squares(self) -> Array:
