@@ -53,6 +53,11 @@ class Schedule:
         object.__setattr__(self, "sigmas", sigmas)
         object.__setattr__(self, "solver", get_solver(self.solver).name)
         validate.choice("noise", self.noise, ("ve", "vp", "flow"))
+        if self.noise == "flow" and float(sigmas[0]) > 1:
+            raise ValueError(f"sigmas of a flow model are times within [0, 1], got {float(sigmas[0]):g}")
+        for name in ("predicted_error", "measured_error"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))
         if self.timesteps is not None:
             timesteps = validate.float64(self.timesteps)
             if timesteps.shape != (len(sigmas) - 1,):
@@ -163,7 +168,8 @@ class Schedule:
             raise ValueError(f"{name} does not hold a schedule; Schedule.save and fastsched select write them")
         if not isinstance(entries.get("version"), int) or entries["version"] > VERSION:
             raise ValueError(
-                f"{name} has version {entries.get('version')}, and the newest known here is {VERSION}; update fastsched"
+                f"{name} has version {entries.get('version')!r}, and the newest known here is {VERSION}; "
+                "update fastsched"
             )
         try:
             timesteps = entries.get("timesteps")

@@ -82,6 +82,7 @@ def test_bad_arguments(arguments, message):
     ("change", "message"),
     [({"version": 2}, "version 2, and the newest known here is 1; update"),
      ({"format": "x"}, "does not hold a schedule"),
+     ({"predicted_error": "abc"}, "valid schedule: could not convert"), ({"version": "1"}, "version '1'"),
      ({"sigmas": [1.0, 2.0]}, "valid schedule: sigmas must strictly descend"), ({"sigmas": "abc"}, "valid schedule"),
      ({"solver": "magic"}, "valid schedule: solver must be one of"), ({"sigmas": None}, "valid schedule")],
 )  # fmt: skip
@@ -119,3 +120,8 @@ def test_pure_noise_survives_a_file(tmp_path):
     schedule.save(tmp_path / "s.json")
     assert json.loads((tmp_path / "s.json").read_text())["sigmas"] == ["inf", 1.0, 0.0]
     assert torch.equal(fs.Schedule.load(tmp_path / "s.json").sigmas, schedule.sigmas)
+
+
+def test_flow_sigmas_are_times():
+    with pytest.raises(ValueError, match="times within"):
+        fs.Schedule([2.0, 1.0, 0.0], "ddim", "flow")
