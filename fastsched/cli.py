@@ -27,10 +27,10 @@ app = typer.Typer(
 
 _DENOISER = "'digits' (shipped), package.module:function, or path/to/file.py:function."
 DenoiserName = Annotated[str, typer.Argument(help=_DENOISER)]
-Shape = Annotated[Optional[str], typer.Option(help="Shape of one sample, such as 4,64,64; digits knows its own.")]  # noqa: UP045
-Batch = Annotated[Optional[int], typer.Option(help="Samples run at once.  [default: all]")]  # noqa: UP045
-Device = Annotated[Optional[str], typer.Option(help="Such as cuda.  [default: the network's]")]  # noqa: UP045
-DType = Annotated[Optional[str], typer.Option(help="Such as bfloat16.  [default: the network's]")]  # noqa: UP045
+Shape = Annotated[Optional[str], typer.Option(help="Shape of one sample, such as 4,64,64; digits knows its own.")]
+Batch = Annotated[Optional[int], typer.Option(help="Samples run at once.  [default: all]")]
+Device = Annotated[Optional[str], typer.Option(help="Such as cuda.  [default: the network's]")]
+DType = Annotated[Optional[str], typer.Option(help="Such as bfloat16.  [default: the network's]")]
 Seed = Annotated[int, typer.Option(help="Of the noises.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
@@ -75,7 +75,7 @@ def demo(
 
     \b
     fastsched demo
-    fastsched demo --output /tmp/demo --samples 256
+    fastsched demo --output out --samples 256
     """
     with _errors_in_a_line():
         import torch
@@ -147,7 +147,7 @@ def select(
     solver: Annotated[str, typer.Option(help="Such as ddim, heun, dpmpp_2m or ipndm.")] = "dpmpp_2m",
     weight: Annotated[str, typer.Option(help="geometric, isotropic, directional or none.")] = "geometric",
     output: Annotated[
-        Optional[Path],  # noqa: UP045
+        Optional[Path],
         typer.Option("--output", "-o", help="Schedule to write; with several steps NAME.json becomes NAME-6.json ..."),
     ] = None,
 ) -> None:
@@ -187,10 +187,10 @@ def plan(
     ] = "dpmpp_2m",
     max_steps: Annotated[int, typer.Option(help="The most steps to consider.")] = 20,
     target: Annotated[
-        Optional[str],  # noqa: UP045
+        Optional[str],
         typer.Option(help="An error, or a schedule in use and its steps such as karras:20: how many steps reach it?"),
     ] = None,
-    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Figure to write.")] = None,  # noqa: UP045
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Figure to write.")] = None,
 ) -> None:
     """Tell how many steps a model needs. Predicted error against model calls, from one measurement.
 
@@ -230,7 +230,7 @@ def compare(
     schedules: Annotated[list[Path], typer.Argument(help="Schedules that 'fastsched select' wrote.")],
     baselines: Annotated[str, typer.Option(help="Schedules in use to add, by name, or none.")] = "karras,exponential",
     spare_last: Annotated[bool, typer.Option(help="End baselines with 0 in place of sigma_min.")] = False,
-    solver: Annotated[Optional[str], typer.Option(help="Run all with it.  [default: each its own]")] = None,  # noqa: UP045
+    solver: Annotated[Optional[str], typer.Option(help="Run all with it.  [default: each its own]")] = None,
     shape: Shape = None,
     samples: Annotated[int, typer.Option(help="Noises to compare over.")] = 256,
     seed: Seed = 0,
@@ -238,7 +238,7 @@ def compare(
     batch_size: Batch = None,
     device: Device = None,
     dtype: DType = None,
-    csv: Annotated[Optional[Path], typer.Option(help="Also write the table as CSV.")] = None,  # noqa: UP045
+    csv: Annotated[Optional[Path], typer.Option(help="Also write the table as CSV.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Rank schedules by a real run. Tells how far each ends from the converged samples of the same noise.

@@ -177,7 +177,7 @@ class Run:
     def exact_product(self, x: Tensor, w: Tensor, k: int) -> Tensor:
         """``J_k w`` for ``w`` [B, *shape], by a forward-mode derivative at ``x``."""
         a, c, alpha = float(self.a[k]), float(self.c[k]), float(self.alpha[k])
-        function = lambda state: self.denoiser.raw_output(state, self.s[k], dtype=self.dtype)  # noqa: E731
+        function = lambda state: self.denoiser.raw_output(state, self.s[k], dtype=self.dtype)
         change = torch.func.jvp(function, (x,), (alpha * w,))[1]
         if not bool(torch.isfinite(change).all()):
             raise ValueError(f"{not_finite(self.denoiser.process, self.s[k])} (derivative, level {k})")
@@ -224,7 +224,7 @@ def measurement_steps(
         spread = end.flatten(1).std(dim=1, correction=0)  # each sample's own, so that batches do not change samples
         vectors = yield from _sweep_back(run, raws, states, probe, spread, advance)
         calls += len(run.s) - 1
-    flat = lambda tensors: torch.stack(tensors).flatten(2)  # noqa: E731 - [N, B, d]
+    flat = lambda tensors: torch.stack(tensors).flatten(2)  # [N, B, d]
     result = ops.level_increment_gram(
         flat(raws), flat(states), run.a, run.c, W=None if vectors is None else flat(vectors), per_sample=True
     )

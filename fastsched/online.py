@@ -125,7 +125,7 @@ class AdaptiveSchedule:
         intervals = torch.cat(rounds)[:count]
         noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype).to(clean.device)
         s_from, s_to = self.s[intervals], self.s[intervals + 1]
-        wide = lambda values: values.to(clean).reshape(-1, *[1] * (clean.ndim - 1))  # noqa: E731
+        wide = lambda values: values.to(clean).reshape(-1, *[1] * (clean.ndim - 1))
         z = clean + wide(s_from) * noise
         scores = [(denoise(z, s.to(clean)) - z) / wide(s).square() for s in (s_from, s_to)]
         squares = (scores[1] - scores[0]).flatten(1).double().square().sum(1)

@@ -141,7 +141,7 @@ def test_conjugate_gradients_solve_and_say_where_they_did_not():
     matrix[4] = -matrix[4]
     right = torch.randn(5, 6, generator=generator, dtype=torch.float64)
     right[3] = 0
-    product = lambda v: (matrix @ v[..., None])[..., 0]  # noqa: E731
+    product = lambda v: (matrix @ v[..., None])[..., 0]
     solution, converged = conjugate_gradients(product, right, 1e-9, 60)
     assert converged.tolist() == [True, True, True, True, False]
     torch.testing.assert_close(solution[:3], torch.linalg.solve(matrix[:3], right[:3, :, None])[..., 0])

@@ -116,7 +116,7 @@ def _metric(source: StateSource, z: Tensor, raw: Tensor, k: int, probes: Tensor)
 
     repeated = z.repeat(count, *[1] * (z.ndim - 1))
     products = torch.func.jvp(denoise, (repeated,), (probes.flatten(0, 1),))[1]
-    rows = lambda tensor: tensor.reshape(count, len(z), -1)  # noqa: E731
+    rows = lambda tensor: tensor.reshape(count, len(z), -1)
     backend = "torch" if z.dtype == torch.float64 else "auto"
     traces, _ = ops.hutchinson_reduce(rows(probes), rows(products), backend=backend)
     norm = source.score_of(z, raw, k).flatten(1).double().square().sum(1)

@@ -155,7 +155,7 @@ class _Estimator:
     def product_gradient(self, z: Tensor, u: Tensor, w: Tensor, k: int) -> Tensor:
         """``grad_z (u' J(z) w)`` row by row, for fixed ``u`` and ``w``."""
         self.gradient_calls += len(z)
-        inner = lambda state: (u * torch.func.jvp(self._denoise(k), (state,), (w,))[1]).sum()  # noqa: E731
+        inner = lambda state: (u * torch.func.jvp(self._denoise(k), (state,), (w,))[1]).sum()
         return torch.func.grad(inner)(z)
 
     def predicted_score(self, z: Tensor, score: Tensor, k: int, j: int) -> Tensor:
@@ -232,7 +232,7 @@ class _Hutchinson(_Estimator):
 
     def _solve(self, z: Tensor, right: Tensor, k: int, r: float) -> Tensor:
         """``M^{-1} right`` row by row."""
-        product = lambda v: r * v + (1 - r) * self.jacobian_product(z, v, k)  # noqa: E731
+        product = lambda v: r * v + (1 - r) * self.jacobian_product(z, v, k)
         solution, converged = conjugate_gradients(product, right, TOLERANCE, self.max_iterations)
         self.solves += len(z)
         self.unconverged += int((~converged).sum())
@@ -254,7 +254,7 @@ def conjugate_gradients(
         Solutions [R, *shape], and which rows are done [R]. A row along which ``M`` is found not to be positive stops
         where it is.
     """
-    dot = lambda x, y: (x * y).flatten(1).sum(1).reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731
+    dot = lambda x, y: (x * y).flatten(1).sum(1).reshape(-1, *[1] * (x.ndim - 1))
     solution, residual, direction = torch.zeros_like(right), right, right
     size = dot(right, right)
     goal = tolerance**2 * size
