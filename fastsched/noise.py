@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -115,7 +115,7 @@ class VariancePreserving(NoiseProcess):
         integer_timesteps: Whether timesteps must be whole numbers.
     """
 
-    alphas_cumprod: tuple[float, ...]
+    alphas_cumprod: tuple[float, ...] = field(repr=False)
     integer_timesteps: bool = False
     kind: ClassVar[str] = "vp"
 

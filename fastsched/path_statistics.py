@@ -23,7 +23,7 @@ VERSION = 1
 DIRECTIONAL_WINDOW = 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class PathStatistics:
     """Statistics of the denoiser along the probability-flow paths of B samples, over N levels.
 
@@ -118,6 +118,13 @@ class PathStatistics:
                 "or select with weight=None"
             )
         return self.cross, self.w_squared
+
+    def __repr__(self) -> str:
+        swept = "with" if self.cross is not None else "without"
+        return (
+            f"PathStatistics({self.process.kind}, {self.levels} levels, {self.samples} samples of {self.shape}, "
+            f"{swept} sensitivity, {self.model_calls} model calls)"
+        )
 
     def select(self, samples: Sequence[int] | Tensor) -> PathStatistics:
         """The statistics of some of the samples, by index (for jackknives and convergence checks)."""

@@ -186,3 +186,8 @@ def test_file_with_nan(stats, tmp_path):
     save_file(tensors, path, metadata={"fastsched": json.dumps(header)})
     with pytest.raises(ValueError, match="gram holds NaN or inf"):
         fs.PathStatistics.load(path)
+
+
+def test_prints_in_a_line(stats):
+    assert repr(stats) == "PathStatistics(ve, 12 levels, 3 samples of (4,), with sensitivity, 69 model calls)"
+    assert len(repr(KINDS["epsilon"].process)) < 100
