@@ -7,8 +7,7 @@ import scipy.integrate
 import scipy.optimize
 import torch
 
-from fastsched import oracles
-from fastsched.oracles import Empirical, Gaussian, GaussianMixture
+from fastsched.oracles import Empirical, Gaussian, GaussianMixture, empirical
 
 EPS32 = torch.finfo(torch.float32).eps
 EPS64 = torch.finfo(torch.float64).eps
@@ -194,7 +193,7 @@ def test_one_datum_is_a_point_mass():
 def test_empirical_does_not_depend_on_its_chunks(monkeypatch):
     oracle, z = ORACLES["empirical"], _states(ORACLES["empirical"], 0.3)
     whole = oracle.denoise(z, 0.3)
-    monkeypatch.setattr(oracles, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(empirical, "_CHUNK_ELEMENTS", 1)
     torch.testing.assert_close(oracle.denoise(z, 0.3), whole, rtol=0, atol=1e-15)
 
 
