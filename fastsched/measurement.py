@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Generator, Sequence
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from fastsched import ops, validate
 from fastsched.denoiser import Denoiser
-from fastsched.multistep import Node, dpmpp_3m_weights
+from fastsched.multistep import Node
 from fastsched.path_statistics import PathStatistics, data_deviation
 from fastsched.progress import progress_bar
 from fastsched.sampling import nodes_of, not_finite
+from fastsched.solvers import get_solver
 
 Answer = TypeVar("Answer")
 #: A generator that asks for raw outputs: yields a state and its level, is sent ``R``, and returns an answer.
@@ -27,6 +29,10 @@ SENSITIVITIES = ("finite-difference", "jvp")
 #: above its rounding, small enough to stay on the linear part.
 RELATIVE_STEP = {torch.float64: 0.01, torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.05}
 
+
+#: Follows the path: of seven solvers tried the one whose ends are nearest the converged ones for the same calls; over
+#: 48 levels 12 to 50 times nearer (squared) than DPM-Solver++(3M)'s on the benchmark's denoisers.
+PATH_SOLVER = "unipc_3"
 
 #: How many samples `measure(samples="auto")` adds at a time, and where it stops.
 AUTO_CHUNK, AUTO_MOST = 4, 32
@@ -48,8 +54,8 @@ def measure(
 ) -> PathStatistics:
     """Follow ``samples`` probability-flow paths over ``levels`` levels and keep what schedules are chosen from.
 
-    **Path.** From ``y_0 = noise``, one call a level, by DPM-Solver++(3M). **Sensitivity.** Back from the end with a
-    Rademacher probe ``w_N = w``,
+    **Path.** From ``y_0 = noise``, one call a level, by UniPC of third order, whose corrector costs none.
+    **Sensitivity.** Back from the end with a Rademacher probe ``w_N = w``,
 
         ``w_k = (s_{k+1}/s_k) w_{k+1} + (1 - s_{k+1}/s_k) J_k w_{k+1}``,   ``J = dD/dz``,
 
@@ -245,10 +251,14 @@ def measurement_steps(
 def _follow_path(
     run: Run, noise: Tensor, advance: Callable[[int], None]
 ) -> Ask[tuple[list[Tensor], list[Tensor], Tensor]]:
-    """Raw outputs and states at every level, and the end ``D_{N-1}``; by DPM-Solver++(3M)."""
-    nodes = nodes_of(run.denoiser.process, run.s)
-    y, denoised = noise, noise
+    """Raw outputs and states at every level, and the end ``D_{N-1}``; by `PATH_SOLVER`.
+
+    The network is called at predicted states, which the corrector then mends with the output found there.
+    """
+    solver, nodes = get_solver(PATH_SOLVER), nodes_of(run.denoiser.process, run.s)
+    assert solver.corrector is not None
     raws, states = [], []
+    y, before, denoised = noise, noise, noise
     history: list[tuple[Node, Tensor]] = []
     for k, node in enumerate(nodes):
         x = float(run.sigma[k]) * y
@@ -257,12 +267,20 @@ def _follow_path(
         raws.append(raw)
         states.append(x)
         denoised = float(run.a[k]) * x + float(run.c[k]) * raw.float()
-        history = [(node, denoised), *history][:3]
+        known = [(node, denoised), *history]
+        if history:
+            weights = solver.corrector([earlier for earlier, _ in history], node)
+            y = before + float(node.rho - history[0][0].rho) * _mean_slope(weights, known)
+        history = known[: solver.order]
         if k + 1 < len(nodes):
-            weights = dpmpp_3m_weights([known for known, _ in history], nodes[k + 1])
-            slope = sum(float(b) * output for b, (_, output) in zip(weights, history, strict=True))
-            y = y + float(run.rho[k + 1] - run.rho[k]) * slope
+            weights = solver.weights([earlier for earlier, _ in history], nodes[k + 1])
+            before, y = y, y + float(nodes[k + 1].rho - node.rho) * _mean_slope(weights, history)
     return raws, states, denoised
+
+
+def _mean_slope(weights: Sequence[Any], known: Sequence[tuple[Node, Tensor]]) -> Tensor:
+    terms = (float(b) * output for b, (_, output) in zip(weights, known, strict=True))
+    return functools.reduce(torch.add, terms)
 
 
 def _sweep_back(

@@ -5,7 +5,7 @@ import torch
 from models import exact_denoiser, exact_denoisers, mixture
 
 import fastsched as fs
-from fastsched.measurement import noise_of, probe_of, sample_seeds
+from fastsched.measurement import PATH_SOLVER, noise_of, probe_of, sample_seeds
 
 C = 0.5
 
@@ -52,7 +52,7 @@ def follow_exactly(denoiser, noise, s):
     """The states z_k of the measured path, recomputed with fs.sample, level by level."""
     states = [noise * float(s[0])]
     for k in range(2, len(s) + 1):
-        states.append(fs.sample(denoiser, s[:k], "dpmpp_3m", noise))
+        states.append(fs.sample(denoiser, s[:k], PATH_SOLVER, noise))
     return states
 
 
