@@ -91,17 +91,6 @@ def digits_data() -> Tensor:
     return torch.from_numpy(pixels).float().reshape(-1, *SHAPE) / 8 - 1
 
 
-def karras_family(steps: int, rhos: Sequence[float] = (3, 5, 7, 9)) -> dict[str, Tensor]:
-    """Schedules of Karras et al. in both placements of the last node (`fastsched.baselines`)."""
-    return {
-        f"karras rho {rho:g}" + (", spared" if spare else ""): fs.baselines.karras(
-            steps, SIGMA_MIN, SIGMA_MAX, rho=rho, spare_last=spare
-        )
-        for rho in rhos
-        for spare in (False, True)
-    }
-
-
 def errors(denoiser: fs.Denoiser, schedules: Mapping[str, Any], solver: str, reference: Reference) -> dict[str, Any]:
     """The comparison's rows by name."""
     comparison = fs.compare(denoiser, dict(schedules), solver, reference=reference, progress=False)

@@ -102,6 +102,8 @@ def main() -> None:
     reference = fs.converged_reference(
         denoiser, SHAPE, samples=64 if args.quick else 512, steps=100 if args.quick else 300, progress=False
     )
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     costs = measure_costs(denoiser, s, args.quick)
     stats = fs.measure(denoiser, SHAPE, levels=s, samples=8, progress=False)
     picks: dict[tuple[str, str], Tensor] = {}
@@ -136,7 +138,13 @@ def main() -> None:
             ax.loglog(totals, along, ".", ms=3)
             ax.set_title(f"{solver}: {row['spearman']:.2f}", fontsize=8)
             ax.set_xlabel(name, fontsize=7)
-            ax.tick_params(labelsize=6)
+            ax.tick_params(which="both", labelsize=6)
+            for axis in (ax.xaxis, ax.yaxis):  # powers of ten; less than two decades get numbers between as well
+                low, high = axis.get_view_interval()
+                axis.set_minor_locator(LogLocator(subs=(2, 5)))
+                axis.set_minor_formatter("{x:g}" if high < 100 * low else NullFormatter())
+            if column == 0:
+                ax.set_ylabel("sampling error", fontsize=7)
     columns = ("solver", "cost", "spearman", "without_last_step", "algorithm 1", "dynamic programming", "best_of_pool")
     columns = (*columns, "forward_calls", "jvp_calls", "gradient_calls")
     report("costs", rows, columns, ("solver", "cost"), quick=args.quick, figure=figure)
