@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 import fastsched as fs
-from benchmarks.experiments.common import SHAPE, arguments, axes, digits_data, digits_denoiser, points_mixture, report
+from benchmarks.experiments.common import (
+    SHAPE,
+    arguments,
+    axes,
+    digits_data,
+    digits_denoiser,
+    number_decades,
+    points_mixture,
+    report,
+)
 from benchmarks.experiments.two_dimensional import data_sets
 from fastsched import metrics
 from fastsched.costs import CostMatrix
@@ -107,6 +116,7 @@ def main() -> None:
         ax.set_title(f"{data}, {cost}", fontsize=9)
         ax.set_xlabel("steps")
         ax.set_ylabel("total cost, against DP", fontsize=8)
+        number_decades(ax)
         ax.set_xticks(COUNTS, [str(count) for count in COUNTS], minor=False)
         ax.tick_params(axis="x", which="minor", labelbottom=False)
     panels[0].legend(fontsize=8)

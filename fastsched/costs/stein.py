@@ -74,6 +74,7 @@ def stein_corrector(
     speed = step_speed(source.s, steps, velocity)
 
     def squares(_: Batch, z: Tensor, raw: Tensor, k: int, others: range) -> Tensor:
+        # A GPU reads every output once for the fused op's whole Gram; a CPU is faster without its n^2 products.
         return (fused_score_distances if z.is_cuda else score_distances)(source, z, raw, k, others)
 
     costs = step_costs(source, steps, speed, squares, progress=progress, what="Stein corrector cost")
