@@ -52,6 +52,16 @@ def test_calls_reported_are_the_calls_made(estimate, from_data):
     assert cost.model_calls == sum(cost.calls)
 
 
+@pytest.mark.filterwarnings("error")
+def test_standard_errors():
+    denoiser = fs.Denoiser.from_denoiser(MIXTURE.denoise, 0.05, 10.0)
+    settings = {"shape": (2,), "sigmas": [2.0, 1.0, 0.5], "progress": False}
+    one, five = (costs.stein_corrector(denoiser, samples=n, **settings) for n in (1, 5))
+    assert one.stderr[0, 1].isnan()
+    expected = torch.stack([five.per_sample[:, p].std() / 5**0.5 for p in range(2)])
+    torch.testing.assert_close(five.stderr.diagonal(1), expected)
+
+
 def test_every_seed_and_every_sample_has_random_numbers_of_its_own():
     denoiser = fs.Denoiser.from_denoiser(MIXTURE.denoise, 0.05, 10.0)
     drawn = []
