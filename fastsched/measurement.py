@@ -136,19 +136,20 @@ def sample_seeds(seed: int, samples: int) -> Tensor:
 
 def noise_of(seeds: Tensor, shape: Sequence[int]) -> Tensor:
     """The standard normal noise that each path starts from, [B, *shape] float32, on the CPU."""
-    draws = [_generator(seed, 0).standard_normal(tuple(shape), dtype=np.float32) for seed in seeds.tolist()]
+    draws = [stream(seed, 0).standard_normal(tuple(shape), dtype=np.float32) for seed in seeds.tolist()]
     return torch.from_numpy(np.stack(draws))
 
 
 def probe_of(seeds: Tensor, shape: Sequence[int]) -> Tensor:
     """The Rademacher probe that each sweep starts from, [B, *shape] float32, on the CPU."""
-    signs = [_generator(seed, 1).integers(0, 2, tuple(shape)) for seed in seeds.tolist()]
+    signs = [stream(seed, 1).integers(0, 2, tuple(shape)) for seed in seeds.tolist()]
     return torch.from_numpy(2 * np.stack(signs) - 1).float()
 
 
-def _generator(seed: int, stream: int) -> np.random.Generator:
+def stream(seed: int, which: int) -> np.random.Generator:
+    """One of a sample's two streams of random numbers: 0 for the noise it starts from, 1 for all that follows."""
     # Philox takes the whole seed as its key; torch's CPU generator would use the low 32 bits alone.
-    return np.random.Generator(np.random.Philox(key=2 * seed + stream))
+    return np.random.Generator(np.random.Philox(key=2 * seed + which))
 
 
 class Run:

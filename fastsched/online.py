@@ -31,8 +31,9 @@ class AdaptiveSchedule:
     `update` on every rank; the observations are summed over ranks, so that all keep the same grid. Each rank draws
     and observes its own batches.
 
-    The levels drawn weigh the training loss: a loss that should keep its own weighting of noise levels must divide
-    by `density`.
+    The levels drawn weigh the training loss. They become rare far below the data's deviation, where the corrector cost
+    dies out. A loss that must keep a distribution ``p`` of noise levels of its own draws a share ``a`` of each batch
+    from it and weighs by ``p / (a p + (1 - a) density)``, at most ``1 / a``.
 
     Attributes:
         s: The grid, noisiest first, [N] float64; both ends stay.

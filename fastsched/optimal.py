@@ -20,7 +20,7 @@ from fastsched.polish import coordinate_descent, error_estimates
 from fastsched.polish import polish as polished_nodes
 from fastsched.schedule import Schedule
 from fastsched.selection import Selection, cheapest_paths, equal_arc_length, first_order_paths
-from fastsched.solvers import get_solver
+from fastsched.solvers import get_solver, solver_name
 
 #: How finely `polish` cuts the measured grid.
 POLISH_PARTS = 4
@@ -127,7 +127,7 @@ def score_optimal_schedule(
     Source: Williams, Campbell, Doucet and Syed, NeurIPS 2024 (arXiv 2412.07877), algorithm 1.
     """
     steps = validate.positive_int("steps", steps)
-    name = get_solver(solver).name
+    name = solver_name(solver)
     s = finite_grid(denoiser, levels) if isinstance(levels, int) else levels
     cost = stein_corrector(
         denoiser,
@@ -192,7 +192,7 @@ def select(
     else:
         clipped = cost.matrix.clamp_min(0.0).numpy()  # an unbiased estimate near 0 may fall below it
         s = cost.s[first_order_paths(clipped, nodes - 1).path(nodes - 1)]
-    return Schedule.from_levels(cost.process, _to_zero(cost.process, s, steps), get_solver(solver).name)
+    return Schedule.from_levels(cost.process, _to_zero(cost.process, s, steps), solver_name(solver))
 
 
 def _to_zero(process: NoiseProcess, nodes: Tensor, steps: int) -> Tensor:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def progress_bar(total: int, show: bool, what: str) -> Iterator[Callable[[int], None]]:
-    """A bar over ``total`` model calls, or nothing; yields the function that is told of calls made."""
+def progress_bar(total: int, show: bool, what: str, unit: str = "call") -> Iterator[Callable[[int], None]]:
+    """A bar over ``total`` model calls or other units, or nothing; yields the function that is told of those done."""
     if not show:
-        yield lambda calls: None
+        yield lambda done: None
         return
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=what, unit="call") as bar:
-        yield lambda calls: (bar.update(calls), None)[1]
+    with tqdm(total=total, desc=what, unit=unit) as bar:
+        yield lambda done: (bar.update(done), None)[1]

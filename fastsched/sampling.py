@@ -12,7 +12,7 @@ from fastsched import validate
 from fastsched.denoiser import Denoiser
 from fastsched.multistep import Node, log_rho
 from fastsched.noise import NoiseProcess
-from fastsched.solvers import Solver, from_pure_noise, get_solver, step_scale
+from fastsched.solvers import STOCHASTIC_SOLVERS, Solver, from_pure_noise, get_solver, solver_name, step_scale
 
 if TYPE_CHECKING:
     from fastsched.schedule import Schedule
@@ -33,6 +33,7 @@ def sample(
     solver: str | Solver | None = None,
     noise: Tensor | None = None,
     *,
+    seed: int | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -41,9 +42,11 @@ def sample(
     Args:
         denoiser: What to sample from.
         sigmas: Sampler sigmas [steps + 1], strictly descending, usually ending in 0; or a `Schedule`.
-        solver: A solver's name; that of the schedule when None. ``"sde_dpmpp_2m"`` and ``"ancestral"`` are
-            `fastsched.stochastic.sample_stochastic` with its defaults.
+        solver: A solver's name; that of the schedule when None. ``"sde_dpmpp_2m"`` and ``"ancestral"`` solve the
+            reverse SDE instead, by `fastsched.stochastic.sample_stochastic` with ``eta = 1``.
         noise: Standard normal noise [B, *shape], float32 or float64; the state is kept in its dtype.
+        seed: Of the noise that the steps of a stochastic solver add, 0 when None; sample ``b``'s own does not depend
+            on ``B``. For stochastic solvers alone.
         dtype: What the network computes in; the dtype of ``noise`` when None.
         progress: Show a progress bar.
 
@@ -51,19 +54,21 @@ def sample(
         The samples ``x0`` [B, *shape]; if the last sigma is not 0, the state ``z = x / alpha`` there.
 
     Raises:
-        ValueError: If ``sigmas`` do not descend, the solver is unknown, or the network returns NaN or inf
-            (the message names the level).
+        ValueError: If ``sigmas`` do not descend, the solver is unknown, a deterministic one is given a seed, or the
+            network returns NaN or inf (the message names the level).
     """
     name = solver if solver is not None else getattr(sigmas, "solver", None)
     if name is None:
         raise ValueError("solver must be given, for the sigmas do not say what they are for")
     if noise is None:
         raise ValueError("noise must be given: standard normal, [B, *shape]")
-    if name in ("sde_dpmpp_2m", "ancestral"):
+    if solver_name(name) in STOCHASTIC_SOLVERS:
         from fastsched.stochastic import sample_stochastic
 
-        return sample_stochastic(denoiser, sigmas, str(name), noise, dtype=dtype, progress=progress)
+        return sample_stochastic(denoiser, sigmas, str(name), noise, seed=seed or 0, dtype=dtype, progress=progress)
     method = get_solver(name)
+    if seed is not None:
+        raise ValueError(f"seed must be None for {method.name}, got {seed!r}: it adds no noise of its own to the given")
     values = validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas))  # type: ignore[arg-type]
     s = denoiser.process.level(values)
     nodes = nodes_of(denoiser.process, s)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.noise import NoiseProcess
-from fastsched.solvers import get_solver
+from fastsched.solvers import STOCHASTIC_SOLVERS, get_solver, solver_name
 
 if TYPE_CHECKING:
     from fastsched.comfyui import ComfyUISigmas
@@ -31,7 +31,7 @@ class Schedule:
     Attributes:
         sigmas: Sampler sigmas [steps + 1], float64, strictly descending, the last 0: k-diffusion's convention.
             For flow models they are times within (0, 1].
-        solver: The solver they were chosen for.
+        solver: The solver they were chosen for, deterministic or stochastic.
         noise: The kind of noise process: ``"ve"``, ``"vp"`` or ``"flow"``.
         timesteps: What the network is given at each but the last sigma, [steps] float64; None for models that are
             given sigma.
@@ -51,7 +51,7 @@ class Schedule:
         if float(sigmas[-1]) != 0.0:
             raise ValueError(f"sigmas must end in 0, got {float(sigmas[-1]):g}; append it")
         object.__setattr__(self, "sigmas", sigmas)
-        object.__setattr__(self, "solver", get_solver(self.solver).name)
+        object.__setattr__(self, "solver", solver_name(self.solver))
         validate.choice("noise", self.noise, ("ve", "vp", "flow"))
         if self.noise == "flow" and float(sigmas[0]) > 1:
             raise ValueError(f"sigmas of a flow model are times within [0, 1], got {float(sigmas[0]):g}")
@@ -88,7 +88,7 @@ class Schedule:
     @property
     def model_calls(self) -> int:
         """Network evaluations a sample."""
-        return get_solver(self.solver).model_calls(self.steps)
+        return self.steps if self.solver in STOCHASTIC_SOLVERS else get_solver(self.solver).model_calls(self.steps)
 
     @property
     def end_sigma(self) -> float:

@@ -148,8 +148,24 @@ ALIASES = {
 }
 
 
+#: Solvers of the reverse SDE (`fastsched.stochastic`), which have no table here; one evaluation a step.
+STOCHASTIC_SOLVERS = ("sde_dpmpp_2m", "ancestral")
+
+
+def solver_name(solver: str | Solver) -> str:
+    """The name of a deterministic or stochastic solver, aliases resolved.
+
+    Raises:
+        ValueError: If there is none; the message lists the names and the nearest match.
+    """
+    if isinstance(solver, Solver):
+        return solver.name
+    known = validate.choice("solver", solver, [*SOLVERS, *ALIASES, *STOCHASTIC_SOLVERS])
+    return ALIASES.get(known, known)
+
+
 def get_solver(solver: str | Solver) -> Solver:
-    """The solver of that name.
+    """The deterministic solver of that name.
 
     Raises:
         ValueError: If there is none; the message lists the names and the nearest match.
@@ -157,6 +173,11 @@ def get_solver(solver: str | Solver) -> Solver:
     if isinstance(solver, Solver):
         return solver
     name = ALIASES.get(solver, solver) if isinstance(solver, str) else solver
+    if name in STOCHASTIC_SOLVERS:
+        raise ValueError(
+            f"solver must be deterministic here, got {solver!r}, which adds noise; fastsched.select chooses schedules "
+            "for it from a cost such as fastsched.costs.klub"
+        )
     if name not in SOLVERS:
         validate.choice("solver", solver, [*SOLVERS, *ALIASES])
     return SOLVERS[name]

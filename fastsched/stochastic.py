@@ -1,4 +1,4 @@
-"""Stochastic samplers: solvers of the reverse SDE, as k-diffusion spells them.
+"""Stochastic samplers: solvers of the reverse SDE.
 
 In ``y = x / sigma`` a step from level j to k is ``y_k = keep * y_j + pull * D_j + fresh * noise``, the same for every
 noise process, with ``h = log(s_j / s_k)``, ``rho = 1 / s`` and ``eta`` how much noise is renewed (0: none):
@@ -8,7 +8,8 @@ noise process, with ``h = log(s_j / s_k)``, ``rho = 1 / s`` and ``eta`` how much
 * ``ancestral``: ``fresh = eta sqrt(1 - (s_k / s_j)^2)``, ``keep = sqrt(1 - fresh^2)``,
   ``pull = rho_k (1 - keep s_k / s_j)``.
 
-With ``eta = 0`` they are ``dpmpp_2m`` and ``ddim``. The step to sigma 0 is ``z = D_j``.
+With ``eta = 0`` they are ``dpmpp_2m`` and ``ddim``. The step to sigma 0 is ``z = D_j``. In k-diffusion they are
+``sample_dpmpp_2m_sde`` (midpoint) and ``sample_euler_ancestral``.
 
 Source: Lu et al. 2022 (arXiv 2211.01095), appendix on SDE-DPM-Solver++; Ho et al. 2020, Song et al. 2021.
 """
@@ -19,17 +20,18 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoiser import Denoiser
+from fastsched.measurement import sample_seeds, stream
 from fastsched.sampling import not_finite
+from fastsched.solvers import STOCHASTIC_SOLVERS
 
 if TYPE_CHECKING:
     from fastsched.schedule import Schedule
-
-STOCHASTIC_SOLVERS = ("sde_dpmpp_2m", "ancestral")
 
 
 @torch.no_grad()
@@ -52,7 +54,8 @@ def sample_stochastic(
         solver: ``"sde_dpmpp_2m"`` or ``"ancestral"``.
         noise: Standard normal noise to start from [B, *shape], float32 or float64; the state is kept in its dtype.
         eta: How much of the noise each step renews, within [0, 1].
-        seed: Of the noise that steps add; drawn on the CPU, so that it means the same on every device.
+        seed: Of the noise that steps add. Every sample has a stream of its own, drawn on the CPU: sample ``b`` is the
+            same whatever ``B`` and the device.
         dtype: What the network computes in; the dtype of ``noise`` when None.
         progress: Show a progress bar.
 
@@ -61,14 +64,14 @@ def sample_stochastic(
 
     Raises:
         ValueError: If ``sigmas`` do not descend, the solver is unknown, ``eta`` is out of range, or the network
-            returns NaN or inf (the message names the level).
+            returns NaN or inf (the message names the level); ``seed`` is as in `fastsched.measure`.
     """
     validate.choice("solver", solver, STOCHASTIC_SOLVERS)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be within [0, 1], got {eta!r}")
     s = denoiser.process.level(validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas)))  # type: ignore[arg-type]
     levels = s.tolist()
-    generator = torch.Generator().manual_seed(seed)
+    streams = [stream(value, 1) for value in sample_seeds(seed, len(noise)).tolist()]
     steps: Sequence[int] = range(len(levels) - 1)
     if progress:
         from tqdm import tqdm
@@ -87,8 +90,8 @@ def sample_stochastic(
         if solver == "sde_dpmpp_2m" and before is not None and math.isfinite(width_before):
             slope = denoised + width / (2 * width_before) * (denoised - before)
         keep, pull, fresh = (_sde_dpmpp if solver == "sde_dpmpp_2m" else _ancestral)(width, end, eta)
-        renewed = torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y.device)
-        y = keep * y + pull * slope + fresh * renewed
+        renewed = np.stack([generator.standard_normal(tuple(y.shape[1:]), dtype=np.float32) for generator in streams])
+        y = keep * y + pull * slope + fresh * torch.from_numpy(renewed).to(y)
         before, width_before = denoised, width
     return levels[-1] * y
 

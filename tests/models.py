@@ -19,9 +19,9 @@ def exact_denoiser(oracle, sigma_min=0.002, sigma_max=80.0):
     return fs.Denoiser.from_denoiser(oracle.denoise, sigma_min, sigma_max)
 
 
-def exact_denoisers(oracle):
+def exact_denoisers(oracle, table=None):
     """The oracle as each kind of network, each over the levels 0.02 to 80 or as near as its process comes."""
-    table = vp_table()
+    table = vp_table() if table is None else table
     trained = ((1 - table) / table).sqrt()
 
     def level_of(t):

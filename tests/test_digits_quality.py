@@ -47,6 +47,20 @@ def test_a_share_of_the_better_exponential_error(measurements, reference):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("solver", ["ddim", "heun", "dpmpp_2m", "ipndm"])
+def test_algorithm_1_beats_karras_of_any_rho(reference, solver):
+    """At 10 steps: karras rho 3 in the same placing of the last node, and 3, 5, 7 and 9 in either."""
+
+    def karras(rho, spare):
+        return mean_error(fs.baselines.karras(10, 0.002, 80.0, rho=rho, spare_last=spare), solver, reference)
+
+    schedule = fs.score_optimal_schedule(DENOISER, 10, shape=SHAPE, samples=32, progress=False)
+    ours = mean_error(schedule, solver, reference)
+    assert ours < karras(3, True)
+    assert ours <= 1.1 * min(karras(rho, spare) for rho in (3, 5, 7, 9) for spare in (False, True))
+
+
+@pytest.mark.slow
 def test_steps_needed_keeps_its_promise(reference):
     """As good as karras at 20 steps with dpmpp_2m: tried, the answer is, by the typical error; samples by default."""
 

@@ -49,6 +49,26 @@ def test_all_pairs_match_the_gaussian_closed_form(d, samples, velocity):
     assert cost.matrix[~upper & ~torch.eye(12, dtype=torch.bool)].isnan().all()
 
 
+@pytest.mark.parametrize("velocity", ["noisier", "cleaner", None])
+def test_mixture_state_by_state(velocity):
+    mixture = fs.oracles.GaussianMixture.random(2, 3, seed=0)
+    denoiser = fs.Denoiser.from_denoiser(mixture.denoise, 0.01, 10.0)
+    data = mixture.sample(20, seed=5, dtype=torch.float64)
+    settings = {"sigmas": [2.0, 0.8, 0.3, 0.05], "shape": (2,), "samples": 20, "data": data, "dtype": torch.float64}
+    cost = stein_corrector(denoiser, pairs="all", velocity=velocity, progress=False, **settings)
+    source = StateSource(denoiser, **settings)
+    states = [z for _, z, _ in source.states(next(source.batches()), 4)]
+
+    def score(z, s):  # the gradient of the density, not the oracle's own formula
+        return torch.func.grad(lambda state: mixture.log_density(state, s).sum())(z)
+
+    for pair, (i, j) in enumerate(cost.pairs.tolist()):
+        s_i, s_j = float(cost.s[i]), float(cost.s[j])
+        speed = {"noisier": s_i, "cleaner": s_j, None: 1.0}[velocity]
+        exact = speed**2 * (score(states[i], s_j) - score(states[i], s_i)).square().sum(1)
+        torch.testing.assert_close(cost.per_sample[:, pair], exact, rtol=1e-8, atol=1e-12)
+
+
 def test_path_states_are_samples_of_the_marginals():
     oracle, denoiser = _gaussian(16)
     s = denoiser.levels(48)
@@ -94,7 +114,7 @@ def test_error_shrinks_with_the_reported_standard_error():
 def test_fused_op_and_plain_differences_agree():
     _, denoiser = _gaussian(32)
     source = StateSource(denoiser, sigmas=denoiser.levels(10), shape=(32,), samples=5, dtype=torch.float64)
-    k, z, raw = next(source.states(slice(0, 5), 1))
+    k, z, raw = next(source.states(next(source.batches()), 1))
     plain = score_distances(source, z, raw, k, range(1, 10))
     fused = fused_score_distances(source, z, raw, k, range(1, 10))
     # At level 80 with a clean level of 0.002 the terms, z / s^2, are 6e4 times the score: 1e-11 of it is rounding.

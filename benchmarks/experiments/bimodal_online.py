@@ -126,7 +126,10 @@ def main() -> None:
             at, label = [row["step"] for row in line], kind if seed == 0 else None
             left.semilogy(at, [row["score_error"] for row in line], colour, label=label)
             right.plot(at, [row["log_likelihood"] for row in line], colour)
-    right.axhline(bound, color="0.6", lw=1)
+    right.axhline(bound, color="0.6", lw=1, label="exact denoiser")
+    right.legend()
+    for panel in (left, right):
+        panel.set_xlabel("training step")
     left.set_ylabel("score error")
     right.set_ylabel("log-likelihood, nats")
     left.legend()

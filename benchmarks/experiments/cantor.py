@@ -79,6 +79,7 @@ def main() -> None:
     for place, sigmas in enumerate(schedules.values()):
         if sigmas is not None:
             nodes.plot(sigmas[:-1], [place] * (len(sigmas) - 1), "o", ms=3)
+    nodes.set_title(f"{rows[-1]['steps']} steps", fontsize=9)
     nodes.set_yticks(range(len(schedules)), list(schedules))
     for ax in (density, nodes):
         ax.set_xscale("log")

@@ -78,6 +78,17 @@ def axes(columns: int = 1, rows: int = 1, width: float = 5.0, height: float = 3.
     return figure, list(grid.flat)
 
 
+def number_decades(ax: Axes) -> None:
+    """Numbers at powers of ten; between them too on a logarithmic axis of less than two decades."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    for axis, scale in ((ax.xaxis, ax.get_xscale()), (ax.yaxis, ax.get_yscale())):
+        low, high = axis.get_view_interval()
+        if scale == "log" and high > low:
+            axis.set_minor_locator(LogLocator(subs=(2, 5)) if high < 100 * low else LogLocator(subs=range(2, 10)))
+            axis.set_minor_formatter("{x:g}" if high < 100 * low else NullFormatter())
+
+
 def digits_denoiser() -> fs.Denoiser:
     """The denoiser that fastsched ships."""
     return fs.Denoiser.from_edm(load_digits_network())
@@ -89,17 +100,6 @@ def digits_data() -> Tensor:
 
     pixels = load_digits().data  # type: ignore[attr-defined]  # a Bunch
     return torch.from_numpy(pixels).float().reshape(-1, *SHAPE) / 8 - 1
-
-
-def karras_family(steps: int, rhos: Sequence[float] = (3, 5, 7, 9)) -> dict[str, Tensor]:
-    """Schedules of Karras et al. in both placements of the last node (`fastsched.baselines`)."""
-    return {
-        f"karras rho {rho:g}" + (", spared" if spare else ""): fs.baselines.karras(
-            steps, SIGMA_MIN, SIGMA_MAX, rho=rho, spare_last=spare
-        )
-        for rho in rhos
-        for spare in (False, True)
-    }
 
 
 def errors(denoiser: fs.Denoiser, schedules: Mapping[str, Any], solver: str, reference: Reference) -> dict[str, Any]:

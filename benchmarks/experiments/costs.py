@@ -6,7 +6,8 @@ Every cost is measured on one grid of levels. A pool of schedules on that grid (
 warps of them, and each cost's own choices) is run with each solver; a cost's total over a schedule's steps is ranked
 against the sampling error: Spearman's rho. The deterministic solvers are judged by the typical distance to the
 converged sample, the stochastic ones by the Frechet distance to converged samples. Beside it: what the cost's own
-schedule achieves, by Algorithm 1 and by dynamic programming, and the model calls that the cost took.
+schedule achieves, by Algorithm 1 and by dynamic programming, the model calls that the cost took, and the standard error
+they left in the cost of a step between neighbouring levels (the median, relative).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 import fastsched as fs
-from benchmarks.experiments.common import SHAPE, arguments, axes, digits_data, digits_denoiser, report
+from benchmarks.experiments.common import SHAPE, arguments, axes, digits_data, digits_denoiser, number_decades, report
 from fastsched import metrics
 from fastsched.comparison import Reference
 from fastsched.costs import CostMatrix, PathCost
@@ -124,6 +125,7 @@ def main() -> None:
             if isinstance(cost, CostMatrix):
                 row |= {f"{kind}_calls": count for kind, count in cost.calls._asdict().items()}
                 row["samples"] = len(cost.per_sample)
+                row["relative_stderr"] = float((cost.stderr.diagonal(1) / cost.adjacent.abs()).median())
             else:
                 row |= {"forward_calls": stats.model_calls, "jvp_calls": 0, "gradient_calls": 0, "samples": 8}
                 picks[name, "dynamic programming"] = fs.optimal_schedule(stats, STEPS, own).sigmas
@@ -136,9 +138,12 @@ def main() -> None:
             ax.loglog(totals, along, ".", ms=3)
             ax.set_title(f"{solver}: {row['spearman']:.2f}", fontsize=8)
             ax.set_xlabel(name, fontsize=7)
-            ax.tick_params(labelsize=6)
+            ax.tick_params(which="both", labelsize=6)
+            number_decades(ax)
+            if column == 0:
+                ax.set_ylabel("sampling error", fontsize=7)
     columns = ("solver", "cost", "spearman", "without_last_step", "algorithm 1", "dynamic programming", "best_of_pool")
-    columns = (*columns, "forward_calls", "jvp_calls", "gradient_calls")
+    columns = (*columns, "forward_calls", "jvp_calls", "gradient_calls", "relative_stderr")
     report("costs", rows, columns, ("solver", "cost"), quick=args.quick, figure=figure)
 
 

@@ -3,65 +3,115 @@
     python -m benchmarks.experiments.digits
 
 For each solver at 10 steps: the typical error (geometric mean of the squared distance to the converged sample, same
-noise) of the corrector schedule, of karras with rho 3, 5, 7, 9 in both placements of the last node, and of fastsched's
-own solver-aware schedule. The last columns are the schedule's error against karras rho 3 and the best karras.
+noise) of the corrector schedule, Algorithm 1, mean of five measurements; of karras with rho 3, 5, 7 and 9; and of
+fastsched's own solver-aware schedule. A schedule of 10 steps is 10 nodes and a 0, and there are two ways to place the
+last node (`fastsched.baselines`): *kept* at sigma_min, or *spared* (11 nodes, the one at sigma_min replaced by 0). The
+last table sets the corrector's error against karras rho 3 and the best rho in its own placing, and the best of all
+eight. "less a call" is the kept corrector schedule without its node at sigma_min: what that node does.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 import fastsched as fs
-from benchmarks.experiments.common import SHAPE, arguments, axes, digits_denoiser, errors, karras_family, report
+from benchmarks.experiments.common import (
+    SHAPE,
+    SIGMA_MAX,
+    SIGMA_MIN,
+    arguments,
+    axes,
+    digits_denoiser,
+    errors,
+    report,
+)
 
 SOLVERS = ("ddim", "heun", "dpmpp_2m", "ipndm")
+RHOS = (3, 5, 7, 9)
 STEPS = 10
+PLACINGS = {"kept": False, "spared": True}
 
 
-def schedules_for(denoiser: fs.Denoiser, solver: str, samples: int) -> dict[str, Any]:
-    settings: dict[str, Any] = {"shape": SHAPE, "samples": samples, "progress": False}
-    stats = fs.measure(denoiser, SHAPE, samples=4, progress=False)
+def correctors(denoiser: fs.Denoiser, samples: int, seeds: int) -> dict[tuple[str, str], list[Tensor]]:
+    """Algorithm 1 by placing, one schedule a measurement."""
+    found = {
+        ("corrector", placing): [
+            fs.score_optimal_schedule(
+                denoiser, STEPS, shape=SHAPE, samples=samples, spare_last=spare, seed=seed, progress=False
+            ).sigmas
+            for seed in range(seeds)
+        ]
+        for placing, spare in PLACINGS.items()
+    }
+    cut = [torch.cat([sigmas[: STEPS - 1], sigmas[-1:]]) for sigmas in found["corrector", "kept"]]
+    return {**found, ("corrector, less a call", "kept"): cut}
+
+
+def claim(rows: list[dict[str, Any]], solver: str, placing: str) -> dict[str, Any]:
+    """The corrector's error in one placing against karras'."""
+    error = {(row["schedule"], row["placing"]): row["typical_error"] for row in rows if row["solver"] == solver}
+    family = {place: {rho: error[f"karras rho {rho}", place] for rho in RHOS} for place in PLACINGS}
+    best = min(family[placing], key=family[placing].__getitem__)
+    mine = error["corrector", placing]
     return {
-        **karras_family(STEPS),
-        "corrector": fs.score_optimal_schedule(denoiser, STEPS, spare_last=False, **settings),
-        "corrector, spared": fs.score_optimal_schedule(denoiser, STEPS, **settings),
-        "solver-aware": fs.optimal_schedule(stats, STEPS, solver),
+        "solver": solver,
+        "placing": placing,
+        "corrector": mine,
+        "karras rho 3": family[placing][3],
+        f"best of {RHOS}": f"{family[placing][best]:.4g} (rho {best})",
+        "to_karras_3": mine / family[placing][3],
+        "to_best_rho": mine / family[placing][best],
+        "to_best_of_both": mine / min(min(errors_.values()) for errors_ in family.values()),
     }
 
 
 def main() -> None:
     args = arguments(__doc__)
     denoiser, rows = digits_denoiser(), []
-    count = 64 if args.quick else 512
-    reference = fs.converged_reference(denoiser, SHAPE, samples=count, progress=False)
+    reference = fs.converged_reference(denoiser, SHAPE, samples=64 if args.quick else 512, progress=False)
+    found = correctors(denoiser, *((4, 2) if args.quick else (32, 5)))
+    stats = fs.measure(denoiser, SHAPE, samples=4, progress=False)
     figure, panels = axes(len(SOLVERS), width=3.4, height=4.2)
     for solver, ax in zip(SOLVERS, panels, strict=True):
-        found = errors(denoiser, schedules_for(denoiser, solver, 4 if args.quick else 32), solver, reference)
-        karras = {name: row for name, row in found.items() if name.startswith("karras")}
-        third = min(row.typical_error for name, row in karras.items() if name.startswith("karras rho 3"))
-        best = min(row.typical_error for row in karras.values())
-        for name, row in found.items():
-            rows.append(
-                {
-                    "solver": solver,
-                    "schedule": name,
-                    "model_calls": row.model_calls,
-                    "typical_error": row.typical_error,
-                    "mean_error": row.mean_error,
-                    "frechet": row.frechet,
-                    "to_karras_3": row.typical_error / third,
-                    "to_best_karras": row.typical_error / best,
-                }
-            )
-        names = sorted(found, key=lambda name: -found[name].typical_error)
-        colours = ["0.7" if name in karras else "C0" if "corrector" in name else "C1" for name in names]
-        ax.hlines(names, 0, [found[name].typical_error for name in names], "0.9")
-        ax.scatter([found[name].typical_error for name in names], names, color=colours)
+        trials: dict[tuple[str, str], list[Any]] = {
+            (f"karras rho {rho}", placing): [
+                fs.baselines.karras(STEPS, SIGMA_MIN, SIGMA_MAX, rho=rho, spare_last=spare)
+            ]
+            for placing, spare in PLACINGS.items()
+            for rho in RHOS
+        }
+        trials |= {**found, ("solver-aware", ""): [fs.optimal_schedule(stats, STEPS, solver)]}
+        flat = {f"{key} {n}": sigmas for key, several in trials.items() for n, sigmas in enumerate(several)}
+        compared = errors(denoiser, flat, solver, reference)
+        shown: dict[str, float] = {}
+        for key, several in trials.items():
+            runs = [compared[f"{key} {n}"] for n in range(len(several))]
+            name, placing = key
+            row = {"solver": solver, "schedule": name, "placing": placing, "model_calls": runs[0].model_calls}
+            for quantity in ("typical_error", "mean_error", "frechet"):
+                row[quantity] = float(np.mean([getattr(run, quantity) for run in runs]))
+            row["spread"] = float(np.std([run.typical_error for run in runs]))
+            row["measurements"] = len(runs)
+            rows.append(row)
+            shown[f"{name}, {placing}".removesuffix(", ")] = row["typical_error"]
+        names = sorted(shown, key=lambda name: -shown[name])
+        colours = ["0.7" if "karras" in name else "C0" if "corrector" in name else "C1" for name in names]
+        ax.hlines(names, min(shown.values()) / 2, [shown[name] for name in names], "0.9")
+        ax.scatter([shown[name] for name in names], names, color=colours)
         ax.set_xscale("log")
+        ax.set_xlim(min(shown.values()) / 2)
+        ax.tick_params(axis="y", labelsize=7)
         ax.set_title(f"{solver}, {STEPS} steps")
         ax.set_xlabel("typical error")
-    columns = ("solver", "schedule", "model_calls", "typical_error", "mean_error", "frechet", "to_karras_3")
-    report("digits", rows, (*columns, "to_best_karras"), ("solver", "schedule"), quick=args.quick, figure=figure)
+    columns = ("solver", "schedule", "placing", "model_calls", "typical_error", "spread", "mean_error", "frechet")
+    key = ("solver", "schedule", "placing")
+    report("digits", rows, columns, key, quick=args.quick, figure=figure)
+    claims = [claim(rows, solver, placing) for solver in SOLVERS for placing in PLACINGS]
+    report("digits_claim", claims, tuple(claims[0]), ("solver", "placing"), quick=args.quick)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
     python -m benchmarks.experiments.online_digits --start linear
     python -m benchmarks.experiments.online_digits --start log-uniform
 
-Two networks a seed, equal in initialisation and number of steps: one draws training levels from the starting schedule,
-uniform in ``s`` or in ``log s``, the other from `fastsched.AdaptiveSchedule` that starts there. Reported over
+Networks equal in initialisation and number of steps: one draws training levels from the starting schedule, uniform in
+``s`` or in ``log s`` (*fixed*), one from `fastsched.AdaptiveSchedule` that starts there (*adaptive*). Reported over
 training: the coefficient of variation of the incremental corrector costs of each schedule under its own network, and
-the loss on held-out digits, of EDM's weighting and averaged over ``log s``, the same levels and noises for both. With
-the log-uniform start that average is the very loss that the fixed schedule trains on.
+the loss on held-out digits, of EDM's weighting and averaged over ``log s``, the same levels and noises for all. With
+the log-uniform start that average is the very loss that the fixed schedule trains on; there a third network draws half
+of its levels from either schedule and weighs them so that its objective is that loss too (*weighted*): with ``p`` and
+``q`` the densities of the two, ``p / (p/2 + q/2)``, at most 2 (the balance heuristic of Veach and Guibas 1995).
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from fastsched.fixed_point import variation
 from fastsched.noise import log_uniform
 
 LEVELS = 25
+#: Far below the data's deviation the corrector cost dies out, and with it the learned schedule: where tables are cut.
+LOW = 0.25
 
 
 def preconditioned(network: DigitsNetwork, z: Tensor, s: Tensor) -> Tensor:
@@ -43,15 +47,18 @@ def weighted_loss(network: DigitsNetwork, clean: Tensor, s: Tensor, noise: Tenso
     return weight * (preconditioned(network, z, s) - clean).square().mean((1, 2, 3))
 
 
-def held_out_loss(network: DigitsNetwork, clean: Tensor) -> float:
-    """Averaged over levels uniform in ``log s``; the same levels and noises at every call."""
+HELD_OUT_LEVELS = log_uniform(SIGMA_MAX, SIGMA_MIN, 24)
+
+
+def held_out_losses(network: DigitsNetwork, clean: Tensor) -> np.ndarray:
+    """At levels uniform in ``log s``, [24]; the same levels and noises at every call."""
     generator = torch.Generator().manual_seed(1234)
     losses = []
     with torch.no_grad():
-        for s in log_uniform(SIGMA_MAX, SIGMA_MIN, 24).tolist():
+        for s in HELD_OUT_LEVELS.tolist():
             noise = torch.randn(clean.shape, generator=generator)
             losses.append(float(weighted_loss(network, clean, torch.full((len(clean),), s), noise).mean()))
-    return float(np.mean(losses))
+    return np.array(losses)
 
 
 def cost_variation(network: DigitsNetwork, s: Tensor, clean: Tensor) -> float:
@@ -61,23 +68,36 @@ def cost_variation(network: DigitsNetwork, s: Tensor, clean: Tensor) -> float:
     return variation(cost.adjacent)
 
 
+def draw(
+    kind: str, fixed: fs.AdaptiveSchedule, schedule: fs.AdaptiveSchedule, batch: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Training levels and the weights of their losses, [batch] each."""
+    if kind != "weighted":
+        return schedule.draw(batch, generator=generator), torch.ones(batch)
+    half = batch // 2
+    s = torch.cat([fixed.draw(half, generator=generator), schedule.draw(batch - half, generator=generator)])
+    p, q = fixed.density(s), schedule.density(s)
+    return s, (p / (p / 2 + q / 2)).float()
+
+
 def train(
-    data: Tensor, held_out: Tensor, start: Tensor, adaptive: bool, seed: int, steps: int, batch: int = 128
-) -> list[dict[str, Any]]:
-    """One run; a row for each of five moments of it."""
+    data: Tensor, held_out: Tensor, start: Tensor, kind: str, seed: int, steps: int, batch: int = 128
+) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """One run; a row for each of five moments of it, and the held-out losses at the end."""
     torch.manual_seed(seed)
     network = DigitsNetwork(sigma_data=float(data.std()), width=128, blocks=3)
     average = copy.deepcopy(network).requires_grad_(False)
     optimiser = torch.optim.Adam(network.parameters(), 1e-3)
     decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: 0.5 * (1 + math.cos(math.pi * n / steps)))
-    schedule = fs.AdaptiveSchedule(start, rate=0.02)
+    fixed, schedule = fs.AdaptiveSchedule(start), fs.AdaptiveSchedule(start, rate=0.02)
     draws = torch.Generator().manual_seed(seed)
     probes = torch.Generator().manual_seed(seed + 1)
-    rows = []
+    rows, losses = [], np.empty(0)
+    low = HELD_OUT_LEVELS.numpy() < LOW
     for n in range(1, steps + 1):
         clean = data[torch.randint(len(data), (batch,), generator=draws)]
-        s = schedule.draw(batch, generator=draws)
-        loss = weighted_loss(network, clean, s, torch.randn(clean.shape, generator=draws)).mean()
+        s, weight = draw(kind, fixed, schedule, batch, draws)
+        loss = (weight * weighted_loss(network, clean, s, torch.randn(clean.shape, generator=draws))).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -85,20 +105,24 @@ def train(
         with torch.no_grad():
             for mean, value in zip(average.parameters(), network.parameters(), strict=True):
                 mean.lerp_(value, max(0.005, 1 / n))
-        if adaptive and n > steps // 20:  # costs of a network that has learned nothing yet say nothing
+        if kind != "fixed" and n > steps // 20:  # costs of a network that has learned nothing yet say nothing
             schedule.observe_denoiser(lambda z, s: preconditioned(average, z, s), clean, generator=probes)
             schedule.update()
         if n % (steps // 5) == 0:
+            losses = held_out_losses(average, held_out)
             rows.append(
                 {
                     "seed": seed,
-                    "schedule": "adaptive" if adaptive else "fixed",
+                    "schedule": kind,
                     "step": n,
                     "cost_variation": cost_variation(average, schedule.s, held_out),
-                    "held_out_loss": held_out_loss(average, held_out),
+                    "held_out_loss": float(losses.mean()),
+                    "loss_high": float(losses[~low].mean()),
+                    "loss_low": float(losses[low].mean()),
+                    "drawn_low": float((s < LOW).float().mean()),
                 }
             )
-    return rows
+    return rows, losses
 
 
 def main() -> None:
@@ -109,29 +133,36 @@ def main() -> None:
     data = digits_data()
     data = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))]
     data, held_out = data[360:], data[:360]
-    rows = [
-        row
-        for seed in range(seeds)
-        for adaptive in (False, True)
-        for row in train(data, held_out, start, adaptive, seed, steps)
-    ]
-    figure, panels = axes(2)
-    for panel, quantity in zip(panels, ("cost_variation", "held_out_loss"), strict=True):
-        for colour, name in (("C1", "fixed"), ("C0", "adaptive")):
-            for seed in range(seeds):
-                line = [row for row in rows if row["seed"] == seed and row["schedule"] == name]
-                steps_of = [row["step"] for row in line]
-                panel.plot(steps_of, [row[quantity] for row in line], colour, label=name if seed == 0 else None)
+    kinds = ("fixed", "adaptive", "weighted")[: 2 if args.start == "linear" else 3]
+    rows, profiles = [], {kind: [] for kind in kinds}
+    for seed in range(seeds):
+        for kind in kinds:
+            run, losses = train(data, held_out, start, kind, seed, steps)
+            rows += run
+            profiles[kind].append(losses)
+    figure, panels = axes(3)
+    for kind, colour in zip(kinds, ("C1", "C0", "C2"), strict=False):
+        for seed in range(seeds):
+            line = [row for row in rows if row["seed"] == seed and row["schedule"] == kind]
+            steps_of, label = [row["step"] for row in line], kind if seed == 0 else None
+            panels[0].semilogy(steps_of, [row["cost_variation"] for row in line], colour, label=label)
+            panels[1].plot(steps_of, [row["held_out_loss"] for row in line], colour)
+        panels[2].semilogx(HELD_OUT_LEVELS, np.mean(profiles[kind], 0) - np.mean(profiles["fixed"], 0), colour)
+    for panel, name in zip(
+        panels, ("cost variation", "held-out loss", "held-out loss at the end, less fixed"), strict=True
+    ):
+        panel.set_ylabel(name)
         panel.set_xlabel("training step")
-        panel.set_ylabel(quantity.replace("_", " "))
+    panels[2].set_xlabel("s")
+    panels[2].invert_xaxis()
     panels[0].legend()
-    columns = ("seed", "schedule", "step", "cost_variation", "held_out_loss")
+    quantities = ("cost_variation", "held_out_loss", "loss_high", "loss_low", "drawn_low")
+    columns = ("seed", "schedule", "step", *quantities)
     report(f"online_digits_{args.start}", rows, columns, ("seed", "schedule", "step"), quick=args.quick, figure=figure)
-    final = [row for row in rows if row["step"] == max(row["step"] for row in rows)]
-    for name in ("fixed", "adaptive"):
-        for quantity in ("cost_variation", "held_out_loss"):
-            values = [row[quantity] for row in final if row["schedule"] == name]
-            print(f"{name}: {quantity} at the end {np.mean(values):.4f}, over seeds ± {np.std(values):.4f}")
+    final = [row for row in rows if row["step"] == steps]
+    for kind in kinds:
+        values = {q: np.array([row[q] for row in final if row["schedule"] == kind]) for q in quantities}
+        print(f"{kind}: " + ", ".join(f"{q} {value.mean():.4f} ± {value.std():.4f}" for q, value in values.items()))
 
 
 if __name__ == "__main__":

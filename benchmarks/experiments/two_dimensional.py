@@ -79,11 +79,15 @@ def main() -> None:
                 }
             )
             panels[len(sets) + column].plot(inner, [place] * len(inner), "o", ms=3)
-        panels[column].plot(values[:, 0], values[:, 1], ".", ms=2)
+        panels[column].plot(values[:, 0], values[:, 1], ".", ms=3)
         panels[column].set_title(name, fontsize=9)
+        panels[column].set_aspect("equal", adjustable="datalim")
+        panels[column].tick_params(labelsize=7)
         below = panels[len(sets) + column]
         below.set_xscale("log")
         below.invert_xaxis()
+        below.tick_params(labelsize=7)
+        below.set_xlabel("s")
         below.set_yticks(range(len(schedules)), list(schedules) if column == 0 else [""] * len(schedules), fontsize=7)
     columns = ("data", "schedule", "typical_error", "mean_error", "sliced_wasserstein", "sigmas")
     report("two_dimensional", rows, columns, ("data", "schedule"), quick=args.quick, figure=figure)

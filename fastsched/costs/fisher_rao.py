@@ -13,14 +13,15 @@ Source: the alternative that Williams et al. 2024 (arXiv 2412.07877) compare the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastsched import ops, validate
-from fastsched.costs.matrix import CostMatrix, ModelCalls
-from fastsched.costs.states import StateSource, pair_indices, progress_bar
+from fastsched.costs.matrix import CostMatrix
+from fastsched.costs.states import Batch, StateSource
+from fastsched.costs.steps import pair_indices
 from fastsched.denoiser import Denoiser
 
 
@@ -66,60 +67,33 @@ def fisher_rao(
             (the message names the level).
     """
     probes = validate.positive_int("probes", probes, minimum=2)
-    source = StateSource(
-        denoiser,
-        sigmas=sigmas,
-        shape=shape,
-        samples=samples,
-        data=data,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-    )
-    parts = []
-    with progress_bar(source.samples * source.levels, progress, "Fisher-Rao cost") as advance:
-        for rows in source.batches():
-            generators = [torch.Generator().manual_seed(2 * seed + 1) for seed in source.seeds[rows].tolist()]
-            metrics = []
-            for k, z, raw in source.states(rows, source.levels):
-                metrics.append(_metric(source, z, raw, k, _probes(generators, probes, z)))
-                advance(len(z))
-            parts.append(torch.stack(metrics, 1).cpu())
-    metric = torch.cat(parts)  # of log s, [B, N]
-    widths = -source.s.log().diff()
-    return CostMatrix(
-        name="fisher_rao",
-        process=source.process,
-        s=source.s,
-        pairs=pair_indices(source.levels, "adjacent"),
-        per_sample=widths.square() * (metric[:, :-1] + metric[:, 1:]) / 2,
-        order=2,
-        calls=ModelCalls(source.forward_calls, jvp=source.samples * source.levels * probes),
-    )
+    source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
 
+    def of_batch(batch: Batch, advance: Callable[[int], None]) -> Tensor:
+        metrics = []
+        for k, z, raw in source.states(batch, source.levels):
+            metrics.append(_metric(source, z, raw, k, batch.signs(probes)))
+            advance(len(z))
+        return torch.stack(metrics, 1)
 
-def _probes(generators: list[torch.Generator], probes: int, z: Tensor) -> Tensor:
-    """Random signs, [probes, B, *shape]; those of a sample do not depend on its batch."""
-    shape = (probes, *z.shape[1:])
-    signs = torch.stack([torch.randint(0, 2, shape, generator=generator) for generator in generators], 1)
-    return (2 * signs - 1).to(z)
+    metric = source.over_batches(of_batch, source.levels, progress, "Fisher-Rao cost")  # of log s, [samples, N]
+    costs = source.s.log().diff().square() * (metric[:, :-1] + metric[:, 1:]) / 2
+    derivatives = source.samples * source.levels * probes
+    return source.cost_matrix("fisher_rao", pair_indices(source.levels, "adjacent"), costs, order=2, jvp=derivatives)
 
 
 def _metric(source: StateSource, z: Tensor, raw: Tensor, k: int, probes: Tensor) -> Tensor:
     """``s^4 (tr H + ||score||^2)^2`` for each sample, from the products of different probes, [B] float64."""
-    alpha, count = float(source.alpha[k]), len(probes)
+    alpha, count = float(source.alpha[k]), probes.shape[1]
 
     def denoise(state: Tensor) -> Tensor:
         output = source.denoiser.raw_output(alpha * state, source.s[k], dtype=source.dtype)
         return source.denoised_of(state, output, k)
 
-    repeated = z.repeat(count, *[1] * (z.ndim - 1))
-    products = torch.func.jvp(denoise, (repeated,), (probes.flatten(0, 1),))[1]
-    rows = lambda tensor: tensor.reshape(count, len(z), -1)
+    products = torch.func.jvp(denoise, (z.repeat_interleave(count, 0),), (probes.flatten(0, 1),))[1]
     backend = "torch" if z.dtype == torch.float64 else "auto"
-    traces, _ = ops.hutchinson_reduce(rows(probes), rows(products), backend=backend)
-    norm = source.score_of(z, raw, k).flatten(1).double().square().sum(1)
+    traces, _ = ops.hutchinson_reduce(probes.flatten(2), products.reshape(*probes.shape[:2], -1), backend=backend)
+    norm = source.score_of(z, raw, k).flatten(1).double().square().sum(1, keepdim=True)
     s2 = float(source.s[k]) ** 2
-    change = traces - z[0].numel() + s2 * norm  # s^2 (tr H + ||score||^2), [probes, B]
-    return (change.sum(0).square() - change.square().sum(0)) / (count * (count - 1))
+    change = traces - z[0].numel() + s2 * norm  # s^2 (tr H + ||score||^2), [B, probes]
+    return (change.sum(1).square() - change.square().sum(1)) / (count * (count - 1))

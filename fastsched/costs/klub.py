@@ -12,14 +12,15 @@ Source: Sabour, Fidler and Kreis 2024, "Align Your Steps" (arXiv 2404.14507), se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastsched import ops
-from fastsched.costs.matrix import CostMatrix, ModelCalls
-from fastsched.costs.states import StateSource, pair_indices, progress_bar
+from fastsched.costs.matrix import CostMatrix
+from fastsched.costs.states import Batch, StateSource
+from fastsched.costs.steps import pair_indices
 from fastsched.denoiser import Denoiser
 
 
@@ -62,46 +63,25 @@ def klub(
         ValueError: If an argument is out of range, or the network's output has the wrong shape or holds NaN or inf
             (the message names the level).
     """
-    source = StateSource(
-        denoiser,
-        sigmas=sigmas,
-        shape=shape,
-        samples=samples,
-        data=data,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-    )
+    source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
     pairs = pair_indices(source.levels, "all")
-    parts = []
-    with progress_bar(source.samples * source.levels, progress, "KLUB cost") as advance:
-        for rows in source.batches():
-            states = _noising_paths(source, rows)
-            raws = []
-            for k, z in enumerate(states):
-                raws.append(source.raw_output(z, k))
-                advance(len(z))
-            parts.append(_integrals(source, torch.stack(raws), torch.stack(states))[:, pairs[:, 0], pairs[:, 1]])
-    return CostMatrix(
-        name="klub",
-        process=source.process,
-        s=source.s,
-        pairs=pairs,
-        per_sample=torch.cat(parts),
-        order=2,
-        calls=ModelCalls(source.forward_calls),
-    )
+
+    def of_batch(batch: Batch, advance: Callable[[int], None]) -> Tensor:
+        raws, states = [], _noising_paths(source, batch)
+        for k, z in enumerate(states):
+            raws.append(source.raw_output(z, k))
+            advance(len(z))
+        return _integrals(source, torch.stack(raws), torch.stack(states))[:, pairs[:, 0], pairs[:, 1]]
+
+    costs = source.over_batches(of_batch, source.levels, progress, "KLUB cost")
+    return source.cost_matrix("klub", pairs, costs, order=2)
 
 
-def _noising_paths(source: StateSource, rows: slice) -> list[Tensor]:
+def _noising_paths(source: StateSource, batch: Batch) -> list[Tensor]:
     """The states of forward noising paths at every level, noisiest first: Brownian motion in ``s^2``."""
-    clean = source.clean(rows)
-    generators = [torch.Generator().manual_seed(2 * seed + 1) for seed in source.seeds[rows].tolist()]
-    z, before, states = clean, 0.0, []
+    z, before, states = source.clean(batch), 0.0, []
     for s in source.s.flip(0).tolist():
-        noise = torch.stack([torch.randn(source.shape, generator=generator) for generator in generators])
-        z = z + (s**2 - before**2) ** 0.5 * noise.to(z)
+        z = z + (s**2 - before**2) ** 0.5 * batch.normal()
         states.append(z)
         before = s
     return states[::-1]

@@ -68,7 +68,9 @@ class CostMatrix:
     def stderr(self) -> Tensor:
         """Standard error of `matrix`, [N, N] float64; NaN where not computed and for a single sample."""
         samples = len(self.per_sample)
-        return self._scatter(self.per_sample.std(0) / samples**0.5).fill_diagonal_(0.0)
+        nan = torch.full_like(self.per_sample[0], torch.nan)
+        spread = self.per_sample.std(0) if samples > 1 else nan  # of one sample torch warns
+        return self._scatter(spread / samples**0.5).fill_diagonal_(0.0)
 
     @property
     def adjacent(self) -> Tensor:

@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastsched import validate
+from fastsched.costs.matrix import CostMatrix, ModelCalls
 from fastsched.denoiser import Denoiser
-from fastsched.measurement import noise_of, sample_seeds
+from fastsched.measurement import noise_of, sample_seeds, stream
 from fastsched.multistep import dpmpp_2m_weights
 from fastsched.noise import log_uniform
+from fastsched.progress import progress_bar
 from fastsched.sampling import nodes_of, not_finite
 
 #: The longest step in ``log s`` that the path takes between two levels.
 PATH_STEP = 0.35
 
-PAIRS = ("adjacent", "all")
+
+class Batch:
+    """Some of an estimate's samples, each with a stream of random numbers of its own, whatever else is in the batch.
+
+    Attributes:
+        noise: What their states start from, standard normal, [B, *shape].
+        clean: Clean samples of the data, [B, *shape]; None without data.
+    """
+
+    def __init__(self, seeds: Tensor, noise: Tensor, clean: Tensor | None) -> None:
+        self.noise, self.clean = noise, clean
+        self._streams = [stream(seed, 1) for seed in seeds.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.noise)
+
+    def normal(self) -> Tensor:
+        """Fresh standard normal noise, shaped and kept as `noise`."""
+        shape = tuple(self.noise.shape[1:])
+        draws = [generator.standard_normal(shape, dtype=np.float32) for generator in self._streams]
+        return torch.from_numpy(np.stack(draws)).to(self.noise)
+
+    def signs(self, probes: int) -> Tensor:
+        """Fresh Rademacher probes, [B, probes, *shape], kept as `noise`."""
+        shape = (probes, *self.noise.shape[1:])
+        draws = [generator.integers(0, 2, shape) for generator in self._streams]
+        return torch.from_numpy(2 * np.stack(draws) - 1).to(self.noise)
 
 
 class StateSource:
@@ -46,7 +74,6 @@ class StateSource:
     def __init__(
         self,
         denoiser: Denoiser,
-        *,
         sigmas: Tensor | Sequence[float],
         shape: Sequence[int],
         samples: int,
@@ -97,31 +124,49 @@ class StateSource:
         """``D`` at level ``k``, [B, *shape], in the dtype of ``z``."""
         return float(self.denoised_a[k]) * z + float(self.denoised_c[k]) * raw.to(z.dtype)
 
-    def batches(self) -> Iterator[slice]:
-        """Which samples are handled at once."""
+    def batches(self) -> Iterator[Batch]:
+        """The samples, as many at once as the batch size says."""
         for start in range(0, self.samples, self.batch):
-            yield slice(start, min(start + self.batch, self.samples))
+            rows = slice(start, min(start + self.batch, self.samples))
+            noise = noise_of(self.seeds[rows], self.shape).to(self.device, self.state_dtype)
+            clean = None if self._chosen is None else self._chosen[rows].to(self.device, self.state_dtype)
+            yield Batch(self.seeds[rows], noise, clean)
 
-    def states(self, rows: slice, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def over_batches(
+        self, estimate: Callable[[Batch, Callable[[int], None]], Tensor], levels: int, progress: bool, what: str
+    ) -> Tensor:
+        """``estimate(batch, advance)`` [B, P] of every batch, [samples, P] float64 on the CPU.
+
+        ``advance(n)`` tells the progress bar of n states done, of ``levels`` a sample.
+        """
+        with progress_bar(self.samples * levels, progress, what, unit="state") as advance:
+            return torch.cat([estimate(batch, advance).double().cpu() for batch in self.batches()])
+
+    def states(self, batch: Batch, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """``(k, z, R)`` for the levels ``k < count``: states ``z ~ p_k`` and the network's output there.
 
         From data ``z = x0 + s_k eps``, with one ``eps`` a sample for all levels; else the states of one path.
         """
-        noise = noise_of(self.seeds[rows], self.shape).to(self.device, self.state_dtype)
-        if self._chosen is None:
-            yield from self._follow_path(noise, count)
+        if batch.clean is None:
+            yield from self._follow_path(batch.noise, count)
             return
-        clean = self.clean(rows)
         for k in range(count):
-            z = clean + float(self.s[k]) * noise
+            z = batch.clean + float(self.s[k]) * batch.noise
             yield k, z, self.raw_output(z, k)
 
-    def clean(self, rows: slice) -> Tensor:
+    def clean(self, batch: Batch) -> Tensor:
         """Clean samples, [B, *shape]: of the data, or where probability-flow paths end."""
-        if self._chosen is not None:
-            return self._chosen[rows].to(self.device, self.state_dtype)
-        *_, (k, z, raw) = self.states(rows, self.levels)
+        if batch.clean is not None:
+            return batch.clean
+        *_, (k, z, raw) = self.states(batch, self.levels)
         return self.denoised_of(z, raw, k)
+
+    def cost_matrix(
+        self, name: str, pairs: Tensor, per_sample: Tensor, order: int, *, jvp: int = 0, gradient: int = 0
+    ) -> CostMatrix:
+        """The finished estimate, with the calls it took."""
+        calls = ModelCalls(self.forward_calls, jvp, gradient)
+        return CostMatrix(name, self.process, self.s, pairs, per_sample, order, calls)
 
     def _follow_path(self, noise: Tensor, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """DPM-Solver++(2M) from the process's highest level, no step longer than `PATH_STEP` in ``log s``."""
@@ -170,46 +215,6 @@ def finite_grid(denoiser: Denoiser, n: int) -> Tensor:
     """``n`` levels ``s`` of the denoiser's own grid, pure noise left out, [n] float64."""
     levels = denoiser.levels(n)
     return levels if bool(torch.isfinite(levels[0])) else denoiser.levels(n + 1)[1:]
-
-
-def check_pairs(pairs: str) -> str:
-    """Return ``pairs`` if it is ``"adjacent"`` or ``"all"``.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    return validate.choice("pairs", pairs, PAIRS)
-
-
-def pair_indices(levels: int, pairs: str) -> Tensor:
-    """The steps (from, to) between levels, [P, 2] int64: neighbours, or all with from < to, by rows."""
-    if pairs == "adjacent":
-        return torch.stack([torch.arange(levels - 1), torch.arange(1, levels)], 1)
-    return torch.triu_indices(levels, levels, 1).T
-
-
-def step_speed(s: Tensor, pairs: Tensor, velocity: str | None) -> Tensor:
-    """``v`` of each step, [P]: the noisier of its two levels, the cleaner, or 1.
-
-    Raises:
-        ValueError: If ``velocity`` is none of ``"noisier"``, ``"cleaner"`` and None.
-    """
-    if velocity is None:
-        return torch.ones(len(pairs), dtype=torch.float64)
-    validate.choice("velocity", velocity, ("noisier", "cleaner"))
-    return s[pairs[:, 0 if velocity == "noisier" else 1]]
-
-
-@contextlib.contextmanager
-def progress_bar(total: int, show: bool, description: str) -> Iterator[Callable[[int], None]]:
-    """A bar over ``total`` steps of work, or nothing; yields the function that advances it."""
-    if not show:
-        yield lambda steps: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=description) as bar:
-        yield lambda steps: (bar.update(steps), None)[1]
 
 
 def _path_levels(denoiser: Denoiser, s: Tensor) -> tuple[Tensor, dict[int, int]]:

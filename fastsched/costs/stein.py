@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from fastsched import ops
-from fastsched.costs.matrix import CostMatrix, ModelCalls
-from fastsched.costs.states import StateSource, check_pairs, pair_indices, progress_bar, step_speed
+from fastsched.costs.matrix import CostMatrix
+from fastsched.costs.states import Batch, StateSource
+from fastsched.costs.steps import pair_indices, step_costs, step_speed
 from fastsched.denoiser import Denoiser
 
 
@@ -68,39 +69,16 @@ def stein_corrector(
         ValueError: If an argument is out of range, or the network's output has the wrong shape or holds NaN or inf
             (the message names the level).
     """
-    check_pairs(pairs)
-    source = StateSource(
-        denoiser,
-        sigmas=sigmas,
-        shape=shape,
-        samples=samples,
-        data=data,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-    )
+    source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
     steps = pair_indices(source.levels, pairs)
     speed = step_speed(source.s, steps, velocity)
-    parts = []
-    with progress_bar(source.samples * (source.levels - 1), progress, "Stein corrector cost") as advance:
-        for rows in source.batches():
-            distances = []
-            for k, z, raw in source.states(rows, source.levels - 1):
-                others = range(k + 1, k + 2 if pairs == "adjacent" else source.levels)
-                measured = fused_score_distances if z.is_cuda else score_distances
-                distances.append(measured(source, z, raw, k, others))
-                advance(len(z))
-            parts.append(torch.cat(distances, 1))
-    return CostMatrix(
-        name="stein_corrector",
-        process=source.process,
-        s=source.s,
-        pairs=steps,
-        per_sample=torch.cat(parts) * speed.square(),
-        order=2,
-        calls=ModelCalls(forward=source.forward_calls),
-    )
+
+    def squares(_: Batch, z: Tensor, raw: Tensor, k: int, others: range) -> Tensor:
+        # A GPU reads every output once for the fused op's whole Gram; a CPU is faster without its n^2 products.
+        return (fused_score_distances if z.is_cuda else score_distances)(source, z, raw, k, others)
+
+    costs = step_costs(source, steps, speed, squares, progress=progress, what="Stein corrector cost")
+    return source.cost_matrix("stein_corrector", steps, costs, order=2)
 
 
 def score_distances(source: StateSource, z: Tensor, raw: Tensor, k: int, others: range) -> Tensor:

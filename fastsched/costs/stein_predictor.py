@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.costs.matrix import CostMatrix, ModelCalls
-from fastsched.costs.states import StateSource, check_pairs, pair_indices, progress_bar, step_speed
+from fastsched.costs.matrix import CostMatrix
+from fastsched.costs.states import Batch, StateSource
+from fastsched.costs.steps import pair_indices, step_costs, step_speed
 from fastsched.denoiser import Denoiser
 
 #: Relative residual at which a solve is done: its share of a cost's error is twice that.
@@ -88,49 +89,22 @@ def stein_predictor(
         ValueError: If an argument is out of range, or the network's output has the wrong shape or holds NaN or inf
             (the message names the level).
     """
-    check_pairs(pairs)
     if probes is not None:
         probes = validate.positive_int("probes", probes, minimum=2)
     max_iterations = validate.positive_int("max_iterations", max_iterations)
-    source = StateSource(
-        denoiser,
-        sigmas=sigmas,
-        shape=shape,
-        samples=samples,
-        data=data,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-    )
+    source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
     steps = pair_indices(source.levels, pairs)
     speed = step_speed(source.s, steps, velocity)
     estimator = _Exact(source) if probes is None else _Hutchinson(source, probes, max_iterations)
-    parts = []
-    with progress_bar(source.samples * (source.levels - 1), progress, "Stein predictor cost") as advance:
-        for rows in source.batches():
-            columns = []
-            estimator.start(rows)
-            for k, z, raw in source.states(rows, source.levels - 1):
-                others = range(k + 1, k + 2 if pairs == "adjacent" else source.levels)
-                columns += estimator.squares(z, raw, k, others)
-                advance(len(z))
-            parts.append(torch.stack(columns, 1).cpu())
+    costs = step_costs(source, steps, speed, estimator.squares, progress=progress, what="Stein predictor cost")
     if estimator.unconverged:
         warnings.warn(
             f"{estimator.unconverged} of {estimator.solves} solves stopped short of a residual of {TOLERANCE:g}; raise "
             "max_iterations, or the network's Jacobian is far from symmetric and positive",
             stacklevel=3,  # past the no_grad decorator
         )
-    return CostMatrix(
-        name="stein_predictor",
-        process=source.process,
-        s=source.s,
-        pairs=steps,
-        per_sample=torch.cat(parts) * speed.square(),
-        order=4,
-        calls=ModelCalls(source.forward_calls, estimator.jvp_calls, estimator.gradient_calls),
-    )
+    calls = {"jvp": estimator.jvp_calls, "gradient": estimator.gradient_calls}
+    return source.cost_matrix("stein_predictor", steps, costs, order=4, **calls)
 
 
 class _Estimator:
@@ -140,11 +114,8 @@ class _Estimator:
         self.source = source
         self.jvp_calls = self.gradient_calls = self.solves = self.unconverged = 0
 
-    def start(self, rows: slice) -> None:
-        """Begin with a batch of samples."""
-
-    def squares(self, z: Tensor, raw: Tensor, k: int, others: range) -> list[Tensor]:
-        """An unbiased estimate of the squared difference of scores for steps from level k, [B] each."""
+    def squares(self, batch: Batch, z: Tensor, raw: Tensor, k: int, others: range) -> Tensor:
+        """An unbiased estimate of the squared difference of scores for steps from level k, [B, n]."""
         raise NotImplementedError
 
     def jacobian_product(self, z: Tensor, w: Tensor, k: int) -> Tensor:
@@ -177,7 +148,7 @@ class _Estimator:
 class _Exact(_Estimator):
     """With the whole Jacobian: ``g`` is the sum over the unit vectors instead of a mean over probes."""
 
-    def squares(self, z: Tensor, raw: Tensor, k: int, others: range) -> list[Tensor]:
+    def squares(self, batch: Batch, z: Tensor, raw: Tensor, k: int, others: range) -> Tensor:
         source, d = self.source, z[0].numel()
         eye = torch.eye(d, dtype=z.dtype, device=z.device)
         units = eye.repeat(len(z), 1).reshape(-1, *z.shape[1:])  # [B d, *shape]
@@ -195,7 +166,7 @@ class _Exact(_Estimator):
             predicted = self.predicted_score(z, score, k, j).flatten(1)
             right = (transposed @ predicted[..., None])[..., 0] - score.flatten(1) + log_det_gradient
             results.append(torch.linalg.solve(transposed, right).double().square().sum(1))
-        return results
+        return torch.stack(results, 1)
 
 
 class _Hutchinson(_Estimator):
@@ -204,17 +175,10 @@ class _Hutchinson(_Estimator):
     def __init__(self, source: StateSource, probes: int, max_iterations: int) -> None:
         super().__init__(source)
         self.probes, self.max_iterations = probes, max_iterations
-        self.generators: list[torch.Generator] = []
 
-    def start(self, rows: slice) -> None:
-        seeds = self.source.seeds[rows].tolist()
-        self.generators = [torch.Generator().manual_seed(2 * seed + 1) for seed in seeds]
-
-    def squares(self, z: Tensor, raw: Tensor, k: int, others: range) -> list[Tensor]:
+    def squares(self, batch: Batch, z: Tensor, raw: Tensor, k: int, others: range) -> Tensor:
         source, probes = self.source, self.probes
-        shape = (probes, *z.shape[1:])
-        bits = torch.cat([torch.randint(0, 2, shape, generator=generator) for generator in self.generators])
-        w = (2 * bits - 1).to(z)  # [B probes, *shape]
+        w = batch.signs(probes).flatten(0, 1)
         repeated = z.repeat_interleave(probes, 0)
         score = source.score_of(z, raw, k)
         results = []
@@ -228,7 +192,7 @@ class _Hutchinson(_Estimator):
             b = b.reshape(len(z), probes, -1).double()
             crossed = b.sum(1).square().sum(1) - b.square().sum((1, 2))  # sum over m != n of <b_m, b_n>
             results.append(crossed / (probes * (probes - 1)))
-        return results
+        return torch.stack(results, 1)
 
     def _solve(self, z: Tensor, right: Tensor, k: int, r: float) -> Tensor:
         """``M^{-1} right`` row by row."""

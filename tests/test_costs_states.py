@@ -1,0 +1,83 @@
+"""What all estimated costs share: their states, their random numbers, and the calls they count."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import fastsched as fs
+from fastsched import costs
+from fastsched.costs.states import StateSource
+
+MIXTURE = fs.oracles.GaussianMixture.random(2, 3, seed=0)
+ESTIMATORS = {
+    "corrector": costs.stein_corrector,
+    "corrector, all pairs": partial(costs.stein_corrector, pairs="all"),
+    "predictor": costs.stein_predictor,
+    "predictor, exact, all pairs": partial(costs.stein_predictor, pairs="all", probes=None),
+    "fisher-rao": partial(costs.fisher_rao, probes=3),
+    "klub": costs.klub,
+}
+
+
+class _Counter:
+    """The mixture's denoiser, and how many states it was asked for."""
+
+    def __init__(self):
+        self.rows = 0
+
+    def __call__(self, z, s):
+        self.rows += len(z)
+        return MIXTURE.denoise(z, s)
+
+
+@pytest.mark.parametrize("from_data", [True, False], ids=["data", "path"])
+@pytest.mark.parametrize("estimate", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_calls_reported_are_the_calls_made(estimate, from_data):
+    counter = _Counter()
+    denoiser = fs.Denoiser.from_denoiser(counter, 0.05, 10.0)
+    data = MIXTURE.sample(9, seed=1, dtype=torch.float64) if from_data else None
+    cost = estimate(
+        denoiser,
+        shape=(2,),
+        sigmas=denoiser.levels(5),
+        samples=7,
+        data=data,
+        batch_size=3,
+        dtype=torch.float64,
+        progress=False,
+    )
+    # A forward-mode derivative runs the network once, and so does the gradient of one.
+    assert counter.rows == cost.model_calls
+    assert cost.model_calls == sum(cost.calls)
+
+
+@pytest.mark.filterwarnings("error")
+def test_standard_errors():
+    denoiser = fs.Denoiser.from_denoiser(MIXTURE.denoise, 0.05, 10.0)
+    settings = {"shape": (2,), "sigmas": [2.0, 1.0, 0.5], "progress": False}
+    one, five = (costs.stein_corrector(denoiser, samples=n, **settings) for n in (1, 5))
+    assert one.stderr[0, 1].isnan()
+    expected = torch.stack([five.per_sample[:, p].std() / 5**0.5 for p in range(2)])
+    torch.testing.assert_close(five.stderr.diagonal(1), expected)
+
+
+def test_every_seed_and_every_sample_has_random_numbers_of_its_own():
+    denoiser = fs.Denoiser.from_denoiser(MIXTURE.denoise, 0.05, 10.0)
+    drawn = []
+    for seed in (0, 1):
+        source = StateSource(denoiser, [2.0, 1.0], (40,), 3, seed=seed)
+        batch = next(source.batches())
+        drawn += [*batch.noise, *batch.normal(), *batch.normal(), *batch.signs(2)[:, 0], *batch.signs(2)[:, 1]]
+    for first in range(len(drawn)):
+        assert all(not torch.equal(drawn[first], other) for other in drawn[:first])
+
+
+def test_batches_hold_the_samples_they_would_hold_together():
+    denoiser = fs.Denoiser.from_denoiser(MIXTURE.denoise, 0.05, 10.0)
+    settings = {"sigmas": [2.0, 1.0], "shape": (2,), "samples": 7, "data": MIXTURE.sample(5, seed=1), "seed": 3}
+    whole = next(StateSource(denoiser, **settings).batches())
+    parts = list(StateSource(denoiser, batch_size=3, **settings).batches())
+    assert [len(part) for part in parts] == [3, 3, 1]
+    for draw in (lambda b: b.noise, lambda b: b.clean, lambda b: b.normal(), lambda b: b.signs(2)):
+        assert torch.equal(torch.cat([draw(part) for part in parts]), draw(whole))
