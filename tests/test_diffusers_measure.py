@@ -52,6 +52,11 @@ def mixture(seed=0):
     return fs.oracles.GaussianMixture.random(8, 3, seed=seed)
 
 
+def part_of(whole):
+    """The first component of a mixture: what a prompt leaves of all that a model knows."""
+    return fs.oracles.GaussianMixture(whole.weights[:1], whole.means[:1], whole.covariances[:1])
+
+
 def denoiser_of(scheduler, *networks_and_scales):
     """The pipeline's network as a Denoiser: the sum of oracles' outputs, each times its scale."""
     convention = describe(scheduler)
@@ -93,15 +98,14 @@ def test_a_pipeline_is_measured_as_its_network_is(kind):
     assert torch.equal(measured.s, direct.s)
     assert torch.equal(measured.seeds, direct.seeds)
     torch.testing.assert_close(measured.phi[1:], direct.phi[1:], rtol=1e-3, atol=1e-5)  # float32 differences
-    assert measured.model_calls == (2 * LEVELS + 1) * SAMPLES
+    assert measured.model_calls == 2 * LEVELS * SAMPLES
     for solver in ("ddim", "dpmpp_2m"):
         ours, theirs = (fs.optimal_schedule(stats, 6, solver) for stats in (measured, direct))
         assert cells_apart(ours, theirs, direct.s) <= 1
 
 
-def test_guidance_is_part_of_what_is_measured():
-    scheduler = diffusers.EulerDiscreteScheduler(**SD)
-    plain, conditional, scale = mixture(), mixture(1), 4.0
+def guided_pipeline(scheduler, plain, conditional):
+    """Stable Diffusion around two oracles, and what to call it with for four samples."""
     unet = pipelines.OracleUNet().answer_for(scheduler, plain, conditional)
     pipe = diffusers.StableDiffusionPipeline(
         vae=None,
@@ -114,16 +118,21 @@ def test_guidance_is_part_of_what_is_measured():
         requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
-    measured = fs.diffusers.measure(
-        pipe,
-        samples=SAMPLES,
-        prompt_embeds=torch.ones(4, 1, 1),
-        negative_prompt_embeds=torch.zeros(4, 1, 1),
-        guidance_scale=scale,
-        height=8,
-        width=8,
-        latents=torch.zeros(4, *SHAPE),  # for their shape alone
-    )
+    call = {
+        "prompt_embeds": torch.ones(4, 1, 1),
+        "negative_prompt_embeds": torch.zeros(4, 1, 1),
+        "height": 8,
+        "width": 8,
+        "latents": torch.zeros(4, *SHAPE),  # for their shape alone
+    }
+    return pipe, call
+
+
+def test_guidance_is_part_of_what_is_measured():
+    scheduler = diffusers.EulerDiscreteScheduler(**SD)
+    plain, conditional, scale = mixture(), mixture(1), 4.0
+    pipe, call = guided_pipeline(scheduler, plain, conditional)
+    measured = fs.diffusers.measure(pipe, samples=SAMPLES, guidance_scale=scale, **call)
     guided = denoiser_of(scheduler, (plain, 1 - scale), (conditional, scale))
     direct = fs.measure(guided, SHAPE, samples=SAMPLES, progress=False)
     assert cells_apart(fs.optimal_schedule(measured, 6), fs.optimal_schedule(direct, 6), direct.s) <= 1
@@ -162,7 +171,7 @@ def test_samples_do_not_depend_on_the_batch_and_prompts_take_turns():
 def test_latents_of_a_video_are_measured():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
     calibration = fs.diffusers.CalibrationScheduler.from_config(scheduler.config)
-    calibration.set_timesteps(13)
+    calibration.set_timesteps(12)
     network = denoiser_of(scheduler, (mixture(), 1.0)).network
     latents = torch.randn(1, 2, 1, 2, 2)  # [batch, channels, frames, height, width]
     for t in calibration.timesteps:
@@ -233,6 +242,34 @@ def test_a_pipeline_that_cannot_be_driven_is_told_why(misbehaviour, reason):
         fs.diffusers.measure(pipe, levels=8, samples=2, **misbehaviour)
 
 
+@pytest.mark.parametrize("step", [5, 10, 40, 60, 85, 90])
+@pytest.mark.parametrize(("scale", "then"), [(7.5, 1.5), (1.5, 2.5), (2.0, 1.5)])
+def test_guidance_that_changes_during_the_run_is_noticed(scale, then, step):
+    """As diffusers' guide to callbacks changes it, at any of the 96 steps but the first and last few."""
+
+    def change(pipe, i, timestep, kwargs):
+        if i == step:
+            pipe._guidance_scale = then
+        return kwargs
+
+    pipe, call = guided_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture(), part_of(mixture()))
+    with pytest.raises(ValueError, match="must not depend on the step's number"):
+        fs.diffusers.measure(pipe, samples=SAMPLES, guidance_scale=scale, callback_on_step_end=change, **call)
+
+
+@pytest.mark.parametrize("conditional", [part_of(mixture()), mixture(1)], ids=["part", "unrelated"])
+@pytest.mark.parametrize("scale", [1.5, 7.5, 30.0])
+def test_strong_guidance_is_not_taken_for_a_change(scale, conditional):
+    pipe, call = guided_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture(), conditional)
+    assert fs.diffusers.measure(pipe, samples=SAMPLES, guidance_scale=scale, **call).samples == SAMPLES
+
+
+def test_answers_left_to_chance_are_noticed():
+    pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())
+    with pytest.raises(ValueError, match="on chance"):
+        fs.diffusers.measure(pipe, on_step=lambda i, output: output + 0.01 * torch.randn_like(output))
+
+
 def test_a_run_that_stops_early_is_no_measurement():
     class Impatient(pipelines.OraclePipeline):
         def __call__(self, num_inference_steps=50):
@@ -243,7 +280,7 @@ def test_a_run_that_stops_early_is_no_measurement():
 
     scheduler = diffusers.EulerDiscreteScheduler(**SD)
     pipe = Impatient(pipelines.OracleUNet().answer_for(scheduler, mixture()), scheduler)
-    with pytest.raises(ValueError, match="made 5 of the 17 steps"):
+    with pytest.raises(ValueError, match="made 5 of the 16 steps"):
         fs.diffusers.measure(pipe, levels=8)
 
 
@@ -253,8 +290,8 @@ def test_image_to_image_and_foreign_schedulers_are_refused():
         calibration.add_noise(torch.zeros(1), torch.zeros(1), torch.zeros(1))
     with pytest.raises(ValueError, match="midway"):
         calibration.set_begin_index(3)
-    with pytest.raises(ValueError, match="2 \\* levels \\+ 1"):
-        calibration.set_timesteps(50)
+    with pytest.raises(ValueError, match="2 \\* levels"):
+        calibration.set_timesteps(51)
     with pytest.raises(ValueError, match="does not know"):
         fs.diffusers.measure(oracle_pipeline_of_unknown_kind())
     pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())

@@ -42,7 +42,7 @@ def fit(
     Measures the pipeline (`measure`), selects a schedule under each sensitivity weight, and lets those, the schedules
     in common use and the pipeline's own audition: each samples ``steps`` steps through the pipeline from the noises of
     the measured paths, and the one that ends nearest to the paths' ends wins, by the geometric mean over samples of
-    ``||x0 - x0_path||^2``. Cost: ``2 levels + 1`` calls a sample, and ``steps + 1``
+    ``||x0 - x0_path||^2``. Cost: ``2 levels`` calls a sample, and ``steps + 1``
     (twice that with heun) a sample and candidate.
 
     Args:

@@ -28,7 +28,7 @@ def measure(
 
     A `CalibrationScheduler` takes the place of the pipeline's scheduler for as many calls of the pipeline as it takes
     to measure the samples; the old scheduler is back afterwards, whatever happens. Images are left as latents where the
-    pipeline can. Cost: ``2 levels + 1`` steps a call, each of as many network calls as the pipeline makes a step.
+    pipeline can. Cost: ``2 levels`` steps a call, each of as many network calls as the pipeline makes a step.
 
     Args:
         pipe: A pipeline whose ``scheduler`` fastsched knows (docs/schedulers.md).
@@ -59,7 +59,7 @@ def measure(
         before = sum(part.samples for part in parts)
         calibration = CalibrationScheduler.from_scheduler(pipe.scheduler, seed=seed, samples_before=before)
         with scheduler_replaced(pipe, calibration):
-            call(pipe, 2 * levels + 1, prompt_of(prompts, len(parts)), call_kwargs)
+            call(pipe, 2 * levels, prompt_of(prompts, len(parts)), call_kwargs)
         parts.append(calibration.statistics)
     whole = parts[0]
     for part in parts[1:]:
