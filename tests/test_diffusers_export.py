@@ -177,7 +177,7 @@ def test_ddim_follows_an_applied_schedule_by_its_stride(set_alpha_to_one):
     assert pipe.scheduler.timesteps.tolist() == VP_TIMESTEPS.round().tolist()
 
 
-@pytest.mark.parametrize("name", ["PNDMScheduler", "KDPM2DiscreteScheduler", "DEISMultistepScheduler"])
+@pytest.mark.parametrize("name", ["PNDMScheduler", "KDPM2AncestralDiscreteScheduler", "CogVideoXDPMScheduler"])
 def test_what_cannot_follow_is_refused_with_reasons(name):
     scheduler = getattr(diffusers, name)(**SD)
     pipe = Pipe(scheduler)

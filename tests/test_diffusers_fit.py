@@ -25,6 +25,9 @@ FAMILIES = {
     "ddpm": (pipelines.unconditional, diffusers.DPMSolverMultistepScheduler(), "dpmpp_2m"),
     "stable-diffusion": (pipelines.stable_diffusion, diffusers.DPMSolverMultistepScheduler(**SD), "dpmpp_2m"),
     "stable-diffusion-unipc": (pipelines.stable_diffusion, diffusers.UniPCMultistepScheduler(**SD), "unipc"),
+    "stable-diffusion-dpm-2": (pipelines.stable_diffusion, diffusers.KDPM2DiscreteScheduler(**SD), "dpm_2"),
+    "stable-diffusion-deis": (pipelines.stable_diffusion, diffusers.DEISMultistepScheduler(**SD), "deis_2"),
+    "stable-diffusion-xl-lms": (pipelines.stable_diffusion_xl, diffusers.LMSDiscreteScheduler(**SD), "lms"),
     "stable-diffusion-xl": (pipelines.stable_diffusion_xl, diffusers.EulerDiscreteScheduler(**SD), "ddim"),
     "stable-diffusion-xl-heun": (pipelines.stable_diffusion_xl, diffusers.HeunDiscreteScheduler(**SD), "heun"),
     "edm": (pipelines.stable_diffusion_xl, diffusers.EDMEulerScheduler(), "ddim"),
@@ -85,7 +88,7 @@ def test_measured_fitted_applied_and_sampled(family):
     proof = fs.diffusers.apply(schedule, pipe)
     assert proof.exact
     asked, output = steps_taken(pipe, {**call, **ending})
-    calls = 2 * STEPS - 1 if solver == "heun" else STEPS
+    calls = fs.solvers.get_solver(solver).model_calls(STEPS)
     if family == "wan":
         calls *= 2  # with and without the prompt
     assert len(asked) == calls  # whatever number of steps the pipeline has for a default
@@ -121,6 +124,10 @@ KINDS = {
     "vp-ddim": ("DDIMScheduler", {**SD, **UNCLIPPED}, "ddim"),
     "edm": ("EDMDPMSolverMultistepScheduler", {}, "dpmpp_2m"),
     "flow": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "ddim"),
+    "vp-dpm-2": ("KDPM2DiscreteScheduler", SD, "dpm_2"),
+    "vp-lms": ("LMSDiscreteScheduler", SD, "lms"),
+    "vp-deis": ("DEISMultistepScheduler", SD, "deis_2"),
+    "angles": ("IPNDMScheduler", {}, "ipndm"),
 }
 
 

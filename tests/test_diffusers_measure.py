@@ -1,5 +1,6 @@
 """Pipelines measured by their own loop: the same as measuring the network, or a reason why not."""
 
+import dataclasses
 import inspect
 
 import pytest
@@ -39,6 +40,7 @@ KINDS = {
     ),
     "edm": ("EDMEulerScheduler", {}),
     "edm-v": ("EDMDPMSolverMultistepScheduler", {"prediction_type": "v_prediction"}),
+    "v-angles": ("IPNDMScheduler", {}),
     "svd-continuous-v": ("EulerDiscreteScheduler", {**SVD, "prediction_type": "v_prediction"}),
     "flow": ("FlowMatchEulerDiscreteScheduler", {}),
     "flow-static-shift": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
@@ -65,6 +67,8 @@ def denoiser_of(scheduler, *networks_and_scales):
     def level(condition):
         if process.kind == "ve":
             return (4 * condition).exp()
+        if convention.angle:
+            return dataclasses.replace(convention, angle=False).levels(condition)
         return convention.levels(condition * convention.train_steps if process.kind == "flow" else condition)
 
     from fastsched.diffusers.loop import oracle_network

@@ -18,13 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsched.diffusers.conventions import Convention, describe
+from fastsched.diffusers.conventions import Convention, describe, visited
 from fastsched.diffusers.loop import rounding, scales, trace
 from fastsched.noise import FlowMatching, VariancePreserving
 from fastsched.schedule import Schedule
 
 #: Largest relative difference of a sigma that still counts as the one asked for.
 EXACT = 1e-5
+#: A last sigma this small against the one before counts as 0: a float32 state does not show the noise.
+NOTHING = 1e-6
 #: Attributes that `fastsched.diffusers.apply` puts on a scheduler.
 OVERRIDES = ("set_timesteps", "step", "step_index")
 
@@ -113,7 +115,7 @@ def prove(
     try:
         setter(target)
         used = declared_sigmas(target, convention)
-        levels = convention.process.level(used)
+        levels = convention.process.level(visited(target, used))
         run = trace(target, convention, levels[:-1])
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, AssertionError, KeyError) as error:
         raise ValueError(f"{name} does not take this schedule: {error}") from error
@@ -127,7 +129,7 @@ def prove(
             f"{_brief(run.noise)} of noise"
         )
     expected = convention.timesteps(levels[:-1])
-    rounded = (run.timesteps - expected).abs().max() if len(run.timesteps) == schedule.steps else torch.inf
+    rounded = (run.timesteps - expected).abs().max() if len(run.timesteps) == len(expected) else torch.inf
     if rounded > rounding(convention):
         raise ValueError(
             f"{name} gives the network the timesteps {_brief(run.timesteps)}, at sigmas whose timesteps are "
@@ -260,7 +262,10 @@ def declared_sigmas(scheduler: Any, convention: Convention) -> Tensor:
     sigmas = torch.as_tensor(scheduler.sigmas).detach().to("cpu", torch.float64)
     keep = torch.ones(len(sigmas), dtype=torch.bool)
     keep[1:] = sigmas[1:] != sigmas[:-1]  # two-call schedulers name each inner level twice
-    return sigmas[keep]
+    distinct = sigmas[keep]
+    if len(distinct) > 1 and distinct[-1] <= 1.001 * NOTHING * distinct[-2]:
+        distinct[-1] = 0.0
+    return distinct
 
 
 def _config(scheduler: Any, name: str) -> Any:

@@ -66,7 +66,7 @@ def fit(
             solvers (name one by ``solver``), or adds noise of its own and so cannot audition.
     """
     check_call(pipe, prompts, call_kwargs)
-    name = solver if solver is not None else solver_of(pipe.scheduler)
+    name = solver if solver is not None else solver_of(pipe.scheduler, steps)
     if name is None:
         raise ValueError(
             f"{type(pipe.scheduler).__name__}, as it is set, is none of fastsched's solvers, so solver must name the "
@@ -175,14 +175,19 @@ def _start_at(scheduler: Any, seeds: Tensor, schedule: Schedule) -> list[Tensor]
 
 
 def own_sigmas(scheduler: Any, steps: int) -> Tensor | None:
-    """The sigmas that ``scheduler`` would use by itself, if they are a schedule that ends in 0."""
+    """The sigmas that ``scheduler`` would use by itself, if they are a schedule that fastsched can hold.
+
+    That is, they end in 0 and start where the model is known; IPNDM's start at a signal of 0, which its step loses.
+    """
     target, config = plain_copy(scheduler), scheduler.config
     if config.get("use_dynamic_shifting"):
         return None  # the pipeline knows by how much, and only when it is called
     target.set_timesteps(steps)
-    sigmas = declared_sigmas(target, describe(scheduler))
+    convention = describe(scheduler)
+    sigmas = declared_sigmas(target, convention)
     descending = bool((sigmas[1:] < sigmas[:-1]).all())
-    return sigmas if descending and float(sigmas[-1]) == 0 and len(sigmas) == steps + 1 else None
+    known = float(convention.process.level(sigmas[:1])) <= 1.001 * convention.process.s_max
+    return sigmas if descending and known and float(sigmas[-1]) == 0 and len(sigmas) == steps + 1 else None
 
 
 def _fits(schedule: Schedule, scheduler: Any) -> bool:
