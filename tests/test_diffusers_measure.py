@@ -147,7 +147,8 @@ def test_guidance_is_part_of_what_is_measured():
 @pytest.mark.parametrize("kind", ["epsilon-scaled-linear", "v-cosine", "edm", "flow-static-shift"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_gives_the_same_schedule_within_two_cells(kind, dtype):
-    # Of 32 samples: with 8 of these eight-dimensional ones another seed moves a node by up to six cells by itself.
+    # The same noises and probes in both. Of 32 samples: from 8, two schedules of nearly the same predicted error are at
+    # times 3 to 5 cells apart, and a larger finite difference in float32 changes from one to the other as bfloat16 does.
     name, config = KINDS[kind]
     scheduler = getattr(diffusers, name)(**config)
     wide, narrow = (
