@@ -219,6 +219,23 @@ def test_a_schedule_of_another_process_or_range_is_refused():
         flow_schedule().to_diffusers(diffusers.SCMScheduler())
 
 
+def test_wrong_arguments_are_named():
+    euler = diffusers.EulerDiscreteScheduler(**SD)
+    schedule = vp_schedule(euler)
+    with pytest.raises(TypeError, match="schedule must be"):
+        fs.diffusers.apply(schedule.sigmas, Pipe(euler))
+    for pipe in (None, euler, Pipe):
+        with pytest.raises(TypeError, match="pipe must be"):
+            fs.diffusers.apply(schedule, pipe)
+    for scheduler in (Pipe(euler), diffusers.EulerDiscreteScheduler, None):
+        with pytest.raises(TypeError, match="scheduler must be"):
+            schedule.to_diffusers(scheduler)
+    with pytest.raises(ValueError, match="mu must be left out"):
+        schedule.to_diffusers(euler, mu=1.15)
+    with pytest.raises(TypeError, match="mu must be a number"):
+        flow_schedule().to_diffusers(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), mu="1.15")
+
+
 def test_exporting_leaves_global_random_state_alone():
     scheduler = diffusers.EulerAncestralDiscreteScheduler(**SD)
     torch.manual_seed(3)

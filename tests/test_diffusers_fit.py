@@ -198,6 +198,59 @@ def test_fit_says_what_it_cannot_do():
         fs.diffusers.fit(pndm, 4, levels=8, samples=2, solver="ipndm")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_pipeline_is_measured_fitted_applied_and_sampled(dtype):
+    pipe, call, ending = pipelines.stable_diffusion(diffusers.DPMSolverMultistepScheduler(**SD))
+    quiet(pipe).to(dtype)
+    call = {name: value.to(dtype) if torch.is_tensor(value) else value for name, value in call.items()}
+    schedule = fs.diffusers.fit(pipe, STEPS, levels=LEVELS, samples=2, **call)
+    assert fs.diffusers.apply(schedule, pipe).exact
+    assert (pipe.dtype, pipe.unet.dtype) == (dtype, dtype)
+    asked, output = steps_taken(pipe, {**call, **ending})
+    assert asked == pytest.approx(schedule.timesteps.tolist())
+    assert torch.isfinite(torch.as_tensor(output[0])).all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("EulerDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"),
+        *("LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "DEISMultistepScheduler"),
+    ],
+)
+def test_any_number_of_steps_that_the_levels_allow(name):
+    pipe = oracle_pipeline(getattr(diffusers, name)(**SD), fs.oracles.GaussianMixture.random(8, 3, seed=0))
+    stats = fs.diffusers.measure(pipe, levels=8, samples=2)
+    one, some, most = (fs.diffusers.fit(pipe, steps, stats=stats) for steps in (1, 3, 7))
+    assert [schedule.steps for schedule in (one, some, most)] == [1, 3, 7]
+    assert one.measured_error > some.measured_error > most.measured_error
+    with pytest.raises(ValueError, match="steps must be at most 7 on 8 levels"):
+        fs.diffusers.fit(pipe, 8, stats=stats)
+
+
+def test_fit_names_what_is_wrong_with_its_statistics():
+    oracle = fs.oracles.GaussianMixture.random(8, 3, seed=0)
+    pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), oracle)
+    stats = fs.diffusers.measure(pipe, levels=8, samples=2)
+    with pytest.raises(TypeError, match="stats must be PathStatistics"):
+        fs.diffusers.fit(pipe, 3, stats="model.safetensors")
+    other, call, _ = pipelines.stable_diffusion(diffusers.EulerDiscreteScheduler(**SD))
+    with pytest.raises(ValueError, match=r"stats are of samples \[2, 2, 2\] and the pipeline's are \[4, 8, 8\]"):
+        fs.diffusers.fit(quiet(other), 3, stats=stats, **call)
+    flow = oracle_pipeline(diffusers.FlowMatchEulerDiscreteScheduler(), oracle)
+    with pytest.raises(ValueError, match="'vp' noise process"):
+        fs.diffusers.fit(flow, 3, stats=stats)
+
+
+def test_a_pipeline_with_a_schedule_applied_is_fitted_again_alike():
+    pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), fs.oracles.GaussianMixture.random(8, 3, seed=0))
+    first = fs.diffusers.fit(pipe, 3, levels=8, samples=2)
+    fs.diffusers.apply(first, pipe)
+    assert torch.equal(fs.diffusers.fit(pipe, 3, levels=8, samples=2).sigmas, first.sigmas)
+    pipe.scheduler.set_timesteps(50)
+    assert torch.allclose(pipe.scheduler.sigmas.double(), first.sigmas)
+
+
 def test_a_schedule_keeps_its_fields_when_its_error_is_measured():
     schedule = fs.Schedule(torch.tensor([2.0, 1.0, 0.0]), "ddim", "ve", predicted_error=1.0)
     assert dataclasses.replace(schedule, measured_error=0.5).predicted_error == 1.0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import types
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_guidance_is_part_of_what_is_measured():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_gives_the_same_schedule_within_two_cells(kind, dtype):
     # The same noises and probes in both. Of 32 samples: from 8, two schedules of nearly the same predicted error are at
-    # times 3 to 5 cells apart, and a larger finite difference in float32 changes from one to the other as bfloat16 does.
+    # times 3 to 5 cells apart, and a larger finite difference in float32 turns one into the other as bfloat16 does.
     name, config = KINDS[kind]
     scheduler = getattr(diffusers, name)(**config)
     wide, narrow = (
@@ -302,8 +303,63 @@ def test_image_to_image_and_foreign_schedulers_are_refused():
     pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())
     with pytest.raises(ValueError, match="num_inference_steps must be left out"):
         fs.diffusers.measure(pipe, num_inference_steps=20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "reason"),
+    [
+        ({"prompts": []}, ValueError, "prompts must hold"),
+        ({"prompts": 3}, TypeError, "prompts must be a string"),
+        ({"prompts": ["a", None]}, TypeError, "prompts must be a string"),
+        ({"prompts": "a", "prompt": "b"}, ValueError, "prompt must be left out"),
+        ({"levels": 2}, ValueError, "levels must be at least 3"),
+        ({"levels": [14.0, 1.0, 0.1]}, TypeError, "levels must be a whole number"),
+        ({"samples": 0}, ValueError, "samples must be at least 1"),
+        ({"seed": "a"}, TypeError, "seed must be a whole number"),
+        ({"strength": 0.5}, ValueError, "strength must be left out"),
+        ({"device": "cuda"}, TypeError, "device"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments_are_named(arguments, error, reason):
+    pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())
+    with pytest.raises(error, match=reason):
+        fs.diffusers.measure(pipe, **arguments)
+
+
+@pytest.mark.parametrize("pipe", [None, diffusers.StableDiffusionPipeline, diffusers.EulerDiscreteScheduler()])
+def test_what_is_no_pipeline_is_refused(pipe):
     with pytest.raises(TypeError, match="pipe must be a pipeline"):
-        fs.diffusers.measure(object())
+        fs.diffusers.measure(pipe)
+
+
+def test_a_user_s_own_arguments_of_the_call_are_kept():
+    torch.manual_seed(0)
+    pipe, call, _ = pipelines.stable_diffusion(diffusers.EulerDiscreteScheduler(**SD))
+    pipe.set_progress_bar_config(disable=True)
+    seen = []
+
+    def look(pipe, i, timestep, kwargs):
+        seen.append(i)
+        return kwargs
+
+    kept = {"output_type": "np", "return_dict": False, "callback_on_step_end": look, "eta": 0.0}
+    stats = fs.diffusers.measure(pipe, levels=8, samples=2, generator=torch.Generator(), **kept, **call)
+    assert seen == list(range(16))
+    plain = fs.diffusers.measure(pipe, levels=8, samples=2, **call)
+    assert torch.equal(stats.gram, plain.gram)
+    unguided = fs.diffusers.measure(pipe, levels=8, samples=2, **{**call, "guidance_scale": 1.0})
+    assert not torch.allclose(unguided.gram, plain.gram)
+
+
+def test_a_subclass_of_a_known_scheduler_is_known():
+    class Mine(diffusers.EulerDiscreteScheduler):
+        pass
+
+    pipe = oracle_pipeline(Mine(**SD), mixture())
+    assert fs.diffusers.fit(pipe, 3, levels=8, samples=2).solver == "ddim"
+    with pytest.raises(TypeError, match="scheduler must be a scheduler of diffusers"):
+        fs.diffusers.measure(types.SimpleNamespace(scheduler=object()))
 
 
 def oracle_pipeline_of_unknown_kind():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsched.diffusers.conventions import ANGLE, Convention, describe, visited
+from fastsched.diffusers.conventions import ANGLE, Convention, check_pipe, describe, visited
 from fastsched.diffusers.exporter import NOTHING, Export, Setter, check_range, given_arguments, plain_copy, prove
 from fastsched.schedule import Schedule
 
@@ -51,8 +51,10 @@ def apply(schedule: Schedule, pipe: Any) -> Export:
         How the schedule was given, the sigmas that will be used and their largest relative error.
 
     Raises:
+        TypeError: If ``schedule`` is none, or ``pipe`` has no scheduler.
         ValueError: If no way is proven to work; the message holds the reason of each.
     """
+    check_pipe(pipe)
     scheduler, proof = applied(schedule, pipe.scheduler)
     pipe.scheduler = scheduler
     return proof

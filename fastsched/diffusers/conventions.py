@@ -167,8 +167,12 @@ def describe(scheduler: Any) -> Convention:
     """How ``scheduler``, an object of a diffusers class, and its network speak.
 
     Raises:
+        TypeError: If ``scheduler`` is none, but its pipeline or class.
         ValueError: If the class has a noise process, a prediction or a setting that fastsched does not know.
     """
+    if isinstance(scheduler, type) or not (hasattr(scheduler, "config") and hasattr(scheduler, "step")):
+        what = scheduler.__name__ if isinstance(scheduler, type) else type(scheduler).__name__
+        raise TypeError(f"scheduler must be a scheduler of diffusers, as pipe.scheduler is, got {what}")
     names = {cls.__name__ for cls in type(scheduler).__mro__}
     if names.intersection(EDM):
         return _edm(scheduler)
@@ -185,6 +189,17 @@ def describe(scheduler: Any) -> Convention:
         f"{type(scheduler).__name__} has a noise process or a way of stepping that fastsched does not know; "
         "schedules exist for DDPM-like, EDM and flow-matching schedulers (docs/schedulers.md lists them)"
     )
+
+
+def check_pipe(pipe: Any) -> None:
+    """Check that ``pipe`` is a pipeline with a scheduler.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if isinstance(pipe, type) or getattr(pipe, "scheduler", None) is None:
+        what = f"the class {pipe.__name__}" if isinstance(pipe, type) else type(pipe).__name__
+        raise TypeError(f"pipe must be a pipeline with a scheduler, got {what}")
 
 
 def solver_of(scheduler: Any, steps: int | None = None) -> str | None:

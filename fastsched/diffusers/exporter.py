@@ -68,6 +68,7 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
         mu: The shift that the pipeline will pass, where the scheduler shifts by resolution (``use_dynamic_shifting``).
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If the scheduler cannot be given the schedule by arguments; the message says why and what can.
 
     Warns:
@@ -75,6 +76,7 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
     """
     convention = describe(scheduler)
     check_range(schedule, convention, scheduler)
+    _check_mu(mu, scheduler)
     try:
         arguments = given_arguments(schedule, scheduler, convention, mu)
         shifting = {"mu": mu} if _config(scheduler, "use_dynamic_shifting") else {}
@@ -157,8 +159,11 @@ def check_range(schedule: Schedule, convention: Convention, scheduler: Any) -> N
     """Check that ``schedule`` is for the scheduler's kind of noise process and within its trained levels.
 
     Raises:
+        TypeError: If it is no schedule.
         ValueError: If it is not.
     """
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a fastsched.Schedule, got {type(schedule).__name__}")
     process, name = convention.process, type(scheduler).__name__
     if (schedule.noise == "flow") != isinstance(process, FlowMatching):
         raise ValueError(
@@ -173,6 +178,16 @@ def check_range(schedule: Schedule, convention: Convention, scheduler: Any) -> N
             f"the schedule runs from sigma {first:g} to {last:g}, but the model of this {name} knows {high:g} to "
             f"{low:g}; measure the pipeline itself (fastsched.diffusers.measure)"
         )
+
+
+def _check_mu(mu: float | None, scheduler: Any) -> None:
+    name, shifts = type(scheduler).__name__, bool(_config(scheduler, "use_dynamic_shifting"))
+    if mu is not None and not isinstance(mu, (int, float)):
+        raise TypeError(f"mu must be a number, got {mu!r}")
+    if shifts and mu is None:
+        raise ValueError(f"{name} shifts by resolution, so mu must be given as the pipeline will pass it")
+    if mu is not None and not shifts:
+        raise ValueError(f"mu must be left out, for {name} does not shift by resolution, got {mu!r}")
 
 
 def _alternative(convention: Convention) -> str:
@@ -238,9 +253,7 @@ def _without_shift(times: Tensor, scheduler: Any, mu: float | None) -> Tensor:
             f"{name} stretches every list to end at shift_terminal={terminal:g}, and the schedule's last sigma is "
             f"{float(times[-1]):g}"
         )
-    if _config(scheduler, "use_dynamic_shifting"):
-        if mu is None:
-            raise ValueError(f"{name} shifts by resolution, so mu must be given as the pipeline will pass it")
+    if mu is not None:
         shift = float(np.exp(mu)) if _config(scheduler, "time_shift_type") != "linear" else float(mu)
     else:
         shift = float(getattr(scheduler, "shift", None) or _config(scheduler, "flow_shift") or 1.0)

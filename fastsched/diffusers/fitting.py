@@ -62,10 +62,13 @@ def fit(
         puts it to use; the pipeline itself is left as it was.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If an argument is out of range, the scheduler cannot be given schedules or is none of fastsched's
             solvers (name one by ``solver``), or adds noise of its own and so cannot audition.
     """
     check_call(pipe, prompts, call_kwargs)
+    if stats is not None and not isinstance(stats, PathStatistics):
+        raise TypeError(f"stats must be PathStatistics, as fastsched.diffusers.measure returns, got {stats!r}")
     name = solver if solver is not None else solver_of(pipe.scheduler, steps)
     if name is None:
         raise ValueError(
@@ -128,6 +131,11 @@ def audition_error(
         with scheduler_replaced(pipe, scheduler):
             call(pipe, schedule.steps, prompt_of(prompts, turn), call_kwargs)
         ends = last[0].float().cpu()
+        if ends.shape[1:] != stats.ends.shape[1:]:
+            raise ValueError(
+                f"stats are of samples {list(stats.ends.shape[1:])} and the pipeline's are {list(ends.shape[1:])}; "
+                "stats must be measured on this pipeline with the same arguments"
+            )
         expected = stats.ends[before : before + len(ends)]
         distances.append((ends[: len(expected)] - expected).square().flatten(1).sum(1).double())
         turn += 1
