@@ -181,7 +181,7 @@ def test_ddim_follows_an_applied_schedule_by_its_stride(set_alpha_to_one):
 def test_what_cannot_follow_is_refused_with_reasons(name):
     scheduler = getattr(diffusers, name)(**SD)
     pipe = Pipe(scheduler)
-    with pytest.raises(ValueError, match=f"{name} cannot be made to use this schedule"):
+    with pytest.raises(ValueError, match=f"{name} cannot be made to use this schedule; change the scheduler"):
         fs.diffusers.apply(vp_schedule(scheduler), pipe)
     assert pipe.scheduler is scheduler
 

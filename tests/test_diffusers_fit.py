@@ -193,9 +193,18 @@ def test_fit_says_what_it_cannot_do():
     with pytest.raises(ValueError, match="adds noise of its own"):
         fs.diffusers.fit(pipe, 4, levels=8, samples=2, solver="ddim")
     assert fs.diffusers.fit(pipe, 4, levels=8, samples=2, solver="ddim", audition=False).steps == 4
+    noisy, call, _ = pipelines.unconditional(diffusers.DDIMScheduler(**UNCLIPPED))
+    with pytest.raises(ValueError, match="eta must be 0"):
+        fs.diffusers.fit(noisy, 4, eta=1.0, **call)
     pndm = oracle_pipeline(diffusers.PNDMScheduler(**SD), oracle)
-    with pytest.raises(ValueError, match="cannot be made to use"):
+    with pytest.raises(ValueError, match="cannot be made to use this schedule; change the scheduler"):
         fs.diffusers.fit(pndm, 4, levels=8, samples=2, solver="ipndm")
+    assert pndm.prompts == []  # before a call of the pipeline is spent
+    with pytest.raises(ValueError, match="solver must be one of"):
+        fs.diffusers.fit(pipe, 4, solver="dpm2m")
+    for steps, error in ((0, ValueError), (2.5, TypeError)):
+        with pytest.raises(error, match="steps must be"):
+            fs.diffusers.fit(pipe, steps, solver="ddim")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

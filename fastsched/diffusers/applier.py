@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from fastsched.diffusers.conventions import ANGLE, Convention, check_pipe, describe, visited
-from fastsched.diffusers.exporter import NOTHING, Export, Setter, check_range, given_arguments, plain_copy, prove
+from fastsched.diffusers.exporter import (
+    NOTHING,
+    Export,
+    Setter,
+    change_to,
+    check_range,
+    given_arguments,
+    plain_copy,
+    prove,
+)
 from fastsched.schedule import Schedule
 
 #: Classes whose step goes to ``t - train_steps // num_inference_steps`` and reads that number at every step.
@@ -77,7 +86,10 @@ def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
         if _rounding(proof) == (0.0, 0.0):
             break
     if not proven:
-        raise ValueError(f"{type(scheduler).__name__} cannot be made to use this schedule. " + " | ".join(reasons))
+        name = "FlowMatchEulerDiscreteScheduler" if schedule.noise == "flow" else "DPMSolverMultistepScheduler"
+        raise ValueError(
+            f"{type(scheduler).__name__} cannot be made to use this schedule; {change_to(name)}. " + " | ".join(reasons)
+        )
     proof, setter = min(proven, key=lambda pair: _rounding(pair[0]))
     target = plain_copy(scheduler)
     _override(target, setter)

@@ -193,10 +193,12 @@ def _check_mu(mu: float | None, scheduler: Any) -> None:
 def _alternative(convention: Convention) -> str:
     """What to do where a scheduler cannot be given a schedule by arguments."""
     better = {"vp": "EulerDiscreteScheduler", "flow": "FlowMatchEulerDiscreteScheduler", "ve": "EDMEulerScheduler"}
-    return (
-        "Try fastsched.diffusers.apply(schedule, pipe), or change the scheduler: "
-        f"pipe.scheduler = {better[convention.process.kind]}.from_config(pipe.scheduler.config)"
-    )
+    return f"Try fastsched.diffusers.apply(schedule, pipe), or {change_to(better[convention.process.kind])}"
+
+
+def change_to(name: str) -> str:
+    """How to give a pipeline a scheduler of the class ``name``."""
+    return f"change the scheduler: pipe.scheduler = {name}.from_config(pipe.scheduler.config)"
 
 
 def given_arguments(schedule: Schedule, scheduler: Any, convention: Convention, mu: float | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.auditioning import default_candidates
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.conventions import describe, solver_of
@@ -22,6 +23,7 @@ from fastsched.measurement import noise_of
 from fastsched.optimal import optimal_schedule
 from fastsched.path_statistics import PathStatistics
 from fastsched.schedule import Schedule
+from fastsched.solvers import get_solver
 
 
 def fit(
@@ -69,27 +71,42 @@ def fit(
     check_call(pipe, prompts, call_kwargs)
     if stats is not None and not isinstance(stats, PathStatistics):
         raise TypeError(f"stats must be PathStatistics, as fastsched.diffusers.measure returns, got {stats!r}")
-    name = solver if solver is not None else solver_of(pipe.scheduler, steps)
+    steps = validate.positive_int("steps", steps)
+    name = get_solver(solver).name if solver is not None else solver_of(pipe.scheduler, steps)
     if name is None:
         raise ValueError(
             f"{type(pipe.scheduler).__name__}, as it is set, is none of fastsched's solvers, so solver must name the "
-            "nearest one to choose for (docs/schedulers.md): 'ddim' for first-order ones, 'lms', 'dpmpp_3m', ..."
+            "nearest one to choose for (docs/schedulers.md): 'ddim' for first-order ones, 'dpmpp_3m', ..."
         )
+    check_scheduler(pipe.scheduler, steps, name, audition=audition)
+    if audition and call_kwargs.get("eta"):
+        raise ValueError(f"eta must be 0 in an audition, for it adds noise, got {call_kwargs['eta']!r}")
     if stats is None:
         stats = measure(pipe, levels=levels, samples=samples, prompts=prompts, seed=seed, **call_kwargs)
     best = optimal_schedule(stats, steps, name)
-    _, proof = applied(best, pipe.scheduler)
+    applied(best, pipe.scheduler)
     if not audition:
         return best
-    if not proof.deterministic:
-        raise ValueError(
-            f"{type(pipe.scheduler).__name__} adds noise of its own, so its samples cannot be held against the paths' "
-            "ends; set audition=False, or fit with a deterministic scheduler of the same model"
-        )
     entrants = candidates(stats, steps, name, pipe.scheduler)
     errors = [audition_error(pipe, stats, entrant, prompts, call_kwargs) for entrant in entrants]
     lowest = min(range(len(errors)), key=errors.__getitem__)
     return replace(entrants[lowest], measured_error=errors[lowest])
+
+
+def check_scheduler(scheduler: Any, steps: int, solver: str, *, audition: bool) -> None:
+    """Check on any schedule of ``steps`` steps, before a call of the network is spent, that it can be used.
+
+    Raises:
+        ValueError: If the scheduler cannot be given schedules, or adds noise and so cannot hold an ``audition``.
+    """
+    process = describe(scheduler).process
+    levels = process.levels(max(steps, 3))[:steps]
+    _, proof = applied(Schedule.from_levels(process, torch.cat([levels, levels.new_zeros(1)]), solver), scheduler)
+    if audition and not proof.deterministic:
+        raise ValueError(
+            f"{type(scheduler).__name__} adds noise of its own, so its samples cannot be held against the paths' "
+            "ends; set audition=False, or fit with a deterministic scheduler of the same model"
+        )
 
 
 def candidates(stats: PathStatistics, steps: int, solver: str, scheduler: Any) -> list[Schedule]:
