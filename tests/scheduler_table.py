@@ -13,8 +13,9 @@ from diffusers import schedulers as library
 
 import fastsched as fs
 from fastsched.diffusers.applier import applied
-from fastsched.diffusers.conventions import describe, solver_of
-from fastsched.diffusers.loop import oracle_network, rounding, scales, states_of
+from fastsched.diffusers.conventions import describe, solver_of, visited
+from fastsched.diffusers.exporter import declared_sigmas, plain_copy
+from fastsched.diffusers.loop import oracle_network, rounding, scales, states_of, trace
 from fastsched.noise import FlowMatching, VariancePreserving
 from fastsched.solvers import SOLVERS
 
@@ -29,9 +30,23 @@ VARIANTS = {
         {"solver_order": 1},
         {"solver_order": 3},
         {"solver_order": 3, "lower_order_final": False},
+        {"solver_type": "heun"},
         {"algorithm_type": "sde-dpmsolver++"},
     ],
     "FlowMatchEulerDiscreteScheduler": [{"shift": 3.0}, {"use_dynamic_shifting": True}, {"use_karras_sigmas": True}],
+    "DEISMultistepScheduler": [
+        {"solver_order": 1},
+        {"solver_order": 3},
+        {"solver_order": 3, "lower_order_final": False},
+    ],
+    "UniPCMultistepScheduler": [
+        {"solver_type": "bh1"},
+        {"solver_order": 1},
+        {"solver_order": 3},
+        {"solver_order": 3, "lower_order_final": False},
+        {"solver_order": 3, "lower_order_final": False, "solver_type": "bh1"},
+    ],
+    "PNDMScheduler": [{"skip_prk_steps": True, "set_alpha_to_one": True}],
     "EDMEulerScheduler": [{"sigma_schedule": "exponential"}],
     "EDMDPMSolverMultistepScheduler": [{"solver_order": 3, "lower_order_final": False}],
 }
@@ -55,26 +70,51 @@ is out of date.
   use the schedule: *exact* (every sigma within 1e-5, relative), *rounded* to whole timesteps (exact for schedules at
   whole timesteps, which `fastsched.diffusers.measure` chooses for these classes), or no.
 * **apply**: the same for `fastsched.diffusers.apply(schedule, pipe)`, and how: by the class's own *arguments*, with
-  its sigmas *assigned*, or its stride *stepped*.
-* **solver**: which solver of fastsched the class is, found by running both on a mixture of Gaussians (they agree to
-  1e-3); "adds noise" if it is stochastic, "own" if it is none of ours.
+  its tables *assigned*, or its stride *stepped*.
+* **solver**: which solver of fastsched the class is under an applied schedule, found by running it and every solver of
+  fastsched on a mixture of Gaussians from the same noises (they agree to 1e-3; both names where two of ours do);
+  "adds noise" if it is stochastic, "own" if none of ours agrees. Classes that `apply` refuses ran on their own
+  timesteps. "not run": fastsched does not know the class's noise process or prediction, and refuses it in words.
+
+The solvers of fastsched go to sigma 0 by `z = D` at the last level, as most of these classes do.
+`LMSDiscreteScheduler`, `IPNDMScheduler` and, from 15 steps on, `DEISMultistepScheduler` would extrapolate there;
+`apply` makes their last step one of first order. `DEISMultistepScheduler`, `SASolverScheduler` and
+`UniPCMultistepScheduler` of type bh1 are not finite at sigma 0 and end at 1e-6 of the last level; with flow sigmas the
+first two start at 0.999, not 1 (*rounded*).
+
+What those that are "own" or cannot be given a schedule do instead, from their source:
+
+* third-order `DPMSolverMultistepScheduler` and `DEISMultistepScheduler` take the last step but one by second order
+  below 15 steps, and are dpmpp_3m and deis_3 from there on, or with `lower_order_final=False`;
+  `UniPCMultistepScheduler` of third order does so with any number of steps;
+* `DPMSolverMultistepScheduler` of `solver_type="heun"` weights the difference of two outputs otherwise than 2M does;
+* `UniPCMultistepScheduler` of first order corrects each Euler step by the next output;
+* `DPMSolverSinglestepScheduler` takes every second level of the schedule for the stage of a step;
+* `DEISMultistepScheduler` with flow sigmas interpolates the noise in `log s` and integrates over `s = t / (1 - t)`,
+  where our deis solvers do so over `t`;
+* `KDPM2AncestralDiscreteScheduler` steps by four tables of its own, of which `apply` knows one;
+* `PNDMScheduler` first takes Runge-Kutta steps, or calls its network twice (`skip_prk_steps`), and goes in equal
+  strides of whole timesteps, so that it can follow no other schedule.
 
 | scheduler | takes | to_diffusers | apply | solver |
 |---|---|---|---|---|
 """
 
 
-def uneven_schedule(convention):
-    """STEPS uneven levels of the process, none but the first at a whole timestep."""
-    levels = convention.process.levels(200) if not isinstance(convention.process, VariancePreserving) else None
-    if levels is None:
-        top = len(convention.process.alphas_cumprod) - 1
-        fractions = torch.tensor([1.0, 0.84563, 0.50026, 0.21043, 0.06072, 0.00983], dtype=torch.float64)
-        s = convention.levels(fractions * top)
+def uneven_schedule(convention, steps=STEPS):
+    """Uneven levels of the process, none but the first at a whole timestep."""
+    uneven = torch.tensor([1.0, 0.84563, 0.50026, 0.21043, 0.06072, 0.00983], dtype=torch.float64)
+    places = torch.linspace(0, STEPS - 1, steps, dtype=torch.float64)
+    low = places.long().clamp(max=STEPS - 2)
+    fractions = torch.lerp(uneven[low], uneven[low + 1], places - low)
+    process = convention.process
+    if isinstance(process, VariancePreserving):
+        top = convention.timesteps(torch.tensor([process.s_max], dtype=torch.float64))
+        s = convention.levels(top * fractions)
     else:
-        s = levels[torch.tensor([0, 23, 61, 108, 151, 186])]
-    sigmas = convention.process.sampler_sigma(torch.cat([s, s.new_zeros(1)]))
-    return fs.Schedule(sigmas, "ddim", convention.process.kind)
+        s = process.levels(200)[(200 * (1 - fractions)).long()]
+    sigmas = process.sampler_sigma(torch.cat([s, s.new_zeros(1)]))
+    return fs.Schedule(sigmas, "ddim", process.kind)
 
 
 def exact_denoise(oracle):
@@ -98,7 +138,7 @@ def exact_denoiser(convention, oracle):
         if isinstance(process, FlowMatching):
             s = s / (1 - s)
         elif isinstance(process, VariancePreserving):
-            s = convention.levels(s)
+            s = replace(convention, angle=False).levels(s)
         return denoise(x / process.sigma(s), s)
 
     return fs.Denoiser(network, process, "x0")
@@ -106,7 +146,7 @@ def exact_denoiser(convention, oracle):
 
 def run_scheduler(scheduler, convention, oracle, sigmas, noise):
     """Where the scheduler takes ``noise``, the network being the oracle at the levels of ``sigmas``."""
-    levels = convention.process.level(sigmas[:-1])
+    levels = convention.process.level(visited(scheduler, sigmas)[:-1])
     names, network = convention.timesteps(levels), oracle_network(convention, exact_denoise(oracle))
 
     def at_level(x, t):
@@ -119,19 +159,32 @@ def run_scheduler(scheduler, convention, oracle, sigmas, noise):
     return list(states_of(scheduler, at_level, scale * noise))[-1]
 
 
-def matching_solvers(scheduler, convention, schedule):
-    """The solvers of fastsched that take the same noises to the same ends, to 1e-3."""
+def matching_solvers(target, convention, sigmas):
+    """The solvers of fastsched that take the same noises along ``sigmas`` to the same ends, to 1e-3."""
     oracle = fs.oracles.GaussianMixture.random(4, 3, seed=0, spread=0.25, std=0.1)  # within the [-1, 1] of clip_sample
     noise = torch.randn(16, 4, 1, 1, generator=torch.Generator().manual_seed(0))
-    target, proof = applied(schedule, scheduler)
-    target.set_timesteps(STEPS)
-    ends = run_scheduler(target, convention, oracle, proof.sigmas, noise)
+    ends = run_scheduler(target, convention, oracle, sigmas, noise)
     matching = []
     for name in SOLVERS:
-        ours = fs.sample(exact_denoiser(convention, oracle), proof.sigmas, name, noise.double())
+        ours = fs.sample(exact_denoiser(convention, oracle), sigmas, name, noise.double())
         if float((ends - ours).norm() / ours.norm()) < SAME:
             matching.append(name)
     return matching
+
+
+def own_run(scheduler, convention):
+    """What a class that takes no schedule is, by a run along its own timesteps."""
+    target = plain_copy(scheduler)
+    target.set_timesteps(STEPS)
+    sigmas = declared_sigmas(target, convention).unique().flip(0)
+    levels = convention.process.level(sigmas[:-1])
+    try:
+        if not trace(target, convention, levels).deterministic:
+            return "adds noise"
+    except TypeError:
+        return "not run: its step takes other arguments"
+    target.set_timesteps(STEPS)
+    return ", ".join(matching_solvers(target, convention, sigmas)) or "own"
 
 
 def why_not(error):
@@ -139,7 +192,7 @@ def why_not(error):
     text = str(error)
     if "keeps no sigmas" in text:
         return "keeps no sigmas that could be set"
-    return "not finite at sigma 0" if "nan" in text else "does not follow its sigmas"
+    return "does not follow its sigmas"
 
 
 def row(name, config):
@@ -156,18 +209,19 @@ def row(name, config):
         scheduler = cls(**config)
         convention = describe(scheduler)
     except (ValueError, TypeError):
-        return f"| {label} | {takes} | no: another process | no | own |", None
+        return f"| {label} | {takes} | no | no | not run |", None
     schedule = uneven_schedule(convention)
     given = "no"
     with contextlib.suppress(ValueError):
         proof = fs.diffusers.export(schedule, scheduler, mu=1.0 if config.get("use_dynamic_shifting") else None)
         given = "exact" if proof.exact else "rounded"
     try:
-        _, proof = applied(schedule, scheduler)
+        target, proof = applied(schedule, scheduler)
     except ValueError as error:
-        return f"| {label} | {takes} | {given} | no: {why_not(error)} | {solver_of(scheduler) or 'own'} |", None
+        return f"| {label} | {takes} | {given} | no: {why_not(error)} | {own_run(scheduler, convention)} |", None
+    target.set_timesteps(STEPS)
     put = f"{'exact' if proof.exact else 'rounded'}, {proof.way}"
-    matching = matching_solvers(scheduler, convention, schedule) if proof.deterministic else []
+    matching = matching_solvers(target, convention, proof.sigmas) if proof.deterministic else []
     solver = ", ".join(matching) or ("own" if proof.deterministic else "adds noise")
     return f"| {label} | {takes} | {given} | {put} | {solver} |", (solver_of(scheduler), matching)
 

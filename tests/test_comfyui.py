@@ -1,7 +1,10 @@
 """Schedules in ComfyUI's terms and k-diffusion's."""
 
 import importlib.util
+import inspect
+import math
 import pathlib
+import re
 
 import pytest
 import torch
@@ -27,12 +30,17 @@ def schedule():
     return fs.Schedule(torch.tensor([14.6, 1.5, 2e-3, 1.25e-5, 0.0], dtype=torch.float64), "dpmpp_2m", "ve")
 
 
+def read_by_manual_sigmas(text):
+    """What ComfyUI's node ManualSigmas makes of a text: every run of digits and points."""
+    return torch.FloatTensor([float(value) for value in re.findall(r"[-+]?(?:\d*\.*\d+)", text)])
+
+
 def test_comfyui_text_has_no_exponents_and_reads_back_the_same():
     text, sigmas = schedule().to_comfyui()
     assert "e" not in text
     assert text == "14.6, 1.5, 0.002, 0.0000125, 0.0"
-    read = torch.tensor([float(value) for value in text.split(",")], dtype=torch.float32)
-    assert torch.equal(read, sigmas)
+    assert torch.equal(read_by_manual_sigmas(text), sigmas)
+    assert len(read_by_manual_sigmas("14.6, 2e-3, 0.0")) == 4  # the trap
     assert (sigmas.ndim, sigmas.dtype, float(sigmas[-1])) == (1, torch.float32, 0.0)
     assert len(sigmas) == schedule().steps + 1
     assert (sigmas[1:] < sigmas[:-1]).all()
@@ -60,6 +68,11 @@ def test_the_node_follows_comfyui_s_contract(node, tmp_path):
     assert solver == "dpmpp_2m"
     before = loader.IS_CHANGED(path)
     assert before == loader.IS_CHANGED(path)
+    # ComfyUI calls all three by the inputs' names, and the class methods with None for an input that is connected.
+    for method in (loader.VALIDATE_INPUTS, loader.IS_CHANGED, getattr(loader(), loader.FUNCTION)):
+        assert list(inspect.signature(method).parameters) == [name]
+    assert loader.VALIDATE_INPUTS(**{name: None}) is True
+    assert math.isnan(loader.IS_CHANGED(**{name: None}))
 
 
 @pytest.mark.parametrize(

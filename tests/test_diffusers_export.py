@@ -177,11 +177,11 @@ def test_ddim_follows_an_applied_schedule_by_its_stride(set_alpha_to_one):
     assert pipe.scheduler.timesteps.tolist() == VP_TIMESTEPS.round().tolist()
 
 
-@pytest.mark.parametrize("name", ["PNDMScheduler", "KDPM2DiscreteScheduler", "DEISMultistepScheduler"])
+@pytest.mark.parametrize("name", ["PNDMScheduler", "KDPM2AncestralDiscreteScheduler", "CogVideoXDPMScheduler"])
 def test_what_cannot_follow_is_refused_with_reasons(name):
     scheduler = getattr(diffusers, name)(**SD)
     pipe = Pipe(scheduler)
-    with pytest.raises(ValueError, match=f"{name} cannot be made to use this schedule"):
+    with pytest.raises(ValueError, match=f"{name} cannot be made to use this schedule; change the scheduler"):
         fs.diffusers.apply(vp_schedule(scheduler), pipe)
     assert pipe.scheduler is scheduler
 
@@ -217,6 +217,23 @@ def test_a_schedule_of_another_process_or_range_is_refused():
         fs.Schedule(torch.tensor([80.0, 1.0, 0.1, 0.0]), "ddim", "ve").to_diffusers(euler)
     with pytest.raises(ValueError, match="does not know"):
         flow_schedule().to_diffusers(diffusers.SCMScheduler())
+
+
+def test_wrong_arguments_are_named():
+    euler = diffusers.EulerDiscreteScheduler(**SD)
+    schedule = vp_schedule(euler)
+    with pytest.raises(TypeError, match="schedule must be"):
+        fs.diffusers.apply(schedule.sigmas, Pipe(euler))
+    for pipe in (None, euler, Pipe):
+        with pytest.raises(TypeError, match="pipe must be"):
+            fs.diffusers.apply(schedule, pipe)
+    for scheduler in (Pipe(euler), diffusers.EulerDiscreteScheduler, None):
+        with pytest.raises(TypeError, match="scheduler must be"):
+            schedule.to_diffusers(scheduler)
+    with pytest.raises(ValueError, match="mu must be left out"):
+        schedule.to_diffusers(euler, mu=1.15)
+    with pytest.raises(TypeError, match="mu must be a number"):
+        flow_schedule().to_diffusers(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), mu="1.15")
 
 
 def test_exporting_leaves_global_random_state_alone():

@@ -25,6 +25,9 @@ FAMILIES = {
     "ddpm": (pipelines.unconditional, diffusers.DPMSolverMultistepScheduler(), "dpmpp_2m"),
     "stable-diffusion": (pipelines.stable_diffusion, diffusers.DPMSolverMultistepScheduler(**SD), "dpmpp_2m"),
     "stable-diffusion-unipc": (pipelines.stable_diffusion, diffusers.UniPCMultistepScheduler(**SD), "unipc"),
+    "stable-diffusion-dpm-2": (pipelines.stable_diffusion, diffusers.KDPM2DiscreteScheduler(**SD), "dpm_2"),
+    "stable-diffusion-deis": (pipelines.stable_diffusion, diffusers.DEISMultistepScheduler(**SD), "deis_2"),
+    "stable-diffusion-xl-lms": (pipelines.stable_diffusion_xl, diffusers.LMSDiscreteScheduler(**SD), "lms"),
     "stable-diffusion-xl": (pipelines.stable_diffusion_xl, diffusers.EulerDiscreteScheduler(**SD), "ddim"),
     "stable-diffusion-xl-heun": (pipelines.stable_diffusion_xl, diffusers.HeunDiscreteScheduler(**SD), "heun"),
     "edm": (pipelines.stable_diffusion_xl, diffusers.EDMEulerScheduler(), "ddim"),
@@ -77,7 +80,7 @@ def test_measured_fitted_applied_and_sampled(family):
     quiet(pipe)
     stats = fs.diffusers.measure(pipe, levels=LEVELS, samples=2, **call)
     assert stats.samples == 2
-    assert stats.model_calls == (2 * LEVELS + 1) * 2
+    assert stats.model_calls == 2 * LEVELS * 2
     schedule = fs.diffusers.fit(pipe, STEPS, stats=stats, **call)
     assert (schedule.solver, schedule.steps) == (solver, STEPS)
     assert schedule.measured_error is not None
@@ -85,7 +88,7 @@ def test_measured_fitted_applied_and_sampled(family):
     proof = fs.diffusers.apply(schedule, pipe)
     assert proof.exact
     asked, output = steps_taken(pipe, {**call, **ending})
-    calls = 2 * STEPS - 1 if solver == "heun" else STEPS
+    calls = fs.solvers.get_solver(solver).model_calls(STEPS)
     if family == "wan":
         calls *= 2  # with and without the prompt
     assert len(asked) == calls  # whatever number of steps the pipeline has for a default
@@ -121,6 +124,10 @@ KINDS = {
     "vp-ddim": ("DDIMScheduler", {**SD, **UNCLIPPED}, "ddim"),
     "edm": ("EDMDPMSolverMultistepScheduler", {}, "dpmpp_2m"),
     "flow": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "ddim"),
+    "vp-dpm-2": ("KDPM2DiscreteScheduler", SD, "dpm_2"),
+    "vp-lms": ("LMSDiscreteScheduler", SD, "lms"),
+    "vp-deis": ("DEISMultistepScheduler", SD, "deis_2"),
+    "angles": ("IPNDMScheduler", {}, "ipndm"),
 }
 
 
@@ -186,9 +193,71 @@ def test_fit_says_what_it_cannot_do():
     with pytest.raises(ValueError, match="adds noise of its own"):
         fs.diffusers.fit(pipe, 4, levels=8, samples=2, solver="ddim")
     assert fs.diffusers.fit(pipe, 4, levels=8, samples=2, solver="ddim", audition=False).steps == 4
+    noisy, call, _ = pipelines.unconditional(diffusers.DDIMScheduler(**UNCLIPPED))
+    with pytest.raises(ValueError, match="eta must be 0"):
+        fs.diffusers.fit(noisy, 4, eta=1.0, **call)
     pndm = oracle_pipeline(diffusers.PNDMScheduler(**SD), oracle)
-    with pytest.raises(ValueError, match="cannot be made to use"):
+    with pytest.raises(ValueError, match="cannot be made to use this schedule; change the scheduler"):
         fs.diffusers.fit(pndm, 4, levels=8, samples=2, solver="ipndm")
+    assert pndm.prompts == []  # before a call of the pipeline is spent
+    with pytest.raises(ValueError, match="solver must be one of"):
+        fs.diffusers.fit(pipe, 4, solver="dpm2m")
+    for steps, error in ((0, ValueError), (2.5, TypeError)):
+        with pytest.raises(error, match="steps must be"):
+            fs.diffusers.fit(pipe, steps, solver="ddim")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_pipeline_is_measured_fitted_applied_and_sampled(dtype):
+    pipe, call, ending = pipelines.stable_diffusion(diffusers.DPMSolverMultistepScheduler(**SD))
+    quiet(pipe).to(dtype)
+    call = {name: value.to(dtype) if torch.is_tensor(value) else value for name, value in call.items()}
+    schedule = fs.diffusers.fit(pipe, STEPS, levels=LEVELS, samples=2, **call)
+    assert fs.diffusers.apply(schedule, pipe).exact
+    assert (pipe.dtype, pipe.unet.dtype) == (dtype, dtype)
+    asked, output = steps_taken(pipe, {**call, **ending})
+    assert asked == pytest.approx(schedule.timesteps.tolist())
+    assert torch.isfinite(torch.as_tensor(output[0])).all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("EulerDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"),
+        *("LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "DEISMultistepScheduler"),
+    ],
+)
+def test_any_number_of_steps_that_the_levels_allow(name):
+    pipe = oracle_pipeline(getattr(diffusers, name)(**SD), fs.oracles.GaussianMixture.random(8, 3, seed=0))
+    stats = fs.diffusers.measure(pipe, levels=8, samples=2)
+    one, some, most = (fs.diffusers.fit(pipe, steps, stats=stats) for steps in (1, 3, 7))
+    assert [schedule.steps for schedule in (one, some, most)] == [1, 3, 7]
+    assert one.measured_error > some.measured_error > most.measured_error
+    with pytest.raises(ValueError, match="steps must be at most 7 on 8 levels"):
+        fs.diffusers.fit(pipe, 8, stats=stats)
+
+
+def test_fit_names_what_is_wrong_with_its_statistics():
+    oracle = fs.oracles.GaussianMixture.random(8, 3, seed=0)
+    pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), oracle)
+    stats = fs.diffusers.measure(pipe, levels=8, samples=2)
+    with pytest.raises(TypeError, match="stats must be PathStatistics"):
+        fs.diffusers.fit(pipe, 3, stats="model.safetensors")
+    other, call, _ = pipelines.stable_diffusion(diffusers.EulerDiscreteScheduler(**SD))
+    with pytest.raises(ValueError, match=r"stats are of samples \[2, 2, 2\] and the pipeline's are \[4, 8, 8\]"):
+        fs.diffusers.fit(quiet(other), 3, stats=stats, **call)
+    flow = oracle_pipeline(diffusers.FlowMatchEulerDiscreteScheduler(), oracle)
+    with pytest.raises(ValueError, match="'vp' noise process"):
+        fs.diffusers.fit(flow, 3, stats=stats)
+
+
+def test_a_pipeline_with_a_schedule_applied_is_fitted_again_alike():
+    pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), fs.oracles.GaussianMixture.random(8, 3, seed=0))
+    first = fs.diffusers.fit(pipe, 3, levels=8, samples=2)
+    fs.diffusers.apply(first, pipe)
+    assert torch.equal(fs.diffusers.fit(pipe, 3, levels=8, samples=2).sigmas, first.sigmas)
+    pipe.scheduler.set_timesteps(50)
+    assert torch.allclose(pipe.scheduler.sigmas.double(), first.sigmas)
 
 
 def test_a_schedule_keeps_its_fields_when_its_error_is_measured():

@@ -9,6 +9,9 @@ pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 import diffusers
 import scheduler_table
 
+from fastsched.diffusers.applier import applied
+from fastsched.diffusers.conventions import describe, solver_of
+
 PINNED = "0.42.1"
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
 
@@ -30,10 +33,41 @@ def test_the_table_is_current(rows):
     assert written == expected, "run: python tests/scheduler_table.py"
 
 
+#: Solvers of fastsched that are one method: of third order the two variants of UniPC differ by rounding alone.
+TWINS = {"unipc_3": ["unipc_3", "unipc_bh1_3"], "unipc_bh1_3": ["unipc_3", "unipc_bh1_3"], None: []}
+PARITY = {
+    *("ddim", "heun", "dpm_2", "dpmpp_2m", "dpmpp_3m", "lms", "ipndm", "deis_2", "deis_3"),
+    *("unipc", "unipc_3", "unipc_bh1", "unipc_bh1_3"),
+}
+
+
 @pytest.mark.slow
 def test_solvers_agree_with_the_schedulers_they_are(rows):
     """Parity to 1e-3 on a mixture of Gaussians from the same noises, and no other solver agrees."""
     found = {key: result for key, (_, result) in rows.items() if result is not None}
-    wrong = {key: result for key, result in found.items() if result[1] != ([result[0]] if result[0] else [])}
+    wrong = {key: result for key, result in found.items() if result[1] != TWINS.get(result[0], [result[0]])}
     assert not wrong
-    assert {solver for solver, _ in found.values()} >= {"ddim", "dpmpp_2m", "dpmpp_3m", "heun", "unipc"}
+    assert {solver for solver, _ in found.values()} == PARITY | {None}
+
+
+LONG = {
+    "dpmpp_3m": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"lower_order_final": False, "final_sigmas_type": "sigma_min"}),
+    "deis_2": ("DEISMultistepScheduler", {}),
+    "deis_3": ("DEISMultistepScheduler", {"solver_order": 3}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "ipndm": ("IPNDMScheduler", {}),
+    "dpm_2": ("KDPM2DiscreteScheduler", {"prediction_type": "v_prediction"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+
+
+@pytest.mark.parametrize("solver", LONG)
+def test_solvers_agree_beyond_the_steps_where_classes_lower_their_order(solver):
+    name, config = LONG[solver]
+    scheduler, steps = getattr(diffusers, name)(**config), 16
+    convention = describe(scheduler)
+    target, proof = applied(scheduler_table.uneven_schedule(convention, steps), scheduler)
+    target.set_timesteps(50)
+    assert solver_of(scheduler, steps) == solver
+    assert scheduler_table.matching_solvers(target, convention, proof.sigmas) == [solver]

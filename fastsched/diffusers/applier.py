@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from fractions import Fraction
 from typing import Any
@@ -10,15 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsched.diffusers.conventions import Convention, describe
-from fastsched.diffusers.exporter import Export, Setter, check_range, given_arguments, plain_copy, prove
+from fastsched.diffusers.conventions import ANGLE, Convention, check_pipe, describe, visited
+from fastsched.diffusers.exporter import (
+    NOTHING,
+    Export,
+    Setter,
+    change_to,
+    check_range,
+    given_arguments,
+    plain_copy,
+    prove,
+)
 from fastsched.schedule import Schedule
 
 #: Classes whose step goes to ``t - train_steps // num_inference_steps`` and reads that number at every step.
 ARITHMETIC = ("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler")
 
-#: How far below flow time 1, whose log-SNR is infinite, solvers in log-SNR start (as UniPC's own class does).
-BELOW_ONE = 1e-6
+#: Classes whose formula is not finite at sigma 0, where they end `NOTHING` times the last level above it instead, and
+#: loses more in float32 near flow time 1. UniPC's is one of them with solver_type "bh1".
+DELICATE = ("DEISMultistepScheduler", "SASolverScheduler")
+
+#: Where multistep classes keep how many earlier steps they may use, and what none of them looks like.
+MEMORIES = {"lower_order_nums": lambda: 0, "ets": list}
+
+#: How far below flow time 1, whose log-SNR is infinite, solvers in log-SNR start (as UniPC's own class does), and the
+#: delicate ones among them.
+BELOW_ONE, DELICATE_BELOW_ONE = 1e-6, 1e-3
 
 
 def apply(schedule: Schedule, pipe: Any) -> Export:
@@ -42,8 +60,10 @@ def apply(schedule: Schedule, pipe: Any) -> Export:
         How the schedule was given, the sigmas that will be used and their largest relative error.
 
     Raises:
+        TypeError: If ``schedule`` is none, or ``pipe`` has no scheduler.
         ValueError: If no way is proven to work; the message holds the reason of each.
     """
+    check_pipe(pipe)
     scheduler, proof = applied(schedule, pipe.scheduler)
     pipe.scheduler = scheduler
     return proof
@@ -66,7 +86,10 @@ def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
         if _rounding(proof) == (0.0, 0.0):
             break
     if not proven:
-        raise ValueError(f"{type(scheduler).__name__} cannot be made to use this schedule. " + " | ".join(reasons))
+        name = "FlowMatchEulerDiscreteScheduler" if schedule.noise == "flow" else "DPMSolverMultistepScheduler"
+        raise ValueError(
+            f"{type(scheduler).__name__} cannot be made to use this schedule; {change_to(name)}. " + " | ".join(reasons)
+        )
     proof, setter = min(proven, key=lambda pair: _rounding(pair[0]))
     target = plain_copy(scheduler)
     _override(target, setter)
@@ -102,20 +125,52 @@ def _by_arguments(schedule: Schedule, scheduler: Any, convention: Convention) ->
 
 
 def _by_assignment(schedule: Schedule, scheduler: Any, convention: Convention) -> Setter:
+    names = {cls.__name__ for cls in type(scheduler).__mro__}
     sigmas = schedule.sigmas.clone()
+    delicate = names.intersection(DELICATE) or scheduler.config.get("solver_type") == "bh1"
     if scheduler.config.get("use_flow_sigmas"):
-        sigmas[0] = sigmas[0].clamp(max=1 - BELOW_ONE)
-    timesteps = convention.timesteps(convention.process.level(sigmas[:-1]))
+        sigmas[0] = sigmas[0].clamp(max=1 - (DELICATE_BELOW_ONE if delicate else BELOW_ONE))
+    if delicate:
+        sigmas[-1] = NOTHING * sigmas[-2]
+    passed = visited(scheduler, sigmas)
+    timesteps = convention.timesteps(convention.process.level(passed[:-1]))
 
     def setter(target: Any) -> None:
         _set_steps(target, schedule.steps)
+        _end_in_first_order(target)
+        if names.intersection(ANGLE):
+            target.betas = convention.process.sigma(sigmas).float()
+            target.alphas = convention.process.alpha(sigmas).float()
+            target.timesteps = timesteps.to(target.timesteps)
+            return
         if getattr(target, "sigmas", None) is None:
             raise ValueError("it keeps no sigmas that could be set")
         twice = getattr(target, "order", 1) == 2
         target.sigmas = _inner_twice(sigmas, twice, ends=True).to(target.sigmas)
-        target.timesteps = _like_timesteps(_inner_twice(timesteps, twice, ends=False), target.timesteps)
+        if hasattr(target, "sigmas_interpol"):  # the stages of KDPM2, each beside both entries of the level after it
+            target.sigmas_interpol = torch.cat([sigmas[:1], passed[1:-1:2].repeat_interleave(2), sigmas[-1:]]).float()
+        repeated = timesteps if len(passed) > len(sigmas) else _inner_twice(timesteps, twice, ends=False)
+        target.timesteps = _like_timesteps(repeated, target.timesteps)
 
     return setter
+
+
+def _end_in_first_order(target: Any) -> None:
+    """Make the last step, to sigma 0, use no earlier ones: there every solver of fastsched takes ``z = D``."""
+    original = type(target).step
+    memories = {name: empty for name, empty in MEMORIES.items() if hasattr(target, name)}
+    takes_order = "order" in inspect.signature(original).parameters
+    if not memories and not takes_order:
+        return
+
+    @functools.wraps(original)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.step_index == len(self.timesteps) - 1:
+            vars(self).update({name: empty() for name, empty in memories.items()})
+            kwargs |= {"order": 1} if takes_order else {}
+        return original(self, *args, **kwargs)
+
+    target.step = types.MethodType(step, target)
 
 
 def _by_steps(schedule: Schedule, scheduler: Any, convention: Convention) -> Setter:

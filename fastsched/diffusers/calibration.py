@@ -15,14 +15,19 @@ from torch import Tensor
 
 from fastsched.diffusers.conventions import KNOWN, describe
 from fastsched.measurement import RELATIVE_STEP, Ask, Run, measured_levels, measurement_steps, sample_seeds
-from fastsched.path_statistics import PathStatistics
+from fastsched.path_statistics import PathStatistics, data_deviation
 
 #: A finite difference this many times smaller than its own size is what a repeated call may differ by.
 REPEATABLE = 0.1
 
+UNALIKE = (
+    "what the pipeline computes must not depend on the step's number (a guidance or control that starts or ends "
+    "midway) or on chance (dropout)"
+)
+
 
 class CalibrationScheduler(SchedulerMixin, ConfigMixin):
-    """Measure a pipeline by its own loop: ``2 N + 1`` steps instead of a sampler's.
+    """Measure a pipeline by its own loop: ``2 N`` steps instead of a sampler's.
 
     Put in place of a pipeline's scheduler, it hands the pipeline the states of a measurement over N levels
     (`fastsched.measurement.measurement_steps`) and takes what the pipeline computes there, guidance, adapters and all:
@@ -32,9 +37,14 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     ========================  ============================================  ==============================
     first                     the pipeline's own latents                    their shape, dtype and device
     next N                    ``x_k``, from the noisiest level down         the reference path
-    next N - 1                ``x_k + h w_k``, from the cleanest level up   ``J w``, a forward difference
+    next N - 2                ``x_k + h w_k``, from the cleanest level up   ``J w``, a forward difference
     last                      an early ``x_k`` again                        a check that it is answered alike
     ========================  ============================================  ==============================
+
+    The first step cannot be spared: a pipeline shows its latents to the scheduler only once its network has seen them.
+    The sweep's last product, at level 1, is made up in place of the check: ``J = c^2 / (c^2 + s^2)``, as for Gaussian
+    data of the path's deviation. There ``J`` nearly vanishes, and only a first step of a single cell depends on it. On
+    mixtures of Gaussians this leaves the sensitivity of that level within 0.2% with 48 levels, 1% with 16, 8% with 8.
 
     The pipeline ends with the clean ends of the paths, which it may decode as ever. The noises come from ``seed``, not
     from the pipeline's latents (`fastsched.measurement.noise_of`).
@@ -119,22 +129,22 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         mu: float | None = None,
         **_: Any,
     ) -> None:
-        """Prepare a measurement over N levels in ``2 N + 1`` steps; lists of levels count by their length alone.
+        """Prepare a measurement over N levels in ``2 N`` steps; lists of levels count by their length alone.
 
         Raises:
-            ValueError: If the number of steps is even or below 7.
+            ValueError: If the number of steps is odd or below 6.
         """
         given = sigmas if sigmas is not None else timesteps
         steps = num_inference_steps if given is None else len(given)
-        if steps is None or steps < 7 or steps % 2 == 0:
-            raise ValueError(f"num_inference_steps must be 2 * levels + 1, with at least 3 levels, got {steps}")
+        if steps is None or steps < 6 or steps % 2 == 1:
+            raise ValueError(f"num_inference_steps must be 2 * levels, with at least 3 levels, got {steps}")
         self._clear()
         self._device, self.mu = device, mu
-        self._levels = measured_levels(self.convention.denoiser, (steps - 1) // 2)
+        self._levels = measured_levels(self.convention.denoiser, steps // 2)
         # Early, so that what starts or ends midway shows, but where the conditioning already counts.
-        self._repeated = len(self._levels) // 8
+        self._repeated = max(1, len(self._levels) // 8)
         repeated = self._levels[self._repeated : self._repeated + 1]
-        s = torch.cat([self._levels[:1], self._levels, self._levels[1:].flip(0), repeated])
+        s = torch.cat([self._levels[:1], self._levels, self._levels[2:].flip(0), repeated])
         names = self.convention.timesteps(s)
         if self.convention.integer:
             names = names.round().to(torch.int64)
@@ -196,14 +206,12 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         output = self.convention.raw_output(model_output, sample.shape[1])
         if not bool(torch.isfinite(output).all()):
             raise ValueError(f"the network returned NaN or inf at timestep {float(torch.as_tensor(timestep).max()):g}")
-        last = len(self.timesteps) - 1
         if self._index == 0:
             handed = self._start(output, sample)
-        elif self._index < last:
+        elif self._index < len(self.timesteps) - 1:
             handed = self._send(output)
         else:
-            self._check_repeat(output)
-            handed = self._ends
+            handed = self._finish(output)
         self._index += 1
         self._handed = following = handed.to(sample.dtype)
         return SchedulerOutput(prev_sample=following) if return_dict else (following,)
@@ -216,7 +224,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._statistics: PathStatistics | None = None
         self._steps: Ask[PathStatistics] | None = None
         self._handed: Tensor | None = None
-        self._asked: tuple[Tensor, Tensor] | None = None
+        self._path: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def _start(self, output: Tensor, sample: Tensor) -> Tensor:
         self._run = Run(self.convention.denoiser, self._levels, sample.device, output.dtype, "finite-difference")
@@ -226,21 +234,36 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         return self._input(*next(self._steps))
 
     def _send(self, output: Tensor) -> Tensor:
-        """Answer the measurement; its next question, or at its end an early one again."""
+        """Answer the measurement; its next question, or an early one again instead of the last."""
         assert self._steps is not None
         assert self._handed is not None
-        if self._index == 1 + self._repeated:
-            self._asked = (self._handed, output)
+        x, k = self._question
+        on_path = self._index <= len(self._levels)
+        if on_path and k in (1, self._repeated):
+            self._path[k] = (x, output, self._handed)
+        elif on_path and k == len(self._levels) - 1:
+            self._data_deviation = data_deviation(float(self._run.a[k]) * x + float(self._run.c[k]) * output.float())
+        handed = self._input(*self._steps.send(output))
+        return self._path[self._repeated][2] if self._index == len(self.timesteps) - 2 else handed
+
+    def _finish(self, output: Tensor) -> Tensor:
+        """Check the repeated answer and make up the last one; the ends of the paths."""
+        assert self._steps is not None
+        self._check_repeat(output)
+        (x, k), (before, answered, _) = self._question, self._path[1]
+        share = self._data_deviation**2 / (self._data_deviation**2 + float(self._levels[k]) ** 2)
+        change = (share / float(self._run.alpha[k]) - float(self._run.a[k])) / float(self._run.c[k])
         try:
-            question = self._steps.send(output)
+            self._steps.send(answered.float() + change * (x - before))
         except StopIteration as finished:
-            assert self._asked is not None
             self._statistics = replace(finished.value, model_calls=len(self.timesteps) * len(output))
-            self._ends = finished.value.ends.to(output.device)
-            return self._asked[0]
-        return self._input(*question)
+            return finished.value.ends.to(output.device)
+        raise AssertionError("the measurement asks for more than 2 N - 1 answers")
 
     def _input(self, x: Tensor, k: int) -> Tensor:
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"the measurement overflows at timestep {float(self.timesteps[1 + k]):g}; {UNALIKE}")
+        self._question = (x, k)
         return float(self.convention.input_scale(self._levels[k])) * x
 
     def _check(self, timestep: Any, sample: Tensor) -> None:
@@ -264,14 +287,12 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             )
 
     def _check_repeat(self, output: Tensor) -> None:
-        assert self._asked is not None
-        first = self._asked[1].float()
+        first = self._path[self._repeated][1].float()
         change = float((output.float() - first).norm() / first.norm().clamp_min(1e-30))
         if change > REPEATABLE * RELATIVE_STEP.get(output.dtype, 0.01):
             raise ValueError(
                 f"the same latents and timestep were answered {change:.2%} differently at the end of the run than at "
-                "its beginning; what the pipeline computes must not depend on the step's number (a guidance or "
-                "control that starts or ends midway) or on chance (dropout)"
+                f"its beginning; {UNALIKE}"
             )
 
 

@@ -57,7 +57,15 @@ FLOW = (
     "LTXEulerAncestralRFScheduler",
 )
 EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
-KNOWN = SCALED_VP + PLAIN_VP + FLOW + EDM
+#: Classes whose timesteps are the angle ``2/pi atan(s)`` of ``alpha = cos``, ``sigma = sin`` (Dance Diffusion).
+ANGLE = ("IPNDMScheduler",)
+KNOWN = SCALED_VP + PLAIN_VP + FLOW + EDM + ANGLE
+
+#: Classes that ask the network a second time halfway in ``log s``, and call that a timestep too.
+MIDPOINT = ("KDPM2DiscreteScheduler", "DPMSolverSDEScheduler")
+
+#: Below so many steps, some classes of third order take the last step but one by second order.
+FEW_STEPS = 15
 
 #: Classes that are one of our solvers whatever their settings.
 SAME_SOLVER = {
@@ -71,6 +79,9 @@ SAME_SOLVER = {
         "FlowMapEulerDiscreteScheduler",
     ),
     "heun": ("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+    "dpm_2": ("KDPM2DiscreteScheduler",),
+    "lms": ("LMSDiscreteScheduler",),
+    "ipndm": ("IPNDMScheduler",),
 }
 
 #: diffusers' ``prediction_type`` in the words of `fastsched.Denoiser`.
@@ -94,6 +105,7 @@ class Convention:
         train_steps: Timesteps of the model; flow times are multiplied by it.
         integer: Whether the class names levels by whole timesteps.
         learned_variance: Whether the network's output holds a variance after the prediction, to be dropped.
+        angle: Whether levels are named by ``2/pi atan(s)``.
     """
 
     denoiser: Denoiser
@@ -102,6 +114,7 @@ class Convention:
     train_steps: int = 1000
     integer: bool = False
     learned_variance: bool = False
+    angle: bool = False
 
     @property
     def process(self) -> NoiseProcess:
@@ -110,6 +123,8 @@ class Convention:
 
     def timesteps(self, s: Tensor) -> Tensor:
         """What names levels ``s`` to the network, fractional in between: float64, of the shape of ``s``."""
+        if self.angle:
+            return 2 / math.pi * s.atan()
         if isinstance(self.process, VarianceExploding):
             return s.log() / 4
         if isinstance(self.process, VariancePreserving):
@@ -121,6 +136,8 @@ class Convention:
     def levels(self, timesteps: Tensor) -> Tensor:
         """The levels ``s`` at which a network understands ``timesteps``: the inverse of `timesteps`, float64."""
         t = timesteps.detach().to("cpu", torch.float64)
+        if self.angle:
+            return (math.pi / 2 * t).tan()
         if isinstance(self.process, VarianceExploding):
             return (4 * t).exp()
         if isinstance(self.process, FlowMatching):
@@ -150,11 +167,17 @@ def describe(scheduler: Any) -> Convention:
     """How ``scheduler``, an object of a diffusers class, and its network speak.
 
     Raises:
+        TypeError: If ``scheduler`` is none, but its pipeline or class.
         ValueError: If the class has a noise process, a prediction or a setting that fastsched does not know.
     """
+    if isinstance(scheduler, type) or not (hasattr(scheduler, "config") and hasattr(scheduler, "step")):
+        what = scheduler.__name__ if isinstance(scheduler, type) else type(scheduler).__name__
+        raise TypeError(f"scheduler must be a scheduler of diffusers, as pipe.scheduler is, got {what}")
     names = {cls.__name__ for cls in type(scheduler).__mro__}
     if names.intersection(EDM):
         return _edm(scheduler)
+    if names.intersection(ANGLE):
+        return _angle(scheduler)
     known_vp = names.intersection(SCALED_VP + PLAIN_VP)
     if names.intersection(FLOW) or (known_vp and _setting(scheduler, "use_flow_sigmas", False)):
         return _flow(scheduler)
@@ -168,30 +191,59 @@ def describe(scheduler: Any) -> Convention:
     )
 
 
-def solver_of(scheduler: Any) -> str | None:
+def check_pipe(pipe: Any) -> None:
+    """Check that ``pipe`` is a pipeline with a scheduler.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if isinstance(pipe, type) or getattr(pipe, "scheduler", None) is None:
+        what = f"the class {pipe.__name__}" if isinstance(pipe, type) else type(pipe).__name__
+        raise TypeError(f"pipe must be a pipeline with a scheduler, got {what}")
+
+
+def solver_of(scheduler: Any, steps: int | None = None) -> str | None:
     """Which of fastsched's solvers the class and settings of ``scheduler`` are; None if none of them.
 
-    Proven for each class by running both (tests/test_diffusers_table.py).
+    Proven for each class by running both (tests/test_diffusers_table.py). With few ``steps`` (or None) a class of third
+    order may lower it in its last step but one, and is none.
     """
     names = {cls.__name__ for cls in type(scheduler).__mro__}
     config = scheduler.config
+    lowered = bool(config.get("lower_order_final")) and (steps is None or steps < FEW_STEPS)
     if names & {"DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler"}:
         if config.algorithm_type != "dpmsolver++":
             return None
-        if config.solver_order == 3:  # otherwise its last step but one is of second order
-            return None if config.lower_order_final else "dpmpp_3m"
+        if config.solver_order == 3:
+            return None if lowered else "dpmpp_3m"
         if config.solver_order == 1:
             return "ddim"
         return "dpmpp_2m" if config.solver_type == "midpoint" else None
+    if "DEISMultistepScheduler" in names:
+        if config.solver_order == 1:
+            return "ddim"
+        if config.get("use_flow_sigmas") or (config.solver_order == 3 and lowered):
+            return None
+        return f"deis_{config.solver_order}"
     if "UniPCMultistepScheduler" in names:
-        usual = config.solver_type == "bh2" and config.predict_x0 and config.lower_order_final
-        return "unipc" if usual and config.solver_order == 2 else None
+        return _unipc_of(config)
     if names & {"FlowMatchEulerDiscreteScheduler"} and config.get("stochastic_sampling"):
         return None
     for solver, classes in SAME_SOLVER.items():
         if names.intersection(classes):
             return solver
     return None
+
+
+def _unipc_of(config: Any) -> str | None:
+    if not config.predict_x0 or config.disable_corrector or config.solver_p is not None:
+        return None
+    if config.solver_order == 1:
+        return None  # its corrector is a predictor of second order
+    if config.solver_order == 3 and config.lower_order_final:  # its last step but one is of second order
+        return None
+    variant = {"bh1": "unipc_bh1", "bh2": "unipc"}[config.solver_type]
+    return {2: variant, 3: f"{variant}_3"}.get(config.solver_order)
 
 
 def _pipeline_network(x: Tensor, condition: Tensor) -> Tensor:
@@ -246,6 +298,22 @@ def _flow(scheduler: Any) -> Convention:
     shift = float(_setting(scheduler, "flow_shift", 1.0))
     lowest = scheduler.__dict__.get("sigma_min") or shift / (steps + shift - 1)
     return Convention(Denoiser(_pipeline_network, FlowMatching(float(lowest), 1.0), "velocity"), train_steps=steps)
+
+
+def _angle(scheduler: Any) -> Convention:
+    """Dance Diffusion: continuous angles, of which those where the class's float32 tells signal from noise."""
+    angles = torch.arange(1, 991, dtype=torch.float64) * (math.pi / 2000)
+    process = VariancePreserving(angles.cos().square())  # type: ignore[arg-type]  # made a tuple
+    return Convention(Denoiser(_pipeline_network, process, "v"), train_steps=1, angle=True)
+
+
+def visited(scheduler: Any, sigmas: Tensor) -> Tensor:
+    """The sampler sigmas that the states pass on the way along ``sigmas`` [n + 1]: stages with a timestep, too."""
+    if not {cls.__name__ for cls in type(scheduler).__mro__}.intersection(MIDPOINT):
+        return sigmas
+    inner = sigmas[:-1]
+    middles = (inner[:-1] * inner[1:]).sqrt()
+    return torch.cat([torch.stack([inner[:-1], middles], 1).flatten(), sigmas[-2:]])
 
 
 def _prediction(scheduler: Any) -> str:

@@ -18,13 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsched.diffusers.conventions import Convention, describe
+from fastsched.diffusers.conventions import Convention, describe, visited
 from fastsched.diffusers.loop import rounding, scales, trace
 from fastsched.noise import FlowMatching, VariancePreserving
 from fastsched.schedule import Schedule
 
 #: Largest relative difference of a sigma that still counts as the one asked for.
 EXACT = 1e-5
+#: A last sigma this small against the one before counts as 0: a float32 state does not show the noise.
+NOTHING = 1e-6
 #: Attributes that `fastsched.diffusers.apply` puts on a scheduler.
 OVERRIDES = ("set_timesteps", "step", "step_index")
 
@@ -66,6 +68,7 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
         mu: The shift that the pipeline will pass, where the scheduler shifts by resolution (``use_dynamic_shifting``).
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If the scheduler cannot be given the schedule by arguments; the message says why and what can.
 
     Warns:
@@ -73,6 +76,7 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
     """
     convention = describe(scheduler)
     check_range(schedule, convention, scheduler)
+    _check_mu(mu, scheduler)
     try:
         arguments = given_arguments(schedule, scheduler, convention, mu)
         shifting = {"mu": mu} if _config(scheduler, "use_dynamic_shifting") else {}
@@ -113,7 +117,7 @@ def prove(
     try:
         setter(target)
         used = declared_sigmas(target, convention)
-        levels = convention.process.level(used)
+        levels = convention.process.level(visited(target, used))
         run = trace(target, convention, levels[:-1])
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, AssertionError, KeyError) as error:
         raise ValueError(f"{name} does not take this schedule: {error}") from error
@@ -127,7 +131,7 @@ def prove(
             f"{_brief(run.noise)} of noise"
         )
     expected = convention.timesteps(levels[:-1])
-    rounded = (run.timesteps - expected).abs().max() if len(run.timesteps) == schedule.steps else torch.inf
+    rounded = (run.timesteps - expected).abs().max() if len(run.timesteps) == len(expected) else torch.inf
     if rounded > rounding(convention):
         raise ValueError(
             f"{name} gives the network the timesteps {_brief(run.timesteps)}, at sigmas whose timesteps are "
@@ -155,8 +159,11 @@ def check_range(schedule: Schedule, convention: Convention, scheduler: Any) -> N
     """Check that ``schedule`` is for the scheduler's kind of noise process and within its trained levels.
 
     Raises:
+        TypeError: If it is no schedule.
         ValueError: If it is not.
     """
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a fastsched.Schedule, got {type(schedule).__name__}")
     process, name = convention.process, type(scheduler).__name__
     if (schedule.noise == "flow") != isinstance(process, FlowMatching):
         raise ValueError(
@@ -173,13 +180,25 @@ def check_range(schedule: Schedule, convention: Convention, scheduler: Any) -> N
         )
 
 
+def _check_mu(mu: float | None, scheduler: Any) -> None:
+    name, shifts = type(scheduler).__name__, bool(_config(scheduler, "use_dynamic_shifting"))
+    if mu is not None and not isinstance(mu, (int, float)):
+        raise TypeError(f"mu must be a number, got {mu!r}")
+    if shifts and mu is None:
+        raise ValueError(f"{name} shifts by resolution, so mu must be given as the pipeline will pass it")
+    if mu is not None and not shifts:
+        raise ValueError(f"mu must be left out, for {name} does not shift by resolution, got {mu!r}")
+
+
 def _alternative(convention: Convention) -> str:
     """What to do where a scheduler cannot be given a schedule by arguments."""
     better = {"vp": "EulerDiscreteScheduler", "flow": "FlowMatchEulerDiscreteScheduler", "ve": "EDMEulerScheduler"}
-    return (
-        "Try fastsched.diffusers.apply(schedule, pipe), or change the scheduler: "
-        f"pipe.scheduler = {better[convention.process.kind]}.from_config(pipe.scheduler.config)"
-    )
+    return f"Try fastsched.diffusers.apply(schedule, pipe), or {change_to(better[convention.process.kind])}"
+
+
+def change_to(name: str) -> str:
+    """How to give a pipeline a scheduler of the class ``name``."""
+    return f"change the scheduler: pipe.scheduler = {name}.from_config(pipe.scheduler.config)"
 
 
 def given_arguments(schedule: Schedule, scheduler: Any, convention: Convention, mu: float | None) -> dict[str, Any]:
@@ -236,9 +255,7 @@ def _without_shift(times: Tensor, scheduler: Any, mu: float | None) -> Tensor:
             f"{name} stretches every list to end at shift_terminal={terminal:g}, and the schedule's last sigma is "
             f"{float(times[-1]):g}"
         )
-    if _config(scheduler, "use_dynamic_shifting"):
-        if mu is None:
-            raise ValueError(f"{name} shifts by resolution, so mu must be given as the pipeline will pass it")
+    if mu is not None:
         shift = float(np.exp(mu)) if _config(scheduler, "time_shift_type") != "linear" else float(mu)
     else:
         shift = float(getattr(scheduler, "shift", None) or _config(scheduler, "flow_shift") or 1.0)
@@ -260,7 +277,10 @@ def declared_sigmas(scheduler: Any, convention: Convention) -> Tensor:
     sigmas = torch.as_tensor(scheduler.sigmas).detach().to("cpu", torch.float64)
     keep = torch.ones(len(sigmas), dtype=torch.bool)
     keep[1:] = sigmas[1:] != sigmas[:-1]  # two-call schedulers name each inner level twice
-    return sigmas[keep]
+    distinct = sigmas[keep]
+    if len(distinct) > 1 and distinct[-1] <= 1.001 * NOTHING * distinct[-2]:
+        distinct[-1] = 0.0
+    return distinct
 
 
 def _config(scheduler: Any, name: str) -> Any:

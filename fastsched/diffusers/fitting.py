@@ -12,6 +12,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.auditioning import default_candidates
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.conventions import describe, solver_of
@@ -22,6 +23,7 @@ from fastsched.measurement import noise_of
 from fastsched.optimal import optimal_schedule
 from fastsched.path_statistics import PathStatistics
 from fastsched.schedule import Schedule
+from fastsched.solvers import get_solver
 
 
 def fit(
@@ -42,7 +44,7 @@ def fit(
     Measures the pipeline (`measure`), selects a schedule under each sensitivity weight, and lets those, the schedules
     in common use and the pipeline's own audition: each samples ``steps`` steps through the pipeline from the noises of
     the measured paths, and the one that ends nearest to the paths' ends wins, by the geometric mean over samples of
-    ``||x0 - x0_path||^2``. Cost: ``2 levels + 1`` calls a sample, and ``steps + 1``
+    ``||x0 - x0_path||^2``. Cost: ``2 levels`` calls a sample, and ``steps + 1``
     (twice that with heun) a sample and candidate.
 
     Args:
@@ -62,31 +64,49 @@ def fit(
         puts it to use; the pipeline itself is left as it was.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If an argument is out of range, the scheduler cannot be given schedules or is none of fastsched's
             solvers (name one by ``solver``), or adds noise of its own and so cannot audition.
     """
     check_call(pipe, prompts, call_kwargs)
-    name = solver if solver is not None else solver_of(pipe.scheduler)
+    if stats is not None and not isinstance(stats, PathStatistics):
+        raise TypeError(f"stats must be PathStatistics, as fastsched.diffusers.measure returns, got {stats!r}")
+    steps = validate.positive_int("steps", steps)
+    name = get_solver(solver).name if solver is not None else solver_of(pipe.scheduler, steps)
     if name is None:
         raise ValueError(
             f"{type(pipe.scheduler).__name__}, as it is set, is none of fastsched's solvers, so solver must name the "
-            "nearest one to choose for (docs/schedulers.md): 'ddim' for first-order ones, 'lms', 'dpmpp_3m', ..."
+            "nearest one to choose for (docs/schedulers.md): 'ddim' for first-order ones, 'dpmpp_3m', ..."
         )
+    check_scheduler(pipe.scheduler, steps, name, audition=audition)
+    if audition and call_kwargs.get("eta"):
+        raise ValueError(f"eta must be 0 in an audition, for it adds noise, got {call_kwargs['eta']!r}")
     if stats is None:
         stats = measure(pipe, levels=levels, samples=samples, prompts=prompts, seed=seed, **call_kwargs)
     best = optimal_schedule(stats, steps, name)
-    _, proof = applied(best, pipe.scheduler)
+    applied(best, pipe.scheduler)
     if not audition:
         return best
-    if not proof.deterministic:
-        raise ValueError(
-            f"{type(pipe.scheduler).__name__} adds noise of its own, so its samples cannot be held against the paths' "
-            "ends; set audition=False, or fit with a deterministic scheduler of the same model"
-        )
     entrants = candidates(stats, steps, name, pipe.scheduler)
     errors = [audition_error(pipe, stats, entrant, prompts, call_kwargs) for entrant in entrants]
     lowest = min(range(len(errors)), key=errors.__getitem__)
     return replace(entrants[lowest], measured_error=errors[lowest])
+
+
+def check_scheduler(scheduler: Any, steps: int, solver: str, *, audition: bool) -> None:
+    """Check on any schedule of ``steps`` steps, before a call of the network is spent, that it can be used.
+
+    Raises:
+        ValueError: If the scheduler cannot be given schedules, or adds noise and so cannot hold an ``audition``.
+    """
+    process = describe(scheduler).process
+    levels = process.levels(max(steps, 3))[:steps]
+    _, proof = applied(Schedule.from_levels(process, torch.cat([levels, levels.new_zeros(1)]), solver), scheduler)
+    if audition and not proof.deterministic:
+        raise ValueError(
+            f"{type(scheduler).__name__} adds noise of its own, so its samples cannot be held against the paths' "
+            "ends; set audition=False, or fit with a deterministic scheduler of the same model"
+        )
 
 
 def candidates(stats: PathStatistics, steps: int, solver: str, scheduler: Any) -> list[Schedule]:
@@ -128,6 +148,11 @@ def audition_error(
         with scheduler_replaced(pipe, scheduler):
             call(pipe, schedule.steps, prompt_of(prompts, turn), call_kwargs)
         ends = last[0].float().cpu()
+        if ends.shape[1:] != stats.ends.shape[1:]:
+            raise ValueError(
+                f"stats are of samples {list(stats.ends.shape[1:])} and the pipeline's are {list(ends.shape[1:])}; "
+                "stats must be measured on this pipeline with the same arguments"
+            )
         expected = stats.ends[before : before + len(ends)]
         distances.append((ends[: len(expected)] - expected).square().flatten(1).sum(1).double())
         turn += 1
@@ -175,14 +200,19 @@ def _start_at(scheduler: Any, seeds: Tensor, schedule: Schedule) -> list[Tensor]
 
 
 def own_sigmas(scheduler: Any, steps: int) -> Tensor | None:
-    """The sigmas that ``scheduler`` would use by itself, if they are a schedule that ends in 0."""
+    """The sigmas that ``scheduler`` would use by itself, if they are a schedule that fastsched can hold.
+
+    That is, they end in 0 and start where the model is known; IPNDM's start at a signal of 0, which its step loses.
+    """
     target, config = plain_copy(scheduler), scheduler.config
     if config.get("use_dynamic_shifting"):
         return None  # the pipeline knows by how much, and only when it is called
     target.set_timesteps(steps)
-    sigmas = declared_sigmas(target, describe(scheduler))
+    convention = describe(scheduler)
+    sigmas = declared_sigmas(target, convention)
     descending = bool((sigmas[1:] < sigmas[:-1]).all())
-    return sigmas if descending and float(sigmas[-1]) == 0 and len(sigmas) == steps + 1 else None
+    known = float(convention.process.level(sigmas[:1])) <= 1.001 * convention.process.s_max
+    return sigmas if descending and known and float(sigmas[-1]) == 0 and len(sigmas) == steps + 1 else None
 
 
 def _fits(schedule: Schedule, scheduler: Any) -> bool:

@@ -88,7 +88,7 @@ class Trace:
             def reached(n: int, a: float = a, b: float = b) -> bool:
                 if not 0 <= n < len(noise):
                     return False
-                at_end = allowed * max(1.0, float(noise[-2])) if n == len(noise) - 1 else 0.0
+                at_end = allowed * max(1.0, float(noise[-2:][0])) if n == len(noise) - 1 else 0.0
                 slack = allowed * abs(float(signal[n])) + (0 if self.deterministic else sampling * float(noise[n]))
                 near = abs(b - float(noise[n])) <= allowed * float(noise[n]) + at_end
                 return near and abs(a - float(signal[n])) <= slack + at_end

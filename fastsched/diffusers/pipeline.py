@@ -9,6 +9,7 @@ from typing import Any
 
 from fastsched import validate
 from fastsched.diffusers.calibration import CalibrationScheduler
+from fastsched.diffusers.conventions import check_pipe
 from fastsched.path_statistics import PathStatistics
 
 #: Arguments of a pipeline's call that decide its steps.
@@ -28,7 +29,7 @@ def measure(
 
     A `CalibrationScheduler` takes the place of the pipeline's scheduler for as many calls of the pipeline as it takes
     to measure the samples; the old scheduler is back afterwards, whatever happens. Images are left as latents where the
-    pipeline can. Cost: ``2 levels + 1`` steps a call, each of as many network calls as the pipeline makes a step.
+    pipeline can. Cost: ``2 levels`` steps a call, each of as many network calls as the pipeline makes a step.
 
     Args:
         pipe: A pipeline whose ``scheduler`` fastsched knows (docs/schedulers.md).
@@ -43,6 +44,7 @@ def measure(
         The statistics, on the CPU, for `fastsched.optimal_schedule` and the like. A guided step counts as one call.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If an argument is out of range, the scheduler is not one that fastsched knows, or the pipeline's
             loop does not follow its scheduler; the message says why.
 
@@ -53,13 +55,14 @@ def measure(
     """
     levels = validate.positive_int("levels", levels, minimum=3)
     samples = validate.positive_int("samples", samples)
+    seed = validate.positive_int("seed", seed, minimum=0)
     check_call(pipe, prompts, call_kwargs)
     parts: list[PathStatistics] = []
     while sum(part.samples for part in parts) < samples:
         before = sum(part.samples for part in parts)
         calibration = CalibrationScheduler.from_scheduler(pipe.scheduler, seed=seed, samples_before=before)
         with scheduler_replaced(pipe, calibration):
-            call(pipe, 2 * levels + 1, prompt_of(prompts, len(parts)), call_kwargs)
+            call(pipe, 2 * levels, prompt_of(prompts, len(parts)), call_kwargs)
         parts.append(calibration.statistics)
     whole = parts[0]
     for part in parts[1:]:
@@ -112,16 +115,17 @@ def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict
     """Check what a pipeline is to be called with.
 
     Raises:
-        TypeError: If ``pipe`` has no scheduler.
+        TypeError: If ``pipe`` has no scheduler, or ``prompts`` are not strings.
         ValueError: If the arguments decide the steps, or name the prompt twice or never.
     """
-    if not hasattr(pipe, "scheduler"):
-        raise TypeError(f"pipe must be a pipeline with a scheduler, got {type(pipe).__name__}")
+    check_pipe(pipe)
     for name in STEPPING:
         if name in call_kwargs:
             raise ValueError(f"{name} must be left out: the steps of the call are those of the measurement")
     if prompts is None:
         return
+    if not isinstance(prompts, (str, list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError(f"prompts must be a string or a list of strings, got {prompts!r}")
     if len(prompts) == 0:
         raise ValueError("prompts must hold at least one prompt, or be None")
     if "prompt" in call_kwargs:

@@ -18,7 +18,7 @@ VERSION = 1
 class FastschedScheduleLoader:
     """``Schedule.save``'s JSON in, SIGMAS out: 1-D float32, descending, ``steps + 1`` values, the last 0."""
 
-    CATEGORY = "sampling/custom_sampling/schedulers"
+    CATEGORY = "sampling/schedulers"
     DESCRIPTION = "Load a noise schedule saved by fastsched."
     FUNCTION = "load"
     RETURN_TYPES = ("SIGMAS", "STRING")
@@ -31,7 +31,12 @@ class FastschedScheduleLoader:
 
     @classmethod
     def VALIDATE_INPUTS(cls, file):
-        """True, or what is wrong, shown by ComfyUI before it runs anything."""
+        """True, or what is wrong, shown by ComfyUI before it runs anything.
+
+        A ``file`` that another node will give is None here, and is looked at when it has come.
+        """
+        if file is None:
+            return True
         try:
             read_schedule(file)
         except (OSError, ValueError) as error:
@@ -40,7 +45,9 @@ class FastschedScheduleLoader:
 
     @classmethod
     def IS_CHANGED(cls, file):
-        """What changes when the file does, so that ComfyUI reads it again."""
+        """What changes when the file does, so that ComfyUI reads it again; NaN, which equals nothing, if unknown."""
+        if file is None:
+            return float("nan")
         path = find(file)
         return os.path.getmtime(path) if os.path.exists(path) else float("nan")
 
