@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 18  # of one work buffer: a column block's increments stay in the cache
+_BUFFER_ELEMENTS = 1 << 21  # of a work buffer at most: long runs read memory best, and 8 MiB stay in the cache
+_ONEDNN_COLUMNS = 4096  # from here on its faster product pays for preparing one
+_LARGEST_RATIO = 2.0**30  # of coefficients: float32 holds sums of its square
 _SIGN_TILE = (128, 64)  # signs per Philox block, Philox blocks per tile; `kernels/hutchinson.py` has the same
 _MASK = 0xFFFFFFFF
 
@@ -29,30 +34,34 @@ def level_gram(
         Gram matrix, cross block, squared norms; the last two empty without ``W``.
     """
     N, B, _ = R.shape
-    compute = torch.float64 if R.dtype == torch.float64 else torch.float32
-    before = torch.cat([coefficients.new_zeros(2, 1), coefficients[:, :-1]], 1)
-    now, step = (t.to(R.device, compute).unsqueeze(-1) for t in (coefficients, coefficients - before))
+    compute = torch.float32 if R.dtype != torch.float64 and _products_are_float32() else torch.float64
+    a, c = coefficients.to(R.device).unsqueeze(-1)
+    shared = X is not None and X.ndim == 2
+    of_X = None if X is None else _Rows.of(a, compute, shared=shared)
+    of_R = _Rows.of(c, compute, beside=of_X)
     flat = not per_sample and all(t is None or t.is_contiguous() for t in (R, X, W))
     R_groups, X_groups, W_groups = (_groups(t, flat) for t in (R, X, W))
     columns = R_groups[0].shape[-1]
-    width = max(1, min(columns, _CHUNK_ELEMENTS // N))
-    buffers = torch.empty(2, N, width, dtype=compute, device=R.device)
+    width = _width(R, columns)
+    buffers = torch.empty(2, N * width, dtype=compute, device=R.device)
     gram = torch.zeros(len(R_groups), N, N, dtype=torch.float64, device=R.device)
     cross, w_squared = torch.zeros_like(gram), torch.zeros_like(gram[..., 0])
     for g in range(len(R_groups)):
         for start in range(0, columns, width):
             block = slice(start, min(start + width, columns))
-            e, scratch = buffers[..., : block.stop - start]
-            _write_increments(e, R_groups[g][:, block].to(compute), now[1], step[1])
-            if X is not None:
-                _add_increments(e, scratch, X_groups[g][:, block].to(compute), now[0], step[0])
-            gram[g] += e @ e.T
+            e, work = buffers[:, : N * (block.stop - start)].view(2, N, -1)
+            of_R.write(e, R_groups[g][:, block].to(compute))
+            if of_X is not None:
+                x = X_groups[g][:, block].to(compute)
+                e.addcmul_(x if shared else of_X.write(work, x), (of_X.factor / of_R.factor).to(compute))
+            _add_square(gram[g], e)
             if W is not None:
                 w = W_groups[g][:, block].to(compute)
-                cross[g] += w @ e.T
+                cross[g] += _product(w, e)
                 w_squared[g] += torch.linalg.vecdot(w, w)
     if not per_sample:
         gram, cross, w_squared = (t.sum(0) / B for t in (gram, cross, w_squared))
+    gram, cross = of_R.factor * gram * of_R.factor.T, cross * of_R.factor.T
     if W is None:
         return gram, gram.new_empty(0), gram.new_empty(0)
     return gram, cross, w_squared
@@ -66,21 +75,96 @@ def _groups(t: Tensor | None, flat: bool) -> list[Tensor]:
     return [levels.flatten(1)] if flat else list(levels.unbind(1))
 
 
-def _write_increments(e: Tensor, t: Tensor, now: Tensor, step: Tensor) -> None:
-    """``e_k = now_k (t_k - t_{k-1}) + step_k t_{k-1}``, ``e_0 = now_0 t_0``."""
-    torch.mul(t[0], now[0], out=e[0])
-    torch.sub(t[1:], t[:-1], out=e[1:])
-    e[1:].mul_(now[1:]).addcmul_(t[:-1], step[1:])
+def _width(R: Tensor, columns: int) -> int:
+    """Columns of a block, such that two buffers of them take a quarter of R's bytes at most, or little."""
+    fair = R.nbytes // (32 * R.shape[0])
+    return min(columns, max(1, _BUFFER_ELEMENTS // R.shape[0]), max(1024, fair))
 
 
-def _add_increments(e: Tensor, scratch: Tensor, t: Tensor, now: Tensor, step: Tensor) -> None:
-    """The same, added to ``e``. One row of ``t`` for all levels leaves ``step_k t``."""
-    if t.shape[0] == 1:
-        e.addcmul_(t, step)
-        return
-    e[0].addcmul_(t[0], now[0])
-    torch.sub(t[1:], t[:-1], out=scratch[1:])
-    e[1:].addcmul_(scratch[1:], now[1:]).addcmul_(t[:-1], step[1:])
+@dataclass(frozen=True)
+class _Rows:
+    """How the increments of R or of X are written: but for a factor a row, which is left to the N x N result.
+
+    Attributes:
+        now: The coefficients, ``[N, 1]``.
+        step: Their steps ``now_k - now_{k-1}``, ``[N, 1]``, subtracted in float64.
+        weight: ``now / step``, ``[N, 1]``; None where a step is too small for that.
+        factor: ``[N, 1]`` float64.
+    """
+
+    now: Tensor
+    step: Tensor
+    weight: Tensor | None
+    factor: Tensor
+
+    @classmethod
+    def of(cls, now: Tensor, dtype: torch.dtype, *, shared: bool = False, beside: _Rows | None = None) -> _Rows:
+        """From ``[N, 1]`` float64. ``shared``: one row serves all levels; ``beside``: what is added to these."""
+        step = torch.cat([now[:1], now.diff(dim=0)])
+        if shared:
+            return cls(now.to(dtype), step.to(dtype), None, step)
+        against = now.abs() if beside is None else torch.maximum(now.abs(), beside.factor.abs())
+        interpolate = bool((step[1:].abs() * _LARGEST_RATIO > against[1:]).all())
+        weight = (now / step).to(dtype) if interpolate else None
+        factor = torch.ones_like(now)
+        if interpolate:
+            factor[1:] = step[1:]
+        return cls(now.to(dtype), step.to(dtype), weight, factor)
+
+    def write(self, out: Tensor, t: Tensor) -> Tensor:
+        """``factor_k out_k = now_k (t_k - t_{k-1}) + step_k t_{k-1}`` and ``out_0 = now_0 t_0``, ``[N, columns]``.
+
+        Both forms subtract neighbours first, so that close ones keep their difference. Interpolation,
+        ``lerp(start, end, w) = start + w (end - start)``, takes one pass over memory instead of three.
+        """
+        torch.mul(t[0], self.now[0], out=out[0])
+        if self.weight is not None:
+            torch.lerp(t[:-1], t[1:], self.weight[1:], out=out[1:])
+        else:
+            torch.sub(t[1:], t[:-1], out=out[1:])
+            out[1:].mul_(self.now[1:]).addcmul_(t[:-1], self.step[1:])
+        return out
+
+
+def _add_square(gram: Tensor, e: Tensor) -> None:
+    """``gram += e e'``, three quarters of it computed: the last one is there by symmetry."""
+    half = len(e) // 2
+    left = _product(e, e[:half])
+    gram[:, :half] += left
+    gram[:half, half:] += left[half:].T
+    gram[half:, half:] += _product(e[half:], e[half:])
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``left right'`` of ``[.., columns]``."""
+    onednn = _onednn_linear() if left.dtype == torch.float32 and left.device.type == "cpu" else None
+    if onednn is None or left.shape[1] < _ONEDNN_COLUMNS:
+        return left @ right.T
+    return onednn(left, right, None, "none", [], "")
+
+
+@functools.cache
+def _onednn_linear() -> Callable[..., Tensor] | None:
+    """Find the product ``left right'`` of oneDNN, if PyTorch has it, else None.
+
+    ``torch.mm`` calls MKL, which does without AVX-512 on AMD processors: this is twice as fast there. PyTorch's name
+    for it is not public, hence the trial; its numbers show whether products are float32.
+    """
+    try:
+        linear = torch.ops.mkldnn._linear_pointwise
+        ones = torch.full((64, 64), 1 + 2.0**-20)
+        trusted = torch.allclose(linear(ones, ones, None, "none", [], ""), ones @ ones.T, rtol=2.0**-21, atol=0.0)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return None
+    return linear if trusted else None
+
+
+def _products_are_float32() -> bool:
+    """Whether a float32 matmul is one: a program may allow TF32 or bfloat16 in all of them."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set through the old interface and the new one; PyTorch will not say which holds
+        return False
 
 
 def hutchinson(V: Tensor | None, seed: int, JV: Tensor) -> tuple[Tensor, Tensor]:
