@@ -16,6 +16,7 @@ from fastsched.denoiser import Denoiser
 from fastsched.multistep import Node
 from fastsched.path_statistics import PathStatistics, data_deviation
 from fastsched.progress import progress_bar
+from fastsched.rounding import warn_of_storage
 from fastsched.sampling import nodes_of, not_finite
 from fastsched.solvers import get_solver
 
@@ -63,6 +64,9 @@ def measure(
     ``h ||w|| / sqrt(d)`` about 1% of ``sqrt(s^2 + c^2)``; or a forward-mode derivative (``"jvp"``). No gradients
     are taken, so compiled, quantised and guided models work. Cost: ``2 N - 1`` calls a sample, ``N`` with
     ``sensitivity=None``.
+
+    Warns if the network's outputs come in 16 bits and rounding adds more than 1% to a squared increment
+    (`fastsched.rounding`).
 
     Args:
         denoiser: What to measure.
@@ -232,9 +236,11 @@ def measurement_steps(
         vectors = yield from _sweep_back(run, raws, states, probe, spread, advance)
         calls += len(run.s) - 1
     flat = lambda tensors: torch.stack(tensors).flatten(2)  # [N, B, d]
+    R = flat(raws)
     result = ops.level_increment_gram(
-        flat(raws), flat(states), run.a, run.c, W=None if vectors is None else flat(vectors), per_sample=True
+        R, flat(states), run.a, run.c, W=None if vectors is None else flat(vectors), per_sample=True
     )
+    warn_of_storage(R, run.c, result.gram)
     return PathStatistics(
         process=run.denoiser.process,
         s=run.s,

@@ -71,7 +71,7 @@ def level_increment_gram(
 
     Infinities and NaN in the data reach the result; nothing is masked. Inputs stored in 16 bits are rounded
     before they come here: where adjacent levels differ by 1e-2 of their size, bfloat16 storage alone
-    inflates their squared distance by several per cent.
+    inflates their squared distance by several per cent (`fastsched.rounding` tells, and `fastsched.measure` warns).
 
     Args:
         R: Raw network outputs ``[N, B, d]``, float32, bfloat16 or float16 (float64 too with the PyTorch

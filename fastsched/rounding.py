@@ -1,0 +1,60 @@
+"""What 16-bit storage of a network's outputs does to the distances between levels."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+#: Mean squared relative error of two independent roundings, of Gaussian numbers: what storing two neighbouring
+#: outputs adds to the squared distance between them, against the squared size of one.
+STORAGE_ERROR = {torch.bfloat16: 5.3e-6, torch.float16: 8.2e-8}
+
+#: A distance that exceeds it this many times is trusted: storage adds at most 1% to it.
+TRUSTED = 100.0
+
+
+def storage_floor(R: Tensor, c: Tensor) -> Tensor:
+    """Squared distance from the level before that rounding alone leaves: ``5.3e-6 ||c_k R_k||^2`` in bfloat16.
+
+    Rounding errors of neighbouring levels are taken as independent, as they are once outputs differ by more than the
+    spacing of the format. One read of ``R``, nothing waited for.
+
+    Args:
+        R: Network outputs ``[N, B, d]`` as they were stored.
+        c: Their coefficients, ``[N]``, on any device.
+
+    Returns:
+        ``[B, N]`` float64 on R's device; zero for 32 bits and more.
+    """
+    norms = torch.linalg.vector_norm(R, dim=-1, dtype=torch.promote_types(R.dtype, torch.float32)).double()  # [N, B]
+    error = STORAGE_ERROR.get(R.dtype, 0.0)
+    return error * (c.to(R.device, torch.float64).unsqueeze(-1) * norms).square().T
+
+
+def warn_of_storage(R: Tensor, c: Tensor, gram: Tensor) -> None:
+    """Warn if 16-bit storage of ``R`` may add more than 1% to the squared distance between two adjacent levels.
+
+    Where that distance is below the path's mean it is the mean that counts: outputs that hardly move at one end of the
+    path, as denoisers do near the data, choose no schedule.
+
+    Args:
+        R: As for `storage_floor`.
+        c: Likewise.
+        gram: ``[B, N, N]``, of increments, as `fastsched.ops.level_increment_gram` returns it per sample. Means over
+            the samples are judged. Only if ``R`` has 16 bits is their value waited for.
+    """
+    if R.dtype not in STORAGE_ERROR:
+        return
+    distances = gram.diagonal(dim1=-2, dim2=-1).mean(0)[1:]  # row 0 is a level, not a difference
+    floor = storage_floor(R, c).mean(0).to(gram.device)[1:]
+    if bool((torch.maximum(distances, distances.mean()) < TRUSTED * floor).any()):
+        name = str(R.dtype).removeprefix("torch.")
+        # The same words each time: Python shows a repeated warning once.
+        warnings.warn(
+            f"the network's outputs come in {name}, and between some adjacent levels they change so little that "
+            "rounding adds more than 1% to the squared change. Measure with the network in float32 "
+            "(dtype=torch.float32), or with fewer levels; or average over more samples",
+            stacklevel=2,
+        )
