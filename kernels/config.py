@@ -7,7 +7,7 @@ nothing on the first call. ``benchmarks/speed/tune.py`` measures alternatives on
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -27,7 +27,7 @@ class GramLaunch:
     """How `level_gram` tiles its input.
 
     Attributes:
-        rows: Rows of the tile, 64 or 128. Fewer levels are stacked, more are cut into blocks of rows.
+        rows: Rows of the tile, 32, 64 or 128. Fewer levels are stacked, more are cut into blocks of rows.
         columns: Columns of the tile.
         warps: Warps of a program.
         stages: Depth of the load pipeline.
@@ -41,38 +41,48 @@ class GramLaunch:
     programs: int = 1
 
 
-# One row a family of architectures, one entry a shape: levels at most, and whether there are sensitivity vectors.
-# Registers, spills and shared memory of the entries are checked by tests/test_kernel_compile.py.
+# One row a family of architectures, one entry a shape: levels at most, "+W" with sensitivity vectors. A shape may have
+# an entry of its own for a precision, or for 16-bit data. tests/test_kernel_compile.py compiles every entry for every
+# architecture that reaches it and reads registers, spills and shared memory off the result.
 FAMILIES = {"sm_80": "ampere", "sm_89": "ada", "sm_90": "hopper", "sm_100": "hopper", "sm_120": "ada", "gfx942": "cdna"}
-_BLOCKS = GramLaunch(64, 16, 8, 2)
+_SMALL = GramLaunch(64, 16, 8, 2)
+_SMALLEST = GramLaunch(32, 16, 8, 2)  # fits the registers whatever is asked of it
 GRAM = {
     "hopper": {
         "64": GramLaunch(64, 64, 4, 3, programs=2),
         "128": GramLaunch(128, 32, 8, 3),
+        "128 16-bit": GramLaunch(128, 64, 8, 3),
         "256": GramLaunch(128, 32, 8, 2),
+        "256 tf32x3": GramLaunch(64, 32, 4, 3),
         "64+W": GramLaunch(64, 32, 4, 3, programs=2),
-        "128+W": GramLaunch(64, 32, 8, 2),
+        "128+W": GramLaunch(64, 32, 8, 2),  # never 128 rows: Triton 3.7 makes an empty kernel of that on sm_100
         "256+W": GramLaunch(64, 32, 8, 2),
     },
     "ampere": {
         "64": GramLaunch(64, 64, 4, 3),
+        "64 tf32x3": GramLaunch(64, 32, 4, 3),
         "128": GramLaunch(128, 32, 8, 3),
         "256": GramLaunch(64, 16, 4, 2, programs=2),
         "64+W": GramLaunch(64, 16, 4, 2, programs=2),
-        "128+W": _BLOCKS,
-        "256+W": _BLOCKS,
+        "128+W": _SMALL,
+        "128+W tf32x3": _SMALLEST,
+        "256+W": _SMALL,
+        "256+W tf32x3": _SMALLEST,
     },
     "ada": {
         "64": GramLaunch(64, 32, 4, 2, programs=2),
         "128": GramLaunch(64, 16, 4, 2, programs=2),
         "256": GramLaunch(64, 16, 4, 2, programs=2),
         "64+W": GramLaunch(64, 16, 4, 2, programs=2),
-        "128+W": _BLOCKS,
-        "256+W": _BLOCKS,
+        "128+W": _SMALL,
+        "128+W tf32x3": _SMALLEST,
+        "256+W": _SMALL,
+        "256+W tf32x3": _SMALLEST,
     },
     "cdna": {
         "64": GramLaunch(64, 64, 4, 2, programs=2),
         "128": GramLaunch(128, 64, 8, 2),
+        "128 tf32x3": GramLaunch(128, 32, 8, 2),
         "256": GramLaunch(64, 64, 4, 2),
         "64+W": GramLaunch(64, 32, 4, 2, programs=2),
         "128+W": GramLaunch(64, 32, 4, 2),
@@ -80,22 +90,16 @@ GRAM = {
     },
     "unaligned": {  # element by element; wide tiles would spill
         "64": GramLaunch(64, 32, 8, 2),
-        "128": GramLaunch(128, 16, 8, 2),
-        "256": _BLOCKS,
-        "64+W": _BLOCKS,
-        "128+W": _BLOCKS,
-        "256+W": _BLOCKS,
+        "128": _SMALL,
+        "256": _SMALL,
+        "64+W": _SMALL,
+        "64+W tf32x3": _SMALLEST,
+        "128+W": _SMALLEST,
+        "256+W": _SMALLEST,
     },
-    "ieee": {  # float32 products on the ordinary cores
-        "64": GramLaunch(64, 32, 4, 2),
-        "128": GramLaunch(128, 32, 8, 2),
-        "256": _BLOCKS,
-        "64+W": _BLOCKS,
-        "128+W": _BLOCKS,
-        "256+W": _BLOCKS,
-    },
-    # Four warps or more would take the tensor core of sm_100, which has no float32: the compiler silently uses TF32.
-    "ieee on sm_100": dict.fromkeys(("64", "128", "256", "64+W", "128+W", "256+W"), GramLaunch(64, 16, 2, 2)),
+    # Float32 products on the ordinary cores, for debugging. 64 rows over four warps or more would take the tensor core
+    # of sm_100, which has no float32: the compiler silently uses TF32.
+    "ieee": dict.fromkeys(("64", "128", "256", "64+W", "128+W", "256+W"), _SMALLEST),
 }
 
 
@@ -162,17 +166,10 @@ def gram_launch(N: int, itemsize: int, arch: str, *, precision: str, aligned: bo
         cross: Whether the cross block with sensitivity vectors is asked for.
     """
     family = FAMILIES.get(arch, "cdna" if arch.startswith("gfx") else "ampere")
+    table = GRAM["ieee" if precision == "ieee" else family if aligned else "unaligned"]
     shape = ("64" if N <= 64 else "128" if N <= 128 else "256") + "+W" * cross
-    if precision == "ieee":
-        return GRAM["ieee on sm_100" if arch == "sm_100" else "ieee" if aligned else "unaligned"][shape]
-    if not aligned:
-        return GRAM["unaligned"][shape]
-    launch = GRAM[family][shape]
-    if family == "hopper" and shape == "128" and itemsize == 2:
-        return replace(launch, columns=64)
-    if family == "ampere" and shape == "64" and precision == "tf32x3":
-        return replace(launch, columns=32)
-    return launch
+    special = f"{shape} {precision}", f"{shape} 16-bit" if itemsize == 2 else ""
+    return next(table[key] for key in (*special, shape) if key in table)
 
 
 def hutchinson_launch(probe: str) -> HutchinsonLaunch:

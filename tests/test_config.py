@@ -14,7 +14,7 @@ def test_every_case_has_a_launch(arch):
         SIZES, (2, 4), ("bf16x3", "tf32x3", "ieee"), (True, False), (True, False)
     ):
         launch = config.gram_launch(N, itemsize, arch, precision=precision, aligned=aligned, cross=cross)
-        assert launch.rows in (64, 128)
+        assert launch.rows in (32, 64, 128)
         assert launch.columns in (16, 32, 64)
         assert launch.warps in (2, 4, 8)
         assert launch.stages in (2, 3)
@@ -25,9 +25,13 @@ def test_every_case_has_a_launch(arch):
 
 def test_table_is_complete():
     assert set(config.FAMILIES) == set(config.SHARED_MEMORY) == set(config.ARCHITECTURES)
-    shapes = set(config.GRAM["hopper"])
-    assert len(shapes) == 6
-    assert all(set(row) == shapes for row in config.GRAM.values())
+    shapes = {levels + vectors for levels in ("64", "128", "256") for vectors in ("", "+W")}
+    for row in config.GRAM.values():
+        plain = {shape for shape in row if " " not in shape}
+        special = {tuple(shape.split()) for shape in set(row) - plain}
+        assert plain == shapes
+        assert {shape for shape, _ in special} <= shapes
+        assert {what for _, what in special} <= {"bf16x3", "tf32x3", "16-bit"}
     assert set(config.FAMILIES.values()) <= set(config.GRAM)
 
 
@@ -50,10 +54,23 @@ def test_unknown_names_borrow_a_launch():
     assert config.gram_launch(64, 4, "sm_999", **options) == config.gram_launch(64, 4, "sm_80", **options)
 
 
-def test_no_float32_product_on_the_tensor_core_of_sm_100():
+@pytest.mark.parametrize("aligned", [True, False])
+def test_sm_100_gets_nothing_that_its_compiler_gets_wrong(aligned):
+    """Float32 products that become TF32; 128 rows with sensitivity vectors that become an empty kernel."""
     for N, cross in itertools.product(SIZES, (True, False)):
-        launch = config.gram_launch(N, 4, "sm_100", precision="ieee", aligned=True, cross=cross)
-        assert launch.warps < 4
+        launch = config.gram_launch(N, 4, "sm_100", precision="ieee", aligned=aligned, cross=cross)
+        assert launch.rows < 64
+    for N, precision, itemsize in itertools.product(SIZES, ("bf16x3", "tf32x3", "ieee"), (2, 4)):
+        launch = config.gram_launch(N, itemsize, "sm_100", precision=precision, aligned=aligned, cross=True)
+        assert launch.rows < 128
+
+
+def test_special_entries_are_reached():
+    options = {"aligned": True, "cross": False}
+    assert config.gram_launch(128, 2, "sm_90", precision="bf16x3", **options).columns == 64
+    assert config.gram_launch(128, 4, "sm_90", precision="bf16x3", **options).columns == 32
+    assert config.gram_launch(200, 4, "sm_90", precision="tf32x3", **options).rows == 64
+    assert config.gram_launch(200, 4, "sm_90", precision="bf16x3", **options).rows == 128
 
 
 def test_splits_fill_the_device_and_no_more():

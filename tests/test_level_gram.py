@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -41,7 +42,18 @@ CASES = [
     GramCase(N=128, B=1, d=128, states="shared", dtype=torch.bfloat16),
     GramCase(N=256, B=1, d=65, states="none"),
     GramCase(N=256, B=2, d=33, per_sample=True, apart=1e-4),
+    GramCase(N=256, B=1, d=64, states="shared"),
+    GramCase(N=256, B=1, d=64, states="none", precision="tf32x3"),
     GramCase(N=200, B=1, d=48, states="none", sensitivity=True),
+]
+
+
+# Every number of levels with every kind of state, averaged and per sample, far apart and close; odd d.
+GRID = [
+    GramCase(N=N, B=2, d=35, states=states, per_sample=per_sample, apart=apart)
+    for N, states, per_sample, apart in itertools.product(
+        (13, 16, 24, 33, 64, 100, 128, 256), ("none", "shared", "levels"), (False, True), (1e-1, 1e-4)
+    )
 ]
 
 
@@ -77,7 +89,7 @@ def expected(case: GramCase):
     return values, bounds
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *GRID], ids=str)
 def test_against_reference(case):
     found = on_device(case)
     parts = [found.gram, found.gram.diagonal(dim1=-2, dim2=-1)]
@@ -155,6 +167,21 @@ def every_other_sample(R: torch.Tensor) -> torch.Tensor:
 def test_strides(change):
     case = GramCase(N=9, B=3, d=144)
     found = on_device(case, change)
+    want, bound = (parts[0] for parts in expected(case))
+    assert ((found.gram - want).abs() <= bound).all()
+
+
+def two_billion_apart(R: torch.Tensor) -> torch.Tensor:
+    """Levels so far apart that offsets exceed 32 bits; only the pages that are written to take memory."""
+    N, B, d = R.shape
+    stride = 2**31 // (N - 1) + 16
+    far = torch.empty((N - 1) * stride + B * d, dtype=R.dtype, device=R.device).as_strided(R.shape, (stride, d, 1))
+    return far.copy_(R)
+
+
+def test_far_offsets():
+    case = GramCase(N=9, B=2, d=48, dtype=torch.bfloat16, states="shared", per_sample=True)
+    found = on_device(case, two_billion_apart)
     want, bound = (parts[0] for parts in expected(case))
     assert ((found.gram - want).abs() <= bound).all()
 

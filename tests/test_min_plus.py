@@ -30,7 +30,7 @@ def run(M: int, kind: str, steps: int, poison: bool = False) -> list[np.ndarray]
 
 
 @pytest.mark.parametrize("kind", ["real", "ties", "forbidden"])
-@pytest.mark.parametrize(("M", "steps"), [(2, 3), (3, 4), (7, 8), (17, 4), (33, 2)])
+@pytest.mark.parametrize(("M", "steps"), [(2, 3), (3, 4), (7, 8), (17, 4), (33, 2), (24, 64)])
 def test_same_as_numpy(M, steps, kind):
     totals, paths = launch(run, M, kind, steps)
     expected_totals, expected_paths = eager.min_plus(*(t.numpy() for t in costs(M, kind)), steps)
@@ -52,11 +52,10 @@ def test_reads_nothing_outside_its_edges():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(DEVICE == "cpu", reason="minutes in the interpreter; the sizes above cross every block edge")
-@pytest.mark.parametrize("kind", ["real", "ties"])
-def test_largest_size(kind):
-    totals, paths = launch(run, 256, kind, 64)
-    expected_totals, expected_paths = eager.min_plus(*(t.numpy() for t in costs(256, kind)), 64)
+def test_most_levels():
+    steps = 2 if DEVICE == "cpu" else 64  # an edge takes the interpreter half a minute
+    totals, paths = launch(run, 256, "ties", steps)
+    expected_totals, expected_paths = eager.min_plus(*(t.numpy() for t in costs(256, "ties")), steps)
     assert np.array_equal(totals, expected_totals)
     assert np.array_equal(paths, expected_paths)
 
