@@ -107,6 +107,7 @@ def variants(case: Case, device: str, compiled: bool) -> tuple[dict[str, Callabl
     found["matmul Gram of levels at hand"] = lambda: by_matmul(u)
     found["levels, then cdist"] = lambda: torch.cdist(levels(R, X, a, c), u).square()
     found["levels, then a loop over pairs"] = lambda: by_pairs(levels(R, X, a, c))
+    found["loop over pairs of levels at hand"] = lambda: by_pairs(u)
     return found, case.nbytes(X), exact(R, X, a, c)
 
 
