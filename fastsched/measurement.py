@@ -65,7 +65,7 @@ def measure(
     are taken, so compiled, quantised and guided models work. Cost: ``2 N - 1`` calls a sample, ``N`` with
     ``sensitivity=None``.
 
-    Warns if the network's outputs come in 16 bits and rounding adds more than 1% to a squared increment
+    Warns if the network's outputs come in 16 bits and rounding adds more than 1% to the squared increments
     (`fastsched.rounding`).
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor
 #: outputs adds to the squared distance between them, against the squared size of one.
 STORAGE_ERROR = {torch.bfloat16: 5.3e-6, torch.float16: 8.2e-8}
 
-#: A distance that exceeds it this many times is trusted: storage adds at most 1% to it.
+#: Distances that exceed it this many times are trusted: storage adds at most 1% to them.
 TRUSTED = 100.0
 
 
@@ -34,10 +34,10 @@ def storage_floor(R: Tensor, c: Tensor) -> Tensor:
 
 
 def warn_of_storage(R: Tensor, c: Tensor, gram: Tensor) -> None:
-    """Warn if 16-bit storage of ``R`` may add more than 1% to the squared distance between two adjacent levels.
+    """Warn if 16-bit storage of ``R`` may add more than 1% to the squared distances between adjacent levels.
 
-    Where that distance is below the path's mean it is the mean that counts: outputs that hardly move at one end of the
-    path, as denoisers do near the data, choose no schedule.
+    Their sum along the path is judged, not each alone: where outputs hardly move, as denoisers do near the data, any
+    rounding exceeds 1%, and chooses no schedule.
 
     Args:
         R: As for `storage_floor`.
@@ -48,13 +48,13 @@ def warn_of_storage(R: Tensor, c: Tensor, gram: Tensor) -> None:
     if R.dtype not in STORAGE_ERROR:
         return
     distances = gram.diagonal(dim1=-2, dim2=-1).mean(0)[1:]  # row 0 is a level, not a difference
-    floor = storage_floor(R, c).mean(0).to(gram.device)[1:]
-    if bool((torch.maximum(distances, distances.mean()) < TRUSTED * floor).any()):
+    floor = storage_floor(R, c).mean(0)[1:]
+    if bool(distances.sum() < TRUSTED * floor.sum()):
         name = str(R.dtype).removeprefix("torch.")
         # The same words each time: Python shows a repeated warning once.
         warnings.warn(
-            f"the network's outputs come in {name}, and between some adjacent levels they change so little that "
-            "rounding adds more than 1% to the squared change. Measure with the network in float32 "
-            "(dtype=torch.float32), or with fewer levels; or average over more samples",
+            f"the network's outputs come in {name} and change so little from level to level that rounding adds more "
+            "than 1% to the squared changes. Measure with the network in float32 (dtype=torch.float32) or with fewer "
+            "levels, or average over more samples",
             stacklevel=2,
         )
