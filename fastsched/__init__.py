@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from fastsched.online import AdaptiveSchedule
     from fastsched.optimal import optimal_schedule, score_optimal_schedule, select
     from fastsched.path_statistics import PathStatistics
-    from fastsched.planning import error_curve, predict_error, steps_needed
+    from fastsched.planning import error_curve, steps_needed
+    from fastsched.prediction import predict_error
     from fastsched.sampling import sample
     from fastsched.schedule import Schedule
+    from fastsched.tuning import tune
     from fastsched.uncertainty import standard_errors
 
 __version__ = "0.1.0"
@@ -44,13 +46,14 @@ _HOME = {
     "fit": "fitting",
     "measure": "measurement",
     "optimal_schedule": "optimal",
-    "predict_error": "planning",
+    "predict_error": "prediction",
     "refine_schedule": "fixed_point",
     "sample": "sampling",
     "score_optimal_schedule": "optimal",
     "select": "optimal",
     "standard_errors": "uncertainty",
     "steps_needed": "planning",
+    "tune": "tuning",
 }
 _MODULES = ("baselines", "costs", "diffusers", "metrics", "oracles", "plot")
 
@@ -80,6 +83,7 @@ __all__ = [
     "select",
     "standard_errors",
     "steps_needed",
+    "tune",
 ]
 
 

@@ -1,16 +1,52 @@
-"""Measure, select and audition in one call."""
+"""Measure, select, audition and tune in one call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
-from fastsched.auditioning import audition
+from fastsched import validate
+from fastsched.auditioning import FINALISTS, Audition, audition, first_round
+from fastsched.candidates import default_candidates, default_weight
 from fastsched.denoiser import Denoiser
-from fastsched.measurement import measure
+from fastsched.measurement import measure, with_increments
+from fastsched.optimal import optimal_schedule
 from fastsched.path_statistics import PathStatistics
 from fastsched.schedule import Schedule
+from fastsched.solvers import Solver, get_solver
+from fastsched.tuning import Tuning, tune
+
+#: The most model calls that `fit` spends after the measurement, counted per sample.
+MODEL_CALLS = 740
+
+#: The share of them that the first round of the audition may take.
+FIRST_ROUND = 0.4
+
+
+@dataclass(frozen=True, eq=False)
+class FitReport:
+    """What `fit` came to.
+
+    Attributes:
+        schedule: The schedule.
+        stats: The measurement, with increments if there was tuning.
+        audition: The audition, if there was one.
+        tuning: The tuning, if there was one.
+    """
+
+    schedule: Schedule
+    stats: PathStatistics
+    audition: Audition | None = None
+    tuning: Tuning | None = None
+
+    @property
+    def model_calls(self) -> int:
+        """Network evaluations, the measurement included, counted per sample."""
+        later = (self.audition, self.tuning)
+        return self.stats.model_calls + sum(part.model_calls for part in later if part is not None)
 
 
 def fit(
@@ -22,24 +58,28 @@ def fit(
     stats: PathStatistics | None = None,
     levels: int = 48,
     samples: int = 8,
+    model_calls: int = MODEL_CALLS,
     seed: int = 0,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Schedule:
-    """The schedule of ``steps`` steps for a denoiser and solver: `measure`, `optimal_schedule` and `audition`.
+    """The schedule of ``steps`` steps for a denoiser and solver: `measure`, `optimal_schedule`, `audition`, `tune`.
 
-    With the defaults 760 model calls to measure, counted per sample, and at most 34 for each step to audition.
+    With the defaults 760 model calls to measure, counted per sample, and at most 740 to audition and tune.
 
     Args:
         denoiser: What to schedule.
         shape: The shape of one sample, without the batch.
         steps: Steps, of which the last ends at sigma 0.
         solver: A solver's name.
-        stats: An earlier measurement of this denoiser, used instead of a new one.
+        stats: An earlier measurement of this denoiser, used instead of a new one. If its increments were not kept, its
+            paths are followed once more to tune, ``levels`` calls a sample.
         levels: As in `measure`.
         samples: As in `measure`.
+        model_calls: The most to spend on audition and tuning, counted per sample. Where it does not suffice for one run
+            of all samples, the schedule is that of `optimal_schedule`.
         seed: As in `measure`.
         batch_size: As in `measure`.
         device: As in `measure`.
@@ -47,17 +87,54 @@ def fit(
         progress: Show progress bars.
 
     Returns:
-        The winner of the audition, with its predicted and measured error.
+        The schedule, with its predicted error if it was not tuned further, and its measured one.
 
     Raises:
-        ValueError: As `measure` and `audition` do.
+        ValueError: As `measure`, `audition` and `tune` do.
     """
+    return fit_report(
+        denoiser,
+        shape,
+        steps,
+        solver,
+        stats=stats,
+        levels=levels,
+        samples=samples,
+        model_calls=model_calls,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+    ).schedule
+
+
+def fit_report(
+    denoiser: Denoiser,
+    shape: Sequence[int],
+    steps: int,
+    solver: str = "dpmpp_2m",
+    *,
+    stats: PathStatistics | None = None,
+    levels: int = 48,
+    samples: int = 8,
+    model_calls: int = MODEL_CALLS,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> FitReport:
+    """`fit`, with all that it found on the way; arguments and errors are the same."""
+    budget = validate.positive_int("model_calls", model_calls, minimum=0)
+    method = get_solver(solver)
     if stats is None:
         stats = measure(
             denoiser,
             shape,
             levels=levels,
             samples=samples,
+            keep_increments=True,
             seed=seed,
             batch_size=batch_size,
             device=device,
@@ -66,6 +143,36 @@ def fit(
         )
     elif tuple(shape) != stats.shape:
         raise ValueError(f"stats are of samples of shape {stats.shape}, not of shape {tuple(shape)}")
-    return audition(
-        denoiser, stats, steps, solver, batch_size=batch_size, device=device, dtype=dtype, progress=progress
-    ).winner
+    entrants = affordable_candidates(stats, steps, method, budget)
+    if not entrants:
+        return FitReport(optimal_schedule(stats, steps, method.name, weight=default_weight(stats)), stats)
+    outcome = audition(
+        denoiser, stats, steps, solver, entrants, batch_size=batch_size, device=device, dtype=dtype, progress=progress
+    )
+    trials = (budget - outcome.model_calls) // (stats.samples * method.model_calls(steps))
+    if trials < 1 or steps == 1:
+        return FitReport(outcome.winner, stats, outcome)
+    stats = with_increments(denoiser, stats, batch_size=batch_size, device=device, dtype=dtype)
+    tuning = tune(
+        denoiser,
+        stats,
+        outcome,
+        trials=trials,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+    )
+    return FitReport(tuning.schedule, stats, outcome, tuning)
+
+
+def affordable_candidates(stats: PathStatistics, steps: int, method: Solver, model_calls: int) -> dict[str, Schedule]:
+    """As many of `default_candidates` as an audition can hear within ``model_calls``; none if it cannot hear one."""
+    each, count = method.model_calls(steps), stats.samples
+    if model_calls < each * count:
+        return {}
+    first = first_round(count)
+    most = max(int(FIRST_ROUND * model_calls) // (each * first), 1)
+    while most > 1 and each * (min(most, FINALISTS) * count + max(most - FINALISTS, 0) * first) > model_calls:
+        most -= 1
+    return dict(islice(default_candidates(stats, steps, method).items(), most))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -47,6 +48,7 @@ def measure(
     levels: int | Tensor = 48,
     samples: int | str = 8,
     sensitivity: str | None = "finite-difference",
+    keep_increments: bool = False,
     seed: int = 0,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
@@ -75,6 +77,8 @@ def measure(
         samples: How many paths; ``"auto"`` adds them four at a time, 4 to 32, until the schedule settles
             (`fastsched.uncertainty.settled` states the rule).
         sensitivity: ``"finite-difference"``, ``"jvp"`` or None.
+        keep_increments: Whether the statistics hold the increments themselves, ``N - 1`` images a sample, too: what
+            `fastsched.tune` needs. They are not saved.
         seed: Of the noises and probes. Sample ``n`` is the same whatever ``samples`` and ``batch_size``.
         batch_size: Paths followed at once; all of them when None. About ``3 N`` states a path are held.
         device: Where to run; where the network's parameters are when None.
@@ -104,6 +108,7 @@ def measure(
         torch.device(device) if device is not None else denoiser.device,
         dtype if dtype is not None else denoiser.dtype,
         sensitivity,
+        keep_increments,
     )
     seeds = sample_seeds(seed, most)
     calls = len(s) * (1 if sensitivity is None else 2) - (sensitivity is not None)
@@ -166,14 +171,10 @@ class Run:
         device: torch.device,
         dtype: torch.dtype,
         sensitivity: str | None,
+        keep_increments: bool = False,
     ) -> None:
-        self.denoiser, self.s, self.device, self.dtype, self.sensitivity = (
-            denoiser,
-            s,
-            device,
-            dtype,
-            sensitivity,
-        )
+        self.denoiser, self.s, self.device, self.dtype = denoiser, s, device, dtype
+        self.sensitivity, self.keep_increments = sensitivity, keep_increments
         self.rho = 1 / s
         self.alpha, self.sigma = denoiser.process.alpha(s), denoiser.process.sigma(s)
         self.a, self.c = denoiser.coefficients(s)
@@ -252,7 +253,49 @@ def measurement_steps(
         model_calls=calls * len(seeds),
         cross=None if result.cross is None else result.cross[:, :, 1:].cpu(),
         w_squared=None if result.w_squared is None else result.w_squared.cpu(),
+        increments=_increments(run, raws, states) if run.keep_increments else None,
     )
+
+
+def _increments(run: Run, raws: list[Tensor], states: list[Tensor]) -> Tensor:
+    """``e_q`` [B, N-1, d] float32 on the CPU, from differences of raw outputs and of states, as `ops` forms them."""
+    a, c = run.a.tolist(), run.c.tolist()
+    found = []
+    for k in range(1, len(raws)):
+        raw, raw_before = raws[k].float(), raws[k - 1].float()
+        moved = c[k] * (raw - raw_before) + (c[k] - c[k - 1]) * raw_before
+        moved += a[k] * (states[k] - states[k - 1]) + (a[k] - a[k - 1]) * states[k - 1]
+        found.append(moved.flatten(1).float().cpu())
+    return torch.stack(found, dim=1)
+
+
+@torch.no_grad()
+def with_increments(
+    denoiser: Denoiser,
+    stats: PathStatistics,
+    *,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> PathStatistics:
+    """These statistics with their increments, the paths followed once more if need be: N calls a sample."""
+    if stats.increments is not None:
+        return stats
+    run = Run(
+        denoiser,
+        stats.s,
+        torch.device(device) if device is not None else denoiser.device,
+        dtype if dtype is not None else denoiser.dtype,
+        None,
+        keep_increments=True,
+    )
+    parts = [
+        _drive(run, measurement_steps(run, seeds, stats.shape))
+        for seeds in stats.seeds.split(batch_size or stats.samples)
+    ]
+    increments = torch.cat([part.increments for part in parts if part.increments is not None])
+    calls = stats.model_calls + sum(part.model_calls for part in parts)
+    return replace(stats, increments=increments, model_calls=calls)
 
 
 def _follow_path(

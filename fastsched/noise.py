@@ -66,6 +66,10 @@ class NoiseProcess:
         """A grid of ``n`` levels from ``s_max`` to ``s_min``, uniform in ``lambda = -log s``."""
         return log_uniform(self.s_max, self.s_min, validate.positive_int("levels", n, minimum=2))
 
+    def nearest(self, s: Tensor) -> Tensor:
+        """The nearest levels that the network knows, 0 being one of them."""
+        return s
+
     def to_dict(self) -> dict[str, Any]:
         """What `process_from_dict` needs, in JSON types."""
         raise NotImplementedError
@@ -152,13 +156,19 @@ class VariancePreserving(NoiseProcess):
         return (1 + s.pow(-2)).rsqrt()
 
     def timestep(self, s: Tensor) -> Tensor:
-        trained = self.trained_levels.log().numpy()
-        finite = int(np.isfinite(trained).sum())
-        values = s.detach().to("cpu", torch.float64).numpy()
-        with np.errstate(divide="ignore"):
-            t = np.interp(np.log(values), trained[:finite], np.arange(finite, dtype=np.float64))
-        t = np.where(np.isinf(values), len(trained) - 1.0, t)
-        return torch.as_tensor(np.round(t) if self.integer_timesteps else t, dtype=torch.float64).to(s.device)
+        # in torch throughout: inside torch.func.jvp no tensor becomes an array
+        logs, position = self.trained_levels.log().to(s.device), s.detach().to(torch.float64).log()
+        last = int(logs.isfinite().sum()) - 1
+        above = torch.searchsorted(logs[: last + 1].contiguous(), position.contiguous()).clamp(1, last)
+        share = (position - logs[above - 1]) / (logs[above] - logs[above - 1])
+        t = (above - 1 + share).clamp(0, last)
+        t = torch.where(position == math.inf, torch.full_like(t, len(logs) - 1), t)
+        return t.round() if self.integer_timesteps else t
+
+    def nearest(self, s: Tensor) -> Tensor:
+        if not self.integer_timesteps:
+            return s
+        return torch.where(s > 0, self.trained_levels[self.timestep(s).long()], s)
 
     def levels(self, n: int) -> Tensor:
         n = validate.positive_int("levels", n, minimum=2)

@@ -14,16 +14,14 @@ from fastsched.costs.path import PathCost, path_cost
 from fastsched.costs.states import finite_grid
 from fastsched.costs.stein import stein_corrector
 from fastsched.denoiser import Denoiser
+from fastsched.descent import coordinate_descent
 from fastsched.noise import NoiseProcess, VariancePreserving
 from fastsched.path_statistics import PathStatistics
-from fastsched.polish import coordinate_descent, error_estimates
-from fastsched.polish import polish as polished_nodes
+from fastsched.polish import polish as polished
+from fastsched.prediction import error_estimates, predict_error
 from fastsched.schedule import Schedule
 from fastsched.selection import Selection, cheapest_paths, equal_arc_length, first_order_paths
 from fastsched.solvers import get_solver, solver_name
-
-#: How finely `polish` cuts the measured grid.
-POLISH_PARTS = 4
 
 
 def optimal_schedule(
@@ -45,8 +43,8 @@ def optimal_schedule(
         steps: Steps, of which the last ends at sigma 0; at most the number of levels less one.
         solver: A solver's name.
         weight: ``"geometric"`` (``sqrt(phi psi)``), ``"isotropic"`` (``phi``), ``"directional"`` (``psi``) or None.
-        polish: Whether to go on by coordinate descent on the predicted error, which knows how errors of different
-            steps add up (`fastsched.polish`), first on the measured grid, then between its levels.
+        polish: Whether to go on by descent, off the grid, on a prediction that knows how errors of different steps add
+            up (`fastsched.polish`).
 
     Returns:
         The schedule, with the predicted squared distance to the converged sample.
@@ -57,15 +55,12 @@ def optimal_schedule(
     method = get_solver(solver)
     cost = path_cost(stats, method, weight)
     nodes = chosen_nodes(cost, cheapest_paths(cost, steps), steps)
-    if polish:
-        nodes = polished_nodes(stats, cost, nodes)
-        if not getattr(stats.process, "integer_timesteps", False):
-            coarse, stats = stats.s, stats.refine(POLISH_PARTS)
-            cost = path_cost(stats, method, weight)
-            places = [*(int(n) for n in torch.searchsorted(-stats.s, -coarse)), stats.levels]
-            nodes = polished_nodes(stats, cost, [places[n] for n in nodes])
     s = torch.cat([stats.s, stats.s.new_zeros(1)])[nodes]
-    return Schedule.from_levels(stats.process, s, method.name, error_estimates(stats, cost, nodes).largest)
+    if not polish:
+        return Schedule.from_levels(stats.process, s, method.name, error_estimates(stats, cost, nodes).largest)
+    s = torch.from_numpy(polished(stats, s.numpy(), method))
+    predicted = predict_error(stats, stats.process.sampler_sigma(s), method, weight=weight)
+    return Schedule.from_levels(stats.process, s, method.name, predicted)
 
 
 def chosen_nodes(cost: PathCost, selection: Selection, steps: int) -> list[int]:

@@ -40,6 +40,7 @@ class PathStatistics:
         model_calls: Network evaluations spent, counted per sample.
         cross: ``<w_k, e_q>`` at row ``k - 1``, for levels ``k = 1..N``, [B, N, N-1] float64; None without sensitivity.
         w_squared: ``||w_k||^2`` at row ``k - 1``, [B, N] float64; None without sensitivity.
+        increments: The ``e_q`` themselves, [B, N-1, d] float32, if they were kept; not saved.
     """
 
     process: NoiseProcess
@@ -52,6 +53,7 @@ class PathStatistics:
     model_calls: int
     cross: Tensor | None = None
     w_squared: Tensor | None = None
+    increments: Tensor | None = None
 
     @property
     def levels(self) -> int:
@@ -137,13 +139,14 @@ class PathStatistics:
             data_std=data_deviation(self.ends[rows]),
             cross=None if self.cross is None else self.cross[rows],
             w_squared=None if self.w_squared is None else self.w_squared[rows],
+            increments=None if self.increments is None else self.increments[rows],
         )
 
     def refine(self, parts: int) -> PathStatistics:
         """These statistics on a grid with every segment cut into ``parts``, equal in ``lambda``; no model calls.
 
-        ``D`` is taken as linear in ``lambda`` within a segment, as everywhere else, so that an increment splits into
-        equal ones; so are the adjoint vectors. A segment from pure noise is not cut.
+        ``D`` is taken as linear in ``lambda`` within a segment, so that an increment splits into equal ones; so are the
+        adjoint vectors. Increments that were kept are left out. A segment from pure noise is not cut.
 
         Raises:
             ValueError: If ``parts`` is below 1, or the network accepts only integer timesteps.
@@ -173,6 +176,7 @@ class PathStatistics:
             gram=split.T @ self.gram @ split,
             cross=None if self.cross is None else mix @ self.cross @ split,
             w_squared=None if self.w_squared is None else self.w_squared @ mix.T,
+            increments=None,
         )
 
     def merge(self, other: PathStatistics) -> PathStatistics:
@@ -192,6 +196,7 @@ class PathStatistics:
         ends = torch.cat([self.ends, other.ends])
         both = self.cross is not None and other.cross is not None
         norms = self.w_squared is not None and other.w_squared is not None
+        kept = self.increments is not None and other.increments is not None
         return replace(
             self,
             seeds=torch.cat([self.seeds, other.seeds]),
@@ -201,6 +206,7 @@ class PathStatistics:
             model_calls=self.model_calls + other.model_calls,
             cross=torch.cat([self.cross, other.cross]) if both else None,  # type: ignore[list-item]
             w_squared=torch.cat([self.w_squared, other.w_squared]) if norms else None,  # type: ignore[list-item]
+            increments=torch.cat([self.increments, other.increments]) if kept else None,  # type: ignore[list-item]
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

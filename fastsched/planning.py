@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from fastsched import baselines, validate
 from fastsched.costs.path import path_cost
-from fastsched.optimal import POLISH_PARTS, chosen_nodes
+from fastsched.optimal import chosen_nodes
 from fastsched.path_statistics import PathStatistics
-from fastsched.polish import ErrorModel
+from fastsched.prediction import ErrorModel, predict_error
 from fastsched.schedule import Schedule
 from fastsched.selection import cheapest_paths
 from fastsched.solvers import Solver, get_solver
@@ -35,7 +34,7 @@ class ErrorCurve:
         solver: The solver.
         steps: ``1 .. max_steps``.
         model_calls: Network evaluations of each.
-        predicted_errors: Predicted squared distance to the converged sample (`fastsched.polish`).
+        predicted_errors: Predicted squared distance to the converged sample (`fastsched.prediction`).
         schedules: The schedules themselves.
     """
 
@@ -84,39 +83,6 @@ def error_curve(
         predicted_errors=tuple(float(schedule.predicted_error or 0.0) for schedule in schedules),
         schedules=tuple(schedules),
     )
-
-
-def predict_error(
-    stats: PathStatistics,
-    sigmas: Tensor | Sequence[float] | Schedule,
-    solver: str | Solver = "dpmpp_2m",
-    *,
-    weight: str | None = "geometric",
-) -> float:
-    """Predicted ``E ||x0 - x0_converged||^2`` of any schedule, at the nearest levels of the fourfold grid.
-
-    Args:
-        stats: What `fastsched.measure` returned.
-        sigmas: Sampler sigmas [steps + 1] ending in 0, or a schedule.
-        solver: A solver's name.
-        weight: As in `optimal_schedule`.
-
-    Raises:
-        ValueError: If the sigmas do not descend to 0, start below the measured range, or outnumber its levels.
-    """
-    values = validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas))  # type: ignore[arg-type]
-    if float(values[-1]) != 0.0:
-        raise ValueError(f"sigmas must end in 0, got {float(values[-1]):g}; append it")
-    if not getattr(stats.process, "integer_timesteps", False):
-        stats = stats.refine(POLISH_PARTS)
-    position = -stats.process.level(values[:-1]).log()
-    grid = -stats.s.log()
-    nodes = [int((grid - p).abs().nan_to_num(nan=0.0).argmin()) for p in position]
-    for n in range(1, len(nodes)):
-        nodes[n] = max(nodes[n], nodes[n - 1] + 1)
-    if nodes[-1] >= stats.levels:
-        raise ValueError(f"sigmas has {len(nodes)} levels where the measurement, refined, has too few apart")
-    return ErrorModel(stats, path_cost(stats, solver, weight))([*nodes, stats.levels]).largest
 
 
 def steps_needed(

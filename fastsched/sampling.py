@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,56 +73,93 @@ def sample(
     values = validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas))  # type: ignore[arg-type]
     s = denoiser.process.level(values)
     nodes = nodes_of(denoiser.process, s)
-    steps: Sequence[int] = range(len(nodes) - 1)
+    steps: Iterable[int] = range(len(nodes) - 1)
     if progress:
         from tqdm import tqdm
 
-        steps = tqdm(steps, desc=f"{method.name} sampling", unit="step")  # type: ignore[assignment]
-    y, y_before, history = noise, noise, []
-    for n in steps:
+        steps = tqdm(steps, desc=f"{method.name} sampling", unit="step")
+    ends_at_zero = float(values[-1]) == 0.0
+    y = integrate(lambda y, level: _finite_denoised(denoiser, y, level, dtype), nodes, method, noise, s=s, steps=steps)
+    return y if ends_at_zero else y * float(s[-1])
+
+
+def integrate(
+    denoise: Callable[[Any, Any], Any],
+    nodes: Sequence[Node],
+    method: Solver,
+    y: Any,
+    *,
+    s: Sequence[Any] | Tensor,
+    steps: Iterable[int] | None = None,
+    number: Callable[[Any], Any] = float,
+) -> Any:
+    """The loop of every solver, over anything that can be added and scaled: images, or their coefficients.
+
+    Args:
+        denoise: ``denoise(y, s)``, the denoised sample at the normalised state ``y`` and level ``s``.
+        nodes: The levels as nodes; if ``rho = inf`` at the last one, the loop ends in a denoised sample.
+        method: The solver.
+        y: The state at the first node.
+        s: The levels as ``denoise`` is given them.
+        steps: ``0 .. len(nodes) - 2``, where the caller wants to watch.
+        number: Makes a factor of what the solver computes from nodes; nodes of arrays, one entry a schedule, integrate
+            many schedules at once if it shapes them to broadcast against ``y``.
+
+    Returns:
+        The denoised sample if the last node is at sigma 0, else ``y`` there.
+    """
+    y_before, history = y, []
+    for n in range(len(nodes) - 1) if steps is None else steps:
         start, end = nodes[n], nodes[n + 1]
-        denoised = _finite_denoised(denoiser, y, s[n], dtype)
-        if end.tau == 0:
+        denoised = denoise(y, s[n])
+        if np.all(end.tau == 0):
             return denoised
         if from_pure_noise(method, start):
-            y_before, y = y, y + float(end.rho - start.rho) * denoised
+            y_before, y = y, y + number(end.rho - start.rho) * denoised
             continue
-        newest = _slope(method, start, y, denoised)
+        newest = _slope(method, start, y, denoised, number)
         if method.corrector is not None and history:
             known = [node for node, _ in history]
-            y = _step(method, method.corrector(known, start), y_before, known[0], start, [newest, *_slopes(history)])
+            weights, slopes = method.corrector(known, start), [newest, *_slopes(history)]
+            y = _step(method, weights, y_before, known[0], start, slopes, number)
         history = [(start, newest), *history][: method.history + 1]
         slopes = _slopes(history)
         if method.stage is not None:
             stage = method.stage(start, end)
-            predicted = y + float(stage.rho - start.rho) * denoised
-            ahead = _finite_denoised(denoiser, predicted, torch.as_tensor(1 / stage.rho), dtype)
-            slopes = [_slope(method, stage, predicted, ahead), *slopes]
+            predicted = y + number(stage.rho - start.rho) * denoised
+            ahead = denoise(predicted, 1 / stage.rho)
+            slopes = [_slope(method, stage, predicted, ahead, number), *slopes]
         weights = method.weights([node for node, _ in history], end)
-        y_before, y = y, _step(method, weights, y, start, end, slopes)
-    return y * float(s[-1])
+        y_before, y = y, _step(method, weights, y, start, end, slopes, number)
+    return y
 
 
 def _step(
-    method: Solver, weights: Sequence[Any], y: Tensor, start: Node, end: Node, slopes: Sequence[Tensor]
-) -> Tensor:
-    mean = sum(float(b) * slope for b, slope in zip(weights, slopes, strict=True))
-    scale = float(step_scale(method, start, end))
+    method: Solver,
+    weights: Sequence[Any],
+    y: Any,
+    start: Node,
+    end: Node,
+    slopes: Sequence[Any],
+    number: Callable[[Any], Any],
+) -> Any:
+    mean = sum(number(b) * slope for b, slope in zip(weights, slopes, strict=True))
+    scale = number(step_scale(method, start, end))
     return y + scale * mean if method.variable == "rho" else (1 - scale) * y + scale * mean
 
 
-def _slopes(history: Sequence[tuple[Node, Tensor]]) -> list[Tensor]:
+def _slopes(history: Sequence[tuple[Node, Any]]) -> list[Any]:
     return [slope for _, slope in history]
 
 
-def _slope(method: Solver, node: Node, y: Tensor, denoised: Tensor) -> Tensor:
-    return denoised if method.variable == "rho" else y - denoised / float(node.tau)
+def _slope(method: Solver, node: Node, y: Any, denoised: Any, number: Callable[[Any], Any]) -> Any:
+    return denoised if method.variable == "rho" else y - denoised / number(node.tau)
 
 
-def _finite_denoised(denoiser: Denoiser, y: Tensor, s: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _finite_denoised(denoiser: Denoiser, y: Tensor, s: Tensor | float, dtype: torch.dtype | None) -> Tensor:
     denoised = denoiser.denoise(y, s, dtype=dtype)
     if not bool(torch.isfinite(denoised).all()):
-        raise ValueError(not_finite(denoiser.process, s))
+        raise ValueError(not_finite(denoiser.process, torch.as_tensor(s, dtype=torch.float64)))
     return denoised
 
 

@@ -189,7 +189,7 @@ def from_pure_noise(solver: Solver, start: Node) -> bool:
     So a variance-preserving model of zero terminal SNR begins. The slope there is left out of later steps. Flow models
     start at ``tau = 1``, and solvers over ``rho`` without a stage take the slope as infinitely far off.
     """
-    return bool(np.isinf(start.tau)) and (solver.variable == "tau" or solver.stage is not None)
+    return bool(np.all(np.isinf(start.tau))) and (solver.variable == "tau" or solver.stage is not None)
 
 
 def step_scale(solver: Solver, start: Node, end: Node) -> Any:

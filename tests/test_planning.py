@@ -3,7 +3,7 @@ from models import exact_denoiser, exact_denoisers, mixture
 
 import fastsched as fs
 from fastsched.costs import path_cost
-from fastsched.polish import error_estimates
+from fastsched.prediction import error_estimates
 
 DENOISER = exact_denoiser(mixture(d=4), 0.01, 40.0)
 

@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.auditioning import default_candidates
+from fastsched.candidates import default_candidates
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.conventions import describe, solver_of
 from fastsched.diffusers.exporter import declared_sigmas, plain_copy
