@@ -64,12 +64,12 @@ def descend(
 
 
 def coordinate_descent(
-    objective: Callable[[Sequence[int]], float], nodes: Sequence[int], *, reach: int = 3, sweeps: int = 20
+    objective: Callable[[Sequence[int], int], float], nodes: Sequence[int], *, reach: int = 3, sweeps: int = 20
 ) -> list[int]:
-    """Move one inner node at a time, by up to ``reach`` levels, as long as ``objective`` falls.
+    """Move one inner node at a time over a grid, by up to ``reach`` levels, as long as the objective falls.
 
     Args:
-        objective: Of a list of ascending level indices.
+        objective: ``objective(nodes, n)``: of ascending level indices, the part that node ``n`` has to do with.
         nodes: Where to start; both ends stay.
         reach: How far a node may move at once, between its neighbours.
         sweeps: The most passes over all nodes.
@@ -77,17 +77,17 @@ def coordinate_descent(
     Returns:
         Nodes whose objective is not above that of the start; deterministic.
     """
-    best, lowest = list(nodes), objective(nodes)
+    best = list(nodes)
     for _ in range(sweeps):
-        before = lowest
+        before = list(best)
         for n in range(1, len(best) - 1):
             low, high = max(best[n - 1] + 1, best[n] - reach), min(best[n + 1] - 1, best[n] + reach)
+            lowest, here = objective(best, n), best[n]
             for level in range(low, high + 1):
                 moved = [*best[:n], level, *best[n + 1 :]]
-                value = lowest if level == best[n] else objective(moved)
-                if value < lowest:
+                if level != here and (value := objective(moved, n)) < lowest:
                     best, lowest = moved, value
-        if not lowest < before:
+        if best == before:
             break
     return best
 

@@ -7,7 +7,6 @@ Euler's single weight.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -113,13 +112,18 @@ def _interpolatory(positions: Sequence[Any], moments: Sequence[Any]) -> list[Any
     """Weights ``b`` with ``sum_n b_n p_n^q = moments_q``; the first position is 0."""
     weights = []
     for n, own in enumerate(positions):
-        others = [position for m, position in enumerate(positions) if m != n]
         coefficients: list[Any] = [1.0]  # of prod (x - other), lowest power first
-        for other in others:
-            shifted, scaled = [0.0, *coefficients], [*(c * other for c in coefficients), 0.0]
-            coefficients = [a - b for a, b in zip(shifted, scaled, strict=True)]
-        numerator = sum(c * m for c, m in zip(coefficients, moments, strict=True))
-        weights.append(numerator / math.prod(own - other for other in others))
+        scale: Any = 1.0
+        for other in (position for m, position in enumerate(positions) if m != n):
+            scale = scale * (own - other)
+            coefficients.append(coefficients[-1])
+            for power in range(len(coefficients) - 2, 0, -1):
+                coefficients[power] = coefficients[power - 1] - other * coefficients[power]
+            coefficients[0] = -other * coefficients[0]
+        numerator: Any = 0.0
+        for coefficient, moment in zip(coefficients, moments, strict=True):
+            numerator = numerator + coefficient * moment
+        weights.append(numerator / scale)
     return weights
 
 

@@ -68,7 +68,7 @@ def chosen_nodes(cost: PathCost, selection: Selection, steps: int) -> list[int]:
     nodes = selection.path(steps)
     if cost.solver.history <= 1 and cost.solver.corrector is None:
         return nodes
-    return coordinate_descent(lambda candidate: float(cost.of(candidate).sum()), nodes)
+    return coordinate_descent(cost.around, nodes)
 
 
 def score_optimal_schedule(

@@ -15,6 +15,7 @@ The step to sigma 0 is ``z = D_j`` for every solver.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -189,7 +190,9 @@ def from_pure_noise(solver: Solver, start: Node) -> bool:
     So a variance-preserving model of zero terminal SNR begins. The slope there is left out of later steps. Flow models
     start at ``tau = 1``, and solvers over ``rho`` without a stage take the slope as infinitely far off.
     """
-    return bool(np.all(np.isinf(start.tau))) and (solver.variable == "tau" or solver.stage is not None)
+    if solver.variable != "tau" and solver.stage is None:
+        return False
+    return math.isinf(start.tau) if isinstance(start.tau, float) else bool(np.isinf(start.tau).all())
 
 
 def step_scale(solver: Solver, start: Node, end: Node) -> Any:

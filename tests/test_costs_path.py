@@ -170,3 +170,11 @@ def test_zero_gram_costs_nothing():
     constant = fs.Denoiser.from_denoiser(lambda z, s: torch.zeros_like(z), 0.01, 10.0)
     stats = fs.measure(constant, (3,), levels=8, samples=1, progress=False)
     assert fs.optimal_schedule(stats, 4).predicted_error == 0.0
+
+
+@pytest.mark.parametrize("name", ["dpmpp_3m", "lms", "unipc_3", "heun"])
+def test_cost_around_a_node_changes_as_the_whole_does(stats, name):
+    cost = path_cost(stats, name)
+    before, after = [0, 1, 3, 6, 7, LEVELS], [0, 1, 4, 6, 7, LEVELS]
+    whole = cost.of(after).sum() - cost.of(before).sum()
+    assert cost.around(after, 2) - cost.around(before, 2) == pytest.approx(whole, rel=1e-9)

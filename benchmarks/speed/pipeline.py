@@ -1,7 +1,8 @@
 """What measuring and selecting cost apart from the model's own calls.
 
 ``python -m benchmarks.speed.pipeline``: `measure` on a network that costs next to nothing (its calls are timed and
-taken off), then `optimal_schedule` from the result.
+taken off), then `optimal_schedule` from the result; and the selection of every number of steps up to 32 from 64
+levels, for each solver.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import fastsched as fs
 from benchmarks.common import append, environment, quantiles, table
+from fastsched.solvers import SOLVERS
 
 KEY = ("device", "threads", "torch", "commit", "case", "variant")
 
@@ -55,6 +57,20 @@ def once(shape: tuple[int, ...], levels: int, samples: int, steps: int, device: 
     return seconds, network.calls
 
 
+def selecting(levels: int = 64, samples: int = 8, steps: int = 32) -> dict[str, float]:
+    """Seconds that `error_curve` takes for each solver, and for all of them, on a mixture of two modes."""
+    means = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    mixture = fs.oracles.GaussianMixture(torch.tensor([0.3, 0.7]), means, 0.01 * torch.eye(64).expand(2, -1, -1))
+    denoiser = fs.Denoiser.from_denoiser(mixture.denoise, 0.002, 80.0)
+    stats = fs.measure(denoiser, (64,), levels=levels, samples=samples, progress=False)
+    seconds: dict[str, float] = {}
+    for solver in SOLVERS:
+        start = time.perf_counter()
+        fs.error_curve(stats, solver, steps)
+        seconds[solver] = time.perf_counter() - start
+    return seconds | {"all solvers": sum(seconds.values())}
+
+
 def main() -> None:
     """Measure, print, append to the results."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -76,6 +92,15 @@ def main() -> None:
         print(case, table(rows, ("variant", "p20_ms", "p50_ms", "p80_ms", "model_calls")), sep="\n", flush=True)
         if not options.dry_run:
             append("pipeline", rows, KEY)
+    runs = [selecting() for _ in range(1 + options.repeats)][1:]
+    case = "levels 64 samples 8, every number of steps up to 32"
+    rows = [
+        {"case": case, "variant": name} | quantiles(np.array([run[name] for run in runs])) | environment("cpu")
+        for name in runs[0]
+    ]
+    print(case, table(rows, ("variant", "p20_ms", "p50_ms", "p80_ms")), sep="\n", flush=True)
+    if not options.dry_run:
+        append("pipeline", rows, KEY)
 
 
 if __name__ == "__main__":

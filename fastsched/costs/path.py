@@ -141,7 +141,12 @@ class PathCost:
         return log_rho(self.rho)
 
     def _node(self, k: int | NDArray[np.intp]) -> Node:
-        return Node(self.rho[k], self._lam[k], self.tau[k])
+        return Node(self.rho[k], self._lam[k], self.tau[k]) if isinstance(k, np.ndarray) else self._nodes[k]
+
+    @cached_property
+    def _nodes(self) -> list[Node]:
+        # Python's own floats: coordinate descent asks for thousands of weights, and NumPy's scalars are slower
+        return [Node(*place) for place in zip(self.rho.tolist(), self._lam.tolist(), self.tau.tolist(), strict=True)]
 
     @cached_property
     def pairs(self) -> Array:
@@ -190,6 +195,14 @@ class PathCost:
         """
         histories = (self.history_of(nodes, n) for n in range(len(nodes) - 1))
         return np.array([self.step(part, corrected=corrected) for part, corrected in histories])
+
+    def around(self, nodes: Sequence[int], n: int) -> float:
+        """The cost of the steps of a schedule that node ``n``, neither the first nor the last, has to do with."""
+        total = 0.0
+        for m in range(n - 1, min(n + 1 + self.solver.history, len(nodes) - 1)):
+            part, corrected = self.history_of(nodes, m)
+            total += self.step(part, corrected=corrected)
+        return total
 
     def history_of(self, nodes: Sequence[int], n: int) -> tuple[tuple[int, ...], bool]:
         """The nodes that step ``n`` of a schedule uses, and whether a corrector applies: the arguments of `step`."""
