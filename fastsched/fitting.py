@@ -168,11 +168,23 @@ def fit_report(
 
 def affordable_candidates(stats: PathStatistics, steps: int, method: Solver, model_calls: int) -> dict[str, Schedule]:
     """As many of `default_candidates` as an audition can hear within ``model_calls``; none if it cannot hear one."""
-    each, count = method.model_calls(steps), stats.samples
+    count = stats.samples
+    most = affordable(method.model_calls(steps), count, first_round(count), model_calls)
+    return dict(islice(default_candidates(stats, steps, method).items(), most)) if most > 0 else {}
+
+
+def affordable(each: int, count: int, first: int, model_calls: int) -> int:
+    """How many candidates an audition can hear within ``model_calls``, with some left to tune; 0 if not one.
+
+    Args:
+        each: Calls of one sample under one candidate.
+        count: Samples of the finalists.
+        first: Samples that every candidate runs.
+        model_calls: The budget of audition and tuning.
+    """
     if model_calls < each * count:
-        return {}
-    first = first_round(count)
-    most = max(int(FIRST_ROUND * model_calls) // (each * first), 1)
+        return 0
+    most = max(int(FIRST_ROUND * model_calls) // (each * first), FINALISTS)
     while most > 1 and each * (min(most, FINALISTS) * count + max(most - FINALISTS, 0) * first) > model_calls:
         most -= 1
-    return dict(islice(default_candidates(stats, steps, method).items(), most))
+    return most

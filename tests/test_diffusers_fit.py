@@ -1,5 +1,6 @@
 """From a pipeline to samples by its schedule, through every family of pipeline; weights are random."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -13,7 +14,11 @@ import diffusers
 import pipelines
 from pipelines import oracle_pipeline
 
-from fastsched.diffusers.fitting import audition_error, candidates
+from fastsched.auditioning import distances
+from fastsched.diffusers import fitting
+from fastsched.diffusers.fitting import audition_ends, candidates, own_sigmas
+from fastsched.fitting import MODEL_CALLS
+from fastsched.solvers import get_solver
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEVELS, STEPS = 10, 4
@@ -131,9 +136,13 @@ KINDS = {
 }
 
 
+def typical_error(pipe, stats, schedule):
+    return float(distances(stats, audition_ends(pipe, stats, schedule, None, {})).log().mean().exp())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_audition_samples_through_the_pipeline_as_fastsched_does(kind):
-    """The measured error is that of `fs.sample` from the same noises: to 1e-3, as the solvers' parity."""
+    """It ends where `fs.sample` ends from the same noises: to 1e-3, as the solvers' parity."""
     from test_diffusers_measure import denoiser_of
 
     from fastsched.measurement import noise_of
@@ -144,7 +153,7 @@ def test_the_audition_samples_through_the_pipeline_as_fastsched_does(kind):
     pipe = oracle_pipeline(scheduler, oracle)
     stats = fs.diffusers.measure(pipe, levels=24, samples=4)
     schedule = fs.optimal_schedule(stats, 6, solver)
-    measured = audition_error(pipe, stats, schedule, None, {})
+    measured = typical_error(pipe, stats, schedule)
     denoiser = denoiser_of(scheduler, (oracle, 1.0))
     ends = fs.sample(denoiser, schedule, noise=noise_of(stats.seeds, stats.shape).double())
     squared = (ends - stats.ends.double()).square().flatten(1).sum(1)
@@ -152,25 +161,102 @@ def test_the_audition_samples_through_the_pipeline_as_fastsched_does(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_fitted_schedule_is_the_best_of_its_audition(kind):
-    name, config, _ = KINDS[kind]
+def test_the_fitted_schedule_is_the_best_of_its_audition_and_tuned_where_increments_were_kept(kind):
+    name, config, solver = KINDS[kind]
     scheduler = getattr(diffusers, name)(**config)
     pipe = oracle_pipeline(scheduler, fs.oracles.GaussianMixture.random(8, 3, seed=0))
-    stats = fs.diffusers.measure(pipe, levels=24, samples=4)
-    schedule = fs.diffusers.fit(pipe, 6, stats=stats)
-    entrants = candidates(stats, 6, schedule.solver, scheduler)
+    stats = fs.diffusers.measure(pipe, levels=24, samples=4, keep_increments=True)
+    without = dataclasses.replace(stats, increments=None)
+    run = get_solver(solver).model_calls(6) + 1
+    heard = fs.diffusers.fit(pipe, 6, stats=without, model_calls=20 * 4 * run)
+    entrants = candidates(stats, 6, heard.solver, scheduler, most=8)
     assert len(entrants) >= 3
-    errors = [audition_error(pipe, stats, entrant, None, {}) for entrant in entrants]
-    assert schedule.measured_error == pytest.approx(min(errors))
-    own = diffusers_default(scheduler, 6)
+    errors = [typical_error(pipe, stats, entrant) for entrant in entrants]
+    assert heard.measured_error == pytest.approx(min(errors))
+    assert any(torch.equal(heard.sigmas, entrant.sigmas) for entrant in entrants)
+    own = own_sigmas(scheduler, 6)
     if own is not None:
-        assert any(torch.allclose(entrant.sigmas, own, rtol=1e-5) for entrant in entrants)
+        assert any(torch.allclose(entrant.sigmas, own, rtol=1e-5) for entrant in entrants[:2])
+    tuned = fs.diffusers.fit(pipe, 6, stats=stats, model_calls=20 * 4 * run)
+    assert tuned.measured_error == pytest.approx(typical_error(pipe, stats, tuned))
+    assert tuned.measured_error <= heard.measured_error
+    if solver == "dpmpp_2m":  # first-order schedules leave next to nothing to tune here
+        assert tuned.measured_error < 0.9 * heard.measured_error
 
 
-def diffusers_default(scheduler, steps):
-    from fastsched.diffusers.fitting import own_sigmas
+@contextlib.contextmanager
+def calls_counted(pipe):
+    """The network's calls, each of as many samples as it was given, in a list."""
+    calls = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    try:
+        yield calls
+    finally:
+        hook.remove()
 
-    return own_sigmas(scheduler, steps)
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "HeunDiscreteScheduler", "EulerDiscreteScheduler"])
+def test_the_budget_is_kept(name):
+    """Runs of ``steps + 1`` calls a sample (``2 steps`` with heun), as many as fit; measuring is apart."""
+    pipe = oracle_pipeline(getattr(diffusers, name)(**SD), fs.oracles.GaussianMixture.random(8, 3, seed=0))
+    stats = fs.diffusers.measure(pipe, levels=12, samples=2, keep_increments=True)
+    run = 2 * (8 if name.startswith("Heun") else 5)  # 4 steps of 2 samples
+    errors = []
+    for budget, most in ((run - 1, 0), (run, 1), (3 * run - 1, 2), (10 * run, 10)):
+        with calls_counted(pipe) as calls:
+            schedule = fs.diffusers.fit(pipe, 4, stats=stats, model_calls=budget)
+        assert sum(calls) <= budget
+        assert sum(calls) <= most * run
+        assert sum(calls) % run == 0
+        assert (sum(calls) >= min(most, 2) * run) or most > 2
+        assert (schedule.measured_error is None) == (most == 0)
+        errors += [schedule.measured_error] if most else []
+    assert sum(calls) > 4 * run  # four candidates, then tuning
+    assert errors[0] >= errors[1] >= errors[2]
+
+
+def test_a_whole_fit_costs_what_it_says():
+    pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), fs.oracles.GaussianMixture.random(8, 3, seed=0))
+    with calls_counted(pipe) as calls:
+        fs.diffusers.fit(pipe, 8)
+    assert 384 < sum(calls) <= 384 + MODEL_CALLS
+
+
+def test_schedules_that_the_scheduler_refuses_are_not_tried(monkeypatch):
+    pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), fs.oracles.GaussianMixture.random(8, 3, seed=0))
+    stats = fs.diffusers.measure(pipe, levels=12, samples=2, keep_increments=True)
+    entrants = candidates(stats, 4, "ddim", pipe.scheduler, most=8)
+    allowed = [*(entrant.sigmas for entrant in entrants)]
+    asked = []
+
+    def applied(schedule, scheduler):
+        asked.append(schedule.sigmas)
+        if not any(torch.equal(schedule.sigmas, sigmas) for sigmas in allowed):
+            raise ValueError("refused")
+        return original(schedule, scheduler)
+
+    original = fitting.applied
+    monkeypatch.setattr(fitting, "applied", applied)
+    monkeypatch.setattr(fitting, "check_scheduler", lambda *_, **__: None)
+    schedule = fs.diffusers.fit(pipe, 4, stats=stats)
+    assert any(not any(torch.equal(sigmas, known) for known in allowed) for sigmas in asked)  # tuning proposed some
+    errors = [typical_error(pipe, stats, entrant) for entrant in entrants]
+    assert torch.equal(schedule.sigmas, entrants[errors.index(min(errors))].sigmas)
+
+
+def test_samples_that_are_not_finite_win_nothing():
+    pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), fs.oracles.GaussianMixture.random(8, 3, seed=0))
+    stats = fs.diffusers.measure(pipe, levels=12, samples=2, keep_increments=True)
+    runs = []
+
+    def overflow(i, output):  # in the first run, that of the best guess
+        runs.append(i)
+        return output * float("inf") if runs.count(0) == 1 else output
+
+    schedule = fs.diffusers.fit(pipe, 4, stats=stats, on_step=overflow)
+    assert 0 < schedule.measured_error < float("inf")
+    with pytest.raises(ValueError, match="hold NaN or inf under every one"):
+        fs.diffusers.fit(pipe, 4, stats=stats, on_step=lambda i, output: output * float("nan"))
 
 
 def test_fit_measures_for_itself_and_saves_with_its_error(tmp_path):
@@ -182,6 +268,7 @@ def test_fit_measures_for_itself_and_saves_with_its_error(tmp_path):
     assert torch.equal(loaded.sigmas, schedule.sigmas)
     plain = fs.diffusers.fit(pipe, 5, levels=16, samples=2, audition=False)
     assert plain.measured_error is None
+    assert schedule.measured_error is not None
     assert plain.predicted_error is not None
 
 

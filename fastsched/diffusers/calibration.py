@@ -56,6 +56,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         scheduler_config: Its config.
         seed: Of the noises and probes.
         samples_before: How many samples of this seed were measured before.
+        keep_increments: As in `fastsched.measure`.
 
     Raises:
         ValueError: From ``step`` and ``set_timesteps``, if the pipeline does not follow: another number of steps, more
@@ -72,6 +73,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         scheduler_config: dict[str, Any] | None = None,
         seed: int = 0,
         samples_before: int = 0,
+        keep_increments: bool = False,
     ) -> None:
         settings = scheduler_config or {}
         self.convention = describe(getattr(diffusers, scheduler_class).from_config(settings))
@@ -94,7 +96,9 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any, *, seed: int = 0, samples_before: int = 0) -> CalibrationScheduler:
+    def from_scheduler(
+        cls, scheduler: Any, *, seed: int = 0, samples_before: int = 0, keep_increments: bool = False
+    ) -> CalibrationScheduler:
         """From a pipeline's scheduler itself: what was set on it since it was made counts too, and so do subclasses.
 
         Raises:
@@ -102,7 +106,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         """
         convention = describe(scheduler)
         known = next(base for base in type(scheduler).__mro__ if hasattr(diffusers, base.__name__))
-        made = cls(known.__name__, dict(scheduler.config), seed, samples_before)
+        made = cls(known.__name__, dict(scheduler.config), seed, samples_before, keep_increments)
         made.convention = convention
         return made
 
@@ -227,7 +231,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._path: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def _start(self, output: Tensor, sample: Tensor) -> Tensor:
-        self._run = Run(self.convention.denoiser, self._levels, sample.device, output.dtype, "finite-difference")
+        denoiser, keep = self.convention.denoiser, bool(self.config["keep_increments"])
+        self._run = Run(denoiser, self._levels, sample.device, output.dtype, "finite-difference", keep)
         before = int(self.config["samples_before"])
         seeds = sample_seeds(int(self.config["seed"]), before + len(sample))
         self._steps = measurement_steps(self._run, seeds[-len(sample) :], tuple(sample.shape[1:]))

@@ -1,4 +1,4 @@
-"""From a pipeline to its schedule: measure, select, audition through the pipeline itself."""
+"""From a pipeline to its schedule: measure, select, audition and tune through the pipeline itself."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from fastsched import validate
+from fastsched.auditioning import distances
 from fastsched.candidates import default_candidates
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.conventions import describe, solver_of
 from fastsched.diffusers.exporter import declared_sigmas, plain_copy
 from fastsched.diffusers.loop import scales
 from fastsched.diffusers.pipeline import call, check_call, measure, prompt_of, scheduler_replaced
+from fastsched.fitting import MODEL_CALLS, affordable
 from fastsched.measurement import noise_of
 from fastsched.optimal import optimal_schedule
 from fastsched.path_statistics import PathStatistics
 from fastsched.schedule import Schedule
 from fastsched.solvers import get_solver
+from fastsched.tuning import tuned
 
 
 def fit(
@@ -37,6 +40,7 @@ def fit(
     prompts: str | Sequence[str] | None = None,
     seed: int = 0,
     audition: bool = True,
+    model_calls: int = MODEL_CALLS,
     **call_kwargs: Any,
 ) -> Schedule:
     """The schedule of ``steps`` steps for a pipeline as it stands: its scheduler's solver, guidance, adapters.
@@ -44,34 +48,44 @@ def fit(
     Measures the pipeline (`measure`), selects a schedule under each sensitivity weight, and lets those, the schedules
     in common use and the pipeline's own audition: each samples ``steps`` steps through the pipeline from the noises of
     the measured paths, and the one that ends nearest to the paths' ends wins, by the geometric mean over samples of
-    ``||x0 - x0_path||^2``. Cost: ``2 levels`` calls a sample, and ``steps + 1``
-    (twice that with heun) a sample and candidate.
+    ``||x0 - x0_path||^2``. The rest of the budget goes to tuning: more schedules near the best, run likewise
+    (`fastsched.tune`).
+
+    Cost, counted per sample: ``2 levels`` calls a sample to measure, 384 with the defaults, and at most ``model_calls``
+    later, in runs of ``steps + 1`` calls a sample (``2 steps`` with two-stage solvers): 740 serve 20 schedules of 8
+    steps, 8 of them in the audition.
 
     Args:
         pipe: A pipeline whose scheduler can be given schedules (docs/schedulers.md).
         steps: Steps, of which the last ends at sigma 0.
         solver: The solver to choose for; that of the pipeline's scheduler when None.
-        stats: An earlier measurement of this pipeline with the same ``seed``, ``prompts`` and arguments.
+        stats: An earlier measurement of this pipeline with the same ``seed``, ``prompts`` and arguments. If its
+            increments were not kept (`measure`; a file holds none), there is no tuning: only a whole new measurement
+            would bring them.
         levels: As in `measure`.
         samples: As in `measure`.
         prompts: As in `measure`.
         seed: As in `measure`.
-        audition: Whether to hold the audition. Without it the selection under the default weight is returned.
+        audition: Whether to hold the audition, and tune. Without it the selection under the default weight is returned.
+        model_calls: The most to spend on audition and tuning, counted per sample. Where it does not suffice for one run
+            of all samples, the schedule is the selection, as without an audition.
         **call_kwargs: What the pipeline is called with.
 
     Returns:
-        The schedule with its predicted error, and its measured one from the audition. `fastsched.diffusers.apply`
+        The schedule with its measured error, and its predicted one if it was not tuned. `fastsched.diffusers.apply`
         puts it to use; the pipeline itself is left as it was.
 
     Raises:
         TypeError: If an argument is of another kind.
         ValueError: If an argument is out of range, the scheduler cannot be given schedules or is none of fastsched's
-            solvers (name one by ``solver``), or adds noise of its own and so cannot audition.
+            solvers (name one by ``solver``), or adds noise of its own and so cannot audition; or no candidate's samples
+            are finite.
     """
     check_call(pipe, prompts, call_kwargs)
     if stats is not None and not isinstance(stats, PathStatistics):
         raise TypeError(f"stats must be PathStatistics, as fastsched.diffusers.measure returns, got {stats!r}")
     steps = validate.positive_int("steps", steps)
+    budget = validate.positive_int("model_calls", model_calls, minimum=0)
     name = get_solver(solver).name if solver is not None else solver_of(pipe.scheduler, steps)
     if name is None:
         raise ValueError(
@@ -82,15 +96,38 @@ def fit(
     if audition and call_kwargs.get("eta"):
         raise ValueError(f"eta must be 0 in an audition, for it adds noise, got {call_kwargs['eta']!r}")
     if stats is None:
-        stats = measure(pipe, levels=levels, samples=samples, prompts=prompts, seed=seed, **call_kwargs)
+        stats = measure(
+            pipe,
+            levels=levels,
+            samples=samples,
+            prompts=prompts,
+            seed=seed,
+            keep_increments=audition,
+            **call_kwargs,
+        )
     best = optimal_schedule(stats, steps, name)
     applied(best, pipe.scheduler)
-    if not audition:
+    each = get_solver(name).model_calls(steps) + 1  # the noises are handed out at one more step
+    most = affordable(each, stats.samples, stats.samples, budget)
+    if not audition or most == 0:
         return best
-    entrants = candidates(stats, steps, name, pipe.scheduler)
-    errors = [audition_error(pipe, stats, entrant, prompts, call_kwargs) for entrant in entrants]
-    lowest = min(range(len(errors)), key=errors.__getitem__)
-    return replace(entrants[lowest], measured_error=errors[lowest])
+
+    def perform(schedule: Schedule) -> Tensor | None:
+        if not _fits(schedule, pipe.scheduler):
+            return None
+        ends = audition_ends(pipe, stats, schedule, prompts, call_kwargs)
+        return ends if bool(ends.isfinite().all()) else None
+
+    runs = [(entrant, perform(entrant)) for entrant in candidates(stats, steps, name, pipe.scheduler, most)]
+    known = [(entrant, ends) for entrant, ends in runs if ends is not None]
+    if not known:
+        raise ValueError(f"the pipeline's samples hold NaN or inf under every one of {len(runs)} schedules")
+    if stats.increments is not None:
+        return tuned(perform, stats, known, budget // (each * stats.samples) - len(runs)).schedule
+    heard = [
+        replace(entrant, measured_error=float(distances(stats, ends).log().mean().exp())) for entrant, ends in known
+    ]
+    return min(heard, key=lambda schedule: schedule.measured_error or 0.0)
 
 
 def check_scheduler(scheduler: Any, steps: int, solver: str, *, audition: bool) -> None:
@@ -109,55 +146,53 @@ def check_scheduler(scheduler: Any, steps: int, solver: str, *, audition: bool) 
         )
 
 
-def candidates(stats: PathStatistics, steps: int, solver: str, scheduler: Any) -> list[Schedule]:
-    """What enters an audition: unlike schedules, all of which ``scheduler`` can be given, the best guess first.
+def candidates(stats: PathStatistics, steps: int, solver: str, scheduler: Any, most: int) -> list[Schedule]:
+    """What enters an audition: up to ``most`` unlike schedules, all of which ``scheduler`` can be given.
 
-    Those of `fastsched.audition`, and the schedule that the scheduler would use by itself, unless that depends on the
-    resolution.
+    Those of `fastsched.audition`, the best guess first, and the schedule that the scheduler would use by itself, unless
+    that depends on the resolution; it is among the first two.
     """
     chosen = list(default_candidates(stats, steps, solver).values())
     own = own_sigmas(scheduler, steps)
     if own is not None:
-        chosen.append(Schedule.from_levels(stats.process, stats.process.level(own), solver))
+        chosen.insert(1, Schedule.from_levels(stats.process, stats.process.level(own), solver))
     kept: list[Schedule] = []
     for schedule in chosen:
+        if len(kept) == most:
+            break
         if any(torch.equal(schedule.sigmas, other.sigmas) for other in kept) or not _fits(schedule, scheduler):
             continue
         kept.append(schedule)
     return kept
 
 
-def audition_error(
+def audition_ends(
     pipe: Any,
     stats: PathStatistics,
     schedule: Schedule,
     prompts: str | Sequence[str] | None,
     call_kwargs: dict[str, Any],
-) -> float:
-    """The geometric mean over the measured samples of ``||x0 - x0_path||^2``, sampling through the pipeline.
+) -> Tensor:
+    """Where the measured samples end when the pipeline samples by ``schedule``, [B, *shape] float32 on the CPU.
 
     The pipeline is called as `fastsched.diffusers.measure` called it, with ``schedule`` applied, and made to start
     from the noises of the measured paths by one more step at the first level.
     """
-    distances: list[Tensor] = []
-    turn = 0
-    while sum(len(part) for part in distances) < stats.samples:
-        before = sum(len(part) for part in distances)
+    parts: list[Tensor] = []
+    while sum(len(part) for part in parts) < stats.samples:
+        before = sum(len(part) for part in parts)
         scheduler, _ = applied(schedule, pipe.scheduler)
         last = _start_at(scheduler, stats.seeds[before:], schedule)
         with scheduler_replaced(pipe, scheduler):
-            call(pipe, schedule.steps, prompt_of(prompts, turn), call_kwargs)
+            call(pipe, schedule.steps, prompt_of(prompts, len(parts)), call_kwargs)
         ends = last[0].float().cpu()
         if ends.shape[1:] != stats.ends.shape[1:]:
             raise ValueError(
                 f"stats are of samples {list(stats.ends.shape[1:])} and the pipeline's are {list(ends.shape[1:])}; "
                 "stats must be measured on this pipeline with the same arguments"
             )
-        expected = stats.ends[before : before + len(ends)]
-        distances.append((ends[: len(expected)] - expected).square().flatten(1).sum(1).double())
-        turn += 1
-    smallest = torch.finfo(torch.float64).tiny
-    return float(torch.cat(distances).clamp_min(smallest).log().mean().exp())
+        parts.append(ends)
+    return torch.cat(parts)[: stats.samples]
 
 
 def _start_at(scheduler: Any, seeds: Tensor, schedule: Schedule) -> list[Tensor]:

@@ -23,6 +23,7 @@ def measure(
     samples: int = 4,
     prompts: str | Sequence[str] | None = None,
     seed: int = 0,
+    keep_increments: bool = False,
     **call_kwargs: Any,
 ) -> PathStatistics:
     """Measure what ``pipe(**call_kwargs)`` computes, guidance, adapters, prompt and all, by the pipeline's own loop.
@@ -38,6 +39,7 @@ def measure(
         prompts: One prompt for each call, in turn; a schedule is for a model, so several unlike ones serve best. None
             if the pipeline takes none, or ``call_kwargs`` hold it.
         seed: Of the noises and probes; the pipeline's own latents are not used.
+        keep_increments: As in `fastsched.measure`: what `fit` needs to tune, ``levels - 1`` latents a sample.
         **call_kwargs: What the pipeline is called with: ``guidance_scale``, ``height``, ``control_image``, ...
 
     Returns:
@@ -60,7 +62,9 @@ def measure(
     parts: list[PathStatistics] = []
     while sum(part.samples for part in parts) < samples:
         before = sum(part.samples for part in parts)
-        calibration = CalibrationScheduler.from_scheduler(pipe.scheduler, seed=seed, samples_before=before)
+        calibration = CalibrationScheduler.from_scheduler(
+            pipe.scheduler, seed=seed, samples_before=before, keep_increments=keep_increments
+        )
         with scheduler_replaced(pipe, calibration):
             call(pipe, 2 * levels, prompt_of(prompts, len(parts)), call_kwargs)
         parts.append(calibration.statistics)
