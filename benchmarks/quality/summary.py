@@ -235,8 +235,8 @@ def report(results: Results) -> str:
         breakdown(results, last),
         "Rank correlation of predicted and actual error over a denoiser's cells:",
         correlations(results),
-        f"Cells in which the best of {len(results.baselines)} baselines is ahead by more than 5%. Why: *too few noises*, "
-        "where fastsched's error on the noises it tuned on is below the baseline's on all; *search*, where it is not:",
+        f"Cells in which the best of {len(results.baselines)} baselines is ahead by more than 5%. Why: *too few "
+        "noises*, where fastsched's error on those it tuned on is below the baseline's; *search*, where it is not:",
         lost_cells(results, last),
     ]
     return "\n\n".join(parts) + "\n"
