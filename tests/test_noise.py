@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -127,3 +128,66 @@ def test_flow_sigmas_above_one_are_refused():
 def test_unknown_kind():
     with pytest.raises(ValueError, match="noise process kind"):
         process_from_dict({"kind": "vpp"})
+
+
+TWO_LEVELS = VariancePreserving([0.5, 0.0])
+
+
+@pytest.mark.parametrize("name", ["vp", "vp-integer", "vp-zero-terminal"])
+def test_timesteps_against_interpolation(name):
+    """NumPy's, of the timestep over ``log s``; ends are held, pure noise is the last timestep."""
+    process = PROCESSES[name]
+    trained = process.trained_levels.numpy()
+    finite = trained[np.isfinite(trained)]
+    s = np.concatenate([np.geomspace(finite[0] / 3, finite[-1] * 3, 301), trained, [0.0, np.inf]])
+    with np.errstate(divide="ignore"):
+        expected = np.interp(np.log(s), np.log(finite), np.arange(len(finite)))
+    expected[np.isinf(s)] = len(trained) - 1
+    found = process.timestep(torch.from_numpy(s)).numpy()
+    if process.integer_timesteps:
+        assert (found == found.round()).all()
+        # halves may round either way
+        assert np.abs(found - expected).max() <= 0.5 + 1e-9
+    else:
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
+    assert process.timestep(torch.tensor(1.0)).shape == ()
+    assert process.timestep(torch.ones(2, 3)).shape == (2, 3)
+
+
+def test_timesteps_beside_pure_noise_alone():
+    """One finite level and pure noise."""
+    assert TWO_LEVELS.timestep(torch.tensor([0.0, 0.5, 1.0, 7.0, math.inf])).tolist() == [0.0, 0.0, 0.0, 0.0, 1.0]
+
+
+def test_timestep_inside_forward_mode():
+    process = PROCESSES["vp"]
+
+    def through(x):
+        assert process.timestep(torch.tensor([0.5])).ndim == 1
+        return x * process.timestep(torch.tensor([2.0, 3.0], dtype=torch.float64))
+
+    x = torch.ones(2, dtype=torch.float64)
+    value, change = torch.func.jvp(through, (x,), (x,))
+    torch.testing.assert_close(value, change, rtol=0, atol=0)
+
+
+def test_nearest_levels_are_the_nearest(process):
+    """By brute force over all that are trained, in ``log s``; where any level is known it is the level itself."""
+    s = torch.cat([process.levels(17) * 1.003, torch.tensor([0.0, process.s_min / 2], dtype=torch.float64)])
+    found = process.nearest(s)
+    if not getattr(process, "integer_timesteps", False):
+        assert torch.equal(found, s)
+        return
+    for level, near in zip(s.tolist(), found.tolist(), strict=True):
+        trained = process.trained_levels.tolist()
+        expected = level if level == 0 else min(trained, key=lambda other: abs(math.log(other / level)))
+        assert near == expected
+    assert process.nearest(s.reshape(1, -1)).shape == (1, 19)
+    assert torch.equal(process.nearest(found), found)
+
+
+def test_nearest_of_pure_noise_is_itself():
+    table = torch.cat([vp_table()[:-1], torch.zeros(1)])
+    process = VariancePreserving(table, integer_timesteps=True)
+    s = torch.tensor([math.inf, 1e6, 0.0], dtype=torch.float64)
+    assert process.nearest(s).tolist() == [math.inf, float(process.trained_levels[-2]), 0.0]
