@@ -116,8 +116,12 @@ def predict_error(
     position = -stats.process.level(values[:-1]).log()
     grid = -stats.s.log()
     nodes = [int((grid - p).abs().nan_to_num(nan=0.0).argmin()) for p in position]
+    if position[0] > grid[-1]:
+        raise ValueError(f"sigmas must start within the measured range, from {float(stats.sigmas[-2]):g} on")
+    if len(nodes) > stats.levels:
+        raise ValueError(f"sigmas has {len(nodes)} levels above 0, the measurement, refined, only {stats.levels}")
     for n in range(1, len(nodes)):
         nodes[n] = max(nodes[n], nodes[n - 1] + 1)
-    if nodes[-1] >= stats.levels:
-        raise ValueError(f"sigmas has {len(nodes)} levels where the measurement, refined, has too few apart")
+    for n in range(len(nodes)):  # room below for those that follow
+        nodes[n] = min(nodes[n], stats.levels - (len(nodes) - n))
     return error_estimates(stats, path_cost(stats, solver, weight), [*nodes, stats.levels]).largest

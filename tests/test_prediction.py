@@ -72,3 +72,22 @@ def test_without_sensitivity_there_are_two_estimates():
     found = error_estimates(stats, path_cost(stats, "ddim", None), [0, 4, 8, 12])
     assert np.isnan(found.dual_weighted)
     assert found.largest == max(found.local, found.coherent)
+
+
+def test_nodes_nearer_than_the_grid_are_told_apart_by_order(stats):
+    """Four levels of the fourfold grid, h = 0.19 / 4 apart at most, where all four nodes are nearest the last."""
+    low = float(stats.s[-1])
+    sigmas = [float(stats.s[0]), low * 1.003, low * 1.002, low * 1.001, low, 0.0]
+    fine = stats.refine(4)
+    nodes = [0, *range(fine.levels - 4, fine.levels), fine.levels]
+    expected = error_estimates(fine, path_cost(fine, "dpmpp_2m"), nodes).largest
+    assert fs.predict_error(stats, sigmas) == pytest.approx(expected, rel=1e-12)
+
+
+def test_schedules_that_the_measurement_cannot_judge(stats):
+    low = float(stats.s[-1])
+    with pytest.raises(ValueError, match="sigmas must start within the measured range"):
+        fs.predict_error(stats, [low / 2, low / 4, 0.0])
+    many = np.geomspace(float(stats.s[0]), low, 46).tolist()
+    with pytest.raises(ValueError, match="sigmas has 46 levels above 0, the measurement, refined, only 45"):
+        fs.predict_error(stats, [*many, 0.0])
