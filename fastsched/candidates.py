@@ -112,10 +112,10 @@ def _common_levels(stats: PathStatistics, steps: int) -> dict[str, Tensor]:
         "karras of rho 3, end spared": baselines.karras(steps, low, high, 3.0, spare_last=True),
         "kl_optimal, end spared": baselines.kl_optimal(steps, low, high, scale, spare_last=True),
     }
-    if getattr(stats.process, "integer_timesteps", False):
-        return {label: _snapped(each, stats.s) for label, each in levels.items()}
     for each in levels.values():
         each[0] = stats.s[0]  # pure noise, where the process starts from it
+    if getattr(stats.process, "integer_timesteps", False):
+        return {label: _snapped(each, stats.s) for label, each in levels.items()}
     if stats.process.kind == "flow":
         top = float(stats.process.sampler_sigma(stats.s[:1]))
         for label, shift in {"uniform times": 1.0, "shift 3": 3.0}.items():
@@ -129,6 +129,6 @@ def _snapped(sigmas: Tensor, s: Tensor) -> Tensor:
     inner = sigmas[:-1]
     for n, sigma in enumerate(inner):
         low, high = (chosen[-1] + 1 if chosen else 0), len(s) - (len(inner) - n)
-        nearest = int((s.log() - sigma.log()).abs().argmin())
+        nearest = int((s.log() - sigma.log()).abs().nan_to_num(nan=0.0).argmin())  # inf - inf: pure noise itself
         chosen.append(min(max(nearest, low), high))
     return torch.cat([s[chosen], s.new_zeros(1)])
