@@ -35,7 +35,7 @@ def descend(
         error: Of C schedules [C, steps + 1], a value each, [C]; ``inf`` forbids one.
         levels: Where to start: levels [steps + 1], descending to 0. Both ends stay.
         low: The lowest level a node may take.
-        high: The highest, where the first node is at pure noise.
+        high: The highest finite level; where the first node is at pure noise, the second stays below ten times this.
         moves: The shares.
 
     Returns:

@@ -46,12 +46,12 @@ def jacobian_shares(stats: PathStatistics) -> tuple[Array, float]:
 
     Returns:
         ``j`` [N], and the root mean square over levels of what least squares leaves, ``|| <J w, e> - j x || / ||x||``:
-        0 where ``J`` is a multiple of the identity. Without a sensitivity in the statistics
-        ``c^2 / (c^2 + s^2)``, the share of Gaussian data of the ends' deviation ``c``, and 1.
+        where ``J`` is a multiple of the identity, how far that varies among three levels. Without a sensitivity in the
+        statistics ``c^2 / (c^2 + s^2)``, the share of Gaussian data of the ends' deviation ``c``, and 1.
     """
     s = stats.s.numpy()
     if stats.cross is None:
-        return 1 / (1 + (s / max(stats.data_std, np.finfo(np.float64).tiny)) ** 2), 1.0
+        return stats.data_std**2 / (stats.data_std**2 + s**2), 1.0
     cross, keep = stats.cross.numpy(), np.append(s[1:], 0.0) / s
     shares, left = np.zeros(len(s)), np.zeros(len(s))
     sums = np.zeros((3, len(s)))  # of x y, x x and y y, y = <J w, e>, each sample's divided by its x x
