@@ -59,7 +59,7 @@ class Tuning:
         schedule: The best schedule, with its measured error: on the samples it was tuned on, so a little low.
         errors: ``||x0 - x0_path||^2`` of each sample under it, [B].
         trials: The schedules that were run, in order, each with its measured error; first those to start from.
-        model_calls: Network evaluations of the trials after the starts, counted per sample.
+        model_calls: Network evaluations, counted per sample; those of an audition to start from are its own.
     """
 
     schedule: Schedule
@@ -90,7 +90,7 @@ def tune(
         denoiser: The denoiser that ``stats`` was measured on.
         stats: What ``fastsched.measure(..., keep_increments=True)`` returned.
         start: A schedule, or an audition: then its finalists are known already, and the best is where to start.
-        trials: The most runs, each of all samples.
+        trials: The most runs, each of all samples, after one of ``start`` if its ends are not known.
         batch_size: Samples run at once; all when None.
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None.
@@ -102,19 +102,19 @@ def tune(
     Raises:
         ValueError: If the statistics hold no increments, ``trials`` is negative, or the network returns NaN or inf.
     """
-    method = get_solver(start.winner.solver if isinstance(start, Audition) else start.solver)
+    first = start.winner if isinstance(start, Audition) else start
+    table = start.table if isinstance(start, Audition) else ()
+    known = [(row.schedule, row.ends) for row in table if len(row.ends) == stats.samples]
+    method = get_solver(first.solver)
     trials = validate.positive_int("trials", trials, minimum=0)
+    increments_of(stats)
     stage = Stage(denoiser, stats, method, batch_size, device, dtype)
-    known: list[tuple[Schedule, Tensor]] = []
-    if isinstance(start, Audition):
-        known = [(row.schedule, row.ends) for row in start.table if len(row.ends) == stats.samples]
-    steps = (known[0][0] if known else start.winner if isinstance(start, Audition) else start).steps
-    with progress_bar(trials * stats.samples * method.model_calls(steps), progress, "tuning") as advance:
+    each = stats.samples * method.model_calls(first.steps)
+    before = 0 if known else each
+    with progress_bar(before + trials * each, progress, "tuning") as advance:
         perform = partial(stage.ends, first=0, last=stats.samples, advance=advance)
-        if not known:
-            first = start.winner if isinstance(start, Audition) else start
-            known = [(first, perform(first))]
-        return tuned(perform, stats, known, trials)
+        tuning = tuned(perform, stats, known or [(first, perform(first))], trials)
+    return replace(tuning, model_calls=before + tuning.model_calls)
 
 
 def tuned(perform: Perform, stats: PathStatistics, known: Sequence[tuple[Schedule, Tensor]], trials: int) -> Tuning:
@@ -125,6 +125,9 @@ def tuned(perform: Perform, stats: PathStatistics, known: Sequence[tuple[Schedul
         stats: Statistics with increments.
         known: Schedules to start from, and where their samples ended.
         trials: The most runs.
+
+    Returns:
+        As `tune`, the model calls those of ``perform``.
     """
     record = _Record(stats, get_solver(known[0][0].solver))
     for schedule, ends in known:
@@ -147,13 +150,23 @@ def tuned(perform: Perform, stats: PathStatistics, known: Sequence[tuple[Schedul
     return Tuning(record.schedules[record.best], record.errors[record.best], tuple(record.schedules), calls)
 
 
+def increments_of(stats: PathStatistics) -> Tensor:
+    """The increments, [B, N-1, d].
+
+    Raises:
+        ValueError: If they were not kept.
+    """
+    if stats.increments is None:
+        raise ValueError("stats must hold the increments: measure with keep_increments=True")
+    return stats.increments
+
+
 class _Record:
     """The runs so far, and what they say of schedules near the best."""
 
     def __init__(self, stats: PathStatistics, method: Solver) -> None:
-        if stats.increments is None:
-            raise ValueError("stats must hold the increments: measure with keep_increments=True")
         self.stats, self.method, self.surrogate = stats, method, Surrogate.of(stats)
+        self.increments = increments_of(stats)
         self.schedules: list[Schedule] = []
         self.levels: list[Array] = []
         self.errors: list[Tensor] = []
@@ -173,11 +186,10 @@ class _Record:
 
     def add(self, schedule: Schedule, ends: Tensor) -> None:
         """Learn from a run."""
-        assert self.stats.increments is not None
         squared = distances(self.stats, ends)
         levels = self.stats.process.level(schedule.sigmas).numpy()
         error = (ends.double() - self.stats.ends.double()).flatten(1)
-        onto = (self.stats.increments @ error.float()[..., None])[..., 0].double()  # <e_q, E>
+        onto = (self.increments @ error.float()[..., None])[..., 0].double()  # <e_q, E>
         products = [(error * other).sum(1) for other in [*self._vectors, error]]
         column = torch.cat([onto, torch.stack(products, dim=1)], dim=1).numpy()[..., None]  # [B, N-1+M+1, 1]
         self._gram = np.block([[self._gram, column[:, :-1]], [column.transpose(0, 2, 1)]])
