@@ -126,6 +126,7 @@ def fit_report(
     progress: bool = True,
 ) -> FitReport:
     """`fit`, with all that it found on the way; arguments and errors are the same."""
+    steps = validate.positive_int("steps", steps)
     budget = validate.positive_int("model_calls", model_calls, minimum=0)
     method = get_solver(solver)
     if stats is None:

@@ -278,9 +278,21 @@ def with_increments(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> PathStatistics:
-    """These statistics with their increments, the paths followed once more if need be: N calls a sample."""
+    """These statistics with their increments, the paths followed once more if need be: N calls a sample.
+
+    Args:
+        denoiser: The denoiser that ``stats`` was measured on.
+        stats: What `measure` returned.
+        batch_size: As in `measure`.
+        device: As in `measure`.
+        dtype: As in `measure`.
+
+    Raises:
+        ValueError: If the network returns NaN or inf.
+    """
     if stats.increments is not None:
         return stats
+    batch = stats.samples if batch_size is None else validate.positive_int("batch_size", batch_size)
     run = Run(
         denoiser,
         stats.s,
@@ -289,10 +301,7 @@ def with_increments(
         None,
         keep_increments=True,
     )
-    parts = [
-        _drive(run, measurement_steps(run, seeds, stats.shape))
-        for seeds in stats.seeds.split(batch_size or stats.samples)
-    ]
+    parts = [_drive(run, measurement_steps(run, seeds, stats.shape)) for seeds in stats.seeds.split(batch)]
     increments = torch.cat([part.increments for part in parts if part.increments is not None])
     calls = stats.model_calls + sum(part.model_calls for part in parts)
     return replace(stats, increments=increments, model_calls=calls)

@@ -5,7 +5,7 @@ import torch
 from models import exact_denoiser, exact_denoisers, mixture
 
 import fastsched as fs
-from fastsched.measurement import PATH_SOLVER, noise_of, probe_of, sample_seeds
+from fastsched.measurement import PATH_SOLVER, noise_of, probe_of, sample_seeds, with_increments
 
 C = 0.5
 
@@ -219,3 +219,90 @@ def test_progress_is_shown_and_hidden(capsys):
     assert "measuring" in capsys.readouterr().err
     measure(gaussian_denoiser(), levels=8)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v", "velocity", "edm", "score"])
+def test_exact_and_finite_differences_agree(kind):
+    """For every kind of network: the sweep in forward mode against that of finite differences of 1%."""
+    denoiser = exact_denoisers(fs.oracles.Gaussian(C, (6,)))[kind]
+    exact = measure(denoiser, (6,), levels=16, sensitivity="jvp")
+    differences = measure(denoiser, (6,), levels=16)
+    assert exact.model_calls == differences.model_calls
+    # the denoiser is linear: float32's rounding over the 1% of the step
+    torch.testing.assert_close(exact.phi[1:], differences.phi[1:], rtol=1e-3, atol=1e-5)
+    scale = float(exact.cross.abs().max())
+    torch.testing.assert_close(exact.cross, differences.cross, rtol=0, atol=1e-3 * scale)
+
+
+def test_integer_networks_are_swept_in_forward_mode():
+    table = torch.linspace(0.999, 0.005, 200)
+    denoiser = fs.Denoiser.from_epsilon(lambda x, t: 0.1 * x, table, integer_timesteps=True)
+    exact = measure(denoiser, (6,), levels=16, sensitivity="jvp")
+    torch.testing.assert_close(exact.phi[1:], measure(denoiser, (6,), levels=16).phi[1:], rtol=1e-3, atol=1e-5)
+
+
+def increments_by_hand(denoiser, stats, shape):
+    """``D_{q+1} - D_q`` in float64 at the states of the path, from its own solver run up to each level."""
+    noise, process = noise_of(stats.seeds, shape).double(), denoiser.process
+    states = [noise]
+    for k in range(2, len(stats.s) + 1):
+        sigmas = process.sampler_sigma(stats.s[:k])
+        states.append(fs.sample(denoiser, sigmas, PATH_SOLVER, noise) / float(stats.s[k - 1]))
+    denoised = [denoiser.denoise(y, float(s)) for y, s in zip(states, stats.s, strict=True)]
+    return torch.stack(denoised).diff(dim=0).flatten(2).transpose(0, 1)
+
+
+@pytest.mark.parametrize("kind", ["x0", "epsilon", "v", "velocity", "edm", "score"])
+def test_kept_increments_are_those_of_the_path(kind):
+    denoiser = exact_denoisers(mixture())[kind]
+    stats = measure(denoiser, (4,), levels=12, samples=3, keep_increments=True)
+    assert stats.increments.shape == (3, 11, 4)
+    assert (stats.increments.dtype, stats.increments.device.type) == (torch.float32, "cpu")
+    products = torch.einsum("bpd,bqd->bpq", stats.increments.double(), stats.increments.double())
+    # both from float32 states, z = s y: an increment's rounding grows with the level
+    size = stats.gram.diagonal(dim1=1, dim2=2).sqrt()
+    rounding = 16 * torch.finfo(torch.float32).eps * stats.s[:-1].clamp(1.0, 200.0)
+    bound = rounding * size[:, :, None] + rounding[:, None] * size[:, None, :]
+    assert bool(((products - stats.gram).abs() <= bound).all())
+    expected = increments_by_hand(denoiser, stats, (4,))
+    torch.testing.assert_close(stats.increments.double(), expected, rtol=0, atol=2e-4)  # float32 states
+
+
+def test_increments_sum_to_the_path():
+    """``D_{N-1} - D_0``, and in batches, on images too."""
+    denoiser = exact_denoiser(fs.oracles.Gaussian(C, (1, 2, 3)), 0.01, 20.0)
+    stats = measure(denoiser, (1, 2, 3), levels=12, samples=5, batch_size=2, keep_increments=True)
+    first = denoiser.denoise(noise_of(stats.seeds, (1, 2, 3)), 20.0)
+    total = stats.increments.sum(1).reshape(stats.ends.shape)
+    torch.testing.assert_close(total, stats.ends - first, rtol=0, atol=1e-5)
+    assert measure(denoiser, (1, 2, 3), levels=12).increments is None
+
+
+@pytest.mark.parametrize("sensitivity", ["finite-difference", None])
+def test_increments_of_a_measurement_can_be_had_later(sensitivity):
+    seen = []
+    oracle = mixture()
+
+    def network(z, sigma):
+        seen.append(len(z))
+        return oracle.denoise(z, sigma)
+
+    denoiser = fs.Denoiser.from_denoiser(network, 0.01, 20.0)
+    kept = measure(denoiser, (4,), levels=12, samples=5, keep_increments=True, sensitivity=sensitivity)
+    plain = measure(denoiser, (4,), levels=12, samples=5, sensitivity=sensitivity)
+    seen.clear()
+    found = with_increments(denoiser, plain, batch_size=2)
+    assert sum(seen) == 12 * 5 == found.model_calls - plain.model_calls
+    torch.testing.assert_close(found.increments, kept.increments, rtol=1e-3, atol=1e-5)  # other batch shapes
+    assert torch.equal(found.gram, plain.gram)
+    assert (found.cross is None) == (sensitivity is None)
+    seen.clear()
+    assert with_increments(denoiser, found) is found
+    assert not seen
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        with_increments(denoiser, plain, batch_size=0)
+
+
+def test_automatic_samples_keep_their_increments():
+    stats = measure(gaussian_denoiser((4,)), (4,), levels=12, samples="auto", keep_increments=True)
+    assert len(stats.increments) == stats.samples
