@@ -191,3 +191,28 @@ def test_file_with_nan(stats, tmp_path):
 def test_prints_in_a_line(stats):
     assert repr(stats) == "PathStatistics(ve, 12 levels, 3 samples of (4,), with sensitivity, 69 model calls)"
     assert len(repr(KINDS["epsilon"].process)) < 100
+
+
+def test_increments_go_with_their_samples():
+    one, two = (measure(seed=seed, keep_increments=True) for seed in (0, 1))
+    assert torch.equal(one.select([2, 0]).increments, one.increments[[2, 0]])
+    both = one.merge(two)
+    assert torch.equal(both.increments, torch.cat([one.increments, two.increments]))
+    assert torch.equal(both.select([3, 4, 5]).increments, two.increments)
+
+
+def test_increments_of_some_samples_alone_are_dropped():
+    one, two = measure(keep_increments=True), measure(seed=1)
+    assert one.merge(two).increments is None
+    assert two.merge(one).increments is None
+    assert measure().select([0]).increments is None
+
+
+def test_increments_are_neither_refined_nor_saved(tmp_path):
+    kept = measure(keep_increments=True)
+    assert kept.refine(2).increments is None
+    kept.save(tmp_path / "stats.safetensors")
+    loaded = fs.PathStatistics.load(tmp_path / "stats.safetensors")
+    assert loaded.increments is None
+    assert_same(loaded, kept)
+    assert "increments" not in load_file(tmp_path / "stats.safetensors")
