@@ -12,7 +12,7 @@ from fastsched import validate
 from fastsched.auditioning import FINALISTS, Audition, audition, first_round
 from fastsched.candidates import default_candidates, default_weight
 from fastsched.denoiser import Denoiser
-from fastsched.measurement import measure, with_increments
+from fastsched.measurement import measure, measured_levels, with_increments
 from fastsched.optimal import optimal_schedule
 from fastsched.path_statistics import PathStatistics
 from fastsched.schedule import Schedule
@@ -87,10 +87,10 @@ def fit(
         progress: Show progress bars.
 
     Returns:
-        The schedule, with its predicted error if it was not tuned further, and its measured one.
+        The schedule, with its measured error if it was run, and its predicted one if it is that of `optimal_schedule`.
 
     Raises:
-        ValueError: As `measure`, `audition` and `tune` do.
+        ValueError: As `measure`, `audition` and `tune` do, or if ``stats`` are of samples of another shape.
     """
     return fit_report(
         denoiser,
@@ -129,6 +129,9 @@ def fit_report(
     steps = validate.positive_int("steps", steps)
     budget = validate.positive_int("model_calls", model_calls, minimum=0)
     method = get_solver(solver)
+    count = len(measured_levels(denoiser, levels)) if stats is None else stats.levels
+    if steps > count - 1:
+        raise ValueError(f"steps must be at most {count - 1} on {count} levels, got {steps}; measure with more levels")
     if stats is None:
         stats = measure(
             denoiser,

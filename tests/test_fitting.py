@@ -133,7 +133,8 @@ def test_a_fit_measures_by_itself():
 
 @pytest.mark.parametrize(
     ("steps", "options", "message"),
-    [(0, {}, "steps must be at least 1"), (4, {"model_calls": -1}, "model_calls must be at least 0"),
+    [(0, {}, "steps must be at least 1"), (16, {"levels": 16}, "steps must be at most 15 on 16 levels"),
+     (4, {"model_calls": -1}, "model_calls must be at least 0"),
      (4, {"solver": "ancestral"}, "solver must be deterministic"), (4, {"samples": 0}, "samples must be at least 1")],
 )  # fmt: skip
 def test_bad_arguments_spend_no_call(steps, options, message):
