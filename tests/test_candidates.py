@@ -43,7 +43,7 @@ def check(stats, found, steps, solver):
 @pytest.mark.parametrize("kind", ["x0", "velocity", "epsilon", "integer", "zero-terminal", "zero-terminal-integer"])
 def test_candidates_of_every_process(kind, steps):
     stats = measure(kind)
-    for solver in ("dpmpp_2m", "heun"):
+    for solver in ("dpmpp_2m", "heun")[: 1 if steps > 5 else 2]:
         found = default_candidates(stats, steps, solver)
         check(stats, found, steps, solver)
         default = fs.optimal_schedule(stats, steps, solver)
