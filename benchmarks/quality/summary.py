@@ -198,7 +198,7 @@ def plot(results: Results, path: Path, solver: str = "dpmpp_2m") -> None:
     FigureCanvasAgg(figure)
     panels = np.ravel(figure.subplots(2, -(-len(denoisers) // 2), squeeze=False))
     lines = {"karras_7": ("0.6", "karras"), "paper": ("C2", "paper"), "gits": ("C4", "gits"), "dmn": ("C5", "dmn")}
-    lines |= {"fastsched_dp": ("C1", "fastsched, no audition"), "fastsched": ("C3", "fastsched")}
+    lines |= {"fastsched_polish": ("C1", "optimal_schedule"), "fastsched": ("C3", "fit")}
     for ax, denoiser in zip(panels, denoisers, strict=False):
         cells = sorted(cell for cell in results.cells if cell[:2] == (denoiser, solver))
         calls = [cell[2] for cell in cells]
@@ -213,7 +213,7 @@ def plot(results: Results, path: Path, solver: str = "dpmpp_2m") -> None:
         ax.set(title=denoiser, xscale="log", yscale="log", xticks=calls, xticklabels=map(str, calls))
         ax.minorticks_off()
         ax.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=8, fontsize=8)
     figure.supxlabel(f"model calls of {solver}")
     figure.supylabel("typical squared distance to the converged sample")
     figure.savefig(path, dpi=100)
@@ -228,6 +228,7 @@ def report(results: Results) -> str:
         "distances to the converged sample of the same noise, typical = geometric mean over samples; ratios are "
         "geometric means over cells.",
         headline(results),
+        "![Typical error over model calls of dpmpp_2m, six denoisers](quality.png)",
         "Each method against karras (rho 7, last node at the lowest sigma); what choosing one schedule takes, the "
         "measurement that serves all of them included; spread is the standard deviation over seeds of the log error:",
         standings(results),
