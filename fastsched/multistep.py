@@ -141,7 +141,7 @@ def unip_weights(history: Sequence[Node], end: Node, variant: str = "bh2") -> li
 def unic_weights(history: Sequence[Node], end: Node, variant: str = "bh2") -> list[Any]:
     """The corrector UniC of UniPC: UniP with the slope at the end among the ``D_m``, at ``r = 1``; it comes first."""
     ratios, h = _unipc_ratios(history, end)
-    a = _unipc_solve([*ratios, np.ones_like(h)], h, variant) if ratios else [np.full_like(h, 0.5)]
+    a = _unipc_solve([*ratios, 1.0], h, variant) if ratios else [np.full_like(h, 0.5)]
     *earlier, at_end = a
     gain = _unipc_gain(h, variant)
     start, *others = _unipc_combine(ratios, earlier, gain)
@@ -156,7 +156,7 @@ def _unipc_ratios(history: Sequence[Node], end: Node) -> tuple[list[Any], Any]:
 def _unipc_gain(h: Any, variant: str) -> Any:
     """``B / B1``; from pure noise bh1 has no finite value and is taken as bh2."""
     if variant == "bh2":
-        return np.ones_like(h)
+        return 1.0 + 0.0 * h
     return np.where(h > -PURE_NOISE_LAMBDA / 2, 1.0, h / -np.expm1(-h))
 
 
@@ -174,4 +174,4 @@ def _unipc_solve(ratios: Sequence[Any], h: Any, variant: str) -> list[Any]:
 
 def _unipc_combine(ratios: Sequence[Any], a: Sequence[Any], gain: Any) -> list[Any]:
     differences = [gain * weight / ratio for weight, ratio in zip(a, ratios, strict=True)]
-    return [np.ones_like(gain) - sum(differences), *differences]
+    return [1.0 + 0.0 * gain - sum(differences), *differences]
