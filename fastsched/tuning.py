@@ -41,6 +41,9 @@ from fastsched.surrogate import Outcome, Surrogate, quadratic_forms, typical
 #: the error multiplies that by, and one that does not; where it ends.
 REACH, GROWTH, SHRINKAGE, MOST_REACH, LEAST_REACH = 0.5, 1.3, 0.5, 0.8, 0.02
 
+#: Shares of a gap that the search for the next schedule moves nodes by, down to what the least reach allows.
+MOVES = (0.4, 0.2, 0.1, 0.05, 0.025, 0.0125)
+
 #: The weight of changes in the states' deviations that are predicted to cancel (`fastsched.polish`).
 DOUBT = 0.3
 
@@ -217,7 +220,7 @@ class _Record:
             squared = self._squared(outcome, anchor, others, moved @ solve.T)
             return np.where((np.abs(moved) <= bound).all(axis=1), typical(squared), np.inf)
 
-        found, _ = descend(at_known_levels(self.stats.process, predicted), start, low, high)
+        found, _ = descend(at_known_levels(self.stats.process, predicted), start, low, high, moves=MOVES)
         found = known_levels(self.stats.process, found)
         return None if np.allclose(found, start, rtol=1e-9, atol=0.0) else found
 
