@@ -194,9 +194,6 @@ class PathStatistics:
         if shared:
             raise ValueError(f"other repeats {len(shared)} of these paths; measure it with another seed")
         ends = torch.cat([self.ends, other.ends])
-        both = self.cross is not None and other.cross is not None
-        norms = self.w_squared is not None and other.w_squared is not None
-        kept = self.increments is not None and other.increments is not None
         return replace(
             self,
             seeds=torch.cat([self.seeds, other.seeds]),
@@ -204,9 +201,9 @@ class PathStatistics:
             ends=ends,
             data_std=data_deviation(ends),
             model_calls=self.model_calls + other.model_calls,
-            cross=torch.cat([self.cross, other.cross]) if both else None,  # type: ignore[list-item]
-            w_squared=torch.cat([self.w_squared, other.w_squared]) if norms else None,  # type: ignore[list-item]
-            increments=torch.cat([self.increments, other.increments]) if kept else None,  # type: ignore[list-item]
+            cross=_joined(self.cross, other.cross),
+            w_squared=_joined(self.w_squared, other.w_squared),
+            increments=_joined(self.increments, other.increments),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -288,3 +285,8 @@ class PathStatistics:
 def data_deviation(ends: Tensor) -> float:
     """Root mean square of ``ends`` [B, *shape] about the mean of all their elements."""
     return float((ends.double() - ends.double().mean()).square().mean().sqrt())
+
+
+def _joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Rows of both, or None where one has none."""
+    return None if one is None or other is None else torch.cat([one, other])
