@@ -19,6 +19,7 @@ from fastsched.path_statistics import PathStatistics
 from fastsched.progress import progress_bar
 from fastsched.sampling import sample
 from fastsched.schedule import Schedule
+from fastsched.secants import Performance, Recorder
 from fastsched.solvers import Solver, get_solver
 
 #: How many candidates run on all samples.
@@ -35,7 +36,7 @@ class Candidate:
         errors: ``||x0 - x0_path||^2`` of each sample it ran, in the order of the statistics' samples, [<= B].
         log_ratio: Mean over the samples that both ran of ``log(error / error of the winner)``.
         stderr: The standard error of `log_ratio`, from the paired differences; NaN with fewer than two samples.
-        ends: Where the samples it ran ended, [<= B, *shape].
+        performance: Where the samples it ran ended, [<= B, *shape]; and what the network said on the way, if all ran.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Candidate:
     errors: Tensor
     log_ratio: float
     stderr: float
-    ends: Tensor
+    performance: Performance
 
     @property
     def typical_error(self) -> float:
@@ -122,17 +123,17 @@ def audition(
     entrants = _entrants(stats, steps, method, candidates)
     stage = Stage(denoiser, stats, method, batch_size, device, dtype)
     first = first_round(count) if len(entrants) > FINALISTS else count
-    ends: dict[str, Tensor] = {}
+    runs: dict[str, Performance] = {}
     total = len(entrants) * first + FINALISTS * (count - first)
     with progress_bar(total * method.model_calls(steps), progress, "audition") as advance:
         for name, schedule in entrants.items():
-            ends[name] = stage.ends(schedule, 0, first, advance)
+            runs[name] = stage.run(schedule, 0, first, advance)
         if first < count:
-            errors = {name: distances(stats, reached) for name, reached in ends.items()}
+            errors = {name: distances(stats, run.ends) for name, run in runs.items()}
             for name in sorted(entrants, key=lambda name: _typical(errors[name]))[:FINALISTS]:
-                ends[name] = torch.cat([ends[name], stage.ends(entrants[name], first, count, advance)])
-    calls = method.model_calls(steps) * sum(len(each) for each in ends.values())
-    return Audition(_table(entrants, stats, ends), calls)
+                runs[name] = Performance.joined([runs[name], stage.run(entrants[name], first, count, advance)])
+    calls = method.model_calls(steps) * sum(len(run.ends) for run in runs.values())
+    return Audition(_table(entrants, stats, runs), calls)
 
 
 def _entrants(
@@ -179,14 +180,16 @@ class Stage:
         self.noise = noise_of(stats.seeds, stats.shape)
         self.batch = stats.samples if batch_size is None else validate.positive_int("batch_size", batch_size)
 
-    def ends(self, schedule: Schedule, first: int, last: int, advance: Callable[[int], None]) -> Tensor:
-        """Where samples ``first .. last - 1`` end, [last - first, *shape], on the CPU."""
+    def run(self, schedule: Schedule, first: int, last: int, advance: Callable[[int], None]) -> Performance:
+        """Samples ``first .. last - 1`` under a schedule."""
         parts = []
         for start in range(first, last, self.batch):
             noise = self.noise[start : min(start + self.batch, last)].to(self.device)
-            parts.append(sample(self.denoiser, schedule.sigmas, self.method, noise, dtype=self.dtype).cpu())
+            recorder = Recorder.of(self.denoiser)
+            ends = sample(recorder, schedule.sigmas, self.method, noise, dtype=self.dtype).cpu()
+            parts.append(Performance(ends, recorder.evaluations()))
             advance(len(noise) * self.method.model_calls(schedule.steps))
-        return torch.cat(parts)
+        return Performance.joined(parts)
 
 
 def distances(stats: PathStatistics, ends: Tensor) -> Tensor:
@@ -204,9 +207,9 @@ def _typical(errors: Tensor) -> float:
 
 
 def _table(
-    entrants: Mapping[str, Schedule], stats: PathStatistics, ends: Mapping[str, Tensor]
+    entrants: Mapping[str, Schedule], stats: PathStatistics, runs: Mapping[str, Performance]
 ) -> tuple[Candidate, ...]:
-    errors = {name: distances(stats, reached) for name, reached in ends.items()}
+    errors = {name: distances(stats, run.ends) for name, run in runs.items()}
     order = sorted(entrants, key=lambda name: (-len(errors[name]), _typical(errors[name])))
     best = errors[order[0]]
     rows = []
@@ -214,6 +217,7 @@ def _table(
         own = errors[name]
         difference = own.log() - best[: len(own)].log()
         spread = float(difference.std() / math.sqrt(len(own))) if len(own) > 1 else math.nan
+        run = runs[name] if len(own) == len(best) else Performance(runs[name].ends)
         schedule = replace(entrants[name], measured_error=float(own.log().mean().exp()))
-        rows.append(Candidate(name, schedule, own, float(difference.mean()), spread, ends[name]))
+        rows.append(Candidate(name, schedule, own, float(difference.mean()), spread, run))
     return tuple(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import replace
 
 import numpy as np
@@ -32,7 +33,14 @@ SAME_PLACE = 0.03
 
 
 def default_candidates(stats: PathStatistics, steps: int, solver: str | Solver) -> dict[str, Schedule]:
-    """Up to nine schedules, the most promising first.
+    """Up to nine schedules by name, the most promising first: all of `candidates_in_turn`."""
+    return dict(candidates_in_turn(stats, steps, solver))
+
+
+def candidates_in_turn(
+    stats: PathStatistics, steps: int, solver: str | Solver
+) -> Generator[tuple[str, Schedule], None, None]:
+    """Names and schedules, the most promising first, each made when it is asked for.
 
     The schedule of `optimal_schedule`; then the selections by dynamic programming under every weight and for ddim, and
     the schedules in common use (karras of rho 7 and 3, exponential, kl_optimal, and times of flow models), polished
@@ -41,6 +49,9 @@ def default_candidates(stats: PathStatistics, steps: int, solver: str | Solver) 
     """
     method = get_solver(solver)
     default = default_weight(stats)
+    found: list[Schedule] = []
+    best = optimal_schedule(stats, steps, method.name, weight=default)
+    yield from _unlike(found, {"optimal": best}, 1)
     weights = (None,) if stats.cross is None else (*WEIGHTS, None)
     selected = {
         f"{w or 'unweighted'}": optimal_schedule(stats, steps, method.name, weight=w, polish=False) for w in weights
@@ -52,13 +63,11 @@ def default_candidates(stats: PathStatistics, steps: int, solver: str | Solver) 
         label: Schedule.from_levels(stats.process, levels, method.name)
         for label, levels in _common_levels(stats, steps).items()
     }
-    found = {"optimal": optimal_schedule(stats, steps, method.name, weight=default)}
     for doubt in DOUBTS:
-        _add(found, _polished(stats, {**selected, **common}, method, doubt), ENTERING)
+        yield from _unlike(found, _polished(stats, {**selected, **common}, method, doubt), ENTERING)
     expected = {label: predict_error(stats, schedule, method, weight=default) for label, schedule in common.items()}
-    _add(found, {label: common[label] for label in sorted(common, key=expected.__getitem__)}, COMMON)
-    _add(found, {label: selected[label] for label in (default or "unweighted", "unweighted")}, 2)
-    return found
+    yield from _unlike(found, {label: common[label] for label in sorted(common, key=expected.__getitem__)}, COMMON)
+    yield from _unlike(found, {label: selected[label] for label in (default or "unweighted", "unweighted")}, 2)
 
 
 def default_weight(stats: PathStatistics) -> str | None:
@@ -84,14 +93,15 @@ def _polished(stats: PathStatistics, starts: dict[str, Schedule], method: Solver
     }
 
 
-def _add(found: dict[str, Schedule], more: dict[str, Schedule], most: int) -> None:
-    """Add up to ``most`` schedules that are not there yet."""
+def _unlike(found: list[Schedule], more: dict[str, Schedule], most: int) -> Generator[tuple[str, Schedule], None, None]:
+    """Up to ``most`` of ``more`` that are not found yet, and keep them with the found."""
     for label, schedule in more.items():
         if most == 0:
             return
-        if not any(_same(schedule, other) for other in found.values()):
-            found[label] = schedule
+        if not any(_same(schedule, other) for other in found):
+            found.append(schedule)
             most -= 1
+            yield label, schedule
 
 
 def _same(one: Schedule, other: Schedule) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from fastsched import validate
 from fastsched.auditioning import FINALISTS, Audition, audition, first_round
-from fastsched.candidates import default_candidates, default_weight
+from fastsched.candidates import candidates_in_turn, default_weight
 from fastsched.denoiser import Denoiser
 from fastsched.measurement import measure, measured_levels, with_increments
 from fastsched.optimal import optimal_schedule
@@ -22,8 +22,9 @@ from fastsched.tuning import Tuning, tune
 #: The most model calls that `fit` spends after the measurement, counted per sample.
 MODEL_CALLS = 740
 
-#: The share of them that the first round of the audition may take.
-FIRST_ROUND = 0.4
+#: How many candidates the audition hears, if the first round, of few samples each, takes no more than this share of
+#: the calls: what is left is for tuning, which goes further from a good start than a better start does.
+ENTRANTS, FIRST_ROUND = 4, 0.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,10 +172,10 @@ def fit_report(
 
 
 def affordable_candidates(stats: PathStatistics, steps: int, method: Solver, model_calls: int) -> dict[str, Schedule]:
-    """As many of `default_candidates` as an audition can hear within ``model_calls``; none if it cannot hear one."""
+    """As many of `candidates_in_turn` as an audition can hear within ``model_calls``; none if it cannot hear one."""
     count = stats.samples
     most = affordable(method.model_calls(steps), count, first_round(count), model_calls)
-    return dict(islice(default_candidates(stats, steps, method).items(), most)) if most > 0 else {}
+    return dict(islice(candidates_in_turn(stats, steps, method), most)) if most > 0 else {}
 
 
 def affordable(each: int, count: int, first: int, model_calls: int) -> int:
@@ -188,7 +189,7 @@ def affordable(each: int, count: int, first: int, model_calls: int) -> int:
     """
     if model_calls < each * count:
         return 0
-    most = max(int(FIRST_ROUND * model_calls) // (each * first), FINALISTS)
+    most = max(min(ENTRANTS, int(FIRST_ROUND * model_calls) // (each * first)), FINALISTS)
     while most > 1 and each * (min(most, FINALISTS) * count + max(most - FINALISTS, 0) * first) > model_calls:
         most -= 1
     return most

@@ -16,8 +16,10 @@ signs. Exact for a denoiser whose Jacobian is a multiple of the identity.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -28,6 +30,10 @@ from fastsched.noise import NoiseProcess
 from fastsched.path_statistics import PathStatistics
 from fastsched.sampling import integrate
 from fastsched.solvers import Solver, get_solver
+
+#: What a denoiser answers beyond a share of the state's deviation: given the number of the evaluation and the
+#: deviations [C, n], the answers and the part of the deviations they are answers to, both [C, n].
+Beyond: TypeAlias = "Callable[[int, Array], tuple[Array, Array]]"
 
 #: How far above the first finite level pure noise is put in ``lambda`` for the spline, where it has no ``lambda``.
 PURE_NOISE_GAP = 3.0
@@ -75,9 +81,9 @@ class Outcome:
     """What C schedules of K steps come to on the model.
 
     Attributes:
-        error: Coefficients of the error at the end over the increments, [C, N-1].
-        deviations: Those of the states' deviations ``z - z_path``, each times its amplitude at the end, one a network
-            evaluation off the path, [C, evaluations, N-1].
+        error: Coefficients of the error at the end over the increments (and what was added to them), [C, n].
+        deviations: Those of the states' deviations ``z - z_path`` of which only a share is known to be answered, each
+            times its amplitude at the end, one a network evaluation off the path, [C, evaluations, n].
     """
 
     error: Array
@@ -127,6 +133,11 @@ class Surrogate:
         return p, integral
 
     @cached_property
+    def _both_pieces(self) -> Array:
+        """``p`` and ``P`` side by side, [4, N-1, 2 (N-1)]: evaluated together."""
+        return np.concatenate(self._pieces, axis=2)
+
+    @cached_property
     def _starts(self) -> Array:
         """What ``e^lam P`` lacks to ``y - y_0`` in each segment, [N-1, N-1]."""
         rho, (p, integral) = 1 / self.s, self._pieces
@@ -146,44 +157,61 @@ class Surrogate:
 
     def path(self, s: Array) -> tuple[Array, Array]:
         """Coefficients of ``y - y_0`` and of ``D - D_0`` on the path at levels ``s`` [C]; each [C, N-1]."""
-        rho = 1 / s
-        lam = np.clip(log_rho(rho), self._lam[0], self._lam[-1])
+        rho, lam = 1 / s, self._position(s)
         segment = np.clip(np.searchsorted(self._lam, lam, side="right") - 1, 0, len(self.s) - 2)
         x = (lam - self._lam[segment])[:, None]
-        horner = lambda c: c[0][segment] + x * (c[1][segment] + x * (c[2][segment] + x * c[3][segment]))
-        p, integral = self._pieces
-        denoised = horner(p)
-        state = rho[:, None] * horner(integral) + self._starts[segment]
+        c = self._both_pieces
+        both = c[0][segment] + x * (c[1][segment] + x * (c[2][segment] + x * c[3][segment]))
+        denoised, integral = np.split(both, 2, axis=1)
+        state = rho[:, None] * integral + self._starts[segment]
         if math.isinf(self.s[0]):  # D is linear in rho from pure noise to the first finite level
             first = (segment == 0)[:, None]
-            state = np.where(first, 0.5 * rho[:, None] * (p[0, 0] + denoised), state)
+            state = np.where(first, 0.5 * rho[:, None] * (c[0, 0, : denoised.shape[1]] + denoised), state)
         return state, denoised
 
-    def run(self, levels: Array, solver: str | Solver) -> Outcome:
+    def run(self, levels: Array, solver: str | Solver, beyond: Beyond | None = None, more: int = 0) -> Outcome:
         """Sample along C schedules at once.
 
         Args:
             levels: Levels ``s`` [C, steps + 1], descending to 0.
             solver: The solver.
+            beyond: What is known of the denoiser beyond the shares (`fastsched.secants`).
+            more: How many vectors besides the increments coefficients are over, last in the order; those that
+                ``beyond`` answers with.
         """
-        method, levels = get_solver(solver), np.asarray(levels, dtype=np.float64)
+        method, levels, n = get_solver(solver), np.asarray(levels, dtype=np.float64), len(self.s) - 1
         with np.errstate(divide="ignore", invalid="ignore"):
             rho = 1 / levels
             lam, tau = log_rho(rho), self.process.sampler_sigma(torch.from_numpy(levels)).numpy()
-            nodes = [Node(rho[:, n], lam[:, n], tau[:, n]) for n in range(levels.shape[1])]
+            nodes = [Node(rho[:, k], lam[:, k], tau[:, k]) for k in range(levels.shape[1])]
             deviations: list[Array] = []
 
             def denoise(y: Array, s: Array) -> Array:
                 state, denoised = self.path(s)
-                away = np.where(np.isinf(s)[:, None], 0.0, s[:, None] * (y - state))
-                position = np.clip(log_rho(1 / s), self._lam[0], self._lam[-1])
-                deviations.append(away * np.interp(position, self._lam, self._amplitudes)[:, None])
-                return denoised + np.interp(position, self._lam, self.shares)[:, None] * away
+                away = np.zeros_like(y)
+                away[:, :n] = y[:, :n] - state
+                away[:, n:] = y[:, n:]
+                away *= np.where(np.isinf(s), 0.0, s)[:, None]
+                answer, explained = (0.0, 0.0) if beyond is None else beyond(len(deviations), away)
+                position = self._position(s)
+                deviations.append((away - explained) * np.interp(position, self._lam, self._amplitudes)[:, None])
+                found = np.interp(position, self._lam, self.shares)[:, None] * away + answer
+                found[:, :n] += denoised
+                return found
 
             column = lambda value: np.asarray(value)[..., None]
-            start = np.zeros((len(levels), len(self.s) - 1))
+            start = np.zeros((len(levels), n + more))
             end = integrate(denoise, nodes, method, start, s=list(levels.T), number=column)
-        return Outcome(end - 1.0, np.stack(deviations[1:] or [np.zeros_like(end)], axis=1))
+        end[:, :n] -= 1.0
+        return Outcome(end, np.stack(deviations[1:] or [np.zeros_like(end)], axis=1))
+
+    def share(self, s: Array) -> Array:
+        """``j`` at levels ``s``, between those of the grid linear in ``lambda``."""
+        return np.interp(self._position(s), self._lam, self.shares)
+
+    def _position(self, s: Array) -> Array:
+        """``lambda`` of levels ``s``, within the grid."""
+        return np.clip(log_rho(1 / s), self._lam[0], self._lam[-1])
 
 
 def squared_errors(gram: Array, outcome: Outcome, doubt: float) -> Array:

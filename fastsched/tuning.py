@@ -1,17 +1,20 @@
 """Tune a schedule by the sampler's own error: a quasi-Newton descent that knows how the error should change.
 
 The sampler's error at the end, ``E(theta)`` [B, d], is a smooth function of the schedule, ``theta`` the logarithms of
-its inner levels. What a schedule's error is takes a run to learn; how it changes, the measurement predicts
-(`fastsched.surrogate`): ``sum_q (C_q(theta) - C_q(theta_a)) e_q`` from the best schedule so far, ``theta_a``. What
-earlier runs ``m`` say against the prediction corrects it,
+its inner levels. What a schedule's error is takes a run to learn; how it changes, a model of the denoiser predicts:
+that of the measurement (`fastsched.surrogate`), with what the runs so far found at the states they went through
+(`fastsched.secants`). Its error is ``C(theta) v``, a combination of the increments and what the runs found, and
 
-    ``E(theta) ~ E_a + sum_q (C_q(theta) - C_q(theta_a)) e_q + sum_m c_m(theta) R_m``,
-    ``R_m = E_m - E_a - sum_q (C_q(theta_m) - C_q(theta_a)) e_q``,
+    ``E(theta) ~ E_a + (C(theta) - C(theta_a)) v + sum_m c_m(theta) R_m``,
+    ``R_m = E_m - E_a - (C(theta_m) - C(theta_a)) v``,
 
-with ``c(theta)`` the coefficients of ``theta - theta_a`` in the ``theta_m - theta_a`` (least squares, damped):
-Broyden's method in its multisecant form (Fang & Saad 2009), started at the surrogate's Jacobian (space mapping:
-Bandler et al. 1994). The next schedule to run lowers the typical size of the prediction, within reach of the best;
-reach grows with success and shrinks with failure. All of it happens in the Gram matrix of increments and errors.
+from the best run so far ``theta_a``, where earlier runs ``m`` correct what is left; ``c(theta)`` are the coefficients
+of ``theta - theta_a`` in the ``theta_m - theta_a`` (least squares, damped): Broyden's method in its multisecant form
+(Fang & Saad 2009), started at a model's Jacobian (space mapping: Bandler et al. 1994). The next schedule to run lowers
+the typical size of the prediction, within reach of the best; reach grows with success and shrinks with failure.
+
+From each of the two best starts there is one such descent, a line; of the schedules that the lines propose the one of
+least predicted error is run. All of it happens in the Gram matrix of the increments and what the runs found.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.auditioning import Audition, Stage, distances
+from fastsched.auditioning import FINALISTS, Audition, Stage, distances
 from fastsched.costs.path import Array
 from fastsched.denoiser import Denoiser
 from fastsched.descent import descend, log_gaps
@@ -34,8 +37,9 @@ from fastsched.path_statistics import PathStatistics
 from fastsched.polish import at_known_levels, known_levels, measured_range
 from fastsched.progress import progress_bar
 from fastsched.schedule import Schedule
+from fastsched.secants import Evaluations, Performance, Secants, deviations_of, residuals
 from fastsched.solvers import Solver, get_solver
-from fastsched.surrogate import Outcome, Surrogate, quadratic_forms, typical
+from fastsched.surrogate import Surrogate, quadratic_forms, typical
 
 #: How far a node may move at first, in shares of the gap to its nearer neighbour in ``log s``; what a run that lowers
 #: the error multiplies that by, and one that does not; where it ends.
@@ -50,8 +54,8 @@ DOUBT = 0.3
 #: Damping of the least squares over earlier runs, by the square and the fourth power of their distance.
 DAMPING = (1e-3, 0.1)
 
-#: Samples end here when the sampler follows a schedule; None where it cannot.
-Perform = Callable[[Schedule], Tensor | None]
+#: Runs a schedule from the noises of the measured paths; None if it cannot.
+Perform = Callable[[Schedule], Performance | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +111,7 @@ def tune(
     """
     first = start.winner if isinstance(start, Audition) else start
     table = start.table if isinstance(start, Audition) else ()
-    known = [(row.schedule, row.ends) for row in table if len(row.ends) == stats.samples]
+    known = [(row.schedule, row.performance) for row in table if len(row.performance.ends) == stats.samples]
     method = get_solver(first.solver)
     trials = validate.positive_int("trials", trials, minimum=0)
     increments_of(stats)
@@ -115,42 +119,49 @@ def tune(
     each = stats.samples * method.model_calls(first.steps)
     before = 0 if known else each
     with progress_bar(before + trials * each, progress, "tuning") as advance:
-        perform = partial(stage.ends, first=0, last=stats.samples, advance=advance)
+        perform = partial(stage.run, first=0, last=stats.samples, advance=advance)
         tuning = tuned(perform, stats, known or [(first, perform(first))], trials)
     return replace(tuning, model_calls=before + tuning.model_calls)
 
 
-def tuned(perform: Perform, stats: PathStatistics, known: Sequence[tuple[Schedule, Tensor]], trials: int) -> Tuning:
+def tuned(
+    perform: Perform, stats: PathStatistics, known: Sequence[tuple[Schedule, Performance]], trials: int
+) -> Tuning:
     """`tune`, whoever runs the sampler.
 
     Args:
-        perform: Runs a schedule from the noises of the measured paths and returns where they end, [B, *shape].
+        perform: Runs a schedule from the noises of the measured paths; None if it cannot.
         stats: Statistics with increments.
-        known: Schedules to start from, and where their samples ended.
+        known: Schedules to start from, and how they fared.
         trials: The most runs.
 
     Returns:
         As `tune`, the model calls those of ``perform``.
     """
     record = _Record(stats, get_solver(known[0][0].solver))
-    for schedule, ends in known:
-        record.add(schedule, ends)
-    reach, tried = REACH, 0
-    while tried < trials and reach >= LEAST_REACH and known[0][0].steps > 1:
-        levels = record.proposal(reach)
-        if levels is None:
-            reach *= SHRINKAGE
-            continue
+    for schedule, performance in known:
+        record.add(schedule, performance)
+    lines, tried = [_Line(m, REACH) for m in record.order()[:FINALISTS]], 0
+    while tried < trials and known[0][0].steps > 1:
+        proposals = [(proposal, line) for line in lines if (proposal := record.proposal(line)) is not None]
+        if not proposals:
+            break
+        (_, levels), line = min(proposals, key=lambda pair: pair[0][0])
         schedule = Schedule.from_levels(stats.process, torch.from_numpy(levels), record.method.name)
-        before, ends = record.lowest, perform(schedule)
+        performance = perform(schedule)
         tried += 1
-        if ends is None:
-            reach *= SHRINKAGE
+        if performance is None:
+            line.reach *= SHRINKAGE
             continue
-        record.add(schedule, ends)
-        reach = min(reach * GROWTH, MOST_REACH) if record.lowest < before else reach * SHRINKAGE
+        record.add(schedule, performance)
+        was, now = record.trials[line.best].typical_error, record.trials[-1].typical_error
+        if now < was:
+            line.best, line.reach = len(record.trials) - 1, min(line.reach * GROWTH, MOST_REACH)
+        else:
+            line.reach *= SHRINKAGE
     calls = tried * stats.samples * record.method.model_calls(known[0][0].steps)
-    return Tuning(record.schedules[record.best], record.errors[record.best], tuple(record.schedules), calls)
+    best = record.trials[record.order()[0]]
+    return Tuning(best.schedule, best.errors, tuple(trial.schedule for trial in record.trials), calls)
 
 
 def increments_of(stats: PathStatistics) -> Tensor:
@@ -164,74 +175,148 @@ def increments_of(stats: PathStatistics) -> Tensor:
     return stats.increments
 
 
+@dataclass(eq=False)
+class _Line:
+    """A descent from one of the starts: its best run so far, and how far the next may be."""
+
+    best: int
+    reach: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """A run: its schedule and errors, and where its vectors are in the Gram matrix.
+
+    ``s`` are the levels of its evaluations, whose residuals start at column ``first``; its error is ``column``.
+    """
+
+    schedule: Schedule
+    levels: Array
+    errors: Tensor
+    s: Array
+    first: int
+    column: int
+
+    @property
+    def typical_error(self) -> float:
+        return self.schedule.measured_error or 0.0
+
+
 class _Record:
     """The runs so far, and what they say of schedules near the best."""
 
     def __init__(self, stats: PathStatistics, method: Solver) -> None:
         self.stats, self.method, self.surrogate = stats, method, Surrogate.of(stats)
         self.increments = increments_of(stats)
-        self.schedules: list[Schedule] = []
-        self.levels: list[Array] = []
-        self.errors: list[Tensor] = []
-        self._outcomes: list[Outcome] = []
-        self._vectors: list[Tensor] = []  # E_m [B, d] float64
-        self._gram = stats.gram.numpy()  # of the increments and the E_m, [B, N-1+M, N-1+M]
+        self.trials: list[_Trial] = []
+        self._vectors: list[Tensor] = []  # each run's residuals and its error, [B, evaluations + 1, d]
+        self._gram = stats.gram.numpy()  # of the increments and the vectors, [B, n, n]
 
-    @property
-    def best(self) -> int:
-        """The run of least typical error."""
-        return min(range(len(self.schedules)), key=lambda m: self.schedules[m].measured_error or 0.0)
+    def order(self) -> list[int]:
+        """The runs by typical error."""
+        return sorted(range(len(self.trials)), key=lambda m: self.trials[m].typical_error)
 
-    @property
-    def lowest(self) -> float:
-        """Its error."""
-        return float(self.schedules[self.best].measured_error or 0.0)
-
-    def add(self, schedule: Schedule, ends: Tensor) -> None:
+    def add(self, schedule: Schedule, performance: Performance) -> None:
         """Learn from a run."""
-        squared = distances(self.stats, ends)
-        levels = self.stats.process.level(schedule.sigmas).numpy()
-        error = (ends.double() - self.stats.ends.double()).flatten(1)
-        onto = (self.increments @ error.float()[..., None])[..., 0].double()  # <e_q, E>
-        products = [(error * other).sum(1) for other in [*self._vectors, error]]
-        column = torch.cat([onto, torch.stack(products, dim=1)], dim=1).numpy()[..., None]  # [B, N-1+M+1, 1]
-        self._gram = np.block([[self._gram, column[:, :-1]], [column.transpose(0, 2, 1)]])
-        self.schedules.append(replace(schedule, measured_error=float(squared.log().mean().exp())))
-        self.levels.append(levels)
-        self.errors.append(squared)
-        self._vectors.append(error)
-        self._outcomes.append(self.surrogate.run(levels[None], self.method))
+        squared = distances(self.stats, performance.ends)
+        error = (performance.ends.double() - self.stats.ends.double()).flatten(1)[:, None]
+        s, beyond = self._beyond(performance.evaluations, schedule)
+        first = self._add_vectors(torch.cat([beyond, error.float()], dim=1))
+        self.trials.append(
+            _Trial(
+                schedule=replace(schedule, measured_error=float(squared.log().mean().exp())),
+                levels=self.stats.process.level(schedule.sigmas).numpy(),
+                errors=squared,
+                s=s,
+                first=first,
+                column=self._gram.shape[1] - 1,
+            )
+        )
 
-    def proposal(self, reach: float) -> Array | None:
-        """The levels of least predicted error within ``reach`` of the best run; None if that is where they are."""
-        anchor, start = self.best, self.levels[self.best]
+    def _beyond(self, found: Evaluations | None, schedule: Schedule) -> tuple[Array, Tensor]:
+        """Levels of a run's evaluations and their residuals; none if they were not kept, or are not the solver's."""
+        if found is not None and len(found.s) == self.method.model_calls(schedule.steps):
+            beyond = residuals(self.surrogate, self.stats, found)
+            if bool(beyond.isfinite().all()):
+                return np.array(found.s), beyond
+        return np.zeros(0), self.increments[:, :0]
+
+    def _add_vectors(self, vectors: Tensor) -> int:
+        """Vectors [B, m, d] into the Gram matrix; their first column."""
+        self._vectors.append(vectors)
+        rows = []
+        for b, own in enumerate(vectors.double()):
+            others = [self.increments[b], *(each[b] for each in self._vectors)]
+            rows.append(torch.cat([other.double() @ own.T for other in others]).numpy())
+        columns, before = np.stack(rows), self._gram.shape[1]  # [B, n + m, m]
+        self._gram = np.block([[self._gram, columns[:, :before]], [columns.transpose(0, 2, 1)]])
+        return before
+
+    def proposal(self, line: _Line) -> tuple[float, Array] | None:
+        """The least predicted error within reach of a line's best run, and its levels; None if that is the run.
+
+        Where it is, reach shrinks, down to the least.
+        """
+        while line.reach >= LEAST_REACH:
+            value, levels = self._nearby(line.best, line.reach)
+            if not np.allclose(levels, self.trials[line.best].levels, rtol=1e-9, atol=0.0):
+                return value, levels
+            line.reach *= SHRINKAGE
+        return None
+
+    def _nearby(self, anchor: int, reach: float) -> tuple[float, Array]:
+        start = self.trials[anchor].levels
         low, high = measured_range(self.stats)
         bound = reach * np.minimum(*log_gaps(start, low, high)) + 1e-9
-        logs = np.log(np.array([levels[1:-1] for levels in self.levels]))
-        others = [m for m in range(len(self.levels)) if m != anchor]
+        prediction = self.prediction(anchor)
+
+        def predicted(levels: Array) -> Array:
+            within = (np.abs(np.log(levels[:, 1:-1] / start[1:-1])) <= bound).all(axis=1)
+            return np.where(within, typical(prediction(levels)), np.inf)
+
+        found, value = descend(at_known_levels(self.stats.process, predicted), start, low, high, moves=MOVES)
+        return value, known_levels(self.stats.process, found)
+
+    def prediction(self, anchor: int, doubt: float = DOUBT) -> Callable[[Array], Array]:
+        """Squared size of the predicted error and of what is in doubt, [C, B], of levels [C, steps + 1]."""
+        logs = np.log(np.array([trial.levels[1:-1] for trial in self.trials]))
+        others = [m for m in range(len(self.trials)) if m != anchor]
         apart = logs[others] - logs[anchor]  # [M-1, steps-1]
         square = (apart**2).sum(1)
         damped = apart @ apart.T + np.diag(DAMPING[0] * square + DAMPING[1] * square**2 + math.ulp(1.0))
-        solve = np.linalg.solve(damped, apart) if others else np.zeros((0, logs.shape[1]))
+        run = partial(self.surrogate.run, solver=self.method, beyond=self.secants(anchor), more=self._more)
+        base = run(self.trials[anchor].levels[None])
+        corrections = np.zeros((len(others), self._gram.shape[1]))  # R_m
+        for row, m in zip(corrections, others, strict=True):
+            row -= (run(self.trials[m].levels[None]).error - base.error)[0]
+            row[self.trials[m].column] += 1.0
+            row[self.trials[anchor].column] -= 1.0
 
-        def predicted(levels: Array) -> Array:
-            moved = np.log(levels[:, 1:-1]) - logs[anchor]
-            outcome = self.surrogate.run(levels, self.method)
-            squared = self._squared(outcome, anchor, others, moved @ solve.T)
-            return np.where((np.abs(moved) <= bound).all(axis=1), typical(squared), np.inf)
+        def squared(levels: Array) -> Array:
+            outcome, moved = run(levels), np.log(levels[:, 1:-1]) - logs[anchor]
+            error = outcome.error - base.error
+            error[:, self.trials[anchor].column] += 1.0
+            if others:
+                error += moved @ np.linalg.solve(damped, apart).T @ corrections
+            doubted = doubt * (outcome.deviations - base.deviations)
+            return quadratic_forms(self._gram, error[:, None]) + quadratic_forms(self._gram, doubted)
 
-        found, _ = descend(at_known_levels(self.stats.process, predicted), start, low, high, moves=MOVES)
-        found = known_levels(self.stats.process, found)
-        return None if np.allclose(found, start, rtol=1e-9, atol=0.0) else found
+        return squared
 
-    def _squared(self, outcome: Outcome, anchor: int, others: list[int], weights: Array) -> Array:
-        """Squared size of the predicted error, and of what is in doubt, [C, B]; ``weights`` are the ``c_m``."""
-        n, base = self.stats.levels - 1, self._outcomes[anchor]
-        vector = np.zeros((len(weights), self._gram.shape[1]))
-        vector[:, :n] = outcome.error - base.error
-        vector[:, n + anchor] = 1.0 - weights.sum(1)
-        for m, weight in zip(others, weights.T, strict=True):
-            vector[:, n + m] = weight
-            vector[:, :n] -= weight[:, None] * (self._outcomes[m].error - base.error)
-        moved = DOUBT * (outcome.deviations - base.deviations)
-        return quadratic_forms(self._gram, vector[:, None]) + quadratic_forms(self._gram[:, :n, :n], moved)
+    def secants(self, anchor: int) -> Secants | None:
+        """Those of all runs whose evaluations are known, for schedules near the ``anchor``; None if its are not."""
+        if len(self.trials[anchor].s) == 0:
+            return None
+        known = [trial for trial in self.trials if len(trial.s) > 0]
+        size = self._gram[:, self.trials[anchor].column, self.trials[anchor].column]
+        return Secants.of(
+            [deviations_of(self.surrogate, run.levels, self.method, run.first, self._more) for run in known],
+            first=[run.first for run in known],
+            s=[run.s for run in known],
+            anchor=known.index(self.trials[anchor]),
+            metric=(self._gram / np.maximum(size, np.finfo(np.float64).tiny)[:, None, None]).mean(0),
+        )
+
+    @property
+    def _more(self) -> int:
+        return self._gram.shape[1] - self.stats.levels + 1

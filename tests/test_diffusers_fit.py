@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from pipelines import oracle_pipeline
 
 from fastsched.auditioning import distances
 from fastsched.diffusers import fitting
-from fastsched.diffusers.fitting import audition_ends, candidates, own_sigmas
+from fastsched.diffusers.fitting import candidates, own_sigmas, performed
 from fastsched.fitting import MODEL_CALLS
 from fastsched.solvers import get_solver
 
@@ -137,7 +138,7 @@ KINDS = {
 
 
 def typical_error(pipe, stats, schedule):
-    return float(distances(stats, audition_ends(pipe, stats, schedule, None, {})).log().mean().exp())
+    return float(distances(stats, performed(pipe, stats, schedule, None, {}).ends).log().mean().exp())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,6 +159,28 @@ def test_the_audition_samples_through_the_pipeline_as_fastsched_does(kind):
     ends = fs.sample(denoiser, schedule, noise=noise_of(stats.seeds, stats.shape).double())
     squared = (ends - stats.ends.double()).square().flatten(1).sum(1)
     assert measured == pytest.approx(float(squared.log().mean().exp()), rel=5e-3)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "vp-heun", "unipc"])
+def test_what_the_network_said_in_a_run_is_kept(kind):
+    """Every call of the solver's, at its level: the exact denoiser's answer to the state it was given."""
+    more = {"vp-heun": ("HeunDiscreteScheduler", SD, "heun"), "unipc": ("UniPCMultistepScheduler", SD, "unipc")}
+    name, config, solver = {**KINDS, **more}[kind]
+    oracle = fs.oracles.GaussianMixture.random(8, 3, seed=0)
+    pipe = oracle_pipeline(getattr(diffusers, name)(**config), oracle)
+    stats = fs.diffusers.measure(pipe, levels=24, samples=4)
+    schedule = fs.optimal_schedule(stats, 6, solver)
+    performance = performed(pipe, stats, schedule, None, {})
+    found = performance.evaluations
+    assert len(found.s) == get_solver(solver).model_calls(6)
+    levels = stats.process.level(schedule.sigmas)[:-1].tolist()
+    assert found.s[:: 1 if len(found.s) == 6 else 2] == pytest.approx(levels, rel=2e-3)
+    for s, state, denoised in zip(found.s, found.states, found.denoised, strict=True):
+        assert state.shape == denoised.shape == (4, *stats.shape)
+        if s < math.inf:
+            exact = oracle.denoise(s * state.double().flatten(1), torch.full((4,), s, dtype=torch.float64))
+            torch.testing.assert_close(denoised.double().flatten(1), exact, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(found.denoised[-1], performance.ends, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,9 +4,11 @@ import torch
 from models import exact_denoiser, exact_denoisers, mixture
 
 import fastsched as fs
+import fastsched.tuning
 from fastsched.auditioning import distances
 from fastsched.measurement import noise_of
-from fastsched.tuning import DOUBT, _Record, tuned
+from fastsched.secants import Performance, Recorder
+from fastsched.tuning import _Record, tuned
 
 ORACLE = mixture(d=4)
 DENOISER = exact_denoiser(ORACLE, 0.01, 40.0)
@@ -172,37 +174,81 @@ def test_gaussian_data_converge_in_a_run():
     assert settled.schedule.measured_error <= found.schedule.measured_error
 
 
-def test_prediction_of_a_run_is_its_error(stats, tuning):
-    """With all weight on run ``m`` the surrogate's change cancels: ``E_m`` remains, but for float32 and the doubt."""
+def performance_of(schedule, stats, denoiser=DENOISER):
+    recorder = Recorder.of(denoiser)
+    return Performance(fs.sample(recorder, schedule, noise=noise_of(stats.seeds, (4,))), recorder.evaluations())
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["secants", "ends alone"])
+@pytest.mark.parametrize("anchor", [0, 2])
+def test_prediction_of_a_run_is_its_error(stats, tuning, monkeypatch, kept, anchor):
+    """At the levels of a run, undamped, the prediction is the run's error, whichever it starts from."""
+    monkeypatch.setattr(fastsched.tuning, "DAMPING", (0.0, 0.0))
     record = _Record(stats, fs.solvers.get_solver("dpmpp_2m"))
-    noise = noise_of(stats.seeds, (4,))
-    for trial in tuning.trials:
-        record.add(trial, fs.sample(DENOISER, trial, noise=noise))
-    anchor = record.best
-    others = [m for m in range(len(record.levels)) if m != anchor]
-    gram = stats.gram.numpy()
-    for m in [anchor, *others]:
-        weights = np.array([[float(m == other) for other in others]])
-        outcome = record.surrogate.run(record.levels[m][None], "dpmpp_2m")
-        found = record._squared(outcome, anchor, others, weights)[0]
-        moved = DOUBT * (outcome.deviations - record._outcomes[anchor].deviations)[0]
-        doubt = np.einsum("vp,bpq,vq->b", moved, gram, moved)
-        np.testing.assert_allclose(found - doubt, record.errors[m].numpy(), rtol=1e-3, atol=1e-6)
+    for trial in tuning.trials[:4]:
+        performance = performance_of(trial, stats)
+        record.add(trial, performance if kept else Performance(performance.ends))
+    prediction = record.prediction(anchor, doubt=0.0)
+    for run in record.trials:
+        np.testing.assert_allclose(prediction(run.levels[None])[0], run.errors.numpy(), rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["heun", "ipndm"])
+def test_secants_predict_better_than_ends_alone(solver):
+    """Data of unlike deviations, whose Jacobian is no multiple of the identity; after four runs near each other."""
+    variances = torch.tensor([4.0, 0.5, 0.05, 0.005])
+    denoiser = fs.Denoiser.from_denoiser(
+        lambda z, s: z * variances.to(z) / (variances.to(z) + s[:, None] ** 2), 0.01, 40.0
+    )
+    stats, method = measure(denoiser, levels=48), fs.solvers.get_solver(solver)
+    start = fs.Schedule(fs.baselines.karras(6, 0.01, 40.0, spare_last=True), solver)
+    generator = np.random.default_rng(0)
+    nearby = [start]
+    for _ in range(13):
+        levels = stats.process.level(start.sigmas).clone()
+        levels[1:-1] *= torch.from_numpy(np.exp(generator.uniform(-0.3, 0.3, 5)))
+        nearby.append(fs.Schedule.from_levels(stats.process, levels, solver))
+    runs = [performance_of(schedule, stats, denoiser) for schedule in nearby]
+    off = []
+    for kept in (True, False):
+        record = _Record(stats, method)
+        for schedule, run in zip(nearby[:4], runs[:4], strict=True):
+            record.add(schedule, run if kept else Performance(run.ends))
+        levels = np.array([stats.process.level(schedule.sigmas).numpy() for schedule in nearby[4:]])
+        predicted = np.log(record.prediction(0, doubt=0.0)(levels))
+        actual = np.array([distances(stats, run.ends).log().numpy() for run in runs[4:]])
+        off.append(np.abs(predicted - actual).mean())
+    assert off[0] < 0.5 * off[1]
 
 
 def test_what_cannot_be_run_is_passed_over(stats, start):
     """Whoever runs the sampler may decline; then shorter moves are tried, up to the number of trials."""
-    noise = noise_of(stats.seeds, (4,))
-    known = [(start, fs.sample(DENOISER, start, noise=noise))]
     asked = []
 
     def decline(schedule):
         asked.append(schedule)
 
-    found = tuned(decline, stats, known, 4)
+    found = tuned(decline, stats, [(start, performance_of(start, stats))], 4)
     assert len(asked) == 4
     assert len(found.trials) == 1
     assert torch.equal(found.schedule.sigmas, start.sigmas)
+
+
+def test_another_start_has_its_turn(stats, start):
+    """Where one line does not get on, the other is tried; a third start is not followed."""
+    others = [fs.Schedule(fs.baselines.exponential(6, 0.01, 40.0, spare_last=spare), "dpmpp_2m") for spare in (0, 1)]
+    known = [(schedule, performance_of(schedule, stats)) for schedule in (start, *others)]
+    errors = [float(distances(stats, performance.ends).log().mean()) for _, performance in known]
+    asked = []
+
+    def decline(schedule):
+        asked.append(schedule.sigmas[1:-1].log())
+
+    found = tuned(decline, stats, known, 12)
+    assert torch.equal(found.schedule.sigmas, known[int(np.argmin(errors))][0].sigmas)
+    places = torch.stack([schedule.sigmas[1:-1].log() for schedule, _ in known])
+    nearest = {int((places - sigmas).abs().amax(1).argmin()) for sigmas in asked}
+    assert nearest == set(np.argsort(errors)[:2].tolist())
 
 
 def test_bad_arguments(stats, start):

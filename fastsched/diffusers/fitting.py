@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.auditioning import distances
-from fastsched.candidates import default_candidates
+from fastsched.candidates import candidates_in_turn
 from fastsched.diffusers.applier import applied
-from fastsched.diffusers.conventions import describe, solver_of
+from fastsched.diffusers.conventions import Convention, describe, solver_of
 from fastsched.diffusers.exporter import declared_sigmas, plain_copy
 from fastsched.diffusers.loop import scales
 from fastsched.diffusers.pipeline import call, check_call, measure, prompt_of, scheduler_replaced
@@ -25,6 +25,7 @@ from fastsched.measurement import noise_of
 from fastsched.optimal import optimal_schedule
 from fastsched.path_statistics import PathStatistics
 from fastsched.schedule import Schedule
+from fastsched.secants import Evaluations, Performance
 from fastsched.solvers import get_solver
 from fastsched.tuning import tuned
 
@@ -53,7 +54,7 @@ def fit(
 
     Cost, counted per sample: ``2 levels`` calls a sample to measure, 384 with the defaults, and at most ``model_calls``
     later, in runs of ``steps + 1`` calls a sample (``2 steps`` with two-stage solvers): 740 serve 20 schedules of 8
-    steps, 8 of them in the audition.
+    steps, 4 of them in the audition.
 
     Args:
         pipe: A pipeline whose scheduler can be given schedules (docs/schedulers.md).
@@ -108,24 +109,27 @@ def fit(
     best = optimal_schedule(stats, steps, name)
     applied(best, pipe.scheduler)
     each = get_solver(name).model_calls(steps) + 1  # the noises are handed out at one more step
-    most = affordable(each, stats.samples, stats.samples, budget)
+    most = budget // (each * stats.samples)
+    if stats.increments is not None:  # some is for tuning
+        most = affordable(each, stats.samples, stats.samples, budget)
     if not audition or most == 0:
         return best
 
-    def perform(schedule: Schedule) -> Tensor | None:
+    def perform(schedule: Schedule) -> Performance | None:
         if not _fits(schedule, pipe.scheduler):
             return None
-        ends = audition_ends(pipe, stats, schedule, prompts, call_kwargs)
-        return ends if bool(ends.isfinite().all()) else None
+        performance = performed(pipe, stats, schedule, prompts, call_kwargs)
+        return performance if bool(performance.ends.isfinite().all()) else None
 
     runs = [(entrant, perform(entrant)) for entrant in candidates(stats, steps, name, pipe.scheduler, most)]
-    known = [(entrant, ends) for entrant, ends in runs if ends is not None]
+    known = [(entrant, performance) for entrant, performance in runs if performance is not None]
     if not known:
         raise ValueError(f"the pipeline's samples hold NaN or inf under every one of {len(runs)} schedules")
     if stats.increments is not None:
         return tuned(perform, stats, known, budget // (each * stats.samples) - len(runs)).schedule
     heard = [
-        replace(entrant, measured_error=float(distances(stats, ends).log().mean().exp())) for entrant, ends in known
+        replace(entrant, measured_error=float(distances(stats, performance.ends).log().mean().exp()))
+        for entrant, performance in known
     ]
     return min(heard, key=lambda schedule: schedule.measured_error or 0.0)
 
@@ -152,59 +156,83 @@ def candidates(stats: PathStatistics, steps: int, solver: str, scheduler: Any, m
     Those of `fastsched.audition`, the best guess first, and the schedule that the scheduler would use by itself, unless
     that depends on the resolution; it is among the first two.
     """
-    chosen = list(default_candidates(stats, steps, solver).values())
-    own = own_sigmas(scheduler, steps)
-    if own is not None:
-        chosen.insert(1, Schedule.from_levels(stats.process, stats.process.level(own), solver))
     kept: list[Schedule] = []
-    for schedule in chosen:
-        if len(kept) == most:
-            break
-        if any(torch.equal(schedule.sigmas, other.sigmas) for other in kept) or not _fits(schedule, scheduler):
-            continue
-        kept.append(schedule)
+    own = own_sigmas(scheduler, steps)
+    for label, schedule in candidates_in_turn(stats, steps, solver):
+        entrants = [schedule]
+        if label == "optimal" and own is not None:
+            entrants.append(Schedule.from_levels(stats.process, stats.process.level(own), solver))
+        for entrant in entrants:
+            if len(kept) == most:
+                return kept
+            if not any(torch.equal(entrant.sigmas, other.sigmas) for other in kept) and _fits(entrant, scheduler):
+                kept.append(entrant)
     return kept
 
 
-def audition_ends(
+def performed(
     pipe: Any,
     stats: PathStatistics,
     schedule: Schedule,
     prompts: str | Sequence[str] | None,
     call_kwargs: dict[str, Any],
-) -> Tensor:
-    """Where the measured samples end when the pipeline samples by ``schedule``, [B, *shape] float32 on the CPU.
+) -> Performance:
+    """How the measured samples fare when the pipeline samples by ``schedule``, float32 on the CPU.
 
     The pipeline is called as `fastsched.diffusers.measure` called it, with ``schedule`` applied, and made to start
     from the noises of the measured paths by one more step at the first level.
     """
-    parts: list[Tensor] = []
-    while sum(len(part) for part in parts) < stats.samples:
-        before = sum(len(part) for part in parts)
+    parts: list[Performance] = []
+    left = stats.samples
+    while left > 0:
         scheduler, _ = applied(schedule, pipe.scheduler)
-        last = _start_at(scheduler, stats.seeds[before:], schedule)
+        run = _start_at(scheduler, stats.seeds[-left:], schedule)
         with scheduler_replaced(pipe, scheduler):
             call(pipe, schedule.steps, prompt_of(prompts, len(parts)), call_kwargs)
-        ends = last[0].float().cpu()
+        ends = run.end.float().cpu()
         if ends.shape[1:] != stats.ends.shape[1:]:
             raise ValueError(
                 f"stats are of samples {list(stats.ends.shape[1:])} and the pipeline's are {list(ends.shape[1:])}; "
                 "stats must be measured on this pipeline with the same arguments"
             )
-        parts.append(ends)
-    return torch.cat(parts)[: stats.samples]
+        parts.append(Performance(ends, run.evaluations()).first(left))
+        left -= len(parts[-1].ends)
+    return Performance.joined(parts)
 
 
-def _start_at(scheduler: Any, seeds: Tensor, schedule: Schedule) -> list[Tensor]:
+class _Watch:
+    """What a scheduler's steps were given and came to."""
+
+    def __init__(self, convention: Convention) -> None:
+        self.convention = convention
+        self.end = torch.empty(0)
+        self._steps: list[tuple[float, Tensor, Tensor]] = []  # s, y, D
+
+    def saw(self, output: Tensor, timestep: Any, sample: Tensor, following: Tensor) -> None:
+        """A step's arguments and result."""
+        s = self.convention.levels(torch.as_tensor(timestep, dtype=torch.float64).flatten()[:1])
+        sigma, (a, c) = self.convention.process.sigma(s), self.convention.denoiser.coefficients(s)
+        y = sample.float() / float(scales(self.convention, s)[1])
+        raw = self.convention.raw_output(output, sample.shape[1]).float()
+        self._steps.append((float(s), y.cpu(), (float(a * sigma) * y + float(c) * raw).cpu()))
+        self.end = following
+
+    def evaluations(self) -> Evaluations:
+        """All steps."""
+        s, states, denoised = zip(*self._steps, strict=True)
+        return Evaluations(s, states, denoised)
+
+
+def _start_at(scheduler: Any, seeds: Tensor, schedule: Schedule) -> _Watch:
     """Make ``scheduler`` (a copy) begin at the noises of ``seeds``, by a first step that only hands them out.
 
     Returns:
-        A list that holds the last state once the pipeline has run.
+        What watches the steps that follow, and holds the last state once the pipeline has run.
     """
     kind, put = type(scheduler), scheduler.set_timesteps
     convention = describe(scheduler)
     scale = scales(convention, convention.process.level(schedule.sigmas[:1]))[1].float()
-    last: list[Tensor] = []
+    watch = _Watch(convention)
 
     @functools.wraps(kind.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -218,9 +246,9 @@ def _start_at(scheduler: Any, seeds: Tensor, schedule: Schedule) -> list[Tensor]
             follow = self.step
 
             @functools.wraps(kind.step)
-            def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-                result = follow(*args, **kwargs)
-                last[:] = [result[0] if isinstance(result, tuple) else result.prev_sample]
+            def step(self: Any, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+                result = follow(output, timestep, sample, *args, **kwargs)
+                watch.saw(output, timestep, sample, result[0] if isinstance(result, tuple) else result.prev_sample)
                 return result
 
             self.step = types.MethodType(step, self)
@@ -231,7 +259,7 @@ def _start_at(scheduler: Any, seeds: Tensor, schedule: Schedule) -> list[Tensor]
         self.step = types.MethodType(hand_out, self)
 
     scheduler.set_timesteps = types.MethodType(set_timesteps, scheduler)
-    return last
+    return watch
 
 
 def own_sigmas(scheduler: Any, steps: int) -> Tensor | None:
