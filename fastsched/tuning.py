@@ -96,7 +96,7 @@ def tune(
     Args:
         denoiser: The denoiser that ``stats`` was measured on.
         stats: What ``fastsched.measure(..., keep_increments=True)`` returned.
-        start: A schedule, or an audition: then its finalists are known already, and the best is where to start.
+        start: A schedule, or an audition: then its finalists are known already, and are where to start.
         trials: The most runs, each of all samples, after one of ``start`` if its ends are not known.
         batch_size: Samples run at once; all when None.
         device: Where to run; where the network's parameters are when None.

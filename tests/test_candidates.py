@@ -6,6 +6,7 @@ import torch
 from models import exact_denoisers, mixture, vp_table
 
 import fastsched as fs
+from fastsched import candidates
 from fastsched.candidates import SAME_PLACE, default_candidates
 from fastsched.polish import polish_objective
 
@@ -79,3 +80,16 @@ def test_unknown_number_of_steps():
     with pytest.raises(ValueError, match=f"steps must be at most {LEVELS - 1}"):
         default_candidates(measure("x0"), LEVELS, "ddim")
     assert math.isinf(float(measure("zero-terminal-integer").s[0]))
+
+
+def test_candidates_are_made_when_asked_for(monkeypatch):
+    """The first takes none of the descents of the others."""
+    stats, asked = measure("x0"), []
+    monkeypatch.setattr(candidates, "_polished", lambda *given: asked.append(given) or {})
+    turn = candidates.candidates_in_turn(stats, 4, "dpmpp_2m")
+    label, first = next(turn)
+    assert label == "optimal"
+    assert torch.equal(first.sigmas, fs.optimal_schedule(stats, 4, "dpmpp_2m", weight="geometric").sigmas)
+    assert not asked
+    assert next(turn)[0] != "optimal"
+    assert len(asked) == len(candidates.DOUBTS)
