@@ -36,7 +36,8 @@ class Candidate:
         errors: ``||x0 - x0_path||^2`` of each sample it ran, in the order of the statistics' samples, [<= B].
         log_ratio: Mean over the samples that both ran of ``log(error / error of the winner)``.
         stderr: The standard error of `log_ratio`, from the paired differences; NaN with fewer than two samples.
-        performance: Where the samples it ran ended, [<= B, *shape]; and what the network said on the way, if all ran.
+        performance: Where the samples it ran ended, [<= B, *shape]; and what the network said on the way, an image for
+            each call, if it ran as many as the winner.
     """
 
     name: str
@@ -197,9 +198,13 @@ def distances(stats: PathStatistics, ends: Tensor) -> Tensor:
 
     An exact hit must not make a geometric mean 0: rounding of the ends is the least that can be told apart.
     """
+    return squared_distances(ends, stats.ends[: len(ends)]).clamp_min(rounding_of(stats))
+
+
+def rounding_of(stats: PathStatistics) -> float:
+    """The squared distance that float32 rounding of the ends makes."""
     floor = torch.finfo(torch.float32).eps ** 2 * stats.ends.double().square().flatten(1).sum(1).mean()
-    squared = squared_distances(ends, stats.ends[: len(ends)])
-    return squared.clamp_min(max(float(floor), torch.finfo(torch.float64).tiny))
+    return max(float(floor), torch.finfo(torch.float64).tiny)
 
 
 def _typical(errors: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -37,9 +37,7 @@ def default_candidates(stats: PathStatistics, steps: int, solver: str | Solver) 
     return dict(candidates_in_turn(stats, steps, solver))
 
 
-def candidates_in_turn(
-    stats: PathStatistics, steps: int, solver: str | Solver
-) -> Generator[tuple[str, Schedule], None, None]:
+def candidates_in_turn(stats: PathStatistics, steps: int, solver: str | Solver) -> Iterator[tuple[str, Schedule]]:
     """Names and schedules, the most promising first, each made when it is asked for.
 
     The schedule of `optimal_schedule`; then the selections by dynamic programming under every weight and for ddim, and
@@ -93,7 +91,7 @@ def _polished(stats: PathStatistics, starts: dict[str, Schedule], method: Solver
     }
 
 
-def _unlike(found: list[Schedule], more: dict[str, Schedule], most: int) -> Generator[tuple[str, Schedule], None, None]:
+def _unlike(found: list[Schedule], more: dict[str, Schedule], most: int) -> Iterator[tuple[str, Schedule]]:
     """Up to ``most`` of ``more`` that are not found yet, and keep them with the found."""
     for label, schedule in more.items():
         if most == 0:

@@ -18,6 +18,7 @@ mean; the coefficients ``c`` are common to the samples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
@@ -92,19 +93,21 @@ class Recorder(Denoiser):
     """A denoiser that keeps what it is asked, and what it answers, on the CPU.
 
     Attributes:
+        own: The denoiser that answers.
         calls: ``(s, y, D)`` of each.
     """
 
+    own: Denoiser | None = None
     calls: list[tuple[float, Tensor, Tensor]] = field(default_factory=list)
 
     @classmethod
     def of(cls, denoiser: Denoiser) -> Recorder:
         """One that answers as ``denoiser``."""
-        return cls(**{each.name: getattr(denoiser, each.name) for each in fields(Denoiser)})
+        return cls(**{each.name: getattr(denoiser, each.name) for each in fields(Denoiser)}, own=denoiser)
 
     def denoise(self, y: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
         """As `Denoiser.denoise`, of one level."""
-        found = super().denoise(y, s, dtype=dtype)
+        found = (self.own or super()).denoise(y, s, dtype=dtype)
         self.calls.append((float(s), y.cpu(), found.cpu()))
         return found
 
@@ -126,10 +129,10 @@ def residuals(surrogate: Surrogate, stats: PathStatistics, found: Evaluations) -
     rows = []
     for b, increments in enumerate(stats.increments):
         e = increments.double()
-        first = stats.ends[b].double().flatten() - e.sum(0)
+        noisiest = stats.ends[b].double().flatten() - e.sum(0)  # D_0
         at = lambda tensors: torch.stack([each[b].double().flatten() for each in tensors])  # noqa: B023
-        away = scale * (at(found.states) - noise[b].double().flatten() - moved * first - state @ e)
-        rows.append((at(found.denoised) - first - denoised @ e - share * away).float())
+        away = scale * (at(found.states) - noise[b].double().flatten() - moved * noisiest - state @ e)
+        rows.append((at(found.denoised) - noisiest - denoised @ e - share * away).float())
     return torch.stack(rows)
 
 
@@ -170,11 +173,11 @@ class Secants:
         pairs, weights, columns = [], [], []
         for k, level in enumerate(s[anchor]):
             a = np.array([run[k] for run in deviations])
-            with np.errstate(invalid="ignore"):
-                apart = np.nan_to_num(np.log([run[k] / level for run in s]))
+            levels = np.array([run[k] for run in s])
             size = ((a @ metric) * a).sum(1)
-            kept = size > LEAST
-            a, damping = a[kept], (size * (DAMPING[0] + DAMPING[1] * apart**2))[kept]
+            kept = (size > LEAST) & np.isfinite(levels) & math.isfinite(level)  # no deviation at pure noise
+            a, apart = a[kept], np.log(levels[kept] / level)
+            damping = size[kept] * (DAMPING[0] + DAMPING[1] * apart**2)
             pairs.append(a)
             weights.append(np.linalg.solve(a @ metric @ a.T + np.diag(damping), a @ metric).T)
             columns.append(np.array(first)[kept] + k)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.auditioning import FINALISTS, Audition, Stage, distances
+from fastsched.auditioning import Audition, Stage, distances, rounding_of
 from fastsched.costs.path import Array
 from fastsched.denoiser import Denoiser
 from fastsched.descent import descend, log_gaps
@@ -44,6 +44,9 @@ from fastsched.surrogate import Surrogate, quadratic_forms, typical
 #: How far a node may move at first, in shares of the gap to its nearer neighbour in ``log s``; what a run that lowers
 #: the error multiplies that by, and one that does not; where it ends.
 REACH, GROWTH, SHRINKAGE, MOST_REACH, LEAST_REACH = 0.5, 1.3, 0.5, 0.8, 0.02
+
+#: How many starts are descended from.
+LINES = 2
 
 #: Shares of a gap that the search for the next schedule moves nodes by, down to what the least reach allows.
 MOVES = (0.4, 0.2, 0.1, 0.05, 0.025, 0.0125)
@@ -93,10 +96,12 @@ def tune(
 ) -> Tuning:
     """Lower the typical error of ``start`` by running up to ``trials`` schedules from the measured noises.
 
+    What the network said in every run is held on the CPU, an image for each call.
+
     Args:
         denoiser: The denoiser that ``stats`` was measured on.
         stats: What ``fastsched.measure(..., keep_increments=True)`` returned.
-        start: A schedule, or an audition: then its finalists are known already, and are where to start.
+        start: A schedule, or an audition: where to start are its finalists, known already if they ran all samples.
         trials: The most runs, each of all samples, after one of ``start`` if its ends are not known.
         batch_size: Samples run at once; all when None.
         device: Where to run; where the network's parameters are when None.
@@ -136,29 +141,28 @@ def tuned(
         trials: The most runs.
 
     Returns:
-        As `tune`, the model calls those of ``perform``.
+        As `tune`, with the model calls of the solver in as many runs as were asked for.
     """
     record = _Record(stats, get_solver(known[0][0].solver))
     for schedule, performance in known:
         record.add(schedule, performance)
-    lines, tried = [_Line(m, REACH) for m in record.order()[:FINALISTS]], 0
+    lines, tried = [_Line(m, REACH) for m in record.order()[:LINES]], 0
     while tried < trials and known[0][0].steps > 1:
-        proposals = [(proposal, line) for line in lines if (proposal := record.proposal(line)) is not None]
+        proposals = [(n, found) for n, line in enumerate(lines) if (found := record.proposal(line)) is not None]
         if not proposals:
             break
-        (_, levels), line = min(proposals, key=lambda pair: pair[0][0])
-        schedule = Schedule.from_levels(stats.process, torch.from_numpy(levels), record.method.name)
+        n, proposal = min(proposals, key=lambda pair: pair[1].predicted)
+        schedule = Schedule.from_levels(stats.process, torch.from_numpy(proposal.levels), record.method.name)
         performance = perform(schedule)
         tried += 1
-        if performance is None:
-            line.reach *= SHRINKAGE
-            continue
-        record.add(schedule, performance)
-        was, now = record.trials[line.best].typical_error, record.trials[-1].typical_error
-        if now < was:
-            line.best, line.reach = len(record.trials) - 1, min(line.reach * GROWTH, MOST_REACH)
+        better = False
+        if performance is not None:
+            record.add(schedule, performance)
+            better = record.trials[-1].typical_error < record.trials[lines[n].best].typical_error
+        if better:
+            lines[n] = _Line(len(record.trials) - 1, min(proposal.reach * GROWTH, MOST_REACH))
         else:
-            line.reach *= SHRINKAGE
+            lines[n] = _Line(lines[n].best, proposal.reach * SHRINKAGE)
     calls = tried * stats.samples * record.method.model_calls(known[0][0].steps)
     best = record.trials[record.order()[0]]
     return Tuning(best.schedule, best.errors, tuple(trial.schedule for trial in record.trials), calls)
@@ -175,11 +179,20 @@ def increments_of(stats: PathStatistics) -> Tensor:
     return stats.increments
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class _Line:
     """A descent from one of the starts: its best run so far, and how far the next may be."""
 
     best: int
+    reach: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Proposal:
+    """A schedule to run: its predicted error, its levels, and the reach it was found within."""
+
+    predicted: float
+    levels: Array
     reach: float
 
 
@@ -199,7 +212,7 @@ class _Trial:
 
     @property
     def typical_error(self) -> float:
-        return self.schedule.measured_error or 0.0
+        return float(self.errors.log().mean().exp())
 
 
 class _Record:
@@ -220,12 +233,13 @@ class _Record:
         """Learn from a run."""
         squared = distances(self.stats, performance.ends)
         error = (performance.ends.double() - self.stats.ends.double()).flatten(1)[:, None]
-        s, beyond = self._beyond(performance.evaluations, schedule)
+        levels = self.stats.process.level(schedule.sigmas).numpy()
+        s, beyond = self._beyond(performance.evaluations, levels)
         first = self._add_vectors(torch.cat([beyond, error.float()], dim=1))
         self.trials.append(
             _Trial(
                 schedule=replace(schedule, measured_error=float(squared.log().mean().exp())),
-                levels=self.stats.process.level(schedule.sigmas).numpy(),
+                levels=levels,
                 errors=squared,
                 s=s,
                 first=first,
@@ -233,9 +247,9 @@ class _Record:
             )
         )
 
-    def _beyond(self, found: Evaluations | None, schedule: Schedule) -> tuple[Array, Tensor]:
-        """Levels of a run's evaluations and their residuals; none if they were not kept, or are not the solver's."""
-        if found is not None and len(found.s) == self.method.model_calls(schedule.steps):
+    def _beyond(self, found: Evaluations | None, levels: Array) -> tuple[Array, Tensor]:
+        """Levels of a run's evaluations and their residuals; none if they were not kept, or not as many as expected."""
+        if found is not None and len(found.s) == self.surrogate.run(levels[None], self.method).deviations.shape[1] + 1:
             beyond = residuals(self.surrogate, self.stats, found)
             if bool(beyond.isfinite().all()):
                 return np.array(found.s), beyond
@@ -252,30 +266,27 @@ class _Record:
         self._gram = np.block([[self._gram, columns[:, :before]], [columns.transpose(0, 2, 1)]])
         return before
 
-    def proposal(self, line: _Line) -> tuple[float, Array] | None:
-        """The least predicted error within reach of a line's best run, and its levels; None if that is the run.
+    def proposal(self, line: _Line) -> _Proposal | None:
+        """The schedule of least predicted error within reach of a line's best run.
 
-        Where it is, reach shrinks, down to the least.
+        Where that was run already, the least within a smaller reach; None if there is none down to the least reach.
         """
-        while line.reach >= LEAST_REACH:
-            value, levels = self._nearby(line.best, line.reach)
-            if not np.allclose(levels, self.trials[line.best].levels, rtol=1e-9, atol=0.0):
-                return value, levels
-            line.reach *= SHRINKAGE
-        return None
-
-    def _nearby(self, anchor: int, reach: float) -> tuple[float, Array]:
-        start = self.trials[anchor].levels
+        start = self.trials[line.best].levels
         low, high = measured_range(self.stats)
-        bound = reach * np.minimum(*log_gaps(start, low, high)) + 1e-9
-        prediction = self.prediction(anchor)
+        gaps, prediction = np.minimum(*log_gaps(start, low, high)), self.prediction(line.best)
+        least, reach = rounding_of(self.stats), line.reach
 
         def predicted(levels: Array) -> Array:
-            within = (np.abs(np.log(levels[:, 1:-1] / start[1:-1])) <= bound).all(axis=1)
-            return np.where(within, typical(prediction(levels)), np.inf)
+            within = (np.abs(np.log(levels[:, 1:-1] / start[1:-1])) <= reach * gaps + 1e-9).all(axis=1)
+            return np.where(within, typical(np.maximum(prediction(levels), least)), np.inf)
 
-        found, value = descend(at_known_levels(self.stats.process, predicted), start, low, high, moves=MOVES)
-        return value, known_levels(self.stats.process, found)
+        while reach >= LEAST_REACH:
+            found, value = descend(at_known_levels(self.stats.process, predicted), start, low, high, moves=MOVES)
+            levels = known_levels(self.stats.process, found)
+            if not any(np.allclose(levels, trial.levels, rtol=1e-9, atol=0.0) for trial in self.trials):
+                return _Proposal(value, levels, reach)
+            reach *= SHRINKAGE
+        return None
 
     def prediction(self, anchor: int, doubt: float = DOUBT) -> Callable[[Array], Array]:
         """Squared size of the predicted error and of what is in doubt, [C, B], of levels [C, steps + 1]."""
@@ -308,13 +319,12 @@ class _Record:
         if len(self.trials[anchor].s) == 0:
             return None
         known = [trial for trial in self.trials if len(trial.s) > 0]
-        size = self._gram[:, self.trials[anchor].column, self.trials[anchor].column]
         return Secants.of(
             [deviations_of(self.surrogate, run.levels, self.method, run.first, self._more) for run in known],
             first=[run.first for run in known],
             s=[run.s for run in known],
             anchor=known.index(self.trials[anchor]),
-            metric=(self._gram / np.maximum(size, np.finfo(np.float64).tiny)[:, None, None]).mean(0),
+            metric=(self._gram / self.trials[anchor].errors.numpy()[:, None, None]).mean(0),
         )
 
     @property

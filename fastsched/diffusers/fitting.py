@@ -46,11 +46,10 @@ def fit(
 ) -> Schedule:
     """The schedule of ``steps`` steps for a pipeline as it stands: its scheduler's solver, guidance, adapters.
 
-    Measures the pipeline (`measure`), selects a schedule under each sensitivity weight, and lets those, the schedules
-    in common use and the pipeline's own audition: each samples ``steps`` steps through the pipeline from the noises of
-    the measured paths, and the one that ends nearest to the paths' ends wins, by the geometric mean over samples of
-    ``||x0 - x0_path||^2``. The rest of the budget goes to tuning: more schedules near the best, run likewise
-    (`fastsched.tune`).
+    Measures the pipeline (`measure`), and holds an audition of the most promising schedules (`fastsched.audition`) and
+    the pipeline's own: each samples ``steps`` steps through the pipeline from the noises of the measured paths, and the
+    one that ends nearest to the paths' ends wins, by the geometric mean over samples of ``||x0 - x0_path||^2``. The
+    rest of the budget goes to tuning: more schedules near the best two, run likewise (`fastsched.tune`).
 
     Cost, counted per sample: ``2 levels`` calls a sample to measure, 384 with the defaults, and at most ``model_calls``
     later, in runs of ``steps + 1`` calls a sample (``2 steps`` with two-stage solvers): 740 serve 20 schedules of 8
@@ -210,7 +209,7 @@ class _Watch:
 
     def saw(self, output: Tensor, timestep: Any, sample: Tensor, following: Tensor) -> None:
         """A step's arguments and result."""
-        s = self.convention.levels(torch.as_tensor(timestep, dtype=torch.float64).flatten()[:1])
+        s = self.convention.levels(torch.as_tensor(timestep).detach().cpu().double().flatten()[:1])
         sigma, (a, c) = self.convention.process.sigma(s), self.convention.denoiser.coefficients(s)
         y = sample.float() / float(scales(self.convention, s)[1])
         raw = self.convention.raw_output(output, sample.shape[1]).float()
