@@ -23,7 +23,7 @@ check: $(VENV)/dev-installed  ## lint, format and types
 bench: $(VENV)/dev-installed  ## speed of the ops on this machine
 	$(BIN)/python -m pytest benchmarks/speed --benchmark-only
 
-bench-quality: $(VENV)/dev-installed  ## sampling error against every published way of choosing steps; QUICK=1 for 3 minutes
+bench-quality: $(VENV)/dev-installed  ## sampling error against every published way of choosing steps; QUICK=1 for a few cells
 	$(BIN)/python -m benchmarks.quality.limit
 	$(BIN)/python -m benchmarks.quality.run $(if $(QUICK),--quick)
 	$(BIN)/python -m benchmarks.quality.summary

@@ -1,7 +1,7 @@
 """The quality benchmark: schedules for six denoisers, six solvers and 4 to 20 model calls, run and compared.
 
-    python -m benchmarks.quality.run            # all, within 40 minutes of two cores
-    python -m benchmarks.quality.run --quick    # some, within 3 minutes
+    python -m benchmarks.quality.run            # all, a quarter of an hour on two cores
+    python -m benchmarks.quality.run --quick    # some, half a minute
 
 For each denoiser and seed: converged samples of noises that no chooser sees, then every schedule's samples from the
 same noises. A seed changes these noises and every measurement. Rows go to ``benchmarks/results/quality.csv`` as they
@@ -154,7 +154,7 @@ def finished(units: Sequence[Unit], workers: int) -> Iterator[list[table.Row]]:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="within 3 minutes: fewer cells, noises and seeds")
+    parser.add_argument("--quick", action="store_true", help="in half a minute: fewer cells, noises and seeds")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--solvers", nargs="*", default=None, choices=SOLVERS)
     parser.add_argument("--calls", nargs="*", type=int, default=None)
