@@ -14,7 +14,7 @@ from fastsched import validate
 from fastsched.candidates import default_candidates
 from fastsched.denoiser import Denoiser
 from fastsched.measurement import noise_of
-from fastsched.metrics import squared_distances
+from fastsched.metrics import geometric_mean, squared_distances
 from fastsched.path_statistics import PathStatistics
 from fastsched.progress import progress_bar
 from fastsched.sampling import sample
@@ -50,7 +50,7 @@ class Candidate:
     @property
     def typical_error(self) -> float:
         """Geometric mean of the errors."""
-        return float(self.errors.log().mean().exp())
+        return geometric_mean(self.errors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ def audition(
             runs[name] = stage.run(schedule, 0, first, advance)
         if first < count:
             errors = {name: distances(stats, run.ends) for name, run in runs.items()}
-            for name in sorted(entrants, key=lambda name: _typical(errors[name]))[:FINALISTS]:
+            for name in sorted(entrants, key=lambda name: geometric_mean(errors[name]))[:FINALISTS]:
                 runs[name] = Performance.joined([runs[name], stage.run(entrants[name], first, count, advance)])
     calls = method.model_calls(steps) * sum(len(run.ends) for run in runs.values())
     return Audition(_table(entrants, stats, runs), calls)
@@ -207,15 +207,11 @@ def rounding_of(stats: PathStatistics) -> float:
     return max(float(floor), torch.finfo(torch.float64).tiny)
 
 
-def _typical(errors: Tensor) -> float:
-    return float(errors.log().mean())
-
-
 def _table(
     entrants: Mapping[str, Schedule], stats: PathStatistics, runs: Mapping[str, Performance]
 ) -> tuple[Candidate, ...]:
     errors = {name: distances(stats, run.ends) for name, run in runs.items()}
-    order = sorted(entrants, key=lambda name: (-len(errors[name]), _typical(errors[name])))
+    order = sorted(entrants, key=lambda name: (-len(errors[name]), geometric_mean(errors[name])))
     best = errors[order[0]]
     rows = []
     for name in order:
@@ -223,6 +219,6 @@ def _table(
         difference = own.log() - best[: len(own)].log()
         spread = float(difference.std() / math.sqrt(len(own))) if len(own) > 1 else math.nan
         run = runs[name] if len(own) == len(best) else Performance(runs[name].ends)
-        schedule = replace(entrants[name], measured_error=float(own.log().mean().exp()))
+        schedule = replace(entrants[name], measured_error=geometric_mean(own))
         rows.append(Candidate(name, schedule, own, float(difference.mean()), spread, run))
     return tuple(rows)

@@ -336,7 +336,7 @@ def _denoiser(name: str, shape: str | None, device: str | None) -> tuple[Denoise
     denoiser, own = load_denoiser(name, device)
     if shape is None and own is None:
         raise ValueError("shape must be given for this denoiser: --shape 4,64,64, the shape of one sample")
-    return denoiser, own if shape is None else tuple(_integers("shape", shape))  # type: ignore[return-value]
+    return denoiser, own if shape is None else tuple(_integers("shape", shape))  # type: ignore[return-value]  # not both None
 
 
 def _integers(name: str, text: str) -> list[int]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastsched import metrics, validate
 from fastsched.denoiser import Denoiser
 from fastsched.measurement import noise_of, sample_seeds
+from fastsched.noise import VariancePreserving
 from fastsched.progress import progress_bar
 from fastsched.sampling import sample
 from fastsched.schedule import Schedule
@@ -331,7 +332,9 @@ class _Runner:
 def _known_levels(denoiser: Denoiser, steps: int) -> int:
     """``steps``, or as many levels as a network of whole timesteps knows if they are fewer."""
     process = denoiser.process
-    return min(steps, len(process.alphas_cumprod)) if getattr(process, "integer_timesteps", False) else steps  # type: ignore[attr-defined]
+    if isinstance(process, VariancePreserving) and process.integer_timesteps:
+        return min(steps, len(process.alphas_cumprod))
+    return steps
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
@@ -339,7 +342,7 @@ def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: Sequence[str]) -> str:
-        cells = [cell.ljust(w) if n < left else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths))]  # noqa: B905
+        cells = [cell.ljust(w) if n < left else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths))]  # noqa: B905 - rows may be short
         return "  ".join(cells).rstrip()
 
     return "\n".join(map(line, rows))

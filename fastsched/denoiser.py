@@ -77,7 +77,7 @@ class Denoiser:
         low, high = setting("sigma_min", sigma_min, 0.002), setting("sigma_max", sigma_max, 80.0)
         if not (math.isfinite(data) and data > 0):
             raise ValueError(f"sigma_data must be positive and finite, got {sigma_data!r}")
-        raw = net.model if hasattr(net, "sigma_data") and hasattr(net, "model") else net  # type: ignore[attr-defined]
+        raw = net.model if hasattr(net, "sigma_data") and hasattr(net, "model") else net  # type: ignore[attr-defined]  # asked
         return cls(_callable(raw), VarianceExploding(low, high), "edm", data)
 
     @classmethod

@@ -126,7 +126,7 @@ def _target_error(stats: PathStatistics, solver: str | Solver, target: object, w
         target = stats.process.sampler_sigma(maker(steps, float(finite[-1]), float(finite[0])))
     if isinstance(target, (Schedule, Tensor)):
         return predict_error(stats, target, solver, weight=weight)
-    goal = float(target)  # type: ignore[arg-type]
+    goal = float(target)  # type: ignore[arg-type]  # a number is left
     if not (math.isfinite(goal) and goal > 0):
         raise ValueError(f"target must be a positive error, a schedule or a pair like ('karras', 20), got {target!r}")
     return goal

@@ -108,7 +108,7 @@ def predict_error(
     Raises:
         ValueError: If the sigmas do not descend to 0, start below the measured range, or outnumber its levels.
     """
-    values = validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas))  # type: ignore[arg-type]
+    values = validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas))  # type: ignore[arg-type]  # or a Schedule
     if float(values[-1]) != 0.0:
         raise ValueError(f"sigmas must end in 0, got {float(values[-1]):g}; append it")
     if not getattr(stats.process, "integer_timesteps", False):

@@ -70,7 +70,7 @@ def sample(
     method = get_solver(name)
     if seed is not None:
         raise ValueError(f"seed must be None for {method.name}, got {seed!r}: it adds no noise of its own to the given")
-    values = validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas))  # type: ignore[arg-type]
+    values = validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas))  # type: ignore[arg-type]  # or a Schedule
     s = denoiser.process.level(values)
     nodes = nodes_of(denoiser.process, s)
     steps: Iterable[int] = range(len(nodes) - 1)

@@ -11,9 +11,9 @@ same evaluation the model of the denoiser becomes the multisecant
     ``D(z; s) = D_path(s) + j(s) a + sum_m c_m r_m``,
     ``c = argmin ||a - sum_m c_m a_m||^2 + sum_m mu_m ||c_m a_m||^2``,
 
-on which a schedule like those that were run samples much as on the denoiser, and the one of ``mu = 0`` exactly.
-All of it is written in coefficients over the increments and the ``r``, with norms by their Gram matrix, the samples'
-mean; the coefficients ``c`` are common to the samples.
+on which a schedule like those that were run samples much as on the denoiser; with ``mu = 0`` and one run, that run is
+met exactly. All of it is written in coefficients over the increments and the ``r``, with norms by their Gram matrix,
+the samples' mean; the coefficients ``c`` are common to the samples.
 """
 
 from __future__ import annotations
@@ -54,6 +54,12 @@ class Evaluations:
     s: tuple[float, ...]
     states: tuple[Tensor, ...]
     denoised: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, calls: Sequence[tuple[float, Tensor, Tensor]]) -> Evaluations:
+        """Of calls ``(s, y, D)``, in order."""
+        s, states, denoised = zip(*calls, strict=True)
+        return cls(s, states, denoised)
 
 
 @dataclass(frozen=True)
@@ -113,8 +119,7 @@ class Recorder(Denoiser):
 
     def evaluations(self) -> Evaluations:
         """All so far."""
-        s, states, denoised = zip(*self.calls, strict=True)
-        return Evaluations(s, states, denoised)
+        return Evaluations.of(self.calls)
 
 
 def residuals(surrogate: Surrogate, stats: PathStatistics, found: Evaluations) -> Tensor:
@@ -130,7 +135,7 @@ def residuals(surrogate: Surrogate, stats: PathStatistics, found: Evaluations) -
     for b, increments in enumerate(stats.increments):
         e = increments.double()
         noisiest = stats.ends[b].double().flatten() - e.sum(0)  # D_0
-        at = lambda tensors: torch.stack([each[b].double().flatten() for each in tensors])  # noqa: B023
+        at = lambda tensors: torch.stack([each[b].double().flatten() for each in tensors])  # noqa: B023 - used at once
         away = scale * (at(found.states) - noise[b].double().flatten() - moved * noisiest - state @ e)
         rows.append((at(found.denoised) - noisiest - denoised @ e - share * away).float())
     return torch.stack(rows)

@@ -17,7 +17,7 @@ Source: Lu et al. 2022 (arXiv 2211.01095), appendix on SDE-DPM-Solver++; Ho et a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,14 +69,14 @@ def sample_stochastic(
     validate.choice("solver", solver, STOCHASTIC_SOLVERS)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be within [0, 1], got {eta!r}")
-    s = denoiser.process.level(validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas)))  # type: ignore[arg-type]
+    s = denoiser.process.level(validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas)))  # type: ignore[arg-type]  # or a Schedule
     levels = s.tolist()
     streams = [stream(value, 1) for value in sample_seeds(seed, len(noise)).tolist()]
-    steps: Sequence[int] = range(len(levels) - 1)
+    steps: Iterable[int] = range(len(levels) - 1)
     if progress:
         from tqdm import tqdm
 
-        steps = tqdm(steps, desc=f"{solver} sampling", unit="step")  # type: ignore[assignment]
+        steps = tqdm(steps, desc=f"{solver} sampling", unit="step")
     y, before, width_before = noise, None, math.inf
     for n in steps:
         start, end = levels[n], levels[n + 1]

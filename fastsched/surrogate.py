@@ -193,9 +193,9 @@ class Surrogate:
                 away[:, n:] = y[:, n:]
                 away *= np.where(np.isinf(s), 0.0, s)[:, None]
                 answer, explained = (0.0, 0.0) if beyond is None else beyond(len(deviations), away)
-                position = self._position(s)
-                deviations.append((away - explained) * np.interp(position, self._lam, self._amplitudes)[:, None])
-                found = np.interp(position, self._lam, self.shares)[:, None] * away + answer
+                amplitude = np.interp(self._position(s), self._lam, self._amplitudes)
+                deviations.append((away - explained) * amplitude[:, None])
+                found = self.share(s)[:, None] * away + answer
                 found[:, :n] += denoised
                 return found
 

@@ -33,6 +33,7 @@ from fastsched.auditioning import Audition, Stage, distances, rounding_of
 from fastsched.costs.path import Array
 from fastsched.denoiser import Denoiser
 from fastsched.descent import descend, log_gaps
+from fastsched.metrics import geometric_mean
 from fastsched.path_statistics import PathStatistics
 from fastsched.polish import at_known_levels, known_levels, measured_range
 from fastsched.progress import progress_bar
@@ -212,7 +213,7 @@ class _Trial:
 
     @property
     def typical_error(self) -> float:
-        return float(self.errors.log().mean().exp())
+        return geometric_mean(self.errors)
 
 
 class _Record:
@@ -238,7 +239,7 @@ class _Record:
         first = self._add_vectors(torch.cat([beyond, error.float()], dim=1))
         self.trials.append(
             _Trial(
-                schedule=replace(schedule, measured_error=float(squared.log().mean().exp())),
+                schedule=replace(schedule, measured_error=geometric_mean(squared)),
                 levels=levels,
                 errors=squared,
                 s=s,
@@ -297,6 +298,7 @@ class _Record:
         damped = apart @ apart.T + np.diag(DAMPING[0] * square + DAMPING[1] * square**2 + math.ulp(1.0))
         run = partial(self.surrogate.run, solver=self.method, beyond=self.secants(anchor), more=self._more)
         base = run(self.trials[anchor].levels[None])
+        solved = np.linalg.solve(damped, apart).T if others else np.zeros((logs.shape[1], 0))  # c = moved @ solved
         corrections = np.zeros((len(others), self._gram.shape[1]))  # R_m
         for row, m in zip(corrections, others, strict=True):
             row -= (run(self.trials[m].levels[None]).error - base.error)[0]
@@ -307,8 +309,7 @@ class _Record:
             outcome, moved = run(levels), np.log(levels[:, 1:-1]) - logs[anchor]
             error = outcome.error - base.error
             error[:, self.trials[anchor].column] += 1.0
-            if others:
-                error += moved @ np.linalg.solve(damped, apart).T @ corrections
+            error += moved @ solved @ corrections
             doubted = doubt * (outcome.deviations - base.deviations)
             return quadratic_forms(self._gram, error[:, None]) + quadratic_forms(self._gram, doubted)
 

@@ -68,3 +68,14 @@ def exact_denoisers(oracle, table=None):
 
 def mixture(d=4, seed=0):
     return fs.oracles.GaussianMixture.random(d, 3, seed=seed)
+
+
+def counted_denoiser(oracle, sigma_min, sigma_max):
+    """An exact denoiser, and a list of how many samples each of its calls was given."""
+    calls = []
+
+    def network(z, s):
+        calls.append(len(z))
+        return oracle.denoise(z, s)
+
+    return fs.Denoiser.from_denoiser(network, sigma_min, sigma_max), calls

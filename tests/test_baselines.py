@@ -226,7 +226,7 @@ def test_bad_ranges_are_refused(name, arguments, message):
         (lambda: baselines.flow_shift_mu(0), "tokens must be at least 1"),
         (lambda: baselines.flow_shift_mu(9, base_tokens=5, max_tokens=5), "max_tokens must differ"),
         (lambda: baselines.ays(0), "steps must be at least 1"),
-        (lambda: baselines.ays(10, "sd3"), "model must be one of sd15, sdxl, svd; it is 'sd3'"),  # type: ignore[arg-type]
+        (lambda: baselines.ays(10, "sd3"), "model must be one of sd15, sdxl, svd; it is 'sd3'"),  # type: ignore[arg-type]  # wrong on purpose
     ],
 )
 def test_bad_arguments_are_refused(call, message):

@@ -68,7 +68,7 @@ def test_polished_candidates_are_near_a_minimum_of_their_own_objective():
     found = default_candidates(stats, 5, "dpmpp_2m")
     for doubt in (0.2, 0.8):
         objective = polish_objective(stats, "dpmpp_2m", doubt)
-        value = lambda name: float(objective(stats.process.level(found[name].sigmas)[None].numpy())[0])  # noqa: B023
+        value = lambda name: float(objective(stats.process.level(found[name].sigmas)[None].numpy())[0])  # noqa: B023 - used at once
         polished = [value(name) for name in found if name.endswith(f"doubt {doubt:g}")]
         plain = [value(name) for name in found if "doubt" not in name and name != "optimal"]
         assert polished

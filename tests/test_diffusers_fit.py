@@ -174,7 +174,7 @@ def test_what_the_network_said_in_a_run_is_kept(kind):
     found = performance.evaluations
     assert len(found.s) == get_solver(solver).model_calls(6)
     levels = stats.process.level(schedule.sigmas)[:-1].tolist()
-    assert found.s[:: 1 if len(found.s) == 6 else 2] == pytest.approx(levels, rel=2e-3)
+    assert found.s[:: 1 if len(found.s) == 6 else 2] == pytest.approx(levels, rel=1e-4)  # float32 timesteps
     for s, state, denoised in zip(found.s, found.states, found.denoised, strict=True):
         assert state.shape == denoised.shape == (4, *stats.shape)
         if s < math.inf:

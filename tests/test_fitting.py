@@ -1,6 +1,6 @@
 import pytest
 import torch
-from models import exact_denoiser, mixture
+from models import counted_denoiser, exact_denoiser, mixture
 
 import fastsched as fs
 from fastsched.auditioning import FINALISTS
@@ -14,13 +14,7 @@ SIGMAS = torch.logspace(2, -2, LEVELS, dtype=torch.float64)
 
 
 def counted():
-    calls = []
-
-    def network(z, s):
-        calls.append(len(z))
-        return ORACLE.denoise(z, s)
-
-    return fs.Denoiser.from_denoiser(network, 0.01, 100.0), calls
+    return counted_denoiser(ORACLE, 0.01, 100.0)
 
 
 @pytest.fixture(scope="module")

@@ -120,8 +120,8 @@ def main() -> None:
         for place, (name, cost) in enumerate(everyone.items()):
             totals, inner = ([total(cost, nodes, last) for nodes in schedules] for last in (True, False))
             row: dict[str, Any] = {"solver": solver, "cost": name, "schedules": len(schedules)}
-            row["spearman"] = float(scipy.stats.spearmanr(totals, along)[0])  # type: ignore[arg-type]
-            row["without_last_step"] = float(scipy.stats.spearmanr(inner, along)[0])  # type: ignore[arg-type]
+            row["spearman"] = float(scipy.stats.spearmanr(totals, along)[0])  # type: ignore[arg-type]  # a float
+            row["without_last_step"] = float(scipy.stats.spearmanr(inner, along)[0])  # type: ignore[arg-type]  # a float
             if isinstance(cost, CostMatrix):
                 row |= {f"{kind}_calls": count for kind, count in cost.calls._asdict().items()}
                 row["samples"] = len(cost.per_sample)

@@ -22,6 +22,7 @@ from fastsched.diffusers.loop import scales
 from fastsched.diffusers.pipeline import call, check_call, measure, prompt_of, scheduler_replaced
 from fastsched.fitting import MODEL_CALLS, affordable
 from fastsched.measurement import noise_of
+from fastsched.metrics import geometric_mean
 from fastsched.optimal import optimal_schedule
 from fastsched.path_statistics import PathStatistics
 from fastsched.schedule import Schedule
@@ -127,7 +128,7 @@ def fit(
     if stats.increments is not None:
         return tuned(perform, stats, known, budget // (each * stats.samples) - len(runs)).schedule
     heard = [
-        replace(entrant, measured_error=float(distances(stats, performance.ends).log().mean().exp()))
+        replace(entrant, measured_error=geometric_mean(distances(stats, performance.ends)))
         for entrant, performance in known
     ]
     return min(heard, key=lambda schedule: schedule.measured_error or 0.0)
@@ -218,8 +219,7 @@ class _Watch:
 
     def evaluations(self) -> Evaluations:
         """All steps."""
-        s, states, denoised = zip(*self._steps, strict=True)
-        return Evaluations(s, states, denoised)
+        return Evaluations.of(self._steps)
 
 
 def _start_at(scheduler: Any, seeds: Tensor, schedule: Schedule) -> _Watch:
