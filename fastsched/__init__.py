@@ -14,48 +14,57 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastsched import baselines, costs, diffusers, metrics, oracles, plot
-    from fastsched.auditioning import audition
+    from fastsched import baselines, costs, diffusers, metrics, plot
     from fastsched.comparison import Comparison, compare, converged_reference
-    from fastsched.denoiser import Denoiser
-    from fastsched.fitting import fit
-    from fastsched.fixed_point import refine_schedule
-    from fastsched.measurement import measure
-    from fastsched.online import AdaptiveSchedule
-    from fastsched.optimal import optimal_schedule, score_optimal_schedule, select
-    from fastsched.path_statistics import PathStatistics
-    from fastsched.planning import error_curve, steps_needed
-    from fastsched.prediction import predict_error
-    from fastsched.sampling import sample
-    from fastsched.schedule import Schedule
-    from fastsched.tuning import tune
-    from fastsched.uncertainty import standard_errors
+    from fastsched.costs.prediction import predict_error
+    from fastsched.denoisers import oracles
+    from fastsched.denoisers.denoiser import Denoiser
+    from fastsched.fitting.auditioning import audition
+    from fastsched.fitting.denoiser_fit import fit
+    from fastsched.fitting.tuning import tune
+    from fastsched.measurement.measuring import measure
+    from fastsched.measurement.statistics import PathStatistics
+    from fastsched.sampling.sampler import sample
+    from fastsched.sampling.schedule import Schedule
+    from fastsched.selection.fixed_point import refine_schedule
+    from fastsched.selection.online import AdaptiveSchedule
+    from fastsched.selection.optimal import optimal_schedule
+    from fastsched.selection.planning import error_curve, steps_needed
+    from fastsched.selection.score_optimal import score_optimal_schedule, select
+    from fastsched.selection.uncertainty import standard_errors
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "AdaptiveSchedule": "online",
+    "AdaptiveSchedule": "selection.online",
     "Comparison": "comparison",
-    "Denoiser": "denoiser",
-    "PathStatistics": "path_statistics",
-    "Schedule": "schedule",
-    "audition": "auditioning",
+    "Denoiser": "denoisers.denoiser",
+    "PathStatistics": "measurement.statistics",
+    "Schedule": "sampling.schedule",
+    "audition": "fitting.auditioning",
     "compare": "comparison",
     "converged_reference": "comparison",
-    "error_curve": "planning",
-    "fit": "fitting",
-    "measure": "measurement",
-    "optimal_schedule": "optimal",
-    "predict_error": "prediction",
-    "refine_schedule": "fixed_point",
-    "sample": "sampling",
-    "score_optimal_schedule": "optimal",
-    "select": "optimal",
-    "standard_errors": "uncertainty",
-    "steps_needed": "planning",
-    "tune": "tuning",
+    "error_curve": "selection.planning",
+    "fit": "fitting.denoiser_fit",
+    "measure": "measurement.measuring",
+    "optimal_schedule": "selection.optimal",
+    "predict_error": "costs.prediction",
+    "refine_schedule": "selection.fixed_point",
+    "sample": "sampling.sampler",
+    "score_optimal_schedule": "selection.score_optimal",
+    "select": "selection.score_optimal",
+    "standard_errors": "selection.uncertainty",
+    "steps_needed": "selection.planning",
+    "tune": "fitting.tuning",
 }
-_MODULES = ("baselines", "costs", "diffusers", "metrics", "oracles", "plot")
+_MODULES = {
+    "baselines": "baselines",
+    "costs": "costs",
+    "diffusers": "diffusers",
+    "metrics": "metrics",
+    "oracles": "denoisers.oracles",
+    "plot": "plot",
+}
 
 __all__ = [
     "AdaptiveSchedule",
@@ -89,7 +98,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"fastsched.{name}")
+        return importlib.import_module(f"fastsched.{_MODULES[name]}")
     if name in _HOME:
         value = getattr(importlib.import_module(f"fastsched.{_HOME[name]}"), name)
         globals()[name] = value

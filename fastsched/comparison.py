@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from fastsched import metrics, validate
-from fastsched.denoiser import Denoiser
-from fastsched.measurement import noise_of, sample_seeds
-from fastsched.noise import VariancePreserving
+from fastsched.denoisers.denoiser import Denoiser
+from fastsched.denoisers.noise import VariancePreserving
 from fastsched.progress import progress_bar
-from fastsched.sampling import sample
-from fastsched.schedule import Schedule
-from fastsched.solvers import Solver, get_solver
+from fastsched.sampling.random_streams import noise_of, sample_seeds
+from fastsched.sampling.sampler import sample
+from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.solvers import Solver, get_solver
 
 #: Steps of the reference. By dpmpp_2m on a Gaussian mixture they leave a typical squared distance to the limit of
 #: 3e-7, of which half is float32's rounding, where the best eight-step schedule leaves 6e-3; Heun's method needs twice

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.comparison import Comparison
-from fastsched.costs.path import sensitivity_weight
-from fastsched.path_statistics import PathStatistics
-from fastsched.planning import ErrorCurve
-from fastsched.schedule import Schedule
+from fastsched.costs.step_cost import sensitivity_weight
+from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling.schedule import Schedule
+from fastsched.selection.planning import ErrorCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -26,7 +26,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retri
 from scheduler_table import exact_denoise
 
 from fastsched.diffusers.conventions import describe
-from fastsched.diffusers.loop import oracle_network
+from fastsched.diffusers.probe import oracle_network
 
 SHAPE = (2, 2, 2)
 

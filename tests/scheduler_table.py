@@ -12,12 +12,12 @@ import torch
 from diffusers import schedulers as library
 
 import fastsched as fs
+from fastsched.denoisers.noise import FlowMatching, VariancePreserving
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.conventions import describe, solver_of, visited
 from fastsched.diffusers.exporter import declared_sigmas, plain_copy
-from fastsched.diffusers.loop import oracle_network, rounding, scales, states_of, trace
-from fastsched.noise import FlowMatching, VariancePreserving
-from fastsched.solvers import SOLVERS
+from fastsched.diffusers.probe import oracle_network, rounding, scales, states_of, trace
+from fastsched.sampling.solvers import SOLVERS
 
 PATH = pathlib.Path(__file__).parents[1] / "docs" / "schedulers.md"
 STEPS = 6

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsched import baselines
-from fastsched.oracles import Gaussian
+from fastsched.denoisers.oracles import Gaussian
 
 RANGED = {
     "karras": baselines.karras,

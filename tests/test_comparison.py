@@ -9,7 +9,7 @@ import torch
 import fastsched as fs
 from fastsched import metrics
 from fastsched.comparison import Comparison, ComparisonRow, Reference, compare, converged_reference
-from fastsched.measurement import noise_of, sample_seeds
+from fastsched.sampling.random_streams import noise_of, sample_seeds
 
 SHAPE = (2, 3)
 STD = 0.5

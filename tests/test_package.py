@@ -91,13 +91,13 @@ def test_wheel_holds_the_package_alone_and_works(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fastsched"}
-    for needed in ("py.typed", "kernels/level_gram.py", "assets/digits.safetensors"):
+    for needed in ("py.typed", "kernels/level_gram.py", "denoisers/assets/digits.safetensors"):
         assert f"fastsched/{needed}" in names
     assert "fastsched/kernels/__init__.py" not in names
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, timeout=600)
     printed = run(
-        f"import sys; sys.path.insert(0, {str(site)!r}); import fastsched as fs; from fastsched.digits import"
+        f"import sys; sys.path.insert(0, {str(site)!r}); import fastsched as fs; from fastsched.denoisers.digits import"
         " load_digits_network; load_digits_network(); print(fs.__file__)",
         cwd=tmp_path,
     )

@@ -13,8 +13,8 @@ from torch import Tensor
 import fastsched as fs
 from benchmarks.common import RESULTS, append, environment, table
 from fastsched.comparison import Reference
-from fastsched.digits import load_digits_network
-from fastsched.oracles import GaussianMixture
+from fastsched.denoisers.digits import load_digits_network
+from fastsched.denoisers.oracles import GaussianMixture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastsched as fs
 from benchmarks.experiments.common import SHAPE, arguments, axes, digits_denoiser, report
-from fastsched.noise import log_uniform
+from fastsched.denoisers.noise import log_uniform
 
 STEPS = 10
 

@@ -24,9 +24,9 @@ from torch import Tensor
 
 import fastsched as fs
 from benchmarks.experiments.common import SHAPE, SIGMA_MAX, SIGMA_MIN, arguments, axes, digits_data, report
-from fastsched.digits import DigitsNetwork
-from fastsched.fixed_point import variation
-from fastsched.noise import log_uniform
+from fastsched.denoisers.digits import DigitsNetwork
+from fastsched.denoisers.noise import log_uniform
+from fastsched.selection.fixed_point import variation
 
 LEVELS = 25
 #: Far below the data's deviation the corrector cost dies out, and with it the learned schedule: where tables are cut.

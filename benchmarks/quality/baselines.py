@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import fastsched as fs
-from fastsched.measurement import noise_of, sample_seeds
-from fastsched.multistep import log_rho
-from fastsched.noise import FlowMatching, NoiseProcess
+from fastsched.denoisers.noise import FlowMatching, NoiseProcess
+from fastsched.sampling.multistep import log_rho
+from fastsched.sampling.random_streams import noise_of, sample_seeds
 
 Array = NDArray[np.float64]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 import fastsched as fs
 from benchmarks.quality import baselines
 from benchmarks.quality.models import Model
-from fastsched.costs.matrix import CostMatrix
+from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.states import finite_grid
-from fastsched.fitting import fit_report
+from fastsched.fitting.denoiser_fit import fit_report
 
 #: fastsched's own: the dynamic programme, the same polished, and what `fastsched.fit` makes of it with more calls.
 OURS = ("fastsched_dp", "fastsched_polish", "fastsched")

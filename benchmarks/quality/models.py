@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastsched as fs
 from benchmarks.quality.networks import EpsilonNetwork, PatchNetwork, VelocityNetwork, ddpm_table
-from fastsched.digits import load_digits_network
+from fastsched.denoisers.digits import load_digits_network
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -65,7 +65,7 @@ class LowRankMixture:
         return cls((weights / weights.sum()).log().float(), means.float(), axes.float(), variances.float(), floor)
 
     def denoise(self, z: Tensor, s: Tensor) -> Tensor:
-        """``D(z; s) = sum_m r_m D_m`` [B, d] as `fastsched.oracles.GaussianMixture` has it, in O(M d r) a sample.
+        """``D(z; s) = sum_m r_m D_m`` [B, d] as `fs.oracles.GaussianMixture` has it, in O(M d r) a sample.
 
         Args:
             z: States, [B, d] float32.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastsched.digits import DigitsNetwork
+from fastsched.denoisers.digits import DigitsNetwork
 
 
 def ddpm_table(timesteps: int = 1000) -> Tensor:

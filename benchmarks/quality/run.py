@@ -31,7 +31,7 @@ from benchmarks.quality.choosing import Choosers, Chosen
 from benchmarks.quality.limit import limit_schedules
 from benchmarks.quality.models import MODELS, Model
 from fastsched.comparison import Reference
-from fastsched.solvers import get_solver
+from fastsched.sampling.solvers import get_solver
 
 SOLVERS = ("ddim", "heun", "dpmpp_2m", "dpmpp_3m", "ipndm", "unipc")
 CALLS = (4, 5, 6, 8, 10, 14, 20)

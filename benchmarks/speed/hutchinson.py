@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import append, copy_bandwidth, environment, interleaved, quantiles, table
-from fastsched import reference
-from fastsched.ops import hutchinson_reduce, rademacher
+from fastsched.ops import hutchinson_reduce, rademacher, reference
 
 KEY = ("device", "threads", "torch", "commit", "case", "variant")
 SEED = 1

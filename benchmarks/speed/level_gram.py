@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import append, copy_bandwidth, environment, interleaved, quantiles, table
-from fastsched import reference
-from fastsched.ops import level_increment_gram, pairwise_squared_distances
+from fastsched.ops import level_increment_gram, pairwise_squared_distances, reference
 
 KEY = ("device", "threads", "clock", "torch", "commit", "case", "variant")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fastsched as fs
 from benchmarks.common import append, environment, quantiles, table
-from fastsched.solvers import SOLVERS
+from fastsched.sampling.solvers import SOLVERS
 
 KEY = ("device", "threads", "torch", "commit", "case", "variant")
 

@@ -24,10 +24,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from tqdm import tqdm
 
-from fastsched.digits import DigitsNetwork
-from fastsched.oracles import Empirical, GaussianMixture
+from fastsched.denoisers.digits import DigitsNetwork
+from fastsched.denoisers.oracles import Empirical, GaussianMixture
 
-ASSET = Path(__file__).parents[2] / "fastsched" / "assets" / "digits.safetensors"
+ASSET = Path(__file__).parents[2] / "fastsched" / "denoisers" / "assets" / "digits.safetensors"
 
 
 def digits() -> Tensor:

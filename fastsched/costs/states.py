@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.costs.matrix import CostMatrix, ModelCalls
-from fastsched.denoiser import Denoiser
-from fastsched.measurement import noise_of, sample_seeds, stream
-from fastsched.multistep import dpmpp_2m_weights
-from fastsched.noise import log_uniform
+from fastsched.costs.cost_matrix import CostMatrix, ModelCalls
+from fastsched.denoisers.denoiser import Denoiser, not_finite
+from fastsched.denoisers.noise import log_uniform
 from fastsched.progress import progress_bar
-from fastsched.sampling import nodes_of, not_finite
+from fastsched.sampling.multistep import dpmpp_2m_weights
+from fastsched.sampling.random_streams import noise_of, sample_seeds, stream
+from fastsched.sampling.sampler import nodes_of
 
 #: The longest step in ``log s`` that the path takes between two levels.
 PATH_STEP = 0.35

@@ -11,7 +11,7 @@ except ImportError as error:
 from fastsched.diffusers.applier import apply
 from fastsched.diffusers.calibration import CalibrationScheduler
 from fastsched.diffusers.exporter import Export, export
-from fastsched.diffusers.fitting import fit
-from fastsched.diffusers.pipeline import measure
+from fastsched.diffusers.pipeline_fit import fit
+from fastsched.diffusers.pipeline_measurement import measure
 
 __all__ = ["CalibrationScheduler", "Export", "apply", "export", "fit", "measure"]

@@ -22,7 +22,7 @@ from fastsched.diffusers.exporter import (
     plain_copy,
     prove,
 )
-from fastsched.schedule import Schedule
+from fastsched.sampling.schedule import Schedule
 
 #: Classes whose step goes to ``t - train_steps // num_inference_steps`` and reads that number at every step.
 ARITHMETIC = ("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler")

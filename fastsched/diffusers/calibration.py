@@ -14,8 +14,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor
 
 from fastsched.diffusers.conventions import KNOWN, describe
-from fastsched.measurement import RELATIVE_STEP, Ask, Run, measured_levels, measurement_steps, sample_seeds
-from fastsched.path_statistics import PathStatistics, data_deviation
+from fastsched.measurement.measuring import RELATIVE_STEP, Ask, Run, measured_levels, measurement_steps
+from fastsched.measurement.statistics import PathStatistics, data_deviation
+from fastsched.sampling.random_streams import sample_seeds
 
 #: A finite difference this many times smaller than its own size is what a repeated call may differ by.
 REPEATABLE = 0.1
@@ -30,7 +31,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     """Measure a pipeline by its own loop: ``2 N`` steps instead of a sampler's.
 
     Put in place of a pipeline's scheduler, it hands the pipeline the states of a measurement over N levels
-    (`fastsched.measurement.measurement_steps`) and takes what the pipeline computes there, guidance, adapters and all:
+    (`measurement.measuring.measurement_steps`) and takes what the pipeline computes there, guidance, adapters and all:
 
     ========================  ============================================  ==============================
     steps                     the pipeline's network is given               the output is used for
@@ -47,7 +48,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     mixtures of Gaussians this leaves the sensitivity of that level within 0.2% with 48 levels, 1% with 16, 8% with 8.
 
     The pipeline ends with the clean ends of the paths, which it may decode as ever. The noises come from ``seed``, not
-    from the pipeline's latents (`fastsched.measurement.noise_of`).
+    from the pipeline's latents (`fastsched.measurement.measuring.noise_of`).
 
     ``CalibrationScheduler.from_config(pipe.scheduler.config)`` makes one; `fastsched.diffusers.measure` does it all.
 

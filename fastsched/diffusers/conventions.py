@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsched.denoiser import Denoiser
-from fastsched.noise import FlowMatching, NoiseProcess, VarianceExploding, VariancePreserving
+from fastsched.denoisers.denoiser import Denoiser
+from fastsched.denoisers.noise import FlowMatching, NoiseProcess, VarianceExploding, VariancePreserving
 
 #: Classes that step ``z = x / alpha`` and scale it down to ``x`` for the network.
 SCALED_VP = (

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsched.denoisers.noise import FlowMatching, VariancePreserving
 from fastsched.diffusers.conventions import Convention, describe, visited
-from fastsched.diffusers.loop import rounding, scales, trace
-from fastsched.noise import FlowMatching, VariancePreserving
-from fastsched.schedule import Schedule
+from fastsched.diffusers.probe import rounding, scales, trace
+from fastsched.sampling.schedule import Schedule
 
 #: Largest relative difference of a sigma that still counts as the one asked for.
 EXACT = 1e-5
@@ -106,7 +106,7 @@ def prove(
 ) -> Export:
     """Run ``setter`` on a copy of ``scheduler`` and check what it will do.
 
-    The sigmas it declares, the levels its states pass through (`fastsched.diffusers.loop.trace`) and the timesteps it
+    The sigmas it declares, the levels its states pass through (`fastsched.diffusers.probe.trace`) and the timesteps it
     gives the network must agree with one another; how far they are from the schedule's is reported.
 
     Raises:

@@ -1,0 +1,168 @@
+"""The demonstration: from a denoiser of handwritten digits to schedules, a table and a figure."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastsched import baselines, validate
+from fastsched.comparison import Comparison, Reference, aligned, compare, converged_reference
+from fastsched.denoisers.denoiser import Denoiser
+from fastsched.denoisers.digits import DigitsNetwork, load_digits_network
+from fastsched.measurement.measuring import measure
+from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling.sampler import sample
+from fastsched.sampling.schedule import Schedule
+from fastsched.selection.optimal import optimal_schedule
+from fastsched.selection.score_optimal import score_optimal_schedule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHAPE = DigitsNetwork.shape
+SOLVERS = ("ddim", "dpmpp_2m")
+STEPS = (6, 8, 10)
+LEVELS, PATHS = 48, 4  # 380 model calls
+OURS, PAPER = "fastsched", "score-optimal (paper)"
+AS_USED = ("karras (rho 7)", "exponential")
+GRID, GRID_COLUMNS = 18, 6  # images of each schedule in the figure
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demonstration found.
+
+    Attributes:
+        stats: The measurement.
+        schedules: By solver, then number of steps, then name.
+        comparisons: By solver, then number of steps.
+        reference: The converged samples all were compared with.
+    """
+
+    stats: PathStatistics
+    schedules: Mapping[str, Mapping[int, Mapping[str, Schedule]]]
+    comparisons: Mapping[str, Mapping[int, Comparison]]
+    reference: Reference
+
+
+def digits_denoiser() -> Denoiser:
+    """The shipped denoiser of 8 x 8 digits, shape (1, 8, 8), sigma 80 to 0.002."""
+    return Denoiser.from_edm(load_digits_network())
+
+
+def run_demo(
+    output: str | os.PathLike[str] | None = None,
+    *,
+    samples: int = 1024,
+    solvers: Sequence[str] = SOLVERS,
+    steps: Sequence[int] = STEPS,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> Demo:
+    """Measure the digits denoiser, select schedules, compare them with those in use, and draw.
+
+    Args:
+        output: A folder for ``demo.png`` and the schedules as JSON; made if missing. Nothing is written when None.
+        samples: Noises to compare over.
+        solvers: The solvers to select for.
+        steps: The numbers of steps.
+        progress: Show progress bars.
+        say: Where lines of text go.
+
+    Raises:
+        ValueError: If an argument is out of range or unknown.
+        ImportError: If there is something to draw and no matplotlib.
+    """
+    samples = validate.positive_int("samples", samples, minimum=2)
+    folder = None if output is None else Path(output)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    denoiser = digits_denoiser()
+    stats = measure(denoiser, SHAPE, levels=LEVELS, samples=PATHS, progress=progress)
+    say(f"measured {stats.levels} levels on {stats.samples} paths: {stats.model_calls} model calls")
+    reference = converged_reference(denoiser, SHAPE, samples=samples, progress=progress)
+    paper = {n: score_optimal_schedule(denoiser, n, shape=SHAPE, samples=PATHS, progress=False) for n in steps}
+    schedules = {solver: {n: _contenders(denoiser, stats, solver, paper[n]) for n in steps} for solver in solvers}
+    comparisons = {
+        solver: {n: compare(denoiser, named, reference=reference, progress=progress) for n, named in runs.items()}
+        for solver, runs in schedules.items()
+    }
+    demo = Demo(stats, schedules, comparisons, reference)
+    for solver in solvers:
+        say("\n" + table(solver, comparisons[solver]))
+    say("\n" + LEGEND.format(samples=samples, solver=reference.solver, steps=reference.steps))
+    if folder is not None:
+        _write(demo, denoiser, folder, say)
+    return demo
+
+
+LEGEND = (
+    "typical (mean ± standard error) squared distance to the converged sample from the same noise, {samples} noises;\n"
+    "typical = geometric mean over samples; converged = {solver}, {steps} steps. Smaller is better.\n"
+    'karras and exponential end at sigma_min, then 0; "end spared": one more node, and 0 in place of sigma_min.'
+)
+
+
+def table(solver: str, comparisons: Mapping[int, Comparison]) -> str:
+    """One solver's results: a row a schedule, a column a number of model calls; best at the fewest calls first."""
+    first = next(iter(comparisons.values()))
+    header = [solver, *(f"{comparison.rows[0].model_calls} calls" for comparison in comparisons.values())]
+    rows = [header]
+    for name in (row.name for row in first.ranked):
+        cells = [comparison[name] for comparison in comparisons.values()]
+        rows.append([name, *(f"{r.typical_error:.3f} ({r.mean_error:.3f} ± {r.standard_error:.3f})" for r in cells)])
+    return aligned(rows, left=1)
+
+
+def _contenders(denoiser: Denoiser, stats: PathStatistics, solver: str, paper: Schedule) -> dict[str, Schedule]:
+    """Ours, the paper's, and the schedules in use with both ways of ending them."""
+    n, low, high = paper.steps, denoiser.process.s_min, denoiser.process.s_max
+    karras, exponential = AS_USED
+    used = {
+        karras: baselines.karras(n, low, high),
+        exponential: baselines.exponential(n, low, high),
+        f"{karras}, end spared": baselines.karras(n, low, high, spare_last=True),
+        f"{exponential}, end spared": baselines.exponential(n, low, high, spare_last=True),
+    }
+    return {
+        OURS: optimal_schedule(stats, n, solver),
+        **{name: Schedule(sigmas, solver) for name, sigmas in used.items()},
+        PAPER: Schedule(paper.sigmas, solver),
+    }
+
+
+def _write(demo: Demo, denoiser: Denoiser, folder: Path, say: Callable[[str], None]) -> None:
+    for solver, runs in demo.schedules.items():
+        for n, named in runs.items():
+            named[OURS].save(folder / f"{solver}-{n}.json")
+    figure = draw(demo, denoiser)
+    figure.savefig(folder / "demo.png")
+    say(f"\nwrote {folder / 'demo.png'} and the schedules, {folder}{os.sep}SOLVER-STEPS.json")
+
+
+def draw(demo: Demo, denoiser: Denoiser) -> Figure:
+    """Sample grids at the fewest steps of the last solver, its schedules over the cost density, and the errors."""
+    from fastsched.plot import plot_overview
+
+    solver = list(demo.schedules)[-1]
+    n = min(demo.schedules[solver])
+    comparison, reference = demo.comparisons[solver][n], demo.reference
+    shown = {name: demo.schedules[solver][n][name] for name in (OURS, *AS_USED, PAPER)}
+    samples = {
+        f"{name}\ntypical error {comparison[name].typical_error:.2g}": sample(
+            denoiser, shown[name], noise=reference.noise[:GRID]
+        )
+        for name in (OURS, *AS_USED)
+    }
+    return plot_overview(
+        samples,
+        reference.ends[:GRID],
+        shown,
+        demo.stats,
+        list(demo.comparisons[solver].values()),
+        title=f"Digits from the same noise in {n} model calls of {solver}",
+        columns=GRID_COLUMNS,
+    )

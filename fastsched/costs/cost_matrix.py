@@ -1,0 +1,88 @@
+"""What every estimated cost of moving between noise levels looks like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsched.denoisers.noise import NoiseProcess
+
+
+class ModelCalls(NamedTuple):
+    """Evaluations of the network, counted per sample.
+
+    Attributes:
+        forward: Plain evaluations.
+        jvp: Forward-mode derivatives along one direction.
+        gradient: Reverse-mode derivatives of a scalar.
+    """
+
+    forward: int
+    jvp: int = 0
+    gradient: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class CostMatrix:
+    """The cost of stepping between noise levels, estimated as a mean over samples.
+
+    Attributes:
+        name: What was estimated.
+        process: The noise process the levels belong to.
+        s: Levels, noisiest first, [N] float64.
+        pairs: The steps (from, to) as level indices, from < to, [P, 2] int64.
+        per_sample: The cost of each of them for each sample, [B, P] float64.
+        order: ``p`` in ``cost ~ delta * step^p``, for short steps.
+        calls: What the estimate took.
+    """
+
+    name: str
+    process: NoiseProcess
+    s: Tensor
+    pairs: Tensor
+    per_sample: Tensor
+    order: int
+    calls: ModelCalls
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The levels as sampler sigmas, [N] float64."""
+        return self.process.sampler_sigma(self.s)
+
+    @property
+    def model_calls(self) -> int:
+        """Evaluations of all kinds; `calls` tells them apart."""
+        return sum(self.calls)
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """Mean cost, row = from, column = to, [N, N] float64; 0 on the diagonal, NaN where not computed."""
+        matrix = self._scatter(self.per_sample.mean(0))
+        return matrix.fill_diagonal_(0.0)
+
+    @cached_property
+    def stderr(self) -> Tensor:
+        """Standard error of `matrix`, [N, N] float64; NaN where not computed and for a single sample."""
+        samples = len(self.per_sample)
+        nan = torch.full_like(self.per_sample[0], torch.nan)
+        spread = self.per_sample.std(0) if samples > 1 else nan  # of one sample torch warns
+        return self._scatter(spread / samples**0.5).fill_diagonal_(0.0)
+
+    @property
+    def adjacent(self) -> Tensor:
+        """The cost of each step between neighbouring levels, [N-1] float64."""
+        return self.matrix.diagonal(1).clone()
+
+    @property
+    def lengths(self) -> Tensor:
+        """``adjacent ** (1/p)``, [N-1]: what Algorithm 1 of the paper cumulates. A negative estimate counts 0."""
+        return self.adjacent.clamp_min(0).pow(1 / self.order)
+
+    def _scatter(self, values: Tensor) -> Tensor:
+        full = values.new_full((len(self.s), len(self.s)), torch.nan)
+        full[self.pairs[:, 0], self.pairs[:, 1]] = values
+        return full

@@ -1,0 +1,105 @@
+"""KLUB, the cost of Align Your Steps: for stochastic samplers.
+
+A sampler of the reverse SDE that holds ``D`` fixed over a step from level i to j drifts from the exact one by at most
+(Girsanov, Kullback-Leibler upper bound)
+
+    ``cost(i, j) = integral from s_j to s_i of E ||D(z_s; s) - D(z_i; s_i)||^2 / s^3 ds``,
+
+``z_s`` and ``z_i`` two points of one forward noising path: ``z_i = z_s + sqrt(s_i^2 - s^2) eps``.
+
+Source: Sabour, Fidler and Kreis 2024, "Align Your Steps" (arXiv 2404.14507), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastsched import ops
+from fastsched.costs.cost_matrix import CostMatrix
+from fastsched.costs.level_pairs import pair_indices
+from fastsched.costs.states import Batch, StateSource
+from fastsched.denoisers.denoiser import Denoiser
+
+
+@torch.no_grad()
+def klub(
+    denoiser: Denoiser,
+    *,
+    shape: Sequence[int],
+    sigmas: Tensor | Sequence[float],
+    samples: int,
+    data: Tensor | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> CostMatrix:
+    """``cost(i, j)`` of all pairs of levels, from one network call a level and sample.
+
+    ``M[k, i] = E ||D_k - D_i||^2`` along forward noising paths, read as piecewise linear in ``log s`` and integrated
+    against ``ds / s^3`` exactly. Without data the paths start from the ends of probability-flow paths, which cost as
+    many calls again.
+
+    Args:
+        denoiser: What to measure.
+        shape: The shape of one sample, without the batch.
+        sigmas: Sampler sigmas [N], descending, above 0 and short of pure noise.
+        samples: How many forward paths.
+        data: Clean samples [n, *shape]; None: those the denoiser itself makes.
+        seed: Of the noises and the choice of data.
+        batch_size: Paths handled at once; all of them when None. Each holds 2 N states.
+        device: Where to run; where the network's parameters are when None.
+        dtype: What the network computes in; that of its parameters when None.
+        progress: Show a progress bar.
+
+    Returns:
+        The cost, of order 2, with its standard errors.
+
+    Raises:
+        ValueError: If an argument is out of range, or the network's output has the wrong shape or holds NaN or inf
+            (the message names the level).
+    """
+    source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
+    pairs = pair_indices(source.levels, "all")
+
+    def of_batch(batch: Batch, advance: Callable[[int], None]) -> Tensor:
+        raws, states = [], _noising_paths(source, batch)
+        for k, z in enumerate(states):
+            raws.append(source.raw_output(z, k))
+            advance(len(z))
+        return _integrals(source, torch.stack(raws), torch.stack(states))[:, pairs[:, 0], pairs[:, 1]]
+
+    costs = source.over_batches(of_batch, source.levels, progress, "KLUB cost")
+    return source.cost_matrix("klub", pairs, costs, order=2)
+
+
+def _noising_paths(source: StateSource, batch: Batch) -> list[Tensor]:
+    """The states of forward noising paths at every level, noisiest first: Brownian motion in ``s^2``."""
+    z, before, states = source.clean(batch), 0.0, []
+    for s in source.s.flip(0).tolist():
+        z = z + (s**2 - before**2) ** 0.5 * batch.normal()
+        states.append(z)
+        before = s
+    return states[::-1]
+
+
+def _integrals(source: StateSource, raws: Tensor, states: Tensor) -> Tensor:
+    """``cost[i, j]`` for i < j, [B, N, N] float64 on the CPU."""
+    backend = "torch" if torch.float64 in (raws.dtype, states.dtype) else "auto"
+    gram = ops.level_increment_gram(
+        raws.flatten(2), states.flatten(2), source.denoised_a, source.denoised_c, per_sample=True, backend=backend
+    ).gram
+    distances = ops.pairwise_squared_distances(gram).cpu()  # [B, i, k]
+    # ds / s^3 = exp(2 lam) dlam; over a segment of width h from lam_k: a linear function's two ends weigh as follows.
+    snr, widths = source.s.pow(-2), -source.s.log().diff()
+    whole = snr.diff() / 2
+    later = snr[1:] / 2 - whole / (2 * widths)
+    segments = (whole - later) * distances[:, :, :-1] + later * distances[:, :, 1:]
+    inside = torch.ones(source.levels, source.levels - 1, dtype=torch.bool).triu()  # segments k >= i
+    costs = torch.zeros_like(distances)
+    costs[:, :, 1:] = torch.where(inside, segments, 0.0).cumsum(-1)
+    return costs

@@ -1,0 +1,239 @@
+"""The predictor-optimised cost of Score-Optimal Diffusion Schedules.
+
+The predictor of a step from level i to j is the Euler step of the probability-flow ODE,
+``F(z) = z + a score_i(z)``, ``a = s_i (s_i - s_j)``. It carries ``p_i`` to a distribution whose score at ``F(z)`` is
+``M^{-T} [score_i(z) - g(z)]``, with ``M = dF/dz = r I + (1 - r) J``, ``r = s_j / s_i``, ``J = dD/dz``, and
+``g = grad log det M``. What it got wrong is the Stein divergence
+
+    ``L_p(i, j) = v^2 E_{z ~ p_i} || score_j(F(z)) - M^{-T} [score_i(z) - g(z)] ||^2``.
+
+* ``g`` is estimated by Hutchinson's trick: ``d log det M = tr(M^{-1} dM)``, so for a Rademacher probe ``w`` and
+  ``u = M^{-1} w`` held fixed, ``E (1 - r) grad_z (u' J(z) w) = g``: a gradient of a forward-mode derivative.
+* The square is unbiased: the estimates ``b_m`` from independent probes enter as ``mean_{m != n} <b_m, b_n>``.
+* Solves are by conjugate gradients on forward-mode derivatives: ``M`` is symmetric and positive definite for an
+  exact denoiser. They are made for ``b = M^{-1} [M score_j(F) - score_i + g]`` as a whole, so that their relative
+  accuracy is that of the small difference, not of the two large scores.
+
+For short steps ``L_p ~ delta * step^4``, for the predictor is right to second order.
+
+Source: Williams, Campbell, Doucet and Syed, NeurIPS 2024 (arXiv 2412.07877), section 3.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastsched import validate
+from fastsched.costs.cost_matrix import CostMatrix
+from fastsched.costs.level_pairs import pair_indices, step_costs, step_speed
+from fastsched.costs.states import Batch, StateSource
+from fastsched.denoisers.denoiser import Denoiser
+
+#: Relative residual at which a solve is done: its share of a cost's error is twice that.
+TOLERANCE = 1e-4
+
+
+@torch.no_grad()
+def stein_predictor(
+    denoiser: Denoiser,
+    *,
+    shape: Sequence[int],
+    sigmas: Tensor | Sequence[float],
+    samples: int,
+    pairs: str = "adjacent",
+    velocity: str | None = "noisier",
+    data: Tensor | None = None,
+    probes: int | None = 2,
+    max_iterations: int = 100,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> CostMatrix:
+    """``L_p(i, j)``: the Stein divergence that an Euler step leaves between noise levels (see the module).
+
+    The network must be differentiable in forward mode (`torch.func.jvp`). A step takes one evaluation, one gradient
+    a probe, and one derivative a probe for each iteration of its two solves: about 5 between neighbours, more
+    between distant levels. An estimate may come out negative where the true cost is close to 0: the square is
+    unbiased, and its noise falls as ``step^2`` only, the cost as ``step^4``; on a fine grid use many samples or
+    ``probes=None``. With probes ``J`` is taken for symmetric, as that of an exact denoiser is; where a trained
+    network's is far from it, long steps do not converge (a warning says so) and ``probes=None`` is the way.
+
+    Args:
+        denoiser: What to measure.
+        shape: The shape of one sample, without the batch; ``d`` elements.
+        sigmas: Sampler sigmas [N], descending, above 0 and short of pure noise.
+        samples: How many states a level.
+        pairs: ``"adjacent"``: each level with the next; ``"all"``: with every cleaner one.
+        velocity: ``v``: the ``s`` of the ``"noisier"`` level of the pair, of the ``"cleaner"``, or None for 1.
+        data: Clean samples [n, *shape]: states are data plus noise. None: states of the path.
+        probes: Rademacher probes a state, at least 2; None for the whole Jacobian and the exact gradient of its
+            determinant: d derivatives a state, and d gradients a step. For small d.
+        max_iterations: Of the conjugate gradients; a warning says so where they did not converge.
+        seed: Of the noises, the probes and the choice of data.
+        batch_size: Samples handled at once; all of them when None. Each takes as many rows as there are probes.
+        device: Where to run; where the network's parameters are when None.
+        dtype: What the network computes in; that of its parameters when None. A network that predicts x0 needs
+            float64 at levels far below the data's deviation, where its score is a small difference.
+        progress: Show a progress bar.
+
+    Returns:
+        The cost, of order 4, with its standard errors.
+
+    Raises:
+        ValueError: If an argument is out of range, or the network's output has the wrong shape or holds NaN or inf
+            (the message names the level).
+    """
+    if probes is not None:
+        probes = validate.positive_int("probes", probes, minimum=2)
+    max_iterations = validate.positive_int("max_iterations", max_iterations)
+    source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
+    steps = pair_indices(source.levels, pairs)
+    speed = step_speed(source.s, steps, velocity)
+    estimator = _Exact(source) if probes is None else _Hutchinson(source, probes, max_iterations)
+    costs = step_costs(source, steps, speed, estimator.squares, progress=progress, what="Stein predictor cost")
+    if estimator.unconverged:
+        warnings.warn(
+            f"{estimator.unconverged} of {estimator.solves} solves stopped short of a residual of {TOLERANCE:g}; raise "
+            "max_iterations, or the network's Jacobian is far from symmetric and positive",
+            stacklevel=3,  # past the no_grad decorator
+        )
+    calls = {"jvp": estimator.jvp_calls, "gradient": estimator.gradient_calls}
+    return source.cost_matrix("stein_predictor", steps, costs, order=4, **calls)
+
+
+class _Estimator:
+    """What both share: derivatives of the denoiser at a level, counted."""
+
+    def __init__(self, source: StateSource) -> None:
+        self.source = source
+        self.jvp_calls = self.gradient_calls = self.solves = self.unconverged = 0
+
+    def squares(self, batch: Batch, z: Tensor, raw: Tensor, k: int, others: range) -> Tensor:
+        """An unbiased estimate of the squared difference of scores for steps from level k, [B, n]."""
+        raise NotImplementedError
+
+    def jacobian_product(self, z: Tensor, w: Tensor, k: int) -> Tensor:
+        """``J w`` row by row."""
+        self.jvp_calls += len(z)
+        return torch.func.jvp(self._denoise(k), (z,), (w,))[1]
+
+    def product_gradient(self, z: Tensor, u: Tensor, w: Tensor, k: int) -> Tensor:
+        """``grad_z (u' J(z) w)`` row by row, for fixed ``u`` and ``w``."""
+        self.gradient_calls += len(z)
+        inner = lambda state: (u * torch.func.jvp(self._denoise(k), (state,), (w,))[1]).sum()
+        return torch.func.grad(inner)(z)
+
+    def predicted_score(self, z: Tensor, score: Tensor, k: int, j: int) -> Tensor:
+        """``score_j`` at the Euler step ``F(z)``."""
+        s_i, s_j = float(self.source.s[k]), float(self.source.s[j])
+        reached = z + s_i * (s_i - s_j) * score
+        return self.source.score_of(reached, self.source.raw_output(reached, j), j)
+
+    def _denoise(self, k: int) -> Callable[[Tensor], Tensor]:
+        source, alpha = self.source, float(self.source.alpha[k])
+
+        def denoise(z: Tensor) -> Tensor:
+            raw = source.denoiser.raw_output(alpha * z, source.s[k], dtype=source.dtype)
+            return source.denoised_of(z, raw, k)
+
+        return denoise
+
+
+class _Exact(_Estimator):
+    """With the whole Jacobian: ``g`` is the sum over the unit vectors instead of a mean over probes."""
+
+    def squares(self, batch: Batch, z: Tensor, raw: Tensor, k: int, others: range) -> Tensor:
+        source, d = self.source, z[0].numel()
+        eye = torch.eye(d, dtype=z.dtype, device=z.device)
+        units = eye.repeat(len(z), 1).reshape(-1, *z.shape[1:])  # [B d, *shape]
+        repeated = z.repeat_interleave(d, 0)
+        columns = self.jacobian_product(repeated, units, k).reshape(len(z), d, d)
+        jacobian = columns.mT
+        score = source.score_of(z, raw, k)
+        results = []
+        for j in others:
+            r = float(source.s[j] / source.s[k])
+            transposed = (r * eye + (1 - r) * jacobian).mT
+            u = torch.linalg.solve(transposed, eye.expand_as(transposed)).mT  # row n is M^{-T} e_n
+            gradients = self.product_gradient(repeated, u.reshape(repeated.shape), units, k)
+            log_det_gradient = (1 - r) * gradients.reshape(len(z), d, d).sum(1)
+            predicted = self.predicted_score(z, score, k, j).flatten(1)
+            right = (transposed @ predicted[..., None])[..., 0] - score.flatten(1) + log_det_gradient
+            results.append(torch.linalg.solve(transposed, right).double().square().sum(1))
+        return torch.stack(results, 1)
+
+
+class _Hutchinson(_Estimator):
+    """With ``probes`` Rademacher probes a state, shared by all steps from a level."""
+
+    def __init__(self, source: StateSource, probes: int, max_iterations: int) -> None:
+        super().__init__(source)
+        self.probes, self.max_iterations = probes, max_iterations
+
+    def squares(self, batch: Batch, z: Tensor, raw: Tensor, k: int, others: range) -> Tensor:
+        source, probes = self.source, self.probes
+        w = batch.signs(probes).flatten(0, 1)
+        repeated = z.repeat_interleave(probes, 0)
+        score = source.score_of(z, raw, k)
+        results = []
+        for j in others:
+            r = float(source.s[j] / source.s[k])
+            u = self._solve(repeated, w, k, r)
+            log_det_gradient = (1 - r) * self.product_gradient(repeated, u, w, k)
+            predicted = self.predicted_score(z, score, k, j)
+            fixed = r * predicted + (1 - r) * self.jacobian_product(z, predicted, k) - score
+            b = self._solve(repeated, fixed.repeat_interleave(probes, 0) + log_det_gradient, k, r)
+            b = b.reshape(len(z), probes, -1).double()
+            crossed = b.sum(1).square().sum(1) - b.square().sum((1, 2))  # sum over m != n of <b_m, b_n>
+            results.append(crossed / (probes * (probes - 1)))
+        return torch.stack(results, 1)
+
+    def _solve(self, z: Tensor, right: Tensor, k: int, r: float) -> Tensor:
+        """``M^{-1} right`` row by row."""
+        product = lambda v: r * v + (1 - r) * self.jacobian_product(z, v, k)
+        solution, converged = conjugate_gradients(product, right, TOLERANCE, self.max_iterations)
+        self.solves += len(z)
+        self.unconverged += int((~converged).sum())
+        return solution
+
+
+def conjugate_gradients(
+    product: Callable[[Tensor], Tensor], right: Tensor, tolerance: float, max_iterations: int
+) -> tuple[Tensor, Tensor]:
+    """Solve ``M x = right`` for each row of a batch, ``M`` symmetric and positive definite (Hestenes & Stiefel 1952).
+
+    Args:
+        product: ``M v`` row by row.
+        right: Right-hand sides, [R, *shape].
+        tolerance: A row is done when its residual is below this part of its right-hand side.
+        max_iterations: Products at most.
+
+    Returns:
+        Solutions [R, *shape], and which rows are done [R]. A row along which ``M`` is found not to be positive stops
+        where it is.
+    """
+    dot = lambda x, y: (x * y).flatten(1).sum(1).reshape(-1, *[1] * (x.ndim - 1))
+    solution, residual, direction = torch.zeros_like(right), right, right
+    size = dot(right, right)
+    goal = tolerance**2 * size
+    active = size > goal
+    for _ in range(max_iterations):
+        if not bool(active.any()):
+            break
+        image = product(direction)
+        curvature = dot(direction, image)
+        active = active & (curvature > 0)
+        step = torch.where(active, size / curvature, 0.0)
+        solution = solution + step * direction
+        residual = residual - step * image
+        smaller = dot(residual, residual)
+        direction = torch.where(active, residual + smaller / size * direction, direction)
+        size = torch.where(active, smaller, size)
+        active = active & (size > goal)
+    return solution, (size <= goal).flatten()

@@ -1,0 +1,1 @@
+"""Noise processes, and denoisers of every parameterisation."""

@@ -1,0 +1,278 @@
+"""A denoiser: a network, what it predicts, and the noise process it was trained on.
+
+Every parameterisation is affine in the network's raw output ``R``: ``D(x; s) = a * x + c * R``. The pair
+``(a, c)`` and ``R`` stay apart as long as possible, because differences of ``R`` between close levels are exact
+where differences of a rounded ``D`` are noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastsched.denoisers.noise import FlowMatching, NoiseProcess, VarianceExploding, VariancePreserving
+
+Network = Callable[[Tensor, Tensor], Tensor]
+
+#: What a network may predict, as in the table of `Denoiser.coefficients`.
+PREDICTIONS = ("x0", "epsilon", "v", "velocity", "score", "edm")
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A network with everything needed to read its output as ``E[x0 | x]``.
+
+    Build one with `from_denoiser`, `from_edm`, `from_epsilon`, `from_v`, `from_velocity` or `from_score`.
+
+    Attributes:
+        network: ``fn(x, condition) -> R``; ``condition`` has shape [B].
+        process: The noise process; says which levels exist and how ``x`` is scaled.
+        prediction: What ``R`` is, one of `PREDICTIONS`.
+        sigma_data: Standard deviation of the data in EDM's preconditioning; used by ``"edm"`` alone.
+    """
+
+    network: Network
+    process: NoiseProcess
+    prediction: str
+    sigma_data: float = 0.5
+
+    @classmethod
+    def from_denoiser(cls, fn: Network, sigma_min: float, sigma_max: float) -> Denoiser:
+        """From ``fn(z, sigma) -> x0`` of a variance-exploding model, ``sigma`` of shape [B] (k-diffusion).
+
+        Raises:
+            ValueError: Unless ``0 < sigma_min < sigma_max``.
+        """
+        return cls(_callable(fn), VarianceExploding(sigma_min, sigma_max), "x0")
+
+    @classmethod
+    def from_edm(
+        cls,
+        net: Network,
+        *,
+        sigma_data: float | None = None,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+    ) -> Denoiser:
+        """From an EDM network ``F(c_in * z, c_noise)``: raw, or wrapped with its preconditioning.
+
+        ``c_in = 1/sqrt(s^2 + sigma_data^2)``, ``c_noise = ln(s)/4``, ``D = c_skip z + c_out F``. A wrapper that
+        holds the raw network as ``.model`` (EDM's ``EDMPrecond``) is unwrapped. Values left out are read off the
+        network's attributes of the same name; failing that they are EDM's 0.5, 0.002 and 80.
+
+        Source: Karras et al. 2022, table 1.
+        """
+
+        def setting(name: str, given: float | None, default: float) -> float:
+            if given is not None:
+                return float(given)
+            found = getattr(net, name, None)  # EDMPrecond has 0 and inf where it knows no limit
+            return float(found) if found and math.isfinite(float(found)) else default
+
+        data = setting("sigma_data", sigma_data, 0.5)
+        low, high = setting("sigma_min", sigma_min, 0.002), setting("sigma_max", sigma_max, 80.0)
+        if not (math.isfinite(data) and data > 0):
+            raise ValueError(f"sigma_data must be positive and finite, got {sigma_data!r}")
+        raw = net.model if hasattr(net, "sigma_data") and hasattr(net, "model") else net  # type: ignore[attr-defined]  # asked
+        return cls(_callable(raw), VarianceExploding(low, high), "edm", data)
+
+    @classmethod
+    def from_epsilon(
+        cls, fn: Network, alphas_cumprod: Tensor | Sequence[float], *, integer_timesteps: bool = False
+    ) -> Denoiser:
+        """From ``fn(x, t) -> eps`` of a discrete variance-preserving model (DDPM, Stable Diffusion).
+
+        Args:
+            fn: The network; ``t`` has shape [B], float32 and possibly fractional, or int64 with
+                ``integer_timesteps``.
+            alphas_cumprod: ``abar_t``, shape [T].
+            integer_timesteps: The network accepts only whole timesteps; the grid is made of levels it knows.
+
+        Raises:
+            ValueError: If ``alphas_cumprod`` does not descend within (0, 1).
+        """
+        process = VariancePreserving(alphas_cumprod, integer_timesteps)  # type: ignore[arg-type]  # made a tuple
+        if math.isinf(process.s_max):
+            raise ValueError(
+                "alphas_cumprod ends in 0 (zero terminal SNR), where an epsilon prediction says nothing of x0; "
+                "use from_v, or leave the last entry out"
+            )
+        return cls(_callable(fn), process, "epsilon")
+
+    @classmethod
+    def from_v(
+        cls, fn: Network, alphas_cumprod: Tensor | Sequence[float], *, integer_timesteps: bool = False
+    ) -> Denoiser:
+        """From ``fn(x, t) -> v = alpha * eps - sigma * x0``; arguments and errors as in `from_epsilon`.
+
+        Source: Salimans & Ho 2022 (arXiv 2202.00512).
+        """
+        process = VariancePreserving(alphas_cumprod, integer_timesteps)  # type: ignore[arg-type]  # made a tuple
+        return cls(_callable(fn), process, "v")
+
+    @classmethod
+    def from_velocity(cls, fn: Network, *, t_min: float = 2e-3, t_max: float = 1.0) -> Denoiser:
+        """From ``fn(x, t) -> eps - x0`` of a flow-matching model, ``x = (1 - t) x0 + t eps``, ``t`` of shape [B].
+
+        Raises:
+            ValueError: Unless ``0 < t_min < t_max <= 1``.
+        """
+        return cls(_callable(fn), FlowMatching(t_min, t_max), "velocity")
+
+    @classmethod
+    def from_score(cls, fn: Network, sigma_min: float, sigma_max: float) -> Denoiser:
+        """From ``fn(z, sigma) -> grad log p_sigma(z)`` of a variance-exploding model.
+
+        Raises:
+            ValueError: Unless ``0 < sigma_min < sigma_max``.
+        """
+        return cls(_callable(fn), VarianceExploding(sigma_min, sigma_max), "score")
+
+    def levels(self, n: int) -> Tensor:
+        """A grid of ``n`` levels ``s``, noisiest first, uniform in ``lambda``; float64 [n]."""
+        return self.process.levels(n)
+
+    def coefficients(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """``(a, c)`` with ``D = a x + c R`` at float64 levels ``s``, each of the shape of ``s``.
+
+        =============  ==============  ====================
+        prediction     a               c
+        =============  ==============  ====================
+        x0             0               1
+        epsilon        1/alpha         -sigma/alpha
+        v              alpha           -sigma
+        velocity       1               -sigma
+        score          1/alpha         sigma^2/alpha
+        edm            c_skip          c_out
+        =============  ==============  ====================
+        """
+        alpha, sigma = self.process.alpha(s), self.process.sigma(s)
+        one = torch.ones_like(s)
+        if self.prediction == "x0":
+            return torch.zeros_like(s), one
+        if self.prediction == "epsilon":
+            return 1 / alpha, -sigma / alpha
+        if self.prediction == "v":
+            return alpha, -sigma
+        if self.prediction == "velocity":
+            return one, -sigma
+        if self.prediction == "score":
+            return 1 / alpha, sigma.square() / alpha
+        total = s.square() + self.sigma_data**2
+        return self.sigma_data**2 / total, s * self.sigma_data * total.rsqrt()
+
+    def raw_output(self, x: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Call the network once: ``R`` at state ``x`` and level ``s``.
+
+        Args:
+            x: States, [B, *shape]; for ``"edm"`` the scaling ``c_in`` is applied here.
+            s: One level, or one per sample [B].
+            dtype: What the network computes in; the dtype of ``x`` when None.
+
+        Returns:
+            ``R``, [B, *shape], in the dtype the network returns.
+
+        Raises:
+            TypeError: If the network does not return a tensor.
+            ValueError: If the output's shape is not that of ``x``.
+        """
+        levels = torch.as_tensor(s, dtype=torch.float64).expand(x.shape[0]).to(x.device)
+        network_input = x
+        if self.prediction == "edm":
+            scale = (levels.square() + self.sigma_data**2).rsqrt()
+            network_input = x * _per_sample(scale, x)
+            condition = levels.log() / 4
+        else:
+            timestep = self.process.timestep(levels)
+            condition = levels if timestep is None else timestep
+        integers = getattr(self.process, "integer_timesteps", False)
+        # The condition stays float32 in half precision: bfloat16 would merge neighbouring levels.
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        output = self.network(network_input.to(dtype or x.dtype), condition.to(torch.int64 if integers else wide))
+        return _checked_output(output, x)
+
+    def denoise(self, y: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
+        """``D`` from the normalised state ``y = x / sigma``, finite at every level, pure noise included.
+
+        Args:
+            y: [B, *shape], float32 or float64.
+            s: One level, or one per sample [B].
+            dtype: What the network computes in; that of ``y`` when None.
+
+        Returns:
+            ``E[x0 | x]``, [B, *shape], in the dtype of ``y``.
+        """
+        levels = torch.as_tensor(s, dtype=torch.float64).to(y.device).expand(y.shape[0])
+        a, c = self.coefficients(levels)
+        x = y * _per_sample(self.process.sigma(levels), y)
+        output = self.raw_output(x, levels, dtype=dtype)
+        return _per_sample(a, y) * x + _per_sample(c, y) * output.to(y.dtype)
+
+    def __call__(self, z: Tensor, s: Tensor | float) -> Tensor:
+        """``D(z; s)`` at the variance-exploding state ``z = x / alpha``: what k-diffusion calls the model.
+
+        Args:
+            z: [B, *shape].
+            s: One finite level, or one per sample [B].
+        """
+        levels = torch.as_tensor(s, dtype=torch.float64).to(z.device).expand(z.shape[0])
+        return self.denoise(z / _per_sample(levels, z), levels)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network's parameters live; the CPU if it has none."""
+        parameter = self._first_parameter()
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type of the network's parameters; float32 if it has none."""
+        parameter = self._first_parameter()
+        return parameter.dtype if parameter is not None and parameter.is_floating_point() else torch.float32
+
+    def _first_parameter(self) -> Tensor | None:
+        if not isinstance(self.network, torch.nn.Module):
+            return None
+        return next(self.network.parameters(), None)
+
+
+def not_finite(process: NoiseProcess, s: Tensor) -> str:
+    """What to say when a network returns NaN or inf at level ``s``."""
+    sigma = float(process.sampler_sigma(s))
+    timestep = process.timestep(s)
+    where = f"sigma = {sigma:g}" + ("" if timestep is None else f" (timestep {float(timestep):g})")
+    return (
+        f"the network returned NaN or inf at {where}; check its input scaling and the sigma range, or run it "
+        "in a wider dtype (dtype=torch.float32)"
+    )
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """[B] values shaped to broadcast over ``like`` [B, *shape], in its dtype."""
+    return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _callable(fn: Network) -> Network:
+    if not callable(fn):
+        raise TypeError(f"the network must be callable as fn(x, condition), got {type(fn).__name__}")
+    return fn
+
+
+def _checked_output(output: object, x: Tensor) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the network returned {type(output).__name__}, not a tensor; wrap it so that it returns the "
+            "prediction alone (for diffusers: model(x, t, return_dict=False)[0])"
+        )
+    if output.shape != x.shape:
+        hint = ""
+        if output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
+            hint = "; a network that also predicts a variance must be wrapped to return the first half alone"
+        raise ValueError(
+            f"the network returned shape {tuple(output.shape)} for a state of shape {tuple(x.shape)}{hint}"
+        )
+    return output

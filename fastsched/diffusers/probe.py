@@ -1,0 +1,150 @@
+"""Run a scheduler as a pipeline does, and read off its states which noise levels it really steps through.
+
+**The probe.** Let half of the elements of a sample be exactly 1 in the data and without noise, and the other half 0
+with noise ``e``. Then ``D`` is known (1 and 0), every consistent solver is exact, and a state ``alpha x0 + sigma e``
+shows ``alpha`` in the first half and ``sigma`` in the second: the level at which a scheduler believes its state to be.
+The network answers for the level that its *timestep* names, as a real one does, so a scheduler whose timesteps and
+sigmas disagree is found out too; only rounding to whole timesteps is overlooked here, and reported elsewhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsched.denoisers.noise import VarianceExploding
+from fastsched.diffusers.conventions import Convention
+
+#: Elements of the probe's state. A stochastic scheduler's sigma is read to about ``1 / sqrt(PROBE_SIZE)``.
+PROBE_SIZE = 1 << 14
+
+#: ``D(y, s)``.
+Oracle = Callable[[Tensor, Tensor], Tensor]
+
+
+def states_of(scheduler: Any, network: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Iterator[Tensor]:
+    """The states after each step of the loop that every pipeline runs, from ``x``; ``set_timesteps`` came before."""
+    generator = torch.Generator().manual_seed(1)  # not the stream that the probe starts from
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": generator} if takes_generator else {}
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(network(scaled, t), t, x, **extra, return_dict=False)[0]
+        yield x
+
+
+def oracle_network(convention: Convention, denoise: Oracle) -> Callable[[Tensor, Tensor], Tensor]:
+    """The network of an exact denoiser: its output for the pipeline's input and level, from ``D = a x + c R``.
+
+    Args:
+        convention: How scheduler and network speak.
+        denoise: ``D(y, s)`` for ``y = x / sigma`` [B, *shape] and one level ``s``.
+
+    Returns:
+        ``network(input, s)``, computing in float64 and answering in the dtype of its input.
+    """
+
+    def network(scaled: Tensor, s: Tensor) -> Tensor:
+        a, c = convention.denoiser.coefficients(s)
+        x = scaled.double() / convention.input_scale(s)
+        denoised = denoise(x / convention.process.sigma(s), s)
+        return convention.sign * ((denoised - a * x) / c).to(scaled.dtype)
+
+    return network
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run of the probe shows.
+
+    Attributes:
+        signal: What multiplies the data in the state after each step, float64 [n].
+        noise: What multiplies the noise, root mean square, float64 [n].
+        timesteps: What the network was given, float64, neighbours that are equal once.
+        deterministic: Whether no fresh noise was added.
+    """
+
+    signal: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    deterministic: bool
+
+    def follows(self, signal: Tensor, noise: Tensor) -> bool:
+        """Whether the states went through these scales (and then to no noise), each once or twice in a row.
+
+        A thousandth is allowed; where fresh noise was added, four standard errors of its sample.
+        """
+        sampling = 4 / math.sqrt(PROBE_SIZE // 2)
+        allowed = 1e-3 if self.deterministic else sampling
+        position = -1
+        for a, b in zip(self.signal.tolist(), self.noise.tolist(), strict=True):
+
+            def reached(n: int, a: float = a, b: float = b) -> bool:
+                if not 0 <= n < len(noise):
+                    return False
+                at_end = allowed * max(1.0, float(noise[-2:][0])) if n == len(noise) - 1 else 0.0
+                slack = allowed * abs(float(signal[n])) + (0 if self.deterministic else sampling * float(noise[n]))
+                near = abs(b - float(noise[n])) <= allowed * float(noise[n]) + at_end
+                return near and abs(a - float(signal[n])) <= slack + at_end
+
+            if reached(position + 1):
+                position += 1
+            elif not reached(position):
+                return False
+        return position == len(noise) - 1
+
+
+def trace(scheduler: Any, convention: Convention, levels: Tensor) -> Trace:
+    """Run the probe; ``set_timesteps`` came before. Global random state is kept.
+
+    Args:
+        scheduler: The scheduler.
+        convention: How it speaks.
+        levels: The levels ``s`` that it says it asks the network at; the probe starts at the first.
+    """
+    ones = torch.zeros(1, 2, PROBE_SIZE // 2, 1)
+    ones[:, 0] = 1.0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        noise = torch.randn(ones.shape) * (1 - ones)
+        alpha, sigma = (float(scale[0]) for scale in scales(convention, levels))
+        oracle, names = oracle_network(convention, lambda y, s: ones.double()), convention.timesteps(levels)
+
+        def network(x: Tensor, t: Any) -> Tensor:
+            given = torch.as_tensor(t, dtype=torch.float64)
+            nearest = (names - given).abs().argmin()
+            named = (names[nearest] - given).abs() <= rounding(convention)
+            return oracle(x, levels[nearest] if named else convention.levels(given))
+
+        states = [x[0].double() for x in states_of(scheduler, network, alpha * ones + sigma * noise)]
+    direction = noise[0, 1].double()
+    power = direction.square().mean()
+    levels = torch.stack([(x[1].square().mean() / power).sqrt() for x in states])
+    fresh = torch.stack([(x[1] - (x[1] * direction).mean() / power * direction).abs().mean() for x in states])
+    slack = 1e-5 * max(1.0, sigma)  # float32 rounding of the largest state
+    times = torch.as_tensor(scheduler.timesteps).detach().to("cpu", torch.float64)
+    signals = [float(x[0].mean()) for x in states]
+    return Trace(
+        torch.tensor(signals, dtype=torch.float64),
+        levels,
+        torch.unique_consecutive(times),
+        deterministic=bool((fresh <= 0.01 * levels + slack).all()),
+    )
+
+
+def rounding(convention: Convention) -> float:
+    """How far a timestep may be from a level's own and still name it: one, or 0.001 of ``log(sigma) / 4``."""
+    return 1e-3 if isinstance(convention.process, VarianceExploding) else 1.0
+
+
+def scales(convention: Convention, s: Tensor) -> tuple[Tensor, Tensor]:
+    """``alpha`` and ``sigma`` of the state that the pipeline keeps between steps, at levels ``s``."""
+    if convention.scaled:
+        return torch.ones_like(s), s
+    return convention.process.alpha(s), convention.process.sigma(s)

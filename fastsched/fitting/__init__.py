@@ -1,0 +1,1 @@
+"""A schedule by running the sampler: candidates, audition, tuning."""

@@ -1,0 +1,333 @@
+"""Tune a schedule by the sampler's own error: a quasi-Newton descent that knows how the error should change.
+
+The sampler's error at the end, ``E(theta)`` [B, d], is a smooth function of the schedule, ``theta`` the logarithms of
+its inner levels. What a schedule's error is takes a run to learn; how it changes, a model of the denoiser predicts:
+that of the measurement (`fastsched.costs.surrogate`), with what the runs so far found at the states they went through
+(`fastsched.fitting.secants`). Its error is ``C(theta) v``, a combination of the increments and what the runs found, and
+
+    ``E(theta) ~ E_a + (C(theta) - C(theta_a)) v + sum_m c_m(theta) R_m``,
+    ``R_m = E_m - E_a - (C(theta_m) - C(theta_a)) v``,
+
+from the best run so far ``theta_a``, where earlier runs ``m`` correct what is left; ``c(theta)`` are the coefficients
+of ``theta - theta_a`` in the ``theta_m - theta_a`` (least squares, damped): Broyden's method in its multisecant form
+(Fang & Saad 2009), started at a model's Jacobian (space mapping: Bandler et al. 1994). The next schedule to run lowers
+the typical size of the prediction, within reach of the best; reach grows with success and shrinks with failure.
+
+From each of the two best starts there is one such descent, a line; of the schedules that the lines propose the one of
+least predicted error is run. All of it happens in the Gram matrix of the increments and what the runs found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsched import validate
+from fastsched.costs.step_cost import Array
+from fastsched.costs.surrogate import Surrogate, quadratic_forms, typical
+from fastsched.denoisers.denoiser import Denoiser
+from fastsched.fitting.auditioning import Audition, Stage, distances, rounding_of
+from fastsched.fitting.secants import Evaluations, Performance, Secants, deviations_of, residuals
+from fastsched.measurement.statistics import PathStatistics
+from fastsched.metrics import geometric_mean
+from fastsched.progress import progress_bar
+from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.solvers import Solver, get_solver
+from fastsched.selection.descent import descend, log_gaps
+from fastsched.selection.polish import at_known_levels, known_levels, measured_range
+
+#: How far a node may move at first, in shares of the gap to its nearer neighbour in ``log s``; what a run that lowers
+#: the error multiplies that by, and one that does not; where it ends.
+REACH, GROWTH, SHRINKAGE, MOST_REACH, LEAST_REACH = 0.5, 1.3, 0.5, 0.8, 0.02
+
+#: How many starts are descended from.
+LINES = 2
+
+#: Shares of a gap that the search for the next schedule moves nodes by, down to what the least reach allows.
+MOVES = (0.4, 0.2, 0.1, 0.05, 0.025, 0.0125)
+
+#: The weight of changes in the states' deviations that are predicted to cancel (`fastsched.selection.polish`).
+DOUBT = 0.3
+
+#: Damping of the least squares over earlier runs, by the square and the fourth power of their distance.
+DAMPING = (1e-3, 0.1)
+
+#: Runs a schedule from the noises of the measured paths; None if it cannot.
+Perform = Callable[[Schedule], Performance | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Tuning:
+    """How it went.
+
+    Attributes:
+        schedule: The best schedule, with its measured error: on the samples it was tuned on, so a little low.
+        errors: ``||x0 - x0_path||^2`` of each sample under it, [B].
+        trials: The schedules that were run, in order, each with its measured error; first those to start from.
+        model_calls: Network evaluations, counted per sample; those of an audition to start from are its own.
+    """
+
+    schedule: Schedule
+    errors: Tensor
+    trials: tuple[Schedule, ...]
+    model_calls: int
+
+    def __str__(self) -> str:
+        rows = [f"{'trial':>6} {'typical error':>14}"]
+        rows += [f"{n + 1:6d} {trial.measured_error:14.4g}" for n, trial in enumerate(self.trials)]
+        return "\n".join(rows)
+
+
+def tune(
+    denoiser: Denoiser,
+    stats: PathStatistics,
+    start: Schedule | Audition,
+    *,
+    trials: int = 8,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> Tuning:
+    """Lower the typical error of ``start`` by running up to ``trials`` schedules from the measured noises.
+
+    What the network said in every run is held on the CPU, an image for each call.
+
+    Args:
+        denoiser: The denoiser that ``stats`` was measured on.
+        stats: What ``fastsched.measure(..., keep_increments=True)`` returned.
+        start: A schedule, or an audition: where to start are its finalists, known already if they ran all samples.
+        trials: The most runs, each of all samples, after one of ``start`` if its ends are not known.
+        batch_size: Samples run at once; all when None.
+        device: Where to run; where the network's parameters are when None.
+        dtype: What the network computes in; that of its parameters when None.
+        progress: Show a progress bar.
+
+    Returns:
+        The best schedule found, never worse on these samples than ``start``, and all that were tried.
+
+    Raises:
+        ValueError: If the statistics hold no increments, ``trials`` is negative, or the network returns NaN or inf.
+    """
+    first = start.winner if isinstance(start, Audition) else start
+    table = start.table if isinstance(start, Audition) else ()
+    known = [(row.schedule, row.performance) for row in table if len(row.performance.ends) == stats.samples]
+    method = get_solver(first.solver)
+    trials = validate.positive_int("trials", trials, minimum=0)
+    increments_of(stats)
+    stage = Stage(denoiser, stats, method, batch_size, device, dtype)
+    each = stats.samples * method.model_calls(first.steps)
+    before = 0 if known else each
+    with progress_bar(before + trials * each, progress, "tuning") as advance:
+        perform = partial(stage.run, first=0, last=stats.samples, advance=advance)
+        tuning = tuned(perform, stats, known or [(first, perform(first))], trials)
+    return replace(tuning, model_calls=before + tuning.model_calls)
+
+
+def tuned(
+    perform: Perform, stats: PathStatistics, known: Sequence[tuple[Schedule, Performance]], trials: int
+) -> Tuning:
+    """`tune`, whoever runs the sampler.
+
+    Args:
+        perform: Runs a schedule from the noises of the measured paths; None if it cannot.
+        stats: Statistics with increments.
+        known: Schedules to start from, and how they fared.
+        trials: The most runs.
+
+    Returns:
+        As `tune`, with the model calls of the solver in as many runs as were asked for.
+    """
+    record = _Record(stats, get_solver(known[0][0].solver))
+    for schedule, performance in known:
+        record.add(schedule, performance)
+    lines, tried = [_Line(m, REACH) for m in record.order()[:LINES]], 0
+    while tried < trials and known[0][0].steps > 1:
+        proposals = [(n, found) for n, line in enumerate(lines) if (found := record.proposal(line)) is not None]
+        if not proposals:
+            break
+        n, proposal = min(proposals, key=lambda pair: pair[1].predicted)
+        schedule = Schedule.from_levels(stats.process, torch.from_numpy(proposal.levels), record.method.name)
+        performance = perform(schedule)
+        tried += 1
+        better = False
+        if performance is not None:
+            record.add(schedule, performance)
+            better = record.trials[-1].typical_error < record.trials[lines[n].best].typical_error
+        if better:
+            lines[n] = _Line(len(record.trials) - 1, min(proposal.reach * GROWTH, MOST_REACH))
+        else:
+            lines[n] = _Line(lines[n].best, proposal.reach * SHRINKAGE)
+    calls = tried * stats.samples * record.method.model_calls(known[0][0].steps)
+    best = record.trials[record.order()[0]]
+    return Tuning(best.schedule, best.errors, tuple(trial.schedule for trial in record.trials), calls)
+
+
+def increments_of(stats: PathStatistics) -> Tensor:
+    """The increments, [B, N-1, d].
+
+    Raises:
+        ValueError: If they were not kept.
+    """
+    if stats.increments is None:
+        raise ValueError("stats must hold the increments: measure with keep_increments=True")
+    return stats.increments
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A descent from one of the starts: its best run so far, and how far the next may be."""
+
+    best: int
+    reach: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Proposal:
+    """A schedule to run: its predicted error, its levels, and the reach it was found within."""
+
+    predicted: float
+    levels: Array
+    reach: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """A run: its schedule and errors, and where its vectors are in the Gram matrix.
+
+    ``s`` are the levels of its evaluations, whose residuals start at column ``first``; its error is ``column``.
+    """
+
+    schedule: Schedule
+    levels: Array
+    errors: Tensor
+    s: Array
+    first: int
+    column: int
+
+    @property
+    def typical_error(self) -> float:
+        return geometric_mean(self.errors)
+
+
+class _Record:
+    """The runs so far, and what they say of schedules near the best."""
+
+    def __init__(self, stats: PathStatistics, method: Solver) -> None:
+        self.stats, self.method, self.surrogate = stats, method, Surrogate.of(stats)
+        self.increments = increments_of(stats)
+        self.trials: list[_Trial] = []
+        self._vectors: list[Tensor] = []  # each run's residuals and its error, [B, evaluations + 1, d]
+        self._gram = stats.gram.numpy()  # of the increments and the vectors, [B, n, n]
+
+    def order(self) -> list[int]:
+        """The runs by typical error."""
+        return sorted(range(len(self.trials)), key=lambda m: self.trials[m].typical_error)
+
+    def add(self, schedule: Schedule, performance: Performance) -> None:
+        """Learn from a run."""
+        squared = distances(self.stats, performance.ends)
+        error = (performance.ends.double() - self.stats.ends.double()).flatten(1)[:, None]
+        levels = self.stats.process.level(schedule.sigmas).numpy()
+        s, beyond = self._beyond(performance.evaluations, levels)
+        first = self._add_vectors(torch.cat([beyond, error.float()], dim=1))
+        self.trials.append(
+            _Trial(
+                schedule=replace(schedule, measured_error=geometric_mean(squared)),
+                levels=levels,
+                errors=squared,
+                s=s,
+                first=first,
+                column=self._gram.shape[1] - 1,
+            )
+        )
+
+    def _beyond(self, found: Evaluations | None, levels: Array) -> tuple[Array, Tensor]:
+        """Levels of a run's evaluations and their residuals; none if they were not kept, or not as many as expected."""
+        if found is not None and len(found.s) == self.surrogate.run(levels[None], self.method).deviations.shape[1] + 1:
+            beyond = residuals(self.surrogate, self.stats, found)
+            if bool(beyond.isfinite().all()):
+                return np.array(found.s), beyond
+        return np.zeros(0), self.increments[:, :0]
+
+    def _add_vectors(self, vectors: Tensor) -> int:
+        """Vectors [B, m, d] into the Gram matrix; their first column."""
+        self._vectors.append(vectors)
+        rows = []
+        for b, own in enumerate(vectors.double()):
+            others = [self.increments[b], *(each[b] for each in self._vectors)]
+            rows.append(torch.cat([other.double() @ own.T for other in others]).numpy())
+        columns, before = np.stack(rows), self._gram.shape[1]  # [B, n + m, m]
+        self._gram = np.block([[self._gram, columns[:, :before]], [columns.transpose(0, 2, 1)]])
+        return before
+
+    def proposal(self, line: _Line) -> _Proposal | None:
+        """The schedule of least predicted error within reach of a line's best run.
+
+        Where that was run already, the least within a smaller reach; None if there is none down to the least reach.
+        """
+        start = self.trials[line.best].levels
+        low, high = measured_range(self.stats)
+        gaps, prediction = np.minimum(*log_gaps(start, low, high)), self.prediction(line.best)
+        least, reach = rounding_of(self.stats), line.reach
+
+        def predicted(levels: Array) -> Array:
+            within = (np.abs(np.log(levels[:, 1:-1] / start[1:-1])) <= reach * gaps + 1e-9).all(axis=1)
+            return np.where(within, typical(np.maximum(prediction(levels), least)), np.inf)
+
+        while reach >= LEAST_REACH:
+            found, value = descend(at_known_levels(self.stats.process, predicted), start, low, high, moves=MOVES)
+            levels = known_levels(self.stats.process, found)
+            if not any(np.allclose(levels, trial.levels, rtol=1e-9, atol=0.0) for trial in self.trials):
+                return _Proposal(value, levels, reach)
+            reach *= SHRINKAGE
+        return None
+
+    def prediction(self, anchor: int, doubt: float = DOUBT) -> Callable[[Array], Array]:
+        """Squared size of the predicted error and of what is in doubt, [C, B], of levels [C, steps + 1]."""
+        logs = np.log(np.array([trial.levels[1:-1] for trial in self.trials]))
+        others = [m for m in range(len(self.trials)) if m != anchor]
+        apart = logs[others] - logs[anchor]  # [M-1, steps-1]
+        square = (apart**2).sum(1)
+        damped = apart @ apart.T + np.diag(DAMPING[0] * square + DAMPING[1] * square**2 + math.ulp(1.0))
+        run = partial(self.surrogate.run, solver=self.method, beyond=self.secants(anchor), more=self._more)
+        base = run(self.trials[anchor].levels[None])
+        solved = np.linalg.solve(damped, apart).T if others else np.zeros((logs.shape[1], 0))  # c = moved @ solved
+        corrections = np.zeros((len(others), self._gram.shape[1]))  # R_m
+        for row, m in zip(corrections, others, strict=True):
+            row -= (run(self.trials[m].levels[None]).error - base.error)[0]
+            row[self.trials[m].column] += 1.0
+            row[self.trials[anchor].column] -= 1.0
+
+        def squared(levels: Array) -> Array:
+            outcome, moved = run(levels), np.log(levels[:, 1:-1]) - logs[anchor]
+            error = outcome.error - base.error
+            error[:, self.trials[anchor].column] += 1.0
+            error += moved @ solved @ corrections
+            doubted = doubt * (outcome.deviations - base.deviations)
+            return quadratic_forms(self._gram, error[:, None]) + quadratic_forms(self._gram, doubted)
+
+        return squared
+
+    def secants(self, anchor: int) -> Secants | None:
+        """Those of all runs whose evaluations are known, for schedules near the ``anchor``; None if its are not."""
+        if len(self.trials[anchor].s) == 0:
+            return None
+        known = [trial for trial in self.trials if len(trial.s) > 0]
+        return Secants.of(
+            [deviations_of(self.surrogate, run.levels, self.method, run.first, self._more) for run in known],
+            first=[run.first for run in known],
+            s=[run.s for run in known],
+            anchor=known.index(self.trials[anchor]),
+            metric=(self._gram / self.trials[anchor].errors.numpy()[:, None, None]).mean(0),
+        )
+
+    @property
+    def _more(self) -> int:
+        return self._gram.shape[1] - self.stats.levels + 1

@@ -1,0 +1,1 @@
+"""From a denoiser to `PathStatistics`: the reference path and the sensitivity sweep."""

@@ -1,0 +1,1 @@
+"""Solvers, schedules, and the loop that runs one along the other."""

@@ -1,0 +1,38 @@
+"""The random numbers of a sample: its own streams, the same on every device and in every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def sample_seeds(seed: int, samples: int) -> Tensor:
+    """The seeds of a measurement's paths, [samples] int64; those of different ``seed`` do not meet.
+
+    Raises:
+        ValueError: If ``seed`` is not within ``[0, 2^31)``.
+    """
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"seed must be within [0, 2^31), got {seed}")
+    return seed * 2**32 + torch.arange(samples, dtype=torch.int64)
+
+
+def noise_of(seeds: Tensor, shape: Sequence[int]) -> Tensor:
+    """The standard normal noise that each path starts from, [B, *shape] float32, on the CPU."""
+    draws = [stream(seed, 0).standard_normal(tuple(shape), dtype=np.float32) for seed in seeds.tolist()]
+    return torch.from_numpy(np.stack(draws))
+
+
+def probe_of(seeds: Tensor, shape: Sequence[int]) -> Tensor:
+    """The Rademacher probe that each sweep starts from, [B, *shape] float32, on the CPU."""
+    signs = [stream(seed, 1).integers(0, 2, tuple(shape)) for seed in seeds.tolist()]
+    return torch.from_numpy(2 * np.stack(signs) - 1).float()
+
+
+def stream(seed: int, which: int) -> np.random.Generator:
+    """One of a sample's two streams of random numbers: 0 for the noise it starts from, 1 for all that follows."""
+    # Philox takes the whole seed as its key; torch's CPU generator would use the low 32 bits alone.
+    return np.random.Generator(np.random.Philox(key=2 * seed + which))

@@ -1,0 +1,163 @@
+"""Run a solver along a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsched import validate
+from fastsched.denoisers.denoiser import Denoiser, not_finite
+from fastsched.denoisers.noise import NoiseProcess
+from fastsched.sampling.multistep import Node, log_rho
+from fastsched.sampling.solvers import STOCHASTIC_SOLVERS, Solver, from_pure_noise, get_solver, solver_name, step_scale
+
+if TYPE_CHECKING:
+    from fastsched.sampling.schedule import Schedule
+
+
+def nodes_of(process: NoiseProcess, s: Tensor) -> list[Node]:
+    """The levels ``s`` [n] as solver nodes; a last level of 0 has ``rho = lam = inf`` and ``tau = 0``."""
+    values = s.to(torch.float64)
+    rho = (1 / values).numpy()
+    tau = process.sampler_sigma(values).numpy()
+    return [Node(r, log_rho(r), t) for r, t in zip(rho, tau, strict=True)]
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    sigmas: Tensor | Sequence[float] | Schedule,
+    solver: str | Solver | None = None,
+    noise: Tensor | None = None,
+    *,
+    seed: int | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Integrate the probability-flow ODE along ``sigmas`` from ``x = sigma_0 * noise``.
+
+    Args:
+        denoiser: What to sample from.
+        sigmas: Sampler sigmas [steps + 1], strictly descending, usually ending in 0; or a `Schedule`.
+        solver: A solver's name; that of the schedule when None. ``"sde_dpmpp_2m"`` and ``"ancestral"`` solve the
+            reverse SDE instead, by `fastsched.sampling.stochastic.sample_stochastic` with ``eta = 1``.
+        noise: Standard normal noise [B, *shape], float32 or float64; the state is kept in its dtype.
+        seed: Of the noise that the steps of a stochastic solver add, 0 when None; sample ``b``'s own does not depend
+            on ``B``. For stochastic solvers alone.
+        dtype: What the network computes in; the dtype of ``noise`` when None.
+        progress: Show a progress bar.
+
+    Returns:
+        The samples ``x0`` [B, *shape]; if the last sigma is not 0, the state ``z = x / alpha`` there.
+
+    Raises:
+        ValueError: If ``sigmas`` do not descend, the solver is unknown, a deterministic one is given a seed, or the
+            network returns NaN or inf (the message names the level).
+    """
+    name = solver if solver is not None else getattr(sigmas, "solver", None)
+    if name is None:
+        raise ValueError("solver must be given, for the sigmas do not say what they are for")
+    if noise is None:
+        raise ValueError("noise must be given: standard normal, [B, *shape]")
+    if solver_name(name) in STOCHASTIC_SOLVERS:
+        from fastsched.sampling.stochastic import sample_stochastic
+
+        return sample_stochastic(denoiser, sigmas, str(name), noise, seed=seed or 0, dtype=dtype, progress=progress)
+    method = get_solver(name)
+    if seed is not None:
+        raise ValueError(f"seed must be None for {method.name}, got {seed!r}: it adds no noise of its own to the given")
+    values = validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas))  # type: ignore[arg-type]  # or a Schedule
+    s = denoiser.process.level(values)
+    nodes = nodes_of(denoiser.process, s)
+    steps: Iterable[int] = range(len(nodes) - 1)
+    if progress:
+        from tqdm import tqdm
+
+        steps = tqdm(steps, desc=f"{method.name} sampling", unit="step")
+    ends_at_zero = float(values[-1]) == 0.0
+    y = integrate(lambda y, level: _finite_denoised(denoiser, y, level, dtype), nodes, method, noise, s=s, steps=steps)
+    return y if ends_at_zero else y * float(s[-1])
+
+
+def integrate(
+    denoise: Callable[[Any, Any], Any],
+    nodes: Sequence[Node],
+    method: Solver,
+    y: Any,
+    *,
+    s: Sequence[Any] | Tensor,
+    steps: Iterable[int] | None = None,
+    number: Callable[[Any], Any] = float,
+) -> Any:
+    """The loop of every solver, over anything that can be added and scaled: images, or their coefficients.
+
+    Args:
+        denoise: ``denoise(y, s)``, the denoised sample at the normalised state ``y`` and level ``s``.
+        nodes: The levels as nodes; if ``rho = inf`` at the last one, the loop ends in a denoised sample.
+        method: The solver.
+        y: The state at the first node.
+        s: The levels as ``denoise`` is given them.
+        steps: ``0 .. len(nodes) - 2``, where the caller wants to watch.
+        number: Makes a factor of what the solver computes from nodes; nodes of arrays, one entry a schedule, integrate
+            many schedules at once if it shapes them to broadcast against ``y``.
+
+    Returns:
+        The denoised sample if the last node is at sigma 0, else ``y`` there.
+    """
+    y_before, history = y, []
+    for n in range(len(nodes) - 1) if steps is None else steps:
+        start, end = nodes[n], nodes[n + 1]
+        denoised = denoise(y, s[n])
+        if np.all(end.tau == 0):
+            return denoised
+        if from_pure_noise(method, start):
+            y_before, y = y, y + number(end.rho - start.rho) * denoised
+            continue
+        newest = _slope(method, start, y, denoised, number)
+        if method.corrector is not None and history:
+            known = [node for node, _ in history]
+            weights, slopes = method.corrector(known, start), [newest, *_slopes(history)]
+            y = _step(method, weights, y_before, known[0], start, slopes, number)
+        history = [(start, newest), *history][: method.history + 1]
+        slopes = _slopes(history)
+        if method.stage is not None:
+            stage = method.stage(start, end)
+            predicted = y + number(stage.rho - start.rho) * denoised
+            ahead = denoise(predicted, 1 / stage.rho)
+            slopes = [_slope(method, stage, predicted, ahead, number), *slopes]
+        weights = method.weights([node for node, _ in history], end)
+        y_before, y = y, _step(method, weights, y, start, end, slopes, number)
+    return y
+
+
+def _step(
+    method: Solver,
+    weights: Sequence[Any],
+    y: Any,
+    start: Node,
+    end: Node,
+    slopes: Sequence[Any],
+    number: Callable[[Any], Any],
+) -> Any:
+    mean = sum(number(b) * slope for b, slope in zip(weights, slopes, strict=True))
+    scale = number(step_scale(method, start, end))
+    return y + scale * mean if method.variable == "rho" else (1 - scale) * y + scale * mean
+
+
+def _slopes(history: Sequence[tuple[Node, Any]]) -> list[Any]:
+    return [slope for _, slope in history]
+
+
+def _slope(method: Solver, node: Node, y: Any, denoised: Any, number: Callable[[Any], Any]) -> Any:
+    return denoised if method.variable == "rho" else y - denoised / number(node.tau)
+
+
+def _finite_denoised(denoiser: Denoiser, y: Tensor, s: Tensor | float, dtype: torch.dtype | None) -> Tensor:
+    denoised = denoiser.denoise(y, s, dtype=dtype)
+    if not bool(torch.isfinite(denoised).all()):
+        raise ValueError(not_finite(denoiser.process, torch.as_tensor(s, dtype=torch.float64)))
+    return denoised

@@ -1,0 +1,223 @@
+"""A schedule: the sigmas, what they are for, and what error to expect."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsched import validate
+from fastsched.denoisers.noise import NoiseProcess
+from fastsched.sampling.solvers import STOCHASTIC_SOLVERS, get_solver, solver_name
+
+FORMAT = "fastsched.schedule"
+VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The noise levels of one sampling run.
+
+    Attributes:
+        sigmas: Sampler sigmas [steps + 1], float64, strictly descending, the last 0: k-diffusion's convention.
+            For flow models they are times within (0, 1].
+        solver: The solver they were chosen for, deterministic or stochastic.
+        noise: The kind of noise process: ``"ve"``, ``"vp"`` or ``"flow"``.
+        timesteps: What the network is given at each but the last sigma, [steps] float64; None for models that are
+            given sigma.
+        predicted_error: Predicted ``E ||x0 - x0_converged||^2`` from the same noise, summed over a sample's elements.
+        measured_error: The same as an audition found it by sampling: the geometric mean over its samples.
+    """
+
+    sigmas: Tensor
+    solver: str
+    noise: str = "ve"
+    timesteps: Tensor | None = None
+    predicted_error: float | None = None
+    measured_error: float | None = None
+
+    def __post_init__(self) -> None:
+        sigmas = validate.descending_sigmas(self.sigmas)
+        if float(sigmas[-1]) != 0.0:
+            raise ValueError(f"sigmas must end in 0, got {float(sigmas[-1]):g}; append it")
+        object.__setattr__(self, "sigmas", sigmas)
+        object.__setattr__(self, "solver", solver_name(self.solver))
+        validate.choice("noise", self.noise, ("ve", "vp", "flow"))
+        if self.noise == "flow" and float(sigmas[0]) > 1:
+            raise ValueError(f"sigmas of a flow model are times within [0, 1], got {float(sigmas[0]):g}")
+        for name in ("predicted_error", "measured_error"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))
+        if self.timesteps is not None:
+            timesteps = validate.float64(self.timesteps)
+            if timesteps.shape != (len(sigmas) - 1,):
+                raise ValueError(
+                    f"timesteps must have one value for each sigma but the last, [{len(sigmas) - 1}], "
+                    f"got shape {tuple(timesteps.shape)}"
+                )
+            object.__setattr__(self, "timesteps", timesteps)
+
+    @classmethod
+    def from_levels(
+        cls, process: NoiseProcess, s: Tensor, solver: str, predicted_error: float | None = None
+    ) -> Schedule:
+        """A schedule at the noise levels ``s`` of ``process``, the last of which is 0."""
+        return cls(
+            sigmas=process.sampler_sigma(s),
+            solver=solver,
+            noise=process.kind,
+            timesteps=process.timestep(s[:-1]),
+            predicted_error=predicted_error,
+        )
+
+    @property
+    def steps(self) -> int:
+        """The number of steps; the last one ends at sigma 0."""
+        return len(self.sigmas) - 1
+
+    @property
+    def model_calls(self) -> int:
+        """Network evaluations a sample."""
+        return self.steps if self.solver in STOCHASTIC_SOLVERS else get_solver(self.solver).model_calls(self.steps)
+
+    @property
+    def end_sigma(self) -> float:
+        """The last sigma at which the network is asked; the step from there to 0 takes its ``x0``."""
+        return float(self.sigmas[-2])
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{value:.4g}" for value in self.sigmas.tolist())
+        error = "" if self.predicted_error is None else f", predicted_error={self.predicted_error:.4g}"
+        return f"Schedule({self.solver}, {self.steps} steps, {self.noise}: [{values}]{error})"
+
+    def to_diffusers(self, scheduler: Any, *, mu: float | None = None) -> dict[str, Any]:
+        """Keyword arguments with which a pipeline of diffusers uses this schedule: ``pipe(prompt, **arguments)``.
+
+        ``sigmas=`` or ``timesteps=``, with what the scheduler's class will do to them undone (shift, appended zero,
+        dropped last entry, ramp), proven by running a copy (`fastsched.diffusers.export`, which also reports the
+        sigmas used). Where a class takes no list, `fastsched.diffusers.apply` sets the pipeline up.
+
+        Args:
+            scheduler: The pipeline's scheduler.
+            mu: The shift that the pipeline will pass, for schedulers with ``use_dynamic_shifting``.
+
+        Raises:
+            ValueError: If the scheduler cannot be given the schedule so; the message says why and what can.
+        """
+        warnings.warn(
+            "Schedule.to_diffusers is now fastsched.diffusers.export(schedule, scheduler).arguments",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        # By name: sampling must not depend on diffusers, which lies above it.
+        return importlib.import_module("fastsched.diffusers").export(self, scheduler, mu=mu).arguments
+
+    def to_comfyui(self) -> ComfyUISigmas:
+        """The sigmas for ComfyUI: ``.text`` in plain decimals, ``.sigmas`` [steps + 1] float32.
+
+        Raises:
+            ValueError: If the first sigma is infinite.
+        """
+        return comfyui_sigmas(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as JSON with plain decimals; an existing file is replaced only when the new one is whole."""
+        entries: dict[str, str] = {
+            "format": json.dumps(FORMAT),
+            "version": str(VERSION),
+            "solver": json.dumps(self.solver),
+            "noise": json.dumps(self.noise),
+            "sigmas": _decimals(self.sigmas.tolist()),
+        }
+        if self.timesteps is not None:
+            entries["timesteps"] = _decimals(self.timesteps.tolist())
+        for name in ("predicted_error", "measured_error"):
+            if getattr(self, name) is not None:
+                entries[name] = _decimal(getattr(self, name))
+        text = "{\n" + ",\n".join(f'  "{key}": {value}' for key, value in entries.items()) + "\n}\n"
+        unfinished = f"{os.fspath(path)}.unfinished"
+        with open(unfinished, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(unfinished, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Schedule:
+        """Read a file written by `save`.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If it is truncated, holds something else, or comes from a newer version.
+        """
+        name = os.fspath(path)
+        try:
+            with open(name, encoding="utf-8") as file:
+                entries: Any = json.load(file)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"no such schedule file: {name}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{name} is not a whole JSON file ({error}); save the schedule again") from None
+        if not isinstance(entries, dict) or entries.get("format") != FORMAT:
+            raise ValueError(f"{name} does not hold a schedule; Schedule.save and fastsched select write them")
+        if not isinstance(entries.get("version"), int) or entries["version"] > VERSION:
+            raise ValueError(
+                f"{name} has version {entries.get('version')!r}, and the newest known here is {VERSION}; "
+                "update fastsched"
+            )
+        try:
+            timesteps = entries.get("timesteps")
+            return cls(
+                sigmas=torch.tensor([float(value) for value in entries["sigmas"]], dtype=torch.float64),
+                solver=entries["solver"],
+                noise=entries["noise"],
+                timesteps=None if timesteps is None else torch.tensor(timesteps, dtype=torch.float64),
+                predicted_error=entries.get("predicted_error"),
+                measured_error=entries.get("measured_error"),
+            )
+        except KeyError as error:
+            raise ValueError(f"{name} lacks the entry {error}") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} does not hold a valid schedule: {error}") from None
+
+
+class ComfyUISigmas(NamedTuple):
+    """One schedule, for a text field and for a ``SIGMAS`` socket."""
+
+    text: str  #: for the node ManualSigmas: "14.6146, 3.2, 0.0", plain decimals
+    sigmas: Tensor  #: [steps + 1] float32 on the CPU, descending, the last 0
+
+
+def comfyui_sigmas(schedule: Schedule) -> ComfyUISigmas:
+    """``schedule`` in ComfyUI's convention: ``steps + 1`` sigmas, flow times for flow models (already shifted).
+
+    The text holds plain decimals, for ComfyUI's ManualSigmas misreads exponents ("2e-3"), in as few digits as give
+    the same float32 values.
+
+    Raises:
+        ValueError: If the first sigma is infinite (zero terminal SNR), which ComfyUI's samplers cannot start from.
+    """
+    sigmas = schedule.sigmas.to(torch.float32)
+    if not bool(torch.isfinite(sigmas).all()):
+        raise ValueError(
+            "sigmas start at inf (zero terminal SNR), which ComfyUI cannot hold; measure on levels that start at a "
+            "finite sigma (levels=)"
+        )
+    text = ", ".join(np.format_float_positional(np.float32(value), trim="0") for value in sigmas.tolist())
+    return ComfyUISigmas(text, sigmas)
+
+
+def _decimal(value: float) -> str:
+    """``value`` without an exponent, in as few digits as read back the same; pure noise, which JSON lacks, quoted."""
+    return '"inf"' if math.isinf(value) else np.format_float_positional(value, trim="0")
+
+
+def _decimals(values: Iterable[float]) -> str:
+    return "[" + ", ".join(map(_decimal, values)) + "]"

@@ -1,0 +1,203 @@
+"""Deterministic solvers of the probability-flow ODE, as tables of coefficients.
+
+In ``y = x / sigma`` the ODE is ``dy/drho = D``, with ``rho = alpha / sigma``. In ``tau``, the sampler sigma (``s``, or
+``t`` for flow matching), it is ``d(tau y)/dtau = g`` with the slope ``g = y - D / tau``: the noise prediction, or the
+velocity. Every linear solver steps from level ``j`` to ``k`` with a weighted mean ``sum_n b_n slope_n``,
+``sum_n b_n = 1``, of the slopes at ``j``, at earlier levels ``i, h, ...``, and for some at one *stage* ahead:
+
+* over ``rho``: ``y_k = y_j + (rho_k - rho_j) sum_n b_n D_n``;
+* over ``tau``: ``tau_k y_k = tau_j y_j + (tau_k - tau_j) sum_n b_n g_n``.
+
+A solver is therefore its variable and its weights (`sampling.multistep` derives those of the multistep ones). With
+all weight on ``j`` both forms are the same step: DDIM, which is also Euler in ``s`` and in flow time, and DPM-Solver-1.
+The step to sigma 0 is ``z = D_j`` for every solver.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fastsched import validate
+from fastsched.sampling import multistep
+from fastsched.sampling.multistep import Node, Weights
+
+Stage = Callable[[Node, Node], Node]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """One solver.
+
+    Attributes:
+        name: As diffusers and k-diffusion spell it.
+        variable: ``"rho"`` or ``"tau"``: what a step integrates over.
+        order: Its order once enough slopes are known; the first steps warm up with fewer.
+        weights: ``weights(history, end) -> [b_j, b_i, ...]`` for nodes ``history``, newest first, and the step's
+            end. With a ``stage`` the weight of the stage's slope comes first.
+        source: Where the solver is defined.
+        stage: ``stage(start, end)`` is the node at which a further slope is evaluated, from an Euler prediction.
+        corrector: Weights of a corrector that takes the slope at the end, evaluated at the predicted state, first;
+            the slope is used again by the next step, so that it costs no evaluation.
+    """
+
+    name: str
+    variable: str
+    order: int
+    weights: Weights
+    source: str
+    stage: Stage | None = None
+    corrector: Weights | None = None
+
+    @property
+    def history(self) -> int:
+        """How many levels before the current one a step uses at most."""
+        return 0 if self.stage is not None else self.order - 1
+
+    def model_calls(self, steps: int) -> int:
+        """Network evaluations of ``steps`` steps of which the last ends at sigma 0."""
+        return steps if self.stage is None else 2 * steps - 1
+
+
+def heun_weights(history: Any, end: Node) -> list[Any]:
+    """``b = (1/2, 1/2)``: the mean of the slopes at both ends (trapezoidal rule)."""
+    half = np.full_like(history[0].tau, 0.5)
+    return [half, half]
+
+
+def midpoint_weights(history: Any, end: Node) -> list[Any]:
+    """``b = (1, 0)``: the slope at the stage alone."""
+    return [np.ones_like(history[0].tau), np.zeros_like(history[0].tau)]
+
+
+def dpmpp_2s_weights(history: Any, end: Node) -> list[Any]:
+    """``b = (1/(2r), 1 - 1/(2r))``, ``r = (lam_mid - lam_j) / (lam_k - lam_j)``: all on the stage where r = 1/2."""
+    start = history[0]
+    stage = middle(start, end)
+    half = 0.5 * (end.lam - start.lam) / (stage.lam - start.lam)
+    return [half, 1 - half]
+
+
+def at_end(start: Node, end: Node) -> Node:
+    """A stage at the end of the step."""
+    return end
+
+
+def middle(start: Node, end: Node) -> Node:
+    """A stage at the geometric mean of the sampler sigmas: halfway in ``lambda`` unless the model is a flow."""
+    tau = np.sqrt(start.tau * end.tau)
+    rho = 1 / tau - (1 / end.tau - end.rho)  # 1/tau - rho is a constant of the process
+    return Node(rho, np.log(rho), tau)
+
+
+_EULER, _ADAMS = multistep.euler_weights, multistep.ipndm_weights
+_SONG = "Song et al. 2021 (arXiv 2010.02502)"
+_EDM = "Karras et al. 2022 (arXiv 2206.00364)"
+_DPMPP = "Lu et al. 2022 (arXiv 2211.01095)"
+_PNDM = "Liu et al. 2022 (arXiv 2202.09778); improved: Zhang & Chen 2023 (arXiv 2204.13902)"
+_UNIPC = "Zhao et al. 2023 (arXiv 2302.04867)"
+
+
+def _unipc(name: str, order: int, variant: str) -> Solver:
+    return Solver(
+        name,
+        "rho",
+        order,
+        partial(multistep.unip_weights, variant=variant),
+        _UNIPC,
+        corrector=partial(multistep.unic_weights, variant=variant),
+    )
+
+
+SOLVERS: dict[str, Solver] = {
+    solver.name: solver
+    for solver in (
+        Solver("ddim", "rho", 1, _EULER, _SONG),
+        Solver("heun", "tau", 2, heun_weights, f"{_EDM}, algorithm 1", stage=at_end),
+        Solver("dpm_2", "tau", 2, midpoint_weights, f"{_EDM}, algorithm 1 with alpha = 1/2", stage=middle),
+        Solver("dpmpp_2s", "rho", 2, dpmpp_2s_weights, f"{_DPMPP}, algorithm 1", stage=middle),
+        Solver("dpmpp_2m", "rho", 2, multistep.dpmpp_2m_weights, f"{_DPMPP}, algorithm 2"),
+        Solver("dpmpp_3m", "rho", 3, multistep.dpmpp_3m_weights, f"{_DPMPP}, appendix; as in diffusers"),
+        Solver("ipndm", "tau", 4, _ADAMS, _PNDM),
+        Solver("ipndm_3", "tau", 3, _ADAMS, _PNDM),
+        Solver("ipndm_2", "tau", 2, _ADAMS, _PNDM),
+        Solver("lms", "tau", 4, multistep.lms_weights, "Katherine Crowson, k-diffusion, sample_lms"),
+        Solver("deis_2", "tau", 2, multistep.deis_weights, "Zhang & Chen 2023 (arXiv 2204.13902), log-rho form"),
+        Solver("deis_3", "tau", 3, multistep.deis_weights, "Zhang & Chen 2023 (arXiv 2204.13902), log-rho form"),
+        _unipc("unipc", 2, "bh2"),
+        _unipc("unipc_3", 3, "bh2"),
+        _unipc("unipc_bh1", 2, "bh1"),
+        _unipc("unipc_bh1_3", 3, "bh1"),
+    )
+}
+
+#: Other spellings of the same solvers.
+ALIASES = {
+    "euler": "ddim",
+    "dpm_solver_1": "ddim",
+    "dpmpp_1": "ddim",
+    "deis": "deis_2",
+    "ipndm_4": "ipndm",
+    "unipc_bh2": "unipc",
+    "unipc_bh2_3": "unipc_3",
+    "uni_pc": "unipc_bh1",
+    "uni_pc_bh2": "unipc",
+}
+
+
+#: Solvers of the reverse SDE (`fastsched.sampling.stochastic`), which have no table here; one evaluation a step.
+STOCHASTIC_SOLVERS = ("sde_dpmpp_2m", "ancestral")
+
+
+def solver_name(solver: str | Solver) -> str:
+    """The name of a deterministic or stochastic solver, aliases resolved.
+
+    Raises:
+        ValueError: If there is none; the message lists the names and the nearest match.
+    """
+    if isinstance(solver, Solver):
+        return solver.name
+    known = validate.choice("solver", solver, [*SOLVERS, *ALIASES, *STOCHASTIC_SOLVERS])
+    return ALIASES.get(known, known)
+
+
+def get_solver(solver: str | Solver) -> Solver:
+    """The deterministic solver of that name.
+
+    Raises:
+        ValueError: If there is none; the message lists the names and the nearest match.
+    """
+    if isinstance(solver, Solver):
+        return solver
+    name = ALIASES.get(solver, solver) if isinstance(solver, str) else solver
+    if name in STOCHASTIC_SOLVERS:
+        raise ValueError(
+            f"solver must be deterministic here, got {solver!r}, which adds noise; fastsched.select chooses schedules "
+            "for it from a cost such as fastsched.costs.klub"
+        )
+    if name not in SOLVERS:
+        validate.choice("solver", solver, [*SOLVERS, *ALIASES])
+    return SOLVERS[name]
+
+
+def from_pure_noise(solver: Solver, start: Node) -> bool:
+    """Whether a step starts where the solver's own form has no limit, ``tau = inf``; it is then Euler's, over ``rho``.
+
+    So a variance-preserving model of zero terminal SNR begins. The slope there is left out of later steps. Flow models
+    start at ``tau = 1``, and solvers over ``rho`` without a stage take the slope as infinitely far off.
+    """
+    if solver.variable != "tau" and solver.stage is None:
+        return False
+    return math.isinf(start.tau) if isinstance(start.tau, float) else bool(np.isinf(start.tau).all())
+
+
+def step_scale(solver: Solver, start: Node, end: Node) -> Any:
+    """What multiplies the mean slope in ``y_k``: ``rho_k - rho_j``, or ``(tau_k - tau_j) / tau_k``."""
+    if solver.variable == "rho":
+        return end.rho - start.rho
+    return (end.tau - start.tau) / end.tau

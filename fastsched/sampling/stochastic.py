@@ -1,0 +1,108 @@
+"""Stochastic samplers: solvers of the reverse SDE.
+
+In ``y = x / sigma`` a step from level j to k is ``y_k = keep * y_j + pull * D_j + fresh * noise``, the same for every
+noise process, with ``h = log(s_j / s_k)``, ``rho = 1 / s`` and ``eta`` how much noise is renewed (0: none):
+
+* ``sde_dpmpp_2m``: ``keep = exp(-eta h)``, ``pull = rho_k (1 - exp(-(1 + eta) h))``,
+  ``fresh = sqrt(1 - exp(-2 eta h))``, and ``D_j + (h / 2 h_last) (D_j - D_i)`` in place of ``D_j``;
+* ``ancestral``: ``fresh = eta sqrt(1 - (s_k / s_j)^2)``, ``keep = sqrt(1 - fresh^2)``,
+  ``pull = rho_k (1 - keep s_k / s_j)``.
+
+With ``eta = 0`` they are ``dpmpp_2m`` and ``ddim``. The step to sigma 0 is ``z = D_j``. In k-diffusion they are
+``sample_dpmpp_2m_sde`` (midpoint) and ``sample_euler_ancestral``.
+
+Source: Lu et al. 2022 (arXiv 2211.01095), appendix on SDE-DPM-Solver++; Ho et al. 2020, Song et al. 2021.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsched import validate
+from fastsched.denoisers.denoiser import Denoiser, not_finite
+from fastsched.sampling.random_streams import sample_seeds, stream
+from fastsched.sampling.solvers import STOCHASTIC_SOLVERS
+
+if TYPE_CHECKING:
+    from fastsched.sampling.schedule import Schedule
+
+
+@torch.no_grad()
+def sample_stochastic(
+    denoiser: Denoiser,
+    sigmas: Tensor | Sequence[float] | Schedule,
+    solver: str,
+    noise: Tensor,
+    *,
+    eta: float = 1.0,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Solve the reverse SDE along ``sigmas`` from ``x = sigma_0 * noise``; one model call a step.
+
+    Args:
+        denoiser: What to sample from.
+        sigmas: Sampler sigmas [steps + 1], strictly descending, usually ending in 0; or a `Schedule`.
+        solver: ``"sde_dpmpp_2m"`` or ``"ancestral"``.
+        noise: Standard normal noise to start from [B, *shape], float32 or float64; the state is kept in its dtype.
+        eta: How much of the noise each step renews, within [0, 1].
+        seed: Of the noise that steps add. Every sample has a stream of its own, drawn on the CPU: sample ``b`` is the
+            same whatever ``B`` and the device.
+        dtype: What the network computes in; the dtype of ``noise`` when None.
+        progress: Show a progress bar.
+
+    Returns:
+        The samples ``x0`` [B, *shape]; if the last sigma is not 0, the state ``z = x / alpha`` there.
+
+    Raises:
+        ValueError: If ``sigmas`` do not descend, the solver is unknown, ``eta`` is out of range, or the network
+            returns NaN or inf (the message names the level); ``seed`` is as in `fastsched.measure`.
+    """
+    validate.choice("solver", solver, STOCHASTIC_SOLVERS)
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be within [0, 1], got {eta!r}")
+    s = denoiser.process.level(validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas)))  # type: ignore[arg-type]  # or a Schedule
+    levels = s.tolist()
+    streams = [stream(value, 1) for value in sample_seeds(seed, len(noise)).tolist()]
+    steps: Iterable[int] = range(len(levels) - 1)
+    if progress:
+        from tqdm import tqdm
+
+        steps = tqdm(steps, desc=f"{solver} sampling", unit="step")
+    y, before, width_before = noise, None, math.inf
+    for n in steps:
+        start, end = levels[n], levels[n + 1]
+        denoised = denoiser.denoise(y, s[n], dtype=dtype)
+        if not bool(torch.isfinite(denoised).all()):
+            raise ValueError(not_finite(denoiser.process, s[n]))
+        if end == 0:
+            return denoised
+        width = math.log(start / end)
+        slope = denoised
+        if solver == "sde_dpmpp_2m" and before is not None and math.isfinite(width_before):
+            slope = denoised + width / (2 * width_before) * (denoised - before)
+        keep, pull, fresh = (_sde_dpmpp if solver == "sde_dpmpp_2m" else _ancestral)(width, end, eta)
+        renewed = np.stack([generator.standard_normal(tuple(y.shape[1:]), dtype=np.float32) for generator in streams])
+        y = keep * y + pull * slope + fresh * torch.from_numpy(renewed).to(y)
+        before, width_before = denoised, width
+    return levels[-1] * y
+
+
+def _sde_dpmpp(width: float, end: float, eta: float) -> tuple[float, float, float]:
+    """``(keep, pull, fresh)``; ``width`` is infinite from pure noise."""
+    renewed = eta * width if eta else 0.0
+    return math.exp(-renewed), -math.expm1(-width - renewed) / end, math.sqrt(-math.expm1(-2 * renewed))
+
+
+def _ancestral(width: float, end: float, eta: float) -> tuple[float, float, float]:
+    """``(keep, pull, fresh)``; ``width`` is infinite from pure noise."""
+    fresh = eta * math.sqrt(-math.expm1(-2 * width))
+    keep = math.sqrt(1 - fresh**2)
+    return keep, (1 - keep * math.exp(-width)) / end, fresh

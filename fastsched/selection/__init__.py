@@ -1,0 +1,1 @@
+"""From statistics or a cost to a schedule, without model calls."""

@@ -1,0 +1,109 @@
+"""Descend on any error of a schedule, a node at a time: over the levels of a grid, and off every grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fastsched.costs.step_cost import Array
+
+#: Share of the gap to a neighbour that a node is moved by, in ``log s``, ever finer.
+MOVES = (0.4, 0.2, 0.1, 0.05)
+
+#: Gap in ``log s`` that stands for an infinite one: below pure noise, and above sigma 0.
+OPEN_GAP = 1.5
+
+#: Improvements at one share of the gap, for each node.
+IMPROVEMENTS = 3
+
+
+def descend(
+    error: Callable[[Array], Array],
+    levels: Array,
+    low: float,
+    high: float,
+    *,
+    moves: tuple[float, ...] = MOVES,
+) -> tuple[Array, float]:
+    """Move inner nodes towards a neighbour wherever that lowers ``error``, by ever smaller shares of the gap.
+
+    All moves of one node are tried at once, and then all that help together; the best of them is taken.
+
+    Args:
+        error: Of C schedules [C, steps + 1], a value each, [C]; ``inf`` forbids one.
+        levels: Where to start: levels [steps + 1], descending to 0. Both ends stay.
+        low: The lowest level a node may take.
+        high: The highest finite level; where the first node is at pure noise, the second stays below ten times this.
+        moves: The shares.
+
+    Returns:
+        The levels and their error, not above that of the start; deterministic.
+    """
+    best = np.asarray(levels, dtype=np.float64)
+    lowest = float(error(best[None])[0])
+    inner = len(best) - 2
+    for share in moves:
+        for _ in range(IMPROVEMENTS * inner):
+            up, down = log_gaps(best, low, high)
+            steps = np.concatenate([np.diag(share * up), np.diag(-share * down)])
+            values = error(_moved(best, steps))
+            better = np.minimum(values[:inner], values[inner:]) < lowest
+            if not better.any():
+                break
+            choice = np.where(values[:inner] <= values[inner:], share * up, -share * down)
+            together = _moved(best, np.where(better, choice, 0.0)[None])
+            value = float(error(together)[0]) if better.sum() > 1 else math.inf
+            single = int(values.argmin())
+            if value <= values[single]:
+                best, lowest = together[0], value
+            else:
+                best, lowest = _moved(best, steps[single : single + 1])[0], float(values[single])
+    return best, lowest
+
+
+def coordinate_descent(
+    objective: Callable[[Sequence[int], int], float], nodes: Sequence[int], *, reach: int = 3, sweeps: int = 20
+) -> list[int]:
+    """Move one inner node at a time over a grid, by up to ``reach`` levels, as long as the objective falls.
+
+    Args:
+        objective: ``objective(nodes, n)``: of ascending level indices, the part that node ``n`` has to do with.
+        nodes: Where to start; both ends stay.
+        reach: How far a node may move at once, between its neighbours.
+        sweeps: The most passes over all nodes.
+
+    Returns:
+        Nodes whose objective is not above that of the start; deterministic.
+    """
+    best = list(nodes)
+    for _ in range(sweeps):
+        before = list(best)
+        for n in range(1, len(best) - 1):
+            low, high = max(best[n - 1] + 1, best[n] - reach), min(best[n + 1] - 1, best[n] + reach)
+            lowest, here = objective(best, n), best[n]
+            for level in range(low, high + 1):
+                moved = [*best[:n], level, *best[n + 1 :]]
+                if level != here and (value := objective(moved, n)) < lowest:
+                    best, lowest = moved, value
+        if best == before:
+            break
+    return best
+
+
+def _moved(levels: Array, steps: Array) -> Array:
+    """``levels`` with the inner nodes moved by ``steps`` [C, steps - 1] in ``log s``, [C, steps + 1]."""
+    moved = np.repeat(levels[None], len(steps), axis=0)
+    moved[:, 1:-1] *= np.exp(steps)
+    return moved
+
+
+def log_gaps(levels: Array, low: float, high: float) -> tuple[Array, Array]:
+    """How far each inner node is from its noisier and its cleaner neighbour in ``log s``, [steps - 1] each."""
+    logs = np.log(levels[1:-1])
+    first = math.log(levels[0]) if math.isfinite(levels[0]) else min(logs[0] + OPEN_GAP, math.log(10 * high))
+    last = max(logs[-1] - OPEN_GAP, math.log(low)) if levels[-1] == 0 else math.log(levels[-1])
+    around = np.concatenate([[first], logs, [last]])
+    gaps = np.maximum(-np.diff(around), 0.0)
+    return gaps[:-1], gaps[1:]

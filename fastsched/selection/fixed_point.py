@@ -1,0 +1,85 @@
+"""Algorithm 1 of the paper, iterated: a schedule whose own steps all cost the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastsched import validate
+from fastsched.costs.cost_matrix import CostMatrix
+from fastsched.selection.arc_length import equal_arc_length
+
+
+@dataclass(frozen=True, eq=False)
+class Refinement:
+    """What `refine_schedule` found.
+
+    Attributes:
+        sigmas: The refined levels, as sampler sigmas, [n] float64.
+        cost: The cost of their steps.
+        variations: The coefficient of variation of ``cost^(1/p)`` over the steps, at first and for each
+            trial.
+        converged: Whether the last of them is within the tolerance.
+        model_calls: Evaluations spent.
+    """
+
+    sigmas: Tensor
+    cost: CostMatrix
+    variations: tuple[float, ...]
+    converged: bool
+    model_calls: int
+
+
+def refine_schedule(
+    estimate: Callable[..., CostMatrix],
+    sigmas: Tensor | Sequence[float],
+    *,
+    iterations: int = 10,
+    tolerance: float = 0.01,
+) -> Refinement:
+    """Repeat: estimate the cost of each step of a schedule, and move its levels to equal arc length.
+
+    ``t <- gamma * UpdateSchedule(t, L(t_i, t_{i+1})) + (1 - gamma) t`` in ``log s``, with ``gamma = 1`` unless that
+    made the steps' costs differ more, as it may where steps are long; ``gamma`` is then halved. At the fixed point
+    all steps cost the same, whatever their length: the paper's optimality condition, without a fine grid.
+
+        >>> estimate = partial(fs.costs.stein_corrector, denoiser, shape=(1, 8, 8), samples=64)
+        >>> refined = fs.refine_schedule(estimate, fs.baselines.karras(10, 0.002, 80.0)[:-1])
+
+    Args:
+        estimate: ``estimate(sigmas=...)`` returns the cost of neighbouring levels. With a fixed seed the iteration
+            is deterministic.
+        sigmas: Levels to start from, as sampler sigmas, descending, the last above 0; both ends are kept.
+        iterations: Trials at most.
+        tolerance: Coefficient of variation of ``cost^(1/p)`` over the steps at which to stop.
+
+    Returns:
+        The refined levels; the best ones met, if it did not converge.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source: Williams, Campbell, Doucet and Syed, NeurIPS 2024 (arXiv 2412.07877), algorithm 1.
+    """
+    iterations = validate.positive_int("iterations", iterations)
+    if not tolerance > 0:
+        raise ValueError(f"tolerance must be positive, got {tolerance!r}")
+    cost = estimate(sigmas=validate.descending_sigmas(sigmas))
+    best, variations, calls, blend = cost, [variation(cost.lengths)], cost.model_calls, 1.0
+    while len(variations) <= iterations and min(variations) > tolerance:
+        target = equal_arc_length(best.s, best.lengths, len(best.s))
+        s = (blend * target.log() + (1 - blend) * best.s.log()).exp()
+        s[0], s[-1] = best.s[0], best.s[-1]
+        cost = estimate(sigmas=cost.process.sampler_sigma(s))
+        calls += cost.model_calls
+        variations.append(variation(cost.lengths))
+        better = variations[-1] == min(variations)
+        best, blend = (cost, min(1.0, 2 * blend)) if better else (best, blend / 2)
+    return Refinement(best.sigmas, best, tuple(variations), min(variations) <= tolerance, calls)
+
+
+def variation(values: Tensor) -> float:
+    """The coefficient of variation: standard deviation over mean."""
+    return float(values.std(correction=0) / values.mean())

@@ -1,0 +1,201 @@
+"""Algorithm 2 of the paper: a schedule that follows a network while it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsched import validate
+from fastsched.selection.arc_length import equal_arc_length
+from fastsched.selection.fixed_point import variation
+
+
+class AdaptiveSchedule:
+    """Noise levels for training, drawn from a schedule that keeps its steps equally costly.
+
+    For each batch: draw levels and train on them; estimate the incremental costs ``L(t_i, t_{i+1})`` of the current
+    grid; then ``t <- rate * UpdateSchedule(t, L) + (1 - rate) * t``, in ``log s``.
+
+        >>> adaptive = fs.AdaptiveSchedule(fs.baselines.karras(32, 0.002, 80.0)[:-1])
+        >>> for clean in loader:
+        >>>     s = adaptive.draw(len(clean))                     # train on clean + s * noise
+        >>>     ...
+        >>>     adaptive.observe_denoiser(denoise, clean)         # denoise(z, s) -> x0
+        >>>     adaptive.update()
+
+    **Gradient accumulation**: observe every micro-batch, update once per optimiser step. **torch.distributed**: call
+    `update` on every rank; the observations are summed over ranks, so that all keep the same grid. Each rank draws
+    and observes its own batches.
+
+    The levels drawn weigh the training loss. They become rare far below the data's deviation, where the corrector cost
+    dies out. A loss that must keep a distribution ``p`` of noise levels of its own draws a share ``a`` of each batch
+    from it and weighs by ``p / (a p + (1 - a) density)``, at most ``1 / a``.
+
+    Attributes:
+        s: The grid, noisiest first, [N] float64; both ends stay.
+        rate: ``gamma``, how far an update moves.
+        order: ``p`` in ``L ~ delta * step^p``.
+        updates: How many updates were made.
+
+    Args:
+        s: The grid to start from, as levels ``s`` (`NoiseProcess.level` converts), descending, the last above 0.
+        rate: Within (0, 1].
+        order: 2 for the corrector cost, 4 for the predictor cost.
+
+    Raises:
+        ValueError: If the levels do not descend, one is 0 or infinite, or ``rate`` or ``order`` is out of range.
+
+    Source: Williams, Campbell, Doucet and Syed, NeurIPS 2024 (arXiv 2412.07877), algorithm 2.
+    """
+
+    def __init__(self, s: Tensor | Sequence[float], *, rate: float = 0.1, order: int = 2) -> None:
+        self.s = validate.descending_sigmas(s, name="s")
+        if float(self.s[-1]) <= 0 or not bool(torch.isfinite(self.s[0])):
+            raise ValueError(f"s must be levels above 0 and below infinity, got {self.s.tolist()}")
+        if not 0 < rate <= 1:
+            raise ValueError(f"rate must be within (0, 1], got {rate!r}")
+        self.rate, self.order, self.updates = float(rate), validate.positive_int("order", order), 0
+        self._sums = torch.zeros(len(self.s) - 1, dtype=torch.float64)
+        self._counts = torch.zeros_like(self._sums)
+
+    def draw(self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """``n`` levels ``s`` for training, [n] float32: uniform along the schedule, log-linear between its levels."""
+        n = validate.positive_int("n", n)
+        place = torch.rand(n, generator=generator, dtype=torch.float64) * (len(self.s) - 1)
+        drawn = np.interp(place.numpy(), np.arange(len(self.s)), self.s.log().numpy())
+        return torch.from_numpy(np.exp(drawn)).to(device, torch.float32)
+
+    def density(self, s: Tensor) -> Tensor:
+        """The density of `draw` in ``log s``, shaped as ``s``: ``1 / ((N - 1) * width of the cell)``; 0 outside."""
+        logs = self.s.log().flip(0)
+        values = s.detach().to("cpu", torch.float64).log()
+        cell = torch.searchsorted(logs, values.contiguous(), right=True).clamp(1, len(logs) - 1)
+        inside = (values >= logs[0]) & (values <= logs[-1])
+        density = 1 / ((len(logs) - 1) * (logs[cell] - logs[cell - 1]))
+        return torch.where(inside, density, 0.0).to(s.device)
+
+    def observe(self, costs: Tensor, intervals: Tensor | None = None) -> None:
+        """Add estimates of incremental costs on the current grid; their mean is what `update` takes.
+
+        Args:
+            costs: ``L(s_i, s_{i+1})`` for every interval [N-1], or single estimates [m] of some.
+            intervals: Which interval each estimate is of, [m] int64; None for all of them in order.
+
+        Raises:
+            ValueError: If the shapes or indices do not fit, or a cost is NaN or inf.
+        """
+        values = costs.detach().to("cpu", torch.float64).flatten()
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError("costs must be finite, but hold NaN or inf; leave such a batch out")
+        places = torch.arange(len(self._sums)) if intervals is None else intervals.detach().cpu().flatten()
+        if places.shape != values.shape:
+            raise ValueError(f"costs must have one value for each of {len(places)} intervals, got {len(values)}")
+        if len(places) and not 0 <= int(places.min()) <= int(places.max()) < len(self._sums):
+            raise ValueError(f"intervals must be within [0, {len(self._sums) - 1}], got {places.tolist()}")
+        self._sums.index_add_(0, places, values)
+        self._counts.index_add_(0, places, torch.ones_like(values))
+
+    @torch.no_grad()
+    def observe_denoiser(
+        self,
+        denoise: Callable[[Tensor, Tensor], Tensor],
+        clean: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> int:
+        """Estimate corrector costs on a batch of data: ``s_i^2 ||score_{i+1}(z) - score_i(z)||^2``, ``z ~ p_i``.
+
+        Each sample serves one interval, at random, every interval equally often; two evaluations a sample, without
+        gradients.
+
+        Args:
+            denoise: ``denoise(z, s) -> x0`` for states ``z = x0 + s eps`` [B, *shape] and levels [B]; a `Denoiser`
+                is one. Put the network in evaluation mode if it has dropout.
+            clean: Data, [B, *shape].
+            generator: Of the noise and the intervals, on the CPU.
+
+        Returns:
+            The evaluations spent, counted per sample.
+        """
+        count, cells = len(clean), len(self._sums)
+        rounds = [torch.randperm(cells, generator=generator) for _ in range(-(-count // cells))]
+        intervals = torch.cat(rounds)[:count]
+        noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype).to(clean.device)
+        s_from, s_to = self.s[intervals], self.s[intervals + 1]
+        wide = lambda values: values.to(clean).reshape(-1, *[1] * (clean.ndim - 1))
+        z = clean + wide(s_from) * noise
+        scores = [(denoise(z, s.to(clean)) - z) / wide(s).square() for s in (s_from, s_to)]
+        squares = (scores[1] - scores[0]).flatten(1).double().square().sum(1)
+        self.observe(squares.cpu() * s_from.square(), intervals)
+        return 2 * count
+
+    @property
+    def variation(self) -> float:
+        """Coefficient of variation of the observed costs over the intervals; NaN while one has not been seen.
+
+        Of this process alone, since the last update.
+        """
+        return variation(self._sums / self._counts)
+
+    def update(self) -> bool:
+        """Move the grid, and forget the observations. Collective: every rank of a distributed run must call it.
+
+        Returns:
+            Whether it moved; not while an interval has no observation (those made are then kept).
+        """
+        sums, counts = _summed_over_ranks(self._sums, self._counts)
+        if not bool((counts > 0).all()):
+            return False
+        lengths = (sums / counts).clamp_min(0.0).pow(1 / self.order)
+        self._sums.zero_()
+        self._counts.zero_()
+        if float(lengths.sum()) == 0.0:
+            return False
+        target = equal_arc_length(self.s, lengths, len(self.s))
+        moved = (self.rate * target.log() + (1 - self.rate) * self.s.log()).exp()
+        moved[0], moved[-1] = self.s[0], self.s[-1]
+        self.s = moved
+        self.updates += 1
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training needs to go on; tensors and numbers."""
+        return {
+            "s": self.s.clone(),
+            "rate": self.rate,
+            "order": self.order,
+            "updates": self.updates,
+            "sums": self._sums.clone(),
+            "counts": self._counts.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`; on every rank of a distributed run, from the same one.
+
+        Raises:
+            ValueError: If an entry is missing or does not fit.
+        """
+        try:
+            fresh = AdaptiveSchedule(state["s"], rate=state["rate"], order=state["order"])
+            sums, counts, updates = state["sums"], state["counts"], int(state["updates"])
+        except KeyError as error:
+            raise ValueError(f"state lacks the entry {error}; state_dict() makes one") from None
+        if sums.shape != fresh._sums.shape or counts.shape != fresh._sums.shape:
+            raise ValueError(f"state has {len(sums)} sums for {len(fresh._sums)} intervals")
+        self.s, self.rate, self.order, self.updates = fresh.s, fresh.rate, fresh.order, updates
+        self._sums, self._counts = sums.to("cpu", torch.float64).clone(), counts.to("cpu", torch.float64).clone()
+
+
+def _summed_over_ranks(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Both summed over the processes of a distributed run; as they are without one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return sums.clone(), counts.clone()
+    both = torch.stack([sums, counts])
+    if torch.distributed.get_backend() == "nccl":  # which moves tensors of a GPU only
+        both = both.cuda()
+    torch.distributed.all_reduce(both)
+    return tuple(both.cpu())  # type: ignore[return-value]  # two rows

@@ -1,0 +1,149 @@
+import csv
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import fastsched as fs
+from benchmarks.quality import baselines, limit, models, run, summary, table
+from fastsched.denoisers.noise import FlowMatching, VarianceExploding
+from fastsched.denoisers.oracles import Gaussian, GaussianMixture
+
+VE = VarianceExploding(0.002, 80.0)
+
+
+@pytest.mark.parametrize("d", [6, 64])
+@pytest.mark.parametrize("s", [0.002, 0.05, 1.0, 80.0])
+def test_the_low_rank_mixture_is_the_oracles(d, s):
+    mixture = models.LowRankMixture.random(d, 3, 4, seed=0, spread=0.5, floor=0.05)
+    axes = mixture.axes.double()
+    covariances = (axes * mixture.variances) @ axes.mT + 0.05**2 * torch.eye(d)
+    oracle = GaussianMixture(mixture.log_weights.exp(), mixture.means, 0.5 * (covariances + covariances.mT))
+    z = oracle.sample(16, seed=1) + s * torch.randn(16, d, generator=torch.Generator().manual_seed(2))
+    # A distance of size s^2 d taken from squares of size max(s, 1)^2 d, in float32, moves the shares of the modes.
+    tolerance = 2e-7 * d * max(1.0, s)
+    assert float((mixture.denoise(z, torch.full((16,), s)) - oracle.denoise(z.double(), s)).abs().max()) < tolerance
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_models_denoise(name):
+    model = models.MODELS[name]()
+    ends = fs.sample(model.denoiser, model.denoiser.process.sampler_sigma(_fine(model)), "dpmpp_2m", _noise(model))
+    assert ends.shape == (32, *model.shape)
+    assert 0.2 < float(ends.std()) < 2
+    noisy = ends + 0.02 * torch.randn(ends.shape, generator=torch.Generator().manual_seed(1))
+    better = (model.denoiser(noisy, 0.02) - ends).square().mean() / (noisy - ends).square().mean()
+    assert float(better) < 1.02  # at little noise a denoiser moves little, and not away
+
+
+def test_shipped_weights_are_small():
+    sizes = [path.stat().st_size for path in models.WEIGHTS.glob("*.safetensors")]
+    assert len(sizes) == 3
+    assert sum(sizes) < 3e6
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_discounted_path_is_the_best_of_all(steps):
+    cost = np.random.default_rng(steps).random((7, 7))
+    cost[np.tri(7, dtype=bool)] = np.inf
+
+    def total(path):
+        return sum(1.15**n * cost[a, b] for n, (a, b) in enumerate(itertools.pairwise(path)))
+
+    best = min(((0, *inner, 6) for inner in itertools.combinations(range(1, 6), steps - 1)), key=total)
+    assert tuple(baselines.discounted_path(cost, steps, 1.15)) == best
+
+
+def test_gits_costs_are_those_of_euler_steps_on_a_gaussian():
+    oracle = Gaussian(0.5, (4,))
+    gits = baselines.Gits.measure(fs.Denoiser.from_denoiser(oracle.denoise, 0.002, 80.0), (4,), samples=32)
+    assert gits.model_calls == 61 * 32
+    i, j = 20, 30
+    s_i, s_j = float(gits.s[i]), float(gits.s[j])
+    step = 1 + (s_j - s_i) * s_i / (0.25 + s_i**2)  # of Euler's method, against the exact flow
+    exact = math.sqrt((0.25 + s_j**2) / (0.25 + s_i**2))
+    noise = baselines.noise_of(baselines.sample_seeds(0, 32), (4,))
+    at_start = noise * 80 * math.sqrt((0.25 + s_i**2) / (0.25 + 80**2))
+    expected = abs(step - exact) * float(at_start.norm(dim=1).mean())
+    assert gits.cost[i, j] == pytest.approx(expected, rel=0.02)
+    sigmas = gits.schedule(5)
+    assert len(sigmas) == 6
+    assert bool((sigmas[:-1] > sigmas[1:]).all())
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_dmn_is_as_good_as_the_best_on_a_grid(steps):
+    grid = np.geomspace(80, 0.002, 61)
+    candidates = np.array([[80, *inner, 0.002] for inner in itertools.combinations(grid[1:-1], steps - 1)])
+    found = baselines.dmn(VE, steps).numpy().copy()
+    found[-1] = 0.002
+    assert baselines.dmn_bound(found) <= 1.001 * baselines.dmn_bound(candidates).min()
+
+
+def test_dmn_bound_of_two_steps_is_the_sum_of_ratios():
+    s = np.array([[80.0, 3.0, 0.1], [7.0, 2.0, 1.0]])
+    ratios = s[:, :-1] / s[:, 1:] - 1  # s_i |rho_{i+1} - rho_i|
+    np.testing.assert_allclose(baselines.dmn_bound(s), ratios.sum(1))
+
+
+@pytest.mark.parametrize("process", [VE, FlowMatching()], ids=["ve", "flow"])
+@pytest.mark.parametrize("steps", [2, 5, 20])
+def test_curves_start_and_end_where_samplers_do(process, steps):
+    found = baselines.curves(process, steps, 0.7) | {"dmn": baselines.dmn(process, steps)}
+    start = process.sampler_sigma(torch.tensor(process.s_max, dtype=torch.float64))
+    for name, sigmas in found.items():
+        assert len(sigmas) == steps + 1, name
+        assert float(sigmas[0]) == pytest.approx(float(start)), name
+        assert float(sigmas[-1]) == 0, name
+        assert bool((sigmas[:-1] > sigmas[1:]).all()), name
+
+
+def test_descent_finds_a_known_minimum():
+    target = torch.tensor([80.0, 5.0, 0.4, 0.0], dtype=torch.float64)
+
+    def error(s):
+        return float((s[1:-1].log() - target[1:-1].log()).square().sum()) + 1e-6
+
+    found, value, evaluations = limit.descend(error, torch.tensor([80.0, 20.0, 3.0, 0.0]).double(), 0.002, 80.0)
+    assert value < 0.01
+    assert evaluations < 60
+    assert float(found[0]) == 80
+
+
+def test_heun_gets_the_steps_it_can_afford():
+    assert [run.steps_within("heun", calls) for calls in run.CALLS] == [2, 3, 3, 4, 5, 7, 10]
+    assert ("heun", 6) not in run.cells(run.SOLVERS, run.CALLS)
+    assert len(run.cells(run.SOLVERS, run.CALLS)) == 41
+
+
+def test_a_cell_is_run_summarised_and_not_run_again(tmp_path, capsys):
+    path = tmp_path / "quality.csv"
+    arguments = ["--models", "flow", "--solvers", "dpmpp_2m", "--calls", "4", "--seeds", "0", "--samples", "8"]
+    arguments += ["--workers", "1", "--output", str(path)]
+    run.main(arguments)
+    rows = table.read(path)
+    assert {"fastsched", "fastsched_dp", "gits", "dmn", "paper", "karras_7", "flow_shift_3"} <= {
+        row["method"] for row in rows
+    }
+    assert all(float(row["typical_error"]) >= 0 and row["model_calls"] == "4" for row in rows)
+    before = path.read_text()
+    with path.open("a") as file:
+        file.write("flow,dpmpp_2m,4,0,gi")  # what an interruption may leave
+    run.main(arguments)
+    assert path.read_text() == before
+    run.main([*arguments, "--redo", "gits"])
+    assert len(list(csv.DictReader(path.open()))) == len(rows)
+    page = summary.report(summary.Results.read(path))
+    assert "| gits |" in page
+    summary.plot(summary.Results.read(path), tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").stat().st_size < 300_000
+
+
+def _fine(model):
+    return torch.cat([model.denoiser.levels(40), torch.zeros(1, dtype=torch.float64)])
+
+
+def _noise(model):
+    return torch.randn(32, *model.shape, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,319 @@
+import csv
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fastsched as fs
+from fastsched.cli.commands import app
+from fastsched.denoisers.loading import load_denoiser
+from fastsched.measurement.to_file import measure_to_file
+
+MODEL = """
+import fastsched as fs
+
+oracle = fs.oracles.Gaussian(0.5, (2, 3))
+
+def build():
+    return fs.Denoiser.from_denoiser(oracle.denoise, 0.002, 80.0)
+
+def wrong():
+    return 3
+
+number = 3
+"""
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def one_line(result) -> str:
+    """The single line on stderr of a failed command, which must hold no traceback."""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model file, statistics and two schedules made by the command itself."""
+    path = tmp_path_factory.mktemp("cli")
+    (path / "my_model.py").write_text(MODEL)
+    model = f"{path / 'my_model.py'}:build"
+    assert run("measure", model, "--shape", "2,3", "--samples", "3", "-q", "-o", path / "s.safetensors").exit_code == 0
+    result = run("select", path / "s.safetensors", "--steps", "4,6", "--solver", "ddim", "-o", path / "x.json")
+    assert result.exit_code == 0
+    return path
+
+
+@pytest.fixture
+def model(folder) -> str:
+    return f"{folder / 'my_model.py'}:build"
+
+
+def test_measure_writes_what_measure_returns(folder, model):
+    stats = fs.PathStatistics.load(folder / "s.safetensors")
+    expected = fs.measure(load_denoiser(model)[0], (2, 3), samples=3, progress=False)
+    assert torch.equal(stats.seeds, expected.seeds)
+    torch.testing.assert_close(stats.gram, expected.gram)
+    torch.testing.assert_close(stats.cross, expected.cross)
+    assert stats.model_calls == expected.model_calls == 3 * 95
+
+
+def test_select_prints_plain_decimals_and_saves(folder):
+    result = run("select", folder / "s.safetensors", "--steps", "4,6", "--solver", "ddim")
+    lines = result.stdout.splitlines()
+    for steps, line in zip((4, 6), lines, strict=True):
+        schedule = fs.Schedule.load(folder / f"x-{steps}.json")
+        assert "e" not in line
+        assert [float(value) for value in line.split(", ")] == pytest.approx(schedule.sigmas.tolist(), rel=1e-5)
+        expected = fs.optimal_schedule(fs.PathStatistics.load(folder / "s.safetensors"), steps, "ddim")
+        assert torch.equal(schedule.sigmas, expected.sigmas)
+
+
+def test_select_without_weight_ignores_the_sensitivity(folder):
+    line = run("select", folder / "s.safetensors", "--steps", "4", "--weight", "none").stdout
+    stats = fs.PathStatistics.load(folder / "s.safetensors")
+    plain = fs.optimal_schedule(stats, 4, weight=None).sigmas.tolist()
+    assert [float(value) for value in line.split(", ")] == pytest.approx(plain, rel=1e-5)
+    assert plain != fs.optimal_schedule(stats, 4).sigmas.tolist()
+
+
+def test_compare_ranks_schedules_and_baselines(folder, model):
+    common = ("--shape", "2,3", "--samples", "8", "--reference-steps", "40", "-q")
+    rows = folder / "rows.csv"
+    result = run("compare", model, folder / "x-4.json", "--baselines", "karras,linear", *common, "--csv", rows)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines()[1].split()[:4] == ["x-4", "ddim", "4", "4"]
+    read = {row["name"]: float(row["typical_error"]) for row in csv.DictReader(rows.open())}
+    assert list(read) == ["x-4", "karras", "linear"]
+    assert read["x-4"] == min(read.values())
+
+
+def test_compare_gives_each_number_of_steps_its_baseline(folder, model):
+    files = (folder / "x-4.json", folder / "x-6.json")
+    common = ("--shape", "2,3", "--samples", "2", "--reference-steps", "10", "-q", "--csv", folder / "two.csv")
+    assert run("compare", model, *files, "--baselines", "karras", "--spare-last", *common).exit_code == 0
+    rows = list(csv.DictReader((folder / "two.csv").open()))
+    assert [(row["name"], row["steps"]) for row in rows[2:]] == [("karras-ddim-4", "4"), ("karras-ddim-6", "6")]
+
+
+def test_plot_draws_each_kind_of_file(folder, tmp_path):
+    stats, schedule = folder / "s.safetensors", folder / "x-4.json"
+    for files in ((stats, schedule), (stats,), (schedule,)):
+        output = tmp_path / f"{len(files)}{files[0].stem}.png"
+        result = run("plot", *files, "-o", output)
+        assert result.exit_code == 0, result.stderr
+        assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_passes_its_options_on(tmp_path, monkeypatch):
+    called = {}
+    monkeypatch.setattr(
+        "fastsched.cli.demo.run_demo", lambda output, **options: called.update(output=output, **options)
+    )
+    threads = torch.get_num_threads()
+    assert run("demo", "-o", tmp_path, "--samples", "5", "-q").exit_code == 0
+    torch.set_num_threads(threads)
+    assert (called["output"], called["samples"], called["progress"]) == (tmp_path, 5, False)
+
+
+def test_an_interrupted_measurement_resumes_where_it_stopped(tmp_path):
+    calls, oracle = [0, 10**9], fs.oracles.Gaussian(0.5, (4,))
+
+    def network(z, sigma):
+        calls[0] += len(z)
+        if calls[0] > calls[1]:
+            raise KeyboardInterrupt
+        return oracle.denoise(z, sigma)
+
+    denoiser = fs.Denoiser.from_denoiser(network, 0.002, 80.0)
+    settings = {"levels": 16, "samples": 5, "batch_size": 2, "progress": False}
+    path = tmp_path / "s.safetensors"
+    calls[1] = 3 * 31  # in the second batch
+    with pytest.raises(KeyboardInterrupt):
+        measure_to_file(denoiser, (4,), path, **settings)
+    assert fs.PathStatistics.load(path).samples == 2
+    calls[:] = [0, 10**9]
+    resumed = measure_to_file(denoiser, (4,), path, resume=True, **settings)
+    assert calls[0] == 3 * 31
+    whole = fs.measure(denoiser, (4,), **settings)
+    assert torch.equal(resumed.seeds, whole.seeds)
+    torch.testing.assert_close(resumed.gram, whole.gram)
+    torch.testing.assert_close(resumed.cross, whole.cross)
+    assert resumed.model_calls == whole.model_calls == 5 * 31
+    calls[0] = 0
+    assert measure_to_file(denoiser, (4,), path, resume=True, **settings).samples == 5
+    assert calls[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (("--levels", "20"), "measured with other levels"),
+        (("--seed", "1"), "measured with another seed"),
+        (("--samples", "2"), "more than 2 samples"),
+        (("--sensitivity", "none"), "measured with sensitivity"),
+        (("--shape", "6"), "measured with shape"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(folder, model, changed, message):
+    output = folder / "s.safetensors"
+    before = output.read_bytes()
+    result = run("measure", model, "--shape", "2,3", "--samples", "3", "-q", "--resume", "-o", output, *changed)
+    assert result.exit_code == 2
+    assert message in one_line(result)
+    assert output.read_bytes() == before
+
+
+def test_a_measurement_is_not_overwritten_unasked(folder, model, tmp_path):
+    common = ("measure", model, "--shape", "2,3", "--samples", "1", "--levels", "8", "-q", "-o")
+    output = tmp_path / "s.safetensors"
+    output.write_text("precious")
+    result = run(*common, output)
+    assert result.exit_code == 1
+    assert "--resume" in one_line(result)
+    assert output.read_text() == "precious"
+    assert run(*common, output, "--overwrite").exit_code == 0
+    assert fs.PathStatistics.load(output).samples == 1
+
+
+def test_unknown_solver_names_its_near_match(folder):
+    result = run("select", folder / "s.safetensors", "--steps", "4", "--solver", "dpmpp2m")
+    assert result.exit_code == 2
+    assert "did you mean 'dpmpp_2m'?" in one_line(result)
+
+
+@pytest.mark.parametrize("command", [("select", "none.safetensors", "--steps", "4"), ("compare", "digits", "no.json")])
+def test_a_missing_file_is_named(command):
+    result = run(*command)
+    assert result.exit_code == 1
+    assert "no such" in one_line(result)
+
+
+def test_foreign_files_are_refused(folder, tmp_path):
+    foreign = tmp_path / "foreign.safetensors"
+    foreign.write_bytes((folder / "x-4.json").read_bytes())
+    assert "not a whole safetensors file" in one_line(run("select", foreign, "--steps", "4"))
+    (tmp_path / "foreign.json").write_text('{"a": 1}')
+    result = run("plot", tmp_path / "foreign.json", "-o", tmp_path / "a.png")
+    assert result.exit_code == 2
+    assert "does not hold a schedule" in one_line(result)
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        ("digit", 2, "did you mean 'digits'?"),
+        ("FILE:bild", 2, "did you mean 'build'?"),
+        ("FILE:number", 2, "name a function"),
+        ("FILE:wrong", 2, "must return a fastsched.Denoiser"),
+        ("nowhere.py:build", 1, "no such file: nowhere.py"),
+        ("no_such_package.models:build", 1, "no module 'no_such_package.models'"),
+        ("FILE:build", 2, "--shape 4,64,64"),
+    ],
+)
+def test_a_denoiser_that_cannot_be_had_is_explained(folder, tmp_path, name, status, message):
+    result = run("measure", name.replace("FILE", str(folder / "my_model.py")), "-o", tmp_path / "s.safetensors")
+    assert result.exit_code == status
+    assert message in one_line(result)
+
+
+def test_a_module_of_the_current_folder_is_found(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    denoiser, shape = load_denoiser("my_model:build")
+    assert isinstance(denoiser, fs.Denoiser)
+    assert shape is None
+
+
+def test_an_import_that_fails_inside_is_told_from_a_missing_module(tmp_path, monkeypatch):
+    (tmp_path / "broken_model.py").write_text("import no_such_dependency\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(ImportError, match="importing broken_model failed: No module named 'no_such_dependency'"):
+        load_denoiser("broken_model:build")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--steps", "six"), "steps must be whole numbers"),
+        (("--steps", "0"), "steps must be at least 1"),
+        (("--steps", "60"), "steps must be at most 47"),
+        (("--steps", "4", "--weight", "geometri"), "did you mean 'geometric'?"),
+    ],
+)
+def test_bad_options_of_select_are_named(folder, arguments, message):
+    result = run("select", folder / "s.safetensors", *arguments)
+    assert result.exit_code == 2
+    assert message in one_line(result)
+
+
+def test_other_bad_options_are_named(folder, model, tmp_path):
+    schedule = folder / "x-4.json"
+    shaped = ("--shape", "2,3", "-q")
+    cases = [
+        (("compare", model, schedule, *shaped, "--baselines", "karas"), "did you mean 'karras'?"),
+        (("compare", model, schedule, *shaped, "--dtype", "float8"), "dtype must be one of"),
+        (("measure", model, "--shape", "2,x", "-o", tmp_path / "s"), "shape must be whole numbers"),
+        (("plot", schedule, "-o", tmp_path / "a.bmp"), "output must end in .png"),
+        (("plot", *[folder / "s.safetensors"] * 2, "-o", tmp_path / "a.png"), "statistics once"),
+    ]
+    for arguments, message in cases:
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert message in one_line(result)
+
+
+def test_an_unexpected_error_is_one_line_unless_a_traceback_is_asked_for(tmp_path):
+    (tmp_path / "failing_model.py").write_text("def build():\n    raise RuntimeError('out of\\nmemory')\n")
+    arguments = ("measure", f"{tmp_path / 'failing_model.py'}:build", "--shape", "3", "-o", tmp_path / "s")
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert one_line(result) == "error: RuntimeError: out of memory (--traceback shows where)"
+    assert isinstance(run("--traceback", *arguments).exception, RuntimeError)
+
+
+def test_help_teaches_and_imports_nothing_heavy():
+    for command in ("demo", "measure", "select", "plan", "compare", "plot"):
+        result = run(command, "--help")
+        assert result.exit_code == 0
+        assert f"fastsched {command}" in result.stdout
+    code = (
+        "import sys; from typer.testing import CliRunner; from fastsched.cli.commands import app;"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0;"
+        "heavy = {'torch', 'numpy', 'scipy', 'matplotlib', 'sklearn', 'triton'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_version():
+    assert run("--version").stdout == f"fastsched {fs.__version__}\n"
+
+
+def test_plan_prints_and_draws(folder, tmp_path):
+    figure = tmp_path / "plan.png"
+    result = run("plan", folder / "s.safetensors", "--solver", "ddim,dpmpp_2m", "--max-steps", "6", "-o", figure)
+    assert result.exit_code == 0, result.output
+    assert "predicted error" in result.stdout
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    result = run("plan", folder / "s.safetensors", "--max-steps", "8", "--target", "karras:8")
+    assert "steps for karras:8" in result.stdout
+
+
+def test_plan_refuses_a_strange_target(folder):
+    result = run("plan", folder / "s.safetensors", "--max-steps", "4", "--target", "karras:many")
+    assert result.exit_code == 2
+    assert "target must be an error such as 0.05" in result.stderr
+
+
+def test_module_runs_as_the_command():
+    command = [sys.executable, "-m", "fastsched", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0
+    assert fs.__version__ in result.stdout

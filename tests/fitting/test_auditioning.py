@@ -1,0 +1,115 @@
+import pytest
+import torch
+from models import exact_denoiser, exact_denoisers, mixture
+
+import fastsched as fs
+from fastsched.fitting.candidates import default_candidates
+from fastsched.sampling.random_streams import noise_of
+
+ORACLE = mixture(d=4)
+DENOISER = exact_denoiser(ORACLE, 0.01, 40.0)
+
+
+@pytest.fixture(scope="module")
+def stats():
+    return fs.measure(DENOISER, (4,), levels=32, samples=6, progress=False)
+
+
+@pytest.fixture(scope="module")
+def outcome(stats):
+    return fs.audition(DENOISER, stats, 6, progress=False)
+
+
+def test_errors_are_the_samplers_own(stats, outcome):
+    noise = noise_of(stats.seeds, (4,))
+    for row in outcome.table:
+        found = fs.sample(DENOISER, row.schedule.sigmas, "dpmpp_2m", noise[: len(row.errors)])
+        expected = (found - stats.ends[: len(row.errors)]).double().square().sum(1)
+        torch.testing.assert_close(row.errors, expected, rtol=1e-3, atol=1e-9)  # float32 in other batch shapes
+        assert row.schedule.measured_error == pytest.approx(row.typical_error)
+
+
+def test_winner_is_the_best_of_those_who_ran_all(outcome):
+    finalists = [row for row in outcome.table if len(row.errors) == 6]
+    assert outcome.winner is outcome.table[0].schedule
+    assert outcome.table[0].typical_error == min(row.typical_error for row in finalists)
+    assert len(finalists) == 2 < len(outcome.table) <= 9
+    assert all(len(row.errors) == 3 for row in outcome.table if row not in finalists)
+
+
+def test_paired_standard_errors(outcome):
+    best, other = outcome.table[0], outcome.table[1]
+    difference = other.errors.log() - best.errors.log()
+    assert other.log_ratio == pytest.approx(float(difference.mean()))
+    assert other.stderr == pytest.approx(float(difference.std() / 6**0.5))
+    assert (best.log_ratio, best.stderr) == (0.0, 0.0)
+
+
+def test_model_calls_are_counted(stats):
+    calls = []
+
+    def network(z, s):
+        calls.append(len(z))
+        return ORACLE.denoise(z, s)
+
+    counted = fs.Denoiser.from_denoiser(network, 0.01, 40.0)
+    for solver in ("dpmpp_2m", "heun"):
+        calls.clear()
+        assert fs.audition(counted, stats, 5, solver, progress=False).model_calls == sum(calls)
+
+
+def test_a_planted_best_candidate_wins(stats):
+    good = fs.optimal_schedule(stats, 12)
+    bad = torch.linspace(40, 0, 13, dtype=torch.float64)
+    outcome = fs.audition(DENOISER, stats, 12, candidates={"linear": bad, "good": good}, progress=False)
+    assert [row.name for row in outcome.table] == ["good", "linear"]
+    assert "linear" in str(outcome)
+
+
+@pytest.mark.parametrize("kind", ["velocity", "epsilon"])
+def test_other_processes_have_candidates(kind):
+    denoiser = exact_denoisers(ORACLE)[kind]
+    stats = fs.measure(denoiser, (4,), levels=24, samples=2, progress=False)
+    schedule = fs.fit(denoiser, (4,), 5, stats=stats, progress=False)
+    assert schedule.noise == stats.process.kind
+    assert schedule.measured_error > 0
+    names = default_candidates(stats, 5, "ddim")
+    assert any(name.startswith(("uniform", "shift", "karras", "exponential", "kl_optimal")) for name in names)
+
+
+def test_integer_networks_audition_on_their_timesteps():
+    denoiser = fs.Denoiser.from_epsilon(lambda x, t: 0.1 * x, torch.linspace(0.999, 0.005, 200), integer_timesteps=True)
+    stats = fs.measure(denoiser, (4,), levels=20, samples=2, progress=False)
+    for schedule in default_candidates(stats, 6, "dpmpp_2m").values():
+        assert schedule.timesteps.tolist() == schedule.timesteps.round().tolist()
+
+
+def test_fit_is_reproducible_and_checks_its_statistics(stats):
+    one, two = (fs.fit(DENOISER, (4,), 5, samples=3, levels=24, seed=2, progress=False) for _ in range(2))
+    assert torch.equal(one.sigmas, two.sigmas)
+    with pytest.raises(ValueError, match="stats are of samples of shape"):
+        fs.fit(DENOISER, (5,), 5, stats=stats)
+
+
+def test_never_far_above_the_common_schedules(stats):
+    """On noises not seen: the winner against the best of karras and exponential, both ways."""
+    winner = fs.audition(DENOISER, stats, 8, progress=False).winner
+    rivals = {
+        f"{make.__name__}{spare}": make(8, 0.01, 40.0, spare_last=spare)
+        for make in (fs.baselines.karras, fs.baselines.exponential)
+        for spare in (False, True)
+    }
+    table = fs.compare(DENOISER, {"ours": winner, **rivals}, "dpmpp_2m", shape=(4,), samples=128, progress=False)
+    assert table.ranked[0].name == "ours"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"samples": 7}, "samples must be at most the 6 that were measured"),
+     ({"candidates": {}}, "at least one schedule"), ({"solver": "dmpp_2m"}, "did you mean"),
+     ({"candidates": {"a": [1.0, 0.0]}}, r"candidates\['a'\] has 1 steps, not 6"),
+     ({"candidates": {"a": [1.0, 2.0, 0.0]}}, r"candidates\['a'\] must strictly descend")],
+)  # fmt: skip
+def test_bad_arguments(stats, options, message):
+    with pytest.raises(ValueError, match=message):
+        fs.audition(DENOISER, stats, 6, progress=False, **options)

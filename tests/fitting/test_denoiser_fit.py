@@ -1,0 +1,139 @@
+import pytest
+import torch
+from models import counted_denoiser, exact_denoiser, mixture
+
+import fastsched as fs
+from fastsched.fitting.auditioning import FINALISTS
+from fastsched.fitting.candidates import default_candidates
+from fastsched.fitting.denoiser_fit import ENTRANTS, affordable_candidates, fit_report
+from fastsched.sampling.solvers import get_solver
+
+ORACLE = mixture(d=4)
+LEVELS, SAMPLES = 42, 8
+SIGMAS = torch.logspace(2, -2, LEVELS, dtype=torch.float64)
+
+
+def counted():
+    return counted_denoiser(ORACLE, 0.01, 100.0)
+
+
+@pytest.fixture(scope="module")
+def stats():
+    denoiser = exact_denoiser(ORACLE, 0.01, 100.0)
+    return fs.measure(denoiser, (4,), levels=SIGMAS, samples=SAMPLES, keep_increments=True, progress=False)
+
+
+def report(denoiser, steps, solver="dpmpp_2m", **options):
+    return fit_report(denoiser, (4,), steps, solver, progress=False, **options)
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "heun"])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("budget", [60, 300])
+def test_calls_stay_within_the_budget(stats, steps, solver, budget):
+    denoiser, calls = counted()
+    found = report(denoiser, steps, solver, stats=stats, model_calls=budget)
+    assert sum(calls) <= budget
+    assert found.model_calls == stats.model_calls + sum(calls)
+    assert (found.schedule.steps, found.schedule.solver) == (steps, solver)
+    one_run = get_solver(solver).model_calls(steps) * SAMPLES
+    if one_run <= budget:
+        assert found.schedule.measured_error == min(
+            [row.schedule.measured_error for row in found.audition.table if len(row.errors) == SAMPLES]
+            + [trial.measured_error for trial in (found.tuning.trials if found.tuning else ())]
+        )
+    else:
+        assert not calls
+
+
+@pytest.mark.parametrize(("steps", "budget"), [(20, 230), (40, 159)])
+def test_calls_of_many_steps_stay_within_the_budget(stats, steps, budget):
+    """Of 40 steps no run of eight samples fits."""
+    denoiser, calls = counted()
+    found = report(denoiser, steps, "ddim", stats=stats, model_calls=budget)
+    assert (sum(calls) > 0) == (steps == 20)
+    assert sum(calls) <= budget
+    assert found.model_calls == stats.model_calls + sum(calls)
+    assert found.schedule.steps == steps
+
+
+@pytest.mark.parametrize(("solver", "steps"), [("dpmpp_2m", 1), ("dpmpp_2m", 4), ("heun", 3)])
+def test_as_many_candidates_as_an_audition_can_hear(stats, steps, solver):
+    """By counting the audition's own calls; more than two if the first round takes a quarter of the budget at most.
+
+    Of a budget for 15 runs two could be heard in the first round, but not both on all eight samples.
+    """
+    method = get_solver(solver)
+    whole = default_candidates(stats, steps, method)
+    each = method.model_calls(steps)
+    for budget in (0, each * SAMPLES - 1, each * SAMPLES, 15 * each, 30 * each, 1000 * each):
+        found = affordable_candidates(stats, steps, method, budget)
+        assert list(found) == list(whole)[: len(found)]
+        if budget < each * SAMPLES:
+            assert not found
+            continue
+        denoiser, calls = counted()
+        fs.audition(denoiser, stats, steps, method, found, progress=False)
+        assert sum(calls) <= budget
+        assert len(found) <= FINALISTS or len(found) * each * 3 <= budget / 4  # 3 of 8 samples in the first round
+    assert len(found) == min(len(whole), ENTRANTS)
+
+
+def test_default_budget_is_spent_on_candidates_and_tuning(stats):
+    denoiser, calls = counted()
+    found = report(denoiser, 6, stats=stats)
+    assert len(found.audition.table) > 2
+    assert found.tuning is not None
+    assert found.schedule.measured_error <= found.audition.winner.measured_error
+    assert sum(calls) == found.audition.model_calls + found.tuning.model_calls <= 740
+
+
+def test_without_a_budget_the_schedule_is_the_optimal_one(stats):
+    denoiser, calls = counted()
+    found = report(denoiser, 5, stats=stats, model_calls=0)
+    assert not calls
+    assert found.audition is found.tuning is None
+    assert torch.equal(found.schedule.sigmas, fs.optimal_schedule(stats, 5).sigmas)
+    assert found.schedule.measured_error is None
+
+
+def test_without_sensitivity_the_optimal_schedule_is_unweighted():
+    denoiser, _ = counted()
+    stats = fs.measure(denoiser, (4,), levels=12, samples=2, sensitivity=None, progress=False)
+    found = report(denoiser, 3, stats=stats, model_calls=0)
+    assert torch.equal(found.schedule.sigmas, fs.optimal_schedule(stats, 3, weight=None).sigmas)
+    assert report(denoiser, 3, stats=stats).schedule.measured_error > 0
+
+
+def test_paths_are_followed_again_where_increments_were_not_kept(stats, tmp_path):
+    stats.save(tmp_path / "stats.safetensors")
+    loaded = fs.PathStatistics.load(tmp_path / "stats.safetensors")
+    denoiser, calls = counted()
+    found = report(denoiser, 5, stats=loaded)
+    assert found.stats.increments is not None
+    assert found.model_calls == stats.model_calls + sum(calls)
+    assert sum(calls) == LEVELS * SAMPLES + found.audition.model_calls + found.tuning.model_calls
+    assert torch.equal(found.schedule.sigmas, report(denoiser, 5, stats=stats).schedule.sigmas)
+
+
+def test_a_fit_measures_by_itself():
+    denoiser, calls = counted()
+    found = report(denoiser, 4, levels=16, samples=2, model_calls=100)
+    assert found.stats.model_calls == 2 * (2 * 16 - 1)
+    assert found.model_calls == sum(calls) <= 2 * (2 * 16 - 1) + 100
+    same = fs.fit(denoiser, (4,), 4, levels=16, samples=2, model_calls=100, progress=False)
+    assert torch.equal(same.sigmas, found.schedule.sigmas)
+    assert same.measured_error == found.schedule.measured_error
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "message"),
+    [(0, {}, "steps must be at least 1"), (16, {"levels": 16}, "steps must be at most 15 on 16 levels"),
+     (4, {"model_calls": -1}, "model_calls must be at least 0"),
+     (4, {"solver": "ancestral"}, "solver must be deterministic"), (4, {"samples": 0}, "samples must be at least 1")],
+)  # fmt: skip
+def test_bad_arguments_spend_no_call(steps, options, message):
+    denoiser, calls = counted()
+    with pytest.raises(ValueError, match=message):
+        fit_report(denoiser, (4,), steps, progress=False, **options)
+    assert not calls

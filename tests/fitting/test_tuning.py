@@ -1,0 +1,296 @@
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from models import counted_denoiser, exact_denoiser, exact_denoisers, mixture
+
+import fastsched as fs
+import fastsched.fitting.tuning
+from fastsched.fitting.auditioning import distances
+from fastsched.fitting.secants import Performance, Recorder
+from fastsched.fitting.tuning import _Record, tuned
+from fastsched.sampling.random_streams import noise_of
+
+ORACLE = mixture(d=4)
+DENOISER = exact_denoiser(ORACLE, 0.01, 40.0)
+
+
+def measure(denoiser=DENOISER, **options):
+    options = {"levels": 24, "samples": 6, "keep_increments": True, "progress": False, **options}
+    return fs.measure(denoiser, (4,), **options)
+
+
+@pytest.fixture(scope="module")
+def stats():
+    return measure()
+
+
+@pytest.fixture(scope="module")
+def start():
+    return fs.Schedule(fs.baselines.karras(6, 0.01, 40.0, spare_last=True), "dpmpp_2m")
+
+
+@pytest.fixture(scope="module")
+def tuning(stats, start):
+    return fs.tune(DENOISER, stats, start, trials=6, progress=False)
+
+
+def counted():
+    return counted_denoiser(ORACLE, 0.01, 40.0)
+
+
+def test_tuning_lowers_the_error_on_a_mixture(tuning):
+    first, *others = tuning.trials
+    assert 1 <= len(others) <= 6
+    assert tuning.schedule.measured_error == min(trial.measured_error for trial in tuning.trials)
+    assert tuning.schedule.measured_error < 0.3 * first.measured_error  # karras leaves much to win
+
+
+def test_tuned_error_is_the_samplers_own(stats, tuning):
+    """The errors, and each trial's, from sampling again."""
+    noise = noise_of(stats.seeds, (4,))
+    for trial in tuning.trials:
+        errors = distances(stats, fs.sample(DENOISER, trial, noise=noise))
+        assert trial.measured_error == pytest.approx(float(errors.log().mean().exp()), rel=1e-4)
+    errors = distances(stats, fs.sample(DENOISER, tuning.schedule, noise=noise))
+    torch.testing.assert_close(tuning.errors, errors, rtol=1e-4, atol=0)
+
+
+def test_schedules_tuned_keep_their_ends_and_steps(tuning, start):
+    for trial in tuning.trials:
+        assert (trial.steps, trial.solver) == (6, "dpmpp_2m")
+        assert (float(trial.sigmas[0]), float(trial.sigmas[-1])) == (40.0, 0.0)
+    assert torch.equal(tuning.trials[0].sigmas, start.sigmas)
+    assert str(tuning).count("\n") == len(tuning.trials)
+
+
+def test_tuning_helps_on_noises_not_seen(tuning, start):
+    fresh = measure(seed=1, samples=64, sensitivity=None, keep_increments=False, levels=48)
+    noise = noise_of(fresh.seeds, (4,))
+    error = lambda schedule: float(distances(fresh, fs.sample(DENOISER, schedule, noise=noise)).log().mean().exp())
+    assert error(tuning.schedule) < 0.7 * error(start)
+
+
+def test_tuning_is_repeatable(stats, start, tuning):
+    again = fs.tune(DENOISER, stats, start, trials=6, progress=False)
+    assert len(again.trials) == len(tuning.trials)
+    assert all(torch.equal(a.sigmas, b.sigmas) for a, b in zip(again.trials, tuning.trials, strict=True))
+    assert torch.equal(again.errors, tuning.errors)
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "heun"])
+@pytest.mark.parametrize("trials", [0, 2])
+def test_model_calls_are_counted(stats, solver, trials):
+    denoiser, calls = counted()
+    start = fs.Schedule(fs.baselines.exponential(4, 0.01, 40.0), solver)
+    found = fs.tune(denoiser, stats, start, trials=trials, batch_size=4, progress=False)
+    assert found.model_calls == sum(calls)
+    assert len(found.trials) <= 1 + trials
+    if trials == 0:
+        assert torch.equal(found.schedule.sigmas, start.sigmas)
+
+
+def test_an_audition_brings_its_finalists(stats):
+    denoiser, calls = counted()
+    audition = fs.audition(denoiser, stats, 5, progress=False)
+    assert audition.model_calls == sum(calls)
+    calls.clear()
+    found = fs.tune(denoiser, stats, audition, trials=3, progress=False)
+    assert found.model_calls == sum(calls) == 5 * 6 * (len(found.trials) - 2)
+    assert [trial.measured_error for trial in found.trials[:2]] == [
+        pytest.approx(row.typical_error) for row in audition.table[:2]
+    ]
+    assert found.schedule.measured_error <= audition.winner.measured_error * (1 + 1e-12)
+
+
+def test_an_audition_of_some_samples_is_run_on_all(stats):
+    denoiser, calls = counted()
+    audition = fs.audition(denoiser, stats, 5, samples=3, progress=False)
+    calls.clear()
+    found = fs.tune(denoiser, stats, audition, trials=1, progress=False)
+    assert torch.equal(found.trials[0].sigmas, audition.winner.sigmas)
+    assert len(found.errors) == 6
+    assert found.model_calls == sum(calls) == 5 * 6 * len(found.trials)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm_2", "unipc_3", "ipndm"])
+def test_never_worse_than_the_start(stats, solver):
+    start = fs.optimal_schedule(stats, 4, solver)
+    found = fs.tune(DENOISER, stats, start, trials=3, progress=False)
+    assert found.schedule.measured_error <= found.trials[0].measured_error
+
+
+@pytest.mark.parametrize("kind", ["velocity", "epsilon", "v"])
+def test_other_processes_are_tuned(kind):
+    denoiser = exact_denoisers(ORACLE)[kind]
+    stats = measure(denoiser, levels=16, samples=4)
+    start = fs.Schedule.from_levels(stats.process, torch.cat([stats.s[[0, 4, 7, 11]], torch.zeros(1)]), "dpmpp_2m")
+    found = fs.tune(denoiser, stats, start, trials=4, progress=False)
+    assert found.schedule.measured_error < 0.8 * found.trials[0].measured_error
+    assert found.schedule.sigmas[0] == start.sigmas[0]
+
+
+def test_integer_timesteps_stay_integer():
+    denoiser = fs.Denoiser.from_epsilon(
+        lambda x, t: 0.9 * x / (1 + t[:, None] / 200), torch.linspace(0.999, 0.005, 200), integer_timesteps=True
+    )
+    stats = measure(denoiser, levels=16, samples=2)
+    found = fs.tune(denoiser, stats, fs.optimal_schedule(stats, 4, polish=False), trials=4, progress=False)
+    assert len(found.trials) > 1
+    for trial in found.trials:
+        assert trial.timesteps.tolist() == trial.timesteps.round().tolist()
+
+
+def test_one_step_has_nothing_to_tune(stats):
+    denoiser, calls = counted()
+    found = fs.tune(denoiser, stats, fs.Schedule([40.0, 0.0], "dpmpp_2m"), progress=False)
+    assert found.model_calls == sum(calls) == 6
+    assert found.schedule.sigmas.tolist() == [40.0, 0.0]
+
+
+def test_two_steps_find_the_best_node(stats):
+    """One node: against a scan of all places for it."""
+    noise = noise_of(stats.seeds, (4,))
+    error = lambda s: float(distances(stats, fs.sample(DENOISER, [40.0, s, 0.0], "ddim", noise)).log().mean())
+    scanned = min(error(float(s)) for s in torch.logspace(-1.5, 1.5, 200))
+    found = fs.tune(DENOISER, stats, fs.Schedule([40.0, 8.0, 0.0], "ddim"), trials=12, progress=False)
+    assert np.log(found.schedule.measured_error) < scanned + 0.02
+
+
+def test_gaussian_data_converge_in_few_runs():
+    """The surrogate is exact there, so that its own descent is the tuning: later runs have little left to win."""
+    denoiser = exact_denoiser(fs.oracles.Gaussian(0.5, (4,)), 0.01, 40.0)
+    stats = measure(denoiser, levels=48, samples=2)
+    start = fs.Schedule(fs.baselines.karras(5, 0.01, 40.0, spare_last=True), "dpmpp_2m")
+    found = fs.tune(denoiser, stats, start, trials=6, progress=False)
+    errors = [trial.measured_error for trial in found.trials]
+    assert errors[1] < 0.1 * errors[0]  # within reach
+    assert found.schedule.measured_error < 1e-3 * errors[0]
+
+
+def performance_of(schedule, stats, denoiser=DENOISER):
+    recorder = Recorder.of(denoiser)
+    return Performance(fs.sample(recorder, schedule, noise=noise_of(stats.seeds, (4,))), recorder.evaluations())
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["secants", "ends alone"])
+@pytest.mark.parametrize("anchor", [0, 2])
+def test_prediction_of_a_run_is_its_error(stats, tuning, monkeypatch, kept, anchor):
+    """At the levels of a run, undamped, the prediction is the run's error, whichever it starts from."""
+    monkeypatch.setattr(fastsched.fitting.tuning, "DAMPING", (0.0, 0.0))
+    record = _Record(stats, fs.solvers.get_solver("dpmpp_2m"))
+    for trial in tuning.trials[:4]:
+        performance = performance_of(trial, stats)
+        record.add(trial, performance if kept else Performance(performance.ends))
+    prediction = record.prediction(anchor, doubt=0.0)
+    for run in record.trials:
+        # an error of size 1e-2 in float32 vectors of size 10, squared
+        np.testing.assert_allclose(prediction(run.levels[None])[0], run.errors.numpy(), rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["heun", "ipndm"])
+def test_secants_predict_better_than_ends_alone(solver):
+    """Data of unlike deviations, whose Jacobian is no multiple of the identity; after four runs near each other."""
+    variances = torch.tensor([4.0, 0.5, 0.05, 0.005])
+    denoiser = fs.Denoiser.from_denoiser(
+        lambda z, s: z * variances.to(z) / (variances.to(z) + s[:, None] ** 2), 0.01, 40.0
+    )
+    stats, method = measure(denoiser, levels=48), fs.solvers.get_solver(solver)
+    start = fs.Schedule(fs.baselines.karras(6, 0.01, 40.0, spare_last=True), solver)
+    generator = np.random.default_rng(0)
+    nearby = [start]
+    for _ in range(13):
+        levels = stats.process.level(start.sigmas).clone()
+        levels[1:-1] *= torch.from_numpy(np.exp(generator.uniform(-0.3, 0.3, 5)))
+        nearby.append(fs.Schedule.from_levels(stats.process, levels, solver))
+    runs = [performance_of(schedule, stats, denoiser) for schedule in nearby]
+    off = []
+    for kept in (True, False):
+        record = _Record(stats, method)
+        for schedule, run in zip(nearby[:4], runs[:4], strict=True):
+            record.add(schedule, run if kept else Performance(run.ends))
+        levels = np.array([stats.process.level(schedule.sigmas).numpy() for schedule in nearby[4:]])
+        predicted = np.log(record.prediction(0, doubt=0.0)(levels))
+        actual = np.array([distances(stats, run.ends).log().numpy() for run in runs[4:]])
+        off.append(np.abs(predicted - actual).mean())
+    assert off[0] < 0.5 * off[1]
+
+
+def test_two_stage_solvers_from_pure_noise_are_learned_from():
+    """Their first step makes one call: fewer evaluations than steps elsewhere."""
+    betas = torch.linspace(0.999, 0.0, 60, dtype=torch.float64)
+    denoiser = fs.Denoiser.from_v(lambda x, t: 0.1 * x, betas)
+    stats = measure(denoiser, levels=20)
+    start = fs.optimal_schedule(stats, 4, "heun", polish=False)
+    record = _Record(stats, fs.solvers.get_solver("heun"))
+    record.add(start, performance_of(start, stats, denoiser))
+    assert len(record.trials[0].s) == 6
+    np.testing.assert_allclose(
+        record.prediction(0, doubt=0.0)(record.trials[0].levels[None])[0], record.trials[0].errors.numpy(), rtol=1e-3
+    )
+
+
+def test_samples_that_are_hit_exactly_leave_the_rest_predictable(stats, start):
+    """Their error counts as what rounding makes of it, in what is learned from a run too."""
+    performance = performance_of(start, stats)
+    ends = performance.ends.clone()
+    ends[:2] = stats.ends[:2]
+    record = _Record(stats, fs.solvers.get_solver("dpmpp_2m"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        record.add(start, dataclasses.replace(performance, ends=ends))
+        predicted = record.prediction(0, doubt=0.0)(record.trials[0].levels[None])[0]
+    np.testing.assert_allclose(predicted[2:], record.trials[0].errors[2:].numpy(), rtol=1e-3)
+
+
+def test_no_schedule_is_run_twice():
+    """Whole timesteps leave few schedules, so that two lines meet."""
+    denoiser = fs.Denoiser.from_epsilon(lambda x, t: 0.1 * x, torch.linspace(0.999, 0.005, 40), integer_timesteps=True)
+    stats = measure(denoiser, levels=16)
+    for steps in (3, 4, 5, 6):
+        outcome = fs.audition(denoiser, stats, steps, progress=False)
+        found = fs.tune(denoiser, stats, outcome, trials=10, progress=False)
+        assert len({tuple(trial.timesteps.tolist()) for trial in found.trials}) == len(found.trials)
+
+
+def test_what_cannot_be_run_is_passed_over(stats, start):
+    """Whoever runs the sampler may decline; then shorter moves are tried, up to the number of trials."""
+    asked = []
+
+    def decline(schedule):
+        asked.append(schedule)
+
+    found = tuned(decline, stats, [(start, performance_of(start, stats))], 4)
+    assert len(asked) == 4
+    assert len(found.trials) == 1
+    assert torch.equal(found.schedule.sigmas, start.sigmas)
+
+
+def test_another_start_has_its_turn(stats, start):
+    """Where one line does not get on, the other is tried; a third start is not followed."""
+    others = [fs.Schedule(fs.baselines.exponential(6, 0.01, 40.0, spare_last=spare), "dpmpp_2m") for spare in (0, 1)]
+    known = [(schedule, performance_of(schedule, stats)) for schedule in (start, *others)]
+    errors = [float(distances(stats, performance.ends).log().mean()) for _, performance in known]
+    asked = []
+
+    def decline(schedule):
+        asked.append(schedule.sigmas[1:-1].log())
+
+    found = tuned(decline, stats, known, 12)
+    assert torch.equal(found.schedule.sigmas, known[int(np.argmin(errors))][0].sigmas)
+    places = torch.stack([schedule.sigmas[1:-1].log() for schedule, _ in known])
+    nearest = {int((places - sigmas).abs().amax(1).argmin()) for sigmas in asked}
+    assert nearest == set(np.argsort(errors)[:2].tolist())
+
+
+def test_bad_arguments(stats, start):
+    denoiser, calls = counted()
+    with pytest.raises(ValueError, match="measure with keep_increments=True"):
+        fs.tune(denoiser, measure(keep_increments=False), start)
+    with pytest.raises(ValueError, match="trials must be at least 0"):
+        fs.tune(denoiser, stats, start, trials=-1)
+    with pytest.raises(ValueError, match="solver must be deterministic"):
+        fs.tune(denoiser, stats, fs.Schedule([40.0, 1.0, 0.0], "ancestral"))
+    assert not calls

@@ -1,0 +1,267 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from kernel_cases import (
+    EPS,
+    PRODUCT_ERROR,
+    PRODUCT_RMS,
+    GramCase,
+    gram_scale,
+    summation_error,
+    terms,
+)
+from kernel_worker import DEVICE, launch
+
+from fastsched import ops
+from fastsched.ops import reference
+
+ROUNDING = 16 * EPS[torch.float32]  # six roundings make a term, two terms an increment, on either side
+# A tensor core truncates where it adds: at most once a step of 8 columns, 16 times in two dots over 64 columns.
+TRUNCATION = 32 * EPS[torch.float32] if DEVICE == "cuda" else 0.0
+
+CASES = [
+    GramCase(N=2, B=1, d=1),
+    GramCase(N=13, B=3, d=257),
+    GramCase(N=13, B=3, d=257, per_sample=True, sensitivity=True),
+    GramCase(N=16, B=2, d=333, states="shared"),
+    GramCase(N=16, B=2, d=320, states="shared", per_sample=True, sensitivity=True),
+    GramCase(N=24, B=2, d=1000, states="none", apart=1e-4),
+    GramCase(N=33, B=2, d=129, states="shared", sensitivity=True),
+    GramCase(N=33, B=2, d=129, precision="tf32x3", apart=1e-4),
+    GramCase(N=64, B=2, d=500, states="none", per_sample=True),
+    GramCase(N=64, B=2, d=500, dtype=torch.bfloat16),
+    GramCase(N=64, B=2, d=500, dtype=torch.float16, states="shared"),
+    GramCase(N=64, B=1, d=512, precision="tf32x3"),
+    GramCase(N=64, B=1, d=512, precision="ieee", sensitivity=True),
+    GramCase(N=64, B=1, d=512, sensitivity=True, apart=1e-4),
+    GramCase(N=100, B=1, d=131),
+    GramCase(N=100, B=2, d=40, sensitivity=True, per_sample=True),
+    GramCase(N=128, B=1, d=128, states="none", precision="tf32x3"),
+    GramCase(N=128, B=1, d=128, states="shared", dtype=torch.bfloat16),
+    GramCase(N=256, B=1, d=65, states="none"),
+    GramCase(N=256, B=2, d=33, per_sample=True, apart=1e-4),
+    GramCase(N=256, B=1, d=64, states="shared"),
+    GramCase(N=256, B=1, d=64, states="none", precision="tf32x3"),
+    GramCase(N=200, B=1, d=48, states="none", sensitivity=True),
+]
+
+
+# Every number of levels with every kind of state, averaged and per sample, far apart and close; odd d.
+GRID = [
+    GramCase(N=N, B=2, d=35, states=states, per_sample=per_sample, apart=apart)
+    for N, states, per_sample, apart in itertools.product(
+        (13, 16, 24, 33, 64, 100, 128, 256), ("none", "shared", "levels"), (False, True), (1e-1, 1e-4)
+    )
+]
+
+
+def run(case: GramCase, change=None) -> list[np.ndarray | None]:
+    R, X, a, c, options = case.inputs(DEVICE)
+    if change is not None:
+        R = change(R)
+    found = ops.level_increment_gram(R, X, a, c, backend="triton", **options)
+    return [None if t is None else t.cpu().numpy() for t in found]
+
+
+def on_device(case: GramCase, change=None) -> ops.LevelGram:
+    return ops.LevelGram(*(None if t is None else torch.from_numpy(t) for t in launch(run, case, change)))
+
+
+def expected(case: GramCase):
+    """Reference values and what they may be missed by: Gram matrix, diagonal, cross block, norms."""
+    R, X, a, c, options = case.inputs()
+    t, W = terms(R, X, a, c), options.get("W")
+    relative = ROUNDING + summation_error(case.d)
+    scale = gram_scale(t)
+    gram = reference.increment_gram(R, X, a, c, per_sample=True)
+    values = [gram, gram.diagonal(dim1=-2, dim2=-1)]
+    product = PRODUCT_ERROR[case.precision] + TRUNCATION
+    bounds = [(relative + product) * scale, relative * scale.diagonal(dim1=-2, dim2=-1)]
+    if W is not None:
+        values.append(reference.cross_gram(W, R, X, a, c, per_sample=True))
+        bounds.append((relative + 1.5 * product) * gram_scale(W, t))  # three dots
+        values.append(reference.squared_norms(W, per_sample=True))
+        bounds.append(relative * values[-1])
+    if not case.per_sample:
+        values, bounds = [v.mean(0) for v in values], [b.mean(0) for b in bounds]
+    return values, bounds
+
+
+@pytest.mark.parametrize("case", [*CASES, *GRID], ids=str)
+def test_against_reference(case):
+    found = on_device(case)
+    parts = [found.gram, found.gram.diagonal(dim1=-2, dim2=-1)]
+    if case.sensitivity:
+        parts += [found.cross, found.w_squared]
+    else:
+        assert found.cross is None
+        assert found.w_squared is None
+    for got, want, bound in zip(parts, *expected(case), strict=True):
+        assert got.dtype == torch.float64
+        assert got.shape == want.shape
+        assert ((got - want).abs() <= bound).all()
+    assert torch.equal(found.gram, found.gram.mT)
+
+
+def relative_error(case: GramCase, found: torch.Tensor) -> torch.Tensor:
+    R, X, a, c, _ = case.inputs()
+    want = reference.increment_gram(R, X, a, c)
+    return (found - want).abs() / gram_scale(reference.increments(R, X, a, c)).mean(0)
+
+
+@pytest.mark.parametrize("precision", ["bf16x3", "tf32x3", "ieee"])
+def test_typical_error_of_a_precision(precision):
+    case = GramCase(N=64, B=1, d=1024, states="none", precision=precision)
+    error = relative_error(case, on_device(case).gram)
+    off_diagonal = error[~torch.eye(64, dtype=torch.bool)]
+    rounding = EPS[torch.float32] * (4 + math.sqrt(1024)) + TRUNCATION
+    assert off_diagonal.square().mean().sqrt() <= PRODUCT_RMS[precision] / math.sqrt(1024) + rounding
+
+
+def equal_increments(R: torch.Tensor) -> torch.Tensor:
+    """Levels on a straight line: the low parts of all increments agree, and their products add up."""
+    steps = torch.arange(1, 1 + len(R), device=R.device, dtype=R.dtype).view(-1, 1, 1)
+    return (steps * (R[1] * 1024).round() / 1024).to(R.dtype)  # 1024ths: every multiple is exact
+
+
+@pytest.mark.parametrize("precision", ["bf16x3", "tf32x3"])
+def test_worst_case_of_a_precision(precision):
+    case = GramCase(N=16, B=1, d=2048, states="none", precision=precision, apart=0.0)
+    R = equal_increments(case.inputs()[0])
+    a, c = torch.zeros(16), torch.ones(16)
+    found = torch.from_numpy(launch(run_equal, case))
+    want = reference.increment_gram(R, None, a, c)
+    error = ((found - want) / want)[~torch.eye(16, dtype=torch.bool)]
+    bound = PRODUCT_RMS[precision] + summation_error(2048) + TRUNCATION
+    assert error.abs().max() <= bound
+    assert torch.equal(error, error[:1].expand_as(error)) or error.std() <= bound
+
+
+def run_equal(case: GramCase) -> np.ndarray:
+    R = equal_increments(case.inputs(DEVICE)[0])
+    zeros, ones = [0.0] * case.N, [1.0] * case.N
+    return ops.level_increment_gram(R, None, zeros, ones, precision=case.precision, backend="triton").gram.cpu().numpy()
+
+
+@pytest.mark.parametrize("precision", ["bf16x3", "tf32x3", "ieee"])
+def test_close_levels_keep_their_distance(precision):
+    case = GramCase(N=32, B=1, d=4096, states="none", precision=precision, apart=1e-4)
+    found = ops.pairwise_squared_distances(on_device(case).gram)
+    R, _, a, c, _ = case.inputs()
+    want = reference.squared_distances(reference.levels(R, None, a, c))
+    adjacent = range(31), range(1, 32)
+    assert ((found[adjacent] - want[adjacent]).abs() <= 1e-5 * want[adjacent]).all()
+
+
+def transposed(R: torch.Tensor) -> torch.Tensor:
+    return torch.empty(R.shape[::-1], dtype=R.dtype, device=R.device).permute(2, 1, 0).copy_(R)
+
+
+def every_other_sample(R: torch.Tensor) -> torch.Tensor:
+    return torch.empty((R.shape[0], 2 * R.shape[1], R.shape[2]), dtype=R.dtype, device=R.device)[:, ::2].copy_(R)
+
+
+@pytest.mark.parametrize("change", [transposed, every_other_sample])
+def test_strides(change):
+    case = GramCase(N=9, B=3, d=144)
+    found = on_device(case, change)
+    want, bound = (parts[0] for parts in expected(case))
+    assert ((found.gram - want).abs() <= bound).all()
+
+
+def two_billion_apart(R: torch.Tensor) -> torch.Tensor:
+    """Levels so far apart that offsets exceed 32 bits; only the pages that are written to take memory."""
+    N, B, d = R.shape
+    stride = 2**31 // (N - 1) + 16
+    far = torch.empty((N - 1) * stride + B * d, dtype=R.dtype, device=R.device).as_strided(R.shape, (stride, d, 1))
+    return far.copy_(R)
+
+
+def test_far_offsets():
+    case = GramCase(N=9, B=2, d=48, dtype=torch.bfloat16, states="shared", per_sample=True)
+    found = on_device(case, two_billion_apart)
+    want, bound = (parts[0] for parts in expected(case))
+    assert ((found.gram - want).abs() <= bound).all()
+
+
+def with_nan(R: torch.Tensor) -> torch.Tensor:
+    R[3, 0, 5] = math.nan
+    return R
+
+
+def with_gpu_nan(R: torch.Tensor) -> torch.Tensor:
+    R[3, 0, 5] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # what arithmetic on a GPU gives
+    return R
+
+
+def with_inf(R: torch.Tensor) -> torch.Tensor:
+    R[3, 0, 5] = math.inf
+    return R
+
+
+@pytest.mark.parametrize("change", [with_nan, with_gpu_nan, with_inf])
+@pytest.mark.parametrize("precision", ["bf16x3", "tf32x3", "ieee"])
+def test_bad_numbers_come_through(change, precision):
+    gram = on_device(GramCase(N=16, B=1, d=64, states="none", precision=precision), change).gram
+    bad = ~gram.isfinite()
+    touched = torch.zeros(16, 16, dtype=torch.bool)
+    touched[3:5] = touched[:, 3:5] = True
+    assert torch.equal(bad, touched)
+
+
+def run_parts(case: GramCase, parts: list[int], fill: float) -> list[list[np.ndarray]]:
+    """Partial sums for several numbers of programs, from outputs that held ``fill``."""
+    from fastsched.kernels import config, level_gram
+
+    R, X, a, c, options = case.inputs(DEVICE)
+    R, X, W = (None if t is None else level_gram.columns_view(t, True) for t in (R, X, options.get("W")))
+    steps = level_gram.coefficient_steps(torch.stack([a, c])).to(DEVICE)
+    chosen = config.gram_launch(case.N, 4, "sm_90", precision=case.precision, aligned=False, cross=W is not None)
+    runs = [level_gram.launch(R, X, W, steps, case.precision, chosen, n, fill) for n in parts]
+    return [[t.cpu().numpy() for t in outputs] for outputs in runs]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        GramCase(N=24, B=2, d=777, sensitivity=True),
+        GramCase(N=100, B=1, d=100),
+        GramCase(N=100, B=1, d=50, sensitivity=True),
+    ],
+    ids=str,
+)
+def test_outputs_are_written_whole(case):
+    (outputs,) = launch(run_parts, case, [3], math.nan)
+    for output in outputs if case.sensitivity else outputs[:2]:
+        assert np.isfinite(output).all()
+
+
+def test_repeats_bitwise():
+    once, again = launch(run_parts, GramCase(N=33, B=1, d=300, sensitivity=True), [4, 4], 0.0)
+    for one, other in zip(once, again, strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_number_of_programs_does_not_matter():
+    case = GramCase(N=33, B=1, d=500, states="none")
+    runs = launch(run_parts, case, [1, 2, 7, 20], math.nan)
+    R, X, a, c, _ = case.inputs()
+    scale = gram_scale(reference.increments(R, X, a, c))[0]
+    grams = [torch.from_numpy(run[0]).double().sum(0)[0, 0, :33, :33] for run in runs]
+    for gram in grams[1:]:
+        assert ((gram - grams[0]).abs() <= 2 * (summation_error(case.d) + TRUNCATION) * scale).all()
+
+
+def run_opcheck(case: GramCase) -> dict:
+    R, X, a, c, options = case.inputs(DEVICE)
+    arguments = (R, X, options.get("W"), torch.stack([a, c]), case.per_sample, case.precision, True)
+    return torch.library.opcheck(torch.ops.fastsched.level_gram, arguments)
+
+
+@pytest.mark.parametrize("per_sample", [False, True], ids=["mean", "per_sample"])
+def test_opcheck(per_sample):
+    results = launch(run_opcheck, GramCase(N=5, B=2, d=32, per_sample=per_sample, sensitivity=per_sample))
+    assert set(results.values()) == {"SUCCESS"}

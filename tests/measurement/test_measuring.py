@@ -1,0 +1,309 @@
+import math
+
+import pytest
+import torch
+from models import exact_denoiser, exact_denoisers, mixture
+
+import fastsched as fs
+from fastsched.measurement.measuring import PATH_SOLVER, with_increments
+from fastsched.sampling.random_streams import noise_of, probe_of, sample_seeds
+
+C = 0.5
+
+
+def gaussian_denoiser(shape=(16,), std=C):
+    return exact_denoiser(fs.oracles.Gaussian(std, shape))
+
+
+def measure(denoiser, shape=(16,), **options):
+    return fs.measure(denoiser, shape, progress=False, **{"samples": 4, **options})
+
+
+@pytest.mark.parametrize(("levels", "bound"), [(64, 0.10), (256, 0.03)])
+@pytest.mark.parametrize("sensitivity", ["finite-difference", "jvp"])
+def test_sensitivity_of_a_gaussian(levels, bound, sensitivity):
+    """phi_k = c^2 / (c^2 + s_k^2)."""
+    stats = measure(gaussian_denoiser(), levels=levels, sensitivity=sensitivity)
+    exact = C**2 / (C**2 + stats.s**2)
+    error = (stats.phi[1:-1] / exact[1:] - 1).abs().max()
+    assert float(error) < bound
+    assert float(stats.phi[-1]) == 1.0
+    assert math.isnan(float(stats.phi[0]))
+
+
+def test_sensitivity_of_a_mixture_is_the_product_of_jacobians():
+    """phi against ||dz_N/dz_k||_F^2 / d of the sweep's own product, with exact Jacobians at the states."""
+    oracle = mixture(d=3)
+    denoiser = exact_denoiser(oracle, 0.01, 20.0)
+    stats = measure(denoiser, (3,), levels=24, samples=1, sensitivity="jvp", seed=3)
+    s = stats.s
+    states = follow_exactly(denoiser, noise_of(stats.seeds, (3,)), s)
+    product = torch.eye(3, dtype=torch.float64)
+    exact = []
+    for k in range(len(s) - 1, 0, -1):
+        keep = float(s[k + 1] / s[k]) if k + 1 < len(s) else 0.0
+        jacobian = oracle.jacobian(states[k].double(), float(s[k]))[0]
+        product = product @ (keep * torch.eye(3, dtype=torch.float64) + (1 - keep) * jacobian)
+        probe = probe_of(stats.seeds, (3,))[0].double()
+        exact.append((product.T @ probe).square().sum() / 3)
+    torch.testing.assert_close(stats.phi[1:-1], torch.stack(exact[::-1]), rtol=2e-3, atol=1e-6)  # float32 states
+
+
+def follow_exactly(denoiser, noise, s):
+    """The states z_k of the measured path, recomputed with fs.sample, level by level."""
+    states = [noise * float(s[0])]
+    for k in range(2, len(s) + 1):
+        states.append(fs.sample(denoiser, s[:k], PATH_SOLVER, noise))
+    return states
+
+
+def test_path_follows_the_exact_flow():
+    oracle = fs.oracles.Gaussian(C, (16,))
+    stats = measure(gaussian_denoiser(), levels=64)
+    noise = noise_of(stats.seeds, (16,))
+    exact = oracle.flow(noise * 80.0, 80.0, 0.0)
+    relative = (stats.ends - exact).norm() / exact.norm()
+    assert float(relative) < 0.168**3  # third order in a step of 0.168
+    assert stats.data_std == pytest.approx(float(exact.std()), rel=0.02)
+
+
+def gram_error(levels):
+    """Largest error of the increments' products against the exact flow, relative to the increments' sizes."""
+    oracle = fs.oracles.Gaussian(C, (16,))
+    stats = measure(exact_denoiser(oracle, 0.05, 80.0), levels=levels, sensitivity=None)
+    s, noise = stats.s, noise_of(stats.seeds, (16,)).double()
+    denoised = torch.stack([oracle.denoise(oracle.flow(noise * 80.0, 80.0, float(v)), float(v)) for v in s])
+    increments = denoised.diff(dim=0)
+    exact = torch.einsum("pbd,qbd->bpq", increments, increments)
+    scale = exact.diagonal(dim1=1, dim2=2).sqrt()
+    return float(((stats.gram - exact).abs() / (scale[:, :, None] * scale[:, None, :])).max())
+
+
+def test_gram_holds_the_increments():
+    """To third order in the path's steps, 0.117 and 0.029; below, to float32's rounding of D at the lowest levels.
+
+    There an increment is some 3e-4 of D and D is rounded to 6e-8 of itself, twice: 4e-4, over four samples the worst.
+    """
+    coarse, fine = gram_error(64), gram_error(256)
+    assert coarse < 2 * 0.117**3
+    assert fine < 1.5e-3
+
+
+def test_without_sensitivity_there_is_none():
+    stats = measure(gaussian_denoiser(), levels=8, sensitivity=None)
+    assert stats.cross is None
+    assert stats.w_squared is None
+    with pytest.raises(ValueError, match="no sensitivity"):
+        _ = stats.phi
+
+
+def test_model_calls_are_counted():
+    seen = []
+
+    def network(z, sigma):
+        seen.append(len(z))
+        return z * 0.1
+
+    denoiser = fs.Denoiser.from_denoiser(network, 0.01, 10.0)
+    stats = measure(denoiser, (3,), levels=16, samples=5, batch_size=2)
+    assert stats.model_calls == sum(seen) == 5 * (2 * 16 - 1)
+    seen.clear()
+    assert measure(denoiser, (3,), levels=16, sensitivity=None).model_calls == sum(seen) == 4 * 16
+
+
+def test_batches_do_not_change_the_samples():
+    denoiser = exact_denoiser(mixture())
+    whole = measure(denoiser, (4,), levels=16, samples=5)
+    parts = measure(denoiser, (4,), levels=16, samples=5, batch_size=2)
+    torch.testing.assert_close(whole.gram, parts.gram, rtol=1e-4, atol=1e-6)  # float32 states, other batch shapes
+    torch.testing.assert_close(whole.phi[1:], parts.phi[1:], rtol=1e-3, atol=1e-6)
+    first = measure(denoiser, (4,), levels=16, samples=2)
+    torch.testing.assert_close(first.ends, whole.ends[:2], rtol=1e-4, atol=1e-5)
+
+
+def test_same_seed_same_statistics():
+    denoiser = exact_denoiser(mixture())
+    one, two = (measure(denoiser, (4,), levels=16, seed=7) for _ in range(2))
+    assert torch.equal(one.gram, two.gram)
+    assert torch.equal(one.cross, two.cross)
+    other = measure(denoiser, (4,), levels=16, seed=8)
+    assert not torch.equal(one.gram, other.gram)
+
+
+def test_seeds_of_different_measurements_do_not_meet():
+    assert not set(sample_seeds(0, 10_000).tolist()) & set(sample_seeds(1, 10_000).tolist())
+    with pytest.raises(ValueError, match="seed must be within"):
+        sample_seeds(-1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_network_gives_nearly_the_same_sensitivity(dtype):
+    denoiser = gaussian_denoiser((64,))
+    wide = measure(denoiser, (64,), levels=32, samples=8)
+    seen = set()
+
+    def network(z, sigma):
+        seen.add(z.dtype)
+        return denoiser.network(z, sigma)
+
+    half = measure(fs.Denoiser.from_denoiser(network, 0.002, 80.0), (64,), levels=32, samples=8, dtype=dtype)
+    assert seen == {dtype}
+    # one part in 2^8 (bfloat16) of the state against a step of 5% of it, averaged over 8 x 64 elements
+    torch.testing.assert_close(half.phi[1:], wide.phi[1:], rtol=0.1, atol=1e-4)
+
+
+def test_a_module_says_its_own_dtype():
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+
+        def forward(self, z, sigma):
+            assert z.dtype == torch.bfloat16
+            return z * self.scale * 0.1
+
+    stats = measure(fs.Denoiser.from_denoiser(Network(), 0.01, 10.0), (3,), levels=8)
+    assert stats.gram.dtype == torch.float64
+
+
+def test_no_gradients_are_taken():
+    weight = torch.ones(3, requires_grad=True)
+    denoiser = fs.Denoiser.from_denoiser(lambda z, s: z * weight * 0.1, 0.01, 10.0)
+    assert not measure(denoiser, (3,), levels=8).gram.requires_grad
+    with torch.inference_mode():
+        measure(denoiser, (3,), levels=8)
+
+
+def test_flow_model_starts_from_pure_noise():
+    stats = measure(exact_denoisers(mixture())["velocity"], (4,), levels=24)
+    assert stats.s[0] == math.inf
+    assert stats.sigmas[0] == 1.0
+    assert bool(torch.isfinite(stats.gram).all())
+    assert bool(torch.isfinite(stats.phi[1:]).all())
+
+
+def test_constant_denoiser_has_no_sensitivity_before_the_end():
+    stats = measure(fs.Denoiser.from_denoiser(lambda z, s: torch.zeros_like(z), 0.01, 10.0), (3,), levels=8)
+    assert float(stats.gram.abs().max()) == 0.0
+    assert stats.phi[1:].tolist() == [0.0] * 7 + [1.0]
+    assert stats.psi[1:].tolist() == [0.0] * 7 + [1.0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_output_names_the_level(bad):
+    broken = fs.Denoiser.from_denoiser(lambda z, s: torch.where(s.reshape(-1, 1) < 1, bad, z), 0.1, 10.0)
+    with pytest.raises(ValueError, match=r"NaN or inf at sigma = 0.719686.*\(level 4 of 8\)"):
+        measure(broken, (3,), levels=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"levels": 2}, "levels must be at least 3"), ({"samples": 0}, "samples must be at least 1"),
+     ({"batch_size": 0}, "batch_size must be at least 1"),
+     ({"sensitivity": "jpv"}, "did you mean 'jvp'"),
+     ({"levels": torch.tensor([1.0, 2.0, 3.0])}, "levels must strictly descend"),
+     ({"levels": torch.tensor([2.0, 1.0, 0.0])}, "positive noise levels")],
+)  # fmt: skip
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        measure(gaussian_denoiser(), **options)
+
+
+@pytest.mark.parametrize("shape", [4, "abc", (), (3, 0)])
+def test_bad_shape(shape):
+    with pytest.raises((TypeError, ValueError), match="shape must"):
+        measure(gaussian_denoiser(), shape)
+
+
+def test_progress_is_shown_and_hidden(capsys):
+    fs.measure(gaussian_denoiser(), (16,), levels=8, samples=1)
+    assert "measuring" in capsys.readouterr().err
+    measure(gaussian_denoiser(), levels=8)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v", "velocity", "edm", "score"])
+def test_exact_and_finite_differences_agree(kind):
+    """For every kind of network: the sweep in forward mode against that of finite differences of 1%."""
+    denoiser = exact_denoisers(fs.oracles.Gaussian(C, (6,)))[kind]
+    exact = measure(denoiser, (6,), levels=16, sensitivity="jvp")
+    differences = measure(denoiser, (6,), levels=16)
+    assert exact.model_calls == differences.model_calls
+    # the denoiser is linear: float32's rounding over the 1% of the step
+    torch.testing.assert_close(exact.phi[1:], differences.phi[1:], rtol=1e-3, atol=1e-5)
+    scale = float(exact.cross.abs().max())
+    torch.testing.assert_close(exact.cross, differences.cross, rtol=0, atol=1e-3 * scale)
+
+
+def test_integer_networks_are_swept_in_forward_mode():
+    table = torch.linspace(0.999, 0.005, 200)
+    denoiser = fs.Denoiser.from_epsilon(lambda x, t: 0.1 * x, table, integer_timesteps=True)
+    exact = measure(denoiser, (6,), levels=16, sensitivity="jvp")
+    torch.testing.assert_close(exact.phi[1:], measure(denoiser, (6,), levels=16).phi[1:], rtol=1e-3, atol=1e-5)
+
+
+def increments_by_hand(denoiser, stats, shape):
+    """``D_{q+1} - D_q`` in float64 at the states of the path, from its own solver run up to each level."""
+    noise, process = noise_of(stats.seeds, shape).double(), denoiser.process
+    states = [noise]
+    for k in range(2, len(stats.s) + 1):
+        sigmas = process.sampler_sigma(stats.s[:k])
+        states.append(fs.sample(denoiser, sigmas, PATH_SOLVER, noise) / float(stats.s[k - 1]))
+    denoised = [denoiser.denoise(y, float(s)) for y, s in zip(states, stats.s, strict=True)]
+    return torch.stack(denoised).diff(dim=0).flatten(2).transpose(0, 1)
+
+
+@pytest.mark.parametrize("kind", ["x0", "epsilon", "v", "velocity", "edm", "score"])
+def test_kept_increments_are_those_of_the_path(kind):
+    denoiser = exact_denoisers(mixture())[kind]
+    stats = measure(denoiser, (4,), levels=12, samples=3, keep_increments=True)
+    assert stats.increments.shape == (3, 11, 4)
+    assert (stats.increments.dtype, stats.increments.device.type) == (torch.float32, "cpu")
+    products = torch.einsum("bpd,bqd->bpq", stats.increments.double(), stats.increments.double())
+    # both from float32 states, z = s y: an increment's rounding grows with the level
+    size = stats.gram.diagonal(dim1=1, dim2=2).sqrt()
+    rounding = 16 * torch.finfo(torch.float32).eps * stats.s[:-1].clamp(1.0, 200.0)
+    bound = rounding * size[:, :, None] + rounding[:, None] * size[:, None, :]
+    assert bool(((products - stats.gram).abs() <= bound).all())
+    expected = increments_by_hand(denoiser, stats, (4,))
+    torch.testing.assert_close(stats.increments.double(), expected, rtol=0, atol=2e-4)  # float32 states
+
+
+def test_increments_sum_to_the_path():
+    """``D_{N-1} - D_0``, and in batches, on images too."""
+    denoiser = exact_denoiser(fs.oracles.Gaussian(C, (1, 2, 3)), 0.01, 20.0)
+    stats = measure(denoiser, (1, 2, 3), levels=12, samples=5, batch_size=2, keep_increments=True)
+    first = denoiser.denoise(noise_of(stats.seeds, (1, 2, 3)), 20.0)
+    total = stats.increments.sum(1).reshape(stats.ends.shape)
+    torch.testing.assert_close(total, stats.ends - first, rtol=0, atol=1e-5)
+    assert measure(denoiser, (1, 2, 3), levels=12).increments is None
+
+
+@pytest.mark.parametrize("sensitivity", ["finite-difference", None])
+def test_increments_of_a_measurement_can_be_had_later(sensitivity):
+    seen = []
+    oracle = mixture()
+
+    def network(z, sigma):
+        seen.append(len(z))
+        return oracle.denoise(z, sigma)
+
+    denoiser = fs.Denoiser.from_denoiser(network, 0.01, 20.0)
+    kept = measure(denoiser, (4,), levels=12, samples=5, keep_increments=True, sensitivity=sensitivity)
+    plain = measure(denoiser, (4,), levels=12, samples=5, sensitivity=sensitivity)
+    seen.clear()
+    found = with_increments(denoiser, plain, batch_size=2)
+    assert sum(seen) == 12 * 5 == found.model_calls - plain.model_calls
+    torch.testing.assert_close(found.increments, kept.increments, rtol=1e-3, atol=1e-5)  # other batch shapes
+    assert torch.equal(found.gram, plain.gram)
+    assert (found.cross is None) == (sensitivity is None)
+    seen.clear()
+    assert with_increments(denoiser, found) is found
+    assert not seen
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        with_increments(denoiser, plain, batch_size=0)
+
+
+def test_automatic_samples_keep_their_increments():
+    stats = measure(gaussian_denoiser((4,)), (4,), levels=12, samples="auto", keep_increments=True)
+    assert len(stats.increments) == stats.samples

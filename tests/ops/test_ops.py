@@ -1,0 +1,418 @@
+import itertools
+import math
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from kernel_cases import EPS, GramCase, gram_scale, summation_error, terms
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastsched import ops
+from fastsched.ops import (
+    eager,
+    hutchinson_reduce,
+    level_increment_gram,
+    pairwise_squared_distances,
+    rademacher,
+    reference,
+    second_order_min_plus,
+)
+
+GRAM_CASES = [
+    GramCase(N=13, d=1000, sensitivity=True),
+    GramCase(N=13, d=1000, sensitivity=True, per_sample=True),
+    GramCase(N=64, B=1, d=63, states="shared"),
+    GramCase(N=33, states="none", per_sample=True),
+    GramCase(N=2, B=3, d=1),
+    GramCase(N=1, states="shared"),
+    GramCase(N=128, B=1, d=20001, states="none"),
+    GramCase(N=16, dtype=torch.bfloat16, sensitivity=True),
+    GramCase(N=16, dtype=torch.float16, states="shared"),
+    GramCase(N=16, dtype=torch.float64, per_sample=True, sensitivity=True),
+    GramCase(N=24, d=4096, apart=1e-4),
+]
+
+
+def assert_gram(case, found, R, X, a, c, options):
+    dtype = case.dtype if case.dtype == torch.float64 else torch.float32
+    t = terms(R, X, a, c)
+    # Six roundings at most make a term and two terms an increment, on either side; then the sum.
+    relative = 16 * EPS[dtype] + summation_error(case.d, dtype)
+    expected = reference.increment_gram(R, X, a, c, per_sample=True)
+    cross = reference.cross_gram(options["W"], R, X, a, c, per_sample=True) if case.sensitivity else None
+    scale = gram_scale(t)
+    if not case.per_sample:
+        expected, scale = expected.mean(0), scale.mean(0)
+    assert found.gram.dtype == torch.float64
+    assert found.gram.shape == expected.shape
+    assert ((found.gram - expected).abs() <= relative * scale).all()
+    if cross is None:
+        assert found.cross is None
+        assert found.w_squared is None
+        return
+    norms = reference.squared_norms(options["W"], per_sample=case.per_sample)
+    cross_scale = gram_scale(options["W"], t)
+    if not case.per_sample:
+        cross, cross_scale = cross.mean(0), cross_scale.mean(0)
+    assert ((found.cross - cross).abs() <= relative * cross_scale).all()
+    assert ((found.w_squared - norms).abs() <= summation_error(case.d) * norms).all()
+
+
+@pytest.mark.parametrize("case", GRAM_CASES, ids=str)
+def test_gram_against_reference(case):
+    R, X, a, c, options = case.inputs()
+    assert_gram(case, level_increment_gram(R, X, a, c, **options), R, X, a, c, options)
+
+
+def coefficients(kind: str, N: int) -> torch.Tensor:
+    """Coefficients that move a lot, a little, not at all, or through zero."""
+    k = torch.arange(N, dtype=torch.float64)
+    return {
+        "constant": torch.full((N,), 0.7, dtype=torch.float64),
+        "zero": torch.zeros(N, dtype=torch.float64),
+        "rounded": 0.7 * (1 + 2.0**-52 * (k % 3)),
+        "through-zero": 1 - k / 8,
+        "two-alike": torch.where(k == 5, 4.0, k),
+        "wild": 10 ** (3 * torch.sin(7 * k)),
+        "close": 1 + 1e-6 * k,
+    }[kind]
+
+
+@pytest.mark.parametrize("of_X", ["constant", "zero", "through-zero", "wild", None])
+@pytest.mark.parametrize("of_R", ["constant", "zero", "rounded", "through-zero", "two-alike", "wild", "close"])
+def test_gram_with_any_coefficients(of_R, of_X):
+    case = GramCase(N=16, states="levels" if of_X else "none", sensitivity=True)
+    R, X, a, _, options = case.inputs()
+    a, c = a if of_X is None else coefficients(of_X, 16), coefficients(of_R, 16)
+    assert_gram(case, level_increment_gram(R, X, a, c, **options), R, X, a, c, options)
+
+
+def test_gram_of_levels_that_are_the_same():
+    R = torch.randn(1, 2, 50, generator=torch.Generator().manual_seed(0)).expand(6, 2, 50)
+    gram = level_increment_gram(R, None, [0.0] * 6, [0.3] * 6).gram
+    assert (gram[0, 0] > 0).all()
+    assert (gram[1:] == 0).all()
+
+
+@pytest.mark.parametrize("product", ["onednn", "matmul"])
+@pytest.mark.parametrize("states", ["none", "shared", "levels"])
+def test_gram_of_wide_blocks(product, states, monkeypatch):
+    if product == "matmul":
+        monkeypatch.setattr(eager, "_onednn_linear", lambda: None)
+    elif eager._onednn_linear() is None:
+        pytest.skip("this PyTorch has no oneDNN product")
+    case = GramCase(N=33, B=1, d=9001, states=states, sensitivity=True)
+    R, X, a, c, options = case.inputs()
+    assert_gram(case, level_increment_gram(R, X, a, c, **options), R, X, a, c, options)
+
+
+def test_gram_keeps_its_precision_when_a_program_lowers_that_of_matmul():
+    R, X, a, c, options = GramCase(N=16, B=1, d=9000, sensitivity=True).inputs()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # bfloat16 products where the processor has them
+    try:
+        found = level_increment_gram(R, X, a, c, **options)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    # So the products are taken in float64, wherever this runs.
+    bound = summation_error(9000, torch.float64) * gram_scale(terms(R, X, a, c)).mean(0)
+    assert ((found.gram - reference.increment_gram(R, X, a, c)).abs() <= 16 * bound).all()
+
+
+def test_gram_of_strided_tensors():
+    case = GramCase(N=9, B=3, d=300, sensitivity=True)
+    R, X, a, c, options = case.inputs()
+    strided = torch.empty(3, 300, 9).permute(2, 0, 1).copy_(R)
+    assert not strided.is_contiguous()
+    assert_gram(case, level_increment_gram(strided, X, a, c, **options), R, X, a, c, options)
+
+
+@pytest.mark.parametrize("kind", [list, np.asarray], ids=["list", "numpy"])
+def test_gram_takes_coefficients_of_any_kind(kind):
+    R, X, a, c, options = GramCase().inputs()
+    plain = level_increment_gram(R, X, kind(a.tolist()), kind(c.tolist()), **options)
+    assert torch.equal(plain.gram, level_increment_gram(R, X, a, c, **options).gram)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["R", "X", "W"])
+def test_gram_lets_bad_numbers_through(bad, where):
+    R, X, a, c, options = GramCase(sensitivity=True).inputs()
+    {"R": R, "X": X, "W": options["W"]}[where][3, 1, 40] = bad
+    gram, cross, w_squared = level_increment_gram(R, X, a, c, **options)
+    if where == "W":
+        assert not cross[3].isfinite().any()
+        assert not w_squared[3].isfinite()
+        assert gram.isfinite().all()
+    else:
+        assert not gram[3].isfinite().any()
+        assert not gram[:, 4].isfinite().any()
+        assert gram[:3, :3].isfinite().all()
+
+
+def test_close_levels_keep_their_distance():
+    R, _, a, c, options = GramCase(N=32, B=1, d=5000, states="none", apart=1e-4).inputs()
+    found = pairwise_squared_distances(level_increment_gram(R, None, a, c, **options).gram)
+    expected = reference.squared_distances(reference.levels(R, None, a, c))
+    adjacent = range(31), range(1, 32)
+    assert ((found[adjacent] - expected[adjacent]).abs() <= 1e-5 * expected[adjacent]).all()
+    # The textbook form in float32 loses them: the bound above can fail.
+    u = reference.levels(R, None, a, c).float().flatten(1)
+    textbook = (u * u).sum(1)[:, None] + (u * u).sum(1)[None] - 2 * u @ u.T
+    assert ((textbook[adjacent] - expected[adjacent]).abs() > 0.1 * expected[adjacent]).any()
+
+
+def test_distances_of_exact_gram():
+    R, X, a, c, _ = GramCase(N=20, B=3, dtype=torch.float64).inputs()
+    found = pairwise_squared_distances(reference.increment_gram(R, X, a, c))
+    expected = reference.squared_distances(reference.levels(R, X, a, c))
+    # Additions per entry: at most N^2 / 2, each relative to the path's length squared.
+    length = reference.increments(R, X, a, c)[1:].square().sum(-1).sqrt().sum(0).square().mean()
+    assert ((found - expected).abs() <= 200 * EPS[torch.float64] * length).all()
+    assert torch.equal(found, found.T)
+
+
+def test_distances_are_batched_and_never_negative():
+    gram = reference.increment_gram(*GramCase(N=6, B=4).inputs()[:4], per_sample=True)
+    batched = pairwise_squared_distances(gram)
+    for sample in range(4):
+        assert torch.equal(batched[sample], pairwise_squared_distances(gram[sample]))
+    back_and_forth = torch.tensor([[0.0, 0, 0], [0, 1.0, -1.0 - 1e-15], [0, -1.0 - 1e-15, 1.0]])
+    assert (pairwise_squared_distances(back_and_forth.double()) >= 0).all()
+
+
+class LargestStorage(TorchDispatchMode):
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in known:
+            self.largest = max(self.largest, out.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("states", ["none", "shared", "levels"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_gram_needs_little_memory(states, dtype):
+    R, X, a, c, _options = GramCase(N=64, B=4, d=65536, states=states, dtype=dtype, apart=0.1).inputs()
+    with LargestStorage() as storage:
+        eager.level_gram(R, X, None, torch.stack([a, c]), False)
+    assert 0 < storage.largest <= R.nbytes / 4
+
+
+def test_rademacher_is_the_stated_stream():
+    columns = [0, 1, 63, 64, 2047, 2048, 4095, 8191, 8192, 9999]
+    for seed in (0, 7, 2**32 + 5, 2**63 - 1):
+        signs = rademacher(seed, (3, 10000))
+        for row in range(3):
+            expected = [reference.rademacher_sign(seed, row, column) for column in columns]
+            assert signs[row, columns].tolist() == expected
+
+
+def test_rademacher_is_fair_and_prefix_stable():
+    signs = rademacher(3, (4, 100_000))
+    assert set(signs.unique().tolist()) == {-1.0, 1.0}
+    assert abs(float(signs.mean())) <= 5 / math.sqrt(signs.numel())
+    assert (signs @ signs.T / 100_000 - torch.eye(4)).abs().max() <= 5 / math.sqrt(100_000)
+    assert torch.equal(rademacher(3, (4, 77)), signs[:, :77])
+    assert torch.equal(rademacher(3, (2, 2, 77)).flatten(0, 1), signs[:, :77])
+    assert rademacher(3, (5,), dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert not torch.equal(rademacher(4, (4, 77)), signs[:, :77])
+
+
+@pytest.mark.parametrize("probe", ["levels", "shared", "seed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_hutchinson_against_reference(probe, dtype):
+    JV = torch.randn(5, 3, 1001, generator=torch.Generator().manual_seed(0)).to(dtype)
+    V = rademacher(11, {"levels": (5, 3, 1001)}.get(probe, (3, 1001)))
+    found = hutchinson_reduce(11 if probe == "seed" else V, JV)
+    expected = reference.hutchinson(V, JV)
+    for got, want, size in zip(found, expected, (JV.double().abs(), JV.double().square()), strict=True):
+        assert got.dtype == torch.float64
+        assert ((got - want).abs() <= 1001 * EPS[torch.float64] * size.sum(-1)).all()
+
+
+def test_hutchinson_finds_a_trace():
+    d, probes = 40, 4000
+    J = torch.randn(d, d, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    V = rademacher(5, (probes, d), dtype=torch.float64)
+    v_jv, jv_jv = hutchinson_reduce(5, (V @ J.T).unsqueeze(0))
+    for estimates, exact in ((v_jv, J.trace()), (jv_jv, J.square().sum())):
+        assert abs(estimates.mean() - exact) <= 4 * estimates.std() / math.sqrt(probes)
+
+
+def random_costs(M, seed, whole=False):
+    generator = torch.Generator().manual_seed(seed)
+    if whole:  # many ties
+        return (torch.randint(0, 3, (n,) * k, generator=generator).double() for n, k in ((M, 1), (M, 3)))
+    return (torch.rand((M,) * k, generator=generator, dtype=torch.float64) for k in (1, 3))
+
+
+@pytest.mark.parametrize("M", range(2, 9))
+@pytest.mark.parametrize("whole", [False, True], ids=["real", "ties"])
+def test_min_plus_against_all_paths(M, whole):
+    for seed in range(10):
+        first, cost = random_costs(M, seed, whole)
+        totals, paths = second_order_min_plus(first, cost, M + 1)
+        expected_totals, expected_paths = reference.second_order_min_plus(first, cost, M + 1)
+        assert totals.tolist() == expected_totals
+        assert paths.tolist() == expected_paths
+
+
+def test_min_plus_reads_nothing_outside_its_edges():
+    M = 7
+    first, cost = random_costs(M, 0)
+    poisoned = torch.full_like(cost, math.nan)
+    for i, j, k in itertools.combinations(range(M), 3):
+        poisoned[i, j, k] = cost[i, j, k]
+    first_poisoned = first.clone()
+    first_poisoned[0] = math.nan
+    for found, expected in zip(
+        second_order_min_plus(first_poisoned, poisoned, 6), second_order_min_plus(first, cost, 6), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+def test_min_plus_respects_forbidden_edges():
+    first = torch.tensor([0.0, 1.0, math.inf, math.inf])
+    cost = torch.full((4, 4, 4), math.inf)
+    cost[0, 1, 2], cost[1, 2, 3] = 1.0, -5.0
+    totals, paths = second_order_min_plus(first, cost, 3)
+    assert totals.tolist() == [math.inf, math.inf, -3.0]
+    assert paths.tolist() == [[-1] * 4, [-1] * 4, [0, 1, 2, 3]]
+
+
+def test_min_plus_is_quick():
+    first, cost = random_costs(65, 0)
+    second_order_min_plus(first, cost, 2)
+    times = []
+    for _ in range(5):
+        start = time.process_time()  # not the clock's: other processes may hold the processor
+        second_order_min_plus(first, cost, 32)
+        times.append(time.process_time() - start)
+    assert min(times) < 0.1
+
+
+@pytest.mark.parametrize("states", ["none", "shared", "levels"])
+@pytest.mark.parametrize("per_sample", [False, True], ids=["mean", "per_sample"])
+def test_opcheck_level_gram(states, per_sample):
+    R, X, a, c, options = GramCase(N=5, d=33, states=states, sensitivity=per_sample).inputs()
+    arguments = (R, X, options.get("W"), torch.stack([a, c]), per_sample, "bf16x3", False)
+    torch.library.opcheck(torch.ops.fastsched.level_gram, arguments)
+
+
+@pytest.mark.parametrize("probe", ["levels", "shared", "seed"])
+def test_opcheck_hutchinson(probe):
+    JV = torch.randn(2, 3, 40)
+    V = {"levels": JV.clone(), "shared": JV[0].clone(), "seed": None}[probe]
+    torch.library.opcheck(torch.ops.fastsched.hutchinson, (V, 3, JV, False))
+
+
+def test_opcheck_min_plus():
+    torch.library.opcheck(torch.ops.fastsched.min_plus, (*random_costs(5, 0), 3, False))
+
+
+@pytest.mark.slow
+def test_compiles_without_graph_breaks():
+    R, X, a, c, options = GramCase(N=6, d=50, sensitivity=True).inputs()
+    first, cost = random_costs(6, 0)
+
+    def everything(R, X, W, a, c, first, cost):
+        result = level_increment_gram(R, X, a, c, W=W)
+        distances = pairwise_squared_distances(result.gram)
+        sums = hutchinson_reduce(5, R)
+        path = second_order_min_plus(first, cost, 4)
+        return distances, result.cross, result.w_squared, *sums, *path
+
+    inputs = R, X, options["W"], a, c, first, cost
+    compiled = torch.compile(everything, fullgraph=True)(*inputs)
+    for got, want in zip(compiled, everything(*inputs), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)  # float64; fusion may reorder sums
+
+
+R3 = torch.zeros(4, 2, 8)
+ERRORS = {
+    "precision": (
+        lambda: level_increment_gram(R3, None, [1] * 4, [1] * 4, precision="fp8"),
+        "precision.*'fp8'",
+    ),
+    "backend": (lambda: level_increment_gram(R3, None, [1] * 4, [1] * 4, backend="cuda"), "backend.*'cuda'"),
+    "triton-gram": (
+        lambda: level_increment_gram(R3, None, [1] * 4, [1] * 4, backend="triton"),
+        'backend="triton".*cpu',
+    ),
+    "triton-hutchinson": (lambda: hutchinson_reduce(1, R3, backend="triton"), 'backend="triton".*cpu'),
+    "triton-min_plus": (
+        lambda: second_order_min_plus(torch.zeros(3), torch.zeros(3, 3, 3), 2, backend="triton"),
+        'backend="triton".*cpu',
+    ),
+    "R-shape": (lambda: level_increment_gram(R3[0], None, [1] * 4, [1] * 4), r"R must be \[N, B, d\]"),
+    "R-empty": (lambda: level_increment_gram(R3[:, :0], None, [1] * 4, [1] * 4), "R must be .* not empty"),
+    "R-dtype": (lambda: level_increment_gram(R3.int(), None, [1] * 4, [1] * 4), "R must be one of .*int32"),
+    "X-shape": (
+        lambda: level_increment_gram(R3, R3[:3], [1] * 4, [1] * 4),
+        r"X must be \[4, 2, 8\] or \[2, 8\]",
+    ),
+    "W-shape": (lambda: level_increment_gram(R3, None, [1] * 4, [1] * 4, W=R3[0]), r"W must be \[4, 2, 8\]"),
+    "a-shape": (lambda: level_increment_gram(R3, R3, [1] * 3, [1] * 4), r"a must be \[4\].*\(3,\)"),
+    "c-shape": (lambda: level_increment_gram(R3, R3, [1] * 4, [[1] * 4]), r"c must be \[4\].*\(1, 4\)"),
+    "device": (
+        lambda: level_increment_gram(R3, R3.to("meta"), [1] * 4, [1] * 4),
+        "X must be on R's device.*meta",
+    ),
+    "gram-shape": (lambda: pairwise_squared_distances(torch.zeros(3, 4)), r"gram must be .*\(3, 4\)"),
+    "V-shape": (lambda: hutchinson_reduce(R3[:2], R3), r"V_or_seed must be \[4, 2, 8\] or \[2, 8\]"),
+    "JV-shape": (lambda: hutchinson_reduce(1, R3[0]), r"JV must be \[N, B, d\]"),
+    "seed-hutchinson": (lambda: hutchinson_reduce(-1, R3), "V_or_seed .* got -1"),
+    "seed-rademacher": (lambda: rademacher(2**63, (3,)), "seed .* got 9223372036854775808"),
+    "no-axis": (lambda: rademacher(1, ()), "shape must have"),
+    "first-shape": (
+        lambda: second_order_min_plus(torch.zeros(1), torch.zeros(1, 1, 1), 2),
+        r"first must be \[M\]",
+    ),
+    "cost-shape": (
+        lambda: second_order_min_plus(torch.zeros(3), torch.zeros(3, 3), 2),
+        r"cost must be \[3, 3, 3\]",
+    ),
+    "cost-dtype": (
+        lambda: second_order_min_plus(torch.zeros(3), torch.zeros(3, 3, 3).int(), 2),
+        "cost must be float64 or float32",
+    ),
+    "steps": (lambda: second_order_min_plus(torch.zeros(3), torch.zeros(3, 3, 3), 0), "steps .* got 0"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_name_the_argument(name, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    call, message = ERRORS[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.slow
+def test_needs_neither_triton_nor_scipy():
+    script = """
+import sys
+for name in ("triton", "scipy"):
+    sys.modules[name] = None  # any import of it fails
+import torch
+from fastsched import ops
+from fastsched.ops import reference
+R = torch.randn(4, 2, 30)
+found = ops.level_increment_gram(R, None, [0.0] * 4, [1.0] * 4).gram
+expected = reference.increment_gram(R, None, torch.zeros(4), torch.ones(4))
+assert (found - expected).abs().max() <= 1e-5 * expected.max()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_loads_no_triton_itself():
+    script = "import sys, fastsched.ops; print([m for m in sys.modules if m.startswith('fastsched.kernels')])"
+    out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=120)
+    assert out.stdout.strip() == "[]"
+    assert ops.BACKENDS == ("auto", "triton", "torch")

@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+import torch
+from models import exact_denoiser, mixture
+
+import fastsched as fs
+from fastsched.sampling.multistep import Node
+from fastsched.sampling.sampler import integrate, nodes_of
+from fastsched.sampling.solvers import SOLVERS, get_solver
+
+DENOISER = exact_denoiser(mixture(d=3))
+NOISE = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+
+
+def test_schedule_brings_its_solver():
+    schedule = fs.Schedule(torch.tensor([80.0, 1.0, 0.0]), "heun")
+    torch.testing.assert_close(
+        fs.sample(DENOISER, schedule, noise=NOISE), fs.sample(DENOISER, [80.0, 1.0, 0.0], "heun", NOISE)
+    )
+
+
+def test_one_step_returns_the_denoised_noise():
+    torch.testing.assert_close(fs.sample(DENOISER, [80.0, 0.0], "ddim", NOISE), DENOISER(80 * NOISE, 80.0))
+
+
+def test_stopping_short_returns_the_state():
+    gaussian = fs.oracles.Gaussian(0.5, (3,))
+    sigmas = torch.logspace(1.9, 0, 2001, dtype=torch.float64)
+    noise = NOISE.double()
+    z = fs.sample(exact_denoiser(gaussian), sigmas, "heun", noise)
+    exact = gaussian.flow(noise * sigmas[0], float(sigmas[0]), float(sigmas[-1]))
+    torch.testing.assert_close(z, exact, rtol=1e-5, atol=0)  # second order: (4.4 / 2000)^2
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_output_names_the_level(bad):
+    broken = fs.Denoiser.from_denoiser(lambda z, s: torch.where(s.reshape(-1, 1) < 1, bad, z), 0.01, 80.0)
+    with pytest.raises(ValueError, match=r"NaN or inf at sigma = 0\.5"):
+        fs.sample(broken, [80.0, 2.0, 0.5, 0.1, 0.0], "ddim", NOISE)
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "message"),
+    [([1.0, 2.0, 0.0], r"sigmas must strictly descend, but sigmas\[1\] = 2 follows 1"), ([1.0], "at least two"),
+     ([2.0, 1.0, 1.0], "strictly descend"), ([2.0, -1.0], "non-negative"), ([2.0, float("nan")], "non-negative")],
+)  # fmt: skip
+def test_bad_sigmas(sigmas, message):
+    with pytest.raises(ValueError, match=message):
+        fs.sample(DENOISER, sigmas, "ddim", NOISE)
+
+
+def test_solver_and_noise_are_needed():
+    with pytest.raises(ValueError, match="solver must be given"):
+        fs.sample(DENOISER, [1.0, 0.0], noise=NOISE)
+    with pytest.raises(ValueError, match="noise must be given"):
+        fs.sample(DENOISER, [1.0, 0.0], "ddim")
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_integration_of_many_schedules_is_that_of_each(name):
+    """Nodes of arrays, one entry a schedule: each row as if it were alone."""
+    process, levels = DENOISER.process, torch.tensor([[9.0, 3.0, 1.0, 0.2, 0.0], [9.0, 5.0, 0.7, 0.1, 0.0]]).double()
+    denoise = lambda y, s: np.tanh(y) + 0.1 * np.asarray(s)  # any function serves, broadcasting over [.., 2]
+    start = np.array([0.3, -1.1])
+    alone = [nodes_of(process, row) for row in levels]
+    together = [Node(*(np.array(column) for column in zip(*pair, strict=True))) for pair in zip(*alone, strict=True)]
+    method = get_solver(name)
+    found = integrate(
+        lambda y, s: denoise(y, s[:, None]),
+        together,
+        method,
+        np.tile(start, (2, 1)),
+        s=list(levels.T.numpy()),
+        number=lambda value: np.asarray(value)[..., None],
+    )
+    for n, nodes in enumerate(alone):
+        expected = integrate(denoise, nodes, method, start, s=levels[n].numpy())
+        np.testing.assert_allclose(found[n], expected, rtol=1e-13, atol=1e-13)
+
+
+def test_watched_steps_are_all_steps():
+    seen = []
+
+    def watched():
+        for n in range(3):
+            seen.append(n)
+            yield n
+
+    nodes = nodes_of(DENOISER.process, torch.tensor([9.0, 3.0, 1.0, 0.5]))
+    s = [9.0, 3.0, 1.0, 0.5]
+    end = integrate(lambda y, s: 0.0 * y + s, nodes, get_solver("ddim"), 0.0, s=s, steps=watched())
+    # y gains (rho_k - rho_j) D_j, D = s: (1/3 - 1/9) 9 + (1 - 1/3) 3 + (2 - 1) 1
+    assert end == pytest.approx(2 + 2 + 1, rel=1e-12)
+    assert seen == [0, 1, 2]
+    assert integrate(lambda y, s: 0.0 * y + s, nodes, get_solver("ddim"), 0.0, s=s) == end

@@ -1,0 +1,127 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastsched as fs
+from fastsched.denoisers.noise import FlowMatching, VariancePreserving
+
+FULL = fs.Schedule(
+    torch.tensor([14.6, 1.5, 2e-5, 0.0], dtype=torch.float64),
+    "dpmpp_2m",
+    "vp",
+    torch.tensor([999.0, 500.25, 0.0]),
+    3e-7,
+)
+
+
+def test_properties():
+    assert FULL.steps == 3
+    assert FULL.model_calls == 3
+    assert FULL.end_sigma == 2e-5
+    assert FULL.sigmas.dtype == FULL.timesteps.dtype == torch.float64
+    assert fs.Schedule([3.0, 1.0, 0.0], "heun").model_calls == 3
+    assert "dpmpp_2m, 3 steps, vp: [14.6, 1.5, 2e-05, 0]" in repr(FULL)
+
+
+def test_save_and_load(tmp_path):
+    FULL.save(tmp_path / "schedule.json")
+    read = fs.Schedule.load(tmp_path / "schedule.json")
+    assert torch.equal(read.sigmas, FULL.sigmas)
+    assert torch.equal(read.timesteps, FULL.timesteps)
+    assert (read.solver, read.noise, read.predicted_error) == ("dpmpp_2m", "vp", 3e-7)
+    assert [file.name for file in tmp_path.iterdir()] == ["schedule.json"]
+
+
+def test_file_holds_plain_decimals(tmp_path):
+    FULL.save(tmp_path / "schedule.json")
+    text = (tmp_path / "schedule.json").read_text()
+    assert "0.00002," in text
+    numbers = text[text.index("sigmas") :].replace("predicted_error", "").replace("timesteps", "")
+    assert "e-" not in numbers
+    assert json.loads(text)["version"] == 1
+
+
+@given(st.lists(st.floats(1e-9, 1e6), min_size=1, max_size=20, unique=True))
+def test_every_digit_survives(tmp_path_factory, values):
+    path = tmp_path_factory.mktemp("schedules") / "s.json"
+    schedule = fs.Schedule([*sorted(values, reverse=True), 0.0], "ddim")
+    schedule.save(path)
+    assert torch.equal(fs.Schedule.load(path).sigmas, schedule.sigmas)
+
+
+def test_of_a_discrete_process_has_timesteps():
+    process = VariancePreserving(torch.linspace(0.999, 0.01, 100))
+    s = torch.tensor([float(process.trained_levels[99]), float(process.trained_levels[40]), 0.0], dtype=torch.float64)
+    schedule = fs.Schedule.from_levels(process, s, "ddim")
+    torch.testing.assert_close(schedule.timesteps, torch.tensor([99.0, 40.0], dtype=torch.float64))
+
+
+def test_of_a_flow_has_times():
+    s = torch.tensor([float("inf"), 1.0, 0.0], dtype=torch.float64)
+    schedule = fs.Schedule.from_levels(FlowMatching(), s, "euler")
+    assert schedule.sigmas.tolist() == [1.0, 0.5, 0.0]
+    assert schedule.timesteps.tolist() == [1.0, 0.5]
+    assert schedule.solver == "ddim"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(([3.0, 1.0], "ddim"), "sigmas must end in 0, got 1"), (([1.0, 3.0, 0.0], "ddim"), "strictly descend"),
+     (([1.0, 0.0], "dpmpp2m"), "did you mean 'dpmpp_2m'"), (([1.0, 0.0], "ddim", "vpp"), "noise must be one of"),
+     (([1.0, 0.0], "ddim", "vp", [3.0, 1.0]), "timesteps must have one value")],
+)  # fmt: skip
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fs.Schedule(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"version": 2}, "version 2, and the newest known here is 1; update"),
+     ({"format": "x"}, "does not hold a schedule"),
+     ({"predicted_error": "abc"}, "valid schedule: could not convert"), ({"version": "1"}, "version '1'"),
+     ({"sigmas": [1.0, 2.0]}, "valid schedule: sigmas must strictly descend"), ({"sigmas": "abc"}, "valid schedule"),
+     ({"solver": "magic"}, "valid schedule: solver must be one of"), ({"sigmas": None}, "valid schedule")],
+)  # fmt: skip
+def test_changed_file(tmp_path, change, message):
+    path = tmp_path / "schedule.json"
+    FULL.save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        fs.Schedule.load(path)
+
+
+def test_truncated_missing_and_foreign_file(tmp_path):
+    path = tmp_path / "schedule.json"
+    FULL.save(path)
+    whole = path.read_bytes()
+    for length in (0, 1, len(whole) // 2, len(whole) - 3):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="not a whole JSON file"):
+            fs.Schedule.load(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not a whole JSON file"):
+        fs.Schedule.load(path)
+    path.write_text("[1, 2]")
+    with pytest.raises(ValueError, match="does not hold a schedule"):
+        fs.Schedule.load(path)
+    with pytest.raises(FileNotFoundError, match="no such schedule file"):
+        fs.Schedule.load(tmp_path / "none.json")
+    path.write_text('{"format": "fastsched.schedule", "version": 1, "solver": "ddim"}')
+    with pytest.raises(ValueError, match="lacks the entry 'sigmas'"):
+        fs.Schedule.load(path)
+
+
+def test_pure_noise_survives_a_file(tmp_path):
+    schedule = fs.Schedule([float("inf"), 1.0, 0.0], "ddim", "vp", [999.0, 400.0])
+    schedule.save(tmp_path / "s.json")
+    assert json.loads((tmp_path / "s.json").read_text())["sigmas"] == ["inf", 1.0, 0.0]
+    assert torch.equal(fs.Schedule.load(tmp_path / "s.json").sigmas, schedule.sigmas)
+
+
+def test_flow_sigmas_are_times():
+    with pytest.raises(ValueError, match="times within"):
+        fs.Schedule([2.0, 1.0, 0.0], "ddim", "flow")

@@ -1,0 +1,98 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import exact_denoisers, mixture
+
+import fastsched as fs
+from fastsched.costs import path_cost
+from fastsched.selection.arc_length import equal_arc_length
+from fastsched.selection.dynamic_programming import cheapest_paths, first_order_paths
+
+KINDS = exact_denoisers(mixture())
+
+
+@pytest.fixture(scope="module")
+def stats():
+    return fs.measure(KINDS["x0"], (4,), levels=9, samples=3, progress=False)
+
+
+def every_path(last, steps):
+    return ((0, *inner, last) for inner in itertools.combinations(range(1, last), steps - 1))
+
+
+@pytest.mark.parametrize("solver", ["ddim", "heun", "dpmpp_2m"])
+def test_dynamic_programming_finds_the_best_of_all_paths(stats, solver):
+    cost = path_cost(stats, solver)
+    selection = cheapest_paths(cost, 8)
+    for steps in range(1, 9):
+        totals = {path: float(cost.of(path).sum()) for path in every_path(9, steps)}
+        best = min(totals, key=totals.__getitem__)
+        assert selection.totals[steps - 1] == pytest.approx(totals[best], rel=1e-9)
+        assert tuple(selection.path(steps)) == best
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=30, deadline=None)
+def test_first_order_paths_against_all_paths(seed):
+    cost = np.random.default_rng(seed).exponential(size=(7, 7))
+    selection = first_order_paths(cost, 7)
+    for steps in range(1, 7):
+        totals = [sum(cost[a, b] for a, b in itertools.pairwise(path)) for path in every_path(6, steps)]
+        assert selection.totals[steps - 1] == pytest.approx(min(totals), rel=1e-12)
+        path = selection.path(steps)
+        assert sum(cost[a, b] for a, b in itertools.pairwise(path)) == pytest.approx(min(totals), rel=1e-12)
+    assert np.isinf(selection.totals[6])
+    assert (selection.paths[6] == -1).all()
+
+
+@pytest.mark.parametrize("solver", ["ddim", "heun"])
+def test_cost_never_rises_with_one_more_step(stats, solver):
+    totals = cheapest_paths(path_cost(stats, solver, None), 8).totals
+    assert (np.diff(totals) <= 1e-12 * totals[0]).all()
+
+
+def test_steps_out_of_range(stats):
+    cost = path_cost(stats, "ddim")
+    with pytest.raises(ValueError, match="steps must be at most 8 on 9 levels, got 9; measure with more levels"):
+        cheapest_paths(cost, 9)
+    for steps in (0, -1):
+        with pytest.raises(ValueError, match="steps must be at least 1"):
+            cheapest_paths(cost, steps)
+    with pytest.raises(TypeError, match="steps must be a whole number"):
+        cheapest_paths(cost, 2.5)
+
+
+def test_equal_arc_length_of_a_known_length():
+    """Length ``log(c^2 + s^2)`` from 0: the levels are uniform in it."""
+    s = torch.logspace(2, -2, 400, dtype=torch.float64)
+    length = torch.log(0.25 + s**2)
+    chosen = equal_arc_length(s, -length.diff(), 11)
+    found = torch.log(0.25 + chosen**2)
+    torch.testing.assert_close(found.diff(), found.diff().mean().expand(10), rtol=1e-3, atol=0)
+    assert (chosen[0], chosen[-1]) == (s[0], s[-1])
+
+
+@given(st.integers(0, 10_000), st.integers(2, 30))
+@settings(deadline=None)
+def test_equal_arc_length_descends_and_keeps_the_ends(seed, n):
+    rng = np.random.default_rng(seed)
+    s = torch.from_numpy(np.sort(rng.uniform(0.01, 100, 20))[::-1].copy())
+    lengths = torch.from_numpy(rng.exponential(size=19) * rng.integers(0, 2, 19))
+    lengths[rng.integers(19)] += 1.0
+    chosen = equal_arc_length(s, lengths, n)
+    assert bool((chosen.diff() < 0).all())
+    assert (chosen[0], chosen[-1]) == (s[0], s[-1])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [([1.0], r"increments must have shape \[2\]"), ([1.0, -1.0], "not negative"), ([0.0, 0.0], "not all 0"),
+     ([1.0, float("nan")], "finite")],
+)  # fmt: skip
+def test_equal_arc_length_refuses(lengths, message):
+    with pytest.raises(ValueError, match=message):
+        equal_arc_length(torch.tensor([3.0, 2.0, 1.0]), torch.tensor(lengths), 3)

@@ -1,0 +1,77 @@
+import pytest
+from models import exact_denoiser, exact_denoisers, mixture
+
+import fastsched as fs
+from fastsched.costs import path_cost
+from fastsched.costs.prediction import error_estimates
+
+DENOISER = exact_denoiser(mixture(d=4), 0.01, 40.0)
+
+
+@pytest.fixture(scope="module")
+def stats():
+    return fs.measure(DENOISER, (4,), levels=24, samples=4, progress=False)
+
+
+def test_curve_holds_the_optimal_schedules(stats):
+    curve = fs.error_curve(stats, "dpmpp_2m", 10)
+    assert curve.steps == tuple(range(1, 11))
+    for steps, schedule in zip(curve.steps, curve.schedules, strict=True):
+        alone = fs.optimal_schedule(stats, steps, polish=False)
+        assert schedule.sigmas.tolist() == alone.sigmas.tolist()
+        assert schedule.predicted_error == alone.predicted_error
+    assert curve.predicted_errors[9] < 0.1 * curve.predicted_errors[2]
+    assert "predicted error" in str(curve)
+    assert fs.error_curve(stats, "heun", 3).model_calls == (1, 3, 5)
+
+
+def test_prediction_of_a_schedule_on_the_grid_is_its_estimate(stats):
+    nodes = [0, 5, 9, 14, 20, 24]
+    fine = stats.refine(4)
+    expected = error_estimates(fine, path_cost(fine, "ipndm"), [*(4 * n for n in nodes[:-1]), fine.levels]).largest
+    assert fs.predict_error(stats, stats.sigmas[nodes], "ipndm") == pytest.approx(expected, rel=1e-9)
+
+
+def test_steps_needed_is_the_first_that_reaches_the_target(stats):
+    curve = fs.error_curve(stats, "dpmpp_2m", 16)
+    for target in (0.5, 0.05, 0.005):
+        expected = next(n for n, e in zip(curve.steps, curve.predicted_errors, strict=True) if e <= target)
+        assert fs.steps_needed(stats, target=target) == expected
+
+
+def test_as_good_as_karras(stats):
+    """Tried: the schedule of the answer's steps is as good as karras at 12 steps, on noises not seen."""
+    steps = fs.steps_needed(stats, "dpmpp_2m", target=("karras", 12))
+    assert steps < 12
+    karras = fs.baselines.karras(12, 0.01, 40.0)
+    assert fs.steps_needed(stats, "dpmpp_2m", target=karras) == steps
+    table = fs.compare(
+        DENOISER,
+        {"ours": fs.optimal_schedule(stats, steps), "karras": karras},
+        "dpmpp_2m",
+        shape=(4,),
+        samples=256,
+        progress=False,
+    )
+    assert table["ours"].typical_error <= table["karras"].typical_error
+
+
+def test_flow_targets_are_in_its_own_sigmas():
+    denoiser = exact_denoisers(mixture(d=4))["velocity"]
+    stats = fs.measure(denoiser, (4,), levels=24, samples=2, progress=False)
+    assert 1 <= fs.steps_needed(stats, "ddim", target=("karras", 10)) <= 10
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [(0.0, "target must be a positive error"), (float("nan"), "target must be a positive error"),
+     (("karas", 20), "did you mean 'karras'"), (1e-30, "no schedule of up to 5 steps")],
+)  # fmt: skip
+def test_bad_targets(stats, target, message):
+    with pytest.raises(ValueError, match=message):
+        fs.steps_needed(stats, target=target, max_steps=5)
+
+
+def test_prediction_refuses_what_does_not_end_in_zero(stats):
+    with pytest.raises(ValueError, match="sigmas must end in 0"):
+        fs.predict_error(stats, [40.0, 1.0])

@@ -1,0 +1,109 @@
+import itertools
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import fastsched as fs
+from fastsched.costs import CostMatrix, ModelCalls, stein_corrector, stein_predictor
+from fastsched.denoisers.noise import VarianceExploding
+
+
+def _exact_cost(values, s, order):
+    """A cost matrix of known entries, one sample."""
+    pairs = torch.triu_indices(len(s), len(s), 1).T
+    return CostMatrix(
+        "exact", VarianceExploding(float(s[-1]), float(s[0])), s, pairs, values[None], order, ModelCalls(0)
+    )
+
+
+def _gaussian_cost(name, levels=80, std=0.5):
+    oracle = fs.oracles.Gaussian(std, (1,))
+    s = fs.noise.log_uniform(80.0, 0.002, levels)
+    i, j = torch.triu_indices(levels, levels, 1)
+    closed = oracle.stein_corrector if name == "corrector" else oracle.stein_predictor
+    return _exact_cost(s[i] ** 2 * closed(s[i], s[j]), s, 2 if name == "corrector" else 4)
+
+
+@pytest.mark.parametrize("spare_last", [True, False])
+def test_dynamic_programming_is_the_best_of_all_paths(spare_last):
+    s = torch.linspace(9.0, 1.0, 9, dtype=torch.float64)
+    cost = _exact_cost(torch.rand(36, generator=torch.Generator().manual_seed(0), dtype=torch.float64), s, 2)
+    for steps in (1, 2, 3, 5):
+        nodes = max(2, steps + spare_last)
+        best = min(
+            itertools.combinations(range(1, 8), nodes - 2),
+            key=lambda inner: sum(float(cost.matrix[a, b]) for a, b in itertools.pairwise((0, *inner, 8))),
+        )
+        expected = [*s[[0, *best, 8]][:steps].tolist(), 0.0]
+        assert fs.select(cost, steps, spare_last=spare_last).sigmas.tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["corrector", "predictor"])
+def test_arc_length_is_the_limit_of_dynamic_programming(name):
+    """Where the DP's nodes lie along the cumulative length: 1/K apart, but for long steps and the grid."""
+    cost = _gaussian_cost(name, levels=360)
+    cumulative = np.concatenate([[0.0], np.cumsum(cost.lengths.numpy())])
+
+    def deviation(steps):
+        s = fs.select(cost, steps, method="dynamic_programming").sigmas[:-1].numpy()
+        where = np.interp(-np.log(s), -np.log(cost.s.numpy()), cumulative / cumulative[-1])
+        return np.abs(where - np.arange(steps) / steps).max()
+
+    assert deviation(24) < 0.05
+    assert deviation(24) < deviation(12) < deviation(3)
+
+    def total(sigmas):
+        index = [int((cost.s - value).abs().argmin()) for value in sigmas[:-1]] + [len(cost.s) - 1]
+        return sum(float(cost.matrix[a, b]) for a, b in itertools.pairwise(index))
+
+    for steps in (3, 6, 12):
+        by_arc, by_dp = (fs.select(cost, steps, method=m).sigmas for m in ("arc_length", "dynamic_programming"))
+        assert total(by_dp) <= total(by_arc)
+
+
+def test_quartic_costs_take_the_fourth_root():
+    """Constant ``delta``: cost = step^p gives equal steps, for either order."""
+    s = torch.linspace(9.0, 1.0, 33, dtype=torch.float64)
+    i, j = torch.triu_indices(33, 33, 1)
+    for order in (2, 4):
+        cost = _exact_cost((s[i] - s[j]) ** order, s, order)
+        arc = fs.select(cost, 8, method="arc_length").sigmas
+        torch.testing.assert_close(arc[:-1], torch.linspace(9, 2, 8, dtype=torch.float64), rtol=1e-3, atol=0.0)
+        dp = fs.select(cost, 8, method="dynamic_programming").sigmas
+        torch.testing.assert_close(dp[:-1], torch.linspace(9, 2, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("estimator", [stein_corrector, stein_predictor], ids=["corrector", "predictor"])
+def test_fixed_point_makes_all_steps_cost_the_same(estimator):
+    oracle = fs.oracles.Gaussian(0.5, (16,))
+    denoiser = fs.Denoiser.from_denoiser(oracle.denoise, 0.05, 20.0)
+    data = oracle.sample(64, seed=1, dtype=torch.float64)
+    settings = {"shape": (16,), "samples": 64, "data": data, "dtype": torch.float64, "progress": False}
+    start = fs.baselines.karras(8, 0.05, 20.0)[:-1]
+    refined = fs.refine_schedule(partial(estimator, denoiser, **settings), start, iterations=20, tolerance=0.01)
+    assert refined.converged
+    assert refined.variations[0] > 3 * 0.01
+    closed = oracle.stein_corrector if estimator is stein_corrector else oracle.stein_predictor
+    s = refined.sigmas
+    exact = (s[:-1] ** 2 * closed(s[:-1], s[1:])) ** (1 / refined.cost.order)
+    # One set of 64 states for all levels: its norm, common to all steps, is the only noise.
+    assert float(exact.std() / exact.mean()) < 0.015
+    assert refined.sigmas[0] == 20.0
+    assert float(refined.sigmas[-1]) == pytest.approx(0.05)
+    assert len(refined.variations) >= 2
+    assert refined.model_calls == refined.cost.model_calls * len(refined.variations)
+
+
+def test_bad_arguments_are_named():
+    cost = _gaussian_cost("corrector", levels=6)
+    with pytest.raises(ValueError, match="steps must be at most 5 on 6 levels"):
+        fs.select(cost, 6)
+    with pytest.raises(ValueError, match="did you mean 'arc_length'"):
+        fs.select(cost, 2, method="arclength")
+    neighbours = CostMatrix("exact", cost.process, cost.s, cost.pairs[:5], cost.per_sample[:, :5], 2, cost.calls)
+    with pytest.raises(ValueError, match="estimate with pairs='all'"):
+        fs.select(neighbours, 2, method="dynamic_programming")
+    with pytest.raises(ValueError, match="tolerance must be positive"):
+        fs.refine_schedule(lambda sigmas: cost, [2.0, 1.0], tolerance=0.0)
