@@ -31,62 +31,39 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsched import validate
+from fastsched.costs.norms import Array
+from fastsched.costs.surrogate import Surrogate
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.multistep import Node, log_rho
 from fastsched.sampling.solvers import Solver, from_pure_noise, get_solver, step_scale
 
-Array = NDArray[np.float64]
 
-#: How an error made at a level is weighted by what becomes of it at the end of the path.
-WEIGHTS = ("isotropic", "directional", "geometric")
-
-
-def sensitivity_weight(stats: PathStatistics, weight: str | None) -> Array:
-    """The weight of an error made at each level, [N + 1]; entry 0 is not used.
-
-    ``"isotropic"`` is ``phi``, ``"directional"`` ``psi``, ``"geometric"`` ``sqrt(phi psi)``, None 1 everywhere.
-
-    Raises:
-        ValueError: If the weight is unknown, or needs a sensitivity that was not measured.
-    """
-    if weight is None:
-        return np.ones(stats.levels + 1)
-    validate.choice("weight", weight, WEIGHTS)
-    phi, psi = stats.phi.numpy(), stats.psi.numpy()
-    if weight == "isotropic":
-        return phi
-    return psi if weight == "directional" else np.sqrt(phi * psi)
+def error_weight(stats: PathStatistics) -> Array:
+    """What becomes of a squared error made at each level by the end of the path, [N + 1]; 1 at the end."""
+    surrogate = Surrogate.of(stats)
+    return np.append(surrogate.amplitude(surrogate.s) ** 2, 1.0)
 
 
-def path_cost(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", weight: str | None = "geometric") -> PathCost:
+def path_cost(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", *, weighted: bool = True) -> PathCost:
     """The cost of every step of ``solver`` between the levels of ``stats``.
 
+    Args:
+        stats: What `fastsched.measure` returned.
+        solver: A solver's name.
+        weighted: Whether errors are weighted by what becomes of them at the end of the path.
+
     Raises:
-        ValueError: If the solver or weight is unknown, or the weight needs a sensitivity that was not measured.
+        ValueError: If the solver is unknown.
     """
-    gram = stats.gram.mean(0).numpy()
+    surrogate, gram = Surrogate.of(stats), stats.gram.mean(0).numpy()
     return PathCost(
         solver=get_solver(solver),
         s=stats.s.numpy(),
         tau=stats.process.sampler_sigma(stats.s).numpy(),
         gram=(gram + gram.T) / 2,  # equal to rounding; exactly so, both triangles give the same costs
-        weight=(weights := sensitivity_weight(stats, weight)),
-        jacobian=np.zeros(stats.levels) if weight is None else scalar_jacobian(stats.s.numpy(), weights),
+        weight=np.append(surrogate.amplitude(surrogate.s) ** 2, 1.0) if weighted else np.ones(stats.levels + 1),
+        jacobian=surrogate.jacobian,
     )
-
-
-def scalar_jacobian(s: Array, weight: Array) -> Array:
-    """The share of a state's error that the denoiser passes on at each level, [N]; entry 0 is 0.
-
-    From ``a_k = (keep + (1 - keep) J_k) a_{k+1}`` with ``a = sqrt(weight)`` and ``keep = s_{k+1} / s_k``, kept within
-    ``[0, 1]``: an exact denoiser of one mode has no other, and the noise of the weights has.
-    """
-    a, keep = np.sqrt(weight), np.append(s[1:], 0.0) / s
-    with np.errstate(invalid="ignore", divide="ignore"):
-        values = (a[:-1] / a[1:] - keep) / (1 - keep)
-    values[0] = 0.0
-    return np.clip(np.nan_to_num(values), 0.0, 1.0)
 
 
 @dataclass(frozen=True, eq=False)

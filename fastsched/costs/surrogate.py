@@ -1,93 +1,61 @@
 """The sampler on what a measurement knows of the denoiser: the error of any schedule, without a model call.
 
-On the measured path the denoiser is known, ``D(lambda) = D_0 + sum_q p_q(lambda) e_q``, the cubic spline through the
-levels; off it, a deviation of the state is answered by a scalar share,
+On the measured path the denoiser is known, ``D(lambda) = D_0 + sum_q p_q(lambda) e_q``, the natural cubic spline through
+the levels. Off it, a deviation of the state is answered by a scalar Jacobian and by secants (`fastsched.costs.secants`),
 
-    ``D(z; s) = D_path(s) + j(s) (z - z_path(s))``.
+    ``D(z; s) = D_path(s) + j(s) a + sum_m c_m r_m(s)``,   ``a = z - z_path(s)``.
 
-Run on this model, a solver's error at the end is a combination ``sum_q C_q e_q`` of the increments, whatever the
-solver, its correctors and predicted states included; so the Gram matrix of the increments gives its size. The states'
-deviations from the path on the way are combinations as well: where ``j`` is wrong, it errs in proportion to them.
-
-This is the path cost of `costs.step_cost` for a whole schedule at once, errors of the steps added up with their
-signs. Exact for a denoiser whose Jacobian is a multiple of the identity.
+Run on this model, a solver's error at the end is a combination ``sum_q C_q v_q`` of known vectors (the increments, and the
+responses of the deviated paths), whatever the solver, its correctors and predicted states included; so their Gram matrix
+gives its size. This is the local error of `fastsched.costs.step_cost` for a whole schedule at once: errors of the steps
+are passed on and added up with their signs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from fastsched.costs.step_cost import Array
+from fastsched.costs.norms import Array, Norms
+from fastsched.costs.secants import Secants
 from fastsched.denoisers.noise import NoiseProcess
+from fastsched.measurement.deviated_paths import asked_levels, positions
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.multistep import Node, log_rho
 from fastsched.sampling.sampler import integrate
 from fastsched.sampling.solvers import Solver, get_solver
 
-#: What a denoiser answers beyond a share of the state's deviation: given the number of the evaluation and the
-#: deviations [C, n], the answers and the part of the deviations they are answers to, both [C, n].
-Beyond: TypeAlias = "Callable[[int, Array], tuple[Array, Array]]"
-
-#: How far above the first finite level pure noise is put in ``lambda`` for the spline, where it has no ``lambda``.
-PURE_NOISE_GAP = 3.0
-
-#: Increments before a level that its share is read off.
-JACOBIAN_WINDOW = 8
-
-
-def jacobian_shares(stats: PathStatistics) -> tuple[Array, float]:
-    """The share of a state's deviation that the denoiser passes on at each level, and how far it is from the truth.
-
-    The sweep's recursion ``w_k = keep w_{k+1} + (1 - keep) J w_{k+1}`` (``keep = s_{k+1} / s_k``) in the directions of
-    the increments before level k gives ``x_q = <w_{k+1}, e_q>`` and ``<J w_{k+1}, e_q> = (<w_k, e_q> - keep x_q) / (1 -
-    keep)``. Least squares, ``<J w, e_q> ~ j x_q``, over them and over the samples, every sample counting the same, and
-    over three neighbouring levels, with ``j`` within [0, 1].
-
-    Returns:
-        ``j`` [N], and the root mean square over levels of what least squares leaves, ``|| <J w, e> - j x || / ||x||``:
-        where ``J`` is a multiple of the identity, how far that varies among three levels. Without a sensitivity in the
-        statistics ``c^2 / (c^2 + s^2)``, the share of Gaussian data of the ends' deviation ``c``, and 1.
-    """
-    s = stats.s.numpy()
-    if stats.cross is None:
-        return stats.data_std**2 / (stats.data_std**2 + s**2), 1.0
-    cross, keep = stats.cross.numpy(), np.append(s[1:], 0.0) / s
-    shares, left = np.zeros(len(s)), np.zeros(len(s))
-    sums = np.zeros((3, len(s)))  # of x y, x x and y y, y = <J w, e>, each sample's divided by its x x
-    for k in range(1, len(s)):
-        window = slice(max(0, k - JACOBIAN_WINDOW), k)
-        x = cross[:, k, window]
-        y = (cross[:, k - 1, window] - keep[k] * x) / (1 - keep[k])
-        size = np.maximum((x**2).sum(1), np.finfo(np.float64).tiny)
-        sums[:, k] = [((first * second).sum(1) / size).sum() for first, second in ((x, y), (x, x), (y, y))]
-    for k in range(1, len(s)):
-        xy, xx, yy = sums[:, max(k - 1, 1) : k + 2].sum(1)
-        if xx > 0:
-            shares[k] = min(max(xy / xx, 0.0), 1.0)
-            left[k] = max(yy - 2 * shares[k] * xy + shares[k] ** 2 * xx, 0.0) / xx
-    shares[0] = shares[1]
-    return shares, float(np.sqrt(left[1:].mean()))
-
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What C schedules of K steps come to on the model.
+    """What C schedules of K steps lead to on the model.
 
     Attributes:
-        error: Coefficients of the error at the end over the increments (and what was added to them), [C, n].
-        deviations: Those of the states' deviations ``z - z_path`` of which only a share is known to be answered, each
-            times its amplitude at the end, one a network evaluation off the path, [C, evaluations, n].
+        error: Coefficients of the error at the end over the known vectors, [C, V].
+        deviations: Those of the part of the states' deviations that no secant explains, each times its amplitude at the
+            end, one for each network evaluation off the path, [C, evaluations, V].
     """
 
     error: Array
     deviations: Array
+
+
+class Answers(Protocol):
+    """What is known of answers to deviations: `Secants`, or the answers that one run met."""
+
+    @property
+    def vectors(self) -> int:
+        """V, how many vectors coefficients are over."""
+        ...
+
+    def answer(self, evaluation: int, lam: Array, away: Array) -> tuple[Array, Array]:
+        """As `Secants.answer`."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,26 +65,73 @@ class Surrogate:
     Attributes:
         process: The noise process.
         s: Levels of the grid, [N].
-        shares: ``j`` at the levels, [N].
-        spread: How far the Jacobian is from ``j`` times the identity.
+        norms: Of the V known vectors: the increments, then the responses.
+        jacobian: The scalar Jacobian ``j`` at the levels, [N].
+        secants: What is known beyond it.
     """
 
     process: NoiseProcess
     s: Array
-    shares: Array
-    spread: float
+    norms: Norms
+    jacobian: Array
+    secants: Secants | None = None
 
     @classmethod
     def of(cls, stats: PathStatistics) -> Surrogate:
-        """The model that the statistics leave."""
-        return cls(stats.process, stats.s.numpy(), *jacobian_shares(stats))
+        """The model that the statistics leave.
+
+        The scalar Jacobian is the least-squares ``j`` of ``D(z') - D(z) ~ j a`` over the deviated paths and the
+        samples, within [0, 1]: an exact denoiser's Jacobian has no eigenvalues outside. Without deviated paths it is
+        ``c^2 / (c^2 + s^2)``, that of Gaussian data of the ends' standard deviation ``c``.
+        """
+        s, norms = stats.s.numpy(), Norms.of_increments(stats.vector_gram.numpy(), stats.levels - 1)
+        if stats.response_gram is None:
+            return cls(stats.process, s, norms, stats.data_std**2 / (stats.data_std**2 + s**2))
+        bare = cls(stats.process, s, norms, np.zeros(len(s)))
+        levels, deviations, responses = bare._deviated(stats)
+        lam = bare._lam[levels]
+        products = deviations @ norms.metric
+        square = np.einsum("gmv,gmv->g", products, deviations)
+        answered = np.einsum("gmv,gmv->g", products, responses)
+        known = np.divide(answered, square, out=np.zeros_like(square), where=square > 0)
+        known[0] = known[1]  # at the first level nothing has deviated yet
+        j = np.clip(known, 0.0, 1.0)
+        secants = Secants(lam, deviations, responses - j[:, None, None] * deviations, norms.metric)
+        return cls(stats.process, s, norms, np.interp(bare._lam, lam, j), secants)
+
+    @property
+    def vectors(self) -> int:
+        """V, how many vectors coefficients are over."""
+        return self.norms.vectors
+
+    def _deviated(self, stats: PathStatistics) -> tuple[list[int], Array, Array]:
+        """Levels that the deviated paths asked at, level 0 first; their deviations and responses there, [G, M, V]."""
+        n, rho = len(self.s), 1 / self.s
+        asked = [0, *asked_levels(n)]
+        state, _ = self.path(self.s)
+        scale = np.where(np.isinf(self.s), 0.0, self.s)
+        deviations = np.zeros((len(asked), len(stats.deviated), self.vectors))
+        responses = np.zeros_like(deviations)
+        first = n - 1
+        for m, path in enumerate(stats.deviated):
+            column = {level: first + row for row, level in enumerate(asked[1:])}
+            first += len(column)
+            y = np.zeros((n, self.vectors))  # of y' - y_0, but for the constant part of D
+            for k, used in enumerate(path.slopes(self._lam.tolist())):
+                y[k + 1] = y[k]
+                for level, weight in used:
+                    y[k + 1, :level] += weight * (rho[k + 1] - rho[k])
+                    if level > 0:
+                        y[k + 1, column[level]] += weight * (rho[k + 1] - rho[k])
+            y[:, : n - 1] -= state
+            deviations[:, m] = (scale[:, None] * y)[asked]
+            for row, level in enumerate(asked[1:], 1):
+                responses[row, m, column[level]] = 1.0
+        return asked, deviations, responses
 
     @cached_property
     def _lam(self) -> Array:
-        lam = log_rho(1 / self.s)
-        if math.isinf(self.s[0]):
-            lam[0] = lam[1] - PURE_NOISE_GAP
-        return lam
+        return np.array(positions(torch.from_numpy(self.s)))
 
     @cached_property
     def _pieces(self) -> tuple[Array, Array]:
@@ -124,8 +139,10 @@ class Surrogate:
 
         Each [4, N-1 segments, N-1 increments].
         """
+        from scipy.interpolate import CubicSpline  # here, for it takes long to import
+
         n = len(self.s)
-        p = natural_spline(self._lam, np.tri(n, n - 1, -1))
+        p = CubicSpline(self._lam, np.tri(n, n - 1, -1), bc_type="natural").c[::-1].copy()
         integral, derivative = np.zeros_like(p), p
         for sign in (1, -1, 1, -1):  # P = p - p' + p'' - p'''
             integral += sign * np.concatenate([derivative, np.zeros_like(p[: 4 - len(derivative)])])
@@ -153,11 +170,11 @@ class Surrogate:
     def _amplitudes(self) -> Array:
         """Of a deviation at each level, at the end: ``a_k = (keep + (1 - keep) j_k) a_{k+1}``, ``a_N = 1``, [N]."""
         keep = np.append(self.s[1:], 0.0) / self.s
-        return np.cumprod((keep + (1 - keep) * self.shares)[::-1], dtype=np.float64)[::-1]
+        return np.cumprod((keep + (1 - keep) * self.jacobian)[::-1], dtype=np.float64)[::-1]
 
     def path(self, s: Array) -> tuple[Array, Array]:
         """Coefficients of ``y - y_0`` and of ``D - D_0`` on the path at levels ``s`` [C]; each [C, N-1]."""
-        rho, lam = 1 / s, self._position(s)
+        rho, lam = 1 / s, self.position(s)
         segment = np.clip(np.searchsorted(self._lam, lam, side="right") - 1, 0, len(self.s) - 2)
         x = (lam - self._lam[segment])[:, None]
         c = self._both_pieces
@@ -169,87 +186,83 @@ class Surrogate:
             state = np.where(first, 0.5 * rho[:, None] * (c[0, 0, : denoised.shape[1]] + denoised), state)
         return state, denoised
 
-    def run(self, levels: Array, solver: str | Solver, beyond: Beyond | None = None, more: int = 0) -> Outcome:
+    def run(self, levels: Array, solver: str | Solver, secants: Answers | None = None) -> Outcome:
         """Sample along C schedules at once.
 
         Args:
             levels: Levels ``s`` [C, steps + 1], descending to 0.
             solver: The solver.
-            beyond: What is known of the denoiser beyond the shares (`fastsched.fitting.secants`).
-            more: How many vectors besides the increments coefficients are over, last in the order; those that
-                ``beyond`` answers with.
+            secants: What is known beyond the scalar Jacobian, over more vectors than the measurement's if runs found
+                more; those of the measurement when None.
         """
-        method, levels, n = get_solver(solver), np.asarray(levels, dtype=np.float64), len(self.s) - 1
+        return self.rollouts(levels, solver, secants).outcome
+
+    def rollouts(self, levels: Array, solver: str | Solver, secants: Answers | None = None) -> Rollouts:
+        """As `run`, with the deviations met on the way."""
+        method, levels = get_solver(solver), np.asarray(levels, dtype=np.float64)
+        found = Rollouts(self, secants or self.secants or Secants.none(self.vectors), len(levels))
+        column = lambda value: np.asarray(value)[..., None]
         with np.errstate(divide="ignore", invalid="ignore"):
-            rho = 1 / levels
-            lam, tau = log_rho(rho), self.process.sampler_sigma(torch.from_numpy(levels)).numpy()
-            nodes = [Node(rho[:, k], lam[:, k], tau[:, k]) for k in range(levels.shape[1])]
-            deviations: list[Array] = []
+            nodes = nodes_of_levels(self.process, levels)
+            found.end = integrate(found.denoise, nodes, method, found.end, s=list(levels.T), number=column)
+        return found
 
-            def denoise(y: Array, s: Array) -> Array:
-                state, denoised = self.path(s)
-                away = np.zeros_like(y)
-                away[:, :n] = y[:, :n] - state
-                away[:, n:] = y[:, n:]
-                away *= np.where(np.isinf(s), 0.0, s)[:, None]
-                answer, explained = (0.0, 0.0) if beyond is None else beyond(len(deviations), away)
-                amplitude = np.interp(self._position(s), self._lam, self._amplitudes)
-                deviations.append((away - explained) * amplitude[:, None])
-                found = self.share(s)[:, None] * away + answer
-                found[:, :n] += denoised
-                return found
-
-            column = lambda value: np.asarray(value)[..., None]
-            start = np.zeros((len(levels), n + more))
-            end = integrate(denoise, nodes, method, start, s=list(levels.T), number=column)
-        end[:, :n] -= 1.0
-        return Outcome(end, np.stack(deviations[1:] or [np.zeros_like(end)], axis=1))
-
-    def share(self, s: Array) -> Array:
+    def scalar_jacobian(self, s: Array) -> Array:
         """``j`` at levels ``s``, between those of the grid linear in ``lambda``."""
-        return np.interp(self._position(s), self._lam, self.shares)
+        return np.interp(self.position(s), self._lam, self.jacobian)
 
-    def _position(self, s: Array) -> Array:
+    def amplitude(self, s: Array) -> Array:
+        """How large a deviation at levels ``s`` is at the end, against its size there."""
+        return np.interp(self.position(s), self._lam, self._amplitudes)
+
+    def position(self, s: Array) -> Array:
         """``lambda`` of levels ``s``, within the grid."""
         return np.clip(log_rho(1 / s), self._lam[0], self._lam[-1])
 
 
-def squared_errors(gram: Array, outcome: Outcome, doubt: float) -> Array:
-    """``||error||^2 + doubt^2 sum ||deviation||^2`` of each schedule and sample, [C, B].
+class Rollouts:
+    """C runs of a sampler on a surrogate, side by side: answers its calls and keeps the deviations it met.
 
-    Args:
-        gram: ``<e_p, e_q>`` of each sample, [B, N-1, N-1].
-        outcome: Of C schedules.
-        doubt: How far ``j`` may be off: deviations that cancel at the end on the model, may not in fact.
+    Attributes:
+        end: Coefficients of the states ``y - y_0`` at the start, and of the denoised samples ``D - D_0`` at the end,
+            [C, V].
     """
-    vectors = np.concatenate([outcome.error[:, None], doubt * outcome.deviations], axis=1)
-    return quadratic_forms(gram, vectors)
+
+    def __init__(self, surrogate: Surrogate, secants: Answers, count: int) -> None:
+        self.surrogate, self.secants = surrogate, secants
+        self.end = np.zeros((count, secants.vectors))
+        self._away: list[Array] = []
+        self._unexplained: list[Array] = []  # times their amplitude at the end
+
+    @property
+    def deviations(self) -> Array:
+        """The states' deviations from the path, one for each evaluation, [evaluations, C, V]."""
+        return np.array(self._away)
+
+    @property
+    def outcome(self) -> Outcome:
+        """The errors at the end."""
+        error = self.end.copy()
+        error[:, : len(self.surrogate.s) - 1] -= 1.0
+        return Outcome(error, np.stack(self._unexplained[1:] or [np.zeros_like(error)], axis=1))
+
+    def denoise(self, y: Array, s: Array) -> Array:
+        """Coefficients of ``D - D_0`` at states with coefficients ``y`` of ``y - y_0``, [C, V], and levels ``s`` [C]."""
+        model, n = self.surrogate, len(self.surrogate.s) - 1
+        state, denoised = model.path(s)
+        away = y.copy()
+        away[:, :n] -= state
+        away *= np.where(np.isinf(s), 0.0, s)[:, None]
+        answer, explained = self.secants.answer(len(self._away), model.position(s), away)
+        found = model.scalar_jacobian(s)[:, None] * away + answer
+        found[:, :n] += denoised
+        self._away.append(away)
+        self._unexplained.append((away - explained) * model.amplitude(s)[:, None])
+        return found
 
 
-def quadratic_forms(gram: Array, vectors: Array) -> Array:
-    """``sum_v v' G_b v`` over the vectors of each schedule, [C, B], from ``gram`` [B, n, n], ``vectors`` [C, V, n]."""
-    squares = vectors.transpose(0, 2, 1) @ vectors  # [C, n, n]
-    return np.maximum(squares.reshape(len(vectors), -1) @ gram.reshape(len(gram), -1).T, 0.0)
-
-
-def typical(squared: Array) -> Array:
-    """The geometric mean over samples of [C, B] squared errors, [C]."""
-    return np.exp(np.log(np.maximum(squared, np.finfo(np.float64).tiny)).mean(axis=1))
-
-
-def natural_spline(x: Array, values: Array) -> Array:
-    """The natural cubic spline through ``values`` [n, m] at ``x`` [n]: polynomials in ``x - x_k``, [4, n - 1, m].
-
-    Lowest power first. The second derivatives ``M`` solve the tridiagonal system
-    ``h_{k-1} M_{k-1} + 2 (h_{k-1} + h_k) M_k + h_k M_{k+1} = 6 (slope_k - slope_{k-1})``, ``M_0 = M_{n-1} = 0``.
-    """
-    h, n = np.diff(x)[:, None], len(x)
-    slopes = np.diff(values, axis=0) / h
-    system = np.eye(n)
-    for k in range(1, n - 1):
-        system[k, k - 1 : k + 2] = h[k - 1, 0], 2 * (h[k - 1, 0] + h[k, 0]), h[k, 0]
-    right = np.zeros_like(values)
-    right[1:-1] = 6 * np.diff(slopes, axis=0)
-    second = np.linalg.solve(system, right)
-    linear = slopes - h * (2 * second[:-1] + second[1:]) / 6
-    return np.stack([values[:-1], linear, second[:-1] / 2, np.diff(second, axis=0) / (6 * h)])
+def nodes_of_levels(process: NoiseProcess, levels: Array) -> list[Node]:
+    """The levels of C schedules [C, steps + 1] as solver nodes of arrays [C]."""
+    rho = 1 / levels
+    lam, tau = log_rho(rho), process.sampler_sigma(torch.from_numpy(levels)).numpy()
+    return [Node(rho[:, k], lam[:, k], tau[:, k]) for k in range(levels.shape[1])]

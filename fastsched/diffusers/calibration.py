@@ -14,7 +14,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor
 
 from fastsched.diffusers.conventions import KNOWN, describe
-from fastsched.measurement.measuring import RELATIVE_STEP, Ask, Run, measured_levels, measurement_steps
+from fastsched.fitting.rollouts import Run
+from fastsched.measurement.measuring import RELATIVE_STEP, Ask, measured_levels
+from fastsched.measurement.path_following import measurement_steps
 from fastsched.measurement.statistics import PathStatistics, data_deviation
 from fastsched.sampling.random_streams import sample_seeds
 

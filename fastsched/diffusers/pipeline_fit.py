@@ -18,10 +18,10 @@ from fastsched.diffusers.conventions import Convention, describe, solver_of
 from fastsched.diffusers.exporter import declared_sigmas, plain_copy
 from fastsched.diffusers.pipeline_measurement import call, check_call, measure, prompt_of, scheduler_replaced
 from fastsched.diffusers.probe import scales
-from fastsched.fitting.auditioning import distances
 from fastsched.fitting.candidates import candidates_in_turn
-from fastsched.fitting.denoiser_fit import MODEL_CALLS, affordable
-from fastsched.fitting.secants import Evaluations, Performance
+from fastsched.fitting.loop import MODEL_CALLS, affordable
+from fastsched.fitting.rollouts import Evaluations, distances
+from fastsched.fitting.secants import Performance
 from fastsched.fitting.tuning import tuned
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import geometric_mean

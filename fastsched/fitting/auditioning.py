@@ -1,10 +1,11 @@
-"""Let candidate schedules sample, and keep the best: the sampler's own word is the last one."""
+"""Rank candidates by running the sampler: successive halving over the measured samples."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,23 +13,24 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser
-from fastsched.fitting.candidates import default_candidates
-from fastsched.fitting.secants import Performance, Recorder
+from fastsched.fitting.candidates import candidates_in_turn
+from fastsched.fitting.rollouts import Rollout, Run, Runner, distances
 from fastsched.measurement.statistics import PathStatistics
-from fastsched.metrics import geometric_mean, squared_distances
+from fastsched.metrics import power_mean
 from fastsched.progress import progress_bar
-from fastsched.sampling.random_streams import noise_of
-from fastsched.sampling.sampler import sample
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver, get_solver
 
 #: How many candidates run on all samples.
 FINALISTS = 2
 
+#: How many candidates an audition has by default.
+CANDIDATES = 6
+
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """How one schedule fared.
+    """What one schedule's runs gave.
 
     Attributes:
         name: What it is.
@@ -36,8 +38,8 @@ class Candidate:
         errors: ``||x0 - x0_path||^2`` of each sample it ran, in the order of the statistics' samples, [<= B].
         log_ratio: Mean over the samples that both ran of ``log(error / error of the winner)``.
         stderr: The standard error of `log_ratio`, from the paired differences; NaN with fewer than two samples.
-        performance: Where the samples it ran ended, [<= B, *shape]; and what the network said on the way, an image for
-            each call, if it ran as many as the winner.
+        rollout: Where the samples it ran ended, [<= B, *shape]; and what the network answered on the way, if it ran as
+            many as the winner.
     """
 
     name: str
@@ -45,12 +47,12 @@ class Candidate:
     errors: Tensor
     log_ratio: float
     stderr: float
-    performance: Performance
+    rollout: Rollout
 
     @property
-    def typical_error(self) -> float:
-        """Geometric mean of the errors."""
-        return geometric_mean(self.errors)
+    def error(self) -> float:
+        """Power mean of the errors, by which candidates are ranked (`fastsched.metrics.power_mean`)."""
+        return float(power_mean(self.errors))
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +60,7 @@ class Audition:
     """The outcome: every candidate, the best first, and what it took.
 
     Attributes:
-        table: The candidates that ran all samples, by typical error; then those dropped on the way.
+        table: The candidates that ran all samples, by error; then those dropped on the way.
         model_calls: Network evaluations, counted per sample.
     """
 
@@ -67,15 +69,19 @@ class Audition:
 
     @property
     def winner(self) -> Schedule:
-        """The schedule of least typical error, with that error as ``measured_error``."""
+        """The schedule of least least error, with it as ``measured_error``."""
         return self.table[0].schedule
 
+    def complete(self, samples: int) -> list[tuple[Schedule, Rollout]]:
+        """The schedules that ran so many samples, and their runs."""
+        return [(row.schedule, row.rollout) for row in self.table if len(row.rollout.ends) == samples]
+
     def __str__(self) -> str:
-        rows = [f"{'candidate':24} {'typical error':>14} {'against the winner':>20} {'samples':>8}"]
+        rows = [f"{'candidate':24} {'error':>14} {'against the winner':>20} {'samples':>8}"]
         for row in self.table:
             spread = "" if math.isnan(row.stderr) else f" x/ {math.exp(row.stderr):.2f}"
             against = f"{math.exp(row.log_ratio):.2f}{spread}"
-            rows.append(f"{row.name:24} {row.typical_error:14.4g} {against:>20} {len(row.errors):8d}")
+            rows.append(f"{row.name:24} {row.error:14.4g} {against:>20} {len(row.errors):8d}")
         return "\n".join(rows)
 
 
@@ -92,19 +98,19 @@ def audition(
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Audition:
-    """Run candidate schedules with the real solver on the measured paths' noises, and rank them by typical error.
+    """Run candidate schedules with the real solver on the measured paths' noises, and rank them by their error.
 
     Each candidate samples from the noises of the paths in ``stats``; its error is the squared distance to the paths'
     ends, which are converged to the path's own accuracy (that of N steps of third-order UniPC); among schedules that
-    come near it, differences mean little. The rank is by the geometric mean over samples, which a few samples that
-    change mode do not decide. All run on the first three eighths of the samples, and the best two on the rest.
+    come near it, differences mean little. All run on the first three eighths of the samples, and the best two on the
+    rest. The rank is by the power mean over samples (`fastsched.metrics.power_mean`).
 
     Args:
         denoiser: The denoiser that ``stats`` was measured on.
         stats: What `fastsched.measure` returned.
         steps: Steps of the candidates.
         solver: A solver's name.
-        candidates: Schedules by name, each of ``steps`` steps; `default_candidates` when None.
+        candidates: Schedules by name, each of ``steps`` steps; `fastsched.fitting.candidates` makes them when None.
         samples: How many of the statistics' samples to use; all when None.
         batch_size: Samples run at once; all when None.
         device: Where to run; where the network's parameters are when None.
@@ -121,31 +127,56 @@ def audition(
     count = stats.samples if samples is None else validate.positive_int("samples", samples)
     if count > stats.samples:
         raise ValueError(f"samples must be at most the {stats.samples} that were measured, got {count}")
-    entrants = _entrants(stats, steps, method, candidates)
-    stage = Stage(denoiser, stats, method, batch_size, device, dtype)
-    first = first_round(count) if len(entrants) > FINALISTS else count
-    runs: dict[str, Performance] = {}
-    total = len(entrants) * first + FINALISTS * (count - first)
-    with progress_bar(total * method.model_calls(steps), progress, "audition") as advance:
-        for name, schedule in entrants.items():
-            runs[name] = stage.run(schedule, 0, first, advance)
-        if first < count:
-            errors = {name: distances(stats, run.ends) for name, run in runs.items()}
-            for name in sorted(entrants, key=lambda name: geometric_mean(errors[name]))[:FINALISTS]:
-                runs[name] = Performance.joined([runs[name], stage.run(entrants[name], first, count, advance)])
-    calls = method.model_calls(steps) * sum(len(run.ends) for run in runs.values())
-    return Audition(_table(entrants, stats, runs), calls)
+    chosen = _checked(stats, steps, method, candidates)
+    runner = Runner(denoiser, stats, method, batch_size, device, dtype)
+    first = first_round(count) if len(chosen) > FINALISTS else count
+    total = len(chosen) * first + FINALISTS * (count - first)
+    with progress_bar(total * method.model_calls(steps), progress, "audition") as runner.advance:
+        return ranked(runner, stats, chosen, method.model_calls(steps), count)
 
 
-def _entrants(
+def ranked(run: Run, stats: PathStatistics, candidates: Mapping[str, Schedule], calls: int, samples: int) -> Audition:
+    """Rank candidates with any sampler, by successive halving.
+
+    Args:
+        run: Runs a schedule on some of the measured samples; None if it cannot, which drops the candidate.
+        stats: The statistics whose samples are run.
+        candidates: Schedules by name.
+        calls: Network evaluations of one sample under one candidate.
+        samples: How many of the samples to use.
+
+    Raises:
+        ValueError: If no candidate could be run.
+    """
+    first = first_round(samples) if len(candidates) > FINALISTS else samples
+    runs: dict[str, Rollout] = {}
+    for name, schedule in candidates.items():
+        rollout = run(schedule, 0, first)
+        if rollout is not None:
+            runs[name] = rollout
+    if not runs:
+        raise ValueError(
+            f"the sampler gave NaN or inf, or could not be run, under every one of {len(candidates)} schedules"
+        )
+    spent = len(candidates) * first
+    if first < samples:
+        for name in sorted(runs, key=lambda name: float(power_mean(distances(stats, runs[name].ends))))[:FINALISTS]:
+            rest = run(candidates[name], first, samples)
+            spent += samples - first
+            if rest is not None:
+                runs[name] = Rollout.joined([runs[name], rest])
+    return Audition(_table({name: candidates[name] for name in runs}, stats, runs), calls * spent)
+
+
+def _checked(
     stats: PathStatistics, steps: int, method: Solver, candidates: Mapping[str, Any] | None
 ) -> dict[str, Schedule]:
     steps = validate.positive_int("steps", steps)
     if candidates is None:
-        return default_candidates(stats, steps, method)
+        return dict(islice(candidates_in_turn(stats, steps, method), CANDIDATES))
     if not candidates:
         raise ValueError("candidates must hold at least one schedule")
-    entrants = {}
+    chosen = {}
     for name, given in candidates.items():
         if isinstance(given, Schedule):
             schedule = replace(given, solver=method.name)
@@ -154,71 +185,27 @@ def _entrants(
             schedule = Schedule.from_levels(stats.process, levels, method.name)
         if schedule.steps != steps:
             raise ValueError(f"candidates[{name!r}] has {schedule.steps} steps, not {steps}")
-        entrants[name] = schedule
-    return entrants
+        chosen[name] = schedule
+    return chosen
 
 
 def first_round(samples: int) -> int:
-    """Of how many of the samples every candidate runs."""
+    """How many of the samples every candidate runs."""
     return -(-3 * samples // 8)
 
 
-class Stage:
-    """Where candidates perform: the noises, the ends to meet, and how to run."""
-
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        stats: PathStatistics,
-        method: Solver,
-        batch_size: int | None,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        self.denoiser, self.method = denoiser, method
-        self.device = torch.device(device) if device is not None else denoiser.device
-        self.dtype = dtype if dtype is not None else denoiser.dtype
-        self.noise = noise_of(stats.seeds, stats.shape)
-        self.batch = stats.samples if batch_size is None else validate.positive_int("batch_size", batch_size)
-
-    def run(self, schedule: Schedule, first: int, last: int, advance: Callable[[int], None]) -> Performance:
-        """Samples ``first .. last - 1`` under a schedule."""
-        parts = []
-        for start in range(first, last, self.batch):
-            noise = self.noise[start : min(start + self.batch, last)].to(self.device)
-            recorder = Recorder.of(self.denoiser)
-            ends = sample(recorder, schedule.sigmas, self.method, noise, dtype=self.dtype).cpu()
-            parts.append(Performance(ends, recorder.evaluations()))
-            advance(len(noise) * self.method.model_calls(schedule.steps))
-        return Performance.joined(parts)
-
-
-def distances(stats: PathStatistics, ends: Tensor) -> Tensor:
-    """Squared distances of ends [<= B, *shape] to those of the first paths, [<= B] float64.
-
-    An exact hit must not make a geometric mean 0: rounding of the ends is the least that can be told apart.
-    """
-    return squared_distances(ends, stats.ends[: len(ends)]).clamp_min(rounding_of(stats))
-
-
-def rounding_of(stats: PathStatistics) -> float:
-    """The squared distance that float32 rounding of the ends makes."""
-    floor = torch.finfo(torch.float32).eps ** 2 * stats.ends.double().square().flatten(1).sum(1).mean()
-    return max(float(floor), torch.finfo(torch.float64).tiny)
-
-
 def _table(
-    entrants: Mapping[str, Schedule], stats: PathStatistics, runs: Mapping[str, Performance]
+    candidates: Mapping[str, Schedule], stats: PathStatistics, runs: Mapping[str, Rollout]
 ) -> tuple[Candidate, ...]:
     errors = {name: distances(stats, run.ends) for name, run in runs.items()}
-    order = sorted(entrants, key=lambda name: (-len(errors[name]), geometric_mean(errors[name])))
+    order = sorted(candidates, key=lambda name: (-len(errors[name]), float(power_mean(errors[name]))))
     best = errors[order[0]]
     rows = []
     for name in order:
         own = errors[name]
         difference = own.log() - best[: len(own)].log()
-        spread = float(difference.std() / math.sqrt(len(own))) if len(own) > 1 else math.nan
-        run = runs[name] if len(own) == len(best) else Performance(runs[name].ends)
-        schedule = replace(entrants[name], measured_error=geometric_mean(own))
-        rows.append(Candidate(name, schedule, own, float(difference.mean()), spread, run))
+        stderr = float(difference.std() / math.sqrt(len(own))) if len(own) > 1 else math.nan
+        run = runs[name] if len(own) == len(best) else Rollout(runs[name].ends)
+        schedule = replace(candidates[name], measured_error=float(power_mean(own)))
+        rows.append(Candidate(name, schedule, own, float(difference.mean()), stderr, run))
     return tuple(rows)

@@ -1,53 +1,21 @@
-"""Measure, select, audition and tune in one call."""
+"""Measure, select and tune a denoiser's schedule in one call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice
 
 import torch
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser
-from fastsched.fitting.auditioning import FINALISTS, Audition, audition, first_round
-from fastsched.fitting.candidates import candidates_in_turn, default_weight
-from fastsched.fitting.tuning import Tuning, tune
+from fastsched.fitting.candidates import candidates_in_turn
+from fastsched.fitting.loop import MODEL_CALLS, FitReport, affordable, fit_by_running
+from fastsched.fitting.rollouts import Runner
 from fastsched.measurement.measuring import measure, measured_levels, with_increments
 from fastsched.measurement.statistics import PathStatistics
+from fastsched.progress import progress_bar
 from fastsched.sampling.schedule import Schedule
-from fastsched.sampling.solvers import Solver, get_solver
-from fastsched.selection.optimal import optimal_schedule
-
-#: The most model calls that `fit` spends after the measurement, counted per sample.
-MODEL_CALLS = 740
-
-#: How many candidates the audition hears, if the first round, of few samples each, takes no more than this share of
-#: the calls. What is left is for tuning: its runs lower the error more than a choice among more candidates.
-ENTRANTS, FIRST_ROUND = 4, 0.25
-
-
-@dataclass(frozen=True, eq=False)
-class FitReport:
-    """What `fit` came to.
-
-    Attributes:
-        schedule: The schedule.
-        stats: The measurement, with increments if there was tuning.
-        audition: The audition, if there was one.
-        tuning: The tuning, if there was one.
-    """
-
-    schedule: Schedule
-    stats: PathStatistics
-    audition: Audition | None = None
-    tuning: Tuning | None = None
-
-    @property
-    def model_calls(self) -> int:
-        """Network evaluations, the measurement included, counted per sample."""
-        later = (self.audition, self.tuning)
-        return self.stats.model_calls + sum(part.model_calls for part in later if part is not None)
+from fastsched.sampling.solvers import get_solver
 
 
 def fit(
@@ -148,48 +116,17 @@ def fit_report(
         )
     elif tuple(shape) != stats.shape:
         raise ValueError(f"stats are of samples of shape {stats.shape}, not of shape {tuple(shape)}")
-    entrants = affordable_candidates(stats, steps, method, budget)
-    if not entrants:
-        return FitReport(optimal_schedule(stats, steps, method.name, weight=default_weight(stats)), stats)
-    outcome = audition(
-        denoiser, stats, steps, solver, entrants, batch_size=batch_size, device=device, dtype=dtype, progress=progress
-    )
-    trials = (budget - outcome.model_calls) // (stats.samples * method.model_calls(steps))
-    if trials < 1 or steps == 1:
-        return FitReport(outcome.winner, stats, outcome)
-    stats = with_increments(denoiser, stats, batch_size=batch_size, device=device, dtype=dtype)
-    tuning = tune(
-        denoiser,
-        stats,
-        outcome,
-        trials=trials,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-        progress=progress,
-    )
-    return FitReport(tuning.schedule, stats, outcome, tuning)
-
-
-def affordable_candidates(stats: PathStatistics, steps: int, method: Solver, model_calls: int) -> dict[str, Schedule]:
-    """As many of `candidates_in_turn` as an audition can hear within ``model_calls``; none if it cannot hear one."""
-    count = stats.samples
-    most = affordable(method.model_calls(steps), count, first_round(count), model_calls)
-    return dict(islice(candidates_in_turn(stats, steps, method), most)) if most > 0 else {}
-
-
-def affordable(each: int, count: int, first: int, model_calls: int) -> int:
-    """How many candidates an audition can hear within ``model_calls``, with some left to tune; 0 if not one.
-
-    Args:
-        each: Calls of one sample under one candidate.
-        count: Samples of the finalists.
-        first: Samples that every candidate runs.
-        model_calls: The budget of audition and tuning.
-    """
-    if model_calls < each * count:
-        return 0
-    most = max(min(ENTRANTS, int(FIRST_ROUND * model_calls) // (each * first)), FINALISTS)
-    while most > 1 and each * (min(most, FINALISTS) * count + max(most - FINALISTS, 0) * first) > model_calls:
-        most -= 1
-    return most
+    if stats.increments is None and affordable(method.model_calls(steps), stats.samples, budget) and steps > 1:
+        stats = with_increments(denoiser, stats, batch_size=batch_size, device=device, dtype=dtype)
+    runner = Runner(denoiser, stats, method, batch_size, device, dtype)
+    calls = method.model_calls(steps)
+    with progress_bar(budget, progress, "fitting") as runner.advance:
+        return fit_by_running(
+            runner,
+            stats,
+            steps,
+            method.name,
+            candidates_in_turn(stats, steps, method),
+            calls=calls,
+            model_calls=budget,
+        )

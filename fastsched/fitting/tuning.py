@@ -29,18 +29,22 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
+from fastsched.costs.norms import Norms
+from fastsched.costs.prediction import PENALTY, squared_errors
+from fastsched.costs.secants import Secants
 from fastsched.costs.step_cost import Array
-from fastsched.costs.surrogate import Surrogate, quadratic_forms, typical
+from fastsched.costs.surrogate import Outcome, Surrogate
 from fastsched.denoisers.denoiser import Denoiser
-from fastsched.fitting.auditioning import Audition, Stage, distances, rounding_of
-from fastsched.fitting.secants import Evaluations, Performance, Secants, deviations_of, residuals
+from fastsched.fitting.auditioning import Audition
+from fastsched.fitting.rollouts import Evaluations, Rollout, Run, Runner, distances, rounding_of
+from fastsched.fitting.run_secants import KnownAnswers, KnownRun, residuals, with_runs
 from fastsched.measurement.statistics import PathStatistics
-from fastsched.metrics import geometric_mean
+from fastsched.metrics import power_mean
 from fastsched.progress import progress_bar
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver, get_solver
+from fastsched.selection.constraints import at_known_levels, known_levels, measured_range
 from fastsched.selection.descent import descend, log_gaps
-from fastsched.selection.polish import at_known_levels, known_levels, measured_range
 
 #: How far a node may move at first, in shares of the gap to its nearer neighbour in ``log s``; what a run that lowers
 #: the error multiplies that by, and one that does not; where it ends.
@@ -52,14 +56,9 @@ LINES = 2
 #: Shares of a gap that the search for the next schedule moves nodes by, down to what the least reach allows.
 MOVES = (0.4, 0.2, 0.1, 0.05, 0.025, 0.0125)
 
-#: The weight of changes in the states' deviations that are predicted to cancel (`fastsched.selection.polish`).
-DOUBT = 0.3
 
 #: Damping of the least squares over earlier runs, by the square and the fourth power of their distance.
 DAMPING = (1e-3, 0.1)
-
-#: Runs a schedule from the noises of the measured paths; None if it cannot.
-Perform = Callable[[Schedule], Performance | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +78,7 @@ class Tuning:
     model_calls: int
 
     def __str__(self) -> str:
-        rows = [f"{'trial':>6} {'typical error':>14}"]
+        rows = [f"{'trial':>6} {'error':>14}"]
         rows += [f"{n + 1:6d} {trial.measured_error:14.4g}" for n, trial in enumerate(self.trials)]
         return "\n".join(rows)
 
@@ -95,7 +94,7 @@ def tune(
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Tuning:
-    """Lower the typical error of ``start`` by running up to ``trials`` schedules from the measured noises.
+    """Lower the error of ``start`` by running up to ``trials`` schedules from the measured noises.
 
     What the network said in every run is held on the CPU, an image for each call.
 
@@ -116,37 +115,33 @@ def tune(
         ValueError: If the statistics hold no increments, ``trials`` is negative, or the network returns NaN or inf.
     """
     first = start.winner if isinstance(start, Audition) else start
-    table = start.table if isinstance(start, Audition) else ()
-    known = [(row.schedule, row.performance) for row in table if len(row.performance.ends) == stats.samples]
+    known = start.complete(stats.samples) if isinstance(start, Audition) else []
     method = get_solver(first.solver)
     trials = validate.positive_int("trials", trials, minimum=0)
     increments_of(stats)
-    stage = Stage(denoiser, stats, method, batch_size, device, dtype)
-    each = stats.samples * method.model_calls(first.steps)
-    before = 0 if known else each
-    with progress_bar(before + trials * each, progress, "tuning") as advance:
-        perform = partial(stage.run, first=0, last=stats.samples, advance=advance)
-        tuning = tuned(perform, stats, known or [(first, perform(first))], trials)
+    runner = Runner(denoiser, stats, method, batch_size, device, dtype)
+    calls = method.model_calls(first.steps)
+    before = 0 if known else stats.samples * calls
+    with progress_bar(before + trials * stats.samples * calls, progress, "tuning") as runner.advance:
+        tuning = tuned(runner, stats, known or [(first, runner(first, 0, stats.samples))], trials, calls)
     return replace(tuning, model_calls=before + tuning.model_calls)
 
 
 def tuned(
-    perform: Perform, stats: PathStatistics, known: Sequence[tuple[Schedule, Performance]], trials: int
+    run: Run, stats: PathStatistics, known: Sequence[tuple[Schedule, Rollout]], trials: int, calls: int
 ) -> Tuning:
-    """`tune`, whoever runs the sampler.
+    """`tune` with any sampler.
 
     Args:
-        perform: Runs a schedule from the noises of the measured paths; None if it cannot.
+        run: Runs a schedule on some of the measured samples; None if it cannot.
         stats: Statistics with increments.
-        known: Schedules to start from, and how they fared.
+        known: Schedules to start from, and their runs.
         trials: The most runs.
-
-    Returns:
-        As `tune`, with the model calls of the solver in as many runs as were asked for.
+        calls: Network evaluations of one sample in a run.
     """
     record = _Record(stats, get_solver(known[0][0].solver))
-    for schedule, performance in known:
-        record.add(schedule, performance)
+    for schedule, rollout in known:
+        record.add(schedule, rollout)
     lines, tried = [_Line(m, REACH) for m in record.order()[:LINES]], 0
     while tried < trials and known[0][0].steps > 1:
         proposals = [(n, found) for n, line in enumerate(lines) if (found := record.proposal(line)) is not None]
@@ -154,19 +149,20 @@ def tuned(
             break
         n, proposal = min(proposals, key=lambda pair: pair[1].predicted)
         schedule = Schedule.from_levels(stats.process, torch.from_numpy(proposal.levels), record.method.name)
-        performance = perform(schedule)
+        rollout = run(schedule, 0, stats.samples)
         tried += 1
         better = False
-        if performance is not None:
-            record.add(schedule, performance)
-            better = record.trials[-1].typical_error < record.trials[lines[n].best].typical_error
+        if rollout is not None:
+            record.add(schedule, rollout)
+            better = record.trials[-1].error < record.trials[lines[n].best].error
         if better:
             lines[n] = _Line(len(record.trials) - 1, min(proposal.reach * GROWTH, MOST_REACH))
         else:
             lines[n] = _Line(lines[n].best, proposal.reach * SHRINKAGE)
-    calls = tried * stats.samples * record.method.model_calls(known[0][0].steps)
     best = record.trials[record.order()[0]]
-    return Tuning(best.schedule, best.errors, tuple(trial.schedule for trial in record.trials), calls)
+    return Tuning(
+        best.schedule, best.errors, tuple(trial.schedule for trial in record.trials), tried * stats.samples * calls
+    )
 
 
 def increments_of(stats: PathStatistics) -> Tensor:
@@ -212,8 +208,8 @@ class _Trial:
     column: int
 
     @property
-    def typical_error(self) -> float:
-        return geometric_mean(self.errors)
+    def error(self) -> float:
+        return float(power_mean(self.errors))
 
 
 class _Record:
@@ -221,25 +217,26 @@ class _Record:
 
     def __init__(self, stats: PathStatistics, method: Solver) -> None:
         self.stats, self.method, self.surrogate = stats, method, Surrogate.of(stats)
-        self.increments = increments_of(stats)
+        increments = increments_of(stats)
+        self.vectors = increments if stats.responses is None else torch.cat([increments, stats.responses], dim=1)
         self.trials: list[_Trial] = []
         self._vectors: list[Tensor] = []  # each run's residuals and its error, [B, evaluations + 1, d]
-        self._gram = stats.gram.numpy()  # of the increments and the vectors, [B, n, n]
+        self._gram = stats.vector_gram.numpy()  # of the measurement's vectors and the runs', [B, n, n]
 
     def order(self) -> list[int]:
-        """The runs by typical error."""
-        return sorted(range(len(self.trials)), key=lambda m: self.trials[m].typical_error)
+        """The runs by error."""
+        return sorted(range(len(self.trials)), key=lambda m: self.trials[m].error)
 
-    def add(self, schedule: Schedule, performance: Performance) -> None:
+    def add(self, schedule: Schedule, rollout: Rollout) -> None:
         """Learn from a run."""
-        squared = distances(self.stats, performance.ends)
-        error = (performance.ends.double() - self.stats.ends.double()).flatten(1)[:, None]
+        squared = distances(self.stats, rollout.ends)
+        error = (rollout.ends.double() - self.stats.ends.double()).flatten(1)[:, None]
         levels = self.stats.process.level(schedule.sigmas).numpy()
-        s, beyond = self._beyond(performance.evaluations, levels)
+        s, beyond = self._beyond(rollout.evaluations, levels)
         first = self._add_vectors(torch.cat([beyond, error.float()], dim=1))
         self.trials.append(
             _Trial(
-                schedule=replace(schedule, measured_error=geometric_mean(squared)),
+                schedule=replace(schedule, measured_error=float(power_mean(squared))),
                 levels=levels,
                 errors=squared,
                 s=s,
@@ -254,14 +251,14 @@ class _Record:
             beyond = residuals(self.surrogate, self.stats, found)
             if bool(beyond.isfinite().all()):
                 return np.array(found.s), beyond
-        return np.zeros(0), self.increments[:, :0]
+        return np.zeros(0), self.vectors[:, :0]
 
     def _add_vectors(self, vectors: Tensor) -> int:
         """Vectors [B, m, d] into the Gram matrix; their first column."""
         self._vectors.append(vectors)
         rows = []
         for b, own in enumerate(vectors.double()):
-            others = [self.increments[b], *(each[b] for each in self._vectors)]
+            others = [self.vectors[b], *(each[b] for each in self._vectors)]
             rows.append(torch.cat([other.double() @ own.T for other in others]).numpy())
         columns, before = np.stack(rows), self._gram.shape[1]  # [B, n + m, m]
         self._gram = np.block([[self._gram, columns[:, :before]], [columns.transpose(0, 2, 1)]])
@@ -279,7 +276,7 @@ class _Record:
 
         def predicted(levels: Array) -> Array:
             within = (np.abs(np.log(levels[:, 1:-1] / start[1:-1])) <= reach * gaps + 1e-9).all(axis=1)
-            return np.where(within, typical(np.maximum(prediction(levels), least)), np.inf)
+            return np.where(within, power_mean(np.maximum(prediction(levels), least)), np.inf)
 
         while reach >= LEAST_REACH:
             found, value = descend(at_known_levels(self.stats.process, predicted), start, low, high, moves=MOVES)
@@ -289,14 +286,15 @@ class _Record:
             reach *= SHRINKAGE
         return None
 
-    def prediction(self, anchor: int, doubt: float = DOUBT) -> Callable[[Array], Array]:
-        """Squared size of the predicted error and of what is in doubt, [C, B], of levels [C, steps + 1]."""
+    def prediction(self, anchor: int, penalty: float = PENALTY) -> Callable[[Array], Array]:
+        """Squared size of the predicted error and of the penalty, [C, B], of levels [C, steps + 1]."""
         logs = np.log(np.array([trial.levels[1:-1] for trial in self.trials]))
         others = [m for m in range(len(self.trials)) if m != anchor]
         apart = logs[others] - logs[anchor]  # [M-1, steps-1]
         square = (apart**2).sum(1)
         damped = apart @ apart.T + np.diag(DAMPING[0] * square + DAMPING[1] * square**2 + math.ulp(1.0))
-        run = partial(self.surrogate.run, solver=self.method, beyond=self.secants(anchor), more=self._more)
+        norms = self.norms(anchor)
+        run = partial(self.surrogate.run, solver=self.method, secants=self.secants(anchor, norms))
         base = run(self.trials[anchor].levels[None])
         solved = np.linalg.solve(damped, apart).T if others else np.zeros((logs.shape[1], 0))  # c = moved @ solved
         corrections = np.zeros((len(others), self._gram.shape[1]))  # R_m
@@ -310,24 +308,26 @@ class _Record:
             error = outcome.error - base.error
             error[:, self.trials[anchor].column] += 1.0
             error += moved @ solved @ corrections
-            doubted = doubt * (outcome.deviations - base.deviations)
-            return quadratic_forms(self._gram, error[:, None]) + quadratic_forms(self._gram, doubted)
+            return squared_errors(norms, Outcome(error, outcome.deviations - base.deviations), penalty)
 
         return squared
 
-    def secants(self, anchor: int) -> Secants | None:
-        """Those of all runs whose evaluations are known, for schedules near the ``anchor``; None if its are not."""
-        if len(self.trials[anchor].s) == 0:
-            return None
-        known = [trial for trial in self.trials if len(trial.s) > 0]
-        return Secants.of(
-            [deviations_of(self.surrogate, run.levels, self.method, run.first, self._more) for run in known],
-            first=[run.first for run in known],
-            s=[run.s for run in known],
-            anchor=known.index(self.trials[anchor]),
-            metric=(self._gram / self.trials[anchor].errors.numpy()[:, None, None]).mean(0),
-        )
+    def norms(self, anchor: int) -> Norms:
+        """Of all vectors, samples compared with their errors under the ``anchor``."""
+        return Norms(self._gram, self.trials[anchor].errors.numpy())
 
-    @property
-    def _more(self) -> int:
-        return self._gram.shape[1] - self.stats.levels + 1
+    def secants(self, anchor: int, norms: Norms) -> Secants:
+        """Those of the measurement and of the runs whose evaluations are known, for schedules near the ``anchor``."""
+        own = self.surrogate.secants
+        if own is None:
+            own = Secants.none(self.surrogate.vectors)
+        known = [trial for trial in self.trials if len(trial.s) > 0]
+        if len(self.trials[anchor].s) == 0:
+            known = []
+        runs = [KnownRun(trial.s, self._deviations(trial, norms.vectors), trial.first) for trial in known]
+        return with_runs(own, runs, known.index(self.trials[anchor]) if known else 0, norms.metric)
+
+    def _deviations(self, trial: _Trial, vectors: int) -> Array:
+        """Deviations of a run from the path at its evaluations, [evaluations, V]."""
+        answers = KnownAnswers(trial.first, vectors)
+        return self.surrogate.rollouts(trial.levels[None], self.method, answers).deviations[:, 0]

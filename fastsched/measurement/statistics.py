@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsched import validate
 from fastsched.denoisers.noise import NoiseProcess, process_from_dict
+from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels
 
 FORMAT = "fastsched.path_statistics"
-VERSION = 1
+VERSION = 2
 
-#: Increments before a level that the directional sensitivity averages over.
-DIRECTIONAL_WINDOW = 6
+#: Tensors of version 1 that are not used any more: how errors are passed on was measured otherwise.
+FORMER = ("cross", "w_squared")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,9 +37,12 @@ class PathStatistics:
         ends: Where each path ends, ``z_N = D_{N-1}``, [B, *shape] float32.
         data_std: Root mean square of the ends about their mean; an estimate of the data's deviation.
         model_calls: Network evaluations spent, counted per sample.
-        cross: ``<w_k, e_q>`` at row ``k - 1``, for levels ``k = 1..N``, [B, N, N-1] float64; None without sensitivity.
-        w_squared: ``||w_k||^2`` at row ``k - 1``, [B, N] float64; None without sensitivity.
+        deviated: The deviated paths; none if responses were not measured.
+        response_cross: ``<r_i, e_q>`` of the responses ``r`` of the deviated paths, one path after the other, [B, R, N-1]
+            float64; None without responses.
+        response_gram: ``<r_i, r_j>``, [B, R, R] float64; None without responses.
         increments: The ``e_q`` themselves, [B, N-1, d] float32, if they were kept; not saved.
+        responses: The ``r_i`` themselves, [B, R, d] float32, if they were kept; not saved.
     """
 
     process: NoiseProcess
@@ -51,9 +53,19 @@ class PathStatistics:
     ends: Tensor
     data_std: float
     model_calls: int
-    cross: Tensor | None = None
-    w_squared: Tensor | None = None
+    deviated: tuple[DeviatedPath, ...] = ()
+    response_cross: Tensor | None = None
+    response_gram: Tensor | None = None
     increments: Tensor | None = None
+    responses: Tensor | None = None
+
+    @property
+    def vector_gram(self) -> Tensor:
+        """Gram matrix of the increments and the responses together, [B, V, V] float64."""
+        if self.response_cross is None or self.response_gram is None:
+            return self.gram
+        above = torch.cat([self.gram, self.response_cross.mT], dim=2)
+        return torch.cat([above, torch.cat([self.response_cross, self.response_gram], dim=2)], dim=1)
 
     @property
     def levels(self) -> int:
@@ -76,56 +88,11 @@ class PathStatistics:
         sigmas = self.process.sampler_sigma(self.s)
         return torch.cat([sigmas, sigmas.new_zeros(1)])
 
-    @property
-    def phi(self) -> Tensor:
-        """Mean sensitivity ``phi_k = E ||w_k||^2 / d = E ||dz_N/dz_k||_F^2 / d``, [N + 1] float64.
-
-        ``phi_N = 1``; ``phi_0`` is NaN, for no step ends at level 0 and the sweep stops short of it. A dimension
-        in which the end does not depend on ``z_k`` counts 0.
-
-        Raises:
-            ValueError: If measured with ``sensitivity=None``.
-        """
-        _, w_squared = self._sensitivity()
-        inner = w_squared[:, :-1].mean(0) / self.dimension
-        return torch.cat([inner.new_full((1,), torch.nan), inner, inner.new_ones(1)])
-
-    @property
-    def psi(self) -> Tensor:
-        """Sensitivity in the directions of the solver's errors, [N + 1] float64.
-
-        ``psi_k = sum_q E <w_k, e_q>^2 / sum_q E ||e_q||^2`` over the last six increments that end at or before
-        level k, divided by the same ratio at the end over all increments. That ratio is 1 in expectation
-        (``w_N`` is the probe itself), so it is a control variate: where errors keep to one direction, as on
-        Gaussian data, it removes the noise of the probes altogether. ``psi_N = 1`` and ``psi_0`` is NaN, as in `phi`.
-
-        Raises:
-            ValueError: If measured with ``sensitivity=None``.
-        """
-        cross, _ = self._sensitivity()
-        squared, size = cross.square().mean(0), self.gram.diagonal(dim1=1, dim2=2).mean(0)
-        at_end = float(squared[-1].sum() / size.sum()) if float(size.sum()) > 0 else 0.0
-        values = [torch.nan]
-        for k in range(1, self.levels):
-            window = slice(max(0, k - DIRECTIONAL_WINDOW), k)
-            total, share = float(size[window].sum()) * at_end, float(squared[k - 1, window].sum())
-            # no increment there to tell a direction by (outputs rounded to half precision): the mean over all
-            values.append(share / total if total > 0 and share > 0 else float(self.phi[k]))
-        return torch.tensor([*values, 1.0], dtype=torch.float64)
-
-    def _sensitivity(self) -> tuple[Tensor, Tensor]:
-        if self.cross is None or self.w_squared is None:
-            raise ValueError(
-                "these statistics hold no sensitivity; measure with sensitivity='finite-difference' or 'jvp', "
-                "or select with weight=None"
-            )
-        return self.cross, self.w_squared
-
     def __repr__(self) -> str:
-        swept = "with" if self.cross is not None else "without"
+        swept = "with" if self.deviated else "without"
         return (
             f"PathStatistics({self.process.kind}, {self.levels} levels, {self.samples} samples of {self.shape}, "
-            f"{swept} sensitivity, {self.model_calls} model calls)"
+            f"{swept} responses, {self.model_calls} model calls)"
         )
 
     def select(self, samples: Sequence[int] | Tensor) -> PathStatistics:
@@ -137,59 +104,23 @@ class PathStatistics:
             gram=self.gram[rows],
             ends=self.ends[rows],
             data_std=data_deviation(self.ends[rows]),
-            cross=None if self.cross is None else self.cross[rows],
-            w_squared=None if self.w_squared is None else self.w_squared[rows],
             increments=None if self.increments is None else self.increments[rows],
-        )
-
-    def refine(self, parts: int) -> PathStatistics:
-        """These statistics on a grid with every segment cut into ``parts``, equal in ``lambda``; no model calls.
-
-        ``D`` is taken as linear in ``lambda`` within a segment, so that an increment splits into equal ones; so are the
-        adjoint vectors. Increments that were kept are left out. A segment from pure noise is not cut.
-
-        Raises:
-            ValueError: If ``parts`` is below 1, or the network accepts only integer timesteps.
-        """
-        validate.positive_int("parts", parts)
-        if getattr(self.process, "integer_timesteps", False):
-            raise ValueError("parts must be 1 for a network that accepts only integer timesteps")
-        lam = self.s.log()
-        cuts = [1 if math.isinf(float(self.s[q])) else parts for q in range(self.levels - 1)]
-        fine = [lam[q] + (lam[q + 1] - lam[q]) * m / cuts[q] for q in range(self.levels - 1) for m in range(cuts[q])]
-        s = torch.stack([*fine, lam[-1]]).exp()
-        s[torch.tensor([0, *np.cumsum(cuts)])] = self.s
-        # split[q, q'] = 1/cuts where the fine segment q' lies in q; mix[k', k] interpolates levels 1 .. N
-        split = torch.zeros(self.levels - 1, len(s) - 1, dtype=torch.float64)
-        mix = torch.zeros(len(s), self.levels, dtype=torch.float64)
-        position = 0
-        for q, count in enumerate(cuts):
-            split[q, position : position + count] = 1 / count
-            for m in range(1, count + 1):
-                mix[position + m - 1, max(q - 1, 0)] += 1 - m / count
-                mix[position + m - 1, q] += m / count
-            position += count
-        mix[-1, -1] = 1.0
-        return replace(
-            self,
-            s=s,
-            gram=split.T @ self.gram @ split,
-            cross=None if self.cross is None else mix @ self.cross @ split,
-            w_squared=None if self.w_squared is None else self.w_squared @ mix.T,
-            increments=None,
+            response_cross=None if self.response_cross is None else self.response_cross[rows],
+            response_gram=None if self.response_gram is None else self.response_gram[rows],
+            responses=None if self.responses is None else self.responses[rows],
         )
 
     def merge(self, other: PathStatistics) -> PathStatistics:
         """These samples and those of another measurement of the same denoiser on the same levels.
 
         Raises:
-            ValueError: If process, levels, shape or the presence of a sensitivity differ, or a seed is in both
+            ValueError: If process, levels, shape or deviated paths differ, or a seed is in both
                 (its path would count twice; measure more samples with another ``seed``).
         """
         if self.process != other.process or not torch.equal(self.s, other.s) or self.shape != other.shape:
             raise ValueError("other was measured on another noise process, other levels or another shape")
-        if (self.cross is None) != (other.cross is None):
-            raise ValueError("other must hold a sensitivity exactly if these statistics do")
+        if self.deviated != other.deviated:
+            raise ValueError("other must hold responses of the same deviated paths as these statistics")
         shared = sorted(set(self.seeds.tolist()) & set(other.seeds.tolist()))
         if shared:
             raise ValueError(f"other repeats {len(shared)} of these paths; measure it with another seed")
@@ -201,9 +132,10 @@ class PathStatistics:
             ends=ends,
             data_std=data_deviation(ends),
             model_calls=self.model_calls + other.model_calls,
-            cross=_joined(self.cross, other.cross),
-            w_squared=_joined(self.w_squared, other.w_squared),
+            response_cross=_joined(self.response_cross, other.response_cross),
+            response_gram=_joined(self.response_gram, other.response_gram),
             increments=_joined(self.increments, other.increments),
+            responses=_joined(self.responses, other.responses),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -211,14 +143,15 @@ class PathStatistics:
         from safetensors.torch import save_file
 
         tensors = {"s": self.s, "seeds": self.seeds, "gram": self.gram, "ends": self.ends}
-        if self.cross is not None and self.w_squared is not None:
-            tensors |= {"cross": self.cross, "w_squared": self.w_squared}
+        if self.response_cross is not None and self.response_gram is not None:
+            tensors |= {"response_cross": self.response_cross, "response_gram": self.response_gram}
         header: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "process": self.process.to_dict(),
             "data_std": self.data_std,
             "model_calls": self.model_calls,
+            "deviated": [[path.hold, path.order] for path in self.deviated],
         }
         unfinished = f"{os.fspath(path)}.unfinished"
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -260,7 +193,8 @@ class PathStatistics:
                 shape=tuple(tensors["ends"].shape[1:]),
                 data_std=float(header["data_std"]),
                 model_calls=int(header["model_calls"]),
-                **tensors,
+                deviated=tuple(DeviatedPath(int(hold), int(order)) for hold, order in header.get("deviated", [])),
+                **{name: tensor for name, tensor in tensors.items() if name not in FORMER},
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{name} lacks an entry of path statistics: {error}") from None
@@ -269,12 +203,17 @@ class PathStatistics:
 
     def _check_shapes(self, name: str) -> None:
         b, n = len(self.seeds), len(self.s)
-        expected = {"gram": (b, n - 1, n - 1), "cross": (b, n, n - 1), "w_squared": (b, n)}
+        rows = len(self.deviated) * len(asked_levels(n))
+        expected = {
+            "gram": (b, n - 1, n - 1),
+            "response_cross": (b, rows, n - 1),
+            "response_gram": (b, rows, rows),
+        }
         for field, shape in expected.items():
             value = getattr(self, field)
             if value is not None and tuple(value.shape) != shape:
                 raise ValueError(f"{name}: {field} has shape {tuple(value.shape)}, not {shape}")
-        for field in ("gram", "cross", "w_squared"):
+        for field in expected:
             value = getattr(self, field)
             if value is not None and not bool(value.isfinite().all()):
                 raise ValueError(f"{name}: {field} holds NaN or inf; measure again")

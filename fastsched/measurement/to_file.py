@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser
-from fastsched.measurement.measuring import SENSITIVITIES, Run, measured_levels, measurement_steps
+from fastsched.measurement.measuring import measured_levels, measurement_of
+from fastsched.measurement.path_following import Measurement, measurement_steps
 from fastsched.measurement.statistics import PathStatistics
+from fastsched.progress import progress_bar
 from fastsched.sampling.random_streams import sample_seeds
 
 
@@ -24,7 +26,7 @@ def measure_to_file(
     *,
     levels: int | Tensor = 48,
     samples: int = 8,
-    sensitivity: str | None = "finite-difference",
+    responses: bool = True,
     seed: int = 0,
     batch_size: int = 4,
     device: torch.device | str | None = None,
@@ -41,7 +43,7 @@ def measure_to_file(
         path: The statistics file; always whole, whenever the measurement stops.
         levels: How many levels, or the levels ``s`` themselves.
         samples: How many paths the file is to hold in the end.
-        sensitivity: ``"finite-difference"``, ``"jvp"`` or None.
+        responses: Whether to measure responses.
         seed: Of the noises and probes.
         batch_size: Paths followed at once.
         device: Where to run.
@@ -59,16 +61,7 @@ def measure_to_file(
     """
     sizes = validate.sample_shape(shape)
     size = validate.positive_int("batch_size", batch_size)
-    if sensitivity is not None:
-        validate.choice("sensitivity", sensitivity, SENSITIVITIES)
-    s = measured_levels(denoiser, levels)
-    run = Run(
-        denoiser,
-        s,
-        denoiser.device if device is None else torch.device(device),
-        denoiser.dtype if dtype is None else dtype,
-        sensitivity,
-    )
+    run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses)
     seeds = sample_seeds(seed, validate.positive_int("samples", samples))
     file = Path(path)
     whole = None
@@ -78,31 +71,16 @@ def measure_to_file(
         seeds = seeds[~torch.isin(seeds, whole.seeds)]
     elif file.exists() and not overwrite:
         raise FileExistsError(f"{file} exists; resume it (--resume), replace it (--overwrite), or name another file")
-    from tqdm import tqdm
-
-    calls = (2 * len(s) - 1 if sensitivity else len(s)) * len(seeds)
-    with tqdm(total=calls, desc="measuring", unit="call", disable=not progress) as bar:
-        for batch in (seeds[n : n + size] for n in range(0, len(seeds), size)):
-            part = _measured(run, batch, sizes, bar.update)
+    with progress_bar(run.calls * len(seeds), progress, "measuring") as advance:
+        for batch in seeds.split(size):
+            part = run.drive(measurement_steps(run, batch, sizes, advance))
             whole = part if whole is None else whole.merge(part)
             whole.save(file)
     assert whole is not None  # samples >= 1: either the file held them or they were measured
     return whole
 
 
-def _measured(run: Run, seeds: Tensor, shape: tuple[int, ...], advance: Callable[[int], object]) -> PathStatistics:
-    steps = measurement_steps(run, seeds, shape)
-    try:
-        x, k = next(steps)
-        while True:
-            raw = run.raw_output(x, k)
-            advance(len(x))
-            x, k = steps.send(raw)
-    except StopIteration as finished:
-        return finished.value
-
-
-def _check_settings(file: Path, found: PathStatistics, run: Run, shape: tuple[int, ...], seeds: Tensor) -> None:
+def _check_settings(file: Path, found: PathStatistics, run: Measurement, shape: tuple[int, ...], seeds: Tensor) -> None:
     """Refuse to add to a file that was measured otherwise, before any model call is spent."""
     different = None
     if found.process != run.denoiser.process:
@@ -111,8 +89,8 @@ def _check_settings(file: Path, found: PathStatistics, run: Run, shape: tuple[in
         different = f"other levels ({found.levels} of them)"
     elif found.shape != shape:
         different = f"shape {found.shape}"
-    elif (found.cross is None) != (run.sensitivity is None):
-        different = "no sensitivity" if found.cross is None else "sensitivity"
+    elif found.deviated != run.deviated:
+        different = "responses" if found.deviated else "no responses"
     elif not bool(torch.isin(found.seeds, seeds).all()):
         different = f"another seed or more than {len(seeds)} samples"
     if different:

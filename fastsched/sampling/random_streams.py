@@ -26,12 +26,6 @@ def noise_of(seeds: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.stack(draws))
 
 
-def probe_of(seeds: Tensor, shape: Sequence[int]) -> Tensor:
-    """The Rademacher probe that each sweep starts from, [B, *shape] float32, on the CPU."""
-    signs = [stream(seed, 1).integers(0, 2, tuple(shape)) for seed in seeds.tolist()]
-    return torch.from_numpy(2 * np.stack(signs) - 1).float()
-
-
 def stream(seed: int, which: int) -> np.random.Generator:
     """One of a sample's two streams of random numbers: 0 for the noise it starts from, 1 for all that follows."""
     # Philox takes the whole seed as its key; torch's CPU generator would use the low 32 bits alone.

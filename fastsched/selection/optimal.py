@@ -1,61 +1,101 @@
-"""From a measurement to a schedule."""
+"""From a measurement to a schedule, without model calls."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 
-from fastsched.costs.prediction import error_estimates, predict_error
-from fastsched.costs.step_cost import PathCost, path_cost
+from fastsched import validate
+from fastsched.costs.norms import Array
+from fastsched.costs.prediction import ErrorModel
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.schedule import Schedule
-from fastsched.sampling.solvers import get_solver
-from fastsched.selection.descent import coordinate_descent
-from fastsched.selection.dynamic_programming import Selection, cheapest_paths
-from fastsched.selection.polish import polish as polished
+from fastsched.sampling.solvers import Solver, get_solver
+from fastsched.selection.constraints import at_known_levels, known_levels, measured_range
+from fastsched.selection.descent import descend
+from fastsched.selection.starts import starting_levels
+
+#: How many starts are descended from, those of least predicted error.
+DESCENTS = 3
+
+#: Two schedules are the same if the levels of no node differ by more than this, in ``log s``.
+SAME = 0.03
 
 
-def optimal_schedule(
-    stats: PathStatistics,
-    steps: int,
-    solver: str = "dpmpp_2m",
-    *,
-    weight: str | None = "geometric",
-    polish: bool = True,
-) -> Schedule:
-    """The schedule of ``steps`` steps with the least weighted error under ``solver``; no model calls.
+def optimal_schedule(stats: PathStatistics, steps: int, solver: str = "dpmpp_2m", *, polish: bool = True) -> Schedule:
+    """The schedule of ``steps`` steps with the least predicted error under ``solver``; no model calls.
 
-    Minimises ``sum_n weight_{k_n} s_{k_n}^2 C_n' G C_n`` over the levels ``k_1 < ... < k_steps = N`` of the measured
-    grid (`costs.step_cost`) by dynamic programming: exactly for solvers that use up to two slopes. For those with
-    a longer history or a corrector the two most recent slopes are used, then coordinate descent on the exact cost.
+    Dynamic programming on the local errors of the steps (`fastsched.costs.step_cost`) and the schedules in common use
+    give starts. From the best of them, by predicted error (`fastsched.costs.prediction`), levels are moved one at a
+    time, off the measured grid, as long as the prediction falls. The schedule of least predicted error is returned: by
+    the same estimate none of the starts is better.
 
     Args:
         stats: What `fastsched.measure` returned.
         steps: Steps, of which the last ends at sigma 0; at most the number of levels less one.
         solver: A solver's name.
-        weight: ``"geometric"`` (``sqrt(phi psi)``), ``"isotropic"`` (``phi``), ``"directional"`` (``psi``) or None.
-        polish: Whether to go on by descent, off the grid, on a prediction that knows how errors of different steps add
-            up (`fastsched.selection.polish`).
+        polish: Whether to move levels. Without it the result is the best of the starts by dynamic programming.
 
     Returns:
-        The schedule, with the predicted squared distance to the converged sample.
+        The schedule, with its predicted error.
 
     Raises:
         ValueError: If an argument is out of range or unknown.
     """
     method = get_solver(solver)
-    cost = path_cost(stats, method, weight)
-    nodes = chosen_nodes(cost, cheapest_paths(cost, steps), steps)
-    s = torch.cat([stats.s, stats.s.new_zeros(1)])[nodes]
-    if not polish:
-        return Schedule.from_levels(stats.process, s, method.name, error_estimates(stats, cost, nodes).largest)
-    s = torch.from_numpy(polished(stats, s.numpy(), method))
-    predicted = predict_error(stats, stats.process.sampler_sigma(s), method, weight=weight)
-    return Schedule.from_levels(stats.process, s, method.name, predicted)
+    if polish:
+        best = local_minima(stats, steps, method)[0]
+    else:
+        names = ("dynamic programming", "dynamic programming, unweighted")
+        best = min(ranked_starts(stats, steps, method, names), key=lambda minimum: minimum.predicted_error)
+    return best.schedule(stats, method)
 
 
-def chosen_nodes(cost: PathCost, selection: Selection, steps: int) -> list[int]:
-    """The levels of the best schedule of ``steps`` steps, after descent on the exact cost where that differs."""
-    nodes = selection.path(steps)
-    if cost.solver.history <= 1 and cost.solver.corrector is None:
-        return nodes
-    return coordinate_descent(cost.around, nodes)
+@dataclass(frozen=True, eq=False)
+class Minimum:
+    """Levels ``s`` [steps + 1], what they come from, and their predicted error."""
+
+    name: str
+    levels: Array
+    predicted_error: float
+
+    def schedule(self, stats: PathStatistics, solver: Solver) -> Schedule:
+        """The schedule of these levels."""
+        return Schedule.from_levels(
+            stats.process, torch.from_numpy(self.levels), solver.name, float(self.predicted_error)
+        )
+
+
+def ranked_starts(
+    stats: PathStatistics, steps: int, solver: Solver, names: tuple[str, ...] | None = None
+) -> list[Minimum]:
+    """The starts and their predicted errors, the best first; those named, or all."""
+    starts = starting_levels(stats, validate.positive_int("steps", steps), solver)
+    chosen = {name: known_levels(stats.process, starts[name]) for name in (names or starts)}
+    values = ErrorModel.of(stats, solver)(np.stack(list(chosen.values())))
+    found = [Minimum(name, levels, value) for (name, levels), value in zip(chosen.items(), values, strict=True)]
+    return sorted(found, key=lambda minimum: minimum.predicted_error)
+
+
+def local_minima(stats: PathStatistics, steps: int, solver: Solver, descents: int = DESCENTS) -> list[Minimum]:
+    """Where descents from the best starts end, the least predicted error first, each schedule once."""
+    starts = ranked_starts(stats, steps, solver)
+    objective = at_known_levels(stats.process, ErrorModel.of(stats, solver))
+    minima = list(starts[:1])  # in case levels too close to each other stop every descent
+    for start in starts[:descents]:
+        levels, value = descend(objective, start.levels, *measured_range(stats))
+        if np.isfinite(value):
+            minima.append(Minimum(start.name, known_levels(stats.process, levels), value))
+    return unlike(sorted(minima, key=lambda minimum: minimum.predicted_error))
+
+
+def unlike(minima: list[Minimum]) -> list[Minimum]:
+    """Those that differ from all before them by more than `SAME`."""
+    kept: list[Minimum] = []
+    for minimum in minima:
+        logs = np.log(minimum.levels[1:-1])
+        if all((np.abs(logs - np.log(other.levels[1:-1])) > SAME).any() for other in kept):
+            kept.append(minimum)
+    return kept

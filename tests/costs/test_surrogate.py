@@ -7,17 +7,10 @@ import torch
 from models import exact_denoiser, exact_denoisers, mixture
 
 import fastsched as fs
-from fastsched.costs.surrogate import (
-    PURE_NOISE_GAP,
-    Outcome,
-    Surrogate,
-    jacobian_shares,
-    natural_spline,
-    quadratic_forms,
-    squared_errors,
-    typical,
-)
+from fastsched.costs.prediction import squared_errors
+from fastsched.costs.surrogate import Outcome, Surrogate, jacobian_shares, natural_spline, quadratic_forms, typical
 from fastsched.denoisers.noise import FlowMatching, VarianceExploding, VariancePreserving
+from fastsched.measurement.deviated_paths import PURE_NOISE_GAP
 from fastsched.sampling.solvers import SOLVERS
 
 LEVELS = {

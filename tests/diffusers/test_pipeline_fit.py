@@ -17,8 +17,8 @@ from pipelines import oracle_pipeline
 
 from fastsched.diffusers import fitting
 from fastsched.diffusers.pipeline_fit import candidates, own_sigmas, performed
-from fastsched.fitting.auditioning import distances
-from fastsched.fitting.denoiser_fit import MODEL_CALLS
+from fastsched.fitting.loop import MODEL_CALLS
+from fastsched.fitting.rollouts import distances
 from fastsched.sampling.solvers import get_solver
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -4,12 +4,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from fastsched.fitting.secants import Performance, Recorder, deviations_of
 from models import exact_denoiser, exact_denoisers, mixture
 
 import fastsched as fs
+from fastsched.costs.secants import Secants
 from fastsched.costs.surrogate import Surrogate
 from fastsched.fitting import secants
-from fastsched.fitting.secants import Evaluations, Performance, Recorder, Secants, deviations_of, residuals
+from fastsched.fitting.rollouts import Evaluations
+from fastsched.fitting.run_secants import residuals
 from fastsched.sampling.random_streams import noise_of
 from fastsched.sampling.solvers import get_solver
 

@@ -4,12 +4,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from fastsched.fitting.secants import Performance, Recorder
 from models import counted_denoiser, exact_denoiser, exact_denoisers, mixture
 
 import fastsched as fs
 import fastsched.fitting.tuning
-from fastsched.fitting.auditioning import distances
-from fastsched.fitting.secants import Performance, Recorder
+from fastsched.fitting.rollouts import distances
 from fastsched.fitting.tuning import _Record, tuned
 from fastsched.sampling.random_streams import noise_of
 

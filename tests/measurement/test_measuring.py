@@ -5,7 +5,8 @@ import torch
 from models import exact_denoiser, exact_denoisers, mixture
 
 import fastsched as fs
-from fastsched.measurement.measuring import PATH_SOLVER, with_increments
+from fastsched.measurement.measuring import with_increments
+from fastsched.measurement.path_following import PATH_SOLVER
 from fastsched.sampling.random_streams import noise_of, probe_of, sample_seeds
 
 C = 0.5

@@ -3,20 +3,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from fastsched.selection.polish import DOUBTFUL_SPREAD, polish, polish_objective
 from models import exact_denoiser, exact_denoisers, mixture, vp_table
 
 import fastsched as fs
 from fastsched.costs.surrogate import Surrogate
 from fastsched.sampling.solvers import SOLVERS
-from fastsched.selection.polish import (
-    APART,
-    DOUBTFUL_SPREAD,
-    at_known_levels,
-    known_levels,
-    measured_range,
-    polish,
-    polish_objective,
-)
+from fastsched.selection.constraints import APART, at_known_levels, known_levels, measured_range
 
 KINDS = exact_denoisers(mixture(d=4))
 ZERO_TERMINAL = torch.cat([vp_table(200)[:-1], torch.zeros(1)])

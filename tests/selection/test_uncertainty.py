@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import torch
 from models import exact_denoiser, mixture
 
 import fastsched as fs

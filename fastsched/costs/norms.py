@@ -1,0 +1,57 @@
+"""Squared sizes of vectors given by their coefficients over known ones, from the Gram matrices of the samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = "NDArray[np.float64]"
+
+
+@dataclass(frozen=True, eq=False)
+class Norms:
+    """Norms over V known vectors, of which each of B samples has its own.
+
+    Attributes:
+        gram: Gram matrix of each sample's vectors, [B, V, V].
+        size: What each sample's squares are compared with, [B].
+    """
+
+    gram: Array
+    size: Array
+
+    @classmethod
+    def of_increments(cls, gram: Array, increments: int) -> Norms:
+        """Sizes are those of all increments, the first vectors, together."""
+        size = np.einsum("bqq->b", gram[:, :increments, :increments])
+        return cls(gram, np.maximum(size, np.finfo(np.float64).tiny))
+
+    @property
+    def vectors(self) -> int:
+        """V."""
+        return self.gram.shape[1]
+
+    @cached_property
+    def metric(self) -> Array:
+        """The mean over samples of ``gram_b / size_b``, [V, V]."""
+        return (self.gram / self.size[:, None, None]).mean(0)
+
+    @cached_property
+    def _side_by_side(self) -> Array:
+        return np.ascontiguousarray(self.gram.transpose(1, 0, 2)).reshape(self.vectors, -1)
+
+    def squared(self, vectors: Array) -> Array:
+        """``v' G_b v`` of vectors [C, V] for each sample, [C, B]."""
+        products = (vectors @ self._side_by_side).reshape(len(vectors), len(self.gram), -1)
+        return np.maximum((products @ vectors[:, :, None])[:, :, 0], 0.0)
+
+    def mean_squared(self, vectors: Array) -> Array:
+        """The sum over K vectors of the mean over samples of ``v' G_b v / size_b``, [C], from [C, K, V].
+
+        One matrix serves all samples, so this is B times cheaper than `squared`.
+        """
+        return ((vectors @ self.metric) * vectors).sum((1, 2))

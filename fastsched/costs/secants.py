@@ -1,0 +1,141 @@
+"""Secants of the denoiser: what it answers to deviations from the reference path.
+
+A secant is a deviation ``a = z - z_path`` and the residual ``r = D(z) - D(z_path) - j a`` that the scalar Jacobian
+``j`` leaves. From several of them at one level the answer to another deviation is modelled as
+
+    ``D(z) - D(z_path) ~ j a + sum_m c_m r_m``,   ``c = argmin ||a - sum_m c_m a_m||^2 + sum_m mu_m ||c_m a_m||^2``,
+
+a damped multisecant model (Fang & Saad 2009). Deviated paths of the measurement give secants at levels of the grid,
+between which they are interpolated in ``lambda``; runs of the sampler give one for each evaluation. All vectors are
+coefficients over the increments, the responses and what runs found; norms come from their Gram matrix, a mean over the
+samples, so the coefficients ``c`` are common to the samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from fastsched.costs.norms import Array
+
+#: ``mu`` of the secants of deviated paths.
+GRID_DAMPING = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class RunSecants:
+    """Secants that runs of the sampler found at one of their evaluations.
+
+    Attributes:
+        deviations: ``a_m``, [m, V].
+        residuals: ``r_m``, [m, V].
+        damping: ``mu_m``, [m].
+    """
+
+    deviations: Array
+    residuals: Array
+    damping: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Secants:
+    """The secants known, as coefficients over V vectors.
+
+    Attributes:
+        lam: ``lambda`` of the levels that deviated paths asked at, ascending, [G].
+        deviations: ``a`` of the M deviated paths at those levels, [G, M, V].
+        residuals: ``r`` there, [G, M, V].
+        metric: The Gram matrix of the vectors, a weighted mean over the samples, [V, V].
+        runs: For each evaluation of a run, what runs found; empty without runs.
+    """
+
+    lam: Array
+    deviations: Array
+    residuals: Array
+    metric: Array
+    runs: tuple[RunSecants, ...] = ()
+
+    @classmethod
+    def none(cls, vectors: int) -> Secants:
+        """No secants, over so many vectors."""
+        empty = np.zeros((2, 0, vectors))
+        return cls(np.array([0.0, 1.0]), empty, empty, np.zeros((vectors, vectors)))
+
+    @property
+    def vectors(self) -> int:
+        """V, how many vectors coefficients are over."""
+        return len(self.metric)
+
+    def answer(self, evaluation: int, lam: Array, away: Array) -> tuple[Array, Array]:
+        """What is known of the answers to deviations beyond the scalar Jacobian.
+
+        Args:
+            evaluation: The number of the evaluation in its run.
+            lam: ``lambda`` of the deviations, [C].
+            away: The deviations, [C, V].
+
+        Returns:
+            The answers ``sum_m c_m r_m``, and the part ``sum_m c_m a_m`` of the deviations that they are known for,
+            both [C, V].
+        """
+        deviations, residuals, products, system = self._at(lam)
+        if self.runs:
+            deviations, residuals, products, system = self._with_run(
+                evaluation, deviations, residuals, products, system
+            )
+        if deviations.shape[1] == 0:
+            return np.zeros_like(away), np.zeros_like(away)
+        c = np.linalg.solve(system, products @ away[:, :, None])
+        return (c.transpose(0, 2, 1) @ residuals)[:, 0], (c.transpose(0, 2, 1) @ deviations)[:, 0]
+
+    @cached_property
+    def _products(self) -> Array:
+        return self.deviations @ self.metric
+
+    @cached_property
+    def _grams(self) -> tuple[Array, Array]:
+        """``<a_m, a_n>`` at each level, [G, M, M], and between neighbouring levels, both ways, [G - 1, M, M]."""
+        own = self._products @ self.deviations.transpose(0, 2, 1)
+        crossed = self._products[:-1] @ self.deviations[1:].transpose(0, 2, 1)
+        return own, crossed + crossed.transpose(0, 2, 1)
+
+    def _at(self, lam: Array) -> tuple[Array, Array, Array, Array]:
+        """Deviations, residuals, their products with the metric, [C, M, V], and the damped system, [C, M, M]."""
+        after = np.clip(np.searchsorted(self.lam, lam, side="right"), 1, len(self.lam) - 1)
+        t = (lam - self.lam[after - 1]) / (self.lam[after] - self.lam[after - 1])
+        t = np.clip(t, 0.0, 1.0)[:, None, None]
+        mix = lambda values: (1 - t) * values[after - 1] + t * values[after]
+        own, crossed = self._grams
+        system = (1 - t) ** 2 * own[after - 1] + t * (1 - t) * crossed[after - 1] + t**2 * own[after]
+        count = system.shape[1]
+        size = np.einsum("cmm->c", system)[:, None, None] / max(count, 1)
+        system = system + (GRID_DAMPING * size + np.finfo(np.float64).tiny) * np.eye(count)
+        return mix(self.deviations), mix(self.residuals), mix(self._products), system
+
+    def _with_run(
+        self, evaluation: int, deviations: Array, residuals: Array, products: Array, system: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        """The same with the secants of runs at this evaluation, last."""
+        found = self.runs[evaluation]
+        own = found.deviations @ self.metric
+        crossed = products @ found.deviations.T  # [C, M, m]
+        square = own @ found.deviations.T
+        square = square + np.diag(found.damping * np.diag(square))
+        count = len(deviations)
+        each = lambda values: np.broadcast_to(values, (count, *values.shape))
+        whole = np.concatenate(
+            [
+                np.concatenate([system, crossed], axis=2),
+                np.concatenate([crossed.transpose(0, 2, 1), each(square)], axis=2),
+            ],
+            axis=1,
+        )
+        join = lambda first, second: np.concatenate([first, each(second)], axis=1)
+        return (
+            join(deviations, found.deviations),
+            join(residuals, found.residuals),
+            join(products, own),
+            whole,
+        )

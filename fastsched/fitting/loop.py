@@ -1,0 +1,101 @@
+"""The fit loop: from a measurement to a schedule by running the sampler, whatever runs it.
+
+Candidates are made without model calls, ranked by running them, and the best are tuned. The sampler is a callback, so the
+same loop fits a denoiser (`fastsched.fit`) and a pipeline of diffusers (`fastsched.diffusers.fit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+
+from fastsched.fitting.auditioning import FINALISTS, Audition, first_round, ranked
+from fastsched.fitting.rollouts import Run
+from fastsched.fitting.tuning import Tuning, tuned
+from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling.schedule import Schedule
+from fastsched.selection.optimal import optimal_schedule
+
+#: The most model calls after the measurement, counted per sample.
+MODEL_CALLS = 740
+
+#: How many candidates are run, if the first round, of few samples each, takes no more than this fraction of the calls.
+#: What is left is for tuning: its runs lower the error more than a choice among more candidates.
+CANDIDATES, FIRST_ROUND = 4, 0.25
+
+
+@dataclass(frozen=True, eq=False)
+class FitReport:
+    """Result of a fit.
+
+    Attributes:
+        schedule: The schedule.
+        stats: The measurement, with increments if there was tuning.
+        audition: The ranking of the candidates, if they were run.
+        tuning: The tuning, if there was one.
+    """
+
+    schedule: Schedule
+    stats: PathStatistics
+    audition: Audition | None = None
+    tuning: Tuning | None = None
+
+    @property
+    def model_calls(self) -> int:
+        """Network evaluations, the measurement included, counted per sample."""
+        later = (self.audition, self.tuning)
+        return self.stats.model_calls + sum(part.model_calls for part in later if part is not None)
+
+
+def fit_by_running(
+    run: Run,
+    stats: PathStatistics,
+    steps: int,
+    solver: str,
+    candidates: Iterable[tuple[str, Schedule]],
+    *,
+    calls: int,
+    model_calls: int = MODEL_CALLS,
+) -> FitReport:
+    """Rank candidates by running them, and tune the best.
+
+    Args:
+        run: Runs a schedule on some of the measured samples; None if it cannot.
+        stats: The measurement. Without increments there is no tuning.
+        steps: Steps of the schedule.
+        solver: The solver's name.
+        candidates: Names and schedules, the most promising first; only as many are made as the calls allow.
+        calls: Network evaluations of one sample in a run.
+        model_calls: The most to spend, counted per sample. Where it does not suffice for one run of all samples, the
+            schedule is that of `fastsched.optimal_schedule`.
+
+    Raises:
+        ValueError: If no candidate could be run.
+    """
+    most = affordable(calls, stats.samples, model_calls)
+    if most == 0:
+        return FitReport(optimal_schedule(stats, steps, solver), stats)
+    audition = ranked(run, stats, dict(islice(candidates, most)), calls, stats.samples)
+    trials = (model_calls - audition.model_calls) // (stats.samples * calls)
+    if trials < 1 or steps == 1 or stats.increments is None:
+        return FitReport(audition.winner, stats, audition)
+    tuning = tuned(run, stats, audition.complete(stats.samples), trials, calls)
+    return FitReport(tuning.schedule, stats, audition, tuning)
+
+
+def affordable(calls: int, samples: int, model_calls: int) -> int:
+    """How many candidates can be ranked within ``model_calls``, with some left to tune; 0 if not one.
+
+    Args:
+        calls: Network evaluations of one sample in a run.
+        samples: Samples of the finalists.
+        model_calls: The budget of ranking and tuning.
+    """
+    if model_calls < calls * samples:
+        return 0
+    first = first_round(samples)
+    most = max(min(CANDIDATES, int(FIRST_ROUND * model_calls) // (calls * first)), FINALISTS)
+    while most > 1 and calls * (min(most, FINALISTS) * samples + max(most - FINALISTS, 0) * first) > model_calls:
+        most -= 1
+    return most

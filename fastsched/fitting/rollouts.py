@@ -1,0 +1,149 @@
+"""Runs of the sampler from the noises of the measured paths, and what the network answered on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastsched import validate
+from fastsched.denoisers.denoiser import Denoiser
+from fastsched.measurement.statistics import PathStatistics
+from fastsched.metrics import squared_distances
+from fastsched.sampling.random_streams import noise_of
+from fastsched.sampling.sampler import sample
+from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.solvers import Solver
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """What a run of the sampler asked the network and was told.
+
+    Attributes:
+        s: Levels, in order.
+        states: ``y = z / s`` at each, [B, *shape].
+        denoised: ``D`` at each, [B, *shape].
+    """
+
+    s: tuple[float, ...]
+    states: tuple[Tensor, ...]
+    denoised: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, calls: Sequence[tuple[float, Tensor, Tensor]]) -> Evaluations:
+        """Of calls ``(s, y, D)``, in order."""
+        s, states, denoised = zip(*calls, strict=True)
+        return cls(s, states, denoised)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A run of the sampler from the noises of the measured paths.
+
+    Attributes:
+        ends: Where the samples ended, [B, *shape].
+        evaluations: What the network was asked on the way and what it said, if that was kept.
+    """
+
+    ends: Tensor
+    evaluations: Evaluations | None = None
+
+    def first(self, samples: int) -> Rollout:
+        """Of the first samples alone, at most all of them."""
+        found = self.evaluations
+        if found is not None:
+            few = lambda tensors: tuple(each[:samples] for each in tensors)
+            found = Evaluations(found.s, few(found.states), few(found.denoised))
+        return Rollout(self.ends[:samples], found)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rollout]) -> Rollout:
+        """Of batches of samples, one after the other."""
+        found = [part.evaluations for part in parts if part.evaluations is not None]
+        ends = torch.cat([part.ends for part in parts])
+        if len(found) < len(parts):
+            return cls(ends)
+        join = lambda batches: tuple(torch.cat(each) for each in zip(*batches, strict=True))
+        states, denoised = join([each.states for each in found]), join([each.denoised for each in found])
+        return cls(ends, Evaluations(found[0].s, states, denoised))
+
+
+#: Runs a schedule for samples ``first .. last - 1`` of the measured ones; None if it cannot.
+Run: TypeAlias = "Callable[[Schedule, int, int], Rollout | None]"
+
+
+@dataclass(frozen=True)
+class RecordingDenoiser(Denoiser):
+    """A denoiser that keeps what it is asked, and what it answers, on the CPU.
+
+    Attributes:
+        own: The denoiser that answers.
+        calls: ``(s, y, D)`` of each.
+    """
+
+    own: Denoiser | None = None
+    calls: list[tuple[float, Tensor, Tensor]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, denoiser: Denoiser) -> RecordingDenoiser:
+        """One that answers as ``denoiser``."""
+        return cls(**{each.name: getattr(denoiser, each.name) for each in fields(Denoiser)}, own=denoiser)
+
+    def denoise(self, y: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
+        """As `Denoiser.denoise`, of one level."""
+        found = (self.own or super()).denoise(y, s, dtype=dtype)
+        self.calls.append((float(s), y.cpu(), found.cpu()))
+        return found
+
+    def evaluations(self) -> Evaluations:
+        """All so far."""
+        return Evaluations.of(self.calls)
+
+
+class Runner:
+    """Runs a denoiser's sampler from the noises of the measured paths."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        stats: PathStatistics,
+        method: Solver,
+        batch_size: int | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.denoiser, self.method = denoiser, method
+        self.advance: Callable[[int], object] = lambda calls: None
+        self.device = torch.device(device) if device is not None else denoiser.device
+        self.dtype = dtype if dtype is not None else denoiser.dtype
+        self.noise = noise_of(stats.seeds, stats.shape)
+        self.batch = stats.samples if batch_size is None else validate.positive_int("batch_size", batch_size)
+
+    def __call__(self, schedule: Schedule, first: int, last: int) -> Rollout:
+        """Samples ``first .. last - 1`` under a schedule."""
+        parts = []
+        for start in range(first, last, self.batch):
+            noise = self.noise[start : min(start + self.batch, last)].to(self.device)
+            recorder = RecordingDenoiser.of(self.denoiser)
+            ends = sample(recorder, schedule.sigmas, self.method, noise, dtype=self.dtype).cpu()
+            parts.append(Rollout(ends, recorder.evaluations()))
+            self.advance(len(noise) * self.method.model_calls(schedule.steps))
+        return Rollout.joined(parts)
+
+
+def distances(stats: PathStatistics, ends: Tensor) -> Tensor:
+    """Squared distances of ends [<= B, *shape] to those of the first paths, [<= B] float64.
+
+    An exact hit must not make a geometric mean 0: rounding of the ends is the least that can be told apart.
+    """
+    return squared_distances(ends, stats.ends[: len(ends)]).clamp_min(rounding_of(stats))
+
+
+def rounding_of(stats: PathStatistics) -> float:
+    """The squared distance that float32 rounding of the ends makes."""
+    floor = torch.finfo(torch.float32).eps ** 2 * stats.ends.double().square().flatten(1).sum(1).mean()
+    return max(float(floor), torch.finfo(torch.float64).tiny)

@@ -1,0 +1,106 @@
+"""Secants that runs of the sampler add to those of the measurement.
+
+A run evaluates the denoiser at states ``z_k`` that deviate from the measured path by ``a_k``. What it finds there is the
+residual ``r_k = D(z_k; s_k) - D_path(s_k) - j(s_k) a_k``. The pairs ``(a_k, r_k)`` of all runs join the secants
+(`fastsched.costs.secants`) at that evaluation: a schedule like those that were run then samples on the surrogate much as
+on the denoiser.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsched.costs.norms import Array
+from fastsched.costs.secants import RunSecants, Secants
+from fastsched.costs.surrogate import Surrogate
+from fastsched.fitting.rollouts import Evaluations
+from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling.random_streams import noise_of
+
+#: ``mu`` of a secant: at the level of the evaluation, and what the square of its distance in ``log s`` adds.
+DAMPING = (1e-4, 1.0)
+
+#: Squared size of a deviation, against the error at the end, below which its answer is rounding.
+LEAST = 1e-10
+
+
+def residuals(surrogate: Surrogate, stats: PathStatistics, found: Evaluations) -> Tensor:
+    """``r_k`` of a run from the noises of the measured paths, [B, evaluations, d] float32."""
+    assert stats.increments is not None
+    s = np.array(found.s)
+    state, denoised = (torch.from_numpy(known) for known in surrogate.path(s))
+    moved = torch.from_numpy(1 / s - 1 / surrogate.s[0])[:, None]  # of y by a constant D
+    jacobian = torch.from_numpy(surrogate.scalar_jacobian(s))[:, None]
+    scale = torch.from_numpy(np.where(np.isinf(s), 0.0, s))[:, None]
+    noise = noise_of(stats.seeds, stats.shape)
+    rows = []
+    for b, increments in enumerate(stats.increments):
+        e = increments.double()
+        noisiest = stats.ends[b].double().flatten() - e.sum(0)  # D_0
+        at = lambda tensors: torch.stack([each[b].double().flatten() for each in tensors])  # noqa: B023 - used at once
+        away = scale * (at(found.states) - noise[b].double().flatten() - moved * noisiest - state @ e)
+        rows.append((at(found.denoised) - noisiest - denoised @ e - jacobian * away).float())
+    return torch.stack(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class KnownAnswers:
+    """The answers that one run met, in place of secants: its own deviations on the surrogate follow.
+
+    Attributes:
+        first: Which of the vectors is its first residual; the others follow it.
+        vectors: V, how many vectors there are.
+    """
+
+    first: int
+    vectors: int
+
+    def answer(self, evaluation: int, lam: Array, away: Array) -> tuple[Array, Array]:
+        """As `Secants.answer`: the residual itself, for the whole deviation."""
+        answer = np.zeros_like(away)
+        answer[:, self.first + evaluation] = 1.0
+        return answer, away
+
+
+@dataclass(frozen=True, eq=False)
+class KnownRun:
+    """Where a run was and what it met: levels of its evaluations, its deviations there [evaluations, V], and ``first``."""
+
+    s: Array
+    deviations: Array
+    first: int
+
+
+def with_runs(secants: Secants, runs: Sequence[KnownRun], anchor: int, metric: Array) -> Secants:
+    """The secants of the measurement and of runs, for schedules near one of the runs.
+
+    Args:
+        secants: Those of the measurement, over fewer vectors.
+        runs: What runs found.
+        anchor: The run near whose levels schedules are asked for.
+        metric: The Gram matrix of all vectors, [V, V].
+    """
+    found = []
+    for k, level in enumerate(runs[anchor].s if runs else ()):
+        a = np.array([run.deviations[k] for run in runs])
+        levels, columns = np.array([run.s[k] for run in runs]), np.array([run.first + k for run in runs])
+        size = ((a @ metric) * a).sum(1)
+        kept = (size > LEAST) & np.isfinite(levels) & math.isfinite(level)  # no deviation at pure noise
+        apart = np.log(levels[kept] / level)
+        residuals = np.zeros((int(kept.sum()), len(metric)))
+        residuals[np.arange(len(residuals)), columns[kept]] = 1.0
+        found.append(RunSecants(a[kept], residuals, DAMPING[0] + DAMPING[1] * apart**2))
+    wider = ((0, 0), (0, 0), (0, len(metric) - secants.deviations.shape[2]))
+    return replace(
+        secants,
+        deviations=np.pad(secants.deviations, wider),
+        residuals=np.pad(secants.residuals, wider),
+        metric=metric,
+        runs=tuple(found),
+    )

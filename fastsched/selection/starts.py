@@ -1,0 +1,78 @@
+"""Where the search for a schedule starts: schedules by dynamic programming, and those in common use."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsched import baselines
+from fastsched.costs.norms import Array
+from fastsched.costs.step_cost import PathCost, path_cost
+from fastsched.denoisers.noise import VariancePreserving
+from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling.solvers import Solver
+from fastsched.selection.constraints import measured_range
+from fastsched.selection.descent import coordinate_descent
+from fastsched.selection.dynamic_programming import Selection, cheapest_paths
+
+
+def starting_levels(stats: PathStatistics, steps: int, solver: Solver) -> dict[str, Array]:
+    """Levels ``s`` [steps + 1] to start from, by name: dynamic programming, then schedules in common use."""
+    s = np.append(stats.s.numpy(), 0.0)
+    found = {}
+    for name, weighted in (("dynamic programming", True), ("dynamic programming, unweighted", False)):
+        cost = path_cost(stats, solver, weighted=weighted)
+        found[name] = s[chosen_nodes(cost, cheapest_paths(cost, steps), steps)]
+    return found | {name: levels.numpy() for name, levels in common_levels(stats, steps).items()}
+
+
+def chosen_nodes(cost: PathCost, selection: Selection, steps: int) -> list[int]:
+    """The levels of the cheapest schedule of ``steps`` steps, as indices.
+
+    Dynamic programming is exact for solvers that use up to two slopes. For those with a longer history or a corrector it
+    uses the two most recent slopes, and coordinate descent on the exact cost follows.
+    """
+    nodes = selection.path(steps)
+    if cost.solver.history <= 1 and cost.solver.corrector is None:
+        return nodes
+    return coordinate_descent(cost.around, nodes)
+
+
+def common_levels(stats: PathStatistics, steps: int) -> dict[str, Tensor]:
+    """Levels ``s`` [steps + 1] of the schedules in common use, over the measured range."""
+    low, high = measured_range(stats)
+    scale = max(stats.data_std, low)  # 0 for a constant denoiser
+    levels = {
+        "karras": baselines.karras(steps, low, high),
+        "karras, sigma_min replaced by 0": baselines.karras(steps, low, high, spare_last=True),
+        "exponential": baselines.exponential(steps, low, high),
+        "exponential, sigma_min replaced by 0": baselines.exponential(steps, low, high, spare_last=True),
+        "karras of rho 3, sigma_min replaced by 0": baselines.karras(steps, low, high, 3.0, spare_last=True),
+        "kl_optimal, sigma_min replaced by 0": baselines.kl_optimal(steps, low, high, scale, spare_last=True),
+    }
+    process = stats.process
+    if isinstance(process, VariancePreserving):
+        trained = process.trained_levels
+        uniform = torch.linspace(len(trained) - 1, 0, steps + 1, dtype=torch.float64).round().long()[:-1]
+        levels["uniform timesteps"] = torch.cat([trained[uniform], trained.new_zeros(1)])
+    for each in levels.values():
+        each[0] = stats.s[0]  # pure noise, where the process starts from it
+    if getattr(process, "integer_timesteps", False):
+        return {name: _distinct(each, stats.s) for name, each in levels.items()}
+    if process.kind == "flow":
+        top = float(process.sampler_sigma(stats.s[:1]))
+        for name, shift in {"uniform times": 1.0, "shift 3": 3.0}.items():
+            levels[name] = process.level(top * baselines.flow_shift(steps, shift))
+    return levels
+
+
+def _distinct(levels: Tensor, s: Tensor) -> Tensor:
+    """``levels`` [steps + 1] moved to distinct levels of the grid ``s``, as near as order allows."""
+    chosen: list[int] = []
+    inner = levels[:-1]
+    for n, level in enumerate(inner):
+        low, high = (chosen[-1] + 1 if chosen else 0), len(s) - (len(inner) - n)
+        nearest = int((s.log() - level.log()).abs().nan_to_num(nan=0.0).argmin())  # inf - inf: pure noise itself
+        chosen.append(min(max(nearest, low), high))
+    return torch.cat([s[chosen], s.new_zeros(1)])
