@@ -18,7 +18,7 @@ class LinkedEditableWheel(editable_wheel):
         """Build it, or say which step the checkout lacks."""
         if not Path("fastsched", "kernels").is_dir():
             raise SetupError(
-                "an editable install needs fastsched/kernels as a symbolic link to ../kernels, and here it is a text file; "
+                "an editable install needs fastsched/kernels as a symbolic link to ../kernels, and here it is a file; "
                 "run `git config core.symlinks true && rm fastsched/kernels && git checkout fastsched/kernels`, "
                 "or install without --editable"
             )
