@@ -12,12 +12,13 @@ export OMP_NUM_THREADS := 1
 demo: $(VENV)/demo-installed  ## measure, select and compare on handwritten digits; table and figure
 	$(BIN)/fastsched demo --output demo-output
 
-test: check  ## lint, types, and the whole test suite
+test: check  ## check, then the whole test suite
 	$(BIN)/python -m pytest --numprocesses 2
 
-check: $(VENV)/dev-installed  ## lint, format and types
+check: $(VENV)/dev-installed  ## lint, format, order of imports between rooms, and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/dev-installed  ## speed of the ops on this machine
@@ -31,11 +32,11 @@ bench-quality: $(VENV)/dev-installed  ## sampling error against every published 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/demo-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/demo-installed: pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[demo]'
 	touch $@
 
-$(VENV)/dev-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/dev-installed: pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]'
 	touch $@
 

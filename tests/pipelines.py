@@ -166,6 +166,7 @@ def unconditional(scheduler):
 
 
 def stable_diffusion(scheduler):
+    scheduler.register_to_config(steps_offset=1)  # as the pipeline would, with a warning
     pipe = StableDiffusionPipeline(
         vae=small_vae(),
         text_encoder=None,

@@ -1,9 +1,11 @@
 """The package as a user meets it: what import costs, what a wheel holds, and life without Triton."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -76,29 +78,65 @@ def test_importing_submodules_first_keeps_the_functions():
     assert printed == "[]"
 
 
-@pytest.mark.slow
-def test_wheel_holds_the_package_alone_and_works(tmp_path):
-    """Built, installed into an empty folder and used from there, without the checkout."""
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+
+
+@pytest.fixture(params=["link", "text"])
+def clone(request, tmp_path):
+    """What a wheel is built from. Git writes ``fastsched/kernels`` as a link, or as text where there are no links."""
     source = tmp_path / "source"  # setuptools leaves a build folder where it builds
     source.mkdir()
     for name in ("fastsched", "kernels"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        ignored = shutil.ignore_patterns("__pycache__", *(["kernels"] if name == "fastsched" else []))
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(source)], check=True, timeout=600)
+    if request.param == "link":
+        (source / "fastsched" / "kernels").symlink_to("../kernels")
+    else:
+        (source / "fastsched" / "kernels").write_text("../kernels")
+    return source
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package_alone_and_works(clone, tmp_path):
+    """Built, installed into an empty folder and used from there, without the checkout."""
+    subprocess.run([*PIP, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(clone)], check=True, timeout=600)
     (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fastsched"}
-    for needed in ("py.typed", "kernels/level_gram.py", "denoisers/assets/digits.safetensors"):
-        assert f"fastsched/{needed}" in names
-    assert "fastsched/kernels/__init__.py" not in names
+    modules = {f"fastsched/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    for path in (ROOT / "fastsched").rglob("*.py"):
+        modules.add(path.relative_to(ROOT).as_posix())
+    assert {name for name in names if name.endswith(".py")} == modules
+    assert {"fastsched/py.typed", "fastsched/denoisers/assets/digits.safetensors"} <= set(names)
     site = tmp_path / "site"
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, timeout=600)
+    subprocess.run([*PIP, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, timeout=600)
     printed = run(
         f"import sys; sys.path.insert(0, {str(site)!r}); import fastsched as fs; from fastsched.denoisers.digits import"
-        " load_digits_network; load_digits_network(); print(fs.__file__)",
+        " load_digits_network; load_digits_network(); import fastsched.kernels.config; print(fs.__file__)",
         cwd=tmp_path,
     )
     assert printed.startswith(str(site))
+
+
+@pytest.mark.slow
+def test_editable_install_has_the_kernels_or_says_what_to_do(clone, tmp_path):
+    prefix = tmp_path / "prefix"
+    command = [*PIP, "install", "--no-deps", "--prefix", str(prefix), "--editable", str(clone)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if not (clone / "fastsched" / "kernels").is_dir():
+        assert result.returncode != 0
+        assert "needs fastsched/kernels as a symbolic link" in result.stderr
+        return
+    assert result.returncode == 0, result.stderr
+    (site,) = prefix.rglob("site-packages")
+    code = (  # -S: an editable install of the checkout itself would come first
+        f"import site, sys; site.addsitedir({str(site)!r}); sys.path.append({sysconfig.get_path('purelib')!r});"
+        "import fastsched.kernels.config as config; print(config.__file__)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    printed = subprocess.check_output([sys.executable, "-S", "-c", code], cwd=tmp_path, env=environment, text=True)
+    assert printed.strip() == str(clone / "fastsched" / "kernels" / "config.py")

@@ -88,7 +88,7 @@ def test_compare_ranks_schedules_and_baselines(folder, model):
     result = run("compare", model, folder / "x-4.json", "--baselines", "karras,linear", *common, "--csv", rows)
     assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines()[1].split()[:4] == ["x-4", "ddim", "4", "4"]
-    read = {row["name"]: float(row["typical_error"]) for row in csv.DictReader(rows.open())}
+    read = {row["name"]: float(row["typical_error"]) for row in csv.DictReader(rows.read_text().splitlines())}
     assert list(read) == ["x-4", "karras", "linear"]
     assert read["x-4"] == min(read.values())
 
@@ -97,7 +97,7 @@ def test_compare_gives_each_number_of_steps_its_baseline(folder, model):
     files = (folder / "x-4.json", folder / "x-6.json")
     common = ("--shape", "2,3", "--samples", "2", "--reference-steps", "10", "-q", "--csv", folder / "two.csv")
     assert run("compare", model, *files, "--baselines", "karras", "--spare-last", *common).exit_code == 0
-    rows = list(csv.DictReader((folder / "two.csv").open()))
+    rows = list(csv.DictReader((folder / "two.csv").read_text().splitlines()))
     assert [(row["name"], row["steps"]) for row in rows[2:]] == [("karras-ddim-4", "4"), ("karras-ddim-6", "6")]
 
 

@@ -303,8 +303,3 @@ def test_increments_of_a_measurement_can_be_had_later(sensitivity):
     assert not seen
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         with_increments(denoiser, plain, batch_size=0)
-
-
-def test_automatic_samples_keep_their_increments():
-    stats = measure(gaussian_denoiser((4,)), (4,), levels=12, samples="auto", keep_increments=True)
-    assert len(stats.increments) == stats.samples
