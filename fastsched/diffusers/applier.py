@@ -1,4 +1,4 @@
-"""Set a pipeline up so that its next plain call uses a schedule."""
+"""Set up a pipeline so that its next call uses a schedule."""
 
 from __future__ import annotations
 
@@ -27,41 +27,41 @@ from fastsched.sampling.schedule import Schedule
 #: Classes whose step goes to ``t - train_steps // num_inference_steps`` and reads that number at every step.
 ARITHMETIC = ("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler")
 
-#: Classes whose formula is not finite at sigma 0, where they end `NOTHING` times the last level above it instead, and
-#: loses more in float32 near flow time 1. UniPC's is one of them with solver_type "bh1".
+#: Classes whose formula is not finite at sigma 0 and inaccurate in float32 near flow time 1. They end at `NOTHING`
+#: times the last positive sigma instead of 0. UniPC is one of them with solver_type "bh1".
 DELICATE = ("DEISMultistepScheduler", "SASolverScheduler")
 
-#: Where multistep classes keep how many earlier steps they may use, and what none of them looks like.
+#: Attributes in which multistep classes keep their history, and the value of an empty history.
 MEMORIES = {"lower_order_nums": lambda: 0, "ets": list}
 
-#: How far below flow time 1, whose log-SNR is infinite, solvers in log-SNR start (as UniPC's own class does), and the
-#: delicate ones among them.
+#: The log-SNR at flow time 1 is infinite. Solvers in log-SNR start this far below 1 (as UniPC's own class does); the
+#: second value is for the `DELICATE` classes.
 BELOW_ONE, DELICATE_BELOW_ONE = 1e-6, 1e-3
 
 
 def apply(schedule: Schedule, pipe: Any) -> Export:
     """Give ``pipe`` a copy of its scheduler that uses ``schedule`` whatever number of steps a call asks for.
 
-    Three ways are tried. The first that is proven exact, in sigmas and in the timesteps that the network is given, is
-    taken; failing that, the one with the least rounding:
+    Three ways are tried in this order. The first one that is verified to be exact, in the sigmas and in the timesteps
+    that the network is given, is used. If none is exact, the one with the least rounding is used:
 
     * ``"arguments"``: the class's own ``set_timesteps(sigmas=...)`` or ``(timesteps=...)``;
-    * ``"assigned"``: its ``sigmas`` and ``timesteps`` set after ``set_timesteps``, if its ``step`` follows them;
-    * ``"stepped"``: for DDIM, the stride that its ``step`` reads, set before each step.
+    * ``"assigned"``: its ``sigmas`` and ``timesteps`` are set after ``set_timesteps``, if its ``step`` follows them;
+    * ``"stepped"``: for DDIM, the stride that its ``step`` reads is set before each step.
 
-    The class and config of the scheduler stay what they were, so that a pipeline saves and loads as before. The old
-    scheduler is not changed; keep ``pipe.scheduler`` to go back to it.
+    The scheduler's class and config do not change, so the pipeline saves and loads as before. The old scheduler object
+    is not modified: keep a reference to ``pipe.scheduler`` to restore it.
 
     Args:
         schedule: The schedule.
         pipe: A pipeline with a ``scheduler``.
 
     Returns:
-        How the schedule was given, the sigmas that will be used and their largest relative error.
+        How the schedule was applied, the sigmas that will be used and their largest relative error.
 
     Raises:
-        TypeError: If ``schedule`` is none, or ``pipe`` has no scheduler.
-        ValueError: If no way is proven to work; the message holds the reason of each.
+        TypeError: If ``schedule`` is not a `Schedule`, or ``pipe`` has no scheduler.
+        ValueError: If no way works; the message gives the reason for each.
     """
     check_pipe(pipe)
     scheduler, proof = applied(schedule, pipe.scheduler)
@@ -70,7 +70,7 @@ def apply(schedule: Schedule, pipe: Any) -> Export:
 
 
 def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
-    """A copy of ``scheduler`` that uses ``schedule``, and its proof; arguments and errors as in `apply`."""
+    """A copy of ``scheduler`` that uses ``schedule``, and what was verified; arguments and errors as in `apply`."""
     convention = describe(scheduler)
     check_range(schedule, convention, scheduler)
     proven: list[tuple[Export, Setter]] = []
@@ -97,7 +97,7 @@ def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
 
 
 def _rounding(proof: Export) -> tuple[float, float]:
-    """How much of the schedule is lost: in the sigmas, and beyond a twentieth of a timestep in the timesteps."""
+    """The rounding of the sigmas, and that of the timesteps where it exceeds 0.05 of a timestep."""
     timesteps = proof.timestep_error if proof.timestep_error > 0.05 else 0.0
     return (0.0 if proof.exact else proof.error, timesteps)
 
@@ -115,7 +115,7 @@ def _override(scheduler: Any, setter: Setter) -> None:
 
 
 def _by_arguments(schedule: Schedule, scheduler: Any, convention: Convention) -> Setter:
-    # Any shift will do, for it is undone and done again; these leave times alone.
+    # Any shift works, because it is inverted and then applied again; these values are the identity.
     config = scheduler.config
     shifting = {}
     if config.get("use_dynamic_shifting"):
@@ -144,10 +144,10 @@ def _by_assignment(schedule: Schedule, scheduler: Any, convention: Convention) -
             target.timesteps = timesteps.to(target.timesteps)
             return
         if getattr(target, "sigmas", None) is None:
-            raise ValueError("it keeps no sigmas that could be set")
+            raise ValueError("it has no sigmas to set")
         twice = getattr(target, "order", 1) == 2
         target.sigmas = _inner_twice(sigmas, twice, ends=True).to(target.sigmas)
-        if hasattr(target, "sigmas_interpol"):  # the stages of KDPM2, each beside both entries of the level after it
+        if hasattr(target, "sigmas_interpol"):  # KDPM2's midpoints, one for each entry
             target.sigmas_interpol = torch.cat([sigmas[:1], passed[1:-1:2].repeat_interleave(2), sigmas[-1:]]).float()
         repeated = timesteps if len(passed) > len(sigmas) else _inner_twice(timesteps, twice, ends=False)
         target.timesteps = _like_timesteps(repeated, target.timesteps)
@@ -156,7 +156,7 @@ def _by_assignment(schedule: Schedule, scheduler: Any, convention: Convention) -
 
 
 def _end_in_first_order(target: Any) -> None:
-    """Make the last step, to sigma 0, use no earlier ones: there every solver of fastsched takes ``z = D``."""
+    """Make the last step, to sigma 0, one of first order: there every solver of fastsched takes ``z = D``."""
     original = type(target).step
     memories = {name: empty for name, empty in MEMORIES.items() if hasattr(target, name)}
     takes_order = "order" in inspect.signature(original).parameters
@@ -175,11 +175,11 @@ def _end_in_first_order(target: Any) -> None:
 
 def _by_steps(schedule: Schedule, scheduler: Any, convention: Convention) -> Setter:
     if not {cls.__name__ for cls in type(scheduler).__mro__}.intersection(ARITHMETIC):
-        raise ValueError("its step reads no stride that could be set")
-    whole = convention.timesteps(schedule.sigmas[:-1]).round().to(torch.int64)
-    following = dict(zip(whole.tolist(), [*whole[1:].tolist(), -1], strict=True))
-    if len(following) < len(whole):
-        raise ValueError(f"two of the schedule's levels round to the same timestep: {whole.tolist()}")
+        raise ValueError("its step reads no stride to set")
+    rounded = convention.timesteps(schedule.sigmas[:-1]).round().to(torch.int64)
+    following = dict(zip(rounded.tolist(), [*rounded[1:].tolist(), -1], strict=True))
+    if len(following) < len(rounded):
+        raise ValueError(f"two of the schedule's levels round to the same timestep: {rounded.tolist()}")
     original = type(scheduler).step
 
     @functools.wraps(original)
@@ -190,7 +190,7 @@ def _by_steps(schedule: Schedule, scheduler: Any, convention: Convention) -> Set
 
     def setter(target: Any) -> None:
         _set_steps(target, schedule.steps)
-        target.timesteps = whole.to(target.timesteps)
+        target.timesteps = rounded.to(target.timesteps)
         target.final_alpha_cumprod = torch.ones_like(target.final_alpha_cumprod)  # the last step ends at sigma 0
         target.step = types.MethodType(step, target)
 
@@ -198,13 +198,13 @@ def _by_steps(schedule: Schedule, scheduler: Any, convention: Convention) -> Set
 
 
 def _set_steps(target: Any, steps: int) -> None:
-    """The class's own ``set_timesteps`` for so many steps, to reset its state."""
+    """Call the class's own ``set_timesteps``, which resets its state."""
     shifting = {"mu": 1.0} if target.config.get("use_dynamic_shifting") else {}
     type(target).set_timesteps(target, steps, **shifting)
 
 
 def _inner_twice(values: Tensor, twice: bool, *, ends: bool) -> Tensor:
-    """``values`` as a two-call scheduler lists them: all but the first (and with ``ends`` the last) repeated."""
+    """``values`` as a class with two calls a step lists them: all but the first (with ``ends``, the last) twice."""
     if not twice:
         return values
     inner = values[1:-1] if ends else values[1:]
@@ -212,7 +212,7 @@ def _inner_twice(values: Tensor, twice: bool, *, ends: bool) -> Tensor:
 
 
 def _like_timesteps(timesteps: Tensor, like: Tensor) -> Tensor:
-    """``timesteps`` in the dtype of ``like`` where that keeps them."""
+    """``timesteps`` in the dtype of ``like``, or float32 if that dtype would round them."""
     if not like.is_floating_point() and bool(((timesteps - timesteps.round()).abs() < 1e-4).all()):
         return timesteps.round().to(like)
     return timesteps.to(like.device, torch.float32 if not like.is_floating_point() else like.dtype)

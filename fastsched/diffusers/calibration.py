@@ -1,4 +1,4 @@
-"""A scheduler of diffusers that measures the pipeline it is put into."""
+"""A diffusers scheduler that measures the pipeline in which it is used."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from fastsched.measurement.measuring import RELATIVE_STEP, Ask, Run, measured_le
 from fastsched.measurement.statistics import PathStatistics, data_deviation
 from fastsched.sampling.random_streams import sample_seeds
 
-#: A finite difference this many times smaller than its own size is what a repeated call may differ by.
+#: Largest relative change of a repeated answer, in units of the finite difference's relative size.
 REPEATABLE = 0.1
 
 UNALIKE = (
-    "what the pipeline computes must not depend on the step's number (a guidance or control that starts or ends "
-    "midway) or on chance (dropout)"
+    "the pipeline's output must not depend on the step's number (guidance or control that starts or ends midway) or "
+    "on random numbers (dropout)"
 )
 
 
 class CalibrationScheduler(SchedulerMixin, ConfigMixin):
-    """Measure a pipeline by its own loop: ``2 N`` steps instead of a sampler's.
+    """Measure a pipeline through its own loop, in ``2 N`` steps.
 
-    Put in place of a pipeline's scheduler, it hands the pipeline the states of a measurement over N levels
-    (`measurement.measuring.measurement_steps`) and takes what the pipeline computes there, guidance, adapters and all:
+    It takes the place of the pipeline's scheduler. Each ``step`` returns the next state of a measurement over N levels
+    (`measurement.measuring.measurement_steps`), and receives what the pipeline computes there, including guidance and
+    adapters:
 
     ========================  ============================================  ==============================
     steps                     the pipeline's network is given               the output is used for
@@ -39,30 +40,32 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     first                     the pipeline's own latents                    their shape, dtype and device
     next N                    ``x_k``, from the noisiest level down         the reference path
     next N - 2                ``x_k + h w_k``, from the cleanest level up   ``J w``, a forward difference
-    last                      an early ``x_k`` again                        a check that it is answered alike
+    last                      an early ``x_k`` again                        a check: same input, same output
     ========================  ============================================  ==============================
 
-    The first step cannot be spared: a pipeline shows its latents to the scheduler only once its network has seen them.
-    The sweep's last product, at level 1, is made up in place of the check: ``J = c^2 / (c^2 + s^2)``, as for Gaussian
-    data of the path's deviation. There ``J`` nearly vanishes, and only a first step of a single cell depends on it. On
-    mixtures of Gaussians this leaves the sensitivity of that level within 0.2% with 48 levels, 1% with 16, 8% with 8.
+    The first step is needed because a pipeline passes its latents to the scheduler only after the first network call.
+    The last step checks repeatability, so the sweep's last product, at level 1, is not measured but approximated by
+    that of Gaussian data with the path's standard deviation ``c``: ``J = c^2 / (c^2 + s^2)``. At this level ``J`` is
+    close to 0, and only a first step of a single cell depends on it. On mixtures of Gaussians the sensitivity of that
+    level is then within 0.2% with 48 levels, 1% with 16 and 8% with 8.
 
-    The pipeline ends with the clean ends of the paths, which it may decode as ever. The noises come from ``seed``, not
-    from the pipeline's latents (`fastsched.measurement.measuring.noise_of`).
+    The pipeline's last latents are the clean ends of the paths, and can be decoded. The noise comes from ``seed``, not
+    from the pipeline's latents (`fastsched.sampling.random_streams.noise_of`).
 
-    ``CalibrationScheduler.from_config(pipe.scheduler.config)`` makes one; `fastsched.diffusers.measure` does it all.
+    ``CalibrationScheduler.from_config(pipe.scheduler.config)`` makes one; `fastsched.diffusers.measure` makes one and
+    calls the pipeline with it.
 
     Args:
-        scheduler_class: The class of diffusers whose noise process, prediction and timesteps the pipeline speaks.
+        scheduler_class: The class of the pipeline's own scheduler, which gives noise process, prediction and timesteps.
         scheduler_config: Its config.
-        seed: Of the noises and probes.
-        samples_before: How many samples of this seed were measured before.
+        seed: Seed of the noise and the probes.
+        samples_before: How many samples of this seed have been measured already.
         keep_increments: As in `fastsched.measure`.
 
     Raises:
-        ValueError: From ``step`` and ``set_timesteps``, if the pipeline does not follow: another number of steps, more
-            than one call of ``step`` a timestep, latents changed between steps, or a network that answers the same
-            question differently in the course of a run. The message says which.
+        ValueError: From ``step`` and ``set_timesteps``, if the pipeline cannot be measured this way: another number of
+            steps, more than one call of ``step`` a timestep, latents changed between steps, or a network whose answer
+            to the same input changes during the run. The message says which.
     """
 
     order = 1
@@ -78,7 +81,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         settings = scheduler_config or {}
         self.convention = describe(getattr(diffusers, scheduler_class).from_config(settings))
-        # Pipelines read entries of their scheduler's config, so those stay where they look for them.
+        # Pipelines read entries of their scheduler's config, so this config has them too.
         self.register_to_config(**{key: value for key, value in settings.items() if not key.startswith("_")})
         self.init_noise_sigma = 1.0
         self.timesteps = torch.arange(0)
@@ -87,10 +90,10 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """From the config of any scheduler that fastsched knows, or of a saved `CalibrationScheduler`.
+        """From the config of any supported scheduler, or of a saved `CalibrationScheduler`.
 
         Raises:
-            ValueError: If the noise process, prediction or a setting is one that fastsched does not know.
+            ValueError: If the noise process, the prediction or a setting is not supported.
         """
         if isinstance(config, dict) and "scheduler_class" not in config:
             config = {"scheduler_class": _class_of(config), "scheduler_config": dict(config)}
@@ -100,7 +103,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     def from_scheduler(
         cls, scheduler: Any, *, seed: int = 0, samples_before: int = 0, keep_increments: bool = False
     ) -> CalibrationScheduler:
-        """From a pipeline's scheduler itself: what was set on it since it was made counts too, and so do subclasses.
+        """From a pipeline's scheduler object, which may be a subclass or have attributes changed since it was made.
 
         Raises:
             ValueError: As in `from_config`.
@@ -113,7 +116,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def statistics(self) -> PathStatistics:
-        """What was measured, one sample for each of the pipeline's batch.
+        """The measurement, one sample for each element of the pipeline's batch.
 
         Raises:
             ValueError: If the pipeline has not made all the steps.
@@ -134,7 +137,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         mu: float | None = None,
         **_: Any,
     ) -> None:
-        """Prepare a measurement over N levels in ``2 N`` steps; lists of levels count by their length alone.
+        """Prepare a measurement over N levels in ``2 N`` steps; of a list of levels only the length is used.
 
         Raises:
             ValueError: If the number of steps is odd or below 6.
@@ -146,7 +149,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._clear()
         self._device, self.mu = device, mu
         self._levels = measured_levels(self.convention.denoiser, steps // 2)
-        # Early, so that what starts or ends midway shows, but where the conditioning already counts.
+        # An early level, to detect what starts or ends midway, but one at which the conditioning matters.
         self._repeated = max(1, len(self._levels) // 8)
         repeated = self._levels[self._repeated : self._repeated + 1]
         s = torch.cat([self._levels[:1], self._levels, self._levels[2:].flip(0), repeated])
@@ -161,7 +164,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self.sigmas = torch.cat([sigmas_used, sigmas_used.new_zeros(1)]).float()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Only the beginning will do.
+        """Only ``begin_index=0`` is supported.
 
         Raises:
             ValueError: Otherwise.
@@ -170,11 +173,11 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("the pipeline starts midway (an image-to-image strength?); measure it from pure noise")
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """``sample`` as it is: the states handed out are already what the network is to be given."""
+        """``sample`` unchanged: the states that `step` returns are scaled already."""
         return sample
 
     def add_noise(self, *_: Any, **__: Any) -> Tensor:
-        """Not in a measurement, which starts from pure noise.
+        """Not supported: a measurement starts from pure noise.
 
         Raises:
             ValueError: Always.
@@ -196,29 +199,29 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
         **__: Any,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """Take the network's output for the state handed out last, and hand out the next one.
+        """Receive the network's output for the state returned last, and return the next state.
 
         Args:
             model_output: What the pipeline computed, [B, *shape].
-            timestep: The entry of ``timesteps`` whose turn it is.
-            sample: The state that was handed out.
+            timestep: The current entry of ``timesteps``.
+            sample: The state returned by the last call.
             return_dict: Whether to return a ``SchedulerOutput`` or a tuple.
 
         Raises:
-            ValueError: If the pipeline does not follow, or the output is not finite.
+            ValueError: If the pipeline cannot be measured this way (see the class), or the output is not finite.
         """
         self._check(timestep, sample)
         output = self.convention.raw_output(model_output, sample.shape[1])
         if not bool(torch.isfinite(output).all()):
             raise ValueError(f"the network returned NaN or inf at timestep {float(torch.as_tensor(timestep).max()):g}")
         if self._index == 0:
-            handed = self._start(output, sample)
+            following = self._start(output, sample)
         elif self._index < len(self.timesteps) - 1:
-            handed = self._send(output)
+            following = self._send(output)
         else:
-            handed = self._finish(output)
+            following = self._finish(output)
         self._index += 1
-        self._handed = following = handed.to(sample.dtype)
+        self._returned = following = following.to(sample.dtype)
         return SchedulerOutput(prev_sample=following) if return_dict else (following,)
 
     def __len__(self) -> int:
@@ -228,7 +231,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._index = 0
         self._statistics: PathStatistics | None = None
         self._steps: Ask[PathStatistics] | None = None
-        self._handed: Tensor | None = None
+        self._returned: Tensor | None = None
         self._path: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def _start(self, output: Tensor, sample: Tensor) -> Tensor:
@@ -240,25 +243,25 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         return self._input(*next(self._steps))
 
     def _send(self, output: Tensor) -> Tensor:
-        """Answer the measurement; its next question, or an early one again instead of the last."""
+        """Send the output to the measurement; its next state, or an early state again in place of the last."""
         assert self._steps is not None
-        assert self._handed is not None
+        assert self._returned is not None
         x, k = self._question
         on_path = self._index <= len(self._levels)
         if on_path and k in (1, self._repeated):
-            self._path[k] = (x, output, self._handed)
+            self._path[k] = (x, output, self._returned)
         elif on_path and k == len(self._levels) - 1:
             self._data_deviation = data_deviation(float(self._run.a[k]) * x + float(self._run.c[k]) * output.float())
-        handed = self._input(*self._steps.send(output))
-        return self._path[self._repeated][2] if self._index == len(self.timesteps) - 2 else handed
+        following = self._input(*self._steps.send(output))
+        return self._path[self._repeated][2] if self._index == len(self.timesteps) - 2 else following
 
     def _finish(self, output: Tensor) -> Tensor:
-        """Check the repeated answer and make up the last one; the ends of the paths."""
+        """Check the repeated answer and approximate the last one; returns the ends of the paths."""
         assert self._steps is not None
         self._check_repeat(output)
         (x, k), (before, answered, _) = self._question, self._path[1]
-        share = self._data_deviation**2 / (self._data_deviation**2 + float(self._levels[k]) ** 2)
-        change = (share / float(self._run.alpha[k]) - float(self._run.a[k])) / float(self._run.c[k])
+        jacobian = self._data_deviation**2 / (self._data_deviation**2 + float(self._levels[k]) ** 2)
+        change = (jacobian / float(self._run.alpha[k]) - float(self._run.a[k])) / float(self._run.c[k])
         try:
             self._steps.send(answered.float() + change * (x - before))
         except StopIteration as finished:
@@ -282,11 +285,11 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
                 "the pipeline does not call its network and scheduler once for each of scheduler.timesteps, so it "
                 "cannot be measured by its loop; measure its network (fastsched.measure)"
             )
-        if self._handed is None:
+        if self._returned is None:
             return
-        same = sample.shape == self._handed.shape
-        change = (sample.float() - self._handed.float().to(sample.device)).norm() if same else torch.inf
-        if not change <= 1e-3 * self._handed.float().norm():
+        same = sample.shape == self._returned.shape
+        change = (sample.float() - self._returned.float().to(sample.device)).norm() if same else torch.inf
+        if not change <= 1e-3 * self._returned.float().norm():
             raise ValueError(
                 f"the pipeline changed the latents between steps {self._index - 1} and {self._index} (inpainting, or "
                 "an image to be kept?), so it cannot be measured by its loop; measure its network (fastsched.measure)"
@@ -312,6 +315,6 @@ def _class_of(config: dict[str, Any]) -> str:
         if accepted == entries:
             return name
     raise ValueError(
-        "config does not name its class, and its entries are not those of a scheduler that fastsched knows; use "
+        "config does not name its class, and its entries are not those of a supported scheduler; use "
         "CalibrationScheduler.from_scheduler(pipe.scheduler)"
     )

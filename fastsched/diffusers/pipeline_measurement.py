@@ -1,4 +1,4 @@
-"""Measure a pipeline by its own loop."""
+"""Measure a pipeline through its own loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastsched.diffusers.calibration import CalibrationScheduler
 from fastsched.diffusers.conventions import check_pipe
 from fastsched.measurement.statistics import PathStatistics
 
-#: Arguments of a pipeline's call that decide its steps.
+#: Arguments of a pipeline's call that determine its steps.
 STEPPING = ("num_inference_steps", "timesteps", "sigmas", "strength")
 
 
@@ -26,29 +26,29 @@ def measure(
     keep_increments: bool = False,
     **call_kwargs: Any,
 ) -> PathStatistics:
-    """Measure what ``pipe(**call_kwargs)`` computes, guidance, adapters, prompt and all, by the pipeline's own loop.
+    """Measure what ``pipe(**call_kwargs)`` computes, including guidance, adapters and prompt, through its own loop.
 
-    A `CalibrationScheduler` takes the place of the pipeline's scheduler for as many calls of the pipeline as it takes
-    to measure the samples; the old scheduler is back afterwards, whatever happens. Images are left as latents where the
-    pipeline can. Cost: ``2 levels`` steps a call, each of as many network calls as the pipeline makes a step.
+    A `CalibrationScheduler` takes the place of the pipeline's scheduler, and the pipeline is called until all samples
+    are measured. The old scheduler is restored afterwards, also after an error. Images stay latents if the pipeline
+    supports it. Cost: ``2 levels`` steps a call of the pipeline, each of as many network calls as the pipeline makes.
 
     Args:
-        pipe: A pipeline whose ``scheduler`` fastsched knows (docs/schedulers.md).
-        levels: How many noise levels (32 to 64 serve).
-        samples: At least how many paths; a call measures as many as it makes images.
-        prompts: One prompt for each call, in turn; a schedule is for a model, so several unlike ones serve best. None
-            if the pipeline takes none, or ``call_kwargs`` hold it.
-        seed: Of the noises and probes; the pipeline's own latents are not used.
-        keep_increments: As in `fastsched.measure`: what `fit` needs to tune, ``levels - 1`` latents a sample.
-        **call_kwargs: What the pipeline is called with: ``guidance_scale``, ``height``, ``control_image``, ...
+        pipe: A pipeline with a supported ``scheduler`` (docs/schedulers.md).
+        levels: How many noise levels; 32 to 64 are enough.
+        samples: How many paths at least; one call of the pipeline measures as many as it makes images.
+        prompts: One prompt for each call, in turn. A schedule is for a model, not for a prompt, so several different
+            ones are best. None if the pipeline takes no prompt, or ``call_kwargs`` holds it.
+        seed: Seed of the noise and the probes; the pipeline's own latents are not used.
+        keep_increments: As in `fastsched.measure`; `fit` needs them to tune. They take ``levels - 1`` latents a sample.
+        **call_kwargs: Arguments of the pipeline's call: ``guidance_scale``, ``height``, ``control_image``, ...
 
     Returns:
-        The statistics, on the CPU, for `fastsched.optimal_schedule` and the like. A guided step counts as one call.
+        The statistics, on the CPU, for `fastsched.optimal_schedule` and others. A guided step counts as one call.
 
     Raises:
-        TypeError: If an argument is of another kind.
-        ValueError: If an argument is out of range, the scheduler is not one that fastsched knows, or the pipeline's
-            loop does not follow its scheduler; the message says why.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, the scheduler is not supported, or the pipeline's loop does not
+            follow its scheduler; the message says why.
 
     Example:
         >>> stats = fs.diffusers.measure(pipe, prompts=["a cat", "a city at night"], guidance_scale=7.5)
@@ -76,7 +76,7 @@ def measure(
 
 @contextlib.contextmanager
 def scheduler_replaced(pipe: Any, scheduler: Any) -> Iterator[None]:
-    """Put ``scheduler`` into ``pipe``, and the old one back at the end, whatever happens in between."""
+    """Put ``scheduler`` into ``pipe``, and restore the old one at the end, also after an error."""
     old = pipe.scheduler
     try:
         pipe.scheduler = scheduler
@@ -86,10 +86,10 @@ def scheduler_replaced(pipe: Any, scheduler: Any) -> Iterator[None]:
 
 
 def call(pipe: Any, steps: int, prompt: str | None, call_kwargs: dict[str, Any]) -> Any:
-    """Call ``pipe`` for so many steps, to latents only where it can.
+    """Call ``pipe`` for ``steps`` steps, without decoding if it supports that.
 
     Raises:
-        ValueError: If the pipeline asks of its scheduler what only another class has.
+        ValueError: If the pipeline uses an attribute or argument of its scheduler that `CalibrationScheduler` lacks.
     """
     accepted = inspect.signature(type(pipe).__call__).parameters
     arguments = {"num_inference_steps": steps, **call_kwargs}
@@ -103,8 +103,8 @@ def call(pipe: Any, steps: int, prompt: str | None, call_kwargs: dict[str, Any])
         if "CalibrationScheduler" not in str(error):
             raise
         raise ValueError(
-            f"{type(pipe).__name__} asks of its scheduler what a measurement cannot give ({error}); measure its "
-            "network (fastsched.measure)"
+            f"{type(pipe).__name__} needs something from its scheduler that a measurement cannot provide ({error}); "
+            "measure its network (fastsched.measure)"
         ) from error
 
 
@@ -116,16 +116,16 @@ def prompt_of(prompts: str | Sequence[str] | None, turn: int) -> str | None:
 
 
 def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any]) -> None:
-    """Check what a pipeline is to be called with.
+    """Check the arguments of a pipeline's call.
 
     Raises:
         TypeError: If ``pipe`` has no scheduler, or ``prompts`` are not strings.
-        ValueError: If the arguments decide the steps, or name the prompt twice or never.
+        ValueError: If the arguments determine the steps, ``prompts`` is empty, or the prompt is given twice.
     """
     check_pipe(pipe)
     for name in STEPPING:
         if name in call_kwargs:
-            raise ValueError(f"{name} must be left out: the steps of the call are those of the measurement")
+            raise ValueError(f"{name} must be left out, because the measurement determines the steps")
     if prompts is None:
         return
     if not isinstance(prompts, (str, list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
@@ -133,4 +133,4 @@ def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict
     if len(prompts) == 0:
         raise ValueError("prompts must hold at least one prompt, or be None")
     if "prompt" in call_kwargs:
-        raise ValueError("prompt must be left out where prompts are given")
+        raise ValueError("prompt must be left out if prompts are given")
