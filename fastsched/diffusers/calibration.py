@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
@@ -14,6 +14,15 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor
 
 from fastsched.diffusers.conventions import KNOWN, describe
+from fastsched.diffusers.step_checks import (
+    check_copies,
+    check_first_latents,
+    check_options,
+    check_timestep,
+    check_unchanged,
+    doubled,
+)
+from fastsched.diffusers.watching import Consistency, PipelineWatch, Step, overwritten
 from fastsched.measurement.measuring import RELATIVE_STEP, Ask, Run, measured_levels, measurement_steps
 from fastsched.measurement.statistics import PathStatistics, data_deviation
 from fastsched.sampling.random_streams import sample_seeds
@@ -25,6 +34,14 @@ UNALIKE = (
     "the pipeline's output must not depend on the step's number (guidance or control that starts or ends midway) or "
     "on random numbers (dropout)"
 )
+
+
+@dataclass
+class CalibrationOutput(SchedulerOutput):
+    """The next state, also in place of the clean estimate that some classes return beside it."""
+
+    pred_original_sample: Tensor | None = None
+    denoised: Tensor | None = None
 
 
 class CalibrationScheduler(SchedulerMixin, ConfigMixin):
@@ -42,6 +59,11 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     next N - 2                ``x_k + h w_k``, from the cleanest level up   ``J w``, a forward difference
     last                      an early ``x_k`` again                        a check: same input, same output
     ========================  ============================================  ==============================
+
+    Every step is checked: the pipeline must start from unit noise, pass on the latents unchanged, and give ``step`` no
+    argument that changes its meaning. `fastsched.diffusers.measure` also watches the pipeline's networks
+    (`fastsched.diffusers.watching`). A pipeline that doubles its batch by a copy, as guided DiT does, is measured on
+    one half.
 
     The first step is needed because a pipeline passes its latents to the scheduler only after the first network call.
     The last step checks repeatability, so the sweep's last product, at level 1, is not measured but approximated by
@@ -86,6 +108,9 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = 1.0
         self.timesteps = torch.arange(0)
         self.mu: float | None = None
+        self._given_levels: Tensor | None = None
+        self._watch: PipelineWatch | None = None
+        self._own_noise = True
         self._clear()
 
     @classmethod
@@ -101,9 +126,26 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_scheduler(
-        cls, scheduler: Any, *, seed: int = 0, samples_before: int = 0, keep_increments: bool = False
+        cls,
+        scheduler: Any,
+        *,
+        seed: int = 0,
+        samples_before: int = 0,
+        keep_increments: bool = False,
+        levels: Tensor | None = None,
+        watch: PipelineWatch | None = None,
+        own_noise: bool = True,
     ) -> CalibrationScheduler:
         """From a pipeline's scheduler object, which may be a subclass or have attributes changed since it was made.
+
+        Args:
+            scheduler: The pipeline's scheduler.
+            seed: As in the class.
+            samples_before: As in the class.
+            keep_increments: As in the class.
+            levels: The levels to measure at, descending, instead of ``num_inference_steps / 2`` of the process's own.
+            watch: What records the calls of the pipeline's networks, which are then compared between steps.
+            own_noise: Whether the pipeline draws its first latents itself, so that their size can be checked.
 
         Raises:
             ValueError: As in `from_config`.
@@ -111,7 +153,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         convention = describe(scheduler)
         known = next(base for base in type(scheduler).__mro__ if hasattr(diffusers, base.__name__))
         made = cls(known.__name__, dict(scheduler.config), seed, samples_before, keep_increments)
-        made.convention = convention
+        made.convention, made._given_levels, made._watch, made._own_noise = convention, levels, watch, own_noise
         return made
 
     @property
@@ -148,7 +190,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"num_inference_steps must be 2 * levels, with at least 3 levels, got {steps}")
         self._clear()
         self._device, self.mu = device, mu
-        self._levels = measured_levels(self.convention.denoiser, steps // 2)
+        self._levels = self._measured(steps // 2)
         # An early level, to detect what starts or ends midway, but one at which the conditioning matters.
         self._repeated = max(1, len(self._levels) // 8)
         repeated = self._levels[self._repeated : self._repeated + 1]
@@ -170,7 +212,11 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             ValueError: Otherwise.
         """
         if begin_index != 0:
-            raise ValueError("the pipeline starts midway (an image-to-image strength?); measure it from pure noise")
+            raise ValueError(
+                f"the pipeline starts midway, at step {begin_index} (image-to-image or inpainting with strength below "
+                "1?); a measurement starts from pure noise: pass strength=1.0, or measure the text-to-image pipeline "
+                "of the same model"
+            )
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """``sample`` unchanged: the states that `step` returns are scaled already."""
@@ -183,8 +229,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             ValueError: Always.
         """
         raise ValueError(
-            "the pipeline adds noise to an image of its own; a measurement starts from pure noise, so measure the "
-            "text-to-image pipeline of the same model"
+            "the pipeline adds noise to an image; a measurement starts from pure noise: pass strength=1.0 if the "
+            "pipeline then starts from noise alone, or measure the text-to-image pipeline of the same model"
         )
 
     scale_noise = add_noise
@@ -195,48 +241,76 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         model_output: Tensor,
         timestep: Any,
         sample: Tensor,
-        *_: Any,
+        *args: Any,
         return_dict: bool = True,
-        **__: Any,
-    ) -> SchedulerOutput | tuple[Tensor]:
+        **kwargs: Any,
+    ) -> CalibrationOutput | tuple[Tensor, Tensor]:
         """Receive the network's output for the state returned last, and return the next state.
 
         Args:
             model_output: What the pipeline computed, [B, *shape].
             timestep: The current entry of ``timesteps``.
             sample: The state returned by the last call.
-            return_dict: Whether to return a ``SchedulerOutput`` or a tuple.
+            *args: What the scheduler's own class takes; values that change its steps are refused.
+            return_dict: Whether to return a `CalibrationOutput` or a tuple.
+            **kwargs: As ``args``.
 
         Raises:
             ValueError: If the pipeline cannot be measured this way (see the class), or the output is not finite.
         """
-        self._check(timestep, sample)
+        seen = None if self._watch is None else self._watch.take()
+        self._check(timestep, sample, args, kwargs)
         output = self.convention.raw_output(model_output, sample.shape[1])
         if not bool(torch.isfinite(output).all()):
             raise ValueError(f"the network returned NaN or inf at timestep {float(torch.as_tensor(timestep).max()):g}")
-        if self._index == 0:
-            following = self._start(output, sample)
-        elif self._index < len(self.timesteps) - 1:
-            following = self._send(output)
-        else:
-            following = self._finish(output)
+        if seen is not None:
+            self._check_seen(seen, output, sample)
+        check_copies(output, self._copies)
+        # A copy, because the network may return the same buffer at every call.
+        following = self._next(output.chunk(self._copies)[0].clone(), sample.chunk(self._copies)[0])
         self._index += 1
-        self._returned = following = following.to(sample.dtype)
-        return SchedulerOutput(prev_sample=following) if return_dict else (following,)
+        following = torch.cat([following.to(sample.dtype)] * self._copies)
+        # The pipeline may write into what it is given, so it gets a copy.
+        self._returned, given = following, following.clone()
+        return CalibrationOutput(given, given, given) if return_dict else (given, given)
 
     def __len__(self) -> int:
         return self.convention.train_steps
 
     def _clear(self) -> None:
         self._index = 0
+        self._copies = 1
+        self._consistency = Consistency()
+        self._still: Tensor | None = None
         self._statistics: PathStatistics | None = None
         self._steps: Ask[PathStatistics] | None = None
         self._returned: Tensor | None = None
         self._path: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def _start(self, output: Tensor, sample: Tensor) -> Tensor:
+    def _measured(self, count: int) -> Tensor:
+        """The levels of a measurement at ``count`` of them; classes with integer timesteps have only theirs."""
+        if self._given_levels is None:
+            return measured_levels(self.convention.denoiser, count)
+        s = measured_levels(self.convention.denoiser, self._given_levels)
+        if len(s) != count:
+            raise ValueError(f"num_inference_steps must be 2 * levels = {2 * len(s)}, got {2 * count}")
+        if not self.convention.integer:
+            return s
+        nearest = self.convention.levels(self.convention.timesteps(s).round())
+        if bool((nearest[1:] >= nearest[:-1]).any()):
+            raise ValueError("levels must be at different integer timesteps, as this scheduler's class needs them")
+        return nearest
+
+    def _next(self, output: Tensor, sample: Tensor) -> Tensor:
+        if self._index == 0:
+            return self._start(output.dtype, sample)
+        if self._index < len(self.timesteps) - 1:
+            return self._send(output)
+        return self._finish(output)
+
+    def _start(self, dtype: torch.dtype, sample: Tensor) -> Tensor:
         denoiser, keep = self.convention.denoiser, bool(self.config["keep_increments"])
-        self._run = Run(denoiser, self._levels, sample.device, output.dtype, "finite-difference", keep)
+        self._run = Run(denoiser, self._levels, sample.device, dtype, "finite-difference", keep)
         before = int(self.config["samples_before"])
         seeds = sample_seeds(int(self.config["seed"]), before + len(sample))
         self._steps = measurement_steps(self._run, seeds[-len(sample) :], tuple(sample.shape[1:]))
@@ -249,7 +323,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         x, k = self._question
         on_path = self._index <= len(self._levels)
         if on_path and k in (1, self._repeated):
-            self._path[k] = (x, output, self._returned)
+            self._path[k] = (x, output, self._returned.chunk(self._copies)[0])
         elif on_path and k == len(self._levels) - 1:
             self._data_deviation = data_deviation(float(self._run.a[k]) * x + float(self._run.c[k]) * output.float())
         following = self._input(*self._steps.send(output))
@@ -275,24 +349,40 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._question = (x, k)
         return float(self.convention.input_scale(self._levels[k])) * x
 
-    def _check(self, timestep: Any, sample: Tensor) -> None:
-        if self._index >= len(self.timesteps):
-            raise ValueError("the pipeline calls step after its last timestep; start a new run")
-        given, expected = torch.as_tensor(timestep).float().cpu(), self.timesteps[self._index].float().cpu()
-        if not bool(torch.isclose(given, expected, rtol=1e-3, atol=1e-3).all()):
-            raise ValueError(
-                f"step {self._index} was called with timestep {float(given.max()):g} instead of {float(expected):g}: "
-                "the pipeline does not call its network and scheduler once for each of scheduler.timesteps, so it "
-                "cannot be measured by its loop; measure its network (fastsched.measure)"
-            )
+    def _check(self, timestep: Any, sample: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kind = getattr(diffusers, self.config["scheduler_class"])
+        check_options(inspect.signature(kind.step).parameters, args, kwargs)
+        check_timestep(self._index, self.timesteps, timestep)
         if self._returned is None:
+            if self._own_noise:
+                check_first_latents(sample)
             return
-        same = sample.shape == self._returned.shape
-        change = (sample.float() - self._returned.float().to(sample.device)).norm() if same else torch.inf
-        if not change <= 1e-3 * self._returned.float().norm():
+        returned = self._returned.to(sample.device)
+        if self._index == 1 and doubled(sample, returned):
+            self._copies = 2
+            self._start(self._run.dtype, sample[: len(sample) // 2])
+        else:
+            check_unchanged(sample, returned, self._index)
+
+    def _check_seen(self, seen: Step, output: Tensor, sample: Tensor) -> None:
+        """Compare the networks' calls with those of earlier steps, and their input with the latents."""
+        n = len(self._levels)
+        on_path, last = self._index <= n, self._index == len(self.timesteps) - 1
+        level = max(0, self._index - 1) if on_path else self._repeated if last else 2 * n - self._index
+        wrong = self._consistency.check(self._index, level, seen, output)
+        if wrong is not None:
+            raise ValueError(f"{wrong}; {UNALIKE}")
+        count = 0 if self._index == 0 or self._copies > 1 else overwritten(seen, sample)
+        if count == 0 and 0 < self._index <= n:
+            zero = output == 0
+            self._still = zero if self._still is None else self._still & zero
+            count = int(self._still.sum()) if self._index == n else 0
+            count = 0 if count == sample.numel() else count
+        if count > 0:
             raise ValueError(
-                f"the pipeline changed the latents between steps {self._index - 1} and {self._index} (inpainting, or "
-                "an image to be kept?), so it cannot be measured by its loop; measure its network (fastsched.measure)"
+                f"the pipeline keeps {count} of {sample.numel()} elements of the latents for itself (a first frame or "
+                "a mask?), so the schedule would be chosen for values that are not sampled; measure its network on "
+                "the others (fastsched.measure)"
             )
 
     def _check_repeat(self, output: Tensor) -> None:
