@@ -1,4 +1,4 @@
-"""Pipelines around exact denoisers, and small random ones of every family; nothing is downloaded."""
+"""Pipelines with exact denoisers, and small ones of every family with random weights; nothing is downloaded."""
 
 import torch
 from diffusers import (
@@ -32,9 +32,9 @@ SHAPE = (2, 2, 2)
 
 
 class OracleUNet(ModelMixin, ConfigMixin):
-    """A UNet-shaped module that answers exactly for mixtures of Gaussians.
+    """A module with a UNet's interface that is the exact denoiser of mixtures of Gaussians.
 
-    The first is the unconditional one; where there is a second, it is that of a conditioning whose embeddings are 1.
+    The first mixture is the unconditional one. The second, if any, is used where the embeddings are 1.
     """
 
     @register_to_config
@@ -58,7 +58,7 @@ class OracleUNet(ModelMixin, ConfigMixin):
 
 
 class UNetOutput(tuple):
-    """As much of a model's output as pipelines use."""
+    """The part of a model's output that pipelines use."""
 
     def __new__(cls, sample):
         return super().__new__(cls, (sample,))
@@ -69,7 +69,7 @@ class UNetOutput(tuple):
 
 
 class OraclePipeline(DiffusionPipeline):
-    """The loop of diffusers' pipelines and nothing else; ``hooks`` let tests misbehave in it."""
+    """Only the loop of diffusers' pipelines; ``on_step``, ``change_latents`` and ``repeat_steps`` change it."""
 
     def __init__(self, unet, scheduler):
         super().__init__()
@@ -158,7 +158,7 @@ def small_conditional_unet(**config):
 
 
 def unconditional(scheduler):
-    """DDIM's pipeline for its scheduler, DDPM's for any other: it calls no scale_model_input."""
+    """DDIMPipeline for DDIMScheduler, DDPMPipeline for others; the latter does not call scale_model_input."""
     cls = DDIMPipeline if type(scheduler).__name__ == "DDIMScheduler" else DDPMPipeline
     pipe = cls(small_unet(), scheduler)
     pipe.scheduler = scheduler

@@ -61,48 +61,48 @@ for _name in (
 
 HEADER = f"""# Schedulers of diffusers
 
-Which schedulers take a schedule, how, and how exactly. Written by `python tests/scheduler_table.py` from runs of every
-class of diffusers {diffusers.__version__} on a schedule at uneven levels between whole timesteps; a test fails when it
-is out of date.
+Which schedulers can use a schedule, how, and how exactly. `python tests/scheduler_table.py` writes this file: it runs
+every class of diffusers {diffusers.__version__} on a schedule with fractional timesteps. A test fails when the file is
+out of date.
 
 * **takes**: what `set_timesteps` accepts.
-* **to_diffusers**: whether `schedule.to_diffusers(scheduler)` gives the pipeline's call arguments that make the class
-  use the schedule: *exact* (every sigma within 1e-5, relative), *rounded* to whole timesteps (exact for schedules at
-  whole timesteps, which `fastsched.diffusers.measure` chooses for these classes), or no.
+* **export**: whether `fastsched.diffusers.export(schedule, scheduler).arguments` are call arguments that make the class
+  use the schedule: *exact* (every sigma within 1e-5, relative), *rounded* to integer timesteps (exact for schedules at
+  integer timesteps, which `fastsched.diffusers.measure` chooses for these classes), or no.
 * **apply**: the same for `fastsched.diffusers.apply(schedule, pipe)`, and how: by the class's own *arguments*, with
   its tables *assigned*, or its stride *stepped*.
-* **solver**: which solver of fastsched the class is under an applied schedule, found by running it and every solver of
-  fastsched on a mixture of Gaussians from the same noises (they agree to 1e-3; both names where two of ours do);
-  "adds noise" if it is stochastic, "own" if none of ours agrees. Classes that `apply` refuses ran on their own
-  timesteps. "not run": fastsched does not know the class's noise process or prediction, and refuses it in words.
+* **solver**: the solver of fastsched that the class is equal to under an applied schedule. It is found by running the
+  class and every solver of fastsched on a mixture of Gaussians from the same noise (they agree to 1e-3; two names if
+  two solvers do); "adds noise" if the class is stochastic, "own" if no solver agrees. Classes that `apply` refuses ran
+  on their own timesteps. "not run": the class's noise process or prediction is not supported, and an error says so.
 
-The solvers of fastsched go to sigma 0 by `z = D` at the last level, as most of these classes do.
+The solvers of fastsched take the last step, to sigma 0, by `z = D`, as most of these classes do.
 `LMSDiscreteScheduler`, `IPNDMScheduler` and, from 15 steps on, `DEISMultistepScheduler` would extrapolate there;
 `apply` makes their last step one of first order. `DEISMultistepScheduler`, `SASolverScheduler` and
-`UniPCMultistepScheduler` of type bh1 are not finite at sigma 0 and end at 1e-6 of the last level; with flow sigmas the
-first two start at 0.999, not 1 (*rounded*).
+`UniPCMultistepScheduler` of type bh1 are not finite at sigma 0 and end at 1e-6 of the last positive sigma; with flow
+sigmas the first two start at 0.999, not 1 (*rounded*).
 
-What those that are "own" or cannot be given a schedule do instead, from their source:
+What the classes that are "own" or cannot use a schedule do, from their source:
 
-* third-order `DPMSolverMultistepScheduler` and `DEISMultistepScheduler` take the last step but one by second order
-  below 15 steps, and are dpmpp_3m and deis_3 from there on, or with `lower_order_final=False`;
+* third-order `DPMSolverMultistepScheduler` and `DEISMultistepScheduler` use second order in the last step but one
+  below 15 steps; from 15 steps on, or with `lower_order_final=False`, they are dpmpp_3m and deis_3;
   `UniPCMultistepScheduler` of third order does so with any number of steps;
-* `DPMSolverMultistepScheduler` of `solver_type="heun"` weights the difference of two outputs otherwise than 2M does;
-* `UniPCMultistepScheduler` of first order corrects each Euler step by the next output;
-* `DPMSolverSinglestepScheduler` takes every second level of the schedule for the stage of a step;
+* `DPMSolverMultistepScheduler` with `solver_type="heun"` weights the difference of two outputs differently from 2M;
+* `UniPCMultistepScheduler` of first order corrects each Euler step with the next output;
+* `DPMSolverSinglestepScheduler` uses every second level of the schedule as the stage of a step;
 * `DEISMultistepScheduler` with flow sigmas interpolates the noise in `log s` and integrates over `s = t / (1 - t)`,
-  where our deis solvers do so over `t`;
-* `KDPM2AncestralDiscreteScheduler` steps by four tables of its own, of which `apply` knows one;
-* `PNDMScheduler` first takes Runge-Kutta steps, or calls its network twice (`skip_prk_steps`), and goes in equal
-  strides of whole timesteps, so that it can follow no other schedule.
+  where fastsched's deis solvers do so over `t`;
+* `KDPM2AncestralDiscreteScheduler` steps by four tables of its own, of which `apply` sets only one;
+* `PNDMScheduler` first takes Runge-Kutta steps, or calls its network twice (`skip_prk_steps`), and steps in equal
+  strides of integer timesteps, so it can use no other schedule.
 
-| scheduler | takes | to_diffusers | apply | solver |
+| scheduler | takes | export | apply | solver |
 |---|---|---|---|---|
 """
 
 
 def uneven_schedule(convention, steps=STEPS):
-    """Uneven levels of the process, none but the first at a whole timestep."""
+    """Uneven levels of the process, of which only the first is at an integer timestep."""
     uneven = torch.tensor([1.0, 0.84563, 0.50026, 0.21043, 0.06072, 0.00983], dtype=torch.float64)
     places = torch.linspace(0, STEPS - 1, steps, dtype=torch.float64)
     low = places.long().clamp(max=STEPS - 2)
@@ -118,7 +118,7 @@ def uneven_schedule(convention, steps=STEPS):
 
 
 def exact_denoise(oracle):
-    """``D(y, s)`` of ``oracle``, also at pure noise."""
+    """``D(y, s)`` of ``oracle``, also at infinite ``s``."""
 
     def denoise(y, s):
         level = s.reshape(-1)[:1].clamp(max=1e6)
@@ -128,7 +128,7 @@ def exact_denoise(oracle):
 
 
 def exact_denoiser(convention, oracle):
-    """``oracle`` as a Denoiser of the scheduler's process: what `fs.sample` runs."""
+    """``oracle`` as a Denoiser of the scheduler's process, for `fs.sample`."""
     denoise, process = exact_denoise(oracle), convention.process
     if isinstance(process, VariancePreserving):
         process = replace(process, integer_timesteps=False)
@@ -145,14 +145,14 @@ def exact_denoiser(convention, oracle):
 
 
 def run_scheduler(scheduler, convention, oracle, sigmas, noise):
-    """Where the scheduler takes ``noise``, the network being the oracle at the levels of ``sigmas``."""
+    """The scheduler's last state from ``noise``; the network is the oracle at the levels of ``sigmas``."""
     levels = convention.process.level(visited(scheduler, sigmas)[:-1])
-    names, network = convention.timesteps(levels), oracle_network(convention, exact_denoise(oracle))
+    expected, network = convention.timesteps(levels), oracle_network(convention, exact_denoise(oracle))
 
     def at_level(x, t):
         given = torch.as_tensor(t, dtype=torch.float64)
-        nearest = (names - given).abs().argmin()
-        near = (names[nearest] - given).abs() <= rounding(convention)
+        nearest = (expected - given).abs().argmin()
+        near = (expected[nearest] - given).abs() <= rounding(convention)
         return network(x, levels[nearest] if near else convention.levels(given))
 
     scale = scales(convention, levels[:1])[1].float()
@@ -160,7 +160,7 @@ def run_scheduler(scheduler, convention, oracle, sigmas, noise):
 
 
 def matching_solvers(target, convention, sigmas):
-    """The solvers of fastsched that take the same noises along ``sigmas`` to the same ends, to 1e-3."""
+    """The solvers of fastsched whose samples along ``sigmas`` from the same noise agree to 1e-3."""
     oracle = fs.oracles.GaussianMixture.random(4, 3, seed=0, spread=0.25, std=0.1)  # within the [-1, 1] of clip_sample
     noise = torch.randn(16, 4, 1, 1, generator=torch.Generator().manual_seed(0))
     ends = run_scheduler(target, convention, oracle, sigmas, noise)
@@ -173,7 +173,7 @@ def matching_solvers(target, convention, sigmas):
 
 
 def own_run(scheduler, convention):
-    """What a class that takes no schedule is, by a run along its own timesteps."""
+    """The table's last column for a class that can use no schedule, from a run on its own timesteps."""
     target = plain_copy(scheduler)
     target.set_timesteps(STEPS)
     sigmas = declared_sigmas(target, convention).unique().flip(0)
@@ -188,15 +188,15 @@ def own_run(scheduler, convention):
 
 
 def why_not(error):
-    """The reason of a refusal, in a few words."""
+    """A short form of the reason in an error's message."""
     text = str(error)
-    if "keeps no sigmas" in text:
-        return "keeps no sigmas that could be set"
+    if "has no sigmas" in text:
+        return "has no sigmas to set"
     return "does not follow its sigmas"
 
 
 def row(name, config):
-    """One line of the table, and what a test checks: the solver claimed and those found, if it runs."""
+    """One line of the table, and for a test the solver that `solver_of` names and those found, if the class runs."""
     label = f"`{name}`" + (f" ({', '.join(f'{k}={v!r}' for k, v in config.items())})" if config else "")
     cls = getattr(library, name)
     if "dummy" in cls.__module__:
@@ -233,7 +233,7 @@ def rows():
 
 
 def quietly():
-    """Without the libraries' own advice on unusual timesteps."""
+    """Silence the library's warnings about unusual timesteps."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
 

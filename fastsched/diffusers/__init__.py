@@ -1,4 +1,4 @@
-"""Measure any pipeline of diffusers by its own loop, and hand schedules back to it with proof.
+"""Measure a diffusers pipeline through its own loop, and apply schedules to its scheduler, each one verified.
 
 Needs the extra: ``pip install "fastsched[diffusers]"``.
 """

@@ -1,11 +1,9 @@
-"""Set a pipeline up so that its next plain call uses a schedule."""
+"""Set up a pipeline so that its next call uses a schedule."""
 
 from __future__ import annotations
 
-import functools
 import inspect
-import types
-from fractions import Fraction
+import math
 from typing import Any
 
 import torch
@@ -22,46 +20,48 @@ from fastsched.diffusers.exporter import (
     plain_copy,
     prove,
 )
+from fastsched.diffusers.overrides import HISTORIES, FirstOrderEnd, Override, StrideStep, Timesteps
 from fastsched.sampling.schedule import Schedule
 
 #: Classes whose step goes to ``t - train_steps // num_inference_steps`` and reads that number at every step.
 ARITHMETIC = ("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler")
 
-#: Classes whose formula is not finite at sigma 0, where they end `NOTHING` times the last level above it instead, and
-#: loses more in float32 near flow time 1. UniPC's is one of them with solver_type "bh1".
+#: Classes whose formula is not finite at sigma 0 and inaccurate in float32 near flow time 1. They end at `NOTHING`
+#: times the last positive sigma instead of 0. UniPC is one of them with solver_type "bh1".
 DELICATE = ("DEISMultistepScheduler", "SASolverScheduler")
 
-#: Where multistep classes keep how many earlier steps they may use, and what none of them looks like.
-MEMORIES = {"lower_order_nums": lambda: 0, "ets": list}
-
-#: How far below flow time 1, whose log-SNR is infinite, solvers in log-SNR start (as UniPC's own class does), and the
-#: delicate ones among them.
+#: The log-SNR at flow time 1 is infinite. Solvers in log-SNR start this far below 1 (as UniPC's own class does); the
+#: second value is for the `DELICATE` classes.
 BELOW_ONE, DELICATE_BELOW_ONE = 1e-6, 1e-3
 
 
 def apply(schedule: Schedule, pipe: Any) -> Export:
     """Give ``pipe`` a copy of its scheduler that uses ``schedule`` whatever number of steps a call asks for.
 
-    Three ways are tried. The first that is proven exact, in sigmas and in the timesteps that the network is given, is
-    taken; failing that, the one with the least rounding:
+    Three ways are tried in this order. The first one that is verified to be exact, in the sigmas and in the timesteps
+    that the network is given, is used. If none is exact, the one with the least rounding is used:
 
     * ``"arguments"``: the class's own ``set_timesteps(sigmas=...)`` or ``(timesteps=...)``;
-    * ``"assigned"``: its ``sigmas`` and ``timesteps`` set after ``set_timesteps``, if its ``step`` follows them;
-    * ``"stepped"``: for DDIM, the stride that its ``step`` reads, set before each step.
+    * ``"assigned"``: its ``sigmas`` and ``timesteps`` are set after ``set_timesteps``, if its ``step`` follows them;
+    * ``"stepped"``: for DDIM, the stride that its ``step`` reads is set before each step.
 
-    The class and config of the scheduler stay what they were, so that a pipeline saves and loads as before. The old
-    scheduler is not changed; keep ``pipe.scheduler`` to go back to it.
+    The scheduler's class and config do not change, so the pipeline saves and loads as before. The old scheduler object
+    is not modified: keep a reference to ``pipe.scheduler`` to restore it. Copies and pickles of the new one keep the
+    schedule.
+
+    Image-to-image and inpainting pipelines start midway, by their ``strength``. They get the rest of the schedule after
+    the level at which the scheduler would have started them by itself.
 
     Args:
         schedule: The schedule.
         pipe: A pipeline with a ``scheduler``.
 
     Returns:
-        How the schedule was given, the sigmas that will be used and their largest relative error.
+        How the schedule was applied, the sigmas that will be used and their largest relative error.
 
     Raises:
-        TypeError: If ``schedule`` is none, or ``pipe`` has no scheduler.
-        ValueError: If no way is proven to work; the message holds the reason of each.
+        TypeError: If ``schedule`` is not a `Schedule`, or ``pipe`` has no scheduler.
+        ValueError: If no way works; the message gives the reason for each.
     """
     check_pipe(pipe)
     scheduler, proof = applied(schedule, pipe.scheduler)
@@ -70,19 +70,19 @@ def apply(schedule: Schedule, pipe: Any) -> Export:
 
 
 def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
-    """A copy of ``scheduler`` that uses ``schedule``, and its proof; arguments and errors as in `apply`."""
+    """A copy of ``scheduler`` that uses ``schedule``, and what was verified; arguments and errors as in `apply`."""
     convention = describe(scheduler)
     check_range(schedule, convention, scheduler)
-    proven: list[tuple[Export, Setter]] = []
+    proven: list[Export] = []
     reasons = []
-    for way, make in (("arguments", _by_arguments), ("assigned", _by_assignment), ("stepped", _by_steps)):
+    for way, make in WAYS.items():
         try:
             setter = make(schedule, scheduler, convention)
             proof = prove(schedule, scheduler, convention, setter, way)
         except ValueError as error:
             reasons.append(f"{way}: {error}")
             continue
-        proven.append((proof, setter))
+        proven.append(proof)
         if _rounding(proof) == (0.0, 0.0):
             break
     if not proven:
@@ -90,32 +90,119 @@ def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
         raise ValueError(
             f"{type(scheduler).__name__} cannot be made to use this schedule; {change_to(name)}. " + " | ".join(reasons)
         )
-    proof, setter = min(proven, key=lambda pair: _rounding(pair[0]))
+    proof = min(proven, key=_rounding)
     target = plain_copy(scheduler)
-    _override(target, setter)
+    timesteps = SetTimesteps(target, schedule, proof.way)
+    timesteps.put()
+    if hasattr(target, "set_begin_index"):
+        SetBeginIndex(target, timesteps).put()
     return target, proof
 
 
 def _rounding(proof: Export) -> tuple[float, float]:
-    """How much of the schedule is lost: in the sigmas, and beyond a twentieth of a timestep in the timesteps."""
+    """The rounding of the sigmas, and that of the timesteps where it exceeds 0.05 of a timestep."""
     timesteps = proof.timestep_error if proof.timestep_error > 0.05 else 0.0
     return (0.0 if proof.exact else proof.error, timesteps)
 
 
-def _override(scheduler: Any, setter: Setter) -> None:
-    original = type(scheduler).set_timesteps
+class SetTimesteps(Override):
+    """``set_timesteps`` that sets a schedule, whatever number of steps or list it is called with."""
 
-    @functools.wraps(original)  # pipelines inspect the signature
-    def set_timesteps(self: Any, num_inference_steps: Any = None, device: Any = None, *_: Any, **__: Any) -> None:
-        setter(self)
+    name = "set_timesteps"
+
+    def __init__(self, owner: Any, schedule: Schedule, way: str) -> None:
+        super().__init__(owner)
+        self.schedule, self.way = schedule, way
+        self.asked: dict[str, Any] = {}
+        self.begun: int | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """As the class's own."""
+        self.asked = dict(self.__signature__.bind(*args, **kwargs).arguments)
+        self.asked |= self.asked.pop("kwargs", {})
+        self.begun = None
+        self._set(self.schedule)
+
+    def _set(self, schedule: Schedule) -> None:
+        owner, device = self.owner, self.asked.get("device")
+        WAYS[self.way](schedule, owner, describe(owner))(owner)
+        timesteps = torch.as_tensor(owner.timesteps)
         if device is not None:
-            self.timesteps = self.timesteps.to(device)
+            on_mps = torch.device(device).type == "mps"  # which has no float64
+            timesteps = (timesteps.float() if on_mps and timesteps.dtype == torch.float64 else timesteps).to(device)
+        owner.timesteps = Timesteps.of(timesteps, self.start_at)
 
-    scheduler.set_timesteps = types.MethodType(set_timesteps, scheduler)
+    def start_at(self, index: int) -> Tensor:
+        """Start at the level of the class's own timestep ``index``, and return the timesteps from there on.
+
+        Raises:
+            ValueError: If the scheduler cannot use the rest of the schedule.
+        """
+        plain = plain_copy(self.owner)
+        type(plain).set_timesteps(plain, **self.asked)
+        own = plain.timesteps
+        if self.asked.get("num_inference_steps") is None:  # the pipeline counts the timesteps that it got
+            index = int((index + 0.5) * len(own) / len(self.owner.timesteps))  # it has rounded down
+        if index >= len(own):
+            return own[len(own) :]
+        convention = describe(plain)
+        rest = remaining(self.schedule, convention, own[index])
+        try:
+            if rest is not self.schedule:
+                prove(rest, plain, convention, WAYS[self.way](rest, plain, convention), self.way)
+            self._set(rest)
+        except ValueError as error:
+            raise ValueError(
+                f"this scheduler cannot start midway in the applied schedule, as strength asks ({error}); restore its "
+                f"own scheduler for this call, or pass strength=1.0 with num_inference_steps={self.schedule.steps}"
+            ) from error
+        self.begun = index
+        return self.owner.timesteps.plain
+
+
+class SetBeginIndex(Override):
+    """``set_begin_index`` that takes the start chosen by `SetTimesteps.start_at` for the first level."""
+
+    name = "set_begin_index"
+
+    def __init__(self, owner: Any, timesteps: SetTimesteps) -> None:
+        super().__init__(owner)
+        self.timesteps = timesteps
+
+    def __call__(self, begin_index: int = 0) -> None:
+        """As the class's own."""
+        started = self.timesteps.begun is not None
+        if not started and begin_index >= len(self.owner.timesteps):
+            steps = self.timesteps.schedule.steps
+            raise ValueError(
+                f"begin_index must be below the applied schedule's {steps} steps, got {begin_index}; call the pipeline "
+                f"with num_inference_steps={steps}"
+            )
+        self.original(0 if started else begin_index)
+
+
+def remaining(schedule: Schedule, convention: Convention, timestep: Tensor) -> Schedule:
+    """``schedule`` from the level of ``timestep`` on, with that level in front.
+
+    The schedule's first level below it is left out if it is much nearer to it than to the next, or the same timestep.
+    """
+    level = convention.levels(timestep.reshape(1))
+    start = convention.process.sampler_sigma(level)
+    if float(start) >= float(schedule.sigmas[0]):
+        return schedule
+    below = schedule.sigmas[schedule.sigmas < start]
+    levels = convention.process.level(below)
+    if len(below) > 1:
+        gaps = torch.cat([level, levels[:-1]]).log().diff().abs()
+        next_gap = float(gaps[1]) if len(gaps) > 1 else math.inf
+        same = convention.integer and float(convention.timesteps(levels[:1])) > float(timestep) - 0.75
+        if same or (math.isfinite(next_gap) and float(gaps[0]) < 0.25 * next_gap):
+            below = below[1:]
+    return Schedule(torch.cat([start, below]), schedule.solver, schedule.noise)
 
 
 def _by_arguments(schedule: Schedule, scheduler: Any, convention: Convention) -> Setter:
-    # Any shift will do, for it is undone and done again; these leave times alone.
+    # Any shift works, because it is inverted and then applied again; these values are the identity.
     config = scheduler.config
     shifting = {}
     if config.get("use_dynamic_shifting"):
@@ -137,17 +224,19 @@ def _by_assignment(schedule: Schedule, scheduler: Any, convention: Convention) -
 
     def setter(target: Any) -> None:
         _set_steps(target, schedule.steps)
-        _end_in_first_order(target)
+        has_history = any(hasattr(target, name) for name in HISTORIES)
+        if has_history or "order" in inspect.signature(type(target).step).parameters:
+            FirstOrderEnd(target).put()
         if names.intersection(ANGLE):
             target.betas = convention.process.sigma(sigmas).float()
             target.alphas = convention.process.alpha(sigmas).float()
             target.timesteps = timesteps.to(target.timesteps)
             return
         if getattr(target, "sigmas", None) is None:
-            raise ValueError("it keeps no sigmas that could be set")
+            raise ValueError("it has no sigmas to set")
         twice = getattr(target, "order", 1) == 2
         target.sigmas = _inner_twice(sigmas, twice, ends=True).to(target.sigmas)
-        if hasattr(target, "sigmas_interpol"):  # the stages of KDPM2, each beside both entries of the level after it
+        if hasattr(target, "sigmas_interpol"):  # KDPM2's midpoints, one for each entry
             target.sigmas_interpol = torch.cat([sigmas[:1], passed[1:-1:2].repeat_interleave(2), sigmas[-1:]]).float()
         repeated = timesteps if len(passed) > len(sigmas) else _inner_twice(timesteps, twice, ends=False)
         target.timesteps = _like_timesteps(repeated, target.timesteps)
@@ -155,56 +244,34 @@ def _by_assignment(schedule: Schedule, scheduler: Any, convention: Convention) -
     return setter
 
 
-def _end_in_first_order(target: Any) -> None:
-    """Make the last step, to sigma 0, use no earlier ones: there every solver of fastsched takes ``z = D``."""
-    original = type(target).step
-    memories = {name: empty for name, empty in MEMORIES.items() if hasattr(target, name)}
-    takes_order = "order" in inspect.signature(original).parameters
-    if not memories and not takes_order:
-        return
-
-    @functools.wraps(original)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.step_index == len(self.timesteps) - 1:
-            vars(self).update({name: empty() for name, empty in memories.items()})
-            kwargs |= {"order": 1} if takes_order else {}
-        return original(self, *args, **kwargs)
-
-    target.step = types.MethodType(step, target)
-
-
 def _by_steps(schedule: Schedule, scheduler: Any, convention: Convention) -> Setter:
     if not {cls.__name__ for cls in type(scheduler).__mro__}.intersection(ARITHMETIC):
-        raise ValueError("its step reads no stride that could be set")
-    whole = convention.timesteps(schedule.sigmas[:-1]).round().to(torch.int64)
-    following = dict(zip(whole.tolist(), [*whole[1:].tolist(), -1], strict=True))
-    if len(following) < len(whole):
-        raise ValueError(f"two of the schedule's levels round to the same timestep: {whole.tolist()}")
-    original = type(scheduler).step
-
-    @functools.wraps(original)
-    def step(self: Any, model_output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        stride = int(timestep) - following[int(timestep)]
-        self.num_inference_steps = Fraction(self.config.num_train_timesteps, stride)
-        return original(self, model_output, timestep, *args, **kwargs)
+        raise ValueError("its step reads no stride to set")
+    rounded = convention.timesteps(schedule.sigmas[:-1]).round().to(torch.int64)
+    following = dict(zip(rounded.tolist(), [*rounded[1:].tolist(), -1], strict=True))
+    if len(following) < len(rounded):
+        raise ValueError(f"two of the schedule's levels round to the same timestep: {rounded.tolist()}")
 
     def setter(target: Any) -> None:
         _set_steps(target, schedule.steps)
-        target.timesteps = whole.to(target.timesteps)
+        target.timesteps = rounded.to(target.timesteps)
         target.final_alpha_cumprod = torch.ones_like(target.final_alpha_cumprod)  # the last step ends at sigma 0
-        target.step = types.MethodType(step, target)
+        StrideStep(target, following).put()
 
     return setter
 
 
+WAYS = {"arguments": _by_arguments, "assigned": _by_assignment, "stepped": _by_steps}
+
+
 def _set_steps(target: Any, steps: int) -> None:
-    """The class's own ``set_timesteps`` for so many steps, to reset its state."""
+    """Call the class's own ``set_timesteps``, which resets its state."""
     shifting = {"mu": 1.0} if target.config.get("use_dynamic_shifting") else {}
     type(target).set_timesteps(target, steps, **shifting)
 
 
 def _inner_twice(values: Tensor, twice: bool, *, ends: bool) -> Tensor:
-    """``values`` as a two-call scheduler lists them: all but the first (and with ``ends`` the last) repeated."""
+    """``values`` as a class with two calls a step lists them: all but the first (with ``ends``, the last) twice."""
     if not twice:
         return values
     inner = values[1:-1] if ends else values[1:]
@@ -212,7 +279,7 @@ def _inner_twice(values: Tensor, twice: bool, *, ends: bool) -> Tensor:
 
 
 def _like_timesteps(timesteps: Tensor, like: Tensor) -> Tensor:
-    """``timesteps`` in the dtype of ``like`` where that keeps them."""
+    """``timesteps`` in the dtype of ``like``, or float32 if that dtype would round them."""
     if not like.is_floating_point() and bool(((timesteps - timesteps.round()).abs() < 1e-4).all()):
         return timesteps.round().to(like)
     return timesteps.to(like.device, torch.float32 if not like.is_floating_point() else like.dtype)

@@ -1,10 +1,10 @@
-"""A scheduler of diffusers that measures the pipeline it is put into."""
+"""A diffusers scheduler that measures the pipeline in which it is used."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
@@ -14,57 +14,85 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor
 
 from fastsched.diffusers.conventions import KNOWN, describe
-from fastsched.fitting.rollouts import Run
-from fastsched.measurement.measuring import RELATIVE_STEP, Ask, measured_levels
-from fastsched.measurement.path_following import measurement_steps
-from fastsched.measurement.statistics import PathStatistics, data_deviation
+from fastsched.diffusers.step_checks import (
+    check_copies,
+    check_first_latents,
+    check_options,
+    check_timestep,
+    check_unchanged,
+    doubled,
+)
+from fastsched.diffusers.watching import Consistency, PipelineWatch, Step, overwritten
+from fastsched.measurement.deviated_paths import deviated_paths, queries
+from fastsched.measurement.measuring import measured_levels
+from fastsched.measurement.path_following import Measurement, Query, measurement_steps
+from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.random_streams import sample_seeds
 
-#: A finite difference this many times smaller than its own size is what a repeated call may differ by.
-REPEATABLE = 0.1
+#: Largest relative change of a repeated answer, by what the network computes in.
+REPEATABLE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 5e-3}
 
 UNALIKE = (
-    "what the pipeline computes must not depend on the step's number (a guidance or control that starts or ends "
-    "midway) or on chance (dropout)"
+    "the pipeline's output must not depend on the step's number (guidance or control that starts or ends midway) or "
+    "on random numbers (dropout)"
 )
 
 
+def calibration_steps(levels: int) -> int:
+    """Steps of a pipeline that measures so many levels: its own latents, every query, and one query again."""
+    return len(queries(levels, deviated_paths(levels))) + 2
+
+
+@dataclass
+class CalibrationOutput(SchedulerOutput):
+    """The next state, also in place of the clean estimate that some classes return beside it."""
+
+    pred_original_sample: Tensor | None = None
+    denoised: Tensor | None = None
+
+
 class CalibrationScheduler(SchedulerMixin, ConfigMixin):
-    """Measure a pipeline by its own loop: ``2 N`` steps instead of a sampler's.
+    """Measure a pipeline through its own loop.
 
-    Put in place of a pipeline's scheduler, it hands the pipeline the states of a measurement over N levels
-    (`measurement.measuring.measurement_steps`) and takes what the pipeline computes there, guidance, adapters and all:
+    It takes the place of the pipeline's scheduler. Each ``step`` returns the next state of a measurement over N levels
+    (`measurement.path_following.measurement_steps`), and receives what the pipeline computes there, including guidance
+    and adapters:
 
-    ========================  ============================================  ==============================
-    steps                     the pipeline's network is given               the output is used for
-    ========================  ============================================  ==============================
-    first                     the pipeline's own latents                    their shape, dtype and device
-    next N                    ``x_k``, from the noisiest level down         the reference path
-    next N - 2                ``x_k + h w_k``, from the cleanest level up   ``J w``, a forward difference
-    last                      an early ``x_k`` again                        a check that it is answered alike
-    ========================  ============================================  ==============================
+    =======================  ===================================================  ==============================
+    steps                    the pipeline's network is given                      the output is used for
+    =======================  ===================================================  ==============================
+    first                    the pipeline's own latents                           their shape, dtype and device
+    next N                   states ``x_k``, from the noisiest level down         the reference path
+    next, two times N/2 - 1  states ``x'_k`` of the deviated paths, likewise      the responses
+    last                     an early ``x_k`` again                               a check: same input, same output
+    =======================  ===================================================  ==============================
 
-    The first step cannot be spared: a pipeline shows its latents to the scheduler only once its network has seen them.
-    The sweep's last product, at level 1, is made up in place of the check: ``J = c^2 / (c^2 + s^2)``, as for Gaussian
-    data of the path's deviation. There ``J`` nearly vanishes, and only a first step of a single cell depends on it. On
-    mixtures of Gaussians this leaves the sensitivity of that level within 0.2% with 48 levels, 1% with 16, 8% with 8.
+    That is ``2 N`` steps for an even number of levels (`calibration_steps`).
 
-    The pipeline ends with the clean ends of the paths, which it may decode as ever. The noises come from ``seed``, not
-    from the pipeline's latents (`fastsched.measurement.measuring.noise_of`).
+    Every step is checked: the pipeline must start from unit noise, pass on the latents unchanged, and give ``step`` no
+    argument that changes its meaning. `fastsched.diffusers.measure` also watches the pipeline's networks
+    (`fastsched.diffusers.watching`). A pipeline that doubles its batch by a copy, as guided DiT does, is measured on
+    one half.
 
-    ``CalibrationScheduler.from_config(pipe.scheduler.config)`` makes one; `fastsched.diffusers.measure` does it all.
+    The first step is needed because a pipeline passes its latents to the scheduler only after the first network call.
+
+    The pipeline's last latents are the clean ends of the paths, and can be decoded. The noise comes from ``seed``, not
+    from the pipeline's latents (`fastsched.sampling.random_streams.noise_of`).
+
+    ``CalibrationScheduler.from_config(pipe.scheduler.config)`` makes one; `fastsched.diffusers.measure` makes one and
+    calls the pipeline with it.
 
     Args:
-        scheduler_class: The class of diffusers whose noise process, prediction and timesteps the pipeline speaks.
+        scheduler_class: The class of the pipeline's own scheduler, which gives noise process, prediction and timesteps.
         scheduler_config: Its config.
-        seed: Of the noises and probes.
-        samples_before: How many samples of this seed were measured before.
+        seed: Seed of the noise and the probes.
+        samples_before: How many samples of this seed have been measured already.
         keep_increments: As in `fastsched.measure`.
 
     Raises:
-        ValueError: From ``step`` and ``set_timesteps``, if the pipeline does not follow: another number of steps, more
-            than one call of ``step`` a timestep, latents changed between steps, or a network that answers the same
-            question differently in the course of a run. The message says which.
+        ValueError: From ``step`` and ``set_timesteps``, if the pipeline cannot be measured this way: another number of
+            steps, more than one call of ``step`` a timestep, latents changed between steps, or a network whose answer
+            to the same input changes during the run. The message says which.
     """
 
     order = 1
@@ -80,19 +108,22 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         settings = scheduler_config or {}
         self.convention = describe(getattr(diffusers, scheduler_class).from_config(settings))
-        # Pipelines read entries of their scheduler's config, so those stay where they look for them.
+        # Pipelines read entries of their scheduler's config, so this config has them too.
         self.register_to_config(**{key: value for key, value in settings.items() if not key.startswith("_")})
         self.init_noise_sigma = 1.0
         self.timesteps = torch.arange(0)
         self.mu: float | None = None
+        self._given_levels: Tensor | None = None
+        self._watch: PipelineWatch | None = None
+        self._own_noise = True
         self._clear()
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """From the config of any scheduler that fastsched knows, or of a saved `CalibrationScheduler`.
+        """From the config of any supported scheduler, or of a saved `CalibrationScheduler`.
 
         Raises:
-            ValueError: If the noise process, prediction or a setting is one that fastsched does not know.
+            ValueError: If the noise process, the prediction or a setting is not supported.
         """
         if isinstance(config, dict) and "scheduler_class" not in config:
             config = {"scheduler_class": _class_of(config), "scheduler_config": dict(config)}
@@ -100,9 +131,26 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_scheduler(
-        cls, scheduler: Any, *, seed: int = 0, samples_before: int = 0, keep_increments: bool = False
+        cls,
+        scheduler: Any,
+        *,
+        seed: int = 0,
+        samples_before: int = 0,
+        keep_increments: bool = False,
+        levels: Tensor | None = None,
+        watch: PipelineWatch | None = None,
+        own_noise: bool = True,
     ) -> CalibrationScheduler:
-        """From a pipeline's scheduler itself: what was set on it since it was made counts too, and so do subclasses.
+        """From a pipeline's scheduler object, which may be a subclass or have attributes changed since it was made.
+
+        Args:
+            scheduler: The pipeline's scheduler.
+            seed: As in the class.
+            samples_before: As in the class.
+            keep_increments: As in the class.
+            levels: The levels to measure at, descending, instead of ``num_inference_steps / 2`` of the process's own.
+            watch: What records the calls of the pipeline's networks, which are then compared between steps.
+            own_noise: Whether the pipeline draws its first latents itself, so that their size can be checked.
 
         Raises:
             ValueError: As in `from_config`.
@@ -110,12 +158,12 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         convention = describe(scheduler)
         known = next(base for base in type(scheduler).__mro__ if hasattr(diffusers, base.__name__))
         made = cls(known.__name__, dict(scheduler.config), seed, samples_before, keep_increments)
-        made.convention = convention
+        made.convention, made._given_levels, made._watch, made._own_noise = convention, levels, watch, own_noise
         return made
 
     @property
     def statistics(self) -> PathStatistics:
-        """What was measured, one sample for each of the pipeline's batch.
+        """The measurement, one sample for each element of the pipeline's batch.
 
         Raises:
             ValueError: If the pipeline has not made all the steps.
@@ -136,22 +184,25 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         mu: float | None = None,
         **_: Any,
     ) -> None:
-        """Prepare a measurement over N levels in ``2 N`` steps; lists of levels count by their length alone.
+        """Prepare a measurement in so many steps (`calibration_steps`); of a list only the length is used.
 
         Raises:
-            ValueError: If the number of steps is odd or below 6.
+            ValueError: If no number of levels takes so many steps.
         """
         given = sigmas if sigmas is not None else timesteps
         steps = num_inference_steps if given is None else len(given)
-        if steps is None or steps < 6 or steps % 2 == 1:
-            raise ValueError(f"num_inference_steps must be 2 * levels, with at least 3 levels, got {steps}")
+        count = next((n for n in range(3, (steps or 0)) if calibration_steps(n) == steps), None)
+        if count is None or steps is None:
+            raise ValueError(
+                f"num_inference_steps must be a multiple of 4, twice the number of levels, at least 8, got {steps}"
+            )
         self._clear()
         self._device, self.mu = device, mu
-        self._levels = measured_levels(self.convention.denoiser, steps // 2)
-        # Early, so that what starts or ends midway shows, but where the conditioning already counts.
+        self._levels = self._measured(count)
+        # An early level, to detect what starts or ends midway, but one at which the conditioning matters.
         self._repeated = max(1, len(self._levels) // 8)
         repeated = self._levels[self._repeated : self._repeated + 1]
-        s = torch.cat([self._levels[:1], self._levels, self._levels[2:].flip(0), repeated])
+        s = torch.cat([self._levels[:1], self._levels[queries(count, deviated_paths(count))], repeated])
         names = self.convention.timesteps(s)
         if self.convention.integer:
             names = names.round().to(torch.int64)
@@ -163,27 +214,31 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self.sigmas = torch.cat([sigmas_used, sigmas_used.new_zeros(1)]).float()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Only the beginning will do.
+        """Only ``begin_index=0`` is supported.
 
         Raises:
             ValueError: Otherwise.
         """
         if begin_index != 0:
-            raise ValueError("the pipeline starts midway (an image-to-image strength?); measure it from pure noise")
+            raise ValueError(
+                f"the pipeline starts midway, at step {begin_index} (image-to-image or inpainting with strength below "
+                "1?); a measurement starts from pure noise: pass strength=1.0, or measure the text-to-image pipeline "
+                "of the same model"
+            )
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """``sample`` as it is: the states handed out are already what the network is to be given."""
+        """``sample`` unchanged: the states that `step` returns are scaled already."""
         return sample
 
     def add_noise(self, *_: Any, **__: Any) -> Tensor:
-        """Not in a measurement, which starts from pure noise.
+        """Not supported: a measurement starts from pure noise.
 
         Raises:
             ValueError: Always.
         """
         raise ValueError(
-            "the pipeline adds noise to an image of its own; a measurement starts from pure noise, so measure the "
-            "text-to-image pipeline of the same model"
+            "the pipeline adds noise to an image; a measurement starts from pure noise: pass strength=1.0 if the "
+            "pipeline then starts from noise alone, or measure the text-to-image pipeline of the same model"
         )
 
     scale_noise = add_noise
@@ -194,110 +249,147 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         model_output: Tensor,
         timestep: Any,
         sample: Tensor,
-        *_: Any,
+        *args: Any,
         return_dict: bool = True,
-        **__: Any,
-    ) -> SchedulerOutput | tuple[Tensor]:
-        """Take the network's output for the state handed out last, and hand out the next one.
+        **kwargs: Any,
+    ) -> CalibrationOutput | tuple[Tensor, Tensor]:
+        """Receive the network's output for the state returned last, and return the next state.
 
         Args:
             model_output: What the pipeline computed, [B, *shape].
-            timestep: The entry of ``timesteps`` whose turn it is.
-            sample: The state that was handed out.
-            return_dict: Whether to return a ``SchedulerOutput`` or a tuple.
+            timestep: The current entry of ``timesteps``.
+            sample: The state returned by the last call.
+            *args: What the scheduler's own class takes; values that change its steps are refused.
+            return_dict: Whether to return a `CalibrationOutput` or a tuple.
+            **kwargs: As ``args``.
 
         Raises:
-            ValueError: If the pipeline does not follow, or the output is not finite.
+            ValueError: If the pipeline cannot be measured this way (see the class), or the output is not finite.
         """
-        self._check(timestep, sample)
+        seen = None if self._watch is None else self._watch.take()
+        self._check(timestep, sample, args, kwargs)
         output = self.convention.raw_output(model_output, sample.shape[1])
         if not bool(torch.isfinite(output).all()):
             raise ValueError(f"the network returned NaN or inf at timestep {float(torch.as_tensor(timestep).max()):g}")
-        if self._index == 0:
-            handed = self._start(output, sample)
-        elif self._index < len(self.timesteps) - 1:
-            handed = self._send(output)
-        else:
-            handed = self._finish(output)
+        if seen is not None:
+            self._check_seen(seen, output, sample)
+        check_copies(output, self._copies)
+        # A copy, because the network may return the same buffer at every call.
+        following = self._next(output.chunk(self._copies)[0].clone(), sample.chunk(self._copies)[0])
         self._index += 1
-        self._handed = following = handed.to(sample.dtype)
-        return SchedulerOutput(prev_sample=following) if return_dict else (following,)
+        following = torch.cat([following.to(sample.dtype)] * self._copies)
+        # The pipeline may write into what it is given, so it gets a copy.
+        self._returned, given = following, following.clone()
+        return CalibrationOutput(given, given, given) if return_dict else (given, given)
 
     def __len__(self) -> int:
         return self.convention.train_steps
 
     def _clear(self) -> None:
         self._index = 0
+        self._copies = 1
+        self._consistency = Consistency()
+        self._still: Tensor | None = None
         self._statistics: PathStatistics | None = None
-        self._steps: Ask[PathStatistics] | None = None
-        self._handed: Tensor | None = None
-        self._path: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._steps: Query[PathStatistics] | None = None
+        self._returned: Tensor | None = None
+        self._repeat: tuple[Tensor, Tensor] | None = None
 
-    def _start(self, output: Tensor, sample: Tensor) -> Tensor:
+    def _measured(self, count: int) -> Tensor:
+        """The levels of a measurement at ``count`` of them; classes with integer timesteps have only theirs."""
+        if self._given_levels is None:
+            return measured_levels(self.convention.denoiser, count)
+        s = measured_levels(self.convention.denoiser, self._given_levels)
+        if len(s) != count:
+            raise ValueError(f"num_inference_steps must be {calibration_steps(len(s))} for {len(s)} levels")
+        if not self.convention.integer:
+            return s
+        nearest = self.convention.levels(self.convention.timesteps(s).round())
+        if bool((nearest[1:] >= nearest[:-1]).any()):
+            raise ValueError("levels must be at different integer timesteps, as this scheduler's class needs them")
+        return nearest
+
+    def _next(self, output: Tensor, sample: Tensor) -> Tensor:
+        if self._index == 0:
+            return self._start(output.dtype, sample)
+        if self._index < len(self.timesteps) - 1:
+            return self._send(output)
+        return self._finish(output)
+
+    def _start(self, dtype: torch.dtype, sample: Tensor) -> Tensor:
         denoiser, keep = self.convention.denoiser, bool(self.config["keep_increments"])
-        self._run = Run(denoiser, self._levels, sample.device, output.dtype, "finite-difference", keep)
+        paths = deviated_paths(len(self._levels))
+        self._run = Measurement(denoiser, self._levels, sample.device, dtype, paths, keep)
         before = int(self.config["samples_before"])
         seeds = sample_seeds(int(self.config["seed"]), before + len(sample))
         self._steps = measurement_steps(self._run, seeds[-len(sample) :], tuple(sample.shape[1:]))
         return self._input(*next(self._steps))
 
     def _send(self, output: Tensor) -> Tensor:
-        """Answer the measurement; its next question, or an early one again instead of the last."""
+        """Send the output to the measurement; returns its next state, and at its end an early state again."""
         assert self._steps is not None
-        assert self._handed is not None
-        x, k = self._question
-        on_path = self._index <= len(self._levels)
-        if on_path and k in (1, self._repeated):
-            self._path[k] = (x, output, self._handed)
-        elif on_path and k == len(self._levels) - 1:
-            self._data_deviation = data_deviation(float(self._run.a[k]) * x + float(self._run.c[k]) * output.float())
-        handed = self._input(*self._steps.send(output))
-        return self._path[self._repeated][2] if self._index == len(self.timesteps) - 2 else handed
+        assert self._returned is not None
+        if self._index == 1 + self._repeated:
+            self._repeat = (output, self._returned.chunk(self._copies)[0])
+        try:
+            return self._input(*self._steps.send(output))
+        except StopIteration as finished:
+            assert self._repeat is not None
+            self._measured_paths = replace(finished.value, model_calls=len(self.timesteps) * len(output))
+            return self._repeat[1]
 
     def _finish(self, output: Tensor) -> Tensor:
-        """Check the repeated answer and make up the last one; the ends of the paths."""
-        assert self._steps is not None
+        """Check the repeated answer; returns the ends of the paths."""
         self._check_repeat(output)
-        (x, k), (before, answered, _) = self._question, self._path[1]
-        share = self._data_deviation**2 / (self._data_deviation**2 + float(self._levels[k]) ** 2)
-        change = (share / float(self._run.alpha[k]) - float(self._run.a[k])) / float(self._run.c[k])
-        try:
-            self._steps.send(answered.float() + change * (x - before))
-        except StopIteration as finished:
-            self._statistics = replace(finished.value, model_calls=len(self.timesteps) * len(output))
-            return finished.value.ends.to(output.device)
-        raise AssertionError("the measurement asks for more than 2 N - 1 answers")
+        self._statistics = self._measured_paths
+        return self._measured_paths.ends.to(output.device)
 
     def _input(self, x: Tensor, k: int) -> Tensor:
         if not bool(torch.isfinite(x).all()):
             raise ValueError(f"the measurement overflows at timestep {float(self.timesteps[1 + k]):g}; {UNALIKE}")
-        self._question = (x, k)
         return float(self.convention.input_scale(self._levels[k])) * x
 
-    def _check(self, timestep: Any, sample: Tensor) -> None:
-        if self._index >= len(self.timesteps):
-            raise ValueError("the pipeline calls step after its last timestep; start a new run")
-        given, expected = torch.as_tensor(timestep).float().cpu(), self.timesteps[self._index].float().cpu()
-        if not bool(torch.isclose(given, expected, rtol=1e-3, atol=1e-3).all()):
-            raise ValueError(
-                f"step {self._index} was called with timestep {float(given.max()):g} instead of {float(expected):g}: "
-                "the pipeline does not call its network and scheduler once for each of scheduler.timesteps, so it "
-                "cannot be measured by its loop; measure its network (fastsched.measure)"
-            )
-        if self._handed is None:
+    def _check(self, timestep: Any, sample: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kind = getattr(diffusers, self.config["scheduler_class"])
+        check_options(inspect.signature(kind.step).parameters, args, kwargs)
+        check_timestep(self._index, self.timesteps, timestep)
+        if self._returned is None:
+            if self._own_noise:
+                check_first_latents(sample)
             return
-        same = sample.shape == self._handed.shape
-        change = (sample.float() - self._handed.float().to(sample.device)).norm() if same else torch.inf
-        if not change <= 1e-3 * self._handed.float().norm():
+        returned = self._returned.to(sample.device)
+        if self._index == 1 and doubled(sample, returned):
+            self._copies = 2
+            self._start(self._run.dtype, sample[: len(sample) // 2])
+        else:
+            check_unchanged(sample, returned, self._index)
+
+    def _check_seen(self, seen: Step, output: Tensor, sample: Tensor) -> None:
+        """Compare the networks' calls with those of earlier steps, and their input with the latents."""
+        n = len(self._levels)
+        on_path, last = self._index <= n, self._index == len(self.timesteps) - 1
+        level = max(0, self._index - 1) if on_path else self._repeated if last else 2 * n - self._index
+        wrong = self._consistency.check(self._index, level, seen, output)
+        if wrong is not None:
+            raise ValueError(f"{wrong}; {UNALIKE}")
+        count = 0 if self._index == 0 or self._copies > 1 else overwritten(seen, sample)
+        if count == 0 and 0 < self._index <= n:
+            zero = output == 0
+            self._still = zero if self._still is None else self._still & zero
+            count = int(self._still.sum()) if self._index == n else 0
+            count = 0 if count == sample.numel() else count
+        if count > 0:
             raise ValueError(
-                f"the pipeline changed the latents between steps {self._index - 1} and {self._index} (inpainting, or "
-                "an image to be kept?), so it cannot be measured by its loop; measure its network (fastsched.measure)"
+                f"the pipeline keeps {count} of {sample.numel()} elements of the latents for itself (a first frame or "
+                "a mask?), so the schedule would be chosen for values that are not sampled; measure its network on "
+                "the others (fastsched.measure)"
             )
 
     def _check_repeat(self, output: Tensor) -> None:
-        first = self._path[self._repeated][1].float()
+        assert self._repeat is not None
+        first = self._repeat[0].float()
         change = float((output.float() - first).norm() / first.norm().clamp_min(1e-30))
-        if change > REPEATABLE * RELATIVE_STEP.get(output.dtype, 0.01):
+        if change > REPEATABLE.get(output.dtype, 1e-3):
             raise ValueError(
                 f"the same latents and timestep were answered {change:.2%} differently at the end of the run than at "
                 f"its beginning; {UNALIKE}"
@@ -314,6 +406,6 @@ def _class_of(config: dict[str, Any]) -> str:
         if accepted == entries:
             return name
     raise ValueError(
-        "config does not name its class, and its entries are not those of a scheduler that fastsched knows; use "
+        "config does not name its class, and its entries are not those of a supported scheduler; use "
         "CalibrationScheduler.from_scheduler(pipe.scheduler)"
     )

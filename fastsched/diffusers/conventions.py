@@ -1,4 +1,4 @@
-"""What a scheduler of diffusers means: its noise process, what its network predicts, and the state it steps.
+"""The conventions of a diffusers scheduler: noise process, prediction, and the state that it steps.
 
 A pipeline's loop is the same for all of them::
 
@@ -7,7 +7,7 @@ A pipeline's loop is the same for all of them::
         x = scheduler.step(output, t, x).prev_sample
 
 but ``x`` is a variance-exploding state for some classes and the process's own for others, ``t`` an index, a flow time
-times 1000 or ``log(sigma) / 4``, and ``output`` one of five predictions. `describe` reads all that off a scheduler.
+times 1000 or ``log(sigma) / 4``, and ``output`` one of five predictions. `describe` reads these off a scheduler.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SCALED_VP = (
     "KDPM2AncestralDiscreteScheduler",
     "DPMSolverSDEScheduler",
 )
-#: Classes that step ``x`` itself and name levels by whole timesteps.
+#: Classes that step ``x`` itself and use integer timesteps.
 PLAIN_VP = (
     "DDIMScheduler",
     "DDIMParallelScheduler",
@@ -61,13 +61,13 @@ EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 ANGLE = ("IPNDMScheduler",)
 KNOWN = SCALED_VP + PLAIN_VP + FLOW + EDM + ANGLE
 
-#: Classes that ask the network a second time halfway in ``log s``, and call that a timestep too.
+#: Classes whose second network call is at the midpoint in ``log s``, which they list as a timestep too.
 MIDPOINT = ("KDPM2DiscreteScheduler", "DPMSolverSDEScheduler")
 
-#: Below so many steps, some classes of third order take the last step but one by second order.
+#: Below this many steps, some classes of third order use second order in the last step but one.
 FEW_STEPS = 15
 
-#: Classes that are one of our solvers whatever their settings.
+#: Classes that are one of fastsched's solvers with any settings.
 SAME_SOLVER = {
     "ddim": (
         "EulerDiscreteScheduler",
@@ -84,7 +84,7 @@ SAME_SOLVER = {
     "ipndm": ("IPNDMScheduler",),
 }
 
-#: diffusers' ``prediction_type`` in the words of `fastsched.Denoiser`.
+#: diffusers' ``prediction_type`` to the names used by `fastsched.Denoiser`.
 PREDICTIONS = {
     "epsilon": "epsilon",
     "v_prediction": "v",
@@ -96,16 +96,16 @@ PREDICTIONS = {
 
 @dataclass(frozen=True)
 class Convention:
-    """How a scheduler and its network speak.
+    """The conventions shared by a scheduler and its network.
 
     Attributes:
-        denoiser: The noise process and prediction; its network is the pipeline, and cannot be called.
-        sign: What the network's output is multiplied by to be ``R`` (-1 for EDM networks that predict ``v``).
+        denoiser: The noise process and prediction. Its network is the pipeline's, and cannot be called.
+        sign: Factor that turns the network's output into ``R`` (-1 for EDM networks that predict ``v``).
         scaled: Whether the state between steps is ``z = x / alpha`` (the process's own ``x`` otherwise).
-        train_steps: Timesteps of the model; flow times are multiplied by it.
-        integer: Whether the class names levels by whole timesteps.
-        learned_variance: Whether the network's output holds a variance after the prediction, to be dropped.
-        angle: Whether levels are named by ``2/pi atan(s)``.
+        train_steps: Training timesteps of the model; flow times are multiplied by it.
+        integer: Whether the class uses integer timesteps.
+        learned_variance: Whether the network's output holds a variance after the prediction, which is dropped.
+        angle: Whether timesteps are ``2/pi atan(s)``.
     """
 
     denoiser: Denoiser
@@ -122,7 +122,7 @@ class Convention:
         return self.denoiser.process
 
     def timesteps(self, s: Tensor) -> Tensor:
-        """What names levels ``s`` to the network, fractional in between: float64, of the shape of ``s``."""
+        """The network's timesteps at levels ``s``, fractional between trained ones: float64, of the shape of ``s``."""
         if self.angle:
             return 2 / math.pi * s.atan()
         if isinstance(self.process, VarianceExploding):
@@ -134,7 +134,7 @@ class Convention:
         return timesteps * self.train_steps if isinstance(self.process, FlowMatching) else timesteps
 
     def levels(self, timesteps: Tensor) -> Tensor:
-        """The levels ``s`` at which a network understands ``timesteps``: the inverse of `timesteps`, float64."""
+        """The levels ``s`` of ``timesteps``: the inverse of `timesteps`, float64."""
         t = timesteps.detach().to("cpu", torch.float64)
         if self.angle:
             return (math.pi / 2 * t).tan()
@@ -147,28 +147,28 @@ class Convention:
         low = t.floor().long().clamp(0, len(trained) - 2)
         fraction = t - low
         mixed = torch.lerp(trained[low], trained[low + 1], fraction)
-        whole = torch.where(fraction < 0.5, trained[low], trained[low + 1])  # the last level may be infinite
-        return torch.where((fraction == 0) | (fraction == 1), whole, mixed).exp()
+        exact = torch.where(fraction < 0.5, trained[low], trained[low + 1])  # the last level may be infinite
+        return torch.where((fraction == 0) | (fraction == 1), exact, mixed).exp()
 
     def input_scale(self, s: Tensor) -> Tensor:
-        """What the network's input is, over ``x``: ``c_in = 1/sqrt(s^2 + sigma_data^2)`` for EDM networks, or 1."""
+        """Factor from ``x`` to the network's input: ``c_in = 1/sqrt(s^2 + sigma_data^2)`` for EDM networks, or 1."""
         if self.denoiser.prediction != "edm":
             return torch.ones_like(s)
         return (s.square() + self.denoiser.sigma_data**2).rsqrt()
 
     def raw_output(self, output: Tensor, channels: int) -> Tensor:
-        """``R`` of a network's ``output`` for a state of ``channels`` channels."""
+        """``R`` from a network's ``output`` for a state of ``channels`` channels."""
         if self.learned_variance and output.ndim > 1 and output.shape[1] == 2 * channels:
             output = output[:, :channels]
         return output if self.sign == 1.0 else self.sign * output
 
 
 def describe(scheduler: Any) -> Convention:
-    """How ``scheduler``, an object of a diffusers class, and its network speak.
+    """The conventions of ``scheduler``, an object of a diffusers class, and of its network.
 
     Raises:
-        TypeError: If ``scheduler`` is none, but its pipeline or class.
-        ValueError: If the class has a noise process, a prediction or a setting that fastsched does not know.
+        TypeError: If ``scheduler`` is not a scheduler object, such as a pipeline or a class.
+        ValueError: If the class has a noise process, a prediction or a setting that fastsched does not support.
     """
     if isinstance(scheduler, type) or not (hasattr(scheduler, "config") and hasattr(scheduler, "step")):
         what = scheduler.__name__ if isinstance(scheduler, type) else type(scheduler).__name__
@@ -186,8 +186,8 @@ def describe(scheduler: Any) -> Convention:
             return _continuous_v(scheduler)
         return _variance_preserving(scheduler, scaled=bool(names.intersection(SCALED_VP)))
     raise ValueError(
-        f"{type(scheduler).__name__} has a noise process or a way of stepping that fastsched does not know; "
-        "schedules exist for DDPM-like, EDM and flow-matching schedulers (docs/schedulers.md lists them)"
+        f"{type(scheduler).__name__} has a noise process or a way of stepping that fastsched does not support; "
+        "DDPM-like, EDM and flow-matching schedulers are supported (docs/schedulers.md lists them)"
     )
 
 
@@ -203,10 +203,10 @@ def check_pipe(pipe: Any) -> None:
 
 
 def solver_of(scheduler: Any, steps: int | None = None) -> str | None:
-    """Which of fastsched's solvers the class and settings of ``scheduler`` are; None if none of them.
+    """The solver of fastsched that ``scheduler``, as it is set, is equal to; None if there is none.
 
-    Proven for each class by running both (tests/test_diffusers_table.py). With few ``steps`` (or None) a class of third
-    order may lower it in its last step but one, and is none.
+    tests/diffusers/test_table.py compares the two for every class. With fewer than 15 ``steps`` (or None) a class of
+    third order may use second order in its last step but one, and then equals none.
     """
     names = {cls.__name__ for cls in type(scheduler).__mro__}
     config = scheduler.config
@@ -247,19 +247,19 @@ def _unipc_of(config: Any) -> str | None:
 
 
 def _pipeline_network(x: Tensor, condition: Tensor) -> Tensor:
-    raise RuntimeError("this network is a pipeline's; it can be called by the pipeline's loop alone")
+    raise RuntimeError("only the pipeline's own loop can call this network")
 
 
 def _variance_preserving(scheduler: Any, *, scaled: bool) -> Convention:
     abar = scheduler.alphas_cumprod.double()
-    process = VariancePreserving(abar, integer_timesteps=not scaled)  # type: ignore[arg-type]  # made a tuple
+    process = VariancePreserving(abar, integer_timesteps=not scaled)  # type: ignore[arg-type]  # __post_init__ makes it a tuple
     prediction = _prediction(scheduler)
     if prediction == "velocity":
         raise ValueError("prediction_type 'flow_prediction' needs use_flow_sigmas=True in the scheduler's config")
     if prediction == "epsilon" and math.isinf(process.s_max):
         raise ValueError(
-            f"{type(scheduler).__name__} has zero terminal SNR with prediction_type 'epsilon', which says nothing of "
-            "the image there; the model was trained with 'v_prediction', or without rescale_betas_zero_snr"
+            f"{type(scheduler).__name__} has zero terminal SNR with prediction_type 'epsilon', which tells nothing "
+            "about the image at pure noise; set prediction_type='v_prediction', or rescale_betas_zero_snr=False"
         )
     return Convention(
         Denoiser(_pipeline_network, process, prediction),
@@ -283,17 +283,18 @@ def _edm(scheduler: Any) -> Convention:
     process = VarianceExploding(config.sigma_min, config.sigma_max)
     prediction = _prediction(scheduler)
     if prediction not in ("epsilon", "v"):
-        raise ValueError(f"prediction_type {config.prediction_type!r} is not one of an EDM network's")
+        raise ValueError(f"prediction_type must be 'epsilon' or 'v_prediction' for EDM, got {config.prediction_type!r}")
     denoiser = Denoiser(_pipeline_network, process, "edm", config.sigma_data)
     return Convention(denoiser, sign=-1.0 if prediction == "v" else 1.0, scaled=True)
 
 
 def _flow(scheduler: Any) -> Convention:
     if _setting(scheduler, "invert_sigmas", False):
-        raise ValueError("invert_sigmas=True (Mochi) turns flow time around, which fastsched does not know")
+        raise ValueError("invert_sigmas=True (Mochi) reverses flow time, which fastsched does not support")
     prediction = _prediction(scheduler) if _setting(scheduler, "use_flow_sigmas", False) else "velocity"
     if prediction != "velocity":
-        raise ValueError(f"a flow scheduler with prediction_type {scheduler.config.prediction_type!r} is not known")
+        kind = scheduler.config.prediction_type
+        raise ValueError(f"prediction_type must be 'flow_prediction' with use_flow_sigmas=True, got {kind!r}")
     steps = int(scheduler.config.num_train_timesteps)
     shift = float(_setting(scheduler, "flow_shift", 1.0))
     lowest = scheduler.__dict__.get("sigma_min") or shift / (steps + shift - 1)
@@ -301,14 +302,14 @@ def _flow(scheduler: Any) -> Convention:
 
 
 def _angle(scheduler: Any) -> Convention:
-    """Dance Diffusion: continuous angles, of which those where the class's float32 tells signal from noise."""
+    """Dance Diffusion: continuous angles, within the range that float32 resolves in the class."""
     angles = torch.arange(1, 991, dtype=torch.float64) * (math.pi / 2000)
-    process = VariancePreserving(angles.cos().square())  # type: ignore[arg-type]  # made a tuple
+    process = VariancePreserving(angles.cos().square())  # type: ignore[arg-type]  # __post_init__ makes it a tuple
     return Convention(Denoiser(_pipeline_network, process, "v"), train_steps=1, angle=True)
 
 
 def visited(scheduler: Any, sigmas: Tensor) -> Tensor:
-    """The sampler sigmas that the states pass on the way along ``sigmas`` [n + 1]: stages with a timestep, too."""
+    """The sampler sigmas at which the network is called along ``sigmas`` [n + 1], midpoints included."""
     if not {cls.__name__ for cls in type(scheduler).__mro__}.intersection(MIDPOINT):
         return sigmas
     inner = sigmas[:-1]
@@ -319,10 +320,10 @@ def visited(scheduler: Any, sigmas: Tensor) -> Tensor:
 def _prediction(scheduler: Any) -> str:
     kind = _setting(scheduler, "prediction_type", "epsilon")
     if kind not in PREDICTIONS:
-        raise ValueError(f"prediction_type {kind!r} is not one of {', '.join(map(repr, PREDICTIONS))}")
+        raise ValueError(f"prediction_type must be one of {', '.join(map(repr, PREDICTIONS))}, got {kind!r}")
     return PREDICTIONS[kind]
 
 
 def _setting(scheduler: Any, name: str, default: Any) -> Any:
-    """An entry of the scheduler's config, which may lack it."""
+    """An entry of the scheduler's config, or ``default`` if there is none."""
     return scheduler.config.get(name, default)

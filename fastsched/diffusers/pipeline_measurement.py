@@ -1,82 +1,103 @@
-"""Measure a pipeline by its own loop."""
+"""Measure a pipeline through its own loop."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from fastsched import validate
 from fastsched.diffusers.calibration import CalibrationScheduler
 from fastsched.diffusers.conventions import check_pipe
+from fastsched.diffusers.watching import check_caches, watched
 from fastsched.measurement.statistics import PathStatistics
 
-#: Arguments of a pipeline's call that decide its steps.
-STEPPING = ("num_inference_steps", "timesteps", "sigmas", "strength")
+#: Arguments of a pipeline's call that determine its steps.
+STEPPING = ("num_inference_steps", "timesteps", "sigmas")
 
 
 def measure(
     pipe: Any,
     *,
-    levels: int = 48,
+    levels: int | Tensor = 48,
     samples: int = 4,
     prompts: str | Sequence[str] | None = None,
     seed: int = 0,
     keep_increments: bool = False,
     **call_kwargs: Any,
 ) -> PathStatistics:
-    """Measure what ``pipe(**call_kwargs)`` computes, guidance, adapters, prompt and all, by the pipeline's own loop.
+    """Measure what ``pipe(**call_kwargs)`` computes, including guidance, adapters and prompt, through its own loop.
 
-    A `CalibrationScheduler` takes the place of the pipeline's scheduler for as many calls of the pipeline as it takes
-    to measure the samples; the old scheduler is back afterwards, whatever happens. Images are left as latents where the
-    pipeline can. Cost: ``2 levels`` steps a call, each of as many network calls as the pipeline makes a step.
+    A `CalibrationScheduler` takes the place of the pipeline's scheduler, and the pipeline is called until all samples
+    are measured. The old scheduler is restored afterwards, also after an error. Images stay latents if the pipeline
+    supports it. Cost: ``2 levels`` steps a call of the pipeline, each of as many network calls as the pipeline makes.
+
+    What the pipeline computes must depend only on the latents and the level. Its loop and its networks are watched, and
+    it is refused if it is seen to depend on anything else (`CalibrationScheduler`, `fastsched.diffusers.watching`).
+    Every call of the pipeline sees the same random numbers: generators among ``call_kwargs`` are restored after each
+    call, and so is the global random state, which is seeded for the call.
 
     Args:
-        pipe: A pipeline whose ``scheduler`` fastsched knows (docs/schedulers.md).
-        levels: How many noise levels (32 to 64 serve).
-        samples: At least how many paths; a call measures as many as it makes images.
-        prompts: One prompt for each call, in turn; a schedule is for a model, so several unlike ones serve best. None
-            if the pipeline takes none, or ``call_kwargs`` hold it.
-        seed: Of the noises and probes; the pipeline's own latents are not used.
-        keep_increments: As in `fastsched.measure`: what `fit` needs to tune, ``levels - 1`` latents a sample.
-        **call_kwargs: What the pipeline is called with: ``guidance_scale``, ``height``, ``control_image``, ...
+        pipe: A pipeline with a supported ``scheduler`` (docs/schedulers.md).
+        levels: How many noise levels, 32 to 64 are enough; or the levels ``s`` themselves, descending.
+        samples: How many paths at least; one call of the pipeline measures as many as it makes images.
+        prompts: One prompt for each call, in turn, all of them used at least once. A schedule is for a model, not for a
+            prompt, so several different ones are best. None if the pipeline takes no prompt, or ``call_kwargs`` holds
+            it.
+        seed: Seed of the noise and the probes; the pipeline's own latents are not used.
+        keep_increments: As in `fastsched.measure`; `fit` needs them to tune. They take ``levels - 1`` latents a sample.
+        **call_kwargs: Arguments of the pipeline's call: ``guidance_scale``, ``height``, ``control_image``, ...
 
     Returns:
-        The statistics, on the CPU, for `fastsched.optimal_schedule` and the like. A guided step counts as one call.
+        The statistics, on the CPU, for `fastsched.optimal_schedule` and others. A guided step counts as one call.
 
     Raises:
-        TypeError: If an argument is of another kind.
-        ValueError: If an argument is out of range, the scheduler is not one that fastsched knows, or the pipeline's
-            loop does not follow its scheduler; the message says why.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, the scheduler is not supported, or the pipeline's loop does not
+            follow its scheduler; the message says why.
 
     Example:
         >>> stats = fs.diffusers.measure(pipe, prompts=["a cat", "a city at night"], guidance_scale=7.5)
         >>> schedule = fs.optimal_schedule(stats, steps=8, solver="dpmpp_2m")
         >>> fs.diffusers.apply(schedule, pipe)
     """
-    levels = validate.positive_int("levels", levels, minimum=3)
+    if not isinstance(levels, Tensor):
+        levels = validate.positive_int("levels", levels, minimum=3)
     samples = validate.positive_int("samples", samples)
     seed = validate.positive_int("seed", seed, minimum=0)
     check_call(pipe, prompts, call_kwargs)
+    check_caches(pipe)
+    turns = 1 if prompts is None or isinstance(prompts, str) else len(prompts)
     parts: list[PathStatistics] = []
-    while sum(part.samples for part in parts) < samples:
+    while sum(part.samples for part in parts) < samples or len(parts) < turns:
         before = sum(part.samples for part in parts)
-        calibration = CalibrationScheduler.from_scheduler(
-            pipe.scheduler, seed=seed, samples_before=before, keep_increments=keep_increments
-        )
-        with scheduler_replaced(pipe, calibration):
-            call(pipe, 2 * levels, prompt_of(prompts, len(parts)), call_kwargs)
+        with watched(pipe) as watch:
+            calibration = CalibrationScheduler.from_scheduler(
+                pipe.scheduler,
+                seed=seed,
+                samples_before=before,
+                keep_increments=keep_increments,
+                levels=levels if isinstance(levels, Tensor) else None,
+                watch=watch,
+                own_noise=call_kwargs.get("latents") is None,
+            )
+            steps = 2 * (len(levels) if isinstance(levels, Tensor) else levels)
+            with scheduler_replaced(pipe, calibration):
+                call(pipe, steps, prompt_of(prompts, len(parts)), call_kwargs)
         parts.append(calibration.statistics)
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole.merge(part)
-    return whole
+    return functools.reduce(PathStatistics.merge, parts)
 
 
 @contextlib.contextmanager
 def scheduler_replaced(pipe: Any, scheduler: Any) -> Iterator[None]:
-    """Put ``scheduler`` into ``pipe``, and the old one back at the end, whatever happens in between."""
+    """Put ``scheduler`` into ``pipe``, and restore the old one at the end, also after an error."""
     old = pipe.scheduler
     try:
         pipe.scheduler = scheduler
@@ -86,10 +107,10 @@ def scheduler_replaced(pipe: Any, scheduler: Any) -> Iterator[None]:
 
 
 def call(pipe: Any, steps: int, prompt: str | None, call_kwargs: dict[str, Any]) -> Any:
-    """Call ``pipe`` for so many steps, to latents only where it can.
+    """Call ``pipe`` for ``steps`` steps, without decoding if it supports that, with the same random numbers each time.
 
     Raises:
-        ValueError: If the pipeline asks of its scheduler what only another class has.
+        ValueError: If the pipeline uses an attribute or argument of its scheduler that `CalibrationScheduler` lacks.
     """
     accepted = inspect.signature(type(pipe).__call__).parameters
     arguments = {"num_inference_steps": steps, **call_kwargs}
@@ -98,14 +119,43 @@ def call(pipe: Any, steps: int, prompt: str | None, call_kwargs: dict[str, Any])
     if "output_type" in accepted:
         arguments.setdefault("output_type", "latent")
     try:
-        return pipe(**arguments)
+        with random_numbers_kept(call_kwargs.values()):
+            return pipe(**arguments)
     except (AttributeError, TypeError) as error:
         if "CalibrationScheduler" not in str(error):
             raise
         raise ValueError(
-            f"{type(pipe).__name__} asks of its scheduler what a measurement cannot give ({error}); measure its "
-            "network (fastsched.measure)"
+            f"{type(pipe).__name__} needs something from its scheduler that a measurement cannot provide ({error}); "
+            "measure its network (fastsched.measure)"
         ) from error
+
+
+@contextlib.contextmanager
+def random_numbers_kept(arguments: Iterable[Any]) -> Iterator[None]:
+    """Seed the global random numbers, and at the end restore them and every generator among ``arguments``.
+
+    So a pipeline that draws its conditioning at random draws the same one in every run, whatever ran in between.
+    """
+    generators = [
+        value
+        for argument in arguments
+        for value in (argument if isinstance(argument, (list, tuple)) else [argument])
+        if isinstance(value, torch.Generator)
+    ]
+    states = [generator.get_state() for generator in generators]
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - what pipelines may use
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)  # noqa: NPY002 - as above
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002 - as above
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 def prompt_of(prompts: str | Sequence[str] | None, turn: int) -> str | None:
@@ -116,16 +166,21 @@ def prompt_of(prompts: str | Sequence[str] | None, turn: int) -> str | None:
 
 
 def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any]) -> None:
-    """Check what a pipeline is to be called with.
+    """Check the arguments of a pipeline's call.
 
     Raises:
         TypeError: If ``pipe`` has no scheduler, or ``prompts`` are not strings.
-        ValueError: If the arguments decide the steps, or name the prompt twice or never.
+        ValueError: If the arguments determine the steps, ``prompts`` is empty, or the prompt is given twice.
     """
     check_pipe(pipe)
     for name in STEPPING:
         if name in call_kwargs:
-            raise ValueError(f"{name} must be left out: the steps of the call are those of the measurement")
+            raise ValueError(f"{name} must be left out, because the measurement determines the steps")
+    strength = call_kwargs.get("strength", 1)
+    if not isinstance(strength, (int, float)) or strength != 1:
+        raise ValueError(
+            f"strength must be left out or 1.0, with which the pipeline starts from pure noise, got {strength!r}"
+        )
     if prompts is None:
         return
     if not isinstance(prompts, (str, list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
@@ -133,4 +188,4 @@ def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict
     if len(prompts) == 0:
         raise ValueError("prompts must hold at least one prompt, or be None")
     if "prompt" in call_kwargs:
-        raise ValueError("prompt must be left out where prompts are given")
+        raise ValueError("prompt must be left out if prompts are given")

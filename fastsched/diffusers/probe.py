@@ -1,10 +1,10 @@
-"""Run a scheduler as a pipeline does, and read off its states which noise levels it really steps through.
+"""Run a scheduler as a pipeline does, and find from its states which noise levels it steps through.
 
 **The probe.** Let half of the elements of a sample be exactly 1 in the data and without noise, and the other half 0
 with noise ``e``. Then ``D`` is known (1 and 0), every consistent solver is exact, and a state ``alpha x0 + sigma e``
-shows ``alpha`` in the first half and ``sigma`` in the second: the level at which a scheduler believes its state to be.
-The network answers for the level that its *timestep* names, as a real one does, so a scheduler whose timesteps and
-sigmas disagree is found out too; only rounding to whole timesteps is overlooked here, and reported elsewhere.
+shows ``alpha`` in the first half and ``sigma`` in the second: the level of the scheduler's state. The network answers
+for the level of its *timestep*, as a real one does, so a scheduler whose timesteps and sigmas disagree is detected too.
+Rounding to integer timesteps is ignored here; `fastsched.diffusers.exporter.prove` reports it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from fastsched.denoisers.noise import VarianceExploding
 from fastsched.diffusers.conventions import Convention
 
-#: Elements of the probe's state. A stochastic scheduler's sigma is read to about ``1 / sqrt(PROBE_SIZE)``.
+#: Elements of the probe's state. A stochastic scheduler's sigma is found to about ``1 / sqrt(PROBE_SIZE)``.
 PROBE_SIZE = 1 << 14
 
 #: ``D(y, s)``.
@@ -29,8 +29,8 @@ Oracle = Callable[[Tensor, Tensor], Tensor]
 
 
 def states_of(scheduler: Any, network: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Iterator[Tensor]:
-    """The states after each step of the loop that every pipeline runs, from ``x``; ``set_timesteps`` came before."""
-    generator = torch.Generator().manual_seed(1)  # not the stream that the probe starts from
+    """The states after each step of a pipeline's loop from ``x``, after ``set_timesteps`` has been called."""
+    generator = torch.Generator().manual_seed(1)  # another stream than the probe's noise
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generator} if takes_generator else {}
     for t in scheduler.timesteps:
@@ -43,11 +43,11 @@ def oracle_network(convention: Convention, denoise: Oracle) -> Callable[[Tensor,
     """The network of an exact denoiser: its output for the pipeline's input and level, from ``D = a x + c R``.
 
     Args:
-        convention: How scheduler and network speak.
+        convention: The conventions of scheduler and network.
         denoise: ``D(y, s)`` for ``y = x / sigma`` [B, *shape] and one level ``s``.
 
     Returns:
-        ``network(input, s)``, computing in float64 and answering in the dtype of its input.
+        ``network(input, s)``, which computes in float64 and returns the dtype of its input.
     """
 
     def network(scaled: Tensor, s: Tensor) -> Tensor:
@@ -61,13 +61,13 @@ def oracle_network(convention: Convention, denoise: Oracle) -> Callable[[Tensor,
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run of the probe shows.
+    """The result of running the probe.
 
     Attributes:
-        signal: What multiplies the data in the state after each step, float64 [n].
-        noise: What multiplies the noise, root mean square, float64 [n].
-        timesteps: What the network was given, float64, neighbours that are equal once.
-        deterministic: Whether no fresh noise was added.
+        signal: Factor of the data in the state after each step, float64 [n].
+        noise: Factor of the noise, root mean square, float64 [n].
+        timesteps: Timesteps given to the network, float64, consecutive duplicates removed.
+        deterministic: Whether the scheduler added no noise.
     """
 
     signal: Tensor
@@ -76,9 +76,9 @@ class Trace:
     deterministic: bool
 
     def follows(self, signal: Tensor, noise: Tensor) -> bool:
-        """Whether the states went through these scales (and then to no noise), each once or twice in a row.
+        """Whether the states have these factors in this order, each once or twice in a row.
 
-        A thousandth is allowed; where fresh noise was added, four standard errors of its sample.
+        The tolerance is 1e-3, or four standard errors of the noise's sample if the scheduler added noise.
         """
         sampling = 4 / math.sqrt(PROBE_SIZE // 2)
         allowed = 1e-3 if self.deterministic else sampling
@@ -101,12 +101,12 @@ class Trace:
 
 
 def trace(scheduler: Any, convention: Convention, levels: Tensor) -> Trace:
-    """Run the probe; ``set_timesteps`` came before. Global random state is kept.
+    """Run the probe. The global random state is not changed.
 
     Args:
-        scheduler: The scheduler.
-        convention: How it speaks.
-        levels: The levels ``s`` that it says it asks the network at; the probe starts at the first.
+        scheduler: The scheduler, on which ``set_timesteps`` has been called.
+        convention: Its conventions.
+        levels: The levels ``s`` of its network calls as it lists them; the probe starts at the first.
     """
     ones = torch.zeros(1, 2, PROBE_SIZE // 2, 1)
     ones[:, 0] = 1.0
@@ -114,13 +114,13 @@ def trace(scheduler: Any, convention: Convention, levels: Tensor) -> Trace:
         torch.manual_seed(0)
         noise = torch.randn(ones.shape) * (1 - ones)
         alpha, sigma = (float(scale[0]) for scale in scales(convention, levels))
-        oracle, names = oracle_network(convention, lambda y, s: ones.double()), convention.timesteps(levels)
+        oracle, expected = oracle_network(convention, lambda y, s: ones.double()), convention.timesteps(levels)
 
         def network(x: Tensor, t: Any) -> Tensor:
             given = torch.as_tensor(t, dtype=torch.float64)
-            nearest = (names - given).abs().argmin()
-            named = (names[nearest] - given).abs() <= rounding(convention)
-            return oracle(x, levels[nearest] if named else convention.levels(given))
+            nearest = (expected - given).abs().argmin()
+            rounded = (expected[nearest] - given).abs() <= rounding(convention)
+            return oracle(x, levels[nearest] if rounded else convention.levels(given))
 
         states = [x[0].double() for x in states_of(scheduler, network, alpha * ones + sigma * noise)]
     direction = noise[0, 1].double()
@@ -139,12 +139,12 @@ def trace(scheduler: Any, convention: Convention, levels: Tensor) -> Trace:
 
 
 def rounding(convention: Convention) -> float:
-    """How far a timestep may be from a level's own and still name it: one, or 0.001 of ``log(sigma) / 4``."""
+    """The largest difference between equal timesteps: one, or 0.001 if they are ``log(sigma) / 4``."""
     return 1e-3 if isinstance(convention.process, VarianceExploding) else 1.0
 
 
 def scales(convention: Convention, s: Tensor) -> tuple[Tensor, Tensor]:
-    """``alpha`` and ``sigma`` of the state that the pipeline keeps between steps, at levels ``s``."""
+    """``alpha`` and ``sigma`` of the pipeline's state between steps, at levels ``s``."""
     if convention.scaled:
         return torch.ones_like(s), s
     return convention.process.alpha(s), convention.process.sigma(s)

@@ -69,6 +69,11 @@ def asked_levels(levels: int) -> range:
     return range(STRIDE, levels, STRIDE)
 
 
+def queries(levels: int, paths: Sequence[DeviatedPath]) -> list[int]:
+    """The levels at which a measurement asks the network, in order: the reference path's, then each deviated path's."""
+    return [*range(levels), *(k for _ in paths for k in asked_levels(levels))]
+
+
 def positions(s: Tensor) -> list[float]:
     """``lambda = -log s`` of the levels of a grid, [N]; finite at pure noise, `PURE_NOISE_GAP` before the next level."""
     lam = (-s.double().log()).tolist()

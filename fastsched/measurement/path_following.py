@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsched import ops
 from fastsched.denoisers.denoiser import Denoiser, not_finite
-from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels, positions
+from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels, positions, queries
 from fastsched.measurement.rounding import warn_of_storage
 from fastsched.measurement.statistics import PathStatistics, data_deviation
 from fastsched.sampling.multistep import Node
@@ -63,13 +63,12 @@ class Measurement:
     @property
     def calls(self) -> int:
         """Network evaluations a sample."""
-        return len(self.s) + len(self.deviated) * len(asked_levels(len(self.s)))
+        return len(self.queries)
 
     @property
     def queries(self) -> list[int]:
         """The levels at which the network is asked, in order."""
-        levels = len(self.s)
-        return [*range(levels), *(k for _ in self.deviated for k in asked_levels(levels))]
+        return queries(len(self.s), self.deviated)
 
     def raw_output(self, x: Tensor, k: int) -> Tensor:
         """``R`` at ``x`` [B, *shape] and level k.

@@ -1,22 +1,34 @@
-"""A node for ComfyUI: load a schedule that fastsched saved.
+"""A ComfyUI node that loads a schedule saved by fastsched.
 
-Put this file into ComfyUI's ``custom_nodes`` folder and a schedule's JSON file into its ``input`` folder, or give a
-full path. Connect SIGMAS to a SamplerCustom; the second output names the solver that the schedule was chosen for. It
-needs nothing but what ComfyUI has.
+Put this file into ComfyUI's ``custom_nodes`` folder and a schedule's JSON file into its ``input`` folder. Connect
+SIGMAS to a SamplerCustom; the second output is the solver that the schedule was chosen for. The node needs only what
+ComfyUI itself needs.
+
+A workflow may come from someone else, so its file name is not trusted: only regular files inside the input folder are
+read, at most 1 MB of them, and whatever else they hold is a message.
 """
 
-import itertools
+import hashlib
 import json
+import math
 import os
+import stat
 
 import torch
 
 FORMAT = "fastsched.schedule"
 VERSION = 1
+LARGEST_FILE = 1 << 20
+NOISES = ("ve", "vp", "flow")
+
+#: ComfyUI sets the last ``alphas_cumprod`` of a zero-terminal-SNR model to this value, and so its largest sigma to
+#: 4518.76. A schedule's infinite first sigma becomes this one.
+LAST_ALPHA_BAR = 4.8973451890853435e-08
+LARGEST_SIGMA = math.sqrt((1 - LAST_ALPHA_BAR) / LAST_ALPHA_BAR)
 
 
 class FastschedScheduleLoader:
-    """``Schedule.save``'s JSON in, SIGMAS out: 1-D float32, descending, ``steps + 1`` values, the last 0."""
+    """From ``Schedule.save``'s JSON to SIGMAS: 1-D float32, descending, ``steps + 1`` values, the last 0."""
 
     CATEGORY = "sampling/schedulers"
     DESCRIPTION = "Load a noise schedule saved by fastsched."
@@ -26,14 +38,14 @@ class FastschedScheduleLoader:
 
     @classmethod
     def INPUT_TYPES(cls):
-        """The node's only input: the file."""
+        """The node's only input: the file's name within the input folder."""
         return {"required": {"file": ("STRING", {"default": "schedule.json", "multiline": False})}}
 
     @classmethod
     def VALIDATE_INPUTS(cls, file):
-        """True, or what is wrong, shown by ComfyUI before it runs anything.
+        """True, or a message that ComfyUI shows before it runs anything.
 
-        A ``file`` that another node will give is None here, and is looked at when it has come.
+        ``file`` is None if another node provides it; then `load` checks it.
         """
         if file is None:
             return True
@@ -45,51 +57,143 @@ class FastschedScheduleLoader:
 
     @classmethod
     def IS_CHANGED(cls, file):
-        """What changes when the file does, so that ComfyUI reads it again; NaN, which equals nothing, if unknown."""
+        """A digest of the file, so that ComfyUI runs the node again after a change; NaN (never equal) if unknown."""
         if file is None:
             return float("nan")
-        path = find(file)
-        return os.path.getmtime(path) if os.path.exists(path) else float("nan")
+        try:
+            return hashlib.sha256(read_bytes(file)).hexdigest()
+        except (OSError, ValueError):
+            return float("nan")
 
     def load(self, file):
         """The sigmas and the solver's name."""
         sigmas, solver = read_schedule(file)
-        return (torch.tensor(sigmas, dtype=torch.float32), solver)
+        return (sigmas, solver)
+
+
+def input_folder():
+    """ComfyUI's input folder; outside ComfyUI, the current one."""
+    try:
+        import folder_paths
+    except ImportError:
+        return os.getcwd()
+    return folder_paths.get_input_directory()
 
 
 def find(file):
-    """``file``, or the file of that name in ComfyUI's input folder."""
-    if os.path.isabs(file) or os.path.exists(file):
-        return file
+    """The path of ``file`` inside the input folder.
+
+    Raises:
+        ValueError: If it is not the name of a file inside the folder, links followed.
+    """
+    if not isinstance(file, str) or not file.strip() or "\0" in file:
+        raise ValueError(f"file must be the name of a file in ComfyUI's input folder, got {file!r}")
+    folder = os.path.realpath(input_folder())
+    path = os.path.normpath(os.path.join(folder, file))
+    # Outside paths are refused by their names alone, so that the answer does not tell whether they exist.
+    resolved = os.path.realpath(path) if _inside(path, folder) else path
+    if not _inside(resolved, folder):
+        raise ValueError(f"file must be inside ComfyUI's input folder, got {file!r}; move the schedule there")
+    return resolved
+
+
+def _inside(path, folder):
     try:
-        import folder_paths
-    except ImportError:  # outside ComfyUI
-        return file
-    return os.path.join(folder_paths.get_input_directory(), file)
+        return path != folder and os.path.commonpath([path, folder]) == folder
+    except ValueError:  # another drive
+        return False
 
 
-def read_schedule(file):
-    """The sigmas and solver of a saved schedule.
+def read_bytes(file):
+    """The content of a regular file of at most `LARGEST_FILE` bytes inside the input folder.
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is no schedule, comes from a newer version, or starts at an infinite sigma.
+        ValueError: If it is outside the folder, not a regular file, or too large.
     """
     path = find(file)
-    with open(path, encoding="utf-8") as stream:
-        try:
-            entries = json.load(stream)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not a whole JSON file ({error}); save the schedule again") from None
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"file must be a regular file, got {file!r}")
+    # The path may have become a pipe or a link since then, so it is opened without blocking and checked again.
+    flags = os.O_RDONLY
+    for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"):  # of which each system lacks some
+        flags |= getattr(os, name, 0)
+    with open(os.open(path, flags), "rb") as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise ValueError(f"file must be a regular file, got {file!r}")
+        content = stream.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:
+        raise ValueError(f"{file} is larger than {LARGEST_FILE} bytes, so it is not a schedule")
+    return content
+
+
+def read_schedule(file):
+    """The sigmas, float32 [steps + 1], and the solver of a saved schedule.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is not a schedule, comes from a newer version, or has sigmas that float32 cannot hold.
+    """
+    try:
+        entries = json.loads(read_bytes(file).decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not a complete JSON file ({error}); save the schedule again") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error}); save the schedule again") from None
+    except RecursionError:
+        raise ValueError(f"{file} is nested too deeply to be a schedule") from None
     if not isinstance(entries, dict) or entries.get("format") != FORMAT:
-        raise ValueError(f"{path} does not hold a schedule; fastsched's Schedule.save writes them")
-    if not isinstance(entries.get("version"), int) or entries["version"] > VERSION:
-        raise ValueError(f"{path} has version {entries.get('version')}; the newest known here is {VERSION}")
-    sigmas = [float(value) for value in entries.get("sigmas", [])]
-    descending = all(a > b for a, b in itertools.pairwise(sigmas))
-    if len(sigmas) < 2 or not descending or sigmas[-1] != 0.0 or sigmas[0] == float("inf"):
-        raise ValueError(f"{path}: sigmas must be finite, strictly descend and end in 0, got {sigmas}")
-    return sigmas, str(entries.get("solver", ""))
+        raise ValueError(f"{file} does not hold a schedule; fastsched's Schedule.save writes them")
+    version = entries.get("version")
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= VERSION:
+        raise ValueError(f"{file} has version {_brief(version)}; versions 1 to {VERSION} are supported")
+    solver = entries.get("solver", "")
+    if not isinstance(solver, str):
+        raise ValueError(f"{file}: solver must be text, got {_brief(solver)}")
+    return _sigmas(file, entries), solver
+
+
+def _sigmas(file, entries):
+    values, noise = entries.get("sigmas"), entries.get("noise", "ve")
+    if not isinstance(values, list) or not all(map(_is_number, values)):
+        raise ValueError(f"{file}: sigmas must be a list of numbers, got {_brief(values)}")
+    if noise not in NOISES:
+        raise ValueError(f"{file}: noise must be one of {', '.join(map(repr, NOISES))}, got {_brief(noise)}")
+    try:
+        sigmas = torch.tensor([float(value) for value in values], dtype=torch.float64)
+    except OverflowError:
+        raise ValueError(f"{file}: sigmas must be finite, got an integer that float64 cannot hold") from None
+    if noise == "vp" and values and float(values[0]) == float("inf"):
+        sigmas[0] = LARGEST_SIGMA
+    single = sigmas.to(torch.float32)
+    descending = bool((single[1:] < single[:-1]).all())
+    if len(single) < 2 or not descending or single[-1] != 0 or not bool(single.isfinite().all()):
+        raise ValueError(
+            f"{file}: sigmas must be finite, strictly descend and end in 0 as float32, got {_brief(values)}"
+        )
+    if noise == "flow" and single[0] > 1:
+        raise ValueError(f"{file}: sigmas of a flow model must be at most 1, got {_brief(values)}")
+    return single
+
+
+def _is_number(value):
+    """Whether ``value`` is a JSON number, or "inf", as fastsched writes an infinite first sigma."""
+    return value == "inf" or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def _without_duplicates(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("the file names an entry twice; save the schedule again")
+    return entries
+
+
+def _brief(value):
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of too many digits
+        return "a huge integer"
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 NODE_CLASS_MAPPINGS = {"FastschedScheduleLoader": FastschedScheduleLoader}

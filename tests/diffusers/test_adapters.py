@@ -1,4 +1,4 @@
-"""Adapters are part of what is measured: LoRA and IP-adapter on a random Stable Diffusion, through to its samples."""
+"""Adapters are part of what is measured: LoRA and IP-adapter on a random Stable Diffusion, up to its samples."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def pipe_and_call():
 
 
 def measured_and_used(pipe, call):
-    """What the pipeline measures to, after a fit of it has been applied and has sampled."""
+    """The pipeline's statistics; its fitted schedule is applied and sampled with in between."""
     scheduler = pipe.scheduler
     stats = fs.diffusers.measure(pipe, levels=LEVELS, samples=2, **call)
     schedule = fs.diffusers.fit(pipe, STEPS, stats=stats, **call)
@@ -36,7 +36,7 @@ def measured_and_used(pipe, call):
 
 
 def differ(stats, others):
-    """Whether two measurements are of different networks: far beyond what a repeated one differs by, which is 0."""
+    """Whether two measurements are of different networks; a repeated one is equal."""
     return float((stats.gram - others.gram).norm() / others.gram.norm()) > 1e-3
 
 

@@ -1,4 +1,4 @@
-"""The guide to diffusers does what it says: its code runs, block after block, on a pipeline around an oracle."""
+"""The code of the guide to diffusers runs, block after block, on a pipeline with an exact denoiser."""
 
 import os
 import pathlib
@@ -19,7 +19,7 @@ SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"
 
 
 class Pipeline(pipelines.OraclePipeline):
-    """Called, and answering, as a text-to-image pipeline."""
+    """A pipeline with the arguments and the output of a text-to-image one."""
 
     def __call__(self, prompt=None, guidance_scale=1.0, num_inference_steps=50, sigmas=None):
         latents = super().__call__(prompt, num_inference_steps, sigmas=sigmas)

@@ -1,4 +1,4 @@
-"""Schedules given to schedulers of diffusers: what they really use is what was asked for."""
+"""Schedules given to schedulers of diffusers: the sigmas that they use are those of the schedule."""
 
 import copy
 import importlib.util
@@ -21,13 +21,13 @@ from fastsched.diffusers.exporter import EXACT, relative_error
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-# 845.6 and 0.5 are the values of the traps; the rest is as uneven as schedules are.
+# 845.6 and 0.5 are the values that classes change; the others are as uneven as a schedule's.
 VP_TIMESTEPS = torch.tensor([999.0, 845.6, 500.25, 210.4, 60.7, 9.8], dtype=torch.float64)
 FLOW_SIGMAS = torch.tensor([1.0, 0.9, 0.5, 0.21, 0.06, 0.0], dtype=torch.float64)
 
 
 class Pipe:
-    """As much of a pipeline as `apply` needs."""
+    """The part of a pipeline that `apply` needs."""
 
     def __init__(self, scheduler):
         self.scheduler = scheduler
@@ -36,6 +36,10 @@ class Pipe:
 def vp_schedule(scheduler, timesteps=VP_TIMESTEPS):
     s = describe(scheduler).levels(timesteps)
     return fs.Schedule(torch.cat([s, s.new_zeros(1)]), "ddim", "vp")
+
+
+def arguments_of(schedule, scheduler, **shifting):
+    return fs.diffusers.export(schedule, scheduler, **shifting).arguments
 
 
 def flow_schedule():
@@ -61,7 +65,7 @@ def test_trap_euler_drops_the_last_sigma():
     schedule = vp_schedule(scheduler)
     naive = used_by_pipeline(scheduler, {"sigmas": schedule.sigmas[:-1].tolist()})
     assert len(naive) == schedule.steps  # one step fewer, and it never reaches 0
-    assert_same(used_by_pipeline(scheduler, schedule.to_diffusers(scheduler)), schedule)
+    assert_same(used_by_pipeline(scheduler, arguments_of(schedule, scheduler)), schedule)
 
 
 @pytest.mark.parametrize(
@@ -80,21 +84,21 @@ def test_trap_flow_match_shifts_what_it_is_given(config, mu):
     assert relative_error(naive, schedule.sigmas) > 0.1
     if mu is None:
         assert naive[2] == pytest.approx(0.75)
-    arguments = schedule.to_diffusers(scheduler, **shifting)
+    arguments = arguments_of(schedule, scheduler, **shifting)
     assert_same(used_by_pipeline(scheduler, arguments, **shifting), schedule)
 
 
 def test_flow_match_with_dynamic_shift_asks_for_mu():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     with pytest.raises(ValueError, match="mu must be given"):
-        flow_schedule().to_diffusers(scheduler)
+        arguments_of(flow_schedule(), scheduler)
 
 
 @pytest.mark.parametrize("flag", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
 def test_flow_match_that_rebuilds_the_interior_is_refused_and_applied(flag):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**{flag: True})
     with pytest.raises(ValueError, match=flag):
-        flow_schedule().to_diffusers(scheduler)
+        arguments_of(flow_schedule(), scheduler)
     assert fs.diffusers.apply(flow_schedule(), Pipe(scheduler)).exact
 
 
@@ -104,13 +108,13 @@ def test_trap_unipc_takes_sigmas_of_flow_models_alone():
     with pytest.raises(ValueError, match="sigmas"):  # older ones take none at all
         used_by_pipeline(scheduler, {"sigmas": schedule.sigmas[:-1].tolist()})
     with pytest.raises(ValueError, match=r"takes no list.*apply"):
-        schedule.to_diffusers(scheduler)
+        arguments_of(schedule, scheduler)
     assert fs.diffusers.apply(schedule, Pipe(scheduler)).exact
 
     flow = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
     naive = used_by_pipeline(flow, {"sigmas": flow_schedule().sigmas[:-1].numpy()})
     assert naive[2] == pytest.approx(0.75)
-    assert_same(used_by_pipeline(flow, flow_schedule().to_diffusers(flow)), flow_schedule())
+    assert_same(used_by_pipeline(flow, arguments_of(flow_schedule(), flow)), flow_schedule())
 
 
 def test_trap_edm_euler_takes_sigmas_for_a_ramp():
@@ -118,49 +122,49 @@ def test_trap_edm_euler_takes_sigmas_for_a_ramp():
     schedule = fs.Schedule(torch.tensor([80.0, 20.0, 3.0, 0.4, 0.02, 0.0]), "ddim", "ve")
     naive = used_by_pipeline(scheduler, {"sigmas": schedule.sigmas[:-1]})
     assert relative_error(naive, schedule.sigmas) > 0.5
-    assert_same(used_by_pipeline(scheduler, schedule.to_diffusers(scheduler)), schedule)
+    assert_same(used_by_pipeline(scheduler, arguments_of(schedule, scheduler)), schedule)
 
 
 def test_edm_euler_with_an_exponential_ramp_is_refused_and_applied():
     scheduler = diffusers.EDMEulerScheduler(sigma_schedule="exponential")
     schedule = fs.Schedule(torch.tensor([80.0, 3.0, 0.02, 0.0]), "ddim", "ve")
     with pytest.raises(ValueError, match="sigma_schedule"):
-        schedule.to_diffusers(scheduler)
+        arguments_of(schedule, scheduler)
     assert fs.diffusers.apply(schedule, Pipe(scheduler)).exact
 
 
-def test_trap_dpm_solver_cuts_timesteps_to_whole_ones():
+def test_trap_dpm_solver_truncates_timesteps_to_integers():
     scheduler = diffusers.DPMSolverMultistepScheduler(**SD)
     schedule = vp_schedule(scheduler)
     cut = used_by_pipeline(scheduler, {"timesteps": VP_TIMESTEPS.tolist()})
     with pytest.warns(UserWarning, match="rounded"):
-        arguments = schedule.to_diffusers(scheduler)
+        arguments = arguments_of(schedule, scheduler)
     assert arguments["timesteps"] == [999, 846, 500, 210, 61, 10]
     rounded = used_by_pipeline(scheduler, arguments)
     assert relative_error(rounded, schedule.sigmas) < relative_error(cut, schedule.sigmas)
     # Half a timestep is at most half of the largest relative distance between neighbouring levels around them.
     assert relative_error(rounded, schedule.sigmas) < 0.03
     assert fs.diffusers.apply(schedule, Pipe(scheduler)).exact  # by assignment
-    whole = vp_schedule(scheduler, VP_TIMESTEPS.round())
-    assert_same(used_by_pipeline(scheduler, whole.to_diffusers(scheduler)), whole)
+    integer = vp_schedule(scheduler, VP_TIMESTEPS.round())
+    assert_same(used_by_pipeline(scheduler, arguments_of(integer, scheduler)), integer)
 
 
 def test_dpm_solver_that_ends_above_zero_is_refused():
     scheduler = diffusers.DPMSolverMultistepScheduler(**SD, final_sigmas_type="sigma_min")
     with pytest.raises(ValueError, match=r"would end at sigma 0\.029"):
-        vp_schedule(scheduler, VP_TIMESTEPS.round()).to_diffusers(scheduler)
+        arguments_of(vp_schedule(scheduler, VP_TIMESTEPS.round()), scheduler)
 
 
 def test_timesteps_that_round_to_the_same_one_are_refused():
     scheduler = diffusers.DPMSolverMultistepScheduler(**SD)
     with pytest.raises(ValueError, match="round to the same"):
-        vp_schedule(scheduler, torch.tensor([999.0, 30.3, 29.9])).to_diffusers(scheduler)
+        arguments_of(vp_schedule(scheduler, torch.tensor([999.0, 30.3, 29.9])), scheduler)
 
 
 def test_heun_is_exact_by_fractional_timesteps():
     scheduler = diffusers.HeunDiscreteScheduler(**SD)
     schedule = vp_schedule(scheduler)
-    used = used_by_pipeline(scheduler, schedule.to_diffusers(scheduler))
+    used = used_by_pipeline(scheduler, arguments_of(schedule, scheduler))
     assert_same(torch.cat([used[:1], used[1:-1:2], used[-1:]]), schedule)
 
 
@@ -169,7 +173,7 @@ def test_ddim_follows_an_applied_schedule_by_its_stride(set_alpha_to_one):
     scheduler = diffusers.DDIMScheduler(**SD, set_alpha_to_one=set_alpha_to_one)
     schedule = vp_schedule(scheduler, VP_TIMESTEPS.round())
     with pytest.raises(ValueError, match="takes no list"):
-        schedule.to_diffusers(scheduler)
+        arguments_of(schedule, scheduler)
     pipe = Pipe(scheduler)
     proof = fs.diffusers.apply(schedule, pipe)
     assert (proof.way, proof.exact) == ("stepped", True)
@@ -212,11 +216,11 @@ def test_apply_leaves_the_old_scheduler_and_the_signature():
 def test_a_schedule_of_another_process_or_range_is_refused():
     euler = diffusers.EulerDiscreteScheduler(**SD)
     with pytest.raises(ValueError, match="'flow' noise process"):
-        flow_schedule().to_diffusers(euler)
-    with pytest.raises(ValueError, match="knows 14"):
-        fs.Schedule(torch.tensor([80.0, 1.0, 0.1, 0.0]), "ddim", "ve").to_diffusers(euler)
-    with pytest.raises(ValueError, match="does not know"):
-        flow_schedule().to_diffusers(diffusers.SCMScheduler())
+        arguments_of(flow_schedule(), euler)
+    with pytest.raises(ValueError, match="trained from 14"):
+        arguments_of(fs.Schedule(torch.tensor([80.0, 1.0, 0.1, 0.0]), "ddim", "ve"), euler)
+    with pytest.raises(ValueError, match="does not support"):
+        arguments_of(flow_schedule(), diffusers.SCMScheduler())
 
 
 def test_wrong_arguments_are_named():
@@ -229,11 +233,11 @@ def test_wrong_arguments_are_named():
             fs.diffusers.apply(schedule, pipe)
     for scheduler in (Pipe(euler), diffusers.EulerDiscreteScheduler, None):
         with pytest.raises(TypeError, match="scheduler must be"):
-            schedule.to_diffusers(scheduler)
-    with pytest.raises(ValueError, match="mu must be left out"):
-        schedule.to_diffusers(euler, mu=1.15)
+            arguments_of(schedule, scheduler)
+    with pytest.raises(ValueError, match="mu must be None"):
+        arguments_of(schedule, euler, mu=1.15)
     with pytest.raises(TypeError, match="mu must be a number"):
-        flow_schedule().to_diffusers(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), mu="1.15")
+        arguments_of(flow_schedule(), diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), mu="1.15")
 
 
 def test_exporting_leaves_global_random_state_alone():

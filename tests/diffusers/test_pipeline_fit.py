@@ -1,4 +1,4 @@
-"""From a pipeline to samples by its schedule, through every family of pipeline; weights are random."""
+"""From a pipeline to samples with its schedule, for every family of pipelines; weights are random."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ import diffusers
 import pipelines
 from pipelines import oracle_pipeline
 
-from fastsched.diffusers import fitting
+from fastsched.diffusers import pipeline_fit
 from fastsched.diffusers.pipeline_fit import candidates, own_sigmas, performed
 from fastsched.fitting.loop import MODEL_CALLS
 from fastsched.fitting.rollouts import distances
@@ -24,7 +24,7 @@ from fastsched.sampling.solvers import get_solver
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEVELS, STEPS = 10, 4
 
-#: A random network's x0 knows no bounds; clipping it to a trained one's would cut the path's ends off.
+#: A random network's x0 is not within [-1, 1], so clipping it would change the paths' ends.
 UNCLIPPED = {"clip_sample": False}
 FAMILIES = {
     "ddim": (pipelines.unconditional, diffusers.DDIMScheduler(**UNCLIPPED), "ddim"),
@@ -64,7 +64,7 @@ def quiet(pipe):
 
 
 def steps_taken(pipe, call):
-    """The network inputs' timesteps and the clean end of a plain call."""
+    """The timesteps given to the network in a plain call, and the call's output."""
     asked = []
     network = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
     hook = network.register_forward_pre_hook(
@@ -94,7 +94,7 @@ def test_measured_fitted_applied_and_sampled(family):
     proof = fs.diffusers.apply(schedule, pipe)
     assert proof.exact
     asked, output = steps_taken(pipe, {**call, **ending})
-    calls = fs.solvers.get_solver(solver).model_calls(STEPS)
+    calls = get_solver(solver).model_calls(STEPS)
     if family == "wan":
         calls *= 2  # with and without the prompt
     assert len(asked) == calls  # whatever number of steps the pipeline has for a default
@@ -119,14 +119,14 @@ def test_arguments_given_by_hand_are_used_by_the_pipeline(name):
     quiet(pipe)
     stats = fs.diffusers.measure(pipe, levels=LEVELS, samples=2, **call)
     schedule = fs.optimal_schedule(stats, STEPS, "ddim")
-    asked, _ = steps_taken(pipe, {**call, **ending, **schedule.to_diffusers(pipe.scheduler)})
+    asked, _ = steps_taken(pipe, {**call, **ending, **fs.diffusers.export(schedule, pipe.scheduler).arguments})
     expected = schedule.timesteps * (1000 if flow else 1)
     assert asked == pytest.approx(expected.tolist(), rel=1e-4)
 
 
 KINDS = {
     "vp": ("EulerDiscreteScheduler", SD, "ddim"),
-    "vp-whole": ("DPMSolverMultistepScheduler", SD, "dpmpp_2m"),
+    "vp-integer": ("DPMSolverMultistepScheduler", SD, "dpmpp_2m"),
     "vp-ddim": ("DDIMScheduler", {**SD, **UNCLIPPED}, "ddim"),
     "edm": ("EDMDPMSolverMultistepScheduler", {}, "dpmpp_2m"),
     "flow": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "ddim"),
@@ -144,7 +144,7 @@ def typical_error(pipe, stats, schedule):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_audition_samples_through_the_pipeline_as_fastsched_does(kind):
     """It ends where `fs.sample` ends from the same noises: to 1e-3, as the solvers' parity."""
-    from test_diffusers_measure import denoiser_of
+    from test_pipeline_measurement import denoiser_of
 
     from fastsched.sampling.random_streams import noise_of
 
@@ -162,8 +162,8 @@ def test_the_audition_samples_through_the_pipeline_as_fastsched_does(kind):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "vp-heun", "unipc"])
-def test_what_the_network_said_in_a_run_is_kept(kind):
-    """Every call of the solver's, at its level: the exact denoiser's answer to the state it was given."""
+def test_the_network_outputs_of_a_run_are_kept(kind):
+    """Every network call of the solver, at its level: the exact denoiser's output at the state given to it."""
     more = {"vp-heun": ("HeunDiscreteScheduler", SD, "heun"), "unipc": ("UniPCMultistepScheduler", SD, "unipc")}
     name, config, solver = {**KINDS, **more}[kind]
     oracle = fs.oracles.GaussianMixture.random(8, 3, seed=0)
@@ -209,7 +209,7 @@ def test_the_fitted_schedule_is_the_best_of_its_audition_and_tuned_where_increme
 
 @contextlib.contextmanager
 def calls_counted(pipe):
-    """The network's calls, each of as many samples as it was given, in a list."""
+    """A list of the network's calls: the batch size of each."""
     calls = []
     hook = pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     try:
@@ -220,7 +220,7 @@ def calls_counted(pipe):
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "HeunDiscreteScheduler", "EulerDiscreteScheduler"])
 def test_the_budget_is_kept(name):
-    """Runs of ``steps + 1`` calls a sample (``2 steps`` with heun), as many as fit; measuring is apart."""
+    """Runs of ``steps + 1`` calls a sample (``2 steps`` with heun), as many as fit; measuring is not included."""
     pipe = oracle_pipeline(getattr(diffusers, name)(**SD), fs.oracles.GaussianMixture.random(8, 3, seed=0))
     stats = fs.diffusers.measure(pipe, levels=12, samples=2, keep_increments=True)
     run = 2 * (8 if name.startswith("Heun") else 5)  # 4 steps of 2 samples
@@ -258,9 +258,9 @@ def test_schedules_that_the_scheduler_refuses_are_not_tried(monkeypatch):
             raise ValueError("refused")
         return original(schedule, scheduler)
 
-    original = fitting.applied
-    monkeypatch.setattr(fitting, "applied", applied)
-    monkeypatch.setattr(fitting, "check_scheduler", lambda *_, **__: None)
+    original = pipeline_fit.applied
+    monkeypatch.setattr(pipeline_fit, "applied", applied)
+    monkeypatch.setattr(pipeline_fit, "check_scheduler", lambda *_, **__: None)
     schedule = fs.diffusers.fit(pipe, 4, stats=stats)
     assert any(not any(torch.equal(sigmas, known) for known in allowed) for sigmas in asked)  # tuning proposed some
     errors = [typical_error(pipe, stats, entrant) for entrant in entrants]

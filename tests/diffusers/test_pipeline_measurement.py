@@ -1,4 +1,4 @@
-"""Pipelines measured by their own loop: the same as measuring the network, or a reason why not."""
+"""Pipelines measured through their own loop: equal to measuring the network, or an error that says why not."""
 
 import dataclasses
 import inspect
@@ -28,7 +28,7 @@ KINDS = {
     "epsilon-scaled-linear": ("EulerDiscreteScheduler", SD),
     "v-scaled-linear": ("EulerDiscreteScheduler", {**SD, "prediction_type": "v_prediction"}),
     "sample-scaled-linear": ("EulerDiscreteScheduler", {**SD, "prediction_type": "sample"}),
-    "epsilon-linear-whole-timesteps": ("DPMSolverMultistepScheduler", {}),
+    "epsilon-linear-integer-timesteps": ("DPMSolverMultistepScheduler", {}),
     "epsilon-cosine": ("DDIMScheduler", {"beta_schedule": "squaredcos_cap_v2"}),
     "v-cosine": ("DDIMScheduler", {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}),
     "sample-cosine": ("DDIMScheduler", {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}),
@@ -60,9 +60,9 @@ def mixture(seed=0):
     return fs.oracles.GaussianMixture.random(8, 3, seed=seed)
 
 
-def part_of(whole):
-    """The first component of a mixture: what a prompt leaves of all that a model knows."""
-    return fs.oracles.GaussianMixture(whole.weights[:1], whole.means[:1], whole.covariances[:1])
+def part_of(full):
+    """The first component of a mixture, as a prompt selects a part of the data."""
+    return fs.oracles.GaussianMixture(full.weights[:1], full.means[:1], full.covariances[:1])
 
 
 def denoiser_of(scheduler, *networks_and_scales):
@@ -304,7 +304,7 @@ def test_strong_guidance_is_not_taken_for_a_change(scale, conditional):
 
 def test_answers_left_to_chance_are_noticed():
     pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())
-    with pytest.raises(ValueError, match="on chance"):
+    with pytest.raises(ValueError, match="random numbers"):
         fs.diffusers.measure(pipe, on_step=lambda i, output: output + 0.01 * torch.randn_like(output))
 
 
@@ -330,7 +330,7 @@ def test_image_to_image_and_foreign_schedulers_are_refused():
         calibration.set_begin_index(3)
     with pytest.raises(ValueError, match="2 \\* levels"):
         calibration.set_timesteps(51)
-    with pytest.raises(ValueError, match="does not know"):
+    with pytest.raises(ValueError, match="does not support"):
         fs.diffusers.measure(oracle_pipeline_of_unknown_kind())
     pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())
     with pytest.raises(ValueError, match="num_inference_steps must be left out"):

@@ -1,4 +1,4 @@
-"""Every scheduler of diffusers, run: the committed table is current, and solvers are the ones claimed."""
+"""Every scheduler of diffusers is run: the committed table is current, and `solver_of` names the right solvers."""
 
 import warnings
 
@@ -33,7 +33,7 @@ def test_the_table_is_current(rows):
     assert written == expected, "run: python tests/scheduler_table.py"
 
 
-#: Solvers of fastsched that are one method: of third order the two variants of UniPC differ by rounding alone.
+#: Equal solvers of fastsched: of third order, the two variants of UniPC differ only by rounding.
 TWINS = {"unipc_3": ["unipc_3", "unipc_bh1_3"], "unipc_bh1_3": ["unipc_3", "unipc_bh1_3"], None: []}
 PARITY = {
     *("ddim", "heun", "dpm_2", "dpmpp_2m", "dpmpp_3m", "lms", "ipndm", "deis_2", "deis_3"),

@@ -2,9 +2,13 @@
 
 import importlib.util
 import inspect
+import json
 import math
+import os
 import pathlib
 import re
+import sys
+import types
 
 import pytest
 import torch
@@ -31,7 +35,7 @@ def schedule():
 
 
 def read_by_manual_sigmas(text):
-    """What ComfyUI's node ManualSigmas makes of a text: every run of digits and points."""
+    """How ComfyUI's node ManualSigmas reads a text: every run of digits and points is a number."""
     return torch.FloatTensor([float(value) for value in re.findall(r"[-+]?(?:\d*\.*\d+)", text)])
 
 
@@ -51,7 +55,18 @@ def test_comfyui_cannot_start_at_infinity():
         fs.Schedule(torch.tensor([torch.inf, 1.0, 0.0]), "ddim", "vp").to_comfyui()
 
 
-def test_the_node_follows_comfyui_s_contract(node, tmp_path):
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """ComfyUI's input folder, given as ComfyUI does; the current folder is another one."""
+    inputs, elsewhere = tmp_path / "input", tmp_path / "elsewhere"
+    inputs.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.setitem(sys.modules, "folder_paths", types.SimpleNamespace(get_input_directory=lambda: str(inputs)))
+    monkeypatch.chdir(elsewhere)
+    return inputs
+
+
+def test_the_node_follows_comfyui_s_contract(node, folder):
     loader = node.NODE_CLASS_MAPPINGS["FastschedScheduleLoader"]
     assert set(node.NODE_DISPLAY_NAME_MAPPINGS) == set(node.NODE_CLASS_MAPPINGS)
     assert loader.RETURN_TYPES == ("SIGMAS", "STRING")
@@ -60,14 +75,16 @@ def test_the_node_follows_comfyui_s_contract(node, tmp_path):
     (name, (kind, options)) = next(iter(loader.INPUT_TYPES()["required"].items()))
     assert kind == "STRING"
     assert "default" in options
-    path = str(tmp_path / "schedule.json")
-    schedule().save(path)
-    assert loader.VALIDATE_INPUTS(**{name: path}) is True
-    sigmas, solver = getattr(loader(), loader.FUNCTION)(**{name: path})
-    assert torch.equal(sigmas, schedule().to_comfyui().sigmas)
-    assert solver == "dpmpp_2m"
-    before = loader.IS_CHANGED(path)
-    assert before == loader.IS_CHANGED(path)
+    schedule().save(folder / "schedule.json")
+    for path in ("schedule.json", str(folder / "schedule.json")):
+        assert loader.VALIDATE_INPUTS(**{name: path}) is True
+        sigmas, solver = getattr(loader(), loader.FUNCTION)(**{name: path})
+        assert torch.equal(sigmas, schedule().to_comfyui().sigmas)
+        assert solver == "dpmpp_2m"
+    before = loader.IS_CHANGED("schedule.json")
+    assert before == loader.IS_CHANGED("schedule.json")
+    fs.Schedule(torch.tensor([14.6, 1.5, 0.0]), "dpmpp_2m", "ve").save(folder / "schedule.json")
+    assert before != loader.IS_CHANGED("schedule.json")
     # ComfyUI calls all three by the inputs' names, and the class methods with None for an input that is connected.
     for method in (loader.VALIDATE_INPUTS, loader.IS_CHANGED, getattr(loader(), loader.FUNCTION)):
         assert list(inspect.signature(method).parameters) == [name]
@@ -75,26 +92,109 @@ def test_the_node_follows_comfyui_s_contract(node, tmp_path):
     assert math.isnan(loader.IS_CHANGED(**{name: None}))
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("{", "not a whole JSON file"),
-        ('{"format": "other"}', "does not hold a schedule"),
-        ('{"format": "fastsched.schedule", "version": 99}', "newest known here"),
-        ('{"format": "fastsched.schedule", "version": 1, "sigmas": [1.0, 2.0, 0.0]}', "strictly descend"),
-        ('{"format": "fastsched.schedule", "version": 1, "sigmas": [1.0, 0.5]}', "end in 0"),
-        ('{"format": "fastsched.schedule", "version": 1, "sigmas": [Infinity, 0.0]}', "finite"),
-    ],
-    ids=["truncated", "foreign", "newer", "rising", "not to 0", "infinite"],
-)
-def test_the_node_says_what_is_wrong_with_a_file(node, tmp_path, text, reason):
-    path = tmp_path / "schedule.json"
-    path.write_text(text)
-    assert reason in node.FastschedScheduleLoader.VALIDATE_INPUTS(str(path))
+def file_with(**changes):
+    entries = {"format": "fastsched.schedule", "version": 1, "solver": "ddim", "noise": "ve", "sigmas": [3, 1, 0]}
+    return json.dumps({**entries, **changes})
 
 
-def test_the_node_names_a_missing_file(node):
-    assert "nowhere.json" in node.FastschedScheduleLoader.VALIDATE_INPUTS("nowhere.json")
+MALFORMED = {
+    "truncated": ("{", "not a complete JSON file"),
+    "empty": ("", "not a complete JSON file"),
+    "byte order mark": ("\ufeff" + file_with(), "not a complete JSON file"),
+    "not UTF-8": (b"\xff\xfe", "not UTF-8"),
+    "nested deeply": ("[" * 100_000, "nested too deeply"),
+    "too large": (file_with() + " " * 2**20, "larger than"),
+    "entry twice": (file_with()[:-1] + ', "sigmas": [2, 0]}', "an entry twice"),
+    "another format": ('{"format": "other"}', "does not hold a schedule"),
+    "a list": ("[1, 0]", "does not hold a schedule"),
+    "newer": (file_with(version=99), "version 99"),
+    "negative version": (file_with(version=-3), "version -3"),
+    "true version": (file_with(version=True), "version True"),
+    "no version": ('{"format": "fastsched.schedule", "sigmas": [1, 0]}', "version None"),
+    "solver a list": (file_with(solver=["ddim"]), "solver must be text"),
+    "unknown noise": (file_with(noise=["ve"]), "noise must be one of"),
+    "rising": (file_with(sigmas=[1.0, 2.0, 0.0]), "strictly descend"),
+    "not to 0": (file_with(sigmas=[1.0, 0.5]), "end in 0"),
+    "one": (file_with(sigmas=[0.0]), "strictly descend"),
+    "none": (file_with(sigmas=[]), "strictly descend"),
+    "infinite": (file_with(sigmas=["inf", 0.0]), "finite"),
+    "Infinity": (file_with(sigmas=[math.inf, 0.0]), "finite"),
+    "infinite later": (file_with(sigmas=["inf", "inf", 0.0], noise="vp"), "finite"),
+    "not a number": (file_with(sigmas=[3, math.nan, 0]), "strictly descend"),
+    "null": (file_with(sigmas=None), "list of numbers"),
+    "number": (file_with(sigmas=5), "list of numbers"),
+    "text": (file_with(sigmas="210"), "list of numbers"),
+    "texts": (file_with(sigmas=["2", "1", "0"]), "list of numbers"),
+    "nested": (file_with(sigmas=[[3], 0]), "list of numbers"),
+    "booleans": (file_with(sigmas=[True, False]), "list of numbers"),
+    "beyond float64": (file_with(sigmas=[10**400, 0]), "finite"),
+    "beyond float32": (file_with(sigmas=[1e300, 0]), "finite"),
+    "beyond Python's digits": (file_with(sigmas=[1, 0]).replace("1, 0]", "9" * 5000 + ", 0]"), "digits"),
+    "equal in float32": (file_with(sigmas=[1.00000001, 1.0, 0]), "as float32"),
+    "0 in float32": (file_with(sigmas=[1, 1e-60, 0]), "as float32"),
+    "flow time above 1": (file_with(sigmas=[1.5, 0], noise="flow"), "at most 1"),
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_the_node_says_what_is_wrong_with_a_file(node, folder, kind):
+    content, reason = MALFORMED[kind]
+    path = folder / "schedule.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = node.FastschedScheduleLoader.VALIDATE_INPUTS("schedule.json")
+    assert reason in message
+    assert len(message) < 500
+    with pytest.raises(ValueError, match=re.escape(reason)):  # a connected input is not validated before
+        node.FastschedScheduleLoader().load("schedule.json")
+
+
+def test_the_node_gives_a_zero_terminal_snr_model_comfyui_s_own_first_sigma(node, folder):
+    fs.Schedule(torch.tensor([torch.inf, 3.0, 1.0, 0.0]), "ddim", "vp").save(folder / "schedule.json")
+    assert node.FastschedScheduleLoader.VALIDATE_INPUTS("schedule.json") is True
+    sigmas, _ = node.FastschedScheduleLoader().load("schedule.json")
+    assert sigmas.tolist() == pytest.approx([4518.76, 3.0, 1.0, 0.0], rel=1e-6)
+
+
+def test_the_node_reads_only_regular_files_of_the_input_folder(node, folder, tmp_path):
+    """Whatever it is asked for: no exception, no wait, no word on what exists elsewhere, no digest of it."""
+    outside = tmp_path / "outside.json"
+    schedule().save(outside)
+    (folder / "link.json").symlink_to(outside)
+    (folder / "linked").symlink_to(tmp_path, target_is_directory=True)
+    (folder / "inner").mkdir()
+    os.mkfifo(folder / "pipe.json")
+    (folder / "device.json").symlink_to("/dev/zero")
+    refused = {
+        "must be inside": [
+            *(str(outside), "../outside.json", "../missing.json", "inner/../../outside.json", "link.json"),
+            *("linked/outside.json", "/etc/passwd", "/", ".", "inner/..", "device.json", "/dev/zero"),
+        ],
+        "must be the name": ["", "  ", "\0", "a\0b", 3, ["schedule.json"], True],
+        "regular file": ["pipe.json", "inner"],
+        "No such file": ["missing.json", "~/schedule.json"],
+        "": ["x" * 5000, "\ud800", "\udcff"],
+    }
+    for reason, files in refused.items():
+        for file in files:
+            message = node.FastschedScheduleLoader.VALIDATE_INPUTS(file)
+            assert isinstance(message, str), file
+            assert reason in message
+            assert math.isnan(node.FastschedScheduleLoader.IS_CHANGED(file))
+    validate = node.FastschedScheduleLoader.VALIDATE_INPUTS
+    assert validate("../outside.json").replace("outside", "missing") == validate("../missing.json")
+
+
+def test_a_link_within_the_input_folder_is_followed(node, folder):
+    schedule().save(folder / "schedule.json")
+    (folder / "link.json").symlink_to(folder / "schedule.json")
+    assert node.FastschedScheduleLoader.VALIDATE_INPUTS("link.json") is True
+
+
+def test_outside_comfyui_the_current_folder_is_the_input_folder(node, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "folder_paths", None)  # import raises ImportError
+    monkeypatch.chdir(tmp_path)
+    schedule().save("schedule.json")
+    assert node.FastschedScheduleLoader.VALIDATE_INPUTS("schedule.json") is True
 
 
 def test_the_node_reads_what_this_version_saves(node):

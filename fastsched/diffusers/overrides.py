@@ -1,0 +1,106 @@
+"""What `fastsched.diffusers.apply` sets on a scheduler in place of its methods.
+
+They are objects, not functions bound to the scheduler, so that a scheduler keeps its schedule when it is copied or
+pickled: a pickled bound method would be read back as the class's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Attributes in which multistep classes keep their history, and the value of an empty history.
+HISTORIES: dict[str, Callable[[], Any]] = {"lower_order_nums": lambda: 0, "ets": list}
+
+
+class Override:
+    """Replaces the method ``name`` of ``owner``, a scheduler, and has its signature, which pipelines inspect."""
+
+    name: str
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = inspect.signature(getattr(type(self.owner), self.name))
+        return signature.replace(parameters=[*signature.parameters.values()][1:])
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the class's own method."""
+        return getattr(type(self.owner), self.name)(self.owner, *args, **kwargs)
+
+    def put(self) -> None:
+        """Set this on its owner."""
+        setattr(self.owner, self.name, self)
+
+
+class FirstOrderEnd(Override):
+    """``step`` whose last step, to sigma 0, is of first order: there every solver of fastsched takes ``z = D``."""
+
+    name = "step"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class's own."""
+        if self.owner.step_index == len(self.owner.timesteps) - 1:
+            vars(self.owner).update({key: empty() for key, empty in HISTORIES.items() if hasattr(self.owner, key)})
+            kwargs |= {"order": 1} if "order" in self.__signature__.parameters else {}
+        return self.original(*args, **kwargs)
+
+
+class StrideStep(Override):
+    """``step`` of DDIM, which steps to ``t - train_steps // num_inference_steps``: sets that number beforehand."""
+
+    name = "step"
+
+    def __init__(self, owner: Any, following: dict[int, int]) -> None:
+        super().__init__(owner)
+        self.following = following
+
+    def __call__(self, model_output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the class's own."""
+        stride = int(timestep) - self.following[int(timestep)]
+        self.owner.num_inference_steps = Fraction(self.owner.config.num_train_timesteps, stride)
+        return self.original(model_output, timestep, *args, **kwargs)
+
+
+class Timesteps(Tensor):
+    """A scheduler's timesteps, of which a pipeline may ask for those from an index on: ``timesteps[index:]``.
+
+    Image-to-image pipelines do so, with an index among as many steps as they asked for. `of` takes the function that
+    answers them. Every other operation, and copies and pickles, give plain tensors.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # plain results
+
+    start_at: Callable[[int], Tensor]
+
+    @classmethod
+    def of(cls, timesteps: Tensor, start_at: Callable[[int], Tensor]) -> Timesteps:
+        """``timesteps`` whose ``[index:]`` is ``start_at(index)``."""
+        made = timesteps.as_subclass(cls)
+        made.start_at = start_at
+        return made
+
+    @property
+    def plain(self) -> Tensor:
+        """The same values as a plain tensor."""
+        return self.as_subclass(Tensor)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        from_index = isinstance(index, slice) and index.stop is None and index.step is None
+        if from_index and isinstance(index.start, int) and index.start > 0:
+            return self.start_at(index.start)
+        return self.plain[index]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.plain, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain.__reduce_ex__(protocol)

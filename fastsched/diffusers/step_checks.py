@@ -1,0 +1,101 @@
+"""Checks of one call of a scheduler's ``step``: that a pipeline's loop can be measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from inspect import Parameter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: What to do about a pipeline whose loop cannot be measured.
+INSTEAD = "so it cannot be measured by its loop; measure its network (fastsched.measure)"
+
+
+def check_options(parameters: Mapping[str, Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse arguments of ``step`` that differ from the defaults of the scheduler's own class.
+
+    Args:
+        parameters: Those of the class's ``step``, with ``self``, output, timestep and sample first.
+        args: Positional arguments after the sample.
+        kwargs: Keyword arguments.
+
+    Raises:
+        ValueError: If one may change what the step does; a generator, of which no number is drawn, does not.
+    """
+    given = {**dict(zip([*parameters][4:], args, strict=False)), **kwargs}
+    for name, value in given.items():
+        default = parameters[name].default if name in parameters else None
+        if name == "generator" or value is None or (not isinstance(value, Tensor) and value == default):
+            continue
+        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"the pipeline calls step with {name}={shown}, which changes what a step does, {INSTEAD}")
+
+
+def check_timestep(index: int, timesteps: Tensor, timestep: Any) -> None:
+    """Check that step ``index`` is called with its own timestep.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if index >= len(timesteps):
+        raise ValueError("the pipeline calls step after its last timestep; start a new run")
+    given, expected = torch.as_tensor(timestep).float().cpu(), timesteps[index].float().cpu()
+    if not bool(torch.isclose(given, expected, rtol=1e-3, atol=1e-3).all()):
+        raise ValueError(
+            f"step {index} was called with timestep {float(given.max()):g} instead of {float(expected):g}: the "
+            f"pipeline does not call its network and scheduler once for each of scheduler.timesteps, {INSTEAD}"
+        )
+
+
+def check_first_latents(sample: Tensor) -> None:
+    """Check that a pipeline starts from standard normal noise times ``init_noise_sigma``, which is 1 here.
+
+    Raises:
+        ValueError: If the root mean square differs by more than a third and four standard errors, ``1 / sqrt(2 n)``.
+    """
+    size = float(sample.float().square().mean().sqrt())
+    if abs(math.log(max(size, 1e-30))) > 0.3 + 4 / math.sqrt(2 * sample.numel()):
+        raise ValueError(
+            f"the pipeline's first latents have size {size:.3g} (root mean square) where those of this scheduler's "
+            f"noise process have 1: the pipeline uses another noise process than its scheduler, {INSTEAD}"
+        )
+
+
+def check_unchanged(sample: Tensor, returned: Tensor, index: int) -> None:
+    """Check that the latents of step ``index`` are those returned by the step before, element by element.
+
+    Raises:
+        ValueError: If the pipeline changed some; rounding to 16 bits is allowed.
+    """
+    changed = sample.numel()
+    if sample.shape == returned.shape:
+        before = returned.float()
+        slack = 0.01 * before.abs() + 1e-3 * before.square().mean().sqrt()
+        changed = int(((sample.float() - before).abs() > slack).sum())
+    if changed > 0:
+        raise ValueError(
+            f"the pipeline changed the latents between steps {index - 1} and {index}, {changed} of {sample.numel()} "
+            f"elements (inpainting, or an image or frames to be kept?), {INSTEAD}"
+        )
+
+
+def doubled(sample: Tensor, returned: Tensor) -> bool:
+    """Whether the second half of the batch, returned as other latents, has been replaced by a copy of the first."""
+    half = len(sample) // 2
+    if sample.shape != returned.shape or half == 0 or len(sample) != 2 * half or torch.equal(sample, returned):
+        return False
+    return torch.equal(sample[:half], returned[:half]) and torch.equal(sample[half:], returned[:half])
+
+
+def check_copies(output: Tensor, copies: int) -> None:
+    """Check that the outputs for ``copies`` equal parts of the batch agree.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    first, *others = output.float().chunk(copies)
+    if any(float((other - first).norm()) > 1e-2 * float(first.norm()) for other in others):
+        raise ValueError(f"the pipeline doubles its batch and computes different outputs for the two halves, {INSTEAD}")

@@ -1,0 +1,308 @@
+"""Watch a pipeline while it is measured: what it gives its networks, and what it makes of their outputs.
+
+A measurement is of a function of latents and level. A pipeline can compute something else: control or guidance within a
+window of steps, a scale that changes with the step's number, a network that reuses parts of its last steps. The
+scheduler sees only the result of a step, so this module looks at the networks' calls and compares them between steps:
+
+* what does not depend on the latents (equal at the first two steps, whose latents are unrelated) may depend on the
+  level alone, so it must be equal at two visits of a level;
+* numbers and flags, as ``conditioning_scale`` or ``_guidance_scale``, must be equal at every step;
+* the pipeline's output, where it is a linear combination of the networks' outputs (guidance), must have equal
+  coefficients at two visits of a level.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Names of numbers that follow the level or the step, and so differ between steps in every pipeline.
+PROGRESS = ("time", "step", "sigma", "index", "progress")
+
+#: Relative change of guidance coefficients that counts as another formula.
+SAME_FORMULA = 0.1
+
+#: Largest relative residual of an output that counts as a linear combination of the networks' outputs.
+LINEAR = 0.02
+
+#: A step that runs fewer of a network's layers than this fraction of another step's reuses earlier results.
+FEWER_LAYERS = 0.8
+
+#: Attributes that diffusers, cache-dit and TeaCache set on a network or pipeline, and how a cache is disabled.
+CACHES = {
+    "is_cache_enabled": "{}.disable_cache()",
+    "_is_cached": "cache_dit.disable_cache(pipe)",
+    "enable_teacache": "{}.enable_teacache = False",
+}
+
+
+@dataclass
+class Step:
+    """What happened between two calls of the scheduler's ``step``.
+
+    Attributes:
+        calls: Calls of each network.
+        facts: What the networks and the pipeline were given, by name: numbers, flags, sizes and sums of tensors.
+        layers: How many layers each network ran, where they could be counted.
+        inputs: The tensors that the networks were given.
+        outputs: The first tensor of each call's output.
+    """
+
+    calls: Counter[str] = field(default_factory=Counter)
+    facts: dict[str, Any] = field(default_factory=dict)
+    layers: Counter[str] = field(default_factory=Counter)
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+
+
+class PipelineWatch:
+    """Records the calls of a pipeline's networks, step by step; `take` ends a step."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self._step = Step()
+        self._names: dict[str, list[str]] = {}
+
+    def take(self) -> Step:
+        """What happened since the last call."""
+        step, self._step = self._step, Step()
+        for name, value in vars(self.pipe).items():
+            if isinstance(value, (bool, int, float, str)):
+                step.facts[f"pipe.{name}"] = value
+        return step
+
+    def called(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A network has been called."""
+        step = self._step
+        turn = step.calls[name]
+        step.calls[name] += 1
+        for key, value in {**dict(zip(self._positional(name), args, strict=False)), **kwargs}.items():
+            step.facts |= _facts(f"{name}#{turn}.{key}", value)
+            if isinstance(value, Tensor):
+                step.inputs.append(value)
+        first = _first_tensor(output)
+        if first is not None:
+            step.outputs.append(first)
+
+    def _positional(self, name: str) -> list[str]:
+        if name not in self._names:
+            parameters = inspect.signature(getattr(self.pipe, name).forward).parameters.values()
+            named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+            self._names[name] = [*named, *(f"step_argument_{n}" for n in range(len(named), 16))]
+        return self._names[name]
+
+    def layer_ran(self, name: str) -> None:
+        """A layer of a network has been called."""
+        self._step.layers[name] += 1
+
+
+@contextlib.contextmanager
+def watched(pipe: Any) -> Iterator[PipelineWatch]:
+    """Record the calls of ``pipe``'s networks within the block.
+
+    Modules that are compiled in place are not hooked, because that would compile them again.
+    """
+    watch = PipelineWatch(pipe)
+    handles = []
+    try:
+        for name, module in networks_of(pipe).items():
+            if getattr(module, "_compiled_call_impl", None) is not None:
+                continue
+
+            def called(_: Any, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+                watch.called(name, args, kwargs, output)
+
+            handles.append(module.register_forward_hook(called, with_kwargs=True))
+            for layer in _layers(module):
+                handles.append(layer.register_forward_hook(lambda *_, name=name: watch.layer_ran(name)))
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def networks_of(pipe: Any) -> dict[str, torch.nn.Module]:
+    """The modules that ``pipe`` holds, by attribute."""
+    return {name: value for name, value in vars(pipe).items() if isinstance(value, torch.nn.Module)}
+
+
+def check_caches(pipe: Any) -> None:
+    """Check that no network of ``pipe`` reuses results of earlier steps by a known cache.
+
+    Raises:
+        ValueError: If one does; the message says how to disable it.
+    """
+    holders = {"pipe": pipe, **{f"pipe.{name}": module for name, module in networks_of(pipe).items()}}
+    for name, holder in holders.items():
+        for mark, remedy in CACHES.items():
+            if getattr(holder, mark, False) is True:
+                raise ValueError(
+                    f"{name} uses a cache ({mark} is True), so what it computes depends on the steps before and on "
+                    f"their number; disable it before measuring and fitting: {remedy.format(name)}"
+                )
+
+
+class Consistency:
+    """Compares the steps of a measurement; the errors say what changed."""
+
+    def __init__(self) -> None:
+        self._steps: dict[int, Step] = {}
+        self._visits: dict[int, tuple[int, Step, Tensor | None]] = {}
+        self._fixed: set[str] = set()
+        self._layers: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def check(self, index: int, level: int, step: Step, output: Tensor) -> str | None:
+        """What is wrong with step ``index``, at the level of that number; None if nothing.
+
+        ``output`` [B, *shape] is what the scheduler was given.
+        """
+        coefficients = _coefficients(step.outputs, output)
+        step = Step(step.calls, step.facts, step.layers)  # without the tensors
+        self._steps[index] = step
+        if index == 0:
+            return None
+        if index == 1:
+            before = self._steps[0].facts
+            self._fixed = {name for name, fact in step.facts.items() if name in before and before[name] == fact}
+        changed = self._changed_number(step) or self._skipped_layers(step)
+        if changed is not None:
+            return f"at step {index}, {changed}"
+        if level in self._visits:
+            earlier, other, known = self._visits[level]
+            changed = self._differs(other, step) or _other_formula(known, coefficients)
+            if changed is not None:
+                return f"at step {index}, {changed} than at step {earlier}, at the same timestep"
+        elif index == 2 and 0 in self._visits:  # the first level is visited once, so it is compared with the next
+            earlier, other, known = self._visits[0]
+            if other.calls.keys() == step.calls.keys() and (other.calls != step.calls):
+                return f"at step {index}, the networks were called {dict(step.calls)} times, not {dict(other.calls)}"
+            changed = _other_formula(known, coefficients)
+            if changed is not None:
+                return f"at step {index}, {changed} than at step {earlier}"
+        self._visits.setdefault(level, (index, step, coefficients))
+        return None
+
+    def _changed_number(self, step: Step) -> str | None:
+        first = self._steps[1]
+        for name in sorted(self._fixed):
+            value = first.facts[name]
+            is_number = value is None or isinstance(value, (bool, int, float, str))
+            if not is_number or any(word in name.lower().rsplit(".", 1)[-1] for word in PROGRESS):
+                continue
+            if not name.startswith("pipe.") and step.calls[name.split("#")[0]] <= int(name.split("#")[1].split(".")[0]):
+                continue  # this network was not called at this step
+            given = step.facts.get(name, "nothing")
+            if given != value:
+                return f"{name.replace('#0', '')} was {given!r} instead of {value!r}"
+        return None
+
+    def _differs(self, other: Step, step: Step) -> str | None:
+        if other.calls != step.calls:
+            return f"the networks were called {dict(step.calls)} times, not {dict(other.calls)},"
+        for name in sorted(self._fixed):
+            if other.facts.get(name) != step.facts.get(name):
+                return f"{name.replace('#0', '')} was different"
+        return None
+
+    def _skipped_layers(self, step: Step) -> str | None:
+        for name, layers in step.layers.items():
+            key = (name, step.calls[name])
+            low, high = self._layers.get(key, (layers, layers))
+            self._layers[key] = low, high = min(low, layers), max(high, layers)
+            if low < FEWER_LAYERS * high:
+                return f"{name} ran {layers} of its layers, and {high + low - layers} at another (a cache?)"
+        return None
+
+
+def overwritten(step: Step, latents: Tensor) -> int:
+    """How many elements of ``latents`` [B, *shape] the pipeline replaced in its networks' input.
+
+    Inputs are compared if they have the latents' shape, or repeat them along the batch or extend them along one other
+    dimension. 0 if none can be compared, or all elements differ (the pipeline scales its input).
+    """
+    found = None
+    for given in step.inputs:
+        part = _part_like(given, latents)
+        if part is None:
+            continue
+        reference = latents.float()
+        slack = 0.02 * reference.abs() + 1e-3 * reference.square().mean().sqrt()
+        wrong = int(((part.float() - reference).abs() > slack).sum())
+        found = wrong if found is None else min(found, wrong)
+    return 0 if found is None or found > 0.99 * latents.numel() else found
+
+
+def _part_like(given: Tensor, latents: Tensor) -> Tensor | None:
+    """The part of a network's input where latents would be; None if the shapes do not fit."""
+    if not given.is_floating_point() or given.ndim != latents.ndim or len(given) % len(latents):
+        return None
+    larger = [d for d in range(1, latents.ndim) if given.shape[d] != latents.shape[d]]
+    if len(larger) > 1 or any(given.shape[d] < latents.shape[d] for d in larger):
+        return None
+    part = given[: len(latents)]
+    return part.narrow(larger[0], 0, latents.shape[larger[0]]) if larger else part
+
+
+def _coefficients(outputs: list[Tensor], output: Tensor) -> Tensor | None:
+    """Least-squares coefficients of ``output`` [B, *shape] in the networks' outputs; None if it is not linear."""
+    pieces = []
+    for given in outputs:
+        part = _part_like(given, output)
+        if part is not None:
+            channels = given.narrow(1, 0, output.shape[1]) if given.shape[1] != output.shape[1] else given
+            pieces += list(channels.split(len(output)))
+    if not 0 < len(pieces) <= 4 or any(piece.shape != output.shape for piece in pieces):
+        return None
+    exact = torch.float32 if output.device.type == "mps" else torch.float64
+    columns = torch.stack([piece.flatten() for piece in pieces]).to(exact)
+    wanted = output.flatten().to(exact)
+    gram, products = (columns @ columns.T).cpu().double(), (columns @ wanted).cpu().double()
+    coefficients = torch.linalg.pinv(gram, rtol=1e-9, hermitian=True) @ products
+    residual = float((wanted - coefficients.to(columns) @ columns).norm() / wanted.norm().clamp_min(1e-30))
+    return coefficients if residual < LINEAR else None
+
+
+def _other_formula(known: Tensor | None, found: Tensor | None) -> str | None:
+    if known is None or found is None or len(known) != len(found):
+        return None
+    if float((known - found).norm()) <= SAME_FORMULA * float(torch.maximum(known.norm(), found.norm())):
+        return None
+    numbers = [", ".join(f"{value:.3g}" for value in values.tolist()) for values in (found, known)]
+    return f"the networks' outputs were combined with other coefficients ({numbers[0]} instead of {numbers[1]})"
+
+
+def _facts(name: str, value: Any) -> dict[str, Any]:
+    """Comparable facts about an argument: numbers as they are, tensors by shape and sums, containers by entry."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {name: value}
+    if isinstance(value, Tensor):
+        numbers = value.detach().float() if not value.is_complex() else torch.view_as_real(value.detach()).float()
+        return {name: (tuple(value.shape), float(numbers.sum()), float(numbers.abs().sum()))}
+    if isinstance(value, dict):
+        return {key: fact for k, v in value.items() for key, fact in _facts(f"{name}.{k}", v).items()}
+    if isinstance(value, (list, tuple)) and len(value) <= 64:
+        return {key: fact for k, v in enumerate(value) for key, fact in _facts(f"{name}.{k}", v).items()}
+    return {}
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else ()
+    return next((value for value in values if isinstance(value, Tensor)), None)
+
+
+def _layers(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules without children in ``module``, unless a part of it is compiled."""
+    parts = [*module.modules()]
+    compiled = any(
+        getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod") for part in parts
+    )
+    return [] if compiled else [part for part in parts if part is not module and not [*part.children()]]

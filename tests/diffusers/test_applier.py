@@ -1,0 +1,215 @@
+"""A scheduler with an applied schedule: copied, pickled, started midway by a pipeline."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+
+import fastsched as fs
+
+pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+
+import diffusers
+import pipelines
+from diffusers import FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline, StableDiffusionImg2ImgPipeline
+
+from fastsched.diffusers.conventions import describe
+from fastsched.diffusers.exporter import plain_copy
+from fastsched.diffusers.overrides import Timesteps
+from fastsched.diffusers.probe import oracle_network, scales, states_of
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULERS = {
+    "arguments": ("EulerDiscreteScheduler", SD),
+    "assigned": ("DPMSolverMultistepScheduler", SD),
+    "stepped": ("DDIMScheduler", {**SD, "clip_sample": False}),
+    "two calls a step": ("HeunDiscreteScheduler", SD),
+    "midpoints": ("KDPM2DiscreteScheduler", SD),
+    "first-order end by history": ("LMSDiscreteScheduler", SD),
+    "first-order end by orders": ("DEISMultistepScheduler", SD),
+    "unipc": ("UniPCMultistepScheduler", SD),
+    "angles": ("IPNDMScheduler", {}),
+    "edm": ("EDMDPMSolverMultistepScheduler", {}),
+    "flow": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    "flow, two calls": ("FlowMatchHeunDiscreteScheduler", {}),
+}
+STEPS = 6
+
+
+class Pipe:
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+
+
+def uneven(process, steps=STEPS):
+    """A schedule that no class would use by itself, at trained levels."""
+    levels = process.levels(4 * steps)[[0, *(k * (k + 6) // 4 + 2 for k in range(1, steps))]]
+    return fs.Schedule.from_levels(process, torch.cat([levels, levels.new_zeros(1)]), "ddim")
+
+
+def applied_to(scheduler):
+    pipe = Pipe(scheduler)
+    schedule = uneven(describe(scheduler).process)
+    fs.diffusers.apply(schedule, pipe)
+    return pipe.scheduler, schedule
+
+
+def sampled(scheduler):
+    """The states of a sampling loop, whose network is the exact denoiser of a Gaussian."""
+    scheduler.set_timesteps(30)
+    convention = describe(scheduler)
+    network = oracle_network(convention, lambda y, s: 0.49 * s * y / (0.49 + s**2) if s < 1e6 else 0 * y)
+    noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    first = convention.process.level(fs.Schedule.from_levels(convention.process, top(convention), "ddim").sigmas[:1])
+    at = lambda x, t: network(x, convention.levels(torch.as_tensor(t).reshape(1)))
+    return list(states_of(scheduler, at, float(scales(convention, first)[1]) * noise))
+
+
+def top(convention):
+    return torch.tensor([convention.process.s_max, 0.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_keeps_the_schedule_and_samples_alike(kind, duplicate):
+    name, config = SCHEDULERS[kind]
+    scheduler, _ = applied_to(getattr(diffusers, name)(**config))
+    before = duplicate(scheduler)  # never used
+    states = sampled(scheduler)
+    for other in (before, duplicate(scheduler)):  # and in the midst of a run
+        assert type(other) is type(scheduler)
+        assert inspect.signature(other.set_timesteps) == inspect.signature(
+            getattr(diffusers, name)(**config).set_timesteps
+        )
+        again = sampled(other)
+        assert len(again) == len(states)
+        assert all(torch.equal(a, b) for a, b in zip(again, states, strict=True))
+        assert torch.equal(torch.as_tensor(other.timesteps), torch.as_tensor(scheduler.timesteps))
+    scheduler.set_timesteps(7)  # the copies do not share state with it
+    assert len(other.timesteps) == len(scheduler.timesteps)
+
+
+def test_timesteps_are_plain_but_for_a_start_midway():
+    plain = torch.arange(8, 0, -1)
+    timesteps = Timesteps.of(plain, lambda index: torch.tensor([index]))
+    assert torch.equal(timesteps[20:], torch.tensor([20]))
+    for result in (timesteps[:3], timesteps[0:], timesteps[-2:], timesteps[2], timesteps[1:3], timesteps + 0):
+        assert type(result) is torch.Tensor
+    assert torch.equal(timesteps[-2:], plain[-2:])
+    assert [int(t) for t in timesteps] == plain.tolist()
+    assert len(timesteps) == 8
+    for copied in (copy.deepcopy(timesteps), pickle.loads(pickle.dumps(timesteps))):
+        assert type(copied) is torch.Tensor
+        assert torch.equal(copied, plain)
+
+
+def midway_timesteps(scheduler, steps, start):
+    """What the network is given when a pipeline starts at index ``start`` of ``steps``."""
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps[start:]
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(start)
+    return timesteps
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+@pytest.mark.parametrize(("steps", "start"), [(50, 20), (50, 45), (8, 3), (STEPS, 1)])
+def test_a_start_midway_is_where_the_scheduler_itself_would_start(kind, steps, start):
+    """Its own level first, then the schedule's levels below it, to sigma 0; states follow them."""
+    name, config = SCHEDULERS[kind]
+    plain = getattr(diffusers, name)(**config)
+    scheduler, schedule = applied_to(plain)
+    own = plain_copy(plain)
+    own.set_timesteps(steps)
+    index = start * scheduler.order
+    timesteps = midway_timesteps(scheduler, steps, index)
+    expected = float(own.timesteps[index])
+    assert float(timesteps[0]) == pytest.approx(expected, rel=1e-4)  # Heun interpolates sigma linearly
+    convention = describe(plain)
+    level = float(convention.levels(own.timesteps[index].reshape(1)))
+    if kind not in ("stepped", "angles"):  # which keep no sigmas
+        used = torch.unique_consecutive(torch.as_tensor(scheduler.sigmas).double())
+        start_sigma = float(convention.process.sampler_sigma(torch.tensor([level], dtype=torch.float64)))
+        assert float(used[0]) == pytest.approx(start_sigma, rel=1e-4)
+        wanted = schedule.sigmas[schedule.sigmas < start_sigma].tolist()
+        assert len(wanted) - 1 <= len(used) - 1 <= len(wanted)  # a level next to the start is left out
+        assert used[1:].tolist() == pytest.approx(wanted[-(len(used) - 1) :], rel=1e-4, abs=1e-4)
+    # The states from the start on are exact for data without spread, however far apart the levels are.
+    network = oracle_network(convention, lambda y, s: torch.ones_like(y))
+    alpha, sigma = (float(scale) for scale in scales(convention, torch.tensor([level], dtype=torch.float64)))
+    x = alpha + sigma * torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for t in timesteps:
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        s = convention.levels(torch.as_tensor(t).reshape(1))
+        x = scheduler.step(network(scaled, s), t, x, return_dict=False)[0]
+    torch.testing.assert_close(x, torch.ones_like(x), rtol=2e-3, atol=2e-3)
+    # The next call from the beginning uses the whole schedule again.
+    scheduler.set_timesteps(steps)
+    whole = torch.unique_consecutive(torch.as_tensor(scheduler.timesteps).double())
+    assert len(whole) >= STEPS
+
+
+def test_strength_0_leaves_no_steps_as_without_a_schedule():
+    scheduler, _ = applied_to(diffusers.DPMSolverMultistepScheduler(**SD))
+    scheduler.set_timesteps(50)
+    assert len(scheduler.timesteps[50:]) == 0
+
+
+def test_a_start_beyond_the_schedule_names_the_argument():
+    scheduler, _ = applied_to(diffusers.DPMSolverMultistepScheduler(**SD))
+    scheduler.set_timesteps(50)
+    with pytest.raises(ValueError, match="num_inference_steps=6"):
+        scheduler.set_begin_index(20)
+
+
+def image_to_image(name):
+    """A pipeline of the same components as a text-to-image one, with an applied schedule."""
+    if name == "stable-diffusion":
+        pipe, call, _ = pipelines.stable_diffusion(diffusers.DPMSolverMultistepScheduler(**SD))
+        kind, extra = StableDiffusionImg2ImgPipeline, {"safety_checker": None, "requires_safety_checker": False}
+    elif name == "stable-diffusion-ddim":
+        pipe, call, _ = pipelines.stable_diffusion(diffusers.DDIMScheduler(**SD, clip_sample=False))
+        kind, extra = StableDiffusionImg2ImgPipeline, {"safety_checker": None, "requires_safety_checker": False}
+    elif name == "stable-diffusion-3":
+        pipe, call, _ = pipelines.stable_diffusion_3(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+        kind, extra = StableDiffusion3Img2ImgPipeline, {}
+    else:
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        pipe, call, _ = pipelines.flux(scheduler)
+        kind, extra = FluxImg2ImgPipeline, {}
+    pipe.vae.register_to_config(shift_factor=0.0)
+    schedule = uneven(describe(pipe.scheduler).process, 8)
+    fs.diffusers.apply(schedule, pipe)
+    made = kind(**{**pipe.components, **extra})
+    made.set_progress_bar_config(disable=True)
+    return made, call, schedule
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion", "stable-diffusion-ddim", "stable-diffusion-3", "flux"])
+@pytest.mark.parametrize("strength", [0.4, 0.6, 0.9])
+def test_image_to_image_pipelines_start_as_noisy_as_without_a_schedule(name, strength):
+    torch.manual_seed(0)
+    pipe, call, schedule = image_to_image(name)
+    seen = []
+    network = getattr(pipe, "unet", None) or pipe.transformer
+    network.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(
+            float(torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).max())
+        ),
+        with_kwargs=True,
+    )
+    call = {**call, "image": torch.rand(2, 3, 16, 16), "strength": strength, "output_type": "latent"}
+    pipe(**call)
+    with_schedule, applied = list(seen), pipe.scheduler
+    pipe.scheduler = plain_copy(applied)
+    seen.clear()
+    pipe(**call)
+    if name != "flux":  # which counts the 8 timesteps that it gets, so strength is rounded to eighths
+        assert with_schedule[0] == pytest.approx(seen[0], rel=1e-5)
+    assert with_schedule[0] == pytest.approx(seen[0], rel=0.12)
+    assert 1 <= len(with_schedule) <= schedule.steps
+    assert len(with_schedule) < len(seen)
