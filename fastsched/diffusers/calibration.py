@@ -202,7 +202,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         # An early level, to detect what starts or ends midway, but one at which the conditioning matters.
         self._repeated = max(1, len(self._levels) // 8)
         repeated = self._levels[self._repeated : self._repeated + 1]
-        s = torch.cat([self._levels[:1], self._levels[queries(count, deviated_paths(count))], repeated])
+        self._queries = queries(count, deviated_paths(count))
+        s = torch.cat([self._levels[:1], self._levels[self._queries], repeated])
         names = self.convention.timesteps(s)
         if self.convention.integer:
             names = names.round().to(torch.int64)
@@ -368,7 +369,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         """Compare the networks' calls with those of earlier steps, and their input with the latents."""
         n = len(self._levels)
         on_path, last = self._index <= n, self._index == len(self.timesteps) - 1
-        level = max(0, self._index - 1) if on_path else self._repeated if last else 2 * n - self._index
+        level = self._repeated if last else [0, *self._queries][self._index]
         wrong = self._consistency.check(self._index, level, seen, output)
         if wrong is not None:
             raise ValueError(f"{wrong}; {UNALIKE}")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import types
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,17 +12,14 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.diffusers.applier import applied
-from fastsched.diffusers.conventions import Convention, describe, solver_of
+from fastsched.diffusers.conventions import describe, solver_of
 from fastsched.diffusers.exporter import declared_sigmas, plain_copy
 from fastsched.diffusers.pipeline_measurement import call, check_call, measure, prompt_of, scheduler_replaced
 from fastsched.diffusers.probe import scales
 from fastsched.fitting.candidates import candidates_in_turn
-from fastsched.fitting.loop import MODEL_CALLS, affordable
-from fastsched.fitting.rollouts import Evaluations, distances
-from fastsched.fitting.secants import Performance
-from fastsched.fitting.tuning import tuned
+from fastsched.fitting.loop import MODEL_CALLS, fit_by_running
+from fastsched.fitting.rollouts import Evaluations, Rollout
 from fastsched.measurement.statistics import PathStatistics
-from fastsched.metrics import geometric_mean
 from fastsched.sampling.random_streams import noise_of
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import get_solver
@@ -106,32 +101,17 @@ def fit(
             keep_increments=audition,
             **call_kwargs,
         )
-    best = optimal_schedule(stats, steps, name)
-    applied(best, pipe.scheduler)
-    each = get_solver(name).model_calls(steps) + 1  # the noises are handed out at one more step
-    most = budget // (each * stats.samples)
-    if stats.increments is not None:  # some is for tuning
-        most = affordable(each, stats.samples, stats.samples, budget)
-    if not audition or most == 0:
-        return best
-
-    def perform(schedule: Schedule) -> Performance | None:
-        if not _fits(schedule, pipe.scheduler):
-            return None
-        performance = performed(pipe, stats, schedule, prompts, call_kwargs)
-        return performance if bool(performance.ends.isfinite().all()) else None
-
-    runs = [(entrant, perform(entrant)) for entrant in candidates(stats, steps, name, pipe.scheduler, most)]
-    known = [(entrant, performance) for entrant, performance in runs if performance is not None]
-    if not known:
-        raise ValueError(f"the pipeline's samples hold NaN or inf under every one of {len(runs)} schedules")
-    if stats.increments is not None:
-        return tuned(perform, stats, known, budget // (each * stats.samples) - len(runs)).schedule
-    heard = [
-        replace(entrant, measured_error=geometric_mean(distances(stats, performance.ends)))
-        for entrant, performance in known
-    ]
-    return min(heard, key=lambda schedule: schedule.measured_error or 0.0)
+    applied(optimal_schedule(stats, steps, name), pipe.scheduler)  # raises before a call is spent
+    calls = get_solver(name).model_calls(steps) + 1  # one more step starts from the noises of the measured paths
+    return fit_by_running(
+        PipelineRunner(pipe, stats, prompts, call_kwargs),
+        stats,
+        steps,
+        name,
+        candidates(stats, steps, name, pipe.scheduler),
+        calls=calls,
+        model_calls=budget if audition else 0,
+    ).schedule
 
 
 def check_scheduler(scheduler: Any, steps: int, solver: str, *, audition: bool) -> None:
@@ -150,115 +130,120 @@ def check_scheduler(scheduler: Any, steps: int, solver: str, *, audition: bool) 
         )
 
 
-def candidates(stats: PathStatistics, steps: int, solver: str, scheduler: Any, most: int) -> list[Schedule]:
-    """What enters an audition: up to ``most`` unlike schedules, all of which ``scheduler`` can be given.
+def candidates(stats: PathStatistics, steps: int, solver: str, scheduler: Any) -> Iterator[tuple[str, Schedule]]:
+    """Candidates that ``scheduler`` can be given: those of `fastsched.audition`, the most promising first.
 
-    Those of `fastsched.audition`, the best guess first, and the schedule that the scheduler would use by itself, unless
-    that depends on the resolution; it is among the first two.
+    The second is the schedule that the scheduler would use by itself, unless that depends on the resolution.
     """
     kept: list[Schedule] = []
     own = own_sigmas(scheduler, steps)
-    for label, schedule in candidates_in_turn(stats, steps, solver):
-        entrants = [schedule]
-        if label == "optimal" and own is not None:
-            entrants.append(Schedule.from_levels(stats.process, stats.process.level(own), solver))
-        for entrant in entrants:
-            if len(kept) == most:
-                return kept
-            if not any(torch.equal(entrant.sigmas, other.sigmas) for other in kept) and _fits(entrant, scheduler):
-                kept.append(entrant)
-    return kept
+    for name, schedule in candidates_in_turn(stats, steps, solver):
+        some = {name: schedule}
+        if name == "optimal" and own is not None:
+            some["scheduler's own"] = Schedule.from_levels(stats.process, stats.process.level(own), solver)
+        for label, each in some.items():
+            if not any(torch.equal(each.sigmas, other.sigmas) for other in kept) and _fits(each, scheduler):
+                kept.append(each)
+                yield label, each
 
 
-def performed(
-    pipe: Any,
-    stats: PathStatistics,
-    schedule: Schedule,
-    prompts: str | Sequence[str] | None,
-    call_kwargs: dict[str, Any],
-) -> Performance:
-    """How the measured samples fare when the pipeline samples by ``schedule``, float32 on the CPU.
+class PipelineRunner:
+    """Runs a pipeline from the noises of the measured paths.
 
-    The pipeline is called as `fastsched.diffusers.measure` called it, with ``schedule`` applied, and made to start
-    from the noises of the measured paths by one more step at the first level.
+    The pipeline is called as `fastsched.diffusers.measure` called it, with a schedule applied, and made to start from
+    the noises of the measured paths by one more step at the first level.
     """
-    parts: list[Performance] = []
-    left = stats.samples
-    while left > 0:
-        scheduler, _ = applied(schedule, pipe.scheduler)
-        run = _start_at(scheduler, stats.seeds[-left:], schedule)
-        with scheduler_replaced(pipe, scheduler):
-            call(pipe, schedule.steps, prompt_of(prompts, len(parts)), call_kwargs)
+
+    def __init__(
+        self, pipe: Any, stats: PathStatistics, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any]
+    ) -> None:
+        self.pipe, self.stats, self.prompts, self.call_kwargs = pipe, stats, prompts, call_kwargs
+        # A call makes a whole batch: what one round did not need is there for the next.
+        self._rollouts: dict[int, tuple[Schedule, list[Rollout]]] = {}
+
+    def __call__(self, schedule: Schedule, first: int, last: int) -> Rollout | None:
+        """Samples ``first .. last - 1`` under a schedule, float32 on the CPU; None if it cannot be run.
+
+        Raises:
+            ValueError: If the pipeline's samples have another shape than those of the measurement.
+        """
+        if not _fits(schedule, self.pipe.scheduler):
+            return None
+        _, parts = self._rollouts.setdefault(id(schedule), (schedule, []))
+        while (done := sum(len(part.ends) for part in parts)) < last:
+            parts.append(self._one_call(schedule, done, len(parts)))
+        whole = Rollout.joined(parts).samples(first, last)
+        return whole if bool(whole.ends.isfinite().all()) else None
+
+    def _one_call(self, schedule: Schedule, done: int, turn: int) -> Rollout:
+        scheduler, _ = applied(schedule, self.pipe.scheduler)
+        run = StartFromNoise(scheduler, self.stats.seeds[done:], schedule)
+        with scheduler_replaced(self.pipe, scheduler):
+            call(self.pipe, schedule.steps, prompt_of(self.prompts, turn), self.call_kwargs)
         ends = run.end.float().cpu()
-        if ends.shape[1:] != stats.ends.shape[1:]:
+        if ends.shape[1:] != self.stats.ends.shape[1:]:
             raise ValueError(
-                f"stats are of samples {list(stats.ends.shape[1:])} and the pipeline's are {list(ends.shape[1:])}; "
-                "stats must be measured on this pipeline with the same arguments"
+                f"stats are of samples {list(self.stats.ends.shape[1:])} and the pipeline's are "
+                f"{list(ends.shape[1:])}; stats must be measured on this pipeline with the same arguments"
             )
-        parts.append(Performance(ends, run.evaluations()).first(left))
-        left -= len(parts[-1].ends)
-    return Performance.joined(parts)
+        return Rollout(ends, run.evaluations()).samples(0, self.stats.samples - done)
 
 
-class _Watch:
-    """What a scheduler's steps were given and came to."""
+class StartFromNoise:
+    """Makes a scheduler (a copy) begin at given noises, and records its steps.
 
-    def __init__(self, convention: Convention) -> None:
-        self.convention = convention
+    A pipeline draws its own first latents and calls its network on them before the scheduler sees anything. So the
+    timesteps begin with the first one twice: the first step returns the noises, and the scheduler starts again.
+
+    Attributes:
+        end: The last state, once the pipeline has run.
+    """
+
+    def __init__(self, scheduler: Any, seeds: Tensor, schedule: Schedule) -> None:
+        self.scheduler, self.seeds = scheduler, seeds
+        self.convention = describe(scheduler)
+        self.scale = scales(self.convention, self.convention.process.level(schedule.sigmas[:1]))[1].float()
         self.end = torch.empty(0)
-        self._steps: list[tuple[float, Tensor, Tensor]] = []  # s, y, D
+        self._calls: list[tuple[float, Tensor, Tensor]] = []  # s, y, D
+        self._set_timesteps, self._step = scheduler.set_timesteps, scheduler.step
+        scheduler.set_timesteps = _with_signature(self._prepare, self._set_timesteps)
 
-    def saw(self, output: Tensor, timestep: Any, sample: Tensor, following: Tensor) -> None:
-        """A step's arguments and result."""
+    def evaluations(self) -> Evaluations:
+        """What the network was asked and answered, in order."""
+        return Evaluations.of(self._calls)
+
+    def _prepare(self, *args: Any, **kwargs: Any) -> None:
+        self._arguments = args, kwargs
+        self._set_timesteps(*args, **kwargs)
+        self.scheduler.timesteps = torch.cat([self.scheduler.timesteps[:1], self.scheduler.timesteps])
+        self.scheduler.step = _with_signature(self._first_step, self._step)
+
+    def _first_step(self, output: Tensor, timestep: Any, sample: Tensor, *_: Any, **options: Any) -> Any:
+        args, kwargs = self._arguments
+        self._set_timesteps(*args, **kwargs)  # as if this step had not been
+        self.scheduler.step = _with_signature(self._later_step, self._step)
+        start = (self.scale * noise_of(self.seeds[: len(sample)], sample.shape[1:])).to(sample)
+        return SchedulerOutput(prev_sample=start) if options.get("return_dict", True) else (start,)
+
+    def _later_step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = self._step(output, timestep, sample, *args, **kwargs)
         s = self.convention.levels(torch.as_tensor(timestep).detach().cpu().double().flatten()[:1])
         sigma, (a, c) = self.convention.process.sigma(s), self.convention.denoiser.coefficients(s)
         y = sample.float() / float(scales(self.convention, s)[1])
         raw = self.convention.raw_output(output, sample.shape[1]).float()
-        self._steps.append((float(s), y.cpu(), (float(a * sigma) * y + float(c) * raw).cpu()))
-        self.end = following
-
-    def evaluations(self) -> Evaluations:
-        """All steps."""
-        return Evaluations.of(self._steps)
+        self._calls.append((float(s), y.cpu(), (float(a * sigma) * y + float(c) * raw).cpu()))
+        self.end = result[0] if isinstance(result, tuple) else result.prev_sample
+        return result
 
 
-def _start_at(scheduler: Any, seeds: Tensor, schedule: Schedule) -> _Watch:
-    """Make ``scheduler`` (a copy) begin at the noises of ``seeds``, by a first step that only hands them out.
+def _with_signature(function: Callable[..., Any], like: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with the signature of ``like``, which pipelines inspect."""
 
-    Returns:
-        What watches the steps that follow, and holds the last state once the pipeline has run.
-    """
-    kind, put = type(scheduler), scheduler.set_timesteps
-    convention = describe(scheduler)
-    scale = scales(convention, convention.process.level(schedule.sigmas[:1]))[1].float()
-    watch = _Watch(convention)
+    @functools.wraps(like)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
 
-    @functools.wraps(kind.set_timesteps)
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        self.__dict__.pop("step", None)
-        put(*args, **kwargs)
-
-        @functools.wraps(kind.step)
-        def hand_out(self: Any, output: Tensor, timestep: Any, sample: Tensor, *_: Any, **options: Any) -> Any:
-            self.__dict__.pop("step")
-            put(*args, **kwargs)  # as if this step had not been
-            follow = self.step
-
-            @functools.wraps(kind.step)
-            def step(self: Any, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-                result = follow(output, timestep, sample, *args, **kwargs)
-                watch.saw(output, timestep, sample, result[0] if isinstance(result, tuple) else result.prev_sample)
-                return result
-
-            self.step = types.MethodType(step, self)
-            start = (scale * noise_of(seeds[: len(sample)], sample.shape[1:])).to(sample)
-            return SchedulerOutput(prev_sample=start) if options.get("return_dict", True) else (start,)
-
-        self.timesteps = torch.cat([self.timesteps[:1], self.timesteps])
-        self.step = types.MethodType(hand_out, self)
-
-    scheduler.set_timesteps = types.MethodType(set_timesteps, scheduler)
-    return watch
+    return call
 
 
 def own_sigmas(scheduler: Any, steps: int) -> Tensor | None:

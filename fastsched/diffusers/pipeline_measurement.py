@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.diffusers.calibration import CalibrationScheduler
+from fastsched.diffusers.calibration import CalibrationScheduler, calibration_steps
 from fastsched.diffusers.conventions import check_pipe
 from fastsched.diffusers.watching import check_caches, watched
 from fastsched.measurement.statistics import PathStatistics
@@ -51,8 +51,8 @@ def measure(
         prompts: One prompt for each call, in turn, all of them used at least once. A schedule is for a model, not for a
             prompt, so several different ones are best. None if the pipeline takes no prompt, or ``call_kwargs`` holds
             it.
-        seed: Seed of the noise and the probes; the pipeline's own latents are not used.
-        keep_increments: As in `fastsched.measure`; `fit` needs them to tune. They take ``levels - 1`` latents a sample.
+        seed: Seed of the noise; the pipeline's own latents are not used.
+        keep_increments: As in `fastsched.measure`; `fit` needs them to tune. They take ``2 levels`` latents a sample.
         **call_kwargs: Arguments of the pipeline's call: ``guidance_scale``, ``height``, ``control_image``, ...
 
     Returns:
@@ -88,7 +88,7 @@ def measure(
                 watch=watch,
                 own_noise=call_kwargs.get("latents") is None,
             )
-            steps = 2 * (len(levels) if isinstance(levels, Tensor) else levels)
+            steps = calibration_steps(len(levels) if isinstance(levels, Tensor) else levels)
             with scheduler_replaced(pipe, calibration):
                 call(pipe, steps, prompt_of(prompts, len(parts)), call_kwargs)
         parts.append(calibration.statistics)

@@ -52,13 +52,13 @@ class Rollout:
     ends: Tensor
     evaluations: Evaluations | None = None
 
-    def first(self, samples: int) -> Rollout:
-        """Of the first samples alone, at most all of them."""
+    def samples(self, first: int, last: int) -> Rollout:
+        """Of samples ``first .. last - 1`` alone, of those there are."""
         found = self.evaluations
         if found is not None:
-            few = lambda tensors: tuple(each[:samples] for each in tensors)
-            found = Evaluations(found.s, few(found.states), few(found.denoised))
-        return Rollout(self.ends[:samples], found)
+            some = lambda tensors: tuple(each[first:last] for each in tensors)
+            found = Evaluations(found.s, some(found.states), some(found.denoised))
+        return Rollout(self.ends[first:last], found)
 
     @classmethod
     def joined(cls, parts: Sequence[Rollout]) -> Rollout:
