@@ -7,6 +7,7 @@ import torch
 import fastsched as fs
 from fastsched import plot
 from fastsched.comparison import Comparison, ComparisonRow, Reference
+from fastsched.sampling.random_streams import noise_of
 
 STD = 0.5
 
@@ -32,7 +33,7 @@ def test_density_of_gaussian_data_is_the_closed_form(stats):
     # D along the path is c^2 / (c^2 + s^2) z(s), z(s) = z_0 sqrt((c^2 + s^2) / (c^2 + s_0^2)).
     s, density = plot.cost_density(stats, weight=None)
     start = torch.tensor(80.0**2 + STD**2).item()
-    scale = float(80.0**2 * fs.measurement.noise_of(stats.seeds, (4,)).square().sum(1).mean()) / start
+    scale = float(80.0**2 * noise_of(stats.seeds, (4,)).square().sum(1).mean()) / start
     slope = STD**2 * s**2 * (STD**2 + s**2) ** -1.5  # |dD / d log s| per unit of that
     inside = (s > 0.02) & (s < 20)
     # Differences over steps of log(80 / 0.002) / 95 = 0.11: an error of about 0.11^2 relative; the path's own is less.
