@@ -1,4 +1,4 @@
-"""The ``fastsched`` command. Heavy imports wait until a command runs, so that ``--help`` is quick."""
+"""The ``fastsched`` command. Heavy imports are inside the commands, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
-_DENOISER = "'digits' (shipped), package.module:function, or path/to/file.py:function."
+_DENOISER = "'digits' (in the package), package.module:function, or path/to/file.py:function."
 DenoiserName = Annotated[str, typer.Argument(help=_DENOISER)]
 Shape = Annotated[Optional[str], typer.Option(help="Shape of one sample, such as 4,64,64; digits knows its own.")]
-Batch = Annotated[Optional[int], typer.Option(help="Samples run at once.  [default: all]")]
+Batch = Annotated[Optional[int], typer.Option(help="Samples per batch.  [default: all]")]
 Device = Annotated[Optional[str], typer.Option(help="Such as cuda.  [default: the network's]")]
 DType = Annotated[Optional[str], typer.Option(help="Such as bfloat16.  [default: the network's]")]
-Seed = Annotated[int, typer.Option(help="Of the noises.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noises.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 #: Whether an error shows Python's traceback; set by the option of that name.
@@ -41,10 +41,10 @@ _STATE = {"traceback": False}
 @app.callback(invoke_without_command=True)
 def main(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show Python's traceback with an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show Python's traceback of an error.")] = False,
 ) -> None:
-    """Choose the noise levels of a diffusion or flow model: measure it once, then select for any solver and steps.
+    """Choose noise levels for a diffusion or flow model: measure it once, then select for any solver and steps.
 
     \b
     Try it:      fastsched demo --output demo-output
@@ -68,10 +68,10 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the figure and the schedules.")] = Path(
         "demo-output"
     ),
-    samples: Annotated[int, typer.Option(help="Noises to compare over.")] = 1024,
+    samples: Annotated[int, typer.Option(help="Number of noises to compare over.")] = 1024,
     quiet: Quiet = False,
 ) -> None:
-    """Show it all on handwritten digits: measure, select, compare with schedules in use, draw.
+    """Measure, select, compare and plot on handwritten digits, on a CPU.
 
     \b
     fastsched demo
@@ -82,7 +82,7 @@ def demo(
 
         from fastsched.cli.demo import run_demo
 
-        torch.set_num_threads(1)  # the digits network is too small for threads to pay
+        torch.set_num_threads(1)  # the digits network is so small that threads make it slower
         run_demo(output, samples=samples, progress=not quiet, say=typer.echo)
 
 
@@ -91,20 +91,20 @@ def measure(
     denoiser: DenoiserName,
     output: Annotated[Path, typer.Option("--output", "-o", help="The statistics file to write.")],
     shape: Shape = None,
-    levels: Annotated[int, typer.Option(help="Noise levels; 32 to 64 serve.")] = 48,
-    samples: Annotated[int, typer.Option(help="Paths; 4 to 16 serve.")] = 8,
+    levels: Annotated[int, typer.Option(help="Number of noise levels; 32 to 64 are enough.")] = 48,
+    samples: Annotated[int, typer.Option(help="Number of paths; 4 to 16 are enough.")] = 8,
     seed: Seed = 0,
     responses: Annotated[bool, typer.Option(help="Measure how errors are passed on.")] = True,
     batch_size: Annotated[int, typer.Option(help="Paths followed at once; what is whole is saved after each.")] = 4,
     device: Device = None,
     dtype: DType = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what OUTPUT holds already.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if there is one.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted measurement in OUTPUT.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it exists.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a denoiser, once. Takes (2 LEVELS - 1) model calls a sample, no gradients, no data.
+    """Measure a denoiser, once for all schedules. (2 LEVELS - 1) model calls per sample, no gradients, no data.
 
-    A denoiser is named by a function of no arguments that returns a fastsched.Denoiser:
+    The denoiser is given as a function without arguments that returns a fastsched.Denoiser:
 
     \b
         # my_model.py
@@ -142,8 +142,8 @@ def measure(
 
 @app.command()
 def select(
-    statistics: Annotated[Path, typer.Argument(help="What 'fastsched measure' wrote.")],
-    steps: Annotated[str, typer.Option(help="Steps: 8, or several, 6,8,10.")],
+    statistics: Annotated[Path, typer.Argument(help="Statistics that 'fastsched measure' wrote.")],
+    steps: Annotated[str, typer.Option(help="Number of steps: 8, or several: 6,8,10.")],
     solver: Annotated[str, typer.Option(help="Such as ddim, heun, dpmpp_2m or ipndm.")] = "dpmpp_2m",
     weight: Annotated[str, typer.Option(help="geometric, isotropic, directional or none.")] = "geometric",
     output: Annotated[
@@ -151,7 +151,7 @@ def select(
         typer.Option("--output", "-o", help="Schedule to write; with several steps NAME.json becomes NAME-6.json ..."),
     ] = None,
 ) -> None:
-    """Select the schedule of least error. No model calls; prints the sigmas, the last of them 0.
+    """Select the schedule with the least predicted error. No model calls. Prints the sigmas, the last of them 0.
 
     \b
     fastsched select stats.safetensors --steps 8 -o schedule.json
@@ -185,14 +185,14 @@ def plan(
     solver: Annotated[
         str, typer.Option(help="ddim, dpmpp_2m, ipndm, heun, ... or several, comma-separated.")
     ] = "dpmpp_2m",
-    max_steps: Annotated[int, typer.Option(help="The most steps to consider.")] = 20,
+    max_steps: Annotated[int, typer.Option(help="Largest number of steps.")] = 20,
     target: Annotated[
         Optional[str],
-        typer.Option(help="An error, or a schedule in use and its steps such as karras:20: how many steps reach it?"),
+        typer.Option(help="Print how many steps reach this error, or the error of a schedule such as karras:20."),
     ] = None,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Figure to write.")] = None,
 ) -> None:
-    """Tell how many steps a model needs. Predicted error against model calls, from one measurement.
+    """Predict the error at every number of steps, and how many steps reach a target. No model calls.
 
     \b
     fastsched plan stats.safetensors --solver ddim,dpmpp_2m -o plan.png
@@ -216,7 +216,7 @@ def plan(
 
 
 def _target(text: str) -> float | tuple[str, int]:
-    """An error, or the name and steps of a schedule in use."""
+    """An error, or the name and steps of a common schedule."""
     name, colon, steps = text.partition(":")
     try:
         return (name, int(steps)) if colon else float(text)
@@ -228,20 +228,20 @@ def _target(text: str) -> float | tuple[str, int]:
 def compare(
     denoiser: DenoiserName,
     schedules: Annotated[list[Path], typer.Argument(help="Schedules that 'fastsched select' wrote.")],
-    baselines: Annotated[str, typer.Option(help="Schedules in use to add, by name, or none.")] = "karras,exponential",
-    spare_last: Annotated[bool, typer.Option(help="End baselines with 0 in place of sigma_min.")] = False,
-    solver: Annotated[Optional[str], typer.Option(help="Run all with it.  [default: each its own]")] = None,
+    baselines: Annotated[str, typer.Option(help="Common schedules to add, by name, or none.")] = "karras,exponential",
+    spare_last: Annotated[bool, typer.Option(help="Replace sigma_min by 0 in the baselines.")] = False,
+    solver: Annotated[Optional[str], typer.Option(help="Run all with this solver.  [default: their own]")] = None,
     shape: Shape = None,
-    samples: Annotated[int, typer.Option(help="Noises to compare over.")] = 256,
+    samples: Annotated[int, typer.Option(help="Number of noises to compare over.")] = 256,
     seed: Seed = 0,
-    reference_steps: Annotated[int, typer.Option(help="Steps of the converged run.")] = 300,
+    reference_steps: Annotated[int, typer.Option(help="Number of steps of the converged run.")] = 300,
     batch_size: Batch = None,
     device: Device = None,
     dtype: DType = None,
     csv: Annotated[Optional[Path], typer.Option(help="Also write the table as CSV.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Rank schedules by a real run. Tells how far each ends from the converged samples of the same noise.
+    """Run the sampler with each schedule and rank them by the distance to the converged samples of the same noise.
 
     \b
     fastsched compare digits schedule.json
@@ -280,7 +280,7 @@ def plot(
     files: Annotated[list[Path], typer.Argument(help="Schedules (.json), and statistics (.safetensors) at most once.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Figure to write: .png, .svg or .pdf.")],
 ) -> None:
-    """Draw schedules and statistics. The schedules go under the cost density if there are statistics.
+    """Draw schedules, statistics, or schedules under the cost density of statistics.
 
     \b
     fastsched plot stats.safetensors schedule.json -o schedule.png
@@ -293,7 +293,7 @@ def plot(
 
         measured = [path for path in files if path.suffix == ".safetensors"]
         if len(measured) > 1:
-            raise ValueError(f"files may hold statistics once, got {', '.join(map(str, measured))}")
+            raise ValueError(f"files must contain at most one file of statistics, got {', '.join(map(str, measured))}")
         if output.suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"output must end in .png, .svg or .pdf, got {str(output)!r}")
         stats: PathStatistics | None = PathStatistics.load(measured[0]) if measured else None
@@ -308,11 +308,11 @@ def plot(
 
 @contextlib.contextmanager
 def _errors_in_a_line() -> Iterator[None]:
-    """Turn an error into one line on stderr: exit status 2 for a bad argument, 1 for anything else."""
+    """Print an error as one line on stderr and exit: status 2 for a bad argument, 1 for anything else."""
     try:
         yield
     except KeyboardInterrupt:
-        _note("interrupted; 'fastsched measure --resume' goes on with what it saved")
+        _note("interrupted; 'fastsched measure --resume' continues from the last saved batch")
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort):
         raise
@@ -321,12 +321,12 @@ def _errors_in_a_line() -> Iterator[None]:
             raise
         known = isinstance(error, (ValueError, TypeError, ImportError, OSError))
         text = " ".join(str(error).split())
-        _note(f"error: {text}" if known else f"error: {type(error).__name__}: {text} (--traceback shows where)")
+        _note(f"error: {text}" if known else f"error: {type(error).__name__}: {text} (use --traceback to see where)")
         raise typer.Exit(2 if isinstance(error, (ValueError, TypeError)) else 1) from None
 
 
 def _note(text: str) -> None:
-    """A line on stderr, so that stdout holds results alone."""
+    """Print a line on stderr: stdout is for results only."""
     print(text, file=sys.stderr)
 
 
@@ -343,7 +343,7 @@ def _integers(name: str, text: str) -> list[int]:
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{name} must be whole numbers between commas, such as 6,8,10, got {text!r}") from None
+        raise ValueError(f"{name} must be integers separated by commas, such as 6,8,10, got {text!r}") from None
     if min(values) < 1:
         raise ValueError(f"{name} must be at least 1, got {min(values)}")
     return values
@@ -359,7 +359,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _baselines(denoiser: Denoiser, names: list[str], schedules: list[Schedule], spare_last: bool) -> dict:
-    """Each baseline at every solver and number of steps among the schedules."""
+    """Each baseline for every solver and number of steps among the schedules."""
     from fastsched import baselines, validate
     from fastsched.sampling.schedule import Schedule
 
@@ -380,7 +380,7 @@ def _baselines(denoiser: Denoiser, names: list[str], schedules: list[Schedule], 
 
 
 def _range(denoiser: Denoiser) -> tuple[float, float]:
-    """The lowest and highest sampler sigma that are finite."""
+    """The lowest and highest sampler sigma of the denoiser."""
     import torch
 
     levels = torch.tensor([denoiser.process.s_min, denoiser.process.s_max], dtype=torch.float64)

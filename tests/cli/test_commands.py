@@ -241,7 +241,7 @@ def test_an_import_that_fails_inside_is_told_from_a_missing_module(tmp_path, mon
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--steps", "six"), "steps must be whole numbers"),
+        (("--steps", "six"), "steps must be integers"),
         (("--steps", "0"), "steps must be at least 1"),
         (("--steps", "60"), "steps must be at most 47"),
         (("--steps", "4", "--weight", "geometri"), "did you mean 'geometric'?"),
@@ -259,9 +259,9 @@ def test_other_bad_options_are_named(folder, model, tmp_path):
     cases = [
         (("compare", model, schedule, *shaped, "--baselines", "karas"), "did you mean 'karras'?"),
         (("compare", model, schedule, *shaped, "--dtype", "float8"), "dtype must be one of"),
-        (("measure", model, "--shape", "2,x", "-o", tmp_path / "s"), "shape must be whole numbers"),
+        (("measure", model, "--shape", "2,x", "-o", tmp_path / "s"), "shape must be integers"),
         (("plot", schedule, "-o", tmp_path / "a.bmp"), "output must end in .png"),
-        (("plot", *[folder / "s.safetensors"] * 2, "-o", tmp_path / "a.png"), "statistics once"),
+        (("plot", *[folder / "s.safetensors"] * 2, "-o", tmp_path / "a.png"), "at most one file of statistics"),
     ]
     for arguments, message in cases:
         result = run(*arguments)
@@ -274,7 +274,7 @@ def test_an_unexpected_error_is_one_line_unless_a_traceback_is_asked_for(tmp_pat
     arguments = ("measure", f"{tmp_path / 'failing_model.py'}:build", "--shape", "3", "-o", tmp_path / "s")
     result = run(*arguments)
     assert result.exit_code == 1
-    assert one_line(result) == "error: RuntimeError: out of memory (--traceback shows where)"
+    assert one_line(result) == "error: RuntimeError: out of memory (use --traceback to see where)"
     assert isinstance(run("--traceback", *arguments).exception, RuntimeError)
 
 
