@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -91,6 +91,16 @@ class Comparison:
     samples: int
     reference: Reference
 
+    header: ClassVar[tuple[str, ...]] = (
+        "schedule",
+        "solver",
+        "steps",
+        "calls",
+        "typical error",
+        "mean error",
+        "frechet",
+    )
+
     @property
     def ranked(self) -> tuple[ComparisonRow, ...]:
         """The rows by typical error, best first."""
@@ -123,8 +133,12 @@ class Comparison:
         return text.getvalue()
 
     def __str__(self) -> str:
-        header = ("schedule", "solver", "steps", "calls", "typical error", "mean error", "frechet")
-        cells = [
+        return f"{aligned([self.header, *self.cells], left=2)}\n{self.legend}"
+
+    @property
+    def cells(self) -> list[tuple[str, ...]]:
+        """The rows as text, best first, in the columns of `header`."""
+        return [
             (
                 row.name,
                 row.solver,
@@ -136,11 +150,14 @@ class Comparison:
             )
             for row in self.ranked
         ]
-        note = (
+
+    @property
+    def legend(self) -> str:
+        """What the errors are, in a line."""
+        return (
             f"squared distance to the converged samples ({self.reference.solver}, {self.reference.steps} steps), over "
             f"{self.samples} noises; typical = geometric mean"
         )
-        return f"{aligned([header, *cells], left=2)}\n{note}"
 
 
 @torch.no_grad()
@@ -249,8 +266,28 @@ def compare(
     with progress_bar(calls * len(reference.noise), progress, "comparing") as advance:
         run = _Runner(denoiser, batch_size, device, dtype, advance)
         for name, (sigmas, method) in runs.items():
-            rows.append(_row(name, sigmas, method, run.sample(sigmas, method, reference.noise), reference))
+            steps, ends = len(sigmas) - 1, run.sample(sigmas, method, reference.noise)
+            rows.append(row_of(name, method.name, steps, method.model_calls(steps), ends, reference))
     return Comparison(tuple(rows), len(reference.noise), reference)
+
+
+def comparison_calls(
+    denoiser: Denoiser,
+    schedules: Mapping[str, Schedule | Tensor],
+    solver: str | Solver | None = None,
+    *,
+    samples: int = 256,
+    reference_steps: int = REFERENCE_STEPS,
+) -> tuple[int, int]:
+    """The model calls of `compare` with these arguments: of the converged run, and of all schedules together.
+
+    Raises:
+        ValueError: As `compare`.
+    """
+    runs = _planned(denoiser, schedules, solver)
+    reference = _known_levels(denoiser, validate.positive_int("steps", reference_steps, minimum=2))
+    each = sum(method.model_calls(len(sigmas) - 1) for sigmas, method in runs.values())
+    return reference * samples, each * samples
 
 
 def _planned(
@@ -280,16 +317,17 @@ def _planned(
     return runs
 
 
-def _row(name: str, sigmas: Tensor, method: Solver, ends: Tensor, reference: Reference) -> ComparisonRow:
+def row_of(name: str, solver: str, steps: int, model_calls: int, ends: Tensor, reference: Reference) -> ComparisonRow:
+    """The errors of the samples ``ends`` [B, *shape] against the converged ones; `ComparisonRow` defines them."""
     squared = metrics.squared_distances(ends, reference.ends)
     # Without this floor one sample that is equal by chance would make the geometric mean 0.
     rounding = torch.finfo(torch.float32).eps ** 2 * reference.ends.double().flatten(1).square().sum(1)
     mean, error = metrics.mean_and_standard_error(squared)
     return ComparisonRow(
         name=name,
-        solver=method.name,
-        steps=len(sigmas) - 1,
-        model_calls=method.model_calls(len(sigmas) - 1),
+        solver=solver,
+        steps=steps,
+        model_calls=model_calls,
         typical_error=metrics.geometric_mean(squared.maximum(rounding)),
         mean_error=mean,
         standard_error=error,

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 #: Okabe & Ito: blue, orange, green, pink, vermilion, sky, yellow, black.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+#: Endings of file names that figures can be saved under.
+FORMATS = (".png", ".svg", ".pdf")
 
 
 def cost_density(stats: PathStatistics, weight: str | None = "geometric") -> tuple[NDArray, NDArray]:
@@ -139,7 +141,8 @@ def plot_error_curves(curves: Sequence[ErrorCurve]) -> Figure:
             label=curve.solver,
         )
     axes.set(xlabel="model calls", ylabel="predicted squared error", yscale="log")
-    axes.legend(frameon=False)
+    _integer_ticks(axes)
+    _legend_above(axes)
     return figure
 
 
@@ -209,7 +212,7 @@ def draw_cost_density(axes: Axes, stats: PathStatistics) -> None:
             axes.plot(sigmas, share, color=COLOURS[0], linewidth=1.6, label=label)
     axes.set_ylim(0, 1.08)
     axes.set_ylabel("cost density\n(relative to its peak)")
-    axes.legend(frameon=False, fontsize="small")
+    _legend_above(axes)
     _sigma_axis(axes, stats.process.kind == "flow")
 
 
@@ -295,12 +298,24 @@ def draw_errors(axes: Axes, comparisons: Sequence[Comparison], names: Sequence[s
             label=name,
         )
     axes.set_yscale("log")
-    axes.set_xticks(sorted({row.model_calls for row in every}))
+    _integer_ticks(axes)
     axes.set_xlabel("model calls per sample")
     axes.set_ylabel("typical squared distance\nto the converged sample")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#EEEEEE")
-    axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.42, 1.0), ncols=2)
+    _legend_above(axes)
+
+
+def _integer_ticks(axes: Axes) -> None:
+    """Ticks at whole numbers of model calls only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _legend_above(axes: Axes) -> None:
+    """The legend above the axes, where it cannot cover a curve."""
+    axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
 
 def _sigma_axis(axes: Axes, flow: bool) -> None:
@@ -314,12 +329,23 @@ def _sigma_axis(axes: Axes, flow: bool) -> None:
         axes.invert_xaxis()
 
 
-def _figure(width: float, height: float) -> Figure:
+def check_matplotlib() -> None:
+    """Check that figures can be drawn, before any work for one.
+
+    Raises:
+        ImportError: If matplotlib is missing; the message names the extra to install.
+    """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401 - only whether it is there
     except ImportError as error:
         raise ImportError(f"figures need matplotlib ({error}); pip install 'fastsched[demo]'") from None
+
+
+def _figure(width: float, height: float) -> Figure:
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
