@@ -1,4 +1,5 @@
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -165,3 +166,26 @@ def test_density_without_sensitivity_asks_for_no_weight(stats):
         plot.cost_density(plain)
     assert len(plot.plot_cost_density(plain).axes[0].lines) == 1
     assert not math.isnan(plot.cost_density(plain, None)[1].sum())
+
+
+def test_ticks_of_model_calls_are_integers_and_legends_cover_no_curve(stats, schedules):
+    curves = [fs.error_curve(stats, solver, 3) for solver in ("ddim", "dpmpp_2m", "heun")]
+    errors = [comparison(calls, a=1.0 / calls, b=2.0 / calls) for calls in (5, 6, 7)]
+    figures = [plot.plot_error_curves(curves), plot.plot_errors(errors), plot.plot_schedules(schedules, stats=stats)]
+    for figure in figures:
+        figure.canvas.draw()
+        axes = figure.axes[0]
+        legend = axes.get_legend().get_window_extent()
+        assert legend.y0 >= axes.get_window_extent().y1 - 1e-6
+        assert legend.x0 >= 0
+        assert legend.x1 <= figure.bbox.x1
+    for figure in figures[:2]:
+        ticks = figure.axes[0].get_xticks()
+        assert len(ticks) >= 2
+        assert all(float(tick).is_integer() for tick in ticks)
+
+
+def test_missing_matplotlib_is_said_with_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"fastsched\[demo\]"):
+        plot.check_matplotlib()

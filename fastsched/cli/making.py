@@ -63,7 +63,8 @@ def measure(
     fastsched measure my_pipeline_folder --prompt "a cat" --call guidance_scale=7.5 -o stats.safetensors
     """
     with shell.errors_in_a_line("interrupted; 'fastsched measure --resume' continues from the last saved batch"):
-        shell.writable(output, overwrite=overwrite or resume)
+        ways = "resume it (--resume), replace it (--overwrite)"
+        shell.writable(output, overwrite=overwrite or resume, replace=ways)
         if inputs.is_pipeline(denoiser):
             inputs.for_denoisers_only(
                 shape=shape, sensitivity=sensitivity, batch_size=batch_size, resume="--resume" if resume else None
@@ -79,16 +80,16 @@ def measure(
             inputs.for_pipelines_only(prompt, call)
             model, sizes = inputs.denoiser_named(denoiser, shape, device)
             method = "finite-difference" if sensitivity is None else sensitivity
-            if _spends(
-                _measuring_calls(model, levels, SAMPLES if samples is None else samples, method != "none"), dry_run
-            ):
+            count = SAMPLES if samples is None else samples
+            left = count - inputs.load_statistics(output).samples if resume and output.exists() else count
+            if _spends(_measuring_calls(model, levels, max(left, 0), method != "none"), dry_run):
                 return
             stats = measure_to_file(
                 model,
                 sizes,
                 output,
                 levels=levels,
-                samples=SAMPLES if samples is None else samples,
+                samples=count,
                 sensitivity=None if method == "none" else method,
                 seed=seed,
                 batch_size=4 if batch_size is None else batch_size,

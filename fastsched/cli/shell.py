@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -117,16 +118,22 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int 
         typer.echo(line.rstrip())
 
 
-def writable(path: Path | None, *, overwrite: bool = True, endings: Sequence[str] = ()) -> None:
+def writable(
+    path: Path | None, *, overwrite: bool = True, endings: Sequence[str] = (), replace: str = "replace it (--overwrite)"
+) -> None:
     """Check before any work that ``path`` can be written; None is not written.
+
+    Args:
+        path: The file.
+        overwrite: Whether it may exist.
+        endings: Endings of file names to choose from; any when empty.
+        replace: What a user can do about a file that exists.
 
     Raises:
         ValueError: If it ends otherwise than ``endings``.
         FileExistsError: If it exists and must not be replaced.
         OSError: If it is a folder, or its folder is missing or read-only.
     """
-    import os
-
     if path is None:
         return
     if endings and path.suffix not in endings:
@@ -139,4 +146,4 @@ def writable(path: Path | None, *, overwrite: bool = True, endings: Sequence[str
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise PermissionError(f"output: no permission to write {path}")
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; replace it with --overwrite, or name another file")
+        raise FileExistsError(f"{path} exists; {replace}, or name another file")
