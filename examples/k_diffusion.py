@@ -1,8 +1,8 @@
-"""A schedule in a sampler of k-diffusion, unchanged: ``python examples/k_diffusion.py``.
+"""Use a schedule with a sampler of k-diffusion: ``python examples/k_diffusion.py``.
 
-`sample_dpmpp_2m` below has the signature and the steps of the function of that name in k-diffusion's ``sampling.py``,
-``sample_x(model, x, sigmas, extra_args=None, callback=None, disable=None)``, so that the example runs without it; with
-k-diffusion installed, import it instead. The model is the exact denoiser of a mixture of Gaussians.
+The samplers of k-diffusion take ``schedule.sigmas`` as it is. `sample_dpmpp_2m` below has the signature and the steps
+of the function of that name in k-diffusion's ``sampling.py``, so that the example runs without k-diffusion. If it is
+installed, import the function from there. The model is the exact denoiser of a mixture of Gaussians.
 """
 
 import torch
@@ -12,7 +12,7 @@ import fastsched as fs
 
 @torch.no_grad()
 def sample_dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """DPM-Solver++(2M) as k-diffusion writes it: ``model(x, sigma)`` is the denoised image, ``sigmas`` end in 0."""
+    """DPM-Solver++(2M) in the form of k-diffusion: ``model(x, sigma)`` is the denoised image, ``sigmas`` end in 0."""
     extra_args = {} if extra_args is None else extra_args
     s_in = x.new_ones([x.shape[0]])
     old_denoised = None
@@ -40,7 +40,7 @@ def main() -> None:
     noise = torch.randn(512, 16, generator=torch.Generator().manual_seed(1))
     converged = fs.sample(denoiser, fs.baselines.exponential(300, 0.002, 80.0), "heun", noise)
     for name, sigmas in (("fastsched", schedule.sigmas), ("karras", fs.baselines.karras(8, 0.002, 80.0))):
-        samples = sample_dpmpp_2m(oracle.denoise, noise * sigmas[0], sigmas)  # as k-diffusion's users call it
+        samples = sample_dpmpp_2m(oracle.denoise, noise * sigmas[0], sigmas)  # the call is the same with k-diffusion
         typical = (samples - converged).square().sum(1).log().mean().exp()
         print(f"{name:10s} typical squared distance to the converged samples: {typical:.2g}")
 

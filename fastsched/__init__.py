@@ -10,6 +10,7 @@ Names are imported on first use, so that ``import fastsched`` stays light.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,9 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"fastsched.{_HOME[name]}"), name)
         globals()[name] = value
         return value
-    raise AttributeError(f"module 'fastsched' has no attribute {name!r}")
+    near = difflib.get_close_matches(name, __all__, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise AttributeError(f"module 'fastsched' has no attribute {name!r}{hint}")
 
 
 def __dir__() -> list[str]:

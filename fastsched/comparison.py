@@ -1,4 +1,4 @@
-"""Compare schedules by what they leave of the converged sample, from the same noise."""
+"""Compare schedules by their distance to the converged samples of the same noise."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,25 +22,26 @@ from fastsched.sampling.sampler import sample
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver, get_solver
 
-#: Steps of the reference. By dpmpp_2m on a Gaussian mixture they leave a typical squared distance to the limit of
-#: 3e-7, of which half is float32's rounding, where the best eight-step schedule leaves 6e-3; Heun's method needs twice
-#: the calls for as much.
+#: Steps of the reference. On a Gaussian mixture, dpmpp_2m with this many steps has a typical squared distance to the
+#: limit of 3e-7, half of which is float32's rounding. The best eight-step schedule has 6e-3. Heun's method needs twice
+#: the model calls for the same accuracy.
 REFERENCE_STEPS = 300
 
-#: Where the noises of a comparison start among those of one seed, out of reach of a measurement's.
+#: The index of a comparison's first noise among those of a seed. A measurement's start at 0, so that schedules are not
+#: compared on the noises that they were chosen with.
 FIRST_SAMPLE = 2**31
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Converged samples, and the noise they come from; reusable for every comparison of one denoiser.
+    """Converged samples and their noise, for any number of comparisons of one denoiser.
 
     Attributes:
         noise: Standard normal, [B, *shape] float32.
         ends: The converged samples ``x0`` from that noise, [B, *shape].
         solver: The solver they were computed with.
-        steps: Its steps, uniform in ``log s``.
-        model_calls: Network evaluations spent, counted per sample.
+        steps: Its number of steps, uniform in ``log s``.
+        model_calls: Network evaluations of the run, counted per sample.
     """
 
     noise: Tensor
@@ -52,17 +53,17 @@ class Reference:
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """What one schedule does to the samples.
+    """The error of one schedule.
 
     Attributes:
         name: The schedule's name.
         solver: The solver it was run with.
-        steps: Steps, the last of which ends at sigma 0.
-        model_calls: Network evaluations a sample.
-        typical_error: Geometric mean over samples of ``||x0 - x0_converged||^2``, summed over a sample's elements;
-            what is below float32's rounding of a sample counts as that.
+        steps: The number of steps, the last of which ends at sigma 0.
+        model_calls: Network evaluations per sample.
+        typical_error: Geometric mean over samples of ``||x0 - x0_converged||^2``, summed over a sample's elements. An
+            error below float32's rounding of the sample counts as that rounding.
         mean_error: Arithmetic mean of the same. A few samples that end in another mode can dominate it.
-        standard_error: Of ``mean_error``.
+        standard_error: The standard error of ``mean_error``.
         frechet: Squared Frechet distance between the samples and the converged ones (`metrics.frechet_distance`).
     """
 
@@ -78,17 +79,27 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Schedules side by side; ``print`` it for a table, best first.
+    """The errors of several schedules; ``print`` it for a table, best first.
 
     Attributes:
-        rows: One a schedule, in the order given.
-        samples: Over how many samples.
-        reference: What they were compared with, to be passed to the next `compare`.
+        rows: One per schedule, in the order given.
+        samples: The number of samples.
+        reference: The converged samples; pass them to the next `compare` to save their cost.
     """
 
     rows: tuple[ComparisonRow, ...]
     samples: int
     reference: Reference
+
+    header: ClassVar[tuple[str, ...]] = (
+        "schedule",
+        "solver",
+        "steps",
+        "calls",
+        "typical error",
+        "mean error",
+        "frechet",
+    )
 
     @property
     def ranked(self) -> tuple[ComparisonRow, ...]:
@@ -122,8 +133,12 @@ class Comparison:
         return text.getvalue()
 
     def __str__(self) -> str:
-        header = ("schedule", "solver", "steps", "calls", "typical error", "mean error", "frechet")
-        cells = [
+        return f"{aligned([self.header, *self.cells], left=2)}\n{self.legend}"
+
+    @property
+    def cells(self) -> list[tuple[str, ...]]:
+        """The rows as text, best first, in the columns of `header`."""
+        return [
             (
                 row.name,
                 row.solver,
@@ -135,11 +150,14 @@ class Comparison:
             )
             for row in self.ranked
         ]
-        note = (
+
+    @property
+    def legend(self) -> str:
+        """What the errors are, in a line."""
+        return (
             f"squared distance to the converged samples ({self.reference.solver}, {self.reference.steps} steps), over "
             f"{self.samples} noises; typical = geometric mean"
         )
-        return f"{aligned([header, *cells], left=2)}\n{note}"
 
 
 @torch.no_grad()
@@ -156,18 +174,18 @@ def converged_reference(
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Reference:
-    """Converged samples: a fine run of ``solver``, uniform in ``log s`` over the denoiser's whole range, then 0.
+    """Converged samples: many steps of ``solver``, uniform in ``log s`` over the denoiser's whole range, then 0.
 
-    Its own squared distance to the limit of many steps is of order ``steps^-4`` for a second-order solver.
+    Their squared distance to the limit of infinitely many steps is of order ``steps^-4`` for a second-order solver.
 
     Args:
-        denoiser: What to sample from.
+        denoiser: The denoiser to sample from.
         shape: The shape of one sample, without the batch.
-        samples: How many.
-        seed: Of the noises; they differ from those of every `fastsched.measure`.
-        steps: Steps of the run; a model that knows only whole timesteps gets at most one a timestep.
+        samples: The number of samples.
+        seed: The seed of the noises, which differ from those of `fastsched.measure` with any seed.
+        steps: The number of steps. A network with integer timesteps gets at most one step per timestep.
         solver: A solver's name.
-        batch_size: Samples run at once; all of them when None.
+        batch_size: Samples per batch; all of them when None.
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None.
         progress: Show a progress bar.
@@ -206,28 +224,20 @@ def compare(
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Comparison:
-    """Run schedules with the real sampler and report how far each ends from the converged samples.
+    """Run the sampler with each schedule and report the distance of its samples to the converged ones.
 
-    For each schedule and noise ``b``, ``q_b = ||x0_b - x0_b(converged)||^2``, both from the same noise. Reported are
-    the geometric mean of ``q`` (the typical error, to rank by), its arithmetic mean with standard error, the Frechet
-    distance between the two sets of samples, and the model calls.
+    `ComparisonRow` lists the errors, of ``q_b = ||x0_b - x0_b(converged)||^2`` from the same noise ``b``.
 
-    Args:
-        denoiser: What to sample from.
-        schedules: By name: a `Schedule`, or sampler sigmas [steps + 1] descending to 0 (times for a flow model).
-        solver: Run all of them with this solver; each `Schedule`'s own when None.
-        shape: The shape of one sample, without the batch; may be left out if ``reference`` is given.
-        samples: How many noises; those of ``reference`` if it is given, as ``seed`` and ``reference_steps``.
-        seed: Of the noises; they differ from those of every `fastsched.measure`.
-        reference_steps: Steps of the converged run.
-        reference: Converged samples from `converged_reference` or an earlier comparison's ``.reference``.
-        batch_size: Samples run at once; all of them when None.
-        device: Where to run; where the network's parameters are when None.
-        dtype: What the network computes in; that of its parameters when None.
-        progress: Show a progress bar.
+    The arguments ``denoiser``, ``shape``, ``samples``, ``seed``, ``batch_size``, ``device``, ``dtype`` and ``progress``
+    are those of `converged_reference`. The others are
+
+    * ``schedules``: by name, a `Schedule` or sampler sigmas [steps + 1] descending to 0 (times for a flow model).
+    * ``solver``: a solver to run all of them with; each `Schedule`'s own when None.
+    * ``reference``: converged samples of an earlier call; then ``shape``, ``samples``, ``seed`` and ``reference_steps``
+      (the ``steps`` of `converged_reference`) are not used.
 
     Returns:
-        One row a schedule, and the reference for the next call. With a single sample, ``standard_error`` and
+        One row per schedule, and the reference for the next call. With a single sample, ``standard_error`` and
         ``frechet`` are NaN.
 
     Raises:
@@ -237,7 +247,7 @@ def compare(
     runs = _planned(denoiser, schedules, solver)
     if reference is None:
         if shape is None:
-            raise ValueError("shape must be given, the shape of one sample such as (4, 64, 64), or else a reference")
+            raise ValueError("shape must be given, such as (4, 64, 64) for one sample, unless there is a reference")
         reference = converged_reference(
             denoiser,
             shape,
@@ -256,14 +266,34 @@ def compare(
     with progress_bar(calls * len(reference.noise), progress, "comparing") as advance:
         run = _Runner(denoiser, batch_size, device, dtype, advance)
         for name, (sigmas, method) in runs.items():
-            rows.append(_row(name, sigmas, method, run.sample(sigmas, method, reference.noise), reference))
+            steps, ends = len(sigmas) - 1, run.sample(sigmas, method, reference.noise)
+            rows.append(row_of(name, method.name, steps, method.model_calls(steps), ends, reference))
     return Comparison(tuple(rows), len(reference.noise), reference)
+
+
+def comparison_calls(
+    denoiser: Denoiser,
+    schedules: Mapping[str, Schedule | Tensor],
+    solver: str | Solver | None = None,
+    *,
+    samples: int = 256,
+    reference_steps: int = REFERENCE_STEPS,
+) -> tuple[int, int]:
+    """The model calls of `compare` with these arguments: of the converged run, and of all schedules together.
+
+    Raises:
+        ValueError: As `compare`.
+    """
+    runs = _planned(denoiser, schedules, solver)
+    reference = _known_levels(denoiser, validate.positive_int("steps", reference_steps, minimum=2))
+    each = sum(method.model_calls(len(sigmas) - 1) for sigmas, method in runs.values())
+    return reference * samples, each * samples
 
 
 def _planned(
     denoiser: Denoiser, schedules: Mapping[str, Schedule | Tensor], solver: str | Solver | None
 ) -> dict[str, tuple[Tensor, Solver]]:
-    """The sigmas and the solver of every schedule, checked before anything is run."""
+    """The sigmas and the solver of every schedule, checked before any model call."""
     if not isinstance(schedules, Mapping) or not schedules:
         raise ValueError("schedules must be a dictionary of at least one schedule by name, such as {'mine': schedule}")
     runs = {}
@@ -277,7 +307,7 @@ def _planned(
                     f"{denoiser.process.kind!r}; compare schedules of one model"
                 )
         if chosen is None:
-            raise ValueError(f"solver must be given, for schedules[{name!r}] does not say what it is for")
+            raise ValueError(f"solver must be given, because schedules[{name!r}] is not a Schedule and names none")
         sigmas = schedule.sigmas if isinstance(schedule, Schedule) else schedule
         values = validate.descending_sigmas(sigmas, name=f"schedules[{name!r}]")
         if float(values[-1]) != 0:
@@ -287,15 +317,17 @@ def _planned(
     return runs
 
 
-def _row(name: str, sigmas: Tensor, method: Solver, ends: Tensor, reference: Reference) -> ComparisonRow:
+def row_of(name: str, solver: str, steps: int, model_calls: int, ends: Tensor, reference: Reference) -> ComparisonRow:
+    """The errors of the samples ``ends`` [B, *shape] against the converged ones; `ComparisonRow` defines them."""
     squared = metrics.squared_distances(ends, reference.ends)
+    # Without this floor one sample that is equal by chance would make the geometric mean 0.
     rounding = torch.finfo(torch.float32).eps ** 2 * reference.ends.double().flatten(1).square().sum(1)
     mean, error = metrics.mean_and_standard_error(squared)
     return ComparisonRow(
         name=name,
-        solver=method.name,
-        steps=len(sigmas) - 1,
-        model_calls=method.model_calls(len(sigmas) - 1),
+        solver=solver,
+        steps=steps,
+        model_calls=model_calls,
         typical_error=metrics.geometric_mean(squared.maximum(rounding)),
         mean_error=mean,
         standard_error=error,
@@ -304,7 +336,7 @@ def _row(name: str, sigmas: Tensor, method: Solver, ends: Tensor, reference: Ref
 
 
 class _Runner:
-    """Samples in batches, advancing a progress bar by the samples of every network call."""
+    """Runs the sampler in batches and advances a progress bar by the samples of every network call."""
 
     def __init__(
         self,
@@ -330,7 +362,7 @@ class _Runner:
 
 
 def _known_levels(denoiser: Denoiser, steps: int) -> int:
-    """``steps``, or as many levels as a network of whole timesteps knows if they are fewer."""
+    """``steps``, but at most as many levels as a network with integer timesteps was trained at."""
     process = denoiser.process
     if isinstance(process, VariancePreserving) and process.integer_timesteps:
         return min(steps, len(process.alphas_cumprod))
@@ -338,7 +370,7 @@ def _known_levels(denoiser: Denoiser, steps: int) -> int:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
-    """Rows of text in aligned columns, the first ``left`` to the left and the others to the right."""
+    """Rows of text in columns: the first ``left`` columns aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: Sequence[str]) -> str:

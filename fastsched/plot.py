@@ -1,8 +1,8 @@
 """Figures of schedules, statistics and samples.
 
-``plot_*`` functions return a matplotlib ``Figure`` that belongs to no window; ``figure.savefig("name.png")`` writes
-it. The ``draw_*`` functions beneath them draw on axes of your own. Colours are those of Okabe & Ito, which
-colour-blind readers tell apart. Needs matplotlib: ``pip install 'fastsched[demo]'``.
+``plot_*`` functions return a matplotlib ``Figure`` without a window; ``figure.savefig("name.png")`` writes it. The
+``draw_*`` functions below them draw on existing axes. The colours of Okabe & Ito remain distinct for colour-blind
+readers. Needs matplotlib: ``pip install 'fastsched[demo]'``.
 """
 
 from __future__ import annotations
@@ -31,22 +31,24 @@ if TYPE_CHECKING:
 #: Okabe & Ito: blue, orange, green, pink, vermilion, sky, yellow, black.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+#: Endings of file names that figures can be saved under.
+FORMATS = (".png", ".svg", ".pdf")
 
 
 def cost_density(stats: PathStatistics, weight: str | None = "geometric") -> tuple[NDArray, NDArray]:
-    """How much a step costs where: ``weight_k ||e_q||^2 / (lambda_k - lambda_q)^2`` between neighbours, ``k = q + 1``.
+    """The cost density: ``weight_k ||e_q||^2 / (lambda_k - lambda_q)^2`` between neighbouring levels, ``k = q + 1``.
 
     It is the weighted squared speed of the denoiser's output per unit of ``log sigma``, averaged over paths. A short
-    Euler step of length ``h`` costs ``h^4 / 4`` of it, so the best Euler schedule spends equal lengths of its
-    fourth root.
+    Euler step of length ``h`` costs ``h^4 / 4`` times this density, so the steps of the best Euler schedule have equal
+    integrals of its fourth root.
 
     Args:
-        stats: What `fastsched.measure` returned.
+        stats: The result of `fastsched.measure`.
         weight: As in `fastsched.optimal_schedule`; None if measured without sensitivity.
 
     Returns:
-        The levels ``s`` (geometric middle of neighbours) and the density there, each [N - 1]; [N - 2] where the
-        process starts from pure noise, infinitely far from its second level.
+        The levels ``s`` (geometric mean of neighbours) and the density there, each [N - 1], or [N - 2] if the process
+        starts from pure noise, which is infinitely far from the second level.
 
     Raises:
         ValueError: If the weight is unknown, or needs a sensitivity that was not measured.
@@ -63,7 +65,7 @@ def plot_schedules(schedules: Mapping[str, Schedule | Tensor], *, stats: PathSta
 
     Args:
         schedules: By name: a `Schedule`, or sampler sigmas descending to 0. The 0 is not drawn.
-        stats: Of the same model, for the curve above the rows.
+        stats: Statistics of the same model, for a curve above the rows.
 
     Raises:
         ValueError: If there is no schedule, or flow times and sigmas are mixed.
@@ -87,11 +89,11 @@ def plot_cost_density(stats: PathStatistics) -> Figure:
 
 
 def plot_sample_grid(samples: Mapping[str, Tensor], *, columns: int | None = None) -> Figure:
-    """Samples of several schedules side by side, the same noise at the same place in each.
+    """Samples of several schedules side by side, with the samples of one noise at the same position in each grid.
 
     Args:
         samples: By title: images [B, C, H, W] or [B, H, W], C 1 or 3, with values from -1 to 1.
-        columns: Images in a row of each grid; the square root of B when None.
+        columns: Images per row of a grid; the square root of B when None.
 
     Raises:
         ValueError: If there is no grid, or one does not hold images.
@@ -107,10 +109,10 @@ def plot_sample_grid(samples: Mapping[str, Tensor], *, columns: int | None = Non
 
 
 def plot_errors(comparisons: Sequence[Comparison], names: Sequence[str] | None = None) -> Figure:
-    """Typical error over model calls, one line a schedule name; rows of one name are joined across comparisons.
+    """Typical error over model calls, one line per schedule name across all comparisons.
 
     Args:
-        comparisons: From `fastsched.compare`, for example one for each number of steps.
+        comparisons: Results of `fastsched.compare`, for example one for each number of steps.
         names: The schedules to draw; all of them when None.
 
     Raises:
@@ -122,10 +124,10 @@ def plot_errors(comparisons: Sequence[Comparison], names: Sequence[str] | None =
 
 
 def plot_error_curves(curves: Sequence[ErrorCurve]) -> Figure:
-    """Predicted error over model calls, one line a solver.
+    """Predicted error over model calls, one line per solver.
 
     Args:
-        curves: From `fastsched.error_curve`.
+        curves: Results of `fastsched.error_curve`.
     """
     figure = _figure(4.6, 3.2)
     axes = figure.subplots()
@@ -139,7 +141,8 @@ def plot_error_curves(curves: Sequence[ErrorCurve]) -> Figure:
             label=curve.solver,
         )
     axes.set(xlabel="model calls", ylabel="predicted squared error", yscale="log")
-    axes.legend(frameon=False)
+    _integer_ticks(axes)
+    _legend_above(axes)
     return figure
 
 
@@ -153,19 +156,19 @@ def plot_overview(
     title: str = "",
     columns: int | None = None,
 ) -> Figure:
-    """Samples side by side and what each misses; below, the schedules under the cost density, and the errors.
+    """Samples and their distance to the converged ones; below, schedules under the cost density, and errors.
 
     Args:
         samples: As in `plot_sample_grid`.
         converged: The converged samples from the same noises, in the same shape.
-        schedules: As in `plot_schedules`; the errors drawn are those of the same names.
+        schedules: As in `plot_schedules`; errors are drawn for the same names.
         stats: As in `plot_schedules`.
         comparisons: As in `plot_errors`.
-        title: Above everything.
+        title: The title of the figure.
         columns: As in `plot_sample_grid`.
 
     Raises:
-        ValueError: As these.
+        ValueError: If there are no samples or comparisons, or one of these functions refuses its argument.
     """
     if not samples or not comparisons:
         raise ValueError("samples and comparisons must hold at least one entry each")
@@ -195,9 +198,9 @@ def plot_overview(
 
 
 def draw_cost_density(axes: Axes, stats: PathStatistics) -> None:
-    """Draw `cost_density`, as a share of its own largest value."""
+    """Draw `cost_density` divided by its largest value."""
     measured = stats.cross is not None
-    curves = {"weighted by what reaches the end": "geometric"} if measured else {}
+    curves = {"weighted by sensitivity": "geometric"} if measured else {}
     for label, weight in {**curves, "unweighted": None}.items():
         s, density = cost_density(stats, weight)
         sigmas = stats.process.sampler_sigma(torch.from_numpy(s)).numpy()
@@ -208,13 +211,13 @@ def draw_cost_density(axes: Axes, stats: PathStatistics) -> None:
             axes.fill_between(sigmas, share, color=COLOURS[5], alpha=0.35, linewidth=0)
             axes.plot(sigmas, share, color=COLOURS[0], linewidth=1.6, label=label)
     axes.set_ylim(0, 1.08)
-    axes.set_ylabel("cost density\n(share of its peak)")
-    axes.legend(frameon=False, fontsize="small")
+    axes.set_ylabel("cost density\n(relative to its peak)")
+    _legend_above(axes)
     _sigma_axis(axes, stats.process.kind == "flow")
 
 
 def draw_schedules(axes: Axes, schedules: Mapping[str, Schedule | Tensor], *, flow: bool | None = None) -> None:
-    """Draw a row of dots for each schedule, the first on top. ``flow``: sigmas are times; read off when None."""
+    """Draw a row of dots for each schedule, the first on top. ``flow``: whether sigmas are flow times."""
     if not schedules:
         raise ValueError("schedules must hold at least one schedule by name")
     kinds = {schedule.noise == "flow" for schedule in schedules.values() if isinstance(schedule, Schedule)}
@@ -243,10 +246,10 @@ def draw_sample_grid(axes: Axes, images: Tensor, *, columns: int | None = None) 
 
 
 def draw_difference_grid(axes: Axes, images: Tensor, reference: Tensor, *, columns: int | None = None) -> AxesImage:
-    """Draw ``|image - reference|`` of every pixel, averaged over channels: white is 0, the darkest half or more.
+    """Draw ``|image - reference|`` of every pixel, averaged over channels: white is 0, the darkest is 0.5 or more.
 
     Returns:
-        What a colour bar is made from.
+        The image, for a colour bar.
     """
     if images.shape != reference.shape:
         raise ValueError(
@@ -278,7 +281,7 @@ def _sheet(images: Tensor, columns: int | None, fill: float = 1.0) -> NDArray:
 
 
 def draw_errors(axes: Axes, comparisons: Sequence[Comparison], names: Sequence[str] | None = None) -> None:
-    """Draw typical error over model calls, one line a schedule name."""
+    """Draw typical error over model calls, one line per schedule name."""
     every = [row for comparison in comparisons for row in comparison.rows]
     lines = list(dict.fromkeys(row.name for row in every)) if names is None else names
     if not every or not lines:
@@ -295,16 +298,28 @@ def draw_errors(axes: Axes, comparisons: Sequence[Comparison], names: Sequence[s
             label=name,
         )
     axes.set_yscale("log")
-    axes.set_xticks(sorted({row.model_calls for row in every}))
-    axes.set_xlabel("model calls a sample")
+    _integer_ticks(axes)
+    axes.set_xlabel("model calls per sample")
     axes.set_ylabel("typical squared distance\nto the converged sample")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#EEEEEE")
-    axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.42, 1.0), ncols=2)
+    _legend_above(axes)
+
+
+def _integer_ticks(axes: Axes) -> None:
+    """Ticks at whole numbers of model calls only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _legend_above(axes: Axes) -> None:
+    """The legend above the axes, where it cannot cover a curve."""
+    axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
 
 def _sigma_axis(axes: Axes, flow: bool) -> None:
-    """Noise on the left, as time runs in sampling; logarithmic in sigma, linear in flow time."""
+    """Noise on the left, in the order of sampling; logarithmic in sigma, linear in flow time."""
     if not flow:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
@@ -314,12 +329,23 @@ def _sigma_axis(axes: Axes, flow: bool) -> None:
         axes.invert_xaxis()
 
 
-def _figure(width: float, height: float) -> Figure:
+def check_matplotlib() -> None:
+    """Check that figures can be drawn, before any work for one.
+
+    Raises:
+        ImportError: If matplotlib is missing; the message names the extra to install.
+    """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401 - only whether it is there
     except ImportError as error:
         raise ImportError(f"figures need matplotlib ({error}); pip install 'fastsched[demo]'") from None
+
+
+def _figure(width: float, height: float) -> Figure:
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure

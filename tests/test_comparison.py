@@ -212,7 +212,7 @@ def test_an_exact_copy_keeps_a_finite_place(gaussian, converged):
     ("arguments", "message"),
     [
         ({"schedules": {}}, "schedules must be a dictionary"),
-        ({"solver": None}, "solver must be given, for schedules\\['k'\\]"),
+        ({"solver": None}, "solver must be given, because schedules\\['k'\\]"),
         ({"solver": "dpmpp2m"}, "did you mean 'dpmpp_2m'"),
         ({"schedules": {"k": torch.tensor([3.0, 1.0])}}, "schedules\\['k'\\] must end in 0"),
         ({"schedules": {"k": torch.tensor([1.0, 3.0, 0.0])}}, "schedules\\['k'\\] must strictly descend"),

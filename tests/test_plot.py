@@ -1,4 +1,5 @@
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 import fastsched as fs
 from fastsched import plot
 from fastsched.comparison import Comparison, ComparisonRow, Reference
+from fastsched.sampling.random_streams import noise_of
 
 STD = 0.5
 
@@ -32,7 +34,7 @@ def test_density_of_gaussian_data_is_the_closed_form(stats):
     # D along the path is c^2 / (c^2 + s^2) z(s), z(s) = z_0 sqrt((c^2 + s^2) / (c^2 + s_0^2)).
     s, density = plot.cost_density(stats, weight=None)
     start = torch.tensor(80.0**2 + STD**2).item()
-    scale = float(80.0**2 * fs.measurement.noise_of(stats.seeds, (4,)).square().sum(1).mean()) / start
+    scale = float(80.0**2 * noise_of(stats.seeds, (4,)).square().sum(1).mean()) / start
     slope = STD**2 * s**2 * (STD**2 + s**2) ** -1.5  # |dD / d log s| per unit of that
     inside = (s > 0.02) & (s < 20)
     # Differences over steps of log(80 / 0.002) / 95 = 0.11: an error of about 0.11^2 relative; the path's own is less.
@@ -164,3 +166,26 @@ def test_density_without_sensitivity_asks_for_no_weight(stats):
         plot.cost_density(plain)
     assert len(plot.plot_cost_density(plain).axes[0].lines) == 1
     assert not math.isnan(plot.cost_density(plain, None)[1].sum())
+
+
+def test_ticks_of_model_calls_are_integers_and_legends_cover_no_curve(stats, schedules):
+    curves = [fs.error_curve(stats, solver, 3) for solver in ("ddim", "dpmpp_2m", "heun")]
+    errors = [comparison(calls, a=1.0 / calls, b=2.0 / calls) for calls in (5, 6, 7)]
+    figures = [plot.plot_error_curves(curves), plot.plot_errors(errors), plot.plot_schedules(schedules, stats=stats)]
+    for figure in figures:
+        figure.canvas.draw()
+        axes = figure.axes[0]
+        legend = axes.get_legend().get_window_extent()
+        assert legend.y0 >= axes.get_window_extent().y1 - 1e-6
+        assert legend.x0 >= 0
+        assert legend.x1 <= figure.bbox.x1
+    for figure in figures[:2]:
+        ticks = figure.axes[0].get_xticks()
+        assert len(ticks) >= 2
+        assert all(float(tick).is_integer() for tick in ticks)
+
+
+def test_missing_matplotlib_is_said_with_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"fastsched\[demo\]"):
+        plot.check_matplotlib()

@@ -1,4 +1,4 @@
-"""The shell: ``fastsched measure``, ``select``, ``plan``, ``compare``, ``plot``, ``demo``."""
+"""The shell: ``fastsched measure``, ``fit``, ``select``, ``plan``, ``compare``, ``plot``, ``export``, ``info``, ..."""
 
 from fastsched.cli.commands import app
 

@@ -1,388 +1,45 @@
-"""The ``fastsched`` command. Heavy imports wait until a command runs, so that ``--help`` is quick."""
+"""The ``fastsched`` command: its commands, one family a file. Heavy imports are inside them, so that help is fast."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    import torch
+from fastsched.cli import comparing, exporting, making, showing
+from fastsched.cli.shell import STATE, app
 
-    from fastsched.denoisers.denoiser import Denoiser
-    from fastsched.measurement.statistics import PathStatistics
-    from fastsched.sampling.schedule import Schedule
+__all__ = ["ORDER", "app", "comparing", "exporting", "main", "making", "showing"]
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
 
-_DENOISER = "'digits' (shipped), package.module:function, or path/to/file.py:function."
-DenoiserName = Annotated[str, typer.Argument(help=_DENOISER)]
-Shape = Annotated[Optional[str], typer.Option(help="Shape of one sample, such as 4,64,64; digits knows its own.")]
-Batch = Annotated[Optional[int], typer.Option(help="Samples run at once.  [default: all]")]
-Device = Annotated[Optional[str], typer.Option(help="Such as cuda.  [default: the network's]")]
-DType = Annotated[Optional[str], typer.Option(help="Such as bfloat16.  [default: the network's]")]
-Seed = Annotated[int, typer.Option(help="Of the noises.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-
-#: Whether an error shows Python's traceback; set by the option of that name.
-_STATE = {"traceback": False}
+#: The order of the commands in the help.
+ORDER = ("demo", "fit", "measure", "select", "plan", "compare", "plot", "export", "info", "solvers", "env")
+app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.callback, "__name__", "")))
 
 
 @app.callback(invoke_without_command=True)
 def main(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show Python's traceback with an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show Python's traceback of an error.")] = False,
 ) -> None:
-    """Choose the noise levels of a diffusion or flow model: measure it once, then select for any solver and steps.
+    """Choose noise levels for a diffusion or flow model.
 
     \b
-    Try it:      fastsched demo --output demo-output
-    Your model:  fastsched measure my_model.py:build --shape 4,64,64 -o stats.safetensors
-                 fastsched select stats.safetensors --steps 8 --solver dpmpp_2m -o schedule.json
-                 fastsched compare my_model.py:build schedule.json --shape 4,64,64
-                 fastsched plot stats.safetensors schedule.json -o schedule.png
+    Try it:        fastsched demo --output demo-output
+    One schedule:  fastsched fit my_model.py:build --steps 8 --shape 4,64,64 -o schedule.json
+                   fastsched fit my_pipeline_folder --steps 8 --prompt "a cat" -o schedule.json
+    Several:       fastsched measure my_model.py:build --shape 4,64,64 -o stats.safetensors
+                   fastsched select stats.safetensors --steps 6,8,10 --solver dpmpp_2m -o schedule.json
+    Look:          fastsched compare my_model.py:build schedule.json --shape 4,64,64
+                   fastsched plot stats.safetensors schedule.json -o schedule.png
+    Use:           fastsched export schedule.json --to comfyui
 
-    Exit status: 0, 2 for a bad argument, 1 for anything else that went wrong.
+    Exit status: 0, 2 for a bad argument, 130 after Ctrl-C, 1 for anything else that went wrong.
     """
-    _STATE["traceback"] = traceback
+    STATE["traceback"] = traceback
     if version:
         from fastsched import __version__
 
         typer.echo(f"fastsched {__version__}")
         raise typer.Exit
-
-
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the figure and the schedules.")] = Path(
-        "demo-output"
-    ),
-    samples: Annotated[int, typer.Option(help="Noises to compare over.")] = 1024,
-    quiet: Quiet = False,
-) -> None:
-    """Show it all on handwritten digits: measure, select, compare with schedules in use, draw.
-
-    \b
-    fastsched demo
-    fastsched demo --output out --samples 256
-    """
-    with _errors_in_a_line():
-        import torch
-
-        from fastsched.cli.demo import run_demo
-
-        torch.set_num_threads(1)  # the digits network is too small for threads to pay
-        run_demo(output, samples=samples, progress=not quiet, say=typer.echo)
-
-
-@app.command()
-def measure(
-    denoiser: DenoiserName,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The statistics file to write.")],
-    shape: Shape = None,
-    levels: Annotated[int, typer.Option(help="Noise levels; 32 to 64 serve.")] = 48,
-    samples: Annotated[int, typer.Option(help="Paths; 4 to 16 serve.")] = 8,
-    seed: Seed = 0,
-    responses: Annotated[bool, typer.Option(help="Measure how errors are passed on.")] = True,
-    batch_size: Annotated[int, typer.Option(help="Paths followed at once; what is whole is saved after each.")] = 4,
-    device: Device = None,
-    dtype: DType = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what OUTPUT holds already.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if there is one.")] = False,
-    quiet: Quiet = False,
-) -> None:
-    """Measure a denoiser, once. Takes (2 LEVELS - 1) model calls a sample, no gradients, no data.
-
-    A denoiser is named by a function of no arguments that returns a fastsched.Denoiser:
-
-    \b
-        # my_model.py
-        import fastsched as fs
-        def build():
-            unet, alphas_cumprod = ...
-            return fs.Denoiser.from_epsilon(unet, alphas_cumprod)
-
-    \b
-    fastsched measure digits -o digits.safetensors
-    fastsched measure my_model.py:build --shape 4,64,64 --dtype float16 -o stats.safetensors
-    fastsched measure package.models:build --shape 4,64,64 --samples 16 -o stats.safetensors --resume
-    """
-    with _errors_in_a_line():
-        from fastsched.measurement.to_file import measure_to_file
-
-        model, sizes = _denoiser(denoiser, shape, device)
-        stats = measure_to_file(
-            model,
-            sizes,
-            output,
-            levels=levels,
-            samples=samples,
-            responses=responses,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            dtype=_dtype(dtype),
-            resume=resume,
-            overwrite=overwrite,
-            progress=not quiet,
-        )
-        _note(f"{stats.samples} paths over {stats.levels} levels, {stats.model_calls} model calls; wrote {output}")
-
-
-@app.command()
-def select(
-    statistics: Annotated[Path, typer.Argument(help="What 'fastsched measure' wrote.")],
-    steps: Annotated[str, typer.Option(help="Steps: 8, or several, 6,8,10.")],
-    solver: Annotated[str, typer.Option(help="Such as ddim, heun, dpmpp_2m or ipndm.")] = "dpmpp_2m",
-    weight: Annotated[str, typer.Option(help="geometric, isotropic, directional or none.")] = "geometric",
-    output: Annotated[
-        Optional[Path],
-        typer.Option("--output", "-o", help="Schedule to write; with several steps NAME.json becomes NAME-6.json ..."),
-    ] = None,
-) -> None:
-    """Select the schedule of least error. No model calls; prints the sigmas, the last of them 0.
-
-    \b
-    fastsched select stats.safetensors --steps 8 -o schedule.json
-    fastsched select stats.safetensors --steps 6,8,10 --solver ddim -o ddim.json
-    """
-    with _errors_in_a_line():
-        import numpy as np
-
-        from fastsched.measurement.statistics import PathStatistics
-        from fastsched.selection.optimal import optimal_schedule
-
-        counts = _integers("steps", steps)
-        stats = PathStatistics.load(statistics)
-        for count in counts:
-            schedule = optimal_schedule(stats, count, solver, weight=None if weight == "none" else weight)
-            _note(f"{schedule.solver}, {count} steps, predicted squared error {schedule.predicted_error:.4g}")
-            numbers = [
-                np.format_float_positional(value, precision=6, fractional=False, trim="0")
-                for value in schedule.sigmas.tolist()
-            ]
-            typer.echo(", ".join(numbers))
-            if output is not None:
-                path = output if len(counts) == 1 else output.with_name(f"{output.stem}-{count}{output.suffix}")
-                schedule.save(path)
-                _note(f"wrote {path}")
-
-
-@app.command()
-def plan(
-    stats: Annotated[Path, typer.Argument(help="Statistics that 'fastsched measure' wrote.")],
-    solver: Annotated[
-        str, typer.Option(help="ddim, dpmpp_2m, ipndm, heun, ... or several, comma-separated.")
-    ] = "dpmpp_2m",
-    max_steps: Annotated[int, typer.Option(help="The most steps to consider.")] = 20,
-    target: Annotated[
-        Optional[str],
-        typer.Option(help="An error, or a schedule in use and its steps such as karras:20: how many steps reach it?"),
-    ] = None,
-    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Figure to write.")] = None,
-) -> None:
-    """Tell how many steps a model needs. Predicted error against model calls, from one measurement.
-
-    \b
-    fastsched plan stats.safetensors --solver ddim,dpmpp_2m -o plan.png
-    fastsched plan stats.safetensors --target karras:20
-    """
-    with _errors_in_a_line():
-        from fastsched.measurement.statistics import PathStatistics
-        from fastsched.plot import plot_error_curves
-        from fastsched.selection.planning import error_curve, steps_needed
-
-        loaded = PathStatistics.load(stats)
-        curves = [error_curve(loaded, name, max_steps) for name in solver.split(",")]
-        for curve in curves:
-            typer.echo(str(curve))
-            if target is not None:
-                steps = steps_needed(loaded, curve.solver, target=_target(target), max_steps=max_steps)
-                typer.echo(f"{curve.solver} needs {steps} steps for {target}")
-        if output is not None:
-            plot_error_curves(curves).savefig(output)
-            _note(f"wrote {output}")
-
-
-def _target(text: str) -> float | tuple[str, int]:
-    """An error, or the name and steps of a schedule in use."""
-    name, colon, steps = text.partition(":")
-    try:
-        return (name, int(steps)) if colon else float(text)
-    except ValueError:
-        raise ValueError(f"target must be an error such as 0.05, or karras:20, got {text!r}") from None
-
-
-@app.command()
-def compare(
-    denoiser: DenoiserName,
-    schedules: Annotated[list[Path], typer.Argument(help="Schedules that 'fastsched select' wrote.")],
-    baselines: Annotated[str, typer.Option(help="Schedules in use to add, by name, or none.")] = "karras,exponential",
-    spare_last: Annotated[bool, typer.Option(help="End baselines with 0 in place of sigma_min.")] = False,
-    solver: Annotated[Optional[str], typer.Option(help="Run all with it.  [default: each its own]")] = None,
-    shape: Shape = None,
-    samples: Annotated[int, typer.Option(help="Noises to compare over.")] = 256,
-    seed: Seed = 0,
-    reference_steps: Annotated[int, typer.Option(help="Steps of the converged run.")] = 300,
-    batch_size: Batch = None,
-    device: Device = None,
-    dtype: DType = None,
-    csv: Annotated[Optional[Path], typer.Option(help="Also write the table as CSV.")] = None,
-    quiet: Quiet = False,
-) -> None:
-    """Rank schedules by a real run. Tells how far each ends from the converged samples of the same noise.
-
-    \b
-    fastsched compare digits schedule.json
-    fastsched compare my_model.py:build a.json b.json --shape 4,64,64 --baselines karras --csv errors.csv
-    """
-    with _errors_in_a_line():
-        from fastsched import comparison
-        from fastsched.sampling.schedule import Schedule
-
-        named: dict[str, Schedule] = {}
-        for path in schedules:
-            named[path.stem if path.stem not in named else str(path)] = Schedule.load(path)
-        model, sizes = _denoiser(denoiser, shape, device)
-        names = [] if baselines == "none" else baselines.split(",")
-        result = comparison.compare(
-            model,
-            {**named, **_baselines(model, names, list(named.values()), spare_last)},
-            solver,
-            shape=sizes,
-            samples=samples,
-            seed=seed,
-            reference_steps=reference_steps,
-            batch_size=batch_size,
-            device=device,
-            dtype=_dtype(dtype),
-            progress=not quiet,
-        )
-        typer.echo(str(result))
-        if csv is not None:
-            result.to_csv(csv)
-            _note(f"wrote {csv}")
-
-
-@app.command()
-def plot(
-    files: Annotated[list[Path], typer.Argument(help="Schedules (.json), and statistics (.safetensors) at most once.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Figure to write: .png, .svg or .pdf.")],
-) -> None:
-    """Draw schedules and statistics. The schedules go under the cost density if there are statistics.
-
-    \b
-    fastsched plot stats.safetensors schedule.json -o schedule.png
-    fastsched plot a.json b.json -o both.svg
-    """
-    with _errors_in_a_line():
-        from fastsched.measurement.statistics import PathStatistics
-        from fastsched.plot import plot_cost_density, plot_schedules
-        from fastsched.sampling.schedule import Schedule
-
-        measured = [path for path in files if path.suffix == ".safetensors"]
-        if len(measured) > 1:
-            raise ValueError(f"files may hold statistics once, got {', '.join(map(str, measured))}")
-        if output.suffix not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"output must end in .png, .svg or .pdf, got {str(output)!r}")
-        stats: PathStatistics | None = PathStatistics.load(measured[0]) if measured else None
-        schedules = {str(path.with_suffix("")): Schedule.load(path) for path in files if path not in measured}
-        if stats is not None and not schedules:
-            figure = plot_cost_density(stats)
-        else:
-            figure = plot_schedules(schedules, stats=stats)
-        figure.savefig(output)
-        _note(f"wrote {output}")
-
-
-@contextlib.contextmanager
-def _errors_in_a_line() -> Iterator[None]:
-    """Turn an error into one line on stderr: exit status 2 for a bad argument, 1 for anything else."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        _note("interrupted; 'fastsched measure --resume' goes on with what it saved")
-        raise typer.Exit(130) from None
-    except (typer.Exit, typer.Abort):
-        raise
-    except Exception as error:
-        if _STATE["traceback"]:
-            raise
-        known = isinstance(error, (ValueError, TypeError, ImportError, OSError))
-        text = " ".join(str(error).split())
-        _note(f"error: {text}" if known else f"error: {type(error).__name__}: {text} (--traceback shows where)")
-        raise typer.Exit(2 if isinstance(error, (ValueError, TypeError)) else 1) from None
-
-
-def _note(text: str) -> None:
-    """A line on stderr, so that stdout holds results alone."""
-    print(text, file=sys.stderr)
-
-
-def _denoiser(name: str, shape: str | None, device: str | None) -> tuple[Denoiser, tuple[int, ...]]:
-    from fastsched.denoisers.loading import load_denoiser
-
-    denoiser, own = load_denoiser(name, device)
-    if shape is None and own is None:
-        raise ValueError("shape must be given for this denoiser: --shape 4,64,64, the shape of one sample")
-    return denoiser, own if shape is None else tuple(_integers("shape", shape))  # type: ignore[return-value]  # not both None
-
-
-def _integers(name: str, text: str) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{name} must be whole numbers between commas, such as 6,8,10, got {text!r}") from None
-    if min(values) < 1:
-        raise ValueError(f"{name} must be at least 1, got {min(values)}")
-    return values
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    import torch
-
-    from fastsched import validate
-
-    known = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    return None if name is None else known[validate.choice("dtype", name, known)]
-
-
-def _baselines(denoiser: Denoiser, names: list[str], schedules: list[Schedule], spare_last: bool) -> dict:
-    """Each baseline at every solver and number of steps among the schedules."""
-    from fastsched import baselines, validate
-    from fastsched.sampling.schedule import Schedule
-
-    ranged = ("karras", "exponential", "linear", "kl_optimal", "vp_uniform", "cosine", "beta")
-    kinds = list(dict.fromkeys((schedule.solver, schedule.steps) for schedule in schedules))
-    added = {}
-    for name in names:
-        validate.choice("baselines", name, (*ranged, "flow_shift"))
-        for solver, steps in kinds:
-            if name == "flow_shift":
-                sigmas = baselines.flow_shift(steps)
-            else:
-                low, high = _range(denoiser)
-                sigmas = getattr(baselines, name)(steps, low, high, spare_last=spare_last)
-            label = name if len(kinds) == 1 else f"{name}-{solver}-{steps}"
-            added[label] = Schedule(sigmas, solver, denoiser.process.kind)
-    return added
-
-
-def _range(denoiser: Denoiser) -> tuple[float, float]:
-    """The lowest and highest sampler sigma that are finite."""
-    import torch
-
-    levels = torch.tensor([denoiser.process.s_min, denoiser.process.s_max], dtype=torch.float64)
-    low, high = denoiser.process.sampler_sigma(levels).tolist()
-    return low, high

@@ -1,4 +1,4 @@
-"""The demonstration: from a denoiser of handwritten digits to schedules, a table and a figure."""
+"""``fastsched demo``: schedules for a denoiser of handwritten digits, a table of their errors, and a figure."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ STEPS = (6, 8, 10)
 LEVELS, PATHS = 48, 4  # 380 model calls
 OURS, PAPER = "fastsched", "score-optimal (paper)"
 AS_USED = ("karras (rho 7)", "exponential")
+REPLACED = "sigma_min replaced by 0"
 GRID, GRID_COLUMNS = 18, 6  # images of each schedule in the figure
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demonstration found.
+    """Results of the demonstration.
 
     Attributes:
         stats: The measurement.
         schedules: By solver, then number of steps, then name.
         comparisons: By solver, then number of steps.
-        reference: The converged samples all were compared with.
+        reference: The converged samples of all comparisons.
     """
 
     stats: PathStatistics
@@ -49,7 +50,7 @@ class Demo:
 
 
 def digits_denoiser() -> Denoiser:
-    """The shipped denoiser of 8 x 8 digits, shape (1, 8, 8), sigma 80 to 0.002."""
+    """The denoiser of 8 x 8 digits in the package: shape (1, 8, 8), sigma from 80 to 0.002."""
     return Denoiser.from_edm(load_digits_network())
 
 
@@ -62,19 +63,19 @@ def run_demo(
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> Demo:
-    """Measure the digits denoiser, select schedules, compare them with those in use, and draw.
+    """Measure the digits denoiser, select schedules, compare them with common schedules, and draw a figure.
 
     Args:
-        output: A folder for ``demo.png`` and the schedules as JSON; made if missing. Nothing is written when None.
-        samples: Noises to compare over.
+        output: A folder for ``demo.png`` and the schedules as JSON; created if missing. Nothing is written when None.
+        samples: The number of noises to compare over.
         solvers: The solvers to select for.
         steps: The numbers of steps.
         progress: Show progress bars.
-        say: Where lines of text go.
+        say: Called with each line of text.
 
     Raises:
         ValueError: If an argument is out of range or unknown.
-        ImportError: If there is something to draw and no matplotlib.
+        ImportError: If ``output`` is given and matplotlib is missing.
     """
     samples = validate.positive_int("samples", samples, minimum=2)
     folder = None if output is None else Path(output)
@@ -85,7 +86,7 @@ def run_demo(
     say(f"measured {stats.levels} levels on {stats.samples} paths: {stats.model_calls} model calls")
     reference = converged_reference(denoiser, SHAPE, samples=samples, progress=progress)
     paper = {n: score_optimal_schedule(denoiser, n, shape=SHAPE, samples=PATHS, progress=False) for n in steps}
-    schedules = {solver: {n: _contenders(denoiser, stats, solver, paper[n]) for n in steps} for solver in solvers}
+    schedules = {solver: {n: _candidates(denoiser, stats, solver, paper[n]) for n in steps} for solver in solvers}
     comparisons = {
         solver: {n: compare(denoiser, named, reference=reference, progress=progress) for n, named in runs.items()}
         for solver, runs in schedules.items()
@@ -102,12 +103,12 @@ def run_demo(
 LEGEND = (
     "typical (mean ± standard error) squared distance to the converged sample from the same noise, {samples} noises;\n"
     "typical = geometric mean over samples; converged = {solver}, {steps} steps. Smaller is better.\n"
-    'karras and exponential end at sigma_min, then 0; "end spared": one more node, and 0 in place of sigma_min.'
+    'karras and exponential end at sigma_min, then 0; "sigma_min replaced by 0": one more node, the last moved to 0.'
 )
 
 
 def table(solver: str, comparisons: Mapping[int, Comparison]) -> str:
-    """One solver's results: a row a schedule, a column a number of model calls; best at the fewest calls first."""
+    """One solver's errors: one row per schedule, one column per number of model calls, sorted by the first column."""
     first = next(iter(comparisons.values()))
     header = [solver, *(f"{comparison.rows[0].model_calls} calls" for comparison in comparisons.values())]
     rows = [header]
@@ -117,15 +118,15 @@ def table(solver: str, comparisons: Mapping[int, Comparison]) -> str:
     return aligned(rows, left=1)
 
 
-def _contenders(denoiser: Denoiser, stats: PathStatistics, solver: str, paper: Schedule) -> dict[str, Schedule]:
-    """Ours, the paper's, and the schedules in use with both ways of ending them."""
+def _candidates(denoiser: Denoiser, stats: PathStatistics, solver: str, paper: Schedule) -> dict[str, Schedule]:
+    """Ours, the paper's, and common schedules in both conventions for their last node."""
     n, low, high = paper.steps, denoiser.process.s_min, denoiser.process.s_max
     karras, exponential = AS_USED
     used = {
         karras: baselines.karras(n, low, high),
         exponential: baselines.exponential(n, low, high),
-        f"{karras}, end spared": baselines.karras(n, low, high, spare_last=True),
-        f"{exponential}, end spared": baselines.exponential(n, low, high, spare_last=True),
+        f"{karras}, {REPLACED}": baselines.karras(n, low, high, spare_last=True),
+        f"{exponential}, {REPLACED}": baselines.exponential(n, low, high, spare_last=True),
     }
     return {
         OURS: optimal_schedule(stats, n, solver),
@@ -144,7 +145,7 @@ def _write(demo: Demo, denoiser: Denoiser, folder: Path, say: Callable[[str], No
 
 
 def draw(demo: Demo, denoiser: Denoiser) -> Figure:
-    """Sample grids at the fewest steps of the last solver, its schedules over the cost density, and the errors."""
+    """Sample grids at the fewest steps of the last solver, its schedules under the cost density, and the errors."""
     from fastsched.plot import plot_overview
 
     solver = list(demo.schedules)[-1]

@@ -1,4 +1,4 @@
-"""What every estimated cost of moving between noise levels looks like."""
+"""The result of every cost estimate: the cost of steps between noise levels, with its standard errors."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class CostMatrix:
     """The cost of stepping between noise levels, estimated as a mean over samples.
 
     Attributes:
-        name: What was estimated.
+        name: The cost that was estimated.
         process: The noise process the levels belong to.
         s: Levels, noisiest first, [N] float64.
         pairs: The steps (from, to) as level indices, from < to, [P, 2] int64.
         per_sample: The cost of each of them for each sample, [B, P] float64.
         order: ``p`` in ``cost ~ delta * step^p``, for short steps.
-        calls: What the estimate took.
+        calls: The model calls that the estimate took.
     """
 
     name: str
@@ -55,7 +55,7 @@ class CostMatrix:
 
     @property
     def model_calls(self) -> int:
-        """Evaluations of all kinds; `calls` tells them apart."""
+        """Evaluations of all kinds together; `calls` has each kind."""
         return sum(self.calls)
 
     @cached_property
@@ -69,7 +69,7 @@ class CostMatrix:
         """Standard error of `matrix`, [N, N] float64; NaN where not computed and for a single sample."""
         samples = len(self.per_sample)
         nan = torch.full_like(self.per_sample[0], torch.nan)
-        spread = self.per_sample.std(0) if samples > 1 else nan  # of one sample torch warns
+        spread = self.per_sample.std(0) if samples > 1 else nan  # torch warns of the deviation of one sample
         return self._scatter(spread / samples**0.5).fill_diagonal_(0.0)
 
     @property
@@ -79,7 +79,7 @@ class CostMatrix:
 
     @property
     def lengths(self) -> Tensor:
-        """``adjacent ** (1/p)``, [N-1]: what Algorithm 1 of the paper cumulates. A negative estimate counts 0."""
+        """``adjacent ** (1/p)``, [N-1]: the lengths that Algorithm 1 of the paper sums; negative costs count as 0."""
         return self.adjacent.clamp_min(0).pow(1 / self.order)
 
     def _scatter(self, values: Tensor) -> Tensor:

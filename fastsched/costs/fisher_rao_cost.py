@@ -1,19 +1,21 @@
 """The Fisher-Rao cost: how fast the marginals ``p_s`` change, in Kullback-Leibler divergence.
 
-``d/ds log p_s(z) = s (tr H + ||score||^2)`` by the heat equation, ``H`` the Hessian of ``log p_s``, so the Fisher
-information of the level is
+By the heat equation ``d/ds log p_s(z) = s (tr H + ||score||^2)``, with ``H`` the Hessian of ``log p_s``. The Fisher
+information of a level is therefore
 
     ``I(s) = s^2 E_{z ~ p_s} (tr H + ||score||^2)^2``,   ``KL(p_s || p_{s + ds}) = I(s) ds^2 / 2``,
 
-and equal lengths of ``sqrt(I) ds`` are equal divergences. ``H = (J - 1) / s^2`` with ``J = dD/dz``; its trace is
-estimated by Hutchinson's ``w' J w``, and the square, without bias, by the product of two independent probes.
+and steps of equal length in ``sqrt(I) ds`` have equal divergence. ``H = (J - 1) / s^2`` with ``J = dD/dz``. Its trace
+is estimated by Hutchinson's ``w' J w``. The square of the trace is estimated without bias by the product of two
+independent probes.
 
-Source: the alternative that Williams et al. 2024 (arXiv 2412.07877) compare their Stein metric with.
+Source: Williams et al. 2024 (arXiv 2412.07877) compare their Stein metric with this one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,29 +44,20 @@ def fisher_rao(
 ) -> CostMatrix:
     """The squared Fisher-Rao length between neighbouring levels, ``(integral of sqrt(I) ds)^2`` for short steps.
 
-    With ``m = s^2 I`` the metric in ``log s``, ``cost = (log s_i - log s_{i+1})^2 (m_i + m_{i+1}) / 2``: linear in
-    the estimates of ``m``, so unbiased, and right to second order in the step. Select by ``method="arc_length"``.
-    One evaluation and ``probes`` forward-mode derivatives a level and sample; the network must allow them.
+    With ``m = s^2 I``, the metric in ``log s``, ``cost = (log s_i - log s_{i+1})^2 (m_i + m_{i+1}) / 2``. It is linear
+    in the estimates of ``m``, hence unbiased, and accurate to second order in the step. Select levels with
+    ``method="arc_length"``. Each level and sample takes one evaluation and ``probes`` forward-mode derivatives
+    (`torch.func.jvp`), which the network must support.
 
-    Args:
-        denoiser: What to measure.
-        shape: The shape of one sample, without the batch.
-        sigmas: Sampler sigmas [N], descending, above 0 and short of pure noise.
-        samples: How many states a level.
-        data: Clean samples [n, *shape]: states are data plus noise. None: states of the path.
-        probes: Rademacher probes a state, at least 2.
-        seed: Of the noises, the probes and the choice of data.
-        batch_size: Samples handled at once; all of them when None. Each takes as many rows as there are probes.
-        device: Where to run; where the network's parameters are when None.
-        dtype: What the network computes in; that of its parameters when None.
-        progress: Show a progress bar.
+    The arguments are those of `fastsched.costs.states.StateSource`, ``progress``, which shows a progress bar, and
+
+    * ``probes``: Rademacher probes per state, at least 2. A batch takes ``batch_size * probes`` rows.
 
     Returns:
-        The cost of neighbouring levels, of order 2, with standard errors. Few samples may leave one below 0.
+        The cost of neighbouring levels, of order 2, with standard errors. With few samples an estimate may be below 0.
 
     Raises:
-        ValueError: If an argument is out of range, or the network's output has the wrong shape or holds NaN or inf
-            (the message names the level).
+        ValueError: If an argument is out of range, or a level (named) has an output of wrong shape, NaN or inf.
     """
     probes = validate.positive_int("probes", probes, minimum=2)
     source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
@@ -84,16 +77,14 @@ def fisher_rao(
 
 def _metric(source: StateSource, z: Tensor, raw: Tensor, k: int, probes: Tensor) -> Tensor:
     """``s^4 (tr H + ||score||^2)^2`` for each sample, from the products of different probes, [B] float64."""
-    alpha, count = float(source.alpha[k]), probes.shape[1]
-
-    def denoise(state: Tensor) -> Tensor:
-        output = source.denoiser.raw_output(alpha * state, source.s[k], dtype=source.dtype)
-        return source.denoised_of(state, output, k)
-
-    products = torch.func.jvp(denoise, (z.repeat_interleave(count, 0),), (probes.flatten(0, 1),))[1]
+    count = probes.shape[1]
+    repeated, directions = z.repeat_interleave(count, 0), probes.flatten(0, 1)
+    products = torch.func.jvp(partial(source.denoise, k=k), (repeated,), (directions,))[1]
     backend = "torch" if z.dtype == torch.float64 else "auto"
     traces, _ = ops.hutchinson_reduce(probes.flatten(2), products.reshape(*probes.shape[:2], -1), backend=backend)
     norm = source.score_of(z, raw, k).flatten(1).double().square().sum(1, keepdim=True)
     s2 = float(source.s[k]) ** 2
     change = traces - z[0].numel() + s2 * norm  # s^2 (tr H + ||score||^2), [B, probes]
+    # (sum of all)^2 - sum of squares = the products of different probes: the square of a single probe's estimate
+    # would be biased by its variance.
     return (change.sum(1).square() - change.square().sum(1)) / (count * (count - 1))

@@ -1,11 +1,11 @@
-"""KLUB, the cost of Align Your Steps: for stochastic samplers.
+"""KLUB (Kullback-Leibler upper bound), the cost of Align Your Steps, for stochastic samplers.
 
-A sampler of the reverse SDE that holds ``D`` fixed over a step from level i to j drifts from the exact one by at most
-(Girsanov, Kullback-Leibler upper bound)
+Suppose that a sampler of the reverse SDE holds ``D`` fixed over a step from level i to j. By Girsanov's theorem the
+divergence of its law from the exact one grows by at most
 
     ``cost(i, j) = integral from s_j to s_i of E ||D(z_s; s) - D(z_i; s_i)||^2 / s^3 ds``,
 
-``z_s`` and ``z_i`` two points of one forward noising path: ``z_i = z_s + sqrt(s_i^2 - s^2) eps``.
+with ``z_s`` and ``z_i`` two points of one forward noising path: ``z_i = z_s + sqrt(s_i^2 - s^2) eps``.
 
 Source: Sabour, Fidler and Kreis 2024, "Align Your Steps" (arXiv 2404.14507), section 3.
 """
@@ -38,30 +38,19 @@ def klub(
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> CostMatrix:
-    """``cost(i, j)`` of all pairs of levels, from one network call a level and sample.
+    """``cost(i, j)`` of all pairs of levels, from one network call per level and sample.
 
-    ``M[k, i] = E ||D_k - D_i||^2`` along forward noising paths, read as piecewise linear in ``log s`` and integrated
-    against ``ds / s^3`` exactly. Without data the paths start from the ends of probability-flow paths, which cost as
-    many calls again.
+    ``M[k, i] = E ||D_k - D_i||^2`` along forward noising paths is taken as piecewise linear in ``log s`` and integrated
+    against ``ds / s^3`` exactly. Without data the paths start from samples of the denoiser itself, the ends of
+    probability-flow paths, which take as many calls again. A batch keeps ``2 N`` states per sample in memory.
 
-    Args:
-        denoiser: What to measure.
-        shape: The shape of one sample, without the batch.
-        sigmas: Sampler sigmas [N], descending, above 0 and short of pure noise.
-        samples: How many forward paths.
-        data: Clean samples [n, *shape]; None: those the denoiser itself makes.
-        seed: Of the noises and the choice of data.
-        batch_size: Paths handled at once; all of them when None. Each holds 2 N states.
-        device: Where to run; where the network's parameters are when None.
-        dtype: What the network computes in; that of its parameters when None.
-        progress: Show a progress bar.
+    The arguments are those of `fastsched.costs.states.StateSource`, and ``progress``, which shows a progress bar.
 
     Returns:
         The cost, of order 2, with its standard errors.
 
     Raises:
-        ValueError: If an argument is out of range, or the network's output has the wrong shape or holds NaN or inf
-            (the message names the level).
+        ValueError: If an argument is out of range, or a level (named) has an output of wrong shape, NaN or inf.
     """
     source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
     pairs = pair_indices(source.levels, "all")
@@ -94,7 +83,8 @@ def _integrals(source: StateSource, raws: Tensor, states: Tensor) -> Tensor:
         raws.flatten(2), states.flatten(2), source.denoised_a, source.denoised_c, per_sample=True, backend=backend
     ).gram
     distances = ops.pairwise_squared_distances(gram).cpu()  # [B, i, k]
-    # ds / s^3 = exp(2 lam) dlam; over a segment of width h from lam_k: a linear function's two ends weigh as follows.
+    # With lam = -log s, ds / s^3 is exp(2 lam) dlam up to its sign. The integral of a linear function over a segment is
+    # a weighted sum of its values at both ends: "later" is the weight of the cleaner end, the two add up to "whole".
     snr, widths = source.s.pow(-2), -source.s.log().diff()
     whole = snr.diff() / 2
     later = snr[1:] / 2 - whole / (2 * widths)

@@ -1,4 +1,4 @@
-"""The costs between pairs of noise levels: which pairs, at what speed, batch by batch."""
+"""Costs of steps between pairs of noise levels: which pairs, with which velocity, computed batch by batch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,41 @@ from fastsched.costs.states import Batch, StateSource
 
 PAIRS = ("adjacent", "all")
 
-#: ``squares(batch, z, R, k, others)``: of the steps from level k, at states ``z ~ p_k``, to each of ``others``, [B, n].
+#: ``squares(batch, z, R, k, others)``: the squared score differences of the steps from level k to each level of
+#: ``others``, at states ``z ~ p_k`` with network output ``R``, [B, n].
 Squares = Callable[[Batch, Tensor, Tensor, int, range], Tensor]
 
 
+def pair_costs(
+    source: StateSource, pairs: str, velocity: str | None, squares: Squares, *, progress: bool, what: str
+) -> tuple[Tensor, Tensor]:
+    """The steps, [P, 2] int64, and ``v^2 squares`` of each for each sample, [samples, P] float64.
+
+    Args:
+        source: The states and the network.
+        pairs: ``"adjacent"`` or ``"all"``, see `pair_indices`.
+        velocity: ``"noisier"``, ``"cleaner"`` or None, see `step_velocity`.
+        squares: The squared differences of one level's steps.
+        progress: Show a progress bar.
+        what: The label of the progress bar.
+    """
+    levels = source.levels
+    steps = pair_indices(levels, pairs)
+    v = step_velocity(source.s, steps, velocity)
+    reach = 1 if pairs == "adjacent" else levels
+
+    def of_batch(batch: Batch, advance: Callable[[int], None]) -> Tensor:
+        columns = []
+        for k, z, raw in source.states(batch, levels - 1):
+            columns.append(squares(batch, z, raw, k, range(k + 1, min(k + reach, levels - 1) + 1)))
+            advance(len(z))
+        return torch.cat(columns, 1)
+
+    return steps, source.over_batches(of_batch, levels - 1, progress, what) * v.square()
+
+
 def pair_indices(levels: int, pairs: str) -> Tensor:
-    """The steps (from, to) between levels, [P, 2] int64: neighbours, or all with from < to, by rows.
+    """The steps (from, to) between levels, [P, 2] int64: neighbours, or all with from < to, row by row.
 
     Raises:
         ValueError: If ``pairs`` is neither ``"adjacent"`` nor ``"all"``.
@@ -27,8 +56,8 @@ def pair_indices(levels: int, pairs: str) -> Tensor:
     return torch.triu_indices(levels, levels, 1).T
 
 
-def step_speed(s: Tensor, pairs: Tensor, velocity: str | None) -> Tensor:
-    """``v`` of each step, [P]: the noisier of its two levels, the cleaner, or 1.
+def step_velocity(s: Tensor, pairs: Tensor, velocity: str | None) -> Tensor:
+    """``v`` of each step, [P]: the ``s`` of its noisier level, of its cleaner level, or 1 for None.
 
     Raises:
         ValueError: If ``velocity`` is none of ``"noisier"``, ``"cleaner"`` and None.
@@ -37,20 +66,3 @@ def step_speed(s: Tensor, pairs: Tensor, velocity: str | None) -> Tensor:
         return torch.ones(len(pairs), dtype=torch.float64)
     validate.choice("velocity", velocity, ("noisier", "cleaner"))
     return s[pairs[:, 0 if velocity == "noisier" else 1]]
-
-
-def step_costs(
-    source: StateSource, steps: Tensor, speed: Tensor, squares: Squares, *, progress: bool, what: str
-) -> Tensor:
-    """``v^2 squares`` of the ``steps`` [P, 2] that `pair_indices` lists, for each sample, [samples, P] float64."""
-    levels = source.levels
-    reach = 1 if len(steps) == levels - 1 else levels
-
-    def of_batch(batch: Batch, advance: Callable[[int], None]) -> Tensor:
-        columns = []
-        for k, z, raw in source.states(batch, levels - 1):
-            columns.append(squares(batch, z, raw, k, range(k + 1, min(k + reach, levels - 1) + 1)))
-            advance(len(z))
-        return torch.cat(columns, 1)
-
-    return source.over_batches(of_batch, levels - 1, progress, what) * speed.square()

@@ -3,18 +3,18 @@
 The predictor of a step from level i to j is the Euler step of the probability-flow ODE,
 ``F(z) = z + a score_i(z)``, ``a = s_i (s_i - s_j)``. It carries ``p_i`` to a distribution whose score at ``F(z)`` is
 ``M^{-T} [score_i(z) - g(z)]``, with ``M = dF/dz = r I + (1 - r) J``, ``r = s_j / s_i``, ``J = dD/dz``, and
-``g = grad log det M``. What it got wrong is the Stein divergence
+``g = grad log det M``. The error that is left is the Stein divergence
 
     ``L_p(i, j) = v^2 E_{z ~ p_i} || score_j(F(z)) - M^{-T} [score_i(z) - g(z)] ||^2``.
 
-* ``g`` is estimated by Hutchinson's trick: ``d log det M = tr(M^{-1} dM)``, so for a Rademacher probe ``w`` and
+* ``g`` is estimated with Hutchinson's identity: ``d log det M = tr(M^{-1} dM)``, so for a Rademacher probe ``w`` and
   ``u = M^{-1} w`` held fixed, ``E (1 - r) grad_z (u' J(z) w) = g``: a gradient of a forward-mode derivative.
 * The square is unbiased: the estimates ``b_m`` from independent probes enter as ``mean_{m != n} <b_m, b_n>``.
-* Solves are by conjugate gradients on forward-mode derivatives: ``M`` is symmetric and positive definite for an
-  exact denoiser. They are made for ``b = M^{-1} [M score_j(F) - score_i + g]`` as a whole, so that their relative
-  accuracy is that of the small difference, not of the two large scores.
+* Linear systems are solved by conjugate gradients on forward-mode derivatives: ``M`` is symmetric and positive
+  definite for an exact denoiser. The system is solved for ``b = M^{-1} [M score_j(F) - score_i + g]`` as a whole, so
+  that the solver's relative accuracy is that of the small difference and not of the two large scores.
 
-For short steps ``L_p ~ delta * step^4``, for the predictor is right to second order.
+For short steps ``L_p ~ delta * step^4``, because the predictor is accurate to second order.
 
 Source: Williams, Campbell, Doucet and Syed, NeurIPS 2024 (arXiv 2412.07877), section 3.
 """
@@ -23,17 +23,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastsched import validate
 from fastsched.costs.cost_matrix import CostMatrix
-from fastsched.costs.level_pairs import pair_indices, step_costs, step_speed
+from fastsched.costs.level_pairs import pair_costs
 from fastsched.costs.states import Batch, StateSource
 from fastsched.denoisers.denoiser import Denoiser
 
-#: Relative residual at which a solve is done: its share of a cost's error is twice that.
+#: Relative residual at which conjugate gradients stop. The cost is a square, so its relative error is twice as large.
 TOLERANCE = 1e-4
 
 
@@ -55,60 +56,49 @@ def stein_predictor(
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> CostMatrix:
-    """``L_p(i, j)``: the Stein divergence that an Euler step leaves between noise levels (see the module).
+    """``L_p(i, j)``, the Stein divergence after one Euler step between noise levels (equation in the module).
 
-    The network must be differentiable in forward mode (`torch.func.jvp`). A step takes one evaluation, one gradient
-    a probe, and one derivative a probe for each iteration of its two solves: about 5 between neighbours, more
-    between distant levels. An estimate may come out negative where the true cost is close to 0: the square is
-    unbiased, and its noise falls as ``step^2`` only, the cost as ``step^4``; on a fine grid use many samples or
-    ``probes=None``. With probes ``J`` is taken for symmetric, as that of an exact denoiser is; where a trained
-    network's is far from it, long steps do not converge (a warning says so) and ``probes=None`` is the way.
+    The network must support forward-mode derivatives (`torch.func.jvp`). A step takes one evaluation, one gradient per
+    probe, and one derivative per probe for each iteration of its two linear systems: about 5 between neighbours, more
+    between distant levels. Where the true cost is close to 0 an unbiased estimate may be negative: its noise falls as
+    ``step^2`` but the cost as ``step^4``. On a fine grid use many samples or ``probes=None``. With probes ``J`` is
+    assumed symmetric, as it is for an exact denoiser. Where a trained network's is far from that, long steps do not
+    converge; a warning says so, and ``probes=None`` is needed. Use float64 for a network that predicts x0 at levels far
+    below the data's standard deviation, where its score is a small difference.
 
-    Args:
-        denoiser: What to measure.
-        shape: The shape of one sample, without the batch; ``d`` elements.
-        sigmas: Sampler sigmas [N], descending, above 0 and short of pure noise.
-        samples: How many states a level.
-        pairs: ``"adjacent"``: each level with the next; ``"all"``: with every cleaner one.
-        velocity: ``v``: the ``s`` of the ``"noisier"`` level of the pair, of the ``"cleaner"``, or None for 1.
-        data: Clean samples [n, *shape]: states are data plus noise. None: states of the path.
-        probes: Rademacher probes a state, at least 2; None for the whole Jacobian and the exact gradient of its
-            determinant: d derivatives a state, and d gradients a step. For small d.
-        max_iterations: Of the conjugate gradients; a warning says so where they did not converge.
-        seed: Of the noises, the probes and the choice of data.
-        batch_size: Samples handled at once; all of them when None. Each takes as many rows as there are probes.
-        device: Where to run; where the network's parameters are when None.
-        dtype: What the network computes in; that of its parameters when None. A network that predicts x0 needs
-            float64 at levels far below the data's deviation, where its score is a small difference.
-        progress: Show a progress bar.
+    The arguments are those of `fastsched.costs.states.StateSource`, ``progress``, which shows a progress bar, and
+
+    * ``pairs``, ``velocity``: as in `fastsched.costs.stein_corrector`.
+    * ``probes``: Rademacher probes per state, at least 2; a batch takes ``batch_size * probes`` rows. None computes the
+      whole Jacobian and the exact gradient of its determinant, with as many derivatives per state and gradients per
+      step as a sample has elements.
+    * ``max_iterations``: the most iterations of conjugate gradients.
 
     Returns:
         The cost, of order 4, with its standard errors.
 
     Raises:
-        ValueError: If an argument is out of range, or the network's output has the wrong shape or holds NaN or inf
-            (the message names the level).
+        ValueError: If an argument is out of range, or a level (named) has an output of wrong shape, NaN or inf.
     """
     if probes is not None:
         probes = validate.positive_int("probes", probes, minimum=2)
     max_iterations = validate.positive_int("max_iterations", max_iterations)
     source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
-    steps = pair_indices(source.levels, pairs)
-    speed = step_speed(source.s, steps, velocity)
     estimator = _Exact(source) if probes is None else _Hutchinson(source, probes, max_iterations)
-    costs = step_costs(source, steps, speed, estimator.squares, progress=progress, what="Stein predictor cost")
+    label = "Stein predictor cost"
+    steps, costs = pair_costs(source, pairs, velocity, estimator.squares, progress=progress, what=label)
     if estimator.unconverged:
         warnings.warn(
-            f"{estimator.unconverged} of {estimator.solves} solves stopped short of a residual of {TOLERANCE:g}; raise "
-            "max_iterations, or the network's Jacobian is far from symmetric and positive",
-            stacklevel=3,  # past the no_grad decorator
+            f"{estimator.unconverged} of {estimator.solves} linear systems did not reach a residual of {TOLERANCE:g}; "
+            "raise max_iterations, or use probes=None if the network's Jacobian is far from symmetric and positive",
+            stacklevel=3,  # the frame above is that of the no_grad decorator
         )
     calls = {"jvp": estimator.jvp_calls, "gradient": estimator.gradient_calls}
     return source.cost_matrix("stein_predictor", steps, costs, order=4, **calls)
 
 
 class _Estimator:
-    """What both share: derivatives of the denoiser at a level, counted."""
+    """The base of both estimators: derivatives of the denoiser at a level, with counts."""
 
     def __init__(self, source: StateSource) -> None:
         self.source = source
@@ -121,12 +111,14 @@ class _Estimator:
     def jacobian_product(self, z: Tensor, w: Tensor, k: int) -> Tensor:
         """``J w`` row by row."""
         self.jvp_calls += len(z)
-        return torch.func.jvp(self._denoise(k), (z,), (w,))[1]
+        return torch.func.jvp(partial(self.source.denoise, k=k), (z,), (w,))[1]
 
     def product_gradient(self, z: Tensor, u: Tensor, w: Tensor, k: int) -> Tensor:
         """``grad_z (u' J(z) w)`` row by row, for fixed ``u`` and ``w``."""
         self.gradient_calls += len(z)
-        inner = lambda state: (u * torch.func.jvp(self._denoise(k), (state,), (w,))[1]).sum()
+        denoise = partial(self.source.denoise, k=k)
+        # The rows are independent, so the gradient of their sum holds each row's gradient.
+        inner = lambda state: (u * torch.func.jvp(denoise, (state,), (w,))[1]).sum()
         return torch.func.grad(inner)(z)
 
     def predicted_score(self, z: Tensor, score: Tensor, k: int, j: int) -> Tensor:
@@ -135,18 +127,9 @@ class _Estimator:
         reached = z + s_i * (s_i - s_j) * score
         return self.source.score_of(reached, self.source.raw_output(reached, j), j)
 
-    def _denoise(self, k: int) -> Callable[[Tensor], Tensor]:
-        source, alpha = self.source, float(self.source.alpha[k])
-
-        def denoise(z: Tensor) -> Tensor:
-            raw = source.denoiser.raw_output(alpha * z, source.s[k], dtype=source.dtype)
-            return source.denoised_of(z, raw, k)
-
-        return denoise
-
 
 class _Exact(_Estimator):
-    """With the whole Jacobian: ``g`` is the sum over the unit vectors instead of a mean over probes."""
+    """The estimate from the whole Jacobian: ``g`` is a sum over unit vectors instead of a mean over probes."""
 
     def squares(self, batch: Batch, z: Tensor, raw: Tensor, k: int, others: range) -> Tensor:
         source, d = self.source, z[0].numel()
@@ -170,7 +153,7 @@ class _Exact(_Estimator):
 
 
 class _Hutchinson(_Estimator):
-    """With ``probes`` Rademacher probes a state, shared by all steps from a level."""
+    """The estimate from ``probes`` Rademacher probes per state, which all steps from a level share."""
 
     def __init__(self, source: StateSource, probes: int, max_iterations: int) -> None:
         super().__init__(source)
@@ -189,6 +172,7 @@ class _Hutchinson(_Estimator):
             predicted = self.predicted_score(z, score, k, j)
             fixed = r * predicted + (1 - r) * self.jacobian_product(z, predicted, k) - score
             b = self._solve(repeated, fixed.repeat_interleave(probes, 0) + log_det_gradient, k, r)
+            # Products of different probes only: the square of a single probe's b is biased by its variance.
             b = b.reshape(len(z), probes, -1).double()
             crossed = b.sum(1).square().sum(1) - b.square().sum((1, 2))  # sum over m != n of <b_m, b_n>
             results.append(crossed / (probes * (probes - 1)))
@@ -211,12 +195,12 @@ def conjugate_gradients(
     Args:
         product: ``M v`` row by row.
         right: Right-hand sides, [R, *shape].
-        tolerance: A row is done when its residual is below this part of its right-hand side.
-        max_iterations: Products at most.
+        tolerance: A row has converged when its residual is below this fraction of its right-hand side.
+        max_iterations: The most products per row.
 
     Returns:
-        Solutions [R, *shape], and which rows are done [R]. A row along which ``M`` is found not to be positive stops
-        where it is.
+        Solutions [R, *shape], and which rows converged [R]. A row stops early, unconverged, where a search direction
+        shows that ``M`` is not positive definite.
     """
     dot = lambda x, y: (x * y).flatten(1).sum(1).reshape(-1, *[1] * (x.ndim - 1))
     solution, residual, direction = torch.zeros_like(right), right, right

@@ -1,4 +1,4 @@
-"""States ``z ~ p_k`` at every noise level: from data plus noise, or along the probability-flow path."""
+"""States ``z ~ p_k`` at every noise level, either data plus noise or points of the probability-flow path."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from fastsched.sampling.multistep import dpmpp_2m_weights
 from fastsched.sampling.random_streams import noise_of, sample_seeds, stream
 from fastsched.sampling.sampler import nodes_of
 
-#: The longest step in ``log s`` that the path takes between two levels.
+#: The longest step in ``log s`` of the path between two levels: a longer one adds levels between them.
 PATH_STEP = 0.35
 
 
 class Batch:
-    """Some of an estimate's samples, each with a stream of random numbers of its own, whatever else is in the batch.
+    """Some of an estimate's samples. Each has its own random stream, so its numbers do not depend on the batch.
 
     Attributes:
-        noise: What their states start from, standard normal, [B, *shape].
+        noise: The noise that the states start from, standard normal, [B, *shape].
         clean: Clean samples of the data, [B, *shape]; None without data.
     """
 
@@ -39,35 +39,36 @@ class Batch:
         return len(self.noise)
 
     def normal(self) -> Tensor:
-        """Fresh standard normal noise, shaped and kept as `noise`."""
+        """New standard normal noise, with the shape, dtype and device of `noise`."""
         shape = tuple(self.noise.shape[1:])
         draws = [generator.standard_normal(shape, dtype=np.float32) for generator in self._streams]
         return torch.from_numpy(np.stack(draws)).to(self.noise)
 
     def signs(self, probes: int) -> Tensor:
-        """Fresh Rademacher probes, [B, probes, *shape], kept as `noise`."""
+        """New Rademacher probes, [B, probes, *shape], with the dtype and device of `noise`."""
         shape = (probes, *self.noise.shape[1:])
         draws = [generator.integers(0, 2, shape) for generator in self._streams]
         return torch.from_numpy(2 * np.stack(draws) - 1).to(self.noise)
 
 
 class StateSource:
-    """The states of one estimate, and the network as the estimates ask it.
+    """The states of one cost estimate, and the network's outputs there. These are the arguments of every cost.
 
     Args:
-        denoiser: The denoiser.
+        denoiser: The denoiser to measure.
         sigmas: Sampler sigmas, descending, [N]; positive and of finite level (pure noise has no finite score).
         shape: The shape of one sample, without the batch.
-        samples: How many samples.
+        samples: The number of states per level.
         data: Clean samples [n, *shape] to which noise is added; None follows the probability-flow path instead.
-        seed: Of the noises and the choice of data. Sample ``b`` is the same whatever ``samples`` and ``batch_size``.
-        batch_size: Samples handled at once; all when None.
+        seed: The seed of the noises, the probes and the choice of data. Sample ``b`` does not depend on ``samples``
+            or ``batch_size``.
+        batch_size: Samples per batch; all of them when None.
         device: Where to run; where the network's parameters are when None.
-        dtype: What the network computes in; that of its parameters when None. States are float32, or float64 if
-            this is.
+        dtype: What the network computes in; that of its parameters when None. States are float64 if this is, else
+            float32.
 
     Raises:
-        TypeError: If an argument is of the wrong kind.
+        TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range.
     """
 
@@ -107,7 +108,7 @@ class StateSource:
         return len(self.s)
 
     def raw_output(self, z: Tensor, k: int) -> Tensor:
-        """The network's output at the state ``z`` [B, *shape] and level ``k``; counted.
+        """The network's output at the states ``z`` [B, *shape] and level ``k``; counted in `forward_calls`.
 
         Raises:
             ValueError: If it holds NaN or inf (the message names the level).
@@ -124,8 +125,12 @@ class StateSource:
         """``D`` at level ``k``, [B, *shape], in the dtype of ``z``."""
         return float(self.denoised_a[k]) * z + float(self.denoised_c[k]) * raw.to(z.dtype)
 
+    def denoise(self, z: Tensor, k: int) -> Tensor:
+        """``D(z; s_k)``, [B, *shape], as a function to differentiate: neither counted nor checked for NaN."""
+        return self.denoised_of(z, self.denoiser.raw_output(float(self.alpha[k]) * z, self.s[k], dtype=self.dtype), k)
+
     def batches(self) -> Iterator[Batch]:
-        """The samples, as many at once as the batch size says."""
+        """The samples, ``batch_size`` at a time."""
         for start in range(0, self.samples, self.batch):
             rows = slice(start, min(start + self.batch, self.samples))
             noise = noise_of(self.seeds[rows], self.shape).to(self.device, self.state_dtype)
@@ -137,7 +142,7 @@ class StateSource:
     ) -> Tensor:
         """``estimate(batch, advance)`` [B, P] of every batch, [samples, P] float64 on the CPU.
 
-        ``advance(n)`` tells the progress bar of n states done, of ``levels`` a sample.
+        ``advance(n)`` moves the progress bar by n states; there are ``levels`` states per sample.
         """
         with progress_bar(self.samples * levels, progress, what, unit="state") as advance:
             return torch.cat([estimate(batch, advance).double().cpu() for batch in self.batches()])
@@ -145,7 +150,7 @@ class StateSource:
     def states(self, batch: Batch, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """``(k, z, R)`` for the levels ``k < count``: states ``z ~ p_k`` and the network's output there.
 
-        From data ``z = x0 + s_k eps``, with one ``eps`` a sample for all levels; else the states of one path.
+        With data, ``z = x0 + s_k eps`` with one ``eps`` per sample for all levels; without, the states of one path.
         """
         if batch.clean is None:
             yield from self._follow_path(batch.noise, count)
@@ -155,7 +160,7 @@ class StateSource:
             yield k, z, self.raw_output(z, k)
 
     def clean(self, batch: Batch) -> Tensor:
-        """Clean samples, [B, *shape]: of the data, or where probability-flow paths end."""
+        """Clean samples, [B, *shape]: from the data, or the ends of probability-flow paths."""
         if batch.clean is not None:
             return batch.clean
         *_, (k, z, raw) = self.states(batch, self.levels)
@@ -164,7 +169,7 @@ class StateSource:
     def cost_matrix(
         self, name: str, pairs: Tensor, per_sample: Tensor, order: int, *, jvp: int = 0, gradient: int = 0
     ) -> CostMatrix:
-        """The finished estimate, with the calls it took."""
+        """The estimate as a `CostMatrix`, with the calls it took."""
         calls = ModelCalls(self.forward_calls, jvp, gradient)
         return CostMatrix(name, self.process, self.s, pairs, per_sample, order, calls)
 
@@ -206,19 +211,19 @@ def finite_levels(denoiser: Denoiser, sigmas: Tensor | Sequence[float]) -> Tenso
     if float(s[-1]) <= 0 or not bool(torch.isfinite(s).all()):
         raise ValueError(
             "sigmas must be noise levels above 0 and short of pure noise (for flow models: times within (0, 1)), "
-            f"got {values.tolist()}; leave the ends out, select adds them"
+            f"got {values.tolist()}; remove both ends, select adds them"
         )
     return s
 
 
 def finite_grid(denoiser: Denoiser, n: int) -> Tensor:
-    """``n`` levels ``s`` of the denoiser's own grid, pure noise left out, [n] float64."""
+    """``n`` levels ``s`` of the denoiser's own grid without pure noise, [n] float64."""
     levels = denoiser.levels(n)
     return levels if bool(torch.isfinite(levels[0])) else denoiser.levels(n + 1)[1:]
 
 
 def _path_levels(denoiser: Denoiser, s: Tensor) -> tuple[Tensor, dict[int, int]]:
-    """The levels a path visits so that it meets all of ``s``, and which of them are which of ``s``."""
+    """The levels of a path that passes through all of ``s``, and for those in ``s`` their index, by path index."""
     top = denoiser.levels(3)
     start = [value for value in top[:2].tolist() if value > float(s[0]) * (1 + 1e-9)]
     anchors = [*(start if math.isinf(denoiser.process.s_max) else start[:1]), *s.tolist()]
@@ -231,7 +236,7 @@ def _path_levels(denoiser: Denoiser, s: Tensor) -> tuple[Tensor, dict[int, int]]
 
 
 def _choose(data: Tensor, shape: tuple[int, ...], samples: int, seed: int) -> Tensor:
-    """``samples`` rows of ``data`` in a random order, all used before one is used again."""
+    """``samples`` rows of ``data`` in random order; no row is repeated before all have been used."""
     if not isinstance(data, Tensor) or not data.is_floating_point():
         raise TypeError(f"data must be a floating-point tensor [n, *shape], got {type(data).__name__}")
     if tuple(data.shape[1:]) != shape or len(data) == 0:

@@ -1,27 +1,30 @@
-"""Denoisers by name, for the shell."""
+"""Load a denoiser that is named by a string, for the shell."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 from fastsched.denoisers.denoiser import Denoiser
 
-FORMS = "'digits', package.module:function, or path/to/file.py:function"
+FORMS = "'digits', package.module:function, path/to/file.py:function, or (in the shell) a saved pipeline's folder"
 
 
 def load_denoiser(name: str, device: str | None = None) -> tuple[Denoiser, tuple[int, ...] | None]:
     """The denoiser of that name, and its shape if it is known.
 
     Args:
-        name: ``digits``, the shipped one; or ``module:function`` or ``file.py:function``, a function of no
-            arguments that returns a `Denoiser`. Modules are looked for in the current folder first.
-        device: Where to put the digits network; a function puts its own where it likes.
+        name: ``digits``, the one in the package; or ``module:function`` or ``file.py:function``, a function without
+            arguments that returns a `Denoiser`. While it loads, its folder (for a module, the current folder) is
+            searched for other modules, after the installed ones.
+        device: Where to put the digits network. A function puts its network where it needs to.
 
     Raises:
         ValueError: If the name has none of these forms, or there is no such function.
@@ -37,23 +40,50 @@ def load_denoiser(name: str, device: str | None = None) -> tuple[Denoiser, tuple
     if not colon or not source or not function.isidentifier():
         near = "; did you mean 'digits'?" if difflib.get_close_matches(name, ["digits"]) else ""
         raise ValueError(f"denoiser must be {FORMS}, got {name!r}{near}")
-    module = _module_of_file(source) if source.endswith(".py") else _module(source)
+    if source.endswith(".py"):
+        folder, load = str(Path(source).resolve().parent), _module_of_file
+    else:
+        folder, load = os.getcwd(), _module
+    with _searched_last(folder):
+        denoiser = _built(load(source), source, function)
+    return denoiser, None
+
+
+@contextlib.contextmanager
+def _searched_last(folder: str) -> Iterator[None]:
+    """Let imports find modules of ``folder``, after all others and only in here.
+
+    In front, or for good, a file there would hide a package of the same name from fastsched and its dependencies.
+    """
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        # Its last occurrence is the one added here; code that was imported may have changed the list.
+        for n in reversed(range(len(sys.path))):
+            if sys.path[n] == folder:
+                del sys.path[n]
+                break
+
+
+def _built(module: ModuleType, source: str, function: str) -> Denoiser:
+    """What the function of that name returns."""
     build = getattr(module, function, None)
     if build is None:
         near = difflib.get_close_matches(function, dir(module), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"denoiser: {source} has no function {function!r}{hint}")
     if not callable(build):
-        raise TypeError(f"denoiser: {name} is a {type(build).__name__}; name a function that returns a Denoiser")
+        kind = type(build).__name__
+        raise TypeError(f"denoiser: {source}:{function} is a {kind}; name a function that returns a Denoiser")
     denoiser = build()
     if not isinstance(denoiser, Denoiser):
-        raise TypeError(f"denoiser: {name}() returned {type(denoiser).__name__}; it must return a fastsched.Denoiser")
-    return denoiser, None
+        kind = type(denoiser).__name__
+        raise TypeError(f"denoiser: {source}:{function}() returned {kind}; it must return a fastsched.Denoiser")
+    return denoiser
 
 
 def _module(name: str) -> ModuleType:
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -66,12 +96,16 @@ def _module_of_file(path: str) -> ModuleType:
     file = Path(path).resolve()
     if not file.is_file():
         raise FileNotFoundError(f"denoiser: no such file: {path}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    # Under a name of its own: a model file called json.py must not take the place of json.
+    name = f"_fastsched_model_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ImportError(f"denoiser: {path} cannot be imported as a module")
     module = importlib.util.module_from_spec(spec)
-    if str(file.parent) not in sys.path:
-        sys.path.insert(0, str(file.parent))  # so that it finds its neighbours
-    sys.modules.setdefault(file.stem, module)  # dataclasses and pickling look a module up
-    spec.loader.exec_module(module)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module

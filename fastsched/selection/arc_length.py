@@ -12,14 +12,14 @@ from fastsched import validate
 def equal_arc_length(s: Tensor, increments: Tensor, n: int) -> Tensor:
     """``n`` levels at equal spacing along a cumulative length: Algorithm 1 (UpdateSchedule) of the paper.
 
-    ``Lambda(s_k) = sum_{i < k} increments_i``; its inverse is interpolated by a monotone cubic (Fritsch-Carlson) in
-    ``log s`` and read at ``n`` equally spaced lengths, both ends included.
+    The inverse of ``Lambda(s_k) = sum_{i < k} increments_i`` is interpolated by a monotone cubic (Fritsch-Carlson) in
+    ``log s`` and evaluated at ``n`` equally spaced lengths, both ends included.
 
     Args:
         s: Levels, descending, [N], positive and finite.
-        increments: Length between neighbours, [N-1], not negative; for a cost ``L`` of local order ``p`` pass
+        increments: Length between neighbours, [N-1], non-negative. For a cost ``L`` of local order ``p`` pass
             ``L ** (1/p)``.
-        n: How many levels.
+        n: The number of levels.
 
     Returns:
         [n] float64, descending from ``s[0]`` to ``s[-1]``.
@@ -39,9 +39,9 @@ def equal_arc_length(s: Tensor, increments: Tensor, n: int) -> Tensor:
             f"increments must have shape [{len(levels) - 1}] for {len(levels)} levels, got {lengths.shape}"
         )
     if not np.isfinite(lengths).all() or (lengths < 0).any() or lengths.sum() <= 0:
-        raise ValueError("increments must be finite, not negative, and not all 0")
+        raise ValueError("increments must be finite, non-negative and not all 0")
     cumulative = np.concatenate([[0.0], np.cumsum(lengths)])
-    rising = np.concatenate([[True], np.diff(cumulative) > 0])  # a flat piece has no inverse: keep its start
+    rising = np.concatenate([[True], np.diff(cumulative) > 0])  # where Lambda is flat it has no inverse: keep the start
     inverse = PchipInterpolator(cumulative[rising], np.log(levels[rising]))
     chosen = np.exp(inverse(np.linspace(0.0, cumulative[-1], n)))
     chosen[0], chosen[-1] = levels[0], levels[-1]

@@ -1,4 +1,4 @@
-"""Choose levels by their cost: dynamic programming, and equal arc length."""
+"""Paths of least total cost through a grid of levels, by dynamic programming."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The cheapest paths from the first level to the last, one for each number of steps.
+    """The paths of least cost from the first level to the last, one for each number of steps.
 
     Attributes:
-        totals: The cost of the best path of ``n`` steps at ``[n - 1]``; ``inf`` where there is none.
-        paths: Its ``n + 1`` level indices at ``[n - 1]``, padded with -1, [steps, steps + 1].
+        totals: The least cost with ``n`` steps, at ``[n - 1]``; ``inf`` if no path has ``n`` steps.
+        paths: The ``n + 1`` level indices of that path, at ``[n - 1]``, padded with -1, [steps, steps + 1].
     """
 
     totals: Array
@@ -31,10 +31,10 @@ class Selection:
 
 
 def cheapest_paths(cost: PathCost, steps: int) -> Selection:
-    """The cheapest paths of 1 to ``steps`` steps under a path cost, by dynamic programming.
+    """The paths of least cost with 1 to ``steps`` steps, by dynamic programming.
 
-    Over levels for a one-slope solver; over pairs of neighbouring levels, with the two most recent slopes, for a
-    multistep one.
+    The state is the current level for a solver with one slope, and the last two levels for a multistep solver, whose
+    cost is then that of its two most recent slopes.
 
     Raises:
         ValueError: If ``steps`` is below 1 or above the number of levels less one.
@@ -50,7 +50,7 @@ def cheapest_paths(cost: PathCost, steps: int) -> Selection:
 
 
 def first_order_paths(cost: Array, steps: int) -> Selection:
-    """The cheapest paths from level 0 to the last under a cost of pairs.
+    """The paths of least cost from level 0 to the last, if a step's cost depends on its two ends.
 
     ``V_n[k] = min_{j < k} V_{n-1}[j] + cost[j, k]``, Bellman's equation; ties go to the smallest ``j``.
 
@@ -77,9 +77,9 @@ def first_order_paths(cost: Array, steps: int) -> Selection:
 
 
 def second_order_paths(first: Array, cost: Array, steps: int) -> Selection:
-    """The cheapest paths from level 0 to the last when the cost of a step depends on the level before it.
+    """The paths of least cost from level 0 to the last, if a step's cost also depends on the level before it.
 
-    Dynamic programming over pairs of neighbouring levels, in O(M^3) a step: with ``F_1[0, k] = first[k]``,
+    Dynamic programming over pairs of consecutive levels, O(M^3) per step: with ``F_1[0, k] = first[k]``,
     ``F_{n+1}[j, k] = min_{i < j} F_n[i, j] + cost[i, j, k]``. Ties go to the smallest ``i``.
 
     Args:
@@ -89,9 +89,10 @@ def second_order_paths(first: Array, cost: Array, steps: int) -> Selection:
     """
     M = len(first)
     totals, paths = np.full(steps, np.inf), np.full((steps, steps + 1), -1)
-    best = np.full((M, M), np.inf)  # [j, k]: cheapest path that ends with the edge j -> k
+    best = np.full((M, M), np.inf)  # [j, k]: least cost of a path that ends with the step j -> k
     best[0, 1:] = first[1:]
-    before: list[np.ndarray] = []  # per number of edges: the level before j on that path
+    before: list[np.ndarray] = []  # per number of steps: the level before j on that path
+    # The minimum runs over i, so i comes last in memory: the inner loop then reads contiguous rows.
     by_edge = [np.ascontiguousarray(cost[:j, j, j + 1 :].T) for j in range(M)]  # [k - j - 1, i]
     for n in range(min(steps, M - 1)):
         if n > 0:
@@ -105,7 +106,7 @@ def second_order_paths(first: Array, cost: Array, steps: int) -> Selection:
 
 
 def _extend(best: np.ndarray, by_edge: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """One more edge: ``min_i best[i, j] + cost[i, j, k]`` and its smallest argmin, both ``[j, k]``."""
+    """One more step: ``min_i best[i, j] + cost[i, j, k]`` and its smallest argmin, both ``[j, k]``."""
     longer, argbest = np.full_like(best, np.inf), np.zeros(best.shape, dtype=np.int64)
     for j in range(1, len(best) - 1):
         through = by_edge[j] + best[:j, j]
@@ -116,6 +117,7 @@ def _extend(best: np.ndarray, by_edge: list[np.ndarray]) -> tuple[np.ndarray, np
 
 
 def _backtrack(before: list[np.ndarray], j: int, k: int) -> list[int]:
+    """The path that ends with the step j -> k, read backwards through the argmins of each number of steps."""
     path = [k, j]
     for argbest in reversed(before):
         path.append(int(argbest[path[-1], path[-2]]))

@@ -1,4 +1,4 @@
-"""Algorithm 1 of the paper, iterated: a schedule whose own steps all cost the same."""
+"""Algorithm 1 of Score-Optimal Diffusion Schedules, iterated until all steps of a schedule cost the same."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from fastsched.selection.arc_length import equal_arc_length
 
 @dataclass(frozen=True, eq=False)
 class Refinement:
-    """What `refine_schedule` found.
+    """Result of `refine_schedule`.
 
     Attributes:
         sigmas: The refined levels, as sampler sigmas, [n] float64.
         cost: The cost of their steps.
-        variations: The coefficient of variation of ``cost^(1/p)`` over the steps, at first and for each
-            trial.
-        converged: Whether the last of them is within the tolerance.
-        model_calls: Evaluations spent.
+        variations: The coefficient of variation of ``cost^(1/p)`` over the steps, of the start and of each trial.
+        converged: Whether the least of them is within the tolerance.
+        model_calls: Network evaluations of all estimates.
     """
 
     sigmas: Tensor
@@ -39,11 +38,11 @@ def refine_schedule(
     iterations: int = 10,
     tolerance: float = 0.01,
 ) -> Refinement:
-    """Repeat: estimate the cost of each step of a schedule, and move its levels to equal arc length.
+    """Estimate the cost of each step of a schedule, move its levels to equal arc length, and repeat.
 
-    ``t <- gamma * UpdateSchedule(t, L(t_i, t_{i+1})) + (1 - gamma) t`` in ``log s``, with ``gamma = 1`` unless that
-    made the steps' costs differ more, as it may where steps are long; ``gamma`` is then halved. At the fixed point
-    all steps cost the same, whatever their length: the paper's optimality condition, without a fine grid.
+    ``t <- gamma * UpdateSchedule(t, L(t_i, t_{i+1})) + (1 - gamma) t`` in ``log s``. ``gamma`` starts at 1. It is
+    halved after a trial that made the steps' costs less equal, which happens where steps are long. At the fixed point
+    all steps cost the same, which is the paper's optimality condition, without a fine grid of levels.
 
         >>> estimate = partial(fs.costs.stein_corrector, denoiser, shape=(1, 8, 8), samples=64)
         >>> refined = fs.refine_schedule(estimate, fs.baselines.karras(10, 0.002, 80.0)[:-1])
@@ -51,12 +50,12 @@ def refine_schedule(
     Args:
         estimate: ``estimate(sigmas=...)`` returns the cost of neighbouring levels. With a fixed seed the iteration
             is deterministic.
-        sigmas: Levels to start from, as sampler sigmas, descending, the last above 0; both ends are kept.
-        iterations: Trials at most.
-        tolerance: Coefficient of variation of ``cost^(1/p)`` over the steps at which to stop.
+        sigmas: Levels to start from, as sampler sigmas, descending, the last above 0. Both ends are kept.
+        iterations: The most trials.
+        tolerance: Stop at this coefficient of variation of ``cost^(1/p)`` over the steps.
 
     Returns:
-        The refined levels; the best ones met, if it did not converge.
+        The refined levels; those of the best trial if it did not converge.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -75,11 +74,12 @@ def refine_schedule(
         cost = estimate(sigmas=cost.process.sampler_sigma(s))
         calls += cost.model_calls
         variations.append(variation(cost.lengths))
+        # The next trial starts from the best schedule so far: a trial that made the costs less equal is dropped.
         better = variations[-1] == min(variations)
         best, blend = (cost, min(1.0, 2 * blend)) if better else (best, blend / 2)
     return Refinement(best.sigmas, best, tuple(variations), min(variations) <= tolerance, calls)
 
 
 def variation(values: Tensor) -> float:
-    """The coefficient of variation: standard deviation over mean."""
+    """The coefficient of variation: standard deviation divided by mean."""
     return float(values.std(correction=0) / values.mean())

@@ -1,4 +1,4 @@
-"""Algorithm 2 of the paper: a schedule that follows a network while it is trained."""
+"""Algorithm 2 of Score-Optimal Diffusion Schedules: a schedule that adapts to a network during its training."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fastsched.selection.fixed_point import variation
 
 
 class AdaptiveSchedule:
-    """Noise levels for training, drawn from a schedule that keeps its steps equally costly.
+    """Noise levels for training, drawn from a schedule that is updated so that all its steps cost the same.
 
-    For each batch: draw levels and train on them; estimate the incremental costs ``L(t_i, t_{i+1})`` of the current
-    grid; then ``t <- rate * UpdateSchedule(t, L) + (1 - rate) * t``, in ``log s``.
+    For each batch, draw levels and train on them, then estimate the incremental costs ``L(t_i, t_{i+1})`` of the
+    current grid and update it: ``t <- rate * UpdateSchedule(t, L) + (1 - rate) * t``, in ``log s``.
 
         >>> adaptive = fs.AdaptiveSchedule(fs.baselines.karras(32, 0.002, 80.0)[:-1])
         >>> for clean in loader:
@@ -28,18 +28,18 @@ class AdaptiveSchedule:
         >>>     adaptive.update()
 
     **Gradient accumulation**: observe every micro-batch, update once per optimiser step. **torch.distributed**: call
-    `update` on every rank; the observations are summed over ranks, so that all keep the same grid. Each rank draws
+    `update` on every rank. It sums the observations over the ranks, so that all have the same grid. Each rank draws
     and observes its own batches.
 
-    The levels drawn weigh the training loss. They become rare far below the data's deviation, where the corrector cost
-    dies out. A loss that must keep a distribution ``p`` of noise levels of its own draws a share ``a`` of each batch
-    from it and weighs by ``p / (a p + (1 - a) density)``, at most ``1 / a``.
+    The distribution of levels weighs the training loss. Levels far below the data's standard deviation become rare,
+    because the corrector cost vanishes there. To train with another distribution ``p`` of levels, draw a fraction ``a``
+    of each batch from ``p`` and weigh the loss by ``p / (a p + (1 - a) density)``, which is at most ``1 / a``.
 
     Attributes:
-        s: The grid, noisiest first, [N] float64; both ends stay.
-        rate: ``gamma``, how far an update moves.
+        s: The grid, noisiest first, [N] float64; both ends are fixed.
+        rate: ``gamma``, the step size of an update.
         order: ``p`` in ``L ~ delta * step^p``.
-        updates: How many updates were made.
+        updates: The number of updates so far.
 
     Args:
         s: The grid to start from, as levels ``s`` (`NoiseProcess.level` converts), descending, the last above 0.
@@ -63,7 +63,13 @@ class AdaptiveSchedule:
         self._counts = torch.zeros_like(self._sums)
 
     def draw(self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """``n`` levels ``s`` for training, [n] float32: uniform along the schedule, log-linear between its levels."""
+        """``n`` levels ``s`` for training, [n] float32: uniform along the schedule, log-linear between its levels.
+
+        Args:
+            n: The number of levels.
+            generator: A random generator on the CPU.
+            device: The device of the result.
+        """
         n = validate.positive_int("n", n)
         place = torch.rand(n, generator=generator, dtype=torch.float64) * (len(self.s) - 1)
         drawn = np.interp(place.numpy(), np.arange(len(self.s)), self.s.log().numpy())
@@ -79,18 +85,18 @@ class AdaptiveSchedule:
         return torch.where(inside, density, 0.0).to(s.device)
 
     def observe(self, costs: Tensor, intervals: Tensor | None = None) -> None:
-        """Add estimates of incremental costs on the current grid; their mean is what `update` takes.
+        """Add estimates of incremental costs on the current grid; `update` uses their mean.
 
         Args:
-            costs: ``L(s_i, s_{i+1})`` for every interval [N-1], or single estimates [m] of some.
-            intervals: Which interval each estimate is of, [m] int64; None for all of them in order.
+            costs: ``L(s_i, s_{i+1})`` for every interval [N-1], or single estimates [m] for some.
+            intervals: The interval of each estimate, [m] int64; None for all intervals in order.
 
         Raises:
-            ValueError: If the shapes or indices do not fit, or a cost is NaN or inf.
+            ValueError: If a shape or index does not match the grid, or a cost is NaN or inf.
         """
         values = costs.detach().to("cpu", torch.float64).flatten()
         if not bool(torch.isfinite(values).all()):
-            raise ValueError("costs must be finite, but hold NaN or inf; leave such a batch out")
+            raise ValueError("costs must be finite, got NaN or inf; skip such a batch")
         places = torch.arange(len(self._sums)) if intervals is None else intervals.detach().cpu().flatten()
         if places.shape != values.shape:
             raise ValueError(f"costs must have one value for each of {len(places)} intervals, got {len(values)}")
@@ -109,19 +115,20 @@ class AdaptiveSchedule:
     ) -> int:
         """Estimate corrector costs on a batch of data: ``s_i^2 ||score_{i+1}(z) - score_i(z)||^2``, ``z ~ p_i``.
 
-        Each sample serves one interval, at random, every interval equally often; two evaluations a sample, without
-        gradients.
+        Each sample gives an estimate for one random interval; all intervals come up equally often. Takes two
+        evaluations per sample, without gradients.
 
         Args:
-            denoise: ``denoise(z, s) -> x0`` for states ``z = x0 + s eps`` [B, *shape] and levels [B]; a `Denoiser`
-                is one. Put the network in evaluation mode if it has dropout.
+            denoise: ``denoise(z, s) -> x0`` for states ``z = x0 + s eps`` [B, *shape] and levels [B], such as a
+                `Denoiser`. Put the network in evaluation mode if it has dropout.
             clean: Data, [B, *shape].
-            generator: Of the noise and the intervals, on the CPU.
+            generator: A random generator on the CPU, for the noise and the intervals.
 
         Returns:
-            The evaluations spent, counted per sample.
+            The number of evaluations, counted per sample.
         """
         count, cells = len(clean), len(self._sums)
+        # Permutations instead of independent draws: no interval waits long for an observation.
         rounds = [torch.randperm(cells, generator=generator) for _ in range(-(-count // cells))]
         intervals = torch.cat(rounds)[:count]
         noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype).to(clean.device)
@@ -135,17 +142,17 @@ class AdaptiveSchedule:
 
     @property
     def variation(self) -> float:
-        """Coefficient of variation of the observed costs over the intervals; NaN while one has not been seen.
+        """Coefficient of variation of the observed costs over the intervals; NaN while an interval has none.
 
-        Of this process alone, since the last update.
+        Uses the observations of this process since the last update.
         """
         return variation(self._sums / self._counts)
 
     def update(self) -> bool:
-        """Move the grid, and forget the observations. Collective: every rank of a distributed run must call it.
+        """Move the grid and clear the observations. Collective: every rank of a distributed run must call it.
 
         Returns:
-            Whether it moved; not while an interval has no observation (those made are then kept).
+            Whether it moved. While an interval has no observation it does not, and the observations are kept.
         """
         sums, counts = _summed_over_ranks(self._sums, self._counts)
         if not bool((counts > 0).all()):
@@ -163,7 +170,7 @@ class AdaptiveSchedule:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training needs to go on; tensors and numbers."""
+        """The complete state as tensors and numbers, to resume training from."""
         return {
             "s": self.s.clone(),
             "rate": self.rate,
@@ -174,16 +181,16 @@ class AdaptiveSchedule:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`; on every rank of a distributed run, from the same one.
+        """Restore what `state_dict` returned. In a distributed run load the same state on every rank.
 
         Raises:
-            ValueError: If an entry is missing or does not fit.
+            ValueError: If an entry is missing or has the wrong size.
         """
         try:
             fresh = AdaptiveSchedule(state["s"], rate=state["rate"], order=state["order"])
             sums, counts, updates = state["sums"], state["counts"], int(state["updates"])
         except KeyError as error:
-            raise ValueError(f"state lacks the entry {error}; state_dict() makes one") from None
+            raise ValueError(f"state lacks the entry {error}; pass what state_dict() returned") from None
         if sums.shape != fresh._sums.shape or counts.shape != fresh._sums.shape:
             raise ValueError(f"state has {len(sums)} sums for {len(fresh._sums)} intervals")
         self.s, self.rate, self.order, self.updates = fresh.s, fresh.rate, fresh.order, updates
@@ -191,11 +198,11 @@ class AdaptiveSchedule:
 
 
 def _summed_over_ranks(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Both summed over the processes of a distributed run; as they are without one."""
+    """Both summed over the ranks of a distributed run; copies of both if there is none."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return sums.clone(), counts.clone()
     both = torch.stack([sums, counts])
-    if torch.distributed.get_backend() == "nccl":  # which moves tensors of a GPU only
+    if torch.distributed.get_backend() == "nccl":  # NCCL reduces tensors on a GPU only
         both = both.cuda()
     torch.distributed.all_reduce(both)
     return tuple(both.cpu())  # type: ignore[return-value]  # two rows

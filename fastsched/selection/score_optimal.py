@@ -1,4 +1,4 @@
-"""Score-Optimal Diffusion Schedules: the paper's schedule, and a schedule for any cost matrix."""
+"""Score-Optimal Diffusion Schedules: the schedule of the paper, and a schedule for any cost matrix."""
 
 from __future__ import annotations
 
@@ -37,30 +37,20 @@ def score_optimal_schedule(
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Schedule:
-    """The paper's schedule: equal steps of ``sqrt(L_c)``, the corrector-optimised cost; the same for every solver.
+    """The schedule of the paper: steps of equal ``sqrt(L_c)``, the corrector-optimised cost, the same for all solvers.
 
-    Algorithm 1 (UpdateSchedule) on ``L_c(k, k+1) = v^2 E ||score_{k+1}(z) - score_k(z)||^2``, estimated on a grid of
-    N neighbouring levels (`fastsched.costs.stein_corrector`) by ``2 (N - 1)`` model calls a sample. Where a process
-    starts from pure noise, whose score is not finite, the first node is chosen at the grid's first finite level and
-    then moved to the start.
+    Algorithm 1 (UpdateSchedule) on ``L_c(k, k+1) = v^2 E ||score_{k+1}(z) - score_k(z)||^2``, which
+    `fastsched.costs.stein_corrector` estimates on a grid of N levels with ``2 (N - 1)`` model calls per sample. Pure
+    noise has no finite score. A process that starts there gets its first node at the grid's first finite level, and the
+    node is then moved to the start.
 
-    Args:
-        denoiser: What to schedule.
-        steps: Model calls of a multistep solver: nodes above sigma 0.
-        shape: The shape of one sample, without the batch.
-        levels: How many levels the cost is estimated on, or the levels ``s`` themselves, descending.
-        samples: How many states a level.
-        data: Clean samples [n, *shape]: states are data plus noise. None: states of a probability-flow path.
-        velocity: ``v``: ``"noisier"``, ``"cleaner"`` or None, as in `fastsched.costs.stein_corrector`. The first two
-            agree on levels uniform in ``log s``, the denoiser's own.
-        spare_last: The last node. True: ``steps + 1`` nodes at equal lengths from the highest level to the lowest,
-            the last of them replaced by 0. False: ``steps`` nodes, the last at the lowest level, then 0.
-        solver: What the schedule is marked as being for.
-        seed: Of the noises and the choice of data.
-        batch_size: Samples handled at once; all of them when None.
-        device: Where to run; where the network's parameters are when None.
-        dtype: What the network computes in; that of its parameters when None.
-        progress: Show a progress bar.
+    The arguments ``denoiser``, ``shape``, ``samples``, ``data``, ``velocity``, ``seed``, ``batch_size``, ``device``,
+    ``dtype`` and ``progress`` are those of `fastsched.costs.stein_corrector`; ``spare_last`` and ``solver`` are those
+    of `fastsched.select`. On levels uniform in ``log s``, as the denoiser's own are, ``velocity`` ``"noisier"`` and
+    ``"cleaner"`` give the same schedule. The others are
+
+    * ``steps``: the number of nodes above sigma 0, which is the number of model calls of a multistep solver.
+    * ``levels``: the number of levels on which the cost is estimated, or the levels ``s`` themselves, descending.
 
     Returns:
         The schedule; it predicts no error.
@@ -97,24 +87,24 @@ def select(
     spare_last: bool = True,
     solver: str = "dpmpp_2m",
 ) -> Schedule:
-    """The schedule of ``steps`` steps that a cost matrix favours; no model calls.
+    """The schedule of ``steps`` steps with the least total cost; no model calls.
 
-    Both methods make ``sum_n cost(k_n, k_{n+1})`` small. Dynamic programming finds the levels of the grid with the
-    least sum. Equal arc length (Algorithm 1 of the paper) gives every step the same ``cost^(1/p)``, cumulated over
-    neighbouring levels: the least sum in the limit of short steps, where ``cost ~ delta * step^p``, off the grid
-    too. They differ where steps are long.
+    Both methods minimise ``sum_n cost(k_n, k_{n+1})``. Dynamic programming finds the levels of the grid with the least
+    sum. Equal arc length (Algorithm 1 of the paper) gives every step the same ``cost^(1/p)``, summed over neighbouring
+    levels. In the limit of short steps, where ``cost ~ delta * step^p``, that is the least sum, and levels need not be
+    on the grid. The methods differ where steps are long.
 
     Args:
-        cost: What `fastsched.costs.stein_corrector`, ``stein_predictor``, ``fisher_rao`` or ``klub`` returned.
-        steps: Nodes above sigma 0; model calls of a multistep solver.
-        method: ``"dynamic_programming"`` (needs all pairs of levels) or ``"arc_length"``. None: the first where all
-            pairs are there.
-        spare_last: The last node. True: ``steps + 1`` nodes from the highest level to the lowest, the last of them
-            replaced by 0. False: ``steps`` nodes, the last at the lowest level, then 0.
-        solver: What the schedule is marked as being for.
+        cost: The result of `fastsched.costs.stein_corrector`, ``stein_predictor``, ``fisher_rao`` or ``klub``.
+        steps: The number of nodes above sigma 0, which is the number of model calls of a multistep solver.
+        method: ``"dynamic_programming"`` (needs all pairs of levels) or ``"arc_length"``. None uses dynamic
+            programming if ``cost`` has all pairs.
+        spare_last: Whether the lowest level is replaced by 0. True: ``steps + 1`` nodes from the highest level to the
+            lowest, the last of them replaced by 0. False: ``steps`` nodes, the last at the lowest level, then 0.
+        solver: The solver that the schedule names.
 
     Returns:
-        The schedule; it predicts no error. A process that starts from pure noise has its first node moved there.
+        The schedule, without a predicted error. If the process starts from pure noise, so does the schedule.
 
     Raises:
         ValueError: If an argument is out of range or unknown, or dynamic programming lacks pairs.
@@ -129,18 +119,22 @@ def select(
         s = equal_arc_length(cost.s, cost.lengths, nodes)
     elif not complete:
         raise ValueError(
-            "method='dynamic_programming' needs the cost of all pairs of levels: estimate with pairs='all'"
+            "method='dynamic_programming' needs the cost of all pairs of levels; estimate it with pairs='all'"
         )
     elif nodes > len(cost.s):
         raise ValueError(f"steps must be at most {len(cost.s) - int(spare_last)} on {len(cost.s)} levels, got {steps}")
     else:
-        clipped = cost.matrix.clamp_min(0.0).numpy()  # an unbiased estimate near 0 may fall below it
+        clipped = cost.matrix.clamp_min(0.0).numpy()  # an unbiased estimate of a cost near 0 may be negative
         s = cost.s[first_order_paths(clipped, nodes - 1).path(nodes - 1)]
     return Schedule.from_levels(cost.process, _to_zero(cost.process, s, steps), solver_name(solver))
 
 
 def _to_zero(process: NoiseProcess, nodes: Tensor, steps: int) -> Tensor:
-    """``steps`` nodes and a 0: from the process's start where it is pure noise, at levels its network knows."""
+    """``steps`` nodes, then 0, with the first at pure noise if the process starts there.
+
+    A network with integer timesteps was trained at certain levels only: each node moves to the nearest one below the
+    node before it.
+    """
     s = torch.cat([nodes[:steps], nodes.new_zeros(1)])
     if math.isinf(process.s_max):
         s[0] = process.s_max
@@ -149,6 +143,6 @@ def _to_zero(process: NoiseProcess, nodes: Tensor, steps: int) -> Tensor:
         for n in range(steps):
             known = known[known < s[n - 1]] if n else known
             if len(known) == 0:
-                raise ValueError(f"steps = {steps} is more than the timesteps the network knows can tell apart here")
-            s[n] = known[(known.log() - s[n].log()).abs().nan_to_num(0.0).argmin()]  # inf - inf: the start itself
+                raise ValueError(f"steps = {steps} is too many: the network has fewer integer timesteps in this range")
+            s[n] = known[(known.log() - s[n].log()).abs().nan_to_num(0.0).argmin()]  # inf - inf at the start
     return s

@@ -1,4 +1,4 @@
-"""How certain a selection is, from the samples it was made of."""
+"""Standard errors of a schedule, by leaving out each measured sample in turn."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ class Uncertainty:
     """Standard errors of a schedule.
 
     Attributes:
-        predicted_error: Of the predicted error.
-        log_sigmas: Of the logarithm of each sigma but the last, 0; [steps] float64. A first sigma does not vary.
+        predicted_error: Standard error of the predicted error.
+        log_sigmas: Standard error of the logarithm of each sigma above 0, [steps] float64. That of the first is 0: all
+            schedules start at the same sigma.
     """
 
     predicted_error: float
@@ -32,17 +33,18 @@ def standard_errors(
     weight: str | None = "geometric",
     polish: bool = False,
 ) -> Uncertainty:
-    """Jackknife standard errors of a selection over the measured samples.
+    """Jackknife standard errors of `optimal_schedule` over the measured samples.
 
-    With ``theta_b`` the selection without sample b, ``se^2 = (B-1)/B sum_b (theta_b - mean theta)^2`` (Efron & Stein
-    1981). A schedule on a grid moves by whole levels, so errors below a cell of the grid show as 0 or a cell.
+    With ``theta_b`` the result without sample b, ``se^2 = (B-1)/B sum_b (theta_b - mean theta)^2`` (Efron & Stein
+    1981). A schedule on a grid moves from level to level, so an error smaller than the grid's spacing appears as 0 or
+    as one spacing.
 
     Args:
-        stats: What `fastsched.measure` returned, of at least two samples.
+        stats: The result of `fastsched.measure`, with at least two samples.
         steps: As in `optimal_schedule`.
         solver: As in `optimal_schedule`.
         weight: As in `optimal_schedule`.
-        polish: As in `optimal_schedule`; B selections are made.
+        polish: As in `optimal_schedule`, which is called once per sample.
 
     Raises:
         ValueError: If there is only one sample, or an argument is out of range.

@@ -90,7 +90,7 @@ def test_equal_arc_length_descends_and_keeps_the_ends(seed, n):
 
 @pytest.mark.parametrize(
     ("lengths", "message"),
-    [([1.0], r"increments must have shape \[2\]"), ([1.0, -1.0], "not negative"), ([0.0, 0.0], "not all 0"),
+    [([1.0], r"increments must have shape \[2\]"), ([1.0, -1.0], "non-negative"), ([0.0, 0.0], "not all 0"),
      ([1.0, float("nan")], "finite")],
 )  # fmt: skip
 def test_equal_arc_length_refuses(lengths, message):

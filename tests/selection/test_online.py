@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import fastsched as fs
+from fastsched.denoisers.noise import log_uniform
+from fastsched.selection.arc_length import equal_arc_length
 
 STD = 0.5
 
@@ -13,7 +15,7 @@ def _gaussian(d=16):
 
 
 def _start(n=17):
-    return fs.noise.log_uniform(20.0, 0.05, n)
+    return log_uniform(20.0, 0.05, n)
 
 
 def _exact_costs(s, d=16):
@@ -30,7 +32,7 @@ def test_full_rate_is_algorithm_1():
     costs = _exact_costs(_start())
     adaptive.observe(costs)
     assert adaptive.update()
-    expected = fs.selection.equal_arc_length(_start(), costs.sqrt(), 17)
+    expected = equal_arc_length(_start(), costs.sqrt(), 17)
     torch.testing.assert_close(adaptive.s, expected, rtol=1e-12, atol=0.0)
 
 
@@ -39,7 +41,7 @@ def test_small_rate_blends():
     costs = _exact_costs(_start())
     adaptive.observe(costs)
     adaptive.update()
-    target = fs.selection.equal_arc_length(_start(), costs.sqrt(), 17)
+    target = equal_arc_length(_start(), costs.sqrt(), 17)
     torch.testing.assert_close(adaptive.s.log(), 0.25 * target.log() + 0.75 * _start().log())
 
 

@@ -8,6 +8,7 @@ from models import exact_denoisers, mixture
 
 import fastsched as fs
 from fastsched.costs import stein_corrector
+from fastsched.denoisers.noise import log_uniform
 
 
 def _gaussian(d=64, std=0.5):
@@ -53,14 +54,14 @@ def test_gaussian_schedule_has_equal_exact_lengths(steps, from_data):
     assert (lengths / lengths.mean() - 1).abs().max() < 0.02
 
 
-def test_last_node_is_spared_or_kept():
+def test_last_node_is_replaced_by_zero_or_kept():
     _, denoiser = _gaussian()
     settings = {"shape": (64,), "samples": 4, "progress": False}
-    spared = fs.score_optimal_schedule(denoiser, 6, **settings)
+    replaced = fs.score_optimal_schedule(denoiser, 6, **settings)
     kept = fs.score_optimal_schedule(denoiser, 7, spare_last=False, **settings)
-    torch.testing.assert_close(kept.sigmas[:6], spared.sigmas[:6])
+    torch.testing.assert_close(kept.sigmas[:6], replaced.sigmas[:6])
     assert kept.end_sigma == pytest.approx(0.002)
-    assert spared.sigmas[-1] == kept.sigmas[-1] == 0
+    assert replaced.sigmas[-1] == kept.sigmas[-1] == 0
     assert fs.score_optimal_schedule(denoiser, 1, **settings).sigmas.tolist() == pytest.approx([80.0, 0.0])
 
 
@@ -76,7 +77,7 @@ def test_four_dynamics_agree_in_s(method):
     asked = exact_denoisers(oracle)
     models = {name: asked[name] for name in ("x0", "epsilon", "velocity")}  # VE, VP-linear, flow
     models["VP-cosine"] = exact_denoisers(oracle, _cosine_table())["epsilon"]
-    levels = fs.noise.log_uniform(70.0, 0.025, 48)  # known to all four
+    levels = log_uniform(70.0, 0.025, 48)  # known to all four
     found = {}
     for name, model in models.items():
         if method == "corrector":

@@ -7,7 +7,7 @@ import torch
 
 import fastsched as fs
 from fastsched.costs import CostMatrix, ModelCalls, stein_corrector, stein_predictor
-from fastsched.denoisers.noise import VarianceExploding
+from fastsched.denoisers.noise import VarianceExploding, log_uniform
 
 
 def _exact_cost(values, s, order):
@@ -20,7 +20,7 @@ def _exact_cost(values, s, order):
 
 def _gaussian_cost(name, levels=80, std=0.5):
     oracle = fs.oracles.Gaussian(std, (1,))
-    s = fs.noise.log_uniform(80.0, 0.002, levels)
+    s = log_uniform(80.0, 0.002, levels)
     i, j = torch.triu_indices(levels, levels, 1)
     closed = oracle.stein_corrector if name == "corrector" else oracle.stein_predictor
     return _exact_cost(s[i] ** 2 * closed(s[i], s[j]), s, 2 if name == "corrector" else 4)
@@ -103,7 +103,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="did you mean 'arc_length'"):
         fs.select(cost, 2, method="arclength")
     neighbours = CostMatrix("exact", cost.process, cost.s, cost.pairs[:5], cost.per_sample[:, :5], 2, cost.calls)
-    with pytest.raises(ValueError, match="estimate with pairs='all'"):
+    with pytest.raises(ValueError, match="estimate it with pairs='all'"):
         fs.select(neighbours, 2, method="dynamic_programming")
     with pytest.raises(ValueError, match="tolerance must be positive"):
         fs.refine_schedule(lambda sigmas: cost, [2.0, 1.0], tolerance=0.0)

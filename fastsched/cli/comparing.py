@@ -1,0 +1,232 @@
+"""Commands that look at schedules: demo, compare, plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from fastsched.cli import inputs, shell
+from fastsched.cli.shell import app, note
+
+if TYPE_CHECKING:
+    from fastsched.comparison import Comparison
+    from fastsched.denoisers.noise import NoiseProcess
+    from fastsched.sampling.schedule import Schedule
+
+#: What `compare` uses by default: of denoisers, which are fast here, and of pipelines, which are not.
+SAMPLES, REFERENCE_STEPS = 256, 300
+PIPELINE_SAMPLES, PIPELINE_REFERENCE_STEPS = 8, 100
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the figure and the schedules.")] = Path(
+        "demo-output"
+    ),
+    samples: Annotated[int, typer.Option(help="Number of noises to compare over.")] = 1024,
+    quiet: shell.Quiet = False,
+) -> None:
+    """Try everything on handwritten digits, on a CPU. Prints a table of errors and draws a figure.
+
+    \b
+    fastsched demo
+    fastsched demo --output out --samples 256
+    """
+    with shell.errors_in_a_line():
+        import torch
+
+        from fastsched.cli.demo import run_demo
+        from fastsched.plot import check_matplotlib
+
+        check_matplotlib()
+        torch.set_num_threads(1)  # the digits network is so small that threads make it slower
+        run_demo(output, samples=samples, progress=not quiet, say=typer.echo)
+
+
+@app.command()
+def compare(
+    denoiser: shell.DenoiserName,
+    schedules: Annotated[list[Path], typer.Argument(help="Schedules that 'fastsched select' or 'fit' wrote.")],
+    baselines: Annotated[str, typer.Option(help="Common schedules to add, by name, or none.")] = "karras,exponential",
+    spare_last: Annotated[bool, typer.Option(help="Replace sigma_min by 0 in the baselines.")] = False,
+    solver: Annotated[Optional[str], typer.Option(help="Run all with this solver.  [default: their own]")] = None,
+    shape: shell.Shape = None,
+    samples: Annotated[
+        Optional[int], typer.Option(help="Number of noises to compare over.  [default: 256; pipelines: 8]")
+    ] = None,
+    seed: shell.Seed = 0,
+    reference_steps: Annotated[
+        Optional[int], typer.Option(help="Steps of the converged run.  [default: 300; pipelines: 100]")
+    ] = None,
+    batch_size: shell.Batch = None,
+    device: shell.Device = None,
+    dtype: shell.DType = None,
+    prompt: shell.Prompts = None,
+    call: shell.CallOptions = None,
+    csv: Annotated[Optional[Path], typer.Option(help="Also write the table as CSV.")] = None,
+    dry_run: shell.DryRun = False,
+    as_json: shell.AsJson = False,
+    quiet: shell.Quiet = False,
+) -> None:
+    """Rank schedules by running the sampler. Errors are distances to the converged samples of the same noise.
+
+    The cost in model calls is printed first: most of it is the converged run, SAMPLES times REFERENCE_STEPS.
+
+    \b
+    fastsched compare digits schedule.json
+    fastsched compare my_model.py:build a.json b.json --shape 4,64,64 --baselines karras --csv errors.csv
+    fastsched compare my_pipeline_folder schedule.json --prompt "a cat" --samples 4
+    """
+    with shell.errors_in_a_line():
+        shell.writable(csv)
+        named: dict[str, Schedule] = {}
+        for path in schedules:
+            named[path.stem if path.stem not in named else str(path)] = inputs.load_schedule(path)
+        names = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
+        run = {"samples": samples, "seed": seed, "reference_steps": reference_steps, "dry_run": dry_run}
+        if inputs.is_pipeline(denoiser):
+            inputs.for_denoisers_only(shape=shape, batch_size=batch_size, solver=solver)
+            pipe = inputs.load_pipeline(denoiser, device, dtype, quiet=True)
+            result = _of_pipeline(pipe, named, names, spare_last, prompt, inputs.call_arguments(call), **run)
+        else:
+            inputs.for_pipelines_only(prompt, call)
+            method = None if solver is None else inputs.solver_named(solver)
+            model, sizes = inputs.denoiser_named(denoiser, shape, device)
+            named |= _baselines(model.process, names, list(named.values()), spare_last)
+            options = {"batch_size": batch_size, "device": device, "dtype": inputs.dtype_named(dtype)}
+            result = _of_denoiser(model, named, method, sizes, progress=not quiet, **run, **options)
+        if result is None:
+            return
+        _show(result, as_json)
+        if csv is not None:
+            result.to_csv(csv)
+            note(f"wrote {csv}")
+
+
+@app.command()
+def plot(
+    files: Annotated[list[Path], typer.Argument(help="Schedules (.json), and statistics (.safetensors) at most once.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Figure to write: .png, .svg or .pdf.")],
+) -> None:
+    """Draw schedules and statistics. Schedules are drawn below the cost density of the statistics.
+
+    \b
+    fastsched plot stats.safetensors schedule.json -o schedule.png
+    fastsched plot a.json b.json -o both.svg
+    """
+    with shell.errors_in_a_line():
+        from fastsched.plot import FORMATS, check_matplotlib, plot_cost_density, plot_schedules
+
+        check_matplotlib()
+        shell.writable(output, endings=FORMATS)
+        measured = [path for path in files if inputs.kind_of(path) == "statistics" or path.suffix == ".safetensors"]
+        if len(measured) > 1:
+            raise ValueError(f"files must contain at most one file of statistics, got {', '.join(map(str, measured))}")
+        stats = inputs.load_statistics(measured[0]) if measured else None
+        schedules = {str(path.with_suffix("")): inputs.load_schedule(path) for path in files if path not in measured}
+        if stats is not None and not schedules:
+            figure = plot_cost_density(stats)
+        else:
+            figure = plot_schedules(schedules, stats=stats)
+        figure.savefig(output)
+        note(f"wrote {output}")
+
+
+def _of_denoiser(
+    model: Any,
+    schedules: dict[str, Schedule],
+    solver: str | None,
+    shape: tuple[int, ...],
+    *,
+    samples: int | None,
+    reference_steps: int | None,
+    dry_run: bool,
+    **options: Any,
+) -> Comparison | None:
+    """The comparison, after a line about its cost; None if only that is wanted."""
+    from fastsched.comparison import compare, comparison_calls
+
+    sizes = {"samples": samples or SAMPLES, "reference_steps": reference_steps or REFERENCE_STEPS}
+    reference, runs = comparison_calls(model, schedules, solver, **sizes)
+    if _spends(reference, runs, dry_run):
+        return None
+    return compare(model, schedules, solver, shape=shape, **sizes, **options)
+
+
+def _of_pipeline(
+    pipe: Any,
+    named: dict[str, Schedule],
+    baselines: list[str],
+    spare_last: bool,
+    prompts: list[str] | None,
+    arguments: dict[str, Any],
+    *,
+    samples: int | None,
+    seed: int,
+    reference_steps: int | None,
+    dry_run: bool,
+) -> Comparison | None:
+    """The comparison through a pipeline, after a line about its cost; None if only that is wanted."""
+    from fastsched.cli.pipelines import compare_pipeline, process_of
+
+    count = PIPELINE_SAMPLES if samples is None else samples
+    steps = PIPELINE_REFERENCE_STEPS if reference_steps is None else reference_steps
+    named = {**named, **_baselines(process_of(pipe), baselines, list(named.values()), spare_last)}
+    own = sorted({schedule.steps for schedule in named.values()})
+    runs = sum(schedule.steps for schedule in named.values()) + sum(own)
+    if _spends(steps * count, runs * count, dry_run):
+        return None
+    return compare_pipeline(
+        pipe, named, own, prompts=prompts, samples=count, seed=seed, reference_steps=steps, arguments=arguments
+    )
+
+
+def _spends(reference: int, runs: int, dry_run: bool) -> bool:
+    """Say what a comparison is about to spend; whether it should stop there."""
+    note(
+        f"model calls, counted per sample: {reference + runs:,}, of which {reference:,} for the converged samples "
+        "(fewer with --samples or --reference-steps)"
+    )
+    return dry_run
+
+
+def _show(result: Comparison, as_json: bool) -> None:
+    if as_json:
+        shell.print_json({"samples": result.samples, "rows": result.to_dicts()})
+        return
+    shell.print_table(result.header, result.cells, left=2)
+    typer.echo(result.legend)
+
+
+def _baselines(
+    process: NoiseProcess, names: list[str], schedules: list[Schedule], spare_last: bool
+) -> dict[str, Schedule]:
+    """Each baseline for every solver and number of steps among the schedules."""
+    from fastsched import baselines, validate
+    from fastsched.sampling.schedule import Schedule
+
+    ranged = ("karras", "exponential", "linear", "kl_optimal", "vp_uniform", "cosine", "beta")
+    kinds = list(dict.fromkeys((schedule.solver, schedule.steps) for schedule in schedules))
+    added = {}
+    for name in names:
+        validate.choice("baselines", name, (*ranged, "flow_shift"))
+        for solver, steps in kinds:
+            if name == "flow_shift":
+                sigmas = baselines.flow_shift(steps)
+            else:
+                low, high = _range(process)
+                sigmas = getattr(baselines, name)(steps, low, high, spare_last=spare_last)
+            label = name if len(kinds) == 1 else f"{name}-{solver}-{steps}"
+            added[label] = Schedule(sigmas, solver, process.kind)
+    return added
+
+
+def _range(process: NoiseProcess) -> tuple[float, float]:
+    """The lowest and highest sampler sigma."""
+    import torch
+
+    levels = torch.tensor([process.s_min, process.s_max], dtype=torch.float64)
+    low, high = process.sampler_sigma(levels).tolist()
+    return low, high

@@ -1,0 +1,187 @@
+"""The command export: a schedule in the form that other programs take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from fastsched.cli import inputs, shell
+from fastsched.cli.shell import app, note
+
+if TYPE_CHECKING:
+    from fastsched.sampling.schedule import Schedule
+
+#: The sampler of each program that takes the same steps as a solver.
+K_DIFFUSION = {
+    "ddim": "sample_euler",
+    "heun": "sample_heun",
+    "dpm_2": "sample_dpm_2",
+    "dpmpp_2m": "sample_dpmpp_2m",
+    "ancestral": "sample_euler_ancestral",
+    "sde_dpmpp_2m": "sample_dpmpp_2m_sde",
+}
+COMFYUI = {
+    "ddim": "euler",
+    "heun": "heun",
+    "dpm_2": "dpm_2",
+    "dpmpp_2m": "dpmpp_2m",
+    "ipndm": "ipndm",
+    "lms": "lms",
+    "ancestral": "euler_ancestral",
+    "sde_dpmpp_2m": "dpmpp_2m_sde",
+}
+SD_CPP = {
+    "ddim": "euler",
+    "heun": "heun",
+    "dpm_2": "dpm2",
+    "dpmpp_2m": "dpm++2m",
+    "ipndm": "ipndm",
+    "ancestral": "euler_a",
+}
+
+
+@app.command()
+def export(
+    schedule: Annotated[Path, typer.Argument(help="Schedule that 'fastsched fit' or 'select' wrote.")],
+    to: Annotated[str, typer.Option("--to", help="diffusers, comfyui, k-diffusion, flow-matching, sd.cpp or text.")],
+    scheduler: Annotated[
+        Optional[str], typer.Option(help="diffusers: a saved pipeline or scheduler, to give it the exact arguments.")
+    ] = None,
+    mu: Annotated[Optional[float], typer.Option(help="diffusers: the shift of use_dynamic_shifting.")] = None,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="File to write.  [default: print]")] = None,
+    as_json: shell.AsJson = False,
+) -> None:
+    """Write a schedule for another program. Gives its noise levels in that program's convention, and the sampler.
+
+    \b
+    fastsched export schedule.json --to text
+    fastsched export schedule.json --to comfyui
+    fastsched export schedule.json --to diffusers --scheduler my_pipeline_folder
+    fastsched export schedule.json --to k-diffusion -o sample.py
+    """
+    with shell.errors_in_a_line():
+        from fastsched import validate
+
+        form = FORMS[validate.choice("to", to, FORMS)]
+        if to != "diffusers" and (scheduler is not None or mu is not None):
+            raise ValueError("scheduler and mu are for --to diffusers only")
+        shell.writable(output)
+        loaded = inputs.load_schedule(schedule)
+        if to == "diffusers":
+            text, values = _diffusers(loaded, schedule, scheduler, mu)
+        else:
+            text, values = form(loaded)
+        if output is not None:
+            output.write_text(text + "\n", encoding="utf-8")
+            note(f"wrote {output}")
+        elif as_json:
+            shell.print_json({"to": to, "solver": loaded.solver, **values})
+        else:
+            typer.echo(text)
+
+
+def _text(schedule: Schedule) -> tuple[str, dict[str, Any]]:
+    """The sigmas in plain decimals, with every digit."""
+    import numpy as np
+
+    sigmas = schedule.sigmas.tolist()
+    return ", ".join(np.format_float_positional(value, trim="0") for value in sigmas), {"sigmas": sigmas}
+
+
+def _comfyui(schedule: Schedule) -> tuple[str, dict[str, Any]]:
+    """The text of ComfyUI's node ManualSigmas."""
+    sampler = COMFYUI.get(schedule.solver)
+    if sampler is None:
+        note(f"ComfyUI has no sampler that is {schedule.solver}; the solvers it has are {', '.join(COMFYUI)}")
+    else:
+        note(f"paste into ManualSigmas, and choose the sampler {sampler}")
+    found = schedule.to_comfyui()
+    return found.text, {"sigmas": found.sigmas.tolist(), "sampler": sampler}
+
+
+def _k_diffusion(schedule: Schedule) -> tuple[str, dict[str, Any]]:
+    """Python for k-diffusion."""
+    if schedule.noise == "flow":
+        raise ValueError("k-diffusion samples in sigmas and this schedule is of flow times; use --to flow-matching")
+    sampler = _sampler(schedule, K_DIFFUSION, "k-diffusion")
+    sigmas, values = _text(schedule)
+    text = (
+        "import torch\nfrom k_diffusion import sampling\n\n"
+        f"sigmas = torch.tensor([{sigmas}], device=noise.device)\n"
+        f"samples = sampling.{sampler}(model, noise * sigmas[0], sigmas)  # model(x, sigma) is the denoised image"
+    )
+    return text, {**values, "sampler": sampler}
+
+
+def _flow_matching(schedule: Schedule) -> tuple[str, dict[str, Any]]:
+    """Python for flow_matching, where time runs from noise at 0 to data at 1."""
+    if schedule.noise != "flow":
+        raise ValueError(f"flow_matching takes flow times and this schedule is of a {schedule.noise!r} noise process")
+    if schedule.solver != "ddim":
+        raise ValueError(
+            f"flow_matching's solver 'euler' is ddim and this schedule is for {schedule.solver}; fit one with "
+            "--solver ddim"
+        )
+    grid = (1 - schedule.sigmas).tolist()
+    text = (
+        "import torch\nfrom flow_matching.solver import ODESolver\n\n"
+        f"time_grid = torch.tensor({grid}, device=noise.device)\n"
+        'samples = ODESolver(velocity_model).sample(noise, step_size=None, method="euler", time_grid=time_grid)'
+    )
+    return text, {"time_grid": grid, "sampler": "euler"}
+
+
+def _sd_cpp(schedule: Schedule) -> tuple[str, dict[str, Any]]:
+    """Options of stable-diffusion.cpp's command."""
+    sampler = _sampler(schedule, SD_CPP, "stable-diffusion.cpp")
+    found = schedule.to_comfyui()  # float32 in plain decimals, which is what it parses
+    sigmas = found.text.replace(" ", "")
+    options = f'--sampling-method {sampler} --steps {schedule.steps} --sigmas "{sigmas}"'
+    return options, {"sigmas": found.sigmas.tolist(), "sampler": sampler}
+
+
+def _diffusers(schedule: Schedule, path: Path, scheduler: str | None, mu: float | None) -> tuple[str, dict[str, Any]]:
+    """The arguments of one call if the scheduler is known, otherwise Python that sets up any pipeline."""
+    if scheduler is None:
+        if mu is not None:
+            raise ValueError("mu needs --scheduler, the pipeline whose shift it is")
+        note("with --scheduler FOLDER the arguments of the pipeline's call are printed instead")
+        text = (
+            "import fastsched as fs\n\n"
+            f'schedule = fs.Schedule.load("{path.as_posix()}")\n'
+            "fs.diffusers.apply(schedule, pipe)  # the next call of pipe uses it, with any num_inference_steps"
+        )
+        return text, {"sigmas": schedule.sigmas.tolist()}
+    import fastsched as fs
+
+    found = fs.diffusers.export(schedule, inputs.load_scheduler(scheduler), mu=mu)
+    arguments = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in found.arguments.items()}
+    given = ", ".join(f"{key}={value}" for key, value in arguments.items())
+    return f"pipe(prompt, {given})", {"arguments": arguments, "used": found.sigmas.tolist(), "error": found.error}
+
+
+def _sampler(schedule: Schedule, known: dict[str, str], program: str) -> str:
+    """The program's sampler that is the schedule's solver.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    if schedule.solver not in known:
+        raise ValueError(
+            f"{program} has no sampler that is {schedule.solver}; fit a schedule for one of {', '.join(known)}"
+        )
+    return known[schedule.solver]
+
+
+#: What ``--to`` can be. The form of diffusers depends on more than the schedule, `_diffusers`.
+FORMS: dict[str, Callable[[Schedule], tuple[str, dict[str, Any]]]] = {
+    "diffusers": _text,
+    "comfyui": _comfyui,
+    "k-diffusion": _k_diffusion,
+    "flow-matching": _flow_matching,
+    "sd.cpp": _sd_cpp,
+    "text": _text,
+}

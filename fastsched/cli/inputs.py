@@ -1,0 +1,239 @@
+"""What commands read: models, statistics, schedules, and lists of numbers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastsched.cli.names import resolve_solver
+from fastsched.cli.shell import note
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastsched.denoisers.denoiser import Denoiser
+    from fastsched.measurement.statistics import PathStatistics
+    from fastsched.sampling.schedule import Schedule
+
+
+def solver_named(name: str) -> str:
+    """The solver that a user means, with a note on stderr where it was named differently."""
+    found, remark = resolve_solver(name)
+    if remark is not None:
+        note(remark)
+    return found
+
+
+def denoiser_named(name: str, shape: str | None, device: str | None) -> tuple[Denoiser, tuple[int, ...]]:
+    """The denoiser and the shape of one sample.
+
+    Raises:
+        ValueError: If the name or the device is unusable, or the shape is unknown.
+    """
+    from fastsched.denoisers.loading import load_denoiser
+
+    check_device(device)
+    denoiser, own = load_denoiser(name, device)
+    if shape is None and own is None:
+        raise ValueError("shape must be given for this denoiser: --shape 4,64,64, the shape of one sample")
+    return denoiser, own if shape is None else tuple(integers("shape", shape))  # type: ignore[return-value]  # not both None
+
+
+def check_device(name: str | None) -> None:
+    """Check that torch has this device.
+
+    Raises:
+        ValueError: If the name is none, or the device is not there.
+    """
+    import torch
+
+    if name is None:
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be a torch device such as cpu, cuda or cuda:1, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        raise ValueError(f"device is {name!r}, but torch {torch.__version__} ({built}) finds no CUDA GPU; use cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but there are only {torch.cuda.device_count()} CUDA GPUs")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device is {name!r}, but torch finds no MPS device here; use cpu")
+
+
+def integers(name: str, text: str) -> list[int]:
+    """The positive integers in ``text``, separated by commas.
+
+    Raises:
+        ValueError: If it holds anything else.
+    """
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} must be integers separated by commas, such as 6,8,10, got {text!r}") from None
+    if min(values) < 1:
+        raise ValueError(f"{name} must be at least 1, got {min(values)}")
+    return values
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """The dtype of that name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    import torch
+
+    from fastsched import validate
+
+    known = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    return None if name is None else known[validate.choice("dtype", name, known)]
+
+
+def kind_of(path: Path) -> str | None:
+    """``"statistics"`` or ``"schedule"``, by what is in the file; None for anything else and where there is no file."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(10_000)
+    except OSError:
+        return None
+    if start[8:9] == b"{" and b"fastsched.path_statistics" in start:  # eight bytes of length, then the header
+        return "statistics"
+    return "schedule" if start.lstrip()[:1] == b"{" and b"fastsched.schedule" in start else None
+
+
+def load_statistics(path: Path) -> PathStatistics:
+    """The statistics in a file.
+
+    Raises:
+        ValueError: If it holds a schedule, or no statistics.
+        FileNotFoundError: If there is none.
+    """
+    from fastsched.measurement.statistics import PathStatistics
+
+    if kind_of(path) == "schedule":
+        raise ValueError(f"{path} is a schedule, and statistics are needed, which 'fastsched measure' writes")
+    return PathStatistics.load(path)
+
+
+def load_schedule(path: Path) -> Schedule:
+    """The schedule in a file.
+
+    Raises:
+        ValueError: If it holds statistics, or no schedule.
+        FileNotFoundError: If there is none.
+    """
+    from fastsched.sampling.schedule import Schedule
+
+    if kind_of(path) == "statistics":
+        raise ValueError(
+            f"{path} holds statistics, and a schedule is needed, which 'fastsched select {path} --steps 8 "
+            "-o schedule.json' makes of them"
+        )
+    return Schedule.load(path)
+
+
+def is_pipeline(name: str) -> bool:
+    """Whether a model's name is a folder, which is then a saved pipeline of diffusers."""
+    return Path(name).is_dir()
+
+
+def load_pipeline(name: str, device: str | None, dtype: str | None, *, quiet: bool = False) -> Any:
+    """The pipeline of diffusers that was saved in a folder; only safetensors are read, and nothing is downloaded.
+
+    Raises:
+        ValueError: If the folder holds no pipeline, or the device is not there.
+        ImportError: If diffusers is missing.
+    """
+    check_device(device)
+    folder = Path(name)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{name} is a folder without model_index.json; name one that pipe.save_pretrained wrote")
+    from fastsched import diffusers as _adapters  # noqa: F401 - says which extra is missing
+
+    with _quiet_diffusers():
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+        precision = {} if dtype is None else {"torch_dtype": dtype_named(dtype)}
+        pipe = DiffusionPipeline.from_pretrained(name, use_safetensors=True, local_files_only=True, **precision)
+        pipe.set_progress_bar_config(disable=quiet)
+    return pipe if device is None else pipe.to(device)
+
+
+def load_scheduler(name: str) -> Any:
+    """The scheduler of a saved pipeline, or one that was saved alone; the pipeline's weights are not read.
+
+    Raises:
+        ValueError: If the folder holds no scheduler of diffusers.
+        ImportError: If diffusers is missing.
+    """
+    import json
+
+    from fastsched import diffusers as _adapters  # noqa: F401 - says which extra is missing
+
+    folder = next((f for f in (Path(name) / "scheduler", Path(name)) if (f / "scheduler_config.json").is_file()), None)
+    if folder is None:
+        raise ValueError(f"{name} holds no scheduler_config.json; name a saved pipeline or scheduler of diffusers")
+    import diffusers
+
+    kind = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8")).get("_class_name")
+    known = getattr(diffusers, str(kind), None)
+    if not (isinstance(known, type) and hasattr(known, "set_timesteps")):
+        raise ValueError(f"{folder} is for a scheduler {kind!r}, which diffusers {diffusers.__version__} does not have")
+    return known.from_pretrained(str(folder))
+
+
+def call_arguments(options: list[str] | None) -> dict[str, Any]:
+    """``--call name=value`` options as keyword arguments: JSON values where they are, strings otherwise.
+
+    Raises:
+        ValueError: If one has no name.
+    """
+    import json
+
+    arguments: dict[str, Any] = {}
+    for option in options or []:
+        name, equals, value = option.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"call must be NAME=VALUE such as guidance_scale=7.5, got {option!r}")
+        try:
+            arguments[name] = json.loads(value)
+        except json.JSONDecodeError:
+            arguments[name] = value
+    return arguments
+
+
+def for_pipelines_only(prompts: list[str] | None, options: list[str] | None) -> None:
+    """Refuse options of pipelines for a denoiser.
+
+    Raises:
+        ValueError: If one is given.
+    """
+    if prompts or options:
+        raise ValueError(f"{'prompt' if prompts else 'call'} is for pipelines; this model is a denoiser")
+
+
+def for_denoisers_only(**options: object) -> None:
+    """Refuse options that a pipeline decides itself; ``options`` by name, None where they are not given.
+
+    Raises:
+        ValueError: If one is given.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name.replace('_', '-')} is not for pipelines, which decide it themselves; leave it out")
+
+
+@contextlib.contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Without the progress bars that diffusers shows while it loads."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

@@ -1,0 +1,98 @@
+"""Compare schedules through a pipeline of diffusers, by its own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsched.comparison import Comparison, Reference, row_of
+from fastsched.denoisers.noise import NoiseProcess
+from fastsched.diffusers import apply
+from fastsched.diffusers.conventions import describe, solver_of
+from fastsched.diffusers.pipeline_measurement import call, check_call, prompt_of, scheduler_replaced
+from fastsched.progress import progress_bar
+from fastsched.sampling.schedule import Schedule
+
+
+def process_of(pipe: Any) -> NoiseProcess:
+    """The noise process of a pipeline's scheduler."""
+    return describe(pipe.scheduler).process
+
+
+def compare_pipeline(
+    pipe: Any,
+    schedules: Mapping[str, Schedule],
+    own_steps: Sequence[int],
+    *,
+    prompts: Sequence[str] | None,
+    samples: int,
+    seed: int,
+    reference_steps: int,
+    arguments: dict[str, Any],
+) -> Comparison:
+    """Sample a pipeline with each schedule and with its own, and report the distance to converged samples.
+
+    All runs have the pipeline's scheduler, prompts and seeds in common. The converged samples are those of
+    ``reference_steps`` steps, uniform in ``log s``. Samples are latents if the pipeline can return them.
+
+    Args:
+        pipe: The pipeline; it has its own scheduler again afterwards.
+        schedules: Schedules for the pipeline's scheduler, by name.
+        own_steps: Numbers of steps at which to run the pipeline with its own schedule too.
+        prompts: One prompt for each call, in turn; None if the pipeline takes none.
+        samples: How many calls of the pipeline a schedule gets, each with a seed of its own.
+        seed: The first of these seeds.
+        reference_steps: Steps of the converged run; at most the integer timesteps that the network knows.
+        arguments: Other arguments of the pipeline's call.
+
+    Raises:
+        ValueError: If the pipeline cannot be given a schedule, or returns no tensors.
+    """
+    check_call(pipe, prompts, arguments)
+    solver = solver_of(pipe.scheduler, max(own_steps, default=None)) or "ddim"
+    fine = _fine_schedule(pipe, reference_steps, solver)
+    runs: list[tuple[str, Schedule | None, int]] = [("", fine, fine.steps)]
+    runs += [(name, schedule, schedule.steps) for name, schedule in schedules.items()]
+    runs += [(f"the pipeline's own, {steps} steps", None, steps) for steps in own_steps]
+    ends = []
+    with progress_bar(samples * sum(steps for *_, steps in runs), True, "comparing") as advance:
+        for _, schedule, steps in runs:
+            parts = []
+            for n in range(samples):
+                parts.append(_sampled(pipe, schedule, steps, prompt_of(prompts, n), seed + n, arguments))
+                advance(steps)
+            ends.append(torch.cat(parts))
+    reference = Reference(torch.empty(0), ends[0], solver, fine.steps, samples * fine.steps)
+    found = zip(runs[1:], ends[1:], strict=True)
+    rows = tuple(row_of(name, solver, steps, steps, end, reference) for (name, _, steps), end in found)
+    return Comparison(rows, len(ends[0]), reference)
+
+
+def _fine_schedule(pipe: Any, steps: int, solver: str) -> Schedule:
+    process = process_of(pipe)
+    known = getattr(process, "alphas_cumprod", None)
+    if known is not None and getattr(process, "integer_timesteps", False):
+        steps = min(steps, len(known))
+    levels = process.levels(steps)
+    return Schedule.from_levels(process, torch.cat([levels, levels.new_zeros(1)]), solver)
+
+
+def _sampled(
+    pipe: Any, schedule: Schedule | None, steps: int, prompt: str | None, seed: int, arguments: dict[str, Any]
+) -> Tensor:
+    """The samples of one call, [images, *shape] float32 on the CPU; ``schedule`` None is the pipeline's own."""
+    with scheduler_replaced(pipe, pipe.scheduler), torch.random.fork_rng():
+        if schedule is not None:
+            apply(schedule, pipe)
+        torch.manual_seed(seed)  # a pipeline without a generator given draws from torch's own
+        result = call(pipe, steps, prompt, arguments)
+    images = result if isinstance(result, Tensor) else result[0]
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images)
+    if not isinstance(images, Tensor):
+        raise ValueError(f"{type(pipe).__name__} returns {type(images).__name__}; add --call output_type=np")
+    return images.detach().float().cpu()

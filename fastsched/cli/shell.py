@@ -1,0 +1,149 @@
+"""What all commands share: the application, its options, and how results and errors are printed.
+
+Results go to stdout, everything else to stderr, so that a command can be piped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+DENOISER = (
+    "'digits' (in the package), package.module:function, path/to/file.py:function, or a diffusers pipeline folder."
+)
+DenoiserName = Annotated[str, typer.Argument(help=DENOISER, metavar="MODEL")]
+Shape = Annotated[
+    Optional[str], typer.Option(help="Shape of one sample, such as 4,64,64; not for digits or pipelines.")
+]
+Batch = Annotated[Optional[int], typer.Option(help="Samples per batch.  [default: all]")]
+Device = Annotated[Optional[str], typer.Option(help="Such as cuda.  [default: the network's]")]
+DType = Annotated[Optional[str], typer.Option(help="Such as bfloat16.  [default: the network's]")]
+Seed = Annotated[int, typer.Option(help="Seed of the noises.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the cost in model calls and stop.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it exists.")]
+Prompts = Annotated[
+    Optional[list[str]], typer.Option("--prompt", help="Pipelines: a prompt; repeat the option for several.")
+]
+CallOptions = Annotated[
+    Optional[list[str]],
+    typer.Option("--call", help="Pipelines: an argument of the call such as guidance_scale=7.5; repeatable."),
+]
+
+#: Whether an error shows Python's traceback; set by the option of that name.
+STATE = {"traceback": False}
+
+
+@contextlib.contextmanager
+def errors_in_a_line(on_interrupt: str = "interrupted; nothing was written") -> Iterator[None]:
+    """Print an error as one line on stderr and exit: status 2 for a bad argument, 1 for anything else.
+
+    Args:
+        on_interrupt: What to say after Ctrl-C, before leaving with status 130.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        note(on_interrupt)
+        raise typer.Exit(130) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if STATE["traceback"]:
+            raise
+        known = isinstance(error, (ValueError, TypeError, ImportError, OSError))
+        text = " ".join(str(error).split())
+        note(f"error: {text}" if known else f"error: {type(error).__name__}: {text} (use --traceback to see where)")
+        raise typer.Exit(2 if isinstance(error, (ValueError, TypeError)) else 1) from None
+
+
+def note(text: str) -> None:
+    """Print a line on stderr: stdout is for results only."""
+    print(text, file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """Print ``value`` as JSON, with null for NaN and "inf" for infinity, which JSON does not have."""
+    typer.echo(json.dumps(_plain(value), indent=2, ensure_ascii=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Print a table on stdout: the first ``left`` columns aligned to the left, the others to the right.
+
+    In a terminal cells wrap at its width; elsewhere a row stays on one line, for grep and the like.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for n, title in enumerate(header):
+        table.add_column(title, justify="left" if n < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # Text: a bracket in a name is not markup
+    console = Console(file=sys.stdout)
+    if console.is_terminal:
+        console.print(table)
+        return
+    console.width = 10_000
+    with console.capture() as text:
+        console.print(table)
+    for line in text.get().splitlines():
+        typer.echo(line.rstrip())
+
+
+def writable(
+    path: Path | None, *, overwrite: bool = True, endings: Sequence[str] = (), replace: str = "replace it (--overwrite)"
+) -> None:
+    """Check before any work that ``path`` can be written; None is not written.
+
+    Args:
+        path: The file.
+        overwrite: Whether it may exist.
+        endings: Endings of file names to choose from; any when empty.
+        replace: What a user can do about a file that exists.
+
+    Raises:
+        ValueError: If it ends otherwise than ``endings``.
+        FileExistsError: If it exists and must not be replaced.
+        OSError: If it is a folder, or its folder is missing or read-only.
+    """
+    if path is None:
+        return
+    if endings and path.suffix not in endings:
+        ends = f"{', '.join(endings[:-1])} or {endings[-1]}" if len(endings) > 1 else endings[0]
+        raise ValueError(f"output must end in {ends}, got {str(path)!r}")
+    if path.is_dir():
+        raise IsADirectoryError(f"output is a folder: {path}; name a file in it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"output: no such folder: {path.parent}; create it first")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise PermissionError(f"output: no permission to write {path}")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; {replace}, or name another file")

@@ -1,0 +1,167 @@
+"""Commands that describe things: info, solvers, env."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastsched.cli import inputs, shell
+from fastsched.cli.making import plain_decimals, summary
+from fastsched.cli.shell import app
+
+if TYPE_CHECKING:
+    from fastsched.measurement.statistics import PathStatistics
+    from fastsched.sampling.solvers import Solver
+
+#: Packages whose versions matter in a bug report.
+PACKAGES = ("torch", "triton", "numpy", "scipy", "safetensors", "diffusers", "transformers", "matplotlib", "typer")
+
+
+@app.command()
+def info(
+    file: Annotated[Path, typer.Argument(help="Statistics (.safetensors), a schedule (.json), or a pipeline folder.")],
+    as_json: shell.AsJson = False,
+) -> None:
+    """Describe statistics, a schedule or a pipeline folder.
+
+    \b
+    fastsched info stats.safetensors
+    fastsched info schedule.json --json
+    fastsched info my_pipeline_folder
+    """
+    with shell.errors_in_a_line():
+        if file.is_dir():
+            found = _pipeline(file)
+        elif inputs.kind_of(file) == "schedule":
+            found = {"kind": "schedule", **summary(inputs.load_schedule(file))}
+            entries = json.loads(file.read_text(encoding="utf-8"))
+            found |= {key: value for key, value in entries.items() if key not in found and key != "format"}
+        else:
+            found = _statistics(file, inputs.load_statistics(file))
+        if as_json:
+            shell.print_json(found)
+        else:
+            shell.print_table(("", str(file)), [(key, _cell(value)) for key, value in found.items()], left=2)
+
+
+@app.command()
+def solvers(as_json: shell.AsJson = False) -> None:
+    """List the solvers. Gives their order, model calls for n steps, other names and source.
+
+    Names from sampler menus and from diffusers are understood too: "DPM++ 2M Karras", DPMSolverMultistepScheduler.
+
+    \b
+    fastsched solvers
+    """
+    with shell.errors_in_a_line():
+        from fastsched.sampling.solvers import ALIASES, SOLVERS, STOCHASTIC_SOLVERS
+
+        found = [
+            _solver(solver, [alias for alias, name in ALIASES.items() if name == key])
+            for key, solver in SOLVERS.items()
+        ]
+        found += [
+            {"name": name, "order": None, "calls": "n", "aliases": [], "source": "stochastic; for fastsched.select"}
+            for name in STOCHASTIC_SOLVERS
+        ]
+        if as_json:
+            shell.print_json(found)
+        else:
+            rows = [[_cell(entry[key]) for key in ("name", "order", "calls", "aliases", "source")] for entry in found]
+            shell.print_table(("solver", "order", "calls", "other names", "source"), rows, left=5)
+
+
+@app.command()
+def env(as_json: shell.AsJson = False) -> None:
+    """Print versions and devices, for a bug report.
+
+    \b
+    fastsched env
+    """
+    with shell.errors_in_a_line():
+        import importlib.metadata
+        import platform
+
+        import torch
+
+        from fastsched import __version__
+
+        found: dict[str, Any] = {
+            "fastsched": __version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        }
+        for package in PACKAGES:
+            try:
+                found[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                found[package] = None
+        found["cpu threads"] = torch.get_num_threads()
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        found["cuda"] = [torch.cuda.get_device_name(n) for n in range(count)]
+        found["mps"] = torch.backends.mps.is_available()
+        if as_json:
+            shell.print_json(found)
+        else:
+            rows = [(key, "not installed" if value is None else _cell(value)) for key, value in found.items()]
+            shell.print_table(("what", "here"), rows, left=2)
+
+
+def _solver(solver: Solver, aliases: list[str]) -> dict[str, Any]:
+    calls = "n" if solver.stage is None else "2n - 1"
+    return {"name": solver.name, "order": solver.order, "calls": calls, "aliases": aliases, "source": solver.source}
+
+
+def _statistics(file: Path, stats: PathStatistics) -> dict[str, Any]:
+    """What statistics hold; entries of the file's header that are unknown here are shown as they are."""
+    from safetensors import safe_open
+
+    found = {
+        "kind": "statistics",
+        "noise": stats.process.kind,
+        "shape": list(stats.shape),
+        "levels": stats.levels,
+        "noise levels": [float(stats.s[0]), float(stats.s[-1])],
+        "samples": stats.samples,
+        "sensitivity": stats.cross is not None,
+        "data_std": stats.data_std,
+        "model_calls": stats.model_calls,
+    }
+    with safe_open(str(file), framework="pt") as opened:
+        header = json.loads((opened.metadata() or {}).get("fastsched", "{}"))
+    return found | {key: value for key, value in header.items() if key not in found and key != "format"}
+
+
+def _pipeline(folder: Path) -> dict[str, Any]:
+    """What a saved pipeline is, without its weights."""
+    scheduler = inputs.load_scheduler(str(folder))
+    index = folder / "model_index.json"
+    from fastsched.diffusers.conventions import describe, solver_of
+
+    process = describe(scheduler).process
+    return {
+        "kind": "pipeline" if index.is_file() else "scheduler",
+        "class": json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None,
+        "scheduler": type(scheduler).__name__,
+        "solver": solver_of(scheduler),
+        "noise": process.kind,
+        "noise levels": [process.s_max, process.s_min],
+    }
+
+
+def _cell(value: Any) -> str:
+    """A value as a cell of a table."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list) and value and all(isinstance(entry, float) for entry in value):
+        return plain_decimals(value)
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "-"
+    return json.dumps(value) if isinstance(value, dict) else str(value)

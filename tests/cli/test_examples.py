@@ -1,0 +1,77 @@
+"""Every command line in the help, the README and the docs, run in a folder that has the files they name."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from shell_runs import run
+
+import fastsched as fs
+from fastsched.cli.commands import ORDER
+
+ROOT = Path(__file__).parents[2]
+#: Commands that would take long are asked for their cost only.
+LONG = ("fit", "measure", "compare")
+MODEL = """
+import fastsched as fs
+def build():
+    return fs.Denoiser.from_denoiser(lambda z, s: z / (1 + s.reshape(-1, 1, 1, 1) ** 2), 0.002, 80.0)
+"""
+
+
+def command_lines() -> list[str]:
+    helps = [run(command, "--help").stdout for command in ORDER] + [run("--help").stdout]
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+    found = [line for text in helps for line in re.findall(r"(?:^|  )(fastsched (?!\[)[a-z].*)$", text, re.MULTILINE)]
+    for page in pages:
+        blocks = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+        found += [line for block in blocks for line in re.findall(r"^(fastsched .*)$", block, re.MULTILINE)]
+        found += re.findall(r"`(fastsched [a-z]+ [^`]+)`", page)
+    return sorted({re.sub(r"\s+#.*", "", line).strip() for line in found})
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    path = tmp_path_factory.mktemp("examples")
+    (path / "my_model.py").write_text(MODEL)
+    (path / "package").mkdir()
+    (path / "package" / "__init__.py").write_text("")
+    (path / "package" / "models.py").write_text(MODEL)
+    denoiser = fs.Denoiser.from_denoiser(lambda z, s: z / (1 + s.reshape(-1, 1, 1, 1) ** 2), 0.002, 80.0)
+    stats = fs.measure(denoiser, (1, 8, 8), samples=2, progress=False)
+    stats.save(path / "stats.safetensors")
+    stats.save(path / "model.safetensors")
+    for name in ("schedule", "a", "b", "model-8"):
+        fs.optimal_schedule(stats, 8, polish=False).save(path / f"{name}.json")
+    fs.Schedule(torch.tensor([1.0, 0.5, 0.0]), "ddim", "flow").save(path / "flow.json")
+    diffusers = pytest.importorskip("diffusers")
+    from pipelines import small_unet
+
+    diffusers.DDIMPipeline(small_unet(), diffusers.EulerDiscreteScheduler()).save_pretrained(
+        path / "my_pipeline_folder"
+    )
+    diffusers.EulerDiscreteScheduler().save_pretrained(path / "my_pipeline_folder" / "scheduler")
+    return path
+
+
+def test_there_are_examples_of_every_command():
+    lines = command_lines()
+    assert {line.split()[1] for line in lines} >= set(ORDER)
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_a_command_line_works(work, tmp_path, monkeypatch, line):
+    shutil.copytree(work, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    if line.split()[1] == "demo":
+        monkeypatch.setattr("fastsched.cli.demo.run_demo", lambda output, **options: None)
+    arguments = shlex.split(line)[1:]
+    for name in ("-o", "--output"):
+        if name in arguments and arguments[0] in LONG:
+            Path(arguments[arguments.index(name) + 1]).unlink(missing_ok=True)
+    cost_only = ["--dry-run"] if arguments[0] in LONG else []
+    result = run(*arguments, *cost_only)
+    assert result.exit_code == 0, result.stderr

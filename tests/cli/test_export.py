@@ -1,0 +1,128 @@
+import itertools
+import json
+import re
+
+import pytest
+import torch
+from shell_runs import one_line, run
+
+import fastsched as fs
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    path = tmp_path_factory.mktemp("flow") / "flow.json"
+    fs.Schedule(torch.tensor([1.0, 0.7, 0.25, 0.0]), "ddim", "flow").save(path)
+    return path
+
+
+def numbers(text: str) -> list[float]:
+    return [float(value) for value in re.findall(r"\d+\.\d*", text)]
+
+
+def test_text_has_every_digit(folder):
+    sigmas = fs.Schedule.load(folder / "x-4.json").sigmas.tolist()
+    assert [float(value) for value in run("export", folder / "x-4.json", "--to", "text").stdout.split(", ")] == sigmas
+
+
+def test_comfyui_is_what_manual_sigmas_reads(folder):
+    result = run("export", folder / "x-4.json", "--to", "comfyui")
+    assert result.stdout.strip() == fs.Schedule.load(folder / "x-4.json").to_comfyui().text
+    assert "choose the sampler euler" in result.stderr
+
+
+def test_a_solver_without_a_sampler_is_said(tmp_path):
+    path = tmp_path / "a.json"
+    fs.Schedule(torch.tensor([9.0, 1.0, 0.0]), "unipc").save(path)
+    comfyui = run("export", path, "--to", "comfyui")
+    assert comfyui.exit_code == 0
+    assert "no sampler that is unipc" in comfyui.stderr
+    for program in ("k-diffusion", "sd.cpp"):
+        result = run("export", path, "--to", program)
+        assert result.exit_code == 2
+        assert "has no sampler that is unipc" in one_line(result)
+
+
+def test_k_diffusion_is_python_that_samples(folder, monkeypatch):
+    """Run with a stand-in of the library, which takes Euler steps as its sample_euler does."""
+    import sys
+    import types
+
+    def sample_euler(model, x, sigmas):
+        for now, after in itertools.pairwise(sigmas):
+            denoised = model(x, now.expand(len(x)))
+            x = x + (x - denoised) / now * (after - now)
+        return x
+
+    library = types.ModuleType("k_diffusion")
+    library.sampling = types.SimpleNamespace(sample_euler=sample_euler)
+    monkeypatch.setitem(sys.modules, "k_diffusion", library)
+    oracle = fs.oracles.Gaussian(0.5, (2, 3))
+    scope = {"noise": torch.randn(4, 2, 3), "model": oracle.denoise}
+    exec(run("export", folder / "x-4.json", "--to", "k-diffusion").stdout, scope)
+    denoiser = fs.Denoiser.from_denoiser(oracle.denoise, 0.002, 80.0)
+    expected = fs.sample(denoiser, fs.Schedule.load(folder / "x-4.json"), noise=scope["noise"])
+    torch.testing.assert_close(scope["samples"], expected, rtol=1e-4, atol=1e-5)  # float32 against float64 sigmas
+
+
+def test_flow_matching_runs_from_noise_at_0(flow, folder, tmp_path):
+    found = json.loads(run("export", flow, "--to", "flow-matching", "--json").stdout)
+    assert found["time_grid"] == pytest.approx([0.0, 0.3, 0.75, 1.0])
+    text = run("export", flow, "--to", "flow-matching").stdout
+    assert "time_grid = torch.tensor([0.0, 0.3" in text
+    compile(text, "flow", "exec")
+    assert "flow times" in one_line(run("export", folder / "x-4.json", "--to", "flow-matching"))
+    assert "--to flow-matching" in one_line(run("export", flow, "--to", "k-diffusion"))
+    heun = tmp_path / "heun.json"
+    fs.Schedule(torch.tensor([1.0, 0.5, 0.0]), "heun", "flow").save(heun)
+    assert "--solver ddim" in one_line(run("export", heun, "--to", "flow-matching"))
+
+
+def test_sd_cpp_is_options_of_its_command(folder):
+    text = run("export", folder / "x-4.json", "--to", "sd.cpp").stdout.strip()
+    assert text.startswith('--sampling-method euler --steps 4 --sigmas "')
+    sigmas = [float(value) for value in re.search('"(.*)"', text)[1].split(",")]
+    assert sigmas == pytest.approx(fs.Schedule.load(folder / "x-4.json").sigmas.tolist(), rel=1e-6)
+
+
+def test_diffusers_with_a_scheduler_is_its_arguments(flow, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    result = run("export", flow, "--to", "diffusers", "--scheduler", tmp_path, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    expected = fs.diffusers.export(fs.Schedule.load(flow), scheduler)
+    assert found["arguments"] == {key: list(value) for key, value in expected.arguments.items()}
+    assert found["used"] == pytest.approx([1.0, 0.7, 0.25, 0.0], rel=1e-5)
+    plain = run("export", flow, "--to", "diffusers", "--scheduler", tmp_path / "scheduler").stdout
+    assert plain.startswith("pipe(prompt, sigmas=[")
+
+
+def test_diffusers_without_a_scheduler_is_python(flow):
+    text = run("export", flow, "--to", "diffusers").stdout
+    compile(text, "apply", "exec")
+    assert "fs.diffusers.apply(schedule, pipe)" in text
+
+
+def test_a_file_can_be_written_instead(folder, tmp_path):
+    result = run("export", folder / "x-4.json", "--to", "text", "-o", tmp_path / "a.txt")
+    assert result.stdout == ""
+    assert numbers((tmp_path / "a.txt").read_text()) == fs.Schedule.load(folder / "x-4.json").sigmas.tolist()
+
+
+def test_what_cannot_be_exported_is_refused(folder, flow, tmp_path):
+    pytest.importorskip("diffusers")
+    (tmp_path / "scheduler_config.json").write_text('{"_class_name": "NoSuchScheduler"}')
+    cases = [
+        ((folder / "s.safetensors", "--to", "text"), "holds statistics, and a schedule is needed"),
+        ((flow, "--to", "comfy"), "did you mean 'comfyui'?"),
+        ((flow, "--to", "text", "--scheduler", tmp_path), "for --to diffusers only"),
+        ((flow, "--to", "diffusers", "--mu", "1"), "mu needs --scheduler"),
+        ((flow, "--to", "diffusers", "--scheduler", folder), "holds no scheduler_config.json"),
+        ((flow, "--to", "diffusers", "--scheduler", tmp_path), "scheduler 'NoSuchScheduler'"),
+    ]
+    for arguments, message in cases:
+        result = run("export", *arguments)
+        assert result.exit_code == 2
+        assert message in one_line(result)

@@ -1,0 +1,124 @@
+import inspect
+import json
+
+import pytest
+import torch
+from shell_runs import one_line, run
+
+import fastsched as fs
+from fastsched.cli import making
+from fastsched.denoisers.loading import load_denoiser
+
+QUICK = ("--shape", "2,3", "--samples", "2", "--levels", "12", "--model-calls", "60", "-q")
+
+
+def test_fit_writes_what_fit_returns(folder, model, tmp_path):
+    output = tmp_path / "a.json"
+    result = run("fit", model, "--steps", "4", "--solver", "ddim", *QUICK, "-o", output)
+    assert result.exit_code == 0, result.stderr
+    options = {"samples": 2, "levels": 12, "model_calls": 60, "progress": False}
+    expected = fs.fit(load_denoiser(model)[0], (2, 3), 4, "ddim", **options)
+    found = fs.Schedule.load(output)
+    assert torch.equal(found.sigmas, expected.sigmas)
+    assert found.measured_error == expected.measured_error
+    assert [float(value) for value in result.stdout.split(", ")] == pytest.approx(expected.sigmas.tolist(), rel=1e-5)
+
+
+def test_the_cost_is_said_before_it_is_spent(folder, model, tmp_path):
+    (tmp_path / "counting.py").write_text(
+        "import fastsched as fs\n"
+        "def count(z, s):\n    raise RuntimeError('called')\n"
+        "def build():\n    return fs.Denoiser.from_denoiser(count, 0.002, 80.0)\n"
+    )
+    counting = f"{tmp_path / 'counting.py'}:build"
+    spent = ("fit", counting, "--steps", "4", "--shape", "3", "-q", "-o", tmp_path / "a.json")
+    result = run(*spent)
+    cost = "model calls, counted per sample: 760 to measure, at most 740 to run and tune schedules"
+    assert result.stderr.splitlines()[0] == cost
+    assert "called" in result.stderr
+    dry = run(*spent, "--dry-run")
+    assert (dry.exit_code, dry.stderr.strip()) == (0, cost)
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_the_defaults_of_the_shell_are_those_of_the_library():
+    of_denoisers, of_pipelines = (inspect.signature(function).parameters for function in (fs.fit, fs.diffusers.fit))
+    for parameters, samples in ((of_denoisers, making.SAMPLES), (of_pipelines, making.PIPELINE_SAMPLES)):
+        assert parameters["samples"].default == samples
+        assert parameters["levels"].default == making.LEVELS
+        assert parameters["model_calls"].default == making.MODEL_CALLS
+
+
+def test_fit_takes_earlier_statistics_and_spends_no_measurement(folder, model, tmp_path):
+    output = tmp_path / "a.json"
+    result = run(
+        *("fit", model, "--steps", "4", "--shape", "2,3", "--stats", folder / "s.safetensors", "--model-calls", "0"),
+        *("-q", "--json", "-o", output),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "0 to measure, at most 0 to run" in result.stderr
+    found = json.loads(result.stdout)
+    assert found["sigmas"] == fs.Schedule.load(output).sigmas.tolist()
+    assert found["solver"] == "dpmpp_2m"
+    assert found["model_calls"] == found["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("-o", "EXISTS.json"), 1, "exists; replace it (--overwrite)"),
+        (("-o", "a.txt"), 2, "output must end in .json"),
+        (("-o", "missing/a.json"), 1, "no such folder"),
+        (("-o", "FOLDER.json"), 1, "output is a folder"),
+        (("-o", "a.json", "--stats", "SCHEDULE"), 2, "is a schedule, and statistics are needed"),
+        (("-o", "a.json", "--prompt", "a cat"), 2, "prompt is for pipelines"),
+        (("-o", "a.json", "--call", "x=1"), 2, "call is for pipelines"),
+        (("-o", "a.json", "--device", "cuda:99"), 2, "device is 'cuda:99'"),
+        (("-o", "a.json", "--device", "gpu"), 2, "device must be a torch device"),
+        (("-o", "a.json", "--solver", "PLMS"), 2, "'ipndm' is the nearest solver"),
+        (("-o", "a.json", "--steps", "99"), 2, "steps must be at most"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_call(folder, model, tmp_path, monkeypatch, arguments, status, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EXISTS.json").write_text("precious")
+    (tmp_path / "FOLDER.json").mkdir()
+    given = [str(folder / "x-4.json") if argument == "SCHEDULE" else argument for argument in arguments]
+    result = run("fit", model, "--steps", "4", "--shape", "2,3", "-q", *given)
+    assert result.exit_code == status
+    assert message in one_line(result)
+    assert (tmp_path / "EXISTS.json").read_text() == "precious"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_without_cuda_is_explained(folder, model, tmp_path):
+    for arguments in (
+        ("measure", "digits", "-o", tmp_path / "s.safetensors"),
+        ("compare", "digits", folder / "x-4.json"),
+    ):
+        result = run(*arguments, "--device", "cuda")
+        assert result.exit_code == 2
+        assert "finds no CUDA GPU; use cpu" in one_line(result)
+
+
+def test_ctrl_c_says_what_is_left(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import fastsched as fs\n"
+        "def stop(z, s):\n    raise KeyboardInterrupt\n"
+        "def build():\n    return fs.Denoiser.from_denoiser(stop, 0.002, 80.0)\n"
+    )
+    slow = f"{tmp_path / 'slow.py'}:build"
+    measured = run("measure", slow, "--shape", "3", "-q", "-o", tmp_path / "s.safetensors")
+    assert (measured.exit_code, one_line(measured)) == (
+        130,
+        "interrupted; 'fastsched measure --resume' continues from the last saved batch",
+    )
+    fitted = run("fit", slow, "--steps", "4", "--shape", "3", "-q", "-o", tmp_path / "a.json")
+    assert (fitted.exit_code, one_line(fitted)) == (130, "interrupted; nothing was written")
+
+
+def test_a_resumed_measurement_costs_what_is_left(folder, model, tmp_path):
+    output = tmp_path / "s.safetensors"
+    output.write_bytes((folder / "s.safetensors").read_bytes())
+    result = run("measure", model, "--shape", "2,3", "--samples", "4", "-q", "--resume", "-o", output, "--dry-run")
+    assert result.stderr.strip() == "model calls, counted per sample: 95 to measure"

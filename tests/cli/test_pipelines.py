@@ -1,0 +1,111 @@
+"""Commands on a saved pipeline folder: a small random one, with the numbers of the library called directly."""
+
+import json
+
+import pytest
+import torch
+from shell_runs import one_line, run
+
+import fastsched as fs
+
+diffusers = pytest.importorskip("diffusers")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    from pipelines import small_unet
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("pipelines") / "ddim"
+    diffusers.DDIMPipeline(small_unet(), diffusers.DDIMScheduler(clip_sample=False)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def pipe(saved):
+    pipe = diffusers.DDIMPipeline.from_pretrained(saved)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_measure_is_that_of_the_library(saved, pipe, tmp_path):
+    output = tmp_path / "s.safetensors"
+    result = run("measure", saved, "--levels", "10", "--samples", "2", "-q", "-o", output)
+    assert result.exit_code == 0, result.stderr
+    assert "model calls, counted per sample: 40 to measure" in result.stderr
+    expected = fs.diffusers.measure(pipe, levels=10, samples=2)
+    torch.testing.assert_close(fs.PathStatistics.load(output).gram, expected.gram)
+
+
+def test_fit_is_that_of_the_library(saved, pipe, tmp_path):
+    output = tmp_path / "a.json"
+    common = ("fit", saved, "--steps", "4", "--levels", "10", "--samples", "1", "--model-calls", "30", "-q")
+    result = run(*common, "-o", output)
+    assert result.exit_code == 0, result.stderr
+    assert "20 to measure, at most 30 to run" in result.stderr
+    expected = fs.diffusers.fit(pipe, 4, levels=10, samples=1, model_calls=30)
+    assert torch.equal(fs.Schedule.load(output).sigmas, expected.sigmas)
+
+
+def test_compare_holds_the_pipeline_to_its_converged_samples(saved, pipe, tmp_path):
+    from fastsched.cli.pipelines import _fine_schedule
+    from fastsched.diffusers.pipeline_fit import own_sigmas
+
+    own = own_sigmas(pipe.scheduler, 4)
+    fs.Schedule(own, "ddim", "vp").save(tmp_path / "own.json")
+    _fine_schedule(pipe, 12, "ddim").save(tmp_path / "fine.json")
+    files = (tmp_path / "own.json", tmp_path / "fine.json")
+    common = ("--samples", "2", "--reference-steps", "12", "--baselines", "karras", "-q", "--json")
+    result = run("compare", saved, *files, *common)
+    assert result.exit_code == 0, result.stderr
+    rows = {row["name"]: row for row in json.loads(result.stdout)["rows"]}
+    assert rows["fine"]["mean_error"] == 0  # it is the reference
+    assert rows["own"]["mean_error"] == pytest.approx(rows["the pipeline's own, 4 steps"]["mean_error"], rel=1e-4)
+    assert rows["own"]["mean_error"] > 0
+    assert {"karras-ddim-4", "karras-ddim-12"} < set(rows)
+    calls = 2 * (12 + 4 + 12 + 4 + 12 + 4 + 12)  # reference; files; karras at both; the pipeline's own at both
+    assert f"model calls, counted per sample: {calls}, of which 24" in result.stderr
+
+
+def test_info_describes_a_pipeline(saved):
+    found = json.loads(run("info", saved, "--json").stdout)
+    assert (found["class"], found["scheduler"], found["solver"], found["noise"]) == (
+        "DDIMPipeline",
+        "DDIMScheduler",
+        "ddim",
+        "vp",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--shape", "3,8,8"), "shape is not for pipelines"),
+        (("--batch-size", "2"), "batch-size is not for pipelines"),
+        (("--call", "guidance_scale"), "call must be NAME=VALUE"),
+        (("--call", "num_inference_steps=4"), "num_inference_steps must be left out"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(saved, tmp_path, arguments, message):
+    result = run("fit", saved, "--steps", "4", "-q", "-o", tmp_path / "a.json", *arguments)
+    assert result.exit_code == 2
+    assert message in one_line(result)
+
+
+def test_a_folder_without_a_pipeline_is_explained(tmp_path):
+    result = run("measure", tmp_path, "-o", tmp_path / "s.safetensors")
+    assert result.exit_code == 2
+    assert "without model_index.json" in one_line(result)
+
+
+def test_weights_that_would_be_unpickled_are_not_read(saved, tmp_path):
+    import shutil
+
+    folder = tmp_path / "pickled"
+    shutil.copytree(saved, folder)
+    weights = next((folder / "unet").glob("*.safetensors"))
+    torch.save({}, weights.with_suffix(".bin"))
+    weights.unlink()
+    result = run("measure", folder, "-o", tmp_path / "s.safetensors")
+    assert result.exit_code != 0
+    assert "safetensors" in result.stderr

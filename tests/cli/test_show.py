@@ -1,0 +1,139 @@
+import json
+
+import pytest
+import torch
+from shell_runs import one_line, run
+
+import fastsched as fs
+from fastsched.cli.names import KNOWN, UNKNOWN, resolve_solver
+from fastsched.sampling.solvers import ALIASES, SOLVERS, STOCHASTIC_SOLVERS
+
+
+def test_info_of_statistics(folder):
+    found = json.loads(run("info", folder / "s.safetensors", "--json").stdout)
+    stats = fs.PathStatistics.load(folder / "s.safetensors")
+    assert found["kind"] == "statistics"
+    assert found["noise levels"] == [80.0, pytest.approx(0.002)]
+    assert (found["shape"], found["samples"], found["levels"], found["model_calls"]) == ([2, 3], 3, 48, 3 * 95)
+    assert found["data_std"] == stats.data_std
+    assert found["sensitivity"] is True
+    assert ["model_calls", "285"] in [
+        line.split() for line in run("info", folder / "s.safetensors").stdout.splitlines()
+    ]
+
+
+def test_info_of_a_schedule(folder):
+    found = json.loads(run("info", folder / "x-4.json", "--json").stdout)
+    schedule = fs.Schedule.load(folder / "x-4.json")
+    assert found["kind"] == "schedule"
+    assert found["sigmas"] == schedule.sigmas.tolist()
+    assert found["predicted_error"] == schedule.predicted_error
+    assert "ddim" in run("info", folder / "x-4.json").stdout
+
+
+def test_info_shows_entries_that_it_does_not_know(folder, tmp_path):
+    entries = json.loads((folder / "x-4.json").read_text()) | {"model": "a name [of] a model"}
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    assert "a name [of] a model" in run("info", tmp_path / "a.json").stdout
+
+
+def test_info_writes_infinity_so_that_json_can_be_read(tmp_path):
+    denoiser = fs.Denoiser.from_velocity(lambda x, t: x * (2 * t[:, None] - 1))
+    fs.measure(denoiser, (3,), samples=1, levels=8, progress=False).save(tmp_path / "s.safetensors")
+    text = run("info", tmp_path / "s.safetensors", "--json").stdout
+    assert json.loads(text, parse_constant=pytest.fail)["noise levels"][0] == "inf"
+
+
+def test_info_of_neither_is_an_error(tmp_path):
+    (tmp_path / "a.bin").write_text("neither")
+    assert "is not a whole safetensors file" in one_line(run("info", tmp_path / "a.bin"))
+    assert "no such statistics file" in one_line(run("info", tmp_path / "b.safetensors"))
+
+
+def test_solvers_lists_all_with_their_calls():
+    found = {entry["name"]: entry for entry in json.loads(run("solvers", "--json").stdout)}
+    assert list(found) == [*SOLVERS, *STOCHASTIC_SOLVERS]
+    for name, solver in SOLVERS.items():
+        calls = {"n": 5, "2n - 1": 9}[found[name]["calls"]]
+        assert calls == solver.model_calls(5)
+        assert found[name]["order"] == solver.order
+    assert sorted(alias for entry in found.values() for alias in entry["aliases"]) == sorted(ALIASES)
+    lines = run("solvers").stdout.splitlines()
+    assert len(lines) == len(found) + 1
+    assert not any(line != line.rstrip() for line in lines)
+
+
+def test_env_names_versions_and_devices():
+    found = json.loads(run("env", "--json").stdout)
+    assert found["fastsched"] == fs.__version__
+    assert found["torch"] == torch.__version__
+    assert len(found["cuda"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    assert "torch" in run("env").stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    [
+        ("DPM++ 2M Karras", "dpmpp_2m"),
+        ("DPM++ 2M", "dpmpp_2m"),
+        ("dpmpp2m", "dpmpp_2m"),
+        ("sample_dpmpp_2m", "dpmpp_2m"),
+        ("DPMSolverMultistepScheduler", "dpmpp_2m"),
+        ("DPM++ 2M SDE Exponential", "sde_dpmpp_2m"),
+        ("Euler", "ddim"),
+        ("Euler a", "ancestral"),
+        ("Euler SGM Uniform", "ddim"),
+        ("LMS Karras", "lms"),
+        ("DPM2 Karras", "dpm_2"),
+        ("UniPC", "unipc"),
+        ("EulerDiscreteScheduler", "ddim"),
+        ("UniPC_BH1", "unipc_bh1"),
+    ],
+)
+def test_names_that_people_know_resolve(name, solver):
+    found, remark = resolve_solver(name)
+    assert found == solver
+    assert remark is not None
+    assert repr(name) in remark
+    assert ("take the place" in remark) == any(word in name for word in ("Karras", "Exponential", "SGM"))
+
+
+def test_own_names_come_back_without_a_remark():
+    for name in (*SOLVERS, *ALIASES, *STOCHASTIC_SOLVERS):
+        assert resolve_solver(name) == (name, None)
+    assert resolve_solver("dpmpp_2n") == ("dpmpp_2n", None)
+
+
+def test_every_known_name_is_a_solver_and_every_unknown_one_names_another():
+    assert set(KNOWN.values()) <= {*SOLVERS, *STOCHASTIC_SOLVERS}
+    for name in UNKNOWN:
+        with pytest.raises(ValueError, match="solver"):
+            resolve_solver(name)
+
+
+def test_select_says_what_a_known_name_is(folder):
+    result = run("select", folder / "s.safetensors", "--steps", "4", "--solver", "DPM++ 2M Karras")
+    assert result.exit_code == 0
+    assert "is dpmpp_2m here; fastsched's noise levels take the place of the karras ones" in result.stderr
+    assert result.stdout == run("select", folder / "s.safetensors", "--steps", "4").stdout
+
+
+def test_select_and_plan_as_json(folder):
+    found = json.loads(run("select", folder / "s.safetensors", "--steps", "4,6", "--json").stdout)
+    assert [entry["steps"] for entry in found] == [4, 6]
+    (curve,) = json.loads(
+        run("plan", folder / "s.safetensors", "--max-steps", "9", "--target", "karras:6", "--json").stdout
+    )
+    expected = fs.error_curve(fs.PathStatistics.load(folder / "s.safetensors"), "dpmpp_2m", 9)
+    assert [entry["predicted_error"] for entry in curve["curve"]] == list(expected.predicted_errors)
+    assert curve["steps_needed"] <= 6
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_can_be_shown(shell):
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "fastsched", "--show-completion", shell]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "fastsched" in result.stdout.lower(), result.stderr

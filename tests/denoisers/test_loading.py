@@ -1,0 +1,68 @@
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import fastsched as fs
+from fastsched.denoisers.loading import load_denoiser
+
+BUILD = "import fastsched as fs\ndef build():\n    return fs.Denoiser.from_denoiser(lambda z, s: z, 0.01, 20.0)\n"
+
+
+def test_the_folder_of_a_model_is_searched_last_and_only_while_it_loads(tmp_path):
+    (tmp_path / "beside_the_model.py").write_text("value = 7\n")
+    (tmp_path / "m.py").write_text(
+        BUILD + f"import sys\nassert sys.path[-1] == {str(tmp_path)!r}\nimport beside_the_model\n"
+    )
+    before = list(sys.path)
+    assert isinstance(load_denoiser(f"{tmp_path / 'm.py'}:build")[0], fs.Denoiser)
+    assert sys.path == before
+    assert sys.modules.pop("beside_the_model").value == 7
+
+
+@pytest.mark.parametrize("form", ["beside/m.py:build", "m:build"])
+def test_a_file_beside_a_model_hides_no_installed_package(tmp_path, form):
+    """`form` names the model from its parent folder or from its own."""
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    for package in ("safetensors", "tqdm", "scipy"):
+        (beside / f"{package}.py").write_text("raise SystemExit('hidden')\n")
+    (beside / "m.py").write_text(BUILD)
+    code = f"""
+        import os, sys
+        from fastsched.denoisers.loading import load_denoiser
+        os.chdir({str(beside if form.startswith("m:") else tmp_path)!r})
+        load_denoiser({form!r})
+        import safetensors, tqdm, scipy
+    """
+    subprocess.run([sys.executable, "-P", "-c", textwrap.dedent(code)], check=True, timeout=120)
+
+
+def test_a_model_file_takes_no_modules_place(tmp_path):
+    import colorsys
+
+    (tmp_path / "colorsys.py").write_text(BUILD)
+    (tmp_path / "antigravity.py").write_text(BUILD)  # a module that nothing here has imported
+    for name in ("colorsys", "antigravity"):
+        load_denoiser(f"{tmp_path / name}.py:build")
+    assert sys.modules["colorsys"] is colorsys
+    assert "antigravity" not in sys.modules
+
+
+def test_a_model_may_define_dataclasses(tmp_path):
+    (tmp_path / "m.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Net:\n    gain: float = 1.0\n    def __call__(self, z, s):\n        return self.gain * z\n"
+        "import fastsched as fs\ndef build():\n    return fs.Denoiser.from_denoiser(Net(), 0.01, 20.0)\n"
+    )
+    assert isinstance(load_denoiser(f"{tmp_path / 'm.py'}:build")[0], fs.Denoiser)
+
+
+def test_a_file_that_fails_leaves_nothing_behind(tmp_path):
+    (tmp_path / "fails.py").write_text("raise RuntimeError('broken')\n")
+    before, modules = list(sys.path), set(sys.modules)
+    with pytest.raises(RuntimeError, match="broken"):
+        load_denoiser(f"{tmp_path / 'fails.py'}:build")
+    assert sys.path == before
+    assert set(sys.modules) == modules
