@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastsched as fs
-from benchmarks.quality import baselines, dmn, limit, models, run, summary, table
+from benchmarks.quality import baselines, dmn, figure, glossary, limit, models, run, summary, table
 from fastsched.denoisers.noise import FlowMatching, VarianceExploding
 from fastsched.denoisers.oracles import GaussianMixture
 
@@ -88,9 +88,43 @@ def test_a_cell_is_run_summarised_and_not_run_again(tmp_path, capsys):
     run.main([*arguments, "--redo", "gits"])
     assert len(list(csv.DictReader(path.open()))) == len(rows)
     page = summary.report(summary.Results.read(path))
-    assert "| gits |" in page
+    assert "| GITS |" in page
+    assert "For flow alone" not in page  # where there is no other denoiser, all methods are run for all
     summary.plot(summary.Results.read(path), tmp_path / "quality.png")
     assert (tmp_path / "quality.png").stat().st_size < 300_000
+
+
+def results_of(rows):
+    values = {"typical_error": {}, "choosing_calls": {}, "choosing_seconds": {}}
+    for cell, method, error in rows:
+        values["typical_error"].setdefault(cell, {})[method] = error
+    return summary.Results(values, tuple(values["typical_error"]), tuple(dict.fromkeys(row[1] for row in rows)))
+
+
+def test_methods_of_one_denoiser_stand_apart():
+    a, b = ("a", "ddim", 4), ("b", "ddim", 4)
+    rows = [(a, "karras_7", [1.0]), (b, "karras_7", [1.0]), (b, "flow_shift_3", [2.0]), (a, "limit", [0.1])]
+    assert summary.everywhere(results_of(rows)) == (["karras_7"], {"b": ["flow_shift_3"]})
+
+
+def test_the_true_limit_stands_beside_the_best_of_ours_over_solvers():
+    cells = [("digits", solver, 6) for solver in ("ddim", "unipc")]
+    rows = [(cells[0], "fastsched", [0.4, 9.0]), (cells[1], "fastsched", [0.03, 9.0]), (cells[1], "gits", [0.01, 0.01])]
+    limit = {"denoiser": "digits", "calls": "6", "typical_error": "0.02", "model_calls": "500000"}
+    page = summary.true_limit(results_of(rows), [limit, limit | {"calls": "4"}])
+    assert page.splitlines()[2:] == ["| digits | 6 | 0.02 | 500,000 | fs.fit, unipc | 0.03 | 1.50 |"]
+
+
+def test_every_row_of_the_results_is_explained():
+    rows = table.read(summary.RESULTS / "quality.csv")
+    assert {row["method"] for row in rows} <= set(glossary.METHODS)
+    assert {row["denoiser"] for row in rows} == set(glossary.DENOISERS) == set(models.MODELS)
+    assert len({method.title for method in glossary.METHODS.values()}) == len(glossary.METHODS)
+
+
+def test_lines_are_told_apart_without_colour():
+    for place in range(3):
+        assert len({str(line[place]) for line in figure.LINES.values()}) == len(figure.LINES)
 
 
 def _fine(model):
