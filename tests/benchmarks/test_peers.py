@@ -2,7 +2,8 @@
 
 The figures were printed by github.com/scxue/DM-NonUniform (step_optim.py, start "unif", sigma from 80 to 0.002) and
 github.com/zju-pi/diff-sampler (gits-main, metric dev, coefficient 1.15, teacher ipndm of 61 levels, 256 warm-up
-samples: those of `gits.warm_up_noise`, on the digits network).
+samples: those of `gits.warm_up_noise`, on the digits network). OSS's are those of github.com/bebebe666/OptimalSteps
+(search_OSS_batch and cal_medium, 16 of the same noises, the first step held to the highest level).
 """
 
 import itertools
@@ -60,6 +61,12 @@ AUTHORS_GITS = {
     6: [80.0, 2.1632, 1.1431, 0.5666, 0.2597, 0.0851],
     8: [80.0, 2.5152, 1.3482, 0.8119, 0.47, 0.2597, 0.1079, 0.0395],
     10: [80.0, 3.3686, 1.8543, 1.1431, 0.8119, 0.47, 0.2597, 0.1359, 0.0665, 0.03],
+}
+AUTHORS_OSS = {
+    4: [80.0, 2.0483, 0.8885, 0.2699],
+    6: [80.0, 3.0706, 1.5426, 0.8432, 0.3874, 0.1148],
+    8: [80.0, 3.9722, 2.0483, 1.3328, 0.8432, 0.4882, 0.2699, 0.0863],
+    10: [80.0, 4.6919, 2.5723, 1.7801, 1.2685, 0.8432, 0.5778, 0.3441, 0.1726, 0.0594],
 }
 
 
@@ -170,6 +177,18 @@ def test_tuned_gits_is_the_best_of_its_settings():
     assert tuning._error(best, "dpmpp_2m") == min(tuning._error(other, "dpmpp_2m") for other in others)
     different = len({tuple(other.tolist()) for other in others})
     assert calls == 2 * 60 * 32 + reference.model_calls + different * 5 * 32
+
+
+@pytest.fixture(scope="module")
+def digits_oss():
+    digits = models.digits()
+    return optimal_steps.OptimalSteps.measure(digits.denoiser, gits.warm_up_noise(0, 16, digits.shape), 10)
+
+
+@pytest.mark.parametrize("steps", AUTHORS_OSS)
+def test_oss_is_its_authors(digits_oss, steps):
+    # Printed to four places after the point; neighbours on the teacher's grid are at least 0.02 apart in log sigma.
+    np.testing.assert_allclose(digits_oss.schedule(steps)[:-1], AUTHORS_OSS[steps], rtol=1e-4, atol=6e-5)
 
 
 @pytest.mark.parametrize("process", ["ve", "flow"])
