@@ -1,7 +1,9 @@
+import dataclasses
+
 import pytest
 import torch
 
-from benchmarks.pretrained import networks, run, summary
+from benchmarks.pretrained import networks, pictures, run, summary
 from benchmarks.quality import table
 
 ZOO = """
@@ -106,3 +108,18 @@ def test_weights_are_untouched(weights):
     networks.builders(networks.find_zoo(weights))["mixture"]()
     assert sorted(weights.parent.rglob("*")) == before
     assert torch.is_grad_enabled()
+
+
+def test_pictures_show_every_method_and_the_converged_samples(weights, tmp_path):
+    (weights.parent / "zoo.py").write_text(
+        ZOO.replace("native: object", "native: object\n    image: object = staticmethod(lambda x: x[:, None, None])")
+    )
+    network = networks.builders(weights.parent / "zoo.py")["mixture"]()
+    rows = pictures.rows_of(network, ["native", "optimal_schedule"], "ddim", 4, 3, run.Plan())
+    assert [row.label.split("\n")[0] for row in rows] == ["native", "optimal_schedule", "converged"]
+    assert "\n0 calls\n" in rows[0].label
+    assert all(row.samples.shape == (3, 2) for row in rows)
+    pictures.plot(rows, network, "mixture", tmp_path / "rows.png")
+    assert (tmp_path / "rows.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="must have an image function"):
+        pictures.plot(rows, dataclasses.replace(network, image=None), "", tmp_path / "none.png")
