@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 import fastsched as fs
-from benchmarks.quality import baselines
+from benchmarks.quality import baselines, dmn
+from benchmarks.quality.gits import Gits, GitsTuning, warm_up_noise
 from benchmarks.quality.models import Model
+from benchmarks.quality.optimal_steps import OptimalSteps
 from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.states import finite_grid
 from fastsched.fitting.denoiser_fit import fit_report
@@ -20,8 +22,27 @@ from fastsched.fitting.denoiser_fit import fit_report
 #: fastsched's own: the dynamic programme, the same polished, and what `fastsched.fit` makes of it with more calls.
 OURS = ("fastsched_dp", "fastsched_polish", "fastsched")
 
-#: Samples that GITS and the paper's cost are given; fastsched measures 8.
-GENEROUS_SAMPLES = 64
+#: Where the seeds of the noises start that GITS's settings are chosen on; no chooser or evaluation uses these.
+TUNING_SEED = 10_000
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How many noises the other methods are given; fastsched measures 8.
+
+    Attributes:
+        paper: For the paper's cost.
+        gits: For GITS's paths, its authors' number.
+        tuning: To choose among GITS's settings.
+        optimal_steps: For OSS.
+        most_steps: The most steps that OSS is asked for; its paths of all fewer steps come with them.
+    """
+
+    paper: int = 64
+    gits: int = 256
+    tuning: int = 64
+    optimal_steps: int = 16
+    most_steps: int = 20
 
 
 @dataclass(frozen=True)
@@ -44,8 +65,8 @@ class Chosen:
 class Choosers:
     """All choosers for one denoiser; what they measure is measured once, when first asked for."""
 
-    def __init__(self, model: Model, seed: int) -> None:
-        self.model, self.seed = model, seed
+    def __init__(self, model: Model, seed: int, effort: Effort | None = None) -> None:
+        self.model, self.seed, self.effort = model, seed, effort or Effort()
         self.seconds: dict[str, float] = {}
 
     @cached_property
@@ -68,20 +89,41 @@ class Choosers:
                 denoiser,
                 shape=self.model.shape,
                 sigmas=denoiser.process.sampler_sigma(finite_grid(denoiser, 48)),
-                samples=GENEROUS_SAMPLES,
+                samples=self.effort.paper,
                 seed=self.seed,
                 progress=False,
             ),
         )
 
     @cached_property
-    def gits(self) -> baselines.Gits:
-        """GITS's path and its costs."""
+    def gits(self) -> Gits:
+        """GITS's path and its costs, as its authors set it."""
+        return self._timed("gits", lambda: self._gits_path("ipndm"))
+
+    @cached_property
+    def gits_tuning(self) -> GitsTuning:
+        """What chooses among GITS's settings."""
         return self._timed(
-            "gits",
-            lambda: baselines.Gits.measure(
-                self.model.denoiser, self.model.shape, samples=GENEROUS_SAMPLES, seed=self.seed
+            "gits_tuning",
+            lambda: GitsTuning(
+                self.model.denoiser,
+                {"ipndm": self.gits, "dpmpp_2m": self._gits_path("dpmpp_2m")},
+                fs.converged_reference(
+                    self.model.denoiser,
+                    self.model.shape,
+                    samples=self.effort.tuning,
+                    seed=TUNING_SEED + self.seed,
+                    progress=False,
+                ),
             ),
+        )
+
+    @cached_property
+    def optimal_steps(self) -> OptimalSteps:
+        """The paths of OSS."""
+        noise = warm_up_noise(self.seed, self.effort.optimal_steps, self.model.shape)
+        return self._timed(
+            "optimal_steps", lambda: OptimalSteps.measure(self.model.denoiser, noise, self.effort.most_steps)
         )
 
     def choose(self, solver: str, steps: int) -> dict[str, Callable[[], Chosen]]:
@@ -92,7 +134,10 @@ class Choosers:
             **{name: lambda sigmas=sigmas: Chosen(sigmas) for name, sigmas in fixed.items()},
             "paper": lambda: self._paper(steps),
             "gits": lambda: self._gits(steps),
-            "dmn": lambda: _clocked(lambda: Chosen(baselines.dmn(process, steps))),
+            "gits_tuned": lambda: self._gits_tuned(solver, steps),
+            "dmn": lambda: _clocked(lambda: Chosen(dmn.schedule(process, steps, "sigma", self.seed))),
+            "dmn_shipped": lambda: _clocked(lambda: Chosen(dmn.schedule(process, steps, "sigma_squared", self.seed))),
+            "oss": lambda: self._oss(steps),
             "fastsched_dp": lambda: self._optimal(solver, steps, polish=False),
             "fastsched_polish": lambda: self._optimal(solver, steps, polish=True),
             "fastsched": lambda: self._fit(solver, steps),
@@ -103,10 +148,24 @@ class Choosers:
         found = _clocked(lambda: Chosen(fs.select(cost, steps, method="arc_length").sigmas))
         return Chosen(found.sigmas, cost.model_calls, found.seconds + self.seconds["corrector_cost"])
 
+    def _gits_path(self, teacher: str) -> Gits:
+        noise = warm_up_noise(self.seed, self.effort.gits, self.model.shape)
+        return Gits.measure(self.model.denoiser, noise, teacher=teacher)
+
     def _gits(self, steps: int) -> Chosen:
         gits = self.gits
         found = _clocked(lambda: Chosen(gits.schedule(steps)))
         return Chosen(found.sigmas, gits.model_calls, found.seconds + self.seconds["gits"])
+
+    def _gits_tuned(self, solver: str, steps: int) -> Chosen:
+        tuning = self.gits_tuning
+        found = _clocked(lambda: Chosen(*tuning.schedule(solver, steps)))
+        return Chosen(found.sigmas, found.model_calls, found.seconds + self.seconds["gits_tuning"])
+
+    def _oss(self, steps: int) -> Chosen:
+        paths = self.optimal_steps
+        found = _clocked(lambda: Chosen(paths.schedule(steps)))
+        return Chosen(found.sigmas, paths.model_calls(steps), found.seconds + self.seconds["optimal_steps"])
 
     def _optimal(self, solver: str, steps: int, *, polish: bool) -> Chosen:
         statistics, start = self.statistics, time.process_time()
@@ -130,4 +189,4 @@ class Choosers:
 def _clocked(choose: Callable[[], Chosen]) -> Chosen:
     start = time.process_time()
     found = choose()
-    return Chosen(found.sigmas, found.model_calls, time.process_time() - start, found.predicted)
+    return replace(found, seconds=time.process_time() - start)

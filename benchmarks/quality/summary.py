@@ -10,6 +10,7 @@ geometric means over cells.
 from __future__ import annotations
 
 import argparse
+import csv
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import RESULTS
-from benchmarks.quality import table
+from benchmarks.quality import glossary, gradient_limit, table
 from benchmarks.quality.choosing import OURS
+from benchmarks.quality.figure import plot
 
 DOCS = Path(__file__).parents[2] / "docs"
 METRICS = {"typical_error": "typical", "mean_error": "mean", "frechet": "Frechet"}
@@ -74,14 +76,14 @@ class Results:
         return float(np.exp(np.mean(np.log(np.maximum(found, 1e-30))))) if found else np.nan
 
     def best(self, metric: str, cell: Cell) -> tuple[str, float]:
-        """The best baseline of a cell and its error."""
+        """The best other way of a cell and its error."""
         errors = {name: self.error(metric, cell, name) for name in self.baselines}
         known = {name: value for name, value in errors.items() if not np.isnan(value)}
         name = min(known, key=known.__getitem__)
         return name, known[name]
 
     def ratio(self, metric: str, cell: Cell, method: str, against: str) -> float:
-        """A method's error over another's; ``"best"`` is the cell's best baseline."""
+        """A method's error over another's; ``"best"`` is the cell's best other way."""
         other = self.best(metric, cell)[1] if against == "best" else self.error(metric, cell, against)
         return self.error(metric, cell, method) / other
 
@@ -90,9 +92,9 @@ class Results:
         ratios = [self.ratio(metric, cell, method, against) for cell in cells or self.cells]
         return geometric(ratios)
 
-    def spread(self, method: str) -> float:
+    def spread(self, method: str, cells: Iterable[Cell]) -> float:
         """Standard deviation over seeds of the logarithm of the error, its root mean square over cells."""
-        found = [self.values["typical_error"][cell].get(method, ()) for cell in self.cells]
+        found = [self.values["typical_error"][cell].get(method, ()) for cell in cells]
         logs = [np.log(values).var(ddof=1) for values in found if len(values) > 1]
         return float(np.sqrt(np.mean(logs))) if logs else np.nan
 
@@ -119,36 +121,53 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def headline(results: Results) -> str:
-    """Each of fastsched's methods against the best baseline of each cell, karras, and the limit."""
+    """Each of fastsched's methods against the best other way of each cell, karras, and the limit of nodes."""
     rows = []
-    for method in OURS:
-        for metric, title in METRICS.items():
+    for method in OURS[::-1]:
+        for metric, name in METRICS.items():
             if not any(method in found for found in results.values[metric].values()):
                 continue
             ratios = [results.ratio(metric, cell, method, "best") for cell in results.cells]
             against = [results.mean_ratio(metric, method, other) for other in ("best", "karras_7", "limit")]
             lost = sum(ratio > LOST for ratio in ratios)
-            rows.append([method, title, *(f"{value:.3f}" for value in against), f"{lost} of {len(ratios)}"])
-    return markdown(["method", "error", "best baseline", "karras", "limit", "cells above 1.05"], rows)
+            figures = [f"{value:.3f}" for value in against]
+            rows.append([glossary.title(method), name, *figures, f"{lost} of {len(ratios)}"])
+    return markdown(["method", "error", "best other way", "karras", "limit", "cells above 1.05"], rows)
 
 
-def standings(results: Results) -> str:
-    """Every method: its errors over karras', how often it is best, and what choosing took."""
+def standings(results: Results, methods: Sequence[str], cells: Sequence[Cell]) -> str:
+    """Methods by their errors over karras', how often each is best, and what choosing took."""
     shared = [name for name in results.methods if name != "limit"]
-    wins = [min(shared, key=lambda n: _or_inf(results.error("typical_error", cell, n))) for cell in results.cells]
+    wins = [min(shared, key=lambda n: _or_inf(results.error("typical_error", cell, n))) for cell in cells]
     rows = []
-    for name in sorted(shared, key=lambda n: results.mean_ratio("typical_error", n, "karras_7")):
-        ratios = [results.mean_ratio(metric, name, "karras_7") for metric in METRICS]
-        calls = [value for cell in results.cells for value in results.values["choosing_calls"][cell].get(name, ())]
-        seconds = [value for cell in results.cells for value in results.values["choosing_seconds"][cell].get(name, ())]
+    for name in sorted(methods, key=lambda n: results.mean_ratio("typical_error", n, "karras_7", cells)):
+        ratios = [results.mean_ratio(metric, name, "karras_7", cells) for metric in METRICS]
+        calls = [value for cell in cells for value in results.values["choosing_calls"][cell].get(name, ())]
+        seconds = [value for cell in cells for value in results.values["choosing_seconds"][cell].get(name, ())]
         cost = [f"{np.max(calls):,.0f}", f"{np.max(seconds):.2g}"]
-        rows.append([name, *(f"{r:.3f}" for r in ratios), str(wins.count(name)), f"{results.spread(name):.2f}", *cost])
-    header = ["method", *METRICS.values(), "best in cells", "spread", "calls, at most", "seconds, at most"]
+        spread = f"{results.spread(name, cells):.2f}"
+        rows.append([glossary.title(name), *(f"{r:.3f}" for r in ratios), str(wins.count(name)), spread, *cost])
+    header = ["method", *METRICS.values(), "best in cells", "spread", "calls", "seconds"]
     return markdown(header, rows)
 
 
+def everywhere(results: Results) -> tuple[list[str], dict[str, list[str]]]:
+    """The methods that were run for all denoisers, and by denoiser those that were not."""
+    places: dict[str, set[str]] = {}
+    for cell in results.cells:
+        for name in results.values["typical_error"][cell]:
+            places.setdefault(name, set()).add(cell[0])
+    denoisers = list(dict.fromkeys(cell[0] for cell in results.cells))
+    shared = [name for name in results.methods if len(places[name]) == len(denoisers) and name != "limit"]
+    further = {
+        denoiser: [name for name in results.methods if denoiser in places[name] and name not in (*shared, "limit")]
+        for denoiser in denoisers
+    }
+    return shared, {denoiser: names for denoiser, names in further.items() if names}
+
+
 def breakdown(results: Results, method: str) -> str:
-    """Typical error over the best baseline's and over karras', by solver, denoiser and model calls."""
+    """Typical error over the best other way's and over karras', by solver, denoiser and model calls."""
     rows = []
     keys: tuple[Callable[[Cell], object], ...] = (lambda c: c[1], lambda c: c[0], lambda c: c[2])
     for key in keys:
@@ -156,14 +175,14 @@ def breakdown(results: Results, method: str) -> str:
             chosen = [cell for cell in results.cells if key(cell) == value]
             ratios = [results.mean_ratio("typical_error", method, other, chosen) for other in ("best", "karras_7")]
             rows.append([f"{value} calls" if isinstance(value, int) else str(value), *(f"{r:.3f}" for r in ratios)])
-    return markdown([method, "best baseline", "karras"], rows)
+    return markdown([glossary.title(method), "best other way", "karras"], rows)
 
 
 def lost_cells(results: Results, method: str) -> str:
-    """The cells in which a baseline is better by more than 5%, worst first, and why.
+    """The cells in which another way is better by more than 5%, worst first, and why.
 
-    The error that fastsched measured on the few noises it tuned on tells: below the baseline's error, those noises were
-    not like the others; above it, the search did not come to where the baseline is.
+    The error that fastsched measured on the few noises it tuned on tells: below the other way's error, those noises
+    were not like the others; above it, the search did not come to where the other way is.
     """
     rows = []
     for cell in results.cells:
@@ -171,12 +190,31 @@ def lost_cells(results: Results, method: str) -> str:
         ours, tuned = (results.error(metric, cell, method) for metric in ("typical_error", "predicted"))
         if ours > LOST * best:
             why = "too few noises" if tuned < best else "search"
-            rows.append(
-                (ours / best, [cell[0], cell[1], str(cell[2]), name, f"{best:.3g}", f"{ours:.3g}", f"{tuned:.3g}", why])
-            )
+            figures = [f"{value:.3g}" for value in (best, ours, tuned)]
+            rows.append((ours / best, [cell[0], cell[1], str(cell[2]), glossary.title(name), *figures, why]))
     rows.sort(key=lambda row: -row[0])
-    header = ["denoiser", "solver", "calls", "best baseline", "its error", method, "where it tuned", "why", "ratio"]
+    names = ["best other way", "its error", glossary.title(method), "where it tuned", "why", "ratio"]
+    header = ["denoiser", "solver", "calls", *names]
     return markdown(header, [[*row, f"{ratio:.2f}"] for ratio, row in rows])
+
+
+def true_limit(results: Results, limits: Sequence[dict[str, str]]) -> str:
+    """What gradient descent on nodes and weights reaches, beside the best of our methods over all solvers.
+
+    Errors are those of seed 0, the noises that both were judged on.
+    """
+    rows = []
+    for limit in limits:
+        cells = [cell for cell in results.cells if cell[0] == limit["denoiser"] and cell[2] == int(limit["calls"])]
+        errors = results.values["typical_error"]
+        found = {(cell[1], name): errors[cell][name][0] for cell in cells for name in OURS if errors[cell].get(name)}
+        if not found:
+            continue
+        (solver, name), best = min(found.items(), key=lambda item: item[1])
+        reached = float(limit["typical_error"])
+        row = [limit["denoiser"], limit["calls"], f"{reached:.3g}", f"{int(limit['model_calls']):,}"]
+        rows.append([*row, f"{glossary.title(name)}, {solver}", f"{best:.3g}", f"{best / reached:.2f}"])
+    return markdown(["denoiser", "calls", "true limit", "its model calls", "best of ours", "its error", "ratio"], rows)
 
 
 def correlations(results: Results) -> str:
@@ -185,62 +223,56 @@ def correlations(results: Results) -> str:
     for denoiser in dict.fromkeys(cell[0] for cell in results.cells):
         values = [results.rank_correlation(denoiser, m, e) for m in OURS[:2] for e in ("typical_error", "mean_error")]
         rows.append([denoiser, *(f"{value:.3f}" for value in values)])
-    return markdown(["denoiser", *(f"{m}, {e}" for m in OURS[:2] for e in ("typical", "mean"))], rows)
+    names = [f"{glossary.title(m)}: {e}" for m in OURS[:2] for e in ("typical", "mean")]
+    return markdown(["denoiser", *names], rows)
 
 
-def plot(results: Results, path: Path, solver: str = "dpmpp_2m") -> None:
-    """Typical error over model calls for one solver, a panel a denoiser."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    denoisers = list(dict.fromkeys(cell[0] for cell in results.cells))
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = np.ravel(figure.subplots(2, -(-len(denoisers) // 2), squeeze=False))
-    lines = {"karras_7": ("0.6", "karras"), "paper": ("C2", "paper"), "gits": ("C4", "gits"), "dmn": ("C5", "dmn")}
-    lines |= {"fastsched_polish": ("C1", "optimal_schedule"), "fastsched": ("C3", "fit")}
-    for ax, denoiser in zip(panels, denoisers, strict=False):
-        cells = sorted(cell for cell in results.cells if cell[:2] == (denoiser, solver))
-        calls = [cell[2] for cell in cells]
-        best = [results.best("typical_error", cell)[1] for cell in cells]
-        ax.plot(calls, best, "--", color="k", lw=1, label="best of all baselines")
-        for name, (colour, label) in lines.items():
-            ax.plot(
-                calls, [results.error("typical_error", c, name) for c in cells], "o-", ms=3, color=colour, label=label
-            )
-        limit = [results.error("typical_error", cell, "limit") for cell in cells]
-        ax.plot(calls, limit, "k*", ms=9, label="limit")
-        ax.set(title=denoiser, xscale="log", yscale="log", xticks=calls, xticklabels=map(str, calls))
-        ax.minorticks_off()
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=8, fontsize=8)
-    figure.supxlabel(f"model calls of {solver}")
-    figure.supylabel("typical squared distance to the converged sample")
-    figure.savefig(path, dpi=100)
-
-
-def report(results: Results) -> str:
+def report(results: Results, limits: Sequence[dict[str, str]] = ()) -> str:
     """All tables as one page of markdown."""
     seeds = max(len(found) for by in results.values["typical_error"].values() for found in by.values())
     last = next(name for name in reversed(OURS) if name in results.methods)
+    shared, further = everywhere(results)
+    denoisers = list(dict.fromkeys(cell[0] for cell in results.cells))
     parts = [
-        f"{len(results.cells)} cells (denoiser, solver, model calls), seeds in each: {seeds}; errors are squared "
-        "distances to the converged sample of the same noise, typical = geometric mean over samples; ratios are "
-        "geometric means over cells.",
+        "# Quality",
+        f"{len(results.cells)} cells (denoiser, solver, model calls) of {seeds} seeds each. The error of a sample is "
+        "its squared distance to the converged sample of the same noise, on 64 noises a seed that no method saw. "
+        "*Typical* is the geometric mean over samples, *mean* the arithmetic one, *Frechet* the squared Frechet "
+        "distance between the two sets of samples; a cell has the geometric mean over seeds. Ratios are geometric "
+        "means over cells: below 1 is better.",
         headline(results),
+        glossary.HEADLINE_COLUMNS,
         "![Typical error over model calls of dpmpp_2m, six denoisers](quality.png)",
-        "Each method against karras (rho 7, last node at the lowest sigma); what choosing one schedule takes, the "
-        "measurement that serves all of them included; spread is the standard deviation over seeds of the log error:",
-        standings(results),
-        "By solver, denoiser and number of model calls:",
-        breakdown(results, last),
-        "Rank correlation of predicted and actual error over a denoiser's cells:",
+        "Bands: the range over seeds.",
+        "## What is compared",
+        markdown(["denoiser", "what it is"], [[name, glossary.DENOISERS.get(name, "")] for name in denoisers]),
+        markdown(["method", "what it is"], glossary.meanings(results.methods)),
+        "## All methods",
+        standings(results, shared, results.cells),
+        glossary.STANDINGS_COLUMNS,
+    ]
+    for denoiser, names in further.items():
+        cells = [cell for cell in results.cells if cell[0] == denoiser]
+        parts += [f"For {denoiser} alone, beside the same methods there:", standings(results, [*names, *shared], cells)]
+    parts += ["## By solver, denoiser and number of model calls", breakdown(results, last)]
+    if limits:
+        parts += ["## Against gradient descent on nodes and weights", glossary.TRUE_LIMIT, true_limit(results, limits)]
+    parts += [
+        "## Predicted and actual error",
+        "Spearman's rank correlation over a denoiser's cells of the error that a schedule predicts with its own.",
         correlations(results),
-        f"Cells in which the best of {len(results.baselines)} baselines is ahead by more than 5%. Why: *too few "
-        "noises*, where fastsched's error on those it tuned on is below the baseline's; *search*, where it is not:",
+        "## Cells in which another way is ahead by more than 5%",
         lost_cells(results, last),
+        glossary.LOST_COLUMNS,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _cell(row: table.Row) -> Cell:
@@ -254,11 +286,12 @@ def _or_inf(value: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS / "quality.csv")
+    parser.add_argument("--limits", type=Path, default=RESULTS / f"{gradient_limit.NAME}.csv")
     parser.add_argument("--output", type=Path, default=DOCS, help="folder for quality.md and quality.png")
     args = parser.parse_args()
     results = Results.read(args.results)
     args.output.mkdir(parents=True, exist_ok=True)
-    page = report(results)
+    page = report(results, _rows(args.limits))
     (args.output / "quality.md").write_text(page)
     plot(results, args.output / "quality.png")
     print(page)

@@ -1,16 +1,14 @@
 import csv
-import itertools
-import math
 
-import numpy as np
 import pytest
 import torch
 
 import fastsched as fs
-from benchmarks.quality import baselines, limit, models, run, summary, table
+from benchmarks.quality import baselines, dmn, figure, glossary, limit, models, run, summary, table
 from fastsched.denoisers.noise import FlowMatching, VarianceExploding
-from fastsched.denoisers.oracles import Gaussian, GaussianMixture
+from fastsched.denoisers.oracles import GaussianMixture
 
+PEERS = {"paper", "gits", "gits_tuned", "dmn", "dmn_shipped", "oss"}
 VE = VarianceExploding(0.002, 80.0)
 
 
@@ -44,54 +42,10 @@ def test_shipped_weights_are_small():
     assert sum(sizes) < 3e6
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4])
-def test_discounted_path_is_the_best_of_all(steps):
-    cost = np.random.default_rng(steps).random((7, 7))
-    cost[np.tri(7, dtype=bool)] = np.inf
-
-    def total(path):
-        return sum(1.15**n * cost[a, b] for n, (a, b) in enumerate(itertools.pairwise(path)))
-
-    best = min(((0, *inner, 6) for inner in itertools.combinations(range(1, 6), steps - 1)), key=total)
-    assert tuple(baselines.discounted_path(cost, steps, 1.15)) == best
-
-
-def test_gits_costs_are_those_of_euler_steps_on_a_gaussian():
-    oracle = Gaussian(0.5, (4,))
-    gits = baselines.Gits.measure(fs.Denoiser.from_denoiser(oracle.denoise, 0.002, 80.0), (4,), samples=32)
-    assert gits.model_calls == 61 * 32
-    i, j = 20, 30
-    s_i, s_j = float(gits.s[i]), float(gits.s[j])
-    step = 1 + (s_j - s_i) * s_i / (0.25 + s_i**2)  # of Euler's method, against the exact flow
-    exact = math.sqrt((0.25 + s_j**2) / (0.25 + s_i**2))
-    noise = baselines.noise_of(baselines.sample_seeds(0, 32), (4,))
-    at_start = noise * 80 * math.sqrt((0.25 + s_i**2) / (0.25 + 80**2))
-    expected = abs(step - exact) * float(at_start.norm(dim=1).mean())
-    assert gits.cost[i, j] == pytest.approx(expected, rel=0.02)
-    sigmas = gits.schedule(5)
-    assert len(sigmas) == 6
-    assert bool((sigmas[:-1] > sigmas[1:]).all())
-
-
-@pytest.mark.parametrize("steps", [2, 3, 4])
-def test_dmn_is_as_good_as_the_best_on_a_grid(steps):
-    grid = np.geomspace(80, 0.002, 61)
-    candidates = np.array([[80, *inner, 0.002] for inner in itertools.combinations(grid[1:-1], steps - 1)])
-    found = baselines.dmn(VE, steps).numpy().copy()
-    found[-1] = 0.002
-    assert baselines.dmn_bound(found) <= 1.001 * baselines.dmn_bound(candidates).min()
-
-
-def test_dmn_bound_of_two_steps_is_the_sum_of_ratios():
-    s = np.array([[80.0, 3.0, 0.1], [7.0, 2.0, 1.0]])
-    ratios = s[:, :-1] / s[:, 1:] - 1  # s_i |rho_{i+1} - rho_i|
-    np.testing.assert_allclose(baselines.dmn_bound(s), ratios.sum(1))
-
-
 @pytest.mark.parametrize("process", [VE, FlowMatching()], ids=["ve", "flow"])
 @pytest.mark.parametrize("steps", [2, 5, 20])
 def test_curves_start_and_end_where_samplers_do(process, steps):
-    found = baselines.curves(process, steps, 0.7) | {"dmn": baselines.dmn(process, steps)}
+    found = baselines.curves(process, steps, 0.7) | {"dmn": dmn.schedule(process, steps)}
     start = process.sampler_sigma(torch.tensor(process.s_max, dtype=torch.float64))
     for name, sigmas in found.items():
         assert len(sigmas) == steps + 1, name
@@ -124,9 +78,7 @@ def test_a_cell_is_run_summarised_and_not_run_again(tmp_path, capsys):
     arguments += ["--workers", "1", "--output", str(path)]
     run.main(arguments)
     rows = table.read(path)
-    assert {"fastsched", "fastsched_dp", "gits", "dmn", "paper", "karras_7", "flow_shift_3"} <= {
-        row["method"] for row in rows
-    }
+    assert PEERS | {"fastsched", "fastsched_dp", "karras_7", "flow_shift_3"} <= {row["method"] for row in rows}
     assert all(float(row["typical_error"]) >= 0 and row["model_calls"] == "4" for row in rows)
     before = path.read_text()
     with path.open("a") as file:
@@ -136,9 +88,43 @@ def test_a_cell_is_run_summarised_and_not_run_again(tmp_path, capsys):
     run.main([*arguments, "--redo", "gits"])
     assert len(list(csv.DictReader(path.read_text().splitlines()))) == len(rows)
     page = summary.report(summary.Results.read(path))
-    assert "| gits |" in page
+    assert "| GITS |" in page
+    assert "For flow alone" not in page  # where there is no other denoiser, all methods are run for all
     summary.plot(summary.Results.read(path), tmp_path / "quality.png")
     assert (tmp_path / "quality.png").stat().st_size < 300_000
+
+
+def results_of(rows):
+    values = {"typical_error": {}, "choosing_calls": {}, "choosing_seconds": {}}
+    for cell, method, error in rows:
+        values["typical_error"].setdefault(cell, {})[method] = error
+    return summary.Results(values, tuple(values["typical_error"]), tuple(dict.fromkeys(row[1] for row in rows)))
+
+
+def test_methods_of_one_denoiser_stand_apart():
+    a, b = ("a", "ddim", 4), ("b", "ddim", 4)
+    rows = [(a, "karras_7", [1.0]), (b, "karras_7", [1.0]), (b, "flow_shift_3", [2.0]), (a, "limit", [0.1])]
+    assert summary.everywhere(results_of(rows)) == (["karras_7"], {"b": ["flow_shift_3"]})
+
+
+def test_the_true_limit_stands_beside_the_best_of_ours_over_solvers():
+    cells = [("digits", solver, 6) for solver in ("ddim", "unipc")]
+    rows = [(cells[0], "fastsched", [0.4, 9.0]), (cells[1], "fastsched", [0.03, 9.0]), (cells[1], "gits", [0.01, 0.01])]
+    limit = {"denoiser": "digits", "calls": "6", "typical_error": "0.02", "model_calls": "500000"}
+    page = summary.true_limit(results_of(rows), [limit, limit | {"calls": "4"}])
+    assert page.splitlines()[2:] == ["| digits | 6 | 0.02 | 500,000 | fs.fit, unipc | 0.03 | 1.50 |"]
+
+
+def test_every_row_of_the_results_is_explained():
+    rows = table.read(summary.RESULTS / "quality.csv")
+    assert {row["method"] for row in rows} <= set(glossary.METHODS)
+    assert {row["denoiser"] for row in rows} == set(glossary.DENOISERS) == set(models.MODELS)
+    assert len({method.title for method in glossary.METHODS.values()}) == len(glossary.METHODS)
+
+
+def test_lines_are_told_apart_without_colour():
+    for place in range(3):
+        assert len({str(line[place]) for line in figure.LINES.values()}) == len(figure.LINES)
 
 
 def _fine(model):

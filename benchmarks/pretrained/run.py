@@ -1,0 +1,157 @@
+"""Schedules for networks that others trained.
+
+    python -m benchmarks.pretrained.run --weights FOLDER
+
+FOLDER is described in `benchmarks.pretrained.networks`. For each network: converged samples of noises that no method
+sees, then every method's samples from the same noises. Rows go to ``benchmarks/results/pretrained.csv`` as they are
+found and are not computed twice; ``--redo`` names methods to run anew. ``python -m benchmarks.pretrained.summary``
+makes tables of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import fastsched as fs
+from benchmarks.common import RESULTS, environment
+from benchmarks.pretrained.networks import Network, builders, find_zoo
+from benchmarks.quality import table
+from benchmarks.quality.choosing import Choosers, Chosen, Effort
+from benchmarks.quality.models import Model
+from benchmarks.quality.run import result
+
+#: What is run if the folder has them and no names are given; else all that it has.
+NETWORKS = ("cifar-grey", "mnist-flow", "flower-flow")
+SOLVERS = ("ddim", "dpmpp_2m", "unipc")
+PATH = RESULTS / "pretrained.csv"
+
+#: Every method: its name in the results, and in `Choosers.choose`; ``native`` is the network's own schedule.
+METHODS: dict[str, str] = {
+    "native": "native",
+    "karras": "karras_7",
+    "karras_to_zero": "karras_7_spared",
+    "exponential": "exponential",
+    "exponential_to_zero": "exponential_spared",
+    "paper": "paper",
+    "gits": "gits",
+    "gits_tuned": "gits_tuned",
+    "dmn": "dmn",
+    "dmn_shipped": "dmn_shipped",
+    "oss": "oss",
+    "optimal_schedule": "fastsched_polish",
+    "fit": "fastsched",
+}
+
+
+USUAL_EFFORT = Effort(paper=64, gits=256, tuning=16, optimal_steps=8, most_steps=12)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a network is judged.
+
+    Attributes:
+        calls: Numbers of model calls, the same as steps.
+        samples: Noises it is judged on.
+        reference: The converged run, as `fs.converged_reference` takes it.
+        effort: What the other methods are given.
+        left_out: Methods that would take too long.
+    """
+
+    calls: tuple[int, ...] = (5, 8, 12)
+    samples: int = 64
+    reference: dict[str, Any] = field(default_factory=dict)
+    effort: Effort = USUAL_EFFORT
+    left_out: tuple[str, ...] = ()
+
+
+#: For a network of 0.2 s a call: fewer noises, and a converged run of 80 steps by a third-order solver.
+LARGE = Plan(
+    calls=(5, 8),
+    samples=16,
+    reference={"steps": 80, "solver": "unipc_3", "batch_size": 4},
+    effort=Effort(paper=2, gits=4),
+    left_out=("gits_tuned", "oss"),
+)
+
+
+def missing(
+    name: str, plan: Plan, seed: int, methods: Sequence[str], done: Collection[tuple[str, ...]]
+) -> list[tuple[str, int, str]]:
+    """What there is no row of: solver, calls and method."""
+    wanted = itertools.product(SOLVERS, plan.calls, [method for method in methods if method not in plan.left_out])
+    return [found for found in wanted if (name, found[0], str(found[1]), str(seed), found[2]) not in done]
+
+
+def rows_of(
+    name: str, network: Network, plan: Plan, seed: int, wanted: Sequence[tuple[str, int, str]]
+) -> Iterator[table.Row]:
+    """Run ``wanted`` solvers, calls and methods for one network and seed."""
+    if not wanted:
+        return
+    model = Model(network.denoiser, network.shape, name)
+    choosers = Choosers(model, seed, plan.effort)
+    reference = fs.converged_reference(
+        network.denoiser, network.shape, samples=plan.samples, seed=seed, progress=False, **plan.reference
+    )
+    for solver, calls, method in tqdm(wanted, desc=name, unit="row"):
+        known = {"native": lambda calls=calls: Chosen(network.native(calls)), **choosers.choose(solver, calls)}
+        found = result(model, solver, known[METHODS[method]](), reference)
+        yield {"denoiser": name, "solver": solver, "calls": calls, "seed": seed, "method": method, **found}
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True, help="folder with zoo.py in it or beside it")
+    parser.add_argument("--zoo", type=Path, default=None, help="another file that defines ZOO")
+    parser.add_argument("--networks", nargs="*", default=None, metavar="name", help=f"default: {' '.join(NETWORKS)}")
+    parser.add_argument(
+        "--large", nargs="*", default=[], metavar="name", help="slow networks: 16 noises, 5 and 8 calls"
+    )
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), help="run only these")
+    parser.add_argument("--redo", nargs="*", default=[], choices=list(METHODS), help="methods whose rows to run anew")
+    parser.add_argument("--output", type=Path, default=PATH, help="the CSV")
+    return parser.parse_args(argv)
+
+
+def plans(args: argparse.Namespace, available: Sequence[str]) -> dict[str, Plan]:
+    """How each network that was asked for is judged.
+
+    Raises:
+        ValueError: If the zoo lacks one.
+    """
+    usual = [name for name in NETWORKS if name in available] or list(available)
+    named = args.networks if args.networks is not None else [] if args.large else usual
+    unknown = sorted({*named, *args.large} - set(available))
+    if unknown:
+        raise ValueError(f"networks must be among {', '.join(available)}, got {', '.join(unknown)}")
+    return dict.fromkeys(named, Plan()) | dict.fromkeys(args.large, LARGE)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    torch.set_num_threads(1)
+    zoo = builders(args.zoo or find_zoo(args.weights))
+    kept = [row for row in table.read(args.output) if row["method"] not in args.redo]
+    table.write(args.output, kept)
+    done = {tuple(str(row[name]) for name in table.KEY) for row in kept}
+    commit = environment()["commit"]
+    for name, plan in plans(args, list(zoo)).items():
+        network = zoo[name]()
+        for seed in args.seeds:
+            for row in rows_of(name, network, plan, seed, missing(name, plan, seed, args.methods, done)):
+                table.append(args.output, [row | {"commit": commit}])
+    print(f"written: {args.output}")
+
+
+if __name__ == "__main__":
+    main()

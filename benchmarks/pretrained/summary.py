@@ -1,0 +1,150 @@
+"""What the benchmark on others' networks shows.
+
+    python -m benchmarks.pretrained.summary
+
+A cell is a network, a solver and a number of model calls; its error under a method is the geometric mean over seeds. In
+every cell a method's error is divided by that of the best other way there: by typical error for typical errors, by mean
+error for mean errors. Ratios are geometric means over cells. The tables go to ``docs/pretrained.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.pretrained.run import METHODS, PATH
+from benchmarks.quality import table
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+#: fastsched's own methods; all else in `METHODS` is another way.
+OURS = ("optimal_schedule", "fit")
+ERRORS = {"typical_error": "typical", "mean_error": "mean"}
+#: Networks that a table of their own shows together; any other network has one to itself.
+TOGETHER = ("cifar-grey", "mnist-flow")
+
+Cell = tuple[str, str, int]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Errors by kind, cell and method, the geometric mean over seeds.
+
+    Attributes:
+        errors: ``errors[kind][cell][method]``, kinds as in `ERRORS`.
+        others: The methods that ours are compared with.
+    """
+
+    errors: dict[str, dict[Cell, dict[str, float]]]
+    others: tuple[str, ...]
+
+    @classmethod
+    def read(cls, path: Path, others: Sequence[str]) -> Results:
+        """The rows of `benchmarks.pretrained.run`."""
+        found: dict[str, dict[Cell, dict[str, list[float]]]] = {kind: {} for kind in ERRORS}
+        for row in table.read(path):
+            cell = (row["denoiser"], row["solver"], int(row["calls"]))
+            for kind in ERRORS:
+                found[kind].setdefault(cell, {}).setdefault(row["method"], []).append(float(row[kind]))
+        return cls(
+            {
+                kind: {cell: {name: geometric(values) for name, values in by.items()} for cell, by in cells.items()}
+                for kind, cells in found.items()
+            },
+            tuple(others),
+        )
+
+    def best(self, kind: str, cell: Cell) -> tuple[str, float]:
+        """The best other way of a cell, and its error."""
+        known = {name: value for name, value in self.errors[kind][cell].items() if name in self.others}
+        name = min(known, key=known.__getitem__)
+        return name, known[name]
+
+    def ratios(self, kind: str, method: str, cells: Iterable[Cell]) -> list[float]:
+        """A method's error over the best other way's, in the cells where it was run."""
+        known = [cell for cell in cells if method in self.errors[kind][cell]]
+        return [self.errors[kind][cell][method] / self.best(kind, cell)[1] for cell in known]
+
+
+def geometric(values: Sequence[float]) -> float:
+    """The geometric mean; NaN of none."""
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
+
+
+def groups(results: Results) -> dict[str, list[Cell]]:
+    """Cells by title: those of `TOGETHER`, then each other network's."""
+    found: dict[str, list[Cell]] = {}
+    for cell in results.errors["typical_error"]:
+        title = ", ".join(TOGETHER) if cell[0] in TOGETHER else cell[0]
+        found.setdefault(title, []).append(cell)
+    return found
+
+
+def standings(results: Results, cells: Sequence[Cell]) -> str:
+    """Every method against the best other way of each cell."""
+    rows = []
+    for method in METHODS:
+        ratios = {kind: results.ratios(kind, method, cells) for kind in ERRORS}
+        if ratios["typical_error"]:
+            figures = [f"{figure(values):.3f}" for values in ratios.values() for figure in (geometric, max)]
+            worse = sum(value > 1.05 for value in ratios["typical_error"])
+            rows.append([method, *figures, f"{worse} of {len(ratios['typical_error'])}"])
+    rows.sort(key=lambda row: float(row[1]))
+    return markdown(["method", "typical", "worst cell", "mean", "worst cell", "typical above 1.05"], rows)
+
+
+def by_cell(results: Results, cells: Sequence[Cell]) -> str:
+    """In each cell the best other way, its error, and the ratios of ours."""
+    rows = []
+    for cell in cells:
+        row = [cell[0], f"{cell[1]} {cell[2]}"]
+        for kind in ERRORS:
+            name, error = results.best(kind, cell)
+            row += [name, f"{error:.3g}", *(_ratio(results.ratios(kind, method, [cell])) for method in OURS)]
+        rows.append(row)
+    header = [title for kind in ERRORS.values() for title in (f"best other, {kind}", "its error", *OURS)]
+    return markdown(["network", "cell", *header], rows)
+
+
+def _ratio(found: Sequence[float]) -> str:
+    return f"{found[0]:.2f}" if found else ""
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of markdown."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
+
+
+INTRODUCTION = """# Networks that others trained
+
+Errors are squared distances to the converged sample from the same noise, on noises that no method saw; *typical* is
+their geometric mean, *mean* their arithmetic mean. Each is divided by that of the best other way in the same cell
+(network, solver, model calls); columns show geometric means over cells and the worst cell. Below 1 is ahead of every
+other way. What the methods are: [quality.md](quality.md); `native` is the time steps of the network's own repository,
+`..._to_zero` replaces the node at sigma_min by 0. Sources of the networks: `benchmarks/pretrained/README.md`."""
+
+
+def report(results: Results) -> str:
+    """All tables as one page of markdown."""
+    parts = [INTRODUCTION]
+    for title, cells in groups(results).items():
+        parts += [f"## {title}", standings(results, cells), by_cell(results, cells)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=PATH)
+    parser.add_argument("--others", nargs="*", default=[name for name in METHODS if name not in OURS])
+    parser.add_argument("--output", type=Path, default=DOCS / "pretrained.md")
+    args = parser.parse_args(argv)
+    page = report(Results.read(args.results, args.others))
+    args.output.write_text(page)
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""DMN's schedules (Xue et al. 2024, arXiv 2402.17376): its bound, minimised by its authors' procedure.
+
+No model calls, and one schedule for all solvers. The bound has creases, and from 7 steps on the minimiser stops on one
+of them: on which depends on how the start is rounded. On sigma 80 to 0.002 the authors' own code, its start moved by
+1e-12, gives second nodes from 18.8 to 35.4 at 8 steps. So each seed of the benchmark has a rounding of its own. Up to 6
+steps all of them agree.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmarks.quality.baselines import from_start, highest_finite
+from fastsched.denoisers.noise import NoiseProcess
+
+Array = NDArray[np.float64]
+
+#: Up to so many steps the authors do not let the weights of the first three steps cancel those of later ones.
+FEW_STEPS = 7
+
+#: What a denoiser is taken to err by at level ``s = sigma / alpha``, with ``alpha^2 + sigma^2 = 1``: ``sigma / alpha``,
+#: which the authors recommend for pixels, and ``sigma^2 / alpha``, which they ship.
+ERRORS: dict[str, Callable[[Array], Array]] = {
+    "sigma": lambda s: s,
+    "sigma_squared": lambda s: s**2 / np.sqrt(1 + s**2),
+}
+
+#: Size of the differences in ``log s`` that stand for another rounding.
+ROUNDING = 1e-12
+
+
+@functools.cache
+def schedule(process: NoiseProcess, steps: int, error: str = "sigma", seed: int = 0) -> Tensor:
+    """Sampler sigmas [steps + 1] that minimise `bound` between the ends of the process; 0 replaces the last.
+
+    As the authors do it: SciPy's trust-constr with its defaults, over ``lambda = -log s`` of the inner nodes, from
+    nodes uniform in ``lambda`` and with linear constraints that keep them in order.
+
+    Args:
+        process: The noise process.
+        steps: Steps.
+        error: A name of `ERRORS`.
+        seed: Of random differences of size `ROUNDING` that the start is moved by; none with 0.
+    """
+    from scipy.optimize import LinearConstraint, minimize
+
+    first, last = -np.log(highest_finite(process)), -np.log(process.s_min)
+
+    def nodes(inner: Array) -> Array:
+        ends = np.ones_like(inner[..., :1])
+        return np.exp(-np.concatenate([first * ends, inner, last * ends], -1))
+
+    def value(inner: Array) -> float:
+        return float(bound(nodes(inner), error))
+
+    def gradient(inner: Array) -> Array:  # the forward differences SciPy would take, in one batch
+        moved = inner + np.diag(np.sqrt(np.finfo(float).eps) * np.copysign(np.maximum(1, np.abs(inner)), inner))
+        return (bound(nodes(moved), error) - value(inner)) / (np.diagonal(moved) - inner)
+
+    inner = np.linspace(first, last, steps + 1)[1:-1]
+    if seed:
+        inner = inner + ROUNDING * np.random.default_rng(seed).standard_normal(len(inner))
+    if steps > 1:
+        gaps = np.eye(steps, steps - 1) - np.eye(steps, steps - 1, -1)
+        least = np.concatenate([[first], np.zeros(steps - 2), [-last]])
+        ordered = LinearConstraint(gaps, least)  # type: ignore[arg-type]  # SciPy's annotations leave arrays out
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "delta_grad == 0.0": between creases the bound can be linear
+            inner = minimize(value, inner, jac=gradient, method="trust-constr", constraints=[ordered]).x
+    return from_start(process, torch.from_numpy(np.append(nodes(inner)[:-1], 0.0)))
+
+
+def bound(s: Array, error: str = "sigma") -> Array:
+    """How far a denoiser that errs by ``e_i`` at level i can move the end, [...].
+
+    ``sum_i e_i |W_i|``, ``W_i`` the weight of the i-th denoised sample in ``y`` at the end, under third-order
+    multistep steps: ``D`` interpolated in ``lambda = -log s`` by the last three samples, and integrated over
+    ``rho = e^lambda`` exactly; one sample in the first step and the last, two in the second and the last but one. With
+    few steps, ``sqrt(sum (e_i W_i)^2)`` of each of the first three steps is added instead.
+
+    Args:
+        s: Levels [..., steps + 1], descending, the last above 0.
+        error: A name of `ERRORS`.
+    """
+    steps = s.shape[-1] - 1
+    lam, size = -np.log(s), ERRORS[error](s)
+    sums, apart = np.zeros((*s.shape[:-1], steps)), np.zeros(s.shape[:-1])
+    for n in range(steps):
+        order = max(1, min(3, n + 1, steps - n))
+        used = slice(n + 1 - order, n + 1)
+        h = lam[..., n + 1] - lam[..., n]
+        moments = [np.expm1(h)]  # of (lambda - lambda_n)^p over e^lambda, less e^lambda_n
+        for power in range(1, order):
+            moments.append(h**power * np.exp(h) - power * moments[-1])
+        positions = lam[..., used] - lam[..., n : n + 1]
+        powers = positions[..., None, :] ** np.arange(order)[:, None]
+        weights = np.linalg.solve(powers, np.stack(moments, -1)[..., None])[..., 0] / s[..., n : n + 1]
+        terms = weights * size[..., used]
+        if steps <= FEW_STEPS and n < 3 and order > 1:
+            apart += np.sqrt((terms**2).sum(-1))
+        elif order == 1:
+            apart += np.abs(terms[..., 0])
+        else:
+            sums[..., used] += terms
+    return apart + np.abs(sums).sum(-1)

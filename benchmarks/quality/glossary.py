@@ -1,0 +1,95 @@
+"""What the tables of the quality benchmark call things, and what these things are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of choosing a schedule.
+
+    Attributes:
+        title: What tables call it.
+        meaning: What it is, in a line.
+    """
+
+    title: str
+    meaning: str
+
+
+DENOISERS = {
+    "mixture_64": "Gaussian mixture in closed form, 5 modes on sheets of rank 12, d = 64; sigma 80 to 0.002",
+    "mixture_768": "Gaussian mixture in closed form, 3 modes on sheets of rank 48, d = 768; sigma 80 to 0.002",
+    "digits": "scikit-learn's digits, 8 x 8 (d = 64), an MLP with EDM preconditioning; sigma 80 to 0.002",
+    "digits_vp": "scikit-learn's digits, an MLP that predicts noise under DDPM's 1,000 timesteps; sigma 157 to 0.01",
+    "patches": "colour patches of photographs, 3 x 16 x 16 (d = 768), a convolutional EDM network; sigma 80 to 0.002",
+    "flow": "a ring of six modes in the plane (d = 2), a flow-matching MLP; time 1 to 0.002",
+}
+
+ZERO = ", sigma_min replaced by 0"
+
+_CURVES = {
+    "karras_7": ("karras", "Karras et al. 2022, rho = 7, from sigma_max to sigma_min, then 0"),
+    "karras_3": ("karras, rho 3", "the same with rho = 3"),
+    "exponential": ("exponential", "even in log sigma, from sigma_max to sigma_min, then 0"),
+    "kl_optimal": (
+        "kl_optimal",
+        "even in arctan(sigma / c), c the data's standard deviation (Align Your Steps)",
+    ),
+    "karras_7_time": ("karras in time", "karras in the time of flow matching instead of sigma"),
+    "exponential_time": ("exponential in time", "exponential in the time of flow matching instead of sigma"),
+}
+
+#: Every method of the results, by the name that its rows have; fastsched's own first.
+METHODS: dict[str, Method] = {
+    "fastsched": Method("fs.fit", "from 8 noises: measured, chosen, and corrected by running the sampler on them"),
+    "fastsched_polish": Method("fs.optimal_schedule", "from the measurement of 8 noises alone, one for all cells"),
+    "fastsched_dp": Method("fs.optimal_schedule, polish=False", "the same without the final descent"),
+    "paper": Method("paper", "Williams et al. 2024, corrector-optimised, Algorithm 1, 64 samples"),
+    "gits": Method("GITS", "Chen et al. 2024, as its authors set it: metric dev, teacher ipndm, 256 samples"),
+    "gits_tuned": Method("GITS, tuned", "the best of 16 settings of GITS for the cell, chosen on 64 other noises"),
+    "dmn": Method("DMN", "Xue et al. 2024, by its authors' procedure, errors taken as sigma / alpha; no calls"),
+    "dmn_shipped": Method("DMN, as shipped", "the same, errors taken as sigma^2 / alpha as in its authors' program"),
+    "oss": Method("OSS", "Pei et al. 2025, greedy search along 200 Euler steps, median over 16 samples"),
+    **{name: Method(*text) for name, text in _CURVES.items()},
+    **{f"{name}_spared": Method(text[0] + ZERO, "") for name, text in _CURVES.items()},
+    "linear": Method("linear", "even in sigma, or in time for flow matching"),
+    "flow_shift_3": Method("flow shift 3", "Stable Diffusion 3: time t moved to 3 t / (1 + 2 t)"),
+    "limit": Method("limit of nodes", "coordinate descent of the nodes on the sampler's own error, about 10^5 calls"),
+}
+
+HEADLINE_COLUMNS = """\
+*error*: the error that is compared. *best other way*: the ratio to the least error of any method that is not ours, in
+each cell. *karras*: to karras. *limit*: to the limit of nodes, in the 24 cells where it was computed. *cells above
+1.05*: where some other way is ahead by more than 5%."""
+
+STANDINGS_COLUMNS = """\
+*typical*, *mean*, *Frechet*: the ratio to karras in these errors. *best in cells*: in how many cells its typical error
+is the least of all. *spread*: the standard deviation over seeds of the logarithm of its typical error. *calls*: the
+most model calls that choosing one schedule took, counted per sample, a measurement that serves several schedules
+included. *seconds*: the most CPU seconds that took."""
+
+TRUE_LIMIT = """\
+Gradient descent through the network on the nodes and on all weights of a linear multistep sampler, 128 noises. No
+schedule can reach that with a solver whose weights are fixed. On the noises of seed 0; *best of ours* is the least
+error of our methods over all solvers."""
+
+LOST_COLUMNS = """\
+*where it tuned*: the typical error of `fs.fit`'s schedule on the 8 noises that it ran the sampler on. *why*: "too few
+noises" where that is below the other way's error, so that those noises were not like the others; "search" where it is
+not, so that the search stopped short."""
+
+
+def meanings(names: Collection[str]) -> list[list[str]]:
+    """Titles and meanings of these methods."""
+    found = [[method.title, method.meaning] for name, method in METHODS.items() if name in names and method.meaning]
+    if any(name.endswith("_spared") for name in names):
+        found.append([f"...{ZERO}", "the same curve with one node more, of which 0 replaces the last, at sigma_min"])
+    return found
+
+
+def title(method: str) -> str:
+    """What tables call a method."""
+    return METHODS[method].title if method in METHODS else method
