@@ -2,7 +2,7 @@
 
 from typer.testing import CliRunner
 
-from fastsched.cli.commands import app
+from fastsched.cli.shell import app
 
 MODEL = """
 import fastsched as fs

@@ -3,12 +3,12 @@ import math
 
 import pytest
 import torch
+from fastsched.selection.polish import polish_objective
 from models import exact_denoisers, mixture, vp_table
 
 import fastsched as fs
 from fastsched.fitting import candidates
 from fastsched.fitting.candidates import SAME_PLACE, default_candidates
-from fastsched.selection.polish import polish_objective
 
 KINDS = exact_denoisers(mixture(d=4))
 ZERO_TERMINAL = torch.cat([vp_table(200)[:-1], torch.zeros(1)])
