@@ -12,8 +12,17 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, not_finite
 from fastsched.denoisers.noise import NoiseProcess
+from fastsched.sampling.fitted import fitted_solver
 from fastsched.sampling.multistep import Node, log_rho
-from fastsched.sampling.solvers import STOCHASTIC_SOLVERS, Solver, from_pure_noise, get_solver, solver_name, step_scale
+from fastsched.sampling.solvers import (
+    FITTED,
+    STOCHASTIC_SOLVERS,
+    Solver,
+    from_pure_noise,
+    get_solver,
+    solver_name,
+    step_scale,
+)
 
 if TYPE_CHECKING:
     from fastsched.sampling.schedule import Schedule
@@ -67,7 +76,7 @@ def sample(
         from fastsched.sampling.stochastic import sample_stochastic
 
         return sample_stochastic(denoiser, sigmas, str(name), noise, seed=seed or 0, dtype=dtype, progress=progress)
-    method = get_solver(name)
+    method = solver_of(sigmas, name)
     if seed is not None:
         raise ValueError(f"seed must be None for {method.name}, got {seed!r}: it adds no noise of its own to the given")
     values = validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas))  # type: ignore[arg-type]  # or a Schedule
@@ -81,6 +90,18 @@ def sample(
     ends_at_zero = float(values[-1]) == 0.0
     y = integrate(lambda y, level: _finite_denoised(denoiser, y, level, dtype), nodes, method, noise, s=s, steps=steps)
     return y if ends_at_zero else y * float(s[-1])
+
+
+def solver_of(sigmas: object, solver: str | Solver | None = None) -> Solver:
+    """The solver of that name, or of a schedule: a fitted schedule brings its own.
+
+    Raises:
+        ValueError: If there is none of that name, or it is the fitted one and there is no schedule with its weights.
+    """
+    weights = getattr(sigmas, "weights", None)
+    if weights is not None and solver in (None, FITTED):
+        return fitted_solver(weights)
+    return get_solver(solver if solver is not None else getattr(sigmas, "solver", ""))
 
 
 def integrate(
@@ -113,7 +134,11 @@ def integrate(
         start, end = nodes[n], nodes[n + 1]
         denoised = denoise(y, s[n])
         if np.all(end.tau == 0):
-            return denoised
+            if method.end_weights is None:
+                return denoised
+            history = [(start, denoised), *history]
+            weights = method.end_weights([node for node, _ in history], end)
+            return sum(number(b) * slope for b, slope in zip(weights, _slopes(history), strict=True))
         if from_pure_noise(method, start):
             y_before, y = y, y + number(end.rho - start.rho) * denoised
             continue

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.noise import NoiseProcess
-from fastsched.sampling.solvers import STOCHASTIC_SOLVERS, get_solver, solver_name
+from fastsched.sampling.fitted import checked_weights
+from fastsched.sampling.solvers import FITTED, STOCHASTIC_SOLVERS, get_solver, solver_name
 
 FORMAT = "fastsched.schedule"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,7 @@ class Schedule:
         timesteps: What the network is given at each but the last sigma, [steps] float64; None for models that are
             given sigma.
         predicted_error: Predicted ``E ||x0 - x0_converged||^2`` from the same noise, summed over a sample's elements.
+        weights: Of the fitted solver (`fastsched.sampling.fitted`), [steps, steps] float64; None for stock solvers.
         measured_error: The same as an audition found it by sampling: the geometric mean over its samples.
     """
 
@@ -44,6 +46,7 @@ class Schedule:
     timesteps: Tensor | None = None
     predicted_error: float | None = None
     measured_error: float | None = None
+    weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         sigmas = validate.descending_sigmas(self.sigmas)
@@ -57,6 +60,15 @@ class Schedule:
         for name in ("predicted_error", "measured_error"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, float(getattr(self, name)))
+        if (self.weights is not None) != (self.solver == FITTED):
+            raise ValueError(
+                f"weights must be given exactly for the solver 'fitted', and the solver is {self.solver!r}"
+            )
+        if self.weights is not None:
+            weights = checked_weights(self.weights)
+            if len(weights) != len(sigmas) - 1:
+                raise ValueError(f"weights must have a row for each of {len(sigmas) - 1} steps, got {len(weights)}")
+            object.__setattr__(self, "weights", weights)
         if self.timesteps is not None:
             timesteps = validate.float64(self.timesteps)
             if timesteps.shape != (len(sigmas) - 1,):
@@ -68,7 +80,12 @@ class Schedule:
 
     @classmethod
     def from_levels(
-        cls, process: NoiseProcess, s: Tensor, solver: str, predicted_error: float | None = None
+        cls,
+        process: NoiseProcess,
+        s: Tensor,
+        solver: str,
+        predicted_error: float | None = None,
+        weights: Tensor | None = None,
     ) -> Schedule:
         """A schedule at the noise levels ``s`` of ``process``, the last of which is 0."""
         return cls(
@@ -77,6 +94,7 @@ class Schedule:
             noise=process.kind,
             timesteps=process.timestep(s[:-1]),
             predicted_error=predicted_error,
+            weights=weights,
         )
 
     @property
@@ -87,7 +105,11 @@ class Schedule:
     @property
     def model_calls(self) -> int:
         """Network evaluations a sample."""
-        return self.steps if self.solver in STOCHASTIC_SOLVERS else get_solver(self.solver).model_calls(self.steps)
+        return (
+            self.steps
+            if self.solver in (*STOCHASTIC_SOLVERS, FITTED)
+            else get_solver(self.solver).model_calls(self.steps)
+        )
 
     @property
     def end_sigma(self) -> float:
@@ -133,13 +155,15 @@ class Schedule:
         """Write as JSON with plain decimals; an existing file is replaced only when the new one is whole."""
         entries: dict[str, str] = {
             "format": json.dumps(FORMAT),
-            "version": str(VERSION),
+            "version": str(1 if self.weights is None else VERSION),  # older readers can use what has no weights
             "solver": json.dumps(self.solver),
             "noise": json.dumps(self.noise),
             "sigmas": _decimals(self.sigmas.tolist()),
         }
         if self.timesteps is not None:
             entries["timesteps"] = _decimals(self.timesteps.tolist())
+        if self.weights is not None:
+            entries["weights"] = "[" + ", ".join(_decimals(row) for row in self.weights.tolist()) + "]"
         for name in ("predicted_error", "measured_error"):
             if getattr(self, name) is not None:
                 entries[name] = _decimal(getattr(self, name))
@@ -181,6 +205,7 @@ class Schedule:
                 timesteps=None if timesteps is None else torch.tensor(timesteps, dtype=torch.float64),
                 predicted_error=entries.get("predicted_error"),
                 measured_error=entries.get("measured_error"),
+                weights=entries.get("weights"),
             )
         except KeyError as error:
             raise ValueError(f"{name} lacks the entry {error}") from None

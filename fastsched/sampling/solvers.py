@@ -44,6 +44,7 @@ class Solver:
         stage: ``stage(start, end)`` is the node at which a further slope is evaluated, from an Euler prediction.
         corrector: Weights of a corrector that takes the slope at the end, evaluated at the predicted state, first;
             the slope is used again by the next step, so that it costs no evaluation.
+        end_weights: Weights of the step to sigma 0, whose history includes the current level; None for ``z = D_j``.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Solver:
     source: str
     stage: Stage | None = None
     corrector: Weights | None = None
+    end_weights: Weights | None = None
 
     @property
     def history(self) -> int:
@@ -150,6 +152,9 @@ ALIASES = {
 }
 
 
+#: The solver whose weights belong to the schedule (`fastsched.sampling.fitted`).
+FITTED = "fitted"
+
 #: Solvers of the reverse SDE (`fastsched.sampling.stochastic`), which have no table here; one evaluation a step.
 STOCHASTIC_SOLVERS = ("sde_dpmpp_2m", "ancestral")
 
@@ -162,7 +167,7 @@ def solver_name(solver: str | Solver) -> str:
     """
     if isinstance(solver, Solver):
         return solver.name
-    known = validate.choice("solver", solver, [*SOLVERS, *ALIASES, *STOCHASTIC_SOLVERS])
+    known = validate.choice("solver", solver, [*SOLVERS, *ALIASES, *STOCHASTIC_SOLVERS, FITTED])
     return ALIASES.get(known, known)
 
 
@@ -179,6 +184,11 @@ def get_solver(solver: str | Solver) -> Solver:
         raise ValueError(
             f"solver must be deterministic here, got {solver!r}, which adds noise; fastsched.select chooses schedules "
             "for it from a cost such as fastsched.costs.klub"
+        )
+    if name == FITTED:
+        raise ValueError(
+            "solver must be a stock one here, got 'fitted', whose weights belong to a schedule; pass the Schedule that "
+            "fastsched.optimal_schedule or fastsched.fit returned with solver='fitted'"
         )
     if name not in SOLVERS:
         validate.choice("solver", solver, [*SOLVERS, *ALIASES])

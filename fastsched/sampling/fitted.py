@@ -1,0 +1,80 @@
+"""The fitted solver: a linear multistep method whose weights belong to the schedule.
+
+From the denoised samples ``D_0 .. D_n`` of all evaluations so far, step n goes
+
+    ``y_{n+1} = y_n + (rho_{n+1} - rho_n) sum_m W[n, m] D_m``,   ``sum_m W[n, m] = 1``,
+
+and the last one, to sigma 0, gives ``x0 = sum_m W[K-1, m] D_m``, where every stock solver takes ``D_{K-1}`` alone. The
+weights sum to one, so that a constant denoiser is integrated exactly. ``W`` is lower triangular, [K, K].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsched import validate
+from fastsched.sampling.multistep import Node
+from fastsched.sampling.solvers import FITTED, Solver
+
+
+def fitted_solver(weights: Tensor) -> Solver:
+    """The solver with these weights, for schedules of as many steps.
+
+    Args:
+        weights: ``W``, [K, K].
+    """
+    rows = checked_weights(weights).numpy()
+
+    def of_step(history: Sequence[Node], end: Node) -> list[float]:
+        n = len(history) - 1
+        return rows[n, n::-1].tolist()  # newest first
+
+    return Solver(
+        FITTED,
+        "rho",
+        len(rows),
+        of_step,
+        "least squares on a measured path",
+        end_weights=of_step,
+    )
+
+
+def checked_weights(weights: Tensor | Sequence[Sequence[float]]) -> Tensor:
+    """``weights`` as a float64 tensor [K, K] on the CPU.
+
+    Raises:
+        ValueError: If they are not square, not finite, not lower triangular, or a row does not sum to 1.
+    """
+    values = validate.float64(weights)  # type: ignore[arg-type]  # nested lists too
+    if values.ndim != 2 or values.shape[0] != values.shape[1] or len(values) == 0:
+        raise ValueError(f"weights must be a square matrix, a row a step, got shape {tuple(values.shape)}")
+    if not bool(values.isfinite().all()):
+        raise ValueError("weights must be finite, but hold NaN or inf")
+    if bool(values.triu(1).any()):
+        raise ValueError("weights must be 0 above the diagonal: a step knows only the evaluations before it")
+    sums = values.sum(1)
+    if not torch.allclose(sums, torch.ones_like(sums), rtol=0, atol=1e-6):
+        raise ValueError(f"weights must sum to 1 in every row, got {[round(value, 6) for value in sums.tolist()]}")
+    return values
+
+
+def stock_weights(solver: Solver, nodes: Sequence[Node]) -> Tensor:
+    """The weights of a multistep solver over ``rho`` without a corrector, on K nodes and the end, [K, K].
+
+    Raises:
+        ValueError: If the solver is of another kind.
+    """
+    if solver.variable != "rho" or solver.stage is not None or solver.corrector is not None:
+        raise ValueError(f"solver must be a multistep solver over rho without a corrector, got {solver.name!r}")
+    steps = len(nodes) - 1
+    found = np.eye(steps)
+    for n in range(steps - 1):
+        history = list(nodes[n::-1][: solver.history + 1])
+        found[n] = 0.0
+        for back, weight in enumerate(solver.weights(history, nodes[n + 1])):
+            found[n, n - back] = float(weight)
+    return torch.from_numpy(found)
