@@ -18,15 +18,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fastsched import validate
+from fastsched.costs.fitted_weights import rollouts
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.surrogate import Outcome, Surrogate
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import EXPONENT, power_mean
+from fastsched.sampling.fitted import chosen_solver
+from fastsched.sampling.sampler import schedule_solver
 from fastsched.sampling.schedule import Schedule
-from fastsched.sampling.solvers import Solver, get_solver
+from fastsched.sampling.solvers import FITTED, Solver
 
 #: Weight of deviations that no secant explains. Over nine denoisers, 0.3 predicted better than 0, 0.6 and 1.
 PENALTY = 0.3
@@ -49,12 +53,17 @@ class ErrorModel:
     @classmethod
     def of(cls, stats: PathStatistics, solver: str | Solver, exponent: float = EXPONENT) -> ErrorModel:
         """The model that the statistics leave."""
-        return cls(Surrogate.of(stats), get_solver(solver), exponent)
+        return cls(Surrogate.of(stats), chosen_solver(solver), exponent)
 
     def __call__(self, levels: Array) -> Array:
         """The predicted errors of C schedules, [C], from their levels ``s`` [C, steps + 1], descending to 0."""
-        outcome = self.surrogate.run(levels, self.solver)
-        return power_mean(squared_errors(self.surrogate.norms, outcome), self.exponent)
+        found, _ = rollouts(self.surrogate, levels, self.solver)
+        return power_mean(squared_errors(self.surrogate.norms, found.outcome), self.exponent)
+
+    def weights(self, levels: Array) -> Tensor | None:
+        """The weights of the fitted solver for one schedule's levels [steps + 1], [steps, steps]; None for others."""
+        _, weights = rollouts(self.surrogate, levels[None], self.solver)
+        return None if weights is None else torch.from_numpy(weights[0])
 
 
 def squared_errors(norms: Norms, outcome: Outcome, penalty: float = PENALTY) -> Array:
@@ -70,7 +79,7 @@ def squared_errors(norms: Norms, outcome: Outcome, penalty: float = PENALTY) -> 
 
 
 def predict_error(
-    stats: PathStatistics, sigmas: Tensor | Sequence[float] | Schedule, solver: str | Solver = "dpmpp_2m"
+    stats: PathStatistics, sigmas: Tensor | Sequence[float] | Schedule, solver: str | Solver | None = None
 ) -> float:
     """The predicted error of any schedule: what `fastsched.optimal_schedule` makes small.
 
@@ -79,7 +88,7 @@ def predict_error(
     Args:
         stats: What `fastsched.measure` returned.
         sigmas: Sampler sigmas [steps + 1] ending in 0, or a schedule.
-        solver: A solver's name.
+        solver: A solver's name; that of the schedule when None, and dpmpp_2m for sigmas alone.
 
     Raises:
         ValueError: If the sigmas do not descend to 0, or start below the measured range.
@@ -90,4 +99,8 @@ def predict_error(
     s = stats.process.level(values)
     if float(s[0]) < float(stats.s[-1]):
         raise ValueError(f"sigmas must start within the measured range, from {float(stats.sigmas[-2]):g} on")
-    return float(ErrorModel.of(stats, solver)(s.numpy()[None])[0])
+    if getattr(sigmas, "weights", None) is not None and solver in (None, FITTED):
+        method = schedule_solver(sigmas)
+    else:
+        method = chosen_solver(solver if solver is not None else getattr(sigmas, "solver", "dpmpp_2m"))
+    return float(ErrorModel(Surrogate.of(stats), method)(s.numpy()[None])[0])

@@ -18,8 +18,9 @@ from fastsched.fitting.rollouts import Rollout, Run, Runner, distances
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import power_mean
 from fastsched.progress import progress_bar
+from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.schedule import Schedule
-from fastsched.sampling.solvers import Solver, get_solver
+from fastsched.sampling.solvers import Solver
 
 #: How many candidates run on all samples.
 FINALISTS = 2
@@ -123,7 +124,7 @@ def audition(
     Raises:
         ValueError: If there is no candidate, one has another number of steps, or the network returns NaN or inf.
     """
-    method = get_solver(solver)
+    method = chosen_solver(solver)
     count = stats.samples if samples is None else validate.positive_int("samples", samples)
     if count > stats.samples:
         raise ValueError(f"samples must be at most the {stats.samples} that were measured, got {count}")

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling.fitted import chosen_solver, stock_weights
+from fastsched.sampling.sampler import nodes_of
 from fastsched.sampling.schedule import Schedule
-from fastsched.sampling.solvers import Solver, get_solver
-from fastsched.selection.optimal import local_minima, ranked_starts, unlike
+from fastsched.sampling.solvers import FITTED, Solver, get_solver
+from fastsched.selection.optimal import local_minima, optimal_schedule, ranked_starts, unlike
+
+#: The stock solver whose weights and schedule are a candidate of the fitted one.
+THEORY = "dpmpp_2m"
+
+
+def theory_schedule(stats: PathStatistics, steps: int) -> Schedule:
+    """The schedule of `THEORY`, its weights written as those of a fitted schedule: the same samples."""
+    stock = optimal_schedule(stats, steps, THEORY)
+    nodes = nodes_of(stats.process, stats.process.level(stock.sigmas))
+    return replace(stock, solver=FITTED, weights=stock_weights(get_solver(THEORY), nodes))
 
 
 def candidates_in_turn(stats: PathStatistics, steps: int, solver: str | Solver) -> Iterator[tuple[str, Schedule]]:
@@ -16,9 +29,12 @@ def candidates_in_turn(stats: PathStatistics, steps: int, solver: str | Solver) 
     First the schedule of `fastsched.optimal_schedule`, then where the other descents end, then the starts themselves,
     by predicted error: dynamic programming, and the schedules in common use.
     """
-    method = get_solver(solver)
+    method = chosen_solver(solver)
     minima = local_minima(stats, steps, method)
-    for n, minimum in enumerate(minima):
-        yield "optimal" if n == 0 else f"from {minimum.name}", minimum.schedule(stats, method)
+    yield "optimal", minima[0].schedule(stats, method)
+    if method.name == FITTED:  # what the fitted solver must not be worse than
+        yield THEORY, theory_schedule(stats, steps)
+    for minimum in minima[1:]:
+        yield f"from {minimum.name}", minimum.schedule(stats, method)
     for start in unlike([*minima, *ranked_starts(stats, steps, method)])[len(minima) :]:
         yield start.name, start.schedule(stats, method)

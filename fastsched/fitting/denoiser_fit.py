@@ -14,8 +14,8 @@ from fastsched.fitting.rollouts import Runner
 from fastsched.measurement.measuring import measure, measured_levels, with_increments
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.progress import progress_bar
+from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.schedule import Schedule
-from fastsched.sampling.solvers import get_solver
 
 
 def fit(
@@ -97,7 +97,7 @@ def fit_report(
     """`fit`, with all that it found on the way; arguments and errors are the same."""
     steps = validate.positive_int("steps", steps)
     budget = validate.positive_int("model_calls", model_calls, minimum=0)
-    method = get_solver(solver)
+    method = chosen_solver(solver)
     count = len(measured_levels(denoiser, levels)) if stats is None else stats.levels
     if steps > count - 1:
         raise ValueError(f"steps must be at most {count - 1} on {count} levels, got {steps}; measure with more levels")

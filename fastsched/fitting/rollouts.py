@@ -14,7 +14,7 @@ from fastsched.denoisers.denoiser import Denoiser
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import squared_distances
 from fastsched.sampling.random_streams import noise_of
-from fastsched.sampling.sampler import sample
+from fastsched.sampling.sampler import sample, schedule_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
 
@@ -129,7 +129,7 @@ class Runner:
         for start in range(first, last, self.batch):
             noise = self.noise[start : min(start + self.batch, last)].to(self.device)
             recorder = RecordingDenoiser.of(self.denoiser)
-            ends = sample(recorder, schedule.sigmas, self.method, noise, dtype=self.dtype).cpu()
+            ends = sample(recorder, schedule, schedule_solver(schedule, self.method), noise, dtype=self.dtype).cpu()
             parts.append(Rollout(ends, recorder.evaluations()))
             self.advance(len(noise) * self.method.model_calls(schedule.steps))
         return Rollout.joined(parts)

@@ -13,8 +13,7 @@ of ``theta - theta_a`` in the ``theta_m - theta_a`` (least squares, damped): Bro
 (Fang & Saad 2009), started at a model's Jacobian (space mapping: Bandler et al. 1994). The next schedule to run lowers
 the typical size of the prediction, within reach of the best; reach grows with success and shrinks with failure.
 
-From each of the two best starts there is one such descent, a line; of the schedules that the lines propose the one of
-least predicted error is run. All of it happens in the Gram matrix of the increments and what the runs found.
+All of it happens in the Gram matrix of the measurement's vectors and what the runs found.
 """
 
 from __future__ import annotations
@@ -23,17 +22,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastsched import validate
+from fastsched.costs.fitted_weights import rollouts
 from fastsched.costs.norms import Norms
-from fastsched.costs.prediction import PENALTY, squared_errors
+from fastsched.costs.prediction import squared_errors
 from fastsched.costs.secants import Secants
 from fastsched.costs.step_cost import Array
-from fastsched.costs.surrogate import Outcome, Surrogate
+from fastsched.costs.surrogate import Outcome, Rollouts, Surrogate
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.fitting.auditioning import Audition
 from fastsched.fitting.rollouts import Evaluations, Rollout, Run, Runner, distances, rounding_of
@@ -41,8 +42,10 @@ from fastsched.fitting.run_secants import KnownAnswers, KnownRun, residuals, wit
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import power_mean
 from fastsched.progress import progress_bar
+from fastsched.sampling.fitted import chosen_solver
+from fastsched.sampling.sampler import schedule_solver
 from fastsched.sampling.schedule import Schedule
-from fastsched.sampling.solvers import Solver, get_solver
+from fastsched.sampling.solvers import Solver
 from fastsched.selection.constraints import at_known_levels, known_levels, measured_range
 from fastsched.selection.descent import descend, log_gaps
 
@@ -50,15 +53,16 @@ from fastsched.selection.descent import descend, log_gaps
 #: the error multiplies that by, and one that does not; where it ends.
 REACH, GROWTH, SHRINKAGE, MOST_REACH, LEAST_REACH = 0.5, 1.3, 0.5, 0.8, 0.02
 
-#: How many starts are descended from.
-LINES = 2
-
 #: Shares of a gap that the search for the next schedule moves nodes by, down to what the least reach allows.
 MOVES = (0.4, 0.2, 0.1, 0.05, 0.025, 0.0125)
 
 
 #: Damping of the least squares over earlier runs, by the square and the fourth power of their distance.
 DAMPING = (1e-3, 0.1)
+
+
+#: Runs C schedules on the surrogate: the runs, and weights if they were fitted.
+Sampled: TypeAlias = "Callable[[Array], tuple[Rollouts, Array | None]]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +120,7 @@ def tune(
     """
     first = start.winner if isinstance(start, Audition) else start
     known = start.complete(stats.samples) if isinstance(start, Audition) else []
-    method = get_solver(first.solver)
+    method = chosen_solver(first.solver)
     trials = validate.positive_int("trials", trials, minimum=0)
     increments_of(stats)
     runner = Runner(denoiser, stats, method, batch_size, device, dtype)
@@ -139,27 +143,22 @@ def tuned(
         trials: The most runs.
         calls: Network evaluations of one sample in a run.
     """
-    record = _Record(stats, get_solver(known[0][0].solver))
+    record = _Record(stats, chosen_solver(known[0][0].solver))
     for schedule, rollout in known:
         record.add(schedule, rollout)
-    lines, tried = [_Line(m, REACH) for m in record.order()[:LINES]], 0
+    reach, tried = REACH, 0
     while tried < trials and known[0][0].steps > 1:
-        proposals = [(n, found) for n, line in enumerate(lines) if (found := record.proposal(line)) is not None]
-        if not proposals:
+        anchor = record.best()
+        proposal = record.proposal(anchor, reach)
+        if proposal is None:
             break
-        n, proposal = min(proposals, key=lambda pair: pair[1].predicted)
-        schedule = Schedule.from_levels(stats.process, torch.from_numpy(proposal.levels), record.method.name)
+        schedule = proposal.schedule(stats, record.method)
         rollout = run(schedule, 0, stats.samples)
         tried += 1
-        better = False
         if rollout is not None:
             record.add(schedule, rollout)
-            better = record.trials[-1].error < record.trials[lines[n].best].error
-        if better:
-            lines[n] = _Line(len(record.trials) - 1, min(proposal.reach * GROWTH, MOST_REACH))
-        else:
-            lines[n] = _Line(lines[n].best, proposal.reach * SHRINKAGE)
-    best = record.trials[record.order()[0]]
+        reach = min(proposal.reach * GROWTH, MOST_REACH) if record.best() != anchor else proposal.reach * SHRINKAGE
+    best = record.trials[record.best()]
     return Tuning(
         best.schedule, best.errors, tuple(trial.schedule for trial in record.trials), tried * stats.samples * calls
     )
@@ -176,21 +175,26 @@ def increments_of(stats: PathStatistics) -> Tensor:
     return stats.increments
 
 
-@dataclass(frozen=True)
-class _Line:
-    """A descent from one of the starts: its best run so far, and how far the next may be."""
-
-    best: int
-    reach: float
-
-
 @dataclass(frozen=True, eq=False)
 class _Proposal:
-    """A schedule to run: its predicted error, its levels, and the reach it was found within."""
+    """A schedule to run: its predicted error, its levels, the reach it was found within, and its weights if fitted."""
 
     predicted: float
     levels: Array
     reach: float
+    weights: Array | None
+
+    def schedule(self, stats: PathStatistics, method: Solver) -> Schedule:
+        """The schedule."""
+        weights = None if self.weights is None else torch.from_numpy(self.weights)
+        return Schedule.from_levels(stats.process, torch.from_numpy(self.levels), method.name, weights=weights)
+
+    def repeats(self, trial: _Trial) -> bool:
+        """Whether a run was of the same levels and weights."""
+        same = np.allclose(self.levels, trial.levels, rtol=1e-9, atol=0.0)
+        if self.weights is None or trial.schedule.weights is None:
+            return same
+        return same and np.allclose(self.weights, trial.schedule.weights.numpy(), atol=1e-4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,9 +227,9 @@ class _Record:
         self._vectors: list[Tensor] = []  # each run's residuals and its error, [B, evaluations + 1, d]
         self._gram = stats.vector_gram.numpy()  # of the measurement's vectors and the runs', [B, n, n]
 
-    def order(self) -> list[int]:
-        """The runs by error."""
-        return sorted(range(len(self.trials)), key=lambda m: self.trials[m].error)
+    def best(self) -> int:
+        """The run of least error."""
+        return min(range(len(self.trials)), key=lambda m: self.trials[m].error)
 
     def add(self, schedule: Schedule, rollout: Rollout) -> None:
         """Learn from a run."""
@@ -247,11 +251,15 @@ class _Record:
 
     def _beyond(self, found: Evaluations | None, levels: Array) -> tuple[Array, Tensor]:
         """Levels of a run's evaluations and their residuals; none if they were not kept, or not as many as expected."""
-        if found is not None and len(found.s) == self.surrogate.run(levels[None], self.method).deviations.shape[1] + 1:
+        if found is not None and len(found.s) == self._evaluations(levels):
             beyond = residuals(self.surrogate, self.stats, found)
             if bool(beyond.isfinite().all()):
                 return np.array(found.s), beyond
         return np.zeros(0), self.vectors[:, :0]
+
+    def _evaluations(self, levels: Array) -> int:
+        found, _ = rollouts(self.surrogate, levels[None], self.method)
+        return len(found.deviations)
 
     def _add_vectors(self, vectors: Tensor) -> int:
         """Vectors [B, m, d] into the Gram matrix; their first column."""
@@ -264,15 +272,15 @@ class _Record:
         self._gram = np.block([[self._gram, columns[:, :before]], [columns.transpose(0, 2, 1)]])
         return before
 
-    def proposal(self, line: _Line) -> _Proposal | None:
-        """The schedule of least predicted error within reach of a line's best run.
+    def proposal(self, anchor: int, reach: float) -> _Proposal | None:
+        """The schedule of least predicted error within reach of a run.
 
         Where that was run already, the least within a smaller reach; None if there is none down to the least reach.
         """
-        start = self.trials[line.best].levels
+        start = self.trials[anchor].levels
         low, high = measured_range(self.stats)
-        gaps, prediction = np.minimum(*log_gaps(start, low, high)), self.prediction(line.best)
-        least, reach = rounding_of(self.stats), line.reach
+        gaps, (prediction, sampled) = np.minimum(*log_gaps(start, low, high)), self.prediction(anchor)
+        least = rounding_of(self.stats)
 
         def predicted(levels: Array) -> Array:
             within = (np.abs(np.log(levels[:, 1:-1] / start[1:-1])) <= reach * gaps + 1e-9).all(axis=1)
@@ -281,36 +289,54 @@ class _Record:
         while reach >= LEAST_REACH:
             found, value = descend(at_known_levels(self.stats.process, predicted), start, low, high, moves=MOVES)
             levels = known_levels(self.stats.process, found)
-            if not any(np.allclose(levels, trial.levels, rtol=1e-9, atol=0.0) for trial in self.trials):
-                return _Proposal(value, levels, reach)
+            weights = sampled(levels[None])[1]
+            proposal = _Proposal(value, levels, reach, None if weights is None else weights[0])
+            if not any(proposal.repeats(trial) for trial in self.trials):
+                return proposal
             reach *= SHRINKAGE
         return None
 
-    def prediction(self, anchor: int, penalty: float = PENALTY) -> Callable[[Array], Array]:
-        """Squared size of the predicted error and of the penalty, [C, B], of levels [C, steps + 1]."""
-        logs = np.log(np.array([trial.levels[1:-1] for trial in self.trials]))
-        others = [m for m in range(len(self.trials)) if m != anchor]
-        apart = logs[others] - logs[anchor]  # [M-1, steps-1]
-        square = (apart**2).sum(1)
-        damped = apart @ apart.T + np.diag(DAMPING[0] * square + DAMPING[1] * square**2 + math.ulp(1.0))
+    def prediction(self, anchor: int) -> tuple[Callable[[Array], Array], Sampled]:
+        """Predictions for schedules near a run.
+
+        Returns:
+            ``q_b`` [C, B] of levels [C, steps + 1]: squared sizes of the predicted error, with the penalty on how
+            unexplained deviations change (`fastsched.costs.prediction`); and the runs on the surrogate they come from.
+        """
         norms = self.norms(anchor)
-        run = partial(self.surrogate.run, solver=self.method, secants=self.secants(anchor, norms))
-        base = run(self.trials[anchor].levels[None])
-        solved = np.linalg.solve(damped, apart).T if others else np.zeros((logs.shape[1], 0))  # c = moved @ solved
-        corrections = np.zeros((len(others), self._gram.shape[1]))  # R_m
-        for row, m in zip(corrections, others, strict=True):
-            row -= (run(self.trials[m].levels[None]).error - base.error)[0]
-            row[self.trials[m].column] += 1.0
-            row[self.trials[anchor].column] -= 1.0
+        secants = self.secants(anchor, norms)
+        sampled = partial(rollouts, self.surrogate, solver=self.method, secants=secants, norms=norms)
+        base = self._outcome(self.trials[anchor], secants)
+        solved, corrections = self._corrections(anchor, secants, base)
+        at_anchor = np.log(self.trials[anchor].levels[1:-1])
 
         def squared(levels: Array) -> Array:
-            outcome, moved = run(levels), np.log(levels[:, 1:-1]) - logs[anchor]
+            outcome, moved = sampled(levels)[0].outcome, np.log(levels[:, 1:-1]) - at_anchor
             error = outcome.error - base.error
             error[:, self.trials[anchor].column] += 1.0
             error += moved @ solved @ corrections
-            return squared_errors(norms, Outcome(error, outcome.deviations - base.deviations), penalty)
+            return squared_errors(norms, Outcome(error, outcome.deviations - base.deviations))
 
-        return squared
+        return squared, sampled
+
+    def _corrections(self, anchor: int, secants: Secants, base: Outcome) -> tuple[Array, Array]:
+        """``c = moved @ solved`` [steps - 1, M - 1], and ``R_m`` [M - 1, V], of all runs but the anchor."""
+        logs = np.log(np.array([trial.levels[1:-1] for trial in self.trials]))
+        others = [m for m in range(len(self.trials)) if m != anchor]
+        apart = logs[others] - logs[anchor]  # [M - 1, steps - 1]
+        square = (apart**2).sum(1)
+        damped = apart @ apart.T + np.diag(DAMPING[0] * square + DAMPING[1] * square**2 + math.ulp(1.0))
+        solved = np.linalg.solve(damped, apart).T if others else np.zeros((logs.shape[1], 0))
+        corrections = np.zeros((len(others), self._gram.shape[1]))
+        for row, m in zip(corrections, others, strict=True):
+            row -= (self._outcome(self.trials[m], secants).error - base.error)[0]
+            row[self.trials[m].column] += 1.0
+            row[self.trials[anchor].column] -= 1.0
+        return solved, corrections
+
+    def _outcome(self, trial: _Trial, secants: Secants) -> Outcome:
+        """Of a run's own schedule, with its own weights, on the surrogate."""
+        return self.surrogate.run(trial.levels[None], schedule_solver(trial.schedule), secants)
 
     def norms(self, anchor: int) -> Norms:
         """Of all vectors, samples compared with their errors under the ``anchor``."""
@@ -330,4 +356,4 @@ class _Record:
     def _deviations(self, trial: _Trial, vectors: int) -> Array:
         """Deviations of a run from the path at its evaluations, [evaluations, V]."""
         answers = KnownAnswers(trial.first, vectors)
-        return self.surrogate.rollouts(trial.levels[None], self.method, answers).deviations[:, 0]
+        return self.surrogate.rollouts(trial.levels[None], schedule_solver(trial.schedule), answers).deviations[:, 0]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.sampling.multistep import Node
-from fastsched.sampling.solvers import FITTED, Solver
+from fastsched.sampling.solvers import FITTED, Solver, get_solver
 
 
 def fitted_solver(weights: Tensor) -> Solver:
@@ -41,6 +41,25 @@ def fitted_solver(weights: Tensor) -> Solver:
         "least squares on a measured path",
         end_weights=of_step,
     )
+
+
+def _not_yet(history: Sequence[Node], end: Node) -> list[float]:
+    raise ValueError("the fitted solver samples with a schedule's weights; pass the schedule")
+
+
+#: The fitted solver before it has weights: to be chosen together with the nodes.
+FITTED_SOLVER = Solver(FITTED, "rho", 1, _not_yet, "least squares on a measured path")
+
+
+def chosen_solver(solver: str | Solver) -> Solver:
+    """The solver to choose a schedule for: a stock one, or `FITTED_SOLVER`.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if isinstance(solver, Solver):
+        return solver
+    return FITTED_SOLVER if solver == FITTED else get_solver(solver)
 
 
 def checked_weights(weights: Tensor | Sequence[Sequence[float]]) -> Tensor:

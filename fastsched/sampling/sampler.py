@@ -76,7 +76,7 @@ def sample(
         from fastsched.sampling.stochastic import sample_stochastic
 
         return sample_stochastic(denoiser, sigmas, str(name), noise, seed=seed or 0, dtype=dtype, progress=progress)
-    method = solver_of(sigmas, name)
+    method = schedule_solver(sigmas, name)
     if seed is not None:
         raise ValueError(f"seed must be None for {method.name}, got {seed!r}: it adds no noise of its own to the given")
     values = validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas))  # type: ignore[arg-type]  # or a Schedule
@@ -92,14 +92,14 @@ def sample(
     return y if ends_at_zero else y * float(s[-1])
 
 
-def solver_of(sigmas: object, solver: str | Solver | None = None) -> Solver:
+def schedule_solver(sigmas: object, solver: str | Solver | None = None) -> Solver:
     """The solver of that name, or of a schedule: a fitted schedule brings its own.
 
     Raises:
         ValueError: If there is none of that name, or it is the fitted one and there is no schedule with its weights.
     """
     weights = getattr(sigmas, "weights", None)
-    if weights is not None and solver in (None, FITTED):
+    if weights is not None and (solver is None or solver_name(solver) == FITTED):
         return fitted_solver(weights)
     return get_solver(solver if solver is not None else getattr(sigmas, "solver", ""))
 

@@ -11,8 +11,9 @@ from fastsched import validate
 from fastsched.costs.norms import Array
 from fastsched.costs.prediction import ErrorModel
 from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.schedule import Schedule
-from fastsched.sampling.solvers import Solver, get_solver
+from fastsched.sampling.solvers import Solver
 from fastsched.selection.constraints import at_known_levels, known_levels, measured_range
 from fastsched.selection.descent import descend
 from fastsched.selection.starts import starting_levels
@@ -35,7 +36,8 @@ def optimal_schedule(stats: PathStatistics, steps: int, solver: str = "dpmpp_2m"
     Args:
         stats: What `fastsched.measure` returned.
         steps: Steps, of which the last ends at sigma 0; at most the number of levels less one.
-        solver: A solver's name.
+        solver: A solver's name; ``"fitted"`` chooses the weights of the solver together with the levels
+            (`fastsched.costs.fitted_weights`).
         polish: Whether to move levels. Without it the result is the best of the starts by dynamic programming.
 
     Returns:
@@ -44,7 +46,7 @@ def optimal_schedule(stats: PathStatistics, steps: int, solver: str = "dpmpp_2m"
     Raises:
         ValueError: If an argument is out of range or unknown.
     """
-    method = get_solver(solver)
+    method = chosen_solver(solver)
     if polish:
         best = local_minima(stats, steps, method)[0]
     else:
@@ -63,9 +65,9 @@ class Minimum:
 
     def schedule(self, stats: PathStatistics, solver: Solver) -> Schedule:
         """The schedule of these levels."""
-        return Schedule.from_levels(
-            stats.process, torch.from_numpy(self.levels), solver.name, float(self.predicted_error)
-        )
+        weights = ErrorModel.of(stats, solver).weights(self.levels)
+        s = torch.from_numpy(self.levels)
+        return Schedule.from_levels(stats.process, s, solver.name, float(self.predicted_error), weights)
 
 
 def ranked_starts(

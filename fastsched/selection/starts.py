@@ -11,14 +11,19 @@ from fastsched.costs.norms import Array
 from fastsched.costs.step_cost import PathCost, path_cost
 from fastsched.denoisers.noise import VariancePreserving
 from fastsched.measurement.statistics import PathStatistics
-from fastsched.sampling.solvers import Solver
+from fastsched.sampling.solvers import FITTED, Solver, get_solver
 from fastsched.selection.constraints import measured_range
 from fastsched.selection.descent import coordinate_descent
 from fastsched.selection.dynamic_programming import Selection, cheapest_paths
 
+#: The stock solver whose starts serve the fitted one.
+NEAREST_STOCK = "unipc"
+
 
 def starting_levels(stats: PathStatistics, steps: int, solver: Solver) -> dict[str, Array]:
     """Levels ``s`` [steps + 1] to start from, by name: dynamic programming, then schedules in common use."""
+    if solver.name == FITTED:
+        solver = get_solver(NEAREST_STOCK)
     s = np.append(stats.s.numpy(), 0.0)
     found = {}
     for name, weighted in (("dynamic programming", True), ("dynamic programming, unweighted", False)):

@@ -1,0 +1,110 @@
+"""Weights of the fitted solver, by least squares on the surrogate.
+
+The sampler is run on the surrogate (`fastsched.costs.surrogate`). After evaluation n the denoised samples ``D_0 .. D_n``
+are known, and a step to level n + 1 should end on the path. Its weights minimise
+
+    ``|| t - sum_{m<n} b_m (D_m - D_n) ||^2 + ridge ||b - b0||^2``,   ``t = (y_path - y_n) / (rho_{n+1} - rho_n) - D_n``,
+
+and ``t = D_end - D_n`` for the step to sigma 0; ``W[n, m] = b_m`` and ``W[n, n] = 1 - sum b``. The norm is the mean over
+the samples, each to its own scale, so that few large samples do not decide; ``b0`` are the weights of DPM-Solver++(2M), so
+that what the samples do not tell stays as the theory has it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastsched.costs.norms import Array, Norms
+from fastsched.costs.secants import Secants
+from fastsched.costs.surrogate import Answers, Rollouts, Surrogate
+from fastsched.sampling.multistep import PURE_NOISE_LAMBDA, log_rho
+from fastsched.sampling.solvers import FITTED, Solver
+
+#: Ridge of a schedule of 8 steps, relative to the mean square of the differences ``D_m - D_n``. It falls with the cube of
+#: the number of steps: with shorter steps deviations are smaller and the surrogate is nearer the truth.
+RIDGE = 3e-3
+
+
+def rollouts(
+    surrogate: Surrogate,
+    levels: Array,
+    solver: Solver,
+    secants: Secants | None = None,
+    norms: Norms | None = None,
+) -> tuple[Rollouts, Array | None]:
+    """Run C schedules on the surrogate; for the fitted solver, with the weights that suit each best.
+
+    Args:
+        surrogate: The denoiser as measured.
+        levels: Levels ``s`` [C, steps + 1], descending to 0.
+        solver: A stock solver, one with weights, or `fastsched.sampling.fitted.FITTED_SOLVER`.
+        secants: What is known beyond the scalar Jacobian; that of the measurement when None.
+        norms: Of the vectors that ``secants`` are over; those of the measurement when None.
+
+    Returns:
+        The runs, and the weights [C, steps, steps] if they were fitted.
+    """
+    if solver.name != FITTED or solver.end_weights is not None:
+        return surrogate.rollouts(levels, solver, secants), None
+    levels = np.asarray(levels, dtype=np.float64)
+    known = secants or surrogate.secants or Secants.none(surrogate.vectors)
+    fit = _Fit(surrogate, known, (norms or surrogate.norms).metric, levels)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return fit.run(), fit.weights
+
+
+class _Fit:
+    """The loop of the fitted solver over C schedules, each step's weights found before it is taken."""
+
+    def __init__(self, surrogate: Surrogate, secants: Answers, metric: Array, levels: Array) -> None:
+        self.surrogate, self.metric, self.levels = surrogate, metric, levels
+        self.found = Rollouts(surrogate, secants, len(levels))
+        self.steps = levels.shape[1] - 1
+        self.ridge = RIDGE * (8 / self.steps) ** 3
+        self.weights = np.zeros((len(levels), self.steps, self.steps))
+
+    def run(self) -> Rollouts:
+        """Sample, and keep the weights."""
+        y, rho, denoised = self.found.end, 1 / self.levels, []
+        for n in range(self.steps):
+            denoised.append(self.found.denoise(y, self.levels[:, n]))
+            step = (rho[:, n + 1] - rho[:, n])[:, None]
+            target = self._target(n, y, step) - denoised[n]
+            differences = np.stack([each - denoised[n] for each in denoised[:n]] or [np.zeros_like(y)], axis=1)[:, :n]
+            b = self._least_squares(target, differences, self._theory(n))
+            self.weights[:, n, :n], self.weights[:, n, n] = b, 1 - b.sum(1)
+            slope = denoised[n] + (b[:, None] @ differences)[:, 0]
+            y = slope if n == self.steps - 1 else y + step * slope
+        self.found.end = y
+        return self.found
+
+    def _target(self, n: int, y: Array, step: Array) -> Array:
+        """The mean slope that would end on the path, [C, V]."""
+        increments = len(self.surrogate.s) - 1
+        if n == self.steps - 1:
+            end = np.zeros_like(y)
+            end[:, :increments] = 1.0  # D at the end of the path, less D_0
+            return end
+        wanted = -y
+        wanted[:, :increments] += self.surrogate.path(self.levels[:, n + 1])[0]
+        return wanted / step
+
+    def _theory(self, n: int) -> Array:
+        """``b0`` [C, n]: of DPM-Solver++(2M), and of the last answer alone for the step to sigma 0."""
+        b = np.zeros((len(self.levels), n))
+        if 0 < n < self.steps - 1:
+            lam = log_rho(1 / self.levels)
+            ratio = (lam[:, n + 1] - lam[:, n]) / (lam[:, n] - lam[:, n - 1])
+            b[:, n - 1] = np.where(lam[:, n - 1] > PURE_NOISE_LAMBDA / 2, -0.5 * ratio, 0.0)
+        return b
+
+    def _least_squares(self, target: Array, differences: Array, theory: Array) -> Array:
+        n = theory.shape[1]
+        if n == 0:
+            return theory
+        products = differences @ self.metric
+        system = products @ differences.transpose(0, 2, 1)
+        left = target - (theory[:, None] @ differences)[:, 0]
+        size = np.einsum("cmm->c", system)[:, None, None] / n
+        system = system + (self.ridge * size + np.finfo(np.float64).tiny) * np.eye(n)
+        return theory + np.linalg.solve(system, products @ left[:, :, None])[:, :, 0]
