@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.comparison import Comparison
-from fastsched.costs.step_cost import sensitivity_weight
+from fastsched.costs.step_cost import error_weight
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.schedule import Schedule
 from fastsched.selection.planning import ErrorCurve
@@ -35,7 +35,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 FORMATS = (".png", ".svg", ".pdf")
 
 
-def cost_density(stats: PathStatistics, weight: str | None = "geometric") -> tuple[NDArray, NDArray]:
+def cost_density(stats: PathStatistics, *, weighted: bool = True) -> tuple[NDArray, NDArray]:
     """The cost density: ``weight_k ||e_q||^2 / (lambda_k - lambda_q)^2`` between neighbouring levels, ``k = q + 1``.
 
     It is the weighted squared speed of the denoiser's output per unit of ``log sigma``, averaged over paths. A short
@@ -44,18 +44,15 @@ def cost_density(stats: PathStatistics, weight: str | None = "geometric") -> tup
 
     Args:
         stats: The result of `fastsched.measure`.
-        weight: As in `fastsched.optimal_schedule`; None if measured without sensitivity.
+        weighted: Whether to weight an error by what becomes of it at the end of the path; 1 otherwise.
 
     Returns:
         The levels ``s`` (geometric mean of neighbours) and the density there, each [N - 1], or [N - 2] if the process
         starts from pure noise, which is infinitely far from the second level.
-
-    Raises:
-        ValueError: If the weight is unknown, or needs a sensitivity that was not measured.
     """
     s = stats.s.numpy()
     first = int(not math.isfinite(s[0]))
-    squared = stats.gram.mean(0).diagonal().numpy() * sensitivity_weight(stats, weight)[1:-1]
+    squared = stats.gram.mean(0).diagonal().numpy() * (error_weight(stats)[1:-1] if weighted else 1.0)
     gaps = np.log(s[first:-1] / s[first + 1 :])
     return np.sqrt(s[first:-1] * s[first + 1 :]), squared[first:] / gaps**2
 
@@ -82,7 +79,7 @@ def plot_schedules(schedules: Mapping[str, Schedule | Tensor], *, stats: PathSta
 
 
 def plot_cost_density(stats: PathStatistics) -> Figure:
-    """The cost density (`cost_density`) over sigma, with and without the sensitivity if it was measured."""
+    """The cost density (`cost_density`) over sigma, unweighted and, if responses were measured, weighted too."""
     figure = _figure(7.2, 3.0)
     draw_cost_density(figure.subplots(), stats)
     return figure
@@ -199,13 +196,12 @@ def plot_overview(
 
 def draw_cost_density(axes: Axes, stats: PathStatistics) -> None:
     """Draw `cost_density` divided by its largest value."""
-    measured = stats.cross is not None
-    curves = {"weighted by sensitivity": "geometric"} if measured else {}
-    for label, weight in {**curves, "unweighted": None}.items():
-        s, density = cost_density(stats, weight)
+    curves = {"weighted by what an error becomes": True} if stats.deviated else {}
+    for label, weighted in {**curves, "unweighted": False}.items():
+        s, density = cost_density(stats, weighted=weighted)
         sigmas = stats.process.sampler_sigma(torch.from_numpy(s)).numpy()
         share = density / density.max()
-        if weight is None:
+        if not weighted:
             axes.plot(sigmas, share, color="#777777", linewidth=1.2, linestyle="--", label=label)
         else:
             axes.fill_between(sigmas, share, color=COLOURS[5], alpha=0.35, linewidth=0)

@@ -1,4 +1,3 @@
-import math
 import sys
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 import fastsched as fs
 from fastsched import plot
 from fastsched.comparison import Comparison, ComparisonRow, Reference
+from fastsched.costs.step_cost import error_weight
 from fastsched.sampling.random_streams import noise_of
 
 STD = 0.5
@@ -32,7 +32,7 @@ def comparison(calls: int, **errors: float) -> Comparison:
 
 def test_density_of_gaussian_data_is_the_closed_form(stats):
     # D along the path is c^2 / (c^2 + s^2) z(s), z(s) = z_0 sqrt((c^2 + s^2) / (c^2 + s_0^2)).
-    s, density = plot.cost_density(stats, weight=None)
+    s, density = plot.cost_density(stats, weighted=False)
     start = torch.tensor(80.0**2 + STD**2).item()
     scale = float(80.0**2 * noise_of(stats.seeds, (4,)).square().sum(1).mean()) / start
     slope = STD**2 * s**2 * (STD**2 + s**2) ** -1.5  # |dD / d log s| per unit of that
@@ -42,15 +42,15 @@ def test_density_of_gaussian_data_is_the_closed_form(stats):
 
 
 def test_weighted_density_is_the_weight_times_the_plain_one(stats):
-    _, plain = plot.cost_density(stats, weight=None)
-    _, weighted = plot.cost_density(stats, weight="isotropic")
-    np.testing.assert_allclose(weighted / plain, stats.phi[1:-1].numpy(), rtol=1e-9)
+    _, plain = plot.cost_density(stats, weighted=False)
+    _, weighted = plot.cost_density(stats)
+    np.testing.assert_allclose(weighted / plain, error_weight(stats)[1:-1], rtol=1e-9)
 
 
 def test_density_skips_the_gap_from_pure_noise():
     denoiser = fs.Denoiser.from_velocity(lambda x, t: x * (2 * t[:, None] - 1))
-    stats = fs.measure(denoiser, (3,), samples=2, levels=16, sensitivity=None, progress=False)
-    s, density = plot.cost_density(stats, weight=None)
+    stats = fs.measure(denoiser, (3,), samples=2, levels=16, responses=False, progress=False)
+    s, density = plot.cost_density(stats, weighted=False)
     assert len(s) == len(density) == 14
     assert np.isfinite(s).all()
     assert np.isfinite(density).all()
@@ -158,14 +158,10 @@ def test_bad_input_is_named(call, message):
         call()
 
 
-def test_density_without_sensitivity_asks_for_no_weight(stats):
-    from dataclasses import replace
-
-    plain = replace(stats, cross=None, w_squared=None)
-    with pytest.raises(ValueError, match="weight=None"):
-        plot.cost_density(plain)
-    assert len(plot.plot_cost_density(plain).axes[0].lines) == 1
-    assert not math.isnan(plot.cost_density(plain, None)[1].sum())
+def test_without_responses_only_the_unweighted_density_is_drawn():
+    denoiser = fs.Denoiser.from_denoiser(fs.oracles.Gaussian(STD, (4,)).denoise, 0.002, 80.0)
+    figure = plot.plot_cost_density(fs.measure(denoiser, (4,), levels=8, responses=False, progress=False))
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["unweighted"]
 
 
 def test_ticks_of_model_calls_are_integers_and_legends_cover_no_curve(stats, schedules):

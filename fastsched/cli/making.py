@@ -11,6 +11,8 @@ from fastsched.cli import inputs, shell
 from fastsched.cli.shell import app, note
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fastsched.measurement.statistics import PathStatistics
     from fastsched.sampling.schedule import Schedule
 
@@ -30,8 +32,12 @@ def measure(
     levels: Levels = LEVELS,
     samples: Paths = None,
     seed: shell.Seed = 0,
-    sensitivity: Annotated[
-        Optional[str], typer.Option(help="finite-difference, jvp or none.  [default: finite-difference]")
+    responses: Annotated[
+        Optional[bool],
+        typer.Option(
+            "--responses/--no-responses",
+            help="Whether to measure how errors are passed on, half of the cost.  [default: responses]",
+        ),
     ] = None,
     batch_size: Annotated[
         Optional[int], typer.Option(help="Paths per batch; the file is saved after each batch.  [default: 4]")
@@ -45,7 +51,7 @@ def measure(
     dry_run: shell.DryRun = False,
     quiet: shell.Quiet = False,
 ) -> None:
-    """Measure a model, once for all schedules. Takes (2 LEVELS - 1) model calls per sample, no gradients, no data.
+    """Measure a model, once for all schedules. Takes 2 LEVELS - 2 model calls per sample, no gradients, no data.
 
     A denoiser is given as a function without arguments that returns a fastsched.Denoiser:
 
@@ -67,7 +73,7 @@ def measure(
         shell.writable(output, overwrite=overwrite or resume, replace=ways)
         if inputs.is_pipeline(denoiser):
             inputs.for_denoisers_only(
-                shape=shape, sensitivity=sensitivity, batch_size=batch_size, resume="--resume" if resume else None
+                shape=shape, responses=responses, batch_size=batch_size, resume="--resume" if resume else None
             )
             pipe = inputs.load_pipeline(denoiser, device, dtype, quiet=quiet)
             stats = _measure_pipeline(pipe, levels, samples, seed, prompt, inputs.call_arguments(call), dry_run)
@@ -79,10 +85,10 @@ def measure(
 
             inputs.for_pipelines_only(prompt, call)
             model, sizes = inputs.denoiser_named(denoiser, shape, device)
-            method = "finite-difference" if sensitivity is None else sensitivity
+            wanted = True if responses is None else responses
             count = SAMPLES if samples is None else samples
             left = count - inputs.load_statistics(output).samples if resume and output.exists() else count
-            if _spends(_measuring_calls(model, levels, max(left, 0), method != "none"), dry_run):
+            if _spends(_measuring_calls(model, levels, max(left, 0), wanted), dry_run):
                 return
             stats = measure_to_file(
                 model,
@@ -90,7 +96,7 @@ def measure(
                 output,
                 levels=levels,
                 samples=count,
-                sensitivity=None if method == "none" else method,
+                responses=wanted,
                 seed=seed,
                 batch_size=4 if batch_size is None else batch_size,
                 device=device,
@@ -150,7 +156,7 @@ def fit(
             arguments = inputs.call_arguments(call)
             pipe = inputs.load_pipeline(denoiser, device, dtype, quiet=quiet)
             count = PIPELINE_SAMPLES if samples is None else samples
-            if _spends(0 if known else 2 * levels * count, dry_run, model_calls):
+            if _spends(0 if known else _calibration_calls(levels, count), dry_run, model_calls):
                 return
             schedule = fs.diffusers.fit(
                 pipe, steps, solver=chosen, samples=count, prompts=prompt, **common, **arguments
@@ -159,7 +165,11 @@ def fit(
             inputs.for_pipelines_only(prompt, call)
             model, sizes = inputs.denoiser_named(denoiser, shape, device)
             count = SAMPLES if samples is None else samples
-            if _spends(0 if known else _measuring_calls(model, levels, count, True), dry_run, model_calls):
+            if known is None:
+                measuring = _measuring_calls(model, levels, count, True)
+            else:  # a file does not hold the increments that tuning needs: the same paths are followed again
+                measuring = _measuring_calls(model, known.s, known.samples, bool(known.deviated)) if model_calls else 0
+            if _spends(measuring, dry_run, model_calls):
                 return
             options = {"device": device, "dtype": inputs.dtype_named(dtype), "progress": not quiet}
             schedule = fs.fit(
@@ -175,7 +185,6 @@ def select(
     statistics: Annotated[Path, typer.Argument(help="Statistics that 'fastsched measure' wrote.")],
     steps: Annotated[str, typer.Option(help="Number of steps: 8, or several: 6,8,10.")],
     solver: Solver = "dpmpp_2m",
-    weight: Annotated[str, typer.Option(help="geometric, isotropic, directional or none.")] = "geometric",
     output: Annotated[
         Optional[Path],
         typer.Option("--output", "-o", help="Schedule to write; with several steps NAME.json becomes NAME-6.json ..."),
@@ -197,7 +206,7 @@ def select(
         stats = inputs.load_statistics(statistics)
         schedules = []
         for count in counts:
-            schedule = optimal_schedule(stats, count, method, weight=None if weight == "none" else weight)
+            schedule = optimal_schedule(stats, count, method)
             schedules.append(schedule)
             if not as_json:
                 _show(schedule, as_json)
@@ -296,12 +305,18 @@ def _show(schedule: Schedule, as_json: bool) -> None:
     typer.echo(plain_decimals(schedule.sigmas.tolist()))
 
 
-def _measuring_calls(model: Any, levels: int, samples: int, sensitivity: bool) -> int:
+def _measuring_calls(model: Any, levels: int | Tensor, samples: int, responses: bool) -> int:
     """The model calls of a measurement, counted per sample."""
-    from fastsched.measurement.measuring import measured_levels
+    from fastsched.measurement.measuring import measured_levels, measurement_of
 
-    count = len(measured_levels(model, levels))
-    return samples * (2 * count - 1 if sensitivity else count)
+    return samples * measurement_of(model, measured_levels(model, levels), responses=responses).calls
+
+
+def _calibration_calls(levels: int, samples: int) -> int:
+    """The model calls of a pipeline's measurement, counted per sample."""
+    from fastsched.diffusers.calibration import calibration_steps
+
+    return samples * calibration_steps(levels)
 
 
 def _spends(measuring: int, dry_run: bool, later: int | None = None) -> bool:
@@ -326,7 +341,7 @@ def _measure_pipeline(
     import fastsched as fs
 
     count = PIPELINE_SAMPLES if samples is None else samples
-    if _spends(2 * levels * count, dry_run):
+    if _spends(_calibration_calls(levels, count), dry_run):
         return None
     return fs.diffusers.measure(pipe, levels=levels, samples=count, prompts=prompts, seed=seed, **arguments)
 

@@ -126,7 +126,7 @@ def _statistics(file: Path, stats: PathStatistics) -> dict[str, Any]:
         "levels": stats.levels,
         "noise levels": [float(stats.s[0]), float(stats.s[-1])],
         "samples": stats.samples,
-        "sensitivity": stats.cross is not None,
+        "responses": bool(stats.deviated),
         "data_std": stats.data_std,
         "model_calls": stats.model_calls,
     }

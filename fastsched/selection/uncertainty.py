@@ -30,7 +30,6 @@ def standard_errors(
     steps: int,
     solver: str = "dpmpp_2m",
     *,
-    weight: str | None = "geometric",
     polish: bool = False,
 ) -> Uncertainty:
     """Jackknife standard errors of `optimal_schedule` over the measured samples.
@@ -43,7 +42,6 @@ def standard_errors(
         stats: The result of `fastsched.measure`, with at least two samples.
         steps: As in `optimal_schedule`.
         solver: As in `optimal_schedule`.
-        weight: As in `optimal_schedule`.
         polish: As in `optimal_schedule`, which is called once per sample.
 
     Raises:
@@ -55,7 +53,7 @@ def standard_errors(
     errors, logs = [], []
     for left_out in range(count):
         others = stats.select([b for b in range(count) if b != left_out])
-        schedule = optimal_schedule(others, steps, solver, weight=weight, polish=polish)
+        schedule = optimal_schedule(others, steps, solver, polish=polish)
         assert schedule.predicted_error is not None
         errors.append(schedule.predicted_error)
         logs.append(schedule.sigmas[:-1].log())

@@ -17,8 +17,8 @@ def test_measure_writes_what_measure_returns(folder, model):
     expected = fs.measure(load_denoiser(model)[0], (2, 3), samples=3, progress=False)
     assert torch.equal(stats.seeds, expected.seeds)
     torch.testing.assert_close(stats.gram, expected.gram)
-    torch.testing.assert_close(stats.cross, expected.cross)
-    assert stats.model_calls == expected.model_calls == 3 * 95
+    torch.testing.assert_close(stats.response_cross, expected.response_cross)
+    assert stats.model_calls == expected.model_calls == 3 * 94
 
 
 def test_select_prints_plain_decimals_and_saves(folder):
@@ -30,14 +30,6 @@ def test_select_prints_plain_decimals_and_saves(folder):
         assert [float(value) for value in line.split(", ")] == pytest.approx(schedule.sigmas.tolist(), rel=1e-5)
         expected = fs.optimal_schedule(fs.PathStatistics.load(folder / "s.safetensors"), steps, "ddim")
         assert torch.equal(schedule.sigmas, expected.sigmas)
-
-
-def test_select_without_weight_ignores_the_sensitivity(folder):
-    line = run("select", folder / "s.safetensors", "--steps", "4", "--weight", "none").stdout
-    stats = fs.PathStatistics.load(folder / "s.safetensors")
-    plain = fs.optimal_schedule(stats, 4, weight=None).sigmas.tolist()
-    assert [float(value) for value in line.split(", ")] == pytest.approx(plain, rel=1e-5)
-    assert plain != fs.optimal_schedule(stats, 4).sigmas.tolist()
 
 
 def test_compare_ranks_schedules_and_baselines(folder, model):
@@ -91,18 +83,18 @@ def test_an_interrupted_measurement_resumes_where_it_stopped(tmp_path):
     denoiser = fs.Denoiser.from_denoiser(network, 0.002, 80.0)
     settings = {"levels": 16, "samples": 5, "batch_size": 2, "progress": False}
     path = tmp_path / "s.safetensors"
-    calls[1] = 3 * 31  # in the second batch
+    calls[1] = 3 * 30  # in the second batch
     with pytest.raises(KeyboardInterrupt):
         measure_to_file(denoiser, (4,), path, **settings)
     assert fs.PathStatistics.load(path).samples == 2
     calls[:] = [0, 10**9]
     resumed = measure_to_file(denoiser, (4,), path, resume=True, **settings)
-    assert calls[0] == 3 * 31
+    assert calls[0] == 3 * 30
     whole = fs.measure(denoiser, (4,), **settings)
     assert torch.equal(resumed.seeds, whole.seeds)
     torch.testing.assert_close(resumed.gram, whole.gram)
-    torch.testing.assert_close(resumed.cross, whole.cross)
-    assert resumed.model_calls == whole.model_calls == 5 * 31
+    torch.testing.assert_close(resumed.response_cross, whole.response_cross)
+    assert resumed.model_calls == whole.model_calls == 5 * 30
     calls[0] = 0
     assert measure_to_file(denoiser, (4,), path, resume=True, **settings).samples == 5
     assert calls[0] == 0
@@ -114,7 +106,7 @@ def test_an_interrupted_measurement_resumes_where_it_stopped(tmp_path):
         (("--levels", "20"), "measured with other levels"),
         (("--seed", "1"), "measured with another seed"),
         (("--samples", "2"), "more than 2 samples"),
-        (("--sensitivity", "none"), "measured with sensitivity"),
+        (("--no-responses",), "measured with responses"),
         (("--shape", "6"), "measured with shape"),
     ],
 )
@@ -202,7 +194,6 @@ def test_an_import_that_fails_inside_is_told_from_a_missing_module(tmp_path, mon
         (("--steps", "six"), "steps must be integers"),
         (("--steps", "0"), "steps must be at least 1"),
         (("--steps", "60"), "steps must be at most 47"),
-        (("--steps", "4", "--weight", "geometri"), "did you mean 'geometric'?"),
     ],
 )
 def test_bad_options_of_select_are_named(folder, arguments, message):

@@ -33,7 +33,7 @@ def test_the_cost_is_said_before_it_is_spent(folder, model, tmp_path):
     counting = f"{tmp_path / 'counting.py'}:build"
     spent = ("fit", counting, "--steps", "4", "--shape", "3", "-q", "-o", tmp_path / "a.json")
     result = run(*spent)
-    cost = "model calls, counted per sample: 760 to measure, at most 740 to run and tune schedules"
+    cost = "model calls, counted per sample: 752 to measure, at most 740 to run and tune schedules"
     assert result.stderr.splitlines()[0] == cost
     assert "called" in result.stderr
     dry = run(*spent, "--dry-run")
@@ -61,6 +61,11 @@ def test_fit_takes_earlier_statistics_and_spends_no_measurement(folder, model, t
     assert found["sigmas"] == fs.Schedule.load(output).sigmas.tolist()
     assert found["solver"] == "dpmpp_2m"
     assert found["model_calls"] == found["steps"] == 4
+    again = run(
+        *("fit", model, "--steps", "4", "--shape", "2,3", "--stats", folder / "s.safetensors", "--dry-run"),
+        *("-o", tmp_path / "b.json"),
+    )
+    assert f"{3 * 94} to measure, at most 740" in again.stderr  # the same paths again, for their increments
 
 
 @pytest.mark.parametrize(
@@ -121,4 +126,4 @@ def test_a_resumed_measurement_costs_what_is_left(folder, model, tmp_path):
     output = tmp_path / "s.safetensors"
     output.write_bytes((folder / "s.safetensors").read_bytes())
     result = run("measure", model, "--shape", "2,3", "--samples", "4", "-q", "--resume", "-o", output, "--dry-run")
-    assert result.stderr.strip() == "model calls, counted per sample: 95 to measure"
+    assert result.stderr.strip() == "model calls, counted per sample: 94 to measure"

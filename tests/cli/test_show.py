@@ -14,10 +14,10 @@ def test_info_of_statistics(folder):
     stats = fs.PathStatistics.load(folder / "s.safetensors")
     assert found["kind"] == "statistics"
     assert found["noise levels"] == [80.0, pytest.approx(0.002)]
-    assert (found["shape"], found["samples"], found["levels"], found["model_calls"]) == ([2, 3], 3, 48, 3 * 95)
+    assert (found["shape"], found["samples"], found["levels"], found["model_calls"]) == ([2, 3], 3, 48, 3 * 94)
     assert found["data_std"] == stats.data_std
-    assert found["sensitivity"] is True
-    assert ["model_calls", "285"] in [
+    assert found["responses"] is True
+    assert ["model_calls", "282"] in [
         line.split() for line in run("info", folder / "s.safetensors").stdout.splitlines()
     ]
 
