@@ -72,7 +72,7 @@ def measure_to_file(
     elif file.exists() and not overwrite:
         raise FileExistsError(f"{file} exists; resume it (--resume), replace it (--overwrite), or name another file")
     with progress_bar(run.calls * len(seeds), progress, "measuring") as advance:
-        for batch in seeds.split(size):
+        for batch in seeds.split(size) if len(seeds) else ():  # none: the file holds them all
             part = run.drive(measurement_steps(run, batch, sizes, advance))
             whole = part if whole is None else whole.merge(part)
             whole.save(file)
