@@ -196,7 +196,7 @@ def plot_overview(
 
 def draw_cost_density(axes: Axes, stats: PathStatistics) -> None:
     """Draw `cost_density` divided by its largest value."""
-    curves = {"weighted by what an error becomes": True} if stats.deviated else {}
+    curves = {"weighted by effect on the final sample": True} if stats.deviated else {}
     for label, weighted in {**curves, "unweighted": False}.items():
         s, density = cost_density(stats, weighted=weighted)
         sigmas = stats.process.sampler_sigma(torch.from_numpy(s)).numpy()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from fastsched.cli import inputs, shell
+from fastsched.cli import inputs, shell, spending
 from fastsched.cli.shell import app, note
 
 if TYPE_CHECKING:
@@ -85,18 +86,14 @@ def compare(
         for path in schedules:
             named[path.stem if path.stem not in named else str(path)] = inputs.load_schedule(path)
         names = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
+        source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
         run = {"samples": samples, "seed": seed, "reference_steps": reference_steps, "dry_run": dry_run}
-        if inputs.is_pipeline(denoiser):
-            inputs.for_denoisers_only(shape=shape, batch_size=batch_size, solver=solver)
-            pipe = inputs.load_pipeline(denoiser, device, dtype, quiet=True)
-            result = _of_pipeline(pipe, named, names, spare_last, prompt, inputs.call_arguments(call), **run)
+        if source.is_pipeline:
+            inputs.not_for_pipelines(solver=solver)
+            result = _of_pipeline(source, named, names, spare_last, **run)
         else:
-            inputs.for_pipelines_only(prompt, call)
             method = None if solver is None else inputs.solver_named(solver)
-            model, sizes = inputs.denoiser_named(denoiser, shape, device)
-            named |= _baselines(model.process, names, list(named.values()), spare_last)
-            options = {"batch_size": batch_size, "device": device, "dtype": inputs.dtype_named(dtype)}
-            result = _of_denoiser(model, named, method, sizes, progress=not quiet, **run, **options)
+            result = _of_denoiser(source, named, names, spare_last, method, **run)
         if result is None:
             return
         _show(result, as_json)
@@ -135,33 +132,48 @@ def plot(
 
 
 def _of_denoiser(
-    model: Any,
+    source: inputs.Source,
     schedules: dict[str, Schedule],
+    baselines: list[str],
+    spare_last: bool,
     solver: str | None,
-    shape: tuple[int, ...],
     *,
     samples: int | None,
+    seed: int,
     reference_steps: int | None,
     dry_run: bool,
-    **options: Any,
 ) -> Comparison | None:
     """The comparison, after a line about its cost; None if only that is wanted."""
-    from fastsched.comparison import compare, comparison_calls
+    from fastsched import comparison
 
-    sizes = {"samples": samples or SAMPLES, "reference_steps": reference_steps or REFERENCE_STEPS}
-    reference, runs = comparison_calls(model, schedules, solver, **sizes)
-    if _spends(reference, runs, dry_run):
+    model, shape = source.denoiser()
+    named = {**schedules, **_baselines(model.process, baselines, list(schedules.values()), spare_last)}
+    count = SAMPLES if samples is None else samples
+    steps = REFERENCE_STEPS if reference_steps is None else reference_steps
+    calls = comparison.comparison_calls(model, named, solver, samples=count, reference_steps=steps)
+    spending.say_comparing(*calls)
+    if dry_run:
         return None
-    return compare(model, schedules, solver, shape=shape, **sizes, **options)
+    return comparison.compare(
+        model,
+        named,
+        solver,
+        shape=shape,
+        samples=count,
+        seed=seed,
+        reference_steps=steps,
+        batch_size=source.batch_size,
+        device=source.device,
+        dtype=source.precision,
+        progress=not source.quiet,
+    )
 
 
 def _of_pipeline(
-    pipe: Any,
-    named: dict[str, Schedule],
+    source: inputs.Source,
+    schedules: dict[str, Schedule],
     baselines: list[str],
     spare_last: bool,
-    prompts: list[str] | None,
-    arguments: dict[str, Any],
     *,
     samples: int | None,
     seed: int,
@@ -171,25 +183,26 @@ def _of_pipeline(
     """The comparison through a pipeline, after a line about its cost; None if only that is wanted."""
     from fastsched.cli.pipelines import compare_pipeline, process_of
 
+    pipe, arguments = replace(source, quiet=True).pipeline()  # one bar for all runs, not one a run
     count = PIPELINE_SAMPLES if samples is None else samples
     steps = PIPELINE_REFERENCE_STEPS if reference_steps is None else reference_steps
-    named = {**named, **_baselines(process_of(pipe), baselines, list(named.values()), spare_last)}
-    own = sorted({schedule.steps for schedule in named.values()})
+    named = {**schedules, **_baselines(process_of(pipe), baselines, list(schedules.values()), spare_last)}
+    own = sorted({schedule.steps for schedule in schedules.values()})
     runs = sum(schedule.steps for schedule in named.values()) + sum(own)
-    if _spends(steps * count, runs * count, dry_run):
+    spending.say_comparing(steps * count, runs * count)
+    if dry_run:
         return None
     return compare_pipeline(
-        pipe, named, own, prompts=prompts, samples=count, seed=seed, reference_steps=steps, arguments=arguments
+        pipe,
+        named,
+        own,
+        prompts=source.prompts,
+        samples=count,
+        seed=seed,
+        reference_steps=steps,
+        arguments=arguments,
+        progress=not source.quiet,
     )
-
-
-def _spends(reference: int, runs: int, dry_run: bool) -> bool:
-    """Say what a comparison is about to spend; whether it should stop there."""
-    note(
-        f"model calls, counted per sample: {reference + runs:,}, of which {reference:,} for the converged samples "
-        "(fewer with --samples or --reference-steps)"
-    )
-    return dry_run
 
 
 def _show(result: Comparison, as_json: bool) -> None:

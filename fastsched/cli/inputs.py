@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,19 +27,66 @@ def solver_named(name: str) -> str:
     return found
 
 
-def denoiser_named(name: str, shape: str | None, device: str | None) -> tuple[Denoiser, tuple[int, ...]]:
-    """The denoiser and the shape of one sample.
+@dataclass(frozen=True)
+class Source:
+    """A model as it is named on a command line, and how to run it; the fields are the options of those names."""
 
-    Raises:
-        ValueError: If the name or the device is unusable, or the shape is unknown.
-    """
-    from fastsched.denoisers.loading import load_denoiser
+    name: str
+    shape: str | None
+    device: str | None
+    dtype: str | None
+    batch_size: int | None
+    prompts: list[str] | None
+    call: list[str] | None
+    quiet: bool
 
-    check_device(device)
-    denoiser, own = load_denoiser(name, device)
-    if shape is None and own is None:
-        raise ValueError("shape must be given for this denoiser: --shape 4,64,64, the shape of one sample")
-    return denoiser, own if shape is None else tuple(integers("shape", shape))  # type: ignore[return-value]  # not both None
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether the name is a folder, which is then a saved pipeline of diffusers."""
+        return Path(self.name).is_dir()
+
+    @property
+    def precision(self) -> torch.dtype | None:
+        """The dtype of that name.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        import torch
+
+        from fastsched import validate
+
+        known = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16}
+        known |= {"bfloat16": torch.bfloat16}
+        return None if self.dtype is None else known[validate.choice("dtype", self.dtype, known)]
+
+    def denoiser(self) -> tuple[Denoiser, tuple[int, ...]]:
+        """The denoiser and the shape of one sample.
+
+        Raises:
+            ValueError: If an option is for pipelines, the name or the device unusable, or the shape unknown.
+        """
+        from fastsched.denoisers.loading import load_denoiser
+
+        if self.prompts or self.call:
+            raise ValueError(f"{'prompt' if self.prompts else 'call'} is for pipelines; this model is a denoiser")
+        check_device(self.device)
+        denoiser, own = load_denoiser(self.name, self.device)
+        shape = own if self.shape is None else tuple(integers("shape", self.shape))
+        if shape is None:
+            raise ValueError("shape must be given for this denoiser: --shape 4,64,64, the shape of one sample")
+        return denoiser, shape
+
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        """The pipeline, and arguments for its call.
+
+        Raises:
+            ValueError: If an option is for denoisers, the folder holds no pipeline, or the device is not there.
+            ImportError: If diffusers is missing.
+        """
+        not_for_pipelines(shape=self.shape, batch_size=self.batch_size)
+        arguments = call_arguments(self.call)
+        return load_pipeline(self.name, self.device, self.precision, quiet=self.quiet), arguments
 
 
 def check_device(name: str | None) -> None:
@@ -77,20 +125,6 @@ def integers(name: str, text: str) -> list[int]:
     if min(values) < 1:
         raise ValueError(f"{name} must be at least 1, got {min(values)}")
     return values
-
-
-def dtype_named(name: str | None) -> torch.dtype | None:
-    """The dtype of that name.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    import torch
-
-    from fastsched import validate
-
-    known = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    return None if name is None else known[validate.choice("dtype", name, known)]
 
 
 def kind_of(path: Path) -> str | None:
@@ -136,12 +170,7 @@ def load_schedule(path: Path) -> Schedule:
     return Schedule.load(path)
 
 
-def is_pipeline(name: str) -> bool:
-    """Whether a model's name is a folder, which is then a saved pipeline of diffusers."""
-    return Path(name).is_dir()
-
-
-def load_pipeline(name: str, device: str | None, dtype: str | None, *, quiet: bool = False) -> Any:
+def load_pipeline(name: str, device: str | None, dtype: torch.dtype | None, *, quiet: bool) -> Any:
     """The pipeline of diffusers that was saved in a folder; only safetensors are read, and nothing is downloaded.
 
     Raises:
@@ -157,7 +186,7 @@ def load_pipeline(name: str, device: str | None, dtype: str | None, *, quiet: bo
     with _quiet_diffusers():
         from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-        precision = {} if dtype is None else {"torch_dtype": dtype_named(dtype)}
+        precision = {} if dtype is None else {"torch_dtype": dtype}
         pipe = DiffusionPipeline.from_pretrained(name, use_safetensors=True, local_files_only=True, **precision)
         pipe.set_progress_bar_config(disable=quiet)
     return pipe if device is None else pipe.to(device)
@@ -206,18 +235,8 @@ def call_arguments(options: list[str] | None) -> dict[str, Any]:
     return arguments
 
 
-def for_pipelines_only(prompts: list[str] | None, options: list[str] | None) -> None:
-    """Refuse options of pipelines for a denoiser.
-
-    Raises:
-        ValueError: If one is given.
-    """
-    if prompts or options:
-        raise ValueError(f"{'prompt' if prompts else 'call'} is for pipelines; this model is a denoiser")
-
-
-def for_denoisers_only(**options: object) -> None:
-    """Refuse options that a pipeline decides itself; ``options`` by name, None where they are not given.
+def not_for_pipelines(**options: object) -> None:
+    """Refuse options of denoisers for a pipeline; ``options`` by name, None where they are not given.
 
     Raises:
         ValueError: If one is given.

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from fastsched.cli import inputs, shell
+from fastsched.cli import inputs, shell, spending
 from fastsched.cli.shell import app, note
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from fastsched.measurement.statistics import PathStatistics
     from fastsched.sampling.schedule import Schedule
 
@@ -71,41 +69,69 @@ def measure(
     with shell.errors_in_a_line("interrupted; 'fastsched measure --resume' continues from the last saved batch"):
         ways = "resume it (--resume), replace it (--overwrite)"
         shell.writable(output, overwrite=overwrite or resume, replace=ways)
-        if inputs.is_pipeline(denoiser):
-            inputs.for_denoisers_only(
-                shape=shape, responses=responses, batch_size=batch_size, resume="--resume" if resume else None
-            )
-            pipe = inputs.load_pipeline(denoiser, device, dtype, quiet=quiet)
-            stats = _measure_pipeline(pipe, levels, samples, seed, prompt, inputs.call_arguments(call), dry_run)
-            if stats is None:
-                return
-            stats.save(output)
+        source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
+        if source.is_pipeline:
+            inputs.not_for_pipelines(responses=responses, resume="given" if resume else None)
+            stats = _measured_pipeline(source, output, levels, samples, seed, dry_run)
         else:
-            from fastsched.measurement.to_file import measure_to_file
+            kept = {"responses": responses is not False, "resume": resume, "overwrite": overwrite}
+            stats = _measured_denoiser(source, output, levels, samples, seed, dry_run, **kept)
+        if stats is not None:
+            note(f"{stats.samples} paths over {stats.levels} levels, {stats.model_calls:,} model calls; wrote {output}")
 
-            inputs.for_pipelines_only(prompt, call)
-            model, sizes = inputs.denoiser_named(denoiser, shape, device)
-            wanted = True if responses is None else responses
-            count = SAMPLES if samples is None else samples
-            left = count - inputs.load_statistics(output).samples if resume and output.exists() else count
-            if _spends(_measuring_calls(model, levels, max(left, 0), wanted), dry_run):
-                return
-            stats = measure_to_file(
-                model,
-                sizes,
-                output,
-                levels=levels,
-                samples=count,
-                responses=wanted,
-                seed=seed,
-                batch_size=4 if batch_size is None else batch_size,
-                device=device,
-                dtype=inputs.dtype_named(dtype),
-                resume=resume,
-                overwrite=overwrite,
-                progress=not quiet,
-            )
-        note(f"{stats.samples} paths over {stats.levels} levels, {stats.model_calls:,} model calls; wrote {output}")
+
+def _measured_pipeline(
+    source: inputs.Source, output: Path, levels: int, samples: int | None, seed: int, dry_run: bool
+) -> PathStatistics | None:
+    """Statistics of a pipeline, written to a file; None if only the cost is wanted."""
+    import fastsched as fs
+
+    pipe, arguments = source.pipeline()
+    count = PIPELINE_SAMPLES if samples is None else samples
+    spending.say_measuring(spending.calibration_calls(levels, count))
+    if dry_run:
+        return None
+    stats = fs.diffusers.measure(pipe, levels=levels, samples=count, prompts=source.prompts, seed=seed, **arguments)
+    stats.save(output)
+    return stats
+
+
+def _measured_denoiser(
+    source: inputs.Source,
+    output: Path,
+    levels: int,
+    samples: int | None,
+    seed: int,
+    dry_run: bool,
+    *,
+    responses: bool,
+    resume: bool,
+    overwrite: bool,
+) -> PathStatistics | None:
+    """Statistics of a denoiser, written to a file batch by batch; None if only the cost is wanted."""
+    from fastsched.measurement.to_file import measure_to_file
+
+    model, sizes = source.denoiser()
+    count = SAMPLES if samples is None else samples
+    left = count - inputs.load_statistics(output).samples if resume and output.exists() else count
+    spending.say_measuring(spending.measuring_calls(model, levels, max(left, 0), responses))
+    if dry_run:
+        return None
+    return measure_to_file(
+        model,
+        sizes,
+        output,
+        levels=levels,
+        samples=count,
+        responses=responses,
+        seed=seed,
+        batch_size=4 if source.batch_size is None else source.batch_size,
+        device=source.device,
+        dtype=source.precision,
+        resume=resume,
+        overwrite=overwrite,
+        progress=not source.quiet,
+    )
 
 
 @app.command()
@@ -145,39 +171,60 @@ def fit(
     fastsched fit my_pipeline_folder --steps 8 --prompt "a cat" --call guidance_scale=7.5 -o schedule.json
     """
     with shell.errors_in_a_line():
-        import fastsched as fs
-
         shell.writable(output, overwrite=overwrite, endings=[".json"])
+        source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
         chosen = None if solver is None else inputs.solver_named(solver)
         known = None if stats is None else inputs.load_statistics(stats)
-        common = {"stats": known, "levels": levels, "model_calls": model_calls, "seed": seed}
-        if inputs.is_pipeline(denoiser):
-            inputs.for_denoisers_only(shape=shape, batch_size=batch_size)
-            arguments = inputs.call_arguments(call)
-            pipe = inputs.load_pipeline(denoiser, device, dtype, quiet=quiet)
-            count = PIPELINE_SAMPLES if samples is None else samples
-            if _spends(0 if known else _calibration_calls(levels, count), dry_run, model_calls):
-                return
-            schedule = fs.diffusers.fit(
-                pipe, steps, solver=chosen, samples=count, prompts=prompt, **common, **arguments
-            )
-        else:
-            inputs.for_pipelines_only(prompt, call)
-            model, sizes = inputs.denoiser_named(denoiser, shape, device)
-            count = SAMPLES if samples is None else samples
-            if known is None:
-                measuring = _measuring_calls(model, levels, count, True)
-            else:  # a file does not hold the increments that tuning needs: the same paths are followed again
-                measuring = _measuring_calls(model, known.s, known.samples, bool(known.deviated)) if model_calls else 0
-            if _spends(measuring, dry_run, model_calls):
-                return
-            options = {"device": device, "dtype": inputs.dtype_named(dtype), "progress": not quiet}
-            schedule = fs.fit(
-                model, sizes, steps, chosen or "dpmpp_2m", samples=count, batch_size=batch_size, **common, **options
-            )
-        schedule.save(output)
-        _show(schedule, as_json)
-        note(f"wrote {output}")
+        options = {"stats": known, "levels": levels, "model_calls": model_calls, "seed": seed}
+        fitted = _fitted_pipeline if source.is_pipeline else _fitted_denoiser
+        schedule = fitted(source, steps, chosen, samples, dry_run, options)
+        if schedule is not None:
+            schedule.save(output)
+            _show(schedule, as_json)
+            note(f"wrote {output}")
+
+
+def _fitted_pipeline(
+    source: inputs.Source, steps: int, solver: str | None, samples: int | None, dry_run: bool, options: dict[str, Any]
+) -> Schedule | None:
+    """The schedule of a pipeline; None if only the cost is wanted."""
+    import fastsched as fs
+
+    pipe, arguments = source.pipeline()
+    count = PIPELINE_SAMPLES if samples is None else samples
+    calls = 0 if options["stats"] is not None else spending.calibration_calls(options["levels"], count)
+    spending.say_measuring(calls, options["model_calls"])
+    if dry_run:
+        return None
+    return fs.diffusers.fit(pipe, steps, solver=solver, samples=count, prompts=source.prompts, **options, **arguments)
+
+
+def _fitted_denoiser(
+    source: inputs.Source, steps: int, solver: str | None, samples: int | None, dry_run: bool, options: dict[str, Any]
+) -> Schedule | None:
+    """The schedule of a denoiser; None if only the cost is wanted."""
+    import fastsched as fs
+
+    model, sizes = source.denoiser()
+    count = SAMPLES if samples is None else samples
+    if options["stats"] is None:
+        calls = spending.measuring_calls(model, options["levels"], count, True)
+    else:
+        calls = spending.repeating_calls(model, options["stats"]) if options["model_calls"] else 0
+    spending.say_measuring(calls, options["model_calls"])
+    if dry_run:
+        return None
+    running = {"device": source.device, "dtype": source.precision, "progress": not source.quiet}
+    return fs.fit(
+        model,
+        sizes,
+        steps,
+        solver or "dpmpp_2m",
+        samples=count,
+        batch_size=source.batch_size,
+        **options,
+        **running,
+    )
 
 
 @app.command()
@@ -303,47 +350,6 @@ def _show(schedule: Schedule, as_json: bool) -> None:
     known = [f", {name} squared error {value:.4g}" for name, value in errors.items() if value is not None]
     note(f"{schedule.solver}, {schedule.steps} steps{''.join(known)}")
     typer.echo(plain_decimals(schedule.sigmas.tolist()))
-
-
-def _measuring_calls(model: Any, levels: int | Tensor, samples: int, responses: bool) -> int:
-    """The model calls of a measurement, counted per sample."""
-    from fastsched.measurement.measuring import measured_levels, measurement_of
-
-    return samples * measurement_of(model, measured_levels(model, levels), responses=responses).calls
-
-
-def _calibration_calls(levels: int, samples: int) -> int:
-    """The model calls of a pipeline's measurement, counted per sample."""
-    from fastsched.diffusers.calibration import calibration_steps
-
-    return samples * calibration_steps(levels)
-
-
-def _spends(measuring: int, dry_run: bool, later: int | None = None) -> bool:
-    """Say what a command is about to spend; whether it should stop there."""
-    parts = [f"{measuring:,} to measure"] + (
-        [f"at most {later:,} to run and tune schedules"] if later is not None else []
-    )
-    note(f"model calls, counted per sample: {', '.join(parts)}")
-    return dry_run
-
-
-def _measure_pipeline(
-    pipe: Any,
-    levels: int,
-    samples: int | None,
-    seed: int,
-    prompts: list[str] | None,
-    arguments: dict[str, Any],
-    dry_run: bool,
-) -> PathStatistics | None:
-    """The statistics of a pipeline, after a line about the cost; None if only that is wanted."""
-    import fastsched as fs
-
-    count = PIPELINE_SAMPLES if samples is None else samples
-    if _spends(_calibration_calls(levels, count), dry_run):
-        return None
-    return fs.diffusers.measure(pipe, levels=levels, samples=count, prompts=prompts, seed=seed, **arguments)
 
 
 def _target(text: str) -> float | tuple[str, int]:

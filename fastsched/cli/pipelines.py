@@ -33,6 +33,7 @@ def compare_pipeline(
     seed: int,
     reference_steps: int,
     arguments: dict[str, Any],
+    progress: bool = True,
 ) -> Comparison:
     """Sample a pipeline with each schedule and with its own, and report the distance to converged samples.
 
@@ -48,6 +49,7 @@ def compare_pipeline(
         seed: The first of these seeds.
         reference_steps: Steps of the converged run; at most the integer timesteps that the network knows.
         arguments: Other arguments of the pipeline's call.
+        progress: Show a progress bar.
 
     Raises:
         ValueError: If the pipeline cannot be given a schedule, or returns no tensors.
@@ -59,7 +61,7 @@ def compare_pipeline(
     runs += [(name, schedule, schedule.steps) for name, schedule in schedules.items()]
     runs += [(f"the pipeline's own, {steps} steps", None, steps) for steps in own_steps]
     ends = []
-    with progress_bar(samples * sum(steps for *_, steps in runs), True, "comparing") as advance:
+    with progress_bar(samples * sum(steps for *_, steps in runs), progress, "comparing") as advance:
         for _, schedule, steps in runs:
             parts = []
             for n in range(samples):
