@@ -1,6 +1,6 @@
 """``python -m fastsched``: the same as the command ``fastsched``."""
 
-from fastsched.cli.shell import app
+from fastsched.cli.commands import app
 
 if __name__ == "__main__":
     app(prog_name="fastsched")

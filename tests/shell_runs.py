@@ -2,7 +2,7 @@
 
 from typer.testing import CliRunner
 
-from fastsched.cli.shell import app
+from fastsched.cli.commands import app
 
 MODEL = """
 import fastsched as fs

@@ -1,5 +1,5 @@
 """The shell: ``fastsched measure``, ``fit``, ``select``, ``plan``, ``compare``, ``plot``, ``export``, ``info``, ..."""
 
-from fastsched.cli.shell import app
+from fastsched.cli.commands import app
 
 __all__ = ["app"]

@@ -1,4 +1,4 @@
-"""The ``fastsched`` command: its commands, one family a file. Heavy imports are inside them, so that help is fast."""
+"""The ``fastsched`` command. Each family of commands has a file; heavy imports are inside the commands."""
 
 from __future__ import annotations
 
@@ -7,14 +7,31 @@ from typing import Annotated
 import typer
 
 from fastsched.cli import comparing, exporting, making, showing
-from fastsched.cli.shell import STATE, app
+from fastsched.cli.shell import STATE
 
-__all__ = ["ORDER", "app", "comparing", "exporting", "main", "making", "showing"]
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 
-
-#: The order of the commands in the help.
-ORDER = ("demo", "fit", "measure", "select", "plan", "compare", "plot", "export", "info", "solvers", "env")
-app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.callback, "__name__", "")))
+#: The commands, in the order of the help.
+COMMANDS = {
+    "demo": comparing.demo,
+    "fit": making.fit,
+    "measure": making.measure,
+    "select": making.select,
+    "plan": making.plan,
+    "compare": comparing.compare,
+    "plot": comparing.plot,
+    "export": exporting.export,
+    "info": showing.info,
+    "solvers": showing.solvers,
+    "env": showing.env,
+}
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
 
 
 @app.callback(invoke_without_command=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from fastsched.cli import inputs, shell, spending
-from fastsched.cli.shell import app, note
+from fastsched.cli.shell import note
 
 if TYPE_CHECKING:
     from fastsched.comparison import Comparison
@@ -21,7 +21,6 @@ SAMPLES, REFERENCE_STEPS = 256, 300
 PIPELINE_SAMPLES, PIPELINE_REFERENCE_STEPS = 8, 100
 
 
-@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the figure and the schedules.")] = Path(
         "demo-output"
@@ -46,7 +45,6 @@ def demo(
         run_demo(output, samples=samples, progress=not quiet, say=typer.echo)
 
 
-@app.command()
 def compare(
     denoiser: shell.DenoiserName,
     schedules: Annotated[list[Path], typer.Argument(help="Schedules that 'fastsched select' or 'fit' wrote.")],
@@ -102,7 +100,6 @@ def compare(
             note(f"wrote {csv}")
 
 
-@app.command()
 def plot(
     files: Annotated[list[Path], typer.Argument(help="Schedules (.json), and statistics (.safetensors) at most once.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Figure to write: .png, .svg or .pdf.")],

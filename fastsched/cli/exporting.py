@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from fastsched.cli import inputs, shell
-from fastsched.cli.shell import app, note
+from fastsched.cli.shell import note
 
 if TYPE_CHECKING:
     from fastsched.sampling.schedule import Schedule
@@ -43,7 +43,6 @@ SD_CPP = {
 }
 
 
-@app.command()
 def export(
     schedule: Annotated[Path, typer.Argument(help="Schedule that 'fastsched fit' or 'select' wrote.")],
     to: Annotated[str, typer.Option("--to", help="diffusers, comfyui, k-diffusion, flow-matching, sd.cpp or text.")],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from fastsched.cli import inputs, shell, spending
-from fastsched.cli.shell import app, note
+from fastsched.cli.shell import note
 
 if TYPE_CHECKING:
     from fastsched.measurement.statistics import PathStatistics
@@ -22,7 +22,6 @@ Paths = Annotated[Optional[int], typer.Option(help="Number of paths; 4 to 16 are
 Solver = Annotated[str, typer.Option(help="Such as ddim, heun, dpmpp_2m or ipndm; 'fastsched solvers' lists all.")]
 
 
-@app.command()
 def measure(
     denoiser: shell.DenoiserName,
     output: Annotated[Path, typer.Option("--output", "-o", help="The statistics file to write.")],
@@ -134,7 +133,6 @@ def _measured_denoiser(
     )
 
 
-@app.command()
 def fit(
     denoiser: shell.DenoiserName,
     steps: Annotated[int, typer.Option(help="Number of steps.")],
@@ -227,7 +225,6 @@ def _fitted_denoiser(
     )
 
 
-@app.command()
 def select(
     statistics: Annotated[Path, typer.Argument(help="Statistics that 'fastsched measure' wrote.")],
     steps: Annotated[str, typer.Option(help="Number of steps: 8, or several: 6,8,10.")],
@@ -265,7 +262,6 @@ def select(
             shell.print_json([summary(schedule) for schedule in schedules])
 
 
-@app.command()
 def plan(
     stats: Annotated[Path, typer.Argument(help="Statistics that 'fastsched measure' wrote.")],
     solver: Annotated[

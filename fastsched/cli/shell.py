@@ -1,4 +1,4 @@
-"""What all commands share: the application, its options, and how results and errors are printed.
+"""What all commands share: their options, and how results and errors are printed.
 
 Results go to stdout, everything else to stderr, so that a command can be piped.
 """
@@ -15,13 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
 
 DENOISER = (
     "'digits' (in the package), package.module:function, path/to/file.py:function, or a diffusers pipeline folder."

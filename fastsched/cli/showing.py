@@ -10,7 +10,6 @@ import typer
 
 from fastsched.cli import inputs, shell
 from fastsched.cli.making import plain_decimals, summary
-from fastsched.cli.shell import app
 
 if TYPE_CHECKING:
     from fastsched.measurement.statistics import PathStatistics
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "triton", "numpy", "scipy", "safetensors", "diffusers", "transformers", "matplotlib", "typer")
 
 
-@app.command()
 def info(
     file: Annotated[Path, typer.Argument(help="Statistics (.safetensors), a schedule (.json), or a pipeline folder.")],
     as_json: shell.AsJson = False,
@@ -47,7 +45,6 @@ def info(
             shell.print_table(("", str(file)), [(key, _cell(value)) for key, value in found.items()], left=2)
 
 
-@app.command()
 def solvers(as_json: shell.AsJson = False) -> None:
     """List the solvers. Gives their order, model calls for n steps, other names and source.
 
@@ -74,7 +71,6 @@ def solvers(as_json: shell.AsJson = False) -> None:
             shell.print_table(("solver", "order", "calls", "other names", "source"), rows, left=5)
 
 
-@app.command()
 def env(as_json: shell.AsJson = False) -> None:
     """Print versions and devices, for a bug report.
 

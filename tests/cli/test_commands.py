@@ -7,7 +7,7 @@ import torch
 from shell_runs import one_line, run
 
 import fastsched as fs
-from fastsched.cli.commands import ORDER
+from fastsched.cli.commands import COMMANDS
 from fastsched.denoisers.loading import load_denoiser
 from fastsched.measurement.to_file import measure_to_file
 
@@ -228,7 +228,7 @@ def test_an_unexpected_error_is_one_line_unless_a_traceback_is_asked_for(tmp_pat
 
 
 def test_help_teaches_and_imports_nothing_heavy():
-    for command in ORDER:
+    for command in COMMANDS:
         result = run(command, "--help")
         assert result.exit_code == 0
         assert f"fastsched {command}" in result.stdout

@@ -10,7 +10,7 @@ import torch
 from shell_runs import run
 
 import fastsched as fs
-from fastsched.cli.commands import ORDER
+from fastsched.cli.commands import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 #: Commands that would take long are asked for their cost only.
@@ -23,7 +23,7 @@ def build():
 
 
 def command_lines() -> list[str]:
-    helps = [run(command, "--help").stdout for command in ORDER] + [run("--help").stdout]
+    helps = [run(command, "--help").stdout for command in COMMANDS] + [run("--help").stdout]
     pages = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
     found = [line for text in helps for line in re.findall(r"(?:^|  )(fastsched (?!\[)[a-z].*)$", text, re.MULTILINE)]
     for page in pages:
@@ -59,7 +59,7 @@ def work(tmp_path_factory):
 
 def test_there_are_examples_of_every_command():
     lines = command_lines()
-    assert {line.split()[1] for line in lines} >= set(ORDER)
+    assert {line.split()[1] for line in lines} >= set(COMMANDS)
 
 
 @pytest.mark.parametrize("line", command_lines())
