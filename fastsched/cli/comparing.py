@@ -213,12 +213,15 @@ def _show(result: Comparison, as_json: bool) -> None:
 def _baselines(
     process: NoiseProcess, names: list[str], schedules: list[Schedule], spare_last: bool
 ) -> dict[str, Schedule]:
-    """Each baseline for every solver and number of steps among the schedules."""
+    """Each baseline for every solver and number of steps among the schedules; for the fitted solver, with dpmpp_2m."""
     from fastsched import baselines, validate
     from fastsched.sampling.schedule import Schedule
+    from fastsched.sampling.solvers import FITTED
 
     ranged = ("karras", "exponential", "linear", "kl_optimal", "vp_uniform", "cosine", "beta")
-    kinds = list(dict.fromkeys((schedule.solver, schedule.steps) for schedule in schedules))
+    # Weights of the fitted solver are for one schedule, so a baseline is run with the stock solver of its kind.
+    stock = ["dpmpp_2m" if schedule.solver == FITTED else schedule.solver for schedule in schedules]
+    kinds = list(dict.fromkeys(zip(stock, (schedule.steps for schedule in schedules), strict=True)))
     added = {}
     for name in names:
         validate.choice("baselines", name, (*ranged, "flow_shift"))

@@ -69,6 +69,10 @@ def export(
             raise ValueError("scheduler and mu are for --to diffusers only")
         shell.writable(output)
         loaded = inputs.load_schedule(schedule)
+        if loaded.weights is not None and to != "diffusers":
+            raise ValueError(
+                f"schedule is for the fitted solver, whose weights {to} cannot take; fit one for a stock solver"
+            )
         if to == "diffusers":
             text, values = _diffusers(loaded, schedule, scheduler, mu)
         else:

@@ -54,7 +54,7 @@ def solvers(as_json: shell.AsJson = False) -> None:
     fastsched solvers
     """
     with shell.errors_in_a_line():
-        from fastsched.sampling.solvers import ALIASES, SOLVERS, STOCHASTIC_SOLVERS
+        from fastsched.sampling.solvers import ALIASES, FITTED, SOLVERS, STOCHASTIC_SOLVERS
 
         found = [
             _solver(solver, [alias for alias, name in ALIASES.items() if name == key])
@@ -64,6 +64,8 @@ def solvers(as_json: shell.AsJson = False) -> None:
             {"name": name, "order": None, "calls": "n", "aliases": [], "source": "stochastic; for fastsched.select"}
             for name in STOCHASTIC_SOLVERS
         ]
+        source = "weights fitted to the model, kept in the schedule"
+        found.append({"name": FITTED, "order": None, "calls": "n", "aliases": [], "source": source})
         if as_json:
             shell.print_json(found)
         else:

@@ -1,4 +1,5 @@
 import csv
+import json
 import subprocess
 import sys
 
@@ -10,6 +11,9 @@ import fastsched as fs
 from fastsched.cli.commands import COMMANDS
 from fastsched.denoisers.loading import load_denoiser
 from fastsched.measurement.to_file import measure_to_file
+from fastsched.sampling.fitted import stock_weights
+from fastsched.sampling.sampler import nodes_of
+from fastsched.sampling.solvers import SOLVERS
 
 
 def test_measure_writes_what_measure_returns(folder, model):
@@ -49,6 +53,23 @@ def test_compare_gives_each_number_of_steps_its_baseline(folder, model):
     assert run("compare", model, *files, "--baselines", "karras", "--spare-last", *common).exit_code == 0
     rows = list(csv.DictReader((folder / "two.csv").read_text().splitlines()))
     assert [(row["name"], row["steps"]) for row in rows[2:]] == [("karras-ddim-4", "4"), ("karras-ddim-6", "6")]
+
+
+def test_a_schedule_of_the_fitted_solver_is_compared_with_its_weights(folder, model, tmp_path):
+    sigmas = fs.baselines.exponential(5, 0.002, 80.0)
+    nodes = nodes_of(load_denoiser(model)[0].process, sigmas)
+    fs.Schedule(sigmas, "dpmpp_2m").save(tmp_path / "stock.json")
+    fs.Schedule(sigmas, "fitted", weights=stock_weights(SOLVERS["dpmpp_2m"], nodes)).save(tmp_path / "fitted.json")
+    files = (tmp_path / "stock.json", tmp_path / "fitted.json")
+    common = ("--shape", "2,3", "--samples", "8", "--reference-steps", "40", "-q", "--json")
+    result = run("compare", model, *files, "--baselines", "exponential", *common)
+    assert result.exit_code == 0, result.stderr
+    rows = {row["name"]: row for row in json.loads(result.stdout)["rows"]}
+    assert rows["fitted"]["solver"] == "fitted"
+    assert rows["fitted"]["typical_error"] == pytest.approx(rows["stock"]["typical_error"], rel=1e-3)
+    assert rows["exponential"]["solver"] == "dpmpp_2m"
+    assert "whose weights text cannot take" in one_line(run("export", tmp_path / "fitted.json", "--to", "text"))
+    assert json.loads(run("info", tmp_path / "fitted.json", "--json").stdout)["weights"][0] == [1, 0, 0, 0, 0]
 
 
 def test_plot_draws_each_kind_of_file(folder, tmp_path):

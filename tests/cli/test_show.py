@@ -6,7 +6,7 @@ from shell_runs import one_line, run
 
 import fastsched as fs
 from fastsched.cli.names import KNOWN, UNKNOWN, resolve_solver
-from fastsched.sampling.solvers import ALIASES, SOLVERS, STOCHASTIC_SOLVERS
+from fastsched.sampling.solvers import ALIASES, FITTED, SOLVERS, STOCHASTIC_SOLVERS
 
 
 def test_info_of_statistics(folder):
@@ -52,7 +52,7 @@ def test_info_of_neither_is_an_error(tmp_path):
 
 def test_solvers_lists_all_with_their_calls():
     found = {entry["name"]: entry for entry in json.loads(run("solvers", "--json").stdout)}
-    assert list(found) == [*SOLVERS, *STOCHASTIC_SOLVERS]
+    assert list(found) == [*SOLVERS, *STOCHASTIC_SOLVERS, FITTED]
     for name, solver in SOLVERS.items():
         calls = {"n": 5, "2n - 1": 9}[found[name]["calls"]]
         assert calls == solver.model_calls(5)
