@@ -201,7 +201,7 @@ def converged_reference(
     method = get_solver(solver)
     fine = denoiser.levels(_known_levels(denoiser, validate.positive_int("steps", steps, minimum=2)))
     sigmas = denoiser.process.sampler_sigma(torch.cat([fine, fine.new_zeros(1)]))
-    noise = noise_of(seeds, sizes)
+    noise = noise_of(seeds, sizes)  # on the CPU; each batch goes to the device when its turn comes
     total = method.model_calls(len(fine)) * len(noise)
     with progress_bar(total, progress, "converged reference") as advance:
         run = _Runner(denoiser, batch_size, device, dtype, advance)

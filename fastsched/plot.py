@@ -51,7 +51,7 @@ def cost_density(stats: PathStatistics, *, weighted: bool = True) -> tuple[NDArr
         starts from pure noise, which is infinitely far from the second level.
     """
     s = stats.s.numpy()
-    first = int(not math.isfinite(s[0]))
+    first = int(not math.isfinite(s[0]))  # the gap from pure noise is infinite, so it has no density
     squared = stats.gram.mean(0).diagonal().numpy() * (error_weight(stats)[1:-1] if weighted else 1.0)
     gaps = np.log(s[first:-1] / s[first + 1 :])
     return np.sqrt(s[first:-1] * s[first + 1 :]), squared[first:] / gaps**2
@@ -321,6 +321,7 @@ def _sigma_axis(axes: Axes, flow: bool) -> None:
         axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("flow time (noise on the left)" if flow else "sigma (noise on the left; the final 0 is not drawn)")
     axes.spines[["top", "right"]].set_visible(False)
+    # Axes that share x call this twice: inverting again would undo it.
     if not axes.xaxis_inverted():
         axes.invert_xaxis()
 
@@ -342,6 +343,7 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # Not by pyplot, which keeps every figure alive and may open windows.
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure

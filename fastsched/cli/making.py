@@ -171,6 +171,7 @@ def fit(
     with shell.errors_in_a_line():
         shell.writable(output, overwrite=overwrite, endings=[".json"])
         source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
+        # Files and names are checked before the model loads, which may take minutes.
         chosen = None if solver is None else inputs.solver_named(solver)
         known = None if stats is None else inputs.load_statistics(stats)
         options = {"stats": known, "levels": levels, "model_calls": model_calls, "seed": seed}

@@ -73,6 +73,7 @@ def resolve_solver(name: str) -> tuple[str, str | None]:
 
     if name in SOLVERS or name in ALIASES or name in STOCHASTIC_SOLVERS:
         return name, None
+    # Menus join a sampler and a noise schedule. The second is what fastsched chooses, so only the first is looked up.
     plain, suffix = _plain(name), None
     for ending in SUFFIXES:
         if plain.endswith(ending) and plain != ending:

@@ -57,6 +57,7 @@ def compare_pipeline(
     check_call(pipe, prompts, arguments)
     solver = solver_of(pipe.scheduler, max(own_steps, default=None)) or "ddim"
     fine = _fine_schedule(pipe, reference_steps, solver)
+    # The converged run comes first, then what is compared with it, all from the same seeds.
     runs: list[tuple[str, Schedule | None, int]] = [("", fine, fine.steps)]
     runs += [(name, schedule, schedule.steps) for name, schedule in schedules.items()]
     runs += [(f"the pipeline's own, {steps} steps", None, steps) for steps in own_steps]
@@ -92,6 +93,7 @@ def _sampled(
             apply(schedule, pipe)
         torch.manual_seed(seed)  # a pipeline without a generator given draws from torch's own
         result = call(pipe, steps, prompt, arguments)
+    # Outputs of diffusers hold the samples as their first entry, whatever its name: images, frames, ...
     images = result if isinstance(result, Tensor) else result[0]
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(images)

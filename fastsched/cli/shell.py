@@ -95,6 +95,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int 
     from rich.table import Table
     from rich.text import Text
 
+    # No lines around cells: what is printed can be read by awk and pasted as text.
     table = Table(box=None, pad_edge=False, header_style="bold")
     for n, title in enumerate(header):
         table.add_column(title, justify="left" if n < left else "right", overflow="fold")
@@ -127,6 +128,7 @@ def writable(
         FileExistsError: If it exists and must not be replaced.
         OSError: If it is a folder, or its folder is missing or read-only.
     """
+    # Every test here is one that would otherwise fail after the model calls, and lose them.
     if path is None:
         return
     if endings and path.suffix not in endings:

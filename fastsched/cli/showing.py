@@ -128,6 +128,7 @@ def _statistics(file: Path, stats: PathStatistics) -> dict[str, Any]:
         "data_std": stats.data_std,
         "model_calls": stats.model_calls,
     }
+    # Files may say more than this version knows, such as what was measured: show it rather than hide it.
     with safe_open(str(file), framework="pt") as opened:
         header = json.loads((opened.metadata() or {}).get("fastsched", "{}"))
     return found | {key: value for key, value in header.items() if key not in found and key != "format"}

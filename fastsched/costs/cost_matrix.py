@@ -83,6 +83,7 @@ class CostMatrix:
         return self.adjacent.clamp_min(0).pow(1 / self.order)
 
     def _scatter(self, values: Tensor) -> Tensor:
+        # NaN, not 0, where nothing was computed: a schedule cannot use such a step unnoticed.
         full = values.new_full((len(self.s), len(self.s)), torch.nan)
         full[self.pairs[:, 0], self.pairs[:, 1]] = values
         return full

@@ -133,6 +133,7 @@ class StateSource:
         """The samples, ``batch_size`` at a time."""
         for start in range(0, self.samples, self.batch):
             rows = slice(start, min(start + self.batch, self.samples))
+            # Drawn on the CPU, sample by sample: the same numbers on every device and in every batch.
             noise = noise_of(self.seeds[rows], self.shape).to(self.device, self.state_dtype)
             clean = None if self._chosen is None else self._chosen[rows].to(self.device, self.state_dtype)
             yield Batch(self.seeds[rows], noise, clean)
@@ -241,5 +242,6 @@ def _choose(data: Tensor, shape: tuple[int, ...], samples: int, seed: int) -> Te
         raise TypeError(f"data must be a floating-point tensor [n, *shape], got {type(data).__name__}")
     if tuple(data.shape[1:]) != shape or len(data) == 0:
         raise ValueError(f"data must have shape [n, {', '.join(map(str, shape))}], got {tuple(data.shape)}")
+    # A generator of its own leaves torch's global random numbers as they are.
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     return data[order[torch.arange(samples) % len(data)].to(data.device)]

@@ -42,6 +42,7 @@ def equal_arc_length(s: Tensor, increments: Tensor, n: int) -> Tensor:
         raise ValueError("increments must be finite, non-negative and not all 0")
     cumulative = np.concatenate([[0.0], np.cumsum(lengths)])
     rising = np.concatenate([[True], np.diff(cumulative) > 0])  # where Lambda is flat it has no inverse: keep the start
+    # Monotone, so that levels descend; a cubic, so that they do not jump where the grid's levels lie.
     inverse = PchipInterpolator(cumulative[rising], np.log(levels[rising]))
     chosen = np.exp(inverse(np.linspace(0.0, cumulative[-1], n)))
     chosen[0], chosen[-1] = levels[0], levels[-1]

@@ -59,6 +59,7 @@ class AdaptiveSchedule:
         if not 0 < rate <= 1:
             raise ValueError(f"rate must be within (0, 1], got {rate!r}")
         self.rate, self.order, self.updates = float(rate), validate.positive_int("order", order), 0
+        # Sums and counts instead of means: they add up over micro-batches, and over ranks with batches of other sizes.
         self._sums = torch.zeros(len(self.s) - 1, dtype=torch.float64)
         self._counts = torch.zeros_like(self._sums)
 
@@ -160,11 +161,11 @@ class AdaptiveSchedule:
         lengths = (sums / counts).clamp_min(0.0).pow(1 / self.order)
         self._sums.zero_()
         self._counts.zero_()
-        if float(lengths.sum()) == 0.0:
+        if float(lengths.sum()) == 0.0:  # all estimates negative or 0: no direction to move in
             return False
         target = equal_arc_length(self.s, lengths, len(self.s))
         moved = (self.rate * target.log() + (1 - self.rate) * self.s.log()).exp()
-        moved[0], moved[-1] = self.s[0], self.s[-1]
+        moved[0], moved[-1] = self.s[0], self.s[-1]  # exactly: exp(log(s)) rounds
         self.s = moved
         self.updates += 1
         return True

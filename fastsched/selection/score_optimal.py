@@ -114,7 +114,7 @@ def select(
     if method is None:
         method = "dynamic_programming" if complete else "arc_length"
     validate.choice("method", method, ("dynamic_programming", "arc_length"))
-    nodes = max(2, steps + int(spare_last))
+    nodes = max(2, steps + int(spare_last))  # a path needs both ends, also for one step
     if method == "arc_length":
         s = equal_arc_length(cost.s, cost.lengths, nodes)
     elif not complete:

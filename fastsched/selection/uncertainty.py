@@ -57,6 +57,7 @@ def standard_errors(
         assert schedule.predicted_error is not None
         errors.append(schedule.predicted_error)
         logs.append(schedule.sigmas[:-1].log())
+    # Selections without one sample differ little from each other: the jackknife scales their variance by B - 1.
     spread = ((count - 1) * torch.stack(logs).var(0, correction=0)).sqrt()
     return Uncertainty(
         predicted_error=float(((count - 1) * torch.tensor(errors, dtype=torch.float64).var(correction=0)).sqrt()),
