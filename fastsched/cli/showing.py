@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fastsched.measurement.statistics import PathStatistics
     from fastsched.sampling.solvers import Solver
 
+#: Lists longer than this are shown by their ends.
+LONG = 64
 #: Packages whose versions matter in a bug report.
 PACKAGES = ("torch", "triton", "numpy", "scipy", "safetensors", "diffusers", "transformers", "matplotlib", "typer")
 
@@ -152,15 +154,23 @@ def _pipeline(folder: Path) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> str:
-    """A value as a cell of a table."""
+    """A value as a cell of a table; a table of a network's levels, or of weights, in a few words."""
     if value is None:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, list) and value and all(isinstance(entry, float) for entry in value):
-        return plain_decimals(value)
     if isinstance(value, list):
-        return ", ".join(map(str, value)) or "-"
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+        return _list_cell(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_cell(entry)}" for key, entry in value.items())
+    return str(value)
+
+
+def _list_cell(values: list[Any]) -> str:
+    if len(values) > LONG:
+        return f"{len(values)} values, {_cell(values[0])} ... {_cell(values[-1])}"
+    if values and all(isinstance(entry, float) for entry in values):
+        return plain_decimals(values)
+    return ", ".join(f"({_cell(entry)})" if isinstance(entry, list) else _cell(entry) for entry in values) or "-"

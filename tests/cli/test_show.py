@@ -37,6 +37,17 @@ def test_info_shows_entries_that_it_does_not_know(folder, tmp_path):
     assert "a name [of] a model" in run("info", tmp_path / "a.json").stdout
 
 
+def test_info_of_a_network_with_a_long_table_stays_short(tmp_path):
+    denoiser = fs.Denoiser.from_epsilon(lambda x, t: x, torch.linspace(0.9999, 0.004, 1000, dtype=torch.float64))
+    fs.measure(denoiser, (3,), samples=1, levels=8, progress=False).save(tmp_path / "s.safetensors")
+    lines = run("info", tmp_path / "s.safetensors").stdout.splitlines()
+    (process,) = [line for line in lines if line.startswith("process")]
+    assert "alphas_cumprod 1000 values, 0.9999 ... 0.004" in process
+    assert max(map(len, lines)) < 120
+    kept = json.loads(run("info", tmp_path / "s.safetensors", "--json").stdout)["process"]["alphas_cumprod"]
+    assert len(kept) == 1000
+
+
 def test_info_writes_infinity_so_that_json_can_be_read(tmp_path):
     denoiser = fs.Denoiser.from_velocity(lambda x, t: x * (2 * t[:, None] - 1))
     fs.measure(denoiser, (3,), samples=1, levels=8, progress=False).save(tmp_path / "s.safetensors")
