@@ -18,7 +18,7 @@ from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.noise import VariancePreserving
 from fastsched.progress import progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
-from fastsched.sampling.sampler import sample, solver_of
+from fastsched.sampling.sampler import sample, schedule_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver, get_solver
 
@@ -313,7 +313,7 @@ def _planned(
         if float(values[-1]) != 0:
             raise ValueError(f"schedules[{name!r}] must end in 0, got {float(values[-1]):g}; append it")
         denoiser.process.level(values)  # raises where sigmas are not of this process
-        runs[name] = (values, solver_of(schedule, chosen))  # a schedule of the fitted solver has weights of its own
+        runs[name] = (values, schedule_solver(schedule, chosen))  # a schedule of the fitted solver has weights of its own
     return runs
 
 
