@@ -313,7 +313,7 @@ def _planned(
         if float(values[-1]) != 0:
             raise ValueError(f"schedules[{name!r}] must end in 0, got {float(values[-1]):g}; append it")
         denoiser.process.level(values)  # raises where sigmas are not of this process
-        runs[name] = (values, schedule_solver(schedule, chosen))  # a schedule of the fitted solver has weights of its own
+        runs[name] = (values, schedule_solver(schedule, chosen))  # the fitted solver has weights in its schedule
     return runs
 
 
