@@ -37,17 +37,17 @@ PATH = RESULTS / "pretrained.csv"
 METHODS: dict[str, str] = {
     "native": "native",
     "karras": "karras_7",
-    "karras_to_zero": "karras_7_spared",
+    "karras_to_zero": "karras_7_to_zero",
     "exponential": "exponential",
-    "exponential_to_zero": "exponential_spared",
+    "exponential_to_zero": "exponential_to_zero",
     "paper": "paper",
     "gits": "gits",
     "gits_tuned": "gits_tuned",
     "dmn": "dmn",
     "dmn_shipped": "dmn_shipped",
     "oss": "oss",
-    "optimal_schedule": "fastsched_polish",
-    "fit": "fastsched",
+    "optimal_schedule": "optimal_schedule",
+    "fit": "fit",
 }
 
 

@@ -20,7 +20,7 @@ from fastsched.costs.states import finite_grid
 from fastsched.fitting.denoiser_fit import fit_report
 
 #: fastsched's own: the dynamic programme, the same polished, and what `fastsched.fit` makes of it with more calls.
-OURS = ("fastsched_dp", "fastsched_polish", "fastsched")
+OURS = ("optimal_schedule_unpolished", "optimal_schedule", "fit")
 
 #: Where the seeds of the noises start that GITS's settings are chosen on; no chooser or evaluation uses these.
 TUNING_SEED = 10_000
@@ -138,9 +138,9 @@ class Choosers:
             "dmn": lambda: _clocked(lambda: Chosen(dmn.schedule(process, steps, "sigma", self.seed))),
             "dmn_shipped": lambda: _clocked(lambda: Chosen(dmn.schedule(process, steps, "sigma_squared", self.seed))),
             "oss": lambda: self._oss(steps),
-            "fastsched_dp": lambda: self._optimal(solver, steps, polish=False),
-            "fastsched_polish": lambda: self._optimal(solver, steps, polish=True),
-            "fastsched": lambda: self._fit(solver, steps),
+            "optimal_schedule_unpolished": lambda: self._optimal(solver, steps, polish=False),
+            "optimal_schedule": lambda: self._optimal(solver, steps, polish=True),
+            "fit": lambda: self._fit(solver, steps),
         }
 
     def _paper(self, steps: int) -> Chosen:

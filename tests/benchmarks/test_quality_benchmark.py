@@ -78,7 +78,7 @@ def test_a_cell_is_run_summarised_and_not_run_again(tmp_path, capsys):
     arguments += ["--workers", "1", "--output", str(path)]
     run.main(arguments)
     rows = table.read(path)
-    assert PEERS | {"fastsched", "fastsched_dp", "karras_7", "flow_shift_3"} <= {row["method"] for row in rows}
+    assert PEERS | {"fit", "optimal_schedule_unpolished", "karras_7", "flow_shift_3"} <= {row["method"] for row in rows}
     assert all(float(row["typical_error"]) >= 0 and row["model_calls"] == "4" for row in rows)
     before = path.read_text()
     with path.open("a") as file:
@@ -109,7 +109,7 @@ def test_methods_of_one_denoiser_stand_apart():
 
 def test_the_true_limit_stands_beside_the_best_of_ours_over_solvers():
     cells = [("digits", solver, 6) for solver in ("ddim", "unipc")]
-    rows = [(cells[0], "fastsched", [0.4, 9.0]), (cells[1], "fastsched", [0.03, 9.0]), (cells[1], "gits", [0.01, 0.01])]
+    rows = [(cells[0], "fit", [0.4, 9.0]), (cells[1], "fit", [0.03, 9.0]), (cells[1], "gits", [0.01, 0.01])]
     limit = {"denoiser": "digits", "calls": "6", "typical_error": "0.02", "model_calls": "500000"}
     page = summary.true_limit(results_of(rows), [limit, limit | {"calls": "4"}])
     assert page.splitlines()[2:] == ["| digits | 6 | 0.02 | 500,000 | fs.fit, unipc | 0.03 | 1.50 |"]
