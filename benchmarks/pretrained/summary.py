@@ -124,7 +124,8 @@ Errors are squared distances to the converged sample from the same noise, on noi
 their geometric mean, *mean* their arithmetic mean. Each is divided by that of the best other way in the same cell
 (network, solver, model calls); columns show geometric means over cells and the worst cell. Below 1 is ahead of every
 other way. What the methods are: [quality.md](quality.md); `native` is the time steps of the network's own repository,
-`..._to_zero` replaces the node at sigma_min by 0. Sources of the networks: `benchmarks/pretrained/README.md`."""
+`..._to_zero` replaces the node at sigma_min by 0. Sources of the networks: `benchmarks/pretrained/README.md`. In the
+plane, on `flower-flow`, GITS's own metric, the distance from a straight line, says little; its other metric does."""
 
 
 def report(results: Results) -> str:
