@@ -20,10 +20,11 @@ import fastsched as fs
 from benchmarks.pretrained.networks import Network, builders, find_zoo
 from benchmarks.pretrained.run import LARGE, METHODS, Plan
 from benchmarks.pretrained.summary import DOCS
+from benchmarks.quality import glossary
 from benchmarks.quality.choosing import Choosers, Chosen
 from benchmarks.quality.models import Model
 
-ROWS = ("native", "karras", "exponential", "paper", "optimal_schedule", "fit")
+ROWS = ("native", "karras_7", "exponential", "paper", "optimal_schedule", "fit")
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ def rows_of(network: Network, methods: Sequence[str], solver: str, calls: int, c
     known = {"native": lambda: Chosen(network.native(calls)), **choosers.choose(solver, calls)}
     rows = []
     for method in methods:
-        chosen = known[METHODS[method]]()
+        chosen = known[method]()
         ends = fs.sample(network.denoiser, chosen.sigmas, solver, reference.noise)
         error = fs.metrics.geometric_mean(fs.metrics.squared_distances(ends, reference.ends))
-        rows.append(Row(f"{method}\n{chosen.model_calls:,} calls\nerror {error:.3g}", ends))
+        rows.append(Row(f"{glossary.title(method)}\n{chosen.model_calls:,} calls\nerror {error:.3g}", ends))
     return [*rows, Row(f"converged\n{reference.steps} steps", reference.ends)]
 
 
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--solver", default="dpmpp_2m")
     parser.add_argument("--calls", type=int, default=5)
     parser.add_argument("--columns", type=int, default=8)
-    parser.add_argument("--methods", nargs="*", default=list(ROWS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="*", default=ROWS, choices=METHODS)
     parser.add_argument("--output", type=Path, default=None)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.pretrained.run import METHODS, PATH
-from benchmarks.quality import table
+from benchmarks.quality import glossary, table
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -91,7 +91,7 @@ def standings(results: Results, cells: Sequence[Cell]) -> str:
         if ratios["typical_error"]:
             figures = [f"{figure(values):.3f}" for values in ratios.values() for figure in (geometric, max)]
             worse = sum(value > 1.05 for value in ratios["typical_error"])
-            rows.append([method, *figures, f"{worse} of {len(ratios['typical_error'])}"])
+            rows.append([glossary.title(method), *figures, f"{worse} of {len(ratios['typical_error'])}"])
     rows.sort(key=lambda row: float(row[1]))
     return markdown(["method", "typical", "worst cell", "mean", "worst cell", "typical above 1.05"], rows)
 
@@ -103,9 +103,14 @@ def by_cell(results: Results, cells: Sequence[Cell]) -> str:
         row = [cell[0], f"{cell[1]} {cell[2]}"]
         for kind in ERRORS:
             name, error = results.best(kind, cell)
-            row += [name, f"{error:.3g}", *(_ratio(results.ratios(kind, method, [cell])) for method in OURS)]
+            row += [
+                glossary.title(name),
+                f"{error:.3g}",
+                *(_ratio(results.ratios(kind, method, [cell])) for method in OURS),
+            ]
         rows.append(row)
-    header = [title for kind in ERRORS.values() for title in (f"best other, {kind}", "its error", *OURS)]
+    ours = [glossary.title(method) for method in OURS]
+    header = [title for kind in ERRORS.values() for title in (f"best other way, {kind}", "its error", *ours)]
     return markdown(["network", "cell", *header], rows)
 
 
@@ -123,9 +128,9 @@ INTRODUCTION = """# Networks that others trained
 Errors are squared distances to the converged sample from the same noise, on noises that no method saw; *typical* is
 their geometric mean, *mean* their arithmetic mean. Each is divided by that of the best other way in the same cell
 (network, solver, model calls); columns show geometric means over cells and the worst cell. Below 1 is ahead of every
-other way. What the methods are: [quality.md](quality.md); `native` is the time steps of the network's own repository,
-`..._to_zero` replaces the node at sigma_min by 0. Sources of the networks: `benchmarks/pretrained/README.md`. In the
-plane, on `flower-flow`, GITS's own metric, the distance from a straight line, says little; its other metric does."""
+other way. [quality.md](quality.md) says what the methods are; *native* is the time steps of the network's own
+repository. Sources of the networks: `benchmarks/pretrained/README.md`. In the plane, on `flower-flow`, GITS's own
+metric, the distance from a straight line, says little; its other metric does."""
 
 
 def report(results: Results) -> str:

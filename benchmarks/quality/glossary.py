@@ -57,6 +57,7 @@ METHODS: dict[str, Method] = {
     **{f"{name}_to_zero": Method(text[0] + ZERO, "") for name, text in _CURVES.items()},
     "linear": Method("linear", "even in sigma, or in time for flow matching"),
     "flow_shift_3": Method("flow shift 3", "Stable Diffusion 3: time t moved to 3 t / (1 + 2 t)"),
+    "native": Method("native", "the time steps of the network's own repository"),
     "limit": Method("limit of nodes", "coordinate descent of the nodes on the sampler's own error, about 10^5 calls"),
 }
 

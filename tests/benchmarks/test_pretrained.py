@@ -93,14 +93,14 @@ def test_unknown_networks_are_named(weights):
 def test_ratios_are_to_the_best_other_way_of_each_cell():
     cell, other = ("a", "ddim", 5), ("a", "ddim", 8)
     errors = {
-        cell: {"karras": 2.0, "native": 4.0, "fit": 1.0},
-        other: {"karras": 3.0, "native": 1.0, "fit": 1.5},
+        cell: {"karras_7": 2.0, "native": 4.0, "fit": 1.0},
+        other: {"karras_7": 3.0, "native": 1.0, "fit": 1.5},
     }
-    results = summary.Results(dict.fromkeys(summary.ERRORS, errors), ("karras", "native"))
-    assert results.best("typical_error", cell) == ("karras", 2.0)
+    results = summary.Results(dict.fromkeys(summary.ERRORS, errors), ("karras_7", "native"))
+    assert results.best("typical_error", cell) == ("karras_7", 2.0)
     assert results.ratios("typical_error", "fit", [cell, other]) == [0.5, 1.5]
     assert summary.geometric([0.5, 2.0]) == pytest.approx(1.0)
-    assert "| fit | 0.866 | 1.500 |" in summary.standings(results, [cell, other])
+    assert "| fs.fit | 0.866 | 1.500 |" in summary.standings(results, [cell, other])
 
 
 def test_weights_are_untouched(weights):
@@ -116,7 +116,7 @@ def test_pictures_show_every_method_and_the_converged_samples(weights, tmp_path)
     )
     network = networks.builders(weights.parent / "zoo.py")["mixture"]()
     rows = pictures.rows_of(network, ["native", "optimal_schedule"], "ddim", 4, 3, run.Plan())
-    assert [row.label.split("\n")[0] for row in rows] == ["native", "optimal_schedule", "converged"]
+    assert [row.label.split("\n")[0] for row in rows] == ["native", "fs.optimal_schedule", "converged"]
     assert "\n0 calls\n" in rows[0].label
     assert all(row.samples.shape == (3, 2) for row in rows)
     pictures.plot(rows, network, "mixture", tmp_path / "rows.png")
