@@ -27,6 +27,7 @@ from benchmarks.quality import table
 from benchmarks.quality.choosing import Choosers, Chosen, Effort
 from benchmarks.quality.models import Model
 from benchmarks.quality.run import result
+from fastsched.sampling.solvers import FITTED
 
 #: What is run if the folder has them and no names are given; else all that it has.
 NETWORKS = ("cifar-grey", "mnist-flow", "flower-flow")
@@ -49,6 +50,8 @@ METHODS = (
     "optimal_schedule",
     "fit",
 )
+#: Those that choose schedules for the fitted solver too.
+FITTED_METHODS = ("optimal_schedule", "fit")
 
 USUAL_EFFORT = Effort(paper=64, gits=256, tuning=16, optimal_steps=8, most_steps=12)
 
@@ -86,7 +89,9 @@ def missing(
     name: str, plan: Plan, seed: int, methods: Sequence[str], done: Collection[tuple[str, ...]]
 ) -> list[tuple[str, int, str]]:
     """What there is no row of: solver, calls and method."""
-    wanted = itertools.product(SOLVERS, plan.calls, [method for method in methods if method not in plan.left_out])
+    run = [method for method in methods if method not in plan.left_out]
+    fitted = itertools.product([FITTED], plan.calls, [method for method in run if method in FITTED_METHODS])
+    wanted = itertools.chain(itertools.product(SOLVERS, plan.calls, run), fitted)
     return [found for found in wanted if (name, found[0], str(found[1]), str(seed), found[2]) not in done]
 
 

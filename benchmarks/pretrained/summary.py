@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.pretrained.run import METHODS, PATH
 from benchmarks.quality import glossary, table
+from fastsched.sampling.solvers import FITTED
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -75,7 +76,7 @@ def geometric(values: Sequence[float]) -> float:
 
 
 def groups(results: Results) -> dict[str, list[Cell]]:
-    """Cells by title: those of `TOGETHER`, then each other network's."""
+    """Cells of all solvers by title: those of `TOGETHER`, then each other network's."""
     found: dict[str, list[Cell]] = {}
     for cell in results.errors["typical_error"]:
         title = ", ".join(TOGETHER) if cell[0] in TOGETHER else cell[0]
@@ -114,6 +115,31 @@ def by_cell(results: Results, cells: Sequence[Cell]) -> str:
     return markdown(["network", "cell", *header], rows)
 
 
+def fitted_solver(results: Results, cells: Sequence[Cell]) -> str:
+    """The fitted solver's errors over those of the best stock solver's `fs.fit` with as many model calls."""
+    rows, ratios = [], {kind: {method: [] for method in OURS} for kind in ERRORS}
+    for cell in [cell for cell in cells if cell[1] == FITTED]:
+        row = [cell[0], str(cell[2])]
+        for kind in ERRORS:
+            stock = [other for other in cells if (other[0], other[2]) == (cell[0], cell[2]) and other[1] != FITTED]
+            known = {
+                other[1]: results.errors[kind][other]["fit"] for other in stock if "fit" in results.errors[kind][other]
+            }
+            if not known:
+                continue
+            best = min(known, key=known.__getitem__)
+            row += [best, f"{known[best]:.3g}"]
+            for method in OURS:
+                error = results.errors[kind][cell].get(method, math.nan) / known[best]
+                row.append(f"{error:.2f}")
+                ratios[kind][method].append(error)
+        rows.append(row)
+    means = [text for kind in ERRORS for text in ("", "", *(f"{geometric(ratios[kind][m]):.3f}" for m in OURS))]
+    ours = [glossary.title(method) for method in OURS]
+    header = [name for kind in ERRORS.values() for name in (f"best stock fs.fit, {kind}", "its error", *ours)]
+    return markdown(["fitted solver", "calls", *header], [*rows, ["geometric mean", "", *means]])
+
+
 def _ratio(found: Sequence[float]) -> str:
     return f"{found[0]:.2f}" if found else ""
 
@@ -139,7 +165,10 @@ def report(results: Results) -> str:
     """All tables as one page of markdown."""
     parts = [INTRODUCTION]
     for title, cells in groups(results).items():
-        parts += [f"## {title}", standings(results, cells), by_cell(results, cells)]
+        stock = [cell for cell in cells if cell[1] != FITTED]
+        parts += [f"## {title}", standings(results, stock), by_cell(results, stock)]
+        if len(stock) < len(cells):
+            parts += [fitted_solver(results, cells)]
     return "\n\n".join(parts) + "\n"
 
 

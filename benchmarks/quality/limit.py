@@ -88,7 +88,7 @@ def find(name: str, solver: str, calls: int) -> dict[str, object]:
         return fs.metrics.geometric_mean(fs.metrics.squared_distances(ends, reference.ends))
 
     choosers = Choosers(model, SEED).choose(solver, calls)
-    starts = [process.level(choosers[start]().sigmas) for start in STARTS]
+    starts = [process.level(choosers[start]().nodes) for start in STARTS]
     start = min(starts, key=error)
     s, best, evaluations = descend(error, start, process.s_min, highest_finite(process))
     return {

@@ -70,7 +70,7 @@ def test_a_network_is_judged_summarised_and_not_run_again(weights, tmp_path, mon
     arguments = ["--weights", str(weights), "--large", "mixture", "--output", str(path)]
     run.main(arguments)
     rows = table.read(path)
-    assert len(rows) == len(run.SOLVERS) * 2 * (len(run.METHODS) - 1)
+    assert len(rows) == 2 * (len(run.SOLVERS) * (len(run.METHODS) - 1) + len(run.FITTED_METHODS))
     assert {row["method"] for row in rows} == set(run.METHODS) - {"gits_tuned"}
     before = path.read_text()
     run.main(arguments)
@@ -83,6 +83,7 @@ def test_a_network_is_judged_summarised_and_not_run_again(weights, tmp_path, mon
     page = (tmp_path / "pretrained.md").read_text()
     assert "| native |" in page
     assert "## mixture" in page
+    assert "| fitted solver | calls |" in page
 
 
 def test_unknown_networks_are_named(weights):
