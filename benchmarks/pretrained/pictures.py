@@ -20,10 +20,11 @@ import fastsched as fs
 from benchmarks.pretrained.networks import Network, builders, find_zoo
 from benchmarks.pretrained.run import LARGE, METHODS, Plan
 from benchmarks.pretrained.summary import DOCS
+from benchmarks.quality import glossary
 from benchmarks.quality.choosing import Choosers, Chosen
 from benchmarks.quality.models import Model
 
-ROWS = ("native", "karras", "exponential", "paper", "optimal_schedule", "fit")
+ROWS = ("native", "karras_7", "exponential", "paper", "optimal_schedule", "fit")
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ def rows_of(network: Network, methods: Sequence[str], solver: str, calls: int, c
     known = {"native": lambda: Chosen(network.native(calls)), **choosers.choose(solver, calls)}
     rows = []
     for method in methods:
-        chosen = known[METHODS[method]]()
+        chosen = known[method]()
         ends = fs.sample(network.denoiser, chosen.sigmas, solver, reference.noise)
         error = fs.metrics.geometric_mean(fs.metrics.squared_distances(ends, reference.ends))
-        rows.append(Row(f"{method}\n{chosen.model_calls:,} calls\nerror {error:.3g}", ends))
+        rows.append(Row(f"{glossary.title(method)}\n{chosen.model_calls:,} calls\nerror {error:.3g}", ends))
     return [*rows, Row(f"converged\n{reference.steps} steps", reference.ends)]
 
 
@@ -67,9 +68,9 @@ def plot(rows: Sequence[Row], network: Network, title: str, path: Path) -> None:
     if network.image is None:
         raise ValueError("network must have an image function, which makes pictures of its samples")
     columns = len(rows[0].samples)
-    figure = Figure(figsize=(1.3 + 0.85 * columns, 0.4 + 0.85 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(1.5 + 0.85 * columns, 0.4 + 0.85 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)  # type: ignore[union-attr]
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.01, wspace=0, hspace=0)  # type: ignore[union-attr]
     panels = figure.subplots(len(rows), columns, squeeze=False)
     for line, row in zip(panels, rows, strict=True):
         for ax, picture in zip(line, network.image(row.samples).clamp(0, 1), strict=True):
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--solver", default="dpmpp_2m")
     parser.add_argument("--calls", type=int, default=5)
     parser.add_argument("--columns", type=int, default=8)
-    parser.add_argument("--methods", nargs="*", default=list(ROWS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="*", default=ROWS, choices=METHODS)
     parser.add_argument("--output", type=Path, default=None)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

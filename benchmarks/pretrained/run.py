@@ -27,29 +27,31 @@ from benchmarks.quality import table
 from benchmarks.quality.choosing import Choosers, Chosen, Effort
 from benchmarks.quality.models import Model
 from benchmarks.quality.run import result
+from fastsched.sampling.solvers import FITTED
 
 #: What is run if the folder has them and no names are given; else all that it has.
 NETWORKS = ("cifar-grey", "mnist-flow", "flower-flow")
 SOLVERS = ("ddim", "dpmpp_2m", "unipc")
 PATH = RESULTS / "pretrained.csv"
 
-#: Every method: its name in the results, and in `Choosers.choose`; ``native`` is the network's own schedule.
-METHODS: dict[str, str] = {
-    "native": "native",
-    "karras": "karras_7",
-    "karras_to_zero": "karras_7_spared",
-    "exponential": "exponential",
-    "exponential_to_zero": "exponential_spared",
-    "paper": "paper",
-    "gits": "gits",
-    "gits_tuned": "gits_tuned",
-    "dmn": "dmn",
-    "dmn_shipped": "dmn_shipped",
-    "oss": "oss",
-    "optimal_schedule": "fastsched_polish",
-    "fit": "fastsched",
-}
-
+#: Every method, as `Choosers.choose` calls it; ``native`` is the network's own schedule.
+METHODS = (
+    "native",
+    "karras_7",
+    "karras_7_to_zero",
+    "exponential",
+    "exponential_to_zero",
+    "paper",
+    "gits",
+    "gits_tuned",
+    "dmn",
+    "dmn_shipped",
+    "oss",
+    "optimal_schedule",
+    "fit",
+)
+#: Those that choose schedules for the fitted solver too.
+FITTED_METHODS = ("optimal_schedule", "fit")
 
 USUAL_EFFORT = Effort(paper=64, gits=256, tuning=16, optimal_steps=8, most_steps=12)
 
@@ -87,7 +89,9 @@ def missing(
     name: str, plan: Plan, seed: int, methods: Sequence[str], done: Collection[tuple[str, ...]]
 ) -> list[tuple[str, int, str]]:
     """What there is no row of: solver, calls and method."""
-    wanted = itertools.product(SOLVERS, plan.calls, [method for method in methods if method not in plan.left_out])
+    run = [method for method in methods if method not in plan.left_out]
+    fitted = itertools.product([FITTED], plan.calls, [method for method in run if method in FITTED_METHODS])
+    wanted = itertools.chain(itertools.product(SOLVERS, plan.calls, run), fitted)
     return [found for found in wanted if (name, found[0], str(found[1]), str(seed), found[2]) not in done]
 
 
@@ -104,7 +108,7 @@ def rows_of(
     )
     for solver, calls, method in tqdm(wanted, desc=name, unit="row"):
         known = {"native": lambda calls=calls: Chosen(network.native(calls)), **choosers.choose(solver, calls)}
-        found = result(model, solver, known[METHODS[method]](), reference)
+        found = result(model, solver, known[method](), reference)
         yield {"denoiser": name, "solver": solver, "calls": calls, "seed": seed, "method": method, **found}
 
 
@@ -117,8 +121,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--large", nargs="*", default=[], metavar="name", help="slow networks: 16 noises, 5 and 8 calls"
     )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), help="run only these")
-    parser.add_argument("--redo", nargs="*", default=[], choices=list(METHODS), help="methods whose rows to run anew")
+    parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS, help="run only these")
+    parser.add_argument("--redo", nargs="*", default=[], choices=METHODS, help="methods whose rows to run anew")
     parser.add_argument("--output", type=Path, default=PATH, help="the CSV")
     return parser.parse_args(argv)
 

@@ -17,7 +17,7 @@ from fastsched.denoisers.noise import FlowMatching, NoiseProcess
 
 
 def curves(process: NoiseProcess, steps: int, data_std: float) -> dict[str, Tensor]:
-    """The closed-form schedules, by name; ``_spared`` where 0 replaces the node at the lowest level.
+    """The closed-form schedules, by name; ``_to_zero`` where 0 replaces the node at the lowest level.
 
     Args:
         process: The noise process.
@@ -26,7 +26,7 @@ def curves(process: NoiseProcess, steps: int, data_std: float) -> dict[str, Tens
     """
     low, high = process.s_min, highest_finite(process)
     found: dict[str, Tensor] = {}
-    for suffix, spare in (("", False), ("_spared", True)):
+    for suffix, spare in (("", False), ("_to_zero", True)):
         levels = {
             "karras_7": fs.baselines.karras(steps, low, high, 7.0, spare_last=spare),
             "karras_3": fs.baselines.karras(steps, low, high, 3.0, spare_last=spare),

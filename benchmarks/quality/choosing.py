@@ -18,9 +18,10 @@ from benchmarks.quality.optimal_steps import OptimalSteps
 from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.states import finite_grid
 from fastsched.fitting.denoiser_fit import fit_report
+from fastsched.sampling.solvers import FITTED
 
 #: fastsched's own: the dynamic programme, the same polished, and what `fastsched.fit` makes of it with more calls.
-OURS = ("fastsched_dp", "fastsched_polish", "fastsched")
+OURS = ("optimal_schedule_unpolished", "optimal_schedule", "fit")
 
 #: Where the seeds of the noises start that GITS's settings are chosen on; no chooser or evaluation uses these.
 TUNING_SEED = 10_000
@@ -50,16 +51,26 @@ class Chosen:
     """A schedule and what it took to choose it.
 
     Attributes:
-        sigmas: Sampler sigmas [steps + 1], the last 0.
+        sigmas: Sampler sigmas [steps + 1], the last 0; for the fitted solver the `fs.Schedule`, which has its weights.
         model_calls: Spent choosing, a measurement that serves all solvers and numbers of steps included.
         seconds: CPU seconds spent choosing, the measurement included.
         predicted: The squared distance it predicts, if it does.
     """
 
-    sigmas: Tensor
+    sigmas: Tensor | fs.Schedule
     model_calls: int = 0
     seconds: float = 0.0
     predicted: float | None = None
+
+    @property
+    def nodes(self) -> Tensor:
+        """Sampler sigmas, [steps + 1]."""
+        return self.sigmas.sigmas if isinstance(self.sigmas, fs.Schedule) else self.sigmas
+
+    @property
+    def steps(self) -> int:
+        """Steps, of which the last ends at sigma 0."""
+        return len(self.nodes) - 1
 
 
 class Choosers:
@@ -127,7 +138,14 @@ class Choosers:
         )
 
     def choose(self, solver: str, steps: int) -> dict[str, Callable[[], Chosen]]:
-        """The choosers of a schedule of ``steps`` steps for ``solver``, by name."""
+        """The choosers of a schedule of ``steps`` steps for ``solver``, by name; ours alone for the fitted solver."""
+        ours = {
+            "optimal_schedule_unpolished": lambda: self._optimal(solver, steps, polish=False),
+            "optimal_schedule": lambda: self._optimal(solver, steps, polish=True),
+            "fit": lambda: self._fit(solver, steps),
+        }
+        if solver == FITTED:
+            return {name: ours[name] for name in ("optimal_schedule", "fit")}
         process = self.model.denoiser.process
         fixed = baselines.curves(process, steps, self.statistics.data_std)
         return {
@@ -138,9 +156,7 @@ class Choosers:
             "dmn": lambda: _clocked(lambda: Chosen(dmn.schedule(process, steps, "sigma", self.seed))),
             "dmn_shipped": lambda: _clocked(lambda: Chosen(dmn.schedule(process, steps, "sigma_squared", self.seed))),
             "oss": lambda: self._oss(steps),
-            "fastsched_dp": lambda: self._optimal(solver, steps, polish=False),
-            "fastsched_polish": lambda: self._optimal(solver, steps, polish=True),
-            "fastsched": lambda: self._fit(solver, steps),
+            **ours,
         }
 
     def _paper(self, steps: int) -> Chosen:
@@ -171,13 +187,15 @@ class Choosers:
         statistics, start = self.statistics, time.process_time()
         found = fs.optimal_schedule(statistics, steps, solver, polish=polish)
         seconds = time.process_time() - start + self.seconds["statistics"]
-        return Chosen(found.sigmas, statistics.model_calls, seconds, found.predicted_error)
+        sigmas = found if solver == FITTED else found.sigmas
+        return Chosen(sigmas, statistics.model_calls, seconds, found.predicted_error)
 
     def _fit(self, solver: str, steps: int) -> Chosen:
         statistics, start = self.statistics, time.process_time()
         found = fit_report(self.model.denoiser, self.model.shape, steps, solver, stats=statistics, progress=False)
         seconds = time.process_time() - start + self.seconds["statistics"]
-        return Chosen(found.schedule.sigmas, found.model_calls, seconds, found.schedule.measured_error)
+        sigmas = found.schedule if solver == FITTED else found.schedule.sigmas
+        return Chosen(sigmas, found.model_calls, seconds, found.schedule.measured_error)
 
     def _timed(self, name: str, measure: Callable[[], Any]) -> Any:
         start = time.process_time()

@@ -19,10 +19,10 @@ LINES = {
     "gits": ("#AA4499", "^", (0, (3, 1, 1, 1))),
     "dmn": ("#999933", "v", (0, (1, 1))),
     "oss": ("#332288", "D", (0, (5, 1, 1, 1, 1, 1))),
-    "fastsched_polish": ("#DD7700", "P", (0, (6, 1))),
-    "fastsched": ("#CC0022", "X", "-"),
+    "optimal_schedule": ("#DD7700", "P", (0, (6, 1))),
+    "fit": ("#CC0022", "X", "-"),
 }
-OURS = ("fastsched_polish", "fastsched")
+OURS = ("optimal_schedule", "fit")
 
 
 def plot(results: Results, path: Path, solver: str = "dpmpp_2m") -> None:

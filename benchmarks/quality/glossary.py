@@ -44,9 +44,9 @@ _CURVES = {
 
 #: Every method of the results, by the name that its rows have; fastsched's own first.
 METHODS: dict[str, Method] = {
-    "fastsched": Method("fs.fit", "from 8 noises: measured, chosen, and corrected by running the sampler on them"),
-    "fastsched_polish": Method("fs.optimal_schedule", "from the measurement of 8 noises alone, one for all cells"),
-    "fastsched_dp": Method("fs.optimal_schedule, polish=False", "the same without the final descent"),
+    "fit": Method("fs.fit", "from 8 noises: measured, chosen, and corrected by running the sampler on them"),
+    "optimal_schedule": Method("fs.optimal_schedule", "from the measurement of 8 noises alone, one for all cells"),
+    "optimal_schedule_unpolished": Method("fs.optimal_schedule, polish=False", "the same without the final descent"),
     "paper": Method("paper", "Williams et al. 2024, corrector-optimised, Algorithm 1, 64 samples"),
     "gits": Method("GITS", "Chen et al. 2024, as its authors set it: metric dev, teacher ipndm, 256 samples"),
     "gits_tuned": Method("GITS, tuned", "the best of 16 settings of GITS for the cell, chosen on 64 other noises"),
@@ -54,9 +54,10 @@ METHODS: dict[str, Method] = {
     "dmn_shipped": Method("DMN, as shipped", "the same, errors taken as sigma^2 / alpha as in its authors' program"),
     "oss": Method("OSS", "Pei et al. 2025, greedy search along 200 Euler steps, median over 16 samples"),
     **{name: Method(*text) for name, text in _CURVES.items()},
-    **{f"{name}_spared": Method(text[0] + ZERO, "") for name, text in _CURVES.items()},
+    **{f"{name}_to_zero": Method(text[0] + ZERO, "") for name, text in _CURVES.items()},
     "linear": Method("linear", "even in sigma, or in time for flow matching"),
     "flow_shift_3": Method("flow shift 3", "Stable Diffusion 3: time t moved to 3 t / (1 + 2 t)"),
+    "native": Method("native", "the time steps of the network's own repository"),
     "limit": Method("limit of nodes", "coordinate descent of the nodes on the sampler's own error, about 10^5 calls"),
 }
 
@@ -76,6 +77,11 @@ Gradient descent through the network on the nodes and on all weights of a linear
 schedule can reach that with a solver whose weights are fixed. On the noises of seed 0; *best of ours* is the least
 error of our methods over all solvers."""
 
+FITTED_SOLVER = """\
+A linear multistep solver whose weights are chosen with the nodes. Ratios of its errors to those of stock solvers with
+as many model calls: the best of all solvers' `fs.fit`; `fs.fit` of dpmpp_2m; and the best other way with any solver.
+*worst cell* and *cells above 1.05* are against the first."""
+
 LOST_COLUMNS = """\
 *where it tuned*: the typical error of `fs.fit`'s schedule on the 8 noises that it ran the sampler on. *why*: "too few
 noises" where that is below the other way's error, so that those noises were not like the others; "search" where it is
@@ -85,7 +91,7 @@ not, so that the search stopped short."""
 def meanings(names: Collection[str]) -> list[list[str]]:
     """Titles and meanings of these methods."""
     found = [[method.title, method.meaning] for name, method in METHODS.items() if name in names and method.meaning]
-    if any(name.endswith("_spared") for name in names):
+    if any(name.endswith("_to_zero") for name in names):
         found.append([f"...{ZERO}", "the same curve with one node more, of which 0 replaces the last, at sigma_min"])
     return found
 

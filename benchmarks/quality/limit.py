@@ -32,7 +32,7 @@ SEED = 1000
 MOVES = (0.4, 0.2, 0.1, 0.05)
 #: Gap in ``log s`` that stands for an infinite one: below pure noise, and above sigma 0.
 OPEN_GAP = 1.5
-STARTS = ("fastsched", "gits", "kl_optimal_spared", "exponential_spared", "karras_3_spared")
+STARTS = ("fit", "gits", "kl_optimal_to_zero", "exponential_to_zero", "karras_3_to_zero")
 PATH = RESULTS / "quality_limit.csv"
 
 
@@ -88,7 +88,7 @@ def find(name: str, solver: str, calls: int) -> dict[str, object]:
         return fs.metrics.geometric_mean(fs.metrics.squared_distances(ends, reference.ends))
 
     choosers = Choosers(model, SEED).choose(solver, calls)
-    starts = [process.level(choosers[start]().sigmas) for start in STARTS]
+    starts = [process.level(choosers[start]().nodes) for start in STARTS]
     start = min(starts, key=error)
     s, best, evaluations = descend(error, start, process.s_min, highest_finite(process))
     return {

@@ -1,4 +1,4 @@
-"""The quality benchmark: schedules for six denoisers, six solvers and 4 to 20 model calls, run and compared.
+"""The quality benchmark: schedules for six denoisers, seven solvers and 4 to 20 model calls, run and compared.
 
     python -m benchmarks.quality.run            # all, a quarter of an hour on two cores
     python -m benchmarks.quality.run --quick    # some, half a minute
@@ -7,6 +7,8 @@ For each denoiser and seed: converged samples of noises that no chooser sees, th
 same noises. A seed changes these noises and every measurement. Rows go to ``benchmarks/results/quality.csv`` as they
 are found and are not computed twice, so that an interrupted run goes on where it was; ``--redo`` names methods to run
 anew. Then ``python -m benchmarks.quality.summary``.
+
+For the fitted solver, whose weights belong to a schedule, only fastsched's methods choose one.
 
 heun makes ``2 n - 1`` model calls in n steps, so 7 of 8, 9 of 10 and so on; for 6 it would be the row of 5.
 """
@@ -31,9 +33,10 @@ from benchmarks.quality.choosing import Choosers, Chosen
 from benchmarks.quality.limit import limit_schedules
 from benchmarks.quality.models import MODELS, Model
 from fastsched.comparison import Reference
-from fastsched.sampling.solvers import get_solver
+from fastsched.sampling.fitted import chosen_solver
+from fastsched.sampling.solvers import FITTED
 
-SOLVERS = ("ddim", "heun", "dpmpp_2m", "dpmpp_3m", "ipndm", "unipc")
+SOLVERS = ("ddim", "heun", "dpmpp_2m", "dpmpp_3m", "ipndm", "unipc", FITTED)
 CALLS = (4, 5, 6, 8, 10, 14, 20)
 SEEDS = (0, 1, 2, 3, 4)
 #: Noises a seed.
@@ -69,7 +72,7 @@ class Unit:
 
 def steps_within(solver: str, calls: int) -> int:
     """The most steps of ``solver`` that take no more than ``calls`` model calls."""
-    return (calls + 1) // 2 if get_solver(solver).stage is not None else calls
+    return (calls + 1) // 2 if chosen_solver(solver).stage is not None else calls
 
 
 def cells(solvers: Sequence[str], calls: Sequence[int]) -> tuple[Cell, ...]:
@@ -117,10 +120,9 @@ def result(model: Model, solver: str, chosen: Chosen, reference: Reference) -> d
         "choosing_seconds": chosen.seconds,
         "predicted": chosen.predicted,
     }
-    steps = len(chosen.sigmas) - 1
     return {
-        "steps": steps,
-        "model_calls": get_solver(solver).model_calls(steps),
+        "steps": chosen.steps,
+        "model_calls": chosen_solver(solver).model_calls(chosen.steps),
         "choosing_calls": chosen.model_calls,
         **{name: "" if value is None else f"{value:.4g}" for name, value in values.items()},
     }

@@ -21,6 +21,7 @@ from benchmarks.common import RESULTS
 from benchmarks.quality import glossary, gradient_limit, table
 from benchmarks.quality.choosing import OURS
 from benchmarks.quality.figure import plot
+from fastsched.sampling.solvers import FITTED
 
 DOCS = Path(__file__).parents[2] / "docs"
 METRICS = {"typical_error": "typical", "mean_error": "mean", "frechet": "Frechet"}
@@ -36,13 +37,15 @@ class Results:
 
     Attributes:
         values: ``values[metric][cell][method]``, a list over seeds.
-        cells: All cells.
+        cells: The cells of stock solvers.
         methods: All methods.
+        fitted: The cells of the fitted solver, which no other way chooses schedules for.
     """
 
     values: dict[str, dict[Cell, dict[str, list[float]]]]
     cells: tuple[Cell, ...]
     methods: tuple[str, ...]
+    fitted: tuple[Cell, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> Results:
@@ -63,7 +66,9 @@ class Results:
                 if row[name]:
                     by_method = values[name].setdefault(_cell(row), {})
                     by_method.setdefault(row["method"], []).append(float(row[name]))
-        return cls(values, tuple(values["typical_error"]), tuple(methods))
+        cells = tuple(values["typical_error"])
+        stock = tuple(cell for cell in cells if cell[1] != FITTED)
+        return cls(values, stock, tuple(methods), tuple(cell for cell in cells if cell[1] == FITTED))
 
     @property
     def baselines(self) -> tuple[str, ...]:
@@ -81,6 +86,12 @@ class Results:
         known = {name: value for name, value in errors.items() if not np.isnan(value)}
         name = min(known, key=known.__getitem__)
         return name, known[name]
+
+    def best_over_solvers(self, metric: str, cell: Cell, methods: Sequence[str], solvers: Sequence[str] = ()) -> float:
+        """The least error with any stock solver (or any of these) for the denoiser and model calls of a cell."""
+        alike = [c for c in self.cells if (c[0], c[2]) == (cell[0], cell[2]) and (not solvers or c[1] in solvers)]
+        errors = [self.error(metric, other, method) for other in alike for method in methods]
+        return min((error for error in errors if not np.isnan(error)), default=np.nan)
 
     def ratio(self, metric: str, cell: Cell, method: str, against: str) -> float:
         """A method's error over another's; ``"best"`` is the cell's best other way."""
@@ -198,6 +209,23 @@ def lost_cells(results: Results, method: str) -> str:
     return markdown(header, [[*row, f"{ratio:.2f}"] for ratio, row in rows])
 
 
+def fitted_solver(results: Results) -> str:
+    """The fitted solver's errors over those of stock solvers with as many model calls."""
+    rows = []
+    for method in ("fit", "optimal_schedule"):
+        for metric, name in METRICS.items():
+            errors = [(cell, results.error(metric, cell, method)) for cell in results.fitted]
+            against = {
+                "best": [e / results.best_over_solvers(metric, cell, ["fit"]) for cell, e in errors],
+                "2m": [e / results.best_over_solvers(metric, cell, ["fit"], ["dpmpp_2m"]) for cell, e in errors],
+                "others": [e / results.best_over_solvers(metric, cell, results.baselines) for cell, e in errors],
+            }
+            worst = [f"{np.nanmax(against['best']):.2f}", f"{sum(r > LOST for r in against['best'])} of {len(errors)}"]
+            rows.append([glossary.title(method), name, *(f"{geometric(r):.3f}" for r in against.values()), *worst])
+    header = ["fitted solver", "error", "best stock fs.fit", "fs.fit of dpmpp_2m", "best other way"]
+    return markdown([*header, "worst cell", "cells above 1.05"], rows)
+
+
 def true_limit(results: Results, limits: Sequence[dict[str, str]]) -> str:
     """What gradient descent on nodes and weights reaches, beside the best of our methods over all solvers.
 
@@ -205,7 +233,8 @@ def true_limit(results: Results, limits: Sequence[dict[str, str]]) -> str:
     """
     rows = []
     for limit in limits:
-        cells = [cell for cell in results.cells if cell[0] == limit["denoiser"] and cell[2] == int(limit["calls"])]
+        every = (*results.cells, *results.fitted)
+        cells = [cell for cell in every if cell[0] == limit["denoiser"] and cell[2] == int(limit["calls"])]
         errors = results.values["typical_error"]
         found = {(cell[1], name): errors[cell][name][0] for cell in cells for name in OURS if errors[cell].get(name)}
         if not found:
@@ -255,6 +284,8 @@ def report(results: Results, limits: Sequence[dict[str, str]] = ()) -> str:
         cells = [cell for cell in results.cells if cell[0] == denoiser]
         parts += [f"For {denoiser} alone, beside the same methods there:", standings(results, [*names, *shared], cells)]
     parts += ["## By solver, denoiser and number of model calls", breakdown(results, last)]
+    if results.fitted:
+        parts += ["## The fitted solver", glossary.FITTED_SOLVER, fitted_solver(results)]
     if limits:
         parts += ["## Against gradient descent on nodes and weights", glossary.TRUE_LIMIT, true_limit(results, limits)]
     parts += [

@@ -70,7 +70,7 @@ def test_a_network_is_judged_summarised_and_not_run_again(weights, tmp_path, mon
     arguments = ["--weights", str(weights), "--large", "mixture", "--output", str(path)]
     run.main(arguments)
     rows = table.read(path)
-    assert len(rows) == len(run.SOLVERS) * 2 * (len(run.METHODS) - 1)
+    assert len(rows) == 2 * (len(run.SOLVERS) * (len(run.METHODS) - 1) + len(run.FITTED_METHODS))
     assert {row["method"] for row in rows} == set(run.METHODS) - {"gits_tuned"}
     before = path.read_text()
     run.main(arguments)
@@ -83,6 +83,7 @@ def test_a_network_is_judged_summarised_and_not_run_again(weights, tmp_path, mon
     page = (tmp_path / "pretrained.md").read_text()
     assert "| native |" in page
     assert "## mixture" in page
+    assert "| fitted solver | calls |" in page
 
 
 def test_unknown_networks_are_named(weights):
@@ -93,14 +94,14 @@ def test_unknown_networks_are_named(weights):
 def test_ratios_are_to_the_best_other_way_of_each_cell():
     cell, other = ("a", "ddim", 5), ("a", "ddim", 8)
     errors = {
-        cell: {"karras": 2.0, "native": 4.0, "fit": 1.0},
-        other: {"karras": 3.0, "native": 1.0, "fit": 1.5},
+        cell: {"karras_7": 2.0, "native": 4.0, "fit": 1.0},
+        other: {"karras_7": 3.0, "native": 1.0, "fit": 1.5},
     }
-    results = summary.Results(dict.fromkeys(summary.ERRORS, errors), ("karras", "native"))
-    assert results.best("typical_error", cell) == ("karras", 2.0)
+    results = summary.Results(dict.fromkeys(summary.ERRORS, errors), ("karras_7", "native"))
+    assert results.best("typical_error", cell) == ("karras_7", 2.0)
     assert results.ratios("typical_error", "fit", [cell, other]) == [0.5, 1.5]
     assert summary.geometric([0.5, 2.0]) == pytest.approx(1.0)
-    assert "| fit | 0.866 | 1.500 |" in summary.standings(results, [cell, other])
+    assert "| fs.fit | 0.866 | 1.500 |" in summary.standings(results, [cell, other])
 
 
 def test_weights_are_untouched(weights):
@@ -116,7 +117,7 @@ def test_pictures_show_every_method_and_the_converged_samples(weights, tmp_path)
     )
     network = networks.builders(weights.parent / "zoo.py")["mixture"]()
     rows = pictures.rows_of(network, ["native", "optimal_schedule"], "ddim", 4, 3, run.Plan())
-    assert [row.label.split("\n")[0] for row in rows] == ["native", "optimal_schedule", "converged"]
+    assert [row.label.split("\n")[0] for row in rows] == ["native", "fs.optimal_schedule", "converged"]
     assert "\n0 calls\n" in rows[0].label
     assert all(row.samples.shape == (3, 2) for row in rows)
     pictures.plot(rows, network, "mixture", tmp_path / "rows.png")

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 
 import pytest
 import torch
@@ -69,16 +70,28 @@ def test_descent_finds_a_known_minimum():
 def test_heun_gets_the_steps_it_can_afford():
     assert [run.steps_within("heun", calls) for calls in run.CALLS] == [2, 3, 3, 4, 5, 7, 10]
     assert ("heun", 6) not in run.cells(run.SOLVERS, run.CALLS)
-    assert len(run.cells(run.SOLVERS, run.CALLS)) == 41
+    assert len(run.cells(run.SOLVERS, run.CALLS)) == 48
 
 
 def test_a_cell_is_run_summarised_and_not_run_again(tmp_path, capsys):
     path = tmp_path / "quality.csv"
-    arguments = ["--models", "flow", "--solvers", "dpmpp_2m", "--calls", "4", "--seeds", "0", "--samples", "8"]
+    arguments = [
+        "--models",
+        "flow",
+        "--solvers",
+        "dpmpp_2m",
+        "fitted",
+        "--calls",
+        "4",
+        "--seeds",
+        "0",
+        "--samples",
+        "8",
+    ]
     arguments += ["--workers", "1", "--output", str(path)]
     run.main(arguments)
     rows = table.read(path)
-    assert PEERS | {"fastsched", "fastsched_dp", "karras_7", "flow_shift_3"} <= {row["method"] for row in rows}
+    assert PEERS | {"fit", "optimal_schedule_unpolished", "karras_7", "flow_shift_3"} <= {row["method"] for row in rows}
     assert all(float(row["typical_error"]) >= 0 and row["model_calls"] == "4" for row in rows)
     before = path.read_text()
     with path.open("a") as file:
@@ -89,6 +102,7 @@ def test_a_cell_is_run_summarised_and_not_run_again(tmp_path, capsys):
     assert len(list(csv.DictReader(path.read_text().splitlines()))) == len(rows)
     page = summary.report(summary.Results.read(path))
     assert "| GITS |" in page
+    assert "## The fitted solver" in page
     assert "For flow alone" not in page  # where there is no other denoiser, all methods are run for all
     summary.plot(summary.Results.read(path), tmp_path / "quality.png")
     assert (tmp_path / "quality.png").stat().st_size < 300_000
@@ -109,10 +123,23 @@ def test_methods_of_one_denoiser_stand_apart():
 
 def test_the_true_limit_stands_beside_the_best_of_ours_over_solvers():
     cells = [("digits", solver, 6) for solver in ("ddim", "unipc")]
-    rows = [(cells[0], "fastsched", [0.4, 9.0]), (cells[1], "fastsched", [0.03, 9.0]), (cells[1], "gits", [0.01, 0.01])]
+    rows = [(cells[0], "fit", [0.4, 9.0]), (cells[1], "fit", [0.03, 9.0]), (cells[1], "gits", [0.01, 0.01])]
     limit = {"denoiser": "digits", "calls": "6", "typical_error": "0.02", "model_calls": "500000"}
     page = summary.true_limit(results_of(rows), [limit, limit | {"calls": "4"}])
     assert page.splitlines()[2:] == ["| digits | 6 | 0.02 | 500,000 | fs.fit, unipc | 0.03 | 1.50 |"]
+
+
+def test_the_fitted_solver_stands_beside_stock_solvers_of_as_many_calls():
+    stock = [("digits", solver, 6) for solver in ("ddim", "dpmpp_2m")] + [("digits", "ddim", 8)]
+    rows = [(stock[0], "fit", [0.4]), (stock[1], "fit", [0.8]), (stock[0], "gits", [1.0]), (stock[2], "fit", [0.01])]
+    results = results_of(rows)
+    for metric in ("mean_error", "frechet"):
+        results.values[metric] = results.values["typical_error"]
+    fitted = ("digits", "fitted", 6)
+    results.values["typical_error"][fitted] = {"fit": [0.1], "optimal_schedule": [0.5]}
+    page = summary.fitted_solver(dataclasses.replace(results, fitted=(fitted,)))
+    assert page.splitlines()[2] == "| fs.fit | typical | 0.250 | 0.125 | 0.100 | 0.25 | 0 of 1 |"
+    assert page.splitlines()[5] == "| fs.optimal_schedule | typical | 1.250 | 0.625 | 0.500 | 1.25 | 1 of 1 |"
 
 
 def test_every_row_of_the_results_is_explained():
