@@ -238,8 +238,9 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             ValueError: Always.
         """
         raise ValueError(
-            "the pipeline adds noise to an image; a measurement starts from pure noise: pass strength=1.0 if the "
-            "pipeline then starts from noise alone, or measure the text-to-image pipeline of the same model"
+            "the pipeline adds noise to an image, at the start (strength below 1) or at every step (inpainting with a "
+            "network that does not take the mask); a measurement starts from pure noise, so measure the text-to-image "
+            "pipeline of the same model"
         )
 
     scale_noise = add_noise

@@ -6,7 +6,8 @@ scheduler sees only the result of a step, so this module looks at the networks' 
 
 * what does not depend on the latents (equal at the first two steps, whose latents are unrelated) may depend on the
   level alone, so it must be equal at two visits of a level;
-* numbers and flags, as ``conditioning_scale`` or ``_guidance_scale``, must be equal at every step;
+* numbers and flags, as ``conditioning_scale`` or ``_guidance_scale``, and tensors that are equal at the first two
+  levels, as embeddings, must be equal at every step;
 * the pipeline's output, where it is a linear combination of the networks' outputs (guidance), must have equal
   coefficients at two visits of a level.
 """
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 #: Names of numbers that follow the level or the step, and so differ between steps in every pipeline.
-PROGRESS = ("time", "step", "sigma", "index", "progress")
+PROGRESS = ("time", "step", "sigma", "index", "progress", "temb")
 
 #: Relative change of guidance coefficients that counts as another formula.
 SAME_FORMULA = 0.1
@@ -156,6 +157,7 @@ class Consistency:
         self._steps: dict[int, Step] = {}
         self._visits: dict[int, tuple[int, Step, Tensor | None]] = {}
         self._fixed: set[str] = set()
+        self._constant: set[str] = set()
         self._layers: dict[tuple[str, int], tuple[int, int]] = {}
 
     def check(self, index: int, level: int, step: Step, output: Tensor) -> str | None:
@@ -171,7 +173,12 @@ class Consistency:
         if index == 1:
             before = self._steps[0].facts
             self._fixed = {name for name, fact in step.facts.items() if name in before and before[name] == fact}
-        changed = self._changed_number(step) or self._skipped_layers(step)
+        if index == 2:
+            first = self._steps[1].facts
+            self._constant = {
+                name for name in self._fixed if _is_number(first[name]) or step.facts.get(name) == first[name]
+            }
+        changed = self._changed_constant(step) or self._skipped_layers(step)
         if changed is not None:
             return f"at step {index}, {changed}"
         if level in self._visits:
@@ -189,18 +196,18 @@ class Consistency:
         self._visits.setdefault(level, (index, step, coefficients))
         return None
 
-    def _changed_number(self, step: Step) -> str | None:
+    def _changed_constant(self, step: Step) -> str | None:
         first = self._steps[1]
-        for name in sorted(self._fixed):
-            value = first.facts[name]
-            is_number = value is None or isinstance(value, (bool, int, float, str))
-            if not is_number or any(word in name.lower().rsplit(".", 1)[-1] for word in PROGRESS):
+        for name in sorted(self._constant):
+            module, _, argument = name.partition("#")
+            if any(word in name.lower().rsplit(".", 1)[-1] for word in PROGRESS):
                 continue
-            if not name.startswith("pipe.") and step.calls[name.split("#")[0]] <= int(name.split("#")[1].split(".")[0]):
+            if argument and step.calls[module] <= int(argument.split(".")[0]):
                 continue  # this network was not called at this step
-            given = step.facts.get(name, "nothing")
-            if given != value:
-                return f"{name.replace('#0', '')} was {given!r} instead of {value!r}"
+            value, given = first.facts[name], step.facts.get(name)
+            if name not in step.facts or given != value:
+                detail = f": {given!r} instead of {value!r}" if _is_number(value) and _is_number(given) else ""
+                return f"{name.replace('#0', '')} was different from that at the first step{detail}"
         return None
 
     def _differs(self, other: Step, step: Step) -> str | None:
@@ -278,9 +285,13 @@ def _other_formula(known: Tensor | None, found: Tensor | None) -> str | None:
     return f"the networks' outputs were combined with other coefficients ({numbers[0]} instead of {numbers[1]})"
 
 
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 def _facts(name: str, value: Any) -> dict[str, Any]:
     """Comparable facts about an argument: numbers as they are, tensors by shape and sums, containers by entry."""
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if _is_number(value):
         return {name: value}
     if isinstance(value, Tensor):
         numbers = value.detach().float() if not value.is_complex() else torch.view_as_real(value.detach()).float()
