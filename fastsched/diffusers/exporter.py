@@ -166,11 +166,16 @@ def check_range(schedule: Schedule, convention: Convention, scheduler: Any) -> N
 
     Raises:
         TypeError: If it is not a `Schedule`.
-        ValueError: If it is for another kind or range of levels.
+        ValueError: If it is for another kind or range of levels, or has weights of its own.
     """
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a fastsched.Schedule, got {type(schedule).__name__}")
     process, name = convention.process, type(scheduler).__name__
+    if schedule.weights is not None:
+        raise ValueError(
+            f"schedule must be for a stock solver, because {name} cannot use the weights of the fitted one; select or "
+            "fit one for the scheduler's own solver"
+        )
     if (schedule.noise == "flow") != isinstance(process, FlowMatching):
         raise ValueError(
             f"schedule must be for a {process.kind!r} noise process, as {name} is, got one for a {schedule.noise!r} "
