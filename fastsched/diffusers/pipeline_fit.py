@@ -13,13 +13,14 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.diffusers.applier import applied
+from fastsched.diffusers.calibration import UNALIKE
 from fastsched.diffusers.conventions import describe, solver_of
 from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
 from fastsched.diffusers.pipeline_measurement import call, check_call, measure, prompt_of, scheduler_replaced
 from fastsched.diffusers.probe import scales
 from fastsched.diffusers.replacement import replacement
 from fastsched.diffusers.step_checks import doubled
-from fastsched.diffusers.watching import check_caches
+from fastsched.diffusers.watching import Consistency, PipelineWatch, check_caches, watched
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.loop import MODEL_CALLS, fit_by_running
 from fastsched.fitting.rollouts import Evaluations, Rollout
@@ -46,9 +47,8 @@ def fit(
 ) -> Schedule:
     """The schedule of ``steps`` steps for a pipeline as it stands: its scheduler's solver, guidance, adapters.
 
-    Measures the pipeline (`measure`), runs the most promising schedules and the scheduler's own through it, from the
-    noise of the measured paths, and tunes the best (`fastsched.fit`). What is compared is the squared distance between
-    a sample's end and its path's end.
+    Measures the pipeline (`measure`), runs the most promising schedules and the scheduler's own through it from the
+    noise of the measured paths, and tunes the best (`fastsched.fit`), by the squared distance to the paths' ends.
 
     Args:
         pipe: A pipeline whose scheduler can be given schedules (docs/schedulers.md).
@@ -60,14 +60,13 @@ def fit(
         samples: As in `measure`.
         prompts: As in `measure`.
         seed: As in `measure`.
-        audition: Whether to run candidates and tune. If not, the result is that of `fastsched.optimal_schedule`.
+        audition: Whether to run candidates and tune; if not, the result is that of `fastsched.optimal_schedule`.
         model_calls: The most to spend on candidates and tuning, counted per sample; a run takes ``steps + 1`` calls a
             sample (``2 steps`` with two-stage solvers). If too few for one run of all samples, as ``audition=False``.
         **call_kwargs: Arguments of the pipeline's call.
 
     Returns:
-        The schedule with its measured error, and its predicted one if it was not tuned. `fastsched.diffusers.apply`
-        puts it to use; the pipeline itself is not changed.
+        The schedule with its measured error, for `fastsched.diffusers.apply`; the pipeline itself is not changed.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -191,8 +190,8 @@ class PipelineRunner:
 
     def _one_call(self, schedule: Schedule, done: int, turn: int) -> Rollout:
         scheduler, _ = applied(schedule, self.pipe.scheduler)
-        run = StartFromNoise(scheduler, self.stats.seeds[done:], schedule)
-        with scheduler_replaced(self.pipe, scheduler):
+        with watched(self.pipe) as watch, scheduler_replaced(self.pipe, scheduler):
+            run = StartFromNoise(scheduler, self.stats.seeds[done:], schedule, watch)
             call(self.pipe, schedule.steps, prompt_of(self.prompts, turn), self.call_kwargs)
         ends = run.end.float().cpu()
         self._batch = len(ends)
@@ -209,14 +208,16 @@ class StartFromNoise:
     """Makes a scheduler (a copy) begin at given noise, and records its steps.
 
     A pipeline draws its own first latents and calls its network on them before the scheduler sees anything. So the
-    timesteps begin with the first one twice: the first step returns the noise, and the scheduler starts again.
+    timesteps begin with the first one twice: the first step returns the noise, and the scheduler starts again. What
+    the networks are given is compared between steps, as in a measurement, for statistics may come from an earlier one.
 
     Attributes:
         end: The last state, once the pipeline has run.
     """
 
-    def __init__(self, scheduler: Any, seeds: Tensor, schedule: Schedule) -> None:
+    def __init__(self, scheduler: Any, seeds: Tensor, schedule: Schedule, watch: PipelineWatch) -> None:
         self.scheduler, self.seeds = scheduler, seeds
+        self._watch, self._consistency, self._index = watch, Consistency(), 0
         self.convention = describe(scheduler)
         self.scale = scales(self.convention, self.convention.process.level(schedule.sigmas[:1]))[1].float()
         self.end = torch.empty(0)
@@ -228,6 +229,13 @@ class StartFromNoise:
     def evaluations(self) -> Evaluations:
         """What the network was asked and answered, in order."""
         return Evaluations.of(self._calls)
+
+    def _check(self, output: Tensor) -> None:
+        # Every step is at a level of its own.
+        wrong = self._consistency.check(self._index, self._index + 1, self._watch.take(), output)
+        self._index += 1
+        if wrong is not None:
+            raise ValueError(f"{wrong}; {UNALIKE}")
 
     def _prepare(self, *args: Any, **kwargs: Any) -> None:
         self._arguments = args, kwargs
@@ -242,14 +250,18 @@ class StartFromNoise:
         self.scheduler.step = _with_signature(step, self._step)
 
     def _first_step(self, output: Tensor, timestep: Any, sample: Tensor, *_: Any, **options: Any) -> Any:
+        self._check(output)
         self._set(self._later_step)  # as if this step had not been
-        self._start = (self.scale * noise_of(self.seeds[: len(sample)], sample.shape[1:])).to(sample)
+        # The batch may be larger than what is left to run, and a doubled one is so; then seeds repeat.
+        seeds = self.seeds[torch.arange(len(sample)) % len(self.seeds)]
+        self._start = (self.scale * noise_of(seeds, sample.shape[1:])).to(sample)
         given = self._start.clone()
         return SchedulerOutput(prev_sample=given) if options.get("return_dict", True) else (given,)
 
     def _later_step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._check(output)
         if not self._calls and doubled(sample, self._start):
-            self._copies = 2  # guided DiT: the second half of the batch is a copy of the first
+            self._copies = 2  # guided DiT: the second half of the batch has become a copy of the first
         kept = sample.chunk(self._copies)[0]
         s = self.convention.levels(torch.as_tensor(timestep).detach().cpu().double().flatten()[:1])
         sigma, (a, c) = self.convention.process.sigma(s), self.convention.denoiser.coefficients(s)

@@ -173,6 +173,17 @@ def test_a_callback_that_changes_embeddings_within_a_window_is_noticed(window):
         measured(pipe, callback_on_step_end=change, callback_on_step_end_tensor_inputs=inputs, **call)
 
 
+@pytest.mark.parametrize("window", [(0.0, 0.5), (0.4, 0.8)])
+def test_control_within_a_window_is_noticed_when_the_statistics_come_from_elsewhere(window):
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.controlled(euler()))
+    stats = measured(pipe, **call)
+    start, end = window
+    with pytest.raises(ValueError, match=r"controlnet\.conditioning_scale.*" + STEP_NUMBER):
+        fs.diffusers.fit(pipe, 5, stats=stats, control_guidance_start=start, control_guidance_end=end, **call)
+    assert fs.diffusers.fit(pipe, 5, stats=stats, **call).measured_error is not None
+
+
 # What depends on the steps before
 
 
@@ -302,12 +313,22 @@ def test_a_pipeline_that_doubles_its_batch_is_measured_on_one_half():
         measured(pipe, stronger=1.5)
 
 
+def test_a_pipeline_that_doubles_its_batch_is_run_as_another_one():
+    scheduler = diffusers.DDIMScheduler(**SD, clip_sample=False)
+    plain = oracle_pipeline(scheduler, mixture())
+    doubling = DoublingPipeline(OracleUNet().answer_for(scheduler, mixture()), scheduler)
+    schedules = [fs.diffusers.fit(pipe, 5, levels=LEVELS, samples=4) for pipe in (plain, doubling)]
+    assert torch.equal(schedules[0].sigmas, schedules[1].sigmas)
+    assert schedules[0].measured_error == pytest.approx(schedules[1].measured_error)
+
+
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_dit_is_measured_with_and_without_guidance(scale):
+def test_dit_is_measured_and_fitted_with_and_without_guidance(scale):
     torch.manual_seed(0)
     pipe, call = quiet(pipelines.dit(diffusers.DDIMScheduler(clip_sample=False)))
     stats = measured(pipe, guidance_scale=scale, **call)
     assert (stats.samples, stats.shape) == (2, (4, 8, 8))
+    assert fs.diffusers.fit(pipe, 4, stats=stats, guidance_scale=scale, **call).measured_error is not None
 
 
 def test_a_latent_consistency_model_is_measured():
