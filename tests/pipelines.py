@@ -3,20 +3,32 @@
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLLTXVideo,
     AutoencoderKLWan,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     ControlNetModel,
     DDIMPipeline,
     DDPMPipeline,
     DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    LTXConditionPipeline,
+    LTXVideoTransformer3DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -69,12 +81,18 @@ class UNetOutput(tuple):
 
 
 class OraclePipeline(DiffusionPipeline):
-    """Only the loop of diffusers' pipelines; ``on_step``, ``change_latents`` and ``repeat_steps`` change it."""
+    """Only the loop of diffusers' pipelines; arguments after ``output_type`` change it, as pipelines with a twist do.
+
+    Attributes:
+        prompts: The prompts of all calls.
+        draws: The random conditionings of all calls.
+    """
 
     def __init__(self, unet, scheduler):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.prompts = []
+        self.draws = []
 
     @torch.no_grad()
     def __call__(
@@ -89,22 +107,28 @@ class OraclePipeline(DiffusionPipeline):
         on_step=None,
         change_latents=None,
         repeat_steps=1,
+        start_scale=1.0,
+        step_arguments=None,
+        generator=None,
+        conditioning=0.0,
     ):
         self.prompts.append(prompt)
+        condition = conditioning * torch.randn(SHAPE, generator=generator)
+        self.draws.append(condition)
         shifting = {} if mu is None else {"mu": mu}
         timesteps, _ = retrieve_timesteps(self.scheduler, num_inference_steps, "cpu", timesteps, sigmas, **shifting)
-        latents = torch.randn(images, *SHAPE, dtype=self.unet.dtype)
+        latents = start_scale * torch.randn(images, *SHAPE, dtype=self.unet.dtype)
         if hasattr(self.scheduler, "init_noise_sigma"):
             latents = latents * self.scheduler.init_noise_sigma
         for i, t in enumerate(timesteps):
             scaled = latents
             if "scale_model_input" in dir(self.scheduler):
                 scaled = self.scheduler.scale_model_input(latents, t)
-            output = self.unet(scaled, t.expand(images), return_dict=False)[0]
+            output = self.unet(scaled, t.expand(images), return_dict=False)[0] + condition
             if on_step is not None:
                 output = on_step(i, output)
             for _ in range(repeat_steps):
-                latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+                latents = self.scheduler.step(output, t, latents, **(step_arguments or {}), return_dict=False)[0]
             if change_latents is not None:
                 latents = change_latents(latents)
         return latents
@@ -280,13 +304,13 @@ def controlled(scheduler):
     return pipe, call, {"output_type": "np"}
 
 
-def wan(scheduler):
+def wan(scheduler, in_channels=16):
     """A video pipeline, which calls its network twice a step for guidance."""
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=16,
+        in_channels=in_channels,
         out_channels=16,
         text_dim=16,
         freq_dim=32,
@@ -309,3 +333,108 @@ def wan(scheduler):
         "guidance_scale": 3.0,
     }
     return pipe, call, {"output_type": "latent"}
+
+
+def wan_from_image(scheduler, **config):
+    """The same from an image: beside the latents (36 channels), or in place of their first frame (16)."""
+    channels = 16 if config.get("expand_timesteps") else 36
+    pipe, call, ending = wan(scheduler, channels)
+    made = WanImageToVideoPipeline(None, None, pipe.vae, scheduler, transformer=pipe.transformer, **config)
+    return made, {**call, "image": torch.rand(1, 3, 16, 16)}, ending
+
+
+def cogvideox(scheduler):
+    """A video pipeline whose guidance can change with the step and their number (``use_dynamic_cfg``)."""
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=16,
+        num_layers=1,
+        sample_width=2,
+        sample_height=2,
+        sample_frames=9,
+        max_text_seq_length=16,
+    )
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    pipe = CogVideoXPipeline(None, None, vae, transformer, scheduler)
+    embeddings = {"prompt_embeds": torch.randn(1, 16, 16), "negative_prompt_embeds": torch.randn(1, 16, 16)}
+    return pipe, {**embeddings, "height": 16, "width": 16, "num_frames": 8}, {"output_type": "latent"}
+
+
+def ltx_conditioned(scheduler):
+    """A video pipeline that gives ``step`` a timestep for each token, and the negative of its output."""
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=16,
+    )
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+        patch_size=1,
+    )
+    pipe = LTXConditionPipeline(scheduler, vae, None, None, transformer)
+    call = {"prompt_embeds": torch.randn(1, 4, 16), "prompt_attention_mask": torch.ones(1, 4), "guidance_scale": 1.0}
+    return pipe, {**call, "height": 64, "width": 64, "num_frames": 9}, {"output_type": "latent"}
+
+
+def dit(scheduler):
+    """A class-conditional pipeline, which with guidance doubles its latents by a copy."""
+    transformer = DiTTransformer2DModel(
+        sample_size=8,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+    )
+    pipe = DiTPipeline(transformer.eval(), small_vae(), scheduler)
+    return pipe, {"class_labels": [3, 7]}, {"output_type": "np"}
+
+
+def latent_consistency():
+    """A pipeline that takes two values from ``step``."""
+    pipe = LatentConsistencyModelPipeline(
+        vae=small_vae(),
+        text_encoder=None,
+        tokenizer=None,
+        unet=small_conditional_unet(time_cond_proj_dim=8),
+        scheduler=LCMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return pipe, {"prompt_embeds": torch.randn(1, 4, 16)}, {"output_type": "np"}
+
+
+def inpainting(scheduler, channels=9):
+    """Stable Diffusion XL that is given the mask (9 channels), or not (4)."""
+    pipe, call, ending = stable_diffusion_xl(scheduler)
+    pipe.unet.conv_in = torch.nn.Conv2d(channels, 8, 3, padding=1)
+    pipe.unet.register_to_config(in_channels=channels)
+    made = StableDiffusionXLInpaintPipeline(
+        pipe.vae, None, None, None, None, pipe.unet, scheduler, add_watermarker=False
+    )
+    mask = torch.ones(1, 1, 16, 16)
+    mask[:, :, :4, :4] = 0
+    return made, {**call, "image": torch.rand(1, 3, 16, 16), "mask_image": mask, "height": 16, "width": 16}, ending

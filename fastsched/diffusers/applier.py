@@ -14,13 +14,13 @@ from fastsched.diffusers.exporter import (
     NOTHING,
     Export,
     Setter,
-    change_to,
     check_range,
     given_arguments,
     plain_copy,
     prove,
 )
 from fastsched.diffusers.overrides import HISTORIES, FirstOrderEnd, Override, StrideStep, Timesteps
+from fastsched.diffusers.replacement import replacement
 from fastsched.sampling.schedule import Schedule
 
 #: Classes whose step goes to ``t - train_steps // num_inference_steps`` and reads that number at every step.
@@ -73,6 +73,23 @@ def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
     """A copy of ``scheduler`` that uses ``schedule``, and what was verified; arguments and errors as in `apply`."""
     convention = describe(scheduler)
     check_range(schedule, convention, scheduler)
+    proven, reasons = _proven(schedule, scheduler, convention)
+    if not proven:
+        change = replacement(scheduler, lambda other: _proven(schedule, other, describe(other))[0])
+        raise ValueError(
+            f"{type(scheduler).__name__} cannot be made to use this schedule; {change}. " + " | ".join(reasons)
+        )
+    proof = min(proven, key=_rounding)
+    target = plain_copy(scheduler)
+    timesteps = SetTimesteps(target, schedule, proof.way)
+    timesteps.put()
+    if hasattr(target, "set_begin_index"):
+        SetBeginIndex(target, timesteps).put()
+    return target, proof
+
+
+def _proven(schedule: Schedule, scheduler: Any, convention: Convention) -> tuple[list[Export], list[str]]:
+    """What was verified of each way up to the first exact one, and the reasons of those that do not work."""
     proven: list[Export] = []
     reasons = []
     for way, make in WAYS.items():
@@ -85,18 +102,7 @@ def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
         proven.append(proof)
         if _rounding(proof) == (0.0, 0.0):
             break
-    if not proven:
-        name = "FlowMatchEulerDiscreteScheduler" if schedule.noise == "flow" else "DPMSolverMultistepScheduler"
-        raise ValueError(
-            f"{type(scheduler).__name__} cannot be made to use this schedule; {change_to(name)}. " + " | ".join(reasons)
-        )
-    proof = min(proven, key=_rounding)
-    target = plain_copy(scheduler)
-    timesteps = SetTimesteps(target, schedule, proof.way)
-    timesteps.put()
-    if hasattr(target, "set_begin_index"):
-        SetBeginIndex(target, timesteps).put()
-    return target, proof
+    return proven, reasons
 
 
 def _rounding(proof: Export) -> tuple[float, float]:

@@ -238,8 +238,9 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             ValueError: Always.
         """
         raise ValueError(
-            "the pipeline adds noise to an image; a measurement starts from pure noise: pass strength=1.0 if the "
-            "pipeline then starts from noise alone, or measure the text-to-image pipeline of the same model"
+            "the pipeline adds noise to an image, at the start (strength below 1) or at every step (inpainting with a "
+            "network that does not take the mask); a measurement starts from pure noise, so measure the text-to-image "
+            "pipeline of the same model"
         )
 
     scale_noise = add_noise
@@ -368,8 +369,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     def _check_seen(self, seen: Step, output: Tensor, sample: Tensor) -> None:
         """Compare the networks' calls with those of earlier steps, and their input with the latents."""
         n = len(self._levels)
-        on_path, last = self._index <= n, self._index == len(self.timesteps) - 1
-        level = self._repeated if last else [0, *self._queries][self._index]
+        level = [0, *self._queries, self._repeated][self._index]
         wrong = self._consistency.check(self._index, level, seen, output)
         if wrong is not None:
             raise ValueError(f"{wrong}; {UNALIKE}")

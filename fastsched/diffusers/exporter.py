@@ -21,6 +21,7 @@ from torch import Tensor
 from fastsched.denoisers.noise import FlowMatching, VariancePreserving
 from fastsched.diffusers.conventions import Convention, describe, visited
 from fastsched.diffusers.probe import rounding, scales, trace
+from fastsched.diffusers.replacement import replacement
 from fastsched.sampling.schedule import Schedule
 
 #: Largest relative error of a sigma that counts as exact.
@@ -78,22 +79,27 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
     check_range(schedule, convention, scheduler)
     _check_mu(mu, scheduler)
     try:
-        arguments = given_arguments(schedule, scheduler, convention, mu)
-        shifting = {"mu": mu} if _config(scheduler, "use_dynamic_shifting") else {}
-
-        def setter(target: Any) -> None:
-            target.set_timesteps(**arguments, **shifting)
-
-        proof = prove(schedule, scheduler, convention, setter, "arguments", arguments)
+        proof = _proven(schedule, scheduler, mu)
     except ValueError as error:
-        raise ValueError(f"{error}. {_alternative(convention)}") from None
+        raise ValueError(f"{error}. {_alternative(schedule, scheduler, mu)}") from None
     if not proof.exact:
         warnings.warn(
             f"{type(scheduler).__name__} takes integer timesteps, so the schedule is rounded, by up to "
-            f"{proof.error:.1%} in sigma. {_alternative(convention)}",
+            f"{proof.error:.1%} in sigma. {_alternative(schedule, scheduler, mu)}",
             stacklevel=2,
         )
     return proof
+
+
+def _proven(schedule: Schedule, scheduler: Any, mu: float | None) -> Export:
+    convention = describe(scheduler)
+    arguments = given_arguments(schedule, scheduler, convention, mu)
+    shifting = {"mu": mu} if _config(scheduler, "use_dynamic_shifting") else {}
+
+    def setter(target: Any) -> None:
+        target.set_timesteps(**arguments, **shifting)
+
+    return prove(schedule, scheduler, convention, setter, "arguments", arguments)
 
 
 def prove(
@@ -160,11 +166,16 @@ def check_range(schedule: Schedule, convention: Convention, scheduler: Any) -> N
 
     Raises:
         TypeError: If it is not a `Schedule`.
-        ValueError: If it is for another kind or range of levels.
+        ValueError: If it is for another kind or range of levels, or has weights of its own.
     """
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a fastsched.Schedule, got {type(schedule).__name__}")
     process, name = convention.process, type(scheduler).__name__
+    if schedule.weights is not None:
+        raise ValueError(
+            f"schedule must be for a stock solver, because {name} cannot use the weights of the fitted one; select or "
+            "fit one for the scheduler's own solver"
+        )
     if (schedule.noise == "flow") != isinstance(process, FlowMatching):
         raise ValueError(
             f"schedule must be for a {process.kind!r} noise process, as {name} is, got one for a {schedule.noise!r} "
@@ -192,15 +203,10 @@ def _check_mu(mu: float | None, scheduler: Any) -> None:
         raise ValueError(f"mu must be None because {name} does not shift by resolution, got {mu!r}")
 
 
-def _alternative(convention: Convention) -> str:
+def _alternative(schedule: Schedule, scheduler: Any, mu: float | None) -> str:
     """What to do if no arguments make a scheduler use the schedule."""
-    better = {"vp": "EulerDiscreteScheduler", "flow": "FlowMatchEulerDiscreteScheduler", "ve": "EDMEulerScheduler"}
-    return f"Try fastsched.diffusers.apply(schedule, pipe), or {change_to(better[convention.process.kind])}"
-
-
-def change_to(name: str) -> str:
-    """The instruction to give a pipeline a scheduler of the class ``name``."""
-    return f"change the scheduler: pipe.scheduler = {name}.from_config(pipe.scheduler.config)"
+    change = replacement(scheduler, lambda other: _proven(schedule, other, mu).exact)
+    return f"Try fastsched.diffusers.apply(schedule, pipe), or {change}"
 
 
 def given_arguments(schedule: Schedule, scheduler: Any, convention: Convention, mu: float | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,10 +13,14 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.diffusers.applier import applied
+from fastsched.diffusers.calibration import UNALIKE
 from fastsched.diffusers.conventions import describe, solver_of
-from fastsched.diffusers.exporter import declared_sigmas, plain_copy
+from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
 from fastsched.diffusers.pipeline_measurement import call, check_call, measure, prompt_of, scheduler_replaced
 from fastsched.diffusers.probe import scales
+from fastsched.diffusers.replacement import replacement
+from fastsched.diffusers.step_checks import doubled
+from fastsched.diffusers.watching import Consistency, PipelineWatch, check_caches, watched
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.loop import MODEL_CALLS, fit_by_running
 from fastsched.fitting.rollouts import Evaluations, Rollout
@@ -32,7 +37,7 @@ def fit(
     *,
     solver: str | None = None,
     stats: PathStatistics | None = None,
-    levels: int = 48,
+    levels: int | Tensor = 48,
     samples: int = 4,
     prompts: str | Sequence[str] | None = None,
     seed: int = 0,
@@ -42,92 +47,84 @@ def fit(
 ) -> Schedule:
     """The schedule of ``steps`` steps for a pipeline as it stands: its scheduler's solver, guidance, adapters.
 
-    Measures the pipeline (`measure`), and holds an audition of the most promising schedules (`fastsched.audition`) and
-    the pipeline's own: each samples ``steps`` steps through the pipeline from the noises of the measured paths, and the
-    one that ends nearest to the paths' ends wins, by the geometric mean over samples of ``||x0 - x0_path||^2``. The
-    rest of the budget goes to tuning: more schedules near the best two, run likewise (`fastsched.tune`).
-
-    Cost, counted per sample: ``2 levels`` calls a sample to measure, 384 with the defaults, and at most ``model_calls``
-    later, in runs of ``steps + 1`` calls a sample (``2 steps`` with two-stage solvers): 740 serve 20 schedules of 8
-    steps, 4 of them in the audition.
+    Measures the pipeline (`measure`), runs the most promising schedules and the scheduler's own through it from the
+    noise of the measured paths, and tunes the best (`fastsched.fit`), by the squared distance to the paths' ends.
 
     Args:
         pipe: A pipeline whose scheduler can be given schedules (docs/schedulers.md).
         steps: Steps, of which the last ends at sigma 0.
         solver: The solver to choose for; that of the pipeline's scheduler when None.
-        stats: An earlier measurement of this pipeline with the same ``seed``, ``prompts`` and arguments. If its
-            increments were not kept (`measure`; a file holds none), there is no tuning: only a whole new measurement
-            would bring them.
+        stats: An earlier measurement of this pipeline with the same ``seed``, ``prompts`` and arguments. Without its
+            increments (`measure`; a file holds none) there is no tuning.
         levels: As in `measure`.
         samples: As in `measure`.
         prompts: As in `measure`.
         seed: As in `measure`.
-        audition: Whether to hold the audition, and tune. Without it the selection under the default weight is returned.
-        model_calls: The most to spend on audition and tuning, counted per sample. Where it does not suffice for one run
-            of all samples, the schedule is the selection, as without an audition.
-        **call_kwargs: What the pipeline is called with.
+        audition: Whether to run candidates and tune; if not, the result is that of `fastsched.optimal_schedule`.
+        model_calls: The most to spend on candidates and tuning, counted per sample; a run takes ``steps + 1`` calls a
+            sample (``2 steps`` with two-stage solvers). If too few for one run of all samples, as ``audition=False``.
+        **call_kwargs: Arguments of the pipeline's call.
 
     Returns:
-        The schedule with its measured error, and its predicted one if it was not tuned. `fastsched.diffusers.apply`
-        puts it to use; the pipeline itself is left as it was.
+        The schedule with its measured error, for `fastsched.diffusers.apply`; the pipeline itself is not changed.
 
     Raises:
-        TypeError: If an argument is of another kind.
-        ValueError: If an argument is out of range, the scheduler cannot be given schedules or is none of fastsched's
-            solvers (name one by ``solver``), or adds noise of its own and so cannot audition; or no candidate's samples
-            are finite.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range; if the scheduler cannot be given schedules, is none of fastsched's
+            solvers (name one by ``solver``) or adds noise; or if no candidate's samples are finite.
     """
     check_call(pipe, prompts, call_kwargs)
     if stats is not None and not isinstance(stats, PathStatistics):
         raise TypeError(f"stats must be PathStatistics, as fastsched.diffusers.measure returns, got {stats!r}")
     steps = validate.positive_int("steps", steps)
-    budget = validate.positive_int("model_calls", model_calls, minimum=0)
-    name = get_solver(solver).name if solver is not None else solver_of(pipe.scheduler, steps)
-    if name is None:
-        raise ValueError(
-            f"{type(pipe.scheduler).__name__}, as it is set, is none of fastsched's solvers, so solver must name the "
-            "nearest one to choose for (docs/schedulers.md): 'ddim' for first-order ones, 'dpmpp_3m', ..."
-        )
-    check_scheduler(pipe.scheduler, steps, name, audition=audition)
+    budget = validate.positive_int("model_calls", model_calls, minimum=0) if audition else 0
+    name = checked_solver(pipe.scheduler, steps, solver, audition=audition)
     if audition and call_kwargs.get("eta"):
-        raise ValueError(f"eta must be 0 in an audition, for it adds noise, got {call_kwargs['eta']!r}")
+        raise ValueError(f"eta must be 0 with audition=True, because it adds noise, got {call_kwargs['eta']!r}")
+    check_caches(pipe)
     if stats is None:
         stats = measure(
-            pipe,
-            levels=levels,
-            samples=samples,
-            prompts=prompts,
-            seed=seed,
-            keep_increments=audition,
-            **call_kwargs,
+            pipe, levels=levels, samples=samples, prompts=prompts, seed=seed, keep_increments=audition, **call_kwargs
         )
     applied(optimal_schedule(stats, steps, name), pipe.scheduler)  # raises before a call is spent
-    calls = get_solver(name).model_calls(steps) + 1  # one more step starts from the noises of the measured paths
-    return fit_by_running(
-        PipelineRunner(pipe, stats, prompts, call_kwargs),
-        stats,
-        steps,
-        name,
-        candidates(stats, steps, name, pipe.scheduler),
-        calls=calls,
-        model_calls=budget if audition else 0,
-    ).schedule
+    calls = get_solver(name).model_calls(steps) + 1  # one more step starts from the noise of the measured paths
+    run = PipelineRunner(pipe, stats, prompts, call_kwargs, calls=calls, model_calls=budget)
+    tried = candidates(stats, steps, name, pipe.scheduler)
+    return fit_by_running(run, stats, steps, name, tried, calls=calls, model_calls=budget).schedule
 
 
-def check_scheduler(scheduler: Any, steps: int, solver: str, *, audition: bool) -> None:
-    """Check on any schedule of ``steps`` steps, before a call of the network is spent, that it can be used.
+def checked_solver(scheduler: Any, steps: int, solver: str | None, *, audition: bool) -> str:
+    """The solver to choose for, after a check on any schedule of ``steps`` steps that the scheduler can be used.
 
     Raises:
-        ValueError: If the scheduler cannot be given schedules, or adds noise and so cannot hold an ``audition``.
+        ValueError: If the scheduler cannot be given schedules, adds noise and so cannot hold an ``audition``, or is
+            none of fastsched's solvers and ``solver`` names none. The message names a scheduler that would do.
     """
+    name = get_solver(solver).name if solver is not None else solver_of(scheduler, steps)
+    proof = _proof(scheduler, steps)
+    if audition and not proof.deterministic:
+        change = _change(scheduler, steps)
+        raise ValueError(
+            f"{type(scheduler).__name__} adds noise, so its samples cannot be compared with the paths' ends; "
+            f"{change}, or set audition=False" + ("" if name is not None else " and name a solver (solver='ddim')")
+        )
+    if name is None:
+        change = _change(scheduler, steps)
+        raise ValueError(
+            f"{type(scheduler).__name__}, as it is set, is none of fastsched's solvers; {change}, or name the "
+            "nearest solver to choose for (docs/schedulers.md): solver='ddim' for first-order ones, 'dpmpp_3m', ..."
+        )
+    return name
+
+
+def _change(scheduler: Any, steps: int) -> str:
+    return replacement(scheduler, lambda other: _proof(other, steps).deterministic)
+
+
+def _proof(scheduler: Any, steps: int) -> Export:
     process = describe(scheduler).process
     levels = process.levels(max(steps, 3))[:steps]
-    _, proof = applied(Schedule.from_levels(process, torch.cat([levels, levels.new_zeros(1)]), solver), scheduler)
-    if audition and not proof.deterministic:
-        raise ValueError(
-            f"{type(scheduler).__name__} adds noise of its own, so its samples cannot be held against the paths' "
-            "ends; set audition=False, or fit with a deterministic scheduler of the same model"
-        )
+    return applied(Schedule.from_levels(process, torch.cat([levels, levels.new_zeros(1)]), "ddim"), scheduler)[1]
 
 
 def candidates(stats: PathStatistics, steps: int, solver: str, scheduler: Any) -> Iterator[tuple[str, Schedule]]:
@@ -155,14 +152,26 @@ class PipelineRunner:
     """
 
     def __init__(
-        self, pipe: Any, stats: PathStatistics, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any]
+        self,
+        pipe: Any,
+        stats: PathStatistics,
+        prompts: str | Sequence[str] | None,
+        call_kwargs: dict[str, Any],
+        *,
+        calls: int = 1,
+        model_calls: float = math.inf,
     ) -> None:
         self.pipe, self.stats, self.prompts, self.call_kwargs = pipe, stats, prompts, call_kwargs
+        self.calls, self.left = calls, model_calls
+        self._batch = 1
         # A call makes a whole batch: what one round did not need is there for the next.
         self._rollouts: dict[int, tuple[Schedule, list[Rollout]]] = {}
 
     def __call__(self, schedule: Schedule, first: int, last: int) -> Rollout | None:
-        """Samples ``first .. last - 1`` under a schedule, float32 on the CPU; None if it cannot be run.
+        """Samples ``first .. last - 1`` under a schedule, float32 on the CPU.
+
+        None if they are not finite, the scheduler cannot use the schedule, or too few model calls are left: a call of
+        the pipeline makes a whole batch, whatever is asked for.
 
         Raises:
             ValueError: If the pipeline's samples have another shape than those of the measurement.
@@ -171,16 +180,22 @@ class PipelineRunner:
             return None
         _, parts = self._rollouts.setdefault(id(schedule), (schedule, []))
         while (done := sum(len(part.ends) for part in parts)) < last:
+            if self.calls * self._batch > self.left:
+                return None
             parts.append(self._one_call(schedule, done, len(parts)))
-        whole = Rollout.joined(parts).samples(first, last)
-        return whole if bool(whole.ends.isfinite().all()) else None
+        if last == self.stats.samples:
+            del self._rollouts[id(schedule)]
+        found = Rollout.joined(parts).samples(first, last)
+        return found if bool(found.ends.isfinite().all()) else None
 
     def _one_call(self, schedule: Schedule, done: int, turn: int) -> Rollout:
         scheduler, _ = applied(schedule, self.pipe.scheduler)
-        run = StartFromNoise(scheduler, self.stats.seeds[done:], schedule)
-        with scheduler_replaced(self.pipe, scheduler):
+        with watched(self.pipe) as watch, scheduler_replaced(self.pipe, scheduler):
+            run = StartFromNoise(scheduler, self.stats.seeds[done:], schedule, watch)
             call(self.pipe, schedule.steps, prompt_of(self.prompts, turn), self.call_kwargs)
         ends = run.end.float().cpu()
+        self._batch = len(ends)
+        self.left -= self.calls * self._batch
         if ends.shape[1:] != self.stats.ends.shape[1:]:
             raise ValueError(
                 f"stats are of samples {list(self.stats.ends.shape[1:])} and the pipeline's are "
@@ -190,49 +205,72 @@ class PipelineRunner:
 
 
 class StartFromNoise:
-    """Makes a scheduler (a copy) begin at given noises, and records its steps.
+    """Makes a scheduler (a copy) begin at given noise, and records its steps.
 
     A pipeline draws its own first latents and calls its network on them before the scheduler sees anything. So the
-    timesteps begin with the first one twice: the first step returns the noises, and the scheduler starts again.
+    timesteps begin with the first one twice: the first step returns the noise, and the scheduler starts again. What
+    the networks are given is compared between steps, as in a measurement, for statistics may come from an earlier one.
 
     Attributes:
         end: The last state, once the pipeline has run.
     """
 
-    def __init__(self, scheduler: Any, seeds: Tensor, schedule: Schedule) -> None:
+    def __init__(self, scheduler: Any, seeds: Tensor, schedule: Schedule, watch: PipelineWatch) -> None:
         self.scheduler, self.seeds = scheduler, seeds
+        self._watch, self._consistency, self._index = watch, Consistency(), 0
         self.convention = describe(scheduler)
         self.scale = scales(self.convention, self.convention.process.level(schedule.sigmas[:1]))[1].float()
         self.end = torch.empty(0)
+        self._copies, self._start = 1, torch.empty(0)
         self._calls: list[tuple[float, Tensor, Tensor]] = []  # s, y, D
-        self._set_timesteps, self._step = scheduler.set_timesteps, scheduler.step
+        self._set_timesteps = scheduler.set_timesteps
         scheduler.set_timesteps = _with_signature(self._prepare, self._set_timesteps)
 
     def evaluations(self) -> Evaluations:
         """What the network was asked and answered, in order."""
         return Evaluations.of(self._calls)
 
+    def _check(self, output: Tensor) -> None:
+        # Every step is at a level of its own.
+        wrong = self._consistency.check(self._index, self._index + 1, self._watch.take(), output)
+        self._index += 1
+        if wrong is not None:
+            raise ValueError(f"{wrong}; {UNALIKE}")
+
     def _prepare(self, *args: Any, **kwargs: Any) -> None:
         self._arguments = args, kwargs
-        self._set_timesteps(*args, **kwargs)
+        self._set(self._first_step)
         self.scheduler.timesteps = torch.cat([self.scheduler.timesteps[:1], self.scheduler.timesteps])
-        self.scheduler.step = _with_signature(self._first_step, self._step)
+
+    def _set(self, step: Callable[..., Any]) -> None:
+        args, kwargs = self._arguments
+        self.scheduler.__dict__.pop("step", None)
+        self._set_timesteps(*args, **kwargs)
+        self._step = self.scheduler.step  # which an applied schedule may have replaced
+        self.scheduler.step = _with_signature(step, self._step)
 
     def _first_step(self, output: Tensor, timestep: Any, sample: Tensor, *_: Any, **options: Any) -> Any:
-        args, kwargs = self._arguments
-        self._set_timesteps(*args, **kwargs)  # as if this step had not been
-        self.scheduler.step = _with_signature(self._later_step, self._step)
-        start = (self.scale * noise_of(self.seeds[: len(sample)], sample.shape[1:])).to(sample)
-        return SchedulerOutput(prev_sample=start) if options.get("return_dict", True) else (start,)
+        self._check(output)
+        self._set(self._later_step)  # as if this step had not been
+        # The batch may be larger than what is left to run, and a doubled one is so; then seeds repeat.
+        seeds = self.seeds[torch.arange(len(sample)) % len(self.seeds)]
+        self._start = (self.scale * noise_of(seeds, sample.shape[1:])).to(sample)
+        given = self._start.clone()
+        return SchedulerOutput(prev_sample=given) if options.get("return_dict", True) else (given,)
 
     def _later_step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = self._step(output, timestep, sample, *args, **kwargs)
+        self._check(output)
+        if not self._calls and doubled(sample, self._start):
+            self._copies = 2  # guided DiT: the second half of the batch has become a copy of the first
+        kept = sample.chunk(self._copies)[0]
         s = self.convention.levels(torch.as_tensor(timestep).detach().cpu().double().flatten()[:1])
         sigma, (a, c) = self.convention.process.sigma(s), self.convention.denoiser.coefficients(s)
-        y = sample.float() / float(scales(self.convention, s)[1])
-        raw = self.convention.raw_output(output, sample.shape[1]).float()
+        y = kept.float() / float(scales(self.convention, s)[1])
+        raw = self.convention.raw_output(output, sample.shape[1]).chunk(self._copies)[0].float()
         self._calls.append((float(s), y.cpu(), (float(a * sigma) * y + float(c) * raw).cpu()))
-        self.end = result[0] if isinstance(result, tuple) else result.prev_sample
+        result = self._step(output, timestep, sample, *args, **kwargs)
+        end = result[0] if isinstance(result, tuple) else result.prev_sample
+        self.end = end.chunk(self._copies)[0]
         return result
 
 

@@ -77,22 +77,24 @@ def measure(
     turns = 1 if prompts is None or isinstance(prompts, str) else len(prompts)
     parts: list[PathStatistics] = []
     while sum(part.samples for part in parts) < samples or len(parts) < turns:
-        before = sum(part.samples for part in parts)
-        with watched(pipe) as watch:
-            calibration = CalibrationScheduler.from_scheduler(
-                pipe.scheduler,
-                seed=seed,
-                samples_before=before,
-                keep_increments=keep_increments,
-                levels=levels if isinstance(levels, Tensor) else None,
-                watch=watch,
-                own_noise=call_kwargs.get("latents") is None,
-            )
-            steps = calibration_steps(len(levels) if isinstance(levels, Tensor) else levels)
-            with scheduler_replaced(pipe, calibration):
-                call(pipe, steps, prompt_of(prompts, len(parts)), call_kwargs)
-        parts.append(calibration.statistics)
+        settings = {"seed": seed, "samples_before": sum(part.samples for part in parts)}
+        prompt = prompt_of(prompts, len(parts))
+        parts.append(_one_call(pipe, levels, prompt, call_kwargs, keep_increments=keep_increments, **settings))
     return functools.reduce(PathStatistics.merge, parts)
+
+
+def _one_call(
+    pipe: Any, levels: int | Tensor, prompt: str | None, call_kwargs: dict[str, Any], **settings: Any
+) -> PathStatistics:
+    count, given = (len(levels), levels) if isinstance(levels, Tensor) else (levels, None)
+    with watched(pipe) as watch:
+        own_noise = call_kwargs.get("latents") is None
+        calibration = CalibrationScheduler.from_scheduler(
+            pipe.scheduler, levels=given, watch=watch, own_noise=own_noise, **settings
+        )
+        with scheduler_replaced(pipe, calibration):
+            call(pipe, calibration_steps(count), prompt, call_kwargs)
+    return calibration.statistics
 
 
 @contextlib.contextmanager

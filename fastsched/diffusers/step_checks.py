@@ -8,6 +8,7 @@ from inspect import Parameter
 from typing import Any
 
 import torch
+from scipy.special import gammainccinv, gammaincinv
 from torch import Tensor
 
 #: What to do about a pipeline whose loop cannot be measured.
@@ -54,10 +55,12 @@ def check_first_latents(sample: Tensor) -> None:
     """Check that a pipeline starts from standard normal noise times ``init_noise_sigma``, which is 1 here.
 
     Raises:
-        ValueError: If the root mean square differs by more than a third and four standard errors, ``1 / sqrt(2 n)``.
+        ValueError: If the root mean square of the n elements is a third beyond what it is once in 10^9 draws, by the
+            chi-square distribution of ``sum x^2``.
     """
-    size = float(sample.float().square().mean().sqrt())
-    if abs(math.log(max(size, 1e-30))) > 0.3 + 4 / math.sqrt(2 * sample.numel()):
+    size, half = float(sample.float().square().mean().sqrt()), sample.numel() / 2
+    low, high = (math.sqrt(float(edge(half, 1e-9)) / half) for edge in (gammaincinv, gammainccinv))
+    if not low / 1.33 < size < high * 1.33:
         raise ValueError(
             f"the pipeline's first latents have size {size:.3g} (root mean square) where those of this scheduler's "
             f"noise process have 1: the pipeline uses another noise process than its scheduler, {INSTEAD}"

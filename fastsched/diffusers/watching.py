@@ -6,7 +6,8 @@ scheduler sees only the result of a step, so this module looks at the networks' 
 
 * what does not depend on the latents (equal at the first two steps, whose latents are unrelated) may depend on the
   level alone, so it must be equal at two visits of a level;
-* numbers and flags, as ``conditioning_scale`` or ``_guidance_scale``, must be equal at every step;
+* numbers and flags, as ``conditioning_scale`` or ``_guidance_scale``, and tensors that are equal at the first two
+  levels, as embeddings, must be equal at every step;
 * the pipeline's output, where it is a linear combination of the networks' outputs (guidance), must have equal
   coefficients at two visits of a level.
 """
@@ -23,14 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsched.diffusers.formula import Formula, part_like
+
 #: Names of numbers that follow the level or the step, and so differ between steps in every pipeline.
-PROGRESS = ("time", "step", "sigma", "index", "progress")
-
-#: Relative change of guidance coefficients that counts as another formula.
-SAME_FORMULA = 0.1
-
-#: Largest relative residual of an output that counts as a linear combination of the networks' outputs.
-LINEAR = 0.02
+PROGRESS = ("time", "step", "sigma", "index", "progress", "temb")
 
 #: A step that runs fewer of a network's layers than this fraction of another step's reuses earlier results.
 FEWER_LAYERS = 0.8
@@ -154,8 +151,9 @@ class Consistency:
 
     def __init__(self) -> None:
         self._steps: dict[int, Step] = {}
-        self._visits: dict[int, tuple[int, Step, Tensor | None]] = {}
+        self._visits: dict[int, tuple[int, Step, Formula | None]] = {}
         self._fixed: set[str] = set()
+        self._constant: set[str] = set()
         self._layers: dict[tuple[str, int], tuple[int, int]] = {}
 
     def check(self, index: int, level: int, step: Step, output: Tensor) -> str | None:
@@ -163,7 +161,7 @@ class Consistency:
 
         ``output`` [B, *shape] is what the scheduler was given.
         """
-        coefficients = _coefficients(step.outputs, output)
+        formula = Formula.of(step.outputs, output)
         step = Step(step.calls, step.facts, step.layers)  # without the tensors
         self._steps[index] = step
         if index == 0:
@@ -171,36 +169,41 @@ class Consistency:
         if index == 1:
             before = self._steps[0].facts
             self._fixed = {name for name, fact in step.facts.items() if name in before and before[name] == fact}
-        changed = self._changed_number(step) or self._skipped_layers(step)
+        if index == 2:
+            first = self._steps[1].facts
+            self._constant = {
+                name for name in self._fixed if _is_number(first[name]) or step.facts.get(name) == first[name]
+            }
+        changed = self._changed_constant(step) or self._skipped_layers(step)
         if changed is not None:
             return f"at step {index}, {changed}"
         if level in self._visits:
             earlier, other, known = self._visits[level]
-            changed = self._differs(other, step) or _other_formula(known, coefficients)
+            changed = self._differs(other, step) or _other_formula(known, formula)
             if changed is not None:
                 return f"at step {index}, {changed} than at step {earlier}, at the same timestep"
         elif index == 2 and 0 in self._visits:  # the first level is visited once, so it is compared with the next
             earlier, other, known = self._visits[0]
             if other.calls.keys() == step.calls.keys() and (other.calls != step.calls):
                 return f"at step {index}, the networks were called {dict(step.calls)} times, not {dict(other.calls)}"
-            changed = _other_formula(known, coefficients)
+            changed = _other_formula(known, formula)
             if changed is not None:
                 return f"at step {index}, {changed} than at step {earlier}"
-        self._visits.setdefault(level, (index, step, coefficients))
+        self._visits.setdefault(level, (index, step, formula))
         return None
 
-    def _changed_number(self, step: Step) -> str | None:
+    def _changed_constant(self, step: Step) -> str | None:
         first = self._steps[1]
-        for name in sorted(self._fixed):
-            value = first.facts[name]
-            is_number = value is None or isinstance(value, (bool, int, float, str))
-            if not is_number or any(word in name.lower().rsplit(".", 1)[-1] for word in PROGRESS):
+        for name in sorted(self._constant):
+            module, _, argument = name.partition("#")
+            if any(word in name.lower().rsplit(".", 1)[-1] for word in PROGRESS):
                 continue
-            if not name.startswith("pipe.") and step.calls[name.split("#")[0]] <= int(name.split("#")[1].split(".")[0]):
+            if argument and step.calls[module] <= int(argument.split(".")[0]):
                 continue  # this network was not called at this step
-            given = step.facts.get(name, "nothing")
-            if given != value:
-                return f"{name.replace('#0', '')} was {given!r} instead of {value!r}"
+            value, given = first.facts[name], step.facts.get(name)
+            if name not in step.facts or given != value:
+                detail = f": {given!r} instead of {value!r}" if _is_number(value) and _is_number(given) else ""
+                return f"{name.replace('#0', '')} was different from that at the first step{detail}"
         return None
 
     def _differs(self, other: Step, step: Step) -> str | None:
@@ -229,7 +232,7 @@ def overwritten(step: Step, latents: Tensor) -> int:
     """
     found = None
     for given in step.inputs:
-        part = _part_like(given, latents)
+        part = part_like(given, latents)
         if part is None:
             continue
         reference = latents.float()
@@ -239,48 +242,20 @@ def overwritten(step: Step, latents: Tensor) -> int:
     return 0 if found is None or found > 0.99 * latents.numel() else found
 
 
-def _part_like(given: Tensor, latents: Tensor) -> Tensor | None:
-    """The part of a network's input where latents would be; None if the shapes do not fit."""
-    if not given.is_floating_point() or given.ndim != latents.ndim or len(given) % len(latents):
+def _other_formula(known: Formula | None, found: Formula | None) -> str | None:
+    if known is None or found is None or not found.contradicts(known):
         return None
-    larger = [d for d in range(1, latents.ndim) if given.shape[d] != latents.shape[d]]
-    if len(larger) > 1 or any(given.shape[d] < latents.shape[d] for d in larger):
-        return None
-    part = given[: len(latents)]
-    return part.narrow(larger[0], 0, latents.shape[larger[0]]) if larger else part
-
-
-def _coefficients(outputs: list[Tensor], output: Tensor) -> Tensor | None:
-    """Least-squares coefficients of ``output`` [B, *shape] in the networks' outputs; None if it is not linear."""
-    pieces = []
-    for given in outputs:
-        part = _part_like(given, output)
-        if part is not None:
-            channels = given.narrow(1, 0, output.shape[1]) if given.shape[1] != output.shape[1] else given
-            pieces += list(channels.split(len(output)))
-    if not 0 < len(pieces) <= 4 or any(piece.shape != output.shape for piece in pieces):
-        return None
-    exact = torch.float32 if output.device.type == "mps" else torch.float64
-    columns = torch.stack([piece.flatten() for piece in pieces]).to(exact)
-    wanted = output.flatten().to(exact)
-    gram, products = (columns @ columns.T).cpu().double(), (columns @ wanted).cpu().double()
-    coefficients = torch.linalg.pinv(gram, rtol=1e-9, hermitian=True) @ products
-    residual = float((wanted - coefficients.to(columns) @ columns).norm() / wanted.norm().clamp_min(1e-30))
-    return coefficients if residual < LINEAR else None
-
-
-def _other_formula(known: Tensor | None, found: Tensor | None) -> str | None:
-    if known is None or found is None or len(known) != len(found):
-        return None
-    if float((known - found).norm()) <= SAME_FORMULA * float(torch.maximum(known.norm(), found.norm())):
-        return None
-    numbers = [", ".join(f"{value:.3g}" for value in values.tolist()) for values in (found, known)]
+    numbers = [", ".join(f"{x:.3g}" for x in formula.coefficients.tolist()) for formula in (found, known)]
     return f"the networks' outputs were combined with other coefficients ({numbers[0]} instead of {numbers[1]})"
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _facts(name: str, value: Any) -> dict[str, Any]:
     """Comparable facts about an argument: numbers as they are, tensors by shape and sums, containers by entry."""
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if _is_number(value):
         return {name: value}
     if isinstance(value, Tensor):
         numbers = value.detach().float() if not value.is_complex() else torch.view_as_real(value.detach()).float()

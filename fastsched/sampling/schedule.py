@@ -23,6 +23,9 @@ from fastsched.sampling.solvers import FITTED, STOCHASTIC_SOLVERS, get_solver, s
 FORMAT = "fastsched.schedule"
 VERSION = 2
 
+#: What ComfyUI sets the last ``alphas_cumprod`` to for models of zero terminal SNR.
+COMFYUI_LAST_ALPHA_BAR = 4.8973451890853435e-08
+
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
@@ -147,7 +150,7 @@ class Schedule:
         """The sigmas for ComfyUI: ``.text`` in plain decimals, ``.sigmas`` [steps + 1] float32.
 
         Raises:
-            ValueError: If the first sigma is infinite.
+            ValueError: If the first sigma is infinite and the noise process is not variance-preserving.
         """
         return comfyui_sigmas(self)
 
@@ -223,17 +226,20 @@ class ComfyUISigmas(NamedTuple):
 def comfyui_sigmas(schedule: Schedule) -> ComfyUISigmas:
     """``schedule`` in ComfyUI's convention: ``steps + 1`` sigmas, flow times for flow models (already shifted).
 
+    ComfyUI gives models of zero terminal SNR a finite first sigma, 4518.76, which an infinite one becomes here.
+
     The text holds plain decimals, for ComfyUI's ManualSigmas misreads exponents ("2e-3"), in as few digits as give
     the same float32 values.
 
     Raises:
-        ValueError: If the first sigma is infinite (zero terminal SNR), which ComfyUI's samplers cannot start from.
+        ValueError: If the first sigma is infinite and the noise process is not variance-preserving.
     """
     sigmas = schedule.sigmas.to(torch.float32)
+    if schedule.noise == "vp":
+        sigmas[sigmas == torch.inf] = math.sqrt(1 / COMFYUI_LAST_ALPHA_BAR - 1)
     if not bool(torch.isfinite(sigmas).all()):
         raise ValueError(
-            "sigmas start at inf (zero terminal SNR), which ComfyUI cannot hold; measure on levels that start at a "
-            "finite sigma (levels=)"
+            f"sigmas of a {schedule.noise!r} schedule must be finite in ComfyUI, got {schedule.sigmas.tolist()}"
         )
     text = ", ".join(np.format_float_positional(np.float32(value), trim="0") for value in sigmas.tolist())
     return ComfyUISigmas(text, sigmas)

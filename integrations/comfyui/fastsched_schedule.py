@@ -17,7 +17,7 @@ import stat
 import torch
 
 FORMAT = "fastsched.schedule"
-VERSION = 1
+VERSION = 2
 LARGEST_FILE = 1 << 20
 NOISES = ("ve", "vp", "flow")
 
@@ -150,6 +150,11 @@ def read_schedule(file):
     solver = entries.get("solver", "")
     if not isinstance(solver, str):
         raise ValueError(f"{file}: solver must be text, got {_brief(solver)}")
+    if entries.get("weights") is not None:
+        raise ValueError(
+            f"{file} has the weights of a fitted solver, which ComfyUI's samplers cannot use; choose a schedule for "
+            "one of them, such as dpmpp_2m"
+        )
     return _sigmas(file, entries), solver
 
 

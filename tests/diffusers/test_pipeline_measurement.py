@@ -108,13 +108,14 @@ def test_a_pipeline_is_measured_as_its_network_is(kind):
     assert measured.increments is None
     assert torch.equal(measured.s, direct.s)
     assert torch.equal(measured.seeds, direct.seeds)
-    torch.testing.assert_close(measured.phi[2:], direct.phi[2:], rtol=1e-3, atol=1e-5)  # float32 differences
-    # At level 1 the product J w, a small part of w, is that of Gaussian data.
-    torch.testing.assert_close(measured.phi[1], direct.phi[1], rtol=0.05, atol=1e-5)
+    for name in ("gram", "response_cross", "response_gram"):
+        found, wanted = getattr(measured, name), getattr(direct, name)
+        # Products of up to a thousandth of the largest come from float32 states, with timesteps in float32.
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
     assert measured.model_calls == 2 * LEVELS * SAMPLES
     for solver in ("ddim", "dpmpp_2m"):
         ours, theirs = (fs.optimal_schedule(stats, 6, solver) for stats in (measured, direct))
-        assert cells_apart(ours, theirs, direct.s) <= 1
+        assert cells_apart(ours, theirs, direct.s) == 0
 
 
 def guided_pipeline(scheduler, plain, conditional):
@@ -157,10 +158,11 @@ def test_guidance_is_part_of_what_is_measured():
 @pytest.mark.filterwarnings("ignore:the network's outputs come in bfloat16")  # one kind is at the limit, on purpose
 @pytest.mark.parametrize("kind", ["epsilon-scaled-linear", "v-cosine", "edm", "flow-static-shift"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_half_precision_gives_the_same_schedule_within_two_cells(kind, dtype):
-    # The same noises and probes in both, on one mixture. No bound holds for every model: of the schedules for these
-    # kinds on three mixtures, with four seeds and two solvers, 96 in all, 1 is farther in bfloat16 (3 cells) and
-    # none in float16; without polish 2 (up to 5 cells) and 1 (7); of 8 samples, with polish, 2 (up to 4) and 1 (3).
+def test_half_precision_gives_a_schedule_as_good(kind, dtype):
+    # From the same noise, judged by the statistics in float32. The two have several minima of nearly the same error, so
+    # the levels themselves may differ. bfloat16 rounds outputs by up to 0.4%, and epsilon's most: 27% is the worst of
+    # the 64 schedules, 17% the next kind's; 8% that of float16.
+    allowed = {torch.bfloat16: 1.3, torch.float16: 1.1}[dtype]
     name, config = KINDS[kind]
     scheduler = getattr(diffusers, name)(**config)
     for seed in range(4):
@@ -170,7 +172,8 @@ def test_half_precision_gives_the_same_schedule_within_two_cells(kind, dtype):
         )
         for solver, polish in itertools.product(("ddim", "dpmpp_2m"), (True, False)):
             schedules = [fs.optimal_schedule(stats, 6, solver, polish=polish) for stats in (wide, narrow)]
-            assert cells_apart(*schedules, wide.s) <= 2
+            exact, rounded = (fs.predict_error(wide, schedule, solver) for schedule in schedules)
+            assert rounded <= allowed * exact
 
 
 def test_samples_do_not_depend_on_the_batch_and_prompts_take_turns():
@@ -328,8 +331,8 @@ def test_image_to_image_and_foreign_schedulers_are_refused():
         calibration.add_noise(torch.zeros(1), torch.zeros(1), torch.zeros(1))
     with pytest.raises(ValueError, match="midway"):
         calibration.set_begin_index(3)
-    with pytest.raises(ValueError, match="2 \\* levels"):
-        calibration.set_timesteps(51)
+    with pytest.raises(ValueError, match="a multiple of 4, twice the number of levels"):
+        calibration.set_timesteps(50)
     with pytest.raises(ValueError, match="does not support"):
         fs.diffusers.measure(oracle_pipeline_of_unknown_kind())
     pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())

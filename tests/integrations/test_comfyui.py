@@ -50,9 +50,12 @@ def test_comfyui_text_has_no_exponents_and_reads_back_the_same():
     assert (sigmas[1:] < sigmas[:-1]).all()
 
 
-def test_comfyui_cannot_start_at_infinity():
-    with pytest.raises(ValueError, match="zero terminal SNR"):
-        fs.Schedule(torch.tensor([torch.inf, 1.0, 0.0]), "ddim", "vp").to_comfyui()
+def test_zero_terminal_snr_starts_at_comfyui_s_own_first_sigma():
+    text, sigmas = fs.Schedule(torch.tensor([torch.inf, 1.0, 0.0]), "ddim", "vp").to_comfyui()
+    assert sigmas.tolist() == pytest.approx([4518.76, 1.0, 0.0], rel=1e-6)
+    assert torch.equal(read_by_manual_sigmas(text), sigmas)
+    with pytest.raises(ValueError, match="'ve' schedule must be finite"):
+        fs.Schedule(torch.tensor([torch.inf, 1.0, 0.0]), "ddim", "ve").to_comfyui()
 
 
 @pytest.fixture
@@ -111,6 +114,7 @@ MALFORMED = {
     "negative version": (file_with(version=-3), "version -3"),
     "true version": (file_with(version=True), "version True"),
     "no version": ('{"format": "fastsched.schedule", "sigmas": [1, 0]}', "version None"),
+    "fitted": (file_with(version=2, solver="fitted", weights=[[1, 0], [0.5, 0.5]]), "weights of a fitted solver"),
     "solver a list": (file_with(solver=["ddim"]), "solver must be text"),
     "unknown noise": (file_with(noise=["ve"]), "noise must be one of"),
     "rising": (file_with(sigmas=[1.0, 2.0, 0.0]), "strictly descend"),
@@ -152,7 +156,7 @@ def test_the_node_gives_a_zero_terminal_snr_model_comfyui_s_own_first_sigma(node
     fs.Schedule(torch.tensor([torch.inf, 3.0, 1.0, 0.0]), "ddim", "vp").save(folder / "schedule.json")
     assert node.FastschedScheduleLoader.VALIDATE_INPUTS("schedule.json") is True
     sigmas, _ = node.FastschedScheduleLoader().load("schedule.json")
-    assert sigmas.tolist() == pytest.approx([4518.76, 3.0, 1.0, 0.0], rel=1e-6)
+    assert torch.equal(sigmas, fs.Schedule.load(folder / "schedule.json").to_comfyui().sigmas)
 
 
 def test_the_node_reads_only_regular_files_of_the_input_folder(node, folder, tmp_path):

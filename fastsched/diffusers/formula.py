@@ -1,0 +1,85 @@
+"""How a pipeline's output depends on its networks' outputs: which linear combination it is, if it is one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Relative change of guidance coefficients that counts as another formula.
+SAME_FORMULA = 0.1
+
+#: Largest relative residual of an output that counts as a linear combination of the networks' outputs.
+LINEAR = 0.02
+
+
+@dataclass(frozen=True)
+class Formula:
+    """How the pipeline's output depends linearly on the networks' outputs, by least squares.
+
+    Attributes:
+        coefficients: One for each output, float64 [m].
+        gram: Products of the networks' outputs, float64 [m, m].
+        products: Those with the pipeline's output, float64 [m].
+        square: The pipeline's output, squared.
+    """
+
+    coefficients: Tensor
+    gram: Tensor
+    products: Tensor
+    square: float
+
+    @classmethod
+    def of(cls, outputs: list[Tensor], output: Tensor) -> Formula | None:
+        """The formula of ``output`` [B, *shape]; None if there is none of at most 4 outputs."""
+        pieces = [piece for given in outputs for piece in _pieces(given, output)]
+        if not 0 < len(pieces) <= 4:
+            return None
+        exact = torch.float32 if output.device.type == "mps" else torch.float64
+        columns = torch.stack([*pieces, output]).flatten(1).to(exact)
+        gram = (columns @ columns.T).cpu().double()
+        coefficients = torch.linalg.pinv(gram[:-1, :-1], rtol=1e-9, hermitian=True) @ gram[:-1, -1]
+        found = cls(coefficients, gram[:-1, :-1], gram[:-1, -1], float(gram[-1, -1]))
+        return found if found.residual(coefficients) < LINEAR else None
+
+    def residual(self, coefficients: Tensor) -> float:
+        """How far the output is from the combination by ``coefficients``, relative."""
+        square = self.square - 2 * float(coefficients @ self.products) + float(coefficients @ self.gram @ coefficients)
+        return math.sqrt(max(square, 0.0) / max(self.square, 1e-30))
+
+    def contradicts(self, other: Formula) -> bool:
+        """Whether neither formula explains the other's output.
+
+        Where two outputs are nearly equal, as with and without a prompt, many coefficients explain them alike.
+        """
+        if len(self.coefficients) != len(other.coefficients):
+            return False
+        largest = torch.maximum(self.coefficients.norm(), other.coefficients.norm())
+        if float((self.coefficients - other.coefficients).norm()) <= SAME_FORMULA * float(largest):
+            return False
+        return all(
+            one.residual(two.coefficients) > max(1e-3, 10 * one.residual(one.coefficients))
+            for one, two in ((self, other), (other, self))
+        )
+
+
+def _pieces(given: Tensor, output: Tensor) -> list[Tensor]:
+    """A network's output in parts like ``output`` [B, *shape], without further channels; none if shapes do not fit."""
+    if part_like(given, output) is None:
+        return []
+    channels = given.narrow(1, 0, output.shape[1]) if given.shape[1] != output.shape[1] else given
+    pieces = list(channels.split(len(output)))
+    return pieces if all(piece.shape == output.shape for piece in pieces) else []
+
+
+def part_like(given: Tensor, latents: Tensor) -> Tensor | None:
+    """The part of a network's input where latents would be; None if the shapes do not fit."""
+    if not given.is_floating_point() or given.ndim != latents.ndim or len(given) % len(latents):
+        return None
+    larger = [d for d in range(1, latents.ndim) if given.shape[d] != latents.shape[d]]
+    if len(larger) > 1 or any(given.shape[d] < latents.shape[d] for d in larger):
+        return None
+    part = given[: len(latents)]
+    return part.narrow(larger[0], 0, latents.shape[larger[0]]) if larger else part

@@ -1,0 +1,53 @@
+"""Find a scheduler that could take the place of one that cannot use a schedule."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import diffusers
+
+from fastsched.diffusers.conventions import describe, solver_of
+
+#: Classes to try, for each kind of noise process, the best first.
+CLASSES = {
+    "vp": ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "DDIMScheduler", "CogVideoXDDIMScheduler"),
+    "flow": ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "UniPCMultistepScheduler"),
+    "ve": ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "EulerDiscreteScheduler"),
+}
+
+
+def replacement(scheduler: Any, works: Callable[[Any], object]) -> str:
+    """How to change ``scheduler`` for one of the same noise process and prediction, of which ``works`` holds.
+
+    Args:
+        scheduler: A supported scheduler.
+        works: Tells whether a scheduler would do; a ValueError counts as no.
+
+    Returns:
+        An instruction; the first class of which a run shows that it works, or the general advice if none does.
+    """
+    process, prediction = describe(scheduler).process, describe(scheduler).denoiser.prediction
+    for name in CLASSES[process.kind]:
+        with contextlib.suppress(ValueError, TypeError), _quiet():
+            other = getattr(diffusers, name).from_config(scheduler.config)
+            convention = describe(other)
+            same = convention.denoiser.prediction == prediction and convention.process.kind == process.kind
+            same = same and (convention.process.s_min, convention.process.s_max) == (process.s_min, process.s_max)
+            if same and solver_of(other) is not None and works(other):
+                return f"change the scheduler: pipe.scheduler = {name}.from_config(pipe.scheduler.config)"
+    return "change the scheduler for another one of the same model (docs/schedulers.md lists what works)"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' warnings about entries of a config that another class does not have."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
