@@ -41,9 +41,10 @@ class GramLaunch:
     programs: int = 1
 
 
-# One row a family of architectures, one entry a shape: levels at most, "+W" with sensitivity vectors. A shape may have
-# an entry of its own for a precision, or for 16-bit data. tests/test_kernel_compile.py compiles every entry for every
-# architecture that reaches it and reads registers, spills and shared memory off the result.
+# One row for each family of architectures, one entry for each shape: the largest number of levels, "+W" with
+# sensitivity vectors. A shape may have an entry of its own for a precision, or for 16-bit data.
+# tests/kernels/test_kernel_compile.py compiles every entry for every architecture that uses it, and reads registers,
+# spills and shared memory from the result.
 FAMILIES = {"sm_80": "ampere", "sm_89": "ada", "sm_90": "hopper", "sm_100": "hopper", "sm_120": "ada", "gfx942": "cdna"}
 _SMALL = GramLaunch(64, 16, 8, 2)
 _SMALLEST = GramLaunch(32, 16, 8, 2)  # fits the registers whatever is asked of it
@@ -105,19 +106,11 @@ GRAM = {
 
 @dataclass(frozen=True)
 class HutchinsonLaunch:
-    """How `hutchinson` runs over a tile of 128 x 64 elements: warps of a program, depth of its load pipeline."""
+    """How `hutchinson` runs: columns of a tile, warps of a program, depth of its load pipeline."""
 
+    columns: int = 8192
     warps: int = 4
     stages: int = 3
-
-
-@dataclass(frozen=True)
-class MinPlusLaunch:
-    """How `min_plus` cuts an edge's search: previous levels and next levels a tile, warps of a program."""
-
-    previous: int = 16
-    following: int = 32
-    warps: int = 4
 
 
 def architecture(device: torch.device) -> str:
@@ -172,13 +165,13 @@ def gram_launch(N: int, itemsize: int, arch: str, *, precision: str, aligned: bo
     return next(table[key] for key in (*special, shape) if key in table)
 
 
-def hutchinson_launch(probe: str) -> HutchinsonLaunch:
-    """Choose how `hutchinson` runs: 64 KiB of shared memory hold two float32 tiles, of one input or of two.
+def hutchinson_launch(*, shared: bool) -> HutchinsonLaunch:
+    """Choose how `hutchinson` runs: 64 KiB of shared memory hold two float32 tiles.
 
     Args:
-        probe: ``"seed"``, ``"shared"`` or ``"levels"``.
+        shared: Whether all levels have the same probe. Then both tiles are of ``JV``, else one of each input.
     """
-    return HutchinsonLaunch(stages=2 if probe == "levels" else 3)
+    return HutchinsonLaunch(stages=3 if shared else 2)
 
 
 def splits(tiles: int, samples: int, programs: int, processors: int) -> int:
