@@ -104,6 +104,9 @@ GRAM = {
 }
 
 
+PROGRAM_COST = 4  # in tiles: fill the load pipeline, write [ROWS, ROWS] sums, read them back for the total. A guess.
+
+
 @dataclass(frozen=True)
 class HutchinsonLaunch:
     """How `hutchinson` runs: columns of a tile, warps of a program, depth of its load pipeline."""
@@ -174,16 +177,26 @@ def hutchinson_launch(*, shared: bool) -> HutchinsonLaunch:
     return HutchinsonLaunch(stages=3 if shared else 2)
 
 
-def splits(tiles: int, samples: int, programs: int, processors: int) -> int:
-    """Choose the number of programs that share the columns of one sample.
+def splits(tiles: int, samples: int, slots: int) -> int:
+    """Choose the number of programs that divide the columns of one sample among them.
+
+    All programs take about as long, so they run in waves that fill the slots, and the last wave may leave most of them
+    idle. With 133 samples and 132 slots, one program per sample takes two waves, and the second has one program. More
+    and shorter programs fill the last wave better, but each also costs its start and the writing of its sums. The
+    result minimises ``waves * (tiles of a program + PROGRAM_COST)`` over the sixteen smallest numbers of waves.
 
     Args:
         tiles: Column tiles of one sample: no more programs than tiles.
-        samples: Samples, each with programs of its own.
-        programs: Programs a multiprocessor.
-        processors: Multiprocessors of the device.
+        samples: Samples, or pairs of row blocks times samples: each has programs of its own.
+        slots: Programs that the device runs at once.
     """
-    return max(1, min(tiles, programs * processors // samples))
+    fewest = -(-samples // slots)
+    choices = {max(1, min(tiles, waves * slots // samples)) for waves in range(fewest, fewest + 16)}
+
+    def duration(parts: int) -> int:
+        return -(-parts * samples // slots) * (-(-tiles // parts) + PROGRAM_COST)
+
+    return min(sorted(choices), key=duration)
 
 
 def processors(device: torch.device) -> int:
