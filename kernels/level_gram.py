@@ -36,15 +36,13 @@ def increments(p_rows, o_level, stride_level, N, o_col, m_col, now, step):
 
     Five slices of rows give four slices of differences without any exchange between threads.
     """
-    p_0 = p_rows + o_level.to(tl.int64)[:, None] * stride_level + o_col  # [M, BK]
-    p_1 = p_0 + stride_level
-    p_2 = p_1 + stride_level
-    p_3 = p_2 + stride_level
-    b_before = load_row(p_0 - stride_level, o_level - 1, N, m_col)
-    b_0 = load_row(p_0, o_level, N, m_col)
-    b_1 = load_row(p_1, o_level + 1, N, m_col)
-    b_2 = load_row(p_2, o_level + 2, N, m_col)
-    b_3 = load_row(p_3, o_level + 3, N, m_col)
+    stride_level = tl.cast(stride_level, tl.int64)  # a stride below 2^31 has multiples above it
+    p_block = p_rows + o_level[:, None] * stride_level + o_col  # [M, BK]
+    b_before = load_row(p_block - stride_level, o_level - 1, N, m_col)
+    b_0 = load_row(p_block, o_level, N, m_col)
+    b_1 = load_row(p_block + stride_level, o_level + 1, N, m_col)
+    b_2 = load_row(p_block + 2 * stride_level, o_level + 2, N, m_col)
+    b_3 = load_row(p_block + 3 * stride_level, o_level + 3, N, m_col)
     return (
         now[0] * (b_0 - b_before) + step[0] * b_before,
         now[1] * (b_1 - b_0) + step[1] * b_0,
@@ -143,10 +141,7 @@ def gram_kernel(
     """
     pair, part, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     parts = tl.num_programs(1).to(tl.int64)
-    if PAIRED:
-        left, right = tl.load(p_pairs + pair), tl.load(p_pairs + tl.num_programs(0) + pair)
-    else:
-        left, right = 0, 0
+    left, right = tl.load(p_pairs + pair), tl.load(p_pairs + tl.num_programs(0) + pair)
     o_row = tl.arange(0, ROWS)
     o_slice = tl.arange(0, ROWS // 4) * 4  # rows of the tile: slice r holds rows 4 m + r
     HEIGHT: tl.constexpr = ROWS // STACK
@@ -297,13 +292,11 @@ def constants(N: int, states: str, cross: bool, precision: str, chosen: config.G
 
 
 def block_pairs(blocks: int, cross: bool, device: torch.device | str) -> Tensor:
-    """Pairs ``(left, right)`` of row blocks, row by row, ``[2, pairs]`` int32; a single pair is left empty.
+    """Pairs ``(left, right)`` of row blocks, row by row, ``[2, pairs]`` int32.
 
     The upper triangle, or all pairs where the cross block needs both orders. Made on the device: a CUDA graph cannot
     capture a copy from pageable host memory.
     """
-    if blocks == 1:
-        return torch.empty((2, 1), dtype=torch.int32, device=device)
     if not cross:
         return torch.triu_indices(blocks, blocks, dtype=torch.int32, device=device)
     index = torch.arange(blocks**2, dtype=torch.int32, device=device)
