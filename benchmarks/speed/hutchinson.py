@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.common import append, copy_bandwidth, environment, interleaved, quantiles, table
 from fastsched.ops import hutchinson_reduce, reference
 
-KEY = ("device", "threads", "torch", "commit", "case", "variant")
+KEY = ("device", "threads", "clock", "torch", "commit", "case", "variant")
 
 
 def plain(V: Tensor, JV: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,15 +41,17 @@ def variants(JV: Tensor, compiled: bool) -> dict[str, tuple[Callable[[], tuple[T
     return found
 
 
-def compare(shape: tuple[int, int, int], dtype: torch.dtype, device: str, compiled: bool, repeats: int) -> list[dict]:
+def compare(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str, compiled: bool, repeats: int, clock: str
+) -> list[dict]:
     """Time all variants interleaved; one row per variant."""
     JV = torch.randn(shape, device=device).to(dtype)
     bandwidth = copy_bandwidth() if device == "cuda" else None
     found = variants(JV, compiled)
-    seconds = interleaved({name: call for name, (call, _, _) in found.items()}, device, repeats)
+    seconds = interleaved({name: call for name, (call, _, _) in found.items()}, device, repeats, clock=clock)
     rows = []
     for name, (call, V, nbytes) in found.items():
-        row = {"case": f"{shape} {dtype}", "variant": name, "bytes": nbytes} | quantiles(seconds[name])
+        row = {"case": f"{shape} {dtype}", "variant": name, "bytes": nbytes, "clock": clock} | quantiles(seconds[name])
         if bandwidth is not None:
             row["share_of_copy_bandwidth"] = round(nbytes / float(np.median(seconds[name])) / bandwidth, 3)
         size = JV[0].double().abs().sum(-1)  # what a sum's error is measured against
@@ -65,10 +67,14 @@ def main() -> None:
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--dry-run", action="store_true", help="print only")
+    parser.add_argument("--threads", type=int, help="of PyTorch; one is steadier on a busy machine")
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: seconds computed, not passed")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     shape = (48, 4, 1 << 22) if options.device == "cuda" else (48, 4, 1 << 16)
     for dtype in (torch.float32, torch.bfloat16):
-        rows = compare(shape, dtype, options.device, options.compiled, options.repeats)
+        rows = compare(shape, dtype, options.device, options.compiled, options.repeats, options.clock)
         print(shape, dtype, "\n" + table(rows, ("variant", "p50_ms", "share_of_copy_bandwidth", "error")), flush=True)
         if not options.dry_run:
             append("hutchinson", rows, KEY)
