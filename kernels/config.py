@@ -41,9 +41,10 @@ class GramLaunch:
     programs: int = 1
 
 
-# One row a family of architectures, one entry a shape: levels at most, "+W" with sensitivity vectors. A shape may have
-# an entry of its own for a precision, or for 16-bit data. tests/test_kernel_compile.py compiles every entry for every
-# architecture that reaches it and reads registers, spills and shared memory off the result.
+# One row for each family of architectures, one entry for each shape: the largest number of levels, "+W" with
+# sensitivity vectors. A shape may have an entry of its own for a precision, or for 16-bit data.
+# tests/kernels/test_kernel_compile.py compiles every entry for every architecture that uses it, and reads registers,
+# spills and shared memory from the result.
 FAMILIES = {"sm_80": "ampere", "sm_89": "ada", "sm_90": "hopper", "sm_100": "hopper", "sm_120": "ada", "gfx942": "cdna"}
 _SMALL = GramLaunch(64, 16, 8, 2)
 _SMALLEST = GramLaunch(32, 16, 8, 2)  # fits the registers whatever is asked of it
@@ -103,21 +104,16 @@ GRAM = {
 }
 
 
+PROGRAM_COST = 4  # in tiles: fill the load pipeline, write [ROWS, ROWS] sums, read them back for the total. A guess.
+
+
 @dataclass(frozen=True)
 class HutchinsonLaunch:
-    """How `hutchinson` runs over a tile of 128 x 64 elements: warps of a program, depth of its load pipeline."""
+    """How `hutchinson` runs: columns of a tile, warps of a program, depth of its load pipeline."""
 
+    columns: int = 8192
     warps: int = 4
     stages: int = 3
-
-
-@dataclass(frozen=True)
-class MinPlusLaunch:
-    """How `min_plus` cuts an edge's search: previous levels and next levels a tile, warps of a program."""
-
-    previous: int = 16
-    following: int = 32
-    warps: int = 4
 
 
 def architecture(device: torch.device) -> str:
@@ -172,25 +168,35 @@ def gram_launch(N: int, itemsize: int, arch: str, *, precision: str, aligned: bo
     return next(table[key] for key in (*special, shape) if key in table)
 
 
-def hutchinson_launch(probe: str) -> HutchinsonLaunch:
-    """Choose how `hutchinson` runs: 64 KiB of shared memory hold two float32 tiles, of one input or of two.
+def hutchinson_launch(*, shared: bool) -> HutchinsonLaunch:
+    """Choose how `hutchinson` runs: 64 KiB of shared memory hold two float32 tiles.
 
     Args:
-        probe: ``"seed"``, ``"shared"`` or ``"levels"``.
+        shared: Whether all levels have the same probe. Then both tiles are of ``JV``, else one of each input.
     """
-    return HutchinsonLaunch(stages=2 if probe == "levels" else 3)
+    return HutchinsonLaunch(stages=3 if shared else 2)
 
 
-def splits(tiles: int, samples: int, programs: int, processors: int) -> int:
-    """Choose the number of programs that share the columns of one sample.
+def splits(tiles: int, samples: int, slots: int) -> int:
+    """Choose the number of programs that divide the columns of one sample among them.
+
+    All programs take about as long, so they run in waves that fill the slots, and the last wave may leave most of them
+    idle. With 133 samples and 132 slots, one program per sample takes two waves, and the second has one program. More
+    and shorter programs fill the last wave better, but each also costs its start and the writing of its sums. The
+    result minimises ``waves * (tiles of a program + PROGRAM_COST)`` over the sixteen smallest numbers of waves.
 
     Args:
         tiles: Column tiles of one sample: no more programs than tiles.
-        samples: Samples, each with programs of its own.
-        programs: Programs a multiprocessor.
-        processors: Multiprocessors of the device.
+        samples: Samples, or pairs of row blocks times samples: each has programs of its own.
+        slots: Programs that the device runs at once.
     """
-    return max(1, min(tiles, programs * processors // samples))
+    fewest = -(-samples // slots)
+    choices = {max(1, min(tiles, waves * slots // samples)) for waves in range(fewest, fewest + 16)}
+
+    def duration(parts: int) -> int:
+        return -(-parts * samples // slots) * (-(-tiles // parts) + PROGRAM_COST)
+
+    return min(sorted(choices), key=duration)
 
 
 def processors(device: torch.device) -> int:

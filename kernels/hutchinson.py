@@ -9,104 +9,74 @@ from torch import Tensor
 
 from . import config
 
-BITS = 128  # signs a Philox block gives: rows of a tile
-BLOCKS = 64  # Philox blocks a tile takes: columns of a tile
-
-
-@triton.jit
-def word_signs(b_word):
-    """The 32 bits of each word as signs, [BLOCKS] uint32 -> [32, BLOCKS] float32."""
-    b_bit = (b_word[None, :] >> tl.arange(0, 32)[:, None].to(tl.uint32)) & 1
-    return (1 - 2 * b_bit.to(tl.int32)).to(tl.float32)
-
-
-@triton.jit
-def draw_signs(seed, tile, row, BLOCKS: tl.constexpr):
-    """Signs of one tile, four [32, BLOCKS]: the four words of a Philox block give 32 signs each."""
-    o_block = (tile * BLOCKS + tl.arange(0, BLOCKS)).to(tl.uint32)
-    b_zero = o_block * 0
-    w_0, w_1, w_2, w_3 = tl.philox(seed, o_block, b_zero + row.to(tl.uint32), b_zero, b_zero)
-    return word_signs(w_0), word_signs(w_1), word_signs(w_2), word_signs(w_3)
-
-
-@triton.jit
-def load_quarters(p_tile, o_quarter, left, QUARTER: tl.constexpr):
-    """A tile in float32, zero past the end of its row, four [32, BLOCKS]."""
-    b_0 = tl.load(p_tile + o_quarter, mask=o_quarter < left, other=0.0).to(tl.float32)
-    b_1 = tl.load(p_tile + o_quarter + QUARTER, mask=o_quarter < left - QUARTER, other=0.0).to(tl.float32)
-    b_2 = tl.load(p_tile + o_quarter + 2 * QUARTER, mask=o_quarter < left - 2 * QUARTER, other=0.0).to(tl.float32)
-    b_3 = tl.load(p_tile + o_quarter + 3 * QUARTER, mask=o_quarter < left - 3 * QUARTER, other=0.0).to(tl.float32)
-    return b_0, b_1, b_2, b_3
+LARGEST_GRID = 2**31 - 1  # programs along the first axis of a CUDA grid; also the largest 32-bit offset
 
 
 @triton.jit
 def hutchinson_kernel(
-    p_V, p_JV, p_sums, seed, N, samples, d, v_level, v_sample, j_level, j_sample,
-    PROBE: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    p_V, p_JV, p_sums, N, samples, d, v_level, v_sample, j_level, j_sample,
+    SHARED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of 8192 columns of one sample, at every level.
+    """One program: one tile of columns of one sample, at every level.
 
-    Grid ``(tiles * samples,)``. A probe that all levels share is loaded, or drawn, once and stays in registers. A level
-    leaves two float32 sums in ``sums[tile, 2, level, sample]``.
+    Grid ``(tiles * samples,)``. A probe that all levels share is loaded once and stays in registers. A level leaves two
+    float32 sums in ``sums[tile, 2, level, sample]``.
     """
     tile, sample = tl.program_id(0) // samples, tl.program_id(0) % samples
-    QUARTER: tl.constexpr = BITS * BLOCKS // 4
-    o_quarter = tl.arange(0, 32)[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :]  # [32, BLOCKS]
-    first = tile.to(tl.int64) * (BITS * BLOCKS)
-    left = tl.minimum(d - first, BITS * BLOCKS).to(tl.int32)
+    first = tile.to(tl.int64) * COLUMNS
+    o_col = tl.arange(0, COLUMNS)
+    m_col = o_col < tl.minimum(d - first, COLUMNS).to(tl.int32)
     p_V += sample.to(tl.int64) * v_sample + first
     p_JV += sample.to(tl.int64) * j_sample + first
     p_sums += tile.to(tl.int64) * 2 * N * samples + sample
-    if PROBE == "seed":
-        v_0, v_1, v_2, v_3 = draw_signs(seed, tile, sample, BLOCKS)
-    elif PROBE == "shared":
-        v_0, v_1, v_2, v_3 = load_quarters(p_V, o_quarter, left, QUARTER)
+    if SHARED:
+        b_v = tl.load(p_V + o_col, mask=m_col, other=0.0).to(tl.float32)  # [COLUMNS]
     for level in tl.range(N, num_stages=STAGES):
-        if PROBE == "levels":
-            v_0, v_1, v_2, v_3 = load_quarters(p_V, o_quarter, left, QUARTER)
+        if not SHARED:
+            b_v = tl.load(p_V + o_col, mask=m_col, other=0.0).to(tl.float32)
             p_V += v_level
-        j_0, j_1, j_2, j_3 = load_quarters(p_JV, o_quarter, left, QUARTER)
+        b_jv = tl.load(p_JV + o_col, mask=m_col, other=0.0).to(tl.float32)
         p_JV += j_level
-        v_jv = tl.sum((v_0 * j_0 + v_1 * j_1) + (v_2 * j_2 + v_3 * j_3))
-        jv_jv = tl.sum((j_0 * j_0 + j_1 * j_1) + (j_2 * j_2 + j_3 * j_3))
-        tl.store(p_sums + level * samples, v_jv)
-        tl.store(p_sums + (N + level) * samples, jv_jv)
+        tl.store(p_sums + level * samples, tl.sum(b_v * b_jv))
+        tl.store(p_sums + (N + level) * samples, tl.sum(b_jv * b_jv))
 
 
-def hutchinson(V: Tensor | None, seed: int, JV: Tensor) -> tuple[Tensor, Tensor]:
+def hutchinson(V: Tensor, JV: Tensor) -> tuple[Tensor, Tensor]:
     """Launch the kernel and add up its partial sums.
 
     Args:
-        V: ``[N, B, d]``, ``[B, d]``, or None for the signs of ``seed``.
-        seed: From 0 to ``2^63 - 1``.
+        V: ``[N, B, d]`` or ``[B, d]``.
         JV: ``[N, B, d]``.
 
     Returns:
         ``sum V * JV`` and ``sum JV * JV``, ``[N, B]`` float64.
     """
-    sums = launch(V, seed, JV).sum(0, dtype=torch.float64)  # one order for every run
+    sums = launch(V, JV).sum(0, dtype=torch.float64)  # one order for every run
     return sums[0].contiguous(), sums[1].clone()
 
 
-def launch(V: Tensor | None, seed: int, JV: Tensor, fill: float | None = None) -> Tensor:
-    """Run the kernel: partial sums ``[tiles, 2, N, B]``, filled with ``fill`` first (tests poison them)."""
+def launch(V: Tensor, JV: Tensor, fill: float | None = None) -> Tensor:
+    """Run the kernel: partial sums ``[tiles, 2, N, B]``, filled with ``fill`` first (tests use NaN)."""
     N, B, d = JV.shape
-    JV = JV if JV.stride(-1) == 1 else JV.contiguous()
-    probe = "seed" if V is None else "shared" if V.ndim == 2 else "levels"
-    V = JV[0] if V is None else V if V.stride(-1) == 1 else V.contiguous()
+    chosen = config.hutchinson_launch(shared=V.ndim == 2)
+    tiles = triton.cdiv(d, chosen.columns)
+    if max(tiles, 2 * N) * B > LARGEST_GRID:
+        raise ValueError(
+            f"JV must have at most {LARGEST_GRID // max(tiles, 2 * N)} samples of this size; got shape "
+            f'{tuple(JV.shape)}. Pass fewer at a time, or backend="torch"'
+        )
+    V, JV = (t if t.stride(-1) == 1 else t.contiguous() for t in (V, JV))
     v_level, v_sample = (0, V.stride(0)) if V.ndim == 2 else (V.stride(0), V.stride(1))
-    chosen = config.hutchinson_launch(probe)
-    tiles = triton.cdiv(d, BITS * BLOCKS)
     sums = torch.empty((tiles, 2, N, B), dtype=torch.float32, device=JV.device)
     if fill is not None:
         sums.fill_(fill)
     hutchinson_kernel[(tiles * B,)](
-        V, JV, sums, seed, N, B, d, v_level, v_sample, JV.stride(0), JV.stride(1),
-        **constants(probe, chosen), num_warps=chosen.warps,
+        V, JV, sums, N, B, d, v_level, v_sample, JV.stride(0), JV.stride(1),
+        **constants(V.ndim == 2, chosen), num_warps=chosen.warps,
     )  # fmt: skip
     return sums
 
 
-def constants(probe: str, chosen: config.HutchinsonLaunch) -> dict:
+def constants(shared: bool, chosen: config.HutchinsonLaunch) -> dict:
     """The kernel's compile-time arguments."""
-    return {"PROBE": probe, "BITS": BITS, "BLOCKS": BLOCKS, "STAGES": chosen.stages}
+    return {"SHARED": shared, "COLUMNS": chosen.columns, "STAGES": chosen.stages}

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from . import config
 
+LARGEST_GRID = 65535  # programs along the second or third axis of a CUDA grid
+
 
 @triton.jit
 def load_row(p_block, o_level, N, m_col):
@@ -34,7 +36,8 @@ def increments(p_rows, o_level, stride_level, N, o_col, m_col, now, step):
 
     Five slices of rows give four slices of differences without any exchange between threads.
     """
-    p_block = p_rows + o_level.to(tl.int64)[:, None] * stride_level + o_col  # [M, BK]
+    stride_level = tl.cast(stride_level, tl.int64)  # a stride below 2^31 has multiples above it
+    p_block = p_rows + o_level[:, None] * stride_level + o_col  # [M, BK]
     b_before = load_row(p_block - stride_level, o_level - 1, N, m_col)
     b_0 = load_row(p_block, o_level, N, m_col)
     b_1 = load_row(p_block + stride_level, o_level + 1, N, m_col)
@@ -131,14 +134,14 @@ def gram_kernel(
     STATES: tl.constexpr, PAIRED: tl.constexpr, CROSS: tl.constexpr, STACK: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One program: its share of the columns of one sample, for one pair of row blocks.
+    """One program: every ``parts``-th tile of columns of one sample, for one pair of row blocks.
 
     Grid ``(pairs, parts, samples)``. With ``STACK`` > 1 a tile holds that many groups of columns, each a stack of
     ``ROWS / STACK`` levels. Each program writes one tile of float32 partial sums, [ROWS, ROWS], and [ROWS] diagonals.
     """
     pair, part, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     parts = tl.num_programs(1).to(tl.int64)
-    left, right = tl.load(p_pairs + 2 * pair), tl.load(p_pairs + 2 * pair + 1)
+    left, right = tl.load(p_pairs + pair), tl.load(p_pairs + tl.num_programs(0) + pair)
     o_row = tl.arange(0, ROWS)
     o_slice = tl.arange(0, ROWS // 4) * 4  # rows of the tile: slice r holds rows 4 m + r
     HEIGHT: tl.constexpr = ROWS // STACK
@@ -201,7 +204,7 @@ def level_gram(
         R: ``[N, B, d]``.
         X: ``[N, B, d]``, ``[B, d]`` or None.
         W: ``[N, B, d]`` or None.
-        coefficients: ``[2, N]`` float64 on the host: ``a``, ``c``.
+        coefficients: ``[2, N]`` float64, on the host or on R's device: ``a``, ``c``.
         per_sample: Keep the samples apart.
         precision: ``"bf16x3"``, ``"tf32x3"`` or ``"ieee"``.
 
@@ -247,24 +250,27 @@ def launch(
         Partial sums of Gram matrix, diagonal, cross block, norms: ``[parts, G, pairs, rows, ..]``.
     """
     N, G, K = R.shape
-    if G > 65535:  # the grid's limit
-        raise ValueError(f"R must have at most 65535 samples that are kept apart or not contiguous; got {G}")
+    if G > LARGEST_GRID:
+        raise ValueError(
+            f"R must have at most {LARGEST_GRID} samples where they are kept apart or not contiguous; got {G}. "
+            'Pass fewer at a time, or backend="torch"'
+        )
     rows, cross = chosen.rows, W is not None
     states = "none" if X is None else "shared" if X.shape[0] == 1 and N > 1 else "levels"
     fixed = constants(N, states, cross, precision, chosen)
-    pairs = _pairs(-(-N // rows), cross)
+    pairs = block_pairs(triton.cdiv(N, rows), cross, R.device)
     tiles = triton.cdiv(K, chosen.columns * fixed["STACK"])
     if parts is None:
-        parts = config.splits(tiles, G * len(pairs), chosen.programs, config.processors(R.device))
-    shape = (parts, G, len(pairs), rows)
+        parts = config.splits(tiles, G * pairs.shape[1], chosen.programs * config.processors(R.device))
+    shape = (parts, G, pairs.shape[1], rows)
     sizes = [(*shape, rows), shape, (*shape, rows) if cross else (1, 1, 1, 1, 1), shape if cross else (1, 1, 1, 1)]
     outputs = [R.new_empty(size, dtype=torch.float32) for size in sizes]
     if fill is not None:
         for output in outputs:
             output.fill_(fill)
     X, W = R if X is None else X, R if W is None else W
-    gram_kernel[len(pairs), parts, G](
-        R, X, W, steps, torch.tensor(pairs, dtype=torch.int32).to(R.device), *outputs,
+    gram_kernel[pairs.shape[1], parts, G](
+        R, X, W, steps, pairs, *outputs,
         N, K, triton.cdiv(tiles, parts), R.stride(0), R.stride(1), X.stride(0), X.stride(1), W.stride(0), W.stride(1),
         **fixed, num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
@@ -285,19 +291,26 @@ def constants(N: int, states: str, cross: bool, precision: str, chosen: config.G
     }
 
 
-def _pairs(blocks: int, cross: bool) -> list[tuple[int, int]]:
-    """Pairs of row blocks: the upper triangle, or all of them where the cross block needs both orders."""
-    return [(i, j) for i in range(blocks) for j in range(blocks) if cross or i <= j]
+def block_pairs(blocks: int, cross: bool, device: torch.device | str) -> Tensor:
+    """Pairs ``(left, right)`` of row blocks, row by row, ``[2, pairs]`` int32.
+
+    The upper triangle, or all pairs where the cross block needs both orders. Made on the device: a CUDA graph cannot
+    capture a copy from pageable host memory.
+    """
+    if not cross:
+        return torch.triu_indices(blocks, blocks, dtype=torch.int32, device=device)
+    index = torch.arange(blocks**2, dtype=torch.int32, device=device)
+    return torch.stack([index // blocks, index % blocks])
 
 
 def coefficient_steps(coefficients: Tensor) -> Tensor:
-    """``[2, N]`` float64 -> ``[4, N]`` float32: the coefficients and, subtracted in float64, their steps."""
+    """``[2, N]`` float64 -> ``[4, N]`` float32: the coefficients and their steps, subtracted in float64."""
     before = torch.cat([coefficients.new_zeros(2, 1), coefficients[:, :-1]], 1)
     return torch.cat([coefficients, coefficients - before]).float()
 
 
 def columns_view(t: Tensor, flat: bool) -> Tensor:
-    """``[N, B, d]`` or ``[B, d]`` -> ``[N or 1, G, K]`` with adjacent columns; one sample in all if ``flat``."""
+    """``[N, B, d]`` or ``[B, d]`` -> ``[N or 1, G, K]`` with adjacent columns; ``flat`` joins the samples, G = 1."""
     t = t if t.ndim == 3 else t.unsqueeze(0)
     if flat:
         return t.flatten(1).unsqueeze(1)
@@ -335,7 +348,7 @@ def _assemble_blocks(
     gram: Tensor, diagonal: Tensor, cross: Tensor, norms: Tensor, N: int, blocks: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     G, rows = len(gram), gram.shape[-1]
-    pairs = _pairs(blocks, cross.shape[-1] > 1)
+    pairs = [(i, j) for i in range(blocks) for j in range(blocks) if cross.shape[-1] > 1 or i <= j]  # `block_pairs`
     whole = [gram.new_zeros(G, blocks, rows, blocks, rows) for _ in range(2)]
     lines = [gram.new_zeros(G, blocks, rows) for _ in range(2)]
     for p, (i, j) in enumerate(pairs):

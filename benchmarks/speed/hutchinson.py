@@ -1,4 +1,4 @@
-"""Hutchinson sums: `hutchinson_reduce` with its three kinds of probes against eager and compiled PyTorch.
+"""Hutchinson sums: `hutchinson_reduce` with shared probes and with a probe for each level, eager and compiled PyTorch.
 
 ``python -m benchmarks.speed.hutchinson``, on the GPU if there is one.
 """
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import append, copy_bandwidth, environment, interleaved, quantiles, table
-from fastsched.ops import hutchinson_reduce, rademacher, reference
+from fastsched.ops import hutchinson_reduce, reference
 
-KEY = ("device", "threads", "torch", "commit", "case", "variant")
-SEED = 1
+KEY = ("device", "threads", "clock", "torch", "commit", "case", "variant")
 
 
 def plain(V: Tensor, JV: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,30 +26,32 @@ def plain(V: Tensor, JV: Tensor) -> tuple[Tensor, Tensor]:
 
 def variants(JV: Tensor, compiled: bool) -> dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], Tensor, int]]:
     """Name -> call, the probes it uses, the bytes it must read."""
-    shared = rademacher(SEED, JV.shape[1:], JV.device)
+    generator = torch.Generator(JV.device).manual_seed(1)
+    shared = torch.randint(0, 2, JV.shape[1:], generator=generator, device=JV.device).float() * 2 - 1
     each = shared.expand_as(JV).contiguous()
     found = {
-        "hutchinson_reduce, seed": (lambda: hutchinson_reduce(SEED, JV), shared, JV.nbytes),
         "hutchinson_reduce, shared probe": (lambda: hutchinson_reduce(shared, JV), shared, JV.nbytes + shared.nbytes),
-        "hutchinson_reduce, probe a level": (lambda: hutchinson_reduce(each, JV), each, JV.nbytes + each.nbytes),
+        "hutchinson_reduce, probe per level": (lambda: hutchinson_reduce(each, JV), each, JV.nbytes + each.nbytes),
         "eager, shared probe": (lambda: plain(shared, JV), shared, JV.nbytes + shared.nbytes),
     }
     if compiled:
         fused = torch.compile(plain)
         found["torch.compile, shared probe"] = (lambda: fused(shared, JV), shared, JV.nbytes + shared.nbytes)
-        found["torch.compile, probe a level"] = (lambda: fused(each, JV), each, JV.nbytes + each.nbytes)
+        found["torch.compile, probe per level"] = (lambda: fused(each, JV), each, JV.nbytes + each.nbytes)
     return found
 
 
-def compare(shape: tuple[int, int, int], dtype: torch.dtype, device: str, compiled: bool, repeats: int) -> list[dict]:
-    """Time all variants interleaved; one row a variant."""
+def compare(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str, compiled: bool, repeats: int, clock: str
+) -> list[dict]:
+    """Time all variants interleaved; one row per variant."""
     JV = torch.randn(shape, device=device).to(dtype)
     bandwidth = copy_bandwidth() if device == "cuda" else None
     found = variants(JV, compiled)
-    seconds = interleaved({name: call for name, (call, _, _) in found.items()}, device, repeats)
+    seconds = interleaved({name: call for name, (call, _, _) in found.items()}, device, repeats, clock=clock)
     rows = []
     for name, (call, V, nbytes) in found.items():
-        row = {"case": f"{shape} {dtype}", "variant": name, "bytes": nbytes} | quantiles(seconds[name])
+        row = {"case": f"{shape} {dtype}", "variant": name, "bytes": nbytes, "clock": clock} | quantiles(seconds[name])
         if bandwidth is not None:
             row["share_of_copy_bandwidth"] = round(nbytes / float(np.median(seconds[name])) / bandwidth, 3)
         size = JV[0].double().abs().sum(-1)  # what a sum's error is measured against
@@ -66,10 +67,14 @@ def main() -> None:
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--dry-run", action="store_true", help="print only")
+    parser.add_argument("--threads", type=int, help="of PyTorch; one is steadier on a busy machine")
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: seconds computed, not passed")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     shape = (48, 4, 1 << 22) if options.device == "cuda" else (48, 4, 1 << 16)
     for dtype in (torch.float32, torch.bfloat16):
-        rows = compare(shape, dtype, options.device, options.compiled, options.repeats)
+        rows = compare(shape, dtype, options.device, options.compiled, options.repeats, options.clock)
         print(shape, dtype, "\n" + table(rows, ("variant", "p50_ms", "share_of_copy_bandwidth", "error")), flush=True)
         if not options.dry_run:
             append("hutchinson", rows, KEY)

@@ -57,8 +57,13 @@ class Case:
         drift = self.apart * torch.arange(self.N, dtype=torch.float64)
         return R, X, 0.5 + drift, 1.0 + drift
 
+    def vectors(self, device: str) -> Tensor:
+        """Sensitivity vectors ``W``, ``[N, B, d]`` float32."""
+        generator = torch.Generator(device).manual_seed(1)
+        return torch.randn(self.N, self.B, self.d, generator=generator, device=device)
+
     def nbytes(self, X: Tensor | None) -> int:
-        """Bytes that must be read."""
+        """Bytes of R and X, each read once."""
         return self.N * self.B * self.d * self.dtype.itemsize + (0 if X is None else X.nbytes)
 
 
@@ -129,7 +134,7 @@ def errors(found: Tensor, want: Tensor) -> dict[str, str]:
 
 
 def compare(case: Case, device: str, compiled: bool, bandwidth: float | None, repeats: int, clock: str) -> list[dict]:
-    """Time all variants of a case interleaved; one row a variant."""
+    """Time all variants of a case interleaved; one row per variant."""
     functions, nbytes, want = variants(case, device, compiled)
     seconds = interleaved(functions, device, repeats, clock=clock)
     ours = float(np.median(next(iter(seconds.values()))))

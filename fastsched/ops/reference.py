@@ -1,13 +1,9 @@
-"""The oracle of every op in `fastsched.ops`: eager, float64, written as the formula is written.
+"""What every op in `fastsched.ops` computes, in float64 and written as its formula is.
 
-Nothing here is fast, and nothing here shares a line with the kernels: tests hold both against it.
+Nothing here is fast, and nothing is shared with the implementations: tests compare these with it.
 """
 
 from __future__ import annotations
-
-import itertools
-import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -74,65 +70,3 @@ def hutchinson(V: Tensor, JV: Tensor) -> tuple[Tensor, Tensor]:
         JV: Jacobian-vector products ``[N, B, d]``.
     """
     return (V.double() * JV.double()).sum(-1), JV.double().square().sum(-1)
-
-
-def philox_4x32(counter: Sequence[int], key: Sequence[int], rounds: int = 10) -> tuple[int, int, int, int]:
-    """Return one block of Philox-4x32 in plain integers (Salmon et al., SC 2011, section 3.3).
-
-    Args:
-        counter: Four 32-bit words.
-        key: Two 32-bit words.
-        rounds: Number of rounds; ten is the generator's usual strength.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    mask = 0xFFFFFFFF
-    for _ in range(rounds):
-        product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = (
-            (product1 >> 32) ^ c1 ^ k0,
-            product1 & mask,
-            (product0 >> 32) ^ c3 ^ k1,
-            product0 & mask,
-        )
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return c0, c1, c2, c3
-
-
-def rademacher_sign(seed: int, row: int, column: int) -> int:
-    """Return one sign of the stream that `fastsched.ops.rademacher` draws, -1 or 1.
-
-    A row is cut into tiles of 128 x 64 elements. Element ``(m, n)`` of tile ``t`` is bit ``m % 32`` of word
-    ``m // 32`` of the Philox block with counter ``(64 t + n, row, 0, 0)`` and key ``(seed mod 2^32, seed //
-    2^32)``.
-    """
-    tile, within = divmod(column, 128 * 64)
-    m, n = divmod(within, 64)
-    words = philox_4x32((tile * 64 + n, row, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))
-    return 1 - 2 * ((words[m // 32] >> (m % 32)) & 1)
-
-
-def second_order_min_plus(first: Tensor, cost: Tensor, steps: int) -> tuple[list[float], list[list[int]]]:
-    """Try every path: the specification of `fastsched.ops.second_order_min_plus`.
-
-    Among equally cheap paths the one that is smallest when read from its end wins, which is what taking the
-    smallest index at every argmin of the dynamic programme amounts to.
-
-    Returns:
-        For every number of edges ``1..steps`` the least total, and its path (padded with -1 to ``steps +
-        1``).
-    """
-    M = first.shape[0]
-    totals, paths = [], []
-    for edges in range(1, steps + 1):
-        best, best_path = math.inf, []
-        for inner in itertools.combinations(range(1, M - 1), edges - 1):
-            path = [0, *inner, M - 1]
-            total = float(first[path[1]])
-            for i, j, k in zip(path, path[1:], path[2:], strict=False):
-                total += float(cost[i, j, k])
-            if total < best or (total == best and best_path and path[::-1] < best_path[::-1]):
-                best, best_path = total, path
-        totals.append(best)
-        paths.append(best_path + [-1] * (steps + 1 - len(best_path)))
-    return totals, paths

@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -19,8 +20,6 @@ def test_every_case_has_a_launch(arch):
         assert launch.warps in (2, 4, 8)
         assert launch.stages in (2, 3)
         assert launch.programs in (1, 2)
-    for probe in ("seed", "shared", "levels"):
-        assert config.hutchinson_launch(probe).stages in (2, 3)
 
 
 def test_table_is_complete():
@@ -73,11 +72,28 @@ def test_special_entries_are_reached():
     assert config.gram_launch(200, 4, "sm_90", precision="bf16x3", **options).rows == 128
 
 
-def test_splits_fill_the_device_and_no_more():
-    assert config.splits(tiles=10_000, samples=1, programs=2, processors=132) == 264
-    assert config.splits(tiles=10_000, samples=8, programs=2, processors=132) == 33
-    assert config.splits(tiles=5, samples=1, programs=2, processors=132) == 5
-    assert config.splits(tiles=5, samples=1000, programs=2, processors=132) == 1
+@pytest.mark.parametrize(
+    ("tiles", "samples", "slots", "parts"),
+    [
+        (10_000, 1, 264, 264),  # one wave that fills the device
+        (10_000, 8, 264, 33),
+        (5, 1, 264, 5),  # no more programs than tiles
+        (5, 1000, 264, 1),
+        (1, 1, 1, 1),
+    ],
+)
+def test_splits(tiles, samples, slots, parts):
+    assert config.splits(tiles, samples, slots) == parts
+
+
+@pytest.mark.parametrize("slots", [132, 264])
+@pytest.mark.parametrize("samples", [1, 4, 7, 48, 90, 100, 131, 132, 133, 200, 264, 265, 300, 1000])
+def test_splits_keep_the_device_busy(samples, slots):
+    """Of all program slots, over all waves, at least nine in ten do work."""
+    tiles = 4096
+    parts = config.splits(tiles, samples, slots)
+    waves, longest = math.ceil(parts * samples / slots), math.ceil(tiles / parts)
+    assert tiles * samples / (waves * slots * longest) >= 0.9
 
 
 def test_architecture_wants_a_gpu(monkeypatch):

@@ -7,11 +7,11 @@ from kernel_cases import EPS
 from kernel_worker import DEVICE, launch
 
 from fastsched import ops
+from fastsched.kernels import config
 from fastsched.ops import reference
 
-SEED = 2**40 + 7
-PROBES = ("levels", "shared", "seed")
-TILE = 8192
+PROBES = ("levels", "shared")
+TILE = config.HutchinsonLaunch().columns
 
 
 def data(N: int, B: int, d: int, dtype: torch.dtype) -> torch.Tensor:
@@ -19,58 +19,28 @@ def data(N: int, B: int, d: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def probes(probe: str, N: int, B: int, d: int) -> torch.Tensor:
-    if probe == "levels":
-        return torch.randn(N, B, d, generator=torch.Generator().manual_seed(1))
-    return ops.rademacher(SEED, (B, d))
+    V = torch.randn(N, B, d, generator=torch.Generator().manual_seed(1))
+    return V if probe == "levels" else V[0].clone()
 
 
 def run(probe: str, N: int, B: int, d: int, dtype: torch.dtype) -> list[np.ndarray]:
-    V = SEED if probe == "seed" else probes(probe, N, B, d).to(DEVICE)
-    sums = ops.hutchinson_reduce(V, data(N, B, d, dtype).to(DEVICE), backend="triton")
-    return [t.cpu().numpy() for t in sums]
-
-
-def assert_sums(found, V, JV):
-    V = V.double().expand_as(JV)
-    # A rounding a product, and a float32 sum of a tile in a tree: a thread's addends deep at most, and a few more.
-    bound = (TILE // 128 + 10) * EPS[torch.float32]
-    for got, want, size in zip(found, reference.hutchinson(V, JV), ((V * JV).abs(), JV.double().square()), strict=True):
-        got = torch.from_numpy(got)
-        assert got.dtype == torch.float64
-        assert got.shape == want.shape
-        assert ((got - want).abs() <= bound * size.sum(-1)).all()
+    V, JV = probes(probe, N, B, d).to(DEVICE), data(N, B, d, dtype).to(DEVICE)
+    return [t.cpu().numpy() for t in ops.hutchinson_reduce(V, JV, backend="triton")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("probe", PROBES)
 @pytest.mark.parametrize(("N", "B", "d"), [(1, 1, 1), (5, 3, 63), (2, 2, TILE), (3, 1, 20_001)])
 def test_against_reference(N, B, d, probe, dtype):
-    assert_sums(launch(run, probe, N, B, d, dtype), probes(probe, N, B, d), data(N, B, d, dtype))
-
-
-def run_signs(seed: int, B: int, d: int) -> np.ndarray:
-    """Draw the kernel's signs one by one: the products with the unit vectors are the signs."""
-    sums, _ = ops.hutchinson_reduce(seed, torch.eye(d, device=DEVICE).unsqueeze(1).repeat(1, B, 1), backend="triton")
-    return sums.cpu().numpy()
-
-
-@pytest.mark.parametrize("seed", [0, 12345, 2**32, 2**63 - 1])
-def test_draws_the_stated_signs(seed):
-    found = torch.from_numpy(launch(run_signs, seed, 3, 40)).T
-    assert torch.equal(found, ops.rademacher(seed, (3, 40)).double())
-
-
-def run_far_signs(d: int, columns: list[int]) -> np.ndarray:
-    JV = torch.zeros(len(columns), 2, d, device=DEVICE)
-    JV[range(len(columns)), :, columns] = 1.0
-    return ops.hutchinson_reduce(SEED, JV, backend="triton")[0].cpu().numpy()
-
-
-def test_draws_the_stated_signs_in_later_tiles():
-    columns = [0, 63, 64, 2047, 2048, TILE - 1, TILE, TILE + 2049, 2 * TILE + 4097]
-    found = torch.from_numpy(launch(run_far_signs, 2 * TILE + 5000, columns))
-    expected = [[reference.rademacher_sign(SEED, row, column) for row in range(2)] for column in columns]
-    assert found.tolist() == expected
+    V, JV = probes(probe, N, B, d), data(N, B, d, dtype)
+    # A rounding a product, then a float32 sum: the addends of a thread one by one, and a tree over 128 threads.
+    bound = (TILE // 128 + 10) * EPS[torch.float32]
+    sizes = (V.double() * JV.double()).abs(), JV.double().square()
+    for got, want, size in zip(launch(run, probe, N, B, d, dtype), reference.hutchinson(V, JV), sizes, strict=True):
+        got = torch.from_numpy(got)
+        assert got.dtype == torch.float64
+        assert got.shape == want.shape
+        assert ((got - want).abs() <= bound * size.sum(-1)).all()
 
 
 def run_strided(d: int) -> list[list[np.ndarray]]:
@@ -94,8 +64,8 @@ def run_raw(probe: str, fill: float) -> np.ndarray:
     from fastsched.kernels import hutchinson
 
     N, B, d = 3, 2, TILE + 5
-    V = None if probe == "seed" else probes(probe, N, B, d).to(DEVICE)
-    return hutchinson.launch(V, SEED, data(N, B, d, torch.float32).to(DEVICE), fill).cpu().numpy()
+    V, JV = probes(probe, N, B, d).to(DEVICE), data(N, B, d, torch.float32).to(DEVICE)
+    return hutchinson.launch(V, JV, fill).cpu().numpy()
 
 
 @pytest.mark.parametrize("probe", PROBES)
@@ -108,7 +78,8 @@ def test_outputs_are_written_whole_and_repeat_bitwise(probe):
 def run_bad(bad: float) -> list[np.ndarray]:
     JV = data(3, 2, 50, torch.float32)
     JV[1, 0, 7] = bad
-    return [t.cpu().numpy() for t in ops.hutchinson_reduce(SEED, JV.to(DEVICE), backend="triton")]
+    V = probes("shared", 3, 2, 50).to(DEVICE)
+    return [t.cpu().numpy() for t in ops.hutchinson_reduce(V, JV.to(DEVICE), backend="triton")]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -120,11 +91,23 @@ def test_bad_numbers_come_through(bad):
 
 
 def run_opcheck(probe: str) -> dict:
-    V = None if probe == "seed" else probes(probe, 2, 2, 40).to(DEVICE)
-    arguments = (V, 3, data(2, 2, 40, torch.float32).to(DEVICE), True)
-    return torch.library.opcheck(torch.ops.fastsched.hutchinson, arguments)
+    V, JV = probes(probe, 2, 2, 40).to(DEVICE), data(2, 2, 40, torch.float32).to(DEVICE)
+    return torch.library.opcheck(torch.ops.fastsched.hutchinson, (V, JV, True))
 
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_opcheck(probe):
     assert set(launch(run_opcheck, probe).values()) == {"SUCCESS"}
+
+
+def run_too_large() -> str:
+    JV = torch.zeros(1, device=DEVICE).expand(2, 2**30, 1)
+    try:
+        ops.hutchinson_reduce(JV, JV, backend="triton")
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_too_many_samples():
+    assert launch(run_too_large).startswith("JV must have at most 536870911 samples of this size; got shape")

@@ -173,15 +173,19 @@ def test_strides(change):
 
 
 def two_billion_apart(R: torch.Tensor) -> torch.Tensor:
-    """Levels so far apart that offsets exceed 32 bits; only the pages that are written to take memory."""
+    """Levels so far apart that offsets exceed 32 bits, though their stride does not.
+
+    On the CPU only the pages that are written to take memory.
+    """
     N, B, d = R.shape
     stride = 2**31 // (N - 1) + 16
     far = torch.empty((N - 1) * stride + B * d, dtype=R.dtype, device=R.device).as_strided(R.shape, (stride, d, 1))
     return far.copy_(R)
 
 
-def test_far_offsets():
-    case = GramCase(N=9, B=2, d=48, dtype=torch.bfloat16, states="shared", per_sample=True)
+@pytest.mark.parametrize("N", [3, 4, 9])  # twice, three times, eight times the stride
+def test_far_offsets(N):
+    case = GramCase(N=N, B=2, d=48, dtype=torch.bfloat16, states="shared", per_sample=True)
     found = on_device(case, two_billion_apart)
     want, bound = (parts[0] for parts in expected(case))
     assert ((found.gram - want).abs() <= bound).all()
@@ -265,3 +269,30 @@ def run_opcheck(case: GramCase) -> dict:
 def test_opcheck(per_sample):
     results = launch(run_opcheck, GramCase(N=5, B=2, d=32, per_sample=per_sample, sensitivity=per_sample))
     assert set(results.values()) == {"SUCCESS"}
+
+
+def run_too_many_samples() -> str:
+    R = torch.zeros(1, device=DEVICE).expand(2, 65536, 1)
+    try:
+        ops.level_increment_gram(R, None, [0.0] * 2, [1.0] * 2, per_sample=True, backend="triton")
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_too_many_samples():
+    assert launch(run_too_many_samples).startswith("R must have at most 65535 samples where they are kept apart")
+
+
+def run_coefficients_on_the_device(case: GramCase) -> list[np.ndarray]:
+    R, X, a, c, options = case.inputs(DEVICE)
+    found = [
+        ops.level_increment_gram(R, X, a.to(device), c.to(device), backend="triton", **options).gram.cpu().numpy()
+        for device in ("cpu", DEVICE)
+    ]
+    return found
+
+
+def test_coefficients_may_be_on_the_device():
+    on_host, on_device = launch(run_coefficients_on_the_device, GramCase(N=9, d=48))
+    assert np.array_equal(on_host, on_device)

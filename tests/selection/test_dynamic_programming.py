@@ -1,4 +1,6 @@
 import itertools
+import math
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from models import exact_denoisers, mixture
 import fastsched as fs
 from fastsched.costs import path_cost
 from fastsched.selection.arc_length import equal_arc_length
-from fastsched.selection.dynamic_programming import cheapest_paths, first_order_paths
+from fastsched.selection.dynamic_programming import cheapest_paths, first_order_paths, second_order_paths
 
 KINDS = exact_denoisers(mixture())
 
@@ -47,6 +49,83 @@ def test_first_order_paths_against_all_paths(seed):
         assert sum(cost[a, b] for a, b in itertools.pairwise(path)) == pytest.approx(min(totals), rel=1e-12)
     assert np.isinf(selection.totals[6])
     assert (selection.paths[6] == -1).all()
+
+
+def best_of_all_paths(first, cost, edges):
+    """The total and the levels of the cheapest path of ``edges`` edges; ``(inf, [])`` if there is none.
+
+    Among equally cheap paths it is the one that is smallest when read from its end: that is what the smallest index at
+    every argmin of the dynamic programming gives.
+    """
+    best = math.inf, []
+    for path in every_path(len(first) - 1, edges):
+        total = float(first[path[1]])
+        for triple in zip(path, path[1:], path[2:], strict=False):
+            total += float(cost[triple])
+        if total < math.inf and (total, path[::-1]) < (best[0], tuple(best[1][::-1])):
+            best = total, list(path)
+    return best
+
+
+def random_costs(M, seed, kind):
+    """Costs of first and of later edges: ``real``, ``ties`` (0, 1 or 2), or ``forbidden`` (a third of them inf)."""
+    generator = np.random.default_rng(seed)
+    if kind == "ties":
+        return tuple(generator.integers(0, 3, (M,) * k).astype(float) for k in (1, 3))
+    first, cost = (generator.random((M,) * k) for k in (1, 3))
+    if kind == "forbidden":
+        cost[generator.random(cost.shape) < 1 / 3] = np.inf
+    return first, cost
+
+
+@pytest.mark.parametrize("M", range(2, 9))
+@pytest.mark.parametrize("kind", ["real", "ties", "forbidden"])
+def test_second_order_paths_against_all_paths(M, kind):
+    for seed in range(10):
+        first, cost = random_costs(M, seed, kind)
+        found = second_order_paths(first, cost, M + 1)
+        for edges in range(1, M + 2):
+            total, path = best_of_all_paths(first, cost, edges)
+            assert found.totals[edges - 1] == total
+            assert found.paths[edges - 1].tolist() == path + [-1] * (M + 2 - len(path))
+
+
+def test_best_of_all_paths_by_hand():
+    first, cost = np.array([np.nan, 1.0, 4.0, 10.0]), np.full((4, 4, 4), np.inf)
+    cost[0, 1, 2], cost[0, 1, 3], cost[0, 2, 3], cost[1, 2, 3] = 1.0, 6.0, 3.0, 2.0
+    # 0 1 3 and 0 2 3 both cost 7: the smaller level before the last one wins.
+    expected = [(10.0, [0, 3]), (7.0, [0, 1, 3]), (4.0, [0, 1, 2, 3]), (math.inf, [])]
+    assert [best_of_all_paths(first, cost, edges) for edges in range(1, 5)] == expected
+
+
+def test_second_order_paths_read_nothing_outside_their_edges():
+    M = 7
+    first, cost = random_costs(M, 0, "real")
+    poisoned_first, poisoned = first.copy(), np.full_like(cost, np.nan)
+    poisoned_first[0] = np.nan
+    for triple in itertools.combinations(range(M), 3):
+        poisoned[triple] = cost[triple]
+    found, expected = second_order_paths(poisoned_first, poisoned, 6), second_order_paths(first, cost, 6)
+    assert np.array_equal(found.totals, expected.totals)
+    assert np.array_equal(found.paths, expected.paths)
+
+
+def test_second_order_paths_respect_forbidden_edges():
+    first, cost = np.array([0.0, 1.0, np.inf, np.inf]), np.full((4, 4, 4), np.inf)
+    cost[0, 1, 2], cost[1, 2, 3] = 1.0, -5.0
+    found = second_order_paths(first, cost, 3)
+    assert found.totals.tolist() == [math.inf, math.inf, -3.0]
+    assert found.paths.tolist() == [[-1] * 4, [-1] * 4, [0, 1, 2, 3]]
+
+
+def test_second_order_paths_are_quick():
+    first, cost = random_costs(65, 0, "real")
+    seconds = []
+    for _ in range(5):
+        start = time.process_time()  # not the clock's: other processes may hold the processor
+        second_order_paths(first, cost, 32)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.1
 
 
 @pytest.mark.parametrize("solver", ["ddim", "heun"])

@@ -1,0 +1,70 @@
+"""Which implementation runs an op: the Triton kernels, or PyTorch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 products on tensor cores start here
+_warned: set[torch.device] = set()
+
+
+def resolve_backend(device: torch.device | str, dtype: torch.dtype = torch.float32, *, backend: str = "auto") -> str:
+    """Return the implementation that an op uses for tensors of a device and dtype.
+
+    The ops call it themselves. Call it before a long measurement, to learn of an unsupported GPU before the model
+    runs and not after.
+
+    ``"auto"`` takes Triton on an AMD GPU, or an NVIDIA GPU of compute capability 8.0 or newer, if Triton is installed
+    and the dtype is float32, bfloat16 or float16. It takes PyTorch elsewhere. A GPU on which the kernels cannot run is
+    reported by one warning per device and process.
+
+    Args:
+        device: Device of the tensors.
+        dtype: Their dtype; float64 if any of them is float64.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        ``"triton"`` or ``"torch"``.
+
+    Raises:
+        ValueError: An unknown backend, or ``"triton"`` where the kernels cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    device = torch.device(device)
+    if backend == "torch" or (backend == "auto" and (device.type != "cuda" or dtype not in KERNEL_DTYPES)):
+        return "torch"
+    obstacle = _obstacle(device, dtype)
+    if obstacle is None:
+        return "triton"
+    if backend == "triton":
+        raise ValueError(f'backend="triton" {obstacle}; pass backend="torch" or "auto"')
+    if device not in _warned and not torch.compiler.is_compiling():
+        _warned.add(device)
+        warnings.warn(f'backend="triton" {obstacle}; backend="auto" uses PyTorch there', stacklevel=2)
+    return "torch"
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps the kernels from running, as the end of a sentence that starts with the backend; None if nothing."""
+    if dtype not in KERNEL_DTYPES:
+        return f"reads float32, bfloat16 and float16; got {dtype}".replace("torch.", "")
+    if device.type != "cuda":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return f"needs tensors on a CUDA or HIP device; got {device} (for tests, TRITON_INTERPRET=1 runs on the CPU)"
+    if torch.version.hip is None:
+        properties = torch.cuda.get_device_properties(device)
+        if (properties.major, properties.minor) < _LEAST_CAPABILITY:
+            least = ".".join(map(str, _LEAST_CAPABILITY))
+            return f"needs compute capability {least}; {device} has {properties.major}.{properties.minor}"
+    # The compiler cannot trace a search for modules, and has needed Triton itself to get here.
+    if not torch.compiler.is_compiling() and importlib.util.find_spec("triton") is None:
+        return "needs the package triton, which is not installed"
+    return None

@@ -1,0 +1,61 @@
+"""The ops as PyTorch sees them: schemas, shapes of their outputs for tracing, and the call to Triton or PyTorch.
+
+``triton`` is a choice already made by the caller: an op never picks a backend. The kernels' modules, and Triton with
+them, are imported when a kernel launches.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastsched.ops import eager
+
+
+@torch.library.custom_op("fastsched::level_gram", mutates_args=())
+def level_gram(
+    R: Tensor,
+    X: Tensor | None,
+    W: Tensor | None,
+    coefficients: Tensor,
+    per_sample: bool,
+    precision: str,
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gram matrix, cross block and squared norms; see `fastsched.ops.level_increment_gram`."""
+    if triton:
+        with torch.cuda.device_of(R):
+            return _kernel("level_gram").level_gram(R, X, W, coefficients, per_sample, precision)
+    return eager.level_gram(R, X, W, coefficients, per_sample)
+
+
+@torch.library.register_fake("fastsched::level_gram")
+def _(R, X, W, coefficients, per_sample, precision, triton):
+    N, B, _ = R.shape
+    lead = (B,) if per_sample else ()
+    gram = R.new_empty((*lead, N, N), dtype=torch.float64)
+    if W is None:
+        return gram, gram.new_empty((0,)), gram.new_empty((0,))
+    return gram, torch.empty_like(gram), gram.new_empty((*lead, N))
+
+
+@torch.library.custom_op("fastsched::hutchinson", mutates_args=())
+def hutchinson(V: Tensor, JV: Tensor, triton: bool) -> tuple[Tensor, Tensor]:
+    """``sum V * JV`` and ``sum JV * JV``; see `fastsched.ops.hutchinson_reduce`."""
+    if triton:
+        with torch.cuda.device_of(JV):
+            return _kernel("hutchinson").hutchinson(V, JV)
+    return eager.hutchinson(V, JV)
+
+
+@torch.library.register_fake("fastsched::hutchinson")
+def _(V, JV, triton):
+    out = JV.new_empty(JV.shape[:2], dtype=torch.float64)
+    return out, torch.empty_like(out)
+
+
+def _kernel(name: str) -> ModuleType:
+    return importlib.import_module(f"fastsched.kernels.{name}")
