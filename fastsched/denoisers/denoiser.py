@@ -240,6 +240,16 @@ class Denoiser:
         return next(self.network.parameters(), None)
 
 
+def placement(
+    denoiser: Denoiser, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> tuple[torch.device, torch.dtype]:
+    """Where to run a denoiser and what its network computes in; where None, as its parameters say."""
+    return (
+        torch.device(device) if device is not None else denoiser.device,
+        dtype if dtype is not None else denoiser.dtype,
+    )
+
+
 def not_finite(process: NoiseProcess, s: Tensor) -> str:
     """What to say when a network returns NaN or inf at level ``s``."""
     sigma = float(process.sampler_sigma(s))
@@ -249,6 +259,14 @@ def not_finite(process: NoiseProcess, s: Tensor) -> str:
         f"the network returned NaN or inf at {where}; check its input scaling and the sigma range, or run it "
         "in a wider dtype (dtype=torch.float32)"
     )
+
+
+def finite_denoised(denoiser: Denoiser, y: Tensor, s: Tensor | float, dtype: torch.dtype | None) -> Tensor:
+    """`Denoiser.denoise`; ValueError that names the level if the answer is not finite."""
+    denoised = denoiser.denoise(y, s, dtype=dtype)
+    if not bool(torch.isfinite(denoised).all()):
+        raise ValueError(not_finite(denoiser.process, torch.as_tensor(s, dtype=torch.float64)))
+    return denoised
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:

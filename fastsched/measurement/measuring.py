@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser
+from fastsched.denoisers.denoiser import Denoiser, placement
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.path_following import Measurement, measurement_steps
 from fastsched.measurement.statistics import PathStatistics
@@ -84,14 +84,8 @@ def measurement_of(
     keep_increments: bool = False,
 ) -> Measurement:
     """A measurement at levels ``s``, with the defaults of `measure`."""
-    return Measurement(
-        denoiser,
-        s,
-        torch.device(device) if device is not None else denoiser.device,
-        dtype if dtype is not None else denoiser.dtype,
-        deviated_paths(len(s)) if responses else (),
-        keep_increments,
-    )
+    paths = deviated_paths(len(s)) if responses else ()
+    return Measurement(denoiser, s, *placement(denoiser, device, dtype), paths, keep_increments)
 
 
 @torch.no_grad()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,9 +15,8 @@ from fastsched.denoisers.denoiser import Denoiser, not_finite
 from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels, positions, queries
 from fastsched.measurement.rounding import warn_of_storage
 from fastsched.measurement.statistics import PathStatistics, data_deviation
-from fastsched.sampling.multistep import Node
 from fastsched.sampling.random_streams import noise_of
-from fastsched.sampling.sampler import nodes_of
+from fastsched.sampling.sampler import answered, integration, nodes_of
 from fastsched.sampling.solvers import get_solver
 
 Answer = TypeVar("Answer")
@@ -83,12 +82,7 @@ class Measurement:
 
     def drive(self, steps: Query[Answer]) -> Answer:
         """Answer what ``steps`` ask with the denoiser's own network."""
-        try:
-            x, k = next(steps)
-            while True:
-                x, k = steps.send(self.raw_output(x, k))
-        except StopIteration as finished:
-            return finished.value
+        return answered(steps, self.raw_output)
 
 
 def measurement_steps(
@@ -137,32 +131,19 @@ def _follow_reference(
 
     The network is called at predicted states, which the corrector then moves with the output found there.
     """
-    solver, nodes = get_solver(PATH_SOLVER), nodes_of(run.denoiser.process, run.s)
-    assert solver.corrector is not None
-    raws, states = [], []
-    y, before, denoised = noise, noise, noise
-    history: list[tuple[Node, Tensor]] = []
-    for k, node in enumerate(nodes):
+    nodes = nodes_of(run.denoiser.process, torch.cat([run.s, run.s.new_zeros(1)]))
+    path = integration(nodes, get_solver(PATH_SOLVER), noise, s=run.s)
+    raws, states, denoised = [], [], None
+    for k in range(len(run.s)):
+        y, _ = path.send(denoised)
         x = float(run.sigma[k]) * y
         raw = yield x, k
         advance(len(noise))
         raws.append(raw)
         states.append(x)
         denoised = float(run.a[k]) * x + float(run.c[k]) * raw.float()
-        known = [(node, denoised), *history]
-        if history:
-            weights = solver.corrector([earlier for earlier, _ in history], node)
-            y = before + float(node.rho - history[0][0].rho) * _mean_slope(weights, known)
-        history = known[: solver.order]
-        if k + 1 < len(nodes):
-            weights = solver.weights([earlier for earlier, _ in history], nodes[k + 1])
-            before, y = y, y + float(nodes[k + 1].rho - node.rho) * _mean_slope(weights, history)
+    assert denoised is not None  # there are levels
     return raws, states, denoised
-
-
-def _mean_slope(weights: Sequence[Any], known: Sequence[tuple[Node, Tensor]]) -> Tensor:
-    terms = (float(b) * output for b, (_, output) in zip(weights, known, strict=True))
-    return functools.reduce(torch.add, terms)
 
 
 def _follow_deviated(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastsched.denoisers.noise import NoiseProcess, process_from_dict
 from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels
+from fastsched.sampling.files import write_whole
 
 FORMAT = "fastsched.path_statistics"
 VERSION = 2
@@ -83,6 +84,12 @@ class PathStatistics:
         return int(np.prod(self.shape))
 
     @property
+    def finite_range(self) -> tuple[float, float]:
+        """The lowest and the highest finite level: without pure noise."""
+        finite = self.s[self.s.isfinite()]
+        return float(finite[-1]), float(finite[0])
+
+    @property
     def sigmas(self) -> Tensor:
         """The levels as sampler sigmas, with the end, 0: [N + 1] float64."""
         sigmas = self.process.sampler_sigma(self.s)
@@ -140,7 +147,7 @@ class PathStatistics:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file; an existing file is replaced only when the new one is whole."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = {"s": self.s, "seeds": self.seeds, "gram": self.gram, "ends": self.ends}
         if self.response_cross is not None and self.response_gram is not None:
@@ -153,10 +160,8 @@ class PathStatistics:
             "model_calls": self.model_calls,
             "deviated": [[path.hold, path.order] for path in self.deviated],
         }
-        unfinished = f"{os.fspath(path)}.unfinished"
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, unfinished, metadata={"fastsched": json.dumps(header)})
-        os.replace(unfinished, path)
+        write_whole(path, save(contiguous, metadata={"fastsched": json.dumps(header)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PathStatistics:
