@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser, placement
+from fastsched.denoisers.denoiser import Denoiser, check_denoiser, placement
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.path_following import Measurement, measurement_steps
 from fastsched.measurement.statistics import PathStatistics
@@ -125,6 +125,7 @@ def with_increments(
 
 def measured_levels(denoiser: Denoiser, levels: int | Tensor) -> Tensor:
     """The levels to measure at, float64 [N], from their number or a list of them; errors as in `measure`."""
+    check_denoiser(denoiser)
     if not isinstance(levels, Tensor):
         return denoiser.levels(validate.positive_int("levels", levels, minimum=3))
     s = validate.descending_sigmas(levels, name="levels")
