@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import secrets
+from typing import Any
 
 Name = str | os.PathLike[str]
 
@@ -80,3 +83,39 @@ def _sync_folder(target: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def checksum(*parts: bytes) -> str:
+    """SHA-256 of ``parts``, each with its length, in hexadecimal."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def json_object(text: str, name: str) -> dict[str, Any]:
+    """The entries of a JSON object from a file called ``name``.
+
+    Raises:
+        ValueError: If it is not one object, or holds an entry twice, NaN, or is nested too deeply.
+    """
+    try:
+        found = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_unique, parse_constant=_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{name} is not a whole JSON file ({reason}); save it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} holds a JSON {type(found).__name__}, not an object")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("an entry occurs twice")
+    return entries
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
