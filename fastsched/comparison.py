@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsched import metrics, validate
-from fastsched.denoisers.denoiser import Denoiser
+from fastsched.denoisers.denoiser import Denoiser, placement
 from fastsched.denoisers.noise import VariancePreserving
 from fastsched.progress import progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
@@ -320,15 +320,13 @@ def _planned(
 def row_of(name: str, solver: str, steps: int, model_calls: int, ends: Tensor, reference: Reference) -> ComparisonRow:
     """The errors of the samples ``ends`` [B, *shape] against the converged ones; `ComparisonRow` defines them."""
     squared = metrics.squared_distances(ends, reference.ends)
-    # Without this floor one sample that is equal by chance would make the geometric mean 0.
-    rounding = torch.finfo(torch.float32).eps ** 2 * reference.ends.double().flatten(1).square().sum(1)
     mean, error = metrics.mean_and_standard_error(squared)
     return ComparisonRow(
         name=name,
         solver=solver,
         steps=steps,
         model_calls=model_calls,
-        typical_error=metrics.geometric_mean(squared.maximum(rounding)),
+        typical_error=metrics.geometric_mean(squared.maximum(metrics.rounding_floor(reference.ends))),
         mean_error=mean,
         standard_error=error,
         frechet=metrics.frechet_distance(ends, reference.ends) if len(ends) > 1 else math.nan,
@@ -352,8 +350,7 @@ class _Runner:
 
         self.denoiser = replace(denoiser, network=counted)
         self.batch_size = None if batch_size is None else validate.positive_int("batch_size", batch_size)
-        self.device = denoiser.device if device is None else torch.device(device)
-        self.dtype = denoiser.dtype if dtype is None else dtype
+        self.device, self.dtype = placement(denoiser, device, dtype)
 
     def sample(self, sigmas: Tensor, method: Solver, noise: Tensor) -> Tensor:
         batches = noise.split(self.batch_size or len(noise))

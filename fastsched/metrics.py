@@ -26,6 +26,17 @@ def squared_distances(samples: Tensor, reference: Tensor) -> Tensor:
     return (_rows("samples", samples) - _rows("reference", reference)).square().sum(1)
 
 
+def rounding_floor(ends: Tensor) -> Tensor:
+    """The squared distance that float32 rounding alone makes: ``(eps ||x_b||)^2`` with ``eps = 2^-23``, [B] float64.
+
+    Smaller distances cannot be told from 0, and would make a geometric mean 0.
+
+    Args:
+        ends: Samples, [B, *shape].
+    """
+    return torch.finfo(torch.float32).eps ** 2 * ends.double().flatten(1).square().sum(1)
+
+
 def geometric_mean(values: Tensor) -> float:
     """``exp(mean(log v))`` of non-negative ``values``: the typical size where a few are far larger than the rest.
 

@@ -14,7 +14,7 @@ def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
     """Return ``value`` as an int of at least ``minimum``.
 
     Raises:
-        TypeError: If ``value`` is not a whole number.
+        TypeError: If ``value`` is not an integer.
         ValueError: If ``value`` is below ``minimum``.
     """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -23,6 +23,49 @@ def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
     if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {number}")
     return number
+
+
+def seed(value: object) -> int:
+    """Return a seed, an int within ``[0, 2^31)``.
+
+    Integers of NumPy are refused: products of theirs overflow, and JSON cannot hold them.
+
+    Raises:
+        TypeError: If it is not an int.
+        ValueError: If it is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        hint = "; pass int(seed)" if hasattr(value, "__index__") else ""
+        raise TypeError(f"seed must be a whole number within [0, 2^31), a Python int, got {value!r}{hint}")
+    if not 0 <= value < 2**31:
+        raise ValueError(f"seed must be within [0, 2^31), got {value}")
+    return value
+
+
+def device(value: object) -> torch.device:
+    """Return ``value`` as a device.
+
+    Raises:
+        TypeError: If it is neither a device nor the name of one.
+        ValueError: If there is no such device.
+    """
+    if not isinstance(value, (str, torch.device, int)) or isinstance(value, bool):
+        raise TypeError(f"device must be a torch.device or a name such as 'cuda', got {value!r}")
+    try:
+        return torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"device must be one that PyTorch knows, got {value!r} ({error})") from None
+
+
+def floating_dtype(value: object, name: str = "dtype") -> torch.dtype:
+    """Return ``value`` if it is a floating-point dtype of PyTorch.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise TypeError(f"{name} must be a floating-point dtype such as torch.float32, got {value!r}")
+    return value
 
 
 def sigma_range(sigma_min: float, sigma_max: float) -> tuple[float, float]:
@@ -60,7 +103,7 @@ def sample_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """Return ``shape``, the shape of one sample, as a tuple of positive ints.
 
     Raises:
-        TypeError: If it is not a sequence of whole numbers.
+        TypeError: If it is not a sequence of integers.
         ValueError: If it is empty or has an entry below 1.
     """
     if isinstance(shape, (int, str)) or not isinstance(shape, Iterable):
@@ -72,9 +115,9 @@ def sample_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def float64(values: Tensor | Sequence[float]) -> Tensor:
-    """``values`` as a float64 CPU tensor; a list of Python floats keeps every digit."""
+    """``values`` as a float64 CPU tensor of its own; a list of Python floats keeps every digit."""
     if isinstance(values, Tensor):
-        return values.detach().to("cpu", torch.float64)
+        return values.detach().cpu().to(torch.float64, copy=True)
     return torch.tensor(values, dtype=torch.float64)
 
 

@@ -111,9 +111,8 @@ def result(model: Model, solver: str, chosen: Chosen, reference: Reference) -> d
     """
     ends = fs.sample(model.denoiser, chosen.sigmas, solver, reference.noise)
     squared = fs.metrics.squared_distances(ends, reference.ends)
-    rounding = torch.finfo(torch.float32).eps ** 2 * reference.ends.double().flatten(1).square().sum(1)
     values = {
-        "typical_error": fs.metrics.geometric_mean(squared.maximum(rounding)),
+        "typical_error": fs.metrics.geometric_mean(squared.maximum(fs.metrics.rounding_floor(reference.ends))),
         "mean_error": float(squared.mean()),
         "frechet": fs.metrics.frechet_distance(ends, reference.ends),
         "sliced_wasserstein": fs.metrics.sliced_wasserstein(ends, reference.ends, projections=64),

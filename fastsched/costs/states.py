@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.costs.cost_matrix import CostMatrix, ModelCalls
-from fastsched.denoisers.denoiser import Denoiser, not_finite
+from fastsched.denoisers.denoiser import Denoiser, not_finite, placement
 from fastsched.denoisers.noise import log_uniform
 from fastsched.progress import progress_bar
-from fastsched.sampling.multistep import dpmpp_2m_weights
 from fastsched.sampling.random_streams import noise_of, sample_seeds, stream
-from fastsched.sampling.sampler import nodes_of
+from fastsched.sampling.sampler import integration, nodes_of
+from fastsched.sampling.solvers import get_solver
 
 #: The longest step in ``log s`` of the path between two levels: a longer one adds levels between them.
 PATH_STEP = 0.35
@@ -89,8 +89,7 @@ class StateSource:
         self.shape = validate.sample_shape(shape)
         self.samples = validate.positive_int("samples", samples)
         self.batch = samples if batch_size is None else validate.positive_int("batch_size", batch_size)
-        self.device = torch.device(device) if device is not None else denoiser.device
-        self.dtype = dtype if dtype is not None else denoiser.dtype
+        self.device, self.dtype = placement(denoiser, device, dtype)
         self.state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.seeds = sample_seeds(seed, self.samples)
         self.alpha = self.process.alpha(self.s)
@@ -177,22 +176,17 @@ class StateSource:
     def _follow_path(self, noise: Tensor, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """DPM-Solver++(2M) from the process's highest level, no step longer than `PATH_STEP` in ``log s``."""
         grid, positions = _path_levels(self.denoiser, self.s[:count])
-        nodes, sigma = nodes_of(self.process, grid), self.process.sigma(grid)
+        nodes, sigma = nodes_of(self.process, torch.cat([grid, grid.new_zeros(1)])), self.process.sigma(grid)
         a, c = self.denoiser.coefficients(grid)
-        y, history = noise, []
-        for n, node in enumerate(nodes):
+        path, denoised = integration(nodes, get_solver("dpmpp_2m"), noise, s=grid), None
+        for n in range(len(grid)):
+            y, _ = path.send(denoised)
             x = float(sigma[n]) * y
             raw = self._finite_raw(x, grid[n])
             self.forward_calls += len(noise)
             if n in positions:
                 yield positions[n], float(grid[n]) * y, raw
-            if n + 1 == len(nodes):
-                return
             denoised = float(a[n]) * x + float(c[n]) * raw.to(y.dtype)
-            history = [(node, denoised), *history][:2]
-            weights = dpmpp_2m_weights([earlier for earlier, _ in history], nodes[n + 1])
-            mean = sum(float(b) * slope for b, (_, slope) in zip(weights, history, strict=True))
-            y = y + float(nodes[n + 1].rho - node.rho) * mean
 
     def _finite_raw(self, x: Tensor, s: Tensor) -> Tensor:
         raw = self.denoiser.raw_output(x, s, dtype=self.dtype)

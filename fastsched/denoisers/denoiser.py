@@ -14,19 +14,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastsched.denoisers.noise import FlowMatching, NoiseProcess, VarianceExploding, VariancePreserving
+from fastsched import validate
+from fastsched.denoisers import edm
+from fastsched.denoisers.noise import (
+    ContinuousVP,
+    FlowMatching,
+    NoiseProcess,
+    VarianceExploding,
+    VariancePreserving,
+)
 
 Network = Callable[[Tensor, Tensor], Tensor]
 
 #: What a network may predict, as in the table of `Denoiser.coefficients`.
-PREDICTIONS = ("x0", "epsilon", "v", "velocity", "score", "edm")
+PREDICTIONS = ("x0", "epsilon", "v", "velocity", "reverse_velocity", "score", "edm")
 
 
 @dataclass(frozen=True)
 class Denoiser:
     """A network with everything needed to read its output as ``E[x0 | x]``.
 
-    Build one with `from_denoiser`, `from_edm`, `from_epsilon`, `from_v`, `from_velocity` or `from_score`.
+    Build one with `from_denoiser`, `from_edm`, `from_epsilon`, `from_v`, `from_velocity`,
+    `from_score` or `from_vp_score`.
 
     Attributes:
         network: ``fn(x, condition) -> R``; ``condition`` has shape [B].
@@ -57,28 +66,49 @@ class Denoiser:
         sigma_data: float | None = None,
         sigma_min: float | None = None,
         sigma_max: float | None = None,
+        class_labels: Tensor | None = None,
     ) -> Denoiser:
         """From an EDM network ``F(c_in * z, c_noise)``: raw, or wrapped with its preconditioning.
 
-        ``c_in = 1/sqrt(s^2 + sigma_data^2)``, ``c_noise = ln(s)/4``, ``D = c_skip z + c_out F``. A wrapper that
-        holds the raw network as ``.model`` (EDM's ``EDMPrecond``) is unwrapped. Values left out are read off the
-        network's attributes of the same name; failing that they are EDM's 0.5, 0.002 and 80.
+        ``c_in = 1/sqrt(s^2 + sigma_data^2)``, ``c_noise = ln(s)/4``, ``D = c_skip z + c_out F``. A network that keeps
+        another one (EDM's ``EDMPrecond``, EDM2's ``Precond``, k-diffusion's wrappers) is unwrapped if the first call
+        shows that ``net(z, sigma)`` is this ``D``; NVIDIA's other ones (``VPPrecond``, ``VEPrecond``,
+        ``iDDPMPrecond``) are used as they are (`fastsched.denoisers.edm.WrappedEdmNetwork`).
+
+        Args:
+            net: The network; may be in ``DataParallel``, ``torch.compile`` or ``functools.partial``.
+            sigma_data: Standard deviation of the data. This and the next two, if left out, are read off the network's
+                attributes of the same name; failing that they are EDM's 0.5, 0.002 and 80.
+            sigma_min: The lowest level.
+            sigma_max: The highest level.
+            class_labels: Labels of a class-conditional wrapper, [label_dim] or [1, label_dim], for all samples.
+
+        Raises:
+            ValueError: If ``sigma_data`` is not positive, unless ``0 < sigma_min < sigma_max``, or if labels are given
+                to a network that keeps no other one.
 
         Source: Karras et al. 2022, table 1.
         """
+        core = edm.core_of(net)
 
         def setting(name: str, given: float | None, default: float) -> float:
             if given is not None:
                 return float(given)
-            found = getattr(net, name, None)  # EDMPrecond has 0 and inf where it knows no limit
+            found = getattr(core, name, None)  # EDMPrecond has 0 and inf where it knows no limit
             return float(found) if found and math.isfinite(float(found)) else default
 
         data = setting("sigma_data", sigma_data, 0.5)
         low, high = setting("sigma_min", sigma_min, 0.002), setting("sigma_max", sigma_max, 80.0)
         if not (math.isfinite(data) and data > 0):
             raise ValueError(f"sigma_data must be positive and finite, got {sigma_data!r}")
-        raw = net.model if hasattr(net, "sigma_data") and hasattr(net, "model") else net  # type: ignore[attr-defined]  # asked
-        return cls(_callable(raw), VarianceExploding(low, high), "edm", data)
+        inner = edm.inner_of(core)
+        raw = _callable(net)
+        if inner is not None:
+            labels = None if class_labels is None else class_labels.detach().clone().reshape(-1, class_labels.shape[-1])
+            raw = edm.WrappedEdmNetwork(net, inner, data, labels)
+        elif class_labels is not None:
+            raise ValueError("class_labels must be None for a raw network; pass a function that adds them itself")
+        return cls(raw, VarianceExploding(low, high), "edm", data)
 
     @classmethod
     def from_epsilon(
@@ -90,7 +120,7 @@ class Denoiser:
             fn: The network; ``t`` has shape [B], float32 and possibly fractional, or int64 with
                 ``integer_timesteps``.
             alphas_cumprod: ``abar_t``, shape [T].
-            integer_timesteps: The network accepts only whole timesteps; the grid is made of levels it knows.
+            integer_timesteps: The network accepts integer timesteps alone; the grid is made of levels it knows.
 
         Raises:
             ValueError: If ``alphas_cumprod`` does not descend within (0, 1).
@@ -115,13 +145,33 @@ class Denoiser:
         return cls(_callable(fn), process, "v")
 
     @classmethod
-    def from_velocity(cls, fn: Network, *, t_min: float = 2e-3, t_max: float = 1.0) -> Denoiser:
-        """From ``fn(x, t) -> eps - x0`` of a flow-matching model, ``x = (1 - t) x0 + t eps``, ``t`` of shape [B].
+    def from_velocity(
+        cls, fn: Network, *, t_min: float = 2e-3, t_max: float = 1.0, data_at: int = 0, sign: int = 1
+    ) -> Denoiser:
+        """From ``fn(x, t) -> sign * dx/dt`` of a flow-matching model, ``t`` of shape [B].
+
+        =========  ========================  ================  ============================================
+        data_at    state                     dx/dt             used by
+        =========  ========================  ================  ============================================
+        0          ``(1 - t) x0 + t eps``    ``eps - x0``      Stable Diffusion 3, Flux, Wan
+        1          ``t x0 + (1 - t) eps``    ``x0 - eps``      Lipman et al. 2022, torchcfm, Lumina
+        =========  ========================  ================  ============================================
+
+        Args:
+            fn: The network.
+            t_min: The smallest noise weight (``t`` or ``1 - t``) at which the network is asked.
+            t_max: The largest; 1 is pure noise.
+            data_at: The network's time at which there is no noise, 0 or 1.
+            sign: 1 if the network predicts ``dx/dt`` in its own time, -1 if the negative of it.
 
         Raises:
-            ValueError: Unless ``0 < t_min < t_max <= 1``.
+            ValueError: Unless ``0 < t_min < t_max <= 1``, ``data_at`` is 0 or 1, and ``sign`` is 1 or -1.
         """
-        return cls(_callable(fn), FlowMatching(t_min, t_max), "velocity")
+        if sign not in (1, -1):
+            raise ValueError(f"sign must be 1 (the network predicts dx/dt) or -1, got {sign!r}")
+        process = FlowMatching(t_min, t_max, data_at)
+        towards_noise = sign == (1 if data_at == 0 else -1)
+        return cls(_callable(fn), process, "velocity" if towards_noise else "reverse_velocity")
 
     @classmethod
     def from_score(cls, fn: Network, sigma_min: float, sigma_max: float) -> Denoiser:
@@ -132,6 +182,29 @@ class Denoiser:
         """
         return cls(_callable(fn), VarianceExploding(sigma_min, sigma_max), "score")
 
+    @classmethod
+    def from_vp_score(
+        cls,
+        fn: Network,
+        *,
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        t_min: float = 1e-3,
+        t_max: float = 1.0,
+        sub_vp: bool = False,
+    ) -> Denoiser:
+        """From ``fn(x, t) -> grad log p_t(x)`` of a continuous VP or sub-VP SDE, ``t`` within ``[t_min, t_max]``.
+
+        ``x = alpha x0 + sigma eps`` with ``alpha = exp(-t^2 (beta_max - beta_min) / 4 - t beta_min / 2)``, and
+        ``sigma^2 = 1 - alpha^2`` (VP) or ``sigma = 1 - alpha^2`` (sub-VP).
+
+        Raises:
+            ValueError: Unless ``0 < beta_min < beta_max`` and ``0 < t_min < t_max``.
+
+        Source: Song et al. 2021 (arXiv 2011.13456), section 3.4 and appendix C.
+        """
+        return cls(_callable(fn), ContinuousVP(beta_min, beta_max, t_min, t_max, sub_vp), "score")
+
     def levels(self, n: int) -> Tensor:
         """A grid of ``n`` levels ``s``, noisiest first, uniform in ``lambda``; float64 [n]."""
         return self.process.levels(n)
@@ -139,16 +212,17 @@ class Denoiser:
     def coefficients(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """``(a, c)`` with ``D = a x + c R`` at float64 levels ``s``, each of the shape of ``s``.
 
-        =============  ==============  ====================
-        prediction     a               c
-        =============  ==============  ====================
-        x0             0               1
-        epsilon        1/alpha         -sigma/alpha
-        v              alpha           -sigma
-        velocity       1               -sigma
-        score          1/alpha         sigma^2/alpha
-        edm            c_skip          c_out
-        =============  ==============  ====================
+        ================  ==============  ====================
+        prediction        a               c
+        ================  ==============  ====================
+        x0                0               1
+        epsilon           1/alpha         -sigma/alpha
+        v                 alpha           -sigma
+        velocity          1               -sigma
+        reverse_velocity  1               sigma
+        score             1/alpha         sigma^2/alpha
+        edm               c_skip          c_out
+        ================  ==============  ====================
         """
         alpha, sigma = self.process.alpha(s), self.process.sigma(s)
         one = torch.ones_like(s)
@@ -160,13 +234,17 @@ class Denoiser:
             return alpha, -sigma
         if self.prediction == "velocity":
             return one, -sigma
+        if self.prediction == "reverse_velocity":
+            return one, sigma
         if self.prediction == "score":
             return 1 / alpha, sigma.square() / alpha
-        total = s.square() + self.sigma_data**2
-        return self.sigma_data**2 / total, s * self.sigma_data * total.rsqrt()
+        return edm.coefficients(s, self.sigma_data)
 
     def raw_output(self, x: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
         """Call the network once: ``R`` at state ``x`` and level ``s``.
+
+        The network is not trusted: it gets copies, which it may write into, and its answer is copied, so that it may
+        return the same buffer at every call.
 
         Args:
             x: States, [B, *shape]; for ``"edm"`` the scaling ``c_in`` is applied here.
@@ -174,13 +252,14 @@ class Denoiser:
             dtype: What the network computes in; the dtype of ``x`` when None.
 
         Returns:
-            ``R``, [B, *shape], in the dtype the network returns.
+            ``R``, [B, *shape], on the device of ``x``, in the dtype the network returns.
 
         Raises:
-            TypeError: If the network does not return a tensor.
+            TypeError: If the network does not return a floating-point tensor.
             ValueError: If the output's shape is not that of ``x``.
+            RuntimeError: If the network raises StopIteration.
         """
-        levels = torch.as_tensor(s, dtype=torch.float64).expand(x.shape[0]).to(x.device)
+        levels = _levels(s, x)
         network_input = x
         if self.prediction == "edm":
             scale = (levels.square() + self.sigma_data**2).rsqrt()
@@ -192,8 +271,12 @@ class Denoiser:
         integers = getattr(self.process, "integer_timesteps", False)
         # The condition stays float32 in half precision: bfloat16 would merge neighbouring levels.
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        output = self.network(network_input.to(dtype or x.dtype), condition.to(torch.int64 if integers else wide))
-        return _checked_output(output, x)
+        condition = condition.to(torch.int64 if integers else wide, copy=True).to(x.device)
+        try:
+            output = self.network(network_input.to(dtype or x.dtype, copy=True), condition)
+        except StopIteration as error:
+            raise RuntimeError("the network raised StopIteration (an iterator in it ran out)") from error
+        return _checked_output(output, x).to(x.device, copy=True)
 
     def denoise(self, y: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
         """``D`` from the normalised state ``y = x / sigma``, finite at every level, pure noise included.
@@ -206,7 +289,7 @@ class Denoiser:
         Returns:
             ``E[x0 | x]``, [B, *shape], in the dtype of ``y``.
         """
-        levels = torch.as_tensor(s, dtype=torch.float64).to(y.device).expand(y.shape[0])
+        levels = _levels(s, y)
         a, c = self.coefficients(levels)
         x = y * _per_sample(self.process.sigma(levels), y)
         output = self.raw_output(x, levels, dtype=dtype)
@@ -219,7 +302,7 @@ class Denoiser:
             z: [B, *shape].
             s: One finite level, or one per sample [B].
         """
-        levels = torch.as_tensor(s, dtype=torch.float64).to(z.device).expand(z.shape[0])
+        levels = _levels(s, z)
         return self.denoise(z / _per_sample(levels, z), levels)
 
     @property
@@ -240,6 +323,29 @@ class Denoiser:
         return next(self.network.parameters(), None)
 
 
+def check_denoiser(denoiser: object) -> None:
+    """TypeError unless it is a `Denoiser`."""
+    if not isinstance(denoiser, Denoiser):
+        kind = type(denoiser).__name__
+        raise TypeError(f"denoiser must be a fastsched.Denoiser (made by Denoiser.from_epsilon, ...), got {kind}")
+
+
+def placement(
+    denoiser: Denoiser, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> tuple[torch.device, torch.dtype]:
+    """Where to run a denoiser and what its network computes in; where None, as its parameters say.
+
+    Raises:
+        TypeError: If ``denoiser`` is not one, or ``dtype`` not a floating-point dtype of PyTorch.
+        ValueError: If there is no such device.
+    """
+    check_denoiser(denoiser)
+    return (
+        denoiser.device if device is None else validate.device(device),
+        denoiser.dtype if dtype is None else validate.floating_dtype(dtype),
+    )
+
+
 def not_finite(process: NoiseProcess, s: Tensor) -> str:
     """What to say when a network returns NaN or inf at level ``s``."""
     sigma = float(process.sampler_sigma(s))
@@ -251,9 +357,23 @@ def not_finite(process: NoiseProcess, s: Tensor) -> str:
     )
 
 
+def finite_denoised(denoiser: Denoiser, y: Tensor, s: Tensor | float, dtype: torch.dtype | None) -> Tensor:
+    """`Denoiser.denoise`; ValueError that names the level if the answer is not finite."""
+    denoised = denoiser.denoise(y, s, dtype=dtype)
+    if not bool(torch.isfinite(denoised).all()):
+        raise ValueError(not_finite(denoiser.process, torch.as_tensor(s, dtype=torch.float64)))
+    return denoised
+
+
+def _levels(s: Tensor | float, x: Tensor) -> Tensor:
+    """Levels for each sample of ``x``, [B] float64, on the CPU: Apple's GPUs have no float64."""
+    values = s.cpu().to(torch.float64) if isinstance(s, Tensor) else torch.as_tensor(s, dtype=torch.float64)
+    return values.expand(x.shape[0])
+
+
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     """[B] values shaped to broadcast over ``like`` [B, *shape], in its dtype."""
-    return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+    return values.to(like.dtype).to(like.device).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _callable(fn: Network) -> Network:
@@ -268,6 +388,8 @@ def _checked_output(output: object, x: Tensor) -> Tensor:
             f"the network returned {type(output).__name__}, not a tensor; wrap it so that it returns the "
             "prediction alone (for diffusers: model(x, t, return_dict=False)[0])"
         )
+    if not output.is_floating_point():
+        raise TypeError(f"the network returned {output.dtype} numbers; it must return floating-point ones")
     if output.shape != x.shape:
         hint = ""
         if output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:

@@ -116,7 +116,7 @@ class VariancePreserving(NoiseProcess):
     Attributes:
         alphas_cumprod: ``abar_t`` for ``t = 0 .. T-1``, descending within ``[0, 1)``; a last value of 0 is
             zero terminal SNR.
-        integer_timesteps: Whether timesteps must be whole numbers.
+        integer_timesteps: Whether the network accepts integer timesteps alone.
     """
 
     alphas_cumprod: tuple[float, ...] = field(repr=False)
@@ -198,10 +198,12 @@ class FlowMatching(NoiseProcess):
     Attributes:
         t_min: The smallest time at which the network is asked.
         t_max: The time of pure noise; 1 is ``s = inf``.
+        data_at: The network's own time of clean data. Where it is 1 the network is told ``1 - t``.
     """
 
     t_min: float = 2e-3
     t_max: float = 1.0
+    data_at: int = 0
     kind: ClassVar[str] = "flow"
     #: The second level of the grid when the first is pure noise: above it a network sees little but noise.
     first_finite_s: ClassVar[float] = 100.0
@@ -211,6 +213,8 @@ class FlowMatching(NoiseProcess):
             raise ValueError(
                 f"t_min and t_max must satisfy 0 < t_min < t_max <= 1, got {self.t_min!r} and {self.t_max!r}"
             )
+        if self.data_at not in (0, 1):
+            raise ValueError(f"data_at must be 0 or 1, the network's time of clean data, got {self.data_at!r}")
 
     @property
     def s_min(self) -> float:
@@ -235,7 +239,7 @@ class FlowMatching(NoiseProcess):
         return sampler_sigma / (1 - sampler_sigma)
 
     def timestep(self, s: Tensor) -> Tensor:
-        return self.sigma(s)
+        return self.alpha(s) if self.data_at else self.sigma(s)
 
     def levels(self, n: int) -> Tensor:
         if math.isfinite(self.s_max):
@@ -248,7 +252,65 @@ class FlowMatching(NoiseProcess):
         return torch.cat([torch.tensor([math.inf], dtype=torch.float64), finite])
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "t_min": self.t_min, "t_max": self.t_max}
+        entries = {"kind": self.kind, "t_min": self.t_min, "t_max": self.t_max}
+        return {**entries, "data_at": 1} if self.data_at else entries
+
+
+@dataclass(frozen=True)
+class ContinuousVP(NoiseProcess):
+    """The VP or sub-VP SDE in continuous time (Song et al. 2021, arXiv 2011.13456).
+
+    ``alpha = exp(-t^2 (beta_max - beta_min) / 4 - t beta_min / 2)``; ``sigma^2 = 1 - alpha^2``, so that
+    ``s = sqrt(1 / alpha^2 - 1)``, or for the sub-VP SDE ``sigma = 1 - alpha^2``, ``s = 1 / alpha - alpha``.
+
+    Attributes:
+        beta_min: Noise rate at ``t = 0``.
+        beta_max: Noise rate at ``t = 1``.
+        t_min: The smallest time at which the network is asked.
+        t_max: The largest.
+        sub_vp: Whether it is the sub-VP SDE.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    t_min: float = 1e-3
+    t_max: float = 1.0
+    sub_vp: bool = False
+    kind: ClassVar[str] = "vp"
+
+    def __post_init__(self) -> None:
+        for low, high in (("beta_min", "beta_max"), ("t_min", "t_max")):
+            one, other = getattr(self, low), getattr(self, high)
+            if not 0 < one < other < math.inf:
+                raise ValueError(f"{low} and {high} must satisfy 0 < {low} < {high}, got {one!r} and {other!r}")
+
+    @property
+    def s_min(self) -> float:
+        return self._level_at(self.t_min)
+
+    @property
+    def s_max(self) -> float:
+        return self._level_at(self.t_max)
+
+    def alpha(self, s: Tensor) -> Tensor:
+        return 2 / (s + (s.square() + 4).sqrt()) if self.sub_vp else (1 + s.square()).rsqrt()
+
+    def sigma(self, s: Tensor) -> Tensor:
+        return s * self.alpha(s)
+
+    def timestep(self, s: Tensor) -> Tensor:
+        # The positive root of slope t^2 + beta_min t = -2 log alpha, free of cancellation near 0.
+        decay = 2 * torch.asinh(s / 2) if self.sub_vp else torch.log1p(s.square())
+        slope = (self.beta_max - self.beta_min) / 2
+        return 2 * decay / (self.beta_min + (self.beta_min**2 + 4 * slope * decay).sqrt())
+
+    def to_dict(self) -> dict[str, Any]:
+        times = {"t_min": self.t_min, "t_max": self.t_max, "sub_vp": self.sub_vp}
+        return {"kind": "continuous_vp", "beta_min": self.beta_min, "beta_max": self.beta_max, **times}
+
+    def _level_at(self, t: float) -> float:
+        decay = t**2 * (self.beta_max - self.beta_min) / 2 + t * self.beta_min
+        return 2 * math.sinh(decay / 2) if self.sub_vp else math.sqrt(math.expm1(decay))
 
 
 def process_from_dict(values: Mapping[str, Any]) -> NoiseProcess:
@@ -257,7 +319,7 @@ def process_from_dict(values: Mapping[str, Any]) -> NoiseProcess:
     Raises:
         ValueError: If the kind is unknown or an entry is missing.
     """
-    makers = {"ve": VarianceExploding, "vp": VariancePreserving, "flow": FlowMatching}
+    makers = {"ve": VarianceExploding, "vp": VariancePreserving, "flow": FlowMatching, "continuous_vp": ContinuousVP}
     entries = dict(values)
     kind = validate.choice("noise process kind", entries.pop("kind", None), makers)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,15 +11,16 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser
+from fastsched.denoisers.denoiser import Denoiser, check_denoiser, placement
+from fastsched.measurement.batches import Batches, finished_part, measured, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
+from fastsched.measurement.fingerprints import same_network
+from fastsched.measurement.network_checks import fingerprint
 from fastsched.measurement.path_following import Measurement, measurement_steps
 from fastsched.measurement.statistics import PathStatistics
-from fastsched.progress import progress_bar
 from fastsched.sampling.random_streams import sample_seeds
 
 
-@torch.no_grad()
 def measure(
     denoiser: Denoiser,
     shape: Sequence[int],
@@ -31,6 +33,8 @@ def measure(
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    checks: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> PathStatistics:
     """Follow ``samples`` probability-flow paths over ``levels`` levels and keep what schedules are chosen from.
@@ -40,8 +44,8 @@ def measure(
     responses ``D(z') - D(z)`` tell how errors are passed on (`fastsched.measurement.deviated_paths`).
 
     No gradients are taken, so compiled, quantised and guided models work. Cost: ``2 N - 2`` calls a sample for an even
-    number N of levels, N without responses. Warns if the network's outputs come in 16 bits and rounding adds more than 1%
-    to the squared increments (`fastsched.measurement.rounding`).
+    number N of levels, N without responses, and 7 to check the network. An interrupt (Ctrl-C) returns the paths that
+    were finished, with a warning. Warns if 16-bit outputs add more than 1% to the squared increments.
 
     Args:
         denoiser: What to measure.
@@ -49,30 +53,46 @@ def measure(
         levels: How many levels (32 to 64 serve), or the levels ``s`` themselves, descending.
         samples: How many paths.
         responses: Whether to measure responses. Without them, errors are taken to be passed on as for Gaussian data.
-        keep_increments: Whether the statistics hold the increments and responses themselves, ``2 N`` images a sample,
-            too: what `fastsched.tune` needs. They are not saved.
+        keep_increments: Whether the statistics hold increments and responses, ``2 N`` images a sample, as
+            `fastsched.tune` needs.
         seed: Of the noises. Sample ``n`` is the same whatever ``samples`` and ``batch_size``.
-        batch_size: Paths followed at once; all of them when None. About ``3 N`` states a path are held.
+        batch_size: Paths followed at once; all when None, one with a checkpoint. About ``3 N`` states a path are held.
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None. States stay float32.
+        checks: Whether to ask first if the network is a denoiser (`fastsched.measurement.network_checks`).
+        checkpoint: A file in which every finished batch is saved. The same call goes on from there, to the same bits.
         progress: Show a progress bar.
 
     Returns:
         The statistics, on the CPU.
 
     Raises:
-        ValueError: If an argument is out of range, the network's output has the wrong shape, or holds NaN or inf
-            (the message names the level).
+        ValueError: If an argument is out of range, the network fails the checks, or returns NaN or inf.
     """
-    sizes = validate.sample_shape(shape)
-    count = validate.positive_int("samples", samples)
-    batch = count if batch_size is None else validate.positive_int("batch_size", batch_size)
     run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses, keep_increments)
-    parts = []
-    with progress_bar(run.calls * count, progress, "measuring") as advance:
-        for seeds in sample_seeds(seed, count).split(batch):
-            parts.append(run.drive(measurement_steps(run, seeds, sizes, advance)))
-    return functools.reduce(PathStatistics.merge, parts)
+    batches = batches_of(shape, samples, seed, batch_size, checks, checkpoint, progress)
+    try:
+        return measured(run, batches, None if checkpoint is None else resumed(checkpoint, run, batches))
+    except KeyboardInterrupt as error:
+        if checkpoint is not None:
+            raise
+        return finished_part(error)
+
+
+def batches_of(
+    shape: Sequence[int],
+    samples: int,
+    seed: int,
+    batch_size: int | None = None,
+    checks: bool = True,
+    file: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Batches:
+    """How `measure` does it, from its arguments."""
+    sizes, seeds = validate.sample_shape(shape), sample_seeds(seed, validate.positive_int("samples", samples))
+    grain = len(seeds) if file is None else 1
+    size = grain if batch_size is None else validate.positive_int("batch_size", batch_size)
+    return Batches(sizes, seeds, size, checks, file, progress)
 
 
 def measurement_of(
@@ -84,14 +104,8 @@ def measurement_of(
     keep_increments: bool = False,
 ) -> Measurement:
     """A measurement at levels ``s``, with the defaults of `measure`."""
-    return Measurement(
-        denoiser,
-        s,
-        torch.device(device) if device is not None else denoiser.device,
-        dtype if dtype is not None else denoiser.dtype,
-        deviated_paths(len(s)) if responses else (),
-        keep_increments,
-    )
+    paths = deviated_paths(len(s)) if responses else ()
+    return Measurement(denoiser, s, *placement(denoiser, device, dtype), paths, keep_increments)
 
 
 @torch.no_grad()
@@ -118,6 +132,7 @@ def with_increments(
     if stats.increments is not None:
         return stats
     batch = stats.samples if batch_size is None else validate.positive_int("batch_size", batch_size)
+    asked = check_same_network(denoiser, stats, device, dtype)
     run = measurement_of(denoiser, stats.s, device, dtype, stats.response_gram is not None, keep_increments=True)
     parts = [run.drive(measurement_steps(run, seeds, stats.shape)) for seeds in stats.seeds.split(batch)]
     again = functools.reduce(PathStatistics.merge, parts)
@@ -125,12 +140,33 @@ def with_increments(
         stats,
         increments=again.increments,
         responses=again.responses,
-        model_calls=stats.model_calls + again.model_calls,
+        model_calls=stats.model_calls + again.model_calls + asked,
     )
+
+
+@torch.no_grad()
+def check_same_network(
+    denoiser: Denoiser,
+    stats: PathStatistics,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> int:
+    """Ask the denoiser one question; ValueError if it answers otherwise than the network of ``stats`` did.
+
+    Returns:
+        Network evaluations spent: 1, or 0 if the statistics do not know their network.
+    """
+    if stats.fingerprint is None:
+        return 0
+    where, width = placement(denoiser, device, dtype)
+    if not same_network(stats.fingerprint, fingerprint(denoiser, stats.shape, where, width), width):
+        raise ValueError("stats were measured on another network, which answers the same question differently")
+    return 1
 
 
 def measured_levels(denoiser: Denoiser, levels: int | Tensor) -> Tensor:
     """The levels to measure at, float64 [N], from their number or a list of them; errors as in `measure`."""
+    check_denoiser(denoiser)
     if not isinstance(levels, Tensor):
         return denoiser.levels(validate.positive_int("levels", levels, minimum=3))
     s = validate.descending_sigmas(levels, name="levels")

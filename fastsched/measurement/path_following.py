@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,9 +15,8 @@ from fastsched.denoisers.denoiser import Denoiser, not_finite
 from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels, positions, queries
 from fastsched.measurement.rounding import warn_of_storage
 from fastsched.measurement.statistics import PathStatistics, data_deviation
-from fastsched.sampling.multistep import Node
 from fastsched.sampling.random_streams import noise_of
-from fastsched.sampling.sampler import nodes_of
+from fastsched.sampling.sampler import answered, integration, nodes_of
 from fastsched.sampling.solvers import get_solver
 
 Answer = TypeVar("Answer")
@@ -83,12 +82,7 @@ class Measurement:
 
     def drive(self, steps: Query[Answer]) -> Answer:
         """Answer what ``steps`` ask with the denoiser's own network."""
-        try:
-            x, k = next(steps)
-            while True:
-                x, k = steps.send(self.raw_output(x, k))
-        except StopIteration as finished:
-            return finished.value
+        return answered(steps, self.raw_output)
 
 
 def measurement_steps(
@@ -101,16 +95,17 @@ def measurement_steps(
     (`fastsched.diffusers.CalibrationScheduler`). ``advance`` is told of calls made.
     """
     noise = noise_of(seeds, shape).to(run.device)
-    raws, states, end = yield from _follow_reference(run, noise, advance)
-    responses = []
-    for path in run.deviated:
-        responses += yield from _follow_deviated(run, path, noise, raws, states, advance)
-    flat = lambda tensors: torch.stack(tensors).flatten(2)  # [N, B, d]
-    R, W = flat(raws), None
-    if responses:
-        rest = len(run.s) - len(responses)  # the op wants as many rows as there are levels
-        W = flat([*responses, *[torch.zeros_like(responses[0])] * rest])
-    result = ops.level_increment_gram(R, flat(states), run.a, run.c, W=W, per_sample=True)
+    asked = len(run.deviated) * len(asked_levels(len(run.s)))
+    # Memory is taken before the first call, not after the last one. The op wants as many responses as there are levels.
+    rows = lambda dtype: torch.zeros(len(run.s), *noise.shape, dtype=dtype, device=noise.device)
+    raws, states, responses = rows(run.dtype), rows(noise.dtype), rows(noise.dtype) if asked else None
+    raws, end = yield from _follow_reference(run, noise, raws, states, advance)
+    for n, path in enumerate(run.deviated):
+        assert responses is not None
+        first = n * len(asked_levels(len(run.s)))
+        yield from _follow_deviated(run, path, noise, raws, states, responses[first:], advance)
+    R, W = raws.flatten(2), None if responses is None else responses.flatten(2)  # [N, B, d]
+    result = ops.level_increment_gram(R, states.flatten(2), run.a, run.c, W=W, per_sample=True)
     warn_of_storage(R, run.c, result.gram)
     kept = run.keep_vectors
     return PathStatistics(
@@ -120,80 +115,69 @@ def measurement_steps(
         seeds=seeds,
         gram=result.gram[:, 1:, 1:].cpu(),
         ends=end.cpu(),
-        data_std=data_deviation(end),
+        data_std=data_deviation(end.cpu()),
         model_calls=run.calls * len(seeds),
         deviated=run.deviated,
-        response_cross=None if result.cross is None else result.cross[:, : len(responses), 1:].cpu(),
-        response_gram=None if W is None else _gram(W[: len(responses)]).cpu(),
+        response_cross=None if result.cross is None else result.cross[:, :asked, 1:].cpu(),
+        response_gram=None if W is None else _gram(W[:asked]).cpu(),
         increments=_increments(run, raws, states) if kept else None,
-        responses=torch.stack([r.flatten(1).cpu() for r in responses], dim=1) if kept and responses else None,
+        responses=W[:asked].transpose(0, 1).cpu().contiguous() if kept and W is not None else None,
     )
 
 
 def _follow_reference(
-    run: Measurement, noise: Tensor, advance: Callable[[int], object]
-) -> Query[tuple[list[Tensor], list[Tensor], Tensor]]:
-    """Raw outputs and states at every level, and the end ``D_{N-1}``; by `PATH_SOLVER`.
+    run: Measurement, noise: Tensor, raws: Tensor, states: Tensor, advance: Callable[[int], object]
+) -> Query[tuple[Tensor, Tensor]]:
+    """Writes raw outputs and states at every level; returns the former and the end ``D_{N-1}``; by `PATH_SOLVER`.
 
     The network is called at predicted states, which the corrector then moves with the output found there.
     """
-    solver, nodes = get_solver(PATH_SOLVER), nodes_of(run.denoiser.process, run.s)
-    assert solver.corrector is not None
-    raws, states = [], []
-    y, before, denoised = noise, noise, noise
-    history: list[tuple[Node, Tensor]] = []
-    for k, node in enumerate(nodes):
+    nodes = nodes_of(run.denoiser.process, torch.cat([run.s, run.s.new_zeros(1)]))
+    path = integration(nodes, get_solver(PATH_SOLVER), noise, s=run.s)
+    denoised = None
+    for k in range(len(run.s)):
+        y, _ = path.send(denoised)
         x = float(run.sigma[k]) * y
+        states[k] = x
         raw = yield x, k
         advance(len(noise))
-        raws.append(raw)
-        states.append(x)
-        denoised = float(run.a[k]) * x + float(run.c[k]) * raw.float()
-        known = [(node, denoised), *history]
-        if history:
-            weights = solver.corrector([earlier for earlier, _ in history], node)
-            y = before + float(node.rho - history[0][0].rho) * _mean_slope(weights, known)
-        history = known[: solver.order]
-        if k + 1 < len(nodes):
-            weights = solver.weights([earlier for earlier, _ in history], nodes[k + 1])
-            before, y = y, y + float(nodes[k + 1].rho - node.rho) * _mean_slope(weights, history)
-    return raws, states, denoised
-
-
-def _mean_slope(weights: Sequence[Any], known: Sequence[tuple[Node, Tensor]]) -> Tensor:
-    terms = (float(b) * output for b, (_, output) in zip(weights, known, strict=True))
-    return functools.reduce(torch.add, terms)
+        # In the dtype that the network returns, the widest if it returns several.
+        raws = raws.to(raw.dtype if k == 0 else torch.promote_types(raws.dtype, raw.dtype))
+        raws[k] = raw
+        denoised = float(run.a[k]) * states[k] + float(run.c[k]) * raw.float()
+    assert denoised is not None  # there are levels
+    return raws, denoised
 
 
 def _follow_deviated(
     run: Measurement,
     path: DeviatedPath,
     noise: Tensor,
-    raws: list[Tensor],
-    states: list[Tensor],
+    raws: Tensor,
+    states: Tensor,
+    responses: Tensor,
     advance: Callable[[int], object],
-) -> Query[list[Tensor]]:
-    """The responses ``D(z') - D(z)`` at the asked levels, [B, *shape] float32 each."""
+) -> Query[None]:
+    """Writes the responses ``D(z') - D(z)`` at the asked levels, one after the other."""
     asked = asked_levels(len(run.s))
     rho, y = (1 / run.s).tolist(), noise
     a, c, sigma = run.a.tolist(), run.c.tolist(), run.sigma.tolist()
     answers = {0: a[0] * states[0] + c[0] * raws[0].float()}
-    responses = []
     for k, used in enumerate([*path.slopes(positions(run.s)), []]):
         if k in asked:
             x = sigma[k] * y
             raw = yield x, k
             advance(len(noise))
             # both at level k: differences first, so that close answers keep theirs
-            responses.append(a[k] * (x - states[k]) + c[k] * (raw.float() - raws[k].float()))
+            row = asked.index(k)
+            responses[row] = a[k] * (x - states[k]) + c[k] * (raw.float() - raws[k].float())
             answers[k] = a[k] * x + c[k] * raw.float()
         if used:
             slope = functools.reduce(torch.add, (weight * answers[level] for level, weight in used))
             y = y + (rho[k + 1] - rho[k]) * slope
-    return responses
 
 
-def _increments(run: Measurement, raws: list[Tensor], states: list[Tensor]) -> Tensor:
+def _increments(run: Measurement, raws: Tensor, states: Tensor) -> Tensor:
     """``e_q`` [B, N-1, d] float32 on the CPU, from differences of raw outputs and of states, as `ops` forms them."""
     a, c = run.a.tolist(), run.c.tolist()
     found = []

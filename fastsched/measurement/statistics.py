@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastsched.denoisers.noise import NoiseProcess, process_from_dict
-from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels
-
-FORMAT = "fastsched.path_statistics"
-VERSION = 2
-
-#: Tensors of version 1 that are not used any more: how errors are passed on was measured otherwise.
-FORMER = ("cross", "w_squared")
+from fastsched.denoisers.noise import NoiseProcess
+from fastsched.measurement.deviated_paths import DeviatedPath
+from fastsched.measurement.fingerprints import same_network
+from fastsched.measurement.statistics_files import read_statistics, write_statistics
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -43,6 +37,7 @@ class PathStatistics:
         response_gram: ``<r_i, r_j>``, [B, R, R] float64; None without responses.
         increments: The ``e_q`` themselves, [B, N-1, d] float32, if they were kept; not saved.
         responses: The ``r_i`` themselves, [B, R, d] float32, if they were kept; not saved.
+        fingerprint: Of the network (`fastsched.measurement.fingerprints`); None if it was not asked.
     """
 
     process: NoiseProcess
@@ -58,6 +53,7 @@ class PathStatistics:
     response_gram: Tensor | None = None
     increments: Tensor | None = None
     responses: Tensor | None = None
+    fingerprint: Tensor | None = None
 
     @property
     def vector_gram(self) -> Tensor:
@@ -81,6 +77,12 @@ class PathStatistics:
     def dimension(self) -> int:
         """d, the number of elements of one sample."""
         return int(np.prod(self.shape))
+
+    @property
+    def finite_range(self) -> tuple[float, float]:
+        """The lowest and the highest finite level: without pure noise."""
+        finite = self.s[self.s.isfinite()]
+        return float(finite[-1]), float(finite[0])
 
     @property
     def sigmas(self) -> Tensor:
@@ -119,6 +121,8 @@ class PathStatistics:
         """
         if self.process != other.process or not torch.equal(self.s, other.s) or self.shape != other.shape:
             raise ValueError("other was measured on another noise process, other levels or another shape")
+        if not same_network(self.fingerprint, other.fingerprint):
+            raise ValueError("other was measured on another network: it answered the same question differently")
         if self.deviated != other.deviated:
             raise ValueError("other must hold responses of the same deviated paths as these statistics")
         shared = sorted(set(self.seeds.tolist()) & set(other.seeds.tolist()))
@@ -136,27 +140,17 @@ class PathStatistics:
             response_gram=_joined(self.response_gram, other.response_gram),
             increments=_joined(self.increments, other.increments),
             responses=_joined(self.responses, other.responses),
+            fingerprint=self.fingerprint if self.fingerprint is not None else other.fingerprint,
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a safetensors file; an existing file is replaced only when the new one is whole."""
-        from safetensors.torch import save_file
+    def save(self, path: str | os.PathLike[str], *, vectors: bool = False) -> None:
+        """Write to a safetensors file; an existing file is replaced only when the new one is whole.
 
-        tensors = {"s": self.s, "seeds": self.seeds, "gram": self.gram, "ends": self.ends}
-        if self.response_cross is not None and self.response_gram is not None:
-            tensors |= {"response_cross": self.response_cross, "response_gram": self.response_gram}
-        header: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "process": self.process.to_dict(),
-            "data_std": self.data_std,
-            "model_calls": self.model_calls,
-            "deviated": [[path.hold, path.order] for path in self.deviated],
-        }
-        unfinished = f"{os.fspath(path)}.unfinished"
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, unfinished, metadata={"fastsched": json.dumps(header)})
-        os.replace(unfinished, path)
+        Args:
+            path: The file.
+            vectors: Whether to write increments and responses too.
+        """
+        write_statistics(self, path, vectors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PathStatistics:
@@ -164,61 +158,9 @@ class PathStatistics:
 
         Raises:
             FileNotFoundError: If there is none.
-            ValueError: If it is truncated, holds something else, or comes from a newer version.
+            ValueError: If it is truncated, was changed, holds something else, or comes from a newer version.
         """
-        from safetensors import SafetensorError, safe_open
-
-        name = os.fspath(path)
-        if not os.path.exists(name):
-            raise FileNotFoundError(f"no such statistics file: {name}")
-        try:
-            with safe_open(name, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("fastsched", "{}"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        except (SafetensorError, json.JSONDecodeError, OSError) as error:
-            raise ValueError(f"{name} is not a whole safetensors file ({error}); measure again") from None
-        return cls._from_file(name, header, tensors)
-
-    @classmethod
-    def _from_file(cls, name: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> PathStatistics:
-        if header.get("format") != FORMAT:
-            raise ValueError(f"{name} does not hold path statistics; fastsched measure writes them")
-        if header.get("version", 0) > VERSION:
-            raise ValueError(
-                f"{name} has version {header['version']}, newer than {VERSION}, the newest known here; update fastsched"
-            )
-        try:
-            statistics = cls(
-                process=process_from_dict(header["process"]),
-                shape=tuple(tensors["ends"].shape[1:]),
-                data_std=float(header["data_std"]),
-                model_calls=int(header["model_calls"]),
-                deviated=tuple(DeviatedPath(int(hold), int(order)) for hold, order in header.get("deviated", [])),
-                **{name: tensor for name, tensor in tensors.items() if name not in FORMER},
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{name} lacks an entry of path statistics: {error}") from None
-        statistics._check_shapes(name)
-        return statistics
-
-    def _check_shapes(self, name: str) -> None:
-        b, n = len(self.seeds), len(self.s)
-        rows = len(self.deviated) * len(asked_levels(n))
-        expected = {
-            "gram": (b, n - 1, n - 1),
-            "response_cross": (b, rows, n - 1),
-            "response_gram": (b, rows, rows),
-        }
-        for field, shape in expected.items():
-            value = getattr(self, field)
-            if value is not None and tuple(value.shape) != shape:
-                raise ValueError(f"{name}: {field} has shape {tuple(value.shape)}, not {shape}")
-        for field in expected:
-            value = getattr(self, field)
-            if value is not None and not bool(value.isfinite().all()):
-                raise ValueError(f"{name}: {field} holds NaN or inf; measure again")
-        if len(self.ends) != b:
-            raise ValueError(f"{name}: ends holds {len(self.ends)} samples, not {b}")
+        return read_statistics(cls, path)
 
 
 def data_deviation(ends: Tensor) -> float:

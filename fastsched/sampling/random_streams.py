@@ -8,16 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsched import validate
+
 
 def sample_seeds(seed: int, samples: int) -> Tensor:
     """The seeds of a measurement's paths, [samples] int64; those of different ``seed`` do not meet.
 
     Raises:
+        TypeError: If ``seed`` is not an integer.
         ValueError: If ``seed`` is not within ``[0, 2^31)``.
     """
-    if not 0 <= seed < 2**31:
-        raise ValueError(f"seed must be within [0, 2^31), got {seed}")
-    return seed * 2**32 + torch.arange(samples, dtype=torch.int64)
+    return validate.seed(seed) * 2**32 + torch.arange(samples, dtype=torch.int64)
 
 
 def noise_of(seeds: Tensor, shape: Sequence[int]) -> Tensor:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser, not_finite
+from fastsched.denoisers.denoiser import Denoiser, finite_denoised
 from fastsched.denoisers.noise import NoiseProcess
+from fastsched.progress import progress_bar
 from fastsched.sampling.fitted import fitted_solver
 from fastsched.sampling.multistep import Node, log_rho
 from fastsched.sampling.solvers import (
@@ -26,6 +27,8 @@ from fastsched.sampling.solvers import (
 
 if TYPE_CHECKING:
     from fastsched.sampling.schedule import Schedule
+
+Result = TypeVar("Result")
 
 
 def nodes_of(process: NoiseProcess, s: Tensor) -> list[Node]:
@@ -81,14 +84,17 @@ def sample(
         raise ValueError(f"seed must be None for {method.name}, got {seed!r}: it adds no noise of its own to the given")
     values = validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas))  # type: ignore[arg-type]  # or a Schedule
     s = denoiser.process.level(values)
-    nodes = nodes_of(denoiser.process, s)
-    steps: Iterable[int] = range(len(nodes) - 1)
-    if progress:
-        from tqdm import tqdm
+    nodes, ends_at_zero = nodes_of(denoiser.process, s), float(values[-1]) == 0.0
+    steps = len(nodes) - 1
+    calls = method.model_calls(steps) if ends_at_zero or method.stage is None else 2 * steps
+    with progress_bar(calls, progress, f"{method.name} sampling") as advance:
 
-        steps = tqdm(steps, desc=f"{method.name} sampling", unit="step")
-    ends_at_zero = float(values[-1]) == 0.0
-    y = integrate(lambda y, level: _finite_denoised(denoiser, y, level, dtype), nodes, method, noise, s=s, steps=steps)
+        def denoise(y: Tensor, level: Tensor | float) -> Tensor:
+            denoised = finite_denoised(denoiser, y, level, dtype)
+            advance(1)
+            return denoised
+
+        y = integrate(denoise, nodes, method, noise, s=s)
     return y if ends_at_zero else y * float(s[-1])
 
 
@@ -111,18 +117,41 @@ def integrate(
     y: Any,
     *,
     s: Sequence[Any] | Tensor,
-    steps: Iterable[int] | None = None,
     number: Callable[[Any], Any] = float,
 ) -> Any:
-    """The loop of every solver, over anything that can be added and scaled: images, or their coefficients.
+    """Integrate with ``denoise(y, s)`` answering every query of `integration`; its arguments and result."""
+    return answered(integration(nodes, method, y, s=s, number=number), denoise)
+
+
+def answered(queries: Generator[tuple[Any, Any], Any, Result], answer: Callable[[Any, Any], Any]) -> Result:
+    """Send ``answer(*query)`` for every query that a generator yields; returns what it returns."""
+    found = None
+    while True:
+        try:
+            query = queries.send(found)
+        except StopIteration as finished:
+            return finished.value
+        found = answer(*query)  # not inside the try: a StopIteration raised here is not the generator's end
+
+
+def integration(
+    nodes: Sequence[Node],
+    method: Solver,
+    y: Any,
+    *,
+    s: Sequence[Any] | Tensor,
+    number: Callable[[Any], Any] = float,
+) -> Generator[tuple[Any, Any], Any, Any]:
+    """The loop of every deterministic solver, as a generator that needs the denoiser.
+
+    It yields a normalised state and its level ``(y, s)`` and is sent ``D`` there. States are anything that can be added
+    and scaled: images, or their coefficients.
 
     Args:
-        denoise: ``denoise(y, s)``, the denoised sample at the normalised state ``y`` and level ``s``.
         nodes: The levels as nodes; if ``rho = inf`` at the last one, the loop ends in a denoised sample.
         method: The solver.
         y: The state at the first node.
-        s: The levels as ``denoise`` is given them.
-        steps: ``0 .. len(nodes) - 2``, where the caller wants to watch.
+        s: The levels as they are to be yielded; at a solver's stage ``1 / rho`` is.
         number: Makes a factor of what the solver computes from nodes; nodes of arrays, one entry a schedule, integrate
             many schedules at once if it shapes them to broadcast against ``y``.
 
@@ -130,9 +159,9 @@ def integrate(
         The denoised sample if the last node is at sigma 0, else ``y`` there.
     """
     y_before, history = y, []
-    for n in range(len(nodes) - 1) if steps is None else steps:
+    for n in range(len(nodes) - 1):
         start, end = nodes[n], nodes[n + 1]
-        denoised = denoise(y, s[n])
+        denoised = yield y, s[n]
         if np.all(end.tau == 0):
             if method.end_weights is None:
                 return denoised
@@ -152,7 +181,7 @@ def integrate(
         if method.stage is not None:
             stage = method.stage(start, end)
             predicted = y + number(stage.rho - start.rho) * denoised
-            ahead = denoise(predicted, 1 / stage.rho)
+            ahead = yield predicted, 1 / stage.rho
             slopes = [_slope(method, stage, predicted, ahead, number), *slopes]
         weights = method.weights([node for node, _ in history], end)
         y_before, y = y, _step(method, weights, y, start, end, slopes, number)
@@ -179,10 +208,3 @@ def _slopes(history: Sequence[tuple[Node, Any]]) -> list[Any]:
 
 def _slope(method: Solver, node: Node, y: Any, denoised: Any, number: Callable[[Any], Any]) -> Any:
     return denoised if method.variable == "rho" else y - denoised / number(node.tau)
-
-
-def _finite_denoised(denoiser: Denoiser, y: Tensor, s: Tensor | float, dtype: torch.dtype | None) -> Tensor:
-    denoised = denoiser.denoise(y, s, dtype=dtype)
-    if not bool(torch.isfinite(denoised).all()):
-        raise ValueError(not_finite(denoiser.process, torch.as_tensor(s, dtype=torch.float64)))
-    return denoised

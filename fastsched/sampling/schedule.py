@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.noise import NoiseProcess
+from fastsched.sampling.files import write_whole
 from fastsched.sampling.fitted import checked_weights
 from fastsched.sampling.solvers import FITTED, STOCHASTIC_SOLVERS, get_solver, solver_name
 
@@ -171,10 +172,7 @@ class Schedule:
             if getattr(self, name) is not None:
                 entries[name] = _decimal(getattr(self, name))
         text = "{\n" + ",\n".join(f'  "{key}": {value}' for key, value in entries.items()) + "\n}\n"
-        unfinished = f"{os.fspath(path)}.unfinished"
-        with open(unfinished, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(unfinished, path)
+        write_whole(path, text.encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Schedule:

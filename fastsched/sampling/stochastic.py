@@ -17,7 +17,7 @@ Source: Lu et al. 2022 (arXiv 2211.01095), appendix on SDE-DPM-Solver++; Ho et a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser, not_finite
+from fastsched.denoisers.denoiser import Denoiser, finite_denoised
+from fastsched.progress import progress_bar
 from fastsched.sampling.random_streams import sample_seeds, stream
 from fastsched.sampling.solvers import STOCHASTIC_SOLVERS
 
@@ -71,27 +72,24 @@ def sample_stochastic(
     s = denoiser.process.level(validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas)))  # type: ignore[arg-type]  # or a Schedule
     levels = s.tolist()
     streams = [stream(value, 1) for value in sample_seeds(seed, len(noise)).tolist()]
-    steps: Iterable[int] = range(len(levels) - 1)
-    if progress:
-        from tqdm import tqdm
-
-        steps = tqdm(steps, desc=f"{solver} sampling", unit="step")
     y, before, width_before = noise, None, math.inf
-    for n in steps:
-        start, end = levels[n], levels[n + 1]
-        denoised = denoiser.denoise(y, s[n], dtype=dtype)
-        if not bool(torch.isfinite(denoised).all()):
-            raise ValueError(not_finite(denoiser.process, s[n]))
-        if end == 0:
-            return denoised
-        width = math.log(start / end)
-        slope = denoised
-        if solver == "sde_dpmpp_2m" and before is not None and math.isfinite(width_before):
-            slope = denoised + width / (2 * width_before) * (denoised - before)
-        keep, pull, fresh = (_sde_dpmpp if solver == "sde_dpmpp_2m" else _ancestral)(width, end, eta)
-        renewed = np.stack([generator.standard_normal(tuple(y.shape[1:]), dtype=np.float32) for generator in streams])
-        y = keep * y + pull * slope + fresh * torch.from_numpy(renewed).to(y)
-        before, width_before = denoised, width
+    with progress_bar(len(levels) - 1, progress, f"{solver} sampling") as advance:
+        for n in range(len(levels) - 1):
+            start, end = levels[n], levels[n + 1]
+            denoised = finite_denoised(denoiser, y, s[n], dtype)
+            advance(1)
+            if end == 0:
+                return denoised
+            width = math.log(start / end)
+            slope = denoised
+            if solver == "sde_dpmpp_2m" and before is not None and math.isfinite(width_before):
+                slope = denoised + width / (2 * width_before) * (denoised - before)
+            keep, pull, fresh = (_sde_dpmpp if solver == "sde_dpmpp_2m" else _ancestral)(width, end, eta)
+            renewed = np.stack(
+                [generator.standard_normal(tuple(y.shape[1:]), dtype=np.float32) for generator in streams]
+            )
+            y = keep * y + pull * slope + fresh * torch.from_numpy(renewed).to(y)
+            before, width_before = denoised, width
     return levels[-1] * y
 
 

@@ -30,21 +30,6 @@ def test_coefficients_recombine_the_raw_output(kind):
     torch.testing.assert_close(recombined, ORACLE.denoise(x / alpha, s), rtol=1e-7, atol=1e-7)
 
 
-def test_edm_wrapper_is_unwrapped():
-    class Wrapper(torch.nn.Module):
-        sigma_data, sigma_min, sigma_max = 0.25, 0, float("inf")
-
-        def __init__(self):
-            super().__init__()
-            self.model = lambda x, c_noise: torch.zeros_like(x)
-
-    denoiser = fs.Denoiser.from_edm(Wrapper())
-    assert denoiser.sigma_data == 0.25
-    assert (denoiser.process.s_min, denoiser.process.s_max) == (0.002, 80.0)
-    z = torch.ones(1, 3, dtype=torch.float64)
-    torch.testing.assert_close(denoiser(z, 0.5), z * 0.25**2 / (0.25**2 + 0.5**2))
-
-
 def test_denoiser_reads_pure_noise():
     y = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     at_noise = KINDS["velocity"].denoise(y, float("inf"))

@@ -1,0 +1,64 @@
+"""The modules behind a network, and their state: which a measurement must not change."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+#: Layers that answer otherwise in training mode.
+LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+
+
+def modules_of(network: Any) -> list[nn.Module]:
+    """The modules that a network is or uses: itself, what a partial function or method holds, what a closure names."""
+    found: dict[int, nn.Module] = {}
+    waiting, seen = [network], set()
+    while waiting and len(seen) < 100:  # enough for wrappers; not the whole program
+        thing = waiting.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, nn.Module):
+            found[id(thing)] = thing
+        elif isinstance(thing, functools.partial):
+            waiting += [thing.func, *thing.args, *thing.keywords.values()]
+        elif callable(thing) and not isinstance(thing, type):
+            waiting += [getattr(thing, "__self__", None), getattr(thing, "__wrapped__", None)]
+            waiting += [_content(cell) for cell in getattr(thing, "__closure__", None) or ()]
+            waiting += list(getattr(thing, "__dict__", {}).values())
+    return list(found.values())
+
+
+def active_training_layer(network: Any) -> str | None:
+    """The class of a layer in training mode that makes answers random or batch-dependent; None if there is none."""
+    for module in modules_of(network):
+        for layer in module.modules():
+            if layer.training and isinstance(layer, LAYERS) and getattr(layer, "p", 1) > 0:
+                return type(layer).__name__
+    return None
+
+
+@contextmanager
+def unchanged_buffers(network: Any) -> Iterator[None]:
+    """Put the buffers of a network's modules back as they were, whatever its calls wrote into them."""
+    buffers = {id(each): each for module in modules_of(network) for each in module.buffers()}.values()
+    before = [(each, each.detach().clone()) for each in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not set yet
+        return None

@@ -1,0 +1,186 @@
+"""Files of path statistics: safetensors with a header, a checksum, and strict checks of both."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastsched.denoisers.noise import process_from_dict
+from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels
+from fastsched.sampling.files import checksum, json_object, write_whole
+
+if TYPE_CHECKING:
+    from fastsched.measurement.statistics import PathStatistics
+
+FORMAT = "fastsched.path_statistics"
+#: 1: errors passed on by a sweep of Jacobians, which is not used any more. 2: by responses. 3: with a checksum.
+VERSION = 3
+
+#: What the tensors of responses are called in files, by version 1 for those of its sweep.
+NAMES = {"response_cross": "cross", "response_gram": "w_squared"}
+REQUIRED = {"s", "seeds", "gram", "ends"}
+OPTIONAL = {*NAMES.values(), "fingerprint", "increments", "responses"}
+ENTRIES = {"format", "version", "process", "data_std", "model_calls", "deviated", "sha256"}
+#: Entries of files before version 3.
+FORMER_ENTRIES = {"sensitivity"}
+
+
+def write_statistics(stats: PathStatistics, path: str | os.PathLike[str], vectors: bool) -> None:
+    """Write statistics, with increments and responses if ``vectors``."""
+    from safetensors.torch import save
+
+    kept = {"s": stats.s, "seeds": stats.seeds, "gram": stats.gram, "ends": stats.ends}
+    kept |= {"fingerprint": stats.fingerprint, **{new: getattr(stats, old) for old, new in NAMES.items()}}
+    if vectors:
+        kept |= {"increments": stats.increments, "responses": stats.responses}
+    tensors = {name: tensor.contiguous() for name, tensor in kept.items() if tensor is not None}
+    header: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "process": stats.process.to_dict(),
+        "data_std": stats.data_std,
+        "model_calls": stats.model_calls,
+        "deviated": [[path.hold, path.order] for path in stats.deviated],
+    }
+    header["sha256"] = _checksum(header, tensors)
+    write_whole(path, save(tensors, metadata={"fastsched": json.dumps(header)}))
+
+
+def read_statistics(kind: type[PathStatistics], path: str | os.PathLike[str]) -> PathStatistics:
+    """Read statistics, of this version or an earlier one; errors as in `PathStatistics.load`."""
+    from safetensors import SafetensorError, safe_open
+
+    name = os.fspath(path)
+    if not os.path.exists(name):
+        raise FileNotFoundError(f"no such statistics file: {name}")
+    try:
+        with safe_open(name, framework="pt") as file:
+            text = (file.metadata() or {}).get("fastsched", "{}")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, ValueError, OSError, RuntimeError) as error:
+        raise ValueError(f"{name} is not a whole safetensors file ({error}); measure again") from None
+    header = json_object(text, name)
+    try:
+        version = _version(header, tensors)
+        _check_entries(header, tensors, version)
+        found = _statistics(kind, header, tensors, version)
+        _check_values(found)
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{name} lacks an entry of path statistics, or one is wrong: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{name} {error}; measure again") from None
+    return found
+
+
+def _version(header: dict[str, Any], tensors: dict[str, Tensor]) -> int:
+    if header.get("format") != FORMAT:
+        raise ValueError("does not hold path statistics, which fastsched measure writes")
+    version = header.get("version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError(f"has version {version!r}, not a whole number from 1")
+    if version > VERSION:
+        raise ValueError(f"has version {version}, newer than {VERSION}, the newest known here (update fastsched)")
+    given = header.get("sha256")
+    if (version >= 3 or given is not None) and given != _checksum(header, tensors):
+        raise ValueError("was changed or damaged after it was written: its checksum is another one")
+    return version
+
+
+def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    parts = [json.dumps({key: header[key] for key in sorted(header) if key != "sha256"}).encode()]
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()]
+        parts += [tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""]
+    return checksum(*parts)
+
+
+def _check_entries(header: dict[str, Any], tensors: dict[str, Tensor], version: int) -> None:
+    unknown = set(header) - ENTRIES - (FORMER_ENTRIES if version < 3 else set())
+    unknown |= set(tensors) - REQUIRED - OPTIONAL
+    if unknown:
+        raise ValueError(f"holds entries that are not known: {', '.join(sorted(unknown))}")
+    for missing in sorted(REQUIRED - set(tensors)):
+        raise KeyError(missing)
+    for key, kind in (("data_std", float), ("model_calls", int)):
+        value = header[key]
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 <= value < 2**63:
+            raise ValueError(f"has {key} = {value!r}, not a number from 0")
+    for name, tensor in tensors.items():
+        wanted = {"seeds": torch.int64, "ends": torch.float32, "increments": torch.float32, "responses": torch.float32}
+        if tensor.dtype != wanted.get(name, torch.float64):
+            raise ValueError(f"holds {name} in {tensor.dtype}, not {wanted.get(name, torch.float64)}")
+        if tensor.is_floating_point() and not bool(
+            tensor[1:].isfinite().all() if name == "s" else tensor.isfinite().all()
+        ):
+            raise ValueError(f"holds NaN or inf: {name} holds NaN or inf")
+
+
+def _statistics(
+    kind: type[PathStatistics], header: dict[str, Any], tensors: dict[str, Tensor], version: int
+) -> PathStatistics:
+    fields = {new: old for old, new in NAMES.items()}
+    if version == 1:
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in fields}
+    return kind(
+        process=process_from_dict(header["process"]),
+        shape=tuple(tensors["ends"].shape[1:]),
+        data_std=float(header["data_std"]),
+        model_calls=header["model_calls"],
+        deviated=tuple(DeviatedPath(int(hold), int(order)) for hold, order in header.get("deviated", [])),
+        **{fields.get(name, name): tensor for name, tensor in tensors.items()},
+    )
+
+
+def _check_values(stats: PathStatistics) -> None:
+    """ValueError unless shapes, order, signs and symmetry are those of a measurement."""
+    b, n = len(stats.seeds), len(stats.s)
+    rows = len(stats.deviated) * len(asked_levels(n))
+    if b == 0 or stats.ends.ndim < 2 or stats.ends.numel() == 0:
+        raise ValueError("holds no samples")
+    d = stats.ends[0].numel()
+    shapes = {
+        "s": (n,),
+        "seeds": (b,),
+        "gram": (b, n - 1, n - 1),
+        "response_cross": (b, rows, n - 1),
+        "response_gram": (b, rows, rows),
+        "increments": (b, n - 1, d),
+        "responses": (b, rows, d),
+    }
+    for name, shape in shapes.items():
+        value = getattr(stats, name)
+        if value is not None and tuple(value.shape) != shape:
+            raise ValueError(f"is not whole: {name} has shape {tuple(value.shape)}, not {shape}")
+    if len(stats.ends) != b:
+        raise ValueError(f"is not whole: ends holds {len(stats.ends)} samples, not {b}")
+    if (stats.response_cross is None) != (stats.response_gram is None) or (rows > 0) != (
+        stats.response_gram is not None
+    ):
+        raise ValueError("is not whole: responses need cross, w_squared and the deviated paths together")
+    if len(set(stats.seeds.tolist())) < b or bool((stats.seeds < 0).any()):
+        raise ValueError("holds seeds that repeat or are negative")
+    _check_levels(stats)
+    for name in ("gram", "response_gram"):
+        value = getattr(stats, name)
+        if value is None:
+            continue
+        size = float(value.abs().max()) + math.ulp(0.0)
+        if not torch.allclose(value, value.mT, rtol=0, atol=1e-6 * size):
+            raise ValueError(f"holds a {name} that is not symmetric")
+        if bool((value.diagonal(dim1=1, dim2=2) < -1e-9 * size).any()):
+            raise ValueError(f"holds a {name} with negative squared norms")
+
+
+def _check_levels(stats: PathStatistics) -> None:
+    s = stats.s
+    if len(s) < 3 or not bool((s[1:] < s[:-1]).all()) or not float(s[-1]) > 0:
+        raise ValueError("holds levels s that do not descend to a positive one")
+    high = stats.process.s_max
+    if float(s[1]) > 1e3 * (high if math.isfinite(high) else 1e3) or float(s[-1]) < 1e-3 * stats.process.s_min:
+        raise ValueError("holds levels s far outside of those of its noise process")

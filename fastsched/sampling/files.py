@@ -1,0 +1,121 @@
+"""Write whole files: beside the target first, then put in its place."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from typing import Any
+
+Name = str | os.PathLike[str]
+
+
+def write_whole(path: Name, data: bytes) -> None:
+    """Write ``data`` to a file that is replaced only when the new one is whole and on the disk.
+
+    The temporary file has a name of its own, so two writers do not meet; nothing is left behind if writing fails. A
+    symbolic link is followed. Permissions are those of a new file (umask). Devices and pipes are written to directly.
+
+    Raises:
+        OSError: If it cannot be written; an existing file is as before.
+    """
+    target = _target(path)
+    if os.path.exists(target) and not os.path.isfile(target):
+        with open(target, "wb") as file:  # a device or a pipe, which cannot be replaced
+            file.write(data)
+        return
+    name, descriptor = _create_beside(target)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    _sync_folder(target)
+
+
+def check_writable(path: Name) -> None:
+    """Find out whether `write_whole` can write to ``path``, before long work.
+
+    Raises:
+        OSError: If its folder does not exist or takes no new file, or if it is a folder itself.
+    """
+    target = _target(path)
+    if os.path.exists(target) and not os.path.isfile(target):
+        return
+    name, descriptor = _create_beside(target)
+    os.close(descriptor)
+    os.unlink(name)
+
+
+def _target(path: Name) -> str:
+    """What ``path`` is, links followed, even one to a file that does not exist yet."""
+    target = os.path.realpath(path)
+    folder = os.path.dirname(target)
+    if os.path.isdir(target):
+        raise IsADirectoryError(f"{os.fspath(path)} is a folder; name a file in it")
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"no folder {folder} to write {os.path.basename(target)} to; create it first")
+    return target
+
+
+def _create_beside(target: str) -> tuple[str, int]:
+    folder, base = os.path.split(target)
+    name = os.path.join(folder, f".{base[:200]}.{secrets.token_hex(8)}.unfinished")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    try:
+        return name, os.open(name, flags, 0o666)
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write to the folder {folder}: {error.strerror}") from None
+
+
+def _sync_folder(target: str) -> None:
+    """Make the new name last through a crash, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(os.path.dirname(target), os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def checksum(*parts: bytes) -> str:
+    """SHA-256 of ``parts``, each with its length, in hexadecimal."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def json_object(text: str, name: str) -> dict[str, Any]:
+    """The entries of a JSON object from a file called ``name``.
+
+    Raises:
+        ValueError: If it is not one object, or holds an entry twice, NaN, or is nested too deeply.
+    """
+    try:
+        found = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_unique, parse_constant=_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{name} is not a whole JSON file ({reason}); save it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} holds a JSON {type(found).__name__}, not an object")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("an entry occurs twice")
+    return entries
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
