@@ -1,13 +1,14 @@
 """Weights of the fitted solver, by least squares on the surrogate.
 
-The sampler is run on the surrogate (`fastsched.costs.surrogate`). After evaluation n the denoised samples ``D_0 .. D_n``
-are known, and a step to level n + 1 should end on the path. Its weights minimise
+The sampler is run on the surrogate (`fastsched.costs.surrogate`). After evaluation n the denoised samples ``D_0 ..
+D_n`` are known, and a step to level n + 1 should end on the path. Its weights minimise
 
-    ``|| t - sum_{m<n} b_m (D_m - D_n) ||^2 + ridge ||b - b0||^2``,   ``t = (y_path - y_n) / (rho_{n+1} - rho_n) - D_n``,
+    ``|| t - sum_{m<n} b_m (D_m - D_n) ||^2 + ridge ||b - b0||^2``,   ``t = (y_path - y_n) / (rho_{n+1} - rho_n) -
+    D_n``,
 
-and ``t = D_end - D_n`` for the step to sigma 0; ``W[n, m] = b_m`` and ``W[n, n] = 1 - sum b``. The norm is the mean over
-the samples, each to its own scale, so that few large samples do not decide; ``b0`` are the weights of DPM-Solver++(2M), so
-that what the samples do not tell stays as the theory has it.
+and ``t = D_end - D_n`` for the step to sigma 0; ``W[n, m] = b_m`` and ``W[n, n] = 1 - sum b``. The norm is the mean
+over the samples, each to its own scale, so that few large samples do not decide; ``b0`` are the weights of
+DPM-Solver++(2M), so that what the samples do not tell stays as the theory has it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from fastsched.costs.surrogate import Answers, Rollouts, Surrogate
 from fastsched.sampling.multistep import PURE_NOISE_LAMBDA, log_rho
 from fastsched.sampling.solvers import FITTED, Solver
 
-#: Ridge of a schedule of 8 steps, relative to the mean square of the differences ``D_m - D_n``. It falls with the cube of
-#: the number of steps: with shorter steps deviations are smaller and the surrogate is nearer the truth.
+#: Ridge of a schedule of 8 steps, relative to the mean square of the differences ``D_m - D_n``. It falls with the cube
+#: of the number of steps: with shorter steps deviations are smaller and the surrogate is nearer the truth.
 RIDGE = 3e-3
 
 

@@ -1,7 +1,8 @@
 """Predict the error of a whole schedule.
 
-The sampler is run on the denoiser as the measurement knows it (`costs.surrogate`), for each measured sample b. What is known there only in part is the answer to deviations that no secant explains; errors that cancel because of it
-may not in fact. So the squared error that is predicted is
+The sampler is run on the denoiser as the measurement knows it (`costs.surrogate`), for each measured sample b. What is
+known there only in part is the answer to deviations that no secant explains; errors that cancel because of it may not
+in fact. So the squared error that is predicted is
 
     ``q_b = ||error_b||^2 + penalty^2 sum_n ||unexplained deviation_{n,b}||^2``,
 
@@ -83,7 +84,8 @@ def predict_error(
 ) -> float:
     """The predicted error of any schedule: what `fastsched.optimal_schedule` makes small.
 
-    A squared distance ``||x0 - x0_converged||^2``, summed over the elements of a sample, in its power mean over samples.
+    A squared distance ``||x0 - x0_converged||^2``, summed over the elements of a sample, in its power mean over
+    samples.
 
     Args:
         stats: What `fastsched.measure` returned.

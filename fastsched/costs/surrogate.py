@@ -1,14 +1,15 @@
 """The sampler on what a measurement knows of the denoiser: the error of any schedule, without a model call.
 
-On the measured path the denoiser is known, ``D(lambda) = D_0 + sum_q p_q(lambda) e_q``, the natural cubic spline through
-the levels. Off it, a deviation of the state is answered by a scalar Jacobian and by secants (`fastsched.costs.secants`),
+On the measured path the denoiser is known, ``D(lambda) = D_0 + sum_q p_q(lambda) e_q``, the natural cubic spline
+through the levels. Off it, a deviation of the state is answered by a scalar Jacobian and by secants
+(`fastsched.costs.secants`),
 
     ``D(z; s) = D_path(s) + j(s) a + sum_m c_m r_m(s)``,   ``a = z - z_path(s)``.
 
-Run on this model, a solver's error at the end is a combination ``sum_q C_q v_q`` of known vectors (the increments, and the
-responses of the deviated paths), whatever the solver, its correctors and predicted states included; so their Gram matrix
-gives its size. This is the local error of `fastsched.costs.step_cost` for a whole schedule at once: errors of the steps
-are passed on and added up with their signs.
+Run on this model, a solver's error at the end is a combination ``sum_q C_q v_q`` of known vectors (the increments, and
+the responses of the deviated paths), whatever the solver, its correctors and predicted states included; so their Gram
+matrix gives its size. This is the local error of `fastsched.costs.step_cost` for a whole schedule at once: errors of
+the steps are passed on and added up with their signs.
 """
 
 from __future__ import annotations
@@ -247,7 +248,7 @@ class Rollouts:
         return Outcome(error, np.stack(self._unexplained[1:] or [np.zeros_like(error)], axis=1))
 
     def denoise(self, y: Array, s: Array) -> Array:
-        """Coefficients of ``D - D_0`` at states with coefficients ``y`` of ``y - y_0``, [C, V], and levels ``s`` [C]."""
+        """Coefficients of ``D - D_0`` [C, V] at levels ``s`` [C], where ``y - y_0`` has coefficients ``y``."""
         model, n = self.surrogate, len(self.surrogate.s) - 1
         state, denoised = model.path(s)
         away = y.copy()

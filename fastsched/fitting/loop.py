@@ -1,7 +1,7 @@
 """The fit loop: from a measurement to a schedule by running the sampler, whatever runs it.
 
-Candidates are made without model calls, ranked by running them, and the best are tuned. The sampler is a callback, so the
-same loop fits a denoiser (`fastsched.fit`) and a pipeline of diffusers (`fastsched.diffusers.fit`).
+Candidates are made without model calls, ranked by running them, and the best are tuned. The sampler is a callback, so
+the same loop fits a denoiser (`fastsched.fit`) and a pipeline of diffusers (`fastsched.diffusers.fit`).
 """
 
 from __future__ import annotations

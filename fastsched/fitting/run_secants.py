@@ -1,9 +1,9 @@
 """Secants that runs of the sampler add to those of the measurement.
 
-A run evaluates the denoiser at states ``z_k`` that deviate from the measured path by ``a_k``. What it finds there is the
-residual ``r_k = D(z_k; s_k) - D_path(s_k) - j(s_k) a_k``. The pairs ``(a_k, r_k)`` of all runs join the secants
-(`fastsched.costs.secants`) at that evaluation: a schedule like those that were run then samples on the surrogate much as
-on the denoiser.
+A run evaluates the denoiser at states ``z_k`` that deviate from the measured path by ``a_k``. What it finds there is
+the residual ``r_k = D(z_k; s_k) - D_path(s_k) - j(s_k) a_k``. The pairs ``(a_k, r_k)`` of all runs join the secants
+(`fastsched.costs.secants`) at that evaluation: a schedule like those that were run then samples on the surrogate much
+as on the denoiser.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class KnownAnswers:
 
 @dataclass(frozen=True, eq=False)
 class KnownRun:
-    """Where a run was and what it met: levels of its evaluations, its deviations there [evaluations, V], and ``first``."""
+    """A run: levels of its evaluations, its deviations there [evaluations, V], and its ``first`` residual."""
 
     s: Array
     deviations: Array

@@ -1,9 +1,9 @@
 """Paths that deviate from the reference path as a coarse sampler's do, to learn how errors are passed on.
 
 The reference path tells what the denoiser answers where a perfect sampler goes. A sampler of few steps goes elsewhere,
-and how its errors grow or shrink depends on the denoiser's Jacobian there. So each sample follows a few more paths, from
-the same noise, whose steps use answers from several levels ago, as those of a coarse sampler do. At every level that
-such a path asks at it finds a deviation ``a_k = z'_k - z_k`` and a response ``D(z'_k) - D(z_k)``: a secant of the
+and how its errors grow or shrink depends on the denoiser's Jacobian there. So each sample follows a few more paths,
+from the same noise, whose steps use answers from several levels ago, as those of a coarse sampler do. At every level
+that such a path asks at it finds a deviation ``a_k = z'_k - z_k`` and a response ``D(z'_k) - D(z_k)``: a secant of the
 denoiser, in the direction and of the size that matter. No derivative and no random probe is needed, so compiled,
 quantised and guided models work.
 """
@@ -75,6 +75,6 @@ def queries(levels: int, paths: Sequence[DeviatedPath]) -> list[int]:
 
 
 def positions(s: Tensor) -> list[float]:
-    """``lambda = -log s`` of the levels of a grid, [N]; finite at pure noise, `PURE_NOISE_GAP` before the next level."""
+    """``lambda = -log s`` of the levels of a grid, [N]; pure noise is `PURE_NOISE_GAP` before the next level."""
     lam = (-s.double().log()).tolist()
     return [lam[1] - PURE_NOISE_GAP if math.isinf(lam[0]) else lam[0], *lam[1:]]

@@ -26,14 +26,14 @@ class PathStatistics:
         process: The noise process the levels belong to.
         s: Levels, noisiest first, [N] float64; the path has one more, level N at ``s = 0``.
         shape: The shape of one sample; ``d`` elements.
-        seeds: The seed of each path's noise, [B] int64 (`fastsched.measurement.measuring.noise_of`).
+        seeds: The seed of each path's noise, [B] int64 (`fastsched.sampling.random_streams.noise_of`).
         gram: ``<e_p, e_q>`` of the increments ``e_q = D_{q+1} - D_q``, [B, N-1, N-1] float64.
         ends: Where each path ends, ``z_N = D_{N-1}``, [B, *shape] float32.
         data_std: Root mean square of the ends about their mean; an estimate of the data's deviation.
         model_calls: Network evaluations spent, counted per sample.
         deviated: The deviated paths; none if responses were not measured.
-        response_cross: ``<r_i, e_q>`` of the responses ``r`` of the deviated paths, one path after the other, [B, R, N-1]
-            float64; None without responses.
+        response_cross: ``<r_i, e_q>`` of the responses ``r`` of the deviated paths, one path after the other,
+            [B, R, N-1] float64; None without responses.
         response_gram: ``<r_i, r_j>``, [B, R, R] float64; None without responses.
         increments: The ``e_q`` themselves, [B, N-1, d] float32, if they were kept; not saved.
         responses: The ``r_i`` themselves, [B, R, d] float32, if they were kept; not saved.

@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsched.denoisers.noise import process_from_dict
 from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels
+from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.files import checksum, json_object, write_whole
-
-if TYPE_CHECKING:
-    from fastsched.measurement.statistics import PathStatistics
 
 FORMAT = "fastsched.path_statistics"
 #: 1: errors passed on by a sweep of Jacobians, which is not used any more. 2: by responses. 3: with a checksum.
 VERSION = 3
 
-#: What the tensors of responses are called in files, by version 1 for those of its sweep.
+#: What the tensors of responses are called in files: the names that version 1 had for its sensitivity.
 NAMES = {"response_cross": "cross", "response_gram": "w_squared"}
 REQUIRED = {"s", "seeds", "gram", "ends"}
 OPTIONAL = {*NAMES.values(), "fingerprint", "increments", "responses"}
@@ -30,7 +28,7 @@ ENTRIES = {"format", "version", "process", "data_std", "model_calls", "deviated"
 FORMER_ENTRIES = {"sensitivity"}
 
 
-def write_statistics(stats: PathStatistics, path: str | os.PathLike[str], vectors: bool) -> None:
+def write_statistics(stats: Any, path: str | os.PathLike[str], vectors: bool) -> None:
     """Write statistics, with increments and responses if ``vectors``."""
     from safetensors.torch import save
 
@@ -51,7 +49,7 @@ def write_statistics(stats: PathStatistics, path: str | os.PathLike[str], vector
     write_whole(path, save(tensors, metadata={"fastsched": json.dumps(header)}))
 
 
-def read_statistics(kind: type[PathStatistics], path: str | os.PathLike[str]) -> PathStatistics:
+def read_statistics(kind: type[Any], path: str | os.PathLike[str]) -> Any:
     """Read statistics, of this version or an earlier one; errors as in `PathStatistics.load`."""
     from safetensors import SafetensorError, safe_open
 
@@ -121,9 +119,7 @@ def _check_entries(header: dict[str, Any], tensors: dict[str, Tensor], version: 
             raise ValueError(f"holds NaN or inf: {name} holds NaN or inf")
 
 
-def _statistics(
-    kind: type[PathStatistics], header: dict[str, Any], tensors: dict[str, Tensor], version: int
-) -> PathStatistics:
+def _statistics(kind: type[Any], header: dict[str, Any], tensors: dict[str, Tensor], version: int) -> Any:
     fields = {new: old for old, new in NAMES.items()}
     if version == 1:
         tensors = {name: tensor for name, tensor in tensors.items() if name not in fields}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,12 +82,20 @@ def ranked_starts(
     return sorted(found, key=lambda minimum: minimum.predicted_error)
 
 
-def local_minima(stats: PathStatistics, steps: int, solver: Solver, descents: int = DESCENTS) -> list[Minimum]:
-    """Where descents from the best starts end, the least predicted error first, each schedule once."""
+def local_minima(stats: PathStatistics, steps: int, solver: Solver, *, also: Sequence[Array] = ()) -> list[Minimum]:
+    """Where descents from the best starts end, the least predicted error first, each schedule once.
+
+    Args:
+        stats: What `fastsched.measure` returned.
+        steps: Steps of the schedules.
+        solver: The solver.
+        also: Levels [steps + 1] to start from as well.
+    """
     starts = ranked_starts(stats, steps, solver)
     objective = at_known_levels(stats.process, ErrorModel.of(stats, solver))
     minima = list(starts[:1])  # in case levels too close to each other stop every descent
-    for start in starts[:descents]:
+    more = [Minimum("fewer steps", known_levels(stats.process, levels), np.inf) for levels in also]
+    for start in [*more, *starts[:DESCENTS]]:
         levels, value = descend(objective, start.levels, *measured_range(stats))
         if np.isfinite(value):
             minima.append(Minimum(start.name, known_levels(stats.process, levels), value))

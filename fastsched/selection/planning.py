@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
+import numpy as np
 from torch import Tensor
 
 from fastsched import baselines, validate
 from fastsched.costs.prediction import predict_error
 from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.schedule import Schedule
-from fastsched.sampling.solvers import Solver, get_solver
-from fastsched.selection.optimal import optimal_schedule
+from fastsched.sampling.solvers import Solver
+from fastsched.selection.optimal import Minimum, local_minima
 
 #: Schedules that `steps_needed` knows by name.
 COMMON = {
@@ -51,8 +55,8 @@ class ErrorCurve:
 def error_curve(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", max_steps: int = 32) -> ErrorCurve:
     """Predicted error against the number of steps: of the schedules of `optimal_schedule`.
 
-    The best schedule of one step less, with a node added in the widest gap, is one more start of each descent. Where that
-    does not help, as where rounding is all that is left, the curve keeps the schedule of fewer steps: it never rises.
+    The best schedule of one step less, with a node added in the widest gap, is one more start of each search. Where more
+    steps do not help, as where rounding is all that is left, the curve keeps the schedule of fewer: it never rises.
 
     Args:
         stats: What `fastsched.measure` returned.
@@ -62,11 +66,11 @@ def error_curve(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", max_st
     Raises:
         ValueError: If an argument is out of range or unknown.
     """
-    method = get_solver(solver)
-    schedules = [optimal_schedule(stats, steps, method.name) for steps in range(1, max_steps + 1)]
-    for n in range(1, len(schedules)):
-        if schedules[n].predicted_error > schedules[n - 1].predicted_error:
-            schedules[n] = schedules[n - 1]
+    method = chosen_solver(solver)
+    count = validate.positive_int("max_steps", max_steps)
+    schedules = list(islice(best_schedules(stats, method), count))
+    if len(schedules) < count:
+        raise ValueError(f"max_steps must be at most {len(schedules)} on {stats.levels} levels, got {count}")
     return ErrorCurve(
         solver=method.name,
         steps=tuple(range(1, max_steps + 1)),
@@ -74,6 +78,27 @@ def error_curve(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", max_st
         predicted_errors=tuple(float(schedule.predicted_error or 0.0) for schedule in schedules),
         schedules=tuple(schedules),
     )
+
+
+def best_schedules(stats: PathStatistics, solver: Solver) -> Iterator[Schedule]:
+    """The best schedules of at most 1, 2, ... steps, each made when it is asked for."""
+    best: Minimum | None = None
+    for steps in range(1, stats.levels):
+        also = () if best is None or len(best.levels) != steps else (_one_more(best.levels),)
+        found = local_minima(stats, steps, solver, also=also)[0]
+        if best is None or found.predicted_error <= best.predicted_error:
+            best = found
+        yield best.schedule(stats, solver)
+
+
+def _one_more(levels: Array) -> Array:
+    """Levels with a node added in the middle of the widest finite gap in ``log s``, [steps + 2]."""
+    if len(levels) == 2:
+        return np.array([levels[0], min(levels[0], 10.0) / 10.0, 0.0])
+    gaps = np.nan_to_num(-np.diff(np.log(levels[:-1])), posinf=0.0)
+    n = int(gaps.argmax())
+    middle = np.sqrt(levels[n] * levels[n + 1]) if np.isfinite(levels[n]) else 10.0 * levels[n + 1]
+    return np.insert(levels, n + 1, middle)
 
 
 def steps_needed(
@@ -97,13 +122,14 @@ def steps_needed(
     """
     limit = stats.levels - 1 if max_steps is None else max_steps
     goal = _target_error(stats, solver, target)
-    curve = error_curve(stats, solver, limit)
-    for steps, error in zip(curve.steps, curve.predicted_errors, strict=True):
-        if error <= goal:
+    method, least = chosen_solver(solver), math.inf
+    for steps, schedule in enumerate(islice(best_schedules(stats, method), limit), 1):
+        least = schedule.predicted_error or 0.0
+        if least <= goal:
             return steps
     raise ValueError(
-        f"target: no schedule of up to {limit} steps is predicted to reach {goal:.3g}, the best {curve.solver} one "
-        f"reaches {min(curve.predicted_errors):.3g}; allow a larger error, more steps or a solver of higher order"
+        f"target: no schedule of up to {limit} steps is predicted to reach {goal:.3g}, the best {method.name} one "
+        f"reaches {least:.3g}; allow a larger error, more steps or a solver of higher order"
     )
 
 

@@ -35,8 +35,8 @@ def starting_levels(stats: PathStatistics, steps: int, solver: Solver) -> dict[s
 def chosen_nodes(cost: PathCost, selection: Selection, steps: int) -> list[int]:
     """The levels of the cheapest schedule of ``steps`` steps, as indices.
 
-    Dynamic programming is exact for solvers that use up to two slopes. For those with a longer history or a corrector it
-    uses the two most recent slopes, and coordinate descent on the exact cost follows.
+    Dynamic programming is exact for solvers that use up to two slopes. For those with a longer history or a corrector
+    it uses the two most recent slopes, and coordinate descent on the exact cost follows.
     """
     nodes = selection.path(steps)
     if cost.solver.history <= 1 and cost.solver.corrector is None:
