@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fastsched.denoisers.noise import process_from_dict
 from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels
-from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.files import checksum, json_object, write_whole
 
 FORMAT = "fastsched.path_statistics"
@@ -133,7 +132,7 @@ def _statistics(kind: type[Any], header: dict[str, Any], tensors: dict[str, Tens
     )
 
 
-def _check_values(stats: PathStatistics) -> None:
+def _check_values(stats: Any) -> None:
     """ValueError unless shapes, order, signs and symmetry are those of a measurement."""
     b, n = len(stats.seeds), len(stats.s)
     rows = len(stats.deviated) * len(asked_levels(n))
@@ -173,7 +172,7 @@ def _check_values(stats: PathStatistics) -> None:
             raise ValueError(f"holds a {name} with negative squared norms")
 
 
-def _check_levels(stats: PathStatistics) -> None:
+def _check_levels(stats: Any) -> None:
     s = stats.s
     if len(s) < 3 or not bool((s[1:] < s[:-1]).all()) or not float(s[-1]) > 0:
         raise ValueError("holds levels s that do not descend to a positive one")

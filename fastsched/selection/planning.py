@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from fastsched import baselines, validate
+from fastsched.costs.norms import Array
 from fastsched.costs.prediction import predict_error
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.fitted import chosen_solver
@@ -55,8 +56,8 @@ class ErrorCurve:
 def error_curve(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", max_steps: int = 32) -> ErrorCurve:
     """Predicted error against the number of steps: of the schedules of `optimal_schedule`.
 
-    The best schedule of one step less, with a node added in the widest gap, is one more start of each search. Where more
-    steps do not help, as where rounding is all that is left, the curve keeps the schedule of fewer: it never rises.
+    The best schedule of one step less, with a node added in the widest gap, is one more start of each search. Where
+    more steps do not help, as where rounding is all that is left, the curve keeps that of fewer: it never rises.
 
     Args:
         stats: What `fastsched.measure` returned.
