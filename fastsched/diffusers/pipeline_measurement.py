@@ -22,6 +22,9 @@ from fastsched.measurement.statistics import PathStatistics
 #: Arguments of a pipeline's call that determine its steps.
 STEPPING = ("num_inference_steps", "timesteps", "sigmas")
 
+#: Arguments for a call whose steps are all needed and whose images are not, where a pipeline takes them.
+NEEDED = {"output_type": "latent", "strength": 1.0}
+
 
 def measure(
     pipe: Any,
@@ -109,7 +112,7 @@ def scheduler_replaced(pipe: Any, scheduler: Any) -> Iterator[None]:
 
 
 def call(pipe: Any, steps: int, prompt: str | None, call_kwargs: dict[str, Any]) -> Any:
-    """Call ``pipe`` for ``steps`` steps, without decoding if it supports that, with the same random numbers each time.
+    """Call ``pipe`` for ``steps`` steps from pure noise, with the same random numbers each time, not decoded if it can.
 
     Raises:
         ValueError: If the pipeline uses an attribute or argument of its scheduler that `CalibrationScheduler` lacks.
@@ -118,8 +121,9 @@ def call(pipe: Any, steps: int, prompt: str | None, call_kwargs: dict[str, Any])
     arguments = {"num_inference_steps": steps, **call_kwargs}
     if prompt is not None:
         arguments["prompt"] = prompt
-    if "output_type" in accepted:
-        arguments.setdefault("output_type", "latent")
+    for name, value in NEEDED.items():
+        if name in accepted:
+            arguments.setdefault(name, value)
     try:
         with random_numbers_kept(call_kwargs.values()):
             return pipe(**arguments)

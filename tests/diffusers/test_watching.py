@@ -342,14 +342,27 @@ def test_a_latent_consistency_model_is_measured():
 def test_inpainting_is_measured_from_pure_noise_where_the_network_takes_the_mask():
     torch.manual_seed(0)
     pipe, call = quiet(pipelines.inpainting(euler()))
-    assert measured(pipe, strength=1.0, **call).samples == 2
-    with pytest.raises(ValueError, match=r"strength must be left out or 1\.0.*got 0\.8"):
-        measured(pipe, strength=0.8, **call)
-    with pytest.raises(ValueError, match=r"starts midway.*pass strength=1\.0"):
-        measured(pipe, **call)  # the pipeline's default is 0.9999
+    stats = measured(pipe, strength=1.0, **call)
+    assert stats.samples == 2
+    assert torch.equal(measured(pipe, **call).gram, stats.gram)  # the pipeline's own default is 0.9999
+    assert fs.diffusers.fit(pipe, 4, stats=stats, **call).measured_error is not None
+    for strength in (0.8, 0.9999, "1"):
+        with pytest.raises(ValueError, match=r"strength must be left out or 1\.0"):
+            measured(pipe, strength=strength, **call)
     pipe, call = quiet(pipelines.inpainting(euler(), channels=4))
-    with pytest.raises(ValueError, match=r"at every step \(inpainting"):
-        measured(pipe, strength=1.0, **call)
+    with pytest.raises(ValueError, match=r"at every step \(inpainting.*text-to-image"):
+        measured(pipe, **call)
+
+
+def test_image_to_image_is_refused_with_what_would_do():
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.stable_diffusion(euler()))
+    made = diffusers.StableDiffusionImg2ImgPipeline(
+        **{**pipe.components, "safety_checker": None}, requires_safety_checker=False
+    )
+    made.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="measure the text-to-image pipeline of the same model"):
+        measured(made, image=torch.rand(2, 3, 16, 16), **call)
 
 
 class OneBuffer(OracleUNet):
