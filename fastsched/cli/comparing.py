@@ -237,9 +237,14 @@ def _baselines(
 
 
 def _range(process: NoiseProcess) -> tuple[float, float]:
-    """The lowest and highest sampler sigma."""
+    """The lowest and highest finite sampler sigma: baselines of zero-terminal-SNR models start at the latter."""
     import torch
 
-    levels = torch.tensor([process.s_min, process.s_max], dtype=torch.float64)
+    from fastsched.denoisers.noise import VariancePreserving
+
+    highest = process.s_max
+    if isinstance(process, VariancePreserving):
+        highest = float(process.trained_levels[process.trained_levels.isfinite()].max())
+    levels = torch.tensor([process.s_min, highest], dtype=torch.float64)
     low, high = process.sampler_sigma(levels).tolist()
     return low, high
