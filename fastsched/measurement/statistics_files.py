@@ -120,6 +120,8 @@ def _check_entries(header: dict[str, Any], tensors: dict[str, Tensor], version: 
 
 def _statistics(kind: type[Any], header: dict[str, Any], tensors: dict[str, Tensor], version: int) -> Any:
     fields = {new: old for old, new in NAMES.items()}
+    if not isinstance(header["process"], dict):
+        raise TypeError(f"process = {header['process']!r:.80}")
     if version == 1:
         tensors = {name: tensor for name, tensor in tensors.items() if name not in fields}
     return kind(

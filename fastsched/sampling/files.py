@@ -95,19 +95,17 @@ def checksum(*parts: bytes) -> str:
 
 
 def json_object(text: str, name: str) -> dict[str, Any]:
-    """The entries of a JSON object from a file called ``name``.
+    """The entries of a JSON object from a file called ``name``; none if it is no object.
 
     Raises:
-        ValueError: If it is not one object, or holds an entry twice, NaN, or is nested too deeply.
+        ValueError: If it is not JSON, or holds an entry twice, NaN, or is nested too deeply.
     """
     try:
         found = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_unique, parse_constant=_constant)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ValueError(f"{name} is not a whole JSON file ({reason}); save it again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{name} holds a JSON {type(found).__name__}, not an object")
-    return found
+    return found if isinstance(found, dict) else {}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

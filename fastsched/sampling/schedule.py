@@ -17,12 +17,9 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.noise import NoiseProcess
-from fastsched.sampling.files import write_whole
 from fastsched.sampling.fitted import checked_weights
+from fastsched.sampling.schedule_files import FORMAT, VERSION, read_entries, write_entries
 from fastsched.sampling.solvers import FITTED, STOCHASTIC_SOLVERS, get_solver, solver_name
-
-FORMAT = "fastsched.schedule"
-VERSION = 2
 
 #: What ComfyUI sets the last ``alphas_cumprod`` to for models of zero terminal SNR.
 COMFYUI_LAST_ALPHA_BAR = 4.8973451890853435e-08
@@ -171,8 +168,7 @@ class Schedule:
         for name in ("predicted_error", "measured_error"):
             if getattr(self, name) is not None:
                 entries[name] = _decimal(getattr(self, name))
-        text = "{\n" + ",\n".join(f'  "{key}": {value}' for key, value in entries.items()) + "\n}\n"
-        write_whole(path, text.encode())
+        write_entries(path, entries)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Schedule:
@@ -180,38 +176,13 @@ class Schedule:
 
         Raises:
             FileNotFoundError: If there is none.
-            ValueError: If it is truncated, holds something else, or comes from a newer version.
+            ValueError: If it is truncated, was changed, holds something else, or comes from a newer version.
         """
-        name = os.fspath(path)
+        entries = read_entries(path)
         try:
-            with open(name, encoding="utf-8") as file:
-                entries: Any = json.load(file)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"no such schedule file: {name}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{name} is not a whole JSON file ({error}); save the schedule again") from None
-        if not isinstance(entries, dict) or entries.get("format") != FORMAT:
-            raise ValueError(f"{name} does not hold a schedule; Schedule.save and fastsched select write them")
-        if not isinstance(entries.get("version"), int) or entries["version"] > VERSION:
-            raise ValueError(
-                f"{name} has version {entries.get('version')!r}, and the newest known here is {VERSION}; "
-                "update fastsched"
-            )
-        try:
-            timesteps = entries.get("timesteps")
-            return cls(
-                sigmas=torch.tensor([float(value) for value in entries["sigmas"]], dtype=torch.float64),
-                solver=entries["solver"],
-                noise=entries["noise"],
-                timesteps=None if timesteps is None else torch.tensor(timesteps, dtype=torch.float64),
-                predicted_error=entries.get("predicted_error"),
-                measured_error=entries.get("measured_error"),
-                weights=entries.get("weights"),
-            )
-        except KeyError as error:
-            raise ValueError(f"{name} lacks the entry {error}") from None
+            return cls(**entries)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{name} does not hold a valid schedule: {error}") from None
+            raise ValueError(f"{os.fspath(path)} does not hold a valid schedule: {error}") from None
 
 
 class ComfyUISigmas(NamedTuple):
@@ -230,7 +201,8 @@ def comfyui_sigmas(schedule: Schedule) -> ComfyUISigmas:
     the same float32 values.
 
     Raises:
-        ValueError: If the first sigma is infinite and the noise process is not variance-preserving.
+        ValueError: If the first sigma is infinite and the noise process is not variance-preserving, or two sigmas
+            are equal as float32.
     """
     sigmas = schedule.sigmas.to(torch.float32)
     if schedule.noise == "vp":
@@ -239,6 +211,8 @@ def comfyui_sigmas(schedule: Schedule) -> ComfyUISigmas:
         raise ValueError(
             f"sigmas of a {schedule.noise!r} schedule must be finite in ComfyUI, got {schedule.sigmas.tolist()}"
         )
+    if not bool((sigmas[1:] < sigmas[:-1]).all()):
+        raise ValueError(f"sigmas must differ as float32, which ComfyUI holds, got {schedule.sigmas.tolist()}")
     text = ", ".join(np.format_float_positional(np.float32(value), trim="0") for value in sigmas.tolist())
     return ComfyUISigmas(text, sigmas)
 

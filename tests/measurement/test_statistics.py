@@ -25,43 +25,18 @@ def assert_same(one, two):
     assert one.shape == two.shape
     assert one.model_calls == two.model_calls
     assert one.data_std == two.data_std
-    for name in ("s", "seeds", "gram", "ends", "cross", "w_squared"):
+    for name in ("s", "seeds", "gram", "ends", "response_cross", "response_gram", "fingerprint"):
         left, right = getattr(one, name), getattr(two, name)
         assert (left is None and right is None) or torch.equal(left, right), name
 
 
 @pytest.mark.parametrize("kind", ["x0", "epsilon", "velocity"])
-@pytest.mark.parametrize("sensitivity", ["finite-difference", None])
-def test_save_and_load(tmp_path, kind, sensitivity):
-    measured = measure(kind, sensitivity=sensitivity)
+@pytest.mark.parametrize("responses", [True, False])
+def test_save_and_load(tmp_path, kind, responses):
+    measured = measure(kind, responses=responses)
     measured.save(tmp_path / "stats.safetensors")
     assert_same(fs.PathStatistics.load(tmp_path / "stats.safetensors"), measured)
     assert [file.name for file in tmp_path.iterdir()] == ["stats.safetensors"]
-
-
-def ratio(stats, k, increments):
-    """Mean squared product of w_k with some increments, over their mean square."""
-    pairs = [(b, q) for b in range(stats.samples) for q in increments]
-    return sum(float(stats.cross[b, k - 1, q]) ** 2 for b, q in pairs) / sum(
-        float(stats.gram[b, q, q]) for b, q in pairs
-    )
-
-
-def test_psi_by_its_definition(stats):
-    n = stats.levels
-    at_end = ratio(stats, n, range(n - 1))
-    for k in range(1, n):
-        expected = ratio(stats, k, range(max(0, k - 6), k)) / at_end
-        assert float(stats.psi[k]) == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_psi_of_a_gaussian_has_no_noise_of_probes(seed):
-    """All increments of a path are parallel, so one sample gives phi of the closed form but for the path's error."""
-    oracle = fs.oracles.Gaussian(0.5, (8,))
-    denoiser = fs.Denoiser.from_denoiser(oracle.denoise, 0.01, 20.0)
-    stats = fs.measure(denoiser, (8,), levels=128, samples=1, seed=seed, progress=False)
-    torch.testing.assert_close(stats.psi[1:-1], oracle.sensitivity(stats.s[1:]).double(), rtol=0.05, atol=0)
 
 
 def test_merge_is_measuring_more(stats):
@@ -69,7 +44,7 @@ def test_merge_is_measuring_more(stats):
     both = stats.merge(more)
     assert both.samples == 6
     assert both.model_calls == stats.model_calls + more.model_calls
-    torch.testing.assert_close(both.phi[1:-1], (stats.phi + more.phi)[1:-1] / 2)
+    assert torch.equal(both.response_gram, torch.cat([stats.response_gram, more.response_gram]))
     assert torch.equal(both.select([3, 4, 5]).gram, more.gram)
 
 
@@ -81,7 +56,7 @@ def test_merge_refuses_the_same_paths_twice(stats):
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"levels": 13}, "other levels"), ({"kind": "v"}, "another noise process"),
-     ({"sensitivity": None}, "sensitivity exactly if")],
+     ({"responses": False}, "responses of the same deviated paths")],
 )  # fmt: skip
 def test_merge_refuses_what_does_not_fit(stats, options, message):
     with pytest.raises(ValueError, match=message):
@@ -115,81 +90,8 @@ def header_of(path):
     return json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["fastsched"])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"version": 99}, "version 99, newer than"), ({"process": {"kind": "vq"}}, "did you mean 've'|kind must be"),
-     ({"data_std": None}, "lacks an entry")],
-)  # fmt: skip
-def test_changed_header(stats, tmp_path, change, message):
-    path = tmp_path / "stats.safetensors"
-    stats.save(path)
-    header = header_of(path) | change
-    save_file(load_file(path), path, metadata={"fastsched": json.dumps(header)})
-    with pytest.raises(ValueError, match=message):
-        fs.PathStatistics.load(path)
-
-
-def test_missing_or_misshapen_tensor(stats, tmp_path):
-    path = tmp_path / "stats.safetensors"
-    stats.save(path)
-    header, tensors = header_of(path), load_file(path)
-    metadata = {"fastsched": json.dumps(header)}
-    save_file({name: value for name, value in tensors.items() if name != "gram"}, path, metadata=metadata)
-    with pytest.raises(ValueError, match="lacks an entry"):
-        fs.PathStatistics.load(path)
-    save_file(tensors | {"gram": tensors["gram"][:, :5].contiguous()}, path, metadata=metadata)
-    with pytest.raises(ValueError, match="gram has shape"):
-        fs.PathStatistics.load(path)
-
-
-def test_refined_statistics_describe_the_same_path(stats):
-    fine = stats.refine(3)
-    assert fine.levels == 3 * (stats.levels - 1) + 1
-    assert torch.equal(fine.s[::3], stats.s)
-    # a coarse increment is the sum of its parts
-    parts = fine.gram.reshape(3, 11, 3, 11, 3).sum((2, 4))
-    torch.testing.assert_close(parts, stats.gram, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(fine.phi[3::3], stats.phi[1:-1], rtol=1e-12, atol=0)
-    torch.testing.assert_close(
-        fine.cross[:, 2::3].reshape(3, 11, 11, 3).sum(3), stats.cross[:, :-1], rtol=1e-12, atol=1e-12
-    )
-    assert torch.equal(fine.cross[:, -1].reshape(3, 11, 3).sum(2), stats.cross[:, -1]) or torch.allclose(
-        fine.cross[:, -1].reshape(3, 11, 3).sum(2), stats.cross[:, -1]
-    )
-
-
-def test_refined_path_errors_agree(stats):
-    """The same schedule on both grids has the same error: the finer path is the same piecewise linear one."""
-    from fastsched.costs import path_cost
-
-    nodes = [0, 3, 7, 10, 12]
-    for solver in ("ddim", "dpmpp_2m", "ipndm", "heun"):
-        coarse = path_cost(stats, solver, None).of(nodes)
-        fine = path_cost(stats.refine(4), solver, None).of([4 * n for n in nodes[:-1]] + [45])
-        torch.testing.assert_close(torch.from_numpy(coarse), torch.from_numpy(fine), rtol=1e-9, atol=1e-12)
-
-
-def test_flow_statistics_refine_below_pure_noise():
-    flow = measure("velocity")
-    fine = flow.refine(2)
-    assert fine.levels == 2 * (flow.levels - 2) + 2
-    assert fine.s[0] == float("inf")
-    with pytest.raises(ValueError, match="parts must be at least 1"):
-        flow.refine(0)
-
-
-def test_file_with_nan(stats, tmp_path):
-    path = tmp_path / "stats.safetensors"
-    stats.save(path)
-    header, tensors = header_of(path), load_file(path)
-    tensors["gram"][0, 0, 0] = float("nan")
-    save_file(tensors, path, metadata={"fastsched": json.dumps(header)})
-    with pytest.raises(ValueError, match="gram holds NaN or inf"):
-        fs.PathStatistics.load(path)
-
-
 def test_prints_in_a_line(stats):
-    assert repr(stats) == "PathStatistics(ve, 12 levels, 3 samples of (4,), with sensitivity, 69 model calls)"
+    assert repr(stats) == "PathStatistics(ve, 12 levels, 3 samples of (4,), with responses, 72 model calls)"
     assert len(repr(KINDS["epsilon"].process)) < 100
 
 
@@ -208,11 +110,119 @@ def test_increments_of_some_samples_alone_are_dropped():
     assert measure().select([0]).increments is None
 
 
-def test_increments_are_neither_refined_nor_saved(tmp_path):
+def test_merge_refuses_another_network(stats):
+    other = exact_denoisers(mixture(seed=1))["x0"]
+    with pytest.raises(ValueError, match="another network"):
+        stats.merge(fs.measure(other, (4,), levels=12, samples=3, seed=1, progress=False))
+
+
+def test_increments_are_saved_only_if_asked_for(tmp_path):
     kept = measure(keep_increments=True)
-    assert kept.refine(2).increments is None
     kept.save(tmp_path / "stats.safetensors")
     loaded = fs.PathStatistics.load(tmp_path / "stats.safetensors")
     assert loaded.increments is None
     assert_same(loaded, kept)
     assert "increments" not in load_file(tmp_path / "stats.safetensors")
+    kept.save(tmp_path / "all.safetensors", vectors=True)
+    loaded = fs.PathStatistics.load(tmp_path / "all.safetensors")
+    assert torch.equal(loaded.increments, kept.increments)
+    assert torch.equal(loaded.responses, kept.responses)
+
+
+def rewritten(path, header=None, tensors=None, **options):
+    """Write the file again with changes, as version 2 wrote it: without a checksum."""
+    entries, found = header_of(path) | {"version": 2} | (header or {}), load_file(path)
+    del entries["sha256"]
+    found = {name: value for name, value in (found | (tensors or {})).items() if value is not None}
+    contiguous = {name: value.contiguous() for name, value in found.items()}
+    save_file(contiguous, path, metadata={"fastsched": json.dumps(entries)})
+
+
+def test_files_of_version_2_load(stats, tmp_path):
+    path = tmp_path / "stats.safetensors"
+    stats.save(path)
+    rewritten(path)
+    assert_same(fs.PathStatistics.load(path), stats)
+
+
+def test_version_3_needs_its_checksum(stats, tmp_path):
+    path = tmp_path / "stats.safetensors"
+    stats.save(path)
+    rewritten(path, {"version": 3})
+    with pytest.raises(ValueError, match="checksum"):
+        fs.PathStatistics.load(path)
+
+
+HEADERS = [
+    ({"version": 99}, "version 99, newer than"), ({"version": "1"}, "version '1'"), ({"version": None}, "version None"),
+    ({"version": True}, "version True"), ({"process": {"kind": "vq"}}, "kind must be"), ({"process": "ve"}, "is wrong"),
+    ({"process": None}, "is wrong"), ({"process": {"kind": "ve", "sigma_min": 9, "sigma_max": 1}}, "sigma_min must be"),
+    ({"data_std": None}, "data_std = None"), ({"data_std": -1.0}, "data_std = -1.0"), ({"model_calls": "x"}, "calls"),
+    ({"deviated": [[2]]}, "values to unpack|expected 2"), ({"deviated": []}, "deviated paths together|has shape"),
+    ({"spare": 1}, "not known: spare"), ({"format": "x"}, "does not hold path statistics"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), HEADERS)
+def test_changed_header(stats, tmp_path, change, message):
+    path = tmp_path / "stats.safetensors"
+    stats.save(path)
+    rewritten(path, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        fs.PathStatistics.load(path)
+    assert str(path) in str(caught.value)
+
+
+NAN = float("nan")
+TENSORS = {
+    "gram missing": (lambda t: {"gram": None}, "lacks an entry"),
+    "gram misshapen": (lambda t: {"gram": t["gram"][:, :5]}, "gram has shape"),
+    "gram NaN": (lambda t: {"gram": t["gram"] * NAN}, "gram holds NaN or inf"),
+    "gram negative": (lambda t: {"gram": -t["gram"]}, "negative squared norms"),
+    "gram not symmetric": (lambda t: {"gram": t["gram"].triu()}, "not symmetric"),
+    "gram half": (lambda t: {"gram": t["gram"].half()}, "gram in torch.float16"),
+    "s rising": (lambda t: {"s": t["s"].flip(0)}, "do not descend"),
+    "s NaN": (lambda t: {"s": t["s"] * NAN}, "NaN or inf"),
+    "s repeating": (lambda t: {"s": t["s"].clamp(max=1.0)}, "do not descend"),
+    "s integers": (lambda t: {"s": torch.arange(12, 0, -1)}, "s in torch.int64"),
+    "s of two dimensions": (lambda t: {"s": t["s"][:, None]}, "s has shape"),
+    "s elsewhere": (lambda t: {"s": t["s"] * 1e6}, "far outside"),
+    "ends NaN": (lambda t: {"ends": t["ends"] * NAN}, "NaN or inf"),
+    "ends of one dimension": (lambda t: {"ends": t["ends"][:, 0]}, "no samples"),
+    "ends fewer": (lambda t: {"ends": t["ends"][:2]}, "ends holds 2 samples"),
+    "seeds floating": (lambda t: {"seeds": t["seeds"].float()}, "seeds in torch.float32"),
+    "seeds repeating": (lambda t: {"seeds": t["seeds"] * 0}, "repeat or are negative"),
+    "no samples": (lambda t: {k: v if k in ("s", "fingerprint") else v[:0] for k, v in t.items()}, "no samples"),
+    "half of the responses": (lambda t: {"w_squared": None}, "together"),
+    "negative responses": (lambda t: {"w_squared": -t["w_squared"]}, "negative squared norms"),
+    "spare tensor": (lambda t: {"spare": t["s"].clone()}, "not known: spare"),
+    "increments misshapen": (lambda t: {"increments": torch.zeros(3, 9, 4)}, "increments has shape"),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_changed_tensor(stats, tmp_path, name):
+    change, message = TENSORS[name]
+    path = tmp_path / "stats.safetensors"
+    stats.save(path)
+    rewritten(path, tensors=change(load_file(path)))
+    with pytest.raises(ValueError, match=message) as caught:
+        fs.PathStatistics.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    path = tmp_path / "stats.safetensors"
+    fs.measure(KINDS["x0"], (4,), levels=4, samples=1, progress=False).save(path)
+    whole = path.read_bytes()
+    accepted = []
+    for n in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[n // 8] ^= 1 << n % 8
+        path.write_bytes(damaged)
+        try:
+            fs.PathStatistics.load(path)
+            accepted.append(n)
+        except ValueError:
+            pass
+    assert accepted == []

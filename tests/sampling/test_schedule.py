@@ -80,18 +80,70 @@ def test_bad_arguments(arguments, message):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"version": 2}, "version 2, and the newest known here is 1; update"),
+    [({"version": 3}, "version 3, and the newest known here is 2; update"),
      ({"format": "x"}, "does not hold a schedule"),
-     ({"predicted_error": "abc"}, "valid schedule: could not convert"), ({"version": "1"}, "version '1'"),
-     ({"sigmas": [1.0, 2.0]}, "valid schedule: sigmas must strictly descend"), ({"sigmas": "abc"}, "valid schedule"),
+     ({"predicted_error": "abc"}, "predicted_error must be numbers"), ({"version": "1"}, "version '1'"),
+     ({"predicted_error": -1.0}, "must be finite and not negative"), ({"version": True}, "version True"),
+     ({"version": -5}, "version -5"), ({"sigmas": [10**400, 1, 0]}, "too large"), ({"spare": 1}, "not known: spare"),
+     ({"sigmas": [1.0, 2.0], "timesteps": None}, "sigmas must strictly descend"), ({"sigmas": "321"}, "valid schedule"),
+     ({"sigmas": [True, False]}, "sigmas must be numbers"), ({"sigmas": {"3": 1}}, "sigmas must be a list"),
+     ({"timesteps": [1.0, 2.0, 3.0]}, "timesteps must strictly descend"), ({"solver": 3}, "solver must be text"),
+     ({"timesteps": [1e300, 2.0, 1.0]}, "timesteps must be within"), ({"weights": 3}, "weights must be a list"),
      ({"solver": "magic"}, "valid schedule: solver must be one of"), ({"sigmas": None}, "valid schedule")],
 )  # fmt: skip
 def test_changed_file(tmp_path, change, message):
     path = tmp_path / "schedule.json"
     FULL.save(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    entries = json.loads(path.read_text()) | change
+    path.write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=f"changed or damaged|{message}"):
+        fs.Schedule.load(path)
+    del entries["sha256"]  # as in a file made by hand
+    path.write_text(json.dumps(entries))
     with pytest.raises(ValueError, match=message):
         fs.Schedule.load(path)
+
+
+def test_files_without_a_checksum_load(tmp_path):
+    path = tmp_path / "schedule.json"
+    FULL.save(path)
+    entries = json.loads(path.read_text())
+    del entries["sha256"]
+    path.write_text("\ufeff" + json.dumps(entries))  # editors on Windows put a byte order mark in front
+    assert torch.equal(fs.Schedule.load(path).sigmas, FULL.sigmas)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"format": "fastsched.schedule", "version": 1, "version": 2}',
+        '{"a": NaN}',
+        '{"sigmas": Infinity}',
+    ],
+    ids=["deep", "twice", "NaN", "Infinity"],
+)
+def test_odd_json_is_refused(tmp_path, text):
+    (tmp_path / "s.json").write_text(text)
+    with pytest.raises(ValueError, match="not a whole JSON file"):
+        fs.Schedule.load(tmp_path / "s.json")
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    path = tmp_path / "schedule.json"
+    FULL.save(path)
+    whole = path.read_bytes()
+    for n in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[n // 8] ^= 1 << n % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="schedule"):
+            fs.Schedule.load(path)
+
+
+def test_sigmas_equal_as_float32_are_refused_for_comfyui():
+    with pytest.raises(ValueError, match="must differ as float32"):
+        fs.Schedule([1.0 + 1e-9, 1.0, 0.0], "ddim").to_comfyui()
 
 
 def test_truncated_missing_and_foreign_file(tmp_path):

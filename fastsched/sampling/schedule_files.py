@@ -1,0 +1,115 @@
+"""Files of schedules: JSON in plain decimals, with a checksum, and strict checks of every entry."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from typing import Any
+
+from fastsched.sampling.files import checksum, json_object, write_whole
+
+FORMAT = "fastsched.schedule"
+VERSION = 2
+
+REQUIRED = ("format", "version", "sigmas", "solver", "noise")
+OPTIONAL = ("timesteps", "weights", "predicted_error", "measured_error", "sha256")
+#: Larger timesteps than any model's are damage.
+LARGEST_TIMESTEP = 1e6
+
+
+def write_entries(path: str | os.PathLike[str], entries: dict[str, str]) -> None:
+    """Write entries, each as JSON text, with their checksum."""
+    values = {key: json.loads(value) for key, value in entries.items()}
+    entries = {**entries, "sha256": json.dumps(_checksum(values))}
+    text = "{\n" + ",\n".join(f'  "{key}": {value}' for key, value in entries.items()) + "\n}\n"
+    write_whole(path, text.encode())
+
+
+def read_entries(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The entries of a schedule file: solver, noise, and lists of floats.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a whole schedule file, was changed, or an entry is of the wrong kind.
+    """
+    name = os.fspath(path)
+    try:
+        with open(name, encoding="utf-8") as file:
+            text = file.read()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no such schedule file: {name}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not a whole JSON file ({error}); save the schedule again") from None
+    entries = json_object(text, name)
+    if entries.get("format") != FORMAT:
+        raise ValueError(f"{name} does not hold a schedule; Schedule.save and fastsched select write them")
+    version = entries.get("version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError(f"{name} has version {version!r:.40}, not a whole number from 1")
+    if version > VERSION:
+        raise ValueError(f"{name} has version {version}, and the newest known here is {VERSION}; update fastsched")
+    for missing in (key for key in REQUIRED if key not in entries):
+        raise ValueError(f"{name} lacks the entry {missing!r}")
+    unknown = sorted(set(entries) - set(REQUIRED) - set(OPTIONAL))
+    if unknown:
+        raise ValueError(f"{name} holds entries that are not known: {', '.join(unknown)}")
+    if "sha256" in entries and entries["sha256"] != _checksum(entries):
+        raise ValueError(
+            f"{name} was changed or damaged after it was saved; save the schedule again, or remove its entry sha256 if "
+            "the change was meant"
+        )
+    try:
+        return _checked(entries)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{name} does not hold a valid schedule: {error}") from None
+
+
+def _checksum(entries: dict[str, Any]) -> str:
+    return checksum(
+        json.dumps({key: value for key, value in entries.items() if key != "sha256"}, sort_keys=True).encode()
+    )
+
+
+def _checked(entries: dict[str, Any]) -> dict[str, Any]:
+    found = {key: entries.get(key) for key in ("solver", "noise", *OPTIONAL)}
+    for key in ("solver", "noise"):
+        if not isinstance(found[key], str):
+            raise ValueError(f"{key} must be text, got {found[key]!r:.80}")
+    found["sigmas"] = _numbers("sigmas", entries["sigmas"])
+    if found["timesteps"] is not None:
+        found["timesteps"] = _timesteps(found["timesteps"], found["noise"])
+    if found["weights"] is not None:
+        if not isinstance(found["weights"], list):
+            raise ValueError("weights must be a list of lists of numbers")
+        found["weights"] = [_numbers("weights", row) for row in found["weights"]]
+    for key in ("predicted_error", "measured_error"):
+        if found[key] is not None:
+            (value,) = _numbers(key, [found[key]])
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{key} must be finite and not negative, got {value!r}")
+            found[key] = value
+    del found["sha256"]
+    return found
+
+
+def _timesteps(values: Any, noise: str) -> list[float]:
+    """Timesteps, which descend; those of a flow may ascend, if its network's time is 1 at the data."""
+    numbers = _numbers("timesteps", values)
+    if not all(0 <= value <= LARGEST_TIMESTEP for value in numbers):
+        raise ValueError(f"timesteps must be within [0, {LARGEST_TIMESTEP:g}], got {numbers}")
+    steps = [later - earlier for earlier, later in itertools.pairwise(numbers)]
+    if not all(step < 0 for step in steps) and not (noise == "flow" and all(step > 0 for step in steps)):
+        raise ValueError(f"timesteps must strictly descend, got {numbers}")
+    return numbers
+
+
+def _numbers(name: str, values: Any) -> list[float]:
+    """Floats of a list of JSON numbers, or of ``"inf"``, as an infinite sigma is written."""
+    if not isinstance(values, list):
+        raise ValueError(f"{name} must be a list of numbers, got {values!r:.80}")
+    for value in values:
+        if value != "inf" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"{name} must be numbers, got {value!r:.80}")
+    return [float(value) for value in values]

@@ -1,0 +1,164 @@
+"""Networks that are no denoisers are refused before they are measured; right ones are not."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from models import exact_denoisers, mixture, vp_table
+from torch import nn
+
+import fastsched as fs
+from benchmarks.quality.models import MODELS
+from fastsched.measurement.network_checks import check_network
+from fastsched.measurement.network_state import modules_of, unchanged_buffers
+
+#: Structured data, as real data are: in 64 dimensions and near a few points of them.
+DATA = fs.oracles.GaussianMixture.random(16, 3, seed=0)
+KINDS = exact_denoisers(DATA)
+GAUSSIAN = exact_denoisers(fs.oracles.Gaussian(0.5, (16,)))
+
+
+def check(denoiser, shape=(16,)):
+    return check_network(denoiser, tuple(shape), torch.device("cpu"), torch.float32)
+
+
+RIGHT = {
+    **{f"mixture {name}": (denoiser, (16,)) for name, denoiser in KINDS.items()},
+    **{f"Gaussian {name}": (denoiser, (16,)) for name, denoiser in GAUSSIAN.items()},
+    **{f"4 elements {name}": (denoiser, (4,)) for name, denoiser in exact_denoisers(mixture()).items()},
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_exact_denoisers_pass(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        asked = check(*RIGHT[name])
+    assert asked.model_calls <= 7
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_trained_networks_of_the_benchmark_pass(name):
+    model = MODELS[name]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check(model.denoiser, model.shape).model_calls <= 7
+
+
+@pytest.mark.parametrize("oracle", [fs.oracles.Gaussian(2.0, (16,)), fs.oracles.Gaussian(0.02, (16,), mean=0.5)])
+def test_wide_and_narrow_data_pass(oracle):
+    for denoiser in exact_denoisers(oracle).values():
+        check(denoiser)
+
+
+def digits():
+    return MODELS["digits"]().denoiser
+
+
+def flow(change, **options):
+    network = KINDS["velocity"].network
+    return fs.Denoiser.from_velocity(change(network), t_min=0.02, t_max=0.99, **options)
+
+
+def not_cumulative(denoiser):
+    table = torch.tensor(denoiser.process.alphas_cumprod, dtype=torch.float64)
+    alphas = torch.cat([table[:1], table[1:] / table[:-1]])
+    return replace(denoiser, process=replace(denoiser.process, alphas_cumprod=alphas))
+
+
+def garbage_at_the_top():
+    """A table that reaches sigma 19,250, where a noise prediction is 2% wrong, as any is."""
+    table = torch.cat([vp_table(), vp_table()[-1:] * torch.tensor([1e-1, 1e-2, 1e-3, 6e-5])])
+    exact = exact_denoisers(DATA, table)["epsilon"]
+    wrong = torch.randn(16, generator=torch.Generator().manual_seed(3))
+    return fs.Denoiser.from_epsilon(lambda x, t: exact.network(x, t) + 0.02 * wrong, table)
+
+
+WRONG = {
+    "eps taken for v": (lambda: replace(KINDS["epsilon"], prediction="v"), "from_epsilon"),
+    "v taken for eps": (lambda: replace(KINDS["v"], prediction="epsilon"), "from_v"),
+    "eps taken for x0": (lambda: replace(KINDS["epsilon"], prediction="x0"), "predict the clean sample, or the noise"),
+    "velocity of wrong sign": (lambda: flow(lambda f: lambda x, t: -f(x, t)), "sign"),
+    "velocity of wrong time": (lambda: flow(lambda f: lambda x, t: -f(x, 1 - t)), "time is 1|its time"),
+    "velocity of wrong time and sign": (lambda: flow(lambda f: lambda x, t: f(x, 1 - t)), "time"),
+    "alphas that are not cumulative": (lambda: not_cumulative(KINDS["epsilon"]), "cumulative products"),
+    "sigma 19,250": (garbage_at_the_top, "Leave the last entries of the table out"),
+    "D taken for F": (
+        lambda: fs.Denoiser.from_edm(lambda z, s: digits()(z, s.clamp_min(1e-3))),
+        "returns the denoised",
+    ),
+    "F taken for D": (lambda: replace(digits(), prediction="x0"), "moves"),
+    "x0 taken for a score": (lambda: replace(KINDS["x0"], prediction="score"), "score"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_readings_are_refused(name):
+    build, message = WRONG[name]
+    denoiser = build()
+    shape = (1, 8, 8) if "F" in name else (16,)
+    with pytest.raises(ValueError, match=message):
+        fs.measure(denoiser, shape, levels=12, samples=1, progress=False)
+    assert fs.measure(denoiser, shape, levels=12, samples=1, progress=False, checks=False).samples == 1
+
+
+class Net(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, z, s):
+        return z / (1 + s.reshape(-1, 1) ** 2) + 0.05 * self.layer(z)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Dropout(0.1), lambda: nn.BatchNorm1d(16)], ids=["Dropout", "BatchNorm1d"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_training_mode_is_refused_and_changes_nothing(make, wrapped):
+    layer = make()
+    net = Net(layer)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    denoiser = fs.Denoiser.from_denoiser((lambda z, s: net(z, s)) if wrapped else net, 0.01, 20.0)
+    with pytest.raises(ValueError, match=f"active {type(layer).__name__}: call network.eval"):
+        fs.measure(denoiser, (16,), levels=12, samples=2, progress=False)
+    fs.measure(denoiser, (16,), levels=12, samples=2, progress=False, checks=False)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    net.eval()
+    fs.measure(denoiser, (16,), levels=12, samples=2, progress=False)
+
+
+def test_random_networks_are_refused():
+    generator = torch.Generator().manual_seed(0)
+    noisy = lambda z, s: z / (1 + s.reshape(-1, 1) ** 2) + 0.05 * torch.randn(z.shape, generator=generator)
+    with pytest.raises(ValueError, match="it is random"):
+        check(fs.Denoiser.from_denoiser(noisy, 0.01, 20.0))
+
+
+def test_networks_that_mix_the_batch_are_refused():
+    mixing = lambda z, s: (z - 0.5 * z.mean(0)) / (1 + s.reshape(-1, 1) ** 2)
+    with pytest.raises(ValueError, match="mixes the samples of a batch"):
+        check(fs.Denoiser.from_denoiser(mixing, 0.01, 20.0))
+
+
+def test_a_constant_answer_is_doubtful():
+    with pytest.warns(UserWarning, match="the same to every question"):
+        fs.measure(fs.Denoiser.from_denoiser(lambda z, s: 0 * z, 0.01, 20.0), (5,), levels=12, progress=False)
+
+
+def test_buffers_are_put_back():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, z, s):
+            self.calls += 1
+            return 0.1 * z
+
+    net = Counting()
+    with unchanged_buffers(lambda z, s: net(z, s)):
+        net(torch.ones(1), None)
+    assert float(net.calls) == 0
+    assert modules_of(net.forward) == [net]
+    fs.measure(fs.Denoiser.from_denoiser(net, 0.01, 10.0), (3,), levels=8, samples=1, progress=False)
+    assert float(net.calls) == 0
