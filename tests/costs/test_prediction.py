@@ -1,13 +1,14 @@
-import itertools
-
 import numpy as np
 import pytest
+import torch
 from models import exact_denoiser, exact_denoisers, mixture
+from scipy.stats import spearmanr
 
 import fastsched as fs
-from fastsched.costs import path_cost
-from fastsched.costs.prediction import error_estimates
+from fastsched.costs.prediction import ErrorModel
 from fastsched.costs.surrogate import Surrogate
+from fastsched.denoisers.digits import DigitsNetwork, load_digits_network
+from fastsched.metrics import power_mean
 from fastsched.sampling.random_streams import noise_of
 
 KINDS = exact_denoisers(mixture(d=4))
@@ -15,79 +16,75 @@ KINDS = exact_denoisers(mixture(d=4))
 
 @pytest.fixture(scope="module")
 def stats():
-    return fs.measure(KINDS["x0"], (4,), levels=12, samples=6, progress=False)
-
-
-@pytest.mark.parametrize("name", ["ddim", "dpmpp_3m", "unipc", "heun"])
-def test_estimates_by_their_definitions(stats, name):
-    cost = path_cost(stats, name)
-    nodes = [0, 2, 5, 6, 9, 12]
-    carried = np.zeros(stats.samples)
-    for n in range(len(nodes) - 1):
-        history = nodes[max(0, n - cost.solver.history) : n + 2]
-        end = history[-1]
-        vector = cost.error_vector(history, corrected=n < len(nodes) - 3) * (cost.s[end] if end < 12 else 1.0)
-        carried += stats.cross.numpy()[:, end - 1] @ vector
-    error = Surrogate.of(stats).run(np.append(cost.s, 0.0)[None, nodes], name).error[0]
-    found = error_estimates(stats, cost, nodes)
-    assert found.local == pytest.approx(float(cost.of(nodes).sum()), rel=1e-12)
-    assert found.coherent == pytest.approx(float(error @ stats.gram.mean(0).numpy() @ error), rel=1e-9)
-    assert found.dual_weighted == pytest.approx(float((carried**2).mean()), rel=1e-9)
-    assert found.largest == max(found)
+    return fs.measure(KINDS["x0"], (4,), levels=24, samples=6, progress=False)
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "ipndm", "heun", "unipc"])
-def test_coherent_estimate_is_the_error_on_gaussian_data(name):
+def test_the_error_on_gaussian_data_is_the_samplers(name):
     """The Jacobian is a multiple of the identity there: the sampler on the surrogate is the sampler."""
     oracle = fs.oracles.Gaussian(0.5, (8,))
     denoiser = exact_denoiser(oracle, 0.01, 20.0)
     stats = fs.measure(denoiser, (8,), levels=200, samples=4, progress=False)
     nodes = [0, 40, 75, 100, 120, 135, 150, 170, 200]
-    cost = path_cost(stats, name)
-    predicted = error_estimates(stats, cost, nodes).coherent
+    levels = np.append(stats.s.numpy(), 0.0)[nodes]
+    surrogate = Surrogate.of(stats)
+    predicted = surrogate.norms.squared(surrogate.run(levels[None], name).error)[0]
     noise = noise_of(stats.seeds, (8,)).double()
-    samples = fs.sample(denoiser, stats.sigmas[nodes], name, noise)
-    actual = float((samples - oracle.flow(noise * 20.0, 20.0, 0.0)).square().sum(1).mean())
-    # shares of the Jacobian come from finite differences of 1%: hundredths, of errors that may cancel; so the bound is
-    # a part of their sum without cancelling
-    assert abs(predicted**0.5 - actual**0.5) < 0.02 * float(np.sqrt(cost.of(nodes)).sum())
+    samples = fs.sample(denoiser, torch.from_numpy(levels), name, noise)
+    actual = (samples - oracle.flow(noise * 20.0, 20.0, 0.0)).square().sum(1).numpy()
+    # splines, straight lines between asked levels and float32 states: hundredths of an error that may cancel
+    size = float(oracle.flow(noise * 20.0, 20.0, 0.0).square().sum(1).mean()) ** 0.5
+    np.testing.assert_allclose(np.sqrt(predicted), np.sqrt(actual), rtol=0.05, atol=1e-3 * size)
 
 
-def test_dual_weighted_estimate_is_unbiased():
-    """On Gaussian data the flow carries the error of every step to the end by ``c / sqrt(c^2 + s^2)``."""
-    oracle = fs.oracles.Gaussian(0.5, (32,))
-    stats = fs.measure(exact_denoiser(oracle, 0.01, 20.0), (32,), levels=64, samples=200, progress=False)
-    cost, nodes = path_cost(stats, "ddim"), [0, 15, 28, 38, 46, 54, 64]
-    total = np.zeros(63)
-    for start, end in itertools.pairwise(nodes):
-        s = cost.s[end] if end < 64 else 0.0
-        total += 0.5 / np.hypot(0.5, s) * (s or 1.0) * cost.error_vector([start, end])
-    expected = float(total @ cost.gram @ total)
-    # a mean of 200 squares of about normal numbers: three standard errors of sqrt(2/200)
-    assert error_estimates(stats, cost, nodes).dual_weighted == pytest.approx(expected, rel=3 * (2 / 200) ** 0.5)
+def schedules(stats, steps):
+    """Schedules of all qualities, by name."""
+    low, high = stats.finite_range
+    makers = {"karras": fs.baselines.karras, "exponential": fs.baselines.exponential, "linear": fs.baselines.linear}
+    found = {}
+    for name, make in makers.items():
+        found |= {f"{name} {spare}": make(steps, low, high, spare_last=bool(spare)) for spare in (0, 1)}
+    for solver in ("ddim", "dpmpp_2m", "ipndm", "unipc"):
+        found[solver] = fs.optimal_schedule(stats, steps, solver).sigmas
+        found[f"{solver} unpolished"] = fs.optimal_schedule(stats, steps, solver, polish=False).sigmas
+    return found
 
 
-def test_without_sensitivity_there_are_two_estimates():
-    stats = fs.measure(KINDS["x0"], (4,), levels=12, samples=2, sensitivity=None, progress=False)
-    found = error_estimates(stats, path_cost(stats, "ddim", None), [0, 4, 8, 12])
-    assert np.isnan(found.dual_weighted)
-    assert found.largest == max(found.local, found.coherent)
+@pytest.mark.parametrize(("solver", "steps"), [("ddim", 8), ("dpmpp_2m", 6), ("unipc", 8)])
+def test_predictions_rank_as_the_sampler_does_on_digits(solver, steps):
+    """Of 14 schedules, against the power mean of 64 unseen noises."""
+    denoiser = fs.Denoiser.from_edm(load_digits_network())
+    stats = fs.measure(denoiser, DigitsNetwork.shape, samples=8, progress=False)
+    reference = fs.converged_reference(denoiser, DigitsNetwork.shape, samples=64, progress=False)
+    predicted, actual = [], []
+    for sigmas in schedules(stats, steps).values():
+        predicted.append(fs.predict_error(stats, sigmas, solver))
+        ends = fs.sample(denoiser, sigmas, solver, reference.noise)
+        actual.append(float(power_mean(fs.metrics.squared_distances(ends, reference.ends))))
+    ratios = np.log(np.array(predicted) / np.array(actual))
+    assert spearmanr(predicted, actual)[0] > 0.85  # 0.9 to 0.98 over nine denoisers, three solvers, 5 to 12 steps
+    assert float(np.abs(ratios).max()) < np.log(4.0)
+    assert float(np.sqrt(np.mean(ratios**2))) < np.log(2.0)
 
 
-def test_nodes_nearer_than_the_grid_are_told_apart_by_order(stats):
-    """Four levels of the fourfold grid, h = 0.19 / 4 apart at most, where all four nodes are nearest the last."""
-    low = float(stats.s[-1])
-    sigmas = [float(stats.s[0]), low * 1.003, low * 1.002, low * 1.001, low, 0.0]
-    fine = stats.refine(4)
-    nodes = [0, *range(fine.levels - 4, fine.levels), fine.levels]
-    expected = error_estimates(fine, path_cost(fine, "dpmpp_2m"), nodes).largest
-    assert fs.predict_error(stats, sigmas) == pytest.approx(expected, rel=1e-12)
+def test_a_schedule_says_what_it_is_for(stats):
+    schedule = fs.optimal_schedule(stats, 5, "unipc")
+    assert fs.predict_error(stats, schedule) == pytest.approx(schedule.predicted_error, rel=1e-9)
+    assert fs.predict_error(stats, schedule.sigmas) == fs.predict_error(stats, schedule.sigmas, "dpmpp_2m")
+    fitted = fs.optimal_schedule(stats, 5, "fitted")
+    assert fs.predict_error(stats, fitted) == pytest.approx(fitted.predicted_error, rel=1e-6)
+
+
+def test_the_exponent_weighs_the_samples(stats):
+    levels = stats.process.level(fs.optimal_schedule(stats, 5).sigmas).numpy()[None]
+    values = [float(ErrorModel.of(stats, "dpmpp_2m", exponent)(levels)[0]) for exponent in (0.0, 0.25, 0.5, 1.0)]
+    assert values == sorted(values)
+    assert values[0] < values[-1]
 
 
 def test_schedules_that_the_measurement_cannot_judge(stats):
     low = float(stats.s[-1])
     with pytest.raises(ValueError, match="sigmas must start within the measured range"):
         fs.predict_error(stats, [low / 2, low / 4, 0.0])
-    many = np.geomspace(float(stats.s[0]), low, 46).tolist()
-    with pytest.raises(ValueError, match="sigmas has 46 levels above 0, the measurement, refined, only 45"):
-        fs.predict_error(stats, [*many, 0.0])
+    with pytest.raises(ValueError, match="sigmas must end in 0"):
+        fs.predict_error(stats, [10.0, 1.0])

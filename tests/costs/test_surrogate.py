@@ -7,8 +7,9 @@ import torch
 from models import exact_denoiser, exact_denoisers, mixture
 
 import fastsched as fs
+from fastsched.costs.norms import Norms
 from fastsched.costs.prediction import squared_errors
-from fastsched.costs.surrogate import Outcome, Surrogate, jacobian_shares, natural_spline, quadratic_forms, typical
+from fastsched.costs.surrogate import Outcome, Surrogate
 from fastsched.denoisers.noise import FlowMatching, VarianceExploding, VariancePreserving
 from fastsched.measurement.deviated_paths import PURE_NOISE_GAP
 from fastsched.sampling.solvers import SOLVERS
@@ -42,7 +43,8 @@ class LinearModel:
 
     @property
     def surrogate(self):
-        return Surrogate(self.process, self.s, self.shares, 0.0)
+        e = self.increments
+        return Surrogate(self.process, self.s, Norms.of_increments((e @ e.T)[None], len(e)), self.shares)
 
     @property
     def increments(self):
@@ -95,19 +97,6 @@ class LinearModel:
 
 def schedule(model, *inner):
     return np.array([model.s[0], *inner, 0.0])
-
-
-def test_natural_spline_is_scipys():
-    generator = np.random.default_rng(0)
-    x, values = generator.uniform(0.1, 2.0, 9).cumsum(), generator.standard_normal((9, 4))
-    expected = scipy.interpolate.CubicSpline(x, values, bc_type="natural").c[::-1]  # highest power first there
-    np.testing.assert_allclose(natural_spline(x, values), expected, rtol=1e-11, atol=1e-11)
-
-
-def test_natural_spline_of_three_points():
-    x, values = np.array([0.0, 1.0, 3.0]), np.array([[0.0], [1.0], [0.0]])
-    expected = scipy.interpolate.CubicSpline(x, values, bc_type="natural").c[::-1]
-    np.testing.assert_allclose(natural_spline(x, values), expected, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("kind", LEVELS)
@@ -171,7 +160,9 @@ def test_gaussian_data_are_sampled_as_by_the_sampler(name):
     s = np.geomspace(top, 0.02, 301)
     path = np.sqrt((c**2 + s**2) / (c**2 + top**2)) * top  # z of noise 1
     denoised = c**2 / (c**2 + s**2) * path
-    surrogate = Surrogate(VarianceExploding(0.02, top), s, c**2 / (c**2 + s**2), 0.0)
+    e = np.diff(denoised)[:, None]
+    norms = Norms.of_increments((e @ e.T)[None], len(e))
+    surrogate = Surrogate(VarianceExploding(0.02, top), s, norms, c**2 / (c**2 + s**2))
     levels = np.array([top, *INNER, 0.0])
     denoiser = exact_denoiser(fs.oracles.Gaussian(c, (1,)), 0.02, top)
     end = float(fs.sample(denoiser, torch.from_numpy(levels), name, torch.ones(1, 1, dtype=torch.float64)))
@@ -180,72 +171,71 @@ def test_gaussian_data_are_sampled_as_by_the_sampler(name):
     assert found == pytest.approx(end - denoised[-1], abs=10 * 0.4 * 0.023**2 / 8 * c)
 
 
-@pytest.mark.parametrize(("sensitivity", "bound"), [("jvp", 1e-5), ("finite-difference", 1e-4)])
-def test_shares_of_gaussian_data(sensitivity, bound):
-    """``J = c^2 / (c^2 + s^2)`` times the identity, to float32's rounding (over the 1% of a finite difference)."""
+def test_scalar_jacobian_and_amplitude_of_gaussian_data():
+    """``J = c^2 / (c^2 + s^2)`` times the identity; a deviation is at the end ``c / sqrt(c^2 + s^2)`` of its size."""
     c = 0.5
     denoiser = exact_denoiser(fs.oracles.Gaussian(c, (8,)), 0.01, 20.0)
-    stats = fs.measure(denoiser, (8,), levels=32, samples=4, sensitivity=sensitivity, progress=False)
-    shares, spread = jacobian_shares(stats)
-    exact = c**2 / (c**2 + stats.s[1:].numpy() ** 2)
-    around = [exact[max(k - 1, 0) : k + 2] for k in range(31)]  # neighbours, each of the same weight
-    np.testing.assert_allclose(shares[1:], [pooled.mean() for pooled in around], rtol=0, atol=bound)
-    assert spread == pytest.approx(float(np.sqrt(np.mean([pooled.var() for pooled in around]))), abs=bound)
+    stats = fs.measure(denoiser, (8,), levels=64, samples=4, progress=False)
+    surrogate, s = Surrogate.of(stats), stats.s.numpy()
+    exact = c**2 / (c**2 + s**2)
+    asked = list(range(2, 64, 2))
+    found = surrogate.scalar_jacobian(s)
+    np.testing.assert_allclose(found[asked], exact[asked], rtol=1e-3, atol=1e-4)  # float32 states
+    h = np.log(20.0 / 0.01) / 63  # straight lines over two cells of a curve that bends by at most 0.4
+    np.testing.assert_allclose(found[3:62], exact[3:62], rtol=0, atol=0.4 * (2 * h) ** 2 / 8 + 1e-3)
+    # the product over levels is Euler's, wrong by the order of h
+    np.testing.assert_allclose(surrogate.amplitude(s), c / np.sqrt(c**2 + s**2), rtol=h)
 
 
-def test_shares_by_least_squares():
-    """Its definition written out, for a Jacobian that is no multiple of the identity."""
-    stats = fs.measure(exact_denoisers(mixture())["x0"], (4,), levels=12, samples=5, sensitivity="jvp", progress=False)
-    shares, spread = jacobian_shares(stats)
-    s, cross = np.append(stats.s.numpy(), 0.0), stats.cross.numpy()
-
-    def rows(k):
-        """Both sides of ``<J w, e_q> ~ j x_q`` at level k, each sample's over the norm of its ``x``."""
-        keep, window = s[k + 1] / s[k], range(max(0, k - 8), k)
-        x = np.array([[cross[b, k, q] for q in window] for b in range(5)])
-        before = np.array([[cross[b, k - 1, q] for q in window] for b in range(5)])
-        norm = np.linalg.norm(x, axis=1, keepdims=True)
-        return (x / norm).ravel(), ((before - keep * x) / (1 - keep) / norm).ravel()
-
-    left = []
-    for k in range(1, 12):
-        around = [rows(m) for m in range(max(k - 1, 1), min(k + 1, 11) + 1)]
-        x, y = (np.concatenate(side) for side in zip(*around, strict=True))
-        found = float(np.clip(np.linalg.lstsq(x[:, None], y, rcond=None)[0][0], 0.0, 1.0))
-        assert shares[k] == pytest.approx(found, abs=1e-9)
-        left.append(float(((y - found * x) ** 2).sum() / (x**2).sum()))
-    assert spread == pytest.approx(float(np.sqrt(np.mean(left))), rel=1e-6)
-    assert spread > 0.05  # no multiple of the identity
-
-
-def test_shares_without_sensitivity():
-    stats = fs.measure(
-        exact_denoisers(mixture())["velocity"], (4,), levels=8, samples=2, sensitivity=None, progress=False
-    )
-    shares, spread = jacobian_shares(stats)
+def test_without_responses_errors_are_passed_on_as_for_gaussian_data():
+    denoiser = exact_denoisers(mixture())["velocity"]
+    stats = fs.measure(denoiser, (4,), levels=8, samples=2, responses=False, progress=False)
     c = stats.data_std
-    np.testing.assert_allclose(shares[1:], c**2 / (c**2 + stats.s[1:].numpy() ** 2), rtol=1e-12)
-    assert (shares[0], spread) == (0.0, 1.0)
+    found = Surrogate.of(stats)
+    np.testing.assert_allclose(found.jacobian[1:], c**2 / (c**2 + stats.s[1:].numpy() ** 2), rtol=1e-12)
+    assert found.secants is None
+
+
+def test_secants_of_responses_are_met_again(measured_mixture):
+    """The surrogate's own deviated paths: what they were answered at the asked levels is what they were told."""
+    stats, surrogate = measured_mixture, Surrogate.of(measured_mixture)
+    secants = surrogate.secants
+    for g in range(1, len(secants.lam)):
+        away = secants.deviations[g]
+        answer, explained = secants.answer(0, np.repeat(secants.lam[g], len(away)), away)
+        size = float(np.sqrt(np.einsum("mv,vu,mu->m", away, secants.metric, away).max()))
+        for found, expected in ((answer, secants.residuals[g]), (explained, away)):
+            left = found - expected
+            norm = np.sqrt(np.einsum("mv,vu,mu->m", left, secants.metric, left).max())
+            # damping 1e-3 of the mean square: what it leaves of a direction that is small beside the other, at most all
+            assert norm < 0.1 * size
+    assert surrogate.vectors == stats.levels - 1 + stats.response_gram.shape[1]
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("sensitivity", ["finite-difference", None])
-def test_constant_denoiser_shares_nothing(sensitivity):
+@pytest.mark.parametrize("responses", [True, False])
+def test_constant_denoiser_has_no_error(responses):
     denoiser = fs.Denoiser.from_denoiser(lambda z, s: torch.zeros_like(z), 0.01, 20.0)
-    stats = fs.measure(denoiser, (3,), levels=8, samples=2, sensitivity=sensitivity, progress=False)
-    assert not jacobian_shares(stats)[0].any()
-    assert fs.optimal_schedule(stats, 4, weight=None if sensitivity is None else "geometric").predicted_error == 0.0
+    stats = fs.measure(denoiser, (3,), levels=8, samples=2, responses=responses, checks=False, progress=False)
+    assert not Surrogate.of(stats).jacobian.any()
+    assert fs.optimal_schedule(stats, 4).predicted_error == pytest.approx(0.0, abs=1e-200)
 
 
-def test_quadratic_forms_by_einsum():
+def test_squared_errors_by_einsum():
     generator = np.random.default_rng(0)
     e, vectors = generator.standard_normal((3, 5, 9)), generator.standard_normal((2, 4, 5))
-    gram = e @ e.transpose(0, 2, 1)
-    expected = np.einsum("cvp,bpq,cvq->cb", vectors, gram, vectors)
-    np.testing.assert_allclose(quadratic_forms(gram, vectors), expected, rtol=1e-12)
+    norms = Norms(e @ e.transpose(0, 2, 1), np.array([1.0, 2.0, 4.0]))
+    expected = np.einsum("cp,bpq,cq->cb", vectors[:, 0], norms.gram, vectors[:, 0])
+    np.testing.assert_allclose(norms.squared(vectors[:, 0]), expected, rtol=1e-12)
     outcome = Outcome(vectors[:, 0], vectors[:, 1:])
-    sizes = np.square(np.einsum("cvp,bpd->cbvd", vectors, e)).sum(3)
-    expected = sizes[:, :, 0] + 0.3**2 * sizes[:, :, 1:].sum(2)
-    np.testing.assert_allclose(squared_errors(gram, outcome, 0.3), expected, rtol=1e-12)
-    assert typical(np.array([[1.0, 4.0], [9.0, 9.0]])) == pytest.approx([2.0, 9.0])
-    assert float(quadratic_forms(-gram, vectors).max()) == 0.0
+    sizes = np.einsum("cvp,bpq,cvq->cb", vectors[:, 1:], norms.gram, vectors[:, 1:])
+    relative = (sizes / norms.size).mean(1)
+    np.testing.assert_allclose(
+        squared_errors(norms, outcome, 0.3), expected + 0.3**2 * relative[:, None] * norms.size, rtol=1e-12
+    )
+    assert float(Norms(-norms.gram, norms.size).squared(vectors[:, 0]).max()) == 0.0
+
+
+@pytest.fixture(scope="module")
+def measured_mixture():
+    return fs.measure(exact_denoisers(mixture())["x0"], (4,), levels=16, samples=5, progress=False)

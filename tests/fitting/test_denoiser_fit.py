@@ -1,12 +1,15 @@
+from itertools import islice
+
 import pytest
 import torch
 from models import counted_denoiser, exact_denoiser, mixture
 
 import fastsched as fs
 from fastsched.fitting.auditioning import FINALISTS
-from fastsched.fitting.candidates import default_candidates
-from fastsched.fitting.denoiser_fit import ENTRANTS, affordable_candidates, fit_report
-from fastsched.sampling.solvers import get_solver
+from fastsched.fitting.candidates import candidates_in_turn
+from fastsched.fitting.denoiser_fit import fit_report
+from fastsched.fitting.loop import CANDIDATES, affordable
+from fastsched.sampling.fitted import chosen_solver
 
 ORACLE = mixture(d=4)
 LEVELS, SAMPLES = 42, 8
@@ -27,7 +30,7 @@ def report(denoiser, steps, solver="dpmpp_2m", **options):
     return fit_report(denoiser, (4,), steps, solver, progress=False, **options)
 
 
-@pytest.mark.parametrize("solver", ["dpmpp_2m", "heun"])
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "heun", "fitted"])
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 @pytest.mark.parametrize("budget", [60, 300])
 def test_calls_stay_within_the_budget(stats, steps, solver, budget):
@@ -36,7 +39,7 @@ def test_calls_stay_within_the_budget(stats, steps, solver, budget):
     assert sum(calls) <= budget
     assert found.model_calls == stats.model_calls + sum(calls)
     assert (found.schedule.steps, found.schedule.solver) == (steps, solver)
-    one_run = get_solver(solver).model_calls(steps) * SAMPLES
+    one_run = chosen_solver(solver).model_calls(steps) * SAMPLES
     if one_run <= budget:
         assert found.schedule.measured_error == min(
             [row.schedule.measured_error for row in found.audition.table if len(row.errors) == SAMPLES]
@@ -57,26 +60,24 @@ def test_calls_of_many_steps_stay_within_the_budget(stats, steps, budget):
     assert found.schedule.steps == steps
 
 
-@pytest.mark.parametrize(("solver", "steps"), [("dpmpp_2m", 1), ("dpmpp_2m", 4), ("heun", 3)])
-def test_as_many_candidates_as_an_audition_can_hear(stats, steps, solver):
+@pytest.mark.parametrize(("solver", "steps"), [("dpmpp_2m", 1), ("dpmpp_2m", 4), ("heun", 3), ("fitted", 4)])
+def test_as_many_candidates_as_can_be_ranked(stats, steps, solver):
     """By counting the audition's own calls; more than two if the first round takes a quarter of the budget at most.
 
-    Of a budget for 15 runs two could be heard in the first round, but not both on all eight samples.
+    Of a budget for 15 runs two could be run in the first round, but not both on all eight samples.
     """
-    method = get_solver(solver)
-    whole = default_candidates(stats, steps, method)
-    each = method.model_calls(steps)
+    each = chosen_solver(solver).model_calls(steps)
     for budget in (0, each * SAMPLES - 1, each * SAMPLES, 15 * each, 30 * each, 1000 * each):
-        found = affordable_candidates(stats, steps, method, budget)
-        assert list(found) == list(whole)[: len(found)]
+        most = affordable(each, SAMPLES, budget)
         if budget < each * SAMPLES:
-            assert not found
+            assert most == 0
             continue
+        found = dict(islice(candidates_in_turn(stats, steps, solver), most))
         denoiser, calls = counted()
-        fs.audition(denoiser, stats, steps, method, found, progress=False)
+        fs.audition(denoiser, stats, steps, solver, found, progress=False)
         assert sum(calls) <= budget
-        assert len(found) <= FINALISTS or len(found) * each * 3 <= budget / 4  # 3 of 8 samples in the first round
-    assert len(found) == min(len(whole), ENTRANTS)
+        assert most <= FINALISTS or most * each * 3 <= budget / 4  # 3 of 8 samples in the first round
+    assert most == CANDIDATES
 
 
 def test_default_budget_is_spent_on_candidates_and_tuning(stats):
@@ -97,14 +98,6 @@ def test_without_a_budget_the_schedule_is_the_optimal_one(stats):
     assert found.schedule.measured_error is None
 
 
-def test_without_sensitivity_the_optimal_schedule_is_unweighted():
-    denoiser, _ = counted()
-    stats = fs.measure(denoiser, (4,), levels=12, samples=2, sensitivity=None, progress=False)
-    found = report(denoiser, 3, stats=stats, model_calls=0)
-    assert torch.equal(found.schedule.sigmas, fs.optimal_schedule(stats, 3, weight=None).sigmas)
-    assert report(denoiser, 3, stats=stats).schedule.measured_error > 0
-
-
 def test_paths_are_followed_again_where_increments_were_not_kept(stats, tmp_path):
     stats.save(tmp_path / "stats.safetensors")
     loaded = fs.PathStatistics.load(tmp_path / "stats.safetensors")
@@ -112,15 +105,15 @@ def test_paths_are_followed_again_where_increments_were_not_kept(stats, tmp_path
     found = report(denoiser, 5, stats=loaded)
     assert found.stats.increments is not None
     assert found.model_calls == stats.model_calls + sum(calls)
-    assert sum(calls) == LEVELS * SAMPLES + found.audition.model_calls + found.tuning.model_calls
+    assert sum(calls) == (2 * LEVELS - 2) * SAMPLES + found.audition.model_calls + found.tuning.model_calls
     assert torch.equal(found.schedule.sigmas, report(denoiser, 5, stats=stats).schedule.sigmas)
 
 
 def test_a_fit_measures_by_itself():
     denoiser, calls = counted()
     found = report(denoiser, 4, levels=16, samples=2, model_calls=100)
-    assert found.stats.model_calls == 2 * (2 * 16 - 1)
-    assert found.model_calls == sum(calls) <= 2 * (2 * 16 - 1) + 100
+    assert found.stats.model_calls == CHECKED + 2 * (2 * 16 - 2)
+    assert found.model_calls == sum(calls) <= CHECKED + 2 * (2 * 16 - 2) + 100
     same = fs.fit(denoiser, (4,), 4, levels=16, samples=2, model_calls=100, progress=False)
     assert torch.equal(same.sigmas, found.schedule.sigmas)
     assert same.measured_error == found.schedule.measured_error

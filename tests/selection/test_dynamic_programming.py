@@ -130,7 +130,7 @@ def test_second_order_paths_are_quick():
 
 @pytest.mark.parametrize("solver", ["ddim", "heun"])
 def test_cost_never_rises_with_one_more_step(stats, solver):
-    totals = cheapest_paths(path_cost(stats, solver, None), 8).totals
+    totals = cheapest_paths(path_cost(stats, solver, weighted=False), 8).totals
     assert (np.diff(totals) <= 1e-12 * totals[0]).all()
 
 

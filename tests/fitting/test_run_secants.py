@@ -4,15 +4,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from fastsched.fitting.secants import Performance, Recorder, deviations_of
 from models import exact_denoiser, exact_denoisers, mixture
 
 import fastsched as fs
 from fastsched.costs.secants import Secants
 from fastsched.costs.surrogate import Surrogate
-from fastsched.fitting import secants
-from fastsched.fitting.rollouts import Evaluations
-from fastsched.fitting.run_secants import residuals
+from fastsched.fitting import run_secants
+from fastsched.fitting.rollouts import Evaluations, RecordingDenoiser, Rollout
+from fastsched.fitting.run_secants import KnownAnswers, KnownRun, residuals, with_runs
 from fastsched.sampling.random_streams import noise_of
 from fastsched.sampling.solvers import get_solver
 
@@ -28,7 +27,7 @@ def measured(request):
 
 def run_of(denoiser, stats, schedule):
     """A run from the measured noises: levels of its evaluations, error [B, d], residuals [B, evaluations, d]."""
-    recorder = Recorder.of(denoiser)
+    recorder = RecordingDenoiser.of(denoiser)
     ends = fs.sample(recorder, schedule, noise=noise_of(stats.seeds, stats.shape))
     evaluations = recorder.evaluations()
     found = residuals(Surrogate.of(stats), stats, evaluations)
@@ -51,7 +50,7 @@ def combined(coefficients, stats, *vectors):
 
 def check_deviations(denoiser, stats, schedule, s, deviations):
     """Against the states of the run: ``z - z_path``, the path's as the surrogate has it from its ``D_0``."""
-    recorder, noise = Recorder.of(denoiser), noise_of(stats.seeds, stats.shape)
+    recorder, noise = RecordingDenoiser.of(denoiser), noise_of(stats.seeds, stats.shape)
     fs.sample(recorder, schedule, noise=noise)
     noisiest = stats.ends.double() - stats.increments.double().sum(1)
     states = recorder.evaluations().states
@@ -72,17 +71,11 @@ def test_a_run_is_the_surrogate_and_its_residuals(measured, solver):
     s, error, found = run_of(denoiser, stats, schedule)
     levels, first, more = levels_of(stats, schedule), stats.levels - 1, found.shape[1]
     assert more == method.model_calls(6)
-    deviations = deviations_of(Surrogate.of(stats), levels, method, first, more)
-    check_deviations(denoiser, stats, schedule, s, [combined(each, stats, found) for each in deviations])
-    plain = Surrogate.of(stats).run(levels[None], method).error[0]
-
-    def known(evaluation, away):
-        answer = np.zeros_like(away)
-        answer[:, first + evaluation] = 1.0
-        return answer, away
-
-    outcome = Surrogate.of(stats).run(levels[None], method, known, more)
-    again = combined(outcome.error[0], stats, found)
+    surrogate = Surrogate.of(stats)
+    rolled = surrogate.rollouts(levels[None], method, KnownAnswers(first, first + more))
+    check_deviations(denoiser, stats, schedule, s, [combined(each, stats, found) for each in rolled.deviations[:, 0]])
+    plain = surrogate.run(levels[None], method, Secants.none(first)).error[0]
+    again = combined(rolled.outcome.error[0], stats, found)
     torch.testing.assert_close(again, error, rtol=1e-4, atol=2e-5)  # float32 states of size 40, halved some times
     assert float((combined(plain, stats) - error).norm()) > 0.02 * float(error.norm())
 
@@ -90,30 +83,37 @@ def test_a_run_is_the_surrogate_and_its_residuals(measured, solver):
 @pytest.mark.parametrize("solver", ["heun", "dpmpp_2m", "unipc_3"])
 def test_secants_reproduce_the_run_they_are_of(measured, solver, monkeypatch):
     denoiser, stats = measured
-    monkeypatch.setattr(secants, "DAMPING", (0.0, 1.0))
+    monkeypatch.setattr(run_secants, "DAMPING", (0.0, 1.0))
     method, surrogate, schedule = get_solver(solver), Surrogate.of(stats), schedule_of(stats, 6, solver)
     s, error, found = run_of(denoiser, stats, schedule)
     levels, first, more = levels_of(stats, schedule), stats.levels - 1, found.shape[1]
     basis = torch.cat([stats.increments.double(), found], dim=1)
     metric = (basis @ basis.transpose(1, 2)).mean(0).numpy()
-    known = Secants.of([deviations_of(surrogate, levels, method, first, more)], [first], [s], 0, metric)
-    outcome = surrogate.run(levels[None], method, known, more)
+    deviations = surrogate.rollouts(levels[None], method, KnownAnswers(first, first + more)).deviations[:, 0]
+    known = with_runs(Secants.none(first), [KnownRun(s, deviations, first)], 0, metric)
+    outcome = surrogate.run(levels[None], method, known)
     torch.testing.assert_close(combined(outcome.error[0], stats, found), error, rtol=1e-4, atol=2e-5)
+
+
+def answers(deviations, levels, metric, away, lam=0.0):
+    """What runs with one evaluation each answer to ``away``, and explain of it."""
+    n = len(metric) - len(deviations)
+    runs = [KnownRun(np.array([s]), a[None], n + m) for m, (a, s) in enumerate(zip(deviations, levels, strict=True))]
+    known = with_runs(Secants.none(n), runs, 0, metric)
+    return known.answer(0, np.full(len(away), lam), away)
 
 
 def test_secants_of_a_linear_map_are_exact_on_what_was_seen(monkeypatch):
     """Residuals ``R a_m`` of runs at one level: any deviation in the span of the ``a_m`` is answered by ``R a``."""
-    monkeypatch.setattr(secants, "DAMPING", (0.0, 1.0))
+    monkeypatch.setattr(run_secants, "DAMPING", (0.0, 1.0))
     generator = np.random.default_rng(0)
     n, runs = 7, 3
     R = generator.standard_normal((n, n))
     basis = generator.standard_normal((n + runs, 40))  # vectors in 40 dimensions: n of the measurement ...
     a = np.concatenate([generator.standard_normal((runs, n)), np.zeros((runs, runs))], axis=1)
     basis[n:] = a[:, :n] @ R @ basis[:n]  # ... and the residual of each run
-    metric = basis @ basis.T
-    known = Secants.of(list(a[:, None]), list(range(n, n + runs)), [np.array([2.0])] * runs, 0, metric)
     seen = generator.standard_normal((5, runs)) @ a
-    answer, explained = known(0, seen)
+    answer, explained = answers(a, [2.0] * runs, basis @ basis.T, seen)
     np.testing.assert_allclose(answer @ basis, seen[:, :n] @ R @ basis[:n], rtol=1e-9)
     np.testing.assert_allclose(explained, seen, rtol=1e-9, atol=1e-9)
 
@@ -122,17 +122,14 @@ def test_secants_find_the_nearest_deviation_that_was_seen():
     """What is orthogonal to all that was seen is not answered; levels further off count less."""
     n, metric = 4, np.eye(6)
     a, b = np.eye(6)[0], np.eye(6)[1]
-    pair = [a[None], (a + b)[None]]
-    here, far = np.array([1.0]), np.array([np.e])
-    answer, explained = Secants.of(pair, [n, n + 1], [here, here], 0, metric)(0, np.eye(6)[2:3])
+    answer, explained = answers([a, a + b], [1.0, 1.0], metric, np.eye(6)[2:3])
     assert not answer.any()
     assert not explained.any()
-    asked = (2 * a + b)[None]
-    damping = secants.DAMPING
-    for level in (here, far):
-        answer, explained = Secants.of(pair, [n, n + 1], [here, level], 0, metric)(0, asked)
+    damping = run_secants.DAMPING
+    for level in (1.0, np.e):
+        answer, explained = answers([a, a + b], [1.0, level], metric, (2 * a + b)[None])
         # argmin |2a + b - c0 a - c1 (a + b)|^2 + mu0 c0^2 + 2 mu1 c1^2, by its gradient
-        mu = damping[0], damping[0] + damping[1] * np.log(level[0]) ** 2
+        mu = damping[0], damping[0] + damping[1] * np.log(level) ** 2
         normal = np.array([[1 + mu[0], 1.0], [1.0, 2 + 2 * mu[1]]])
         expected = np.linalg.solve(normal, [2.0, 3.0])
         np.testing.assert_allclose(answer[0, n:], expected, rtol=1e-9)
@@ -140,16 +137,25 @@ def test_secants_find_the_nearest_deviation_that_was_seen():
 
 
 def test_deviations_of_rounding_are_not_learned_from():
-    tiny = 1e-6 * np.eye(3)[0]
-    known = Secants.of([tiny[None]], [2], [np.array([1.0])], 0, np.eye(3))
-    answer, explained = known(0, np.eye(3)[:1])
+    answer, explained = answers([1e-6 * np.eye(3)[0]], [1.0], np.eye(3), np.eye(3)[:1])
     assert not answer.any()
     assert not explained.any()
 
 
+def test_at_pure_noise_nothing_is_learned():
+    """Runs whose first levels differ, one of them pure noise."""
+    deviation, away = np.eye(4)[0], np.eye(4)[:1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not answers([deviation, deviation], [np.inf, 50.0], np.eye(4), away)[0].any()
+        answer = answers([deviation, deviation], [50.0, np.inf], np.eye(4), away)[0]
+    assert answer[0, 2] > 0.9
+    assert answer[0, 3] == 0.0
+
+
 def test_a_recorder_answers_as_its_denoiser():
     denoiser = exact_denoisers(ORACLE)["v"]
-    recorder = Recorder.of(denoiser)
+    recorder = RecordingDenoiser.of(denoiser)
     noise = noise_of(torch.arange(5), (4,))
     s = denoiser.levels(6)
     schedule = fs.Schedule.from_levels(denoiser.process, torch.cat([s, s.new_zeros(1)]), "heun")
@@ -168,33 +174,23 @@ def test_a_recorder_asks_a_denoiser_of_another_kind():
 
     own = Halved(lambda z, s: z, DENOISERS["ve"].process, "x0")
     y = torch.ones(2, 4)
-    assert torch.equal(Recorder.of(own).denoise(y, 2.0), own.denoise(y, 2.0))
+    assert torch.equal(RecordingDenoiser.of(own).denoise(y, 2.0), own.denoise(y, 2.0))
     assert not torch.equal(own.denoise(y, 2.0), fs.Denoiser.denoise(own, y, 2.0))
 
 
-def test_at_pure_noise_nothing_is_learned():
-    """Runs whose first levels differ, one of them pure noise."""
-    deviation, metric, infinite, finite = np.eye(4)[:1], np.eye(4), np.array([np.inf]), np.array([50.0])
-    for levels, expected in (((infinite, finite), 0), ((finite, infinite), 1)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            known = Secants.of([deviation, deviation], [2, 3], list(levels), 0, metric)
-        assert len(known.columns[0]) == expected
-
-
-def test_performances_are_joined_and_cut():
+def test_rollouts_are_joined_and_cut():
     ends = torch.arange(6.0).reshape(3, 2)
-    whole = Performance(ends, Evaluations((2.0, 1.0), (ends, 2 * ends), (3 * ends, 4 * ends)))
+    whole = Rollout(ends, Evaluations((2.0, 1.0), (ends, 2 * ends), (3 * ends, 4 * ends)))
     parts = [
-        Performance(ends[rows], Evaluations((2.0, 1.0), (ends[rows], 2 * ends[rows]), (3 * ends[rows], 4 * ends[rows])))
+        Rollout(ends[rows], Evaluations((2.0, 1.0), (ends[rows], 2 * ends[rows]), (3 * ends[rows], 4 * ends[rows])))
         for rows in (slice(0, 2), slice(2, 3))
     ]
-    joined = Performance.joined(parts)
+    joined = Rollout.joined(parts)
     assert torch.equal(joined.ends, ends)
     assert joined.evaluations.s == whole.evaluations.s
-    for found, expected in ((joined, whole), (whole.first(2), parts[0])):
+    for found, expected in ((joined, whole), (whole.samples(0, 2), parts[0])):
         for name in ("states", "denoised"):
             pairs = zip(getattr(found.evaluations, name), getattr(expected.evaluations, name), strict=True)
             assert all(torch.equal(one, other) for one, other in pairs)
-    assert Performance.joined([parts[0], Performance(ends[2:])]).evaluations is None
-    assert Performance(ends).first(1).evaluations is None
+    assert Rollout.joined([parts[0], Rollout(ends[2:])]).evaluations is None
+    assert Rollout(ends).samples(0, 1).evaluations is None
