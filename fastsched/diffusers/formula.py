@@ -11,8 +11,9 @@ from torch import Tensor
 #: Relative change of guidance coefficients that counts as another formula.
 SAME_FORMULA = 0.1
 
-#: Largest relative residual of an output that counts as a linear combination of the networks' outputs.
-LINEAR = 0.02
+#: Relative residuals of an output that is a linear combination of the networks' outputs, and of one that is not: a
+#: rescaled or clipped guidance.
+LINEAR, NOT_LINEAR = 1e-3, 0.02
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Formula:
 
     @classmethod
     def of(cls, outputs: list[Tensor], output: Tensor) -> Formula | None:
-        """The formula of ``output`` [B, *shape]; None if there is none of at most 4 outputs."""
+        """The best formula for ``output`` [B, *shape]; None if the networks' outputs are not 1 to 4 of its shape."""
         pieces = [piece for given in outputs for piece in _pieces(given, output)]
         if not 0 < len(pieces) <= 4:
             return None
@@ -41,8 +42,12 @@ class Formula:
         columns = torch.stack([*pieces, output]).flatten(1).to(exact)
         gram = (columns @ columns.T).cpu().double()
         coefficients = torch.linalg.pinv(gram[:-1, :-1], rtol=1e-9, hermitian=True) @ gram[:-1, -1]
-        found = cls(coefficients, gram[:-1, :-1], gram[:-1, -1], float(gram[-1, -1]))
-        return found if found.residual(coefficients) < LINEAR else None
+        return cls(coefficients, gram[:-1, :-1], gram[:-1, -1], float(gram[-1, -1]))
+
+    @property
+    def error(self) -> float:
+        """The relative residual of the formula itself."""
+        return self.residual(self.coefficients)
 
     def residual(self, coefficients: Tensor) -> float:
         """How far the output is from the combination by ``coefficients``, relative."""
@@ -50,18 +55,20 @@ class Formula:
         return math.sqrt(max(square, 0.0) / max(self.square, 1e-30))
 
     def contradicts(self, other: Formula) -> bool:
-        """Whether neither formula explains the other's output.
+        """Whether one output is linear and the other not, or neither formula explains the other's output.
 
         Where two outputs are nearly equal, as with and without a prompt, many coefficients explain them alike.
         """
-        if len(self.coefficients) != len(other.coefficients):
+        low, high = sorted((self.error, other.error))
+        if len(self.coefficients) != len(other.coefficients) or low > NOT_LINEAR:
             return False
+        if high > NOT_LINEAR:
+            return low < LINEAR
         largest = torch.maximum(self.coefficients.norm(), other.coefficients.norm())
         if float((self.coefficients - other.coefficients).norm()) <= SAME_FORMULA * float(largest):
             return False
         return all(
-            one.residual(two.coefficients) > max(1e-3, 10 * one.residual(one.coefficients))
-            for one, two in ((self, other), (other, self))
+            one.residual(two.coefficients) > max(LINEAR, 10 * one.error) for one, two in ((self, other), (other, self))
         )
 
 

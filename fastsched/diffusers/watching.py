@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsched.diffusers.formula import Formula, part_like
+from fastsched.diffusers.formula import NOT_LINEAR, Formula, part_like
 
 #: Names of numbers that follow the level or the step, and so differ between steps in every pipeline.
 PROGRESS = ("time", "step", "sigma", "index", "progress", "temb")
@@ -184,9 +184,10 @@ class Consistency:
                 return f"at step {index}, {changed} than at step {earlier}, at the same timestep"
         elif index == 2 and 0 in self._visits:  # the first level is visited once, so it is compared with the next
             earlier, other, known = self._visits[0]
-            if other.calls.keys() == step.calls.keys() and (other.calls != step.calls):
+            same = other.calls.keys() == step.calls.keys()
+            if same and other.calls != step.calls:
                 return f"at step {index}, the networks were called {dict(step.calls)} times, not {dict(other.calls)}"
-            changed = _other_formula(known, formula)
+            changed = _other_formula(known, formula) if same else None
             if changed is not None:
                 return f"at step {index}, {changed} than at step {earlier}"
         self._visits.setdefault(level, (index, step, formula))
@@ -245,6 +246,8 @@ def overwritten(step: Step, latents: Tensor) -> int:
 def _other_formula(known: Formula | None, found: Formula | None) -> str | None:
     if known is None or found is None or not found.contradicts(known):
         return None
+    if max(found.error, known.error) > NOT_LINEAR:
+        return "the networks' outputs were combined in another way (clipped or rescaled at only one of the two)"
     numbers = [", ".join(f"{x:.3g}" for x in formula.coefficients.tolist()) for formula in (found, known)]
     return f"the networks' outputs were combined with other coefficients ({numbers[0]} instead of {numbers[1]})"
 

@@ -151,6 +151,15 @@ def test_another_use_of_the_networks_output_within_a_window_is_noticed(window, s
         measured(oracle_pipeline(scheduler, mixture()), on_step=stronger)
 
 
+@pytest.mark.parametrize("window", [(0, 10), (12, 40)])
+def test_a_nonlinear_use_of_the_networks_output_within_a_window_is_noticed(window):
+    bounded = lambda i, output: output.clamp(-1.5, 1.5) if window[0] <= i < window[1] else output
+    with pytest.raises(ValueError, match="combined in another way.*" + STEP_NUMBER):
+        measured(oracle_pipeline(euler(), mixture()), images=8, on_step=bounded)
+    always = measured(oracle_pipeline(euler(), mixture()), images=8, on_step=lambda i, output: output.clamp(-1.5, 1.5))
+    assert always.samples == 8
+
+
 def test_another_formula_is_named():
     pipe = oracle_pipeline(euler(), mixture())
     with pytest.raises(ValueError, match=r"combined with other coefficients \(1 instead of 1\.5\) than at step 11"):
