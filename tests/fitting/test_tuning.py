@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import warnings
 
 import numpy as np
@@ -8,6 +9,7 @@ from models import counted_denoiser, exact_denoiser, exact_denoisers, mixture
 
 import fastsched as fs
 import fastsched.fitting.tuning
+from fastsched.costs.prediction import squared_errors
 from fastsched.fitting.rollouts import RecordingDenoiser, Rollout, distances
 from fastsched.fitting.tuning import _Record, tuned
 from fastsched.metrics import power_mean
@@ -16,6 +18,12 @@ from fastsched.sampling.solvers import get_solver
 
 ORACLE = mixture(d=4)
 DENOISER = exact_denoiser(ORACLE, 0.01, 40.0)
+
+
+@pytest.fixture
+def no_penalty(monkeypatch):
+    """Predictions of the error alone."""
+    monkeypatch.setattr(fastsched.fitting.tuning, "squared_errors", functools.partial(squared_errors, penalty=0.0))
 
 
 def measure(denoiser=DENOISER, **options):
@@ -178,7 +186,7 @@ def rollout_of(schedule, stats, denoiser=DENOISER):
 
 @pytest.mark.parametrize("kept", [True, False], ids=["secants", "ends alone"])
 @pytest.mark.parametrize("anchor", [0, 2])
-def test_prediction_of_a_run_is_its_error(stats, tuning, monkeypatch, kept, anchor):
+def test_prediction_of_a_run_is_its_error(stats, tuning, monkeypatch, no_penalty, kept, anchor):
     """At the levels of a run, undamped, the prediction is the run's error, whichever it starts from."""
     monkeypatch.setattr(fastsched.fitting.tuning, "DAMPING", (0.0, 0.0))
     record = _Record(stats, get_solver("dpmpp_2m"))
@@ -192,7 +200,7 @@ def test_prediction_of_a_run_is_its_error(stats, tuning, monkeypatch, kept, anch
 
 
 @pytest.mark.parametrize("solver", ["heun", "ipndm"])
-def test_secants_predict_better_than_ends_alone(solver):
+def test_secants_predict_better_than_ends_alone(solver, no_penalty):
     """Data of unlike deviations, whose Jacobian is no multiple of the identity; after four runs near each other."""
     variances = torch.tensor([4.0, 0.5, 0.05, 0.005])
     denoiser = fs.Denoiser.from_denoiser(
@@ -219,7 +227,7 @@ def test_secants_predict_better_than_ends_alone(solver):
     assert off[0] < 0.5 * off[1]
 
 
-def test_two_stage_solvers_from_pure_noise_are_learned_from():
+def test_two_stage_solvers_from_pure_noise_are_learned_from(no_penalty):
     """Their first step makes one call: fewer evaluations than steps elsewhere."""
     betas = torch.linspace(0.999, 0.0, 60, dtype=torch.float64)
     denoiser = fs.Denoiser.from_v(lambda x, t: 0.1 * x, betas)
@@ -233,7 +241,7 @@ def test_two_stage_solvers_from_pure_noise_are_learned_from():
     )
 
 
-def test_samples_that_are_hit_exactly_leave_the_rest_predictable(stats, start):
+def test_samples_that_are_hit_exactly_leave_the_rest_predictable(stats, start, no_penalty):
     """Their error counts as what rounding makes of it, in what is learned from a run too."""
     rollout = rollout_of(start, stats)
     ends = rollout.ends.clone()

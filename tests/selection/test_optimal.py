@@ -97,12 +97,12 @@ def test_integer_networks_get_integer_timesteps():
 
 def test_scaling_the_data_scales_the_schedule():
     base = exact_denoiser(fs.oracles.Gaussian(C, (16,)), 0.002, 80.0)
-    scaled = fs.Denoiser.from_denoiser(lambda z, s: 3 * base.network(z / 3, s / 3), 0.006, 240.0)
-    one, three = (
+    scaled = fs.Denoiser.from_denoiser(lambda z, s: 4 * base.network(z / 4, s / 4), 0.008, 320.0)
+    one, four = (
         fs.optimal_schedule(fs.measure(denoiser, (16,), levels=48, samples=2, progress=False), 8)
         for denoiser in (base, scaled)
     )
-    torch.testing.assert_close(three.sigmas, 3 * one.sigmas, rtol=1e-12, atol=0)
+    torch.testing.assert_close(four.sigmas, 4 * one.sigmas, rtol=1e-6, atol=0)
 
 
 def test_predicted_error_is_near_the_actual_one():
