@@ -5,11 +5,11 @@ k-diffusion convention, in which a multistep sampler makes ``steps`` model calls
 ``s = sigma / alpha`` (except :func:`flow_shift`, which is in flow time).
 
 A schedule over a range of levels is a curve ``s(u)`` from ``s(0) = sigma_max`` to ``s(1) = sigma_min``, and there
-are two ways to end it, told apart by ``spare_last``:
+are two ways to end it, by ``spare_last``:
 
-* ``False``, as people use them: ``steps`` nodes, the last at ``sigma_min``, and then 0;
-* ``True``: ``steps + 1`` nodes of which the one at ``sigma_min`` is replaced by 0, which spares a model call at
-  a level where little is left to do.
+* ``False``, as in common use: ``steps`` nodes, the last at ``sigma_min``, and then 0;
+* ``True``: ``steps + 1`` nodes of which the one at ``sigma_min`` is replaced by 0, which saves a model call at
+  a level where the step changes little.
 
 All raise ``ValueError`` naming the argument if ``steps`` is below 1, or if not
 ``0 < sigma_min < sigma_max < inf``. With ``steps = 1`` the schedule is ``[sigma_max, 0]``.
@@ -103,7 +103,7 @@ def vp_uniform(
     """Uniform in the time ``t`` of the variance-preserving SDE with a linear ``beta``.
 
     ``s(t) = sqrt(exp((beta_max - beta_min) t^2 / 2 + beta_min t) - 1)`` between the times of the two levels; the
-    customary ``t`` from 1 to 1e-3 is levels 152.17 to 0.010486 (Song et al. 2021, "Score-Based Generative
+    usual ``t`` from 1 to 1e-3 is levels 152.17 to 0.010486 (Song et al. 2021, "Score-Based Generative
     Modeling through Stochastic Differential Equations", appendix C). ``0 < beta_min < beta_max``.
     """
     _positive("beta_min", beta_min)
@@ -149,7 +149,7 @@ def beta(
     positive; 1 and 1 are :func:`linear`.
 
     Raises:
-        ValueError: Also if levels so close to an end are asked for that they coincide in float64.
+        ValueError: Also if levels near an end coincide in float64.
     """
     from scipy.special import betaincinv
 
@@ -185,8 +185,8 @@ def flow_shift_mu(
 ) -> float:
     """Flux's ``mu``: linear in the number of image tokens, ``base_shift`` at ``base_tokens`` to ``max_shift``.
 
-    A picture of H x W pixels has ``H W / 256`` tokens (autoencoder by 8, patches by 2). The line goes on outside the
-    two points, as in Flux's own code. For the schedule, ``flow_shift(steps, math.exp(mu))``.
+    A picture of H x W pixels has ``H W / 256`` tokens (autoencoder by 8, patches by 2). The line goes on outside
+    the two points, as in Flux's own code. For the schedule, ``flow_shift(steps, math.exp(mu))``.
 
     Raises:
         ValueError: If ``tokens`` is below 1 or the two token counts coincide.

@@ -27,7 +27,7 @@ def squared_distances(samples: Tensor, reference: Tensor) -> Tensor:
 
 
 def rounding_floor(ends: Tensor) -> Tensor:
-    """The squared distance that float32 rounding alone makes: ``(eps ||x_b||)^2`` with ``eps = 2^-23``, [B] float64.
+    """The squared distance that float32 rounding makes: ``(eps ||x_b||)^2`` with ``eps = 2^-23``, [B] float64.
 
     Smaller distances cannot be told from 0, and would make a geometric mean 0.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def progress_bar(total: int, show: bool, what: str, unit: str = "call") -> Iterator[Callable[[int], None]]:
-    """A bar over ``total`` model calls or other units, or nothing; yields the function that is told of those done."""
+    """A progress bar over ``total`` units, or none; yields a function that adds units done."""
     if not show:
         yield lambda done: None
         return

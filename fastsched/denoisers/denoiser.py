@@ -41,7 +41,7 @@ class Denoiser:
         network: ``fn(x, condition) -> R``; ``condition`` has shape [B].
         process: The noise process; says which levels exist and how ``x`` is scaled.
         prediction: What ``R`` is, one of `PREDICTIONS`.
-        sigma_data: Standard deviation of the data in EDM's preconditioning; used by ``"edm"`` alone.
+        sigma_data: Standard deviation of the data in EDM's preconditioning; used only by ``"edm"``.
     """
 
     network: Network
@@ -94,7 +94,7 @@ class Denoiser:
         def setting(name: str, given: float | None, default: float) -> float:
             if given is not None:
                 return float(given)
-            found = getattr(core, name, None)  # EDMPrecond has 0 and inf where it knows no limit
+            found = getattr(core, name, None)  # EDMPrecond has 0 and inf where it has no limit
             return float(found) if found and math.isfinite(float(found)) else default
 
         data = setting("sigma_data", sigma_data, 0.5)
@@ -120,7 +120,7 @@ class Denoiser:
             fn: The network; ``t`` has shape [B], float32 and possibly fractional, or int64 with
                 ``integer_timesteps``.
             alphas_cumprod: ``abar_t``, shape [T].
-            integer_timesteps: The network accepts integer timesteps alone; the grid is made of levels it knows.
+            integer_timesteps: The network accepts only integer timesteps; the grid is made of their levels.
 
         Raises:
             ValueError: If ``alphas_cumprod`` does not descend within (0, 1).
@@ -128,7 +128,7 @@ class Denoiser:
         process = VariancePreserving(alphas_cumprod, integer_timesteps)  # type: ignore[arg-type]  # made a tuple
         if math.isinf(process.s_max):
             raise ValueError(
-                "alphas_cumprod ends in 0 (zero terminal SNR), where an epsilon prediction says nothing of x0; "
+                "alphas_cumprod ends in 0 (zero terminal SNR), where an epsilon prediction does not determine x0; "
                 "use from_v, or leave the last entry out"
             )
         return cls(_callable(fn), process, "epsilon")
@@ -159,7 +159,7 @@ class Denoiser:
 
         Args:
             fn: The network.
-            t_min: The smallest noise weight (``t`` or ``1 - t``) at which the network is asked.
+            t_min: The smallest noise weight (``t`` or ``1 - t``) at which the network is called.
             t_max: The largest; 1 is pure noise.
             data_at: The network's time at which there is no noise, 0 or 1.
             sign: 1 if the network predicts ``dx/dt`` in its own time, -1 if the negative of it.
@@ -243,8 +243,8 @@ class Denoiser:
     def raw_output(self, x: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
         """Call the network once: ``R`` at state ``x`` and level ``s``.
 
-        The network is not trusted: it gets copies, which it may write into, and its answer is copied, so that it may
-        return the same buffer at every call.
+        The network may write into its arguments, and may return the same buffer at every call: it is given copies, and
+        its output is copied.
 
         Args:
             x: States, [B, *shape]; for ``"edm"`` the scaling ``c_in`` is applied here.
@@ -347,7 +347,7 @@ def placement(
 
 
 def not_finite(process: NoiseProcess, s: Tensor) -> str:
-    """What to say when a network returns NaN or inf at level ``s``."""
+    """The error message for a network that returns NaN or inf at level ``s``."""
     sigma = float(process.sampler_sigma(s))
     timestep = process.timestep(s)
     where = f"sigma = {sigma:g}" + ("" if timestep is None else f" (timestep {float(timestep):g})")
@@ -393,7 +393,7 @@ def _checked_output(output: object, x: Tensor) -> Tensor:
     if output.shape != x.shape:
         hint = ""
         if output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
-            hint = "; a network that also predicts a variance must be wrapped to return the first half alone"
+            hint = "; a network that also predicts a variance must be wrapped to return only the first half"
         raise ValueError(
             f"the network returned shape {tuple(output.shape)} for a state of shape {tuple(x.shape)}{hint}"
         )

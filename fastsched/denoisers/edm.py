@@ -30,7 +30,7 @@ def coefficients(s: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
 
 
 def core_of(net: Any) -> Any:
-    """The network in containers and partial functions, which knows its own settings."""
+    """The network inside containers and partial functions, which has the settings as attributes."""
     while True:
         inside = net.func if isinstance(net, functools.partial) else None
         for name in CONTAINED:
@@ -59,7 +59,7 @@ class WrappedEdmNetwork(nn.Module):
 
     * the kept network is ``F`` if ``net(z, sigma) = c_skip z + c_out F`` (EDMPrecond, EDM2's Precond);
     * else ``net`` is a denoiser ``D(z, sigma)`` of another preconditioning (VPPrecond, VEPrecond, iDDPMPrecond, or
-      labels that only ``net`` knows) if it returns its input at a low level, and ``F = (D - c_skip z) / c_out``;
+      labels that only ``net`` has) if it returns its input at a low level, and ``F = (D - c_skip z) / c_out``;
     * else ``net`` itself is ``F``.
 
     Args:

@@ -1,7 +1,7 @@
 """Noise processes ``x = alpha * x0 + sigma * eps``, and the coordinates all of them share.
 
-A process maps the noise level ``s = sigma / alpha`` to what its network and its samplers speak: the scales
-``alpha`` and ``sigma``, the timestep, and the *sampler sigma*. The sampler sigma is ``s`` itself for
+A process maps the noise level ``s = sigma / alpha`` to the quantities that its network and its samplers use: the
+scales ``alpha`` and ``sigma``, the timestep, and the *sampler sigma*. The sampler sigma is ``s`` itself for
 variance-exploding and variance-preserving models (k-diffusion's sigma) and the flow time ``t`` for flow
 matching (the sigma of the flow samplers of diffusers and ComfyUI).
 
@@ -34,7 +34,7 @@ class NoiseProcess:
 
     @property
     def s_min(self) -> float:
-        """The smallest level the network knows."""
+        """The smallest noise level that the network was trained for."""
         raise NotImplementedError
 
     @property
@@ -67,7 +67,7 @@ class NoiseProcess:
         return log_uniform(self.s_max, self.s_min, validate.positive_int("levels", n, minimum=2))
 
     def nearest(self, s: Tensor) -> Tensor:
-        """The nearest levels that the network knows, 0 being one of them."""
+        """The nearest levels at which the network can be called; 0 stays 0."""
         return s
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,12 +111,12 @@ class VariancePreserving(NoiseProcess):
     """A discrete process ``alpha_t = sqrt(abar_t)``, ``sigma_t = sqrt(1 - abar_t)`` (DDPM, Stable Diffusion).
 
     Levels between two timesteps get a fractional one, interpolated linearly in ``log s`` (as k-diffusion and
-    diffusers do). With ``integer_timesteps`` the network is asked only at timesteps it was trained on.
+    diffusers do). With ``integer_timesteps`` the network is called only at the timesteps it was trained on.
 
     Attributes:
         alphas_cumprod: ``abar_t`` for ``t = 0 .. T-1``, descending within ``[0, 1)``; a last value of 0 is
             zero terminal SNR.
-        integer_timesteps: Whether the network accepts integer timesteps alone.
+        integer_timesteps: Whether the network accepts only integer timesteps.
     """
 
     alphas_cumprod: tuple[float, ...] = field(repr=False)
@@ -180,7 +180,7 @@ class VariancePreserving(NoiseProcess):
             values = [*start, *log_uniform(top, self.s_min, n - len(start)).tolist()]
             return torch.tensor(values, dtype=torch.float64)
         if n > len(trained):
-            raise ValueError(f"levels must be at most {len(trained)}, the timesteps the network knows, got {n}")
+            raise ValueError(f"levels must be at most {len(trained)}, the network's number of timesteps, got {n}")
         return trained[_spread_indices(trained, n)].flip(0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -196,9 +196,9 @@ class FlowMatching(NoiseProcess):
     """``x = (1 - t) * x0 + t * eps``: rectified flow; ``s = t / (1 - t)``, timestep and sampler sigma are ``t``.
 
     Attributes:
-        t_min: The smallest time at which the network is asked.
+        t_min: The smallest time at which the network is called.
         t_max: The time of pure noise; 1 is ``s = inf``.
-        data_at: The network's own time of clean data. Where it is 1 the network is told ``1 - t``.
+        data_at: The network's own time of clean data. Where it is 1, the network is given ``1 - t``.
     """
 
     t_min: float = 2e-3
@@ -266,7 +266,7 @@ class ContinuousVP(NoiseProcess):
     Attributes:
         beta_min: Noise rate at ``t = 0``.
         beta_max: Noise rate at ``t = 1``.
-        t_min: The smallest time at which the network is asked.
+        t_min: The smallest time at which the network is called.
         t_max: The largest.
         sub_vp: Whether it is the sub-VP SDE.
     """

@@ -1,4 +1,4 @@
-"""Measure batch after batch, and lose no finished one."""
+"""Measure in batches, and keep every finished one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Batches:
         seeds: The seeds of all paths, [B].
         size: Paths followed at once.
         checks: Whether to ask the network a few questions first (`measurement.network_checks`).
-        file: Where every finished batch is saved; None keeps them in memory alone.
+        file: Where every finished batch is saved; None keeps them only in memory.
         progress: Whether to show a progress bar.
     """
 
@@ -74,7 +74,7 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
                     whole.save(batches.file, vectors=run.keep_vectors)
         except BaseException as error:
             with contextlib.suppress(Exception):  # a few classes take no attributes
-                error.partial = whole  # type: ignore[attr-defined]  # for whoever catches it
+                error.partial = whole  # type: ignore[attr-defined]  # a handler may save them
             if _is_out_of_memory(error):
                 raise _explained(run, batches) from error
             raise

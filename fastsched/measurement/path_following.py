@@ -20,7 +20,7 @@ from fastsched.sampling.sampler import answered, integration, nodes_of
 from fastsched.sampling.solvers import get_solver
 
 Answer = TypeVar("Answer")
-#: A generator that needs the network: it yields a state and its level, is sent the raw output ``R``, returns an answer.
+#: A generator that needs the network: it yields a state and its level, is sent the raw output ``R``, returns a result.
 Query: TypeAlias = Generator[tuple[Tensor, int], Tensor, Answer]
 
 #: Follows the reference path: of seven solvers tried the one whose ends are nearest the converged ones for the same
@@ -66,7 +66,7 @@ class Measurement:
 
     @property
     def queries(self) -> list[int]:
-        """The levels at which the network is asked, in order."""
+        """The levels at which the network is called, in order."""
         return queries(len(self.s), self.deviated)
 
     def raw_output(self, x: Tensor, k: int) -> Tensor:
@@ -81,22 +81,22 @@ class Measurement:
         return raw
 
     def drive(self, steps: Query[Answer]) -> Answer:
-        """Answer what ``steps`` ask with the denoiser's own network."""
+        """Run ``steps`` with the denoiser's own network."""
         return answered(steps, self.raw_output)
 
 
 def measurement_steps(
     run: Measurement, seeds: Tensor, shape: tuple[int, ...], advance: Callable[[int], object] = lambda calls: None
 ) -> Query[PathStatistics]:
-    """One batch's measurement, as a generator that asks for the network's raw outputs.
+    """One batch's measurement, as a generator that is sent the network's raw outputs.
 
     It yields ``(x, k)``, a state [B, *shape] and its level, and is sent ``R`` there; it returns the statistics. So
     anything that can call the network can drive a measurement: `fastsched.measure`, or a pipeline's own loop
-    (`fastsched.diffusers.CalibrationScheduler`). ``advance`` is told of calls made.
+    (`fastsched.diffusers.CalibrationScheduler`). ``advance`` is given the number of calls made.
     """
     noise = noise_of(seeds, shape).to(run.device)
     asked = len(run.deviated) * len(asked_levels(len(run.s)))
-    # Memory is taken before the first call, not after the last one. The op wants as many responses as there are levels.
+    # Memory is allocated before the first call, not after the last. The op needs as many responses as levels.
     rows = lambda dtype: torch.zeros(len(run.s), *noise.shape, dtype=dtype, device=noise.device)
     raws, states, responses = rows(run.dtype), rows(noise.dtype), rows(noise.dtype) if asked else None
     raws, end = yield from _follow_reference(run, noise, raws, states, advance)

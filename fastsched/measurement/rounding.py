@@ -11,15 +11,15 @@ from torch import Tensor
 #: outputs adds to the squared distance between them, against the squared size of one.
 STORAGE_ERROR = {torch.bfloat16: 5.3e-6, torch.float16: 8.2e-8}
 
-#: Distances that exceed it this many times are trusted: storage adds at most 1% to them.
+#: Distances that exceed the floor this many times are accepted: storage adds at most 1% to them.
 TRUSTED = 100.0
 
 
 def storage_floor(R: Tensor, c: Tensor) -> Tensor:
-    """Squared distance from the level before that rounding alone leaves: ``5.3e-6 ||c_k R_k||^2`` in bfloat16.
+    """Squared distance from the level before that rounding makes: ``5.3e-6 ||c_k R_k||^2`` in bfloat16.
 
     Rounding errors of neighbouring levels are taken as independent, as they are once outputs differ by more than the
-    spacing of the format. One read of ``R``, nothing waited for.
+    spacing of the format. One read of ``R``, without synchronisation.
 
     Args:
         R: Network outputs ``[N, B, d]`` as they were stored.
@@ -36,14 +36,14 @@ def storage_floor(R: Tensor, c: Tensor) -> Tensor:
 def warn_of_storage(R: Tensor, c: Tensor, gram: Tensor) -> None:
     """Warn if 16-bit storage of ``R`` may add more than 1% to the squared distances between adjacent levels.
 
-    Their sum along the path is judged, not each alone: where outputs hardly move, as denoisers do near the data, any
-    rounding exceeds 1%, and chooses no schedule.
+    The sum along the path is compared, not each distance: where outputs hardly change, as near the data, rounding
+    always exceeds 1%, and has no effect on the schedule.
 
     Args:
         R: As for `storage_floor`.
         c: Likewise.
         gram: ``[B, N, N]``, of increments, as `fastsched.ops.level_increment_gram` returns it per sample. Means over
-            the samples are judged. Only if ``R`` has 16 bits is their value waited for.
+            the samples are compared. Synchronises only if ``R`` has 16 bits.
     """
     if R.dtype not in STORAGE_ERROR:
         return

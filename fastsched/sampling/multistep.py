@@ -23,7 +23,7 @@ class Node(NamedTuple):
 
 Weights = Callable[[Sequence[Node], Node], Sequence[Any]]
 
-#: ``lambda`` of pure noise, where ``log rho`` is ``-inf``: so far off that slopes there do not count.
+#: ``lambda`` of pure noise, where ``log rho`` is ``-inf``: so far away that slopes there have no weight.
 PURE_NOISE_LAMBDA = -1e9
 
 

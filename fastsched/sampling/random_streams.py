@@ -12,7 +12,7 @@ from fastsched import validate
 
 
 def sample_seeds(seed: int, samples: int) -> Tensor:
-    """The seeds of a measurement's paths, [samples] int64; those of different ``seed`` do not meet.
+    """The seeds of a measurement's paths, [samples] int64; different values of ``seed`` give different ones.
 
     Raises:
         TypeError: If ``seed`` is not an integer.
@@ -29,5 +29,5 @@ def noise_of(seeds: Tensor, shape: Sequence[int]) -> Tensor:
 
 def stream(seed: int, which: int) -> np.random.Generator:
     """One of a sample's two streams of random numbers: 0 for the noise it starts from, 1 for all that follows."""
-    # Philox takes the whole seed as its key; torch's CPU generator would use the low 32 bits alone.
+    # Philox takes the whole seed as its key; torch's CPU generator would use only the low 32 bits.
     return np.random.Generator(np.random.Philox(key=2 * seed + which))

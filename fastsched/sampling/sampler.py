@@ -59,7 +59,7 @@ def sample(
             reverse SDE instead, by `fastsched.sampling.stochastic.sample_stochastic` with ``eta = 1``.
         noise: Standard normal noise [B, *shape], float32 or float64; the state is kept in its dtype.
         seed: Of the noise that the steps of a stochastic solver add, 0 when None; sample ``b``'s own does not depend
-            on ``B``. For stochastic solvers alone.
+            on ``B``. Only for stochastic solvers.
         dtype: What the network computes in; the dtype of ``noise`` when None.
         progress: Show a progress bar.
 
@@ -72,7 +72,7 @@ def sample(
     """
     name = solver if solver is not None else getattr(sigmas, "solver", None)
     if name is None:
-        raise ValueError("solver must be given, for the sigmas do not say what they are for")
+        raise ValueError("solver must be given, because the sigmas do not name one")
     if noise is None:
         raise ValueError("noise must be given: standard normal, [B, *shape]")
     if solver_name(name) in STOCHASTIC_SOLVERS:
@@ -81,7 +81,7 @@ def sample(
         return sample_stochastic(denoiser, sigmas, str(name), noise, seed=seed or 0, dtype=dtype, progress=progress)
     method = schedule_solver(sigmas, name)
     if seed is not None:
-        raise ValueError(f"seed must be None for {method.name}, got {seed!r}: it adds no noise of its own to the given")
+        raise ValueError(f"seed must be None for {method.name}, got {seed!r}: it adds no noise to the given one")
     values = validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas))  # type: ignore[arg-type]  # or a Schedule
     s = denoiser.process.level(values)
     nodes, ends_at_zero = nodes_of(denoiser.process, s), float(values[-1]) == 0.0

@@ -34,7 +34,7 @@ class Schedule:
             For flow models they are times within (0, 1].
         solver: The solver they were chosen for, deterministic or stochastic.
         noise: The kind of noise process: ``"ve"``, ``"vp"`` or ``"flow"``.
-        timesteps: What the network is given at each but the last sigma, [steps] float64; None for models that are
+        timesteps: The network's timestep at each sigma but the last, [steps] float64; None for models that are
             given sigma.
         predicted_error: Predicted ``E ||x0 - x0_converged||^2`` from the same noise, summed over a sample's elements.
         weights: Of the fitted solver (`fastsched.sampling.fitted`), [steps, steps] float64; None for stock solvers.
@@ -114,7 +114,7 @@ class Schedule:
 
     @property
     def end_sigma(self) -> float:
-        """The last sigma at which the network is asked; the step from there to 0 takes its ``x0``."""
+        """The last sigma at which the network is called; the step from there to 0 takes its ``x0``."""
         return float(self.sigmas[-2])
 
     def __repr__(self) -> str:
@@ -125,9 +125,9 @@ class Schedule:
     def to_diffusers(self, scheduler: Any, *, mu: float | None = None) -> dict[str, Any]:
         """Keyword arguments with which a pipeline of diffusers uses this schedule: ``pipe(prompt, **arguments)``.
 
-        ``sigmas=`` or ``timesteps=``, with what the scheduler's class will do to them undone (shift, appended zero,
-        dropped last entry, ramp), proven by running a copy (`fastsched.diffusers.export`, which also reports the
-        sigmas used). Where a class takes no list, `fastsched.diffusers.apply` sets the pipeline up.
+        ``sigmas=`` or ``timesteps=``, such that after the scheduler's own changes (shift, appended zero, dropped last
+        entry, ramp) it uses this schedule; verified by running a copy (`fastsched.diffusers.export`, which also
+        reports the sigmas used). Where a class takes no list, use `fastsched.diffusers.apply`.
 
         Args:
             scheduler: The pipeline's scheduler.

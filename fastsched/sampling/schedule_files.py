@@ -79,7 +79,7 @@ def _checked(entries: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key} must be text, got {found[key]!r:.80}")
     found["sigmas"] = _numbers("sigmas", entries["sigmas"])
     if found["timesteps"] is not None:
-        found["timesteps"] = _timesteps(found["timesteps"], found["noise"])
+        found["timesteps"] = _timesteps(found["timesteps"], str(found["noise"]))
     if found["weights"] is not None:
         if not isinstance(found["weights"], list):
             raise ValueError("weights must be a list of lists of numbers")
