@@ -128,6 +128,15 @@ def add_lanes(b_x):
 
 
 @triton.jit
+def store_tile(p_products, p_squares, tile, b_products, b_squares):
+    """Write a program's partial sums, [ROWS, ROWS], and the row sums of its squares, [ROWS]."""
+    ROWS: tl.constexpr = b_products.shape[0]
+    o_row = tl.arange(0, ROWS)
+    tl.store(p_products + tile * ROWS * ROWS + o_row[:, None] * ROWS + o_row[None, :], b_products)
+    tl.store(p_squares + tile * ROWS + o_row, tl.sum(b_squares, 1))
+
+
+@triton.jit
 def gram_kernel(
     p_R, p_X, p_W, p_coefficients, p_pairs, p_gram, p_diagonal, p_cross, p_norms,
     N, K, iterations, r_level, r_sample, x_level, x_sample, w_level, w_sample,
@@ -137,7 +146,7 @@ def gram_kernel(
     """One program: every ``parts``-th tile of columns of one sample, for one pair of row blocks.
 
     Grid ``(pairs, parts, samples)``. With ``STACK`` > 1 a tile holds that many groups of columns, each a stack of
-    ``ROWS / STACK`` levels. Each program writes one tile of float32 partial sums, [ROWS, ROWS], and [ROWS] diagonals.
+    ``ROWS / STACK`` levels. Partial sums are float32.
     """
     pair, part, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     parts = tl.num_programs(1).to(tl.int64)
@@ -173,10 +182,11 @@ def gram_kernel(
     for it in range(iterations):
         first = (it * parts + part) * (BK * STACK)
         m_col = o_col < K - first
-        p_r, p_x = p_R + first, p_X + first
-        b_e = level_tile(p_r, p_x, o_right, r_level, x_level, N, o_col, m_col, c, dc, a, da, STATES)
+        b_e = level_tile(p_R + first, p_X + first, o_right, r_level, x_level, N, o_col, m_col, c, dc, a, da, STATES)
         if PAIRED:
-            b_l = level_tile(p_r, p_x, o_left, r_level, x_level, N, o_col, m_col, lc, ldc, la, lda, STATES)
+            b_l = level_tile(
+                p_R + first, p_X + first, o_left, r_level, x_level, N, o_col, m_col, lc, ldc, la, lda, STATES
+            )
             b_gram += cross_product(b_l, b_e, PRECISION, INTERPRET)
         else:
             b_gram += square_product(b_e, PRECISION, INTERPRET)
@@ -187,12 +197,9 @@ def gram_kernel(
             b_norms += add_lanes(b_w * b_w)
 
     tile = (part.to(tl.int64) * tl.num_programs(2) + sample) * tl.num_programs(0) + pair
-    o_tile = tile * ROWS * ROWS + o_row[:, None] * ROWS + o_row[None, :]
-    tl.store(p_gram + o_tile, b_gram)
-    tl.store(p_diagonal + tile * ROWS + o_row, tl.sum(b_diagonal, 1))
+    store_tile(p_gram, p_diagonal, tile, b_gram, b_diagonal)
     if CROSS:
-        tl.store(p_cross + o_tile, b_cross)
-        tl.store(p_norms + tile * ROWS + o_row, tl.sum(b_norms, 1))
+        store_tile(p_cross, p_norms, tile, b_cross, b_norms)
 
 
 def level_gram(

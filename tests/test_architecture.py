@@ -115,7 +115,7 @@ def test_imports_by_name_are_the_known_ones():
     assert found == {
         "fastsched/__init__.py": "f'fastsched.{_HOME[name]}'",  # names on first use
         "fastsched/denoisers/loading.py": "name",  # the user's own module
-        "fastsched/ops/__init__.py": "f'fastsched.kernels.{name}'",  # Triton on first use
+        "fastsched/ops/registration.py": "f'fastsched.kernels.{name}'",  # Triton on first use
         "fastsched/sampling/schedule.py": "'fastsched.diffusers'",  # Schedule.to_diffusers, deprecated
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +12,14 @@ from fastsched.denoisers.denoiser import Denoiser
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, affordable, fit_by_running
 from fastsched.fitting.rollouts import Runner
-from fastsched.measurement.measuring import measure, measured_levels, with_increments
+from fastsched.measurement.batches import measured
+from fastsched.measurement.measuring import (
+    batches_of,
+    check_same_network,
+    measured_levels,
+    measurement_of,
+    with_increments,
+)
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.progress import progress_bar
 from fastsched.sampling.fitted import chosen_solver
@@ -32,19 +40,21 @@ def fit(
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    checks: bool = True,
     progress: bool = True,
 ) -> Schedule:
     """The schedule of ``steps`` steps for a denoiser and solver: `measure`, `optimal_schedule`, `audition`, `tune`.
 
-    With the defaults 760 model calls to measure, counted per sample, and at most 740 to audition and tune.
+    With the defaults 759 model calls to measure, counted per sample, and at most 740 to rank candidates and tune.
 
     Args:
         denoiser: What to schedule.
         shape: The shape of one sample, without the batch.
         steps: Steps, of which the last ends at sigma 0.
-        solver: A solver's name.
+        solver: A solver's name; ``"fitted"`` finds the solver's weights together with the schedule
+            (`fastsched.costs.fitted_weights`).
         stats: An earlier measurement of this denoiser, used instead of a new one. If its increments were not kept, its
-            paths are followed once more to tune, ``levels`` calls a sample.
+            paths are followed once more to tune, at the cost of a measurement.
         levels: As in `measure`.
         samples: As in `measure`.
         model_calls: The most to spend on audition and tuning, counted per sample. Where it does not suffice for one run
@@ -53,6 +63,7 @@ def fit(
         batch_size: As in `measure`.
         device: As in `measure`.
         dtype: As in `measure`.
+        checks: As in `measure`; with ``stats``, whether to ask if the denoiser is the one that was measured.
         progress: Show progress bars.
 
     Returns:
@@ -74,6 +85,7 @@ def fit(
         batch_size=batch_size,
         device=device,
         dtype=dtype,
+        checks=checks,
         progress=progress,
     ).schedule
 
@@ -92,6 +104,7 @@ def fit_report(
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    checks: bool = True,
     progress: bool = True,
 ) -> FitReport:
     """`fit`, with all that it found on the way; arguments and errors are the same."""
@@ -102,20 +115,14 @@ def fit_report(
     if steps > count - 1:
         raise ValueError(f"steps must be at most {count - 1} on {count} levels, got {steps}; measure with more levels")
     if stats is None:
-        stats = measure(
-            denoiser,
-            shape,
-            levels=levels,
-            samples=samples,
-            keep_increments=True,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            dtype=dtype,
-            progress=progress,
-        )
+        run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, keep_increments=True)
+        # not by `measure`, which hands back fewer paths when it is interrupted
+        stats = measured(run, batches_of(shape, samples, seed, batch_size, checks, progress=progress))
     elif tuple(shape) != stats.shape:
         raise ValueError(f"stats are of samples of shape {stats.shape}, not of shape {tuple(shape)}")
+    elif checks and stats.increments is not None:
+        spent = check_same_network(denoiser, stats, device, dtype)
+        stats = replace(stats, model_calls=stats.model_calls + spent)
     if stats.increments is None and affordable(method.model_calls(steps), stats.samples, budget) and steps > 1:
         stats = with_increments(denoiser, stats, batch_size=batch_size, device=device, dtype=dtype)
     runner = Runner(denoiser, stats, method, batch_size, device, dtype)
