@@ -3,7 +3,8 @@
 The sampler's error at the end, ``E(theta)`` [B, d], is a smooth function of the schedule, ``theta`` the logarithms of
 its inner levels. What a schedule's error is takes a run to learn; how it changes, a model of the denoiser predicts:
 that of the measurement (`fastsched.costs.surrogate`), with what the runs so far found at the states they went through
-(`fastsched.fitting.run_secants`). Its error is ``C(theta) v``, a combination of the increments and what the runs found, and
+(`fastsched.fitting.run_secants`). Its error is ``C(theta) v``, a combination of the increments and what the runs found,
+and
 
     ``E(theta) ~ E_a + (C(theta) - C(theta_a)) v + sum_m c_m(theta) R_m``,
     ``R_m = E_m - E_a - (C(theta_m) - C(theta_a)) v``,
