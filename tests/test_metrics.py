@@ -107,3 +107,18 @@ def test_sliced_wasserstein_of_a_shift_averages_its_projections():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("exponent", [0.25, 0.5, 1.0])
+def test_power_mean_by_its_definition(exponent):
+    values = torch.tensor([[0.5, 3.0, 8.0], [2.0, 2.0, 2.0]], dtype=torch.float64)
+    expected = values.pow(exponent).mean(1).pow(1 / exponent)
+    assert metrics.power_mean(values, exponent) == pytest.approx(expected.numpy(), rel=1e-12)
+
+
+def test_power_mean_lies_between_the_means_and_does_not_overflow():
+    values = np.array([1e-300, 1.0, 1e300])
+    assert metrics.power_mean(values, 0) == pytest.approx(1.0)
+    assert metrics.power_mean(values, 1.0) == pytest.approx(1e300 / 3, rel=1e-9)
+    assert metrics.power_mean(values, 0.25) == pytest.approx(1e300 / 3**4, rel=1e-6)
+    assert metrics.power_mean(np.array([1.0, 4.0]), 0) < metrics.power_mean(np.array([1.0, 4.0])) < 2.5

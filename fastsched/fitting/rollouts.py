@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser
+from fastsched.denoisers.denoiser import Denoiser, placement
 from fastsched.measurement.statistics import PathStatistics
-from fastsched.metrics import squared_distances
+from fastsched.metrics import rounding_floor, squared_distances
 from fastsched.sampling.random_streams import noise_of
 from fastsched.sampling.sampler import sample, schedule_solver
 from fastsched.sampling.schedule import Schedule
@@ -118,8 +118,7 @@ class Runner:
     ) -> None:
         self.denoiser, self.method = denoiser, method
         self.advance: Callable[[int], object] = lambda calls: None
-        self.device = torch.device(device) if device is not None else denoiser.device
-        self.dtype = dtype if dtype is not None else denoiser.dtype
+        self.device, self.dtype = placement(denoiser, device, dtype)
         self.noise = noise_of(stats.seeds, stats.shape)
         self.batch = stats.samples if batch_size is None else validate.positive_int("batch_size", batch_size)
 
@@ -145,5 +144,4 @@ def distances(stats: PathStatistics, ends: Tensor) -> Tensor:
 
 def rounding_of(stats: PathStatistics) -> float:
     """The squared distance that float32 rounding of the ends makes."""
-    floor = torch.finfo(torch.float32).eps ** 2 * stats.ends.double().square().flatten(1).sum(1).mean()
-    return max(float(floor), torch.finfo(torch.float64).tiny)
+    return max(float(rounding_floor(stats.ends).mean()), torch.finfo(torch.float64).tiny)

@@ -47,7 +47,7 @@ from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.sampler import schedule_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
-from fastsched.selection.constraints import at_known_levels, known_levels, measured_range
+from fastsched.selection.constraints import at_known_levels, known_levels
 from fastsched.selection.descent import descend, log_gaps
 
 #: How far a node may move at first, in shares of the gap to its nearer neighbour in ``log s``; what a run that lowers
@@ -279,7 +279,7 @@ class _Record:
         Where that was run already, the least within a smaller reach; None if there is none down to the least reach.
         """
         start = self.trials[anchor].levels
-        low, high = measured_range(self.stats)
+        low, high = self.stats.finite_range
         gaps, (prediction, sampled) = np.minimum(*log_gaps(start, low, high)), self.prediction(anchor)
         least = rounding_of(self.stats)
 

@@ -10,19 +10,12 @@ import torch
 
 from fastsched.costs.norms import Array
 from fastsched.denoisers.noise import NoiseProcess
-from fastsched.measurement.statistics import PathStatistics
 
 #: Least distance of two nodes in ``log s``: differences of outputs between nearer ones are amplified rounding.
 APART = 0.05
 
 #: The error of C schedules [C, steps + 1], [C].
 Objective = Callable[[Array], Array]
-
-
-def measured_range(stats: PathStatistics) -> tuple[float, float]:
-    """The lowest and the highest finite level of the measured grid."""
-    finite = stats.s[stats.s.isfinite()]
-    return float(finite[-1]), float(finite[0])
 
 
 def at_known_levels(process: NoiseProcess, objective: Objective) -> Objective:

@@ -15,7 +15,7 @@ from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
-from fastsched.selection.constraints import at_known_levels, known_levels, measured_range
+from fastsched.selection.constraints import at_known_levels, known_levels
 from fastsched.selection.descent import descend
 from fastsched.selection.starts import starting_levels
 
@@ -96,7 +96,7 @@ def local_minima(stats: PathStatistics, steps: int, solver: Solver, *, also: Seq
     minima = list(starts[:1])  # in case levels too close to each other stop every descent
     more = [Minimum("fewer steps", known_levels(stats.process, levels), np.inf) for levels in also]
     for start in [*more, *starts[:DESCENTS]]:
-        levels, value = descend(objective, start.levels, *measured_range(stats))
+        levels, value = descend(objective, start.levels, *stats.finite_range)
         if np.isfinite(value):
             minima.append(Minimum(start.name, known_levels(stats.process, levels), value))
     return unlike(sorted(minima, key=lambda minimum: minimum.predicted_error))

@@ -138,8 +138,7 @@ def _target_error(stats: PathStatistics, solver: str | Solver, target: object) -
     if isinstance(target, tuple):
         name, steps = target
         maker = COMMON[validate.choice("target", name, COMMON)]
-        finite = stats.s[stats.s.isfinite()]
-        target = stats.process.sampler_sigma(maker(steps, float(finite[-1]), float(finite[0])))
+        target = stats.process.sampler_sigma(maker(steps, *stats.finite_range))
     if isinstance(target, (Schedule, Tensor)):
         return predict_error(stats, target, solver)
     goal = float(target)  # type: ignore[arg-type]  # a number is left

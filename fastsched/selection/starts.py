@@ -12,7 +12,6 @@ from fastsched.costs.step_cost import PathCost, path_cost
 from fastsched.denoisers.noise import VariancePreserving
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.solvers import FITTED, Solver, get_solver
-from fastsched.selection.constraints import measured_range
 from fastsched.selection.descent import coordinate_descent
 from fastsched.selection.dynamic_programming import Selection, cheapest_paths
 
@@ -46,7 +45,7 @@ def chosen_nodes(cost: PathCost, selection: Selection, steps: int) -> list[int]:
 
 def common_levels(stats: PathStatistics, steps: int) -> dict[str, Tensor]:
     """Levels ``s`` [steps + 1] of the schedules in common use, over the measured range."""
-    low, high = measured_range(stats)
+    low, high = stats.finite_range
     scale = max(stats.data_std, low)  # 0 for a constant denoiser
     levels = {
         "karras": baselines.karras(steps, low, high),
