@@ -161,17 +161,14 @@ def gram_kernel(
     else:
         o_shift = tl.zeros([1, 1], tl.int32)
         w_shift = tl.zeros([1, 1], tl.int32)
-    o_col = o_shift + tl.arange(0, BK)[None, :]
-    w_col = w_shift + tl.arange(0, BK)[None, :]
+    o_col, w_col = o_shift + tl.arange(0, BK)[None, :], w_shift + tl.arange(0, BK)[None, :]
     w_row = left * ROWS + o_row % HEIGHT
     o_w = w_row.to(tl.int64)[:, None] * w_level + w_col  # [ROWS, BK]
-
     a, da = load_coefficients(p_coefficients, o_right, N, 0), load_coefficients(p_coefficients, o_right, N, 2)
     c, dc = load_coefficients(p_coefficients, o_right, N, 1), load_coefficients(p_coefficients, o_right, N, 3)
     if PAIRED:
         la, lda = load_coefficients(p_coefficients, o_left, N, 0), load_coefficients(p_coefficients, o_left, N, 2)
         lc, ldc = load_coefficients(p_coefficients, o_left, N, 1), load_coefficients(p_coefficients, o_left, N, 3)
-
     p_R += sample.to(tl.int64) * r_sample
     p_X += sample.to(tl.int64) * x_sample
     p_W += sample.to(tl.int64) * w_sample
@@ -195,7 +192,6 @@ def gram_kernel(
             b_w = load_row(p_W + first + o_w, w_row, N, w_col < K - first)
             b_cross += cross_product(b_w, b_e, PRECISION, INTERPRET)
             b_norms += add_lanes(b_w * b_w)
-
     tile = (part.to(tl.int64) * tl.num_programs(2) + sample) * tl.num_programs(0) + pair
     store_tile(p_gram, p_diagonal, tile, b_gram, b_diagonal)
     if CROSS:

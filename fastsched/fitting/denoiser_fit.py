@@ -51,14 +51,12 @@ def fit(
         denoiser: What to schedule.
         shape: The shape of one sample, without the batch.
         steps: Steps, of which the last ends at sigma 0.
-        solver: A solver's name; ``"fitted"`` finds the solver's weights together with the schedule
-            (`fastsched.costs.fitted_weights`).
-        stats: An earlier measurement of this denoiser, used instead of a new one. If its increments were not kept, its
-            paths are followed once more to tune, at the cost of a measurement.
+        solver: A solver's name; ``"fitted"`` finds the weights too (`fastsched.costs.fitted_weights`).
+        stats: An earlier measurement, used instead of a new one. Without increments its paths are followed once more.
         levels: As in `measure`.
         samples: As in `measure`.
-        model_calls: The most to spend on audition and tuning, counted per sample. Where it does not suffice for one run
-            of all samples, the schedule is that of `optimal_schedule`.
+        model_calls: The most to spend after the measurement, counted per sample. Where it is not enough for one run of
+            all samples, the schedule is that of `optimal_schedule`.
         seed: As in `measure`.
         batch_size: As in `measure`.
         device: As in `measure`.

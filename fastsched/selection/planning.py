@@ -28,6 +28,10 @@ COMMON = {
 }
 
 
+#: How far below a target the predicted error must be: predictions are within this factor.
+SAFETY = 2.0
+
+
 @dataclass(frozen=True, eq=False)
 class ErrorCurve:
     """Predicted error of the best schedules of 1 to ``max_steps`` steps.
@@ -109,7 +113,10 @@ def steps_needed(
     target: float | tuple[str, int] | Schedule | Tensor,
     max_steps: int | None = None,
 ) -> int:
-    """The fewest steps whose predicted error reaches a target.
+    """The fewest steps whose error reaches a target.
+
+    Predictions are within a factor of two, and the schedules that are chosen by them err on the low side; so the
+    predicted error has to be at most the target's half (`SAFETY`).
 
     Args:
         stats: What `fastsched.measure` returned.
@@ -123,13 +130,14 @@ def steps_needed(
     """
     limit = stats.levels - 1 if max_steps is None else max_steps
     goal = _target_error(stats, solver, target)
-    method, least = chosen_solver(solver), math.inf
+    method, least, goal = chosen_solver(solver), math.inf, goal / SAFETY
     for steps, schedule in enumerate(islice(best_schedules(stats, method), limit), 1):
         least = schedule.predicted_error or 0.0
         if least <= goal:
             return steps
     raise ValueError(
-        f"target: no schedule of up to {limit} steps is predicted to reach {goal:.3g}, the best {method.name} one "
+        f"target: no schedule of up to {limit} steps is predicted to reach {goal:.3g}, the target over {SAFETY:g}; "
+        f"the best {method.name} one "
         f"reaches {least:.3g}; allow a larger error, more steps or a solver of higher order"
     )
 

@@ -22,7 +22,7 @@ def test_measure_writes_what_measure_returns(folder, model):
     assert torch.equal(stats.seeds, expected.seeds)
     torch.testing.assert_close(stats.gram, expected.gram)
     torch.testing.assert_close(stats.response_cross, expected.response_cross)
-    assert stats.model_calls == expected.model_calls == 3 * 94
+    assert stats.model_calls == expected.model_calls == 3 * 94 + 6  # six check the network first
 
 
 def test_select_prints_plain_decimals_and_saves(folder):
@@ -104,21 +104,22 @@ def test_an_interrupted_measurement_resumes_where_it_stopped(tmp_path):
     denoiser = fs.Denoiser.from_denoiser(network, 0.002, 80.0)
     settings = {"levels": 16, "samples": 5, "batch_size": 2, "progress": False}
     path = tmp_path / "s.safetensors"
-    calls[1] = 3 * 30  # in the second batch
+    calls[1] = 6 + 3 * 30  # in the second batch, after six that check the network
     with pytest.raises(KeyboardInterrupt):
         measure_to_file(denoiser, (4,), path, **settings)
     assert fs.PathStatistics.load(path).samples == 2
     calls[:] = [0, 10**9]
     resumed = measure_to_file(denoiser, (4,), path, resume=True, **settings)
-    assert calls[0] == 3 * 30
+    assert calls[0] == 6 + 3 * 30
     whole = fs.measure(denoiser, (4,), **settings)
     assert torch.equal(resumed.seeds, whole.seeds)
     torch.testing.assert_close(resumed.gram, whole.gram)
     torch.testing.assert_close(resumed.response_cross, whole.response_cross)
-    assert resumed.model_calls == whole.model_calls == 5 * 30
+    assert whole.model_calls == 6 + 5 * 30
+    assert resumed.model_calls == 6 + whole.model_calls
     calls[0] = 0
     assert measure_to_file(denoiser, (4,), path, resume=True, **settings).samples == 5
-    assert calls[0] == 0
+    assert calls[0] == 1  # asks if it is the same network, and measures nothing
 
 
 @pytest.mark.parametrize(
