@@ -2,12 +2,14 @@
 
 The samplers of k-diffusion take ``schedule.sigmas`` as it is. `sample_dpmpp_2m` below has the signature and the steps
 of the function of that name in k-diffusion's ``sampling.py``, so that the example runs without k-diffusion. If it is
-installed, import the function from there. The model is the exact denoiser of a mixture of Gaussians.
+installed, import the function from there. A schedule of the fitted solver is used by a function of fastsched with the
+same signature. The model is the exact denoiser of a mixture of Gaussians.
 """
 
 import torch
 
 import fastsched as fs
+from fastsched.sampling.k_diffusion import sample_fitted
 
 
 @torch.no_grad()
@@ -32,15 +34,24 @@ def sample_dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=No
 
 
 def main() -> None:
-    """Sample in 8 steps by a measured schedule and by karras, and compare with the converged samples."""
+    """Sample in 8 steps by two measured schedules and by karras, and compare with the converged samples."""
     oracle = fs.oracles.GaussianMixture.random(16, 5, seed=0)
     denoiser = fs.Denoiser.from_denoiser(oracle.denoise, sigma_min=0.002, sigma_max=80.0)
     stats = fs.measure(denoiser, shape=(16,), progress=False)
     schedule = fs.optimal_schedule(stats, steps=8, solver="dpmpp_2m")
+    fitted = fs.optimal_schedule(stats, steps=8, solver="fitted")
     noise = torch.randn(512, 16, generator=torch.Generator().manual_seed(1))
     converged = fs.sample(denoiser, fs.baselines.exponential(300, 0.002, 80.0), "heun", noise)
-    for name, sigmas in (("fastsched", schedule.sigmas), ("karras", fs.baselines.karras(8, 0.002, 80.0))):
-        samples = sample_dpmpp_2m(oracle.denoise, noise * sigmas[0], sigmas)  # the call is the same with k-diffusion
+    karras = fs.baselines.karras(8, 0.002, 80.0)
+    # The calls are the same with k-diffusion's own functions.
+    found = {
+        "fastsched": sample_dpmpp_2m(oracle.denoise, noise * schedule.sigmas[0], schedule.sigmas),
+        "karras": sample_dpmpp_2m(oracle.denoise, noise * karras[0], karras),
+        "fitted": sample_fitted(
+            oracle.denoise, noise * fitted.sigmas[0], fitted.sigmas, weights=fitted.weights, disable=True
+        ),
+    }
+    for name, samples in found.items():
         typical = (samples - converged).square().sum(1).log().mean().exp()
         print(f"{name:10s} typical squared distance to the converged samples: {typical:.2g}")
 

@@ -11,7 +11,8 @@ except ImportError as error:
 from fastsched.diffusers.applier import apply
 from fastsched.diffusers.calibration import CalibrationScheduler
 from fastsched.diffusers.exporter import Export, export
+from fastsched.diffusers.fitted_scheduler import FittedScheduler
 from fastsched.diffusers.pipeline_fit import fit
 from fastsched.diffusers.pipeline_measurement import measure
 
-__all__ = ["CalibrationScheduler", "Export", "apply", "export", "fit", "measure"]
+__all__ = ["CalibrationScheduler", "Export", "FittedScheduler", "apply", "export", "fit", "measure"]

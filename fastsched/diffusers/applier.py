@@ -19,6 +19,7 @@ from fastsched.diffusers.exporter import (
     plain_copy,
     prove,
 )
+from fastsched.diffusers.fitted_scheduler import FittedScheduler
 from fastsched.diffusers.overrides import HISTORIES, FirstOrderEnd, Override, StrideStep, Timesteps
 from fastsched.diffusers.replacement import replacement
 from fastsched.sampling.schedule import Schedule
@@ -45,9 +46,13 @@ def apply(schedule: Schedule, pipe: Any) -> Export:
     * ``"assigned"``: its ``sigmas`` and ``timesteps`` are set after ``set_timesteps``, if its ``step`` follows them;
     * ``"stepped"``: for DDIM, the stride that its ``step`` reads is set before each step.
 
-    The scheduler's class and config do not change, so the pipeline saves and loads as before. The old scheduler object
-    is not modified: keep a reference to ``pipe.scheduler`` to restore it. Copies and pickles of the new one keep the
-    schedule.
+    A schedule of the fitted solver needs a class of its own: the pipeline gets a
+    `fastsched.diffusers.FittedScheduler` (way ``"fitted"``), and its calls must ask for as many steps as the schedule
+    has.
+
+    Otherwise the scheduler's class and config do not change, so the pipeline saves and loads as before. The old
+    scheduler object is not modified: keep a reference to ``pipe.scheduler`` to restore it. Copies and pickles of the
+    new one keep the schedule.
 
     Image-to-image and inpainting pipelines start midway, by their ``strength``. They get the rest of the schedule after
     the level at which the scheduler would have started them by itself.
@@ -71,6 +76,10 @@ def apply(schedule: Schedule, pipe: Any) -> Export:
 
 def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
     """A copy of ``scheduler`` that uses ``schedule``, and what was verified; arguments and errors as in `apply`."""
+    if isinstance(scheduler, FittedScheduler):
+        scheduler = scheduler.own_scheduler()
+    if getattr(schedule, "weights", None) is not None:
+        return _fitted(schedule, scheduler)
     convention = describe(scheduler)
     check_range(schedule, convention, scheduler)
     proven, reasons = _proven(schedule, scheduler, convention)
@@ -86,6 +95,11 @@ def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
     if hasattr(target, "set_begin_index"):
         SetBeginIndex(target, timesteps).put()
     return target, proof
+
+
+def _fitted(schedule: Schedule, scheduler: Any) -> tuple[FittedScheduler, Export]:
+    target = FittedScheduler.from_schedule(schedule, scheduler)
+    return target, prove(schedule, target, target.convention, lambda copied: copied.set_timesteps(), "fitted")
 
 
 def _proven(schedule: Schedule, scheduler: Any, convention: Convention) -> tuple[list[Export], list[str]]:

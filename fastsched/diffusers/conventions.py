@@ -174,6 +174,8 @@ def describe(scheduler: Any) -> Convention:
         what = scheduler.__name__ if isinstance(scheduler, type) else type(scheduler).__name__
         raise TypeError(f"scheduler must be a scheduler of diffusers, as pipe.scheduler is, got {what}")
     names = {cls.__name__ for cls in type(scheduler).__mro__}
+    if "FittedScheduler" in names:  # of this package, whose module imports this one
+        return scheduler.convention
     if names.intersection(EDM):
         return _edm(scheduler)
     if names.intersection(ANGLE):

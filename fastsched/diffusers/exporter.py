@@ -40,7 +40,8 @@ class Export:
 
     Attributes:
         arguments: Keyword arguments for the pipeline's call; empty if `apply` set the scheduler itself.
-        way: ``"arguments"``, or how `fastsched.diffusers.apply` set the scheduler: ``"assigned"`` or ``"stepped"``.
+        way: ``"arguments"``, or how `fastsched.diffusers.apply` set the scheduler: ``"assigned"``, ``"stepped"`` or,
+            for the fitted solver, ``"fitted"``.
         sigmas: The sampler sigmas that the scheduler will use, [steps + 1] float64.
         error: Their largest relative difference from the schedule's; 0 at an infinite sigma that is kept.
         timestep_error: The largest difference between a timestep given to the network and that of its sigma.
@@ -77,6 +78,11 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
     """
     convention = describe(scheduler)
     check_range(schedule, convention, scheduler)
+    if schedule.weights is not None:
+        raise ValueError(
+            f"schedule must be for a stock solver, because {type(scheduler).__name__} cannot use the weights of the "
+            "fitted one; fastsched.diffusers.apply(schedule, pipe) gives the pipeline a scheduler that can"
+        )
     _check_mu(mu, scheduler)
     try:
         proof = _proven(schedule, scheduler, mu)
@@ -166,16 +172,11 @@ def check_range(schedule: Schedule, convention: Convention, scheduler: Any) -> N
 
     Raises:
         TypeError: If it is not a `Schedule`.
-        ValueError: If it is for another kind or range of levels, or has weights of its own.
+        ValueError: If it is for another kind or range of levels.
     """
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a fastsched.Schedule, got {type(schedule).__name__}")
     process, name = convention.process, type(scheduler).__name__
-    if schedule.weights is not None:
-        raise ValueError(
-            f"schedule must be for a stock solver, because {name} cannot use the weights of the fitted one; select or "
-            "fit one for the scheduler's own solver"
-        )
     if (schedule.noise == "flow") != isinstance(process, FlowMatching):
         raise ValueError(
             f"schedule must be for a {process.kind!r} noise process, as {name} is, got one for a {schedule.noise!r} "

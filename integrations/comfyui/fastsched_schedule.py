@@ -2,7 +2,7 @@
 
 Put this file into ComfyUI's ``custom_nodes`` folder and a schedule's JSON file into its ``input`` folder. Connect
 SIGMAS to a SamplerCustom; the second output is the solver that the schedule was chosen for. The node needs only what
-ComfyUI itself needs.
+ComfyUI itself needs. Schedules of the fitted solver need a sampler of their own: ``fastsched_fitted.py``.
 
 A workflow may come from someone else, so its file name is not trusted: only regular files inside the input folder are
 read, at most 1 MB of them, and whatever else they hold is a message.
@@ -132,7 +132,24 @@ def read_schedule(file):
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is not a schedule, comes from a newer version, or has sigmas that float32 cannot hold.
+        ValueError: If it is not a schedule, comes from a newer version, has sigmas that float32 cannot hold, or is for
+            the fitted solver.
+    """
+    entries = read_entries(file)
+    if entries.get("weights") is not None:
+        raise ValueError(
+            f"{file} has the weights of a fitted solver, which ComfyUI's samplers cannot use; load it with the node "
+            "Load Fitted Schedule (fastsched_fitted.py)"
+        )
+    return read_sigmas(file, entries), entries.get("solver", "")
+
+
+def read_entries(file):
+    """The JSON entries of a saved schedule, of which format, version and solver are checked.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is not a schedule, or comes from a newer version.
     """
     try:
         entries = json.loads(read_bytes(file).decode("utf-8"), object_pairs_hook=_without_duplicates)
@@ -150,15 +167,15 @@ def read_schedule(file):
     solver = entries.get("solver", "")
     if not isinstance(solver, str):
         raise ValueError(f"{file}: solver must be text, got {_brief(solver)}")
-    if entries.get("weights") is not None:
-        raise ValueError(
-            f"{file} has the weights of a fitted solver, which ComfyUI's samplers cannot use; choose a schedule for "
-            "one of them, such as dpmpp_2m"
-        )
-    return _sigmas(file, entries), solver
+    return entries
 
 
-def _sigmas(file, entries):
+def read_sigmas(file, entries):
+    """The sigmas among ``entries``, float32 [steps + 1].
+
+    Raises:
+        ValueError: If they do not descend to 0 as float32, or are flow times above 1.
+    """
     values, noise = entries.get("sigmas"), entries.get("noise", "ve")
     if not isinstance(values, list) or not all(map(_is_number, values)):
         raise ValueError(f"{file}: sigmas must be a list of numbers, got {_brief(values)}")

@@ -1,0 +1,294 @@
+"""A diffusers scheduler that takes the steps of a fitted schedule, whose weights no class of diffusers can use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import diffusers
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from torch import Tensor
+
+from fastsched.diffusers.conventions import Convention, describe
+from fastsched.diffusers.exporter import check_range
+from fastsched.diffusers.overrides import Timesteps
+from fastsched.sampling.schedule import Schedule
+
+MIDWAY = (
+    "a fitted schedule starts from pure noise, because its later steps use the denoised samples of all steps before; "
+    "for image-to-image and inpainting apply a schedule of a stock solver, or restore the pipeline's own scheduler"
+)
+
+
+#: Entries of a `FittedScheduler`'s config; the others are those of the pipeline's own scheduler.
+OWN_ENTRIES = ("sigmas", "weights", "noise", "scheduler_class", "scheduler_config")
+
+
+class _Step(NamedTuple):
+    """The factors of one step: ``D = a x + c R``, then ``x' = keep x + gain sum_m weights[m] D_m``."""
+
+    input_scale: float
+    a: float
+    c: float
+    keep: float
+    gain: float
+    weights: tuple[float, ...]
+
+
+class FittedScheduler(SchedulerMixin, ConfigMixin):
+    """Sample by a fitted schedule in any pipeline whose own scheduler fastsched supports.
+
+    With the denoised samples ``D_m = a_m x_m + c_m R_m`` of all network outputs ``R_0 .. R_n`` so far, step n is
+
+        ``x_{n+1} = sigma_{n+1} [ x_n / sigma_n + (rho_{n+1} - rho_n) sum_m W[n, m] D_m ]``,   ``rho = alpha / sigma``,
+
+    and the last one returns ``x0 = sum_m W[K-1, m] D_m`` (`fastsched.sampling.fitted`). The state is the noise
+    process's own ``x = alpha x0 + sigma eps``, whatever the pipeline's own class steps. Sums are in float32 (float64
+    for float64 latents), as in the multistep classes of diffusers; the result has the latents' dtype. ``step`` copies
+    nothing to the host. It does not clip or threshold ``D``, as some classes of diffusers do.
+
+    `fastsched.diffusers.apply` makes one and gives it to a pipeline. Its config has, beside its own entries, those of
+    the pipeline's own scheduler, so that ``EulerDiscreteScheduler.from_config(pipe.scheduler.config)`` still works.
+
+    Args:
+        sigmas: Sampler sigmas [steps + 1], as in `Schedule`; an infinite one may be ``"inf"``, which JSON can hold.
+        weights: ``W``, [steps, steps], lower triangular, rows sum to 1.
+        noise: The schedule's kind of noise process.
+        scheduler_class: The class of the pipeline's own scheduler, which gives noise process, prediction and timesteps.
+        scheduler_config: Its config.
+
+    Raises:
+        ValueError: If the entries are not those of a fitted schedule, or the own scheduler is not supported; from
+            ``set_timesteps``, ``set_begin_index``, ``add_noise`` and ``step`` if the pipeline asks for another number
+            of steps, starts midway, or changes the shape of its latents.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        sigmas: Sequence[float | str],
+        weights: Sequence[Sequence[float]],
+        noise: str = "ve",
+        scheduler_class: str = "EulerDiscreteScheduler",
+        scheduler_config: dict[str, Any] | None = None,
+    ) -> None:
+        values = torch.tensor([float(value) for value in sigmas], dtype=torch.float64)
+        self.schedule = Schedule(values, "fitted", noise, weights=torch.tensor(weights, dtype=torch.float64))
+        settings = dict(scheduler_config or {})
+        self._prepare(describe(getattr(diffusers, scheduler_class).from_config(settings)))
+        # Pipelines read entries of their scheduler's config, so this config has them too.
+        self.register_to_config(**{key: value for key, value in settings.items() if not key.startswith("_")})
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """From the config of a `FittedScheduler`.
+
+        Raises:
+            ValueError: If it is that of another class, which has no schedule.
+        """
+        if isinstance(config, dict):
+            if "weights" not in config:
+                raise ValueError(
+                    "config has no weights, so it is not that of a FittedScheduler; use "
+                    "FittedScheduler.from_schedule(schedule, pipe.scheduler)"
+                )
+            config = {key: value for key, value in config.items() if key in OWN_ENTRIES or key.startswith("_")}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_schedule(cls, schedule: Schedule, scheduler: Any) -> FittedScheduler:
+        """The scheduler of ``schedule`` for a pipeline whose scheduler is ``scheduler``.
+
+        Args:
+            schedule: A schedule of the solver ``"fitted"``.
+            scheduler: The pipeline's own scheduler, or a `FittedScheduler` made for it; it is not changed.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If the schedule has no weights, is for another noise process or other levels, or the scheduler
+                is not supported.
+        """
+        own = scheduler.own_scheduler() if isinstance(scheduler, cls) else scheduler
+        convention = describe(own)
+        check_range(schedule, convention, own)
+        if schedule.weights is None:
+            raise ValueError(
+                f"schedule must be for the fitted solver, got one for {schedule.solver!r}, which needs no scheduler of "
+                "its own; use fastsched.diffusers.apply(schedule, pipe)"
+            )
+        sigmas = ["inf" if value == float("inf") else value for value in schedule.sigmas.tolist()]
+        known = next(base for base in type(own).__mro__ if hasattr(diffusers, base.__name__))
+        settings = {
+            key: value.tolist() if hasattr(value, "tolist") else value
+            for key, value in own.config.items()
+            if not key.startswith("_")
+        }
+        made = cls(
+            sigmas=sigmas,
+            weights=schedule.weights.tolist(),
+            noise=schedule.noise,
+            scheduler_class=known.__name__,
+            scheduler_config=settings,
+        )
+        made._prepare(convention)  # of the object, which may have been changed since it was made
+        return made
+
+    def own_scheduler(self) -> Any:
+        """The pipeline's scheduler before this one: a new object of its class and config."""
+        return getattr(diffusers, self.config["scheduler_class"]).from_config(self.config["scheduler_config"] or {})
+
+    @property
+    def step_index(self) -> int | None:
+        """How many steps have been taken; None before `set_timesteps`."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int:
+        """Always 0."""
+        return 0
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Start a run. The levels are the schedule's; of a list only the length is used, and ``mu`` is not needed.
+
+        Raises:
+            ValueError: If another number of steps than the schedule's is asked for.
+        """
+        given = sigmas if sigmas is not None else timesteps
+        asked = num_inference_steps if given is None else len(given)
+        steps = self.schedule.steps
+        if asked is not None and asked != steps:
+            raise ValueError(
+                f"num_inference_steps must be {steps}, the steps that this fitted schedule's weights are for, got "
+                f"{asked}; pass num_inference_steps={steps}, or apply a schedule of {asked} steps"
+            )
+        self.num_inference_steps = steps
+        self.timesteps = Timesteps.of(self._timesteps.to(device), self._start_at)
+        self._step_index = 0
+        self._denoised: list[Tensor] = []
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Only ``begin_index=0`` is supported.
+
+        Raises:
+            ValueError: Otherwise.
+        """
+        if begin_index != 0:
+            raise ValueError(f"begin_index must be 0, got {begin_index}: {MIDWAY}")
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The network's input at the current step: ``sample``, times ``c_in`` for EDM networks."""
+        scale = self._steps[min(self._step_index or 0, len(self._steps) - 1)].input_scale
+        return sample if scale == 1.0 else sample * scale
+
+    def add_noise(self, *_: Any, **__: Any) -> Tensor:
+        """Not supported.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"this pipeline adds noise to an image: {MIDWAY}")
+
+    scale_noise = add_noise
+
+    @torch.no_grad()
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        *,
+        eta: float = 0.0,
+        generator: Any = None,
+        return_dict: bool = True,
+        **_: Any,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """The next state. Steps are counted; ``timestep`` is not read, which would wait for the device.
+
+        Args:
+            model_output: What the network predicts, [B, *shape]; for networks that also predict a variance
+                [B, 2 C, ...].
+            timestep: The current entry of ``timesteps``.
+            sample: The state ``x_n``, [B, *shape].
+            eta: Must be 0: no step adds noise.
+            generator: Not used, for the same reason.
+            return_dict: Whether to return a `SchedulerOutput` or a tuple.
+
+        Raises:
+            ValueError: If there is no step left, a shape differs from those before, or ``eta`` is not 0.
+        """
+        if eta:
+            raise ValueError(f"eta must be 0, because the fitted solver adds no noise, got {eta!r}")
+        n = self._step_index
+        if n is None or n >= self.schedule.steps:
+            raise ValueError(
+                f"step was called {0 if n is None else n + 1} times in a run of {self.schedule.steps} steps; call "
+                "set_timesteps before each run, and step once for each timestep"
+            )
+        output = self.convention.raw_output(model_output, sample.shape[1])
+        if output.shape != sample.shape:
+            raise ValueError(
+                f"model_output must have the shape of sample, {tuple(sample.shape)}, got {tuple(model_output.shape)}"
+            )
+        if self._denoised and self._denoised[0].shape != sample.shape:
+            raise ValueError(
+                f"sample must keep its shape in a run, {tuple(self._denoised[0].shape)}, got {tuple(sample.shape)}; "
+                "call set_timesteps before another run"
+            )
+        factors = self._steps[n]
+        wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        x = sample.to(wide)
+        self._denoised.append(factors.a * x + factors.c * output.to(wide))
+        following = factors.keep * x
+        for weight, denoised in zip(factors.weights, self._denoised, strict=True):
+            following.add_(denoised, alpha=factors.gain * weight)
+        self._step_index = n + 1
+        following = following.to(sample.dtype)
+        return SchedulerOutput(following) if return_dict else (following,)
+
+    def __len__(self) -> int:
+        return self.convention.train_steps
+
+    def _prepare(self, convention: Convention) -> None:
+        # Between steps every pipeline gets the process's own x, so none has to scale it.
+        self.convention = convention = Convention(**{**vars(convention), "scaled": False})
+        process = convention.process
+        s = process.level(self.schedule.sigmas)
+        self._steps = _factors(convention, self.schedule)
+        self.init_noise_sigma = float(process.sigma(s)[0])
+        self.sigmas = self.schedule.sigmas.float()
+        timesteps = convention.timesteps(s[:-1])
+        whole = convention.integer and bool(((timesteps - timesteps.round()).abs() < 1e-4).all())
+        self._timesteps = timesteps.round().to(torch.int64) if whole else timesteps.to(torch.float32)
+        self.timesteps = self._timesteps
+        self.num_inference_steps: int | None = None
+        self._step_index: int | None = None
+        self._denoised = []
+
+    def _start_at(self, index: int) -> NoReturn:
+        raise ValueError(f"the pipeline starts midway, at step {index}: {MIDWAY}")
+
+
+def _factors(convention: Convention, schedule: Schedule) -> list[_Step]:
+    assert schedule.weights is not None  # only fitted schedules come here
+    process = convention.process
+    s = process.level(schedule.sigmas)
+    a, c = convention.denoiser.coefficients(s[:-1])
+    scales, sigma, rho = convention.input_scale(s[:-1]).tolist(), process.sigma(s).tolist(), (1 / s).tolist()
+    steps = []
+    for n, row in enumerate(schedule.weights.tolist()):
+        last = n == schedule.steps - 1
+        keep = 0.0 if last else sigma[n + 1] / sigma[n]
+        gain = 1.0 if last else sigma[n + 1] * (rho[n + 1] - rho[n])
+        steps.append(_Step(scales[n], float(a[n]), float(c[n]), keep, gain, tuple(row[: n + 1])))
+    return steps

@@ -1,0 +1,74 @@
+"""The fitted solver in the form of k-diffusion's samplers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsched import validate
+from fastsched.progress import progress_bar
+from fastsched.sampling.fitted import checked_weights
+
+
+@torch.no_grad()
+def sample_fitted(
+    model: Callable[..., Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], Any] | None = None,
+    disable: bool | None = None,
+    *,
+    weights: Tensor | Sequence[Sequence[float]],
+) -> Tensor:
+    """Sample by a fitted schedule, called as the samplers of k-diffusion are.
+
+    With the denoised images ``D_m`` of all steps so far and ``r = sigma_{n+1} / sigma_n``, step n is
+
+        ``x_{n+1} = r x_n + (1 - r) sum_m W[n, m] D_m``,
+
+    which is `fastsched.sampling.fitted`'s step in ``x = sigma y``. It holds for variance-exploding states (those of
+    k-diffusion, of variance-preserving models too) and for flow times: there ``x = (1 - t) x0 + t eps``, ``sigma = t``
+    and ``rho = 1/t - 1``, whose differences are those of ``1/t``.
+
+    Args:
+        model: ``model(x, sigma, **extra_args)`` is the denoised image, [B, *shape]; ``sigma`` has shape [B].
+        x: The first state, unit noise times ``sigmas[0]``, [B, *shape].
+        sigmas: The schedule's sigmas [steps + 1], descending, the last 0: ``schedule.sigmas``.
+        extra_args: Further arguments of ``model``.
+        callback: Called before each step with a dict of ``x``, ``i``, ``sigma``, ``sigma_hat`` and ``denoised``.
+        disable: Whether to hide the progress bar; shown when None or False.
+        weights: ``W``, [steps, steps]: ``schedule.weights``.
+
+    Returns:
+        The samples, [B, *shape].
+
+    Raises:
+        ValueError: If ``sigmas`` do not descend to 0, the first is infinite, or ``weights`` are not those of as many
+            steps.
+    """
+    levels = validate.descending_sigmas(sigmas).tolist()
+    rows = checked_weights(weights).tolist()
+    if levels[-1] != 0 or levels[0] == float("inf"):
+        raise ValueError(f"sigmas must be finite and end in 0, got {levels}")
+    if len(rows) != len(levels) - 1:
+        raise ValueError(
+            f"weights must have a row for each of {len(levels) - 1} steps, got {len(rows)}; pass sigmas and weights of "
+            "one schedule"
+        )
+    sigmas = torch.as_tensor(sigmas).to(x)
+    ones, history = x.new_ones([len(x)]), []
+    with progress_bar(len(rows), not disable, "fitted sampling", unit="step") as advance:
+        for i, row in enumerate(rows):
+            denoised = model(x, sigmas[i] * ones, **(extra_args or {}))
+            if callback is not None:
+                callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+            history.append(denoised)
+            ratio = levels[i + 1] / levels[i]
+            mean = sum(weight * known for weight, known in zip(row, history, strict=False))
+            x = ratio * x + (1 - ratio) * mean
+            advance(1)
+    return x
