@@ -25,9 +25,10 @@ from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.loop import MODEL_CALLS, fit_by_running
 from fastsched.fitting.rollouts import Evaluations, Rollout
 from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.random_streams import noise_of
 from fastsched.sampling.schedule import Schedule
-from fastsched.sampling.solvers import get_solver
+from fastsched.sampling.solvers import FITTED
 from fastsched.selection.optimal import optimal_schedule
 
 
@@ -87,7 +88,7 @@ def fit(
             pipe, levels=levels, samples=samples, prompts=prompts, seed=seed, keep_increments=audition, **call_kwargs
         )
     applied(optimal_schedule(stats, steps, name), pipe.scheduler)  # raises before a call is spent
-    calls = get_solver(name).model_calls(steps) + 1  # one more step starts from the noise of the measured paths
+    calls = chosen_solver(name).model_calls(steps) + 1  # one more step starts from the noise of the measured paths
     run = PipelineRunner(pipe, stats, prompts, call_kwargs, calls=calls, model_calls=budget)
     tried = candidates(stats, steps, name, pipe.scheduler)
     return fit_by_running(run, stats, steps, name, tried, calls=calls, model_calls=budget).schedule
@@ -100,7 +101,7 @@ def checked_solver(scheduler: Any, steps: int, solver: str | None, *, audition: 
         ValueError: If the scheduler cannot be given schedules, adds noise and so cannot hold an ``audition``, or is
             none of fastsched's solvers and ``solver`` names none. The message names a scheduler that would do.
     """
-    name = get_solver(solver).name if solver is not None else solver_of(scheduler, steps)
+    name = chosen_solver(solver).name if solver is not None else solver_of(scheduler, steps)
     proof = _proof(scheduler, steps)
     if audition and not proof.deterministic:
         change = _change(scheduler, steps)
@@ -130,10 +131,11 @@ def _proof(scheduler: Any, steps: int) -> Export:
 def candidates(stats: PathStatistics, steps: int, solver: str, scheduler: Any) -> Iterator[tuple[str, Schedule]]:
     """Candidates that ``scheduler`` can be given: those of `fastsched.audition`, the most promising first.
 
-    The second is the schedule that the scheduler would use by itself, unless that depends on the resolution.
+    The second is the schedule that the scheduler would use by itself, unless that depends on the resolution or the
+    solver is the fitted one.
     """
     kept: list[Schedule] = []
-    own = own_sigmas(scheduler, steps)
+    own = None if solver == FITTED else own_sigmas(scheduler, steps)
     for name, schedule in candidates_in_turn(stats, steps, solver):
         some = {name: schedule}
         if name == "optimal" and own is not None:
