@@ -283,9 +283,10 @@ def draw_weights(axes: Axes, schedule: Schedule) -> AxesImage:
     shown = np.where(np.tri(steps, dtype=bool), weights, np.nan)  # a step knows no later output
     image = axes.imshow(shown, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")
     if steps <= 12:
-        for n, m in zip(*np.tril_indices(steps), strict=True):
-            colour = "white" if abs(weights[n, m]) > 0.6 * largest else "black"
-            axes.text(m, n, f"{weights[n, m].round(2) + 0.0:.2f}", ha="center", va="center", fontsize="x-small", color=colour)
+        for n, row in enumerate(weights.round(2) + 0.0):  # no "-0.00"
+            for m, weight in enumerate(row[: n + 1].tolist()):
+                colour = "white" if abs(weight) > 0.6 * largest else "black"
+                axes.text(m, n, f"{weight:.2f}", ha="center", va="center", fontsize="x-small", color=colour)
     axes.set_xticks(range(steps), [f"{sigma:.3g}" for sigma in schedule.sigmas[:-1].tolist()], rotation=90)
     axes.set_xlabel("output at noise level")
     axes.tick_params(length=0)
