@@ -78,6 +78,28 @@ def plot_schedules(schedules: Mapping[str, Schedule | Tensor], *, stats: PathSta
     return figure
 
 
+def plot_weights(schedule: Schedule) -> Figure:
+    """The weights of a fitted schedule as a heat map, beside its noise levels.
+
+    Row n is the step from the n-th level, a dot on the left; column m is the network's output at the m-th level.
+
+    Args:
+        schedule: A schedule of the solver ``"fitted"``.
+
+    Raises:
+        ValueError: If it is for another solver.
+    """
+    if schedule.weights is None:
+        raise ValueError(f"schedule must be for the fitted solver, which has weights, got one for {schedule.solver!r}")
+    side = 1.2 + 0.42 * schedule.steps
+    figure = _figure(side + 3.4, max(2.4, side))
+    nodes, weights = figure.subplots(1, 2, sharey=True, width_ratios=[1.6, side])
+    draw_nodes(nodes, schedule)
+    image = draw_weights(weights, schedule)
+    figure.colorbar(image, ax=weights, label="weight", shrink=0.8)
+    return figure
+
+
 def plot_cost_density(stats: PathStatistics) -> Figure:
     """The cost density (`cost_density`) over sigma, unweighted and, if responses were measured, weighted too."""
     figure = _figure(7.2, 3.0)
@@ -232,6 +254,45 @@ def draw_schedules(axes: Axes, schedules: Mapping[str, Schedule | Tensor], *, fl
     axes.set_ylim(len(schedules) - 0.5, -0.5)
     axes.spines["left"].set_visible(False)
     _sigma_axis(axes, bool(kinds and kinds.pop()))
+
+
+def draw_nodes(axes: Axes, schedule: Schedule) -> None:
+    """Draw the levels of ``schedule`` from top to bottom, one row a step, as `draw_weights` does."""
+    sigmas = schedule.sigmas[:-1].numpy()
+    rows = np.arange(len(sigmas))
+    finite = np.isfinite(sigmas)
+    axes.plot(sigmas[finite], rows[finite], "o-", color=COLOURS[0], markersize=5, linewidth=1, clip_on=False)
+    axes.set_yticks(rows, [f"{n + 1}:  {sigma:.3g}" for n, sigma in enumerate(sigmas)])
+    axes.set_ylabel("step:  noise level at its start")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", color="#DDDDDD")
+    _sigma_axis(axes, schedule.noise == "flow")
+    axes.set_xlabel("flow time" if schedule.noise == "flow" else "sigma")
+
+
+def draw_weights(axes: Axes, schedule: Schedule) -> AxesImage:
+    """Draw the weights of a fitted schedule: blue is positive, red is negative, white is 0; values if they fit.
+
+    Returns:
+        The image, for a colour bar.
+    """
+    assert schedule.weights is not None
+    weights = schedule.weights.numpy()
+    steps = len(weights)
+    largest = float(np.abs(weights).max())
+    shown = np.where(np.tri(steps, dtype=bool), weights, np.nan)  # a step knows no later output
+    image = axes.imshow(shown, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")
+    if steps <= 12:
+        for n, row in enumerate(weights.round(2) + 0.0):  # no "-0.00"
+            for m, weight in enumerate(row[: n + 1].tolist()):
+                colour = "white" if abs(weight) > 0.6 * largest else "black"
+                axes.text(m, n, f"{weight:.2f}", ha="center", va="center", fontsize="x-small", color=colour)
+    axes.set_xticks(range(steps), [f"{sigma:.3g}" for sigma in schedule.sigmas[:-1].tolist()], rotation=90)
+    axes.set_xlabel("output at noise level")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_ylim(steps - 0.5, -0.5)
+    return image
 
 
 def draw_sample_grid(axes: Axes, images: Tensor, *, columns: int | None = None) -> None:

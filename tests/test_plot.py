@@ -185,3 +185,28 @@ def test_missing_matplotlib_is_said_with_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"fastsched\[demo\]"):
         plot.check_matplotlib()
+
+
+@pytest.mark.parametrize("steps", [3, 20])
+def test_weights_are_drawn_beside_the_levels(steps, tmp_path):
+    weights = torch.eye(steps, dtype=torch.float64)
+    weights[2] = torch.tensor([0.25, -0.5, 1.25] + [0.0] * (steps - 3))
+    levels = [float("inf"), *(2.0**-n for n in range(steps - 1)), 0.0]
+    figure = plot.plot_weights(fs.Schedule(torch.tensor(levels), "fitted", "vp", weights=weights))
+    nodes, heat = figure.axes[:2]
+    np.testing.assert_allclose(nodes.lines[0].get_xdata(), levels[1:-1])  # pure noise has no place on the axis
+    np.testing.assert_array_equal(nodes.lines[0].get_ydata(), range(1, steps))
+    assert nodes.get_ylim() == heat.get_ylim() == (steps - 0.5, -0.5)
+    (image,) = heat.images
+    np.testing.assert_allclose(image.get_array().filled(np.nan)[2, :3], [0.25, -0.5, 1.25])
+    assert image.get_clim() == (-1.25, 1.25)
+    assert [text.get_text() for text in heat.texts] == (
+        ["1.00", "0.00", "1.00", "0.25", "-0.50", "1.25"] * (steps == 3)
+    )
+    figure.savefig(tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_fitted_schedules_have_weights_to_draw():
+    with pytest.raises(ValueError, match="got one for 'ddim'"):
+        plot.plot_weights(fs.Schedule(torch.tensor([1.0, 0.0]), "ddim"))

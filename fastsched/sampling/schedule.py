@@ -120,7 +120,8 @@ class Schedule:
     def __repr__(self) -> str:
         values = ", ".join(f"{value:.4g}" for value in self.sigmas.tolist())
         error = "" if self.predicted_error is None else f", predicted_error={self.predicted_error:.4g}"
-        return f"Schedule({self.solver}, {self.steps} steps, {self.noise}: [{values}]{error})"
+        weights = "" if self.weights is None else f", weights={_brief_weights(self.weights)}"
+        return f"Schedule({self.solver}, {self.steps} steps, {self.noise}: [{values}]{weights}{error})"
 
     def to_diffusers(self, scheduler: Any, *, mu: float | None = None) -> dict[str, Any]:
         """Keyword arguments with which a pipeline of diffusers uses this schedule: ``pipe(prompt, **arguments)``.
@@ -215,6 +216,14 @@ def comfyui_sigmas(schedule: Schedule) -> ComfyUISigmas:
         raise ValueError(f"sigmas must differ as float32, which ComfyUI holds, got {schedule.sigmas.tolist()}")
     text = ", ".join(np.format_float_positional(np.float32(value), trim="0") for value in sigmas.tolist())
     return ComfyUISigmas(text, sigmas)
+
+
+def _brief_weights(weights: Tensor) -> str:
+    """Up to 8 rows without the zeros above the diagonal, as ``[1 | -0.5 1.5 | ...]``; of more, the range."""
+    if len(weights) > 8:
+        return f"[{len(weights)}, {len(weights)}] from {float(weights.min()):.3g} to {float(weights.max()):.3g}"
+    rows = [" ".join(f"{value:.3g}" for value in row[: n + 1]) for n, row in enumerate(weights.tolist())]
+    return "[" + " | ".join(rows) + "]"
 
 
 def _decimal(value: float) -> str:

@@ -26,6 +26,15 @@ def test_properties():
     assert "dpmpp_2m, 3 steps, vp: [14.6, 1.5, 2e-05, 0]" in repr(FULL)
 
 
+def test_weights_are_printed_briefly():
+    weights = torch.tensor([[1.0, 0.0], [-0.5, 1.5]])
+    fitted = fs.Schedule([3.0, 1.0, 0.0], "fitted", weights=weights)
+    assert repr(fitted) == "Schedule(fitted, 2 steps, ve: [3, 1, 0], weights=[1 | -0.5 1.5])"
+    long = torch.eye(9)
+    long[8, 0], long[8, 8] = -0.5, 1.5
+    assert "weights=[9, 9] from -0.5 to 1.5" in repr(fs.Schedule([*range(9, -1, -1)], "fitted", weights=long))
+
+
 def test_save_and_load(tmp_path):
     FULL.save(tmp_path / "schedule.json")
     read = fs.Schedule.load(tmp_path / "schedule.json")

@@ -1,0 +1,105 @@
+"""The code of the guide to the fitted solver runs, and gives the samples of `fs.sample`."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastsched as fs
+
+GUIDE = Path(__file__).parents[2] / "docs" / "fitted.md"
+WEIGHTS = [[1.0, 0.0, 0.0], [-0.5, 1.5, 0.0], [0.25, -0.5, 1.25]]
+STD = 0.5
+SIGMAS = {
+    "ve": [80.0, 1.5, 0.2, 0.0],
+    "vp": [14.0, 1.5, 0.2, 0.0],
+    "vp from pure noise": [math.inf, 1.5, 0.2, 0.0],
+    "flow": [0.9, 0.7, 0.2, 0.0],
+    "flow from pure noise": [1.0, 0.7, 0.2, 0.0],
+}
+
+
+def blocks():
+    return re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def pasted():
+    names = {}
+    (block,) = [block for block in blocks() if "def sample" in block]
+    exec(compile(block, str(GUIDE), "exec"), names)
+    return names
+
+
+def denoised(noise, x, value):
+    """``E[x0 | x]`` of Gaussian data of standard deviation `STD`: ``alpha c^2 x / (alpha^2 c^2 + sigma^2)``."""
+    if noise == "flow":
+        alpha, sigma = 1 - value, value
+    elif noise == "vp":
+        alpha, sigma = math.cos(math.atan(value)), math.sin(math.atan(value))
+    else:
+        alpha, sigma = 1.0, value
+    return alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * x
+
+
+def denoiser_of(noise):
+    """The same denoiser for `fs.sample`, which asks by its process's own condition."""
+    if noise == "ve":
+        return fs.Denoiser.from_denoiser(lambda z, s: denoised("ve", z, float(s[0])), 0.002, 80.0)
+    if noise == "flow":
+        return fs.Denoiser.from_velocity(lambda x, t: (x - denoised("flow", x, float(t[0]))) / float(t[0]))
+    levels = [0.01, *SIGMAS["vp"][2::-1], math.inf]  # at timesteps 1, 2 and 3, and 4 of pure noise
+    process = fs.denoisers.noise.VariancePreserving(tuple(1 / (1 + s * s) for s in levels))
+    return fs.Denoiser(lambda x, t: denoised("vp", x, levels[round(float(t[0]))]), process, "x0")
+
+
+@pytest.mark.parametrize("kind", SIGMAS)
+@pytest.mark.parametrize("as_array", [False, True], ids=["torch", "numpy"])
+def test_the_pasted_lines_give_the_samples_of_fs_sample(kind, as_array, tmp_path):
+    process = kind.split()[0]
+    sigmas = torch.tensor(SIGMAS[kind], dtype=torch.float64)
+    schedule = fs.Schedule(sigmas, "fitted", process, weights=torch.tensor(WEIGHTS, dtype=torch.float64))
+    path = tmp_path / "schedule.json"
+    schedule.save(path)
+    noise = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = pasted()["sample"](
+        lambda x, n: denoised(process, x, SIGMAS[kind][n]), path, noise.numpy() if as_array else noise
+    )
+    expected = fs.sample(denoiser_of(process), schedule, noise=noise)
+    assert isinstance(found, np.ndarray if as_array else torch.Tensor)
+    torch.testing.assert_close(torch.as_tensor(found), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_first_block_runs_and_the_file_holds_what_the_guide_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    oracle = fs.oracles.GaussianMixture.random(4, 3, seed=0)
+    names = {
+        "fs": fs,
+        "denoiser": fs.Denoiser.from_denoiser(oracle.denoise, 0.002, 80.0),
+        "shape": (4,),
+        "noise": torch.randn(2, 4),
+    }
+    exec(compile(blocks()[0], str(GUIDE), "exec"), names)
+    entries = json.loads(Path("schedule.json").read_text())
+    table = GUIDE.read_text(encoding="utf-8").split("## What the file holds")[1].split("##")[0]
+    named = set(
+        re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
+    )
+    assert named >= set(entries) - {"format", "predicted_error", "measured_error"}
+    assert (entries["version"], entries["solver"]) == (2, "fitted")
+
+
+def test_the_block_for_diffusers_runs():
+    diffusers = pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+    import pipelines
+
+    (block,) = [block for block in blocks() if "FittedScheduler" in block]
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = pipelines.oracle_pipeline(scheduler, fs.oracles.GaussianMixture.random(8, 3, seed=0))
+    names = {"fs": fs, "pipe": pipe}
+    exec(compile(block, str(GUIDE), "exec"), names)
+    assert type(pipe.scheduler).__name__ == "FittedScheduler"
+    assert torch.isfinite(names["image"]).all()
