@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsched.diffusers.conventions import ANGLE, Convention, check_pipe, describe, visited
+from fastsched.diffusers.conventions import ANGLE, Convention, check_pipe, describe, own_scheduler, visited
 from fastsched.diffusers.exporter import (
     NOTHING,
     Export,
@@ -76,8 +76,7 @@ def apply(schedule: Schedule, pipe: Any) -> Export:
 
 def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
     """A copy of ``scheduler`` that uses ``schedule``, and what was verified; arguments and errors as in `apply`."""
-    if isinstance(scheduler, FittedScheduler):
-        scheduler = scheduler.own_scheduler()
+    scheduler = own_scheduler(scheduler)
     if getattr(schedule, "weights", None) is not None:
         return _fitted(schedule, scheduler)
     convention = describe(scheduler)

@@ -13,7 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from fastsched.diffusers.conventions import KNOWN, describe
+from fastsched.diffusers.conventions import KNOWN, describe, own_scheduler
 from fastsched.diffusers.step_checks import (
     check_copies,
     check_first_latents,
@@ -155,6 +155,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: As in `from_config`.
         """
+        scheduler = own_scheduler(scheduler)
         convention = describe(scheduler)
         known = next(base for base in type(scheduler).__mro__ if hasattr(diffusers, base.__name__))
         made = cls(known.__name__, dict(scheduler.config), seed, samples_before, keep_increments)

@@ -193,6 +193,12 @@ def describe(scheduler: Any) -> Convention:
     )
 
 
+def own_scheduler(scheduler: Any) -> Any:
+    """``scheduler``, or if it is a `FittedScheduler`, the pipeline's own in whose place it is."""
+    names = {cls.__name__ for cls in type(scheduler).__mro__}
+    return scheduler.own_scheduler() if "FittedScheduler" in names else scheduler
+
+
 def check_pipe(pipe: Any) -> None:
     """Check that ``pipe`` is a pipeline with a scheduler.
 
@@ -208,8 +214,10 @@ def solver_of(scheduler: Any, steps: int | None = None) -> str | None:
     """The solver of fastsched that ``scheduler``, as it is set, is equal to; None if there is none.
 
     tests/diffusers/test_table.py compares the two for every class. With fewer than 15 ``steps`` (or None) a class of
-    third order may use second order in its last step but one, and then equals none.
+    third order may use second order in its last step but one, and then equals none. Of a `FittedScheduler` it is
+    that of the pipeline's own scheduler.
     """
+    scheduler = own_scheduler(scheduler)
     names = {cls.__name__ for cls in type(scheduler).__mro__}
     config = scheduler.config
     lowered = bool(config.get("lower_order_final")) and (steps is None or steps < FEW_STEPS)

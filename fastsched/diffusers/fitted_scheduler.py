@@ -11,7 +11,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from fastsched.diffusers.conventions import Convention, describe
+from fastsched.diffusers.conventions import Convention, describe, own_scheduler
 from fastsched.diffusers.exporter import check_range
 from fastsched.diffusers.overrides import Timesteps
 from fastsched.sampling.schedule import Schedule
@@ -112,7 +112,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             ValueError: If the schedule has no weights, is for another noise process or other levels, or the scheduler
                 is not supported.
         """
-        own = scheduler.own_scheduler() if isinstance(scheduler, cls) else scheduler
+        own = own_scheduler(scheduler)
         convention = describe(own)
         check_range(schedule, convention, own)
         if schedule.weights is None:

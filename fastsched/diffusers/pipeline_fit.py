@@ -14,7 +14,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.calibration import UNALIKE
-from fastsched.diffusers.conventions import describe, solver_of
+from fastsched.diffusers.conventions import describe, own_scheduler, solver_of
 from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
 from fastsched.diffusers.pipeline_measurement import call, check_call, measure, prompt_of, scheduler_replaced
 from fastsched.diffusers.probe import scales
@@ -291,6 +291,7 @@ def own_sigmas(scheduler: Any, steps: int) -> Tensor | None:
 
     That is, they end in 0 and start where the model is known; IPNDM's start at a signal of 0, which its step loses.
     """
+    scheduler = own_scheduler(scheduler)
     target, config = plain_copy(scheduler), scheduler.config
     if config.get("use_dynamic_shifting"):
         return None  # the pipeline knows by how much, and only when it is called

@@ -220,7 +220,3 @@ def test_a_schedule_with_weights_of_its_own_cannot_be_exported_as_arguments():
     schedule = fs.Schedule(torch.tensor([14.0, 1.0, 0.0]), "fitted", "vp", weights=torch.tensor([[1.0, 0], [0.5, 0.5]]))
     with pytest.raises(ValueError, match="must be for a stock solver"):
         fs.diffusers.export(schedule, scheduler)
-    pipe = pipelines.oracle_pipeline(scheduler, fs.oracles.GaussianMixture.random(8, 3, seed=0))
-    with pytest.raises(ValueError, match="solver must be a stock one"):
-        fs.diffusers.fit(pipe, 4, solver="fitted")
-    assert pipe.prompts == []

@@ -248,6 +248,19 @@ def test_another_schedule_can_be_applied_and_the_own_class_restored():
     assert type(pipe.scheduler) is EulerDiscreteScheduler
 
 
+@pytest.mark.parametrize("kind", ["epsilon, scaled state", "velocity"])
+def test_a_pipeline_with_it_is_measured_and_fitted_as_before(kind):
+    torch.manual_seed(0)
+    pipe = pipelines.oracle_pipeline(own_scheduler(kind), ORACLE)
+    before = fs.diffusers.measure(pipe, levels=16)
+    fs.diffusers.apply(fs.optimal_schedule(before, STEPS, "fitted"), pipe)
+    after = fs.diffusers.measure(pipe, levels=16)
+    assert torch.equal(after.s, before.s)
+    torch.testing.assert_close(after.gram, before.gram, rtol=1e-4, atol=1e-6)
+    schedule = fs.diffusers.fit(pipe, 4, stats=before, model_calls=100)
+    assert (schedule.steps, schedule.solver) == (4, "ddim")
+
+
 def test_another_number_of_steps_is_refused():
     scheduler = applied("velocity")[0].scheduler
     for arguments in ({"num_inference_steps": 2}, {"sigmas": [1.0, 0.5]}, {"timesteps": [900, 1]}):
