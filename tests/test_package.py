@@ -125,7 +125,7 @@ def test_wheel_holds_the_package_alone_and_works(clone, tmp_path):
 @pytest.mark.slow
 def test_editable_install_has_the_kernels_or_says_what_to_do(clone, tmp_path):
     prefix = tmp_path / "prefix"
-    command = [*PIP, "install", "--no-deps", "--prefix", str(prefix), "--editable", str(clone)]
+    command = [*PIP, "install", "--no-deps", "--ignore-installed", "--prefix", str(prefix), "--editable", str(clone)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if not (clone / "fastsched" / "kernels").is_dir():
         assert result.returncode != 0
