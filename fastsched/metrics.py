@@ -59,7 +59,7 @@ def power_mean(values: Tensor | np.ndarray, exponent: float = EXPONENT) -> np.nd
     """``(mean_b v_b^p)^(1/p)`` of non-negative values over the last axis; the geometric mean for ``p = 0``.
 
     Between the geometric mean, which a few samples that end far off do not move, and the arithmetic mean (p = 1),
-    which they decide. A quarter serves both: choosing by either end alone costs more in the other than it gains.
+    which they decide.
     """
     logs = np.log(np.maximum(np.asarray(values, dtype=np.float64), np.finfo(np.float64).tiny))
     if exponent == 0:

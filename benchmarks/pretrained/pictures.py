@@ -70,7 +70,7 @@ def plot(rows: Sequence[Row], network: Network, title: str, path: Path) -> None:
     columns = len(rows[0].samples)
     figure = Figure(figsize=(1.5 + 0.85 * columns, 0.4 + 0.85 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.01, wspace=0, hspace=0)  # type: ignore[union-attr]
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.01, wspace=0, hspace=0)  # type: ignore[union-attr]  # it has one
     panels = figure.subplots(len(rows), columns, squeeze=False)
     for line, row in zip(panels, rows, strict=True):
         for ax, picture in zip(line, network.image(row.samples).clamp(0, 1), strict=True):

@@ -18,7 +18,7 @@ class EpsilonNetwork(nn.Module):
     """Noise prediction of digits, ``eps(x, t)``, for ``t`` in ``[0, 999]`` of `ddpm_table`.
 
     ``eps = sigma_t x + alpha_t F(x, t)``: the noise that data of unit variance would have, and a correction. Between
-    whole timesteps ``alpha_t`` and ``sigma_t`` are those of the noise level interpolated in ``log s``, as
+    integer timesteps ``alpha_t`` and ``sigma_t`` are those of the noise level interpolated in ``log s``, as
     `fastsched.Denoiser` takes it.
     """
 

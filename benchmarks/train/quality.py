@@ -50,7 +50,7 @@ def fit(network: nn.Module, loss: Callable[[], Tensor], iterations: int, rate: f
 
 
 def digits_vp() -> dict[str, Tensor]:
-    """Noise predictions of digits by DDPM's loss, ``E |eps - eps(x_t, t)|^2`` over whole timesteps."""
+    """Noise predictions of digits by DDPM's loss, ``E |eps - eps(x_t, t)|^2`` over integer timesteps."""
     data, table, network = digits(), ddpm_table().float(), EpsilonNetwork()
 
     def loss() -> Tensor:

@@ -1,10 +1,10 @@
 """Weights of the fitted solver, by least squares on the surrogate.
 
-The sampler is run on the surrogate (`fastsched.costs.surrogate`). After evaluation n the denoised samples ``D_0 ..
-D_n`` are known, and a step to level n + 1 should end on the path. Its weights minimise
+The sampler is run on the surrogate (`fastsched.costs.surrogate`). After evaluation n the denoised samples up to
+``D_n`` are known, and a step to level n + 1 should end on the path. Its weights minimise
 
-    ``|| t - sum_{m<n} b_m (D_m - D_n) ||^2 + ridge ||b - b0||^2``,   ``t = (y_path - y_n) / (rho_{n+1} - rho_n) -
-    D_n``,
+    ``|| t - sum_{m<n} b_m (D_m - D_n) ||^2 + ridge ||b - b0||^2``,
+    ``t = (y_path - y_n) / (rho_{n+1} - rho_n) - D_n``,
 
 and ``t = D_end - D_n`` for the step to sigma 0; ``W[n, m] = b_m`` and ``W[n, n] = 1 - sum b``. The norm is the mean
 over the samples, each to its own scale, so that few large samples do not decide; ``b0`` are the weights of

@@ -33,7 +33,9 @@ from fastsched.sampling.sampler import schedule_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED, Solver
 
-#: Weight of deviations that no secant explains. Over nine denoisers, 0.3 predicted better than 0, 0.6 and 1.
+#: Weight of deviations that no secant explains. Over six denoisers the schedules chosen with 0.3 had 0.94 of the
+#: typical error of those chosen with 0, and 0.93 of those chosen with 0.6; the rank correlations of 0 and 0.3 are
+#: alike.
 PENALTY = 0.3
 
 

@@ -14,9 +14,9 @@ A step of a linear solver (`fastsched.sampling.solvers`) with weights ``b`` then
 
 where ``u_q e_q`` is the change of the slope over a segment: ``u = f = 1`` for ``D``; ``u_q = -(r_q + 1/tau - rho)`` for
 ``g``, in which ``1/tau - rho`` is 0 (VE, VP) or 1 (flow), and ``f = -1/tau`` at the node ahead. The state there is a
-prediction, itself in error by ``sum_q P_q e_q``; the denoiser passes on the share ``J`` of it, which adds
-``scale * b * f * J s P_q``. ``J`` is taken as the scalar that turns one level's sensitivity into the next one's. The
-local error is ``E ||.||^2 = s_k^2 C' G C``.
+prediction, itself in error by ``sum_q P_q e_q``; the denoiser passes on ``J`` times it, which adds
+``scale * b * f * J s P_q``. ``J`` is the scalar Jacobian of `fastsched.costs.surrogate`. The local error is
+``E ||.||^2 = s_k^2 C' G C``.
 
 Source: multistep error analysis in the form of Lu et al. 2022 (DPM-Solver++) and Zhang & Chen 2023 (DEIS).
 """
@@ -40,7 +40,10 @@ from fastsched.sampling.solvers import Solver, from_pure_noise, get_solver, step
 
 def error_weight(stats: PathStatistics) -> Array:
     """What becomes of a squared error made at each level by the end of the path, [N + 1]; 1 at the end."""
-    surrogate = Surrogate.of(stats)
+    return _weight(Surrogate.of(stats))
+
+
+def _weight(surrogate: Surrogate) -> Array:
     return np.append(surrogate.amplitude(surrogate.s) ** 2, 1.0)
 
 
@@ -61,7 +64,7 @@ def path_cost(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", *, weigh
         s=stats.s.numpy(),
         tau=stats.process.sampler_sigma(stats.s).numpy(),
         gram=(gram + gram.T) / 2,  # equal to rounding; exactly so, both triangles give the same costs
-        weight=np.append(surrogate.amplitude(surrogate.s) ** 2, 1.0) if weighted else np.ones(stats.levels + 1),
+        weight=_weight(surrogate) if weighted else np.ones(stats.levels + 1),
         jacobian=surrogate.jacobian,
     )
 
@@ -76,7 +79,7 @@ class PathCost:
         tau: The same as sampler sigmas, [N].
         gram: Mean increment Gram ``E <e_p, e_q>``, [N-1, N-1].
         weight: Of an error made at each level, [N + 1]; entry 0 is not used.
-        jacobian: The share of a state's error that the denoiser passes on, [N].
+        jacobian: The scalar Jacobian, by which the denoiser passes on a state's error, [N].
     """
 
     solver: Solver
@@ -238,8 +241,8 @@ class PathCost:
         node = self.solver.stage(self._node(j), self._node(k))
         factor = 1.0 if self.solver.variable == "rho" else -1.0 / node.tau
         covered = np.clip((node.lam - self._lam[:-1]) / np.diff(self._lam), 0.0, 1.0)[j:k]
-        share = np.interp(node.lam, self._lam, self.jacobian)
-        return factor * covered * (1 + share / node.rho * (self._node_rho[j:k] - node.rho))
+        j_ahead = np.interp(node.lam, self._lam, self.jacobian)
+        return factor * covered * (1 + j_ahead / node.rho * (self._node_rho[j:k] - node.rho))
 
     @cached_property
     def _steps(self) -> dict[tuple[int, ...], float]:

@@ -82,8 +82,9 @@ class Surrogate:
         """The model that the statistics leave.
 
         The scalar Jacobian is the least-squares ``j`` of ``D(z') - D(z) ~ j a`` over the deviated paths and the
-        samples, within [0, 1]: an exact denoiser's Jacobian has no eigenvalues outside. Without deviated paths it is
-        ``c^2 / (c^2 + s^2)``, that of Gaussian data of the ends' standard deviation ``c``.
+        samples, kept within [0, 1], so that no error is taken to change sign or to grow on its way; between modes it
+        may grow, which is left to the secants. Without deviated paths it is ``c^2 / (c^2 + s^2)``, that of Gaussian
+        data of the ends' standard deviation ``c``.
         """
         s, norms = stats.s.numpy(), Norms.of_increments(stats.vector_gram.numpy(), stats.levels - 1)
         if stats.response_gram is None:

@@ -85,7 +85,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     Args:
         scheduler_class: The class of the pipeline's own scheduler, which gives noise process, prediction and timesteps.
         scheduler_config: Its config.
-        seed: Seed of the noise and the probes.
+        seed: Seed of the noise.
         samples_before: How many samples of this seed have been measured already.
         keep_increments: As in `fastsched.measure`.
 

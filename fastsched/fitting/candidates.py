@@ -24,7 +24,7 @@ def theory_schedule(stats: PathStatistics, steps: int) -> Schedule:
 
 
 def candidates_in_turn(stats: PathStatistics, steps: int, solver: str | Solver) -> Iterator[tuple[str, Schedule]]:
-    """Names and schedules, the most promising first, each made when it is asked for.
+    """Names and schedules, the most promising first; the later ones are made when they are asked for.
 
     First the schedule of `fastsched.optimal_schedule`, then where the other descents end, then the starts themselves,
     by predicted error: dynamic programming, and the schedules in common use.

@@ -1,4 +1,4 @@
-"""The fit loop: from a measurement to a schedule by running the sampler, whatever runs it.
+"""The fit loop: from a measurement to a schedule by running the sampler.
 
 Candidates are made without model calls, ranked by running them, and the best are tuned. The sampler is a callback, so
 the same loop fits a denoiser (`fastsched.fit`) and a pipeline of diffusers (`fastsched.diffusers.fit`).

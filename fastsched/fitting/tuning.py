@@ -12,7 +12,7 @@ and
 from the best run so far ``theta_a``, where earlier runs ``m`` correct what is left; ``c(theta)`` are the coefficients
 of ``theta - theta_a`` in the ``theta_m - theta_a`` (least squares, damped): Broyden's method in its multisecant form
 (Fang & Saad 2009), started at a model's Jacobian (space mapping: Bandler et al. 1994). The next schedule to run lowers
-the typical size of the prediction, within reach of the best; reach grows with success and shrinks with failure.
+the power mean of the prediction, within reach of the best; reach grows with success and shrinks with failure.
 
 All of it happens in the Gram matrix of the measurement's vectors and what the runs found.
 """
@@ -31,10 +31,9 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.costs.fitted_weights import rollouts
-from fastsched.costs.norms import Norms
+from fastsched.costs.norms import Array, Norms
 from fastsched.costs.prediction import squared_errors
 from fastsched.costs.secants import Secants
-from fastsched.costs.step_cost import Array
 from fastsched.costs.surrogate import Outcome, Rollouts, Surrogate
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.fitting.auditioning import Audition
@@ -50,17 +49,15 @@ from fastsched.sampling.solvers import Solver
 from fastsched.selection.constraints import at_known_levels, known_levels
 from fastsched.selection.descent import descend, log_gaps
 
-#: How far a node may move at first, in shares of the gap to its nearer neighbour in ``log s``; what a run that lowers
-#: the error multiplies that by, and one that does not; where it ends.
+#: How far a node may move at first, in fractions of the gap to its nearer neighbour in ``log s``; what a run that
+#: lowers the error multiplies that by, and one that does not; the largest, and the least, at which tuning ends.
 REACH, GROWTH, SHRINKAGE, MOST_REACH, LEAST_REACH = 0.5, 1.3, 0.5, 0.8, 0.02
 
-#: Shares of a gap that the search for the next schedule moves nodes by, down to what the least reach allows.
+#: Fractions of a gap that the search for the next schedule moves nodes by, down to what the least reach allows.
 MOVES = (0.4, 0.2, 0.1, 0.05, 0.025, 0.0125)
-
 
 #: Damping of the least squares over earlier runs, by the square and the fourth power of their distance.
 DAMPING = (1e-3, 0.1)
-
 
 #: Runs C schedules on the surrogate: the runs, and weights if they were fitted.
 Sampled: TypeAlias = "Callable[[Array], tuple[Rollouts, Array | None]]"
@@ -68,7 +65,7 @@ Sampled: TypeAlias = "Callable[[Array], tuple[Rollouts, Array | None]]"
 
 @dataclass(frozen=True, eq=False)
 class Tuning:
-    """How it went.
+    """Result of tuning.
 
     Attributes:
         schedule: The best schedule, with its measured error: on the samples it was tuned on, so a little low.

@@ -1,1 +1,1 @@
-"""From a denoiser to `PathStatistics`: the reference path and the sensitivity sweep."""
+"""From a denoiser to `PathStatistics`: the reference path, and deviated ones that tell how errors are passed on."""

@@ -57,8 +57,8 @@ class DeviatedPath:
 def deviated_paths(levels: int) -> tuple[DeviatedPath, ...]:
     """The two paths that a measurement of so many levels follows.
 
-    They deviate like a first-order sampler of about 6 steps, and a second-order one of about 8. Of the pairs tried on
-    nine denoisers these predicted errors best; a third path added nothing.
+    They deviate like a first-order sampler of about 6 steps, and a second-order one of about 8. On nine denoisers they
+    predicted errors as well as any pair that was tried (rank correlation 0.95); with a third path it was 0.93.
     """
     multiple = lambda parts: STRIDE * max(1, round(levels / (parts * STRIDE)))
     return DeviatedPath(multiple(6), 1), DeviatedPath(multiple(8), 2)

@@ -41,7 +41,7 @@ def measure_to_file(
         levels: How many levels, or the levels ``s`` themselves.
         samples: How many paths the file is to hold in the end.
         responses: Whether to measure responses.
-        seed: Of the noises and probes.
+        seed: Of the noises.
         batch_size: Paths followed at once.
         device: Where to run.
         dtype: What the network computes in.

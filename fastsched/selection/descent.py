@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fastsched.costs.step_cost import Array
+from fastsched.costs.norms import Array
 
-#: Share of the gap to a neighbour that a node is moved by, in ``log s``, ever finer.
+#: Fraction of the gap to a neighbour that a node is moved by, in ``log s``, ever finer.
 MOVES = (0.4, 0.2, 0.1, 0.05)
 
 #: Gap in ``log s`` that stands for an infinite one: below pure noise, and above sigma 0.
@@ -27,7 +27,7 @@ def descend(
     *,
     moves: tuple[float, ...] = MOVES,
 ) -> tuple[Array, float]:
-    """Move inner nodes towards a neighbour wherever that lowers ``error``, by ever smaller shares of the gap.
+    """Move inner nodes towards a neighbour wherever that lowers ``error``, by ever smaller fractions of the gap.
 
     All moves of one node are tried at once, and then all that help together; the best of them is taken.
 
@@ -36,7 +36,7 @@ def descend(
         levels: Where to start: levels [steps + 1], descending to 0. Both ends stay.
         low: The lowest level a node may take.
         high: The highest finite level; where the first node is at pure noise, the second stays below ten times this.
-        moves: The shares.
+        moves: The fractions.
 
     Returns:
         The levels and their error, not above that of the start; deterministic.
