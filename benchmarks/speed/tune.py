@@ -1,67 +1,132 @@
-"""Try launches of the Gram kernel on the GPU at hand, and print them from best to worst.
+"""Try launches of the Gram kernel on the GPU at hand, and print the best.
 
-``python -m benchmarks.speed.tune --levels 64 --dtype bfloat16`` tunes what `fastsched.measure` launches: states at each
-level, sensitivity vectors ``W``, one matrix per sample. ``--no-vectors`` and ``--mean`` leave these out. Nothing is
-written: a winner without spills (tests/kernels/test_kernel_compile.py) is entered in ``kernels/config.py`` by hand.
+``python -m benchmarks.speed.tune`` tunes what `fastsched.measure` launches (states at each level, responses ``W``, one
+matrix per sample) for 48 and 100 levels in float32 and bfloat16. ``--no-vectors`` leaves ``W`` out, ``--mean`` joins
+the samples. All launches are compiled first, in as many processes as there are cores, so that little GPU time is used.
+Nothing is written: a winner without spills (tests/kernels/test_kernel_compile.py) is entered in ``kernels/config.py``
+by hand.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.common import copy_bandwidth, environment, interleaved, table
 from benchmarks.speed.level_gram import Case
 from fastsched.kernels import config, level_gram
 
+#: Elements of a level in the timed inputs: with 48 levels and W, 3.6 GB.
+ELEMENTS = 3 << 21
 
-def candidates(levels: int) -> list[config.GramLaunch]:
-    """Launches to try."""
-    rows = (64,) if levels <= 64 else (64, 128)
-    grid = itertools.product(rows, (16, 32, 64, 128), (4, 8), (2, 3, 4), (1, 2, 3))
+
+@dataclass(frozen=True)
+class Entry:
+    """What is tuned: an entry of the launch table, and the inputs it is timed on."""
+
+    levels: int
+    dtype: str = "float32"
+    states: str = "levels"
+    vectors: bool = True
+    mean: bool = False
+    samples: int = 4
+    precision: str = "bf16x3"
+
+    def inputs(self, elements: int) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, int]:
+        """``R``, ``X``, ``W`` as the kernel views them, the coefficients, and the bytes to be read."""
+        d = elements // self.samples // 16 * 16
+        case = Case(self.levels, self.samples, d, self.states, getattr(torch, self.dtype), apart=1e-2)
+        R, X, a, c = case.inputs("cuda")
+        W = case.vectors("cuda") if self.vectors else None
+        nbytes = case.nbytes(X) + (0 if W is None else W.nbytes)
+        view = lambda t: None if t is None else level_gram.columns_view(t, self.mean)
+        return view(R), view(X), view(W), level_gram.coefficient_steps(torch.stack([a, c])).cuda(), nbytes
+
+
+def candidates(entry: Entry) -> list[config.GramLaunch]:
+    """Launches to try; those that differ in ``programs`` alone share a kernel."""
+    rows = (64,) if entry.levels <= 64 or entry.vectors else (64, 128)  # with W, 128 rows are more than fits
+    columns = (16, 32, 64) if entry.vectors else (32, 64, 128)
+    grid = itertools.product(rows, columns, (4, 8), (1, 2, 3, 4), (1, 2, 3, 4))
     return [config.GramLaunch(*fields) for fields in grid]
 
 
-def main() -> None:
-    """Time every launch that the GPU takes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--levels", type=int, default=64)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--states", default="levels", choices=("none", "shared", "levels"))
-    parser.add_argument("--vectors", action=argparse.BooleanOptionalAction, default=True, help="sensitivity vectors")
-    parser.add_argument("--mean", action="store_true", help="one matrix for all samples")
-    parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--precision", default="bf16x3")
-    parser.add_argument("--repeats", type=int, default=9)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs a GPU")
-    dtype, d = getattr(torch, options.dtype), (1 << 23) // options.samples
-    case = Case(options.levels, options.samples, d, options.states, dtype, apart=1e-2)
-    R, X, a, c = case.inputs("cuda")
-    W = case.vectors("cuda") if options.vectors else None
-    nbytes = case.nbytes(X) + (0 if W is None else W.nbytes)
-    R = level_gram.columns_view(R, options.mean)
-    X, W = (None if t is None else level_gram.columns_view(t, options.mean) for t in (X, W))
-    steps = level_gram.coefficient_steps(torch.stack([a, c])).cuda()
-    bandwidth, rows = copy_bandwidth(), []
-    for launch in candidates(options.levels):
+def compiled(entry: Entry, launches: list[config.GramLaunch]) -> None:
+    """Compile by launching on little data; a launch that does not fit is left for the timing to find."""
+    R, X, W, steps, _ = entry.inputs(1 << 14)
+    for launch in launches:
         try:
-            taken = interleaved(
-                {"": lambda launch=launch: level_gram.launch(R, X, W, steps, options.precision, launch)},
-                "cuda",
-                options.repeats,
-            )[""]
+            level_gram.launch(R, X, W, steps, entry.precision, launch)
+        except Exception:  # out of shared memory or registers: the timing meets it again, and says so
+            continue
+    torch.cuda.synchronize()
+
+
+def timed(entry: Entry, repeats: int, bandwidth: float) -> list[dict]:
+    """One row per launch, the fastest first."""
+    R, X, W, steps, nbytes = entry.inputs(ELEMENTS * 48 // entry.levels)
+    run = lambda launch: level_gram.launch(R, X, W, steps, entry.precision, launch)
+    rows = []
+    for launch in candidates(entry):
+        try:
+            taken = interleaved({"": lambda launch=launch: run(launch)}, "cuda", repeats)[""]
         except Exception as error:  # out of shared memory or registers
             rows.append({"launch": launch, "p50_ms": type(error).__name__, "share": -1.0})
             continue
         p50 = float(np.median(taken))
         rows.append({"launch": launch, "p50_ms": round(p50 * 1e3, 3), "share": round(nbytes / p50 / bandwidth, 3)})
-    print(case, "W" * options.vectors, "mean" if options.mean else "per sample", environment("cuda"))
-    print(table(sorted(rows, key=lambda row: -row["share"]), ("share", "p50_ms", "launch")))
+    return sorted(rows, key=lambda row: -row["share"])
+
+
+def entries(options: argparse.Namespace) -> list[Entry]:
+    """What the options ask for."""
+    grid = itertools.product(options.levels, options.dtypes)
+    rest = {"states": options.states, "vectors": options.vectors, "mean": options.mean, "samples": options.samples}
+    return [Entry(levels, dtype, **rest, precision=options.precision) for levels, dtype in grid]
+
+
+def main() -> None:
+    """Compile and time every launch that the GPU takes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--levels", type=int, nargs="+", default=[48, 100])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--states", default="levels", choices=("none", "shared", "levels"))
+    parser.add_argument("--vectors", action=argparse.BooleanOptionalAction, default=True, help="responses W")
+    parser.add_argument("--mean", action="store_true", help="one matrix for all samples")
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--precision", default="bf16x3")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--show", type=int, default=12, help="how many of the best to print")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU")
+    start, chosen = time.perf_counter(), entries(options)
+    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        parts = [
+            (entry, candidates(entry)[n : n + 4])  # four that share a kernel
+            for entry in chosen
+            for n in range(0, len(candidates(entry)), 4)
+        ]
+        list(pool.map(compiled, *zip(*parts, strict=True)))
+    print(f"compiled in {time.perf_counter() - start:.0f} s", environment("cuda"), flush=True)
+    bandwidth = copy_bandwidth()
+    for entry in chosen:
+        print(
+            entry,
+            table(timed(entry, options.repeats, bandwidth)[: options.show], ("share", "p50_ms", "launch")),
+            sep="\n",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
