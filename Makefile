@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # The tensors of the tests and benchmarks are small: threads would only wait for each other.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test check bench bench-quality clean
+.PHONY: demo test check bench bench-quality accept-gpu clean
 
 demo: $(VENV)/demo-installed  ## measure, select and compare on handwritten digits; table and figure
 	$(BIN)/fastsched demo --output demo-output
@@ -28,6 +28,10 @@ bench-quality: $(VENV)/dev-installed  ## sampling error against every published 
 	$(BIN)/python -m benchmarks.quality.limit
 	$(BIN)/python -m benchmarks.quality.run $(if $(QUICK),--quick)
 	$(BIN)/python -m benchmarks.quality.summary
+
+accept-gpu:  ## a GPU's verdict, with the PYTHON that is there; WHEELS=folder adds packages that it lacks
+	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target build/wheels $(WHEELS)/*.whl)
+	PYTHONPATH=build/wheels:. $(PYTHON) -m benchmarks.accept_gpu $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastsched.fitting.tuning import tune
     from fastsched.measurement.measuring import measure
     from fastsched.measurement.statistics import PathStatistics
+    from fastsched.profiling import Profile, profile
     from fastsched.sampling.sampler import sample
     from fastsched.sampling.schedule import Schedule
     from fastsched.selection.fixed_point import refine_schedule
@@ -41,6 +42,7 @@ _HOME = {
     "Comparison": "comparison",
     "Denoiser": "denoisers.denoiser",
     "PathStatistics": "measurement.statistics",
+    "Profile": "profiling",
     "Schedule": "sampling.schedule",
     "audition": "fitting.auditioning",
     "compare": "comparison",
@@ -50,6 +52,7 @@ _HOME = {
     "measure": "measurement.measuring",
     "optimal_schedule": "selection.optimal",
     "predict_error": "costs.prediction",
+    "profile": "profiling",
     "refine_schedule": "selection.fixed_point",
     "sample": "sampling.sampler",
     "score_optimal_schedule": "selection.score_optimal",
@@ -72,6 +75,7 @@ __all__ = [
     "Comparison",
     "Denoiser",
     "PathStatistics",
+    "Profile",
     "Schedule",
     "audition",
     "baselines",
@@ -87,6 +91,7 @@ __all__ = [
     "oracles",
     "plot",
     "predict_error",
+    "profile",
     "refine_schedule",
     "sample",
     "score_optimal_schedule",

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastsched import metrics, validate
 from fastsched.denoisers.denoiser import Denoiser, placement
 from fastsched.denoisers.noise import VariancePreserving
-from fastsched.progress import progress_bar
+from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
 from fastsched.sampling.sampler import sample, schedule_solver
 from fastsched.sampling.schedule import Schedule

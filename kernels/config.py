@@ -50,13 +50,13 @@ _SMALL = GramLaunch(64, 16, 8, 2)
 _SMALLEST = GramLaunch(32, 16, 8, 2)  # fits the registers whatever is asked of it
 GRAM = {
     "hopper": {
-        "64": GramLaunch(64, 64, 4, 3, programs=2),
-        "128": GramLaunch(128, 32, 8, 3),
+        "64": GramLaunch(64, 32, 4, 4, programs=3),
+        "128": GramLaunch(128, 32, 8, 4, programs=3),
         "128 16-bit": GramLaunch(128, 64, 8, 3),
         "256": GramLaunch(128, 32, 8, 2),
         "256 tf32x3": GramLaunch(64, 32, 4, 3),
-        "64+W": GramLaunch(64, 32, 4, 3, programs=2),
-        "128+W": GramLaunch(64, 32, 8, 2),  # never 128 rows: Triton 3.7 makes an empty kernel of that on sm_100
+        "64+W": GramLaunch(64, 32, 4, 4, programs=4),
+        "128+W": GramLaunch(64, 32, 4, 1),  # never 128 rows: Triton 3.7 makes an empty kernel of that on sm_100
         "256+W": GramLaunch(64, 32, 8, 2),
     },
     "ampere": {

@@ -49,7 +49,13 @@ class Entry:
         W = case.vectors("cuda") if self.vectors else None
         nbytes = case.nbytes(X) + (0 if W is None else W.nbytes)
         view = lambda t: None if t is None else level_gram.columns_view(t, self.mean)
-        return view(R), view(X), view(W), level_gram.coefficient_steps(torch.stack([a, c])).cuda(), nbytes
+        return (
+            level_gram.columns_view(R, self.mean),
+            view(X),
+            view(W),
+            level_gram.coefficient_steps(torch.stack([a, c])).cuda(),
+            nbytes,
+        )
 
 
 def candidates(entry: Entry) -> list[config.GramLaunch]:

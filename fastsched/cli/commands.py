@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fastsched.cli import comparing, exporting, making, showing
+from fastsched.cli import comparing, exporting, making, profiling, showing
 from fastsched.cli.shell import STATE
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": making.plan,
     "compare": comparing.compare,
     "plot": comparing.plot,
+    "profile": profiling.profile,
     "export": exporting.export,
     "info": showing.info,
     "solvers": showing.solvers,

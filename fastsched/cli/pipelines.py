@@ -14,7 +14,7 @@ from fastsched.denoisers.noise import NoiseProcess
 from fastsched.diffusers import apply
 from fastsched.diffusers.conventions import describe, solver_of
 from fastsched.diffusers.pipeline_measurement import call, check_call, prompt_of, scheduler_replaced
-from fastsched.progress import progress_bar
+from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.schedule import Schedule
 
 

@@ -14,7 +14,7 @@ from fastsched import validate
 from fastsched.costs.cost_matrix import CostMatrix, ModelCalls
 from fastsched.denoisers.denoiser import Denoiser, not_finite, placement
 from fastsched.denoisers.noise import log_uniform
-from fastsched.progress import progress_bar
+from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds, stream
 from fastsched.sampling.sampler import integration, nodes_of
 from fastsched.sampling.solvers import get_solver

@@ -17,8 +17,8 @@ from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.rollouts import Rollout, Run, Runner, distances
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import power_mean
-from fastsched.progress import progress_bar
 from fastsched.sampling.fitted import chosen_solver
+from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
 

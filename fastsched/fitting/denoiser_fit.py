@@ -21,8 +21,8 @@ from fastsched.measurement.measuring import (
     with_increments,
 )
 from fastsched.measurement.statistics import PathStatistics
-from fastsched.progress import progress_bar
 from fastsched.sampling.fitted import chosen_solver
+from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.schedule import Schedule
 
 

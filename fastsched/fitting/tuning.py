@@ -41,8 +41,8 @@ from fastsched.fitting.rollouts import Evaluations, Rollout, Run, Runner, distan
 from fastsched.fitting.run_secants import KnownAnswers, KnownRun, residuals, with_runs
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import power_mean
-from fastsched.progress import progress_bar
 from fastsched.sampling.fitted import chosen_solver
+from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.sampler import schedule_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver

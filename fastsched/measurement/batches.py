@@ -16,8 +16,8 @@ from fastsched.measurement.network_checks import check_network, fingerprint
 from fastsched.measurement.network_state import unchanged_buffers
 from fastsched.measurement.path_following import Measurement, measurement_steps
 from fastsched.measurement.statistics import PathStatistics
-from fastsched.progress import progress_bar
 from fastsched.sampling.files import check_writable
+from fastsched.sampling.progress import progress_bar
 
 #: What PyTorch's allocators say when they fail without an error class of their own.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.progress import progress_bar
 from fastsched.sampling.fitted import checked_weights
+from fastsched.sampling.progress import progress_bar
 
 
 @torch.no_grad()

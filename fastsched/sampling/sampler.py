@@ -12,9 +12,9 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, finite_denoised
 from fastsched.denoisers.noise import NoiseProcess
-from fastsched.progress import progress_bar
 from fastsched.sampling.fitted import fitted_solver
 from fastsched.sampling.multistep import Node, log_rho
+from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.solvers import (
     FITTED,
     STOCHASTIC_SOLVERS,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, finite_denoised
-from fastsched.progress import progress_bar
+from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.random_streams import sample_seeds, stream
 from fastsched.sampling.solvers import STOCHASTIC_SOLVERS
 

@@ -9,8 +9,11 @@ from torch import Tensor
 from fastsched import baselines
 from fastsched.costs.norms import Array
 from fastsched.costs.step_cost import PathCost, path_cost
-from fastsched.denoisers.noise import VariancePreserving
+from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling.fitted import stock_weights
+from fastsched.sampling.sampler import nodes_of
+from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED, Solver, get_solver
 from fastsched.selection.descent import coordinate_descent
 from fastsched.selection.dynamic_programming import Selection, cheapest_paths
@@ -69,6 +72,14 @@ def common_levels(stats: PathStatistics, steps: int) -> dict[str, Tensor]:
         for name, shift in {"uniform times": 1.0, "shift 3": 3.0}.items():
             levels[name] = process.level(top * baselines.flow_shift(steps, shift))
     return levels
+
+
+def even_schedule(process: NoiseProcess, steps: int, solver: str) -> Schedule:
+    """Levels even in ``log s``, where nothing was measured; with the weights of DPM-Solver++(2M) if fitted."""
+    levels = process.levels(max(steps, 3))[:steps]
+    levels = torch.cat([levels, levels.new_zeros(1)])
+    weights = stock_weights(get_solver("dpmpp_2m"), nodes_of(process, levels)) if solver == FITTED else None
+    return Schedule.from_levels(process, levels, solver, weights=weights)
 
 
 def _distinct(levels: Tensor, s: Tensor) -> Tensor:

@@ -1,0 +1,48 @@
+"""The command that says where the time of a step goes: profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from fastsched.cli import inputs, shell
+
+
+def profile(
+    denoiser: shell.DenoiserName,
+    shape: shell.Shape = None,
+    steps: Annotated[int, typer.Option(help="Steps of each of the two sampling runs, 3 at least.")] = 8,
+    device: shell.Device = None,
+    dtype: shell.DType = None,
+    prompt: shell.Prompts = None,
+    call: shell.CallOptions = None,
+    trace: Annotated[
+        Optional[Path], typer.Option(help="A file for a trace of torch.profiler, for Perfetto (.json).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: shell.Quiet = False,
+) -> None:
+    """Say where the time of a step goes, what measuring and fitting cost, and when they pay for themselves.
+
+    About 2 STEPS + 6 real steps are run.
+
+    \b
+    fastsched profile my_model.py:build --shape 4,64,64
+    fastsched profile my_pipeline_folder --prompt "a cat" --dtype bfloat16 --trace trace.json
+    """
+    with shell.errors_in_a_line():
+        import fastsched as fs
+
+        shell.writable(trace, endings=(".json",))
+        source = inputs.Source(denoiser, shape, device, dtype, None, prompt, call, quiet)
+        if source.is_pipeline:
+            pipe, arguments = source.pipeline()
+            if source.prompts:
+                arguments = {"prompt": source.prompts[0], **arguments}
+            found = fs.profile(pipe, steps=steps, trace=trace, **arguments)
+        else:
+            model, sizes = source.denoiser()
+            found = fs.profile(model, sizes, steps=steps, trace=trace)
+        typer.echo(found.to_json() if as_json else str(found))

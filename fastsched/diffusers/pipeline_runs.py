@@ -1,0 +1,126 @@
+"""Short runs of a pipeline, timed: with its own scheduler, with a fitted schedule, and while it is measured."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsched.diffusers.calibration import CalibrationScheduler
+from fastsched.diffusers.conventions import describe
+from fastsched.diffusers.fitted_scheduler import FittedScheduler
+from fastsched.diffusers.pipeline_measurement import call, check_call, measure, scheduler_replaced
+from fastsched.diffusers.watching import networks_of
+from fastsched.measurement.timeline import Run, Timeline, synchronisations
+from fastsched.sampling.solvers import FITTED
+from fastsched.selection.starts import even_schedule
+
+#: Samples that a measurement of a pipeline takes by default.
+SAMPLES = 4
+
+
+class PipelineRuns:
+    """Runs of a pipeline. The networks that its steps call, and its batch, are known after the first.
+
+    Attributes:
+        networks: The networks that the steps call.
+        elements: Elements of a sample's latents.
+        batch: Samples of a call.
+    """
+
+    samples = SAMPLES
+
+    def __init__(self, pipe: Any, call_kwargs: dict[str, Any]) -> None:
+        check_call(pipe, None, call_kwargs)
+        self.pipe, self.call_kwargs, self.name = pipe, call_kwargs, type(pipe).__name__
+        self.device = torch.device(getattr(pipe, "_execution_device", None) or pipe.device)
+        self.own_steps = int(inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default)
+        self.networks: list[nn.Module] = []
+        self.elements, self.batch = 0, 1
+
+    def sampling(self, steps: int) -> Run:
+        """With the scheduler that is there."""
+        return self._timed(lambda: call(self.pipe, steps, None, self.call_kwargs), self.pipe.scheduler)
+
+    def sampling_fitted(self, steps: int) -> Run:
+        """With a fitted schedule."""
+        schedule = even_schedule(describe(self.pipe.scheduler).process, steps, FITTED)
+        scheduler = FittedScheduler.from_schedule(schedule, self.pipe.scheduler)
+        with scheduler_replaced(self.pipe, scheduler):
+            return self._timed(lambda: call(self.pipe, steps, None, self.call_kwargs), scheduler)
+
+    def measuring(self, levels: int) -> Run:
+        """One call of the pipeline in a measurement."""
+        return self._timed(
+            lambda: measure(self.pipe, levels=levels, samples=1, **self.call_kwargs), CalibrationScheduler
+        )
+
+    def _timed(self, run: Callable[[], Any], scheduler: Any) -> Run:
+        timeline, waits = Timeline(self.device), []
+        with _owned_step(timeline, scheduler, self._seen, waits), _owned_networks(timeline, self.pipe) as called:
+            run()
+        if not self.networks:
+            self.networks = [module for module in networks_of(self.pipe).values() if id(module) in called]
+        return timeline.run("scheduler", waits if self.device.type == "cuda" else None)
+
+    def _seen(self, latents: Tensor) -> None:
+        self.batch, self.elements = len(latents), latents[0].numel()
+
+
+@contextlib.contextmanager
+def _owned_step(timeline: Timeline, scheduler: Any, seen: Callable[[Tensor], None], waits: list[str]) -> Iterator[None]:
+    """The time of ``scheduler.step`` (of an object or a class) belongs to the scheduler."""
+    step = scheduler.step
+    named = inspect.signature(step)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        sample = (
+            kwargs["sample"] if "sample" in kwargs else args[-1 if len(args) < 3 else 2 + isinstance(scheduler, type)]
+        )
+        seen(sample)
+        with timeline.within("scheduler"), synchronisations(timeline.device) as found:
+            result = step(*args, **kwargs)
+        waits.extend(found or [])
+        return result
+
+    timed.__signature__ = named  # type: ignore[attr-defined]  # pipelines inspect it
+    scheduler.step = timed
+    try:
+        yield
+    finally:
+        if isinstance(scheduler, type):
+            scheduler.step = step
+        else:
+            del scheduler.step
+
+
+@contextlib.contextmanager
+def _owned_networks(timeline: Timeline, pipe: Any) -> Iterator[set[int]]:
+    """The time of the pipeline's networks belongs to the network; collects the ids of those called after a step."""
+    called: set[int] = set()
+    changed: list[tuple[nn.Module, str, Any]] = []
+    for module in networks_of(pipe).values():
+        compiled = getattr(module, "_compiled_call_impl", None)
+        function = compiled if compiled is not None else module.forward
+        name = "_compiled_call_impl" if compiled is not None else "forward"
+
+        def timed(*args: Any, module: nn.Module = module, function: Any = function, **kwargs: Any) -> Any:
+            if timeline.had("scheduler"):
+                called.add(id(module))
+            with timeline.within("network"):
+                return function(*args, **kwargs)
+
+        timed.__signature__ = inspect.signature(module.forward)  # type: ignore[attr-defined]  # diffusers inspects it
+        changed.append((module, name, module.__dict__.get(name)))
+        module.__dict__[name] = timed
+    try:
+        yield called
+    finally:
+        for module, name, old in changed:
+            module.__dict__[name] = old
+            if old is None:
+                del module.__dict__[name]

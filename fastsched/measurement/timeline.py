@@ -1,0 +1,120 @@
+"""Where the time goes: spans of a program's run, each with an owner, on the device's own clock."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a sampler or a measurement.
+
+    Attributes:
+        steps: Seconds by owner of every step.
+        seconds: Of the whole run.
+        synchronisations: Where a step had the host wait for the GPU, all steps; None where no GPU is used.
+    """
+
+    steps: Sequence[dict[str, float]]
+    seconds: float
+    synchronisations: Sequence[str] | None
+
+
+class Timeline:
+    """Spans of time and their owners: who calls, `within`, owns the time until it returns, but for inner owners.
+
+    On a CUDA device the time is the device's, from events, and nothing is waited for until the spans are read.
+
+    Attributes:
+        device: The device that the time is taken on.
+        owner: Who owns the time outside of every block.
+    """
+
+    def __init__(self, device: torch.device, owner: str = "rest") -> None:
+        self.device = device
+        self._owners = [owner]
+        self._marks: list[tuple[str, Any]] = [(owner, self._now())]
+
+    def had(self, owner: str) -> bool:
+        """Whether there was a span of this owner."""
+        return any(name == owner for name, _ in self._marks)
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextlib.contextmanager
+    def within(self, owner: str) -> Iterator[None]:
+        """The time within the block belongs to ``owner``."""
+        self._owners.append(owner)
+        self._marks.append((owner, self._now()))
+        try:
+            yield
+        finally:
+            self._owners.pop()
+            self._marks.append((self._owners[-1], self._now()))
+
+    def owned(self, owner: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, whose time belongs to ``owner``."""
+
+        @functools.wraps(function, updated=())
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.within(owner):
+                return function(*args, **kwargs)
+
+        return call
+
+    def spans(self) -> list[tuple[str, float]]:
+        """Owner and seconds of every span so far, in order."""
+        marks = [*self._marks, ("", self._now())]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            seconds = [a.elapsed_time(b) / 1e3 for (_, a), (_, b) in itertools.pairwise(marks)]
+        else:
+            seconds = [b - a for (_, a), (_, b) in itertools.pairwise(marks)]
+        return [(owner, each) for (owner, _), each in zip(marks, seconds, strict=False)]
+
+    def steps(self, last: str) -> list[dict[str, float]]:
+        """Seconds by owner of every step; a step ends with a span of the owner ``last``."""
+        found: list[dict[str, float]] = []
+        step: dict[str, float] = {}
+        for owner, seconds in self.spans():
+            step[owner] = step.get(owner, 0.0) + seconds
+            if owner == last:
+                found.append(step)
+                step = {}
+        return found
+
+    def run(self, last: str, synchronisations: Sequence[str] | None) -> Run:
+        """The run so far; a step ends with a span of the owner ``last``."""
+        return Run(self.steps(last), sum(seconds for _, seconds in self.spans()), synchronisations)
+
+
+@contextlib.contextmanager
+def synchronisations(device: torch.device) -> Iterator[list[str] | None]:
+    """Collects where the host waits for a CUDA device within the block, by PyTorch's own watch; None elsewhere."""
+    if device.type != "cuda":
+        yield None
+        return
+    found: list[str] = []
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+            found += [f"{each.filename}:{each.lineno}" for each in caught if "synchroniz" in str(each.message)]

@@ -1,0 +1,347 @@
+"""What a pipeline's or a denoiser's steps cost, what ours add, and when measuring and fitting pay for themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastsched import ops, validate
+from fastsched.denoisers.denoiser import Denoiser
+from fastsched.fitting.loop import MODEL_CALLS
+from fastsched.measurement.deviated_paths import deviated_paths, queries
+from fastsched.measurement.measuring import measure
+from fastsched.measurement.network_state import modules_of
+from fastsched.measurement.timeline import Run, Timeline, synchronisations
+from fastsched.sampling.sampler import sample
+from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.solvers import FITTED
+from fastsched.selection.starts import even_schedule
+
+#: Levels, and samples of a pipeline and of a denoiser, that a measurement takes by default.
+LEVELS, PIPELINE_SAMPLES, DENOISER_SAMPLES = 48, 4, 8
+
+#: Elements of a level in the timed Gram matrix, at most.
+GRAM_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Times of a step.
+
+    Attributes:
+        name: What was run.
+        p50_ms: The median.
+        p95_ms: The 95th percentile.
+        network: Fraction of the time in the network.
+        scheduler: Fraction in the scheduler's step: in a measurement, all that is ours.
+        rest: Fraction in what is left: guidance, the pipeline's loop.
+        synchronisations: How often a scheduler's step has the host wait for a GPU; None where no GPU is used.
+    """
+
+    name: str
+    p50_ms: float
+    p95_ms: float
+    network: float
+    scheduler: float
+    rest: float
+    synchronisations: float | None = None
+
+    @classmethod
+    def of(cls, name: str, run: Run) -> StepTimes:
+        """From a run; its first step warms up, and is left out if there are more."""
+        used = run.steps[1:] if len(run.steps) > 1 else run.steps
+        waits = None if run.synchronisations is None else len(run.synchronisations) / max(len(run.steps), 1)
+        totals = np.array([sum(step.values()) for step in used])
+        part = lambda owner: float(sum(step.get(owner, 0.0) for step in used) / max(totals.sum(), 1e-12))
+        p50, p95 = (float(np.percentile(totals, p)) * 1e3 for p in (50, 95))
+        return cls(name, p50, p95, part("network"), part("scheduler"), part("rest"), waits)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Result of `profile`. ``str`` of it is a page; `to_json` has the same numbers.
+
+    Attributes:
+        model: Class of the pipeline or network.
+        parameters: Of the networks that the steps call.
+        dtype: What they compute in.
+        device: Where.
+        modes: Which of compiled, cached, offloaded, quantised were found.
+        steps: Times of a step: with the own scheduler, with a fitted one, while measuring.
+        fixed_seconds: Time of a sample outside its steps: encoding of prompts, decoding.
+        gram_ms: Time of the Gram matrix of a measurement.
+        gram_bandwidth: Its bytes a second.
+        copy_bandwidth: Those of a plain copy, read and written.
+        weights_gb: Size of the networks' weights.
+        peak_gb: Peak of the device's memory in sampling; of the process on the CPU.
+        measuring_gb: The same while measuring, on few levels.
+        predicted_gb: What a measurement of one path on 48 levels adds.
+        calls: Network evaluations, by what they are for.
+        minutes: The same in minutes.
+        image_seconds: Time of a sample, by number of steps.
+        own_steps: Steps that the pipeline takes by default.
+    """
+
+    model: str
+    parameters: int
+    dtype: str
+    device: str
+    modes: tuple[str, ...]
+    steps: tuple[StepTimes, ...]
+    fixed_seconds: float
+    gram_ms: float
+    gram_bandwidth: float
+    copy_bandwidth: float
+    weights_gb: float
+    peak_gb: float
+    measuring_gb: float
+    predicted_gb: float
+    calls: dict[str, int]
+    minutes: dict[str, float]
+    image_seconds: dict[int, float]
+    own_steps: int
+
+    @property
+    def own_share(self) -> float:
+        """The largest fraction of a step that is fastsched's own, sampling with a fitted schedule or measuring."""
+        return max(each.scheduler for each in self.steps[1:])
+
+    def pays_after(self, name: str, steps: int = 8) -> float:
+        """After how many samples of ``steps`` steps the minutes of ``name`` are saved, against the own steps."""
+        saved = self.image_seconds[self.own_steps] - self.image_seconds[steps]
+        return 60 * self.minutes[name] / saved if saved > 0 else float("inf")
+
+    def to_json(self) -> str:
+        """All numbers."""
+        found = dataclasses.asdict(self) | {"own_share": self.own_share}
+        found["pays_after_images"] = {name: _finite(self.pays_after(name)) for name in self.minutes}
+        return json.dumps(found, indent=2)
+
+    def __str__(self) -> str:
+        return "\n".join(_page(self))
+
+
+def profile(
+    model: Any,
+    shape: Sequence[int] | None = None,
+    *,
+    steps: int = 8,
+    trace: str | os.PathLike[str] | None = None,
+    **call_kwargs: Any,
+) -> Profile:
+    """Run a few real steps, and say where their time goes and what measuring and fitting would cost.
+
+    Runs ``steps`` steps with the scheduler that is there, ``steps`` with a fitted schedule, and a measurement of one
+    call on four levels. Nothing of the pipeline is changed.
+
+    Args:
+        model: A pipeline of diffusers, or a `Denoiser`.
+        shape: The shape of one sample; for a `Denoiser` only.
+        steps: Steps of each run, 3 at least.
+        trace: A file for a trace of ``torch.profiler`` (JSON, for Perfetto or chrome://tracing).
+        **call_kwargs: Arguments of the pipeline's call: ``prompt``, ``guidance_scale``, ``height``, ...
+
+    Raises:
+        TypeError: If ``model`` is neither.
+        ValueError: If an argument is out of range, or the pipeline cannot be measured.
+    """
+    steps = validate.positive_int("steps", steps, minimum=3)
+    if isinstance(model, Denoiser):
+        if shape is None:
+            raise ValueError("shape must be given with a Denoiser: the shape of one sample, without the batch")
+        if call_kwargs:
+            raise TypeError(f"{', '.join(call_kwargs)}: only the call of a pipeline takes these")
+        runs: Any = _DenoiserRuns(model, tuple(shape))
+    elif hasattr(model, "scheduler"):
+        if shape is not None:
+            raise ValueError("shape is for a Denoiser; a pipeline's latents follow from its height and width")
+        from fastsched.diffusers.pipeline_runs import PipelineRuns
+
+        runs = PipelineRuns(model, call_kwargs)
+    else:
+        raise TypeError(f"model must be a pipeline of diffusers or a fastsched.Denoiser, got {type(model).__name__}")
+    with torch.no_grad(), _traced(trace):
+        return _profile(runs, steps)
+
+
+@contextlib.contextmanager
+def _traced(trace: str | os.PathLike[str] | None) -> Iterator[None]:
+    if trace is None:
+        yield
+        return
+    with torch.profiler.profile() as recorded:
+        yield
+    recorded.export_chrome_trace(os.fspath(trace))
+
+
+def _profile(runs: Any, steps: int) -> Profile:
+    with _peak(runs.device) as peak:
+        own = runs.sampling(steps)
+    fitted = runs.sampling_fitted(steps)
+    with _peak(runs.device) as measuring_peak:
+        measuring = runs.measuring(levels=4)
+    times = tuple(
+        StepTimes.of(name, run)
+        for name, run in (("the scheduler that is there", own), ("a fitted schedule", fitted), ("measuring", measuring))
+    )
+    elements = runs.elements
+    gram_seconds, gram_bytes = _timed_gram(min(elements, GRAM_ELEMENTS), runs.device)
+    step = times[0].p50_ms / 1e3
+    fixed = max(own.seconds - sum(sum(each.values()) for each in own.steps), 0.0)
+    calls = {"measure": runs.samples * len(queries(LEVELS, deviated_paths(LEVELS)))}
+    calls["fit"] = calls["measure"] + MODEL_CALLS
+    numbers = sorted({4, 8, 20, runs.own_steps})
+    parameters = [each for module in runs.networks for each in module.parameters()]
+    return Profile(
+        model=runs.name,
+        parameters=sum(each.numel() for each in parameters),
+        dtype=", ".join(sorted({str(each.dtype).removeprefix("torch.") for each in parameters})) or "unknown",
+        device=_device_name(runs.device),
+        modes=tuple(dict.fromkeys(mode for module in runs.networks for mode in modes_of(module))),
+        steps=times,
+        fixed_seconds=fixed,
+        gram_ms=gram_seconds * 1e3 * elements / min(elements, GRAM_ELEMENTS),
+        gram_bandwidth=gram_bytes / gram_seconds,
+        copy_bandwidth=_copy_bandwidth(runs.device),
+        weights_gb=sum(each.numel() * each.element_size() for each in parameters) / 1e9,
+        peak_gb=peak[0] / 1e9,
+        measuring_gb=measuring_peak[0] / 1e9,
+        predicted_gb=3 * LEVELS * elements * 4 / 1e9,
+        calls=calls,
+        minutes={name: count / runs.batch * step / 60 for name, count in calls.items()},
+        image_seconds={number: fixed + number * step for number in numbers},
+        own_steps=runs.own_steps,
+    )
+
+
+class _DenoiserRuns:
+    """Runs of a denoiser by itself: its network is timed, the solver's arithmetic is the scheduler."""
+
+    own_steps, batch, samples = 50, 1, DENOISER_SAMPLES
+
+    def __init__(self, denoiser: Denoiser, shape: tuple[int, ...]) -> None:
+        self.denoiser, self.shape = denoiser, shape
+        self.networks = modules_of(denoiser.network)[:1]
+        self.name = type(self.networks[0] if self.networks else denoiser.network).__name__
+        first = next((each for module in self.networks for each in module.parameters()), torch.empty(0))
+        self.device, self.dtype = first.device, first.dtype
+        self.elements = int(np.prod(shape))
+
+    def sampling(self, steps: int) -> Run:
+        return self._sampled(even_schedule(self.denoiser.process, steps, "dpmpp_2m"))
+
+    def sampling_fitted(self, steps: int) -> Run:
+        return self._sampled(even_schedule(self.denoiser.process, steps, FITTED))
+
+    def measuring(self, levels: int) -> Run:
+        given = {"levels": levels, "samples": 1, "device": self.device, "dtype": self.dtype}
+        return self._timed(lambda denoiser: measure(denoiser, self.shape, **given, checks=False, progress=False))
+
+    def _sampled(self, schedule: Schedule) -> Run:
+        noise = torch.randn(1, *self.shape, device=self.device)
+        return self._timed(lambda denoiser: sample(denoiser, schedule, schedule.solver, noise, dtype=self.dtype))
+
+    def _timed(self, run: Any) -> Run:
+        timeline = Timeline(self.device, "scheduler")
+        timed = replace(self.denoiser, network=timeline.owned("network", self.denoiser.network))
+        with synchronisations(self.device) as waits:
+            run(timed)
+        return timeline.run("network", waits)
+
+
+def modes_of(module: nn.Module) -> list[str]:
+    """How a network is run, as far as it shows: compiled, cached, offloaded, quantised."""
+    found = []
+    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        found.append("compiled")
+    if getattr(module, "is_cache_enabled", False) is True or getattr(module, "_is_cached", False) is True:
+        found.append("cached")
+    if any(hasattr(each, "_hf_hook") for each in module.modules()):
+        found.append("offloaded")
+    if getattr(module, "is_quantized", False) is True or getattr(module, "quantization_config", None) is not None:
+        found.append("quantised")
+    return found
+
+
+@contextlib.contextmanager
+def _peak(device: torch.device) -> Iterator[list[int]]:
+    """Bytes at the peak within the block: of the device, or of the process since it began on the CPU."""
+    found = [0]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    yield found
+    if device.type == "cuda":
+        found[0] = torch.cuda.max_memory_allocated(device)
+    else:
+        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found[0] = size if sys.platform == "darwin" else size * 1024
+
+
+def _seconds(function: Any, device: torch.device, repeats: int = 3) -> float:
+    """The median time of a call, after one that warms up."""
+    function()
+    timeline = Timeline(device)
+    for _ in range(repeats):
+        with timeline.within("timed"):
+            function()
+    return float(np.median([step["timed"] for step in timeline.steps("timed")]))
+
+
+def _timed_gram(elements: int, device: torch.device) -> tuple[float, int]:
+    """Seconds and bytes of the Gram matrix of a measured path."""
+    R, X, W = (torch.randn(LEVELS, 1, elements, device=device) for _ in range(3))
+    a, c = torch.zeros(LEVELS, dtype=torch.float64), torch.ones(LEVELS, dtype=torch.float64)
+    call = lambda: ops.level_increment_gram(R, X, a, c, W=W, per_sample=True)
+    return _seconds(call, device), R.nbytes + X.nbytes + W.nbytes
+
+
+def _copy_bandwidth(device: torch.device) -> float:
+    source = torch.empty(1 << (30 if device.type == "cuda" else 27), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _seconds(lambda: target.copy_(source), device, repeats=5)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def _page(found: Profile) -> Iterator[str]:
+    modes = ", ".join(found.modes) or "plain"
+    yield f"{found.model}: {found.parameters / 1e9:.2f} B parameters, {found.dtype}, on {found.device}, {modes}"
+    yield ""
+    yield f"{'a step of':28} {'p50 ms':>9} {'p95 ms':>9} {'network':>8} {'scheduler':>10} {'rest':>7} {'waits':>6}"
+    for each in found.steps:
+        waits = "-" if each.synchronisations is None else f"{each.synchronisations:.1f}"
+        parts = f"{each.network:8.1%} {each.scheduler:10.2%} {each.rest:7.1%}"
+        yield f"{each.name:28} {each.p50_ms:9.2f} {each.p95_ms:9.2f} {parts} {waits:>6}"
+    outside = f"outside of steps {found.fixed_seconds:.2f} s"
+    yield f"fastsched's own share is at most {found.own_share:.2%} of a step; {outside}"
+    yield ""
+    seen = f"peak {found.peak_gb:.2f} GB, and {found.measuring_gb:.2f} GB while measuring on few levels"
+    yield f"weights {found.weights_gb:.2f} GB, {seen}"
+    yield f"measuring on {LEVELS} levels adds {found.predicted_gb:.3g} GB a path"
+    rate = found.gram_bandwidth / max(found.copy_bandwidth, 1.0)
+    yield f"its Gram matrix: {found.gram_ms:.2f} ms, {found.gram_bandwidth / 1e9:.0f} GB/s, {rate:.0%} of a copy's rate"
+    yield ""
+    for name, minutes in found.minutes.items():
+        pays = found.pays_after(name)
+        saved = f"8 steps for {found.own_steps} pay for it after {pays:,.0f} samples" if np.isfinite(pays) else ""
+        yield f"{name:8} {found.calls[name]:6,} calls {minutes:8.1f} min   {saved}".rstrip()
+    yield f"{'optimal_schedule':8} no calls, less than a second"
+    times = ", ".join(f"{steps} steps {seconds:.2f} s" for steps, seconds in found.image_seconds.items())
+    yield f"a sample: {times} ({found.own_steps} by default)"

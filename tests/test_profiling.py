@@ -1,0 +1,130 @@
+"""Profiles: where the time goes is told apart, and nothing of the model is changed."""
+
+import json
+import time
+
+import pytest
+import torch
+from models import exact_denoiser, mixture
+from shell_runs import run
+
+import fastsched as fs
+from fastsched.measurement.timeline import Timeline
+
+CPU = torch.device("cpu")
+
+
+def slow_network(seconds):
+    def denoise(z, s):
+        time.sleep(seconds)
+        return z / (1 + torch.as_tensor(s, dtype=z.dtype).view(-1, *(1,) * (z.ndim - 1)) ** 2)
+
+    return fs.Denoiser.from_denoiser(denoise, 0.02, 80.0)
+
+
+def test_inner_owners_take_time_from_outer_ones():
+    timeline = Timeline(CPU)
+    with timeline.within("scheduler"):
+        time.sleep(0.02)
+        with timeline.within("network"):
+            time.sleep(0.05)
+    (step,) = timeline.steps("scheduler")[:1]
+    assert 0.02 <= step["scheduler"] < 0.05
+    assert timeline.had("network")
+    network = sum(seconds for owner, seconds in timeline.spans() if owner == "network")
+    assert 0.05 <= network < 0.09
+
+
+def test_steps_end_with_a_span_of_their_last_owner():
+    timeline = Timeline(CPU)
+    for _ in range(3):
+        timeline.owned("network", time.sleep)(0.001)
+        timeline.owned("scheduler", time.sleep)(0.001)
+    steps = timeline.steps("scheduler")
+    assert len(steps) == 3
+    assert all({"network", "scheduler"} <= set(step) for step in steps)
+
+
+def test_a_slow_network_has_the_time():
+    found = fs.profile(slow_network(0.01), (8,), steps=4)
+    for step in found.steps:
+        assert step.p50_ms >= 10
+        assert step.network > 0.8
+        assert step.network + step.scheduler + step.rest == pytest.approx(1.0)
+    assert found.calls == {"measure": 752, "fit": 1492}
+    assert found.minutes["measure"] >= 752 * 0.01 / 60
+    assert found.image_seconds[20] >= 20 * 0.01
+    saved = found.image_seconds[found.own_steps] - found.image_seconds[8]
+    assert found.pays_after("fit") == pytest.approx(60 * found.minutes["fit"] / saved)
+
+
+def test_the_page_and_the_json_say_the_same():
+    found = fs.profile(exact_denoiser(mixture()), (4,), steps=3)
+    values = json.loads(found.to_json())
+    assert values["own_share"] == found.own_share
+    assert f"{found.own_share:.2%}" in str(found)
+    assert f"{found.steps[0].p50_ms:.2f}" in str(found)
+
+
+def test_a_network_of_parameters_is_described():
+    network = torch.nn.Linear(6, 6).to(torch.bfloat16)
+    given = fs.Denoiser.from_denoiser(lambda z, s: 0.1 * network(z), 0.1, 10.0)
+    found = fs.profile(given, (6,), steps=3)
+    assert found.parameters == 42
+    assert found.dtype == "bfloat16"
+    assert found.device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"shape": None}, "shape must be given"),
+        ({"shape": (4,), "steps": 2}, "steps must be"),
+        ({"shape": (4,), "prompt": "a cat"}, "prompt: only the call of a pipeline"),
+    ],
+)
+def test_wrong_arguments(arguments, problem):
+    with pytest.raises((TypeError, ValueError), match=problem):
+        fs.profile(exact_denoiser(mixture()), **arguments)
+
+
+def test_other_models_are_refused():
+    with pytest.raises(TypeError, match=r"model must be a pipeline of diffusers or a fastsched\.Denoiser, got int"):
+        fs.profile(3)
+
+
+def test_a_pipeline_is_left_as_it_was(tmp_path):
+    pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+    import diffusers
+    import pipelines
+
+    pipe, call, _ = pipelines.stable_diffusion(diffusers.DPMSolverMultistepScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    scheduler, trace = pipe.scheduler, tmp_path / "trace.json"
+    found = fs.profile(pipe, steps=3, trace=trace, **call)
+    assert pipe.scheduler is scheduler
+    assert "step" not in vars(scheduler)
+    assert "forward" not in vars(pipe.unet)
+    assert found.parameters == sum(each.numel() for each in pipe.unet.parameters())
+    assert found.own_steps == 50
+    assert all(step.network > 0 for step in found.steps)
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_the_command(tmp_path):
+    result = run("profile", "digits", "--steps", "3", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["model"] == "DigitsNetwork"
+    assert "own share" in run("profile", "digits", "--steps", "3").stdout
+
+
+def test_the_command_on_a_saved_pipeline(tmp_path):
+    pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+    import diffusers
+    import pipelines
+
+    pipe, _, _ = pipelines.unconditional(diffusers.DDIMScheduler())
+    pipe.save_pretrained(tmp_path / "pipe")
+    result = run("profile", tmp_path / "pipe", "--steps", "3", "--quiet", "--call", "batch_size=2")
+    assert result.exit_code == 0, result.output
+    assert "DDIMPipeline" in result.stdout
