@@ -56,7 +56,7 @@ def measure(
         keep_increments: Whether the statistics hold increments and responses, ``2 N`` images a sample, as
             `fastsched.tune` needs.
         seed: Of the noises. Sample ``n`` is the same whatever ``samples`` and ``batch_size``.
-        batch_size: Paths followed at once; all when None, one with a checkpoint. About ``3 N`` states a path are held.
+        batch_size: Paths followed at once; all when None, one with a checkpoint. About ``2 N`` states a path are held.
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None. States stay float32.
         checks: Whether to ask first if the network is a denoiser (`fastsched.measurement.network_checks`).
