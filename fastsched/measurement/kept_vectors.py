@@ -53,12 +53,18 @@ class KeptVectors:
 
     def write(self, row: int, values: Tensor) -> None:
         """Put ``values`` [B, *shape] into a row, without waiting for the device."""
+        values = values.flatten(1).float()
+        if self.data.device == values.device:
+            self.data[:, row].copy_(values)
+            return
         # Sample by sample: only copies of adjacent memory between devices do not wait.
-        for own, value in zip(self.data, values.flatten(1).float(), strict=True):
+        for own, value in zip(self.data, values, strict=True):
             own[row].copy_(value, non_blocking=True)
 
     def read(self, row: int) -> Tensor:
         """A copy of a row on the device of the states, [B, d]."""
+        if self.data.device == self.device:
+            return self.data[:, row].clone()
         found = torch.empty(len(self.data), self.data.shape[2], device=self.device)
         for own, value in zip(found, self.data, strict=True):
             own.copy_(value[row], non_blocking=True)

@@ -123,7 +123,7 @@ class Answers:
         Raises:
             ValueError: If an output was not finite; the message names the level of the first.
         """
-        finite = torch.stack(self._finite).tolist()
+        finite = torch.stack(self._finite).cpu().tolist()
         if not all(finite):
             k = self.run.queries[finite.index(False)]
             raise ValueError(f"{not_finite(self.run.denoiser.process, self.run.s[k])} (level {k} of {len(self.run.s)})")
