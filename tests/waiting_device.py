@@ -9,6 +9,7 @@ depends on values. Operands on different devices are refused, as PyTorch does.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,11 +51,32 @@ class OnDevice(torch.Tensor):
 
 
 class Waits(TorchDispatchMode):
-    """Runs everything within its block; ``seen`` are the waits, in order."""
+    """Runs everything within its block.
+
+    Attributes:
+        seen: The waits, in order.
+        held: Bytes of the device's tensors that are alive.
+        peak: The most there were.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
+        self.held = self.peak = 0
+        self._live: dict[int, int] = {}
+
+    def _hold(self, inner: torch.Tensor) -> OnDevice:
+        storage = inner.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._live:
+            self._live[key] = size
+            self.held += size
+            self.peak = max(self.peak, self.held)
+            weakref.finalize(storage, self._free, key)
+        return OnDevice(inner)
+
+    def _free(self, key: int) -> None:
+        self.held -= self._live.pop(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -76,7 +98,7 @@ class Waits(TorchDispatchMode):
         def wrap(each: Any) -> Any:
             if not isinstance(each, torch.Tensor):
                 return each
-            return known[id(each)] if id(each) in known else OnDevice(each)
+            return known[id(each)] if id(each) in known else self._hold(each)
 
         if func is aten._to_copy.default and any(out is each for each in tree_flatten(inner_args)[0]):
             out = out.clone()

@@ -75,10 +75,13 @@ class KeptVectors:
         self._wait()
         return ops.vector_gram(self.data[:, :vectors]).cpu().double()
 
-    def on_cpu(self, vectors: int) -> Tensor:
-        """The first rows, [B, vectors, d], on the CPU; the memory itself if it is there."""
+    def on_cpu(self, vectors: int, out: Tensor | None = None) -> Tensor:
+        """The first rows, [B, vectors, d], on the CPU: the memory itself if it is there, else ``out`` or a copy."""
         self._wait()
-        return self.data[:, :vectors].cpu()
+        rows = self.data[:, :vectors]
+        if out is None or rows.data_ptr() == out.data_ptr():
+            return rows.cpu()
+        return out.copy_(rows)
 
     def _wait(self) -> None:
         """Wait for copies to the CPU that are under way."""

@@ -46,7 +46,8 @@ class Measurement:
         dtype: What the network computes in.
         deviated: The deviated paths to follow; none for the reference path alone.
         keep_vectors: Whether the statistics are to hold increments and responses.
-        store: Where increments and responses are held while paths are followed: ``"device"`` or ``"cpu"``.
+        store: Where increments and responses are held while paths are followed: ``"device"`` or ``"cpu"``; None until
+            it is chosen (`fastsched.measurement.memory.with_store`).
     """
 
     denoiser: Denoiser
@@ -55,7 +56,7 @@ class Measurement:
     dtype: torch.dtype
     deviated: tuple[DeviatedPath, ...] = ()
     keep_vectors: bool = False
-    store: str = "device"
+    store: str | None = None
     a: Tensor = field(init=False)
     c: Tensor = field(init=False)
     sigma: Tensor = field(init=False)
@@ -159,13 +160,13 @@ def measurement_steps(
     """
     noise, elements = noise_of(seeds, shape).to(run.device), math.prod(shape)
     answers = Answers(run, advance)
-    with KeptVectors.allocated((len(seeds), run.rows, elements), run.device, run.store, out) as kept:
+    with KeptVectors.allocated((len(seeds), run.rows, elements), run.device, run.store or "device", out) as kept:
         first, end = yield from _follow_reference(run, noise, kept, answers)
         if run.deviated:
             yield from _follow_deviated(run, noise, first, kept, answers)
         answers.check()
         gram, n = kept.gram(run.vectors), len(run.s) - 1
-        vectors = kept.on_cpu(run.vectors) if run.keep_vectors else None
+        vectors = kept.on_cpu(run.vectors, out) if run.keep_vectors else None
     answers.warn_of_storage(gram[:, :n, :n])
     swept = bool(run.deviated)
     return PathStatistics(
@@ -210,7 +211,7 @@ def _follow_reference(
         if k in asked:
             kept.write(run.row(0, k), x)
             kept.write(run.row(1, k), raw)
-        denoised, before = a[k] * x + c[k] * raw.float(), (x, raw)
+        denoised, before = (a[k] * x).add_(c[k] * raw.float()), (x, raw)
         first = denoised if first is None else first
     assert first is not None  # there are levels
     assert denoised is not None
