@@ -271,7 +271,7 @@ class Denoiser:
         integers = getattr(self.process, "integer_timesteps", False)
         # The condition stays float32 in half precision: bfloat16 would merge neighbouring levels.
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        condition = condition.to(torch.int64 if integers else wide, copy=True).to(x.device)
+        condition = _on_device(condition.to(torch.int64 if integers else wide), x)
         try:
             output = self.network(network_input.to(dtype or x.dtype, copy=True), condition)
         except StopIteration as error:
@@ -366,14 +366,24 @@ def finite_denoised(denoiser: Denoiser, y: Tensor, s: Tensor | float, dtype: tor
 
 
 def _levels(s: Tensor | float, x: Tensor) -> Tensor:
-    """Levels for each sample of ``x``, [B] float64, on the CPU: Apple's GPUs have no float64."""
+    """Levels [1] of all samples of ``x``, or one for each [B]; float64 on the CPU: Apple's GPUs have no float64."""
     values = s.cpu().to(torch.float64) if isinstance(s, Tensor) else torch.as_tensor(s, dtype=torch.float64)
-    return values.expand(x.shape[0])
+    return values.reshape(1) if values.numel() == 1 else values.expand(x.shape[0])
+
+
+def _on_device(values: Tensor, x: Tensor) -> Tensor:
+    """[1] or [B] values as a new tensor [B] on the device of ``x``.
+
+    One value is written there by a kernel: a copy from the CPU would wait for all work before it.
+    """
+    if len(values) == 1:
+        return torch.full((len(x),), values.item(), dtype=values.dtype, device=x.device)
+    return values.to(x.device, copy=True)
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """[B] values shaped to broadcast over ``like`` [B, *shape], in its dtype."""
-    return values.to(like.dtype).to(like.device).reshape(-1, *[1] * (like.ndim - 1))
+    """[1] or [B] values shaped to broadcast over ``like`` [B, *shape], in its dtype."""
+    return _on_device(values.to(like.dtype), like).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _callable(fn: Network) -> Network:

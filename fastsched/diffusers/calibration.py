@@ -25,6 +25,7 @@ from fastsched.diffusers.step_checks import (
 from fastsched.diffusers.watching import Consistency, PipelineWatch, Step, overwritten
 from fastsched.measurement.deviated_paths import deviated_paths, queries
 from fastsched.measurement.measuring import measured_levels
+from fastsched.measurement.memory import with_store
 from fastsched.measurement.path_following import Measurement, Query, measurement_steps
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.random_streams import sample_seeds
@@ -322,7 +323,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     def _start(self, dtype: torch.dtype, sample: Tensor) -> Tensor:
         denoiser, keep = self.convention.denoiser, bool(self.config["keep_increments"])
         paths = deviated_paths(len(self._levels))
-        self._run = Measurement(denoiser, self._levels, sample.device, dtype, paths, keep)
+        run = Measurement(denoiser, self._levels, sample.device, dtype, paths, keep)
+        self._run = with_store(run, len(sample), sample[0].numel())
         before = int(self.config["samples_before"])
         seeds = sample_seeds(int(self.config["seed"]), before + len(sample))
         self._steps = measurement_steps(self._run, seeds[-len(sample) :], tuple(sample.shape[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import warnings
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsched.measurement.fingerprints import same_network
+from fastsched.measurement.memory import explained, paths_at_once, with_store
 from fastsched.measurement.network_checks import check_network, fingerprint
 from fastsched.measurement.network_state import unchanged_buffers
 from fastsched.measurement.path_following import Measurement, measurement_steps
@@ -30,7 +32,8 @@ class Batches:
     Attributes:
         shape: The shape of one sample.
         seeds: The seeds of all paths, [B].
-        size: Paths followed at once.
+        size: Paths followed at once, at most.
+        chosen: Whether ``size`` was asked for; if not, fewer are followed at once where memory is short.
         checks: Whether to ask the network a few questions first (`measurement.network_checks`).
         file: Where every finished batch is saved; None keeps them only in memory.
         progress: Whether to show a progress bar.
@@ -39,6 +42,7 @@ class Batches:
     shape: tuple[int, ...]
     seeds: Tensor
     size: int
+    chosen: bool = False
     checks: bool = True
     file: str | os.PathLike[str] | None = None
     progress: bool = True
@@ -57,7 +61,8 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
     if batches.file is not None:
         check_writable(batches.file)
     seeds = batches.seeds if found is None else batches.seeds[~torch.isin(batches.seeds, found.seeds)]
-    whole = found
+    run, batches = _within_memory(run, batches, len(seeds))
+    whole, kept = _with_room(run, batches, found, len(seeds))
     with (
         unchanged_buffers(run.denoiser.network),
         progress_bar(run.calls * len(seeds), batches.progress, "measuring") as advance,
@@ -67,7 +72,9 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
             for part_seeds in seeds.split(batches.size):
                 if not len(part_seeds):
                     break
-                part = run.drive(measurement_steps(run, part_seeds, batches.shape, advance))
+                done = 0 if whole is None else whole.samples
+                out = None if kept is None else kept[done : done + len(part_seeds)]
+                part = run.drive(measurement_steps(run, part_seeds, batches.shape, advance, out))
                 part = replace(part, fingerprint=mark, model_calls=part.model_calls + spent)
                 whole, spent = part if whole is None else whole.merge(part), 0
                 if batches.file is not None:
@@ -76,7 +83,8 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
             with contextlib.suppress(Exception):  # a few classes take no attributes
                 error.partial = whole  # type: ignore[attr-defined]  # a handler may save them
             if _is_out_of_memory(error):
-                raise _explained(run, batches) from error
+                paths = min(batches.size, len(batches.seeds))
+                raise MemoryError(explained(run, paths, len(seeds), math.prod(batches.shape))) from error
             raise
     assert whole is not None  # there is at least one seed, measured now or before
     return whole
@@ -148,10 +156,30 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
-def _explained(run: Measurement, batches: Batches) -> MemoryError:
-    paths, levels = min(batches.size, len(batches.seeds)), len(run.s)
-    size = 3 * levels * paths * 4 * float(torch.tensor(batches.shape).prod()) / 1e9
-    return MemoryError(
-        f"out of memory: {paths} paths at once over {levels} levels hold about {size:.2g} GB beside the network; lower "
-        f"batch_size (now {batches.size}), then levels, or measure in 16 bits (dtype=torch.bfloat16)"
-    )
+def _within_memory(run: Measurement, batches: Batches, samples: int) -> tuple[Measurement, Batches]:
+    """Where vectors are kept, and how many paths are followed at once; MemoryError if it cannot be done."""
+    if samples == 0:
+        return run, batches
+    elements, saved = math.prod(batches.shape), batches.file is not None
+    most = min(batches.size, samples)
+    run = with_store(run, most, elements)
+    size = paths_at_once(run, most, samples, elements, chosen=batches.chosen, saved=saved)
+    return run, batches if size == most else replace(batches, size=size)
+
+
+def _with_room(
+    run: Measurement, batches: Batches, found: PathStatistics | None, samples: int
+) -> tuple[PathStatistics | None, Tensor | None]:
+    """What was found, its vectors moved to the beginning of memory for all samples, and that memory, [B, V, d]."""
+    if not run.keep_vectors or samples == 0:
+        return found, None
+    before = 0 if found is None else found.samples
+    kept = torch.zeros(before + samples, run.vectors, math.prod(batches.shape))
+    if found is None:
+        return None, kept
+    assert found.increments is not None  # `resumed` has checked it
+    n = len(run.s) - 1
+    increments, responses = kept[:before, :n].copy_(found.increments), None
+    if found.responses is not None:
+        responses = kept[:before, n:].copy_(found.responses)
+    return replace(found, increments=increments, responses=responses), kept

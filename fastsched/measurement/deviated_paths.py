@@ -70,8 +70,11 @@ def asked_levels(levels: int) -> range:
 
 
 def queries(levels: int, paths: Sequence[DeviatedPath]) -> list[int]:
-    """The levels at which a measurement asks the network, in order: the reference path's, then each deviated path's."""
-    return [*range(levels), *(k for _ in paths for k in asked_levels(levels))]
+    """The levels at which a measurement asks the network, in order.
+
+    First the reference path's, then all deviated paths' at each asked level.
+    """
+    return [*range(levels), *(k for k in asked_levels(levels) for _ in paths)]
 
 
 def positions(s: Tensor) -> list[float]:

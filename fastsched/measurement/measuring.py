@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,8 +14,9 @@ from fastsched.denoisers.denoiser import Denoiser, check_denoiser, placement
 from fastsched.measurement.batches import Batches, finished_part, measured, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.fingerprints import same_network
+from fastsched.measurement.memory import check_store
 from fastsched.measurement.network_checks import fingerprint
-from fastsched.measurement.path_following import Measurement, measurement_steps
+from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.random_streams import sample_seeds
 
@@ -31,6 +31,7 @@ def measure(
     keep_increments: bool = False,
     seed: int = 0,
     batch_size: int | None = None,
+    store: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     checks: bool = True,
@@ -56,7 +57,10 @@ def measure(
         keep_increments: Whether the statistics hold increments and responses, ``2 N`` images a sample, as
             `fastsched.tune` needs.
         seed: Of the noises. Sample ``n`` is the same whatever ``samples`` and ``batch_size``.
-        batch_size: Paths followed at once; all when None, one with a checkpoint. About ``3 N`` states a path are held.
+        batch_size: Paths followed at once; when None as many as memory allows, one with a checkpoint. At the peak
+            ``2 N + 13`` float32 states a path are held beside the network (`fastsched.measurement.memory`).
+        store: Where ``2 N - 3`` of them are held: ``"device"``, or ``"cpu"`` to spare the GPU's memory. When None
+            on the device, unless they would take more than half of its free memory.
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None. States stay float32.
         checks: Whether to ask first if the network is a denoiser (`fastsched.measurement.network_checks`).
@@ -68,8 +72,10 @@ def measure(
 
     Raises:
         ValueError: If an argument is out of range, the network fails the checks, or returns NaN or inf.
+        MemoryError: Before the first call, if memory does not suffice; the message says what to lower.
     """
-    run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses, keep_increments)
+    s = measured_levels(denoiser, levels)
+    run = measurement_of(denoiser, s, device, dtype, responses, keep_increments, store)
     batches = batches_of(shape, samples, seed, batch_size, checks, checkpoint, progress)
     try:
         return measured(run, batches, None if checkpoint is None else resumed(checkpoint, run, batches))
@@ -92,7 +98,7 @@ def batches_of(
     sizes, seeds = validate.sample_shape(shape), sample_seeds(seed, validate.positive_int("samples", samples))
     grain = len(seeds) if file is None else 1
     size = grain if batch_size is None else validate.positive_int("batch_size", batch_size)
-    return Batches(sizes, seeds, size, checks, file, progress)
+    return Batches(sizes, seeds, size, batch_size is not None, checks, file, progress)
 
 
 def measurement_of(
@@ -102,10 +108,11 @@ def measurement_of(
     dtype: torch.dtype | None = None,
     responses: bool = True,
     keep_increments: bool = False,
+    store: str | None = None,
 ) -> Measurement:
     """A measurement at levels ``s``, with the defaults of `measure`."""
     paths = deviated_paths(len(s)) if responses else ()
-    return Measurement(denoiser, s, *placement(denoiser, device, dtype), paths, keep_increments)
+    return Measurement(denoiser, s, *placement(denoiser, device, dtype), paths, keep_increments, check_store(store))
 
 
 @torch.no_grad()
@@ -134,8 +141,9 @@ def with_increments(
     batch = stats.samples if batch_size is None else validate.positive_int("batch_size", batch_size)
     asked = check_same_network(denoiser, stats, device, dtype)
     run = measurement_of(denoiser, stats.s, device, dtype, stats.response_gram is not None, keep_increments=True)
-    parts = [run.drive(measurement_steps(run, seeds, stats.shape)) for seeds in stats.seeds.split(batch)]
-    again = functools.reduce(PathStatistics.merge, parts)
+    again = measured(
+        run, Batches(stats.shape, stats.seeds, batch, batch_size is not None, checks=False, progress=False)
+    )
     return replace(
         stats,
         increments=again.increments,

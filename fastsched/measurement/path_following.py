@@ -1,18 +1,25 @@
-"""Follow the paths of a batch of samples: the reference path, then the deviated ones."""
+"""Follow the paths of a batch of samples: the reference path, then the deviated ones, level by level together.
+
+Of each path no more is held than its solver needs, and in memory that is allocated before the first call
+(`fastsched.measurement.kept_vectors`) the N - 1 increments and the responses, about ``2 N`` states of a sample. A
+response is a difference of two answers at one level, of which the reference path's comes first. Until the deviated
+paths arrive there, its state and raw output wait in the rows that the two responses then take.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator
+import math
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastsched import ops
 from fastsched.denoisers.denoiser import Denoiser, not_finite
 from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels, positions, queries
+from fastsched.measurement.kept_vectors import KeptVectors
 from fastsched.measurement.rounding import warn_of_storage
 from fastsched.measurement.statistics import PathStatistics, data_deviation
 from fastsched.sampling.random_streams import noise_of
@@ -27,9 +34,6 @@ Query: TypeAlias = Generator[tuple[Tensor, int], Tensor, Answer]
 #: calls; over 48 levels 12 to 50 times nearer (squared) than those of DPM-Solver++(3M).
 PATH_SOLVER = "unipc_3"
 
-#: Columns that are converted to float64 at a time.
-CHUNK = 1 << 16
-
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
@@ -42,6 +46,8 @@ class Measurement:
         dtype: What the network computes in.
         deviated: The deviated paths to follow; none for the reference path alone.
         keep_vectors: Whether the statistics are to hold increments and responses.
+        store: Where increments and responses are held while paths are followed: ``"device"`` or ``"cpu"``; None until
+            it is chosen (`fastsched.measurement.memory.with_store`).
     """
 
     denoiser: Denoiser
@@ -50,6 +56,7 @@ class Measurement:
     dtype: torch.dtype
     deviated: tuple[DeviatedPath, ...] = ()
     keep_vectors: bool = False
+    store: str | None = None
     a: Tensor = field(init=False)
     c: Tensor = field(init=False)
     sigma: Tensor = field(init=False)
@@ -69,128 +76,199 @@ class Measurement:
         """The levels at which the network is called, in order."""
         return queries(len(self.s), self.deviated)
 
-    def raw_output(self, x: Tensor, k: int) -> Tensor:
-        """``R`` at ``x`` [B, *shape] and level k.
+    @property
+    def vectors(self) -> int:
+        """How many increments and responses a sample has."""
+        return len(self.s) - 1 + len(self.deviated) * len(asked_levels(len(self.s)))
 
-        Raises:
-            ValueError: If it is not finite.
-        """
-        raw = self.denoiser.raw_output(x, self.s[k], dtype=self.dtype)
-        if not bool(torch.isfinite(raw).all()):
-            raise ValueError(f"{not_finite(self.denoiser.process, self.s[k])} (level {k} of {len(self.s)})")
-        return raw
+    @property
+    def rows(self) -> int:
+        """How many rows of memory they need: a state and a raw output wait at each asked level."""
+        return len(self.s) - 1 + (max(2, len(self.deviated)) if self.deviated else 0) * len(asked_levels(len(self.s)))
+
+    def row(self, path: int, k: int) -> int:
+        """The row of the response of a deviated path at the asked level k: one path after the other."""
+        asked = asked_levels(len(self.s))
+        return len(self.s) - 1 + path * len(asked) + asked.index(k)
+
+    def raw_output(self, x: Tensor, k: int) -> Tensor:
+        """``R`` at ``x`` [B, *shape] and level k."""
+        return self.denoiser.raw_output(x, float(self.s[k]), dtype=self.dtype)
 
     def drive(self, steps: Query[Answer]) -> Answer:
         """Run ``steps`` with the denoiser's own network."""
         return answered(steps, self.raw_output)
 
 
+class Answers:
+    """Looks at each of the network's outputs of a batch, without waiting for the device."""
+
+    def __init__(self, run: Measurement, advance: Callable[[int], object]) -> None:
+        self.run, self.advance = run, advance
+        self._finite: list[Tensor] = []  # [] bool, one a query
+        self._norms: list[Tensor] = []  # [B], one a level of the reference path
+        self._dtype: torch.dtype | None = None
+
+    def look(self, raw: Tensor) -> None:
+        """Note whether an output [B, *shape] is finite, and of the reference path's how large it is."""
+        self._finite.append(torch.isfinite(raw).all())
+        if len(self._finite) <= len(self.run.s):
+            self._dtype = raw.dtype if self._dtype is None else torch.promote_types(self._dtype, raw.dtype)
+            wide = torch.promote_types(raw.dtype, torch.float32)
+            self._norms.append(torch.linalg.vector_norm(raw.flatten(1), dim=1, dtype=wide))
+        self.advance(len(raw))
+
+    def check(self) -> None:
+        """Read all notes: the one wait for the device in a batch.
+
+        Raises:
+            ValueError: If an output was not finite; the message names the level of the first.
+        """
+        finite = torch.stack(self._finite).cpu().tolist()
+        if not all(finite):
+            k = self.run.queries[finite.index(False)]
+            raise ValueError(f"{not_finite(self.run.denoiser.process, self.run.s[k])} (level {k} of {len(self.run.s)})")
+
+    def warn_of_storage(self, gram: Tensor) -> None:
+        """Warn if the reference path's outputs were too coarse for its increments; ``gram`` [B, N-1, N-1]."""
+        assert self._dtype is not None  # there are levels
+        warn_of_storage(torch.stack(self._norms), self._dtype, self.run.c, gram)
+
+
 def measurement_steps(
-    run: Measurement, seeds: Tensor, shape: tuple[int, ...], advance: Callable[[int], object] = lambda calls: None
+    run: Measurement,
+    seeds: Tensor,
+    shape: tuple[int, ...],
+    advance: Callable[[int], object] = lambda calls: None,
+    out: Tensor | None = None,
 ) -> Query[PathStatistics]:
     """One batch's measurement, as a generator that is sent the network's raw outputs.
 
     It yields ``(x, k)``, a state [B, *shape] and its level, and is sent ``R`` there; it returns the statistics. So
     anything that can call the network can drive a measurement: `fastsched.measure`, or a pipeline's own loop
-    (`fastsched.diffusers.CalibrationScheduler`). ``advance`` is given the number of calls made.
+    (`fastsched.diffusers.CalibrationScheduler`).
+
+    Args:
+        run: What is measured.
+        seeds: The seeds of the batch's paths, [B].
+        shape: The shape of one sample.
+        advance: Is given the number of calls made.
+        out: Where kept vectors go, [B, V, d] float32 on the CPU; new memory when None.
+
+    Raises:
+        ValueError: At the end, if an output held NaN or inf; the message names the level of the first.
     """
-    noise = noise_of(seeds, shape).to(run.device)
-    asked = len(run.deviated) * len(asked_levels(len(run.s)))
-    # Memory is allocated before the first call, not after the last. The op needs as many responses as levels.
-    rows = lambda dtype: torch.zeros(len(run.s), *noise.shape, dtype=dtype, device=noise.device)
-    raws, states, responses = rows(run.dtype), rows(noise.dtype), rows(noise.dtype) if asked else None
-    raws, end = yield from _follow_reference(run, noise, raws, states, advance)
-    for n, path in enumerate(run.deviated):
-        assert responses is not None
-        first = n * len(asked_levels(len(run.s)))
-        yield from _follow_deviated(run, path, noise, raws, states, responses[first:], advance)
-    R, W = raws.flatten(2), None if responses is None else responses.flatten(2)  # [N, B, d]
-    result = ops.level_increment_gram(R, states.flatten(2), run.a, run.c, W=W, per_sample=True)
-    warn_of_storage(R, run.c, result.gram)
-    kept = run.keep_vectors
+    noise, elements = noise_of(seeds, shape).to(run.device), math.prod(shape)
+    answers = Answers(run, advance)
+    with KeptVectors.allocated((len(seeds), run.rows, elements), run.device, run.store or "device", out) as kept:
+        first, end = yield from _follow_reference(run, noise, kept, answers)
+        if run.deviated:
+            yield from _follow_deviated(run, noise, first, kept, answers)
+        answers.check()
+        gram, n = kept.gram(run.vectors), len(run.s) - 1
+        vectors = kept.on_cpu(run.vectors, out) if run.keep_vectors else None
+    answers.warn_of_storage(gram[:, :n, :n])
+    swept = bool(run.deviated)
     return PathStatistics(
         process=run.denoiser.process,
         s=run.s,
         shape=shape,
         seeds=seeds,
-        gram=result.gram[:, 1:, 1:].cpu(),
+        gram=gram[:, :n, :n].contiguous(),
         ends=end.cpu(),
         data_std=data_deviation(end.cpu()),
         model_calls=run.calls * len(seeds),
         deviated=run.deviated,
-        response_cross=None if result.cross is None else result.cross[:, :asked, 1:].cpu(),
-        response_gram=None if W is None else _gram(W[:asked]).cpu(),
-        increments=_increments(run, raws, states) if kept else None,
-        responses=W[:asked].transpose(0, 1).cpu().contiguous() if kept and W is not None else None,
+        response_cross=gram[:, n:, :n].contiguous() if swept else None,
+        response_gram=gram[:, n:, n:].contiguous() if swept else None,
+        increments=None if vectors is None else vectors[:, :n],
+        responses=vectors[:, n:] if vectors is not None and swept else None,
     )
 
 
 def _follow_reference(
-    run: Measurement, noise: Tensor, raws: Tensor, states: Tensor, advance: Callable[[int], object]
+    run: Measurement, noise: Tensor, kept: KeptVectors, answers: Answers
 ) -> Query[tuple[Tensor, Tensor]]:
-    """Writes raw outputs and states at every level; returns the former and the end ``D_{N-1}``; by `PATH_SOLVER`.
+    """Keeps the increments, and states and raw outputs at asked levels; returns ``D_0`` and the end ``D_{N-1}``.
 
-    The network is called at predicted states, which the corrector then moves with the output found there.
+    Follows `PATH_SOLVER`: the network is called at predicted states, which the corrector then moves with the output
+    found there.
     """
     nodes = nodes_of(run.denoiser.process, torch.cat([run.s, run.s.new_zeros(1)]))
     path = integration(nodes, get_solver(PATH_SOLVER), noise, s=run.s)
-    denoised = None
+    a, c, sigma = run.a.tolist(), run.c.tolist(), run.sigma.tolist()
+    asked = asked_levels(len(run.s)) if run.deviated else range(0)
+    first = denoised = before = None
     for k in range(len(run.s)):
         y, _ = path.send(denoised)
-        x = float(run.sigma[k]) * y
-        states[k] = x
+        x = sigma[k] * y
+        del y  # the solver holds what it needs
         raw = yield x, k
-        advance(len(noise))
-        # In the dtype that the network returns, the widest if it returns several.
-        raws = raws.to(raw.dtype if k == 0 else torch.promote_types(raws.dtype, raw.dtype))
-        raws[k] = raw
-        denoised = float(run.a[k]) * states[k] + float(run.c[k]) * raw.float()
-    assert denoised is not None  # there are levels
-    return raws, denoised
+        answers.look(raw)
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        if before is not None:
+            kept.write(k - 1, _increment((x, raw), before, a[k - 1 : k + 1], c[k - 1 : k + 1]))
+        if k in asked:
+            kept.write(run.row(0, k), x)
+            kept.write(run.row(1, k), raw)
+        denoised, before = (a[k] * x).add_(c[k] * raw.float()), (x, raw)
+        first = denoised if first is None else first
+    assert first is not None  # there are levels
+    assert denoised is not None
+    return first, denoised
+
+
+def _increment(
+    now: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor], a: Sequence[float], c: Sequence[float]
+) -> Tensor:
+    """``D_k - D_{k-1}`` of pairs ``(x, R)``, differences first, so that close answers keep theirs.
+
+    ``c_k (R_k - R_{k-1}) + (c_k - c_{k-1}) R_{k-1} + (the same in a, x)``.
+    """
+    found = (now[1] - before[1]).mul_(c[1]).add_(before[1], alpha=c[1] - c[0])
+    return found.add_(now[0] - before[0], alpha=a[1]).add_(before[0], alpha=a[1] - a[0])
 
 
 def _follow_deviated(
-    run: Measurement,
-    path: DeviatedPath,
-    noise: Tensor,
-    raws: Tensor,
-    states: Tensor,
-    responses: Tensor,
-    advance: Callable[[int], object],
+    run: Measurement, noise: Tensor, first: Tensor, kept: KeptVectors, answers: Answers
 ) -> Query[None]:
-    """Writes the responses ``D(z') - D(z)`` at the asked levels, one after the other."""
-    asked = asked_levels(len(run.s))
-    rho, y = (1 / run.s).tolist(), noise
-    a, c, sigma = run.a.tolist(), run.c.tolist(), run.sigma.tolist()
-    answers = {0: a[0] * states[0] + c[0] * raws[0].float()}
-    for k, used in enumerate([*path.slopes(positions(run.s)), []]):
+    """Keeps the responses ``D(z') - D(z)`` of all paths at each asked level, then goes on to the next."""
+    asked, a, c, sigma = asked_levels(len(run.s)), run.a.tolist(), run.c.tolist(), run.sigma.tolist()
+    followers = [_Follower(run.s, path, noise, first) for path in run.deviated]
+    for k in range(len(run.s)):
         if k in asked:
-            x = sigma[k] * y
-            raw = yield x, k
-            advance(len(noise))
-            # both at level k: differences first, so that close answers keep theirs
-            row = asked.index(k)
-            responses[row] = a[k] * (x - states[k]) + c[k] * (raw.float() - raws[k].float())
-            answers[k] = a[k] * x + c[k] * raw.float()
-        if used:
-            slope = functools.reduce(torch.add, (weight * answers[level] for level, weight in used))
-            y = y + (rho[k + 1] - rho[k]) * slope
+            state, raw_there = (kept.read(run.row(m, k)).view_as(noise) for m in (0, 1))
+            for m, follower in enumerate(followers):
+                x = sigma[k] * follower.y
+                raw = yield x, k
+                answers.look(raw)
+                raw = raw.float()
+                # both at level k: differences first, as in an increment
+                kept.write(run.row(m, k), a[k] * (x - state) + c[k] * (raw - raw_there))
+                follower.answer(k, x, raw, a[k], c[k])
+            del state, raw_there
+        for follower in followers:
+            follower.step(k)
 
 
-def _increments(run: Measurement, raws: Tensor, states: Tensor) -> Tensor:
-    """``e_q`` [B, N-1, d] float32 on the CPU, from differences of raw outputs and of states, as `ops` forms them."""
-    a, c = run.a.tolist(), run.c.tolist()
-    found = []
-    for k in range(1, len(raws)):
-        raw, raw_before = raws[k].float(), raws[k - 1].float()
-        moved = c[k] * (raw - raw_before) + (c[k] - c[k - 1]) * raw_before
-        moved += a[k] * (states[k] - states[k - 1]) + (a[k] - a[k - 1]) * states[k - 1]
-        found.append(moved.flatten(1).float().cpu())
-    return torch.stack(found, dim=1)
+class _Follower:
+    """A deviated path on its way: its state ``y``, and those earlier answers that later steps use."""
 
+    def __init__(self, s: Tensor, path: DeviatedPath, noise: Tensor, first: Tensor) -> None:
+        self.y, self._rho = noise, (1 / s).tolist()
+        self._slopes = path.slopes(positions(s))
+        self._last_use = {level: k for k, used in enumerate(self._slopes) for level, _ in used}
+        self._answers = {0: first}
 
-def _gram(rows: Tensor) -> Tensor:
-    """Gram matrix of the rows of each sample, [B, R, R] float64, from [R, B, d]."""
-    wide = torch.float32 if rows.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    parts = ((part := block.to(wide).transpose(0, 1)) @ part.mT for block in rows.split(CHUNK, dim=2))
-    return functools.reduce(torch.add, parts).double()
+    def answer(self, k: int, x: Tensor, raw: Tensor, a: float, c: float) -> None:
+        """``D = a x + c R`` at level k."""
+        if k in self._last_use:
+            self._answers[k] = a * x + c * raw
+
+    def step(self, k: int) -> None:
+        """From level k to the next, if there is one."""
+        if k >= len(self._slopes):
+            return
+        slope = functools.reduce(torch.add, (weight * self._answers[level] for level, weight in self._slopes[k]))
+        self.y = self.y + (self._rho[k + 1] - self._rho[k]) * slope
+        self._answers = {level: held for level, held in self._answers.items() if self._last_use[level] > k}

@@ -15,42 +15,42 @@ STORAGE_ERROR = {torch.bfloat16: 5.3e-6, torch.float16: 8.2e-8}
 TRUSTED = 100.0
 
 
-def storage_floor(R: Tensor, c: Tensor) -> Tensor:
+def storage_floor(norms: Tensor, dtype: torch.dtype, c: Tensor) -> Tensor:
     """Squared distance from the level before that rounding makes: ``5.3e-6 ||c_k R_k||^2`` in bfloat16.
 
     Rounding errors of neighbouring levels are taken as independent, as they are once outputs differ by more than the
-    spacing of the format. One read of ``R``, without synchronisation.
+    spacing of the format.
 
     Args:
-        R: Network outputs ``[N, B, d]`` as they were stored.
-        c: Their coefficients, ``[N]``, on any device.
+        norms: ``||R_k||`` of the network's outputs, ``[N, B]``.
+        dtype: What they were stored in.
+        c: Their coefficients, ``[N]``.
 
     Returns:
-        ``[B, N]`` float64 on R's device; zero for 32 bits and more.
+        ``[B, N]`` float64 on the CPU; zero for 32 bits and more.
     """
-    norms = torch.linalg.vector_norm(R, dim=-1, dtype=torch.promote_types(R.dtype, torch.float32)).double()  # [N, B]
-    error = STORAGE_ERROR.get(R.dtype, 0.0)
-    return error * (c.to(R.device, torch.float64).unsqueeze(-1) * norms).square().T
+    sizes = c.cpu().double().unsqueeze(-1) * norms.cpu().double()
+    return STORAGE_ERROR.get(dtype, 0.0) * sizes.square().T
 
 
-def warn_of_storage(R: Tensor, c: Tensor, gram: Tensor) -> None:
+def warn_of_storage(norms: Tensor, dtype: torch.dtype, c: Tensor, gram: Tensor) -> None:
     """Warn if 16-bit storage of ``R`` may add more than 1% to the squared distances between adjacent levels.
 
     The sum along the path is compared, not each distance: where outputs hardly change, as near the data, rounding
     always exceeds 1%, and has no effect on the schedule.
 
     Args:
-        R: As for `storage_floor`.
+        norms: As for `storage_floor`.
+        dtype: Likewise.
         c: Likewise.
-        gram: ``[B, N, N]``, of increments, as `fastsched.ops.level_increment_gram` returns it per sample. Means over
-            the samples are compared. Synchronises only if ``R`` has 16 bits.
+        gram: ``[B, N-1, N-1]``, of the increments. Means over the samples are compared.
     """
-    if R.dtype not in STORAGE_ERROR:
+    if dtype not in STORAGE_ERROR:
         return
-    distances = gram.diagonal(dim1=-2, dim2=-1).mean(0)[1:]  # row 0 is a level, not a difference
-    floor = storage_floor(R, c).mean(0)[1:]
+    distances = gram.diagonal(dim1=-2, dim2=-1).mean(0)
+    floor = storage_floor(norms, dtype, c).mean(0)[1:]  # one a distance
     if bool(distances.sum() < TRUSTED * floor.sum()):
-        name = str(R.dtype).removeprefix("torch.")
+        name = str(dtype).removeprefix("torch.")
         # The same words each time: Python shows a repeated warning once.
         warnings.warn(
             f"the network's outputs come in {name} and change so little from level to level that rounding adds more "

@@ -169,5 +169,11 @@ def data_deviation(ends: Tensor) -> float:
 
 
 def _joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """Rows of both, or None where one has none."""
-    return None if one is None or other is None else torch.cat([one, other])
+    """Rows of both, or None where one has none; without a copy where ``other`` follows ``one`` in memory."""
+    if one is None or other is None:
+        return None
+    rest, offset = one.shape[1:], one.storage_offset() + len(one) * one.stride(0)
+    same = one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() and one.dtype == other.dtype
+    if same and other.shape[1:] == rest and other.stride() == one.stride() and other.storage_offset() == offset:
+        return one.as_strided((len(one) + len(other), *rest), one.stride(), one.storage_offset())
+    return torch.cat([one, other])

@@ -25,6 +25,7 @@ __all__ = [
     "level_increment_gram",
     "pairwise_squared_distances",
     "resolve_backend",
+    "vector_gram",
 ]
 
 PRECISIONS = ("bf16x3", "tf32x3", "ieee")
@@ -104,6 +105,25 @@ def level_increment_gram(
     return LevelGram(gram, None, None) if W is None else LevelGram(gram, cross, w_squared)
 
 
+def vector_gram(vectors: Tensor) -> Tensor:
+    """Gram matrix of the vectors of each sample, ``gram[b, i, j] = <v_i, v_j>``.
+
+    Blocks of columns are multiplied in float32 (float64 where the program allows products in TF32 or bfloat16) and
+    their sums added in float64, so no copy of the vectors is made. Runs in PyTorch on every device.
+
+    Args:
+        vectors: ``[B, V, d]``, floating point; adjacent elements of a vector must be adjacent in memory.
+
+    Returns:
+        ``[B, V, V]`` float64 (float32 on Apple's GPUs), on the vectors' device.
+
+    Raises:
+        ValueError: A shape or dtype that does not fit.
+    """
+    _check_data("vectors", vectors, "B, V, d")
+    return eager.vector_gram(vectors)
+
+
 def pairwise_squared_distances(gram: Tensor) -> Tensor:
     """Return ``D[i, j] = ||u_i - u_j||^2`` for all pairs of levels from the Gram matrix of their increments.
 
@@ -170,10 +190,10 @@ def _check_gram(R: Tensor, X: Tensor | None, W: Tensor | None, precision: str) -
         _check_like("W", W, R, "R", shared=False)
 
 
-def _check_data(name: str, tensor: Tensor) -> None:
+def _check_data(name: str, tensor: Tensor, axes: str = "N, B, d") -> None:
     _check_dtype(name, tensor)
     if tensor.ndim != 3 or 0 in tensor.shape:
-        raise ValueError(f"{name} must be [N, B, d] and not empty; got shape {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must be [{axes}] and not empty; got shape {tuple(tensor.shape)}")
 
 
 def _check_like(name: str, tensor: Tensor, like: Tensor, like_name: str, *, shared: bool) -> None:

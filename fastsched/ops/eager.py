@@ -61,6 +61,23 @@ def level_gram(
     return gram, cross, w_squared
 
 
+@torch.no_grad()
+def vector_gram(vectors: Tensor) -> Tensor:
+    """Gram matrices of ``[B, V, d]``, float64 ``[B, V, V]``: products of column blocks, the sum over them in float64.
+
+    Apple's GPUs have no float64: there the sum is in float32 too.
+    """
+    B, V, d = vectors.shape
+    wide = torch.float32 if vectors.device.type == "mps" else torch.float64
+    compute = torch.float32 if vectors.dtype != torch.float64 and _products_are_float32() else wide
+    gram = torch.zeros(B, V, V, dtype=wide, device=vectors.device)
+    width = max(1024, _BUFFER_ELEMENTS // V)
+    for own, total in zip(vectors, gram, strict=True):
+        for start in range(0, d, width):
+            _add_square(total, own[:, start : start + width].to(compute))
+    return gram
+
+
 def _groups(t: Tensor | None, flat: bool) -> list[Tensor]:
     """Views ``[N, columns]`` (``[1, columns]`` if shared): one of all samples together, or one a sample."""
     if t is None:

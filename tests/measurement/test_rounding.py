@@ -5,7 +5,7 @@ import torch
 
 import fastsched as fs
 from fastsched.measurement.rounding import STORAGE_ERROR, storage_floor, warn_of_storage
-from fastsched.ops import level_increment_gram
+from fastsched.ops import vector_gram
 
 
 def walk(levels, apart, samples=2, d=20_000):
@@ -16,7 +16,13 @@ def walk(levels, apart, samples=2, d=20_000):
 
 
 def gram_of(R, c):
-    return level_increment_gram(R, None, torch.zeros(len(c)), c, per_sample=True).gram
+    """Gram matrices of the increments of ``c_k R_k``, [B, N-1, N-1]."""
+    levels = c[:, None, None] * R.double()
+    return vector_gram(levels.diff(dim=0).transpose(0, 1))
+
+
+def norms_of(R):
+    return R.double().norm(dim=-1)
 
 
 @pytest.mark.parametrize("dtype", STORAGE_ERROR, ids=str)
@@ -27,16 +33,16 @@ def test_floor_is_what_storage_adds(dtype, size):
     R, c = size * walk(8, apart), torch.linspace(1.0, 2.0, 8, dtype=torch.float64)
     stored = R.to(dtype)
     c[1:] = c[0]  # so that a distance is c^2 times that of the outputs
-    gram, exact = (gram_of(t, c).diagonal(dim1=1, dim2=2)[:, 1:] for t in (stored, R.float()))
+    gram, exact = (gram_of(t, c).diagonal(dim1=1, dim2=2) for t in (stored, R.float()))
     added = (gram - exact).mean()
     # 5.3e-6 is rounded, and up to a quarter less where numbers are spread otherwise than Gaussian ones (by size, 4%);
     # the cross term with the increments has standard error 2 sqrt(apart^2 floor / n) = 200 floor / sqrt(n).
-    floor = storage_floor(stored, c)[:, 1:].mean()
+    floor = storage_floor(norms_of(stored), dtype, c)[:, 1:].mean()
     assert abs(added / floor - 1) < 0.06 + 4 * 200 / (gram.numel() * 20_000) ** 0.5
 
 
 def test_no_floor_under_float32():
-    assert (storage_floor(walk(3, 0.1).float(), torch.ones(3)) == 0).all()
+    assert (storage_floor(norms_of(walk(3, 0.1)), torch.float32, torch.ones(3)) == 0).all()
 
 
 @pytest.mark.parametrize("dtype", STORAGE_ERROR, ids=str)
@@ -47,8 +53,8 @@ def test_warns_within_a_hundred_times_the_floor(dtype, times, warns):
     R, c = walk(3, apart).to(dtype), torch.full((3,), 0.3, dtype=torch.float64)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn_of_storage(R, c, gram_of(R, c))
-        warn_of_storage(R.float(), c, gram_of(R, c))  # 32 bits: never
+        warn_of_storage(norms_of(R), dtype, c, gram_of(R, c))
+        warn_of_storage(norms_of(R), torch.float32, c, gram_of(R, c))  # 32 bits: never
     assert len(caught) == warns
     if warns:
         assert str(dtype).removeprefix("torch.") in str(caught[0].message)
@@ -74,10 +80,10 @@ def test_one_level_that_outputs_hardly_reach_is_no_reason():
     R[4:] += R[3] - R[4] + 0.001 * (R[4] - R[3])  # level 4 is all but level 3
     R, c = R.bfloat16(), torch.ones(8)
     gram = gram_of(R, c)
-    assert gram[:, 4, 4].mean() < 100 * storage_floor(R, c)[:, 4].mean()
+    assert gram[:, 3, 3].mean() < 100 * storage_floor(norms_of(R), R.dtype, c)[:, 4].mean()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_storage(R, c, gram)
+        warn_of_storage(norms_of(R), R.dtype, c, gram)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,108 @@
+"""What a measurement keeps of its paths: vectors in memory that is allocated before the first call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsched import ops
+
+#: Where vectors can be kept: beside the states, or in the host's memory.
+STORES = ("device", "cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class KeptVectors:
+    """Rows of float32 memory for the vectors of each sample.
+
+    Attributes:
+        data: The rows, [B, rows, d], on ``device`` or on the CPU.
+        device: Where the states are.
+    """
+
+    data: Tensor
+    device: torch.device
+
+    @classmethod
+    @contextlib.contextmanager
+    def allocated(
+        cls, sizes: tuple[int, int, int], device: torch.device, store: str, out: Tensor | None = None
+    ) -> Iterator[KeptVectors]:
+        """Memory of ``sizes`` [B, rows, d], all zero, for as long as the block lasts.
+
+        On the CPU beside a CUDA device it is page-locked within the block, so that copies need not wait.
+
+        Args:
+            sizes: How many samples, rows and elements.
+            device: Where the states are.
+            store: One of `STORES`.
+            out: Memory on the CPU to use where that is the place and its size is right.
+        """
+        place = device if store == "device" else torch.device("cpu")
+        if out is not None and place.type == "cpu" and out.shape == sizes:
+            data = out
+        else:
+            data = torch.zeros(sizes, dtype=torch.float32, device=place)
+        with page_locked(data, device):
+            yield cls(data, device)
+
+    def write(self, row: int, values: Tensor) -> None:
+        """Put ``values`` [B, *shape] into a row, without waiting for the device."""
+        values = values.flatten(1).float()
+        if self.data.device == values.device:
+            self.data[:, row].copy_(values)
+            return
+        # Sample by sample: only copies of adjacent memory between devices do not wait.
+        for own, value in zip(self.data, values, strict=True):
+            own[row].copy_(value, non_blocking=True)
+
+    def read(self, row: int) -> Tensor:
+        """A copy of a row on the device of the states, [B, d]."""
+        if self.data.device == self.device:
+            return self.data[:, row].clone()
+        found = torch.empty(len(self.data), self.data.shape[2], device=self.device)
+        for own, value in zip(found, self.data, strict=True):
+            own.copy_(value[row], non_blocking=True)
+        return found
+
+    def gram(self, vectors: int) -> Tensor:
+        """Gram matrix of the first rows of each sample, [B, vectors, vectors] float64 on the CPU."""
+        self._wait()
+        return ops.vector_gram(self.data[:, :vectors]).cpu().double()
+
+    def on_cpu(self, vectors: int, out: Tensor | None = None) -> Tensor:
+        """The first rows, [B, vectors, d], on the CPU: the memory itself if it is there, else ``out`` or a copy."""
+        self._wait()
+        rows = self.data[:, :vectors]
+        if out is None or rows.data_ptr() == out.data_ptr():
+            return rows.cpu()
+        return out.copy_(rows)
+
+    def _wait(self) -> None:
+        """Wait for copies to the CPU that are under way."""
+        if self.data.device != self.device and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@contextlib.contextmanager
+def page_locked(data: Tensor, device: torch.device) -> Iterator[None]:
+    """Lock memory on the CPU for fast copies from and to a CUDA ``device``; where it cannot be, copies wait.
+
+    PyTorch's own page-locked memory comes in powers of two, up to twice as much as is asked for.
+    """
+    if device.type != "cuda" or data.device.type != "cpu" or data.nbytes == 0:
+        yield
+        return
+    runtime: Any = torch.cuda.cudart()
+    locked = int(runtime.cudaHostRegister(data.data_ptr(), data.nbytes, 0)) == 0
+    try:
+        yield
+    finally:
+        if locked:
+            torch.cuda.synchronize(device)
+            runtime.cudaHostUnregister(data.data_ptr())

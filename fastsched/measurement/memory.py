@@ -1,0 +1,192 @@
+"""How much memory a measurement takes, foretold before its first call and compared with what is free.
+
+Of each path of a batch, increments and responses are kept, V float32 vectors of d elements, and `WORKING` more hold the
+solver's states and sums on the device. What the network itself takes is not known here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsched.measurement.kept_vectors import STORES
+from fastsched.measurement.path_following import Measurement
+
+#: States of a path on the device beside what is kept: the noise, the solver's history, two levels' states and outputs,
+#: the network's copy of its input, its output, and sums. Counted by allocators: 13 to 15.
+WORKING = 16
+
+#: The fraction of a device's free memory that kept vectors may take unasked; the rest is for the network.
+FRACTION = 0.5
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a measurement takes beside the network: on the device of the states, and on the CPU.
+
+    Where the states are on the CPU, all of it counts there.
+    """
+
+    device: int
+    cpu: int
+
+
+def need(run: Measurement, paths: int, samples: int, elements: int, *, saved: bool = False) -> Need:
+    """What following paths takes at its peak.
+
+    Args:
+        run: What is measured, and where its vectors are kept.
+        paths: Paths at once.
+        samples: Paths of the whole measurement.
+        elements: d, of one sample.
+        saved: Whether statistics are saved after each batch, which takes copies of what is saved.
+    """
+    state = 4 * elements
+    device, rows = WORKING * paths * state, run.rows * paths * state
+    cpu = 2 * samples * state  # the ends, and a copy when batches are joined
+    held = run.vectors * samples * state if run.keep_vectors else 0
+    cpu += held * (3 if saved else 1)
+    on_cpu = run.device.type == "cpu" or run.store == "cpu"
+    if not on_cpu:
+        device += rows
+    elif not held:  # else they are the rows
+        cpu += rows
+    return Need(0, cpu + device) if run.device.type == "cpu" else Need(device, cpu)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device, or on the CPU within the limits of its cgroup; None if unknown."""
+    if device.type == "cpu":
+        return _free_on_cpu()
+    module: Any = getattr(torch, device.type, None)
+    with contextlib.suppress(AttributeError, RuntimeError, TypeError):
+        cached = module.memory_reserved(device) - module.memory_allocated(device)
+        return module.mem_get_info(device)[0] + cached
+    return None
+
+
+def with_store(run: Measurement, paths: int, elements: int) -> Measurement:
+    """A measurement that knows where its vectors are kept: on the device, if its free memory is large enough."""
+    if run.store is not None:
+        return run
+    on_device = replace(run, store="device")
+    free = None if run.device.type == "cpu" else free_bytes(run.device)
+    wanted = need(on_device, paths, paths, elements).device
+    if free is None or wanted <= FRACTION * free:
+        return on_device
+    warnings.warn(
+        f"increments and responses are kept in the CPU's memory, because of {_size(free)} free on {run.device} they "
+        f'would take {_size(wanted)}; store="device" keeps them there, and fewer paths at once take less',
+        stacklevel=4,
+    )
+    return replace(run, store="cpu")
+
+
+def paths_at_once(run: Measurement, most: int, samples: int, elements: int, *, chosen: bool, saved: bool) -> int:
+    """How many paths to follow at once: ``most``, or as many as fit if the caller did not choose.
+
+    Raises:
+        MemoryError: If they do not fit; the message says what to lower.
+    """
+    fits = next(
+        (paths for paths in range(most, 0, -1) if not _lacking(run, need(run, paths, samples, elements, saved=saved))),
+        0,
+    )
+    if fits == most:
+        return most
+    if fits == 0 or chosen:
+        raise MemoryError(_too_much(run, most, samples, elements, fits, saved))
+    warnings.warn(
+        f"{fits} paths are followed at once instead of all {most}, which would take "
+        f"{_total(need(run, most, samples, elements, saved=saved))} of memory (batch_size={fits})",
+        stacklevel=4,
+    )
+    return fits
+
+
+def check_store(store: str | None) -> str | None:
+    """``store``, if it is one of `STORES` or None.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if store is not None and store not in STORES:
+        raise ValueError(f"store must be one of {', '.join(STORES)}, or None, got {store!r}")
+    return store
+
+
+def explained(run: Measurement, paths: int, samples: int, elements: int) -> str:
+    """The error message for a measurement that ran out of memory."""
+    return (
+        f"out of memory: {paths} paths at once over {len(run.s)} levels hold about "
+        f"{_total(need(run, paths, samples, elements))} beside the network; {_remedies(run, paths)}"
+    )
+
+
+def _lacking(run: Measurement, wanted: Need) -> list[tuple[torch.device, int, int]]:
+    """Devices that have too little free memory, with what is wanted and free there."""
+    found = []
+    for device, size in ((run.device, wanted.device), (torch.device("cpu"), wanted.cpu)):
+        free = free_bytes(device) if size else None
+        if free is not None and size > free:
+            found.append((device, size, free))
+    return found
+
+
+def _too_much(run: Measurement, paths: int, samples: int, elements: int, fits: int, saved: bool) -> str:
+    device, size, free = _lacking(run, need(run, paths, samples, elements, saved=saved))[0]
+    held = need(run, 0, samples, elements, saved=saved).cpu
+    remedy = f"batch_size={fits} fits" if fits else _remedies(run, paths)
+    if not fits and device.type == "cpu" and run.keep_vectors and held > free / 2:
+        remedy = f"increments of {samples} samples take {_size(held)}: lower samples, or keep_increments=False"
+    return (
+        f"not enough memory: {paths} paths at once over {len(run.s)} levels of {elements:,} elements take "
+        f"{_size(size)} on {device}, where {_size(free)} are free, beside the network; {remedy}"
+    )
+
+
+def _remedies(run: Measurement, paths: int) -> str:
+    elsewhere = run.device.type != "cpu" and run.store == "device"
+    store = 'pass store="cpu", ' if elsewhere else ""
+    return f"{store}lower batch_size (now {paths}), then levels"
+
+
+def _total(wanted: Need) -> str:
+    return _size(wanted.device + wanted.cpu)
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
+
+
+def _free_on_cpu() -> int | None:
+    found = [_available(), _free_in_cgroup()]
+    return min((size for size in found if size is not None), default=None)
+
+
+def _available() -> int | None:
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _free_in_cgroup() -> int | None:
+    """By version 2 of control groups, as containers have it."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cache = next(
+            line for line in (CGROUP / "memory.stat").read_text().splitlines() if line.startswith("inactive_file")
+        )
+        return limit - used + int(cache.split()[1])
+    return None
