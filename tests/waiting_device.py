@@ -27,7 +27,7 @@ INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 class OnDevice(torch.Tensor):
     """A tensor of the device."""
 
-    inner: torch.Tensor
+    own: torch.Tensor
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> OnDevice:
@@ -39,11 +39,11 @@ class OnDevice(torch.Tensor):
             dtype=inner.dtype,
             device=DEVICE,
         )
-        made.inner = inner
+        made.own = inner
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"OnDevice({self.inner!r})"
+        return f"OnDevice({self.own!r})"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -93,7 +93,7 @@ class Waits(TorchDispatchMode):
         self._note(func, args, kwargs, on_device)
         inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
         out = func(*inner_args, **inner_kwargs)
-        known = {id(each.inner): each for each in ours}
+        known = {id(each.own): each for each in ours}
 
         def wrap(each: Any) -> Any:
             if not isinstance(each, torch.Tensor):
@@ -126,7 +126,7 @@ class Waits(TorchDispatchMode):
 
 
 def _inner(each: Any) -> Any:
-    return each.inner if isinstance(each, OnDevice) else each
+    return each.own if isinstance(each, OnDevice) else each
 
 
 @contextlib.contextmanager

@@ -22,8 +22,9 @@ from fastsched.diffusers.step_checks import (
     check_unchanged,
     doubled,
 )
-from fastsched.diffusers.watching import Consistency, PipelineWatch, Step, overwritten
+from fastsched.diffusers.watching import Consistency, PipelineWatch, Step, observed, overwritten
 from fastsched.measurement.deviated_paths import deviated_paths, queries
+from fastsched.measurement.late_reading import Verdicts
 from fastsched.measurement.measuring import measured_levels
 from fastsched.measurement.memory import with_store
 from fastsched.measurement.path_following import Measurement, Query, measurement_steps
@@ -211,6 +212,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             names = names.round().to(torch.int64)
         elif device is not None and torch.device(device).type == "mps":
             names = names.float()
+        self._names = names.cpu()
         self.timesteps = names.to(device) if names.dtype == torch.int64 else names.to(torch.float32).to(device)
         self.num_inference_steps = steps
         sigmas_used = self.convention.process.sampler_sigma(s)
@@ -273,11 +275,10 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         seen = None if self._watch is None else self._watch.take()
         self._check(timestep, sample, args, kwargs)
         output = self.convention.raw_output(model_output, sample.shape[1])
-        if not bool(torch.isfinite(output).all()):
-            raise ValueError(f"the network returned NaN or inf at timestep {float(torch.as_tensor(timestep).max()):g}")
+        self._check_finite(output)
         if seen is not None:
             self._check_seen(seen, output, sample)
-        check_copies(output, self._copies)
+        check_copies(output, self._copies, self._verdicts)
         # A copy, because the network may return the same buffer at every call.
         following = self._next(output.chunk(self._copies)[0].clone(), sample.chunk(self._copies)[0])
         self._index += 1
@@ -293,6 +294,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._index = 0
         self._copies = 1
         self._consistency = Consistency()
+        self._verdicts = Verdicts()
         self._still: Tensor | None = None
         self._statistics: PathStatistics | None = None
         self._steps: Query[PathStatistics] | None = None
@@ -344,50 +346,71 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             return self._repeat[1]
 
     def _finish(self, output: Tensor) -> Tensor:
-        """Check the repeated answer; returns the ends of the paths."""
+        """Check the repeated answer, and what is left to check; returns the ends of the paths."""
+        self._verdicts.settle()
         self._check_repeat(output)
         self._statistics = self._measured_paths
         return self._measured_paths.ends.to(output.device)
 
+    def _check_finite(self, output: Tensor) -> None:
+        name = float(self._names[self._index])
+
+        def judge(finite: Tensor) -> None:
+            if not bool(finite):
+                raise ValueError(f"the network returned NaN or inf at timestep {name:g}")
+
+        self._verdicts.note(torch.isfinite(output).all().reshape(1), judge)
+
     def _input(self, x: Tensor, k: int) -> Tensor:
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError(f"the measurement overflows at timestep {float(self.timesteps[1 + k]):g}; {UNALIKE}")
+        def judge(finite: Tensor) -> None:
+            if not bool(finite):
+                raise ValueError(f"the measurement overflows at timestep {float(self._names[1 + k]):g}; {UNALIKE}")
+
+        self._verdicts.note(torch.isfinite(x).all().reshape(1), judge)
         return float(self.convention.input_scale(self._levels[k])) * x
 
     def _check(self, timestep: Any, sample: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kind = getattr(diffusers, self.config["scheduler_class"])
         check_options(inspect.signature(kind.step).parameters, args, kwargs)
-        check_timestep(self._index, self.timesteps, timestep)
+        check_timestep(self._index, self._names, timestep, self._verdicts)
         if self._returned is None:
             if self._own_noise:
-                check_first_latents(sample)
+                check_first_latents(sample, self._verdicts)
             return
         returned = self._returned.to(sample.device)
         if self._index == 1 and doubled(sample, returned):
             self._copies = 2
             self._start(self._run.dtype, sample[: len(sample) // 2])
         else:
-            check_unchanged(sample, returned, self._index)
+            check_unchanged(sample, returned, self._index, self._verdicts)
 
     def _check_seen(self, seen: Step, output: Tensor, sample: Tensor) -> None:
         """Compare the networks' calls with those of earlier steps, and their input with the latents."""
-        n = len(self._levels)
-        level = [0, *self._queries, self._repeated][self._index]
-        wrong = self._consistency.check(self._index, level, seen, output)
-        if wrong is not None:
-            raise ValueError(f"{wrong}; {UNALIKE}")
-        count = 0 if self._index == 0 or self._copies > 1 else overwritten(seen, sample)
-        if count == 0 and 0 < self._index <= n:
+        index, n, size = self._index, len(self._levels), sample.numel()
+        level = [0, *self._queries, self._repeated][index]
+        found, resolve = observed(seen, output)
+        compared = index > 0 and self._copies == 1
+        kept = overwritten(seen, sample) if compared else torch.zeros(1, device=output.device)
+        still = torch.zeros(1, device=output.device)
+        if 0 < index <= n:
             zero = output == 0
             self._still = zero if self._still is None else self._still & zero
-            count = int(self._still.sum()) if self._index == n else 0
-            count = 0 if count == sample.numel() else count
-        if count > 0:
-            raise ValueError(
-                f"the pipeline keeps {count} of {sample.numel()} elements of the latents for itself (a first frame or "
-                "a mask?), so the schedule would be chosen for values that are not sampled; measure its network on "
-                "the others (fastsched.measure)"
-            )
+            still = self._still.sum().reshape(1) if index == n else still
+
+        def judge(values: Tensor) -> None:
+            wrong = self._consistency.check(index, level, *resolve(values[:-2]))
+            if wrong is not None:
+                raise ValueError(f"{wrong}; {UNALIKE}")
+            count, unmoved = (int(value) for value in values[-2:])
+            count = count or (unmoved if unmoved < size else 0)
+            if count > 0:
+                raise ValueError(
+                    f"the pipeline keeps {count} of {size} elements of the latents for itself (a first frame or a "
+                    "mask?), so the schedule would be chosen for values that are not sampled; measure its network on "
+                    "the others (fastsched.measure)"
+                )
+
+        self._verdicts.note(torch.cat([found, kept.to(found), still.to(found)]), judge)
 
     def _check_repeat(self, output: Tensor) -> None:
         assert self._repeat is not None

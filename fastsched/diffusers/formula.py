@@ -35,12 +35,13 @@ class Formula:
     @classmethod
     def of(cls, outputs: list[Tensor], output: Tensor) -> Formula | None:
         """The best formula for ``output`` [B, *shape]; None if the networks' outputs are not 1 to 4 of its shape."""
-        pieces = [piece for given in outputs for piece in _pieces(given, output)]
-        if not 0 < len(pieces) <= 4:
-            return None
-        exact = torch.float32 if output.device.type == "mps" else torch.float64
-        columns = torch.stack([*pieces, output]).flatten(1).to(exact)
-        gram = (columns @ columns.T).cpu().double()
+        products = products_of(outputs, output)
+        return None if products is None else cls.of_products(products.cpu())
+
+    @classmethod
+    def of_products(cls, products: Tensor) -> Formula:
+        """The best formula by the products of outputs, the pipeline's last: [m + 1, m + 1] on the CPU."""
+        gram = products.double()
         coefficients = torch.linalg.pinv(gram[:-1, :-1], rtol=1e-9, hermitian=True) @ gram[:-1, -1]
         return cls(coefficients, gram[:-1, :-1], gram[:-1, -1], float(gram[-1, -1]))
 
@@ -70,6 +71,16 @@ class Formula:
         return all(
             one.residual(two.coefficients) > max(LINEAR, 10 * one.error) for one, two in ((self, other), (other, self))
         )
+
+
+def products_of(outputs: list[Tensor], output: Tensor) -> Tensor | None:
+    """Products of the networks' outputs and the pipeline's ``output`` [B, *shape], on its device; None as in `of`."""
+    pieces = [piece for given in outputs for piece in _pieces(given, output)]
+    if not 0 < len(pieces) <= 4:
+        return None
+    exact = torch.float32 if output.device.type == "mps" else torch.float64
+    columns = torch.stack([piece.to(output.device) for piece in (*pieces, output)]).flatten(1).to(exact)
+    return columns @ columns.T
 
 
 def _pieces(given: Tensor, output: Tensor) -> list[Tensor]:

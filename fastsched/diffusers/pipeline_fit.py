@@ -20,10 +20,11 @@ from fastsched.diffusers.pipeline_measurement import call, check_call, measure, 
 from fastsched.diffusers.probe import scales
 from fastsched.diffusers.replacement import replacement
 from fastsched.diffusers.step_checks import doubled
-from fastsched.diffusers.watching import Consistency, PipelineWatch, check_caches, watched
+from fastsched.diffusers.watching import Consistency, PipelineWatch, check_caches, observed, watched
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.loop import MODEL_CALLS, fit_by_running
 from fastsched.fitting.rollouts import Evaluations, Rollout
+from fastsched.measurement.late_reading import LateReading, Verdicts
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.random_streams import noise_of
@@ -224,25 +225,36 @@ class StartFromNoise:
         self.scale = scales(self.convention, self.convention.process.level(schedule.sigmas[:1]))[1].float()
         self.end = torch.empty(0)
         self._copies, self._start = 1, torch.empty(0)
-        self._calls: list[tuple[float, Tensor, Tensor]] = []  # s, y, D
+        self._calls: list[tuple[float, LateReading, LateReading]] = []  # s, y, D
+        self._verdicts = Verdicts()
         self._set_timesteps = scheduler.set_timesteps
         scheduler.set_timesteps = _with_signature(self._prepare, self._set_timesteps)
 
     def evaluations(self) -> Evaluations:
-        """What the network was asked and answered, in order."""
-        return Evaluations.of(self._calls)
+        """What the network was asked and answered, in order; waits for the device.
+
+        Raises:
+            ValueError: If the networks were called otherwise at one of the steps.
+        """
+        self._verdicts.settle()
+        return Evaluations.of([(s, y.values(), denoised.values()) for s, y, denoised in self._calls])
 
     def _check(self, output: Tensor) -> None:
-        # Every step is at a level of its own.
-        wrong = self._consistency.check(self._index, self._index + 1, self._watch.take(), output)
+        index, (found, resolve) = self._index, observed(self._watch.take(), output)
         self._index += 1
-        if wrong is not None:
-            raise ValueError(f"{wrong}; {UNALIKE}")
+
+        def judge(values: Tensor) -> None:
+            wrong = self._consistency.check(index, index + 1, *resolve(values))  # each step at a level of its own
+            if wrong is not None:
+                raise ValueError(f"{wrong}; {UNALIKE}")
+
+        self._verdicts.note(found, judge)
 
     def _prepare(self, *args: Any, **kwargs: Any) -> None:
         self._arguments = args, kwargs
         self._set(self._first_step)
         self.scheduler.timesteps = torch.cat([self.scheduler.timesteps[:1], self.scheduler.timesteps])
+        self._levels = self.convention.levels(torch.as_tensor(self.scheduler.timesteps[1:]).cpu().double())
 
     def _set(self, step: Callable[..., Any]) -> None:
         args, kwargs = self._arguments
@@ -265,11 +277,11 @@ class StartFromNoise:
         if not self._calls and doubled(sample, self._start):
             self._copies = 2  # guided DiT: the second half of the batch has become a copy of the first
         kept = sample.chunk(self._copies)[0]
-        s = self.convention.levels(torch.as_tensor(timestep).detach().cpu().double().flatten()[:1])
+        s = self._levels[len(self._calls)].reshape(1)
         sigma, (a, c) = self.convention.process.sigma(s), self.convention.denoiser.coefficients(s)
         y = kept.float() / float(scales(self.convention, s)[1])
         raw = self.convention.raw_output(output, sample.shape[1]).chunk(self._copies)[0].float()
-        self._calls.append((float(s), y.cpu(), (float(a * sigma) * y + float(c) * raw).cpu()))
+        self._calls.append((float(s), LateReading(y), LateReading(float(a * sigma) * y + float(c) * raw)))
         result = self._step(output, timestep, sample, *args, **kwargs)
         end = result[0] if isinstance(result, tuple) else result.prev_sample
         self.end = end.chunk(self._copies)[0]

@@ -11,6 +11,8 @@ import torch
 from scipy.special import gammainccinv, gammaincinv
 from torch import Tensor
 
+from fastsched.measurement.late_reading import Verdicts
+
 #: What to do about a pipeline whose loop cannot be measured.
 INSTEAD = "so it cannot be measured by its loop; measure its network (fastsched.measure)"
 
@@ -35,70 +37,103 @@ def check_options(parameters: Mapping[str, Parameter], args: tuple[Any, ...], kw
         raise ValueError(f"the pipeline calls step with {name}={shown}, which changes what a step does, {INSTEAD}")
 
 
-def check_timestep(index: int, timesteps: Tensor, timestep: Any) -> None:
+def check_timestep(index: int, timesteps: Tensor, timestep: Any, verdicts: Verdicts) -> None:
     """Check that step ``index`` is called with its own timestep.
+
+    Args:
+        index: The number of the step.
+        timesteps: Those of the run, on the CPU.
+        timestep: What ``step`` was called with.
+        verdicts: Takes what is to be compared.
 
     Raises:
         ValueError: If it is not.
     """
     if index >= len(timesteps):
         raise ValueError("the pipeline calls step after its last timestep; start a new run")
-    given, expected = torch.as_tensor(timestep).float().cpu(), timesteps[index].float().cpu()
-    if not bool(torch.isclose(given, expected, rtol=1e-3, atol=1e-3).all()):
-        raise ValueError(
-            f"step {index} was called with timestep {float(given.max()):g} instead of {float(expected):g}: the "
-            f"pipeline does not call its network and scheduler once for each of scheduler.timesteps, {INSTEAD}"
-        )
+    given, expected = torch.as_tensor(timestep).float(), float(timesteps[index].float())
+
+    def judge(found: Tensor) -> None:
+        away, largest = found.tolist()
+        if not away <= 1e-3 + 1e-3 * abs(expected):
+            raise ValueError(
+                f"step {index} was called with timestep {largest:g} instead of {expected:g}: the pipeline does not "
+                f"call its network and scheduler once for each of scheduler.timesteps, {INSTEAD}"
+            )
+
+    verdicts.note(torch.stack([(given - expected).abs().max(), given.max()]), judge)
 
 
-def check_first_latents(sample: Tensor) -> None:
+def check_first_latents(sample: Tensor, verdicts: Verdicts) -> None:
     """Check that a pipeline starts from standard normal noise times ``init_noise_sigma``, which is 1 here.
 
     Raises:
         ValueError: If the root mean square of the n elements is a third beyond what it is once in 10^9 draws, by the
             chi-square distribution of ``sum x^2``.
     """
-    size, half = float(sample.float().square().mean().sqrt()), sample.numel() / 2
+    half = sample.numel() / 2
     low, high = (math.sqrt(float(edge(half, 1e-9)) / half) for edge in (gammaincinv, gammainccinv))
-    if not low / 1.33 < size < high * 1.33:
-        raise ValueError(
-            f"the pipeline's first latents have size {size:.3g} (root mean square) where those of this scheduler's "
-            f"noise process have 1: the pipeline uses another noise process than its scheduler, {INSTEAD}"
-        )
+
+    def judge(found: Tensor) -> None:
+        size = float(found)
+        if not low / 1.33 < size < high * 1.33:
+            raise ValueError(
+                f"the pipeline's first latents have size {size:.3g} (root mean square) where those of this "
+                "scheduler's noise process have 1: the pipeline uses another noise process than its scheduler, "
+                f"{INSTEAD}"
+            )
+
+    verdicts.note(sample.float().square().mean().sqrt().reshape(1), judge)
 
 
-def check_unchanged(sample: Tensor, returned: Tensor, index: int) -> None:
+def check_unchanged(sample: Tensor, returned: Tensor, index: int, verdicts: Verdicts) -> None:
     """Check that the latents of step ``index`` are those returned by the step before, element by element.
 
     Raises:
         ValueError: If the pipeline changed some; rounding to 16 bits is allowed.
     """
-    changed = sample.numel()
-    if sample.shape == returned.shape:
-        before = returned.float()
-        slack = 0.01 * before.abs() + 1e-3 * before.square().mean().sqrt()
-        changed = int(((sample.float() - before).abs() > slack).sum())
-    if changed > 0:
-        raise ValueError(
-            f"the pipeline changed the latents between steps {index - 1} and {index}, {changed} of {sample.numel()} "
-            f"elements (inpainting, or an image or frames to be kept?), {INSTEAD}"
-        )
+
+    def judge(found: Tensor) -> None:
+        changed = int(found)
+        if changed > 0:
+            raise ValueError(
+                f"the pipeline changed the latents between steps {index - 1} and {index}, {changed} of "
+                f"{sample_size} elements (inpainting, or an image or frames to be kept?), {INSTEAD}"
+            )
+
+    sample_size = sample.numel()
+    if sample.shape != returned.shape:
+        judge(torch.tensor([sample_size]))
+    before = returned.float()
+    slack = 0.01 * before.abs() + 1e-3 * before.square().mean().sqrt()
+    verdicts.note(((sample.float() - before).abs() > slack).sum().reshape(1), judge)
 
 
 def doubled(sample: Tensor, returned: Tensor) -> bool:
-    """Whether the second half of the batch, returned as other latents, has been replaced by a copy of the first."""
+    """Whether the second half of the batch, returned as other latents, has been replaced by a copy of the first.
+
+    Waits for the device.
+    """
     half = len(sample) // 2
-    if sample.shape != returned.shape or half == 0 or len(sample) != 2 * half or torch.equal(sample, returned):
+    if sample.shape != returned.shape or half == 0 or len(sample) != 2 * half:
         return False
-    return torch.equal(sample[:half], returned[:half]) and torch.equal(sample[half:], returned[:half])
+    same = [(sample[part] == returned[:half]).all() for part in (slice(half), slice(half, None))]
+    return bool(torch.stack([*same, (sample != returned).any()]).all())
 
 
-def check_copies(output: Tensor, copies: int) -> None:
+def check_copies(output: Tensor, copies: int, verdicts: Verdicts) -> None:
     """Check that the outputs for ``copies`` equal parts of the batch agree.
 
     Raises:
         ValueError: If they do not.
     """
+
+    def judge(found: Tensor) -> None:
+        if bool((found[1:] > 1e-2 * found[0]).any()):
+            raise ValueError(
+                f"the pipeline doubles its batch and computes different outputs for the two halves, {INSTEAD}"
+            )
+
     first, *others = output.float().chunk(copies)
-    if any(float((other - first).norm()) > 1e-2 * float(first.norm()) for other in others):
-        raise ValueError(f"the pipeline doubles its batch and computes different outputs for the two halves, {INSTEAD}")
+    if others:
+        verdicts.note(torch.stack([first.norm(), *((other - first).norm() for other in others)]), judge)

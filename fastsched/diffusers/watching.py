@@ -17,14 +17,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsched.diffusers.formula import NOT_LINEAR, Formula, part_like
+from fastsched.diffusers.formula import NOT_LINEAR, Formula, part_like, products_of
 
 #: Names of numbers that follow the level or the step, and so differ between steps in every pipeline.
 PROGRESS = ("time", "step", "sigma", "index", "progress", "temb")
@@ -47,6 +47,7 @@ class Step:
     Attributes:
         calls: Calls of each network.
         facts: What the networks and the pipeline were given, by name: numbers, flags, sizes and sums of tensors.
+        sums: Of tensors that are not on the CPU, the sizes, and the sums that are still to be read.
         layers: How many layers each network ran, where they could be counted.
         inputs: The tensors that the networks were given.
         outputs: The first tensor of each call's output.
@@ -54,6 +55,7 @@ class Step:
 
     calls: Counter[str] = field(default_factory=Counter)
     facts: dict[str, Any] = field(default_factory=dict)
+    sums: dict[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
     layers: Counter[str] = field(default_factory=Counter)
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
@@ -81,7 +83,11 @@ class PipelineWatch:
         turn = step.calls[name]
         step.calls[name] += 1
         for key, value in {**dict(zip(self._positional(name), args, strict=False)), **kwargs}.items():
-            step.facts |= _facts(f"{name}#{turn}.{key}", value)
+            for fact_name, fact in _facts(f"{name}#{turn}.{key}", value).items():
+                if isinstance(fact, tuple) and isinstance(fact[1], Tensor):
+                    step.sums[fact_name] = fact
+                else:
+                    step.facts[fact_name] = fact
             if isinstance(value, Tensor):
                 step.inputs.append(value)
         first = _first_tensor(output)
@@ -146,6 +152,29 @@ def check_caches(pipe: Any) -> None:
                 )
 
 
+def observed(step: Step, output: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Step, Formula | None]]]:
+    """What is to be read of a step whose output [B, *shape] the scheduler was given: a small vector, on its device.
+
+    Returns:
+        The vector, and a function from its values on the CPU to the step without tensors, and its formula.
+    """
+    products = products_of(step.outputs, output)
+    exact = torch.float32 if output.device.type == "mps" else torch.float64
+    parts = [each.to(output.device, exact, non_blocking=True) for _, each in step.sums.values()]
+    vector = torch.cat([*parts, *([] if products is None else [products.flatten()]), output.new_zeros(1, dtype=exact)])
+    light = Step(step.calls, dict(step.facts), layers=step.layers)
+    shapes = {name: shape for name, (shape, _) in step.sums.items()}
+    side = 0 if products is None else len(products)
+
+    def resolve(values: Tensor) -> tuple[Step, Formula | None]:
+        numbers = values[: 2 * len(shapes)].view(-1, 2).tolist()
+        light.facts |= {name: (shape, *sums) for (name, shape), sums in zip(shapes.items(), numbers, strict=True)}
+        square = values[2 * len(shapes) :][: side * side].view(side, side)
+        return light, Formula.of_products(square) if side else None
+
+    return vector, resolve
+
+
 class Consistency:
     """Compares the steps of a measurement; the errors say what changed."""
 
@@ -156,13 +185,11 @@ class Consistency:
         self._constant: set[str] = set()
         self._layers: dict[tuple[str, int], tuple[int, int]] = {}
 
-    def check(self, index: int, level: int, step: Step, output: Tensor) -> str | None:
+    def check(self, index: int, level: int, step: Step, formula: Formula | None) -> str | None:
         """What is wrong with step ``index``, at the level of that number; None if nothing.
 
-        ``output`` [B, *shape] is what the scheduler was given.
+        Steps come in order, each as `observed` made it.
         """
-        formula = Formula.of(step.outputs, output)
-        step = Step(step.calls, step.facts, step.layers)  # without the tensors
         self._steps[index] = step
         if index == 0:
             return None
@@ -225,22 +252,22 @@ class Consistency:
         return None
 
 
-def overwritten(step: Step, latents: Tensor) -> int:
-    """How many elements of ``latents`` [B, *shape] the pipeline replaced in its networks' input.
+def overwritten(step: Step, latents: Tensor) -> Tensor:
+    """How many elements of ``latents`` [B, *shape] the pipeline replaced in its networks' input, [1] float32.
 
     Inputs are compared if they have the latents' shape, or repeat them along the batch or extend them along one other
     dimension. 0 if none can be compared, or all elements differ (the pipeline scales its input).
     """
-    found = None
+    found = torch.full((1,), float("inf"), device=latents.device)
     for given in step.inputs:
         part = part_like(given, latents)
         if part is None:
             continue
         reference = latents.float()
         slack = 0.02 * reference.abs() + 1e-3 * reference.square().mean().sqrt()
-        wrong = int(((part.float() - reference).abs() > slack).sum())
-        found = wrong if found is None else min(found, wrong)
-    return 0 if found is None or found > 0.99 * latents.numel() else found
+        wrong = ((part.to(latents.device).float() - reference).abs() > slack).sum()
+        found = torch.minimum(found, wrong.float())
+    return torch.where(found > 0.99 * latents.numel(), 0.0, found)
 
 
 def _other_formula(known: Formula | None, found: Formula | None) -> str | None:
@@ -257,12 +284,16 @@ def _is_number(value: Any) -> bool:
 
 
 def _facts(name: str, value: Any) -> dict[str, Any]:
-    """Comparable facts about an argument: numbers as they are, tensors by shape and sums, containers by entry."""
+    """Comparable facts about an argument: numbers as they are, tensors by shape and sums, containers by entry.
+
+    The sums of a tensor that is not on the CPU stay a tensor, which is not waited for.
+    """
     if _is_number(value):
         return {name: value}
     if isinstance(value, Tensor):
         numbers = value.detach().float() if not value.is_complex() else torch.view_as_real(value.detach()).float()
-        return {name: (tuple(value.shape), float(numbers.sum()), float(numbers.abs().sum()))}
+        sums = torch.stack([numbers.sum(), numbers.abs().sum()])
+        return {name: (tuple(value.shape), *sums.tolist()) if sums.device.type == "cpu" else (tuple(value.shape), sums)}
     if isinstance(value, dict):
         return {key: fact for k, v in value.items() for key, fact in _facts(f"{name}.{k}", v).items()}
     if isinstance(value, (list, tuple)) and len(value) <= 64:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastsched.denoisers.denoiser import Denoiser, not_finite
 from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels, positions, queries
 from fastsched.measurement.kept_vectors import KeptVectors
+from fastsched.measurement.late_reading import Verdicts
 from fastsched.measurement.rounding import warn_of_storage
 from fastsched.measurement.statistics import PathStatistics, data_deviation
 from fastsched.sampling.random_streams import noise_of
@@ -105,28 +106,31 @@ class Answers:
 
     def __init__(self, run: Measurement, advance: Callable[[int], object]) -> None:
         self.run, self.advance = run, advance
-        self._finite: list[Tensor] = []  # [] bool, one a query
+        self._asked, self._verdicts = 0, Verdicts()
         self._norms: list[Tensor] = []  # [B], one a level of the reference path
         self._dtype: torch.dtype | None = None
 
     def look(self, raw: Tensor) -> None:
         """Note whether an output [B, *shape] is finite, and of the reference path's how large it is."""
-        self._finite.append(torch.isfinite(raw).all())
-        if len(self._finite) <= len(self.run.s):
+        k = self.run.queries[self._asked]
+        self._verdicts.note(torch.isfinite(raw).all().reshape(1), functools.partial(self._check_finite, k))
+        if self._asked < len(self.run.s):
             self._dtype = raw.dtype if self._dtype is None else torch.promote_types(self._dtype, raw.dtype)
             wide = torch.promote_types(raw.dtype, torch.float32)
             self._norms.append(torch.linalg.vector_norm(raw.flatten(1), dim=1, dtype=wide))
+        self._asked += 1
         self.advance(len(raw))
 
     def check(self) -> None:
-        """Read all notes: the one wait for the device in a batch.
+        """Read all notes that are left: the one wait for the device in a batch.
 
         Raises:
             ValueError: If an output was not finite; the message names the level of the first.
         """
-        finite = torch.stack(self._finite).cpu().tolist()
-        if not all(finite):
-            k = self.run.queries[finite.index(False)]
+        self._verdicts.settle()
+
+    def _check_finite(self, k: int, finite: Tensor) -> None:
+        if not bool(finite):
             raise ValueError(f"{not_finite(self.run.denoiser.process, self.run.s[k])} (level {k} of {len(self.run.s)})")
 
     def warn_of_storage(self, gram: Tensor) -> None:
@@ -156,7 +160,8 @@ def measurement_steps(
         out: Where kept vectors go, [B, V, d] float32 on the CPU; new memory when None.
 
     Raises:
-        ValueError: At the end, if an output held NaN or inf; the message names the level of the first.
+        ValueError: If an output held NaN or inf; the message names the level of the first. Where outputs are not on the
+            CPU, as soon as that is known without waiting, and at the end at the latest.
     """
     noise, elements = noise_of(seeds, shape).to(run.device), math.prod(shape)
     answers = Answers(run, advance)

@@ -15,6 +15,7 @@ import pipelines
 from pipelines import SHAPE, OraclePipeline, OracleUNet, oracle_pipeline
 
 from fastsched.diffusers.step_checks import check_first_latents
+from fastsched.measurement.late_reading import Verdicts
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
@@ -106,10 +107,10 @@ def test_first_latents_of_few_elements_are_not_refused(seed):
     torch.manual_seed(seed)
     for shape in ((1,), (1, *SHAPE), (2, 4, 8, 8)):
         for _ in range(50):
-            check_first_latents(torch.randn(shape))
+            check_first_latents(torch.randn(shape), Verdicts())
     for scale in (0.5, 2.0):
         with pytest.raises(ValueError, match="first latents"):
-            check_first_latents(scale * torch.randn(2, 4, 8, 8))
+            check_first_latents(scale * torch.randn(2, 4, 8, 8), Verdicts())
 
 
 # What depends on the step's number

@@ -22,7 +22,7 @@ def test_the_device_counts_what_makes_the_host_wait():
         torch.empty(3).copy_(x, non_blocking=True)
         x[:2].copy_(torch.ones(2), non_blocking=True)
         assert waits.seen == []
-        assert x.inner.tolist() == [1.0, 1.0, 1.0]
+        assert x.own.tolist() == [1.0, 1.0, 1.0]
         (
             bool((x > 0).all()),
             float(x.sum()),
