@@ -19,8 +19,9 @@ from torch import nn
 from fastsched import ops, validate
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.fitting.loop import MODEL_CALLS
-from fastsched.measurement.deviated_paths import deviated_paths, queries
+from fastsched.measurement.deviated_paths import asked_levels, deviated_paths, queries
 from fastsched.measurement.measuring import measure
+from fastsched.measurement.memory import WORKING
 from fastsched.measurement.network_state import modules_of
 from fastsched.measurement.timeline import Run, Timeline, synchronisations
 from fastsched.sampling.sampler import sample
@@ -31,7 +32,10 @@ from fastsched.selection.starts import even_schedule
 #: Levels, and samples of a pipeline and of a denoiser, that a measurement takes by default.
 LEVELS, PIPELINE_SAMPLES, DENOISER_SAMPLES = 48, 4, 8
 
-#: Elements of a level in the timed Gram matrix, at most.
+#: Vectors that a measured path leaves: its increments, and the responses of two deviated paths.
+VECTORS = LEVELS - 1 + 2 * len(asked_levels(LEVELS))
+
+#: Elements of a vector in the timed Gram matrix, at most.
 GRAM_ELEMENTS = 1 << 22
 
 
@@ -217,7 +221,7 @@ def _profile(runs: Any, steps: int) -> Profile:
         weights_gb=sum(each.numel() * each.element_size() for each in parameters) / 1e9,
         peak_gb=peak[0] / 1e9,
         measuring_gb=measuring_peak[0] / 1e9,
-        predicted_gb=3 * LEVELS * elements * 4 / 1e9,
+        predicted_gb=(VECTORS + WORKING) * elements * 4 / 1e9,
         calls=calls,
         minutes={name: count / runs.batch * step / 60 for name, count in calls.items()},
         image_seconds={number: fixed + number * step for number in numbers},
@@ -300,10 +304,8 @@ def _seconds(function: Any, device: torch.device, repeats: int = 3) -> float:
 
 def _timed_gram(elements: int, device: torch.device) -> tuple[float, int]:
     """Seconds and bytes of the Gram matrix of a measured path."""
-    R, X, W = (torch.randn(LEVELS, 1, elements, device=device) for _ in range(3))
-    a, c = torch.zeros(LEVELS, dtype=torch.float64), torch.ones(LEVELS, dtype=torch.float64)
-    call = lambda: ops.level_increment_gram(R, X, a, c, W=W, per_sample=True)
-    return _seconds(call, device), R.nbytes + X.nbytes + W.nbytes
+    vectors = torch.randn(1, VECTORS, elements, device=device)
+    return _seconds(lambda: ops.vector_gram(vectors), device), vectors.nbytes
 
 
 def _copy_bandwidth(device: torch.device) -> float:

@@ -52,6 +52,19 @@ def increments(p_rows, o_level, stride_level, N, o_col, m_col, now, step):
 
 
 @triton.jit
+def rows(p_rows, o_level, stride_level, N, o_col, m_col):
+    """The four rows from each of ``o_level`` on, four [M, BK]."""
+    stride_level = tl.cast(stride_level, tl.int64)
+    p_block = p_rows + o_level[:, None] * stride_level + o_col
+    return (
+        load_row(p_block, o_level, N, m_col),
+        load_row(p_block + stride_level, o_level + 1, N, m_col),
+        load_row(p_block + 2 * stride_level, o_level + 2, N, m_col),
+        load_row(p_block + 3 * stride_level, o_level + 3, N, m_col),
+    )
+
+
+@triton.jit
 def interleave(b_0, b_1, b_2, b_3):
     """Four [M, BK] of every fourth row -> [4 M, BK]."""
     b_all = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))  # [M, BK, 2, 2]
@@ -60,7 +73,10 @@ def interleave(b_0, b_1, b_2, b_3):
 
 @triton.jit
 def level_tile(p_R, p_X, o_level, r_level, x_level, N, o_col, m_col, c, dc, a, da, STATES: tl.constexpr):
-    """Increments of ``a_k X_k + c_k R_k``, [4 M, BK] float32."""
+    """Increments of ``a_k X_k + c_k R_k``, or for vectors the rows of R themselves, [4 M, BK] float32."""
+    if STATES == "vectors":
+        r_0, r_1, r_2, r_3 = rows(p_R, o_level, r_level, N, o_col, m_col)
+        return interleave(r_0, r_1, r_2, r_3)
     e_0, e_1, e_2, e_3 = increments(p_R, o_level, r_level, N, o_col, m_col, c, dc)
     if STATES == "levels":
         x_0, x_1, x_2, x_3 = increments(p_X, o_level, x_level, N, o_col, m_col, a, da)
@@ -145,7 +161,8 @@ def gram_kernel(
 ):  # fmt: skip
     """One program: every ``parts``-th tile of columns of one sample, for one pair of row blocks.
 
-    Grid ``(pairs, parts, samples)``. With ``STACK`` > 1 a tile holds that many groups of columns, each a stack of
+    Grid ``(pairs, parts, samples)``. With ``STATES == "vectors"`` the rows of R are multiplied as they are, else the
+    increments between levels. With ``STACK`` > 1 a tile holds that many groups of columns, each a stack of
     ``ROWS / STACK`` levels. Partial sums are float32.
     """
     pair, part, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -233,9 +250,29 @@ def level_gram(
     return results[0], results[1].contiguous(), results[2].contiguous()
 
 
+def vector_gram(vectors: Tensor, precision: str) -> Tensor:
+    """Gram matrices of the vectors of each sample, by the same kernel.
+
+    Args:
+        vectors: ``[B, V, d]``; the elements of a vector are adjacent, its rows may be part of more.
+        precision: As `level_gram` takes it.
+
+    Returns:
+        ``[B, V, V]`` float64.
+    """
+    R, V = columns_view(vectors.transpose(0, 1), flat=False), vectors.shape[1]
+    arch, aligned = config.architecture(R.device), _aligned(R)
+    chosen = config.gram_launch(V, R.element_size(), arch, precision=precision, aligned=aligned, cross=False)
+    steps = torch.zeros(4, V, device=R.device)
+    partials = launch(R, None, None, steps, precision, chosen, vectors=True)
+    gram, diagonal, _, _ = _assemble(*(t.sum(0, dtype=torch.float64) for t in partials), V, chosen.rows)
+    gram.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
+    return gram
+
+
 def launch(
     R: Tensor, X: Tensor | None, W: Tensor | None, steps: Tensor, precision: str, chosen: config.GramLaunch,
-    parts: int | None = None, fill: float | None = None,
+    parts: int | None = None, fill: float | None = None, vectors: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """Run the kernel over ``[N, G, K]`` views.
 
@@ -248,6 +285,7 @@ def launch(
         chosen: Tile and warps.
         parts: Programs that share the columns; from the device's size if None.
         fill: What to fill the outputs with first (tests poison them).
+        vectors: Whether the rows of R are multiplied as they are; ``steps`` are not used then.
 
     Returns:
         Partial sums of Gram matrix, diagonal, cross block, norms: ``[parts, G, pairs, rows, ..]``.
@@ -259,7 +297,7 @@ def launch(
             'Pass fewer at a time, or backend="torch"'
         )
     rows, cross = chosen.rows, W is not None
-    states = "none" if X is None else "shared" if X.shape[0] == 1 and N > 1 else "levels"
+    states = "vectors" if vectors else "none" if X is None else "shared" if X.shape[0] == 1 and N > 1 else "levels"
     fixed = constants(N, states, cross, precision, chosen)
     pairs = block_pairs(triton.cdiv(N, rows), cross, R.device)
     tiles = triton.cdiv(K, chosen.columns * fixed["STACK"])

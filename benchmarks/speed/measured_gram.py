@@ -1,14 +1,14 @@
-"""What `fastsched.measure` asks of `level_increment_gram`: matrices per sample, with sensitivity vectors.
+"""What `fastsched.measure` asks of the ops: the Gram matrix of all vectors that a path left, for each sample.
 
-For each sample the Gram matrix of increments, its products with the vectors ``W`` and their norms.
-``python -m benchmarks.speed.measured_gram``, on the GPU if there is one; rows go to ``results/level_gram.csv``.
+48 levels leave 47 increments and 46 responses, 93 vectors. ``python -m benchmarks.speed.measured_gram``, on the GPU if
+there is one; rows go to ``results/measured_gram.csv``.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -16,73 +16,77 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import append, copy_bandwidth, environment, interleaved, quantiles, table
-from benchmarks.speed.level_gram import KEY, Case, errors, levels
-from fastsched.ops import level_increment_gram, pairwise_squared_distances, reference
+from fastsched.ops import vector_gram
+
+KEY = ("device", "threads", "clock", "torch", "commit", "case", "variant")
 
 
-def by_matmul(R: Tensor, X: Tensor | None, a: Tensor, c: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gram matrices and cross blocks ``[B, N, N]`` and norms ``[B, N]`` from levels in float32."""
-    u = levels(R, X, a, c).unflatten(1, R.shape[1:])
-    e = torch.cat([u[:1], u[1:] - u[:-1]]).transpose(0, 1)
-    w = W.transpose(0, 1)
-    return e @ e.mT, w @ e.mT, w.square().sum(-1)
+@dataclass(frozen=True)
+class Case:
+    """``V`` vectors of ``d`` elements for each of ``B`` samples."""
+
+    V: int = 93
+    B: int = 4
+    d: int = 65536
+
+    def __str__(self) -> str:
+        return f"V{self.V} B{self.B} d{self.d} float32"
+
+    def vectors(self, device: str) -> Tensor:
+        """Vectors of unit elements, a tenth of them common to all."""
+        generator = torch.Generator(device).manual_seed(0)
+        common = torch.randn(self.B, 1, self.d, generator=generator, device=device)
+        own = torch.randn(self.B, self.V, self.d, generator=generator, device=device)
+        return own.add_(common, alpha=0.1)
 
 
-def variants(
-    R: Tensor, X: Tensor | None, a: Tensor, c: Tensor, W: Tensor, compiled: bool
-) -> dict[str, Callable[[], tuple]]:
-    """Calls that return Gram matrices, cross blocks and norms of every sample, by name."""
-    found: dict[str, Callable[[], tuple]] = {
-        "level_increment_gram": lambda: level_increment_gram(R, X, a, c, W=W, per_sample=True)
-    }
+def in_float64(vectors: Tensor) -> Tensor:
+    """By float64 products, sample by sample: what the error is measured against."""
+    return torch.stack([each.double() @ each.double().T for each in vectors])
+
+
+def by_matmul(vectors: Tensor) -> Tensor:
+    """By a batched product in float32."""
+    return vectors @ vectors.mT
+
+
+def variants(vectors: Tensor, compiled: bool) -> dict[str, Callable[[], Tensor]]:
+    """Calls that return the Gram matrix of every sample, by name; the first is ours."""
+    found: dict[str, Callable[[], Tensor]] = {"vector_gram": lambda: vector_gram(vectors)}
     if compiled:
         fused = torch.compile(by_matmul)
-        found["torch.compile of difference + matmul"] = lambda: fused(R, X, a, c, W)
-    found["eager difference + matmul"] = lambda: by_matmul(R, X, a, c, W)
+        found["torch.compile of matmul"] = lambda: fused(vectors)
+    found["eager matmul"] = lambda: by_matmul(vectors)
+    if vectors.is_cuda:
+        found["eager blocks, summed in float64"] = lambda: vector_gram(vectors, backend="torch")
     return found
-
-
-def largest_errors(
-    gram: Tensor, cross: Tensor, R: Tensor, X: Tensor | None, a: Tensor, c: Tensor, W: Tensor
-) -> dict[str, str]:
-    """The largest errors of the first sample: of squared distances, relative; of the cross block, against norms."""
-    R, W, X = R[:, :1], W[:, :1], None if X is None else X[..., :1, :]
-    a, c = a.to(R.device), c.to(R.device)
-    distances = pairwise_squared_distances(reference.increment_gram(R, X, a, c)).cpu()
-    found = errors(pairwise_squared_distances(gram[0]), distances)
-    want = reference.cross_gram(W, R, X, a, c)
-    rows, columns = W.double().norm(dim=-1), reference.increments(R, X, a, c).norm(dim=-1).T
-    error = ((cross[0].double() - want).abs() / (rows * columns)).max()
-    return found | {"error_cross": f"{error:.1e}"}
 
 
 def compare(case: Case, device: str, compiled: bool, bandwidth: float | None, repeats: int, clock: str) -> list[dict]:
     """Time all variants of a case interleaved; one row per variant."""
-    R, X, a, c = case.inputs(device)
-    W = case.vectors(device)
-    functions = variants(R, X, a, c, W, compiled)
-    nbytes = case.nbytes(X) + W.nbytes
+    vectors = case.vectors(device)
+    functions = variants(vectors, compiled)
     seconds = interleaved(functions, device, repeats, clock=clock)
     ours = float(np.median(next(iter(seconds.values()))))
+    want = in_float64(vectors[:1])
+    norms = want.diagonal(dim1=1, dim2=2).sqrt()
     rows = []
     for name, taken in seconds.items():
-        row = {"case": f"{case}, W per sample", "variant": name} | quantiles(taken)
-        row |= {"clock": clock, "times_ours": round(float(np.median(taken)) / ours, 3), "bytes": nbytes}
+        row = {"case": str(case), "variant": name} | quantiles(taken)
+        row |= {"clock": clock, "times_ours": round(float(np.median(taken)) / ours, 3), "bytes": vectors.nbytes}
         if bandwidth is not None:
-            row["share_of_copy_bandwidth"] = round(nbytes / float(np.median(taken)) / bandwidth, 3)
-        gram, cross, _ = functions[name]()
-        rows.append(row | largest_errors(gram, cross, R, X, a, c, W) | environment(device))
+            row["share_of_copy_bandwidth"] = round(vectors.nbytes / float(np.median(taken)) / bandwidth, 3)
+        error = (functions[name]()[:1].double() - want).abs() / (norms[:, :, None] * norms[:, None, :])
+        rows.append(row | {"error": f"{float(error.max()):.1e}"} | environment(device))
     return rows
 
 
 def cases(device: str) -> list[Case]:
-    """On a GPU one gigabyte and more, and numbers of samples that do not divide its multiprocessors."""
+    """On a GPU two gigabytes and more, and numbers of samples that do not divide its multiprocessors."""
     if device == "cpu":
-        return [Case(states="levels")]
-    sizes = {16: 8, 32: 4, 48: 3, 64: 2, 128: 1}
-    grid = itertools.product(sizes, (torch.float32, torch.bfloat16))
-    big = [Case(N, B=4, d=sizes[N] << 19, states="levels", dtype=dtype, apart=1e-2) for N, dtype in grid]
-    return [*big, *(Case(48, B=B, d=1 << 16, states="levels", apart=1e-2) for B in (100, 133))]
+        return [Case()]
+    large = [Case(V, B=4, d=(3 << 21) // V // 16 * 64) for V in (31, 61, 93, 125)]
+    return [*large, Case(93, B=1, d=1 << 22), Case(93, B=100, d=1 << 16), Case(93, B=133, d=1 << 16), Case(93, B=8)]
 
 
 def main() -> None:
@@ -100,17 +104,15 @@ def main() -> None:
     bandwidth = copy_bandwidth() if options.device == "cuda" else None
     for case in cases(options.device):
         rows = compare(case, options.device, options.compiled, bandwidth, options.repeats, options.clock)
-        columns = ("variant", "p50_ms", "times_ours", "error_adjacent", "error_all", "error_cross")
+        columns = ("variant", "p50_ms", "times_ours", "share_of_copy_bandwidth", "error")
         print(case, table(rows, columns), sep="\n", flush=True)
         if not options.dry_run:
-            append("level_gram", rows, KEY)
+            append("measured_gram", rows, KEY)
 
 
-@pytest.mark.parametrize("variant", ["level_increment_gram", "eager difference + matmul"])
+@pytest.mark.parametrize("variant", ["vector_gram", "eager matmul"])
 def test_measured_gram(benchmark, variant):
-    case = Case(states="levels")
-    call = variants(*case.inputs("cpu"), case.vectors("cpu"), compiled=False)[variant]
-    benchmark.pedantic(call, rounds=3, warmup_rounds=1)
+    benchmark.pedantic(variants(Case().vectors("cpu"), compiled=False)[variant], rounds=3, warmup_rounds=1)
 
 
 if __name__ == "__main__":

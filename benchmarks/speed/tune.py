@@ -1,8 +1,9 @@
 """Try launches of the Gram kernel on the GPU at hand, and print the best.
 
-``python -m benchmarks.speed.tune`` tunes what `fastsched.measure` launches (states at each level, responses ``W``, one
-matrix per sample) for 48 and 100 levels in float32 and bfloat16. ``--no-vectors`` leaves ``W`` out, ``--mean`` joins
-the samples. All launches are compiled first, in as many processes as there are cores, so that little GPU time is used.
+``python -m benchmarks.speed.tune`` tunes what `fastsched.measure` launches: Gram matrices of 61 and of 93 float32
+vectors, one a sample. ``--states levels`` tunes that of increments between levels, ``--responses`` with vectors ``W``,
+``--mean`` one for all samples together. All launches are compiled first, in as many processes as there are cores, so
+that little GPU time is used.
 Nothing is written: a winner without spills (tests/kernels/test_kernel_compile.py) is entered in ``kernels/config.py``
 by hand.
 """
@@ -35,8 +36,8 @@ class Entry:
 
     levels: int
     dtype: str = "float32"
-    states: str = "levels"
-    vectors: bool = True
+    states: str = "vectors"
+    responses: bool = False
     mean: bool = False
     samples: int = 4
     precision: str = "bf16x3"
@@ -44,9 +45,10 @@ class Entry:
     def inputs(self, elements: int) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, int]:
         """``R``, ``X``, ``W`` as the kernel views them, the coefficients, and the bytes to be read."""
         d = elements // self.samples // 16 * 16
-        case = Case(self.levels, self.samples, d, self.states, getattr(torch, self.dtype), apart=1e-2)
+        states = "none" if self.states == "vectors" else self.states
+        case = Case(self.levels, self.samples, d, states, getattr(torch, self.dtype), apart=1e-2)
         R, X, a, c = case.inputs("cuda")
-        W = case.vectors("cuda") if self.vectors else None
+        W = case.vectors("cuda") if self.responses else None
         nbytes = case.nbytes(X) + (0 if W is None else W.nbytes)
         view = lambda t: None if t is None else level_gram.columns_view(t, self.mean)
         return (
@@ -60,8 +62,8 @@ class Entry:
 
 def candidates(entry: Entry) -> list[config.GramLaunch]:
     """Launches to try; those that differ in ``programs`` alone share a kernel."""
-    rows = (64,) if entry.levels <= 64 or entry.vectors else (64, 128)  # with W, 128 rows are more than fits
-    columns = (16, 32, 64) if entry.vectors else (32, 64, 128)
+    rows = (64,) if entry.levels <= 64 or entry.responses else (64, 128)  # with W, 128 rows are more than fits
+    columns = (16, 32, 64) if entry.responses else (32, 64, 128)
     grid = itertools.product(rows, columns, (4, 8), (1, 2, 3, 4), (1, 2, 3, 4))
     return [config.GramLaunch(*fields) for fields in grid]
 
@@ -71,7 +73,7 @@ def compiled(entry: Entry, launches: list[config.GramLaunch]) -> None:
     R, X, W, steps, _ = entry.inputs(1 << 14)
     for launch in launches:
         try:
-            level_gram.launch(R, X, W, steps, entry.precision, launch)
+            level_gram.launch(R, X, W, steps, entry.precision, launch, vectors=entry.states == "vectors")
         except Exception:  # out of shared memory or registers: the timing meets it again, and says so
             continue
     torch.cuda.synchronize()
@@ -80,7 +82,8 @@ def compiled(entry: Entry, launches: list[config.GramLaunch]) -> None:
 def timed(entry: Entry, repeats: int, bandwidth: float) -> list[dict]:
     """One row per launch, the fastest first."""
     R, X, W, steps, nbytes = entry.inputs(ELEMENTS * 48 // entry.levels)
-    run = lambda launch: level_gram.launch(R, X, W, steps, entry.precision, launch)
+    plain = entry.states == "vectors"
+    run = lambda launch: level_gram.launch(R, X, W, steps, entry.precision, launch, vectors=plain)
     rows = []
     for launch in candidates(entry):
         try:
@@ -96,17 +99,17 @@ def timed(entry: Entry, repeats: int, bandwidth: float) -> list[dict]:
 def entries(options: argparse.Namespace) -> list[Entry]:
     """What the options ask for."""
     grid = itertools.product(options.levels, options.dtypes)
-    rest = {"states": options.states, "vectors": options.vectors, "mean": options.mean, "samples": options.samples}
+    rest = {"states": options.states, "responses": options.responses, "mean": options.mean, "samples": options.samples}
     return [Entry(levels, dtype, **rest, precision=options.precision) for levels, dtype in grid]
 
 
 def main() -> None:
     """Compile and time every launch that the GPU takes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--levels", type=int, nargs="+", default=[48, 100])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--states", default="levels", choices=("none", "shared", "levels"))
-    parser.add_argument("--vectors", action=argparse.BooleanOptionalAction, default=True, help="responses W")
+    parser.add_argument("--levels", type=int, nargs="+", default=[61, 93], help="or vectors")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"])
+    parser.add_argument("--states", default="vectors", choices=("vectors", "none", "shared", "levels"))
+    parser.add_argument("--responses", action="store_true", help="with vectors W")
     parser.add_argument("--mean", action="store_true", help="one matrix for all samples")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--precision", default="bf16x3")

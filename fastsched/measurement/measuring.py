@@ -45,8 +45,8 @@ def measure(
     responses ``D(z') - D(z)`` tell how errors are passed on (`fastsched.measurement.deviated_paths`).
 
     No gradients are taken, so compiled, quantised and guided models work. Cost: ``2 N - 2`` calls a sample for an even
-    number N of levels, N without responses, and 7 to check the network. An interrupt (Ctrl-C) returns the paths that
-    were finished, with a warning. Warns if 16-bit outputs add more than 1% to the squared increments.
+    number N of levels, N without responses, and 7 to check the network. An interrupt (Ctrl-C) returns the finished
+    paths, with a warning. Warns if 16-bit outputs add more than 1% to the squared increments.
 
     Args:
         denoiser: What to measure.
@@ -54,13 +54,11 @@ def measure(
         levels: How many levels (32 to 64 serve), or the levels ``s`` themselves, descending.
         samples: How many paths.
         responses: Whether to measure responses. Without them, errors are taken to be passed on as for Gaussian data.
-        keep_increments: Whether the statistics hold increments and responses, ``2 N`` images a sample, as
-            `fastsched.tune` needs.
+        keep_increments: Whether to keep increments and responses, ``2 N`` images a sample, as `fastsched.tune` needs.
         seed: Of the noises. Sample ``n`` is the same whatever ``samples`` and ``batch_size``.
-        batch_size: Paths followed at once; when None as many as memory allows, one with a checkpoint. At the peak
-            ``2 N + 13`` float32 states a path are held beside the network (`fastsched.measurement.memory`).
-        store: Where ``2 N - 3`` of them are held: ``"device"``, or ``"cpu"`` to spare the GPU's memory. When None
-            on the device, unless they would take more than half of its free memory.
+        batch_size: Paths at once, each ``2 N + 13`` float32 states; None: as memory allows, one with a checkpoint.
+        store: Where ``2 N - 3`` of these are held: ``"device"`` (when None, if half of its free memory is enough) or
+            ``"cpu"``.
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None. States stay float32.
         checks: Whether to ask first if the network is a denoiser (`fastsched.measurement.network_checks`).

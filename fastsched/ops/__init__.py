@@ -105,23 +105,30 @@ def level_increment_gram(
     return LevelGram(gram, None, None) if W is None else LevelGram(gram, cross, w_squared)
 
 
-def vector_gram(vectors: Tensor) -> Tensor:
-    """Gram matrix of the vectors of each sample, ``gram[b, i, j] = <v_i, v_j>``.
+def vector_gram(vectors: Tensor, *, precision: str = "bf16x3", backend: str = "auto") -> Tensor:
+    """Gram matrix of the vectors of each sample, ``gram[b, i, j] = <v_i, v_j>``, in one pass over them.
 
-    Blocks of columns are multiplied in float32 (float64 where the program allows products in TF32 or bfloat16) and
-    their sums added in float64, so no copy of the vectors is made. Runs in PyTorch on every device.
+    In PyTorch blocks of columns are multiplied in float32 (float64 where the program allows products in TF32 or
+    bfloat16) and their sums added in float64, so no copy of the vectors is made.
 
     Args:
         vectors: ``[B, V, d]``, floating point; adjacent elements of a vector must be adjacent in memory.
+        precision: As in `level_increment_gram`.
+        backend: As in `level_increment_gram`.
 
     Returns:
         ``[B, V, V]`` float64 (float32 on Apple's GPUs), on the vectors' device.
 
     Raises:
-        ValueError: A shape or dtype that does not fit.
+        ValueError: A shape or dtype that does not fit, an unknown option, or ``backend="triton"`` where the kernels
+            cannot run.
     """
     _check_data("vectors", vectors, "B, V, d")
-    return eager.vector_gram(vectors)
+    _check_precision(precision)
+    triton = resolve_backend(vectors.device, vectors.dtype, backend=backend) == "triton"
+    if _plain_call(triton, vectors):
+        return eager.vector_gram(vectors)
+    return registration.vector_gram(vectors, precision, triton)
 
 
 def pairwise_squared_distances(gram: Tensor) -> Tensor:
@@ -180,9 +187,13 @@ def _plain_call(triton: bool, tensor: Tensor) -> bool:
     return not triton and type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _check_gram(R: Tensor, X: Tensor | None, W: Tensor | None, precision: str) -> None:
+def _check_precision(precision: str) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+
+
+def _check_gram(R: Tensor, X: Tensor | None, W: Tensor | None, precision: str) -> None:
+    _check_precision(precision)
     _check_data("R", R)
     if X is not None:
         _check_like("X", X, R, "R", shared=True)

@@ -42,6 +42,21 @@ def _(R, X, W, coefficients, per_sample, precision, triton):
     return gram, torch.empty_like(gram), gram.new_empty((*lead, N))
 
 
+@torch.library.custom_op("fastsched::vector_gram", mutates_args=())
+def vector_gram(vectors: Tensor, precision: str, triton: bool) -> Tensor:
+    """Gram matrix of the vectors of each sample; see `fastsched.ops.vector_gram`."""
+    if triton:
+        with torch.cuda.device_of(vectors):
+            return _kernel("level_gram").vector_gram(vectors, precision)
+    return eager.vector_gram(vectors)
+
+
+@torch.library.register_fake("fastsched::vector_gram")
+def _(vectors, precision, triton):
+    B, V, _ = vectors.shape
+    return vectors.new_empty((B, V, V), dtype=torch.float32 if vectors.device.type == "mps" else torch.float64)
+
+
 @torch.library.custom_op("fastsched::hutchinson", mutates_args=())
 def hutchinson(V: Tensor, JV: Tensor, triton: bool) -> tuple[Tensor, Tensor]:
     """``sum V * JV`` and ``sum JV * JV``; see `fastsched.ops.hutchinson_reduce`."""

@@ -296,3 +296,42 @@ def run_coefficients_on_the_device(case: GramCase) -> list[np.ndarray]:
 def test_coefficients_may_be_on_the_device():
     on_host, on_device = launch(run_coefficients_on_the_device, GramCase(N=9, d=48))
     assert np.array_equal(on_host, on_device)
+
+
+def vectors_of(B, V, d, dtype="float32"):
+    """Rows of larger memory, as a measurement keeps them: neither first nor adjacent."""
+    generator = torch.Generator().manual_seed(V * 1000 + d)
+    rows = torch.randn(B, V + 3, d, generator=generator).cumsum(1)
+    return rows.to(getattr(torch, dtype)).to(DEVICE)[:, 1 : V + 1]
+
+
+def vector_gram(shape, dtype, precision):
+    return ops.vector_gram(vectors_of(*shape, dtype), precision=precision, backend="triton").cpu().numpy()
+
+
+@pytest.mark.parametrize("precision", ["bf16x3", "tf32x3", "ieee"])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1), (3, 5, 257), (2, 16, 512), (2, 31, 96), (1, 64, 500), (2, 93, 131), (2, 93, 256), (1, 200, 64)],
+    ids=str,
+)
+def test_gram_of_vectors(shape, precision):
+    vectors = vectors_of(*shape).double().cpu()
+    found = torch.from_numpy(launch(vector_gram, shape, "float32", precision))
+    expected, norms = vectors @ vectors.mT, vectors.norm(dim=2)
+    scale = norms[:, :, None] * norms[:, None, :]
+    relative = summation_error(shape[2]) + EPS[torch.float32]
+    assert found.dtype == torch.float64
+    assert ((found - expected).abs() <= (relative + PRODUCT_ERROR[precision] + TRUNCATION) * scale).all()
+    diagonal = (found - expected).diagonal(dim1=1, dim2=2).abs()
+    assert (diagonal <= relative * scale.diagonal(dim1=1, dim2=2)).all()
+    assert torch.equal(found, found.mT)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gram_of_vectors_in_16_bits(dtype):
+    shape = (2, 40, 320)
+    vectors = vectors_of(*shape, dtype).double().cpu()
+    found, norms = torch.from_numpy(launch(vector_gram, shape, dtype, "bf16x3")), vectors.norm(dim=2)
+    bound = (summation_error(320) + PRODUCT_ERROR["bf16x3"] + TRUNCATION) * norms[:, :, None] * norms[:, None, :]
+    assert ((found - vectors @ vectors.mT).abs() <= bound).all()

@@ -241,6 +241,10 @@ def test_opcheck_level_gram(states, per_sample):
     torch.library.opcheck(torch.ops.fastsched.level_gram, arguments)
 
 
+def test_opcheck_vector_gram():
+    torch.library.opcheck(torch.ops.fastsched.vector_gram, (torch.randn(2, 3, 40), "bf16x3", False))
+
+
 @pytest.mark.parametrize("probe", ["levels", "shared"])
 def test_opcheck_hutchinson(probe):
     JV = torch.randn(2, 3, 40)
