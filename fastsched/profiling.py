@@ -50,7 +50,8 @@ class StepTimes:
         network: Fraction of the time in the network.
         scheduler: Fraction in the scheduler's step: in a measurement, all that is ours.
         rest: Fraction in what is left: guidance, the pipeline's loop.
-        synchronisations: How often a scheduler's step has the host wait for a GPU; None where no GPU is used.
+        synchronisations: How often a scheduler's step has the host wait for a GPU, the median; None without a GPU. A
+            measurement waits in its last step alone, when a batch is read.
     """
 
     name: str
@@ -65,7 +66,7 @@ class StepTimes:
     def of(cls, name: str, run: Run) -> StepTimes:
         """From a run; its first step warms up, and is left out if there are more."""
         used = run.steps[1:] if len(run.steps) > 1 else run.steps
-        waits = None if run.synchronisations is None else len(run.synchronisations) / max(len(run.steps), 1)
+        waits = None if run.synchronisations is None else float(np.median(run.synchronisations))
         totals = np.array([sum(step.values()) for step in used])
         part = lambda owner: float(sum(step.get(owner, 0.0) for step in used) / max(totals.sum(), 1e-12))
         p50, p95 = (float(np.percentile(totals, p)) * 1e3 for p in (50, 95))
@@ -261,7 +262,8 @@ class _DenoiserRuns:
         timed = replace(self.denoiser, network=timeline.owned("network", self.denoiser.network))
         with synchronisations(self.device) as waits:
             run(timed)
-        return timeline.run("network", waits)
+        found = timeline.run("network", None)
+        return found if waits is None else replace(found, synchronisations=[len(waits) // max(len(found.steps), 1)])
 
 
 def modes_of(module: nn.Module) -> list[str]:

@@ -15,7 +15,9 @@ from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
 from fastsched.diffusers.pipeline_measurement import call, check_call, measure, scheduler_replaced
 from fastsched.diffusers.watching import networks_of
+from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.timeline import Run, Timeline, synchronisations
+from fastsched.ops import vector_gram
 from fastsched.sampling.solvers import FITTED
 from fastsched.selection.starts import even_schedule
 
@@ -54,13 +56,15 @@ class PipelineRuns:
             return self._timed(lambda: call(self.pipe, steps, None, self.call_kwargs), scheduler)
 
     def measuring(self, levels: int) -> Run:
-        """One call of the pipeline in a measurement."""
+        """One call of the pipeline in a measurement; its kernel is compiled before, once for all calls."""
+        vectors = levels - 1 + 2 * len(asked_levels(levels))
+        vector_gram(torch.zeros(1, vectors, self.elements, device=self.device))
         return self._timed(
             lambda: measure(self.pipe, levels=levels, samples=1, **self.call_kwargs), CalibrationScheduler
         )
 
     def _timed(self, run: Callable[[], Any], scheduler: Any) -> Run:
-        timeline, waits = Timeline(self.device), []
+        timeline, waits = Timeline(self.device), list[int]()
         with _owned_step(timeline, scheduler, self._seen, waits), _owned_networks(timeline, self.pipe) as called:
             run()
         if not self.networks:
@@ -72,7 +76,7 @@ class PipelineRuns:
 
 
 @contextlib.contextmanager
-def _owned_step(timeline: Timeline, scheduler: Any, seen: Callable[[Tensor], None], waits: list[str]) -> Iterator[None]:
+def _owned_step(timeline: Timeline, scheduler: Any, seen: Callable[[Tensor], None], waits: list[int]) -> Iterator[None]:
     """The time of ``scheduler.step`` (of an object or a class) belongs to the scheduler."""
     step = scheduler.step
     named = inspect.signature(step)
@@ -84,7 +88,7 @@ def _owned_step(timeline: Timeline, scheduler: Any, seen: Callable[[Tensor], Non
         seen(sample)
         with timeline.within("scheduler"), synchronisations(timeline.device) as found:
             result = step(*args, **kwargs)
-        waits.extend(found or [])
+        waits.append(len(found or []))
         return result
 
     timed.__signature__ = named  # type: ignore[attr-defined]  # pipelines inspect it

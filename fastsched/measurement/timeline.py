@@ -21,12 +21,12 @@ class Run:
     Attributes:
         steps: Seconds by owner of every step.
         seconds: Of the whole run.
-        synchronisations: Where a step had the host wait for the GPU, all steps; None where no GPU is used.
+        synchronisations: How often each step had the host wait for the GPU; None where no GPU is used.
     """
 
     steps: Sequence[dict[str, float]]
     seconds: float
-    synchronisations: Sequence[str] | None
+    synchronisations: Sequence[int] | None
 
 
 class Timeline:
@@ -97,7 +97,7 @@ class Timeline:
                 step = {}
         return found
 
-    def run(self, last: str, synchronisations: Sequence[str] | None) -> Run:
+    def run(self, last: str, synchronisations: Sequence[int] | None) -> Run:
         """The run so far; a step ends with a span of the owner ``last``."""
         return Run(self.steps(last), sum(seconds for _, seconds in self.spans()), synchronisations)
 
