@@ -123,6 +123,7 @@ def with_increments(
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> PathStatistics:
     """These statistics with their increments, and responses, the paths followed once more if need be.
 
@@ -132,18 +133,19 @@ def with_increments(
         batch_size: As in `measure`.
         device: As in `measure`.
         dtype: As in `measure`.
+        checkpoint: As in `measure`.
 
     Raises:
         ValueError: If the network returns NaN or inf.
     """
     if stats.increments is not None:
         return stats
-    batch = stats.samples if batch_size is None else validate.positive_int("batch_size", batch_size)
+    grain = stats.samples if checkpoint is None else 1
+    batch = grain if batch_size is None else validate.positive_int("batch_size", batch_size)
     asked = check_same_network(denoiser, stats, device, dtype)
     run = measurement_of(denoiser, stats.s, device, dtype, stats.response_gram is not None, keep_increments=True)
-    again = measured(
-        run, Batches(stats.shape, stats.seeds, batch, batch_size is not None, checks=False, progress=False)
-    )
+    batches = Batches(stats.shape, stats.seeds, batch, batch_size is not None, False, checkpoint, progress=False)
+    again = measured(run, batches, None if checkpoint is None else resumed(checkpoint, run, batches))
     return replace(
         stats,
         increments=again.increments,
