@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser
+from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.interrupts import BestSoFar, interrupted_schedule
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, affordable, fit_by_running
@@ -23,9 +23,9 @@ from fastsched.measurement.measuring import (
     measurement_of,
     with_increments,
 )
-from fastsched.measurement.statistics import PathStatistics
+from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import check_writable
-from fastsched.sampling.fitted import chosen_solver
+from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.schedule import Schedule
 
@@ -102,6 +102,7 @@ def fit_report(
     progress: bool = True,
 ) -> FitReport:
     """`fit`, with all that it found on the way; arguments and errors are the same."""
+    validate.arguments(locals(), denoiser=is_denoiser, solver=is_solver, stats=validate.optional(is_statistics))
     steps = validate.positive_int("steps", steps)
     budget = validate.positive_int("model_calls", model_calls, minimum=0)
     method = chosen_solver(solver)

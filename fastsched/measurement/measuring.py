@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser, check_denoiser, placement
+from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
 from fastsched.measurement.batches import Batches, finished_part, measured, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.fingerprints import same_network
@@ -74,6 +74,7 @@ def measure(
         ValueError: If an argument is out of range, the network fails the checks, or returns NaN or inf.
         MemoryError: Before the first call, if memory does not suffice; the message says what to lower.
     """
+    validate.arguments(locals(), denoiser=is_denoiser)
     s = measured_levels(denoiser, levels)
     run = measurement_of(denoiser, s, device, dtype, responses, keep_increments, store)
     batches = batches_of(shape, samples, seed, batch_size, checks, checkpoint, progress)
@@ -176,7 +177,7 @@ def check_same_network(
 
 def measured_levels(denoiser: Denoiser, levels: int | Tensor) -> Tensor:
     """The levels to measure at, float64 [N], from their number or a list of them; errors as in `measure`."""
-    check_denoiser(denoiser)
+    is_denoiser("denoiser", denoiser)
     if not isinstance(levels, Tensor):
         return denoiser.levels(validate.positive_int("levels", levels, minimum=3))
     s = validate.descending_sigmas(levels, name="levels")
