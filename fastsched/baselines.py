@@ -158,7 +158,7 @@ def beta(
     from scipy.special import betaincinv
 
     def curve(u: Tensor) -> Tensor:
-        quantile = torch.from_numpy(betaincinv(alpha, beta, (1 - u).numpy()))
+        quantile = torch.from_numpy(betaincinv(float(alpha), float(beta), (1 - u).numpy()))
         return sigma_min + (sigma_max - sigma_min) * quantile
 
     return _schedule(curve, steps, sigma_min, sigma_max, spare_last)
@@ -237,8 +237,8 @@ def _schedule(
         raise ValueError(
             f"steps={steps} levels from {sigma_max} to {sigma_min} overflow with these parameters"
         ) from None
-    sigmas[-1] = sigma_min
-    sigmas[0] = sigma_max
+    sigmas[-1] = float(sigma_min)
+    sigmas[0] = float(sigma_max)
     if spare_last:
         sigmas[-1] = 0.0
     else:

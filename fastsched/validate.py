@@ -253,7 +253,8 @@ def sample_shape(shape: Sequence[int]) -> tuple[int, ...]:
         TypeError: If it is not a sequence of integers.
         ValueError: If it is empty or has an entry below 1.
     """
-    if isinstance(shape, (str, bytes, Mapping, set)) or not isinstance(shape, Iterable) or iter(shape) is shape:
+    single = getattr(shape, "ndim", 1) == 0 or isinstance(shape, (str, bytes, Mapping, set))
+    if single or not isinstance(shape, Iterable) or iter(shape) is shape:
         raise TypeError(f"shape must be a sequence such as (4, 64, 64), without the batch, got {shown(shape)}")
     sizes = tuple(positive_int("shape", size) for size in shape)
     if not sizes:

@@ -116,7 +116,7 @@ class Denoiser:
         inner = edm.inner_of(core)
         raw = net
         if inner is not None:
-            labels = None if class_labels is None else _labels(class_labels)
+            labels = None if class_labels is None else edm.labels_of(class_labels)
             raw = edm.WrappedEdmNetwork(net, inner, data, labels)
         elif class_labels is not None:
             raise ValueError("class_labels must be None for a raw network; pass a function that adds them itself")
@@ -184,8 +184,8 @@ class Denoiser:
         validate.arguments(
             locals(), t_min=validate.real, t_max=validate.real, data_at=validate.anything, sign=validate.anything
         )
-        if sign not in (1, -1):
-            raise ValueError(f"sign must be 1 (the network predicts dx/dt) or -1, got {sign!r}")
+        if not isinstance(sign, int) or sign not in (1, -1):
+            raise ValueError(f"sign must be 1 (the network predicts dx/dt) or -1, got {validate.shown(sign)}")
         process = FlowMatching(t_min, t_max, data_at)
         towards_noise = sign == (1 if data_at == 0 else -1)
         return cls(fn, process, "velocity" if towards_noise else "reverse_velocity")
@@ -295,7 +295,7 @@ class Denoiser:
             output = self.network(network_input.to(dtype or x.dtype, copy=True), condition)
         except StopIteration as error:
             raise RuntimeError("the network raised StopIteration (an iterator in it ran out)") from error
-        return _checked_output(output, x).to(x.device, copy=True)
+        return checked_output(output, x).to(x.device, copy=True)
 
     def denoise(self, y: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
         """``D`` from the normalised state ``y = x / sigma``, finite at every level, pure noise included.
@@ -403,16 +403,8 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     return _on_device(values.to(like.dtype), like).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _labels(class_labels: object) -> Tensor:
-    """Class labels of their own, [1 or B, label_dim]."""
-    if not isinstance(class_labels, Tensor) or class_labels.ndim not in (1, 2) or class_labels.numel() == 0:
-        raise TypeError(
-            f"class_labels must be a tensor [label_dim] or [1, label_dim], got {validate.shown(class_labels)}"
-        )
-    return class_labels.detach().clone().reshape(-1, class_labels.shape[-1])
-
-
-def _checked_output(output: object, x: Tensor) -> Tensor:
+def checked_output(output: object, x: Tensor) -> Tensor:
+    """What a network returned for ``x``; TypeError or ValueError if it is no prediction."""
     if not isinstance(output, Tensor):
         raise TypeError(
             f"the network returned {type(output).__name__}, not a tensor; wrap it so that it returns the "
@@ -420,6 +412,9 @@ def _checked_output(output: object, x: Tensor) -> Tensor:
         )
     if not output.is_floating_point():
         raise TypeError(f"the network returned {output.dtype} numbers; it must return floating-point ones")
+    if output.layout != torch.strided or output.is_meta != x.is_meta:
+        what = "a meta tensor, which holds no numbers" if output.is_meta else f"a tensor of layout {output.layout}"
+        raise TypeError(f"the network returned {what}; it must return an ordinary tensor")
     if output.shape != x.shape:
         hint = ""
         if output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:

@@ -123,7 +123,7 @@ class PathStatistics:
             rows = torch.as_tensor(samples)
         except (TypeError, ValueError, RuntimeError):
             rows = torch.empty(0)
-        if rows.ndim != 1 or rows.numel() == 0 or rows.dtype == torch.bool or rows.is_floating_point():
+        if rows.ndim != 1 or rows.numel() == 0 or rows.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"samples must be a list of indices, got {validate.shown(samples)}")
         if not bool(((rows >= -self.samples) & (rows < self.samples)).all()):
             raise ValueError(f"samples must be indices below {self.samples}, got {validate.shown(samples)}")
