@@ -35,7 +35,8 @@ def rounding_floor(ends: Tensor) -> Tensor:
     Args:
         ends: Samples, [B, *shape].
     """
-    validate.tensor("ends", ends)
+    if validate.tensor("ends", ends).ndim < 2:
+        raise ValueError(f"ends must be [B, *shape], got shape {tuple(ends.shape)}")
     return torch.finfo(torch.float32).eps ** 2 * ends.double().flatten(1).square().sum(1)
 
 

@@ -58,6 +58,9 @@ WRONG = {
     "data": TENSOR,
     "checkpoint": PATH,
     "path": [None, *PATH],
+    "model": OTHER,
+    "trace": PATH,
+    "store": ["gpu", 3, []],
     "method": ["best", 3, [], b"arc_length"],
     "pairs": ["some", None, 3],
     "velocity": ["slow", 3, []],
@@ -94,7 +97,6 @@ WRONG = {
     **dict.fromkeys(("t_min", "t_max"), REAL),
     "data_at": [2, -1, 0.5, None, "0"],
     "sign": [0, 2, "1", None],
-    "model": ["sd3", None, 3, []],
     **dict.fromkeys(("tokens", "base_tokens", "max_tokens"), COUNT),
     **dict.fromkeys(("base_shift", "max_shift"), REAL),
     "exponent": REAL,
@@ -175,6 +177,7 @@ RIGHT = {
         fs.compare,
         lambda: {"denoiser": denoiser(), "schedules": {"a": schedule()}, "reference": reference()},
     ),
+    "profile": (fs.profile, lambda: {"model": denoiser(), "shape": (4,), "steps": 3}),
     "converged_reference": (fs.converged_reference, lambda: {"denoiser": denoiser(), "shape": (4,), "samples": 2}),
     "Denoiser": (fs.Denoiser, lambda: {"network": NETWORK, "process": denoiser().process, "prediction": "x0"}),
     "Denoiser.from_denoiser": (fs.Denoiser.from_denoiser, lambda: {"fn": NETWORK, **SIGMA}),
@@ -242,6 +245,10 @@ PICTURES = [None, 3, "x", {}, {"a": 3}, {"a": torch.zeros(2, 8)}]
 SPECIAL = {
     **{(f"costs.{name}", "probes"): [1, *COUNT] for name in ("fisher_rao",)},
     ("costs.stein_predictor", "probes"): [1, *OPTIONAL_COUNT],
+    ("baselines.ays", "model"): ["sd3", None, 3, []],
+    ("profile", "shape"): SHAPE,
+    ("profile", "steps"): [2, *COUNT],
+    ("profile", "call_kwargs"): [{}],  # an argument of a pipeline
     ("audition", "samples"): [3, *OPTIONAL_COUNT],
     ("sample", "seed"): [1, *(value for value in SEED if value is not None)],  # for a deterministic solver, any
     ("sample", "sigmas"): SIGMAS,
@@ -328,7 +335,7 @@ def public_functions():
 
 #: Tested elsewhere: results, drawing, and pipelines, which need one.
 ELSEWHERE = {
-    "Comparison", "PathStatistics", "diffusers.apply", "diffusers.export", "diffusers.fit",
+    "Comparison", "PathStatistics", "Profile", "diffusers.apply", "diffusers.export", "diffusers.fit",
     "diffusers.measure", "metrics.power_mean", "plot.plot_overview", "plot.error_weight",
 }  # fmt: skip
 

@@ -75,15 +75,12 @@ def measure(
         MemoryError: Before the first call, if memory does not suffice; the message says what to lower.
     """
     validate.arguments(locals(), denoiser=is_denoiser)
-    s = measured_levels(denoiser, levels)
-    run = measurement_of(denoiser, s, device, dtype, responses, keep_increments, store)
+    run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses, keep_increments, store)
     batches = batches_of(shape, samples, seed, batch_size, checks, checkpoint, progress)
     try:
         return measured(run, batches, None if checkpoint is None else resumed(checkpoint, run, batches))
     except KeyboardInterrupt as error:
-        if checkpoint is not None:
-            raise
-        return finished_part(error)
+        return finished_part(error, batches)
 
 
 def batches_of(
