@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # The tensors of the tests and benchmarks are small: threads would only wait for each other.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test check bench bench-quality accept-gpu clean
+.PHONY: demo test check fuzz bench bench-quality accept-gpu clean
 
 demo: $(VENV)/demo-installed  ## measure, select and compare on handwritten digits; table and figure
 	$(BIN)/fastsched demo --output demo-output
@@ -20,6 +20,9 @@ check: $(VENV)/dev-installed  ## lint, format, order of imports between rooms, a
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+fuzz: $(VENV)/dev-installed  ## 10,000 odd networks, arguments and files, and 50 kills: about ten minutes on two cores
+	FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/python -m pytest --numprocesses 2 tests/fuzz
 
 bench: $(VENV)/dev-installed  ## speed of the ops on this machine
 	$(BIN)/python -m pytest benchmarks/speed --benchmark-only

@@ -24,6 +24,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastsched import validate
+
 __all__ = [
     "ays",
     "beta",
@@ -50,7 +52,7 @@ def karras(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0, *, 
     Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", equation 5.
     ``rho`` is positive; 1 is :func:`linear`, and as it grows the curve tends to :func:`exponential`.
     """
-    _positive("rho", rho)
+    validate.arguments(locals())
 
     def curve(u: Tensor) -> Tensor:
         return _lerp(sigma_max ** (1 / rho), sigma_min ** (1 / rho), u) ** rho
@@ -60,6 +62,7 @@ def karras(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0, *, 
 
 def exponential(steps: int, sigma_min: float, sigma_max: float, *, spare_last: bool = False) -> Tensor:
     """``s(u) = exp((1 - u) ln s_max + u ln s_min)``: uniform in the log-SNR, as DPM-Solver's default."""
+    validate.arguments(locals())
     return _schedule(
         lambda u: torch.exp(_lerp(math.log(sigma_max), math.log(sigma_min), u)),
         steps,
@@ -71,6 +74,7 @@ def exponential(steps: int, sigma_min: float, sigma_max: float, *, spare_last: b
 
 def linear(steps: int, sigma_min: float, sigma_max: float, *, spare_last: bool = False) -> Tensor:
     """``s(u) = (1 - u) s_max + u s_min``."""
+    validate.arguments(locals())
     return _schedule(lambda u: _lerp(sigma_max, sigma_min, u), steps, sigma_min, sigma_max, spare_last)
 
 
@@ -82,7 +86,7 @@ def kl_optimal(
     The optimum for Gaussian data of standard deviation ``c`` (Sabour, Fidler and Kreis 2024, "Align Your Steps",
     theorem 3.1). ``data_std`` is positive.
     """
-    _positive("data_std", data_std)
+    validate.arguments(locals())
 
     def curve(u: Tensor) -> Tensor:
         angle = _lerp(math.atan(sigma_max / data_std), math.atan(sigma_min / data_std), u)
@@ -106,8 +110,7 @@ def vp_uniform(
     usual ``t`` from 1 to 1e-3 is levels 152.17 to 0.010486 (Song et al. 2021, "Score-Based Generative
     Modeling through Stochastic Differential Equations", appendix C). ``0 < beta_min < beta_max``.
     """
-    _positive("beta_min", beta_min)
-    _positive("beta_max", beta_max)
+    validate.arguments(locals())
     if beta_min >= beta_max:
         raise ValueError(f"beta_min must be below beta_max={beta_max}; it is {beta_min}")
     slope = beta_max - beta_min
@@ -151,13 +154,11 @@ def beta(
     Raises:
         ValueError: Also if levels near an end coincide in float64.
     """
+    validate.arguments(locals())
     from scipy.special import betaincinv
 
-    _positive("alpha", alpha)
-    _positive("beta", beta)
-
     def curve(u: Tensor) -> Tensor:
-        quantile = torch.from_numpy(betaincinv(alpha, beta, (1 - u).numpy()))
+        quantile = torch.from_numpy(betaincinv(float(alpha), float(beta), (1 - u).numpy()))
         return sigma_min + (sigma_max - sigma_min) * quantile
 
     return _schedule(curve, steps, sigma_min, sigma_max, spare_last)
@@ -170,8 +171,8 @@ def flow_shift(steps: int, shift: float = 3.0) -> Tensor:
     al. 2024, "Scaling Rectified Flow Transformers", equation 23; the shift ``m`` is 3 for Stable Diffusion 3 and
     ``exp(mu)`` for Flux, with ``mu`` from :func:`flow_shift_mu`. ``shift`` is positive; 1 leaves ``t`` uniform.
     """
-    _positive("shift", shift)
-    t = torch.linspace(1, 0, _steps(steps) + 1, dtype=torch.float64)
+    validate.arguments(locals())
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -191,8 +192,12 @@ def flow_shift_mu(
     Raises:
         ValueError: If ``tokens`` is below 1 or the two token counts coincide.
     """
-    if tokens < 1:
-        raise ValueError(f"tokens must be at least 1; it is {tokens}")
+    validate.arguments(
+        locals(),
+        **dict.fromkeys(("tokens", "base_tokens", "max_tokens"), validate.positive_int),
+        base_shift=validate.real,
+        max_shift=validate.real,
+    )
     if base_tokens == max_tokens:
         raise ValueError(f"max_tokens must differ from base_tokens; both are {base_tokens}")
     return base_shift + (max_shift - base_shift) * (tokens - base_tokens) / (max_tokens - base_tokens)
@@ -210,10 +215,9 @@ def ays(steps: int, model: Literal["sd15", "sdxl", "svd"] = "sd15") -> Tensor:
     Raises:
         ValueError: If ``steps`` is below 1 or ``model`` is not one of the three.
     """
-    if model not in _AYS:
-        raise ValueError(f"model must be one of {', '.join(_AYS)}; it is {model!r}")
+    validate.arguments(locals(), model=lambda name, value: validate.choice(name, value, _AYS))
     table = torch.tensor(_AYS[model], dtype=torch.float64).log()
-    place = torch.linspace(0, len(table) - 1, _steps(steps) + 1, dtype=torch.float64)
+    place = torch.linspace(0, len(table) - 1, steps + 1, dtype=torch.float64)
     left = place.long().clamp(max=len(table) - 2)
     sigmas = torch.exp(table[left] + (place - left) * (table[left + 1] - table[left]))
     sigmas[-1] = 0.0
@@ -224,14 +228,17 @@ def _schedule(
     curve: Callable[[Tensor], Tensor], steps: int, sigma_min: float, sigma_max: float, spare_last: bool
 ) -> Tensor:
     """Nodes on a curve of u in [0, 1], its ends exact, and the final 0."""
-    _positive("sigma_min", sigma_min)
-    _positive("sigma_max", sigma_max)
     if sigma_min >= sigma_max:
         raise ValueError(f"sigma_min must be below sigma_max={sigma_max}; it is {sigma_min}")
-    nodes = _steps(steps) + spare_last
-    sigmas = curve(torch.linspace(0, 1, nodes, dtype=torch.float64))
-    sigmas[-1] = sigma_min
-    sigmas[0] = sigma_max
+    nodes = steps + spare_last
+    try:
+        sigmas = curve(torch.linspace(0, 1, nodes, dtype=torch.float64))
+    except OverflowError:
+        raise ValueError(
+            f"steps={steps} levels from {sigma_max} to {sigma_min} overflow with these parameters"
+        ) from None
+    sigmas[-1] = float(sigma_min)
+    sigmas[0] = float(sigma_max)
     if spare_last:
         sigmas[-1] = 0.0
     else:
@@ -243,14 +250,3 @@ def _schedule(
 
 def _lerp(start: float, end: float, u: Tensor) -> Tensor:
     return (1 - u) * start + u * end
-
-
-def _steps(steps: int) -> int:
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1; it is {steps}")
-    return steps
-
-
-def _positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite; it is {value}")

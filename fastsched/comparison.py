@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from fastsched import metrics, validate
-from fastsched.denoisers.denoiser import Denoiser, placement
+from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
 from fastsched.denoisers.noise import VariancePreserving
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
 from fastsched.sampling.sampler import sample, schedule_solver
 from fastsched.sampling.schedule import Schedule
-from fastsched.sampling.solvers import Solver, get_solver
+from fastsched.sampling.solvers import Solver, get_solver, is_any_solver, is_stock_solver
 
 #: Steps of the reference. On a Gaussian mixture, dpmpp_2m with this many steps has a typical squared distance to the
 #: limit of 3e-7, half of which is float32's rounding. The best eight-step schedule has 6e-3. Heun's method needs twice
@@ -196,6 +196,7 @@ def converged_reference(
     Raises:
         ValueError: If an argument is out of range or unknown, or the network returns NaN or inf.
     """
+    validate.arguments(locals(), denoiser=is_denoiser, solver=is_stock_solver)
     sizes = validate.sample_shape(shape)
     seeds = sample_seeds(seed, validate.positive_int("samples", samples)) + FIRST_SAMPLE
     method = get_solver(solver)
@@ -244,6 +245,7 @@ def compare(
         ValueError: If there is no schedule, one does not fit the denoiser or names no solver, or an argument is out
             of range or unknown.
     """
+    validate.arguments(locals(), **_CHECKS)
     runs = _planned(denoiser, schedules, solver)
     if reference is None:
         if shape is None:
@@ -261,8 +263,7 @@ def compare(
         )
     elif shape is not None and tuple(shape) != tuple(reference.noise.shape[1:]):
         raise ValueError(f"shape {tuple(shape)} is not that of the reference, {tuple(reference.noise.shape[1:])}")
-    calls = sum(method.model_calls(len(sigmas) - 1) for sigmas, method in runs.values())
-    rows = []
+    rows, calls = [], sum(method.model_calls(len(sigmas) - 1) for sigmas, method in runs.values())
     with progress_bar(calls * len(reference.noise), progress, "comparing") as advance:
         run = _Runner(denoiser, batch_size, device, dtype, advance)
         for name, (sigmas, method) in runs.items():
@@ -356,6 +357,20 @@ class _Runner:
         batches = noise.split(self.batch_size or len(noise))
         ends = [sample(self.denoiser, sigmas, method, part.to(self.device), dtype=self.dtype) for part in batches]
         return torch.cat([end.cpu() for end in ends])
+
+
+def _is_reference(name: str, value: object) -> Reference:
+    return validate.instance(name, value, Reference, "fastsched.converged_reference returns one")
+
+
+#: Of the arguments of `compare`.
+_CHECKS: dict[str, validate.Check] = {
+    "denoiser": is_denoiser,
+    "schedules": validate.anything,  # looked at one by one
+    "solver": validate.optional(is_any_solver),
+    "shape": validate.optional(validate.CHECKS["shape"]),
+    "reference": validate.optional(_is_reference),
+}
 
 
 def _known_levels(denoiser: Denoiser, steps: int) -> int:

@@ -19,6 +19,7 @@ def squared_distances(samples: Tensor, reference: Tensor) -> Tensor:
     Raises:
         ValueError: If the shapes differ, there is no sample, or an entry is NaN or inf.
     """
+    validate.arguments(locals(), samples=validate.tensor, reference=validate.tensor)
     if samples.shape != reference.shape:
         raise ValueError(
             f"samples and reference must have the same shape, got {tuple(samples.shape)} and {tuple(reference.shape)}"
@@ -34,6 +35,8 @@ def rounding_floor(ends: Tensor) -> Tensor:
     Args:
         ends: Samples, [B, *shape].
     """
+    if validate.tensor("ends", ends).ndim < 2:
+        raise ValueError(f"ends must be [B, *shape], got shape {tuple(ends.shape)}")
     return torch.finfo(torch.float32).eps ** 2 * ends.double().flatten(1).square().sum(1)
 
 
@@ -45,6 +48,7 @@ def geometric_mean(values: Tensor) -> float:
     Raises:
         ValueError: If there is no value, or one is negative or NaN.
     """
+    values = validate.tensor("values", values)
     wide = values.double()
     if wide.numel() == 0 or not bool((wide >= 0).all()):
         raise ValueError("values must be non-negative numbers, at least one of them")
@@ -70,6 +74,7 @@ def power_mean(values: Tensor | np.ndarray, exponent: float = EXPONENT) -> np.nd
 
 def mean_and_standard_error(values: Tensor) -> tuple[float, float]:
     """The arithmetic mean, and its standard error ``std / sqrt(B)`` (NaN for a single value)."""
+    values = validate.tensor("values", values)
     wide = values.double().flatten()
     error = wide.std() / wide.numel() ** 0.5 if wide.numel() > 1 else torch.tensor(torch.nan)
     return float(wide.mean()), float(error)
@@ -94,6 +99,7 @@ def frechet_distance(samples: Tensor, reference: Tensor) -> float:
 
     Source: Dowson & Landau 1982; Heusel et al. 2017 (arXiv 1706.08500), equation 6.
     """
+    validate.arguments(locals(), samples=validate.tensor, reference=validate.tensor)
     mean_1, root_1 = _moments("samples", samples)
     mean_2, root_2 = _moments("reference", reference)
     if samples.shape[1:] != reference.shape[1:]:
@@ -122,14 +128,14 @@ def sliced_wasserstein(samples: Tensor, reference: Tensor, *, projections: int =
 
     Source: Bonneel et al. 2015, "Sliced and Radon Wasserstein barycenters of measures".
     """
-    count = validate.positive_int("projections", projections)
+    validate.arguments(locals(), samples=validate.tensor, reference=validate.tensor, projections=validate.positive_int)
     if samples.shape != reference.shape:
         raise ValueError(
             f"samples and reference must have the same shape, got {tuple(samples.shape)} and {tuple(reference.shape)}"
         )
     x, y = _rows("samples", samples), _rows("reference", reference)
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(x.shape[1], count, generator=generator, dtype=torch.float64)
+    directions = torch.randn(x.shape[1], projections, generator=generator, dtype=torch.float64)
     directions = directions / directions.norm(dim=0)
     gaps = (x @ directions).sort(dim=0).values - (y @ directions).sort(dim=0).values
     return float(gaps.square().mean().sqrt())

@@ -19,8 +19,8 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.comparison import Comparison
 from fastsched.costs.step_cost import error_weight
-from fastsched.measurement.statistics import PathStatistics
-from fastsched.sampling.schedule import Schedule
+from fastsched.measurement.statistics import PathStatistics, is_statistics
+from fastsched.sampling.schedule import Schedule, is_schedule
 from fastsched.selection.planning import ErrorCurve
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def cost_density(stats: PathStatistics, *, weighted: bool = True) -> tuple[NDArr
         The levels ``s`` (geometric mean of neighbours) and the density there, each [N - 1], or [N - 2] if the process
         starts from pure noise, which is infinitely far from the second level.
     """
+    validate.arguments(locals(), stats=is_statistics)
     s = stats.s.numpy()
     first = int(not math.isfinite(s[0]))  # the gap from pure noise is infinite, so it has no density
     squared = stats.gram.mean(0).diagonal().numpy() * (error_weight(stats)[1:-1] if weighted else 1.0)
@@ -67,6 +68,7 @@ def plot_schedules(schedules: Mapping[str, Schedule | Tensor], *, stats: PathSta
     Raises:
         ValueError: If there is no schedule, or flow times and sigmas are mixed.
     """
+    validate.arguments(locals(), schedules=_is_named, stats=validate.optional(is_statistics))
     figure = _figure(7.2, 1.1 + 0.32 * len(schedules) + (2.2 if stats else 0.0))
     if stats is None:
         draw_schedules(figure.subplots(), schedules)
@@ -89,6 +91,7 @@ def plot_weights(schedule: Schedule) -> Figure:
     Raises:
         ValueError: If it is for another solver.
     """
+    validate.arguments(locals(), schedule=is_schedule)
     if schedule.weights is None:
         raise ValueError(f"schedule must be for the fitted solver, which has weights, got one for {schedule.solver!r}")
     side = 1.2 + 0.42 * schedule.steps
@@ -102,6 +105,7 @@ def plot_weights(schedule: Schedule) -> Figure:
 
 def plot_cost_density(stats: PathStatistics) -> Figure:
     """The cost density (`cost_density`) over sigma, unweighted and, if responses were measured, weighted too."""
+    validate.arguments(locals(), stats=is_statistics)
     figure = _figure(7.2, 3.0)
     draw_cost_density(figure.subplots(), stats)
     return figure
@@ -117,6 +121,7 @@ def plot_sample_grid(samples: Mapping[str, Tensor], *, columns: int | None = Non
     Raises:
         ValueError: If there is no grid, or one does not hold images.
     """
+    validate.arguments(locals(), samples=_is_named)
     if not samples:
         raise ValueError("samples must hold at least one grid by title")
     figure = _figure(2.4 * len(samples), 2.75)
@@ -137,6 +142,7 @@ def plot_errors(comparisons: Sequence[Comparison], names: Sequence[str] | None =
     Raises:
         ValueError: If there is nothing to draw.
     """
+    validate.arguments(locals(), comparisons=_is_list, names=validate.optional(_is_list))
     figure = _figure(4.6, 3.2)
     draw_errors(figure.subplots(), comparisons, names)
     return figure
@@ -148,6 +154,7 @@ def plot_error_curves(curves: Sequence[ErrorCurve]) -> Figure:
     Args:
         curves: Results of `fastsched.error_curve`.
     """
+    validate.arguments(locals(), curves=_is_list)
     figure = _figure(4.6, 3.2)
     axes = figure.subplots()
     for n, curve in enumerate(curves):
@@ -189,6 +196,15 @@ def plot_overview(
     Raises:
         ValueError: If there are no samples or comparisons, or one of these functions refuses its argument.
     """
+    validate.arguments(
+        locals(),
+        samples=_is_named,
+        converged=validate.tensor,
+        schedules=_is_named,
+        stats=is_statistics,
+        comparisons=_is_list,
+        title=validate.anything,
+    )
     if not samples or not comparisons:
         raise ValueError("samples and comparisons must hold at least one entry each")
     figure = _figure(10.5, 6.6)
@@ -244,7 +260,11 @@ def draw_schedules(axes: Axes, schedules: Mapping[str, Schedule | Tensor], *, fl
     if len(kinds) > 1:
         raise ValueError("schedules must all be in sigmas or all in flow times to share an axis")
     for row, schedule in enumerate(schedules.values()):
-        sigmas = schedule.sigmas if isinstance(schedule, Schedule) else validate.descending_sigmas(schedule)
+        sigmas = (
+            schedule.sigmas
+            if isinstance(schedule, Schedule)
+            else validate.descending_sigmas(schedule, name="schedules")
+        )
         inside = sigmas[(sigmas > 0) & torch.isfinite(sigmas)].numpy()
         colour, marker = COLOURS[row % len(COLOURS)], MARKERS[row % len(MARKERS)]
         axes.axhline(row, color="#DDDDDD", linewidth=0.8, zorder=0)
@@ -318,10 +338,29 @@ def draw_difference_grid(axes: Axes, images: Tensor, reference: Tensor, *, colum
     return axes.imshow(sheet.squeeze(), cmap="Purples", vmin=0, vmax=0.5, interpolation="nearest")
 
 
+def _is_named(name: str, value: object) -> None:
+    """Things by name, at least one."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dictionary by name, got {validate.shown(value)}")
+    if not value:
+        raise ValueError(f"{name} must hold at least one entry by name")
+
+
+def _is_list(name: str, value: object) -> None:
+    """Several things, each of the class that the argument is named after."""
+    kinds = {"comparisons": Comparison, "curves": ErrorCurve, "names": str}
+    kind = kinds[name]
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, kind) for each in value):
+        raise TypeError(f"{name} must be a list of {kind.__name__}, got {validate.shown(value)}")
+
+
 def _images(images: Tensor) -> Tensor:
+    validate.tensor("images of samples", images)
     batch = images[:, None] if images.ndim == 3 else images
     if batch.ndim != 4 or batch.shape[1] not in (1, 3) or len(batch) == 0:
-        raise ValueError(f"images must be [B, C, H, W] with C 1 or 3, or [B, H, W], got shape {tuple(images.shape)}")
+        raise ValueError(
+            f"images of samples must be [B, C, H, W] with C 1 or 3, or [B, H, W], got shape {tuple(images.shape)}"
+        )
     return batch.detach().to("cpu", torch.float64)
 
 

@@ -137,6 +137,14 @@ class Profile:
         return "\n".join(_page(self))
 
 
+_CHECKS: dict[str, validate.Check] = {
+    **dict.fromkeys(("model", "call_kwargs"), validate.anything),
+    "shape": validate.optional(validate.CHECKS["shape"]),
+    "steps": lambda name, value: validate.positive_int(name, value, minimum=3),
+    "trace": validate.optional(validate.path),
+}
+
+
 def profile(
     model: Any,
     shape: Sequence[int] | None = None,
@@ -161,7 +169,7 @@ def profile(
         TypeError: If ``model`` is neither.
         ValueError: If an argument is out of range, or the pipeline cannot be measured.
     """
-    steps = validate.positive_int("steps", steps, minimum=3)
+    validate.arguments(locals(), **_CHECKS)
     if isinstance(model, Denoiser):
         if shape is None:
             raise ValueError("shape must be given with a Denoiser: the shape of one sample, without the batch")

@@ -1,13 +1,53 @@
-"""Argument checks shared by the public functions: each error names the argument and says what would do."""
+"""Argument checks shared by the public functions: each error names the argument and says what would do.
+
+A public function begins with ``validate.arguments(locals())``, which checks every argument by its name, used or not.
+"""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+import numbers
+import operator
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+
+Kind = TypeVar("Kind")
+#: Raises TypeError or ValueError, given an argument's name and its value, if it is wrong.
+Check: TypeAlias = Callable[[str, object], object]
+
+#: Counts are below this: larger ones are mistakes, and overflow.
+COUNT_LIMIT = 2**31
+
+
+def arguments(given: Mapping[str, object], **checks: Check) -> None:
+    """Check the arguments of a public function by their names.
+
+    Args:
+        given: Names and values: ``locals()``, before anything else.
+        **checks: How to check those that `CHECKS` does not know, or that this function means otherwise.
+
+    Raises:
+        TypeError: If an argument has the wrong type; the message names it.
+        ValueError: If an argument has a wrong value; the message names it.
+    """
+    for name, value in given.items():
+        if name not in ("self", "cls"):
+            (checks.get(name) or CHECKS[name])(name, value)
+
+
+def shown(value: object) -> str:
+    """A short representation, for messages."""
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0:
+        return f"{type(value).__name__} of shape {tuple(value.shape)}, {value.dtype}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
@@ -15,14 +55,120 @@ def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
 
     Raises:
         TypeError: If ``value`` is not an integer.
-        ValueError: If ``value`` is below ``minimum``.
+        ValueError: If ``value`` is below ``minimum``, or `COUNT_LIMIT` or more.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
-    number = value.__index__()  # type: ignore[attr-defined]  # checked by hasattr above
+    try:
+        if isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]  # the point of asking
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number of at least {minimum}, got {shown(value)}") from None
     if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    if number >= COUNT_LIMIT:
+        raise ValueError(f"{name} must be below 2^31, got {number}")
     return number
+
+
+def real(name: str, value: object) -> float:
+    """Return ``value`` as a float; infinite ones are allowed, NaN is not.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is NaN.
+    """
+    single = isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex() and value.dtype != torch.bool
+    if isinstance(value, (bool, np.bool_)) or not (single or isinstance(value, numbers.Real)):
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
+    try:
+        number = float(value)  # type: ignore[arg-type]  # checked above
+    except OverflowError:
+        raise ValueError(f"{name} must be a finite number, got one that is too large") from None
+    if math.isnan(number):
+        raise ValueError(f"{name} must be a number, got NaN")
+    return number
+
+
+def positive(name: str, value: object) -> float:
+    """Return ``value`` as a positive, finite float.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is not positive and finite.
+    """
+    number = math.nan if isinstance(value, float) and math.isnan(value) else real(name, value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{name} must be positive and finite, got {shown(value)}")
+    return number
+
+
+def flag(name: str, value: object) -> bool:
+    """Return ``value``, True or False.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    return bool(value)
+
+
+def path(name: str, value: object) -> str:
+    """Return ``value``, the name of a file, as text.
+
+    Raises:
+        TypeError: If it is not the name of a file.
+        ValueError: If no file can have this name.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be the path of a file, got {shown(value)}")
+    text = os.fsdecode(value)
+    if not text or "\0" in text:
+        raise ValueError(f"{name} must be the path of a file, got {shown(value)}")
+    return text
+
+
+def tensor(name: str, value: object) -> Tensor:
+    """Return ``value``, a tensor of floating-point numbers.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {shown(value)}")
+    return value
+
+
+def function(name: str, value: object) -> object:
+    """Return ``value``, which can be called.
+
+    Raises:
+        TypeError: If it cannot.
+    """
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, got {shown(value)}")
+    return value
+
+
+def instance(name: str, value: object, kind: type[Kind], made_by: str) -> Kind:
+    """Return ``value``, which is of one of the package's own classes.
+
+    Raises:
+        TypeError: If it is not; the message says what makes one.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a fastsched.{kind.__name__} ({made_by}), got {type(value).__name__}")
+    return value
+
+
+def anything(name: str, value: object) -> object:
+    """For arguments that the function checks itself."""
+    return value
+
+
+def optional(check: Check) -> Check:
+    """A check that lets None pass."""
+    return lambda name, value: None if value is None else check(name, value)
 
 
 def seed(value: object) -> int:
@@ -36,7 +182,7 @@ def seed(value: object) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, int):
         hint = "; pass int(seed)" if hasattr(value, "__index__") else ""
-        raise TypeError(f"seed must be a whole number within [0, 2^31), a Python int, got {value!r}{hint}")
+        raise TypeError(f"seed must be a whole number within [0, 2^31), a Python int, got {shown(value)}{hint}")
     if not 0 <= value < 2**31:
         raise ValueError(f"seed must be within [0, 2^31), got {value}")
     return value
@@ -50,10 +196,10 @@ def device(value: object) -> torch.device:
         ValueError: If there is no such device.
     """
     if not isinstance(value, (str, torch.device, int)) or isinstance(value, bool):
-        raise TypeError(f"device must be a torch.device or a name such as 'cuda', got {value!r}")
+        raise TypeError(f"device must be a torch.device or a name such as 'cuda', got {shown(value)}")
     try:
         return torch.device(value)
-    except RuntimeError as error:
+    except (RuntimeError, OverflowError, ValueError) as error:
         raise ValueError(f"device must be one that PyTorch knows, got {value!r} ({error})") from None
 
 
@@ -64,7 +210,7 @@ def floating_dtype(value: object, name: str = "dtype") -> torch.dtype:
         TypeError: If it is not.
     """
     if not isinstance(value, torch.dtype) or not value.is_floating_point:
-        raise TypeError(f"{name} must be a floating-point dtype such as torch.float32, got {value!r}")
+        raise TypeError(f"{name} must be a floating-point dtype such as torch.float32, got {shown(value)}")
     return value
 
 
@@ -72,9 +218,10 @@ def sigma_range(sigma_min: float, sigma_max: float) -> tuple[float, float]:
     """Return ``(sigma_min, sigma_max)`` as floats with ``0 < sigma_min < sigma_max``, both finite.
 
     Raises:
+        TypeError: If one is not a number.
         ValueError: If they are not.
     """
-    low, high = float(sigma_min), float(sigma_max)
+    low, high = real("sigma_min", sigma_min), real("sigma_max", sigma_max)
     if not (math.isfinite(low) and low > 0):
         raise ValueError(f"sigma_min must be positive and finite, got {sigma_min!r}")
     if not math.isfinite(high):
@@ -93,10 +240,10 @@ def choice(name: str, value: object, known: Iterable[str]) -> str:
     names = list(known)
     if isinstance(value, str) and value in names:
         return value
-    spelled = str(value).lower().replace("+", "p").translate(str.maketrans("- ", "__"))
+    spelled = str(value)[:80].lower().replace("+", "p").translate(str.maketrans("- ", "__"))
     near = difflib.get_close_matches(spelled, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}, got {value!r}{hint}")
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}, got {shown(value)}{hint}")
 
 
 def sample_shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -106,19 +253,34 @@ def sample_shape(shape: Sequence[int]) -> tuple[int, ...]:
         TypeError: If it is not a sequence of integers.
         ValueError: If it is empty or has an entry below 1.
     """
-    if isinstance(shape, (int, str)) or not isinstance(shape, Iterable):
-        raise TypeError(f"shape must be a sequence such as (4, 64, 64), without the batch, got {shape!r}")
+    single = getattr(shape, "ndim", 1) == 0 or isinstance(shape, (str, bytes, Mapping, set))
+    if single or not isinstance(shape, Iterable) or iter(shape) is shape:
+        raise TypeError(f"shape must be a sequence such as (4, 64, 64), without the batch, got {shown(shape)}")
     sizes = tuple(positive_int("shape", size) for size in shape)
     if not sizes:
         raise ValueError("shape must have at least one entry, got ()")
+    if math.prod(sizes) >= 2**48:
+        raise ValueError(f"shape must be that of a sample that fits in memory, got {shown(sizes)}")
     return sizes
 
 
-def float64(values: Tensor | Sequence[float]) -> Tensor:
-    """``values`` as a float64 CPU tensor of its own; a list of Python floats keeps every digit."""
+def float64(values: Tensor | Sequence[float], name: str = "values") -> Tensor:
+    """``values`` as a float64 CPU tensor of its own; a list of Python floats keeps every digit.
+
+    Raises:
+        TypeError: If they are not real numbers.
+    """
     if isinstance(values, Tensor):
+        if values.is_complex() or values.dtype == torch.bool or values.layout != torch.strided:
+            raise TypeError(f"{name} must be a tensor of real numbers, got {shown(values)}")
         return values.detach().cpu().to(torch.float64, copy=True)
-    return torch.tensor(values, dtype=torch.float64)
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind not in "iuf":  # objects, text, truth values, complex numbers
+            raise TypeError
+        return torch.tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise TypeError(f"{name} must be a tensor or a list of numbers, got {shown(values)}") from None
 
 
 def descending_sigmas(sigmas: Tensor | Sequence[float], *, name: str = "sigmas") -> Tensor:
@@ -127,13 +289,14 @@ def descending_sigmas(sigmas: Tensor | Sequence[float], *, name: str = "sigmas")
     The first value may be ``inf``: the noise level of a flow or zero-terminal-SNR process at its start.
 
     Raises:
+        TypeError: If they are not numbers.
         ValueError: If there are fewer than two values, or one is NaN, negative or not below the one before.
     """
-    values = float64(sigmas)
+    values = float64(sigmas, name)
     if values.ndim != 1 or len(values) < 2:
         raise ValueError(f"{name} must be a list of at least two noise levels, got shape {tuple(values.shape)}")
     if bool(values.isnan().any()) or bool((values < 0).any()) or bool(values[1:].isinf().any()):
-        raise ValueError(f"{name} must be non-negative numbers, got {values.tolist()}")
+        raise ValueError(f"{name} must be non-negative numbers, got {shown(values.tolist())}")
     rising = (values[1:] >= values[:-1]).nonzero()
     if len(rising):
         k = int(rising[0])
@@ -142,3 +305,64 @@ def descending_sigmas(sigmas: Tensor | Sequence[float], *, name: str = "sigmas")
             "sort them from noisy to clean and remove repeats"
         )
     return values
+
+
+def _levels(name: str, value: object) -> None:
+    """How many levels, or the levels themselves."""
+    if not isinstance(value, Tensor):
+        positive_int(name, value, minimum=3)
+    elif len(s := descending_sigmas(value, name=name)) < 3 or float(s[-1]) <= 0:
+        raise ValueError(f"{name} must be at least three positive noise levels; sigma 0 is added as the end")
+
+
+_count = optional(positive_int)
+_of_zero = partial(positive_int, minimum=0)
+
+#: What arguments of these names must be, wherever they occur.
+CHECKS: dict[str, Check] = {
+    "steps": positive_int,
+    "samples": positive_int,
+    "max_steps": positive_int,
+    "iterations": positive_int,
+    "batch_size": _count,
+    "columns": _count,
+    "trials": _of_zero,
+    "model_calls": _of_zero,
+    "seed": lambda name, value: seed(value),
+    "shape": lambda name, value: sample_shape(value),  # type: ignore[arg-type]  # the point of asking
+    "device": optional(lambda name, value: device(value)),
+    "dtype": optional(lambda name, value: floating_dtype(value, name)),
+    "max_iterations": positive_int,
+    "reference_steps": partial(positive_int, minimum=2),
+    "levels": lambda name, value: _levels(name, value),
+    "sigmas": lambda name, value: descending_sigmas(value, name=name),  # type: ignore[arg-type]  # as above
+    "pairs": lambda name, value: choice(name, value, ("adjacent", "all")),
+    "velocity": optional(lambda name, value: choice(name, value, ("noisier", "cleaner"))),
+    "store": optional(lambda name, value: choice(name, value, ("device", "cpu"))),
+    "method": optional(lambda name, value: choice(name, value, ("dynamic_programming", "arc_length"))),
+    "data": optional(tensor),
+    "tolerance": positive,
+    "noise": optional(tensor),
+    "eta": real,
+    "checkpoint": optional(path),
+    "path": path,
+    **dict.fromkeys(
+        (
+            "checks",
+            "progress",
+            "responses",
+            "keep_increments",
+            "polish",
+            "weighted",
+            "spare_last",
+            "integer_timesteps",
+            "sub_vp",
+            "vectors",
+        ),
+        flag,
+    ),
+    **dict.fromkeys(
+        ("sigma_min", "sigma_max", "rho", "data_std", "beta_min", "beta_max", "alpha", "beta", "shift"), positive
+    ),
+    **dict.fromkeys(("fn", "net", "estimate"), function),
+}

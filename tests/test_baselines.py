@@ -197,8 +197,8 @@ def test_ays_tables(model, first, last):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 0.1, 1.0), "steps must be at least 1; it is 0"),
-        ((-3, 0.1, 1.0), "steps must be at least 1; it is -3"),
+        ((0, 0.1, 1.0), "steps must be at least 1, got 0"),
+        ((-3, 0.1, 1.0), "steps must be at least 1, got -3"),
         ((5, 0.0, 1.0), "sigma_min must be positive"),
         ((5, -0.1, 1.0), "sigma_min must be positive"),
         ((5, math.nan, 1.0), "sigma_min must be positive and finite"),
@@ -226,7 +226,7 @@ def test_bad_ranges_are_refused(name, arguments, message):
         (lambda: baselines.flow_shift_mu(0), "tokens must be at least 1"),
         (lambda: baselines.flow_shift_mu(9, base_tokens=5, max_tokens=5), "max_tokens must differ"),
         (lambda: baselines.ays(0), "steps must be at least 1"),
-        (lambda: baselines.ays(10, "sd3"), "model must be one of sd15, sdxl, svd; it is 'sd3'"),  # type: ignore[arg-type]  # wrong on purpose
+        (lambda: baselines.ays(10, "sd3"), "model must be one of 'sd15', 'sdxl', 'svd', got 'sd3'"),  # type: ignore[arg-type]  # wrong on purpose
     ],
 )
 def test_bad_arguments_are_refused(call, message):

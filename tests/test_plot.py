@@ -136,7 +136,7 @@ def test_pyplot_is_not_imported():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: plot.plot_schedules({}), "at least one schedule"),
+        (lambda: plot.plot_schedules({}), "schedules must hold at least one"),
         (lambda: plot.plot_schedules({"a": torch.tensor([1.0, 2.0])}), "strictly descend"),
         (
             lambda: plot.plot_schedules(
@@ -147,7 +147,7 @@ def test_pyplot_is_not_imported():
             ),
             "all be in sigmas or all in flow times",
         ),
-        (lambda: plot.plot_sample_grid({}), "at least one grid"),
+        (lambda: plot.plot_sample_grid({}), "samples must hold at least one"),
         (lambda: plot.plot_sample_grid({"a": torch.zeros(3, 2, 8, 8)}), "C 1 or 3"),
         (lambda: plot.plot_sample_grid({"a": torch.zeros(3, 8, 8)}, columns=0), "columns"),
         (lambda: plot.plot_errors([]), "at least one row"),

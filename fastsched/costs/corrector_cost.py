@@ -18,11 +18,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastsched import ops
+from fastsched import ops, validate
 from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.level_pairs import pair_costs
 from fastsched.costs.states import Batch, StateSource
-from fastsched.denoisers.denoiser import Denoiser
+from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 
 
 @torch.no_grad()
@@ -60,6 +60,7 @@ def stein_corrector(
     Raises:
         ValueError: If an argument is out of range, or a level (named) has an output of wrong shape, NaN or inf.
     """
+    validate.arguments(locals(), denoiser=is_denoiser)
     source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
 
     def squares(_: Batch, z: Tensor, raw: Tensor, k: int, others: range) -> Tensor:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.denoisers.noise import NoiseProcess
 
 
@@ -87,3 +88,8 @@ class CostMatrix:
         full = values.new_full((len(self.s), len(self.s)), torch.nan)
         full[self.pairs[:, 0], self.pairs[:, 1]] = values
         return full
+
+
+def is_cost(name: str, value: object) -> CostMatrix:
+    """TypeError unless the argument is a `CostMatrix`."""
+    return validate.instance(name, value, CostMatrix, "fastsched.costs.klub and others return one")

@@ -23,8 +23,8 @@ from torch import Tensor
 from fastsched import ops, validate
 from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.level_pairs import pair_indices
-from fastsched.costs.states import Batch, StateSource
-from fastsched.denoisers.denoiser import Denoiser
+from fastsched.costs.states import Batch, StateSource, is_probes
+from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def fisher_rao(
     Raises:
         ValueError: If an argument is out of range, or a level (named) has an output of wrong shape, NaN or inf.
     """
-    probes = validate.positive_int("probes", probes, minimum=2)
+    validate.arguments(locals(), denoiser=is_denoiser, probes=is_probes)
     source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
 
     def of_batch(batch: Batch, advance: Callable[[int], None]) -> Tensor:

@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastsched import ops
+from fastsched import ops, validate
 from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.level_pairs import pair_indices
 from fastsched.costs.states import Batch, StateSource
-from fastsched.denoisers.denoiser import Denoiser
+from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 
 
 @torch.no_grad()
@@ -52,6 +52,7 @@ def klub(
     Raises:
         ValueError: If an argument is out of range, or a level (named) has an output of wrong shape, NaN or inf.
     """
+    validate.arguments(locals(), denoiser=is_denoiser)
     source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
     pairs = pair_indices(source.levels, "all")
 

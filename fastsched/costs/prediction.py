@@ -26,10 +26,10 @@ from fastsched import validate
 from fastsched.costs.fitted_weights import rollouts
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.surrogate import Outcome, Surrogate
-from fastsched.measurement.statistics import PathStatistics
+from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.metrics import EXPONENT, power_mean
-from fastsched.sampling.fitted import chosen_solver
-from fastsched.sampling.sampler import schedule_solver
+from fastsched.sampling.fitted import chosen_solver, is_solver
+from fastsched.sampling.sampler import is_run, schedule_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED, Solver
 
@@ -97,6 +97,7 @@ def predict_error(
     Raises:
         ValueError: If the sigmas do not descend to 0, or start below the measured range.
     """
+    validate.arguments(locals(), stats=is_statistics, sigmas=is_run, solver=validate.optional(is_solver))
     values = validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas))  # type: ignore[arg-type]  # or a Schedule
     if float(values[-1]) != 0.0:
         raise ValueError(f"sigmas must end in 0, got {float(values[-1]):g}; append it")

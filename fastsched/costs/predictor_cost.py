@@ -31,8 +31,8 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.level_pairs import pair_costs
-from fastsched.costs.states import Batch, StateSource
-from fastsched.denoisers.denoiser import Denoiser
+from fastsched.costs.states import Batch, StateSource, is_probes
+from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 
 #: Relative residual at which conjugate gradients stop. The cost is a square, so its relative error is twice as large.
 TOLERANCE = 1e-4
@@ -80,8 +80,7 @@ def stein_predictor(
     Raises:
         ValueError: If an argument is out of range, or a level (named) has an output of wrong shape, NaN or inf.
     """
-    if probes is not None:
-        probes = validate.positive_int("probes", probes, minimum=2)
+    validate.arguments(locals(), denoiser=is_denoiser, probes=validate.optional(is_probes))
     max_iterations = validate.positive_int("max_iterations", max_iterations)
     source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
     estimator = _Exact(source) if probes is None else _Hutchinson(source, probes, max_iterations)

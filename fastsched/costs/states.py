@@ -195,6 +195,11 @@ class StateSource:
         return raw
 
 
+def is_probes(name: str, value: object) -> int:
+    """TypeError or ValueError unless the argument is a number of probes that have products of different ones."""
+    return validate.positive_int(name, value, minimum=2)
+
+
 def finite_levels(denoiser: Denoiser, sigmas: Tensor | Sequence[float]) -> Tensor:
     """The levels ``s`` of sampler ``sigmas``, [N] float64.
 

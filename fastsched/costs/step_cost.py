@@ -31,11 +31,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastsched import validate
 from fastsched.costs.norms import Array
 from fastsched.costs.surrogate import Surrogate
-from fastsched.measurement.statistics import PathStatistics
+from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.multistep import Node, log_rho
-from fastsched.sampling.solvers import Solver, from_pure_noise, get_solver, step_scale
+from fastsched.sampling.solvers import Solver, from_pure_noise, get_solver, is_stock_solver, step_scale
 
 
 def error_weight(stats: PathStatistics) -> Array:
@@ -58,6 +59,7 @@ def path_cost(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", *, weigh
     Raises:
         ValueError: If the solver is unknown.
     """
+    validate.arguments(locals(), stats=is_statistics, solver=is_stock_solver)
     surrogate, gram = Surrogate.of(stats), stats.gram.mean(0).numpy()
     return PathCost(
         solver=get_solver(solver),

@@ -49,6 +49,12 @@ class Denoiser:
     prediction: str
     sigma_data: float = 0.5
 
+    def __post_init__(self) -> None:
+        validate.function("network", self.network)
+        validate.instance("process", self.process, NoiseProcess, "of fastsched.denoisers.noise")
+        validate.choice("prediction", self.prediction, PREDICTIONS)
+        validate.positive("sigma_data", self.sigma_data)
+
     @classmethod
     def from_denoiser(cls, fn: Network, sigma_min: float, sigma_max: float) -> Denoiser:
         """From ``fn(z, sigma) -> x0`` of a variance-exploding model, ``sigma`` of shape [B] (k-diffusion).
@@ -56,7 +62,8 @@ class Denoiser:
         Raises:
             ValueError: Unless ``0 < sigma_min < sigma_max``.
         """
-        return cls(_callable(fn), VarianceExploding(sigma_min, sigma_max), "x0")
+        validate.arguments(locals())
+        return cls(fn, VarianceExploding(sigma_min, sigma_max), "x0")
 
     @classmethod
     def from_edm(
@@ -89,6 +96,11 @@ class Denoiser:
 
         Source: Karras et al. 2022, table 1.
         """
+        validate.arguments(
+            locals(),
+            class_labels=validate.anything,
+            **dict.fromkeys(("sigma_data", "sigma_min", "sigma_max"), validate.optional(validate.positive)),
+        )
         core = edm.core_of(net)
 
         def setting(name: str, given: float | None, default: float) -> float:
@@ -102,9 +114,9 @@ class Denoiser:
         if not (math.isfinite(data) and data > 0):
             raise ValueError(f"sigma_data must be positive and finite, got {sigma_data!r}")
         inner = edm.inner_of(core)
-        raw = _callable(net)
+        raw = net
         if inner is not None:
-            labels = None if class_labels is None else class_labels.detach().clone().reshape(-1, class_labels.shape[-1])
+            labels = None if class_labels is None else edm.labels_of(class_labels)
             raw = edm.WrappedEdmNetwork(net, inner, data, labels)
         elif class_labels is not None:
             raise ValueError("class_labels must be None for a raw network; pass a function that adds them itself")
@@ -125,13 +137,14 @@ class Denoiser:
         Raises:
             ValueError: If ``alphas_cumprod`` does not descend within (0, 1).
         """
+        validate.arguments(locals(), alphas_cumprod=validate.anything)
         process = VariancePreserving(alphas_cumprod, integer_timesteps)  # type: ignore[arg-type]  # made a tuple
         if math.isinf(process.s_max):
             raise ValueError(
                 "alphas_cumprod ends in 0 (zero terminal SNR), where an epsilon prediction does not determine x0; "
                 "use from_v, or leave the last entry out"
             )
-        return cls(_callable(fn), process, "epsilon")
+        return cls(fn, process, "epsilon")
 
     @classmethod
     def from_v(
@@ -141,8 +154,9 @@ class Denoiser:
 
         Source: Salimans & Ho 2022 (arXiv 2202.00512).
         """
+        validate.arguments(locals(), alphas_cumprod=validate.anything)
         process = VariancePreserving(alphas_cumprod, integer_timesteps)  # type: ignore[arg-type]  # made a tuple
-        return cls(_callable(fn), process, "v")
+        return cls(fn, process, "v")
 
     @classmethod
     def from_velocity(
@@ -167,11 +181,14 @@ class Denoiser:
         Raises:
             ValueError: Unless ``0 < t_min < t_max <= 1``, ``data_at`` is 0 or 1, and ``sign`` is 1 or -1.
         """
-        if sign not in (1, -1):
-            raise ValueError(f"sign must be 1 (the network predicts dx/dt) or -1, got {sign!r}")
+        validate.arguments(
+            locals(), t_min=validate.real, t_max=validate.real, data_at=validate.anything, sign=validate.anything
+        )
+        if not isinstance(sign, int) or sign not in (1, -1):
+            raise ValueError(f"sign must be 1 (the network predicts dx/dt) or -1, got {validate.shown(sign)}")
         process = FlowMatching(t_min, t_max, data_at)
         towards_noise = sign == (1 if data_at == 0 else -1)
-        return cls(_callable(fn), process, "velocity" if towards_noise else "reverse_velocity")
+        return cls(fn, process, "velocity" if towards_noise else "reverse_velocity")
 
     @classmethod
     def from_score(cls, fn: Network, sigma_min: float, sigma_max: float) -> Denoiser:
@@ -180,7 +197,8 @@ class Denoiser:
         Raises:
             ValueError: Unless ``0 < sigma_min < sigma_max``.
         """
-        return cls(_callable(fn), VarianceExploding(sigma_min, sigma_max), "score")
+        validate.arguments(locals())
+        return cls(fn, VarianceExploding(sigma_min, sigma_max), "score")
 
     @classmethod
     def from_vp_score(
@@ -203,7 +221,8 @@ class Denoiser:
 
         Source: Song et al. 2021 (arXiv 2011.13456), section 3.4 and appendix C.
         """
-        return cls(_callable(fn), ContinuousVP(beta_min, beta_max, t_min, t_max, sub_vp), "score")
+        validate.arguments(locals(), t_min=validate.real, t_max=validate.real)
+        return cls(fn, ContinuousVP(beta_min, beta_max, t_min, t_max, sub_vp), "score")
 
     def levels(self, n: int) -> Tensor:
         """A grid of ``n`` levels ``s``, noisiest first, uniform in ``lambda``; float64 [n]."""
@@ -276,7 +295,7 @@ class Denoiser:
             output = self.network(network_input.to(dtype or x.dtype, copy=True), condition)
         except StopIteration as error:
             raise RuntimeError("the network raised StopIteration (an iterator in it ran out)") from error
-        return _checked_output(output, x).to(x.device, copy=True)
+        return checked_output(output, x).to(x.device, copy=True)
 
     def denoise(self, y: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
         """``D`` from the normalised state ``y = x / sigma``, finite at every level, pure noise included.
@@ -323,11 +342,9 @@ class Denoiser:
         return next(self.network.parameters(), None)
 
 
-def check_denoiser(denoiser: object) -> None:
-    """TypeError unless it is a `Denoiser`."""
-    if not isinstance(denoiser, Denoiser):
-        kind = type(denoiser).__name__
-        raise TypeError(f"denoiser must be a fastsched.Denoiser (made by Denoiser.from_epsilon, ...), got {kind}")
+def is_denoiser(name: str, value: object) -> Denoiser:
+    """TypeError unless the argument is a `Denoiser`."""
+    return validate.instance(name, value, Denoiser, "made by Denoiser.from_epsilon and others")
 
 
 def placement(
@@ -339,7 +356,7 @@ def placement(
         TypeError: If ``denoiser`` is not one, or ``dtype`` not a floating-point dtype of PyTorch.
         ValueError: If there is no such device.
     """
-    check_denoiser(denoiser)
+    is_denoiser("denoiser", denoiser)
     return (
         denoiser.device if device is None else validate.device(device),
         denoiser.dtype if dtype is None else validate.floating_dtype(dtype),
@@ -386,13 +403,8 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     return _on_device(values.to(like.dtype), like).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _callable(fn: Network) -> Network:
-    if not callable(fn):
-        raise TypeError(f"the network must be callable as fn(x, condition), got {type(fn).__name__}")
-    return fn
-
-
-def _checked_output(output: object, x: Tensor) -> Tensor:
+def checked_output(output: object, x: Tensor) -> Tensor:
+    """What a network returned for ``x``; TypeError or ValueError if it is no prediction."""
     if not isinstance(output, Tensor):
         raise TypeError(
             f"the network returned {type(output).__name__}, not a tensor; wrap it so that it returns the "
@@ -400,6 +412,9 @@ def _checked_output(output: object, x: Tensor) -> Tensor:
         )
     if not output.is_floating_point():
         raise TypeError(f"the network returned {output.dtype} numbers; it must return floating-point ones")
+    if output.layout != torch.strided or output.is_meta != x.is_meta:
+        what = "a meta tensor, which holds no numbers" if output.is_meta else f"a tensor of layout {output.layout}"
+        raise TypeError(f"the network returned {what}; it must return an ordinary tensor")
     if output.shape != x.shape:
         hint = ""
         if output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsched import validate
+
 #: Names under which wrappers keep their raw network: EDM and score SDEs, EDM2, k-diffusion.
 INNER = ("model", "unet", "inner_model")
 #: Names under which containers keep what they run: DataParallel and torch.compile.
@@ -50,6 +52,15 @@ def vars_of(thing: Any) -> dict[str, Any]:
     """Attributes of an object itself, a module's submodules among them; not those of its class."""
     own = dict(getattr(thing, "__dict__", {}))
     return {**own, **(own.get("_modules") or {})}
+
+
+def labels_of(class_labels: object) -> Tensor:
+    """Class labels of their own, [1 or B, label_dim]."""
+    if not isinstance(class_labels, Tensor) or class_labels.ndim not in (1, 2) or class_labels.numel() == 0:
+        raise TypeError(
+            f"class_labels must be a tensor [label_dim] or [1, label_dim], got {validate.shown(class_labels)}"
+        )
+    return class_labels.detach().clone().reshape(-1, class_labels.shape[-1])
 
 
 class WrappedEdmNetwork(nn.Module):
@@ -94,7 +105,8 @@ class WrappedEdmNetwork(nn.Module):
         low = torch.full((1,), LOW_LEVEL * self.sigma_data, device=x.device)
         z = self.sigma_data * x
         answer = self._denoised(z, low)
-        if answer.shape == z.shape and float((answer.float() - z.float()).norm()) <= NEARLY * float(z.float().norm()):
+        of_z = isinstance(answer, Tensor) and answer.shape == z.shape
+        if of_z and float((answer.float() - z.float()).norm()) <= NEARLY * float(z.float().norm()):
             return self._from_denoiser
         return self.net
 
@@ -115,6 +127,8 @@ class WrappedEdmNetwork(nn.Module):
         z = x.to(wide) * column((s.square() + self.sigma_data**2).sqrt())
         c_skip, c_out = coefficients(s, self.sigma_data)
         answer = self._denoised(z.to(x.dtype), s)
+        if not isinstance(answer, Tensor):
+            return answer  # refused as any other network's
         return (answer.to(wide) - column(c_skip) * z) / column(c_out)
 
     def _labels(self, x: Tensor) -> dict[str, Tensor]:

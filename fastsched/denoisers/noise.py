@@ -124,7 +124,7 @@ class VariancePreserving(NoiseProcess):
     kind: ClassVar[str] = "vp"
 
     def __post_init__(self) -> None:
-        values = validate.float64(self.alphas_cumprod)
+        values = validate.float64(self.alphas_cumprod, "alphas_cumprod")
         if values.ndim != 1 or len(values) < 2:
             raise ValueError(f"alphas_cumprod must be a list of at least two values, got shape {tuple(values.shape)}")
         inside = (values[:-1] > 0).all() and values[-1] >= 0 and values[0] < 1
@@ -213,8 +213,10 @@ class FlowMatching(NoiseProcess):
             raise ValueError(
                 f"t_min and t_max must satisfy 0 < t_min < t_max <= 1, got {self.t_min!r} and {self.t_max!r}"
             )
-        if self.data_at not in (0, 1):
-            raise ValueError(f"data_at must be 0 or 1, the network's time of clean data, got {self.data_at!r}")
+        if not isinstance(self.data_at, int) or self.data_at not in (0, 1):
+            raise ValueError(
+                f"data_at must be 0 or 1, the network's time of clean data, got {validate.shown(self.data_at)}"
+            )
 
     @property
     def s_min(self) -> float:

@@ -25,8 +25,8 @@ from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.loop import MODEL_CALLS, fit_by_running
 from fastsched.fitting.rollouts import Evaluations, Rollout
 from fastsched.measurement.late_reading import LateReading, Verdicts
-from fastsched.measurement.statistics import PathStatistics
-from fastsched.sampling.fitted import chosen_solver
+from fastsched.measurement.statistics import PathStatistics, is_statistics
+from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.random_streams import noise_of
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED
@@ -75,11 +75,9 @@ def fit(
         ValueError: If an argument is out of range; if the scheduler cannot be given schedules, is none of fastsched's
             solvers (name one by ``solver``) or adds noise; or if no candidate's samples are finite.
     """
+    validate.arguments(locals(), **CHECKS)
     check_call(pipe, prompts, call_kwargs)
-    if stats is not None and not isinstance(stats, PathStatistics):
-        raise TypeError(f"stats must be PathStatistics, as fastsched.diffusers.measure returns, got {stats!r}")
-    steps = validate.positive_int("steps", steps)
-    budget = validate.positive_int("model_calls", model_calls, minimum=0) if audition else 0
+    budget = model_calls if audition else 0
     name = checked_solver(pipe.scheduler, steps, solver, audition=audition)
     if audition and call_kwargs.get("eta"):
         raise ValueError(f"eta must be 0 with audition=True, because it adds noise, got {call_kwargs['eta']!r}")
@@ -93,6 +91,15 @@ def fit(
     run = PipelineRunner(pipe, stats, prompts, call_kwargs, calls=calls, model_calls=budget)
     tried = candidates(stats, steps, name, pipe.scheduler)
     return fit_by_running(run, stats, steps, name, tried, calls=calls, model_calls=budget).schedule
+
+
+#: Of the arguments of `fit`; those of the pipeline's call are looked at apart.
+CHECKS: dict[str, validate.Check] = {
+    **dict.fromkeys(("pipe", "prompts", "call_kwargs"), validate.anything),
+    "solver": validate.optional(is_solver),
+    "stats": validate.optional(is_statistics),
+    "audition": validate.flag,
+}
 
 
 def checked_solver(scheduler: Any, steps: int, solver: str | None, *, audition: bool) -> str:

@@ -71,10 +71,7 @@ def measure(
         >>> schedule = fs.optimal_schedule(stats, steps=8, solver="dpmpp_2m")
         >>> fs.diffusers.apply(schedule, pipe)
     """
-    if not isinstance(levels, Tensor):
-        levels = validate.positive_int("levels", levels, minimum=3)
-    samples = validate.positive_int("samples", samples)
-    seed = validate.positive_int("seed", seed, minimum=0)
+    validate.arguments(locals(), pipe=validate.anything, prompts=validate.anything, call_kwargs=validate.anything)
     check_call(pipe, prompts, call_kwargs)
     check_caches(pipe)
     turns = 1 if prompts is None or isinstance(prompts, str) else len(prompts)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser
+from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.rollouts import Rollout, Run, Runner, distances
-from fastsched.measurement.statistics import PathStatistics
+from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.metrics import power_mean
-from fastsched.sampling.fitted import chosen_solver
+from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
@@ -124,6 +124,14 @@ def audition(
     Raises:
         ValueError: If there is no candidate, one has another number of steps, or the network returns NaN or inf.
     """
+    validate.arguments(
+        locals(),
+        denoiser=is_denoiser,
+        stats=is_statistics,
+        solver=is_solver,
+        candidates=validate.anything,
+        samples=validate.optional(validate.positive_int),
+    )
     method = chosen_solver(solver)
     count = stats.samples if samples is None else validate.positive_int("samples", samples)
     if count > stats.samples:
@@ -175,6 +183,8 @@ def _checked(
     steps = validate.positive_int("steps", steps)
     if candidates is None:
         return dict(islice(candidates_in_turn(stats, steps, method), CANDIDATES))
+    if not isinstance(candidates, Mapping):
+        raise TypeError(f"candidates must be a dictionary of schedules by name, got {validate.shown(candidates)}")
     if not candidates:
         raise ValueError("candidates must hold at least one schedule")
     chosen = {}

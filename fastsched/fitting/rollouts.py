@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -75,6 +76,9 @@ class Rollout:
 #: Runs a schedule for samples ``first .. last - 1`` of the measured ones; None if it cannot.
 Run: TypeAlias = "Callable[[Schedule, int, int], Rollout | None]"
 
+#: Given a schedule, samples ``first .. last - 1`` and what makes their run: the run, made now or before.
+Kept: TypeAlias = "Callable[[Schedule, int, int, Callable[[], Rollout | None]], Rollout | None]"
+
 
 @dataclass(frozen=True)
 class RecordingDenoiser(Denoiser):
@@ -105,7 +109,12 @@ class RecordingDenoiser(Denoiser):
 
 
 class Runner:
-    """Runs a denoiser's sampler from the noises of the measured paths."""
+    """Runs a denoiser's sampler from the noises of the measured paths.
+
+    Attributes:
+        advance: Called with the number of model calls made.
+        kept: What every batch is run through, so that it can be kept in a file (`fastsched.fitting.run_log`).
+    """
 
     def __init__(
         self,
@@ -118,6 +127,7 @@ class Runner:
     ) -> None:
         self.denoiser, self.method = denoiser, method
         self.advance: Callable[[int], object] = lambda calls: None
+        self.kept: Kept = lambda schedule, first, last, make: make()
         self.device, self.dtype = placement(denoiser, device, dtype)
         self.noise = noise_of(stats.seeds, stats.shape)
         self.batch = stats.samples if batch_size is None else validate.positive_int("batch_size", batch_size)
@@ -126,12 +136,17 @@ class Runner:
         """Samples ``first .. last - 1`` under a schedule."""
         parts = []
         for start in range(first, last, self.batch):
-            noise = self.noise[start : min(start + self.batch, last)].to(self.device)
-            recorder = RecordingDenoiser.of(self.denoiser)
-            ends = sample(recorder, schedule, schedule_solver(schedule, self.method), noise, dtype=self.dtype).cpu()
-            parts.append(Rollout(ends, recorder.evaluations()))
-            self.advance(len(noise) * self.method.model_calls(schedule.steps))
+            stop = min(start + self.batch, last)
+            made = self.kept(schedule, start, stop, partial(self._batch, schedule, start, stop))
+            assert made is not None  # a denoiser that cannot be run raises
+            parts.append(made)
+            self.advance((stop - start) * self.method.model_calls(schedule.steps))
         return Rollout.joined(parts)
+
+    def _batch(self, schedule: Schedule, first: int, last: int) -> Rollout:
+        noise, recorder = self.noise[first:last].to(self.device), RecordingDenoiser.of(self.denoiser)
+        ends = sample(recorder, schedule, schedule_solver(schedule, self.method), noise, dtype=self.dtype).cpu()
+        return Rollout(ends, recorder.evaluations())
 
 
 def distances(stats: PathStatistics, ends: Tensor) -> Tensor:

@@ -35,11 +35,11 @@ from fastsched.costs.norms import Array, Norms
 from fastsched.costs.prediction import squared_errors
 from fastsched.costs.secants import Secants
 from fastsched.costs.surrogate import Outcome, Rollouts, Surrogate
-from fastsched.denoisers.denoiser import Denoiser
+from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.fitting.auditioning import Audition
 from fastsched.fitting.rollouts import Evaluations, Rollout, Run, Runner, distances, rounding_of
 from fastsched.fitting.run_secants import KnownAnswers, KnownRun, residuals, with_runs
-from fastsched.measurement.statistics import PathStatistics
+from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.metrics import power_mean
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import progress_bar
@@ -116,6 +116,7 @@ def tune(
     Raises:
         ValueError: If the statistics hold no increments, ``trials`` is negative, or the network returns NaN or inf.
     """
+    validate.arguments(locals(), denoiser=is_denoiser, stats=is_statistics, start=_is_start)
     first = start.winner if isinstance(start, Audition) else start
     known = start.complete(stats.samples) if isinstance(start, Audition) else []
     method = chosen_solver(first.solver)
@@ -160,6 +161,12 @@ def tuned(
     return Tuning(
         best.schedule, best.errors, tuple(trial.schedule for trial in record.trials), tried * stats.samples * calls
     )
+
+
+def _is_start(name: str, value: object) -> None:
+    """A schedule, or an audition."""
+    if not isinstance(value, Audition):
+        validate.instance(name, value, Schedule, "or what fastsched.audition returned")
 
 
 def increments_of(stats: PathStatistics) -> Tensor:

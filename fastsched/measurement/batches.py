@@ -118,9 +118,12 @@ def resumed(file: str | os.PathLike[str], run: Measurement, batches: Batches) ->
     return found
 
 
-def finished_part(error: KeyboardInterrupt) -> PathStatistics:
-    """The paths that were finished before an interrupt, with a warning; the interrupt again if there are none."""
-    partial = getattr(error, "partial", None)
+def finished_part(error: KeyboardInterrupt, batches: Batches) -> PathStatistics:
+    """The paths that were finished before an interrupt, with a warning.
+
+    The interrupt again if there are none, or if they are in a file.
+    """
+    partial = None if batches.file is not None else getattr(error, "partial", None)
     if partial is None:
         raise error
     warnings.warn(

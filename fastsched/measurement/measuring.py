@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser, check_denoiser, placement
+from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
 from fastsched.measurement.batches import Batches, finished_part, measured, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.fingerprints import same_network
@@ -72,15 +72,13 @@ def measure(
         ValueError: If an argument is out of range, the network fails the checks, or returns NaN or inf.
         MemoryError: Before the first call, if memory does not suffice; the message says what to lower.
     """
-    s = measured_levels(denoiser, levels)
-    run = measurement_of(denoiser, s, device, dtype, responses, keep_increments, store)
+    validate.arguments(locals(), denoiser=is_denoiser)
+    run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses, keep_increments, store)
     batches = batches_of(shape, samples, seed, batch_size, checks, checkpoint, progress)
     try:
         return measured(run, batches, None if checkpoint is None else resumed(checkpoint, run, batches))
     except KeyboardInterrupt as error:
-        if checkpoint is not None:
-            raise
-        return finished_part(error)
+        return finished_part(error, batches)
 
 
 def batches_of(
@@ -121,6 +119,7 @@ def with_increments(
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> PathStatistics:
     """These statistics with their increments, and responses, the paths followed once more if need be.
 
@@ -130,18 +129,19 @@ def with_increments(
         batch_size: As in `measure`.
         device: As in `measure`.
         dtype: As in `measure`.
+        checkpoint: As in `measure`.
 
     Raises:
         ValueError: If the network returns NaN or inf.
     """
     if stats.increments is not None:
         return stats
-    batch = stats.samples if batch_size is None else validate.positive_int("batch_size", batch_size)
+    grain = stats.samples if checkpoint is None else 1
+    batch = grain if batch_size is None else validate.positive_int("batch_size", batch_size)
     asked = check_same_network(denoiser, stats, device, dtype)
     run = measurement_of(denoiser, stats.s, device, dtype, stats.response_gram is not None, keep_increments=True)
-    again = measured(
-        run, Batches(stats.shape, stats.seeds, batch, batch_size is not None, checks=False, progress=False)
-    )
+    batches = Batches(stats.shape, stats.seeds, batch, batch_size is not None, False, checkpoint, progress=False)
+    again = measured(run, batches, None if checkpoint is None else resumed(checkpoint, run, batches))
     return replace(
         stats,
         increments=again.increments,
@@ -172,7 +172,7 @@ def check_same_network(
 
 def measured_levels(denoiser: Denoiser, levels: int | Tensor) -> Tensor:
     """The levels to measure at, float64 [N], from their number or a list of them; errors as in `measure`."""
-    check_denoiser(denoiser)
+    is_denoiser("denoiser", denoiser)
     if not isinstance(levels, Tensor):
         return denoiser.levels(validate.positive_int("levels", levels, minimum=3))
     s = validate.descending_sigmas(levels, name="levels")

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastsched.denoisers.denoiser import Denoiser, not_finite
+from fastsched.denoisers.denoiser import Denoiser, checked_output, not_finite
 from fastsched.denoisers.edm import LOW_LEVEL, NEARLY
 from fastsched.measurement.fingerprints import projections
 from fastsched.measurement.network_state import active_training_layer
@@ -247,7 +247,7 @@ def _check_raw_edm(ask: Questions, noise: Tensor) -> None:
     denoiser = ask.denoiser
     z = (denoiser.sigma_data * noise).to(ask.device, ask.dtype)
     s = torch.full((1,), LOW_LEVEL * denoiser.sigma_data, device=ask.device)
-    answer = denoiser.network(z.clone(), s)
+    answer = checked_output(denoiser.network(z.clone(), s), z)
     ask.model_calls += 1
     if float((answer.cpu().double() - z.cpu().double()).norm()) <= NEARLY * float(z.cpu().double().norm()):
         raise ValueError(

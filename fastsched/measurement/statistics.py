@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.measurement.deviated_paths import DeviatedPath
 from fastsched.measurement.fingerprints import same_network
@@ -98,8 +99,13 @@ class PathStatistics:
         )
 
     def select(self, samples: Sequence[int] | Tensor) -> PathStatistics:
-        """The statistics of some of the samples, by index (for jackknives and convergence checks)."""
-        rows = torch.as_tensor(samples, dtype=torch.long)
+        """The statistics of some of the samples, by index (for jackknives and convergence checks).
+
+        Raises:
+            TypeError: If ``samples`` are not indices.
+            ValueError: If there is no sample of such an index.
+        """
+        rows = self._rows(samples)
         return replace(
             self,
             seeds=self.seeds[rows],
@@ -112,6 +118,17 @@ class PathStatistics:
             responses=None if self.responses is None else self.responses[rows],
         )
 
+    def _rows(self, samples: Sequence[int] | Tensor) -> Tensor:
+        try:
+            rows = torch.as_tensor(samples)
+        except (TypeError, ValueError, RuntimeError):
+            rows = torch.empty(0)
+        if rows.ndim != 1 or rows.numel() == 0 or rows.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"samples must be a list of indices, got {validate.shown(samples)}")
+        if not bool(((rows >= -self.samples) & (rows < self.samples)).all()):
+            raise ValueError(f"samples must be indices below {self.samples}, got {validate.shown(samples)}")
+        return rows.long()
+
     def merge(self, other: PathStatistics) -> PathStatistics:
         """These samples and those of another measurement of the same denoiser on the same levels.
 
@@ -119,6 +136,7 @@ class PathStatistics:
             ValueError: If process, levels, shape or deviated paths differ, or a seed is in both
                 (its path would count twice; measure more samples with another ``seed``).
         """
+        is_statistics("other", other)
         if self.process != other.process or not torch.equal(self.s, other.s) or self.shape != other.shape:
             raise ValueError("other was measured on another noise process, other levels or another shape")
         if not same_network(self.fingerprint, other.fingerprint):
@@ -150,6 +168,7 @@ class PathStatistics:
             path: The file.
             vectors: Whether to write increments and responses too.
         """
+        validate.arguments(locals())
         write_statistics(self, path, vectors)
 
     @classmethod
@@ -160,7 +179,13 @@ class PathStatistics:
             FileNotFoundError: If there is none.
             ValueError: If it is truncated, was changed, holds something else, or comes from a newer version.
         """
+        validate.arguments(locals())
         return read_statistics(cls, path)
+
+
+def is_statistics(name: str, value: object) -> PathStatistics:
+    """TypeError unless the argument is `PathStatistics`."""
+    return validate.instance(name, value, PathStatistics, "fastsched.measure returns them")
 
 
 def data_deviation(ends: Tensor) -> float:

@@ -59,7 +59,12 @@ def chosen_solver(solver: str | Solver) -> Solver:
     """
     if isinstance(solver, Solver):
         return solver
-    return FITTED_SOLVER if solver == FITTED else get_solver(solver)
+    return FITTED_SOLVER if isinstance(solver, str) and solver == FITTED else get_solver(solver)
+
+
+def is_solver(name: str, value: object) -> Solver:
+    """ValueError unless the argument names a solver to choose a schedule for."""
+    return chosen_solver(value)  # type: ignore[arg-type]  # the point of asking
 
 
 def checked_weights(weights: Tensor | Sequence[Sequence[float]]) -> Tensor:
@@ -68,7 +73,7 @@ def checked_weights(weights: Tensor | Sequence[Sequence[float]]) -> Tensor:
     Raises:
         ValueError: If they are not square, not finite, not lower triangular, or a row does not sum to 1.
     """
-    values = validate.float64(weights)  # type: ignore[arg-type]  # nested lists too
+    values = validate.float64(weights, "weights")  # type: ignore[arg-type]  # nested lists too
     if values.ndim != 2 or values.shape[0] != values.shape[1] or len(values) == 0:
         raise ValueError(f"weights must be a square matrix, a row a step, got shape {tuple(values.shape)}")
     if not bool(values.isfinite().all()):

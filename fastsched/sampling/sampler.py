@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser, finite_denoised
+from fastsched.denoisers.denoiser import Denoiser, finite_denoised, is_denoiser
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling.fitted import fitted_solver
 from fastsched.sampling.multistep import Node, log_rho
@@ -21,6 +21,7 @@ from fastsched.sampling.solvers import (
     Solver,
     from_pure_noise,
     get_solver,
+    is_any_solver,
     solver_name,
     step_scale,
 )
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from fastsched.sampling.schedule import Schedule
 
 Result = TypeVar("Result")
+
+_IS_SOLVER, _IS_SEED = validate.optional(is_any_solver), validate.optional(validate.CHECKS["seed"])
 
 
 def nodes_of(process: NoiseProcess, s: Tensor) -> list[Node]:
@@ -70,6 +73,7 @@ def sample(
         ValueError: If ``sigmas`` do not descend, the solver is unknown, a deterministic one is given a seed, or the
             network returns NaN or inf (the message names the level).
     """
+    validate.arguments(locals(), denoiser=is_denoiser, sigmas=is_run, solver=_IS_SOLVER, seed=_IS_SEED)
     name = solver if solver is not None else getattr(sigmas, "solver", None)
     if name is None:
         raise ValueError("solver must be given, because the sigmas do not name one")
@@ -96,6 +100,11 @@ def sample(
 
         y = integrate(denoise, nodes, method, noise, s=s)
     return y if ends_at_zero else y * float(s[-1])
+
+
+def is_run(name: str, value: object) -> None:
+    """TypeError or ValueError unless the argument is sampler sigmas, or a schedule with them."""
+    validate.descending_sigmas(getattr(value, "sigmas", value), name=name)  # type: ignore[arg-type]  # the point
 
 
 def schedule_solver(sigmas: object, solver: str | Solver | None = None) -> Solver:

@@ -60,7 +60,7 @@ class Schedule:
             raise ValueError(f"sigmas of a flow model are times within [0, 1], got {float(sigmas[0]):g}")
         for name in ("predicted_error", "measured_error"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, float(getattr(self, name)))
+                object.__setattr__(self, name, validate.real(name, getattr(self, name)))
         if (self.weights is not None) != (self.solver == FITTED):
             raise ValueError(
                 f"weights must be given exactly for the solver 'fitted', and the solver is {self.solver!r}"
@@ -71,7 +71,7 @@ class Schedule:
                 raise ValueError(f"weights must have a row for each of {len(sigmas) - 1} steps, got {len(weights)}")
             object.__setattr__(self, "weights", weights)
         if self.timesteps is not None:
-            timesteps = validate.float64(self.timesteps)
+            timesteps = validate.float64(self.timesteps, "timesteps")
             if timesteps.shape != (len(sigmas) - 1,):
                 raise ValueError(
                     f"timesteps must have one value for each sigma but the last, [{len(sigmas) - 1}], "
@@ -155,6 +155,7 @@ class Schedule:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON with plain decimals; an existing file is replaced only when the new one is whole."""
+        validate.arguments(locals())
         entries: dict[str, str] = {
             "format": json.dumps(FORMAT),
             "version": str(1 if self.weights is None else VERSION),  # older readers can use what has no weights
@@ -179,11 +180,17 @@ class Schedule:
             FileNotFoundError: If there is none.
             ValueError: If it is truncated, was changed, holds something else, or comes from a newer version.
         """
+        validate.arguments(locals())
         entries = read_entries(path)
         try:
             return cls(**entries)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)} does not hold a valid schedule: {error}") from None
+
+
+def is_schedule(name: str, value: object) -> Schedule:
+    """TypeError unless the argument is a `Schedule`."""
+    return validate.instance(name, value, Schedule, "fastsched.optimal_schedule and others return one")
 
 
 class ComfyUISigmas(NamedTuple):

@@ -171,6 +171,16 @@ def solver_name(solver: str | Solver) -> str:
     return ALIASES.get(known, known)
 
 
+def is_any_solver(name: str, value: object) -> str:
+    """ValueError unless the argument names a solver, deterministic or stochastic."""
+    return solver_name(value)  # type: ignore[arg-type]  # the point of asking
+
+
+def is_stock_solver(name: str, value: object) -> Solver:
+    """ValueError unless the argument names a deterministic solver of `SOLVERS`."""
+    return get_solver(value)  # type: ignore[arg-type]  # the point of asking
+
+
 def get_solver(solver: str | Solver) -> Solver:
     """The deterministic solver of that name.
 
@@ -179,7 +189,7 @@ def get_solver(solver: str | Solver) -> Solver:
     """
     if isinstance(solver, Solver):
         return solver
-    name = ALIASES.get(solver, solver) if isinstance(solver, str) else solver
+    name = ALIASES.get(solver, solver) if isinstance(solver, str) else ""
     if name in STOCHASTIC_SOLVERS:
         raise ValueError(
             f"solver must be deterministic here, got {solver!r}, which adds noise; fastsched.select chooses schedules "

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser, finite_denoised
+from fastsched.denoisers.denoiser import Denoiser, finite_denoised, is_denoiser
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.random_streams import sample_seeds, stream
 from fastsched.sampling.solvers import STOCHASTIC_SOLVERS
@@ -66,7 +66,7 @@ def sample_stochastic(
         ValueError: If ``sigmas`` do not descend, the solver is unknown, ``eta`` is out of range, or the network
             returns NaN or inf (the message names the level); ``seed`` is as in `fastsched.measure`.
     """
-    validate.choice("solver", solver, STOCHASTIC_SOLVERS)
+    validate.arguments(locals(), denoiser=is_denoiser, sigmas=validate.anything, solver=_is_stochastic)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be within [0, 1], got {eta!r}")
     s = denoiser.process.level(validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas)))  # type: ignore[arg-type]  # or a Schedule
@@ -91,6 +91,10 @@ def sample_stochastic(
             y = keep * y + pull * slope + fresh * torch.from_numpy(renewed).to(y)
             before, width_before = denoised, width
     return levels[-1] * y
+
+
+def _is_stochastic(name: str, value: object) -> str:
+    return validate.choice(name, value, STOCHASTIC_SOLVERS)
 
 
 def _sde_dpmpp(width: float, end: float, eta: float) -> tuple[float, float, float]:

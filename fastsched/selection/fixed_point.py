@@ -62,6 +62,7 @@ def refine_schedule(
 
     Source: Williams, Campbell, Doucet and Syed, NeurIPS 2024 (arXiv 2412.07877), algorithm 1.
     """
+    validate.arguments(locals())
     iterations = validate.positive_int("iterations", iterations)
     if not tolerance > 0:
         raise ValueError(f"tolerance must be positive, got {tolerance!r}")

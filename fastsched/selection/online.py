@@ -53,12 +53,13 @@ class AdaptiveSchedule:
     """
 
     def __init__(self, s: Tensor | Sequence[float], *, rate: float = 0.1, order: int = 2) -> None:
+        validate.arguments(locals(), s=validate.anything, rate=validate.real, order=validate.positive_int)
         self.s = validate.descending_sigmas(s, name="s")
         if float(self.s[-1]) <= 0 or not bool(torch.isfinite(self.s[0])):
             raise ValueError(f"s must be levels above 0 and below infinity, got {self.s.tolist()}")
         if not 0 < rate <= 1:
             raise ValueError(f"rate must be within (0, 1], got {rate!r}")
-        self.rate, self.order, self.updates = float(rate), validate.positive_int("order", order), 0
+        self.rate, self.order, self.updates = float(rate), order, 0
         # Sums and counts instead of means: they add up over micro-batches, and over ranks with batches of other sizes.
         self._sums = torch.zeros(len(self.s) - 1, dtype=torch.float64)
         self._counts = torch.zeros_like(self._sums)
@@ -71,13 +72,14 @@ class AdaptiveSchedule:
             generator: A random generator on the CPU.
             device: The device of the result.
         """
-        n = validate.positive_int("n", n)
+        validate.arguments(locals(), n=validate.positive_int, generator=_is_generator)
         place = torch.rand(n, generator=generator, dtype=torch.float64) * (len(self.s) - 1)
         drawn = np.interp(place.numpy(), np.arange(len(self.s)), self.s.log().numpy())
         return torch.from_numpy(np.exp(drawn)).to(device, torch.float32)
 
     def density(self, s: Tensor) -> Tensor:
         """The density of `draw` in ``log s``, shaped as ``s``: ``1 / ((N - 1) * width of the cell)``; 0 outside."""
+        validate.tensor("s", s)
         logs = self.s.log().flip(0)
         values = s.detach().to("cpu", torch.float64).log()
         cell = torch.searchsorted(logs, values.contiguous(), right=True).clamp(1, len(logs) - 1)
@@ -95,6 +97,7 @@ class AdaptiveSchedule:
         Raises:
             ValueError: If a shape or index does not match the grid, or a cost is NaN or inf.
         """
+        validate.arguments(locals(), costs=validate.tensor, intervals=validate.optional(_is_index))
         values = costs.detach().to("cpu", torch.float64).flatten()
         if not bool(torch.isfinite(values).all()):
             raise ValueError("costs must be finite, got NaN or inf; skip such a batch")
@@ -128,6 +131,7 @@ class AdaptiveSchedule:
         Returns:
             The number of evaluations, counted per sample.
         """
+        validate.arguments(locals(), denoise=validate.function, clean=validate.tensor, generator=_is_generator)
         count, cells = len(clean), len(self._sums)
         # Permutations instead of independent draws: no interval waits long for an observation.
         rounds = [torch.randperm(cells, generator=generator) for _ in range(-(-count // cells))]
@@ -185,8 +189,11 @@ class AdaptiveSchedule:
         """Restore what `state_dict` returned. In a distributed run load the same state on every rank.
 
         Raises:
+            TypeError: If it is something else.
             ValueError: If an entry is missing or has the wrong size.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be what state_dict() returned, got {validate.shown(state)}")
         try:
             fresh = AdaptiveSchedule(state["s"], rate=state["rate"], order=state["order"])
             sums, counts, updates = state["sums"], state["counts"], int(state["updates"])
@@ -196,6 +203,16 @@ class AdaptiveSchedule:
             raise ValueError(f"state has {len(sums)} sums for {len(fresh._sums)} intervals")
         self.s, self.rate, self.order, self.updates = fresh.s, fresh.rate, fresh.order, updates
         self._sums, self._counts = sums.to("cpu", torch.float64).clone(), counts.to("cpu", torch.float64).clone()
+
+
+def _is_generator(name: str, value: object) -> None:
+    if value is not None and not (isinstance(value, torch.Generator) and value.device.type == "cpu"):
+        raise TypeError(f"{name} must be a torch.Generator on the CPU, got {validate.shown(value)}")
+
+
+def _is_index(name: str, value: object) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be a tensor of whole numbers, got {validate.shown(value)}")
 
 
 def _summed_over_ranks(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,8 @@ import torch
 from fastsched import validate
 from fastsched.costs.norms import Array
 from fastsched.costs.prediction import ErrorModel
-from fastsched.measurement.statistics import PathStatistics
-from fastsched.sampling.fitted import chosen_solver
+from fastsched.measurement.statistics import PathStatistics, is_statistics
+from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
 from fastsched.selection.constraints import at_known_levels, known_levels
@@ -47,6 +47,7 @@ def optimal_schedule(stats: PathStatistics, steps: int, solver: str = "dpmpp_2m"
     Raises:
         ValueError: If an argument is out of range or unknown.
     """
+    validate.arguments(locals(), stats=is_statistics, solver=is_solver)
     method = chosen_solver(solver)
     if polish:
         best = local_minima(stats, steps, method)[0]

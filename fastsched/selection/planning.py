@@ -13,8 +13,8 @@ from torch import Tensor
 from fastsched import baselines, validate
 from fastsched.costs.norms import Array
 from fastsched.costs.prediction import predict_error
-from fastsched.measurement.statistics import PathStatistics
-from fastsched.sampling.fitted import chosen_solver
+from fastsched.measurement.statistics import PathStatistics, is_statistics
+from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
 from fastsched.selection.optimal import Minimum, local_minima
@@ -71,6 +71,7 @@ def error_curve(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", max_st
     Raises:
         ValueError: If an argument is out of range or unknown.
     """
+    validate.arguments(locals(), stats=is_statistics, solver=is_solver)
     method = chosen_solver(solver)
     count = validate.positive_int("max_steps", max_steps)
     schedules = list(islice(best_schedules(stats, method), count))
@@ -128,6 +129,13 @@ def steps_needed(
     Raises:
         ValueError: If the target is not positive, its name unknown, or not reached within ``max_steps``.
     """
+    validate.arguments(
+        locals(),
+        stats=is_statistics,
+        solver=is_solver,
+        target=validate.anything,
+        max_steps=validate.optional(validate.positive_int),
+    )
     limit = stats.levels - 1 if max_steps is None else max_steps
     goal = _target_error(stats, solver, target)
     method, least, goal = chosen_solver(solver), math.inf, goal / SAFETY
@@ -143,12 +151,16 @@ def steps_needed(
 
 def _target_error(stats: PathStatistics, solver: str | Solver, target: object) -> float:
     if isinstance(target, tuple):
-        name, steps = target
+        if len(target) != 2:
+            raise ValueError(f"target must be a pair like ('karras', 20), got {target!r}")
+        name, steps = target[0], validate.positive_int("target steps", target[1])
         maker = COMMON[validate.choice("target", name, COMMON)]
         target = stats.process.sampler_sigma(maker(steps, *stats.finite_range))
     if isinstance(target, (Schedule, Tensor)):
-        return predict_error(stats, target, solver)
-    goal = float(target)  # type: ignore[arg-type]  # a number is left
-    if not (math.isfinite(goal) and goal > 0):
-        raise ValueError(f"target must be a positive error, a schedule or a pair like ('karras', 20), got {target!r}")
-    return goal
+        sigmas = target if isinstance(target, Schedule) else validate.descending_sigmas(target, name="target")
+        return predict_error(stats, sigmas, solver)
+    try:
+        return validate.positive("target", target)
+    except (TypeError, ValueError) as error:
+        what = "a positive error, a schedule or a pair like ('karras', 20)"
+        raise type(error)(f"target must be {what}, got {validate.shown(target)}") from None

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.costs.corrector_cost import stein_corrector
-from fastsched.costs.cost_matrix import CostMatrix
+from fastsched.costs.cost_matrix import CostMatrix, is_cost
 from fastsched.costs.states import finite_grid
-from fastsched.denoisers.denoiser import Denoiser
+from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.sampling.schedule import Schedule
-from fastsched.sampling.solvers import solver_name
+from fastsched.sampling.solvers import is_any_solver, solver_name
 from fastsched.selection.arc_length import equal_arc_length
 from fastsched.selection.dynamic_programming import first_order_paths
 
@@ -60,6 +60,7 @@ def score_optimal_schedule(
 
     Source: Williams, Campbell, Doucet and Syed, NeurIPS 2024 (arXiv 2412.07877), algorithm 1.
     """
+    validate.arguments(locals(), denoiser=is_denoiser, levels=_is_grid, solver=is_any_solver)
     steps = validate.positive_int("steps", steps)
     name = solver_name(solver)
     s = finite_grid(denoiser, levels) if isinstance(levels, int) else levels
@@ -109,11 +110,11 @@ def select(
     Raises:
         ValueError: If an argument is out of range or unknown, or dynamic programming lacks pairs.
     """
+    validate.arguments(locals(), cost=is_cost, solver=is_any_solver)
     steps = validate.positive_int("steps", steps)
     complete = len(cost.pairs) == len(cost.s) * (len(cost.s) - 1) // 2
     if method is None:
         method = "dynamic_programming" if complete else "arc_length"
-    validate.choice("method", method, ("dynamic_programming", "arc_length"))
     nodes = max(2, steps + int(spare_last))  # a path needs both ends, also for one step
     if method == "arc_length":
         s = equal_arc_length(cost.s, cost.lengths, nodes)
@@ -127,6 +128,14 @@ def select(
         clipped = cost.matrix.clamp_min(0.0).numpy()  # an unbiased estimate of a cost near 0 may be negative
         s = cost.s[first_order_paths(clipped, nodes - 1).path(nodes - 1)]
     return Schedule.from_levels(cost.process, _to_zero(cost.process, s, steps), solver_name(solver))
+
+
+def _is_grid(name: str, value: object) -> None:
+    """How many levels, or the levels themselves in any form."""
+    if hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0:
+        validate.positive_int(name, value, minimum=2)
+    else:
+        validate.descending_sigmas(value, name=name)  # type: ignore[arg-type]  # the point of asking
 
 
 def _to_zero(process: NoiseProcess, nodes: Tensor, steps: int) -> Tensor:

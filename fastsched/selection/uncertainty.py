@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastsched.measurement.statistics import PathStatistics
+from fastsched import validate
+from fastsched.measurement.statistics import PathStatistics, is_statistics
+from fastsched.sampling.fitted import is_solver
 from fastsched.selection.optimal import optimal_schedule
 
 
@@ -47,6 +49,7 @@ def standard_errors(
     Raises:
         ValueError: If there is only one sample, or an argument is out of range.
     """
+    validate.arguments(locals(), stats=is_statistics, solver=is_solver)
     count = stats.samples
     if count < 2:
         raise ValueError("stats must hold at least two samples for a standard error; measure more and merge")

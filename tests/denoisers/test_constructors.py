@@ -109,7 +109,7 @@ def test_bad_velocity_settings(options, message):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"beta_min": 0.0}, "beta_min and beta_max"), ({"beta_max": 0.05}, "beta_min and beta_max"),
+    [({"beta_min": 0.0}, "beta_min must be positive"), ({"beta_max": 0.05}, "beta_min and beta_max"),
      ({"t_min": 2.0}, "t_min and t_max")],
 )  # fmt: skip
 def test_bad_sde_settings(options, message):

@@ -73,7 +73,7 @@ def test_output_that_is_no_tensor_is_named():
 
 
 def test_network_must_be_callable():
-    with pytest.raises(TypeError, match="callable"):
+    with pytest.raises(TypeError, match="fn must be a function"):
         fs.Denoiser.from_denoiser(3, 0.1, 1.0)
 
 

@@ -345,8 +345,8 @@ def _mixture(**changes):
     [
         (lambda: Gaussian(0.0, (2,)), ValueError, "std must be positive"),
         (lambda: Gaussian(math.nan, (2,)), ValueError, "std must be positive"),
-        (lambda: Gaussian(1.0, ()), ValueError, "shape must hold"),
-        (lambda: Gaussian(1.0, (2, 0)), ValueError, "shape must hold"),
+        (lambda: Gaussian(1.0, ()), ValueError, "shape must have at least one entry"),
+        (lambda: Gaussian(1.0, (2, 0)), ValueError, "shape must be at least 1"),
         (lambda: Gaussian(1.0, (2,), torch.zeros(3)), ValueError, "mean has shape"),
         (lambda: Gaussian(1.0, (2,), math.inf), ValueError, "mean must be finite"),
         (lambda: Gaussian(1.0, (2,)).optimal_ddim_schedule(0, 1.0), ValueError, "steps must be at least 1"),

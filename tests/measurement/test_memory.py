@@ -81,7 +81,7 @@ def test_where_vectors_are_kept_changes_no_bit():
             fs.measure(exact_denoiser(mixture()), (4,), store=store, **options) for store in ("device", "cpu")
         )
         assert torch.equal(one.vector_gram, other.vector_gram)
-    with pytest.raises(ValueError, match="store must be one of device, cpu, or None, got 'disk'"):
+    with pytest.raises(ValueError, match="store must be one of 'device', 'cpu', got 'disk'"):
         fs.measure(denoiser_of(), (4,), store="disk")
 
 

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastsched import validate
+
 
 class Oracle:
     """What the oracles share: how samples are drawn."""
@@ -15,7 +17,8 @@ class Oracle:
         self, n: int, *, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Tensor:
         """``n`` clean samples [n, *shape]; drawn on the CPU, so a seed means the same on every device."""
-        return self._draw(check_count(n), torch.Generator("cpu").manual_seed(seed)).to(device, dtype)
+        validate.arguments(locals(), n=validate.positive_int)
+        return self._draw(n, torch.Generator("cpu").manual_seed(seed)).to(device, dtype)
 
     def _draw(self, n: int, generator: torch.Generator) -> Tensor:
         raise NotImplementedError
@@ -38,34 +41,13 @@ def as_states(flat: Tensor, z: Tensor) -> Tensor:
 def level_column(s: float | Tensor, z: Tensor, name: str = "s", *, zero: bool = False) -> Tensor:
     """``s`` as [B or 1, 1], in the dtype that :func:`flat_states` gives ``z``."""
     if not isinstance(s, Tensor) and not (zero and s == 0):
-        check_positive(name, s)
+        validate.positive(name, s)
     level = torch.as_tensor(s, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
     if level.ndim > 1 or (level.ndim == 1 and level.shape[0] not in (1, z.shape[0])):
         raise ValueError(f"{name} has shape {tuple(level.shape)}; expected a float or [B] with B={z.shape[0]}")
     return level.reshape(-1, 1)
 
 
-def as_float64(s: float | Tensor) -> Tensor:
+def as_float64(s: float | Tensor, name: str = "s") -> Tensor:
     """Levels as a float64 tensor."""
-    return torch.as_tensor(s, dtype=torch.float64)
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raise ValueError unless ``value`` is positive and finite."""
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite; it is {value}")
-
-
-def check_count(n: int, name: str = "n") -> int:
-    """``n``; ValueError if it is below 1."""
-    if n < 1:
-        raise ValueError(f"{name} must be at least 1; it is {n}")
-    return n
-
-
-def check_shape(shape: tuple[int, ...] | int) -> tuple[int, ...]:
-    """``shape`` as a tuple; ValueError if a size is below 1."""
-    sizes = (shape,) if isinstance(shape, int) else tuple(int(size) for size in shape)
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"shape must hold positive sizes; it is {shape}")
-    return sizes
+    return s.to(torch.float64) if isinstance(s, Tensor) else torch.tensor(validate.real(name, s), dtype=torch.float64)

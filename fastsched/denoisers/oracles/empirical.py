@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.denoisers.oracles.base import Oracle, as_states, flat_states, level_column
 
 _CHUNK_ELEMENTS = 1 << 23  # of the [B, chunk, d] differences that Empirical forms at a time
@@ -27,7 +28,9 @@ class Empirical(Oracle):
     data: Tensor
 
     def __post_init__(self) -> None:
-        data = torch.as_tensor(self.data).detach()
+        if not isinstance(self.data, Tensor):
+            raise TypeError(f"data must be a tensor [n, *shape], got {validate.shown(self.data)}")
+        data = self.data.detach().clone()
         if data.ndim < 2 or data.numel() == 0:
             raise ValueError(f"data has shape {tuple(data.shape)}; expected [n, *shape], not empty")
         if not data.is_floating_point():

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.denoisers.oracles.base import (
     Oracle,
     as_float64,
     as_states,
-    check_count,
-    check_positive,
-    check_shape,
     flat_states,
     level_column,
 )
@@ -38,13 +36,18 @@ class Gaussian(Oracle):
     mean: float | Tensor = 0.0
 
     def __post_init__(self) -> None:
-        check_positive("std", self.std)
-        object.__setattr__(self, "shape", check_shape(self.shape))
-        mean = torch.as_tensor(self.mean)
+        object.__setattr__(self, "std", validate.positive("std", self.std))
+        sizes = (self.shape,) if isinstance(self.shape, int) else self.shape
+        object.__setattr__(self, "shape", validate.sample_shape(sizes))
+        if not isinstance(self.mean, Tensor):
+            validate.real("mean", self.mean)
+        mean = torch.as_tensor(self.mean).detach().clone()
         if mean.ndim > 0 and tuple(mean.shape) != self.shape:
             raise ValueError(f"mean has shape {tuple(mean.shape)}; expected a float or shape={self.shape}")
         if not bool(torch.isfinite(mean).all()):
             raise ValueError("mean must be finite")
+        if mean.ndim > 0:
+            object.__setattr__(self, "mean", mean)
 
     @property
     def d(self) -> int:
@@ -110,8 +113,8 @@ class Gaussian(Oracle):
         Raises:
             ValueError: If ``steps`` is below 1 or ``s_max`` is not positive and finite.
         """
-        check_positive("s_max", s_max)
-        theta = torch.linspace(math.atan(s_max / self.std), 0.0, check_count(steps, "steps") + 1, dtype=torch.float64)
+        validate.arguments(locals(), s_max=validate.positive)
+        theta = torch.linspace(math.atan(s_max / self.std), 0.0, steps + 1, dtype=torch.float64)
         return self.std * torch.tan(theta)
 
     def stein_corrector(self, s_i: float | Tensor, s_j: float | Tensor) -> Tensor:
@@ -120,7 +123,7 @@ class Gaussian(Oracle):
         ``E_{z ~ p_i} |score_j(z) - score_i(z)|^2 = d (s_i^2 - s_j^2)^2 / [(c^2 + s_i^2)(c^2 + s_j^2)^2]``
         (Williams et al. 2024, arXiv 2412.07877).
         """
-        s_i, s_j, c2 = as_float64(s_i), as_float64(s_j), self.std**2
+        s_i, s_j, c2 = as_float64(s_i, "s_i"), as_float64(s_j, "s_j"), self.std**2
         difference = (s_i - s_j) * (s_i + s_j)
         return self.d * difference**2 / ((c2 + s_i**2) * (c2 + s_j**2) ** 2)
 
@@ -132,7 +135,7 @@ class Gaussian(Oracle):
         arXiv 2412.07877). It is of fourth order in the step, for ``c^2 + s_j^2 - S`` is
         ``c^2 (s_i - s_j)^2 / (c^2 + s_i^2)``, which is how it is computed.
         """
-        s_i, s_j, c2 = as_float64(s_i), as_float64(s_j), self.std**2
+        s_i, s_j, c2 = as_float64(s_i, "s_i"), as_float64(s_j, "s_j"), self.std**2
         excess = c2 * (s_i - s_j) ** 2 / (c2 + s_i**2)
         reached = (c2 + s_i * s_j) ** 2 / (c2 + s_i**2)
         return self.d * excess**2 / (reached * (c2 + s_j**2) ** 2)

@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastsched.denoisers.oracles.base import Oracle, as_states, check_count, check_positive, flat_states, level_column
+from fastsched import validate
+from fastsched.denoisers.oracles.base import Oracle, as_states, flat_states, level_column
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,9 @@ class GaussianMixture(Oracle):
 
     def __post_init__(self) -> None:
         for name in ("weights", "means", "covariances"):
-            value = torch.as_tensor(getattr(self, name)).detach().to(torch.float64)
+            value = getattr(self, name)
+            on_device = isinstance(value, Tensor) and value.is_floating_point()
+            value = value.detach().to(torch.float64, copy=True) if on_device else validate.float64(value, name)
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name} must be finite")
             object.__setattr__(self, name, value)
@@ -58,9 +61,12 @@ class GaussianMixture(Oracle):
         along them log-uniform between ``std / 3`` and ``3 std``; weights are uniform in [0.5, 1.5], then
         normalised.
         """
-        check_positive("spread", spread)
-        check_positive("std", std)
-        size = (check_count(components, "components"), check_count(d, "d"))
+        validate.arguments(
+            locals(),
+            **dict.fromkeys(("d", "components"), validate.positive_int),
+            **dict.fromkeys(("spread", "std"), validate.positive),
+        )
+        size = (components, d)
         generator = torch.Generator("cpu").manual_seed(seed)
         means = spread * torch.randn(size, generator=generator, dtype=torch.float64)
         axes = torch.linalg.qr(torch.randn(*size, d, generator=generator, dtype=torch.float64))[0]

@@ -1,0 +1,54 @@
+"""What an interrupted fit hands back."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field, replace
+
+from fastsched.fitting.rollouts import Rollout, Run, distances
+from fastsched.measurement.statistics import PathStatistics
+from fastsched.metrics import power_mean
+from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.solvers import Solver
+from fastsched.selection.optimal import optimal_schedule
+
+#: What to do so that nothing is lost.
+ADVICE = "(fit(checkpoint=PATH) keeps what is finished in files, and the same call goes on from there)"
+
+
+@dataclass
+class BestSoFar:
+    """Runs schedules by ``run``, and remembers which were finished."""
+
+    run: Run
+    stats: PathStatistics
+    finished: dict[int, tuple[Schedule, list[Rollout]]] = field(default_factory=dict)
+
+    def __call__(self, schedule: Schedule, first: int, last: int) -> Rollout | None:
+        """As ``run``."""
+        found = self.run(schedule, first, last)
+        if found is not None:
+            self.finished.setdefault(id(schedule), (schedule, []))[1].append(Rollout(found.ends))
+        return found
+
+    def best(self) -> Schedule | None:
+        """The schedule of least error among those that ran on the most samples; None if none was run."""
+        runs = [
+            (schedule, distances(self.stats, Rollout.joined(parts).ends)) for schedule, parts in self.finished.values()
+        ]
+        if not runs:
+            return None
+        schedule, errors = min(runs, key=lambda run: (-len(run[1]), float(power_mean(run[1]))))
+        return replace(schedule, measured_error=float(power_mean(errors)))
+
+
+def interrupted_schedule(stats: PathStatistics, steps: int, method: Solver, runs: BestSoFar | None = None) -> Schedule:
+    """The best schedule that is known when a fit is interrupted, with a warning that says what it is."""
+    best = None if runs is None else runs.best()
+    if best is not None:
+        what = f"the best of the {len(runs.finished) if runs else 0} that were run"
+    else:
+        best = optimal_schedule(stats, steps, method.name)
+        what = f"that of optimal_schedule for the {stats.samples} paths that were finished"
+    warnings.warn(f"interrupted: this schedule is {what} {ADVICE}", stacklevel=4)
+    return best

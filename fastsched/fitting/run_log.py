@@ -1,0 +1,185 @@
+"""Runs of the sampler in a file, each as soon as it is finished, so that an interrupted fit goes on where it stopped.
+
+A fit is a function of the measurement and of what its runs gave. So the same fit asks for the same runs, and those that
+the file holds are not made again. The file grows by one record a run: a safetensors file behind its length and its
+SHA-256. What an interruption left unfinished at the end is dropped. The first record says which fit the runs are of.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsched.fitting.rollouts import Evaluations, Rollout
+from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling.files import checksum, json_object, write_whole
+from fastsched.sampling.schedule import Schedule
+
+FORMAT = "fastsched.runs"
+VERSION = 1
+
+#: Bytes of a record before its content: how long that is, and its SHA-256.
+LENGTH, DIGEST = 8, 32
+#: Longer records are damage.
+MOST_BYTES = 1 << 40
+
+
+def runs_beside(checkpoint: str | os.PathLike[str]) -> str:
+    """The file of runs that belongs to a measurement's checkpoint."""
+    return f"{os.fspath(checkpoint)}.runs"
+
+
+def identity(stats: PathStatistics, **arguments: object) -> dict[str, Any]:
+    """What tells one fit from another: its measurement and the arguments that change its runs."""
+    parts = (stats.s, stats.seeds, stats.ends, stats.gram)
+    measurement = checksum(json.dumps(stats.process.to_dict()).encode(), *map(_bytes, parts))
+    return {"format": FORMAT, "version": VERSION, "stats": measurement, **arguments}
+
+
+class RunLog:
+    """The runs of one fit, in a file.
+
+    Args:
+        path: The file; made if there is none.
+        what: The fit, from `identity`.
+
+    Raises:
+        ValueError: If the file holds something else, or the runs of another fit.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], what: Mapping[str, Any]) -> None:
+        self.path = os.fspath(path)
+        self._found: dict[str, tuple[int, int]] = {}  # where a run's record is: its first byte and its length
+        if not os.path.exists(self.path):
+            write_whole(self.path, _framed(_packed({}, what)))
+            return
+        whole = self._scan(dict(what))
+        if whole < os.path.getsize(self.path):
+            os.truncate(self.path, whole)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def run(self, schedule: Schedule, first: int, last: int, make: Callable[[], Rollout | None]) -> Rollout | None:
+        """The run of a schedule for samples ``first .. last - 1``: from the file, or made now and added to it."""
+        key = checksum(*_schedule_parts(schedule), f"{first} {last}".encode())
+        if key in self._found:
+            return _rollout(*_unpacked(self._record(*self._found[key]), self.path))
+        found = make()
+        self._append(_packed(_tensors(found), {"key": key, "levels": _levels(found), "failed": found is None}))
+        return found
+
+    def _scan(self, what: dict[str, Any]) -> int:
+        """Find the whole records; returns where they end."""
+        size, at, place = os.path.getsize(self.path), 0, 0
+        with open(self.path, "rb") as file:
+            while at < size:
+                head = file.read(LENGTH + DIGEST)
+                length = int.from_bytes(head[:LENGTH], "little")
+                content = file.read(length) if len(head) == LENGTH + DIGEST and length < min(size, MOST_BYTES) else b""
+                if not content or len(content) < length or bytes.fromhex(checksum(content)) != head[LENGTH:]:
+                    self._not_whole(place, left=size - at - len(head) - length)
+                    return at
+                metadata = _unpacked(content, self.path)[0]
+                if place == 0:
+                    self._check_identity(what, metadata)
+                else:
+                    self._found[str(metadata.get("key"))] = (at + LENGTH + DIGEST, length)
+                at, place = at + LENGTH + DIGEST + length, place + 1
+        if place == 0:
+            self._not_whole(place, left=0)
+        return at
+
+    def _not_whole(self, place: int, left: int) -> None:
+        if place == 0:
+            raise ValueError(f"{self.path} does not hold runs of a fit; remove it, or name another file")
+        if left >= 0:  # not the end that an interruption left
+            warnings.warn(
+                f"{self.path} is damaged after its first {place - 1} runs; the others are made again", stacklevel=6
+            )
+
+    def _check_identity(self, what: dict[str, Any], found: dict[str, Any]) -> None:
+        if found.get("format") != FORMAT:
+            raise ValueError(f"{self.path} does not hold runs of a fit; remove it, or name another file")
+        for key in sorted({*what, *found}):
+            wanted, given = json.loads(json.dumps(what.get(key))), found.get(key)
+            if wanted != given:
+                difference = "another measurement" if key == "stats" else f"{key} = {given!r}, not {wanted!r}"
+                raise ValueError(
+                    f"{self.path} holds runs of another fit, with {difference}; go on with the same arguments, remove "
+                    "it, or name another file"
+                )
+
+    def _record(self, first: int, length: int) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(first)
+            return file.read(length)
+
+    def _append(self, content: bytes) -> None:
+        with open(self.path, "ab") as file:
+            file.write(_framed(content))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _framed(content: bytes) -> bytes:
+    return len(content).to_bytes(LENGTH, "little") + bytes.fromhex(checksum(content)) + content
+
+
+def _packed(tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
+    from safetensors.torch import save
+
+    return save(tensors, metadata={"fastsched": json.dumps(dict(metadata))})
+
+
+def _unpacked(content: bytes, path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors.torch import load
+
+    length = int.from_bytes(content[:8], "little")
+    header = json_object(content[8 : 8 + length].decode(), path)
+    return json_object(header["__metadata__"]["fastsched"], path), load(content)
+
+
+def _tensors(rollout: Rollout | None) -> dict[str, Tensor]:
+    if rollout is None:
+        return {}
+    found = {"ends": rollout.ends}
+    if rollout.evaluations is not None:
+        for n, (state, denoised) in enumerate(
+            zip(rollout.evaluations.states, rollout.evaluations.denoised, strict=True)
+        ):
+            found |= {f"state {n}": state, f"denoised {n}": denoised}
+    # copies: the end may be the last answer itself, and safetensors refuses tensors that share memory
+    return {name: tensor.clone().contiguous() for name, tensor in found.items()}
+
+
+def _levels(rollout: Rollout | None) -> list[str] | None:
+    """Levels of the evaluations in hexadecimal, which keeps every digit and infinity."""
+    if rollout is None or rollout.evaluations is None:
+        return None
+    return [float(level).hex() for level in rollout.evaluations.s]
+
+
+def _rollout(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> Rollout | None:
+    if metadata["failed"]:
+        return None
+    levels = metadata["levels"]
+    if levels is None:
+        return Rollout(tensors["ends"])
+    every = lambda name: tuple(tensors[f"{name} {n}"] for n in range(len(levels)))
+    return Rollout(tensors["ends"], Evaluations(tuple(map(float.fromhex, levels)), every("state"), every("denoised")))
+
+
+def _schedule_parts(schedule: Schedule) -> list[bytes]:
+    lists = (schedule.sigmas, schedule.timesteps, schedule.weights)
+    return [schedule.solver.encode(), schedule.noise.encode(), *(b"" if x is None else _bytes(x) for x in lists)]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
