@@ -91,7 +91,10 @@ class Found:
         moved = on_trained_levels(schedule, process)
         if moved is not schedule:
             change = largest_change(schedule.sigmas, moved.sigmas)
-            words.append(f"sigmas moved to the model's trained levels, by up to {change:.2%}")
+            if change > 1e-6:
+                words.append(f"sigmas moved to the model's trained levels, by up to {change:.2%}")
+            else:
+                words.append("sigmas on trained levels")
         elif getattr(process, "integer_timesteps", False):
             steps = process.timestep(schedule.sigmas[:-1])
             table = process.trained_levels[steps.long()]  # type: ignore[attr-defined]  # of VariancePreserving

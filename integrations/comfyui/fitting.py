@@ -67,6 +67,14 @@ def check(model: Any, latent: dict[str, Any]) -> None:
             "latent has a noise mask: inpainting overwrites a part of every step's latents, so it cannot be measured; "
             "fit with the latent without its mask"
         )
+    transformer = model.model_options.get("transformer_options", {})
+    wrappers = (*transformer.get("wrappers", {}).values(), *getattr(model, "wrappers", {}).values())
+    for name in (*transformer, *(key for some in wrappers for key in some)):
+        if "cache" in str(name).lower():
+            raise ValueError(
+                f"the model has a cache ({name}), so what it computes depends on the steps before and on their number; "
+                "fit without it"
+            )
     if model.model_options.get("context_handler") is not None:
         raise ValueError(
             "the model samples in context windows, which move with the steps, so it cannot be measured; fit without "
