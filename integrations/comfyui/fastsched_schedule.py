@@ -182,6 +182,11 @@ def read_entries(file):
     version = entries.get("version")
     if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= VERSION:
         raise ValueError(f"{file} has version {_brief(version)}; versions 1 to {VERSION} are supported")
+    if "sha256" in entries and entries["sha256"] != _checksum(entries):
+        raise ValueError(
+            f"{file} was changed or damaged after it was saved; save the schedule again, or remove its entry sha256 if "
+            "the change was meant"
+        )
     solver = entries.get("solver", "")
     if not isinstance(solver, str):
         raise ValueError(f"{file}: solver must be text, got {_brief(solver)}")
@@ -214,6 +219,12 @@ def read_sigmas(file, entries):
     if noise == "flow" and single[0] > 1:
         raise ValueError(f"{file}: sigmas of a flow model must be at most 1, got {_brief(values)}")
     return single
+
+
+def _checksum(entries):
+    """As `fastsched.sampling.schedule_files` computes it."""
+    text = json.dumps({key: value for key, value in entries.items() if key != "sha256"}, sort_keys=True).encode()
+    return hashlib.sha256(len(text).to_bytes(8, "little") + text).hexdigest()
 
 
 def _is_number(value):

@@ -27,8 +27,7 @@ def fit(
 
     check(model, latent)
     image = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
-    sampling = model.get_model_object("model_sampling")
-    process = process_of(sampling)
+    process = process_of(model.get_model_object("model_sampling"))
     content = image if bool(image.any()) else image.shape[1:]
     asked = (settings.seed, settings.levels, settings.samples)
     measured = digest("measured", fastsched.__version__, model, positive, negative, float(cfg), content, *asked)
@@ -48,8 +47,7 @@ def fit(
     found = Found(schedule, stats)
     words = [found.summary(), spent]
     if getattr(process, "integer_timesteps", False):
-        # the sigmas of stock solvers are on trained levels already, so that only those of the fitted one are changed
-        words += found.on_model(sampling)[1] if schedule.weights is not None else ["sigmas on trained levels"]
+        words.append("sigmas on trained levels")  # ComfyUI rounds timesteps, so that only such were considered
     return found, words
 
 

@@ -16,12 +16,9 @@ from torch import Tensor
 
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.noise import FlowMatching, NoiseProcess, VarianceExploding, VariancePreserving
-from fastsched.fitting.candidates import candidates_in_turn
-from fastsched.fitting.loop import MODEL_CALLS, FitReport, fit_by_running
-from fastsched.fitting.rollouts import Rollout, Runner
-from fastsched.measurement.measuring import measure
+from fastsched.fitting.denoiser_fit import fit_report
+from fastsched.fitting.loop import MODEL_CALLS, FitReport
 from fastsched.measurement.statistics import PathStatistics
-from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED
 
@@ -181,6 +178,7 @@ class FittingSampler:
         self.settings, self.known, self.advance = settings, known, advance
         self.report: FitReport | None = None
 
+    @torch.no_grad()
     def sample(
         self,
         model_wrap: Any,
@@ -210,37 +208,21 @@ class FittingSampler:
 
 def fitted(denoiser: GuidedDenoiser, settings: Settings, noise: Tensor, known: PathStatistics | None) -> FitReport:
     """Measure and fit; ``noise`` [B, *shape] gives shape, device and batch size."""
-    shape, batch, device = tuple(noise.shape[1:]), min(len(noise), settings.samples), noise.device
-    stats = known
-    if stats is None:
-        stats = measure(
-            denoiser,
-            shape,
-            levels=_levels(denoiser.process, settings),
-            samples=settings.samples,
-            keep_increments=settings.model_calls > 0,
-            seed=settings.seed,
-            batch_size=batch,
-            device=device,
-            checks=False,
-            progress=False,
-        )
-    method = chosen_solver(settings.solver)
-    runner = Runner(denoiser, stats, method, batch, device, None)
-
-    def run(schedule: Schedule, first: int, last: int) -> Rollout:
-        return runner(on_trained_levels(schedule, denoiser.process), first, last)
-
-    report = fit_by_running(
-        run,
-        stats,
+    return fit_report(
+        denoiser,
+        tuple(noise.shape[1:]),
         settings.steps,
-        method.name,
-        candidates_in_turn(stats, settings.steps, method),
-        calls=method.model_calls(settings.steps),
+        settings.solver,
+        stats=known,
+        levels=_levels(denoiser.process, settings),
+        samples=settings.samples,
         model_calls=settings.model_calls,
+        seed=settings.seed,
+        batch_size=min(len(noise), settings.samples),
+        device=noise.device,
+        checks=False,
+        progress=False,
     )
-    return replace(report, schedule=on_trained_levels(report.schedule, denoiser.process))
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
