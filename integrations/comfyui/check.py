@@ -30,7 +30,14 @@ HERE = Path(__file__).resolve().parent
 SAME_IMAGES = 1e-4
 SEED, STEPS, SIZE, BATCH = 5, 6, 8, 2
 ADDED = ("lora", "patch", "hint", "network", "control")
-NODES = ("FastschedFit", "FastschedLoad", "FastschedSave", "FastschedInspect", "FastschedStepsNeeded")
+NODES = (
+    "FastschedFit",
+    "FastschedFitGuider",
+    "FastschedLoad",
+    "FastschedSave",
+    "FastschedInspect",
+    "FastschedStepsNeeded",
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Case:
         patch: A node that changes the model, and its inputs.
         lora: The strength of a LoRA.
         control: The strength of a ControlNet.
+        guider: Whether to fit through ComfyUI's node CFGGuider.
     """
 
     kind: str
@@ -54,6 +62,7 @@ class Case:
     patch: tuple[str, dict[str, Any]] | None = None
     lora: float = 0.0
     control: float = 0.0
+    guider: bool = False
 
 
 CASES = {
@@ -71,6 +80,7 @@ CASES = {
         patch=("ModelSamplingContinuousEDM", {"sampling": "v_prediction", "sigma_max": 120.0, "sigma_min": 0.002}),
     ),
     "flow": Case("mmdit", "flow", "euler"),
+    "flow, of a guider": Case("mmdit", "flow", "ipndm_2", cfg=3.0, guider=True),
     "flow, our own solver": Case("mmdit", "flow", "dpmpp_2m", cfg=1.0),
     "flow, fitted solver": Case("mmdit", "flow", "fitted"),
 }
@@ -105,7 +115,11 @@ def graph(case: Case, name: str, *, fit: dict[str, Any] | None = None) -> dict[s
         nodes["control"] = ("ControlNetApplyAdvanced", given)
         both |= {"positive": ["control", 0], "negative": ["control", 1]}
     settings = {"steps": STEPS, "sampler": case.solver, "seed": 0, "samples": BATCH, "tuning_calls": 120}
-    nodes["fit"] = ("FastschedFit", {**both, "latent": ["latent", 0], **settings, **(fit or {})})
+    settings |= {"latent": ["latent", 0], **(fit or {})}
+    nodes["fit"] = ("FastschedFit", {**both, **settings})
+    if case.guider:
+        nodes["guider"] = ("CFGGuider", both)
+        nodes["fit"] = ("FastschedFitGuider", {"guider": ["guider", 0], **settings})
     nodes["save"] = ("FastschedSave", {"schedule": ["fit", 3], "name": name})
     nodes["inspect"] = ("FastschedInspect", {"schedule": ["fit", 3], "max_steps": 8})
     nodes["image"] = ("SaveImage", {"images": ["inspect", 0], "filename_prefix": name})
@@ -135,11 +149,10 @@ def numbered(nodes: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
 def loaded(case: Case, name: str, file: str) -> dict[str, Any]:
     """Sample by a schedule from a file."""
     whole = graph(case, name)
-    model = whole["fit"]["inputs"]["model"]
-    both = {key: whole["fit"]["inputs"][key] for key in ("model", "positive", "negative", "cfg")}
+    both = {key: whole["sample"]["inputs"][key] for key in ("model", "positive", "negative", "cfg")}
     kept = {key: whole[key] for key in ("load", "positive", "negative", "latent", *ADDED) if key in whole}
     more = {
-        "read": ("FastschedLoad", {"file": file, "model": model}),
+        "read": ("FastschedLoad", {"file": file, "model": both["model"]}),
         "dump": ("CheckDump", {"text": ["read", 2], "sigmas": ["read", 0]}),
     }
     return {**kept, **numbered(more), **sampled(both, ["read", 0], ["read", 1], name)}

@@ -27,6 +27,7 @@ DEEPEST = 40
 BOOKKEEPING = frozenset(
     {
         *("uuid", "patches_uuid", "hook_id", "device", "load_device", "offload_device", "cond_hint", "timestep_range"),
+        *("inner_model", "loaded_models", "conds"),  # of a guider, while it samples
         *("current_patcher", "parent", "backup", "object_patches_backup", "_curr_t", "size", "model_sampling_current"),
     }
 )
@@ -143,7 +144,8 @@ class _Reader:
         self.say("patcher", type(value).__qualname__)
         originals = {key: getattr(kept, "weight", kept) for key, kept in getattr(value, "backup", {}).items()}
         self.network(value.model, originals, depth)
-        self.read(value.get_model_object("model_sampling"), depth)  # which may be a patch, in its place or not yet
+        if hasattr(value.model, "model_sampling"):  # not that of a ControlNet
+            self.read(value.get_model_object("model_sampling"), depth)  # which may be a patch, in its place or not yet
         self.mapping({name: getattr(value, name, None) for name in PATCHER}, depth)
 
     def network(self, value: torch.nn.Module, originals: dict[str, Any], depth: int) -> None:

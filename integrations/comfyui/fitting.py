@@ -15,27 +15,36 @@ from .measuring import FittingSampler, Settings, measurement_calls, process_of
 from .repeats import QUESTIONS
 
 
-def fit(
-    model: Any, positive: Any, negative: Any, cfg: float, latent: dict[str, Any], settings: Settings
-) -> tuple[Found, list[str]]:
-    """The schedule, and a few words about it.
+def guider_of(model: Any, positive: Any, negative: Any, cfg: float) -> Any:
+    """ComfyUI's guider of two conditions, as its node SamplerCustom makes it."""
+    import comfy.samplers
+
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(float(cfg))
+    return guider
+
+
+def fit(guider: Any, latent: dict[str, Any], settings: Settings) -> tuple[Found, list[str]]:
+    """The schedule for what a guider answers, and a few words about it.
 
     Raises:
         ValueError: If the model cannot be measured: what it does depends on the step, a mask overwrites its latents.
     """
     import comfy.sample
 
+    model = guider.model_patcher
     check(model, latent)
     image = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     process = process_of(model.get_model_object("model_sampling"))
     content = image if bool(image.any()) else image.shape[1:]
     asked = (settings.seed, settings.levels, settings.samples)
-    measured = digest("measured", fastsched.__version__, model, positive, negative, float(cfg), content, *asked)
+    measured = digest("measured", fastsched.__version__, guider, content, *asked)
     wanted = (settings.solver, settings.steps, settings.model_calls)
     chosen = None if measured is None else digest("chosen", measured, *wanted)
     schedule, stats = cache.schedule(chosen), cache.statistics(measured)
     if schedule is None or stats is None:
-        report = run(model, positive, negative, cfg, image, settings, stats)
+        report = run(guider, image, settings, stats)
         schedule, stats = report.schedule, report.stats
         cache.keep_statistics(measured, stats)
         cache.keep_schedule(chosen, schedule)
@@ -80,18 +89,14 @@ def check(model: Any, latent: dict[str, Any]) -> None:
         )
 
 
-def run(
-    model: Any, positive: Any, negative: Any, cfg: float, image: torch.Tensor, settings: Settings, known: Any
-) -> Any:
+def run(guider: Any, image: torch.Tensor, settings: Settings, known: PathStatistics | None) -> FitReport:
     """Fit through ComfyUI's guider, with its progress bar; its interrupt stops it."""
     import comfy.model_management
-    import comfy.samplers
     import comfy.utils
 
-    process = process_of(model.get_model_object("model_sampling"))
-    tuned = settings.model_calls > 0
-    if known is not None and tuned and known.increments is None:
-        known = None
+    process = process_of(guider.model_patcher.get_model_object("model_sampling"))
+    if known is not None and known.increments is None and settings.model_calls > 0:
+        known = None  # a file holds no increments, without which there is no tuning
     calls = 0 if known is not None else measurement_calls(process, settings)
     bar = comfy.utils.ProgressBar(2 * QUESTIONS + calls + settings.model_calls)
 
@@ -100,9 +105,6 @@ def run(
         bar.update(count)
 
     fitting = FittingSampler(settings, known, advance)
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(positive, negative)
-    guider.set_cfg(cfg)
     levels = process.sampler_sigma(process.levels(16))
     sigmas = torch.cat([levels, levels.new_zeros(1)]).float()
     noise = torch.zeros_like(image, device="cpu")

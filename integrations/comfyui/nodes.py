@@ -12,13 +12,70 @@ from fastsched.selection.planning import COMMON, error_curve, steps_needed
 from . import files
 from .fastsched_schedule import FastschedScheduleLoader
 from .files import Found
-from .fitting import fit
+from .fitting import fit, guider_of
 from .measuring import Settings
 from .samplers import CHOICES, sampler_for
 
 CATEGORY = "sampling/fastsched"
 #: The type of a schedule with what it was fitted on.
 FOUND = "FASTSCHED_SCHEDULE"
+
+
+def _settings() -> dict[str, Any]:
+    """Inputs that both nodes that fit have in common."""
+    return {
+        "latent": ("LATENT", {"tooltip": "Gives the size, and by its batch how many images at once."}),
+        "steps": ("INT", {"default": 8, "min": 1, "max": 40}),
+        "sampler": (list(CHOICES), {"default": CHOICES[0]}),
+        "seed": ("INT", {"default": 0, "min": 0, "max": 2**31 - 1}),
+    }
+
+
+def _more_settings() -> dict[str, Any]:
+    tuning = {"default": MODEL_CALLS, "min": 0, "max": 100_000, "tooltip": "0 only measures and selects."}
+    return {
+        "samples": ("INT", {"default": 4, "min": 1, "max": 64, "tooltip": "Images that are measured."}),
+        "tuning_calls": ("INT", tuning),
+        "save_as": ("STRING", {"default": "", "tooltip": "A file name, or nothing."}),
+    }
+
+
+class FitGuider:
+    """From a guider as the workflow has it to SIGMAS and SAMPLER."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = "As Fit Schedule, for any guider: of one condition (Flux), of two prompts, of another package."
+    FUNCTION = "fit"
+    RETURN_TYPES = ("SIGMAS", "SAMPLER", "STRING", FOUND)
+    RETURN_NAMES = ("sigmas", "sampler", "text", "schedule")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """What the node takes."""
+        return {"required": {"guider": ("GUIDER",), **_settings()}, "optional": _more_settings()}
+
+    def fit(
+        self,
+        guider: Any,
+        latent: dict[str, Any],
+        steps: int,
+        sampler: str,
+        seed: int,
+        samples: int = 4,
+        tuning_calls: int = MODEL_CALLS,
+        save_as: str = "",
+    ) -> tuple[Any, ...]:
+        """Fit, or find what was fitted before."""
+        if save_as.strip():
+            files.checked_name(save_as)
+        settings = Settings(sampler, steps, seed, samples=samples, model_calls=tuning_calls)
+        found, words = fit(guider, latent, settings)
+        sigmas = found.sigmas()
+        chosen, name = sampler_for(found.schedule.solver, found.schedule.noise, sigmas, found.weights())
+        words = [*words, f"SAMPLER is {name}"]
+        if save_as.strip():
+            words.append(f"saved as {files.save(found.schedule, save_as)}")
+        return (sigmas, chosen, "; ".join(words), found)
 
 
 class FitSchedule:
@@ -31,32 +88,19 @@ class FitSchedule:
         "model, prompts and settings are remembered."
     )
     FUNCTION = "fit"
-    RETURN_TYPES = ("SIGMAS", "SAMPLER", "STRING", FOUND)
-    RETURN_NAMES = ("sigmas", "sampler", "text", "schedule")
+    RETURN_TYPES = FitGuider.RETURN_TYPES
+    RETURN_NAMES = FitGuider.RETURN_NAMES
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """What the node takes."""
-        return {
-            "required": {
-                "model": ("MODEL",),
-                "positive": ("CONDITIONING",),
-                "negative": ("CONDITIONING",),
-                "cfg": ("FLOAT", {"default": 8.0, "min": 0.0, "max": 100.0, "step": 0.1, "round": 0.01}),
-                "latent": ("LATENT", {"tooltip": "Gives the size, and by its batch how many images at once."}),
-                "steps": ("INT", {"default": 8, "min": 1, "max": 40}),
-                "sampler": (list(CHOICES), {"default": CHOICES[0]}),
-                "seed": ("INT", {"default": 0, "min": 0, "max": 2**31 - 1}),
-            },
-            "optional": {
-                "samples": ("INT", {"default": 4, "min": 1, "max": 64, "tooltip": "Images that are measured."}),
-                "tuning_calls": (
-                    "INT",
-                    {"default": MODEL_CALLS, "min": 0, "max": 100_000, "tooltip": "0 only measures and selects."},
-                ),
-                "save_as": ("STRING", {"default": "", "tooltip": "A file name, or nothing."}),
-            },
+        model = {
+            "model": ("MODEL",),
+            "positive": ("CONDITIONING",),
+            "negative": ("CONDITIONING",),
+            "cfg": ("FLOAT", {"default": 8.0, "min": 0.0, "max": 100.0, "step": 0.1, "round": 0.01}),
         }
+        return {"required": {**model, **_settings()}, "optional": _more_settings()}
 
     def fit(
         self,
@@ -73,16 +117,8 @@ class FitSchedule:
         save_as: str = "",
     ) -> tuple[Any, ...]:
         """Fit, or find what was fitted before."""
-        if save_as.strip():
-            files.checked_name(save_as)
-        settings = Settings(sampler, steps, seed, samples=samples, model_calls=tuning_calls)
-        found, words = fit(model, positive, negative, cfg, latent, settings)
-        sigmas, use = found.sigmas(), found.weights()
-        chosen, name = sampler_for(found.schedule.solver, found.schedule.noise, sigmas, use)
-        words = [*words, f"SAMPLER is {name}"]
-        if save_as.strip():
-            words.append(f"saved as {files.save(found.schedule, save_as)}")
-        return (sigmas, chosen, "; ".join(words), found)
+        guider = guider_of(model, positive, negative, cfg)
+        return FitGuider().fit(guider, latent, steps, sampler, seed, samples, tuning_calls, save_as)
 
 
 class LoadSchedule:
@@ -221,6 +257,7 @@ class StepsNeeded:
 
 _ALL: dict[str, tuple[type, str]] = {
     "FastschedFit": (FitSchedule, "Fit Schedule (fastsched)"),
+    "FastschedFitGuider": (FitGuider, "Fit Schedule for Guider (fastsched)"),
     "FastschedLoad": (LoadSchedule, "Load Schedule (fastsched)"),
     "FastschedSave": (SaveSchedule, "Save Schedule (fastsched)"),
     "FastschedInspect": (InspectSchedule, "Inspect Schedule (fastsched)"),

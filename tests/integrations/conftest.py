@@ -107,6 +107,7 @@ class Guider:
         self.model_patcher, self.model_options = model, model.model_options
 
     def set_conds(self, positive, negative):
+        self.original_conds = {"positive": positive, "negative": negative}
         self.shifts = [float(cond[0][0].flatten()[0]) for cond in (positive, negative)]
 
     def set_cfg(self, cfg):

@@ -14,7 +14,7 @@ import fastsched as fs
 from fastsched.metrics import power_mean
 from fastsched.sampling.random_streams import noise_of
 
-NODES = ("Fit", "Load", "Save", "Inspect", "StepsNeeded")
+NODES = ("Fit", "FitGuider", "Load", "Save", "Inspect", "StepsNeeded")
 
 
 def fit(package, arguments):
@@ -139,6 +139,16 @@ def test_the_second_run_is_free(package, given):
     assert found.stats is not None
     calls = given(steps=5)
     assert "remembered" not in fit(package, calls)[2]
+
+
+def test_a_guider_fits_as_its_model_and_conditions_do(package, given, guider):
+    arguments = given()
+    sigmas, _, text, _ = fit(package, arguments)
+    more = {key: arguments[key] for key in ("latent", "steps", "sampler", "seed", "samples", "tuning_calls")}
+    own, _, words, _ = node(package, "FitGuider")().fit(guider(arguments), **more)
+    assert torch.equal(own, sigmas)
+    assert "remembered" in words
+    assert "remembered" not in text
 
 
 def test_another_number_of_steps_needs_no_new_measurement(package, given):
