@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 import fastsched
+from fastsched.fitting.loop import FitReport
+from fastsched.measurement.statistics import PathStatistics
 
 from . import cache
 from .content import digest
