@@ -88,7 +88,7 @@ class Found:
         first = float(schedule.sigmas[0])
         if abs(first / top - 1) > SAME_START:
             words.append(f"warning: the schedule starts at sigma {first:.5g}, and this model at {top:.5g}")
-        moved = on_trained_levels(schedule, process)
+        moved = on_trained_levels(schedule, process, model_sampling)
         if moved is not schedule:
             change = largest_change(schedule.sigmas, moved.sigmas)
             if change > 1e-6:

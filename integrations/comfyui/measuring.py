@@ -126,8 +126,10 @@ def _levels(process: NoiseProcess, settings: Settings) -> int:
     return settings.levels if trained is None else min(settings.levels, len(trained))
 
 
-def on_trained_levels(schedule: Schedule, process: NoiseProcess) -> Schedule:
+def on_trained_levels(schedule: Schedule, process: NoiseProcess, model_sampling: Any) -> Schedule:
     """``schedule`` at the nearest trained levels where the model has such and the solver allows it.
+
+    Its timesteps are ComfyUI's own: those of distilled models are not the numbers of their levels.
 
     The weights of the fitted solver belong to its own sigmas, which stay as they are.
     """
@@ -135,7 +137,7 @@ def on_trained_levels(schedule: Schedule, process: NoiseProcess) -> Schedule:
         return schedule
     table = process.trained_levels  # type: ignore[attr-defined]  # of VariancePreserving
     sigmas = nearest_trained(schedule.sigmas, table)
-    return replace(schedule, sigmas=sigmas, timesteps=process.timestep(sigmas[:-1]))
+    return replace(schedule, sigmas=sigmas, timesteps=model_sampling.timestep(sigmas[:-1].float()).double())
 
 
 def nearest_trained(sigmas: Tensor, table: Tensor) -> Tensor:
@@ -202,7 +204,9 @@ class FittingSampler:
 
         with layers_watched(getattr(inner, "diffusion_model", None)):
             check_repeats(questions(process), ask, noise.shape[1:], noise.device, options)
-            self.report = fitted(guided_denoiser(ask, process), self.settings, noise, self.known)
+            found = fitted(guided_denoiser(ask, process), self.settings, noise, self.known)
+        schedule = on_trained_levels(found.schedule, process, inner.model_sampling)
+        self.report = replace(found, schedule=schedule)
         return torch.zeros_like(noise)
 
 

@@ -130,8 +130,8 @@ class Guider:
         if isinstance(sampling, Flow):
             s = (sigma.double() / (1 - sigma.double())).clamp(max=1e6)
             asked = lambda shift: clean_of(network, x.double() / level * s.reshape(level.shape), s, shift)
-        elif type(sampling) is Discrete:  # the noise prediction of the nearest trained level
-            trained = sampling.sigmas[sampling.timestep(sigma)].double()
+        elif not isinstance(sampling, Continuous):  # the noise prediction of the nearest trained level
+            trained = sampling.sigmas[Discrete.timestep(sampling, sigma)].double()
 
             def asked(shift):
                 scaled = x.double() * ((1 + trained.square()) / (1 + sigma.double().square())).sqrt().reshape(

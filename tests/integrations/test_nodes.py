@@ -298,6 +298,26 @@ def test_known_caches_windows_and_masks_are_refused(package, given):
         fit(package, given(latent={"samples": [torch.zeros(1, 1, 2, 2)]}))
 
 
+def test_the_timesteps_are_those_of_comfyui(package, given, kinds):
+    """Distilled models know 50 levels, whose timesteps are not 0 to 49."""
+
+    class Distilled(kinds["discrete"]):
+        def __init__(self):
+            super().__init__()
+            self.sigmas = self.sigmas[19::20].clone()
+            self.sigma_min, self.sigma_max = self.sigmas[0], self.sigmas[-1]
+
+        def timestep(self, sigma):
+            return super().timestep(sigma) * 20 + 19
+
+    arguments = given(Distilled(), tuning_calls=0)
+    _, _, _, found = fit(package, arguments)
+    sampling = arguments["model"].model.model_sampling
+    assert float(found.schedule.timesteps[0]) == 999
+    assert torch.equal(found.schedule.timesteps, sampling.timestep(found.sigmas()[:-1]).double())
+    assert bool(torch.isin(found.sigmas()[:-1], sampling.sigmas).all())
+
+
 def test_unknown_noise_is_refused(package, given, kinds):
     class Odd(kinds["continuous"]):
         def noise_scaling(self, sigma, noise, latent):
@@ -377,3 +397,16 @@ def test_without_fastsched_the_older_nodes_remain(comfy, package_folder, monkeyp
         monkeypatch.delitem(sys.modules, name)
     assert set(module.NODE_CLASS_MAPPINGS) == {"FastschedScheduleLoader", "FastschedFittedLoader"}
     assert "not installed" in caplog.text
+
+
+def test_an_installed_package_tells_comfyui_of_itself(package_folder, tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("main_under_test", package_folder / "__main__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", ["fastsched_comfyui", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "must be a folder that holds custom_nodes" in capsys.readouterr().err
+    (tmp_path / "custom_nodes").mkdir()
+    module.main()
+    assert "from fastsched_comfyui import *" in (tmp_path / "custom_nodes" / "fastsched_nodes.py").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def rows() -> list[str]:
     Raises:
         AssertionError: If a sampler that the nodes use is another than our solver.
     """
-    from samplers import CHOICES, same_sampler
+    from nodes_package.samplers import CHOICES, same_sampler
 
     found = [
         "| sampler of the node | nearest in ComfyUI | sigmas | flow times | SAMPLER is |",
@@ -108,13 +109,28 @@ def rows() -> list[str]:
     return found
 
 
-def write(page: Path, where: str, runs: list[str], facts: list[str], table: list[str]) -> None:
-    """Put the results between the marks of the page."""
-    head = [
-        "| model | sampler of the node | SAMPLER | fitted | from its file | took |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    parts = {"run": [f"{where}.", "", *head, *runs, "", *facts], "table": table}
+def kinds() -> list[str]:
+    """Lines of the table of the kinds of models that ComfyUI knows, and the noise process that is found for each."""
+    import comfy.model_base
+    from nodes_package import measuring
+
+    found = ["| kind in ComfyUI | noise process | range of sigmas | timesteps |", "| --- | --- | --- | --- |"]
+    settings = SimpleNamespace(sampling_settings={})
+    for kind in comfy.model_base.ModelType:
+        try:
+            sampling = comfy.model_base.model_sampling(settings, kind)
+            process = measuring.process_of(sampling)
+        except ValueError as error:
+            found.append(f"| {kind.name} | refused: {error} | | |")
+            continue
+        ends = process.sampler_sigma(torch.tensor([process.s_min, process.s_max], dtype=torch.float64)).tolist()
+        steps = "rounded" if getattr(process, "integer_timesteps", False) else "any"
+        found.append(f"| {kind.name} | {type(process).__name__} | {ends[0]:.4g} to {ends[1]:.5g} | {steps} |")
+    return found
+
+
+def write(page: Path, parts: dict[str, list[str]]) -> None:
+    """Put lines between the marks of the page, by name."""
     text = page.read_text(encoding="utf-8")
     for name, lines in parts.items():
         first, last = f"<!-- {name}: written by check.py -->", f"<!-- end of {name} -->"
