@@ -268,7 +268,7 @@ def given():
             "sampler": "dpmpp_2m",
             "seed": 0,
             "samples": 2,
-            "tuning_calls": 60,
+            "tuning_calls": 0,
             **changes,
         }
 

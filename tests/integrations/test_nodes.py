@@ -82,7 +82,7 @@ def test_a_fit_is_that_of_fastsched_on_the_guided_model(package, given, kinds, g
 
 @pytest.mark.parametrize(("kind", "sampler"), [("discrete", "dpmpp_3m"), ("flow", "dpmpp_2m"), ("flow", "fitted")])
 def test_sigmas_and_sampler_give_the_images_of_fastsched(package, given, kinds, guider, kind, sampler):
-    arguments = given(kinds[kind](), sampler=sampler)
+    arguments = given(kinds[kind](), sampler=sampler, tuning_calls=60)
     sigmas, chosen, _, found = fit(package, arguments)
     asked, steps = guider(arguments), []
     noise = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(1))
@@ -96,7 +96,7 @@ def test_sigmas_and_sampler_give_the_images_of_fastsched(package, given, kinds, 
 
 @pytest.mark.parametrize("kind", ["discrete", "flow"])
 def test_the_measured_error_is_that_of_the_sigmas_that_are_given(package, given, kinds, guider, kind):
-    arguments = given(kinds[kind]())
+    arguments = given(kinds[kind](), tuning_calls=60)
     _, _, _, found = fit(package, arguments)
     denoiser = independent(guider(arguments), kind, arguments["model"].model.model_sampling)
     noise = noise_of(found.stats.seeds, (1, 2, 2))
@@ -107,7 +107,7 @@ def test_the_measured_error_is_that_of_the_sigmas_that_are_given(package, given,
 
 
 def test_progress_ends_at_its_total_and_shows_every_call(package, comfy, given):
-    arguments = given()
+    arguments = given(tuning_calls=60)
     fit(package, arguments)
     (bar,) = comfy.bars
     assert bar.current == bar.total
@@ -152,7 +152,7 @@ def test_a_guider_fits_as_its_model_and_conditions_do(package, given, guider):
 
 
 def test_another_number_of_steps_needs_no_new_measurement(package, given):
-    first, second = given(), given(steps=5)
+    first, second = given(tuning_calls=40), given(steps=5, tuning_calls=40)
     fit(package, first)
     fit(package, second)
     assert 0 < second["model"].calls < first["model"].calls / 2
@@ -332,16 +332,16 @@ def test_unknown_noise_is_refused(package, given, kinds):
 
 def test_it_works_in_inference_mode(package, given):
     with torch.inference_mode():
-        sigmas, _, _, found = fit(package, given(sampler="fitted"))
-        image, _ = node(package, "Inspect")().inspect(found, 6)
-        fit(package, given(steps=5))
-    assert len(sigmas) == 5
+        sigmas, _, _, found = fit(package, given(sampler="fitted", steps=3, tuning_calls=30))
+        image, _ = node(package, "Inspect")().inspect(found, 3)
+        fit(package, given(steps=2, tuning_calls=30))
+    assert len(sigmas) == 4
     assert bool(image.isfinite().all())
 
 
 def test_inspect_draws_the_schedule_and_its_curve(package, given):
     found = fit(package, given())[3]
-    image, text = node(package, "Inspect")().inspect(found, 6)
+    image, text = node(package, "Inspect")().inspect(found, 5)
     assert image.ndim == 4
     assert (image.shape[0], image.shape[-1], image.dtype) == (1, 3, torch.float32)
     assert 0 <= float(image.min()) < 0.3 < float(image.max()) <= 1
@@ -352,11 +352,11 @@ def test_inspect_draws_the_schedule_and_its_curve(package, given):
 
 def test_steps_needed_are_those_of_fastsched(package, given):
     found = fit(package, given())[3]
-    steps, text = node(package, "StepsNeeded")().needed(found, "karras", 8)
-    assert steps == fs.steps_needed(found.stats, "dpmpp_2m", target=("karras", 8))
+    steps, text = node(package, "StepsNeeded")().needed(found, "karras", 4)
+    assert steps == fs.steps_needed(found.stats, "dpmpp_2m", target=("karras", 4))
     assert str(steps) in text
     with pytest.raises(ValueError, match="must come from Fit Schedule"):
-        node(package, "StepsNeeded")().needed(dataclasses.replace(found, stats=None), "karras", 8)
+        node(package, "StepsNeeded")().needed(dataclasses.replace(found, stats=None), "karras", 4)
 
 
 def test_what_is_saved_is_listed_and_loads_the_same(package, comfy, given, kinds):
