@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from fastsched.measurement.statistics import PathStatistics
@@ -11,6 +12,9 @@ from fastsched.sampling.schedule import Schedule
 
 #: The oldest files are removed when there are more.
 MOST_FILES = 200
+
+#: Increments of more bytes are not held.
+MOST_BYTES = 1 << 30
 
 #: The last measurement, with its increments, which files do not hold: another number of steps needs no new one.
 _last: list[tuple[str, PathStatistics]] = []
@@ -62,7 +66,11 @@ def keep_statistics(key: str | None, found: PathStatistics) -> None:
     """Keep ``found``, as `keep_schedule` does; the last one is held in memory too."""
     path = _path(key, ".safetensors")
     if key is not None:
-        _last[:] = [(key, found)]
+        large = [each for each in (found.increments, found.responses) if each is not None]
+        if sum(each.nbytes for each in large) > MOST_BYTES:
+            _last[:] = [(key, replace(found, increments=None, responses=None))]
+        else:
+            _last[:] = [(key, found)]
     if path is not None:
         with contextlib.suppress(OSError, ValueError):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-#: Elements of each weight that are read, evenly spread: training and merging change nearly all of them.
+#: Elements of each of a network's weights that are read, evenly spread: training and merging change nearly all of them.
+#: Other tensors are read whole, for in prompts and images one element may be all that differs.
 ELEMENTS = 1 << 14
-#: Tensors up to this size are read whole: prompts and images, where one element may be all that differs.
-WHOLE = 1 << 22
 #: Deeper than anything but a mistake.
 DEEPEST = 40
 
@@ -86,7 +85,7 @@ class _Reader:
 
     def _read_new(self, value: Any, depth: int) -> None:
         if isinstance(value, torch.Tensor):
-            self.tensor(value, WHOLE)
+            self.tensor(value)
         elif isinstance(value, dict):
             self.mapping(value, depth)
         elif isinstance(value, (list, tuple)):
@@ -157,19 +156,19 @@ class _Reader:
             if name.startswith("model_sampling."):
                 continue
             self.say(name)
-            self.tensor(originals.get(name, tensor), 0)
+            self.tensor(originals.get(name, tensor), ELEMENTS)
         plain = {
             k: v for k, v in vars(value).items() if isinstance(v, (bool, int, float, str)) and k not in BOOKKEEPING
         }
         self.mapping(plain if originals is NOTHING else {}, depth)
 
-    def tensor(self, value: torch.Tensor, whole: int) -> None:
-        """Of tensors larger than ``whole``, evenly spread elements."""
+    def tensor(self, value: torch.Tensor, most: int | None = None) -> None:
+        """All elements, or about ``most`` of them, evenly spread."""
         data = value.detach()
         self.say("tensor", str(data.dtype), tuple(data.shape))
         flat = data.reshape(-1)
-        if flat.numel() > max(whole, ELEMENTS):
-            flat = flat[:: -(-flat.numel() // ELEMENTS)]
+        if most is not None and flat.numel() > most:
+            flat = flat[:: -(-flat.numel() // most)]
         self.say(flat.contiguous().cpu().view(torch.uint8).numpy().tobytes())
 
     @staticmethod

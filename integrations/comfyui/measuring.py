@@ -108,7 +108,7 @@ class GuidedDenoiser(Denoiser):
         levels = torch.as_tensor(s, dtype=torch.float64).cpu().expand(len(x))
         state = x if self.process.kind == "flow" else x / _per_sample(self.process.alpha(levels), x)
         assert self.ask is not None
-        return self.ask(state, self.process.sampler_sigma(levels).to(torch.float32).to(x.device))
+        return self.ask(state, self.process.sampler_sigma(levels).to(x.dtype).to(x.device))
 
 
 def guided_denoiser(ask: Callable[[Tensor, Tensor], Tensor], process: NoiseProcess) -> GuidedDenoiser:

@@ -23,7 +23,7 @@ NOT_FLOW: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmpp_2m": ("dpmpp_2m", {}),
     "dpmpp_2s": ("dpmpp_2s_ancestral", {"eta": 0.0}),
 }
-#: Stochastic samplers draw their own noise, so that these are the same in distribution only.
+#: Stochastic samplers draw their own noise; given the same they are the same. ComfyUI's are others for flow times.
 STOCHASTIC: dict[str, tuple[str, dict[str, Any]]] = {
     "ancestral": ("euler_ancestral", {}),
     "sde_dpmpp_2m": ("dpmpp_2m_sde", {}),
@@ -43,8 +43,7 @@ def same_sampler(solver: str, noise: str) -> tuple[str, dict[str, Any]] | None:
         solver: Our name of it.
         noise: The kind of noise process, ``"ve"``, ``"vp"`` or ``"flow"``.
     """
-    known = {**EVERYWHERE, **STOCHASTIC} if noise == "flow" else {**EVERYWHERE, **STOCHASTIC, **NOT_FLOW}
-    return known.get(solver)
+    return (EVERYWHERE if noise == "flow" else {**EVERYWHERE, **NOT_FLOW, **STOCHASTIC}).get(solver)
 
 
 def sampler_for(solver: str, noise: str, sigmas: Tensor, weights: list[list[float]] | None = None) -> tuple[Any, str]:
@@ -89,7 +88,7 @@ def sample_by_solver(
         model: ``model(x, sigma, **extra_args)`` is the denoised image; ``sigma`` has shape [B].
         x: The first state [B, *shape].
         sigmas: Descending [steps + 1]; may end above 0.
-        extra_args: Further arguments of ``model``.
+        extra_args: Further arguments of ``model``; their ``seed`` is that of the noise that stochastic solvers add.
         callback: Called at each step with a dict of ``x``, ``i``, ``sigma``, ``sigma_hat`` and ``denoised``.
         disable: Whether to hide the progress bar.
         solver: The solver's name.
@@ -97,26 +96,23 @@ def sample_by_solver(
     """
     from fastsched.denoisers.noise import FlowMatching, VarianceExploding
     from fastsched.progress import progress_bar
-    from fastsched.sampling.sampler import integration, nodes_of
-    from fastsched.sampling.solvers import get_solver
+    from fastsched.sampling.sampler import sample
+    from fastsched.sampling.solvers import STOCHASTIC_SOLVERS, get_solver
+
+    from .measuring import guided_denoiser
 
     if len(sigmas) < 2:
         return x
-    values = sigmas.detach().cpu().double()
+    values, given = sigmas.detach().cpu().double(), extra_args or {}
     process = FlowMatching() if flow else VarianceExploding(1.0, 2.0)  # their ranges have no part in sampling
-    method, s = get_solver(solver), process.level(values)
-    queries = integration(nodes_of(process, s), method, x / float(values[0]), s=s.tolist())
-    ones, calls_a_step, calls, found = x.new_ones([len(x)]), 1 if method.stage is None else 2, 0, None
+    stochastic = solver in STOCHASTIC_SOLVERS
+    calls_a_step = 1 if stochastic or get_solver(solver).stage is None else 2
+    calls = 0
     with progress_bar(len(values) - 1, not disable, f"{solver} sampling", unit="step") as advance:
-        while True:
-            try:
-                y, level = queries.send(found)
-            except StopIteration as finished:
-                end = finished.value
-                return end if float(values[-1]) == 0 else end * float(values[-1])
-            sigma = float(process.sampler_sigma(torch.tensor(float(level), dtype=torch.float64)))
-            state = y * sigma
-            found = model(state, sigma * ones, **(extra_args or {}))
+
+        def ask(state: Tensor, sigma: Tensor) -> Tensor:
+            nonlocal calls
+            found = model(state, sigma, **given)
             if calls % calls_a_step == 0:
                 step = calls // calls_a_step
                 if callback is not None:
@@ -124,3 +120,9 @@ def sample_by_solver(
                     callback({"x": state, "i": step, **told})
                 advance(1)
             calls += 1
+            return found
+
+        seed = int(given.get("seed") or 0) % 2**31 if stochastic else None
+        end = sample(guided_denoiser(ask, process), values, solver, x / float(values[0]), seed=seed)
+    # short of sigma 0 the result is the state z = x / alpha
+    return end * float(process.alpha(process.level(values[-1:]))[0])

@@ -53,15 +53,22 @@ def denoiser_of(noise):
 def test_our_own_sampler_gives_the_samples_of_fastsched(samplers, noise):
     start = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     sigmas = torch.tensor(SIGMAS[noise], dtype=torch.float64)
-    for name, method in SOLVERS.items():
-        expected = fs.sample(denoiser_of(noise), sigmas, name, start)
+    for name in (*SOLVERS, *STOCHASTIC_SOLVERS):
+        expected = fs.sample(denoiser_of(noise), sigmas, name, start, seed=7 if name in STOCHASTIC_SOLVERS else None)
         calls, told = [], []
-        model = lambda x, sigma, seen: (seen.append(float(sigma[0])), clean(x, sigma, noise == "flow"))[1]
+        model = lambda x, sigma, seen, seed: (seen.append(float(sigma[0])), clean(x, sigma, noise == "flow"))[1]
         found = samplers.sample_by_solver(
-            model, start * sigmas[0], sigmas, {"seen": calls}, told.append, True, solver=name, flow=noise == "flow"
+            model,
+            start * sigmas[0],
+            sigmas,
+            {"seen": calls, "seed": 7},
+            told.append,
+            True,
+            solver=name,
+            flow=noise == "flow",
         )
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-        assert len(calls) == method.model_calls(6)
+        assert len(calls) == (SOLVERS[name].model_calls(6) if name in SOLVERS else 6)
         assert [d["i"] for d in told] == list(range(6))
         assert [float(d["sigma"]) for d in told] == SIGMAS[noise][:-1]
         assert all(set(d) == {"x", "i", "sigma", "sigma_hat", "denoised"} for d in told)
@@ -94,7 +101,13 @@ def test_comfyui_s_own_samplers_are_given_where_they_are_our_solvers(comfy, load
         _, sampler, text, _ = load().load("schedule.json")
         assert (sampler.name, sampler.options) == own == comfy.chosen[-1]
         assert f"SAMPLER is ComfyUI's {own[0]}" in text
-    for noise, solver in (("flow", "dpmpp_2m"), ("flow", "dpmpp_2s"), ("vp", "unipc"), ("ve", "deis_2")):
+    for noise, solver in (
+        ("flow", "ancestral"),
+        ("flow", "dpmpp_2m"),
+        ("flow", "dpmpp_2s"),
+        ("vp", "unipc"),
+        ("ve", "deis_2"),
+    ):
         save(comfy, noise, solver)
         sampler = load().load("schedule.json")[1]
         assert sampler.sampler_function is samplers.sample_by_solver

@@ -6,10 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 import fastsched as fs
-from fastsched.sampling.solvers import solver_name
+from fastsched.sampling.random_streams import sample_seeds, stream
+from fastsched.sampling.solvers import STOCHASTIC_SOLVERS, solver_name
 
 #: Samplers count as the same below this largest difference over the root mean square, in float64.
 SAME = 1e-6
@@ -44,7 +46,7 @@ class _Sampling:
 
 
 def difference(solver: str, name: str, options: dict[str, Any], flow: bool) -> float:
-    """Largest difference of the samples over their root mean square, 8 steps."""
+    """Largest difference of the samples over their root mean square, 8 steps; stochastic ones are given our noise."""
     import comfy.samplers
 
     oracle = fs.oracles.GaussianMixture.random(6, 4, seed=0)
@@ -74,7 +76,13 @@ def difference(solver: str, name: str, options: dict[str, Any], flow: bool) -> f
     # UniPC there makes float32 tensors of its own
     wide = torch.float32 if name.startswith("uni_pc") else torch.float64
     start, levels = (noise * sigmas[0]).to(wide), sigmas.to(wide)
-    theirs = sampler.sampler_function(Model(), start, levels, extra_args={}, disable=True, **sampler.extra_options)
+    given = {**sampler.extra_options}
+    if solver in STOCHASTIC_SOLVERS:
+        streams = [stream(seed, 1) for seed in sample_seeds(0, len(noise)).tolist()]
+        given["noise_sampler"] = lambda *_: torch.from_numpy(
+            np.stack([each.standard_normal(noise.shape[1:], dtype=np.float32) for each in streams])
+        ).double()
+    theirs = sampler.sampler_function(Model(), start, levels, extra_args={}, disable=True, **given)
     return float((theirs - ours).abs().max() / ours.square().mean().sqrt())
 
 
@@ -90,7 +98,7 @@ def rows() -> list[str]:
         "| sampler of the node | nearest in ComfyUI | sigmas | flow times | SAMPLER is |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for choice in CHOICES:
+    for choice in (*CHOICES, *STOCHASTIC_SOLVERS):
         if choice == "fitted":
             found.append("| fitted | none | | | our own |")
             continue
