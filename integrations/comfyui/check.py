@@ -87,6 +87,7 @@ CASES = {
     "flow": Case("mmdit", "flow", "euler"),
     "flow, of a guider": Case("mmdit", "flow", "ipndm_2", cfg=3.0, guider=True),
     "flow, our own solver": Case("mmdit", "flow", "dpmpp_2m", cfg=1.0),
+    "flow, video": Case("wan", "flow", "unipc", cfg=1.5),
     "flow, fitted solver": Case("mmdit", "flow", "fitted"),
 }
 
@@ -97,13 +98,17 @@ def graph(case: Case, name: str, *, fit: dict[str, Any] | None = None) -> dict[s
 
     width, pooled = WIDTHS[case.kind]
     condition = lambda seed: ("CheckConditioning", {"seed": seed, "width": width, "pooled": pooled})
-    empty = "EmptyLatentImage" if case.kind == "unet" else "EmptySD3LatentImage"
     pixels = 8 * SIZE
+    size = {"width": pixels, "height": pixels, "batch_size": BATCH}
     nodes: dict[str, tuple[str, dict[str, Any]]] = {
         "load": ("UNETLoader", {"unet_name": f"{case.kind}.safetensors", "weight_dtype": "default"}),
         "positive": condition(1),
         "negative": condition(2),
-        "latent": (empty, {"width": pixels, "height": pixels, "batch_size": BATCH}),
+        "latent": {
+            "unet": ("EmptyLatentImage", size),
+            "mmdit": ("EmptySD3LatentImage", size),
+            "wan": ("EmptyHunyuanLatentVideo", {**size, "length": 5}),
+        }[case.kind],
     }
     model: list[Any] = ["load", 0]
     if case.lora:
@@ -188,14 +193,15 @@ def expected(case: Case, schedule: Any) -> Any:
         schedule.to_comfyui().sigmas.double(), schedule.solver, schedule.noise, weights=schedule.weights
     )
     torch.manual_seed(SEED)
-    noise = torch.randn(BATCH, 16 if case.kind == "mmdit" else 4, SIZE, SIZE)
+    shape = {"unet": (4,), "mmdit": (16,), "wan": (16, 2)}[case.kind]
+    noise = torch.randn(BATCH, *shape, SIZE, SIZE)
     first = float(shown.sigmas[0])
     if case.kind == "unet":  # at its largest sigma ComfyUI starts from noise of variance 1 + sigma^2
         noise = noise * (1 + first**-2) ** 0.5
     answer = guided(case.kind, case.cfg, case.lora, case.control)
     found = fs.sample(denoiser(answer, table, case.prediction), shown, noise=noise)
-    form = comfy.latent_formats.SD3() if case.kind == "mmdit" else comfy.latent_formats.SD15()
-    return form.process_out(found)
+    formats = comfy.latent_formats
+    return {"unet": formats.SD15, "mmdit": formats.SD3, "wan": formats.Wan21}[case.kind]().process_out(found)
 
 
 def difference(found: Any, wanted: Any) -> float:

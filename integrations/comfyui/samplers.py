@@ -95,7 +95,7 @@ def sample_by_solver(
         flow: Whether sigmas are flow times.
     """
     from fastsched.denoisers.noise import FlowMatching, VarianceExploding
-    from fastsched.progress import progress_bar
+    from fastsched.sampling.progress import progress_bar
     from fastsched.sampling.sampler import sample
     from fastsched.sampling.solvers import STOCHASTIC_SOLVERS, get_solver
 

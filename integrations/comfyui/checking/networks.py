@@ -1,4 +1,4 @@
-"""Small networks with random weights that ComfyUI takes for Stable Diffusion 1.5 and 3, and our view of them.
+"""Small networks with random weights that ComfyUI takes for Stable Diffusion 1.5 and 3 and Wan, and our view.
 
 Our view calls the bare networks, without ComfyUI's guider, patcher, samplers or ControlNet classes.
 """
@@ -44,23 +44,34 @@ MMDIT: dict[str, Any] = {
     "num_patches": 256,
     "pos_embed_scaling_factor": None,
 }
+WAN: dict[str, Any] = {
+    "model_type": "t2v",
+    "in_dim": 16,
+    "dim": 128,
+    "ffn_dim": 256,
+    "out_dim": 16,
+    "num_heads": 1,
+    "num_layers": 1,
+}
 #: Sizes of the conditions: tokens' width, and width of the pooled one.
-WIDTHS = {"unet": (768, 64), "mmdit": (64, 64)}
+WIDTHS = {"unet": (768, 64), "mmdit": (64, 64), "wan": (4096, 64)}
 #: Of LoRA's two factors.
 RANK, LORA_LAYER = 4, "input_blocks.1.1.transformer_blocks.0.attn2.to_q"
 
 
 def network(kind: str) -> torch.nn.Module:
-    """``"unet"``, ``"mmdit"`` or ``"controlnet"``, float32, the same weights at every call."""
+    """``"unet"``, ``"mmdit"``, ``"wan"`` or ``"controlnet"``, float32, the same weights at every call."""
     import comfy.ops
     from comfy.cldm.cldm import ControlNet
     from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from comfy.ldm.wan.model import WanModel
 
     control = {key: value for key, value in UNET.items() if not key.startswith(("out_", "transformer_depth_output"))}
     maker, config = {
         "unet": (UNetModel, UNET),
         "mmdit": (OpenAISignatureMMDITWrapper, MMDIT),
+        "wan": (WanModel, WAN),
         "controlnet": (ControlNet, {**control, "hint_channels": 3}),
     }[kind]
     made = maker(**config, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
@@ -92,7 +103,7 @@ def lora() -> dict[str, Tensor]:
 
 def write(models: Path) -> None:
     """Write the networks and the LoRA where ComfyUI looks for them."""
-    for kind in ("unet", "mmdit", "controlnet"):
+    for kind in ("unet", "mmdit", "wan", "controlnet"):
         folder = models / ("controlnet" if kind == "controlnet" else "diffusion_models")
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.contiguous().clone() for name, tensor in network(kind).state_dict().items()}
