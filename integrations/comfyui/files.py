@@ -115,19 +115,18 @@ def load(file: Any) -> Found:
         ValueError: If it is elsewhere, not a regular file, or not a valid schedule.
     """
     entries = fastsched_schedule.read_entries(file)
-    sigmas = fastsched_schedule.read_sigmas(file, entries).double()
+    shown = fastsched_schedule.read_sigmas(file, entries).tolist()
     weights = entries.get("weights")
     if weights is not None:
         fastsched_fitted.read_fitted(file)
-    # float64 where there are such: a first sigma of pure noise becomes ComfyUI's own
-    exact = [value if value == "inf" else float(value) for value in entries["sigmas"]]
-    sigmas = torch.tensor(
-        [kept if value == "inf" else value for value, kept in zip(exact, sigmas.tolist(), strict=True)]
-    )
+    # With every digit of the file; a first sigma of pure noise becomes ComfyUI's own.
+    values = [
+        single if value == "inf" else float(value) for single, value in zip(shown, entries["sigmas"], strict=True)
+    ]
     try:
         return Found(
             Schedule(
-                sigmas.double(),
+                torch.tensor(values, dtype=torch.float64),
                 entries.get("solver", ""),
                 entries.get("noise", "ve"),
                 timesteps=entries.get("timesteps"),

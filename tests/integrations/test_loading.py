@@ -213,6 +213,13 @@ def test_the_dropdown_lists_regular_files_without_opening_them(comfy, load):
     assert len(load.INPUT_TYPES()["required"]["file"][0]) == 500
 
 
+def test_what_is_passed_on_has_every_digit_of_the_file(comfy, load):
+    schedule = save(comfy, sigmas=[14.614641189575195, math.pi, 0.1, 0.0], predicted_error=0.25)
+    found = load().load("schedule.json")[3].schedule
+    assert torch.equal(found.sigmas, schedule.sigmas)
+    assert (found.solver, found.noise, found.predicted_error) == (schedule.solver, schedule.noise, 0.25)
+
+
 def test_a_changed_file_is_another(comfy, load):
     save(comfy)
     before = load.IS_CHANGED("schedule.json")
