@@ -30,6 +30,8 @@ def _loader():
     if not os.path.isfile(path):
         raise ImportError("fastsched_fitted.py needs fastsched_schedule.py in the same folder; copy both")
     spec = importlib.util.spec_from_file_location("fastsched_schedule_of_fitted", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"cannot import {path}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
