@@ -1,8 +1,8 @@
-"""A ComfyUI node that loads a schedule of fastsched's fitted solver, with the sampler that uses its weights.
+"""The sampler of fastsched's fitted solver for ComfyUI, and the older node that loads such a schedule.
 
-Put this file and ``fastsched_schedule.py`` into ComfyUI's ``custom_nodes`` folder and a schedule's JSON file into its
-``input`` folder. Connect both outputs, SAMPLER and SIGMAS, to a SamplerCustom or SamplerCustomAdvanced. The node needs
-only what ComfyUI itself needs.
+The older node is deprecated: the package's node Load Schedule loads every schedule. Put alone into ComfyUI's
+``custom_nodes`` folder, together with ``fastsched_schedule.py``, this file still works; it needs only what ComfyUI
+itself needs. Connect both outputs, SAMPLER and SIGMAS, to a SamplerCustom or SamplerCustomAdvanced.
 
 With the denoised images ``D_m`` of all steps so far and ``r = sigma_{n+1} / sigma_n``, step n is
 
@@ -30,6 +30,8 @@ def _loader():
     if not os.path.isfile(path):
         raise ImportError("fastsched_fitted.py needs fastsched_schedule.py in the same folder; copy both")
     spec = importlib.util.spec_from_file_location("fastsched_schedule_of_fitted", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"cannot import {path}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -42,6 +44,7 @@ class FastschedFittedLoader:
     """From ``Schedule.save``'s JSON of a fitted schedule to SAMPLER and SIGMAS, which belong together."""
 
     CATEGORY = "sampling/schedulers"
+    DEPRECATED = True
     DESCRIPTION = "Load a schedule of fastsched's fitted solver, and the sampler that uses its weights."
     FUNCTION = "load"
     RETURN_TYPES = ("SAMPLER", "SIGMAS")

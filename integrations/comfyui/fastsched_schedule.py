@@ -1,11 +1,12 @@
-"""A ComfyUI node that loads a schedule saved by fastsched.
+"""Read schedules saved by fastsched, inside ComfyUI: the files of the package's nodes, and the older node.
 
-Put this file into ComfyUI's ``custom_nodes`` folder and a schedule's JSON file into its ``input`` folder. Connect
-SIGMAS to a SamplerCustom; the second output is the solver that the schedule was chosen for. The node needs only what
-ComfyUI itself needs. Schedules of the fitted solver need a sampler of their own: ``fastsched_fitted.py``.
+The older node "Load Schedule" gives SIGMAS and the solver's name. It is deprecated: the package's node of that name
+also gives the SAMPLER. Put alone into ComfyUI's ``custom_nodes`` folder, this file still works; it needs only what
+ComfyUI itself needs. Schedules of the fitted solver then need a sampler of their own: ``fastsched_fitted.py``.
 
-A workflow may come from someone else, so its file name is not trusted: only regular files inside the input folder are
-read, at most 1 MB of them, and whatever else they hold is a message.
+A workflow may come from someone else, so its file name is not trusted: only regular files inside the input folder, or
+inside the folder to which the package's nodes save, are read, at most 1 MB of them, and whatever else they hold is a
+message.
 """
 
 import hashlib
@@ -21,6 +22,10 @@ VERSION = 2
 LARGEST_FILE = 1 << 20
 NOISES = ("ve", "vp", "flow")
 
+#: The package's nodes save into this folder of ComfyUI's output folder. Names of its files end in `OUTPUT`.
+SAVED = "fastsched"
+OUTPUT = " [output]"
+
 #: ComfyUI sets the last ``alphas_cumprod`` of a zero-terminal-SNR model to this value, and so its largest sigma to
 #: 4518.76. A schedule's infinite first sigma becomes this one.
 LAST_ALPHA_BAR = 4.8973451890853435e-08
@@ -31,7 +36,8 @@ class FastschedScheduleLoader:
     """From ``Schedule.save``'s JSON to SIGMAS: 1-D float32, descending, ``steps + 1`` values, the last 0."""
 
     CATEGORY = "sampling/schedulers"
-    DESCRIPTION = "Load a noise schedule saved by fastsched."
+    DEPRECATED = True
+    DESCRIPTION = "Load a noise schedule saved by fastsched. The node of the same name in sampling/fastsched does more."
     FUNCTION = "load"
     RETURN_TYPES = ("SIGMAS", "STRING")
     RETURN_NAMES = ("sigmas", "solver")
@@ -80,15 +86,27 @@ def input_folder():
     return folder_paths.get_input_directory()
 
 
+def saved_folder():
+    """Where the package's nodes save; None outside ComfyUI."""
+    try:
+        import folder_paths
+
+        return os.path.join(folder_paths.get_output_directory(), SAVED)
+    except (ImportError, AttributeError):
+        return None
+
+
 def find(file):
-    """The path of ``file`` inside the input folder.
+    """The path of ``file`` inside the input folder, or inside that of saved schedules if its name ends in `OUTPUT`.
 
     Raises:
         ValueError: If it is not the name of a file inside the folder, links followed.
     """
     if not isinstance(file, str) or not file.strip() or "\0" in file:
         raise ValueError(f"file must be the name of a file in ComfyUI's input folder, got {file!r}")
-    folder = os.path.realpath(input_folder())
+    folder, saved = os.path.realpath(input_folder()), saved_folder()
+    if file.endswith(OUTPUT) and saved is not None:
+        folder, file = os.path.realpath(saved), file[: -len(OUTPUT)]
     path = os.path.normpath(os.path.join(folder, file))
     # Outside paths are refused by their names alone, so that the answer does not tell whether they exist.
     resolved = os.path.realpath(path) if _inside(path, folder) else path
@@ -164,6 +182,11 @@ def read_entries(file):
     version = entries.get("version")
     if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= VERSION:
         raise ValueError(f"{file} has version {_brief(version)}; versions 1 to {VERSION} are supported")
+    if "sha256" in entries and entries["sha256"] != _checksum(entries):
+        raise ValueError(
+            f"{file} was changed or damaged after it was saved; save the schedule again, or remove its entry sha256 if "
+            "the change was meant"
+        )
     solver = entries.get("solver", "")
     if not isinstance(solver, str):
         raise ValueError(f"{file}: solver must be text, got {_brief(solver)}")
@@ -196,6 +219,12 @@ def read_sigmas(file, entries):
     if noise == "flow" and single[0] > 1:
         raise ValueError(f"{file}: sigmas of a flow model must be at most 1, got {_brief(values)}")
     return single
+
+
+def _checksum(entries):
+    """As `fastsched.sampling.schedule_files` computes it."""
+    text = json.dumps({key: value for key, value in entries.items() if key != "sha256"}, sort_keys=True).encode()
+    return hashlib.sha256(len(text).to_bytes(8, "little") + text).hexdigest()
 
 
 def _is_number(value):

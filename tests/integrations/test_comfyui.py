@@ -152,6 +152,16 @@ def test_the_node_says_what_is_wrong_with_a_file(node, folder, kind):
         node.FastschedScheduleLoader().load("schedule.json")
 
 
+@pytest.mark.parametrize("kind", [kind for kind in MALFORMED if kind != "fitted"])  # which the newer node can load
+def test_the_newer_node_says_the_same(node, comfy, package, kind):
+    content, _ = MALFORMED[kind]
+    path = comfy.home / "input" / "schedule.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = package.NODE_CLASS_MAPPINGS["FastschedLoad"].VALIDATE_INPUTS("schedule.json")
+    assert message == node.FastschedScheduleLoader.VALIDATE_INPUTS("schedule.json")
+    assert isinstance(message, str)
+
+
 def test_the_node_gives_a_zero_terminal_snr_model_comfyui_s_own_first_sigma(node, folder):
     fs.Schedule(torch.tensor([torch.inf, 3.0, 1.0, 0.0]), "ddim", "vp").save(folder / "schedule.json")
     assert node.FastschedScheduleLoader.VALIDATE_INPUTS("schedule.json") is True

@@ -1,0 +1,88 @@
+"""Fitted schedules and statistics kept in ComfyUI's user folder, by the content of what they were fitted on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling.schedule import Schedule
+
+#: The oldest files are removed when there are more.
+MOST_FILES = 200
+
+#: Increments of more bytes are not held.
+MOST_BYTES = 1 << 30
+
+#: The last measurement, with its increments, which files do not hold: another number of steps needs no new one.
+_last: list[tuple[str, PathStatistics]] = []
+
+
+def folder() -> Path | None:
+    """Where files are kept; None outside ComfyUI, or where it has no user folder."""
+    try:
+        import folder_paths
+
+        return Path(folder_paths.get_user_directory()) / "fastsched"
+    except (ImportError, AttributeError):
+        return None
+
+
+def schedule(key: str | None) -> Schedule | None:
+    """The schedule kept under ``key``; None if there is none, or it cannot be read."""
+    path = _path(key, ".json")
+    if path is None:
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        return Schedule.load(path)
+    return None
+
+
+def statistics(key: str | None) -> PathStatistics | None:
+    """The statistics kept under ``key``, with increments if they are the last ones."""
+    if key is not None and _last and _last[0][0] == key:
+        return _last[0][1]
+    path = _path(key, ".safetensors")
+    if path is None:
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        return PathStatistics.load(path)
+    return None
+
+
+def keep_schedule(key: str | None, found: Schedule) -> None:
+    """Keep ``found``; a full disk or a missing folder is no error."""
+    path = _path(key, ".json")
+    if path is not None:
+        with contextlib.suppress(OSError, ValueError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found.save(path)
+            _prune(path.parent)
+
+
+def keep_statistics(key: str | None, found: PathStatistics) -> None:
+    """Keep ``found``, as `keep_schedule` does; the last one is held in memory too."""
+    path = _path(key, ".safetensors")
+    if key is not None:
+        large = [each for each in (found.increments, found.responses) if each is not None]
+        if sum(each.nbytes for each in large) > MOST_BYTES:
+            _last[:] = [(key, replace(found, increments=None, responses=None))]
+        else:
+            _last[:] = [(key, found)]
+    if path is not None:
+        with contextlib.suppress(OSError, ValueError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found.save(path)
+
+
+def _path(key: str | None, ending: str) -> Path | None:
+    home = folder()
+    return None if key is None or home is None else home / (key + ending)
+
+
+def _prune(home: Path) -> None:
+    files = sorted((path for path in home.iterdir() if path.is_file()), key=lambda path: path.stat().st_mtime)
+    for path in files[: max(len(files) - MOST_FILES, 0)]:
+        os.unlink(path)

@@ -1,0 +1,72 @@
+"""Nodes for the check alone: conditions without a text encoder, and SIGMAS and text as a file."""
+
+import json
+import os
+
+import torch
+
+
+class CheckConditioning:
+    """Random tokens and a pooled condition."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "checking", "make", ("CONDITIONING",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        """What the node takes."""
+        return {"required": {"seed": ("INT", {}), "width": ("INT", {"max": 9999}), "pooled": ("INT", {"max": 9999})}}
+
+    def make(self, seed, width, pooled):
+        """As `networks.conditions` makes them."""
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randn(1, 7, width, generator=generator)
+        return ([[tokens, {"pooled_output": torch.randn(1, pooled, generator=generator)}]],)
+
+
+class CheckDump:
+    """SIGMAS, a text and a number as the node's output."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "checking", "dump", (), True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        """What the node takes."""
+        return {
+            "required": {"text": ("STRING", {"forceInput": True})},
+            "optional": {"sigmas": ("SIGMAS",), "number": ("INT", {"forceInput": True})},
+        }
+
+    def dump(self, text, sigmas=None, number=None):
+        """All of it as JSON."""
+        values = None if sigmas is None else [float(value) for value in sigmas]
+        said = {"text": text, "sigmas": values, "number": number, "process": os.getpid()}
+        return {"ui": {"said": [json.dumps(said)]}}
+
+
+class CheckForgetful:
+    """A patch that remembers: every second call of the model gets another answer."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "checking", "patch", ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        """What the node takes."""
+        return {"required": {"model": ("MODEL",)}}
+
+    def patch(self, model):
+        """The patched model."""
+        patched, calls = model.clone(), [0]
+
+        def after(given):
+            calls[0] += 1
+            return given["denoised"] * (1.5 if calls[0] % 2 else 1.0)
+
+        patched.set_model_sampler_post_cfg_function(after)
+        return (patched,)
+
+
+NODE_CLASS_MAPPINGS = {
+    "CheckConditioning": CheckConditioning,
+    "CheckDump": CheckDump,
+    "CheckForgetful": CheckForgetful,
+}

@@ -1,0 +1,179 @@
+"""A digest of what a workflow gives a node, by content: the key under which a fitted schedule is kept.
+
+Two runs have the same key only if everything that is known to matter is equal: weights, patches, conditions, options.
+Where something cannot be read for certain, there is no key, and nothing is kept.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+import types
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+#: Elements of each of a network's weights that are read, evenly spread: training and merging change nearly all of them.
+#: Other tensors are read whole, for in prompts and images one element may be all that differs.
+ELEMENTS = 1 << 14
+#: Deeper than anything but a mistake.
+DEEPEST = 40
+
+#: Attributes that are bookkeeping: they change without any change of what is computed.
+BOOKKEEPING = frozenset(
+    {
+        *("uuid", "patches_uuid", "hook_id", "device", "load_device", "offload_device", "cond_hint", "timestep_range"),
+        *("inner_model", "loaded_models", "conds"),  # of a guider, while it samples
+        *("current_patcher", "parent", "backup", "object_patches_backup", "_curr_t", "size", "model_sampling_current"),
+    }
+)
+#: What counts in a ModelPatcher of ComfyUI, beside its network's weights.
+PATCHER = (
+    *("patches", "object_patches", "model_options", "weight_wrapper_patches", "wrappers", "callbacks", "injections"),
+    *("hook_patches", "additional_models", "attachments", "force_cast_weights"),
+)
+
+
+#: Of a network without a patcher.
+NOTHING: dict[str, Any] = {}
+
+
+class Unreadable(Exception):
+    """Something that has no content to compare."""
+
+
+def digest(*parts: Any) -> str | None:
+    """SHA-256 of the content of ``parts``; None if some of it cannot be read."""
+    reader = _Reader()
+    try:
+        for part in parts:
+            reader.read(part, 0)
+    except Exception:  # whatever keeps it from being read, there is no key then
+        return None
+    return reader.hash.hexdigest()
+
+
+class _Reader:
+    def __init__(self) -> None:
+        self.hash = hashlib.sha256()
+        self.seen: dict[int, int] = {}
+        self.kept: list[Any] = []  # so that no id is used twice
+
+    def say(self, *words: object) -> None:
+        for word in words:
+            text = word if isinstance(word, bytes) else str(word).encode("utf-8", "backslashreplace")
+            self.hash.update(len(text).to_bytes(8, "little") + text)
+
+    def read(self, value: Any, depth: int) -> None:
+        if depth > DEEPEST:
+            raise Unreadable
+        if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.Size)):
+            self.say(type(value).__name__, value if isinstance(value, bytes) else repr(value))
+            return
+        if isinstance(value, (uuid.UUID, torch.device)):
+            self.say(type(value).__name__)
+            return
+        if id(value) in self.seen:
+            self.say("again", self.seen[id(value)])
+            return
+        self.seen[id(value)] = len(self.seen)
+        self.kept.append(value)
+        self._read_new(value, depth + 1)
+
+    def _read_new(self, value: Any, depth: int) -> None:
+        if isinstance(value, torch.Tensor):
+            self.tensor(value)
+        elif isinstance(value, dict):
+            self.mapping(value, depth)
+        elif isinstance(value, (list, tuple)):
+            self.say(type(value).__name__, len(value))
+            self.each(value, depth)
+        elif isinstance(value, (set, frozenset)):
+            self.say("set", *sorted(repr(item) for item in self._plain(value)))
+        elif isinstance(value, enum.Enum):
+            self.say(type(value).__qualname__, value.name)
+        elif isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
+            self.say("named", getattr(value, "__module__", ""), getattr(value, "__qualname__", value.__name__))
+        elif isinstance(value, types.FunctionType):
+            self.function(value, depth)
+        elif isinstance(value, types.MethodType):
+            self.each((value.__func__, value.__self__), depth)
+        elif isinstance(value, functools.partial):
+            self.each((value.func, value.args, value.keywords), depth)
+        elif hasattr(value, "model_options") and hasattr(value, "patches") and hasattr(value, "model"):
+            self.patcher(value, depth)
+        elif isinstance(value, torch.nn.Module):
+            self.network(value, NOTHING, depth)
+        elif hasattr(value, "__array__") and hasattr(value, "tobytes"):
+            self.say("array", str(value.dtype), value.shape, value.tobytes())
+        else:
+            self.instance(value, depth)
+
+    def each(self, values: Iterable[Any], depth: int) -> None:
+        for value in values:
+            self.read(value, depth)
+
+    def mapping(self, value: dict[Any, Any], depth: int, skipped: frozenset[str] = frozenset({"uuid"})) -> None:
+        self.say("dict")
+        for key, item in value.items():
+            if isinstance(key, str) and key in skipped:
+                continue
+            self.read(key, depth)
+            self.read(item, depth)
+
+    def function(self, value: types.FunctionType, depth: int) -> None:
+        code = value.__code__
+        self.say("function", value.__module__, value.__qualname__, code.co_code, repr(code.co_names))
+        self.each([const for const in code.co_consts if not isinstance(const, types.CodeType)], depth)
+        self.each([cell.cell_contents for cell in value.__closure__ or ()], depth)
+        self.each((value.__defaults__, value.__kwdefaults__), depth)
+
+    def instance(self, value: Any, depth: int) -> None:
+        state = getattr(value, "__dict__", None)
+        if state is None:
+            raise Unreadable(type(value))
+        self.say("object", type(value).__module__, type(value).__qualname__)
+        self.mapping(state, depth, BOOKKEEPING)
+
+    def patcher(self, value: Any, depth: int) -> None:
+        """A ModelPatcher: its weights as they were before its patches, and the patches."""
+        self.say("patcher", type(value).__qualname__)
+        originals = {key: getattr(kept, "weight", kept) for key, kept in getattr(value, "backup", {}).items()}
+        self.network(value.model, originals, depth)
+        if hasattr(value.model, "model_sampling"):  # not that of a ControlNet
+            self.read(value.get_model_object("model_sampling"), depth)  # which may be a patch, in its place or not yet
+        self.mapping({name: getattr(value, name, None) for name in PATCHER}, depth)
+
+    def network(self, value: torch.nn.Module, originals: dict[str, Any], depth: int) -> None:
+        self.say("network", type(value).__module__, type(value).__qualname__)
+        config = getattr(getattr(value, "model_config", None), "unet_config", None)
+        self.read({k: v for k, v in (config or {}).items() if isinstance(v, (bool, int, float, str))}, depth)
+        self.say(*(each.__qualname__ for each in type(value).__mro__))
+        for name, tensor in value.state_dict(keep_vars=True).items():
+            if name.startswith("model_sampling."):
+                continue
+            self.say(name)
+            self.tensor(originals.get(name, tensor), ELEMENTS)
+        plain = {
+            k: v for k, v in vars(value).items() if isinstance(v, (bool, int, float, str)) and k not in BOOKKEEPING
+        }
+        self.mapping(plain if originals is NOTHING else {}, depth)
+
+    def tensor(self, value: torch.Tensor, most: int | None = None) -> None:
+        """All elements, or about ``most`` of them, evenly spread."""
+        data = value.detach()
+        self.say("tensor", str(data.dtype), tuple(data.shape))
+        flat = data.reshape(-1)
+        if most is not None and flat.numel() > most:
+            flat = flat[:: -(-flat.numel() // most)]
+        self.say(flat.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+
+    @staticmethod
+    def _plain(values: Iterable[Any]) -> Iterable[Any]:
+        for value in values:
+            if not isinstance(value, (bool, int, float, str)):
+                raise Unreadable
+            yield value

@@ -1,0 +1,117 @@
+"""Fit a schedule through ComfyUI's guider, or find one that was fitted before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import fastsched
+from fastsched.fitting.loop import FitReport
+from fastsched.measurement.statistics import PathStatistics
+
+from . import cache
+from .content import digest
+from .files import Found
+from .measuring import FittingSampler, Settings, measurement_calls, process_of
+from .repeats import QUESTIONS
+
+
+def guider_of(model: Any, positive: Any, negative: Any, cfg: float) -> Any:
+    """ComfyUI's guider of two conditions, as its node SamplerCustom makes it."""
+    import comfy.samplers
+
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(float(cfg))
+    return guider
+
+
+def fit(guider: Any, latent: dict[str, Any], settings: Settings) -> tuple[Found, list[str]]:
+    """The schedule for what a guider answers, and a few words about it.
+
+    Raises:
+        ValueError: If the model cannot be measured: what it does depends on the step, a mask overwrites its latents.
+    """
+    import comfy.sample
+
+    model = guider.model_patcher
+    check(model, latent)
+    image = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    process = process_of(model.get_model_object("model_sampling"))
+    content = image if bool(image.any()) else image.shape[1:]
+    asked = (settings.seed, settings.levels, settings.samples)
+    measured = digest("measured", fastsched.__version__, guider, content, *asked)
+    wanted = (settings.solver, settings.steps, settings.model_calls)
+    chosen = None if measured is None else digest("chosen", measured, *wanted)
+    schedule, stats = cache.schedule(chosen), cache.statistics(measured)
+    if schedule is None or stats is None:
+        report = run(guider, image, settings, stats)
+        schedule, stats = report.schedule, report.stats
+        cache.keep_statistics(measured, stats)
+        cache.keep_schedule(chosen, schedule)
+        spent = f"{report.model_calls:,} model calls"
+        if measured is None:
+            spent += " (this workflow's content cannot be compared, so nothing is remembered)"
+    else:
+        spent = "remembered, no model calls"
+    found = Found(schedule, stats)
+    words = [found.summary(), spent]
+    if getattr(process, "integer_timesteps", False):
+        words.append("sigmas on trained levels")  # ComfyUI rounds timesteps, so that only such were considered
+    return found, words
+
+
+def check(model: Any, latent: dict[str, Any]) -> None:
+    """Refuse what is known not to be a function of image and noise level.
+
+    Raises:
+        ValueError: If there is such.
+    """
+    samples = latent.get("samples")
+    if type(samples) is not torch.Tensor or samples.ndim < 3 or len(samples) == 0:
+        raise ValueError(f"latent must hold one tensor of images, got {type(samples).__name__}")
+    if latent.get("noise_mask") is not None:
+        raise ValueError(
+            "latent has a noise mask: inpainting overwrites a part of every step's latents, so it cannot be measured; "
+            "fit with the latent without its mask"
+        )
+    transformer = model.model_options.get("transformer_options", {})
+    wrappers = (*transformer.get("wrappers", {}).values(), *getattr(model, "wrappers", {}).values())
+    for name in (*transformer, *(key for some in wrappers for key in some)):
+        if "cache" in str(name).lower():
+            raise ValueError(
+                f"the model has a cache ({name}), so what it computes depends on the steps before and on their number; "
+                "fit without it"
+            )
+    if model.model_options.get("context_handler") is not None:
+        raise ValueError(
+            "the model samples in context windows, which move with the steps, so it cannot be measured; fit without "
+            "them, on a latent as long as one window"
+        )
+
+
+def run(guider: Any, image: torch.Tensor, settings: Settings, known: PathStatistics | None) -> FitReport:
+    """Fit through ComfyUI's guider, with its progress bar; its interrupt stops it."""
+    import comfy.model_management
+    import comfy.utils
+
+    process = process_of(guider.model_patcher.get_model_object("model_sampling"))
+    if known is not None and known.increments is None and settings.model_calls > 0:
+        known = None  # a file holds no increments, without which there is no tuning
+    calls = 0 if known is not None else measurement_calls(process, settings)
+    bar = comfy.utils.ProgressBar(2 * QUESTIONS + calls + settings.model_calls)
+
+    def advance(count: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update(count)
+
+    fitting = FittingSampler(settings, known, advance)
+    levels = process.sampler_sigma(process.levels(16))
+    sigmas = torch.cat([levels, levels.new_zeros(1)]).float()
+    noise = torch.zeros_like(image, device="cpu")
+    guider.sample(noise, image, fitting, sigmas, disable_pbar=True, seed=settings.seed)
+    if fitting.report is None:
+        raise ValueError("the model's wrappers did not run the sampler that they were given, so it cannot be measured")
+    bar.update_absolute(bar.total)
+    return fitting.report

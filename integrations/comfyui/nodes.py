@@ -1,0 +1,267 @@
+"""The nodes: fit, load, save, inspect, steps needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastsched.fitting.loop import MODEL_CALLS
+from fastsched.selection.planning import COMMON, error_curve, steps_needed
+
+from . import files
+from .fastsched_schedule import FastschedScheduleLoader
+from .files import Found
+from .fitting import fit, guider_of
+from .measuring import Settings
+from .samplers import CHOICES, sampler_for
+
+CATEGORY = "sampling/fastsched"
+#: The type of a schedule with what it was fitted on.
+FOUND = "FASTSCHED_SCHEDULE"
+
+
+def _settings() -> dict[str, Any]:
+    """Inputs that both nodes that fit have in common."""
+    return {
+        "latent": ("LATENT", {"tooltip": "Gives the size, and by its batch how many images at once."}),
+        "steps": ("INT", {"default": 8, "min": 1, "max": 40}),
+        "sampler": (list(CHOICES), {"default": CHOICES[0]}),
+        "seed": ("INT", {"default": 0, "min": 0, "max": 2**31 - 1}),
+    }
+
+
+def _more_settings() -> dict[str, Any]:
+    tuning = {"default": MODEL_CALLS, "min": 0, "max": 100_000, "tooltip": "0 only measures and selects."}
+    return {
+        "samples": ("INT", {"default": 4, "min": 1, "max": 64, "tooltip": "Images that are measured."}),
+        "tuning_calls": ("INT", tuning),
+        "save_as": ("STRING", {"default": "", "tooltip": "A file name, or nothing."}),
+    }
+
+
+class FitGuider:
+    """From a guider as the workflow has it to SIGMAS and SAMPLER."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = "As Fit Schedule, for any guider: of one condition (Flux), of two prompts, of another package."
+    FUNCTION = "fit"
+    RETURN_TYPES = ("SIGMAS", "SAMPLER", "STRING", FOUND)
+    RETURN_NAMES = ("sigmas", "sampler", "text", "schedule")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """What the node takes."""
+        return {"required": {"guider": ("GUIDER",), **_settings()}, "optional": _more_settings()}
+
+    def fit(
+        self,
+        guider: Any,
+        latent: dict[str, Any],
+        steps: int,
+        sampler: str,
+        seed: int,
+        samples: int = 4,
+        tuning_calls: int = MODEL_CALLS,
+        save_as: str = "",
+    ) -> tuple[Any, ...]:
+        """Fit, or find what was fitted before."""
+        if save_as.strip():
+            files.checked_name(save_as)
+        settings = Settings(sampler, steps, seed, samples=samples, model_calls=tuning_calls)
+        found, words = fit(guider, latent, settings)
+        sigmas = found.sigmas()
+        chosen, name = sampler_for(found.schedule.solver, found.schedule.noise, sigmas, found.weights())
+        words = [*words, f"SAMPLER is {name}"]
+        if save_as.strip():
+            words.append(f"saved as {files.save(found.schedule, save_as)}")
+        return (sigmas, chosen, "; ".join(words), found)
+
+
+class FitSchedule:
+    """From a model as the workflow has it to SIGMAS and SAMPLER."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Measures the model with its patches, conditions and guidance, and finds the noise levels with which the "
+        "sampler gets nearest to the converged image in so many steps. Takes some hundred model calls, once: the same "
+        "model, prompts and settings are remembered."
+    )
+    FUNCTION = "fit"
+    RETURN_TYPES = FitGuider.RETURN_TYPES
+    RETURN_NAMES = FitGuider.RETURN_NAMES
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """What the node takes."""
+        model = {
+            "model": ("MODEL",),
+            "positive": ("CONDITIONING",),
+            "negative": ("CONDITIONING",),
+            "cfg": ("FLOAT", {"default": 8.0, "min": 0.0, "max": 100.0, "step": 0.1, "round": 0.01}),
+        }
+        return {"required": {**model, **_settings()}, "optional": _more_settings()}
+
+    def fit(
+        self,
+        model: Any,
+        positive: Any,
+        negative: Any,
+        cfg: float,
+        latent: dict[str, Any],
+        steps: int,
+        sampler: str,
+        seed: int,
+        samples: int = 4,
+        tuning_calls: int = MODEL_CALLS,
+        save_as: str = "",
+    ) -> tuple[Any, ...]:
+        """Fit, or find what was fitted before."""
+        guider = guider_of(model, positive, negative, cfg)
+        return FitGuider().fit(guider, latent, steps, sampler, seed, samples, tuning_calls, save_as)
+
+
+class LoadSchedule:
+    """From a file to SIGMAS and SAMPLER."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Loads a schedule that fastsched saved, from ComfyUI's input folder or from where Save Schedule puts it. With "
+        "a model its sigmas are moved to the levels that the model was trained at, and are checked against it."
+    )
+    FUNCTION = "load"
+    RETURN_TYPES = ("SIGMAS", "SAMPLER", "STRING", FOUND)
+    RETURN_NAMES = ("sigmas", "sampler", "text", "schedule")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """What the node takes."""
+        return {"required": {"file": (files.listed(),)}, "optional": {"model": ("MODEL",)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, file: Any) -> bool | str:
+        """True, or a message that ComfyUI shows before it runs anything; ``file`` is None if it is connected."""
+        if file is None:
+            return True
+        try:
+            files.load(file)
+        except (OSError, ValueError) as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, file: Any, model: Any = None) -> str | float:
+        """A digest of the file."""
+        return FastschedScheduleLoader.IS_CHANGED(file)
+
+    def load(self, file: str, model: Any = None) -> tuple[Any, ...]:
+        """The schedule, fitted to a model's trained levels if there is one."""
+        found, words = files.load(file), []
+        if model is None:
+            words = found.rounding()
+        else:
+            found, words = found.on_model(model.get_model_object("model_sampling"))
+        sigmas = found.sigmas()
+        chosen, name = sampler_for(found.schedule.solver, found.schedule.noise, sigmas, found.weights())
+        return (sigmas, chosen, "; ".join([found.summary(), *words, f"SAMPLER is {name}"]), found)
+
+
+class SaveSchedule:
+    """Write a schedule's file."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = "Saves a schedule in output/fastsched, for Load Schedule and for other programs that read fastsched."
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("file",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """What the node takes."""
+        return {"required": {"schedule": (FOUND,), "name": ("STRING", {"default": "schedule"})}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, name: Any) -> bool | str:
+        """True, or what is wrong with the name; None if it is connected."""
+        try:
+            return name is None or bool(files.checked_name(name))
+        except ValueError as error:
+            return str(error)
+
+    def save(self, schedule: Found, name: str) -> dict[str, Any]:
+        """Save under a name that no file has yet."""
+        file = files.save(schedule.schedule, name)
+        return {"ui": {"text": [file]}, "result": (file,)}
+
+
+class InspectSchedule:
+    """A picture of a schedule."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = "Draws the noise levels, and for a fitted schedule the predicted error against the number of steps."
+    FUNCTION = "inspect"
+    RETURN_TYPES = ("IMAGE", "STRING")
+    RETURN_NAMES = ("image", "text")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """What the node takes."""
+        most = ("INT", {"default": 16, "min": 1, "max": 40})
+        return {"required": {"schedule": (FOUND,)}, "optional": {"max_steps": most}}
+
+    def inspect(self, schedule: Found, max_steps: int = 16) -> tuple[torch.Tensor, str]:
+        """The picture, and its numbers."""
+        from .drawing import picture
+
+        lines = [schedule.summary(), "sigmas " + ", ".join(f"{value:.5g}" for value in schedule.sigmas().tolist())]
+        curve = None
+        if schedule.stats is not None:
+            most = min(max(max_steps, schedule.schedule.steps), schedule.stats.levels - 1)
+            curve = error_curve(schedule.stats, schedule.schedule.solver, most)
+            lines.append(str(curve))
+        return picture(schedule.schedule, curve), "\n".join(lines)
+
+
+class StepsNeeded:
+    """How many steps are as good as a usual schedule."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "How many steps of a fitted schedule are predicted to be as near to the converged image as so many steps of a "
+        "usual scheduler under the same sampler, with a margin. No model calls."
+    )
+    FUNCTION = "needed"
+    RETURN_TYPES = ("INT", "STRING")
+    RETURN_NAMES = ("steps", "text")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """What the node takes."""
+        return {
+            "required": {
+                "schedule": (FOUND, {"tooltip": "Of Fit Schedule: a file holds no measurement."}),
+                "as_good_as": (list(COMMON),),
+                "of_steps": ("INT", {"default": 20, "min": 1, "max": 200}),
+            }
+        }
+
+    def needed(self, schedule: Found, as_good_as: str, of_steps: int) -> tuple[int, str]:
+        """The number, and a line about it."""
+        if schedule.stats is None:
+            raise ValueError("schedule must come from Fit Schedule: a file holds no measurement to predict errors from")
+        solver = schedule.schedule.solver
+        steps = steps_needed(schedule.stats, solver, target=(as_good_as, of_steps))
+        return steps, f"{steps} fitted steps of {solver} are as good as {of_steps} of {as_good_as}"
+
+
+_ALL: dict[str, tuple[type, str]] = {
+    "FastschedFit": (FitSchedule, "Fit Schedule (fastsched)"),
+    "FastschedFitGuider": (FitGuider, "Fit Schedule for Guider (fastsched)"),
+    "FastschedLoad": (LoadSchedule, "Load Schedule (fastsched)"),
+    "FastschedSave": (SaveSchedule, "Save Schedule (fastsched)"),
+    "FastschedInspect": (InspectSchedule, "Inspect Schedule (fastsched)"),
+    "FastschedStepsNeeded": (StepsNeeded, "Steps Needed (fastsched)"),
+}
+NODE_CLASS_MAPPINGS: dict[str, type] = {name: each for name, (each, _) in _ALL.items()}
+NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {name: shown for name, (_, shown) in _ALL.items()}

@@ -1,0 +1,125 @@
+"""Whether a guider's answer depends on the image and the noise level alone: only such a model can be measured.
+
+A workflow may hold patches that depend on the step's number, on the number of steps, or on the steps before: caches
+(EasyCache, TeaCache), keyframes of hooks, context windows, guidance in some of the steps. They are found out by what
+they do: the same questions are asked twice, once in descending and once in ascending order, as if the run had other
+sigmas, and the layers that the network runs are counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsched.denoisers.noise import NoiseProcess
+from fastsched.sampling.random_streams import noise_of
+
+#: How many levels are asked twice.
+QUESTIONS = 6
+#: Largest relative difference of two answers to the same question; 16-bit networks differ by some 1e-3 and amplify it
+#: by the guidance.
+REPEATABLE = 2e-2
+#: A call that runs fewer of the network's layers than this fraction of another's reuses earlier results.
+FEWER_LAYERS = 0.8
+
+INSTEAD = (
+    "so it cannot be measured: remove it from the MODEL that is fitted (caches, step-dependent guidance, keyframes, "
+    "context windows), fit, and use the schedule with it at your own judgement"
+)
+
+
+def questions(process: NoiseProcess) -> Tensor:
+    """Sampler sigmas at which to ask twice, descending, [QUESTIONS] float64."""
+    levels = process.levels(2 * QUESTIONS)
+    return process.sampler_sigma(levels[1::2])
+
+
+def check_repeats(
+    sigmas: Tensor,
+    ask: Callable[[Tensor, Tensor], Tensor],
+    shape: torch.Size,
+    device: torch.device,
+    model_options: dict[str, Any],
+) -> None:
+    """Ask about one image at each of ``sigmas`` twice, in both orders and as of two different runs.
+
+    Args:
+        sigmas: Sampler sigmas, descending.
+        ask: ``ask(x, sigma)`` is the denoised image.
+        shape: The shape of one sample.
+        device: Where to ask.
+        model_options: Those of the calls; a run's sigmas are in their ``transformer_options``.
+
+    Raises:
+        ValueError: If an answer differs; the message names the level.
+    """
+    image = noise_of(torch.tensor([0]), tuple(shape)).to(device)
+    transformer = model_options.setdefault("transformer_options", {})
+    given = transformer.get("sample_sigmas")
+    answers: dict[float, Tensor] = {}
+    try:
+        for order, run in ((sigmas, sigmas), (sigmas.flip(0), _longer(sigmas))):
+            transformer["sample_sigmas"] = torch.cat([run, run.new_zeros(1)]).float().to(device)
+            for sigma in order.tolist():
+                level = torch.full((1,), sigma, device=device)
+                found = ask(image * sigma, level)
+                _compare(answers.setdefault(sigma, found), found, image * sigma, sigma)
+    finally:
+        if given is not None:
+            transformer["sample_sigmas"] = given
+
+
+def _longer(sigmas: Tensor) -> Tensor:
+    """A run that holds the same sigmas at other steps: one more after each."""
+    below = torch.cat([(sigmas[:-1] * sigmas[1:]).sqrt(), sigmas[-1:] / 2])
+    return torch.stack([sigmas, below], dim=1).flatten()
+
+
+def _compare(before: Tensor, after: Tensor, image: Tensor, sigma: float) -> None:
+    # The network's part of an answer is its distance from the image; at low levels the answer is nearly the image.
+    size = max(float((before - image).norm()), 1e-6 * float(image.norm()))
+    difference = float((after - before).norm())
+    if difference > REPEATABLE * size:
+        raise ValueError(
+            f"at sigma {sigma:.4g} the model gave two answers to the same question ({difference / size:.0%} apart), "
+            f"in different orders and numbers of steps: something in it depends on the steps, or on chance, {INSTEAD}"
+        )
+
+
+@contextlib.contextmanager
+def layers_watched(network: Any) -> Iterator[None]:
+    """Count the layers that ``network`` runs in each of its calls within the block; nothing is watched if it is None.
+
+    Raises:
+        ValueError: If a call ran far fewer than another.
+    """
+    if not isinstance(network, torch.nn.Module):
+        yield
+        return
+    ran, known = [0], [0, 0]
+
+    def layer(*_: Any) -> None:
+        ran[0] += 1
+
+    def finished(*_: Any) -> None:
+        count, ran[0] = ran[0], 0
+        known[:] = [min(known[0] or count, count), max(known[1], count)] if known[1] else [count, count]
+        if known[0] < FEWER_LAYERS * known[1]:
+            raise ValueError(
+                f"the network ran {known[0]} of its layers in one call and {known[1]} in another, as with a cache "
+                f"(EasyCache, TeaCache, ...), {INSTEAD}"
+            )
+
+    parts = [part for part in network.modules() if part is not network and not [*part.children()]]
+    compiled = any(getattr(part, "_compiled_call_impl", None) is not None for part in network.modules())
+    handles = [] if compiled else [part.register_forward_hook(layer) for part in parts]
+    handles.append(network.register_forward_hook(finished))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,412 @@
+"""The nodes of ComfyUI, against a stand-in of its contract."""
+
+import dataclasses
+import importlib.util
+import inspect
+import math
+import os
+import sys
+
+import pytest
+import torch
+
+import fastsched as fs
+from fastsched.metrics import power_mean
+from fastsched.sampling.random_streams import noise_of
+
+NODES = ("Fit", "FitGuider", "Load", "Save", "Inspect", "StepsNeeded")
+
+
+def fit(package, arguments):
+    node = package.NODE_CLASS_MAPPINGS["FastschedFit"]()
+    return getattr(node, node.FUNCTION)(**arguments)
+
+
+def node(package, name):
+    return package.NODE_CLASS_MAPPINGS[f"Fastsched{name}"]
+
+
+def independent(guider, kind, sampling):
+    """The guided model in fastsched's own parameterisation, from its noise predictions or velocities."""
+    ask = lambda z, sigma: guider(z, sigma.float(), model_options={})
+    if kind == "flow":
+        return fs.Denoiser.from_velocity(
+            lambda x, t: (x - ask(x, t)) / t.reshape(-1, 1, 1, 1).to(x), t_min=float(sampling.sigma_min)
+        )
+    if kind == "continuous":
+        return fs.Denoiser.from_denoiser(ask, float(sampling.sigma_min), float(sampling.sigma_max))
+    trained = sampling.sigmas.double()
+
+    def epsilon(x, t):
+        s = trained[t.long()].reshape(-1, 1, 1, 1)
+        z = x.double() * (1 + s**2).sqrt()
+        return ((z - ask(z.float(), s.flatten())) / s).float()
+
+    return fs.Denoiser.from_epsilon(epsilon, 1 / (1 + trained**2), integer_timesteps=True)
+
+
+def test_the_nodes_follow_comfyui_s_contract(package, comfy):
+    assert set(package.NODE_DISPLAY_NAME_MAPPINGS) == set(package.NODE_CLASS_MAPPINGS)
+    assert {"FastschedScheduleLoader", "FastschedFittedLoader"} < set(package.NODE_CLASS_MAPPINGS)
+    for name in NODES:
+        each = node(package, name)
+        inputs = each.INPUT_TYPES()
+        names = [*inputs["required"], *inputs.get("optional", {})]
+        assert list(inspect.signature(getattr(each(), each.FUNCTION)).parameters) == names
+        assert len(each.RETURN_NAMES) == len(each.RETURN_TYPES)
+        assert each.CATEGORY == "sampling/fastsched"
+        for method in ("VALIDATE_INPUTS", "IS_CHANGED"):
+            if hasattr(each, method):
+                assert set(inspect.signature(getattr(each, method)).parameters) <= set(names)
+    assert not hasattr(node(package, "Load"), "DEPRECATED")
+    assert node(package, "ScheduleLoader").DEPRECATED
+
+
+@pytest.mark.parametrize("kind", ["discrete", "zero SNR", "continuous", "flow"])
+def test_a_fit_is_that_of_fastsched_on_the_guided_model(package, given, kinds, guider, kind):
+    arguments = given(kinds[kind](), tuning_calls=0)
+    sigmas, _, text, found = fit(package, arguments)
+    denoiser = independent(guider(arguments), kind, arguments["model"].model.model_sampling)
+    stats = fs.measure(denoiser, (1, 2, 2), samples=2, checks=False, progress=False)
+    torch.testing.assert_close(found.stats.gram, stats.gram, rtol=1e-3, atol=1e-3 * float(stats.gram.abs().max()))
+    expected = fs.optimal_schedule(stats, 4, "dpmpp_2m").sigmas
+    trained = getattr(denoiser.process, "trained_levels", None)
+    if trained is not None:
+        assert bool(torch.isin(sigmas[:-1], arguments["model"].model.model_sampling.sigmas).all())
+        assert "on trained levels" in text
+    # the nearest trained level is off by up to half of the widest gap, a factor of 1.19 at the lowest
+    tolerance = {"rtol": 0.2, "atol": 0.0} if trained is not None else {"rtol": 2e-2, "atol": 0.0}
+    torch.testing.assert_close(sigmas.double(), expected.clamp(max=float(sigmas[0])), **tolerance)
+    assert float(sigmas[0]) == pytest.approx(float(arguments["model"].model.model_sampling.sigma_max))
+
+
+@pytest.mark.parametrize(("kind", "sampler"), [("discrete", "dpmpp_3m"), ("flow", "dpmpp_2m"), ("flow", "fitted")])
+def test_sigmas_and_sampler_give_the_images_of_fastsched(package, given, kinds, guider, kind, sampler):
+    arguments = given(kinds[kind](), sampler=sampler, tuning_calls=60)
+    sigmas, chosen, _, found = fit(package, arguments)
+    asked, steps = guider(arguments), []
+    noise = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    callback = lambda i, denoised, x, total: steps.append((i, total, denoised.shape, x.shape))
+    images = chosen.sample(asked, sigmas, {"model_options": {}}, callback, noise)
+    denoiser = independent(asked, kind, arguments["model"].model.model_sampling)
+    shown = dataclasses.replace(found.schedule, sigmas=sigmas.double(), timesteps=None)
+    torch.testing.assert_close(images, fs.sample(denoiser, shown, noise=noise), rtol=1e-4, atol=1e-4)
+    assert steps == [(n, 4, noise.shape, noise.shape) for n in range(4)]
+
+
+@pytest.mark.parametrize("kind", ["discrete", "flow"])
+def test_the_measured_error_is_that_of_the_sigmas_that_are_given(package, given, kinds, guider, kind):
+    arguments = given(kinds[kind](), tuning_calls=60)
+    _, _, _, found = fit(package, arguments)
+    denoiser = independent(guider(arguments), kind, arguments["model"].model.model_sampling)
+    noise = noise_of(found.stats.seeds, (1, 2, 2))
+    images = fs.sample(denoiser, dataclasses.replace(found.schedule, timesteps=None), noise=noise)
+    distances = (images - found.stats.ends).double().square().flatten(1).sum(1)
+    assert found.schedule.measured_error == pytest.approx(float(power_mean(distances)), rel=0.02)
+    assert found.schedule.measured_error <= fit(package, {**arguments, "tuning_calls": 20})[3].schedule.measured_error
+
+
+def test_progress_ends_at_its_total_and_shows_every_call(package, comfy, given):
+    arguments = given(tuning_calls=60)
+    fit(package, arguments)
+    (bar,) = comfy.bars
+    assert bar.current == bar.total
+    assert bar.updates > 100
+    # cond and uncond are two calls of the network; repeats are asked one by one
+    assert arguments["model"].calls / 2 <= bar.total
+
+
+def test_an_interrupt_stops_at_once_and_leaves_nothing(package, comfy, given):
+    comfy.interrupt_at = 50
+    arguments = given()
+    with pytest.raises(comfy.interrupted):
+        fit(package, arguments)
+    assert arguments["model"].calls / 2 <= 50 + 4
+    comfy.interrupt_at = math.inf
+    assert "remembered" not in fit(package, arguments)[2]
+
+
+def test_the_second_run_is_free(package, given):
+    sigmas, _, text, _ = fit(package, given())
+    again = given()  # other objects of the same content
+    more, _, words, found = fit(package, again)
+    assert torch.equal(sigmas, more)
+    assert again["model"].calls == 0
+    assert "remembered, no model calls" in words
+    assert "remembered" not in text
+    sys.modules[f"{package.__name__}.cache"]._last.clear()  # as after a restart
+    assert "remembered" in fit(package, again)[2]
+    assert found.stats is not None
+    calls = given(steps=5)
+    assert "remembered" not in fit(package, calls)[2]
+
+
+def test_a_guider_fits_as_its_model_and_conditions_do(package, given, guider):
+    arguments = given()
+    sigmas, _, text, _ = fit(package, arguments)
+    more = {key: arguments[key] for key in ("latent", "steps", "sampler", "seed", "samples", "tuning_calls")}
+    own, _, words, _ = node(package, "FitGuider")().fit(guider(arguments), **more)
+    assert torch.equal(own, sigmas)
+    assert "remembered" in words
+    assert "remembered" not in text
+
+
+def test_another_number_of_steps_needs_no_new_measurement(package, given):
+    first, second = given(tuning_calls=40), given(steps=5, tuning_calls=40)
+    fit(package, first)
+    fit(package, second)
+    assert 0 < second["model"].calls < first["model"].calls / 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("weights", "patch", "option", "cfg", "positive", "negative", "seed", "samples", "sampler", "tuning_calls"),
+        *("size", "latent", "model sampling", "wrapper"),
+    ],
+)
+def test_what_changes_the_result_is_not_remembered(package, given, kinds, change):
+    fit(package, given(tuning_calls=0, steps=3))
+    other = given(tuning_calls=0, steps=3)
+    model = other["model"]
+    if change == "weights":
+        model.model.diffusion_model.scale.data += 1e-3
+    elif change == "patch":
+        model.patches["diffusion_model.layer.weight"] = [(0.7, ("diff", (torch.ones(2),)), 1.0, None, None)]
+    elif change == "option":
+        model.model_options["sampler_post_cfg_function"] = [lambda told: told["denoised"]]
+    elif change == "wrapper":
+        model.wrappers["sampler_sample"] = {"mine": [lambda run, *a: run(*a)]}
+    elif change == "model sampling":
+        model.model.model_sampling = kinds["zero SNR"]()
+    elif change == "size":
+        other["latent"] = {"samples": torch.zeros(2, 1, 4, 1)}
+    elif change == "latent":
+        other["latent"] = {"samples": torch.full((2, 1, 2, 2), 0.5)}
+    elif change in ("positive", "negative"):
+        other[change] = [[other[change][0][0] + 0.1, other[change][0][1]]]
+    else:
+        other[change] = {"cfg": 2.0, "seed": 1, "samples": 3, "sampler": "heun", "tuning_calls": 60}[change]
+    assert "remembered" not in fit(package, other)[2]
+
+
+def test_weights_count_as_they_were_before_patches(package, given):
+    """A loaded model holds patched weights in place and keeps the others aside."""
+    digest = sys.modules[f"{package.__name__}.content"].digest
+    model = given()["model"]
+    before = digest(model)
+    original = model.model.diffusion_model.scale.detach().clone()
+    model.backup["diffusion_model.scale"] = type("Kept", (), {"weight": original})()
+    model.model.diffusion_model.scale.data *= 2
+    assert digest(model) == before is not None
+
+
+def test_what_cannot_be_read_is_not_remembered(package, given):
+    digest = sys.modules[f"{package.__name__}.content"].digest
+    assert digest(given()["model"]) == digest(given()["model"]) is not None
+    lock = __import__("threading").Lock()
+    assert digest({"patch": lambda: lock}) is None
+    assert digest([1, 2]) != digest([2, 1])
+    assert digest("ab", "c") != digest("a", "bc")
+    big = torch.zeros(5_000_000)
+    arguments = given()
+    arguments["model"].model_options["opaque"] = lock
+    words = [fit(package, arguments)[2] for _ in range(2)]
+    assert all("nothing is remembered" in each for each in words)
+    assert digest(big) == digest(big.clone())
+
+
+def test_a_damaged_file_of_the_cache_is_ignored(package, comfy, given):
+    fit(package, given())
+    sys.modules[f"{package.__name__}.cache"]._last.clear()
+    for path in (comfy.home / "user" / "fastsched").iterdir():
+        path.write_bytes(b"{")
+    assert "remembered" not in fit(package, given())[2]
+
+
+def counting(calls):
+    def patch(told):
+        calls.append(1)
+        return told["denoised"] * (1.0 if len(calls) % 2 else 1.3)
+
+    return patch
+
+
+def by_step(told):
+    run = told["model_options"]["transformer_options"]["sample_sigmas"]
+    step = int((run - float(told["sigma"][0])).abs().argmin())
+    return told["denoised"] * (1.2 if step == 3 else 1.0)
+
+
+@pytest.mark.parametrize("patch", ["counts its calls", "a step's number", "random"])
+def test_what_depends_on_the_step_is_refused(package, given, patch):
+    arguments = given()
+    patches = {
+        "counts its calls": counting([]),
+        "a step's number": by_step,
+        "random": lambda told: told["denoised"] + 0.1 * torch.randn_like(told["denoised"]),
+    }
+    arguments["model"].model_options["sampler_post_cfg_function"] = [patches[patch]]
+    with pytest.raises(ValueError, match="two answers to the same question"):
+        fit(package, arguments)
+
+
+def test_a_patch_of_the_noise_level_alone_is_measured(package, given):
+    arguments = given()
+    window = lambda told: told["denoised"] * (1.1 if 1.0 < float(told["sigma"][0]) < 3.0 else 1.0)
+    arguments["model"].model_options["sampler_post_cfg_function"] = [window]
+    assert len(fit(package, arguments)[0]) == 5
+
+
+def test_a_cache_that_skips_layers_is_refused(package, given):
+    arguments = given()
+    network = arguments["model"].model.diffusion_model
+    whole = type(network).forward
+
+    class Skipping(type(network)):
+        def forward(self, z, s):
+            if self.calls > 200:  # as caches do where the steps are close
+                self.calls += len(z)
+                return self.oracle.denoise(z.flatten(1).double(), s.double()).reshape(z.shape).float()
+            return whole(self, z, s)
+
+    network.__class__ = Skipping
+    with pytest.raises(ValueError, match="layers in one call"):
+        fit(package, arguments)
+    assert not network.layer._forward_hooks
+    assert not network._forward_hooks
+
+
+def test_known_caches_windows_and_masks_are_refused(package, given):
+    arguments = given()
+    arguments["model"].model_options["transformer_options"]["easycache"] = object()
+    with pytest.raises(ValueError, match=r"cache \(easycache\)"):
+        fit(package, arguments)
+    arguments = given()
+    arguments["model"].wrappers["diffusion_model"] = {"TeaCache": [print]}
+    with pytest.raises(ValueError, match=r"cache \(TeaCache\)"):
+        fit(package, arguments)
+    arguments = given()
+    arguments["model"].model_options["context_handler"] = object()
+    with pytest.raises(ValueError, match="context windows"):
+        fit(package, arguments)
+    arguments = given()
+    arguments["latent"]["noise_mask"] = torch.ones(1, 1, 16, 16)
+    with pytest.raises(ValueError, match="noise mask"):
+        fit(package, arguments)
+    with pytest.raises(ValueError, match="one tensor"):
+        fit(package, given(latent={"samples": [torch.zeros(1, 1, 2, 2)]}))
+
+
+def test_the_timesteps_are_those_of_comfyui(package, given, kinds):
+    """Distilled models know 50 levels, whose timesteps are not 0 to 49."""
+
+    class Distilled(kinds["discrete"]):
+        def __init__(self):
+            super().__init__()
+            self.sigmas = self.sigmas[19::20].clone()
+            self.sigma_min, self.sigma_max = self.sigmas[0], self.sigmas[-1]
+
+        def timestep(self, sigma):
+            return super().timestep(sigma) * 20 + 19
+
+    arguments = given(Distilled(), tuning_calls=0)
+    _, _, _, found = fit(package, arguments)
+    sampling = arguments["model"].model.model_sampling
+    assert float(found.schedule.timesteps[0]) == 999
+    assert torch.equal(found.schedule.timesteps, sampling.timestep(found.sigmas()[:-1]).double())
+    assert bool(torch.isin(found.sigmas()[:-1], sampling.sigmas).all())
+
+
+def test_unknown_noise_is_refused(package, given, kinds):
+    class Odd(kinds["continuous"]):
+        def noise_scaling(self, sigma, noise, latent):
+            return noise * sigma**2 + latent
+
+    with pytest.raises(ValueError, match=r"in a way that fastsched does not know \(Odd"):
+        fit(package, given(Odd()))
+    images = type("IMG_TO_IMG", (kinds["continuous"],), {})()
+    with pytest.raises(ValueError, match="turns one image into another"):
+        fit(package, given(images))
+
+
+def test_it_works_in_inference_mode(package, given):
+    with torch.inference_mode():
+        sigmas, _, _, found = fit(package, given(sampler="fitted", steps=3, tuning_calls=30))
+        image, _ = node(package, "Inspect")().inspect(found, 3)
+        fit(package, given(steps=2, tuning_calls=30))
+    assert len(sigmas) == 4
+    assert bool(image.isfinite().all())
+
+
+def test_inspect_draws_the_schedule_and_its_curve(package, given):
+    found = fit(package, given())[3]
+    image, text = node(package, "Inspect")().inspect(found, 5)
+    assert image.ndim == 4
+    assert (image.shape[0], image.shape[-1], image.dtype) == (1, 3, torch.float32)
+    assert 0 <= float(image.min()) < 0.3 < float(image.max()) <= 1
+    assert "predicted error" in text
+    alone, _ = node(package, "Inspect")().inspect(dataclasses.replace(found, stats=None))
+    assert alone.shape[2] < image.shape[2]
+
+
+def test_steps_needed_are_those_of_fastsched(package, given):
+    found = fit(package, given())[3]
+    steps, text = node(package, "StepsNeeded")().needed(found, "karras", 4)
+    assert steps == fs.steps_needed(found.stats, "dpmpp_2m", target=("karras", 4))
+    assert str(steps) in text
+    with pytest.raises(ValueError, match="must come from Fit Schedule"):
+        node(package, "StepsNeeded")().needed(dataclasses.replace(found, stats=None), "karras", 4)
+
+
+def test_what_is_saved_is_listed_and_loads_the_same(package, comfy, given, kinds):
+    for kind in ("discrete", "zero SNR", "flow"):
+        sigmas, _, _, found = fit(package, given(kinds[kind]()))
+        file = node(package, "Save")().save(found, "mine")["result"][0]
+        assert file in node(package, "Load").INPUT_TYPES()["required"]["file"][0]
+        assert node(package, "Load").VALIDATE_INPUTS(file) is True
+        again, _, text, _ = node(package, "Load")().load(file)
+        assert torch.equal(again, sigmas)
+        assert "dpmpp_2m, 4 steps" in text
+        kept = fs.Schedule.load(comfy.home / "output" / "fastsched" / file.removesuffix(" [output]"))
+        assert math.isinf(float(kept.sigmas[0])) == (kind == "zero SNR")
+    names = sorted(os.listdir(comfy.home / "output" / "fastsched"))
+    assert names == ["mine.json", "mine_00002.json", "mine_00003.json"]
+
+
+def test_fit_saves_under_a_plain_name_only(package, comfy, given):
+    text = fit(package, given(save_as="by fit"))[2]
+    assert "saved as by fit.json [output]" in text
+    for name in ("../x", "a/b", ".hidden", "", " ", "a\\b", "x" * 200, "a\0b", None, 3):
+        if isinstance(name, str) and name.strip():
+            with pytest.raises(ValueError, match="must be of letters"):
+                fit(package, given(save_as=name))
+        if name is not None:
+            assert "must be of letters" in node(package, "Save").VALIDATE_INPUTS(name)
+    assert node(package, "Save").VALIDATE_INPUTS(None) is True
+    assert sorted(path.name for path in comfy.home.rglob("*.json") if "user" not in path.parts) == ["by fit.json"]
+
+
+def test_without_fastsched_the_older_nodes_remain(comfy, package_folder, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "fastsched.fitting.loop", None)
+    spec = importlib.util.spec_from_file_location("fastsched_nodes_alone", package_folder / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    for name in [name for name in sys.modules if name.startswith("fastsched_nodes_alone.")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert set(module.NODE_CLASS_MAPPINGS) == {"FastschedScheduleLoader", "FastschedFittedLoader"}
+    assert "not installed" in caplog.text
+
+
+def test_an_installed_package_tells_comfyui_of_itself(package_folder, tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("main_under_test", package_folder / "__main__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", ["fastsched_comfyui", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "must be a folder that holds custom_nodes" in capsys.readouterr().err
+    (tmp_path / "custom_nodes").mkdir()
+    module.main()
+    assert "from fastsched_comfyui import *" in (tmp_path / "custom_nodes" / "fastsched_nodes.py").read_text()
