@@ -328,6 +328,7 @@ def summary(schedule: Schedule) -> dict[str, Any]:
         "timesteps": None if schedule.timesteps is None else schedule.timesteps.tolist(),
         "predicted_error": schedule.predicted_error,
         "measured_error": schedule.measured_error,
+        **({} if schedule.origin is None else {"origin": schedule.origin.to_dict()}),
         **({} if schedule.weights is None else {"weights": schedule.weights.tolist()}),
     }
 

@@ -18,6 +18,7 @@ from fastsched.costs.step_cost import error_weight
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.plot import cost_density
+from fastsched.sampling.origin import Origin
 from fastsched.sampling.schedule import Schedule
 from fastsched.selection.planning import SAFETY, ErrorCurve
 
@@ -61,7 +62,8 @@ def page(
         _card("Schedules", _listed(shown)),
         *([_card("Samples", _strips(pictures))] if pictures else []),
     ]
-    heading = escape(title or "fastsched report")
+    model = None if stats.origin is None else stats.origin.model or stats.origin.pipeline
+    heading = escape(title or (f"Noise levels for {model}" if model else "Noise levels"))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -86,7 +88,18 @@ def _chosen(curves: Sequence[ErrorCurve]) -> dict[str, Schedule]:
 def _facts(stats: PathStatistics) -> str:
     """What was measured, as a table."""
     low, high = float(stats.sigmas[-2]), float(stats.sigmas[0])
+    origin = Origin() if stats.origin is None else stats.origin
+    known = {
+        "model": origin.model,
+        "pipeline": origin.pipeline,
+        "guidance": origin.guidance,
+        "prompts": origin.prompts,
+        "fingerprint of the network": origin.fingerprint,
+        "measured": origin.date,
+        "fastsched": origin.version,
+    }
     rows = {
+        **{key: str(value) for key, value in known.items() if value is not None},
         "noise process": {"ve": "variance exploding", "vp": "variance preserving", "flow": "flow"}[stats.process.kind],
         "shape of a sample": " x ".join(map(str, stats.shape)),
         "noise levels": f"{stats.levels}, from {_short(high)} to {_short(low)}",
