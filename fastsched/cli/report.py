@@ -46,7 +46,7 @@ def report(
         stats = inputs.load_statistics(statistics)
         named = {path.stem: inputs.load_schedule(path) for path in schedules or []}
         from fastsched.cli import report_data, report_page
-        from fastsched.progress import progress_bar
+        from fastsched.sampling.progress import progress_bar
 
         report_data.check_schedules(stats, named)
         measured = [row for path in errors or [] for row in report_data.read_errors(path)]

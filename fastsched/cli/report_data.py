@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastsched import validate
 from fastsched.costs.prediction import predict_error
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.schedule import Schedule
@@ -72,15 +73,28 @@ def plan(stats: PathStatistics, curve: ErrorCurve) -> list[int | None]:
     As `fastsched.steps_needed` decides it: the predicted error is at most that of the target over `SAFETY`. The fitted
     solver, whose weights are for one schedule, is compared with dpmpp_2m on karras.
     """
-    reached = dict(zip(curve.steps, curve.predicted_errors, strict=True))
-    goals = [karras_error(stats, curve.solver, steps) / SAFETY for steps in TARGETS]
-    return [next((n for n, error in reached.items() if error <= goal), None) for goal in goals]
+    return [steps_within(curve, karras_error(stats, curve.solver, steps)) for steps in TARGETS]
+
+
+def steps_within(curve: ErrorCurve, goal: float) -> int | None:
+    """The fewest steps of a curve whose predicted error is at most ``goal`` over `SAFETY`; None if there are none."""
+    pairs = zip(curve.steps, curve.predicted_errors, strict=True)
+    return next((steps for steps, error in pairs if error <= goal / SAFETY), None)
 
 
 def karras_error(stats: PathStatistics, solver: str, steps: int) -> float:
     """The predicted error of karras under a solver; under dpmpp_2m for the fitted one."""
-    sigmas = stats.process.sampler_sigma(COMMON["karras"](steps, *stats.finite_range))
-    return predict_error(stats, sigmas, "dpmpp_2m" if solver == FITTED else solver)
+    return common_error(stats, "karras", steps, solver="dpmpp_2m" if solver == FITTED else solver)
+
+
+def common_error(stats: PathStatistics, name: str, steps: int, *, solver: str) -> float:
+    """The predicted error of a schedule in common use, as `fastsched.steps_needed` computes it.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    make = COMMON[validate.choice("target", name, COMMON)]
+    return predict_error(stats, stats.process.sampler_sigma(make(steps, *stats.finite_range)), solver)
 
 
 def check_schedules(stats: PathStatistics, schedules: Mapping[str, Schedule]) -> None:

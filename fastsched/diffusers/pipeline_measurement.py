@@ -97,7 +97,7 @@ def _origin(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[st
         prompts = call_kwargs.get("prompt")
     return origin_now(
         # not the whole path, which says how folders are named on this machine
-        os.path.basename(os.path.normpath(source)) if isinstance(source, (str, os.PathLike)) else None,
+        os.path.basename(os.path.normpath(source)) if isinstance(source, (str, os.PathLike)) and source else None,
         pipeline=type(pipe).__name__,
         guidance=float(guidance) if isinstance(guidance, (int, float)) else None,
         prompts=1 if isinstance(prompts, str) else len(prompts) if isinstance(prompts, (list, tuple)) else None,
