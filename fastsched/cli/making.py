@@ -304,7 +304,7 @@ def plan(
                 cells = [(str(n), f"{calls}", f"{error:.4g}") for n, calls, error in rows]
                 shell.print_table((f"{curve.solver}: steps", "model calls", "predicted error"), cells, left=0)
             if goal is not None:
-                error = goal if isinstance(goal, float) else common_error(loaded, *goal, solver=curve.solver)
+                error = common_error(loaded, *goal, solver=curve.solver) if isinstance(goal, tuple) else goal
                 # Where the curve does not suffice, the library says by how much.
                 enough = steps_within(curve, error) or fs.steps_needed(
                     loaded, curve.solver, target=goal, max_steps=max_steps
