@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TOOLS := .venv-tools
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # The tensors of the tests and benchmarks are small: threads would only wait for each other.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test check fuzz bench bench-quality accept-gpu clean
+.PHONY: demo test check fuzz bench bench-quality accept-gpu package docs clean
 
 demo: $(VENV)/demo-installed  ## measure, select and compare on handwritten digits; table and figure
 	$(BIN)/fastsched demo --output demo-output
@@ -36,6 +37,30 @@ accept-gpu:  ## a GPU's verdict, with the PYTHON that is there; WHEELS=folder ad
 	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target build/wheels $(WHEELS)/*.whl)
 	PYTHONPATH=build/wheels:. $(PYTHON) -m benchmarks.accept_gpu $(ARGS)
 
+# The tools have a virtual environment of their own: they are no part of what the package needs.
+package: $(TOOLS)/package-installed  ## build the source distribution and the wheel in dist/, and check both
+	rm -rf build dist
+	$(TOOLS)/bin/python -m build
+	$(TOOLS)/bin/twine check --strict dist/*
+	$(TOOLS)/bin/check-wheel-contents --toplevel fastsched dist/*.whl
+
+docs: $(TOOLS)/docs-installed  ## build the documentation in site/; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(TOOLS)/bin/mkdocs build --strict --quiet
+
+# Without the package: the API is read from its source, so torch is not needed.
+$(TOOLS)/docs-installed: constraints.txt | $(TOOLS)/bin/python
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		mkdocs-material 'mkdocstrings[python]' ruff
+	touch $@
+
+$(TOOLS)/package-installed: constraints.txt | $(TOOLS)/bin/python
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		build twine check-wheel-contents
+	touch $@
+
+$(TOOLS)/bin/python:
+	$(PYTHON) -m venv $(TOOLS)
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -48,4 +73,4 @@ $(VENV)/dev-installed: pyproject.toml setup.py constraints.txt | $(VENV)/bin/pyt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-output build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(TOOLS) demo-output site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -2,7 +2,7 @@
 
 ``plot_*`` functions return a matplotlib ``Figure`` without a window; ``figure.savefig("name.png")`` writes it. The
 ``draw_*`` functions below them draw on existing axes. The colours of Okabe & Ito remain distinct for colour-blind
-readers. Needs matplotlib: ``pip install 'fastsched[demo]'``.
+readers. Needs matplotlib: ``pip install 'fastsched[plot]'``.
 """
 
 from __future__ import annotations
@@ -435,7 +435,7 @@ def check_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401 - only whether it is there
     except ImportError as error:
-        raise ImportError(f"figures need matplotlib ({error}); pip install 'fastsched[demo]'") from None
+        raise ImportError(f"figures need matplotlib ({error}); pip install 'fastsched[plot]'") from None
 
 
 def _figure(width: float, height: float) -> Figure:

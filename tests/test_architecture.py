@@ -116,6 +116,7 @@ def test_imports_by_name_are_the_known_ones():
         "fastsched/__init__.py": "f'fastsched.{_HOME[name]}'",  # names on first use
         "fastsched/denoisers/loading.py": "name",  # the user's own module
         "fastsched/ops/registration.py": "f'fastsched.kernels.{name}'",  # Triton on first use
+        "fastsched/sampling/display.py": "'fastsched.plot'",  # .plot(), drawn by what lies above
         "fastsched/sampling/schedule.py": "'fastsched.diffusers'",  # Schedule.to_diffusers, deprecated
     }
 

@@ -1,6 +1,7 @@
 """Every file, and every name in a file, that the documents point to exists."""
 
 import ast
+import pkgutil
 import re
 from pathlib import Path
 
@@ -59,6 +60,36 @@ def test_what_is_missing_is_found():
         "fastsched/metrics.py::nothing",
         "no.md",
     ]
+
+
+def navigation(entries):
+    """The pages of a navigation, in order."""
+    for entry in entries:
+        for page in entry.values():
+            yield from navigation(page) if isinstance(page, list) else [page]
+
+
+def test_the_navigation_names_every_page_once():
+    yaml = pytest.importorskip("yaml", reason="PyYAML reads mkdocs.yml")
+    pages = list(navigation(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
+    assert sorted(pages) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+def test_no_page_links_out_of_the_site():
+    """A page of the site has no other file of the checkout beside it: such files are named as code."""
+    outside = re.compile(r"\]\((?:\.\./|/)")
+    wrong = [path.name for path in (ROOT / "docs").glob("*.md") if outside.search(path.read_text(encoding="utf-8"))]
+    assert wrong == []
+
+
+def test_the_reference_has_every_public_name():
+    import fastsched as fs
+
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    headings = re.findall(r"heading: fs\.(\w+)", text)
+    assert sorted(headings) == sorted(fs.__all__)
+    for path in re.findall(r"^::: (\S+)$", text, re.MULTILINE):
+        assert pkgutil.resolve_name(path) is not None
 
 
 def test_the_architecture_names_every_room():

@@ -1,7 +1,9 @@
 """The package as a user meets it: what import costs, what a wheel holds, and life without Triton."""
 
+import email
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -98,6 +100,36 @@ def clone(request, tmp_path):
     return source
 
 
+def check_metadata(text):
+    """One version, no need of Triton, and a description that points to no file beside it."""
+    import fastsched
+
+    entries = email.message_from_string(text)
+    assert entries["Version"] == fastsched.__version__
+    needed = entries.get_all("Requires-Dist")
+    assert not [line for line in needed if line.startswith("triton") and "extra ==" not in line]
+    extras = set(entries.get_all("Provides-Extra"))
+    assert extras == {"plot", "demo", "diffusers", "triton", "comfyui", "docs", "test", "dev"}
+    description = entries.get_payload()
+    assert description.startswith("# fastsched")
+    assert "![" not in description
+    assert re.findall(r"\]\((?!https?:)[^)]*\)", description) == []
+    assert "docs/shell.md" in description  # what a link was to
+
+
+def test_the_source_distribution_takes_every_folder():
+    """``MANIFEST.in`` names whatever lies beside the package, but for what git and CI alone read."""
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        pytest.skip("needs a clone, to know what belongs to it")
+    tracked = subprocess.check_output([git, "ls-files"], cwd=ROOT, text=True).splitlines()
+    tops = {path.split("/")[0] for path in tracked} - {".ci", ".gitignore", ".pre-commit-config.yaml", "MANIFEST.in"}
+    lines = (ROOT / "MANIFEST.in").read_text().splitlines()
+    named = {name for line in lines if line.startswith(("include", "graft")) for name in line.split()[1:]}
+    always = {"LICENSE", "README.md", "pyproject.toml", "setup.py"}  # setuptools takes these by itself
+    assert tops - always == named
+
+
 @pytest.mark.slow
 def test_wheel_holds_the_package_alone_and_works(clone, tmp_path):
     """Built, installed into an empty folder and used from there, without the checkout."""
@@ -105,6 +137,7 @@ def test_wheel_holds_the_package_alone_and_works(clone, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
+        (metadata,) = [archive.read(name).decode() for name in names if name.endswith("METADATA")]
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fastsched"}
     modules = {f"fastsched/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
@@ -112,6 +145,7 @@ def test_wheel_holds_the_package_alone_and_works(clone, tmp_path):
         modules.add(path.relative_to(ROOT).as_posix())
     assert {name for name in names if name.endswith(".py")} == modules
     assert {"fastsched/py.typed", "fastsched/denoisers/assets/digits.safetensors"} <= set(names)
+    check_metadata(metadata)
     site = tmp_path / "site"
     subprocess.run([*PIP, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, timeout=600)
     printed = run(

@@ -183,7 +183,7 @@ def test_ticks_of_model_calls_are_integers_and_legends_cover_no_curve(stats, sch
 
 def test_missing_matplotlib_is_said_with_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"fastsched\[demo\]"):
+    with pytest.raises(ImportError, match=r"fastsched\[plot\]"):
         plot.check_matplotlib()
 
 

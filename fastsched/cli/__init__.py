@@ -1,4 +1,4 @@
-"""The shell: ``fastsched measure``, ``fit``, ``select``, ``plan``, ``compare``, ``plot``, ``export``, ``info``, ..."""
+"""The shell: ``fastsched fit``, ``measure``, ``select``, ``plan``, ``compare``, ``report``, ``export``, ..."""
 
 from fastsched.cli.commands import app
 

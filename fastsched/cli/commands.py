@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fastsched.cli import comparing, exporting, making, profiling, showing
+from fastsched.cli import comparing, exporting, making, profiling, report, showing
 from fastsched.cli.shell import STATE
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": making.plan,
     "compare": comparing.compare,
     "plot": comparing.plot,
+    "report": report.report,
     "profile": profiling.profile,
     "export": exporting.export,
     "info": showing.info,
@@ -51,6 +52,7 @@ def main(
                    fastsched select stats.safetensors --steps 6,8,10 --solver dpmpp_2m -o schedule.json
     Look:          fastsched compare my_model.py:build schedule.json --shape 4,64,64
                    fastsched plot stats.safetensors schedule.json -o schedule.png
+                   fastsched report stats.safetensors schedule.json -o report.html
     Use:           fastsched export schedule.json --to comfyui
 
     Exit status: 0, 2 for a bad argument, 130 after Ctrl-C, 1 for anything else that went wrong.

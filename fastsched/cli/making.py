@@ -284,6 +284,7 @@ def plan(
     """
     with shell.errors_in_a_line():
         import fastsched as fs
+        from fastsched.cli.report_data import common_error, steps_within
         from fastsched.plot import FORMATS, check_matplotlib, plot_error_curves
 
         if output is not None:
@@ -303,10 +304,12 @@ def plan(
                 cells = [(str(n), f"{calls}", f"{error:.4g}") for n, calls, error in rows]
                 shell.print_table((f"{curve.solver}: steps", "model calls", "predicted error"), cells, left=0)
             if goal is not None:
-                entry |= {
-                    "target": target,
-                    "steps_needed": fs.steps_needed(loaded, curve.solver, target=goal, max_steps=max_steps),
-                }
+                error = common_error(loaded, *goal, solver=curve.solver) if isinstance(goal, tuple) else goal
+                # Where the curve does not suffice, the library says by how much.
+                enough = steps_within(curve, error) or fs.steps_needed(
+                    loaded, curve.solver, target=goal, max_steps=max_steps
+                )
+                entry |= {"target": target, "steps_needed": enough}
                 if not as_json:
                     typer.echo(f"{curve.solver} needs {entry['steps_needed']} steps for {target}")
             found.append(entry)
@@ -328,6 +331,7 @@ def summary(schedule: Schedule) -> dict[str, Any]:
         "timesteps": None if schedule.timesteps is None else schedule.timesteps.tolist(),
         "predicted_error": schedule.predicted_error,
         "measured_error": schedule.measured_error,
+        **({} if schedule.origin is None else {"origin": schedule.origin.to_dict()}),
         **({} if schedule.weights is None else {"weights": schedule.weights.tolist()}),
     }
 

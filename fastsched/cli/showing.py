@@ -44,7 +44,9 @@ def info(
         if as_json:
             shell.print_json(found)
         else:
-            shell.print_table(("", str(file)), [(key, _cell(value)) for key, value in found.items()], left=2)
+            # What a file is of comes as lines of its own.
+            flat = {key: value for key, value in found.items() if key != "origin"} | found.get("origin", {})
+            shell.print_table(("", str(file)), [(key, _cell(value)) for key, value in flat.items()], left=2)
 
 
 def solvers(as_json: shell.AsJson = False) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from fastsched.diffusers.calibration import CalibrationScheduler, calibration_st
 from fastsched.diffusers.conventions import check_pipe
 from fastsched.diffusers.watching import check_caches, watched
 from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling.origin import Origin, origin_now
 
 #: Arguments of a pipeline's call that determine its steps.
 STEPPING = ("num_inference_steps", "timesteps", "sigmas")
@@ -80,7 +83,22 @@ def measure(
         settings = {"seed": seed, "samples_before": sum(part.samples for part in parts)}
         prompt = prompt_of(prompts, len(parts))
         parts.append(_one_call(pipe, levels, prompt, call_kwargs, keep_increments=keep_increments, **settings))
-    return functools.reduce(PathStatistics.merge, parts)
+    return replace(functools.reduce(PathStatistics.merge, parts), origin=_origin(pipe, prompts, call_kwargs))
+
+
+def _origin(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any]) -> Origin:
+    """What is measured: the last part of where the pipeline was loaded from, its class, guidance and prompts."""
+    source = getattr(getattr(pipe, "config", None), "_name_or_path", None) or getattr(pipe, "name_or_path", None)
+    guidance = call_kwargs.get("guidance_scale")
+    if prompts is None:
+        prompts = call_kwargs.get("prompt")
+    return origin_now(
+        # not the whole path, which says how folders are named on this machine
+        os.path.basename(os.path.normpath(source)) if isinstance(source, (str, os.PathLike)) and source else None,
+        pipeline=type(pipe).__name__,
+        guidance=float(guidance) if isinstance(guidance, (int, float)) else None,
+        prompts=1 if isinstance(prompts, str) else len(prompts) if isinstance(prompts, (list, tuple)) else None,
+    )
 
 
 def _one_call(

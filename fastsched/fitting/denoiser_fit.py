@@ -74,7 +74,7 @@ def fit(
         progress: Show progress bars.
 
     Returns:
-        The schedule, with its measured error if it was run, and its predicted one if it is that of `optimal_schedule`.
+        The schedule, with its predicted error, and its measured one if it was run.
 
     Raises:
         ValueError: As `measure`, `audition` and `tune` do, if ``stats`` are of samples of another shape, or if the

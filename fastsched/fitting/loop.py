@@ -7,9 +7,10 @@ the same loop fits a denoiser (`fastsched.fit`) and a pipeline of diffusers (`fa
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
+from fastsched.costs.prediction import predict_error
 from fastsched.fitting.auditioning import FINALISTS, Audition, first_round, ranked
 from fastsched.fitting.rollouts import Run
 from fastsched.fitting.tuning import Tuning, tuned
@@ -73,6 +74,24 @@ def fit_by_running(
     Raises:
         ValueError: If no candidate could be run.
     """
+    found = _fitted(run, stats, steps, solver, candidates, calls, model_calls)
+    schedule, origin = found.schedule, stats.schedule_origin()
+    if schedule.predicted_error is None:
+        schedule = replace(schedule, predicted_error=predict_error(stats, schedule))
+    if origin is not None:
+        schedule = replace(schedule, origin=replace(origin, model_calls=found.model_calls))
+    return replace(found, schedule=schedule)
+
+
+def _fitted(
+    run: Run,
+    stats: PathStatistics,
+    steps: int,
+    solver: str,
+    candidates: Iterable[tuple[str, Schedule]],
+    calls: int,
+    model_calls: int,
+) -> FitReport:
     most = affordable(calls, stats.samples, model_calls)
     if most == 0:
         return FitReport(optimal_schedule(stats, steps, solver), stats)

@@ -19,6 +19,7 @@ from fastsched.measurement.network_state import unchanged_buffers
 from fastsched.measurement.path_following import Measurement, measurement_steps
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.files import check_writable
+from fastsched.sampling.origin import network_name, origin_now
 from fastsched.sampling.progress import progress_bar
 
 #: What PyTorch's allocators say when they fail without an error class of their own.
@@ -69,13 +70,14 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
     ):
         try:
             mark, spent = _identified(run, batches, found, len(seeds) > 0)
+            origin = origin_now(network_name(run.denoiser.network), mark)
             for part_seeds in seeds.split(batches.size):
                 if not len(part_seeds):
                     break
                 done = 0 if whole is None else whole.samples
                 out = None if kept is None else kept[done : done + len(part_seeds)]
                 part = run.drive(measurement_steps(run, part_seeds, batches.shape, advance, out))
-                part = replace(part, fingerprint=mark, model_calls=part.model_calls + spent)
+                part = replace(part, fingerprint=mark, model_calls=part.model_calls + spent, origin=origin)
                 whole, spent = part if whole is None else whole.merge(part), 0
                 if batches.file is not None:
                     whole.save(batches.file, vectors=run.keep_vectors)

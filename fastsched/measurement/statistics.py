@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from fastsched.denoisers.noise import NoiseProcess
 from fastsched.measurement.deviated_paths import DeviatedPath
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.statistics_files import read_statistics, write_statistics
+from fastsched.sampling import display
+from fastsched.sampling.origin import Origin
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,6 +42,7 @@ class PathStatistics:
         increments: The ``e_q`` themselves, [B, N-1, d] float32, if they were kept; not saved.
         responses: The ``r_i`` themselves, [B, R, d] float32, if they were kept; not saved.
         fingerprint: Of the network (`fastsched.measurement.fingerprints`); None if it was not asked.
+        origin: What was measured, and when; None if it is not known.
     """
 
     process: NoiseProcess
@@ -55,6 +59,7 @@ class PathStatistics:
     increments: Tensor | None = None
     responses: Tensor | None = None
     fingerprint: Tensor | None = None
+    origin: Origin | None = None
 
     @property
     def vector_gram(self) -> Tensor:
@@ -95,8 +100,41 @@ class PathStatistics:
         swept = "with" if self.deviated else "without"
         return (
             f"PathStatistics({self.process.kind}, {self.levels} levels, {self.samples} samples of {self.shape}, "
-            f"{swept} responses, {self.model_calls} model calls)"
+            f"{swept} responses, {self.model_calls} model calls{'' if self.origin is None else f', of {self.origin}'})"
         )
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both hold the same measurement: the same paths of one process, with the same results."""
+        if not isinstance(other, PathStatistics):
+            return NotImplemented
+        plain = [(one.process, one.shape, one.deviated) for one in (self, other)]
+        names = ("s", "seeds", "gram", "ends", "response_cross", "response_gram")
+        return plain[0] == plain[1] and all(_same(getattr(self, name), getattr(other, name)) for name in names)
+
+    def __hash__(self) -> int:
+        return hash((self.shape, self.deviated, tuple(self.s.tolist()), tuple(self.seeds.tolist())))
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "noise levels": f"{self.levels}, from {float(self.sigmas[0]):.4g} to {float(self.sigmas[-2]):.4g}",
+            "samples": f"{self.samples} of shape {self.shape}",
+            "responses": "measured" if self.deviated else "not measured",
+            "model calls": self.model_calls,
+            "of": self.origin,
+        }
+        return display.table(f"PathStatistics: {self.process.kind}", rows)
+
+    def plot(self) -> Any:
+        """A matplotlib figure of the cost density over sigma.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+        """
+        return display.figure("plot_cost_density", self)
+
+    def schedule_origin(self) -> Origin | None:
+        """The origin of a schedule that is chosen from these statistics alone."""
+        return None if self.origin is None else replace(self.origin, model_calls=self.model_calls)
 
     def select(self, samples: Sequence[int] | Tensor) -> PathStatistics:
         """The statistics of some of the samples, by index (for jackknives and convergence checks).
@@ -159,6 +197,7 @@ class PathStatistics:
             increments=_joined(self.increments, other.increments),
             responses=_joined(self.responses, other.responses),
             fingerprint=self.fingerprint if self.fingerprint is not None else other.fingerprint,
+            origin=self.origin if self.origin is not None else other.origin,
         )
 
     def save(self, path: str | os.PathLike[str], *, vectors: bool = False) -> None:
@@ -191,6 +230,10 @@ def is_statistics(name: str, value: object) -> PathStatistics:
 def data_deviation(ends: Tensor) -> float:
     """Root mean square of ``ends`` [B, *shape] about the mean of all their elements."""
     return float((ends.double() - ends.double().mean()).square().mean().sqrt())
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
 def _joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:

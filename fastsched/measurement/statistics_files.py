@@ -13,6 +13,7 @@ from torch import Tensor
 from fastsched.denoisers.noise import process_from_dict
 from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels
 from fastsched.sampling.files import checksum, json_object, write_whole
+from fastsched.sampling.origin import Origin
 
 FORMAT = "fastsched.path_statistics"
 #: 1: errors passed on by a sweep of Jacobians, which is not used any more. 2: by responses. 3: with a checksum.
@@ -22,7 +23,7 @@ VERSION = 3
 NAMES = {"response_cross": "cross", "response_gram": "w_squared"}
 REQUIRED = {"s", "seeds", "gram", "ends"}
 OPTIONAL = {*NAMES.values(), "fingerprint", "increments", "responses"}
-ENTRIES = {"format", "version", "process", "data_std", "model_calls", "deviated", "sha256"}
+ENTRIES = {"format", "version", "process", "data_std", "model_calls", "deviated", "origin", "sha256"}
 #: Entries of files before version 3.
 FORMER_ENTRIES = {"sensitivity"}
 
@@ -44,6 +45,8 @@ def write_statistics(stats: Any, path: str | os.PathLike[str], vectors: bool) ->
         "model_calls": stats.model_calls,
         "deviated": [[path.hold, path.order] for path in stats.deviated],
     }
+    if stats.origin is not None:
+        header["origin"] = stats.origin.to_dict()
     header["sha256"] = _checksum(header, tensors)
     write_whole(path, save(tensors, metadata={"fastsched": json.dumps(header)}))
 
@@ -129,6 +132,7 @@ def _statistics(kind: type[Any], header: dict[str, Any], tensors: dict[str, Tens
         shape=tuple(tensors["ends"].shape[1:]),
         data_std=float(header["data_std"]),
         model_calls=header["model_calls"],
+        origin=Origin.from_dict(header["origin"]) if "origin" in header else None,
         deviated=tuple(DeviatedPath(int(hold), int(order)) for hold, order in header.get("deviated", [])),
         **{fields.get(name, name): tensor for name, tensor in tensors.items()},
     )

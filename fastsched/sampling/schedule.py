@@ -17,7 +17,9 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.noise import NoiseProcess
+from fastsched.sampling import display
 from fastsched.sampling.fitted import checked_weights
+from fastsched.sampling.origin import Origin
 from fastsched.sampling.schedule_files import FORMAT, VERSION, read_entries, write_entries
 from fastsched.sampling.solvers import FITTED, STOCHASTIC_SOLVERS, get_solver, solver_name
 
@@ -39,6 +41,8 @@ class Schedule:
         predicted_error: Predicted ``E ||x0 - x0_converged||^2`` from the same noise, summed over a sample's elements.
         weights: Of the fitted solver (`fastsched.sampling.fitted`), [steps, steps] float64; None for stock solvers.
         measured_error: The same as an audition found it by sampling: the geometric mean over its samples.
+        origin: What it was chosen for, and how; None if it is not known. Schedules are equal (``==``) if a sampler
+            does the same with them, whatever their errors and origins.
     """
 
     sigmas: Tensor
@@ -48,6 +52,7 @@ class Schedule:
     predicted_error: float | None = None
     measured_error: float | None = None
     weights: Tensor | None = None
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         sigmas = validate.descending_sigmas(self.sigmas)
@@ -87,6 +92,7 @@ class Schedule:
         solver: str,
         predicted_error: float | None = None,
         weights: Tensor | None = None,
+        origin: Origin | None = None,
     ) -> Schedule:
         """A schedule at the noise levels ``s`` of ``process``, the last of which is 0."""
         return cls(
@@ -96,6 +102,7 @@ class Schedule:
             timesteps=process.timestep(s[:-1]),
             predicted_error=predicted_error,
             weights=weights,
+            origin=origin,
         )
 
     @property
@@ -121,7 +128,40 @@ class Schedule:
         values = ", ".join(f"{value:.4g}" for value in self.sigmas.tolist())
         error = "" if self.predicted_error is None else f", predicted_error={self.predicted_error:.4g}"
         weights = "" if self.weights is None else f", weights={_brief_weights(self.weights)}"
-        return f"Schedule({self.solver}, {self.steps} steps, {self.noise}: [{values}]{weights}{error})"
+        error += "" if self.measured_error is None else f", measured_error={self.measured_error:.4g}"
+        origin = "" if self.origin is None else f", of {self.origin}"
+        return f"Schedule({self.solver}, {self.steps} steps, {self.noise}: [{values}]{weights}{error}{origin})"
+
+    def __eq__(self, other: object) -> bool:
+        return self._used() == other._used() if isinstance(other, Schedule) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(str(self._used()))
+
+    def _used(self) -> tuple[Any, ...]:
+        """What a sampler uses, as plain values."""
+        tensors = (self.sigmas, self.timesteps, self.weights)
+        return self.solver, self.noise, *(None if tensor is None else tensor.tolist() for tensor in tensors)
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "sigmas": ", ".join(f"{value:.4g}" for value in self.sigmas.tolist()),
+            "weights": None if self.weights is None else _brief_weights(self.weights),
+            "predicted error": display.brief(self.predicted_error),
+            "measured error": display.brief(self.measured_error),
+            "of": self.origin,
+        }
+        title = f"Schedule: {self.solver}, {self.steps} steps, {self.noise}"
+        return display.table(title, rows) + display.node_line(self.sigmas.tolist(), self.noise == "flow")
+
+    def plot(self, stats: Any = None) -> Any:
+        """A matplotlib figure of the noise levels, over the cost density of ``stats`` if given.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+        """
+        name = f"{self.solver}, {self.steps} steps"
+        return display.figure("plot_schedules", {name: self}, stats=stats)
 
     def to_diffusers(self, scheduler: Any, *, mu: float | None = None) -> dict[str, Any]:
         """Keyword arguments with which a pipeline of diffusers uses this schedule: ``pipe(prompt, **arguments)``.
@@ -170,6 +210,8 @@ class Schedule:
         for name in ("predicted_error", "measured_error"):
             if getattr(self, name) is not None:
                 entries[name] = _decimal(getattr(self, name))
+        if self.origin is not None:
+            entries["origin"] = json.dumps(self.origin.to_dict())
         write_entries(path, entries)
 
     @classmethod

@@ -9,12 +9,13 @@ import os
 from typing import Any
 
 from fastsched.sampling.files import checksum, json_object, write_whole
+from fastsched.sampling.origin import Origin
 
 FORMAT = "fastsched.schedule"
 VERSION = 2
 
 REQUIRED = ("format", "version", "sigmas", "solver", "noise")
-OPTIONAL = ("timesteps", "weights", "predicted_error", "measured_error", "sha256")
+OPTIONAL = ("timesteps", "weights", "predicted_error", "measured_error", "origin", "sha256")
 #: Larger timesteps than any model's are damage.
 LARGEST_TIMESTEP = 1e6
 
@@ -90,6 +91,8 @@ def _checked(entries: dict[str, Any]) -> dict[str, Any]:
             if not 0 <= value < math.inf:
                 raise ValueError(f"{key} must be finite and not negative, got {value!r}")
             found[key] = value
+    if found["origin"] is not None:
+        found["origin"] = Origin.from_dict(found["origin"])
     del found["sha256"]
     return found
 

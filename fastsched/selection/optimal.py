@@ -69,7 +69,8 @@ class Minimum:
         """The schedule of these levels."""
         weights = ErrorModel.of(stats, solver).weights(self.levels)
         s = torch.from_numpy(self.levels)
-        return Schedule.from_levels(stats.process, s, solver.name, float(self.predicted_error), weights)
+        error, origin = float(self.predicted_error), stats.schedule_origin()
+        return Schedule.from_levels(stats.process, s, solver.name, error, weights, origin)
 
 
 def ranked_starts(

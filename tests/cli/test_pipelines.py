@@ -34,7 +34,10 @@ def test_measure_is_that_of_the_library(saved, pipe, tmp_path):
     assert result.exit_code == 0, result.stderr
     assert "model calls, counted per sample: 40 to measure" in result.stderr
     expected = fs.diffusers.measure(pipe, levels=10, samples=2)
-    torch.testing.assert_close(fs.PathStatistics.load(output).gram, expected.gram)
+    found = fs.PathStatistics.load(output)
+    torch.testing.assert_close(found.gram, expected.gram)
+    assert (found.origin.model, found.origin.pipeline) == ("ddim", "DDIMPipeline")  # the folder's name, not its path
+    assert ["pipeline", "DDIMPipeline"] in [line.split() for line in run("info", output).stdout.splitlines()]
 
 
 def test_fit_is_that_of_the_library(saved, pipe, tmp_path):
@@ -44,7 +47,12 @@ def test_fit_is_that_of_the_library(saved, pipe, tmp_path):
     assert result.exit_code == 0, result.stderr
     assert "20 to measure, at most 30 to run" in result.stderr
     expected = fs.diffusers.fit(pipe, 4, levels=10, samples=1, model_calls=30)
-    assert torch.equal(fs.Schedule.load(output).sigmas, expected.sigmas)
+    found = fs.Schedule.load(output)
+    assert found == expected
+    assert found.origin == expected.origin
+    assert found.origin.model_calls > 20  # of the measurement, and of the runs
+    assert found.predicted_error > 0
+    assert found.measured_error > 0
 
 
 def test_compare_holds_the_pipeline_to_its_converged_samples(saved, pipe, tmp_path):

@@ -148,6 +148,7 @@ def test_guidance_is_part_of_what_is_measured():
     plain, conditional, scale = mixture(), mixture(1), 4.0
     pipe, call = guided_pipeline(scheduler, plain, conditional)
     measured = fs.diffusers.measure(pipe, samples=SAMPLES, guidance_scale=scale, **call)
+    assert measured.origin.guidance == scale
     guided = denoiser_of(scheduler, (plain, 1 - scale), (conditional, scale))
     direct = fs.measure(guided, SHAPE, samples=SAMPLES, progress=False)
     assert cells_apart(fs.optimal_schedule(measured, 6), fs.optimal_schedule(direct, 6), direct.s) <= 1
@@ -413,3 +414,9 @@ def test_a_calibration_scheduler_is_a_scheduler_of_diffusers(tmp_path):
     loaded = fs.diffusers.CalibrationScheduler.from_pretrained(tmp_path)
     assert loaded.convention.process == describe(scheduler).process
     assert loaded.convention.denoiser.prediction == "v"
+
+
+def test_the_origin_says_how_the_pipeline_was_called():
+    pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())
+    origin = fs.diffusers.measure(pipe, levels=12, samples=1, prompts=["a", "b"]).origin
+    assert (origin.pipeline, origin.prompts, origin.guidance) == ("OraclePipeline", 2, None)

@@ -1,5 +1,6 @@
 import json
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,7 +92,9 @@ def header_of(path):
 
 
 def test_prints_in_a_line(stats):
-    assert repr(stats) == "PathStatistics(ve, 12 levels, 3 samples of (4,), with responses, 72 model calls)"
+    bare = replace(stats, origin=None)
+    assert repr(bare) == "PathStatistics(ve, 12 levels, 3 samples of (4,), with responses, 72 model calls)"
+    assert repr(stats) == repr(bare)[:-1] + f", of GaussianMixture.denoise, {stats.origin.date})"
     assert len(repr(KINDS["epsilon"].process)) < 100
 
 

@@ -1,0 +1,78 @@
+"""The command report: one page about a measurement and its schedules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from fastsched.cli import inputs, shell
+from fastsched.cli.shell import note
+
+#: Media types of pictures that a page can hold.
+PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
+SOLVERS = "ddim,dpmpp_2m,unipc,fitted"
+
+
+def report(
+    statistics: Annotated[Path, typer.Argument(help="Statistics that 'fastsched measure' wrote.")],
+    schedules: Annotated[
+        Optional[list[Path]], typer.Argument(help="Schedules that 'fastsched fit' or 'select' wrote.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Page to write, .html.")] = Path("report.html"),
+    solver: Annotated[str, typer.Option(help="Solvers of the error curves, separated by commas.")] = SOLVERS,
+    max_steps: Annotated[int, typer.Option(help="Largest number of steps of the error curves.")] = 16,
+    errors: Annotated[
+        Optional[list[Path]],
+        typer.Option("--errors", help="Measured errors, a table of 'fastsched compare --csv'; repeatable."),
+    ] = None,
+    image: Annotated[
+        Optional[list[str]], typer.Option("--image", help="Samples to show, TITLE=FILE.png; repeatable.")
+    ] = None,
+    title: Annotated[Optional[str], typer.Option(help="Title of the page.  [default: the model]")] = None,
+    quiet: shell.Quiet = False,
+) -> None:
+    """Write a page about statistics and schedules. No model calls; one HTML file that needs no network.
+
+    \b
+    fastsched report stats.safetensors -o report.html
+    fastsched report stats.safetensors schedule.json -o report.html --errors errors.csv --image "8 steps=samples.png"
+    """
+    with shell.errors_in_a_line():
+        shell.writable(output, endings=(".html",))
+        names = [inputs.solver_named(name.strip()) for name in solver.split(",")]
+        pictures = [_picture(option) for option in image or []]
+        stats = inputs.load_statistics(statistics)
+        named = {path.stem: inputs.load_schedule(path) for path in schedules or []}
+        from fastsched.cli import report_data, report_page
+        from fastsched.sampling.progress import progress_bar
+
+        report_data.check_schedules(stats, named)
+        measured = [row for path in errors or [] for row in report_data.read_errors(path)]
+        with progress_bar(len(names), not quiet, "predicting", "solver") as advance:
+            found = []
+            for name in names:
+                found += report_data.curves(stats, [name], max_steps)
+                advance(1)
+        page = report_page.page(title, stats, named, found, measured, pictures)
+        output.write_text(page, encoding="utf-8")
+        note(f"wrote {output}")
+
+
+def _picture(option: str) -> tuple[str, str, bytes]:
+    """The title, media type and content of a picture named on the command line.
+
+    Raises:
+        ValueError: If it is not TITLE=FILE, or the file is no picture of a known type.
+        OSError: If it cannot be read.
+    """
+    name, equals, file = option.rpartition("=")
+    path = Path(file)
+    kind = PICTURES.get(path.suffix.lower())
+    if not equals or not name or kind is None:
+        raise ValueError(f"image must be TITLE=FILE with a file ending in {', '.join(PICTURES)}, got {option!r}")
+    content = path.read_bytes()
+    if not content.startswith((b"\x89PNG", b"\xff\xd8", b"RIFF")):
+        raise ValueError(f"image {file} is not a picture of the type that its name says")
+    return name, kind, content

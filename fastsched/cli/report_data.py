@@ -1,0 +1,126 @@
+"""What a report shows, computed from statistics and schedules without a model call."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastsched import validate
+from fastsched.costs.prediction import predict_error
+from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.solvers import FITTED
+from fastsched.selection.planning import COMMON, SAFETY, ErrorCurve, error_curve
+
+#: One standard deviation of predicted over measured errors, nine denoisers (`fastsched.selection.planning.SAFETY`).
+SCATTER = 1.3
+#: What the plan compares with: karras at these numbers of steps.
+TARGETS = (10, 20, 30)
+
+
+@dataclass(frozen=True)
+class Band:
+    """The predicted errors of one solver's curve, one standard deviation lower and higher, for each number of steps."""
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An error that was found by sampling: of a schedule, at so many steps, and under which solver."""
+
+    name: str
+    solver: str
+    steps: int
+    error: float
+
+
+def band(stats: PathStatistics, curve: ErrorCurve) -> Band:
+    """One standard deviation around predicted errors, on a logarithmic scale.
+
+    Two parts add up in squares: the scatter of predictions over denoisers (`SCATTER`), and the jackknife over the
+    measured samples with the schedules held fixed, ``se^2 = (B - 1)/B sum_b (theta_b - mean theta)^2`` with ``theta_b``
+    the logarithm of the error without sample b. With one sample there is only the first.
+    """
+    spreads = [math.log(SCATTER) ** 2] * len(curve.steps)
+    count = stats.samples
+    if count > 1:
+        parts = [stats.select([b for b in range(count) if b != left_out]) for left_out in range(count)]
+        for n, schedule in enumerate(curve.schedules):
+            logs = [math.log(max(predict_error(part, schedule, curve.solver), 1e-300)) for part in parts]
+            mean = sum(logs) / count
+            spreads[n] += (count - 1) / count * sum((value - mean) ** 2 for value in logs)
+    factors = [math.exp(math.sqrt(spread)) for spread in spreads]
+    errors = curve.predicted_errors
+    return Band(
+        tuple(error / factor for error, factor in zip(errors, factors, strict=True)),
+        tuple(error * factor for error, factor in zip(errors, factors, strict=True)),
+    )
+
+
+def curves(stats: PathStatistics, solvers: Sequence[str], max_steps: int) -> list[ErrorCurve]:
+    """The predicted errors of each solver's best schedules, up to ``max_steps`` or as many as the levels allow."""
+    return [error_curve(stats, solver, min(max_steps, stats.levels - 1)) for solver in solvers]
+
+
+def plan(stats: PathStatistics, curve: ErrorCurve) -> list[int | None]:
+    """The fewest steps that are as good as karras at each of `TARGETS`; None where the curve has none.
+
+    As `fastsched.steps_needed` decides it: the predicted error is at most that of the target over `SAFETY`. The fitted
+    solver, whose weights are for one schedule, is compared with dpmpp_2m on karras.
+    """
+    return [steps_within(curve, karras_error(stats, curve.solver, steps)) for steps in TARGETS]
+
+
+def steps_within(curve: ErrorCurve, goal: float) -> int | None:
+    """The fewest steps of a curve whose predicted error is at most ``goal`` over `SAFETY`; None if there are none."""
+    pairs = zip(curve.steps, curve.predicted_errors, strict=True)
+    return next((steps for steps, error in pairs if error <= goal / SAFETY), None)
+
+
+def karras_error(stats: PathStatistics, solver: str, steps: int) -> float:
+    """The predicted error of karras under a solver; under dpmpp_2m for the fitted one."""
+    return common_error(stats, "karras", steps, solver="dpmpp_2m" if solver == FITTED else solver)
+
+
+def common_error(stats: PathStatistics, name: str, steps: int, *, solver: str) -> float:
+    """The predicted error of a schedule in common use, as `fastsched.steps_needed` computes it.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    make = COMMON[validate.choice("target", name, COMMON)]
+    return predict_error(stats, stats.process.sampler_sigma(make(steps, *stats.finite_range)), solver)
+
+
+def check_schedules(stats: PathStatistics, schedules: Mapping[str, Schedule]) -> None:
+    """Check that schedules can belong to the statistics.
+
+    Raises:
+        ValueError: If one is of another kind of noise process.
+    """
+    for name, schedule in schedules.items():
+        if schedule.noise != stats.process.kind:
+            raise ValueError(
+                f"{name} is for a {schedule.noise!r} noise process and the statistics are of a "
+                f"{stats.process.kind!r} one; report schedules of one model"
+            )
+
+
+def read_errors(path: Path) -> list[Measured]:
+    """The typical errors in a table that ``fastsched compare --csv`` wrote.
+
+    Raises:
+        ValueError: If a column is missing or a value is no number.
+        OSError: If the file cannot be read.
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        return [Measured(row["name"], row["solver"], int(row["steps"]), float(row["typical_error"])) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a table that 'fastsched compare --csv' writes: {error!r}") from None

@@ -1,0 +1,44 @@
+"""How schedules and statistics show themselves in notebooks, and their figures."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+
+def figure(function: str, *arguments: Any, **options: Any) -> Any:
+    """The matplotlib figure that a function of `fastsched.plot` draws."""
+    # By name: figures lie above everything they draw.
+    return getattr(importlib.import_module("fastsched.plot"), function)(*arguments, **options)
+
+
+def table(title: str, rows: Mapping[str, object]) -> str:
+    """HTML of names and values; those that are None are left out."""
+    cells = "".join(
+        f'<tr><th style="text-align:left">{escape(key)}</th><td style="text-align:left">{escape(str(value))}</td></tr>'
+        for key, value in rows.items()
+        if value is not None
+    )
+    return f"<table><thead><tr><th colspan=2 style='text-align:left'>{escape(title)}</th></tr></thead>{cells}</table>"
+
+
+def node_line(sigmas: Sequence[float], flow: bool) -> str:
+    """SVG with a dot for each positive finite sigma, noise on the left: even in flow time, or in ``log sigma``."""
+    kept = [value for value in sigmas if value > 0 and math.isfinite(value)]
+    places = [-value if flow else -math.log(value) for value in kept]
+    low, high = min(places, default=0.0), max(places, default=0.0)
+    dots = "".join(
+        f'<circle cx="{10 + 380 * (place - low) / ((high - low) or 1):.1f}" cy="12" r="4" fill="#0072B2">'
+        f"<title>{value:.6g}</title></circle>"
+        for place, value in zip(places, kept, strict=True)
+    )
+    line = '<line x1="10" x2="390" y1="12" y2="12" stroke="#999999"/>'
+    return f'<svg viewBox="0 0 400 24" style="width:100%;max-width:400px">{line}{dots}</svg>'
+
+
+def brief(value: float | None) -> str | None:
+    """Four significant digits; None for None."""
+    return None if value is None else f"{value:.4g}"

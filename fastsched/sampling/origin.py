@@ -1,0 +1,105 @@
+"""What a measurement or a schedule is of: the network, how it was run, when, and at what cost."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+#: Longest text in an entry of a file.
+LONGEST = 200
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a file is of; None for what is not known.
+
+    Attributes:
+        model: The name of the network's class or function; of a pipeline, the folder or repository it was loaded from.
+        fingerprint: 12 hexadecimal digits of what the network answered to a fixed question. Two runs of one network on
+            different devices may differ in it.
+        pipeline: The class of the pipeline.
+        guidance: The pipeline's ``guidance_scale``, if the call set it.
+        prompts: How many prompts were used.
+        date: The day of the measurement, UTC, ``YYYY-MM-DD``.
+        version: Of fastsched.
+        model_calls: Network evaluations spent, the measurement included, counted per sample.
+    """
+
+    model: str | None = None
+    fingerprint: str | None = None
+    pipeline: str | None = None
+    guidance: float | None = None
+    prompts: int | None = None
+    date: str | None = None
+    version: str | None = None
+    model_calls: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entries that are known."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, entries: Any) -> Origin:
+        """From the entries of a file, which are not trusted.
+
+        Raises:
+            ValueError: If one is unknown, or is not of its kind.
+        """
+        kinds = {field.name: str(field.type).split(" ")[0] for field in fields(cls)}
+        if not isinstance(entries, Mapping) or not set(entries) <= set(kinds):
+            raise ValueError(f"origin must hold only {', '.join(kinds)}, got {entries!r:.80}")
+        for key, value in entries.items():
+            if not _is_a(value, kinds[key]):
+                raise ValueError(f"origin: {key} must be {_KINDS[kinds[key]]}, got {value!r:.80}")
+        return cls(**entries)
+
+    def __str__(self) -> str:
+        """What is known, in a line: ``UNet2DModel, DDIMPipeline, guidance 7.5, 2 prompts, 2026-11-26``."""
+        words = [self.model or (f"network {self.fingerprint}" if self.fingerprint else None), self.pipeline]
+        words += [None if self.guidance is None else f"guidance {self.guidance:g}"]
+        words += [None if self.prompts is None else f"{self.prompts} prompt{'s' * (self.prompts != 1)}", self.date]
+        return ", ".join(word for word in words if word)
+
+
+_KINDS = {"str": f"text of at most {LONGEST} printable characters", "int": "a whole number", "float": "a number"}
+
+
+def _is_a(value: object, kind: str) -> bool:
+    if kind == "str":
+        return isinstance(value, str) and len(value) <= LONGEST and value.isprintable()
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind == "float" else int):
+        return False
+    return math.isfinite(value) and abs(value) < 2**63
+
+
+def origin_now(model: str | None, fingerprint: Tensor | None = None, **known: Any) -> Origin:
+    """The origin of a measurement that is made today by this version."""
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    digits = None
+    if fingerprint is not None:
+        digits = hashlib.sha256(fingerprint.detach().cpu().double().numpy().tobytes()).hexdigest()[:12]
+    # The package's own module is looked up, not imported: it names all rooms, and this one is below most of them.
+    version = getattr(sys.modules.get(__name__.partition(".")[0]), "__version__", None)
+    name = None if model is None else "".join(letter for letter in model if letter.isprintable())[:LONGEST]
+    return Origin(model=name or None, fingerprint=digits, date=today, version=version, **known)
+
+
+def network_name(network: Callable[..., Any]) -> str:
+    """The name of a network's class or function, inside containers such as ``torch.compile`` and partial functions."""
+    while True:
+        inner = getattr(network, "_orig_mod", None) or getattr(network, "module", None)
+        if isinstance(network, functools.partial):
+            inner = network.func
+        if not callable(inner) or inner is network:
+            break
+        network = inner
+    name = getattr(network, "__qualname__", None) or type(network).__qualname__
+    return name.replace("<locals>.", "")

@@ -1,0 +1,217 @@
+"""The report: what it computes, that it needs nothing else, and how a browser shows it."""
+
+import dataclasses
+import io
+import math
+import re
+import shutil
+import subprocess
+from html import escape
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from shell_runs import one_line, run
+
+import fastsched as fs
+from fastsched.cli import charts, report_data
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+)
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Balanced(HTMLParser):
+    """Collects text, attributes and errors of nesting."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.wrong, self.attributes, self.text = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def parsed(path):
+    parser = Balanced()
+    parser.feed(path.read_text(encoding="utf-8"))
+    assert parser.open == []
+    assert parser.wrong == []
+    return parser
+
+
+@pytest.fixture(scope="module")
+def page(folder, tmp_path_factory):
+    """A report of everything: a fitted schedule, one with a measured error, errors of a comparison, and a picture."""
+    path = tmp_path_factory.mktemp("report")
+    stats = fs.PathStatistics.load(folder / "s.safetensors")
+    fs.optimal_schedule(stats, 5, "fitted").save(path / "mine.json")
+    chosen = fs.Schedule.load(folder / "x-4.json")
+    dataclasses.replace(chosen, measured_error=0.0123).save(path / "run <b>.json")
+    errors = "name,solver,steps,model_calls,typical_error,mean_error,standard_error,frechet\n"
+    (path / "errors.csv").write_text(errors + "karras & co,ddim,6,6,0.25,0.3,0.1,0.2\n")
+    (path / "a.png").write_bytes(charts.png(np.full((8, 8, 3), 128, dtype=np.uint8)))
+    result = run(
+        *("report", folder / "s.safetensors", path / "mine.json", path / "run <b>.json", "-o", path / "report.html"),
+        *("--solver", "Euler,dpmpp_2m,fitted", "--max-steps", "6", "--errors", path / "errors.csv", "-q"),
+        *("--image", f"six <steps>={path / 'a.png'}", "--title", "A <model>"),
+    )
+    assert result.exit_code == 0, result.stderr
+    return path / "report.html"
+
+
+def test_the_page_holds_everything_and_needs_nothing(page):
+    found = parsed(page)
+    text = " ".join(found.text)
+    for words in ("A <model>", "run <b>", "0.0123", "karras & co (ddim), measured", "six <steps>", "Weights of mine"):
+        assert words in text
+    sources = [value for name, value in found.attributes if name in ("src", "href")]
+    assert len(sources) == 2  # the Gram matrix and the picture
+    assert all(value.startswith("data:image/png;base64,") for value in sources)
+    assert not re.search(r"https?:|<script|<link|@import|url\(", page.read_text(encoding="utf-8"))
+    sigmas = fs.Schedule.load(page.parent / "mine.json").sigmas.tolist()
+    assert f"{sigmas[1]:.6g}"[:6] in text
+
+
+def test_without_schedules_those_of_the_curves_are_shown(folder, tmp_path):
+    out = tmp_path / "r.html"
+    result = run("report", folder / "s.safetensors", "-o", out, "--solver", "ddim", "--max-steps", "5", "-q")
+    assert result.exit_code == 0, result.stderr
+    assert "ddim, 5 steps" in " ".join(parsed(out).text)
+
+
+def test_a_measurement_without_responses_and_a_flow_have_pages(tmp_path):
+    denoiser = fs.Denoiser.from_velocity(lambda x, t: x * (2 * t[:, None] - 1))
+    fs.measure(denoiser, (3,), samples=1, levels=12, responses=False, progress=False).save(tmp_path / "s.safetensors")
+    out = tmp_path / "r.html"
+    result = run("report", tmp_path / "s.safetensors", "-o", out, "--solver", "ddim", "--max-steps", "4", "-q")
+    assert result.exit_code == 0, result.stderr
+    text = " ".join(parsed(out).text)
+    assert "flow time (noise on the left)" in text
+    assert "Responses to deviations" not in text
+
+
+def test_the_plan_is_that_of_steps_needed(folder, monkeypatch):
+    monkeypatch.setattr(report_data, "TARGETS", (3, 5))
+    stats = fs.PathStatistics.load(folder / "s.safetensors")
+    for solver in ("ddim", "dpmpp_2m"):
+        curve = fs.error_curve(stats, solver, 8)
+        needed = [fs.steps_needed(stats, solver, target=("karras", steps)) for steps in (3, 5)]
+        assert report_data.plan(stats, curve) == [n if n <= 8 else None for n in needed]
+    curve = fs.error_curve(stats, "fitted", 4)
+    goal = report_data.karras_error(stats, "dpmpp_2m", 5)
+    assert report_data.plan(stats, curve)[1] == fs.steps_needed(stats, "fitted", target=goal)
+
+
+def test_bands_add_the_scatter_and_the_jackknife(folder):
+    stats = fs.PathStatistics.load(folder / "s.safetensors")
+    curve = fs.error_curve(stats, "ddim", 3)
+    found = report_data.band(stats, curve)
+    logs = [
+        math.log(fs.predict_error(stats.select([b for b in range(3) if b != n]), curve.schedules[2])) for n in range(3)
+    ]
+    jackknife = np.sqrt(2 / 3 * np.sum((np.array(logs) - np.mean(logs)) ** 2))
+    factor = math.exp(math.hypot(math.log(1.3), jackknife))
+    assert found.high[2] / curve.predicted_errors[2] == pytest.approx(factor, rel=1e-9)
+    assert curve.predicted_errors[2] / found.low[2] == pytest.approx(factor, rel=1e-9)
+    alone = report_data.band(stats.select([0]), curve)
+    assert alone.high[0] / curve.predicted_errors[0] == pytest.approx(1.3)
+
+
+@pytest.mark.parametrize(
+    ("axis", "ticks"),
+    [
+        (charts.Axis(80, 0.002, 0, 1, log=True), [0.01, 0.1, 1, 10]),
+        (charts.Axis(1, 16, 0, 1), [2, 4, 6, 8, 10, 12, 14, 16]),
+        (charts.Axis(1, 0, 0, 1), [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (charts.Axis(2, 3, 0, 1, log=True), [2, 3]),
+    ],
+)
+def test_ticks_are_round(axis, ticks):
+    assert axis.ticks() == pytest.approx(ticks)
+
+
+def test_positions_on_an_axis():
+    axis = charts.Axis(100, 1, 10, 30, log=True)
+    assert [axis(100), axis(10), axis(1)] == pytest.approx([10, 20, 30])
+
+
+def test_the_png_is_the_pixels():
+    image = pytest.importorskip("PIL.Image", reason="Pillow reads the PNG back")
+    pixels = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+    with image.open(io.BytesIO(charts.png(pixels))) as read:
+        np.testing.assert_array_equal(np.asarray(read), pixels)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-o", "r.txt"), "output must end in .html"),
+        (("-o", "r.html", "--image", "no title.png"), "image must be TITLE=FILE"),
+        (("-o", "r.html", "--image", "a=s.safetensors"), "image must be TITLE=FILE"),
+        (("-o", "r.html", "--image", "a=fake.png"), "is not a picture"),
+        (("-o", "r.html", "--errors", "fake.png"), "not a table that 'fastsched compare --csv' writes"),
+        (("flow.json", "-o", "r.html"), "flow is for a 'flow' noise process and the statistics are of a 've' one"),
+        (("-o", "r.html", "--solver", "dpmpp_9m"), "solver"),
+    ],
+)
+def test_wrong_arguments_are_named(folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fake.png").write_text("a,b\n1,2\n")
+    fs.Schedule(torch.tensor([1.0, 0.5, 0.0]), "ddim", "flow").save("flow.json")
+    result = run("report", folder / "s.safetensors", *arguments, "-q")
+    assert result.exit_code == 2
+    assert message in one_line(result)
+    assert not (tmp_path / "r.html").exists()
+
+
+def browser(path, *options):
+    """Run Chromium once on a page, with a new profile."""
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={path.parent / 'profile'}", *options, path.as_uri()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+@pytest.mark.parametrize(("scheme", "dark"), [("1", False), ("0", True)], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1180], ids=["phone", "desk"])
+def test_a_browser_shows_the_page(page, tmp_path, width, scheme, dark):
+    """The page fills its width without a sideways scroll, and its colours follow the reader's choice."""
+    image = pytest.importorskip("PIL.Image", reason="Pillow reads the screenshot")
+    # Chromium lays out no window narrower than 500, but a frame may be.
+    content = escape(page.read_text(encoding="utf-8"), quote=True)
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<title></title><iframe width="{width}" height="900" frameborder="0" srcdoc="{content}" onload="'
+        "document.title = this.contentDocument.documentElement.scrollWidth + ' ' + this.contentWindow.innerWidth"
+        '"></iframe>',
+        encoding="utf-8",
+    )
+    settings = [f"--window-size={width},900", f"--blink-settings=preferredColorScheme={scheme}"]
+    title = re.search(r"<title>(\d+) (\d+)</title>", browser(frame, "--dump-dom"))
+    assert title is not None
+    assert int(title[1]) <= int(title[2]) == width
+    browser(page, *settings, f"--screenshot={tmp_path / 'shot.png'}")
+    with image.open(tmp_path / "shot.png") as read:
+        pixels = np.asarray(read.convert("L"))
+    assert (pixels.mean() < 80) == dark
+    assert pixels.std() > 5  # something is drawn

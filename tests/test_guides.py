@@ -1,0 +1,139 @@
+"""The code of the documents runs: whole programs in the gallery, and block after block in the guides."""
+
+import importlib.util
+import re
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastsched as fs
+
+DOCS = Path(__file__).parents[1] / "docs"
+#: Guides that tests of other files run.
+ELSEWHERE = {"diffusers.md", "fitted.md"}
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+#: Third-party packages that a block may need.
+LIBRARIES = ("diffusers", "flow_matching", "k_diffusion", "smalldiffusion", "torchdiffeq")
+
+
+def blocks(page):
+    return BLOCK.findall((DOCS / page).read_text(encoding="utf-8"))
+
+
+def need(code):
+    """Skip the test if a block imports a package that is not installed."""
+    for name in LIBRARIES:
+        if re.search(rf"^(?:import|from) {name}\b", code, re.MULTILINE) and importlib.util.find_spec(name) is None:
+            pytest.skip(f"needs {name}")
+
+
+def programs():
+    text = (DOCS / "gallery.md").read_text(encoding="utf-8")
+    titles = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    return list(zip(titles, blocks("gallery.md"), strict=True))
+
+
+@pytest.mark.parametrize(("title", "code"), programs(), ids=[title for title, _ in programs()])
+def test_a_program_of_the_gallery_runs(title, code, tmp_path, monkeypatch):
+    need(code)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(compile(code, f"gallery.md: {title}", "exec"), {"__name__": "__main__"})
+
+
+def shaped(value, x):
+    return value.reshape(-1, *[1] * (x.ndim - 1))
+
+
+ALPHAS = torch.linspace(0.9999, 0.005, 1000, dtype=torch.float64)
+
+
+def epsilon(x, t):
+    """The noise in ``x = alpha x0 + sigma eps`` of data with unit deviation: ``sigma x``."""
+    low = t.long().clamp(max=998)
+    bar = ALPHAS[low] + (t - low) * (ALPHAS[low + 1] - ALPHAS[low])
+    return shaped((1 - bar).sqrt(), x).to(x) * x
+
+
+def denoise(z, s):
+    return z / (1 + shaped(s, z) ** 2)
+
+
+def velocity(x, t):
+    t = shaped(torch.as_tensor(t), x)
+    return (t - (1 - t)) / (t**2 + (1 - t) ** 2) * x
+
+
+class Edm(torch.nn.Module):
+    sigma_data, sigma_min, sigma_max = 0.5, 0.002, 80.0
+
+    def forward(self, x, c_noise):
+        return 0.01 * x  # almost nothing: EDM's c_skip alone is the denoiser of Gaussian data
+
+
+class Step:
+    def zero_grad(self):
+        pass
+
+    step = zero_grad
+
+
+def pipeline():
+    import pipelines
+    from diffusers import EulerDiscreteScheduler
+
+    class Pipeline(pipelines.OraclePipeline):
+        def __call__(self, prompt=None, guidance_scale=1.0, num_inference_steps=50, sigmas=None):
+            return types.SimpleNamespace(images=list(super().__call__(prompt, num_inference_steps, sigmas=sigmas)))
+
+    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    oracle = fs.oracles.GaussianMixture.random(8, 3, seed=0)
+    return Pipeline(pipelines.OracleUNet().answer_for(scheduler, oracle), scheduler)
+
+
+def names():
+    """What the guides take as given, in small; ``measure`` follows few paths of whatever shape a guide says."""
+    given = {"unet": epsilon, "alphas_cumprod": ALPHAS, "model": denoise, "net": Edm(), "velocity_model": velocity}
+    weight = torch.ones(1, requires_grad=True)
+    given |= {"network": lambda z, s: weight * denoise(z, s), "loader": [torch.zeros(4, 1, 2, 2)], "optimizer": Step()}
+    return {"fs": fs, "torch": torch, "shape": (4,), **given}
+
+
+NOISE = {"k_diffusion.md": (4, 64, 64), "flow_matching.md": (3, 32, 32), "edm.md": (3, 64, 64), "index.md": (4, 64, 64)}
+GUIDES = ["index.md", "start.md", "choosing.md", "k_diffusion.md", "flow_matching.md", "edm.md", "training.md"]
+
+
+@pytest.mark.parametrize("page", [*GUIDES, "large_models.md"])
+def test_the_code_of_a_guide_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = names() | {"noise": torch.randn(1, *NOISE.get(page, (4,)))}
+    denoiser = fs.Denoiser.from_denoiser(denoise, 0.1, 10.0)
+    given["denoiser"] = denoiser
+    measure = fs.measure
+
+    def measured(model, shape, **options):  # two paths of it, over few levels
+        return measure(model, shape, progress=False, **{"levels": 16, **options, "samples": 2})
+
+    monkeypatch.setattr(fs, "measure", measured)
+    if page == "choosing.md":
+        given["stats"] = fs.measure(denoiser, (4,), levels=32)
+    if page == "start.md":
+        pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+        given["pipe"] = pipeline()
+        fit = fs.diffusers.fit
+        monkeypatch.setattr(fs.diffusers, "fit", lambda pipe, **options: fit(pipe, levels=16, samples=1, **options))
+    for code in blocks(page):
+        for name in LIBRARIES:
+            if importlib.util.find_spec(name) is None and re.search(rf"^from {name}\b", code, re.MULTILINE):
+                code = None  # the rest of the page may not need it
+                break
+        if code is not None:
+            exec(compile(code, page, "exec"), given)
+
+
+def test_every_page_with_code_is_run():
+    with_code = {path.name for path in DOCS.glob("*.md") if BLOCK.search(path.read_text(encoding="utf-8"))}
+    # shell.md shows a file of the reader's own, which the tests of the shell stand in for
+    assert with_code - ELSEWHERE - {"shell.md", "gallery.md", "comfyui.md"} == {*GUIDES, "large_models.md"}
