@@ -25,6 +25,20 @@ def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
     return number
 
 
+def sample_range(samples: object) -> range:
+    """Return which samples are meant: the first ``samples``, or those of a ``range(a, b)``.
+
+    Raises:
+        TypeError: If it is neither an integer nor a range.
+        ValueError: If there is no sample, one is negative, or the range has another step than 1.
+    """
+    if not isinstance(samples, range):
+        return range(positive_int("samples", samples))
+    if len(samples) == 0 or samples.start < 0 or samples.step != 1:
+        raise ValueError(f"samples must be a number, or range(a, b) with 0 <= a < b, got {samples!r}")
+    return samples
+
+
 def seed(value: object) -> int:
     """Return a seed, an int within ``[0, 2^31)``.
 

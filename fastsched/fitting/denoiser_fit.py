@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.fitting.candidates import candidates_in_turn
+from fastsched.fitting.group_runs import led_by_first
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, affordable, fit_by_running
 from fastsched.fitting.rollouts import Runner
-from fastsched.measurement.batches import measured
+from fastsched.measurement.devices import measured_in_group
 from fastsched.measurement.measuring import (
     batches_of,
     check_same_network,
@@ -34,13 +37,14 @@ def fit(
     *,
     stats: PathStatistics | None = None,
     levels: int = 48,
-    samples: int = 8,
+    samples: int | range = 8,
     model_calls: int = MODEL_CALLS,
     seed: int = 0,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     checks: bool = True,
+    group: Any = None,
     progress: bool = True,
 ) -> Schedule:
     """The schedule of ``steps`` steps for a denoiser and solver: `measure`, `optimal_schedule`, `audition`, `tune`.
@@ -62,6 +66,7 @@ def fit(
         device: As in `measure`.
         dtype: As in `measure`.
         checks: As in `measure`; with ``stats``, whether to ask if the denoiser is the one that was measured.
+        group: As in `measure`; its first process decides what is run, and all run a part of the samples.
         progress: Show progress bars.
 
     Returns:
@@ -84,6 +89,7 @@ def fit(
         device=device,
         dtype=dtype,
         checks=checks,
+        group=group,
         progress=progress,
     ).schedule
 
@@ -96,13 +102,14 @@ def fit_report(
     *,
     stats: PathStatistics | None = None,
     levels: int = 48,
-    samples: int = 8,
+    samples: int | range = 8,
     model_calls: int = MODEL_CALLS,
     seed: int = 0,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     checks: bool = True,
+    group: Any = None,
     progress: bool = True,
 ) -> FitReport:
     """`fit`, with all that it found on the way; arguments and errors are the same."""
@@ -112,26 +119,29 @@ def fit_report(
     count = len(measured_levels(denoiser, levels)) if stats is None else stats.levels
     if steps > count - 1:
         raise ValueError(f"steps must be at most {count - 1} on {count} levels, got {steps}; measure with more levels")
+    kept = stats is None or stats.increments is not None
     if stats is None:
         run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, keep_increments=True)
         # not by `measure`, which hands back fewer paths when it is interrupted
-        stats = measured(run, batches_of(shape, samples, seed, batch_size, checks, progress=progress))
+        batches = batches_of(shape, samples, seed, batch_size, checks, progress=progress)
+        stats = measured_in_group(run, batches, None, group, vectors="first")
     elif tuple(shape) != stats.shape:
         raise ValueError(f"stats are of samples of shape {stats.shape}, not of shape {tuple(shape)}")
     elif checks and stats.increments is not None:
         spent = check_same_network(denoiser, stats, device, dtype)
         stats = replace(stats, model_calls=stats.model_calls + spent)
-    if stats.increments is None and affordable(method.model_calls(steps), stats.samples, budget) and steps > 1:
-        stats = with_increments(denoiser, stats, batch_size=batch_size, device=device, dtype=dtype)
+    if not kept and affordable(method.model_calls(steps), stats.samples, budget) and steps > 1:
+        stats = with_increments(denoiser, stats, batch_size=batch_size, device=device, dtype=dtype, group=group)
     runner = Runner(denoiser, stats, method, batch_size, device, dtype)
     calls = method.model_calls(steps)
+    made = partial(
+        fit_by_running,
+        stats=stats,
+        steps=steps,
+        solver=method.name,
+        candidates=candidates_in_turn(stats, steps, method),
+        calls=calls,
+        model_calls=budget,
+    )
     with progress_bar(budget, progress, "fitting") as runner.advance:
-        return fit_by_running(
-            runner,
-            stats,
-            steps,
-            method.name,
-            candidates_in_turn(stats, steps, method),
-            calls=calls,
-            model_calls=budget,
-        )
+        return led_by_first(runner, made, group)

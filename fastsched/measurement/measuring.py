@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, check_denoiser, placement
-from fastsched.measurement.batches import Batches, finished_part, measured, resumed
+from fastsched.measurement.batches import Batches, finished_part, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
+from fastsched.measurement.devices import measured_in_group
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.memory import check_store
 from fastsched.measurement.network_checks import fingerprint
@@ -26,7 +28,7 @@ def measure(
     shape: Sequence[int],
     *,
     levels: int | Tensor = 48,
-    samples: int = 8,
+    samples: int | range = 8,
     responses: bool = True,
     keep_increments: bool = False,
     seed: int = 0,
@@ -36,6 +38,7 @@ def measure(
     dtype: torch.dtype | None = None,
     checks: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
+    group: Any = None,
     progress: bool = True,
 ) -> PathStatistics:
     """Follow ``samples`` probability-flow paths over ``levels`` levels and keep what schedules are chosen from.
@@ -52,7 +55,8 @@ def measure(
         denoiser: What to measure.
         shape: The shape of one sample, without the batch.
         levels: How many levels (32 to 64 serve), or the levels ``s`` themselves, descending.
-        samples: How many paths.
+        samples: How many paths; or which, ``range(a, b)``: measurements of other ranges with the same seed can be
+            merged (`PathStatistics.merge`, ``fastsched merge``).
         responses: Whether to measure responses. Without them, errors are taken to be passed on as for Gaussian data.
         keep_increments: Whether to keep increments and responses, ``2 N`` images a sample, as `fastsched.tune` needs.
         seed: Of the noises. Sample ``n`` is the same whatever ``samples`` and ``batch_size``.
@@ -63,6 +67,8 @@ def measure(
         dtype: What the network computes in; that of its parameters when None. States stay float32.
         checks: Whether to ask first if the network is a denoiser (`fastsched.measurement.network_checks`).
         checkpoint: A file in which every finished batch is saved. The same call goes on from there, to the same bits.
+        group: A ``torch.distributed`` group: its processes follow a part of the paths each, and all get the whole
+            (`fastsched.measurement.devices`). Its timeout must be longer than the last path of one of them takes.
         progress: Show a progress bar.
 
     Returns:
@@ -71,12 +77,14 @@ def measure(
     Raises:
         ValueError: If an argument is out of range, the network fails the checks, or returns NaN or inf.
         MemoryError: Before the first call, if memory does not suffice; the message says what to lower.
+        RuntimeError: If another process of ``group`` failed; ``error.partial`` holds what was finished.
     """
     s = measured_levels(denoiser, levels)
     run = measurement_of(denoiser, s, device, dtype, responses, keep_increments, store)
     batches = batches_of(shape, samples, seed, batch_size, checks, checkpoint, progress)
     try:
-        return measured(run, batches, None if checkpoint is None else resumed(checkpoint, run, batches))
+        found = None if checkpoint is None else resumed(checkpoint, run, batches)
+        return measured_in_group(run, batches, found, group)
     except KeyboardInterrupt as error:
         if checkpoint is not None:
             raise
@@ -85,7 +93,7 @@ def measure(
 
 def batches_of(
     shape: Sequence[int],
-    samples: int,
+    samples: int | range,
     seed: int,
     batch_size: int | None = None,
     checks: bool = True,
@@ -93,7 +101,7 @@ def batches_of(
     progress: bool = True,
 ) -> Batches:
     """How `measure` does it, from its arguments."""
-    sizes, seeds = validate.sample_shape(shape), sample_seeds(seed, validate.positive_int("samples", samples))
+    sizes, seeds = validate.sample_shape(shape), sample_seeds(seed, validate.sample_range(samples))
     grain = len(seeds) if file is None else 1
     size = grain if batch_size is None else validate.positive_int("batch_size", batch_size)
     return Batches(sizes, seeds, size, batch_size is not None, checks, file, progress)
@@ -121,6 +129,7 @@ def with_increments(
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    group: Any = None,
 ) -> PathStatistics:
     """These statistics with their increments, and responses, the paths followed once more if need be.
 
@@ -130,6 +139,7 @@ def with_increments(
         batch_size: As in `measure`.
         device: As in `measure`.
         dtype: As in `measure`.
+        group: As in `measure`; its first process alone gets the increments and responses.
 
     Raises:
         ValueError: If the network returns NaN or inf.
@@ -139,9 +149,8 @@ def with_increments(
     batch = stats.samples if batch_size is None else validate.positive_int("batch_size", batch_size)
     asked = check_same_network(denoiser, stats, device, dtype)
     run = measurement_of(denoiser, stats.s, device, dtype, stats.response_gram is not None, keep_increments=True)
-    again = measured(
-        run, Batches(stats.shape, stats.seeds, batch, batch_size is not None, checks=False, progress=False)
-    )
+    batches = Batches(stats.shape, stats.seeds, batch, batch_size is not None, checks=False, progress=False)
+    again = measured_in_group(run, batches, None, group, vectors="first")
     return replace(
         stats,
         increments=again.increments,
