@@ -90,7 +90,9 @@ def _measured_pipeline(
     spending.say_measuring(spending.calibration_calls(levels, count))
     if dry_run:
         return None
-    stats = fs.diffusers.measure(pipe, levels=levels, samples=count, prompts=source.prompts, seed=seed, **arguments)
+    stats = fs.diffusers.measure(
+        pipe, levels=levels, samples=count, prompts=source.prompts, seed=seed, progress=not source.quiet, **arguments
+    )
     stats.save(output)
     return stats
 
@@ -195,7 +197,16 @@ def _fitted_pipeline(
     spending.say_measuring(calls, options["model_calls"])
     if dry_run:
         return None
-    return fs.diffusers.fit(pipe, steps, solver=solver, samples=count, prompts=source.prompts, **options, **arguments)
+    return fs.diffusers.fit(
+        pipe,
+        steps,
+        solver=solver,
+        samples=count,
+        prompts=source.prompts,
+        progress=not source.quiet,
+        **options,
+        **arguments,
+    )
 
 
 def _fitted_denoiser(

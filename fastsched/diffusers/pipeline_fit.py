@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,14 +17,23 @@ from fastsched.diffusers.applier import applied
 from fastsched.diffusers.calibration import UNALIKE
 from fastsched.diffusers.conventions import describe, own_scheduler, solver_of
 from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
-from fastsched.diffusers.pipeline_measurement import call, check_call, measure, prompt_of, scheduler_replaced
+from fastsched.diffusers.pipeline_measurement import (
+    call,
+    checked_calls,
+    measured_pipeline,
+    one_bar,
+    said,
+    scheduler_replaced,
+)
 from fastsched.diffusers.probe import scales
+from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.replacement import replacement
 from fastsched.diffusers.step_checks import doubled
 from fastsched.diffusers.watching import Consistency, PipelineWatch, check_caches, observed, watched
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.loop import MODEL_CALLS, fit_by_running
 from fastsched.fitting.rollouts import Evaluations, Rollout
+from fastsched.measurement.batches import is_out_of_memory
 from fastsched.measurement.late_reading import LateReading, Verdicts
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.fitted import chosen_solver
@@ -40,11 +50,14 @@ def fit(
     solver: str | None = None,
     stats: PathStatistics | None = None,
     levels: int | Tensor = 48,
-    samples: int = 4,
+    samples: int | range = 4,
     prompts: str | Sequence[str] | None = None,
     seed: int = 0,
     audition: bool = True,
     model_calls: int = MODEL_CALLS,
+    prompts_per_call: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
     **call_kwargs: Any,
 ) -> Schedule:
     """The schedule of ``steps`` steps for a pipeline as it stands: its scheduler's solver, guidance, adapters.
@@ -65,6 +78,9 @@ def fit(
         audition: Whether to run candidates and tune; if not, the result is that of `fastsched.optimal_schedule`.
         model_calls: The most to spend on candidates and tuning, counted per sample; a run takes ``steps + 1`` calls a
             sample (``2 steps`` with two-stage solvers). If too few for one run of all samples, as ``audition=False``.
+        prompts_per_call: As in `measure`.
+        checkpoint: A file for the measurement, as in `measure`, with increments. The same call goes on from there.
+        progress: Show one progress bar over the steps of all calls that measure, and one over those that run schedules.
         **call_kwargs: Arguments of the pipeline's call.
 
     Returns:
@@ -75,7 +91,7 @@ def fit(
         ValueError: If an argument is out of range; if the scheduler cannot be given schedules, is none of fastsched's
             solvers (name one by ``solver``) or adds noise; or if no candidate's samples are finite.
     """
-    check_call(pipe, prompts, call_kwargs)
+    by_prompt = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
     if stats is not None and not isinstance(stats, PathStatistics):
         raise TypeError(f"stats must be PathStatistics, as fastsched.diffusers.measure returns, got {stats!r}")
     steps = validate.positive_int("steps", steps)
@@ -84,15 +100,17 @@ def fit(
     if audition and call_kwargs.get("eta"):
         raise ValueError(f"eta must be 0 with audition=True, because it adds noise, got {call_kwargs['eta']!r}")
     check_caches(pipe)
-    if stats is None:
-        stats = measure(
-            pipe, levels=levels, samples=samples, prompts=prompts, seed=seed, keep_increments=audition, **call_kwargs
-        )
-    applied(optimal_schedule(stats, steps, name), pipe.scheduler)  # raises before a call is spent
-    calls = chosen_solver(name).model_calls(steps) + 1  # one more step starts from the noise of the measured paths
-    run = PipelineRunner(pipe, stats, prompts, call_kwargs, calls=calls, model_calls=budget)
-    tried = candidates(stats, steps, name, pipe.scheduler)
-    return fit_by_running(run, stats, steps, name, tried, calls=calls, model_calls=budget).schedule
+    with prompts_encoded_once(pipe):
+        if stats is None:
+            settings = {"levels": levels, "samples": samples, "seed": seed, "keep_increments": audition}
+            options = {"prompts": prompts, "prompts_per_call": prompts_per_call, "checkpoint": checkpoint}
+            stats = measured_pipeline(pipe, call_kwargs, progress=progress, **settings, **options)
+        applied(optimal_schedule(stats, steps, name), pipe.scheduler)  # raises before a call is spent
+        calls = chosen_solver(name).model_calls(steps) + 1  # one more step starts from the noise of the measured paths
+        run = PipelineRunner(pipe, stats, by_prompt, call_kwargs, calls=calls, model_calls=budget)
+        tried = candidates(stats, steps, name, pipe.scheduler)
+        with one_bar(pipe, budget, progress and budget > 0, "fitting") as run.advance:
+            return fit_by_running(run, stats, steps, name, tried, calls=calls, model_calls=budget).schedule
 
 
 def checked_solver(scheduler: Any, steps: int, solver: str | None, *, audition: bool) -> str:
@@ -158,7 +176,7 @@ class PipelineRunner:
         self,
         pipe: Any,
         stats: PathStatistics,
-        prompts: str | Sequence[str] | None,
+        prompts: PromptCalls,
         call_kwargs: dict[str, Any],
         *,
         calls: int = 1,
@@ -166,6 +184,7 @@ class PipelineRunner:
     ) -> None:
         self.pipe, self.stats, self.prompts, self.call_kwargs = pipe, stats, prompts, call_kwargs
         self.calls, self.left = calls, model_calls
+        self.advance: Callable[[int], object] = lambda calls: None
         self._batch = 1
         # A call makes a whole batch: what one round did not need is there for the next.
         self._rollouts: dict[int, tuple[Schedule, list[Rollout]]] = {}
@@ -185,19 +204,25 @@ class PipelineRunner:
         while (done := sum(len(part.ends) for part in parts)) < last:
             if self.calls * self._batch > self.left:
                 return None
-            parts.append(self._one_call(schedule, done, len(parts)))
+            parts.append(self._one_call(schedule, done))
         if last == self.stats.samples:
             del self._rollouts[id(schedule)]
         found = Rollout.joined(parts).samples(first, last)
         return found if bool(found.ends.isfinite().all()) else None
 
-    def _one_call(self, schedule: Schedule, done: int, turn: int) -> Rollout:
-        scheduler, _ = applied(schedule, self.pipe.scheduler)
-        with watched(self.pipe) as watch, scheduler_replaced(self.pipe, scheduler):
-            run = StartFromNoise(scheduler, self.stats.seeds[done:], schedule, watch)
-            call(self.pipe, schedule.steps, prompt_of(self.prompts, turn), self.call_kwargs)
+    def _one_call(self, schedule: Schedule, done: int) -> Rollout:
+        arguments = self.prompts.arguments(done, self.stats.samples - done, self.call_kwargs)
+        try:
+            run = self._run(schedule, done, arguments)
+        except Exception as error:
+            fewer = self.prompts.halved(arguments) if is_out_of_memory(error) else None
+            if fewer is None:
+                raise
+            self.prompts = said(fewer)
+            return self._one_call(schedule, done)
         ends = run.end.float().cpu()
         self._batch = len(ends)
+        self.prompts = self.prompts.after(arguments, len(ends))
         self.left -= self.calls * self._batch
         if ends.shape[1:] != self.stats.ends.shape[1:]:
             raise ValueError(
@@ -205,6 +230,13 @@ class PipelineRunner:
                 f"{list(ends.shape[1:])}; stats must be measured on this pipeline with the same arguments"
             )
         return Rollout(ends, run.evaluations()).samples(0, self.stats.samples - done)
+
+    def _run(self, schedule: Schedule, done: int, arguments: dict[str, Any]) -> StartFromNoise:
+        scheduler, _ = applied(schedule, self.pipe.scheduler)
+        with watched(self.pipe) as watch, scheduler_replaced(self.pipe, scheduler):
+            run = StartFromNoise(scheduler, self.stats.seeds[done:], schedule, watch, self.advance)
+            call(self.pipe, schedule.steps, None, arguments)
+        return run
 
 
 class StartFromNoise:
@@ -218,7 +250,15 @@ class StartFromNoise:
         end: The last state, once the pipeline has run.
     """
 
-    def __init__(self, scheduler: Any, seeds: Tensor, schedule: Schedule, watch: PipelineWatch) -> None:
+    def __init__(
+        self,
+        scheduler: Any,
+        seeds: Tensor,
+        schedule: Schedule,
+        watch: PipelineWatch,
+        advance: Callable[[int], object] = lambda calls: None,
+    ) -> None:
+        self._advance = advance
         self.scheduler, self.seeds = scheduler, seeds
         self._watch, self._consistency, self._index = watch, Consistency(), 0
         self.convention = describe(scheduler)
@@ -274,6 +314,7 @@ class StartFromNoise:
 
     def _later_step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         self._check(output)
+        self._advance(len(sample) // self._copies)
         if not self._calls and doubled(sample, self._start):
             self._copies = 2  # guided DiT: the second half of the batch has become a copy of the first
         kept = sample.chunk(self._copies)[0]

@@ -56,7 +56,8 @@ class PipelineRuns:
     def measuring(self, levels: int) -> Run:
         """One call of the pipeline in a measurement."""
         return self._timed(
-            lambda: measure(self.pipe, levels=levels, samples=1, **self.call_kwargs), CalibrationScheduler
+            lambda: measure(self.pipe, levels=levels, samples=1, progress=False, **self.call_kwargs),
+            CalibrationScheduler,
         )
 
     def _timed(self, run: Callable[[], Any], scheduler: Any) -> Run:

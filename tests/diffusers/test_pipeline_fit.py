@@ -20,6 +20,7 @@ from pipelines import oracle_pipeline
 from fastsched.diffusers import pipeline_fit
 from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.pipeline_fit import PipelineRunner, candidates, own_sigmas
+from fastsched.diffusers.prompt_calls import PromptCalls
 from fastsched.fitting.loop import CANDIDATES, MODEL_CALLS
 from fastsched.fitting.rollouts import distances
 from fastsched.metrics import power_mean
@@ -146,7 +147,7 @@ def first_candidates(stats, steps, solver, scheduler):
 
 
 def rollout(pipe, stats, schedule):
-    return PipelineRunner(pipe, stats, None, {})(schedule, 0, stats.samples)
+    return PipelineRunner(pipe, stats, PromptCalls((), 0, 1), {})(schedule, 0, stats.samples)
 
 
 def typical_error(pipe, stats, schedule):
