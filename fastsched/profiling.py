@@ -18,7 +18,7 @@ from torch import nn
 
 from fastsched import ops, validate
 from fastsched.denoisers.denoiser import Denoiser
-from fastsched.fitting.loop import MODEL_CALLS
+from fastsched.fitting.budget import TOTAL
 from fastsched.measurement.deviated_paths import asked_levels, deviated_paths, queries
 from fastsched.measurement.measuring import measure
 from fastsched.measurement.memory import WORKING
@@ -213,7 +213,7 @@ def _profile(runs: Any, steps: int) -> Profile:
     step = times[0].p50_ms / 1e3
     fixed = max(own.seconds - sum(sum(each.values()) for each in own.steps), 0.0)
     calls = {"measure": runs.samples * len(queries(LEVELS, deviated_paths(LEVELS)))}
-    calls["fit"] = calls["measure"] + MODEL_CALLS
+    calls["fit"] = TOTAL
     numbers = sorted({4, 8, 20, runs.own_steps})
     parameters = [each for module in runs.networks for each in module.parameters()]
     return Profile(

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from fastsched.measurement.statistics import PathStatistics
     from fastsched.sampling.schedule import Schedule
 
-#: What `fastsched.fit` and `fastsched.diffusers.fit` take by default (said here too, so that help imports neither).
-LEVELS, SAMPLES, PIPELINE_SAMPLES, MODEL_CALLS = 48, 8, 4, 740
+#: What `fastsched.measure` and `fastsched.diffusers.measure` take by default (said here too: help imports none).
+LEVELS, SAMPLES, PIPELINE_SAMPLES = 48, 8, 4
 
 Levels = Annotated[int, typer.Option(help="Number of noise levels; 32 to 64 are enough.")]
 Paths = Annotated[Optional[int], typer.Option(help="Number of paths; 4 to 16 are enough.  [default: 8; pipelines: 4]")]
@@ -90,7 +90,9 @@ def _measured_pipeline(
     spending.say_measuring(spending.calibration_calls(levels, count))
     if dry_run:
         return None
-    stats = fs.diffusers.measure(pipe, levels=levels, samples=count, prompts=source.prompts, seed=seed, **arguments)
+    stats = fs.diffusers.measure(
+        pipe, levels=levels, samples=count, prompts=source.prompts, seed=seed, progress=not source.quiet, **arguments
+    )
     stats.save(output)
     return stats
 
@@ -144,11 +146,12 @@ def fit(
     stats: Annotated[
         Optional[Path], typer.Option(help="Statistics of this model, instead of a new measurement.")
     ] = None,
-    levels: Levels = LEVELS,
-    samples: Paths = None,
+    levels: Annotated[Optional[int], typer.Option(help="Number of noise levels.  [default: by the calls]")] = None,
+    samples: Annotated[Optional[int], typer.Option(help="Number of paths.  [default: by the calls]")] = None,
     model_calls: Annotated[
-        int, typer.Option(help="The most model calls after the measurement, to run and tune schedules.")
-    ] = MODEL_CALLS,
+        Optional[int],
+        typer.Option(help="The most model calls, the measurement included.  [default: 800; with --stats 740 more]"),
+    ] = None,
     seed: shell.Seed = 0,
     batch_size: shell.Batch = None,
     device: shell.Device = None,
@@ -183,6 +186,14 @@ def fit(
             note(f"wrote {output}")
 
 
+def _planned(options: dict[str, Any], steps: int, samples: int | None) -> tuple[Any, Any]:
+    """Levels and samples of the measurement that a fit makes."""
+    from fastsched.fitting.budget import TOTAL, planned
+
+    calls = options["model_calls"]
+    return planned(TOTAL if calls is None else calls, steps, options["levels"], samples)
+
+
 def _fitted_pipeline(
     source: inputs.Source, steps: int, solver: str | None, samples: int | None, dry_run: bool, options: dict[str, Any]
 ) -> Schedule | None:
@@ -190,12 +201,21 @@ def _fitted_pipeline(
     import fastsched as fs
 
     pipe, arguments = source.pipeline()
-    count = PIPELINE_SAMPLES if samples is None else samples
-    calls = 0 if options["stats"] is not None else spending.calibration_calls(options["levels"], count)
-    spending.say_measuring(calls, options["model_calls"])
+    if options["stats"] is None:
+        options["levels"], samples = _planned(options, steps, samples)
+    spending.say_fitting(spending.calibration_calls, options, samples)
     if dry_run:
         return None
-    return fs.diffusers.fit(pipe, steps, solver=solver, samples=count, prompts=source.prompts, **options, **arguments)
+    return fs.diffusers.fit(
+        pipe,
+        steps,
+        solver=solver,
+        samples=samples,
+        prompts=source.prompts,
+        progress=not source.quiet,
+        **options,
+        **arguments,
+    )
 
 
 def _fitted_denoiser(
@@ -205,12 +225,10 @@ def _fitted_denoiser(
     import fastsched as fs
 
     model, sizes = source.denoiser()
-    count = SAMPLES if samples is None else samples
     if options["stats"] is None:
-        calls = spending.measuring_calls(model, options["levels"], count, True)
-    else:
-        calls = spending.repeating_calls(model, options["stats"]) if options["model_calls"] else 0
-    spending.say_measuring(calls, options["model_calls"])
+        options["levels"], samples = _planned(options, steps, samples)
+    cost = lambda levels, count: spending.measuring_calls(model, levels, count, True)
+    spending.say_fitting(cost, options, samples, lambda stats: spending.repeating_calls(model, stats))
     if dry_run:
         return None
     running = {"device": source.device, "dtype": source.precision, "progress": not source.quiet}
@@ -219,7 +237,7 @@ def _fitted_denoiser(
         sizes,
         steps,
         solver or "dpmpp_2m",
-        samples=count,
+        samples=samples,
         batch_size=source.batch_size,
         **options,
         **running,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from fastsched.cli.shell import note
 
@@ -36,6 +37,25 @@ def say_measuring(calls: int, later: int | None = None) -> None:
     """Say the cost of a measurement, and the most that is spent ``later`` on running schedules."""
     fitting = "" if later is None else f", at most {later:,} to run and tune schedules"
     note(f"model calls, counted per sample: {calls:,} to measure{fitting}")
+
+
+def say_fitting(
+    measuring: Callable[[Any, Any], int],
+    options: dict[str, Any],
+    samples: Any,
+    repeating: Callable[[Any], int] = lambda stats: 0,
+) -> None:
+    """Say the cost of a fit: of its measurement, made now or followed again, and of the runs."""
+    from fastsched.fitting.budget import TOTAL
+    from fastsched.fitting.loop import MODEL_CALLS
+
+    given, stats = options["model_calls"], options["stats"]
+    if stats is not None:
+        later = MODEL_CALLS if given is None else given
+        say_measuring(repeating(stats) if later else 0, later)
+        return
+    calls = measuring(options["levels"], samples)
+    say_measuring(calls, max(0, (TOTAL if given is None else given) - calls))
 
 
 def say_comparing(reference: int, runs: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,6 +118,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._given_levels: Tensor | None = None
         self._watch: PipelineWatch | None = None
         self._own_noise = True
+        self._advance: Callable[[int], object] = lambda calls: None
         self._clear()
 
     @classmethod
@@ -142,6 +143,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         levels: Tensor | None = None,
         watch: PipelineWatch | None = None,
         own_noise: bool = True,
+        advance: Callable[[int], object] = lambda calls: None,
     ) -> CalibrationScheduler:
         """From a pipeline's scheduler object, which may be a subclass or have attributes changed since it was made.
 
@@ -153,6 +155,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             levels: The levels to measure at, descending, instead of ``num_inference_steps / 2`` of the process's own.
             watch: What records the calls of the pipeline's networks, which are then compared between steps.
             own_noise: Whether the pipeline draws its first latents itself, so that their size can be checked.
+            advance: Is given the number of samples after each step.
 
         Raises:
             ValueError: As in `from_config`.
@@ -162,6 +165,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         known = next(base for base in type(scheduler).__mro__ if hasattr(diffusers, base.__name__))
         made = cls(known.__name__, dict(scheduler.config), seed, samples_before, keep_increments)
         made.convention, made._given_levels, made._watch, made._own_noise = convention, levels, watch, own_noise
+        made._advance = advance
         return made
 
     @property
@@ -201,7 +205,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             )
         self._clear()
         self._device, self.mu = device, mu
-        self._levels = self._measured(count)
+        self._levels = self.measured_levels(count)
         # An early level, to detect what starts or ends midway, but one at which the conditioning matters.
         self._repeated = max(1, len(self._levels) // 8)
         repeated = self._levels[self._repeated : self._repeated + 1]
@@ -282,6 +286,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         # A copy, because the network may return the same buffer at every call.
         following = self._next(output.chunk(self._copies)[0].clone(), sample.chunk(self._copies)[0])
         self._index += 1
+        self._advance(len(sample) // self._copies)
         following = torch.cat([following.to(sample.dtype)] * self._copies)
         # The pipeline may write into what it is given, so it gets a copy.
         self._returned, given = following, following.clone()
@@ -301,7 +306,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._returned: Tensor | None = None
         self._repeat: tuple[Tensor, Tensor] | None = None
 
-    def _measured(self, count: int) -> Tensor:
+    def measured_levels(self, count: int) -> Tensor:
         """The levels of a measurement at ``count`` of them; classes with integer timesteps have only theirs."""
         if self._given_levels is None:
             return measured_levels(self.convention.denoiser, count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,14 +17,24 @@ from fastsched.diffusers.applier import applied
 from fastsched.diffusers.calibration import UNALIKE
 from fastsched.diffusers.conventions import describe, own_scheduler, solver_of
 from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
-from fastsched.diffusers.pipeline_measurement import call, check_call, measure, prompt_of, scheduler_replaced
+from fastsched.diffusers.pipeline_measurement import (
+    call,
+    checked_calls,
+    measured_pipeline,
+    one_bar,
+    said,
+    scheduler_replaced,
+)
 from fastsched.diffusers.probe import scales
+from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.replacement import replacement
 from fastsched.diffusers.step_checks import doubled
 from fastsched.diffusers.watching import Consistency, PipelineWatch, check_caches, observed, watched
+from fastsched.fitting.budget import TOTAL, planned
 from fastsched.fitting.candidates import candidates_in_turn
-from fastsched.fitting.loop import MODEL_CALLS, fit_by_running
+from fastsched.fitting.loop import MODEL_CALLS, FitReport, fit_by_running
 from fastsched.fitting.rollouts import Evaluations, Rollout
+from fastsched.measurement.batches import is_out_of_memory
 from fastsched.measurement.late_reading import LateReading, Verdicts
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.fitted import chosen_solver, is_solver
@@ -39,12 +50,15 @@ def fit(
     *,
     solver: str | None = None,
     stats: PathStatistics | None = None,
-    levels: int | Tensor = 48,
-    samples: int = 4,
+    levels: int | Tensor | None = None,
+    samples: int | range | None = None,
     prompts: str | Sequence[str] | None = None,
     seed: int = 0,
     audition: bool = True,
-    model_calls: int = MODEL_CALLS,
+    model_calls: int | None = None,
+    prompts_per_call: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
     **call_kwargs: Any,
 ) -> Schedule:
     """The schedule of ``steps`` steps for a pipeline as it stands: its scheduler's solver, guidance, adapters.
@@ -58,13 +72,16 @@ def fit(
         solver: The solver to choose for; that of the pipeline's scheduler when None.
         stats: An earlier measurement of this pipeline with the same ``seed``, ``prompts`` and arguments. Without its
             increments (`measure`; a file holds none) there is no tuning.
-        levels: As in `measure`.
-        samples: As in `measure`.
+        levels: As in `measure`; when None by the number of calls, as in `fastsched.fit`.
+        samples: As in `measure`; when None likewise.
         prompts: As in `measure`.
         seed: As in `measure`.
         audition: Whether to run candidates and tune; if not, the result is that of `fastsched.optimal_schedule`.
-        model_calls: The most to spend on candidates and tuning, counted per sample; a run takes ``steps + 1`` calls a
-            sample (``2 steps`` with two-stage solvers). If too few for one run of all samples, as ``audition=False``.
+        model_calls: The most to spend, as in `fastsched.fit`; a run takes ``steps + 1`` calls a sample (``2 steps``
+            with two-stage solvers). If too few for one run of all samples, as ``audition=False``.
+        prompts_per_call: As in `measure`.
+        checkpoint: A file for the measurement, as in `measure`, with increments. The same call goes on from there.
+        progress: Show one progress bar over the steps of all calls that measure, and one over those that run schedules.
         **call_kwargs: Arguments of the pipeline's call.
 
     Returns:
@@ -76,21 +93,40 @@ def fit(
             solvers (name one by ``solver``) or adds noise; or if no candidate's samples are finite.
     """
     validate.arguments(locals(), **CHECKS)
-    check_call(pipe, prompts, call_kwargs)
-    budget = model_calls if audition else 0
+    by_prompt = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
     name = checked_solver(pipe.scheduler, steps, solver, audition=audition)
     if audition and call_kwargs.get("eta"):
         raise ValueError(f"eta must be 0 with audition=True, because it adds noise, got {call_kwargs['eta']!r}")
     check_caches(pipe)
-    if stats is None:
-        stats = measure(
-            pipe, levels=levels, samples=samples, prompts=prompts, seed=seed, keep_increments=audition, **call_kwargs
-        )
-    applied(optimal_schedule(stats, steps, name), pipe.scheduler)  # raises before a call is spent
-    calls = chosen_solver(name).model_calls(steps) + 1  # one more step starts from the noise of the measured paths
+    budget = MODEL_CALLS if model_calls is None else model_calls
+    with prompts_encoded_once(pipe):
+        if stats is None:
+            total = TOTAL if model_calls is None else model_calls
+            levels, samples = planned(total, steps, levels, samples)
+            settings = {"levels": levels, "samples": samples, "seed": seed, "keep_increments": audition}
+            options = {"prompts": prompts, "prompts_per_call": prompts_per_call, "checkpoint": checkpoint}
+            stats = measured_pipeline(pipe, call_kwargs, progress=progress, **settings, **options)
+            budget = max(0, total - stats.model_calls)
+        return _fitted(pipe, stats, steps, name, by_prompt, call_kwargs, budget * audition, progress).schedule
+
+
+def _fitted(
+    pipe: Any,
+    stats: PathStatistics,
+    steps: int,
+    solver: str,
+    prompts: PromptCalls,
+    call_kwargs: dict[str, Any],
+    budget: int,
+    progress: bool,
+) -> FitReport:
+    """The fit after the measurement, for at most ``budget`` calls."""
+    applied(optimal_schedule(stats, steps, solver), pipe.scheduler)  # raises before a call is spent
+    calls = chosen_solver(solver).model_calls(steps) + 1  # one more step starts from the noise of the measured paths
     run = PipelineRunner(pipe, stats, prompts, call_kwargs, calls=calls, model_calls=budget)
-    tried = candidates(stats, steps, name, pipe.scheduler)
-    return fit_by_running(run, stats, steps, name, tried, calls=calls, model_calls=budget).schedule
+    tried = candidates(stats, steps, solver, pipe.scheduler)
+    with one_bar(pipe, budget, progress and budget > 0, "fitting") as run.advance:
+        return fit_by_running(run, stats, steps, solver, tried, calls=calls, model_calls=budget)
 
 
 #: Of the arguments of `fit`; those of the pipeline's call are looked at apart.
@@ -99,6 +135,7 @@ CHECKS: dict[str, validate.Check] = {
     "solver": validate.optional(is_solver),
     "stats": validate.optional(is_statistics),
     "audition": validate.flag,
+    **{name: validate.optional(validate.CHECKS[name]) for name in ("levels", "samples", "model_calls")},
 }
 
 
@@ -165,7 +202,7 @@ class PipelineRunner:
         self,
         pipe: Any,
         stats: PathStatistics,
-        prompts: str | Sequence[str] | None,
+        prompts: PromptCalls,
         call_kwargs: dict[str, Any],
         *,
         calls: int = 1,
@@ -173,6 +210,7 @@ class PipelineRunner:
     ) -> None:
         self.pipe, self.stats, self.prompts, self.call_kwargs = pipe, stats, prompts, call_kwargs
         self.calls, self.left = calls, model_calls
+        self.advance: Callable[[int], object] = lambda calls: None
         self._batch = 1
         # A call makes a whole batch: what one round did not need is there for the next.
         self._rollouts: dict[int, tuple[Schedule, list[Rollout]]] = {}
@@ -192,19 +230,25 @@ class PipelineRunner:
         while (done := sum(len(part.ends) for part in parts)) < last:
             if self.calls * self._batch > self.left:
                 return None
-            parts.append(self._one_call(schedule, done, len(parts)))
+            parts.append(self._one_call(schedule, done))
         if last == self.stats.samples:
             del self._rollouts[id(schedule)]
         found = Rollout.joined(parts).samples(first, last)
         return found if bool(found.ends.isfinite().all()) else None
 
-    def _one_call(self, schedule: Schedule, done: int, turn: int) -> Rollout:
-        scheduler, _ = applied(schedule, self.pipe.scheduler)
-        with watched(self.pipe) as watch, scheduler_replaced(self.pipe, scheduler):
-            run = StartFromNoise(scheduler, self.stats.seeds[done:], schedule, watch)
-            call(self.pipe, schedule.steps, prompt_of(self.prompts, turn), self.call_kwargs)
+    def _one_call(self, schedule: Schedule, done: int) -> Rollout:
+        arguments = self.prompts.arguments(done, self.stats.samples - done, self.call_kwargs)
+        try:
+            run = self._run(schedule, done, arguments)
+        except Exception as error:
+            fewer = self.prompts.halved(arguments) if is_out_of_memory(error) else None
+            if fewer is None:
+                raise
+            self.prompts = said(fewer)
+            return self._one_call(schedule, done)
         ends = run.end.float().cpu()
         self._batch = len(ends)
+        self.prompts = self.prompts.after(arguments, len(ends))
         self.left -= self.calls * self._batch
         if ends.shape[1:] != self.stats.ends.shape[1:]:
             raise ValueError(
@@ -212,6 +256,13 @@ class PipelineRunner:
                 f"{list(ends.shape[1:])}; stats must be measured on this pipeline with the same arguments"
             )
         return Rollout(ends, run.evaluations()).samples(0, self.stats.samples - done)
+
+    def _run(self, schedule: Schedule, done: int, arguments: dict[str, Any]) -> StartFromNoise:
+        scheduler, _ = applied(schedule, self.pipe.scheduler)
+        with watched(self.pipe) as watch, scheduler_replaced(self.pipe, scheduler):
+            run = StartFromNoise(scheduler, self.stats.seeds[done:], schedule, watch, self.advance)
+            call(self.pipe, schedule.steps, None, arguments)
+        return run
 
 
 class StartFromNoise:
@@ -225,7 +276,15 @@ class StartFromNoise:
         end: The last state, once the pipeline has run.
     """
 
-    def __init__(self, scheduler: Any, seeds: Tensor, schedule: Schedule, watch: PipelineWatch) -> None:
+    def __init__(
+        self,
+        scheduler: Any,
+        seeds: Tensor,
+        schedule: Schedule,
+        watch: PipelineWatch,
+        advance: Callable[[int], object] = lambda calls: None,
+    ) -> None:
+        self._advance = advance
         self.scheduler, self.seeds = scheduler, seeds
         self._watch, self._consistency, self._index = watch, Consistency(), 0
         self.convention = describe(scheduler)
@@ -281,6 +340,7 @@ class StartFromNoise:
 
     def _later_step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         self._check(output)
+        self._advance(len(sample) // self._copies)
         if not self._calls and doubled(sample, self._start):
             self._copies = 2  # guided DiT: the second half of the batch has become a copy of the first
         kept = sample.chunk(self._copies)[0]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,12 +18,22 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.diffusers.calibration import CalibrationScheduler, calibration_steps
 from fastsched.diffusers.conventions import check_pipe
+from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.watching import check_caches, watched
+from fastsched.measurement.batches import Batches, finished_part, is_out_of_memory, resumed
+from fastsched.measurement.deviated_paths import deviated_paths
+from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling.files import check_writable
 from fastsched.sampling.origin import Origin, origin_now
+from fastsched.sampling.progress import progress_bar
+from fastsched.sampling.random_streams import sample_seeds
 
 #: Arguments of a pipeline's call that determine its steps.
 STEPPING = ("num_inference_steps", "timesteps", "sigmas")
+
+#: The last batch of a measurement may hold more samples than were asked for, by less than this.
+MOST_SAMPLES = 2**16
 
 #: Arguments for a call whose steps are all needed and whose images are not, where a pipeline takes them.
 NEEDED = {"output_type": "latent", "strength": 1.0}
@@ -33,10 +43,13 @@ def measure(
     pipe: Any,
     *,
     levels: int | Tensor = 48,
-    samples: int = 4,
+    samples: int | range = 4,
     prompts: str | Sequence[str] | None = None,
     seed: int = 0,
     keep_increments: bool = False,
+    prompts_per_call: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
     **call_kwargs: Any,
 ) -> PathStatistics:
     """Measure what ``pipe(**call_kwargs)`` computes, including guidance, adapters and prompt, through its own loop.
@@ -44,6 +57,7 @@ def measure(
     A `CalibrationScheduler` takes the place of the pipeline's scheduler, and the pipeline is called until all samples
     are measured. The old scheduler is restored afterwards, also after an error. Images stay latents if the pipeline
     supports it. Cost: ``2 levels`` steps a call of the pipeline, each of as many network calls as the pipeline makes.
+    An interrupt (Ctrl-C) returns the samples that were finished, with a warning.
 
     What the pipeline computes must depend only on the latents and the level. Its loop and its networks are watched, and
     it is refused if it is seen to depend on anything else (`CalibrationScheduler`, `fastsched.diffusers.watching`).
@@ -53,12 +67,16 @@ def measure(
     Args:
         pipe: A pipeline with a supported ``scheduler`` (docs/schedulers.md).
         levels: How many noise levels, 32 to 64 are enough; or the levels ``s`` themselves, descending.
-        samples: How many paths at least; one call of the pipeline measures as many as it makes images.
-        prompts: One prompt for each call, in turn, all of them used at least once. A schedule is for a model, not for a
-            prompt, so several different ones are best. None if the pipeline takes no prompt, or ``call_kwargs`` holds
-            it.
+        samples: How many paths at least, or which: ``range(a, b)``, to be merged with others of the same seed.
+        prompts: One prompt for each sample, in turn, each used at least once; several different ones are best. None if
+            the pipeline takes no prompt, or ``call_kwargs`` holds it.
         seed: Seed of the noise; the pipeline's own latents are not used.
         keep_increments: As in `fastsched.measure`; `fit` needs them to tune. They take ``2 levels`` latents a sample.
+        prompts_per_call: The most prompts of one call of the pipeline. When None as many as there are samples, and
+            half as many as often as memory runs out. One where the pipeline takes no list of prompts, or
+            ``call_kwargs`` holds tensors or images, which may be for one batch size.
+        checkpoint: A file in which the samples of every finished call are saved. The same call goes on from there.
+        progress: Show one progress bar over the steps of all calls, in place of the pipeline's own.
         **call_kwargs: Arguments of the pipeline's call: ``guidance_scale``, ``height``, ``control_image``, ...
 
     Returns:
@@ -66,8 +84,8 @@ def measure(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, the scheduler is not supported, or the pipeline's loop does not
-            follow its scheduler; the message says why.
+        ValueError: If an argument is out of range, the scheduler is not supported, the pipeline's loop does not follow
+            its scheduler, or the checkpoint is of another measurement; the message says why.
 
     Example:
         >>> stats = fs.diffusers.measure(pipe, prompts=["a cat", "a city at night"], guidance_scale=7.5)
@@ -75,15 +93,98 @@ def measure(
         >>> fs.diffusers.apply(schedule, pipe)
     """
     validate.arguments(locals(), pipe=validate.anything, prompts=validate.anything, call_kwargs=validate.anything)
-    check_call(pipe, prompts, call_kwargs)
+    settings = {"levels": levels, "samples": samples, "seed": seed, "keep_increments": keep_increments}
+    options = {"prompts": prompts, "prompts_per_call": prompts_per_call, "checkpoint": checkpoint}
+    try:
+        return measured_pipeline(pipe, call_kwargs, progress=progress, **settings, **options)
+    except KeyboardInterrupt as error:
+        return finished_part(error, checkpoint)
+
+
+def measured_pipeline(
+    pipe: Any,
+    call_kwargs: dict[str, Any],
+    *,
+    levels: int | Tensor,
+    samples: int | range,
+    prompts: str | Sequence[str] | None,
+    seed: int,
+    keep_increments: bool,
+    prompts_per_call: int | None,
+    checkpoint: str | os.PathLike[str] | None,
+    progress: bool,
+) -> PathStatistics:
+    """`measure`, which an interrupt ends: like any error it carries the samples finished as ``error.partial``."""
+    if not isinstance(levels, Tensor):
+        levels = validate.positive_int("levels", levels, minimum=3)
+    which, seed = validate.sample_range(samples), validate.positive_int("seed", seed, minimum=0)
+    calls = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
     check_caches(pipe)
-    turns = 1 if prompts is None or isinstance(prompts, str) else len(prompts)
-    parts: list[PathStatistics] = []
-    while sum(part.samples for part in parts) < samples or len(parts) < turns:
-        settings = {"seed": seed, "samples_before": sum(part.samples for part in parts)}
-        prompt = prompt_of(prompts, len(parts))
-        parts.append(_one_call(pipe, levels, prompt, call_kwargs, keep_increments=keep_increments, **settings))
-    return replace(functools.reduce(PathStatistics.merge, parts), origin=_origin(pipe, prompts, call_kwargs))
+    count = len(levels) if isinstance(levels, Tensor) else levels
+    whole = None if checkpoint is None else _resumed(checkpoint, pipe, levels, which, seed, keep_increments)
+    left = max(0, _needed(samples, which, calls) - (0 if whole is None else whole.samples))
+    with (
+        prompts_encoded_once(pipe),
+        one_bar(pipe, left * calibration_steps(count), progress, "measuring") as advance,
+    ):
+        try:
+            while whole is None or whole.samples < _needed(samples, which, calls):
+                done = which.start + (0 if whole is None else whole.samples)
+                arguments = calls.arguments(done, _needed(samples, which, calls) + which.start - done, call_kwargs)
+                settings = {"seed": seed, "samples_before": done, "keep_increments": keep_increments}
+                try:
+                    part = _one_call(pipe, levels, arguments, advance, **settings)
+                except Exception as error:
+                    fewer = calls.halved(arguments) if is_out_of_memory(error) else None
+                    if fewer is None:
+                        raise
+                    calls = said(fewer)
+                    continue
+                calls = calls.after(arguments, part.samples)
+                whole = part if whole is None else whole.merge(part)
+                if isinstance(samples, range) and whole.samples > len(which):
+                    whole = whole.select(range(len(which)))
+                if checkpoint is not None:
+                    whole.save(checkpoint, vectors=keep_increments)
+        except BaseException as error:
+            with contextlib.suppress(Exception):  # a few classes take no attributes
+                error.partial = whole  # type: ignore[attr-defined]  # a handler may save them
+            raise
+    return replace(whole, origin=_origin(pipe, prompts, call_kwargs))
+
+
+def said(calls: PromptCalls) -> PromptCalls:
+    """Warn that memory ran out, and that fewer prompts are given in a call."""
+    warnings.warn(
+        f"memory ran out: the pipeline is called with {calls.size} prompts at a time (prompts_per_call={calls.size})",
+        stacklevel=4,
+    )
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return calls
+
+
+def _needed(samples: int | range, which: range, calls: PromptCalls) -> int:
+    """Samples to measure: of a range all, of a number at least one for each prompt."""
+    return len(which) if isinstance(samples, range) else max(len(which), calls.fewest)
+
+
+def _resumed(
+    file: str | os.PathLike[str], pipe: Any, levels: int | Tensor, which: range, seed: int, keep: bool
+) -> PathStatistics | None:
+    """What a file holds of a pipeline's measurement; None if there is no file."""
+    check_writable(file)
+    calibration = CalibrationScheduler.from_scheduler(
+        pipe.scheduler, levels=levels if isinstance(levels, Tensor) else None
+    )
+    denoiser = calibration.convention.denoiser
+    s = calibration.measured_levels(len(levels) if isinstance(levels, Tensor) else levels)
+    run = Measurement(denoiser, s, torch.device("cpu"), torch.float32, deviated_paths(len(s)), keep)
+    if not os.path.exists(file):
+        return None
+    shape = PathStatistics.load(file).shape  # which the pipeline alone could tell
+    seeds = sample_seeds(seed, range(which.start, max(which.stop, which.start + MOST_SAMPLES)))
+    return resumed(file, run, Batches(shape, seeds, 1))
 
 
 def _origin(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any]) -> Origin:
@@ -102,17 +203,37 @@ def _origin(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[st
 
 
 def _one_call(
-    pipe: Any, levels: int | Tensor, prompt: str | None, call_kwargs: dict[str, Any], **settings: Any
+    pipe: Any,
+    levels: int | Tensor,
+    arguments: dict[str, Any],
+    advance: Callable[[int], object],
+    **settings: Any,
 ) -> PathStatistics:
     count, given = (len(levels), levels) if isinstance(levels, Tensor) else (levels, None)
     with watched(pipe) as watch:
-        own_noise = call_kwargs.get("latents") is None
+        own_noise = arguments.get("latents") is None
         calibration = CalibrationScheduler.from_scheduler(
-            pipe.scheduler, levels=given, watch=watch, own_noise=own_noise, **settings
+            pipe.scheduler, levels=given, watch=watch, own_noise=own_noise, advance=advance, **settings
         )
         with scheduler_replaced(pipe, calibration):
-            call(pipe, calibration_steps(count), prompt, call_kwargs)
+            call(pipe, calibration_steps(count), None, arguments)
     return calibration.statistics
+
+
+@contextlib.contextmanager
+def one_bar(pipe: Any, total: int, show: bool, what: str) -> Iterator[Callable[[int], object]]:
+    """One progress bar over ``total`` steps of all calls, in place of the pipeline's own; none if not ``show``."""
+    before = getattr(pipe, "_progress_bar_config", None)
+    try:
+        if show:
+            pipe._progress_bar_config = {**(before or {}), "disable": True}
+        with progress_bar(total, show, what, unit="step") as advance:
+            yield advance
+    finally:
+        if show and before is None:
+            del pipe._progress_bar_config
+        elif show:
+            pipe._progress_bar_config = before
 
 
 @contextlib.contextmanager
@@ -184,6 +305,15 @@ def prompt_of(prompts: str | Sequence[str] | None, turn: int) -> str | None:
     if prompts is None or isinstance(prompts, str):
         return prompts
     return prompts[turn % len(prompts)]
+
+
+def checked_calls(
+    pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any], prompts_per_call: int | None
+) -> PromptCalls:
+    """How the pipeline is to be called; errors as those of `check_call`."""
+    check_call(pipe, prompts, call_kwargs)
+    most = None if prompts_per_call is None else validate.positive_int("prompts_per_call", prompts_per_call)
+    return PromptCalls.of(pipe, prompts, call_kwargs, most)
 
 
 def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any]) -> None:

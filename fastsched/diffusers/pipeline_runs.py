@@ -60,7 +60,8 @@ class PipelineRuns:
         vectors = levels - 1 + 2 * len(asked_levels(levels))
         vector_gram(torch.zeros(1, vectors, self.elements, device=self.device))
         return self._timed(
-            lambda: measure(self.pipe, levels=levels, samples=1, **self.call_kwargs), CalibrationScheduler
+            lambda: measure(self.pipe, levels=levels, samples=1, progress=False, **self.call_kwargs),
+            CalibrationScheduler,
         )
 
     def _timed(self, run: Callable[[], Any], scheduler: Any) -> Run:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
+from fastsched.fitting.budget import TOTAL, planned
 from fastsched.fitting.candidates import candidates_in_turn
+from fastsched.fitting.group_runs import led_by_first
 from fastsched.fitting.interrupts import BestSoFar, interrupted_schedule
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, affordable, fit_by_running
-from fastsched.fitting.rollouts import Runner
+from fastsched.fitting.rollouts import Run, Runner
 from fastsched.fitting.run_log import RunLog, identity, runs_beside
-from fastsched.measurement.batches import measured, resumed
+from fastsched.measurement.batches import resumed
+from fastsched.measurement.devices import measured_in_group, rank_and_size
 from fastsched.measurement.measuring import (
     batches_of,
     check_same_network,
@@ -23,11 +29,13 @@ from fastsched.measurement.measuring import (
     measurement_of,
     with_increments,
 )
+from fastsched.measurement.network_checks import CHECK_CALLS
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.solvers import Solver
 
 
 def fit(
@@ -37,21 +45,21 @@ def fit(
     solver: str = "dpmpp_2m",
     *,
     stats: PathStatistics | None = None,
-    levels: int = 48,
-    samples: int = 8,
-    model_calls: int = MODEL_CALLS,
+    levels: int | Tensor | None = None,
+    samples: int | range | None = None,
+    model_calls: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     checks: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
+    group: Any = None,
     progress: bool = True,
 ) -> Schedule:
     """The schedule of ``steps`` steps for a denoiser and solver: `measure`, `optimal_schedule`, `audition`, `tune`.
 
-    With the defaults 759 model calls to measure, counted per sample, and at most 740 to rank candidates and tune. An
-    interrupt (Ctrl-C) returns the best schedule that is known by then, with a warning, unless there is a checkpoint.
+    `fastsched.fitting.budget` divides the calls between the measurement and the runs that rank candidates and tune.
 
     Args:
         denoiser: What to schedule.
@@ -59,10 +67,11 @@ def fit(
         steps: Steps, of which the last ends at sigma 0.
         solver: A solver's name; ``"fitted"`` finds the weights too (`fastsched.costs.fitted_weights`).
         stats: An earlier measurement, used instead of a new one. Without increments its paths are followed once more.
-        levels: As in `measure`.
-        samples: As in `measure`.
-        model_calls: The most to spend after the measurement, counted per sample. Where it is not enough for one run of
-            all samples, the schedule is that of `optimal_schedule`.
+        levels: As in `measure`; when None by the number of calls (`fastsched.fitting.budget`).
+        samples: As in `measure`; when None likewise.
+        model_calls: The most to spend, counted per sample, a measurement made here included: 60 to 3,000, 800 when
+            None (740 with ``stats``). Where it is not enough for one run of all samples, the schedule is that of
+            `optimal_schedule`.
         seed: As in `measure`.
         batch_size: Samples run at once; all when None, one with a checkpoint.
         device: As in `measure`.
@@ -71,6 +80,7 @@ def fit(
         checkpoint: A file of every finished path, as in `measure`; beside it ``checkpoint.runs`` holds every finished
             run of candidates and of tuning. The same call goes on from there to the same bits, after Ctrl-C, errors and
             ``kill -9``; at most one batch is run twice. The files stay: remove them when they have served.
+        group: As in `measure`; its first process decides what is run, and all run a part of the samples.
         progress: Show progress bars.
 
     Returns:
@@ -90,65 +100,93 @@ def fit_report(
     solver: str = "dpmpp_2m",
     *,
     stats: PathStatistics | None = None,
-    levels: int = 48,
-    samples: int = 8,
-    model_calls: int = MODEL_CALLS,
+    levels: int | Tensor | None = None,
+    samples: int | range | None = None,
+    model_calls: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     checks: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
+    group: Any = None,
     progress: bool = True,
 ) -> FitReport:
     """`fit`, with all that it found on the way; arguments and errors are the same."""
-    validate.arguments(locals(), denoiser=is_denoiser, solver=is_solver, stats=validate.optional(is_statistics))
-    steps = validate.positive_int("steps", steps)
-    budget = validate.positive_int("model_calls", model_calls, minimum=0)
-    method = chosen_solver(solver)
-    count = len(measured_levels(denoiser, levels)) if stats is None else stats.levels
+    validate.arguments(locals(), **CHECKS)
+    method, run, batches, grain = chosen_solver(solver), None, None, batch_size
+    if batch_size is None and checkpoint is not None:
+        grain = 1
+    if stats is None:
+        total = TOTAL if model_calls is None else model_calls
+        levels, samples = planned(total, steps, levels, samples)
+        run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, keep_increments=True)
+        batches = batches_of(shape, samples, seed, grain, checks, checkpoint, progress)
+        budget = max(0, total - run.calls * len(batches.seeds) - CHECK_CALLS * checks)
+    else:
+        budget = MODEL_CALLS if model_calls is None else model_calls
+    _check_steps(steps, len(run.s) if run is not None else stats.levels if stats is not None else 0)
+    log_file = None if checkpoint is None else runs_beside(checkpoint, *rank_and_size(group))
+    if log_file is not None:
+        check_writable(log_file)
+    options = {"batch_size": grain, "device": device, "dtype": dtype}
+    best, known = None, stats is not None
+    try:
+        if run is not None and batches is not None:  # not by `measure`, which hands back fewer paths on an interrupt
+            found = None if checkpoint is None else resumed(checkpoint, run, batches)
+            stats = measured_in_group(run, batches, found, group, vectors="first")
+        stats = _same(denoiser, shape, stats, checks and known, device, dtype)
+        lacking = known and stats.increments is None  # in a group all but the first process have none
+        if lacking and affordable(method.model_calls(steps), stats.samples, budget) and steps > 1:
+            stats = with_increments(denoiser, stats, checkpoint=checkpoint, group=group, **options)
+        runner, calls = Runner(denoiser, stats, method, **options), method.model_calls(steps)
+        if log_file is not None:
+            what = {"steps": steps, "solver": method.name, "model_calls": model_calls, "batch_size": grain}
+            runner.kept = RunLog(log_file, identity(stats, **what, dtype=str(runner.dtype))).run
+        best = BestSoFar(runner, stats)
+        made = partial(_fitted, best, steps=steps, method=method, calls=calls, budget=budget)
+        with progress_bar(budget, progress, "fitting") as runner.advance:
+            return led_by_first(runner, made, group)
+    except KeyboardInterrupt as error:
+        finished = getattr(error, "partial", None) if stats is None else stats
+        if checkpoint is not None or finished is None or group is not None:
+            raise
+        return FitReport(interrupted_schedule(finished, steps, method, best), finished)
+
+
+#: Of the arguments of `fit`.
+CHECKS: dict[str, validate.Check] = {
+    "denoiser": is_denoiser,
+    "solver": is_solver,
+    "stats": validate.optional(is_statistics),
+    "levels": validate.optional(validate.CHECKS["levels"]),
+    "samples": validate.optional(validate.CHECKS["samples"]),
+    "model_calls": validate.optional(validate.CHECKS["model_calls"]),
+}
+
+
+def _check_steps(steps: int, count: int) -> None:
     if steps > count - 1:
         raise ValueError(f"steps must be at most {count - 1} on {count} levels, got {steps}; measure with more levels")
-    grain = 1 if batch_size is None and checkpoint is not None else batch_size
-    if checkpoint is not None:
-        check_writable(runs_beside(checkpoint))
-    options = {"batch_size": grain, "device": device, "dtype": dtype}
-    runs = None
-    try:
-        if stats is None:
-            run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, keep_increments=True)
-            # not by `measure`, which hands back fewer paths when it is interrupted
-            batches = batches_of(shape, samples, seed, grain, checks, checkpoint, progress)
-            stats = measured(run, batches, None if checkpoint is None else resumed(checkpoint, run, batches))
-        else:
-            stats = _same(denoiser, shape, stats, checks, device, dtype)
-        if stats.increments is None and affordable(method.model_calls(steps), stats.samples, budget) and steps > 1:
-            stats = with_increments(denoiser, stats, checkpoint=checkpoint, **options)
-        runner, calls = Runner(denoiser, stats, method, **options), method.model_calls(steps)
-        if checkpoint is not None:
-            what = {"steps": steps, "solver": method.name, "model_calls": budget, "batch_size": grain}
-            log = RunLog(runs_beside(checkpoint), identity(stats, **what, dtype=str(runner.dtype)))
-            runner.kept = log.run
-        runs = BestSoFar(runner, stats)
-        with progress_bar(budget, progress, "fitting") as runner.advance:
-            candidates = candidates_in_turn(stats, steps, method)
-            return fit_by_running(runs, stats, steps, method.name, candidates, calls=calls, model_calls=budget)
-    except KeyboardInterrupt as error:
-        known = getattr(error, "partial", None) if stats is None else stats
-        if checkpoint is not None or known is None:
-            raise
-        return FitReport(interrupted_schedule(known, steps, method, runs), known)
+
+
+def _fitted(best: BestSoFar, run: Run, *, steps: int, method: Solver, calls: int, budget: int) -> FitReport:
+    """The fit by ``run``; ``best`` remembers what it gave, where runs are dealt out over a group too."""
+    best.run = run
+    candidates = candidates_in_turn(best.stats, steps, method)
+    return fit_by_running(best, best.stats, steps, method.name, candidates, calls=calls, model_calls=budget)
 
 
 def _same(
     denoiser: Denoiser,
     shape: Sequence[int],
-    stats: PathStatistics,
+    stats: PathStatistics | None,
     checks: bool,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> PathStatistics:
     """Statistics of this denoiser and shape, with the call that checked it; ValueError if they are of others."""
+    assert stats is not None
     if tuple(shape) != stats.shape:
         raise ValueError(f"stats are of samples of shape {stats.shape}, not of shape {tuple(shape)}")
     if not checks or stats.increments is None:

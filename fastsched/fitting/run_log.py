@@ -30,9 +30,9 @@ LENGTH, DIGEST = 8, 32
 MOST_BYTES = 1 << 40
 
 
-def runs_beside(checkpoint: str | os.PathLike[str]) -> str:
-    """The file of runs that belongs to a measurement's checkpoint."""
-    return f"{os.fspath(checkpoint)}.runs"
+def runs_beside(checkpoint: str | os.PathLike[str], rank: int = 0, size: int = 1) -> str:
+    """The file of runs that belongs to a measurement's checkpoint; one for each process of a group."""
+    return f"{os.fspath(checkpoint)}.runs" + (f".{rank}-of-{size}" if size > 1 else "")
 
 
 def identity(stats: PathStatistics, **arguments: object) -> dict[str, Any]:

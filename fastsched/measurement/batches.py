@@ -84,7 +84,7 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
         except BaseException as error:
             with contextlib.suppress(Exception):  # a few classes take no attributes
                 error.partial = whole  # type: ignore[attr-defined]  # a handler may save them
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 paths = min(batches.size, len(batches.seeds))
                 raise MemoryError(explained(run, paths, len(seeds), math.prod(batches.shape))) from error
             raise
@@ -110,7 +110,7 @@ def resumed(file: str | os.PathLike[str], run: Measurement, batches: Batches) ->
     elif found.deviated != run.deviated:
         different = "responses" if found.deviated else "no responses"
     elif not bool(torch.isin(found.seeds, batches.seeds).all()):
-        different = f"another seed or more than {len(batches.seeds)} samples"
+        different = f"another seed, or samples beyond the {len(batches.seeds)} that are asked for"
     elif run.keep_vectors and found.increments is None:
         different = "increments not kept"
     if different:
@@ -120,12 +120,12 @@ def resumed(file: str | os.PathLike[str], run: Measurement, batches: Batches) ->
     return found
 
 
-def finished_part(error: KeyboardInterrupt, batches: Batches) -> PathStatistics:
+def finished_part(error: KeyboardInterrupt, file: str | os.PathLike[str] | None) -> PathStatistics:
     """The paths that were finished before an interrupt, with a warning.
 
     The interrupt again if there are none, or if they are in a file.
     """
-    partial = None if batches.file is not None else getattr(error, "partial", None)
+    partial = None if file is not None else getattr(error, "partial", None)
     if partial is None:
         raise error
     warnings.warn(
@@ -155,7 +155,8 @@ def _identified(
     return mark, spent
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
-from fastsched.measurement.batches import Batches, finished_part, measured, resumed
+from fastsched.measurement.batches import Batches, finished_part, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
+from fastsched.measurement.devices import measured_in_group
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.memory import check_store
 from fastsched.measurement.network_checks import fingerprint
@@ -26,7 +28,7 @@ def measure(
     shape: Sequence[int],
     *,
     levels: int | Tensor = 48,
-    samples: int = 8,
+    samples: int | range = 8,
     responses: bool = True,
     keep_increments: bool = False,
     seed: int = 0,
@@ -36,6 +38,7 @@ def measure(
     dtype: torch.dtype | None = None,
     checks: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
+    group: Any = None,
     progress: bool = True,
 ) -> PathStatistics:
     """Follow ``samples`` probability-flow paths over ``levels`` levels and keep what schedules are chosen from.
@@ -45,24 +48,24 @@ def measure(
     responses ``D(z') - D(z)`` tell how errors are passed on (`fastsched.measurement.deviated_paths`).
 
     No gradients are taken, so compiled, quantised and guided models work. Cost: ``2 N - 2`` calls a sample for an even
-    number N of levels, N without responses, and 7 to check the network. An interrupt (Ctrl-C) returns the finished
-    paths, with a warning. Warns if 16-bit outputs add more than 1% to the squared increments.
+    N, N without responses, and 7 to check the network. An interrupt (Ctrl-C) returns the finished paths, with a
+    warning. Warns if 16-bit outputs add more than 1% to the squared increments.
 
     Args:
         denoiser: What to measure.
         shape: The shape of one sample, without the batch.
         levels: How many levels (32 to 64 serve), or the levels ``s`` themselves, descending.
-        samples: How many paths.
+        samples: How many paths; or which, ``range(a, b)``, to be merged with others (`PathStatistics.merge`).
         responses: Whether to measure responses. Without them, errors are taken to be passed on as for Gaussian data.
         keep_increments: Whether to keep increments and responses, ``2 N`` images a sample, as `fastsched.tune` needs.
         seed: Of the noises. Sample ``n`` is the same whatever ``samples`` and ``batch_size``.
         batch_size: Paths at once, each ``2 N + 13`` float32 states; None: as memory allows, one with a checkpoint.
-        store: Where ``2 N - 3`` of these are held: ``"device"`` (when None, if half of its free memory is enough) or
-            ``"cpu"``.
+        store: Where ``2 N - 3`` of these are: ``"device"`` (None: if half of its free memory is enough) or ``"cpu"``.
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None. States stay float32.
         checks: Whether to ask first if the network is a denoiser (`fastsched.measurement.network_checks`).
         checkpoint: A file in which every finished batch is saved. The same call goes on from there, to the same bits.
+        group: A ``torch.distributed`` group, over which the paths are dealt out (`fastsched.measurement.devices`).
         progress: Show a progress bar.
 
     Returns:
@@ -71,19 +74,21 @@ def measure(
     Raises:
         ValueError: If an argument is out of range, the network fails the checks, or returns NaN or inf.
         MemoryError: Before the first call, if memory does not suffice; the message says what to lower.
+        RuntimeError: If another process of ``group`` failed; ``error.partial`` holds what was finished.
     """
     validate.arguments(locals(), denoiser=is_denoiser)
     run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses, keep_increments, store)
     batches = batches_of(shape, samples, seed, batch_size, checks, checkpoint, progress)
     try:
-        return measured(run, batches, None if checkpoint is None else resumed(checkpoint, run, batches))
+        found = None if checkpoint is None else resumed(checkpoint, run, batches)
+        return measured_in_group(run, batches, found, group)
     except KeyboardInterrupt as error:
-        return finished_part(error, batches)
+        return finished_part(error, checkpoint)
 
 
 def batches_of(
     shape: Sequence[int],
-    samples: int,
+    samples: int | range,
     seed: int,
     batch_size: int | None = None,
     checks: bool = True,
@@ -91,7 +96,7 @@ def batches_of(
     progress: bool = True,
 ) -> Batches:
     """How `measure` does it, from its arguments."""
-    sizes, seeds = validate.sample_shape(shape), sample_seeds(seed, validate.positive_int("samples", samples))
+    sizes, seeds = validate.sample_shape(shape), sample_seeds(seed, validate.sample_range(samples))
     grain = len(seeds) if file is None else 1
     size = grain if batch_size is None else validate.positive_int("batch_size", batch_size)
     return Batches(sizes, seeds, size, batch_size is not None, checks, file, progress)
@@ -120,6 +125,7 @@ def with_increments(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    group: Any = None,
 ) -> PathStatistics:
     """These statistics with their increments, and responses, the paths followed once more if need be.
 
@@ -130,6 +136,7 @@ def with_increments(
         device: As in `measure`.
         dtype: As in `measure`.
         checkpoint: As in `measure`.
+        group: As in `measure`; its first process alone gets the increments and responses.
 
     Raises:
         ValueError: If the network returns NaN or inf.
@@ -141,7 +148,8 @@ def with_increments(
     asked = check_same_network(denoiser, stats, device, dtype)
     run = measurement_of(denoiser, stats.s, device, dtype, stats.response_gram is not None, keep_increments=True)
     batches = Batches(stats.shape, stats.seeds, batch, batch_size is not None, False, checkpoint, progress=False)
-    again = measured(run, batches, None if checkpoint is None else resumed(checkpoint, run, batches))
+    found = None if checkpoint is None else resumed(checkpoint, run, batches)
+    again = measured_in_group(run, batches, found, group, vectors="first")
     return replace(
         stats,
         increments=again.increments,

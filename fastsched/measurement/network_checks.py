@@ -34,6 +34,9 @@ from fastsched.measurement.fingerprints import projections
 from fastsched.measurement.network_state import active_training_layer
 from fastsched.sampling.random_streams import noise_of
 
+#: The most network evaluations that `check_network` spends.
+CHECK_CALLS = 7
+
 #: Largest relative difference of two answers to the same question, by what the network computes in.
 REPEATABLE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 

@@ -21,7 +21,7 @@ def measure_to_file(
     path: str | os.PathLike[str],
     *,
     levels: int | Tensor = 48,
-    samples: int = 8,
+    samples: int | range = 8,
     responses: bool = True,
     seed: int = 0,
     batch_size: int = 4,
@@ -39,7 +39,7 @@ def measure_to_file(
         shape: The shape of one sample, without the batch.
         path: The statistics file; always whole, whenever the measurement stops.
         levels: How many levels, or the levels ``s`` themselves.
-        samples: How many paths the file is to hold in the end.
+        samples: How many paths the file is to hold in the end, or which: ``range(a, b)``.
         responses: Whether to measure responses.
         seed: Of the noises.
         batch_size: Paths followed at once.

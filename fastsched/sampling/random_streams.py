@@ -11,14 +11,19 @@ from torch import Tensor
 from fastsched import validate
 
 
-def sample_seeds(seed: int, samples: int) -> Tensor:
+def sample_seeds(seed: int, samples: int | range) -> Tensor:
     """The seeds of a measurement's paths, [samples] int64; different values of ``seed`` give different ones.
+
+    Args:
+        seed: The seed of the measurement.
+        samples: How many paths, or which of them: ``range(a, b)``.
 
     Raises:
         TypeError: If ``seed`` is not an integer.
         ValueError: If ``seed`` is not within ``[0, 2^31)``.
     """
-    return validate.seed(seed) * 2**32 + torch.arange(samples, dtype=torch.int64)
+    which = samples if isinstance(samples, range) else range(samples)
+    return validate.seed(seed) * 2**32 + torch.arange(which.start, which.stop, dtype=torch.int64)
 
 
 def noise_of(seeds: Tensor, shape: Sequence[int]) -> Tensor:

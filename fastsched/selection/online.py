@@ -28,8 +28,8 @@ class AdaptiveSchedule:
         >>>     adaptive.update()
 
     **Gradient accumulation**: observe every micro-batch, update once per optimiser step. **torch.distributed**: call
-    `update` on every rank. It sums the observations over the ranks, so that all have the same grid. Each rank draws
-    and observes its own batches.
+    `update` on every rank. It sums the observations over the ranks of ``group``, so that all have the same grid. Each
+    rank draws and observes its own batches.
 
     The distribution of levels weighs the training loss. Levels far below the data's standard deviation become rare,
     because the corrector cost vanishes there. To train with another distribution ``p`` of levels, draw a fraction ``a``
@@ -45,6 +45,7 @@ class AdaptiveSchedule:
         s: The grid to start from, as levels ``s`` (`NoiseProcess.level` converts), descending, the last above 0.
         rate: Within (0, 1].
         order: 2 for the corrector cost, 4 for the predictor cost.
+        group: The ``torch.distributed`` group whose observations are summed; all ranks when None.
 
     Raises:
         ValueError: If the levels do not descend, one is 0 or infinite, or ``rate`` or ``order`` is out of range.
@@ -52,7 +53,7 @@ class AdaptiveSchedule:
     Source: Williams, Campbell, Doucet and Syed, NeurIPS 2024 (arXiv 2412.07877), algorithm 2.
     """
 
-    def __init__(self, s: Tensor | Sequence[float], *, rate: float = 0.1, order: int = 2) -> None:
+    def __init__(self, s: Tensor | Sequence[float], *, rate: float = 0.1, order: int = 2, group: Any = None) -> None:
         validate.arguments(locals(), s=validate.anything, rate=validate.real, order=validate.positive_int)
         self.s = validate.descending_sigmas(s, name="s")
         if float(self.s[-1]) <= 0 or not bool(torch.isfinite(self.s[0])):
@@ -60,6 +61,7 @@ class AdaptiveSchedule:
         if not 0 < rate <= 1:
             raise ValueError(f"rate must be within (0, 1], got {rate!r}")
         self.rate, self.order, self.updates = float(rate), order, 0
+        self.group = group
         # Sums and counts instead of means: they add up over micro-batches, and over ranks with batches of other sizes.
         self._sums = torch.zeros(len(self.s) - 1, dtype=torch.float64)
         self._counts = torch.zeros_like(self._sums)
@@ -159,7 +161,7 @@ class AdaptiveSchedule:
         Returns:
             Whether it moved. While an interval has no observation it does not, and the observations are kept.
         """
-        sums, counts = _summed_over_ranks(self._sums, self._counts)
+        sums, counts = _summed_over_ranks(self._sums, self._counts, self.group)
         if not bool((counts > 0).all()):
             return False
         lengths = (sums / counts).clamp_min(0.0).pow(1 / self.order)
@@ -215,12 +217,19 @@ def _is_index(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a tensor of whole numbers, got {validate.shown(value)}")
 
 
-def _summed_over_ranks(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+def _summed_over_ranks(sums: Tensor, counts: Tensor, group: Any) -> tuple[Tensor, Tensor]:
     """Both summed over the ranks of a distributed run; copies of both if there is none."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return sums.clone(), counts.clone()
-    both = torch.stack([sums, counts])
-    if torch.distributed.get_backend() == "nccl":  # NCCL reduces tensors on a GPU only
-        both = both.cuda()
-    torch.distributed.all_reduce(both)
+    both = torch.stack([sums, counts]).to(_device_of(group))
+    torch.distributed.all_reduce(both, group=group)
     return tuple(both.cpu())  # type: ignore[return-value]  # two rows
+
+
+def _device_of(group: Any) -> torch.device:
+    """A device whose tensors the group's backend reduces: the CPU if it can, else this process's accelerator."""
+    backends = torch.distributed.get_backend_config(group)  # as "cpu:gloo,cuda:nccl"
+    if any(pair.startswith("cpu:") for pair in backends.split(",")):
+        return torch.device("cpu")
+    kind = backends.split(":")[0]
+    return torch.device(kind, getattr(torch, kind).current_device())

@@ -9,14 +9,14 @@ import fastsched as fs
 from fastsched.cli import making
 from fastsched.denoisers.loading import load_denoiser
 
-QUICK = ("--shape", "2,3", "--samples", "2", "--levels", "12", "--model-calls", "60", "-q")
+QUICK = ("--shape", "2,3", "--samples", "2", "--levels", "12", "--model-calls", "111", "-q")
 
 
 def test_fit_writes_what_fit_returns(folder, model, tmp_path):
     output = tmp_path / "a.json"
     result = run("fit", model, "--steps", "4", "--solver", "ddim", *QUICK, "-o", output)
     assert result.exit_code == 0, result.stderr
-    options = {"samples": 2, "levels": 12, "model_calls": 60, "progress": False}
+    options = {"samples": 2, "levels": 12, "model_calls": 111, "progress": False}
     expected = fs.fit(load_denoiser(model)[0], (2, 3), 4, "ddim", **options)
     found = fs.Schedule.load(output)
     assert torch.equal(found.sigmas, expected.sigmas)
@@ -33,7 +33,7 @@ def test_the_cost_is_said_before_it_is_spent(folder, model, tmp_path):
     counting = f"{tmp_path / 'counting.py'}:build"
     spent = ("fit", counting, "--steps", "4", "--shape", "3", "-q", "-o", tmp_path / "a.json")
     result = run(*spent)
-    cost = "model calls, counted per sample: 752 to measure, at most 740 to run and tune schedules"
+    cost = "model calls, counted per sample: 376 to measure, at most 424 to run and tune schedules"
     assert result.stderr.splitlines()[0] == cost
     assert "called" in result.stderr
     dry = run(*spent, "--dry-run")
@@ -42,11 +42,10 @@ def test_the_cost_is_said_before_it_is_spent(folder, model, tmp_path):
 
 
 def test_the_defaults_of_the_shell_are_those_of_the_library():
-    of_denoisers, of_pipelines = (inspect.signature(function).parameters for function in (fs.fit, fs.diffusers.fit))
+    of_denoisers, of_pipelines = (inspect.signature(each).parameters for each in (fs.measure, fs.diffusers.measure))
     for parameters, samples in ((of_denoisers, making.SAMPLES), (of_pipelines, making.PIPELINE_SAMPLES)):
         assert parameters["samples"].default == samples
         assert parameters["levels"].default == making.LEVELS
-        assert parameters["model_calls"].default == making.MODEL_CALLS
 
 
 def test_fit_takes_earlier_statistics_and_spends_no_measurement(folder, model, tmp_path):

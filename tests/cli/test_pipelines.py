@@ -42,11 +42,11 @@ def test_measure_is_that_of_the_library(saved, pipe, tmp_path):
 
 def test_fit_is_that_of_the_library(saved, pipe, tmp_path):
     output = tmp_path / "a.json"
-    common = ("fit", saved, "--steps", "4", "--levels", "10", "--samples", "1", "--model-calls", "30", "-q")
+    common = ("fit", saved, "--steps", "4", "--levels", "10", "--samples", "1", "--model-calls", "50", "-q")
     result = run(*common, "-o", output)
     assert result.exit_code == 0, result.stderr
     assert "20 to measure, at most 30 to run" in result.stderr
-    expected = fs.diffusers.fit(pipe, 4, levels=10, samples=1, model_calls=30)
+    expected = fs.diffusers.fit(pipe, 4, levels=10, samples=1, model_calls=50)
     found = fs.Schedule.load(output)
     assert found == expected
     assert found.origin == expected.origin

@@ -8,6 +8,7 @@ from models import mixture
 
 import fastsched as fs
 from fastsched.diffusers.pipeline_fit import PipelineRunner
+from fastsched.diffusers.prompt_calls import PromptCalls
 
 SCHEDULERS = {
     "epsilon": lambda: diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False),
@@ -23,7 +24,7 @@ def test_a_pipeline_is_fitted_with_weights(kind):
     fitted = fs.diffusers.fit(pipe, 5, solver="fitted", **options)
     assert fitted.weights is not None
     stats = fs.diffusers.measure(pipe, levels=24, samples=4, seed=3, images=2)
-    found = PipelineRunner(pipe, stats, None, {"images": 2})(fitted, 0, 4)
+    found = PipelineRunner(pipe, stats, PromptCalls((), 0, 1), {"images": 2})(fitted, 0, 4)
     errors = (found.ends - stats.ends).square().flatten(1).sum(1)
     assert float(fs.metrics.power_mean(errors)) == pytest.approx(fitted.measured_error, rel=1e-2)
     stock = fs.diffusers.fit(pipe, 5, solver="ddim", **options)

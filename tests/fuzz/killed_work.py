@@ -32,5 +32,5 @@ def work(kind, folder):
     if kind == "measure":
         found = fs.optimal_schedule(fs.measure(denoiser, (4,), **options), STEPS)
     else:
-        found = fs.fit(denoiser, (4,), STEPS, model_calls=100, **options)
+        found = fs.fit(denoiser, (4,), STEPS, model_calls=250, **options)
     found.save(f"{folder}/result")

@@ -129,7 +129,7 @@ found = {action}
 NOISE = {"x0": "t", "score": "t", "velocity": "t / (1 - t)", "edm": "(4 * t).exp()"}
 ACTIONS = {
     "measure": "fs.optimal_schedule(fs.measure(denoiser, ({d},), levels={levels}, {options}, progress=False), {steps})",
-    "fit": "fs.fit(denoiser, ({d},), {steps}, '{solver}', levels={levels}, model_calls=60, {options}, progress=False)",
+    "fit": "fs.fit(denoiser, ({d},), {steps}, '{solver}', levels={levels}, model_calls=250, {options}, progress=False)",
     "sample": "fs.sample(denoiser, denoiser.process.sampler_sigma(torch.cat([denoiser.levels({steps} + 2), "
     "torch.zeros(1).double()])), '{solver}', torch.randn({samples}, {d}, generator=torch.Generator().manual_seed(1)))",
 }

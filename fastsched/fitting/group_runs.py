@@ -1,0 +1,83 @@
+"""Runs of the sampler dealt out over the processes of a ``torch.distributed`` group.
+
+The first process decides which schedule runs next; the others only run their part of the samples, so that no two can
+come to different decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from fastsched.fitting.rollouts import Rollout, Run
+from fastsched.measurement.devices import described, failures, first_ones, gathered_by_first, rank_and_size, share
+from fastsched.sampling.schedule import Schedule
+
+Result = TypeVar("Result")
+
+
+def led_by_first(run: Run, work: Callable[[Run], Result], group: Any) -> Result:
+    """``work(run)``, a report of a fit, with the samples of each run dealt out over ``group``.
+
+    Every process gets the report; all but the first without increments.
+
+    Args:
+        run: Runs a schedule on some of the samples, in this process.
+        work: What is to be done, with a function that runs schedules; called in the first process alone.
+        group: A ``torch.distributed`` group, or None.
+
+    Raises:
+        RuntimeError: If another process failed.
+    """
+    rank, size = rank_and_size(group)
+    if size == 1:
+        return work(run)
+    if rank > 0:
+        return _follow(run, group)
+    try:
+        result = work(lambda schedule, first, last: _dealt_out(run, schedule, first, last, group))
+    except Exception as error:
+        first_ones(("failed", described(error)), group)
+        raise
+    first_ones(("done", without_vectors(result)), group)
+    return result
+
+
+def without_vectors(report: Any) -> Any:
+    """A report of a fit without increments and responses, which the other processes do not need."""
+    light = replace(report.stats, increments=None, responses=None)
+    return replace(report, stats=light)
+
+
+def _dealt_out(run: Run, schedule: Schedule, first: int, last: int, group: Any) -> Rollout | None:
+    first_ones(("run", (schedule, first, last)), group)
+    found = gathered_by_first(_own_part(run, schedule, first, last, group), group)
+    assert found is not None  # this is the first process
+    wrong = failures([text for _, text in found])
+    if wrong is not None:
+        raise RuntimeError(wrong)
+    parts = [part for part, _ in found if part != "nothing to run"]
+    return None if any(part is None for part in parts) else Rollout.joined(parts)
+
+
+def _follow(run: Run, group: Any) -> Any:
+    while True:
+        what, value = first_ones(None, group)
+        if what == "done":
+            return value
+        if what == "failed":
+            raise RuntimeError(f"process 0 of the group failed: {value}")
+        schedule, first, last = value
+        gathered_by_first(_own_part(run, schedule, first, last, group), group)
+
+
+def _own_part(run: Run, schedule: Schedule, first: int, last: int, group: Any) -> tuple[Any, str | None]:
+    """This process's samples of a run, or what went wrong."""
+    own = share(range(first, last), group)
+    if len(own) == 0:
+        return "nothing to run", None
+    try:
+        return run(schedule, int(own[0]), int(own[-1]) + 1), None
+    except Exception as error:
+        return None, described(error)

@@ -1,0 +1,156 @@
+"""Paths dealt out over the processes of a ``torch.distributed`` group.
+
+Each process follows a part of the paths, and all get the whole. Only the processes of the given group share the work:
+those that run one network together (tensor, context or pipeline parallelism) belong to different groups, and follow the
+same paths.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsched.measurement.batches import Batches, measured, resumed
+from fastsched.measurement.path_following import Measurement
+from fastsched.measurement.statistics import PathStatistics
+
+
+def rank_and_size(group: Any) -> tuple[int, int]:
+    """This process's rank within ``group``, and how many there are; (0, 1) without a group.
+
+    Raises:
+        ValueError: If there is no process group, or this process is not in it.
+    """
+    if group is None:
+        return 0, 1
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise ValueError("group needs torch.distributed.init_process_group (torchrun or accelerate do it)")
+    rank = torch.distributed.get_rank(group)
+    if rank < 0:
+        raise ValueError("group must be one that this process belongs to")
+    return rank, torch.distributed.get_world_size(group)
+
+
+def share(items: Tensor | range, group: Any) -> Tensor:
+    """This process's part of ``items``, which are dealt out in order, as evenly as can be."""
+    rank, size = rank_and_size(group)
+    values = torch.arange(items.start, items.stop) if isinstance(items, range) else items
+    return values.tensor_split(size)[rank]
+
+
+def measured_in_group(
+    run: Measurement, batches: Batches, found: PathStatistics | None, group: Any, *, vectors: str = "all"
+) -> PathStatistics:
+    """`measured`, its paths dealt out over ``group``; every process gets the same statistics.
+
+    With a file, each process saves its own part beside it, and goes on from there; the first one saves the whole.
+
+    Args:
+        run: What is measured.
+        batches: How.
+        found: What is known already, the same in each process.
+        group: A ``torch.distributed`` group, or None.
+        vectors: Which processes get increments and responses of all samples, if they are kept: ``"all"`` or
+            ``"first"``.
+
+    Raises:
+        RuntimeError: If another process failed; ``error.partial`` holds what all others had finished.
+    """
+    rank, size = rank_and_size(group)
+    if size == 1:
+        return measured(run, batches, found)
+    seeds = batches.seeds if found is None else batches.seeds[~torch.isin(batches.seeds, found.seeds)]
+    own = replace(batches, seeds=share(seeds, group), checks=batches.checks and rank == 0)
+    if batches.file is not None:
+        own = replace(own, file=_part_file(batches.file, rank, size))
+    part, failure = None, None
+    try:
+        if len(own.seeds):
+            part = measured(run, own, None if own.file is None else resumed(own.file, run, own))
+    except Exception as error:  # the others must hear of it, or they would wait
+        part, failure = getattr(error, "partial", None), error
+    parts = _exchanged(part, failure, group, vectors if run.keep_vectors else "none")
+    whole = reduce(PathStatistics.merge, ([] if found is None else [found]) + parts)
+    if batches.file is not None and rank == 0:
+        whole.save(batches.file, vectors=run.keep_vectors)
+        for each in range(size):
+            _part_file(batches.file, each, size).unlink(missing_ok=True)
+    return whole
+
+
+def all_of(value: Any, group: Any) -> list[Any]:
+    """``value`` of each process, in all of them.
+
+    Raises:
+        RuntimeError: If a process is gone.
+    """
+    found: list[Any] = [None] * rank_and_size(group)[1]
+    torch.distributed.all_gather_object(found, value, group=group)
+    return found
+
+
+def first_ones(value: Any, group: Any) -> Any:
+    """``value`` of the first process, in all of them."""
+    holder = [value]
+    torch.distributed.broadcast_object_list(holder, src=torch.distributed.get_global_rank(group, 0), group=group)
+    return holder[0]
+
+
+def gathered_by_first(value: Any, group: Any) -> list[Any] | None:
+    """``value`` of each process, in the first one; None in the others."""
+    rank, size = rank_and_size(group)
+    found: list[Any] | None = [None] * size if rank == 0 else None
+    torch.distributed.gather_object(value, found, dst=torch.distributed.get_global_rank(group, 0), group=group)
+    return found
+
+
+def failures(texts: Sequence[str | None]) -> str | None:
+    """One message for what went wrong in which process; None if nothing did."""
+    found = [f"process {rank} of the group failed: {text}" for rank, text in enumerate(texts) if text is not None]
+    return "; ".join(found) or None
+
+
+def described(error: BaseException | None) -> str | None:
+    """An error in a line."""
+    return None if error is None else f"{type(error).__name__}: {error}"
+
+
+def _exchanged(
+    part: PathStatistics | None, failure: Exception | None, group: Any, vectors: str
+) -> list[PathStatistics]:
+    """The parts of all processes, in order."""
+    light = None if part is None else replace(part, increments=None, responses=None)
+    try:
+        found = all_of((light, described(failure)), group)
+    except Exception as error:
+        error.partial = part  # type: ignore[attr-defined]  # a process is gone; what this one finished is kept
+        raise
+    parts = [each for each, _ in found if each is not None]
+    wrong = failures([text for _, text in found])
+    if wrong is not None:
+        error = failure if failure is not None else RuntimeError(wrong)
+        error.partial = reduce(PathStatistics.merge, parts) if parts else None  # type: ignore[attr-defined]
+        raise error
+    if vectors == "none":
+        return parts
+    own = None if part is None else (part.increments, part.responses)
+    rows = all_of(own, group) if vectors == "all" else gathered_by_first(own, group)
+    if rows is None:
+        return parts
+    kept = [each for each in rows if each is not None]
+    return [
+        replace(each, increments=increments, responses=responses)
+        for each, (increments, responses) in zip(parts, kept, strict=True)
+    ]
+
+
+def _part_file(file: str | os.PathLike[str], rank: int, size: int) -> Path:
+    path = Path(file)
+    return path.with_name(f"{path.stem}.part-{rank}-of-{size}{path.suffix}")

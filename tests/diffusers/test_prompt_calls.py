@@ -1,0 +1,189 @@
+"""Pipelines are called as seldom as batching allows, encode their prompts once, and lose no finished sample."""
+
+import itertools
+
+import pytest
+import torch
+
+import fastsched as fs
+
+pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+
+import diffusers
+import pipelines
+from pipelines import SHAPE, OracleUNet
+
+from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+PROMPTS = ["a cat", "a city at night", "a bowl of fruit", "rain"]
+
+
+class TextPipeline(pipelines.OraclePipeline):
+    """One image a prompt, of which it takes one or a list; counts calls and encodings.
+
+    Attributes:
+        batches: Images of each call.
+        encoded: Prompts of each encoding.
+        fails_above: The largest batch that fits into memory.
+        interrupt: The call that is interrupted, and its step.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.batches, self.encoded, self.fails_above, self.interrupt = [], [], 100, None
+
+    def encode_prompt(self, prompt, device=None, negative_prompt=None):
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        assert negative_prompt is None or len(negative_prompt) == len(prompts)
+        self.encoded.append(tuple(prompts))
+        return torch.tensor([[float(len(each))] for each in prompts])
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_inference_steps: int = 50,
+        generator: object = None,
+        guidance_scale: float = 1.0,
+        latents: torch.Tensor | None = None,
+    ):
+        embeddings = self.encode_prompt(prompt, device=self.device, negative_prompt=negative_prompt)
+        assert len(embeddings) == 1 or not embeddings.isnan().any()
+        kept = embeddings.clone()
+        embeddings.mul_(float("nan"))  # a pipeline may write into what it got
+        self.batches.append(len(kept))
+        if len(kept) > self.fails_above:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.scheduler.set_timesteps(num_inference_steps)
+        x = torch.randn(len(kept), *SHAPE, generator=generator) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            if self.interrupt == (len(self.batches), i):
+                raise KeyboardInterrupt
+            output = self.unet(
+                getattr(self.scheduler, "scale_model_input", lambda x, t: x)(x, t), t.expand(len(x)), return_dict=False
+            )[0]
+            x = self.scheduler.step(output, t, x, return_dict=False)[0]
+        return (x,)
+
+
+def text_pipeline(seed=0):
+    scheduler = diffusers.DPMSolverMultistepScheduler(**SD)
+    oracle = fs.oracles.GaussianMixture.random(8, 3, seed=seed)
+    return TextPipeline(OracleUNet().answer_for(scheduler, oracle), scheduler)
+
+
+def measure(pipe, **options):
+    return fs.diffusers.measure(pipe, **{"levels": 12, "prompts": PROMPTS, "progress": False, **options})
+
+
+def same(one, other):
+    assert torch.equal(one.seeds, other.seeds)
+    torch.testing.assert_close(one.vector_gram, other.vector_gram, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fit_calls_the_pipeline_once_a_run_and_encodes_once():
+    pipe = text_pipeline()
+    schedule = fs.diffusers.fit(pipe, 8, levels=24, prompts=PROMPTS, negative_prompt="ugly", progress=False)
+    assert set(pipe.batches) == {4}
+    assert pipe.encoded == [tuple(PROMPTS)]
+    assert "encode_prompt" not in vars(pipe)
+    # one call to measure; what is left of 800 model calls are 11 runs of four samples, nine calls each
+    assert len(pipe.batches) <= 1 + (800 - 384) // (4 * 9)
+    assert schedule.measured_error is not None
+    few = text_pipeline()
+    fs.diffusers.fit(few, 8, levels=24, prompts=PROMPTS, model_calls=4 * 46 + 11 * 4 * 9, progress=False)
+    assert len(few.batches) <= 12
+
+
+def test_prompts_take_turns_whatever_the_calls():
+    stats = [measure(text_pipeline(), prompts_per_call=size) for size in (None, 1, 3)]
+    for other in stats[1:]:
+        same(stats[0], other)
+    for size, calls in ((None, [tuple(PROMPTS)]), (1, [(each,) for each in PROMPTS])):
+        pipe = text_pipeline()
+        measure(pipe, prompts_per_call=size)
+        assert pipe.encoded == calls
+    pipe = text_pipeline()
+    measure(pipe, samples=6, prompts=PROMPTS[:2])
+    assert pipe.encoded == [tuple(PROMPTS[:2] * 3)]
+    with pytest.raises(ValueError, match="prompts_per_call must be at least 1"):
+        measure(pipe, prompts_per_call=0)
+
+
+@pytest.mark.parametrize("arguments", [{"latents": torch.zeros(1, *SHAPE)}, {"generator": [torch.Generator()]}])
+def test_arguments_for_one_batch_are_not_given_to_a_larger_one(arguments):
+    calls = PromptCalls.of(text_pipeline(), PROMPTS, arguments, None)
+    assert calls.arguments(1, 4, arguments)["prompt"] == PROMPTS[1]
+    assert PromptCalls.of(pipelines.oracle_pipeline(diffusers.DDIMScheduler()), PROMPTS, {}, None).size == 0
+
+
+def test_where_memory_runs_out_fewer_prompts_are_given_in_a_call():
+    whole, pipe = measure(text_pipeline()), text_pipeline()
+    pipe.fails_above = 1
+    with pytest.warns(UserWarning, match="memory ran out: the pipeline is called with") as caught:
+        same(measure(pipe), whole)
+    assert [str(each.message)[-20:] for each in caught] == ["(prompts_per_call=2)", "(prompts_per_call=1)"]
+    assert pipe.batches == [4, 2, 1, 1, 1, 1]
+    pipe.fails_above = 0
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="memory ran out"):
+        measure(pipe)
+
+
+def test_encodings_that_hold_tensors_are_made_each_time():
+    pipe = text_pipeline()
+    with prompts_encoded_once(pipe), prompts_encoded_once(pipe):
+        for _ in range(2):
+            pipe.encode_prompt("a", device=pipe.device)
+            pipe.encode_prompt("a", device=torch.zeros(1))
+    assert len(pipe.encoded) == 3
+
+
+def test_an_interrupt_hands_back_what_was_finished_and_a_checkpoint_goes_on(tmp_path):
+    whole = measure(text_pipeline(), prompts_per_call=1, keep_increments=True)
+    pipe = text_pipeline()
+    pipe.interrupt = (3, 5)
+    with pytest.warns(UserWarning, match="hold the 2 paths that were finished"):
+        partial = measure(pipe, prompts_per_call=1)
+    assert torch.equal(partial.vector_gram, whole.vector_gram[:2])
+    path, pipe = tmp_path / "part.safetensors", text_pipeline()
+    pipe.interrupt = (3, 5)
+    options = {"prompts_per_call": 1, "keep_increments": True, "checkpoint": path}
+    with pytest.raises(KeyboardInterrupt):
+        measure(pipe, **options)
+    pipe.interrupt = None
+    found = measure(pipe, **options)
+    assert len(pipe.batches) == 3 + 2
+    for name in ("vector_gram", "ends", "increments", "responses"):
+        assert torch.equal(getattr(found, name), getattr(whole, name))
+    assert torch.equal(measure(pipe, **options).seeds, whole.seeds)
+    assert len(pipe.batches) == 5
+    with pytest.raises(ValueError, match=r"measured with other levels \(12 of them\)"):
+        measure(pipe, **{**options, "levels": 13})
+    with pytest.raises(ValueError, match="another seed"):
+        measure(pipe, **options, seed=1)
+    fitted = fs.diffusers.fit(pipe, 4, levels=12, prompts=PROMPTS, checkpoint=path, model_calls=160, progress=False)
+    assert fitted.steps == 4
+    assert pipe.batches[5:] == [4] * len(pipe.batches[5:])  # only runs of schedules
+
+
+def test_ranges_of_samples_merge_to_the_whole():
+    whole = measure(text_pipeline(), samples=6)
+    parts = [measure(text_pipeline(), samples=which, prompts_per_call=2) for which in (range(3), range(3, 6))]
+    assert [part.samples for part in parts] == [3, 3]
+    same(parts[0].merge(parts[1]), whole)
+
+
+def test_one_bar_over_all_calls(capsys):
+    pipe = text_pipeline()
+    measure(pipe, prompts_per_call=1, progress=True)
+    shown = capsys.readouterr().err
+    assert "measuring: 100%" in shown
+    assert f"{4 * 24}/{4 * 24}" in shown  # 24 steps a call
+    assert not hasattr(pipe, "_progress_bar_config")
+    pipe.set_progress_bar_config(desc="own")
+    measure(pipe, prompts_per_call=1, progress=True)
+    assert "own" not in capsys.readouterr().err
+    assert pipe._progress_bar_config == {"desc": "own"}
+    assert [len(list(group)) for _, group in itertools.groupby(pipe.batches)] == [8]

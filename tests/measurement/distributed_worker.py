@@ -1,0 +1,48 @@
+"""One of the processes of `test_distributed`: what it is to do is the first argument, where to write the second."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from models import mixture
+
+import fastsched as fs
+
+
+def main(task, folder):
+    torch.distributed.init_process_group("gloo")
+    rank, group, calls = torch.distributed.get_rank(), torch.distributed.group.WORLD, 0
+    oracle = mixture()
+
+    def network(z, s):
+        nonlocal calls
+        calls += len(z)
+        if task == "dies" and rank == 1 and calls > 30:
+            os._exit(3)
+        if task == "fails" and rank == 1 and calls > 30:
+            raise RuntimeError("broken")
+        return oracle.denoise(z, s)
+
+    denoiser = fs.Denoiser.from_denoiser(network, 0.02, 20.0)
+    options = {"levels": 12, "samples": 5, "progress": False, "group": group, "batch_size": 1}
+    try:
+        if task == "measure":
+            stats = fs.measure(denoiser, (4,), keep_increments=True, checkpoint=folder / "whole.safetensors", **options)
+            stats.save(folder / f"{rank}.safetensors", vectors=True)
+            report = {"model_calls": stats.model_calls}
+        elif task == "fit":
+            schedule = fs.fit(denoiser, (4,), 4, model_calls=400, **options)
+            report = {"sigmas": schedule.sigmas.tolist(), "error": schedule.measured_error}
+        else:
+            fs.measure(denoiser, (4,), **options)
+            report = {}
+    except Exception as error:
+        partial = getattr(error, "partial", None)
+        report = {"failed": str(error), "finished": None if partial is None else partial.samples}
+    (folder / f"{task}-{rank}.json").write_text(json.dumps({**report, "calls": calls}))
+    os._exit(0)  # a group that has lost a process does not end in order
+
+
+main(sys.argv[1], Path(sys.argv[2]))

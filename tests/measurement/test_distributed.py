@@ -1,0 +1,98 @@
+"""Two processes give what one gives, each with half of the calls; what fails in one is an error in both."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import mixture
+
+import fastsched as fs
+from fastsched.measurement.devices import share
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without distributed")
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+PATH, CHECKS = 22, 6  # calls of a path over 12 levels; of four elements, too few for one of the questions
+
+
+def run(task, folder, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    settings = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (WORKER.parents[1], WORKER.parents[2])))}
+    command += [str(WORKER), task, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=settings)
+    files = [folder / f"{task}-{rank}.json" for rank in range(processes)]
+    return [json.loads(file.read_text()) if file.exists() else None for file in files], done
+
+
+def denoiser():
+    return fs.Denoiser.from_denoiser(mixture().denoise, 0.02, 20.0)
+
+
+def test_measuring_in_two_processes(tmp_path):
+    reports, done = run("measure", tmp_path)
+    assert None not in reports, done.stderr
+    whole = fs.measure(denoiser(), (4,), levels=12, samples=5, batch_size=1, keep_increments=True, progress=False)
+    for rank in range(2):
+        found = fs.PathStatistics.load(tmp_path / f"{rank}.safetensors")
+        assert torch.equal(found.seeds, whole.seeds)
+        torch.testing.assert_close(found.vector_gram, whole.vector_gram, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(found.increments, whole.increments, rtol=1e-5, atol=1e-6)
+        sigmas = [fs.optimal_schedule(stats, 5, "dpmpp_2m").sigmas for stats in (found, whole)]
+        torch.testing.assert_close(*sigmas, rtol=1e-5, atol=0)
+    assert [report["calls"] for report in reports] == [3 * PATH + CHECKS, 2 * PATH]
+    assert {report["model_calls"] for report in reports} == {whole.model_calls} == {5 * PATH + CHECKS}
+    assert fs.PathStatistics.load(tmp_path / "whole.safetensors").samples == 5
+    assert not [*tmp_path.glob("*part*")]
+
+
+def test_fitting_in_two_processes(tmp_path):
+    reports, done = run("fit", tmp_path)
+    assert None not in reports, done.stderr
+    calls = []
+
+    def network(z, s):
+        calls.append(len(z))
+        return mixture().denoise(z, s)
+
+    own = fs.Denoiser.from_denoiser(network, 0.02, 20.0)
+    single = fs.fit(own, (4,), 4, levels=12, samples=5, model_calls=400, batch_size=1, progress=False)
+    for report in reports:
+        torch.testing.assert_close(torch.tensor(report["sigmas"]).double(), single.sigmas, rtol=1e-5, atol=0)
+        assert report["error"] == pytest.approx(single.measured_error, rel=1e-4)
+    assert sum(report["calls"] for report in reports) == sum(calls)
+    assert 0.35 < reports[1]["calls"] / sum(calls) < 0.5  # of five samples, two
+
+
+@pytest.mark.parametrize("task", ["fails", "dies"])
+def test_what_ends_one_process_is_an_error_in_all(tmp_path, task):
+    reports, done = run(task, tmp_path)
+    assert reports[0] is not None, done.stderr
+    assert reports[0]["failed"]
+    assert reports[0]["finished"] == (3 if task == "dies" else 4)  # its own three, and one of the other
+    assert (reports[1] is None) == (task == "dies")
+    if task == "fails":
+        assert "process 1 of the group failed: RuntimeError: broken" in reports[0]["failed"]
+        assert reports[1]["failed"] == "broken"
+
+
+def test_a_group_needs_processes():
+    with pytest.raises(ValueError, match="group needs torch"):
+        fs.measure(denoiser(), (4,), samples=2, group=object(), progress=False)
+    assert share(range(3, 8), None).tolist() == [3, 4, 5, 6, 7]
+
+
+def test_ranges_of_samples_merge_to_the_whole(tmp_path):
+    options = {"levels": 12, "batch_size": 1, "progress": False}
+    parts = [fs.measure(denoiser(), (4,), samples=which, **options) for which in (range(2), range(2, 5))]
+    whole = fs.measure(denoiser(), (4,), samples=5, **options)
+    merged = parts[0].merge(parts[1])
+    assert torch.equal(merged.seeds, whole.seeds)
+    assert torch.equal(merged.vector_gram, whole.vector_gram)
+    assert merged.data_std == whole.data_std
+    for bad in (range(0), range(-1, 3), range(0, 6, 2)):
+        with pytest.raises(ValueError, match="samples must be a number, or range"):
+            fs.measure(denoiser(), (4,), samples=bad, **options)
