@@ -84,7 +84,7 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
         except BaseException as error:
             with contextlib.suppress(Exception):  # a few classes take no attributes
                 error.partial = whole  # type: ignore[attr-defined]  # a handler may save them
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 paths = min(batches.size, len(batches.seeds))
                 raise MemoryError(explained(run, paths, len(seeds), math.prod(batches.shape))) from error
             raise
@@ -155,7 +155,8 @@ def _identified(
     return mark, spent
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
