@@ -22,7 +22,7 @@ check: $(VENV)/dev-installed  ## lint, format, order of imports between rooms, a
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-fuzz: $(VENV)/dev-installed  ## 10,000 odd networks, arguments and files, and 50 kills: about ten minutes on two cores
+fuzz: $(VENV)/dev-installed  ## 10,000 odd networks, pipelines, arguments and files, and 50 kills: about ten minutes on two cores
 	FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/python -m pytest --numprocesses 2 tests/fuzz
 
 bench: $(VENV)/dev-installed  ## speed of the ops on this machine

@@ -60,6 +60,7 @@ WRONG = {
     "path": [None, *PATH],
     "model": OTHER,
     "trace": PATH,
+    "origin": OTHER[1:],
     "store": ["gpu", 3, []],
     "method": ["best", 3, [], b"arc_length"],
     "pairs": ["some", None, 3],

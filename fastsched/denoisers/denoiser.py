@@ -394,7 +394,7 @@ def _on_device(values: Tensor, x: Tensor) -> Tensor:
     One value is written there by a kernel: a copy from the CPU would wait for all work before it.
     """
     if len(values) == 1:
-        return torch.full((len(x),), values.item(), dtype=values.dtype, device=x.device)
+        return x.new_full((len(x),), values.item(), dtype=values.dtype)
     return values.to(x.device, copy=True)
 
 

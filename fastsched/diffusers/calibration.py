@@ -18,6 +18,7 @@ from fastsched.diffusers.step_checks import (
     check_copies,
     check_first_latents,
     check_options,
+    check_output,
     check_timestep,
     check_unchanged,
     doubled,
@@ -279,6 +280,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         seen = None if self._watch is None else self._watch.take()
         self._check(timestep, sample, args, kwargs)
         output = self.convention.raw_output(model_output, sample.shape[1])
+        check_output(output, sample)
         self._check_finite(output)
         if seen is not None:
             self._check_seen(seen, output, sample)

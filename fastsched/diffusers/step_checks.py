@@ -64,6 +64,19 @@ def check_timestep(index: int, timesteps: Tensor, timestep: Any, verdicts: Verdi
     verdicts.note(torch.stack([(given - expected).abs().max(), given.max()]), judge)
 
 
+def check_output(output: Any, sample: Tensor) -> None:
+    """Check that a network's output is a prediction for the latents.
+
+    Raises:
+        ValueError: If its shape or its dtype is another one.
+    """
+    if not isinstance(output, Tensor) or output.shape != sample.shape or not output.is_floating_point():
+        what = f"shape {tuple(output.shape)}, {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"the pipeline calls step with an output of {what} for latents of shape {tuple(sample.shape)}, {INSTEAD}"
+        )
+
+
 def check_first_latents(sample: Tensor, verdicts: Verdicts) -> None:
     """Check that a pipeline starts from standard normal noise times ``init_noise_sigma``, which is 1 here.
 

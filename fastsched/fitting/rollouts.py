@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, placement
+from fastsched.measurement.batches import is_out_of_memory
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import rounding_floor, squared_distances
 from fastsched.sampling.random_streams import noise_of
@@ -145,7 +146,15 @@ class Runner:
 
     def _batch(self, schedule: Schedule, first: int, last: int) -> Rollout:
         noise, recorder = self.noise[first:last].to(self.device), RecordingDenoiser.of(self.denoiser)
-        ends = sample(recorder, schedule, schedule_solver(schedule, self.method), noise, dtype=self.dtype).cpu()
+        try:
+            ends = sample(recorder, schedule, schedule_solver(schedule, self.method), noise, dtype=self.dtype).cpu()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryError(
+                f"out of memory: {last - first} samples at once; lower batch_size (now {self.batch}), or run in 16 "
+                "bits (dtype=torch.bfloat16)"
+            ) from error
         return Rollout(ends, recorder.evaluations())
 
 

@@ -39,6 +39,7 @@ from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.fitting.auditioning import Audition
 from fastsched.fitting.rollouts import Evaluations, Rollout, Run, Runner, distances, rounding_of
 from fastsched.fitting.run_secants import KnownAnswers, KnownRun, residuals, with_runs
+from fastsched.measurement.measuring import check_same_network
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.metrics import power_mean
 from fastsched.sampling.fitted import chosen_solver
@@ -94,6 +95,7 @@ def tune(
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    checks: bool = True,
     progress: bool = True,
 ) -> Tuning:
     """Lower the error of ``start`` by running up to ``trials`` schedules from the measured noises.
@@ -108,13 +110,15 @@ def tune(
         batch_size: Samples run at once; all when None.
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None.
+        checks: Whether to ask first, by one call, if the denoiser is the one that was measured.
         progress: Show a progress bar.
 
     Returns:
         The best schedule found, never worse on these samples than ``start``, and all that were tried.
 
     Raises:
-        ValueError: If the statistics hold no increments, ``trials`` is negative, or the network returns NaN or inf.
+        ValueError: If the statistics hold no increments or are of another network, ``trials`` is negative, or the
+            network returns NaN or inf.
     """
     validate.arguments(locals(), denoiser=is_denoiser, stats=is_statistics, start=_is_start)
     first = start.winner if isinstance(start, Audition) else start
@@ -122,12 +126,13 @@ def tune(
     method = chosen_solver(first.solver)
     trials = validate.positive_int("trials", trials, minimum=0)
     increments_of(stats)
+    asked = check_same_network(denoiser, stats, device, dtype) if checks else 0
     runner = Runner(denoiser, stats, method, batch_size, device, dtype)
     calls = method.model_calls(first.steps)
     before = 0 if known else stats.samples * calls
     with progress_bar(before + trials * stats.samples * calls, progress, "tuning") as runner.advance:
         tuning = tuned(runner, stats, known or [(first, runner(first, 0, stats.samples))], trials, calls)
-    return replace(tuning, model_calls=before + tuning.model_calls)
+    return replace(tuning, model_calls=asked + before + tuning.model_calls)
 
 
 def tuned(

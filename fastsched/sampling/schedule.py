@@ -61,6 +61,8 @@ class Schedule:
         object.__setattr__(self, "sigmas", sigmas)
         object.__setattr__(self, "solver", solver_name(self.solver))
         validate.choice("noise", self.noise, ("ve", "vp", "flow"))
+        if self.origin is not None:
+            validate.instance("origin", self.origin, Origin, "fastsched.sampling.origin.origin_now makes one")
         if self.noise == "flow" and float(sigmas[0]) > 1:
             raise ValueError(f"sigmas of a flow model are times within [0, 1], got {float(sigmas[0]):g}")
         for name in ("predicted_error", "measured_error"):

@@ -213,3 +213,11 @@ def test_another_file_is_refused(tmp_path, what, content):
     with pytest.raises(ValueError, match="does not hold runs of a fit"):
         RunLog(path, what)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_in_a_run_says_what_to_lower(tmp_path, error):
+    path = tmp_path / "fit.safetensors"
+    with pytest.raises(MemoryError, match=r"2 samples at once; lower batch_size \(now 2\)"):
+        fit(Failing(90, error), batch_size=2, checkpoint=path)
+    assert fs.PathStatistics.load(path).samples == SAMPLES

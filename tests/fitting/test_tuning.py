@@ -267,3 +267,14 @@ def test_bad_arguments(stats, start):
     with pytest.raises(ValueError, match="solver must be deterministic"):
         fs.tune(denoiser, stats, fs.Schedule([40.0, 1.0, 0.0], "ancestral"))
     assert not calls
+
+
+def test_statistics_of_another_network_are_refused():
+    options = {"levels": 12, "samples": 2, "keep_increments": True, "progress": False}
+    stats = fs.measure(DENOISER, (4,), **options)
+    start, other = fs.optimal_schedule(stats, 3), exact_denoiser(mixture(d=4, seed=7), 0.01, 40.0)
+    with pytest.raises(ValueError, match="another network"):
+        fs.tune(other, stats, start, progress=False)
+    assert fs.tune(other, stats, start, trials=0, checks=False, progress=False).trials
+    denoiser, calls = counted()
+    assert fs.tune(denoiser, stats, start, trials=1, progress=False).model_calls == sum(calls)

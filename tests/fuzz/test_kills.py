@@ -53,10 +53,11 @@ def test_killed_work_goes_on_to_the_same_schedule(whole, tmp_path):
     kind, schedule, needed, seconds = whole
     chance = random.Random(kind)
     left = KILLS // 2 if kind == "measure" else KILLS - KILLS // 2
+    trial = 0
     while left > 0:
-        folder = tmp_path / str(left)
+        folder, kills = tmp_path / f"{trial}", 0
+        trial += 1
         folder.mkdir()
-        kills = 0
         for _ in range(min(left, chance.randint(1, 4))):
             process, delay = started(kind, folder), chance.uniform(0, seconds)
             process.join(delay)

@@ -87,7 +87,7 @@ UNUSABLE = {
 #: Those that are no denoisers of their process, which a measurement's checks find.
 NO_DENOISERS = {
     "random": "return good(x, t) + 0.1 * torch.randn(x.shape)",
-    "random by a factor": "return good(x, t) * (1 + 0.1 * torch.rand(()))",
+    "random by factors": "return good(x, t) * (1 + 0.3 * torch.rand(x.shape))",
     "stateful": 'kept["calls"] = kept.get("calls", 0) + 1\nreturn good(x, t) * (1 + 0.05 * kept["calls"])',
     "mixes the batch": "return good(x, t) + 0.3 * x.mean(0, keepdim=True)",
     "normalises over the batch": "out = good(x, t)\nreturn (out - out.mean(0)) / (out.std(0, correction=0) + 1)",

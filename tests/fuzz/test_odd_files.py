@@ -217,7 +217,7 @@ def changed(tensor, change, value):
         return tensor.flip(-1)
     new = tensor.clone().flatten()
     if new.numel():
-        new[0] = value if new.is_floating_point() else -3
+        new[0] = torch.tensor(value).to(new.dtype) if new.is_floating_point() else -3
     return new.reshape(tensor.shape)
 
 
