@@ -18,7 +18,7 @@ from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
 from fastsched.denoisers.noise import VariancePreserving
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
-from fastsched.sampling.sampler import sample, schedule_solver
+from fastsched.sampling.sampler import is_run, sample, schedule_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver, get_solver, is_any_solver, is_stock_solver
 
@@ -299,6 +299,7 @@ def _planned(
         raise ValueError("schedules must be a dictionary of at least one schedule by name, such as {'mine': schedule}")
     runs = {}
     for name, schedule in schedules.items():
+        is_run(f"schedules[{name!r}]", schedule)
         chosen = solver
         if isinstance(schedule, Schedule):
             chosen = solver if solver is not None else schedule.solver

@@ -115,7 +115,9 @@ def plot(
 
         check_matplotlib()
         shell.writable(output, endings=FORMATS)
-        measured = [path for path in files if inputs.kind_of(path) == "statistics" or path.suffix == ".safetensors"]
+        from fastsched.sampling.files import kind_of
+
+        measured = [path for path in files if kind_of(path) == "statistics" or path.suffix == ".safetensors"]
         if len(measured) > 1:
             raise ValueError(f"files must contain at most one file of statistics, got {', '.join(map(str, measured))}")
         stats = inputs.load_statistics(measured[0]) if measured else None

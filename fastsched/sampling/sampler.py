@@ -104,6 +104,11 @@ def sample(
 
 def is_run(name: str, value: object) -> None:
     """TypeError or ValueError unless the argument is sampler sigmas, or a schedule with them."""
+    if hasattr(value, "sigmas") and not hasattr(value, "solver"):  # statistics have levels, but those of a measurement
+        raise TypeError(
+            f"{name} must be sigmas or a Schedule, which fastsched.optimal_schedule makes of statistics, got "
+            f"{type(value).__name__}"
+        )
     validate.descending_sigmas(getattr(value, "sigmas", value), name=name)  # type: ignore[arg-type]  # the point
 
 

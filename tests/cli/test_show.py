@@ -5,7 +5,8 @@ import torch
 from shell_runs import one_line, run
 
 import fastsched as fs
-from fastsched.cli.names import KNOWN, UNKNOWN, resolve_solver
+from fastsched.cli.names import resolve_solver
+from fastsched.sampling.solver_names import KNOWN, UNKNOWN
 from fastsched.sampling.solvers import ALIASES, FITTED, SOLVERS, STOCHASTIC_SOLVERS
 
 
