@@ -352,12 +352,12 @@ CHECKS: dict[str, Check] = {
     "tolerance": positive,
     "noise": optional(tensor),
     "eta": real,
+    "progress": lambda name, value: None if callable(value) else flag(name, value),
     "checkpoint": optional(path),
     "path": path,
     **dict.fromkeys(
         (
             "checks",
-            "progress",
             "responses",
             "keep_increments",
             "polish",

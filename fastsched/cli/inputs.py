@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,11 +219,14 @@ def not_for_pipelines(**options: object) -> None:
 
 @contextlib.contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Without the progress bars that diffusers shows while it loads."""
+    """Without the progress bars that diffusers shows while it loads, and what it says of ``torch_dtype``."""
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # Newer versions call it dtype, which those before 0.42 do not know.
+            warnings.filterwarnings("ignore", ".*torch_dtype.* is deprecated")
+            yield
     finally:
         logging.enable_progress_bar()

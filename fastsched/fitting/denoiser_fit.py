@@ -26,7 +26,7 @@ from fastsched.measurement.measuring import (
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.fitted import chosen_solver, is_solver
-from fastsched.sampling.progress import progress_bar
+from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.schedule import Schedule
 
 
@@ -46,7 +46,7 @@ def fit(
     dtype: torch.dtype | None = None,
     checks: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Schedule:
     """The schedule of ``steps`` steps for a denoiser and solver: `measure`, `optimal_schedule`, `audition`, `tune`.
 
@@ -71,7 +71,7 @@ def fit(
         checkpoint: A file of every finished path, as in `measure`; beside it ``checkpoint.runs`` holds every finished
             run of candidates and of tuning. The same call goes on from there to the same bits, after Ctrl-C, errors and
             ``kill -9``; at most one batch is run twice. The files stay: remove them when they have served.
-        progress: Show progress bars.
+        progress: Show progress bars, or a function called with the model calls done and their total.
 
     Returns:
         The schedule, with its predicted error, and its measured one if it was run.
@@ -99,7 +99,7 @@ def fit_report(
     dtype: torch.dtype | None = None,
     checks: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> FitReport:
     """`fit`, with all that it found on the way; arguments and errors are the same."""
     validate.arguments(locals(), denoiser=is_denoiser, solver=is_solver, stats=validate.optional(is_statistics))
