@@ -173,3 +173,13 @@ def test_demo_prints_its_rows_as_json(monkeypatch, tmp_path):
     assert len(rows) == 6
     assert {row["solver"] for row in rows} == {"ddim"}
     assert "on 4 paths" in result.stderr
+
+
+def test_profile_says_its_cost_first(folder, tmp_path):
+    model = ("profile", f"{folder / 'my_model.py'}:build", "--shape", "2,3", "--steps", "3", "-q")
+    asked = run(*model, "--dry-run")
+    assert (asked.exit_code, asked.stdout) == (0, "")
+    assert asked.stderr == "model calls, counted per sample: about 12\n"
+    result = run(*model, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)
