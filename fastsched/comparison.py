@@ -16,9 +16,9 @@ from torch import Tensor
 from fastsched import metrics, validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
 from fastsched.denoisers.noise import VariancePreserving
-from fastsched.sampling.progress import progress_bar
+from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
-from fastsched.sampling.sampler import sample, schedule_solver
+from fastsched.sampling.sampler import is_run, sample, schedule_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver, get_solver, is_any_solver, is_stock_solver
 
@@ -172,7 +172,7 @@ def converged_reference(
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Reference:
     """Converged samples: many steps of ``solver``, uniform in ``log s`` over the denoiser's whole range, then 0.
 
@@ -188,7 +188,7 @@ def converged_reference(
         batch_size: Samples per batch; all of them when None.
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None.
-        progress: Show a progress bar.
+        progress: Show a progress bar, or a function called with the model calls done and their total.
 
     Returns:
         The noises and the samples, on the CPU.
@@ -223,7 +223,7 @@ def compare(
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Comparison:
     """Run the sampler with each schedule and report the distance of its samples to the converged ones.
 
@@ -299,6 +299,7 @@ def _planned(
         raise ValueError("schedules must be a dictionary of at least one schedule by name, such as {'mine': schedule}")
     runs = {}
     for name, schedule in schedules.items():
+        is_run(f"schedules[{name!r}]", schedule)
         chosen = solver
         if isinstance(schedule, Schedule):
             chosen = solver if solver is not None else schedule.solver

@@ -207,14 +207,22 @@ def device(value: object) -> torch.device:
 
     Raises:
         TypeError: If it is neither a device nor the name of one.
-        ValueError: If there is no such device.
+        ValueError: If there is no such device, or it is not there.
     """
     if not isinstance(value, (str, torch.device, int)) or isinstance(value, bool):
         raise TypeError(f"device must be a torch.device or a name such as 'cuda', got {shown(value)}")
     try:
-        return torch.device(value)
-    except (RuntimeError, OverflowError, ValueError) as error:
-        raise ValueError(f"device must be one that PyTorch knows, got {value!r} ({error})") from None
+        found = torch.device(value)
+    except (RuntimeError, OverflowError, ValueError):
+        raise ValueError(f"device must be one that PyTorch knows, such as cpu, cuda or cuda:1, got {value!r}") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        raise ValueError(f"device is {value!r}, but torch {torch.__version__} ({built}) finds no CUDA GPU; use cpu")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {value!r}, but there are only {torch.cuda.device_count()} CUDA GPUs")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device is {value!r}, but torch finds no MPS device here; use cpu")
+    return found
 
 
 def floating_dtype(value: object, name: str = "dtype") -> torch.dtype:
@@ -360,12 +368,12 @@ CHECKS: dict[str, Check] = {
     "tolerance": positive,
     "noise": optional(tensor),
     "eta": real,
+    "progress": lambda name, value: None if callable(value) else flag(name, value),
     "checkpoint": optional(path),
     "path": path,
     **dict.fromkeys(
         (
             "checks",
-            "progress",
             "responses",
             "keep_increments",
             "polish",

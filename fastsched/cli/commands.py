@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fastsched.cli import comparing, exporting, making, profiling, report, showing
-from fastsched.cli.shell import STATE
+from fastsched.cli.shell import STATE, errors_in_a_line, say_on_stderr
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,6 +41,7 @@ def main(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show Python's traceback of an error.")] = False,
+    log_level: Annotated[str, typer.Option(help="What to say on stderr: debug, info, warning or error.")] = "info",
 ) -> None:
     """Choose noise levels for a diffusion or flow model.
 
@@ -58,6 +59,9 @@ def main(
     Exit status: 0, 2 for a bad argument, 130 after Ctrl-C, 1 for anything else that went wrong.
     """
     STATE["traceback"] = traceback
+    say_on_stderr("info")
+    with errors_in_a_line():
+        say_on_stderr(log_level)
     if version:
         from fastsched import __version__
 

@@ -26,6 +26,7 @@ def demo(
         "demo-output"
     ),
     samples: Annotated[int, typer.Option(help="Number of noises to compare over.")] = 1024,
+    as_json: shell.AsJson = False,
     quiet: shell.Quiet = False,
 ) -> None:
     """Try everything on handwritten digits, on a CPU. Prints a table of errors and draws a figure.
@@ -42,7 +43,10 @@ def demo(
 
         check_matplotlib()
         torch.set_num_threads(1)  # the digits network is so small that threads make it slower
-        run_demo(output, samples=samples, progress=not quiet, say=typer.echo)
+        found = run_demo(output, samples=samples, progress=not quiet, say=note if as_json else typer.echo)
+        if as_json:
+            each = found.comparisons.values()
+            shell.print_json([row for runs in each for comparison in runs.values() for row in comparison.to_dicts()])
 
 
 def compare(
@@ -115,7 +119,9 @@ def plot(
 
         check_matplotlib()
         shell.writable(output, endings=FORMATS)
-        measured = [path for path in files if inputs.kind_of(path) == "statistics" or path.suffix == ".safetensors"]
+        from fastsched.sampling.files import kind_of
+
+        measured = [path for path in files if kind_of(path) == "statistics" or path.suffix == ".safetensors"]
         if len(measured) > 1:
             raise ValueError(f"files must contain at most one file of statistics, got {', '.join(map(str, measured))}")
         stats = inputs.load_statistics(measured[0]) if measured else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,21 +96,10 @@ def check_device(name: str | None) -> None:
     Raises:
         ValueError: If the name is none, or the device is not there.
     """
-    import torch
+    from fastsched import validate
 
-    if name is None:
-        return
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device must be a torch device such as cpu, cuda or cuda:1, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        raise ValueError(f"device is {name!r}, but torch {torch.__version__} ({built}) finds no CUDA GPU; use cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {name!r}, but there are only {torch.cuda.device_count()} CUDA GPUs")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device is {name!r}, but torch finds no MPS device here; use cpu")
+    if name is not None:
+        validate.device(name)
 
 
 def integers(name: str, text: str) -> list[int]:
@@ -127,18 +117,6 @@ def integers(name: str, text: str) -> list[int]:
     return values
 
 
-def kind_of(path: Path) -> str | None:
-    """``"statistics"`` or ``"schedule"``, by what is in the file; None for anything else and where there is no file."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(10_000)
-    except OSError:
-        return None
-    if start[8:9] == b"{" and b"fastsched.path_statistics" in start:  # eight bytes of length, then the header
-        return "statistics"
-    return "schedule" if start.lstrip()[:1] == b"{" and b"fastsched.schedule" in start else None
-
-
 def load_statistics(path: Path) -> PathStatistics:
     """The statistics in a file.
 
@@ -148,8 +126,6 @@ def load_statistics(path: Path) -> PathStatistics:
     """
     from fastsched.measurement.statistics import PathStatistics
 
-    if kind_of(path) == "schedule":
-        raise ValueError(f"{path} is a schedule, and statistics are needed, which 'fastsched measure' writes")
     return PathStatistics.load(path)
 
 
@@ -162,11 +138,6 @@ def load_schedule(path: Path) -> Schedule:
     """
     from fastsched.sampling.schedule import Schedule
 
-    if kind_of(path) == "statistics":
-        raise ValueError(
-            f"{path} holds statistics, and a schedule is needed, which 'fastsched select {path} --steps 8 "
-            "-o schedule.json' makes of them"
-        )
     return Schedule.load(path)
 
 
@@ -248,11 +219,14 @@ def not_for_pipelines(**options: object) -> None:
 
 @contextlib.contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Without the progress bars that diffusers shows while it loads."""
+    """Without the progress bars that diffusers shows while it loads, and what it says of ``torch_dtype``."""
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # Newer versions call it dtype, which those before 0.42 do not know.
+            warnings.filterwarnings("ignore", ".*torch_dtype.* is deprecated")
+            yield
     finally:
         logging.enable_progress_bar()

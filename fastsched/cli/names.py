@@ -1,64 +1,6 @@
-"""Solver names as people know them from samplers' menus and libraries, resolved to fastsched's."""
+"""Solver names on a command line: those of samplers' menus and libraries are understood too."""
 
 from __future__ import annotations
-
-import re
-
-#: Names in web interfaces, k-diffusion and diffusers, in the spelling of `_plain`, and the solver each of them is.
-KNOWN = {
-    "dpmpp2m": "dpmpp_2m",
-    "dpmpp3m": "dpmpp_3m",
-    "dpmpp2s": "dpmpp_2s",
-    "dpm2": "dpm_2",
-    "euler": "ddim",
-    "heun": "heun",
-    "heun2": "heun",
-    "lms": "lms",
-    "ddim": "ddim",
-    "unipc": "unipc",
-    "deis": "deis_2",
-    "ipndm": "ipndm",
-    "eulera": "ancestral",
-    "eulerancestral": "ancestral",
-    "dpmpp2msde": "sde_dpmpp_2m",
-    "eulerdiscretescheduler": "ddim",
-    "edmeulerscheduler": "ddim",
-    "flowmatcheulerdiscretescheduler": "ddim",
-    "ddimscheduler": "ddim",
-    "heundiscretescheduler": "heun",
-    "flowmatchheundiscretescheduler": "heun",
-    "kdpm2discretescheduler": "dpm_2",
-    "dpmsolvermultistepscheduler": "dpmpp_2m",
-    "edmdpmsolvermultistepscheduler": "dpmpp_2m",
-    "dpmsolversinglestepscheduler": "dpmpp_2s",
-    "lmsdiscretescheduler": "lms",
-    "unipcmultistepscheduler": "unipc",
-    "deismultistepscheduler": "deis_2",
-    "ipndmscheduler": "ipndm",
-    "eulerancestraldiscretescheduler": "ancestral",
-}
-#: Names of samplers that fastsched does not have, and what to say about each.
-UNKNOWN = {
-    "dpmppsde": "DPM++ SDE is not supported; 'sde_dpmpp_2m' is the stochastic solver of the family",
-    "dpmpp3msde": "DPM++ 3M SDE is not supported; 'dpmpp_3m' is its deterministic form",
-    "dpmpp2sa": "DPM++ 2S a (ancestral) is not supported; 'dpmpp_2s' is its deterministic form",
-    "dpmpp2sancestral": "DPM++ 2S ancestral is not supported; 'dpmpp_2s' is its deterministic form",
-    "dpm2a": "DPM2 a (ancestral) is not supported; 'dpm_2' is its deterministic form",
-    "dpm2ancestral": "DPM2 ancestral is not supported; 'dpm_2' is its deterministic form",
-    "plms": "PLMS is not supported; 'ipndm' is the nearest solver",
-    "pndm": "PNDM is not supported; 'ipndm' is the nearest solver",
-    "dpmfast": "DPM fast chooses its own steps; it cannot be given a schedule",
-    "dpmadaptive": "DPM adaptive chooses its own steps; it cannot be given a schedule",
-    "lcm": "LCM samples a distilled model in its own steps; 'ancestral' or 'ddim' may serve",
-    "ddpm": "DDPM is not supported; 'ancestral' is the nearest stochastic solver",
-}
-#: Noise schedules that menus append to a sampler's name: "DPM++ 2M Karras".
-SUFFIXES = ("karras", "exponential", "sgmuniform", "simple", "normal", "beta", "kloptimal", "alignyoursteps", "ays")
-
-
-def _plain(name: str) -> str:
-    """``name`` in lower case without separators, ``+`` as p: "DPM++ 2M" and "sample_dpmpp_2m" are both dpmpp2m."""
-    return re.sub("[^a-z0-9]", "", name.lower().removeprefix("sample_").replace("+", "p"))
 
 
 def resolve_solver(name: str) -> tuple[str, str | None]:
@@ -69,23 +11,15 @@ def resolve_solver(name: str) -> tuple[str, str | None]:
     Raises:
         ValueError: If it is a known sampler without a counterpart here; the message names the nearest.
     """
+    from fastsched.sampling.solver_names import known_as
     from fastsched.sampling.solvers import ALIASES, SOLVERS, STOCHASTIC_SOLVERS
 
     if name in SOLVERS or name in ALIASES or name in STOCHASTIC_SOLVERS:
         return name, None
-    # Menus join a sampler and a noise schedule. The second is what fastsched chooses, so only the first is looked up.
-    plain, suffix = _plain(name), None
-    for ending in SUFFIXES:
-        if plain.endswith(ending) and plain != ending:
-            plain, suffix = plain.removesuffix(ending), ending
-            break
-    if plain in UNKNOWN:
-        raise ValueError(f"solver {name!r}: {UNKNOWN[plain]}")
-    own = {_plain(known): known for known in (*ALIASES, *SOLVERS)}
-    found = KNOWN.get(plain) or own.get(plain)
+    found, ending = known_as(name, (*ALIASES, *SOLVERS))
     if found is None:
         return name, None
     remark = f"solver {name!r} is {found} here"
-    if suffix is not None:
-        remark += f"; fastsched's noise levels take the place of the {suffix} ones"
+    if ending is not None:
+        remark += f"; fastsched's noise levels take the place of the {ending} ones"
     return found, remark

@@ -21,7 +21,8 @@ def profile(
     trace: Annotated[
         Optional[Path], typer.Option(help="A file for a trace of torch.profiler, for Perfetto (.json).")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    dry_run: shell.DryRun = False,
+    as_json: shell.AsJson = False,
     quiet: shell.Quiet = False,
 ) -> None:
     """Say where the time of a step goes, what measuring and fitting cost, and when they pay for themselves.
@@ -39,10 +40,21 @@ def profile(
         source = inputs.Source(denoiser, shape, device, dtype, None, prompt, call, quiet)
         if source.is_pipeline:
             pipe, arguments = source.pipeline()
+            _say_cost(steps)
+            if dry_run:
+                return
             if source.prompts:
                 arguments = {"prompt": source.prompts[0], **arguments}
             found = fs.profile(pipe, steps=steps, trace=trace, **arguments)
         else:
             model, sizes = source.denoiser()
+            _say_cost(steps)
+            if dry_run:
+                return
             found = fs.profile(model, sizes, steps=steps, trace=trace)
         typer.echo(found.to_json() if as_json else str(found))
+
+
+def _say_cost(steps: int) -> None:
+    """Say about how many steps are run."""
+    shell.note(f"model calls, counted per sample: about {2 * steps + 6}")

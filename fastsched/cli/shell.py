@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
@@ -53,7 +54,7 @@ def errors_in_a_line(on_interrupt: str = "interrupted; nothing was written") -> 
     try:
         yield
     except KeyboardInterrupt:
-        note(on_interrupt)
+        LOGGER.warning(on_interrupt)
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort):
         raise
@@ -62,13 +63,42 @@ def errors_in_a_line(on_interrupt: str = "interrupted; nothing was written") -> 
             raise
         known = isinstance(error, (ValueError, TypeError, ImportError, OSError))
         text = " ".join(str(error).split())
-        note(f"error: {text}" if known else f"error: {type(error).__name__}: {text} (use --traceback to see where)")
+        LOGGER.error(
+            f"error: {text}" if known else f"error: {type(error).__name__}: {text} (use --traceback to see where)"
+        )
         raise typer.Exit(2 if isinstance(error, (ValueError, TypeError)) else 1) from None
 
 
+class StandardError(logging.StreamHandler):  # type: ignore[type-arg]  # not generic before Python 3.11
+    """Writes to whatever stderr is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        self.stream = sys.stderr  # not setStream, which flushes the one before, and that may be closed
+        super().emit(record)
+
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+#: What commands say besides their results. ``fastsched --log-level warning`` leaves only errors and warnings.
+LOGGER = logging.getLogger("fastsched")
+
+
+def say_on_stderr(level: str) -> None:
+    """Let the log of that level and above be lines on stderr.
+
+    Raises:
+        ValueError: If there is no such level.
+    """
+    if level not in LOG_LEVELS:  # not by fastsched.validate, which would load PyTorch for every --help
+        raise ValueError(f"log-level must be one of {', '.join(LOG_LEVELS)}, got {level!r}")
+    LOGGER.setLevel(level.upper())
+    if not any(isinstance(handler, StandardError) for handler in LOGGER.handlers):
+        LOGGER.addHandler(StandardError())
+
+
 def note(text: str) -> None:
-    """Print a line on stderr: stdout is for results only."""
-    print(text, file=sys.stderr)
+    """Say a line on stderr: stdout is for results only."""
+    LOGGER.info(text)
 
 
 def print_json(value: Any) -> None:

@@ -33,9 +33,11 @@ def info(
     fastsched info my_pipeline_folder
     """
     with shell.errors_in_a_line():
+        from fastsched.sampling.files import kind_of
+
         if file.is_dir():
             found = _pipeline(file)
-        elif inputs.kind_of(file) == "schedule":
+        elif kind_of(file) == "schedule":
             found = {"kind": "schedule", **summary(inputs.load_schedule(file))}
             entries = json.loads(file.read_text(encoding="utf-8"))
             found |= {key: value for key, value in entries.items() if key not in found and key != "format"}

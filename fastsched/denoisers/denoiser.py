@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers import edm
+from fastsched.denoisers.network_errors import checked_output, explained
 from fastsched.denoisers.noise import (
     ContinuousVP,
     FlowMatching,
@@ -275,7 +276,8 @@ class Denoiser:
 
         Raises:
             TypeError: If the network does not return a floating-point tensor.
-            ValueError: If the output's shape is not that of ``x``.
+            ValueError: If the output's shape is not that of ``x``, or the network fails for its device, dtype, shape
+                or arguments; the message says what may be wrong.
             RuntimeError: If the network raises StopIteration.
         """
         levels = _levels(s, x)
@@ -295,6 +297,11 @@ class Denoiser:
             output = self.network(network_input.to(dtype or x.dtype, copy=True), condition)
         except StopIteration as error:
             raise RuntimeError("the network raised StopIteration (an iterator in it ran out)") from error
+        except (TypeError, RuntimeError) as error:
+            known = explained(error, x, condition, dtype or x.dtype)
+            if known is None:
+                raise
+            raise known from error
         return checked_output(output, x).to(x.device, copy=True)
 
     def denoise(self, y: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -401,25 +408,3 @@ def _on_device(values: Tensor, x: Tensor) -> Tensor:
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     """[1] or [B] values shaped to broadcast over ``like`` [B, *shape], in its dtype."""
     return _on_device(values.to(like.dtype), like).reshape(-1, *[1] * (like.ndim - 1))
-
-
-def checked_output(output: object, x: Tensor) -> Tensor:
-    """What a network returned for ``x``; TypeError or ValueError if it is no prediction."""
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"the network returned {type(output).__name__}, not a tensor; wrap it so that it returns the "
-            "prediction alone (for diffusers: model(x, t, return_dict=False)[0])"
-        )
-    if not output.is_floating_point():
-        raise TypeError(f"the network returned {output.dtype} numbers; it must return floating-point ones")
-    if output.layout != torch.strided or output.is_meta != x.is_meta:
-        what = "a meta tensor, which holds no numbers" if output.is_meta else f"a tensor of layout {output.layout}"
-        raise TypeError(f"the network returned {what}; it must return an ordinary tensor")
-    if output.shape != x.shape:
-        hint = ""
-        if output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
-            hint = "; a network that also predicts a variance must be wrapped to return only the first half"
-        raise ValueError(
-            f"the network returned shape {tuple(output.shape)} for a state of shape {tuple(x.shape)}{hint}"
-        )
-    return output

@@ -18,7 +18,7 @@ from fastsched.fitting.rollouts import Rollout, Run, Runner, distances
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.metrics import power_mean
 from fastsched.sampling.fitted import chosen_solver, is_solver
-from fastsched.sampling.progress import progress_bar
+from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
 
@@ -97,7 +97,7 @@ def audition(
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Audition:
     """Run candidate schedules with the real solver on the measured paths' noises, and rank them by their error.
 
@@ -116,7 +116,7 @@ def audition(
         batch_size: Samples run at once; all when None.
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None.
-        progress: Show a progress bar.
+        progress: Show a progress bar, or a function called with the model calls done and their total.
 
     Returns:
         The ranking. Cost: at most ``steps`` calls (``2 steps - 1`` for two-stage solvers) a sample and candidate.

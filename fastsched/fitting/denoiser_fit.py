@@ -33,7 +33,7 @@ from fastsched.measurement.network_checks import CHECK_CALLS
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.fitted import chosen_solver, is_solver
-from fastsched.sampling.progress import progress_bar
+from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
 
@@ -55,7 +55,7 @@ def fit(
     checks: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     group: Any = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Schedule:
     """The schedule of ``steps`` steps for a denoiser and solver: `measure`, `optimal_schedule`, `audition`, `tune`.
 
@@ -81,7 +81,7 @@ def fit(
             run of candidates and of tuning. The same call goes on from there to the same bits, after Ctrl-C, errors and
             ``kill -9``; at most one batch is run twice. The files stay: remove them when they have served.
         group: As in `measure`; its first process decides what is run, and all run a part of the samples.
-        progress: Show progress bars.
+        progress: Show progress bars, or a function called with the model calls done and their total.
 
     Returns:
         The schedule, with its predicted error, and its measured one if it was run.
@@ -110,7 +110,7 @@ def fit_report(
     checks: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     group: Any = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> FitReport:
     """`fit`, with all that it found on the way; arguments and errors are the same."""
     validate.arguments(locals(), **CHECKS)

@@ -43,7 +43,7 @@ from fastsched.measurement.measuring import check_same_network
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.metrics import power_mean
 from fastsched.sampling.fitted import chosen_solver
-from fastsched.sampling.progress import progress_bar
+from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.sampler import schedule_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
@@ -96,7 +96,7 @@ def tune(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     checks: bool = True,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Tuning:
     """Lower the error of ``start`` by running up to ``trials`` schedules from the measured noises.
 
@@ -111,7 +111,7 @@ def tune(
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None.
         checks: Whether to ask first, by one call, if the denoiser is the one that was measured.
-        progress: Show a progress bar.
+        progress: Show a progress bar, or a function called with the model calls done and their total.
 
     Returns:
         The best schedule found, never worse on these samples than ``start``, and all that were tried.

@@ -20,7 +20,7 @@ from fastsched.measurement.path_following import Measurement, measurement_steps
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.origin import network_name, origin_now
-from fastsched.sampling.progress import progress_bar
+from fastsched.sampling.progress import Progress, progress_bar
 
 #: What PyTorch's allocators say when they fail without an error class of their own.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -46,7 +46,7 @@ class Batches:
     chosen: bool = False
     checks: bool = True
     file: str | os.PathLike[str] | None = None
-    progress: bool = True
+    progress: Progress = True
 
 
 @torch.no_grad()

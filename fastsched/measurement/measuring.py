@@ -20,6 +20,7 @@ from fastsched.measurement.memory import check_store
 from fastsched.measurement.network_checks import fingerprint
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling.progress import Progress
 from fastsched.sampling.random_streams import sample_seeds
 
 
@@ -39,7 +40,7 @@ def measure(
     checks: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     group: Any = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> PathStatistics:
     """Follow ``samples`` probability-flow paths over ``levels`` levels and keep what schedules are chosen from.
 
@@ -66,7 +67,7 @@ def measure(
         checks: Whether to ask first if the network is a denoiser (`fastsched.measurement.network_checks`).
         checkpoint: A file in which every finished batch is saved. The same call goes on from there, to the same bits.
         group: A ``torch.distributed`` group, over which the paths are dealt out (`fastsched.measurement.devices`).
-        progress: Show a progress bar.
+        progress: Show a progress bar, or a function called with the model calls done and their total.
 
     Returns:
         The statistics, on the CPU.
@@ -93,7 +94,7 @@ def batches_of(
     batch_size: int | None = None,
     checks: bool = True,
     file: str | os.PathLike[str] | None = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Batches:
     """How `measure` does it, from its arguments."""
     sizes, seeds = validate.sample_shape(shape), sample_seeds(seed, validate.sample_range(samples))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsched.denoisers.noise import process_from_dict
 from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels
-from fastsched.sampling.files import checksum, json_object, write_whole
+from fastsched.sampling.files import checksum, json_object, kind_of, write_whole
 from fastsched.sampling.origin import Origin
 
 FORMAT = "fastsched.path_statistics"
@@ -58,6 +58,8 @@ def read_statistics(kind: type[Any], path: str | os.PathLike[str]) -> Any:
     name = os.fspath(path)
     if not os.path.exists(name):
         raise FileNotFoundError(f"no such statistics file: {name}")
+    if kind_of(name) == "schedule":
+        raise ValueError(f"{name} is a schedule, and statistics are needed, which 'fastsched measure' writes")
     try:
         with safe_open(name, framework="pt") as file:
             text = (file.metadata() or {}).get("fastsched", "{}")

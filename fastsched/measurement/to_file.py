@@ -13,6 +13,7 @@ from fastsched.denoisers.denoiser import Denoiser
 from fastsched.measurement.batches import measured, resumed
 from fastsched.measurement.measuring import batches_of, measured_levels, measurement_of
 from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling.progress import Progress
 
 
 def measure_to_file(
@@ -30,7 +31,7 @@ def measure_to_file(
     checks: bool = True,
     resume: bool = False,
     overwrite: bool = False,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> PathStatistics:
     """As `fastsched.measure`, saving to ``path`` after every batch.
 
@@ -48,7 +49,7 @@ def measure_to_file(
         checks: Whether to ask first if the network is a denoiser.
         resume: Measure only the paths that ``path`` does not hold yet.
         overwrite: Replace ``path`` if there is one.
-        progress: Show a progress bar.
+        progress: Show a progress bar, or a function called with the model calls done and their total.
 
     Returns:
         All that the file holds.

@@ -117,3 +117,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
+
+
+def kind_of(path: Name) -> str | None:
+    """``"statistics"`` or ``"schedule"``, by what is in the file; None for anything else and where there is no file."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(10_000)
+    except OSError:
+        return None
+    if start[8:9] == b"{" and b"fastsched.path_statistics" in start:  # eight bytes of length, then the header
+        return "statistics"
+    return "schedule" if start.lstrip()[:1] == b"{" and b"fastsched.schedule" in start else None

@@ -1,14 +1,35 @@
-"""Progress bars for long work."""
+"""Progress bars for long work, or a callback in their place."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 
+#: Whether to show a bar; or a function that is called with the units done so far and their total.
+Progress = bool | Callable[[int, int], object]
+
 
 @contextlib.contextmanager
-def progress_bar(total: int, show: bool, what: str, unit: str = "call") -> Iterator[Callable[[int], None]]:
-    """A progress bar over ``total`` units, or none; yields a function that adds units done."""
+def progress_bar(total: int, show: Progress, what: str, unit: str = "call") -> Iterator[Callable[[int], None]]:
+    """A progress bar over ``total`` units, a callback, or neither; yields a function that adds units done.
+
+    Args:
+        total: Units of work.
+        show: Whether to show a bar; or a function that is called with the units done and ``total``. What it raises ends
+            the work.
+        what: A word for the work.
+        unit: What a unit is.
+    """
+    if callable(show):
+        done_so_far = 0
+
+        def advance(done: int) -> None:
+            nonlocal done_so_far
+            done_so_far += done
+            show(done_so_far, total)
+
+        yield advance
+        return
     if not show:
         yield lambda done: None
         return

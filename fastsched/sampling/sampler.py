@@ -14,7 +14,7 @@ from fastsched.denoisers.denoiser import Denoiser, finite_denoised, is_denoiser
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling.fitted import fitted_solver
 from fastsched.sampling.multistep import Node, log_rho
-from fastsched.sampling.progress import progress_bar
+from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.solvers import (
     FITTED,
     STOCHASTIC_SOLVERS,
@@ -51,7 +51,7 @@ def sample(
     *,
     seed: int | None = None,
     dtype: torch.dtype | None = None,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> Tensor:
     """Integrate the probability-flow ODE along ``sigmas`` from ``x = sigma_0 * noise``.
 
@@ -64,7 +64,7 @@ def sample(
         seed: Of the noise that the steps of a stochastic solver add, 0 when None; sample ``b``'s own does not depend
             on ``B``. Only for stochastic solvers.
         dtype: What the network computes in; the dtype of ``noise`` when None.
-        progress: Show a progress bar.
+        progress: Show a progress bar, or a function called with the model calls done and their total.
 
     Returns:
         The samples ``x0`` [B, *shape]; if the last sigma is not 0, the state ``z = x / alpha`` there.
@@ -104,6 +104,11 @@ def sample(
 
 def is_run(name: str, value: object) -> None:
     """TypeError or ValueError unless the argument is sampler sigmas, or a schedule with them."""
+    if hasattr(value, "sigmas") and not hasattr(value, "solver"):  # statistics have levels, but those of a measurement
+        raise TypeError(
+            f"{name} must be sigmas or a Schedule, which fastsched.optimal_schedule makes of statistics, got "
+            f"{type(value).__name__}"
+        )
     validate.descending_sigmas(getattr(value, "sigmas", value), name=name)  # type: ignore[arg-type]  # the point
 
 

@@ -59,6 +59,8 @@ class Schedule:
         if float(sigmas[-1]) != 0.0:
             raise ValueError(f"sigmas must end in 0, got {float(sigmas[-1]):g}; append it")
         object.__setattr__(self, "sigmas", sigmas)
+        if self.origin is not None:
+            validate.instance("origin", self.origin, Origin, "measurements know theirs, stats.origin")
         object.__setattr__(self, "solver", solver_name(self.solver))
         validate.choice("noise", self.noise, ("ve", "vp", "flow"))
         if self.origin is not None:

@@ -8,7 +8,7 @@ import math
 import os
 from typing import Any
 
-from fastsched.sampling.files import checksum, json_object, write_whole
+from fastsched.sampling.files import checksum, json_object, kind_of, write_whole
 from fastsched.sampling.origin import Origin
 
 FORMAT = "fastsched.schedule"
@@ -36,6 +36,11 @@ def read_entries(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: If it is not a whole schedule file, was changed, or an entry is of the wrong kind.
     """
     name = os.fspath(path)
+    if kind_of(name) == "statistics":
+        raise ValueError(
+            f"{name} holds statistics, and a schedule is needed, which 'fastsched select {name} --steps 8 "
+            "-o schedule.json' makes of them"
+        )
     try:
         with open(name, encoding="utf-8") as file:
             text = file.read()

@@ -26,6 +26,7 @@ import numpy as np
 from fastsched import validate
 from fastsched.sampling import multistep
 from fastsched.sampling.multistep import Node, Weights
+from fastsched.sampling.solver_names import known_as
 
 Stage = Callable[[Node, Node], Node]
 
@@ -167,7 +168,7 @@ def solver_name(solver: str | Solver) -> str:
     """
     if isinstance(solver, Solver):
         return solver.name
-    known = validate.choice("solver", solver, [*SOLVERS, *ALIASES, *STOCHASTIC_SOLVERS, FITTED])
+    known = _known("solver", solver, [*SOLVERS, *ALIASES, *STOCHASTIC_SOLVERS, FITTED])
     return ALIASES.get(known, known)
 
 
@@ -201,8 +202,18 @@ def get_solver(solver: str | Solver) -> Solver:
             "fastsched.optimal_schedule or fastsched.fit returned with solver='fitted'"
         )
     if name not in SOLVERS:
-        validate.choice("solver", solver, [*SOLVERS, *ALIASES])
+        _known("solver", solver, [*SOLVERS, *ALIASES])
     return SOLVERS[name]
+
+
+def _known(name: str, solver: object, names: list[str]) -> str:
+    """As `validate.choice`; of a name from a sampler's menu or a library, the error suggests what it is here."""
+    if isinstance(solver, str) and solver not in names:
+        found, _ = known_as(solver, names)
+        if found is not None:
+            known = ", ".join(map(repr, names))
+            raise ValueError(f"{name} must be one of {known}, got {solver!r}; did you mean {found!r}?")
+    return validate.choice(name, solver, names)
 
 
 def from_pure_noise(solver: Solver, start: Node) -> bool:

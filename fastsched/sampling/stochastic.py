@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, finite_denoised, is_denoiser
-from fastsched.sampling.progress import progress_bar
+from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import sample_seeds, stream
 from fastsched.sampling.solvers import STOCHASTIC_SOLVERS
 
@@ -44,7 +44,7 @@ def sample_stochastic(
     eta: float = 1.0,
     seed: int = 0,
     dtype: torch.dtype | None = None,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> Tensor:
     """Solve the reverse SDE along ``sigmas`` from ``x = sigma_0 * noise``; one model call a step.
 
@@ -57,7 +57,7 @@ def sample_stochastic(
         seed: Of the noise that steps add. Every sample has a stream of its own, drawn on the CPU: sample ``b`` is the
             same whatever ``B`` and the device.
         dtype: What the network computes in; the dtype of ``noise`` when None.
-        progress: Show a progress bar.
+        progress: Show a progress bar, or a function called with the model calls done and their total.
 
     Returns:
         The samples ``x0`` [B, *shape]; if the last sigma is not 0, the state ``z = x / alpha`` there.

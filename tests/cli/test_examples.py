@@ -16,7 +16,7 @@ from fastsched.cli.commands import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 #: Commands that would take long are asked for their cost only.
-LONG = ("fit", "measure", "compare")
+LONG = ("fit", "measure", "compare", "profile")
 MODEL = """
 import fastsched as fs
 def build():

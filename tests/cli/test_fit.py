@@ -78,7 +78,7 @@ def test_fit_takes_earlier_statistics_and_spends_no_measurement(folder, model, t
         (("-o", "a.json", "--prompt", "a cat"), 2, "prompt is for pipelines"),
         (("-o", "a.json", "--call", "x=1"), 2, "call is for pipelines"),
         (("-o", "a.json", "--device", "cuda:99"), 2, "device is 'cuda:99'"),
-        (("-o", "a.json", "--device", "gpu"), 2, "device must be a torch device"),
+        (("-o", "a.json", "--device", "gpu"), 2, "device must be one that PyTorch knows"),
         (("-o", "a.json", "--solver", "PLMS"), 2, "'ipndm' is the nearest solver"),
         (("-o", "a.json", "--steps", "99"), 2, "steps must be at most"),
     ],

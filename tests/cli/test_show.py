@@ -5,7 +5,8 @@ import torch
 from shell_runs import one_line, run
 
 import fastsched as fs
-from fastsched.cli.names import KNOWN, UNKNOWN, resolve_solver
+from fastsched.cli.names import resolve_solver
+from fastsched.sampling.solver_names import KNOWN, UNKNOWN
 from fastsched.sampling.solvers import ALIASES, FITTED, SOLVERS, STOCHASTIC_SOLVERS
 
 
@@ -142,3 +143,43 @@ def test_completion_can_be_shown(shell):
     command = [sys.executable, "-m", "fastsched", "--show-completion", shell]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "fastsched" in result.stdout.lower(), result.stderr
+
+
+def test_the_log_level_hides_what_is_said_but_not_errors(folder):
+    select = ("select", folder / "s.safetensors", "--steps", "4")
+    assert "squared error" in run(*select).stderr
+    quiet = run("--log-level", "warning", *select)
+    assert quiet.exit_code == 0
+    assert quiet.stderr == ""
+    assert quiet.stdout == run(*select).stdout
+    assert "no such statistics file" in one_line(
+        run("--log-level", "error", "select", "none.safetensors", "--steps", "4")
+    )
+    wrong = run("--log-level", "loud", *select)
+    assert wrong.exit_code == 2
+    assert "log-level must be one of debug, info" in one_line(wrong)
+
+
+def test_demo_prints_its_rows_as_json(monkeypatch, tmp_path):
+    from fastsched.cli.demo import run_demo
+
+    def small(output, *, samples, progress, say):
+        return run_demo(None, samples=samples, solvers=("ddim",), steps=(6,), progress=False, say=say)
+
+    monkeypatch.setattr("fastsched.cli.demo.run_demo", small)
+    result = run("demo", "-o", tmp_path, "--samples", "8", "--json")
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert len(rows) == 6
+    assert {row["solver"] for row in rows} == {"ddim"}
+    assert "on 4 paths" in result.stderr
+
+
+def test_profile_says_its_cost_first(folder, tmp_path):
+    model = ("profile", f"{folder / 'my_model.py'}:build", "--shape", "2,3", "--steps", "3", "-q")
+    asked = run(*model, "--dry-run")
+    assert (asked.exit_code, asked.stdout) == (0, "")
+    assert asked.stderr == "model calls, counted per sample: about 12\n"
+    result = run(*model, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)

@@ -1,0 +1,78 @@
+"""What is wrong with a network that fails, or returns no prediction."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+#: What Python's and PyTorch's errors say, and what it means for a network; the first that fits counts.
+CAUSES = (
+    (
+        r"missing \d+ required (positional|keyword-only) argument",
+        "it takes more arguments than (x, condition); bind them: lambda x, t: network(x, t, prompt_embedding)",
+    ),
+    (
+        r"takes .* positional argument",
+        "it takes fewer arguments than (x, condition); wrap it: lambda x, t: network(x)",
+    ),
+    (
+        r"unexpected keyword argument|got multiple values for argument",
+        "wrap it as a function of (x, condition): lambda x, t: network(x, timestep=t)",
+    ),
+    (
+        r"same device|meta tensor|is on \w+(:\d+)?,? (but|different from)|device meta|not on the expected device",
+        "the network or what it is conditioned on lies on another device; move them together, or give device=",
+    ),
+    (
+        r"same dtype|scalar type|expected .*(Half|Float|Double|BFloat16)|Input type .* and weight type",
+        "the network computes in another dtype; give dtype=, such as torch.float16",
+    ),
+    (
+        r"shapes? .*(cannot be multiplied|invalid for)|Given groups=|size of tensor|expected input|must match|"
+        r"Sizes of tensors|channels|normalized_shape",
+        "is shape that of one sample, without the batch, such as (4, 64, 64)? Embeddings must have a row for each "
+        "sample, or broadcast",
+    ),
+)
+
+
+def explained(error: Exception, x: Tensor, condition: Tensor, dtype: torch.dtype) -> ValueError | None:
+    """An error that says how the network was called and what may be wrong; None if the cause is not known.
+
+    Args:
+        error: What the call raised.
+        x: The states.
+        condition: The condition that it was given.
+        dtype: What the states were given in.
+    """
+    text = str(error)
+    cause = next((hint for pattern, hint in CAUSES if re.search(pattern, text)), None)
+    if cause is None or "out of memory" in text:
+        return None
+    kind = str(dtype).removeprefix("torch.")
+    asked = f"x {tuple(x.shape)} in {kind}, condition {tuple(condition.shape)}, on {x.device}"
+    return ValueError(f"the network failed when called with {asked}: {text.splitlines()[0]}; {cause}")
+
+
+def checked_output(output: object, x: Tensor) -> Tensor:
+    """What a network returned for ``x``; TypeError or ValueError if it is no prediction."""
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the network returned {type(output).__name__}, not a tensor; wrap it so that it returns the "
+            "prediction alone (for diffusers: model(x, t, return_dict=False)[0])"
+        )
+    if not output.is_floating_point():
+        raise TypeError(f"the network returned {output.dtype} numbers; it must return floating-point ones")
+    if output.layout != torch.strided or output.is_meta != x.is_meta:
+        what = "a meta tensor, which holds no numbers" if output.is_meta else f"a tensor of layout {output.layout}"
+        raise TypeError(f"the network returned {what}; it must return an ordinary tensor")
+    if output.shape != x.shape:
+        hint = ""
+        if output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
+            hint = "; a network that also predicts a variance must be wrapped to return only the first half"
+        raise ValueError(
+            f"the network returned shape {tuple(output.shape)} for a state of shape {tuple(x.shape)}{hint}"
+        )
+    return output

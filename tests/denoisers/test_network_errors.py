@@ -1,0 +1,70 @@
+"""A network that fails is explained: how it was called, and what may be wrong."""
+
+import pytest
+import torch
+
+import fastsched as fs
+
+ALPHAS = torch.linspace(0.9999, 0.005, 1000, dtype=torch.float64)
+
+
+def measured(network, shape, **options):
+    return fs.measure(fs.Denoiser.from_epsilon(network, ALPHAS), shape, progress=False, **options)
+
+
+def test_missing_conditions_are_to_be_bound():
+    def unet(x, t, encoder_hidden_states):
+        return x
+
+    with pytest.raises(
+        ValueError, match=r"called with x \(2, 3, 8, 8\) in float32.*encoder_hidden_states.*lambda x, t"
+    ):
+        measured(unet, (3, 8, 8))
+
+
+def test_networks_of_one_argument_are_to_be_wrapped():
+    with pytest.raises(ValueError, match=r"fewer arguments than \(x, condition\)"):
+        measured(lambda x: x, (3,))
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [
+        (torch.nn.Linear(8, 8), (4,)),
+        (torch.nn.Conv2d(4, 4, 3, padding=1), (3, 8, 8)),
+        (lambda x: x + torch.zeros(7), (4,)),
+        (torch.nn.LayerNorm(8), (4,)),
+    ],
+)
+def test_wrong_shapes_point_to_the_shape(network, shape):
+    with pytest.raises(ValueError, match=r"failed when called with x .*is shape that of one sample"):
+        measured(lambda x, t: network(x), shape)
+
+
+def test_a_wrong_dtype_points_to_dtype():
+    network = torch.nn.Linear(8, 8).double()
+    with pytest.raises(ValueError, match=r"in float32.*give dtype="):
+        measured(lambda x, t: network(x), (8,))
+    # which would do
+    denoiser = fs.Denoiser.from_denoiser(lambda z, s: network(z) * 0 + z / (1 + s[:, None] ** 2), 0.1, 10.0)
+    assert fs.measure(denoiser, (8,), levels=8, samples=1, dtype=torch.float64, progress=False).samples == 1
+
+
+def test_a_wrong_device_points_to_device():
+    weight = torch.ones(4, device="meta")
+    with pytest.raises(ValueError, match=r"on cpu.*another device"):
+        measured(lambda x, t: x + weight, (4,))
+
+
+def test_the_network_s_own_errors_stay_as_they_are():
+    def network(x, t):
+        raise RuntimeError("the cat is out")
+
+    with pytest.raises(RuntimeError, match="the cat is out"):
+        measured(network, (4,))
+
+    def full(x, t):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB on cuda:0")
+
+    with pytest.raises(MemoryError, match="batch_size"):
+        measured(full, (4,))

@@ -1,0 +1,84 @@
+"""Statistics where a schedule is needed, the reverse, and names that people know from elsewhere."""
+
+import pytest
+import torch
+
+import fastsched as fs
+
+DENOISER = fs.Denoiser.from_denoiser(lambda z, s: z / (1 + s[:, None] ** 2), 0.002, 80.0)
+STATS = fs.measure(DENOISER, (4,), levels=16, samples=2, progress=False)
+SCHEDULE = fs.Schedule([80.0, 1.0, 0.0], "ddim")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: fs.optimal_schedule(SCHEDULE, 4),
+        lambda: fs.optimal_schedule("stats.safetensors", 4),
+        lambda: fs.predict_error(SCHEDULE, SCHEDULE),
+        lambda: fs.error_curve(SCHEDULE),
+        lambda: fs.steps_needed(SCHEDULE, target=("karras", 5)),
+        lambda: fs.standard_errors(SCHEDULE, 4),
+        lambda: fs.fit(DENOISER, (4,), 4, stats=SCHEDULE, progress=False),
+        lambda: fs.audition(DENOISER, SCHEDULE, 4),
+        lambda: fs.tune(DENOISER, SCHEDULE, SCHEDULE),
+        lambda: fs.plot.plot_cost_density(SCHEDULE),
+        lambda: fs.plot.plot_schedules({"a": SCHEDULE}, stats=SCHEDULE),
+    ],
+)
+def test_what_is_no_measurement_is_named(call):
+    with pytest.raises(TypeError, match=r"stats must be a fastsched\.PathStatistics .* got (Schedule|str)"):
+        call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: fs.sample(DENOISER, STATS, noise=torch.zeros(2, 4)),
+        lambda: fs.predict_error(STATS, STATS),
+        lambda: fs.compare(DENOISER, {"a": STATS}, shape=(4,)),
+    ],
+)
+def test_statistics_are_no_schedule(call):
+    with pytest.raises(TypeError, match=r"a Schedule, which fastsched\.optimal_schedule makes of statistics"):
+        call()
+
+
+def test_files_of_the_other_kind_are_named(tmp_path):
+    SCHEDULE.save(tmp_path / "a.json")
+    STATS.save(tmp_path / "s.safetensors")
+    with pytest.raises(ValueError, match=r"a\.json is a schedule, and statistics are needed"):
+        fs.PathStatistics.load(tmp_path / "a.json")
+    with pytest.raises(ValueError, match=r"s\.safetensors holds statistics, and a schedule is needed"):
+        fs.Schedule.load(tmp_path / "s.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("DPM++ 2M Karras", "did you mean 'dpmpp_2m'"),
+        ("Euler a", "did you mean 'ancestral'"),
+        ("DPMSolverMultistepScheduler", "did you mean 'dpmpp_2m'"),
+        ("UniPC", "did you mean 'unipc'"),
+        ("PLMS", "'ipndm' is the nearest"),
+        ("dpmpp_2n", "did you mean 'dpmpp_2"),
+    ],
+)
+def test_names_from_menus_suggest_rightly(name, meant):
+    for call in (lambda: fs.optimal_schedule(STATS, 4, name), lambda: fs.Schedule([1.0, 0.0], name)):
+        with pytest.raises(ValueError, match="solver") as caught:
+            call()
+        assert meant in str(caught.value)
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device is 'cuda', but torch .* finds no CUDA GPU; use cpu"):
+        fs.measure(DENOISER, (4,), device="cuda", progress=False)
+    with pytest.raises(ValueError, match="device must be one that PyTorch knows, such as cpu"):
+        fs.measure(DENOISER, (4,), device="gpu", progress=False)
+
+
+def test_misspelt_names_suggest():
+    with pytest.raises(AttributeError, match="did you mean 'measure'"):
+        _ = fs.mesure
