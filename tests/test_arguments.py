@@ -68,7 +68,6 @@ WRONG = {
     "candidates": [3, "x", {}, {"a": 3}, {"a": [1.0, 2.0]}, {"a": [2.0, 1.0, 0.5, 0.3, 0.0]}, []],
     "schedules": [None, 3, "x", {}, {"a": 3}, {"a": torch.tensor([1.0, 2.0])}, {"a": [2.0, 1.0]}, []],
     "reference": OTHER[1:],
-    "origin": OTHER[1:],
     "start": OTHER,
     "target": [
         0.0,
