@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": comparing.demo,
     "fit": making.fit,
     "measure": making.measure,
+    "merge": making.merge,
     "select": making.select,
     "plan": making.plan,
     "compare": comparing.compare,

@@ -117,6 +117,25 @@ def integers(name: str, text: str) -> list[int]:
     return values
 
 
+def sample_range(text: str | None, default: int) -> int | range:
+    """Which samples: a number of them, such as 8, or 8:16 for those from number 8 to 15.
+
+    Raises:
+        ValueError: If the text is neither.
+    """
+    if text is None:
+        return default
+    first, colon, stop = text.partition(":")
+    try:
+        found = range(int(first), int(stop)) if colon else int(first)
+    except ValueError:
+        raise ValueError(f"samples must be a number, or A:B for numbers A to B - 1, got {text!r}") from None
+    from fastsched import validate
+
+    which = validate.sample_range(found)
+    return which if colon else len(which)
+
+
 def load_statistics(path: Path) -> PathStatistics:
     """The statistics in a file.
 

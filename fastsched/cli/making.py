@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 LEVELS, SAMPLES, PIPELINE_SAMPLES = 48, 8, 4
 
 Levels = Annotated[int, typer.Option(help="Number of noise levels; 32 to 64 are enough.")]
-Paths = Annotated[Optional[int], typer.Option(help="Number of paths; 4 to 16 are enough.  [default: 8; pipelines: 4]")]
+Paths = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Number of paths, 4 to 16 are enough; or A:B, those numbered A to B - 1, for 'fastsched merge'.  "
+        "[default: 8; pipelines: 4]"
+    ),
+]
 Solver = Annotated[str, typer.Option(help="Such as ddim, heun, dpmpp_2m or ipndm; 'fastsched solvers' lists all.")]
 
 
@@ -80,14 +86,14 @@ def measure(
 
 
 def _measured_pipeline(
-    source: inputs.Source, output: Path, levels: int, samples: int | None, seed: int, dry_run: bool
+    source: inputs.Source, output: Path, levels: int, samples: str | None, seed: int, dry_run: bool
 ) -> PathStatistics | None:
     """Statistics of a pipeline, written to a file; None if only the cost is wanted."""
     import fastsched as fs
 
     pipe, arguments = source.pipeline()
-    count = PIPELINE_SAMPLES if samples is None else samples
-    spending.say_measuring(spending.calibration_calls(levels, count))
+    count = inputs.sample_range(samples, PIPELINE_SAMPLES)
+    spending.say_measuring(spending.calibration_calls(levels, spending.number(count)))
     if dry_run:
         return None
     stats = fs.diffusers.measure(
@@ -101,7 +107,7 @@ def _measured_denoiser(
     source: inputs.Source,
     output: Path,
     levels: int,
-    samples: int | None,
+    samples: str | None,
     seed: int,
     dry_run: bool,
     *,
@@ -113,8 +119,9 @@ def _measured_denoiser(
     from fastsched.measurement.to_file import measure_to_file
 
     model, sizes = source.denoiser()
-    count = SAMPLES if samples is None else samples
-    left = count - inputs.load_statistics(output).samples if resume and output.exists() else count
+    count = inputs.sample_range(samples, SAMPLES)
+    known = inputs.load_statistics(output).samples if resume and output.exists() else 0
+    left = spending.number(count) - known
     spending.say_measuring(spending.measuring_calls(model, levels, max(left, 0), responses))
     if dry_run:
         return None
@@ -336,6 +343,32 @@ def plan(
         if output is not None:
             plot_error_curves(curves).savefig(output)
             note(f"wrote {output}")
+
+
+def merge(
+    statistics: Annotated[list[Path], typer.Argument(help="Statistics of different samples of one model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The statistics file to write.")],
+    overwrite: shell.Overwrite = False,
+) -> None:
+    """Merge statistics of different samples, such as those measured on several machines. No model calls.
+
+    \b
+    fastsched measure my_model.py:build --shape 4,64,64 --samples 0:8 -o a.safetensors
+    fastsched measure my_model.py:build --shape 4,64,64 --samples 8:16 -o b.safetensors
+    fastsched merge a.safetensors b.safetensors -o whole.safetensors
+    """
+    with shell.errors_in_a_line():
+        shell.writable(output, overwrite=overwrite)
+        whole = None
+        for path in statistics:
+            part = inputs.load_statistics(path)
+            try:
+                whole = part if whole is None else whole.merge(part)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        assert whole is not None  # typer wants one file at least
+        whole.save(output, vectors=whole.increments is not None)
+        note(f"{whole.samples} paths over {whole.levels} levels; wrote {output}")
 
 
 def summary(schedule: Schedule) -> dict[str, Any]:

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from fastsched.measurement.statistics import PathStatistics
 
 
+def number(samples: int | range) -> int:
+    """How many samples."""
+    return len(samples) if isinstance(samples, range) else samples
+
+
 def measuring_calls(model: Denoiser, levels: int | Tensor, samples: int, responses: bool) -> int:
     """The model calls of a denoiser's measurement, counted per sample."""
     from fastsched.measurement.measuring import measured_levels, measurement_of

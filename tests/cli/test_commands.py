@@ -288,3 +288,20 @@ def test_module_runs_as_the_command():
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0
     assert fs.__version__ in result.stdout
+
+
+def test_ranges_of_samples_are_merged(tmp_path):
+    measure = lambda which, name: run(
+        *("measure", "digits", "--levels", "8", "--samples", which, "--batch-size", "1", "-o", tmp_path / name)
+    )
+    for which, name in (("0:1", "a.safetensors"), ("1:3", "b.safetensors"), ("3", "whole.safetensors")):
+        assert measure(which, name).exit_code == 0
+    merged = run("merge", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "-o", tmp_path / "m.safetensors")
+    assert merged.exit_code == 0, merged.stderr
+    found, whole = (fs.PathStatistics.load(tmp_path / name) for name in ("m.safetensors", "whole.safetensors"))
+    assert torch.equal(found.seeds, whole.seeds)
+    assert torch.equal(found.vector_gram, whole.vector_gram)
+    twice = run("merge", tmp_path / "a.safetensors", tmp_path / "whole.safetensors", "-o", tmp_path / "x.safetensors")
+    assert twice.exit_code == 2
+    assert "repeats 1 of these paths" in one_line(twice)
+    assert "samples must be a number, or A:B" in one_line(measure("a:b", "y.safetensors"))
