@@ -110,7 +110,7 @@ def resumed(file: str | os.PathLike[str], run: Measurement, batches: Batches) ->
     elif found.deviated != run.deviated:
         different = "responses" if found.deviated else "no responses"
     elif not bool(torch.isin(found.seeds, batches.seeds).all()):
-        different = f"another seed, or samples beyond the {len(batches.seeds)} that are asked for"
+        different = f"another seed or more than {len(batches.seeds)} samples"
     elif run.keep_vectors and found.increments is None:
         different = "increments not kept"
     if different:
