@@ -20,7 +20,7 @@ from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
 from fastsched.diffusers.pipeline_measurement import (
     call,
     checked_calls,
-    measured_pipeline,
+    measured_in_group,
     one_bar,
     said,
     scheduler_replaced,
@@ -32,13 +32,15 @@ from fastsched.diffusers.step_checks import doubled
 from fastsched.diffusers.watching import Consistency, PipelineWatch, check_caches, observed, watched
 from fastsched.fitting.budget import TOTAL, planned
 from fastsched.fitting.candidates import candidates_in_turn
+from fastsched.fitting.group_runs import led_by_first
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, fit_by_running
 from fastsched.fitting.rollouts import Evaluations, Rollout
 from fastsched.measurement.batches import is_out_of_memory
+from fastsched.measurement.devices import rank_and_size
 from fastsched.measurement.late_reading import LateReading, Verdicts
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.fitted import chosen_solver, is_solver
-from fastsched.sampling.random_streams import noise_of
+from fastsched.sampling.random_streams import noise_of, sample_number
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED
 from fastsched.selection.optimal import optimal_schedule
@@ -58,6 +60,7 @@ def fit(
     model_calls: int | None = None,
     prompts_per_call: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    group: Any = None,
     progress: bool = True,
     **call_kwargs: Any,
 ) -> Schedule:
@@ -81,6 +84,7 @@ def fit(
             with two-stage solvers). If too few for one run of all samples, as ``audition=False``.
         prompts_per_call: As in `measure`.
         checkpoint: A file for the measurement, as in `measure`, with increments. The same call goes on from there.
+        group: As in `measure`; its first process decides what is run, and all run a part of the samples.
         progress: Show one progress bar over the steps of all calls that measure, and one over those that run schedules.
         **call_kwargs: Arguments of the pipeline's call.
 
@@ -105,9 +109,10 @@ def fit(
             levels, samples = planned(total, steps, levels, samples)
             settings = {"levels": levels, "samples": samples, "seed": seed, "keep_increments": audition}
             options = {"prompts": prompts, "prompts_per_call": prompts_per_call, "checkpoint": checkpoint}
-            stats = measured_pipeline(pipe, call_kwargs, progress=progress, **settings, **options)
+            settings |= {"vectors": "first", "progress": progress}
+            stats = measured_in_group(pipe, call_kwargs, group, **settings, **options)
             budget = max(0, total - stats.model_calls)
-        return _fitted(pipe, stats, steps, name, by_prompt, call_kwargs, budget * audition, progress).schedule
+        return _fitted(pipe, stats, steps, name, by_prompt, call_kwargs, budget * audition, group, progress).schedule
 
 
 def _fitted(
@@ -118,6 +123,7 @@ def _fitted(
     prompts: PromptCalls,
     call_kwargs: dict[str, Any],
     budget: int,
+    group: Any,
     progress: bool,
 ) -> FitReport:
     """The fit after the measurement, for at most ``budget`` calls."""
@@ -125,8 +131,9 @@ def _fitted(
     calls = chosen_solver(solver).model_calls(steps) + 1  # one more step starts from the noise of the measured paths
     run = PipelineRunner(pipe, stats, prompts, call_kwargs, calls=calls, model_calls=budget)
     tried = candidates(stats, steps, solver, pipe.scheduler)
+    made = lambda run: fit_by_running(run, stats, steps, solver, tried, calls=calls, model_calls=budget)
     with one_bar(pipe, budget, progress and budget > 0, "fitting") as run.advance:
-        return fit_by_running(run, stats, steps, solver, tried, calls=calls, model_calls=budget)
+        return led_by_first(run if rank_and_size(group)[1] == 1 else run.part, made, group)
 
 
 #: Of the arguments of `fit`; those of the pipeline's call are looked at apart.
@@ -236,8 +243,20 @@ class PipelineRunner:
         found = Rollout.joined(parts).samples(first, last)
         return found if bool(found.ends.isfinite().all()) else None
 
-    def _one_call(self, schedule: Schedule, done: int) -> Rollout:
-        arguments = self.prompts.arguments(done, self.stats.samples - done, self.call_kwargs)
+    def part(self, schedule: Schedule, first: int, last: int) -> Rollout | None:
+        """Samples ``first .. last - 1`` and no others, whatever is left of the model calls; else as a call."""
+        if not _fits(schedule, self.pipe.scheduler):
+            return None
+        parts, done = [], first
+        while done < last:
+            parts.append(self._one_call(schedule, done, last))
+            done += len(parts[-1].ends)
+        found = Rollout.joined(parts).samples(0, last - first)
+        return found if bool(found.ends.isfinite().all()) else None
+
+    def _one_call(self, schedule: Schedule, done: int, last: int | None = None) -> Rollout:
+        wanted = (self.stats.samples if last is None else last) - done
+        arguments = self.prompts.arguments(sample_number(self.stats.seeds[done]), wanted, self.call_kwargs)
         try:
             run = self._run(schedule, done, arguments)
         except Exception as error:
@@ -245,7 +264,7 @@ class PipelineRunner:
             if fewer is None:
                 raise
             self.prompts = said(fewer)
-            return self._one_call(schedule, done)
+            return self._one_call(schedule, done, last)
         ends = run.end.float().cpu()
         self._batch = len(ends)
         self.prompts = self.prompts.after(arguments, len(ends))

@@ -9,6 +9,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.watching import check_caches, watched
 from fastsched.measurement.batches import Batches, finished_part, is_out_of_memory, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
+from fastsched.measurement.devices import own_file, parts_of_group, rank_and_size, share
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.files import check_writable
@@ -49,6 +51,7 @@ def measure(
     keep_increments: bool = False,
     prompts_per_call: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    group: Any = None,
     progress: bool = True,
     **call_kwargs: Any,
 ) -> PathStatistics:
@@ -76,6 +79,7 @@ def measure(
             half as many as often as memory runs out. One where the pipeline takes no list of prompts, or
             ``call_kwargs`` holds tensors or images, which may be for one batch size.
         checkpoint: A file in which the samples of every finished call are saved. The same call goes on from there.
+        group: As in `fastsched.measure`: its processes, each with its own pipeline, measure a part of the samples each.
         progress: Show one progress bar over the steps of all calls, in place of the pipeline's own.
         **call_kwargs: Arguments of the pipeline's call: ``guidance_scale``, ``height``, ``control_image``, ...
 
@@ -96,9 +100,30 @@ def measure(
     settings = {"levels": levels, "samples": samples, "seed": seed, "keep_increments": keep_increments}
     options = {"prompts": prompts, "prompts_per_call": prompts_per_call, "checkpoint": checkpoint}
     try:
-        return measured_pipeline(pipe, call_kwargs, progress=progress, **settings, **options)
+        return measured_in_group(pipe, call_kwargs, group, progress=progress, **settings, **options)
     except KeyboardInterrupt as error:
         return finished_part(error, checkpoint)
+
+
+def measured_in_group(
+    pipe: Any, call_kwargs: dict[str, Any], group: Any, *, vectors: str = "all", **settings: Any
+) -> PathStatistics:
+    """`measured_pipeline`, its samples dealt out over ``group``; ``vectors`` as in `parts_of_group`."""
+    if rank_and_size(group)[1] == 1:
+        return measured_pipeline(pipe, call_kwargs, **settings)
+    which = validate.sample_range(settings["samples"])
+    calls = checked_calls(pipe, settings["prompts"], call_kwargs, settings["prompts_per_call"])
+    own = share(range(which.start, which.start + _needed(settings["samples"], which, calls)), group).tolist()
+    file = settings["checkpoint"]
+    if file is not None:
+        settings["checkpoint"] = own_file(file, group)
+    settings["samples"] = range(own[0], own[-1] + 1) if own else None
+    measure = lambda: measured_pipeline(pipe, call_kwargs, **settings)
+    keep = settings["keep_increments"]
+    whole = reduce(PathStatistics.merge, parts_of_group(measure if own else None, group, vectors if keep else "none"))
+    if file is not None and rank_and_size(group)[0] == 0:
+        whole.save(file, vectors=keep)
+    return whole
 
 
 def measured_pipeline(

@@ -2,13 +2,14 @@
 
 Each process follows a part of the paths, and all get the whole. Only the processes of the given group share the work:
 those that run one network together (tensor, context or pipeline parallelism) belong to different groups, and follow the
-same paths.
+same paths. A process that has finished its paths waits for the others, so the group's timeout (10 minutes with NCCL if
+none was set) must be longer than one path takes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -70,19 +71,20 @@ def measured_in_group(
     own = replace(batches, seeds=share(seeds, group), checks=batches.checks and rank == 0)
     if batches.file is not None:
         own = replace(own, file=_part_file(batches.file, rank, size))
-    part, failure = None, None
-    try:
-        if len(own.seeds):
-            part = measured(run, own, None if own.file is None else resumed(own.file, run, own))
-    except Exception as error:  # the others must hear of it, or they would wait
-        part, failure = getattr(error, "partial", None), error
-    parts = _exchanged(part, failure, group, vectors if run.keep_vectors else "none")
+    measure = lambda: measured(run, own, None if own.file is None else resumed(own.file, run, own))
+    parts = parts_of_group(measure if len(own.seeds) else None, group, vectors if run.keep_vectors else "none")
     whole = reduce(PathStatistics.merge, ([] if found is None else [found]) + parts)
     if batches.file is not None and rank == 0:
         whole.save(batches.file, vectors=run.keep_vectors)
         for each in range(size):
             _part_file(batches.file, each, size).unlink(missing_ok=True)
     return whole
+
+
+def own_file(file: str | os.PathLike[str], group: Any) -> str:
+    """The file of this process beside ``file``, in a group; else ``file`` itself."""
+    rank, size = rank_and_size(group)
+    return os.fspath(file) if size == 1 else os.fspath(_part_file(file, rank, size))
 
 
 def all_of(value: Any, group: Any) -> list[Any]:
@@ -122,9 +124,26 @@ def described(error: BaseException | None) -> str | None:
     return None if error is None else f"{type(error).__name__}: {error}"
 
 
-def _exchanged(
-    part: PathStatistics | None, failure: Exception | None, group: Any, vectors: str
-) -> list[PathStatistics]:
+def parts_of_group(measure: Callable[[], PathStatistics] | None, group: Any, vectors: str) -> list[PathStatistics]:
+    """The parts that the processes of a group measured, in order, in each of them.
+
+    Args:
+        measure: Measures this process's part; None if it has none.
+        group: The group.
+        vectors: Which processes get increments and responses: ``"all"``, ``"first"`` or ``"none"``.
+
+    Raises:
+        RuntimeError: If another process failed; ``error.partial`` holds what all others had finished.
+    """
+    part, failure = None, None
+    try:
+        part = None if measure is None else measure()
+    except Exception as error:  # the others must hear of it, or they would wait
+        part, failure = getattr(error, "partial", None), error
+    return exchanged(part, failure, group, vectors)
+
+
+def exchanged(part: PathStatistics | None, failure: Exception | None, group: Any, vectors: str) -> list[PathStatistics]:
     """The parts of all processes, in order."""
     light = None if part is None else replace(part, increments=None, responses=None)
     try:

@@ -26,6 +26,11 @@ def sample_seeds(seed: int, samples: int | range) -> Tensor:
     return validate.seed(seed) * 2**32 + torch.arange(which.start, which.stop, dtype=torch.int64)
 
 
+def sample_number(seed: Tensor) -> int:
+    """The number of a sample in its measurement, by its seed (`sample_seeds`)."""
+    return int(seed) % 2**32
+
+
 def noise_of(seeds: Tensor, shape: Sequence[int]) -> Tensor:
     """The standard normal noise that each path starts from, [B, *shape] float32, on the CPU."""
     draws = [stream(seed, 0).standard_normal(tuple(shape), dtype=np.float32) for seed in seeds.tolist()]

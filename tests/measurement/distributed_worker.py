@@ -5,13 +5,35 @@ import os
 import sys
 from pathlib import Path
 
+sys.path[:0] = [str(Path(__file__).parents[n]) for n in (2, 1)]  # torchrun starts it without what pytest adds
+
 import torch
 from models import mixture
 
 import fastsched as fs
 
 
+def of_pipelines(folder):
+    """Measure and fit a pipeline; the calls of each are counted."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "diffusers"))
+    from test_prompt_calls import PROMPTS, measure, text_pipeline
+
+    torch.distributed.init_process_group("gloo")
+    rank, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
+    pipe = text_pipeline()
+    stats = measure(pipe, group=group)
+    measured = sum(pipe.batches)
+    options = {"levels": 12, "prompts": PROMPTS, "group": group, "progress": False}
+    schedule = fs.diffusers.fit(pipe, 4, model_calls=100, **options)
+    stats.save(folder / f"pipe-{rank}.safetensors")
+    report = {"measured": measured, "images": sum(pipe.batches), "sigmas": schedule.sigmas.tolist()}
+    (folder / f"pipeline-{rank}.json").write_text(json.dumps(report))
+
+
 def main(task, folder):
+    if task == "pipeline":
+        of_pipelines(folder)
+        return
     torch.distributed.init_process_group("gloo")
     rank, group, calls = torch.distributed.get_rank(), torch.distributed.group.WORLD, 0
     oracle = mixture()

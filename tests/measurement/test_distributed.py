@@ -67,6 +67,24 @@ def test_fitting_in_two_processes(tmp_path):
     assert 0.35 < reports[1]["calls"] / sum(calls) < 0.5  # of five samples, two
 
 
+def test_a_pipeline_in_two_processes(tmp_path):
+    pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+    reports, done = run("pipeline", tmp_path)
+    assert None not in reports, done.stderr
+    sys.path.insert(0, str(WORKER.parents[1] / "diffusers"))
+    from test_prompt_calls import PROMPTS, measure, text_pipeline
+
+    pipe = text_pipeline()
+    whole = measure(pipe)
+    single = fs.diffusers.fit(pipe, 4, levels=12, prompts=PROMPTS, model_calls=100, progress=False)
+    for rank, report in enumerate(reports):
+        found = fs.PathStatistics.load(tmp_path / f"pipe-{rank}.safetensors")
+        torch.testing.assert_close(found.vector_gram, whole.vector_gram, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(report["sigmas"]).double(), single.sigmas, rtol=1e-5, atol=0)
+    assert [report["measured"] for report in reports] == [2, 2]
+    assert sum(report["images"] for report in reports) <= sum(pipe.batches)
+
+
 @pytest.mark.parametrize("task", ["fails", "dies"])
 def test_what_ends_one_process_is_an_error_in_all(tmp_path, task):
     reports, done = run(task, tmp_path)
