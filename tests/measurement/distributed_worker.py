@@ -5,7 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[n]) for n in (2, 1)]  # torchrun starts it without what pytest adds
+sys.path.insert(0, str(Path(__file__).parents[2]))  # torchrun starts it without what pytest adds
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from models import mixture
