@@ -165,7 +165,7 @@ def converged_reference(
     denoiser: Denoiser,
     shape: Sequence[int],
     *,
-    samples: int = 256,
+    samples: int | range = 256,
     seed: int = 0,
     steps: int = REFERENCE_STEPS,
     solver: str | Solver = "dpmpp_2m",
@@ -181,7 +181,7 @@ def converged_reference(
     Args:
         denoiser: The denoiser to sample from.
         shape: The shape of one sample, without the batch.
-        samples: The number of samples.
+        samples: The number of samples; or which, ``range(a, b)``.
         seed: The seed of the noises, which differ from those of `fastsched.measure` with any seed.
         steps: The number of steps. A network with integer timesteps gets at most one step per timestep.
         solver: A solver's name.
@@ -196,9 +196,9 @@ def converged_reference(
     Raises:
         ValueError: If an argument is out of range or unknown, or the network returns NaN or inf.
     """
-    validate.arguments(locals(), denoiser=is_denoiser, solver=is_stock_solver)
+    validate.arguments(locals(), denoiser=is_denoiser, solver=is_stock_solver, samples=validate.sample_range)
     sizes = validate.sample_shape(shape)
-    seeds = sample_seeds(seed, validate.positive_int("samples", samples)) + FIRST_SAMPLE
+    seeds = sample_seeds(seed, validate.sample_range("samples", samples)) + FIRST_SAMPLE
     method = get_solver(solver)
     fine = denoiser.levels(_known_levels(denoiser, validate.positive_int("steps", steps, minimum=2)))
     sigmas = denoiser.process.sampler_sigma(torch.cat([fine, fine.new_zeros(1)]))
@@ -216,7 +216,7 @@ def compare(
     solver: str | Solver | None = None,
     *,
     shape: Sequence[int] | None = None,
-    samples: int = 256,
+    samples: int | range = 256,
     seed: int = 0,
     reference_steps: int = REFERENCE_STEPS,
     reference: Reference | None = None,
@@ -366,6 +366,7 @@ def _is_reference(name: str, value: object) -> Reference:
 
 #: Of the arguments of `compare`.
 _CHECKS: dict[str, validate.Check] = {
+    "samples": validate.sample_range,
     "denoiser": is_denoiser,
     "schedules": validate.anything,  # looked at one by one
     "solver": validate.optional(is_any_solver),

@@ -238,3 +238,11 @@ def test_a_reference_of_another_shape_is_refused(gaussian, converged):
 def test_an_unknown_row_names_those_there_are(converged):
     with pytest.raises(KeyError, match="there are 'a'"):
         Comparison((ComparisonRow("a", "ddim", 1, 1, 1.0, 1.0, 1.0, 1.0),), 32, converged)["b"]
+
+
+def test_a_range_of_samples_is_a_part_of_them(gaussian, converged):
+    part = converged_reference(gaussian, SHAPE, samples=range(8, 12), progress=False)
+    assert torch.equal(part.noise, converged.noise[8:12])
+    torch.testing.assert_close(part.ends, converged.ends[8:12], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="samples must be a number, or range"):
+        compare(gaussian, {"ddim": [80.0, 1.0, 0.0]}, "ddim", shape=SHAPE, samples=range(4, 4))
