@@ -171,18 +171,18 @@ def optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def sample_range(samples: object) -> range:
-    """Return which samples are meant: the first ``samples``, or those of a ``range(a, b)``.
+def sample_range(name: str, value: object) -> range:
+    """Return which samples are meant: the first so many, or those of a ``range(a, b)``.
 
     Raises:
         TypeError: If it is neither an integer nor a range.
         ValueError: If there is no sample, one is negative, or the range has another step than 1.
     """
-    if not isinstance(samples, range):
-        return range(positive_int("samples", samples))
-    if len(samples) == 0 or samples.start < 0 or samples.step != 1:
-        raise ValueError(f"samples must be a number, or range(a, b) with 0 <= a < b, got {samples!r}")
-    return samples
+    if not isinstance(value, range):
+        return range(positive_int(name, value))
+    if len(value) == 0 or value.start < 0 or value.step != 1:
+        raise ValueError(f"{name} must be a number, or range(a, b) with 0 <= a < b, got {value!r}")
+    return value
 
 
 def seed(value: object) -> int:
@@ -343,7 +343,7 @@ _of_zero = partial(positive_int, minimum=0)
 #: What arguments of these names must be, wherever they occur.
 CHECKS: dict[str, Check] = {
     "steps": positive_int,
-    "samples": lambda name, value: sample_range(value),
+    "samples": sample_range,
     "group": lambda name, value: value,
     "prompts_per_call": optional(positive_int),
     "max_steps": positive_int,

@@ -132,7 +132,7 @@ def sample_range(text: str | None, default: int) -> int | range:
         raise ValueError(f"samples must be a number, or A:B for numbers A to B - 1, got {text!r}") from None
     from fastsched import validate
 
-    which = validate.sample_range(found)
+    which = validate.sample_range("samples", found)
     return which if colon else len(which)
 
 

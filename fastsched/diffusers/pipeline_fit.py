@@ -17,6 +17,7 @@ from fastsched.diffusers.applier import applied
 from fastsched.diffusers.calibration import UNALIKE
 from fastsched.diffusers.conventions import describe, own_scheduler, solver_of
 from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
+from fastsched.diffusers.pipeline_measurement import CHECKS as CHECKS_OF_MEASURE
 from fastsched.diffusers.pipeline_measurement import (
     call,
     checked_calls,
@@ -66,35 +67,30 @@ def fit(
 ) -> Schedule:
     """The schedule of ``steps`` steps for a pipeline as it stands: its scheduler's solver, guidance, adapters.
 
-    Measures the pipeline (`measure`), runs the most promising schedules and the scheduler's own through it from the
-    noise of the measured paths, and tunes the best (`fastsched.fit`), by the squared distance to the paths' ends.
+    Measures it (`measure`), runs the most promising schedules and the scheduler's own from the noise of the measured
+    paths, and tunes the best (`fastsched.fit`), by the squared distance to the paths' ends.
 
     Args:
         pipe: A pipeline whose scheduler can be given schedules (docs/schedulers.md).
         steps: Steps, of which the last ends at sigma 0.
         solver: The solver to choose for; that of the pipeline's scheduler when None.
-        stats: An earlier measurement of this pipeline with the same ``seed``, ``prompts`` and arguments. Without its
-            increments (`measure`; a file holds none) there is no tuning.
-        levels: As in `measure`; when None by the number of calls, as in `fastsched.fit`.
-        samples: As in `measure`; when None likewise.
-        prompts: As in `measure`.
-        seed: As in `measure`.
+        stats: An earlier measurement of this pipeline, with all arguments the same. Without increments no tuning.
+        levels, samples, prompts, seed: As in `measure`; the first two when None by the calls, as in `fastsched.fit`.
         audition: Whether to run candidates and tune; if not, the result is that of `fastsched.optimal_schedule`.
-        model_calls: The most to spend, as in `fastsched.fit`; a run takes ``steps + 1`` calls a sample (``2 steps``
-            with two-stage solvers). If too few for one run of all samples, as ``audition=False``.
+        model_calls: As in `fastsched.fit`; a run takes ``steps + 1`` a sample (``2 steps`` with two-stage solvers).
         prompts_per_call: As in `measure`.
         checkpoint: A file for the measurement, as in `measure`, with increments. The same call goes on from there.
         group: As in `measure`; its first process decides what is run, and all run a part of the samples.
-        progress: Show one progress bar over the steps of all calls that measure, and one over those that run schedules.
+        progress: Show one progress bar over all steps that measure, and one over those that run schedules.
         **call_kwargs: Arguments of the pipeline's call.
 
     Returns:
-        The schedule with its measured error, for `fastsched.diffusers.apply`; the pipeline itself is not changed.
+        The schedule, for `fastsched.diffusers.apply`; the pipeline itself is not changed.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range; if the scheduler cannot be given schedules, is none of fastsched's
-            solvers (name one by ``solver``) or adds noise; or if no candidate's samples are finite.
+        ValueError: If an argument is out of range; if the scheduler takes no schedules, is none of fastsched's solvers
+            (name one by ``solver``) or adds noise; or if no candidate's samples are finite.
     """
     validate.arguments(locals(), **CHECKS)
     by_prompt = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
@@ -102,17 +98,15 @@ def fit(
     if audition and call_kwargs.get("eta"):
         raise ValueError(f"eta must be 0 with audition=True, because it adds noise, got {call_kwargs['eta']!r}")
     check_caches(pipe)
-    budget = MODEL_CALLS if model_calls is None else model_calls
+    total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else TOTAL
     with prompts_encoded_once(pipe):
         if stats is None:
-            total = TOTAL if model_calls is None else model_calls
             levels, samples = planned(total, steps, levels, samples)
-            settings = {"levels": levels, "samples": samples, "seed": seed, "keep_increments": audition}
-            options = {"prompts": prompts, "prompts_per_call": prompts_per_call, "checkpoint": checkpoint}
-            settings |= {"vectors": "first", "progress": progress}
-            stats = measured_in_group(pipe, call_kwargs, group, **settings, **options)
-            budget = max(0, total - stats.model_calls)
-        return _fitted(pipe, stats, steps, name, by_prompt, call_kwargs, budget * audition, group, progress).schedule
+            settings = {"levels": levels, "samples": samples, "seed": seed, "prompts_per_call": prompts_per_call}
+            settings |= {"prompts": prompts, "checkpoint": checkpoint, "progress": progress}
+            stats = measured_in_group(pipe, call_kwargs, group, vectors="first", keep_increments=audition, **settings)
+            total = max(0, total - stats.model_calls)
+        return _fitted(pipe, stats, steps, name, by_prompt, call_kwargs, total * audition, group, progress).schedule
 
 
 def _fitted(
@@ -136,9 +130,9 @@ def _fitted(
         return led_by_first(run if rank_and_size(group)[1] == 1 else run.part, made, group)
 
 
-#: Of the arguments of `fit`; those of the pipeline's call are looked at apart.
+#: Of arguments that are not checked as elsewhere; those of the pipeline's call are looked at apart.
 CHECKS: dict[str, validate.Check] = {
-    **dict.fromkeys(("pipe", "prompts", "call_kwargs"), validate.anything),
+    **CHECKS_OF_MEASURE,
     "solver": validate.optional(is_solver),
     "stats": validate.optional(is_statistics),
     "audition": validate.flag,

@@ -40,6 +40,13 @@ MOST_SAMPLES = 2**16
 #: Arguments for a call whose steps are all needed and whose images are not, where a pipeline takes them.
 NEEDED = {"output_type": "latent", "strength": 1.0}
 
+#: Of arguments that are not checked as elsewhere; those of the pipeline's call are looked at apart.
+CHECKS: dict[str, validate.Check] = {
+    **dict.fromkeys(("pipe", "prompts", "call_kwargs"), validate.anything),
+    "samples": validate.sample_range,
+    "prompts_per_call": validate.optional(validate.positive_int),
+}
+
 
 def measure(
     pipe: Any,
@@ -58,30 +65,28 @@ def measure(
     """Measure what ``pipe(**call_kwargs)`` computes, including guidance, adapters and prompt, through its own loop.
 
     A `CalibrationScheduler` takes the place of the pipeline's scheduler, and the pipeline is called until all samples
-    are measured. The old scheduler is restored afterwards, also after an error. Images stay latents if the pipeline
-    supports it. Cost: ``2 levels`` steps a call of the pipeline, each of as many network calls as the pipeline makes.
-    An interrupt (Ctrl-C) returns the samples that were finished, with a warning.
+    are measured. The old scheduler is restored afterwards, also after an error. Images stay latents where they can.
+    Cost: ``2 levels`` steps a call, each of as many network calls as the pipeline makes. An interrupt (Ctrl-C) returns
+    the finished samples, with a warning.
 
     What the pipeline computes must depend only on the latents and the level. Its loop and its networks are watched, and
     it is refused if it is seen to depend on anything else (`CalibrationScheduler`, `fastsched.diffusers.watching`).
-    Every call of the pipeline sees the same random numbers: generators among ``call_kwargs`` are restored after each
-    call, and so is the global random state, which is seeded for the call.
+    Every call sees the same random numbers: of generators among ``call_kwargs``, and globally; all are restored.
 
     Args:
         pipe: A pipeline with a supported ``scheduler`` (docs/schedulers.md).
         levels: How many noise levels, 32 to 64 are enough; or the levels ``s`` themselves, descending.
         samples: How many paths at least, or which: ``range(a, b)``, to be merged with others of the same seed.
-        prompts: One prompt for each sample, in turn, each used at least once; several different ones are best. None if
-            the pipeline takes no prompt, or ``call_kwargs`` holds it.
+        prompts: One prompt for each sample, in turn, all used at least once. A schedule is for a model, not for a
+            prompt, so several are best. None if the pipeline takes no prompt, or ``call_kwargs`` holds it.
         seed: Seed of the noise; the pipeline's own latents are not used.
         keep_increments: As in `fastsched.measure`; `fit` needs them to tune. They take ``2 levels`` latents a sample.
-        prompts_per_call: The most prompts of one call of the pipeline. When None as many as there are samples, and
-            half as many as often as memory runs out. One where the pipeline takes no list of prompts, or
-            ``call_kwargs`` holds tensors or images, which may be for one batch size.
+        prompts_per_call: The most prompts of one call; when None one for each sample, half as many where memory runs
+            out, and one where the pipeline takes no list or ``call_kwargs`` holds what may be for one batch size.
         checkpoint: A file in which the samples of every finished call are saved. The same call goes on from there.
-        group: As in `fastsched.measure`: its processes, each with its own pipeline, measure a part of the samples each.
+        group: As in `fastsched.measure`; each process has its own pipeline.
         progress: Show one progress bar over the steps of all calls, in place of the pipeline's own.
-        **call_kwargs: Arguments of the pipeline's call: ``guidance_scale``, ``height``, ``control_image``, ...
+        **call_kwargs: Arguments of the pipeline's call: ``guidance_scale``, ``height``, ...
 
     Returns:
         The statistics, on the CPU, for `fastsched.optimal_schedule` and others. A guided step counts as one call.
@@ -96,7 +101,7 @@ def measure(
         >>> schedule = fs.optimal_schedule(stats, steps=8, solver="dpmpp_2m")
         >>> fs.diffusers.apply(schedule, pipe)
     """
-    validate.arguments(locals(), pipe=validate.anything, prompts=validate.anything, call_kwargs=validate.anything)
+    validate.arguments(locals(), **CHECKS)
     settings = {"levels": levels, "samples": samples, "seed": seed, "keep_increments": keep_increments}
     options = {"prompts": prompts, "prompts_per_call": prompts_per_call, "checkpoint": checkpoint}
     try:
@@ -111,7 +116,7 @@ def measured_in_group(
     """`measured_pipeline`, its samples dealt out over ``group``; ``vectors`` as in `parts_of_group`."""
     if rank_and_size(group)[1] == 1:
         return measured_pipeline(pipe, call_kwargs, **settings)
-    which = validate.sample_range(settings["samples"])
+    which = validate.sample_range("samples", settings["samples"])
     calls = checked_calls(pipe, settings["prompts"], call_kwargs, settings["prompts_per_call"])
     own = share(range(which.start, which.start + _needed(settings["samples"], which, calls)), group).tolist()
     file = settings["checkpoint"]
@@ -142,7 +147,7 @@ def measured_pipeline(
     """`measure`, which an interrupt ends: like any error it carries the samples finished as ``error.partial``."""
     if not isinstance(levels, Tensor):
         levels = validate.positive_int("levels", levels, minimum=3)
-    which, seed = validate.sample_range(samples), validate.positive_int("seed", seed, minimum=0)
+    which, seed = validate.sample_range("samples", samples), validate.positive_int("seed", seed, minimum=0)
     calls = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
     check_caches(pipe)
     count = len(levels) if isinstance(levels, Tensor) else levels

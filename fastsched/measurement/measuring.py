@@ -75,14 +75,13 @@ def measure(
     Raises:
         ValueError: If an argument is out of range, the network fails the checks, or returns NaN or inf.
         MemoryError: Before the first call, if memory does not suffice; the message says what to lower.
-        RuntimeError: If another process of ``group`` failed; ``error.partial`` holds what was finished.
+        RuntimeError: If another process failed; ``error.partial`` holds what was finished.
     """
     validate.arguments(locals(), denoiser=is_denoiser)
     run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses, keep_increments, store)
     batches = batches_of(shape, samples, seed, batch_size, checks, checkpoint, progress)
     try:
-        found = None if checkpoint is None else resumed(checkpoint, run, batches)
-        return measured_in_group(run, batches, found, group)
+        return measured_in_group(run, batches, None if checkpoint is None else resumed(checkpoint, run, batches), group)
     except KeyboardInterrupt as error:
         return finished_part(error, checkpoint)
 
@@ -97,7 +96,7 @@ def batches_of(
     progress: Progress = True,
 ) -> Batches:
     """How `measure` does it, from its arguments."""
-    sizes, seeds = validate.sample_shape(shape), sample_seeds(seed, validate.sample_range(samples))
+    sizes, seeds = validate.sample_shape(shape), sample_seeds(seed, validate.sample_range("samples", samples))
     grain = len(seeds) if file is None else 1
     size = grain if batch_size is None else validate.positive_int("batch_size", batch_size)
     return Batches(sizes, seeds, size, batch_size is not None, checks, file, progress)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def of_pipelines(folder):
 
 
 def main(task, folder):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others when one has died
     if task == "pipeline":
         of_pipelines(folder)
         return
