@@ -75,7 +75,10 @@ def fit(
         steps: Steps, of which the last ends at sigma 0.
         solver: The solver to choose for; that of the pipeline's scheduler when None.
         stats: An earlier measurement of this pipeline, with all arguments the same. Without increments no tuning.
-        levels, samples, prompts, seed: As in `measure`; the first two when None by the calls, as in `fastsched.fit`.
+        levels: As in `measure`; when None by the number of calls, as in `fastsched.fit`.
+        samples: Likewise.
+        prompts: As in `measure`.
+        seed: As in `measure`.
         audition: Whether to run candidates and tune; if not, the result is that of `fastsched.optimal_schedule`.
         model_calls: As in `fastsched.fit`; a run takes ``steps + 1`` a sample (``2 steps`` with two-stage solvers).
         prompts_per_call: As in `measure`.

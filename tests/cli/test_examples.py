@@ -47,7 +47,7 @@ def work(tmp_path_factory):
     stats.save(path / "stats.safetensors")
     stats.save(path / "model.safetensors")
     stats.save(path / "a.safetensors")
-    fs.measure(denoiser, (1, 8, 8), samples=range(2, 3), progress=False).save(path / "b.safetensors")
+    fs.measure(denoiser, (1, 8, 8), samples=range(2, 3), levels=24, progress=False).save(path / "b.safetensors")
     for name in ("schedule", "a", "b", "model-8"):
         fs.optimal_schedule(stats, 8, polish=False).save(path / f"{name}.json")
     (path / "errors.csv").write_text("name,solver,steps,typical_error\nkarras,dpmpp_2m,8,0.25\n")
