@@ -171,6 +171,18 @@ def optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
+def process_group(name: str, value: object) -> object:
+    """Return ``value``, a group of processes of ``torch.distributed``.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    available = torch.distributed.is_available()
+    if not available or not isinstance(value, torch.distributed.ProcessGroup):
+        raise TypeError(f"{name} must be a group of torch.distributed (or None), got {shown(value)}")
+    return value
+
+
 def sample_range(name: str, value: object) -> range:
     """Return which samples are meant: the first so many, or those of a ``range(a, b)``.
 
@@ -344,7 +356,7 @@ _of_zero = partial(positive_int, minimum=0)
 CHECKS: dict[str, Check] = {
     "steps": positive_int,
     "samples": sample_range,
-    "group": lambda name, value: value,
+    "group": optional(lambda name, value: process_group(name, value)),
     "prompts_per_call": optional(positive_int),
     "max_steps": positive_int,
     "iterations": positive_int,

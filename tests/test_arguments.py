@@ -59,6 +59,7 @@ WRONG = {
     "checkpoint": PATH,
     "path": [None, *PATH],
     "model": OTHER,
+    "group": [3, "x", object()],
     "trace": PATH,
     "origin": OTHER[1:],
     "store": ["gpu", 3, []],
@@ -251,6 +252,9 @@ SPECIAL = {
     ("profile", "steps"): [2, *COUNT],
     ("profile", "call_kwargs"): [{}],  # an argument of a pipeline
     ("audition", "samples"): [3, *OPTIONAL_COUNT],
+    **{(fit, "samples"): OPTIONAL_COUNT for fit in ("fit", "fit with stats")},
+    **{(fit, "levels"): [2, *OPTIONAL_COUNT, torch.tensor([3.0, 2.0])] for fit in ("fit", "fit with stats")},
+    **{(fit, "model_calls"): [-1, *OPTIONAL_COUNT[1:]] for fit in ("fit", "fit with stats")},
     ("sample", "seed"): [1, *(value for value in SEED if value is not None)],  # for a deterministic solver, any
     ("sample", "sigmas"): SIGMAS,
     ("sample", "noise"): [None, *TENSOR],

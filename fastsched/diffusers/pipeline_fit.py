@@ -73,7 +73,7 @@ def fit(
     Args:
         pipe: A pipeline whose scheduler can be given schedules (docs/schedulers.md).
         steps: Steps, of which the last ends at sigma 0.
-        solver: The solver to choose for; that of the pipeline's scheduler when None.
+        solver: The solver; that of the pipeline's scheduler when None.
         stats: An earlier measurement of this pipeline, with all arguments the same. Without increments no tuning.
         levels: As in `measure`; when None by the number of calls, as in `fastsched.fit`.
         samples: Likewise.
@@ -97,10 +97,7 @@ def fit(
     """
     validate.arguments(locals(), **CHECKS)
     by_prompt = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
-    name = checked_solver(pipe.scheduler, steps, solver, audition=audition)
-    if audition and call_kwargs.get("eta"):
-        raise ValueError(f"eta must be 0 with audition=True, because it adds noise, got {call_kwargs['eta']!r}")
-    check_caches(pipe)
+    name = _checked(pipe, steps, solver, call_kwargs, audition=audition)
     total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else TOTAL
     with prompts_encoded_once(pipe):
         if stats is None:
@@ -110,6 +107,15 @@ def fit(
             stats = measured_in_group(pipe, call_kwargs, group, vectors="first", keep_increments=audition, **settings)
             total = max(0, total - stats.model_calls)
         return _fitted(pipe, stats, steps, name, by_prompt, call_kwargs, total * audition, group, progress).schedule
+
+
+def _checked(pipe: Any, steps: int, solver: str | None, call_kwargs: dict[str, Any], *, audition: bool) -> str:
+    """The solver to choose for, if the pipeline can be fitted as it is called."""
+    name = checked_solver(pipe.scheduler, steps, solver, audition=audition)
+    if audition and call_kwargs.get("eta"):
+        raise ValueError(f"eta must be 0 with audition=True, because it adds noise, got {call_kwargs['eta']!r}")
+    check_caches(pipe)
+    return name
 
 
 def _fitted(
