@@ -176,9 +176,12 @@ def process_group(name: str, value: object) -> object:
 
     Raises:
         TypeError: If it is not.
+        ValueError: If ``torch.distributed`` has not begun.
     """
-    available = torch.distributed.is_available()
-    if not available or not isinstance(value, torch.distributed.ProcessGroup):
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        begin = "needs torch.distributed.init_process_group (torchrun or accelerate do it)"
+        raise ValueError(f"{name} {begin}, got {shown(value)}")
+    if not isinstance(value, torch.distributed.ProcessGroup):
         raise TypeError(f"{name} must be a group of torch.distributed (or None), got {shown(value)}")
     return value
 

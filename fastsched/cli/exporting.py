@@ -33,6 +33,8 @@ COMFYUI = {
     "ancestral": "euler_ancestral",
     "sde_dpmpp_2m": "dpmpp_2m_sde",
 }
+#: Solvers whose namesakes in ComfyUI are others for flow times (docs/comfyui.md).
+NOT_FOR_FLOW = ("dpmpp_2m", "ancestral", "sde_dpmpp_2m")
 SD_CPP = {
     "ddim": "euler",
     "heun": "heun",
@@ -96,9 +98,12 @@ def _text(schedule: Schedule) -> tuple[str, dict[str, Any]]:
 
 def _comfyui(schedule: Schedule) -> tuple[str, dict[str, Any]]:
     """The text of ComfyUI's node ManualSigmas."""
-    sampler = COMFYUI.get(schedule.solver)
+    flow = schedule.noise == "flow"
+    known = {solver: name for solver, name in COMFYUI.items() if not (flow and solver in NOT_FOR_FLOW)}
+    sampler = known.get(schedule.solver)
     if sampler is None:
-        note(f"ComfyUI has no sampler that is {schedule.solver}; the solvers it has are {', '.join(COMFYUI)}")
+        where = " for flow times" if flow else ""
+        note(f"ComfyUI has no sampler that is {schedule.solver}{where}; the solvers it has are {', '.join(known)}")
     else:
         note(f"paste into ManualSigmas, and choose the sampler {sampler}")
     found = schedule.to_comfyui()

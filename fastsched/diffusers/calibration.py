@@ -13,9 +13,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from fastsched.diffusers.conventions import KNOWN, describe, own_scheduler
+from fastsched.diffusers.conventions import class_of, describe, own_scheduler
 from fastsched.diffusers.step_checks import (
     check_copies,
+    check_finite,
     check_first_latents,
     check_options,
     check_output,
@@ -130,7 +131,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             ValueError: If the noise process, the prediction or a setting is not supported.
         """
         if isinstance(config, dict) and "scheduler_class" not in config:
-            config = {"scheduler_class": _class_of(config), "scheduler_config": dict(config)}
+            config = {"scheduler_class": class_of(config), "scheduler_config": dict(config)}
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod
@@ -281,7 +282,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._check(timestep, sample, args, kwargs)
         output = self.convention.raw_output(model_output, sample.shape[1])
         check_output(output, sample)
-        self._check_finite(output)
+        wrong = f"the network returned NaN or inf at timestep {float(self._names[self._index]):g}"
+        check_finite(output, wrong, self._verdicts)
         if seen is not None:
             self._check_seen(seen, output, sample)
         check_copies(output, self._copies, self._verdicts)
@@ -359,21 +361,9 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._statistics = self._measured_paths
         return self._measured_paths.ends.to(output.device)
 
-    def _check_finite(self, output: Tensor) -> None:
-        name = float(self._names[self._index])
-
-        def judge(finite: Tensor) -> None:
-            if not bool(finite):
-                raise ValueError(f"the network returned NaN or inf at timestep {name:g}")
-
-        self._verdicts.note(torch.isfinite(output).all().reshape(1), judge)
-
     def _input(self, x: Tensor, k: int) -> Tensor:
-        def judge(finite: Tensor) -> None:
-            if not bool(finite):
-                raise ValueError(f"the measurement overflows at timestep {float(self._names[1 + k]):g}; {UNALIKE}")
-
-        self._verdicts.note(torch.isfinite(x).all().reshape(1), judge)
+        wrong = f"the measurement overflows at timestep {float(self._names[1 + k]):g}; {UNALIKE}"
+        check_finite(x, wrong, self._verdicts)
         return float(self.convention.input_scale(self._levels[k])) * x
 
     def _check(self, timestep: Any, sample: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -428,18 +418,3 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
                 f"the same latents and timestep were answered {change:.2%} differently at the end of the run than at "
                 f"its beginning; {UNALIKE}"
             )
-
-
-def _class_of(config: dict[str, Any]) -> str:
-    """The class that ``config`` is of: by name if it was loaded, by its entries if it was made in memory."""
-    if "_class_name" in config:
-        return config["_class_name"]
-    entries = {key for key in config if not key.startswith("_")}
-    for name in KNOWN:
-        accepted = set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self", "kwargs"}
-        if accepted == entries:
-            return name
-    raise ValueError(
-        "config does not name its class, and its entries are not those of a supported scheduler; use "
-        "CalibrationScheduler.from_scheduler(pipe.scheduler)"
-    )

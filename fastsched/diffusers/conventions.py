@@ -12,10 +12,12 @@ times 1000 or ``log(sigma) / 4``, and ``output`` one of five predictions. `descr
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor
 
@@ -337,3 +339,18 @@ def _prediction(scheduler: Any) -> str:
 def _setting(scheduler: Any, name: str, default: Any) -> Any:
     """An entry of the scheduler's config, or ``default`` if there is none."""
     return scheduler.config.get(name, default)
+
+
+def class_of(config: dict[str, Any]) -> str:
+    """The class that ``config`` is of: by name if it was loaded, by its entries if it was made in memory."""
+    if "_class_name" in config:
+        return config["_class_name"]
+    entries = {key for key in config if not key.startswith("_")}
+    for name in KNOWN:
+        accepted = set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self", "kwargs"}
+        if accepted == entries:
+            return name
+    raise ValueError(
+        "config does not name its class, and its entries are not those of a supported scheduler; use "
+        "CalibrationScheduler.from_scheduler(pipe.scheduler)"
+    )

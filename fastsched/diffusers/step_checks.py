@@ -77,6 +77,20 @@ def check_output(output: Any, sample: Tensor) -> None:
         )
 
 
+def check_finite(values: Tensor, wrong: str, verdicts: Verdicts) -> None:
+    """Check that there is no NaN or inf among ``values``.
+
+    Raises:
+        ValueError: If there is; its message is ``wrong``.
+    """
+
+    def judge(finite: Tensor) -> None:
+        if not bool(finite):
+            raise ValueError(wrong)
+
+    verdicts.note(torch.isfinite(values).all().reshape(1), judge)
+
+
 def check_first_latents(sample: Tensor, verdicts: Verdicts) -> None:
     """Check that a pipeline starts from standard normal noise times ``init_noise_sigma``, which is 1 here.
 
