@@ -12,6 +12,7 @@ go to ``results/cost_curve.csv``, the picture to ``docs/cost_curve.png``.
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import multiprocessing
 from collections.abc import Iterable
@@ -95,7 +96,8 @@ def plot() -> None:
 
     quality = list(table.read(RESULTS / "quality.csv"))
     best = best_stock(quality)
-    found = ratios(table.read(RESULTS / "cost_curve.csv"), best)
+    with (RESULTS / "cost_curve.csv").open(newline="") as file:
+        found = ratios(list(csv.DictReader(file)), best)
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     ax = figure.subplots()
