@@ -398,8 +398,11 @@ def _levels(s: Tensor | float, x: Tensor) -> Tensor:
 def _on_device(values: Tensor, x: Tensor) -> Tensor:
     """[1] or [B] values as a new tensor [B] on the device of ``x``.
 
-    One value is written there by a kernel: a copy from the CPU would wait for all work before it.
+    One value is written there by a kernel: a copy from the CPU would wait for all work before it. A value that a
+    gradient is taken of stays what it is.
     """
+    if values.requires_grad:
+        return values.to(x.device).expand(len(x))
     if len(values) == 1:
         return x.new_full((len(x),), values.item(), dtype=values.dtype)
     return values.to(x.device, copy=True)

@@ -212,6 +212,7 @@ class FittingSampler:
 
 def fitted(denoiser: GuidedDenoiser, settings: Settings, noise: Tensor, known: PathStatistics | None) -> FitReport:
     """Measure and fit; ``noise`` [B, *shape] gives shape, device and batch size."""
+    measuring = 0 if known is not None else measurement_calls(denoiser.process, settings)
     return fit_report(
         denoiser,
         tuple(noise.shape[1:]),
@@ -220,7 +221,7 @@ def fitted(denoiser: GuidedDenoiser, settings: Settings, noise: Tensor, known: P
         stats=known,
         levels=_levels(denoiser.process, settings),
         samples=settings.samples,
-        model_calls=settings.model_calls,
+        model_calls=measuring + settings.model_calls,
         seed=settings.seed,
         batch_size=min(len(noise), settings.samples),
         device=noise.device,

@@ -20,7 +20,7 @@ SCHEDULERS = {
 def test_a_pipeline_is_fitted_with_weights(kind):
     """What the fit reports is what the pipeline gives with the schedule applied; and stock solvers do worse."""
     pipe = pipelines.oracle_pipeline(SCHEDULERS[kind](), mixture(d=8))
-    options = {"levels": 24, "samples": 4, "seed": 3, "model_calls": 200, "images": 2}
+    options = {"levels": 24, "samples": 4, "seed": 3, "model_calls": 392, "images": 2}
     fitted = fs.diffusers.fit(pipe, 5, solver="fitted", **options)
     assert fitted.weights is not None
     stats = fs.diffusers.measure(pipe, levels=24, samples=4, seed=3, images=2)

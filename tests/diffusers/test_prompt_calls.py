@@ -85,7 +85,7 @@ def same(one, other):
 
 def test_a_fit_calls_the_pipeline_once_a_run_and_encodes_once():
     pipe = text_pipeline()
-    schedule = fs.diffusers.fit(pipe, 8, levels=24, prompts=PROMPTS, negative_prompt="ugly", progress=False)
+    schedule = fs.diffusers.fit(pipe, 8, prompts=PROMPTS, negative_prompt="ugly", progress=False)
     assert set(pipe.batches) == {4}
     assert pipe.encoded == [tuple(PROMPTS)]
     assert "encode_prompt" not in vars(pipe)
@@ -93,7 +93,7 @@ def test_a_fit_calls_the_pipeline_once_a_run_and_encodes_once():
     assert len(pipe.batches) <= 1 + (800 - 384) // (4 * 9)
     assert schedule.measured_error is not None
     few = text_pipeline()
-    fs.diffusers.fit(few, 8, levels=24, prompts=PROMPTS, model_calls=4 * 46 + 11 * 4 * 9, progress=False)
+    fs.diffusers.fit(few, 8, levels=24, samples=4, prompts=PROMPTS, model_calls=4 * 46 + 11 * 4 * 9, progress=False)
     assert len(few.batches) <= 12
 
 

@@ -76,7 +76,7 @@ def test_with_statistics_paths_and_runs_are_kept_too(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"levels": 13}, "other levels"), ({"samples": 2}, "samples beyond the 2"), ({"seed": 1}, "another seed"),
+    [({"levels": 13}, "other levels"), ({"samples": 2}, "more than 2 samples"), ({"seed": 1}, "another seed"),
      ({"model_calls": 134}, "model_calls = 133, not 134"), ({"solver": "ddim"}, "solver = 'dpmpp_2m', not 'ddim'"),
      ({"batch_size": 2}, "batch_size = 1, not 2"), ({"dtype": torch.float64}, "dtype")],
 )  # fmt: skip
