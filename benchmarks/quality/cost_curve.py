@@ -101,9 +101,12 @@ def plot() -> None:
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     ax = figure.subplots()
-    for name, line in found.items():
+    last = 0.0
+    for name, line in sorted(found.items(), key=lambda pair: pair[1][TOTALS[0]]):
         ax.plot(list(line), list(line.values()), "-", color="0.7", lw=1)
-        ax.annotate(name, (max(line), line[max(line)]), (4, 0), textcoords="offset points", fontsize=7, color="0.4")
+        last = max(line[TOTALS[0]], 1.45 * last)  # labels beside each other, not on each other
+        ax.text(0.93 * TOTALS[0], last, name, fontsize=7, color="0.3", ha="right", va="center")
+    ax.set_xlim(left=30)
     mean = {total: float(np.exp(np.mean([np.log(line[total]) for line in found.values()]))) for total in TOTALS}
     ax.plot(list(mean), list(mean.values()), "o-", color="#CC0022", lw=2, label="fs.fit, fitted solver: all denoisers")
     for method, (calls, ratio) in other_ways(quality, best).items():
