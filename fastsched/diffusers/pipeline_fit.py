@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.calibration import UNALIKE
-from fastsched.diffusers.conventions import describe, own_scheduler, solver_of
+from fastsched.diffusers.conventions import describe, own_scheduler, solver_of, with_signature
 from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
 from fastsched.diffusers.pipeline_measurement import CHECKS as CHECKS_OF_MEASURE
 from fastsched.diffusers.pipeline_measurement import (
@@ -36,10 +35,12 @@ from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.group_runs import led_by_first
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, fit_by_running
 from fastsched.fitting.rollouts import Evaluations, Rollout
+from fastsched.fitting.run_log import RunLog, identity, logged, runs_beside
 from fastsched.measurement.batches import is_out_of_memory
 from fastsched.measurement.devices import rank_and_size
 from fastsched.measurement.late_reading import LateReading, Verdicts
 from fastsched.measurement.statistics import PathStatistics, is_statistics
+from fastsched.sampling.files import check_writable
 from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.random_streams import noise_of, sample_number
 from fastsched.sampling.schedule import Schedule
@@ -82,7 +83,7 @@ def fit(
         audition: Whether to run candidates and tune; if not, the result is that of `fastsched.optimal_schedule`.
         model_calls: As in `fastsched.fit`; a run takes ``steps + 1`` a sample (``2 steps`` with two-stage solvers).
         prompts_per_call: As in `measure`.
-        checkpoint: A file for the measurement, as in `measure`, with increments. The same call goes on from there.
+        checkpoint: A file for the measurement; runs are kept in ``checkpoint.runs``. The same call goes on from there.
         group: As in `measure`; its first process decides what is run, and all run a part of the samples.
         progress: Show one progress bar over all steps that measure, and one over those that run schedules.
         **call_kwargs: Arguments of the pipeline's call.
@@ -92,12 +93,11 @@ def fit(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range; if the scheduler takes no schedules, is none of fastsched's solvers
-            (name one by ``solver``) or adds noise; or if no candidate's samples are finite.
+        ValueError: If an argument is out of range, the scheduler does not serve, or no candidate's samples are finite.
     """
     validate.arguments(locals(), **CHECKS)
     by_prompt = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
-    name = _checked(pipe, steps, solver, call_kwargs, audition=audition)
+    name = _checked(pipe, steps, solver, call_kwargs, checkpoint, audition=audition)
     total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else TOTAL
     with prompts_encoded_once(pipe):
         if stats is None:
@@ -106,11 +106,16 @@ def fit(
             settings |= {"prompts": prompts, "checkpoint": checkpoint, "progress": progress}
             stats = measured_in_group(pipe, call_kwargs, group, vectors="first", keep_increments=audition, **settings)
             total = max(0, total - stats.model_calls)
-        return _fitted(pipe, stats, steps, name, by_prompt, call_kwargs, total * audition, group, progress).schedule
+        places = {"checkpoint": checkpoint, "group": group, "progress": progress}
+        return _fitted(pipe, stats, steps, name, by_prompt, call_kwargs, total * audition, **places).schedule
 
 
-def _checked(pipe: Any, steps: int, solver: str | None, call_kwargs: dict[str, Any], *, audition: bool) -> str:
-    """The solver to choose for, if the pipeline can be fitted as it is called."""
+def _checked(
+    pipe: Any, steps: int, solver: str | None, call_kwargs: dict[str, Any], checkpoint: Any, *, audition: bool
+) -> str:
+    """The solver to choose for, if the pipeline can be fitted as it is called and files can be written."""
+    if checkpoint is not None:
+        check_writable(runs_beside(checkpoint))
     name = checked_solver(pipe.scheduler, steps, solver, audition=audition)
     if audition and call_kwargs.get("eta"):
         raise ValueError(f"eta must be 0 with audition=True, because it adds noise, got {call_kwargs['eta']!r}")
@@ -126,17 +131,23 @@ def _fitted(
     prompts: PromptCalls,
     call_kwargs: dict[str, Any],
     budget: int,
+    *,
+    checkpoint: str | os.PathLike[str] | None,
     group: Any,
     progress: bool,
 ) -> FitReport:
-    """The fit after the measurement, for at most ``budget`` calls."""
+    """The fit after the measurement, for at most ``budget`` calls; its runs are kept in a file, but not in a group."""
     applied(optimal_schedule(stats, steps, solver), pipe.scheduler)  # raises before a call is spent
     calls = chosen_solver(solver).model_calls(steps) + 1  # one more step starts from the noise of the measured paths
     run = PipelineRunner(pipe, stats, prompts, call_kwargs, calls=calls, model_calls=budget)
     tried = candidates(stats, steps, solver, pipe.scheduler)
     made = lambda run: fit_by_running(run, stats, steps, solver, tried, calls=calls, model_calls=budget)
+    alone, one = rank_and_size(group)[1] == 1, run
+    if alone and checkpoint is not None:
+        what = identity(stats, steps=steps, solver=solver, model_calls=budget)
+        one = logged(run, RunLog(runs_beside(checkpoint), what))
     with one_bar(pipe, budget, progress and budget > 0, "fitting") as run.advance:
-        return led_by_first(run if rank_and_size(group)[1] == 1 else run.part, made, group)
+        return led_by_first(one if alone else run.part, made, group)
 
 
 #: Of arguments that are not checked as elsewhere; those of the pipeline's call are looked at apart.
@@ -316,7 +327,7 @@ class StartFromNoise:
         self._calls: list[tuple[float, LateReading, LateReading]] = []  # s, y, D
         self._verdicts = Verdicts()
         self._set_timesteps = scheduler.set_timesteps
-        scheduler.set_timesteps = _with_signature(self._prepare, self._set_timesteps)
+        scheduler.set_timesteps = with_signature(self._prepare, self._set_timesteps)
 
     def evaluations(self) -> Evaluations:
         """What the network was asked and answered, in order; waits for the device.
@@ -349,7 +360,7 @@ class StartFromNoise:
         self.scheduler.__dict__.pop("step", None)
         self._set_timesteps(*args, **kwargs)
         self._step = self.scheduler.step  # which an applied schedule may have replaced
-        self.scheduler.step = _with_signature(step, self._step)
+        self.scheduler.step = with_signature(step, self._step)
 
     def _first_step(self, output: Tensor, timestep: Any, sample: Tensor, *_: Any, **options: Any) -> Any:
         self._check(output)
@@ -375,16 +386,6 @@ class StartFromNoise:
         end = result[0] if isinstance(result, tuple) else result.prev_sample
         self.end = end.chunk(self._copies)[0]
         return result
-
-
-def _with_signature(function: Callable[..., Any], like: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with the signature of ``like``, which pipelines inspect."""
-
-    @functools.wraps(like)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    return call
 
 
 def own_sigmas(scheduler: Any, steps: int) -> Tensor | None:

@@ -11,12 +11,13 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsched.fitting.rollouts import Evaluations, Rollout
+from fastsched.fitting.rollouts import Evaluations, Rollout, Run
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.files import checksum, json_object, write_whole
 from fastsched.sampling.schedule import Schedule
@@ -126,6 +127,11 @@ class RunLog:
             file.write(_framed(content))
             file.flush()
             os.fsync(file.fileno())
+
+
+def logged(run: Run, log: RunLog) -> Run:
+    """``run``, with every finished run kept in ``log``, and those that it holds not made again."""
+    return lambda schedule, first, last: log.run(schedule, first, last, partial(run, schedule, first, last))
 
 
 def _framed(content: bytes) -> bytes:

@@ -166,6 +166,21 @@ def test_an_interrupt_hands_back_what_was_finished_and_a_checkpoint_goes_on(tmp_
     fitted = fs.diffusers.fit(pipe, 4, levels=12, prompts=PROMPTS, checkpoint=path, model_calls=160, progress=False)
     assert fitted.steps == 4
     assert pipe.batches[5:] == [4] * len(pipe.batches[5:])  # only runs of schedules
+    assert len(pipe.batches) > 5
+
+
+def test_a_pipelines_runs_are_kept(tmp_path):
+    path, pipe = tmp_path / "fit.safetensors", text_pipeline()
+    options = {"levels": 12, "samples": 4, "prompts": PROMPTS, "model_calls": 300, "progress": False}
+    whole = fs.diffusers.fit(pipe, 4, checkpoint=path, **options)
+    first = len(pipe.batches)
+    assert first > 4  # a measurement, candidates, and tuning
+    again = fs.diffusers.fit(pipe, 4, checkpoint=path, **options)
+    assert len(pipe.batches) == first  # nothing was run again
+    assert torch.equal(again.sigmas, whole.sigmas)
+    assert again.measured_error == whole.measured_error
+    with pytest.raises(ValueError, match="model_calls"):
+        fs.diffusers.fit(pipe, 4, checkpoint=path, **{**options, "model_calls": 280})
 
 
 def test_ranges_of_samples_merge_to_the_whole():
