@@ -5,7 +5,7 @@
 For each solver at 10 steps: the typical error (geometric mean of the squared distance to the converged sample, same
 noise) of the corrector schedule, Algorithm 1, mean of five measurements; of karras with rho 3, 5, 7 and 9; and of
 fastsched's own solver-aware schedule. A schedule of 10 steps is 10 nodes and a 0, and there are two ways to place the
-last node (`fastsched.baselines`): *kept* at sigma_min, or *spared* (11 nodes, the one at sigma_min replaced by 0). The
+last node (`fastsched.baselines`): *kept* at sigma_min, or *to zero* (11 nodes, the one at sigma_min replaced by 0). The
 last table sets the corrector's error against karras rho 3 and the best rho in its own placing, and the best of all
 eight. "less a call" is the kept corrector schedule without its node at sigma_min: what that node does.
 """
@@ -33,7 +33,7 @@ from benchmarks.experiments.common import (
 SOLVERS = ("ddim", "heun", "dpmpp_2m", "ipndm")
 RHOS = (3, 5, 7, 9)
 STEPS = 10
-PLACINGS = {"kept": False, "spared": True}
+PLACINGS = {"kept": False, "to zero": True}
 
 
 def correctors(denoiser: fs.Denoiser, samples: int, seeds: int) -> dict[tuple[str, str], list[Tensor]]:

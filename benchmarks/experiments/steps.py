@@ -39,9 +39,9 @@ def main() -> None:
         for steps in counts:
             schedules = {
                 "karras rho 7": fs.baselines.karras(steps, SIGMA_MIN, SIGMA_MAX),
-                "karras rho 7, spared": fs.baselines.karras(steps, SIGMA_MIN, SIGMA_MAX, spare_last=True),
-                "exponential, spared": fs.baselines.exponential(steps, SIGMA_MIN, SIGMA_MAX, spare_last=True),
-                "corrector, spared": fs.select(cost, steps, method="arc_length"),
+                "karras rho 7, to zero": fs.baselines.karras(steps, SIGMA_MIN, SIGMA_MAX, spare_last=True),
+                "exponential, to zero": fs.baselines.exponential(steps, SIGMA_MIN, SIGMA_MAX, spare_last=True),
+                "corrector, to zero": fs.select(cost, steps, method="arc_length"),
                 "solver-aware": fs.optimal_schedule(stats, steps, solver),
             }
             for name, row in errors(denoiser, schedules, solver, reference).items():
