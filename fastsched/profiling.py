@@ -18,8 +18,8 @@ from torch import nn
 
 from fastsched import ops, validate
 from fastsched.denoisers.denoiser import Denoiser
-from fastsched.fitting.budget import TOTAL
-from fastsched.measurement.deviated_paths import asked_levels, deviated_paths, queries
+from fastsched.fitting.budget import TOTAL, measuring_calls
+from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.measuring import measure
 from fastsched.measurement.memory import WORKING
 from fastsched.measurement.network_state import modules_of
@@ -29,8 +29,8 @@ from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED
 from fastsched.selection.starts import even_schedule
 
-#: Levels, and samples of a pipeline and of a denoiser, that a measurement takes by default.
-LEVELS, PIPELINE_SAMPLES, DENOISER_SAMPLES = 48, 4, 8
+#: Levels, and samples of a denoiser, that a measurement takes by default.
+LEVELS, DENOISER_SAMPLES = 48, 8
 
 #: Vectors that a measured path leaves: its increments, and the responses of two deviated paths.
 VECTORS = LEVELS - 1 + 2 * len(asked_levels(LEVELS))
@@ -50,8 +50,8 @@ class StepTimes:
         network: Fraction of the time in the network.
         scheduler: Fraction in the scheduler's step: in a measurement, all that is ours.
         rest: Fraction in what is left: guidance, the pipeline's loop.
-        synchronisations: How often a scheduler's step has the host wait for a GPU, the median; None without a GPU. A
-            measurement waits in its last step alone, when a batch is read.
+        synchronisations: How often a scheduler's step has the host wait for a GPU, the median; of a denoiser the mean,
+            its network's own waits included. None without a GPU.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Profile:
         device: Where.
         modes: Which of compiled, cached, offloaded, quantised were found.
         steps: Times of a step: with the own scheduler, with a fitted one, while measuring.
-        fixed_seconds: Time of a sample outside its steps: encoding of prompts, decoding.
+        fixed_seconds: Time of a call outside of its steps, such as encoding prompts; images are not decoded.
         gram_ms: Time of the Gram matrix of a measurement.
         gram_bandwidth: Its bytes a second.
         copy_bandwidth: Those of a plain copy, read and written.
@@ -211,9 +211,9 @@ def _profile(runs: Any, steps: int) -> Profile:
     elements = runs.elements
     gram_seconds, gram_bytes = _timed_gram(min(elements, GRAM_ELEMENTS), runs.device)
     step = times[0].p50_ms / 1e3
-    fixed = max(own.seconds - sum(sum(each.values()) for each in own.steps), 0.0)
-    calls = {"measure": runs.samples * len(queries(LEVELS, deviated_paths(LEVELS)))}
-    calls["fit"] = TOTAL
+    # Of the second run: the first one compiles and allocates within its first step.
+    fixed = max(fitted.seconds - len(fitted.steps) * times[1].p50_ms / 1e3, 0.0)
+    calls = {"measure": measuring_calls(LEVELS, runs.samples), "fit": TOTAL}
     numbers = sorted({4, 8, 20, runs.own_steps})
     parameters = [each for module in runs.networks for each in module.parameters()]
     return Profile(

@@ -42,7 +42,7 @@ class OnDevice(torch.Tensor):
         made.own = inner
         return made
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:  # type: ignore[override]  # Tensor's takes options
         return f"OnDevice({self.own!r})"
 
     @classmethod

@@ -16,6 +16,7 @@ from fastsched.diffusers.conventions import describe, solver_of
 from fastsched.diffusers.pipeline_measurement import call, check_call, prompt_of, scheduler_replaced
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.schedule import Schedule
+from fastsched.selection.starts import even_schedule
 
 
 def process_of(pipe: Any) -> NoiseProcess:
@@ -80,8 +81,7 @@ def _fine_schedule(pipe: Any, steps: int, solver: str) -> Schedule:
     known = getattr(process, "alphas_cumprod", None)
     if known is not None and getattr(process, "integer_timesteps", False):
         steps = min(steps, len(known))
-    levels = process.levels(steps)
-    return Schedule.from_levels(process, torch.cat([levels, levels.new_zeros(1)]), solver)
+    return even_schedule(process, steps, solver)
 
 
 def _sampled(

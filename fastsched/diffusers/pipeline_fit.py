@@ -46,6 +46,7 @@ from fastsched.sampling.random_streams import noise_of, sample_number
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED
 from fastsched.selection.optimal import optimal_schedule
+from fastsched.selection.starts import even_schedule
 
 
 def fit(
@@ -93,7 +94,7 @@ def fit(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, the scheduler does not serve, or no candidate's samples are finite.
+        ValueError: If an argument is out of range, the scheduler cannot be used, or no candidate's samples are finite.
     """
     validate.arguments(locals(), **CHECKS)
     by_prompt = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
@@ -189,9 +190,7 @@ def _change(scheduler: Any, steps: int) -> str:
 
 
 def _proof(scheduler: Any, steps: int) -> Export:
-    process = describe(scheduler).process
-    levels = process.levels(max(steps, 3))[:steps]
-    return applied(Schedule.from_levels(process, torch.cat([levels, levels.new_zeros(1)]), "ddim"), scheduler)[1]
+    return applied(even_schedule(describe(scheduler).process, steps, "ddim"), scheduler)[1]
 
 
 def candidates(stats: PathStatistics, steps: int, solver: str, scheduler: Any) -> Iterator[tuple[str, Schedule]]:

@@ -31,6 +31,9 @@ from fastsched.sampling.origin import Origin, origin_now
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.random_streams import sample_seeds
 
+#: Samples of a measurement by default.
+PIPELINE_SAMPLES = 4
+
 #: Arguments of a pipeline's call that determine its steps.
 STEPPING = ("num_inference_steps", "timesteps", "sigmas")
 
@@ -52,7 +55,7 @@ def measure(
     pipe: Any,
     *,
     levels: int | Tensor = 48,
-    samples: int | range = 4,
+    samples: int | range = PIPELINE_SAMPLES,
     prompts: str | Sequence[str] | None = None,
     seed: int = 0,
     keep_increments: bool = False,

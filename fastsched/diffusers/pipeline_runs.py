@@ -13,16 +13,13 @@ from torch import Tensor, nn
 from fastsched.diffusers.calibration import CalibrationScheduler
 from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
-from fastsched.diffusers.pipeline_measurement import call, check_call, measure, scheduler_replaced
+from fastsched.diffusers.pipeline_measurement import PIPELINE_SAMPLES, call, check_call, measure, scheduler_replaced
 from fastsched.diffusers.watching import networks_of
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.timeline import Run, Timeline, synchronisations
 from fastsched.ops import vector_gram
 from fastsched.sampling.solvers import FITTED
 from fastsched.selection.starts import even_schedule
-
-#: Samples that a measurement of a pipeline takes by default.
-SAMPLES = 4
 
 
 class PipelineRuns:
@@ -34,7 +31,7 @@ class PipelineRuns:
         batch: Samples of a call.
     """
 
-    samples = SAMPLES
+    samples = PIPELINE_SAMPLES
 
     def __init__(self, pipe: Any, call_kwargs: dict[str, Any]) -> None:
         check_call(pipe, None, call_kwargs)
@@ -79,14 +76,11 @@ class PipelineRuns:
 @contextlib.contextmanager
 def _owned_step(timeline: Timeline, scheduler: Any, seen: Callable[[Tensor], None], waits: list[int]) -> Iterator[None]:
     """The time of ``scheduler.step`` (of an object or a class) belongs to the scheduler."""
-    step = scheduler.step
+    step, own = scheduler.step, vars(scheduler).get("step")  # an applied schedule may have replaced the object's
     named = inspect.signature(step)
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        sample = (
-            kwargs["sample"] if "sample" in kwargs else args[-1 if len(args) < 3 else 2 + isinstance(scheduler, type)]
-        )
-        seen(sample)
+        seen(named.bind(*args, **kwargs).arguments["sample"])
         with timeline.within("scheduler"), synchronisations(timeline.device) as found:
             result = step(*args, **kwargs)
         waits.append(len(found or []))
@@ -97,10 +91,9 @@ def _owned_step(timeline: Timeline, scheduler: Any, seen: Callable[[Tensor], Non
     try:
         yield
     finally:
-        if isinstance(scheduler, type):
-            scheduler.step = step
-        else:
-            del scheduler.step
+        del scheduler.step
+        if own is not None:
+            scheduler.step = own
 
 
 @contextlib.contextmanager

@@ -155,7 +155,7 @@ def exchanged(part: PathStatistics | None, failure: Exception | None, group: Any
     wrong = failures([text for _, text in found])
     if wrong is not None:
         error = failure if failure is not None else RuntimeError(wrong)
-        error.partial = reduce(PathStatistics.merge, parts) if parts else None  # type: ignore[attr-defined]
+        error.partial = reduce(PathStatistics.merge, parts) if parts else None  # type: ignore[attr-defined]  # for a handler
         raise error
     if vectors == "none":
         return parts

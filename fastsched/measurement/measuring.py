@@ -16,7 +16,6 @@ from fastsched.measurement.batches import Batches, finished_part, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.devices import measured_in_group
 from fastsched.measurement.fingerprints import same_network
-from fastsched.measurement.memory import check_store
 from fastsched.measurement.network_checks import fingerprint
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics
@@ -113,7 +112,7 @@ def measurement_of(
 ) -> Measurement:
     """A measurement at levels ``s``, with the defaults of `measure`."""
     paths = deviated_paths(len(s)) if responses else ()
-    return Measurement(denoiser, s, *placement(denoiser, device, dtype), paths, keep_increments, check_store(store))
+    return Measurement(denoiser, s, *placement(denoiser, device, dtype), paths, keep_increments, store)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""How much memory a measurement takes, foretold before its first call and compared with what is free.
+"""How much memory a measurement takes, predicted before its first call and compared with what is free.
 
 Of each path of a batch, increments and responses are kept, V float32 vectors of d elements, and `WORKING` more hold the
 solver's states and sums on the device. What the network itself takes is not known here.
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from fastsched.measurement.kept_vectors import STORES
 from fastsched.measurement.path_following import Measurement
 
 #: States of a path on the device beside what is kept: the noise, the solver's history, two levels' states and outputs,
@@ -110,17 +109,6 @@ def paths_at_once(run: Measurement, most: int, samples: int, elements: int, *, c
         stacklevel=4,
     )
     return fits
-
-
-def check_store(store: str | None) -> str | None:
-    """``store``, if it is one of `STORES` or None.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if store is not None and store not in STORES:
-        raise ValueError(f"store must be one of {', '.join(STORES)}, or None, got {store!r}")
-    return store
 
 
 def explained(run: Measurement, paths: int, samples: int, elements: int) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.noise import FlowMatching, NoiseProcess, VarianceExploding, VariancePreserving
+from fastsched.fitting.budget import measuring_calls
 from fastsched.fitting.denoiser_fit import fit_report
 from fastsched.fitting.loop import MODEL_CALLS, FitReport
 from fastsched.measurement.statistics import PathStatistics
@@ -75,7 +76,7 @@ def process_of(model_sampling: Any) -> NoiseProcess:
         )
     table = trained_sigmas(model_sampling)
     if table is not None:
-        return VariancePreserving((1 / (1 + table.square())).tolist(), integer_timesteps=True)  # type: ignore[arg-type]
+        return VariancePreserving((1 / (1 + table.square())).tolist(), integer_timesteps=True)  # type: ignore[arg-type]  # a list
     return VarianceExploding(low, high)
 
 
@@ -117,8 +118,8 @@ def guided_denoiser(ask: Callable[[Tensor, Tensor], Tensor], process: NoiseProce
 
 
 def measurement_calls(process: NoiseProcess, settings: Settings) -> int:
-    """Model calls of a measurement, counted per sample: ``2 N - 2`` for each."""
-    return (2 * _levels(process, settings) - 2) * settings.samples
+    """Model calls of a measurement, counted per sample."""
+    return measuring_calls(_levels(process, settings), settings.samples)
 
 
 def _levels(process: NoiseProcess, settings: Settings) -> int:

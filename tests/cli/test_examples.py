@@ -53,7 +53,7 @@ def work(tmp_path_factory):
     (path / "errors.csv").write_text("name,solver,steps,typical_error\nkarras,dpmpp_2m,8,0.25\n")
     (path / "samples.png").write_bytes(charts.png(np.zeros((2, 2, 3), dtype=np.uint8)))
     fs.Schedule(torch.tensor([1.0, 0.5, 0.0]), "ddim", "flow").save(path / "flow.json")
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
     from pipelines import small_unet
 
     diffusers.DDIMPipeline(small_unet(), diffusers.EulerDiscreteScheduler()).save_pretrained(

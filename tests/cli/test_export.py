@@ -86,7 +86,7 @@ def test_sd_cpp_is_options_of_its_command(folder):
 
 
 def test_diffusers_with_a_scheduler_is_its_arguments(flow, tmp_path):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.save_pretrained(tmp_path / "scheduler")
     result = run("export", flow, "--to", "diffusers", "--scheduler", tmp_path, "--json")
@@ -112,7 +112,7 @@ def test_a_file_can_be_written_instead(folder, tmp_path):
 
 
 def test_what_cannot_be_exported_is_refused(folder, flow, tmp_path):
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
     (tmp_path / "scheduler_config.json").write_text('{"_class_name": "NoSuchScheduler"}')
     cases = [
         ((folder / "s.safetensors", "--to", "text"), "holds statistics, and a schedule is needed"),

@@ -8,7 +8,7 @@ from shell_runs import one_line, run
 
 import fastsched as fs
 
-diffusers = pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 
 
 @pytest.fixture(scope="module")

@@ -39,14 +39,14 @@ def peak_on_cpu(run):
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_path_takes_the_states_that_are_documented(keep):
-    """At most 2.4 N float32 states, the output of the network among them, and no more than was foretold."""
+    """At most 2.4 N float32 states, the output of the network among them, and no more than was predicted."""
     d, levels = 250_000, 48
     options = {"levels": levels, "samples": 1, "keep_increments": keep, "progress": False, "checks": False}
     peak = peak_on_cpu(lambda: fs.measure(denoiser_of(), (d,), **options))
     run = measurement_of(denoiser_of(), denoiser_of().levels(levels), keep_increments=keep, store="device")
-    foretold = memory.need(run, 1, 1, d).cpu
+    predicted = memory.need(run, 1, 1, d).cpu
     assert 2 * levels * 4 * d < peak < 2.4 * levels * 4 * d
-    assert 0.9 * foretold < peak < foretold
+    assert 0.9 * predicted < peak < predicted
 
 
 def test_batches_take_no_more_than_their_vectors():

@@ -54,7 +54,7 @@ def test_a_quantised_network(plain):
 
 
 def test_an_offloaded_network(plain):
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate for its offload hooks")
     network = accelerate.cpu_offload(Network().eval(), execution_device=torch.device("cpu"))
     assert next(network.parameters()).device.type == "meta"  # between calls
     denoiser = fs.Denoiser.from_denoiser(network, 0.02, 20.0)
