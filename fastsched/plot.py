@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.comparison import Comparison
-from fastsched.costs.step_cost import error_weight
+from fastsched.costs.cost_density import cost_density as cost_density  # `fs.plot.cost_density`
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.schedule import Schedule, is_schedule
 from fastsched.selection.planning import ErrorCurve
@@ -35,29 +35,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 FORMATS = (".png", ".svg", ".pdf")
 
 
-def cost_density(stats: PathStatistics, *, weighted: bool = True) -> tuple[NDArray, NDArray]:
-    """The cost density: ``weight_k ||e_q||^2 / (lambda_k - lambda_q)^2`` between neighbouring levels, ``k = q + 1``.
-
-    It is the weighted squared speed of the denoiser's output per unit of ``log sigma``, averaged over paths. A short
-    Euler step of length ``h`` costs ``h^4 / 4`` times this density, so the steps of the best Euler schedule have equal
-    integrals of its fourth root.
-
-    Args:
-        stats: The result of `fastsched.measure`.
-        weighted: Whether to weight an error by what becomes of it at the end of the path; 1 otherwise.
-
-    Returns:
-        The levels ``s`` (geometric mean of neighbours) and the density there, each [N - 1], or [N - 2] if the process
-        starts from pure noise, which is infinitely far from the second level.
-    """
-    validate.arguments(locals(), stats=is_statistics)
-    s = stats.s.numpy()
-    first = int(not math.isfinite(s[0]))  # the gap from pure noise is infinite, so it has no density
-    squared = stats.gram.mean(0).diagonal().numpy() * (error_weight(stats)[1:-1] if weighted else 1.0)
-    gaps = np.log(s[first:-1] / s[first + 1 :])
-    return np.sqrt(s[first:-1] * s[first + 1 :]), squared[first:] / gaps**2
-
-
 def plot_schedules(schedules: Mapping[str, Schedule | Tensor], *, stats: PathStatistics | None = None) -> Figure:
     """A row of dots for each schedule, over the cost density of ``stats`` if given.
 
@@ -68,7 +45,7 @@ def plot_schedules(schedules: Mapping[str, Schedule | Tensor], *, stats: PathSta
     Raises:
         ValueError: If there is no schedule, or flow times and sigmas are mixed.
     """
-    validate.arguments(locals(), schedules=_is_named, stats=validate.optional(is_statistics))
+    validate.arguments(locals(), schedules=validate.named, stats=validate.optional(is_statistics))
     figure = _figure(7.2, 1.1 + 0.32 * len(schedules) + (2.2 if stats else 0.0))
     if stats is None:
         draw_schedules(figure.subplots(), schedules)
@@ -121,7 +98,7 @@ def plot_sample_grid(samples: Mapping[str, Tensor], *, columns: int | None = Non
     Raises:
         ValueError: If there is no grid, or one does not hold images.
     """
-    validate.arguments(locals(), samples=_is_named)
+    validate.arguments(locals(), samples=validate.named)
     if not samples:
         raise ValueError("samples must hold at least one grid by title")
     figure = _figure(2.4 * len(samples), 2.75)
@@ -198,9 +175,9 @@ def plot_overview(
     """
     validate.arguments(
         locals(),
-        samples=_is_named,
+        samples=validate.named,
         converged=validate.tensor,
-        schedules=_is_named,
+        schedules=validate.named,
         stats=is_statistics,
         comparisons=_is_list,
         title=validate.anything,
@@ -336,14 +313,6 @@ def draw_difference_grid(axes: Axes, images: Tensor, reference: Tensor, *, colum
     sheet = _sheet(away, columns, fill=math.nan)
     axes.set_axis_off()
     return axes.imshow(sheet.squeeze(), cmap="Purples", vmin=0, vmax=0.5, interpolation="nearest")
-
-
-def _is_named(name: str, value: object) -> None:
-    """Things by name, at least one."""
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a dictionary by name, got {validate.shown(value)}")
-    if not value:
-        raise ValueError(f"{name} must hold at least one entry by name")
 
 
 def _is_list(name: str, value: object) -> None:

@@ -161,6 +161,20 @@ def instance(name: str, value: object, kind: type[Kind], made_by: str) -> Kind:
     return value
 
 
+def named(name: str, value: object) -> object:
+    """Return ``value``, things by name, at least one.
+
+    Raises:
+        TypeError: If it is no dictionary.
+        ValueError: If it is empty.
+    """
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dictionary by name, got {shown(value)}")
+    if not value:
+        raise ValueError(f"{name} must hold at least one entry by name")
+    return value
+
+
 def anything(name: str, value: object) -> object:
     """For arguments that the function checks itself."""
     return value
@@ -179,8 +193,7 @@ def process_group(name: str, value: object) -> object:
         ValueError: If ``torch.distributed`` has not begun.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        begin = "needs torch.distributed.init_process_group (torchrun or accelerate do it)"
-        raise ValueError(f"{name} {begin}, got {shown(value)}")
+        raise ValueError(f"{name} needs torch.distributed.init_process_group (torchrun does it), got {shown(value)}")
     if not isinstance(value, torch.distributed.ProcessGroup):
         raise TypeError(f"{name} must be a group of torch.distributed (or None), got {shown(value)}")
     return value

@@ -111,6 +111,19 @@ def test_a_pipeline_is_left_as_it_was(tmp_path):
     assert json.loads(trace.read_text())["traceEvents"]
 
 
+def test_an_applied_schedule_stays_applied():
+    pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+    import diffusers
+    import pipelines
+
+    pipe, call, _ = pipelines.stable_diffusion(diffusers.DDIMScheduler(clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    fs.diffusers.apply(fs.diffusers.fit(pipe, 3, levels=8, samples=2, audition=False, progress=False, **call), pipe)
+    before = pipe.scheduler.step
+    fs.profile(pipe, steps=3, **call)
+    assert pipe.scheduler.step == before
+
+
 def test_the_command(tmp_path):
     result = run("profile", "digits", "--steps", "3", "--json")
     assert result.exit_code == 0, result.output

@@ -14,10 +14,10 @@ from fastsched.cli.charts import Series
 from fastsched.cli.making import plain_decimals
 from fastsched.cli.report_data import SCATTER, TARGETS, Measured, band, karras_error, plan
 from fastsched.cli.report_style import STYLE
+from fastsched.costs.cost_density import cost_density
 from fastsched.costs.step_cost import error_weight
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.statistics import PathStatistics
-from fastsched.plot import cost_density
 from fastsched.sampling.origin import Origin
 from fastsched.sampling.schedule import Schedule
 from fastsched.selection.planning import SAFETY, ErrorCurve

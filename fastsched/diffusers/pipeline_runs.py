@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastsched.diffusers.calibration import CalibrationScheduler
-from fastsched.diffusers.conventions import describe
+from fastsched.diffusers.conventions import describe, with_signature
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
 from fastsched.diffusers.pipeline_measurement import PIPELINE_SAMPLES, call, check_call, measure, scheduler_replaced
 from fastsched.diffusers.watching import networks_of
@@ -76,7 +77,33 @@ class PipelineRuns:
 @contextlib.contextmanager
 def _owned_step(timeline: Timeline, scheduler: Any, seen: Callable[[Tensor], None], waits: list[int]) -> Iterator[None]:
     """The time of ``scheduler.step`` (of an object or a class) belongs to the scheduler."""
-    step, own = scheduler.step, vars(scheduler).get("step")  # an applied schedule may have replaced the object's
+    owned = partial(_timed_step, timeline=timeline, seen=seen, waits=waits)
+    before = {name: vars(scheduler).get(name) for name in ("step", "set_timesteps")}
+
+    def prepared(*args: Any, **kwargs: Any) -> None:
+        set_timesteps(*args, **kwargs)
+        if scheduler.step is not mine[-1]:  # a schedule that is applied puts its own step there
+            mine.append(owned(scheduler.step))
+            scheduler.step = mine[-1]
+
+    mine, set_timesteps = [owned(scheduler.step)], scheduler.set_timesteps
+    scheduler.step = mine[0]
+    if not isinstance(scheduler, type):
+        scheduler.set_timesteps = with_signature(prepared, set_timesteps)
+    try:
+        yield
+    finally:
+        for name, own in before.items():
+            if own is not None:
+                setattr(scheduler, name, own)
+            elif name in vars(scheduler):
+                delattr(scheduler, name)
+
+
+def _timed_step(
+    step: Callable[..., Any], timeline: Timeline, seen: Callable[[Tensor], None], waits: list[int]
+) -> Callable[..., Any]:
+    """``step``, timed, with its waits counted and its latents seen."""
     named = inspect.signature(step)
 
     def timed(*args: Any, **kwargs: Any) -> Any:
@@ -86,14 +113,7 @@ def _owned_step(timeline: Timeline, scheduler: Any, seen: Callable[[Tensor], Non
         waits.append(len(found or []))
         return result
 
-    timed.__signature__ = named  # type: ignore[attr-defined]  # pipelines inspect it
-    scheduler.step = timed
-    try:
-        yield
-    finally:
-        del scheduler.step
-        if own is not None:
-            scheduler.step = own
+    return with_signature(timed, step)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
 """How a fit divides its model calls between the measurement and the runs that follow.
 
-About half of the calls measure. Up to 400 calls, responses (`fastsched.measurement.deviated_paths`) were worth more than
-the samples that their calls would buy; above that only plans with responses were tried. Of three to six plans at each
-total, `PLANS` has the one of least error, DPM-Solver++(2M) and the fitted solver together, on six denoisers and seeds 20
-and 21; but at 1,500, where 12 samples were 7% better, it has the benchmark's. Error at the end, against that of 1,500:
+About half of the calls measure. Up to 400 calls, responses (`fastsched.measurement.deviated_paths`) were worth more
+than the samples that their calls would buy; above that only plans with responses were tried. Of three to six plans at
+each total, `PLANS` has the one of least error, DPM-Solver++(2M) and the fitted solver together, on six denoisers and
+seeds 20 and 21; but at 1,500, where 12 samples were 7% better, it has the benchmark's. Error at the end, against that
+of 1,500:
 
 =====  ======  ========
 calls  fitted  dpmpp_2m

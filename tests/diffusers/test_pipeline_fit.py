@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import re
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ import pipelines
 from pipelines import oracle_pipeline
 
 from fastsched.diffusers import pipeline_fit
-from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.pipeline_fit import PipelineRunner, candidates, own_sigmas
 from fastsched.diffusers.prompt_calls import PromptCalls
 from fastsched.fitting.budget import TOTAL
@@ -308,75 +306,6 @@ def test_fit_measures_for_itself_and_saves_with_its_error(tmp_path):
     assert plain.measured_error is None
     assert schedule.measured_error is not None
     assert plain.predicted_error is not None
-
-
-ADVICE = {
-    "PNDMScheduler": (SD, {}),  # Stable Diffusion 1.5's
-    "DPMSolverSinglestepScheduler": (SD, {}),
-    "KDPM2AncestralDiscreteScheduler": (SD, {}),
-    "EulerAncestralDiscreteScheduler": (SD, {}),
-    "DDPMScheduler": ({**SD, **UNCLIPPED}, {}),
-    "LCMScheduler": (SD, {}),
-    "DPMSolverSDEScheduler": (SD, {}),
-    "CogVideoXDPMScheduler": ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, {}),
-    "FlowMatchLCMScheduler": ({"shift": 3.0}, {}),
-    "SASolverScheduler": ({"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}, {}),
-}
-
-
-@pytest.mark.parametrize("name", ADVICE)
-def test_a_refusal_names_a_scheduler_that_works_at_the_first_try(name):
-    config, call = ADVICE[name]
-    oracle = fs.oracles.GaussianMixture.random(8, 3, seed=0)
-    scheduler = getattr(diffusers, name)(**config)
-    pipe = oracle_pipeline(scheduler, oracle)
-    with pytest.raises(ValueError, match="from_config") as refusal:
-        fs.diffusers.fit(pipe, 4, levels=8, samples=2, **call)
-    assert pipe.prompts == []  # before a call of the pipeline is spent
-    advice = re.search(r"pipe\.scheduler = \w+\.from_config\(pipe\.scheduler\.config\)", str(refusal.value)).group()
-    exec(advice, {**vars(diffusers), "pipe": pipe})
-    assert describe(pipe.scheduler).process.kind == describe(scheduler).process.kind
-    pipe.unet.answer_for(pipe.scheduler, oracle)
-    assert fs.diffusers.fit(pipe, 4, levels=8, samples=2, **call).measured_error is not None
-
-
-def test_exporting_names_a_scheduler_that_takes_the_arguments():
-    for name in ("DDIMScheduler", "UniPCMultistepScheduler", "IPNDMScheduler"):
-        scheduler = getattr(diffusers, name)()
-        process = describe(scheduler).process
-        levels = process.nearest(process.levels(4)) if process.kind == "vp" else process.levels(4)
-        schedule = fs.Schedule.from_levels(process, torch.cat([levels, levels.new_zeros(1)]), "ddim")
-        with pytest.raises(ValueError, match="takes no list") as refusal:
-            fs.diffusers.export(schedule, scheduler)
-        found = re.search(r"pipe\.scheduler = (\w+)\.from_config", str(refusal.value))
-        if found is None:  # no class has the angles of IPNDM
-            assert name == "IPNDMScheduler"
-            continue
-        other = getattr(diffusers, found[1]).from_config(scheduler.config)
-        assert fs.diffusers.export(schedule, other).exact
-
-
-def test_fit_says_what_it_cannot_do():
-    oracle = fs.oracles.GaussianMixture.random(8, 3, seed=0)
-    pipe = oracle_pipeline(diffusers.EulerAncestralDiscreteScheduler(**SD), oracle)
-    with pytest.raises(ValueError, match=r"adds noise.*solver='ddim'"):
-        fs.diffusers.fit(pipe, 4, levels=8)
-    with pytest.raises(ValueError, match="none of fastsched's solvers"):
-        fs.diffusers.fit(pipe, 4, levels=8, audition=False)
-    with pytest.raises(ValueError, match="adds noise"):
-        fs.diffusers.fit(pipe, 4, levels=8, samples=2, solver="ddim")
-    assert fs.diffusers.fit(pipe, 4, levels=8, samples=2, solver="ddim", audition=False).steps == 4
-    noisy, call, _ = pipelines.unconditional(diffusers.DDIMScheduler(**UNCLIPPED))
-    with pytest.raises(ValueError, match="eta must be 0"):
-        fs.diffusers.fit(noisy, 4, eta=1.0, **call)
-    pndm = oracle_pipeline(diffusers.PNDMScheduler(**SD), oracle)
-    with pytest.raises(ValueError, match="cannot be made to use this schedule; change the scheduler"):
-        fs.diffusers.fit(pndm, 4, levels=8, samples=2, solver="ipndm")
-    with pytest.raises(ValueError, match="solver must be one of"):
-        fs.diffusers.fit(pipe, 4, solver="dpm2m")
-    for steps, error in ((0, ValueError), (2.5, TypeError)):
-        with pytest.raises(error, match="steps must be"):
-            fs.diffusers.fit(pipe, steps, solver="ddim")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

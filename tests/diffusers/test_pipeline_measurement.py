@@ -404,18 +404,6 @@ def oracle_pipeline_of_unknown_kind():
     return pipe
 
 
-def test_a_calibration_scheduler_is_a_scheduler_of_diffusers(tmp_path):
-    scheduler = diffusers.EulerDiscreteScheduler(**SD, prediction_type="v_prediction")
-    made = fs.diffusers.CalibrationScheduler.from_config(scheduler.config)
-    assert isinstance(made, diffusers.SchedulerMixin)
-    assert isinstance(made, diffusers.ConfigMixin)
-    assert made.config.steps_offset == scheduler.config.steps_offset  # pipelines look for entries of their own
-    made.save_pretrained(tmp_path)
-    loaded = fs.diffusers.CalibrationScheduler.from_pretrained(tmp_path)
-    assert loaded.convention.process == describe(scheduler).process
-    assert loaded.convention.denoiser.prediction == "v"
-
-
 def test_the_origin_says_how_the_pipeline_was_called():
     pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())
     origin = fs.diffusers.measure(pipe, levels=12, samples=1, prompts=["a", "b"]).origin
