@@ -32,6 +32,7 @@ def rollouts(
     solver: Solver,
     secants: Secants | None = None,
     norms: Norms | None = None,
+    weights: Array | None = None,
 ) -> tuple[Rollouts, Array | None]:
     """Run C schedules on the surrogate; for the fitted solver, with the weights that suit each best.
 
@@ -41,27 +42,31 @@ def rollouts(
         solver: A stock solver, one with weights, or `fastsched.sampling.fitted.FITTED_SOLVER`.
         secants: What is known beyond the scalar Jacobian; that of the measurement when None.
         norms: Of the vectors that ``secants`` are over; those of the measurement when None.
+        weights: The fitted solver's for each schedule, [C, steps, steps], instead of those that suit it best.
 
     Returns:
-        The runs, and the weights [C, steps, steps] if they were fitted.
+        The runs, and the weights [C, steps, steps] of the fitted solver.
     """
     if solver.name != FITTED or solver.end_weights is not None:
         return surrogate.rollouts(levels, solver, secants), None
     levels = np.asarray(levels, dtype=np.float64)
     known = secants or surrogate.secants or Secants.none(surrogate.vectors)
-    fit = _Fit(surrogate, known, (norms or surrogate.norms).metric, levels)
+    fit = _Fit(surrogate, known, (norms or surrogate.norms).metric, levels, weights)
     with np.errstate(divide="ignore", invalid="ignore"):
         return fit.run(), fit.weights
 
 
 class _Fit:
-    """The loop of the fitted solver over C schedules, each step's weights found before it is taken."""
+    """The loop of the fitted solver over C schedules, each step's weights found before it is taken, if not given."""
 
-    def __init__(self, surrogate: Surrogate, secants: Answers, metric: Array, levels: Array) -> None:
+    def __init__(
+        self, surrogate: Surrogate, secants: Answers, metric: Array, levels: Array, given: Array | None
+    ) -> None:
         self.surrogate, self.metric, self.levels = surrogate, metric, levels
         self.found = Rollouts(surrogate, secants, len(levels))
         self.steps = levels.shape[1] - 1
         self.ridge = RIDGE * (8 / self.steps) ** 3
+        self.given = given
         self.weights = np.zeros((len(levels), self.steps, self.steps))
 
     def run(self) -> Rollouts:
@@ -70,9 +75,12 @@ class _Fit:
         for n in range(self.steps):
             denoised.append(self.found.denoise(y, self.levels[:, n]))
             step = (rho[:, n + 1] - rho[:, n])[:, None]
-            target = self._target(n, y, step) - denoised[n]
             differences = np.stack([each - denoised[n] for each in denoised[:n]] or [np.zeros_like(y)], axis=1)[:, :n]
-            b = self._least_squares(target, differences, self._theory(n))
+            if self.given is None:
+                target = self._target(n, y, step) - denoised[n]
+                b = self._least_squares(target, differences, self._theory(n))
+            else:
+                b = self.given[:, n, :n]
             self.weights[:, n, :n], self.weights[:, n, n] = b, 1 - b.sum(1)
             slope = denoised[n] + (b[:, None] @ differences)[:, 0]
             y = slope if n == self.steps - 1 else y + step * slope

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fastsched.costs.norms import Array
 from fastsched.denoisers.noise import NoiseProcess
@@ -19,21 +20,23 @@ Objective = Callable[[Array], Array]
 
 
 def at_known_levels(process: NoiseProcess, objective: Objective) -> Objective:
-    """``objective`` at the nearest levels that the network knows; ``inf`` where two are not `APART`.
-
-    Integer timesteps need only be different ones.
-    """
-    ratio = 1.0 if getattr(process, "integer_timesteps", False) else math.exp(-APART)
+    """``objective`` at the nearest levels that the network knows; ``inf`` where two are not `separate`."""
 
     def restricted(levels: Array) -> Array:
         known = known_levels(process, levels)
-        valid = (known[:, 1:] < ratio * known[:, :-1]).all(axis=1)
+        valid = separate(process, known)
         values = np.full(len(known), np.inf)
         if valid.any():
             values[valid] = objective(known[valid])
         return values
 
     return restricted
+
+
+def separate(process: NoiseProcess, levels: Array) -> NDArray[np.bool_]:
+    """Whether the nodes of C schedules [C, steps + 1] are `APART`, [C]; integer timesteps need only be different."""
+    ratio = 1.0 if getattr(process, "integer_timesteps", False) else math.exp(-APART)
+    return np.asarray((levels[:, 1:] < ratio * levels[:, :-1]).all(axis=1))
 
 
 def known_levels(process: NoiseProcess, levels: Array) -> Array:

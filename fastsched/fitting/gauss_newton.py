@@ -1,0 +1,78 @@
+"""Lower the predicted error of a schedule over its levels and weights together.
+
+A sample's error is a vector that depends smoothly on the parameters, ``E_b(x)``, and the objective is the power mean of
+``q_b = ||E_b||^2`` plus the penalty on unexplained deviations (`fastsched.costs.prediction`). Its gradient is that of
+the sum of squares with weights ``w_b = q_b^(p - 1)``. So a step solves, with Jacobians ``J_b`` by finite differences,
+
+    ``(H + mu diag H) dx = -g``,   ``H = sum_b w_b J_b' J_b``,   ``g = sum_b w_b J_b' E_b``,
+
+for a row of dampings ``mu`` at once (Levenberg 1944; Marquardt 1963), and the one of least error is taken.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastsched.costs.norms import Array
+from fastsched.costs.prediction import PENALTY
+from fastsched.costs.surrogate import Outcome
+from fastsched.fitting.neighbourhood import Neighbourhood
+from fastsched.metrics import EXPONENT
+
+#: The dampings ``mu``.
+DAMPINGS = 10.0 ** np.arange(-4.0, 3.5, 0.5)
+
+#: The most steps, and the relative gain below which there is no other.
+STEPS, LEAST_GAIN = 12, 1e-3
+
+#: Finite differences, in ``log s`` and in weights.
+DIFFERENCE = 1e-4
+
+
+def lowered(near: Neighbourhood, x: Array, low: Array, high: Array) -> tuple[Array, float]:
+    """Parameters of less predicted error.
+
+    Args:
+        near: Predicts errors.
+        x: Where to start, [P].
+        low: The least parameters, [P].
+        high: The largest parameters, [P]; those that equal ``low`` stay.
+
+    Returns:
+        The parameters and their predicted error, not above that of ``x``.
+    """
+    free = np.flatnonzero(high > low)
+    error = float(near.predicted(x[None])[0])
+    for _ in range(STEPS if len(free) else 0):
+        gradient, hessian = quadratic(near, x, free)
+        damped = hessian + DAMPINGS[:, None, None] * np.diag(np.diag(hessian) + np.finfo(np.float64).tiny)
+        if not np.isfinite(damped).all():
+            break
+        tried = np.repeat(x[None], len(DAMPINGS), axis=0)
+        tried[:, free] -= np.linalg.solve(damped, np.broadcast_to(gradient, (len(DAMPINGS), len(free)))[..., None])[
+            ..., 0
+        ]
+        tried = np.clip(tried, low, high)
+        errors = near.predicted(tried)
+        best = int(errors.argmin())
+        if not errors[best] < (1 - LEAST_GAIN) * error:
+            break
+        x, error = tried[best], float(errors[best])
+    return x, error
+
+
+def quadratic(near: Neighbourhood, x: Array, free: NDArray[np.intp]) -> tuple[Array, Array]:
+    """``g`` and ``H`` at ``x`` over the parameters ``free``, with ``w_b`` scaled so that ``sum_b w_b q_b = 1``."""
+    moved = x + DIFFERENCE * np.eye(len(x))[free]
+    found = near.outcome(np.concatenate([x[None], moved]))
+    error, deviations = found.error[0], found.deviations[0]
+    q = near.squared_errors(Outcome(error[None], deviations[None]))[0]
+    weights = q ** (EXPONENT - 1) / (q**EXPONENT).sum()
+    jacobian = (found.error[1:] - error) / DIFFERENCE
+    products = jacobian @ np.einsum("b,bvu->vu", weights, near.norms.gram)
+    change = (found.deviations[1:] - deviations) / DIFFERENCE  # [P, evaluations, V]
+    flat = lambda vectors: vectors.reshape(*vectors.shape[:-2], -1)
+    scaled = PENALTY**2 * float(weights @ near.norms.size) * flat(change @ near.norms.metric)
+    gradient = products @ error + scaled @ flat(deviations)
+    return gradient, products @ jacobian.T + scaled @ flat(change).T

@@ -1,0 +1,166 @@
+"""The runs of a tuning, and what they say of schedules near one of them.
+
+All of it happens in the Gram matrix of the measurement's vectors and what the runs found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsched.costs.fitted_weights import rollouts
+from fastsched.costs.norms import Array, Norms
+from fastsched.costs.secants import Secants
+from fastsched.costs.surrogate import Surrogate
+from fastsched.fitting.neighbourhood import Neighbourhood, parameters
+from fastsched.fitting.rollouts import Evaluations, Rollout, distances, rounding_of
+from fastsched.fitting.run_secants import KnownAnswers, KnownRun, residuals, with_runs
+from fastsched.measurement.statistics import PathStatistics
+from fastsched.metrics import power_mean
+from fastsched.sampling.sampler import schedule_solver
+from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.solvers import Solver
+
+
+def increments_of(stats: PathStatistics) -> Tensor:
+    """The increments, [B, N-1, d].
+
+    Raises:
+        ValueError: If they were not kept.
+    """
+    if stats.increments is None:
+        raise ValueError("stats must hold the increments: measure with keep_increments=True")
+    return stats.increments
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A run: its schedule and errors, and where its vectors are in the Gram matrix.
+
+    Attributes:
+        schedule: What was run, with its measured error.
+        levels: Its levels, [steps + 1].
+        errors: ``||x0 - x0_path||^2`` of each sample, [B].
+        s: The levels of its evaluations; none if they are not known.
+        first: The column of its first residual; the others follow.
+        column: The column of its error.
+    """
+
+    schedule: Schedule
+    levels: Array
+    errors: Tensor
+    s: Array
+    first: int
+    column: int
+
+    @property
+    def error(self) -> float:
+        """The power mean of the errors."""
+        return float(power_mean(self.errors))
+
+    @property
+    def parameters(self) -> Array:
+        """The parameters ``x`` (`fastsched.fitting.neighbourhood`)."""
+        return parameters(self.levels, self.weights)
+
+    @property
+    def weights(self) -> Array | None:
+        """The weights of the fitted solver, [steps, steps]."""
+        return None if self.schedule.weights is None else self.schedule.weights.numpy()
+
+
+class RunRecord:
+    """The runs so far, and what they say of schedules near the best."""
+
+    def __init__(self, stats: PathStatistics, method: Solver) -> None:
+        self.stats, self.method, self.surrogate = stats, method, Surrogate.of(stats)
+        increments = increments_of(stats)
+        self.vectors = increments if stats.responses is None else torch.cat([increments, stats.responses], dim=1)
+        self.trials: list[Trial] = []
+        self._vectors: list[Tensor] = []  # each run's residuals and its error, [B, evaluations + 1, d]
+        self._gram = stats.vector_gram.numpy()  # of the measurement's vectors and the runs', [B, n, n]
+
+    def best(self) -> int:
+        """The run of least error."""
+        return min(range(len(self.trials)), key=lambda m: self.trials[m].error)
+
+    def add(self, schedule: Schedule, rollout: Rollout) -> None:
+        """Learn from a run."""
+        squared = distances(self.stats, rollout.ends)
+        error = (rollout.ends.double() - self.stats.ends.double()).flatten(1)[:, None]
+        levels = self.stats.process.level(schedule.sigmas).numpy()
+        s, beyond = self._beyond(rollout.evaluations, levels)
+        first = self._add_vectors(torch.cat([beyond, error.float()], dim=1))
+        self.trials.append(
+            Trial(
+                schedule=replace(schedule, measured_error=float(power_mean(squared))),
+                levels=levels,
+                errors=squared,
+                s=s,
+                first=first,
+                column=self._gram.shape[1] - 1,
+            )
+        )
+
+    def _beyond(self, found: Evaluations | None, levels: Array) -> tuple[Array, Tensor]:
+        """Levels of a run's evaluations and their residuals; none if they were not kept, or not as many as expected."""
+        if found is not None and len(found.s) == self._evaluations(levels):
+            beyond = residuals(self.surrogate, self.stats, found)
+            if bool(beyond.isfinite().all()):
+                return np.array(found.s), beyond
+        return np.zeros(0), self.vectors[:, :0]
+
+    def _evaluations(self, levels: Array) -> int:
+        found, _ = rollouts(self.surrogate, levels[None], self.method)
+        return len(found.deviations)
+
+    def _add_vectors(self, vectors: Tensor) -> int:
+        """Vectors [B, m, d] into the Gram matrix; their first column."""
+        self._vectors.append(vectors)
+        rows = []
+        for b, own in enumerate(vectors.double()):
+            others = [self.vectors[b], *(each[b] for each in self._vectors)]
+            rows.append(torch.cat([other.double() @ own.T for other in others]).numpy())
+        columns, before = np.stack(rows), self._gram.shape[1]  # [B, n + m, m]
+        self._gram = np.block([[self._gram, columns[:, :before]], [columns.transpose(0, 2, 1)]])
+        return before
+
+    def near(self, anchor: int) -> Neighbourhood:
+        """Schedules near a run, as all runs and the measurement predict them."""
+        trial, norms = self.trials[anchor], self.norms(anchor)
+        others = [other for other in self.trials if other is not trial]
+        return Neighbourhood(
+            surrogate=self.surrogate,
+            secants=self.secants(anchor, norms),
+            norms=norms,
+            solver=self.method,
+            levels=trial.levels,
+            weights=trial.weights,
+            error=trial.column,
+            others=np.array([other.parameters for other in others]).reshape(len(others), len(trial.parameters)),
+            errors=[other.column for other in others],
+            least=rounding_of(self.stats),
+        )
+
+    def norms(self, anchor: int) -> Norms:
+        """Of all vectors, samples compared with their errors under the ``anchor``."""
+        return Norms(self._gram, self.trials[anchor].errors.numpy())
+
+    def secants(self, anchor: int, norms: Norms) -> Secants:
+        """Those of the measurement and of the runs whose evaluations are known, for schedules near the ``anchor``."""
+        own = self.surrogate.secants
+        if own is None:
+            own = Secants.none(self.surrogate.vectors)
+        known = [trial for trial in self.trials if len(trial.s) > 0]
+        if len(self.trials[anchor].s) == 0:
+            known = []
+        runs = [KnownRun(trial.s, self._deviations(trial, norms.vectors), trial.first) for trial in known]
+        return with_runs(own, runs, known.index(self.trials[anchor]) if known else 0, norms.metric)
+
+    def _deviations(self, trial: Trial, vectors: int) -> Array:
+        """Deviations of a run from the path at its evaluations, [evaluations, V]."""
+        answers = KnownAnswers(trial.first, vectors)
+        return self.surrogate.rollouts(trial.levels[None], schedule_solver(trial.schedule), answers).deviations[:, 0]

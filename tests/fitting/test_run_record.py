@@ -1,0 +1,124 @@
+import dataclasses
+import functools
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from models import exact_denoiser, mixture
+
+import fastsched as fs
+import fastsched.fitting.neighbourhood
+from fastsched.costs.prediction import squared_errors
+from fastsched.fitting.rollouts import RecordingDenoiser, Rollout
+from fastsched.fitting.run_record import RunRecord
+from fastsched.sampling.fitted import chosen_solver
+from fastsched.sampling.random_streams import noise_of
+
+DENOISER = exact_denoiser(mixture(d=4), 0.01, 40.0)
+
+
+@pytest.fixture
+def no_penalty(monkeypatch):
+    """Predictions of the error alone."""
+    monkeypatch.setattr(
+        fastsched.fitting.neighbourhood, "squared_errors", functools.partial(squared_errors, penalty=0.0)
+    )
+
+
+def measure(denoiser=DENOISER, levels=24):
+    return fs.measure(denoiser, (4,), levels=levels, samples=6, keep_increments=True, checks=False, progress=False)
+
+
+@pytest.fixture(scope="module")
+def stats():
+    return measure()
+
+
+def rollout_of(schedule, stats, denoiser=DENOISER):
+    recorder = RecordingDenoiser.of(denoiser)
+    return Rollout(fs.sample(recorder, schedule, noise=noise_of(stats.seeds, (4,))), recorder.evaluations())
+
+
+def record_of(stats, schedules, denoiser=DENOISER, answers=True):
+    record = RunRecord(stats, chosen_solver(schedules[0].solver))
+    for schedule in schedules:
+        rollout = rollout_of(schedule, stats, denoiser)
+        record.add(schedule, rollout if answers else Rollout(rollout.ends))
+    return record
+
+
+def predicted(record, anchor, trial):
+    """``q_b`` of a run as predicted from another."""
+    near = record.near(anchor)
+    row, column = np.tril_indices(len(trial.levels) - 1, -1)
+    weights = [] if trial.weights is None else trial.weights[row, column]
+    return near.squared_errors(near.outcome(np.concatenate([np.log(trial.levels[1:-1]), weights])[None]))[0]
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "unipc", "heun", "fitted"])
+def test_a_run_predicts_itself(stats, no_penalty, solver):
+    record = record_of(stats, [fs.optimal_schedule(stats, 5, solver)])
+    # an error of size 1e-2 in float32 vectors of size 10, squared
+    np.testing.assert_allclose(
+        predicted(record, 0, record.trials[0]), record.trials[0].errors.numpy(), rtol=2e-3, atol=1e-6
+    )
+
+
+def test_answers_make_predictions_of_other_runs_better(stats, no_penalty):
+    """Of schedules among those that ran, from any of them; the ends alone leave the measurement's own secants."""
+    start = fs.optimal_schedule(stats, 5)
+    schedules = [start, *fs.tune(DENOISER, stats, start, trials=4, progress=False).trials[1:]]
+
+    def off(answers):
+        record = record_of(stats, schedules, answers=answers)
+        pairs = [(a, b) for a in range(len(schedules)) for b in range(len(schedules)) if a != b]
+        return np.mean(
+            [
+                np.abs(np.log(predicted(record, a, record.trials[b]) / record.trials[b].errors.numpy())).mean()
+                for a, b in pairs
+            ]
+        )
+
+    assert off(True) < 0.7 * off(False)
+
+
+def test_two_stage_solvers_from_pure_noise_are_learned_from(no_penalty):
+    """Their first step makes one call: fewer evaluations than steps elsewhere."""
+    betas = torch.linspace(0.999, 0.0, 60, dtype=torch.float64)
+    denoiser = fs.Denoiser.from_v(lambda x, t: 0.1 * x, betas)
+    stats = measure(denoiser, levels=20)
+    record = record_of(stats, [fs.optimal_schedule(stats, 4, "heun", polish=False)], denoiser)
+    assert len(record.trials[0].s) == 6
+    np.testing.assert_allclose(predicted(record, 0, record.trials[0]), record.trials[0].errors.numpy(), rtol=1e-3)
+
+
+def test_samples_that_are_hit_exactly_leave_the_rest_predictable(stats, no_penalty):
+    """Their error counts as what rounding makes of it, in what is learned from a run too."""
+    start = fs.Schedule(fs.baselines.karras(6, 0.01, 40.0, spare_last=True), "dpmpp_2m")
+    rollout = rollout_of(start, stats)
+    ends = rollout.ends.clone()
+    ends[:2] = stats.ends[:2]
+    record = RunRecord(stats, chosen_solver("dpmpp_2m"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        record.add(start, dataclasses.replace(rollout, ends=ends))
+        found = predicted(record, 0, record.trials[0])
+    np.testing.assert_allclose(found[2:], record.trials[0].errors[2:].numpy(), rtol=1e-3)
+
+
+def test_parameters_stand_for_levels_and_weights(stats):
+    near = record_of(stats, [fs.optimal_schedule(stats, 5, "fitted")]).near(0)
+    levels, weights = near.schedule(near.anchor)
+    np.testing.assert_allclose(levels, near.levels, rtol=1e-12)
+    np.testing.assert_allclose(weights, near.weights, atol=1e-12)
+    np.testing.assert_allclose(weights.sum(1), 1.0, rtol=1e-12)
+    assert len(near.anchor) == near.inner + 10
+
+
+def test_levels_too_close_to_each_other_are_forbidden(stats):
+    near = record_of(stats, [fs.optimal_schedule(stats, 4)]).near(0)
+    crossed = near.anchor[None].copy()
+    crossed[0, 1] = crossed[0, 0]
+    assert near.predicted(crossed)[0] == np.inf
+    assert np.isfinite(near.predicted(near.anchor[None])[0])
