@@ -63,13 +63,8 @@ def karras(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0, *, 
 def exponential(steps: int, sigma_min: float, sigma_max: float, *, spare_last: bool = False) -> Tensor:
     """``s(u) = exp((1 - u) ln s_max + u ln s_min)``: uniform in the log-SNR, as DPM-Solver's default."""
     validate.arguments(locals())
-    return _schedule(
-        lambda u: torch.exp(_lerp(math.log(sigma_max), math.log(sigma_min), u)),
-        steps,
-        sigma_min,
-        sigma_max,
-        spare_last,
-    )
+    curve = lambda u: torch.exp(_lerp(math.log(sigma_max), math.log(sigma_min), u))
+    return _schedule(curve, steps, sigma_min, sigma_max, spare_last)
 
 
 def linear(steps: int, sigma_min: float, sigma_max: float, *, spare_last: bool = False) -> Tensor:
@@ -230,9 +225,8 @@ def _schedule(
     """Nodes on a curve of u in [0, 1], its ends exact, and the final 0."""
     if sigma_min >= sigma_max:
         raise ValueError(f"sigma_min must be below sigma_max={sigma_max}; it is {sigma_min}")
-    nodes = steps + spare_last
     try:
-        sigmas = curve(torch.linspace(0, 1, nodes, dtype=torch.float64))
+        sigmas = curve(torch.linspace(0, 1, steps + spare_last, dtype=torch.float64))
     except OverflowError:
         raise ValueError(
             f"steps={steps} levels from {sigma_max} to {sigma_min} overflow with these parameters"

@@ -41,8 +41,8 @@ class GramLaunch:
     programs: int = 1
 
 
-# One row for each family of architectures, one entry for each shape: the largest number of levels, "+W" with
-# sensitivity vectors. A shape may have an entry of its own for a precision, or for 16-bit data.
+# One row for each family of architectures, one entry for each shape: the largest number of levels. A shape may have an
+# entry of its own for a precision, or for 16-bit data.
 # tests/kernels/test_kernel_compile.py compiles every entry for every architecture that uses it, and reads registers,
 # spills and shared memory from the result.
 FAMILIES = {"sm_80": "ampere", "sm_89": "ada", "sm_90": "hopper", "sm_100": "hopper", "sm_120": "ada", "gfx942": "cdna"}
@@ -55,52 +55,32 @@ GRAM = {
         "128 16-bit": GramLaunch(128, 64, 8, 3),
         "256": GramLaunch(128, 32, 8, 2),
         "256 tf32x3": GramLaunch(64, 32, 4, 3),
-        "64+W": GramLaunch(64, 32, 4, 4, programs=4),
-        "128+W": GramLaunch(64, 32, 4, 1),  # never 128 rows: Triton 3.7 makes an empty kernel of that on sm_100
-        "256+W": GramLaunch(64, 32, 8, 2),
     },
     "ampere": {
         "64": GramLaunch(64, 64, 4, 3),
         "64 tf32x3": GramLaunch(64, 32, 4, 3),
         "128": GramLaunch(128, 32, 8, 3),
         "256": GramLaunch(64, 16, 4, 2, programs=2),
-        "64+W": GramLaunch(64, 16, 4, 2, programs=2),
-        "128+W": _SMALL,
-        "128+W tf32x3": _SMALLEST,
-        "256+W": _SMALL,
-        "256+W tf32x3": _SMALLEST,
     },
     "ada": {
         "64": GramLaunch(64, 32, 4, 2, programs=2),
         "128": GramLaunch(64, 16, 4, 2, programs=2),
         "256": GramLaunch(64, 16, 4, 2, programs=2),
-        "64+W": GramLaunch(64, 16, 4, 2, programs=2),
-        "128+W": _SMALL,
-        "128+W tf32x3": _SMALLEST,
-        "256+W": _SMALL,
-        "256+W tf32x3": _SMALLEST,
     },
     "cdna": {
         "64": GramLaunch(64, 64, 4, 2, programs=2),
         "128": GramLaunch(128, 64, 8, 2),
         "128 tf32x3": GramLaunch(128, 32, 8, 2),
         "256": GramLaunch(64, 64, 4, 2),
-        "64+W": GramLaunch(64, 32, 4, 2, programs=2),
-        "128+W": GramLaunch(64, 32, 4, 2),
-        "256+W": GramLaunch(64, 32, 4, 2),
     },
     "unaligned": {  # element by element; wide tiles would spill
         "64": GramLaunch(64, 32, 8, 2),
         "128": _SMALL,
         "256": _SMALL,
-        "64+W": _SMALL,
-        "64+W tf32x3": _SMALLEST,
-        "128+W": _SMALLEST,
-        "256+W": _SMALLEST,
     },
     # Float32 products on the ordinary cores, for debugging. 64 rows over four warps or more would take the tensor core
     # of sm_100, which has no float32: the compiler silently uses TF32.
-    "ieee": dict.fromkeys(("64", "128", "256", "64+W", "128+W", "256+W"), _SMALLEST),
+    "ieee": dict.fromkeys(("64", "128", "256"), _SMALLEST),
 }
 
 
@@ -150,7 +130,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def gram_launch(N: int, itemsize: int, arch: str, *, precision: str, aligned: bool, cross: bool) -> GramLaunch:
+def gram_launch(N: int, itemsize: int, arch: str, *, precision: str, aligned: bool) -> GramLaunch:
     """Choose the tile of `level_gram`.
 
     Args:
@@ -159,11 +139,10 @@ def gram_launch(N: int, itemsize: int, arch: str, *, precision: str, aligned: bo
         arch: One of `ARCHITECTURES`; another gfx name counts as gfx942, any other as sm_80.
         precision: ``"bf16x3"``, ``"tf32x3"`` or ``"ieee"``.
         aligned: Whether rows start on 16-element boundaries, so that loads can be wide.
-        cross: Whether the cross block with sensitivity vectors is asked for.
     """
     family = FAMILIES.get(arch, "cdna" if arch.startswith("gfx") else "ampere")
     table = GRAM["ieee" if precision == "ieee" else family if aligned else "unaligned"]
-    shape = ("64" if N <= 64 else "128" if N <= 128 else "256") + "+W" * cross
+    shape = "64" if N <= 64 else "128" if N <= 128 else "256"
     special = f"{shape} {precision}", f"{shape} 16-bit" if itemsize == 2 else ""
     return next(table[key] for key in (*special, shape) if key in table)
 

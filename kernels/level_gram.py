@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -144,20 +146,11 @@ def add_lanes(b_x):
 
 
 @triton.jit
-def store_tile(p_products, p_squares, tile, b_products, b_squares):
-    """Write a program's partial sums, [ROWS, ROWS], and the row sums of its squares, [ROWS]."""
-    ROWS: tl.constexpr = b_products.shape[0]
-    o_row = tl.arange(0, ROWS)
-    tl.store(p_products + tile * ROWS * ROWS + o_row[:, None] * ROWS + o_row[None, :], b_products)
-    tl.store(p_squares + tile * ROWS + o_row, tl.sum(b_squares, 1))
-
-
-@triton.jit
 def gram_kernel(
-    p_R, p_X, p_W, p_coefficients, p_pairs, p_gram, p_diagonal, p_cross, p_norms,
-    N, K, iterations, r_level, r_sample, x_level, x_sample, w_level, w_sample,
-    STATES: tl.constexpr, PAIRED: tl.constexpr, CROSS: tl.constexpr, STACK: tl.constexpr,
-    ROWS: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    p_R, p_X, p_coefficients, p_pairs, p_gram, p_diagonal,
+    N, K, iterations, r_level, r_sample, x_level, x_sample,
+    STATES: tl.constexpr, PAIRED: tl.constexpr, STACK: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One program: every ``parts``-th tile of columns of one sample, for one pair of row blocks.
 
@@ -168,19 +161,11 @@ def gram_kernel(
     pair, part, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     parts = tl.num_programs(1).to(tl.int64)
     left, right = tl.load(p_pairs + pair), tl.load(p_pairs + tl.num_programs(0) + pair)
-    o_row = tl.arange(0, ROWS)
     o_slice = tl.arange(0, ROWS // 4) * 4  # rows of the tile: slice r holds rows 4 m + r
     HEIGHT: tl.constexpr = ROWS // STACK
     o_left, o_right = left * ROWS + o_slice % HEIGHT, right * ROWS + o_slice % HEIGHT
-    if STACK > 1:
-        o_shift = (o_slice // HEIGHT * BK)[:, None]  # [ROWS / 4, 1]
-        w_shift = (o_row // HEIGHT * BK)[:, None]  # [ROWS, 1]
-    else:
-        o_shift = tl.zeros([1, 1], tl.int32)
-        w_shift = tl.zeros([1, 1], tl.int32)
-    o_col, w_col = o_shift + tl.arange(0, BK)[None, :], w_shift + tl.arange(0, BK)[None, :]
-    w_row = left * ROWS + o_row % HEIGHT
-    o_w = w_row.to(tl.int64)[:, None] * w_level + w_col  # [ROWS, BK]
+    o_shift = (o_slice // HEIGHT * BK)[:, None] if STACK > 1 else tl.zeros([1, 1], tl.int32)  # [ROWS / 4 or 1, 1]
+    o_col = o_shift + tl.arange(0, BK)[None, :]
     a, da = load_coefficients(p_coefficients, o_right, N, 0), load_coefficients(p_coefficients, o_right, N, 2)
     c, dc = load_coefficients(p_coefficients, o_right, N, 1), load_coefficients(p_coefficients, o_right, N, 3)
     if PAIRED:
@@ -188,11 +173,8 @@ def gram_kernel(
         lc, ldc = load_coefficients(p_coefficients, o_left, N, 1), load_coefficients(p_coefficients, o_left, N, 3)
     p_R += sample.to(tl.int64) * r_sample
     p_X += sample.to(tl.int64) * x_sample
-    p_W += sample.to(tl.int64) * w_sample
     b_gram = tl.zeros([ROWS, ROWS], tl.float32)
     b_diagonal = tl.zeros([ROWS, BK // 4], tl.float32)
-    b_cross = tl.zeros([ROWS, ROWS], tl.float32)
-    b_norms = tl.zeros([ROWS, BK // 4], tl.float32)
     for it in range(iterations):
         first = (it * parts + part) * (BK * STACK)
         m_col = o_col < K - first
@@ -205,49 +187,30 @@ def gram_kernel(
         else:
             b_gram += square_product(b_e, PRECISION, INTERPRET)
         b_diagonal += add_lanes(b_e * b_e)
-        if CROSS:
-            b_w = load_row(p_W + first + o_w, w_row, N, w_col < K - first)
-            b_cross += cross_product(b_w, b_e, PRECISION, INTERPRET)
-            b_norms += add_lanes(b_w * b_w)
     tile = (part.to(tl.int64) * tl.num_programs(2) + sample) * tl.num_programs(0) + pair
-    store_tile(p_gram, p_diagonal, tile, b_gram, b_diagonal)
-    if CROSS:
-        store_tile(p_cross, p_norms, tile, b_cross, b_norms)
+    o_row = tl.arange(0, ROWS)
+    tl.store(p_gram + tile * ROWS * ROWS + o_row[:, None] * ROWS + o_row[None, :], b_gram)
+    tl.store(p_diagonal + tile * ROWS + o_row, tl.sum(b_diagonal, 1))
 
 
-def level_gram(
-    R: Tensor, X: Tensor | None, W: Tensor | None, coefficients: Tensor, per_sample: bool, precision: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def level_gram(R: Tensor, X: Tensor | None, coefficients: Tensor, per_sample: bool, precision: str) -> Tensor:
     """Launch the kernel and add up its partial sums.
 
     Args:
         R: ``[N, B, d]``.
         X: ``[N, B, d]``, ``[B, d]`` or None.
-        W: ``[N, B, d]`` or None.
         coefficients: ``[2, N]`` float64, on the host or on R's device: ``a``, ``c``.
         per_sample: Keep the samples apart.
         precision: ``"bf16x3"``, ``"tf32x3"`` or ``"ieee"``.
 
     Returns:
-        Gram matrix, cross block, squared norms, float64; the last two empty without ``W``.
+        The Gram matrix, float64: ``[B, N, N]`` per sample, else ``[N, N]``.
     """
-    N, B, _ = R.shape
-    flat = not per_sample and all(t is None or t.is_contiguous() for t in (R, X, W))
-    R, X, W = (None if t is None else columns_view(t, flat) for t in (R, X, W))
-    aligned = all(t is None or _aligned(t) for t in (R, X, W))
-    itemsize = max(t.element_size() for t in (R, X, W) if t is not None)
-    arch = config.architecture(R.device)
-    chosen = config.gram_launch(N, itemsize, arch, precision=precision, aligned=aligned, cross=W is not None)
-    partials = launch(R, X, W, coefficient_steps(coefficients).to(R.device), precision, chosen)
-    totals = [t.sum(0, dtype=torch.float64) for t in partials]  # one order for every run
-    if not per_sample:
-        totals = [t.sum(0, keepdim=True) / B for t in totals]
-    gram, diagonal, cross, norms = _assemble(*totals, N, chosen.rows)
-    gram.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
-    results = [gram, cross, norms] if per_sample else [gram[0], cross[0], norms[0]]
-    if W is None:
-        results[1:] = gram.new_empty(0), gram.new_empty(0)
-    return results[0], results[1].contiguous(), results[2].contiguous()
+    B = R.shape[1]
+    flat = not per_sample and all(t is None or t.is_contiguous() for t in (R, X))
+    R, X = (None if t is None else columns_view(t, flat) for t in (R, X))
+    gram = _total(R, X, coefficient_steps(coefficients).to(R.device), precision)
+    return gram if per_sample else gram.sum(0) / B
 
 
 def vector_gram(vectors: Tensor, precision: str) -> Tensor:
@@ -260,18 +223,23 @@ def vector_gram(vectors: Tensor, precision: str) -> Tensor:
     Returns:
         ``[B, V, V]`` float64.
     """
-    R, V = columns_view(vectors.transpose(0, 1), flat=False), vectors.shape[1]
-    arch, aligned = config.architecture(R.device), _aligned(R)
-    chosen = config.gram_launch(V, R.element_size(), arch, precision=precision, aligned=aligned, cross=False)
-    steps = torch.zeros(4, V, device=R.device)
-    partials = launch(R, None, None, steps, precision, chosen, vectors=True)
-    gram, diagonal, _, _ = _assemble(*(t.sum(0, dtype=torch.float64) for t in partials), V, chosen.rows)
+    R = columns_view(vectors.transpose(0, 1), flat=False)
+    return _total(R, None, torch.zeros(4, len(R), device=R.device), precision, vectors=True)
+
+
+def _total(R: Tensor, X: Tensor | None, steps: Tensor, precision: str, vectors: bool = False) -> Tensor:
+    """Gram matrices ``[G, N, N]`` of ``[N, G, K]`` views, in float64 from the partial sums of `launch`."""
+    aligned = all(t is None or _aligned(t) for t in (R, X))
+    itemsize = max(t.element_size() for t in (R, X) if t is not None)
+    chosen = config.gram_launch(len(R), itemsize, config.architecture(R.device), precision=precision, aligned=aligned)
+    partials = launch(R, X, steps, precision, chosen, vectors=vectors)
+    gram, diagonal = _assemble(*(t.sum(0, dtype=torch.float64) for t in partials), len(R))  # one order for every run
     gram.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
     return gram
 
 
 def launch(
-    R: Tensor, X: Tensor | None, W: Tensor | None, steps: Tensor, precision: str, chosen: config.GramLaunch,
+    R: Tensor, X: Tensor | None, steps: Tensor, precision: str, chosen: config.GramLaunch,
     parts: int | None = None, fill: float | None = None, vectors: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """Run the kernel over ``[N, G, K]`` views.
@@ -279,7 +247,6 @@ def launch(
     Args:
         R: ``[N, G, K]``.
         X: ``[N, G, K]``, ``[1, G, K]`` or None.
-        W: ``[N, G, K]`` or None.
         steps: ``[4, N]`` float32, from `coefficient_steps`.
         precision: As `level_gram` takes it.
         chosen: Tile and warps.
@@ -288,7 +255,7 @@ def launch(
         vectors: Whether the rows of R are multiplied as they are; ``steps`` are not used then.
 
     Returns:
-        Partial sums of Gram matrix, diagonal, cross block, norms: ``[parts, G, pairs, rows, ..]``.
+        Partial sums of Gram matrix and diagonal: ``[parts, G, pairs, rows, rows]``, ``[parts, G, pairs, rows]``.
     """
     N, G, K = R.shape
     if G > LARGEST_GRID:
@@ -296,52 +263,38 @@ def launch(
             f"R must have at most {LARGEST_GRID} samples where they are kept apart or not contiguous; got {G}. "
             'Pass fewer at a time, or backend="torch"'
         )
-    rows, cross = chosen.rows, W is not None
     states = "vectors" if vectors else "none" if X is None else "shared" if X.shape[0] == 1 and N > 1 else "levels"
-    fixed = constants(N, states, cross, precision, chosen)
-    pairs = block_pairs(triton.cdiv(N, rows), cross, R.device)
+    fixed = constants(N, states, precision, chosen)
+    # The upper triangle of row blocks. Made on the device: a CUDA graph cannot capture a copy from pageable memory.
+    pairs = torch.triu_indices(*2 * [triton.cdiv(N, chosen.rows)], dtype=torch.int32, device=R.device)
     tiles = triton.cdiv(K, chosen.columns * fixed["STACK"])
     if parts is None:
         parts = config.splits(tiles, G * pairs.shape[1], chosen.programs * config.processors(R.device))
-    shape = (parts, G, pairs.shape[1], rows)
-    sizes = [(*shape, rows), shape, (*shape, rows) if cross else (1, 1, 1, 1, 1), shape if cross else (1, 1, 1, 1)]
-    outputs = [R.new_empty(size, dtype=torch.float32) for size in sizes]
+    shape = (parts, G, pairs.shape[1], chosen.rows)
+    outputs = [R.new_empty(size, dtype=torch.float32) for size in ((*shape, chosen.rows), shape)]
     if fill is not None:
         for output in outputs:
             output.fill_(fill)
-    X, W = R if X is None else X, R if W is None else W
+    X = R if X is None else X
     gram_kernel[pairs.shape[1], parts, G](
-        R, X, W, steps, pairs, *outputs,
-        N, K, triton.cdiv(tiles, parts), R.stride(0), R.stride(1), X.stride(0), X.stride(1), W.stride(0), W.stride(1),
+        R, X, steps, pairs, *outputs,
+        N, K, triton.cdiv(tiles, parts), R.stride(0), R.stride(1), X.stride(0), X.stride(1),
         **fixed, num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
     return outputs
 
 
-def constants(N: int, states: str, cross: bool, precision: str, chosen: config.GramLaunch) -> dict:
+def constants(N: int, states: str, precision: str, chosen: config.GramLaunch) -> dict:
     """The kernel's compile-time arguments."""
     return {
         "STATES": states,
         "PAIRED": chosen.rows < N,
-        "CROSS": cross,
         "STACK": max(1, chosen.rows // max(16, triton.next_power_of_2(N))),
         "ROWS": chosen.rows,
         "BK": chosen.columns,
         "PRECISION": precision,
         "INTERPRET": config.interpreted(),
     }
-
-
-def block_pairs(blocks: int, cross: bool, device: torch.device | str) -> Tensor:
-    """Pairs ``(left, right)`` of row blocks, row by row, ``[2, pairs]`` int32.
-
-    The upper triangle, or all pairs where the cross block needs both orders. Made on the device: a CUDA graph cannot
-    capture a copy from pageable host memory.
-    """
-    if not cross:
-        return torch.triu_indices(blocks, blocks, dtype=torch.int32, device=device)
-    index = torch.arange(blocks**2, dtype=torch.int32, device=device)
-    return torch.stack([index // blocks, index % blocks])
 
 
 def coefficient_steps(coefficients: Tensor) -> Tensor:
@@ -364,41 +317,19 @@ def _aligned(t: Tensor) -> bool:
     return starts and t.shape[-1] % 16 == 0
 
 
-def _assemble(
-    gram: Tensor, diagonal: Tensor, cross: Tensor, norms: Tensor, N: int, rows: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _assemble(gram: Tensor, diagonal: Tensor, N: int) -> tuple[Tensor, Tensor]:
     """Tiles ``[G, pairs, rows, rows]`` and ``[G, pairs, rows]`` -> ``[G, N, N]`` and ``[G, N]``."""
-    blocks = -(-N // rows)
-    if blocks > 1:
-        return _assemble_blocks(gram, diagonal, cross, norms, N, blocks)
-    height = min(rows, max(16, triton.next_power_of_2(N)))
-    gram, cross = (_unstack(t[:, 0], height)[:, :N, :N] if t.shape[-1] > 1 else t for t in (gram, cross))
-    diagonal, norms = (
-        t[:, 0].unflatten(-1, (-1, height)).sum(1)[:, :N] if t.shape[-1] > 1 else t for t in (diagonal, norms)
-    )
-    return (gram + gram.mT) / 2, diagonal, cross, norms
-
-
-def _unstack(tile: Tensor, height: int) -> Tensor:
-    """Add up the diagonal blocks of a tile of stacked column groups: ``[G, rows, rows]`` -> ``[G, height, height]``."""
-    stack = tile.shape[-1] // height
-    return tile.view(-1, stack, height, stack, height).diagonal(dim1=1, dim2=3).sum(-1)
-
-
-def _assemble_blocks(
-    gram: Tensor, diagonal: Tensor, cross: Tensor, norms: Tensor, N: int, blocks: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     G, rows = len(gram), gram.shape[-1]
-    pairs = [(i, j) for i in range(blocks) for j in range(blocks) if cross.shape[-1] > 1 or i <= j]  # `block_pairs`
-    whole = [gram.new_zeros(G, blocks, rows, blocks, rows) for _ in range(2)]
-    lines = [gram.new_zeros(G, blocks, rows) for _ in range(2)]
-    for p, (i, j) in enumerate(pairs):
-        whole[0][:, i, :, j] = gram[:, p]
+    blocks = triton.cdiv(N, rows)
+    if blocks == 1:  # add up the diagonal blocks of stacked column groups
+        height = min(rows, max(16, triton.next_power_of_2(N)))
+        stacked = gram.view(G, rows // height, height, rows // height, height)
+        gram = stacked.diagonal(dim1=1, dim2=3).sum(-1)[:, :N, :N]
+        return (gram + gram.mT) / 2, diagonal.view(G, -1, height).sum(1)[:, :N]
+    whole, line = gram.new_zeros(G, blocks, rows, blocks, rows), gram.new_zeros(G, blocks, rows)
+    for pair, (i, j) in enumerate(itertools.combinations_with_replacement(range(blocks), 2)):
+        whole[:, i, :, j] = gram[:, pair]
         if i == j:
-            lines[0][:, i] = diagonal[:, p]
-        if cross.shape[-1] > 1:
-            whole[1][:, i, :, j] = cross[:, p]
-            lines[1][:, i] = norms[:, p]
-    gram, cross = (t.flatten(3).flatten(1, 2)[:, :N, :N] for t in whole)
-    diagonal, norms = (t.flatten(1)[:, :N] for t in lines)
-    return gram.triu() + gram.triu(1).mT, diagonal, cross, norms
+            line[:, i] = diagonal[:, pair]
+    gram = whole.flatten(3).flatten(1, 2)[:, :N, :N]
+    return gram.triu() + gram.triu(1).mT, line.flatten(1)[:, :N]

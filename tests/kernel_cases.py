@@ -28,14 +28,13 @@ class GramCase:
     states: str = "levels"  # none | shared | levels
     dtype: torch.dtype = torch.float32
     per_sample: bool = False
-    sensitivity: bool = False
     precision: str = "bf16x3"
     apart: float = 1e-1  # distance of adjacent levels, against their size
 
     def __str__(self) -> str:
         name = f"N{self.N}-B{self.B}-d{self.d}-X_{self.states}-{str(self.dtype).removeprefix('torch.')}"
         name += f"-{self.precision}-apart{self.apart:g}"
-        return name + "-per_sample" * self.per_sample + "-W" * self.sensitivity
+        return name + "-per_sample" * self.per_sample
 
     def but(self, **changes) -> GramCase:
         return replace(self, **changes)
@@ -56,9 +55,6 @@ class GramCase:
             X = walk().float()
             X = X[0] if self.states == "shared" else X
         options: dict = {"per_sample": self.per_sample, "precision": self.precision}
-        if self.sensitivity:
-            W = torch.randn(self.N, self.B, self.d, generator=generator)
-            options["W"] = W.to(device)
         return R.to(device), None if X is None else X.to(device), a, c, options
 
 
@@ -82,8 +78,7 @@ def summation_error(d: int, dtype: torch.dtype = torch.float32) -> float:
     return 6 * EPS[dtype] * d**0.5
 
 
-def gram_scale(t: Tensor, other: Tensor | None = None) -> Tensor:
-    """``[B, N, N]``: ``||t_p|| ||t'_q||``, what an entry's error is measured against."""
+def gram_scale(t: Tensor) -> Tensor:
+    """``[B, N, N]``: ``||t_p|| ||t_q||``, what an entry's error is measured against."""
     norms = t.double().cpu().square().sum(-1).sqrt().T
-    others = norms if other is None else other.double().cpu().square().sum(-1).sqrt().T
-    return norms.unsqueeze(-1) * others.unsqueeze(-2)
+    return norms.unsqueeze(-1) * norms.unsqueeze(-2)

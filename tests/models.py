@@ -66,6 +66,12 @@ def exact_denoisers(oracle, table=None):
     }
 
 
+def gaussian(d, sigma_min=0.002, sigma_max=80.0):
+    """Gaussian data of standard deviation 0.5, and its denoiser."""
+    oracle = fs.oracles.Gaussian(0.5, (d,))
+    return oracle, exact_denoiser(oracle, sigma_min, sigma_max)
+
+
 def mixture(d=4, seed=0):
     return fs.oracles.GaussianMixture.random(d, 3, seed=seed)
 

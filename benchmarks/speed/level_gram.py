@@ -57,11 +57,6 @@ class Case:
         drift = self.apart * torch.arange(self.N, dtype=torch.float64)
         return R, X, 0.5 + drift, 1.0 + drift
 
-    def vectors(self, device: str) -> Tensor:
-        """Sensitivity vectors ``W``, ``[N, B, d]`` float32."""
-        generator = torch.Generator(device).manual_seed(1)
-        return torch.randn(self.N, self.B, self.d, generator=generator, device=device)
-
     def nbytes(self, X: Tensor | None) -> int:
         """Bytes of R and X, each read once."""
         return self.N * self.B * self.d * self.dtype.itemsize + (0 if X is None else X.nbytes)
@@ -101,7 +96,7 @@ def variants(case: Case, device: str, compiled: bool) -> tuple[dict[str, Callabl
     for precision in ("bf16x3", "tf32x3") if device == "cuda" else ("bf16x3",):
         name = f"level_increment_gram, {precision}" if device == "cuda" else "level_increment_gram"
         found[name] = lambda precision=precision: pairwise_squared_distances(
-            level_increment_gram(R, X, a, c, precision=precision).gram
+            level_increment_gram(R, X, a, c, precision=precision)
         )
     if compiled:
         difference = torch.compile(increments_by_matmul)

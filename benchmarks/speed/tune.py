@@ -1,8 +1,8 @@
 """Try launches of the Gram kernel on the GPU at hand, and print the best.
 
 ``python -m benchmarks.speed.tune`` tunes what `fastsched.measure` launches: Gram matrices of 61 and of 93 float32
-vectors, one a sample. ``--states levels`` tunes that of increments between levels, ``--responses`` with vectors ``W``,
-``--mean`` one for all samples together. All launches are compiled first, in as many processes as there are cores, so
+vectors, one a sample. ``--states levels`` tunes that of increments between levels, ``--mean`` one for all samples
+together. All launches are compiled first, in as many processes as there are cores, so
 that little GPU time is used.
 Nothing is written: a winner without spills (tests/kernels/test_kernel_compile.py) is entered in ``kernels/config.py``
 by hand.
@@ -26,7 +26,7 @@ from benchmarks.common import copy_bandwidth, environment, interleaved, table
 from benchmarks.speed.level_gram import Case
 from fastsched.kernels import config, level_gram
 
-#: Elements of a level in the timed inputs: with 48 levels and W, 3.6 GB.
+#: Elements of a level in the timed inputs: with 48 levels of float32, 1.2 GB.
 ELEMENTS = 3 << 21
 
 
@@ -37,43 +37,37 @@ class Entry:
     levels: int
     dtype: str = "float32"
     states: str = "vectors"
-    responses: bool = False
     mean: bool = False
     samples: int = 4
     precision: str = "bf16x3"
 
-    def inputs(self, elements: int) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, int]:
-        """``R``, ``X``, ``W`` as the kernel views them, the coefficients, and the bytes to be read."""
+    def inputs(self, elements: int) -> tuple[Tensor, Tensor | None, Tensor, int]:
+        """``R``, ``X`` as the kernel views them, the coefficients, and the bytes to be read."""
         d = elements // self.samples // 16 * 16
         states = "none" if self.states == "vectors" else self.states
         case = Case(self.levels, self.samples, d, states, getattr(torch, self.dtype), apart=1e-2)
         R, X, a, c = case.inputs("cuda")
-        W = case.vectors("cuda") if self.responses else None
-        nbytes = case.nbytes(X) + (0 if W is None else W.nbytes)
-        view = lambda t: None if t is None else level_gram.columns_view(t, self.mean)
         return (
             level_gram.columns_view(R, self.mean),
-            view(X),
-            view(W),
+            None if X is None else level_gram.columns_view(X, self.mean),
             level_gram.coefficient_steps(torch.stack([a, c])).cuda(),
-            nbytes,
+            case.nbytes(X),
         )
 
 
 def candidates(entry: Entry) -> list[config.GramLaunch]:
     """Launches to try; those that differ in ``programs`` alone share a kernel."""
-    rows = (64,) if entry.levels <= 64 or entry.responses else (64, 128)  # with W, 128 rows are more than fits
-    columns = (16, 32, 64) if entry.responses else (32, 64, 128)
-    grid = itertools.product(rows, columns, (4, 8), (1, 2, 3, 4), (1, 2, 3, 4))
+    rows = (64,) if entry.levels <= 64 else (64, 128)
+    grid = itertools.product(rows, (32, 64, 128), (4, 8), (1, 2, 3, 4), (1, 2, 3, 4))
     return [config.GramLaunch(*fields) for fields in grid]
 
 
 def compiled(entry: Entry, launches: list[config.GramLaunch]) -> None:
     """Compile by launching on little data; a launch that does not fit is left for the timing to find."""
-    R, X, W, steps, _ = entry.inputs(1 << 14)
+    R, X, steps, _ = entry.inputs(1 << 14)
     for launch in launches:
         try:
-            level_gram.launch(R, X, W, steps, entry.precision, launch, vectors=entry.states == "vectors")
+            level_gram.launch(R, X, steps, entry.precision, launch, vectors=entry.states == "vectors")
         except Exception:  # out of shared memory or registers: the timing meets it again, and says so
             continue
     torch.cuda.synchronize()
@@ -81,9 +75,9 @@ def compiled(entry: Entry, launches: list[config.GramLaunch]) -> None:
 
 def timed(entry: Entry, repeats: int, bandwidth: float) -> list[dict]:
     """One row per launch, the fastest first."""
-    R, X, W, steps, nbytes = entry.inputs(ELEMENTS * 48 // entry.levels)
+    R, X, steps, nbytes = entry.inputs(ELEMENTS * 48 // entry.levels)
     plain = entry.states == "vectors"
-    run = lambda launch: level_gram.launch(R, X, W, steps, entry.precision, launch, vectors=plain)
+    run = lambda launch: level_gram.launch(R, X, steps, entry.precision, launch, vectors=plain)
     rows = []
     for launch in candidates(entry):
         try:
@@ -99,7 +93,7 @@ def timed(entry: Entry, repeats: int, bandwidth: float) -> list[dict]:
 def entries(options: argparse.Namespace) -> list[Entry]:
     """What the options ask for."""
     grid = itertools.product(options.levels, options.dtypes)
-    rest = {"states": options.states, "responses": options.responses, "mean": options.mean, "samples": options.samples}
+    rest = {"states": options.states, "mean": options.mean, "samples": options.samples}
     return [Entry(levels, dtype, **rest, precision=options.precision) for levels, dtype in grid]
 
 
@@ -109,7 +103,6 @@ def main() -> None:
     parser.add_argument("--levels", type=int, nargs="+", default=[61, 93], help="or vectors")
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--states", default="vectors", choices=("vectors", "none", "shared", "levels"))
-    parser.add_argument("--responses", action="store_true", help="with vectors W")
     parser.add_argument("--mean", action="store_true", help="one matrix for all samples")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--precision", default="bf16x3")

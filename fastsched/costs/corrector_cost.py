@@ -96,5 +96,5 @@ def fused_score_distances(source: StateSource, z: Tensor, raw: Tensor, k: int, o
     backend = "torch" if torch.float64 in (raws.dtype, z.dtype) else "auto"
     gram = ops.level_increment_gram(
         raws, z.flatten(1), source.score_a[rows], source.score_c[rows], per_sample=True, backend=backend
-    ).gram
+    )
     return ops.pairwise_squared_distances(gram)[:, 0, 1:].cpu()

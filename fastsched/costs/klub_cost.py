@@ -82,7 +82,7 @@ def _integrals(source: StateSource, raws: Tensor, states: Tensor) -> Tensor:
     backend = "torch" if torch.float64 in (raws.dtype, states.dtype) else "auto"
     gram = ops.level_increment_gram(
         raws.flatten(2), states.flatten(2), source.denoised_a, source.denoised_c, per_sample=True, backend=backend
-    ).gram
+    )
     distances = ops.pairwise_squared_distances(gram).cpu()  # [B, i, k]
     # With lam = -log s, ds / s^3 is exp(2 lam) dlam up to its sign. The integral of a linear function over a segment is
     # a weighted sum of its values at both ends: "later" is the weight of the cleaner end, the two add up to "whole".

@@ -15,7 +15,7 @@ from fastsched.costs.cost_matrix import CostMatrix, ModelCalls
 from fastsched.denoisers.denoiser import Denoiser, not_finite, placement
 from fastsched.denoisers.noise import log_uniform
 from fastsched.sampling.progress import progress_bar
-from fastsched.sampling.random_streams import noise_of, sample_seeds, stream
+from fastsched.sampling.random_streams import noise_of, normal, sample_seeds, stream
 from fastsched.sampling.sampler import integration, nodes_of
 from fastsched.sampling.solvers import get_solver
 
@@ -40,9 +40,7 @@ class Batch:
 
     def normal(self) -> Tensor:
         """New standard normal noise, with the shape, dtype and device of `noise`."""
-        shape = tuple(self.noise.shape[1:])
-        draws = [generator.standard_normal(shape, dtype=np.float32) for generator in self._streams]
-        return torch.from_numpy(np.stack(draws)).to(self.noise)
+        return normal(self._streams, self.noise.shape[1:]).to(self.noise)
 
     def signs(self, probes: int) -> Tensor:
         """New Rademacher probes, [B, probes, *shape], with the dtype and device of `noise`."""

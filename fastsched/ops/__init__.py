@@ -8,7 +8,6 @@ and PyTorch elsewhere (`resolve_backend`), ``"triton"`` and ``"torch"`` insist.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from fastsched.ops.backends import BACKENDS, KERNEL_DTYPES, resolve_backend
 __all__ = [
     "BACKENDS",
     "PRECISIONS",
-    "LevelGram",
     "hutchinson_reduce",
     "level_increment_gram",
     "pairwise_squared_distances",
@@ -32,31 +30,16 @@ PRECISIONS = ("bf16x3", "tf32x3", "ieee")
 _DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
-class LevelGram(NamedTuple):
-    """What `level_increment_gram` returns, all float64.
-
-    Attributes:
-        gram: ``<e_p, e_q>``, ``[N, N]``, or ``[B, N, N]`` per sample.
-        cross: ``<w_k, e_q>`` as ``cross[.., k, q]``, same shape as ``gram``; None without ``W``.
-        w_squared: ``||w_k||^2``, ``[N]``, or ``[B, N]`` per sample; None without ``W``.
-    """
-
-    gram: Tensor
-    cross: Tensor | None
-    w_squared: Tensor | None
-
-
 def level_increment_gram(
     R: Tensor,
     X: Tensor | None,
     a: Tensor | Sequence[float] | np.ndarray,
     c: Tensor | Sequence[float] | np.ndarray,
     *,
-    W: Tensor | None = None,
     per_sample: bool = False,
     precision: str = "bf16x3",
     backend: str = "auto",
-) -> LevelGram:
+) -> Tensor:
     """Gram matrix of the increments between noise levels, in one pass over the raw network outputs.
 
     With ``u_k = a_k X_k + c_k R_k`` the rows are ``e_0 = u_0`` and ``e_k = u_k - u_{k-1}``, and
@@ -81,7 +64,6 @@ def level_increment_gram(
         a: Coefficients of ``X``, ``[N]``, on the host or on R's device. Their differences are taken in float64.
             Unused without ``X``.
         c: Coefficients of ``R``, ``[N]``, likewise.
-        W: Sensitivity vectors ``[N, B, d]``, float32: adds the cross block ``<w_k, e_q>`` and ``||w_k||^2``.
         per_sample: Return one matrix per sample instead of their mean.
         precision: Products of the Triton kernel: ``"bf16x3"`` (off-diagonal entries within about 2e-6 of
             ``||e_p|| ||e_q||``), ``"tf32x3"`` (stricter) or ``"ieee"`` (float32, slow). The diagonal is
@@ -89,20 +71,21 @@ def level_increment_gram(
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
-        `LevelGram`, on R's device.
+        ``[N, N]`` float64, or ``[B, N, N]`` per sample, on R's device.
 
     Raises:
         ValueError: A shape, dtype or device that does not fit, an unknown option, ``backend="triton"`` where the
             kernels cannot run, or more samples than one launch of the kernel can index.
     """
-    _check_gram(R, X, W, precision)
+    _check_precision(precision)
+    _check_data("R", R)
+    if X is not None:
+        _check_like("X", X, R, "R")
     triton = resolve_backend(R.device, R.dtype, backend=backend) == "triton"
     coefficients = _coefficients(a, c, R)
     if _plain_call(triton, R):
-        gram, cross, w_squared = eager.level_gram(R, X, W, coefficients, per_sample)
-    else:
-        gram, cross, w_squared = registration.level_gram(R, X, W, coefficients, per_sample, precision, triton)
-    return LevelGram(gram, None, None) if W is None else LevelGram(gram, cross, w_squared)
+        return eager.level_gram(R, X, coefficients, per_sample)
+    return registration.level_gram(R, X, coefficients, per_sample, precision, triton)
 
 
 def vector_gram(vectors: Tensor, *, precision: str = "bf16x3", backend: str = "auto") -> Tensor:
@@ -173,13 +156,12 @@ def hutchinson_reduce(V: Tensor, JV: Tensor, *, backend: str = "auto") -> tuple[
             or more elements than one launch of the kernel can index.
     """
     _check_data("JV", JV)
-    _check_like("V", V, JV, "JV", shared=True)
+    _check_like("V", V, JV, "JV")
     dtype = torch.float64 if V.dtype == torch.float64 else JV.dtype
     triton = resolve_backend(JV.device, dtype, backend=backend) == "triton"
     if _plain_call(triton, JV):
         return eager.hutchinson(V, JV)
-    v_jv, jv_jv = registration.hutchinson(V, JV, triton)
-    return v_jv, jv_jv
+    return registration.hutchinson(V, JV, triton)
 
 
 def _plain_call(triton: bool, tensor: Tensor) -> bool:
@@ -192,26 +174,17 @@ def _check_precision(precision: str) -> None:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
 
 
-def _check_gram(R: Tensor, X: Tensor | None, W: Tensor | None, precision: str) -> None:
-    _check_precision(precision)
-    _check_data("R", R)
-    if X is not None:
-        _check_like("X", X, R, "R", shared=True)
-    if W is not None:
-        _check_like("W", W, R, "R", shared=False)
-
-
 def _check_data(name: str, tensor: Tensor, axes: str = "N, B, d") -> None:
     _check_dtype(name, tensor)
     if tensor.ndim != 3 or 0 in tensor.shape:
         raise ValueError(f"{name} must be [{axes}] and not empty; got shape {tuple(tensor.shape)}")
 
 
-def _check_like(name: str, tensor: Tensor, like: Tensor, like_name: str, *, shared: bool) -> None:
+def _check_like(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
     _check_dtype(name, tensor)
     N, B, d = like.shape
-    if tensor.shape != like.shape and not (shared and tensor.shape == like.shape[1:]):
-        wanted = f"[{N}, {B}, {d}]" + (f" or [{B}, {d}]" if shared else "")
+    if tensor.shape not in (like.shape, like.shape[1:]):
+        wanted = f"[{N}, {B}, {d}] or [{B}, {d}]"
         raise ValueError(f"{name} must be {wanted} to go with {like_name}; got shape {tuple(tensor.shape)}")
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like_name}'s device, {like.device}; got {tensor.device}")

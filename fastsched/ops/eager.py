@@ -12,20 +12,17 @@ _LARGEST_RATIO = 2.0**30  # of coefficients: float32 holds sums of its square
 
 
 @torch.no_grad()
-def level_gram(
-    R: Tensor, X: Tensor | None, W: Tensor | None, coefficients: Tensor, per_sample: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def level_gram(R: Tensor, X: Tensor | None, coefficients: Tensor, per_sample: bool) -> Tensor:
     """Column block by column block: increments in float32, their products, the sum over blocks in float64.
 
     Args:
         R: ``[N, B, d]``.
         X: ``[N, B, d]``, ``[B, d]`` or None.
-        W: ``[N, B, d]`` or None.
         coefficients: ``[2, N]`` float64, on the host or on R's device: ``a``, ``c``.
         per_sample: Keep the samples apart.
 
     Returns:
-        Gram matrix, cross block, squared norms; the last two empty without ``W``.
+        The Gram matrix, float64: ``[B, N, N]`` per sample, else ``[N, N]``.
     """
     N, B, _ = R.shape
     compute = torch.float32 if R.dtype != torch.float64 and _products_are_float32() else torch.float64
@@ -33,13 +30,12 @@ def level_gram(
     shared = X is not None and X.ndim == 2
     of_X = None if X is None else _Rows.of(a, compute, shared=shared)
     of_R = _Rows.of(c, compute, beside=of_X)
-    flat = not per_sample and all(t is None or t.is_contiguous() for t in (R, X, W))
-    R_groups, X_groups, W_groups = (_groups(t, flat) for t in (R, X, W))
+    flat = not per_sample and all(t is None or t.is_contiguous() for t in (R, X))
+    R_groups, X_groups = (_groups(t, flat) for t in (R, X))
     columns = R_groups[0].shape[-1]
     width = _width(R, columns)
     buffers = torch.empty(2, N * width, dtype=compute, device=R.device)
     gram = torch.zeros(len(R_groups), N, N, dtype=torch.float64, device=R.device)
-    cross, w_squared = torch.zeros_like(gram), torch.zeros_like(gram[..., 0])
     for g in range(len(R_groups)):
         for start in range(0, columns, width):
             block = slice(start, min(start + width, columns))
@@ -49,16 +45,9 @@ def level_gram(
                 x = X_groups[g][:, block].to(compute)
                 e.addcmul_(x if shared else of_X.write(work, x), (of_X.factor / of_R.factor).to(compute))
             _add_square(gram[g], e)
-            if W is not None:
-                w = W_groups[g][:, block].to(compute)
-                cross[g] += w @ e.T
-                w_squared[g] += torch.linalg.vecdot(w, w)
     if not per_sample:
-        gram, cross, w_squared = (t.sum(0) / B for t in (gram, cross, w_squared))
-    gram, cross = of_R.factor * gram * of_R.factor.T, cross * of_R.factor.T
-    if W is None:
-        return gram, gram.new_empty(0), gram.new_empty(0)
-    return gram, cross, w_squared
+        gram = gram.sum(0) / B
+    return of_R.factor * gram * of_R.factor.T
 
 
 @torch.no_grad()

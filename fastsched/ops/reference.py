@@ -40,18 +40,6 @@ def increment_gram(R: Tensor, X: Tensor | None, a: Tensor, c: Tensor, *, per_sam
     return gram if per_sample else gram.mean(0)
 
 
-def cross_gram(W: Tensor, R: Tensor, X: Tensor | None, a: Tensor, c: Tensor, *, per_sample: bool = False) -> Tensor:
-    """Return ``A[k, q] = <w_k, e_q>``: ``[B, N, N]`` per sample, else its mean over samples ``[N, N]``."""
-    cross = torch.einsum("kbd,qbd->bkq", W.double(), increments(R, X, a, c))
-    return cross if per_sample else cross.mean(0)
-
-
-def squared_norms(W: Tensor, *, per_sample: bool = False) -> Tensor:
-    """Return ``||w_k||^2``: ``[B, N]`` per sample, else its mean over samples ``[N]``."""
-    norms = W.double().square().sum(-1).T
-    return norms if per_sample else norms.mean(0)
-
-
 def squared_distances(u: Tensor) -> Tensor:
     """Return ``||u_i - u_j||^2``, ``[N, N]``, averaged over the samples of ``u`` ``[N, B, d]``."""
     N = u.shape[0]

@@ -19,27 +19,22 @@ from fastsched.ops import eager
 def level_gram(
     R: Tensor,
     X: Tensor | None,
-    W: Tensor | None,
     coefficients: Tensor,
     per_sample: bool,
     precision: str,
     triton: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gram matrix, cross block and squared norms; see `fastsched.ops.level_increment_gram`."""
+) -> Tensor:
+    """Gram matrix of increments; see `fastsched.ops.level_increment_gram`."""
     if triton:
         with torch.cuda.device_of(R):
-            return _kernel("level_gram").level_gram(R, X, W, coefficients, per_sample, precision)
-    return eager.level_gram(R, X, W, coefficients, per_sample)
+            return _kernel("level_gram").level_gram(R, X, coefficients, per_sample, precision)
+    return eager.level_gram(R, X, coefficients, per_sample)
 
 
 @torch.library.register_fake("fastsched::level_gram")
-def _(R, X, W, coefficients, per_sample, precision, triton):
+def _(R, X, coefficients, per_sample, precision, triton):
     N, B, _ = R.shape
-    lead = (B,) if per_sample else ()
-    gram = R.new_empty((*lead, N, N), dtype=torch.float64)
-    if W is None:
-        return gram, gram.new_empty((0,)), gram.new_empty((0,))
-    return gram, torch.empty_like(gram), gram.new_empty((*lead, N))
+    return R.new_empty((B, N, N) if per_sample else (N, N), dtype=torch.float64)
 
 
 @torch.library.custom_op("fastsched::vector_gram", mutates_args=())

@@ -33,8 +33,12 @@ def sample_number(seed: Tensor) -> int:
 
 def noise_of(seeds: Tensor, shape: Sequence[int]) -> Tensor:
     """The standard normal noise that each path starts from, [B, *shape] float32, on the CPU."""
-    draws = [stream(seed, 0).standard_normal(tuple(shape), dtype=np.float32) for seed in seeds.tolist()]
-    return torch.from_numpy(np.stack(draws))
+    return normal([stream(seed, 0) for seed in seeds.tolist()], shape)
+
+
+def normal(streams: Sequence[np.random.Generator], shape: Sequence[int]) -> Tensor:
+    """Standard normal noise, one sample from each stream, [B, *shape] float32, on the CPU."""
+    return torch.from_numpy(np.stack([each.standard_normal(tuple(shape), dtype=np.float32) for each in streams]))
 
 
 def stream(seed: int, which: int) -> np.random.Generator:

@@ -63,8 +63,6 @@ class Schedule:
             validate.instance("origin", self.origin, Origin, "measurements know theirs, stats.origin")
         object.__setattr__(self, "solver", solver_name(self.solver))
         validate.choice("noise", self.noise, ("ve", "vp", "flow"))
-        if self.origin is not None:
-            validate.instance("origin", self.origin, Origin, "fastsched.sampling.origin.origin_now makes one")
         if self.noise == "flow" and float(sigmas[0]) > 1:
             raise ValueError(f"sigmas of a flow model are times within [0, 1], got {float(sigmas[0]):g}")
         for name in ("predicted_error", "measured_error"):

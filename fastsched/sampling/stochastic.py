@@ -20,14 +20,13 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, finite_denoised, is_denoiser
 from fastsched.sampling.progress import Progress, progress_bar
-from fastsched.sampling.random_streams import sample_seeds, stream
+from fastsched.sampling.random_streams import normal, sample_seeds, stream
 from fastsched.sampling.solvers import STOCHASTIC_SOLVERS
 
 if TYPE_CHECKING:
@@ -85,10 +84,7 @@ def sample_stochastic(
             if solver == "sde_dpmpp_2m" and before is not None and math.isfinite(width_before):
                 slope = denoised + width / (2 * width_before) * (denoised - before)
             keep, pull, fresh = (_sde_dpmpp if solver == "sde_dpmpp_2m" else _ancestral)(width, end, eta)
-            renewed = np.stack(
-                [generator.standard_normal(tuple(y.shape[1:]), dtype=np.float32) for generator in streams]
-            )
-            y = keep * y + pull * slope + fresh * torch.from_numpy(renewed).to(y)
+            y = keep * y + pull * slope + fresh * normal(streams, y.shape[1:]).to(y)
             before, width_before = denoised, width
     return levels[-1] * y
 

@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastsched import validate
+from fastsched.costs.norms import Array
 from fastsched.costs.step_cost import PathCost
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

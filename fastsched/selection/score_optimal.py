@@ -61,8 +61,6 @@ def score_optimal_schedule(
     Source: Williams, Campbell, Doucet and Syed, NeurIPS 2024 (arXiv 2412.07877), algorithm 1.
     """
     validate.arguments(locals(), denoiser=is_denoiser, levels=_is_grid, solver=is_any_solver)
-    steps = validate.positive_int("steps", steps)
-    name = solver_name(solver)
     s = finite_grid(denoiser, levels) if isinstance(levels, int) else levels
     cost = stein_corrector(
         denoiser,
@@ -77,7 +75,7 @@ def score_optimal_schedule(
         dtype=dtype,
         progress=progress,
     )
-    return select(cost, steps, method="arc_length", spare_last=spare_last, solver=name)
+    return select(cost, steps, method="arc_length", spare_last=spare_last, solver=solver)
 
 
 def select(

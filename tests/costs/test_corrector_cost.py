@@ -3,18 +3,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from models import exact_denoisers, gaussian
 
 import fastsched as fs
 from fastsched.costs import stein_corrector
 from fastsched.costs.corrector_cost import fused_score_distances, score_distances
 from fastsched.costs.states import StateSource
-
-GAUSSIAN_STD = 0.5
-
-
-def _gaussian(d, sigma_min=0.002, sigma_max=80.0):
-    oracle = fs.oracles.Gaussian(GAUSSIAN_STD, (d,))
-    return oracle, fs.Denoiser.from_denoiser(oracle.denoise, sigma_min, sigma_max)
 
 
 def _exact(oracle, s, velocity):
@@ -25,7 +19,7 @@ def _exact(oracle, s, velocity):
 @pytest.mark.parametrize("velocity", ["noisier", "cleaner", None])
 @pytest.mark.parametrize(("d", "samples"), [(1, 40_000), (16, 8_000), (256, 600)])
 def test_all_pairs_match_the_gaussian_closed_form(d, samples, velocity):
-    oracle, denoiser = _gaussian(d)
+    oracle, denoiser = gaussian(d)
     s = denoiser.levels(12)
     cost = stein_corrector(
         denoiser,
@@ -70,7 +64,7 @@ def test_mixture_state_by_state(velocity):
 
 
 def test_path_states_are_samples_of_the_marginals():
-    oracle, denoiser = _gaussian(16)
+    oracle, denoiser = gaussian(16)
     s = denoiser.levels(48)
     cost = stein_corrector(denoiser, shape=(16,), sigmas=s, samples=2_000, dtype=torch.float64, progress=False)
     exact = _exact(oracle, s, "noisier").diagonal(1)
@@ -81,7 +75,7 @@ def test_path_states_are_samples_of_the_marginals():
 
 
 def test_path_fills_in_where_levels_are_sparse():
-    oracle, denoiser = _gaussian(16)
+    oracle, denoiser = gaussian(16)
     s = torch.tensor([3.0, 0.4], dtype=torch.float64)
     cost = stein_corrector(denoiser, shape=(16,), sigmas=s, samples=2_000, dtype=torch.float64, progress=False)
     exact = float(_exact(oracle, s, "noisier")[0, 1])
@@ -91,7 +85,7 @@ def test_path_fills_in_where_levels_are_sparse():
 
 
 def test_error_shrinks_with_the_reported_standard_error():
-    oracle, denoiser = _gaussian(4)
+    oracle, denoiser = gaussian(4)
     s = torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64)
     exact = _exact(oracle, s, "noisier")
     standardised = []
@@ -112,7 +106,7 @@ def test_error_shrinks_with_the_reported_standard_error():
 
 
 def test_fused_op_and_plain_differences_agree():
-    _, denoiser = _gaussian(32)
+    _, denoiser = gaussian(32)
     source = StateSource(denoiser, sigmas=denoiser.levels(10), shape=(32,), samples=5, dtype=torch.float64)
     k, z, raw = next(source.states(next(source.batches()), 1))
     plain = score_distances(source, z, raw, k, range(1, 10))
@@ -122,7 +116,7 @@ def test_fused_op_and_plain_differences_agree():
 
 
 def test_batches_do_not_change_the_estimate():
-    oracle, denoiser = _gaussian(8)
+    oracle, denoiser = gaussian(8)
     data = oracle.sample(7, seed=3)
     settings = {
         "shape": (8,),
@@ -138,41 +132,23 @@ def test_batches_do_not_change_the_estimate():
     torch.testing.assert_close(whole.per_sample[:5], fewer.per_sample)
 
 
-def _on_other_processes(oracle):
-    """The same data's denoiser as a flow model and as a variance-preserving one."""
-
-    def velocity(x, t):
-        t = t.reshape(-1, 1).clamp(max=1 - 1e-9)
-        return (x - oracle.denoise(x / (1 - t), (t / (1 - t))[:, 0])) / t
-
-    abar = torch.linspace(0.9999, 2e-4, 500, dtype=torch.float64)
-    trained = ((1 - abar) / abar).sqrt().log().numpy()
-
-    def epsilon(x, t):
-        s = torch.from_numpy(np.exp(np.interp(t.numpy(), np.arange(500), trained))).reshape(-1, 1)
-        z = x * (1 + s**2).sqrt()
-        return (z - oracle.denoise(z, s[:, 0])) / s
-
-    return {"flow": fs.Denoiser.from_velocity(velocity), "vp": fs.Denoiser.from_epsilon(epsilon, abar)}
-
-
-@pytest.mark.parametrize("kind", ["flow", "vp"])
+@pytest.mark.parametrize("kind", ["velocity", "epsilon"])
 def test_cost_in_s_does_not_depend_on_the_process(kind):
-    oracle, exploding = _gaussian(4)
+    oracle, exploding = gaussian(4)
     s = torch.logspace(1.0, -1.0, 9, dtype=torch.float64)
     data = oracle.sample(50, seed=2, dtype=torch.float64)
     settings = {"shape": (4,), "samples": 50, "data": data, "pairs": "all", "dtype": torch.float64, "progress": False}
-    denoiser = _on_other_processes(oracle)[kind]
+    denoiser = exact_denoisers(oracle)[kind]
     expected = stein_corrector(exploding, sigmas=s, **settings)
     cost = stein_corrector(denoiser, sigmas=denoiser.process.sampler_sigma(s), **settings)
     torch.testing.assert_close(cost.per_sample, expected.per_sample, rtol=1e-7, atol=1e-12)
     torch.testing.assert_close(cost.sigmas, denoiser.process.sampler_sigma(s))
 
 
-@pytest.mark.parametrize("kind", ["flow", "vp"])
+@pytest.mark.parametrize("kind", ["velocity", "epsilon"])
 def test_path_states_of_other_processes(kind):
-    oracle = fs.oracles.Gaussian(GAUSSIAN_STD, (16,))
-    denoiser = _on_other_processes(oracle)[kind]
+    oracle, _ = gaussian(16)
+    denoiser = exact_denoisers(oracle)[kind]
     s = torch.tensor([2.0, 0.7], dtype=torch.float64)
     sigmas = denoiser.process.sampler_sigma(s)
     cost = stein_corrector(denoiser, shape=(16,), sigmas=sigmas, samples=2_000, dtype=torch.float64, progress=False)
@@ -192,7 +168,7 @@ def test_path_states_of_other_processes(kind):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_bad_arguments_are_named(change, message):
-    _, denoiser = _gaussian(2)
+    _, denoiser = gaussian(2)
     settings = {"shape": (2,), "sigmas": [2.0, 1.0], "samples": 2, "progress": False}
     with pytest.raises(ValueError, match=message):
         stein_corrector(denoiser, **{**settings, **change})

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from models import gaussian
 
 import fastsched as fs
 from fastsched.costs import fisher_rao
@@ -22,8 +23,7 @@ def _cost(oracle, denoiser, samples, levels, **settings):
 
 @pytest.mark.parametrize(("d", "samples"), [(1, 8_000), (16, 5_000), (256, 1_000)])
 def test_gaussian_metric(d, samples):
-    oracle = fs.oracles.Gaussian(STD, (d,))
-    denoiser = fs.Denoiser.from_denoiser(oracle.denoise, 0.002, 80.0)
+    oracle, denoiser = gaussian(d)
     cost = _cost(oracle, denoiser, samples, 8)
     s = cost.s
     metric = 2 * d * s**4 / (STD**2 + s**2) ** 2
@@ -36,8 +36,7 @@ def test_gaussian_metric(d, samples):
 
 
 def test_states_of_the_path():
-    oracle = fs.oracles.Gaussian(STD, (256,))
-    denoiser = fs.Denoiser.from_denoiser(oracle.denoise, 0.002, 80.0)
+    _, denoiser = gaussian(256)
     s = denoiser.levels(24)
     settings = {"shape": (256,), "sigmas": s, "samples": 1_000, "dtype": torch.float64, "progress": False}
     cost = fisher_rao(denoiser, **settings)
@@ -49,8 +48,7 @@ def test_states_of_the_path():
 
 
 def test_gaussian_schedule_is_uniform_in_the_log_of_the_variance():
-    oracle = fs.oracles.Gaussian(STD, (64,))
-    denoiser = fs.Denoiser.from_denoiser(oracle.denoise, 0.002, 80.0)
+    oracle, denoiser = gaussian(64)
     schedule = fs.select(_cost(oracle, denoiser, 1_000, 64), 10)
     lengths = -oracle.fisher_rao_length(schedule.sigmas).diff()
     # 1,000 squares with relative deviation sqrt(2): 4.5% in a metric, half in a length; shared by all levels here.

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 import torch
+from models import gaussian
 
 import fastsched as fs
 from fastsched.costs import klub
@@ -22,8 +23,7 @@ def _exact(s_i, s_j, d):
 @pytest.mark.parametrize("from_data", [True, False], ids=["data", "path"])
 def test_gaussian_integrals(from_data):
     d, samples = 32, 400
-    oracle = fs.oracles.Gaussian(STD, (d,))
-    denoiser = fs.Denoiser.from_denoiser(oracle.denoise, 0.02, 20.0)
+    oracle, denoiser = gaussian(d, 0.02, 20.0)
     s = denoiser.levels(40)
     data = oracle.sample(samples, seed=1, dtype=torch.float64) if from_data else None
     cost = klub(denoiser, shape=(d,), sigmas=s, samples=samples, data=data, dtype=torch.float64, progress=False)
@@ -36,8 +36,7 @@ def test_gaussian_integrals(from_data):
 
 
 def test_converges_to_the_integral_with_the_grid():
-    oracle = fs.oracles.Gaussian(STD, (512,))
-    denoiser = fs.Denoiser.from_denoiser(oracle.denoise, 0.1, 2.0)
+    oracle, denoiser = gaussian(512, 0.1, 2.0)
     samples = 1000
     data = oracle.sample(samples, seed=1, dtype=torch.float64)
     exact, errors = _exact(2.0, 0.1, 512), []
@@ -53,8 +52,7 @@ def test_converges_to_the_integral_with_the_grid():
 
 
 def test_selects_and_batches():
-    oracle = fs.oracles.Gaussian(STD, (8,))
-    denoiser = fs.Denoiser.from_denoiser(oracle.denoise, 0.02, 20.0)
+    _, denoiser = gaussian(8, 0.02, 20.0)
     settings = {"shape": (8,), "sigmas": denoiser.levels(24), "samples": 9, "progress": False}
     whole = klub(denoiser, **settings)
     torch.testing.assert_close(whole.per_sample, klub(denoiser, batch_size=4, **settings).per_sample, rtol=1e-4, atol=0)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from models import gaussian
 
 import fastsched as fs
 from fastsched.costs import stein_predictor
@@ -10,15 +11,10 @@ from fastsched.costs.states import StateSource
 MIXTURE = fs.oracles.GaussianMixture.random(2, 3, seed=0)
 
 
-def _gaussian(d):
-    oracle = fs.oracles.Gaussian(0.5, (d,))
-    return oracle, fs.Denoiser.from_denoiser(oracle.denoise, 0.002, 80.0)
-
-
 @pytest.mark.parametrize("pairs", ["adjacent", "all"])
 @pytest.mark.parametrize(("d", "samples"), [(1, 20_000), (16, 3_000), (256, 150)])
 def test_gaussian_closed_form(d, samples, pairs):
-    oracle, denoiser = _gaussian(d)
+    oracle, denoiser = gaussian(d)
     s = denoiser.levels(6)
     cost = stein_predictor(
         denoiser,
@@ -95,7 +91,7 @@ def test_probes_are_unbiased(s_i, s_j, probes):
 
 
 def test_path_states_and_velocities():
-    oracle, denoiser = _gaussian(16)
+    oracle, denoiser = gaussian(16)
     s = denoiser.levels(24)[4:12:3]
     settings = {"shape": (16,), "sigmas": s, "samples": 1_000, "dtype": torch.float64, "progress": False}
     for pairs in ("adjacent", "all"):
@@ -129,7 +125,7 @@ def test_batches_do_not_change_the_estimate():
 
 def test_fourth_order_in_the_step():
     """Halving the step divides the Gaussian's cost by 16, up to the next order."""
-    oracle, denoiser = _gaussian(64)
+    oracle, denoiser = gaussian(64)
     data = oracle.sample(50, seed=1, dtype=torch.float64)
     costs = [
         float(
@@ -166,7 +162,7 @@ def test_conjugate_gradients_solve_and_say_where_they_did_not():
 
 
 def test_unconverged_solves_are_reported_and_bad_arguments_named():
-    _, denoiser = _gaussian(4)
+    _, denoiser = gaussian(4)
     settings = {"shape": (4,), "sigmas": [2.0, 1.0], "samples": 3, "progress": False}
     backwards = fs.Denoiser.from_denoiser(lambda z, s: -9.0 * z, 0.1, 10.0)
     with pytest.warns(UserWarning, match="did not reach a residual"):

@@ -25,27 +25,27 @@ TRUNCATION = 32 * EPS[torch.float32] if DEVICE == "cuda" else 0.0
 CASES = [
     GramCase(N=2, B=1, d=1),
     GramCase(N=13, B=3, d=257),
-    GramCase(N=13, B=3, d=257, per_sample=True, sensitivity=True),
+    GramCase(N=13, B=3, d=257, per_sample=True),
     GramCase(N=16, B=2, d=333, states="shared"),
-    GramCase(N=16, B=2, d=320, states="shared", per_sample=True, sensitivity=True),
+    GramCase(N=16, B=2, d=320, states="shared", per_sample=True),
     GramCase(N=24, B=2, d=1000, states="none", apart=1e-4),
-    GramCase(N=33, B=2, d=129, states="shared", sensitivity=True),
+    GramCase(N=33, B=2, d=129, states="shared"),
     GramCase(N=33, B=2, d=129, precision="tf32x3", apart=1e-4),
     GramCase(N=64, B=2, d=500, states="none", per_sample=True),
     GramCase(N=64, B=2, d=500, dtype=torch.bfloat16),
     GramCase(N=64, B=2, d=500, dtype=torch.float16, states="shared"),
     GramCase(N=64, B=1, d=512, precision="tf32x3"),
-    GramCase(N=64, B=1, d=512, precision="ieee", sensitivity=True),
-    GramCase(N=64, B=1, d=512, sensitivity=True, apart=1e-4),
+    GramCase(N=64, B=1, d=512, precision="ieee"),
+    GramCase(N=64, B=1, d=512, apart=1e-4),
     GramCase(N=100, B=1, d=131),
-    GramCase(N=100, B=2, d=40, sensitivity=True, per_sample=True),
+    GramCase(N=100, B=2, d=40, per_sample=True),
     GramCase(N=128, B=1, d=128, states="none", precision="tf32x3"),
     GramCase(N=128, B=1, d=128, states="shared", dtype=torch.bfloat16),
     GramCase(N=256, B=1, d=65, states="none"),
     GramCase(N=256, B=2, d=33, per_sample=True, apart=1e-4),
     GramCase(N=256, B=1, d=64, states="shared"),
     GramCase(N=256, B=1, d=64, states="none", precision="tf32x3"),
-    GramCase(N=200, B=1, d=48, states="none", sensitivity=True),
+    GramCase(N=200, B=1, d=48, states="none"),
 ]
 
 
@@ -58,33 +58,26 @@ GRID = [
 ]
 
 
-def run(case: GramCase, change=None) -> list[np.ndarray | None]:
+def run(case: GramCase, change=None) -> np.ndarray:
     R, X, a, c, options = case.inputs(DEVICE)
     if change is not None:
         R = change(R)
-    found = ops.level_increment_gram(R, X, a, c, backend="triton", **options)
-    return [None if t is None else t.cpu().numpy() for t in found]
+    return ops.level_increment_gram(R, X, a, c, backend="triton", **options).cpu().numpy()
 
 
-def on_device(case: GramCase, change=None) -> ops.LevelGram:
-    return ops.LevelGram(*(None if t is None else torch.from_numpy(t) for t in launch(run, case, change)))
+def on_device(case: GramCase, change=None) -> torch.Tensor:
+    return torch.from_numpy(launch(run, case, change))
 
 
 def expected(case: GramCase):
-    """Reference values and what they may be missed by: Gram matrix, diagonal, cross block, norms."""
-    R, X, a, c, options = case.inputs()
-    t, W = terms(R, X, a, c), options.get("W")
+    """Reference values and what they may be missed by: Gram matrix, diagonal."""
+    R, X, a, c, _ = case.inputs()
     relative = ROUNDING + summation_error(case.d)
-    scale = gram_scale(t)
+    scale = gram_scale(terms(R, X, a, c))
     gram = reference.increment_gram(R, X, a, c, per_sample=True)
     values = [gram, gram.diagonal(dim1=-2, dim2=-1)]
     product = PRODUCT_ERROR[case.precision] + TRUNCATION
     bounds = [(relative + product) * scale, relative * scale.diagonal(dim1=-2, dim2=-1)]
-    if W is not None:
-        values.append(reference.cross_gram(W, R, X, a, c, per_sample=True))
-        bounds.append((relative + 1.5 * product) * gram_scale(W, t))  # three dots
-        values.append(reference.squared_norms(W, per_sample=True))
-        bounds.append(relative * values[-1])
     if not case.per_sample:
         values, bounds = [v.mean(0) for v in values], [b.mean(0) for b in bounds]
     return values, bounds
@@ -93,17 +86,12 @@ def expected(case: GramCase):
 @pytest.mark.parametrize("case", [*CASES, *GRID], ids=str)
 def test_against_reference(case):
     found = on_device(case)
-    parts = [found.gram, found.gram.diagonal(dim1=-2, dim2=-1)]
-    if case.sensitivity:
-        parts += [found.cross, found.w_squared]
-    else:
-        assert found.cross is None
-        assert found.w_squared is None
+    parts = [found, found.diagonal(dim1=-2, dim2=-1)]
     for got, want, bound in zip(parts, *expected(case), strict=True):
         assert got.dtype == torch.float64
         assert got.shape == want.shape
         assert ((got - want).abs() <= bound).all()
-    assert torch.equal(found.gram, found.gram.mT)
+    assert torch.equal(found, found.mT)
 
 
 def relative_error(case: GramCase, found: torch.Tensor) -> torch.Tensor:
@@ -115,7 +103,7 @@ def relative_error(case: GramCase, found: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("precision", ["bf16x3", "tf32x3", "ieee"])
 def test_typical_error_of_a_precision(precision):
     case = GramCase(N=64, B=1, d=1024, states="none", precision=precision)
-    error = relative_error(case, on_device(case).gram)
+    error = relative_error(case, on_device(case))
     off_diagonal = error[~torch.eye(64, dtype=torch.bool)]
     rounding = EPS[torch.float32] * (4 + math.sqrt(1024)) + TRUNCATION
     assert off_diagonal.square().mean().sqrt() <= PRODUCT_RMS[precision] / math.sqrt(1024) + rounding
@@ -143,13 +131,13 @@ def test_worst_case_of_a_precision(precision):
 def run_equal(case: GramCase) -> np.ndarray:
     R = equal_increments(case.inputs(DEVICE)[0])
     zeros, ones = [0.0] * case.N, [1.0] * case.N
-    return ops.level_increment_gram(R, None, zeros, ones, precision=case.precision, backend="triton").gram.cpu().numpy()
+    return ops.level_increment_gram(R, None, zeros, ones, precision=case.precision, backend="triton").cpu().numpy()
 
 
 @pytest.mark.parametrize("precision", ["bf16x3", "tf32x3", "ieee"])
 def test_close_levels_keep_their_distance(precision):
     case = GramCase(N=32, B=1, d=4096, states="none", precision=precision, apart=1e-4)
-    found = ops.pairwise_squared_distances(on_device(case).gram)
+    found = ops.pairwise_squared_distances(on_device(case))
     R, _, a, c, _ = case.inputs()
     want = reference.squared_distances(reference.levels(R, None, a, c))
     adjacent = range(31), range(1, 32)
@@ -169,7 +157,7 @@ def test_strides(change):
     case = GramCase(N=9, B=3, d=144)
     found = on_device(case, change)
     want, bound = (parts[0] for parts in expected(case))
-    assert ((found.gram - want).abs() <= bound).all()
+    assert ((found - want).abs() <= bound).all()
 
 
 def two_billion_apart(R: torch.Tensor) -> torch.Tensor:
@@ -188,7 +176,7 @@ def test_far_offsets(N):
     case = GramCase(N=N, B=2, d=48, dtype=torch.bfloat16, states="shared", per_sample=True)
     found = on_device(case, two_billion_apart)
     want, bound = (parts[0] for parts in expected(case))
-    assert ((found.gram - want).abs() <= bound).all()
+    assert ((found - want).abs() <= bound).all()
 
 
 def with_nan(R: torch.Tensor) -> torch.Tensor:
@@ -209,7 +197,7 @@ def with_inf(R: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("change", [with_nan, with_gpu_nan, with_inf])
 @pytest.mark.parametrize("precision", ["bf16x3", "tf32x3", "ieee"])
 def test_bad_numbers_come_through(change, precision):
-    gram = on_device(GramCase(N=16, B=1, d=64, states="none", precision=precision), change).gram
+    gram = on_device(GramCase(N=16, B=1, d=64, states="none", precision=precision), change)
     bad = ~gram.isfinite()
     touched = torch.zeros(16, 16, dtype=torch.bool)
     touched[3:5] = touched[:, 3:5] = True
@@ -220,31 +208,27 @@ def run_parts(case: GramCase, parts: list[int], fill: float) -> list[list[np.nda
     """Partial sums for several numbers of programs, from outputs that held ``fill``."""
     from fastsched.kernels import config, level_gram
 
-    R, X, a, c, options = case.inputs(DEVICE)
-    R, X, W = (None if t is None else level_gram.columns_view(t, True) for t in (R, X, options.get("W")))
+    R, X, a, c, _ = case.inputs(DEVICE)
+    R, X = (None if t is None else level_gram.columns_view(t, True) for t in (R, X))
     steps = level_gram.coefficient_steps(torch.stack([a, c])).to(DEVICE)
-    chosen = config.gram_launch(case.N, 4, "sm_90", precision=case.precision, aligned=False, cross=W is not None)
-    runs = [level_gram.launch(R, X, W, steps, case.precision, chosen, n, fill) for n in parts]
+    chosen = config.gram_launch(case.N, 4, "sm_90", precision=case.precision, aligned=False)
+    runs = [level_gram.launch(R, X, steps, case.precision, chosen, n, fill) for n in parts]
     return [[t.cpu().numpy() for t in outputs] for outputs in runs]
 
 
 @pytest.mark.parametrize(
     "case",
-    [
-        GramCase(N=24, B=2, d=777, sensitivity=True),
-        GramCase(N=100, B=1, d=100),
-        GramCase(N=100, B=1, d=50, sensitivity=True),
-    ],
+    [GramCase(N=24, B=2, d=777), GramCase(N=100, B=1, d=100)],
     ids=str,
 )
 def test_outputs_are_written_whole(case):
     (outputs,) = launch(run_parts, case, [3], math.nan)
-    for output in outputs if case.sensitivity else outputs[:2]:
+    for output in outputs:
         assert np.isfinite(output).all()
 
 
 def test_repeats_bitwise():
-    once, again = launch(run_parts, GramCase(N=33, B=1, d=300, sensitivity=True), [4, 4], 0.0)
+    once, again = launch(run_parts, GramCase(N=33, B=1, d=300), [4, 4], 0.0)
     for one, other in zip(once, again, strict=True):
         assert np.array_equal(one, other)
 
@@ -260,14 +244,14 @@ def test_number_of_programs_does_not_matter():
 
 
 def run_opcheck(case: GramCase) -> dict:
-    R, X, a, c, options = case.inputs(DEVICE)
-    arguments = (R, X, options.get("W"), torch.stack([a, c]), case.per_sample, case.precision, True)
+    R, X, a, c, _ = case.inputs(DEVICE)
+    arguments = (R, X, torch.stack([a, c]), case.per_sample, case.precision, True)
     return torch.library.opcheck(torch.ops.fastsched.level_gram, arguments)
 
 
 @pytest.mark.parametrize("per_sample", [False, True], ids=["mean", "per_sample"])
 def test_opcheck(per_sample):
-    results = launch(run_opcheck, GramCase(N=5, B=2, d=32, per_sample=per_sample, sensitivity=per_sample))
+    results = launch(run_opcheck, GramCase(N=5, B=2, d=32, per_sample=per_sample))
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -287,7 +271,7 @@ def test_too_many_samples():
 def run_coefficients_on_the_device(case: GramCase) -> list[np.ndarray]:
     R, X, a, c, options = case.inputs(DEVICE)
     found = [
-        ops.level_increment_gram(R, X, a.to(device), c.to(device), backend="triton", **options).gram.cpu().numpy()
+        ops.level_increment_gram(R, X, a.to(device), c.to(device), backend="triton", **options).cpu().numpy()
         for device in ("cpu", DEVICE)
     ]
     return found

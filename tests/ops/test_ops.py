@@ -18,43 +18,31 @@ from fastsched.ops import (
 )
 
 GRAM_CASES = [
-    GramCase(N=13, d=1000, sensitivity=True),
-    GramCase(N=13, d=1000, sensitivity=True, per_sample=True),
+    GramCase(N=13, d=1000),
+    GramCase(N=13, d=1000, per_sample=True),
     GramCase(N=64, B=1, d=63, states="shared"),
     GramCase(N=33, states="none", per_sample=True),
     GramCase(N=2, B=3, d=1),
     GramCase(N=1, states="shared"),
     GramCase(N=128, B=1, d=20001, states="none"),
-    GramCase(N=16, dtype=torch.bfloat16, sensitivity=True),
+    GramCase(N=16, dtype=torch.bfloat16),
     GramCase(N=16, dtype=torch.float16, states="shared"),
-    GramCase(N=16, dtype=torch.float64, per_sample=True, sensitivity=True),
+    GramCase(N=16, dtype=torch.float64, per_sample=True),
     GramCase(N=24, d=4096, apart=1e-4),
 ]
 
 
 def assert_gram(case, found, R, X, a, c, options):
     dtype = case.dtype if case.dtype == torch.float64 else torch.float32
-    t = terms(R, X, a, c)
     # Six roundings at most make a term and two terms an increment, on either side; then the sum.
     relative = 16 * EPS[dtype] + summation_error(case.d, dtype)
     expected = reference.increment_gram(R, X, a, c, per_sample=True)
-    cross = reference.cross_gram(options["W"], R, X, a, c, per_sample=True) if case.sensitivity else None
-    scale = gram_scale(t)
+    scale = gram_scale(terms(R, X, a, c))
     if not case.per_sample:
         expected, scale = expected.mean(0), scale.mean(0)
-    assert found.gram.dtype == torch.float64
-    assert found.gram.shape == expected.shape
-    assert ((found.gram - expected).abs() <= relative * scale).all()
-    if cross is None:
-        assert found.cross is None
-        assert found.w_squared is None
-        return
-    norms = reference.squared_norms(options["W"], per_sample=case.per_sample)
-    cross_scale = gram_scale(options["W"], t)
-    if not case.per_sample:
-        cross, cross_scale = cross.mean(0), cross_scale.mean(0)
-    assert ((found.cross - cross).abs() <= relative * cross_scale).all()
-    assert ((found.w_squared - norms).abs() <= summation_error(case.d) * norms).all()
+    assert found.dtype == torch.float64
+    assert found.shape == expected.shape
+    assert ((found - expected).abs() <= relative * scale).all()
 
 
 @pytest.mark.parametrize("case", GRAM_CASES, ids=str)
@@ -80,7 +68,7 @@ def coefficients(kind: str, N: int) -> torch.Tensor:
 @pytest.mark.parametrize("of_X", ["constant", "zero", "through-zero", "wild", None])
 @pytest.mark.parametrize("of_R", ["constant", "zero", "rounded", "through-zero", "two-alike", "wild", "close"])
 def test_gram_with_any_coefficients(of_R, of_X):
-    case = GramCase(N=16, states="levels" if of_X else "none", sensitivity=True)
+    case = GramCase(N=16, states="levels" if of_X else "none")
     R, X, a, _, options = case.inputs()
     a, c = a if of_X is None else coefficients(of_X, 16), coefficients(of_R, 16)
     assert_gram(case, level_increment_gram(R, X, a, c, **options), R, X, a, c, options)
@@ -88,20 +76,20 @@ def test_gram_with_any_coefficients(of_R, of_X):
 
 def test_gram_of_levels_that_are_the_same():
     R = torch.randn(1, 2, 50, generator=torch.Generator().manual_seed(0)).expand(6, 2, 50)
-    gram = level_increment_gram(R, None, [0.0] * 6, [0.3] * 6).gram
+    gram = level_increment_gram(R, None, [0.0] * 6, [0.3] * 6)
     assert (gram[0, 0] > 0).all()
     assert (gram[1:] == 0).all()
 
 
 @pytest.mark.parametrize("states", ["none", "shared", "levels"])
 def test_gram_of_wide_blocks(states):
-    case = GramCase(N=33, B=1, d=9001, states=states, sensitivity=True)
+    case = GramCase(N=33, B=1, d=9001, states=states)
     R, X, a, c, options = case.inputs()
     assert_gram(case, level_increment_gram(R, X, a, c, **options), R, X, a, c, options)
 
 
 def test_gram_keeps_its_precision_when_a_program_lowers_that_of_matmul():
-    R, X, a, c, options = GramCase(N=16, B=1, d=9000, sensitivity=True).inputs()
+    R, X, a, c, options = GramCase(N=16, B=1, d=9000).inputs()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")  # bfloat16 products where the processor has them
     try:
@@ -110,11 +98,11 @@ def test_gram_keeps_its_precision_when_a_program_lowers_that_of_matmul():
         torch.set_float32_matmul_precision(before)
     # So the products are taken in float64, wherever this runs.
     bound = summation_error(9000, torch.float64) * gram_scale(terms(R, X, a, c)).mean(0)
-    assert ((found.gram - reference.increment_gram(R, X, a, c)).abs() <= 16 * bound).all()
+    assert ((found - reference.increment_gram(R, X, a, c)).abs() <= 16 * bound).all()
 
 
 def test_gram_of_strided_tensors():
-    case = GramCase(N=9, B=3, d=300, sensitivity=True)
+    case = GramCase(N=9, B=3, d=300)
     R, X, a, c, options = case.inputs()
     strided = torch.empty(3, 300, 9).permute(2, 0, 1).copy_(R)
     assert not strided.is_contiguous()
@@ -125,41 +113,33 @@ def test_gram_of_strided_tensors():
 def test_gram_takes_coefficients_of_any_kind(kind):
     R, X, a, c, options = GramCase().inputs()
     plain = level_increment_gram(R, X, kind(a.tolist()), kind(c.tolist()), **options)
-    assert torch.equal(plain.gram, level_increment_gram(R, X, a, c, **options).gram)
+    assert torch.equal(plain, level_increment_gram(R, X, a, c, **options))
 
 
 def test_inputs_that_require_gradients():
-    R, X, a, c, options = GramCase(sensitivity=True).inputs()
-    plain = level_increment_gram(R, X, a, c, **options)
-    sums = hutchinson_reduce(X, R)
+    R, X, a, c, options = GramCase().inputs()
+    results = lambda: (level_increment_gram(R, X, a, c, **options), *hutchinson_reduce(X, R))
+    plain = results()
     R.requires_grad_(), X.requires_grad_()
-    for found, expected in zip(level_increment_gram(R, X, a, c, **options), plain, strict=True):
-        assert torch.equal(found, expected)
-        assert not found.requires_grad
-    for found, expected in zip(hutchinson_reduce(X, R), sums, strict=True):
+    for found, expected in zip(results(), plain, strict=True):
         assert torch.equal(found, expected)
         assert not found.requires_grad
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("where", ["R", "X", "W"])
+@pytest.mark.parametrize("where", ["R", "X"])
 def test_gram_lets_bad_numbers_through(bad, where):
-    R, X, a, c, options = GramCase(sensitivity=True).inputs()
-    {"R": R, "X": X, "W": options["W"]}[where][3, 1, 40] = bad
-    gram, cross, w_squared = level_increment_gram(R, X, a, c, **options)
-    if where == "W":
-        assert not cross[3].isfinite().any()
-        assert not w_squared[3].isfinite()
-        assert gram.isfinite().all()
-    else:
-        assert not gram[3].isfinite().any()
-        assert not gram[:, 4].isfinite().any()
-        assert gram[:3, :3].isfinite().all()
+    R, X, a, c, options = GramCase().inputs()
+    {"R": R, "X": X}[where][3, 1, 40] = bad
+    gram = level_increment_gram(R, X, a, c, **options)
+    assert not gram[3].isfinite().any()
+    assert not gram[:, 4].isfinite().any()
+    assert gram[:3, :3].isfinite().all()
 
 
 def test_close_levels_keep_their_distance():
     R, _, a, c, options = GramCase(N=32, B=1, d=5000, states="none", apart=1e-4).inputs()
-    found = pairwise_squared_distances(level_increment_gram(R, None, a, c, **options).gram)
+    found = pairwise_squared_distances(level_increment_gram(R, None, a, c, **options))
     expected = reference.squared_distances(reference.levels(R, None, a, c))
     adjacent = range(31), range(1, 32)
     assert ((found[adjacent] - expected[adjacent]).abs() <= 1e-5 * expected[adjacent]).all()
@@ -204,7 +184,7 @@ class LargestStorage(TorchDispatchMode):
 def test_gram_needs_little_memory(states, dtype):
     R, X, a, c, _options = GramCase(N=64, B=4, d=65536, states=states, dtype=dtype, apart=0.1).inputs()
     with LargestStorage() as storage:
-        eager.level_gram(R, X, None, torch.stack([a, c]), False)
+        eager.level_gram(R, X, torch.stack([a, c]), False)
     assert 0 < storage.largest <= R.nbytes / 4
 
 
@@ -236,8 +216,8 @@ def test_hutchinson_finds_a_trace():
 @pytest.mark.parametrize("states", ["none", "shared", "levels"])
 @pytest.mark.parametrize("per_sample", [False, True], ids=["mean", "per_sample"])
 def test_opcheck_level_gram(states, per_sample):
-    R, X, a, c, options = GramCase(N=5, d=33, states=states, sensitivity=per_sample).inputs()
-    arguments = (R, X, options.get("W"), torch.stack([a, c]), per_sample, "bf16x3", False)
+    R, X, a, c, _ = GramCase(N=5, d=33, states=states).inputs()
+    arguments = (R, X, torch.stack([a, c]), per_sample, "bf16x3", False)
     torch.library.opcheck(torch.ops.fastsched.level_gram, arguments)
 
 
@@ -254,15 +234,11 @@ def test_opcheck_hutchinson(probe):
 
 @pytest.mark.slow
 def test_compiles_without_graph_breaks():
-    R, X, a, c, options = GramCase(N=6, d=50, sensitivity=True).inputs()
+    *inputs, _ = GramCase(N=6, d=50).inputs()
 
-    def everything(R, X, W, a, c):
-        result = level_increment_gram(R, X, a, c, W=W)
-        distances = pairwise_squared_distances(result.gram)
-        sums = hutchinson_reduce(X, R)
-        return distances, result.cross, result.w_squared, *sums
+    def everything(R, X, a, c):
+        return pairwise_squared_distances(level_increment_gram(R, X, a, c)), *hutchinson_reduce(X, R)
 
-    inputs = R, X, options["W"], a, c
     compiled = torch.compile(everything, fullgraph=True)(*inputs)
     for got, want in zip(compiled, everything(*inputs), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)  # float64; fusion may reorder sums
@@ -291,7 +267,6 @@ ERRORS = {
         lambda: level_increment_gram(R3, R3[:3], [1] * 4, [1] * 4),
         r"X must be \[4, 2, 8\] or \[2, 8\]",
     ),
-    "W-shape": (lambda: level_increment_gram(R3, None, [1] * 4, [1] * 4, W=R3[0]), r"W must be \[4, 2, 8\]"),
     "a-shape": (lambda: level_increment_gram(R3, R3, [1] * 3, [1] * 4), r"a must be \[4\].*\(3,\)"),
     "c-shape": (lambda: level_increment_gram(R3, R3, [1] * 4, [[1] * 4]), r"c must be \[4\].*\(1, 4\)"),
     "device": (
@@ -323,7 +298,7 @@ import torch
 from fastsched import ops
 from fastsched.ops import reference
 R = torch.randn(4, 2, 30)
-found = ops.level_increment_gram(R, None, [0.0] * 4, [1.0] * 4).gram
+found = ops.level_increment_gram(R, None, [0.0] * 4, [1.0] * 4)
 expected = reference.increment_gram(R, None, torch.zeros(4), torch.ones(4))
 assert (found - expected).abs().max() <= 1e-5 * expected.max()
 """

@@ -4,20 +4,15 @@ import math
 
 import pytest
 import torch
-from models import exact_denoisers, mixture
+from models import exact_denoisers, gaussian, mixture
 
 import fastsched as fs
 from fastsched.costs import stein_corrector
 from fastsched.denoisers.noise import log_uniform
 
 
-def _gaussian(d=64, std=0.5):
-    oracle = fs.oracles.Gaussian(std, (d,))
-    return oracle, fs.Denoiser.from_denoiser(oracle.denoise, 0.002, 80.0)
-
-
 def test_summed_lengths_approach_the_closed_form():
-    oracle, denoiser = _gaussian()
+    oracle, denoiser = gaussian(64)
     exact = float(oracle.corrector_length(80.0) - oracle.corrector_length(0.002))
     data = oracle.sample(2048, seed=1, dtype=torch.float64)
     # To 1%. Steps of h in log s: "noisier" is h too long at high noise (h = 0.0066 at 1,600 levels), "cleaner" only
@@ -39,7 +34,7 @@ def test_summed_lengths_approach_the_closed_form():
 @pytest.mark.parametrize("from_data", [True, False], ids=["data", "path"])
 @pytest.mark.parametrize("steps", [4, 8, 16])
 def test_gaussian_schedule_has_equal_exact_lengths(steps, from_data):
-    oracle, denoiser = _gaussian()
+    oracle, denoiser = gaussian(64)
     schedule = fs.score_optimal_schedule(
         denoiser,
         steps,
@@ -55,7 +50,7 @@ def test_gaussian_schedule_has_equal_exact_lengths(steps, from_data):
 
 
 def test_last_node_is_replaced_by_zero_or_kept():
-    _, denoiser = _gaussian()
+    _, denoiser = gaussian(64)
     settings = {"shape": (64,), "samples": 4, "progress": False}
     replaced = fs.score_optimal_schedule(denoiser, 6, **settings)
     kept = fs.score_optimal_schedule(denoiser, 7, spare_last=False, **settings)
@@ -94,21 +89,14 @@ def test_four_dynamics_agree_in_s(method):
 
 
 def test_flow_models_start_from_pure_noise():
-    oracle = fs.oracles.Gaussian(0.5, (16,))
-
-    def velocity(x, t):  # E[eps - x0 | x] at t = 1 is x itself: the data's mean is 0
-        t = t.reshape(-1, 1)
-        inner = t.clamp(max=1 - 1e-6)
-        clean = oracle.denoise(x / (1 - inner), (inner / (1 - inner))[:, 0])
-        return (x - clean) / t
-
-    schedule = fs.score_optimal_schedule(fs.Denoiser.from_velocity(velocity), 5, shape=(16,), progress=False)
+    oracle, exploding = gaussian(16, 2e-3 / (1 - 2e-3), 100.0)
+    flow = fs.Denoiser.from_velocity(exact_denoisers(oracle)["velocity"].network)
+    schedule = fs.score_optimal_schedule(flow, 5, shape=(16,), progress=False)
     assert schedule.sigmas[0] == 1
     assert schedule.sigmas[-1] == 0
     assert schedule.noise == "flow"
     assert len(schedule.sigmas) == 6
     # The inner nodes are those of the variance-exploding model between the same finite levels.
-    exploding = fs.Denoiser.from_denoiser(oracle.denoise, 2e-3 / (1 - 2e-3), 100.0)
     expected = fs.score_optimal_schedule(exploding, 5, shape=(16,), progress=False).sigmas
     torch.testing.assert_close(schedule.sigmas[1:5], (expected / (1 + expected))[1:5], rtol=0.01, atol=0.0)
 
@@ -124,7 +112,7 @@ def test_integer_timesteps_are_levels_the_network_knows():
 
 
 def test_same_seed_same_schedule_and_bad_steps():
-    _, denoiser = _gaussian(8)
+    _, denoiser = gaussian(8)
     first, again = (fs.score_optimal_schedule(denoiser, 5, shape=(8,), seed=4, progress=False) for _ in range(2))
     assert torch.equal(first.sigmas, again.sigmas)
     with pytest.raises(ValueError, match="steps must be at least 1"):

@@ -96,14 +96,6 @@ class Gaussian(Oracle):
         scale = torch.sqrt((self.std**2 + end**2) / (self.std**2 + start**2))
         return as_states(mean + scale * (flat - mean), z)
 
-    def sensitivity(self, s: float | Tensor) -> Tensor:
-        """How much an error at level ``s`` still weighs at level 0: ``phi = c^2 / (c^2 + s^2)``.
-
-        That is ``|Phi|_F^2 / d`` with ``Phi = d z_end / d z_s`` the derivative of the flow from ``s`` to 0.
-        """
-        s = as_float64(s)
-        return self.std**2 / (self.std**2 + s * s)
-
     def optimal_ddim_schedule(self, steps: int, s_max: float) -> Tensor:
         """The best schedule of ``steps`` Euler (DDIM) steps from ``s_max`` to 0, float64 [steps + 1].
 
