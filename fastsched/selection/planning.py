@@ -72,11 +72,10 @@ def error_curve(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", max_st
         ValueError: If an argument is out of range or unknown.
     """
     validate.arguments(locals(), stats=is_statistics, solver=is_solver)
+    if max_steps >= stats.levels:
+        raise ValueError(f"max_steps must be at most {stats.levels - 1} on {stats.levels} levels, got {max_steps}")
     method = chosen_solver(solver)
-    count = validate.positive_int("max_steps", max_steps)
-    schedules = list(islice(best_schedules(stats, method), count))
-    if len(schedules) < count:
-        raise ValueError(f"max_steps must be at most {len(schedules)} on {stats.levels} levels, got {count}")
+    schedules = list(islice(best_schedules(stats, method), max_steps))
     return ErrorCurve(
         solver=method.name,
         steps=tuple(range(1, max_steps + 1)),

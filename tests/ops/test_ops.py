@@ -8,7 +8,6 @@ import torch
 from kernel_cases import EPS, GramCase, gram_scale, summation_error, terms
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsched import ops
 from fastsched.ops import (
     eager,
     hutchinson_reduce,
@@ -182,7 +181,7 @@ class LargestStorage(TorchDispatchMode):
 @pytest.mark.parametrize("states", ["none", "shared", "levels"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_gram_needs_little_memory(states, dtype):
-    R, X, a, c, _options = GramCase(N=64, B=4, d=65536, states=states, dtype=dtype, apart=0.1).inputs()
+    R, X, a, c, _options = GramCase(N=64, B=4, d=16384, states=states, dtype=dtype, apart=0.1).inputs()
     with LargestStorage() as storage:
         eager.level_gram(R, X, torch.stack([a, c]), False)
     assert 0 < storage.largest <= R.nbytes / 4
@@ -301,12 +300,6 @@ R = torch.randn(4, 2, 30)
 found = ops.level_increment_gram(R, None, [0.0] * 4, [1.0] * 4)
 expected = reference.increment_gram(R, None, torch.zeros(4), torch.ones(4))
 assert (found - expected).abs().max() <= 1e-5 * expected.max()
+assert not [name for name in sys.modules if name.startswith("fastsched.kernels")]
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
-
-
-def test_loads_no_triton_itself():
-    script = "import sys, fastsched.ops; print([m for m in sys.modules if m.startswith('fastsched.kernels')])"
-    out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=120)
-    assert out.stdout.strip() == "[]"
-    assert ops.BACKENDS == ("auto", "triton", "torch")

@@ -30,8 +30,7 @@ def gaussian_cells(levels, steps, polish=True, responses=True):
     return float((found[1:-1] / exact[1:-1]).log().abs().max()) / cell
 
 
-@pytest.mark.parametrize("steps", [5, 8, 16])
-@pytest.mark.parametrize("levels", [64, 128, 256])
+@pytest.mark.parametrize(("levels", "steps"), [(64, 5), (64, 16), (128, 8), (256, 8)])
 def test_gaussian_ddim_schedule_is_the_closed_form(levels, steps):
     """``s_n = c tan(theta_n)``, ``theta`` equally spaced (Align Your Steps, theorem 3.1), to 1.5 cells."""
     assert gaussian_cells(levels, steps) <= 1.5
@@ -140,10 +139,10 @@ def zero_terminal_denoiser(oracle):
 @pytest.fixture(scope="module")
 def zero_terminal():
     denoiser = zero_terminal_denoiser(fs.oracles.Gaussian(C, (4,)))
-    return denoiser, fs.measure(denoiser, (4,), levels=24, samples=2, progress=False)
+    return denoiser, fs.measure(denoiser, (4,), levels=16, samples=2, progress=False)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 8, 23])
+@pytest.mark.parametrize("steps", [1, 2, 8, 15])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_starts_from_pure_noise(zero_terminal, solver, steps):
     denoiser, stats = zero_terminal
