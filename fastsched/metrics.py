@@ -20,11 +20,8 @@ def squared_distances(samples: Tensor, reference: Tensor) -> Tensor:
         ValueError: If the shapes differ, there is no sample, or an entry is NaN or inf.
     """
     validate.arguments(locals(), samples=validate.tensor, reference=validate.tensor)
-    if samples.shape != reference.shape:
-        raise ValueError(
-            f"samples and reference must have the same shape, got {tuple(samples.shape)} and {tuple(reference.shape)}"
-        )
-    return (_rows("samples", samples) - _rows("reference", reference)).square().sum(1)
+    x, y = _same_shape(samples, reference)
+    return (x - y).square().sum(1)
 
 
 def rounding_floor(ends: Tensor) -> Tensor:
@@ -129,16 +126,21 @@ def sliced_wasserstein(samples: Tensor, reference: Tensor, *, projections: int =
     Source: Bonneel et al. 2015, "Sliced and Radon Wasserstein barycenters of measures".
     """
     validate.arguments(locals(), samples=validate.tensor, reference=validate.tensor, projections=validate.positive_int)
-    if samples.shape != reference.shape:
-        raise ValueError(
-            f"samples and reference must have the same shape, got {tuple(samples.shape)} and {tuple(reference.shape)}"
-        )
-    x, y = _rows("samples", samples), _rows("reference", reference)
+    x, y = _same_shape(samples, reference)
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(x.shape[1], projections, generator=generator, dtype=torch.float64)
     directions = directions / directions.norm(dim=0)
     gaps = (x @ directions).sort(dim=0).values - (y @ directions).sort(dim=0).values
     return float(gaps.square().mean().sqrt())
+
+
+def _same_shape(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as rows, if they have one shape."""
+    if samples.shape != reference.shape:
+        raise ValueError(
+            f"samples and reference must have the same shape, got {tuple(samples.shape)} and {tuple(reference.shape)}"
+        )
+    return _rows("samples", samples), _rows("reference", reference)
 
 
 def _rows(name: str, samples: Tensor) -> Tensor:

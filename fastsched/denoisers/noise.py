@@ -28,9 +28,11 @@ class NoiseProcess:
 
     Attributes:
         kind: ``"ve"``, ``"vp"`` or ``"flow"``.
+        integer_timesteps: Whether the network accepts only the integer timesteps that it was trained on.
     """
 
     kind: ClassVar[str]
+    integer_timesteps: bool = False
 
     @property
     def s_min(self) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastsched.costs.norms import Array
 from fastsched.denoisers.noise import NoiseProcess
@@ -35,10 +36,26 @@ def at_known_levels(process: NoiseProcess, objective: Objective) -> Objective:
 
 def separate(process: NoiseProcess, levels: Array) -> NDArray[np.bool_]:
     """Whether the nodes of C schedules [C, steps + 1] are `APART`, [C]; integer timesteps need only be different."""
-    ratio = 1.0 if getattr(process, "integer_timesteps", False) else math.exp(-APART)
+    ratio = 1.0 if process.integer_timesteps else math.exp(-APART)
     return np.asarray((levels[:, 1:] < ratio * levels[:, :-1]).all(axis=1))
 
 
 def known_levels(process: NoiseProcess, levels: Array) -> Array:
     """The nearest levels that the network knows: ``levels`` themselves, but for integer timesteps."""
     return process.nearest(torch.from_numpy(np.asarray(levels, dtype=np.float64))).numpy()
+
+
+def distinct_levels(levels: Tensor, known: Tensor) -> Tensor:
+    """``levels`` [steps + 1], the last 0, moved to distinct ones of ``known``, as near in ``log s`` as order allows.
+
+    Args:
+        levels: Descending.
+        known: Levels [N], descending, at least as many as steps.
+    """
+    chosen: list[int] = []
+    inner = levels[:-1]
+    for n, level in enumerate(inner):
+        low, high = (chosen[-1] + 1 if chosen else 0), len(known) - (len(inner) - n)
+        nearest = int((known.log() - level.log()).abs().nan_to_num(nan=0.0).argmin())  # inf - inf: pure noise itself
+        chosen.append(min(max(nearest, low), high))
+    return torch.cat([known[chosen], known.new_zeros(1)])

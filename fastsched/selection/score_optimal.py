@@ -17,6 +17,7 @@ from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import is_any_solver, solver_name
 from fastsched.selection.arc_length import equal_arc_length
+from fastsched.selection.constraints import distinct_levels
 from fastsched.selection.dynamic_programming import first_order_paths
 
 
@@ -137,19 +138,13 @@ def _is_grid(name: str, value: object) -> None:
 
 
 def _to_zero(process: NoiseProcess, nodes: Tensor, steps: int) -> Tensor:
-    """``steps`` nodes, then 0, with the first at pure noise if the process starts there.
-
-    A network with integer timesteps was trained at certain levels only: each node moves to the nearest one below the
-    node before it.
-    """
+    """``steps`` nodes at levels that the network knows, then 0; the first at pure noise if the process starts there."""
     s = torch.cat([nodes[:steps], nodes.new_zeros(1)])
     if math.isinf(process.s_max):
         s[0] = process.s_max
     if isinstance(process, VariancePreserving) and process.integer_timesteps:
-        known = process.trained_levels
-        for n in range(steps):
-            known = known[known < s[n - 1]] if n else known
-            if len(known) == 0:
-                raise ValueError(f"steps = {steps} is too many: the network has fewer integer timesteps in this range")
-            s[n] = known[(known.log() - s[n].log()).abs().nan_to_num(0.0).argmin()]  # inf - inf at the start
+        known = process.trained_levels.flip(0)
+        if steps > len(known):
+            raise ValueError(f"steps must be at most {len(known)}, the network's number of timesteps, got {steps}")
+        return distinct_levels(s, known)
     return s

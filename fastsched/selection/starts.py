@@ -15,6 +15,7 @@ from fastsched.sampling.fitted import stock_weights
 from fastsched.sampling.sampler import nodes_of
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED, Solver, get_solver
+from fastsched.selection.constraints import distinct_levels
 from fastsched.selection.descent import coordinate_descent
 from fastsched.selection.dynamic_programming import Selection, cheapest_paths
 
@@ -65,8 +66,8 @@ def common_levels(stats: PathStatistics, steps: int) -> dict[str, Tensor]:
         levels["uniform timesteps"] = torch.cat([trained[uniform], trained.new_zeros(1)])
     for each in levels.values():
         each[0] = stats.s[0]  # pure noise, where the process starts from it
-    if getattr(process, "integer_timesteps", False):
-        return {name: _distinct(each, stats.s) for name, each in levels.items()}
+    if process.integer_timesteps:
+        return {name: distinct_levels(each, stats.s) for name, each in levels.items()}
     if process.kind == "flow":
         top = float(process.sampler_sigma(stats.s[:1]))
         for name, shift in {"uniform times": 1.0, "shift 3": 3.0}.items():
@@ -80,14 +81,3 @@ def even_schedule(process: NoiseProcess, steps: int, solver: str) -> Schedule:
     levels = torch.cat([levels, levels.new_zeros(1)])
     weights = stock_weights(get_solver("dpmpp_2m"), nodes_of(process, levels)) if solver == FITTED else None
     return Schedule.from_levels(process, levels, solver, weights=weights)
-
-
-def _distinct(levels: Tensor, s: Tensor) -> Tensor:
-    """``levels`` [steps + 1] moved to distinct levels of the grid ``s``, as near as order allows."""
-    chosen: list[int] = []
-    inner = levels[:-1]
-    for n, level in enumerate(inner):
-        low, high = (chosen[-1] + 1 if chosen else 0), len(s) - (len(inner) - n)
-        nearest = int((s.log() - level.log()).abs().nan_to_num(nan=0.0).argmin())  # inf - inf: pure noise itself
-        chosen.append(min(max(nearest, low), high))
-    return torch.cat([s[chosen], s.new_zeros(1)])

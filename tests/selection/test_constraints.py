@@ -6,7 +6,7 @@ import torch
 from models import exact_denoisers, mixture, vp_table
 
 import fastsched as fs
-from fastsched.selection.constraints import APART, at_known_levels, known_levels
+from fastsched.selection.constraints import APART, at_known_levels, distinct_levels, known_levels
 
 KINDS = exact_denoisers(mixture(d=4))
 ZERO_TERMINAL = torch.cat([vp_table(200)[:-1], torch.zeros(1)])
@@ -55,3 +55,13 @@ def test_known_levels_of_an_integer_network():
     assert np.isfinite(objective(close)).tolist() == [False, True]
     stats = fs.measure(DENOISERS["zero-terminal"], (4,), levels=5, samples=1, checks=False, progress=False)
     assert stats.finite_range[1] < 1e3
+
+
+def test_distinct_levels_keep_their_order_and_leave_room_for_the_rest():
+    known = torch.tensor([math.inf, 8.0, 4.0, 2.0, 1.0])
+    for levels, expected in [
+        ([math.inf, 3.9, 3.8, 0.0], [math.inf, 4.0, 2.0, 0.0]),
+        ([1.2, 1.1, 1.0, 0.0], [4.0, 2.0, 1.0, 0.0]),
+        ([9.0, 8.0, 7.0, 6.0, 5.0, 0.0], [*known.tolist(), 0.0]),
+    ]:
+        assert distinct_levels(torch.tensor(levels), known).tolist() == expected
