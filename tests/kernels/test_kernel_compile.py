@@ -189,7 +189,6 @@ GRAM = [
     *(Gram(arch, states="none", R="float16", X="float16") for arch in ("sm_80", "sm_90")),
     *(Gram(arch, N=16, R="bfloat16") for arch in ("sm_80", "sm_90", "sm_100", "gfx942")),
     *(Gram(arch, N=N, states="vectors") for arch in config.ARCHITECTURES for N in (64, 128, 256)),
-    *(Gram("sm_90", N=24, precision=precision) for precision in ("bf16x3", "ieee")),
 ]
 
 # Bytes of stack that are allowed, each with its reason. Everything else must have none.

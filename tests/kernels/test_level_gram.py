@@ -49,11 +49,11 @@ CASES = [
 ]
 
 
-# Every number of levels with every kind of state, averaged and per sample, far apart and close; odd d.
+# Every number of levels with every kind of state, averaged and per sample; in turn far apart and close; odd d.
 GRID = [
-    GramCase(N=N, B=2, d=35, states=states, per_sample=per_sample, apart=apart)
-    for N, states, per_sample, apart in itertools.product(
-        (13, 16, 24, 33, 64, 100, 128, 256), ("none", "shared", "levels"), (False, True), (1e-1, 1e-4)
+    GramCase(N=N, B=2, d=35, states=states, per_sample=per_sample, apart=(1e-1, 1e-4)[(n + k + per_sample) % 2])
+    for (n, N), (k, states), per_sample in itertools.product(
+        enumerate((13, 16, 24, 33, 64, 100, 128, 256)), enumerate(("none", "shared", "levels")), (False, True)
     )
 ]
 

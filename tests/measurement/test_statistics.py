@@ -214,12 +214,12 @@ def test_changed_tensor(stats, tmp_path, name):
     assert str(path) in str(caught.value)
 
 
-def test_every_flipped_bit_is_found(tmp_path):
+def test_a_flipped_bit_of_any_byte_is_found(tmp_path):
     path = tmp_path / "stats.safetensors"
     fs.measure(KINDS["x0"], (4,), levels=4, samples=1, progress=False).save(path)
     whole = path.read_bytes()
     accepted = []
-    for n in range(8 * len(whole)):
+    for n in range(0, 8 * len(whole), 3):  # two or three bits of every byte
         damaged = bytearray(whole)
         damaged[n // 8] ^= 1 << n % 8
         path.write_bytes(damaged)
