@@ -5,18 +5,15 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.common import append, copy_bandwidth, environment, interleaved, quantiles, table
+from benchmarks.common import append, copy_bandwidth, environment, interleaved, table
+from benchmarks.speed.options import KEY, parsed, parser, row_of
 from fastsched.ops import hutchinson_reduce, reference
-
-KEY = ("device", "threads", "clock", "torch", "commit", "case", "variant")
 
 
 def plain(V: Tensor, JV: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,9 +48,7 @@ def compare(
     seconds = interleaved({name: call for name, (call, _, _) in found.items()}, device, repeats, clock=clock)
     rows = []
     for name, (call, V, nbytes) in found.items():
-        row = {"case": f"{shape} {dtype}", "variant": name, "bytes": nbytes, "clock": clock} | quantiles(seconds[name])
-        if bandwidth is not None:
-            row["share_of_copy_bandwidth"] = round(nbytes / float(np.median(seconds[name])) / bandwidth, 3)
+        row = row_of(f"{shape} {dtype}", name, seconds[name], nbytes, bandwidth, clock)
         size = JV[0].double().abs().sum(-1)  # what a sum's error is measured against
         error = (call()[0][0].double() - reference.hutchinson(V if V.ndim == 2 else V[:1], JV[:1])[0][0]).abs() / size
         rows.append(row | {"error": f"{error.max():.1e}"} | environment(device))
@@ -62,16 +57,7 @@ def compare(
 
 def main() -> None:
     """Compare, print, append to the results."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--dry-run", action="store_true", help="print only")
-    parser.add_argument("--threads", type=int, help="of PyTorch; one is steadier on a busy machine")
-    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: seconds computed, not passed")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parsed(parser(__doc__))
     shape = (48, 4, 1 << 22) if options.device == "cuda" else (48, 4, 1 << 16)
     for dtype in (torch.float32, torch.bfloat16):
         rows = compare(shape, dtype, options.device, options.compiled, options.repeats, options.clock)

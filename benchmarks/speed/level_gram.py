@@ -6,7 +6,6 @@ Run ``python -m benchmarks.speed.level_gram`` for the interleaved comparison (on
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.common import append, copy_bandwidth, environment, interleaved, quantiles, table
+from benchmarks.common import append, copy_bandwidth, environment, interleaved, table
+from benchmarks.speed.options import KEY, parsed, parser, row_of
 from fastsched.ops import level_increment_gram, pairwise_squared_distances, reference
-
-KEY = ("device", "threads", "clock", "torch", "commit", "case", "variant")
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,8 @@ class Case:
         X = None
         if self.states != "none":
             X = torch.randn(shape, generator=generator, device=device)
-            X = (
-                X
-                if self.states == "shared"
-                else X * (1 + self.apart * torch.arange(self.N, device=device).view(-1, 1, 1))
-            )
+            if self.states == "levels":
+                X = X * (1 + self.apart * torch.arange(self.N, device=device).view(-1, 1, 1))
         drift = self.apart * torch.arange(self.N, dtype=torch.float64)
         return R, X, 0.5 + drift, 1.0 + drift
 
@@ -136,10 +131,8 @@ def compare(case: Case, device: str, compiled: bool, bandwidth: float | None, re
     rows = []
     for name, taken in seconds.items():
         scale = case.B if name.startswith("level_increment_gram") else 1  # ours is a mean over samples
-        row = {"case": str(case), "variant": name} | quantiles(taken)
-        row |= {"clock": clock, "times_ours": round(float(np.median(taken)) / ours, 3), "bytes": nbytes}
-        if bandwidth is not None:
-            row["share_of_copy_bandwidth"] = round(nbytes / float(np.median(taken)) / bandwidth, 3)
+        row = row_of(case, name, taken, nbytes, bandwidth, clock)
+        row["times_ours"] = round(float(np.median(taken)) / ours, 3)
         rows.append(row | errors(scale * functions[name](), want) | environment(device))
     return rows
 
@@ -157,25 +150,16 @@ def cases(device: str) -> list[Case]:
 
 def main() -> None:
     """Compare, print, append to the results."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--levels", type=int, help="only the cases of this many levels")
-    parser.add_argument("--dry-run", action="store_true", help="print only")
-    parser.add_argument("--threads", type=int, help="of PyTorch; one is steadier on a busy machine")
-    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: seconds computed, not passed")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    own = parser(__doc__)
+    own.add_argument("--levels", type=int, help="only the cases of this many levels")
+    options = parsed(own)
     bandwidth = copy_bandwidth() if options.device == "cuda" else None
     for case in cases(options.device):
         if options.levels not in (None, case.N):
             continue
         rows = compare(case, options.device, options.compiled, bandwidth, options.repeats, options.clock)
-        print(
-            case, table(rows, ("variant", "p50_ms", "times_ours", "error_adjacent", "error_all")), sep="\n", flush=True
-        )
+        columns = ("variant", "p50_ms", "times_ours", "error_adjacent", "error_all")
+        print(case, table(rows, columns), sep="\n", flush=True)
         if not options.dry_run:
             append("level_gram", rows, KEY)
 

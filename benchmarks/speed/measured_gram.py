@@ -6,7 +6,6 @@ there is one; rows go to ``results/measured_gram.csv``.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,10 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.common import append, copy_bandwidth, environment, interleaved, quantiles, table
+from benchmarks.common import append, copy_bandwidth, environment, interleaved, table
+from benchmarks.speed.options import KEY, parsed, parser, row_of
 from fastsched.ops import vector_gram
-
-KEY = ("device", "threads", "clock", "torch", "commit", "case", "variant")
 
 
 @dataclass(frozen=True)
@@ -72,10 +70,8 @@ def compare(case: Case, device: str, compiled: bool, bandwidth: float | None, re
     norms = want.diagonal(dim1=1, dim2=2).sqrt()
     rows = []
     for name, taken in seconds.items():
-        row = {"case": str(case), "variant": name} | quantiles(taken)
-        row |= {"clock": clock, "times_ours": round(float(np.median(taken)) / ours, 3), "bytes": vectors.nbytes}
-        if bandwidth is not None:
-            row["share_of_copy_bandwidth"] = round(vectors.nbytes / float(np.median(taken)) / bandwidth, 3)
+        row = row_of(case, name, taken, vectors.nbytes, bandwidth, clock)
+        row["times_ours"] = round(float(np.median(taken)) / ours, 3)
         error = (functions[name]()[:1].double() - want).abs() / (norms[:, :, None] * norms[:, None, :])
         rows.append(row | {"error": f"{float(error.max()):.1e}"} | environment(device))
     return rows
@@ -91,16 +87,7 @@ def cases(device: str) -> list[Case]:
 
 def main() -> None:
     """Compare, print, append to the results."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--dry-run", action="store_true", help="print only")
-    parser.add_argument("--threads", type=int, help="of PyTorch; one is steadier on a busy machine")
-    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: seconds computed, not passed")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parsed(parser(__doc__))
     bandwidth = copy_bandwidth() if options.device == "cuda" else None
     for case in cases(options.device):
         rows = compare(case, options.device, options.compiled, bandwidth, options.repeats, options.clock)
