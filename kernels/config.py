@@ -11,16 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-SHARED_MEMORY = {  # bytes one program may use
-    "sm_80": 163 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "sm_120": 99 * 1024,
-    "gfx942": 64 * 1024,
-}
-
 
 @dataclass(frozen=True)
 class GramLaunch:
@@ -118,7 +108,7 @@ def nearest(capability: int) -> str:
     Raises:
         ValueError: It is older than all of them.
     """
-    known = [int(name[3:]) for name in ARCHITECTURES if name.startswith("sm_")]
+    known = [int(name[3:]) for name in FAMILIES if name.startswith("sm_")]
     below = [number for number in known if number <= capability]
     if not below:
         raise ValueError(f"compute capability must be at least 8.0; got {capability / 10}")
@@ -136,7 +126,7 @@ def gram_launch(N: int, itemsize: int, arch: str, *, precision: str, aligned: bo
     Args:
         N: Number of levels.
         itemsize: Bytes of an element of the widest input.
-        arch: One of `ARCHITECTURES`; another gfx name counts as gfx942, any other as sm_80.
+        arch: One of `FAMILIES`; another gfx name counts as gfx942, any other as sm_80.
         precision: ``"bf16x3"``, ``"tf32x3"`` or ``"ieee"``.
         aligned: Whether rows start on 16-element boundaries, so that loads can be wide.
     """

@@ -27,7 +27,7 @@ from fastsched.costs.fitted_weights import rollouts
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.surrogate import Outcome, Surrogate
 from fastsched.measurement.statistics import PathStatistics, is_statistics
-from fastsched.metrics import EXPONENT, power_mean
+from fastsched.metrics import power_mean
 from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.sampler import is_run, schedule_solver
 from fastsched.sampling.schedule import Schedule
@@ -46,22 +46,20 @@ class ErrorModel:
     Attributes:
         surrogate: The denoiser as measured.
         solver: The solver.
-        exponent: ``p`` of the power mean over samples.
     """
 
     surrogate: Surrogate
     solver: Solver
-    exponent: float = EXPONENT
 
     @classmethod
-    def of(cls, stats: PathStatistics, solver: str | Solver, exponent: float = EXPONENT) -> ErrorModel:
+    def of(cls, stats: PathStatistics, solver: str | Solver) -> ErrorModel:
         """The model that the statistics leave."""
-        return cls(Surrogate.of(stats), chosen_solver(solver), exponent)
+        return cls(Surrogate.of(stats), chosen_solver(solver))
 
     def __call__(self, levels: Array) -> Array:
         """The predicted errors of C schedules, [C], from their levels ``s`` [C, steps + 1], descending to 0."""
         found, _ = rollouts(self.surrogate, levels, self.solver)
-        return power_mean(squared_errors(self.surrogate.norms, found.outcome), self.exponent)
+        return power_mean(squared_errors(self.surrogate.norms, found.outcome))
 
     def weights(self, levels: Array) -> Tensor | None:
         """The weights of the fitted solver for one schedule's levels [steps + 1], [steps, steps]; None for others."""

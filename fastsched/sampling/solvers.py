@@ -168,7 +168,7 @@ def solver_name(solver: str | Solver) -> str:
     """
     if isinstance(solver, Solver):
         return solver.name
-    known = _known("solver", solver, [*SOLVERS, *ALIASES, *STOCHASTIC_SOLVERS, FITTED])
+    known = _known(solver, [*SOLVERS, *ALIASES, *STOCHASTIC_SOLVERS, FITTED])
     return ALIASES.get(known, known)
 
 
@@ -202,18 +202,18 @@ def get_solver(solver: str | Solver) -> Solver:
             "fastsched.optimal_schedule or fastsched.fit returned with solver='fitted'"
         )
     if name not in SOLVERS:
-        _known("solver", solver, [*SOLVERS, *ALIASES])
+        _known(solver, [*SOLVERS, *ALIASES])
     return SOLVERS[name]
 
 
-def _known(name: str, solver: object, names: list[str]) -> str:
+def _known(solver: object, names: list[str]) -> str:
     """As `validate.choice`; of a name from a sampler's menu or a library, the error suggests what it is here."""
     if isinstance(solver, str) and solver not in names:
         found, _ = known_as(solver, names)
         if found is not None:
             known = ", ".join(map(repr, names))
-            raise ValueError(f"{name} must be one of {known}, got {solver!r}; did you mean {found!r}?")
-    return validate.choice(name, solver, names)
+            raise ValueError(f"solver must be one of {known}, got {solver!r}; did you mean {found!r}?")
+    return validate.choice("solver", solver, names)
 
 
 def from_pure_noise(solver: Solver, start: Node) -> bool:

@@ -18,6 +18,9 @@ OPEN_GAP = 1.5
 #: Improvements at one share of the gap, for each node.
 IMPROVEMENTS = 3
 
+#: On a grid: how many levels a node may move at once, between its neighbours, and the most passes over all nodes.
+REACH, SWEEPS = 3, 20
+
 
 def descend(
     error: Callable[[Array], Array],
@@ -63,25 +66,21 @@ def descend(
     return best, lowest
 
 
-def coordinate_descent(
-    objective: Callable[[Sequence[int], int], float], nodes: Sequence[int], *, reach: int = 3, sweeps: int = 20
-) -> list[int]:
-    """Move one inner node at a time over a grid, by up to ``reach`` levels, as long as the objective falls.
+def coordinate_descent(objective: Callable[[Sequence[int], int], float], nodes: Sequence[int]) -> list[int]:
+    """Move one inner node at a time over a grid, by up to `REACH` levels, as long as the objective falls.
 
     Args:
         objective: ``objective(nodes, n)``: of ascending level indices, the part that node ``n`` has to do with.
         nodes: Where to start; both ends stay.
-        reach: How far a node may move at once, between its neighbours.
-        sweeps: The most passes over all nodes.
 
     Returns:
         Nodes whose objective is not above that of the start; deterministic.
     """
     best = list(nodes)
-    for _ in range(sweeps):
+    for _ in range(SWEEPS):
         before = list(best)
         for n in range(1, len(best) - 1):
-            low, high = max(best[n - 1] + 1, best[n] - reach), min(best[n + 1] - 1, best[n] + reach)
+            low, high = max(best[n - 1] + 1, best[n] - REACH), min(best[n + 1] - 1, best[n] + REACH)
             lowest, here = objective(best, n), best[n]
             for level in range(low, high + 1):
                 moved = [*best[:n], level, *best[n + 1 :]]

@@ -5,7 +5,6 @@ from models import exact_denoiser, exact_denoisers, mixture
 from scipy.stats import spearmanr
 
 import fastsched as fs
-from fastsched.costs.prediction import ErrorModel
 from fastsched.costs.surrogate import Surrogate
 from fastsched.denoisers.digits import DigitsNetwork, load_digits_network
 from fastsched.metrics import power_mean
@@ -73,13 +72,6 @@ def test_a_schedule_says_what_it_is_for(stats):
     assert fs.predict_error(stats, schedule.sigmas) == fs.predict_error(stats, schedule.sigmas, "dpmpp_2m")
     fitted = fs.optimal_schedule(stats, 5, "fitted")
     assert fs.predict_error(stats, fitted) == pytest.approx(fitted.predicted_error, rel=1e-6)
-
-
-def test_the_exponent_weighs_the_samples(stats):
-    levels = stats.process.level(fs.optimal_schedule(stats, 5).sigmas).numpy()[None]
-    values = [float(ErrorModel.of(stats, "dpmpp_2m", exponent)(levels)[0]) for exponent in (0.0, 0.25, 0.5, 1.0)]
-    assert values == sorted(values)
-    assert values[0] < values[-1]
 
 
 def test_schedules_that_the_measurement_cannot_judge(stats):

@@ -17,6 +17,14 @@ from fastsched.kernels import config
 
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "float64": "*fp64"}
 PRECISIONS = ("bf16x3", "tf32x3", "ieee")
+SHARED_MEMORY = {  # bytes that one program may use
+    "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -153,8 +161,8 @@ def problems(built: Built, case: Gram) -> list[str]:
     found = []
     if built.spilled > SPILLS.get(str(case), 0):
         found.append(f"spills: {built.spilled} bytes of stack, {SPILLS.get(str(case), 0)} allowed")
-    if built.shared > config.SHARED_MEMORY[case.arch]:
-        found.append(f"shared memory: {built.shared} bytes of {config.SHARED_MEMORY[case.arch]}")
+    if built.shared > SHARED_MEMORY[case.arch]:
+        found.append(f"shared memory: {built.shared} bytes of {SHARED_MEMORY[case.arch]}")
     wide = {16: built.wide_loads, 8: built.wide_loads + built.half_wide_loads}.get(case.load_width(), built.loads)
     if wide < (1 if case.states == "vectors" else 5):  # the slices of one input
         found.append(f"narrow loads: {wide} of {case.load_width()} bytes among {built.loads}")
@@ -172,9 +180,7 @@ def problems(built: Built, case: Gram) -> list[str]:
 def every_entry() -> list[Gram]:
     """A case for every kernel that the launch table can lead to, in float32 with states, which needs most registers."""
     cases: dict[tuple, Gram] = {}
-    for arch, precision, N, aligned in itertools.product(
-        config.ARCHITECTURES, PRECISIONS, (64, 128, 256), (True, False)
-    ):
+    for arch, precision, N, aligned in itertools.product(config.FAMILIES, PRECISIONS, (64, 128, 256), (True, False)):
         case = Gram(arch, N=N, precision=precision, aligned=aligned)
         key = arch, precision, aligned, case.launch(), case.launch().rows < N
         cases.setdefault(key, case)
@@ -183,12 +189,12 @@ def every_entry() -> list[Gram]:
 
 GRAM = [
     *every_entry(),
-    *(Gram(arch, R="bfloat16", X="bfloat16") for arch in config.ARCHITECTURES),
+    *(Gram(arch, R="bfloat16", X="bfloat16") for arch in config.FAMILIES),
     *(Gram(arch, N=128, R="bfloat16", X="bfloat16") for arch in ("sm_80", "sm_90", "sm_100", "gfx942")),
     *(Gram(arch, R="bfloat16", states="shared") for arch in ("sm_90", "sm_100")),
     *(Gram(arch, states="none", R="float16", X="float16") for arch in ("sm_80", "sm_90")),
     *(Gram(arch, N=16, R="bfloat16") for arch in ("sm_80", "sm_90", "sm_100", "gfx942")),
-    *(Gram(arch, N=N, states="vectors") for arch in config.ARCHITECTURES for N in (64, 128, 256)),
+    *(Gram(arch, N=N, states="vectors") for arch in config.FAMILIES for N in (64, 128, 256)),
 ]
 
 # Bytes of stack that are allowed, each with its reason. Everything else must have none.
@@ -250,9 +256,9 @@ def build_hutchinson(arch: str, shared: bool, dtype: str) -> Built:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "levels"])
-@pytest.mark.parametrize("arch", config.ARCHITECTURES)
+@pytest.mark.parametrize("arch", config.FAMILIES)
 def test_hutchinson_kernel(arch, shared, dtype):
     built = build(build_hutchinson, arch, shared, dtype)
     assert built.spilled == 0
-    assert built.shared <= config.SHARED_MEMORY[arch]
+    assert built.shared <= SHARED_MEMORY[arch]
     assert built.wide_loads == built.loads >= 16
