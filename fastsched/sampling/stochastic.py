@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, finite_denoised, is_denoiser
+from fastsched.denoisers.late_reading import Verdicts, sent
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import sample_seeds, stream
 from fastsched.sampling.solvers import STOCHASTIC_SOLVERS
@@ -72,13 +73,14 @@ def sample_stochastic(
     s = denoiser.process.level(validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas)))  # type: ignore[arg-type]  # or a Schedule
     levels = s.tolist()
     streams = [stream(value, 1) for value in sample_seeds(seed, len(noise)).tolist()]
-    y, before, width_before = noise, None, math.inf
+    y, before, width_before, verdicts = noise, None, math.inf, Verdicts()
     with progress_bar(len(levels) - 1, progress, f"{solver} sampling") as advance:
         for n in range(len(levels) - 1):
             start, end = levels[n], levels[n + 1]
-            denoised = finite_denoised(denoiser, y, s[n], dtype)
+            denoised = finite_denoised(denoiser, y, s[n], dtype, verdicts)
             advance(1)
             if end == 0:
+                verdicts.settle()
                 return denoised
             width = math.log(start / end)
             slope = denoised
@@ -88,8 +90,9 @@ def sample_stochastic(
             renewed = np.stack(
                 [generator.standard_normal(tuple(y.shape[1:]), dtype=np.float32) for generator in streams]
             )
-            y = keep * y + pull * slope + fresh * torch.from_numpy(renewed).to(y)
+            y = keep * y + pull * slope + fresh * sent(torch.from_numpy(renewed), y.device).to(y.dtype)
             before, width_before = denoised, width
+    verdicts.settle()
     return levels[-1] * y
 
 
