@@ -203,7 +203,7 @@ def test_what_a_run_answered_helps_to_fit_weights(stats, monkeypatch):
     """The fitted solver's weights follow what the network answered; the ends alone tell them little."""
     start = fs.optimal_schedule(stats, 5, "fitted")
     learned = fs.tune(DENOISER, stats, start, trials=3, progress=False)
-    monkeypatch.setattr(_Record, "_beyond", lambda self, found, levels: (np.zeros(0), self.vectors[:, :0]))
+    monkeypatch.setattr(_Record, "_beyond", lambda self, found, levels: (np.zeros(0), self._vectors[0][:, :0]))
     blind = fs.tune(DENOISER, stats, start, trials=3, progress=False)
     assert learned.schedule.measured_error < 0.9 * blind.schedule.measured_error
 
