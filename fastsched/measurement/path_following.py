@@ -17,10 +17,11 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from fastsched.denoisers.denoiser import Denoiser, not_finite
+from fastsched.denoisers.denoiser import Denoiser
+from fastsched.denoisers.late_reading import Verdicts
+from fastsched.denoisers.network_errors import not_finite
 from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels, positions, queries
 from fastsched.measurement.kept_vectors import KeptVectors
-from fastsched.measurement.late_reading import Verdicts
 from fastsched.measurement.rounding import warn_of_storage
 from fastsched.measurement.statistics import PathStatistics, data_deviation
 from fastsched.sampling.random_streams import noise_of
@@ -249,8 +250,9 @@ def _follow_deviated(
                 answers.look(raw)
                 raw = raw.float()
                 # both at level k: differences first, as in an increment
-                kept.write(run.row(m, k), a[k] * (x - state) + c[k] * (raw - raw_there))
+                kept.write(run.row(m, k), (x - state).mul_(a[k]).add_(raw - raw_there, alpha=c[k]))
                 follower.answer(k, x, raw, a[k], c[k])
+                del x, raw  # not while the network works on the next
             del state, raw_there
         for follower in followers:
             follower.step(k)
