@@ -69,7 +69,7 @@ DOUBTFUL_SIZE, WRONG_SIZE = 20.0, 40.0
 #: That is asked above this many times the data's size; elsewhere levels were chosen that start lower.
 TOP_LEVEL = 4.0
 #: Where the sign of ``v`` or ``F`` is asked for, in units of ``sigma_data`` (1 for ``v``), and how much of the noise
-#: may be left there: a denoiser leaves at most all of it. Right networks stay below 1.03, those of wrong sign reach 1.5.
+#: may be left there: a denoiser leaves at most all of it. Right networks stay below 1.03, wrong signs reach 1.5.
 SIGN_LEVEL, NOISE_LEFT = 0.3, 1.1
 #: With fewer elements, how far one sample moves says nothing.
 FEWEST_ELEMENTS = 8
