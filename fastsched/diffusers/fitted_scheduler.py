@@ -223,12 +223,13 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             sample: The state ``x_n``, [B, *shape].
             eta: Must be 0: no step adds noise.
             generator: Not used, for the same reason.
-            per_token_timesteps: Must be ``timestep`` for all tokens. As in `FlowMatchEulerDiscreteScheduler`, the output
-                is then taken with the other sign.
+            per_token_timesteps: Must be ``timestep`` for all tokens. The output is then taken with the other sign, as by
+                `FlowMatchEulerDiscreteScheduler`.
             return_dict: Whether to return a `SchedulerOutput` or a tuple.
 
         Raises:
-            ValueError: If there is no step left, a shape differs from those before, ``eta`` is not 0, or tokens differ in time.
+            ValueError: If there is no step left, a shape differs from those before, ``eta`` is not 0, or tokens differ
+                in time.
         """
         if eta:
             raise ValueError(f"eta must be 0, because the fitted solver adds no noise, got {eta!r}")
