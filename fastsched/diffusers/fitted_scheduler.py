@@ -223,7 +223,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             sample: The state ``x_n``, [B, *shape].
             eta: Must be 0: no step adds noise.
             generator: Not used, for the same reason.
-            per_token_timesteps: Must be ``timestep`` for all tokens. The output is then taken with the other sign, as by
+            per_token_timesteps: Must be ``timestep`` for all tokens. The output then has the other sign, as for
                 `FlowMatchEulerDiscreteScheduler`.
             return_dict: Whether to return a `SchedulerOutput` or a tuple.
 
