@@ -24,6 +24,7 @@ from fastsched.diffusers.step_checks import (
     check_timestep,
     check_unchanged,
     doubled,
+    output_of_tokens,
 )
 from fastsched.diffusers.watching import Consistency, PipelineWatch, Step, observed, overwritten
 from fastsched.measurement.deviated_paths import deviated_paths, queries
@@ -280,6 +281,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         """
         seen = None if self._watch is None else self._watch.take()
         self._check(timestep, sample, args, kwargs)
+        model_output = output_of_tokens(model_output, timestep, kwargs, self._verdicts)
         output = self.convention.raw_output(model_output, sample.shape[1])
         check_output(output, sample)
         wrong = f"the network returned NaN or inf at timestep {float(self._names[self._index]):g}"

@@ -17,6 +17,34 @@ from fastsched.denoisers.late_reading import Verdicts
 INSTEAD = "so it cannot be measured by its loop; measure its network (fastsched.measure)"
 
 
+#: The argument of ``step`` with a timestep for each token, [B, tokens].
+TOKENS = "per_token_timesteps"
+
+
+def output_of_tokens(output: Any, timestep: Any, options: Mapping[str, Any], verdicts: Verdicts) -> Any:
+    """The network's output in a call of ``step``: its negative where each token comes with a timestep.
+
+    There the class steps by ``sample + (sigma - sigma_next) output``, with the other sign than elsewhere.
+
+    Raises:
+        ValueError: If not all tokens are at ``timestep``.
+    """
+    tokens = options.get(TOKENS)
+    if tokens is None:
+        return output
+
+    def judge(found: Tensor) -> None:
+        if int(found) > 0:
+            raise ValueError(
+                f"the pipeline calls step with {TOKENS} of which {int(found)} of {tokens.numel()} are not the step's "
+                f"own timestep (an image or frames to be kept?), {INSTEAD}"
+            )
+
+    own = torch.as_tensor(timestep).to(tokens)
+    verdicts.note(((tokens - own).abs() > 1e-3 * own.abs() + 1e-3).sum().reshape(1), judge)
+    return -output
+
+
 def check_options(parameters: Mapping[str, Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse arguments of ``step`` that differ from the defaults of the scheduler's own class.
 
@@ -33,6 +61,8 @@ def check_options(parameters: Mapping[str, Parameter], args: tuple[Any, ...], kw
         default = parameters[name].default if name in parameters else None
         if name == "generator" or value is None or (not isinstance(value, Tensor) and value == default):
             continue
+        if name == TOKENS and name in parameters:
+            continue  # see `output_of_tokens`
         shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(f"the pipeline calls step with {name}={shown}, which changes what a step does, {INSTEAD}")
 

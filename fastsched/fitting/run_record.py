@@ -5,6 +5,7 @@ All of it happens in the Gram matrix of the measurement's vectors and what the r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
