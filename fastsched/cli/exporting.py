@@ -33,6 +33,8 @@ COMFYUI = {
     "ancestral": "euler_ancestral",
     "sde_dpmpp_2m": "dpmpp_2m_sde",
 }
+#: How a schedule is used in ComfyUI where its sampler is not among ComfyUI's own.
+NODE = "use the file in the node Load Schedule (integrations/comfyui), which gives the SAMPLER too"
 #: Solvers whose namesakes in ComfyUI are others for flow times (docs/comfyui.md).
 NOT_FOR_FLOW = ("dpmpp_2m", "ancestral", "sde_dpmpp_2m")
 SD_CPP = {
@@ -72,8 +74,10 @@ def export(
         shell.writable(output)
         loaded = inputs.load_schedule(schedule)
         if loaded.weights is not None and to != "diffusers":
+            instead = f"{NODE}, or " if to == "comfyui" else ""
             raise ValueError(
-                f"schedule is for the fitted solver, whose weights {to} cannot take; fit one for a stock solver"
+                f"schedule is for the fitted solver, whose weights {to} cannot take; {instead}fit one for a stock "
+                "solver"
             )
         if to == "diffusers":
             text, values = _diffusers(loaded, schedule, scheduler, mu)
@@ -103,7 +107,10 @@ def _comfyui(schedule: Schedule) -> tuple[str, dict[str, Any]]:
     sampler = known.get(schedule.solver)
     if sampler is None:
         where = " for flow times" if flow else ""
-        note(f"ComfyUI has no sampler that is {schedule.solver}{where}; the solvers it has are {', '.join(known)}")
+        note(
+            f"ComfyUI has no sampler that is {schedule.solver}{where}, and these sigmas are for no other; {NODE}, or "
+            f"fit a schedule for one of {', '.join(known)}"
+        )
     else:
         note(f"paste into ManualSigmas, and choose the sampler {sampler}")
     found = schedule.to_comfyui()
@@ -152,23 +159,31 @@ def _sd_cpp(schedule: Schedule) -> tuple[str, dict[str, Any]]:
 
 
 def _diffusers(schedule: Schedule, path: Path, scheduler: str | None, mu: float | None) -> tuple[str, dict[str, Any]]:
-    """The arguments of one call if the scheduler is known, otherwise Python that sets up any pipeline."""
+    """The arguments of one call if it is known to take them, otherwise Python for any pipeline."""
+    python = (
+        "import fastsched as fs\n\n"
+        f"schedule = fs.Schedule.load({path.as_posix()!r})\n"
+        "fs.diffusers.apply(schedule, pipe)  # the next call of pipe uses it, with any num_inference_steps"
+    )
     if scheduler is None:
         if mu is not None:
             raise ValueError("mu needs --scheduler, the pipeline whose shift it is")
         note("with --scheduler FOLDER the arguments of the pipeline's call are printed instead")
-        text = (
-            "import fastsched as fs\n\n"
-            f'schedule = fs.Schedule.load("{path.as_posix()}")\n'
-            "fs.diffusers.apply(schedule, pipe)  # the next call of pipe uses it, with any num_inference_steps"
-        )
-        return text, {"sigmas": schedule.sigmas.tolist()}
+        return python, {"sigmas": schedule.sigmas.tolist()}
     import fastsched as fs
 
     found = fs.diffusers.export(schedule, inputs.load_scheduler(scheduler), mu=mu)
     arguments = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in found.arguments.items()}
-    given = ", ".join(f"{key}={value}" for key, value in arguments.items())
-    return f"pipe(prompt, {given})", {"arguments": arguments, "used": found.sigmas.tolist(), "error": found.error}
+    values = {"arguments": arguments, "used": found.sigmas.tolist(), "error": found.error}
+    name, takes = inputs.pipeline_call(scheduler)
+    (argument,) = arguments
+    if takes is None:
+        note(f"for pipelines whose call takes {argument}=; for others use fs.diffusers.apply(schedule, pipe)")
+    elif argument not in takes:
+        note(f"the call of {name} takes no {argument}=, so this gives the schedule to its scheduler")
+        return python, {**values, "arguments": None}
+    first = "" if takes is not None and "prompt" not in takes else "prompt, "
+    return f"pipe({first}{', '.join(f'{key}={value}' for key, value in arguments.items())})", values
 
 
 def _sampler(schedule: Schedule, known: dict[str, str], program: str) -> str:

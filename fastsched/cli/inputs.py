@@ -205,6 +205,19 @@ def load_scheduler(name: str) -> Any:
     return known.from_pretrained(str(folder))
 
 
+def pipeline_call(name: str) -> tuple[str | None, list[str] | None]:
+    """The class of the pipeline in a folder and the arguments of its call; None for a scheduler or a class unknown."""
+    import inspect
+    import json
+
+    import diffusers
+
+    index = Path(name) / "model_index.json"
+    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None
+    known = getattr(diffusers, kind, None) if isinstance(kind, str) else None
+    return kind, None if known is None else list(inspect.signature(known.__call__).parameters)
+
+
 def call_arguments(options: list[str] | None) -> dict[str, Any]:
     """``--call name=value`` options as keyword arguments: JSON values where they are, strings otherwise.
 
