@@ -63,9 +63,8 @@ def errors_in_a_line(on_interrupt: str = "interrupted; nothing was written") -> 
             raise
         known = isinstance(error, (ValueError, TypeError, ImportError, OSError))
         text = " ".join(str(error).split())
-        LOGGER.error(
-            f"error: {text}" if known else f"error: {type(error).__name__}: {text} (use --traceback to see where)"
-        )
+        where = "" if known and error.__cause__ is None else " (use --traceback to see where)"
+        LOGGER.error(f"error: {text if known else f'{type(error).__name__}: {text}'}{where}")
         raise typer.Exit(2 if isinstance(error, (ValueError, TypeError)) else 1) from None
 
 

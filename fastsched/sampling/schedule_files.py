@@ -6,11 +6,12 @@ import json
 import os
 from typing import Any
 
-from fastsched.sampling.files import checksum, json_object, kind_of, write_whole
+from fastsched.sampling.files import check_readable, checksum, json_object, kind_of, write_whole
 from fastsched.sampling.origin import Origin
 
 FORMAT = "fastsched.schedule"
 VERSION = 2
+LARGEST_FILE = 1 << 26
 
 REQUIRED = ("format", "version", "sigmas", "solver", "noise")
 OPTIONAL = ("timesteps", "weights", "predicted_error", "measured_error", "origin", "sha256")
@@ -31,17 +32,17 @@ def read_entries(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not a whole schedule file, was changed, or an entry is of the wrong kind.
     """
-    name = os.fspath(path)
+    name = check_readable(path, "schedule")
     if kind_of(name) == "statistics":
         raise ValueError(
             f"{name} holds statistics, and a schedule is needed, which 'fastsched select {name} --steps 8 "
             "-o schedule.json' makes of them"
         )
+    if os.path.getsize(name) > LARGEST_FILE:
+        raise ValueError(f"{name} is larger than {LARGEST_FILE} bytes, so it is not a schedule")
     try:
         with open(name, encoding="utf-8") as file:
             text = file.read()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no such schedule file: {name}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not a whole JSON file ({error}); save the schedule again") from None
     entries = json_object(text, name)
