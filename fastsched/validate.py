@@ -266,6 +266,8 @@ def device(value: object) -> torch.device:
         found = torch.device(value)
     except (RuntimeError, OverflowError, ValueError):
         raise ValueError(f"device must be one that PyTorch knows, such as cpu, cuda or cuda:1, got {value!r}") from None
+    if found.type == "meta":
+        raise ValueError("device must be one that holds numbers, got 'meta'; use cpu")
     if found.type == "cuda" and not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         raise ValueError(f"device is {value!r}, but torch {torch.__version__} ({built}) finds no CUDA GPU; use cpu")

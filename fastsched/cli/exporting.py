@@ -67,6 +67,7 @@ def export(
     """
     with shell.errors_in_a_line():
         from fastsched import validate
+        from fastsched.sampling.files import write_whole
 
         form = FORMS[validate.choice("to", to, FORMS)]
         if to != "diffusers" and (scheduler is not None or mu is not None):
@@ -83,13 +84,13 @@ def export(
             text, values = _diffusers(loaded, schedule, scheduler, mu)
         else:
             text, values = form(loaded)
-        if output is not None:
-            output.write_text(text + "\n", encoding="utf-8")
-            note(f"wrote {output}")
-        elif as_json:
-            shell.print_json({"to": to, "solver": loaded.solver, **values})
-        else:
+        if as_json:
+            text = shell.json_text({"to": to, "solver": loaded.solver, **values})
+        if output is None:
             typer.echo(text)
+        else:
+            write_whole(output, f"{text}\n".encode())
+            note(f"wrote {output}")
 
 
 def _text(schedule: Schedule) -> tuple[str, dict[str, Any]]:

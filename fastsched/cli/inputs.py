@@ -160,6 +160,14 @@ def load_schedule(path: Path) -> Schedule:
     return Schedule.load(path)
 
 
+def named_schedules(paths: list[Path]) -> dict[str, Schedule]:
+    """The schedules in files by the files' names, or by their paths where a name comes twice; errors as of one."""
+    named: dict[str, Schedule] = {}
+    for path in paths:
+        named[path.stem if path.stem not in named else str(path)] = load_schedule(path)
+    return named
+
+
 def load_pipeline(name: str, device: str | None, dtype: torch.dtype | None, *, quiet: bool) -> Any:
     """The pipeline of diffusers that was saved in a folder; only safetensors are read, and nothing is downloaded.
 

@@ -102,7 +102,12 @@ def note(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print ``value`` as JSON, with null for NaN and "inf" for infinity, which JSON does not have."""
-    typer.echo(json.dumps(_plain(value), indent=2, ensure_ascii=False))
+    typer.echo(json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """``value`` as `print_json` prints it."""
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False)
 
 
 def _plain(value: Any) -> Any:
@@ -167,7 +172,10 @@ def writable(
         raise IsADirectoryError(f"output is a folder: {path}; name a file in it")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"output: no such folder: {path.parent}; create it first")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+    if not os.access(path.parent, os.W_OK) or (os.path.exists(path) and not os.access(path, os.W_OK)):
         raise PermissionError(f"output: no permission to write {path}")
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:  # unlike path.exists, False for a name that no file can have
         raise FileExistsError(f"{path} exists; {replace}, or name another file")
+    from fastsched.sampling.files import check_writable
+
+    check_writable(path)

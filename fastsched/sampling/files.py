@@ -64,12 +64,14 @@ def _target(path: Name) -> str:
         raise IsADirectoryError(f"{os.fspath(path)} is a folder; name a file in it")
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no folder {folder} to write {os.path.basename(target)} to; create it first")
+    with contextlib.suppress(FileNotFoundError):
+        os.stat(target)  # OSError now, not after the work, if no file can have this name
     return target
 
 
 def _create_beside(target: str) -> tuple[str, int]:
     folder, base = os.path.split(target)
-    name = os.path.join(folder, f".{base[:200]}.{secrets.token_hex(8)}.unfinished")
+    name = os.path.join(folder, f".{base[:40]}.{secrets.token_hex(8)}.unfinished")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
         return name, os.open(name, flags, 0o666)

@@ -232,6 +232,8 @@ def test_other_bad_options_are_named(folder, model, tmp_path):
         (("compare", model, schedule, *shaped, "--baselines", "karas"), "did you mean 'karras'?"),
         (("compare", model, schedule, *shaped, "--dtype", "float8"), "dtype must be one of"),
         (("measure", model, "--shape", "2,x", "-o", tmp_path / "s"), "shape must be integers"),
+        (("measure", model, *shaped, "-o", tmp_path / "s", "--resume", "--overwrite"), "exclude each other"),
+        (("fit", model, *shaped, "--steps", "3", "-o", tmp_path / "s.json", "--device", "meta"), "device must be one"),
         (("plot", schedule, "-o", tmp_path / "a.bmp"), "output must end in .png"),
         (("plot", *[folder / "s.safetensors"] * 2, "-o", tmp_path / "a.png"), "at most one file of statistics"),
     ]
@@ -239,6 +241,10 @@ def test_other_bad_options_are_named(folder, model, tmp_path):
         result = run(*arguments)
         assert result.exit_code == 2
         assert message in one_line(result)
+    long = run("fit", model, *shaped, "--steps", "3", "-o", tmp_path / f"{'x' * 255}.json")
+    assert long.exit_code == 1
+    assert "name too long" in long.stderr
+    assert "model calls" not in long.stderr
 
 
 def test_an_unexpected_error_is_one_line_unless_a_traceback_is_asked_for(tmp_path, monkeypatch):

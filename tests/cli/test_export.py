@@ -141,7 +141,10 @@ def test_diffusers_without_a_scheduler_is_python(flow):
 def test_a_file_can_be_written_instead(folder, tmp_path):
     result = run("export", folder / "x-4.json", "--to", "text", "-o", tmp_path / "a.txt")
     assert result.stdout == ""
-    assert numbers((tmp_path / "a.txt").read_text()) == fs.Schedule.load(folder / "x-4.json").sigmas.tolist()
+    sigmas = fs.Schedule.load(folder / "x-4.json").sigmas.tolist()
+    assert numbers((tmp_path / "a.txt").read_text()) == sigmas
+    run("export", folder / "x-4.json", "--to", "text", "--json", "-o", tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["sigmas"] == sigmas
 
 
 def test_what_cannot_be_exported_is_refused(folder, flow, tmp_path):

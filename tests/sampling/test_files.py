@@ -127,3 +127,19 @@ def test_a_file_far_larger_than_a_schedule_is_not_read(tmp_path):
         file.truncate(1 << 40)  # sparse: it takes no space
     with pytest.raises(ValueError, match=r"huge\.json is larger than"):
         fs.Schedule.load(tmp_path / "huge.json")
+
+
+def test_a_name_that_no_file_can_have_is_known_before_the_calls(tmp_path):
+    calls = []
+    network = lambda z, s: calls.append(s) or fs.oracles.Gaussian(0.5, (3,)).denoise(z, s)
+    denoiser = fs.Denoiser.from_denoiser(network, 0.01, 9.0)
+    with pytest.raises(OSError, match="name too long"):
+        fs.measure(denoiser, (3,), levels=8, samples=1, checkpoint=tmp_path / ("x" * 256), progress=False)
+    assert calls == []
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\u540d" * 85])
+def test_the_longest_names_are_written(tmp_path, name):
+    check_writable(tmp_path / name)
+    write_whole(tmp_path / name, b"x")
+    assert os.listdir(tmp_path) == [name]
