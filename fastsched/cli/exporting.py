@@ -172,8 +172,17 @@ def _diffusers(schedule: Schedule, path: Path, scheduler: str | None, mu: float 
         note("with --scheduler FOLDER the arguments of the pipeline's call are printed instead")
         return python, {"sigmas": schedule.sigmas.tolist()}
     import fastsched as fs
+    from fastsched.diffusers.applier import applied
 
-    found = fs.diffusers.export(schedule, inputs.load_scheduler(scheduler), mu=mu)
+    own = inputs.load_scheduler(scheduler)
+    try:
+        found = fs.diffusers.export(schedule, own, mu=mu)
+    except ValueError as error:
+        if mu is not None or schedule.weights is not None:
+            raise
+        used = applied(schedule, own)[1]  # its errors name a scheduler that would do
+        note(f"no arguments do, so this gives the schedule to the scheduler: {error}")
+        return python, {"arguments": None, "used": used.sigmas.tolist(), "error": used.error}
     arguments = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in found.arguments.items()}
     values = {"arguments": arguments, "used": found.sigmas.tolist(), "error": found.error}
     name, takes = inputs.pipeline_call(scheduler)

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -52,7 +53,9 @@ def errors_in_a_line(on_interrupt: str = "interrupted; nothing was written") -> 
         on_interrupt: What to say after Ctrl-C, before leaving with status 130.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _say_warning
+            yield
     except KeyboardInterrupt:
         LOGGER.warning(on_interrupt)
         raise typer.Exit(130) from None
@@ -66,6 +69,11 @@ def errors_in_a_line(on_interrupt: str = "interrupted; nothing was written") -> 
         where = "" if known and error.__cause__ is None else " (use --traceback to see where)"
         LOGGER.error(f"error: {text if known else f'{type(error).__name__}: {text}'}{where}")
         raise typer.Exit(2 if isinstance(error, (ValueError, TypeError)) else 1) from None
+
+
+def _say_warning(message: Warning | str, *_: Any) -> None:
+    """A warning as a line, without the place in the code."""
+    LOGGER.warning(f"warning: {' '.join(str(message).split())}")
 
 
 class StandardError(logging.StreamHandler):  # type: ignore[type-arg]  # not generic before Python 3.11

@@ -2,6 +2,7 @@ import csv
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -245,6 +246,19 @@ def test_other_bad_options_are_named(folder, model, tmp_path):
     assert long.exit_code == 1
     assert "name too long" in long.stderr
     assert "model calls" not in long.stderr
+
+
+def test_a_warning_is_a_line_without_its_place_in_the_code(folder, monkeypatch):
+    def loaded(path):
+        warnings.warn("mind\nthe gap", stacklevel=1)
+        return fs.PathStatistics.load(path)
+
+    monkeypatch.setattr("fastsched.cli.inputs.load_statistics", loaded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # not an error, as in the other tests
+        result = run("select", folder / "s.safetensors", "--steps", "2")
+    assert result.exit_code == 0
+    assert result.stderr.splitlines()[0] == "warning: mind the gap"
 
 
 def test_an_unexpected_error_is_one_line_unless_a_traceback_is_asked_for(tmp_path, monkeypatch):

@@ -123,6 +123,19 @@ def test_diffusers_arguments_are_those_that_the_pipeline_takes(kind, printed, sa
     assert said in result.stderr
 
 
+def test_where_no_arguments_do_the_scheduler_gets_the_schedule(tmp_path):
+    diffusers = pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+    fs.Schedule([10.0, 1.0, 0.0], "ddim", "vp").save(tmp_path / "a.json")
+    diffusers.DDIMScheduler().save_pretrained(tmp_path / "scheduler")
+    result = run("export", tmp_path / "a.json", "--to", "diffusers", "--scheduler", tmp_path)
+    assert "fs.diffusers.apply(schedule, pipe)" in result.stdout
+    assert "DDIMScheduler takes no list of levels" in one_line(result)
+    diffusers.PNDMScheduler().save_pretrained(tmp_path / "scheduler")
+    refused = run("export", tmp_path / "a.json", "--to", "diffusers", "--scheduler", tmp_path)
+    assert refused.exit_code == 2
+    assert "change the scheduler: pipe.scheduler = " in one_line(refused)
+
+
 def test_a_fitted_schedule_is_sent_to_the_node(tmp_path):
     stats = fs.measure(
         fs.Denoiser.from_denoiser(fs.oracles.Gaussian(0.5, (3,)).denoise, 0.01, 9.0), (3,), levels=8, samples=1,
