@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastsched.fitting.rollouts import Evaluations, Rollout, Run
 from fastsched.measurement.statistics import PathStatistics
-from fastsched.sampling.files import checksum, json_object, write_whole
+from fastsched.sampling.files import check_readable, checksum, json_object, write_whole
 from fastsched.sampling.schedule import Schedule
 
 FORMAT = "fastsched.runs"
@@ -65,6 +65,7 @@ class RunLog:
         if not os.path.exists(self.path):
             write_whole(self.path, _framed(_packed({}, what)))
             return
+        check_readable(self.path, "checkpoint")
         whole = self._scan(dict(what))
         if whole < os.path.getsize(self.path):
             os.truncate(self.path, whole)

@@ -439,7 +439,8 @@ def test_outputs_may_come_in_the_same_buffer():
             self.scheduler.set_timesteps(num_inference_steps)
             x = torch.randn(2, *SHAPE)
             for t in self.scheduler.timesteps:
-                x = self.scheduler.step(self.unet(x, t, return_dict=False)[0], t, x).prev_sample
+                given = self.scheduler.scale_model_input(x, t)
+                x = self.scheduler.step(self.unet(given, t, return_dict=False)[0], t, x).prev_sample
 
     stats = measured(Direct(OneBuffer().answer_for(scheduler, mixture()), scheduler))
     assert torch.equal(stats.gram, plain.gram)
