@@ -67,6 +67,8 @@ def checked_output(output: object, x: Tensor) -> Tensor:
         )
     if not output.is_floating_point():
         raise TypeError(f"the network returned {output.dtype} numbers; it must return floating-point ones")
+    if output.dtype.itemsize < 2:
+        raise TypeError(f"the network returned {output.dtype} numbers; it must return ones of at least 16 bits")
     if output.layout != torch.strided or output.is_meta != x.is_meta:
         what = "a meta tensor, which holds no numbers" if output.is_meta else f"a tensor of layout {output.layout}"
         raise TypeError(f"the network returned {what}; it must return an ordinary tensor")

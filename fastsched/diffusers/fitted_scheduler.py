@@ -223,13 +223,11 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             sample: The state ``x_n``, [B, *shape].
             eta: Must be 0: no step adds noise.
             generator: Not used, for the same reason.
-            per_token_timesteps: Must be ``timestep`` for all tokens. The output then has the other sign, as for
-                `FlowMatchEulerDiscreteScheduler`.
+            per_token_timesteps: Must be ``timestep`` for all tokens; ``model_output`` then has the other sign.
             return_dict: Whether to return a `SchedulerOutput` or a tuple.
 
         Raises:
-            ValueError: If there is no step left, a shape differs from those before, ``eta`` is not 0, or tokens differ
-                in time.
+            ValueError: If there is no step left, a shape differs from those before, ``eta`` is not 0, or times differ.
         """
         if eta:
             raise ValueError(f"eta must be 0, because the fitted solver adds no noise, got {eta!r}")
@@ -242,8 +240,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         output = self.convention.raw_output(model_output, sample.shape[1])
         if per_token_timesteps is not None:
             output = -output
-            if n == 0 and bool((per_token_timesteps != per_token_timesteps.amax()).any()):  # the one wait of a run
-                raise ValueError(f"per_token_timesteps must be the same for all tokens: {MIDWAY}")
+            _check_tokens(n, per_token_timesteps)
         if output.shape != sample.shape:
             raise ValueError(
                 f"model_output must have the shape of sample, {tuple(sample.shape)}, got {tuple(model_output.shape)}"
@@ -285,6 +282,12 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
 
     def _start_at(self, index: int) -> NoReturn:
         raise ValueError(f"the pipeline starts midway, at step {index}: {MIDWAY}")
+
+
+def _check_tokens(n: int, timesteps: Tensor) -> None:
+    """At the first step all tokens must be at the same timestep; waits for the device."""
+    if n == 0 and bool((timesteps != timesteps.amax()).any()):
+        raise ValueError(f"per_token_timesteps must be the same for all tokens: {MIDWAY}")
 
 
 def _factors(convention: Convention, schedule: Schedule) -> list[_Step]:

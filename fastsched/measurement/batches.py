@@ -153,7 +153,8 @@ def _identified(
     mark, spent, asked = None, 0, None
     where = (run.denoiser, batches.shape, run.device, run.dtype)
     if batches.checks and len(seeds):
-        asked = check_network(*where, run.s, int(seeds[0]))
+        batch = min(batches.size, len(seeds))
+        asked = check_network(*where, run.s, int(seeds[batch - 1]), batch)
         mark, spent = asked.fingerprint, asked.model_calls
     elif found is not None and found.fingerprint is not None:
         mark, spent = fingerprint(*where), 1

@@ -52,6 +52,13 @@ STATE = (
     "measures it all the same)"
 )
 
+#: What is wrong with a network whose answers depend on the other samples.
+MIXES = (
+    "the network answers differently for a sample alone and for the same sample in a batch: it mixes the samples of a "
+    "batch (batch norm in training mode? statistics over the batch?); call network.eval(), or wrap it so that samples "
+    "are independent"
+)
+
 #: From a sample's seed to one that is in no measurement.
 ELSEWHERE = 2**31
 
@@ -138,27 +145,33 @@ class Questions:
 
     @torch.no_grad()
     def check_first(self, answer: Tensor) -> None:
-        """Compare ``answer`` [*shape], of a batch, with what the same question was answered before.
+        """Compare ``answer`` [*shape], of the measurement, with what the same question was answered before.
 
         Raises:
             ValueError: If they differ; a few more calls find out why.
         """
-        top = self.top
-        if not self.differs(answer, top.raw[0]):
-            return
-        alone = self.raw(top.noise[:1], top.level)[0]
-        if self.differs(self.raw(top.noise[:1], top.level)[0], alone):
+        if self.differs(answer, self.top.raw[0]):
+            self.check_repeats()
+            raise ValueError(MIXES)
+
+    @torch.no_grad()
+    def check_repeats(self) -> None:
+        """Ask the first questions again, as they were asked and in another batch.
+
+        Raises:
+            ValueError: If an answer is another one.
+        """
+        noise = noise_of(torch.tensor([0]), self.shape)
+        first, middle = self.top.asked(self), self.raw(noise, self.between(1 / 3))[0]
+        if self.differs(self.raw(noise, self.between(1 / 3))[0], middle) or self.differs(self.top.asked(self), first):
             raise ValueError(
                 "the network answers the same question differently every time: it is random, or keeps a state (dropout "
                 "left on? noise or a counter inside?); call network.eval(), or fix its random numbers"
             )
-        if self.differs(self.raw(top.noise, top.level)[0], top.raw):
+        if self.differs(first, self.top.raw):
             raise ValueError(f"the network answers the same question differently than at its first call: {STATE}")
-        raise ValueError(
-            "the network answers differently for a sample alone and for the same sample in a batch: it mixes the "
-            "samples of a batch (batch norm in training mode? statistics over the batch?); call network.eval(), or "
-            "wrap it so that samples are independent"
-        )
+        if self.differs(self.top.asked(self, 3 - self.top.size), first):
+            raise ValueError(MIXES)
 
     @torch.no_grad()
     def check_last(self) -> None:
@@ -183,6 +196,7 @@ def check_network(
     dtype: torch.dtype,
     s: Tensor | None = None,
     seed: int = 0,
+    batch: int = 2,
 ) -> Questions:
     """Refuse a network that is no denoiser of its process, before it is measured; six calls of one sample.
 
@@ -194,7 +208,8 @@ def check_network(
         device: Where to run.
         dtype: What the network computes in.
         s: The levels of the measurement, descending; those of the process when None.
-        seed: The seed of its first sample, which is asked about at its first level.
+        seed: The seed of the last sample of its first batch, which is asked about at its first level.
+        batch: The size of that batch. The question is asked of samples alone, or in two where the batch is one.
 
     Returns:
         The questions, asked; `Questions.check_first` and `Questions.check_last` are left.
@@ -209,11 +224,12 @@ def check_network(
     ask = Questions(denoiser, shape, device, dtype)
     levels = denoiser.levels(3) if s is None else s
     pair = noise_of(torch.tensor([seed, seed + ELSEWHERE]), shape).double()
-    ask.top = _Top(float(levels[0]), pair, *ask.raw(pair, float(levels[0])))
+    ask.top = _Top(float(levels[0]), pair, 2 if batch == 1 else 1)
+    ask.top.ask(ask)
     try:
         _check_denoiser(ask, float(levels[-1]))
     except ValueError:
-        ask.check_first(ask.raw(pair[:1], ask.top.level)[0][0])  # the better reason, if it is one
+        ask.check_repeats()  # the better reason, if it is one
         raise
     return ask
 
@@ -244,7 +260,7 @@ def _check_denoiser(ask: Questions, low: float) -> None:
 def first_answer_checked(steps: Query[Result], ask: Questions) -> Query[Result]:
     """``steps`` of a measurement (`measurement_steps`); its first answer is compared by `Questions.check_first`."""
     raw = yield next(steps)
-    ask.check_first(raw[0])
+    ask.check_first(raw[-1])
     while True:
         try:
             question = steps.send(raw)
@@ -260,14 +276,27 @@ def fingerprint(denoiser: Denoiser, shape: tuple[int, ...], device: torch.device
     return projections(ask.raw(noise_of(torch.tensor([0]), shape), ask.between(1 / 3))[0])
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Top:
-    """Answers at the highest level: ``raw`` and ``denoised`` [2, *shape], and what they were asked at."""
+    """Answers at the highest level, ``raw`` and ``denoised`` [2, *shape], and what they were asked at.
+
+    ``size`` samples are asked about at once.
+    """
 
     level: float
     noise: Tensor
-    raw: Tensor
-    denoised: Tensor
+    size: int
+    raw: Tensor = field(init=False)
+    denoised: Tensor = field(init=False)
+
+    def ask(self, ask: Questions) -> None:
+        """Ask for the first time."""
+        raw, denoised = zip(*(ask.raw(part, self.level) for part in self.noise.split(self.size)), strict=True)
+        self.raw, self.denoised = torch.cat(raw), torch.cat(denoised)
+
+    def asked(self, ask: Questions, size: int | None = None) -> Tensor:
+        """Ask once more, ``size`` at once; returns ``R``."""
+        return torch.cat([ask.raw(part, self.level)[0] for part in self.noise.split(size or self.size)])
 
     @property
     def slope(self) -> float:

@@ -15,11 +15,15 @@ LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 
 def modules_of(network: Any) -> list[nn.Module]:
-    """The modules that a network is or uses: itself, what a partial function or method holds, what a closure names."""
+    """The modules that a network is or uses.
+
+    Itself, what a partial function, a method, a list or a dictionary holds, and what a function names, in its closure
+    or globally.
+    """
     found: dict[int, nn.Module] = {}
     waiting, seen = [network], set()
-    while waiting and len(seen) < 100:  # enough for wrappers; not the whole program
-        thing = waiting.pop()
+    while waiting and len(seen) < 200:  # enough for wrappers; not the whole program
+        thing = waiting.pop(0)
         if id(thing) in seen:
             continue
         seen.add(id(thing))
@@ -27,7 +31,13 @@ def modules_of(network: Any) -> list[nn.Module]:
             found[id(thing)] = thing
         elif isinstance(thing, functools.partial):
             waiting += [thing.func, *thing.args, *thing.keywords.values()]
+        elif isinstance(thing, dict):
+            waiting += thing.values()
+        elif isinstance(thing, (list, tuple)):
+            waiting += thing
         elif callable(thing) and not isinstance(thing, type):
+            names, known = getattr(getattr(thing, "__code__", None), "co_names", ()), getattr(thing, "__globals__", {})
+            waiting += [known[name] for name in names if name in known]
             waiting += [getattr(thing, "__self__", None), getattr(thing, "__wrapped__", None)]
             waiting += [_content(cell) for cell in getattr(thing, "__closure__", None) or ()]
             waiting += list(getattr(thing, "__dict__", {}).values())

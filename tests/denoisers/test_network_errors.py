@@ -17,7 +17,7 @@ def test_missing_conditions_are_to_be_bound():
         return x
 
     with pytest.raises(
-        ValueError, match=r"called with x \(2, 3, 8, 8\) in float32.*encoder_hidden_states.*lambda x, t"
+        ValueError, match=r"called with x \(1, 3, 8, 8\) in float32.*encoder_hidden_states.*lambda x, t"
     ):
         measured(unet, (3, 8, 8))
 

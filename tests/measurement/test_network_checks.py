@@ -137,6 +137,28 @@ def test_training_mode_is_refused_and_changes_nothing(make, wrapped):
     fs.measure(denoiser, (16,), levels=12, samples=2, progress=False)
 
 
+GLOBAL = nn.BatchNorm1d(16)
+
+
+@pytest.mark.parametrize("name", ["in a list", "global"])
+def test_modules_in_lists_and_global_ones_are_known(name):
+    listed = [nn.BatchNorm1d(16)]
+
+    def in_a_list(z, s):
+        return DATA.denoise(listed[0](z), s)
+
+    def by_name(z, s):
+        return DATA.denoise(GLOBAL(z), s)
+
+    layer, network = (listed[0], in_a_list) if name == "in a list" else (GLOBAL, by_name)
+    before = layer.running_mean.clone()
+    denoiser = fs.Denoiser.from_denoiser(network, 0.02, 20.0)
+    with pytest.raises(ValueError, match="training mode"):
+        measure(denoiser)
+    measure(denoiser, checks=False)
+    assert torch.equal(layer.running_mean, before)
+
+
 def test_random_networks_are_refused():
     generator = torch.Generator().manual_seed(0)
     noisy = lambda z, s: z / (1 + s.reshape(-1, 1) ** 2) + 0.05 * torch.randn(z.shape, generator=generator)
@@ -144,11 +166,31 @@ def test_random_networks_are_refused():
         measure(fs.Denoiser.from_denoiser(noisy, 0.01, 20.0))
 
 
-def test_networks_that_mix_the_batch_are_refused():
-    mixing = lambda z, s: (z - 0.5 * z.mean(0)) / (1 + s.reshape(-1, 1) ** 2)
-    for samples in (1, 2, 3):
-        with pytest.raises(ValueError, match="mixes the samples of a batch"):
-            measure(fs.Denoiser.from_denoiser(mixing, 0.01, 20.0), samples=samples)
+MIXING = {
+    "mean": lambda z, s: (z - 0.5 * z.mean(0)) / (1 + s.reshape(-1, 1) ** 2),
+    "last in place of first": lambda z, s: DATA.denoise(z, s).flip(0),
+    "first for all": lambda z, s: DATA.denoise(z[:1], s[:1]).expand(len(z), -1),
+    "first alone": lambda z, s: torch.cat([DATA.denoise(z[:1], s[:1]), 0.9 * DATA.denoise(z[1:], s[1:])]),
+    "nothing of several": lambda z, s: DATA.denoise(z, s) * (len(z) == 1),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("samples", [2, 3])
+def test_networks_that_mix_the_batch_are_refused(name, samples):
+    with pytest.raises(ValueError, match="mixes the samples of a batch"):
+        measure(fs.Denoiser.from_denoiser(MIXING[name], 0.01, 20.0), samples=samples)
+
+
+def test_one_sample_is_compared_with_the_same_in_a_batch():
+    with pytest.raises(ValueError, match="mixes the samples of a batch"):
+        measure(fs.Denoiser.from_denoiser(MIXING["mean"], 0.01, 20.0), samples=1)
+
+
+def test_a_random_network_whose_answer_at_the_highest_level_is_always_the_mean_is_random():
+    dropped = lambda z, s: DATA.denoise(nn.functional.dropout(z, 0.1), s)
+    with pytest.raises(ValueError, match="it is random"):
+        measure(fs.Denoiser.from_denoiser(dropped, 0.02, 20.0))
 
 
 class Counting(nn.Module):
@@ -188,7 +230,7 @@ def test_the_checks_are_counted_and_cost_less_than_one_percent_of_a_default_meas
     )
     assert sum(calls) == checked + plain
     assert checked - plain == 7 <= 0.01 * plain
-    assert network.calls == 5 + 94 + 1 + 94  # the two samples at the highest level are asked at once
+    assert network.calls == 6 + 94 + 1 + 94
 
 
 def test_a_constant_answer_is_doubtful():
