@@ -341,7 +341,8 @@ def public_functions():
 #: Tested elsewhere: results, drawing, and pipelines, which need one.
 ELSEWHERE = {
     "Comparison", "PathStatistics", "Profile", "diffusers.apply", "diffusers.export", "diffusers.fit",
-    "diffusers.measure", "metrics.power_mean", "plot.plot_overview", "plot.error_weight",
+    "diffusers.measure", "diffusers.serving_parameters", "metrics.power_mean", "plot.plot_overview",
+    "plot.error_weight",
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import fastsched as fs
 
 DOCS = Path(__file__).parents[1] / "docs"
 #: Guides that tests of other files run.
-ELSEWHERE = {"diffusers.md", "fitted.md"}
+ELSEWHERE = {"diffusers.md", "fitted.md", "serving.md"}
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 #: Third-party packages that a block may need.
 LIBRARIES = ("diffusers", "flow_matching", "k_diffusion", "smalldiffusion", "torchdiffeq")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -14,6 +15,8 @@ from fastsched.cli.shell import note
 if TYPE_CHECKING:
     from fastsched.sampling.schedule import Schedule
 
+#: Serving engines, as `fastsched.diffusers.serving` has them; named here because the shell starts without diffusers.
+ENGINES = ("vllm-omni", "sglang")
 #: The sampler of each program that takes the same steps as a solver.
 K_DIFFUSION = {
     "ddim": "sample_euler",
@@ -47,11 +50,14 @@ SD_CPP = {
 
 def export(
     schedule: Annotated[Path, typer.Argument(help="Schedule that 'fastsched fit' or 'select' wrote.")],
-    to: Annotated[str, typer.Option("--to", help="diffusers, comfyui, k-diffusion, flow-matching, sd.cpp or text.")],
+    to: Annotated[
+        str,
+        typer.Option("--to", help="diffusers, comfyui, vllm-omni, sglang, k-diffusion, flow-matching, sd.cpp or text."),
+    ],
     scheduler: Annotated[
-        Optional[str], typer.Option(help="diffusers: a saved pipeline or scheduler, to give it the exact arguments.")
+        Optional[str], typer.Option(help="diffusers, engines: a saved pipeline or scheduler, for its exact arguments.")
     ] = None,
-    mu: Annotated[Optional[float], typer.Option(help="diffusers: the shift of use_dynamic_shifting.")] = None,
+    mu: Annotated[Optional[float], typer.Option(help="With --scheduler: the shift of use_dynamic_shifting.")] = None,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="File to write.  [default: print]")] = None,
     as_json: shell.AsJson = False,
 ) -> None:
@@ -61,14 +67,15 @@ def export(
     fastsched export schedule.json --to text
     fastsched export schedule.json --to comfyui
     fastsched export schedule.json --to diffusers --scheduler my_pipeline_folder
+    fastsched export schedule.json --to vllm-omni --scheduler my_pipeline_folder --mu 1.15
     fastsched export schedule.json --to k-diffusion -o sample.py
     """
     with shell.errors_in_a_line():
         from fastsched import validate
 
         form = FORMS[validate.choice("to", to, FORMS)]
-        if to != "diffusers" and (scheduler is not None or mu is not None):
-            raise ValueError("scheduler and mu are for --to diffusers only")
+        if to not in ("diffusers", *ENGINES) and (scheduler is not None or mu is not None):
+            raise ValueError("scheduler and mu are for --to diffusers, vllm-omni and sglang only")
         shell.writable(output)
         loaded = inputs.load_schedule(schedule)
         if loaded.weights is not None and to != "diffusers":
@@ -77,6 +84,8 @@ def export(
             )
         if to == "diffusers":
             text, values = _diffusers(loaded, schedule, scheduler, mu)
+        elif to in ENGINES:
+            text, values = _engine(loaded, to, scheduler, mu)
         else:
             text, values = form(loaded)
         if output is not None:
@@ -171,6 +180,19 @@ def _diffusers(schedule: Schedule, path: Path, scheduler: str | None, mu: float 
     return f"pipe(prompt, {given})", {"arguments": arguments, "used": found.sigmas.tolist(), "error": found.error}
 
 
+def _engine(schedule: Schedule, engine: str, scheduler: str | None, mu: float | None) -> tuple[str, dict[str, Any]]:
+    """Python for vllm-omni, fields of a request for SGLang."""
+    if scheduler is None:
+        raise ValueError(f"--to {engine} needs --scheduler, the served checkpoint, whose scheduler shifts the list")
+    import fastsched as fs
+
+    found = fs.diffusers.serving_parameters(schedule, inputs.load_scheduler(scheduler), engine, mu=mu)
+    if engine == "sglang":
+        return json.dumps(found), {"parameters": found}
+    given = ", ".join(f"{key}={value}" for key, value in found.items())
+    return f"OmniDiffusionSamplingParams({given})", {"parameters": found}
+
+
 def _sampler(schedule: Schedule, known: dict[str, str], program: str) -> str:
     """The program's sampler that is the schedule's solver.
 
@@ -184,9 +206,9 @@ def _sampler(schedule: Schedule, known: dict[str, str], program: str) -> str:
     return known[schedule.solver]
 
 
-#: What ``--to`` can be. The form of diffusers depends on more than the schedule, `_diffusers`.
+#: What ``--to`` can be. Those of diffusers and engines depend on more than the schedule: `_diffusers`, `_engine`.
 FORMS: dict[str, Callable[[Schedule], tuple[str, dict[str, Any]]]] = {
-    "diffusers": _text,
+    **dict.fromkeys(("diffusers", *ENGINES), _text),
     "comfyui": _comfyui,
     "k-diffusion": _k_diffusion,
     "flow-matching": _flow_matching,

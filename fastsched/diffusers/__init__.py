@@ -14,5 +14,15 @@ from fastsched.diffusers.exporter import Export, export
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
 from fastsched.diffusers.pipeline_fit import fit
 from fastsched.diffusers.pipeline_measurement import measure
+from fastsched.diffusers.serving import serving_parameters
 
-__all__ = ["CalibrationScheduler", "Export", "FittedScheduler", "apply", "export", "fit", "measure"]
+__all__ = [
+    "CalibrationScheduler",
+    "Export",
+    "FittedScheduler",
+    "apply",
+    "export",
+    "fit",
+    "measure",
+    "serving_parameters",
+]

@@ -117,7 +117,7 @@ def test_what_cannot_be_exported_is_refused(folder, flow, tmp_path):
     cases = [
         ((folder / "s.safetensors", "--to", "text"), "holds statistics, and a schedule is needed"),
         ((flow, "--to", "comfy"), "did you mean 'comfyui'?"),
-        ((flow, "--to", "text", "--scheduler", tmp_path), "for --to diffusers only"),
+        ((flow, "--to", "text", "--scheduler", tmp_path), "for --to diffusers, vllm-omni and sglang only"),
         ((flow, "--to", "diffusers", "--mu", "1"), "mu needs --scheduler"),
         ((flow, "--to", "diffusers", "--scheduler", folder), "holds no scheduler_config.json"),
         ((flow, "--to", "diffusers", "--scheduler", tmp_path), "scheduler 'NoSuchScheduler'"),
