@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.costs.cost_matrix import CostMatrix, ModelCalls
-from fastsched.denoisers.denoiser import Denoiser, not_finite, placement
+from fastsched.denoisers.denoiser import Denoiser, placement
+from fastsched.denoisers.network_errors import not_finite
 from fastsched.denoisers.noise import log_uniform
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.random_streams import noise_of, normal, sample_seeds, stream

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers import edm
-from fastsched.denoisers.network_errors import checked_output, explained
+from fastsched.denoisers.late_reading import Verdicts
+from fastsched.denoisers.network_errors import checked_output, explained, not_finite
 from fastsched.denoisers.noise import (
     ContinuousVP,
     FlowMatching,
@@ -370,22 +371,17 @@ def placement(
     )
 
 
-def not_finite(process: NoiseProcess, s: Tensor) -> str:
-    """The error message for a network that returns NaN or inf at level ``s``."""
-    sigma = float(process.sampler_sigma(s))
-    timestep = process.timestep(s)
-    where = f"sigma = {sigma:g}" + ("" if timestep is None else f" (timestep {float(timestep):g})")
-    return (
-        f"the network returned NaN or inf at {where}; check its input scaling and the sigma range, or run it "
-        "in a wider dtype (dtype=torch.float32)"
-    )
+def finite_denoised(
+    denoiser: Denoiser, y: Tensor, s: Tensor | float, dtype: torch.dtype | None, verdicts: Verdicts
+) -> Tensor:
+    """`Denoiser.denoise`; ``verdicts`` raise a ValueError that names the level if the answer is not finite."""
 
+    def judge(finite: Tensor) -> None:
+        if not bool(finite):
+            raise ValueError(not_finite(denoiser.process, torch.as_tensor(s, dtype=torch.float64)))
 
-def finite_denoised(denoiser: Denoiser, y: Tensor, s: Tensor | float, dtype: torch.dtype | None) -> Tensor:
-    """`Denoiser.denoise`; ValueError that names the level if the answer is not finite."""
     denoised = denoiser.denoise(y, s, dtype=dtype)
-    if not bool(torch.isfinite(denoised).all()):
-        raise ValueError(not_finite(denoiser.process, torch.as_tensor(s, dtype=torch.float64)))
+    verdicts.note(torch.isfinite(denoised).all().reshape(1), judge)
     return denoised
 
 

@@ -7,6 +7,8 @@ import re
 import torch
 from torch import Tensor
 
+from fastsched.denoisers.noise import NoiseProcess
+
 #: What Python's and PyTorch's errors say, and what it means for a network; the first that fits counts.
 CAUSES = (
     (
@@ -76,3 +78,14 @@ def checked_output(output: object, x: Tensor) -> Tensor:
             f"the network returned shape {tuple(output.shape)} for a state of shape {tuple(x.shape)}{hint}"
         )
     return output
+
+
+def not_finite(process: NoiseProcess, s: Tensor) -> str:
+    """The error message for a network that returns NaN or inf at level ``s``."""
+    sigma = float(process.sampler_sigma(s))
+    timestep = process.timestep(s)
+    where = f"sigma = {sigma:g}" + ("" if timestep is None else f" (timestep {float(timestep):g})")
+    return (
+        f"the network returned NaN or inf at {where}; check its input scaling and the sigma range, or run it "
+        "in a wider dtype (dtype=torch.float32)"
+    )

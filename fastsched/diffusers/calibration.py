@@ -13,6 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
+from fastsched.denoisers.late_reading import Verdicts
 from fastsched.diffusers.conventions import class_of, describe, own_scheduler
 from fastsched.diffusers.step_checks import (
     check_copies,
@@ -26,7 +27,6 @@ from fastsched.diffusers.step_checks import (
 )
 from fastsched.diffusers.watching import Consistency, PipelineWatch, Step, observed, overwritten
 from fastsched.measurement.deviated_paths import deviated_paths, queries
-from fastsched.measurement.late_reading import Verdicts
 from fastsched.measurement.measuring import measured_levels
 from fastsched.measurement.memory import with_store
 from fastsched.measurement.path_following import Measurement, Query, measurement_steps

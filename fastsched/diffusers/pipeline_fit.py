@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from fastsched import validate
+from fastsched.denoisers.late_reading import LateReading, Verdicts
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.calibration import UNALIKE
 from fastsched.diffusers.conventions import describe, own_scheduler, solver_of, with_signature
@@ -38,7 +39,6 @@ from fastsched.fitting.rollouts import Evaluations, Rollout
 from fastsched.fitting.run_log import RunLog, identity, logged, runs_beside
 from fastsched.measurement.batches import is_out_of_memory
 from fastsched.measurement.devices import rank_and_size
-from fastsched.measurement.late_reading import LateReading, Verdicts
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.fitted import chosen_solver, is_solver

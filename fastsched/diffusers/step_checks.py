@@ -11,7 +11,7 @@ import torch
 from scipy.special import gammainccinv, gammaincinv
 from torch import Tensor
 
-from fastsched.measurement.late_reading import Verdicts
+from fastsched.denoisers.late_reading import Verdicts
 
 #: What to do about a pipeline whose loop cannot be measured.
 INSTEAD = "so it cannot be measured by its loop; measure its network (fastsched.measure)"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, placement
+from fastsched.denoisers.late_reading import LateReading
 from fastsched.measurement.batches import is_out_of_memory
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import rounding_floor, squared_distances
@@ -91,7 +92,7 @@ class RecordingDenoiser(Denoiser):
     """
 
     own: Denoiser | None = None
-    calls: list[tuple[float, Tensor, Tensor]] = field(default_factory=list)
+    calls: list[tuple[float, LateReading, LateReading]] = field(default_factory=list)
 
     @classmethod
     def of(cls, denoiser: Denoiser) -> RecordingDenoiser:
@@ -101,12 +102,12 @@ class RecordingDenoiser(Denoiser):
     def denoise(self, y: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
         """As `Denoiser.denoise`, of one level."""
         found = (self.own or super()).denoise(y, s, dtype=dtype)
-        self.calls.append((float(s), y.cpu(), found.cpu()))
+        self.calls.append((float(s), LateReading(y), LateReading(found)))
         return found
 
     def evaluations(self) -> Evaluations:
-        """All so far."""
-        return Evaluations.of(self.calls)
+        """All so far; waits for the device."""
+        return Evaluations.of([(s, y.values(), denoised.values()) for s, y, denoised in self.calls])
 
 
 class Runner:

@@ -28,9 +28,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastsched.denoisers.denoiser import Denoiser, not_finite
+from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.edm import LOW_LEVEL, NEARLY
-from fastsched.denoisers.network_errors import checked_output
+from fastsched.denoisers.network_errors import checked_output, not_finite
 from fastsched.measurement.fingerprints import projections
 from fastsched.measurement.network_state import active_training_layer
 from fastsched.sampling.random_streams import noise_of

@@ -17,10 +17,11 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from fastsched.denoisers.denoiser import Denoiser, not_finite
+from fastsched.denoisers.denoiser import Denoiser
+from fastsched.denoisers.late_reading import Verdicts
+from fastsched.denoisers.network_errors import not_finite
 from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels, positions, queries
 from fastsched.measurement.kept_vectors import KeptVectors
-from fastsched.measurement.late_reading import Verdicts
 from fastsched.measurement.rounding import warn_of_storage
 from fastsched.measurement.statistics import PathStatistics, data_deviation
 from fastsched.sampling.random_streams import noise_of

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, finite_denoised, is_denoiser
+from fastsched.denoisers.late_reading import Verdicts
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling.fitted import fitted_solver
 from fastsched.sampling.multistep import Node, log_rho
@@ -71,7 +72,7 @@ def sample(
 
     Raises:
         ValueError: If ``sigmas`` do not descend, the solver is unknown, a deterministic one is given a seed, or the
-            network returns NaN or inf (the message names the level).
+            network returns NaN or inf (the message names the level; on a GPU it may come some steps later).
     """
     validate.arguments(locals(), denoiser=is_denoiser, sigmas=is_run, solver=_IS_SOLVER, seed=_IS_SEED)
     name = solver if solver is not None else getattr(sigmas, "solver", None)
@@ -91,14 +92,16 @@ def sample(
     nodes, ends_at_zero = nodes_of(denoiser.process, s), float(values[-1]) == 0.0
     steps = len(nodes) - 1
     calls = method.model_calls(steps) if ends_at_zero or method.stage is None else 2 * steps
+    verdicts = Verdicts()
     with progress_bar(calls, progress, f"{method.name} sampling") as advance:
 
         def denoise(y: Tensor, level: Tensor | float) -> Tensor:
-            denoised = finite_denoised(denoiser, y, level, dtype)
+            denoised = finite_denoised(denoiser, y, level, dtype, verdicts)
             advance(1)
             return denoised
 
         y = integrate(denoise, nodes, method, noise, s=s)
+    verdicts.settle()
     return y if ends_at_zero else y * float(s[-1])
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, finite_denoised, is_denoiser
+from fastsched.denoisers.late_reading import Verdicts, sent
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import normal, sample_seeds, stream
 from fastsched.sampling.solvers import STOCHASTIC_SOLVERS
@@ -71,21 +72,23 @@ def sample_stochastic(
     s = denoiser.process.level(validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas)))  # type: ignore[arg-type]  # or a Schedule
     levels = s.tolist()
     streams = [stream(value, 1) for value in sample_seeds(seed, len(noise)).tolist()]
-    y, before, width_before = noise, None, math.inf
+    y, before, width_before, verdicts = noise, None, math.inf, Verdicts()
     with progress_bar(len(levels) - 1, progress, f"{solver} sampling") as advance:
         for n in range(len(levels) - 1):
             start, end = levels[n], levels[n + 1]
-            denoised = finite_denoised(denoiser, y, s[n], dtype)
+            denoised = finite_denoised(denoiser, y, s[n], dtype, verdicts)
             advance(1)
             if end == 0:
+                verdicts.settle()
                 return denoised
             width = math.log(start / end)
             slope = denoised
             if solver == "sde_dpmpp_2m" and before is not None and math.isfinite(width_before):
                 slope = denoised + width / (2 * width_before) * (denoised - before)
             keep, pull, fresh = (_sde_dpmpp if solver == "sde_dpmpp_2m" else _ancestral)(width, end, eta)
-            y = keep * y + pull * slope + fresh * normal(streams, y.shape[1:]).to(y)
+            y = keep * y + pull * slope + fresh * sent(normal(streams, y.shape[1:]), y.device).to(y.dtype)
             before, width_before = denoised, width
+    verdicts.settle()
     return levels[-1] * y
 
 

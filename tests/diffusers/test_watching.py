@@ -14,8 +14,8 @@ import diffusers
 import pipelines
 from pipelines import SHAPE, OraclePipeline, OracleUNet, oracle_pipeline
 
+from fastsched.denoisers.late_reading import Verdicts
 from fastsched.diffusers.step_checks import check_first_latents
-from fastsched.measurement.late_reading import Verdicts
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}

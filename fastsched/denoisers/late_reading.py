@@ -1,4 +1,4 @@
-"""Small results of a device, judged once they are there; nothing waits for the device before the end."""
+"""Copies between a device and the CPU that do not wait; small results are judged once they are there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from torch import Tensor
 
 #: Looks at values on the CPU and raises an error if something is wrong with them.
 Judge: TypeAlias = "Callable[[Tensor], None]"
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the CPU on ``device``, which need not have come to their place in its work."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
 class LateReading:
