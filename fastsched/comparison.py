@@ -277,7 +277,7 @@ def comparison_calls(
     schedules: Mapping[str, Schedule | Tensor],
     solver: str | Solver | None = None,
     *,
-    samples: int = 256,
+    samples: int | range = 256,
     reference_steps: int = REFERENCE_STEPS,
 ) -> tuple[int, int]:
     """The model calls of `compare` with these arguments: of the converged run, and of all schedules together.
@@ -288,7 +288,8 @@ def comparison_calls(
     runs = _planned(denoiser, schedules, solver)
     reference = _known_levels(denoiser, validate.positive_int("steps", reference_steps, minimum=2))
     each = sum(method.model_calls(len(sigmas) - 1) for sigmas, method in runs.values())
-    return reference * samples, each * samples
+    count = len(validate.sample_range("samples", samples))
+    return reference * count, each * count
 
 
 def _planned(

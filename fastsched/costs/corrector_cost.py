@@ -31,7 +31,7 @@ def stein_corrector(
     *,
     shape: Sequence[int],
     sigmas: Tensor | Sequence[float],
-    samples: int,
+    samples: int | range,
     pairs: str = "adjacent",
     velocity: str | None = "noisier",
     data: Tensor | None = None,

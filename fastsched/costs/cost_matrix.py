@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -82,6 +82,21 @@ class CostMatrix:
     def lengths(self) -> Tensor:
         """``adjacent ** (1/p)``, [N-1]: the lengths that Algorithm 1 of the paper sums; negative costs count as 0."""
         return self.adjacent.clamp_min(0).pow(1 / self.order)
+
+    def merge(self, other: CostMatrix) -> CostMatrix:
+        """The same cost from the samples of both estimates, ``samples=range(a, b)`` and others, in this order.
+
+        Args:
+            other: An estimate of the same cost of the same model, from other samples.
+
+        Raises:
+            ValueError: If it is of another cost or of other levels or steps.
+        """
+        same = (self.name, self.process) == (other.name, other.process) and torch.equal(self.s, other.s)
+        if not (same and torch.equal(self.pairs, other.pairs)):
+            raise ValueError(f"other must be the same cost, {self.name}, of the same levels and steps")
+        calls = ModelCalls(*(own + their for own, their in zip(self.calls, other.calls, strict=True)))
+        return replace(self, per_sample=torch.cat([self.per_sample, other.per_sample]), calls=calls)
 
     def _scatter(self, values: Tensor) -> Tensor:
         # NaN, not 0, where nothing was computed: a schedule cannot use such a step unnoticed.

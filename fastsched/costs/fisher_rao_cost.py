@@ -33,7 +33,7 @@ def fisher_rao(
     *,
     shape: Sequence[int],
     sigmas: Tensor | Sequence[float],
-    samples: int,
+    samples: int | range,
     data: Tensor | None = None,
     probes: int = 2,
     seed: int = 0,

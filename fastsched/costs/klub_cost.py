@@ -30,7 +30,7 @@ def klub(
     *,
     shape: Sequence[int],
     sigmas: Tensor | Sequence[float],
-    samples: int,
+    samples: int | range,
     data: Tensor | None = None,
     seed: int = 0,
     batch_size: int | None = None,

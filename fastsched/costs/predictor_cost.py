@@ -44,7 +44,7 @@ def stein_predictor(
     *,
     shape: Sequence[int],
     sigmas: Tensor | Sequence[float],
-    samples: int,
+    samples: int | range,
     pairs: str = "adjacent",
     velocity: str | None = "noisier",
     data: Tensor | None = None,

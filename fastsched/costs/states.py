@@ -57,7 +57,7 @@ class StateSource:
         denoiser: The denoiser to measure.
         sigmas: Sampler sigmas, descending, [N]; positive and of finite level (pure noise has no finite score).
         shape: The shape of one sample, without the batch.
-        samples: The number of states per level.
+        samples: The number of states per level; or which, ``range(a, b)``, to be merged with others.
         data: Clean samples [n, *shape] to which noise is added; None follows the probability-flow path instead.
         seed: The seed of the noises, the probes and the choice of data. Sample ``b`` does not depend on ``samples``
             or ``batch_size``.
@@ -76,7 +76,7 @@ class StateSource:
         denoiser: Denoiser,
         sigmas: Tensor | Sequence[float],
         shape: Sequence[int],
-        samples: int,
+        samples: int | range,
         data: Tensor | None = None,
         seed: int = 0,
         batch_size: int | None = None,
@@ -86,11 +86,12 @@ class StateSource:
         self.denoiser, self.process = denoiser, denoiser.process
         self.s = finite_levels(denoiser, sigmas)
         self.shape = validate.sample_shape(shape)
-        self.samples = validate.positive_int("samples", samples)
-        self.batch = samples if batch_size is None else validate.positive_int("batch_size", batch_size)
+        which = validate.sample_range("samples", samples)
+        self.samples = len(which)
+        self.batch = self.samples if batch_size is None else validate.positive_int("batch_size", batch_size)
         self.device, self.dtype = placement(denoiser, device, dtype)
         self.state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.seeds = sample_seeds(seed, self.samples)
+        self.seeds = sample_seeds(seed, which)
         self.alpha = self.process.alpha(self.s)
         a, c = denoiser.coefficients(self.s)
         #: ``score(z; s_k) = score_a[k] z + score_c[k] R``, [N] float64 each.
@@ -98,7 +99,7 @@ class StateSource:
         #: ``D(z; s_k) = denoised_a[k] z + denoised_c[k] R``.
         self.denoised_a, self.denoised_c = a * self.alpha, c
         self.forward_calls = 0
-        self._chosen = None if data is None else _choose(data, self.shape, self.samples, seed)
+        self._chosen = None if data is None else _choose(data, self.shape, which, seed)
 
     @property
     def levels(self) -> int:
@@ -234,12 +235,12 @@ def _path_levels(denoiser: Denoiser, s: Tensor) -> tuple[Tensor, dict[int, int]]
     return torch.tensor(grid, dtype=torch.float64), {n: position[v] for n, v in enumerate(grid) if v in position}
 
 
-def _choose(data: Tensor, shape: tuple[int, ...], samples: int, seed: int) -> Tensor:
-    """``samples`` rows of ``data`` in random order; no row is repeated before all have been used."""
+def _choose(data: Tensor, shape: tuple[int, ...], samples: range, seed: int) -> Tensor:
+    """Rows ``samples`` of ``data`` in random order; no row is repeated before all have been used."""
     if not isinstance(data, Tensor) or not data.is_floating_point():
         raise TypeError(f"data must be a floating-point tensor [n, *shape], got {type(data).__name__}")
     if tuple(data.shape[1:]) != shape or len(data) == 0:
         raise ValueError(f"data must have shape [n, {', '.join(map(str, shape))}], got {tuple(data.shape)}")
     # A generator of its own leaves torch's global random numbers as they are.
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    return data[order[torch.arange(samples) % len(data)].to(data.device)]
+    return data[order[torch.arange(samples.start, samples.stop) % len(data)].to(data.device)]

@@ -27,7 +27,7 @@ def score_optimal_schedule(
     *,
     shape: Sequence[int],
     levels: int | Tensor = 48,
-    samples: int = 8,
+    samples: int | range = 8,
     data: Tensor | None = None,
     velocity: str | None = "noisier",
     spare_last: bool = True,

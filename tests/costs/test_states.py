@@ -52,6 +52,20 @@ def test_calls_reported_are_the_calls_made(estimate, from_data):
     assert cost.model_calls == sum(cost.calls)
 
 
+@pytest.mark.parametrize("from_data", [True, False], ids=["data", "path"])
+@pytest.mark.parametrize("estimate", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_ranges_of_samples_merge_into_the_whole(estimate, from_data):
+    denoiser = fs.Denoiser.from_denoiser(MIXTURE.denoise, 0.05, 10.0)
+    data = MIXTURE.sample(3, seed=1, dtype=torch.float64) if from_data else None
+    settings = {"shape": (2,), "sigmas": denoiser.levels(4), "data": data, "dtype": torch.float64, "progress": False}
+    cost = lambda samples: estimate(denoiser, samples=samples, batch_size=1, **settings)
+    whole, merged = cost(5), cost(range(2)).merge(cost(range(2, 5)))
+    assert torch.equal(merged.per_sample, whole.per_sample)
+    assert merged.calls == whole.calls
+    with pytest.raises(ValueError, match="other must be the same cost"):
+        whole.merge(estimate(denoiser, samples=1, **{**settings, "sigmas": denoiser.levels(5)}))
+
+
 @pytest.mark.filterwarnings("error")
 def test_standard_errors():
     denoiser = fs.Denoiser.from_denoiser(MIXTURE.denoise, 0.05, 10.0)
