@@ -5,6 +5,7 @@ All of it happens in the Gram matrix of the measurement's vectors and what the r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +24,9 @@ from fastsched.metrics import power_mean
 from fastsched.sampling.sampler import schedule_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
+
+#: Elements of all vectors that are converted to float64 at a time.
+ELEMENTS = 1 << 16
 
 
 def increments_of(stats: PathStatistics) -> Tensor:
@@ -77,10 +81,9 @@ class RunRecord:
 
     def __init__(self, stats: PathStatistics, method: Solver) -> None:
         self.stats, self.method, self.surrogate = stats, method, Surrogate.of(stats)
-        increments = increments_of(stats)
-        self.vectors = increments if stats.responses is None else torch.cat([increments, stats.responses], dim=1)
         self.trials: list[Trial] = []
-        self._vectors: list[Tensor] = []  # each run's residuals and its error, [B, evaluations + 1, d]
+        #: Increments, responses, and each run's residuals with its error, [B, n, d]; not joined: they are large.
+        self._vectors = [increments_of(stats)] + ([] if stats.responses is None else [stats.responses])
         self._gram = stats.vector_gram.numpy()  # of the measurement's vectors and the runs', [B, n, n]
 
     def best(self) -> int:
@@ -111,7 +114,7 @@ class RunRecord:
             beyond = residuals(self.surrogate, self.stats, found)
             if bool(beyond.isfinite().all()):
                 return np.array(found.s), beyond
-        return np.zeros(0), self.vectors[:, :0]
+        return np.zeros(0), self._vectors[0][:, :0]
 
     def _evaluations(self, levels: Array) -> int:
         found, _ = rollouts(self.surrogate, levels[None], self.method)
@@ -120,10 +123,7 @@ class RunRecord:
     def _add_vectors(self, vectors: Tensor) -> int:
         """Vectors [B, m, d] into the Gram matrix; their first column."""
         self._vectors.append(vectors)
-        rows = []
-        for b, own in enumerate(vectors.double()):
-            others = [self.vectors[b], *(each[b] for each in self._vectors)]
-            rows.append(torch.cat([other.double() @ own.T for other in others]).numpy())
+        rows = [_products([each[b] for each in self._vectors], own) for b, own in enumerate(vectors)]
         columns, before = np.stack(rows), self._gram.shape[1]  # [B, n + m, m]
         self._gram = np.block([[self._gram, columns[:, :before]], [columns.transpose(0, 2, 1)]])
         return before
@@ -164,3 +164,13 @@ class RunRecord:
         """Deviations of a run from the path at its evaluations, [evaluations, V]."""
         answers = KnownAnswers(trial.first, vectors)
         return self.surrogate.rollouts(trial.levels[None], schedule_solver(trial.schedule), answers).deviations[:, 0]
+
+
+def _products(rows: Sequence[Tensor], vectors: Tensor) -> Array:
+    """Inner products of rows, [n, d] each, with vectors [m, d]: [sum of n, m] float64, from parts of the elements."""
+    found = torch.zeros(sum(map(len, rows)), len(vectors), dtype=torch.float64)
+    for start in range(0, vectors.shape[1], ELEMENTS):
+        part = slice(start, start + ELEMENTS)
+        own = vectors[:, part].double().T
+        found += torch.cat([each[:, part].double() @ own for each in rows])
+    return found.numpy()

@@ -59,6 +59,16 @@ def test_batches_take_no_more_than_their_vectors():
     assert peak < 1.5 * samples * run.vectors * 4 * d
 
 
+def test_tuning_takes_no_copy_of_what_was_measured():
+    """Beside the increments and responses: what runs find, 13 vectors a run of 6 steps, and parts in float64."""
+    d, samples = 100_000, 6
+    stats = fs.measure(denoiser_of(), (d,), levels=24, samples=samples, keep_increments=True, progress=False)
+    start = fs.Schedule(fs.baselines.karras(6, 0.02, 20.0, spare_last=True), "dpmpp_2m")
+    peak = peak_on_cpu(lambda: fs.tune(denoiser_of(), stats, start, trials=2, checks=False, progress=False))
+    assert stats.responses is not None
+    assert peak < 1.4 * (stats.increments.nbytes + stats.responses.nbytes)
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "velocity", "edm"])
 @pytest.mark.parametrize("store", ["device", "cpu"])
 def test_the_device_holds_what_is_documented(store, kind):
