@@ -250,8 +250,9 @@ def _follow_deviated(
                 answers.look(raw)
                 raw = raw.float()
                 # both at level k: differences first, as in an increment
-                kept.write(run.row(m, k), a[k] * (x - state) + c[k] * (raw - raw_there))
+                kept.write(run.row(m, k), (x - state).mul_(a[k]).add_(raw - raw_there, alpha=c[k]))
                 follower.answer(k, x, raw, a[k], c[k])
+                del x, raw  # not while the network works on the next
             del state, raw_there
         for follower in followers:
             follower.step(k)

@@ -148,7 +148,9 @@ def answered(queries: Generator[tuple[Any, Any], Any, Result], answer: Callable[
             query = queries.send(found)
         except StopIteration as finished:
             return finished.value
+        del found  # states are large, and the network needs memory too
         found = answer(*query)  # not inside the try: a StopIteration raised here is not the generator's end
+        del query
 
 
 def integration(
