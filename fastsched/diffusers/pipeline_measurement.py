@@ -110,7 +110,7 @@ def measure(
     try:
         return measured_in_group(pipe, call_kwargs, group, progress=progress, **settings, **options)
     except KeyboardInterrupt as error:
-        return finished_part(error, checkpoint)
+        return finished_part(error, checkpoint, group)
 
 
 def measured_in_group(

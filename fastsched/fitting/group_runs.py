@@ -28,7 +28,7 @@ def led_by_first(run: Run, work: Callable[[Run], Result], group: Any) -> Result:
         group: A ``torch.distributed`` group, or None.
 
     Raises:
-        RuntimeError: If another process failed.
+        RuntimeError: If another process failed; in that one, its own error.
     """
     rank, size = rank_and_size(group)
     if size == 1:
@@ -52,27 +52,30 @@ def without_vectors(report: Any) -> Any:
 
 def _dealt_out(run: Run, schedule: Schedule, first: int, last: int, group: Any) -> Rollout | None:
     first_ones(("run", (schedule, first, last)), group)
-    found = gathered_by_first(_own_part(run, schedule, first, last, group), group)
+    own, failure = _own_part(run, schedule, first, last, group)
+    found = gathered_by_first((own, described(failure)), group)
     assert found is not None  # this is the first process
     wrong = failures([text for _, text in found])
     if wrong is not None:
-        raise RuntimeError(wrong)
+        raise failure if failure is not None else RuntimeError(wrong)
     parts = [part for part, _ in found if part != "nothing to run"]
     return None if any(part is None for part in parts) else Rollout.joined(parts)
 
 
 def _follow(run: Run, group: Any) -> Any:
+    failure: Exception | None = None
     while True:
         what, value = first_ones(None, group)
         if what == "done":
             return value
         if what == "failed":
-            raise RuntimeError(f"process 0 of the group failed: {value}")
+            raise failure if failure is not None else RuntimeError(f"process 0 of the group failed: {value}")
         schedule, first, last = value
-        gathered_by_first(_own_part(run, schedule, first, last, group), group)
+        own, failure = _own_part(run, schedule, first, last, group)
+        gathered_by_first((own, described(failure)), group)
 
 
-def _own_part(run: Run, schedule: Schedule, first: int, last: int, group: Any) -> tuple[Any, str | None]:
+def _own_part(run: Run, schedule: Schedule, first: int, last: int, group: Any) -> tuple[Any, Exception | None]:
     """This process's samples of a run, or what went wrong."""
     own = share(range(first, last), group)
     if len(own) == 0:
@@ -80,4 +83,4 @@ def _own_part(run: Run, schedule: Schedule, first: int, last: int, group: Any) -
     try:
         return run(schedule, int(own[0]), int(own[-1]) + 1), None
     except Exception as error:
-        return None, described(error)
+        return None, error

@@ -8,6 +8,7 @@ import os
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,12 +121,12 @@ def resumed(file: str | os.PathLike[str], run: Measurement, batches: Batches) ->
     return found
 
 
-def finished_part(error: KeyboardInterrupt, file: str | os.PathLike[str] | None) -> PathStatistics:
+def finished_part(error: KeyboardInterrupt, file: str | os.PathLike[str] | None, group: Any) -> PathStatistics:
     """The paths that were finished before an interrupt, with a warning.
 
-    The interrupt again if there are none, or if they are in a file.
+    The interrupt again if there are none, if they are in a file, or in a group, whose other processes go on without.
     """
-    partial = None if file is not None else getattr(error, "partial", None)
+    partial = None if file is not None or group is not None else getattr(error, "partial", None)
     if partial is None:
         raise error
     warnings.warn(

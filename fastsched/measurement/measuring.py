@@ -49,7 +49,7 @@ def measure(
 
     No gradients are taken, so compiled, quantised and guided models work. Cost: ``2 N - 2`` calls a sample for an even
     N, N without responses, and 7 to check the network. An interrupt (Ctrl-C) returns the finished paths, with a
-    warning. Warns if 16-bit outputs add more than 1% to the squared increments.
+    warning, but not in a group. Warns if 16-bit outputs add more than 1% to the squared increments.
 
     Args:
         denoiser: What to measure.
@@ -82,7 +82,7 @@ def measure(
     try:
         return measured_in_group(run, batches, None if checkpoint is None else resumed(checkpoint, run, batches), group)
     except KeyboardInterrupt as error:
-        return finished_part(error, checkpoint)
+        return finished_part(error, checkpoint, group)
 
 
 def batches_of(

@@ -48,6 +48,10 @@ def main(task, folder):
             os._exit(3)
         if task == "fails" and rank == 1 and calls > 30:
             raise RuntimeError("broken")
+        if task == "fit fails" and rank == 1 and calls > 60:  # two paths are measured by then
+            raise RuntimeError("broken")
+        if task == "interrupted" and rank == 1 and calls > 30:
+            raise KeyboardInterrupt
         return oracle.denoise(z, s)
 
     denoiser = fs.Denoiser.from_denoiser(network, 0.02, 20.0)
@@ -57,15 +61,19 @@ def main(task, folder):
             stats = fs.measure(denoiser, (4,), keep_increments=True, checkpoint=folder / "whole.safetensors", **options)
             stats.save(folder / f"{rank}.safetensors", vectors=True)
             report = {"model_calls": stats.model_calls}
-        elif task == "fit":
+        elif task in ("fit", "fit fails"):
             schedule = fs.fit(denoiser, (4,), 4, model_calls=400, **options)
             report = {"sigmas": schedule.sigmas.tolist(), "error": schedule.measured_error}
         else:
             fs.measure(denoiser, (4,), **options)
             report = {}
-    except Exception as error:
+    except BaseException as error:
         partial = getattr(error, "partial", None)
-        report = {"failed": str(error), "finished": None if partial is None else partial.samples}
+        report = {
+            "failed": str(error),
+            "kind": type(error).__name__,
+            "finished": None if partial is None else partial.samples,
+        }
     (folder / f"{task}-{rank}.json").write_text(json.dumps({**report, "calls": calls}))
     os._exit(0)  # a group that has lost a process does not end in order
 

@@ -97,6 +97,20 @@ def test_what_ends_one_process_is_an_error_in_all(tmp_path, task):
         assert reports[1]["failed"] == "broken"
 
 
+def test_a_run_that_fails_in_one_process_is_its_own_error_there(tmp_path):
+    reports, done = run("fit fails", tmp_path)
+    assert None not in reports, done.stderr
+    assert [report["failed"] for report in reports] == ["process 1 of the group failed: RuntimeError: broken", "broken"]
+
+
+def test_an_interrupt_in_a_group_hands_no_process_less_than_the_others(tmp_path):
+    """Not even with a warning, as without a group: the processes would go on with different statistics."""
+    reports, done = run("interrupted", tmp_path)
+    assert None not in reports, done.stderr
+    assert (reports[1]["kind"], reports[1]["finished"]) == ("KeyboardInterrupt", 1)
+    assert (reports[0]["kind"], reports[0]["finished"]) == ("RuntimeError", 3)
+
+
 def test_a_group_needs_processes():
     with pytest.raises(ValueError, match="group needs torch"):
         fs.measure(denoiser(), (4,), samples=2, group=object(), progress=False)
