@@ -35,8 +35,8 @@ LEVELS, DENOISER_SAMPLES = 48, 8
 #: Vectors that a measured path leaves: its increments, and the responses of two deviated paths.
 VECTORS = LEVELS - 1 + 2 * len(asked_levels(LEVELS))
 
-#: Elements of a vector in the timed Gram matrix, at most.
-GRAM_ELEMENTS = 1 << 22
+#: Elements of a vector in the timed Gram matrix, at most: 0.4 GB of vectors, for the model may have left little free.
+GRAM_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ def _timed_gram(elements: int, device: torch.device) -> tuple[float, int]:
 
 
 def _copy_bandwidth(device: torch.device) -> float:
-    source = torch.empty(1 << (30 if device.type == "cuda" else 27), dtype=torch.int8, device=device)
+    source = torch.empty(1 << (28 if device.type == "cuda" else 27), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / _seconds(lambda: target.copy_(source), device, repeats=5)
 

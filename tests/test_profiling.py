@@ -2,6 +2,7 @@
 
 import json
 import time
+import types
 
 import pytest
 import torch
@@ -33,6 +34,17 @@ def test_inner_owners_take_time_from_outer_ones():
     assert timeline.had("network")
     network = sum(seconds for owner, seconds in timeline.spans() if owner == "network")
     assert 0.05 <= network < 0.09
+
+
+def test_the_time_is_that_of_the_device_s_own_stream(monkeypatch):
+    """Not of the current device's: a process may have many, and set none."""
+    recorded = []
+    event = types.SimpleNamespace(record=lambda stream=None: recorded.append(stream))
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
+    timeline = Timeline(torch.device("cuda:1"))
+    timeline.owned("network", lambda: None)()
+    assert recorded == ["stream of cuda:1"] * 3
 
 
 def test_steps_end_with_a_span_of_their_last_owner():

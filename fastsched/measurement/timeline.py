@@ -52,7 +52,7 @@ class Timeline:
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))  # which may not be the current device
         return event
 
     @contextlib.contextmanager
