@@ -16,6 +16,7 @@ from torch import Tensor
 from fastsched import metrics, validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
 from fastsched.denoisers.noise import VariancePreserving
+from fastsched.sampling.files import write_whole
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
 from fastsched.sampling.sampler import is_run, sample, schedule_solver
@@ -123,13 +124,13 @@ class Comparison:
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """The rows as CSV with a header, in the order given; also written to ``path`` if given."""
+        name = None if path is None else validate.path("path", path)
         text = io.StringIO()
         writer = csv.DictWriter(text, [field.name for field in fields(ComparisonRow)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.to_dicts())
-        if path is not None:
-            with open(path, "w", encoding="utf-8", newline="") as file:
-                file.write(text.getvalue())
+        if name is not None:
+            write_whole(name, text.getvalue().encode())
         return text.getvalue()
 
     def __str__(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,9 +34,8 @@ def rounding_floor(ends: Tensor) -> Tensor:
     Args:
         ends: Samples, [B, *shape].
     """
-    if validate.tensor("ends", ends).ndim < 2:
-        raise ValueError(f"ends must be [B, *shape], got shape {tuple(ends.shape)}")
-    return torch.finfo(torch.float32).eps ** 2 * ends.double().flatten(1).square().sum(1)
+    values = validate.finite("ends", ends)
+    return torch.finfo(torch.float32).eps ** 2 * values.double().flatten(1).square().sum(1)
 
 
 def geometric_mean(values: Tensor) -> float:
@@ -54,6 +55,8 @@ def geometric_mean(values: Tensor) -> float:
 
 #: Exponent of the power mean by which schedules are chosen and ranked.
 EXPONENT = 0.25
+#: The logarithm of the largest float64.
+MOST = math.log(np.finfo(np.float64).max)
 
 
 def power_mean(values: Tensor | np.ndarray, exponent: float = EXPONENT) -> np.ndarray:
@@ -62,17 +65,24 @@ def power_mean(values: Tensor | np.ndarray, exponent: float = EXPONENT) -> np.nd
     Between the geometric mean, which a few samples that end far off do not move, and the arithmetic mean (p = 1),
     which they decide.
     """
+    if isinstance(values, Tensor):
+        values = values.detach().double().cpu().numpy()
     logs = np.log(np.maximum(np.asarray(values, dtype=np.float64), np.finfo(np.float64).tiny))
     if exponent == 0:
         return np.exp(logs.mean(axis=-1))
-    top = logs.max(axis=-1, keepdims=True)  # so that no power overflows
+    top = np.minimum(logs.max(axis=-1, keepdims=True), MOST)  # so that no power overflows
     return np.exp(top[..., 0] + np.log(np.exp(exponent * (logs - top)).mean(axis=-1)) / exponent)
 
 
 def mean_and_standard_error(values: Tensor) -> tuple[float, float]:
-    """The arithmetic mean, and its standard error ``std / sqrt(B)`` (NaN for a single value)."""
-    values = validate.tensor("values", values)
-    wide = values.double().flatten()
+    """The arithmetic mean, and its standard error ``std / sqrt(B)`` (NaN for a single value).
+
+    Raises:
+        ValueError: If there is no value, or one is NaN.
+    """
+    wide = validate.tensor("values", values).double().flatten()
+    if wide.numel() == 0 or bool(wide.isnan().any()):
+        raise ValueError("values must be numbers, at least one of them")
     error = wide.std() / wide.numel() ** 0.5 if wide.numel() > 1 else torch.tensor(torch.nan)
     return float(wide.mean()), float(error)
 

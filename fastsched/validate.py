@@ -129,14 +129,37 @@ def path(name: str, value: object) -> str:
 
 
 def tensor(name: str, value: object) -> Tensor:
-    """Return ``value``, a tensor of floating-point numbers.
+    """Return ``value``, a dense tensor of floating-point numbers, without its gradient.
 
     Raises:
         TypeError: If it is something else.
     """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {shown(value)}")
-    return value
+    _holds_data(name, value)
+    return value.detach()
+
+
+def finite(name: str, value: object) -> Tensor:
+    """Return ``value``, a batch [B, *shape] of finite floating-point numbers, without its gradient.
+
+    Raises:
+        TypeError: If it is something else than a dense tensor of them.
+        ValueError: If it has no batch, or holds NaN or inf.
+    """
+    numbers = tensor(name, value)
+    if numbers.ndim < 2:
+        raise ValueError(f"{name} must be [B, *shape], got shape {tuple(numbers.shape)}")
+    if not bool(numbers.isfinite().all()):
+        raise ValueError(f"{name} must be finite, but holds NaN or inf")
+    return numbers
+
+
+def _holds_data(name: str, value: Tensor) -> None:
+    """TypeError for a tensor whose numbers cannot be read one by one."""
+    if value.is_meta or value.layout != torch.strided or value.is_quantized:
+        kind = "on the meta device" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
+        raise TypeError(f"{name} must be a dense tensor that holds numbers, got one {kind}")
 
 
 def function(name: str, value: object) -> object:
@@ -243,6 +266,8 @@ def device(value: object) -> torch.device:
         found = torch.device(value)
     except (RuntimeError, OverflowError, ValueError):
         raise ValueError(f"device must be one that PyTorch knows, such as cpu, cuda or cuda:1, got {value!r}") from None
+    if found.type == "meta":
+        raise ValueError("device must be one that holds numbers, got 'meta'; use cpu")
     if found.type == "cuda" and not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         raise ValueError(f"device is {value!r}, but torch {torch.__version__} ({built}) finds no CUDA GPU; use cpu")
@@ -321,8 +346,9 @@ def float64(values: Tensor | Sequence[float], name: str = "values") -> Tensor:
         TypeError: If they are not real numbers.
     """
     if isinstance(values, Tensor):
-        if values.is_complex() or values.dtype == torch.bool or values.layout != torch.strided:
+        if values.is_complex() or values.dtype == torch.bool:
             raise TypeError(f"{name} must be a tensor of real numbers, got {shown(values)}")
+        _holds_data(name, values)
         return values.detach().cpu().to(torch.float64, copy=True)
     try:
         array = np.asarray(values)
@@ -360,6 +386,8 @@ def descending_sigmas(sigmas: Tensor | Sequence[float], *, name: str = "sigmas")
 def _levels(name: str, value: object) -> None:
     """How many levels, or the levels themselves."""
     if not isinstance(value, Tensor):
+        if isinstance(value, (Sequence, np.ndarray)):
+            raise TypeError(f"{name} must be a whole number or a tensor of noise levels, got {shown(value)}")
         positive_int(name, value, minimum=3)
     elif len(s := descending_sigmas(value, name=name)) < 3 or float(s[-1]) <= 0:
         raise ValueError(f"{name} must be at least three positive noise levels; sigma 0 is added as the end")
@@ -392,9 +420,9 @@ CHECKS: dict[str, Check] = {
     "velocity": optional(lambda name, value: choice(name, value, ("noisier", "cleaner"))),
     "store": optional(lambda name, value: choice(name, value, ("device", "cpu"))),
     "method": optional(lambda name, value: choice(name, value, ("dynamic_programming", "arc_length"))),
-    "data": optional(tensor),
+    "data": optional(finite),
     "tolerance": positive,
-    "noise": optional(tensor),
+    "noise": optional(finite),
     "eta": real,
     "progress": lambda name, value: None if callable(value) else flag(name, value),
     "checkpoint": optional(path),

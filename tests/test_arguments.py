@@ -19,12 +19,15 @@ POSITIVE = [0, 0.0, -1.0, math.nan, math.inf, "1", None, True, [1.0], 1j, torch.
 OPTIONAL_POSITIVE = [value for value in POSITIVE if value is not None]
 SEED = [-1, 2**31, 0.5, "0", None, True, np.int64(3), torch.tensor(3), math.nan]
 SHAPE = [None, 4, "44", (), (0,), (-1, 2), (2.5,), (True,), [None], iter((2, 2)), {2}, (2**40,), (2**20,) * 5]
-DEVICE = ["gpu", "cuda:one", 1.5, True, object(), b"cpu", ["cpu"]]
+DEVICE = ["gpu", "meta", "cuda:one", 1.5, True, object(), b"cpu", ["cpu"]]
 DTYPE = ["float32", torch.int32, torch.bool, torch.complex64, float, np.float32, 1]
 SOLVER = ["dmpp", "", None, 3, ["ddim"], b"ddim", object(), torch.ones(2)]
 SIGMAS = [None, 3, "ab", [1.0], [1.0, 2.0], [2.0, 2.0, 0.0], [2.0, math.nan], [2.0, -1.0], [[2.0, 1.0]], [2j, 1.0],
-          torch.tensor([1.0, 2.0]), torch.tensor([True]), torch.tensor([2j, 1.0]), [None, 1.0], object()]  # fmt: skip
-TENSOR = [3, "x", [1.0, 2.0], np.ones((2, 4), np.float32), torch.ones(2, 4, dtype=torch.int64), object()]
+          torch.tensor([2.0, 1.0], device="meta"), torch.tensor([1.0, 2.0]), torch.tensor([True]),
+          torch.tensor([2j, 1.0]), [None, 1.0], object()]  # fmt: skip
+TENSOR = [3, "x", [1.0, 2.0], np.ones((2, 4), np.float32), torch.ones(2, 4, dtype=torch.int64),
+          torch.ones(2, 4, device="meta"), torch.ones(2, 4).to_sparse(), object()]  # fmt: skip
+BATCH = [*TENSOR, torch.ones(4), torch.tensor(1.0), torch.full((2, 4), math.nan), torch.full((2, 4), math.inf)]
 OTHER = [None, 3, "x", object(), [], {}]
 PATH = [3, 2.5, b"x\0", "", "a\0b", object(), ["x"]]
 REAL = ["1", None, True, [1.0], 1j, math.nan]
@@ -43,8 +46,17 @@ WRONG = {
     **dict.fromkeys(("shift", "tolerance", "std"), POSITIVE),
     **dict.fromkeys(("denoiser", "stats", "cost", "schedule", "other"), OTHER),
     **dict.fromkeys(("fn", "net", "estimate", "denoise"), FUNCTION),
-    **dict.fromkeys(("noise", "clean", "samples_", "values", "ends", "converged", "costs"), TENSOR),
-    "levels": [2, *COUNT, torch.tensor([3.0, 2.0]), torch.tensor([3.0, 1.0, 2.0]), torch.tensor([3.0, 2.0, 0.0])],
+    **dict.fromkeys(("noise", "data", "ends"), BATCH),
+    **dict.fromkeys(("clean", "samples_", "values", "converged", "costs"), TENSOR),
+    "levels": [
+        2,
+        *COUNT,
+        [3.0, 2.0, 1.0],
+        np.array([3.0, 2.0, 1.0]),
+        torch.tensor([3.0, 2.0]),
+        torch.tensor([3.0, 1.0, 2.0]),
+        torch.tensor([3.0, 2.0, 0.0]),
+    ],
     "reference_steps": [1, *COUNT],
     "projections": COUNT,
     "probes": [1, *COUNT],
@@ -55,7 +67,6 @@ WRONG = {
     "dtype": DTYPE,
     "solver": SOLVER,
     "sigmas": SIGMAS,
-    "data": TENSOR,
     "checkpoint": PATH,
     "path": [None, *PATH],
     "model": OTHER,
@@ -257,7 +268,7 @@ SPECIAL = {
     **{(fit, "model_calls"): [-1, *OPTIONAL_COUNT[1:]] for fit in ("fit", "fit with stats")},
     ("sample", "seed"): [1, *(value for value in SEED if value is not None)],  # for a deterministic solver, any
     ("sample", "sigmas"): SIGMAS,
-    ("sample", "noise"): [None, *TENSOR],
+    ("sample", "noise"): [None, *BATCH],
     ("fit with stats", "stats"): OTHER[1:],
     ("fit", "stats"): OTHER[1:],
     ("plot.plot_schedules", "stats"): OTHER[1:],

@@ -193,6 +193,8 @@ def test_table_and_csv_hold_the_rows(tmp_path, converged):
     assert lines[0].split() == ["schedule", "solver", "steps", "calls", "typical", "error", "mean", "error", "frechet"]
     assert lines[1].split() == ["best", "ddim", "6", "6", "0.5", "0.75", "±", "0.12", "0.0625"]
     assert len({len(line) for line in lines[:3]}) == 1
+    with pytest.raises(TypeError, match="path must be the path of a file, got 2"):
+        result.to_csv(2)  # as open() takes it, the number of stderr
     text = result.to_csv(tmp_path / "rows.csv")
     assert (tmp_path / "rows.csv").read_text() == text
     read = list(csv.DictReader(io.StringIO(text)))

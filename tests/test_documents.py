@@ -1,15 +1,19 @@
 """Every file, and every name in a file, that the documents point to exists."""
 
 import ast
+import importlib.util
 import pkgutil
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
-    *("README.md", "CONTRIBUTING.md", "kernels/README.md", "benchmarks/README.md", "benchmarks/experiments/README.md"),
+    *("README.md", "CONTRIBUTING.md", "kernels/README.md", "integrations/comfyui/README.md"),
+    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").rglob("README.md")),
     *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 ]
 FOLDERS = ("benchmarks", "docs", "examples", "fastsched", "integrations", "kernels", "tests")
@@ -96,3 +100,38 @@ def test_the_architecture_names_every_room():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rooms = [path.name for path in (ROOT / "fastsched").iterdir() if (path / "__init__.py").exists()]
     assert [room for room in rooms if room not in text] == []
+
+
+MAKE = re.compile(r"(?:^ *|`)make ([a-z-]+)", re.MULTILINE)
+PYTHON = re.compile(r"(?:^ *|`)python (-m [\w.]+|[\w/.]+\.py)([^`\n#|]*)", re.MULTILINE)
+#: Modules of a package whose folder has another name here.
+FILES = {"fastsched_comfyui": "integrations/comfyui/__main__.py"}
+
+
+def commands(pattern):
+    """What the documents say to run, without repeats."""
+    texts = [(ROOT / document).read_text(encoding="utf-8") for document in DOCUMENTS]
+    return sorted({found for text in texts for found in pattern.findall(text)})
+
+
+def test_every_make_target_in_the_documents_exists():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(commands(MAKE)) <= set(targets)
+
+
+@pytest.mark.parametrize(("what", "arguments"), commands(PYTHON))
+def test_a_python_command_takes_the_options_that_a_document_gives_it(what, arguments, monkeypatch, capsys):
+    """The tests of its own folder run what it does; this one its ``--help``, which names every option."""
+    name = what.removeprefix("-m ")
+    spec = importlib.util.find_spec(name) if what.startswith("-m ") and name not in FILES else None
+    file = Path(spec.origin) if spec is not None else ROOT / FILES.get(name, name)
+    options = re.findall(r"(?<=\s)--[a-z-]+", arguments)
+    if "argparse" not in file.read_text(encoding="utf-8"):
+        assert options == []
+        return
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(file), run_name="__main__")
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert [option for option in options if option not in shown] == []

@@ -102,6 +102,8 @@ def test_sliced_wasserstein_of_a_shift_averages_its_projections():
         (lambda: metrics.sliced_wasserstein(torch.zeros(4, 3), torch.zeros(4, 3), projections=0), "projections"),
         (lambda: metrics.geometric_mean(torch.tensor([])), "at least one"),
         (lambda: metrics.geometric_mean(torch.tensor([1.0, -1.0])), "non-negative"),
+        (lambda: metrics.mean_and_standard_error(torch.tensor([])), "at least one"),
+        (lambda: metrics.mean_and_standard_error(torch.tensor([1.0, torch.nan])), "values must be numbers"),
     ],
 )
 def test_bad_input_is_named(call, message):
@@ -121,4 +123,6 @@ def test_power_mean_lies_between_the_means_and_does_not_overflow():
     assert metrics.power_mean(values, 0) == pytest.approx(1.0)
     assert metrics.power_mean(values, 1.0) == pytest.approx(1e300 / 3, rel=1e-9)
     assert metrics.power_mean(values, 0.25) == pytest.approx(1e300 / 3**4, rel=1e-6)
+    assert metrics.power_mean(np.array([1.0, np.inf])) == np.inf
+    assert metrics.power_mean(torch.tensor([1.0, 4.0], dtype=torch.bfloat16, requires_grad=True), 1.0) == 2.5
     assert metrics.power_mean(np.array([1.0, 4.0]), 0) < metrics.power_mean(np.array([1.0, 4.0])) < 2.5

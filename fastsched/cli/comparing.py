@@ -84,9 +84,7 @@ def compare(
     """
     with shell.errors_in_a_line():
         shell.writable(csv)
-        named: dict[str, Schedule] = {}
-        for path in schedules:
-            named[path.stem if path.stem not in named else str(path)] = inputs.load_schedule(path)
+        named = inputs.named_schedules(schedules)
         names = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
         source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
         run = {"samples": samples, "seed": seed, "reference_steps": reference_steps, "dry_run": dry_run}

@@ -36,6 +36,8 @@ COMFYUI = {
     "ancestral": "euler_ancestral",
     "sde_dpmpp_2m": "dpmpp_2m_sde",
 }
+#: How a schedule is used in ComfyUI where its sampler is not among ComfyUI's own.
+NODE = "use the file in the node Load Schedule (integrations/comfyui), which gives the SAMPLER too"
 #: Solvers whose namesakes in ComfyUI are others for flow times (docs/comfyui.md).
 NOT_FOR_FLOW = ("dpmpp_2m", "ancestral", "sde_dpmpp_2m")
 SD_CPP = {
@@ -72,6 +74,7 @@ def export(
     """
     with shell.errors_in_a_line():
         from fastsched import validate
+        from fastsched.sampling.files import write_whole
 
         form = FORMS[validate.choice("to", to, FORMS)]
         if to not in ("diffusers", *ENGINES) and (scheduler is not None or mu is not None):
@@ -79,8 +82,10 @@ def export(
         shell.writable(output)
         loaded = inputs.load_schedule(schedule)
         if loaded.weights is not None and to != "diffusers":
+            instead = f"{NODE}, or " if to == "comfyui" else ""
             raise ValueError(
-                f"schedule is for the fitted solver, whose weights {to} cannot take; fit one for a stock solver"
+                f"schedule is for the fitted solver, whose weights {to} cannot take; {instead}fit one for a stock "
+                "solver"
             )
         if to == "diffusers":
             text, values = _diffusers(loaded, schedule, scheduler, mu)
@@ -88,13 +93,13 @@ def export(
             text, values = _engine(loaded, to, scheduler, mu)
         else:
             text, values = form(loaded)
-        if output is not None:
-            output.write_text(text + "\n", encoding="utf-8")
-            note(f"wrote {output}")
-        elif as_json:
-            shell.print_json({"to": to, "solver": loaded.solver, **values})
-        else:
+        if as_json:
+            text = shell.json_text({"to": to, "solver": loaded.solver, **values})
+        if output is None:
             typer.echo(text)
+        else:
+            write_whole(output, f"{text}\n".encode())
+            note(f"wrote {output}")
 
 
 def _text(schedule: Schedule) -> tuple[str, dict[str, Any]]:
@@ -112,7 +117,10 @@ def _comfyui(schedule: Schedule) -> tuple[str, dict[str, Any]]:
     sampler = known.get(schedule.solver)
     if sampler is None:
         where = " for flow times" if flow else ""
-        note(f"ComfyUI has no sampler that is {schedule.solver}{where}; the solvers it has are {', '.join(known)}")
+        note(
+            f"ComfyUI has no sampler that is {schedule.solver}{where}, and these sigmas are for no other; {NODE}, or "
+            f"fit a schedule for one of {', '.join(known)}"
+        )
     else:
         note(f"paste into ManualSigmas, and choose the sampler {sampler}")
     found = schedule.to_comfyui()
@@ -161,23 +169,53 @@ def _sd_cpp(schedule: Schedule) -> tuple[str, dict[str, Any]]:
 
 
 def _diffusers(schedule: Schedule, path: Path, scheduler: str | None, mu: float | None) -> tuple[str, dict[str, Any]]:
-    """The arguments of one call if the scheduler is known, otherwise Python that sets up any pipeline."""
+    """The arguments of one call if it is known to take them, otherwise Python for any pipeline."""
+    python = (
+        "import fastsched as fs\n\n"
+        f"schedule = fs.Schedule.load({path.as_posix()!r})\n"
+        "fs.diffusers.apply(schedule, pipe)  # the next call of pipe uses it, with any num_inference_steps"
+    )
     if scheduler is None:
         if mu is not None:
             raise ValueError("mu needs --scheduler, the pipeline whose shift it is")
         note("with --scheduler FOLDER the arguments of the pipeline's call are printed instead")
-        text = (
-            "import fastsched as fs\n\n"
-            f'schedule = fs.Schedule.load("{path.as_posix()}")\n'
-            "fs.diffusers.apply(schedule, pipe)  # the next call of pipe uses it, with any num_inference_steps"
-        )
-        return text, {"sigmas": schedule.sigmas.tolist()}
+        return python, {"sigmas": schedule.sigmas.tolist()}
+    import fastsched as fs
+    from fastsched.diffusers.applier import applied
+
+    own = inputs.load_scheduler(scheduler)
+    try:
+        found = fs.diffusers.export(schedule, own, mu=mu)
+    except ValueError as error:
+        if mu is not None or schedule.weights is not None:
+            raise
+        used = applied(schedule, own)[1]  # its errors name a scheduler that would do
+        note(f"no arguments do, so this gives the schedule to the scheduler: {error}")
+        return python, {"arguments": None, "used": used.sigmas.tolist(), "error": used.error}
+    arguments = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in found.arguments.items()}
+    values = {"arguments": arguments, "used": found.sigmas.tolist(), "error": found.error}
+    name, takes = inputs.pipeline_call(scheduler)
+    (argument,) = arguments
+    if takes is None:
+        note(f"for pipelines whose call takes {argument}=; for others use fs.diffusers.apply(schedule, pipe)")
+    elif argument not in takes:
+        note(f"the call of {name} takes no {argument}=, so this gives the schedule to its scheduler")
+        return python, {**values, "arguments": None}
+    first = "" if takes is not None and "prompt" not in takes else "prompt, "
+    return f"pipe({first}{', '.join(f'{key}={value}' for key, value in arguments.items())})", values
+
+
+def _engine(schedule: Schedule, engine: str, scheduler: str | None, mu: float | None) -> tuple[str, dict[str, Any]]:
+    """Python for vllm-omni, fields of a request for SGLang."""
+    if scheduler is None:
+        raise ValueError(f"--to {engine} needs --scheduler, the served checkpoint, whose scheduler shifts the list")
     import fastsched as fs
 
-    found = fs.diffusers.export(schedule, inputs.load_scheduler(scheduler), mu=mu)
-    arguments = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in found.arguments.items()}
-    given = ", ".join(f"{key}={value}" for key, value in arguments.items())
-    return f"pipe(prompt, {given})", {"arguments": arguments, "used": found.sigmas.tolist(), "error": found.error}
+    found = fs.diffusers.serving_parameters(schedule, inputs.load_scheduler(scheduler), engine, mu=mu)
+    if engine == "sglang":
+        return json.dumps(found), {"parameters": found}
+    given = ", ".join(f"{key}={value}" for key, value in found.items())
+    return f"OmniDiffusionSamplingParams({given})", {"parameters": found}
 
 
 def _engine(schedule: Schedule, engine: str, scheduler: str | None, mu: float | None) -> tuple[str, dict[str, Any]]:

@@ -160,6 +160,14 @@ def load_schedule(path: Path) -> Schedule:
     return Schedule.load(path)
 
 
+def named_schedules(paths: list[Path]) -> dict[str, Schedule]:
+    """The schedules in files by the files' names, or by their paths where a name comes twice; errors as of one."""
+    named: dict[str, Schedule] = {}
+    for path in paths:
+        named[path.stem if path.stem not in named else str(path)] = load_schedule(path)
+    return named
+
+
 def load_pipeline(name: str, device: str | None, dtype: torch.dtype | None, *, quiet: bool) -> Any:
     """The pipeline of diffusers that was saved in a folder; only safetensors are read, and nothing is downloaded.
 
@@ -203,6 +211,19 @@ def load_scheduler(name: str) -> Any:
     if not (isinstance(known, type) and hasattr(known, "set_timesteps")):
         raise ValueError(f"{folder} is for a scheduler {kind!r}, which diffusers {diffusers.__version__} does not have")
     return known.from_pretrained(str(folder))
+
+
+def pipeline_call(name: str) -> tuple[str | None, list[str] | None]:
+    """The class of the pipeline in a folder and the arguments of its call; None for a scheduler or a class unknown."""
+    import inspect
+    import json
+
+    import diffusers
+
+    index = Path(name) / "model_index.json"
+    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None
+    known = getattr(diffusers, kind, None) if isinstance(kind, str) else None
+    return kind, None if known is None else list(inspect.signature(known.__call__).parameters)
 
 
 def call_arguments(options: list[str] | None) -> dict[str, Any]:

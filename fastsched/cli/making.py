@@ -72,6 +72,8 @@ def measure(
     fastsched measure my_pipeline_folder --prompt "a cat" --call guidance_scale=7.5 -o stats.safetensors
     """
     with shell.errors_in_a_line("interrupted; 'fastsched measure --resume' continues from the last saved batch"):
+        if resume and overwrite:
+            raise ValueError("resume and overwrite exclude each other: --resume goes on, --overwrite begins anew")
         ways = "resume it (--resume), replace it (--overwrite)"
         shell.writable(output, overwrite=overwrite or resume, replace=ways)
         source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)

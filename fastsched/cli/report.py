@@ -44,8 +44,9 @@ def report(
         names = [inputs.solver_named(name.strip()) for name in solver.split(",")]
         pictures = [_picture(option) for option in image or []]
         stats = inputs.load_statistics(statistics)
-        named = {path.stem: inputs.load_schedule(path) for path in schedules or []}
+        named = inputs.named_schedules(schedules or [])
         from fastsched.cli import report_data, report_page
+        from fastsched.sampling.files import write_whole
         from fastsched.sampling.progress import progress_bar
 
         report_data.check_schedules(stats, named)
@@ -56,7 +57,7 @@ def report(
                 found += report_data.curves(stats, [name], max_steps)
                 advance(1)
         page = report_page.page(title, stats, named, found, measured, pictures)
-        output.write_text(page, encoding="utf-8")
+        write_whole(output, page.encode())
         note(f"wrote {output}")
 
 

@@ -118,9 +118,10 @@ def read_errors(path: Path) -> list[Measured]:
         ValueError: If a column is missing or a value is no number.
         OSError: If the file cannot be read.
     """
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
     try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
         return [Measured(row["name"], row["solver"], int(row["steps"]), float(row["typical_error"])) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a table that 'fastsched compare --csv' writes: {error!r}") from None
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        reason = f"no column {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is not a table that 'fastsched compare --csv' writes: {reason}") from None

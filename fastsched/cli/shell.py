@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -52,7 +53,9 @@ def errors_in_a_line(on_interrupt: str = "interrupted; nothing was written") -> 
         on_interrupt: What to say after Ctrl-C, before leaving with status 130.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _say_warning
+            yield
     except KeyboardInterrupt:
         LOGGER.warning(on_interrupt)
         raise typer.Exit(130) from None
@@ -63,10 +66,14 @@ def errors_in_a_line(on_interrupt: str = "interrupted; nothing was written") -> 
             raise
         known = isinstance(error, (ValueError, TypeError, ImportError, OSError))
         text = " ".join(str(error).split())
-        LOGGER.error(
-            f"error: {text}" if known else f"error: {type(error).__name__}: {text} (use --traceback to see where)"
-        )
+        where = "" if known and error.__cause__ is None else " (use --traceback to see where)"
+        LOGGER.error(f"error: {text if known else f'{type(error).__name__}: {text}'}{where}")
         raise typer.Exit(2 if isinstance(error, (ValueError, TypeError)) else 1) from None
+
+
+def _say_warning(message: Warning | str, *_: Any) -> None:
+    """A warning as a line, without the place in the code."""
+    LOGGER.warning(f"warning: {' '.join(str(message).split())}")
 
 
 class StandardError(logging.StreamHandler):  # type: ignore[type-arg]  # not generic before Python 3.11
@@ -103,7 +110,12 @@ def note(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print ``value`` as JSON, with null for NaN and "inf" for infinity, which JSON does not have."""
-    typer.echo(json.dumps(_plain(value), indent=2, ensure_ascii=False))
+    typer.echo(json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """``value`` as `print_json` prints it."""
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False)
 
 
 def _plain(value: Any) -> Any:
@@ -168,7 +180,10 @@ def writable(
         raise IsADirectoryError(f"output is a folder: {path}; name a file in it")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"output: no such folder: {path.parent}; create it first")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+    if not os.access(path.parent, os.W_OK) or (os.path.exists(path) and not os.access(path, os.W_OK)):
         raise PermissionError(f"output: no permission to write {path}")
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:  # unlike path.exists, False for a name that no file can have
         raise FileExistsError(f"{path} exists; {replace}, or name another file")
+    from fastsched.sampling.files import check_writable
+
+    check_writable(path)

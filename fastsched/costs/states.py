@@ -237,8 +237,6 @@ def _path_levels(denoiser: Denoiser, s: Tensor) -> tuple[Tensor, dict[int, int]]
 
 def _choose(data: Tensor, shape: tuple[int, ...], samples: range, seed: int) -> Tensor:
     """Rows ``samples`` of ``data`` in random order; no row is repeated before all have been used."""
-    if not isinstance(data, Tensor) or not data.is_floating_point():
-        raise TypeError(f"data must be a floating-point tensor [n, *shape], got {type(data).__name__}")
     if tuple(data.shape[1:]) != shape or len(data) == 0:
         raise ValueError(f"data must have shape [n, {', '.join(map(str, shape))}], got {tuple(data.shape)}")
     # A generator of its own leaves torch's global random numbers as they are.

@@ -30,7 +30,7 @@ def load_denoiser(name: str, device: str | None = None) -> tuple[Denoiser, tuple
         ValueError: If the name has none of these forms, or there is no such function.
         TypeError: If it is not a function, or returns something else.
         FileNotFoundError: If there is no such file.
-        ImportError: If there is no such module, or its import fails.
+        ImportError: If there is no such module, or its import or the function fails.
     """
     if name == "digits":
         from fastsched.denoisers.digits import DigitsNetwork, load_digits_network
@@ -76,7 +76,8 @@ def _built(module: ModuleType, source: str, function: str) -> Denoiser:
     if not callable(build):
         kind = type(build).__name__
         raise TypeError(f"denoiser: {source}:{function} is a {kind}; name a function that returns a Denoiser")
-    denoiser = build()
+    with _failing(f"{source}:{function}()"):
+        denoiser = build()
     if not isinstance(denoiser, Denoiser):
         kind = type(denoiser).__name__
         raise TypeError(f"denoiser: {source}:{function}() returned {kind}; it must return a fastsched.Denoiser")
@@ -85,11 +86,22 @@ def _built(module: ModuleType, source: str, function: str) -> Denoiser:
 
 def _module(name: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise ImportError(f"denoiser: importing {name} failed: {error}") from error
+        with _failing(f"importing {name}"):
+            return importlib.import_module(name)
+    except ImportError as failure:
+        missing = getattr(failure.__cause__, "name", None)
+        if not isinstance(failure.__cause__, ModuleNotFoundError) or not f"{name}.".startswith(f"{missing}."):
+            raise
         raise ImportError(f"denoiser: no module {name!r} here or among the installed ones") from None
+
+
+@contextlib.contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """ImportError that says where it happened if the user's code raises an error, or exits."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise ImportError(f"denoiser: {what} failed with {type(error).__name__}: {error}") from error
 
 
 def _module_of_file(path: str) -> ModuleType:
@@ -104,7 +116,8 @@ def _module_of_file(path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     try:
-        spec.loader.exec_module(module)
+        with _failing(f"importing {path}"):
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise

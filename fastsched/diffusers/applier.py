@@ -20,7 +20,7 @@ from fastsched.diffusers.exporter import (
     prove,
 )
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
-from fastsched.diffusers.overrides import HISTORIES, FirstOrderEnd, Override, StrideStep, Timesteps
+from fastsched.diffusers.overrides import HISTORIES, FirstOrderEnd, Override, Step, StrideStep, Timesteps
 from fastsched.diffusers.replacement import replacement
 from fastsched.sampling.schedule import Schedule
 
@@ -144,6 +144,7 @@ class SetTimesteps(Override):
 
     def _set(self, schedule: Schedule) -> None:
         owner, device = self.owner, self.asked.get("device")
+        Step(owner).put()
         WAYS[self.way](schedule, owner, describe(owner))(owner)
         timesteps = torch.as_tensor(owner.timesteps)
         if device is not None:

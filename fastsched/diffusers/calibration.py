@@ -21,9 +21,11 @@ from fastsched.diffusers.step_checks import (
     check_first_latents,
     check_options,
     check_output,
+    check_scaling,
     check_timestep,
     check_unchanged,
     doubled,
+    output_of_tokens,
 )
 from fastsched.diffusers.watching import Consistency, PipelineWatch, Step, observed, overwritten
 from fastsched.measurement.deviated_paths import deviated_paths, queries
@@ -79,12 +81,10 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     one half.
 
     The first step is needed because a pipeline passes its latents to the scheduler only after the first network call.
-
     The pipeline's last latents are the clean ends of the paths, and can be decoded. The noise comes from ``seed``, not
     from the pipeline's latents (`fastsched.sampling.random_streams.noise_of`).
 
-    ``CalibrationScheduler.from_config(pipe.scheduler.config)`` makes one; `fastsched.diffusers.measure` makes one and
-    calls the pipeline with it.
+    `fastsched.diffusers.measure` makes one and calls the pipeline with it.
 
     Args:
         scheduler_class: The class of the pipeline's own scheduler, which gives noise process, prediction and timesteps.
@@ -239,6 +239,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """``sample`` unchanged: the states that `step` returns are scaled already."""
+        self._scales_input = True
         return sample
 
     def add_noise(self, *_: Any, **__: Any) -> Tensor:
@@ -280,6 +281,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         """
         seen = None if self._watch is None else self._watch.take()
         self._check(timestep, sample, args, kwargs)
+        model_output = output_of_tokens(model_output, timestep, kwargs, self._verdicts)
         output = self.convention.raw_output(model_output, sample.shape[1])
         check_output(output, sample)
         wrong = f"the network returned NaN or inf at timestep {float(self._names[self._index]):g}"
@@ -302,6 +304,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     def _clear(self) -> None:
         self._index = 0
         self._copies = 1
+        self._scales_input = False
         self._consistency = Consistency()
         self._verdicts = Verdicts()
         self._still: Tensor | None = None
@@ -371,6 +374,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         check_options(inspect.signature(kind.step).parameters, args, kwargs)
         check_timestep(self._index, self._names, timestep, self._verdicts)
         if self._returned is None:
+            check_scaling(self.convention, self.config["scheduler_class"], self._scales_input)
             if self._own_noise:
                 check_first_latents(sample, self._verdicts)
             return
@@ -386,12 +390,10 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         index, n, size = self._index, len(self._levels), sample.numel()
         level = [0, *self._queries, self._repeated][index]
         found, resolve = observed(seen, output)
-        compared = index > 0 and self._copies == 1
-        kept = overwritten(seen, sample) if compared else torch.zeros(1, device=output.device)
         still = torch.zeros(1, device=output.device)
+        kept = overwritten(seen, sample) if index > 0 and self._copies == 1 else still
         if 0 < index <= n:
-            zero = output == 0
-            self._still = zero if self._still is None else self._still & zero
+            self._still = (output == 0) & (True if self._still is None else self._still)
             still = self._still.sum().reshape(1) if index == n else still
 
         def judge(values: Tensor) -> None:

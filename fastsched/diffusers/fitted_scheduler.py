@@ -210,6 +210,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         *,
         eta: float = 0.0,
         generator: Any = None,
+        per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
         **_: Any,
     ) -> SchedulerOutput | tuple[Tensor]:
@@ -222,10 +223,13 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             sample: The state ``x_n``, [B, *shape].
             eta: Must be 0: no step adds noise.
             generator: Not used, for the same reason.
+            per_token_timesteps: Must be ``timestep`` for all tokens. The output then has the other sign, as for
+                `FlowMatchEulerDiscreteScheduler`.
             return_dict: Whether to return a `SchedulerOutput` or a tuple.
 
         Raises:
-            ValueError: If there is no step left, a shape differs from those before, or ``eta`` is not 0.
+            ValueError: If there is no step left, a shape differs from those before, ``eta`` is not 0, or tokens differ
+                in time.
         """
         if eta:
             raise ValueError(f"eta must be 0, because the fitted solver adds no noise, got {eta!r}")
@@ -236,6 +240,10 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
                 "set_timesteps before each run, and step once for each timestep"
             )
         output = self.convention.raw_output(model_output, sample.shape[1])
+        if per_token_timesteps is not None:
+            output = -output
+            if n == 0 and bool((per_token_timesteps != per_token_timesteps.amax()).any()):  # the one wait of a run
+                raise ValueError(f"per_token_timesteps must be the same for all tokens: {MIDWAY}")
         if output.shape != sample.shape:
             raise ValueError(
                 f"model_output must have the shape of sample, {tuple(sample.shape)}, got {tuple(model_output.shape)}"

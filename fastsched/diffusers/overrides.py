@@ -41,10 +41,29 @@ class Override:
         setattr(self.owner, self.name, self)
 
 
-class FirstOrderEnd(Override):
-    """``step`` whose last step, to sigma 0, is of first order: there every solver of fastsched takes ``z = D``."""
+class Step(Override):
+    """``step`` that ignores what the class does not take and what changes nothing: ``eta=0.0``, a generator."""
 
     name = "step"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class's own."""
+        return self.original(*args, **kwargs)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the class's own method with what it takes."""
+        ignored = {name for name, value in kwargs.items() if isinstance(value, torch.Generator) or not _counts(value)}
+        ignored -= set(self.__signature__.parameters)
+        return super().original(*args, **{name: value for name, value in kwargs.items() if name not in ignored})
+
+
+def _counts(value: Any) -> bool:
+    """Whether an argument is anything but None, False or 0."""
+    return isinstance(value, Tensor) or bool(value)
+
+
+class FirstOrderEnd(Step):
+    """``step`` whose last step, to sigma 0, is of first order: there every solver of fastsched takes ``z = D``."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the class's own."""
@@ -54,10 +73,8 @@ class FirstOrderEnd(Override):
         return self.original(*args, **kwargs)
 
 
-class StrideStep(Override):
+class StrideStep(Step):
     """``step`` of DDIM, which steps to ``t - train_steps // num_inference_steps``: sets that number beforehand."""
-
-    name = "step"
 
     def __init__(self, owner: Any, following: dict[int, int]) -> None:
         super().__init__(owner)

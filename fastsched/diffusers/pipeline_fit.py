@@ -29,7 +29,7 @@ from fastsched.diffusers.pipeline_measurement import (
 from fastsched.diffusers.probe import scales
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.replacement import replacement
-from fastsched.diffusers.step_checks import doubled
+from fastsched.diffusers.step_checks import doubled, output_of_tokens
 from fastsched.diffusers.watching import Consistency, PipelineWatch, check_caches, observed, watched
 from fastsched.fitting.budget import TOTAL, planned
 from fastsched.fitting.candidates import candidates_in_turn
@@ -379,7 +379,8 @@ class StartFromNoise:
         s = self._levels[len(self._calls)].reshape(1)
         sigma, (a, c) = self.convention.process.sigma(s), self.convention.denoiser.coefficients(s)
         y = kept.float() / float(scales(self.convention, s)[1])
-        raw = self.convention.raw_output(output, sample.shape[1]).chunk(self._copies)[0].float()
+        signed = output_of_tokens(output, timestep, kwargs, self._verdicts)
+        raw = self.convention.raw_output(signed, sample.shape[1]).chunk(self._copies)[0].float()
         self._calls.append((float(s), LateReading(y), LateReading(float(a * sigma) * y + float(c) * raw)))
         result = self._step(output, timestep, sample, *args, **kwargs)
         end = result[0] if isinstance(result, tuple) else result.prev_sample

@@ -12,9 +12,38 @@ from scipy.special import gammainccinv, gammaincinv
 from torch import Tensor
 
 from fastsched.denoisers.late_reading import Verdicts
+from fastsched.diffusers.conventions import Convention
 
 #: What to do about a pipeline whose loop cannot be measured.
 INSTEAD = "so it cannot be measured by its loop; measure its network (fastsched.measure)"
+
+
+#: The argument of ``step`` with a timestep for each token, [B, tokens].
+TOKENS = "per_token_timesteps"
+
+
+def output_of_tokens(output: Any, timestep: Any, options: Mapping[str, Any], verdicts: Verdicts) -> Any:
+    """The network's output in a call of ``step``: its negative where each token comes with a timestep.
+
+    There the class steps by ``sample + (sigma - sigma_next) output``, with the other sign than elsewhere.
+
+    Raises:
+        ValueError: If not all tokens are at ``timestep``.
+    """
+    tokens = options.get(TOKENS)
+    if tokens is None:
+        return output
+
+    def judge(found: Tensor) -> None:
+        if int(found) > 0:
+            raise ValueError(
+                f"the pipeline calls step with {TOKENS} of which {int(found)} of {tokens.numel()} are not the step's "
+                f"own timestep (an image or frames to be kept?), {INSTEAD}"
+            )
+
+    own = torch.as_tensor(timestep).to(tokens)
+    verdicts.note(((tokens - own).abs() > 1e-3 * own.abs() + 1e-3).sum().reshape(1), judge)
+    return -output
 
 
 def check_options(parameters: Mapping[str, Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -30,11 +59,32 @@ def check_options(parameters: Mapping[str, Parameter], args: tuple[Any, ...], kw
     """
     given = {**dict(zip([*parameters][4:], args, strict=False)), **kwargs}
     for name, value in given.items():
-        default = parameters[name].default if name in parameters else None
+        default = parameters[name].default if name in parameters else 0  # DDIMPipeline gives eta=0.0 to any class
         if name == "generator" or value is None or (not isinstance(value, Tensor) and value == default):
             continue
+        if name == TOKENS and name in parameters:
+            continue  # see `output_of_tokens`
         shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(f"the pipeline calls step with {name}={shown}, which changes what a step does, {INSTEAD}")
+
+
+def check_scaling(convention: Convention, name: str, scales: bool) -> None:
+    """Check that the pipeline lets a scheduler scale the network's input, if it is of a class that does.
+
+    Args:
+        convention: That of the scheduler.
+        name: Its class.
+        scales: Whether the pipeline called ``scale_model_input``.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if not scales and (convention.scaled or convention.denoiser.prediction == "edm"):
+        raise ValueError(
+            f"the pipeline does not call scheduler.scale_model_input, and the states of {name} are no input of the "
+            "network without it; give the pipeline the scheduler that it was written for, or one that leaves the "
+            "input as it is, as DPMSolverMultistepScheduler does"
+        )
 
 
 def check_timestep(index: int, timesteps: Tensor, timestep: Any, verdicts: Verdicts) -> None:

@@ -181,6 +181,7 @@ class Consistency:
     def __init__(self) -> None:
         self._steps: dict[int, Step] = {}
         self._visits: dict[int, tuple[int, Step, Formula | None]] = {}
+        self._first: Formula | None = None
         self._fixed: set[str] = set()
         self._constant: set[str] = set()
         self._layers: dict[tuple[str, int], tuple[int, int]] = {}
@@ -192,15 +193,25 @@ class Consistency:
         """
         self._steps[index] = step
         if index == 0:
+            self._first = formula
             return None
         if index == 1:
             before = self._steps[0].facts
+            counts = {name: self._steps[0].calls[name] for name in step.calls}  # before step 0 prompts were encoded
+            changed = _other_formula(self._first, formula)
+            if counts != step.calls:
+                changed = f"the networks were called {dict(step.calls)} times, not {counts},"
+            if changed is not None:
+                return f"at step 1, {changed} than at step 0, at the same timestep"
             self._fixed = {name for name, fact in step.facts.items() if name in before and before[name] == fact}
         if index == 2:
             first = self._steps[1].facts
             self._constant = {
                 name for name in self._fixed if _is_number(first[name]) or step.facts.get(name) == first[name]
             }
+        changed = self._changed_early(index, step)
+        if changed is not None:
+            return changed
         changed = self._changed_constant(step) or self._skipped_layers(step)
         if changed is not None:
             return f"at step {index}, {changed}"
@@ -220,11 +231,22 @@ class Consistency:
         self._visits.setdefault(level, (index, step, formula))
         return None
 
+    def _changed_early(self, index: int, step: Step) -> str | None:
+        """What is equal at two steps of different levels, but was another before them: at step 0, or at 0 and 1."""
+        if index not in (2, 3):
+            return None
+        before, first = self._steps[index - 2].facts, self._steps[index - 1].facts
+        for name in sorted(first if index == 2 else self._fixed):
+            fixed = not _progresses(name) and step.facts.get(name) == first.get(name, ...)
+            if fixed and name.startswith(("pipe.", *step.calls)) and before.get(name, ...) != first[name]:
+                return f"at step {index - 2}, {name.replace('#0', '')} was different from that at all later steps"
+        return None
+
     def _changed_constant(self, step: Step) -> str | None:
         first = self._steps[1]
         for name in sorted(self._constant):
             module, _, argument = name.partition("#")
-            if any(word in name.lower().rsplit(".", 1)[-1] for word in PROGRESS):
+            if _progresses(name):
                 continue
             if argument and step.calls[module] <= int(argument.split(".")[0]):
                 continue  # this network was not called at this step
@@ -277,6 +299,10 @@ def _other_formula(known: Formula | None, found: Formula | None) -> str | None:
         return "the networks' outputs were combined in another way (clipped or rescaled at only one of the two)"
     numbers = [", ".join(f"{x:.3g}" for x in formula.coefficients.tolist()) for formula in (found, known)]
     return f"the networks' outputs were combined with other coefficients ({numbers[0]} instead of {numbers[1]})"
+
+
+def _progresses(name: str) -> bool:
+    return any(word in name.lower().rsplit(".", 1)[-1] for word in PROGRESS)
 
 
 def _is_number(value: Any) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastsched.fitting.rollouts import Evaluations, Rollout, Run
 from fastsched.measurement.statistics import PathStatistics
-from fastsched.sampling.files import checksum, json_object, write_whole
+from fastsched.sampling.files import check_readable, checksum, json_object, write_whole
 from fastsched.sampling.schedule import Schedule
 
 FORMAT = "fastsched.runs"
@@ -43,15 +43,20 @@ def identity(stats: PathStatistics, **arguments: object) -> dict[str, Any]:
     return {"format": FORMAT, "version": VERSION, "stats": measurement, **arguments}
 
 
+def schedule_key(schedule: Schedule) -> str:
+    """A checksum of a schedule's levels, solver, noise and weights."""
+    return checksum(*_schedule_parts(schedule))
+
+
 class RunLog:
-    """The runs of one fit, in a file.
+    """The runs of one fit or tuning, in a file.
 
     Args:
         path: The file; made if there is none.
         what: The fit, from `identity`.
 
     Raises:
-        ValueError: If the file holds something else, or the runs of another fit.
+        ValueError: If the file holds something else, or the runs of another call.
     """
 
     def __init__(self, path: str | os.PathLike[str], what: Mapping[str, Any]) -> None:
@@ -60,6 +65,7 @@ class RunLog:
         if not os.path.exists(self.path):
             write_whole(self.path, _framed(_packed({}, what)))
             return
+        check_readable(self.path, "checkpoint")
         whole = self._scan(dict(what))
         if whole < os.path.getsize(self.path):
             os.truncate(self.path, whole)
@@ -99,7 +105,7 @@ class RunLog:
 
     def _not_whole(self, place: int, left: int) -> None:
         if place == 0:
-            raise ValueError(f"{self.path} does not hold runs of a fit; remove it, or name another file")
+            raise ValueError(f"{self.path} does not hold runs of fastsched; remove it, or name another file")
         if left >= 0:  # not the end that an interruption left
             warnings.warn(
                 f"{self.path} is damaged after its first {place - 1} runs; the others are made again", stacklevel=6
@@ -107,13 +113,14 @@ class RunLog:
 
     def _check_identity(self, what: dict[str, Any], found: dict[str, Any]) -> None:
         if found.get("format") != FORMAT:
-            raise ValueError(f"{self.path} does not hold runs of a fit; remove it, or name another file")
+            raise ValueError(f"{self.path} does not hold runs of fastsched; remove it, or name another file")
         for key in sorted({*what, *found}):
             wanted, given = json.loads(json.dumps(what.get(key))), found.get(key)
             if wanted != given:
-                difference = "another measurement" if key == "stats" else f"{key} = {given!r}, not {wanted!r}"
+                known = {"stats": "another measurement", "start": "another start"}
+                difference = known.get(key, f"{key} = {given!r}, not {wanted!r}")
                 raise ValueError(
-                    f"{self.path} holds runs of another fit, with {difference}; go on with the same arguments, remove "
+                    f"{self.path} holds runs of another call, with {difference}; go on with the same arguments, remove "
                     "it, or name another file"
                 )
 

@@ -9,6 +9,8 @@ success and shrinks with failure.
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -22,9 +24,11 @@ from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.fitting.auditioning import Audition
 from fastsched.fitting.gauss_newton import lowered
 from fastsched.fitting.rollouts import Rollout, Run, Runner
+from fastsched.fitting.run_log import RunLog, identity, schedule_key
 from fastsched.fitting.run_record import RunRecord, Trial, increments_of
 from fastsched.measurement.measuring import check_same_network
 from fastsched.measurement.statistics import PathStatistics, is_statistics
+from fastsched.sampling.files import check_writable
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.schedule import Schedule
@@ -67,11 +71,13 @@ def tune(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     checks: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress = True,
 ) -> Tuning:
     """Lower the error of ``start`` by running up to ``trials`` schedules from the measured noises.
 
-    What the network said in every run is held on the CPU, an image for each call.
+    What the network said in every run is held on the CPU, an image for each call. An interrupt (Ctrl-C) returns what
+    the finished runs gave, with a warning.
 
     Args:
         denoiser: The denoiser that ``stats`` was measured on.
@@ -82,28 +88,52 @@ def tune(
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None.
         checks: Whether to ask first, by one call, if the denoiser is the one that was measured.
+        checkpoint: A file of every finished run, one sample at a time unless ``batch_size`` says otherwise. The same
+            call, also with more trials, goes on from there to the same bits.
         progress: Show a progress bar, or a function called with the model calls done and their total.
 
     Returns:
         The best schedule found, never worse on these samples than ``start``, and all that were tried.
 
     Raises:
-        ValueError: If the statistics hold no increments or are of another network, ``trials`` is negative, or the
-            network returns NaN or inf.
+        ValueError: If the statistics hold no increments or are of another network, the checkpoint of another call,
+            ``trials`` is negative, or the network returns NaN or inf.
     """
     validate.arguments(locals(), denoiser=is_denoiser, stats=is_statistics, start=_is_start)
     first = start.winner if isinstance(start, Audition) else start
     known = start.complete(stats.samples) if isinstance(start, Audition) else []
     method = chosen_solver(first.solver)
-    trials = validate.positive_int("trials", trials, minimum=0)
     increments_of(stats)
+    if checkpoint is not None:
+        check_writable(checkpoint)
+        batch_size = batch_size or 1
     asked = check_same_network(denoiser, stats, device, dtype) if checks else 0
     runner = Runner(denoiser, stats, method, batch_size, device, dtype)
+    if checkpoint is not None:
+        starts = [schedule_key(schedule) for schedule, _ in known] or [schedule_key(first)]
+        what = identity(stats, start=starts, batch_size=batch_size, dtype=str(runner.dtype))
+        runner.kept = RunLog(checkpoint, what).run
     calls = method.model_calls(first.steps)
     before = 0 if known else stats.samples * calls
     with progress_bar(before + trials * stats.samples * calls, progress, "tuning") as runner.advance:
-        tuning = tuned(runner, stats, known or [(first, runner(first, 0, stats.samples))], trials, calls)
+        try:
+            tuning = tuned(runner, stats, known or [(first, runner(first, 0, stats.samples))], trials, calls)
+        except KeyboardInterrupt as error:
+            tuning = _finished_part(error, checkpoint)
     return replace(tuning, model_calls=asked + before + tuning.model_calls)
+
+
+def _finished_part(error: KeyboardInterrupt, checkpoint: object) -> Tuning:
+    """What the runs before an interrupt gave, with a warning; the interrupt again if nothing or it is in a file."""
+    tuning = None if checkpoint is not None else getattr(error, "tuning", None)
+    if tuning is None:
+        raise error
+    warnings.warn(
+        f"interrupted: this is the best of the {len(tuning.trials)} schedules that were run (tune(checkpoint=PATH) "
+        "keeps their runs in a file, and the same call goes on from there)",
+        stacklevel=3,
+    )
+    return tuning
 
 
 def tuned(
@@ -127,15 +157,22 @@ def tuned(
         proposal = _proposal(record, anchor, reach)
         if proposal is None:
             break
-        rollout = run(proposal.schedule, 0, stats.samples)
+        try:
+            rollout = run(proposal.schedule, 0, stats.samples)
+        except KeyboardInterrupt as error:
+            error.tuning = _tuning(record, tried * stats.samples * calls)  # type: ignore[attr-defined]  # for `tune`
+            raise
         tried += 1
         if rollout is not None:
             record.add(proposal.schedule, rollout)
         reach = min(proposal.reach * GROWTH, MOST_REACH) if record.best() != anchor else proposal.reach * SHRINKAGE
+    return _tuning(record, tried * stats.samples * calls)
+
+
+def _tuning(record: RunRecord, model_calls: int) -> Tuning:
+    """What the runs so far, of so many model calls, come to."""
     best = record.trials[record.best()]
-    return Tuning(
-        best.schedule, best.errors, tuple(trial.schedule for trial in record.trials), tried * stats.samples * calls
-    )
+    return Tuning(best.schedule, best.errors, tuple(trial.schedule for trial in record.trials), model_calls)
 
 
 def _is_start(name: str, value: object) -> None:

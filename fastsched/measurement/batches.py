@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.memory import explained, paths_at_once, with_store
-from fastsched.measurement.network_checks import check_network, fingerprint
+from fastsched.measurement.network_checks import Questions, check_network, fingerprint, first_answer_checked
 from fastsched.measurement.network_state import unchanged_buffers
 from fastsched.measurement.path_following import Measurement, measurement_steps
 from fastsched.measurement.statistics import PathStatistics
@@ -70,14 +70,19 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
         progress_bar(run.calls * len(seeds), batches.progress, "measuring") as advance,
     ):
         try:
-            mark, spent = _identified(run, batches, found, len(seeds) > 0)
+            mark, spent, asked = _identified(run, batches, found, seeds)
             origin = origin_now(network_name(run.denoiser.network), mark)
             for part_seeds in seeds.split(batches.size):
                 if not len(part_seeds):
                     break
                 done = 0 if whole is None else whole.samples
                 out = None if kept is None else kept[done : done + len(part_seeds)]
-                part = run.drive(measurement_steps(run, part_seeds, batches.shape, advance, out))
+                steps = measurement_steps(run, part_seeds, batches.shape, advance, out)
+                first, last = part_seeds[0] == seeds[0], part_seeds[-1] == seeds[-1]
+                part = run.drive(steps if asked is None or not first else first_answer_checked(steps, asked))
+                if asked is not None and last:
+                    asked.check_last()
+                    spent += 1
                 part = replace(part, fingerprint=mark, model_calls=part.model_calls + spent, origin=origin)
                 whole, spent = part if whole is None else whole.merge(part), 0
                 if batches.file is not None:
@@ -138,13 +143,17 @@ def finished_part(error: KeyboardInterrupt, file: str | os.PathLike[str] | None,
 
 
 def _identified(
-    run: Measurement, batches: Batches, found: PathStatistics | None, needed: bool
-) -> tuple[Tensor | None, int]:
-    """The network's fingerprint if it is known, and the calls spent; refuses another network than that of ``found``."""
-    mark, spent = None, 0
+    run: Measurement, batches: Batches, found: PathStatistics | None, seeds: Tensor
+) -> tuple[Tensor | None, int, Questions | None]:
+    """The network's fingerprint if it is known, the calls spent, and the questions if they were asked.
+
+    Raises:
+        ValueError: If the network is another one than that of ``found``.
+    """
+    mark, spent, asked = None, 0, None
     where = (run.denoiser, batches.shape, run.device, run.dtype)
-    if batches.checks and needed:
-        asked = check_network(*where)
+    if batches.checks and len(seeds):
+        asked = check_network(*where, run.s, int(seeds[0]))
         mark, spent = asked.fingerprint, asked.model_calls
     elif found is not None and found.fingerprint is not None:
         mark, spent = fingerprint(*where), 1
@@ -153,7 +162,7 @@ def _identified(
             "the network is another one than that of the earlier measurement: it answers the same question "
             "differently. Measure it afresh, into another file"
         )
-    return mark, spent
+    return mark, spent, asked
 
 
 def is_out_of_memory(error: BaseException) -> bool:

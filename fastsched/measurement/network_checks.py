@@ -1,21 +1,25 @@
-"""Cheap questions to a network before it is measured: whether it is a denoiser at all, and the one that is claimed.
+"""Cheap questions to a network that is measured: whether it is a denoiser at all, and the one that is claimed.
 
-Seven calls of one sample, at levels of the noise process, with fixed noises ``n``:
+Seven calls of one sample, six before the measurement and one after it, with fixed noises ``n``:
 
 ==============================  ================================================================================
 question                        what a denoiser ``D = E[x0 | z]`` answers
 ==============================  ================================================================================
 the highest level, two samples  Nearly the same for both, a mean of the data: its slope along the noise is at
                                 most ``var / s`` and not negative, and its size not far above the data's.
-one of them again, alone        The same: else the network is random, or mixes the samples of a batch.
+the measurement's first call    The same for the sample that is in both: else the network is random, keeps a state
+                                or mixes the samples of a batch. This question costs nothing.
 pure noise at a third of the    (The first answer is also the network's fingerprint. Two steps of Euler's method
 range, then at two thirds       lead to a rough sample ``x0``.)
 ``x0 + s n``, a middle level    ``x0`` with less noise than it was given: ``||D - x0|| < s ||n||``. An EDM network
                                 is asked instead whether it returns ``D`` where it should return ``F``.
-``x0 + s n``, lowest level      Nearly its input.
+``x0 + s n``, lowest level      Nearly its input. A network that predicts ``v`` or EDM's ``F``, whose ``D`` is near
+                                its input whatever it says, is asked at a level where no more noise than was given
+                                may be left: with the wrong sign there is.
+at the end, the third again     The same as before: else the network has changed during the measurement.
 ==============================  ================================================================================
 
-The bounds were set on 40 networks, trained or in closed form, and on 60 wrong readings of them: of a wrong prediction,
+The bounds were set on 40 networks, trained or in closed form, and on 100 wrong readings of them: of a wrong prediction,
 sign, time or table.
 """
 
@@ -24,6 +28,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,10 +38,22 @@ from fastsched.denoisers.edm import LOW_LEVEL, NEARLY
 from fastsched.denoisers.network_errors import checked_output, not_finite
 from fastsched.measurement.fingerprints import projections
 from fastsched.measurement.network_state import active_training_layer
+from fastsched.measurement.path_following import Query
 from fastsched.sampling.random_streams import noise_of
 
-#: The most network evaluations that `check_network` spends.
+Result = TypeVar("Result")
+
+#: The most network evaluations that the checks spend, before a measurement and after it.
 CHECK_CALLS = 7
+
+#: What to do about a network whose answers depend on its earlier calls.
+STATE = (
+    "it keeps a state between its calls (a cache, a counter?); reset that in every call, or disable it (checks=False "
+    "measures it all the same)"
+)
+
+#: From a sample's seed to one that is in no measurement.
+ELSEWHERE = 2**31
 
 #: Largest relative difference of two answers to the same question, by what the network computes in.
 REPEATABLE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -49,6 +66,11 @@ LOW_FRACTION = 0.1
 TOP_JACOBIAN = 0.3
 #: Size of ``D`` at the highest level against the data's: doubtful, and wrong. Right networks reach 11.
 DOUBTFUL_SIZE, WRONG_SIZE = 20.0, 40.0
+#: That is asked above this many times the data's size; elsewhere levels were chosen that start lower.
+TOP_LEVEL = 4.0
+#: Where the sign of ``v`` or ``F`` is asked for, in units of ``sigma_data`` (1 for ``v``), and how much of the noise
+#: may be left there: a denoiser leaves at most all of it. Right networks stay below 1.03, wrong signs reach 1.5.
+SIGN_LEVEL, NOISE_LEFT = 0.3, 1.1
 #: With fewer elements, how far one sample moves says nothing.
 FEWEST_ELEMENTS = 8
 
@@ -64,6 +86,8 @@ class Questions:
         dtype: What the network computes in.
         model_calls: Network evaluations so far, counted per sample.
         fingerprint: The network's, once it is known.
+        top: The answers at the highest level.
+        middle: ``R`` for the question of the fingerprint.
     """
 
     denoiser: Denoiser
@@ -72,6 +96,8 @@ class Questions:
     dtype: torch.dtype
     model_calls: int = field(default=0, init=False)
     fingerprint: Tensor | None = field(default=None, init=False)
+    top: _Top = field(init=False)
+    middle: Tensor = field(init=False)
 
     @property
     def range(self) -> tuple[float, float, float]:
@@ -105,42 +131,126 @@ class Questions:
         """``D`` at ``z`` [B, *shape], float64."""
         return self.raw(z / s, s)[1]
 
+    def differs(self, answer: Tensor, other: Tensor) -> bool:
+        """Whether two answers to one question differ by more than rounding."""
+        allowed = REPEATABLE.get(self.dtype, 1e-3) * float(other.norm())
+        return float((answer.cpu().double() - other).norm()) > allowed
+
+    @torch.no_grad()
+    def check_first(self, answer: Tensor) -> None:
+        """Compare ``answer`` [*shape], of a batch, with what the same question was answered before.
+
+        Raises:
+            ValueError: If they differ; a few more calls find out why.
+        """
+        top = self.top
+        if not self.differs(answer, top.raw[0]):
+            return
+        alone = self.raw(top.noise[:1], top.level)[0]
+        if self.differs(self.raw(top.noise[:1], top.level)[0], alone):
+            raise ValueError(
+                "the network answers the same question differently every time: it is random, or keeps a state (dropout "
+                "left on? noise or a counter inside?); call network.eval(), or fix its random numbers"
+            )
+        if self.differs(self.raw(top.noise, top.level)[0], top.raw):
+            raise ValueError(f"the network answers the same question differently than at its first call: {STATE}")
+        raise ValueError(
+            "the network answers differently for a sample alone and for the same sample in a batch: it mixes the "
+            "samples of a batch (batch norm in training mode? statistics over the batch?); call network.eval(), or "
+            "wrap it so that samples are independent"
+        )
+
+    @torch.no_grad()
+    def check_last(self) -> None:
+        """Ask the question of the fingerprint again, after the measurement; one call.
+
+        Raises:
+            ValueError: If the answer has changed.
+        """
+        again = self.raw(noise_of(torch.tensor([0]), self.shape), self.between(1 / 3))[0]
+        if self.differs(again, self.middle):
+            raise ValueError(
+                "the network answers the same question differently after the measurement than before it, so what was "
+                f"measured is of no use: {STATE}"
+            )
+
 
 @torch.no_grad()
-def check_network(denoiser: Denoiser, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Questions:
-    """Refuse a network that is no denoiser of its process, before it is measured; seven calls of one sample.
+def check_network(
+    denoiser: Denoiser,
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    s: Tensor | None = None,
+    seed: int = 0,
+) -> Questions:
+    """Refuse a network that is no denoiser of its process, before it is measured; six calls of one sample.
 
     Warns if the network answers the same to every question.
 
+    Args:
+        denoiser: The denoiser.
+        shape: The shape of one sample.
+        device: Where to run.
+        dtype: What the network computes in.
+        s: The levels of the measurement, descending; those of the process when None.
+        seed: The seed of its first sample, which is asked about at its first level.
+
     Returns:
-        The questions, asked.
+        The questions, asked; `Questions.check_first` and `Questions.check_last` are left.
 
     Raises:
-        ValueError: If the network is in training mode, random, depends on the rest of the batch, or answers as no
-            denoiser does. The message says what it looks like.
+        ValueError: If the network is in training mode, or answers as no denoiser does. The message says what it looks
+            like.
     """
     layer = active_training_layer(denoiser.network)
     if layer is not None:
         raise ValueError(f"the network is in training mode, with an active {layer}: call network.eval() first")
     ask = Questions(denoiser, shape, device, dtype)
-    noise = noise_of(torch.tensor([0, 1, 2]), shape).double()
-    top = _check_top_repeats(ask, noise)
+    levels = denoiser.levels(3) if s is None else s
+    pair = noise_of(torch.tensor([seed, seed + ELSEWHERE]), shape).double()
+    ask.top = _Top(float(levels[0]), pair, *ask.raw(pair, float(levels[0])))
+    try:
+        _check_denoiser(ask, float(levels[-1]))
+    except ValueError:
+        ask.check_first(ask.raw(pair[:1], ask.top.level)[0][0])  # the better reason, if it is one
+        raise
+    return ask
+
+
+def _check_denoiser(ask: Questions, low: float) -> None:
+    """Ask what is left to ask before the measurement, and compare the answers with those of a denoiser."""
+    noise = noise_of(torch.tensor([0, 2]), ask.shape).double()
     first, second = ask.between(1 / 3), ask.between(2 / 3)
-    middle, x0 = ask.raw(noise[:1], first)
-    ask.fingerprint = projections(middle)
+    ask.middle, x0 = ask.raw(noise[:1], first)
+    ask.fingerprint = projections(ask.middle)
     if first != second:
         x0 = ask.denoised(second * (noise[:1] + (1 / second - 1 / first) * x0), second)
-    if torch.equal(top.raw[0], top.raw[1]) and torch.equal(top.raw[:1], middle):
+    if torch.equal(ask.top.raw[0], ask.top.raw[1]) and torch.equal(ask.top.raw[:1], ask.middle):
         warnings.warn(
             "the network answered the same to every question, so every schedule has the same error: is its condition "
             "connected, and is its output not all zero?",
-            stacklevel=4,
+            stacklevel=5,
         )
+        return
+    _check_top(ask, x0)
+    _check_middle(ask, x0, noise[1:])
+    if ask.denoiser.prediction in ("v", "edm"):
+        _check_sign(ask, x0, noise[1:])
     else:
-        _check_top(ask, top, x0)
-        _check_middle(ask, x0, noise[2:])
-        _check_low(ask, x0, noise[2:])
-    return ask
+        _check_low(ask, x0, noise[1:], low)
+
+
+def first_answer_checked(steps: Query[Result], ask: Questions) -> Query[Result]:
+    """``steps`` of a measurement (`measurement_steps`); its first answer is compared by `Questions.check_first`."""
+    raw = yield next(steps)
+    ask.check_first(raw[0])
+    while True:
+        try:
+            question = steps.send(raw)
+        except StopIteration as finished:
+            return finished.value
+        raw = yield question
 
 
 @torch.no_grad()
@@ -172,34 +282,15 @@ class _Top:
         return abs(c) * float((self.raw[0] - self.raw[1]).norm() / difference.norm())
 
 
-def _check_top_repeats(ask: Questions, noise: Tensor) -> _Top:
-    level = ask.range[2]
-    raw, denoised = ask.raw(noise[:2], level)
-    again = ask.raw(noise[:1], level)[0]
-    allowed = REPEATABLE.get(ask.dtype, 1e-3) * float(raw[0].norm())
-    if float((again[0] - raw[0]).norm()) > allowed:
-        once_more = ask.raw(noise[:1], level)[0]
-        if float((once_more - again).norm()) > allowed:
-            raise ValueError(
-                "the network answers the same question differently every time: it is random (dropout left on? noise "
-                "inside?); call network.eval(), or fix its random numbers"
-            )
-        raise ValueError(
-            "the network answers differently for a sample alone and for the same sample in a batch: it mixes the "
-            "samples of a batch (batch norm in training mode? statistics over the batch?); call network.eval(), or "
-            "wrap it so that samples are independent"
-        )
-    return _Top(level, noise[:2], raw, denoised)
-
-
-def _check_top(ask: Questions, top: _Top, x0: Tensor) -> None:
+def _check_top(ask: Questions, x0: Tensor) -> None:
     """The slope along the noise, the Jacobian, and the size, at the highest level."""
-    denoiser, size = ask.denoiser, float(x0.square().mean().sqrt())
+    denoiser, size, top = ask.denoiser, float(x0.square().mean().sqrt()), ask.top
     c = float(denoiser.coefficients(torch.tensor(top.level, dtype=torch.float64))[1])
     slope, reach = top.slope, top.reach(c)
     sigma = float(denoiser.process.sampler_sigma(torch.tensor(top.level, dtype=torch.float64)))
     where = f"at the highest level (sigma = {sigma:.6g})"
-    if top.level < math.inf and slope / top.level > TOP_JACOBIAN:
+    high = top.level == ask.range[2] or top.level > TOP_LEVEL * size
+    if high and top.level < math.inf and slope / top.level > TOP_JACOBIAN:
         raise ValueError(
             f"{where} a denoiser hardly depends on its input, but this one returns {slope / top.level:.0%} of it: "
             f"{_suspects(denoiser)}"
@@ -225,7 +316,7 @@ def _check_top(ask: Questions, top: _Top, x0: Tensor) -> None:
     )
     if largest > WRONG_SIZE * max(size, 0.1):
         raise ValueError(finding)
-    warnings.warn(finding, stacklevel=5)
+    warnings.warn(finding, stacklevel=6)
 
 
 def _check_middle(ask: Questions, x0: Tensor, noise: Tensor) -> None:
@@ -260,9 +351,24 @@ def _check_raw_edm(ask: Questions, noise: Tensor) -> None:
         )
 
 
-def _check_low(ask: Questions, x0: Tensor, noise: Tensor) -> None:
+def _check_sign(ask: Questions, x0: Tensor, noise: Tensor) -> None:
+    """Of ``D = c_skip z + c_out F`` no more noise is left than there was; with ``-F`` it is ``2 c_skip z - D``."""
+    wanted = SIGN_LEVEL * (ask.denoiser.sigma_data if ask.denoiser.prediction == "edm" else 1.0)
+    s = ask.known(wanted)
+    if noise.numel() < FEWEST_ELEMENTS or s > 1.5 * wanted:  # the network knows no level that is low enough
+        return
+    error = ask.denoised(x0 + s * noise, s) - x0
+    left = float((error * noise).sum() / (s * noise.square().sum()))
+    far = float(error.norm()) > LOW_ERROR * s * float(noise.norm()) and float(error.norm()) > float(x0.norm())
+    if far or left > NOISE_LEFT + 0.3 / math.sqrt(noise.numel()):
+        raise ValueError(
+            f"a sample with noise of level {s:.3g} is denoised to one with {left:.3g} times that noise: is the sign of "
+            f"the network's output the other one? {_suspects(ask.denoiser)}"
+        )
+
+
+def _check_low(ask: Questions, x0: Tensor, noise: Tensor, low: float) -> None:
     """At the lowest level the denoised sample is nearly the input."""
-    low = ask.range[0]
     z = x0 + low * noise
     error, size = float((ask.denoised(z, low) - z).norm()), low * math.sqrt(noise.numel())
     if error > LOW_ERROR * size and error > LOW_FRACTION * float(x0.norm()):

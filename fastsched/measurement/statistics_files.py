@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsched.denoisers.noise import process_from_dict
 from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels
-from fastsched.sampling.files import checksum, json_object, kind_of, write_whole
+from fastsched.sampling.files import check_readable, checksum, json_object, kind_of, write_whole
 from fastsched.sampling.origin import Origin
 
 FORMAT = "fastsched.path_statistics"
@@ -55,9 +55,7 @@ def read_statistics(kind: type[Any], path: str | os.PathLike[str]) -> Any:
     """Read statistics, of this version or an earlier one; errors as in `PathStatistics.load`."""
     from safetensors import SafetensorError, safe_open
 
-    name = os.fspath(path)
-    if not os.path.exists(name):
-        raise FileNotFoundError(f"no such statistics file: {name}")
+    name = check_readable(path, "statistics")
     if kind_of(name) == "schedule":
         raise ValueError(f"{name} is a schedule, and statistics are needed, which 'fastsched measure' writes")
     try:

@@ -58,16 +58,20 @@ def _target(path: Name) -> str:
     """What ``path`` is, links followed, even one to a file that does not exist yet."""
     target = os.path.realpath(path)
     folder = os.path.dirname(target)
+    if os.path.islink(target):
+        raise OSError(f"{os.fspath(path)} is a link that leads back to itself; remove it, or name another file")
     if os.path.isdir(target):
         raise IsADirectoryError(f"{os.fspath(path)} is a folder; name a file in it")
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no folder {folder} to write {os.path.basename(target)} to; create it first")
+    with contextlib.suppress(FileNotFoundError):
+        os.stat(target)  # OSError now, not after the work, if no file can have this name
     return target
 
 
 def _create_beside(target: str) -> tuple[str, int]:
     folder, base = os.path.split(target)
-    name = os.path.join(folder, f".{base[:200]}.{secrets.token_hex(8)}.unfinished")
+    name = os.path.join(folder, f".{base[:40]}.{secrets.token_hex(8)}.unfinished")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
         return name, os.open(name, flags, 0o666)
@@ -119,8 +123,29 @@ def _constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
+def check_readable(path: Name, what: str) -> str:
+    """The name of a file that can be read as a whole: a pipe would be waited for, and a device may never end.
+
+    Args:
+        path: The file.
+        what: What it should hold, for messages.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is not a regular file.
+    """
+    name = os.fspath(path)
+    if not os.path.exists(name):
+        raise FileNotFoundError(f"no such {what} file: {name}")
+    if not os.path.isfile(name):
+        raise ValueError(f"{name} is {'a folder' if os.path.isdir(name) else 'no regular file'}; name a {what} file")
+    return name
+
+
 def kind_of(path: Name) -> str | None:
     """``"statistics"`` or ``"schedule"``, by what is in the file; None for anything else and where there is no file."""
+    if not os.path.isfile(path):
+        return None
     try:
         with open(path, "rb") as file:
             start = file.read(10_000)

@@ -25,6 +25,8 @@ from fastsched.sampling.solvers import FITTED, STOCHASTIC_SOLVERS, get_solver, s
 
 #: What ComfyUI sets the last ``alphas_cumprod`` to for models of zero terminal SNR.
 COMFYUI_LAST_ALPHA_BAR = 4.8973451890853435e-08
+#: Larger timesteps than any model's are damage.
+LARGEST_TIMESTEP = 1e6
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,15 +61,13 @@ class Schedule:
         if float(sigmas[-1]) != 0.0:
             raise ValueError(f"sigmas must end in 0, got {float(sigmas[-1]):g}; append it")
         object.__setattr__(self, "sigmas", sigmas)
-        if self.origin is not None:
-            validate.instance("origin", self.origin, Origin, "measurements know theirs, stats.origin")
         object.__setattr__(self, "solver", solver_name(self.solver))
         validate.choice("noise", self.noise, ("ve", "vp", "flow"))
         if self.noise == "flow" and float(sigmas[0]) > 1:
             raise ValueError(f"sigmas of a flow model are times within [0, 1], got {float(sigmas[0]):g}")
         for name in ("predicted_error", "measured_error"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, validate.real(name, getattr(self, name)))
+                object.__setattr__(self, name, _squared_error(name, getattr(self, name)))
         if (self.weights is not None) != (self.solver == FITTED):
             raise ValueError(
                 f"weights must be given exactly for the solver 'fitted', and the solver is {self.solver!r}"
@@ -78,13 +78,7 @@ class Schedule:
                 raise ValueError(f"weights must have a row for each of {len(sigmas) - 1} steps, got {len(weights)}")
             object.__setattr__(self, "weights", weights)
         if self.timesteps is not None:
-            timesteps = validate.float64(self.timesteps, "timesteps")
-            if timesteps.shape != (len(sigmas) - 1,):
-                raise ValueError(
-                    f"timesteps must have one value for each sigma but the last, [{len(sigmas) - 1}], "
-                    f"got shape {tuple(timesteps.shape)}"
-                )
-            object.__setattr__(self, "timesteps", timesteps)
+            object.__setattr__(self, "timesteps", _timesteps(self.timesteps, len(sigmas) - 1, self.noise))
 
     @classmethod
     def from_levels(
@@ -230,6 +224,33 @@ class Schedule:
             return cls(**entries)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)} does not hold a valid schedule: {error}") from None
+
+
+def _squared_error(name: str, value: float) -> float:
+    error = validate.real(name, value)
+    if not 0 <= error < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {error!r}")
+    return error
+
+
+def _timesteps(values: Tensor, steps: int, noise: str) -> Tensor:
+    """Timesteps, which descend; those of a flow may ascend, if its network's time is 1 at the data.
+
+    Levels beyond those that a variance-preserving network was trained on share its first or last timestep.
+    """
+    timesteps = validate.float64(values, "timesteps")
+    if timesteps.shape != (steps,):
+        raise ValueError(
+            f"timesteps must have one value for each sigma but the last, [{steps}], got shape {tuple(timesteps.shape)}"
+        )
+    if not bool(((timesteps >= 0) & (timesteps <= LARGEST_TIMESTEP)).all()):
+        shown = validate.shown(timesteps.tolist())
+        raise ValueError(f"timesteps must be within [0, {LARGEST_TIMESTEP:g}], got {shown}")
+    change = timesteps.diff()
+    descends = change <= 0 if noise == "vp" else change < 0
+    if not bool(descends.all()) and not (noise == "flow" and bool((change > 0).all())):
+        raise ValueError(f"timesteps must descend, as sigmas do, got {validate.shown(timesteps.tolist())}")
+    return timesteps
 
 
 def is_schedule(name: str, value: object) -> Schedule:

@@ -74,7 +74,10 @@ class FitGuider:
         chosen, name = sampler_for(found.schedule.solver, found.schedule.noise, sigmas, found.weights())
         words = [*words, f"SAMPLER is {name}"]
         if save_as.strip():
-            words.append(f"saved as {files.save(found.schedule, save_as)}")
+            try:
+                words.append(f"saved as {files.save(found.schedule, save_as)}")
+            except OSError as error:  # what was fitted is worth more than its file
+                words.append(f"warning: not saved ({error})")
         return (sigmas, chosen, "; ".join(words), found)
 
 

@@ -2,6 +2,7 @@ import csv
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -206,7 +207,8 @@ def test_an_import_that_fails_inside_is_told_from_a_missing_module(tmp_path, mon
     (tmp_path / "broken_model.py").write_text("import no_such_dependency\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(ImportError, match="importing broken_model failed: No module named 'no_such_dependency'"):
+    why = "importing broken_model failed with ModuleNotFoundError: No module named 'no_such_dependency'"
+    with pytest.raises(ImportError, match=why):
         load_denoiser("broken_model:build")
 
 
@@ -231,6 +233,8 @@ def test_other_bad_options_are_named(folder, model, tmp_path):
         (("compare", model, schedule, *shaped, "--baselines", "karas"), "did you mean 'karras'?"),
         (("compare", model, schedule, *shaped, "--dtype", "float8"), "dtype must be one of"),
         (("measure", model, "--shape", "2,x", "-o", tmp_path / "s"), "shape must be integers"),
+        (("measure", model, *shaped, "-o", tmp_path / "s", "--resume", "--overwrite"), "exclude each other"),
+        (("fit", model, *shaped, "--steps", "3", "-o", tmp_path / "s.json", "--device", "meta"), "device must be one"),
         (("plot", schedule, "-o", tmp_path / "a.bmp"), "output must end in .png"),
         (("plot", *[folder / "s.safetensors"] * 2, "-o", tmp_path / "a.png"), "at most one file of statistics"),
     ]
@@ -238,15 +242,34 @@ def test_other_bad_options_are_named(folder, model, tmp_path):
         result = run(*arguments)
         assert result.exit_code == 2
         assert message in one_line(result)
+    long = run("fit", model, *shaped, "--steps", "3", "-o", tmp_path / f"{'x' * 255}.json")
+    assert long.exit_code == 1
+    assert "name too long" in long.stderr
+    assert "model calls" not in long.stderr
 
 
-def test_an_unexpected_error_is_one_line_unless_a_traceback_is_asked_for(tmp_path):
+def test_a_warning_is_a_line_without_its_place_in_the_code(folder, monkeypatch):
+    def loaded(path):
+        warnings.warn("mind\nthe gap", stacklevel=1)
+        return fs.PathStatistics.load(path)
+
+    monkeypatch.setattr("fastsched.cli.inputs.load_statistics", loaded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # not an error, as in the other tests
+        result = run("select", folder / "s.safetensors", "--steps", "2")
+    assert result.exit_code == 0
+    assert result.stderr.splitlines()[0] == "warning: mind the gap"
+
+
+def test_an_unexpected_error_is_one_line_unless_a_traceback_is_asked_for(tmp_path, monkeypatch):
     (tmp_path / "failing_model.py").write_text("def build():\n    raise RuntimeError('out of\\nmemory')\n")
     arguments = ("measure", f"{tmp_path / 'failing_model.py'}:build", "--shape", "3", "-o", tmp_path / "s")
     result = run(*arguments)
     assert result.exit_code == 1
-    assert one_line(result) == "error: RuntimeError: out of memory (use --traceback to see where)"
-    assert isinstance(run("--traceback", *arguments).exception, RuntimeError)
+    assert one_line(result).endswith("build() failed with RuntimeError: out of memory (use --traceback to see where)")
+    assert isinstance(run("--traceback", *arguments).exception.__cause__, RuntimeError)
+    monkeypatch.setattr("fastsched.cli.inputs.load_statistics", lambda path: {}[path])
+    assert one_line(run("plan", "s")) == "error: KeyError: PosixPath('s') (use --traceback to see where)"
 
 
 def test_help_teaches_and_imports_nothing_heavy():

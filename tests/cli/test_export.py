@@ -37,6 +37,7 @@ def test_a_solver_without_a_sampler_is_said(tmp_path):
     comfyui = run("export", path, "--to", "comfyui")
     assert comfyui.exit_code == 0
     assert "no sampler that is unipc" in comfyui.stderr
+    assert "use the file in the node Load Schedule" in one_line(comfyui)
     for program in ("k-diffusion", "sd.cpp"):
         result = run("export", path, "--to", program)
         assert result.exit_code == 2
@@ -99,6 +100,51 @@ def test_diffusers_with_a_scheduler_is_its_arguments(flow, tmp_path):
     assert plain.startswith("pipe(prompt, sigmas=[")
 
 
+@pytest.mark.parametrize(
+    ("kind", "printed", "said"),
+    [
+        ("StableDiffusionPipeline", "pipe(prompt, timesteps=[", ""),
+        ("DDIMPipeline", "fs.diffusers.apply(schedule, pipe)", "DDIMPipeline takes no timesteps="),
+        (["my_module", "MyPipeline"], "pipe(prompt, timesteps=[", "whose call takes timesteps="),
+        (None, "pipe(prompt, timesteps=[", "whose call takes timesteps="),
+    ],
+)
+def test_diffusers_arguments_are_those_that_the_pipeline_takes(kind, printed, said, tmp_path):
+    diffusers = pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+    diffusers.DPMSolverMultistepScheduler().save_pretrained(tmp_path / "scheduler")
+    process = fs.diffusers.conventions.describe(diffusers.DPMSolverMultistepScheduler()).process
+    levels = process.trained_levels[[900, 500, 20]]
+    fs.Schedule.from_levels(process, torch.cat([levels, levels.new_zeros(1)]), "dpmpp_2m").save(tmp_path / "a.json")
+    if kind is not None:
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    result = run("export", tmp_path / "a.json", "--to", "diffusers", "--scheduler", tmp_path)
+    assert printed in result.stdout
+    compile(result.stdout, "call", "exec")
+    assert said in result.stderr
+
+
+def test_where_no_arguments_do_the_scheduler_gets_the_schedule(tmp_path):
+    diffusers = pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+    fs.Schedule([10.0, 1.0, 0.0], "ddim", "vp").save(tmp_path / "a.json")
+    diffusers.DDIMScheduler().save_pretrained(tmp_path / "scheduler")
+    result = run("export", tmp_path / "a.json", "--to", "diffusers", "--scheduler", tmp_path)
+    assert "fs.diffusers.apply(schedule, pipe)" in result.stdout
+    assert "DDIMScheduler takes no list of levels" in one_line(result)
+    diffusers.PNDMScheduler().save_pretrained(tmp_path / "scheduler")
+    refused = run("export", tmp_path / "a.json", "--to", "diffusers", "--scheduler", tmp_path)
+    assert refused.exit_code == 2
+    assert "change the scheduler: pipe.scheduler = " in one_line(refused)
+
+
+def test_a_fitted_schedule_is_sent_to_the_node(tmp_path):
+    stats = fs.measure(
+        fs.Denoiser.from_denoiser(fs.oracles.Gaussian(0.5, (3,)).denoise, 0.01, 9.0), (3,), levels=8, samples=1,
+        progress=False,
+    )  # fmt: skip
+    fs.optimal_schedule(stats, 3, "fitted").save(tmp_path / "a.json")
+    assert "the node Load Schedule" in one_line(run("export", tmp_path / "a.json", "--to", "comfyui"))
+
+
 def test_diffusers_without_a_scheduler_is_python(flow):
     text = run("export", flow, "--to", "diffusers").stdout
     compile(text, "apply", "exec")
@@ -108,7 +154,10 @@ def test_diffusers_without_a_scheduler_is_python(flow):
 def test_a_file_can_be_written_instead(folder, tmp_path):
     result = run("export", folder / "x-4.json", "--to", "text", "-o", tmp_path / "a.txt")
     assert result.stdout == ""
-    assert numbers((tmp_path / "a.txt").read_text()) == fs.Schedule.load(folder / "x-4.json").sigmas.tolist()
+    sigmas = fs.Schedule.load(folder / "x-4.json").sigmas.tolist()
+    assert numbers((tmp_path / "a.txt").read_text()) == sigmas
+    run("export", folder / "x-4.json", "--to", "text", "--json", "-o", tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["sigmas"] == sigmas
 
 
 def test_what_cannot_be_exported_is_refused(folder, flow, tmp_path):

@@ -91,6 +91,19 @@ def test_the_page_holds_everything_and_needs_nothing(page):
     assert f"{sigmas[1]:.6g}"[:6] in text
 
 
+def test_schedules_of_one_name_are_all_shown(folder, tmp_path):
+    paths = [tmp_path / name / "same.json" for name in ("one", "two")]
+    for path, steps in zip(paths, (3, 5), strict=True):
+        path.parent.mkdir()
+        fs.optimal_schedule(fs.PathStatistics.load(folder / "s.safetensors"), steps, "ddim").save(path)
+    out = tmp_path / "r.html"
+    arguments = ("report", folder / "s.safetensors", *paths, "-o", out, "--solver", "ddim", "--max-steps", "5", "-q")
+    assert run(*arguments).exit_code == 0
+    text = " ".join(parsed(out).text)
+    assert "same" in text
+    assert str(paths[1]) in text
+
+
 def test_without_schedules_those_of_the_curves_are_shown(folder, tmp_path):
     out = tmp_path / "r.html"
     result = run("report", folder / "s.safetensors", "-o", out, "--solver", "ddim", "--max-steps", "5", "-q")
@@ -168,7 +181,8 @@ def test_the_png_is_the_pixels():
         (("-o", "r.html", "--image", "no title.png"), "image must be TITLE=FILE"),
         (("-o", "r.html", "--image", "a=s.safetensors"), "image must be TITLE=FILE"),
         (("-o", "r.html", "--image", "a=fake.png"), "is not a picture"),
-        (("-o", "r.html", "--errors", "fake.png"), "not a table that 'fastsched compare --csv' writes"),
+        (("-o", "r.html", "--errors", "fake.png"), "fake.png is not a table that 'fastsched compare --csv' writes"),
+        (("-o", "r.html", "--errors", "latin.csv"), "latin.csv is not a table that 'fastsched compare --csv' writes"),
         (("flow.json", "-o", "r.html"), "flow is for a 'flow' noise process and the statistics are of a 've' one"),
         (("-o", "r.html", "--solver", "dpmpp_9m"), "solver"),
     ],
@@ -176,6 +190,7 @@ def test_the_png_is_the_pixels():
 def test_wrong_arguments_are_named(folder, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fake.png").write_text("a,b\n1,2\n")
+    (tmp_path / "latin.csv").write_bytes("name\n\xfc".encode("latin-1"))
     fs.Schedule(torch.tensor([1.0, 0.5, 0.0]), "ddim", "flow").save("flow.json")
     result = run("report", folder / "s.safetensors", *arguments, "-q")
     assert result.exit_code == 2

@@ -62,7 +62,23 @@ def test_a_model_may_define_dataclasses(tmp_path):
 def test_a_file_that_fails_leaves_nothing_behind(tmp_path):
     (tmp_path / "fails.py").write_text("raise RuntimeError('broken')\n")
     before, modules = list(sys.path), set(sys.modules)
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(ImportError, match=r"importing .*fails\.py failed with RuntimeError: broken"):
         load_denoiser(f"{tmp_path / 'fails.py'}:build")
     assert sys.path == before
     assert set(sys.modules) == modules
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def build(a): pass", r"m\.py:build\(\) failed with TypeError: build\(\) missing 1 required"),
+        ("import sys\ndef build(): sys.exit(0)", r"m\.py:build\(\) failed with SystemExit: 0"),
+        ("def build(): raise KeyError('no weights')", r"failed with KeyError: 'no weights'"),
+        ("def (:", r"importing .*m\.py failed with SyntaxError"),
+        ("import sys\nsys.exit(0)", r"importing .*m\.py failed with SystemExit"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_named(tmp_path, body, message):
+    (tmp_path / "m.py").write_text(body)
+    with pytest.raises(ImportError, match=message):
+        load_denoiser(f"{tmp_path / 'm.py'}:build")

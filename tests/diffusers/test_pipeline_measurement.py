@@ -318,7 +318,7 @@ def test_a_run_that_stops_early_is_no_measurement():
             self.scheduler.set_timesteps(num_inference_steps)
             x = torch.randn(1, *SHAPE)
             for t in self.scheduler.timesteps[:5]:
-                x = self.scheduler.step(self.unet(x, t)[0], t, x)[0]
+                x = self.scheduler.step(self.unet(self.scheduler.scale_model_input(x, t), t)[0], t, x)[0]
 
     scheduler = diffusers.EulerDiscreteScheduler(**SD)
     pipe = Impatient(pipelines.OracleUNet().answer_for(scheduler, mixture()), scheduler)

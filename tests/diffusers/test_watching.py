@@ -1,8 +1,10 @@
 """Pipelines with a twist: measured rightly, or refused with the reason; none is measured as what it is not."""
 
+import itertools
 import random
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -56,11 +58,52 @@ def test_an_argument_of_step_at_its_default_is_allowed():
     assert torch.equal(measured(oracle_pipeline(euler(), mixture()), step_arguments=defaults).gram, plain.gram)
 
 
-def test_a_timestep_for_each_token_is_refused():
+def conditioned_video():
+    """A pipeline that gives ``step`` a timestep for each token, with the exact velocity of N(0, 0.7^2)."""
     torch.manual_seed(0)
     pipe, call = quiet(pipelines.ltx_conditioned(diffusers.FlowMatchEulerDiscreteScheduler()))
-    with pytest.raises(ValueError, match="per_token_timesteps=a tensor of shape"):
-        fs.diffusers.measure(pipe, levels=8, samples=1, **call)
+
+    def exact(hidden_states, timestep, **_):
+        t = (timestep.double() / 1000).reshape(len(hidden_states), -1, 1).to(hidden_states)
+        denoised = (1 - t) * 0.49 / ((1 - t) ** 2 * 0.49 + t**2) * hidden_states
+        return ((hidden_states - denoised) / t,)
+
+    pipe.transformer.forward = exact
+    return pipe, call
+
+
+def test_a_timestep_for_each_token_and_the_other_sign_are_measured_run_and_applied():
+    pipe, call = conditioned_video()
+    stats = fs.diffusers.measure(pipe, levels=24, samples=2, keep_increments=True, progress=False, **call)
+    assert stats.data_std == pytest.approx(0.7, rel=0.05)
+    found = fs.diffusers.fit(pipe, 6, stats=stats, model_calls=60, progress=False, **call)
+    # the closed form of each step's factor, its samples' deviation at the end for those of fs.sample
+    times = found.sigmas.tolist()
+    factor = 1.0
+    for now, then in itertools.pairwise(times):
+        kept = (1 - now) * 0.49 / ((1 - now) ** 2 * 0.49 + now**2)
+        factor *= 1 + (then - now) * (1 - kept) / now
+    assert found.measured_error == pytest.approx(
+        float(((0.7 - factor) / 0.7) ** 2 * stats.ends.square().sum() / 2), rel=0.05
+    )
+    plain = pipe.scheduler
+    for schedule, deviation in ((found, factor), (fs.optimal_schedule(stats, 6, "fitted"), 0.7)):
+        fs.diffusers.apply(schedule, pipe)
+        frames = pipe(**call, num_inference_steps=6, output_type="latent").frames
+        pipe.scheduler = plain
+        assert float(frames.std()) == pytest.approx(deviation, rel=0.1)
+
+
+def test_frames_to_be_kept_among_the_tokens_are_refused():
+    pipe, call = conditioned_video()
+    image = PIL.Image.new("RGB", (64, 64))
+    with pytest.raises(ValueError, match="64 of 128 are not the step's own timestep"):
+        fs.diffusers.measure(pipe, levels=8, samples=1, image=image, **call)
+    levels = torch.tensor([float("inf"), 1.0, 0.1, 0.0], dtype=torch.float64)
+    process = fs.diffusers.CalibrationScheduler.from_scheduler(pipe.scheduler).convention.process
+    fs.diffusers.apply(fs.Schedule.from_levels(process, levels, "fitted", weights=torch.eye(3)), pipe)
+    with pytest.raises(ValueError, match="must be the same for all tokens"):
+        pipe(**call, image=image, num_inference_steps=3)
 
 
 # Latents that the pipeline owns
@@ -144,7 +187,7 @@ def test_dynamic_guidance_is_refused(kind):
         measured(pipe, use_dynamic_cfg=True, **call)
 
 
-@pytest.mark.parametrize("window", [(5, 43), (0, 20), (30, 48), (1, 47), (2, 48), (10, 12)])
+@pytest.mark.parametrize("window", [(5, 43), (0, 20), (30, 48), (1, 47), (2, 48), (10, 12), (0, 1), (1, 2)])
 @pytest.mark.parametrize("scheduler", [euler(), diffusers.FlowMatchEulerDiscreteScheduler()], ids=["vp", "flow"])
 def test_another_use_of_the_networks_output_within_a_window_is_noticed(window, scheduler):
     stronger = lambda i, output: output * (1.3 if window[0] <= i < window[1] else 1.0)
@@ -152,7 +195,7 @@ def test_another_use_of_the_networks_output_within_a_window_is_noticed(window, s
         measured(oracle_pipeline(scheduler, mixture()), on_step=stronger)
 
 
-@pytest.mark.parametrize("window", [(0, 10), (12, 40)])
+@pytest.mark.parametrize("window", [(0, 1), (0, 10), (12, 40)])
 def test_a_nonlinear_use_of_the_networks_output_within_a_window_is_noticed(window):
     bounded = lambda i, output: output.clamp(-1.5, 1.5) if window[0] <= i < window[1] else output
     with pytest.raises(ValueError, match="combined in another way.*" + STEP_NUMBER):
@@ -167,7 +210,7 @@ def test_another_formula_is_named():
         measured(pipe, on_step=lambda i, output: output * (1.5 if i == 11 else 1.0))
 
 
-@pytest.mark.parametrize("window", [(6, 43), (20, 30)])
+@pytest.mark.parametrize("window", [(6, 43), (20, 30), (1, 48), (2, 48)])
 def test_a_callback_that_changes_embeddings_within_a_window_is_noticed(window):
     """The first is symmetric about the middle of the run, so that every level is visited twice alike."""
     torch.manual_seed(0)
@@ -396,7 +439,8 @@ def test_outputs_may_come_in_the_same_buffer():
             self.scheduler.set_timesteps(num_inference_steps)
             x = torch.randn(2, *SHAPE)
             for t in self.scheduler.timesteps:
-                x = self.scheduler.step(self.unet(x, t, return_dict=False)[0], t, x).prev_sample
+                given = self.scheduler.scale_model_input(x, t)
+                x = self.scheduler.step(self.unet(given, t, return_dict=False)[0], t, x).prev_sample
 
     stats = measured(Direct(OneBuffer().answer_for(scheduler, mixture()), scheduler))
     assert torch.equal(stats.gram, plain.gram)

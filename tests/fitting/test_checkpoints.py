@@ -210,7 +210,7 @@ def test_damage_is_noticed(filled, what):
 def test_another_file_is_refused(tmp_path, what, content):
     path = tmp_path / "x.runs"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="does not hold runs of a fit"):
+    with pytest.raises(ValueError, match="does not hold runs of fastsched"):
         RunLog(path, what)
     assert path.read_bytes() == content
 
@@ -221,3 +221,62 @@ def test_out_of_memory_in_a_run_says_what_to_lower(tmp_path, error):
     with pytest.raises(MemoryError, match=r"2 samples at once; lower batch_size \(now 2\)"):
         fit(Failing(90, error), batch_size=2, checkpoint=path)
     assert fs.PathStatistics.load(path).samples == SAMPLES
+
+
+@pytest.fixture(scope="module")
+def measured():
+    denoiser = exact_denoiser(ORACLE, 0.02, 20.0)
+    return fs.measure(denoiser, (4,), levels=LEVELS, samples=SAMPLES, keep_increments=True, progress=False)
+
+
+def tune(network, stats, start=None, **options):
+    start = fs.optimal_schedule(stats, STEPS) if start is None else start
+    denoiser = fs.Denoiser.from_denoiser(network, 0.02, 20.0)
+    return fs.tune(denoiser, stats, start, **{"trials": 3, "progress": False, **options})
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("broken")])
+@pytest.mark.parametrize("after", [1, 8, 20, 40])
+def test_tuning_goes_on_to_the_same_bits(measured, tmp_path, error, after):
+    path, network, again = tmp_path / "tune.runs", Failing(), Failing()
+    whole = tune(network, measured, batch_size=1)
+    with pytest.raises(type(error)):
+        tune(Failing(after, error), measured, checkpoint=path)
+    found = tune(again, measured, checkpoint=path)
+    same(found.schedule, whole.schedule)
+    assert torch.equal(found.errors, whole.errors)
+    assert found.trials == whole.trials
+    assert again.calls <= network.calls - after + STEPS + 1  # at most one run twice, and whether it is the network
+
+
+def test_tuning_goes_on_with_more_trials_and_from_an_audition(measured, tmp_path):
+    path, denoiser = tmp_path / "tune.runs", exact_denoiser(ORACLE, 0.02, 20.0)
+    tune(Failing(), measured, checkpoint=path, trials=1)
+    more, network = tune(Failing(), measured, batch_size=1), Failing()
+    assert tune(network, measured, checkpoint=path).trials == more.trials
+    assert network.calls == 2 * SAMPLES * STEPS + 1  # the first two runs are in the file
+    audition = fs.audition(denoiser, measured, STEPS, progress=False)
+    again, first = tmp_path / "again.runs", tune(Failing(), measured, audition, batch_size=1)
+    for _ in range(2):
+        assert tune(Failing(), measured, audition, checkpoint=again).trials == first.trials
+
+
+def test_an_interrupted_tuning_hands_back_the_best_run(measured):
+    with pytest.warns(UserWarning, match="the best of the 2 schedules that were run"):
+        found = tune(Failing(1 + 2 * SAMPLES * STEPS + 3, KeyboardInterrupt()), measured)
+    assert len(found.trials) == 2
+    with pytest.raises(KeyboardInterrupt):
+        tune(Failing(3, KeyboardInterrupt()), measured)
+
+
+def test_a_file_of_other_runs_is_refused_before_a_run(measured, tmp_path):
+    path = tmp_path / "tune.runs"
+    tune(Failing(), measured, checkpoint=path, trials=0)
+    other = fs.optimal_schedule(measured, STEPS - 1)
+    for start, options in ((other, {}), (None, {"batch_size": 2})):
+        network = Failing()
+        with pytest.raises(ValueError, match="runs of another call"):
+            tune(network, measured, start, checkpoint=path, **options)
+        assert network.calls == 1
+    with pytest.raises(OSError, match="folder"):
+        tune(Failing(0, AssertionError()), measured, checkpoint=tmp_path / "none" / "x")

@@ -384,3 +384,11 @@ def test_fit_saves_under_a_plain_name_only(package, comfy, given):
             assert "must be of letters" in node(package, "Save").VALIDATE_INPUTS(name)
     assert node(package, "Save").VALIDATE_INPUTS(None) is True
     assert sorted(path.name for path in comfy.home.rglob("*.json") if "user" not in path.parts) == ["by fit.json"]
+
+
+def test_a_fit_that_cannot_be_saved_is_not_lost(package, comfy, given):
+    (comfy.home / "output").mkdir(exist_ok=True)
+    (comfy.home / "output" / "fastsched").write_text("a file where the folder should be")
+    sigmas, _, text, _ = fit(package, given(save_as="mine"))
+    assert len(sigmas) == 5
+    assert "warning: not saved" in text

@@ -23,6 +23,10 @@ def check(denoiser, shape=(16,)):
     return check_network(denoiser, tuple(shape), torch.device("cpu"), torch.float32)
 
 
+def measure(denoiser, samples=2, **options):
+    return fs.measure(denoiser, (16,), levels=12, samples=samples, progress=False, **options)
+
+
 RIGHT = {
     **{f"mixture {name}": (denoiser, (16,)) for name, denoiser in KINDS.items()},
     **{f"Gaussian {name}": (denoiser, (16,)) for name, denoiser in GAUSSIAN.items()},
@@ -35,7 +39,7 @@ def test_exact_denoisers_pass(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         asked = check(*RIGHT[name])
-    assert asked.model_calls <= 7
+    assert asked.model_calls <= 6
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -43,7 +47,7 @@ def test_trained_networks_of_the_benchmark_pass(name):
     model = MODELS[name]()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert check(model.denoiser, model.shape).model_calls <= 7
+        assert check(model.denoiser, model.shape).model_calls <= 6
 
 
 @pytest.mark.parametrize("oracle", [fs.oracles.Gaussian(2.0, (16,)), fs.oracles.Gaussian(0.02, (16,), mean=0.5)])
@@ -75,7 +79,13 @@ def garbage_at_the_top():
     return fs.Denoiser.from_epsilon(lambda x, t: exact.network(x, t) + 0.02 * wrong, table)
 
 
+def minus(denoiser):
+    return replace(denoiser, network=lambda x, t: -denoiser.network(x, t))
+
+
 WRONG = {
+    "F of wrong sign": (lambda: minus(digits()), "sign of the network's output"),
+    "v of wrong sign": (lambda: minus(KINDS["v"]), "sign of the network's output"),
     "eps taken for v": (lambda: replace(KINDS["epsilon"], prediction="v"), "from_epsilon"),
     "v taken for eps": (lambda: replace(KINDS["v"], prediction="epsilon"), "from_v"),
     "eps taken for x0": (lambda: replace(KINDS["epsilon"], prediction="x0"), "predict the clean sample, or the noise"),
@@ -97,7 +107,7 @@ WRONG = {
 def test_wrong_readings_are_refused(name):
     build, message = WRONG[name]
     denoiser = build()
-    shape = (1, 8, 8) if "F" in name else (16,)
+    shape = (1, 8, 8) if "F " in name or name.endswith("F") else (16,)
     with pytest.raises(ValueError, match=message):
         fs.measure(denoiser, shape, levels=12, samples=1, progress=False)
     assert fs.measure(denoiser, shape, levels=12, samples=1, progress=False, checks=False).samples == 1
@@ -131,13 +141,54 @@ def test_random_networks_are_refused():
     generator = torch.Generator().manual_seed(0)
     noisy = lambda z, s: z / (1 + s.reshape(-1, 1) ** 2) + 0.05 * torch.randn(z.shape, generator=generator)
     with pytest.raises(ValueError, match="it is random"):
-        check(fs.Denoiser.from_denoiser(noisy, 0.01, 20.0))
+        measure(fs.Denoiser.from_denoiser(noisy, 0.01, 20.0))
 
 
 def test_networks_that_mix_the_batch_are_refused():
     mixing = lambda z, s: (z - 0.5 * z.mean(0)) / (1 + s.reshape(-1, 1) ** 2)
-    with pytest.raises(ValueError, match="mixes the samples of a batch"):
-        check(fs.Denoiser.from_denoiser(mixing, 0.01, 20.0))
+    for samples in (1, 2, 3):
+        with pytest.raises(ValueError, match="mixes the samples of a batch"):
+            measure(fs.Denoiser.from_denoiser(mixing, 0.01, 20.0), samples=samples)
+
+
+class Counting(nn.Module):
+    """A mixture's denoiser, times a factor that follows the number of its calls."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor, self.calls = factor, 0
+
+    def forward(self, z, s):
+        self.calls += 1
+        return DATA.denoise(z, s) * self.factor(self.calls)
+
+
+CHANGING = {
+    "first call": lambda n: 0.9 if n == 1 else 1.0,
+    "first two calls": lambda n: 0.9 if n <= 2 else 1.0,
+    "drift": lambda n: 1 + 2e-4 * n,
+    "after the checks": lambda n: 1.0 if n < 8 else 0.97,
+    "midway": lambda n: 1.0 if n < 20 else 0.97,
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_networks_that_change_from_call_to_call_are_refused(name):
+    network = Counting(CHANGING[name])
+    with pytest.raises(ValueError, match="keeps a state"):
+        measure(fs.Denoiser.from_denoiser(network, 0.01, 20.0))
+    assert measure(fs.Denoiser.from_denoiser(network, 0.01, 20.0), checks=False).samples == 2
+
+
+def test_the_checks_are_counted_and_cost_less_than_one_percent_of_a_default_measurement():
+    network = Counting(lambda n: 1.0)
+    calls, denoiser = [], fs.Denoiser.from_denoiser(lambda z, s: calls.append(len(z)) or network(z, s), 0.01, 20.0)
+    checked, plain = (
+        fs.measure(denoiser, (16,), progress=False, checks=checks).model_calls for checks in (True, False)
+    )
+    assert sum(calls) == checked + plain
+    assert checked - plain == 7 <= 0.01 * plain
+    assert network.calls == 5 + 94 + 1 + 94  # the two samples at the highest level are asked at once
 
 
 def test_a_constant_answer_is_doubtful():

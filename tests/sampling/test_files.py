@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+import fastsched as fs
 from fastsched.sampling import files
 from fastsched.sampling.files import check_writable, write_whole
 
@@ -95,3 +96,50 @@ def test_what_cannot_be_written_is_known_before(tmp_path):
 def test_devices_are_written_to_directly():
     write_whole(os.devnull, b"x")
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+
+
+def test_a_link_to_itself_is_left_alone(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    for act in (check_writable, lambda path: write_whole(path, b"x")):
+        with pytest.raises(OSError, match="a link that leads back to itself"):
+            act(tmp_path / "a")
+    assert os.readlink(tmp_path / "a") == "b"
+
+
+@pytest.mark.parametrize("load", [fs.Schedule.load, fs.PathStatistics.load])
+def test_only_regular_files_are_read(load, tmp_path):
+    """A pipe would be waited for, and /dev/zero has no end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link to zero").symlink_to("/dev/zero")
+    for name in ("pipe", "link to zero"):
+        with pytest.raises(ValueError, match=f"{name} is no regular file"):
+            load(tmp_path / name)
+    with pytest.raises(ValueError, match="is a folder; name a s"):
+        load(tmp_path)
+    denoiser = fs.Denoiser.from_denoiser(fs.oracles.Gaussian(0.5, (3,)).denoise, 0.01, 9.0)
+    with pytest.raises(ValueError, match="pipe is no regular file"):
+        fs.measure(denoiser, (3,), levels=8, samples=1, checkpoint=tmp_path / "pipe", progress=False)
+
+
+def test_a_file_far_larger_than_a_schedule_is_not_read(tmp_path):
+    with open(tmp_path / "huge.json", "wb") as file:
+        file.truncate(1 << 40)  # sparse: it takes no space
+    with pytest.raises(ValueError, match=r"huge\.json is larger than"):
+        fs.Schedule.load(tmp_path / "huge.json")
+
+
+def test_a_name_that_no_file_can_have_is_known_before_the_calls(tmp_path):
+    calls = []
+    network = lambda z, s: calls.append(s) or fs.oracles.Gaussian(0.5, (3,)).denoise(z, s)
+    denoiser = fs.Denoiser.from_denoiser(network, 0.01, 9.0)
+    with pytest.raises(OSError, match="name too long"):
+        fs.measure(denoiser, (3,), levels=8, samples=1, checkpoint=tmp_path / ("x" * 256), progress=False)
+    assert calls == []
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\u540d" * 85])
+def test_the_longest_names_are_written(tmp_path, name):
+    check_writable(tmp_path / name)
+    write_whole(tmp_path / name, b"x")
+    assert os.listdir(tmp_path) == [name]

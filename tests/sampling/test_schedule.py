@@ -80,7 +80,12 @@ def test_of_a_flow_has_times():
     ("arguments", "message"),
     [(([3.0, 1.0], "ddim"), "sigmas must end in 0, got 1"), (([1.0, 3.0, 0.0], "ddim"), "strictly descend"),
      (([1.0, 0.0], "dpmpp2m"), "did you mean 'dpmpp_2m'"), (([1.0, 0.0], "ddim", "vpp"), "noise must be one of"),
-     (([1.0, 0.0], "ddim", "vp", [3.0, 1.0]), "timesteps must have one value")],
+     (([1.0, 0.0], "ddim", "vp", [3.0, 1.0]), "timesteps must have one value"),
+     (([3.0, 1.0, 0.0], "ddim", "vp", [1.0, 3.0]), "timesteps must descend"),
+     (([1.0, 0.5, 0.0], "ddim", "flow", [3.0, 3.0]), "timesteps must descend"),
+     (([3.0, 1.0, 0.0], "ddim", "vp", [float("nan"), 3.0]), "timesteps must be within"),
+     (([3.0, 1.0, 0.0], "ddim", "vp", None, -1.0), "predicted_error must be finite and not negative"),
+     (([3.0, 1.0, 0.0], "ddim", "vp", None, None, float("inf")), "measured_error must be finite")],
 )  # fmt: skip
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -96,7 +101,7 @@ def test_bad_arguments(arguments, message):
      ({"version": -5}, "version -5"), ({"sigmas": [10**400, 1, 0]}, "too large"), ({"spare": 1}, "not known: spare"),
      ({"sigmas": [1.0, 2.0], "timesteps": None}, "sigmas must strictly descend"), ({"sigmas": "321"}, "valid schedule"),
      ({"sigmas": [True, False]}, "sigmas must be numbers"), ({"sigmas": {"3": 1}}, "sigmas must be a list"),
-     ({"timesteps": [1.0, 2.0, 3.0]}, "timesteps must strictly descend"), ({"solver": 3}, "solver must be text"),
+     ({"timesteps": [1.0, 2.0, 3.0]}, "timesteps must descend"), ({"solver": 3}, "solver must be text"),
      ({"timesteps": [1e300, 2.0, 1.0]}, "timesteps must be within"), ({"weights": 3}, "weights must be a list"),
      ({"solver": "magic"}, "valid schedule: solver must be one of"), ({"sigmas": None}, "valid schedule")],
 )  # fmt: skip
@@ -111,6 +116,17 @@ def test_changed_file(tmp_path, change, message):
     path.write_text(json.dumps(entries))
     with pytest.raises(ValueError, match=message):
         fs.Schedule.load(path)
+
+
+def test_levels_that_share_a_timestep_are_read_back(tmp_path):
+    """Between the last trained level and pure noise the network knows no timestep."""
+    process = VariancePreserving(torch.cat([torch.linspace(0.999, 0.01, 99), torch.zeros(1)]))
+    top = float(process.trained_levels[98])
+    s = torch.tensor([float("inf"), 2 * top, top, 1.0, 0.0], dtype=torch.float64)
+    schedule = fs.Schedule.from_levels(process, s, "ddim")
+    assert schedule.timesteps[:3].tolist() == [99.0, 98.0, 98.0]
+    schedule.save(tmp_path / "a.json")
+    assert fs.Schedule.load(tmp_path / "a.json") == schedule
 
 
 def test_files_without_a_checksum_load(tmp_path):

@@ -28,16 +28,10 @@ class Empirical(Oracle):
     data: Tensor
 
     def __post_init__(self) -> None:
-        if not isinstance(self.data, Tensor):
-            raise TypeError(f"data must be a tensor [n, *shape], got {validate.shown(self.data)}")
-        data = self.data.detach().clone()
-        if data.ndim < 2 or data.numel() == 0:
+        data = validate.finite("data", self.data)
+        if data.numel() == 0:
             raise ValueError(f"data has shape {tuple(data.shape)}; expected [n, *shape], not empty")
-        if not data.is_floating_point():
-            raise TypeError(f"data must be floating-point; it is {data.dtype}")
-        if not bool(torch.isfinite(data).all()):
-            raise ValueError("data must be finite")
-        object.__setattr__(self, "data", data)
+        object.__setattr__(self, "data", data.clone())
 
     @property
     def shape(self) -> tuple[int, ...]:

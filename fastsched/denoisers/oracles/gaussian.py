@@ -39,9 +39,9 @@ class Gaussian(Oracle):
         object.__setattr__(self, "std", validate.positive("std", self.std))
         sizes = (self.shape,) if isinstance(self.shape, int) else self.shape
         object.__setattr__(self, "shape", validate.sample_shape(sizes))
-        if not isinstance(self.mean, Tensor):
-            validate.real("mean", self.mean)
-        mean = torch.as_tensor(self.mean).detach().clone()
+        is_tensor = isinstance(self.mean, Tensor)
+        mean = validate.tensor("mean", self.mean) if is_tensor else torch.tensor(validate.real("mean", self.mean))
+        mean = mean.clone()
         if mean.ndim > 0 and tuple(mean.shape) != self.shape:
             raise ValueError(f"mean has shape {tuple(mean.shape)}; expected a float or shape={self.shape}")
         if not bool(torch.isfinite(mean).all()):

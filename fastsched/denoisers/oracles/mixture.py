@@ -33,8 +33,10 @@ class GaussianMixture(Oracle):
     def __post_init__(self) -> None:
         for name in ("weights", "means", "covariances"):
             value = getattr(self, name)
-            on_device = isinstance(value, Tensor) and value.is_floating_point()
-            value = value.detach().to(torch.float64, copy=True) if on_device else validate.float64(value, name)
+            if isinstance(value, Tensor) and value.is_floating_point():  # stays on its device
+                value = validate.tensor(name, value).to(torch.float64, copy=True)
+            else:
+                value = validate.float64(value, name)
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name} must be finite")
             object.__setattr__(self, name, value)
