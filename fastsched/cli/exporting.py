@@ -218,19 +218,6 @@ def _engine(schedule: Schedule, engine: str, scheduler: str | None, mu: float | 
     return f"OmniDiffusionSamplingParams({given})", {"parameters": found}
 
 
-def _engine(schedule: Schedule, engine: str, scheduler: str | None, mu: float | None) -> tuple[str, dict[str, Any]]:
-    """Python for vllm-omni, fields of a request for SGLang."""
-    if scheduler is None:
-        raise ValueError(f"--to {engine} needs --scheduler, the served checkpoint, whose scheduler shifts the list")
-    import fastsched as fs
-
-    found = fs.diffusers.serving_parameters(schedule, inputs.load_scheduler(scheduler), engine, mu=mu)
-    if engine == "sglang":
-        return json.dumps(found), {"parameters": found}
-    given = ", ".join(f"{key}={value}" for key, value in found.items())
-    return f"OmniDiffusionSamplingParams({given})", {"parameters": found}
-
-
 def _sampler(schedule: Schedule, known: dict[str, str], program: str) -> str:
     """The program's sampler that is the schedule's solver.
 
