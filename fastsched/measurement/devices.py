@@ -8,6 +8,7 @@ none was set) must be longer than one path takes.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,6 +22,9 @@ from torch import Tensor
 from fastsched.measurement.batches import Batches, measured, resumed
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics
+
+#: Elements of increments and responses that each process sends at a time: 64 MB.
+PIECE = 1 << 24
 
 
 def rank_and_size(group: Any) -> tuple[int, int]:
@@ -159,14 +163,41 @@ def exchanged(part: PathStatistics | None, failure: Exception | None, group: Any
         raise error
     if vectors == "none":
         return parts
-    own = None if part is None else (part.increments, part.responses)
-    rows = all_of(own, group) if vectors == "all" else gathered_by_first(own, group)
-    if rows is None:
-        return parts
-    kept = [each for each in rows if each is not None]
+    return _with_vectors([each for each, _ in found], part, group, everywhere=vectors == "all")
+
+
+def _with_vectors(
+    parts: Sequence[PathStatistics | None], own: PathStatistics | None, group: Any, *, everywhere: bool
+) -> list[PathStatistics]:
+    """Those ``parts`` that there are, with increments and responses in one memory, where `merge` need not copy them.
+
+    They are sent a few at a time: pickled as they are, all together took eight times their size.
+    """
+    known = [each for each in parts if each is not None]
+    if not known:
+        return []
+    n, elements, responses = known[0].levels - 1, known[0].dimension, known[0].response_gram
+    rows = {"increments": n, "responses": 0 if responses is None else responses.shape[1]}
+    step = max(1, PIECE // elements)
+    counts = [0 if each is None else each.samples for each in parts]
+    starts = [sum(counts[:rank]) for rank in range(len(counts))]
+    here = everywhere or rank_and_size(group)[0] == 0
+    whole = torch.empty(sum(counts), sum(rows.values()), elements) if here else None
+    for name, sample in itertools.product(rows, range(max(counts))):
+        mine = getattr(own, name)[sample] if own is not None and rows[name] and sample < own.samples else None
+        for first in range(0, rows[name], step):
+            piece = None if mine is None else mine[first : first + step].clone()  # pickled, a view is all that it is of
+            found = all_of(piece, group) if everywhere else gathered_by_first(piece, group)
+            place = first + (n if name == "responses" else 0)
+            for start, each in zip(starts, found or [None] * len(starts), strict=True):
+                if whole is not None and each is not None:
+                    whole[start + sample, place : place + len(each)] = each
+    if whole is None:
+        return known
+    held = [whole[start : start + count] for start, count in zip(starts, counts, strict=True) if count]
     return [
-        replace(each, increments=increments, responses=responses)
-        for each, (increments, responses) in zip(parts, kept, strict=True)
+        replace(each, increments=vectors[:, :n], responses=None if responses is None else vectors[:, n:])
+        for each, vectors in zip(known, held, strict=True)
     ]
 
 

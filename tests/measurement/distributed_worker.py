@@ -13,6 +13,7 @@ import torch
 from models import mixture
 
 import fastsched as fs
+from fastsched.measurement import devices
 
 
 def of_pipelines(folder):
@@ -58,6 +59,7 @@ def main(task, folder):
     options = {"levels": 12, "samples": 5, "progress": False, "group": group, "batch_size": 1}
     try:
         if task == "measure":
+            devices.PIECE = 8  # two vectors of four elements
             stats = fs.measure(denoiser, (4,), keep_increments=True, checkpoint=folder / "whole.safetensors", **options)
             stats.save(folder / f"{rank}.safetensors", vectors=True)
             report = {"model_calls": stats.model_calls}
