@@ -168,7 +168,10 @@ def flow_shift(steps: int, shift: float = 3.0) -> Tensor:
     """
     validate.arguments(locals())
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    return shift * t / (1 + (shift - 1) * t)
+    times = shift * t / (shift * t + (1 - t))
+    if not bool((times[:-1] > times[1:]).all()):
+        raise ValueError(f"shift must leave {steps} times apart in float64, got {shift!r}")
+    return times.detach()
 
 
 def flow_shift_mu(
@@ -226,13 +229,13 @@ def _schedule(
     if sigma_min >= sigma_max:
         raise ValueError(f"sigma_min must be below sigma_max={sigma_max}; it is {sigma_min}")
     try:
-        sigmas = curve(torch.linspace(0, 1, steps + spare_last, dtype=torch.float64))
+        sigmas = curve(torch.linspace(0, 1, steps + spare_last, dtype=torch.float64)).detach()
     except OverflowError:
         raise ValueError(
             f"steps={steps} levels from {sigma_max} to {sigma_min} overflow with these parameters"
         ) from None
-    sigmas[-1] = float(sigma_min)
-    sigmas[0] = float(sigma_max)
+    sigmas[-1] = validate.positive("sigma_min", sigma_min)
+    sigmas[0] = validate.positive("sigma_max", sigma_max)
     if spare_last:
         sigmas[-1] = 0.0
     else:

@@ -81,7 +81,7 @@ def real(name: str, value: object) -> float:
     if isinstance(value, (bool, np.bool_)) or not (single or isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
     try:
-        number = float(value)  # type: ignore[arg-type]  # checked above
+        number = float(value.detach() if isinstance(value, Tensor) else value)  # type: ignore[arg-type]  # checked above
     except OverflowError:
         raise ValueError(f"{name} must be a finite number, got one that is too large") from None
     if math.isnan(number):

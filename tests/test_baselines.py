@@ -230,3 +230,14 @@ def test_bad_ranges_are_refused(name, arguments, message):
 def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_extreme_shifts_descend_or_are_refused():
+    with pytest.raises(ValueError, match="shift must leave 3 times apart in float64"):
+        baselines.flow_shift(3, 1e300)
+    assert baselines.flow_shift(3, 1e-300).tolist() == pytest.approx([1.0, 2e-300, 5e-301, 0.0])
+
+
+def test_a_schedule_has_no_gradient():
+    sigma_min = torch.tensor(0.1, requires_grad=True)
+    assert not baselines.linear(3, sigma_min, 10.0).requires_grad

@@ -82,3 +82,29 @@ def test_a_device_that_is_not_there_is_named(monkeypatch):
 def test_misspelt_names_suggest():
     with pytest.raises(AttributeError, match="did you mean 'measure'"):
         _ = fs.mesure
+
+
+FLOW = fs.Schedule([1.0, 0.5, 0.0], "ddim", "flow")
+
+
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("sigmas", lambda: fs.sample(DENOISER, FLOW, noise=torch.zeros(2, 4))),
+        ("sigmas", lambda: fs.sample(DENOISER, FLOW, "ancestral", torch.zeros(2, 4))),
+        ("sigmas", lambda: fs.predict_error(STATS, FLOW)),
+        ("sigmas", lambda: fs.steps_needed(STATS, target=FLOW)),
+        ("start", lambda: fs.tune(DENOISER, STATS, FLOW)),
+        ("candidates", lambda: fs.audition(DENOISER, STATS, 2, candidates={"a": FLOW})),
+    ],
+)
+def test_flow_times_are_no_sigmas(argument, call):
+    """Both are numbers within [0, 1], so nothing else would tell."""
+    with pytest.raises(ValueError, match=rf"{argument}.* must be for the noise process of this model, 've', got"):
+        call()
+
+
+def test_sigmas_are_no_flow_times():
+    denoiser = fs.Denoiser.from_velocity(lambda x, t: x)
+    with pytest.raises(ValueError, match="sigmas must be for the noise process of this model, 'flow', got"):
+        fs.sample(denoiser, fs.Schedule([1.0, 0.5, 0.0], "ddim"), noise=torch.zeros(2, 4))

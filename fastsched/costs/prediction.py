@@ -30,7 +30,7 @@ from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.metrics import power_mean
 from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.sampler import is_run, schedule_solver
-from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.schedule import Schedule, check_kind
 from fastsched.sampling.solvers import FITTED, Solver
 
 #: Weight of deviations that no secant explains. Over six denoisers the schedules chosen with 0.3 had 0.94 of the
@@ -99,6 +99,7 @@ def predict_error(
     values = validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas))  # type: ignore[arg-type]  # or a Schedule
     if float(values[-1]) != 0.0:
         raise ValueError(f"sigmas must end in 0, got {float(values[-1]):g}; append it")
+    check_kind("sigmas", sigmas, stats.process)
     s = stats.process.level(values)
     if float(s[0]) < float(stats.s[-1]):
         raise ValueError(f"sigmas must start within the measured range, from {float(stats.sigmas[-2]):g} on")

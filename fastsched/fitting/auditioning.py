@@ -19,7 +19,7 @@ from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.metrics import power_mean
 from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.progress import Progress, progress_bar
-from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.schedule import Schedule, check_kind
 from fastsched.sampling.solvers import Solver
 
 #: How many candidates run on all samples.
@@ -189,6 +189,7 @@ def _checked(
         raise ValueError("candidates must hold at least one schedule")
     chosen = {}
     for name, given in candidates.items():
+        check_kind(f"candidates[{name!r}]", given, stats.process)
         if isinstance(given, Schedule):
             schedule = replace(given, solver=method.name)
         else:

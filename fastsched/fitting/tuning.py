@@ -31,7 +31,7 @@ from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import Progress, progress_bar
-from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.schedule import Schedule, check_kind
 from fastsched.selection.constraints import separate
 
 #: How far a node may move at first, in fractions of the gap to its nearer neighbour in ``log s``; what a run that
@@ -103,6 +103,7 @@ def tune(
     first = start.winner if isinstance(start, Audition) else start
     known = start.complete(stats.samples) if isinstance(start, Audition) else []
     method = chosen_solver(first.solver)
+    check_kind("start", first, stats.process)
     increments_of(stats)
     if checkpoint is not None:
         check_writable(checkpoint)

@@ -19,6 +19,7 @@ from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.network_checks import fingerprint
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics
+from fastsched.measurement.statistics_files import far_outside
 from fastsched.sampling.progress import Progress
 from fastsched.sampling.random_streams import sample_seeds
 
@@ -185,4 +186,7 @@ def measured_levels(denoiser: Denoiser, levels: int | Tensor) -> Tensor:
     s = validate.descending_sigmas(levels, name="levels")
     if len(s) < 3 or float(s[-1]) <= 0:
         raise ValueError("levels must be at least three positive noise levels; sigma 0 is added as the end")
+    if far_outside(denoiser.process, s):
+        low, high = denoiser.process.s_min, denoiser.process.s_max
+        raise ValueError(f"levels must be near those of the noise process, {low:g} to {high:g}, got {s.tolist()}")
     return s

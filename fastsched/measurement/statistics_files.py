@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsched.denoisers.noise import process_from_dict
+from fastsched.denoisers.noise import NoiseProcess, process_from_dict
 from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels
 from fastsched.sampling.files import check_readable, checksum, json_object, kind_of, write_whole
 from fastsched.sampling.origin import Origin
@@ -29,7 +29,12 @@ FORMER_ENTRIES = {"sensitivity"}
 
 
 def write_statistics(stats: Any, path: str | os.PathLike[str], vectors: bool) -> None:
-    """Write statistics, with increments and responses if ``vectors``."""
+    """Write statistics, with increments and responses if ``vectors``.
+
+    Raises:
+        ValueError: If they would be refused when they are read.
+        OSError: If the file cannot be written.
+    """
     from safetensors.torch import save
 
     kept = {"s": stats.s, "seeds": stats.seeds, "gram": stats.gram, "ends": stats.ends}
@@ -47,6 +52,13 @@ def write_statistics(stats: Any, path: str | os.PathLike[str], vectors: bool) ->
     }
     if stats.origin is not None:
         header["origin"] = stats.origin.to_dict()
+    try:
+        _check_entries(header, tensors, VERSION)
+        _check_values(stats)
+    except ValueError as error:
+        raise ValueError(
+            f"{os.fspath(path)} cannot be written, because it could not be read again: it {error}"
+        ) from None
     header["sha256"] = _checksum(header, tensors)
     write_whole(path, save(tensors, metadata={"fastsched": json.dumps(header)}))
 
@@ -182,6 +194,12 @@ def _check_levels(stats: Any) -> None:
     s = stats.s
     if len(s) < 3 or not bool((s[1:] < s[:-1]).all()) or not float(s[-1]) > 0:
         raise ValueError("holds levels s that do not descend to a positive one")
-    high = stats.process.s_max
-    if float(s[1]) > 1e3 * (high if math.isfinite(high) else 1e3) or float(s[-1]) < 1e-3 * stats.process.s_min:
+    if far_outside(stats.process, s):
         raise ValueError("holds levels s far outside of those of its noise process")
+
+
+def far_outside(process: NoiseProcess, s: Tensor) -> bool:
+    """Whether levels lie a thousandfold beyond those of a noise process; from pure noise, the first may be any."""
+    high, low = process.s_max, process.s_min
+    above = float(s[0]) > 1e3 * high if math.isfinite(high) else float(s[1]) > 1e6
+    return above or float(s[-1]) < 1e-3 * low

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling.fitted import fitted_solver
 from fastsched.sampling.multistep import Node, log_rho
 from fastsched.sampling.progress import Progress, progress_bar
+from fastsched.sampling.schedule import Schedule, check_kind
 from fastsched.sampling.solvers import (
     FITTED,
     STOCHASTIC_SOLVERS,
@@ -26,9 +27,6 @@ from fastsched.sampling.solvers import (
     solver_name,
     step_scale,
 )
-
-if TYPE_CHECKING:
-    from fastsched.sampling.schedule import Schedule
 
 Result = TypeVar("Result")
 
@@ -80,6 +78,7 @@ def sample(
         raise ValueError("solver must be given, because the sigmas do not name one")
     if noise is None:
         raise ValueError("noise must be given: standard normal, [B, *shape]")
+    check_kind("sigmas", sigmas, denoiser.process)
     if solver_name(name) in STOCHASTIC_SOLVERS:
         from fastsched.sampling.stochastic import sample_stochastic
 

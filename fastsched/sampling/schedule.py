@@ -258,6 +258,15 @@ def is_schedule(name: str, value: object) -> Schedule:
     return validate.instance(name, value, Schedule, "fastsched.optimal_schedule and others return one")
 
 
+def check_kind(name: str, value: object, process: NoiseProcess) -> None:
+    """ValueError if ``value`` is a `Schedule` in flow times and the process is no flow, or the reverse."""
+    if isinstance(value, Schedule) and (value.noise == "flow") != (process.kind == "flow"):
+        raise ValueError(
+            f"{name} must be for the noise process of this model, {process.kind!r}, got a schedule for a "
+            f"{value.noise!r} one (Schedule(noise=...))"
+        )
+
+
 class ComfyUISigmas(NamedTuple):
     """One schedule, for a text field and for a ``SIGMAS`` socket."""
 

@@ -1,4 +1,5 @@
 import json
+import math
 import struct
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ from models import exact_denoisers, mixture
 from safetensors.torch import load_file, save_file
 
 import fastsched as fs
+from fastsched.measurement.measuring import measured_levels
 
 KINDS = exact_denoisers(mixture())
 
@@ -229,3 +231,22 @@ def test_a_flipped_bit_of_any_byte_is_found(tmp_path):
         except ValueError:
             pass
     assert accepted == []
+
+
+@pytest.mark.parametrize("levels", [[20.0, 1.0, 1e-9], [1e9, 1.0, 0.1], [math.inf, 1.0, 0.1]])
+def test_levels_that_no_file_could_hold_are_refused_before_the_calls(levels):
+    with pytest.raises(ValueError, match=r"levels must be near those of the noise process, 0\.01 to 9"):
+        measured_levels(
+            fs.Denoiser.from_denoiser(fs.oracles.Gaussian(0.5, (3,)).denoise, 0.01, 9.0), torch.tensor(levels)
+        )
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    denoiser = fs.Denoiser.from_denoiser(fs.oracles.Gaussian(0.5, (3,)).denoise, 0.01, 9.0)
+    stats = fs.measure(denoiser, (3,), levels=8, samples=2, progress=False)
+    stats.save(tmp_path / "s")
+    before = (tmp_path / "s").read_bytes()
+    for wrong in (stats.select([0, 0]), replace(stats, gram=stats.gram * math.nan)):
+        with pytest.raises(ValueError, match="cannot be written, because it could not be read again: it holds"):
+            wrong.save(tmp_path / "s")
+    assert (tmp_path / "s").read_bytes() == before
