@@ -250,10 +250,8 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
                 f"sample must keep its shape in a run, {tuple(self._denoised[0].shape)}, got {tuple(sample.shape)}; "
                 "call set_timesteps before another run"
             )
-        factors = self._steps[n]
-        wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
-        x = sample.to(wide)
-        self._denoised.append(factors.a * x + factors.c * output.to(wide))
+        factors, x = self._steps[n], sample.to(torch.promote_types(sample.dtype, torch.float32))
+        self._denoised.append(factors.a * x + factors.c * output.to(x.dtype))
         following = factors.keep * x
         for weight, denoised in zip(factors.weights, self._denoised, strict=True):
             following.add_(denoised, alpha=factors.gain * weight)

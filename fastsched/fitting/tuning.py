@@ -100,8 +100,7 @@ def tune(
             ``trials`` is negative, or the network returns NaN or inf.
     """
     validate.arguments(locals(), denoiser=is_denoiser, stats=is_statistics, start=_is_start)
-    first = start.winner if isinstance(start, Audition) else start
-    known = start.complete(stats.samples) if isinstance(start, Audition) else []
+    first, known = (start.winner, start.complete(stats.samples)) if isinstance(start, Audition) else (start, [])
     method = chosen_solver(first.solver)
     check_kind("start", first, stats.process)
     increments_of(stats)
