@@ -259,8 +259,14 @@ def is_schedule(name: str, value: object) -> Schedule:
 
 
 def check_kind(name: str, value: object, process: NoiseProcess) -> None:
-    """ValueError if ``value`` is a `Schedule` in flow times and the process is no flow, or the reverse."""
-    if isinstance(value, Schedule) and (value.noise == "flow") != (process.kind == "flow"):
+    """ValueError if ``value`` is a `Schedule` in flow times and the process is no flow, or the reverse.
+
+    Within [0, 1] a schedule whose ``noise`` was not given may be in flow times.
+    """
+    if not isinstance(value, Schedule):
+        return
+    sigmas_for_flow = process.kind == "flow" and value.noise != "flow" and float(value.sigmas[0]) > 1
+    if sigmas_for_flow or (value.noise == "flow" and process.kind != "flow"):
         raise ValueError(
             f"{name} must be for the noise process of this model, {process.kind!r}, got a schedule for a "
             f"{value.noise!r} one (Schedule(noise=...))"
