@@ -69,7 +69,7 @@ def export(
     fastsched export schedule.json --to text
     fastsched export schedule.json --to comfyui
     fastsched export schedule.json --to diffusers --scheduler my_pipeline_folder
-    fastsched export schedule.json --to vllm-omni --scheduler my_pipeline_folder --mu 1.15
+    fastsched export flow.json --to vllm-omni --scheduler my_flow_pipeline_folder --mu 1.15
     fastsched export schedule.json --to k-diffusion -o sample.py
     """
     with shell.errors_in_a_line():

@@ -65,6 +65,8 @@ class Schedule:
         validate.choice("noise", self.noise, ("ve", "vp", "flow"))
         if self.noise == "flow" and float(sigmas[0]) > 1:
             raise ValueError(f"sigmas of a flow model are times within [0, 1], got {float(sigmas[0]):g}")
+        if self.origin is not None:
+            validate.instance("origin", self.origin, Origin, "fastsched.measure and fit fill it in")
         for name in ("predicted_error", "measured_error"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _squared_error(name, getattr(self, name)))
@@ -203,6 +205,8 @@ class Schedule:
             entries["timesteps"] = _decimals(self.timesteps.tolist())
         if self.weights is not None:
             entries["weights"] = "[" + ", ".join(_decimals(row) for row in self.weights.tolist()) + "]"
+        if self.origin is not None:
+            validate.instance("origin", self.origin, Origin, "fastsched.measure and fit fill it in")
         for name in ("predicted_error", "measured_error"):
             if getattr(self, name) is not None:
                 entries[name] = _decimal(getattr(self, name))

@@ -60,6 +60,8 @@ def work(tmp_path_factory):
         path / "my_pipeline_folder"
     )
     diffusers.EulerDiscreteScheduler().save_pretrained(path / "my_pipeline_folder" / "scheduler")
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    flow.save_pretrained(path / "my_flow_pipeline_folder" / "scheduler")
     return path
 
 

@@ -116,7 +116,7 @@ def folder(tmp_path, monkeypatch):
     """A folder with what the page's commands name."""
     monkeypatch.chdir(tmp_path)
     flow().save("flow.json")
-    diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC).save_pretrained("my_pipeline_folder/scheduler")
+    diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC).save_pretrained("my_flow_pipeline_folder/scheduler")
     return tmp_path
 
 
