@@ -3,22 +3,22 @@
 About half of the calls measure. Up to 400 calls, responses (`fastsched.measurement.deviated_paths`) were worth more
 than the samples that their calls would buy; above that only plans with responses were tried. Of three to six plans at
 each total, `PLANS` has the one of least error, DPM-Solver++(2M) and the fitted solver together, on six denoisers and
-seeds 20 and 21; but at 1,500, where 12 samples were 7% better, it has the benchmark's. Error at the end, against that
-of 1,500:
+seeds 20 and 21; but at 1,500, where fewer levels and more samples served some denoisers better and others worse, it
+has the benchmark's. Error of the fitted solver at the end, five denoisers and three seeds, against that of 1,500
+(``benchmarks.quality.cost_curve``):
 
-=====  ======  ========
-calls  fitted  dpmpp_2m
-=====  ======  ========
-60     4.1     2.2
-100    1.6     1.2
-200    1.5     1.1
-400    1.1     1.1
-800    1.05    0.8
-3,000  0.8     0.9
-=====  ======  ========
+=====  ======
+calls  fitted
+=====  ======
+60     11
+100    4.2
+200    2.6
+400    1.4
+800    1.0
+=====  ======
 
-So the default is 800. The last row, and the plan for 2,300 calls, are of five denoisers and seed 20, against 8 samples
-with as many calls in all.
+So the default is 800. The plans for 2,300 and 3,000 calls are of five denoisers and seed 20, against 8 samples with as
+many calls in all.
 """
 
 from __future__ import annotations
