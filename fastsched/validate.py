@@ -147,11 +147,22 @@ def finite(name: str, value: object) -> Tensor:
         TypeError: If it is something else than a dense tensor of them.
         ValueError: If it has no batch, or holds NaN or inf.
     """
+    numbers = _batch(name, value)
+    if not bool(numbers.isfinite().all()):
+        raise ValueError(f"{name} must be finite, but holds NaN or inf")
+    return numbers
+
+
+def _noise(name: str, value: object) -> None:
+    """As `finite`; of a device the network's first answer tells, for this question would wait."""
+    if _batch(name, value).device.type == "cpu":
+        finite(name, value)
+
+
+def _batch(name: str, value: object) -> Tensor:
     numbers = tensor(name, value)
     if numbers.ndim < 2:
         raise ValueError(f"{name} must be [B, *shape], got shape {tuple(numbers.shape)}")
-    if numbers.device.type == "cpu" and not bool(numbers.isfinite().all()):  # elsewhere the question would wait
-        raise ValueError(f"{name} must be finite, but holds NaN or inf")
     return numbers
 
 
@@ -423,7 +434,7 @@ CHECKS: dict[str, Check] = {
     "method": optional(lambda name, value: choice(name, value, ("dynamic_programming", "arc_length"))),
     "data": optional(finite),
     "tolerance": positive,
-    "noise": optional(finite),
+    "noise": optional(_noise),
     "eta": real,
     "progress": lambda name, value: None if callable(value) else flag(name, value),
     "checkpoint": optional(path),

@@ -158,6 +158,8 @@ other way. [quality.md](quality.md) says what the methods are; *native* is the t
 repository. Sources of the networks: `benchmarks/pretrained/README.md`. In the plane, on `flower-flow`, GITS's own
 metric, the distance from a straight line, says little; its other metric does.
 
+![Samples of rgb64-eps at 5 calls of dpmpp_2m under six schedules](pretrained_rgb64-eps.png)
+
 ![Samples of mnist-flow at 5 calls of dpmpp_2m under six schedules](pretrained_mnist-flow.png)"""
 
 

@@ -188,7 +188,7 @@ class Surrogate:
             state = np.where(first, 0.5 * rho[:, None] * (c[0, 0, : denoised.shape[1]] + denoised), state)
         return state, denoised
 
-    def run(self, levels: Array, solver: str | Solver, secants: Answers | None = None) -> Outcome:
+    def rollouts(self, levels: Array, solver: str | Solver, secants: Answers | None = None) -> Rollouts:
         """Sample along C schedules at once.
 
         Args:
@@ -197,10 +197,6 @@ class Surrogate:
             secants: What is known beyond the scalar Jacobian, over more vectors than the measurement's if runs found
                 more; those of the measurement when None.
         """
-        return self.rollouts(levels, solver, secants).outcome
-
-    def rollouts(self, levels: Array, solver: str | Solver, secants: Answers | None = None) -> Rollouts:
-        """As `run`, with the deviations met on the way."""
         method, levels = get_solver(solver), np.asarray(levels, dtype=np.float64)
         found = Rollouts(self, secants or self.secants or Secants.none(self.vectors), len(levels))
         column = lambda value: np.asarray(value)[..., None]

@@ -82,9 +82,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
 
     The first step is needed because a pipeline passes its latents to the scheduler only after the first network call.
     The pipeline's last latents are the clean ends of the paths, and can be decoded. The noise comes from ``seed``, not
-    from the pipeline's latents (`fastsched.sampling.random_streams.noise_of`).
-
-    `fastsched.diffusers.measure` makes one and calls the pipeline with it.
+    from the pipeline's latents (`fastsched.sampling.random_streams.noise_of`). `fastsched.diffusers.measure` makes one
+    and calls the pipeline with it.
 
     Args:
         scheduler_class: The class of the pipeline's own scheduler, which gives noise process, prediction and timesteps.
@@ -360,7 +359,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     def _finish(self, output: Tensor) -> Tensor:
         """Check the repeated answer, and what is left to check; returns the ends of the paths."""
         self._verdicts.settle()
-        self._check_repeat(output)
+        assert self._repeat is not None
+        self._check_repeat(self._repeat[0], output)
         self._statistics = self._measured_paths
         return self._measured_paths.ends.to(output.device)
 
@@ -411,10 +411,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
 
         self._verdicts.note(torch.cat([found, kept.to(found), still.to(found)]), judge)
 
-    def _check_repeat(self, output: Tensor) -> None:
-        assert self._repeat is not None
-        first = self._repeat[0].float()
-        change = float((output.float() - first).norm() / first.norm().clamp_min(1e-30))
+    def _check_repeat(self, first: Tensor, output: Tensor) -> None:
+        change = float((output.float() - first.float()).norm() / first.float().norm().clamp_min(1e-30))
         if change > REPEATABLE.get(output.dtype, 1e-3):
             raise ValueError(
                 f"the same latents and timestep were answered {change:.2%} differently at the end of the run than at "

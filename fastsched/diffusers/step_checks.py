@@ -17,7 +17,6 @@ from fastsched.diffusers.conventions import Convention
 #: What to do about a pipeline whose loop cannot be measured.
 INSTEAD = "so it cannot be measured by its loop; measure its network (fastsched.measure)"
 
-
 #: The argument of ``step`` with a timestep for each token, [B, tokens].
 TOKENS = "per_token_timesteps"
 
@@ -41,7 +40,7 @@ def output_of_tokens(output: Any, timestep: Any, options: Mapping[str, Any], ver
                 f"own timestep (an image or frames to be kept?), {INSTEAD}"
             )
 
-    own = torch.as_tensor(timestep).to(tokens)
+    own = torch.as_tensor(timestep).to(tokens)  # beyond rounding: what is to be kept is at a time of its own
     verdicts.note(((tokens - own).abs() > 1e-3 * own.abs() + 1e-3).sum().reshape(1), judge)
     return -output
 

@@ -3,9 +3,9 @@
 About half of the calls measure. Up to 400 calls, responses (`fastsched.measurement.deviated_paths`) were worth more
 than the samples that their calls would buy; above that only plans with responses were tried. Of three to six plans at
 each total, `PLANS` has the one of least error, DPM-Solver++(2M) and the fitted solver together, on six denoisers and
-seeds 20 and 21; but at 1,500, where fewer levels and more samples served some denoisers better and others worse, it
-has the benchmark's. Error of the fitted solver at the end, five denoisers and three seeds, against that of 1,500
-(``benchmarks.quality.cost_curve``):
+seeds 20 and 21, before levels and weights were tuned together; but at 1,500, where fewer levels and more samples serve
+some denoisers better and others worse, it has the benchmark's. Error of the fitted solver as it is tuned now, five
+denoisers and three seeds, against that of 1,500 (``benchmarks.quality.cost_curve``):
 
 =====  ======
 calls  fitted

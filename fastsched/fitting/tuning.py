@@ -213,6 +213,6 @@ def _proposal(record: RunRecord, anchor: int, reach: float) -> _Proposal | None:
 
 
 def _repeats(levels: Array, weights: Array | None, trial: Trial) -> bool:
-    """Whether a run was of the same levels and weights."""
+    """Whether a run was of the same levels and weights: what so little more would change, rounding hides."""
     same = np.allclose(levels, trial.levels, rtol=1e-9, atol=0.0)
     return same and (weights is None or trial.weights is None or np.allclose(weights, trial.weights, atol=1e-4))

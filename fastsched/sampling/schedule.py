@@ -205,8 +205,6 @@ class Schedule:
             entries["timesteps"] = _decimals(self.timesteps.tolist())
         if self.weights is not None:
             entries["weights"] = "[" + ", ".join(_decimals(row) for row in self.weights.tolist()) + "]"
-        if self.origin is not None:
-            validate.instance("origin", self.origin, Origin, "fastsched.measure and fit fill it in")
         for name in ("predicted_error", "measured_error"):
             if getattr(self, name) is not None:
                 entries[name] = _decimal(getattr(self, name))

@@ -22,14 +22,7 @@ IMPROVEMENTS = 3
 REACH, SWEEPS = 3, 20
 
 
-def descend(
-    error: Callable[[Array], Array],
-    levels: Array,
-    low: float,
-    high: float,
-    *,
-    moves: tuple[float, ...] = MOVES,
-) -> tuple[Array, float]:
+def descend(error: Callable[[Array], Array], levels: Array, low: float, high: float) -> tuple[Array, float]:
     """Move inner nodes towards a neighbour wherever that lowers ``error``, by ever smaller fractions of the gap.
 
     All moves of one node are tried at once, and then all that help together; the best of them is taken.
@@ -39,7 +32,6 @@ def descend(
         levels: Where to start: levels [steps + 1], descending to 0. Both ends stay.
         low: The lowest level a node may take.
         high: The highest finite level; where the first node is at pure noise, the second stays below ten times this.
-        moves: The fractions.
 
     Returns:
         The levels and their error, not above that of the start; deterministic.
@@ -47,7 +39,7 @@ def descend(
     best = np.asarray(levels, dtype=np.float64)
     lowest = float(error(best[None])[0])
     inner = len(best) - 2
-    for share in moves:
+    for share in MOVES:
         for _ in range(IMPROVEMENTS * inner):
             up, down = log_gaps(best, low, high)
             steps = np.concatenate([np.diag(share * up), np.diag(-share * down)])

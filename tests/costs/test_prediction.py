@@ -27,7 +27,7 @@ def test_the_error_on_gaussian_data_is_the_samplers(name):
     nodes = [0, 40, 75, 100, 120, 135, 150, 170, 200]
     levels = np.append(stats.s.numpy(), 0.0)[nodes]
     surrogate = Surrogate.of(stats)
-    predicted = surrogate.norms.squared(surrogate.run(levels[None], name).error)[0]
+    predicted = surrogate.norms.squared(surrogate.rollouts(levels[None], name).outcome.error)[0]
     noise = noise_of(stats.seeds, (8,)).double()
     samples = fs.sample(denoiser, torch.from_numpy(levels), name, noise)
     actual = (samples - oracle.flow(noise * 20.0, 20.0, 0.0)).square().sum(1).numpy()
