@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,20 +13,12 @@ from fastsched.costs.prediction import predict_error
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED
-from fastsched.selection.planning import COMMON, SAFETY, ErrorCurve, error_curve
+from fastsched.selection.planning import COMMON, SAFETY, ErrorCurve
 
 #: One standard deviation of predicted over measured errors, nine denoisers (`fastsched.selection.planning.SAFETY`).
 SCATTER = 1.3
 #: What the plan compares with: karras at these numbers of steps.
 TARGETS = (10, 20, 30)
-
-
-@dataclass(frozen=True)
-class Band:
-    """The predicted errors of one solver's curve, one standard deviation lower and higher, for each number of steps."""
-
-    low: tuple[float, ...]
-    high: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -39,8 +31,8 @@ class Measured:
     error: float
 
 
-def band(stats: PathStatistics, curve: ErrorCurve) -> Band:
-    """One standard deviation around predicted errors, on a logarithmic scale.
+def band(stats: PathStatistics, curve: ErrorCurve) -> tuple[list[float], list[float]]:
+    """Predicted errors one standard deviation lower and higher, on a logarithmic scale, for each number of steps.
 
     Two parts add up in squares: the scatter of predictions over denoisers (`SCATTER`), and the jackknife over the
     measured samples with the schedules held fixed, ``se^2 = (B - 1)/B sum_b (theta_b - mean theta)^2`` with ``theta_b``
@@ -54,17 +46,8 @@ def band(stats: PathStatistics, curve: ErrorCurve) -> Band:
             logs = [math.log(max(predict_error(part, schedule, curve.solver), 1e-300)) for part in parts]
             mean = sum(logs) / count
             spreads[n] += (count - 1) / count * sum((value - mean) ** 2 for value in logs)
-    factors = [math.exp(math.sqrt(spread)) for spread in spreads]
-    errors = curve.predicted_errors
-    return Band(
-        tuple(error / factor for error, factor in zip(errors, factors, strict=True)),
-        tuple(error * factor for error, factor in zip(errors, factors, strict=True)),
-    )
-
-
-def curves(stats: PathStatistics, solvers: Sequence[str], max_steps: int) -> list[ErrorCurve]:
-    """The predicted errors of each solver's best schedules, up to ``max_steps`` or as many as the levels allow."""
-    return [error_curve(stats, solver, min(max_steps, stats.levels - 1)) for solver in solvers]
+    pairs = [(error, math.exp(math.sqrt(x))) for error, x in zip(curve.predicted_errors, spreads, strict=True)]
+    return [error / factor for error, factor in pairs], [error * factor for error, factor in pairs]
 
 
 def plan(stats: PathStatistics, curve: ErrorCurve) -> list[int | None]:
