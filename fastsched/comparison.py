@@ -198,7 +198,7 @@ def converged_reference(
         ValueError: If an argument is out of range or unknown, or the network returns NaN or inf.
     """
     validate.arguments(locals(), denoiser=is_denoiser, solver=is_stock_solver, samples=validate.sample_range)
-    sizes = validate.sample_shape(shape)
+    sizes = validate.sample_shape("shape", shape)
     seeds = sample_seeds(seed, validate.sample_range("samples", samples)) + FIRST_SAMPLE
     method = get_solver(solver)
     fine = denoiser.levels(_known_levels(denoiser, validate.positive_int("steps", steps, minimum=2)))
@@ -313,9 +313,7 @@ def _planned(
         if chosen is None:
             raise ValueError(f"solver must be given, because schedules[{name!r}] is not a Schedule and names none")
         sigmas = schedule.sigmas if isinstance(schedule, Schedule) else schedule
-        values = validate.descending_sigmas(sigmas, name=f"schedules[{name!r}]")
-        if float(values[-1]) != 0:
-            raise ValueError(f"schedules[{name!r}] must end in 0, got {float(values[-1]):g}; append it")
+        values = validate.descending_sigmas(f"schedules[{name!r}]", sigmas, to_zero=True)
         denoiser.process.level(values)  # raises where sigmas are not of this process
         runs[name] = (values, schedule_solver(schedule, chosen))  # the fitted solver has weights in its schedule
     return runs

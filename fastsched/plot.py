@@ -46,7 +46,7 @@ def plot_schedules(schedules: Mapping[str, Schedule | Tensor], *, stats: PathSta
         ValueError: If there is no schedule, or flow times and sigmas are mixed.
     """
     validate.arguments(locals(), schedules=validate.named, stats=validate.optional(is_statistics))
-    figure = new_figure(7.2, 1.1 + 0.32 * len(schedules) + (2.2 if stats else 0.0))
+    figure = draw_empty(7.2, 1.1 + 0.32 * len(schedules) + (2.2 if stats else 0.0))
     if stats is None:
         draw_schedules(figure.subplots(), schedules)
         return figure
@@ -72,7 +72,7 @@ def plot_weights(schedule: Schedule) -> Figure:
     if schedule.weights is None:
         raise ValueError(f"schedule must be for the fitted solver, which has weights, got one for {schedule.solver!r}")
     side = 1.2 + 0.42 * schedule.steps
-    figure = new_figure(side + 3.4, max(2.4, side))
+    figure = draw_empty(side + 3.4, max(2.4, side))
     nodes, weights = figure.subplots(1, 2, sharey=True, width_ratios=[1.6, side])
     draw_nodes(nodes, schedule)
     image = draw_weights(weights, schedule)
@@ -83,7 +83,7 @@ def plot_weights(schedule: Schedule) -> Figure:
 def plot_cost_density(stats: PathStatistics) -> Figure:
     """The cost density (`cost_density`) over sigma, unweighted and, if responses were measured, weighted too."""
     validate.arguments(locals(), stats=is_statistics)
-    figure = new_figure(7.2, 3.0)
+    figure = draw_empty(7.2, 3.0)
     draw_cost_density(figure.subplots(), stats)
     return figure
 
@@ -101,7 +101,7 @@ def plot_sample_grid(samples: Mapping[str, Tensor], *, columns: int | None = Non
     validate.arguments(locals(), samples=validate.named)
     if not samples:
         raise ValueError("samples must hold at least one grid by title")
-    figure = new_figure(2.4 * len(samples), 2.75)
+    figure = draw_empty(2.4 * len(samples), 2.75)
     grids = figure.subplots(1, len(samples), squeeze=False)[0]
     for axes, (title, images) in zip(grids, samples.items(), strict=True):
         draw_sample_grid(axes, images, columns=columns)
@@ -120,7 +120,7 @@ def plot_errors(comparisons: Sequence[Comparison], names: Sequence[str] | None =
         ValueError: If there is nothing to draw.
     """
     validate.arguments(locals(), comparisons=_is_list, names=validate.optional(_is_list))
-    figure = new_figure(4.6, 3.2)
+    figure = draw_empty(4.6, 3.2)
     draw_errors(figure.subplots(), comparisons, names)
     return figure
 
@@ -132,7 +132,7 @@ def plot_error_curves(curves: Sequence[ErrorCurve]) -> Figure:
         curves: Results of `fastsched.error_curve`.
     """
     validate.arguments(locals(), curves=_is_list)
-    figure = new_figure(4.6, 3.2)
+    figure = draw_empty(4.6, 3.2)
     axes = figure.subplots()
     for n, curve in enumerate(curves):
         axes.plot(
@@ -144,8 +144,8 @@ def plot_error_curves(curves: Sequence[ErrorCurve]) -> Figure:
             label=curve.solver,
         )
     axes.set(xlabel="model calls", ylabel="predicted squared error", yscale="log")
-    integer_ticks(axes)
-    legend_above(axes)
+    draw_integer_ticks(axes)
+    draw_legend(axes)
     return figure
 
 
@@ -184,7 +184,7 @@ def plot_overview(
     )
     if not samples or not comparisons:
         raise ValueError("samples and comparisons must hold at least one entry each")
-    figure = new_figure(10.5, 6.6)
+    figure = draw_empty(10.5, 6.6)
     figure.suptitle(title, fontsize="large", fontweight="bold")
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.0, 1.0], hspace=0.05)[:, 0]
     grids = top.subplots(2, len(samples) + 1, squeeze=False, gridspec_kw={"wspace": 0.06})
@@ -223,8 +223,8 @@ def draw_cost_density(axes: Axes, stats: PathStatistics) -> None:
             axes.plot(sigmas, share, color=COLOURS[0], linewidth=1.6, label=label)
     axes.set_ylim(0, 1.08)
     axes.set_ylabel("cost density\n(relative to its peak)")
-    legend_above(axes)
-    sigma_axis(axes, stats.process.kind == "flow")
+    draw_legend(axes)
+    draw_sigma_axis(axes, stats.process.kind == "flow")
 
 
 def draw_schedules(axes: Axes, schedules: Mapping[str, Schedule | Tensor], *, flow: bool | None = None) -> None:
@@ -238,9 +238,7 @@ def draw_schedules(axes: Axes, schedules: Mapping[str, Schedule | Tensor], *, fl
         raise ValueError("schedules must all be in sigmas or all in flow times to share an axis")
     for row, schedule in enumerate(schedules.values()):
         sigmas = (
-            schedule.sigmas
-            if isinstance(schedule, Schedule)
-            else validate.descending_sigmas(schedule, name="schedules")
+            schedule.sigmas if isinstance(schedule, Schedule) else validate.descending_sigmas("schedules", schedule)
         )
         inside = sigmas[(sigmas > 0) & torch.isfinite(sigmas)].numpy()
         colour, marker = COLOURS[row % len(COLOURS)], MARKERS[row % len(MARKERS)]
@@ -250,7 +248,7 @@ def draw_schedules(axes: Axes, schedules: Mapping[str, Schedule | Tensor], *, fl
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(schedules) - 0.5, -0.5)
     axes.spines["left"].set_visible(False)
-    sigma_axis(axes, bool(kinds and kinds.pop()))
+    draw_sigma_axis(axes, bool(kinds and kinds.pop()))
 
 
 def draw_nodes(axes: Axes, schedule: Schedule) -> None:
@@ -263,7 +261,7 @@ def draw_nodes(axes: Axes, schedule: Schedule) -> None:
     axes.set_ylabel("step:  noise level at its start")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", color="#DDDDDD")
-    sigma_axis(axes, schedule.noise == "flow")
+    draw_sigma_axis(axes, schedule.noise == "flow")
     axes.set_xlabel("flow time" if schedule.noise == "flow" else "sigma")
 
 
@@ -363,27 +361,27 @@ def draw_errors(axes: Axes, comparisons: Sequence[Comparison], names: Sequence[s
             label=name,
         )
     axes.set_yscale("log")
-    integer_ticks(axes)
+    draw_integer_ticks(axes)
     axes.set_xlabel("model calls per sample")
     axes.set_ylabel("typical squared distance\nto the converged sample")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#EEEEEE")
-    legend_above(axes)
+    draw_legend(axes)
 
 
-def integer_ticks(axes: Axes) -> None:
+def draw_integer_ticks(axes: Axes) -> None:
     """Ticks at whole numbers of model calls only."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def legend_above(axes: Axes, columns: int = 2) -> None:
+def draw_legend(axes: Axes, columns: int = 2) -> None:
     """The legend above the axes, where it cannot cover a curve."""
     axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
 
 
-def sigma_axis(axes: Axes, flow: bool) -> None:
+def draw_sigma_axis(axes: Axes, flow: bool) -> None:
     """Noise on the left, in the order of sampling; logarithmic in sigma, linear in flow time."""
     if not flow:
         axes.set_xscale("log")
@@ -407,7 +405,7 @@ def check_matplotlib() -> None:
         raise ImportError(f"figures need matplotlib ({error}); pip install 'fastsched[plot]'") from None
 
 
-def new_figure(width: float, height: float) -> Figure:
+def draw_empty(width: float, height: float) -> Figure:
     """An empty figure of this size in inches."""
     check_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -10,6 +10,7 @@ import resource
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -140,7 +141,7 @@ class Profile:
 _CHECKS: dict[str, validate.Check] = {
     **dict.fromkeys(("model", "call_kwargs"), validate.anything),
     "shape": validate.optional(validate.CHECKS["shape"]),
-    "steps": lambda name, value: validate.positive_int(name, value, minimum=3),
+    "steps": partial(validate.positive_int, minimum=3),
     "trace": validate.optional(validate.path),
 }
 

@@ -66,8 +66,8 @@ def errors(
         label = f"{_label(point.name)} ({point.solver}), measured"
         axes.plot(point.steps, point.error, "D", color=next(colours), label=label)
     axes.set(xlabel="steps", ylabel="squared distance to the converged sample", yscale="log")
-    plot.integer_ticks(axes)
-    plot.legend_above(axes, columns=1)
+    plot.draw_integer_ticks(axes)
+    plot.draw_legend(axes, columns=1)
     return _svg(figure, "error and steps")
 
 
@@ -99,7 +99,7 @@ def responses(stats: PathStatistics) -> str:
         label = f"order {path.order}, steps of {path.hold} levels"
         _over_sigma(axes, stats, stats.sigmas[asked].numpy(), found.numpy(), marker="o", color=colour, label=label)
     axes.set_ylabel("change of the denoised image,\nin standard deviations")
-    plot.legend_above(axes, columns=1)
+    plot.draw_legend(axes, columns=1)
     return _svg(figure, "responses to deviations")
 
 
@@ -120,7 +120,7 @@ def cosines(stats: PathStatistics) -> str:
 
 
 def _axes(height: float = HEIGHT, width: float = WIDTH) -> tuple[Figure, Axes]:
-    figure = plot.new_figure(width, height)
+    figure = plot.draw_empty(width, height)
     return figure, figure.subplots()
 
 
@@ -140,7 +140,7 @@ def _over_sigma(axes: Axes, stats: PathStatistics, sigmas: np.ndarray, values: n
     axes.plot(sigmas[kept], values[kept], markersize=4, **style)
     axes.set_yscale("log")
     axes.grid(axis="y", color="#DDDDDD")
-    plot.sigma_axis(axes, stats.process.kind == "flow")
+    plot.draw_sigma_axis(axes, stats.process.kind == "flow")
 
 
 def _svg(figure: Figure, label: str) -> str:

@@ -99,7 +99,7 @@ def check_device(name: str | None) -> None:
     from fastsched import validate
 
     if name is not None:
-        validate.device(name)
+        validate.device("device", name)
 
 
 def integers(name: str, text: str) -> list[int]:

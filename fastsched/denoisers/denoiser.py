@@ -366,8 +366,8 @@ def placement(
     """
     is_denoiser("denoiser", denoiser)
     return (
-        denoiser.device if device is None else validate.device(device),
-        denoiser.dtype if dtype is None else validate.floating_dtype(dtype),
+        denoiser.device if device is None else validate.device("device", device),
+        denoiser.dtype if dtype is None else validate.floating_dtype("dtype", dtype),
     )
 
 

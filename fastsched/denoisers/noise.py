@@ -126,7 +126,7 @@ class VariancePreserving(NoiseProcess):
     kind: ClassVar[str] = "vp"
 
     def __post_init__(self) -> None:
-        values = validate.float64(self.alphas_cumprod, "alphas_cumprod")
+        values = validate.float64("alphas_cumprod", self.alphas_cumprod)
         if values.ndim != 1 or len(values) < 2:
             raise ValueError(f"alphas_cumprod must be a list of at least two values, got shape {tuple(values.shape)}")
         inside = (values[:-1] > 0).all() and values[-1] >= 0 and values[0] < 1

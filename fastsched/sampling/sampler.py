@@ -86,7 +86,7 @@ def sample(
     method = schedule_solver(sigmas, name)
     if seed is not None:
         raise ValueError(f"seed must be None for {method.name}, got {seed!r}: it adds no noise to the given one")
-    values = validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas))  # type: ignore[arg-type]  # or a Schedule
+    values = validate.descending_sigmas("sigmas", getattr(sigmas, "sigmas", sigmas))
     s = denoiser.process.level(values)
     nodes, ends_at_zero = nodes_of(denoiser.process, s), float(values[-1]) == 0.0
     steps = len(nodes) - 1
@@ -111,7 +111,7 @@ def is_run(name: str, value: object) -> None:
             f"{name} must be sigmas or a Schedule, which fastsched.optimal_schedule makes of statistics, got "
             f"{type(value).__name__}"
         )
-    validate.descending_sigmas(getattr(value, "sigmas", value), name=name)  # type: ignore[arg-type]  # the point
+    validate.descending_sigmas(name, getattr(value, "sigmas", value))
 
 
 def schedule_solver(sigmas: object, solver: str | Solver | None = None) -> Solver:

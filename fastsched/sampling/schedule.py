@@ -57,9 +57,7 @@ class Schedule:
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
-        sigmas = validate.descending_sigmas(self.sigmas)
-        if float(sigmas[-1]) != 0.0:
-            raise ValueError(f"sigmas must end in 0, got {float(sigmas[-1]):g}; append it")
+        sigmas = validate.descending_sigmas("sigmas", self.sigmas, to_zero=True)
         object.__setattr__(self, "sigmas", sigmas)
         object.__setattr__(self, "solver", solver_name(self.solver))
         validate.choice("noise", self.noise, ("ve", "vp", "flow"))
@@ -240,7 +238,7 @@ def _timesteps(values: Tensor, steps: int, noise: str) -> Tensor:
 
     Levels beyond those that a variance-preserving network was trained on share its first or last timestep.
     """
-    timesteps = validate.float64(values, "timesteps")
+    timesteps = validate.float64("timesteps", values)
     if timesteps.shape != (steps,):
         raise ValueError(
             f"timesteps must have one value for each sigma but the last, [{steps}], got shape {tuple(timesteps.shape)}"

@@ -156,7 +156,7 @@ def _target_error(stats: PathStatistics, solver: str | Solver, target: object) -
         maker = COMMON[validate.choice("target", name, COMMON)]
         target = stats.process.sampler_sigma(maker(steps, *stats.finite_range))
     if isinstance(target, (Schedule, Tensor)):
-        sigmas = target if isinstance(target, Schedule) else validate.descending_sigmas(target, name="target")
+        sigmas = target if isinstance(target, Schedule) else validate.descending_sigmas("target", target)
         return predict_error(stats, sigmas, solver)
     try:
         return validate.positive("target", target)
