@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsched.cli.names import resolve_solver
 from fastsched.cli.shell import note
 
 if TYPE_CHECKING:
@@ -21,10 +20,23 @@ if TYPE_CHECKING:
 
 
 def solver_named(name: str) -> str:
-    """The solver that a user means, with a note on stderr where it was named differently."""
-    found, remark = resolve_solver(name)
-    if remark is not None:
-        note(remark)
+    """The solver that a user means, with a note on stderr if it is named as in a sampler's menu or another library.
+
+    Unknown names come back as they are, for the library's own error.
+
+    Raises:
+        ValueError: If it is a known sampler without a counterpart here; the message names the nearest.
+    """
+    from fastsched.sampling.solver_names import known_as
+    from fastsched.sampling.solvers import ALIASES, SOLVERS, STOCHASTIC_SOLVERS
+
+    if name in SOLVERS or name in ALIASES or name in STOCHASTIC_SOLVERS:
+        return name
+    found, ending = known_as(name, (*ALIASES, *SOLVERS))
+    if found is None:
+        return name
+    instead = "" if ending is None else f"; fastsched's noise levels take the place of the {ending} ones"
+    note(f"solver {name!r} is {found} here{instead}")
     return found
 
 
@@ -67,11 +79,12 @@ class Source:
         Raises:
             ValueError: If an option is for pipelines, the name or the device unusable, or the shape unknown.
         """
+        from fastsched import validate
         from fastsched.denoisers.loading import load_denoiser
 
         if self.prompts or self.call:
             raise ValueError(f"{'prompt' if self.prompts else 'call'} is for pipelines; this model is a denoiser")
-        check_device(self.device)
+        validate.CHECKS["device"]("device", self.device)
         denoiser, own = load_denoiser(self.name, self.device)
         shape = own if self.shape is None else tuple(integers("shape", self.shape))
         if shape is None:
@@ -88,18 +101,6 @@ class Source:
         not_for_pipelines(shape=self.shape, batch_size=self.batch_size)
         arguments = call_arguments(self.call)
         return load_pipeline(self.name, self.device, self.precision, quiet=self.quiet), arguments
-
-
-def check_device(name: str | None) -> None:
-    """Check that torch has this device.
-
-    Raises:
-        ValueError: If the name is none, or the device is not there.
-    """
-    from fastsched import validate
-
-    if name is not None:
-        validate.device("device", name)
 
 
 def integers(name: str, text: str) -> list[int]:
@@ -137,24 +138,14 @@ def sample_range(text: str | None, default: int) -> int | range:
 
 
 def load_statistics(path: Path) -> PathStatistics:
-    """The statistics in a file.
-
-    Raises:
-        ValueError: If it holds a schedule, or no statistics.
-        FileNotFoundError: If there is none.
-    """
+    """The statistics in a file; errors as of `PathStatistics.load`."""
     from fastsched.measurement.statistics import PathStatistics
 
     return PathStatistics.load(path)
 
 
 def load_schedule(path: Path) -> Schedule:
-    """The schedule in a file.
-
-    Raises:
-        ValueError: If it holds statistics, or no schedule.
-        FileNotFoundError: If there is none.
-    """
+    """The schedule in a file; errors as of `Schedule.load`."""
     from fastsched.sampling.schedule import Schedule
 
     return Schedule.load(path)
@@ -175,7 +166,9 @@ def load_pipeline(name: str, device: str | None, dtype: torch.dtype | None, *, q
         ValueError: If the folder holds no pipeline, or the device is not there.
         ImportError: If diffusers is missing.
     """
-    check_device(device)
+    from fastsched import validate
+
+    validate.CHECKS["device"]("device", device)
     folder = Path(name)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{name} is a folder without model_index.json; name one that pipe.save_pretrained wrote")

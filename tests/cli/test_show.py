@@ -5,7 +5,7 @@ import torch
 from shell_runs import one_line, run
 
 import fastsched as fs
-from fastsched.cli.names import resolve_solver
+from fastsched.cli.inputs import solver_named
 from fastsched.sampling.solver_names import KNOWN, UNKNOWN
 from fastsched.sampling.solvers import ALIASES, FITTED, SOLVERS, STOCHASTIC_SOLVERS
 
@@ -96,25 +96,26 @@ def test_env_names_versions_and_devices():
         ("UniPC_BH1", "unipc_bh1"),
     ],
 )
-def test_names_that_people_know_resolve(name, solver):
-    found, remark = resolve_solver(name)
-    assert found == solver
-    assert remark is not None
+def test_names_that_people_know_resolve(name, solver, caplog):
+    with caplog.at_level("INFO", "fastsched"):
+        assert solver_named(name) == solver
+    (remark,) = caplog.messages
     assert repr(name) in remark
     assert ("take the place" in remark) == any(word in name for word in ("Karras", "Exponential", "SGM"))
 
 
-def test_own_names_come_back_without_a_remark():
-    for name in (*SOLVERS, *ALIASES, *STOCHASTIC_SOLVERS):
-        assert resolve_solver(name) == (name, None)
-    assert resolve_solver("dpmpp_2n") == ("dpmpp_2n", None)
+def test_own_names_come_back_without_a_remark(caplog):
+    with caplog.at_level("INFO", "fastsched"):
+        for name in (*SOLVERS, *ALIASES, *STOCHASTIC_SOLVERS, "dpmpp_2n"):
+            assert solver_named(name) == name
+    assert caplog.messages == []
 
 
 def test_every_known_name_is_a_solver_and_every_unknown_one_names_another():
     assert set(KNOWN.values()) <= {*SOLVERS, *STOCHASTIC_SOLVERS}
     for name in UNKNOWN:
         with pytest.raises(ValueError, match="solver"):
-            resolve_solver(name)
+            solver_named(name)
 
 
 def test_select_says_what_a_known_name_is(folder):
