@@ -96,7 +96,6 @@ def compare(
             "samples": usual[0] if samples is None else samples,
             "reference_steps": usual[1] if reference_steps is None else reference_steps,
             "seed": seed,
-            "progress": not quiet,
         }
         common = lambda process: named | _baselines(process, names, list(named.values()), spare_last)
         if source.is_pipeline:
@@ -155,8 +154,7 @@ def _of_denoiser(
     spending.say_comparing(*comparison.comparison_calls(model, named, solver, **sizes))
     if dry_run:
         return None
-    placed = {"batch_size": source.batch_size, "device": source.device, "dtype": source.precision}
-    return comparison.compare(model, named, solver, shape=shape, **placed, **run)
+    return comparison.compare(model, named, solver, shape=shape, **source.running, **run)
 
 
 def _of_pipeline(
@@ -172,7 +170,8 @@ def _of_pipeline(
     spending.say_comparing(run["reference_steps"] * run["samples"], steps * run["samples"])
     if dry_run:
         return None
-    return compare_pipeline(pipe, named, own_steps, prompts=source.prompts, arguments=arguments, **run)
+    shown = not source.quiet
+    return compare_pipeline(pipe, named, own_steps, prompts=source.prompts, arguments=arguments, progress=shown, **run)
 
 
 def _show(result: Comparison, as_json: bool) -> None:

@@ -73,6 +73,12 @@ class Source:
         known |= {"bfloat16": torch.bfloat16}
         return None if self.dtype is None else known[validate.choice("dtype", self.dtype, known)]
 
+    @property
+    def running(self) -> dict[str, Any]:
+        """How to run a denoiser, as arguments of the functions that do."""
+        placed = {"batch_size": self.batch_size, "device": self.device, "dtype": self.precision}
+        return placed | {"progress": not self.quiet}
+
     def denoiser(self) -> tuple[Denoiser, tuple[int, ...]]:
         """The denoiser and the shape of one sample.
 

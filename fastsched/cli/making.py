@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -106,42 +107,22 @@ def _measured_pipeline(
 
 
 def _measured_denoiser(
-    source: inputs.Source,
-    output: Path,
-    levels: int,
-    samples: str | None,
-    seed: int,
-    dry_run: bool,
-    *,
-    responses: bool,
-    resume: bool,
-    overwrite: bool,
+    source: inputs.Source, output: Path, levels: int, samples: str | None, seed: int, dry_run: bool, **kept: bool
 ) -> PathStatistics | None:
     """Statistics of a denoiser, written to a file batch by batch; None if only the cost is wanted."""
     from fastsched.measurement.to_file import measure_to_file
 
     model, sizes = source.denoiser()
     count = inputs.sample_range(samples, SAMPLES)
-    known = inputs.load_statistics(output).samples if resume and output.exists() else 0
+    known = inputs.load_statistics(output).samples if kept["resume"] and output.exists() else 0
     left = spending.number(count) - known
-    spending.say_measuring(spending.measuring_calls(model, levels, max(left, 0), responses))
+    spending.say_measuring(spending.measuring_calls(model, levels, max(left, 0), kept["responses"]))
     if dry_run:
         return None
-    return measure_to_file(
-        model,
-        sizes,
-        output,
-        levels=levels,
-        samples=count,
-        responses=responses,
-        seed=seed,
-        batch_size=4 if source.batch_size is None else source.batch_size,
-        device=source.device,
-        dtype=source.precision,
-        resume=resume,
-        overwrite=overwrite,
-        progress=not source.quiet,
-    )
+    running = source.running
+    if source.batch_size is None:
+        running["batch_size"] = 4
+    return measure_to_file(model, sizes, output, levels=levels, samples=count, seed=seed, **kept, **running)
 
 
 def fit(
@@ -186,71 +167,35 @@ def fit(
         # Files and names are checked before the model loads, which may take minutes.
         chosen = None if solver is None else inputs.solver_named(solver)
         known = None if stats is None else inputs.load_statistics(stats)
-        options = {"stats": known, "levels": levels, "model_calls": model_calls, "seed": seed}
-        fitted = _fitted_pipeline if source.is_pipeline else _fitted_denoiser
-        schedule = fitted(source, steps, chosen, samples, dry_run, options)
+        options = {"stats": known, "levels": levels, "samples": samples, "model_calls": model_calls, "seed": seed}
+        schedule = _fitted(source, steps, chosen, dry_run, options)
         if schedule is not None:
             schedule.save(output)
             _show(schedule, as_json)
             note(f"wrote {output}")
 
 
-def _planned(options: dict[str, Any], steps: int, samples: int | None) -> tuple[Any, Any]:
-    """Levels and samples of the measurement that a fit makes."""
+def _fitted(
+    source: inputs.Source, steps: int, solver: str | None, dry_run: bool, options: dict[str, Any]
+) -> Schedule | None:
+    """The schedule of a pipeline or a denoiser; None if only the cost is wanted."""
+    import fastsched as fs
     from fastsched.fitting.budget import TOTAL, planned
 
-    calls = options["model_calls"]
-    return planned(TOTAL if calls is None else calls, steps, options["levels"], samples)
-
-
-def _fitted_pipeline(
-    source: inputs.Source, steps: int, solver: str | None, samples: int | None, dry_run: bool, options: dict[str, Any]
-) -> Schedule | None:
-    """The schedule of a pipeline; None if only the cost is wanted."""
-    import fastsched as fs
-
-    pipe, arguments = source.pipeline()
+    given: Any  # arguments of a pipeline's call, or the shape of a denoiser's samples
+    model, given = source.pipeline() if source.is_pipeline else source.denoiser()
     if options["stats"] is None:
-        options["levels"], samples = _planned(options, steps, samples)
-    spending.say_fitting(spending.calibration_calls, options, samples)
-    if dry_run:
-        return None
-    return fs.diffusers.fit(
-        pipe,
-        steps,
-        solver=solver,
-        samples=samples,
-        prompts=source.prompts,
-        progress=not source.quiet,
-        **options,
-        **arguments,
-    )
-
-
-def _fitted_denoiser(
-    source: inputs.Source, steps: int, solver: str | None, samples: int | None, dry_run: bool, options: dict[str, Any]
-) -> Schedule | None:
-    """The schedule of a denoiser; None if only the cost is wanted."""
-    import fastsched as fs
-
-    model, sizes = source.denoiser()
-    if options["stats"] is None:
-        options["levels"], samples = _planned(options, steps, samples)
-    cost = lambda levels, count: spending.measuring_calls(model, levels, count, True)
-    spending.say_fitting(cost, options, samples, lambda stats: spending.repeating_calls(model, stats))
-    if dry_run:
-        return None
-    running = {"device": source.device, "dtype": source.precision, "progress": not source.quiet}
-    return fs.fit(
-        model,
-        sizes,
-        steps,
-        solver or "dpmpp_2m",
-        samples=samples,
-        batch_size=source.batch_size,
-        **options,
-        **running,
-    )
+        calls = options["model_calls"]
+        calls = TOTAL if calls is None else calls
+        options["levels"], options["samples"] = planned(calls, steps, options["levels"], options["samples"])
+    if source.is_pipeline:
+        spending.say_fitting(spending.calibration_calls, options)
+        run = partial(fs.diffusers.fit, solver=solver, prompts=source.prompts, progress=not source.quiet, **given)
+    else:
+        cost = lambda levels, count: spending.measuring_calls(model, levels, count, True)
+        spending.say_fitting(cost, options, lambda stats: spending.repeating_calls(model, stats))
+        run = partial(fs.fit, shape=given, solver=solver or "dpmpp_2m", **source.running)
+    return None if dry_run else run(model, steps=steps, **options)
 
 
 def select(

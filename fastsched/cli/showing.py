@@ -13,7 +13,6 @@ from fastsched.cli.making import plain_decimals, summary
 
 if TYPE_CHECKING:
     from fastsched.measurement.statistics import PathStatistics
-    from fastsched.sampling.solvers import Solver
 
 #: Lists longer than this are shown by their ends.
 LONG = 64
@@ -63,8 +62,14 @@ def solvers(as_json: shell.AsJson = False) -> None:
         from fastsched.sampling.solvers import ALIASES, FITTED, SOLVERS, STOCHASTIC_SOLVERS
 
         found = [
-            _solver(solver, [alias for alias, name in ALIASES.items() if name == key])
-            for key, solver in SOLVERS.items()
+            {
+                "name": name,
+                "order": solver.order,
+                "calls": "n" if solver.stage is None else "2n - 1",
+                "aliases": [alias for alias, known in ALIASES.items() if known == name],
+                "source": solver.source,
+            }
+            for name, solver in SOLVERS.items()
         ]
         found += [
             {"name": name, "order": None, "calls": "n", "aliases": [], "source": "stochastic; for fastsched.select"}
@@ -112,11 +117,6 @@ def env(as_json: shell.AsJson = False) -> None:
         else:
             rows = [(key, "not installed" if value is None else _cell(value)) for key, value in found.items()]
             shell.print_table(("what", "here"), rows, left=2)
-
-
-def _solver(solver: Solver, aliases: list[str]) -> dict[str, Any]:
-    calls = "n" if solver.stage is None else "2n - 1"
-    return {"name": solver.name, "order": solver.order, "calls": calls, "aliases": aliases, "source": solver.source}
 
 
 def _statistics(file: Path, stats: PathStatistics) -> dict[str, Any]:

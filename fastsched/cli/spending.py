@@ -45,10 +45,7 @@ def say_measuring(calls: int, later: int | None = None) -> None:
 
 
 def say_fitting(
-    measuring: Callable[[Any, Any], int],
-    options: dict[str, Any],
-    samples: Any,
-    repeating: Callable[[Any], int] = lambda stats: 0,
+    measuring: Callable[[Any, Any], int], options: dict[str, Any], repeating: Callable[[Any], int] = lambda stats: 0
 ) -> None:
     """Say the cost of a fit: of its measurement, made now or followed again, and of the runs."""
     from fastsched.fitting.budget import TOTAL
@@ -59,7 +56,7 @@ def say_fitting(
         later = MODEL_CALLS if given is None else given
         say_measuring(repeating(stats) if later else 0, later)
         return
-    calls = measuring(options["levels"], samples)
+    calls = measuring(options["levels"], options["samples"])
     say_measuring(calls, max(0, (TOTAL if given is None else given) - calls))
 
 
