@@ -177,7 +177,7 @@ def describe(scheduler: Any) -> Convention:
     if isinstance(scheduler, type) or not (hasattr(scheduler, "config") and hasattr(scheduler, "step")):
         what = scheduler.__name__ if isinstance(scheduler, type) else type(scheduler).__name__
         raise TypeError(f"scheduler must be a scheduler of diffusers, as pipe.scheduler is, got {what}")
-    names = {cls.__name__ for cls in type(scheduler).__mro__}
+    names = class_names(scheduler)
     if "FittedScheduler" in names:  # of this package, whose module imports this one
         return scheduler.convention
     if names.intersection(EDM):
@@ -185,10 +185,10 @@ def describe(scheduler: Any) -> Convention:
     if names.intersection(ANGLE):
         return _angle(scheduler)
     known_vp = names.intersection(SCALED_VP + PLAIN_VP)
-    if names.intersection(FLOW) or (known_vp and _setting(scheduler, "use_flow_sigmas", False)):
+    if names.intersection(FLOW) or (known_vp and scheduler.config.get("use_flow_sigmas")):
         return _flow(scheduler)
     if known_vp:
-        if _setting(scheduler, "timestep_type", "discrete") == "continuous" and _prediction(scheduler) == "v":
+        if scheduler.config.get("timestep_type", "discrete") == "continuous" and _prediction(scheduler) == "v":
             return _continuous_v(scheduler)
         return _variance_preserving(scheduler, scaled=bool(names.intersection(SCALED_VP)))
     raise ValueError(
@@ -197,10 +197,14 @@ def describe(scheduler: Any) -> Convention:
     )
 
 
+def class_names(scheduler: Any) -> set[str]:
+    """The names of a scheduler's class and of those it derives from: a subclass is treated as its base."""
+    return {cls.__name__ for cls in type(scheduler).__mro__}
+
+
 def own_scheduler(scheduler: Any) -> Any:
     """``scheduler``, or if it is a `FittedScheduler`, the pipeline's own in whose place it is."""
-    names = {cls.__name__ for cls in type(scheduler).__mro__}
-    return scheduler.own_scheduler() if "FittedScheduler" in names else scheduler
+    return scheduler.own_scheduler() if "FittedScheduler" in class_names(scheduler) else scheduler
 
 
 def check_pipe(pipe: Any) -> None:
@@ -222,7 +226,7 @@ def solver_of(scheduler: Any, steps: int | None = None) -> str | None:
     that of the pipeline's own scheduler.
     """
     scheduler = own_scheduler(scheduler)
-    names = {cls.__name__ for cls in type(scheduler).__mro__}
+    names = class_names(scheduler)
     config = scheduler.config
     lowered = bool(config.get("lower_order_final")) and (steps is None or steps < FEW_STEPS)
     if names & {"DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler"}:
@@ -280,14 +284,14 @@ def _variance_preserving(scheduler: Any, *, scaled: bool) -> Convention:
         scaled=scaled,
         train_steps=len(abar),
         integer=not scaled,
-        learned_variance=_setting(scheduler, "variance_type", None) in ("learned", "learned_range"),
+        learned_variance=scheduler.config.get("variance_type") in ("learned", "learned_range"),
     )
 
 
 def _continuous_v(scheduler: Any) -> Convention:
     """Stable Video Diffusion: EDM's preconditioning with ``sigma_data = 1``, and ``v = -F``."""
     trained = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).double().sqrt()
-    low, high = (_setting(scheduler, name, None) for name in ("sigma_min", "sigma_max"))
+    low, high = (scheduler.config.get(name) for name in ("sigma_min", "sigma_max"))
     process = VarianceExploding(float(trained[0]) if low is None else low, float(trained[-1]) if high is None else high)
     return Convention(Denoiser(_pipeline_network, process, "edm", 1.0), sign=-1.0, scaled=True)
 
@@ -303,14 +307,14 @@ def _edm(scheduler: Any) -> Convention:
 
 
 def _flow(scheduler: Any) -> Convention:
-    if _setting(scheduler, "invert_sigmas", False):
+    if scheduler.config.get("invert_sigmas"):
         raise ValueError("invert_sigmas=True (Mochi) reverses flow time, which fastsched does not support")
-    prediction = _prediction(scheduler) if _setting(scheduler, "use_flow_sigmas", False) else "velocity"
+    prediction = _prediction(scheduler) if scheduler.config.get("use_flow_sigmas") else "velocity"
     if prediction != "velocity":
         kind = scheduler.config.prediction_type
         raise ValueError(f"prediction_type must be 'flow_prediction' with use_flow_sigmas=True, got {kind!r}")
     steps = int(scheduler.config.num_train_timesteps)
-    shift = float(_setting(scheduler, "flow_shift", 1.0))
+    shift = float(scheduler.config.get("flow_shift", 1.0))
     lowest = scheduler.__dict__.get("sigma_min") or shift / (steps + shift - 1)
     return Convention(Denoiser(_pipeline_network, FlowMatching(float(lowest), 1.0), "velocity"), train_steps=steps)
 
@@ -324,7 +328,7 @@ def _angle(scheduler: Any) -> Convention:
 
 def visited(scheduler: Any, sigmas: Tensor) -> Tensor:
     """The sampler sigmas at which the network is called along ``sigmas`` [n + 1], midpoints included."""
-    if not {cls.__name__ for cls in type(scheduler).__mro__}.intersection(MIDPOINT):
+    if not class_names(scheduler).intersection(MIDPOINT):
         return sigmas
     inner = sigmas[:-1]
     middles = (inner[:-1] * inner[1:]).sqrt()
@@ -332,15 +336,10 @@ def visited(scheduler: Any, sigmas: Tensor) -> Tensor:
 
 
 def _prediction(scheduler: Any) -> str:
-    kind = _setting(scheduler, "prediction_type", "epsilon")
+    kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in PREDICTIONS:
         raise ValueError(f"prediction_type must be one of {', '.join(map(repr, PREDICTIONS))}, got {kind!r}")
     return PREDICTIONS[kind]
-
-
-def _setting(scheduler: Any, name: str, default: Any) -> Any:
-    """An entry of the scheduler's config, or ``default`` if there is none."""
-    return scheduler.config.get(name, default)
 
 
 def class_of(config: dict[str, Any]) -> str:
