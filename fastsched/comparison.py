@@ -206,8 +206,7 @@ def converged_reference(
     noise = noise_of(seeds, sizes)  # on the CPU; each batch goes to the device when its turn comes
     total = method.model_calls(len(fine)) * len(noise)
     with progress_bar(total, progress, "converged reference") as advance:
-        run = _runner(denoiser, batch_size, device, dtype, advance)
-        ends = run(sigmas, method, noise)
+        ends = _sampled(denoiser, sigmas, method, noise, batch_size, device, dtype, advance)
     return Reference(noise, ends, method.name, len(fine), total)
 
 
@@ -266,9 +265,9 @@ def compare(
         raise ValueError(f"shape {tuple(shape)} is not that of the reference, {tuple(reference.noise.shape[1:])}")
     rows, calls = [], sum(method.model_calls(len(sigmas) - 1) for sigmas, method in runs.values())
     with progress_bar(calls * len(reference.noise), progress, "comparing") as advance:
-        run = _runner(denoiser, batch_size, device, dtype, advance)
         for name, (sigmas, method) in runs.items():
-            steps, ends = len(sigmas) - 1, run(sigmas, method, reference.noise)
+            ends = _sampled(denoiser, sigmas, method, reference.noise, batch_size, device, dtype, advance)
+            steps = len(sigmas) - 1
             rows.append(row_of(name, method.name, steps, method.model_calls(steps), ends, reference))
     return Comparison(tuple(rows), len(reference.noise), reference)
 
@@ -335,24 +334,23 @@ def row_of(name: str, solver: str, steps: int, model_calls: int, ends: Tensor, r
     )
 
 
-def _runner(
+def _sampled(
     denoiser: Denoiser,
+    sigmas: Tensor,
+    method: Solver,
+    noise: Tensor,
     batch_size: int | None,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
     advance: Callable[[int], None],
-) -> Callable[[Tensor, Solver, Tensor], Tensor]:
-    """What samples in batches, given sigmas, a solver and the noise; ``advance`` gets the samples of every call."""
+) -> Tensor:
+    """Samples on the CPU, made in batches; ``advance`` gets the number of samples of every network call."""
     where, precision = placement(denoiser, device, dtype)
-
-    def run(sigmas: Tensor, method: Solver, noise: Tensor) -> Tensor:
-        ends = []
-        for part in noise.split(batch_size or len(noise)):
-            progress = lambda calls, total, part=part: advance(len(part))
-            ends.append(sample(denoiser, sigmas, method, part.to(where), dtype=precision, progress=progress).cpu())
-        return torch.cat(ends)
-
-    return run
+    ends = []
+    for part in noise.split(batch_size or len(noise)):
+        progress = lambda calls, total, part=part: advance(len(part))
+        ends.append(sample(denoiser, sigmas, method, part.to(where), dtype=precision, progress=progress).cpu())
+    return torch.cat(ends)
 
 
 def _is_reference(name: str, value: object) -> Reference:

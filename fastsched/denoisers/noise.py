@@ -74,7 +74,7 @@ class NoiseProcess:
 
     def to_dict(self) -> dict[str, Any]:
         """What `process_from_dict` needs, in JSON types."""
-        raise NotImplementedError
+        return {"kind": self.kind, **vars(self)}
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,6 @@ class VarianceExploding(NoiseProcess):
 
     def sigma(self, s: Tensor) -> Tensor:
         return s
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
 
 
 @dataclass(frozen=True)
@@ -186,11 +183,7 @@ class VariancePreserving(NoiseProcess):
         return trained[_spread_indices(trained, n)].flip(0)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "alphas_cumprod": list(self.alphas_cumprod),
-            "integer_timesteps": self.integer_timesteps,
-        }
+        return {**super().to_dict(), "alphas_cumprod": list(self.alphas_cumprod)}
 
 
 @dataclass(frozen=True)
@@ -256,8 +249,8 @@ class FlowMatching(NoiseProcess):
         return torch.cat([torch.tensor([math.inf], dtype=torch.float64), finite])
 
     def to_dict(self) -> dict[str, Any]:
-        entries = {"kind": self.kind, "t_min": self.t_min, "t_max": self.t_max}
-        return {**entries, "data_at": 1} if self.data_at else entries
+        entries = super().to_dict()
+        return entries if self.data_at else {key: value for key, value in entries.items() if key != "data_at"}
 
 
 @dataclass(frozen=True)
@@ -309,8 +302,7 @@ class ContinuousVP(NoiseProcess):
         return 2 * decay / (self.beta_min + (self.beta_min**2 + 4 * slope * decay).sqrt())
 
     def to_dict(self) -> dict[str, Any]:
-        times = {"t_min": self.t_min, "t_max": self.t_max, "sub_vp": self.sub_vp}
-        return {"kind": "continuous_vp", "beta_min": self.beta_min, "beta_max": self.beta_max, **times}
+        return {**super().to_dict(), "kind": "continuous_vp"}
 
     def _level_at(self, t: float) -> float:
         decay = t**2 * (self.beta_max - self.beta_min) / 2 + t * self.beta_min
