@@ -99,8 +99,6 @@ def plot_sample_grid(samples: Mapping[str, Tensor], *, columns: int | None = Non
         ValueError: If there is no grid, or one does not hold images.
     """
     validate.arguments(locals(), samples=validate.named)
-    if not samples:
-        raise ValueError("samples must hold at least one grid by title")
     figure = draw_empty(2.4 * len(samples), 2.75)
     grids = figure.subplots(1, len(samples), squeeze=False)[0]
     for axes, (title, images) in zip(grids, samples.items(), strict=True):
@@ -133,19 +131,8 @@ def plot_error_curves(curves: Sequence[ErrorCurve]) -> Figure:
     """
     validate.arguments(locals(), curves=_is_list)
     figure = draw_empty(4.6, 3.2)
-    axes = figure.subplots()
-    for n, curve in enumerate(curves):
-        axes.plot(
-            curve.model_calls,
-            curve.predicted_errors,
-            color=COLOURS[n % len(COLOURS)],
-            marker=MARKERS[n % len(MARKERS)],
-            markersize=4,
-            label=curve.solver,
-        )
-    axes.set(xlabel="model calls", ylabel="predicted squared error", yscale="log")
-    draw_integer_ticks(axes)
-    draw_legend(axes)
+    lines = [(curve.solver, curve.model_calls, curve.predicted_errors) for curve in curves]
+    _draw_lines(figure.subplots(), lines, "model calls", "predicted squared error")
     return figure
 
 
@@ -182,8 +169,8 @@ def plot_overview(
         comparisons=_is_list,
         title=validate.anything,
     )
-    if not samples or not comparisons:
-        raise ValueError("samples and comparisons must hold at least one entry each")
+    if not comparisons:
+        raise ValueError("comparisons must hold at least one entry")
     figure = draw_empty(10.5, 6.6)
     figure.suptitle(title, fontsize="large", fontweight="bold")
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.0, 1.0], hspace=0.05)[:, 0]
@@ -211,15 +198,15 @@ def plot_overview(
 
 def draw_cost_density(axes: Axes, stats: PathStatistics) -> None:
     """Draw `cost_density` divided by its largest value."""
-    curves = {"weighted by effect on the final sample": True} if stats.deviated else {}
-    for label, weighted in {**curves, "unweighted": False}.items():
+    for weighted in (True, False) if stats.deviated else (False,):
         s, density = cost_density(stats, weighted=weighted)
         sigmas = stats.process.sampler_sigma(torch.from_numpy(s)).numpy()
         share = density / density.max()
         if not weighted:
-            axes.plot(sigmas, share, color="#777777", linewidth=1.2, linestyle="--", label=label)
+            axes.plot(sigmas, share, color="#777777", linewidth=1.2, linestyle="--", label="unweighted")
         else:
             axes.fill_between(sigmas, share, color=COLOURS[5], alpha=0.35, linewidth=0)
+            label = "weighted by effect on the final sample"
             axes.plot(sigmas, share, color=COLOURS[0], linewidth=1.6, label=label)
     axes.set_ylim(0, 1.08)
     axes.set_ylabel("cost density\n(relative to its peak)")
@@ -229,8 +216,7 @@ def draw_cost_density(axes: Axes, stats: PathStatistics) -> None:
 
 def draw_schedules(axes: Axes, schedules: Mapping[str, Schedule | Tensor], *, flow: bool | None = None) -> None:
     """Draw a row of dots for each schedule, the first on top. ``flow``: whether sigmas are flow times."""
-    if not schedules:
-        raise ValueError("schedules must hold at least one schedule by name")
+    validate.named("schedules", schedules)
     kinds = {schedule.noise == "flow" for schedule in schedules.values() if isinstance(schedule, Schedule)}
     if flow is not None:
         kinds.add(flow)
@@ -349,23 +335,24 @@ def draw_errors(axes: Axes, comparisons: Sequence[Comparison], names: Sequence[s
     lines = list(dict.fromkeys(row.name for row in every)) if names is None else names
     if not every or not lines:
         raise ValueError("comparisons must hold at least one row to draw")
-    for n, name in enumerate(lines):
+    drawn = []
+    for name in lines:
         rows = sorted((row for row in every if row.name == name), key=lambda row: row.model_calls)
-        axes.plot(
-            [row.model_calls for row in rows],
-            [row.typical_error for row in rows],
-            color=COLOURS[n % len(COLOURS)],
-            marker=MARKERS[n % len(MARKERS)],
-            linewidth=1.6,
-            markersize=6,
-            label=name,
-        )
-    axes.set_yscale("log")
+        drawn.append((name, [row.model_calls for row in rows], [row.typical_error for row in rows]))
+    _draw_lines(axes, drawn, "model calls per sample", "typical squared distance\nto the converged sample")
+
+
+def _draw_lines(
+    axes: Axes, lines: Sequence[tuple[str, Sequence[int], Sequence[float]]], x_label: str, y_label: str
+) -> None:
+    """Errors over numbers of calls: a name, x and y for each line."""
+    for n, (name, x, y) in enumerate(lines):
+        colour, marker = COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]
+        axes.plot(x, y, color=colour, marker=marker, linewidth=1.6, markersize=6, label=name)
+    axes.set(xlabel=x_label, ylabel=y_label, yscale="log")
     draw_integer_ticks(axes)
-    axes.set_xlabel("model calls per sample")
-    axes.set_ylabel("typical squared distance\nto the converged sample")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#EEEEEE")
+    axes.grid(axis="y", color="#DDDDDD")
     draw_legend(axes)
 
 
