@@ -219,11 +219,7 @@ def _engine(schedule: Schedule, engine: str, scheduler: str | None, mu: float | 
 
 
 def _sampler(schedule: Schedule, known: dict[str, str], program: str) -> str:
-    """The program's sampler that is the schedule's solver.
-
-    Raises:
-        ValueError: If it has none.
-    """
+    """The program's sampler that is the schedule's solver, or ValueError."""
     if schedule.solver not in known:
         raise ValueError(
             f"{program} has no sampler that is {schedule.solver}; fit a schedule for one of {', '.join(known)}"

@@ -171,7 +171,10 @@ def fit(
         schedule = _fitted(source, steps, chosen, dry_run, options)
         if schedule is not None:
             schedule.save(output)
-            _show(schedule, as_json)
+            if as_json:
+                shell.print_json(summary(schedule))
+            else:
+                _show(schedule)
             note(f"wrote {output}")
 
 
@@ -226,7 +229,7 @@ def select(
             schedule = optimal_schedule(stats, count, method)
             schedules.append(schedule)
             if not as_json:
-                _show(schedule, as_json)
+                _show(schedule)
             if output is not None:
                 path = output if len(counts) == 1 else output.with_name(f"{output.stem}-{count}{output.suffix}")
                 schedule.save(path)
@@ -256,8 +259,9 @@ def plan(
     """
     with shell.errors_in_a_line():
         import fastsched as fs
-        from fastsched.cli.report_data import common_error, steps_within
+        from fastsched.cli.report_data import steps_within
         from fastsched.plot import FORMATS, check_matplotlib, plot_error_curves
+        from fastsched.selection.planning import target_error
 
         if output is not None:
             check_matplotlib()
@@ -276,7 +280,7 @@ def plan(
                 cells = [(str(n), f"{calls}", f"{error:.4g}") for n, calls, error in rows]
                 shell.print_table((f"{curve.solver}: steps", "model calls", "predicted error"), cells, left=0)
             if goal is not None:
-                error = common_error(loaded, *goal, solver=curve.solver) if isinstance(goal, tuple) else goal
+                error = target_error(loaded, curve.solver, goal)
                 # Where the curve does not suffice, the library says by how much.
                 enough = steps_within(curve, error) or fs.steps_needed(
                     loaded, curve.solver, target=goal, max_steps=max_steps
@@ -341,11 +345,8 @@ def plain_decimals(values: list[float], digits: int = 6) -> str:
     return ", ".join(np.format_float_positional(v, precision=digits, fractional=False, trim="0") for v in values)
 
 
-def _show(schedule: Schedule, as_json: bool) -> None:
+def _show(schedule: Schedule) -> None:
     """The schedule on stdout, and its errors on stderr."""
-    if as_json:
-        shell.print_json(summary(schedule))
-        return
     errors = {"predicted": schedule.predicted_error, "measured": schedule.measured_error}
     known = [f", {name} squared error {value:.4g}" for name, value in errors.items() if value is not None]
     note(f"{schedule.solver}, {schedule.steps} steps{''.join(known)}")

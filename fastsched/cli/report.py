@@ -66,12 +66,7 @@ def report(
 
 
 def _picture(option: str) -> tuple[str, str, bytes]:
-    """The title, media type and content of a picture named on the command line.
-
-    Raises:
-        ValueError: If it is not TITLE=FILE, or the file is no picture of a known type.
-        OSError: If it cannot be read.
-    """
+    """The title, media type and content of a picture named on the command line as TITLE=FILE, or ValueError."""
     name, equals, file = option.rpartition("=")
     path = Path(file)
     kind = PICTURES.get(path.suffix.lower())

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastsched import validate
 from fastsched.costs.prediction import predict_error
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED
-from fastsched.selection.planning import COMMON, SAFETY, ErrorCurve
+from fastsched.selection.planning import SAFETY, ErrorCurve, target_error
 
 #: One standard deviation of predicted over measured errors, nine denoisers (`fastsched.selection.planning.SAFETY`).
 SCATTER = 1.3
@@ -67,25 +66,11 @@ def steps_within(curve: ErrorCurve, goal: float) -> int | None:
 
 def karras_error(stats: PathStatistics, solver: str, steps: int) -> float:
     """The predicted error of karras under a solver; under dpmpp_2m for the fitted one."""
-    return common_error(stats, "karras", steps, solver="dpmpp_2m" if solver == FITTED else solver)
-
-
-def common_error(stats: PathStatistics, name: str, steps: int, *, solver: str) -> float:
-    """The predicted error of a schedule in common use, as `fastsched.steps_needed` computes it.
-
-    Raises:
-        ValueError: If the name is unknown.
-    """
-    make = COMMON[validate.choice("target", name, COMMON)]
-    return predict_error(stats, stats.process.sampler_sigma(make(steps, *stats.finite_range)), solver)
+    return target_error(stats, "dpmpp_2m" if solver == FITTED else solver, ("karras", steps))
 
 
 def check_schedules(stats: PathStatistics, schedules: Mapping[str, Schedule]) -> None:
-    """Check that schedules can belong to the statistics.
-
-    Raises:
-        ValueError: If one is of another kind of noise process.
-    """
+    """ValueError if a schedule is of another kind of noise process than the statistics."""
     for name, schedule in schedules.items():
         if schedule.noise != stats.process.kind:
             raise ValueError(
@@ -95,12 +80,7 @@ def check_schedules(stats: PathStatistics, schedules: Mapping[str, Schedule]) ->
 
 
 def read_errors(path: Path) -> list[Measured]:
-    """The typical errors in a table that ``fastsched compare --csv`` wrote.
-
-    Raises:
-        ValueError: If a column is missing or a value is no number.
-        OSError: If the file cannot be read.
-    """
+    """The typical errors in a table that ``fastsched compare --csv`` wrote, or ValueError."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))

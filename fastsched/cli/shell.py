@@ -91,11 +91,7 @@ LOGGER = logging.getLogger("fastsched")
 
 
 def say_on_stderr(level: str) -> None:
-    """Let the log of that level and above be lines on stderr.
-
-    Raises:
-        ValueError: If there is no such level.
-    """
+    """Let the log of that level and above be lines on stderr; ValueError if there is no such level."""
     if level not in LOG_LEVELS:  # not by fastsched.validate, which would load PyTorch for every --help
         raise ValueError(f"log-level must be one of {', '.join(LOG_LEVELS)}, got {level!r}")
     LOGGER.setLevel(level.upper())
