@@ -39,18 +39,17 @@ def demo(
     fastsched demo
     fastsched demo --output out --samples 256
     """
-    with shell.errors_in_a_line():
-        import torch
+    import torch
 
-        from fastsched.cli.demo import run_demo
-        from fastsched.plot import check_matplotlib
+    from fastsched.cli.demo import run_demo
+    from fastsched.plot import check_matplotlib
 
-        check_matplotlib()
-        torch.set_num_threads(1)  # the digits network is so small that threads make it slower
-        found = run_demo(output, samples=samples, progress=not quiet, say=note if as_json else typer.echo)
-        if as_json:
-            each = found.comparisons.values()
-            shell.print_json([row for runs in each for comparison in runs.values() for row in comparison.to_dicts()])
+    check_matplotlib()
+    torch.set_num_threads(1)  # the digits network is so small that threads make it slower
+    found = run_demo(output, samples=samples, progress=not quiet, say=note if as_json else typer.echo)
+    if as_json:
+        each = found.comparisons.values()
+        shell.print_json([row for runs in each for comparison in runs.values() for row in comparison.to_dicts()])
 
 
 def compare(
@@ -86,30 +85,29 @@ def compare(
     fastsched compare my_model.py:build a.json b.json --shape 4,64,64 --baselines karras --csv errors.csv
     fastsched compare my_pipeline_folder schedule.json --prompt "a cat" --samples 4
     """
-    with shell.errors_in_a_line():
-        shell.writable(csv)
-        named = inputs.named_schedules(schedules)
-        names = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
-        source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
-        usual = (PIPELINE_SAMPLES, PIPELINE_REFERENCE_STEPS) if source.is_pipeline else (SAMPLES, REFERENCE_STEPS)
-        run = {
-            "samples": usual[0] if samples is None else samples,
-            "reference_steps": usual[1] if reference_steps is None else reference_steps,
-            "seed": seed,
-        }
-        common = lambda process: named | _baselines(process, names, list(named.values()), spare_last)
-        if source.is_pipeline:
-            inputs.not_for_pipelines(solver=solver)
-            result = _of_pipeline(source, common, sorted({each.steps for each in named.values()}), run, dry_run)
-        else:
-            method = None if solver is None else inputs.solver_named(solver)
-            result = _of_denoiser(source, common, method, run, dry_run)
-        if result is None:
-            return
-        _show(result, as_json)
-        if csv is not None:
-            result.to_csv(csv)
-            note(f"wrote {csv}")
+    shell.writable(csv)
+    named = inputs.named_schedules(schedules)
+    names = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
+    source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
+    usual = (PIPELINE_SAMPLES, PIPELINE_REFERENCE_STEPS) if source.is_pipeline else (SAMPLES, REFERENCE_STEPS)
+    run = {
+        "samples": usual[0] if samples is None else samples,
+        "reference_steps": usual[1] if reference_steps is None else reference_steps,
+        "seed": seed,
+    }
+    common = lambda process: named | _baselines(process, names, list(named.values()), spare_last)
+    if source.is_pipeline:
+        inputs.not_for_pipelines(solver=solver)
+        result = _of_pipeline(source, common, sorted({each.steps for each in named.values()}), run, dry_run)
+    else:
+        method = None if solver is None else inputs.solver_named(solver)
+        result = _of_denoiser(source, common, method, run, dry_run)
+    if result is None:
+        return
+    _show(result, as_json)
+    if csv is not None:
+        result.to_csv(csv)
+        note(f"wrote {csv}")
 
 
 def plot(
@@ -122,24 +120,20 @@ def plot(
     fastsched plot stats.safetensors schedule.json -o schedule.png
     fastsched plot a.json b.json -o both.svg
     """
-    with shell.errors_in_a_line():
-        from fastsched.plot import FORMATS, check_matplotlib, plot_cost_density, plot_schedules
+    from fastsched.plot import FORMATS, check_matplotlib, plot_cost_density, plot_schedules
 
-        check_matplotlib()
-        shell.writable(output, endings=FORMATS)
-        from fastsched.sampling.files import kind_of
+    check_matplotlib()
+    shell.writable(output, endings=FORMATS)
+    from fastsched.sampling.files import kind_of
 
-        measured = [path for path in files if kind_of(path) == "statistics" or path.suffix == ".safetensors"]
-        if len(measured) > 1:
-            raise ValueError(f"files must contain at most one file of statistics, got {', '.join(map(str, measured))}")
-        stats = inputs.load_statistics(measured[0]) if measured else None
-        schedules = {str(path.with_suffix("")): inputs.load_schedule(path) for path in files if path not in measured}
-        if stats is not None and not schedules:
-            figure = plot_cost_density(stats)
-        else:
-            figure = plot_schedules(schedules, stats=stats)
-        figure.savefig(output)
-        note(f"wrote {output}")
+    measured = [path for path in files if kind_of(path) == "statistics" or path.suffix == ".safetensors"]
+    if len(measured) > 1:
+        raise ValueError(f"files must contain at most one file of statistics, got {', '.join(map(str, measured))}")
+    stats = inputs.load_statistics(measured[0]) if measured else None
+    schedules = {str(path.with_suffix("")): inputs.load_schedule(path) for path in files if path not in measured}
+    figure = plot_cost_density(stats) if stats is not None and not schedules else plot_schedules(schedules, stats=stats)
+    figure.savefig(output)
+    note(f"wrote {output}")
 
 
 def _of_denoiser(

@@ -29,6 +29,7 @@ Paths = Annotated[
 Solver = Annotated[str, typer.Option(help="Such as ddim, heun, dpmpp_2m or ipndm; 'fastsched solvers' lists all.")]
 
 
+@shell.errors_in_a_line("interrupted; 'fastsched measure --resume' continues from the last saved batch")
 def measure(
     denoiser: shell.DenoiserName,
     output: Annotated[Path, typer.Option("--output", "-o", help="The statistics file to write.")],
@@ -72,20 +73,19 @@ def measure(
     fastsched measure package.models:build --shape 4,64,64 --samples 16 -o stats.safetensors --resume
     fastsched measure my_pipeline_folder --prompt "a cat" --call guidance_scale=7.5 -o stats.safetensors
     """
-    with shell.errors_in_a_line("interrupted; 'fastsched measure --resume' continues from the last saved batch"):
-        if resume and overwrite:
-            raise ValueError("resume and overwrite exclude each other: --resume goes on, --overwrite begins anew")
-        ways = "resume it (--resume), replace it (--overwrite)"
-        shell.writable(output, overwrite=overwrite or resume, replace=ways)
-        source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
-        if source.is_pipeline:
-            inputs.not_for_pipelines(responses=responses, resume="given" if resume else None)
-            stats = _measured_pipeline(source, output, levels, samples, seed, dry_run)
-        else:
-            kept = {"responses": responses is not False, "resume": resume, "overwrite": overwrite}
-            stats = _measured_denoiser(source, output, levels, samples, seed, dry_run, **kept)
-        if stats is not None:
-            note(f"{stats.samples} paths over {stats.levels} levels, {stats.model_calls:,} model calls; wrote {output}")
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other: --resume goes on, --overwrite begins anew")
+    ways = "resume it (--resume), replace it (--overwrite)"
+    shell.writable(output, overwrite=overwrite or resume, replace=ways)
+    source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
+    if source.is_pipeline:
+        inputs.not_for_pipelines(responses=responses, resume="given" if resume else None)
+        stats = _measured_pipeline(source, output, levels, samples, seed, dry_run)
+    else:
+        kept = {"responses": responses is not False, "resume": resume, "overwrite": overwrite}
+        stats = _measured_denoiser(source, output, levels, samples, seed, dry_run, **kept)
+    if stats is not None:
+        note(f"{stats.samples} paths over {stats.levels} levels, {stats.model_calls:,} model calls; wrote {output}")
 
 
 def _measured_pipeline(
@@ -161,21 +161,20 @@ def fit(
     fastsched fit my_model.py:build --steps 6 --shape 4,64,64 --stats stats.safetensors --model-calls 400 -o six.json
     fastsched fit my_pipeline_folder --steps 8 --prompt "a cat" --call guidance_scale=7.5 -o schedule.json
     """
-    with shell.errors_in_a_line():
-        shell.writable(output, overwrite=overwrite, endings=[".json"])
-        source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
-        # Files and names are checked before the model loads, which may take minutes.
-        chosen = None if solver is None else inputs.solver_named(solver)
-        known = None if stats is None else inputs.load_statistics(stats)
-        options = {"stats": known, "levels": levels, "samples": samples, "model_calls": model_calls, "seed": seed}
-        schedule = _fitted(source, steps, chosen, dry_run, options)
-        if schedule is not None:
-            schedule.save(output)
-            if as_json:
-                shell.print_json(summary(schedule))
-            else:
-                _show(schedule)
-            note(f"wrote {output}")
+    shell.writable(output, overwrite=overwrite, endings=[".json"])
+    source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
+    # Files and names are checked before the model loads, which may take minutes.
+    chosen = None if solver is None else inputs.solver_named(solver)
+    known = None if stats is None else inputs.load_statistics(stats)
+    options = {"stats": known, "levels": levels, "samples": samples, "model_calls": model_calls, "seed": seed}
+    schedule = _fitted(source, steps, chosen, dry_run, options)
+    if schedule is not None:
+        schedule.save(output)
+        if as_json:
+            shell.print_json(summary(schedule))
+        else:
+            _show(schedule)
+        note(f"wrote {output}")
 
 
 def _fitted(
@@ -217,25 +216,24 @@ def select(
     fastsched select stats.safetensors --steps 8 -o schedule.json
     fastsched select stats.safetensors --steps 6,8,10 --solver ddim -o ddim.json
     """
-    with shell.errors_in_a_line():
-        from fastsched.selection.optimal import optimal_schedule
+    from fastsched.selection.optimal import optimal_schedule
 
-        counts = inputs.integers("steps", steps)
-        shell.writable(output)
-        method = inputs.solver_named(solver)
-        stats = inputs.load_statistics(statistics)
-        schedules = []
-        for count in counts:
-            schedule = optimal_schedule(stats, count, method)
-            schedules.append(schedule)
-            if not as_json:
-                _show(schedule)
-            if output is not None:
-                path = output if len(counts) == 1 else output.with_name(f"{output.stem}-{count}{output.suffix}")
-                schedule.save(path)
-                note(f"wrote {path}")
-        if as_json:
-            shell.print_json([summary(schedule) for schedule in schedules])
+    counts = inputs.integers("steps", steps)
+    shell.writable(output)
+    method = inputs.solver_named(solver)
+    stats = inputs.load_statistics(statistics)
+    schedules = []
+    for count in counts:
+        schedule = optimal_schedule(stats, count, method)
+        schedules.append(schedule)
+        if not as_json:
+            _show(schedule)
+        if output is not None:
+            path = output if len(counts) == 1 else output.with_name(f"{output.stem}-{count}{output.suffix}")
+            schedule.save(path)
+            note(f"wrote {path}")
+    if as_json:
+        shell.print_json([summary(schedule) for schedule in schedules])
 
 
 def plan(
@@ -257,43 +255,42 @@ def plan(
     fastsched plan stats.safetensors --solver ddim,dpmpp_2m -o plan.png
     fastsched plan stats.safetensors --target karras:20
     """
-    with shell.errors_in_a_line():
-        import fastsched as fs
-        from fastsched.cli.report_data import steps_within
-        from fastsched.plot import FORMATS, check_matplotlib, plot_error_curves
-        from fastsched.selection.planning import target_error
+    import fastsched as fs
+    from fastsched.cli.report_data import steps_within
+    from fastsched.plot import FORMATS, check_matplotlib, plot_error_curves
+    from fastsched.selection.planning import target_error
 
-        if output is not None:
-            check_matplotlib()
-            shell.writable(output, endings=FORMATS)
-        goal = None if target is None else _target(target)
-        loaded = inputs.load_statistics(stats)
-        curves = [fs.error_curve(loaded, inputs.solver_named(name.strip()), max_steps) for name in solver.split(",")]
-        found = []
-        for curve in curves:
-            rows = list(zip(curve.steps, curve.model_calls, curve.predicted_errors, strict=True))
-            entry: dict[str, Any] = {
-                "solver": curve.solver,
-                "curve": [{"steps": n, "model_calls": calls, "predicted_error": error} for n, calls, error in rows],
-            }
+    if output is not None:
+        check_matplotlib()
+        shell.writable(output, endings=FORMATS)
+    goal = None if target is None else _target(target)
+    loaded = inputs.load_statistics(stats)
+    curves = [fs.error_curve(loaded, inputs.solver_named(name.strip()), max_steps) for name in solver.split(",")]
+    found = []
+    for curve in curves:
+        rows = list(zip(curve.steps, curve.model_calls, curve.predicted_errors, strict=True))
+        entry: dict[str, Any] = {
+            "solver": curve.solver,
+            "curve": [{"steps": n, "model_calls": calls, "predicted_error": error} for n, calls, error in rows],
+        }
+        if not as_json:
+            cells = [(str(n), f"{calls}", f"{error:.4g}") for n, calls, error in rows]
+            shell.print_table((f"{curve.solver}: steps", "model calls", "predicted error"), cells, left=0)
+        if goal is not None:
+            error = target_error(loaded, curve.solver, goal)
+            # Where the curve does not suffice, the library says by how much.
+            enough = steps_within(curve, error) or fs.steps_needed(
+                loaded, curve.solver, target=goal, max_steps=max_steps
+            )
+            entry |= {"target": target, "steps_needed": enough}
             if not as_json:
-                cells = [(str(n), f"{calls}", f"{error:.4g}") for n, calls, error in rows]
-                shell.print_table((f"{curve.solver}: steps", "model calls", "predicted error"), cells, left=0)
-            if goal is not None:
-                error = target_error(loaded, curve.solver, goal)
-                # Where the curve does not suffice, the library says by how much.
-                enough = steps_within(curve, error) or fs.steps_needed(
-                    loaded, curve.solver, target=goal, max_steps=max_steps
-                )
-                entry |= {"target": target, "steps_needed": enough}
-                if not as_json:
-                    typer.echo(f"{curve.solver} needs {entry['steps_needed']} steps for {target}")
-            found.append(entry)
-        if as_json:
-            shell.print_json(found)
-        if output is not None:
-            plot_error_curves(curves).savefig(output)
-            note(f"wrote {output}")
+                typer.echo(f"{curve.solver} needs {entry['steps_needed']} steps for {target}")
+        found.append(entry)
+    if as_json:
+        shell.print_json(found)
+    if output is not None:
+        plot_error_curves(curves).savefig(output)
+        note(f"wrote {output}")
 
 
 def merge(
@@ -308,18 +305,17 @@ def merge(
     fastsched measure my_model.py:build --shape 4,64,64 --samples 8:16 -o b.safetensors
     fastsched merge a.safetensors b.safetensors -o whole.safetensors
     """
-    with shell.errors_in_a_line():
-        shell.writable(output, overwrite=overwrite)
-        whole = None
-        for path in statistics:
-            part = inputs.load_statistics(path)
-            try:
-                whole = part if whole is None else whole.merge(part)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-        assert whole is not None  # typer wants one file at least
-        whole.save(output, vectors=whole.increments is not None)
-        note(f"{whole.samples} paths over {whole.levels} levels; wrote {output}")
+    shell.writable(output, overwrite=overwrite)
+    whole = None
+    for path in statistics:
+        part = inputs.load_statistics(path)
+        try:
+            whole = part if whole is None else whole.merge(part)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    assert whole is not None  # typer wants one file at least
+    whole.save(output, vectors=whole.increments is not None)
+    note(f"{whole.samples} paths over {whole.levels} levels; wrote {output}")
 
 
 def summary(schedule: Schedule) -> dict[str, Any]:

@@ -33,26 +33,25 @@ def profile(
     fastsched profile my_model.py:build --shape 4,64,64
     fastsched profile my_pipeline_folder --prompt "a cat" --dtype bfloat16 --trace trace.json
     """
-    with shell.errors_in_a_line():
-        import fastsched as fs
+    import fastsched as fs
 
-        shell.writable(trace, endings=(".json",))
-        source = inputs.Source(denoiser, shape, device, dtype, None, prompt, call, quiet)
-        if source.is_pipeline:
-            pipe, arguments = source.pipeline()
-            _say_cost(steps)
-            if dry_run:
-                return
-            if source.prompts:
-                arguments = {"prompt": source.prompts[0], **arguments}
-            found = fs.profile(pipe, steps=steps, trace=trace, **arguments)
-        else:
-            model, sizes = source.denoiser()
-            _say_cost(steps)
-            if dry_run:
-                return
-            found = fs.profile(model, sizes, steps=steps, trace=trace)
-        typer.echo(found.to_json() if as_json else str(found))
+    shell.writable(trace, endings=(".json",))
+    source = inputs.Source(denoiser, shape, device, dtype, None, prompt, call, quiet)
+    if source.is_pipeline:
+        pipe, arguments = source.pipeline()
+        _say_cost(steps)
+        if dry_run:
+            return
+        if source.prompts:
+            arguments = {"prompt": source.prompts[0], **arguments}
+        found = fs.profile(pipe, steps=steps, trace=trace, **arguments)
+    else:
+        model, sizes = source.denoiser()
+        _say_cost(steps)
+        if dry_run:
+            return
+        found = fs.profile(model, sizes, steps=steps, trace=trace)
+    typer.echo(found.to_json() if as_json else str(found))
 
 
 def _say_cost(steps: int) -> None:
