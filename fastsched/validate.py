@@ -232,18 +232,6 @@ def floating_dtype(name: str, value: object) -> torch.dtype:
     return value
 
 
-def sigma_range(sigma_min: float, sigma_max: float) -> tuple[float, float]:
-    """Return ``(sigma_min, sigma_max)`` as floats with ``0 < sigma_min < sigma_max``, both finite."""
-    low, high = real("sigma_min", sigma_min), real("sigma_max", sigma_max)
-    if not (math.isfinite(low) and low > 0):
-        raise ValueError(f"sigma_min must be positive and finite, got {sigma_min!r}")
-    if not math.isfinite(high):
-        raise ValueError(f"sigma_max must be finite, got {sigma_max!r}")
-    if low >= high:
-        raise ValueError(f"sigma_min must be below sigma_max, got sigma_min={low:g} and sigma_max={high:g}")
-    return low, high
-
-
 def choice(name: str, value: object, known: Iterable[str]) -> str:
     """Return ``value``, one of the ``known`` names; the error lists them, and the nearest match."""
     names = list(known)

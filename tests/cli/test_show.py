@@ -165,7 +165,7 @@ def test_demo_prints_its_rows_as_json(monkeypatch, tmp_path):
     from fastsched.cli.demo import run_demo
 
     def small(output, *, samples, progress, say):
-        return run_demo(None, samples=samples, solvers=("ddim",), steps=(6,), progress=False, say=say)
+        return run_demo(output, samples=samples, solvers=("ddim",), steps=(6,), progress=False, say=say)
 
     monkeypatch.setattr("fastsched.cli.demo.run_demo", small)
     result = run("demo", "-o", tmp_path, "--samples", "8", "--json")
