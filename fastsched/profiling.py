@@ -131,7 +131,8 @@ class Profile:
     def to_json(self) -> str:
         """All numbers."""
         found = dataclasses.asdict(self) | {"own_share": self.own_share}
-        found["pays_after_images"] = {name: _finite(self.pays_after(name)) for name in self.minutes}
+        images = {name: self.pays_after(name) for name in self.minutes}
+        found["pays_after_images"] = {name: count if np.isfinite(count) else None for name, count in images.items()}
         return json.dumps(found, indent=2)
 
     def __str__(self) -> str:
@@ -221,7 +222,7 @@ def _profile(runs: Any, steps: int) -> Profile:
         model=runs.name,
         parameters=sum(each.numel() for each in parameters),
         dtype=", ".join(sorted({str(each.dtype).removeprefix("torch.") for each in parameters})) or "unknown",
-        device=_device_name(runs.device),
+        device=torch.cuda.get_device_name(runs.device) if runs.device.type == "cuda" else str(runs.device),
         modes=tuple(dict.fromkeys(mode for module in runs.networks for mode in modes_of(module))),
         steps=times,
         fixed_seconds=fixed,
@@ -323,14 +324,6 @@ def _copy_bandwidth(device: torch.device) -> float:
     source = torch.empty(1 << (28 if device.type == "cuda" else 27), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / _seconds(lambda: target.copy_(source), device, repeats=5)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
 
 
 def _page(found: Profile) -> Iterator[str]:

@@ -140,13 +140,13 @@ def _statistics(file: Path, stats: PathStatistics) -> dict[str, Any]:
 def _pipeline(folder: Path) -> dict[str, Any]:
     """What a saved pipeline is, without its weights."""
     scheduler = inputs.load_scheduler(str(folder))
-    index = folder / "model_index.json"
+    kind, _ = inputs.pipeline_call(str(folder))
     from fastsched.diffusers.conventions import describe, solver_of
 
     process = describe(scheduler).process
     return {
-        "kind": "pipeline" if index.is_file() else "scheduler",
-        "class": json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None,
+        "kind": "pipeline" if (folder / "model_index.json").is_file() else "scheduler",
+        "class": kind,
         "scheduler": type(scheduler).__name__,
         "solver": solver_of(scheduler),
         "noise": process.kind,

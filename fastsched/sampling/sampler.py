@@ -99,7 +99,7 @@ def sample(
             advance(1)
             return denoised
 
-        y = integrate(denoise, nodes, method, noise, s=s)
+        y = answered(integration(nodes, method, noise, s=s), denoise)
     verdicts.settle()
     return y if ends_at_zero else y * float(s[-1])
 
@@ -124,19 +124,6 @@ def schedule_solver(sigmas: object, solver: str | Solver | None = None) -> Solve
     if weights is not None and (solver is None or solver_name(solver) == FITTED):
         return fitted_solver(weights)
     return get_solver(solver if solver is not None else getattr(sigmas, "solver", ""))
-
-
-def integrate(
-    denoise: Callable[[Any, Any], Any],
-    nodes: Sequence[Node],
-    method: Solver,
-    y: Any,
-    *,
-    s: Sequence[Any] | Tensor,
-    number: Callable[[Any], Any] = float,
-) -> Any:
-    """Integrate with ``denoise(y, s)`` answering every query of `integration`; its arguments and result."""
-    return answered(integration(nodes, method, y, s=s, number=number), denoise)
 
 
 def answered(queries: Generator[tuple[Any, Any], Any, Result], answer: Callable[[Any, Any], Any]) -> Result:
