@@ -51,7 +51,7 @@ def say_fitting(
     repeating: Callable[[Any], int] = lambda stats: 0,
 ) -> None:
     """Say the cost of a fit: of its measurement, made now or followed again, and of the runs."""
-    from fastsched.fitting.budget import TOTAL
+    from fastsched.fitting.budget import TOTAL, calls_left
     from fastsched.fitting.loop import MODEL_CALLS
 
     given, stats = options["model_calls"], options["stats"]
@@ -60,7 +60,7 @@ def say_fitting(
         say_measuring(repeating(stats) if later else 0, later)
         return
     calls = measuring(options["levels"], samples)
-    say_measuring(calls, max(0, (TOTAL if given is None else given) - calls))
+    say_measuring(calls, calls_left(TOTAL if given is None else given, calls))
 
 
 def say_comparing(reference: int, runs: int) -> None:

@@ -85,3 +85,21 @@ def planned(
         count = len(levels) if isinstance(levels, Tensor) else levels
         samples = max(1, measuring_calls(plan.levels, plan.samples) // measuring_calls(count, 1))
     return levels, samples
+
+
+def calls_left(total: int, measuring: int) -> int:
+    """Model calls of a fit that its measurement leaves to rank and tune schedules.
+
+    Args:
+        total: Calls of the whole fit.
+        measuring: Calls of its measurement.
+
+    Raises:
+        ValueError: If the measurement takes more than there are.
+    """
+    if measuring > total:
+        raise ValueError(
+            f"measuring takes {measuring:,} model calls and model_calls allows {total:,} in all; allow more, or take "
+            "fewer levels or samples"
+        )
+    return total - measuring
