@@ -92,10 +92,11 @@ def _measured_pipeline(
 ) -> PathStatistics | None:
     """Statistics of a pipeline, written to a file; None if only the cost is wanted."""
     import fastsched as fs
+    from fastsched.diffusers.pipeline_measurement import calibration_calls
 
     pipe, arguments = source.pipeline()
     count = inputs.sample_range(samples, PIPELINE_SAMPLES)
-    spending.say_measuring(spending.calibration_calls(levels, spending.number(count)))
+    spending.say_measuring(calibration_calls(levels, count))
     if dry_run:
         return None
     stats = fs.diffusers.measure(
@@ -208,11 +209,12 @@ def _fitted_pipeline(
 ) -> Schedule | None:
     """The schedule of a pipeline; None if only the cost is wanted."""
     import fastsched as fs
+    from fastsched.diffusers.pipeline_measurement import calibration_calls
 
     pipe, arguments = source.pipeline()
     if options["stats"] is None:
         options["levels"], samples = _planned(options, steps, samples)
-    spending.say_fitting(spending.calibration_calls, options, samples)
+    spending.say_fitting(calibration_calls, options, samples)
     if dry_run:
         return None
     return fs.diffusers.fit(
@@ -295,7 +297,7 @@ def plan(
     solver: Annotated[
         str, typer.Option(help="ddim, dpmpp_2m, ipndm, heun, ... or several, comma-separated.")
     ] = "dpmpp_2m",
-    max_steps: Annotated[int, typer.Option(help="Largest number of steps.")] = 20,
+    max_steps: Annotated[Optional[int], typer.Option(help="Largest number of steps.  [default: at most 20]")] = None,
     target: Annotated[
         Optional[str],
         typer.Option(help="Print how many steps reach this error, or the error of a schedule such as karras:20."),
@@ -319,7 +321,8 @@ def plan(
             shell.writable(output, endings=FORMATS)
         goal = None if target is None else _target(target)
         loaded = inputs.load_statistics(stats)
-        curves = [fs.error_curve(loaded, inputs.solver_named(name.strip()), max_steps) for name in solver.split(",")]
+        most = min(20, loaded.levels - 1) if max_steps is None else max_steps
+        curves = [fs.error_curve(loaded, inputs.solver_named(name.strip()), most) for name in solver.split(",")]
         found = []
         for curve in curves:
             rows = list(zip(curve.steps, curve.model_calls, curve.predicted_errors, strict=True))
@@ -334,7 +337,7 @@ def plan(
                 error = common_error(loaded, *goal, solver=curve.solver) if isinstance(goal, tuple) else goal
                 # Where the curve does not suffice, the library says by how much.
                 enough = steps_within(curve, error) or fs.steps_needed(
-                    loaded, curve.solver, target=goal, max_steps=max_steps
+                    loaded, curve.solver, target=goal, max_steps=most
                 )
                 entry |= {"target": target, "steps_needed": enough}
                 if not as_json:

@@ -31,13 +31,6 @@ def repeating_calls(model: Denoiser, stats: PathStatistics) -> int:
     return measuring_calls(model, stats.s, stats.samples, bool(stats.deviated))
 
 
-def calibration_calls(levels: int, samples: int) -> int:
-    """The model calls of a pipeline's measurement, counted per sample."""
-    from fastsched.diffusers.calibration import calibration_steps
-
-    return samples * calibration_steps(levels)
-
-
 def say_measuring(calls: int, later: int | None = None) -> None:
     """Say the cost of a measurement, and the most that is spent ``later`` on running schedules."""
     fitting = "" if later is None else f", at most {later:,} to run and tune schedules"

@@ -14,11 +14,12 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.late_reading import LateReading, Verdicts
 from fastsched.diffusers.applier import applied
-from fastsched.diffusers.calibration import UNALIKE, calibration_steps
+from fastsched.diffusers.calibration import UNALIKE
 from fastsched.diffusers.conventions import describe, own_scheduler, solver_of, with_signature
 from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
 from fastsched.diffusers.pipeline_measurement import CHECKS as CHECKS_OF_MEASURE
 from fastsched.diffusers.pipeline_measurement import (
+    calibration_calls,
     call,
     checked_calls,
     measured_in_group,
@@ -31,7 +32,7 @@ from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.replacement import replacement
 from fastsched.diffusers.step_checks import doubled, output_of_tokens
 from fastsched.diffusers.watching import Consistency, PipelineWatch, check_caches, observed, watched
-from fastsched.fitting.budget import TOTAL, calls_left, planned
+from fastsched.fitting.budget import TOTAL, planned
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.group_runs import led_by_first
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, fit_by_running
@@ -94,8 +95,7 @@ def fit(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, ``levels`` and ``samples`` take more than ``model_calls``, the
-            scheduler cannot be used, or no candidate's samples are finite.
+        ValueError: If an argument is out of range or beyond ``model_calls``, or the scheduler or all samples unusable.
     """
     validate.arguments(locals(), **CHECKS)
     by_prompt = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
@@ -103,10 +103,7 @@ def fit(
     total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else TOTAL
     with prompts_encoded_once(pipe):
         if stats is None:
-            levels, samples = planned(total, steps, levels, samples)
-            if audition:  # samples that many prompts add are not refused
-                paths = len(samples) if isinstance(samples, range) else samples
-                calls_left(total, paths * calibration_steps(len(levels) if isinstance(levels, Tensor) else levels))
+            levels, samples = planned(total, steps, levels, samples, calibration_calls)
             settings = {"levels": levels, "samples": samples, "seed": seed, "prompts_per_call": prompts_per_call}
             settings |= {"prompts": prompts, "checkpoint": checkpoint, "progress": progress}
             stats = measured_in_group(pipe, call_kwargs, group, vectors="first", keep_increments=audition, **settings)
