@@ -66,7 +66,8 @@ def export(
     shell.writable(output)
     loaded = inputs.load_schedule(schedule)
     if loaded.weights is not None and to != "diffusers":
-        instead = f"{NODE}, or " if to == "comfyui" else ""
+        ways = {"comfyui": NODE, "k-diffusion": "sample by fastsched.sampling.k_diffusion.sample_fitted"}
+        instead = f"{ways[to]}, or " if to in ways else ""
         raise ValueError(
             f"schedule is for the fitted solver, whose weights {to} cannot take; {instead}fit one for a stock solver"
         )

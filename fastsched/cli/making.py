@@ -93,10 +93,11 @@ def _measured_pipeline(
 ) -> PathStatistics | None:
     """Statistics of a pipeline, written to a file; None if only the cost is wanted."""
     import fastsched as fs
+    from fastsched.diffusers.pipeline_measurement import calibration_calls
 
     pipe, arguments = source.pipeline()
     count = inputs.sample_range(samples, PIPELINE_SAMPLES)
-    spending.say_measuring(spending.calibration_calls(levels, spending.number(count)))
+    spending.say_measuring(calibration_calls(levels, count))
     if dry_run:
         return None
     stats = fs.diffusers.measure(
@@ -182,6 +183,7 @@ def _fitted(
 ) -> Schedule | None:
     """The schedule of a pipeline or a denoiser; None if only the cost is wanted."""
     import fastsched as fs
+    from fastsched.diffusers.pipeline_measurement import calibration_calls
     from fastsched.fitting.budget import TOTAL, planned
 
     given: Any  # arguments of a pipeline's call, or the shape of a denoiser's samples
@@ -191,7 +193,7 @@ def _fitted(
         calls = TOTAL if calls is None else calls
         options["levels"], options["samples"] = planned(calls, steps, options["levels"], options["samples"])
     if source.is_pipeline:
-        spending.say_fitting(spending.calibration_calls, options)
+        spending.say_fitting(calibration_calls, options)
         run = partial(fs.diffusers.fit, solver=solver, prompts=source.prompts, progress=not source.quiet, **given)
     else:
         cost = lambda levels, count: spending.measuring_calls(model, levels, count, True)
@@ -241,7 +243,7 @@ def plan(
     solver: Annotated[
         str, typer.Option(help="ddim, dpmpp_2m, ipndm, heun, ... or several, comma-separated.")
     ] = "dpmpp_2m",
-    max_steps: Annotated[int, typer.Option(help="Largest number of steps.")] = 20,
+    max_steps: Annotated[Optional[int], typer.Option(help="Largest number of steps.  [default: at most 20]")] = None,
     target: Annotated[
         Optional[str],
         typer.Option(help="Print how many steps reach this error, or the error of a schedule such as karras:20."),
@@ -265,7 +267,8 @@ def plan(
         shell.writable(output, endings=FORMATS)
     goal = None if target is None else _target(target)
     loaded = inputs.load_statistics(stats)
-    curves = [fs.error_curve(loaded, inputs.solver_named(name.strip()), max_steps) for name in solver.split(",")]
+    most = min(20, loaded.levels - 1) if max_steps is None else max_steps
+    curves = [fs.error_curve(loaded, inputs.solver_named(name.strip()), most) for name in solver.split(",")]
     found = []
     for curve in curves:
         rows = list(zip(curve.steps, curve.model_calls, curve.predicted_errors, strict=True))
@@ -279,9 +282,7 @@ def plan(
         if goal is not None:
             error = target_error(loaded, curve.solver, goal)
             # Where the curve does not suffice, the library says by how much.
-            enough = steps_within(curve, error) or fs.steps_needed(
-                loaded, curve.solver, target=goal, max_steps=max_steps
-            )
+            enough = steps_within(curve, error) or fs.steps_needed(loaded, curve.solver, target=goal, max_steps=most)
             entry |= {"target": target, "steps_needed": enough}
             if not as_json:
                 typer.echo(f"{curve.solver} needs {entry['steps_needed']} steps for {target}")

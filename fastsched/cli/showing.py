@@ -33,19 +33,25 @@ def info(
     """
     from fastsched.sampling.files import kind_of
 
+    kind = kind_of(file) or {".json": "schedule", ".safetensors": "statistics"}.get(file.suffix)
     if file.is_dir():
         found = _pipeline(file)
-    elif kind_of(file) == "schedule":
+    elif kind == "schedule":
         found = {"kind": "schedule", **summary(inputs.load_schedule(file))}
         entries = json.loads(file.read_text(encoding="utf-8"))
         found |= {key: value for key, value in entries.items() if key not in found and key != "format"}
-    else:
+    elif kind == "statistics":
         found = _statistics(file, inputs.load_statistics(file))
+    else:
+        wanted = "file must be statistics (.safetensors), a schedule (.json) or a pipeline folder"
+        raise ValueError(f"{wanted}, got {str(file)!r}")
     if as_json:
         shell.print_json(found)
     else:
-        # What a file is of comes as lines of its own.
-        flat = {key: value for key, value in found.items() if key != "origin"} | found.get("origin", {})
+        # What a file is of comes as lines of its own, by other names than the file's own calls and format.
+        names = {"model_calls": "calls to choose", "version": "by fastsched"}
+        flat = {key: value for key, value in found.items() if key != "origin"}
+        flat |= {names.get(key) or key: value for key, value in found.get("origin", {}).items()}
         shell.print_table(("", str(file)), [(key, _cell(value)) for key, value in flat.items()], left=2)
 
 
@@ -105,6 +111,7 @@ def env(as_json: shell.AsJson = False) -> None:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
+    found["torch"] = str(torch.__version__)  # with its build, such as +cu130, which packages of PyPI do not name
     found["cpu threads"] = torch.get_num_threads()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     found["cuda"] = [torch.cuda.get_device_name(n) for n in range(count)]

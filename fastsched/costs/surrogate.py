@@ -144,7 +144,7 @@ class Surrogate:
         from scipy.interpolate import CubicSpline  # here, for it takes long to import
 
         n = len(self.s)
-        p = CubicSpline(self._lam, np.tri(n, n - 1, -1), bc_type="natural").c[::-1].copy()
+        p = np.ascontiguousarray(CubicSpline(self._lam, np.tri(n, n - 1, -1), bc_type="natural").c[::-1], np.float64)
         integral, derivative = np.zeros_like(p), p
         for sign in (1, -1, 1, -1):  # P = p - p' + p'' - p'''
             integral += sign * np.concatenate([derivative, np.zeros_like(p[: 4 - len(derivative)])])

@@ -19,6 +19,7 @@ from fastsched.diffusers.conventions import describe, own_scheduler, solver_of, 
 from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
 from fastsched.diffusers.pipeline_measurement import CHECKS as CHECKS_OF_MEASURE
 from fastsched.diffusers.pipeline_measurement import (
+    calibration_calls,
     call,
     checked_calls,
     measured_in_group,
@@ -94,7 +95,7 @@ def fit(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, the scheduler cannot be used, or no candidate's samples are finite.
+        ValueError: If an argument is out of range or beyond ``model_calls``, or the scheduler or all samples unusable.
     """
     validate.arguments(locals(), **CHECKS)
     by_prompt = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
@@ -102,7 +103,7 @@ def fit(
     total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else TOTAL
     with prompts_encoded_once(pipe):
         if stats is None:
-            levels, samples = planned(total, steps, levels, samples)
+            levels, samples = planned(total, steps, levels, samples, calibration_calls)
             settings = {"levels": levels, "samples": samples, "seed": seed, "prompts_per_call": prompts_per_call}
             settings |= {"prompts": prompts, "checkpoint": checkpoint, "progress": progress}
             stats = measured_in_group(pipe, call_kwargs, group, vectors="first", keep_increments=audition, **settings)

@@ -29,7 +29,11 @@ def test_info_of_a_schedule(folder):
     assert found["kind"] == "schedule"
     assert found["sigmas"] == schedule.sigmas.tolist()
     assert found["predicted_error"] == schedule.predicted_error
-    assert "ddim" in run("info", folder / "x-4.json").stdout
+    lines = [line.split() for line in run("info", folder / "x-4.json").stdout.splitlines()]
+    assert ["solver", "ddim"] in lines
+    assert ["model_calls", "4"] in lines
+    assert ["calls", "to", "choose", str(found["origin"]["model_calls"])] in lines
+    assert ["by", "fastsched", fs.__version__] in lines
 
 
 def test_info_of_a_network_with_a_long_table_stays_short(tmp_path):
@@ -52,8 +56,12 @@ def test_info_writes_infinity_so_that_json_can_be_read(tmp_path):
 
 def test_info_of_neither_is_an_error(tmp_path):
     (tmp_path / "a.bin").write_text("neither")
-    assert "is not a whole safetensors file" in one_line(run("info", tmp_path / "a.bin"))
+    for name in ("a.bin", "missing"):
+        assert "must be statistics (.safetensors), a schedule (.json) or" in one_line(run("info", tmp_path / name))
+    (tmp_path / "a.safetensors").write_text("neither")
+    assert "is not a whole safetensors file" in one_line(run("info", tmp_path / "a.safetensors"))
     assert "no such statistics file" in one_line(run("info", tmp_path / "b.safetensors"))
+    assert "no such schedule file" in one_line(run("info", tmp_path / "b.json"))
 
 
 def test_solvers_lists_all_with_their_calls():

@@ -56,6 +56,16 @@ def test_wide_and_narrow_data_pass(oracle):
         check(denoiser)
 
 
+def test_a_small_network_in_the_plane_passes_with_a_warning():
+    """An error of 7% at sigma 157, as small networks make, is 11 in the denoised sample; two elements tell no size."""
+    table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    exact = exact_denoisers(fs.oracles.Gaussian(0.2, (2,)), table)["epsilon"]
+    wrong = lambda x, t: exact.network(x, t) + torch.where(t > 800, 0.07, 0.0).reshape(-1, 1)
+    denoiser = fs.Denoiser.from_epsilon(wrong, table)
+    with pytest.warns(UserWarning, match="the denoised sample is 11"):
+        check(denoiser, (2,))
+
+
 def digits():
     return MODELS["digits"]().denoiser
 
