@@ -18,8 +18,8 @@ import torch
 from fastsched.measurement.path_following import Measurement
 
 #: States of a path on the device beside what is kept: the noise, the solver's history, two levels' states and outputs,
-#: the network's copy of its input, its output, and sums. Counted by allocators: 13 or 14.
-WORKING = 15
+#: the network's copy of its input, its output, and sums. Counted by allocators: 12.
+WORKING = 13
 
 #: The fraction of a device's free memory that kept vectors may take unasked; the rest is for the network.
 FRACTION = 0.5
