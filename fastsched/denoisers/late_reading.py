@@ -80,7 +80,7 @@ class Verdicts:
             exact = torch.float32 if device.type == "mps" else torch.float64
             vectors = [(values.to(exact), judge) for values, judge in noted if values.device == device]
             vector = torch.cat([values for values, _ in vectors])
-            self._sent.append((LateReading(vector), vector, [(len(values), judge) for values, judge in vectors]))
+            self._sent.append((LateReading(vector), vector, [(values.numel(), judge) for values, judge in vectors]))
         while self._sent and self._sent[0][0].ready:
             reading, _, judges = self._sent.pop(0)
             _judge(reading.values(), judges)
