@@ -66,7 +66,7 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
         check_writable(batches.file)
     seeds = batches.seeds if found is None else batches.seeds[~torch.isin(batches.seeds, found.seeds)]
     run, batches = _within_memory(run, batches, len(seeds))
-    whole, kept = _with_room(run, batches, found, len(seeds))
+    whole = found
     with (
         unchanged_buffers(run.denoiser.network),
         progress_bar(run.calls * len(seeds), batches.progress, "measuring") as advance,
@@ -74,6 +74,7 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
         try:
             mark, spent, asked = _identified(run, batches, found, seeds)
             origin = origin_now(network_name(run.denoiser.network), mark)
+            whole, kept = _with_room(run, batches, found, len(seeds))  # not beside the questions' answers
             for part_seeds in seeds.split(batches.size):
                 if not len(part_seeds):
                     break

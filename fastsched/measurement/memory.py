@@ -22,6 +22,9 @@ from fastsched.measurement.path_following import Measurement
 #: the network's copy of its input, its output, and sums. Counted by allocators: 12.
 WORKING = 13
 
+#: States on the CPU that the questions of ``checks=True`` hold until their last is asked.
+ASKED = 7
+
 #: The fraction of a device's free memory that kept vectors may take unasked; the rest is for the network.
 FRACTION = 0.5
 
@@ -64,7 +67,7 @@ def need(
     """
     state = 4 * elements
     device, rows = WORKING * paths * state, run.rows * paths * state
-    cpu = 2 * samples * state  # the ends, and a copy when batches are joined
+    cpu = (2 * samples + ASKED) * state  # the ends, and a copy when batches are joined
     held = run.vectors * samples * state if run.keep_vectors else 0
     copies = 3 if saved else 1
     cpu += held * copies

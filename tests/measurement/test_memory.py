@@ -42,7 +42,7 @@ def peak_on_cpu(run):
 def test_a_path_takes_the_states_that_are_documented(keep):
     """At most 2.4 N float32 states, the output of the network among them, and no more than was predicted."""
     d, levels = 250_000, 48
-    options = {"levels": levels, "samples": 1, "keep_increments": keep, "progress": False, "checks": False}
+    options = {"levels": levels, "samples": 1, "keep_increments": keep, "progress": False}
     peak = peak_on_cpu(lambda: fs.measure(denoiser_of(), (d,), **options))
     run = measurement_of(denoiser_of(), denoiser_of().levels(levels), keep_increments=keep, store="device")
     predicted = memory.need(run, 1, 1, d).cpu
