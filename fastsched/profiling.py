@@ -69,17 +69,20 @@ class StepTimes:
         Args:
             name: What was run.
             run: The run.
-            steps: Of how many steps fractions are said: those before the last two, in which a measurement ends, stand
-                for all the others. Those of the run when None.
+            steps: Of how many steps fractions are said: the last two, in which a measurement ends, and the median of
+                those before as often as it takes. Those of the run when None.
         """
         used = run.steps[1:] if len(run.steps) > 1 else run.steps
         waits = None if run.synchronisations is None else float(np.median(run.synchronisations))
         totals = np.array([sum(step.values()) for step in used])
-        weights = np.ones(len(used))
-        if steps is not None and len(used) > 2:
-            weights[:-2] = (steps - 2) / (len(used) - 2)
-        whole = max(float(weights @ totals), 1e-12)
-        part = lambda owner: float(weights @ [step.get(owner, 0.0) for step in used]) / whole
+        early, late = (used, []) if steps is None else (used[:-2], used[-2:])
+        typical, times = (np.mean, len(early)) if steps is None else (np.median, steps - 2)
+        spent = lambda owner: [step.get(owner, 0.0) for step in early] or [0.0]
+        sums = {
+            owner: times * float(typical(spent(owner))) + sum(step.get(owner, 0.0) for step in late)
+            for owner in dict.fromkeys(owner for step in used for owner in step)
+        }
+        part = lambda owner: sums.get(owner, 0.0) / max(sum(sums.values()), 1e-12)
         p50, p95 = (float(np.percentile(totals, p)) * 1e3 for p in (50, 95))
         return cls(name, p50, p95, part("network"), part("scheduler"), part("rest"), waits)
 
