@@ -122,6 +122,8 @@ class VariancePreserving(NoiseProcess):
 
     alphas_cumprod: tuple[float, ...] = field(repr=False)
     integer_timesteps: bool = False
+    _levels: Tensor = field(init=False, repr=False, compare=False)
+    _logs: Tensor = field(init=False, repr=False, compare=False)
     kind: ClassVar[str] = "vp"
 
     def __post_init__(self) -> None:
@@ -134,13 +136,15 @@ class VariancePreserving(NoiseProcess):
                 "alphas_cumprod must descend strictly from below 1 to above 0 (or 0 at the last timestep); "
                 "pass the cumulative products, in order of timestep, not the betas"
             )
-        object.__setattr__(self, "alphas_cumprod", tuple(values.tolist()))
+        levels = ((1 - values) / values).sqrt()
+        found = {"alphas_cumprod": tuple(values.tolist()), "_levels": levels, "_logs": levels.log()}
+        for name, value in found.items():  # every call of the network reads the logarithms
+            object.__setattr__(self, name, value)
 
     @property
     def trained_levels(self) -> Tensor:
         """``s_t = sqrt((1 - abar_t) / abar_t)`` for ``t = 0 .. T-1``, ascending, [T] float64."""
-        abar = torch.tensor(self.alphas_cumprod, dtype=torch.float64)
-        return ((1 - abar) / abar).sqrt()
+        return self._levels.clone()
 
     @property
     def s_min(self) -> float:
@@ -158,7 +162,7 @@ class VariancePreserving(NoiseProcess):
 
     def timestep(self, s: Tensor) -> Tensor:
         # in torch throughout: inside torch.func.jvp no tensor becomes an array
-        logs = self.trained_levels.log().to(s.device)
+        logs = self._logs.to(s.device)
         position = s.detach().to(torch.float64).log().clamp_min(logs[0])
         last = int(logs.isfinite().sum()) - 1
         above = torch.searchsorted(logs[: last + 1].contiguous(), position.contiguous()).clamp(1, max(last, 1))

@@ -17,10 +17,10 @@ from fastsched.denoisers.late_reading import Verdicts
 from fastsched.diffusers.conventions import class_of, describe, own_scheduler
 from fastsched.diffusers.step_checks import (
     check_copies,
-    check_finite,
     check_first_latents,
     check_options,
     check_output,
+    check_sampled,
     check_scaling,
     check_timestep,
     check_unchanged,
@@ -206,7 +206,9 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             )
         self._clear()
         self._device, self.mu = device, mu
+        self._parameters = inspect.signature(getattr(diffusers, self.config["scheduler_class"]).step).parameters
         self._levels = self.measured_levels(count)
+        self._scales = self.convention.input_scale(self._levels).tolist()
         # An early level, to detect what starts or ends midway, but one at which the conditioning matters.
         self._repeated = max(1, len(self._levels) // 8)
         repeated = self._levels[self._repeated : self._repeated + 1]
@@ -283,18 +285,17 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         model_output = output_of_tokens(model_output, timestep, kwargs, self._verdicts)
         output = self.convention.raw_output(model_output, sample.shape[1])
         check_output(output, sample)
-        wrong = f"the network returned NaN or inf at timestep {float(self._names[self._index]):g}"
-        check_finite(output, wrong, self._verdicts)
+        name = f"timestep {float(self._names[self._index]):g}"
+        self._verdicts.note_finite(output, lambda: f"the network returned NaN or inf at {name}")
         if seen is not None:
             self._check_seen(seen, output, sample)
         check_copies(output, self._copies, self._verdicts)
-        # A copy, because the network may return the same buffer at every call.
-        following = self._next(output.chunk(self._copies)[0].clone(), sample.chunk(self._copies)[0])
+        self._verdicts.settle(wait=False)
+        following = self._next(output.chunk(self._copies)[0], sample.chunk(self._copies)[0]).to(sample.dtype)
         self._index += 1
         self._advance(len(sample) // self._copies)
-        following = torch.cat([following.to(sample.dtype)] * self._copies)
-        # The pipeline may write into what it is given, so it gets a copy.
-        self._returned, given = following, following.clone()
+        self._returned = following if self._copies == 1 else torch.cat([following] * self._copies)
+        given = self._returned.clone()  # the pipeline may write into what it is given
         return CalibrationOutput(given, given, given) if return_dict else (given, given)
 
     def __len__(self) -> int:
@@ -340,7 +341,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._run = with_store(run, len(sample), sample[0].numel())
         before = int(self.config["samples_before"])
         seeds = sample_seeds(int(self.config["seed"]), before + len(sample))
-        self._steps = measurement_steps(self._run, seeds[-len(sample) :], tuple(sample.shape[1:]))
+        shape = tuple(sample.shape[1:])
+        self._steps = measurement_steps(self._run, seeds[-len(sample) :], shape, verdicts=self._verdicts)
         return self._input(*next(self._steps))
 
     def _send(self, output: Tensor) -> Tensor:
@@ -348,7 +350,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         assert self._steps is not None
         assert self._returned is not None
         if self._index == 1 + self._repeated:
-            self._repeat = (output, self._returned.chunk(self._copies)[0])
+            self._repeat = (output.clone(), self._returned.chunk(self._copies)[0].clone())
         try:
             return self._input(*self._steps.send(output))
         except StopIteration as finished:
@@ -365,13 +367,12 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         return self._measured_paths.ends.to(output.device)
 
     def _input(self, x: Tensor, k: int) -> Tensor:
-        wrong = f"the measurement overflows at timestep {float(self._names[1 + k]):g}; {UNALIKE}"
-        check_finite(x, wrong, self._verdicts)
-        return float(self.convention.input_scale(self._levels[k])) * x
+        name = f"timestep {float(self._names[1 + k]):g}"
+        self._verdicts.note_finite(x, lambda: f"the measurement overflows at {name}; {UNALIKE}")
+        return x if self._scales[k] == 1.0 else self._scales[k] * x
 
     def _check(self, timestep: Any, sample: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kind = getattr(diffusers, self.config["scheduler_class"])
-        check_options(inspect.signature(kind.step).parameters, args, kwargs)
+        check_options(self._parameters, args, kwargs)
         check_timestep(self._index, self._names, timestep, self._verdicts)
         if self._returned is None:
             check_scaling(self.convention, self.config["scheduler_class"], self._scales_input)
@@ -390,26 +391,21 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         index, n, size = self._index, len(self._levels), sample.numel()
         level = [0, *self._queries, self._repeated][index]
         found, resolve = observed(seen, output)
-        still = torch.zeros(1, device=output.device)
-        kept = overwritten(seen, sample) if index > 0 and self._copies == 1 else still
-        if 0 < index <= n:
-            self._still = (output == 0) & (True if self._still is None else self._still)
-            still = self._still.sum().reshape(1) if index == n else still
 
         def judge(values: Tensor) -> None:
-            wrong = self._consistency.check(index, level, *resolve(values[:-2]))
+            wrong = self._consistency.check(index, level, *resolve(values))
             if wrong is not None:
                 raise ValueError(f"{wrong}; {UNALIKE}")
-            count, unmoved = (int(value) for value in values[-2:])
-            count = count or (unmoved if unmoved < size else 0)
-            if count > 0:
-                raise ValueError(
-                    f"the pipeline keeps {count} of {size} elements of the latents for itself (a first frame or a "
-                    "mask?), so the schedule would be chosen for values that are not sampled; measure its network on "
-                    "the others (fastsched.measure)"
-                )
 
-        self._verdicts.note(torch.cat([found, kept.to(found), still.to(found)]), judge)
+        self._verdicts.note(found, judge)
+        kept = overwritten(seen, sample) if index > 0 and self._copies == 1 else None
+        if kept is not None:
+            check_sampled(kept, 0.99, size, self._verdicts)
+        if 0 < index <= n:
+            zero = output == 0
+            self._still = zero if self._still is None else self._still.logical_and_(zero)
+            if index == n:
+                check_sampled(self._still.sum(), 1.0, size, self._verdicts)
 
     def _check_repeat(self, first: Tensor, output: Tensor) -> None:
         change = float((output.float() - first.float()).norm() / first.float().norm().clamp_min(1e-30))

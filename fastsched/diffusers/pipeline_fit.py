@@ -348,6 +348,7 @@ class StartFromNoise:
                 raise ValueError(f"{wrong}; {UNALIKE}")
 
         self._verdicts.note(found, judge)
+        self._verdicts.settle(wait=False)
 
     def _prepare(self, *args: Any, **kwargs: Any) -> None:
         self._arguments = args, kwargs

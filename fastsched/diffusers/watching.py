@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastsched.diffusers.formula import NOT_LINEAR, Formula, part_like, products_of
+from fastsched.diffusers.step_checks import differing
 
 #: Names of numbers that follow the level or the step, and so differ between steps in every pipeline.
 PROGRESS = ("time", "step", "sigma", "index", "progress", "temb")
@@ -274,22 +275,14 @@ class Consistency:
         return None
 
 
-def overwritten(step: Step, latents: Tensor) -> Tensor:
-    """How many elements of ``latents`` [B, *shape] the pipeline replaced in its networks' input, [1] float32.
+def overwritten(step: Step, latents: Tensor) -> Tensor | None:
+    """How many elements of ``latents`` [B, *shape] the pipeline replaced in each of its networks' inputs, [n].
 
     Inputs are compared if they have the latents' shape, or repeat them along the batch or extend them along one other
-    dimension. 0 if none can be compared, or all elements differ (the pipeline scales its input).
+    dimension; None if there are none. Where all elements differ, the pipeline scales its input.
     """
-    found = torch.full((1,), float("inf"), device=latents.device)
-    for given in step.inputs:
-        part = part_like(given, latents)
-        if part is None:
-            continue
-        reference = latents.float()
-        slack = 0.02 * reference.abs() + 1e-3 * reference.square().mean().sqrt()
-        wrong = ((part.to(latents.device).float() - reference).abs() > slack).sum()
-        found = torch.minimum(found, wrong.float())
-    return torch.where(found > 0.99 * latents.numel(), 0.0, found)
+    parts = [part for given in step.inputs if (part := part_like(given, latents)) is not None]
+    return torch.stack([differing(part.to(latents.device), latents, 0.02) for part in parts]) if parts else None
 
 
 def _other_formula(known: Formula | None, found: Formula | None) -> str | None:
@@ -317,8 +310,10 @@ def _facts(name: str, value: Any) -> dict[str, Any]:
     if _is_number(value):
         return {name: value}
     if isinstance(value, Tensor):
-        numbers = value.detach().float() if not value.is_complex() else torch.view_as_real(value.detach()).float()
-        sums = torch.stack([numbers.sum(), numbers.abs().sum()])
+        numbers = torch.view_as_real(value.detach()) if value.is_complex() else value.detach()
+        numbers = numbers if numbers.is_floating_point() else numbers.float()
+        exact = torch.promote_types(numbers.dtype, torch.float32)
+        sums = torch.stack([numbers.sum(dtype=exact), torch.linalg.vector_norm(numbers, 1, dtype=exact)])
         return {name: (tuple(value.shape), *sums.tolist()) if sums.device.type == "cpu" else (tuple(value.shape), sums)}
     if isinstance(value, dict):
         return {key: fact for k, v in value.items() for key, fact in _facts(f"{name}.{k}", v).items()}

@@ -223,7 +223,7 @@ def check_network(
         raise ValueError(f"the network is in training mode, with an active {layer}: call network.eval() first")
     ask = Questions(denoiser, shape, device, dtype)
     levels = denoiser.levels(3) if s is None else s
-    pair = noise_of(torch.tensor([seed, seed + ELSEWHERE]), shape).double()
+    pair = noise_of(torch.tensor([seed, seed + ELSEWHERE]), shape)
     ask.top = _Top(float(levels[0]), pair, 2 if batch == 1 else 1)
     ask.top.ask(ask)
     try:
@@ -238,8 +238,8 @@ def _check_denoiser(ask: Questions, low: float) -> None:
     """Ask what is left to ask before the measurement, and compare the answers with those of a denoiser."""
     noise = noise_of(torch.tensor([0, 2]), ask.shape).double()
     first, second = ask.between(1 / 3), ask.between(2 / 3)
-    ask.middle, x0 = ask.raw(noise[:1], first)
-    ask.fingerprint = projections(ask.middle)
+    middle, x0 = ask.raw(noise[:1], first)
+    ask.middle, ask.fingerprint = middle.float(), projections(middle)
     if first != second:
         x0 = ask.denoised(second * (noise[:1] + (1 / second - 1 / first) * x0), second)
     if torch.equal(ask.top.raw[0], ask.top.raw[1]) and torch.equal(ask.top.raw[:1], ask.middle):
@@ -292,7 +292,7 @@ class _Top:
     def ask(self, ask: Questions) -> None:
         """Ask for the first time."""
         raw, denoised = zip(*(ask.raw(part, self.level) for part in self.noise.split(self.size)), strict=True)
-        self.raw, self.denoised = torch.cat(raw), torch.cat(denoised)
+        self.raw, self.denoised = torch.cat(raw).float(), torch.cat(denoised).float()  # held while paths are followed
 
     def asked(self, ask: Questions, size: int | None = None) -> Tensor:
         """Ask once more, ``size`` at once; returns ``R``."""

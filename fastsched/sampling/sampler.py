@@ -172,9 +172,10 @@ def integration(
                 return denoised
             history = [(start, denoised), *history]
             weights = method.end_weights([node for node, _ in history], end)
-            return sum(number(b) * slope for b, slope in zip(weights, _slopes(history), strict=True))
+            first, *others = [number(b) for b in weights]
+            return _plus(first * denoised, others, _slopes(history)[1:])
         if from_pure_noise(method, start):
-            y_before, y = y, y + number(end.rho - start.rho) * denoised
+            y_before, y = y, _plus(y, [number(end.rho - start.rho)], [denoised])
             continue
         newest = _slope(method, start, y, denoised, number)
         if method.corrector is not None and history:
@@ -185,7 +186,7 @@ def integration(
         slopes = _slopes(history)
         if method.stage is not None:
             stage = method.stage(start, end)
-            predicted = y + number(stage.rho - start.rho) * denoised
+            predicted = _plus(y, [number(stage.rho - start.rho)], [denoised])
             ahead = yield predicted, 1 / stage.rho
             slopes = [_slope(method, stage, predicted, ahead, number), *slopes]
         weights = method.weights([node for node, _ in history], end)
@@ -202,9 +203,17 @@ def _step(
     slopes: Sequence[Any],
     number: Callable[[Any], Any],
 ) -> Any:
-    mean = sum(number(b) * slope for b, slope in zip(weights, slopes, strict=True))
     scale = number(step_scale(method, start, end))
-    return y + scale * mean if method.variable == "rho" else (1 - scale) * y + scale * mean
+    kept = y if method.variable == "rho" else (1 - scale) * y
+    return _plus(kept, [scale * number(b) for b in weights], slopes)
+
+
+def _plus(y: Any, factors: Sequence[Any], states: Sequence[Any]) -> Any:
+    """``y + sum_n factors[n] states[n]``; of images in one pass over memory a term."""
+    add = torch.add if isinstance(y, Tensor) else lambda y, state, alpha, out: y + alpha * state
+    for n, (factor, state) in enumerate(zip(factors, states, strict=True)):
+        y = add(y, state, alpha=factor, out=y if n else None)
+    return y
 
 
 def _slopes(history: Sequence[tuple[Node, Any]]) -> list[Any]:
@@ -212,4 +221,4 @@ def _slopes(history: Sequence[tuple[Node, Any]]) -> list[Any]:
 
 
 def _slope(method: Solver, node: Node, y: Any, denoised: Any, number: Callable[[Any], Any]) -> Any:
-    return denoised if method.variable == "rho" else y - denoised / number(node.tau)
+    return denoised if method.variable == "rho" else _plus(y, [-1 / number(node.tau)], [denoised])
