@@ -222,7 +222,7 @@ def solver_of(scheduler: Any, steps: int | None = None) -> str | None:
     """The solver of fastsched that ``scheduler``, as it is set, is equal to; None if there is none.
 
     tests/diffusers/test_table.py compares the two for every class. With fewer than 15 ``steps`` (or None) a class of
-    third order may use second order in its last step but one, and then equals none. Of a `FittedScheduler` it is
+    third order may use second order in its last step but one. Of a `FittedScheduler` it is
     that of the pipeline's own scheduler.
     """
     scheduler = own_scheduler(scheduler)
@@ -233,16 +233,16 @@ def solver_of(scheduler: Any, steps: int | None = None) -> str | None:
         if config.algorithm_type != "dpmsolver++":
             return None
         if config.solver_order == 3:
-            return None if lowered else "dpmpp_3m"
+            return "dpmpp_3m_lowered" if lowered else "dpmpp_3m"
         if config.solver_order == 1:
             return "ddim"
         return "dpmpp_2m" if config.solver_type == "midpoint" else None
     if "DEISMultistepScheduler" in names:
         if config.solver_order == 1:
             return "ddim"
-        if config.get("use_flow_sigmas") or (config.solver_order == 3 and lowered):
+        if config.get("use_flow_sigmas"):
             return None
-        return f"deis_{config.solver_order}"
+        return "deis_3_lowered" if config.solver_order == 3 and lowered else f"deis_{config.solver_order}"
     if "UniPCMultistepScheduler" in names:
         return _unipc_of(config)
     if names & {"FlowMatchEulerDiscreteScheduler"} and config.get("stochastic_sampling"):
@@ -258,10 +258,9 @@ def _unipc_of(config: Any) -> str | None:
         return None
     if config.solver_order == 1:
         return None  # its corrector is a predictor of second order
-    if config.solver_order == 3 and config.lower_order_final:  # its last step but one is of second order
-        return None
     variant = {"bh1": "unipc_bh1", "bh2": "unipc"}[config.solver_type]
-    return {2: variant, 3: f"{variant}_3"}.get(config.solver_order)
+    third = f"{variant}_3_lowered" if config.lower_order_final else f"{variant}_3"  # at any number of steps
+    return {2: variant, 3: third}.get(config.solver_order)
 
 
 def _pipeline_network(x: Tensor, condition: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ def integration(
             known = [node for node, _ in history]
             weights, slopes = method.corrector(known, start), [newest, *_slopes(history)]
             y = _step(method, weights, y_before, known[0], start, slopes, number)
-        history = [(start, newest), *history][: method.history + 1]
+        history = [(start, newest), *history][: method.history_of(n, len(nodes) - 1) + 1]
         slopes = _slopes(history)
         if method.stage is not None:
             stage = method.stage(start, end)
