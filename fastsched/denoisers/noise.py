@@ -74,7 +74,7 @@ class NoiseProcess:
 
     def to_dict(self) -> dict[str, Any]:
         """What `process_from_dict` needs, in JSON types."""
-        return {"kind": self.kind, **vars(self)}
+        return {"kind": self.kind, **{name: value for name, value in vars(self).items() if not name.startswith("_")}}
 
 
 @dataclass(frozen=True)

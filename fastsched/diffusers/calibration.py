@@ -30,7 +30,7 @@ from fastsched.diffusers.step_checks import (
 from fastsched.diffusers.watching import Consistency, PipelineWatch, Step, observed, overwritten
 from fastsched.measurement.deviated_paths import deviated_paths, queries
 from fastsched.measurement.measuring import measured_levels
-from fastsched.measurement.memory import with_store
+from fastsched.measurement.memory import check_call, with_store
 from fastsched.measurement.path_following import Measurement, Query, measurement_steps
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.random_streams import sample_seeds
@@ -339,6 +339,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         paths = deviated_paths(len(self._levels))
         run = Measurement(denoiser, self._levels, sample.device, dtype, paths, keep)
         self._run = with_store(run, len(sample), sample[0].numel())
+        check_call(self._run, len(sample), sample[0].numel())
         before = int(self.config["samples_before"])
         seeds = sample_seeds(int(self.config["seed"]), before + len(sample))
         shape = tuple(sample.shape[1:])

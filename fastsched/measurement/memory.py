@@ -142,6 +142,21 @@ def paths_at_once(
     return fits
 
 
+def check_call(run: Measurement, paths: int, elements: int) -> None:
+    """Check that there is memory for as many paths as a pipeline's call has images.
+
+    Raises:
+        MemoryError: If there is not; the message says what to lower.
+    """
+    lacking = _lacking(run, need(run, paths, paths, elements))
+    if lacking:
+        device, size, free = lacking[0]
+        raise MemoryError(
+            f"not enough memory: measuring {paths} images a call on {len(run.s)} levels takes {_size(size)} on "
+            f"{device}, where {_size(free)} are free; lower prompts_per_call or the images of a call, then levels"
+        )
+
+
 def explained(run: Measurement, paths: int, samples: int, elements: int) -> str:
     """The error message for a measurement that ran out of memory."""
     return (

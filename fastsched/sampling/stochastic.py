@@ -84,9 +84,10 @@ def sample_stochastic(
             width = math.log(start / end)
             slope = denoised
             if solver == "sde_dpmpp_2m" and before is not None and math.isfinite(width_before):
-                slope = denoised + width / (2 * width_before) * (denoised - before)
+                slope = torch.add(denoised, denoised - before, alpha=width / (2 * width_before))
             keep, pull, fresh = (_sde_dpmpp if solver == "sde_dpmpp_2m" else _ancestral)(width, end, eta)
-            y = keep * y + pull * slope + fresh * sent(normal(streams, y.shape[1:]), y.device).to(y.dtype)
+            y = (keep * y).add_(slope, alpha=pull)
+            y.add_(sent(normal(streams, y.shape[1:]), y.device), alpha=fresh)
             before, width_before = denoised, width
     verdicts.settle()
     return levels[-1] * y
