@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsched.diffusers.conventions import ANGLE, Convention, check_pipe, class_names, describe, own_scheduler, visited
+from fastsched.diffusers.conventions import Convention, check_pipe, class_names, describe, own_scheduler, visited
 from fastsched.diffusers.exporter import (
     NOTHING,
     Export,
@@ -247,7 +247,7 @@ def _by_assignment(schedule: Schedule, scheduler: Any, convention: Convention) -
         has_history = any(hasattr(target, name) for name in HISTORIES)
         if has_history or "order" in inspect.signature(type(target).step).parameters:
             FirstOrderEnd(target).put()
-        if names.intersection(ANGLE):
+        if convention.angle:
             target.betas = convention.process.sigma(sigmas).float()
             target.alphas = convention.process.alpha(sigmas).float()
             target.timesteps = timesteps.to(target.timesteps)

@@ -205,7 +205,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
                 f"num_inference_steps must be a multiple of 4, twice the number of levels, at least 8, got {steps}"
             )
         self._clear()
-        self._device, self.mu = device, mu
+        self.mu = mu
         self._parameters = inspect.signature(getattr(diffusers, self.config["scheduler_class"]).step).parameters
         self._levels = self.measured_levels(count)
         self._scales = self.convention.input_scale(self._levels).tolist()

@@ -26,67 +26,47 @@ from torch import Tensor
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.noise import FlowMatching, NoiseProcess, VarianceExploding, VariancePreserving
 
-#: Classes that step ``z = x / alpha`` and scale it down to ``x`` for the network.
-SCALED_VP = (
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "DPMSolverSDEScheduler",
-)
-#: Classes that step ``x`` itself and use integer timesteps.
-PLAIN_VP = (
-    "DDIMScheduler",
-    "DDIMParallelScheduler",
-    "DDPMScheduler",
-    "DDPMParallelScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "DEISMultistepScheduler",
-    "UniPCMultistepScheduler",
-    "SASolverScheduler",
-    "PNDMScheduler",
-    "LCMScheduler",
-    "TCDScheduler",
-    "CogVideoXDDIMScheduler",
-    "CogVideoXDPMScheduler",
-)
-FLOW = (
-    "FlowMatchEulerDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler",
-    "FlowMatchLCMScheduler",
-    "FlowMapEulerDiscreteScheduler",
-    "LTXEulerAncestralRFScheduler",
-)
-EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
-#: Classes whose timesteps are the angle ``2/pi atan(s)`` of ``alpha = cos``, ``sigma = sin`` (Dance Diffusion).
-ANGLE = ("IPNDMScheduler",)
-KNOWN = SCALED_VP + PLAIN_VP + FLOW + EDM + ANGLE
+#: The classes that are known: each with its family, and the solver of fastsched that it is with any settings, if one.
+#: Families: ``scaled`` steps ``z = x / alpha`` and scales it down to ``x`` for the network; ``vp`` steps ``x`` itself
+#: and uses integer timesteps; ``angle`` has the timesteps ``2/pi atan(s)`` of ``alpha = cos``, ``sigma = sin`` (Dance
+#: Diffusion).
+SCHEDULERS: dict[str, tuple[str, str | None]] = {
+    "EulerDiscreteScheduler": ("scaled", "ddim"),
+    "EulerAncestralDiscreteScheduler": ("scaled", None),
+    "HeunDiscreteScheduler": ("scaled", "heun"),
+    "LMSDiscreteScheduler": ("scaled", "lms"),
+    "KDPM2DiscreteScheduler": ("scaled", "dpm_2"),
+    "KDPM2AncestralDiscreteScheduler": ("scaled", None),
+    "DPMSolverSDEScheduler": ("scaled", None),
+    "DDIMScheduler": ("vp", "ddim"),
+    "DDIMParallelScheduler": ("vp", "ddim"),
+    "DDPMScheduler": ("vp", None),
+    "DDPMParallelScheduler": ("vp", None),
+    "DPMSolverMultistepScheduler": ("vp", None),
+    "DPMSolverSinglestepScheduler": ("vp", None),
+    "DEISMultistepScheduler": ("vp", None),
+    "UniPCMultistepScheduler": ("vp", None),
+    "SASolverScheduler": ("vp", None),
+    "PNDMScheduler": ("vp", None),
+    "LCMScheduler": ("vp", None),
+    "TCDScheduler": ("vp", None),
+    "CogVideoXDDIMScheduler": ("vp", "ddim"),
+    "CogVideoXDPMScheduler": ("vp", None),
+    "FlowMatchEulerDiscreteScheduler": ("flow", "ddim"),
+    "FlowMatchHeunDiscreteScheduler": ("flow", "heun"),
+    "FlowMatchLCMScheduler": ("flow", None),
+    "FlowMapEulerDiscreteScheduler": ("flow", "ddim"),
+    "LTXEulerAncestralRFScheduler": ("flow", None),
+    "EDMEulerScheduler": ("edm", "ddim"),
+    "EDMDPMSolverMultistepScheduler": ("edm", None),
+    "IPNDMScheduler": ("angle", "ipndm"),
+}
 
 #: Classes whose second network call is at the midpoint in ``log s``, which they list as a timestep too.
 MIDPOINT = ("KDPM2DiscreteScheduler", "DPMSolverSDEScheduler")
 
 #: Below this many steps, some classes of third order use second order in the last step but one.
 FEW_STEPS = 15
-
-#: Classes that are one of fastsched's solvers with any settings.
-SAME_SOLVER = {
-    "ddim": (
-        "EulerDiscreteScheduler",
-        "EDMEulerScheduler",
-        "DDIMScheduler",
-        "DDIMParallelScheduler",
-        "CogVideoXDDIMScheduler",
-        "FlowMatchEulerDiscreteScheduler",
-        "FlowMapEulerDiscreteScheduler",
-    ),
-    "heun": ("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
-    "dpm_2": ("KDPM2DiscreteScheduler",),
-    "lms": ("LMSDiscreteScheduler",),
-    "ipndm": ("IPNDMScheduler",),
-}
 
 #: diffusers' ``prediction_type`` to the names used by `fastsched.Denoiser`.
 PREDICTIONS = {
@@ -177,20 +157,19 @@ def describe(scheduler: Any) -> Convention:
     if isinstance(scheduler, type) or not (hasattr(scheduler, "config") and hasattr(scheduler, "step")):
         what = scheduler.__name__ if isinstance(scheduler, type) else type(scheduler).__name__
         raise TypeError(f"scheduler must be a scheduler of diffusers, as pipe.scheduler is, got {what}")
-    names = class_names(scheduler)
-    if "FittedScheduler" in names:  # of this package, whose module imports this one
+    if "FittedScheduler" in class_names(scheduler):  # of this package, whose module imports this one
         return scheduler.convention
-    if names.intersection(EDM):
+    family, _ = _known(scheduler)
+    if family == "edm":
         return _edm(scheduler)
-    if names.intersection(ANGLE):
+    if family == "angle":
         return _angle(scheduler)
-    known_vp = names.intersection(SCALED_VP + PLAIN_VP)
-    if names.intersection(FLOW) or (known_vp and scheduler.config.get("use_flow_sigmas")):
+    if family == "flow" or (family is not None and scheduler.config.get("use_flow_sigmas")):
         return _flow(scheduler)
-    if known_vp:
+    if family is not None:
         if scheduler.config.get("timestep_type", "discrete") == "continuous" and _prediction(scheduler) == "v":
             return _continuous_v(scheduler)
-        return _variance_preserving(scheduler, scaled=bool(names.intersection(SCALED_VP)))
+        return _variance_preserving(scheduler, scaled=family == "scaled")
     raise ValueError(
         f"{type(scheduler).__name__} has a noise process or a way of stepping that fastsched does not support; "
         "DDPM-like, EDM and flow-matching schedulers are supported (docs/schedulers.md lists them)"
@@ -247,10 +226,13 @@ def solver_of(scheduler: Any, steps: int | None = None) -> str | None:
         return _unipc_of(config)
     if names & {"FlowMatchEulerDiscreteScheduler"} and config.get("stochastic_sampling"):
         return None
-    for solver, classes in SAME_SOLVER.items():
-        if names.intersection(classes):
-            return solver
-    return None
+    return _known(scheduler)[1]
+
+
+def _known(scheduler: Any) -> tuple[str | None, str | None]:
+    """The entry in `SCHEDULERS` of a scheduler's class, or of that which it derives from."""
+    classes = (cls.__name__ for cls in type(scheduler).__mro__)
+    return next((SCHEDULERS[name] for name in classes if name in SCHEDULERS), (None, None))
 
 
 def _unipc_of(config: Any) -> str | None:
@@ -346,7 +328,7 @@ def class_of(config: dict[str, Any]) -> str:
     if "_class_name" in config:
         return config["_class_name"]
     entries = {key for key in config if not key.startswith("_")}
-    for name in KNOWN:
+    for name in SCHEDULERS:
         accepted = set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self", "kwargs"}
         if accepted == entries:
             return name

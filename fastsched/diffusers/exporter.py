@@ -22,7 +22,7 @@ from fastsched.denoisers.noise import FlowMatching, VariancePreserving
 from fastsched.diffusers.conventions import Convention, class_names, describe, visited
 from fastsched.diffusers.probe import rounding, scales, trace
 from fastsched.diffusers.replacement import replacement
-from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.schedule import Schedule, is_schedule
 
 #: Largest relative error of a sigma that counts as exact.
 EXACT = 1e-5
@@ -174,8 +174,7 @@ def check_range(schedule: Schedule, convention: Convention, scheduler: Any) -> N
         TypeError: If it is not a `Schedule`.
         ValueError: If it is for another kind or range of levels.
     """
-    if not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule must be a fastsched.Schedule, got {type(schedule).__name__}")
+    is_schedule("schedule", schedule)
     process, name = convention.process, type(scheduler).__name__
     if (schedule.noise == "flow") != isinstance(process, FlowMatching):
         raise ValueError(

@@ -12,9 +12,6 @@ from torch import Tensor
 
 from fastsched import ops
 
-#: Where vectors can be kept: beside the states, or in the host's memory.
-STORES = ("device", "cpu")
-
 
 @dataclass(frozen=True, eq=False)
 class KeptVectors:
@@ -40,7 +37,7 @@ class KeptVectors:
         Args:
             sizes: How many samples, rows and elements.
             device: Where the states are.
-            store: One of `STORES`.
+            store: Where they are kept: ``"device"``, beside the states, or ``"cpu"``, in the host's memory.
             out: Memory on the CPU to use where that is the place and its size is right.
         """
         place = device if store == "device" else torch.device("cpu")

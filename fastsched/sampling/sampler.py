@@ -163,34 +163,31 @@ def integration(
     Returns:
         The denoised sample if the last node is at sigma 0, else ``y`` there.
     """
-    y_before, history = y, []
+    y_before, known, slopes = y, [], []  # the nodes before, newest first, and the slopes there
     for n in range(len(nodes) - 1):
         start, end = nodes[n], nodes[n + 1]
         denoised = yield y, s[n]
         if np.all(end.tau == 0):
             if method.end_weights is None:
                 return denoised
-            history = [(start, denoised), *history]
-            weights = method.end_weights([node for node, _ in history], end)
-            first, *others = [number(b) for b in weights]
-            return _plus(first * denoised, others, _slopes(history)[1:])
+            first, *others = [number(b) for b in method.end_weights([start, *known], end)]
+            return _plus(first * denoised, others, slopes)
         if from_pure_noise(method, start):
             y_before, y = y, _plus(y, [number(end.rho - start.rho)], [denoised])
             continue
         newest = _slope(method, start, y, denoised, number)
-        if method.corrector is not None and history:
-            known = [node for node, _ in history]
-            weights, slopes = method.corrector(known, start), [newest, *_slopes(history)]
-            y = _step(method, weights, y_before, known[0], start, slopes, number)
-        history = [(start, newest), *history][: method.history_of(n, len(nodes) - 1) + 1]
-        slopes = _slopes(history)
+        if method.corrector is not None and known:
+            weights = method.corrector(known, start)
+            y = _step(method, weights, y_before, known[0], start, [newest, *slopes], number)
+        kept = method.history_of(n, len(nodes) - 1) + 1
+        known, slopes = [start, *known][:kept], [newest, *slopes][:kept]
+        used = slopes
         if method.stage is not None:
             stage = method.stage(start, end)
             predicted = _plus(y, [number(stage.rho - start.rho)], [denoised])
             ahead = yield predicted, 1 / stage.rho
-            slopes = [_slope(method, stage, predicted, ahead, number), *slopes]
-        weights = method.weights([node for node, _ in history], end)
-        y_before, y = y, _step(method, weights, y, start, end, slopes, number)
+            used = [_slope(method, stage, predicted, ahead, number), *slopes]
+        y_before, y = y, _step(method, method.weights(known, end), y, start, end, used, number)
     return y
 
 
@@ -214,10 +211,6 @@ def _plus(y: Any, factors: Sequence[Any], states: Sequence[Any]) -> Any:
     for n, (factor, state) in enumerate(zip(factors, states, strict=True)):
         y = add(y, state, alpha=factor, out=y if n else None)
     return y
-
-
-def _slopes(history: Sequence[tuple[Node, Any]]) -> list[Any]:
-    return [slope for _, slope in history]
 
 
 def _slope(method: Solver, node: Node, y: Any, denoised: Any, number: Callable[[Any], Any]) -> Any:
