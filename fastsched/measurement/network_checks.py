@@ -78,7 +78,7 @@ TOP_LEVEL = 4.0
 #: Where the sign of ``v`` or ``F`` is asked for, in units of ``sigma_data`` (1 for ``v``), and how much of the noise
 #: may be left there: a denoiser leaves at most all of it. Right networks stay below 1.03, wrong signs reach 1.5.
 SIGN_LEVEL, NOISE_LEFT = 0.3, 1.1
-#: With fewer elements, how far one sample moves says nothing.
+#: With fewer elements, how far one sample moves says nothing, and its size little: data have 1 then, as VP assumes.
 FEWEST_ELEMENTS = 8
 
 
@@ -335,15 +335,15 @@ def _check_top(ask: Questions, x0: Tensor) -> None:
             f"{where} a denoiser hardly depends on its input, but this one contains {slope:.2g} times the noise: "
             f"{_suspects(denoiser)}"
         )
-    largest = float(top.denoised.square().mean().sqrt())
-    if denoiser.process.kind != "vp" or largest <= DOUBTFUL_SIZE * max(size, 0.1):
+    largest, usual = float(top.denoised.square().mean().sqrt()), max(size, 1.0 if x0.numel() < FEWEST_ELEMENTS else 0.1)
+    if denoiser.process.kind != "vp" or largest <= DOUBTFUL_SIZE * usual:
         return
     finding = (
         f"{where} the denoised sample is {largest:.3g} in size, and {size:.3g} at lower levels: the network is of no "
         "use there. Leave the last entries of the table out (alphas_cumprod[:n]; sigma up to 20 or 160 is usual). If "
         f"the table is right: {_suspects(denoiser)}"
     )
-    if largest > WRONG_SIZE * max(size, 0.1) and x0.numel() >= FEWEST_ELEMENTS:  # of few elements size is chance
+    if largest > WRONG_SIZE * usual:
         raise ValueError(finding)
     warnings.warn(finding, stacklevel=6)
 
