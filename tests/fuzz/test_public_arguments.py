@@ -58,9 +58,9 @@ def no_calls():
     def called(*_, **__):
         raise Called
 
-    before, fs.Denoiser.raw_output = fs.Denoiser.raw_output, called
+    before, fs.Denoiser.borrowed_output = fs.Denoiser.borrowed_output, called
     yield
-    fs.Denoiser.raw_output = before
+    fs.Denoiser.borrowed_output = before
 
 
 @pytest.fixture(scope="module", autouse=True)
