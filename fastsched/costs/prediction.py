@@ -35,9 +35,9 @@ from fastsched.sampling.solvers import FITTED, Solver
 
 #: Weight of deviations that no secant explains. It is about what the answers to them are off by: of what one deviated
 #: path leaves unexplained of the other's deviation, it gets the answer wrong by 0.13 to 0.45 (nine denoisers). Measured
-#: anew for each denoiser and level instead, it gave fits no better. Over six denoisers the schedules chosen with 0.3 had
-#: 0.94 of the typical error of those chosen with 0, and 0.93 of those chosen with 0.6; the rank correlations of 0 and
-#: 0.3 are alike.
+#: anew for each denoiser and level instead, it gave fits no better. Over six denoisers the schedules chosen with 0.3
+#: had 0.94 of the typical error of those chosen with 0, and 0.93 of those chosen with 0.6; the rank correlations of 0
+#: and 0.3 are alike.
 PENALTY = 0.3
 
 
