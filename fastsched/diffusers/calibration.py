@@ -16,11 +16,14 @@ from torch import Tensor
 from fastsched.denoisers.late_reading import Verdicts
 from fastsched.diffusers.conventions import class_of, describe, own_scheduler
 from fastsched.diffusers.step_checks import (
+    UNALIKE,
+    check_beginning,
     check_copies,
     check_finite,
     check_first_latents,
     check_options,
     check_output,
+    check_repeat,
     check_scaling,
     check_timestep,
     check_unchanged,
@@ -34,14 +37,6 @@ from fastsched.measurement.memory import with_store
 from fastsched.measurement.path_following import Measurement, Query, measurement_steps
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.random_streams import sample_seeds
-
-#: Largest relative change of a repeated answer, by what the network computes in.
-REPEATABLE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 5e-3}
-
-UNALIKE = (
-    "the pipeline's output must not depend on the step's number (guidance or control that starts or ends midway) or "
-    "on random numbers (dropout)"
-)
 
 
 def calibration_steps(levels: int) -> int:
@@ -360,9 +355,10 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         """Check the repeated answer, and what is left to check; returns the ends of the paths."""
         self._verdicts.settle()
         assert self._repeat is not None
-        self._check_repeat(self._repeat[0], output)
+        check_repeat(self._repeat[0], output)
+        check_beginning(self._measured_paths)
         self._statistics = self._measured_paths
-        return self._measured_paths.ends.to(output.device)
+        return self._statistics.ends.to(output.device)
 
     def _input(self, x: Tensor, k: int) -> Tensor:
         wrong = f"the measurement overflows at timestep {float(self._names[1 + k]):g}; {UNALIKE}"
@@ -410,11 +406,3 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
                 )
 
         self._verdicts.note(torch.cat([found, kept.to(found), still.to(found)]), judge)
-
-    def _check_repeat(self, first: Tensor, output: Tensor) -> None:
-        change = float((output.float() - first.float()).norm() / first.float().norm().clamp_min(1e-30))
-        if change > REPEATABLE.get(output.dtype, 1e-3):
-            raise ValueError(
-                f"the same latents and timestep were answered {change:.2%} differently at the end of the run than at "
-                f"its beginning; {UNALIKE}"
-            )

@@ -233,6 +233,29 @@ def test_a_network_that_skips_layers_at_some_steps_is_refused():
         measured(pipe)
 
 
+class Warming(OracleUNet):
+    """Answers its first calls by a part of its answer, as a cache that is filled late does."""
+
+    def answer_for(self, scheduler, oracle, calls, part):
+        self.left, self.part = calls, part
+        return super().answer_for(scheduler, oracle)
+
+    def forward(self, sample, timestep, **kwargs):
+        self.left -= 1
+        output = super().forward(sample, timestep, **kwargs)[0]
+        return (output * self.part if self.left >= 0 else output,)
+
+
+@pytest.mark.parametrize("scheduler", [euler(), diffusers.FlowMatchEulerDiscreteScheduler()], ids=["vp", "flow"])
+@pytest.mark.parametrize("part", [0.5, 0.94])
+@pytest.mark.parametrize("calls", [2, 3])  # the first is that of the pipeline's own latents, of which nothing is used
+def test_a_network_that_answers_its_first_calls_otherwise_is_refused(scheduler, part, calls):
+    pipe = OraclePipeline(Warming().answer_for(scheduler, mixture(), calls, part), scheduler)
+    with pytest.raises(ValueError, match=f"between levels {calls - 2} and {calls - 1}.*a cache that is filled late"):
+        measured(pipe)
+    assert measured(pipe).samples == 2
+
+
 def test_nothing_of_the_watch_is_left_behind():
     pipe = oracle_pipeline(euler(), mixture())
     measured(pipe)
