@@ -16,6 +16,7 @@ from torch import Tensor
 from fastsched.denoisers.late_reading import Verdicts
 from fastsched.diffusers.conventions import class_of, describe, own_scheduler
 from fastsched.diffusers.step_checks import (
+    KEEPS,
     UNALIKE,
     check_beginning,
     check_copies,
@@ -28,6 +29,7 @@ from fastsched.diffusers.step_checks import (
     check_timestep,
     check_unchanged,
     doubled,
+    held_at_zero,
     output_of_tokens,
 )
 from fastsched.diffusers.watching import Consistency, PipelineWatch, Step, observed, overwritten
@@ -71,14 +73,14 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     That is ``2 N`` steps for an even number of levels (`calibration_steps`).
 
     Every step is checked: the pipeline must start from unit noise, pass on the latents unchanged, and give ``step`` no
-    argument that changes its meaning. `fastsched.diffusers.measure` also watches the pipeline's networks
+    argument that changes its meaning. Elements that it replaces in its network's input at every step (a given first
+    frame) have a ``D`` of 0, and are in no sum. `fastsched.diffusers.measure` also watches the pipeline's networks
     (`fastsched.diffusers.watching`). A pipeline that doubles its batch by a copy, as guided DiT does, is measured on
     one half.
 
     The first step is needed because a pipeline passes its latents to the scheduler only after the first network call.
-    The pipeline's last latents are the clean ends of the paths, and can be decoded. The noise comes from ``seed``, not
-    from the pipeline's latents (`fastsched.sampling.random_streams.noise_of`). `fastsched.diffusers.measure` makes one
-    and calls the pipeline with it.
+    The noise comes from ``seed``, not from the pipeline's latents (`fastsched.sampling.random_streams.noise_of`). The
+    pipeline's last latents are the clean ends of the paths, and can be decoded.
 
     Args:
         scheduler_class: The class of the pipeline's own scheduler, which gives noise process, prediction and timesteps.
@@ -206,7 +208,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._repeated = max(1, len(self._levels) // 8)
         repeated = self._levels[self._repeated : self._repeated + 1]
         self._queries = queries(count, deviated_paths(count))
-        s = torch.cat([self._levels[:1], self._levels[self._queries], repeated])
+        self._s = s = torch.cat([self._levels[:1], self._levels[self._queries], repeated])
         names = self.convention.timesteps(s)
         if self.convention.integer:
             names = names.round().to(torch.int64)
@@ -278,11 +280,15 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         model_output = output_of_tokens(model_output, timestep, kwargs, self._verdicts)
         output = self.convention.raw_output(model_output, sample.shape[1])
         check_output(output, sample)
-        wrong = f"the network returned NaN or inf at timestep {float(self._names[self._index]):g}"
-        check_finite(output, wrong, self._verdicts)
+        name = float(self._names[self._index])
+        check_finite(output, f"the network returned NaN or inf at timestep {name:g}", self._verdicts)
         if seen is not None:
+            self._find_owned(seen, sample)
             self._check_seen(seen, output, sample)
         check_copies(output, self._copies, self._verdicts)
+        if self._owned is not None:
+            x = sample / float(self.convention.input_scale(self._s[self._index]))
+            output = held_at_zero(output, x, self._s[self._index], self.convention.denoiser, self._owned)
         # A copy, because the network may return the same buffer at every call.
         following = self._next(output.chunk(self._copies)[0].clone(), sample.chunk(self._copies)[0])
         self._index += 1
@@ -302,6 +308,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._consistency = Consistency()
         self._verdicts = Verdicts()
         self._still: Tensor | None = None
+        self._owned: Tensor | None = None  # elements of the latents that the pipeline keeps for itself
         self._statistics: PathStatistics | None = None
         self._steps: Query[PathStatistics] | None = None
         self._returned: Tensor | None = None
@@ -357,12 +364,13 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         assert self._repeat is not None
         check_repeat(self._repeat[0], output)
         check_beginning(self._measured_paths)
-        self._statistics = self._measured_paths
-        return self._statistics.ends.to(output.device)
+        ends = self._measured_paths.ends * (1 if self._owned is None else ~self._owned.cpu())
+        self._statistics = replace(self._measured_paths, ends=ends)
+        return ends.to(output.device)
 
     def _input(self, x: Tensor, k: int) -> Tensor:
-        wrong = f"the measurement overflows at timestep {float(self._names[1 + k]):g}; {UNALIKE}"
-        check_finite(x, wrong, self._verdicts)
+        name = float(self._names[1 + k])
+        check_finite(x, f"the measurement overflows at timestep {name:g}; {UNALIKE}", self._verdicts)
         return float(self.convention.input_scale(self._levels[k])) * x
 
     def _check(self, timestep: Any, sample: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -381,28 +389,32 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         else:
             check_unchanged(sample, returned, self._index, self._verdicts)
 
+    def _find_owned(self, seen: Step, sample: Tensor) -> None:
+        """Which elements the pipeline replaces in its network's input: their ``D`` is to be 0; waits for the device."""
+        if self._index == 1 and self._copies == 1 and bool(overwritten(seen, sample).any()):
+            self._owned = overwritten(seen, sample, exactly=True)
+
     def _check_seen(self, seen: Step, output: Tensor, sample: Tensor) -> None:
         """Compare the networks' calls with those of earlier steps, and their input with the latents."""
         index, n, size = self._index, len(self._levels), sample.numel()
         level = [0, *self._queries, self._repeated][index]
         found, resolve = observed(seen, output)
         still = torch.zeros(1, device=output.device)
-        kept = overwritten(seen, sample) if index > 0 and self._copies == 1 else still
+        owned = torch.zeros_like(sample, dtype=torch.bool) if self._owned is None else self._owned
+        kept = (overwritten(seen, sample) & ~owned).sum() if index > 0 and self._copies == 1 else still
         if 0 < index <= n:
-            self._still = (output == 0) & (True if self._still is None else self._still)
-            still = self._still.sum().reshape(1) if index == n else still
+            self._still = (output == 0) & ~owned & (True if self._still is None else self._still)
+            still = self._still.sum() if index == n else still
 
         def judge(values: Tensor) -> None:
-            wrong = self._consistency.check(index, level, *resolve(values[:-2]))
+            wrong = self._consistency.check(index, level, *resolve(values[:-3]))
             if wrong is not None:
                 raise ValueError(f"{wrong}; {UNALIKE}")
-            count, unmoved = (int(value) for value in values[-2:])
-            count = count or (unmoved if unmoved < size else 0)
+            count, unmoved, before = (int(value) for value in values[-3:])
+            count = count if count > 0.01 * before else 0  # in 16 bits a kept element may equal the latents by chance
+            count = count or (unmoved if unmoved < size - before else 0)
             if count > 0:
-                raise ValueError(
-                    f"the pipeline keeps {count} of {size} elements of the latents for itself (a first frame or a "
-                    "mask?), so the schedule would be chosen for values that are not sampled; measure its network on "
-                    "the others (fastsched.measure)"
-                )
+                raise ValueError(f"the pipeline keeps {count} of {size} elements {KEEPS}")
 
-        self._verdicts.note(torch.cat([found, kept.to(found), still.to(found)]), judge)
+        numbers = [found, *(each.to(found).reshape(1) for each in (kept, still, owned.sum()))]
+        self._verdicts.note(torch.cat(numbers), judge)

@@ -274,22 +274,28 @@ class Consistency:
         return None
 
 
-def overwritten(step: Step, latents: Tensor) -> Tensor:
-    """How many elements of ``latents`` [B, *shape] the pipeline replaced in its networks' input, [1] float32.
+def overwritten(step: Step, latents: Tensor, *, exactly: bool = False) -> Tensor:
+    """Which elements of ``latents`` [B, *shape] the pipeline replaced in its networks' input, bool.
 
     Inputs are compared if they have the latents' shape, or repeat them along the batch or extend them along one other
-    dimension. 0 if none can be compared, or all elements differ (the pipeline scales its input).
+    dimension. None if none can be compared, or all elements differ (the pipeline scales its input).
+
+    Args:
+        step: What the networks were given.
+        latents: The latents of that step.
+        exactly: Whether the smallest difference counts, beyond that of the input's dtype; else one beyond rounding.
     """
-    found = torch.full((1,), float("inf"), device=latents.device)
+    reference = latents.float()
+    slack = 0.02 * reference.abs() + 1e-3 * reference.square().mean().sqrt()
+    found = torch.ones_like(latents, dtype=torch.bool)
     for given in step.inputs:
         part = part_like(given, latents)
         if part is None:
             continue
-        reference = latents.float()
-        slack = 0.02 * reference.abs() + 1e-3 * reference.square().mean().sqrt()
-        wrong = ((part.to(latents.device).float() - reference).abs() > slack).sum()
-        found = torch.minimum(found, wrong.float())
-    return torch.where(found > 0.99 * latents.numel(), 0.0, found)
+        away = (part.to(latents.device).float() - reference).abs()
+        wrong = (part.to(latents.device) != latents.to(part.dtype)) if exactly else away > slack
+        found = torch.where(wrong.sum() < found.sum(), wrong, found)
+    return found & (found.sum() <= 0.99 * found.numel())
 
 
 def _other_formula(known: Formula | None, found: Formula | None) -> str | None:

@@ -25,6 +25,10 @@ from fastsched.sampling.random_streams import noise_of
 
 Result = TypeVar("Result")
 
+#: What may be of the wrong sign and yet have a ``D`` near its input at low levels, and the right one at the highest.
+OF_A_SIGN = ("v", "edm")
+#: Over fewer levels a path's end is no sample.
+FEWEST_LEVELS = 12
 #: Paths that are looked at, the first of the batch.
 MOST_PATHS = 8
 #: The range of levels of the first property, in units of the data's deviation: above, few paths say little.
@@ -45,7 +49,8 @@ def path_checked(steps: Query[Result], ask: Questions, s: Tensor) -> Query[Resul
     The first answer is compared by `Questions.check_first`; when the reference path ends, it is judged.
 
     Raises:
-        ValueError: If the network is no denoiser of its process; what is doubtful is a warning.
+        ValueError: If ``v`` or EDM's ``F`` has the wrong sign; what else is found is a warning, for guidance that is
+            stronger than its data allow violates both properties too.
     """
     path = _Path(ask, s)
     question = next(steps)
@@ -83,11 +88,11 @@ class _Path:
             self._judge(end)
 
     def _judge(self, end: Tensor) -> None:
-        """Raise what is wrong: much noise left, or both properties violated; warn of what is doubtful."""
+        """Raise an error if the prediction has the wrong sign; warn of what else is violated."""
         xx, xr, mx, mr = torch.stack(self._products, 1).cpu().double()
         alpha, a, c = (torch.as_tensor(each, dtype=torch.float64)[:, None] for each in (self.alpha, self.a, self.c))
         sizes = ((a * xx + c * xr - mx) / alpha - a * mx - c * mr).mean(1) + self.centre.double().square().sum()
-        if not float(sizes[-1]) > 0:
+        if not float(sizes[-1]) > 0 or len(self.s) < FEWEST_LEVELS:
             return
         deviation = math.sqrt(float(sizes[-1]) / end.numel())
         unequal = _unequal_sizes(sizes / sizes[-1], self.s, deviation, end.numel(), xx.shape[1])
@@ -99,7 +104,7 @@ class _Path:
             "and its table of levels the right one? Is it guided by more than its data allow? Or "
             f"{suspects(self.ask.denoiser)}"
         )
-        if wrong or (left and unequal):
+        if wrong and self.ask.denoiser.prediction in OF_A_SIGN:  # others were asked more before the path
             raise ValueError(finding)
         warnings.warn(finding, stacklevel=8)
 
