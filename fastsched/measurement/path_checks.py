@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 #: What may be of the wrong sign and yet have a ``D`` near its input at low levels, and the right one at the highest.
 OF_A_SIGN = ("v", "edm")
-#: Over fewer levels a path's end is no sample.
+#: Over fewer levels a path's end is hardly a sample: there only twice as much is wrong, and with half of them nothing.
 FEWEST_LEVELS = 12
 #: Paths that are looked at, the first of the batch.
 MOST_PATHS = 8
@@ -92,21 +92,23 @@ class _Path:
         xx, xr, mx, mr = torch.stack(self._products, 1).cpu().double()
         alpha, a, c = (torch.as_tensor(each, dtype=torch.float64)[:, None] for each in (self.alpha, self.a, self.c))
         sizes = ((a * xx + c * xr - mx) / alpha - a * mx - c * mr).mean(1) + self.centre.double().square().sum()
-        if not float(sizes[-1]) > 0 or len(self.s) < FEWEST_LEVELS:
+        if not float(sizes[-1]) > 0:
             return
         deviation = math.sqrt(float(sizes[-1]) / end.numel())
         unequal = _unequal_sizes(sizes / sizes[-1], self.s, deviation, end.numel(), xx.shape[1])
-        left, wrong = _noise_left(self.ask, end, deviation)
-        if left is None and unequal is None:
+        left, excess = _noise_left(self.ask, end, deviation)
+        coarse = len(self.s) < FEWEST_LEVELS
+        if (left is None and unequal is None) or len(self.s) < FEWEST_LEVELS // 2:
             return
         finding = (
             f"{'; and '.join(each for each in (left, unequal) if each)}. Is its condition in the network's own units, "
             "and its table of levels the right one? Is it guided by more than its data allow? Or "
             f"{suspects(self.ask.denoiser)}"
         )
-        if wrong and self.ask.denoiser.prediction in OF_A_SIGN:  # others were asked more before the path
+        if excess > 1 + coarse and self.ask.denoiser.prediction in OF_A_SIGN:  # others were asked before the path
             raise ValueError(finding)
-        warnings.warn(finding, stacklevel=8)
+        if not coarse:
+            warnings.warn(finding, stacklevel=8)
 
 
 def _unequal_sizes(sizes: Tensor, s: Tensor, deviation: float, elements: int, paths: int) -> str | None:
@@ -124,10 +126,10 @@ def _unequal_sizes(sizes: Tensor, s: Tensor, deviation: float, elements: int, pa
     )
 
 
-def _noise_left(ask: Questions, end: Tensor, deviation: float) -> tuple[str | None, bool]:
-    """What is wrong with how a path's end with noise is denoised, None if nothing; and whether no denoiser does it."""
+def _noise_left(ask: Questions, end: Tensor, deviation: float) -> tuple[str | None, float]:
+    """What is wrong with how a path's end with noise is denoised, None if nothing; and the noise left, over `WRONG`."""
     if end.numel() < FEWEST_ELEMENTS:
-        return None, False
+        return None, 0.0
     s = ask.known(LOW_PART * deviation)
     noise = noise_of(torch.tensor([ELSEWHERE + 2]), ask.shape).double()[0]
     error = (ask.denoised((end + s * noise)[None], s)[0] - end) / s
@@ -137,8 +139,8 @@ def _noise_left(ask: Questions, end: Tensor, deviation: float) -> tuple[str | No
         base + each / math.sqrt(end.numel()) for base, each in (WRONG, DOUBTFUL, ACROSS, AGAINST)
     )
     if left <= doubtful and left - along <= across and -along <= against:
-        return None, False
+        return None, 0.0
     return (
         f"of noise of level {s:.3g}, added to the end of a path, denoising leaves an error of {left:.3g} times its "
         f"square, {along:.3g} of that along the noise, where a denoiser leaves at most 1, and the two alike"
-    ), left > wrong
+    ), left / wrong
