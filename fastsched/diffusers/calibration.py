@@ -31,6 +31,7 @@ from fastsched.diffusers.step_checks import (
     doubled,
     held_at_zero,
     output_of_tokens,
+    warn_of_clipping,
 )
 from fastsched.diffusers.watching import Consistency, PipelineWatch, Step, observed, overwritten
 from fastsched.measurement.deviated_paths import deviated_paths, queries
@@ -331,9 +332,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     def _next(self, output: Tensor, sample: Tensor) -> Tensor:
         if self._index == 0:
             return self._start(output.dtype, sample)
-        if self._index < len(self.timesteps) - 1:
-            return self._send(output)
-        return self._finish(output)
+        return self._send(output) if self._index < len(self.timesteps) - 1 else self._finish(output)
 
     def _start(self, dtype: torch.dtype, sample: Tensor) -> Tensor:
         denoiser, keep = self.convention.denoiser, bool(self.config["keep_increments"])
@@ -365,6 +364,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         check_repeat(self._repeat[0], output)
         check_beginning(self._measured_paths)
         ends = self._measured_paths.ends * (1 if self._owned is None else ~self._owned.cpu())
+        warn_of_clipping(self.config, ends)
         self._statistics = replace(self._measured_paths, ends=ends)
         return ends.to(output.device)
 

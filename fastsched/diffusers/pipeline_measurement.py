@@ -107,6 +107,7 @@ def measure(
     validate.arguments(locals(), **CHECKS)
     settings = {"levels": levels, "samples": samples, "seed": seed, "keep_increments": keep_increments}
     options = {"prompts": prompts, "prompts_per_call": prompts_per_call, "checkpoint": checkpoint}
+    _check_noiseless(call_kwargs)
     try:
         return measured_in_group(pipe, call_kwargs, group, progress=progress, **settings, **options)
     except KeyboardInterrupt as error:
@@ -184,6 +185,15 @@ def measured_pipeline(
                 error.partial = whole  # type: ignore[attr-defined]  # a handler may save them
             raise
     return replace(whole, origin=_origin(pipe, prompts, call_kwargs))
+
+
+def _check_noiseless(call_kwargs: dict[str, Any]) -> None:
+    """Some pipelines give ``eta`` only to schedulers whose ``step`` names it, so that a measurement does not see it."""
+    if isinstance(call_kwargs.get("eta"), (int, float)) and call_kwargs["eta"] != 0:
+        raise ValueError(
+            f"the pipeline is called with eta={call_kwargs['eta']!r}, which changes what a step does: it "
+            "adds noise, which is not measured; leave it out"
+        )
 
 
 def said(calls: PromptCalls) -> PromptCalls:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from inspect import Parameter
 from typing import Any
@@ -254,6 +255,21 @@ def check_beginning(stats: PathStatistics) -> None:
                 f"between levels {k} and {k + 1} the denoised sample moves {times:.3g} times as fast as at those that "
                 "follow: does the network answer its first calls otherwise (a cache that is filled late, a counter)? "
                 f"Reset that in every call, or disable it; as it is, {INSTEAD[3:]}"
+            )
+
+
+def warn_of_clipping(config: Mapping[str, Any], ends: Tensor) -> None:
+    """Warn if the pipeline's scheduler clips what a measurement does not: more than 1% of the paths' ``ends``."""
+    if config["scheduler_class"].startswith("CogVideoX"):
+        return  # which has the setting, and does not use it
+    bounds = {"clip_sample": config.get("clip_sample_range") or 1.0, "thresholding": 1.0}
+    for name, bound in bounds.items():
+        beyond = float((ends.abs() > 1.02 * bound).double().mean())
+        if config.get(name) and beyond > 0.01:
+            warnings.warn(
+                f"the scheduler clips the denoised sample at {bound:g} ({name}=True), and {beyond:.0%} of the paths' "
+                "ends lie beyond: the statistics are of sampling without it; set it to False for a model of latents",
+                stacklevel=2,
             )
 
 
