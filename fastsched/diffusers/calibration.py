@@ -364,7 +364,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         check_repeat(self._repeat[0], output)
         check_beginning(self._measured_paths)
         ends = self._measured_paths.ends * (1 if self._owned is None else ~self._owned.cpu())
-        warn_of_clipping(self.config, ends)
+        warn_of_clipping(getattr(diffusers, self.config["scheduler_class"]), self.config, ends)
         self._statistics = replace(self._measured_paths, ends=ends)
         return ends.to(output.device)
 

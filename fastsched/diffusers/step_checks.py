@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from inspect import Parameter
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -258,14 +258,15 @@ def check_beginning(stats: PathStatistics) -> None:
             )
 
 
-def warn_of_clipping(config: Mapping[str, Any], ends: Tensor) -> None:
-    """Warn if the pipeline's scheduler clips what a measurement does not: more than 1% of the paths' ``ends``."""
-    if config["scheduler_class"].startswith("CogVideoX"):
+def warn_of_clipping(kind: type, config: Mapping[str, Any], ends: Tensor) -> None:
+    """Warn if a scheduler of class ``kind`` clips what a measurement does not: more than 1% of the paths' ``ends``."""
+    taken = signature(kind.__init__).parameters  # a config from another class may hold more
+    if kind.__name__.startswith("CogVideoX"):
         return  # which has the setting, and does not use it
     bounds = {"clip_sample": config.get("clip_sample_range") or 1.0, "thresholding": 1.0}
     for name, bound in bounds.items():
         beyond = float((ends.abs() > 1.02 * bound).double().mean())
-        if config.get(name) and beyond > 0.01:
+        if name in taken and config.get(name) and beyond > 0.01:
             warnings.warn(
                 f"the scheduler clips the denoised sample at {bound:g} ({name}=True), and {beyond:.0%} of the paths' "
                 "ends lie beyond: the statistics are of sampling without it; set it to False for a model of latents",
