@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -213,7 +214,7 @@ def ays(steps: int, model: Literal["sd15", "sdxl", "svd"] = "sd15") -> Tensor:
     Raises:
         ValueError: If ``steps`` is below 1 or ``model`` is not one of the three.
     """
-    validate.arguments(locals(), model=lambda name, value: validate.choice(name, value, _AYS))
+    validate.arguments(locals(), model=partial(validate.choice, known=_AYS))
     table = torch.tensor(_AYS[model], dtype=torch.float64).log()
     place = torch.linspace(0, len(table) - 1, steps + 1, dtype=torch.float64)
     left = place.long().clamp(max=len(table) - 2)

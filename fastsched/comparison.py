@@ -7,7 +7,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastsched import metrics, validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
-from fastsched.denoisers.noise import VariancePreserving
+from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.sampling.files import write_whole
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
@@ -198,16 +198,15 @@ def converged_reference(
         ValueError: If an argument is out of range or unknown, or the network returns NaN or inf.
     """
     validate.arguments(locals(), denoiser=is_denoiser, solver=is_stock_solver, samples=validate.sample_range)
-    sizes = validate.sample_shape(shape)
+    sizes = validate.sample_shape("shape", shape)
     seeds = sample_seeds(seed, validate.sample_range("samples", samples)) + FIRST_SAMPLE
     method = get_solver(solver)
-    fine = denoiser.levels(_known_levels(denoiser, validate.positive_int("steps", steps, minimum=2)))
+    fine = denoiser.levels(known_levels(denoiser.process, validate.positive_int("steps", steps, minimum=2)))
     sigmas = denoiser.process.sampler_sigma(torch.cat([fine, fine.new_zeros(1)]))
     noise = noise_of(seeds, sizes)  # on the CPU; each batch goes to the device when its turn comes
     total = method.model_calls(len(fine)) * len(noise)
     with progress_bar(total, progress, "converged reference") as advance:
-        run = _Runner(denoiser, batch_size, device, dtype, advance)
-        ends = run.sample(sigmas, method, noise)
+        ends = _sampled(denoiser, sigmas, method, noise, batch_size, device, dtype, advance)
     return Reference(noise, ends, method.name, len(fine), total)
 
 
@@ -266,9 +265,9 @@ def compare(
         raise ValueError(f"shape {tuple(shape)} is not that of the reference, {tuple(reference.noise.shape[1:])}")
     rows, calls = [], sum(method.model_calls(len(sigmas) - 1) for sigmas, method in runs.values())
     with progress_bar(calls * len(reference.noise), progress, "comparing") as advance:
-        run = _Runner(denoiser, batch_size, device, dtype, advance)
         for name, (sigmas, method) in runs.items():
-            steps, ends = len(sigmas) - 1, run.sample(sigmas, method, reference.noise)
+            ends = _sampled(denoiser, sigmas, method, reference.noise, batch_size, device, dtype, advance)
+            steps = len(sigmas) - 1
             rows.append(row_of(name, method.name, steps, method.model_calls(steps), ends, reference))
     return Comparison(tuple(rows), len(reference.noise), reference)
 
@@ -287,7 +286,7 @@ def comparison_calls(
         ValueError: As `compare`.
     """
     runs = _planned(denoiser, schedules, solver)
-    reference = _known_levels(denoiser, validate.positive_int("steps", reference_steps, minimum=2))
+    reference = known_levels(denoiser.process, validate.positive_int("steps", reference_steps, minimum=2))
     each = sum(method.model_calls(len(sigmas) - 1) for sigmas, method in runs.values())
     count = len(validate.sample_range("samples", samples))
     return reference * count, each * count
@@ -313,9 +312,7 @@ def _planned(
         if chosen is None:
             raise ValueError(f"solver must be given, because schedules[{name!r}] is not a Schedule and names none")
         sigmas = schedule.sigmas if isinstance(schedule, Schedule) else schedule
-        values = validate.descending_sigmas(sigmas, name=f"schedules[{name!r}]")
-        if float(values[-1]) != 0:
-            raise ValueError(f"schedules[{name!r}] must end in 0, got {float(values[-1]):g}; append it")
+        values = validate.descending_sigmas(f"schedules[{name!r}]", sigmas, to_zero=True)
         denoiser.process.level(values)  # raises where sigmas are not of this process
         runs[name] = (values, schedule_solver(schedule, chosen))  # the fitted solver has weights in its schedule
     return runs
@@ -337,29 +334,23 @@ def row_of(name: str, solver: str, steps: int, model_calls: int, ends: Tensor, r
     )
 
 
-class _Runner:
-    """Runs the sampler in batches and advances a progress bar by the samples of every network call."""
-
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        batch_size: int | None,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        advance: Callable[[int], None],
-    ) -> None:
-        def counted(x: Tensor, condition: Tensor) -> Tensor:
-            advance(len(x))
-            return denoiser.network(x, condition)
-
-        self.denoiser = replace(denoiser, network=counted)
-        self.batch_size = None if batch_size is None else validate.positive_int("batch_size", batch_size)
-        self.device, self.dtype = placement(denoiser, device, dtype)
-
-    def sample(self, sigmas: Tensor, method: Solver, noise: Tensor) -> Tensor:
-        batches = noise.split(self.batch_size or len(noise))
-        ends = [sample(self.denoiser, sigmas, method, part.to(self.device), dtype=self.dtype) for part in batches]
-        return torch.cat([end.cpu() for end in ends])
+def _sampled(
+    denoiser: Denoiser,
+    sigmas: Tensor,
+    method: Solver,
+    noise: Tensor,
+    batch_size: int | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    advance: Callable[[int], None],
+) -> Tensor:
+    """Samples on the CPU, made in batches; ``advance`` gets the number of samples of every network call."""
+    where, precision = placement(denoiser, device, dtype)
+    ends = []
+    for part in noise.split(batch_size or len(noise)):
+        progress = lambda calls, total, part=part: advance(len(part))
+        ends.append(sample(denoiser, sigmas, method, part.to(where), dtype=precision, progress=progress).cpu())
+    return torch.cat(ends)
 
 
 def _is_reference(name: str, value: object) -> Reference:
@@ -377,9 +368,8 @@ _CHECKS: dict[str, validate.Check] = {
 }
 
 
-def _known_levels(denoiser: Denoiser, steps: int) -> int:
+def known_levels(process: NoiseProcess, steps: int) -> int:
     """``steps``, but at most as many levels as a network with integer timesteps was trained at."""
-    process = denoiser.process
     if isinstance(process, VariancePreserving) and process.integer_timesteps:
         return min(steps, len(process.alphas_cumprod))
     return steps

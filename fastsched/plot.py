@@ -46,7 +46,7 @@ def plot_schedules(schedules: Mapping[str, Schedule | Tensor], *, stats: PathSta
         ValueError: If there is no schedule, or flow times and sigmas are mixed.
     """
     validate.arguments(locals(), schedules=validate.named, stats=validate.optional(is_statistics))
-    figure = _figure(7.2, 1.1 + 0.32 * len(schedules) + (2.2 if stats else 0.0))
+    figure = draw_empty(7.2, 1.1 + 0.32 * len(schedules) + (2.2 if stats else 0.0))
     if stats is None:
         draw_schedules(figure.subplots(), schedules)
         return figure
@@ -72,7 +72,7 @@ def plot_weights(schedule: Schedule) -> Figure:
     if schedule.weights is None:
         raise ValueError(f"schedule must be for the fitted solver, which has weights, got one for {schedule.solver!r}")
     side = 1.2 + 0.42 * schedule.steps
-    figure = _figure(side + 3.4, max(2.4, side))
+    figure = draw_empty(side + 3.4, max(2.4, side))
     nodes, weights = figure.subplots(1, 2, sharey=True, width_ratios=[1.6, side])
     draw_nodes(nodes, schedule)
     image = draw_weights(weights, schedule)
@@ -83,7 +83,7 @@ def plot_weights(schedule: Schedule) -> Figure:
 def plot_cost_density(stats: PathStatistics) -> Figure:
     """The cost density (`cost_density`) over sigma, unweighted and, if responses were measured, weighted too."""
     validate.arguments(locals(), stats=is_statistics)
-    figure = _figure(7.2, 3.0)
+    figure = draw_empty(7.2, 3.0)
     draw_cost_density(figure.subplots(), stats)
     return figure
 
@@ -99,9 +99,7 @@ def plot_sample_grid(samples: Mapping[str, Tensor], *, columns: int | None = Non
         ValueError: If there is no grid, or one does not hold images.
     """
     validate.arguments(locals(), samples=validate.named)
-    if not samples:
-        raise ValueError("samples must hold at least one grid by title")
-    figure = _figure(2.4 * len(samples), 2.75)
+    figure = draw_empty(2.4 * len(samples), 2.75)
     grids = figure.subplots(1, len(samples), squeeze=False)[0]
     for axes, (title, images) in zip(grids, samples.items(), strict=True):
         draw_sample_grid(axes, images, columns=columns)
@@ -120,7 +118,7 @@ def plot_errors(comparisons: Sequence[Comparison], names: Sequence[str] | None =
         ValueError: If there is nothing to draw.
     """
     validate.arguments(locals(), comparisons=_is_list, names=validate.optional(_is_list))
-    figure = _figure(4.6, 3.2)
+    figure = draw_empty(4.6, 3.2)
     draw_errors(figure.subplots(), comparisons, names)
     return figure
 
@@ -132,20 +130,9 @@ def plot_error_curves(curves: Sequence[ErrorCurve]) -> Figure:
         curves: Results of `fastsched.error_curve`.
     """
     validate.arguments(locals(), curves=_is_list)
-    figure = _figure(4.6, 3.2)
-    axes = figure.subplots()
-    for n, curve in enumerate(curves):
-        axes.plot(
-            curve.model_calls,
-            curve.predicted_errors,
-            color=COLOURS[n % len(COLOURS)],
-            marker=MARKERS[n % len(MARKERS)],
-            markersize=4,
-            label=curve.solver,
-        )
-    axes.set(xlabel="model calls", ylabel="predicted squared error", yscale="log")
-    _integer_ticks(axes)
-    _legend_above(axes)
+    figure = draw_empty(4.6, 3.2)
+    lines = [(curve.solver, curve.model_calls, curve.predicted_errors) for curve in curves]
+    _draw_lines(figure.subplots(), lines, "model calls", "predicted squared error")
     return figure
 
 
@@ -182,9 +169,9 @@ def plot_overview(
         comparisons=_is_list,
         title=validate.anything,
     )
-    if not samples or not comparisons:
-        raise ValueError("samples and comparisons must hold at least one entry each")
-    figure = _figure(10.5, 6.6)
+    if not comparisons:
+        raise ValueError("comparisons must hold at least one entry")
+    figure = draw_empty(10.5, 6.6)
     figure.suptitle(title, fontsize="large", fontweight="bold")
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.0, 1.0], hspace=0.05)[:, 0]
     grids = top.subplots(2, len(samples) + 1, squeeze=False, gridspec_kw={"wspace": 0.06})
@@ -211,26 +198,25 @@ def plot_overview(
 
 def draw_cost_density(axes: Axes, stats: PathStatistics) -> None:
     """Draw `cost_density` divided by its largest value."""
-    curves = {"weighted by effect on the final sample": True} if stats.deviated else {}
-    for label, weighted in {**curves, "unweighted": False}.items():
+    for weighted in (True, False) if stats.deviated else (False,):
         s, density = cost_density(stats, weighted=weighted)
         sigmas = stats.process.sampler_sigma(torch.from_numpy(s)).numpy()
         share = density / density.max()
         if not weighted:
-            axes.plot(sigmas, share, color="#777777", linewidth=1.2, linestyle="--", label=label)
+            axes.plot(sigmas, share, color="#777777", linewidth=1.2, linestyle="--", label="unweighted")
         else:
             axes.fill_between(sigmas, share, color=COLOURS[5], alpha=0.35, linewidth=0)
+            label = "weighted by effect on the final sample"
             axes.plot(sigmas, share, color=COLOURS[0], linewidth=1.6, label=label)
     axes.set_ylim(0, 1.08)
     axes.set_ylabel("cost density\n(relative to its peak)")
-    _legend_above(axes)
-    _sigma_axis(axes, stats.process.kind == "flow")
+    draw_legend(axes)
+    draw_sigma_axis(axes, stats.process.kind == "flow")
 
 
 def draw_schedules(axes: Axes, schedules: Mapping[str, Schedule | Tensor], *, flow: bool | None = None) -> None:
     """Draw a row of dots for each schedule, the first on top. ``flow``: whether sigmas are flow times."""
-    if not schedules:
-        raise ValueError("schedules must hold at least one schedule by name")
+    validate.named("schedules", schedules)
     kinds = {schedule.noise == "flow" for schedule in schedules.values() if isinstance(schedule, Schedule)}
     if flow is not None:
         kinds.add(flow)
@@ -238,9 +224,7 @@ def draw_schedules(axes: Axes, schedules: Mapping[str, Schedule | Tensor], *, fl
         raise ValueError("schedules must all be in sigmas or all in flow times to share an axis")
     for row, schedule in enumerate(schedules.values()):
         sigmas = (
-            schedule.sigmas
-            if isinstance(schedule, Schedule)
-            else validate.descending_sigmas(schedule, name="schedules")
+            schedule.sigmas if isinstance(schedule, Schedule) else validate.descending_sigmas("schedules", schedule)
         )
         inside = sigmas[(sigmas > 0) & torch.isfinite(sigmas)].numpy()
         colour, marker = COLOURS[row % len(COLOURS)], MARKERS[row % len(MARKERS)]
@@ -250,7 +234,7 @@ def draw_schedules(axes: Axes, schedules: Mapping[str, Schedule | Tensor], *, fl
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(schedules) - 0.5, -0.5)
     axes.spines["left"].set_visible(False)
-    _sigma_axis(axes, bool(kinds and kinds.pop()))
+    draw_sigma_axis(axes, bool(kinds and kinds.pop()))
 
 
 def draw_nodes(axes: Axes, schedule: Schedule) -> None:
@@ -263,7 +247,7 @@ def draw_nodes(axes: Axes, schedule: Schedule) -> None:
     axes.set_ylabel("step:  noise level at its start")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", color="#DDDDDD")
-    _sigma_axis(axes, schedule.noise == "flow")
+    draw_sigma_axis(axes, schedule.noise == "flow")
     axes.set_xlabel("flow time" if schedule.noise == "flow" else "sigma")
 
 
@@ -282,7 +266,7 @@ def draw_weights(axes: Axes, schedule: Schedule) -> AxesImage:
     if steps <= 12:
         for n, row in enumerate(weights.round(2) + 0.0):  # no "-0.00"
             for m, weight in enumerate(row[: n + 1].tolist()):
-                colour = "white" if abs(weight) > 0.6 * largest else "black"
+                colour = "white" if abs(weight) > 0.6 * largest else "#222222"
                 axes.text(m, n, f"{weight:.2f}", ha="center", va="center", fontsize="x-small", color=colour)
     axes.set_xticks(range(steps), [f"{sigma:.3g}" for sigma in schedule.sigmas[:-1].tolist()], rotation=90)
     axes.set_xlabel("output at noise level")
@@ -351,39 +335,40 @@ def draw_errors(axes: Axes, comparisons: Sequence[Comparison], names: Sequence[s
     lines = list(dict.fromkeys(row.name for row in every)) if names is None else names
     if not every or not lines:
         raise ValueError("comparisons must hold at least one row to draw")
-    for n, name in enumerate(lines):
+    drawn = []
+    for name in lines:
         rows = sorted((row for row in every if row.name == name), key=lambda row: row.model_calls)
-        axes.plot(
-            [row.model_calls for row in rows],
-            [row.typical_error for row in rows],
-            color=COLOURS[n % len(COLOURS)],
-            marker=MARKERS[n % len(MARKERS)],
-            linewidth=1.6,
-            markersize=6,
-            label=name,
-        )
-    axes.set_yscale("log")
-    _integer_ticks(axes)
-    axes.set_xlabel("model calls per sample")
-    axes.set_ylabel("typical squared distance\nto the converged sample")
+        drawn.append((name, [row.model_calls for row in rows], [row.typical_error for row in rows]))
+    _draw_lines(axes, drawn, "model calls per sample", "typical squared distance\nto the converged sample")
+
+
+def _draw_lines(
+    axes: Axes, lines: Sequence[tuple[str, Sequence[int], Sequence[float]]], x_label: str, y_label: str
+) -> None:
+    """Errors over numbers of calls: a name, x and y for each line."""
+    for n, (name, x, y) in enumerate(lines):
+        colour, marker = COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]
+        axes.plot(x, y, color=colour, marker=marker, linewidth=1.6, markersize=6, label=name)
+    axes.set(xlabel=x_label, ylabel=y_label, yscale="log")
+    draw_integer_ticks(axes)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#EEEEEE")
-    _legend_above(axes)
+    axes.grid(axis="y", color="#DDDDDD")
+    draw_legend(axes)
 
 
-def _integer_ticks(axes: Axes) -> None:
+def draw_integer_ticks(axes: Axes) -> None:
     """Ticks at whole numbers of model calls only."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def _legend_above(axes: Axes) -> None:
+def draw_legend(axes: Axes, columns: int = 2) -> None:
     """The legend above the axes, where it cannot cover a curve."""
-    axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
 
 
-def _sigma_axis(axes: Axes, flow: bool) -> None:
+def draw_sigma_axis(axes: Axes, flow: bool) -> None:
     """Noise on the left, in the order of sampling; logarithmic in sigma, linear in flow time."""
     if not flow:
         axes.set_xscale("log")
@@ -407,7 +392,8 @@ def check_matplotlib() -> None:
         raise ImportError(f"figures need matplotlib ({error}); pip install 'fastsched[plot]'") from None
 
 
-def _figure(width: float, height: float) -> Figure:
+def draw_empty(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches."""
     check_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -51,12 +51,7 @@ def shown(value: object) -> str:
 
 
 def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
-    """Return ``value`` as an int of at least ``minimum``.
-
-    Raises:
-        TypeError: If ``value`` is not an integer.
-        ValueError: If ``value`` is below ``minimum``, or `COUNT_LIMIT` or more.
-    """
+    """Return ``value`` as an int of at least ``minimum``, below `COUNT_LIMIT`."""
     try:
         if isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool):
             raise TypeError
@@ -71,12 +66,7 @@ def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
 
 
 def real(name: str, value: object) -> float:
-    """Return ``value`` as a float; infinite ones are allowed, NaN is not.
-
-    Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is NaN.
-    """
+    """Return ``value`` as a float; infinite ones are allowed, NaN is not."""
     single = isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex() and value.dtype != torch.bool
     if isinstance(value, (bool, np.bool_)) or not (single or isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
@@ -90,12 +80,7 @@ def real(name: str, value: object) -> float:
 
 
 def positive(name: str, value: object) -> float:
-    """Return ``value`` as a positive, finite float.
-
-    Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is not positive and finite.
-    """
+    """Return ``value`` as a positive, finite float."""
     number = math.nan if isinstance(value, float) and math.isnan(value) else real(name, value)
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name} must be positive and finite, got {shown(value)}")
@@ -103,23 +88,14 @@ def positive(name: str, value: object) -> float:
 
 
 def flag(name: str, value: object) -> bool:
-    """Return ``value``, True or False.
-
-    Raises:
-        TypeError: If it is neither.
-    """
+    """Return ``value``, True or False."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
 
 
 def path(name: str, value: object) -> str:
-    """Return ``value``, the name of a file, as text.
-
-    Raises:
-        TypeError: If it is not the name of a file.
-        ValueError: If no file can have this name.
-    """
+    """Return ``value``, a name that a file can have, as text."""
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name} must be the path of a file, got {shown(value)}")
     text = os.fsdecode(value)
@@ -129,11 +105,7 @@ def path(name: str, value: object) -> str:
 
 
 def tensor(name: str, value: object) -> Tensor:
-    """Return ``value``, a dense tensor of floating-point numbers, without its gradient.
-
-    Raises:
-        TypeError: If it is something else.
-    """
+    """Return ``value``, a dense tensor of floating-point numbers, without its gradient."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {shown(value)}")
     _holds_data(name, value)
@@ -141,12 +113,7 @@ def tensor(name: str, value: object) -> Tensor:
 
 
 def finite(name: str, value: object) -> Tensor:
-    """Return ``value``, a batch [B, *shape] of finite floating-point numbers, without its gradient.
-
-    Raises:
-        TypeError: If it is something else than a dense tensor of them.
-        ValueError: If it has no batch, or holds NaN or inf.
-    """
+    """Return ``value``, a batch [B, *shape] of finite floating-point numbers, without its gradient."""
     numbers = _batch(name, value)
     if not bool(numbers.isfinite().all()):
         raise ValueError(f"{name} must be finite, but holds NaN or inf")
@@ -167,7 +134,7 @@ def _batch(name: str, value: object) -> Tensor:
 
 
 def _holds_data(name: str, value: Tensor) -> None:
-    """TypeError for a tensor whose numbers cannot be read one by one."""
+    """Refuse a tensor whose numbers cannot be read one by one."""
     bare = type(value) in (Tensor, torch.nn.Parameter)  # subclasses may hold their numbers elsewhere
     if (bare and value.is_meta) or value.layout != torch.strided or value.is_quantized:
         kind = "on the meta device" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
@@ -175,34 +142,21 @@ def _holds_data(name: str, value: Tensor) -> None:
 
 
 def function(name: str, value: object) -> object:
-    """Return ``value``, which can be called.
-
-    Raises:
-        TypeError: If it cannot.
-    """
+    """Return ``value``, which can be called."""
     if not callable(value):
         raise TypeError(f"{name} must be a function, got {shown(value)}")
     return value
 
 
 def instance(name: str, value: object, kind: type[Kind], made_by: str) -> Kind:
-    """Return ``value``, which is of one of the package's own classes.
-
-    Raises:
-        TypeError: If it is not; the message says what makes one.
-    """
+    """Return ``value``, of one of the package's own classes; the error says what it is ``made_by``."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a fastsched.{kind.__name__} ({made_by}), got {type(value).__name__}")
     return value
 
 
 def named(name: str, value: object) -> object:
-    """Return ``value``, things by name, at least one.
-
-    Raises:
-        TypeError: If it is no dictionary.
-        ValueError: If it is empty.
-    """
+    """Return ``value``, a dictionary of things by name, at least one."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a dictionary by name, got {shown(value)}")
     if not value:
@@ -221,12 +175,7 @@ def optional(check: Check) -> Check:
 
 
 def process_group(name: str, value: object) -> object:
-    """Return ``value``, a group of processes of ``torch.distributed``.
-
-    Raises:
-        TypeError: If it is not.
-        ValueError: If ``torch.distributed`` has not begun.
-    """
+    """Return ``value``, a group of processes of ``torch.distributed``, which has begun."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise ValueError(f"{name} needs torch.distributed.init_process_group (torchrun does it), got {shown(value)}")
     if not isinstance(value, torch.distributed.ProcessGroup):
@@ -235,12 +184,7 @@ def process_group(name: str, value: object) -> object:
 
 
 def sample_range(name: str, value: object) -> range:
-    """Return which samples are meant: the first so many, or those of a ``range(a, b)``.
-
-    Raises:
-        TypeError: If it is neither an integer nor a range.
-        ValueError: If there is no sample, one is negative, or the range has another step than 1.
-    """
+    """Return which samples are meant, at least one: the first so many, or those of a ``range(a, b)``."""
     if not isinstance(value, range):
         return range(positive_int(name, value))
     if len(value) == 0 or value.start < 0 or value.step != 1:
@@ -248,82 +192,48 @@ def sample_range(name: str, value: object) -> range:
     return value
 
 
-def seed(value: object) -> int:
+def seed(name: str, value: object) -> int:
     """Return a seed, an int within ``[0, 2^31)``.
 
     Integers of NumPy are refused: products of theirs overflow, and JSON cannot hold them.
-
-    Raises:
-        TypeError: If it is not an int.
-        ValueError: If it is out of range.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         hint = "; pass int(seed)" if hasattr(value, "__index__") else ""
-        raise TypeError(f"seed must be a whole number within [0, 2^31), a Python int, got {shown(value)}{hint}")
+        raise TypeError(f"{name} must be a whole number within [0, 2^31), a Python int, got {shown(value)}{hint}")
     if not 0 <= value < 2**31:
-        raise ValueError(f"seed must be within [0, 2^31), got {value}")
+        raise ValueError(f"{name} must be within [0, 2^31), got {value}")
     return value
 
 
-def device(value: object) -> torch.device:
-    """Return ``value`` as a device.
-
-    Raises:
-        TypeError: If it is neither a device nor the name of one.
-        ValueError: If there is no such device, or it is not there.
-    """
+def device(name: str, value: object) -> torch.device:
+    """Return ``value``, a device or the name of one, as a device that is there."""
     if not isinstance(value, (str, torch.device, int)) or isinstance(value, bool):
-        raise TypeError(f"device must be a torch.device or a name such as 'cuda', got {shown(value)}")
+        raise TypeError(f"{name} must be a torch.device or a name such as 'cuda', got {shown(value)}")
     try:
         found = torch.device(value)
     except (RuntimeError, OverflowError, ValueError):
-        raise ValueError(f"device must be one that PyTorch knows, such as cpu, cuda or cuda:1, got {value!r}") from None
+        raise ValueError(f"{name} must be one that PyTorch knows, such as cpu, cuda or cuda:1, got {value!r}") from None
     if found.type == "meta":
-        raise ValueError("device must be one that holds numbers, got 'meta'; use cpu")
+        raise ValueError(f"{name} must be one that holds numbers, got 'meta'; use cpu")
     if found.type == "cuda" and not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        raise ValueError(f"device is {value!r}, but torch {torch.__version__} ({built}) finds no CUDA GPU; use cpu")
+        raise ValueError(f"{name} is {value!r}, but torch {torch.__version__} ({built}) finds no CUDA GPU; use cpu")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {value!r}, but there are only {torch.cuda.device_count()} CUDA GPUs")
+        raise ValueError(f"{name} is {value!r}, but there are only {torch.cuda.device_count()} CUDA GPUs")
     if found.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device is {value!r}, but torch finds no MPS device here; use cpu")
+        raise ValueError(f"{name} is {value!r}, but torch finds no MPS device here; use cpu")
     return found
 
 
-def floating_dtype(value: object, name: str = "dtype") -> torch.dtype:
-    """Return ``value`` if it is a floating-point dtype of PyTorch.
-
-    Raises:
-        TypeError: If it is not.
-    """
+def floating_dtype(name: str, value: object) -> torch.dtype:
+    """Return ``value``, a floating-point dtype of PyTorch."""
     if not isinstance(value, torch.dtype) or not value.is_floating_point:
         raise TypeError(f"{name} must be a floating-point dtype such as torch.float32, got {shown(value)}")
     return value
 
 
-def sigma_range(sigma_min: float, sigma_max: float) -> tuple[float, float]:
-    """Return ``(sigma_min, sigma_max)`` as floats with ``0 < sigma_min < sigma_max``, both finite.
-
-    Raises:
-        TypeError: If one is not a number.
-        ValueError: If they are not.
-    """
-    low, high = real("sigma_min", sigma_min), real("sigma_max", sigma_max)
-    if not (math.isfinite(low) and low > 0):
-        raise ValueError(f"sigma_min must be positive and finite, got {sigma_min!r}")
-    if not math.isfinite(high):
-        raise ValueError(f"sigma_max must be finite, got {sigma_max!r}")
-    if low >= high:
-        raise ValueError(f"sigma_min must be below sigma_max, got sigma_min={low:g} and sigma_max={high:g}")
-    return low, high
-
-
 def choice(name: str, value: object, known: Iterable[str]) -> str:
-    """Return ``value`` if it is one of the ``known`` names.
-
-    Raises:
-        ValueError: If it is not; the message lists the names and the nearest match.
-    """
+    """Return ``value``, one of the ``known`` names; the error lists them, and the nearest match."""
     names = list(known)
     if isinstance(value, str) and value in names:
         return value
@@ -333,30 +243,21 @@ def choice(name: str, value: object, known: Iterable[str]) -> str:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}, got {shown(value)}{hint}")
 
 
-def sample_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return ``shape``, the shape of one sample, as a tuple of positive ints.
-
-    Raises:
-        TypeError: If it is not a sequence of integers.
-        ValueError: If it is empty or has an entry below 1.
-    """
+def sample_shape(name: str, shape: object) -> tuple[int, ...]:
+    """Return ``shape``, the shape of one sample, as a tuple of positive ints, at least one."""
     single = getattr(shape, "ndim", 1) == 0 or isinstance(shape, (str, bytes, Mapping, set))
     if single or not isinstance(shape, Iterable) or iter(shape) is shape:
-        raise TypeError(f"shape must be a sequence such as (4, 64, 64), without the batch, got {shown(shape)}")
-    sizes = tuple(positive_int("shape", size) for size in shape)
+        raise TypeError(f"{name} must be a sequence such as (4, 64, 64), without the batch, got {shown(shape)}")
+    sizes = tuple(positive_int(name, size) for size in shape)
     if not sizes:
-        raise ValueError("shape must have at least one entry, got ()")
+        raise ValueError(f"{name} must have at least one entry, got ()")
     if math.prod(sizes) >= 2**48:
-        raise ValueError(f"shape must be that of a sample that fits in memory, got {shown(sizes)}")
+        raise ValueError(f"{name} must be that of a sample that fits in memory, got {shown(sizes)}")
     return sizes
 
 
-def float64(values: Tensor | Sequence[float], name: str = "values") -> Tensor:
-    """``values`` as a float64 CPU tensor of its own; a list of Python floats keeps every digit.
-
-    Raises:
-        TypeError: If they are not real numbers.
-    """
+def float64(name: str, values: object) -> Tensor:
+    """``values``, real numbers, as a float64 CPU tensor of its own; a list of Python floats keeps every digit."""
     if isinstance(values, Tensor):
         if values.is_complex() or values.dtype == torch.bool:
             raise TypeError(f"{name} must be a tensor of real numbers, got {shown(values)}")
@@ -371,16 +272,13 @@ def float64(values: Tensor | Sequence[float], name: str = "values") -> Tensor:
         raise TypeError(f"{name} must be a tensor or a list of numbers, got {shown(values)}") from None
 
 
-def descending_sigmas(sigmas: Tensor | Sequence[float], *, name: str = "sigmas") -> Tensor:
-    """Return ``sigmas`` as a float64 CPU tensor, strictly descending and non-negative.
+def descending_sigmas(name: str, sigmas: object, *, to_zero: bool = False) -> Tensor:
+    """Return ``sigmas`` as a float64 CPU tensor of at least two, strictly descending and non-negative.
 
-    The first value may be ``inf``: the noise level of a flow or zero-terminal-SNR process at its start.
-
-    Raises:
-        TypeError: If they are not numbers.
-        ValueError: If there are fewer than two values, or one is NaN, negative or not below the one before.
+    The first value may be ``inf``: the noise level of a flow or zero-terminal-SNR process at its start. The last must
+    be 0 if ``to_zero``.
     """
-    values = float64(sigmas, name)
+    values = float64(name, sigmas)
     if values.ndim != 1 or len(values) < 2:
         raise ValueError(f"{name} must be a list of at least two noise levels, got shape {tuple(values.shape)}")
     if bool(values.isnan().any()) or bool((values < 0).any()) or bool(values[1:].isinf().any()):
@@ -392,6 +290,8 @@ def descending_sigmas(sigmas: Tensor | Sequence[float], *, name: str = "sigmas")
             f"{name} must strictly descend, but {name}[{k + 1}] = {values[k + 1]:g} follows {values[k]:g}; "
             "sort them from noisy to clean and remove repeats"
         )
+    if to_zero and float(values[-1]) != 0:
+        raise ValueError(f"{name} must end in 0, got {float(values[-1]):g}; append it")
     return values
 
 
@@ -401,60 +301,37 @@ def _levels(name: str, value: object) -> None:
         if isinstance(value, (Sequence, np.ndarray)):
             raise TypeError(f"{name} must be a whole number or a tensor of noise levels, got {shown(value)}")
         positive_int(name, value, minimum=3)
-    elif len(s := descending_sigmas(value, name=name)) < 3 or float(s[-1]) <= 0:
+    elif len(s := descending_sigmas(name, value)) < 3 or float(s[-1]) <= 0:
         raise ValueError(f"{name} must be at least three positive noise levels; sigma 0 is added as the end")
 
 
-_count = optional(positive_int)
-_of_zero = partial(positive_int, minimum=0)
-
 #: What arguments of these names must be, wherever they occur.
 CHECKS: dict[str, Check] = {
-    "steps": positive_int,
-    "samples": sample_range,
-    "group": optional(lambda name, value: process_group(name, value)),
-    "prompts_per_call": optional(positive_int),
-    "max_steps": positive_int,
-    "iterations": positive_int,
-    "batch_size": _count,
-    "columns": _count,
-    "trials": _of_zero,
-    "model_calls": _of_zero,
-    "seed": lambda name, value: seed(value),
-    "shape": lambda name, value: sample_shape(value),  # type: ignore[arg-type]  # the point of asking
-    "device": optional(lambda name, value: device(value)),
-    "dtype": optional(lambda name, value: floating_dtype(value, name)),
-    "max_iterations": positive_int,
+    **dict.fromkeys(("steps", "max_steps", "iterations", "max_iterations"), positive_int),
+    **dict.fromkeys(("batch_size", "columns", "prompts_per_call"), optional(positive_int)),
+    **dict.fromkeys(("trials", "model_calls"), partial(positive_int, minimum=0)),
     "reference_steps": partial(positive_int, minimum=2),
-    "levels": lambda name, value: _levels(name, value),
-    "sigmas": lambda name, value: descending_sigmas(value, name=name),  # type: ignore[arg-type]  # as above
-    "pairs": lambda name, value: choice(name, value, ("adjacent", "all")),
-    "velocity": optional(lambda name, value: choice(name, value, ("noisier", "cleaner"))),
-    "store": optional(lambda name, value: choice(name, value, ("device", "cpu"))),
-    "method": optional(lambda name, value: choice(name, value, ("dynamic_programming", "arc_length"))),
+    "samples": sample_range,
+    "group": optional(process_group),
+    "seed": seed,
+    "shape": sample_shape,
+    "device": optional(device),
+    "dtype": optional(floating_dtype),
+    "levels": _levels,
+    "sigmas": descending_sigmas,
+    "pairs": partial(choice, known=("adjacent", "all")),
+    "velocity": optional(partial(choice, known=("noisier", "cleaner"))),
+    "store": optional(partial(choice, known=("device", "cpu"))),
+    "method": optional(partial(choice, known=("dynamic_programming", "arc_length"))),
     "data": optional(finite),
-    "tolerance": positive,
     "noise": optional(_noise),
     "eta": real,
     "progress": lambda name, value: None if callable(value) else flag(name, value),
     "checkpoint": optional(path),
     "path": path,
-    **dict.fromkeys(
-        (
-            "checks",
-            "responses",
-            "keep_increments",
-            "polish",
-            "weighted",
-            "spare_last",
-            "integer_timesteps",
-            "sub_vp",
-            "vectors",
-        ),
-        flag,
-    ),
-    **dict.fromkeys(
-        ("sigma_min", "sigma_max", "rho", "data_std", "beta_min", "beta_max", "alpha", "beta", "shift"), positive
-    ),
     **dict.fromkeys(("fn", "net", "estimate"), function),
+    **dict.fromkeys(("checks", "responses", "keep_increments", "polish", "weighted"), flag),
+    **dict.fromkeys(("spare_last", "integer_timesteps", "sub_vp", "vectors"), flag),
+    **dict.fromkeys(("sigma_min", "sigma_max", "rho", "data_std", "beta_min", "beta_max", "shift"), positive),
+    **dict.fromkeys(("alpha", "beta", "tolerance"), positive),
 }

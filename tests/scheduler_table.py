@@ -43,6 +43,7 @@ VARIANTS = {
         {"solver_type": "bh1"},
         {"solver_order": 1},
         {"solver_order": 3},
+        {"solver_order": 3, "solver_type": "bh1"},
         {"solver_order": 3, "lower_order_final": False},
         {"solver_order": 3, "lower_order_final": False, "solver_type": "bh1"},
     ],
@@ -85,8 +86,8 @@ sigmas the first two start at 0.999, not 1 (*rounded*).
 What the classes that are "own" or cannot use a schedule do, from their source:
 
 * third-order `DPMSolverMultistepScheduler` and `DEISMultistepScheduler` use second order in the last step but one
-  below 15 steps; from 15 steps on, or with `lower_order_final=False`, they are dpmpp_3m and deis_3;
-  `UniPCMultistepScheduler` of third order does so with any number of steps;
+  below 15 steps (the solvers named lowered); from 15 steps on, or with `lower_order_final=False`, they are dpmpp_3m
+  and deis_3; `UniPCMultistepScheduler` of third order does so with any number of steps;
 * `DPMSolverMultistepScheduler` with `solver_type="heun"` weights the difference of two outputs differently from 2M;
 * `UniPCMultistepScheduler` of first order corrects each Euler step with the next output;
 * `DPMSolverSinglestepScheduler` uses every second level of the schedule as the stage of a step;

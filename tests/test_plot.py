@@ -102,7 +102,7 @@ def test_colour_images_keep_their_channels():
 
 
 def test_difference_grid_is_the_distance_of_each_pixel():
-    axes = plot._figure(2, 2).subplots()
+    axes = plot.draw_empty(2, 2).subplots()
     image = plot.draw_difference_grid(axes, torch.full((1, 2, 2), 0.75), torch.full((1, 2, 2), 0.5))
     np.testing.assert_allclose(np.asarray(image.get_array()), 0.25)
 

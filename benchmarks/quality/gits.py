@@ -15,7 +15,7 @@ from benchmarks.quality.baselines import highest_finite
 from fastsched.comparison import Reference
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling.random_streams import noise_of, sample_seeds
-from fastsched.sampling.sampler import integrate, nodes_of
+from fastsched.sampling.sampler import answered, integration, nodes_of
 from fastsched.sampling.solvers import get_solver
 
 Array = NDArray[np.float64]
@@ -66,7 +66,7 @@ class Gits:
             denoised.append(denoiser.denoise(y, level))
             return denoised[-1]
 
-        states.append(integrate(recorded, nodes_of(process, s), get_solver(teacher), noise, s=s))
+        states.append(answered(integration(nodes_of(process, s), get_solver(teacher), noise, s=s), recorded))
         y, d = (torch.stack(found).flatten(2).double() for found in (states, denoised))  # [N, B, d], [N - 1, B, d]
         costs = {"l2": _distances(y, d, s), "dev": _deviations(y, d, s)}
         return cls(process, s, costs, (len(s) - 1) * len(noise))

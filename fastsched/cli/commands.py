@@ -34,7 +34,7 @@ COMMANDS = {
     "env": showing.env,
 }
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name)(errors_in_a_line()(_command))
 
 
 @app.callback(invoke_without_command=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from fastsched.comparison import Comparison
     from fastsched.denoisers.noise import NoiseProcess
     from fastsched.sampling.schedule import Schedule
+
+    #: The schedules to compare, with baselines for a model's noise process.
+    Schedules = Callable[[NoiseProcess], dict[str, Schedule]]
 
 #: What `compare` uses by default: of denoisers, which are fast here, and of pipelines, which are not.
 SAMPLES, REFERENCE_STEPS = 256, 300
@@ -35,18 +39,17 @@ def demo(
     fastsched demo
     fastsched demo --output out --samples 256
     """
-    with shell.errors_in_a_line():
-        import torch
+    import torch
 
-        from fastsched.cli.demo import run_demo
-        from fastsched.plot import check_matplotlib
+    from fastsched.cli.demo import run_demo
+    from fastsched.plot import check_matplotlib
 
-        check_matplotlib()
-        torch.set_num_threads(1)  # the digits network is so small that threads make it slower
-        found = run_demo(output, samples=samples, progress=not quiet, say=note if as_json else typer.echo)
-        if as_json:
-            each = found.comparisons.values()
-            shell.print_json([row for runs in each for comparison in runs.values() for row in comparison.to_dicts()])
+    check_matplotlib()
+    torch.set_num_threads(1)  # the digits network is so small that threads make it slower
+    found = run_demo(output, samples=samples, progress=not quiet, say=note if as_json else typer.echo)
+    if as_json:
+        each = found.comparisons.values()
+        shell.print_json([row for runs in each for comparison in runs.values() for row in comparison.to_dicts()])
 
 
 def compare(
@@ -82,24 +85,29 @@ def compare(
     fastsched compare my_model.py:build a.json b.json --shape 4,64,64 --baselines karras --csv errors.csv
     fastsched compare my_pipeline_folder schedule.json --prompt "a cat" --samples 4
     """
-    with shell.errors_in_a_line():
-        shell.writable(csv)
-        named = inputs.named_schedules(schedules)
-        names = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
-        source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
-        run = {"samples": samples, "seed": seed, "reference_steps": reference_steps, "dry_run": dry_run}
-        if source.is_pipeline:
-            inputs.not_for_pipelines(solver=solver)
-            result = _of_pipeline(source, named, names, spare_last, **run)
-        else:
-            method = None if solver is None else inputs.solver_named(solver)
-            result = _of_denoiser(source, named, names, spare_last, method, **run)
-        if result is None:
-            return
-        _show(result, as_json)
-        if csv is not None:
-            result.to_csv(csv)
-            note(f"wrote {csv}")
+    shell.writable(csv)
+    named = inputs.named_schedules(schedules)
+    names = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
+    source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
+    usual = (PIPELINE_SAMPLES, PIPELINE_REFERENCE_STEPS) if source.is_pipeline else (SAMPLES, REFERENCE_STEPS)
+    run = {
+        "samples": usual[0] if samples is None else samples,
+        "reference_steps": usual[1] if reference_steps is None else reference_steps,
+        "seed": seed,
+    }
+    common = lambda process: named | _baselines(process, names, list(named.values()), spare_last)
+    if source.is_pipeline:
+        inputs.not_for_pipelines(solver=solver)
+        result = _of_pipeline(source, common, sorted({each.steps for each in named.values()}), run, dry_run)
+    else:
+        method = None if solver is None else inputs.solver_named(solver)
+        result = _of_denoiser(source, common, method, run, dry_run)
+    if result is None:
+        return
+    _show(result, as_json)
+    if csv is not None:
+        result.to_csv(csv)
+        note(f"wrote {csv}")
 
 
 def plot(
@@ -112,98 +120,52 @@ def plot(
     fastsched plot stats.safetensors schedule.json -o schedule.png
     fastsched plot a.json b.json -o both.svg
     """
-    with shell.errors_in_a_line():
-        from fastsched.plot import FORMATS, check_matplotlib, plot_cost_density, plot_schedules
+    from fastsched.plot import FORMATS, check_matplotlib, plot_cost_density, plot_schedules
 
-        check_matplotlib()
-        shell.writable(output, endings=FORMATS)
-        from fastsched.sampling.files import kind_of
+    check_matplotlib()
+    shell.writable(output, endings=FORMATS)
+    from fastsched.sampling.files import kind_of
 
-        measured = [path for path in files if kind_of(path) == "statistics" or path.suffix == ".safetensors"]
-        if len(measured) > 1:
-            raise ValueError(f"files must contain at most one file of statistics, got {', '.join(map(str, measured))}")
-        stats = inputs.load_statistics(measured[0]) if measured else None
-        schedules = {str(path.with_suffix("")): inputs.load_schedule(path) for path in files if path not in measured}
-        if stats is not None and not schedules:
-            figure = plot_cost_density(stats)
-        else:
-            figure = plot_schedules(schedules, stats=stats)
-        figure.savefig(output)
-        note(f"wrote {output}")
+    measured = [path for path in files if kind_of(path) == "statistics" or path.suffix == ".safetensors"]
+    if len(measured) > 1:
+        raise ValueError(f"files must contain at most one file of statistics, got {', '.join(map(str, measured))}")
+    stats = inputs.load_statistics(measured[0]) if measured else None
+    schedules = {str(path.with_suffix("")): inputs.load_schedule(path) for path in files if path not in measured}
+    figure = plot_cost_density(stats) if stats is not None and not schedules else plot_schedules(schedules, stats=stats)
+    figure.savefig(output)
+    note(f"wrote {output}")
 
 
 def _of_denoiser(
-    source: inputs.Source,
-    schedules: dict[str, Schedule],
-    baselines: list[str],
-    spare_last: bool,
-    solver: str | None,
-    *,
-    samples: int | None,
-    seed: int,
-    reference_steps: int | None,
-    dry_run: bool,
+    source: inputs.Source, schedules: Schedules, solver: str | None, run: dict[str, Any], dry_run: bool
 ) -> Comparison | None:
     """The comparison, after a line about its cost; None if only that is wanted."""
     from fastsched import comparison
 
     model, shape = source.denoiser()
-    named = {**schedules, **_baselines(model.process, baselines, list(schedules.values()), spare_last)}
-    count = SAMPLES if samples is None else samples
-    steps = REFERENCE_STEPS if reference_steps is None else reference_steps
-    calls = comparison.comparison_calls(model, named, solver, samples=count, reference_steps=steps)
-    spending.say_comparing(*calls)
+    named = schedules(model.process)
+    sizes = {name: run[name] for name in ("samples", "reference_steps")}
+    spending.say_comparing(*comparison.comparison_calls(model, named, solver, **sizes))
     if dry_run:
         return None
-    return comparison.compare(
-        model,
-        named,
-        solver,
-        shape=shape,
-        samples=count,
-        seed=seed,
-        reference_steps=steps,
-        batch_size=source.batch_size,
-        device=source.device,
-        dtype=source.precision,
-        progress=not source.quiet,
-    )
+    return comparison.compare(model, named, solver, shape=shape, **source.running, **run)
 
 
 def _of_pipeline(
-    source: inputs.Source,
-    schedules: dict[str, Schedule],
-    baselines: list[str],
-    spare_last: bool,
-    *,
-    samples: int | None,
-    seed: int,
-    reference_steps: int | None,
-    dry_run: bool,
+    source: inputs.Source, schedules: Schedules, own_steps: list[int], run: dict[str, Any], dry_run: bool
 ) -> Comparison | None:
     """The comparison through a pipeline, after a line about its cost; None if only that is wanted."""
-    from fastsched.cli.pipelines import compare_pipeline, process_of
+    from fastsched.cli.pipelines import compare_pipeline
+    from fastsched.diffusers.conventions import describe
 
     pipe, arguments = replace(source, quiet=True).pipeline()  # one bar for all runs, not one a run
-    count = PIPELINE_SAMPLES if samples is None else samples
-    steps = PIPELINE_REFERENCE_STEPS if reference_steps is None else reference_steps
-    named = {**schedules, **_baselines(process_of(pipe), baselines, list(schedules.values()), spare_last)}
-    own = sorted({schedule.steps for schedule in schedules.values()})
-    runs = sum(schedule.steps for schedule in named.values()) + sum(own)
-    spending.say_comparing(steps * count, runs * count)
+    named = schedules(describe(pipe.scheduler).process)
+    steps = sum(schedule.steps for schedule in named.values()) + sum(own_steps)
+    spending.say_comparing(run["reference_steps"] * run["samples"], steps * run["samples"])
     if dry_run:
         return None
-    return compare_pipeline(
-        pipe,
-        named,
-        own,
-        prompts=source.prompts,
-        samples=count,
-        seed=seed,
-        reference_steps=steps,
-        arguments=arguments,
-        progress=not source.quiet,
-    )
+    shown = not source.quiet
+    return compare_pipeline(pipe, named, own_steps, prompts=source.prompts, arguments=arguments, progress=shown, **run)
 
 
 def _show(result: Comparison, as_json: bool) -> None:

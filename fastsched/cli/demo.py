@@ -55,7 +55,7 @@ def digits_denoiser() -> Denoiser:
 
 
 def run_demo(
-    output: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str],
     *,
     samples: int = 1024,
     solvers: Sequence[str] = SOLVERS,
@@ -66,7 +66,7 @@ def run_demo(
     """Measure the digits denoiser, select schedules, compare them with common schedules, and draw a figure.
 
     Args:
-        output: A folder for ``demo.png`` and the schedules as JSON; created if missing. Nothing is written when None.
+        output: A folder for ``demo.png`` and the schedules as JSON; created if missing.
         samples: The number of noises to compare over.
         solvers: The solvers to select for.
         steps: The numbers of steps.
@@ -75,12 +75,11 @@ def run_demo(
 
     Raises:
         ValueError: If an argument is out of range or unknown.
-        ImportError: If ``output`` is given and matplotlib is missing.
+        ImportError: If matplotlib is missing.
     """
     samples = validate.positive_int("samples", samples, minimum=2)
-    folder = None if output is None else Path(output)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
     denoiser = digits_denoiser()
     stats = measure(denoiser, SHAPE, levels=LEVELS, samples=PATHS, progress=progress)
     say(f"measured {stats.levels} levels on {stats.samples} paths: {stats.model_calls} model calls")
@@ -95,8 +94,11 @@ def run_demo(
     for solver in solvers:
         say("\n" + table(solver, comparisons[solver]))
     say("\n" + LEGEND.format(samples=samples, solver=reference.solver, steps=reference.steps))
-    if folder is not None:
-        _write(demo, denoiser, folder, say)
+    for solver, runs in schedules.items():
+        for n, named in runs.items():
+            named[OURS].save(folder / f"{solver}-{n}.json")
+    draw(demo, denoiser).savefig(folder / "demo.png")
+    say(f"\nwrote {folder / 'demo.png'} and the schedules, {folder}{os.sep}SOLVER-STEPS.json")
     return demo
 
 
@@ -133,15 +135,6 @@ def _candidates(denoiser: Denoiser, stats: PathStatistics, solver: str, paper: S
         **{name: Schedule(sigmas, solver) for name, sigmas in used.items()},
         PAPER: Schedule(paper.sigmas, solver),
     }
-
-
-def _write(demo: Demo, denoiser: Denoiser, folder: Path, say: Callable[[str], None]) -> None:
-    for solver, runs in demo.schedules.items():
-        for n, named in runs.items():
-            named[OURS].save(folder / f"{solver}-{n}.json")
-    figure = draw(demo, denoiser)
-    figure.savefig(folder / "demo.png")
-    say(f"\nwrote {folder / 'demo.png'} and the schedules, {folder}{os.sep}SOLVER-STEPS.json")
 
 
 def draw(demo: Demo, denoiser: Denoiser) -> Figure:

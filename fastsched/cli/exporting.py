@@ -17,37 +17,22 @@ if TYPE_CHECKING:
 
 #: Serving engines, as `fastsched.diffusers.serving` has them; named here because the shell starts without diffusers.
 ENGINES = ("vllm-omni", "sglang")
-#: The sampler of each program that takes the same steps as a solver.
-K_DIFFUSION = {
-    "ddim": "sample_euler",
-    "heun": "sample_heun",
-    "dpm_2": "sample_dpm_2",
-    "dpmpp_2m": "sample_dpmpp_2m",
-    "ancestral": "sample_euler_ancestral",
-    "sde_dpmpp_2m": "sample_dpmpp_2m_sde",
+#: The sampler that takes the same steps as a solver: k-diffusion's, ComfyUI's, stable-diffusion.cpp's.
+SAMPLERS = {
+    "ddim": ("sample_euler", "euler", "euler"),
+    "heun": ("sample_heun", "heun", "heun"),
+    "dpm_2": ("sample_dpm_2", "dpm_2", "dpm2"),
+    "dpmpp_2m": ("sample_dpmpp_2m", "dpmpp_2m", "dpm++2m"),
+    "ipndm": (None, "ipndm", "ipndm"),
+    "lms": (None, "lms", None),
+    "ancestral": ("sample_euler_ancestral", "euler_ancestral", "euler_a"),
+    "sde_dpmpp_2m": ("sample_dpmpp_2m_sde", "dpmpp_2m_sde", None),
 }
-COMFYUI = {
-    "ddim": "euler",
-    "heun": "heun",
-    "dpm_2": "dpm_2",
-    "dpmpp_2m": "dpmpp_2m",
-    "ipndm": "ipndm",
-    "lms": "lms",
-    "ancestral": "euler_ancestral",
-    "sde_dpmpp_2m": "dpmpp_2m_sde",
-}
+PROGRAMS = ("k-diffusion", "ComfyUI", "stable-diffusion.cpp")
 #: How a schedule is used in ComfyUI where its sampler is not among ComfyUI's own.
 NODE = "use the file in the node Load Schedule (integrations/comfyui), which gives the SAMPLER too"
 #: Solvers whose namesakes in ComfyUI are others for flow times (docs/comfyui.md).
 NOT_FOR_FLOW = ("dpmpp_2m", "ancestral", "sde_dpmpp_2m")
-SD_CPP = {
-    "ddim": "euler",
-    "heun": "heun",
-    "dpm_2": "dpm2",
-    "dpmpp_2m": "dpm++2m",
-    "ipndm": "ipndm",
-    "ancestral": "euler_a",
-}
 
 
 def export(
@@ -72,34 +57,33 @@ def export(
     fastsched export flow.json --to vllm-omni --scheduler my_flow_pipeline_folder --mu 1.15
     fastsched export schedule.json --to k-diffusion -o sample.py
     """
-    with shell.errors_in_a_line():
-        from fastsched import validate
-        from fastsched.sampling.files import write_whole
+    from fastsched import validate
+    from fastsched.sampling.files import write_whole
 
-        form = FORMS[validate.choice("to", to, FORMS)]
-        if to not in ("diffusers", *ENGINES) and (scheduler is not None or mu is not None):
-            raise ValueError("scheduler and mu are for --to diffusers, vllm-omni and sglang only")
-        shell.writable(output)
-        loaded = inputs.load_schedule(schedule)
-        if loaded.weights is not None and to != "diffusers":
-            instead = f"{NODE}, or " if to == "comfyui" else ""
-            raise ValueError(
-                f"schedule is for the fitted solver, whose weights {to} cannot take; {instead}fit one for a stock "
-                "solver"
-            )
-        if to == "diffusers":
-            text, values = _diffusers(loaded, schedule, scheduler, mu)
-        elif to in ENGINES:
-            text, values = _engine(loaded, to, scheduler, mu)
-        else:
-            text, values = form(loaded)
-        if as_json:
-            text = shell.json_text({"to": to, "solver": loaded.solver, **values})
-        if output is None:
-            typer.echo(text)
-        else:
-            write_whole(output, f"{text}\n".encode())
-            note(f"wrote {output}")
+    form = FORMS[validate.choice("to", to, FORMS)]
+    if to not in ("diffusers", *ENGINES) and (scheduler is not None or mu is not None):
+        raise ValueError("scheduler and mu are for --to diffusers, vllm-omni and sglang only")
+    shell.writable(output)
+    loaded = inputs.load_schedule(schedule)
+    if loaded.weights is not None and to != "diffusers":
+        ways = {"comfyui": NODE, "k-diffusion": "sample by fastsched.sampling.k_diffusion.sample_fitted"}
+        instead = f"{ways[to]}, or " if to in ways else ""
+        raise ValueError(
+            f"schedule is for the fitted solver, whose weights {to} cannot take; {instead}fit one for a stock solver"
+        )
+    if to == "diffusers":
+        text, values = _diffusers(loaded, schedule, scheduler, mu)
+    elif to in ENGINES:
+        text, values = _engine(loaded, to, scheduler, mu)
+    else:
+        text, values = form(loaded)
+    if as_json:
+        text = shell.json_text({"to": to, "solver": loaded.solver, **values})
+    if output is None:
+        typer.echo(text)
+    else:
+        write_whole(output, f"{text}\n".encode())
+        note(f"wrote {output}")
 
 
 def _text(schedule: Schedule) -> tuple[str, dict[str, Any]]:
@@ -113,7 +97,7 @@ def _text(schedule: Schedule) -> tuple[str, dict[str, Any]]:
 def _comfyui(schedule: Schedule) -> tuple[str, dict[str, Any]]:
     """The text of ComfyUI's node ManualSigmas."""
     flow = schedule.noise == "flow"
-    known = {solver: name for solver, name in COMFYUI.items() if not (flow and solver in NOT_FOR_FLOW)}
+    known = {solver: name for solver, name in _samplers("ComfyUI").items() if not (flow and solver in NOT_FOR_FLOW)}
     sampler = known.get(schedule.solver)
     if sampler is None:
         where = " for flow times" if flow else ""
@@ -131,7 +115,7 @@ def _k_diffusion(schedule: Schedule) -> tuple[str, dict[str, Any]]:
     """Python for k-diffusion."""
     if schedule.noise == "flow":
         raise ValueError("k-diffusion samples in sigmas and this schedule is of flow times; use --to flow-matching")
-    sampler = _sampler(schedule, K_DIFFUSION, "k-diffusion")
+    sampler = _sampler(schedule, "k-diffusion")
     sigmas, values = _text(schedule)
     text = (
         "import torch\nfrom k_diffusion import sampling\n\n"
@@ -161,7 +145,7 @@ def _flow_matching(schedule: Schedule) -> tuple[str, dict[str, Any]]:
 
 def _sd_cpp(schedule: Schedule) -> tuple[str, dict[str, Any]]:
     """Options of stable-diffusion.cpp's command."""
-    sampler = _sampler(schedule, SD_CPP, "stable-diffusion.cpp")
+    sampler = _sampler(schedule, "stable-diffusion.cpp")
     found = schedule.to_comfyui()  # float32 in plain decimals, which is what it parses
     sigmas = found.text.replace(" ", "")
     options = f'--sampling-method {sampler} --steps {schedule.steps} --sigmas "{sigmas}"'
@@ -218,17 +202,20 @@ def _engine(schedule: Schedule, engine: str, scheduler: str | None, mu: float | 
     return f"OmniDiffusionSamplingParams({given})", {"parameters": found}
 
 
-def _sampler(schedule: Schedule, known: dict[str, str], program: str) -> str:
-    """The program's sampler that is the schedule's solver.
-
-    Raises:
-        ValueError: If it has none.
-    """
+def _sampler(schedule: Schedule, program: str) -> str:
+    """The program's sampler that is the schedule's solver, or ValueError."""
+    known = _samplers(program)
     if schedule.solver not in known:
         raise ValueError(
             f"{program} has no sampler that is {schedule.solver}; fit a schedule for one of {', '.join(known)}"
         )
     return known[schedule.solver]
+
+
+def _samplers(program: str) -> dict[str, str]:
+    """A program's samplers, by solver."""
+    found = {solver: names[PROGRAMS.index(program)] for solver, names in SAMPLERS.items()}
+    return {solver: name for solver, name in found.items() if name is not None}
 
 
 #: What ``--to`` can be. Those of diffusers and engines depend on more than the schedule: `_diffusers`, `_engine`.

@@ -1,4 +1,4 @@
-"""What commands read: models, statistics, schedules, and lists of numbers."""
+"""What commands read: models, statistics, schedules, and lists of numbers; a ValueError if it is not usable."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsched.cli.names import resolve_solver
 from fastsched.cli.shell import note
 
 if TYPE_CHECKING:
@@ -21,10 +20,20 @@ if TYPE_CHECKING:
 
 
 def solver_named(name: str) -> str:
-    """The solver that a user means, with a note on stderr where it was named differently."""
-    found, remark = resolve_solver(name)
-    if remark is not None:
-        note(remark)
+    """The solver that a user means, with a note on stderr if it is named as in a sampler's menu or another library.
+
+    Unknown names come back as they are, for the library's own error.
+    """
+    from fastsched.sampling.solver_names import known_as
+    from fastsched.sampling.solvers import ALIASES, SOLVERS, STOCHASTIC_SOLVERS
+
+    if name in SOLVERS or name in ALIASES or name in STOCHASTIC_SOLVERS:
+        return name
+    found, ending = known_as(name, (*ALIASES, *SOLVERS))
+    if found is None:
+        return name
+    instead = "" if ending is None else f"; fastsched's noise levels take the place of the {ending} ones"
+    note(f"solver {name!r} is {found} here{instead}")
     return found
 
 
@@ -48,30 +57,28 @@ class Source:
 
     @property
     def precision(self) -> torch.dtype | None:
-        """The dtype of that name.
-
-        Raises:
-            ValueError: If there is none.
-        """
+        """The dtype of that name."""
         import torch
 
         from fastsched import validate
 
-        known = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16}
-        known |= {"bfloat16": torch.bfloat16}
-        return None if self.dtype is None else known[validate.choice("dtype", self.dtype, known)]
+        known = ("float32", "float64", "float16", "bfloat16")
+        return None if self.dtype is None else getattr(torch, validate.choice("dtype", self.dtype, known))
+
+    @property
+    def running(self) -> dict[str, Any]:
+        """How to run a denoiser, as arguments of the functions that do."""
+        placed = {"batch_size": self.batch_size, "device": self.device, "dtype": self.precision}
+        return placed | {"progress": not self.quiet}
 
     def denoiser(self) -> tuple[Denoiser, tuple[int, ...]]:
-        """The denoiser and the shape of one sample.
-
-        Raises:
-            ValueError: If an option is for pipelines, the name or the device unusable, or the shape unknown.
-        """
+        """The denoiser and the shape of one sample."""
+        from fastsched import validate
         from fastsched.denoisers.loading import load_denoiser
 
         if self.prompts or self.call:
             raise ValueError(f"{'prompt' if self.prompts else 'call'} is for pipelines; this model is a denoiser")
-        check_device(self.device)
+        validate.CHECKS["device"]("device", self.device)
         denoiser, own = load_denoiser(self.name, self.device)
         shape = own if self.shape is None else tuple(integers("shape", self.shape))
         if shape is None:
@@ -79,35 +86,14 @@ class Source:
         return denoiser, shape
 
     def pipeline(self) -> tuple[Any, dict[str, Any]]:
-        """The pipeline, and arguments for its call.
-
-        Raises:
-            ValueError: If an option is for denoisers, the folder holds no pipeline, or the device is not there.
-            ImportError: If diffusers is missing.
-        """
+        """The pipeline, and arguments for its call."""
         not_for_pipelines(shape=self.shape, batch_size=self.batch_size)
         arguments = call_arguments(self.call)
         return load_pipeline(self.name, self.device, self.precision, quiet=self.quiet), arguments
 
 
-def check_device(name: str | None) -> None:
-    """Check that torch has this device.
-
-    Raises:
-        ValueError: If the name is none, or the device is not there.
-    """
-    from fastsched import validate
-
-    if name is not None:
-        validate.device(name)
-
-
 def integers(name: str, text: str) -> list[int]:
-    """The positive integers in ``text``, separated by commas.
-
-    Raises:
-        ValueError: If it holds anything else.
-    """
+    """The positive integers in ``text``, separated by commas."""
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError:
@@ -118,11 +104,7 @@ def integers(name: str, text: str) -> list[int]:
 
 
 def sample_range(text: str | None, default: int) -> int | range:
-    """Which samples: a number of them, such as 8, or 8:16 for those from number 8 to 15.
-
-    Raises:
-        ValueError: If the text is neither.
-    """
+    """Which samples: a number of them, such as 8, or 8:16 for those from number 8 to 15."""
     if text is None:
         return default
     first, colon, stop = text.partition(":")
@@ -137,24 +119,14 @@ def sample_range(text: str | None, default: int) -> int | range:
 
 
 def load_statistics(path: Path) -> PathStatistics:
-    """The statistics in a file.
-
-    Raises:
-        ValueError: If it holds a schedule, or no statistics.
-        FileNotFoundError: If there is none.
-    """
+    """The statistics in a file; errors as of `PathStatistics.load`."""
     from fastsched.measurement.statistics import PathStatistics
 
     return PathStatistics.load(path)
 
 
 def load_schedule(path: Path) -> Schedule:
-    """The schedule in a file.
-
-    Raises:
-        ValueError: If it holds statistics, or no schedule.
-        FileNotFoundError: If there is none.
-    """
+    """The schedule in a file; errors as of `Schedule.load`."""
     from fastsched.sampling.schedule import Schedule
 
     return Schedule.load(path)
@@ -169,13 +141,10 @@ def named_schedules(paths: list[Path]) -> dict[str, Schedule]:
 
 
 def load_pipeline(name: str, device: str | None, dtype: torch.dtype | None, *, quiet: bool) -> Any:
-    """The pipeline of diffusers that was saved in a folder; only safetensors are read, and nothing is downloaded.
+    """The pipeline of diffusers that was saved in a folder; only safetensors are read, and nothing is downloaded."""
+    from fastsched import validate
 
-    Raises:
-        ValueError: If the folder holds no pipeline, or the device is not there.
-        ImportError: If diffusers is missing.
-    """
-    check_device(device)
+    validate.CHECKS["device"]("device", device)
     folder = Path(name)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{name} is a folder without model_index.json; name one that pipe.save_pretrained wrote")
@@ -191,12 +160,7 @@ def load_pipeline(name: str, device: str | None, dtype: torch.dtype | None, *, q
 
 
 def load_scheduler(name: str) -> Any:
-    """The scheduler of a saved pipeline, or one that was saved alone; the pipeline's weights are not read.
-
-    Raises:
-        ValueError: If the folder holds no scheduler of diffusers.
-        ImportError: If diffusers is missing.
-    """
+    """The scheduler of a saved pipeline, or one that was saved alone; the pipeline's weights are not read."""
     import json
 
     from fastsched import diffusers as _adapters  # noqa: F401 - says which extra is missing
@@ -227,11 +191,7 @@ def pipeline_call(name: str) -> tuple[str | None, list[str] | None]:
 
 
 def call_arguments(options: list[str] | None) -> dict[str, Any]:
-    """``--call name=value`` options as keyword arguments: JSON values where they are, strings otherwise.
-
-    Raises:
-        ValueError: If one has no name.
-    """
+    """``--call name=value`` options as keyword arguments: JSON values where they are, strings otherwise."""
     import json
 
     arguments: dict[str, Any] = {}
@@ -247,11 +207,7 @@ def call_arguments(options: list[str] | None) -> dict[str, Any]:
 
 
 def not_for_pipelines(**options: object) -> None:
-    """Refuse options of denoisers for a pipeline; ``options`` by name, None where they are not given.
-
-    Raises:
-        ValueError: If one is given.
-    """
+    """Refuse options of denoisers for a pipeline; ``options`` by name, None where they are not given."""
     for name, value in options.items():
         if value is not None:
             raise ValueError(f"{name.replace('_', '-')} is not for pipelines, which decide it themselves; leave it out")

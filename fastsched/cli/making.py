@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -28,6 +29,7 @@ Paths = Annotated[
 Solver = Annotated[str, typer.Option(help="Such as ddim, heun, dpmpp_2m or ipndm; 'fastsched solvers' lists all.")]
 
 
+@shell.errors_in_a_line("interrupted; 'fastsched measure --resume' continues from the last saved batch")
 def measure(
     denoiser: shell.DenoiserName,
     output: Annotated[Path, typer.Option("--output", "-o", help="The statistics file to write.")],
@@ -71,20 +73,19 @@ def measure(
     fastsched measure package.models:build --shape 4,64,64 --samples 16 -o stats.safetensors --resume
     fastsched measure my_pipeline_folder --prompt "a cat" --call guidance_scale=7.5 -o stats.safetensors
     """
-    with shell.errors_in_a_line("interrupted; 'fastsched measure --resume' continues from the last saved batch"):
-        if resume and overwrite:
-            raise ValueError("resume and overwrite exclude each other: --resume goes on, --overwrite begins anew")
-        ways = "resume it (--resume), replace it (--overwrite)"
-        shell.writable(output, overwrite=overwrite or resume, replace=ways)
-        source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
-        if source.is_pipeline:
-            inputs.not_for_pipelines(responses=responses, resume="given" if resume else None)
-            stats = _measured_pipeline(source, output, levels, samples, seed, dry_run)
-        else:
-            kept = {"responses": responses is not False, "resume": resume, "overwrite": overwrite}
-            stats = _measured_denoiser(source, output, levels, samples, seed, dry_run, **kept)
-        if stats is not None:
-            note(f"{stats.samples} paths over {stats.levels} levels, {stats.model_calls:,} model calls; wrote {output}")
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other: --resume goes on, --overwrite begins anew")
+    ways = "resume it (--resume), replace it (--overwrite)"
+    shell.writable(output, overwrite=overwrite or resume, replace=ways)
+    source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
+    if source.is_pipeline:
+        inputs.not_for_pipelines(responses=responses, resume="given" if resume else None)
+        stats = _measured_pipeline(source, output, levels, samples, seed, dry_run)
+    else:
+        kept = {"responses": responses is not False, "resume": resume, "overwrite": overwrite}
+        stats = _measured_denoiser(source, output, levels, samples, seed, dry_run, **kept)
+    if stats is not None:
+        note(f"{stats.samples} paths over {stats.levels} levels, {stats.model_calls:,} model calls; wrote {output}")
 
 
 def _measured_pipeline(
@@ -92,10 +93,11 @@ def _measured_pipeline(
 ) -> PathStatistics | None:
     """Statistics of a pipeline, written to a file; None if only the cost is wanted."""
     import fastsched as fs
+    from fastsched.diffusers.pipeline_measurement import calibration_calls
 
     pipe, arguments = source.pipeline()
     count = inputs.sample_range(samples, PIPELINE_SAMPLES)
-    spending.say_measuring(spending.calibration_calls(levels, spending.number(count)))
+    spending.say_measuring(calibration_calls(levels, count))
     if dry_run:
         return None
     stats = fs.diffusers.measure(
@@ -106,42 +108,22 @@ def _measured_pipeline(
 
 
 def _measured_denoiser(
-    source: inputs.Source,
-    output: Path,
-    levels: int,
-    samples: str | None,
-    seed: int,
-    dry_run: bool,
-    *,
-    responses: bool,
-    resume: bool,
-    overwrite: bool,
+    source: inputs.Source, output: Path, levels: int, samples: str | None, seed: int, dry_run: bool, **kept: bool
 ) -> PathStatistics | None:
     """Statistics of a denoiser, written to a file batch by batch; None if only the cost is wanted."""
     from fastsched.measurement.to_file import measure_to_file
 
     model, sizes = source.denoiser()
     count = inputs.sample_range(samples, SAMPLES)
-    known = inputs.load_statistics(output).samples if resume and output.exists() else 0
+    known = inputs.load_statistics(output).samples if kept["resume"] and output.exists() else 0
     left = spending.number(count) - known
-    spending.say_measuring(spending.measuring_calls(model, levels, max(left, 0), responses))
+    spending.say_measuring(spending.measuring_calls(model, levels, max(left, 0), kept["responses"]))
     if dry_run:
         return None
-    return measure_to_file(
-        model,
-        sizes,
-        output,
-        levels=levels,
-        samples=count,
-        responses=responses,
-        seed=seed,
-        batch_size=4 if source.batch_size is None else source.batch_size,
-        device=source.device,
-        dtype=source.precision,
-        resume=resume,
-        overwrite=overwrite,
-        progress=not source.quiet,
-    )
+    running = source.running
+    if source.batch_size is None:
+        running["batch_size"] = 4
+    return measure_to_file(model, sizes, output, levels=levels, samples=count, seed=seed, **kept, **running)
 
 
 def fit(
@@ -180,77 +162,44 @@ def fit(
     fastsched fit my_model.py:build --steps 6 --shape 4,64,64 --stats stats.safetensors --model-calls 400 -o six.json
     fastsched fit my_pipeline_folder --steps 8 --prompt "a cat" --call guidance_scale=7.5 -o schedule.json
     """
-    with shell.errors_in_a_line():
-        shell.writable(output, overwrite=overwrite, endings=[".json"])
-        source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
-        # Files and names are checked before the model loads, which may take minutes.
-        chosen = None if solver is None else inputs.solver_named(solver)
-        known = None if stats is None else inputs.load_statistics(stats)
-        options = {"stats": known, "levels": levels, "model_calls": model_calls, "seed": seed}
-        fitted = _fitted_pipeline if source.is_pipeline else _fitted_denoiser
-        schedule = fitted(source, steps, chosen, samples, dry_run, options)
-        if schedule is not None:
-            schedule.save(output)
-            _show(schedule, as_json)
-            note(f"wrote {output}")
+    shell.writable(output, overwrite=overwrite, endings=[".json"])
+    source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
+    # Files and names are checked before the model loads, which may take minutes.
+    chosen = None if solver is None else inputs.solver_named(solver)
+    known = None if stats is None else inputs.load_statistics(stats)
+    options = {"stats": known, "levels": levels, "samples": samples, "model_calls": model_calls, "seed": seed}
+    schedule = _fitted(source, steps, chosen, dry_run, options)
+    if schedule is not None:
+        schedule.save(output)
+        if as_json:
+            shell.print_json(summary(schedule))
+        else:
+            _show(schedule)
+        note(f"wrote {output}")
 
 
-def _planned(options: dict[str, Any], steps: int, samples: int | None) -> tuple[Any, Any]:
-    """Levels and samples of the measurement that a fit makes."""
+def _fitted(
+    source: inputs.Source, steps: int, solver: str | None, dry_run: bool, options: dict[str, Any]
+) -> Schedule | None:
+    """The schedule of a pipeline or a denoiser; None if only the cost is wanted."""
+    import fastsched as fs
+    from fastsched.diffusers.pipeline_measurement import calibration_calls
     from fastsched.fitting.budget import TOTAL, planned
 
-    calls = options["model_calls"]
-    return planned(TOTAL if calls is None else calls, steps, options["levels"], samples)
-
-
-def _fitted_pipeline(
-    source: inputs.Source, steps: int, solver: str | None, samples: int | None, dry_run: bool, options: dict[str, Any]
-) -> Schedule | None:
-    """The schedule of a pipeline; None if only the cost is wanted."""
-    import fastsched as fs
-
-    pipe, arguments = source.pipeline()
+    given: Any  # arguments of a pipeline's call, or the shape of a denoiser's samples
+    model, given = source.pipeline() if source.is_pipeline else source.denoiser()
     if options["stats"] is None:
-        options["levels"], samples = _planned(options, steps, samples)
-    spending.say_fitting(spending.calibration_calls, options, samples)
-    if dry_run:
-        return None
-    return fs.diffusers.fit(
-        pipe,
-        steps,
-        solver=solver,
-        samples=samples,
-        prompts=source.prompts,
-        progress=not source.quiet,
-        **options,
-        **arguments,
-    )
-
-
-def _fitted_denoiser(
-    source: inputs.Source, steps: int, solver: str | None, samples: int | None, dry_run: bool, options: dict[str, Any]
-) -> Schedule | None:
-    """The schedule of a denoiser; None if only the cost is wanted."""
-    import fastsched as fs
-
-    model, sizes = source.denoiser()
-    if options["stats"] is None:
-        options["levels"], samples = _planned(options, steps, samples)
-    cost = lambda levels, count: spending.measuring_calls(model, levels, count, True)
-    spending.say_fitting(cost, options, samples, lambda stats: spending.repeating_calls(model, stats))
-    if dry_run:
-        return None
-    running = {"device": source.device, "dtype": source.precision, "progress": not source.quiet}
-    return fs.fit(
-        model,
-        sizes,
-        steps,
-        solver or "dpmpp_2m",
-        samples=samples,
-        batch_size=source.batch_size,
-        **options,
-        **running,
-    )
+        calls = options["model_calls"]
+        calls = TOTAL if calls is None else calls
+        options["levels"], options["samples"] = planned(calls, steps, options["levels"], options["samples"])
+    if source.is_pipeline:
+        spending.say_fitting(calibration_calls, options)
+        run = partial(fs.diffusers.fit, solver=solver, prompts=source.prompts, progress=not source.quiet, **given)
+    else:
+        cost = lambda levels, count: spending.measuring_calls(model, levels, count, True)
+        spending.say_fitting(cost, options, lambda stats: spending.repeating_calls(model, stats))
+        run = partial(fs.fit, shape=given, solver=solver or "dpmpp_2m", **source.running)
+    return None if dry_run else run(model, steps=steps, **options)
 
 
 def select(
@@ -269,25 +218,24 @@ def select(
     fastsched select stats.safetensors --steps 8 -o schedule.json
     fastsched select stats.safetensors --steps 6,8,10 --solver ddim -o ddim.json
     """
-    with shell.errors_in_a_line():
-        from fastsched.selection.optimal import optimal_schedule
+    from fastsched.selection.optimal import optimal_schedule
 
-        counts = inputs.integers("steps", steps)
-        shell.writable(output)
-        method = inputs.solver_named(solver)
-        stats = inputs.load_statistics(statistics)
-        schedules = []
-        for count in counts:
-            schedule = optimal_schedule(stats, count, method)
-            schedules.append(schedule)
-            if not as_json:
-                _show(schedule, as_json)
-            if output is not None:
-                path = output if len(counts) == 1 else output.with_name(f"{output.stem}-{count}{output.suffix}")
-                schedule.save(path)
-                note(f"wrote {path}")
-        if as_json:
-            shell.print_json([summary(schedule) for schedule in schedules])
+    counts = inputs.integers("steps", steps)
+    shell.writable(output)
+    method = inputs.solver_named(solver)
+    stats = inputs.load_statistics(statistics)
+    schedules = []
+    for count in counts:
+        schedule = optimal_schedule(stats, count, method)
+        schedules.append(schedule)
+        if not as_json:
+            _show(schedule)
+        if output is not None:
+            path = output if len(counts) == 1 else output.with_name(f"{output.stem}-{count}{output.suffix}")
+            schedule.save(path)
+            note(f"wrote {path}")
+    if as_json:
+        shell.print_json([summary(schedule) for schedule in schedules])
 
 
 def plan(
@@ -295,7 +243,7 @@ def plan(
     solver: Annotated[
         str, typer.Option(help="ddim, dpmpp_2m, ipndm, heun, ... or several, comma-separated.")
     ] = "dpmpp_2m",
-    max_steps: Annotated[int, typer.Option(help="Largest number of steps.")] = 20,
+    max_steps: Annotated[Optional[int], typer.Option(help="Largest number of steps.  [default: at most 20]")] = None,
     target: Annotated[
         Optional[str],
         typer.Option(help="Print how many steps reach this error, or the error of a schedule such as karras:20."),
@@ -309,42 +257,41 @@ def plan(
     fastsched plan stats.safetensors --solver ddim,dpmpp_2m -o plan.png
     fastsched plan stats.safetensors --target karras:20
     """
-    with shell.errors_in_a_line():
-        import fastsched as fs
-        from fastsched.cli.report_data import common_error, steps_within
-        from fastsched.plot import FORMATS, check_matplotlib, plot_error_curves
+    import fastsched as fs
+    from fastsched.cli.report_data import steps_within
+    from fastsched.plot import FORMATS, check_matplotlib, plot_error_curves
+    from fastsched.selection.planning import target_error
 
-        if output is not None:
-            check_matplotlib()
-            shell.writable(output, endings=FORMATS)
-        goal = None if target is None else _target(target)
-        loaded = inputs.load_statistics(stats)
-        curves = [fs.error_curve(loaded, inputs.solver_named(name.strip()), max_steps) for name in solver.split(",")]
-        found = []
-        for curve in curves:
-            rows = list(zip(curve.steps, curve.model_calls, curve.predicted_errors, strict=True))
-            entry: dict[str, Any] = {
-                "solver": curve.solver,
-                "curve": [{"steps": n, "model_calls": calls, "predicted_error": error} for n, calls, error in rows],
-            }
+    if output is not None:
+        check_matplotlib()
+        shell.writable(output, endings=FORMATS)
+    goal = None if target is None else _target(target)
+    loaded = inputs.load_statistics(stats)
+    most = min(20, loaded.levels - 1) if max_steps is None else max_steps
+    curves = [fs.error_curve(loaded, inputs.solver_named(name.strip()), most) for name in solver.split(",")]
+    found = []
+    for curve in curves:
+        rows = list(zip(curve.steps, curve.model_calls, curve.predicted_errors, strict=True))
+        entry: dict[str, Any] = {
+            "solver": curve.solver,
+            "curve": [{"steps": n, "model_calls": calls, "predicted_error": error} for n, calls, error in rows],
+        }
+        if not as_json:
+            cells = [(str(n), f"{calls}", f"{error:.4g}") for n, calls, error in rows]
+            shell.print_table((f"{curve.solver}: steps", "model calls", "predicted error"), cells, left=0)
+        if goal is not None:
+            error = target_error(loaded, curve.solver, goal)
+            # Where the curve does not suffice, the library says by how much.
+            enough = steps_within(curve, error) or fs.steps_needed(loaded, curve.solver, target=goal, max_steps=most)
+            entry |= {"target": target, "steps_needed": enough}
             if not as_json:
-                cells = [(str(n), f"{calls}", f"{error:.4g}") for n, calls, error in rows]
-                shell.print_table((f"{curve.solver}: steps", "model calls", "predicted error"), cells, left=0)
-            if goal is not None:
-                error = common_error(loaded, *goal, solver=curve.solver) if isinstance(goal, tuple) else goal
-                # Where the curve does not suffice, the library says by how much.
-                enough = steps_within(curve, error) or fs.steps_needed(
-                    loaded, curve.solver, target=goal, max_steps=max_steps
-                )
-                entry |= {"target": target, "steps_needed": enough}
-                if not as_json:
-                    typer.echo(f"{curve.solver} needs {entry['steps_needed']} steps for {target}")
-            found.append(entry)
-        if as_json:
-            shell.print_json(found)
-        if output is not None:
-            plot_error_curves(curves).savefig(output)
-            note(f"wrote {output}")
+                typer.echo(f"{curve.solver} needs {entry['steps_needed']} steps for {target}")
+        found.append(entry)
+    if as_json:
+        shell.print_json(found)
+    if output is not None:
+        plot_error_curves(curves).savefig(output)
+        note(f"wrote {output}")
 
 
 def merge(
@@ -359,18 +306,17 @@ def merge(
     fastsched measure my_model.py:build --shape 4,64,64 --samples 8:16 -o b.safetensors
     fastsched merge a.safetensors b.safetensors -o whole.safetensors
     """
-    with shell.errors_in_a_line():
-        shell.writable(output, overwrite=overwrite)
-        whole = None
-        for path in statistics:
-            part = inputs.load_statistics(path)
-            try:
-                whole = part if whole is None else whole.merge(part)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-        assert whole is not None  # typer wants one file at least
-        whole.save(output, vectors=whole.increments is not None)
-        note(f"{whole.samples} paths over {whole.levels} levels; wrote {output}")
+    shell.writable(output, overwrite=overwrite)
+    whole = None
+    for path in statistics:
+        part = inputs.load_statistics(path)
+        try:
+            whole = part if whole is None else whole.merge(part)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    assert whole is not None  # typer wants one file at least
+    whole.save(output, vectors=whole.increments is not None)
+    note(f"{whole.samples} paths over {whole.levels} levels; wrote {output}")
 
 
 def summary(schedule: Schedule) -> dict[str, Any]:
@@ -396,11 +342,8 @@ def plain_decimals(values: list[float], digits: int = 6) -> str:
     return ", ".join(np.format_float_positional(v, precision=digits, fractional=False, trim="0") for v in values)
 
 
-def _show(schedule: Schedule, as_json: bool) -> None:
+def _show(schedule: Schedule) -> None:
     """The schedule on stdout, and its errors on stderr."""
-    if as_json:
-        shell.print_json(summary(schedule))
-        return
     errors = {"predicted": schedule.predicted_error, "measured": schedule.measured_error}
     known = [f", {name} squared error {value:.4g}" for name, value in errors.items() if value is not None]
     note(f"{schedule.solver}, {schedule.steps} steps{''.join(known)}")

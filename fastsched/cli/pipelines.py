@@ -9,19 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsched.comparison import Comparison, Reference, row_of
-from fastsched.denoisers.noise import NoiseProcess
+from fastsched.comparison import Comparison, Reference, known_levels, row_of
 from fastsched.diffusers import apply
 from fastsched.diffusers.conventions import describe, solver_of
 from fastsched.diffusers.pipeline_measurement import call, check_call, prompt_of, scheduler_replaced
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.schedule import Schedule
 from fastsched.selection.starts import even_schedule
-
-
-def process_of(pipe: Any) -> NoiseProcess:
-    """The noise process of a pipeline's scheduler."""
-    return describe(pipe.scheduler).process
 
 
 def compare_pipeline(
@@ -57,7 +51,8 @@ def compare_pipeline(
     """
     check_call(pipe, prompts, arguments)
     solver = solver_of(pipe.scheduler, max(own_steps, default=None)) or "ddim"
-    fine = _fine_schedule(pipe, reference_steps, solver)
+    process = describe(pipe.scheduler).process
+    fine = even_schedule(process, known_levels(process, reference_steps), solver)
     # The converged run comes first, then what is compared with it, all from the same seeds.
     runs: list[tuple[str, Schedule | None, int]] = [("", fine, fine.steps)]
     runs += [(name, schedule, schedule.steps) for name, schedule in schedules.items()]
@@ -74,14 +69,6 @@ def compare_pipeline(
     found = zip(runs[1:], ends[1:], strict=True)
     rows = tuple(row_of(name, solver, steps, steps, end, reference) for (name, _, steps), end in found)
     return Comparison(rows, len(ends[0]), reference)
-
-
-def _fine_schedule(pipe: Any, steps: int, solver: str) -> Schedule:
-    process = process_of(pipe)
-    known = getattr(process, "alphas_cumprod", None)
-    if known is not None and getattr(process, "integer_timesteps", False):
-        steps = min(steps, len(known))
-    return even_schedule(process, steps, solver)
 
 
 def _sampled(

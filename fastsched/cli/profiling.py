@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -33,28 +33,17 @@ def profile(
     fastsched profile my_model.py:build --shape 4,64,64
     fastsched profile my_pipeline_folder --prompt "a cat" --dtype bfloat16 --trace trace.json
     """
-    with shell.errors_in_a_line():
-        import fastsched as fs
+    import fastsched as fs
 
-        shell.writable(trace, endings=(".json",))
-        source = inputs.Source(denoiser, shape, device, dtype, None, prompt, call, quiet)
-        if source.is_pipeline:
-            pipe, arguments = source.pipeline()
-            _say_cost(steps)
-            if dry_run:
-                return
-            if source.prompts:
-                arguments = {"prompt": source.prompts[0], **arguments}
-            found = fs.profile(pipe, steps=steps, trace=trace, **arguments)
-        else:
-            model, sizes = source.denoiser()
-            _say_cost(steps)
-            if dry_run:
-                return
-            found = fs.profile(model, sizes, steps=steps, trace=trace)
-        typer.echo(found.to_json() if as_json else str(found))
-
-
-def _say_cost(steps: int) -> None:
-    """Say about how many steps are run."""
+    shell.writable(trace, endings=(".json",))
+    source = inputs.Source(denoiser, shape, device, dtype, None, prompt, call, quiet)
+    if source.is_pipeline:
+        model, arguments = source.pipeline()
+        arguments: dict[str, Any] = ({"prompt": source.prompts[0]} if source.prompts else {}) | arguments
+    else:
+        model, sizes = source.denoiser()
+        arguments = {"shape": sizes}
     shell.note(f"model calls, counted per sample: about {2 * steps + 6}")
+    if not dry_run:
+        found = fs.profile(model, steps=steps, trace=trace, **arguments)
+        typer.echo(found.to_json() if as_json else str(found))

@@ -39,35 +39,33 @@ def report(
     fastsched report stats.safetensors -o report.html
     fastsched report stats.safetensors schedule.json -o report.html --errors errors.csv --image "8 steps=samples.png"
     """
-    with shell.errors_in_a_line():
-        shell.writable(output, endings=(".html",))
-        names = [inputs.solver_named(name.strip()) for name in solver.split(",")]
-        pictures = [_picture(option) for option in image or []]
-        stats = inputs.load_statistics(statistics)
-        named = inputs.named_schedules(schedules or [])
-        from fastsched.cli import report_data, report_page
-        from fastsched.sampling.files import write_whole
-        from fastsched.sampling.progress import progress_bar
+    from fastsched.plot import check_matplotlib
 
-        report_data.check_schedules(stats, named)
-        measured = [row for path in errors or [] for row in report_data.read_errors(path)]
-        with progress_bar(len(names), not quiet, "predicting", "solver") as advance:
-            found = []
-            for name in names:
-                found += report_data.curves(stats, [name], max_steps)
-                advance(1)
-        page = report_page.page(title, stats, named, found, measured, pictures)
-        write_whole(output, page.encode())
-        note(f"wrote {output}")
+    check_matplotlib()
+    shell.writable(output, endings=(".html",))
+    names = [inputs.solver_named(name.strip()) for name in solver.split(",")]
+    pictures = [_picture(option) for option in image or []]
+    stats = inputs.load_statistics(statistics)
+    named = inputs.named_schedules(schedules or [])
+    from fastsched.cli import report_data, report_page
+    from fastsched.sampling.files import write_whole
+    from fastsched.sampling.progress import progress_bar
+    from fastsched.selection.planning import error_curve
+
+    report_data.check_schedules(stats, named)
+    measured = [row for path in errors or [] for row in report_data.read_errors(path)]
+    with progress_bar(len(names), not quiet, "predicting", "solver") as advance:
+        found = []
+        for name in names:
+            found.append(error_curve(stats, name, min(max_steps, stats.levels - 1)))
+            advance(1)
+    page = report_page.page(title, stats, named, found, measured, pictures)
+    write_whole(output, page.encode())
+    note(f"wrote {output}")
 
 
 def _picture(option: str) -> tuple[str, str, bytes]:
-    """The title, media type and content of a picture named on the command line.
-
-    Raises:
-        ValueError: If it is not TITLE=FILE, or the file is no picture of a known type.
-        OSError: If it cannot be read.
-    """
+    """The title, media type and content of a picture named on the command line as TITLE=FILE, or ValueError."""
     name, equals, file = option.rpartition("=")
     path = Path(file)
     kind = PICTURES.get(path.suffix.lower())

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastsched import validate
 from fastsched.costs.prediction import predict_error
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED
-from fastsched.selection.planning import COMMON, SAFETY, ErrorCurve, error_curve
+from fastsched.selection.planning import SAFETY, ErrorCurve, target_error
 
 #: One standard deviation of predicted over measured errors, nine denoisers (`fastsched.selection.planning.SAFETY`).
 SCATTER = 1.3
 #: What the plan compares with: karras at these numbers of steps.
 TARGETS = (10, 20, 30)
-
-
-@dataclass(frozen=True)
-class Band:
-    """The predicted errors of one solver's curve, one standard deviation lower and higher, for each number of steps."""
-
-    low: tuple[float, ...]
-    high: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -39,8 +30,8 @@ class Measured:
     error: float
 
 
-def band(stats: PathStatistics, curve: ErrorCurve) -> Band:
-    """One standard deviation around predicted errors, on a logarithmic scale.
+def band(stats: PathStatistics, curve: ErrorCurve) -> tuple[list[float], list[float]]:
+    """Predicted errors one standard deviation lower and higher, on a logarithmic scale, for each number of steps.
 
     Two parts add up in squares: the scatter of predictions over denoisers (`SCATTER`), and the jackknife over the
     measured samples with the schedules held fixed, ``se^2 = (B - 1)/B sum_b (theta_b - mean theta)^2`` with ``theta_b``
@@ -54,17 +45,8 @@ def band(stats: PathStatistics, curve: ErrorCurve) -> Band:
             logs = [math.log(max(predict_error(part, schedule, curve.solver), 1e-300)) for part in parts]
             mean = sum(logs) / count
             spreads[n] += (count - 1) / count * sum((value - mean) ** 2 for value in logs)
-    factors = [math.exp(math.sqrt(spread)) for spread in spreads]
-    errors = curve.predicted_errors
-    return Band(
-        tuple(error / factor for error, factor in zip(errors, factors, strict=True)),
-        tuple(error * factor for error, factor in zip(errors, factors, strict=True)),
-    )
-
-
-def curves(stats: PathStatistics, solvers: Sequence[str], max_steps: int) -> list[ErrorCurve]:
-    """The predicted errors of each solver's best schedules, up to ``max_steps`` or as many as the levels allow."""
-    return [error_curve(stats, solver, min(max_steps, stats.levels - 1)) for solver in solvers]
+    pairs = [(error, math.exp(math.sqrt(x))) for error, x in zip(curve.predicted_errors, spreads, strict=True)]
+    return [error / factor for error, factor in pairs], [error * factor for error, factor in pairs]
 
 
 def plan(stats: PathStatistics, curve: ErrorCurve) -> list[int | None]:
@@ -84,25 +66,11 @@ def steps_within(curve: ErrorCurve, goal: float) -> int | None:
 
 def karras_error(stats: PathStatistics, solver: str, steps: int) -> float:
     """The predicted error of karras under a solver; under dpmpp_2m for the fitted one."""
-    return common_error(stats, "karras", steps, solver="dpmpp_2m" if solver == FITTED else solver)
-
-
-def common_error(stats: PathStatistics, name: str, steps: int, *, solver: str) -> float:
-    """The predicted error of a schedule in common use, as `fastsched.steps_needed` computes it.
-
-    Raises:
-        ValueError: If the name is unknown.
-    """
-    make = COMMON[validate.choice("target", name, COMMON)]
-    return predict_error(stats, stats.process.sampler_sigma(make(steps, *stats.finite_range)), solver)
+    return target_error(stats, "dpmpp_2m" if solver == FITTED else solver, ("karras", steps))
 
 
 def check_schedules(stats: PathStatistics, schedules: Mapping[str, Schedule]) -> None:
-    """Check that schedules can belong to the statistics.
-
-    Raises:
-        ValueError: If one is of another kind of noise process.
-    """
+    """ValueError if a schedule is of another kind of noise process than the statistics."""
     for name, schedule in schedules.items():
         if schedule.noise != stats.process.kind:
             raise ValueError(
@@ -112,12 +80,7 @@ def check_schedules(stats: PathStatistics, schedules: Mapping[str, Schedule]) ->
 
 
 def read_errors(path: Path) -> list[Measured]:
-    """The typical errors in a table that ``fastsched compare --csv`` wrote.
-
-    Raises:
-        ValueError: If a column is missing or a value is no number.
-        OSError: If the file cannot be read.
-    """
+    """The typical errors in a table that ``fastsched compare --csv`` wrote, or ValueError."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))

@@ -2,29 +2,70 @@
 
 from __future__ import annotations
 
-import math
+import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 
-import numpy as np
-import torch
-
 from fastsched.cli import charts
-from fastsched.cli.charts import Series
 from fastsched.cli.making import plain_decimals
-from fastsched.cli.report_data import SCATTER, TARGETS, Measured, band, karras_error, plan
-from fastsched.cli.report_style import STYLE
-from fastsched.costs.cost_density import cost_density
-from fastsched.costs.step_cost import error_weight
-from fastsched.measurement.deviated_paths import asked_levels
+from fastsched.cli.report_data import SCATTER, TARGETS, Measured, plan
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.origin import Origin
 from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.solvers import FITTED
 from fastsched.selection.planning import SAFETY, ErrorCurve
 
 #: Steps of the schedules that are shown where none are given, if the curve has them.
 SHOWN_STEPS = 8
 Picture = tuple[str, str, bytes]
+#: What is said below figures.
+ABOUT_ERRORS = (
+    "Lines: predicted for the best schedules of each solver. Bands: one standard deviation, of predictions over "
+    f"networks (a factor of {SCATTER:g}) and over the measured samples together. Measured errors are geometric means "
+    "over samples."
+)
+ABOUT_RESPONSES = "Root mean square over samples and elements, on the paths that deviate as coarse samplers do."
+ABOUT_INCREMENTS = (
+    "Cosines between the changes of the denoised image from level to level. Where neighbours point the same way, "
+    "extrapolation works."
+)
+#: Light and dark. Colours are those of Okabe & Ito, lightened for dark pages.
+STYLE = """
+:root { --page: #f6f6f3; --card: #ffffff; --text: #1d1d1b; --soft: #5c5c58; --grid: #dededa; --edge: #e4e4df;
+  --c0: #0072b2; --c1: #c27c00; --c2: #00805d; --c3: #b3568b; --c4: #c44e00; --c5: #2f8fc4; --c6: #8a7d00;
+  --c7: var(--text); }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #131416; --card: #1d1f22; --text: #ececea; --soft: #a9aaad; --grid: #36383d; --edge: #2c2e33;
+    --c0: #58a9e0; --c1: #e9b04a; --c2: #35b88f; --c3: #dd98c0; --c4: #f08a4b; --c5: #7cc4ee; --c6: #e5d94f; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--text); line-height: 1.45;
+  font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+header, main { max-width: 1120px; margin: 0 auto; padding: 0 14px; }
+header { padding-top: 20px; }
+h1 { font-size: 1.45rem; margin: 0 0 12px; overflow-wrap: anywhere; }
+h2 { font-size: 1.02rem; margin: 0 0 8px; overflow-wrap: anywhere; }
+main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 14px;
+  align-items: start; padding-bottom: 32px; }
+section { background: var(--card); border: 1px solid var(--edge); border-radius: 8px; padding: 14px; min-width: 0; }
+.wide { grid-column: 1 / -1; }
+p { color: var(--soft); font-size: .87rem; margin: 8px 0 0; }
+svg { display: block; width: 100%; height: auto; color: var(--text); }
+svg text { fill: currentColor; }
+table { border-collapse: collapse; font-size: .9rem; width: 100%; }
+th { font-weight: 600; text-align: left; }
+td, th { padding: 4px 10px 4px 0; border-bottom: 1px solid var(--edge); vertical-align: top; }
+.facts th { font-weight: 400; color: var(--soft); width: 45%; }
+.facts td { overflow-wrap: anywhere; }
+.plan td, .plan tr:first-child th:nth-child(n+2) { text-align: right; white-space: nowrap; }
+dl { margin: 0; }
+dt { font-weight: 600; overflow-wrap: anywhere; }
+dd { margin: 0 0 12px; }
+code { font: .8rem ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+figure { margin: 0 0 14px; }
+figure img { max-width: 100%; display: block; border-radius: 4px; }
+figcaption { font-size: .85rem; color: var(--soft); margin-top: 4px; }
+"""
 
 
 def page(
@@ -46,21 +87,19 @@ def page(
         pictures: Title, media type and content of pictures of samples.
     """
     shown = dict(schedules) or _chosen(curves)
+    source = "from the measured responses" if stats.deviated else "as for Gaussian data: responses were not measured"
+    fitted = {name: each for name, each in shown.items() if each.solver == FITTED}
     parts = [
-        _card("What this is", _facts(stats), wide=False),
-        _card("Plan", _plan(stats, curves), wide=False),
-        _card("Noise levels over the cost density", _nodes(stats, shown), wide=False),
-        _card("Error and steps", _errors(stats, curves, schedules, measured), wide=False),
-        *(
-            _card(f"Weights of {name}", _weights(each), wide=False)
-            for name, each in shown.items()
-            if each.solver == "fitted"
-        ),
-        _card("How errors are passed on", _sensitivity(stats), wide=False),
-        *([_card("Responses to deviations", _responses(stats), wide=False)] if stats.deviated else []),
-        _card("Increments of the denoised image", _gram(stats), wide=False),
-        _card("Schedules", _listed(shown)),
-        *([_card("Samples", _strips(pictures))] if pictures else []),
+        _card("What this is", _facts(stats)),
+        _card("Plan", _plan(stats, curves)),
+        _card("Noise levels over the cost density", charts.nodes(stats, shown)),
+        _card("Error and steps", charts.errors(stats, curves, schedules, measured), ABOUT_ERRORS),
+        *(_card(f"Weights of {name}", charts.weights(each)) for name, each in fitted.items()),
+        _card("How errors are passed on", charts.sensitivity(stats), f"Root mean square, {source}."),
+        *([_card("Responses to deviations", charts.responses(stats), ABOUT_RESPONSES)] if stats.deviated else []),
+        _card("Increments of the denoised image", charts.cosines(stats), ABOUT_INCREMENTS),
+        _card("Schedules", _listed(shown), wide=True),
+        *([_card("Samples", _strips(pictures), wide=True)] if pictures else []),
     ]
     model = None if stats.origin is None else stats.origin.model or stats.origin.pipeline
     heading = escape(title or (f"Noise levels for {model}" if model else "Noise levels"))
@@ -73,8 +112,9 @@ def page(
     )
 
 
-def _card(title: str, body: str, *, wide: bool = True) -> str:
-    return f"<section{' class=wide' if wide else ''}><h2>{escape(title)}</h2>{body}</section>\n"
+def _card(title: str, body: str, about: str = "", *, wide: bool = False) -> str:
+    below = f"<p>{escape(about)}</p>" if about else ""
+    return f"<section{' class=wide' if wide else ''}><h2>{escape(title)}</h2>{body}{below}</section>\n"
 
 
 def _chosen(curves: Sequence[ErrorCurve]) -> dict[str, Schedule]:
@@ -125,112 +165,6 @@ def _plan(stats: PathStatistics, curves: Sequence[ErrorCurve]) -> str:
     )
 
 
-def _sigma_axis(stats: PathStatistics) -> tuple[tuple[float, float, bool], str]:
-    """The range of the sampler's sigmas, noise on the left, and its label."""
-    sigmas = [value for value in stats.sigmas[:-1].tolist() if math.isfinite(value)]
-    if stats.process.kind == "flow":
-        return (max(sigmas), 0.0, False), "flow time (noise on the left)"
-    return (sigmas[0] * 1.15, sigmas[-1] / 1.15, True), "sigma (noise on the left; the final 0 is not drawn)"
-
-
-def _nodes(stats: PathStatistics, schedules: Mapping[str, Schedule]) -> str:
-    x, label = _sigma_axis(stats)
-    lines = []
-    names = {True: "weighted by what becomes of an error", False: "unweighted"} if stats.deviated else {False: "cost"}
-    for n, (weighted, name) in enumerate(names.items()):
-        s, density = cost_density(stats, weighted=weighted)
-        sigmas = stats.process.sampler_sigma(torch.from_numpy(s)).tolist()
-        shares = (density / density.max()).tolist()
-        shade = ([0.0] * len(shares), shares) if n == 0 else None
-        lines.append(Series(name, sigmas, shares, 5 if n == 0 else 7, band=shade, dashed=n > 0))
-    density = charts.chart(lines, x, (0.0, 1.05, False), label, "cost density, relative to its peak")
-    rows = {name: _inside(schedule, x) for name, schedule in schedules.items()}
-    return density + charts.node_rows(rows, x, label)
-
-
-def _inside(schedule: Schedule, x: tuple[float, float, bool]) -> list[float]:
-    low, high = sorted(x[:2])
-    return [value for value in schedule.sigmas[:-1].tolist() if low <= value <= high]
-
-
-def _errors(
-    stats: PathStatistics, curves: Sequence[ErrorCurve], schedules: Mapping[str, Schedule], measured: Sequence[Measured]
-) -> str:
-    most = curves[0].steps[-1]
-    lines = [
-        Series(curve.solver, curve.steps, curve.predicted_errors, n, band=(found.low, found.high), dots=True)
-        for n, curve in enumerate(curves)
-        for found in [band(stats, curve)]
-    ]
-    reference = "dpmpp_2m" if "dpmpp_2m" in [curve.solver for curve in curves] else curves[0].solver
-    numbers = list(range(2, most + 1))
-    common = [karras_error(stats, reference, n) for n in numbers]
-    lines.append(Series(f"karras, {reference}", numbers, common, 7, dashed=True))
-    points = [
-        Measured(name, each.solver, each.steps, each.measured_error)
-        for name, each in schedules.items()
-        if each.measured_error
-    ]
-    for n, point in enumerate([*points, *measured]):
-        style = (n + len(curves)) % charts.STYLES
-        name = f"{point.name} ({point.solver}), measured"
-        lines.append(Series(name, [point.steps], [point.error], style, line=False, dots=True))
-    low, high = charts.positive_range([value for line in lines for value in line.y])
-    widest = max([most, *(point.steps for point in [*points, *measured])])
-    drawn = charts.chart(
-        lines, (1, widest, False), (low, high, True), "steps", "squared distance to the converged sample"
-    )
-    return drawn + (
-        f"<p>Lines: predicted for the best schedules of each solver. Bands: one standard deviation, of predictions "
-        f"over networks (a factor of {SCATTER:g}) and over the measured samples together. Measured errors are "
-        "geometric means over samples.</p>"
-    )
-
-
-def _weights(schedule: Schedule) -> str:
-    assert schedule.weights is not None  # of the fitted solver
-    return charts.weight_map(schedule.weights.numpy(), schedule.sigmas[:-1].tolist())
-
-
-def _sensitivity(stats: PathStatistics) -> str:
-    x, label = _sigma_axis(stats)
-    sigmas, weights = stats.sigmas[:-1].tolist(), np.sqrt(error_weight(stats)[:-1]).tolist()
-    kept = [(s, w) for s, w in zip(sigmas, weights, strict=True) if math.isfinite(s) and w > 0]
-    line = Series("error at the end over error made here", [s for s, _ in kept], [w for _, w in kept], 2)
-    low, high = charts.positive_range(line.y)
-    drawn = charts.chart([line], x, (low, high, True), label, "growth of an error until the end")
-    source = "from the measured responses" if stats.deviated else "as for Gaussian data: responses were not measured"
-    return drawn + f"<p>Root mean square, {source}.</p>"
-
-
-def _responses(stats: PathStatistics) -> str:
-    x, label = _sigma_axis(stats)
-    assert stats.response_gram is not None  # of the deviated paths
-    sizes = stats.response_gram.diagonal(dim1=1, dim2=2).mean(0).sqrt() / (stats.data_std * math.sqrt(stats.dimension))
-    asked = list(asked_levels(stats.levels))
-    lines = []
-    for n, path in enumerate(stats.deviated):
-        sigmas = stats.sigmas[asked].tolist()
-        name = f"order {path.order}, steps of {path.hold} levels"
-        lines.append(Series(name, sigmas, sizes[n * len(asked) : (n + 1) * len(asked)].tolist(), n, dots=True))
-    low, high = charts.positive_range([value for line in lines for value in line.y])
-    drawn = charts.chart(lines, x, (low, high, True), label, "change of the denoised image, in standard deviations")
-    return drawn + (
-        "<p>Root mean square over samples and elements, on the paths that deviate as coarse samplers do.</p>"
-    )
-
-
-def _gram(stats: PathStatistics) -> str:
-    mean = stats.gram.mean(0).numpy()
-    label = "flow time" if stats.process.kind == "flow" else "sigma"
-    middles = stats.sigmas[1:-1].tolist()
-    return charts.cosine_map(mean, middles) + (
-        f"<p>Cosines between the changes of the denoised image from level to level, both axes in {escape(label)}: "
-        '<span class="key swatch c0"></span>1, white 0, <span class="key swatch c4"></span>-1. Where neighbours point '
-        "the same way, extrapolation works.</p>"
-    )
-
-
 def _listed(schedules: Mapping[str, Schedule]) -> str:
     items = ""
     for name, schedule in schedules.items():
@@ -244,7 +178,7 @@ def _listed(schedules: Mapping[str, Schedule]) -> str:
 
 def _strips(pictures: Sequence[Picture]) -> str:
     return "".join(
-        f'<figure><img alt="{escape(title)}" src="{charts.data_uri(content, kind)}">'
+        f'<figure><img alt="{escape(title)}" src="data:{kind};base64,{base64.b64encode(content).decode()}">'
         f"<figcaption>{escape(title)}</figcaption></figure>"
         for title, kind, content in pictures
     )

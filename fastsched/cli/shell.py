@@ -91,11 +91,7 @@ LOGGER = logging.getLogger("fastsched")
 
 
 def say_on_stderr(level: str) -> None:
-    """Let the log of that level and above be lines on stderr.
-
-    Raises:
-        ValueError: If there is no such level.
-    """
+    """Let the log of that level and above be lines on stderr; ValueError if there is no such level."""
     if level not in LOG_LEVELS:  # not by fastsched.validate, which would load PyTorch for every --help
         raise ValueError(f"log-level must be one of {', '.join(LOG_LEVELS)}, got {level!r}")
     LOGGER.setLevel(level.upper())
@@ -137,21 +133,19 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int 
     from rich.table import Table
     from rich.text import Text
 
-    # No lines around cells: what is printed can be read by awk and pasted as text.
+    from fastsched.comparison import aligned
+
+    console = Console(file=sys.stdout)
+    if not console.is_terminal:
+        typer.echo(aligned([header, *rows], left))
+        return
+    # No lines around cells, as there.
     table = Table(box=None, pad_edge=False, header_style="bold")
     for n, title in enumerate(header):
         table.add_column(title, justify="left" if n < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: a bracket in a name is not markup
-    console = Console(file=sys.stdout)
-    if console.is_terminal:
-        console.print(table)
-        return
-    console.width = 10_000
-    with console.capture() as text:
-        console.print(table)
-    for line in text.get().splitlines():
-        typer.echo(line.rstrip())
+    console.print(table)
 
 
 def writable(

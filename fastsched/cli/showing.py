@@ -13,7 +13,6 @@ from fastsched.cli.making import plain_decimals, summary
 
 if TYPE_CHECKING:
     from fastsched.measurement.statistics import PathStatistics
-    from fastsched.sampling.solvers import Solver
 
 #: Lists longer than this are shown by their ends.
 LONG = 64
@@ -32,23 +31,28 @@ def info(
     fastsched info schedule.json --json
     fastsched info my_pipeline_folder
     """
-    with shell.errors_in_a_line():
-        from fastsched.sampling.files import kind_of
+    from fastsched.sampling.files import kind_of
 
-        if file.is_dir():
-            found = _pipeline(file)
-        elif kind_of(file) == "schedule":
-            found = {"kind": "schedule", **summary(inputs.load_schedule(file))}
-            entries = json.loads(file.read_text(encoding="utf-8"))
-            found |= {key: value for key, value in entries.items() if key not in found and key != "format"}
-        else:
-            found = _statistics(file, inputs.load_statistics(file))
-        if as_json:
-            shell.print_json(found)
-        else:
-            # What a file is of comes as lines of its own.
-            flat = {key: value for key, value in found.items() if key != "origin"} | found.get("origin", {})
-            shell.print_table(("", str(file)), [(key, _cell(value)) for key, value in flat.items()], left=2)
+    kind = kind_of(file) or {".json": "schedule", ".safetensors": "statistics"}.get(file.suffix)
+    if file.is_dir():
+        found = _pipeline(file)
+    elif kind == "schedule":
+        found = {"kind": "schedule", **summary(inputs.load_schedule(file))}
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        found |= {key: value for key, value in entries.items() if key not in found and key != "format"}
+    elif kind == "statistics":
+        found = _statistics(file, inputs.load_statistics(file))
+    else:
+        wanted = "file must be statistics (.safetensors), a schedule (.json) or a pipeline folder"
+        raise ValueError(f"{wanted}, got {str(file)!r}")
+    if as_json:
+        shell.print_json(found)
+    else:
+        # What a file is of comes as lines of its own, by other names than the file's own calls and format.
+        names = {"model_calls": "calls to choose", "version": "by fastsched"}
+        flat = {key: value for key, value in found.items() if key != "origin"}
+        flat |= {names.get(key) or key: value for key, value in found.get("origin", {}).items()}
+        shell.print_table(("", str(file)), [(key, _cell(value)) for key, value in flat.items()], left=2)
 
 
 def solvers(as_json: shell.AsJson = False) -> None:
@@ -59,24 +63,29 @@ def solvers(as_json: shell.AsJson = False) -> None:
     \b
     fastsched solvers
     """
-    with shell.errors_in_a_line():
-        from fastsched.sampling.solvers import ALIASES, FITTED, SOLVERS, STOCHASTIC_SOLVERS
+    from fastsched.sampling.solvers import ALIASES, FITTED, SOLVERS, STOCHASTIC_SOLVERS
 
-        found = [
-            _solver(solver, [alias for alias, name in ALIASES.items() if name == key])
-            for key, solver in SOLVERS.items()
-        ]
-        found += [
-            {"name": name, "order": None, "calls": "n", "aliases": [], "source": "stochastic; for fastsched.select"}
-            for name in STOCHASTIC_SOLVERS
-        ]
-        source = "weights fitted to the model, kept in the schedule"
-        found.append({"name": FITTED, "order": None, "calls": "n", "aliases": [], "source": source})
-        if as_json:
-            shell.print_json(found)
-        else:
-            rows = [[_cell(entry[key]) for key in ("name", "order", "calls", "aliases", "source")] for entry in found]
-            shell.print_table(("solver", "order", "calls", "other names", "source"), rows, left=5)
+    found = [
+        {
+            "name": name,
+            "order": solver.order,
+            "calls": "n" if solver.stage is None else "2n - 1",
+            "aliases": [alias for alias, known in ALIASES.items() if known == name],
+            "source": solver.source,
+        }
+        for name, solver in SOLVERS.items()
+    ]
+    found += [
+        {"name": name, "order": None, "calls": "n", "aliases": [], "source": "stochastic; for fastsched.select"}
+        for name in STOCHASTIC_SOLVERS
+    ]
+    source = "weights fitted to the model, kept in the schedule"
+    found.append({"name": FITTED, "order": None, "calls": "n", "aliases": [], "source": source})
+    if as_json:
+        shell.print_json(found)
+    else:
+        rows = [[_cell(entry[key]) for key in ("name", "order", "calls", "aliases", "source")] for entry in found]
+        shell.print_table(("solver", "order", "calls", "other names", "source"), rows, left=5)
 
 
 def env(as_json: shell.AsJson = False) -> None:
@@ -85,38 +94,33 @@ def env(as_json: shell.AsJson = False) -> None:
     \b
     fastsched env
     """
-    with shell.errors_in_a_line():
-        import importlib.metadata
-        import platform
+    import importlib.metadata
+    import platform
 
-        import torch
+    import torch
 
-        from fastsched import __version__
+    from fastsched import __version__
 
-        found: dict[str, Any] = {
-            "fastsched": __version__,
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-        }
-        for package in PACKAGES:
-            try:
-                found[package] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                found[package] = None
-        found["cpu threads"] = torch.get_num_threads()
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        found["cuda"] = [torch.cuda.get_device_name(n) for n in range(count)]
-        found["mps"] = torch.backends.mps.is_available()
-        if as_json:
-            shell.print_json(found)
-        else:
-            rows = [(key, "not installed" if value is None else _cell(value)) for key, value in found.items()]
-            shell.print_table(("what", "here"), rows, left=2)
-
-
-def _solver(solver: Solver, aliases: list[str]) -> dict[str, Any]:
-    calls = "n" if solver.stage is None else "2n - 1"
-    return {"name": solver.name, "order": solver.order, "calls": calls, "aliases": aliases, "source": solver.source}
+    found: dict[str, Any] = {
+        "fastsched": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    found["torch"] = str(torch.__version__)  # with its build, such as +cu130, which packages of PyPI do not name
+    found["cpu threads"] = torch.get_num_threads()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found["cuda"] = [torch.cuda.get_device_name(n) for n in range(count)]
+    found["mps"] = torch.backends.mps.is_available()
+    if as_json:
+        shell.print_json(found)
+    else:
+        rows = [(key, "not installed" if value is None else _cell(value)) for key, value in found.items()]
+        shell.print_table(("what", "here"), rows, left=2)
 
 
 def _statistics(file: Path, stats: PathStatistics) -> dict[str, Any]:
@@ -143,13 +147,13 @@ def _statistics(file: Path, stats: PathStatistics) -> dict[str, Any]:
 def _pipeline(folder: Path) -> dict[str, Any]:
     """What a saved pipeline is, without its weights."""
     scheduler = inputs.load_scheduler(str(folder))
-    index = folder / "model_index.json"
+    kind, _ = inputs.pipeline_call(str(folder))
     from fastsched.diffusers.conventions import describe, solver_of
 
     process = describe(scheduler).process
     return {
-        "kind": "pipeline" if index.is_file() else "scheduler",
-        "class": json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None,
+        "kind": "pipeline" if (folder / "model_index.json").is_file() else "scheduler",
+        "class": kind,
         "scheduler": type(scheduler).__name__,
         "solver": solver_of(scheduler),
         "noise": process.kind,

@@ -31,13 +31,6 @@ def repeating_calls(model: Denoiser, stats: PathStatistics) -> int:
     return measuring_calls(model, stats.s, stats.samples, bool(stats.deviated))
 
 
-def calibration_calls(levels: int, samples: int) -> int:
-    """The model calls of a pipeline's measurement, counted per sample."""
-    from fastsched.diffusers.calibration import calibration_steps
-
-    return samples * calibration_steps(levels)
-
-
 def say_measuring(calls: int, later: int | None = None) -> None:
     """Say the cost of a measurement, and the most that is spent ``later`` on running schedules."""
     fitting = "" if later is None else f", at most {later:,} to run and tune schedules"
@@ -45,13 +38,10 @@ def say_measuring(calls: int, later: int | None = None) -> None:
 
 
 def say_fitting(
-    measuring: Callable[[Any, Any], int],
-    options: dict[str, Any],
-    samples: Any,
-    repeating: Callable[[Any], int] = lambda stats: 0,
+    measuring: Callable[[Any, Any], int], options: dict[str, Any], repeating: Callable[[Any], int] = lambda stats: 0
 ) -> None:
     """Say the cost of a fit: of its measurement, made now or followed again, and of the runs."""
-    from fastsched.fitting.budget import TOTAL
+    from fastsched.fitting.budget import TOTAL, calls_left
     from fastsched.fitting.loop import MODEL_CALLS
 
     given, stats = options["model_calls"], options["stats"]
@@ -59,8 +49,8 @@ def say_fitting(
         later = MODEL_CALLS if given is None else given
         say_measuring(repeating(stats) if later else 0, later)
         return
-    calls = measuring(options["levels"], samples)
-    say_measuring(calls, max(0, (TOTAL if given is None else given) - calls))
+    calls = measuring(options["levels"], options["samples"])
+    say_measuring(calls, calls_left(TOTAL if given is None else given, calls))
 
 
 def say_comparing(reference: int, runs: int) -> None:

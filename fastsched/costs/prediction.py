@@ -96,9 +96,7 @@ def predict_error(
         ValueError: If the sigmas do not descend to 0, or start below the measured range.
     """
     validate.arguments(locals(), stats=is_statistics, sigmas=is_run, solver=validate.optional(is_solver))
-    values = validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas))  # type: ignore[arg-type]  # or a Schedule
-    if float(values[-1]) != 0.0:
-        raise ValueError(f"sigmas must end in 0, got {float(values[-1]):g}; append it")
+    values = validate.descending_sigmas("sigmas", getattr(sigmas, "sigmas", sigmas), to_zero=True)
     check_kind("sigmas", sigmas, stats.process)
     s = stats.process.level(values)
     if float(s[0]) < float(stats.s[-1]):

@@ -85,7 +85,7 @@ class StateSource:
     ) -> None:
         self.denoiser, self.process = denoiser, denoiser.process
         self.s = finite_levels(denoiser, sigmas)
-        self.shape = validate.sample_shape(shape)
+        self.shape = validate.sample_shape("shape", shape)
         which = validate.sample_range("samples", samples)
         self.samples = len(which)
         self.batch = self.samples if batch_size is None else validate.positive_int("batch_size", batch_size)
@@ -206,7 +206,7 @@ def finite_levels(denoiser: Denoiser, sigmas: Tensor | Sequence[float]) -> Tenso
     Raises:
         ValueError: If they do not descend, or one is 0 or pure noise, where the score of data is not finite.
     """
-    values = validate.descending_sigmas(sigmas)
+    values = validate.descending_sigmas("sigmas", sigmas)
     s = denoiser.process.level(values)
     if float(s[-1]) <= 0 or not bool(torch.isfinite(s).all()):
         raise ValueError(

@@ -28,7 +28,7 @@ from fastsched.denoisers.noise import NoiseProcess
 from fastsched.measurement.deviated_paths import asked_levels, positions
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.multistep import Node, log_rho
-from fastsched.sampling.sampler import integrate
+from fastsched.sampling.sampler import answered, integration
 from fastsched.sampling.solvers import Solver, get_solver
 
 
@@ -144,7 +144,7 @@ class Surrogate:
         from scipy.interpolate import CubicSpline  # here, for it takes long to import
 
         n = len(self.s)
-        p = CubicSpline(self._lam, np.tri(n, n - 1, -1), bc_type="natural").c[::-1].copy()
+        p = np.ascontiguousarray(CubicSpline(self._lam, np.tri(n, n - 1, -1), bc_type="natural").c[::-1], np.float64)
         integral, derivative = np.zeros_like(p), p
         for sign in (1, -1, 1, -1):  # P = p - p' + p'' - p'''
             integral += sign * np.concatenate([derivative, np.zeros_like(p[: 4 - len(derivative)])])
@@ -202,7 +202,8 @@ class Surrogate:
         column = lambda value: np.asarray(value)[..., None]
         with np.errstate(divide="ignore", invalid="ignore"):
             nodes = nodes_of_levels(self.process, levels)
-            found.end = integrate(found.denoise, nodes, method, found.end, s=list(levels.T), number=column)
+            queries = integration(nodes, method, found.end, s=list(levels.T), number=column)
+            found.end = answered(queries, found.denoise)
         return found
 
     def scalar_jacobian(self, s: Array) -> Array:

@@ -281,6 +281,10 @@ class Denoiser:
                 or arguments; the message says what may be wrong.
             RuntimeError: If the network raises StopIteration.
         """
+        return self.borrowed_output(x, s, dtype=dtype).clone()
+
+    def borrowed_output(self, x: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
+        """`raw_output`, but maybe in memory of the network's own: it holds until the network is called again."""
         levels = _levels(s, x)
         network_input = x
         if self.prediction == "edm":
@@ -295,7 +299,7 @@ class Denoiser:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         condition = _on_device(condition.to(torch.int64 if integers else wide), x)
         try:
-            output = self.network(network_input.to(dtype or x.dtype, copy=True), condition)
+            output = self.network(network_input.to(dtype or x.dtype, copy=network_input is x), condition)
         except StopIteration as error:
             raise RuntimeError("the network raised StopIteration (an iterator in it ran out)") from error
         except (TypeError, RuntimeError) as error:
@@ -303,7 +307,7 @@ class Denoiser:
             if known is None:
                 raise
             raise known from error
-        return checked_output(output, x).to(x.device, copy=True)
+        return checked_output(output, x).to(x.device)
 
     def denoise(self, y: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
         """``D`` from the normalised state ``y = x / sigma``, finite at every level, pure noise included.
@@ -319,8 +323,9 @@ class Denoiser:
         levels = _levels(s, y)
         a, c = self.coefficients(levels)
         x = y * _per_sample(self.process.sigma(levels), y)
-        output = self.raw_output(x, levels, dtype=dtype)
-        return _per_sample(a, y) * x + _per_sample(c, y) * output.to(y.dtype)
+        output = self.borrowed_output(x, levels, dtype=dtype).to(y.dtype)
+        scaled, factor = _per_sample(a, y) * x, _per_sample(c, y)
+        return scaled + factor * output if isinstance(factor, Tensor) else scaled.add(output, alpha=factor)
 
     def __call__(self, z: Tensor, s: Tensor | float) -> Tensor:
         """``D(z; s)`` at the variance-exploding state ``z = x / alpha``: what k-diffusion calls the model.
@@ -366,8 +371,8 @@ def placement(
     """
     is_denoiser("denoiser", denoiser)
     return (
-        denoiser.device if device is None else validate.device(device),
-        denoiser.dtype if dtype is None else validate.floating_dtype(dtype),
+        denoiser.device if device is None else validate.device("device", device),
+        denoiser.dtype if dtype is None else validate.floating_dtype("dtype", dtype),
     )
 
 
@@ -375,13 +380,9 @@ def finite_denoised(
     denoiser: Denoiser, y: Tensor, s: Tensor | float, dtype: torch.dtype | None, verdicts: Verdicts
 ) -> Tensor:
     """`Denoiser.denoise`; ``verdicts`` raise a ValueError that names the level if the answer is not finite."""
-
-    def judge(finite: Tensor) -> None:
-        if not bool(finite):
-            raise ValueError(not_finite(denoiser.process, torch.as_tensor(s, dtype=torch.float64)))
-
     denoised = denoiser.denoise(y, s, dtype=dtype)
-    verdicts.note(torch.isfinite(denoised).all().reshape(1), judge)
+    verdicts.note_finite(denoised, lambda: not_finite(denoiser.process, torch.as_tensor(s, dtype=torch.float64)))
+    verdicts.settle(wait=False)
     return denoised
 
 
@@ -404,6 +405,8 @@ def _on_device(values: Tensor, x: Tensor) -> Tensor:
     return values.to(x.device, copy=True)
 
 
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """[1] or [B] values shaped to broadcast over ``like`` [B, *shape], in its dtype."""
+def _per_sample(values: Tensor, like: Tensor) -> Tensor | float:
+    """[B] values shaped to broadcast over ``like`` [B, *shape], in its dtype; one value as a number."""
+    if len(values) == 1 and not values.requires_grad:
+        return values.item()
     return _on_device(values.to(like.dtype), like).reshape(-1, *[1] * (like.ndim - 1))

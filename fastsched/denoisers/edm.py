@@ -34,12 +34,11 @@ def coefficients(s: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
 def core_of(net: Any) -> Any:
     """The network inside containers and partial functions, which has the settings as attributes."""
     while True:
-        inside = net.func if isinstance(net, functools.partial) else None
-        for name in CONTAINED:
-            inside = inside if inside is not None else vars_of(net).get(name)
-        if inside is None:
+        inside = [net.func] if isinstance(net, functools.partial) else []
+        inside += [each for name in CONTAINED if callable(each := vars_of(net).get(name))]
+        if not inside:
             return net
-        net = inside
+        net = inside[0]
 
 
 def inner_of(core: Any) -> Any | None:

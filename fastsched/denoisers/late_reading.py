@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -44,41 +45,54 @@ class LateReading:
 
 
 class Verdicts:
-    """Judgements of small vectors in the order in which they were noted, each as soon as it can be made.
+    """Judgements of small vectors, each made as soon as the vector is on the CPU.
 
-    So an error is raised at once on the CPU, soon after on a CUDA device, and at the end at the latest.
+    What is noted between two calls of `settle` is read in one copy. So an error is raised at once on the CPU, soon
+    after on a CUDA device, and at the end at the latest.
     """
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[LateReading, Tensor, Judge]] = []
+        self._noted: list[tuple[Tensor, Judge]] = []
+        self._sent: list[tuple[LateReading, Tensor, list[tuple[int, Judge]]]] = []
 
     def note(self, values: Tensor, judge: Judge) -> None:
-        """Have ``values`` [n] judged later, or now if they are there and so are all before them."""
-        self._waiting.append((LateReading(values), values, judge))
-        self.settle(wait=False)
+        """Have ``values`` [n] judged, as float64 (float32 from Apple's GPUs), by a later `settle`."""
+        self._noted.append((values.reshape(-1), judge))
+
+    def note_finite(self, values: Tensor, wrong: Callable[[], str]) -> None:
+        """Have a ValueError with the message ``wrong()`` raised if there is NaN or inf among ``values``."""
+
+        def judge(extremes: Tensor) -> None:
+            if not all(map(math.isfinite, extremes.tolist())):
+                raise ValueError(wrong())
+
+        # NaN is both extremes; one pass over memory, where isfinite takes five
+        self.note(torch.stack(torch.aminmax(values)), judge)
 
     def settle(self, *, wait: bool = True) -> None:
-        """Judge all that there are, or with ``wait`` all that were noted.
+        """Judge what is there of all that was noted, or with ``wait`` all of it, in order.
 
         Raises:
             ValueError: Or another error of the first judge that raises one.
         """
-        while self._waiting and self._waiting[0][0].ready:
-            reading, _, judge = self._waiting.pop(0)
-            judge(reading.values())
-        if not self._waiting or not wait:
+        noted, self._noted = self._noted, []
+        for device in dict.fromkeys(values.device for values, _ in noted):
+            exact = torch.float32 if device.type == "mps" else torch.float64
+            vectors = [(values.to(exact), judge) for values, judge in noted if values.device == device]
+            vector = torch.cat([values for values, _ in vectors])
+            self._sent.append((LateReading(vector), vector, [(values.numel(), judge) for values, judge in vectors]))
+        while self._sent and self._sent[0][0].ready:
+            reading, _, judges = self._sent.pop(0)
+            _judge(reading.values(), judges)
+        if not wait:
             return
-        waiting, self._waiting = self._waiting, []
-        for values, (_, _, judge) in zip(_together([each for _, each, _ in waiting]), waiting, strict=True):
-            judge(values)
+        sent, self._sent = self._sent, []
+        for device in dict.fromkeys(vector.device for _, vector, _ in sent):
+            same = [(vector, judges) for _, vector, judges in sent if vector.device == device]
+            joined = torch.cat([vector for vector, _ in same]).cpu()
+            _judge(joined, [each for _, judges in same for each in judges])
 
 
-def _together(vectors: list[Tensor]) -> list[Tensor]:
-    """Vectors on the CPU, of all with one dtype and device in one copy."""
-    found: dict[int, Tensor] = {}
-    for kind in {(each.dtype, each.device) for each in vectors}:
-        places = [n for n, each in enumerate(vectors) if (each.dtype, each.device) == kind]
-        joined = torch.cat([vectors[n].reshape(-1) for n in places]).cpu()
-        parts = joined.split([vectors[n].numel() for n in places])
-        found |= {n: part.view(vectors[n].shape) for n, part in zip(places, parts, strict=True)}
-    return [found[n] for n in range(len(vectors))]
+def _judge(values: Tensor, judges: list[tuple[int, Judge]]) -> None:
+    for part, (_, judge) in zip(values.split([size for size, _ in judges]), judges, strict=True):
+        judge(part)

@@ -33,7 +33,7 @@ CAUSES = (
     ),
     (
         r"shapes? .*(cannot be multiplied|invalid for)|Given groups=|size of tensor|expected input|must match|"
-        r"Sizes of tensors|channels|normalized_shape",
+        r"Sizes of tensors|channels|normalized_shape|number of dimensions|Expected \dD",
         "is shape that of one sample, without the batch, such as (4, 64, 64)? Embeddings must have a row for each "
         "sample, or broadcast",
     ),

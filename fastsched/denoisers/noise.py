@@ -74,7 +74,7 @@ class NoiseProcess:
 
     def to_dict(self) -> dict[str, Any]:
         """What `process_from_dict` needs, in JSON types."""
-        raise NotImplementedError
+        return {"kind": self.kind, **{name: value for name, value in vars(self).items() if not name.startswith("_")}}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ class VarianceExploding(NoiseProcess):
     kind: ClassVar[str] = "ve"
 
     def __post_init__(self) -> None:
-        low, high = validate.sigma_range(self.sigma_min, self.sigma_max)
+        low, high = validate.positive("sigma_min", self.sigma_min), validate.positive("sigma_max", self.sigma_max)
+        if low >= high:
+            raise ValueError(f"sigma_min must be below sigma_max, got sigma_min={low:g} and sigma_max={high:g}")
         object.__setattr__(self, "sigma_min", low)
         object.__setattr__(self, "sigma_max", high)
 
@@ -104,9 +106,6 @@ class VarianceExploding(NoiseProcess):
     def sigma(self, s: Tensor) -> Tensor:
         return s
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
-
 
 @dataclass(frozen=True)
 class VariancePreserving(NoiseProcess):
@@ -123,10 +122,12 @@ class VariancePreserving(NoiseProcess):
 
     alphas_cumprod: tuple[float, ...] = field(repr=False)
     integer_timesteps: bool = False
+    _levels: Tensor = field(init=False, repr=False, compare=False)
+    _logs: Tensor = field(init=False, repr=False, compare=False)
     kind: ClassVar[str] = "vp"
 
     def __post_init__(self) -> None:
-        values = validate.float64(self.alphas_cumprod, "alphas_cumprod")
+        values = validate.float64("alphas_cumprod", self.alphas_cumprod)
         if values.ndim != 1 or len(values) < 2:
             raise ValueError(f"alphas_cumprod must be a list of at least two values, got shape {tuple(values.shape)}")
         inside = (values[:-1] > 0).all() and values[-1] >= 0 and values[0] < 1
@@ -135,13 +136,15 @@ class VariancePreserving(NoiseProcess):
                 "alphas_cumprod must descend strictly from below 1 to above 0 (or 0 at the last timestep); "
                 "pass the cumulative products, in order of timestep, not the betas"
             )
-        object.__setattr__(self, "alphas_cumprod", tuple(values.tolist()))
+        levels = ((1 - values) / values).sqrt()
+        found = {"alphas_cumprod": tuple(values.tolist()), "_levels": levels, "_logs": levels.log()}
+        for name, value in found.items():  # every call of the network reads the logarithms
+            object.__setattr__(self, name, value)
 
     @property
     def trained_levels(self) -> Tensor:
         """``s_t = sqrt((1 - abar_t) / abar_t)`` for ``t = 0 .. T-1``, ascending, [T] float64."""
-        abar = torch.tensor(self.alphas_cumprod, dtype=torch.float64)
-        return ((1 - abar) / abar).sqrt()
+        return self._levels.clone()
 
     @property
     def s_min(self) -> float:
@@ -159,7 +162,7 @@ class VariancePreserving(NoiseProcess):
 
     def timestep(self, s: Tensor) -> Tensor:
         # in torch throughout: inside torch.func.jvp no tensor becomes an array
-        logs = self.trained_levels.log().to(s.device)
+        logs = self._logs.to(s.device)
         position = s.detach().to(torch.float64).log().clamp_min(logs[0])
         last = int(logs.isfinite().sum()) - 1
         above = torch.searchsorted(logs[: last + 1].contiguous(), position.contiguous()).clamp(1, max(last, 1))
@@ -186,11 +189,7 @@ class VariancePreserving(NoiseProcess):
         return trained[_spread_indices(trained, n)].flip(0)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "alphas_cumprod": list(self.alphas_cumprod),
-            "integer_timesteps": self.integer_timesteps,
-        }
+        return {**super().to_dict(), "alphas_cumprod": list(self.alphas_cumprod)}
 
 
 @dataclass(frozen=True)
@@ -256,8 +255,8 @@ class FlowMatching(NoiseProcess):
         return torch.cat([torch.tensor([math.inf], dtype=torch.float64), finite])
 
     def to_dict(self) -> dict[str, Any]:
-        entries = {"kind": self.kind, "t_min": self.t_min, "t_max": self.t_max}
-        return {**entries, "data_at": 1} if self.data_at else entries
+        entries = super().to_dict()
+        return entries if self.data_at else {key: value for key, value in entries.items() if key != "data_at"}
 
 
 @dataclass(frozen=True)
@@ -309,8 +308,7 @@ class ContinuousVP(NoiseProcess):
         return 2 * decay / (self.beta_min + (self.beta_min**2 + 4 * slope * decay).sqrt())
 
     def to_dict(self) -> dict[str, Any]:
-        times = {"t_min": self.t_min, "t_max": self.t_max, "sub_vp": self.sub_vp}
-        return {"kind": "continuous_vp", "beta_min": self.beta_min, "beta_max": self.beta_max, **times}
+        return {**super().to_dict(), "kind": "continuous_vp"}
 
     def _level_at(self, t: float) -> float:
         decay = t**2 * (self.beta_max - self.beta_min) / 2 + t * self.beta_min

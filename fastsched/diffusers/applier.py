@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsched.diffusers.conventions import ANGLE, Convention, check_pipe, describe, own_scheduler, visited
+from fastsched.diffusers.conventions import Convention, check_pipe, class_names, describe, own_scheduler, visited
 from fastsched.diffusers.exporter import (
     NOTHING,
     Export,
@@ -232,7 +232,7 @@ def _by_arguments(schedule: Schedule, scheduler: Any, convention: Convention) ->
 
 
 def _by_assignment(schedule: Schedule, scheduler: Any, convention: Convention) -> Setter:
-    names = {cls.__name__ for cls in type(scheduler).__mro__}
+    names = class_names(scheduler)
     sigmas = schedule.sigmas.clone()
     delicate = names.intersection(DELICATE) or scheduler.config.get("solver_type") == "bh1"
     if scheduler.config.get("use_flow_sigmas"):
@@ -247,7 +247,7 @@ def _by_assignment(schedule: Schedule, scheduler: Any, convention: Convention) -
         has_history = any(hasattr(target, name) for name in HISTORIES)
         if has_history or "order" in inspect.signature(type(target).step).parameters:
             FirstOrderEnd(target).put()
-        if names.intersection(ANGLE):
+        if convention.angle:
             target.betas = convention.process.sigma(sigmas).float()
             target.alphas = convention.process.alpha(sigmas).float()
             target.timesteps = timesteps.to(target.timesteps)
@@ -265,7 +265,7 @@ def _by_assignment(schedule: Schedule, scheduler: Any, convention: Convention) -
 
 
 def _by_steps(schedule: Schedule, scheduler: Any, convention: Convention) -> Setter:
-    if not {cls.__name__ for cls in type(scheduler).__mro__}.intersection(ARITHMETIC):
+    if not class_names(scheduler).intersection(ARITHMETIC):
         raise ValueError("its step reads no stride to set")
     rounded = convention.timesteps(schedule.sigmas[:-1]).round().to(torch.int64)
     following = dict(zip(rounded.tolist(), [*rounded[1:].tolist(), -1], strict=True))

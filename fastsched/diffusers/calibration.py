@@ -16,15 +16,14 @@ from torch import Tensor
 from fastsched.denoisers.late_reading import Verdicts
 from fastsched.diffusers.conventions import class_of, describe, own_scheduler
 from fastsched.diffusers.step_checks import (
-    KEEPS,
     UNALIKE,
     check_beginning,
     check_copies,
-    check_finite,
     check_first_latents,
     check_options,
     check_output,
     check_repeat,
+    check_sampled,
     check_scaling,
     check_timestep,
     check_unchanged,
@@ -33,10 +32,10 @@ from fastsched.diffusers.step_checks import (
     output_of_tokens,
     warn_of_clipping,
 )
-from fastsched.diffusers.watching import Consistency, PipelineWatch, Step, observed, overwritten
+from fastsched.diffusers.watching import Consistency, PipelineWatch, Step, observed, overwritten, replaced
 from fastsched.measurement.deviated_paths import deviated_paths, queries
 from fastsched.measurement.measuring import measured_levels
-from fastsched.measurement.memory import with_store
+from fastsched.measurement.memory import check_call, with_store
 from fastsched.measurement.path_following import Measurement, Query, measurement_steps
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.random_streams import sample_seeds
@@ -203,8 +202,10 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
                 f"num_inference_steps must be a multiple of 4, twice the number of levels, at least 8, got {steps}"
             )
         self._clear()
-        self._device, self.mu = device, mu
+        self.mu = mu
+        self._parameters = inspect.signature(getattr(diffusers, self.config["scheduler_class"]).step).parameters
         self._levels = self.measured_levels(count)
+        self._scales = self.convention.input_scale(self._levels).tolist()
         # An early level, to detect what starts or ends midway, but one at which the conditioning matters.
         self._repeated = max(1, len(self._levels) // 8)
         repeated = self._levels[self._repeated : self._repeated + 1]
@@ -281,22 +282,20 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         model_output = output_of_tokens(model_output, timestep, kwargs, self._verdicts)
         output = self.convention.raw_output(model_output, sample.shape[1])
         check_output(output, sample)
-        name = float(self._names[self._index])
-        check_finite(output, f"the network returned NaN or inf at timestep {name:g}", self._verdicts)
+        name = f"timestep {float(self._names[self._index]):g}"
+        self._verdicts.note_finite(output, lambda: f"the network returned NaN or inf at {name}")
         if seen is not None:
-            self._find_owned(seen, sample)
             self._check_seen(seen, output, sample)
         check_copies(output, self._copies, self._verdicts)
+        self._verdicts.settle(wait=False)
         if self._owned is not None:
             x = sample / float(self.convention.input_scale(self._s[self._index]))
             output = held_at_zero(output, x, self._s[self._index], self.convention.denoiser, self._owned)
-        # A copy, because the network may return the same buffer at every call.
-        following = self._next(output.chunk(self._copies)[0].clone(), sample.chunk(self._copies)[0])
+        following = self._next(output.chunk(self._copies)[0], sample.chunk(self._copies)[0]).to(sample.dtype)
         self._index += 1
         self._advance(len(sample) // self._copies)
-        following = torch.cat([following.to(sample.dtype)] * self._copies)
-        # The pipeline may write into what it is given, so it gets a copy.
-        self._returned, given = following, following.clone()
+        self._returned = following if self._copies == 1 else torch.cat([following] * self._copies)
+        given = self._returned.clone()  # the pipeline may write into what it is given
         return CalibrationOutput(given, given, given) if return_dict else (given, given)
 
     def __len__(self) -> int:
@@ -339,9 +338,11 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         paths = deviated_paths(len(self._levels))
         run = Measurement(denoiser, self._levels, sample.device, dtype, paths, keep)
         self._run = with_store(run, len(sample), sample[0].numel())
+        check_call(self._run, len(sample), sample[0].numel())
         before = int(self.config["samples_before"])
         seeds = sample_seeds(int(self.config["seed"]), before + len(sample))
-        self._steps = measurement_steps(self._run, seeds[-len(sample) :], tuple(sample.shape[1:]))
+        shape = tuple(sample.shape[1:])
+        self._steps = measurement_steps(self._run, seeds[-len(sample) :], shape, verdicts=self._verdicts)
         return self._input(*next(self._steps))
 
     def _send(self, output: Tensor) -> Tensor:
@@ -349,7 +350,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         assert self._steps is not None
         assert self._returned is not None
         if self._index == 1 + self._repeated:
-            self._repeat = (output, self._returned.chunk(self._copies)[0])
+            self._repeat = (output.clone(), self._returned.chunk(self._copies)[0].clone())
         try:
             return self._input(*self._steps.send(output))
         except StopIteration as finished:
@@ -369,13 +370,12 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         return ends.to(output.device)
 
     def _input(self, x: Tensor, k: int) -> Tensor:
-        name = float(self._names[1 + k])
-        check_finite(x, f"the measurement overflows at timestep {name:g}; {UNALIKE}", self._verdicts)
-        return float(self.convention.input_scale(self._levels[k])) * x
+        name = f"timestep {float(self._names[1 + k]):g}"
+        self._verdicts.note_finite(x, lambda: f"the measurement overflows at {name}; {UNALIKE}")
+        return x if self._scales[k] == 1.0 else self._scales[k] * x
 
     def _check(self, timestep: Any, sample: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kind = getattr(diffusers, self.config["scheduler_class"])
-        check_options(inspect.signature(kind.step).parameters, args, kwargs)
+        check_options(self._parameters, args, kwargs)
         check_timestep(self._index, self._names, timestep, self._verdicts)
         if self._returned is None:
             check_scaling(self.convention, self.config["scheduler_class"], self._scales_input)
@@ -389,32 +389,28 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         else:
             check_unchanged(sample, returned, self._index, self._verdicts)
 
-    def _find_owned(self, seen: Step, sample: Tensor) -> None:
-        """Which elements the pipeline replaces in its network's input: their ``D`` is to be 0; waits for the device."""
-        if self._index == 1 and self._copies == 1 and bool(overwritten(seen, sample).any()):
-            self._owned = overwritten(seen, sample, exactly=True)
-
     def _check_seen(self, seen: Step, output: Tensor, sample: Tensor) -> None:
         """Compare the networks' calls with those of earlier steps, and their input with the latents."""
         index, n, size = self._index, len(self._levels), sample.numel()
         level = [0, *self._queries, self._repeated][index]
         found, resolve = observed(seen, output)
-        still = torch.zeros(1, device=output.device)
-        owned = torch.zeros_like(sample, dtype=torch.bool) if self._owned is None else self._owned
-        kept = (overwritten(seen, sample) & ~owned).sum() if index > 0 and self._copies == 1 else still
-        if 0 < index <= n:
-            self._still = (output == 0) & ~owned & (True if self._still is None else self._still)
-            still = self._still.sum() if index == n else still
 
         def judge(values: Tensor) -> None:
-            wrong = self._consistency.check(index, level, *resolve(values[:-3]))
+            wrong = self._consistency.check(index, level, *resolve(values))
             if wrong is not None:
                 raise ValueError(f"{wrong}; {UNALIKE}")
-            count, unmoved, before = (int(value) for value in values[-3:])
-            count = count if count > 0.01 * before else 0  # in 16 bits a kept element may equal the latents by chance
-            count = count or (unmoved if unmoved < size - before else 0)
-            if count > 0:
-                raise ValueError(f"the pipeline keeps {count} of {size} elements {KEEPS}")
 
-        numbers = [found, *(each.to(found).reshape(1) for each in (kept, still, owned.sum()))]
-        self._verdicts.note(torch.cat(numbers), judge)
+        self._verdicts.note(found, judge)
+        kept = overwritten(seen, sample) if index > 0 and self._copies == 1 else None
+        if index == 1 and kept is not None and 0 < int(kept.min()) < 0.99 * size:
+            self._owned = replaced(seen, sample)  # their D is held at 0
+        if self._owned is not None:
+            kept = (replaced(seen, sample) & ~self._owned).sum().reshape(1)
+            kept = kept * (kept > 0.01 * self._owned.sum())  # in 16 bits a few equal the latents by chance
+        if kept is not None:
+            check_sampled(kept, 0.99, size, self._verdicts)
+        if 0 < index <= n:
+            zero = output == 0 if self._owned is None else (output == 0) & ~self._owned
+            self._still = zero if self._still is None else self._still.logical_and_(zero)
+            if index == n:
+                check_sampled(self._still.sum(), 1.0, size, self._verdicts)

@@ -26,67 +26,47 @@ from torch import Tensor
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.noise import FlowMatching, NoiseProcess, VarianceExploding, VariancePreserving
 
-#: Classes that step ``z = x / alpha`` and scale it down to ``x`` for the network.
-SCALED_VP = (
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "DPMSolverSDEScheduler",
-)
-#: Classes that step ``x`` itself and use integer timesteps.
-PLAIN_VP = (
-    "DDIMScheduler",
-    "DDIMParallelScheduler",
-    "DDPMScheduler",
-    "DDPMParallelScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "DEISMultistepScheduler",
-    "UniPCMultistepScheduler",
-    "SASolverScheduler",
-    "PNDMScheduler",
-    "LCMScheduler",
-    "TCDScheduler",
-    "CogVideoXDDIMScheduler",
-    "CogVideoXDPMScheduler",
-)
-FLOW = (
-    "FlowMatchEulerDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler",
-    "FlowMatchLCMScheduler",
-    "FlowMapEulerDiscreteScheduler",
-    "LTXEulerAncestralRFScheduler",
-)
-EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
-#: Classes whose timesteps are the angle ``2/pi atan(s)`` of ``alpha = cos``, ``sigma = sin`` (Dance Diffusion).
-ANGLE = ("IPNDMScheduler",)
-KNOWN = SCALED_VP + PLAIN_VP + FLOW + EDM + ANGLE
+#: The classes that are known: each with its family, and the solver of fastsched that it is with any settings, if one.
+#: Families: ``scaled`` steps ``z = x / alpha`` and scales it down to ``x`` for the network; ``vp`` steps ``x`` itself
+#: and uses integer timesteps; ``angle`` has the timesteps ``2/pi atan(s)`` of ``alpha = cos``, ``sigma = sin`` (Dance
+#: Diffusion).
+SCHEDULERS: dict[str, tuple[str, str | None]] = {
+    "EulerDiscreteScheduler": ("scaled", "ddim"),
+    "EulerAncestralDiscreteScheduler": ("scaled", None),
+    "HeunDiscreteScheduler": ("scaled", "heun"),
+    "LMSDiscreteScheduler": ("scaled", "lms"),
+    "KDPM2DiscreteScheduler": ("scaled", "dpm_2"),
+    "KDPM2AncestralDiscreteScheduler": ("scaled", None),
+    "DPMSolverSDEScheduler": ("scaled", None),
+    "DDIMScheduler": ("vp", "ddim"),
+    "DDIMParallelScheduler": ("vp", "ddim"),
+    "DDPMScheduler": ("vp", None),
+    "DDPMParallelScheduler": ("vp", None),
+    "DPMSolverMultistepScheduler": ("vp", None),
+    "DPMSolverSinglestepScheduler": ("vp", None),
+    "DEISMultistepScheduler": ("vp", None),
+    "UniPCMultistepScheduler": ("vp", None),
+    "SASolverScheduler": ("vp", None),
+    "PNDMScheduler": ("vp", None),
+    "LCMScheduler": ("vp", None),
+    "TCDScheduler": ("vp", None),
+    "CogVideoXDDIMScheduler": ("vp", "ddim"),
+    "CogVideoXDPMScheduler": ("vp", None),
+    "FlowMatchEulerDiscreteScheduler": ("flow", "ddim"),
+    "FlowMatchHeunDiscreteScheduler": ("flow", "heun"),
+    "FlowMatchLCMScheduler": ("flow", None),
+    "FlowMapEulerDiscreteScheduler": ("flow", "ddim"),
+    "LTXEulerAncestralRFScheduler": ("flow", None),
+    "EDMEulerScheduler": ("edm", "ddim"),
+    "EDMDPMSolverMultistepScheduler": ("edm", None),
+    "IPNDMScheduler": ("angle", "ipndm"),
+}
 
 #: Classes whose second network call is at the midpoint in ``log s``, which they list as a timestep too.
 MIDPOINT = ("KDPM2DiscreteScheduler", "DPMSolverSDEScheduler")
 
 #: Below this many steps, some classes of third order use second order in the last step but one.
 FEW_STEPS = 15
-
-#: Classes that are one of fastsched's solvers with any settings.
-SAME_SOLVER = {
-    "ddim": (
-        "EulerDiscreteScheduler",
-        "EDMEulerScheduler",
-        "DDIMScheduler",
-        "DDIMParallelScheduler",
-        "CogVideoXDDIMScheduler",
-        "FlowMatchEulerDiscreteScheduler",
-        "FlowMapEulerDiscreteScheduler",
-    ),
-    "heun": ("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
-    "dpm_2": ("KDPM2DiscreteScheduler",),
-    "lms": ("LMSDiscreteScheduler",),
-    "ipndm": ("IPNDMScheduler",),
-}
 
 #: diffusers' ``prediction_type`` to the names used by `fastsched.Denoiser`.
 PREDICTIONS = {
@@ -177,30 +157,33 @@ def describe(scheduler: Any) -> Convention:
     if isinstance(scheduler, type) or not (hasattr(scheduler, "config") and hasattr(scheduler, "step")):
         what = scheduler.__name__ if isinstance(scheduler, type) else type(scheduler).__name__
         raise TypeError(f"scheduler must be a scheduler of diffusers, as pipe.scheduler is, got {what}")
-    names = {cls.__name__ for cls in type(scheduler).__mro__}
-    if "FittedScheduler" in names:  # of this package, whose module imports this one
+    if "FittedScheduler" in class_names(scheduler):  # of this package, whose module imports this one
         return scheduler.convention
-    if names.intersection(EDM):
+    family, _ = _known(scheduler)
+    if family == "edm":
         return _edm(scheduler)
-    if names.intersection(ANGLE):
+    if family == "angle":
         return _angle(scheduler)
-    known_vp = names.intersection(SCALED_VP + PLAIN_VP)
-    if names.intersection(FLOW) or (known_vp and _setting(scheduler, "use_flow_sigmas", False)):
+    if family == "flow" or (family is not None and scheduler.config.get("use_flow_sigmas")):
         return _flow(scheduler)
-    if known_vp:
-        if _setting(scheduler, "timestep_type", "discrete") == "continuous" and _prediction(scheduler) == "v":
+    if family is not None:
+        if scheduler.config.get("timestep_type", "discrete") == "continuous" and _prediction(scheduler) == "v":
             return _continuous_v(scheduler)
-        return _variance_preserving(scheduler, scaled=bool(names.intersection(SCALED_VP)))
+        return _variance_preserving(scheduler, scaled=family == "scaled")
     raise ValueError(
         f"{type(scheduler).__name__} has a noise process or a way of stepping that fastsched does not support; "
         "DDPM-like, EDM and flow-matching schedulers are supported (docs/schedulers.md lists them)"
     )
 
 
+def class_names(scheduler: Any) -> set[str]:
+    """The names of a scheduler's class and of those it derives from: a subclass is treated as its base."""
+    return {cls.__name__ for cls in type(scheduler).__mro__}
+
+
 def own_scheduler(scheduler: Any) -> Any:
     """``scheduler``, or if it is a `FittedScheduler`, the pipeline's own in whose place it is."""
-    names = {cls.__name__ for cls in type(scheduler).__mro__}
-    return scheduler.own_scheduler() if "FittedScheduler" in names else scheduler
+    return scheduler.own_scheduler() if "FittedScheduler" in class_names(scheduler) else scheduler
 
 
 def check_pipe(pipe: Any) -> None:
@@ -218,35 +201,38 @@ def solver_of(scheduler: Any, steps: int | None = None) -> str | None:
     """The solver of fastsched that ``scheduler``, as it is set, is equal to; None if there is none.
 
     tests/diffusers/test_table.py compares the two for every class. With fewer than 15 ``steps`` (or None) a class of
-    third order may use second order in its last step but one, and then equals none. Of a `FittedScheduler` it is
+    third order may use second order in its last step but one. Of a `FittedScheduler` it is
     that of the pipeline's own scheduler.
     """
     scheduler = own_scheduler(scheduler)
-    names = {cls.__name__ for cls in type(scheduler).__mro__}
+    names = class_names(scheduler)
     config = scheduler.config
     lowered = bool(config.get("lower_order_final")) and (steps is None or steps < FEW_STEPS)
     if names & {"DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler"}:
         if config.algorithm_type != "dpmsolver++":
             return None
         if config.solver_order == 3:
-            return None if lowered else "dpmpp_3m"
+            return "dpmpp_3m_lowered" if lowered else "dpmpp_3m"
         if config.solver_order == 1:
             return "ddim"
         return "dpmpp_2m" if config.solver_type == "midpoint" else None
     if "DEISMultistepScheduler" in names:
         if config.solver_order == 1:
             return "ddim"
-        if config.get("use_flow_sigmas") or (config.solver_order == 3 and lowered):
+        if config.get("use_flow_sigmas"):
             return None
-        return f"deis_{config.solver_order}"
+        return "deis_3_lowered" if config.solver_order == 3 and lowered else f"deis_{config.solver_order}"
     if "UniPCMultistepScheduler" in names:
         return _unipc_of(config)
     if names & {"FlowMatchEulerDiscreteScheduler"} and config.get("stochastic_sampling"):
         return None
-    for solver, classes in SAME_SOLVER.items():
-        if names.intersection(classes):
-            return solver
-    return None
+    return _known(scheduler)[1]
+
+
+def _known(scheduler: Any) -> tuple[str | None, str | None]:
+    """The entry in `SCHEDULERS` of a scheduler's class, or of that which it derives from."""
+    classes = (cls.__name__ for cls in type(scheduler).__mro__)
+    return next((SCHEDULERS[name] for name in classes if name in SCHEDULERS), (None, None))
 
 
 def _unipc_of(config: Any) -> str | None:
@@ -254,10 +240,9 @@ def _unipc_of(config: Any) -> str | None:
         return None
     if config.solver_order == 1:
         return None  # its corrector is a predictor of second order
-    if config.solver_order == 3 and config.lower_order_final:  # its last step but one is of second order
-        return None
     variant = {"bh1": "unipc_bh1", "bh2": "unipc"}[config.solver_type]
-    return {2: variant, 3: f"{variant}_3"}.get(config.solver_order)
+    third = f"{variant}_3_lowered" if config.lower_order_final else f"{variant}_3"  # at any number of steps
+    return {2: variant, 3: third}.get(config.solver_order)
 
 
 def _pipeline_network(x: Tensor, condition: Tensor) -> Tensor:
@@ -280,14 +265,14 @@ def _variance_preserving(scheduler: Any, *, scaled: bool) -> Convention:
         scaled=scaled,
         train_steps=len(abar),
         integer=not scaled,
-        learned_variance=_setting(scheduler, "variance_type", None) in ("learned", "learned_range"),
+        learned_variance=scheduler.config.get("variance_type") in ("learned", "learned_range"),
     )
 
 
 def _continuous_v(scheduler: Any) -> Convention:
     """Stable Video Diffusion: EDM's preconditioning with ``sigma_data = 1``, and ``v = -F``."""
     trained = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).double().sqrt()
-    low, high = (_setting(scheduler, name, None) for name in ("sigma_min", "sigma_max"))
+    low, high = (scheduler.config.get(name) for name in ("sigma_min", "sigma_max"))
     process = VarianceExploding(float(trained[0]) if low is None else low, float(trained[-1]) if high is None else high)
     return Convention(Denoiser(_pipeline_network, process, "edm", 1.0), sign=-1.0, scaled=True)
 
@@ -303,14 +288,14 @@ def _edm(scheduler: Any) -> Convention:
 
 
 def _flow(scheduler: Any) -> Convention:
-    if _setting(scheduler, "invert_sigmas", False):
+    if scheduler.config.get("invert_sigmas"):
         raise ValueError("invert_sigmas=True (Mochi) reverses flow time, which fastsched does not support")
-    prediction = _prediction(scheduler) if _setting(scheduler, "use_flow_sigmas", False) else "velocity"
+    prediction = _prediction(scheduler) if scheduler.config.get("use_flow_sigmas") else "velocity"
     if prediction != "velocity":
         kind = scheduler.config.prediction_type
         raise ValueError(f"prediction_type must be 'flow_prediction' with use_flow_sigmas=True, got {kind!r}")
     steps = int(scheduler.config.num_train_timesteps)
-    shift = float(_setting(scheduler, "flow_shift", 1.0))
+    shift = float(scheduler.config.get("flow_shift", 1.0))
     lowest = scheduler.__dict__.get("sigma_min") or shift / (steps + shift - 1)
     return Convention(Denoiser(_pipeline_network, FlowMatching(float(lowest), 1.0), "velocity"), train_steps=steps)
 
@@ -324,7 +309,7 @@ def _angle(scheduler: Any) -> Convention:
 
 def visited(scheduler: Any, sigmas: Tensor) -> Tensor:
     """The sampler sigmas at which the network is called along ``sigmas`` [n + 1], midpoints included."""
-    if not {cls.__name__ for cls in type(scheduler).__mro__}.intersection(MIDPOINT):
+    if not class_names(scheduler).intersection(MIDPOINT):
         return sigmas
     inner = sigmas[:-1]
     middles = (inner[:-1] * inner[1:]).sqrt()
@@ -332,15 +317,10 @@ def visited(scheduler: Any, sigmas: Tensor) -> Tensor:
 
 
 def _prediction(scheduler: Any) -> str:
-    kind = _setting(scheduler, "prediction_type", "epsilon")
+    kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in PREDICTIONS:
         raise ValueError(f"prediction_type must be one of {', '.join(map(repr, PREDICTIONS))}, got {kind!r}")
     return PREDICTIONS[kind]
-
-
-def _setting(scheduler: Any, name: str, default: Any) -> Any:
-    """An entry of the scheduler's config, or ``default`` if there is none."""
-    return scheduler.config.get(name, default)
 
 
 def class_of(config: dict[str, Any]) -> str:
@@ -348,7 +328,7 @@ def class_of(config: dict[str, Any]) -> str:
     if "_class_name" in config:
         return config["_class_name"]
     entries = {key for key in config if not key.startswith("_")}
-    for name in KNOWN:
+    for name in SCHEDULERS:
         accepted = set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self", "kwargs"}
         if accepted == entries:
             return name

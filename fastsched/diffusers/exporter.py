@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from fastsched.denoisers.noise import FlowMatching, VariancePreserving
-from fastsched.diffusers.conventions import Convention, describe, visited
+from fastsched.diffusers.conventions import Convention, class_names, describe, visited
 from fastsched.diffusers.probe import rounding, scales, trace
 from fastsched.diffusers.replacement import replacement
-from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.schedule import Schedule, is_schedule
 
 #: Largest relative error of a sigma that counts as exact.
 EXACT = 1e-5
@@ -100,7 +100,7 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
 def _proven(schedule: Schedule, scheduler: Any, mu: float | None) -> Export:
     convention = describe(scheduler)
     arguments = given_arguments(schedule, scheduler, convention, mu)
-    shifting = {"mu": mu} if _config(scheduler, "use_dynamic_shifting") else {}
+    shifting = {"mu": mu} if scheduler.config.get("use_dynamic_shifting") else {}
 
     def setter(target: Any) -> None:
         target.set_timesteps(**arguments, **shifting)
@@ -174,8 +174,7 @@ def check_range(schedule: Schedule, convention: Convention, scheduler: Any) -> N
         TypeError: If it is not a `Schedule`.
         ValueError: If it is for another kind or range of levels.
     """
-    if not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule must be a fastsched.Schedule, got {type(schedule).__name__}")
+    is_schedule("schedule", schedule)
     process, name = convention.process, type(scheduler).__name__
     if (schedule.noise == "flow") != isinstance(process, FlowMatching):
         raise ValueError(
@@ -193,7 +192,7 @@ def check_range(schedule: Schedule, convention: Convention, scheduler: Any) -> N
 
 
 def _check_mu(mu: float | None, scheduler: Any) -> None:
-    name, shifts = type(scheduler).__name__, bool(_config(scheduler, "use_dynamic_shifting"))
+    name, shifts = type(scheduler).__name__, bool(scheduler.config.get("use_dynamic_shifting"))
     if mu is not None and not isinstance(mu, (int, float)):
         raise TypeError(f"mu must be a number, got {mu!r}")
     if shifts and mu is None:
@@ -217,7 +216,7 @@ def given_arguments(schedule: Schedule, scheduler: Any, convention: Convention, 
         ValueError: If the class takes no list, or changes it in a way that cannot be inverted.
     """
     scheduler = plain_copy(scheduler)
-    names = {cls.__name__ for cls in type(scheduler).__mro__}
+    names = class_names(scheduler)
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     wanted = schedule.sigmas
     if names & {"EulerDiscreteScheduler", "LTXEulerAncestralRFScheduler"}:
@@ -256,18 +255,18 @@ def _without_shift(times: Tensor, scheduler: Any, mu: float | None) -> Tensor:
     """Flow times ``t`` for which ``m t / (1 + (m - 1) t)`` is ``times``: ``s / (m - (m - 1) s)`` for shift ``m``."""
     name = type(scheduler).__name__
     for flag in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
-        if _config(scheduler, flag):
+        if scheduler.config.get(flag):
             raise ValueError(f"{name} with {flag}=True replaces the interior of any list; set it to False")
-    terminal = _config(scheduler, "shift_terminal")
+    terminal = scheduler.config.get("shift_terminal")
     if terminal and abs(float(times[-1]) - terminal) > EXACT * terminal:
         raise ValueError(
             f"{name} stretches every list to end at shift_terminal={terminal:g}, but the schedule's last sigma is "
             f"{float(times[-1]):g}"
         )
     if mu is not None:
-        shift = float(np.exp(mu)) if _config(scheduler, "time_shift_type") != "linear" else float(mu)
+        shift = float(np.exp(mu)) if scheduler.config.get("time_shift_type") != "linear" else float(mu)
     else:
-        shift = float(getattr(scheduler, "shift", None) or _config(scheduler, "flow_shift") or 1.0)
+        shift = float(getattr(scheduler, "shift", None) or scheduler.config.get("flow_shift") or 1.0)
     return times / (shift - (shift - 1) * times)
 
 
@@ -290,10 +289,6 @@ def declared_sigmas(scheduler: Any, convention: Convention) -> Tensor:
     if len(distinct) > 1 and distinct[-1] <= 1.001 * NOTHING * distinct[-2]:
         distinct[-1] = 0.0
     return distinct
-
-
-def _config(scheduler: Any, name: str) -> Any:
-    return scheduler.config.get(name)
 
 
 def _brief(values: Tensor) -> str:

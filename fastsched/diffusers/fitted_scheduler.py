@@ -11,9 +11,12 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
+from fastsched.denoisers.late_reading import sent
+from fastsched.denoisers.noise import NoiseProcess
 from fastsched.diffusers.conventions import Convention, describe, own_scheduler
 from fastsched.diffusers.exporter import check_range
 from fastsched.diffusers.overrides import Timesteps
+from fastsched.ops.eager import without_autocast
 from fastsched.sampling.schedule import Schedule
 
 MIDWAY = (
@@ -27,14 +30,11 @@ OWN_ENTRIES = ("sigmas", "weights", "noise", "scheduler_class", "scheduler_confi
 
 
 class _Step(NamedTuple):
-    """The factors of one step: ``D = a x + c R``, then ``x' = keep x + gain sum_m weights[m] D_m``."""
+    """The factors of one step's network: its input is ``input_scale x``, and ``D = a x + c R``."""
 
     input_scale: float
     a: float
     c: float
-    keep: float
-    gain: float
-    weights: tuple[float, ...]
 
 
 class FittedScheduler(SchedulerMixin, ConfigMixin):
@@ -175,7 +175,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = steps
         self.timesteps = Timesteps.of(self._timesteps.to(device), self._start_at)
         self._step_index = 0
-        self._denoised: list[Tensor] = []
+        self._states = self._rows = torch.empty(0)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Only ``begin_index=0`` is supported.
@@ -245,18 +245,20 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"model_output must have the shape of sample, {tuple(sample.shape)}, got {tuple(model_output.shape)}"
             )
-        if self._denoised and self._denoised[0].shape != sample.shape:
+        if n == 0:
+            wide = torch.promote_types(sample.dtype, torch.float32)
+            self._states = sample.new_empty(self.schedule.steps + 1, *sample.shape, dtype=wide)
+            self._rows = sent(self._factors.to(wide), sample.device)
+        if self._states.shape[1:] != sample.shape:
             raise ValueError(
-                f"sample must keep its shape in a run, {tuple(self._denoised[0].shape)}, got {tuple(sample.shape)}; "
+                f"sample must keep its shape in a run, {tuple(self._states.shape[1:])}, got {tuple(sample.shape)}; "
                 "call set_timesteps before another run"
             )
-        factors, x = self._steps[n], sample.to(torch.promote_types(sample.dtype, torch.float32))
-        self._denoised.append(factors.a * x + factors.c * output.to(x.dtype))
-        following = factors.keep * x
-        for weight, denoised in zip(factors.weights, self._denoised, strict=True):
-            following.add_(denoised, alpha=factors.gain * weight)
+        known, x = self._states[: n + 2], self._states[0].copy_(sample)
+        torch.mul(x, self._steps[n].a, out=known[-1]).add_(output, alpha=self._steps[n].c)
+        with without_autocast(sample.device):
+            following = (self._rows[n, : n + 2] @ known.flatten(1)).view_as(sample).to(sample.dtype)
         self._step_index = n + 1
-        following = following.to(sample.dtype)
         return SchedulerOutput(following) if return_dict else (following,)
 
     def __len__(self) -> int:
@@ -267,7 +269,9 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         self.convention = convention = Convention(**{**vars(convention), "scaled": False})
         process = convention.process
         s = process.level(self.schedule.sigmas)
-        self._steps = _factors(convention, self.schedule)
+        a, c = (each.tolist() for each in convention.denoiser.coefficients(s[:-1]))
+        self._steps = [_Step(*each) for each in zip(convention.input_scale(s[:-1]).tolist(), a, c, strict=True)]
+        self._factors = _factors(process, self.schedule)
         self.init_noise_sigma = float(process.sigma(s)[0])
         self.sigmas = self.schedule.sigmas.float()
         timesteps = convention.timesteps(s[:-1])
@@ -276,7 +280,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = self._timesteps
         self.num_inference_steps: int | None = None
         self._step_index: int | None = None
-        self._denoised = []
+        self._states = self._rows = torch.empty(0)
 
     def _start_at(self, index: int) -> NoReturn:
         raise ValueError(f"the pipeline starts midway, at step {index}: {MIDWAY}")
@@ -288,16 +292,11 @@ def _check_tokens(n: int, timesteps: Tensor) -> None:
         raise ValueError(f"per_token_timesteps must be the same for all tokens: {MIDWAY}")
 
 
-def _factors(convention: Convention, schedule: Schedule) -> list[_Step]:
+def _factors(process: NoiseProcess, schedule: Schedule) -> Tensor:
+    """``F``, [K, K + 1]: step n goes to ``F[n, 0] x_n + sum_m F[n, 1 + m] D_m``."""
     assert schedule.weights is not None  # only fitted schedules come here
-    process = convention.process
     s = process.level(schedule.sigmas)
-    a, c = convention.denoiser.coefficients(s[:-1])
-    scales, sigma, rho = convention.input_scale(s[:-1]).tolist(), process.sigma(s).tolist(), (1 / s).tolist()
-    steps = []
-    for n, row in enumerate(schedule.weights.tolist()):
-        last = n == schedule.steps - 1
-        keep = 0.0 if last else sigma[n + 1] / sigma[n]
-        gain = 1.0 if last else sigma[n + 1] * (rho[n + 1] - rho[n])
-        steps.append(_Step(scales[n], float(a[n]), float(c[n]), keep, gain, tuple(row[: n + 1])))
-    return steps
+    sigma, rho, last = process.sigma(s), 1 / s, len(s) - 2
+    keep, gain = sigma[1:] / sigma[:-1], sigma[1:] * rho.diff()
+    keep[last], gain[last] = 0.0, 1.0
+    return torch.cat([keep[:, None], gain[:, None] * schedule.weights], dim=1)

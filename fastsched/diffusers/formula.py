@@ -33,12 +33,6 @@ class Formula:
     square: float
 
     @classmethod
-    def of(cls, outputs: list[Tensor], output: Tensor) -> Formula | None:
-        """The best formula for ``output`` [B, *shape]; None if the networks' outputs are not 1 to 4 of its shape."""
-        products = products_of(outputs, output)
-        return None if products is None else cls.of_products(products.cpu())
-
-    @classmethod
     def of_products(cls, products: Tensor) -> Formula:
         """The best formula by the products of outputs, the pipeline's last: [m + 1, m + 1] on the CPU."""
         gram = products.double()
@@ -74,7 +68,10 @@ class Formula:
 
 
 def products_of(outputs: list[Tensor], output: Tensor) -> Tensor | None:
-    """Products of the networks' outputs and the pipeline's ``output`` [B, *shape], on its device; None as in `of`."""
+    """Products of the networks' outputs and the pipeline's ``output`` [B, *shape], on its device.
+
+    None if the networks' outputs are not 1 to 4 of its shape.
+    """
     pieces = [piece for given in outputs for piece in _pieces(given, output)]
     if not 0 < len(pieces) <= 4:
         return None

@@ -19,6 +19,7 @@ from fastsched.diffusers.conventions import describe, own_scheduler, solver_of, 
 from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
 from fastsched.diffusers.pipeline_measurement import CHECKS as CHECKS_OF_MEASURE
 from fastsched.diffusers.pipeline_measurement import (
+    calibration_calls,
     call,
     checked_calls,
     measured_in_group,
@@ -94,7 +95,7 @@ def fit(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, the scheduler cannot be used, or no candidate's samples are finite.
+        ValueError: If an argument is out of range or beyond ``model_calls``, or the scheduler or all samples unusable.
     """
     validate.arguments(locals(), **CHECKS)
     by_prompt = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
@@ -102,7 +103,7 @@ def fit(
     total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else TOTAL
     with prompts_encoded_once(pipe):
         if stats is None:
-            levels, samples = planned(total, steps, levels, samples)
+            levels, samples = planned(total, steps, levels, samples, calibration_calls)
             settings = {"levels": levels, "samples": samples, "seed": seed, "prompts_per_call": prompts_per_call}
             settings |= {"prompts": prompts, "checkpoint": checkpoint, "progress": progress}
             stats = measured_in_group(pipe, call_kwargs, group, vectors="first", keep_increments=audition, **settings)
@@ -349,6 +350,7 @@ class StartFromNoise:
                 raise ValueError(f"{wrong}; {UNALIKE}")
 
         self._verdicts.note(found, judge)
+        self._verdicts.settle(wait=False)
 
     def _prepare(self, *args: Any, **kwargs: Any) -> None:
         self._arguments = args, kwargs
@@ -382,12 +384,10 @@ class StartFromNoise:
         sigma, (a, c) = self.convention.process.sigma(s), self.convention.denoiser.coefficients(s)
         y = kept.float() / float(scales(self.convention, s)[1])
         signed = output_of_tokens(output, timestep, kwargs, self._verdicts)
-        raw = self.convention.raw_output(signed, sample.shape[1])
-        if bool(self._owned.any()):
-            x = float(sigma) * (sample.float() / float(scales(self.convention, s)[1]))
-            raw = held_at_zero(raw, x, s, self.convention.denoiser, self._owned.to(sample.device))
+        raw = self.convention.raw_output(signed, sample.shape[1]).chunk(self._copies)[0].float()
+        if bool(self._owned.any()):  # then no batch is doubled
+            raw = held_at_zero(raw, float(sigma) * y, s, self.convention.denoiser, self._owned.to(sample.device))
             output = (self.convention.sign * output_of_tokens(raw, timestep, kwargs, self._verdicts)).to(output)
-        raw = raw.chunk(self._copies)[0].float()
         self._calls.append((float(s), LateReading(y), LateReading(float(a * sigma) * y + float(c) * raw)))
         result = self._step(output, timestep, sample, *args, **kwargs)
         end = result[0] if isinstance(result, tuple) else result.prev_sample

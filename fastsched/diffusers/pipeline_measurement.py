@@ -207,6 +207,12 @@ def said(calls: PromptCalls) -> PromptCalls:
     return calls
 
 
+def calibration_calls(levels: int | Tensor, samples: int | range) -> int:
+    """The model calls of a pipeline's measurement, counted per sample; prompts that outnumber the samples take more."""
+    count = len(levels) if isinstance(levels, Tensor) else levels
+    return (len(samples) if isinstance(samples, range) else samples) * calibration_steps(count)
+
+
 def _needed(samples: int | range, which: range, calls: PromptCalls) -> int:
     """Samples to measure: of a range all, of a number at least one for each prompt."""
     return len(which) if isinstance(samples, range) else max(len(which), calls.fewest)

@@ -139,17 +139,17 @@ def check_timestep(index: int, timesteps: Tensor, timestep: Any, verdicts: Verdi
     """
     if index >= len(timesteps):
         raise ValueError("the pipeline calls step after its last timestep; start a new run")
-    given, expected = torch.as_tensor(timestep).float(), float(timesteps[index].float())
+    given, expected = torch.as_tensor(timestep), float(timesteps[index].float())
 
     def judge(found: Tensor) -> None:
-        away, largest = found.tolist()
-        if not away <= 1e-3 + 1e-3 * abs(expected):
+        away = {abs(value - expected): value for value in found.tolist()}
+        if not max(away) <= 1e-3 + 1e-3 * abs(expected):
             raise ValueError(
-                f"step {index} was called with timestep {largest:g} instead of {expected:g}: the pipeline does not "
-                f"call its network and scheduler once for each of scheduler.timesteps, {INSTEAD}"
+                f"step {index} was called with timestep {away[max(away)]:g} instead of {expected:g}: the pipeline does "
+                f"not call its network and scheduler once for each of scheduler.timesteps, {INSTEAD}"
             )
 
-    verdicts.note(torch.stack([(given - expected).abs().max(), given.max()]), judge)
+    verdicts.note(given if given.numel() == 1 else torch.stack(torch.aminmax(given)), judge)
 
 
 def check_output(output: Any, sample: Tensor) -> None:
@@ -163,20 +163,6 @@ def check_output(output: Any, sample: Tensor) -> None:
         raise ValueError(
             f"the pipeline calls step with an output of {what} for latents of shape {tuple(sample.shape)}, {INSTEAD}"
         )
-
-
-def check_finite(values: Tensor, wrong: str, verdicts: Verdicts) -> None:
-    """Check that there is no NaN or inf among ``values``.
-
-    Raises:
-        ValueError: If there is; its message is ``wrong``.
-    """
-
-    def judge(finite: Tensor) -> None:
-        if not bool(finite):
-            raise ValueError(wrong)
-
-    verdicts.note(torch.isfinite(values).all().reshape(1), judge)
 
 
 def check_first_latents(sample: Tensor, verdicts: Verdicts) -> None:
@@ -219,9 +205,35 @@ def check_unchanged(sample: Tensor, returned: Tensor, index: int, verdicts: Verd
     sample_size = sample.numel()
     if sample.shape != returned.shape:
         judge(torch.tensor([sample_size]))
-    before = returned.float()
-    slack = 0.01 * before.abs() + 1e-3 * before.square().mean().sqrt()
-    verdicts.note(((sample.float() - before).abs() > slack).sum().reshape(1), judge)
+    verdicts.note(differing(sample, returned, 0.01), judge)
+
+
+def check_sampled(kept: Tensor, most: float, size: int, verdicts: Verdicts) -> None:
+    """Check that a pipeline samples all elements of its latents.
+
+    Args:
+        kept: How many it seems to keep, by one or more signs, [n].
+        most: The fraction of them from which on that has another reason.
+        size: The number of elements.
+        verdicts: Takes what is to be compared.
+
+    Raises:
+        ValueError: If it keeps some for itself.
+    """
+
+    def judge(counts: Tensor) -> None:
+        count = min(counts.tolist())
+        if 0 < count < most * size:
+            raise ValueError(f"the pipeline keeps {count:.0f} of {size} elements {KEEPS}")
+
+    verdicts.note(kept, judge)
+
+
+def differing(values: Tensor, wanted: Tensor, slack: float) -> Tensor:
+    """How many ``values`` differ from ``wanted`` by more than ``slack`` of it and 1e-3 of its root mean square."""
+    wide = wanted.float()
+    away = (values - wide).abs_().sub_(wide.abs(), alpha=slack)
+    return (away > torch.linalg.vector_norm(wide) * (1e-3 / math.sqrt(wide.numel()))).sum()
 
 
 def doubled(sample: Tensor, returned: Tensor) -> bool:
@@ -294,6 +306,8 @@ def check_copies(output: Tensor, copies: int, verdicts: Verdicts) -> None:
     Raises:
         ValueError: If they do not.
     """
+    if copies == 1:
+        return
 
     def judge(found: Tensor) -> None:
         if bool((found[1:] > 1e-2 * found[0]).any()):
@@ -302,5 +316,4 @@ def check_copies(output: Tensor, copies: int, verdicts: Verdicts) -> None:
             )
 
     first, *others = output.float().chunk(copies)
-    if others:
-        verdicts.note(torch.stack([first.norm(), *((other - first).norm() for other in others)]), judge)
+    verdicts.note(torch.stack([first.norm(), *((other - first).norm() for other in others)]), judge)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastsched.diffusers.formula import NOT_LINEAR, Formula, part_like, products_of
+from fastsched.diffusers.step_checks import differing
 
 #: Names of numbers that follow the level or the step, and so differ between steps in every pipeline.
 PROGRESS = ("time", "step", "sigma", "index", "progress", "temb")
@@ -274,28 +275,25 @@ class Consistency:
         return None
 
 
-def overwritten(step: Step, latents: Tensor, *, exactly: bool = False) -> Tensor:
-    """Which elements of ``latents`` [B, *shape] the pipeline replaced in its networks' input, bool.
+def overwritten(step: Step, latents: Tensor) -> Tensor | None:
+    """How many elements of ``latents`` [B, *shape] the pipeline replaced in each of its networks' inputs, [n].
 
     Inputs are compared if they have the latents' shape, or repeat them along the batch or extend them along one other
-    dimension. None if none can be compared, or all elements differ (the pipeline scales its input).
-
-    Args:
-        step: What the networks were given.
-        latents: The latents of that step.
-        exactly: Whether the smallest difference counts, beyond that of the input's dtype; else one beyond rounding.
+    dimension; None if there are none. Where all elements differ, the pipeline scales its input.
     """
-    reference = latents.float()
-    slack = 0.02 * reference.abs() + 1e-3 * reference.square().mean().sqrt()
-    found = torch.ones_like(latents, dtype=torch.bool)
-    for given in step.inputs:
-        part = part_like(given, latents)
-        if part is None:
-            continue
-        away = (part.to(latents.device).float() - reference).abs()
-        wrong = (part.to(latents.device) != latents.to(part.dtype)) if exactly else away > slack
-        found = torch.where(wrong.sum() < found.sum(), wrong, found)
-    return found & (found.sum() <= 0.99 * found.numel())
+    parts = [part for given in step.inputs if (part := part_like(given, latents)) is not None]
+    return torch.stack([differing(part.to(latents.device), latents, 0.02) for part in parts]) if parts else None
+
+
+def replaced(step: Step, latents: Tensor) -> Tensor:
+    """Which elements of ``latents`` [B, *shape] the pipeline replaced in its networks' input, bool.
+
+    That of `overwritten` where the fewest differ; the smallest difference beyond its dtype's counts. Waits for the
+    device.
+    """
+    parts = [part for given in step.inputs if (part := part_like(given, latents)) is not None]
+    masks = [part.to(latents.device) != latents.to(part.dtype) for part in parts]
+    return min(masks, key=lambda mask: int(mask.sum()), default=torch.zeros_like(latents, dtype=torch.bool))
 
 
 def _other_formula(known: Formula | None, found: Formula | None) -> str | None:
@@ -323,8 +321,10 @@ def _facts(name: str, value: Any) -> dict[str, Any]:
     if _is_number(value):
         return {name: value}
     if isinstance(value, Tensor):
-        numbers = value.detach().float() if not value.is_complex() else torch.view_as_real(value.detach()).float()
-        sums = torch.stack([numbers.sum(), numbers.abs().sum()])
+        numbers = torch.view_as_real(value.detach()) if value.is_complex() else value.detach()
+        numbers = numbers if numbers.is_floating_point() else numbers.float()
+        exact = torch.promote_types(numbers.dtype, torch.float32)
+        sums = torch.stack([numbers.sum(dtype=exact), torch.linalg.vector_norm(numbers, 1, dtype=exact)])
         return {name: (tuple(value.shape), *sums.tolist()) if sums.device.type == "cpu" else (tuple(value.shape), sums)}
     if isinstance(value, dict):
         return {key: fact for k, v in value.items() for key, fact in _facts(f"{name}.{k}", v).items()}

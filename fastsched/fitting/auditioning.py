@@ -193,7 +193,7 @@ def _checked(
         if isinstance(given, Schedule):
             schedule = replace(given, solver=method.name)
         else:
-            levels = stats.process.level(validate.descending_sigmas(given, name=f"candidates[{name!r}]"))
+            levels = stats.process.level(validate.descending_sigmas(f"candidates[{name!r}]", given))
             schedule = Schedule.from_levels(stats.process, levels, method.name)
         if schedule.steps != steps:
             raise ValueError(f"candidates[{name!r}] has {schedule.steps} steps, not {steps}")

@@ -23,6 +23,7 @@ many calls in all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -60,7 +61,11 @@ def measuring_calls(levels: int, samples: int) -> int:
 
 
 def planned(
-    total: int, steps: int, levels: int | Tensor | None = None, samples: int | range | None = None
+    total: int,
+    steps: int,
+    levels: int | Tensor | None = None,
+    samples: int | range | None = None,
+    calls: Callable[[int | Tensor, int | range], int] = lambda levels, samples: 0,
 ) -> tuple[int | Tensor, int | range]:
     """Levels and samples to measure, where they are not given.
 
@@ -69,9 +74,11 @@ def planned(
         steps: Steps of the schedule, which need one level more.
         levels: As in `fastsched.measure`; chosen when None.
         samples: As in `fastsched.measure`; chosen when None: as many as the plan's calls allow on these levels.
+        calls: What a measurement takes.
 
     Raises:
-        ValueError: If both are to be chosen and the calls are fewer than the smallest plan's.
+        ValueError: If both are to be chosen and the calls are fewer than the smallest plan's, or the measurement takes
+            more than there are.
     """
     if levels is None and samples is None and total < PLANS[0].total:
         raise ValueError(
@@ -84,4 +91,23 @@ def planned(
     if samples is None:
         count = len(levels) if isinstance(levels, Tensor) else levels
         samples = max(1, measuring_calls(plan.levels, plan.samples) // measuring_calls(count, 1))
+    calls_left(total, calls(levels, samples))
     return levels, samples
+
+
+def calls_left(total: int, measuring: int) -> int:
+    """Model calls of a fit that its measurement leaves to rank and tune schedules.
+
+    Args:
+        total: Calls of the whole fit.
+        measuring: Calls of its measurement.
+
+    Raises:
+        ValueError: If the measurement takes more than there are.
+    """
+    if measuring > total:
+        raise ValueError(
+            f"measuring takes {measuring:,} model calls and model_calls allows {total:,} in all; allow more, or take "
+            "fewer levels or samples"
+        )
+    return total - measuring

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
-from fastsched.fitting.budget import TOTAL, planned
+from fastsched.fitting.budget import TOTAL, calls_left, planned
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.group_runs import led_by_first
 from fastsched.fitting.interrupts import BestSoFar, interrupted_schedule
@@ -87,8 +87,8 @@ def fit(
         The schedule, with its predicted error, and its measured one if it was run.
 
     Raises:
-        ValueError: As `measure`, `audition` and `tune` do, if ``stats`` are of samples of another shape, or if the
-            checkpoint is of another network or call.
+        ValueError: As `measure`, `audition` and `tune` do, if ``stats`` are of samples of another shape, if the
+            checkpoint is of another network or call, or if ``levels`` and ``samples`` take more than ``model_calls``.
     """
     return fit_report(**locals()).schedule
 
@@ -122,7 +122,7 @@ def fit_report(
         levels, samples = planned(total, steps, levels, samples)
         run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, keep_increments=True)
         batches = batches_of(shape, samples, seed, grain, checks, checkpoint, progress)
-        budget = max(0, total - run.calls * len(batches.seeds) - CHECK_CALLS * checks)
+        budget = calls_left(total, run.calls * len(batches.seeds) + CHECK_CALLS * checks)
     else:
         budget = MODEL_CALLS if model_calls is None else model_calls
     _check_steps(steps, len(run.s) if run is not None else stats.levels if stats is not None else 0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsched.measurement.fingerprints import same_network
-from fastsched.measurement.memory import explained, paths_at_once, with_store
+from fastsched.measurement.memory import explained, need, paths_at_once, with_store
 from fastsched.measurement.network_checks import Questions, check_network, fingerprint
 from fastsched.measurement.network_state import unchanged_buffers
 from fastsched.measurement.path_checks import path_checked
@@ -40,6 +40,7 @@ class Batches:
         checks: Whether to ask the network a few questions first (`measurement.network_checks`).
         file: Where every finished batch is saved; None keeps them only in memory.
         progress: Whether to show a progress bar.
+        gathered: As in `fastsched.measurement.memory.need`, where the paths are a part of a group's.
     """
 
     shape: tuple[int, ...]
@@ -49,6 +50,7 @@ class Batches:
     checks: bool = True
     file: str | os.PathLike[str] | None = None
     progress: Progress = True
+    gathered: tuple[int, int] = (0, 1)
 
 
 @torch.no_grad()
@@ -65,7 +67,7 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
         check_writable(batches.file)
     seeds = batches.seeds if found is None else batches.seeds[~torch.isin(batches.seeds, found.seeds)]
     run, batches = _within_memory(run, batches, len(seeds))
-    whole, kept = _with_room(run, batches, found, len(seeds))
+    whole = found
     with (
         unchanged_buffers(run.denoiser.network),
         progress_bar(run.calls * len(seeds), batches.progress, "measuring") as advance,
@@ -73,6 +75,7 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
         try:
             mark, spent, asked = _identified(run, batches, found, seeds)
             origin = origin_now(network_name(run.denoiser.network), mark)
+            whole, kept = _with_room(run, batches, found, len(seeds))  # not beside the questions' answers
             for part_seeds in seeds.split(batches.size):
                 if not len(part_seeds):
                     break
@@ -182,7 +185,8 @@ def _within_memory(run: Measurement, batches: Batches, samples: int) -> tuple[Me
     elements, saved = math.prod(batches.shape), batches.file is not None
     most = min(batches.size, samples)
     run = with_store(run, most, elements)
-    size = paths_at_once(run, most, samples, elements, chosen=batches.chosen, saved=saved)
+    wanted = lambda paths: need(run, paths, samples, elements, saved=saved, gathered=batches.gathered)
+    size = paths_at_once(run, most, wanted, samples, elements, chosen=batches.chosen)
     return run, batches if size == most else replace(batches, size=size)
 
 

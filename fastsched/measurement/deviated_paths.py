@@ -53,6 +53,21 @@ class DeviatedPath:
             steps.append([(last, 1.0 + ratio), (before, -ratio)])
         return steps
 
+    def jumps(self, s: Tensor) -> dict[int, dict[int, float]]:
+        """How ``y`` goes to each asked level from the one before: the factors of the answers that are added.
+
+        Args:
+            s: The levels, [N].
+        """
+        slopes, rho = self.slopes(positions(s)), (1 / s).tolist()
+        found: dict[int, dict[int, float]] = {}
+        for k in asked_levels(len(s)):
+            found[k] = dict.fromkeys((level for j in range(k - STRIDE, k) for level, _ in slopes[j]), 0.0)
+            for j in range(k - STRIDE, k):
+                for level, weight in slopes[j]:
+                    found[k][level] += (rho[j + 1] - rho[j]) * weight
+        return found
+
 
 def deviated_paths(levels: int) -> tuple[DeviatedPath, ...]:
     """The two paths that a measurement of so many levels follows.

@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 
 from fastsched.measurement.batches import Batches, measured, resumed
+from fastsched.measurement.memory import PIECE
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics
-
-#: Elements of increments and responses that each process sends at a time: 64 MB.
-PIECE = 1 << 24
 
 
 def rank_and_size(group: Any) -> tuple[int, int]:
@@ -72,7 +70,8 @@ def measured_in_group(
     if size == 1:
         return measured(run, batches, found)
     seeds = batches.seeds if found is None else batches.seeds[~torch.isin(batches.seeds, found.seeds)]
-    own = replace(batches, seeds=share(seeds, group), checks=batches.checks and rank == 0)
+    received = len(batches.seeds) if vectors == "all" or rank == 0 else 0
+    own = replace(batches, seeds=share(seeds, group), checks=batches.checks and rank == 0, gathered=(received, size))
     if batches.file is not None:
         own = replace(own, file=_part_file(batches.file, rank, size))
     measure = lambda: measured(run, own, None if own.file is None else resumed(own.file, run, own))

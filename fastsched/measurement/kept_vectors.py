@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,6 @@ import torch
 from torch import Tensor
 
 from fastsched import ops
-
-#: Where vectors can be kept: beside the states, or in the host's memory.
-STORES = ("device", "cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +37,7 @@ class KeptVectors:
         Args:
             sizes: How many samples, rows and elements.
             device: Where the states are.
-            store: One of `STORES`.
+            store: Where they are kept: ``"device"``, beside the states, or ``"cpu"``, in the host's memory.
             out: Memory on the CPU to use where that is the place and its size is right.
         """
         place = device if store == "device" else torch.device("cpu")
@@ -50,6 +47,10 @@ class KeptVectors:
             data = torch.zeros(sizes, dtype=torch.float32, device=place)
         with page_locked(data, device):
             yield cls(data, device)
+
+    def row(self, row: int, shape: Sequence[int]) -> Tensor | None:
+        """A row as memory to compute in, of ``shape`` [B, *shape]; None if rows are not where the states are."""
+        return self.data[:, row].view(shape) if self.data.device == self.device else None
 
     def write(self, row: int, values: Tensor) -> None:
         """Put ``values`` [B, *shape] into a row, without waiting for the device."""
@@ -61,13 +62,14 @@ class KeptVectors:
         for own, value in zip(self.data, values, strict=True):
             own[row].copy_(value, non_blocking=True)
 
-    def read(self, row: int) -> Tensor:
-        """A copy of a row on the device of the states, [B, d]."""
-        if self.data.device == self.device:
-            return self.data[:, row].clone()
-        found = torch.empty(len(self.data), self.data.shape[2], device=self.device)
-        for own, value in zip(found, self.data, strict=True):
-            own.copy_(value[row], non_blocking=True)
+    def read(self, row: int, shape: Sequence[int]) -> Tensor:
+        """A row on the device of the states, of ``shape`` [B, *shape]: the row itself where rows are there."""
+        own = self.row(row, shape)
+        if own is not None:
+            return own
+        found = torch.empty(shape, device=self.device)
+        for each, value in zip(found.flatten(1), self.data, strict=True):
+            each.copy_(value[row], non_blocking=True)
         return found
 
     def gram(self, vectors: int) -> Tensor:

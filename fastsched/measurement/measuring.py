@@ -60,7 +60,7 @@ def measure(
         responses: Whether to measure responses. Without them, errors are taken to be passed on as for Gaussian data.
         keep_increments: Whether to keep increments and responses, ``2 N`` images a sample, as `fastsched.tune` needs.
         seed: Of the noises. Sample ``n`` is the same whatever ``samples`` and ``batch_size``.
-        batch_size: Paths at once, each ``2 N + 12`` float32 states; None: as memory allows, one with a checkpoint.
+        batch_size: Paths at once, each ``2 N + 10`` float32 states; None: as memory allows, one with a checkpoint.
         store: Where ``2 N - 3`` of these are: ``"device"`` (None: if half of its free memory is enough) or ``"cpu"``.
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None. States stay float32.
@@ -96,7 +96,7 @@ def batches_of(
     progress: Progress = True,
 ) -> Batches:
     """How `measure` does it, from its arguments."""
-    sizes, seeds = validate.sample_shape(shape), sample_seeds(seed, validate.sample_range("samples", samples))
+    sizes, seeds = validate.sample_shape("shape", shape), sample_seeds(seed, validate.sample_range("samples", samples))
     grain = len(seeds) if file is None else 1
     size = grain if batch_size is None else validate.positive_int("batch_size", batch_size)
     return Batches(sizes, seeds, size, batch_size is not None, checks, file, progress)
@@ -183,7 +183,7 @@ def measured_levels(denoiser: Denoiser, levels: int | Tensor) -> Tensor:
     is_denoiser("denoiser", denoiser)
     if not isinstance(levels, Tensor):
         return denoiser.levels(validate.positive_int("levels", levels, minimum=3))
-    s = validate.descending_sigmas(levels, name="levels")
+    s = validate.descending_sigmas("levels", levels)
     if len(s) < 3 or float(s[-1]) <= 0:
         raise ValueError("levels must be at least three positive noise levels; sigma 0 is added as the end")
     if far_outside(denoiser.process, s):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,17 @@ import torch
 from fastsched.measurement.path_following import Measurement
 
 #: States of a path on the device beside what is kept: the noise, the solver's history, two levels' states and outputs,
-#: the network's copy of its input, its output, and sums. Counted by allocators: 13 or 14.
-WORKING = 15
+#: the network's copy of its input, its output, and sums. Counted by allocators: 12.
+WORKING = 13
+
+#: States on the CPU that the questions of ``checks=True`` hold until their last is asked.
+ASKED = 7
 
 #: The fraction of a device's free memory that kept vectors may take unasked; the rest is for the network.
 FRACTION = 0.5
+
+#: Elements of increments and responses that each process of a group sends at a time: 64 MB.
+PIECE = 1 << 24
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -38,7 +45,15 @@ class Need:
     cpu: int
 
 
-def need(run: Measurement, paths: int, samples: int, elements: int, *, saved: bool = False) -> Need:
+def need(
+    run: Measurement,
+    paths: int,
+    samples: int,
+    elements: int,
+    *,
+    saved: bool = False,
+    gathered: tuple[int, int] = (0, 0),
+) -> Need:
     """What following paths takes at its peak.
 
     Args:
@@ -47,18 +62,27 @@ def need(run: Measurement, paths: int, samples: int, elements: int, *, saved: bo
         samples: Paths of the whole measurement.
         elements: d, of one sample.
         saved: Whether statistics are saved after each batch, which takes copies of what is saved.
+        gathered: How many samples' increments this process gets in the end, and how many processes of a group send
+            theirs.
     """
     state = 4 * elements
     device, rows = WORKING * paths * state, run.rows * paths * state
-    cpu = 2 * samples * state  # the ends, and a copy when batches are joined
+    cpu = (2 * samples + ASKED) * state  # the ends, and a copy when batches are joined
     held = run.vectors * samples * state if run.keep_vectors else 0
-    cpu += held * (3 if saved else 1)
+    copies = 3 if saved else 1
+    cpu += held * copies
     on_cpu = run.device.type == "cpu" or run.store == "cpu"
     if not on_cpu:
         device += rows
     elif not held:  # else they are the rows
         cpu += rows
-    return Need(0, cpu + device) if run.device.type == "cpu" else Need(device, cpu)
+    if run.device.type == "cpu":
+        device, cpu = 0, cpu + device
+    received, processes = gathered
+    if held and processes > 1:
+        pieces = 5 * max(4 * PIECE, state) * (processes if received else 1)  # pickled, sent and put into their place
+        cpu = max(cpu, held + run.vectors * received * state * copies + pieces)
+    return Need(device, cpu)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -89,26 +113,48 @@ def with_store(run: Measurement, paths: int, elements: int) -> Measurement:
     return replace(run, store="cpu")
 
 
-def paths_at_once(run: Measurement, most: int, samples: int, elements: int, *, chosen: bool, saved: bool) -> int:
+def paths_at_once(
+    run: Measurement, most: int, wanted: Callable[[int], Need], samples: int, elements: int, *, chosen: bool
+) -> int:
     """How many paths to follow at once: ``most``, or as many as fit if the caller did not choose.
+
+    Args:
+        run: What is measured.
+        most: The most paths.
+        wanted: `need` of so many paths at once.
+        samples: Paths of the whole measurement.
+        elements: d, of one sample.
+        chosen: Whether the caller chose how many.
 
     Raises:
         MemoryError: If they do not fit; the message says what to lower.
     """
-    fits = next(
-        (paths for paths in range(most, 0, -1) if not _lacking(run, need(run, paths, samples, elements, saved=saved))),
-        0,
-    )
+    fits = next((paths for paths in range(most, 0, -1) if not _lacking(run, wanted(paths))), 0)
     if fits == most:
         return most
     if fits == 0 or chosen:
-        raise MemoryError(_too_much(run, most, samples, elements, fits, saved))
+        raise MemoryError(_too_much(run, most, wanted, samples, elements, fits))
     warnings.warn(
-        f"{fits} paths are followed at once instead of all {most}, which would take "
-        f"{_total(need(run, most, samples, elements, saved=saved))} of memory (batch_size={fits})",
+        f"{fits} paths are followed at once instead of all {most}, which would take {_total(wanted(most))} of memory "
+        f"(batch_size={fits})",
         stacklevel=4,
     )
     return fits
+
+
+def check_call(run: Measurement, paths: int, elements: int) -> None:
+    """Check that there is memory for as many paths as a pipeline's call has images.
+
+    Raises:
+        MemoryError: If there is not; the message says what to lower.
+    """
+    lacking = _lacking(run, need(run, paths, paths, elements))
+    if lacking:
+        device, size, free = lacking[0]
+        raise MemoryError(
+            f"not enough memory: measuring {paths} images a call on {len(run.s)} levels takes {_size(size)} on "
+            f"{device}, where {_size(free)} are free; lower prompts_per_call or the images of a call, then levels"
+        )
 
 
 def explained(run: Measurement, paths: int, samples: int, elements: int) -> str:
@@ -129,9 +175,11 @@ def _lacking(run: Measurement, wanted: Need) -> list[tuple[torch.device, int, in
     return found
 
 
-def _too_much(run: Measurement, paths: int, samples: int, elements: int, fits: int, saved: bool) -> str:
-    device, size, free = _lacking(run, need(run, paths, samples, elements, saved=saved))[0]
-    held = need(run, 0, samples, elements, saved=saved).cpu
+def _too_much(
+    run: Measurement, paths: int, wanted: Callable[[int], Need], samples: int, elements: int, fits: int
+) -> str:
+    device, size, free = _lacking(run, wanted(paths))[0]
+    held = wanted(0).cpu
     remedy = f"batch_size={fits} fits" if fits else _remedies(run, paths)
     if not fits and device.type == "cpu" and run.keep_vectors and held > free / 2:
         remedy = f"increments of {samples} samples take {_size(held)}: lower samples, or keep_increments=False"

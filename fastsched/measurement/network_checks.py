@@ -70,7 +70,7 @@ TOP_JACOBIAN = 0.3
 DOUBTFUL_SIZE, WRONG_SIZE = 20.0, 40.0
 #: What the network predicts contains the noise with weights of at most 1, so that ``D`` is its input at low levels.
 OF_UNIT_NOISE = ("v", "velocity", "reverse_velocity")
-#: With fewer elements, what one sample leaves says nothing.
+#: With fewer elements, what one sample leaves says nothing, and its size little: data have 1 then, as VP assumes.
 FEWEST_ELEMENTS = 8
 #: That is asked above this many times the data's size; elsewhere levels were chosen that start lower.
 TOP_LEVEL = 4.0
@@ -217,7 +217,7 @@ def check_network(
         raise ValueError(f"the network is in training mode, with an active {layer}: call network.eval() first")
     ask = Questions(denoiser, shape, device, dtype)
     levels = denoiser.levels(3) if s is None else s
-    pair = noise_of(torch.tensor([seed, seed + ELSEWHERE]), shape).double()
+    pair = noise_of(torch.tensor([seed, seed + ELSEWHERE]), shape)
     ask.top = _Top(float(levels[0]), pair, 2 if batch == 1 else 1)
     ask.top.ask(ask)
     try:
@@ -232,8 +232,8 @@ def _check_denoiser(ask: Questions, low: float) -> None:
     """Ask what is left to ask before the measurement, and compare the answers with those of a denoiser."""
     noise = noise_of(torch.tensor([0, 2]), ask.shape).double()
     first, second = ask.between(1 / 3), ask.between(2 / 3)
-    ask.middle, x0 = ask.raw(noise[:1], first)
-    ask.fingerprint = projections(ask.middle)
+    middle, x0 = ask.raw(noise[:1], first)
+    ask.middle, ask.fingerprint = middle.float(), projections(middle)
     if first != second:
         x0 = ask.denoised(second * (noise[:1] + (1 / second - 1 / first) * x0), second)
     if torch.equal(ask.top.raw[0], ask.top.raw[1]) and torch.equal(ask.top.raw[:1], ask.middle):
@@ -275,7 +275,7 @@ class _Top:
     def ask(self, ask: Questions) -> None:
         """Ask for the first time."""
         raw, denoised = zip(*(ask.raw(part, self.level) for part in self.noise.split(self.size)), strict=True)
-        self.raw, self.denoised = torch.cat(raw), torch.cat(denoised)
+        self.raw, self.denoised = torch.cat(raw).float(), torch.cat(denoised).float()  # held while paths are followed
 
     def asked(self, ask: Questions, size: int | None = None) -> Tensor:
         """Ask once more, ``size`` at once; returns ``R``."""
@@ -317,15 +317,15 @@ def _check_top(ask: Questions, x0: Tensor) -> None:
             f"{where} a denoiser hardly depends on its input, but this one contains {slope:.2g} times the noise: "
             f"{suspects(denoiser)}"
         )
-    largest = float(top.denoised.square().mean().sqrt())
-    if denoiser.process.kind != "vp" or largest <= DOUBTFUL_SIZE * max(size, 0.1):
+    largest, usual = float(top.denoised.square().mean().sqrt()), max(size, 1.0 if x0.numel() < FEWEST_ELEMENTS else 0.1)
+    if denoiser.process.kind != "vp" or largest <= DOUBTFUL_SIZE * usual:
         return
     finding = (
         f"{where} the denoised sample is {largest:.3g} in size, and {size:.3g} at lower levels: the network is of no "
         "use there. Leave the last entries of the table out (alphas_cumprod[:n]; sigma up to 20 or 160 is usual). If "
         f"the table is right: {suspects(denoiser)}"
     )
-    if largest > WRONG_SIZE * max(size, 0.1):
+    if largest > WRONG_SIZE * usual:
         raise ValueError(finding)
     warnings.warn(finding, stacklevel=6)
 

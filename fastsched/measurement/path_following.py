@@ -20,9 +20,9 @@ from torch import Tensor
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.late_reading import Verdicts
 from fastsched.denoisers.network_errors import not_finite
-from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels, positions, queries
+from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels, queries
 from fastsched.measurement.kept_vectors import KeptVectors
-from fastsched.measurement.rounding import warn_of_storage
+from fastsched.measurement.rounding import STORAGE_ERROR, warn_of_storage
 from fastsched.measurement.statistics import PathStatistics, data_deviation
 from fastsched.sampling.random_streams import noise_of
 from fastsched.sampling.sampler import answered, integration, nodes_of
@@ -94,8 +94,8 @@ class Measurement:
         return len(self.s) - 1 + path * len(asked) + asked.index(k)
 
     def raw_output(self, x: Tensor, k: int) -> Tensor:
-        """``R`` at ``x`` [B, *shape] and level k."""
-        return self.denoiser.raw_output(x, float(self.s[k]), dtype=self.dtype)
+        """``R`` at ``x`` [B, *shape] and level k, maybe in memory of the network's own."""
+        return self.denoiser.borrowed_output(x, float(self.s[k]), dtype=self.dtype)
 
     def drive(self, steps: Query[Answer]) -> Answer:
         """Run ``steps`` with the denoiser's own network."""
@@ -105,39 +105,32 @@ class Measurement:
 class Answers:
     """Looks at each of the network's outputs of a batch, without waiting for the device."""
 
-    def __init__(self, run: Measurement, advance: Callable[[int], object]) -> None:
-        self.run, self.advance = run, advance
-        self._asked, self._verdicts = 0, Verdicts()
-        self._norms: list[Tensor] = []  # [B], one a level of the reference path
+    def __init__(self, run: Measurement, advance: Callable[[int], object], verdicts: Verdicts | None) -> None:
+        self.run, self.advance, self.verdicts = run, advance, Verdicts() if verdicts is None else verdicts
+        self._checks = verdicts is None
+        self._asked, self._queries = 0, run.queries
+        self._norms: list[Tensor] = []  # [B], one a level of the reference path, if outputs have 16 bits
         self._dtype: torch.dtype | None = None
 
     def look(self, raw: Tensor) -> None:
         """Note whether an output [B, *shape] is finite, and of the reference path's how large it is."""
-        k = self.run.queries[self._asked]
-        self._verdicts.note(torch.isfinite(raw).all().reshape(1), functools.partial(self._check_finite, k))
+        if self._checks:
+            self.verdicts.note_finite(raw, functools.partial(self._not_finite, self._queries[self._asked]))
+            self.verdicts.settle(wait=False)
         if self._asked < len(self.run.s):
             self._dtype = raw.dtype if self._dtype is None else torch.promote_types(self._dtype, raw.dtype)
-            wide = torch.promote_types(raw.dtype, torch.float32)
-            self._norms.append(torch.linalg.vector_norm(raw.flatten(1), dim=1, dtype=wide))
+            if self._dtype in STORAGE_ERROR:
+                self._norms.append(torch.linalg.vector_norm(raw.flatten(1), dim=1, dtype=torch.float32))
         self._asked += 1
         self.advance(len(raw))
 
-    def check(self) -> None:
-        """Read all notes that are left: the one wait for the device in a batch.
-
-        Raises:
-            ValueError: If an output was not finite; the message names the level of the first.
-        """
-        self._verdicts.settle()
-
-    def _check_finite(self, k: int, finite: Tensor) -> None:
-        if not bool(finite):
-            raise ValueError(f"{not_finite(self.run.denoiser.process, self.run.s[k])} (level {k} of {len(self.run.s)})")
+    def _not_finite(self, k: int) -> str:
+        return f"{not_finite(self.run.denoiser.process, self.run.s[k])} (level {k} of {len(self.run.s)})"
 
     def warn_of_storage(self, gram: Tensor) -> None:
         """Warn if the reference path's outputs were too coarse for its increments; ``gram`` [B, N-1, N-1]."""
-        assert self._dtype is not None  # there are levels
-        warn_of_storage(torch.stack(self._norms), self._dtype, self.run.c, gram)
+        if self._dtype in STORAGE_ERROR:
+            warn_of_storage(torch.stack(self._norms), self._dtype, self.run.c, gram)
 
 
 def measurement_steps(
@@ -146,12 +139,13 @@ def measurement_steps(
     shape: tuple[int, ...],
     advance: Callable[[int], object] = lambda calls: None,
     out: Tensor | None = None,
+    verdicts: Verdicts | None = None,
 ) -> Query[PathStatistics]:
     """One batch's measurement, as a generator that is sent the network's raw outputs.
 
-    It yields ``(x, k)``, a state [B, *shape] and its level, and is sent ``R`` there; it returns the statistics. So
-    anything that can call the network can drive a measurement: `fastsched.measure`, or a pipeline's own loop
-    (`fastsched.diffusers.CalibrationScheduler`).
+    It yields ``(x, k)``, a state [B, *shape] and its level, and is sent ``R`` there, of which it keeps no reference; it
+    returns the statistics. So anything that can call the network can drive a measurement: `fastsched.measure`, or a
+    pipeline's own loop (`fastsched.diffusers.CalibrationScheduler`).
 
     Args:
         run: What is measured.
@@ -159,20 +153,24 @@ def measurement_steps(
         shape: The shape of one sample.
         advance: Is given the number of calls made.
         out: Where kept vectors go, [B, V, d] float32 on the CPU; new memory when None.
+        verdicts: Those of a caller who checks himself that outputs are finite; all are read at the end.
 
     Raises:
         ValueError: If an output held NaN or inf; the message names the level of the first. Where outputs are not on the
             CPU, as soon as that is known without waiting, and at the end at the latest.
     """
     noise, elements = noise_of(seeds, shape).to(run.device), math.prod(shape)
-    answers = Answers(run, advance)
+    answers = Answers(run, advance, verdicts)
     with KeptVectors.allocated((len(seeds), run.rows, elements), run.device, run.store or "device", out) as kept:
         first, end = yield from _follow_reference(run, noise, kept, answers)
+        followers = [_Follower(run.s, path, noise, first) for path in run.deviated]
+        del noise, first  # no longer than the followers need them
         if run.deviated:
-            yield from _follow_deviated(run, noise, first, kept, answers)
-        answers.check()
+            yield from _follow_deviated(run, followers, kept, answers)
+        answers.verdicts.settle()
         gram, n = kept.gram(run.vectors), len(run.s) - 1
         vectors = kept.on_cpu(run.vectors, out) if run.keep_vectors else None
+        ends = end.cpu()
     answers.warn_of_storage(gram[:, :n, :n])
     swept = bool(run.deviated)
     return PathStatistics(
@@ -181,8 +179,8 @@ def measurement_steps(
         shape=shape,
         seeds=seeds,
         gram=gram[:, :n, :n].contiguous(),
-        ends=end.cpu(),
-        data_std=data_deviation(end.cpu()),
+        ends=ends,
+        data_std=data_deviation(ends),
         model_calls=run.calls * len(seeds),
         deviated=run.deviated,
         response_cross=gram[:, n:, :n].contiguous() if swept else None,
@@ -211,13 +209,18 @@ def _follow_reference(
         del y  # the solver holds what it needs
         raw = yield x, k
         answers.look(raw)
-        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32), copy=True)  # the network may write over it
         if before is not None:
-            kept.write(k - 1, _increment((x, raw), before, a[k - 1 : k + 1], c[k - 1 : k + 1]))
+            row = kept.row(k - 1, x.shape)
+            found = _increment((x, raw), before, a[k - 1 : k + 1], c[k - 1 : k + 1], before[1] if row is None else row)
+            if row is None:
+                kept.write(k - 1, found)
+            del row, found
         if k in asked:
             kept.write(run.row(0, k), x)
             kept.write(run.row(1, k), raw)
-        denoised, before = (a[k] * x).add_(c[k] * raw.float()), (x, raw)
+        before = x, raw
+        denoised = (a[k] * x).add_(raw, alpha=c[k])
         first = denoised if first is None else first
     assert first is not None  # there are levels
     assert denoised is not None
@@ -225,57 +228,76 @@ def _follow_reference(
 
 
 def _increment(
-    now: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor], a: Sequence[float], c: Sequence[float]
+    now: tuple[Tensor, Tensor],
+    before: tuple[Tensor, Tensor],
+    a: Sequence[float],
+    c: Sequence[float],
+    out: Tensor,
 ) -> Tensor:
     """``D_k - D_{k-1}`` of pairs ``(x, R)``, differences first, so that close answers keep theirs.
 
-    ``c_k (R_k - R_{k-1}) + (c_k - c_{k-1}) R_{k-1} + (the same in a, x)``.
+    ``c_k (R_k - R_{k-1}) + (c_k - c_{k-1}) R_{k-1} + (the same in a, x)``, into ``out``, which may be the R before. The
+    x before is written over.
     """
-    found = (now[1] - before[1]).mul_(c[1]).add_(before[1], alpha=c[1] - c[0])
-    return found.add_(now[0] - before[0], alpha=a[1]).add_(before[0], alpha=a[1] - a[0])
+    found, factor = _difference(now[1], before[1], c, out)
+    found.mul_(factor)
+    if any(a):
+        of_x, factor = _difference(now[0], before[0], a, before[0])
+        found.add_(of_x, alpha=factor)
+    return found
+
+
+def _difference(now: Tensor, before: Tensor, factors: Sequence[float], out: Tensor) -> tuple[Tensor, float]:
+    """A tensor and a number whose product is ``f_1 (now - before) + (f_1 - f_0) before``.
+
+    Interpolation, ``lerp(start, end, w) = start + w (end - start)``, takes one pass over memory.
+    """
+    step = factors[1] - factors[0]
+    if abs(step) < 1e-9 * abs(factors[1]):  # rounding of the difference is larger than the second term
+        return torch.sub(now, before, out=out), factors[1]
+    return torch.lerp(before, now, factors[1] / step, out=out), step
 
 
 def _follow_deviated(
-    run: Measurement, noise: Tensor, first: Tensor, kept: KeptVectors, answers: Answers
+    run: Measurement, followers: Sequence[_Follower], kept: KeptVectors, answers: Answers
 ) -> Query[None]:
     """Keeps the responses ``D(z') - D(z)`` of all paths at each asked level, then goes on to the next."""
-    asked, a, c, sigma = asked_levels(len(run.s)), run.a.tolist(), run.c.tolist(), run.sigma.tolist()
-    followers = [_Follower(run.s, path, noise, first) for path in run.deviated]
-    for k in range(len(run.s)):
-        if k in asked:
-            state, raw_there = (kept.read(run.row(m, k)).view_as(noise) for m in (0, 1))
-            for m, follower in enumerate(followers):
-                x = sigma[k] * follower.y
-                raw = yield x, k
-                answers.look(raw)
-                raw = raw.float()
-                # both at level k: differences first, as in an increment
-                kept.write(run.row(m, k), (x - state).mul_(a[k]).add_(raw - raw_there, alpha=c[k]))
-                follower.answer(k, x, raw, a[k], c[k])
-                del x, raw  # not while the network works on the next
-            del state, raw_there
+    a, c, sigma = run.a.tolist(), run.c.tolist(), run.sigma.tolist()
+    shape = followers[0].y.shape
+    for k in asked_levels(len(run.s)):
+        state, raw_there = (kept.read(run.row(m, k), shape) for m in (0, 1))
+        responses = []
         for follower in followers:
-            follower.step(k)
+            follower.move(k)
+            x = sigma[k] * follower.y
+            raw = yield x, k
+            answers.look(raw)
+            follower.answer(k, x, raw, a[k], c[k])
+            # both at level k: differences first, as in an increment
+            responses.append(torch.sub(raw.float(), raw_there).mul_(c[k]))
+            if a[k] != 0.0:
+                responses[-1].add_(x.sub_(state), alpha=a[k])
+            del x, raw  # not while the network works on the next
+        del state, raw_there
+        while responses:  # into the rows in which state and raw output waited
+            kept.write(run.row(len(responses) - 1, k), responses.pop())
 
 
 class _Follower:
     """A deviated path on its way: its state ``y``, and those earlier answers that later steps use."""
 
     def __init__(self, s: Tensor, path: DeviatedPath, noise: Tensor, first: Tensor) -> None:
-        self.y, self._rho = noise, (1 / s).tolist()
-        self._slopes = path.slopes(positions(s))
-        self._last_use = {level: k for k, used in enumerate(self._slopes) for level, _ in used}
+        self.y, self._jumps = noise, path.jumps(s)
+        self._last_use = {level: k for k, factors in self._jumps.items() for level in factors}
         self._answers = {0: first}
+
+    def move(self, k: int) -> None:
+        """To the asked level k, from the one before."""
+        for level, factor in self._jumps[k].items():
+            self.y = torch.add(self.y, self._answers[level], alpha=factor)
+        self._answers = {level: held for level, held in self._answers.items() if self._last_use[level] > k}
 
     def answer(self, k: int, x: Tensor, raw: Tensor, a: float, c: float) -> None:
         """``D = a x + c R`` at level k."""
         if k in self._last_use:
-            self._answers[k] = a * x + c * raw
-
-    def step(self, k: int) -> None:
-        """From level k to the next, if there is one."""
-        if k >= len(self._slopes):
-            return
-        slope = functools.reduce(torch.add, (weight * self._answers[level] for level, weight in self._slopes[k]))
-        self.y = self.y + (self._rho[k + 1] - self._rho[k]) * slope
-        self._answers = {level: held for level, held in self._answers.items() if self._last_use[level] > k}
+            self._answers[k] = (a * x).add_(raw, alpha=c)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -129,10 +130,17 @@ class _Rows:
 def _add_square(gram: Tensor, e: Tensor) -> None:
     """``gram += e e'``, computing three of its quarters; the fourth is one of them transposed."""
     half = len(e) // 2
-    left = e @ e[:half].T
+    with without_autocast(e.device):
+        left, right = e @ e[:half].T, e[half:] @ e[half:].T
     gram[:, :half] += left
     gram[:half, half:] += left[half:].T
-    gram[half:, half:] += e[half:] @ e[half:].T
+    gram[half:, half:] += right
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Products in the precision of their factors, also where a program has ``torch.autocast`` on."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def _products_are_float32() -> bool:

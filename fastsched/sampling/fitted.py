@@ -73,7 +73,7 @@ def checked_weights(weights: Tensor | Sequence[Sequence[float]]) -> Tensor:
     Raises:
         ValueError: If they are not square, not finite, not lower triangular, or a row does not sum to 1.
     """
-    values = validate.float64(weights, "weights")  # type: ignore[arg-type]  # nested lists too
+    values = validate.float64("weights", weights)
     if values.ndim != 2 or values.shape[0] != values.shape[1] or len(values) == 0:
         raise ValueError(f"weights must be a square matrix, a row a step, got shape {tuple(values.shape)}")
     if not bool(values.isfinite().all()):
@@ -97,7 +97,7 @@ def stock_weights(solver: Solver, nodes: Sequence[Node]) -> Tensor:
     steps = len(nodes) - 1
     found = np.eye(steps)
     for n in range(steps - 1):
-        history = list(nodes[n::-1][: solver.history + 1])
+        history = list(nodes[n::-1][: solver.history_of(n, steps) + 1])
         found[n] = 0.0
         for back, weight in enumerate(solver.weights(history, nodes[n + 1])):
             found[n, n - back] = float(weight)

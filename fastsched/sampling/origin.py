@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import hashlib
 import math
 import sys
@@ -12,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torch import Tensor
+
+from fastsched.denoisers.edm import core_of
 
 #: Longest text in an entry of a file.
 LONGEST = 200
@@ -94,12 +95,6 @@ def origin_now(model: str | None, fingerprint: Tensor | None = None, **known: An
 
 def network_name(network: Callable[..., Any]) -> str:
     """The name of a network's class or function, inside containers such as ``torch.compile`` and partial functions."""
-    while True:
-        inner = getattr(network, "_orig_mod", None) or getattr(network, "module", None)
-        if isinstance(network, functools.partial):
-            inner = network.func
-        if not callable(inner) or inner is network:
-            break
-        network = inner
-    name = getattr(network, "__qualname__", None) or type(network).__qualname__
+    core = core_of(network)
+    name = getattr(core, "__qualname__", None) or type(core).__qualname__
     return name.replace("<locals>.", "")

@@ -86,7 +86,7 @@ def sample(
     method = schedule_solver(sigmas, name)
     if seed is not None:
         raise ValueError(f"seed must be None for {method.name}, got {seed!r}: it adds no noise to the given one")
-    values = validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas))  # type: ignore[arg-type]  # or a Schedule
+    values = validate.descending_sigmas("sigmas", getattr(sigmas, "sigmas", sigmas))
     s = denoiser.process.level(values)
     nodes, ends_at_zero = nodes_of(denoiser.process, s), float(values[-1]) == 0.0
     steps = len(nodes) - 1
@@ -99,7 +99,7 @@ def sample(
             advance(1)
             return denoised
 
-        y = integrate(denoise, nodes, method, noise, s=s)
+        y = answered(integration(nodes, method, noise, s=s), denoise)
     verdicts.settle()
     return y if ends_at_zero else y * float(s[-1])
 
@@ -111,7 +111,7 @@ def is_run(name: str, value: object) -> None:
             f"{name} must be sigmas or a Schedule, which fastsched.optimal_schedule makes of statistics, got "
             f"{type(value).__name__}"
         )
-    validate.descending_sigmas(getattr(value, "sigmas", value), name=name)  # type: ignore[arg-type]  # the point
+    validate.descending_sigmas(name, getattr(value, "sigmas", value))
 
 
 def schedule_solver(sigmas: object, solver: str | Solver | None = None) -> Solver:
@@ -124,19 +124,6 @@ def schedule_solver(sigmas: object, solver: str | Solver | None = None) -> Solve
     if weights is not None and (solver is None or solver_name(solver) == FITTED):
         return fitted_solver(weights)
     return get_solver(solver if solver is not None else getattr(sigmas, "solver", ""))
-
-
-def integrate(
-    denoise: Callable[[Any, Any], Any],
-    nodes: Sequence[Node],
-    method: Solver,
-    y: Any,
-    *,
-    s: Sequence[Any] | Tensor,
-    number: Callable[[Any], Any] = float,
-) -> Any:
-    """Integrate with ``denoise(y, s)`` answering every query of `integration`; its arguments and result."""
-    return answered(integration(nodes, method, y, s=s, number=number), denoise)
 
 
 def answered(queries: Generator[tuple[Any, Any], Any, Result], answer: Callable[[Any, Any], Any]) -> Result:
@@ -176,33 +163,31 @@ def integration(
     Returns:
         The denoised sample if the last node is at sigma 0, else ``y`` there.
     """
-    y_before, history = y, []
+    y_before, known, slopes = y, [], []  # the nodes before, newest first, and the slopes there
     for n in range(len(nodes) - 1):
         start, end = nodes[n], nodes[n + 1]
         denoised = yield y, s[n]
         if np.all(end.tau == 0):
             if method.end_weights is None:
                 return denoised
-            history = [(start, denoised), *history]
-            weights = method.end_weights([node for node, _ in history], end)
-            return sum(number(b) * slope for b, slope in zip(weights, _slopes(history), strict=True))
+            first, *others = [number(b) for b in method.end_weights([start, *known], end)]
+            return _plus(first * denoised, others, slopes)
         if from_pure_noise(method, start):
-            y_before, y = y, y + number(end.rho - start.rho) * denoised
+            y_before, y = y, _plus(y, [number(end.rho - start.rho)], [denoised])
             continue
         newest = _slope(method, start, y, denoised, number)
-        if method.corrector is not None and history:
-            known = [node for node, _ in history]
-            weights, slopes = method.corrector(known, start), [newest, *_slopes(history)]
-            y = _step(method, weights, y_before, known[0], start, slopes, number)
-        history = [(start, newest), *history][: method.history + 1]
-        slopes = _slopes(history)
+        if method.corrector is not None and known:
+            weights = method.corrector(known, start)
+            y = _step(method, weights, y_before, known[0], start, [newest, *slopes], number)
+        kept = method.history_of(n, len(nodes) - 1) + 1
+        known, slopes = [start, *known][:kept], [newest, *slopes][:kept]
+        used = slopes
         if method.stage is not None:
             stage = method.stage(start, end)
-            predicted = y + number(stage.rho - start.rho) * denoised
+            predicted = _plus(y, [number(stage.rho - start.rho)], [denoised])
             ahead = yield predicted, 1 / stage.rho
-            slopes = [_slope(method, stage, predicted, ahead, number), *slopes]
-        weights = method.weights([node for node, _ in history], end)
-        y_before, y = y, _step(method, weights, y, start, end, slopes, number)
+            used = [_slope(method, stage, predicted, ahead, number), *slopes]
+        y_before, y = y, _step(method, method.weights(known, end), y, start, end, used, number)
     return y
 
 
@@ -215,14 +200,18 @@ def _step(
     slopes: Sequence[Any],
     number: Callable[[Any], Any],
 ) -> Any:
-    mean = sum(number(b) * slope for b, slope in zip(weights, slopes, strict=True))
     scale = number(step_scale(method, start, end))
-    return y + scale * mean if method.variable == "rho" else (1 - scale) * y + scale * mean
+    kept = y if method.variable == "rho" else (1 - scale) * y
+    return _plus(kept, [scale * number(b) for b in weights], slopes)
 
 
-def _slopes(history: Sequence[tuple[Node, Any]]) -> list[Any]:
-    return [slope for _, slope in history]
+def _plus(y: Any, factors: Sequence[Any], states: Sequence[Any]) -> Any:
+    """``y + sum_n factors[n] states[n]``; of images in one pass over memory a term."""
+    add = torch.add if isinstance(y, Tensor) else lambda y, state, alpha, out: y + alpha * state
+    for n, (factor, state) in enumerate(zip(factors, states, strict=True)):
+        y = add(y, state, alpha=factor, out=y if n else None)
+    return y
 
 
 def _slope(method: Solver, node: Node, y: Any, denoised: Any, number: Callable[[Any], Any]) -> Any:
-    return denoised if method.variable == "rho" else y - denoised / number(node.tau)
+    return denoised if method.variable == "rho" else _plus(y, [-1 / number(node.tau)], [denoised])

@@ -29,6 +29,13 @@ COMFYUI_LAST_ALPHA_BAR = 4.8973451890853435e-08
 LARGEST_TIMESTEP = 1e6
 
 
+class ComfyUISigmas(NamedTuple):
+    """One schedule, for a text field and for a ``SIGMAS`` socket."""
+
+    text: str  #: for the node ManualSigmas: "14.6146, 3.2, 0.0", plain decimals
+    sigmas: Tensor  #: [steps + 1] float32 on the CPU, descending, the last 0
+
+
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """The noise levels of one sampling run.
@@ -57,9 +64,7 @@ class Schedule:
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
-        sigmas = validate.descending_sigmas(self.sigmas)
-        if float(sigmas[-1]) != 0.0:
-            raise ValueError(f"sigmas must end in 0, got {float(sigmas[-1]):g}; append it")
+        sigmas = validate.descending_sigmas("sigmas", self.sigmas, to_zero=True)
         object.__setattr__(self, "sigmas", sigmas)
         object.__setattr__(self, "solver", solver_name(self.solver))
         validate.choice("noise", self.noise, ("ve", "vp", "flow"))
@@ -186,10 +191,25 @@ class Schedule:
     def to_comfyui(self) -> ComfyUISigmas:
         """The sigmas for ComfyUI: ``.text`` in plain decimals, ``.sigmas`` [steps + 1] float32.
 
+        Flow times are given as they are, already shifted. ComfyUI gives models of zero terminal SNR a finite first
+        sigma, 4518.76, which an infinite one becomes here. The text holds plain decimals, for ComfyUI's ManualSigmas
+        misreads exponents ("2e-3"), in as few digits as give the same float32 values.
+
         Raises:
-            ValueError: If the first sigma is infinite and the noise process is not variance-preserving.
+            ValueError: If the first sigma is infinite and the noise process is not variance-preserving, or two sigmas
+                are equal as float32.
         """
-        return comfyui_sigmas(self)
+        sigmas = self.sigmas.to(torch.float32)
+        if self.noise == "vp":
+            sigmas[sigmas == torch.inf] = math.sqrt(1 / COMFYUI_LAST_ALPHA_BAR - 1)
+        if not bool(torch.isfinite(sigmas).all()):
+            raise ValueError(
+                f"sigmas of a {self.noise!r} schedule must be finite in ComfyUI, got {self.sigmas.tolist()}"
+            )
+        if not bool((sigmas[1:] < sigmas[:-1]).all()):
+            raise ValueError(f"sigmas must differ as float32, which ComfyUI holds, got {self.sigmas.tolist()}")
+        text = ", ".join(np.format_float_positional(np.float32(value), trim="0") for value in sigmas.tolist())
+        return ComfyUISigmas(text, sigmas)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON with plain decimals; an existing file is replaced only when the new one is whole."""
@@ -240,7 +260,7 @@ def _timesteps(values: Tensor, steps: int, noise: str) -> Tensor:
 
     Levels beyond those that a variance-preserving network was trained on share its first or last timestep.
     """
-    timesteps = validate.float64(values, "timesteps")
+    timesteps = validate.float64("timesteps", values)
     if timesteps.shape != (steps,):
         raise ValueError(
             f"timesteps must have one value for each sigma but the last, [{steps}], got shape {tuple(timesteps.shape)}"
@@ -273,38 +293,6 @@ def check_kind(name: str, value: object, process: NoiseProcess) -> None:
             f"{name} must be for the noise process of this model, {process.kind!r}, got a schedule for a "
             f"{value.noise!r} one (Schedule(noise=...))"
         )
-
-
-class ComfyUISigmas(NamedTuple):
-    """One schedule, for a text field and for a ``SIGMAS`` socket."""
-
-    text: str  #: for the node ManualSigmas: "14.6146, 3.2, 0.0", plain decimals
-    sigmas: Tensor  #: [steps + 1] float32 on the CPU, descending, the last 0
-
-
-def comfyui_sigmas(schedule: Schedule) -> ComfyUISigmas:
-    """``schedule`` in ComfyUI's convention: ``steps + 1`` sigmas, flow times for flow models (already shifted).
-
-    ComfyUI gives models of zero terminal SNR a finite first sigma, 4518.76, which an infinite one becomes here.
-
-    The text holds plain decimals, for ComfyUI's ManualSigmas misreads exponents ("2e-3"), in as few digits as give
-    the same float32 values.
-
-    Raises:
-        ValueError: If the first sigma is infinite and the noise process is not variance-preserving, or two sigmas
-            are equal as float32.
-    """
-    sigmas = schedule.sigmas.to(torch.float32)
-    if schedule.noise == "vp":
-        sigmas[sigmas == torch.inf] = math.sqrt(1 / COMFYUI_LAST_ALPHA_BAR - 1)
-    if not bool(torch.isfinite(sigmas).all()):
-        raise ValueError(
-            f"sigmas of a {schedule.noise!r} schedule must be finite in ComfyUI, got {schedule.sigmas.tolist()}"
-        )
-    if not bool((sigmas[1:] < sigmas[:-1]).all()):
-        raise ValueError(f"sigmas must differ as float32, which ComfyUI holds, got {schedule.sigmas.tolist()}")
-    text = ", ".join(np.format_float_positional(np.float32(value), trim="0") for value in sigmas.tolist())
-    return ComfyUISigmas(text, sigmas)
 
 
 def _brief_weights(weights: Tensor) -> str:

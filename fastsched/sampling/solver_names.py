@@ -5,20 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-#: Names in web interfaces, k-diffusion and diffusers, in the spelling of `plain`, and the solver each of them is.
+#: Names in web interfaces, k-diffusion and diffusers, in the spelling of `plain`, and the solver each of them is, where
+#: it is called otherwise here.
 KNOWN = {
-    "dpmpp2m": "dpmpp_2m",
-    "dpmpp3m": "dpmpp_3m",
-    "dpmpp2s": "dpmpp_2s",
-    "dpm2": "dpm_2",
     "euler": "ddim",
-    "heun": "heun",
     "heun2": "heun",
-    "lms": "lms",
-    "ddim": "ddim",
-    "unipc": "unipc",
     "deis": "deis_2",
-    "ipndm": "ipndm",
+    "unipc": "unipc",  # which is also the plain spelling of the alias "uni_pc"
     "eulera": "ancestral",
     "eulerancestral": "ancestral",
     "dpmpp2msde": "sde_dpmpp_2m",

@@ -16,8 +16,8 @@ The step to sigma 0 is ``z = D_j`` for every solver.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,7 @@ class Solver:
         corrector: Weights of a corrector that takes the slope at the end, evaluated at the predicted state, first;
             the slope is used again by the next step, so that it costs no evaluation.
         end_weights: Weights of the step to sigma 0, whose history includes the current level; None for ``z = D_j``.
+        lowered: Whether the last step but one is of second order at most, as `lower_order_final` of diffusers makes it.
     """
 
     name: str
@@ -56,11 +57,16 @@ class Solver:
     stage: Stage | None = None
     corrector: Weights | None = None
     end_weights: Weights | None = None
+    lowered: bool = False
 
     @property
     def history(self) -> int:
         """How many levels before the current one a step uses at most."""
         return 0 if self.stage is not None else self.order - 1
+
+    def history_of(self, step: int, steps: int) -> int:
+        """How many levels before the current one step ``step`` of ``steps``, from 0, uses at most."""
+        return min(self.history, 1) if self.lowered and step == steps - 2 else self.history
 
     def model_calls(self, steps: int) -> int:
         """Network evaluations of ``steps`` steps of which the last ends at sigma 0."""
@@ -117,25 +123,35 @@ def _unipc(name: str, order: int, variant: str) -> Solver:
     )
 
 
+def _with_lowered(solvers: Iterable[Solver]) -> Iterator[Solver]:
+    """The solvers, and after each of third order that diffusers has its form of lowered order at the end."""
+    for solver in solvers:
+        yield solver
+        if solver.order == 3 and solver.name != "ipndm_3":
+            yield replace(solver, name=f"{solver.name}_lowered", lowered=True)
+
+
 SOLVERS: dict[str, Solver] = {
     solver.name: solver
-    for solver in (
-        Solver("ddim", "rho", 1, _EULER, _SONG),
-        Solver("heun", "tau", 2, heun_weights, f"{_EDM}, algorithm 1", stage=at_end),
-        Solver("dpm_2", "tau", 2, midpoint_weights, f"{_EDM}, algorithm 1 with alpha = 1/2", stage=middle),
-        Solver("dpmpp_2s", "rho", 2, dpmpp_2s_weights, f"{_DPMPP}, algorithm 1", stage=middle),
-        Solver("dpmpp_2m", "rho", 2, multistep.dpmpp_2m_weights, f"{_DPMPP}, algorithm 2"),
-        Solver("dpmpp_3m", "rho", 3, multistep.dpmpp_3m_weights, f"{_DPMPP}, appendix; as in diffusers"),
-        Solver("ipndm", "tau", 4, _ADAMS, _PNDM),
-        Solver("ipndm_3", "tau", 3, _ADAMS, _PNDM),
-        Solver("ipndm_2", "tau", 2, _ADAMS, _PNDM),
-        Solver("lms", "tau", 4, multistep.lms_weights, "Katherine Crowson, k-diffusion, sample_lms"),
-        Solver("deis_2", "tau", 2, multistep.deis_weights, "Zhang & Chen 2023 (arXiv 2204.13902), log-rho form"),
-        Solver("deis_3", "tau", 3, multistep.deis_weights, "Zhang & Chen 2023 (arXiv 2204.13902), log-rho form"),
-        _unipc("unipc", 2, "bh2"),
-        _unipc("unipc_3", 3, "bh2"),
-        _unipc("unipc_bh1", 2, "bh1"),
-        _unipc("unipc_bh1_3", 3, "bh1"),
+    for solver in _with_lowered(
+        (
+            Solver("ddim", "rho", 1, _EULER, _SONG),
+            Solver("heun", "tau", 2, heun_weights, f"{_EDM}, algorithm 1", stage=at_end),
+            Solver("dpm_2", "tau", 2, midpoint_weights, f"{_EDM}, algorithm 1 with alpha = 1/2", stage=middle),
+            Solver("dpmpp_2s", "rho", 2, dpmpp_2s_weights, f"{_DPMPP}, algorithm 1", stage=middle),
+            Solver("dpmpp_2m", "rho", 2, multistep.dpmpp_2m_weights, f"{_DPMPP}, algorithm 2"),
+            Solver("dpmpp_3m", "rho", 3, multistep.dpmpp_3m_weights, f"{_DPMPP}, appendix; as in diffusers"),
+            Solver("ipndm", "tau", 4, _ADAMS, _PNDM),
+            Solver("ipndm_3", "tau", 3, _ADAMS, _PNDM),
+            Solver("ipndm_2", "tau", 2, _ADAMS, _PNDM),
+            Solver("lms", "tau", 4, multistep.lms_weights, "Katherine Crowson, k-diffusion, sample_lms"),
+            Solver("deis_2", "tau", 2, multistep.deis_weights, "Zhang & Chen 2023 (arXiv 2204.13902), log-rho form"),
+            Solver("deis_3", "tau", 3, multistep.deis_weights, "Zhang & Chen 2023 (arXiv 2204.13902), log-rho form"),
+            _unipc("unipc", 2, "bh2"),
+            _unipc("unipc_3", 3, "bh2"),
+            _unipc("unipc_bh1", 2, "bh1"),
+            _unipc("unipc_bh1_3", 3, "bh1"),
+        )
     )
 }
 

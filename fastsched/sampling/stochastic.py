@@ -69,7 +69,7 @@ def sample_stochastic(
     validate.arguments(locals(), denoiser=is_denoiser, sigmas=validate.anything, solver=_is_stochastic)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be within [0, 1], got {eta!r}")
-    s = denoiser.process.level(validate.descending_sigmas(getattr(sigmas, "sigmas", sigmas)))  # type: ignore[arg-type]  # or a Schedule
+    s = denoiser.process.level(validate.descending_sigmas("sigmas", getattr(sigmas, "sigmas", sigmas)))
     levels = s.tolist()
     streams = [stream(value, 1) for value in sample_seeds(seed, len(noise)).tolist()]
     y, before, width_before, verdicts = noise, None, math.inf, Verdicts()
@@ -84,9 +84,10 @@ def sample_stochastic(
             width = math.log(start / end)
             slope = denoised
             if solver == "sde_dpmpp_2m" and before is not None and math.isfinite(width_before):
-                slope = denoised + width / (2 * width_before) * (denoised - before)
+                slope = torch.add(denoised, denoised - before, alpha=width / (2 * width_before))
             keep, pull, fresh = (_sde_dpmpp if solver == "sde_dpmpp_2m" else _ancestral)(width, end, eta)
-            y = keep * y + pull * slope + fresh * sent(normal(streams, y.shape[1:]), y.device).to(y.dtype)
+            y = (keep * y).add_(slope, alpha=pull)
+            y.add_(sent(normal(streams, y.shape[1:]), y.device), alpha=fresh)
             before, width_before = denoised, width
     verdicts.settle()
     return levels[-1] * y

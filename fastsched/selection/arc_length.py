@@ -32,7 +32,7 @@ def equal_arc_length(s: Tensor, increments: Tensor, n: int) -> Tensor:
     from scipy.interpolate import PchipInterpolator
 
     n = validate.positive_int("n", n, minimum=2)
-    levels = validate.descending_sigmas(s, name="s").numpy()
+    levels = validate.descending_sigmas("s", s).numpy()
     lengths = np.asarray(increments, dtype=np.float64)
     if lengths.shape != (len(levels) - 1,):
         raise ValueError(

@@ -65,7 +65,7 @@ def refine_schedule(
     validate.arguments(locals())
     if not tolerance > 0:
         raise ValueError(f"tolerance must be positive, got {tolerance!r}")
-    cost = estimate(sigmas=validate.descending_sigmas(sigmas))
+    cost = estimate(sigmas=validate.descending_sigmas("sigmas", sigmas))
     best, variations, calls, blend = cost, [variation(cost.lengths)], cost.model_calls, 1.0
     while len(variations) <= iterations and min(variations) > tolerance:
         target = equal_arc_length(best.s, best.lengths, len(best.s))

@@ -55,7 +55,7 @@ class AdaptiveSchedule:
 
     def __init__(self, s: Tensor | Sequence[float], *, rate: float = 0.1, order: int = 2, group: Any = None) -> None:
         validate.arguments(locals(), s=validate.anything, rate=validate.real, order=validate.positive_int)
-        self.s = validate.descending_sigmas(s, name="s")
+        self.s = validate.descending_sigmas("s", s)
         if float(self.s[-1]) <= 0 or not bool(torch.isfinite(self.s[0])):
             raise ValueError(f"s must be levels above 0 and below infinity, got {self.s.tolist()}")
         if not 0 < rate <= 1:

@@ -136,7 +136,7 @@ def steps_needed(
         max_steps=validate.optional(validate.positive_int),
     )
     limit = stats.levels - 1 if max_steps is None else max_steps
-    goal = _target_error(stats, solver, target)
+    goal = target_error(stats, solver, target)
     method, least, goal = chosen_solver(solver), math.inf, goal / SAFETY
     for steps, schedule in enumerate(islice(best_schedules(stats, method), limit), 1):
         least = schedule.predicted_error or 0.0
@@ -148,7 +148,8 @@ def steps_needed(
     )
 
 
-def _target_error(stats: PathStatistics, solver: str | Solver, target: object) -> float:
+def target_error(stats: PathStatistics, solver: str | Solver, target: object) -> float:
+    """The error that a target means, as `steps_needed` takes one."""
     if isinstance(target, tuple):
         if len(target) != 2:
             raise ValueError(f"target must be a pair like ('karras', 20), got {target!r}")
@@ -156,7 +157,7 @@ def _target_error(stats: PathStatistics, solver: str | Solver, target: object) -
         maker = COMMON[validate.choice("target", name, COMMON)]
         target = stats.process.sampler_sigma(maker(steps, *stats.finite_range))
     if isinstance(target, (Schedule, Tensor)):
-        sigmas = target if isinstance(target, Schedule) else validate.descending_sigmas(target, name="target")
+        sigmas = target if isinstance(target, Schedule) else validate.descending_sigmas("target", target)
         return predict_error(stats, sigmas, solver)
     try:
         return validate.positive("target", target)

@@ -66,7 +66,7 @@ def score_optimal_schedule(
     cost = stein_corrector(
         denoiser,
         shape=shape,
-        sigmas=denoiser.process.sampler_sigma(validate.descending_sigmas(s, name="levels")),
+        sigmas=denoiser.process.sampler_sigma(validate.descending_sigmas("levels", s)),
         samples=samples,
         velocity=velocity,
         data=data,
@@ -134,7 +134,7 @@ def _is_grid(name: str, value: object) -> None:
     if hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0:
         validate.positive_int(name, value, minimum=2)
     else:
-        validate.descending_sigmas(value, name=name)  # type: ignore[arg-type]  # the point of asking
+        validate.descending_sigmas(name, value)
 
 
 def _to_zero(process: NoiseProcess, nodes: Tensor, steps: int) -> Tensor:

@@ -61,7 +61,7 @@ def process_of(model_sampling: Any) -> NoiseProcess:
     Raises:
         ValueError: If the model does not start from noise as ``x0 + sigma eps`` or ``(1 - sigma) x0 + sigma eps``.
     """
-    if "IMG_TO_IMG" in {each.__name__ for each in type(model_sampling).__mro__}:
+    if {"IMG_TO_IMG", "IMG_TO_IMG_FLOW"} & {each.__name__ for each in type(model_sampling).__mro__}:
         raise ValueError("this model turns one image into another and does not start from noise, so it has no schedule")
     half, one = torch.full((1,), 0.5), torch.ones(1, 1, 1, 1)
     signal = float(model_sampling.noise_scaling(half, torch.zeros_like(one), one.clone()).flatten()[0])

@@ -300,6 +300,16 @@ def test_plan_prints_and_draws(folder, tmp_path):
     assert "steps for karras:8" in result.stdout
 
 
+def test_plan_goes_as_far_as_few_levels_allow(tmp_path):
+    assert (
+        run("measure", "digits", "--levels", "6", "--samples", "1", "-q", "-o", tmp_path / "s.safetensors").exit_code
+        == 0
+    )
+    curve = json.loads(run("plan", tmp_path / "s.safetensors", "--json").stdout)[0]["curve"]
+    assert [row["steps"] for row in curve] == [1, 2, 3, 4, 5]
+    assert "max_steps must be at most 5" in run("plan", tmp_path / "s.safetensors", "--max-steps", "6").stderr
+
+
 def test_plan_refuses_a_strange_target(folder):
     result = run("plan", folder / "s.safetensors", "--max-steps", "4", "--target", "karras:many")
     assert result.exit_code == 2

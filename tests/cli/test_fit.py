@@ -81,6 +81,7 @@ def test_fit_takes_earlier_statistics_and_spends_no_measurement(folder, model, t
         (("-o", "a.json", "--device", "gpu"), 2, "device must be one that PyTorch knows"),
         (("-o", "a.json", "--solver", "PLMS"), 2, "'ipndm' is the nearest solver"),
         (("-o", "a.json", "--steps", "99", "--levels", "12"), 2, "steps must be at most"),
+        (("-o", "a.json", "--levels", "48", "--samples", "8", "--model-calls", "300"), 2, "measuring takes 752 model"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_call(folder, model, tmp_path, monkeypatch, arguments, status, message):

@@ -56,12 +56,13 @@ def test_fit_is_that_of_the_library(saved, pipe, tmp_path):
 
 
 def test_compare_holds_the_pipeline_to_its_converged_samples(saved, pipe, tmp_path):
-    from fastsched.cli.pipelines import _fine_schedule
+    from fastsched.diffusers.conventions import describe
     from fastsched.diffusers.pipeline_fit import own_sigmas
+    from fastsched.selection.starts import even_schedule
 
     own = own_sigmas(pipe.scheduler, 4)
     fs.Schedule(own, "ddim", "vp").save(tmp_path / "own.json")
-    _fine_schedule(pipe, 12, "ddim").save(tmp_path / "fine.json")
+    even_schedule(describe(pipe.scheduler).process, 12, "ddim").save(tmp_path / "fine.json")
     files = (tmp_path / "own.json", tmp_path / "fine.json")
     common = ("--samples", "2", "--reference-steps", "12", "--baselines", "karras", "-q", "--json")
     result = run("compare", saved, *files, *common)

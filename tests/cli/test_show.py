@@ -5,7 +5,7 @@ import torch
 from shell_runs import one_line, run
 
 import fastsched as fs
-from fastsched.cli.names import resolve_solver
+from fastsched.cli.inputs import solver_named
 from fastsched.sampling.solver_names import KNOWN, UNKNOWN
 from fastsched.sampling.solvers import ALIASES, FITTED, SOLVERS, STOCHASTIC_SOLVERS
 
@@ -29,7 +29,11 @@ def test_info_of_a_schedule(folder):
     assert found["kind"] == "schedule"
     assert found["sigmas"] == schedule.sigmas.tolist()
     assert found["predicted_error"] == schedule.predicted_error
-    assert "ddim" in run("info", folder / "x-4.json").stdout
+    lines = [line.split() for line in run("info", folder / "x-4.json").stdout.splitlines()]
+    assert ["solver", "ddim"] in lines
+    assert ["model_calls", "4"] in lines
+    assert ["calls", "to", "choose", str(found["origin"]["model_calls"])] in lines
+    assert ["by", "fastsched", fs.__version__] in lines
 
 
 def test_info_of_a_network_with_a_long_table_stays_short(tmp_path):
@@ -52,8 +56,12 @@ def test_info_writes_infinity_so_that_json_can_be_read(tmp_path):
 
 def test_info_of_neither_is_an_error(tmp_path):
     (tmp_path / "a.bin").write_text("neither")
-    assert "is not a whole safetensors file" in one_line(run("info", tmp_path / "a.bin"))
+    for name in ("a.bin", "missing"):
+        assert "must be statistics (.safetensors), a schedule (.json) or" in one_line(run("info", tmp_path / name))
+    (tmp_path / "a.safetensors").write_text("neither")
+    assert "is not a whole safetensors file" in one_line(run("info", tmp_path / "a.safetensors"))
     assert "no such statistics file" in one_line(run("info", tmp_path / "b.safetensors"))
+    assert "no such schedule file" in one_line(run("info", tmp_path / "b.json"))
 
 
 def test_solvers_lists_all_with_their_calls():
@@ -96,25 +104,26 @@ def test_env_names_versions_and_devices():
         ("UniPC_BH1", "unipc_bh1"),
     ],
 )
-def test_names_that_people_know_resolve(name, solver):
-    found, remark = resolve_solver(name)
-    assert found == solver
-    assert remark is not None
+def test_names_that_people_know_resolve(name, solver, caplog):
+    with caplog.at_level("INFO", "fastsched"):
+        assert solver_named(name) == solver
+    (remark,) = caplog.messages
     assert repr(name) in remark
     assert ("take the place" in remark) == any(word in name for word in ("Karras", "Exponential", "SGM"))
 
 
-def test_own_names_come_back_without_a_remark():
-    for name in (*SOLVERS, *ALIASES, *STOCHASTIC_SOLVERS):
-        assert resolve_solver(name) == (name, None)
-    assert resolve_solver("dpmpp_2n") == ("dpmpp_2n", None)
+def test_own_names_come_back_without_a_remark(caplog):
+    with caplog.at_level("INFO", "fastsched"):
+        for name in (*SOLVERS, *ALIASES, *STOCHASTIC_SOLVERS, "dpmpp_2n"):
+            assert solver_named(name) == name
+    assert caplog.messages == []
 
 
 def test_every_known_name_is_a_solver_and_every_unknown_one_names_another():
     assert set(KNOWN.values()) <= {*SOLVERS, *STOCHASTIC_SOLVERS}
     for name in UNKNOWN:
         with pytest.raises(ValueError, match="solver"):
-            resolve_solver(name)
+            solver_named(name)
 
 
 def test_select_says_what_a_known_name_is(folder):
@@ -164,7 +173,7 @@ def test_demo_prints_its_rows_as_json(monkeypatch, tmp_path):
     from fastsched.cli.demo import run_demo
 
     def small(output, *, samples, progress, say):
-        return run_demo(None, samples=samples, solvers=("ddim",), steps=(6,), progress=False, say=say)
+        return run_demo(output, samples=samples, solvers=("ddim",), steps=(6,), progress=False, say=say)
 
     monkeypatch.setattr("fastsched.cli.demo.run_demo", small)
     result = run("demo", "-o", tmp_path, "--samples", "8", "--json")

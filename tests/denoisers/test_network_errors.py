@@ -34,6 +34,8 @@ def test_networks_of_one_argument_are_to_be_wrapped():
         (torch.nn.Conv2d(4, 4, 3, padding=1), (3, 8, 8)),
         (lambda x: x + torch.zeros(7), (4,)),
         (torch.nn.LayerNorm(8), (4,)),
+        (torch.nn.Conv2d(4, 4, 3, padding=1), (4,)),
+        (lambda x: torch.cat([x, torch.zeros(1, 2)], 1), (2, 3)),
     ],
 )
 def test_wrong_shapes_point_to_the_shape(network, shape):

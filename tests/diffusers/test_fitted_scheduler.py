@@ -164,7 +164,19 @@ def test_half_precision_sums_in_float32():
     x = noise_of(dtype=torch.float16)
     following = scheduler.step(x, scheduler.timesteps[0], x, return_dict=False)[0]
     assert following.dtype == torch.float16
-    assert scheduler._denoised[0].dtype == torch.float32
+    assert scheduler._states.dtype == torch.float32
+
+
+def test_a_program_s_autocast_does_not_reach_the_sums():
+    scheduler, found = applied("velocity")[0].scheduler, []
+    for enabled in (False, True):
+        scheduler.set_timesteps(STEPS)
+        x = noise_of()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            for t in scheduler.timesteps:
+                x = scheduler.step(0.9 * x, t, x).prev_sample
+        found.append(x)
+    assert torch.equal(*found)
 
 
 def test_step_copies_nothing_to_the_host():

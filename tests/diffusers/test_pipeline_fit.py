@@ -248,6 +248,9 @@ def test_the_budget_is_kept(name):
         assert (schedule.measured_error is None) == (most == 0)
         errors += [schedule.measured_error] if most else []
     assert sum(calls) > 4 * run  # four candidates, then tuning
+    with calls_counted(pipe) as calls, pytest.raises(ValueError, match="measuring takes 64 model calls"):
+        fs.diffusers.fit(pipe, 4, levels=16, samples=2, model_calls=63)
+    assert not calls
     assert errors[0] >= errors[1] >= errors[2]
 
 

@@ -1,6 +1,7 @@
 """Pipelines are called as seldom as batching allows, encode their prompts once, and lose no finished sample."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import pipelines
 from pipelines import SHAPE, OracleUNet
 
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
+from fastsched.measurement import memory
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PROMPTS = ["a cat", "a city at night", "a bowl of fruit", "rain"]
@@ -128,6 +130,24 @@ def test_where_memory_runs_out_fewer_prompts_are_given_in_a_call():
     assert pipe.batches == [4, 2, 1, 1, 1, 1]
     pipe.fails_above = 0
     with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="memory ran out"):
+        measure(pipe)
+
+
+def test_memory_that_is_predicted_not_to_suffice_is_not_asked_for(monkeypatch):
+    """Fewer prompts a call are measured where they fit; where none do, the error comes before the measurement."""
+    state = 4 * math.prod(SHAPE)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 100 * state)
+    with pytest.warns(UserWarning, match="memory ran out") as caught:
+        measure(text_pipeline())
+    assert [str(each.message)[-20:] for each in caught] == ["(prompts_per_call=2)"]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10 * state)
+    pipe = text_pipeline()
+    with (
+        pytest.raises(
+            MemoryError, match=r"not enough memory: measuring 1 images .* lower prompts_per_call or the images"
+        ),
+        pytest.warns(UserWarning, match="memory ran out"),
+    ):
         measure(pipe)
 
 

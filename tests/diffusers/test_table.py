@@ -37,6 +37,7 @@ def test_the_table_is_current(rows):
 TWINS = {"unipc_3": ["unipc_3", "unipc_bh1_3"], "unipc_bh1_3": ["unipc_3", "unipc_bh1_3"], None: []}
 PARITY = {
     *("ddim", "heun", "dpm_2", "dpmpp_2m", "dpmpp_3m", "lms", "ipndm", "deis_2", "deis_3"),
+    *("dpmpp_3m_lowered", "deis_3_lowered", "unipc_3_lowered", "unipc_bh1_3_lowered"),
     *("unipc", "unipc_3", "unipc_bh1", "unipc_bh1_3"),
 }
 

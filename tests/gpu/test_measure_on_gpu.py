@@ -7,6 +7,8 @@ import torch
 
 import fastsched as fs
 from fastsched import ops
+from fastsched.measurement.measuring import measurement_of
+from fastsched.measurement.memory import need
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -82,6 +84,26 @@ def test_a_measurement_repeats_to_the_bit():
     first, second = measured(network("cuda")), measured(network("cuda"))
     assert torch.equal(first.gram, second.gram)
     assert torch.equal(first.response_gram, second.response_gram)
+
+
+@pytest.mark.parametrize("keep_increments", [False, True])
+def test_vectors_in_page_locked_memory(keep_increments):
+    options = {"batch_size": 2, "keep_increments": keep_increments}
+    one, other = (measured(network("cuda"), store=store, **options) for store in ("device", "cpu"))
+    assert_same(other, one, rtol=1e-5)
+
+
+@pytest.mark.parametrize("store", ["device", "cpu"])
+def test_the_device_holds_what_is_predicted(store):
+    d, levels = 1 << 22, 32
+    given = fs.Denoiser.from_denoiser(lambda z, s: 0.5 * z, 0.02, 20.0)
+    run = measurement_of(given, given.levels(levels), "cuda", store=store)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fs.measure(given, (d,), levels=levels, samples=1, store=store, device="cuda", checks=False, progress=False)
+    found = torch.cuda.max_memory_allocated() - before
+    assert found <= need(run, 1, 1, d).device
+    assert found >= 0.5 * need(run, 1, 1, d).device
 
 
 def test_outputs_in_one_static_buffer(on_cpu):

@@ -12,6 +12,8 @@ pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 import diffusers
 import pipelines
 
+from fastsched.selection.starts import even_schedule
+
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 
@@ -47,3 +49,23 @@ def test_a_pipeline_in_bfloat16(family, solver):
     fs.diffusers.apply(schedule, pipe)
     images = pipe(num_inference_steps=4, generator=torch.Generator("cuda").manual_seed(0), **call, **ending)[0]
     assert torch.as_tensor(images).isfinite().all()
+
+
+def test_steps_of_a_fitted_schedule_are_those_of_the_cpu():
+    """Also where products may be in TF32; only the first step may wait, for its factors."""
+    own = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    process = fs.diffusers.CalibrationScheduler.from_scheduler(own).convention.process
+    schedule, noise = even_schedule(process, 8, "fitted"), torch.randn(2, 4, 8, 8)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    ends = []
+    for device in ("cpu", "cuda"):
+        scheduler = fs.diffusers.FittedScheduler.from_schedule(schedule, own)
+        scheduler.set_timesteps(8, device=device)
+        x = noise.to(device)
+        for n, t in enumerate(scheduler.timesteps):
+            output = torch.tanh(0.9 * x)
+            torch.cuda.set_sync_debug_mode("error" if n else "default")
+            x = scheduler.step(output, t, x, return_dict=False)[0]
+            torch.cuda.set_sync_debug_mode("default")
+        ends.append(x.cpu())
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)

@@ -324,9 +324,10 @@ def test_unknown_noise_is_refused(package, given, kinds):
 
     with pytest.raises(ValueError, match=r"in a way that fastsched does not know \(Odd"):
         fit(package, given(Odd()))
-    images = type("IMG_TO_IMG", (kinds["continuous"],), {})()
-    with pytest.raises(ValueError, match="turns one image into another"):
-        fit(package, given(images))
+    for name in ("IMG_TO_IMG", "IMG_TO_IMG_FLOW"):
+        images = type(name, (kinds["continuous"],), {})()
+        with pytest.raises(ValueError, match="turns one image into another"):
+            fit(package, given(images))
 
 
 def test_it_works_in_inference_mode(package, given):

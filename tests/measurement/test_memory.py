@@ -8,6 +8,7 @@ from waiting_device import DEVICE, waiting_device
 
 import fastsched as fs
 from fastsched.measurement import memory
+from fastsched.measurement.batches import Batches, measured
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.measuring import measurement_of
 from fastsched.measurement.path_following import Measurement, measurement_steps
@@ -41,7 +42,7 @@ def peak_on_cpu(run):
 def test_a_path_takes_the_states_that_are_documented(keep):
     """At most 2.4 N float32 states, the output of the network among them, and no more than was predicted."""
     d, levels = 250_000, 48
-    options = {"levels": levels, "samples": 1, "keep_increments": keep, "progress": False, "checks": False}
+    options = {"levels": levels, "samples": 1, "keep_increments": keep, "progress": False}
     peak = peak_on_cpu(lambda: fs.measure(denoiser_of(), (d,), **options))
     run = measurement_of(denoiser_of(), denoiser_of().levels(levels), keep_increments=keep, store="device")
     predicted = memory.need(run, 1, 1, d).cpu
@@ -112,6 +113,23 @@ def test_what_does_not_fit_is_refused_before_the_first_call(monkeypatch):
     with pytest.raises(MemoryError, match=r"increments of 8 samples take .*lower samples"):
         measure(keep_increments=True)
     assert calls == []
+
+
+def test_what_a_group_gathers_is_predicted(monkeypatch):
+    """The first process gets the increments of all samples, beside its own; a process that sends has pieces."""
+    run = measurement_of(denoiser_of(), denoiser_of().levels(48), keep_increments=True, store="device")
+    d, samples, processes = 2_000_000, 8, 4
+    alone, first, other = (
+        memory.need(run, 1, samples // processes, d, gathered=gathered).cpu
+        for gathered in ((0, 1), (samples, processes), (0, processes))
+    )
+    vectors = run.vectors * 4 * d
+    assert first > (samples + samples // processes) * vectors
+    assert alone <= other < first - samples * vectors
+    with_free(monkeypatch, cpu=(alone + first) // 2)
+    batches = Batches((d,), sample_seeds(0, 2), 1, gathered=(samples, processes), progress=False)
+    with pytest.raises(MemoryError, match="increments of 2 samples"):
+        measured(run, batches)
 
 
 def test_where_the_caller_did_not_choose_fewer_paths_are_followed_at_once(monkeypatch):

@@ -56,6 +56,19 @@ def test_wide_and_narrow_data_pass(oracle):
         check(denoiser)
 
 
+def test_small_networks_in_the_plane_pass():
+    """An error of 7% at sigma 157, as small networks make, is 11 in the denoised sample; two elements tell no size."""
+    table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    exact = exact_denoisers(fs.oracles.Gaussian(0.2, (2,)), table)["epsilon"]
+    off = lambda t, e: torch.where(t > 800, e, 0.0)[:, None]
+    of_error = lambda e: replace(exact, network=lambda x, t: exact.network(x, t) + off(t, e))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(of_error(0.07), (2,))
+    with pytest.raises(ValueError, match="Leave the last entries of the table out"):
+        check(of_error(0.7), (2,))
+
+
 def digits():
     return MODELS["digits"]().denoiser
 

@@ -32,3 +32,10 @@ def test_some_of_the_rows_and_bad_ones():
         vector_gram(vectors[0])
     with pytest.raises(ValueError, match="vectors must be one of float32"):
         vector_gram(torch.zeros(1, 2, 3, dtype=torch.int64))
+
+
+def test_a_program_s_autocast_does_not_reach_the_products():
+    vectors = torch.randn(1, 4, 5000)
+    expected = vector_gram(vectors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(vector_gram(vectors), expected)

@@ -5,7 +5,7 @@ from models import exact_denoiser, mixture
 
 import fastsched as fs
 from fastsched.sampling.multistep import Node
-from fastsched.sampling.sampler import integrate, nodes_of
+from fastsched.sampling.sampler import answered, integration, nodes_of
 from fastsched.sampling.solvers import SOLVERS, get_solver
 
 DENOISER = exact_denoiser(mixture(d=3))
@@ -65,23 +65,18 @@ def test_integration_of_many_schedules_is_that_of_each(name):
     alone = [nodes_of(process, row) for row in levels]
     together = [Node(*(np.array(column) for column in zip(*pair, strict=True))) for pair in zip(*alone, strict=True)]
     method = get_solver(name)
-    found = integrate(
-        lambda y, s: denoise(y, s[:, None]),
-        together,
-        method,
-        np.tile(start, (2, 1)),
-        s=list(levels.T.numpy()),
-        number=lambda value: np.asarray(value)[..., None],
-    )
+    column = lambda value: np.asarray(value)[..., None]
+    queries = integration(together, method, np.tile(start, (2, 1)), s=list(levels.T.numpy()), number=column)
+    found = answered(queries, lambda y, s: denoise(y, s[:, None]))
     for n, nodes in enumerate(alone):
-        expected = integrate(denoise, nodes, method, start, s=levels[n].numpy())
+        expected = answered(integration(nodes, method, start, s=levels[n].numpy()), denoise)
         np.testing.assert_allclose(found[n], expected, rtol=1e-13, atol=1e-13)
 
 
 def test_euler_by_hand():
     nodes = nodes_of(DENOISER.process, torch.tensor([9.0, 3.0, 1.0, 0.5]))
     s = [9.0, 3.0, 1.0, 0.5]
-    end = integrate(lambda y, s: 0.0 * y + s, nodes, get_solver("ddim"), 0.0, s=s)
+    end = answered(integration(nodes, get_solver("ddim"), 0.0, s=s), lambda y, s: 0.0 * y + s)
     # y gains (rho_k - rho_j) D_j, D = s: (1/3 - 1/9) 9 + (1 - 1/3) 3 + (2 - 1) 1
     assert end == pytest.approx(2 + 2 + 1, rel=1e-12)
 
@@ -89,4 +84,4 @@ def test_euler_by_hand():
 def test_a_stop_iteration_of_the_network_is_an_error():
     nodes = nodes_of(DENOISER.process, torch.tensor([9.0, 3.0, 0.0]))
     with pytest.raises(StopIteration):
-        integrate(lambda y, s: next(iter([])), nodes, get_solver("ddim"), 0.0, s=[9.0, 3.0])
+        answered(integration(nodes, get_solver("ddim"), 0.0, s=[9.0, 3.0]), lambda y, s: next(iter([])))

@@ -91,8 +91,8 @@ def dpm_solver_pp_2s(sigmas):
     return None
 
 
-def dpm_solver_pp_3m(sigmas):
-    """As diffusers writes it, ``multistep_dpm_solver_third_order_update``."""
+def dpm_solver_pp_3m(sigmas, lowered=False):
+    """As diffusers writes it, ``multistep_dpm_solver_third_order_update``; ``lowered`` as ``lower_order_final``."""
     z, outputs = NOISE * sigmas[0], []
     lam = -torch.log(sigmas)
     for n, (s, t) in enumerate(itertools.pairwise(sigmas)):
@@ -100,6 +100,7 @@ def dpm_solver_pp_3m(sigmas):
         if t == 0:
             return outputs[0]
         h = lam[n + 1] - lam[n]
+        outputs = outputs[:2] if lowered and n == len(sigmas) - 3 else outputs
         z = t / s * z - torch.expm1(-h) * outputs[0]
         if len(outputs) == 2:
             r = (lam[n] - lam[n - 1]) / h
@@ -119,11 +120,11 @@ def lagrange(x, positions, n, measure):
     return math.prod((measure(x) - other) / (positions[n] - other) for other in others)
 
 
-def adams_bashforth(sigmas, order, measure):
+def adams_bashforth(sigmas, order, measure, lowered=False):
     """Slopes interpolated as a polynomial (in sigma or its logarithm), integrated by quadrature."""
     z, known = NOISE * sigmas[0], []
     for s, t in itertools.pairwise(sigmas):
-        known = [(float(s), slope(z, s)), *known][:order]
+        known = [(float(s), slope(z, s)), *known][: 2 if lowered and t == sigmas[-2] else order]
         if t == 0:
             return z + (t - s) * known[0][1]
         weights = []
@@ -135,7 +136,7 @@ def adams_bashforth(sigmas, order, measure):
     return None
 
 
-def uni_pc(sigmas, order, variant):
+def uni_pc(sigmas, order, variant, lowered=False):
     """UniPC as its authors and diffusers write it: matrices R and b, predictor and corrector."""
     lam = -torch.log(sigmas)
     outputs, z, before = [], NOISE * sigmas[0], None
@@ -169,7 +170,7 @@ def uni_pc(sigmas, order, variant):
             return now
         if n > 0:
             z = update(before, n - 1, outputs[0], outputs[1:order], now)
-        outputs = [now, *outputs][:order]
+        outputs = [now, *outputs][: 2 if lowered and n == len(sigmas) - 3 else order]
         before, z = z, update(z, n, outputs[0], outputs[1:])
     return None
 
@@ -182,16 +183,20 @@ PUBLISHED = {
     "dpmpp_2s": dpm_solver_pp_2s,
     "dpmpp_2m": dpm_solver_pp_2m,
     "dpmpp_3m": dpm_solver_pp_3m,
+    "dpmpp_3m_lowered": partial(dpm_solver_pp_3m, lowered=True),
     "ipndm": four_step_ipndm,
     "ipndm_3": partial(four_step_ipndm, order=3),
     "ipndm_2": partial(four_step_ipndm, order=2),
     "lms": partial(adams_bashforth, order=4, measure=float),
     "deis_2": partial(adams_bashforth, order=2, measure=math.log),
     "deis_3": partial(adams_bashforth, order=3, measure=math.log),
+    "deis_3_lowered": partial(adams_bashforth, order=3, measure=math.log, lowered=True),
     "unipc": partial(uni_pc, order=2, variant="bh2"),
     "unipc_3": partial(uni_pc, order=3, variant="bh2"),
+    "unipc_3_lowered": partial(uni_pc, order=3, variant="bh2", lowered=True),
     "unipc_bh1": partial(uni_pc, order=2, variant="bh1"),
     "unipc_bh1_3": partial(uni_pc, order=3, variant="bh1"),
+    "unipc_bh1_3_lowered": partial(uni_pc, order=3, variant="bh1", lowered=True),
 }
 
 

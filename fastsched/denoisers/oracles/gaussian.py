@@ -38,7 +38,7 @@ class Gaussian(Oracle):
     def __post_init__(self) -> None:
         object.__setattr__(self, "std", validate.positive("std", self.std))
         sizes = (self.shape,) if isinstance(self.shape, int) else self.shape
-        object.__setattr__(self, "shape", validate.sample_shape(sizes))
+        object.__setattr__(self, "shape", validate.sample_shape("shape", sizes))
         is_tensor = isinstance(self.mean, Tensor)
         mean = validate.tensor("mean", self.mean) if is_tensor else torch.tensor(validate.real("mean", self.mean))
         mean = mean.clone()

@@ -36,7 +36,7 @@ class GaussianMixture(Oracle):
             if isinstance(value, Tensor) and value.is_floating_point():  # stays on its device
                 value = validate.tensor(name, value).to(torch.float64, copy=True)
             else:
-                value = validate.float64(value, name)
+                value = validate.float64(name, value)
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name} must be finite")
             object.__setattr__(self, name, value)

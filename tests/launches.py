@@ -1,0 +1,49 @@
+"""Counts what is launched on tensors as large as states, and the bytes that pass through memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+
+class Launches(TorchDispatchMode):
+    """Runs what is within its block, and writes down each op that computes; a view does not.
+
+    Attributes:
+        seen: The name of each op, and the bytes of what it reads and writes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given, made = _tensors((args, kwargs)), _tensors(out)
+        memory = {each.untyped_storage()._cdata for each in given}
+        mutable = func._schema.is_mutable
+        if mutable or any(each.untyped_storage()._cdata not in memory for each in made):
+            sizes = [each.numel() * each.element_size() for each in (given if mutable else [*given, *made])]
+            self.seen.append((str(func), sum(sizes)))
+        return out
+
+    def per_step(self, marks: Sequence[int], state: int) -> tuple[float, float, float]:
+        """Of a step, between the first and last of ``marks``, lengths of `seen`, one a step: how many ops there were,
+
+        how many on as much as a state, and how many states passed through memory.
+
+        Args:
+            marks: Lengths of `seen`.
+            state: Bytes of a state.
+        """
+        seen, steps = self.seen[marks[0] : marks[-1]], len(marks) - 1
+        large = sum(size >= state / 2 for _, size in seen)
+        return len(seen) / steps, large / steps, sum(size for _, size in seen) / state / steps
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [each for each in tree_flatten(values)[0] if isinstance(each, torch.Tensor)]
