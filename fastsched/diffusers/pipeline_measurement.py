@@ -104,10 +104,9 @@ def measure(
         >>> schedule = fs.optimal_schedule(stats, steps=8, solver="dpmpp_2m")
         >>> fs.diffusers.apply(schedule, pipe)
     """
-    validate.arguments(locals(), **CHECKS)
+    validate.arguments(locals(), **CHECKS | {"call_kwargs": _check_noiseless})
     settings = {"levels": levels, "samples": samples, "seed": seed, "keep_increments": keep_increments}
     options = {"prompts": prompts, "prompts_per_call": prompts_per_call, "checkpoint": checkpoint}
-    _check_noiseless(call_kwargs)
     try:
         return measured_in_group(pipe, call_kwargs, group, progress=progress, **settings, **options)
     except KeyboardInterrupt as error:
@@ -187,7 +186,7 @@ def measured_pipeline(
     return replace(whole, origin=_origin(pipe, prompts, call_kwargs))
 
 
-def _check_noiseless(call_kwargs: dict[str, Any]) -> None:
+def _check_noiseless(_: str, call_kwargs: Any) -> None:
     """Some pipelines give ``eta`` only to schedulers whose ``step`` names it, so that a measurement does not see it."""
     if isinstance(call_kwargs.get("eta"), (int, float)) and call_kwargs["eta"] != 0:
         raise ValueError(
