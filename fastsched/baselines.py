@@ -168,7 +168,7 @@ def flow_shift(steps: int, shift: float = 3.0) -> Tensor:
     ``exp(mu)`` for Flux, with ``mu`` from :func:`flow_shift_mu`. ``shift`` is positive; 1 leaves ``t`` uniform.
     """
     validate.arguments(locals())
-    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    t, shift = torch.linspace(1, 0, steps + 1, dtype=torch.float64), float(shift)  # torch takes no int above 2**63
     times = shift * t / (shift * t + (1 - t))
     if not bool((times[:-1] > times[1:]).all()):
         raise ValueError(f"shift must leave {steps} times apart in float64, got {shift!r}")

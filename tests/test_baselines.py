@@ -165,6 +165,8 @@ def test_flow_shift_by_hand():
     assert baselines.flow_shift(4).tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
     assert baselines.flow_shift(4, 1.0).tolist() == pytest.approx([1, 0.75, 0.5, 0.25, 0])
     assert baselines.flow_shift(1).tolist() == [1, 0]
+    with pytest.raises(ValueError, match="shift must leave"):
+        baselines.flow_shift(4, 2**64)
 
 
 def test_flow_shift_mu_by_hand():

@@ -159,7 +159,7 @@ def test_the_command_on_a_saved_pipeline(tmp_path):
     import diffusers
     import pipelines
 
-    pipe, _, _ = pipelines.unconditional(diffusers.DDIMScheduler())
+    pipe, _, _ = pipelines.unconditional(diffusers.DDIMScheduler(clip_sample=False))
     pipe.save_pretrained(tmp_path / "pipe")
     result = run("profile", tmp_path / "pipe", "--steps", "3", "--quiet", "--call", "batch_size=2")
     assert result.exit_code == 0, result.output

@@ -30,7 +30,7 @@ from fastsched.diffusers.pipeline_measurement import (
 from fastsched.diffusers.probe import scales
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.replacement import replacement
-from fastsched.diffusers.step_checks import doubled, output_of_tokens
+from fastsched.diffusers.step_checks import doubled, held_at_zero, output_of_tokens
 from fastsched.diffusers.watching import Consistency, PipelineWatch, check_caches, observed, watched
 from fastsched.fitting.budget import TOTAL, planned
 from fastsched.fitting.candidates import candidates_in_turn
@@ -233,6 +233,7 @@ class PipelineRunner:
         self.calls, self.left = calls, model_calls
         self.advance: Callable[[int], object] = lambda calls: None
         self._batch = 1
+        self._owned = (stats.ends == 0).all(0)  # whose D was held at 0
         # A call makes a whole batch: what one round did not need is there for the next.
         self._rollouts: dict[int, tuple[Schedule, list[Rollout]]] = {}
 
@@ -293,7 +294,7 @@ class PipelineRunner:
     def _run(self, schedule: Schedule, done: int, arguments: dict[str, Any]) -> StartFromNoise:
         scheduler, _ = applied(schedule, self.pipe.scheduler)
         with watched(self.pipe) as watch, scheduler_replaced(self.pipe, scheduler):
-            run = StartFromNoise(scheduler, self.stats.seeds[done:], schedule, watch, self.advance)
+            run = StartFromNoise(scheduler, self.stats.seeds[done:], schedule, watch, self.advance, self._owned)
             call(self.pipe, schedule.steps, None, arguments)
         return run
 
@@ -315,9 +316,10 @@ class StartFromNoise:
         seeds: Tensor,
         schedule: Schedule,
         watch: PipelineWatch,
-        advance: Callable[[int], object] = lambda calls: None,
+        advance: Callable[[int], object],
+        owned: Tensor,
     ) -> None:
-        self._advance = advance
+        self._advance, self._owned = advance, owned
         self.scheduler, self.seeds = scheduler, seeds
         self._watch, self._consistency, self._index = watch, Consistency(), 0
         self.convention = describe(scheduler)
@@ -383,6 +385,9 @@ class StartFromNoise:
         y = kept.float() / float(scales(self.convention, s)[1])
         signed = output_of_tokens(output, timestep, kwargs, self._verdicts)
         raw = self.convention.raw_output(signed, sample.shape[1]).chunk(self._copies)[0].float()
+        if bool(self._owned.any()):  # then no batch is doubled
+            raw = held_at_zero(raw, float(sigma) * y, s, self.convention.denoiser, self._owned.to(sample.device))
+            output = (self.convention.sign * output_of_tokens(raw, timestep, kwargs, self._verdicts)).to(output)
         self._calls.append((float(s), LateReading(y), LateReading(float(a * sigma) * y + float(c) * raw)))
         result = self._step(output, timestep, sample, *args, **kwargs)
         end = result[0] if isinstance(result, tuple) else result.prev_sample

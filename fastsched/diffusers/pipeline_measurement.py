@@ -104,7 +104,7 @@ def measure(
         >>> schedule = fs.optimal_schedule(stats, steps=8, solver="dpmpp_2m")
         >>> fs.diffusers.apply(schedule, pipe)
     """
-    validate.arguments(locals(), **CHECKS)
+    validate.arguments(locals(), **CHECKS | {"call_kwargs": _check_noiseless})
     settings = {"levels": levels, "samples": samples, "seed": seed, "keep_increments": keep_increments}
     options = {"prompts": prompts, "prompts_per_call": prompts_per_call, "checkpoint": checkpoint}
     try:
@@ -184,6 +184,15 @@ def measured_pipeline(
                 error.partial = whole  # type: ignore[attr-defined]  # a handler may save them
             raise
     return replace(whole, origin=_origin(pipe, prompts, call_kwargs))
+
+
+def _check_noiseless(_: str, call_kwargs: Any) -> None:
+    """Some pipelines give ``eta`` only to schedulers whose ``step`` names it, so that a measurement does not see it."""
+    if isinstance(call_kwargs.get("eta"), (int, float)) and call_kwargs["eta"] != 0:
+        raise ValueError(
+            f"the pipeline is called with eta={call_kwargs['eta']!r}, which changes what a step does: it "
+            "adds noise, which is not measured; leave it out"
+        )
 
 
 def said(calls: PromptCalls) -> PromptCalls:

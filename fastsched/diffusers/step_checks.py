@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
-from inspect import Parameter
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
 from scipy.special import gammainccinv, gammaincinv
 from torch import Tensor
 
+from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.late_reading import Verdicts
 from fastsched.diffusers.conventions import Convention
+from fastsched.measurement.statistics import PathStatistics
 
 #: What to do about a pipeline whose loop cannot be measured.
 INSTEAD = "so it cannot be measured by its loop; measure its network (fastsched.measure)"
+
+#: How much faster ``D`` may move between two of the first levels than at the next three, where all are that many times
+#: above the data's deviation, and over how many levels. Denoisers reach 6.4, networks of random weights 22.
+JUMP, ABOVE, FEWEST_LEVELS = 40.0, 3.0, 12
+
+#: Largest relative change of a repeated answer, by what the network computes in.
+REPEATABLE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 5e-3}
+
+#: What a pipeline that depends on the step was found to do.
+UNALIKE = (
+    "the pipeline's output must not depend on the step's number (guidance or control that starts or ends midway) or "
+    "on random numbers (dropout)"
+)
+
+#: What is wrong with a pipeline that holds a part of the latents still, or replaces it at some steps alone.
+KEEPS = (
+    "of the latents for itself at some steps (a first frame or a mask?), so the schedule would be chosen for values "
+    "that are not sampled; measure the pipeline of the same model that starts from noise alone (text to image or "
+    "video), and apply its schedule here"
+)
 
 #: The argument of ``step`` with a timestep for each token, [B, tokens].
 TOKENS = "per_token_timesteps"
@@ -43,6 +66,22 @@ def output_of_tokens(output: Any, timestep: Any, options: Mapping[str, Any], ver
     own = torch.as_tensor(timestep).to(tokens)  # beyond rounding: what is to be kept is at a time of its own
     verdicts.note(((tokens - own).abs() > 1e-3 * own.abs() + 1e-3).sum().reshape(1), judge)
     return -output
+
+
+def held_at_zero(output: Tensor, x: Tensor, s: Tensor, denoiser: Denoiser, owned: Tensor) -> Tensor:
+    """``R`` with which ``D = a x + c R`` is 0 at the elements that the pipeline owns, and as ``output`` elsewhere.
+
+    So what a network answers for values that the pipeline replaces (a given first frame) is in no sum.
+
+    Args:
+        output: ``R``, [B, *shape].
+        x: The network's input, of the same shape.
+        s: The level, [1] or [].
+        denoiser: Says what ``R`` is.
+        owned: Which elements those are, bool, broadcast over the batch.
+    """
+    a, c = (float(each) for each in denoiser.coefficients(s))
+    return torch.where(owned, -a / c * x.float(), output.float())  # in 16 bits D would be rounding
 
 
 def check_options(parameters: Mapping[str, Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -185,11 +224,7 @@ def check_sampled(kept: Tensor, most: float, size: int, verdicts: Verdicts) -> N
     def judge(counts: Tensor) -> None:
         count = min(counts.tolist())
         if 0 < count < most * size:
-            raise ValueError(
-                f"the pipeline keeps {count:.0f} of {size} elements of the latents for itself (a first frame or a "
-                "mask?), so the schedule would be chosen for values that are not sampled; measure its network on the "
-                "others (fastsched.measure)"
-            )
+            raise ValueError(f"the pipeline keeps {count:.0f} of {size} elements {KEEPS}")
 
     verdicts.note(kept, judge)
 
@@ -211,6 +246,58 @@ def doubled(sample: Tensor, returned: Tensor) -> bool:
         return False
     same = [(sample[part] == returned[:half]).all() for part in (slice(half), slice(half, None))]
     return bool(torch.stack([*same, (sample != returned).any()]).all())
+
+
+def check_beginning(stats: PathStatistics) -> None:
+    """Check that the first answers of a measurement are those of the network that gave the later ones.
+
+    Above the data's size ``D`` moves with ``1 / s``, from the mean of the data at 0. Its speed ``|D_k - D_{k-1}| /
+    (1/s_k - 1/s_{k-1})`` is nearly the same at all the first levels, and much higher where a network ceases to answer
+    as at its first calls.
+
+    Raises:
+        ValueError: If it is at one of the first levels.
+    """
+    speed = stats.gram.diagonal(dim1=1, dim2=2).mean(0).sqrt() / (1 / stats.s).diff()
+    above = int((stats.s > ABOVE * stats.data_std).sum())
+    for k in range(min(3, above - 3) if stats.levels >= FEWEST_LEVELS else 0):
+        times = float(speed[k] / speed[k + 1 : k + 4].max())
+        if times > JUMP:
+            raise ValueError(
+                f"between levels {k} and {k + 1} the denoised sample moves {times:.3g} times as fast as at those that "
+                "follow: does the network answer its first calls otherwise (a cache that is filled late, a counter)? "
+                f"Reset that in every call, or disable it; as it is, {INSTEAD[3:]}"
+            )
+
+
+def warn_of_clipping(kind: type, config: Mapping[str, Any], ends: Tensor) -> None:
+    """Warn if a scheduler of class ``kind`` clips what a measurement does not: more than 1% of the paths' ``ends``."""
+    taken = signature(kind.__init__).parameters  # a config from another class may hold more
+    if kind.__name__.startswith("CogVideoX"):
+        return  # which has the setting, and does not use it
+    bounds = {"clip_sample": config.get("clip_sample_range") or 1.0, "thresholding": 1.0}
+    for name, bound in bounds.items():
+        beyond = float((ends.abs() > 1.02 * bound).double().mean())
+        if name in taken and config.get(name) and beyond > 0.01:
+            warnings.warn(
+                f"the scheduler clips the denoised sample at {bound:g} ({name}=True), and {beyond:.0%} of the paths' "
+                "ends lie beyond: the statistics are of sampling without it; set it to False for a model of latents",
+                stacklevel=2,
+            )
+
+
+def check_repeat(first: Tensor, output: Tensor) -> None:
+    """Check that the same latents and timestep were answered alike at the beginning and at the end.
+
+    Raises:
+        ValueError: If they were not.
+    """
+    change = float((output.float() - first.float()).norm() / first.float().norm().clamp_min(1e-30))
+    if change > REPEATABLE.get(output.dtype, 1e-3):
+        raise ValueError(
+            f"the same latents and timestep were answered {change:.2%} differently at the end of the run than at "
+            f"its beginning; {UNALIKE}"
+        )
 
 
 def check_copies(output: Tensor, copies: int, verdicts: Verdicts) -> None:

@@ -285,6 +285,17 @@ def overwritten(step: Step, latents: Tensor) -> Tensor | None:
     return torch.stack([differing(part.to(latents.device), latents, 0.02) for part in parts]) if parts else None
 
 
+def replaced(step: Step, latents: Tensor) -> Tensor:
+    """Which elements of ``latents`` [B, *shape] the pipeline replaced in its networks' input, bool.
+
+    That of `overwritten` where the fewest differ; the smallest difference beyond its dtype's counts. Waits for the
+    device.
+    """
+    parts = [part for given in step.inputs if (part := part_like(given, latents)) is not None]
+    masks = [part.to(latents.device) != latents.to(part.dtype) for part in parts]
+    return min(masks, key=lambda mask: int(mask.sum()), default=torch.zeros_like(latents, dtype=torch.bool))
+
+
 def _other_formula(known: Formula | None, found: Formula | None) -> str | None:
     if known is None or found is None or not found.contradicts(known):
         return None

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.memory import explained, need, paths_at_once, with_store
-from fastsched.measurement.network_checks import Questions, check_network, fingerprint, first_answer_checked
+from fastsched.measurement.network_checks import Questions, check_network, fingerprint
 from fastsched.measurement.network_state import unchanged_buffers
+from fastsched.measurement.path_checks import path_checked
 from fastsched.measurement.path_following import Measurement, measurement_steps
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.files import check_writable
@@ -82,10 +83,11 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
                 out = None if kept is None else kept[done : done + len(part_seeds)]
                 steps = measurement_steps(run, part_seeds, batches.shape, advance, out)
                 first, last = part_seeds[0] == seeds[0], part_seeds[-1] == seeds[-1]
-                part = run.drive(steps if asked is None or not first else first_answer_checked(steps, asked))
+                part = run.drive(steps if asked is None or not first else path_checked(steps, asked, run.s))
                 if asked is not None and last:
                     asked.check_last()
-                    spent += 1
+                if asked is not None:
+                    spent, asked.model_calls = asked.model_calls, 0
                 part = replace(part, fingerprint=mark, model_calls=part.model_calls + spent, origin=origin)
                 whole, spent = part if whole is None else whole.merge(part), 0
                 if batches.file is not None:
@@ -158,7 +160,7 @@ def _identified(
     if batches.checks and len(seeds):
         batch = min(batches.size, len(seeds))
         asked = check_network(*where, run.s, int(seeds[batch - 1]), batch)
-        mark, spent = asked.fingerprint, asked.model_calls
+        mark = asked.fingerprint
     elif found is not None and found.fingerprint is not None:
         mark, spent = fingerprint(*where), 1
     if found is not None and not same_network(found.fingerprint, mark, run.dtype):

@@ -1,6 +1,6 @@
 """Cheap questions to a network that is measured: whether it is a denoiser at all, and the one that is claimed.
 
-Seven calls of one sample, six before the measurement and one after it, with fixed noises ``n``:
+At most seven calls of one sample, five before the measurement, with fixed noises ``n``:
 
 ==============================  ================================================================================
 question                        what a denoiser ``D = E[x0 | z]`` answers
@@ -11,11 +11,10 @@ the measurement's first call    The same for the sample that is in both: else th
                                 or mixes the samples of a batch. This question costs nothing.
 pure noise at a third of the    (The first answer is also the network's fingerprint. Two steps of Euler's method
 range, then at two thirds       lead to a rough sample ``x0``.)
-``x0 + s n``, a middle level    ``x0`` with less noise than it was given: ``||D - x0|| < s ||n||``. An EDM network
-                                is asked instead whether it returns ``D`` where it should return ``F``.
-``x0 + s n``, lowest level      Nearly its input. A network that predicts ``v`` or EDM's ``F``, whose ``D`` is near
-                                its input whatever it says, is asked at a level where no more noise than was given
-                                may be left: with the wrong sign there is.
+``x0 + s n``, lowest level      Nearly its input. Where ``D`` is that whatever the network predicts: at a middle level
+                                ``x0`` with less noise than it was given, ``||D - x0|| < s ||n||``; an EDM network is
+                                asked whether it returns ``D`` where it should return ``F``.
+the end of the first path       See `measurement.path_checks`, which also looks at the path itself.
 at the end, the third again     The same as before: else the network has changed during the measurement.
 ==============================  ================================================================================
 
@@ -28,7 +27,6 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -38,10 +36,7 @@ from fastsched.denoisers.edm import LOW_LEVEL, NEARLY
 from fastsched.denoisers.network_errors import checked_output, not_finite
 from fastsched.measurement.fingerprints import projections
 from fastsched.measurement.network_state import active_training_layer
-from fastsched.measurement.path_following import Query
 from fastsched.sampling.random_streams import noise_of
-
-Result = TypeVar("Result")
 
 #: The most network evaluations that the checks spend, before a measurement and after it.
 CHECK_CALLS = 7
@@ -73,13 +68,12 @@ LOW_FRACTION = 0.1
 TOP_JACOBIAN = 0.3
 #: Size of ``D`` at the highest level against the data's: doubtful, and wrong. Right networks reach 11.
 DOUBTFUL_SIZE, WRONG_SIZE = 20.0, 40.0
+#: What the network predicts contains the noise with weights of at most 1, so that ``D`` is its input at low levels.
+OF_UNIT_NOISE = ("v", "velocity", "reverse_velocity")
+#: With fewer elements, what one sample leaves says nothing, and its size little: data have 1 then, as VP assumes.
+FEWEST_ELEMENTS = 8
 #: That is asked above this many times the data's size; elsewhere levels were chosen that start lower.
 TOP_LEVEL = 4.0
-#: Where the sign of ``v`` or ``F`` is asked for, in units of ``sigma_data`` (1 for ``v``), and how much of the noise
-#: may be left there: a denoiser leaves at most all of it. Right networks stay below 1.03, wrong signs reach 1.5.
-SIGN_LEVEL, NOISE_LEFT = 0.3, 1.1
-#: With fewer elements, how far one sample moves says nothing, and its size little: data have 1 then, as VP assumes.
-FEWEST_ELEMENTS = 8
 
 
 @dataclass
@@ -131,7 +125,7 @@ class Questions:
         raw = self.denoiser.raw_output(x, level, dtype=self.dtype).cpu().double()
         self.model_calls += len(y)
         if not bool(torch.isfinite(raw).all()):
-            raise ValueError(f"{not_finite(self.denoiser.process, level)} (before the measurement; checks)")
+            raise ValueError(f"{not_finite(self.denoiser.process, level)} (a question of checks=True)")
         return raw, a * x.cpu().double() + c * raw
 
     def denoised(self, z: Tensor, s: float) -> Tensor:
@@ -198,7 +192,7 @@ def check_network(
     seed: int = 0,
     batch: int = 2,
 ) -> Questions:
-    """Refuse a network that is no denoiser of its process, before it is measured; six calls of one sample.
+    """Refuse a network that is no denoiser of its process, before it is measured; at most five calls of one sample.
 
     Warns if the network answers the same to every question.
 
@@ -250,23 +244,12 @@ def _check_denoiser(ask: Questions, low: float) -> None:
         )
         return
     _check_top(ask, x0)
-    _check_middle(ask, x0, noise[1:])
-    if ask.denoiser.prediction in ("v", "edm"):
-        _check_sign(ask, x0, noise[1:])
+    if ask.denoiser.prediction == "edm":
+        _check_raw_edm(ask, noise[1:])
+    elif ask.denoiser.prediction in OF_UNIT_NOISE:
+        _check_middle(ask, x0, noise[1:])
     else:
         _check_low(ask, x0, noise[1:], low)
-
-
-def first_answer_checked(steps: Query[Result], ask: Questions) -> Query[Result]:
-    """``steps`` of a measurement (`measurement_steps`); its first answer is compared by `Questions.check_first`."""
-    raw = yield next(steps)
-    ask.check_first(raw[-1])
-    while True:
-        try:
-            question = steps.send(raw)
-        except StopIteration as finished:
-            return finished.value
-        raw = yield question
 
 
 @torch.no_grad()
@@ -322,18 +305,17 @@ def _check_top(ask: Questions, x0: Tensor) -> None:
     if high and top.level < math.inf and slope / top.level > TOP_JACOBIAN:
         raise ValueError(
             f"{where} a denoiser hardly depends on its input, but this one returns {slope / top.level:.0%} of it: "
-            f"{_suspects(denoiser)}"
+            f"{suspects(denoiser)}"
         )
-    of_unit_noise = denoiser.prediction in ("v", "velocity", "reverse_velocity")
     if slope < -0.5 * reach and -slope > 0.5 * size:
         raise ValueError(
             f"{where} the denoised sample moves against the noise ({slope:.2g} times it), which no denoiser does: "
-            f"{_suspects(denoiser)}"
+            f"{suspects(denoiser)}"
         )
-    if of_unit_noise and slope > 0.5 * reach + (4 * size**2 / top.level) and slope > 0.5 * size:
+    if denoiser.prediction in OF_UNIT_NOISE and slope > 0.5 * reach + (4 * size**2 / top.level) and slope > 0.5 * size:
         raise ValueError(
             f"{where} a denoiser hardly depends on its input, but this one contains {slope:.2g} times the noise: "
-            f"{_suspects(denoiser)}"
+            f"{suspects(denoiser)}"
         )
     largest, usual = float(top.denoised.square().mean().sqrt()), max(size, 1.0 if x0.numel() < FEWEST_ELEMENTS else 0.1)
     if denoiser.process.kind != "vp" or largest <= DOUBTFUL_SIZE * usual:
@@ -341,7 +323,7 @@ def _check_top(ask: Questions, x0: Tensor) -> None:
     finding = (
         f"{where} the denoised sample is {largest:.3g} in size, and {size:.3g} at lower levels: the network is of no "
         "use there. Leave the last entries of the table out (alphas_cumprod[:n]; sigma up to 20 or 160 is usual). If "
-        f"the table is right: {_suspects(denoiser)}"
+        f"the table is right: {suspects(denoiser)}"
     )
     if largest > WRONG_SIZE * usual:
         raise ValueError(finding)
@@ -349,20 +331,13 @@ def _check_top(ask: Questions, x0: Tensor) -> None:
 
 
 def _check_middle(ask: Questions, x0: Tensor, noise: Tensor) -> None:
-    """Denoising brings a noisy sample nearer to the clean one; an EDM network returns ``F``, not ``D``."""
-    denoiser = ask.denoiser
-    if denoiser.prediction == "edm":
-        _check_raw_edm(ask, noise)
-        return
-    if noise.numel() < FEWEST_ELEMENTS:
-        return
-    rms = float(x0.square().mean().sqrt())
-    s = ask.known(1.0 if denoiser.process.kind == "flow" else 2 * rms)
+    """Denoising brings a noisy sample nearer to the clean one."""
+    s = ask.known(1.0 if ask.denoiser.process.kind == "flow" else 2 * float(x0.square().mean().sqrt()))
     left = float((ask.denoised(x0 + s * noise, s) - x0).norm() / (s * noise.norm()))
-    if left > 1 + 1 / math.sqrt(noise.numel()):
+    if noise.numel() >= FEWEST_ELEMENTS and left > 1 + 1 / math.sqrt(noise.numel()):
         raise ValueError(
             f"denoising a sample with noise of level {s:.3g} leaves it {left:.3g} times as far from clean as it was: "
-            f"{_suspects(denoiser)}"
+            f"{suspects(ask.denoiser)}"
         )
 
 
@@ -380,22 +355,6 @@ def _check_raw_edm(ask: Questions, noise: Tensor) -> None:
         )
 
 
-def _check_sign(ask: Questions, x0: Tensor, noise: Tensor) -> None:
-    """Of ``D = c_skip z + c_out F`` no more noise is left than there was; with ``-F`` it is ``2 c_skip z - D``."""
-    wanted = SIGN_LEVEL * (ask.denoiser.sigma_data if ask.denoiser.prediction == "edm" else 1.0)
-    s = ask.known(wanted)
-    if noise.numel() < FEWEST_ELEMENTS or s > 1.5 * wanted:  # the network knows no level that is low enough
-        return
-    error = ask.denoised(x0 + s * noise, s) - x0
-    left = float((error * noise).sum() / (s * noise.square().sum()))
-    far = float(error.norm()) > LOW_ERROR * s * float(noise.norm()) and float(error.norm()) > float(x0.norm())
-    if far or left > NOISE_LEFT + 0.3 / math.sqrt(noise.numel()):
-        raise ValueError(
-            f"a sample with noise of level {s:.3g} is denoised to one with {left:.3g} times that noise: is the sign of "
-            f"the network's output the other one? {_suspects(ask.denoiser)}"
-        )
-
-
 def _check_low(ask: Questions, x0: Tensor, noise: Tensor, low: float) -> None:
     """At the lowest level the denoised sample is nearly the input."""
     z = x0 + low * noise
@@ -403,18 +362,18 @@ def _check_low(ask: Questions, x0: Tensor, noise: Tensor, low: float) -> None:
     if error > LOW_ERROR * size and error > LOW_FRACTION * float(x0.norm()):
         raise ValueError(
             f"at the lowest level (s = {low:.4g}) a denoiser returns nearly its input, but this one moves it by "
-            f"{error / size:.3g} times the noise in it: {_suspects(ask.denoiser)}"
+            f"{error / size:.3g} times the noise in it: {suspects(ask.denoiser)}"
         )
 
 
-def _suspects(denoiser: Denoiser) -> str:
+def suspects(denoiser: Denoiser) -> str:
     """What to look at, by what the network is said to predict."""
     return {
         "x0": "does the network predict the clean sample, or the noise (from_epsilon) or F (from_edm)?",
         "epsilon": "does it predict v (from_v), and are alphas_cumprod the cumulative products, not alphas or betas?",
-        "v": "does it predict the noise (from_epsilon), and are alphas_cumprod the cumulative products?",
-        "velocity": "is its time 1 at the data (from_velocity(data_at=1)), or its sign the other one (sign=-1)?",
+        "v": "does it predict the noise (from_epsilon), is its sign the other one, alphas_cumprod the products?",
+        "velocity": "is its time 1 at the data (data_at=1), its sign the other one (sign=-1), or is it eps?",
         "reverse_velocity": "is its time 0 at the data (data_at=0), or its sign the other one?",
         "score": "is it the score of x in this parameterisation, or the noise or the clean sample?",
-        "edm": "is it the raw network F of EDM's preconditioning, and is sigma_data right?",
+        "edm": "is it the raw network F of EDM's preconditioning, sigma_data right, and its sign not the other one?",
     }[denoiser.prediction] + " (checks=False measures it all the same)"

@@ -116,7 +116,7 @@ def _check_entries(header: dict[str, Any], tensors: dict[str, Tensor], version: 
     unknown = set(header) - ENTRIES - (FORMER_ENTRIES if version < 3 else set())
     unknown |= set(tensors) - REQUIRED - OPTIONAL
     if unknown:
-        raise ValueError(f"holds entries that are not known: {', '.join(sorted(unknown))}")
+        raise ValueError(f"holds entries that are not known: {', '.join(sorted(unknown))[:200]}")
     for missing in sorted(REQUIRED - set(tensors)):
         raise KeyError(missing)
     for key, kind in (("data_std", float), ("model_calls", int)):

@@ -57,7 +57,7 @@ def read_entries(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{name} lacks the entry {missing!r}")
     unknown = sorted(set(entries) - set(REQUIRED) - set(OPTIONAL))
     if unknown:
-        raise ValueError(f"{name} holds entries that are not known: {', '.join(unknown)}")
+        raise ValueError(f"{name} holds entries that are not known: {', '.join(unknown)[:200]}")
     if "sha256" in entries and entries["sha256"] != _checksum(entries):
         raise ValueError(
             f"{name} was changed or damaged after it was saved; save the schedule again, or remove its entry sha256 if "

@@ -37,7 +37,8 @@ def test_a_network_may_return_the_same_buffer_at_every_call():
 
 def test_the_same_statistics_from_a_network_with_one_buffer():
     def velocity(x, t):
-        return x - 0.2 * torch.tanh(x) * (1 - t.reshape(-1, 1))
+        s = t.reshape(-1, 1)  # of data N(0, 1), a little bent
+        return (2 * s - 1) * x / ((1 - s) ** 2 + s**2) - 0.02 * torch.tanh(x)
 
     buffers = {}
 

@@ -9,7 +9,7 @@ import fastsched as fs
 pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 
 import diffusers
-from pipelines import unconditional
+from pipelines import oracle_pipeline, stable_diffusion, unconditional
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
@@ -38,3 +38,21 @@ def test_a_pipeline_that_does_not_scale_its_input_is_refused_where_the_scheduler
     pipe = unconditional(diffusers.EulerDiscreteScheduler())[0]
     with pytest.raises(ValueError, match=r"does not call scheduler\.scale_model_input"):
         fs.diffusers.fit(pipe, 3, levels=8, samples=1)
+
+
+def test_clipping_that_is_not_measured_is_warned_of():
+    """The oracle's data reach 3; pixels would stay within 1."""
+    wide, narrow = (fs.oracles.GaussianMixture.random(8, 3, seed=0, spread=spread, std=0.1) for spread in (1.0, 0.2))
+    for settings in ({"clip_sample": True}, {"clip_sample": False, "thresholding": True}):
+        scheduler = diffusers.DDIMScheduler(**settings)
+        with pytest.warns(UserWarning, match=r"the scheduler clips .*=True\), and \d+% of the paths' ends"):
+            fs.diffusers.measure(oracle_pipeline(scheduler, wide), levels=12, samples=2)
+        assert fs.diffusers.measure(oracle_pipeline(scheduler, narrow), levels=12, samples=2).samples == 2
+
+
+def test_noise_that_is_not_measured_is_refused():
+    """StableDiffusionPipeline gives ``eta`` only to schedulers whose ``step`` names it."""
+    torch.manual_seed(0)
+    pipe, call, _ = stable_diffusion(diffusers.DDIMScheduler(clip_sample=False))
+    with pytest.raises(ValueError, match=r"eta=1.0, which changes what a step does"):
+        fs.diffusers.measure(pipe, levels=12, samples=2, eta=1.0, **call)

@@ -9,12 +9,12 @@ import time
 import pytest
 import torch
 from fuzz.amounts import KILLS
-from fuzz.killed_work import LEVELS, work
+from fuzz.killed_work import KINDS, LEVELS, work
 
 import fastsched as fs
 
-#: What one kill may cost: the calls of one path, and those that ask whether it is the same network.
-ONCE_MORE = 2 * LEVELS - 2 + 7
+#: What one kill may cost: the calls of one path, and those that check the network.
+ONCE_MORE = 2 * LEVELS + 7
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
 
@@ -41,7 +41,7 @@ def calls(folder):
     return os.path.getsize(folder / "calls")
 
 
-@pytest.fixture(scope="module", params=["measure", "fit"])
+@pytest.fixture(scope="module", params=KINDS)
 def whole(request, tmp_path_factory):
     """A kind of work, the schedule it gives, its calls, and how long it takes."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -52,7 +52,7 @@ def whole(request, tmp_path_factory):
 def test_killed_work_goes_on_to_the_same_schedule(whole, tmp_path):
     kind, schedule, needed, seconds = whole
     chance = random.Random(kind)
-    left = KILLS // 2 if kind == "measure" else KILLS - KILLS // 2
+    left = max(2, KILLS // len(KINDS))
     trial = 0
     while left > 0:
         folder, kills = tmp_path / f"{trial}", 0

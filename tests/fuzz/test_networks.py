@@ -89,6 +89,14 @@ NO_DENOISERS = {
     "random": "return good(x, t) + 0.1 * torch.randn(x.shape)",
     "random by factors": "return good(x, t) * (1 + 0.3 * torch.rand(x.shape))",
     "stateful": 'kept["calls"] = kept.get("calls", 0) + 1\nreturn good(x, t) * (1 + 0.05 * kept["calls"])',
+    "otherwise at first": """
+        kept["calls"] = kept.get("calls", 0) + 1
+        return good(x, t) * (0.9 if kept["calls"] < 3 else 1)
+        """,
+    "drifts": 'kept["calls"] = kept.get("calls", 0) + 1\nreturn good(x, t) * (1 + 1e-3 * kept["calls"])',
+    "first for all": "return good(x[:1], t[:1]).expand(len(x), -1)",
+    "minus it": "return -good(x, t)",
+    "twice it": "return 3 * good(x, t)",
     "mixes the batch": "return good(x, t) + 0.3 * x.mean(0, keepdim=True)",
     "normalises over the batch": "out = good(x, t)\nreturn (out - out.mean(0)) / (out.std(0, correction=0) + 1)",
 }
@@ -231,8 +239,10 @@ def test_what_is_no_denoiser_is_refused(body, case):
     text = program(NO_DENOISERS[body], **case)
     found, error = run(text)
     if error is None:
-        told(text, f"no error: {found}")
-    if not isinstance(error, ValueError) or "network" not in str(error):
+        twin, _ = run(program("return good(x, t)", **case))
+        if not same(found, twin):  # a sample alone mixes with no other
+            told(text, f"no error, and another result than its twin's: {found}")
+    elif not isinstance(error, ValueError) or "network" not in str(error):
         told(text, f"{type(error).__name__}: {error}")
 
 

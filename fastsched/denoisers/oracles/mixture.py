@@ -70,9 +70,9 @@ class GaussianMixture(Oracle):
         )
         size = (components, d)
         generator = torch.Generator("cpu").manual_seed(seed)
-        means = spread * torch.randn(size, generator=generator, dtype=torch.float64)
+        means = float(spread) * torch.randn(size, generator=generator, dtype=torch.float64)
         axes = torch.linalg.qr(torch.randn(*size, d, generator=generator, dtype=torch.float64))[0]
-        variances = (std * 3 ** (2 * torch.rand(size, generator=generator, dtype=torch.float64) - 1)).square()
+        variances = (float(std) * 3 ** (2 * torch.rand(size, generator=generator, dtype=torch.float64) - 1)).square()
         weights = 0.5 + torch.rand(components, generator=generator, dtype=torch.float64)
         covariances = (axes * variances[:, None, :]) @ axes.mT
         return cls(weights, means, 0.5 * (covariances + covariances.mT))
