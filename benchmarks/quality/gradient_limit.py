@@ -62,7 +62,7 @@ def differentiable(denoiser: fs.Denoiser) -> fs.Denoiser:
     process = denoiser.process
     if not isinstance(process, VariancePreserving):
         return denoiser
-    values = {field.name: getattr(process, field.name) for field in fields(process)}
+    values = {field.name: getattr(process, field.name) for field in fields(process) if field.init}
     return replace(denoiser, process=DifferentiableTimesteps(**values))
 
 

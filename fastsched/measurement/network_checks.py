@@ -117,16 +117,16 @@ class Questions:
         level = torch.tensor(min(max(s, low), high), dtype=torch.float64)
         return float(self.denoiser.process.nearest(level))
 
-    def raw(self, y: Tensor, s: float) -> tuple[Tensor, Tensor]:
-        """``R`` and ``D`` at normalised states ``y = z / s`` [B, *shape], float64 on the CPU."""
+    def raw(self, y: Tensor, s: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """``R`` and ``D`` at normalised states ``y = z / s`` [B, *shape], of that dtype on the CPU."""
         level = torch.tensor(s, dtype=torch.float64)
         a, c = (float(value) for value in self.denoiser.coefficients(level))
         x = float(self.denoiser.process.sigma(level)) * y.float().to(self.device)
-        raw = self.denoiser.raw_output(x, level, dtype=self.dtype).cpu().double()
+        raw = self.denoiser.raw_output(x, level, dtype=self.dtype).cpu().to(dtype)
         self.model_calls += len(y)
         if not bool(torch.isfinite(raw).all()):
             raise ValueError(f"{not_finite(self.denoiser.process, level)} (a question of checks=True)")
-        return raw, a * x.cpu().double() + c * raw
+        return raw, (c * raw).add_(x.cpu(), alpha=a)
 
     def denoised(self, z: Tensor, s: float) -> Tensor:
         """``D`` at ``z`` [B, *shape], float64."""

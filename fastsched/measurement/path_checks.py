@@ -84,7 +84,7 @@ class _Path:
         squares = [torch.einsum("bd,bd->b", x, each) for each in (x, raw)]
         self._products.append(torch.stack([*squares, x @ m, raw @ m]))
         if len(self._products) == len(self.s):
-            end = (self.a[k] * x[0] + self.c[k] * raw[0]).cpu().double().view(self.ask.shape)
+            end = (self.a[k] * x[0] + self.c[k] * raw[0]).cpu().float().view(self.ask.shape)
             self._judge(end)
 
     def _judge(self, end: Tensor) -> None:
@@ -131,10 +131,11 @@ def _noise_left(ask: Questions, end: Tensor, deviation: float) -> tuple[str | No
     if end.numel() < FEWEST_ELEMENTS:
         return None, 0.0
     s = ask.known(LOW_PART * deviation)
-    noise = noise_of(torch.tensor([ELSEWHERE + 2]), ask.shape).double()[0]
-    error = (ask.denoised((end + s * noise)[None], s)[0] - end) / s
-    size = float(noise.square().sum())
-    left, along = float(error.square().sum()) / size, float((error * noise).sum()) / size
+    noise = noise_of(torch.tensor([ELSEWHERE + 2]), ask.shape)[0]
+    error = ask.raw((end / s).add_(noise)[None], s, torch.float32)[1][0].sub_(end).div_(s).flatten()
+    noise = noise.flatten()
+    size = float(noise @ noise)
+    left, along = float(error @ error) / size, float(noise @ error) / size
     wrong, doubtful, across, against = (
         base + each / math.sqrt(end.numel()) for base, each in (WRONG, DOUBTFUL, ACROSS, AGAINST)
     )

@@ -124,7 +124,7 @@ def test_the_commands_and_the_code_of_the_page_run(folder):
     text = PAGE.read_text(encoding="utf-8")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC)
     found = {}
-    for command in re.findall(r"^    fastsched (.*)$", text, re.MULTILINE):
+    for command in re.findall(r"^fastsched (.*)$", text, re.MULTILINE):
         result = run(*shlex.split(command))
         assert result.exit_code == 0, result.stderr
         engine = "sglang" if "sglang" in command else "vllm-omni"
