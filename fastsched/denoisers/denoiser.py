@@ -281,10 +281,15 @@ class Denoiser:
                 or arguments; the message says what may be wrong.
             RuntimeError: If the network raises StopIteration.
         """
-        return self.borrowed_output(x, s, dtype=dtype).clone()
+        return self._output(x, s, dtype).clone()
 
     def borrowed_output(self, x: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
         """`raw_output`, but maybe in memory of the network's own: it holds until the network is called again."""
+        if type(self).raw_output is not Denoiser.raw_output:  # a subclass answers by itself
+            return self.raw_output(x, s, dtype=dtype)
+        return self._output(x, s, dtype)
+
+    def _output(self, x: Tensor, s: Tensor | float, dtype: torch.dtype | None) -> Tensor:
         levels = _levels(s, x)
         network_input = x
         if self.prediction == "edm":

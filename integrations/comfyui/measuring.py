@@ -104,7 +104,7 @@ class GuidedDenoiser(Denoiser):
 
     ask: Callable[[Tensor, Tensor], Tensor] | None = None
 
-    def borrowed_output(self, x: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
+    def raw_output(self, x: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
         """``D`` at states ``x`` [B, *shape] and levels ``s``; the guider chooses what it computes in."""
         levels = torch.as_tensor(s, dtype=torch.float64).cpu().expand(len(x))
         state = x if self.process.kind == "flow" else x / _per_sample(self.process.alpha(levels), x)

@@ -98,3 +98,22 @@ def test_nan_of_an_integer_network_is_named():
     broken = fs.Denoiser.from_epsilon(lambda x, t: x * float("nan"), vp_table(), integer_timesteps=True)
     with pytest.raises(ValueError, match=r"NaN or inf at sigma = .*\(timestep 999\)"):
         fs.measure(broken, (4,), levels=12, progress=False)
+
+
+def test_a_subclass_that_answers_by_itself_is_asked():
+    """Measurement, checks and sampling ask it, whoever copies the answer."""
+    asked = []
+
+    class Counted(fs.Denoiser):
+        def raw_output(self, x, s, *, dtype=None):
+            asked.append(len(x))
+            return super().raw_output(x, s, dtype=dtype)
+
+    plain = fs.Denoiser.from_denoiser(lambda z, s: z / (1 + s.reshape(-1, 1) ** 2), 0.02, 20.0)
+    counted = Counted(plain.network, plain.process, "x0")
+    stats = fs.measure(counted, (4,), samples=2, levels=12, progress=False)
+    assert sum(asked) == stats.model_calls
+    assert stats == fs.measure(plain, (4,), samples=2, levels=12, progress=False)
+    noise = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    fs.sample(counted, fs.baselines.karras(5, 0.02, 20.0, spare_last=True), "dpmpp_2m", noise)
+    assert sum(asked) == stats.model_calls + 5 * 3
