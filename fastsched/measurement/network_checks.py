@@ -304,7 +304,7 @@ def _check_top(ask: Questions, x0: Tensor) -> None:
     high = top.level == ask.range[2] or top.level > TOP_LEVEL * size
     if high and top.level < math.inf and slope / top.level > TOP_JACOBIAN:
         raise ValueError(
-            f"{where} a denoiser hardly depends on its input, but this one returns {slope / top.level:.0%} of it: "
+            f"{where} a denoiser hardly depends on its input, but this network returns {slope / top.level:.0%} of it: "
             f"{suspects(denoiser)}"
         )
     if slope < -0.5 * reach and -slope > 0.5 * size:
@@ -314,7 +314,7 @@ def _check_top(ask: Questions, x0: Tensor) -> None:
         )
     if denoiser.prediction in OF_UNIT_NOISE and slope > 0.5 * reach + (4 * size**2 / top.level) and slope > 0.5 * size:
         raise ValueError(
-            f"{where} a denoiser hardly depends on its input, but this one contains {slope:.2g} times the noise: "
+            f"{where} a denoiser hardly depends on its input, but this network contains {slope:.2g} times the noise: "
             f"{suspects(denoiser)}"
         )
     largest, usual = float(top.denoised.square().mean().sqrt()), max(size, 1.0 if x0.numel() < FEWEST_ELEMENTS else 0.1)

@@ -1,5 +1,7 @@
 """Networks that write where they should not, or answer in odd ways."""
 
+import math
+
 import pytest
 import torch
 
@@ -54,6 +56,36 @@ def test_the_same_statistics_from_a_network_with_one_buffer():
     one, other = stats(buffered), stats(velocity)
     assert torch.equal(one.gram, other.gram)
     assert torch.equal(one.ends, other.ends)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "velocity"])
+def test_answers_need_to_hold_until_the_next_call_only(prediction, samples):
+    """As those of CUDA graphs: whatever was answered before is overwritten by the next call, the checks' included."""
+    oracle = fs.oracles.GaussianMixture.random(8, 3, seed=0)
+    before = []
+
+    def wiped(answer):
+        for each in before:
+            each.fill_(math.nan)
+        before.append(answer)
+        return answer
+
+    def stats(keep):
+        if prediction == "velocity":
+            net = lambda x, t: keep((x - oracle.denoise(x / (1 - t[:, None]), t / (1 - t))) / t[:, None])
+            denoiser = fs.Denoiser.from_velocity(net, t_max=0.999)
+        elif prediction == "x0":
+            denoiser = fs.Denoiser.from_denoiser(lambda z, s: keep(oracle.denoise(z, s)), 0.02, 40.0)
+        else:
+            abar = 1 / (1 + torch.logspace(-1.7, 1.6, 100, dtype=torch.float64) ** 2)
+            s = ((1 - abar) / abar).sqrt()
+            at = lambda x, t: oracle.denoise(x * (1 + s[t, None] ** 2).sqrt(), s[t])
+            net = lambda x, t: keep((x * (1 + s[t, None] ** 2).sqrt() - at(x, t)) / s[t, None])
+            denoiser = fs.Denoiser.from_epsilon(net, abar, integer_timesteps=True)
+        return fs.measure(denoiser, (8,), levels=12, samples=samples, dtype=torch.float64, progress=False)
+
+    assert stats(wiped) == stats(lambda answer: answer)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
