@@ -201,7 +201,7 @@ def converged_reference(
     sizes = validate.sample_shape("shape", shape)
     seeds = sample_seeds(seed, validate.sample_range("samples", samples)) + FIRST_SAMPLE
     method = get_solver(solver)
-    fine = denoiser.levels(known_levels(denoiser.process, validate.positive_int("steps", steps, minimum=2)))
+    fine = denoiser.levels(level_count(denoiser.process, validate.positive_int("steps", steps, minimum=2)))
     sigmas = denoiser.process.sampler_sigma(torch.cat([fine, fine.new_zeros(1)]))
     noise = noise_of(seeds, sizes)  # on the CPU; each batch goes to the device when its turn comes
     total = method.model_calls(len(fine)) * len(noise)
@@ -286,7 +286,7 @@ def comparison_calls(
         ValueError: As `compare`.
     """
     runs = _planned(denoiser, schedules, solver)
-    reference = known_levels(denoiser.process, validate.positive_int("steps", reference_steps, minimum=2))
+    reference = level_count(denoiser.process, validate.positive_int("steps", reference_steps, minimum=2))
     each = sum(method.model_calls(len(sigmas) - 1) for sigmas, method in runs.values())
     count = len(validate.sample_range("samples", samples))
     return reference * count, each * count
@@ -368,7 +368,7 @@ _CHECKS: dict[str, validate.Check] = {
 }
 
 
-def known_levels(process: NoiseProcess, steps: int) -> int:
+def level_count(process: NoiseProcess, steps: int) -> int:
     """``steps``, but at most as many levels as a network with integer timesteps was trained at."""
     if isinstance(process, VariancePreserving) and process.integer_timesteps:
         return min(steps, len(process.alphas_cumprod))

@@ -32,12 +32,10 @@ class Launches(TorchDispatchMode):
         return out
 
     def per_step(self, marks: Sequence[int], state: int) -> tuple[float, float, float]:
-        """Of a step, between the first and last of ``marks``, lengths of `seen`, one a step: how many ops there were,
-
-        how many on as much as a state, and how many states passed through memory.
+        """Ops of a step, those on as much as a state, and states that pass through memory: means over steps.
 
         Args:
-            marks: Lengths of `seen`.
+            marks: Lengths of `seen` where steps began, and where the last one ended.
             state: Bytes of a state.
         """
         seen, steps = self.seen[marks[0] : marks[-1]], len(marks) - 1

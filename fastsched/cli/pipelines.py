@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsched.comparison import Comparison, Reference, known_levels, row_of
+from fastsched.comparison import Comparison, Reference, level_count, row_of
 from fastsched.diffusers import apply
 from fastsched.diffusers.conventions import describe, solver_of
 from fastsched.diffusers.pipeline_measurement import call, check_call, prompt_of, scheduler_replaced
@@ -52,7 +52,7 @@ def compare_pipeline(
     check_call(pipe, prompts, arguments)
     solver = solver_of(pipe.scheduler, max(own_steps, default=None)) or "ddim"
     process = describe(pipe.scheduler).process
-    fine = even_schedule(process, known_levels(process, reference_steps), solver)
+    fine = even_schedule(process, level_count(process, reference_steps), solver)
     # The converged run comes first, then what is compared with it, all from the same seeds.
     runs: list[tuple[str, Schedule | None, int]] = [("", fine, fine.steps)]
     runs += [(name, schedule, schedule.steps) for name, schedule in schedules.items()]

@@ -188,7 +188,7 @@ class PathCost:
 
     def history_of(self, nodes: Sequence[int], n: int) -> tuple[tuple[int, ...], bool]:
         """The nodes that step ``n`` of a schedule uses, and whether a corrector applies: the arguments of `step`."""
-        used = self.solver.history_of(n, len(nodes) - 1)
+        used = self.solver.history_at(n, len(nodes) - 1)
         return tuple(nodes[max(0, n - used) : n + 2]), n + 2 < len(nodes) - 1
 
     def step(self, nodes: Sequence[int], *, corrected: bool = True) -> float:

@@ -201,8 +201,8 @@ def solver_of(scheduler: Any, steps: int | None = None) -> str | None:
     """The solver of fastsched that ``scheduler``, as it is set, is equal to; None if there is none.
 
     tests/diffusers/test_table.py compares the two for every class. With fewer than 15 ``steps`` (or None) a class of
-    third order may use second order in its last step but one. Of a `FittedScheduler` it is
-    that of the pipeline's own scheduler.
+    third order may use second order in its last step but one. Of a `FittedScheduler` it is that of the pipeline's own
+    scheduler.
     """
     scheduler = own_scheduler(scheduler)
     names = class_names(scheduler)

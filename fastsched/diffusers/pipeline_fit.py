@@ -99,7 +99,7 @@ def fit(
     """
     validate.arguments(locals(), **CHECKS)
     by_prompt = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
-    name = _checked(pipe, steps, solver, call_kwargs, checkpoint, audition=audition)
+    name = _checked(pipe, steps, solver, checkpoint, audition=audition)
     total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else TOTAL
     with prompts_encoded_once(pipe):
         if stats is None:
@@ -112,15 +112,11 @@ def fit(
         return _fitted(pipe, stats, steps, name, by_prompt, call_kwargs, total * audition, **places).schedule
 
 
-def _checked(
-    pipe: Any, steps: int, solver: str | None, call_kwargs: dict[str, Any], checkpoint: Any, *, audition: bool
-) -> str:
+def _checked(pipe: Any, steps: int, solver: str | None, checkpoint: Any, *, audition: bool) -> str:
     """The solver to choose for, if the pipeline can be fitted as it is called and files can be written."""
     if checkpoint is not None:
         check_writable(runs_beside(checkpoint))
     name = checked_solver(pipe.scheduler, steps, solver, audition=audition)
-    if audition and call_kwargs.get("eta"):
-        raise ValueError(f"eta must be 0 with audition=True, because it adds noise, got {call_kwargs['eta']!r}")
     check_caches(pipe)
     return name
 

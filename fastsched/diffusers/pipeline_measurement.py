@@ -104,7 +104,7 @@ def measure(
         >>> schedule = fs.optimal_schedule(stats, steps=8, solver="dpmpp_2m")
         >>> fs.diffusers.apply(schedule, pipe)
     """
-    validate.arguments(locals(), **CHECKS | {"call_kwargs": _check_noiseless})
+    validate.arguments(locals(), **CHECKS)
     settings = {"levels": levels, "samples": samples, "seed": seed, "keep_increments": keep_increments}
     options = {"prompts": prompts, "prompts_per_call": prompts_per_call, "checkpoint": checkpoint}
     try:
@@ -184,15 +184,6 @@ def measured_pipeline(
                 error.partial = whole  # type: ignore[attr-defined]  # a handler may save them
             raise
     return replace(whole, origin=_origin(pipe, prompts, call_kwargs))
-
-
-def _check_noiseless(_: str, call_kwargs: Any) -> None:
-    """Some pipelines give ``eta`` only to schedulers whose ``step`` names it, so that a measurement does not see it."""
-    if isinstance(call_kwargs.get("eta"), (int, float)) and call_kwargs["eta"] != 0:
-        raise ValueError(
-            f"the pipeline is called with eta={call_kwargs['eta']!r}, which changes what a step does: it "
-            "adds noise, which is not measured; leave it out"
-        )
 
 
 def said(calls: PromptCalls) -> PromptCalls:
@@ -369,7 +360,8 @@ def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict
 
     Raises:
         TypeError: If ``pipe`` has no scheduler, or ``prompts`` are not strings.
-        ValueError: If the arguments determine the steps, ``prompts`` is empty, or the prompt is given twice.
+        ValueError: If the arguments determine the steps or add noise, ``prompts`` is empty, or the prompt is given
+            twice.
     """
     check_pipe(pipe)
     for name in STEPPING:
@@ -380,6 +372,9 @@ def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict
         raise ValueError(
             f"strength must be left out or 1.0, with which the pipeline starts from pure noise, got {strength!r}"
         )
+    eta = call_kwargs.get("eta")  # some pipelines give it only to schedulers whose step names it
+    if isinstance(eta, (int, float)) and eta != 0:
+        raise ValueError(f"eta must be 0, because it adds noise, which is not measured, got {eta!r}; leave it out")
     if prompts is None:
         return
     if not isinstance(prompts, (str, list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):

@@ -57,9 +57,10 @@ def path_checked(steps: Query[Result], ask: Questions, s: Tensor) -> Query[Resul
     raw = yield question
     ask.check_first(raw[-1])
     while True:
-        if path.see(*question, raw):
+        end = path.see(*question, raw)
+        if end is not None:
             raw = raw.clone()  # the network is asked before this answer is used, and may overwrite it
-            path.judge()
+            path.judge(end)
         try:
             question = steps.send(raw)
         except StopIteration as finished:
@@ -77,22 +78,20 @@ class _Path:
         self.centre = ask.top.denoised[0].float()
         self._products: list[Tensor] = []  # <x, x>, <x, R>, <m, x>, <m, R>, [4, B] a level
 
-    def see(self, x: Tensor, k: int, raw: Tensor) -> bool:
-        """Note the answer at state ``x`` and level k; whether it is the last of the reference path."""
+    def see(self, x: Tensor, k: int, raw: Tensor) -> Tensor | None:
+        """Note the answer at state ``x`` and level k; after the last of the reference path, a path's end [*shape]."""
         if len(self._products) == len(self.s):
-            return False
+            return None
         m = self.centre.flatten().to(x)
         x, raw = (each[:MOST_PATHS].flatten(1) for each in (x, raw.to(x)))
         squares = [torch.einsum("bd,bd->b", x, each) for each in (x, raw)]
         self._products.append(torch.stack([*squares, x @ m, raw @ m]))
         if len(self._products) < len(self.s):
-            return False
-        self._end = (self.a[k] * x[0] + self.c[k] * raw[0]).cpu().float().view(self.ask.shape)
-        return True
+            return None
+        return (self.a[k] * x[0] + self.c[k] * raw[0]).cpu().float().view(self.ask.shape)
 
-    def judge(self) -> None:
+    def judge(self, end: Tensor) -> None:
         """Raise an error if the prediction has the wrong sign; warn of what else is violated."""
-        end = self._end
         xx, xr, mx, mr = torch.stack(self._products, 1).cpu().double()
         alpha, a, c = (torch.as_tensor(each, dtype=torch.float64)[:, None] for each in (self.alpha, self.a, self.c))
         sizes = ((a * xx + c * xr - mx) / alpha - a * mx - c * mr).mean(1) + self.centre.double().square().sum()

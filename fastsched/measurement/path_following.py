@@ -153,7 +153,7 @@ def measurement_steps(
         shape: The shape of one sample.
         advance: Is given the number of calls made.
         out: Where kept vectors go, [B, V, d] float32 on the CPU; new memory when None.
-        verdicts: Those of a caller who checks himself that outputs are finite; all are read at the end.
+        verdicts: Those of a caller that checks by itself whether outputs are finite; all are read at the end.
 
     Raises:
         ValueError: If an output held NaN or inf; the message names the level of the first. Where outputs are not on the

@@ -97,7 +97,7 @@ def stock_weights(solver: Solver, nodes: Sequence[Node]) -> Tensor:
     steps = len(nodes) - 1
     found = np.eye(steps)
     for n in range(steps - 1):
-        history = list(nodes[n::-1][: solver.history_of(n, steps) + 1])
+        history = list(nodes[n::-1][: solver.history_at(n, steps) + 1])
         found[n] = 0.0
         for back, weight in enumerate(solver.weights(history, nodes[n + 1])):
             found[n, n - back] = float(weight)

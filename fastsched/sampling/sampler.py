@@ -179,7 +179,7 @@ def integration(
         if method.corrector is not None and known:
             weights = method.corrector(known, start)
             y = _step(method, weights, y_before, known[0], start, [newest, *slopes], number)
-        kept = method.history_of(n, len(nodes) - 1) + 1
+        kept = method.history_at(n, len(nodes) - 1) + 1
         known, slopes = [start, *known][:kept], [newest, *slopes][:kept]
         used = slopes
         if method.stage is not None:

@@ -16,7 +16,7 @@ The step to sigma 0 is ``z = D_j`` for every solver.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -64,7 +64,7 @@ class Solver:
         """How many levels before the current one a step uses at most."""
         return 0 if self.stage is not None else self.order - 1
 
-    def history_of(self, step: int, steps: int) -> int:
+    def history_at(self, step: int, steps: int) -> int:
         """How many levels before the current one step ``step`` of ``steps``, from 0, uses at most."""
         return min(self.history, 1) if self.lowered and step == steps - 2 else self.history
 
@@ -123,37 +123,30 @@ def _unipc(name: str, order: int, variant: str) -> Solver:
     )
 
 
-def _with_lowered(solvers: Iterable[Solver]) -> Iterator[Solver]:
-    """The solvers, and after each of third order that diffusers has its form of lowered order at the end."""
-    for solver in solvers:
-        yield solver
-        if solver.order == 3 and solver.name != "ipndm_3":
-            yield replace(solver, name=f"{solver.name}_lowered", lowered=True)
-
-
 SOLVERS: dict[str, Solver] = {
     solver.name: solver
-    for solver in _with_lowered(
-        (
-            Solver("ddim", "rho", 1, _EULER, _SONG),
-            Solver("heun", "tau", 2, heun_weights, f"{_EDM}, algorithm 1", stage=at_end),
-            Solver("dpm_2", "tau", 2, midpoint_weights, f"{_EDM}, algorithm 1 with alpha = 1/2", stage=middle),
-            Solver("dpmpp_2s", "rho", 2, dpmpp_2s_weights, f"{_DPMPP}, algorithm 1", stage=middle),
-            Solver("dpmpp_2m", "rho", 2, multistep.dpmpp_2m_weights, f"{_DPMPP}, algorithm 2"),
-            Solver("dpmpp_3m", "rho", 3, multistep.dpmpp_3m_weights, f"{_DPMPP}, appendix; as in diffusers"),
-            Solver("ipndm", "tau", 4, _ADAMS, _PNDM),
-            Solver("ipndm_3", "tau", 3, _ADAMS, _PNDM),
-            Solver("ipndm_2", "tau", 2, _ADAMS, _PNDM),
-            Solver("lms", "tau", 4, multistep.lms_weights, "Katherine Crowson, k-diffusion, sample_lms"),
-            Solver("deis_2", "tau", 2, multistep.deis_weights, "Zhang & Chen 2023 (arXiv 2204.13902), log-rho form"),
-            Solver("deis_3", "tau", 3, multistep.deis_weights, "Zhang & Chen 2023 (arXiv 2204.13902), log-rho form"),
-            _unipc("unipc", 2, "bh2"),
-            _unipc("unipc_3", 3, "bh2"),
-            _unipc("unipc_bh1", 2, "bh1"),
-            _unipc("unipc_bh1_3", 3, "bh1"),
-        )
+    for solver in (
+        Solver("ddim", "rho", 1, _EULER, _SONG),
+        Solver("heun", "tau", 2, heun_weights, f"{_EDM}, algorithm 1", stage=at_end),
+        Solver("dpm_2", "tau", 2, midpoint_weights, f"{_EDM}, algorithm 1 with alpha = 1/2", stage=middle),
+        Solver("dpmpp_2s", "rho", 2, dpmpp_2s_weights, f"{_DPMPP}, algorithm 1", stage=middle),
+        Solver("dpmpp_2m", "rho", 2, multistep.dpmpp_2m_weights, f"{_DPMPP}, algorithm 2"),
+        Solver("dpmpp_3m", "rho", 3, multistep.dpmpp_3m_weights, f"{_DPMPP}, appendix; as in diffusers"),
+        Solver("ipndm", "tau", 4, _ADAMS, _PNDM),
+        Solver("ipndm_3", "tau", 3, _ADAMS, _PNDM),
+        Solver("ipndm_2", "tau", 2, _ADAMS, _PNDM),
+        Solver("lms", "tau", 4, multistep.lms_weights, "Katherine Crowson, k-diffusion, sample_lms"),
+        Solver("deis_2", "tau", 2, multistep.deis_weights, "Zhang & Chen 2023 (arXiv 2204.13902), log-rho form"),
+        Solver("deis_3", "tau", 3, multistep.deis_weights, "Zhang & Chen 2023 (arXiv 2204.13902), log-rho form"),
+        _unipc("unipc", 2, "bh2"),
+        _unipc("unipc_3", 3, "bh2"),
+        _unipc("unipc_bh1", 2, "bh1"),
+        _unipc("unipc_bh1_3", 3, "bh1"),
     )
 }
+#: Solvers of third order that diffusers lowers to second order in the last step but one (`lower_order_final`).
+LOWERED = ("dpmpp_3m", "deis_3", "unipc_3", "unipc_bh1_3")
+SOLVERS |= {f"{name}_lowered": replace(SOLVERS[name], name=f"{name}_lowered", lowered=True) for name in LOWERED}
 
 #: Other spellings of the same solvers.
 ALIASES = {

@@ -51,6 +51,7 @@ def test_a_step_of_a_fitted_schedule():
     scheduler.set_timesteps(12)
     launches, marks = counted(scheduler)
     found = launches.per_step(marks[4:11], STATE)
+    # limits are rounded means
     assert all(each < most + 0.5 for each, most in zip(found, (6, 6, 34), strict=True)), found
 
 

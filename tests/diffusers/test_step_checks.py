@@ -30,7 +30,7 @@ def test_an_argument_of_zero_that_a_scheduler_does_not_take_is_ignored(name):
     np.testing.assert_array_equal(one, other)
     with pytest.raises(TypeError, match="eta"):
         pipe(eta=0.5, num_inference_steps=3)
-    with pytest.raises(ValueError, match=r"eta=0\.5, which changes what a step does"):
+    with pytest.raises(ValueError, match=r"eta must be 0, .* got 0\.5"):
         fs.diffusers.measure(pipe, levels=8, samples=1, eta=0.5)
 
 
@@ -54,5 +54,7 @@ def test_noise_that_is_not_measured_is_refused():
     """StableDiffusionPipeline gives ``eta`` only to schedulers whose ``step`` names it."""
     torch.manual_seed(0)
     pipe, call, _ = stable_diffusion(diffusers.DDIMScheduler(clip_sample=False))
-    with pytest.raises(ValueError, match=r"eta=1.0, which changes what a step does"):
+    with pytest.raises(ValueError, match=r"eta must be 0, .* got 1.0"):
         fs.diffusers.measure(pipe, levels=12, samples=2, eta=1.0, **call)
+    with pytest.raises(ValueError, match=r"eta must be 0, .* got 1.0"):  # without runs too
+        fs.diffusers.fit(pipe, 4, levels=12, samples=2, audition=False, eta=1.0, **call)

@@ -18,7 +18,6 @@ from fastsched.denoisers.late_reading import Verdicts
 from fastsched.diffusers.step_checks import check_first_latents
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 LEVELS = 24
 STEP_NUMBER = "must not depend on the step's number"
 
@@ -66,79 +65,6 @@ def test_a_change_of_one_element_of_the_latents_is_noticed():
 
     with pytest.raises(ValueError, match="changed the latents between steps 0 and 1, 1 of 64 elements"):
         measured(oracle_pipeline(euler(), mixture()), images=8, change_latents=overwrite)
-
-
-def exact_video(deviation=0.7):
-    """The forward of a video model whose elements are independent and Gaussian: the exact velocity at each."""
-
-    def forward(hidden_states, timestep, **_):
-        t = (timestep.double().amax() / 1000).to(hidden_states)  # of the frames that are sampled
-        shrink = (1 - t) * deviation**2 / ((1 - t) ** 2 * deviation**2 + t**2)
-        return ((hidden_states - shrink * hidden_states) / t,)
-
-    return forward
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_frame_that_the_pipeline_replaces_is_in_no_sum(dtype):
-    """The other frame's path is that of the pipeline without an image."""
-    torch.manual_seed(0)
-    scheduler = diffusers.UniPCMultistepScheduler(**FLOW)
-    kept = []
-    for build in (pipelines.wan, lambda scheduler: pipelines.wan_from_image(scheduler, expand_timesteps=True)):
-        pipe, call = quiet(build(scheduler))
-        pipe.transformer.to(dtype)
-        pipe.transformer.forward = exact_video()
-        call |= {name: value.to(dtype) for name, value in call.items() if name.endswith("embeds")}
-        kept.append(measured(pipe, keep_increments=True, **call))
-    free, framed = (each.increments.reshape(2, -1, *each.shape) for each in kept)
-    assert float(framed[:, :, :, 0].abs().max()) < 1e-6
-    assert float((framed[:, :, :, 1] - free[:, :, :, 1]).norm()) < 1e-5 * float(free[:, :, :, 1].norm())
-    found = fs.diffusers.fit(pipe, 4, stats=kept[1], **call)
-    assert found.measured_error < 0.01  # a frame of noise would add 1
-
-
-def test_a_frame_of_a_network_that_is_not_exact_is_in_no_sum():
-    torch.manual_seed(0)
-    scheduler = diffusers.UniPCMultistepScheduler(**FLOW)
-    pipe, call = quiet(pipelines.wan_from_image(scheduler, expand_timesteps=True))
-    stats = measured(pipe, **call)
-    assert float(stats.ends[:, :, 0].abs().max()) == 0
-    assert float(stats.ends[:, :, 1].abs().min()) > 0
-    pipe, call = quiet(pipelines.wan_from_image(scheduler))  # here the image comes as channels of its own
-    assert float(measured(pipe, **call).ends.abs().min()) > 0
-
-
-def test_elements_that_are_replaced_at_some_steps_are_noticed():
-    class Replaced(OracleUNet):
-        """Is given the first channel of the latents at its first 20 calls alone."""
-
-        calls = 0
-
-        def forward(self, sample, *args, **kwargs):
-            self.calls += 1
-            return super().forward(sample, *args, **kwargs)
-
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    pipe = OraclePipeline(Replaced().answer_for(scheduler, mixture()), scheduler)
-
-    def replace(_, args):
-        sample = args[0].clone()
-        sample[:, 0] = 0.5 if pipe.unet.calls >= 20 else sample[:, 0]
-        return sample, *args[1:]
-
-    pipe.unet.register_forward_pre_hook(replace)
-    with pytest.raises(ValueError, match=r"keeps 8 of 16 elements .* starts from noise alone"):
-        measured(pipe)
-
-
-def test_elements_that_the_pipeline_holds_still_are_noticed():
-    def freeze(i, output):
-        output[:, :, 0, 0] = 0
-        return output
-
-    with pytest.raises(ValueError, match="keeps 4 of 16 elements"):
-        measured(oracle_pipeline(diffusers.FlowMatchEulerDiscreteScheduler(), mixture()), on_step=freeze)
 
 
 @pytest.mark.parametrize("scheduler", [euler(), diffusers.FlowMatchEulerDiscreteScheduler()])

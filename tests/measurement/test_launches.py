@@ -38,6 +38,7 @@ def test_a_level_of_a_measurement(kind, reference, deviated):
     measure = lambda denoiser: fs.measure(denoiser, (D,), samples=1, checks=False, progress=False)
     launches, marks = counted(kind, measure)
     for part, most in ((marks[5:46], reference), (marks[50:91], deviated)):
+        # the limits are rounded means
         found = launches.per_step(part, 4 * D)
         assert all(each < limit + 0.5 for each, limit in zip(found, most, strict=True)), found
 
