@@ -56,7 +56,7 @@ class Step:
 
     calls: Counter[str] = field(default_factory=Counter)
     facts: dict[str, Any] = field(default_factory=dict)
-    sums: dict[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
+    sums: dict[str, tuple[tuple[int, ...], Tensor, Tensor]] = field(default_factory=dict)
     layers: Counter[str] = field(default_factory=Counter)
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
@@ -161,10 +161,11 @@ def observed(step: Step, output: Tensor) -> tuple[Tensor, Callable[[Tensor], tup
     """
     products = products_of(step.outputs, output)
     exact = torch.float32 if output.device.type == "mps" else torch.float64
-    parts = [each.to(output.device, exact, non_blocking=True) for _, each in step.sums.values()]
-    vector = torch.cat([*parts, *([] if products is None else [products.flatten()]), output.new_zeros(1, dtype=exact)])
+    sums = [each.to(output.device, non_blocking=True) for _, *both in step.sums.values() for each in both]
+    parts = [torch.stack(sums).to(exact)] if sums else [output.new_zeros(0, dtype=exact)]
+    vector = torch.cat(parts if products is None else [*parts, products.flatten()])
     light = Step(step.calls, dict(step.facts), layers=step.layers)
-    shapes = {name: shape for name, (shape, _) in step.sums.items()}
+    shapes = {name: shape for name, (shape, *_) in step.sums.items()}
     side = 0 if products is None else len(products)
 
     def resolve(values: Tensor) -> tuple[Step, Formula | None]:
@@ -316,7 +317,7 @@ def _is_number(value: Any) -> bool:
 def _facts(name: str, value: Any) -> dict[str, Any]:
     """Comparable facts about an argument: numbers as they are, tensors by shape and sums, containers by entry.
 
-    The sums of a tensor that is not on the CPU stay a tensor, which is not waited for.
+    The sums of a tensor that is not on the CPU stay tensors, which are not waited for.
     """
     if _is_number(value):
         return {name: value}
@@ -324,8 +325,8 @@ def _facts(name: str, value: Any) -> dict[str, Any]:
         numbers = torch.view_as_real(value.detach()) if value.is_complex() else value.detach()
         numbers = numbers if numbers.is_floating_point() else numbers.float()
         exact = torch.promote_types(numbers.dtype, torch.float32)
-        sums = torch.stack([numbers.sum(dtype=exact), torch.linalg.vector_norm(numbers, 1, dtype=exact)])
-        return {name: (tuple(value.shape), *sums.tolist()) if sums.device.type == "cpu" else (tuple(value.shape), sums)}
+        sums = numbers.sum(dtype=exact), torch.linalg.vector_norm(numbers, 1, dtype=exact)
+        return {name: (tuple(value.shape), *(map(float, sums) if numbers.device.type == "cpu" else sums))}
     if isinstance(value, dict):
         return {key: fact for k, v in value.items() for key, fact in _facts(f"{name}.{k}", v).items()}
     if isinstance(value, (list, tuple)) and len(value) <= 64:

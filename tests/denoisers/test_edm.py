@@ -95,6 +95,8 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_a_wrapped_network_is_its_denoiser(name):
+    if name == "in DataParallel" and torch.cuda.is_available():
+        pytest.skip("DataParallel moves the network to the GPU, and these inputs are on the CPU")
     denoiser = fs.Denoiser.from_edm(WRAPPERS[name]())
     generator = torch.Generator().manual_seed(0)
     s = torch.tensor([40.0, 2.0, 0.1])

@@ -68,10 +68,10 @@ def test_bounds_hold_and_the_error_never_rises(samples):
     assert (low <= x).all()
     assert (x <= high).all()
     assert x[2] == 0.0
-    assert error == model.predicted(x[None])[0]
+    assert error == pytest.approx(model.predicted(x[None])[0], rel=1e-12)  # sums of a batch in another order
     assert error < model.predicted(start[None])[0]
     again, _ = lowered(model, x, low, high)
-    assert model.predicted(again[None])[0] <= error
+    assert model.predicted(again[None])[0] <= error * (1 + 1e-12)
 
 
 def test_nothing_finite_to_solve_leaves_the_start():

@@ -67,6 +67,7 @@ def on_cpu():
 
 
 def assert_same(stats, wanted, rtol=RTOL):
+    """The same Gram matrix; and errors, which are small differences of its entries, to 20 times its tolerance."""
     size = wanted.gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
     assert ((stats.gram - wanted.gram).abs() <= rtol * size).all()
     for solver in ("ddim", "dpmpp_2m", "fitted"):

@@ -42,7 +42,7 @@ def test_a_pipeline_in_bfloat16(family, solver):
     call = {name: on(value, "cuda", torch.bfloat16) for name, value in call.items()}
     pipe.to("cuda", torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
-    schedule = fs.diffusers.fit(pipe, 4, solver=solver, levels=16, samples=2, model_calls=60, **call)
+    schedule = fs.diffusers.fit(pipe, 4, solver=solver, levels=16, samples=2, model_calls=100, **call)
     assert schedule.steps == 4
     assert (schedule.sigmas.diff() < 0).all()
     assert schedule.sigmas[-1] == 0
