@@ -66,13 +66,13 @@ def on_cpu():
     return measured(network("cpu"), "cpu")
 
 
-def assert_same(stats, wanted, rtol=RTOL):
-    """The same Gram matrix; and errors, which are small differences of its entries, to 20 times its tolerance."""
+def assert_same(stats, wanted, rtol=RTOL, errors=20 * RTOL):
+    """The same Gram matrix to ``rtol``, and predicted errors, small differences of its entries, to ``errors``."""
     size = wanted.gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
     assert ((stats.gram - wanted.gram).abs() <= rtol * size).all()
     for solver in ("ddim", "dpmpp_2m", "fitted"):
         ours, theirs = (fs.predict_error(each, fs.optimal_schedule(wanted, 6, solver)) for each in (stats, wanted))
-        assert ours == pytest.approx(theirs, rel=20 * rtol)
+        assert ours == pytest.approx(theirs, rel=errors)
 
 
 @pytest.mark.parametrize("batch_size", [None, 1])
@@ -91,7 +91,8 @@ def test_a_measurement_repeats_to_the_bit():
 def test_vectors_in_page_locked_memory(keep_increments):
     options = {"batch_size": 2, "keep_increments": keep_increments}
     one, other = (measured(network("cuda"), store=store, **options) for store in ("device", "cpu"))
-    assert_same(other, one, rtol=1e-5)
+    # float32 sums in another order: 1e-7 of a level, of which the error at 6 fitted steps is 1e-4
+    assert_same(other, one, rtol=1e-6, errors=5e-3)
 
 
 @pytest.mark.parametrize("store", ["device", "cpu"])
