@@ -22,11 +22,13 @@ def blocks(page):
     return BLOCK.findall((DOCS / page).read_text(encoding="utf-8"))
 
 
-def need(code):
-    """Skip the test if a block imports a package that is not installed."""
-    for name in LIBRARIES:
-        if re.search(rf"^(?:import|from) {name}\b", code, re.MULTILINE) and importlib.util.find_spec(name) is None:
-            pytest.skip(f"needs {name}")
+def imported(code):
+    """The third-party packages that a block imports."""
+    return [name for name in LIBRARIES if re.search(rf"^(?:import|from) {name}\b", code, re.MULTILINE)]
+
+
+def installed(library):
+    return importlib.util.find_spec(library) is not None
 
 
 def programs():
@@ -37,7 +39,9 @@ def programs():
 
 @pytest.mark.parametrize(("title", "code"), programs(), ids=[title for title, _ in programs()])
 def test_a_program_of_the_gallery_runs(title, code, tmp_path, monkeypatch):
-    need(code)
+    for library in imported(code):
+        if not installed(library):
+            pytest.skip(f"needs {library}")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     exec(compile(code, f"gallery.md: {title}", "exec"), {"__name__": "__main__"})
@@ -107,6 +111,16 @@ GUIDES = ["index.md", "start.md", "choosing.md", "k_diffusion.md", "flow_matchin
 
 @pytest.mark.parametrize("page", [*GUIDES, "large_models.md"])
 def test_the_code_of_a_guide_runs(page, tmp_path, monkeypatch):
+    run_guide(page, tmp_path, monkeypatch, installed)
+
+
+@pytest.mark.parametrize("page", ["flow_matching.md", "k_diffusion.md"])
+def test_a_guide_runs_without_the_libraries_that_it_is_for(page, tmp_path, monkeypatch):
+    run_guide(page, tmp_path, monkeypatch, lambda library: False)
+
+
+def run_guide(page, tmp_path, monkeypatch, has):
+    """Run the blocks of a page one after the other, but those that import a library that is not there."""
     monkeypatch.chdir(tmp_path)
     given = names() | {"noise": torch.randn(1, *NOISE.get(page, (4,)))}
     denoiser = fs.Denoiser.from_denoiser(denoise, 0.1, 10.0)
@@ -125,11 +139,7 @@ def test_the_code_of_a_guide_runs(page, tmp_path, monkeypatch):
         fit = fs.diffusers.fit
         monkeypatch.setattr(fs.diffusers, "fit", lambda pipe, **options: fit(pipe, levels=16, samples=1, **options))
     for code in blocks(page):
-        for name in LIBRARIES:
-            if importlib.util.find_spec(name) is None and re.search(rf"^from {name}\b", code, re.MULTILINE):
-                code = None  # the rest of the page may not need it
-                break
-        if code is not None:
+        if all(map(has, imported(code))):
             exec(compile(code, page, "exec"), given)
 
 

@@ -146,12 +146,16 @@ def test_select_and_plan_as_json(folder):
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_can_be_shown(shell):
+    import os
     import subprocess
     import sys
 
+    # typer otherwise shows the completion of the shell among its parents, if there is one
+    settings = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     command = [sys.executable, "-m", "fastsched", "--show-completion", shell]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "fastsched" in result.stdout.lower(), result.stderr
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=settings)
+    script = {"bash": "complete -o", "zsh": "compdef", "fish": "complete --command"}
+    assert script[shell] in result.stdout, result.stderr
 
 
 def test_the_log_level_hides_what_is_said_but_not_errors(folder):

@@ -21,7 +21,8 @@ PATH, CHECKS = 22, 6  # calls of a path over 12 levels; of four elements, too fe
 
 def run(task, folder, processes=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    settings = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (WORKER.parents[1], WORKER.parents[2])))}
+    paths = [str(WORKER.parents[1]), str(WORKER.parents[2]), os.environ.get("PYTHONPATH", "")]
+    settings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command += [str(WORKER), task, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=settings)
     files = [folder / f"{task}-{rank}.json" for rank in range(processes)]
