@@ -89,7 +89,13 @@ class Source:
         """The pipeline, and arguments for its call."""
         not_for_pipelines(shape=self.shape, batch_size=self.batch_size)
         arguments = call_arguments(self.call)
-        return load_pipeline(self.name, self.device, self.precision, quiet=self.quiet), arguments
+        kind = pipeline_class(self.name)
+        from fastsched.diffusers.pipeline_measurement import check_accepted
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come with the call; errors come here, before minutes of loading
+            check_accepted(kind, [*(["prompt"] if self.prompts else []), *arguments])
+        return load_pipeline(kind, self.name, self.device, self.precision, quiet=self.quiet), arguments
 
 
 def integers(name: str, text: str) -> list[int]:
@@ -140,29 +146,20 @@ def named_schedules(paths: list[Path]) -> dict[str, Schedule]:
     return named
 
 
-def load_pipeline(name: str, device: str | None, dtype: torch.dtype | None, *, quiet: bool) -> Any:
-    """The pipeline of diffusers that was saved in a folder; only safetensors are read, and nothing is downloaded."""
+def load_pipeline(kind: Any, name: str, device: str | None, dtype: torch.dtype | None, *, quiet: bool) -> Any:
+    """The pipeline of class ``kind`` that was saved in a folder; reads only safetensors, downloads nothing."""
     from fastsched import validate
 
     validate.CHECKS["device"]("device", device)
-    folder = Path(name)
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{name} is a folder without model_index.json; name one that pipe.save_pretrained wrote")
-    from fastsched import diffusers as _adapters  # noqa: F401 - says which extra is missing
-
     with _quiet_diffusers():
-        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
         precision = {} if dtype is None else {"torch_dtype": dtype}
-        pipe = DiffusionPipeline.from_pretrained(name, use_safetensors=True, local_files_only=True, **precision)
+        pipe = kind.from_pretrained(name, use_safetensors=True, local_files_only=True, **precision)
         pipe.set_progress_bar_config(disable=quiet)
     return pipe if device is None else pipe.to(device)
 
 
 def load_scheduler(name: str) -> Any:
     """The scheduler of a saved pipeline, or one that was saved alone; the pipeline's weights are not read."""
-    import json
-
     from fastsched import diffusers as _adapters  # noqa: F401 - says which extra is missing
 
     folder = next((f for f in (Path(name) / "scheduler", Path(name)) if (f / "scheduler_config.json").is_file()), None)
@@ -170,23 +167,48 @@ def load_scheduler(name: str) -> Any:
         raise ValueError(f"{name} holds no scheduler_config.json; name a saved pipeline or scheduler of diffusers")
     import diffusers
 
-    kind = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8")).get("_class_name")
+    kind = class_name(folder / "scheduler_config.json")
     known = getattr(diffusers, str(kind), None)
     if not (isinstance(known, type) and hasattr(known, "set_timesteps")):
         raise ValueError(f"{folder} is for a scheduler {kind!r}, which diffusers {diffusers.__version__} does not have")
     return known.from_pretrained(str(folder))
 
 
+def pipeline_class(name: str) -> type:
+    """The class of the pipeline saved in a folder; ValueError if diffusers does not have it."""
+    index = Path(name) / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{name} is a folder without model_index.json; name one that pipe.save_pretrained wrote")
+    kind = class_name(index)
+    with _quiet_diffusers():
+        import diffusers
+
+        known = getattr(diffusers, str(kind), None)
+    if not (isinstance(known, type) and hasattr(known, "from_pretrained")):
+        raise ValueError(f"{index} names the class {kind!r}, which diffusers {diffusers.__version__} does not have")
+    return known
+
+
+def class_name(file: Path) -> Any:
+    """The class that a file of diffusers is for; ValueError if the file does not say."""
+    import json
+
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is not as diffusers writes it: JSON with the entry _class_name") from None
+
+
 def pipeline_call(name: str) -> tuple[str | None, list[str] | None]:
     """The class of the pipeline in a folder and the arguments of its call; None for a scheduler or a class unknown."""
     import inspect
-    import json
 
     import diffusers
 
     index = Path(name) / "model_index.json"
-    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None
-    known = getattr(diffusers, kind, None) if isinstance(kind, str) else None
+    kind = class_name(index) if index.is_file() else None
+    with _quiet_diffusers():
+        known = getattr(diffusers, str(kind), None)
     return kind, None if known is None else list(inspect.signature(known.__call__).parameters)
 
 
@@ -215,14 +237,23 @@ def not_for_pipelines(**options: object) -> None:
 
 @contextlib.contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Without the progress bars that diffusers shows while it loads, and what it says of ``torch_dtype``."""
-    from diffusers.utils import logging
+    """Without what diffusers and transformers show while they load; ImportError that names the extra if they miss."""
+    from fastsched import diffusers as _adapters  # noqa: F401, I001 - says which extra is missing
 
-    logging.disable_progress_bar()
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    said = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # at import it advises to install packages that are not needed
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    for library in libraries:
+        library.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             # Newer versions call it dtype, which those before 0.42 do not know.
             warnings.filterwarnings("ignore", ".*torch_dtype.* is deprecated")
             yield
     finally:
-        logging.enable_progress_bar()
+        transformers.utils.logging.set_verbosity(said)
+        for library in libraries:
+            library.enable_progress_bar()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import inspect
 import os
 import random
@@ -359,7 +360,7 @@ def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict
     """Check the arguments of a pipeline's call.
 
     Raises:
-        TypeError: If ``pipe`` has no scheduler, or ``prompts`` are not strings.
+        TypeError: If ``pipe`` has no scheduler, ``prompts`` are not strings, or its call has no such argument.
         ValueError: If the arguments determine the steps or add noise, ``prompts`` is empty, or the prompt is given
             twice.
     """
@@ -375,6 +376,7 @@ def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict
     eta = call_kwargs.get("eta")  # some pipelines give it only to schedulers whose step names it
     if isinstance(eta, (int, float)) and eta != 0:
         raise ValueError(f"eta must be 0, because it adds noise, which is not measured, got {eta!r}; leave it out")
+    check_accepted(type(pipe), call_kwargs)
     if prompts is None:
         return
     if not isinstance(prompts, (str, list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
@@ -383,3 +385,25 @@ def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict
         raise ValueError("prompts must hold at least one prompt, or be None")
     if "prompt" in call_kwargs:
         raise ValueError("prompt must be left out if prompts are given")
+    check_accepted(type(pipe), ["prompt"])
+
+
+def check_accepted(kind: type, names: Iterable[str]) -> None:
+    """Check that the call of a class of pipelines has arguments of these names.
+
+    Raises:
+        TypeError: If it has not. There is a warning instead if the call takes any name, as some of diffusers do, and
+            the name looks misspelt: they ignore what they do not know.
+    """
+    accepted = inspect.signature(kind.__call__).parameters
+    known = [name for name in accepted if name not in ("self", *STEPPING)]
+    for name in names:
+        if name in accepted:
+            continue
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+        message = f"the call of {kind.__name__} has no argument {name!r}"
+        if all(each.kind is not inspect.Parameter.VAR_KEYWORD for each in accepted.values()):
+            raise TypeError(f"{message}; {hint}")
+        if near:
+            warnings.warn(f"{message} and may ignore it; {hint}", stacklevel=2)

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from shell_runs import MODEL, run
 
@@ -17,3 +19,34 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def model(folder) -> str:
     return f"{folder / 'my_model.py'}:build"
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+    """A saved text-to-image pipeline of diffusers, small and random, whose tokenizer knows letters."""
+    diffusers = pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+    import pipelines
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    path = tmp_path_factory.mktemp("text")
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (path / "vocab.json").write_text(json.dumps({token: n for n, token in enumerate(tokens)}))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    last = len(tokens) - 1
+    config = CLIPTextConfig(
+        **{"vocab_size": len(tokens), "hidden_size": 16, "intermediate_size": 16, "max_position_embeddings": 16},
+        **{"num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last},
+    )
+    diffusers.StableDiffusionPipeline(
+        vae=pipelines.small_vae(),
+        text_encoder=CLIPTextModel(config),
+        tokenizer=CLIPTokenizer(str(path / "vocab.json"), str(path / "merges.txt"), model_max_length=16),
+        unet=pipelines.small_conditional_unet(),
+        scheduler=diffusers.EulerDiscreteScheduler(steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(path / "pipeline")
+    return path / "pipeline"

@@ -36,7 +36,7 @@ def command_lines() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
+def work(tmp_path_factory, text_folder):
     path = tmp_path_factory.mktemp("examples")
     (path / "my_model.py").write_text(MODEL)
     (path / "package").mkdir()
@@ -54,12 +54,7 @@ def work(tmp_path_factory):
     matplotlib.image.imsave(path / "samples.png", np.zeros((2, 2, 3)))
     fs.Schedule(torch.tensor([1.0, 0.5, 0.0]), "ddim", "flow").save(path / "flow.json")
     diffusers = pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
-    from pipelines import small_unet
-
-    diffusers.DDIMPipeline(small_unet(), diffusers.EulerDiscreteScheduler()).save_pretrained(
-        path / "my_pipeline_folder"
-    )
-    diffusers.EulerDiscreteScheduler().save_pretrained(path / "my_pipeline_folder" / "scheduler")
+    shutil.copytree(text_folder, path / "my_pipeline_folder")
     flow = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     flow.save_pretrained(path / "my_flow_pipeline_folder" / "scheduler")
     return path

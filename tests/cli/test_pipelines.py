@@ -93,6 +93,8 @@ def test_info_describes_a_pipeline(saved):
         (("--batch-size", "2"), "batch-size is not for pipelines"),
         (("--call", "guidance_scale"), "call must be NAME=VALUE"),
         (("--call", "num_inference_steps=4"), "num_inference_steps must be left out"),
+        (("--prompt", "a cat"), "the call of DDIMPipeline has no argument 'prompt'; it has batch_size"),
+        (("--call", "batch_sise=2"), "has no argument 'batch_sise'; did you mean 'batch_size'?"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(saved, tmp_path, arguments, message):
@@ -101,10 +103,37 @@ def test_options_that_do_not_fit_are_refused(saved, tmp_path, arguments, message
     assert message in one_line(result)
 
 
-def test_a_folder_without_a_pipeline_is_explained(tmp_path):
+@pytest.mark.filterwarnings("always:.*and may ignore it")  # said on stderr, not raised
+def test_a_prompt_and_guidance_reach_the_pipeline(text_folder, tmp_path):
+    run_it = ("fit", text_folder, "--steps", "3", "--levels", "8", "--samples", "1", "--model-calls", "30", "-q")
+    levels = []
+    for call in ("guidance_scale=7.5", "guidance_scale=1", "guidance_scal=1"):
+        output = tmp_path / f"{call}.json"
+        result = run(*run_it, "--prompt", "a cat", "--call", call, "-o", output)
+        assert result.exit_code == 0, result.stderr
+        assert ("did you mean 'guidance_scale'?" in result.stderr) == ("scale" not in call)  # diffusers ignores it
+        assert "it/s" not in result.stderr  # no bars of the libraries that load it
+        levels.append(fs.Schedule.load(output).sigmas)
+    assert torch.equal(levels[0], levels[2])  # 7.5 is the default
+    assert not torch.equal(levels[0], levels[1])
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (None, "without model_index.json"),
+        ('{"_class_name": "NoPipeline"}', "model_index.json names the class 'NoPipeline', which diffusers"),
+        ('{"_class_name": ["code", "Own"]}', "names the class ['code', 'Own'], which diffusers"),
+        ('{"_class_na', "model_index.json is not as diffusers writes it"),
+        ("[]", "model_index.json is not as diffusers writes it"),
+    ],
+)
+def test_a_folder_that_is_no_pipeline_of_diffusers_is_explained(tmp_path, index, message):
+    if index is not None:
+        (tmp_path / "model_index.json").write_text(index)
     result = run("measure", tmp_path, "-o", tmp_path / "s.safetensors")
     assert result.exit_code == 2
-    assert "without model_index.json" in one_line(result)
+    assert message in one_line(result)
 
 
 def test_weights_that_would_be_unpickled_are_not_read(saved, tmp_path):
