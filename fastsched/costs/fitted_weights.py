@@ -112,8 +112,8 @@ class _Fit:
 class _Differences:
     """``D_m - D_n`` of C runs, of each answer before the last to the last, and their Gram matrices.
 
-    ``D_m - D_n`` is the sum of the changes ``D_j - D_{j+1}`` from m on, so products with it are running sums of products
-    with those, and each answer meets the metric once.
+    ``D_m - D_n`` is the sum of the changes ``D_j - D_{j+1}`` from m on, so its products are running sums of theirs, and
+    each answer meets the metric once.
     """
 
     def __init__(self, count: int, most: int, metric: Array) -> None:
