@@ -3,7 +3,7 @@
     python -m benchmarks.pretrained.pictures --weights FOLDER --network mnist-flow
 
 writes ``docs/pretrained_mnist-flow.png``. Rows are labelled with the model calls that choosing their schedule took and
-with the typical error of the samples shown; the last row is converged.
+with the typical error of the samples shown. The last row but one is of the fitted solver; the last is converged.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from torch import Tensor
 
 import fastsched as fs
 from benchmarks.pretrained.networks import Network, builders, find_zoo
-from benchmarks.pretrained.run import LARGE, METHODS, Plan
+from benchmarks.pretrained.run import FITTED_METHODS, LARGE, METHODS, Plan, ways
 from benchmarks.pretrained.summary import DOCS
 from benchmarks.quality import glossary
-from benchmarks.quality.choosing import Choosers, Chosen
+from benchmarks.quality.choosing import Choosers
 from benchmarks.quality.models import Model
+from fastsched.sampling.solvers import FITTED
 
+#: Methods that choose schedules for the solver that is named, and for the fitted one.
 ROWS = ("native", "karras_7", "exponential", "paper", "optimal_schedule", "fit")
+FITTED_ROWS = ("fit_100",)
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,19 @@ class Row:
     samples: Tensor
 
 
-def rows_of(network: Network, methods: Sequence[str], solver: str, calls: int, columns: int, plan: Plan) -> list[Row]:
-    """The samples of every method, and the converged ones, from noises that no method saw."""
+def rows_of(network: Network, shown: Sequence[tuple[str, str]], calls: int, columns: int, plan: Plan) -> list[Row]:
+    """The samples of every solver and method, and the converged ones, from noises that no method saw."""
     reference = fs.converged_reference(
         network.denoiser, network.shape, samples=columns, progress=False, **plan.reference
     )
     choosers = Choosers(Model(network.denoiser, network.shape, ""), 0, plan.effort)
-    known = {"native": lambda: Chosen(network.native(calls)), **choosers.choose(solver, calls)}
     rows = []
-    for method in methods:
-        chosen = known[method]()
+    for solver, method in shown:
+        chosen = ways(network, choosers, solver, calls)[method]()
         ends = fs.sample(network.denoiser, chosen.sigmas, solver, reference.noise)
         error = fs.metrics.geometric_mean(fs.metrics.squared_distances(ends, reference.ends))
-        rows.append(Row(f"{glossary.title(method)}\n{chosen.model_calls:,} calls\nerror {error:.3g}", ends))
+        title = glossary.title(method) + ", fitted" * (solver == FITTED)
+        rows.append(Row(f"{title}\n{chosen.model_calls:,} calls\nerror {error:.3g}", ends))
     return [*rows, Row(f"converged\n{reference.steps} steps", reference.ends)]
 
 
@@ -68,7 +71,7 @@ def plot(rows: Sequence[Row], network: Network, title: str, path: Path) -> None:
     if network.image is None:
         raise ValueError("network must have an image function, which makes pictures of its samples")
     columns = len(rows[0].samples)
-    figure = Figure(figsize=(1.5 + 0.85 * columns, 0.4 + 0.85 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(1.7 + 0.85 * columns, 0.4 + 0.85 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.01, wspace=0, hspace=0)  # type: ignore[union-attr]  # it has one
     panels = figure.subplots(len(rows), columns, squeeze=False)
@@ -92,12 +95,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--calls", type=int, default=5)
     parser.add_argument("--columns", type=int, default=8)
     parser.add_argument("--methods", nargs="*", default=ROWS, choices=METHODS)
+    parser.add_argument(
+        "--fitted", nargs="*", default=FITTED_ROWS, choices=FITTED_METHODS, help="for the fitted solver"
+    )
     parser.add_argument("--output", type=Path, default=None)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     network = builders(find_zoo(args.weights))[args.network]()
     plan = LARGE if args.large else Plan()
-    rows = rows_of(network, args.methods, args.solver, args.calls, args.columns, plan)
+    shown = [*((args.solver, method) for method in args.methods), *((FITTED, method) for method in args.fitted)]
+    rows = rows_of(network, shown, args.calls, args.columns, plan)
     path = args.output or DOCS / f"pretrained_{args.network}.png"
     plot(rows, network, f"{args.network}, {args.solver}, {args.calls} model calls a sample", path)
     print(f"written: {path}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ NETWORKS = ("cifar-grey", "mnist-flow", "flower-flow")
 SOLVERS = ("ddim", "dpmpp_2m", "unipc")
 PATH = RESULTS / "pretrained.csv"
 
-#: Every method, as `Choosers.choose` calls it; ``native`` is the network's own schedule.
+#: Every method, as `ways` calls it.
 METHODS = (
     "native",
     "karras_7",
@@ -49,9 +49,10 @@ METHODS = (
     "oss",
     "optimal_schedule",
     "fit",
+    "fit_100",
 )
 #: Those that choose schedules for the fitted solver too.
-FITTED_METHODS = ("optimal_schedule", "fit")
+FITTED_METHODS = ("optimal_schedule", "fit", "fit_100")
 
 USUAL_EFFORT = Effort(paper=64, gits=256, tuning=16, optimal_steps=8, most_steps=12)
 
@@ -95,6 +96,15 @@ def missing(
     return [found for found in wanted if (name, found[0], str(found[1]), str(seed), found[2]) not in done]
 
 
+def ways(network: Network, choosers: Choosers, solver: str, calls: int) -> dict[str, Callable[[], Chosen]]:
+    """Every method's schedule of ``calls`` steps for ``solver``, by name."""
+    return {
+        "native": lambda: Chosen(network.native(calls)),
+        "fit_100": lambda: choosers.fit_within(100, solver, calls),
+        **choosers.choose(solver, calls),
+    }
+
+
 def rows_of(
     name: str, network: Network, plan: Plan, seed: int, wanted: Sequence[tuple[str, int, str]]
 ) -> Iterator[table.Row]:
@@ -107,8 +117,7 @@ def rows_of(
         network.denoiser, network.shape, samples=plan.samples, seed=seed, progress=False, **plan.reference
     )
     for solver, calls, method in tqdm(wanted, desc=name, unit="row"):
-        known = {"native": lambda calls=calls: Chosen(network.native(calls)), **choosers.choose(solver, calls)}
-        found = result(model, solver, known[method](), reference)
+        found = result(model, solver, ways(network, choosers, solver, calls)[method](), reference)
         yield {"denoiser": name, "solver": solver, "calls": calls, "seed": seed, "method": method, **found}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,9 @@ from fastsched.sampling.solvers import FITTED
 DOCS = Path(__file__).parents[2] / "docs"
 
 #: fastsched's own methods; all else in `METHODS` is another way.
-OURS = ("optimal_schedule", "fit")
+OURS = ("optimal_schedule", "fit", "fit_100")
+#: Schedules that ask the network nothing and need no choosing.
+COMMON = ("karras_7", "karras_7_to_zero", "exponential", "exponential_to_zero", "native")
 ERRORS = {"typical_error": "typical", "mean_error": "mean"}
 #: Networks that a table of their own shows together; any other network has one to itself.
 TOGETHER = ("cifar-grey", "mnist-flow")
@@ -115,29 +117,31 @@ def by_cell(results: Results, cells: Sequence[Cell]) -> str:
     return markdown(["network", "cell", *header], rows)
 
 
-def fitted_solver(results: Results, cells: Sequence[Cell]) -> str:
-    """The fitted solver's errors over those of the best stock solver's `fs.fit` with as many model calls."""
+def fitted_solver(results: Results, cells: Sequence[Cell], title: str, rivals: Sequence[str]) -> str:
+    """The fitted solver's errors over the least that ``rivals`` have with any stock solver and as many model calls."""
     rows, ratios = [], {kind: {method: [] for method in OURS} for kind in ERRORS}
     for cell in [cell for cell in cells if cell[1] == FITTED]:
         row = [cell[0], str(cell[2])]
         for kind in ERRORS:
             stock = [other for other in cells if (other[0], other[2]) == (cell[0], cell[2]) and other[1] != FITTED]
-            known = {
-                other[1]: results.errors[kind][other]["fit"] for other in stock if "fit" in results.errors[kind][other]
-            }
-            if not known:
-                continue
-            best = min(known, key=known.__getitem__)
-            row += [best, f"{known[best]:.3g}"]
+            errors = {other[1]: _least(results.errors[kind][other], rivals) for other in stock}
+            solver = min(errors, key=lambda name: errors[name][0])
+            least, rival = errors[solver]
+            row += [f"{glossary.title(rival)}, {solver}" if len(rivals) > 1 else solver, f"{least:.3g}"]
             for method in OURS:
-                error = results.errors[kind][cell].get(method, math.nan) / known[best]
+                error = results.errors[kind][cell].get(method, math.nan) / least
                 row.append(f"{error:.2f}")
                 ratios[kind][method].append(error)
         rows.append(row)
     means = [text for kind in ERRORS for text in ("", "", *(f"{geometric(ratios[kind][m]):.3f}" for m in OURS))]
     ours = [glossary.title(method) for method in OURS]
-    header = [name for kind in ERRORS.values() for name in (f"best stock fs.fit, {kind}", "its error", *ours)]
+    header = [name for kind in ERRORS.values() for name in (f"{title}, {kind}", "its error", *ours)]
     return markdown(["fitted solver", "calls", *header], [*rows, ["geometric mean", "", *means]])
+
+
+def _least(errors: Mapping[str, float], methods: Sequence[str]) -> tuple[float, str]:
+    """The least of these methods' errors, and whose it is."""
+    return min(((errors[name], name) for name in methods if name in errors), default=(math.inf, methods[0]))
 
 
 def _ratio(found: Sequence[float]) -> str:
@@ -170,7 +174,8 @@ def report(results: Results) -> str:
         stock = [cell for cell in cells if cell[1] != FITTED]
         parts += [f"## {title}", standings(results, stock), by_cell(results, stock)]
         if len(stock) < len(cells):
-            parts += [fitted_solver(results, cells)]
+            parts += [fitted_solver(results, cells, "best stock fs.fit", ["fit"])]
+            parts += [fitted_solver(results, cells, "best common schedule", COMMON)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -190,12 +190,19 @@ class Choosers:
         sigmas = found if solver == FITTED else found.sigmas
         return Chosen(sigmas, statistics.model_calls, seconds, found.predicted_error)
 
+    def fit_within(self, model_calls: int, solver: str, steps: int) -> Chosen:
+        """`fastsched.fit` with ``model_calls`` in all, a measurement of its own among them."""
+        return self._fitted(solver, steps, 0.0, model_calls=model_calls, seed=self.seed)
+
     def _fit(self, solver: str, steps: int) -> Chosen:
-        statistics, start = self.statistics, time.process_time()
-        found = fit_report(self.model.denoiser, self.model.shape, steps, solver, stats=statistics, progress=False)
-        seconds = time.process_time() - start + self.seconds["statistics"]
+        statistics = self.statistics
+        return self._fitted(solver, steps, self.seconds["statistics"], stats=statistics)
+
+    def _fitted(self, solver: str, steps: int, spent: float, **options: Any) -> Chosen:
+        start = time.process_time()
+        found = fit_report(self.model.denoiser, self.model.shape, steps, solver, progress=False, **options)
         sigmas = found.schedule if solver == FITTED else found.schedule.sigmas
-        return Chosen(sigmas, found.model_calls, seconds, found.schedule.measured_error)
+        return Chosen(sigmas, found.model_calls, time.process_time() - start + spent, found.schedule.measured_error)
 
     def _timed(self, name: str, measure: Callable[[], Any]) -> Any:
         start = time.process_time()

@@ -1,12 +1,14 @@
 """What model calls buy: the error of the fitted solver against all calls that choosing it made.
 
-    python -m benchmarks.quality.cost_curve           # a few minutes on two cores
-    python -m benchmarks.quality.cost_curve --plot    # the picture alone
+    python -m benchmarks.quality.cost_curve                     # a few minutes on two cores
+    python -m benchmarks.quality.cost_curve --weights FOLDER    # networks of benchmarks/pretrained
+    python -m benchmarks.quality.cost_curve --plot              # the picture alone
 
 For each denoiser, seed and total, `fastsched.fit(..., solver="fitted", model_calls=TOTAL)` on its own, judged on the
 benchmark's noises. Errors are ratios to the best of the six stock solvers' `fastsched.fit` with 1,500 calls at as many
-calls to sample, from ``results/quality.csv``; the other methods of that file stand beside it at their own calls. Rows
-go to ``results/cost_curve.csv``, the picture to ``docs/cost_curve.png``.
+calls to sample, which are in ``results/quality.csv``, or for others' networks are run here; the other methods of that
+file stand beside it at their own calls, on the six denoisers. Rows go to ``results/cost_curve.csv``, the picture to
+``docs/cost_curve.png``.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import itertools
 import multiprocessing
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,33 +28,65 @@ from tqdm import tqdm
 
 import fastsched as fs
 from benchmarks.common import append, environment
-from benchmarks.quality import table
-from benchmarks.quality.choosing import Chosen
-from benchmarks.quality.models import MODELS
-from benchmarks.quality.run import REFERENCE, RESULTS, SAMPLES, result
+from benchmarks.pretrained.networks import builders, find_zoo
+from benchmarks.quality import glossary, table
+from benchmarks.quality.choosing import Choosers
+from benchmarks.quality.models import MODELS, Model
+from benchmarks.quality.run import REFERENCE, RESULTS, SAMPLES, SOLVERS, result, steps_within
 from benchmarks.quality.summary import DOCS
 from fastsched.sampling.solvers import FITTED
 
 TOTALS = (60, 100, 200, 400, 800, 1500)
 CALLS = (5, 8)
 SEEDS = (0, 1, 2)
-KEY = ("denoiser", "seed", "calls", "total")
+#: Others' networks, of images.
+NETWORKS = ("cifar-grey", "mnist-flow")
+#: Those of two-dimensional data, for which few calls do much less.
+PLANE = ("flow",)
+KEY = ("denoiser", "solver", "seed", "calls", "total")
 #: Other ways, with a marker for each.
-OTHERS = {"paper": "s", "gits": "^", "gits_tuned": "v", "oss": "D", "optimal_schedule": "P", "fit": "X"}
+OTHERS = {
+    "dmn_shipped": "<",
+    "paper": "s",
+    "gits": "^",
+    "gits_tuned": "v",
+    "oss": "D",
+    "optimal_schedule": "P",
+    "fit": "X",
+}
+#: Where the calls begin; methods that take none stand there.
+LEFT = 30
+
+Cell = tuple[str, str]
 
 
-def rows_of(name: str, seed: int) -> list[dict[str, Any]]:
-    """Every total and number of steps for one denoiser and seed."""
+def model_of(name: str, weights: Path | None) -> Model:
+    """A denoiser of ours, or with ``weights`` one of others'."""
+    if weights is None:
+        return MODELS[name]()
+    network = builders(find_zoo(weights))[name]()
+    return Model(network.denoiser, network.shape, name)
+
+
+def rows_of(name: str, seed: int, weights: Path | None = None) -> list[dict[str, Any]]:
+    """Every total and number of steps for one denoiser and seed; for others' networks the stock solvers' fits too."""
     torch.set_num_threads(1)
-    model = MODELS[name]()
+    model = model_of(name, weights)
+    choosers = Choosers(model, seed)
     reference = fs.converged_reference(
         model.denoiser, model.shape, samples=SAMPLES, seed=seed, progress=False, **REFERENCE
     )
+    wanted = [(FITTED, *each) for each in itertools.product(CALLS, TOTALS)]
+    if weights is not None:
+        wanted += [(solver, calls, TOTALS[-1]) for solver in SOLVERS if solver != FITTED for calls in CALLS]
     rows = []
-    for total, calls in itertools.product(TOTALS, CALLS):
-        schedule = fs.fit(model.denoiser, model.shape, calls, FITTED, model_calls=total, seed=seed, progress=False)
-        found = result(model, FITTED, Chosen(schedule), reference)
-        place = {"denoiser": name, "seed": seed, "calls": calls, "total": total}
+    for solver, calls, total in wanted:
+        steps = steps_within(solver, calls)
+        chosen = (
+            choosers.fit_within(total, FITTED, steps) if solver == FITTED else choosers.choose(solver, steps)["fit"]()
+        )
+        found = result(model, solver, chosen, reference)
+        place = {"denoiser": name, "solver": solver, "seed": seed, "calls": calls, "total": total}
         rows.append({**place, "typical_error": found["typical_error"], "mean_error": found["mean_error"]})
     return rows
 
@@ -66,15 +101,22 @@ def best_stock(quality: Iterable[table.Row], method: str = "fit") -> dict[tuple[
     return found
 
 
-def ratios(rows: Iterable[table.Row], best: dict[tuple[str, str, str], float]) -> dict[str, dict[int, float]]:
-    """Geometric mean over seeds and calls of the error against the best stock fit, by denoiser and total."""
-    logs: dict[str, dict[int, list[float]]] = {}
+def ratios(rows: Iterable[table.Row], best: dict[tuple[str, str, str], float]) -> dict[Cell, dict[int, float]]:
+    """The fitted solver's error over the best stock fit's, averaged over seeds, by denoiser and calls, and total."""
+    logs: dict[Cell, dict[int, list[float]]] = {}
     for row in rows:
         key = row["denoiser"], row["seed"], row["calls"]
-        if key in best:
+        if key in best and row["solver"] == FITTED:
             each = np.log(float(row["typical_error"]) / best[key])
-            logs.setdefault(row["denoiser"], {}).setdefault(int(row["total"]), []).append(float(each))
-    return {name: {total: float(np.exp(np.mean(v))) for total, v in found.items()} for name, found in logs.items()}
+            logs.setdefault((key[0], key[2]), {}).setdefault(int(row["total"]), []).append(float(each))
+    return {cell: {total: float(np.exp(np.mean(v))) for total, v in found.items()} for cell, found in logs.items()}
+
+
+def over_cells(found: dict[Cell, dict[int, float]], names: Iterable[str]) -> dict[int, tuple[float, float]]:
+    """By total, the geometric mean over the cells of these denoisers, and the worst cell."""
+    cells = [line for (name, _), line in found.items() if name in names]
+    values = {total: [line[total] for line in cells if total in line] for total in TOTALS}
+    return {total: (float(np.exp(np.mean(np.log(each)))), max(each)) for total, each in values.items() if each}
 
 
 def other_ways(quality: list[table.Row], best: dict[tuple[str, str, str], float]) -> dict[str, tuple[float, float]]:
@@ -84,33 +126,53 @@ def other_ways(quality: list[table.Row], best: dict[tuple[str, str, str], float]
         own = best_stock(quality, method)
         shared = [key for key in own if key in best and key[2] in map(str, CALLS)]
         spent = [int(row["choosing_calls"]) for row in quality if row["method"] == method and row["solver"] != FITTED]
-        if shared and np.mean(spent) > 0:
+        if shared:
             found[method] = float(np.mean(spent)), float(np.exp(np.mean([np.log(own[k] / best[k]) for k in shared])))
     return found
 
 
-def plot() -> None:
-    """Write the picture, and print its numbers."""
+def known() -> tuple[dict[Cell, dict[int, float]], dict[str, tuple[float, float]]]:
+    """The curve by cell, and the other ways, of the rows that there are."""
+    quality = list(table.read(RESULTS / "quality.csv"))
+    with (RESULTS / "cost_curve.csv").open(newline="") as file:
+        curve = list(csv.DictReader(file))
+    stock = [row | {"method": "fit"} for row in curve if row["solver"] != FITTED]
+    best = best_stock(quality)
+    return ratios(curve, best | best_stock(stock)), other_ways(quality, best)
+
+
+def show(found: dict[Cell, dict[int, float]], others: dict[str, tuple[float, float]]) -> None:
+    """Print the numbers of the picture."""
+    names = {name for name, _ in found}
+    groups = {"all": names, "but of the plane": names - set(PLANE), "others' networks": names & set(NETWORKS)}
+    for title, group in {**groups, **{name: {name} for name in sorted(names)}}.items():
+        line = over_cells(found, group)
+        print(title, {total: f"{mean:.3g} ({worst:.3g})" for total, (mean, worst) in line.items()})
+    print({method: f"{ratio:.3g} at {calls:,.0f}" for method, (calls, ratio) in others.items()})
+
+
+def plot(found: dict[Cell, dict[int, float]], others: dict[str, tuple[float, float]]) -> None:
+    """Write the picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    quality = list(table.read(RESULTS / "quality.csv"))
-    best = best_stock(quality)
-    with (RESULTS / "cost_curve.csv").open(newline="") as file:
-        found = ratios(list(csv.DictReader(file)), best)
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     ax = figure.subplots()
+    lines = {name: over_cells(found, {name}) for name, _ in found}
     last = 0.0
-    for name, line in sorted(found.items(), key=lambda pair: pair[1][TOTALS[0]]):
-        ax.plot(list(line), list(line.values()), "-", color="0.7", lw=1)
-        last = max(line[TOTALS[0]], 1.45 * last)  # labels beside each other, not on each other
+    for name, line in sorted(lines.items(), key=lambda pair: pair[1][TOTALS[0]]):
+        means = [mean for mean, _ in line.values()]
+        ax.plot(list(line), means, "--" if name in NETWORKS else "-", color="0.7", lw=1)
+        last = max(means[0], 1.45 * last)  # labels beside each other, not on each other
         ax.text(0.93 * TOTALS[0], last, name, fontsize=7, color="0.3", ha="right", va="center")
-    ax.set_xlim(left=30)
-    mean = {total: float(np.exp(np.mean([np.log(line[total]) for line in found.values()]))) for total in TOTALS}
-    ax.plot(list(mean), list(mean.values()), "o-", color="#CC0022", lw=2, label="fs.fit, fitted solver: all denoisers")
-    for method, (calls, ratio) in other_ways(quality, best).items():
-        ax.plot(calls, ratio, OTHERS[method], color="#332288", ms=7, label=f"{method}, its best stock solver")
+    ax.set_xlim(left=LEFT / 1.1)
+    for names, style, label in ((lines, "o-", "all"), (set(lines) - set(PLANE), "o:", "all but flow")):
+        mean = [value for value, _ in over_cells(found, names).values()]
+        ax.plot(TOTALS, mean, style, color="#CC0022", lw=2, label=f"fs.fit, fitted solver: {label}")
+    for method, (calls, ratio) in others.items():
+        label = f"{glossary.title(method)}, its best stock solver" + " (no calls)" * (calls == 0)
+        ax.plot(max(calls, LEFT), ratio, OTHERS[method], color="#332288", ms=7, label=label)
     ax.axhline(1, color="k", lw=0.8, ls=":")
     ax.set(xscale="log", yscale="log", xlabel="all model calls that choosing took, counted per sample")
     ax.set_ylabel("typical error against the best stock fs.fit\nwith 1,500 calls")
@@ -121,25 +183,28 @@ def plot() -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=8, frameon=False)
     figure.savefig(DOCS / "cost_curve.png", dpi=130)
-    print({total: round(ratio, 3) for total, ratio in mean.items()})
-    for name, line in found.items():
-        print(name, {total: round(ratio, 2) for total, ratio in line.items()})
-    print(other_ways(quality, best))
 
 
 def main() -> None:
     """Run what is asked for, and draw."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", action="store_true", help="draw what was run")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument(
+        "--weights", type=Path, default=None, help="others' networks: a folder with zoo.py in or beside it"
+    )
     options = parser.parse_args()
     if not options.plot:
-        units = list(itertools.product(MODELS, options.seeds))
+        commit = environment()["commit"]
+        names = MODELS if options.weights is None else NETWORKS
+        units = [(name, seed, options.weights) for name, seed in itertools.product(names, options.seeds)]
         with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
             for rows in tqdm(pool.map(rows_of, *zip(*units, strict=True)), total=len(units)):
-                append("cost_curve", [row | {"commit": environment()["commit"]} for row in rows], KEY)
-    plot()
+                append("cost_curve", [row | {"commit": commit} for row in rows], KEY)
+    found, others = known()
+    show(found, others)
+    plot(found, others)
 
 
 if __name__ == "__main__":

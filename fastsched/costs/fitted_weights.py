@@ -63,6 +63,8 @@ class _Fit:
         self, surrogate: Surrogate, secants: Answers, metric: Array, levels: Array, given: Array | None
     ) -> None:
         self.surrogate, self.metric, self.levels = surrogate, metric, levels
+        distinct, which = np.unique(levels[:, :-1], return_inverse=True)  # a descent's schedules differ in few levels
+        self.known, self.which = surrogate.on_path(distinct), which.reshape(levels[:, :-1].shape)
         self.found = Rollouts(surrogate, secants, len(levels))
         self.steps = levels.shape[1] - 1
         self.ridge = RIDGE * (8 / self.steps) ** 3
@@ -71,18 +73,17 @@ class _Fit:
 
     def run(self) -> Rollouts:
         """Sample, and keep the weights."""
-        y, rho, denoised = self.found.end, 1 / self.levels, []
+        y, rho = self.found.end, 1 / self.levels
+        differences = _Differences(len(y), self.steps - 1, self.metric)
         for n in range(self.steps):
-            denoised.append(self.found.denoise(y, self.levels[:, n]))
+            differences.add(self.found.denoise_at(y, self.known[self.which[:, n]]))
             step = (rho[:, n + 1] - rho[:, n])[:, None]
-            differences = np.stack([each - denoised[n] for each in denoised[:n]] or [np.zeros_like(y)], axis=1)[:, :n]
             if self.given is None:
-                target = self._target(n, y, step) - denoised[n]
-                b = self._least_squares(target, differences, self._theory(n))
+                b = differences.least_squares(self._target(n, y, step), self._theory(n), self.ridge)
             else:
                 b = self.given[:, n, :n]
             self.weights[:, n, :n], self.weights[:, n, n] = b, 1 - b.sum(1)
-            slope = denoised[n] + (b[:, None] @ differences)[:, 0]
+            slope = differences.combined(b)
             y = slope if n == self.steps - 1 else y + step * slope
         self.found.end = y
         return self.found
@@ -95,7 +96,7 @@ class _Fit:
             end[:, :increments] = 1.0  # D at the end of the path, less D_0
             return end
         wanted = -y
-        wanted[:, :increments] += self.surrogate.path(self.levels[:, n + 1])[0]
+        wanted[:, :increments] += self.known.state[self.which[:, n + 1]]
         return wanted / step
 
     def _theory(self, n: int) -> Array:
@@ -107,13 +108,46 @@ class _Fit:
             b[:, n - 1] = np.where(lam[:, n - 1] > PURE_NOISE_LAMBDA / 2, -0.5 * ratio, 0.0)
         return b
 
-    def _least_squares(self, target: Array, differences: Array, theory: Array) -> Array:
-        n = theory.shape[1]
+
+class _Differences:
+    """``D_m - D_n`` of C runs, of each answer before the last to the last, and their Gram matrices.
+
+    ``D_m - D_n`` is the sum of the changes ``D_j - D_{j+1}`` from m on, so its products are running sums of theirs, and
+    each answer meets the metric once.
+    """
+
+    def __init__(self, count: int, most: int, metric: Array) -> None:
+        self.metric, self.n, self.last = metric, -1, np.empty(0)
+        self._changes = np.zeros((count, most, len(metric)))
+        self._products = np.zeros_like(self._changes)  # with the metric
+        self._gram = np.zeros((count, most, most))
+
+    def add(self, denoised: Array) -> None:
+        """The next answers, ``D_n`` [C, V]."""
+        self.n += 1
+        if self.n > 0:
+            n, change = self.n, self.last - denoised
+            self._changes[:, n - 1], self._products[:, n - 1] = change, change @ self.metric
+            crossed = _sums_from_each(self._products[:, :n] @ change[:, :, None])
+            self._gram[:, :n, :n] += crossed + crossed.transpose(0, 2, 1) - crossed[:, -1:]
+        self.last = denoised
+
+    def combined(self, b: Array) -> Array:
+        """``D_n + sum_m b_m (D_m - D_n)`` [C, V] for weights [C, n]."""
+        return self.last + (b.cumsum(1)[:, None] @ self._changes[:, : self.n])[:, 0]
+
+    def least_squares(self, target: Array, theory: Array, ridge: float) -> Array:
+        """The weights [C, n] whose combination is nearest ``target`` [C, V], drawn to ``theory``."""
+        n = self.n
         if n == 0:
             return theory
-        products = differences @ self.metric
-        system = products @ differences.transpose(0, 2, 1)
-        left = target - (theory[:, None] @ differences)[:, 0]
-        size = np.einsum("cmm->c", system)[:, None, None] / n
-        system = system + (self.ridge * size + np.finfo(np.float64).tiny) * np.eye(n)
-        return theory + np.linalg.solve(system, products @ left[:, :, None])[:, :, 0]
+        right = _sums_from_each(self._products[:, :n] @ (target - self.combined(theory))[:, :, None])
+        system = self._gram[:, :n, :n].copy()
+        diagonal = np.einsum("cmm->cm", system)
+        diagonal += ridge * diagonal.mean(1, keepdims=True) + np.finfo(np.float64).tiny
+        return theory + np.linalg.solve(system, right)[:, :, 0]
+
+
+def _sums_from_each(values: Array) -> Array:
+    """The sums of ``values`` [C, n, 1] from each to the last, [C, n, 1]."""
+    return values[:, ::-1].cumsum(1)[:, ::-1]

@@ -80,7 +80,8 @@ class Secants:
             The answers ``sum_m c_m r_m``, and the part ``sum_m c_m a_m`` of the deviations that they are known for,
             both [C, V].
         """
-        deviations, residuals, products, system = self._at(lam)
+        distinct, which = np.unique(lam, return_inverse=True)
+        deviations, residuals, products, system = (known[which] for known in self._at(distinct))
         if self.runs:
             deviations, residuals, products, system = self._with_run(
                 evaluation, deviations, residuals, products, system

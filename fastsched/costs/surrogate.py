@@ -21,6 +21,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.secants import Secants
@@ -57,6 +58,34 @@ class Answers(Protocol):
     def answer(self, evaluation: int, lam: Array, away: Array) -> tuple[Array, Array]:
         """As `Secants.answer`."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class OnPath:
+    """What is known on the path at C levels.
+
+    Attributes:
+        s: The levels, [C].
+        lam: Their ``lambda``, within the grid, [C].
+        state: Coefficients of ``y - y_0``, [C, N-1].
+        denoised: Coefficients of ``D - D_0``, [C, N-1].
+        jacobian: The scalar Jacobian, [C].
+        amplitude: How large a deviation is at the end, against its size there, [C].
+    """
+
+    s: Array
+    lam: Array
+    state: Array
+    denoised: Array
+    jacobian: Array
+    amplitude: Array
+
+    def __getitem__(self, which: NDArray[np.intp]) -> OnPath:
+        """The same at levels by their numbers."""
+        of = lambda values: values[which]
+        return OnPath(
+            of(self.s), of(self.lam), of(self.state), of(self.denoised), of(self.jacobian), of(self.amplitude)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,6 +217,10 @@ class Surrogate:
             state = np.where(first, 0.5 * rho[:, None] * (c[0, 0, : denoised.shape[1]] + denoised), state)
         return state, denoised
 
+    def on_path(self, s: Array) -> OnPath:
+        """What is known on the path at levels ``s`` [C]."""
+        return OnPath(s, self.position(s), *self.path(s), self.scalar_jacobian(s), self.amplitude(s))
+
     def rollouts(self, levels: Array, solver: str | Solver, secants: Answers | None = None) -> Rollouts:
         """Sample along C schedules at once.
 
@@ -247,16 +280,20 @@ class Rollouts:
 
     def denoise(self, y: Array, s: Array) -> Array:
         """Coefficients of ``D - D_0`` [C, V] at levels ``s`` [C], where ``y - y_0`` has coefficients ``y``."""
-        model, n = self.surrogate, len(self.surrogate.s) - 1
-        state, denoised = model.path(s)
+        distinct, which = np.unique(s, return_inverse=True)  # a descent's schedules differ in few levels
+        return self.denoise_at(y, self.surrogate.on_path(distinct)[which])
+
+    def denoise_at(self, y: Array, known: OnPath) -> Array:
+        """The same, where what is known at the levels was looked up."""
+        n = len(self.surrogate.s) - 1
         away = y.copy()
-        away[:, :n] -= state
-        away *= np.where(np.isinf(s), 0.0, s)[:, None]
-        answer, explained = self.secants.answer(len(self._away), model.position(s), away)
-        found = model.scalar_jacobian(s)[:, None] * away + answer
-        found[:, :n] += denoised
+        away[:, :n] -= known.state
+        away *= np.where(np.isinf(known.s), 0.0, known.s)[:, None]
+        answer, explained = self.secants.answer(len(self._away), known.lam, away)
+        found = known.jacobian[:, None] * away + answer
+        found[:, :n] += known.denoised
         self._away.append(away)
-        self._unexplained.append((away - explained) * model.amplitude(s)[:, None])
+        self._unexplained.append((away - explained) * known.amplitude[:, None])
         return found
 
 

@@ -104,6 +104,20 @@ def test_ratios_are_to_the_best_other_way_of_each_cell():
     assert "| fs.fit | 0.866 | 1.500 |" in summary.standings(results, [cell, other])
 
 
+def test_the_fitted_solver_is_set_against_the_best_of_several_solvers_and_methods():
+    ours = {"optimal_schedule": 4.0, "fit": 1.0, "fit_100": 2.0}
+    errors = {
+        ("a", "fitted", 5): ours,
+        ("a", "ddim", 5): {"karras_7": 8.0, "native": 16.0, "fit": 5.0},
+        ("a", "unipc", 5): {"karras_7": 9.0, "exponential": 4.0, "fit": 10.0},
+    }
+    results = summary.Results(dict.fromkeys(summary.ERRORS, errors), ("karras_7", "native", "exponential"))
+    against_fit = summary.fitted_solver(results, list(errors), "best stock fs.fit", ["fit"])
+    assert "| a | 5 | ddim | 5 | 0.80 | 0.20 | 0.40 |" in against_fit
+    against_common = summary.fitted_solver(results, list(errors), "best common schedule", summary.COMMON)
+    assert "| a | 5 | exponential, unipc | 4 | 1.00 | 0.25 | 0.50 |" in against_common
+
+
 def test_weights_are_untouched(weights):
     before = sorted(weights.parent.rglob("*"))
     networks.builders(networks.find_zoo(weights))["mixture"]()
@@ -116,8 +130,14 @@ def test_pictures_show_every_method_and_the_converged_samples(weights, tmp_path)
         ZOO.replace("native: object", "native: object\n    image: object = staticmethod(lambda x: x[:, None, None])")
     )
     network = networks.builders(weights.parent / "zoo.py")["mixture"]()
-    rows = pictures.rows_of(network, ["native", "optimal_schedule"], "ddim", 4, 3, run.Plan())
-    assert [row.label.split("\n")[0] for row in rows] == ["native", "fs.optimal_schedule", "converged"]
+    shown = [("ddim", "native"), ("ddim", "optimal_schedule"), ("fitted", "fit_100")]
+    rows = pictures.rows_of(network, shown, 4, 3, run.Plan())
+    assert [row.label.split("\n")[0] for row in rows] == [
+        "native",
+        "fs.optimal_schedule",
+        "fs.fit in 100 calls, fitted",
+        "converged",
+    ]
     assert "\n0 calls\n" in rows[0].label
     assert all(row.samples.shape == (3, 2) for row in rows)
     pictures.plot(rows, network, "mixture", tmp_path / "rows.png")
