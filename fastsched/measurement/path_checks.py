@@ -19,15 +19,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fastsched.measurement.network_checks import ELSEWHERE, FEWEST_ELEMENTS, Questions, suspects
+from fastsched.measurement.network_checks import ELSEWHERE, FEWEST_ELEMENTS, OF_A_SIGN, Questions, suspects
 from fastsched.measurement.path_following import Query
 from fastsched.sampling.random_streams import noise_of
 
 Result = TypeVar("Result")
 
-#: What may be of the wrong sign and yet have a ``D`` near its input at low levels, and the right one at the highest.
-OF_A_SIGN = ("v", "edm")
-#: Over fewer levels a path's end is hardly a sample: there only twice as much is wrong, and with half of them nothing.
+#: Over fewer levels a path's end is hardly a sample, and no reason for a warning; with half of them none for an error.
 FEWEST_LEVELS = 12
 #: Paths that are looked at, the first of the batch.
 MOST_PATHS = 8
@@ -36,11 +34,13 @@ NEAR_DATA = (0.1, 4.0)
 #: How far the first property may be violated, over the root of the paths; of one element, over its root, more; and how
 #: that grows with the level in units of the data's deviation.
 SLACK, SLACK_OF_ELEMENTS, GROWTH = 0.4, 0.5, 0.7
-#: The level of the second property, in units of the data's deviation.
-LOW_PART = 0.1
+#: The level of the second property, in units of the data's deviation; a wrong sign shows further from the data.
+LOW_PART, LOW_PART_OF_A_SIGN = 0.1, 0.15
+#: Paths of the wrong sign are driven away from the data: their ends vary that much more than the prediction assumes.
+WIDE = 2.5
 #: ``|D - x0|^2 / |s n|^2`` above which a network is wrong, or doubtful; how far it may exceed the part along ``n``; and
 #: how far that part may be below 0. Each with what more is allowed of one element, over the root of their number.
-WRONG, DOUBTFUL, ACROSS, AGAINST = (1.15, 1.5), (1.05, 1.35), (0.2, 0.7), (0.0, 0.6)
+WRONG, DOUBTFUL, ACROSS, AGAINST = (1.7, 2.2), (1.05, 1.35), (0.2, 0.7), (0.0, 0.6)
 
 
 def path_checked(steps: Query[Result], ask: Questions, s: Tensor) -> Query[Result]:
@@ -49,8 +49,9 @@ def path_checked(steps: Query[Result], ask: Questions, s: Tensor) -> Query[Resul
     The first answer is compared by `Questions.check_first`; when the reference path ends, it is judged.
 
     Raises:
-        ValueError: If ``v`` or EDM's ``F`` has the wrong sign; what else is found is a warning, for guidance that is
-            stronger than its data allow violates both properties too.
+        ValueError: If ``v`` or EDM's ``F`` has the wrong sign: too much noise is left at the end, and by far, or ``D``
+            moves against its input (`Questions.against`), or the end is far from any data. What else is found is a
+            warning, for guidance that is stronger than its data allow does each of these.
     """
     path = _Path(ask, s)
     question = next(steps)
@@ -98,20 +99,26 @@ class _Path:
         if not float(sizes[-1]) > 0:
             return
         deviation = math.sqrt(float(sizes[-1]) / end.numel())
+        few, small = len(self.s) < FEWEST_LEVELS, end.numel() < FEWEST_ELEMENTS
         unequal = _unequal_sizes(sizes / sizes[-1], self.s, deviation, end.numel(), xx.shape[1])
-        left, excess = _noise_left(self.ask, end, deviation)
-        coarse = len(self.s) < FEWEST_LEVELS
-        if (left is None and unequal is None) or len(self.s) < FEWEST_LEVELS // 2:
+        signed, left, far = self.ask.denoiser.prediction in OF_A_SIGN, None, False
+        if signed or not small:
+            left, far = _noise_left(self.ask, end, (LOW_PART_OF_A_SIGN if signed else LOW_PART) * deviation)
+        against, denoiser = self.ask.against, self.ask.denoiser
+        wide = deviation > WIDE * (denoiser.sigma_data if denoiser.prediction == "edm" else 1.0)
+        sure = against or (wide and not (few and small)) or (far and not few)
+        wrong = signed and left and sure and len(self.s) >= FEWEST_LEVELS // 2
+        doubtful = against, None if few else unequal, None if (few or small) and not wrong else left
+        if not any(doubtful):
             return
         finding = (
-            f"{'; and '.join(each for each in (left, unequal) if each)}. Is its condition in the network's own units, "
-            "and its table of levels the right one? Is it guided by more than its data allow? Or "
+            f"{'; and '.join(filter(None, doubtful))}. Is its condition in the network's own units, and its table of "
+            "levels the right one? Is it guided by more than its data allow? Or "
             f"{suspects(self.ask.denoiser)}"
         )
-        if excess > 1 + coarse and self.ask.denoiser.prediction in OF_A_SIGN:  # others were asked before the path
+        if wrong:  # other predictions were asked before the path
             raise ValueError(finding)
-        if not coarse:
-            warnings.warn(finding, stacklevel=8)
+        warnings.warn(finding, stacklevel=8)
 
 
 def _unequal_sizes(sizes: Tensor, s: Tensor, deviation: float, elements: int, paths: int) -> str | None:
@@ -129,11 +136,9 @@ def _unequal_sizes(sizes: Tensor, s: Tensor, deviation: float, elements: int, pa
     )
 
 
-def _noise_left(ask: Questions, end: Tensor, deviation: float) -> tuple[str | None, float]:
-    """What is wrong with how a path's end with noise is denoised, None if nothing; and the noise left, over `WRONG`."""
-    if end.numel() < FEWEST_ELEMENTS:
-        return None, 0.0
-    s = ask.known(LOW_PART * deviation)
+def _noise_left(ask: Questions, end: Tensor, level: float) -> tuple[str | None, bool]:
+    """What is wrong with how a path's end with noise is denoised, None if nothing; and whether that is beyond doubt."""
+    s = ask.known(level)
     noise = noise_of(torch.tensor([ELSEWHERE + 2]), ask.shape)[0]
     error = ask.raw((end / s).add_(noise)[None], s, torch.float32)[1][0].sub_(end).div_(s).flatten()
     noise = noise.flatten()
@@ -143,8 +148,8 @@ def _noise_left(ask: Questions, end: Tensor, deviation: float) -> tuple[str | No
         base + each / math.sqrt(end.numel()) for base, each in (WRONG, DOUBTFUL, ACROSS, AGAINST)
     )
     if left <= doubtful and left - along <= across and -along <= against:
-        return None, 0.0
+        return None, False
     return (
         f"of noise of level {s:.3g}, added to the end of a path, denoising leaves an error of {left:.3g} times its "
         f"square, {along:.3g} of that along the noise, where a denoiser leaves at most 1, and the two alike"
-    ), left / wrong
+    ), left > wrong

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,6 +180,36 @@ def test_plausible_wrong_readings_are_refused_or_warned_of(name):
             fs.measure(PLAUSIBLE[name](), (16,), levels=24, samples=8, responses=False, progress=False)
 
 
+SIGNED = ("v", "edm")
+
+
+def measured_signs(oracle, d, levels, sign, seed=0):
+    for kind in SIGNED:
+        right = exact_denoisers(oracle)[kind]
+        measure = lambda denoiser: fs.measure(
+            denoiser, (d,), levels=levels, samples=1, seed=seed, responses=False, progress=False
+        )
+        if sign > 0:
+            measure(right)
+        else:
+            with pytest.raises(ValueError, match="its sign"):
+                measure(minus(right))
+
+
+@pytest.mark.parametrize("levels", [8, 12, 24])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_wrong_signs_are_refused_with_few_levels_and_elements(levels, seed):
+    """D' = 2 a z - D is nearly a denoiser itself where data are alike in all directions; those of a mixture are not."""
+    for d in (16, 64) if levels < 12 else (8, 16, 64):
+        measured_signs(fs.oracles.GaussianMixture.random(d, 3, seed=1), d, levels, -1, seed)
+
+
+@pytest.mark.parametrize("levels", [6, 8, 16])
+def test_right_signs_pass_where_the_paths_of_few_levels_miss_thin_data(levels):
+    for d in (4, 8, 16, 32):
+        measured_signs(fs.oracles.GaussianMixture.random(d, 8, seed=d, std=0.05), d, levels, 1)
+
+
 def guided(scale):
     """Towards two of eight modes, as guidance does it, with a scale of 1 and more."""
     whole = fs.oracles.GaussianMixture.random(16, 8, seed=0)
@@ -194,6 +225,9 @@ def test_guidance_is_no_wrong_reading():
             fs.measure(guided(scale), (16,), levels=24, samples=8, responses=False, progress=False)
     with pytest.warns(UserWarning, match="guided by more than its data allow"):
         fs.measure(guided(3.0), (16,), levels=24, samples=8, responses=False, progress=False)
+    edm = exact_denoisers(SimpleNamespace(denoise=guided(5.0).network, score=len))["edm"]
+    with pytest.warns(UserWarning, match="does not move against it.*guided by more than its data allow"):
+        fs.measure(edm, (16,), levels=24, samples=1, responses=False, progress=False)
 
 
 class Net(nn.Module):
