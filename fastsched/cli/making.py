@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -184,19 +185,20 @@ def _fitted(
     """The schedule of a pipeline or a denoiser; None if only the cost is wanted."""
     import fastsched as fs
     from fastsched.diffusers.pipeline_measurement import calibration_calls
-    from fastsched.fitting.budget import TOTAL, planned
+    from fastsched.fitting.budget import TOTAL, planned, takes_responses
 
     given: Any  # arguments of a pipeline's call, or the shape of a denoiser's samples
     model, given = source.pipeline() if source.is_pipeline else source.denoiser()
+    total = TOTAL if options["model_calls"] is None else options["model_calls"]
+    responses = source.is_pipeline or takes_responses(total, math.prod(given))
     if options["stats"] is None:
-        calls = options["model_calls"]
-        calls = TOTAL if calls is None else calls
-        options["levels"], options["samples"] = planned(calls, steps, options["levels"], options["samples"])
+        asked = total, steps, options["levels"], options["samples"]
+        options["levels"], options["samples"] = planned(*asked, responses=responses)
     if source.is_pipeline:
         spending.say_fitting(calibration_calls, options)
         run = partial(fs.diffusers.fit, solver=solver, prompts=source.prompts, progress=not source.quiet, **given)
     else:
-        cost = lambda levels, count: spending.measuring_calls(model, levels, count, True)
+        cost = lambda levels, count: spending.measuring_calls(model, levels, count, responses)
         spending.say_fitting(cost, options, lambda stats: spending.repeating_calls(model, stats))
         run = partial(fs.fit, shape=given, solver=solver or "dpmpp_2m", **source.running)
     return None if dry_run else run(model, steps=steps, **options)

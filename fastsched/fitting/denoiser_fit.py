@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
-from fastsched.fitting.budget import TOTAL, calls_left, planned
+from fastsched.fitting.budget import TOTAL, calls_left, planned, takes_responses
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.group_runs import led_by_first
 from fastsched.fitting.interrupts import BestSoFar, interrupted_schedule
@@ -60,6 +61,7 @@ def fit(
     """The schedule of ``steps`` steps for a denoiser and solver: `measure`, `optimal_schedule`, `audition`, `tune`.
 
     `fastsched.fitting.budget` divides the calls between the measurement and the runs that rank candidates and tune.
+    Samples of few elements are measured without responses, and twice as many.
 
     Args:
         denoiser: What to schedule.
@@ -119,8 +121,9 @@ def fit_report(
         grain = 1
     if stats is None:
         total = TOTAL if model_calls is None else model_calls
-        levels, samples = planned(total, steps, levels, samples)
-        run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, keep_increments=True)
+        responses = takes_responses(total, math.prod(shape))
+        levels, samples = planned(total, steps, levels, samples, responses=responses)
+        run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses, True)
         batches = batches_of(shape, samples, seed, grain, checks, checkpoint, progress)
         budget = calls_left(total, run.calls * len(batches.seeds) + CHECK_CALLS * checks)
     else:

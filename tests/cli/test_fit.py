@@ -31,7 +31,7 @@ def test_the_cost_is_said_before_it_is_spent(folder, model, tmp_path):
         "def build():\n    return fs.Denoiser.from_denoiser(count, 0.002, 80.0)\n"
     )
     counting = f"{tmp_path / 'counting.py'}:build"
-    spent = ("fit", counting, "--steps", "4", "--shape", "3", "-q", "-o", tmp_path / "a.json")
+    spent = ("fit", counting, "--steps", "4", "--shape", "8", "-q", "-o", tmp_path / "a.json")
     result = run(*spent)
     cost = "model calls, counted per sample: 376 to measure, at most 424 to run and tune schedules"
     assert result.stderr.splitlines()[0] == cost

@@ -1,0 +1,39 @@
+"""How a fit divides its calls: plans, and samples of few elements, which are measured without responses."""
+
+import pytest
+import torch
+
+import fastsched as fs
+from fastsched.fitting.budget import FEW_EQUATIONS, PLANS, measuring_calls, planned
+from fastsched.fitting.denoiser_fit import fit_report
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("levels", [None, 16, 64])
+def test_a_measurement_takes_what_its_plan_does(plan, levels):
+    """Without responses there are as many more samples."""
+    wanted = measuring_calls(plan.levels, plan.samples)
+    counts = []
+    for responses in (True, False):
+        count, samples = planned(plan.total, 8, levels, responses=responses)
+        of_one = measuring_calls(count, 1, responses=responses)
+        assert samples == 1 or wanted - of_one < samples * of_one <= wanted
+        counts.append(samples)
+    assert counts[1] >= counts[0]
+    assert counts[0] < 4 or counts[1] > 1.5 * counts[0]
+
+
+@pytest.mark.parametrize("elements", [1, FEW_EQUATIONS // 4, FEW_EQUATIONS // 4 + 1])
+def test_samples_of_few_elements_are_measured_without_responses(elements):
+    calls = []
+
+    def network(z, s):
+        calls.append(len(z))
+        variances = torch.linspace(0.1, 1.0, elements) ** 2
+        return z * variances / (variances + s.reshape(-1, *(1,) * (s.ndim > 0)) ** 2)
+
+    report = fit_report(fs.Denoiser.from_denoiser(network, 0.01, 20.0), (elements,), 4, model_calls=400, progress=False)
+    few = 4 * elements <= FEW_EQUATIONS
+    assert (report.stats.response_gram is None) == few
+    assert report.stats.samples == (7 if few else 4)  # 184 calls of paths of 24 or 46
+    assert sum(calls) == report.model_calls <= 400
