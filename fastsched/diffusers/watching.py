@@ -6,8 +6,8 @@ scheduler sees only the result of a step, so this module looks at the networks' 
 
 * what does not depend on the latents (equal at the first two steps, whose latents are unrelated) may depend on the
   level alone, so it must be equal at two visits of a level;
-* numbers and flags, as ``conditioning_scale`` or ``_guidance_scale``, and tensors that are equal at the first two
-  levels, as embeddings, must be equal at every step;
+* numbers and flags, as ``conditioning_scale`` or ``_guidance_scale``, tensors that are equal at the first two levels,
+  as embeddings, and the networks' weights, must be equal at every step;
 * the pipeline's output, where it is a linear combination of the networks' outputs (guidance), must have equal
   coefficients at two visits of a level.
 """
@@ -76,6 +76,8 @@ class PipelineWatch:
         for name, value in vars(self.pipe).items():
             if isinstance(value, (bool, int, float, str)):
                 step.facts[f"pipe.{name}"] = value
+            elif name in step.calls:
+                _note(step, f"{name}.weights", _weights(value))
         return step
 
     def called(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -84,11 +86,7 @@ class PipelineWatch:
         turn = step.calls[name]
         step.calls[name] += 1
         for key, value in {**dict(zip(self._positional(name), args, strict=False)), **kwargs}.items():
-            for fact_name, fact in _facts(f"{name}#{turn}.{key}", value).items():
-                if isinstance(fact, tuple) and isinstance(fact[1], Tensor):
-                    step.sums[fact_name] = fact
-                else:
-                    step.facts[fact_name] = fact
+            _note(step, f"{name}#{turn}.{key}", value)
             if isinstance(value, Tensor):
                 step.inputs.append(value)
         first = _first_tensor(output)
@@ -331,6 +329,28 @@ def _facts(name: str, value: Any) -> dict[str, Any]:
     if isinstance(value, (list, tuple)) and len(value) <= 64:
         return {key: fact for k, v in enumerate(value) for key, fact in _facts(f"{name}.{k}", v).items()}
     return {}
+
+
+def _note(step: Step, name: str, value: Any) -> None:
+    """Add the facts about ``value`` to those of a step, or to the sums that are still to be read."""
+    for key, fact in _facts(name, value).items():
+        if isinstance(fact, tuple) and isinstance(fact[1], Tensor):
+            step.sums[key] = fact
+        else:
+            step.facts[key] = fact
+
+
+def _weights(module: torch.nn.Module) -> dict[str, Any]:
+    """One element of each weight of a network, and the scales of its LoRA layers; no weights where hooks move them."""
+    parts = [*module.modules()]
+    scales = [each for part in parts if isinstance(each := vars(part).get("scaling"), dict)]
+    found: dict[str, Any] = {f"{n}.{key}": each[key] for n, each in enumerate(scales) for key in sorted(each)}
+    weights = [each.detach() for each in module.parameters() if each.is_floating_point() and each.numel()]
+    moved = any(hasattr(part, hook) for part in parts for hook in ("_hf_hook", "_diffusers_hook"))
+    usual = all(type(each) is Tensor and each.device == weights[0].device for each in weights)
+    if weights and usual and not moved and weights[0].device.type != "meta":
+        found["first"] = torch.cat([each.as_strided((1,), (1,)).float() for each in weights])  # of any memory format
+    return found
 
 
 def _first_tensor(output: Any) -> Tensor | None:

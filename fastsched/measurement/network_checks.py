@@ -58,7 +58,7 @@ MIXES = (
 #: From a sample's seed to one that is in no measurement.
 ELSEWHERE = 2**31
 
-#: Largest relative difference of two answers to the same question, by what the network computes in.
+#: Largest relative difference of two answers to one question, alone or in a batch, by what the network computes in.
 REPEATABLE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 #: ``||D - z||`` at the lowest level, in units of its noise; right networks stay below 0.6.
@@ -405,10 +405,10 @@ def suspects(denoiser: Denoiser) -> str:
     """What to look at, by what the network is said to predict."""
     return {
         "x0": "does the network predict the clean sample, or the noise (from_epsilon) or F (from_edm)?",
-        "epsilon": "does it predict v (from_v), and are alphas_cumprod the cumulative products, not alphas or betas?",
-        "v": "does it predict the noise (from_epsilon), is its sign the other one, alphas_cumprod the products?",
-        "velocity": "is its time 1 at the data (data_at=1), its sign the other one (sign=-1), or is it eps?",
-        "reverse_velocity": "is its time 0 at the data (data_at=0), or its sign the other one?",
-        "score": "is it the score of x in this parameterisation, or the noise or the clean sample?",
+        "epsilon": "does the network predict v (from_v); are alphas_cumprod cumulative products, not alphas or betas?",
+        "v": "does the network predict the noise (from_epsilon), is its sign the other one, the table the right one?",
+        "velocity": "is the network's time 1 at the data (data_at=1), its sign the other one (sign=-1), or is it eps?",
+        "reverse_velocity": "is the network's time 0 at the data (data_at=0), or its sign the other one?",
+        "score": "is the network's output the score of x in this parameterisation, or the noise or the clean sample?",
         "edm": "is it the raw network F of EDM's preconditioning, sigma_data right, and its sign not the other one?",
     }[denoiser.prediction] + " (checks=False measures it all the same)"

@@ -104,7 +104,7 @@ WRONG = {
     "v taken for eps": (lambda: replace(KINDS["v"], prediction="epsilon"), "from_v"),
     "eps taken for x0": (lambda: replace(KINDS["epsilon"], prediction="x0"), "predict the clean sample, or the noise"),
     "velocity of wrong sign": (lambda: flow(lambda f: lambda x, t: -f(x, t)), "sign"),
-    "velocity of wrong time": (lambda: flow(lambda f: lambda x, t: -f(x, 1 - t)), "time is 1|its time"),
+    "velocity of wrong time": (lambda: flow(lambda f: lambda x, t: -f(x, 1 - t)), "network's time"),
     "velocity of wrong time and sign": (lambda: flow(lambda f: lambda x, t: f(x, 1 - t)), "time"),
     "alphas that are not cumulative": (lambda: not_cumulative(KINDS["epsilon"]), "cumulative products"),
     "sigma 19,250": (garbage_at_the_top, "Leave the last entries of the table out"),
