@@ -7,7 +7,7 @@ scheduler sees only the result of a step, so this module looks at the networks' 
 * what does not depend on the latents (equal at the first two steps, whose latents are unrelated) may depend on the
   level alone, so it must be equal at two visits of a level;
 * numbers and flags, as ``conditioning_scale`` or ``_guidance_scale``, tensors that are equal at the first two levels,
-  as embeddings, and the networks' weights, must be equal at every step;
+  as embeddings, and the networks' weights, buffers and settings, must be equal at every step;
 * the pipeline's output, where it is a linear combination of the networks' outputs (guidance), must have equal
   coefficients at two visits of a level.
 """
@@ -77,7 +77,7 @@ class PipelineWatch:
             if isinstance(value, (bool, int, float, str)):
                 step.facts[f"pipe.{name}"] = value
             elif name in step.calls:
-                _note(step, f"{name}.weights", _weights(value))
+                _note(step, name, _state(value))
         return step
 
     def called(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -340,16 +340,25 @@ def _note(step: Step, name: str, value: Any) -> None:
             step.facts[key] = fact
 
 
-def _weights(module: torch.nn.Module) -> dict[str, Any]:
-    """One element of each weight of a network, and the scales of its LoRA layers; no weights where hooks move them."""
+def _state(module: torch.nn.Module) -> dict[str, Any]:
+    """What a network's answers may follow: an element of each weight and buffer, its parts' numbers and LoRA scales.
+
+    No tensors where hooks move them between devices.
+    """
     parts = [*module.modules()]
-    scales = [each for part in parts if isinstance(each := vars(part).get("scaling"), dict)]
-    found: dict[str, Any] = {f"{n}.{key}": each[key] for n, each in enumerate(scales) for key in sorted(each)}
-    weights = [each.detach() for each in module.parameters() if each.is_floating_point() and each.numel()]
+    numbers = [
+        (key, str(value))
+        for part in parts
+        for key, value in vars(part).items()
+        if not _progresses(key) and (isinstance(value, (bool, int, float, str)) or key == "scaling")
+    ]
+    found: dict[str, Any] = {"settings": hash(tuple(numbers))}
     moved = any(hasattr(part, hook) for part in parts for hook in ("_hf_hook", "_diffusers_hook"))
-    usual = all(type(each) is Tensor and each.device == weights[0].device for each in weights)
-    if weights and usual and not moved and weights[0].device.type != "meta":
-        found["first"] = torch.cat([each.as_strided((1,), (1,)).float() for each in weights])  # of any memory format
+    for name, tensors in (("weights", module.parameters()), ("buffers", module.buffers())):
+        values = [each.detach() for each in tensors if each.is_floating_point() and each.numel()]
+        usual = all(type(each) is Tensor and each.device == values[0].device for each in values)
+        if values and usual and not moved and values[0].device.type != "meta":
+            found[name] = torch.cat([each.as_strided((1,), (1,)).float() for each in values])  # of any memory format
     return found
 
 

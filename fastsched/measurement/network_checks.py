@@ -233,6 +233,8 @@ def check_network(
     except ValueError:
         ask.check_repeats()  # the better reason, if it is one
         raise
+    if torch.equal(ask.top.raw[0], ask.top.raw[1]) and ask.top.size == 1:
+        _check_cache(ask)
     return ask
 
 
@@ -342,6 +344,15 @@ def _check_top(ask: Questions, size: float) -> None:
     if largest > WRONG_SIZE * usual:
         raise ValueError(finding)
     warnings.warn(finding, stacklevel=6)
+
+
+def _check_cache(ask: Questions) -> None:
+    """Whether a network that answers two states alike at the highest level does so at the third too; two calls."""
+    one, other = (ask.raw(noise_of(torch.tensor([seed]), ask.shape), ask.between(1 / 3))[0] for seed in (2, 0))
+    if torch.equal(one, other) and not torch.equal(ask.middle, ask.top.raw[:1]):  # else it is constant
+        raise ValueError(
+            f"the network answers different states of one level alike, as if it kept its answer to the first: {STATE}"
+        )
 
 
 def _moves_against(ask: Questions, z: Tensor, s: float, x0: Tensor) -> str | None:
