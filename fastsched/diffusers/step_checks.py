@@ -25,7 +25,7 @@ INSTEAD = "so it cannot be measured by its loop; measure its network (fastsched.
 JUMP, ABOVE, FEWEST_LEVELS = 40.0, 3.0, 12
 
 #: Largest relative change of an answer repeated in the same batch, by what the network computes in: less than in
-#: another batch (`measurement.network_checks.REPEATABLE`), for which libraries take other kernels.
+#: another batch (`measurement.questions.REPEATABLE`), for which libraries take other kernels.
 REPEATED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 5e-3}
 
 #: What a pipeline that depends on the step was found to do.
