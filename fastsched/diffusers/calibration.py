@@ -37,7 +37,7 @@ from fastsched.measurement.deviated_paths import deviated_paths, queries
 from fastsched.measurement.measuring import measured_levels
 from fastsched.measurement.memory import check_call, with_store
 from fastsched.measurement.path_following import Measurement, Query, measurement_steps
-from fastsched.measurement.statistics import PathStatistics
+from fastsched.measurement.statistics import PathStatistics, data_deviation
 from fastsched.sampling.random_streams import sample_seeds
 
 
@@ -363,10 +363,11 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._verdicts.settle()
         assert self._repeat is not None
         check_repeat(self._repeat[0], output)
-        check_beginning(self._measured_paths)
         ends = self._measured_paths.ends * (1 if self._owned is None else ~self._owned.cpu())
+        found = replace(self._measured_paths, ends=ends, data_std=data_deviation(ends))
+        check_beginning(found)
         warn_of_clipping(getattr(diffusers, self.config["scheduler_class"]), self.config, ends)
-        self._statistics = replace(self._measured_paths, ends=ends)
+        self._statistics = found
         return ends.to(output.device)
 
     def _input(self, x: Tensor, k: int) -> Tensor:

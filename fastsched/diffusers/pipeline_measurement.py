@@ -256,7 +256,15 @@ def _one_call(
             pipe.scheduler, levels=given, watch=watch, own_noise=own_noise, advance=advance, **settings
         )
         with scheduler_replaced(pipe, calibration):
-            call(pipe, calibration_steps(count), None, arguments)
+            try:
+                call(pipe, calibration_steps(count), None, arguments)
+            except Exception as error:
+                if pipe.scheduler is calibration:
+                    raise
+                raise ValueError(
+                    f"the pipeline, or its callback, put a {type(pipe.scheduler).__name__} in the scheduler's place "
+                    "during the run, so its loop cannot be measured; leave the scheduler as it is"
+                ) from error
     return calibration.statistics
 
 

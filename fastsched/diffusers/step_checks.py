@@ -24,8 +24,9 @@ INSTEAD = "so it cannot be measured by its loop; measure its network (fastsched.
 #: above the data's deviation, and over how many levels. Denoisers reach 6.4, networks of random weights 22.
 JUMP, ABOVE, FEWEST_LEVELS = 40.0, 3.0, 12
 
-#: Largest relative change of a repeated answer, by what the network computes in.
-REPEATABLE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 5e-3}
+#: Largest relative change of an answer repeated in the same batch, by what the network computes in: less than in
+#: another batch (`measurement.questions.REPEATABLE`), for which libraries take other kernels.
+REPEATED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 5e-3}
 
 #: What a pipeline that depends on the step was found to do.
 UNALIKE = (
@@ -293,7 +294,7 @@ def check_repeat(first: Tensor, output: Tensor) -> None:
         ValueError: If they were not.
     """
     change = float((output.float() - first.float()).norm() / first.float().norm().clamp_min(1e-30))
-    if change > REPEATABLE.get(output.dtype, 1e-3):
+    if change > REPEATED.get(output.dtype, 1e-3):
         raise ValueError(
             f"the same latents and timestep were answered {change:.2%} differently at the end of the run than at "
             f"its beginning; {UNALIKE}"

@@ -6,8 +6,8 @@ scheduler sees only the result of a step, so this module looks at the networks' 
 
 * what does not depend on the latents (equal at the first two steps, whose latents are unrelated) may depend on the
   level alone, so it must be equal at two visits of a level;
-* numbers and flags, as ``conditioning_scale`` or ``_guidance_scale``, and tensors that are equal at the first two
-  levels, as embeddings, must be equal at every step;
+* numbers and flags, as ``conditioning_scale`` or ``_guidance_scale``, tensors that are equal at the first two levels,
+  as embeddings, and the networks' weights, buffers and settings, must be equal at every step;
 * the pipeline's output, where it is a linear combination of the networks' outputs (guidance), must have equal
   coefficients at two visits of a level.
 """
@@ -76,6 +76,8 @@ class PipelineWatch:
         for name, value in vars(self.pipe).items():
             if isinstance(value, (bool, int, float, str)):
                 step.facts[f"pipe.{name}"] = value
+            elif name in step.calls:
+                _note(step, name, _state(value))
         return step
 
     def called(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -84,11 +86,7 @@ class PipelineWatch:
         turn = step.calls[name]
         step.calls[name] += 1
         for key, value in {**dict(zip(self._positional(name), args, strict=False)), **kwargs}.items():
-            for fact_name, fact in _facts(f"{name}#{turn}.{key}", value).items():
-                if isinstance(fact, tuple) and isinstance(fact[1], Tensor):
-                    step.sums[fact_name] = fact
-                else:
-                    step.facts[fact_name] = fact
+            _note(step, f"{name}#{turn}.{key}", value)
             if isinstance(value, Tensor):
                 step.inputs.append(value)
         first = _first_tensor(output)
@@ -332,6 +330,37 @@ def _facts(name: str, value: Any) -> dict[str, Any]:
     if isinstance(value, (list, tuple)) and len(value) <= 64:
         return {key: fact for k, v in enumerate(value) for key, fact in _facts(f"{name}.{k}", v).items()}
     return {}
+
+
+def _note(step: Step, name: str, value: Any) -> None:
+    """Add the facts about ``value`` to those of a step, or to the sums that are still to be read."""
+    for key, fact in _facts(name, value).items():
+        if isinstance(fact, tuple) and isinstance(fact[1], Tensor):
+            step.sums[key] = fact
+        else:
+            step.facts[key] = fact
+
+
+def _state(module: torch.nn.Module) -> dict[str, Any]:
+    """What a network's answers may follow: an element of each weight and buffer, its parts' numbers and LoRA scales.
+
+    No tensors where hooks move them between devices.
+    """
+    parts = [*module.modules()]
+    numbers = [
+        (key, str(value))
+        for part in parts
+        for key, value in vars(part).items()
+        if not _progresses(key) and (isinstance(value, (bool, int, float, str)) or key == "scaling")
+    ]
+    found: dict[str, Any] = {"settings": hash(tuple(numbers))}
+    moved = any(hasattr(part, hook) for part in parts for hook in ("_hf_hook", "_diffusers_hook"))
+    for name, tensors in (("weights", module.parameters()), ("buffers", module.buffers())):
+        values = [each.detach() for each in tensors if each.is_floating_point() and each.numel()]
+        usual = all(type(each) is Tensor and each.device == values[0].device for each in values)
+        if values and usual and not moved and values[0].device.type != "meta":
+            found[name] = torch.cat([each.as_strided((1,), (1,)).float() for each in values])  # of any memory format
+    return found
 
 
 def _first_tensor(output: Any) -> Tensor | None:

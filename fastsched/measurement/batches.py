@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.memory import explained, need, paths_at_once, with_store
-from fastsched.measurement.network_checks import Questions, check_network, fingerprint
+from fastsched.measurement.network_checks import check_network, fingerprint
 from fastsched.measurement.network_state import unchanged_buffers
 from fastsched.measurement.path_checks import path_checked
 from fastsched.measurement.path_following import Measurement, measurement_steps
+from fastsched.measurement.questions import Questions
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.origin import network_name, origin_now

@@ -27,39 +27,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.edm import LOW_LEVEL, NEARLY
-from fastsched.denoisers.network_errors import checked_output, not_finite
+from fastsched.denoisers.network_errors import checked_output
 from fastsched.measurement.fingerprints import projections
 from fastsched.measurement.network_state import active_training_layer
+from fastsched.measurement.questions import ELSEWHERE, STATE, Questions, Top
 from fastsched.sampling.random_streams import noise_of
 
 #: The most network evaluations that the checks spend, before a measurement and after it.
 CHECK_CALLS = 7
-
-#: What to do about a network whose answers depend on its earlier calls.
-STATE = (
-    "it keeps a state between its calls (a cache, a counter?); reset that in every call, or disable it (checks=False "
-    "measures it all the same)"
-)
-
-#: What is wrong with a network whose answers depend on the other samples.
-MIXES = (
-    "the network answers differently for a sample alone and for the same sample in a batch: it mixes the samples of a "
-    "batch (batch norm in training mode? statistics over the batch?); call network.eval(), or wrap it so that samples "
-    "are independent"
-)
-
-#: From a sample's seed to one that is in no measurement.
-ELSEWHERE = 2**31
-
-#: Largest relative difference of two answers to the same question, by what the network computes in.
-REPEATABLE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 #: ``||D - z||`` at the lowest level, in units of its noise; right networks stay below 0.6.
 LOW_ERROR = 3.0
@@ -80,114 +61,6 @@ AGAINST_STEP, AGAINST_SLOPE = -0.05, -0.3
 FEWEST_ELEMENTS = 8
 #: That is asked above this many times the data's size; elsewhere levels were chosen that start lower.
 TOP_LEVEL = 4.0
-
-
-@dataclass
-class Questions:
-    """Asks single questions of a denoiser, and counts them.
-
-    Attributes:
-        denoiser: The denoiser.
-        shape: The shape of one sample.
-        device: Where to run.
-        dtype: What the network computes in.
-        model_calls: Network evaluations so far, counted per sample.
-        fingerprint: The network's, once it is known.
-        top: The answers at the highest level.
-        middle: ``R`` for the question of the fingerprint.
-        against: What is wrong if ``D`` moves against a step of its input, None if it does not.
-    """
-
-    denoiser: Denoiser
-    shape: tuple[int, ...]
-    device: torch.device
-    dtype: torch.dtype
-    model_calls: int = field(default=0, init=False)
-    fingerprint: Tensor | None = field(default=None, init=False)
-    top: _Top = field(init=False)
-    middle: Tensor = field(init=False)
-    against: str | None = field(default=None, init=False)
-
-    @property
-    def range(self) -> tuple[float, float, float]:
-        """The lowest level, the highest finite one, and the highest, which may be pure noise."""
-        top, second, low = self.denoiser.levels(3).tolist()
-        return low, top if math.isfinite(top) else second, top
-
-    def between(self, part: float) -> float:
-        """A level at some part of the range in ``log s``, from the highest finite one; the nearest that is known."""
-        low, high, _ = self.range
-        return self.known(high ** (1 - part) * low**part)
-
-    def known(self, s: float) -> float:
-        """The nearest level that the network knows, within its range."""
-        low, high, _ = self.range
-        level = torch.tensor(min(max(s, low), high), dtype=torch.float64)
-        return float(self.denoiser.process.nearest(level))
-
-    def raw(self, y: Tensor, s: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-        """``R`` and ``D`` at normalised states ``y = z / s`` [B, *shape], of that dtype on the CPU."""
-        level = torch.tensor(s, dtype=torch.float64)
-        a, c = (float(value) for value in self.denoiser.coefficients(level))
-        x = float(self.denoiser.process.sigma(level)) * y.float().to(self.device)
-        raw = self.denoiser.raw_output(x, level, dtype=self.dtype).cpu().to(dtype)
-        self.model_calls += len(y)
-        if not bool(torch.isfinite(raw).all()):
-            raise ValueError(f"{not_finite(self.denoiser.process, level)} (a question of checks=True)")
-        return raw, (c * raw).add_(x.cpu(), alpha=a)
-
-    def denoised(self, z: Tensor, s: float) -> Tensor:
-        """``D`` at ``z`` [B, *shape], float64."""
-        return self.raw(z / s, s)[1]
-
-    def differs(self, answer: Tensor, other: Tensor) -> bool:
-        """Whether two answers to one question differ by more than rounding."""
-        allowed = REPEATABLE.get(self.dtype, 1e-3) * float(other.norm())
-        return float((answer.cpu().double() - other).norm()) > allowed
-
-    @torch.no_grad()
-    def check_first(self, answer: Tensor) -> None:
-        """Compare ``answer`` [*shape], of the measurement, with what the same question was answered before.
-
-        Raises:
-            ValueError: If they differ; a few more calls find out why.
-        """
-        if self.differs(answer, self.top.raw[0]):
-            self.check_repeats()
-            raise ValueError(MIXES)
-
-    @torch.no_grad()
-    def check_repeats(self) -> None:
-        """Ask the first questions again, as they were asked and in another batch.
-
-        Raises:
-            ValueError: If an answer is another one.
-        """
-        noise = noise_of(torch.tensor([0]), self.shape)
-        first, middle = self.top.asked(self), self.raw(noise, self.between(1 / 3))[0]
-        if self.differs(self.raw(noise, self.between(1 / 3))[0], middle) or self.differs(self.top.asked(self), first):
-            raise ValueError(
-                "the network answers the same question differently every time: it is random, or keeps a state (dropout "
-                "left on? noise or a counter inside?); call network.eval(), or fix its random numbers"
-            )
-        if self.differs(first, self.top.raw):
-            raise ValueError(f"the network answers the same question differently than at its first call: {STATE}")
-        if self.differs(self.top.asked(self, 3 - self.top.size), first):
-            raise ValueError(MIXES)
-
-    @torch.no_grad()
-    def check_last(self) -> None:
-        """Ask the question of the fingerprint again, after the measurement; one call.
-
-        Raises:
-            ValueError: If the answer has changed.
-        """
-        again = self.raw(noise_of(torch.tensor([0]), self.shape), self.between(1 / 3))[0]
-        if self.differs(again, self.middle):
-            raise ValueError(
-                "the network answers the same question differently after the measurement than before it, so what was "
-                f"measured is of no use: {STATE}"
-            )
 
 
 @torch.no_grad()
@@ -226,13 +99,15 @@ def check_network(
     ask = Questions(denoiser, shape, device, dtype)
     levels = denoiser.levels(3) if s is None else s
     pair = noise_of(torch.tensor([seed, seed + ELSEWHERE]), shape)
-    ask.top = _Top(float(levels[0]), pair, 2 if batch == 1 else 1)
+    ask.top = Top(float(levels[0]), pair, 2 if batch == 1 else 1)
     ask.top.ask(ask)
     try:
         _check_denoiser(ask, float(levels[-1]))
     except ValueError:
         ask.check_repeats()  # the better reason, if it is one
         raise
+    if torch.equal(ask.top.raw[0], ask.top.raw[1]) and ask.top.size == 1:
+        _check_cache(ask)
     return ask
 
 
@@ -268,41 +143,6 @@ def fingerprint(denoiser: Denoiser, shape: tuple[int, ...], device: torch.device
     """The network's fingerprint (`measurement.fingerprints`): of ``R`` at one fixed state and level; one call."""
     ask = Questions(denoiser, shape, device, dtype)
     return projections(ask.raw(noise_of(torch.tensor([0]), shape), ask.between(1 / 3))[0])
-
-
-@dataclass
-class _Top:
-    """Answers at the highest level, ``raw`` and ``denoised`` [2, *shape], and what they were asked at.
-
-    ``size`` samples are asked about at once.
-    """
-
-    level: float
-    noise: Tensor
-    size: int
-    raw: Tensor = field(init=False)
-    denoised: Tensor = field(init=False)
-
-    def ask(self, ask: Questions) -> None:
-        """Ask for the first time."""
-        raw, denoised = zip(*(ask.raw(part, self.level) for part in self.noise.split(self.size)), strict=True)
-        self.raw, self.denoised = torch.cat(raw).float(), torch.cat(denoised).float()  # held while paths are followed
-
-    def asked(self, ask: Questions, size: int | None = None) -> Tensor:
-        """Ask once more, ``size`` at once; returns ``R``."""
-        return torch.cat([ask.raw(part, self.level)[0] for part in self.noise.split(size or self.size)])
-
-    @property
-    def slope(self) -> float:
-        """Change of ``D`` along the change of the noise."""
-        difference = self.noise[0] - self.noise[1]
-        change = self.denoised[0] - self.denoised[1]
-        return float((change * difference).sum() / difference.square().sum())
-
-    def reach(self, c: float) -> float:
-        """How much the network's output moved ``D``, in the same units: what errors of it are to be compared with."""
-        difference = self.noise[0] - self.noise[1]
-        return abs(c) * float((self.raw[0] - self.raw[1]).norm() / difference.norm())
 
 
 def _check_top(ask: Questions, size: float) -> None:
@@ -342,6 +182,15 @@ def _check_top(ask: Questions, size: float) -> None:
     if largest > WRONG_SIZE * usual:
         raise ValueError(finding)
     warnings.warn(finding, stacklevel=6)
+
+
+def _check_cache(ask: Questions) -> None:
+    """Whether a network that answers two states alike at the highest level does so at the third too; two calls."""
+    one, other = (ask.raw(noise_of(torch.tensor([seed]), ask.shape), ask.between(1 / 3))[0] for seed in (2, 0))
+    if torch.equal(one, other) and not torch.equal(ask.middle, ask.top.raw[:1]):  # else it is constant
+        raise ValueError(
+            f"the network answers different states of one level alike, as if it kept its answer to the first: {STATE}"
+        )
 
 
 def _moves_against(ask: Questions, z: Tensor, s: float, x0: Tensor) -> str | None:
@@ -405,10 +254,10 @@ def suspects(denoiser: Denoiser) -> str:
     """What to look at, by what the network is said to predict."""
     return {
         "x0": "does the network predict the clean sample, or the noise (from_epsilon) or F (from_edm)?",
-        "epsilon": "does it predict v (from_v), and are alphas_cumprod the cumulative products, not alphas or betas?",
-        "v": "does it predict the noise (from_epsilon), is its sign the other one, alphas_cumprod the products?",
-        "velocity": "is its time 1 at the data (data_at=1), its sign the other one (sign=-1), or is it eps?",
-        "reverse_velocity": "is its time 0 at the data (data_at=0), or its sign the other one?",
-        "score": "is it the score of x in this parameterisation, or the noise or the clean sample?",
+        "epsilon": "does the network predict v (from_v); are alphas_cumprod cumulative products, not alphas or betas?",
+        "v": "does the network predict the noise (from_epsilon), is its sign the other one, the table the right one?",
+        "velocity": "is the network's time 1 at the data (data_at=1), its sign the other one (sign=-1), or is it eps?",
+        "reverse_velocity": "is the network's time 0 at the data (data_at=0), or its sign the other one?",
+        "score": "is the network's output the score of x in this parameterisation, or the noise or the clean sample?",
         "edm": "is it the raw network F of EDM's preconditioning, sigma_data right, and its sign not the other one?",
     }[denoiser.prediction] + " (checks=False measures it all the same)"

@@ -19,8 +19,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fastsched.measurement.network_checks import ELSEWHERE, FEWEST_ELEMENTS, OF_A_SIGN, Questions, suspects
+from fastsched.measurement.network_checks import FEWEST_ELEMENTS, OF_A_SIGN, suspects
 from fastsched.measurement.path_following import Query
+from fastsched.measurement.questions import ELSEWHERE, Questions
 from fastsched.sampling.random_streams import noise_of
 
 Result = TypeVar("Result")

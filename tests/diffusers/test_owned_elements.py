@@ -53,6 +53,7 @@ def test_a_frame_that_the_pipeline_replaces_is_in_no_sum(dtype):
         kept.append(measured(pipe, keep_increments=True, **call))
     free, framed = (each.increments.reshape(2, -1, *each.shape) for each in kept)
     assert float(framed[:, :, :, 0].abs().max()) < 1e-6
+    assert kept[1].data_std == pytest.approx(0.7, rel=0.1)  # of the frame that is sampled
     assert float((framed[:, :, :, 1] - free[:, :, :, 1]).norm()) < 1e-5 * float(free[:, :, :, 1].norm())
     found = fs.diffusers.fit(pipe, 4, stats=kept[1], **call)
     assert found.measured_error < 0.01  # a frame of noise would add 1

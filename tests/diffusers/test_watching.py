@@ -418,3 +418,69 @@ def test_levels_can_be_given():
         fs.diffusers.measure(pipe, levels=torch.tensor([3.0, 2.0, 1.9999, 1.0]), samples=2)
     with pytest.raises(ValueError, match="levels must strictly descend"):
         fs.diffusers.measure(pipe, levels=torch.tensor([3.0, 4.0, 1.0]), samples=2)
+
+
+# Weights
+
+
+def test_a_scheduler_that_a_callback_replaces_is_named():
+    pipe = oracle_pipeline(euler(), mixture())
+
+    def on_step(i, output):
+        if i == 5:
+            pipe.scheduler = euler()
+        return output
+
+    with pytest.raises(ValueError, match="put a EulerDiscreteScheduler in the scheduler's place"):
+        measured(pipe, on_step=on_step)
+
+
+class Weighted(OracleUNet):
+    """Its answers follow a weight, and the scale of a layer, as LoRA's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.layer = torch.nn.Parameter(torch.ones(1)), torch.nn.Identity()
+        self.layer.scaling = {"default": 1.0}
+        self.register_buffer("shift", torch.ones(1))
+        self.knob = 1.0
+
+    def forward(self, *args, **kwargs):
+        factor = self.gain * self.shift * self.knob * self.layer.scaling["default"]
+        return (factor * super().forward(*args, **kwargs)[0],)
+
+
+def in_a_window(change):
+    """Calls ``change`` with 1.3 at step 10 and with 1 at step 20."""
+
+    def on_step(unet, i, output):
+        if i in (10, 20):
+            change(unet, 1.3 if i == 10 else 1.0)
+        return output
+
+    return on_step
+
+
+def set_data(unet, value):
+    unet.gain.data = torch.full((1,), value)
+
+
+CHANGES = {
+    "in place": lambda unet, value: unet.gain.data.fill_(value),
+    "data": set_data,
+    "parameter": lambda unet, value: setattr(unet, "gain", torch.nn.Parameter(torch.full((1,), value))),
+    "buffer": lambda unet, value: unet.shift.fill_(value),
+    "attribute": lambda unet, value: setattr(unet, "knob", value),
+    "scale of LoRA": lambda unet, value: unet.layer.scaling.update(default=value),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_weights_that_a_callback_changes_and_changes_back_are_noticed(name):
+    scheduler = euler()
+    pipe = OraclePipeline(Weighted().answer_for(scheduler, mixture()), scheduler)
+    plain = measured(pipe)
+    assert plain.samples == 2
+    on_step = in_a_window(CHANGES[name])
+    with pytest.raises(ValueError, match=r"unet\.(weights|buffers|settings) was different from that at the first step"):
+        measured(pipe, on_step=lambda i, output: on_step(pipe.unet, i, output))

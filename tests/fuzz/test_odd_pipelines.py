@@ -38,6 +38,8 @@ HARMLESS = [
     "{'on_step': lambda i, output: output.clone()}",
     "{'on_step': lambda i, output: (torch.manual_seed(i), output)[1]}",
     "{'on_step': lambda i, output: (torch.rand(3), output)[1]}",
+    "{'on_step': lambda i, output: output.contiguous(memory_format=torch.channels_last)}",
+    "{'on_step': lambda i, output: output[:, None].squeeze(1)}",
     "{'prompt': 'a cat'}",
     "{'step_arguments': {'generator': torch.Generator()}}",
     "{'output_type': 'latent'}",

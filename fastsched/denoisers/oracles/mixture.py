@@ -74,6 +74,8 @@ class GaussianMixture(Oracle):
         axes = torch.linalg.qr(torch.randn(*size, d, generator=generator, dtype=torch.float64))[0]
         variances = (float(std) * 3 ** (2 * torch.rand(size, generator=generator, dtype=torch.float64) - 1)).square()
         weights = 0.5 + torch.rand(components, generator=generator, dtype=torch.float64)
+        if not bool(torch.isfinite(variances).all()):
+            raise ValueError(f"std must have a finite square, got {std}")
         covariances = (axes * variances[:, None, :]) @ axes.mT
         return cls(weights, means, 0.5 * (covariances + covariances.mT))
 
