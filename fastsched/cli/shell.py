@@ -184,7 +184,7 @@ def writable(
     if path is None:
         return
     if str(path) == "-":
-        raise ValueError("output: - would be a file of that name; for standard output name /dev/stdout")
+        raise ValueError("output: - is not read as standard output; name a file")
     if endings and path.suffix not in endings:
         ends = f"{', '.join(endings[:-1])} or {endings[-1]}" if len(endings) > 1 else endings[0]
         raise ValueError(f"output must end in {ends}, got {str(path)!r}")

@@ -235,7 +235,7 @@ def test_other_bad_options_are_named(folder, model, tmp_path):
         (("compare", model, schedule, *shaped, "--baselines", "karas"), "did you mean 'karras'?"),
         (("compare", model, schedule, *shaped, "--dtype", "float8"), "dtype must be one of"),
         (("measure", model, "--shape", "2x3", "-o", tmp_path / "s"), "separated by commas, such as 4,64,64"),
-        (("measure", model, *shaped, "-o", "-"), "for standard output name /dev/stdout"),
+        (("measure", model, *shaped, "-o", "-"), "- is not read as standard output"),
         (
             ("fit", f"{tmp_path}/never.py:build", "--steps", "3", "-o", tmp_path / "a.json", "--dtype", "half"),
             "dtype must",
