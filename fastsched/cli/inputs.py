@@ -99,6 +99,7 @@ class Source:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come with the call; errors come here, before minutes of loading
             check_accepted(kind, [*(["prompt"] if self.prompts else []), *arguments])
+        check_numbers(kind, arguments)
         return load_pipeline(kind, self.name, self.device, self.precision, quiet=self.quiet), arguments
 
 
@@ -227,6 +228,17 @@ def call_arguments(options: list[str] | None) -> dict[str, Any]:
         except json.JSONDecodeError:
             arguments[name] = value
     return arguments
+
+
+def check_numbers(kind: type, arguments: dict[str, Any]) -> None:
+    """Check that no argument of a call is a word where the default is a number; ValueError that names it."""
+    import inspect
+    import json
+
+    usual = {name: each.default for name, each in inspect.signature(kind.__call__).parameters.items()}
+    for name, value in arguments.items():
+        if isinstance(value, str) and isinstance(usual.get(name), (int, float)):
+            raise ValueError(f"call: {name} must be a value such as {json.dumps(usual[name])}, got {value!r}")
 
 
 def not_for_pipelines(**options: object) -> None:
