@@ -41,7 +41,11 @@ def export(
     ],
     to: Annotated[
         str,
-        typer.Option("--to", help="diffusers, comfyui, vllm-omni, sglang, k-diffusion, flow-matching, sd.cpp or text."),
+        typer.Option(
+            *("--to",),
+            help="diffusers, comfyui, vllm-omni, sglang, k-diffusion, flow-matching, sd.cpp or text.",
+            autocompletion=lambda incomplete: [name for name in FORMS if name.startswith(incomplete)],
+        ),
     ],
     scheduler: Annotated[
         Optional[str], typer.Option(help="diffusers, engines: a saved pipeline or scheduler, for its exact arguments.")
