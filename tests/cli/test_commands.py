@@ -2,6 +2,7 @@ import csv
 import json
 import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from shell_runs import one_line, run
 
 import fastsched as fs
+from fastsched.cli import shell
 from fastsched.cli.commands import COMMANDS
 from fastsched.denoisers.loading import load_denoiser
 from fastsched.measurement.to_file import measure_to_file
@@ -314,13 +316,15 @@ def test_a_reader_that_has_enough_ends_a_command_silently():
     assert result.stderr == ""
 
 
-def test_there_are_no_bars_without_a_terminal(folder, model):
+def test_there_are_bars_in_a_terminal_alone(folder, model, monkeypatch):
     arguments = ["compare", model, folder / "x-4.json", "--shape", "2,3", "--samples", "8", "--reference-steps", "40"]
     command = [sys.executable, "-m", "fastsched", *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stderr.splitlines()[0].startswith("model calls")
-    assert "it/s" not in result.stderr
     assert "comparing" not in result.stderr
+    (option,) = shell.Quiet.__metadata__
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(isatty=lambda: True))
+    assert [option.callback(quiet) for quiet in (False, True)] == [False, True]
 
 
 def test_version():
