@@ -55,7 +55,7 @@ def demo(
 def compare(
     denoiser: shell.DenoiserName,
     schedules: Annotated[
-        list[Path], typer.Argument(help="Schedules that 'fastsched select' or 'fit' wrote.", metavar="SCHEDULE...")
+        list[Path], typer.Argument(help="Schedules that 'fastsched select' or 'fit' wrote.", metavar="SCHEDULE")
     ],
     baselines: Annotated[str, typer.Option(help="Common schedules to add, by name, or none.")] = "karras,exponential",
     spare_last: Annotated[bool, typer.Option(help="Replace sigma_min by 0 in the baselines.")] = False,
@@ -115,7 +115,7 @@ def compare(
 def plot(
     files: Annotated[
         list[Path],
-        typer.Argument(help="Schedules (.json), and statistics (.safetensors) at most once.", metavar="FILE..."),
+        typer.Argument(help="Schedules (.json), and statistics (.safetensors) at most once.", metavar="FILE"),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Figure to write: .png, .svg or .pdf.")],
 ) -> None:

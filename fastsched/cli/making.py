@@ -305,7 +305,7 @@ def plan(
 
 def merge(
     statistics: Annotated[
-        list[Path], typer.Argument(help="Statistics of different samples of one model.", metavar="STATS...")
+        list[Path], typer.Argument(help="Statistics of different samples of one model.", metavar="STATS")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The statistics file to write.")],
     overwrite: shell.Overwrite = False,

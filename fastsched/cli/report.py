@@ -19,7 +19,7 @@ def report(
     statistics: shell.StatisticsFile,
     schedules: Annotated[
         Optional[list[Path]],
-        typer.Argument(help="Schedules that 'fastsched fit' or 'select' wrote.", metavar="[SCHEDULE]..."),
+        typer.Argument(help="Schedules that 'fastsched fit' or 'select' wrote.", metavar="SCHEDULE"),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Page to write, .html.")] = Path("report.html"),
     solver: Annotated[str, typer.Option(help="Solvers of the error curves, separated by commas.")] = SOLVERS,
