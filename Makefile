@@ -16,7 +16,7 @@ demo: $(VENV)/demo-installed  ## measure, select and compare on handwritten digi
 test: check  ## check, then the whole test suite
 	$(BIN)/python -m pytest --numprocesses 2
 
-check: $(VENV)/dev-installed  ## lint, format, order of imports between rooms, and types
+check: $(VENV)/dev-installed  ## lint, format, order of imports between layers, and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache --no-logo

@@ -1,4 +1,4 @@
-"""What keeps the package easy to enter: rooms in one order, no circles, short functions, a short listing."""
+"""What keeps the package easy to enter: layers in one order, no circles, short functions, a short listing."""
 
 import ast
 import shutil
@@ -34,7 +34,7 @@ def copy(tmp_path):
     return tmp_path
 
 
-def test_rooms_import_downwards_only():
+def test_layers_import_downwards_only():
     result = lint(ROOT)
     assert result.returncode == 0, result.stdout
 
@@ -60,7 +60,7 @@ def test_an_import_upwards_is_found(copy, line):
     assert "fastsched.denoisers.noise -> fastsched.selection.optimal" in result.stdout
 
 
-def test_a_circle_within_a_room_is_found(copy):
+def test_a_circle_within_a_layer_is_found(copy):
     with (copy / "fastsched" / "sampling" / "multistep.py").open("a") as file:
         file.write("def later():\n    from fastsched.sampling import solvers\n")
     result = lint(copy)
@@ -68,7 +68,7 @@ def test_a_circle_within_a_room_is_found(copy):
     assert ".solvers -> .multistep" in result.stdout
 
 
-def test_a_room_without_a_place_is_found(copy):
+def test_a_layer_without_a_place_is_found(copy):
     (copy / "fastsched" / "attic").mkdir()
     (copy / "fastsched" / "attic" / "__init__.py").write_text('"""Things."""\n')
     result = lint(copy)
@@ -96,7 +96,7 @@ def test_no_circle_of_imports_among_modules():
 
 
 def test_only_the_shell_imports_the_whole_package():
-    """``import fastsched as fs`` in a room would reach every other one, and no linter would see it."""
+    """``import fastsched as fs`` in a layer would reach every other one, and no linter would see it."""
     importers = grimp.build_graph("fastsched", cache_dir=None).find_modules_that_directly_import("fastsched")
     assert [name for name in sorted(importers) if not name.startswith("fastsched.cli.")] == []
 

@@ -96,10 +96,10 @@ def test_the_reference_has_every_public_name():
         assert pkgutil.resolve_name(path) is not None
 
 
-def test_the_architecture_names_every_room():
+def test_the_architecture_names_every_layer():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    rooms = [path.name for path in (ROOT / "fastsched").iterdir() if (path / "__init__.py").exists()]
-    assert [room for room in rooms if room not in text] == []
+    layers = [path.name for path in (ROOT / "fastsched").iterdir() if (path / "__init__.py").exists()]
+    assert [layer for layer in layers if layer not in text] == []
 
 
 MAKE = re.compile(r"(?:^ *|`)make ([a-z-]+)", re.MULTILINE)

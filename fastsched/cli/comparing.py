@@ -29,7 +29,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the figure and the schedules.")] = Path(
         "demo-output"
     ),
-    samples: Annotated[int, typer.Option(help="Number of noises to compare over.")] = 1024,
+    samples: Annotated[int, typer.Option(help="Number of noises to compare over.", min=2)] = 1024,
     as_json: shell.AsJson = False,
     quiet: shell.Quiet = False,
 ) -> None:
@@ -54,17 +54,19 @@ def demo(
 
 def compare(
     denoiser: shell.DenoiserName,
-    schedules: Annotated[list[Path], typer.Argument(help="Schedules that 'fastsched select' or 'fit' wrote.")],
+    schedules: Annotated[
+        list[Path], typer.Argument(help="Schedules that 'fastsched select' or 'fit' wrote.", metavar="SCHEDULE")
+    ],
     baselines: Annotated[str, typer.Option(help="Common schedules to add, by name, or none.")] = "karras,exponential",
     spare_last: Annotated[bool, typer.Option(help="Replace sigma_min by 0 in the baselines.")] = False,
     solver: Annotated[Optional[str], typer.Option(help="Run all with this solver.  [default: their own]")] = None,
     shape: shell.Shape = None,
     samples: Annotated[
-        Optional[int], typer.Option(help="Number of noises to compare over.  [default: 256; pipelines: 8]")
+        Optional[int], typer.Option(help="Number of noises to compare over.  [default: 256; pipelines: 8]", min=2)
     ] = None,
     seed: shell.Seed = 0,
     reference_steps: Annotated[
-        Optional[int], typer.Option(help="Steps of the converged run.  [default: 300; pipelines: 100]")
+        Optional[int], typer.Option(help="Steps of the converged run.  [default: 300; pipelines: 100]", min=1)
     ] = None,
     batch_size: shell.Batch = None,
     device: shell.Device = None,
@@ -111,7 +113,10 @@ def compare(
 
 
 def plot(
-    files: Annotated[list[Path], typer.Argument(help="Schedules (.json), and statistics (.safetensors) at most once.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Schedules (.json), and statistics (.safetensors) at most once.", metavar="FILE"),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Figure to write: .png, .svg or .pdf.")],
 ) -> None:
     """Draw schedules and statistics. Schedules are drawn below the cost density of the statistics.

@@ -14,6 +14,7 @@ from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.digits import DigitsNetwork, load_digits_network
 from fastsched.measurement.measuring import measure
 from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.sampler import sample
 from fastsched.sampling.schedule import Schedule
 from fastsched.selection.optimal import optimal_schedule
@@ -86,10 +87,7 @@ def run_demo(
     reference = converged_reference(denoiser, SHAPE, samples=samples, progress=progress)
     paper = {n: score_optimal_schedule(denoiser, n, shape=SHAPE, samples=PATHS, progress=False) for n in steps}
     schedules = {solver: {n: _candidates(denoiser, stats, solver, paper[n]) for n in steps} for solver in solvers}
-    comparisons = {
-        solver: {n: compare(denoiser, named, reference=reference, progress=progress) for n, named in runs.items()}
-        for solver, runs in schedules.items()
-    }
+    comparisons = _compared(denoiser, schedules, reference, progress)
     demo = Demo(stats, schedules, comparisons, reference)
     for solver in solvers:
         say("\n" + table(solver, comparisons[solver]))
@@ -100,6 +98,22 @@ def run_demo(
     draw(demo, denoiser).savefig(folder / "demo.png")
     say(f"\nwrote {folder / 'demo.png'} and the schedules, {folder}{os.sep}SOLVER-STEPS.json")
     return demo
+
+
+def _compared(
+    denoiser: Denoiser,
+    schedules: Mapping[str, Mapping[int, Mapping[str, Schedule]]],
+    reference: Reference,
+    progress: bool,
+) -> dict[str, dict[int, Comparison]]:
+    """The comparisons by solver and number of steps, under one bar."""
+    found: dict[str, dict[int, Comparison]] = {solver: {} for solver in schedules}
+    with progress_bar(sum(map(len, schedules.values())), progress, "comparing", "table") as advance:
+        for solver, runs in schedules.items():
+            for n, named in runs.items():
+                found[solver][n] = compare(denoiser, named, reference=reference, progress=False)
+                advance(1)
+    return found
 
 
 LEGEND = (

@@ -36,10 +36,16 @@ NOT_FOR_FLOW = ("dpmpp_2m", "ancestral", "sde_dpmpp_2m")
 
 
 def export(
-    schedule: Annotated[Path, typer.Argument(help="Schedule that 'fastsched fit' or 'select' wrote.")],
+    schedule: Annotated[
+        Path, typer.Argument(help="Schedule that 'fastsched fit' or 'select' wrote.", metavar="SCHEDULE")
+    ],
     to: Annotated[
         str,
-        typer.Option("--to", help="diffusers, comfyui, vllm-omni, sglang, k-diffusion, flow-matching, sd.cpp or text."),
+        typer.Option(
+            *("--to",),
+            help="diffusers, comfyui, vllm-omni, sglang, k-diffusion, flow-matching, sd.cpp or text.",
+            autocompletion=lambda incomplete: [name for name in FORMS if name.startswith(incomplete)],
+        ),
     ],
     scheduler: Annotated[
         Optional[str], typer.Option(help="diffusers, engines: a saved pipeline or scheduler, for its exact arguments.")

@@ -50,6 +50,14 @@ class Source:
     call: list[str] | None
     quiet: bool
 
+    def __post_init__(self) -> None:
+        """Check what can be checked before the model loads, which may take minutes."""
+        from fastsched import validate
+
+        validate.CHECKS["device"]("device", self.device)
+        if self.dtype is not None:
+            validate.choice("dtype", self.dtype, ("float32", "float64", "float16", "bfloat16"))
+
     @property
     def is_pipeline(self) -> bool:
         """Whether the name is a folder, which is then a saved pipeline of diffusers."""
@@ -60,10 +68,7 @@ class Source:
         """The dtype of that name."""
         import torch
 
-        from fastsched import validate
-
-        known = ("float32", "float64", "float16", "bfloat16")
-        return None if self.dtype is None else getattr(torch, validate.choice("dtype", self.dtype, known))
+        return None if self.dtype is None else getattr(torch, self.dtype)
 
     @property
     def running(self) -> dict[str, Any]:
@@ -73,14 +78,13 @@ class Source:
 
     def denoiser(self) -> tuple[Denoiser, tuple[int, ...]]:
         """The denoiser and the shape of one sample."""
-        from fastsched import validate
         from fastsched.denoisers.loading import load_denoiser
 
         if self.prompts or self.call:
             raise ValueError(f"{'prompt' if self.prompts else 'call'} is for pipelines; this model is a denoiser")
-        validate.CHECKS["device"]("device", self.device)
+        given = None if self.shape is None else tuple(integers("shape", self.shape, "4,64,64"))
         denoiser, own = load_denoiser(self.name, self.device)
-        shape = own if self.shape is None else tuple(integers("shape", self.shape))
+        shape = own if given is None else given
         if shape is None:
             raise ValueError("shape must be given for this denoiser: --shape 4,64,64, the shape of one sample")
         return denoiser, shape
@@ -95,15 +99,16 @@ class Source:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come with the call; errors come here, before minutes of loading
             check_accepted(kind, [*(["prompt"] if self.prompts else []), *arguments])
+        check_numbers(kind, arguments)
         return load_pipeline(kind, self.name, self.device, self.precision, quiet=self.quiet), arguments
 
 
-def integers(name: str, text: str) -> list[int]:
+def integers(name: str, text: str, example: str = "6,8,10") -> list[int]:
     """The positive integers in ``text``, separated by commas."""
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{name} must be integers separated by commas, such as 6,8,10, got {text!r}") from None
+        raise ValueError(f"{name} must be integers separated by commas, such as {example}, got {text!r}") from None
     if min(values) < 1:
         raise ValueError(f"{name} must be at least 1, got {min(values)}")
     return values
@@ -148,9 +153,6 @@ def named_schedules(paths: list[Path]) -> dict[str, Schedule]:
 
 def load_pipeline(kind: Any, name: str, device: str | None, dtype: torch.dtype | None, *, quiet: bool) -> Any:
     """The pipeline of class ``kind`` that was saved in a folder; reads only safetensors, downloads nothing."""
-    from fastsched import validate
-
-    validate.CHECKS["device"]("device", device)
     with _quiet_diffusers():
         precision = {} if dtype is None else {"torch_dtype": dtype}
         pipe = kind.from_pretrained(name, use_safetensors=True, local_files_only=True, **precision)
@@ -226,6 +228,17 @@ def call_arguments(options: list[str] | None) -> dict[str, Any]:
         except json.JSONDecodeError:
             arguments[name] = value
     return arguments
+
+
+def check_numbers(kind: type, arguments: dict[str, Any]) -> None:
+    """Check that no argument of a call is a word where the default is a number; ValueError that names it."""
+    import inspect
+    import json
+
+    usual = {name: each.default for name, each in inspect.signature(kind.__call__).parameters.items()}
+    for name, value in arguments.items():
+        if isinstance(value, str) and isinstance(usual.get(name), (int, float)):
+            raise ValueError(f"call: {name} must be a value such as {json.dumps(usual[name])}, got {value!r}")
 
 
 def not_for_pipelines(**options: object) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: What `fastsched.measure` and `fastsched.diffusers.measure` take by default (said here too: help imports none).
 LEVELS, SAMPLES, PIPELINE_SAMPLES = 48, 8, 4
 
-Levels = Annotated[int, typer.Option(help="Number of noise levels; 32 to 64 are enough.")]
+Levels = Annotated[int, typer.Option(help="Number of noise levels; 32 to 64 are enough.", min=3)]
 Paths = Annotated[
     Optional[str],
     typer.Option(
@@ -46,7 +46,7 @@ def measure(
         ),
     ] = None,
     batch_size: Annotated[
-        Optional[int], typer.Option(help="Paths per batch; the file is saved after each batch.  [default: 4]")
+        Optional[int], typer.Option(help="Paths per batch; the file is saved after each batch.  [default: 4]", min=1)
     ] = None,
     device: shell.Device = None,
     dtype: shell.DType = None,
@@ -129,7 +129,7 @@ def _measured_denoiser(
 
 def fit(
     denoiser: shell.DenoiserName,
-    steps: Annotated[int, typer.Option(help="Number of steps.")],
+    steps: Annotated[int, typer.Option(help="Number of steps.", min=1)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The schedule to write, .json.")],
     solver: Annotated[
         Optional[str], typer.Option(help="The solver to fit for.  [default: dpmpp_2m; pipelines: their scheduler's]")
@@ -138,11 +138,15 @@ def fit(
     stats: Annotated[
         Optional[Path], typer.Option(help="Statistics of this model, instead of a new measurement.")
     ] = None,
-    levels: Annotated[Optional[int], typer.Option(help="Number of noise levels.  [default: by the calls]")] = None,
-    samples: Annotated[Optional[int], typer.Option(help="Number of paths.  [default: by the calls]")] = None,
+    levels: Annotated[
+        Optional[int], typer.Option(help="Number of noise levels.  [default: by the calls]", min=3)
+    ] = None,
+    samples: Annotated[Optional[int], typer.Option(help="Number of paths.  [default: by the calls]", min=1)] = None,
     model_calls: Annotated[
         Optional[int],
-        typer.Option(help="The most model calls, the measurement included.  [default: 800; with --stats 740 more]"),
+        typer.Option(
+            help="The most model calls, the measurement included.  [default: 800; with --stats 740 more]", min=0
+        ),
     ] = None,
     seed: shell.Seed = 0,
     batch_size: shell.Batch = None,
@@ -205,7 +209,7 @@ def _fitted(
 
 
 def select(
-    statistics: Annotated[Path, typer.Argument(help="Statistics that 'fastsched measure' wrote.")],
+    statistics: shell.StatisticsFile,
     steps: Annotated[str, typer.Option(help="Number of steps: 8, or several: 6,8,10.")],
     solver: Solver = "dpmpp_2m",
     output: Annotated[
@@ -241,11 +245,13 @@ def select(
 
 
 def plan(
-    stats: Annotated[Path, typer.Argument(help="Statistics that 'fastsched measure' wrote.")],
+    stats: shell.StatisticsFile,
     solver: Annotated[
         str, typer.Option(help="ddim, dpmpp_2m, ipndm, heun, ... or several, comma-separated.")
     ] = "dpmpp_2m",
-    max_steps: Annotated[Optional[int], typer.Option(help="Largest number of steps.  [default: at most 20]")] = None,
+    max_steps: Annotated[
+        Optional[int], typer.Option(help="Largest number of steps.  [default: at most 20]", min=1)
+    ] = None,
     target: Annotated[
         Optional[str],
         typer.Option(help="Print how many steps reach this error, or the error of a schedule such as karras:20."),
@@ -270,19 +276,20 @@ def plan(
     goal = None if target is None else _target(target)
     loaded = inputs.load_statistics(stats)
     most = min(20, loaded.levels - 1) if max_steps is None else max_steps
-    curves = [fs.error_curve(loaded, inputs.solver_named(name.strip()), most) for name in solver.split(",")]
+    names = [inputs.solver_named(name.strip()) for name in solver.split(",")]
+    errors = [None if goal is None else target_error(loaded, name, goal) for name in names]  # before the curves' work
+    curves = [fs.error_curve(loaded, name, most) for name in names]
     found = []
-    for curve in curves:
+    for curve, error in zip(curves, errors, strict=True):
         rows = list(zip(curve.steps, curve.model_calls, curve.predicted_errors, strict=True))
         entry: dict[str, Any] = {
             "solver": curve.solver,
-            "curve": [{"steps": n, "model_calls": calls, "predicted_error": error} for n, calls, error in rows],
+            "curve": [{"steps": n, "model_calls": calls, "predicted_error": value} for n, calls, value in rows],
         }
         if not as_json:
-            cells = [(str(n), f"{calls}", f"{error:.4g}") for n, calls, error in rows]
+            cells = [(str(n), f"{calls}", f"{value:.4g}") for n, calls, value in rows]
             shell.print_table((f"{curve.solver}: steps", "model calls", "predicted error"), cells, left=0)
-        if goal is not None:
-            error = target_error(loaded, curve.solver, goal)
+        if goal is not None and error is not None:
             # Where the curve does not suffice, the library says by how much.
             enough = steps_within(curve, error) or fs.steps_needed(loaded, curve.solver, target=goal, max_steps=most)
             entry |= {"target": target, "steps_needed": enough}
@@ -297,11 +304,13 @@ def plan(
 
 
 def merge(
-    statistics: Annotated[list[Path], typer.Argument(help="Statistics of different samples of one model.")],
+    statistics: Annotated[
+        list[Path], typer.Argument(help="Statistics of different samples of one model.", metavar="STATS")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The statistics file to write.")],
     overwrite: shell.Overwrite = False,
 ) -> None:
-    """Merge statistics of different samples, such as those measured on several machines. No model calls.
+    """Merge statistics of different samples. Such as those measured on several machines; no model calls.
 
     \b
     fastsched measure my_model.py:build --shape 4,64,64 --samples 0:8 -o a.safetensors

@@ -13,7 +13,7 @@ from fastsched.cli import inputs, shell
 def profile(
     denoiser: shell.DenoiserName,
     shape: shell.Shape = None,
-    steps: Annotated[int, typer.Option(help="Steps of each of the two sampling runs, 3 at least.")] = 8,
+    steps: Annotated[int, typer.Option(help="Steps of each of the two sampling runs.", min=3)] = 8,
     device: shell.Device = None,
     dtype: shell.DType = None,
     prompt: shell.Prompts = None,
@@ -25,7 +25,7 @@ def profile(
     as_json: shell.AsJson = False,
     quiet: shell.Quiet = False,
 ) -> None:
-    """Say where the time of a step goes, what measuring and fitting cost, and when they pay for themselves.
+    """Say where the time of a step goes. Also what measuring and fitting cost, and when they pay for themselves.
 
     About 2 STEPS + 6 real steps are run.
 

@@ -16,13 +16,14 @@ SOLVERS = "ddim,dpmpp_2m,unipc,fitted"
 
 
 def report(
-    statistics: Annotated[Path, typer.Argument(help="Statistics that 'fastsched measure' wrote.")],
+    statistics: shell.StatisticsFile,
     schedules: Annotated[
-        Optional[list[Path]], typer.Argument(help="Schedules that 'fastsched fit' or 'select' wrote.")
+        Optional[list[Path]],
+        typer.Argument(help="Schedules that 'fastsched fit' or 'select' wrote.", metavar="SCHEDULE"),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Page to write, .html.")] = Path("report.html"),
     solver: Annotated[str, typer.Option(help="Solvers of the error curves, separated by commas.")] = SOLVERS,
-    max_steps: Annotated[int, typer.Option(help="Largest number of steps of the error curves.")] = 16,
+    max_steps: Annotated[int, typer.Option(help="Largest number of steps of the error curves.", min=1)] = 16,
     errors: Annotated[
         Optional[list[Path]],
         typer.Option("--errors", help="Measured errors, a table of 'fastsched compare --csv'; repeatable."),

@@ -22,23 +22,34 @@ DENOISER = (
     "'digits' (in the package), package.module:function, path/to/file.py:function, or a diffusers pipeline folder."
 )
 DenoiserName = Annotated[str, typer.Argument(help=DENOISER, metavar="MODEL")]
+StatisticsFile = Annotated[Path, typer.Argument(help="Statistics that 'fastsched measure' wrote.", metavar="STATS")]
 Shape = Annotated[
     Optional[str], typer.Option(help="Shape of one sample, such as 4,64,64; not for digits or pipelines.")
 ]
-Batch = Annotated[Optional[int], typer.Option(help="Samples per batch.  [default: all]")]
+Batch = Annotated[Optional[int], typer.Option(help="Samples per batch.  [default: all]", min=1)]
 Device = Annotated[Optional[str], typer.Option(help="Such as cuda.  [default: the network's]")]
 DType = Annotated[Optional[str], typer.Option(help="Such as bfloat16.  [default: the network's]")]
-Seed = Annotated[int, typer.Option(help="Seed of the noises.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noises.", min=0)]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        *("--quiet", "-q"),
+        help="No progress bars; without a terminal there are none.",
+        callback=lambda quiet: quiet or not sys.stderr.isatty(),
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the cost in model calls and stop.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it exists.")]
 Prompts = Annotated[
-    Optional[list[str]], typer.Option("--prompt", help="Pipelines: a prompt; repeat the option for several.")
+    Optional[list[str]],
+    typer.Option("--prompt", metavar="TEXT", help="Pipelines: a prompt; repeat the option for several."),
 ]
 CallOptions = Annotated[
     Optional[list[str]],
-    typer.Option("--call", help="Pipelines: an argument of the call such as guidance_scale=7.5; repeatable."),
+    typer.Option(
+        *("--call",), metavar="NAME=VALUE", help="Pipelines: an argument of the call, guidance_scale=7.5; repeatable."
+    ),
 ]
 
 #: Whether an error shows Python's traceback; set by the option of that name.
@@ -61,12 +72,17 @@ def errors_in_a_line(on_interrupt: str = "interrupted; nothing was written") -> 
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort):
         raise
+    except BrokenPipeError:  # the reader, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its end
+        raise typer.Exit(1) from None
     except Exception as error:
         if STATE["traceback"]:
             raise
         known = isinstance(error, (ValueError, TypeError, ImportError, OSError))
         text = " ".join(str(error).split())
-        where = "" if known and error.__cause__ is None else " (use --traceback to see where)"
+        if isinstance(error, OSError) and error.strerror:  # otherwise it begins with a number
+            text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        where = "" if known and error.__cause__ is None else " (use fastsched --traceback to see where)"
         LOGGER.error(f"error: {text if known else f'{type(error).__name__}: {text}'}{where}")
         raise typer.Exit(2 if isinstance(error, (ValueError, TypeError)) else 1) from None
 
@@ -167,6 +183,8 @@ def writable(
     # Every test here is one that would otherwise fail after the model calls, and lose them.
     if path is None:
         return
+    if str(path) == "-":
+        raise ValueError("output: - is not read as standard output; name a file")
     if endings and path.suffix not in endings:
         ends = f"{', '.join(endings[:-1])} or {endings[-1]}" if len(endings) > 1 else endings[0]
         raise ValueError(f"output must end in {ends}, got {str(path)!r}")

@@ -21,7 +21,10 @@ PACKAGES = ("torch", "triton", "numpy", "scipy", "safetensors", "diffusers", "tr
 
 
 def info(
-    file: Annotated[Path, typer.Argument(help="Statistics (.safetensors), a schedule (.json), or a pipeline folder.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="Statistics (.safetensors), a schedule (.json), or a pipeline folder.", metavar="FILE"),
+    ],
     as_json: shell.AsJson = False,
 ) -> None:
     """Describe statistics, a schedule or a pipeline folder.

@@ -38,8 +38,7 @@ def load_denoiser(name: str, device: str | None = None) -> tuple[Denoiser, tuple
         return Denoiser.from_edm(load_digits_network().to(device or "cpu")), DigitsNetwork.shape
     source, colon, function = name.rpartition(":")
     if not colon or not source or not function.isidentifier():
-        near = "; did you mean 'digits'?" if difflib.get_close_matches(name, ["digits"]) else ""
-        raise ValueError(f"denoiser must be {FORMS}, got {name!r}{near}")
+        raise ValueError(f"denoiser must be {FORMS}, got {name!r}{_hint(name)}")
     if source.endswith(".py"):
         folder, load = str(Path(source).resolve().parent), _module_of_file
     else:
@@ -64,6 +63,15 @@ def _searched_last(folder: str) -> Iterator[None]:
             if sys.path[n] == folder:
                 del sys.path[n]
                 break
+
+
+def _hint(name: str) -> str:
+    """What a name of no known form may be meant as."""
+    if difflib.get_close_matches(name, ["digits"]):
+        return "; did you mean 'digits'?"
+    if name.endswith(".py"):
+        return f"; name a function in it, such as {name}:build"
+    return "" if ":" in name or os.path.exists(name) else "; there is no such folder"
 
 
 def _built(module: ModuleType, source: str, function: str) -> Denoiser:

@@ -87,7 +87,7 @@ def origin_now(model: str | None, fingerprint: Tensor | None = None, **known: An
     digits = None
     if fingerprint is not None:
         digits = hashlib.sha256(fingerprint.detach().cpu().double().numpy().tobytes()).hexdigest()[:12]
-    # The package's own module is looked up, not imported: it names all rooms, and this one is below most of them.
+    # The package's own module is looked up, not imported: it names all layers, and this one is below most of them.
     version = getattr(sys.modules.get(__name__.partition(".")[0]), "__version__", None)
     name = None if model is None else "".join(letter for letter in model if letter.isprintable())[:LONGEST]
     return Origin(model=name or None, fingerprint=digits, date=today, version=version, **known)

@@ -2,6 +2,7 @@ import csv
 import json
 import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from shell_runs import one_line, run
 
 import fastsched as fs
+from fastsched.cli import shell
 from fastsched.cli.commands import COMMANDS
 from fastsched.denoisers.loading import load_denoiser
 from fastsched.measurement.to_file import measure_to_file
@@ -184,6 +186,8 @@ def test_foreign_files_are_refused(folder, tmp_path):
         ("FILE:bild", 2, "did you mean 'build'?"),
         ("FILE:number", 2, "name a function"),
         ("FILE:wrong", 2, "must return a fastsched.Denoiser"),
+        ("my_model.py", 2, "name a function in it, such as my_model.py:build"),
+        ("my_pipeline", 2, "got 'my_pipeline'; there is no such folder"),
         ("nowhere.py:build", 1, "no such file: nowhere.py"),
         ("no_such_package.models:build", 1, "no module 'no_such_package.models'"),
         ("FILE:build", 2, "--shape 4,64,64"),
@@ -232,7 +236,13 @@ def test_other_bad_options_are_named(folder, model, tmp_path):
     cases = [
         (("compare", model, schedule, *shaped, "--baselines", "karas"), "did you mean 'karras'?"),
         (("compare", model, schedule, *shaped, "--dtype", "float8"), "dtype must be one of"),
-        (("measure", model, "--shape", "2,x", "-o", tmp_path / "s"), "shape must be integers"),
+        (("measure", model, "--shape", "2x3", "-o", tmp_path / "s"), "separated by commas, such as 4,64,64"),
+        (("measure", model, *shaped, "-o", "-"), "- is not read as standard output"),
+        (
+            ("fit", f"{tmp_path}/never.py:build", "--steps", "3", "-o", tmp_path / "a.json", "--dtype", "half"),
+            "dtype must",
+        ),
+        (("plan", folder / "s.safetensors", "--target", "karas:20"), "did you mean 'karras'?"),
         (("measure", model, *shaped, "-o", tmp_path / "s", "--resume", "--overwrite"), "exclude each other"),
         (("fit", model, *shaped, "--steps", "3", "-o", tmp_path / "s.json", "--device", "meta"), "device must be one"),
         (("plot", schedule, "-o", tmp_path / "a.bmp"), "output must end in .png"),
@@ -242,6 +252,7 @@ def test_other_bad_options_are_named(folder, model, tmp_path):
         result = run(*arguments)
         assert result.exit_code == 2
         assert message in one_line(result)
+        assert result.stdout == ""
     long = run("fit", model, *shaped, "--steps", "3", "-o", tmp_path / f"{'x' * 255}.json")
     assert long.exit_code == 1
     assert "name too long" in long.stderr
@@ -266,10 +277,11 @@ def test_an_unexpected_error_is_one_line_unless_a_traceback_is_asked_for(tmp_pat
     arguments = ("measure", f"{tmp_path / 'failing_model.py'}:build", "--shape", "3", "-o", tmp_path / "s")
     result = run(*arguments)
     assert result.exit_code == 1
-    assert one_line(result).endswith("build() failed with RuntimeError: out of memory (use --traceback to see where)")
+    where = " (use fastsched --traceback to see where)"
+    assert one_line(result).endswith(f"build() failed with RuntimeError: out of memory{where}")
     assert isinstance(run("--traceback", *arguments).exception.__cause__, RuntimeError)
     monkeypatch.setattr("fastsched.cli.inputs.load_statistics", lambda path: {}[path])
-    assert one_line(run("plan", "s")) == "error: KeyError: PosixPath('s') (use --traceback to see where)"
+    assert one_line(run("plan", "s")) == f"error: KeyError: PosixPath('s'){where}"
 
 
 def test_help_teaches_and_imports_nothing_heavy():
@@ -284,6 +296,35 @@ def test_help_teaches_and_imports_nothing_heavy():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_numbers_out_of_range_are_refused_before_a_model_loads(tmp_path):
+    for option, value in (("--steps", "0"), ("--levels", "2"), ("--samples", "0"), ("--seed", "-1")):
+        result = run("fit", "never.py:build", "--steps", "3", option, value, "-o", tmp_path / "a.json")
+        assert result.exit_code == 2
+        assert f"Invalid value for '{option}'" in result.stderr
+
+
+def test_an_error_of_the_system_is_told_without_its_number(folder, tmp_path):
+    result = run("report", folder / "s.safetensors", "--image", "a=none.png", "-o", tmp_path / "r.html")
+    assert one_line(result) == "error: No such file or directory: none.png"
+
+
+def test_a_reader_that_has_enough_ends_a_command_silently():
+    command = f"{sys.executable} -m fastsched solvers | true"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert result.stderr == ""
+
+
+def test_there_are_bars_in_a_terminal_alone(folder, model, monkeypatch):
+    arguments = ["compare", model, folder / "x-4.json", "--shape", "2,3", "--samples", "8", "--reference-steps", "40"]
+    command = [sys.executable, "-m", "fastsched", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stderr.splitlines()[0].startswith("model calls")
+    assert "comparing" not in result.stderr
+    (option,) = shell.Quiet.__metadata__
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(isatty=lambda: True))
+    assert [option.callback(quiet) for quiet in (False, True)] == [False, True]
 
 
 def test_version():

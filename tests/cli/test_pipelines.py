@@ -94,6 +94,9 @@ def test_info_describes_a_pipeline(saved):
         (("--call", "guidance_scale"), "call must be NAME=VALUE"),
         (("--call", "num_inference_steps=4"), "num_inference_steps must be left out"),
         (("--prompt", "a cat"), "the call of DDIMPipeline has no argument 'prompt'; it has batch_size"),
+        (("--call", "batch_size=two"), "call: batch_size must be a value such as 1, got 'two'"),
+        (("--call", "eta=0,1"), "call: eta must be a value such as 0.0, got '0,1'"),
+        (("--call", "return_dict=False"), "call: return_dict must be a value such as true, got 'False'"),
         (("--call", "batch_sise=2"), "has no argument 'batch_sise'; did you mean 'batch_size'?"),
     ],
 )

@@ -158,6 +158,16 @@ def test_completion_can_be_shown(shell):
     assert script[shell] in result.stdout, result.stderr
 
 
+def test_completion_knows_the_programs_to_export_to():
+    from typer.testing import CliRunner
+
+    from fastsched.cli.commands import app
+
+    words = {"COMP_WORDS": "fastsched export a.json --to c", "COMP_CWORD": "4", "_FASTSCHED_COMPLETE": "complete_bash"}
+    result = CliRunner().invoke(app, [], env=words, prog_name="fastsched")
+    assert result.stdout.split() == ["comfyui"]
+
+
 def test_the_log_level_hides_what_is_said_but_not_errors(folder):
     select = ("select", folder / "s.safetensors", "--steps", "4")
     assert "squared error" in run(*select).stderr

@@ -15,6 +15,19 @@ PACKAGE = pathlib.Path(__file__).parents[2] / "integrations" / "comfyui"
 SHAPE = (1, 2, 2)
 
 
+@pytest.fixture(scope="session")
+def module_of():
+    """Loads a file as a module of its own, as ComfyUI does with a file of nodes."""
+
+    def load(path):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+        return loaded
+
+    return load
+
+
 def table(zsnr=False):
     """A scaled-linear table of sigmas; of zero terminal SNR as ComfyUI has it."""
     abar = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)

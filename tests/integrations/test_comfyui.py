@@ -1,6 +1,5 @@
 """Schedules in ComfyUI's terms and k-diffusion's."""
 
-import importlib.util
 import inspect
 import json
 import math
@@ -18,16 +17,9 @@ import fastsched as fs
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def module(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
 @pytest.fixture(scope="module")
-def node():
-    return module(ROOT / "integrations" / "comfyui" / "fastsched_schedule.py")
+def node(module_of):
+    return module_of(ROOT / "integrations" / "comfyui" / "fastsched_schedule.py")
 
 
 def schedule():
@@ -217,8 +209,8 @@ def test_the_node_reads_what_this_version_saves(node):
     assert (node.FORMAT, node.VERSION) == (FORMAT, VERSION)
 
 
-def test_a_k_diffusion_sampler_takes_the_sigmas_as_they_are(capsys):
-    example = module(ROOT / "examples" / "k_diffusion.py")
+def test_a_k_diffusion_sampler_takes_the_sigmas_as_they_are(module_of, capsys):
+    example = module_of(ROOT / "examples" / "k_diffusion.py")
     oracle = fs.oracles.GaussianMixture.random(4, 3, seed=0)
     denoiser = fs.Denoiser.from_denoiser(oracle.denoise, 0.002, 80.0)
     sigmas = fs.optimal_schedule(fs.measure(denoiser, (4,), samples=4, progress=False), 8).sigmas

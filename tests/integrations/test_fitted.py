@@ -1,6 +1,5 @@
 """Fitted schedules in ComfyUI and in k-diffusion's convention."""
 
-import importlib.util
 import inspect
 import json
 import math
@@ -20,16 +19,9 @@ ORACLE = fs.oracles.GaussianMixture.random(4, 3, seed=0)
 SIGMAS = {"ve": [14.6, 1.5, 0.2, 0.0], "vp": [14.6, 1.5, 0.2, 0.0], "flow": [1.0, 0.7, 0.2, 0.0]}
 
 
-def module(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
 @pytest.fixture(scope="module")
-def node():
-    return module(ROOT / "integrations" / "comfyui" / "fastsched_fitted.py")
+def node(module_of):
+    return module_of(ROOT / "integrations" / "comfyui" / "fastsched_fitted.py")
 
 
 def schedule(noise="ve"):
@@ -207,8 +199,8 @@ def test_the_node_reads_only_files_of_the_input_folder(node, comfyui, tmp_path_f
     assert "must be inside" in node.FastschedFittedLoader.VALIDATE_INPUTS(str(outside))
 
 
-def test_the_node_says_that_it_needs_the_other_file(tmp_path):
+def test_the_node_says_that_it_needs_the_other_file(module_of, tmp_path):
     alone = tmp_path / "fastsched_fitted.py"
     alone.write_text((ROOT / "integrations" / "comfyui" / "fastsched_fitted.py").read_text())
     with pytest.raises(ImportError, match="copy both"):
-        module(alone)
+        module_of(alone)
