@@ -54,8 +54,8 @@ OTHERS = {
     "optimal_schedule": "P",
     "fit": "X",
 }
-#: Where the calls begin; methods that take none stand there.
-LEFT = 30
+#: Where methods stand that take no calls, on the logarithmic axis.
+NO_CALLS = 20
 
 Cell = tuple[str, str]
 
@@ -166,19 +166,18 @@ def plot(found: dict[Cell, dict[int, float]], others: dict[str, tuple[float, flo
         ax.plot(list(line), means, "--" if name in NETWORKS else "-", color="0.7", lw=1)
         last = max(means[0], 1.45 * last)  # labels beside each other, not on each other
         ax.text(0.93 * TOTALS[0], last, name, fontsize=7, color="0.3", ha="right", va="center")
-    ax.set_xlim(left=LEFT / 1.1)
+    ax.set_xlim(left=NO_CALLS / 1.15)
     for names, style, label in ((lines, "o-", "all"), (set(lines) - set(PLANE), "o:", "all but flow")):
         mean = [value for value, _ in over_cells(found, names).values()]
         ax.plot(TOTALS, mean, style, color="#CC0022", lw=2, label=f"fs.fit, fitted solver: {label}")
     for method, (calls, ratio) in others.items():
-        label = f"{glossary.title(method)}, its best stock solver" + " (no calls)" * (calls == 0)
-        ax.plot(max(calls, LEFT), ratio, OTHERS[method], color="#332288", ms=7, label=label)
+        label = f"{glossary.title(method)}, its best stock solver"
+        ax.plot(calls or NO_CALLS, ratio, OTHERS[method], color="#332288", ms=7, label=label)
     ax.axhline(1, color="k", lw=0.8, ls=":")
     ax.set(xscale="log", yscale="log", xlabel="all model calls that choosing took, counted per sample")
     ax.set_ylabel("typical error against the best stock fs.fit\nwith 1,500 calls")
-    ax.set_xticks(
-        [60, 100, 200, 400, 800, 1500, 6000, 64000], ["60", "100", "200", "400", "800", "1,500", "6,000", "64,000"]
-    )
+    ticks = [NO_CALLS, *TOTALS, 6000, 64000]
+    ax.set_xticks(ticks, ["none", *(f"{total:,}" for total in ticks[1:])])
     ax.minorticks_off()
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=8, frameon=False)
