@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,15 +17,11 @@ from benchmarks.quality.models import Model
 from benchmarks.quality.optimal_steps import OptimalSteps
 from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.states import finite_grid
-from fastsched.fitting.budget import takes_responses
 from fastsched.fitting.denoiser_fit import fit_report
 from fastsched.sampling.solvers import FITTED
 
 #: fastsched's own: the dynamic programme, the same polished, and what `fastsched.fit` makes of it with more calls.
 OURS = ("optimal_schedule_unpolished", "optimal_schedule", "fit")
-
-#: Calls of a fit, its measurement included.
-FIT_CALLS = 1500
 
 #: Where the seeds of the noises start that GITS's settings are chosen on; no chooser or evaluation uses these.
 TUNING_SEED = 10_000
@@ -200,9 +195,7 @@ class Choosers:
         return self._fitted(solver, steps, 0.0, model_calls=model_calls, seed=self.seed)
 
     def _fit(self, solver: str, steps: int) -> Chosen:
-        if not takes_responses(FIT_CALLS, math.prod(self.model.shape)):
-            return self.fit_within(FIT_CALLS, solver, steps)
-        statistics = self.statistics  # what a fit would measure, once for all solvers and steps
+        statistics = self.statistics
         return self._fitted(solver, steps, self.seconds["statistics"], stats=statistics)
 
     def _fitted(self, solver: str, steps: int, spent: float, **options: Any) -> Chosen:
