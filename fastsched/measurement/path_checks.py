@@ -109,7 +109,7 @@ class _Path:
         wide = deviation > WIDE * (denoiser.sigma_data if denoiser.prediction == "edm" else 1.0)
         sure = against or (wide and not (few and small)) or (far and not few)
         wrong = signed and left and sure and len(self.s) >= FEWEST_LEVELS // 2
-        doubtful = against, None if few else unequal, None if (few or small) and not wrong else left
+        doubtful = None if (few or small) and not wrong else left, None if few else unequal, against
         if not any(doubtful):
             return
         finding = (
