@@ -368,8 +368,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         assert self._repeat is not None
         check_repeat(self._repeat[0], output)
         ends = self._measured_paths.ends * (1 if self._owned is None else ~self._owned.cpu())
-        self._statistics = replace(self._measured_paths, ends=ends, data_std=data_deviation(ends))
-        check_beginning(self._statistics, self._beginning, self.convention.denoiser)
+        self._statistics = found = replace(self._measured_paths, ends=ends, data_std=data_deviation(ends))
+        check_beginning(found, self._beginning, self.convention.denoiser)
         warn_of_clipping(getattr(diffusers, self.config["scheduler_class"]), self.config, ends)
         return ends.to(output.device)
 
