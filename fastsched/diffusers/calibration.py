@@ -353,7 +353,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         assert self._returned is not None
         if self._index == 1 + self._repeated:
             self._repeat = (output.clone(), self._returned.chunk(self._copies)[0].clone())
-        if self._index <= 5:  # the first levels
+        if self._index <= min(5, len(self._levels)):
             self._beginning.note(self._returned.chunk(self._copies)[0] / self._scales[self._index - 1], output)
         try:
             return self._input(*self._steps.send(output))
