@@ -28,6 +28,8 @@ Result = TypeVar("Result")
 
 #: Over fewer levels a path's end is hardly a sample, and no reason for a warning; with half of them none for an error.
 FEWEST_LEVELS = 12
+#: How many times more noise than is wrong must be left at such an end; those of right networks reach 2.
+FEW_EXCESS = 2.5
 #: Paths that are looked at, the first of the batch.
 MOST_PATHS = 8
 #: The range of levels of the first property, in units of the data's deviation: above, few paths say little.
@@ -102,14 +104,15 @@ class _Path:
         deviation = math.sqrt(float(sizes[-1]) / end.numel())
         few, small = len(self.s) < FEWEST_LEVELS, end.numel() < FEWEST_ELEMENTS
         unequal = _unequal_sizes(sizes / sizes[-1], self.s, deviation, end.numel(), xx.shape[1])
-        signed, left, far = self.ask.denoiser.prediction in OF_A_SIGN, None, False
+        signed, left, excess = self.ask.denoiser.prediction in OF_A_SIGN, None, 0.0
         if signed or not small:
-            left, far = _noise_left(self.ask, end, (LOW_PART_OF_A_SIGN if signed else LOW_PART) * deviation)
+            left, excess = _noise_left(self.ask, end, (LOW_PART_OF_A_SIGN if signed else LOW_PART) * deviation)
         against, denoiser = self.ask.against, self.ask.denoiser
         wide = deviation > WIDE * (denoiser.sigma_data if denoiser.prediction == "edm" else 1.0)
-        sure = against or (wide and not (few and small)) or (far and not few)
+        far = excess > (FEW_EXCESS if few else 1.0)
+        sure = against or ((wide or far) and not (few and small))
         wrong = signed and left and sure and len(self.s) >= FEWEST_LEVELS // 2
-        doubtful = against, None if few else unequal, None if (few or small) and not wrong else left
+        doubtful = None if (few or small) and not wrong else left, None if few else unequal, against
         if not any(doubtful):
             return
         finding = (
@@ -137,8 +140,8 @@ def _unequal_sizes(sizes: Tensor, s: Tensor, deviation: float, elements: int, pa
     )
 
 
-def _noise_left(ask: Questions, end: Tensor, level: float) -> tuple[str | None, bool]:
-    """What is wrong with how a path's end with noise is denoised, None if nothing; and whether that is beyond doubt."""
+def _noise_left(ask: Questions, end: Tensor, level: float) -> tuple[str | None, float]:
+    """What is wrong with how a path's end with noise is denoised, None if nothing; and the noise left, over `WRONG`."""
     s = ask.known(level)
     noise = noise_of(torch.tensor([ELSEWHERE + 2]), ask.shape)[0]
     error = ask.raw((end / s).add_(noise)[None], s, torch.float32)[1][0].sub_(end).div_(s).flatten()
@@ -149,8 +152,8 @@ def _noise_left(ask: Questions, end: Tensor, level: float) -> tuple[str | None, 
         base + each / math.sqrt(end.numel()) for base, each in (WRONG, DOUBTFUL, ACROSS, AGAINST)
     )
     if left <= doubtful and left - along <= across and -along <= against:
-        return None, False
+        return None, 0.0
     return (
         f"of noise of level {s:.3g}, added to the end of a path, denoising leaves an error of {left:.3g} times its "
         f"square, {along:.3g} of that along the noise, where a denoiser leaves at most 1, and the two alike"
-    ), left > wrong
+    ), left / wrong

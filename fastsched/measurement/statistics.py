@@ -232,8 +232,10 @@ def data_deviation(ends: Tensor) -> float:
 
     Those that are 0 in every path are left out: a pipeline owns them (`diffusers.step_checks.held_at_zero`).
     """
-    free = ends[:, (ends != 0).any(0)].double() if bool(ends.any()) else ends.double()
-    return float((free - free.mean()).square().mean().sqrt())
+    owned = ~ends.any(0)  # no mask of all paths, nor a copy where none is owned
+    if bool(owned.any()) and not bool(owned.all()):
+        ends = ends[:, ~owned]
+    return float((ends.double() - ends.double().mean()).square().mean().sqrt())
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -233,7 +233,7 @@ class Warming(OracleUNet):
 
 
 @pytest.mark.parametrize("scheduler", [euler(), diffusers.FlowMatchEulerDiscreteScheduler()], ids=["vp", "flow"])
-@pytest.mark.parametrize("part", [0.3, 0.5])
+@pytest.mark.parametrize("part", [0.3, 0.5, 0.9, 1.05])
 @pytest.mark.parametrize("calls", [2, 3])  # the first is that of the pipeline's own latents, of which nothing is used
 def test_a_network_that_answers_its_first_calls_otherwise_is_refused(scheduler, part, calls):
     pipe = OraclePipeline(Warming().answer_for(scheduler, mixture(), calls, part), scheduler)
