@@ -17,7 +17,6 @@ from fastsched.denoisers.late_reading import Verdicts
 from fastsched.diffusers.conventions import class_of, describe, own_scheduler
 from fastsched.diffusers.step_checks import (
     UNALIKE,
-    Beginning,
     check_beginning,
     check_copies,
     check_first_latents,
@@ -314,7 +313,6 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._steps: Query[PathStatistics] | None = None
         self._returned: Tensor | None = None
         self._repeat: tuple[Tensor, Tensor] | None = None
-        self._beginning = Beginning()
 
     def measured_levels(self, count: int) -> Tensor:
         """The levels of a measurement at ``count`` of them; classes with integer timesteps have only theirs."""
@@ -353,8 +351,6 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         assert self._returned is not None
         if self._index == 1 + self._repeated:
             self._repeat = (output.clone(), self._returned.chunk(self._copies)[0].clone())
-        if self._index <= min(5, len(self._levels)):
-            self._beginning.note(self._returned.chunk(self._copies)[0] / self._scales[self._index - 1], output)
         try:
             return self._input(*self._steps.send(output))
         except StopIteration as finished:
@@ -369,7 +365,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         check_repeat(self._repeat[0], output)
         ends = self._measured_paths.ends * (1 if self._owned is None else ~self._owned.cpu())
         self._statistics = found = replace(self._measured_paths, ends=ends, data_std=data_deviation(ends))
-        check_beginning(found, self._beginning, self.convention.denoiser)
+        check_beginning(found)
         warn_of_clipping(getattr(diffusers, self.config["scheduler_class"]), self.config, ends)
         return ends.to(output.device)
 

@@ -23,9 +23,6 @@ INSTEAD = "so it cannot be measured by its loop; measure its network (fastsched.
 #: How much faster ``D`` may move between two of the first levels than at the next three, where all are that many times
 #: above the data's deviation, and over how many levels. Denoisers reach 6.4, networks of random weights 22.
 JUMP, ABOVE, FEWEST_LEVELS = 40.0, 3.0, 12
-#: The same of the part of ``D`` along the noise, of which the network's output holds most; and how large a part of that
-#: its change must be.
-JUMP_ALONG, LEAST_ALONG = 8.0, 0.04
 
 #: Largest relative change of an answer repeated in the same batch, by what the network computes in: less than in
 #: another batch (`measurement.questions.REPEATABLE`), for which libraries take other kernels.
@@ -252,56 +249,25 @@ def doubled(sample: Tensor, returned: Tensor) -> bool:
     return bool(torch.stack([*same, (sample != returned).any()]).all())
 
 
-class Beginning:
-    """Inner products of a path's first states and outputs with its noise, on their device."""
-
-    def __init__(self) -> None:
-        self._noise: Tensor | None = None
-        self._products: list[Tensor] = []
-
-    def note(self, x: Tensor, output: Tensor) -> None:
-        """The next state, the first of which is a multiple of the noise ``n``, and ``R`` there."""
-        self._noise = n = x.flatten().float() if self._noise is None else self._noise
-        self._products.append(torch.stack([x.flatten().float() @ n, output.flatten().float() @ n]) / (n @ n))
-
-    def products(self) -> Tensor:
-        """``<x, n>`` and ``<R, n>`` over ``|n|^2`` of each, on the CPU, [K, 2]."""
-        return torch.stack(self._products).cpu()
-
-
-def check_beginning(stats: PathStatistics, beginning: Beginning, denoiser: Denoiser) -> None:
+def check_beginning(stats: PathStatistics) -> None:
     """Check that the first answers of a measurement are those of the network that gave the later ones.
 
     Above the data's size ``D`` moves with ``1 / s``, from the mean of the data at 0. Its speed ``|D_k - D_{k-1}| /
     (1/s_k - 1/s_{k-1})`` is nearly the same at all the first levels, and much higher where a network ceases to answer
-    as at its first calls. Along the noise, where ``D`` is small and a change of the output is not, less is seen.
-
-    Args:
-        stats: The statistics.
-        beginning: Of the first levels.
-        denoiser: Says what the output is.
+    as at its first calls.
 
     Raises:
         ValueError: If it is at one of the first levels.
     """
+    speed = stats.gram.diagonal(dim1=1, dim2=2).mean(0).sqrt() / (1 / stats.s).diff()
     above = int((stats.s > ABOVE * stats.data_std).sum())
-    if stats.levels < FEWEST_LEVELS or above < 4:
-        return
-    along = beginning.products()
-    a, c = (each.float() for each in denoiser.coefficients(stats.s[: len(along)]))
-    lengths = (1 / stats.s).diff()
-    speed = stats.gram.diagonal(dim1=1, dim2=2).mean(0).sqrt() / lengths
-    moved = (a * along[:, 0] + c * along[:, 1]).diff().abs()
-    changed = moved / (c * along[:, 1])[1:].abs()
-    moved = moved / lengths[: len(moved)]
-    for k in range(min(3, above - 3)):
-        times, times_along = (float(each[k] / each[k + 1 : k + 4].max()) for each in (speed, moved))
-        if times > JUMP or (times_along > JUMP_ALONG and float(changed[k]) > LEAST_ALONG):
+    for k in range(min(3, above - 3) if stats.levels >= FEWEST_LEVELS else 0):
+        times = float(speed[k] / speed[k + 1 : k + 4].max())
+        if times > JUMP:
             raise ValueError(
                 f"between levels {k} and {k + 1} the denoised sample moves {times:.3g} times as fast as at those that "
-                f"follow, and {times_along:.3g} times along the noise: does the network answer its first calls "
-                "otherwise (a cache that is filled late, a counter)? Reset that in every call, or disable it; as it "
-                f"is, {INSTEAD[3:]}"
+                "follow: does the network answer its first calls otherwise (a cache that is filled late, a counter)? "
+                f"Reset that in every call, or disable it; as it is, {INSTEAD[3:]}"
             )
 
 

@@ -69,6 +69,7 @@ class PipelineWatch:
         self.pipe = pipe
         self._step = Step()
         self._names: dict[str, list[str]] = {}
+        self._states: dict[str, _NetworkState] = {}
 
     def take(self) -> Step:
         """What happened since the last call."""
@@ -77,7 +78,8 @@ class PipelineWatch:
             if isinstance(value, (bool, int, float, str)):
                 step.facts[f"pipe.{name}"] = value
             elif name in step.calls:
-                _note(step, name, _state(value))
+                state = self._states.get(name) or self._states.setdefault(name, _NetworkState(value))
+                _note(step, name, state.facts())
         return step
 
     def called(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -341,26 +343,41 @@ def _note(step: Step, name: str, value: Any) -> None:
             step.facts[key] = fact
 
 
-def _state(module: torch.nn.Module) -> dict[str, Any]:
+class _NetworkState:
     """What a network's answers may follow: an element of each weight and buffer, its parts' numbers and LoRA scales.
 
-    No tensors where hooks move them between devices.
+    Where to look is found once: a walk through a large network at every step would take longer than the scheduler. No
+    tensors where hooks move them between devices.
     """
-    parts = [*module.modules()]
-    numbers = [
-        (key, str(value))
-        for part in parts
-        for key, value in vars(part).items()
-        if not _progresses(key) and (isinstance(value, (bool, int, float, str)) or key == "scaling")
-    ]
-    found: dict[str, Any] = {"settings": hash(tuple(numbers))}
-    moved = any(hasattr(part, hook) for part in parts for hook in ("_hf_hook", "_diffusers_hook"))
-    for name, tensors in (("weights", module.parameters()), ("buffers", module.buffers())):
-        values = [each.detach() for each in tensors if each.is_floating_point() and each.numel()]
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        parts = [*module.modules()]
+        self._numbers = [
+            (vars(part), key)
+            for part in parts
+            for key, value in vars(part).items()
+            if not _progresses(key) and (isinstance(value, (bool, int, float, str)) or key == "scaling")
+        ]
+        kinds: list[dict[str, Any]] = [kind for part in parts for kind in (part._parameters, part._buffers)]
+        self._weights = [(kind, key) for kind in kinds for key in kind if isinstance(kind[key], Tensor)]
+        tensors = [kind[key].detach() for kind, key in self._weights]
+        values = [each for each in tensors if each.is_floating_point() and each.numel()]
+        moved = any(hasattr(part, hook) for part in parts for hook in ("_hf_hook", "_diffusers_hook"))
         usual = all(type(each) is Tensor and each.device == values[0].device for each in values)
-        if values and usual and not moved and values[0].device.type != "meta":
-            found[name] = torch.cat([each.as_strided((1,), (1,)).float() for each in values])  # of any memory format
-    return found
+        self._watched = bool(values) and usual and not moved and values[0].device.type != "meta"
+        self._elements: dict[torch.dtype, list[Tensor]] = {}
+        for each in values if self._watched else ():
+            self._elements.setdefault(each.dtype, []).append(each.as_strided((1,), (1,)))  # of any memory format
+
+    def facts(self) -> dict[str, Any]:
+        """Numbers and tensors that are equal at every step."""
+        numbers = tuple(str(value) if isinstance(value := at.get(key), dict) else value for at, key in self._numbers)
+        found: dict[str, Any] = {"settings": hash(numbers)}
+        if self._watched:
+            places = (kind[key].data_ptr() for kind, key in self._weights if isinstance(kind.get(key), Tensor))
+            found["weights"] = hash(tuple(places))
+            found |= {f"weights.{dtype}": torch.cat(elements) for dtype, elements in self._elements.items()}
+        return found
 
 
 def _first_tensor(output: Any) -> Tensor | None:

@@ -233,7 +233,7 @@ class Warming(OracleUNet):
 
 
 @pytest.mark.parametrize("scheduler", [euler(), diffusers.FlowMatchEulerDiscreteScheduler()], ids=["vp", "flow"])
-@pytest.mark.parametrize("part", [0.3, 0.5, 0.9, 1.05])
+@pytest.mark.parametrize("part", [0.3, 0.5])
 @pytest.mark.parametrize("calls", [2, 3])  # the first is that of the pipeline's own latents, of which nothing is used
 def test_a_network_that_answers_its_first_calls_otherwise_is_refused(scheduler, part, calls):
     pipe = OraclePipeline(Warming().answer_for(scheduler, mixture(), calls, part), scheduler)
@@ -482,5 +482,5 @@ def test_weights_that_a_callback_changes_and_changes_back_are_noticed(name):
     plain = measured(pipe)
     assert plain.samples == 2
     on_step = in_a_window(CHANGES[name])
-    with pytest.raises(ValueError, match=r"unet\.(weights|buffers|settings) was different from that at the first step"):
+    with pytest.raises(ValueError, match=r"unet\.(weights|settings)\S* was different from that at the first step"):
         measured(pipe, on_step=lambda i, output: on_step(pipe.unet, i, output))
