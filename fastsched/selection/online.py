@@ -132,8 +132,13 @@ class AdaptiveSchedule:
 
         Returns:
             The number of evaluations, counted per sample.
+
+        Raises:
+            ValueError: If ``clean`` holds no data.
         """
         validate.arguments(locals(), denoise=validate.function, clean=validate.tensor, generator=_is_generator)
+        if clean.ndim == 0 or clean.numel() == 0:
+            raise ValueError(f"clean must hold at least one sample, got shape {tuple(clean.shape)}")
         count, cells = len(clean), len(self._sums)
         # Permutations instead of independent draws: no interval waits long for an observation.
         rounds = [torch.randperm(cells, generator=generator) for _ in range(-(-count // cells))]

@@ -166,3 +166,10 @@ def test_ranks_share_their_observations():
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 16), ()])
+def test_a_batch_without_samples_is_refused(shape):
+    adaptive = fs.AdaptiveSchedule(_start())
+    with pytest.raises(ValueError, match="clean must hold at least one sample"):
+        adaptive.observe_denoiser(_gaussian().denoise, torch.zeros(shape))
