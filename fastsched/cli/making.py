@@ -310,7 +310,7 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="The statistics file to write.")],
     overwrite: shell.Overwrite = False,
 ) -> None:
-    """Merge statistics of different samples. Such as those measured on several machines; no model calls.
+    """Merge statistics of different samples. They may come from several machines; no model calls.
 
     \b
     fastsched measure my_model.py:build --shape 4,64,64 --samples 0:8 -o a.safetensors

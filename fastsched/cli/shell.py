@@ -33,7 +33,8 @@ Seed = Annotated[int, typer.Option(help="Seed of the noises.", min=0)]
 Quiet = Annotated[
     bool,
     typer.Option(
-        *("--quiet", "-q"),
+        "--quiet",
+        "-q",
         help="No progress bars; without a terminal there are none.",
         callback=lambda quiet: quiet or not sys.stderr.isatty(),
     ),
@@ -48,7 +49,7 @@ Prompts = Annotated[
 CallOptions = Annotated[
     Optional[list[str]],
     typer.Option(
-        *("--call",), metavar="NAME=VALUE", help="Pipelines: an argument of the call, guidance_scale=7.5; repeatable."
+        "--call", metavar="NAME=VALUE", help="Pipelines: an argument of the call, guidance_scale=7.5; repeatable."
     ),
 ]
 

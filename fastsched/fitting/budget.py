@@ -60,7 +60,7 @@ class Plan:
         total: The calls.
         levels: Levels of a path.
         samples: Paths with responses.
-        few_elements: Elements of a sample up to which there are no responses, and as many more paths.
+        few_elements: Elements of a sample up to which there are no responses, and about twice as many paths.
     """
 
     total: int

@@ -1,0 +1,155 @@
+"""What changes during a run of a pipeline: caches, schedulers, weights. Each is refused with its reason."""
+
+import pytest
+import torch
+
+import fastsched as fs
+
+pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+
+import diffusers
+import pipelines
+from pipelines import OraclePipeline, OracleUNet, oracle_pipeline
+from test_watching import euler, measured, mixture, quiet
+
+# Steps before
+
+
+def test_a_cache_of_diffusers_is_refused_before_a_call():
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.flux(diffusers.FlowMatchEulerDiscreteScheduler()))
+    calls = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.2))
+    for run in (measured, lambda pipe, **call: fs.diffusers.fit(pipe, 4, levels=8, samples=2, **call)):
+        with pytest.raises(ValueError, match=r"pipe\.transformer uses a cache.*pipe\.transformer\.disable_cache\(\)"):
+            run(pipe, **call)
+    assert not calls
+    pipe.transformer.disable_cache()
+    assert measured(pipe, **call).samples == 2
+
+
+@pytest.mark.parametrize("mark", ["_is_cached", "enable_teacache"])
+def test_marks_of_other_caches_are_known(mark):
+    pipe = oracle_pipeline(euler(), mixture())
+    setattr(pipe.unet, mark, True)
+    with pytest.raises(ValueError, match=f"pipe.unet uses a cache \\({mark}"):
+        measured(pipe)
+
+
+def test_a_network_that_skips_layers_at_some_steps_is_refused():
+    class Skipping(OracleUNet):
+        """Reuses its last output at every third step, but for a layer."""
+
+        def answer_for(self, *args):
+            self.layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(4))
+            self.turn = 0
+            return super().answer_for(*args)
+
+        def forward(self, sample, *args, **kwargs):
+            self.turn += 1
+            for layer in self.layers[: 1 if self.turn % 3 == 0 else 4]:
+                layer(sample)
+            return super().forward(sample, *args, **kwargs)
+
+    scheduler = euler()
+    pipe = OraclePipeline(Skipping().answer_for(scheduler, mixture()), scheduler)
+    with pytest.raises(ValueError, match="unet ran 1 of its layers, and 4 at another"):
+        measured(pipe)
+
+
+class Warming(OracleUNet):
+    """Answers its first calls by a part of its answer, as a cache that is filled late does."""
+
+    def answer_for(self, scheduler, oracle, calls, part):
+        self.left, self.part = calls, part
+        return super().answer_for(scheduler, oracle)
+
+    def forward(self, sample, timestep, **kwargs):
+        self.left -= 1
+        output = super().forward(sample, timestep, **kwargs)[0]
+        return (output * self.part if self.left >= 0 else output,)
+
+
+@pytest.mark.parametrize("scheduler", [euler(), diffusers.FlowMatchEulerDiscreteScheduler()], ids=["vp", "flow"])
+@pytest.mark.parametrize("part", [0.3, 0.5])
+@pytest.mark.parametrize("calls", [2, 3])  # the first is that of the pipeline's own latents, of which nothing is used
+def test_a_network_that_answers_its_first_calls_otherwise_is_refused(scheduler, part, calls):
+    pipe = OraclePipeline(Warming().answer_for(scheduler, mixture(), calls, part), scheduler)
+    with pytest.raises(ValueError, match=f"between levels {calls - 2} and {calls - 1}.*a cache that is filled late"):
+        measured(pipe)
+    assert measured(pipe).samples == 2
+
+
+def test_nothing_of_the_watch_is_left_behind():
+    pipe = oracle_pipeline(euler(), mixture())
+    measured(pipe)
+    with pytest.raises(ValueError, match="changed the latents"):
+        measured(pipe, change_latents=lambda latents: latents + 1)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.unet.modules())
+
+
+# What a callback changes
+
+
+def test_a_scheduler_that_a_callback_replaces_is_named():
+    pipe = oracle_pipeline(euler(), mixture())
+
+    def on_step(i, output):
+        if i == 5:
+            pipe.scheduler = euler()
+        return output
+
+    with pytest.raises(ValueError, match="put a EulerDiscreteScheduler in the scheduler's place"):
+        measured(pipe, on_step=on_step)
+
+
+class Weighted(OracleUNet):
+    """Its answers follow a weight, and the scale of a layer, as LoRA's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.layer = torch.nn.Parameter(torch.ones(1)), torch.nn.Identity()
+        self.layer.scaling = {"default": 1.0}
+        self.register_buffer("shift", torch.ones(1))
+        self.knob = 1.0
+
+    def forward(self, *args, **kwargs):
+        factor = self.gain * self.shift * self.knob * self.layer.scaling["default"]
+        return (factor * super().forward(*args, **kwargs)[0],)
+
+
+def in_a_window(change):
+    """Calls ``change`` with 1.3 at step 10 and with 1 at step 20."""
+
+    def on_step(unet, i, output):
+        if i in (10, 20):
+            change(unet, 1.3 if i == 10 else 1.0)
+        return output
+
+    return on_step
+
+
+def set_data(unet, value):
+    unet.gain.data = torch.full((1,), value)
+
+
+CHANGES = {
+    "in place": lambda unet, value: unet.gain.data.fill_(value),
+    "data": set_data,
+    "parameter": lambda unet, value: setattr(unet, "gain", torch.nn.Parameter(torch.full((1,), value))),
+    "buffer": lambda unet, value: unet.shift.fill_(value),
+    "attribute": lambda unet, value: setattr(unet, "knob", value),
+    "scale of LoRA": lambda unet, value: unet.layer.scaling.update(default=value),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_weights_that_a_callback_changes_and_changes_back_are_noticed(name):
+    scheduler = euler()
+    pipe = OraclePipeline(Weighted().answer_for(scheduler, mixture()), scheduler)
+    plain = measured(pipe)
+    assert plain.samples == 2
+    on_step = in_a_window(CHANGES[name])
+    with pytest.raises(ValueError, match=r"unet\.(weights|settings)\S* was different from that at the first step"):
+        measured(pipe, on_step=lambda i, output: on_step(pipe.unet, i, output))
