@@ -40,7 +40,9 @@ WRONG = {
     **dict.fromkeys(("steps", "samples", "max_steps", "iterations", "n", "order"), COUNT),
     **dict.fromkeys(("batch_size", "columns"), OPTIONAL_COUNT),
     **dict.fromkeys(("trials", "model_calls"), OF_ZERO),
-    **dict.fromkeys(("progress", "checks", "responses", "keep_increments", "polish", "weighted", "spare_last"), FLAG),
+    **dict.fromkeys(
+        ("progress", "checks", "decoupled", "responses", "keep_increments", "polish", "weighted", "spare_last"), FLAG
+    ),
     **dict.fromkeys(("integer_timesteps", "sub_vp", "vectors"), FLAG),
     **dict.fromkeys(("sigma_min", "sigma_max", "rho", "data_std", "beta_min", "beta_max", "alpha", "beta"), POSITIVE),
     **dict.fromkeys(("shift", "tolerance", "std"), POSITIVE),
@@ -121,6 +123,7 @@ WRONG = {
     "prediction": ["eps", None, 3],
     "process": OTHER,
     "network": [None, 3, "x"],
+    "network_sigmas": ["x", [1.0], [[1.0]], [1.0, 2.0], [2.0, 0.0], 3],
     "timesteps": ["x", [1.0], [[1.0]], [None, 2.0, 3.0], 3],
     "predicted_error": ["x", [1.0], math.nan, True],
     "measured_error": ["x", [1.0], math.nan, True],

@@ -33,6 +33,7 @@ def rollouts(
     secants: Secants | None = None,
     norms: Norms | None = None,
     weights: Array | None = None,
+    offsets: Array | None = None,
 ) -> tuple[Rollouts, Array | None]:
     """Run C schedules on the surrogate; for the fitted solver, with the weights that suit each best.
 
@@ -43,15 +44,16 @@ def rollouts(
         secants: What is known beyond the scalar Jacobian; that of the measurement when None.
         norms: Of the vectors that ``secants`` are over; those of the measurement when None.
         weights: The fitted solver's for each schedule, [C, steps, steps], instead of those that suit it best.
+        offsets: How far the levels that the network is told lie from the states', in ``log s``, [C, steps].
 
     Returns:
         The runs, and the weights [C, steps, steps] of the fitted solver.
     """
     if solver.name != FITTED or solver.end_weights is not None:
-        return surrogate.rollouts(levels, solver, secants), None
+        return surrogate.rollouts(levels, solver, secants, offsets), None
     levels = np.asarray(levels, dtype=np.float64)
     known = secants or surrogate.secants or Secants.none(surrogate.vectors)
-    fit = _Fit(surrogate, known, (norms or surrogate.norms).metric, levels, weights)
+    fit = _Fit(surrogate, known, (norms or surrogate.norms).metric, levels, weights, offsets)
     with np.errstate(divide="ignore", invalid="ignore"):
         return fit.run(), fit.weights
 
@@ -60,12 +62,18 @@ class _Fit:
     """The loop of the fitted solver over C schedules, each step's weights found before it is taken, if not given."""
 
     def __init__(
-        self, surrogate: Surrogate, secants: Answers, metric: Array, levels: Array, given: Array | None
+        self,
+        surrogate: Surrogate,
+        secants: Answers,
+        metric: Array,
+        levels: Array,
+        given: Array | None,
+        offsets: Array | None,
     ) -> None:
         self.surrogate, self.metric, self.levels = surrogate, metric, levels
         distinct, which = np.unique(levels[:, :-1], return_inverse=True)  # a descent's schedules differ in few levels
         self.known, self.which = surrogate.on_path(distinct), which.reshape(levels[:, :-1].shape)
-        self.found = Rollouts(surrogate, secants, len(levels))
+        self.found = Rollouts(surrogate, secants, len(levels), offsets)
         self.steps = levels.shape[1] - 1
         self.ridge = RIDGE * (8 / self.steps) ** 3
         self.given = given

@@ -95,11 +95,14 @@ def predict_error(
         solver: A solver's name; that of the schedule when None, and dpmpp_2m for sigmas alone.
 
     Raises:
-        ValueError: If the sigmas do not descend to 0, or start below the measured range.
+        ValueError: If the sigmas do not descend to 0, start below the measured range, or belong to a schedule with
+            decoupled levels, of which a measurement knows nothing.
     """
     validate.arguments(locals(), stats=is_statistics, sigmas=is_run, solver=validate.optional(is_solver))
     values = validate.descending_sigmas("sigmas", getattr(sigmas, "sigmas", sigmas), to_zero=True)
     check_kind("sigmas", sigmas, stats.process)
+    if isinstance(sigmas, Schedule):
+        sigmas.check_coupled("a measurement")
     s = stats.process.level(values)
     if float(s[0]) < float(stats.s[-1]):
         raise ValueError(f"sigmas must start within the measured range, from {float(stats.sigmas[-2]):g} on")

@@ -32,11 +32,15 @@ class RunSecants:
         deviations: ``a_m``, [m, V].
         residuals: ``r_m``, [m, V].
         damping: ``mu_m``, [m].
+        offsets: ``o_m``, how far the level that the network was told lay from the state's in ``log s``, [m].
+        unit: What ``o = 1`` counts as beside squares of deviations.
     """
 
     deviations: Array
     residuals: Array
     damping: Array
+    offsets: Array
+    unit: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +72,14 @@ class Secants:
         """V, how many vectors coefficients are over."""
         return len(self.metric)
 
-    def answer(self, evaluation: int, lam: Array, away: Array) -> tuple[Array, Array]:
+    def answer(self, evaluation: int, lam: Array, away: Array, offset: Array | None = None) -> tuple[Array, Array]:
         """What is known of the answers to deviations beyond the scalar Jacobian.
 
         Args:
             evaluation: The number of the evaluation in its run.
             lam: ``lambda`` of the deviations, [C].
             away: The deviations, [C, V].
+            offset: How far the level that the network is told lies from the state's in ``log s``, [C].
 
         Returns:
             The answers ``sum_m c_m r_m``, and the part ``sum_m c_m a_m`` of the deviations that they are known for,
@@ -88,7 +93,11 @@ class Secants:
             )
         if deviations.shape[1] == 0:
             return np.zeros_like(away), np.zeros_like(away)
-        c = np.linalg.solve(system, products @ away[:, :, None])
+        right = products @ away[:, :, None]
+        if offset is not None and self.runs:
+            found = self.runs[evaluation]
+            right[:, right.shape[1] - len(found.offsets) :, 0] += found.unit * offset[:, None] * found.offsets
+        c = np.linalg.solve(system, right)
         return (c.transpose(0, 2, 1) @ residuals)[:, 0], (c.transpose(0, 2, 1) @ deviations)[:, 0]
 
     @cached_property
@@ -122,7 +131,7 @@ class Secants:
         found = self.runs[evaluation]
         own = found.deviations @ self.metric
         crossed = products @ found.deviations.T  # [C, M, m]
-        square = own @ found.deviations.T
+        square = own @ found.deviations.T + found.unit * np.outer(found.offsets, found.offsets)
         square = square + np.diag(found.damping * np.diag(square))
         count = len(deviations)
         each = lambda values: np.broadcast_to(values, (count, *values.shape))

@@ -55,7 +55,7 @@ class Answers(Protocol):
         """V, how many vectors coefficients are over."""
         ...
 
-    def answer(self, evaluation: int, lam: Array, away: Array) -> tuple[Array, Array]:
+    def answer(self, evaluation: int, lam: Array, away: Array, offset: Array | None = None) -> tuple[Array, Array]:
         """As `Secants.answer`."""
         ...
 
@@ -221,7 +221,9 @@ class Surrogate:
         """What is known on the path at levels ``s`` [C]."""
         return OnPath(s, self.position(s), *self.path(s), self.scalar_jacobian(s), self.amplitude(s))
 
-    def rollouts(self, levels: Array, solver: str | Solver, secants: Answers | None = None) -> Rollouts:
+    def rollouts(
+        self, levels: Array, solver: str | Solver, secants: Answers | None = None, offsets: Array | None = None
+    ) -> Rollouts:
         """Sample along C schedules at once.
 
         Args:
@@ -229,9 +231,10 @@ class Surrogate:
             solver: The solver.
             secants: What is known beyond the scalar Jacobian, over more vectors than the measurement's if runs found
                 more; those of the measurement when None.
+            offsets: How far the levels that the network is told lie from the states', in ``log s``, [C, steps].
         """
         method, levels = get_solver(solver), np.asarray(levels, dtype=np.float64)
-        found = Rollouts(self, secants or self.secants or Secants.none(self.vectors), len(levels))
+        found = Rollouts(self, secants or self.secants or Secants.none(self.vectors), len(levels), offsets)
         column = lambda value: np.asarray(value)[..., None]
         with np.errstate(divide="ignore", invalid="ignore"):
             nodes = nodes_of_levels(self.process, levels)
@@ -260,8 +263,8 @@ class Rollouts:
             [C, V].
     """
 
-    def __init__(self, surrogate: Surrogate, secants: Answers, count: int) -> None:
-        self.surrogate, self.secants = surrogate, secants
+    def __init__(self, surrogate: Surrogate, secants: Answers, count: int, offsets: Array | None = None) -> None:
+        self.surrogate, self.secants, self.offsets = surrogate, secants, offsets
         self.end = np.zeros((count, secants.vectors))
         self._away: list[Array] = []
         self._unexplained: list[Array] = []  # times their amplitude at the end
@@ -289,7 +292,8 @@ class Rollouts:
         away = y.copy()
         away[:, :n] -= known.state
         away *= np.where(np.isinf(known.s), 0.0, known.s)[:, None]
-        answer, explained = self.secants.answer(len(self._away), known.lam, away)
+        offset = None if self.offsets is None else self.offsets[:, len(self._away)]
+        answer, explained = self.secants.answer(len(self._away), known.lam, away, offset)
         found = known.jacobian[:, None] * away + answer
         found[:, :n] += known.denoised
         self._away.append(away)

@@ -261,7 +261,9 @@ class Denoiser:
             return 1 / alpha, sigma.square() / alpha
         return edm.coefficients(s, self.sigma_data)
 
-    def raw_output(self, x: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
+    def raw_output(
+        self, x: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None, told: Tensor | float | None = None
+    ) -> Tensor:
         """Call the network once: ``R`` at state ``x`` and level ``s``.
 
         The network may write into its arguments, and may return the same buffer at every call: it is given copies, and
@@ -271,6 +273,7 @@ class Denoiser:
             x: States, [B, *shape]; for ``"edm"`` the scaling ``c_in`` is applied here.
             s: One level, or one per sample [B].
             dtype: What the network computes in; the dtype of ``x`` when None.
+            told: The level whose timestep the network is given, if not that of the state.
 
         Returns:
             ``R``, [B, *shape], on the device of ``x``, in the dtype the network returns.
@@ -281,24 +284,27 @@ class Denoiser:
                 or arguments; the message says what may be wrong.
             RuntimeError: If the network raises StopIteration.
         """
-        return self._output(x, s, dtype).clone()
+        return self._output(x, s, dtype, told).clone()
 
-    def borrowed_output(self, x: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
+    def borrowed_output(
+        self, x: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None, told: Tensor | float | None = None
+    ) -> Tensor:
         """`raw_output`, but maybe in memory of the network's own: it holds until the network is called again."""
         if type(self).raw_output is not Denoiser.raw_output:  # a subclass answers by itself
-            return self.raw_output(x, s, dtype=dtype)
-        return self._output(x, s, dtype)
+            return self.raw_output(x, s, dtype=dtype, **named(told))
+        return self._output(x, s, dtype, told)
 
-    def _output(self, x: Tensor, s: Tensor | float, dtype: torch.dtype | None) -> Tensor:
+    def _output(self, x: Tensor, s: Tensor | float, dtype: torch.dtype | None, told: Tensor | float | None) -> Tensor:
         levels = _levels(s, x)
+        told_levels = levels if told is None else _levels(told, x)
         network_input = x
         if self.prediction == "edm":
             scale = (levels.square() + self.sigma_data**2).rsqrt()
             network_input = x * _per_sample(scale, x)
-            condition = levels.log() / 4
+            condition = told_levels.log() / 4
         else:
-            timestep = self.process.timestep(levels)
-            condition = levels if timestep is None else timestep
+            timestep = self.process.timestep(told_levels)
+            condition = told_levels if timestep is None else timestep
         integers = getattr(self.process, "integer_timesteps", False)
         # The condition stays float32 in half precision: bfloat16 would merge neighbouring levels.
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -314,13 +320,17 @@ class Denoiser:
             raise known from error
         return checked_output(output, x).to(x.device)
 
-    def denoise(self, y: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
+    def denoise(
+        self, y: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None, told: Tensor | float | None = None
+    ) -> Tensor:
         """``D`` from the normalised state ``y = x / sigma``, finite at every level, pure noise included.
 
         Args:
             y: [B, *shape], float32 or float64.
             s: One level, or one per sample [B].
             dtype: What the network computes in; that of ``y`` when None.
+            told: The level whose timestep the network is given, if not that of the state; what is made of its output
+                is as at ``s``.
 
         Returns:
             ``E[x0 | x]``, [B, *shape], in the dtype of ``y``.
@@ -328,7 +338,7 @@ class Denoiser:
         levels = _levels(s, y)
         a, c = self.coefficients(levels)
         x = y * _per_sample(self.process.sigma(levels), y)
-        output = self.borrowed_output(x, levels, dtype=dtype).to(y.dtype)
+        output = self.borrowed_output(x, levels, dtype=dtype, told=told).to(y.dtype)
         scaled, factor = _per_sample(a, y) * x, _per_sample(c, y)
         return scaled + factor * output if isinstance(factor, Tensor) else scaled.add(output, alpha=factor)
 
@@ -360,6 +370,11 @@ class Denoiser:
         return next(self.network.parameters(), None)
 
 
+def named(told: Tensor | float | None) -> dict[str, Tensor | float]:
+    """The argument ``told`` where there is one: subclasses that answer by themselves may not know it."""
+    return {} if told is None else {"told": told}
+
+
 def is_denoiser(name: str, value: object) -> Denoiser:
     """TypeError unless the argument is a `Denoiser`."""
     return validate.instance(name, value, Denoiser, "made by Denoiser.from_epsilon and others")
@@ -382,10 +397,15 @@ def placement(
 
 
 def finite_denoised(
-    denoiser: Denoiser, y: Tensor, s: Tensor | float, dtype: torch.dtype | None, verdicts: Verdicts
+    denoiser: Denoiser,
+    y: Tensor,
+    s: Tensor | float,
+    dtype: torch.dtype | None,
+    verdicts: Verdicts,
+    told: Tensor | float | None = None,
 ) -> Tensor:
     """`Denoiser.denoise`; ``verdicts`` raise a ValueError that names the level if the answer is not finite."""
-    denoised = denoiser.denoise(y, s, dtype=dtype)
+    denoised = denoiser.denoise(y, s, dtype=dtype, **named(told))
     verdicts.note_finite(denoised, lambda: not_finite(denoiser.process, torch.as_tensor(s, dtype=torch.float64)))
     verdicts.settle(wait=False)
     return denoised

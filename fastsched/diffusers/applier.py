@@ -18,6 +18,7 @@ from fastsched.diffusers.exporter import (
     given_arguments,
     plain_copy,
     prove,
+    told_levels,
 )
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
 from fastsched.diffusers.overrides import HISTORIES, FirstOrderEnd, Override, Step, StrideStep, Timesteps
@@ -210,6 +211,7 @@ def remaining(schedule: Schedule, convention: Convention, timestep: Tensor) -> S
     start = convention.process.sampler_sigma(level)
     if float(start) >= float(schedule.sigmas[0]):
         return schedule
+    schedule.check_coupled("a start midway")
     below = schedule.sigmas[schedule.sigmas < start]
     levels = convention.process.level(below)
     if len(below) > 1:
@@ -240,7 +242,7 @@ def _by_assignment(schedule: Schedule, scheduler: Any, convention: Convention) -
     if delicate:
         sigmas[-1] = NOTHING * sigmas[-2]
     passed = visited(scheduler, sigmas)
-    timesteps = convention.timesteps(convention.process.level(passed[:-1]))
+    timesteps = convention.timesteps(told_levels(schedule, convention, convention.process.level(passed)))
 
     def setter(target: Any) -> None:
         _set_steps(target, schedule.steps)
@@ -267,6 +269,8 @@ def _by_assignment(schedule: Schedule, scheduler: Any, convention: Convention) -
 def _by_steps(schedule: Schedule, scheduler: Any, convention: Convention) -> Setter:
     if not class_names(scheduler).intersection(ARITHMETIC):
         raise ValueError("its step reads no stride to set")
+    if schedule.network_sigmas is not None:
+        raise ValueError("its step takes the state's level from the timestep, so the network cannot be told another")
     rounded = convention.timesteps(schedule.sigmas[:-1]).round().to(torch.int64)
     following = dict(zip(rounded.tolist(), [*rounded[1:].tolist(), -1], strict=True))
     if len(following) < len(rounded):

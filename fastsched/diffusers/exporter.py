@@ -83,6 +83,11 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
             f"schedule must be for a stock solver, because {type(scheduler).__name__} cannot use the weights of the "
             "fitted one; fastsched.diffusers.apply(schedule, pipe) gives the pipeline a scheduler that can"
         )
+    if schedule.network_sigmas is not None:
+        raise ValueError(
+            "schedule must not have decoupled levels: pipelines take sigmas or timesteps, not both; "
+            "fastsched.diffusers.apply(schedule, pipe) sets both"
+        )
     _check_mu(mu, scheduler)
     try:
         proof = _proven(schedule, scheduler, mu)
@@ -130,7 +135,8 @@ def prove(
         setter(target)
         used = declared_sigmas(target, convention)
         levels = convention.process.level(visited(target, used))
-        run = trace(target, convention, levels[:-1])
+        expected = convention.timesteps(told_levels(schedule, convention, levels))
+        run = trace(target, convention, levels[:-1], expected)
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, AssertionError, KeyError) as error:
         raise ValueError(f"{name} does not take this schedule: {error}") from error
     if len(used) != len(schedule.sigmas):
@@ -142,7 +148,6 @@ def prove(
             f"{name} does not step through its sigmas {_brief(used)}: the noise levels of its states are "
             f"{_brief(run.noise)}"
         )
-    expected = convention.timesteps(levels[:-1])
     rounded = (run.timesteps - expected).abs().max() if len(run.timesteps) == len(expected) else torch.inf
     if rounded > rounding(convention):
         raise ValueError(
@@ -150,6 +155,12 @@ def prove(
             f"{_brief(expected)}"
         )
     return Export(arguments or {}, way, used, relative_error(used, schedule.sigmas), float(rounded), run.deterministic)
+
+
+def told_levels(schedule: Schedule, convention: Convention, levels: Tensor) -> Tensor:
+    """The level that the network is told at each call: of the states' ``levels``, unless the schedule has others."""
+    own = schedule.network_sigmas
+    return levels[:-1] if own is None else convention.process.level(own)
 
 
 def plain_copy(scheduler: Any) -> Any:
@@ -215,6 +226,8 @@ def given_arguments(schedule: Schedule, scheduler: Any, convention: Convention, 
     Raises:
         ValueError: If the class takes no list, or changes it in a way that cannot be inverted.
     """
+    if schedule.network_sigmas is not None:
+        raise ValueError("its arguments are sigmas or timesteps, not both, which decoupled levels need")
     scheduler = plain_copy(scheduler)
     names = class_names(scheduler)
     accepted = inspect.signature(scheduler.set_timesteps).parameters

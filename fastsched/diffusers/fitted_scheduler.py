@@ -14,7 +14,7 @@ from torch import Tensor
 from fastsched.denoisers.late_reading import sent
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.diffusers.conventions import Convention, describe, own_scheduler
-from fastsched.diffusers.exporter import check_range
+from fastsched.diffusers.exporter import check_range, told_levels
 from fastsched.diffusers.overrides import Timesteps
 from fastsched.ops.eager import without_autocast
 from fastsched.sampling.schedule import Schedule
@@ -26,7 +26,7 @@ MIDWAY = (
 
 
 #: Entries of a `FittedScheduler`'s config; the others are those of the pipeline's own scheduler.
-OWN_ENTRIES = ("sigmas", "weights", "noise", "scheduler_class", "scheduler_config")
+OWN_ENTRIES = ("sigmas", "weights", "noise", "network_sigmas", "scheduler_class", "scheduler_config")
 
 
 class _Step(NamedTuple):
@@ -58,6 +58,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         noise: The schedule's kind of noise process.
         scheduler_class: The class of the pipeline's own scheduler, which gives noise process, prediction and timesteps.
         scheduler_config: Its config.
+        network_sigmas: With decoupled levels, the sigma that the network is told at each step, [steps].
 
     Raises:
         ValueError: If the entries are not those of a fitted schedule, or the own scheduler is not supported; from
@@ -75,9 +76,15 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         noise: str = "ve",
         scheduler_class: str = "EulerDiscreteScheduler",
         scheduler_config: dict[str, Any] | None = None,
+        network_sigmas: Sequence[float | str] | None = None,
     ) -> None:
-        values = torch.tensor([float(value) for value in sigmas], dtype=torch.float64)
-        self.schedule = Schedule(values, "fitted", noise, weights=torch.tensor(weights, dtype=torch.float64))
+        values, told = (
+            None if each is None else torch.tensor([float(value) for value in each], dtype=torch.float64)
+            for each in (sigmas, network_sigmas)
+        )
+        assert values is not None
+        weights_ = torch.tensor(weights, dtype=torch.float64)
+        self.schedule = Schedule(values, "fitted", noise, weights=weights_, network_sigmas=told)
         settings = dict(scheduler_config or {})
         self._prepare(describe(getattr(diffusers, scheduler_class).from_config(settings)))
         # Pipelines read entries of their scheduler's config, so this config has them too.
@@ -120,7 +127,8 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
                 f"schedule must be for the fitted solver, got one for {schedule.solver!r}, which needs no scheduler of "
                 "its own; use fastsched.diffusers.apply(schedule, pipe)"
             )
-        sigmas = ["inf" if value == float("inf") else value for value in schedule.sigmas.tolist()]
+        plain = lambda values: ["inf" if value == float("inf") else value for value in values.tolist()]
+        told = schedule.network_sigmas
         known = next(base for base in type(own).__mro__ if hasattr(diffusers, base.__name__))
         settings = {
             key: value.tolist() if hasattr(value, "tolist") else value
@@ -128,11 +136,12 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             if not key.startswith("_")
         }
         made = cls(
-            sigmas=sigmas,
+            sigmas=plain(schedule.sigmas),
             weights=schedule.weights.tolist(),
             noise=schedule.noise,
             scheduler_class=known.__name__,
             scheduler_config=settings,
+            network_sigmas=None if told is None else plain(told),
         )
         made._prepare(convention)  # of the object, which may have been changed since it was made
         return made
@@ -274,7 +283,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         self._factors = _factors(process, self.schedule)
         self.init_noise_sigma = float(process.sigma(s)[0])
         self.sigmas = self.schedule.sigmas.float()
-        timesteps = convention.timesteps(s[:-1])
+        timesteps = convention.timesteps(told_levels(self.schedule, convention, s))
         whole = convention.integer and bool(((timesteps - timesteps.round()).abs() < 1e-4).all())
         self._timesteps = timesteps.round().to(torch.int64) if whole else timesteps.to(torch.float32)
         self.timesteps = self._timesteps

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.late_reading import LateReading, Verdicts
 from fastsched.diffusers.applier import applied
-from fastsched.diffusers.calibration import UNALIKE
-from fastsched.diffusers.conventions import describe, own_scheduler, solver_of, with_signature
+from fastsched.diffusers.conventions import describe, own_scheduler, solver_of
 from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
 from fastsched.diffusers.pipeline_measurement import CHECKS as CHECKS_OF_MEASURE
 from fastsched.diffusers.pipeline_measurement import (
@@ -27,24 +25,23 @@ from fastsched.diffusers.pipeline_measurement import (
     said,
     scheduler_replaced,
 )
-from fastsched.diffusers.probe import scales
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.replacement import replacement
-from fastsched.diffusers.step_checks import doubled, held_at_zero, output_of_tokens
-from fastsched.diffusers.watching import Consistency, PipelineWatch, check_caches, observed, watched
+from fastsched.diffusers.start_from_noise import StartFromNoise
+from fastsched.diffusers.watching import check_caches, watched
 from fastsched.fitting.budget import TOTAL, planned
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.group_runs import led_by_first
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, fit_by_running
-from fastsched.fitting.rollouts import Evaluations, Rollout
+from fastsched.fitting.rollouts import Rollout
 from fastsched.fitting.run_log import RunLog, identity, logged, runs_beside
 from fastsched.measurement.batches import is_out_of_memory
 from fastsched.measurement.devices import rank_and_size
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.fitted import chosen_solver, is_solver
-from fastsched.sampling.random_streams import noise_of, sample_number
-from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.random_streams import sample_number
+from fastsched.sampling.schedule import Schedule, check_decoupled
 from fastsched.sampling.solvers import FITTED
 from fastsched.selection.optimal import optimal_schedule
 from fastsched.selection.starts import even_schedule
@@ -62,6 +59,7 @@ def fit(
     seed: int = 0,
     audition: bool = True,
     model_calls: int | None = None,
+    decoupled: bool = False,
     prompts_per_call: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     group: Any = None,
@@ -84,6 +82,7 @@ def fit(
         seed: As in `measure`.
         audition: Whether to run candidates and tune; if not, the result is that of `fastsched.optimal_schedule`.
         model_calls: As in `fastsched.fit`; a run takes ``steps + 1`` a sample (``2 steps`` with two-stage solvers).
+        decoupled: As in `fastsched.fit`; for schedulers whose timesteps can be set apart from their sigmas.
         prompts_per_call: As in `measure`.
         checkpoint: A file for the measurement; runs are kept in ``checkpoint.runs``. The same call goes on from there.
         group: As in `measure`; its first process decides what is run, and all run a part of the samples.
@@ -100,6 +99,8 @@ def fit(
     validate.arguments(locals(), **CHECKS)
     by_prompt = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
     name = _checked(pipe, steps, solver, checkpoint, audition=audition)
+    if decoupled:
+        check_tells_apart(pipe.scheduler, steps, name)
     total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else TOTAL
     with prompts_encoded_once(pipe):
         if stats is None:
@@ -108,7 +109,7 @@ def fit(
             settings |= {"prompts": prompts, "checkpoint": checkpoint, "progress": progress}
             stats = measured_in_group(pipe, call_kwargs, group, vectors="first", keep_increments=audition, **settings)
             total = max(0, total - stats.model_calls)
-        places = {"checkpoint": checkpoint, "group": group, "progress": progress}
+        places = {"checkpoint": checkpoint, "group": group, "progress": progress, "decoupled": decoupled}
         return _fitted(pipe, stats, steps, name, by_prompt, call_kwargs, total * audition, **places).schedule
 
 
@@ -133,16 +134,19 @@ def _fitted(
     checkpoint: str | os.PathLike[str] | None,
     group: Any,
     progress: bool,
+    decoupled: bool,
 ) -> FitReport:
     """The fit after the measurement, for at most ``budget`` calls; its runs are kept in a file, but not in a group."""
     applied(optimal_schedule(stats, steps, solver), pipe.scheduler)  # raises before a call is spent
     calls = chosen_solver(solver).model_calls(steps) + 1  # one more step starts from the noise of the measured paths
     run = PipelineRunner(pipe, stats, prompts, call_kwargs, calls=calls, model_calls=budget)
     tried = candidates(stats, steps, solver, pipe.scheduler)
-    made = lambda run: fit_by_running(run, stats, steps, solver, tried, calls=calls, model_calls=budget)
+    options = {"calls": calls, "model_calls": budget, "decoupled": decoupled}
+    made = lambda run: fit_by_running(run, stats, steps, solver, tried, **options)
     alone, one = rank_and_size(group)[1] == 1, run
     if alone and checkpoint is not None:
-        what = identity(stats, steps=steps, solver=solver, model_calls=budget)
+        own = {"decoupled": True} if decoupled else {}  # so that files of earlier versions go on
+        what = identity(stats, steps=steps, solver=solver, model_calls=budget, **own)
         one = logged(run, RunLog(runs_beside(checkpoint), what))
     with one_bar(pipe, budget, progress and budget > 0, "fitting") as run.advance:
         return led_by_first(one if alone else run.part, made, group)
@@ -180,6 +184,16 @@ def checked_solver(scheduler: Any, steps: int, solver: str | None, *, audition: 
             "nearest solver to choose for (docs/schedulers.md): solver='ddim' for first-order ones, 'dpmpp_3m', ..."
         )
     return name
+
+
+def check_tells_apart(scheduler: Any, steps: int, solver: str) -> None:
+    """ValueError unless the scheduler can tell the network other levels than the states'."""
+    check_decoupled(solver)
+    process = describe(scheduler).process
+    even = even_schedule(process, steps, solver)
+    told = process.level(even.sigmas)[:-1].clone()
+    told[1:-1] = (told[1:-1] * told[2:]).sqrt() if steps > 2 else told[1:-1]
+    applied(replace(even, network_sigmas=process.sampler_sigma(told), timesteps=process.timestep(told)), scheduler)
 
 
 def _change(scheduler: Any, steps: int) -> str:
@@ -293,102 +307,6 @@ class PipelineRunner:
             run = StartFromNoise(scheduler, self.stats.seeds[done:], schedule, watch, self.advance, self._owned)
             call(self.pipe, schedule.steps, None, arguments)
         return run
-
-
-class StartFromNoise:
-    """Makes a scheduler (a copy) begin at given noise, and records its steps.
-
-    A pipeline draws its own first latents and calls its network on them before the scheduler sees anything. So the
-    timesteps begin with the first one twice: the first step returns the noise, and the scheduler starts again. What
-    the networks are given is compared between steps, as in a measurement, for statistics may come from an earlier one.
-
-    Attributes:
-        end: The last state, once the pipeline has run.
-    """
-
-    def __init__(
-        self,
-        scheduler: Any,
-        seeds: Tensor,
-        schedule: Schedule,
-        watch: PipelineWatch,
-        advance: Callable[[int], object],
-        owned: Tensor,
-    ) -> None:
-        self._advance, self._owned = advance, owned
-        self.scheduler, self.seeds = scheduler, seeds
-        self._watch, self._consistency, self._index = watch, Consistency(), 0
-        self.convention = describe(scheduler)
-        self.scale = scales(self.convention, self.convention.process.level(schedule.sigmas[:1]))[1].float()
-        self.end = torch.empty(0)
-        self._copies, self._start = 1, torch.empty(0)
-        self._calls: list[tuple[float, LateReading, LateReading]] = []  # s, y, D
-        self._verdicts = Verdicts()
-        self._set_timesteps = scheduler.set_timesteps
-        scheduler.set_timesteps = with_signature(self._prepare, self._set_timesteps)
-
-    def evaluations(self) -> Evaluations:
-        """What the network was asked and answered, in order; waits for the device.
-
-        Raises:
-            ValueError: If the networks were called otherwise at one of the steps.
-        """
-        self._verdicts.settle()
-        return Evaluations.of([(s, y.values(), denoised.values()) for s, y, denoised in self._calls])
-
-    def _check(self, output: Tensor) -> None:
-        index, (found, resolve) = self._index, observed(self._watch.take(), output)
-        self._index += 1
-
-        def judge(values: Tensor) -> None:
-            wrong = self._consistency.check(index, index + 1, *resolve(values))  # each step at a level of its own
-            if wrong is not None:
-                raise ValueError(f"{wrong}; {UNALIKE}")
-
-        self._verdicts.note(found, judge)
-        self._verdicts.settle(wait=False)
-
-    def _prepare(self, *args: Any, **kwargs: Any) -> None:
-        self._arguments = args, kwargs
-        self._set(self._first_step)
-        self.scheduler.timesteps = torch.cat([self.scheduler.timesteps[:1], self.scheduler.timesteps])
-        self._levels = self.convention.levels(torch.as_tensor(self.scheduler.timesteps[1:]).cpu().double())
-
-    def _set(self, step: Callable[..., Any]) -> None:
-        args, kwargs = self._arguments
-        self.scheduler.__dict__.pop("step", None)
-        self._set_timesteps(*args, **kwargs)
-        self._step = self.scheduler.step  # which an applied schedule may have replaced
-        self.scheduler.step = with_signature(step, self._step)
-
-    def _first_step(self, output: Tensor, timestep: Any, sample: Tensor, *_: Any, **options: Any) -> Any:
-        self._check(output)
-        self._set(self._later_step)  # as if this step had not been
-        # The batch may be larger than what is left to run, and a doubled one is so; then seeds repeat.
-        seeds = self.seeds[torch.arange(len(sample)) % len(self.seeds)]
-        self._start = (self.scale * noise_of(seeds, sample.shape[1:])).to(sample)
-        given = self._start.clone()
-        return SchedulerOutput(prev_sample=given) if options.get("return_dict", True) else (given,)
-
-    def _later_step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._check(output)
-        self._advance(len(sample) // self._copies)
-        if not self._calls and doubled(sample, self._start):
-            self._copies = 2  # guided DiT: the second half of the batch has become a copy of the first
-        kept = sample.chunk(self._copies)[0]
-        s = self._levels[len(self._calls)].reshape(1)
-        sigma, (a, c) = self.convention.process.sigma(s), self.convention.denoiser.coefficients(s)
-        y = kept.float() / float(scales(self.convention, s)[1])
-        signed = output_of_tokens(output, timestep, kwargs, self._verdicts)
-        raw = self.convention.raw_output(signed, sample.shape[1]).chunk(self._copies)[0].float()
-        if bool(self._owned.any()):  # then no batch is doubled
-            raw = held_at_zero(raw, float(sigma) * y, s, self.convention.denoiser, self._owned.to(sample.device))
-            output = (self.convention.sign * output_of_tokens(raw, timestep, kwargs, self._verdicts)).to(output)
-        self._calls.append((float(s), LateReading(y), LateReading(float(a * sigma) * y + float(c) * raw)))
-        result = self._step(output, timestep, sample, *args, **kwargs)
-        end = result[0] if isinstance(result, tuple) else result.prev_sample
-        self.end = end.chunk(self._copies)[0]
-        return result
 
 
 def own_sigmas(scheduler: Any, steps: int) -> Tensor | None:

@@ -100,13 +100,14 @@ class Trace:
         return position == len(noise) - 1
 
 
-def trace(scheduler: Any, convention: Convention, levels: Tensor) -> Trace:
+def trace(scheduler: Any, convention: Convention, levels: Tensor, expected: Tensor | None = None) -> Trace:
     """Run the probe. The global random state is not changed.
 
     Args:
         scheduler: The scheduler, on which ``set_timesteps`` has been called.
         convention: Its conventions.
         levels: The levels ``s`` of its network calls as it lists them; the probe starts at the first.
+        expected: The timestep that the network is told at each; that of the level when None.
     """
     ones = torch.zeros(1, 2, PROBE_SIZE // 2, 1)
     ones[:, 0] = 1.0
@@ -114,7 +115,8 @@ def trace(scheduler: Any, convention: Convention, levels: Tensor) -> Trace:
         torch.manual_seed(0)
         noise = torch.randn(ones.shape) * (1 - ones)
         alpha, sigma = (float(scale[0]) for scale in scales(convention, levels))
-        oracle, expected = oracle_network(convention, lambda y, s: ones.double()), convention.timesteps(levels)
+        oracle = oracle_network(convention, lambda y, s: ones.double())
+        expected = convention.timesteps(levels) if expected is None else expected
 
         def network(x: Tensor, t: Any) -> Tensor:
             given = torch.as_tensor(t, dtype=torch.float64)

@@ -35,7 +35,7 @@ from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.progress import Progress, progress_bar
-from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.schedule import Schedule, check_decoupled
 from fastsched.sampling.solvers import Solver
 
 
@@ -54,6 +54,7 @@ def fit(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     checks: bool = True,
+    decoupled: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     group: Any = None,
     progress: Progress = True,
@@ -79,6 +80,9 @@ def fit(
         device: As in `measure`.
         dtype: As in `measure`.
         checks: As in `measure`; with ``stats``, whether to ask if the denoiser is the one that was measured.
+        decoupled: Whether the network may be told other levels than the states', tuned by the same runs. The error is
+            lower, but only samplers that can tell it so can use the schedule: `fastsched.sample` and
+            `fastsched.diffusers.apply`. For deterministic solvers of one call a step.
         checkpoint: A file of every finished path, as in `measure`; beside it ``checkpoint.runs`` holds every finished
             run of candidates and of tuning. The same call goes on from there to the same bits, after Ctrl-C, errors and
             ``kill -9``; at most one batch is run twice. The files stay: remove them when they have served.
@@ -110,6 +114,7 @@ def fit_report(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     checks: bool = True,
+    decoupled: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     group: Any = None,
     progress: Progress = True,
@@ -128,6 +133,8 @@ def fit_report(
         budget = calls_left(total, run.calls * len(batches.seeds) + CHECK_CALLS * checks)
     else:
         budget = MODEL_CALLS if model_calls is None else model_calls
+    if decoupled:
+        check_decoupled(method.name)
     _check_steps(steps, len(run.s) if run is not None else stats.levels if stats is not None else 0)
     log_file = None if checkpoint is None else runs_beside(checkpoint, *rank_and_size(group))
     if log_file is not None:
@@ -145,9 +152,10 @@ def fit_report(
         runner, calls = Runner(denoiser, stats, method, **options), method.model_calls(steps)
         if log_file is not None:
             what = {"steps": steps, "solver": method.name, "model_calls": model_calls, "batch_size": grain}
+            what |= {"decoupled": True} if decoupled else {}
             runner.kept = RunLog(log_file, identity(stats, **what, dtype=str(runner.dtype))).run
         best = BestSoFar(runner, stats)
-        made = partial(_fitted, best, steps=steps, method=method, calls=calls, budget=budget)
+        made = partial(_fitted, best, steps=steps, method=method, calls=calls, budget=budget, decoupled=decoupled)
         with progress_bar(budget, progress, "fitting") as runner.advance:
             return led_by_first(runner, made, group)
     except KeyboardInterrupt as error:
@@ -173,11 +181,14 @@ def _check_steps(steps: int, count: int) -> None:
         raise ValueError(f"steps must be at most {count - 1} on {count} levels, got {steps}; measure with more levels")
 
 
-def _fitted(best: BestSoFar, run: Run, *, steps: int, method: Solver, calls: int, budget: int) -> FitReport:
+def _fitted(
+    best: BestSoFar, run: Run, *, steps: int, method: Solver, calls: int, budget: int, decoupled: bool
+) -> FitReport:
     """The fit by ``run``; ``best`` remembers what it gave, where runs are dealt out over a group too."""
     best.run = run
     candidates = candidates_in_turn(best.stats, steps, method)
-    return fit_by_running(best, best.stats, steps, method.name, candidates, calls=calls, model_calls=budget)
+    options = {"calls": calls, "model_calls": budget, "decoupled": decoupled}
+    return fit_by_running(best, best.stats, steps, method.name, candidates, **options)
 
 
 def _same(

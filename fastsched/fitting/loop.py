@@ -58,6 +58,7 @@ def fit_by_running(
     *,
     calls: int,
     model_calls: int = MODEL_CALLS,
+    decoupled: bool = False,
 ) -> FitReport:
     """Rank candidates by running them, and tune the best.
 
@@ -70,13 +71,14 @@ def fit_by_running(
         calls: Network evaluations of one sample in a run.
         model_calls: The most to spend, counted per sample. Where it does not suffice for one run of all samples, the
             schedule is that of `fastsched.optimal_schedule`.
+        decoupled: Whether tuning may tell the network other levels than the states'.
 
     Raises:
         ValueError: If no candidate could be run.
     """
-    found = _fitted(run, stats, steps, solver, candidates, calls, model_calls)
+    found = _fitted(run, stats, steps, solver, candidates, calls, model_calls, decoupled)
     schedule, origin = found.schedule, stats.schedule_origin()
-    if schedule.predicted_error is None:
+    if schedule.predicted_error is None and schedule.network_sigmas is None:  # which the measurement does not know
         schedule = replace(schedule, predicted_error=predict_error(stats, schedule))
     if origin is not None:
         schedule = replace(schedule, origin=replace(origin, model_calls=found.model_calls))
@@ -91,6 +93,7 @@ def _fitted(
     candidates: Iterable[tuple[str, Schedule]],
     calls: int,
     model_calls: int,
+    decoupled: bool,
 ) -> FitReport:
     most = affordable(calls, stats.samples, model_calls)
     if most == 0:
@@ -99,7 +102,7 @@ def _fitted(
     trials = (model_calls - audition.model_calls) // (stats.samples * calls)
     if trials < 1 or steps == 1 or stats.increments is None:
         return FitReport(audition.winner, stats, audition)
-    tuning = tuned(run, stats, audition.complete(stats.samples), trials, calls)
+    tuning = tuned(run, stats, audition.complete(stats.samples), trials, calls, decoupled=decoupled)
     return FitReport(tuning.schedule, stats, audition, tuning)
 
 

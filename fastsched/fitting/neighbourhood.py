@@ -1,7 +1,8 @@
 """Predicted errors of schedules near one that was run.
 
-The parameters ``x`` of a schedule are the logarithms of its inner levels and, if the solver is fitted, its weights
-below the diagonal, row by row. Near the anchor ``x_a``, a schedule that was run and whose error ``E_a`` is known,
+The parameters ``x`` of a schedule are the logarithms of its inner levels; if the solver is fitted, its weights below
+the diagonal, row by row; and with decoupled levels, how far each level that the network is told lies from the state's
+in ``log s``. Near the anchor ``x_a``, a schedule that was run and whose error ``E_a`` is known,
 
     ``E(x) ~ E_a + (C(x) - C(x_a)) v + sum_m c_m(x) R_m``,   ``R_m = E_m - E_a - (C(x_m) - C(x_a)) v``,
 
@@ -20,19 +21,29 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from fastsched.costs.fitted_weights import rollouts
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.prediction import squared_errors
 from fastsched.costs.secants import Secants
 from fastsched.costs.surrogate import Outcome, Surrogate
+from fastsched.denoisers.noise import NoiseProcess
 from fastsched.metrics import power_mean
+from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
 from fastsched.selection.constraints import known_levels, separate
 from fastsched.selection.descent import log_gaps
 
 #: Damping of the least squares over other runs, by the square and the fourth power of their distance.
 DAMPING = (1e-3, 0.1)
+
+#: How far the level that the network is told may move, against the state's: 1, 1/2 and 1/4 gave errors of 0.60, 0.60
+#: and 0.63 of those of coupled levels (three seeds and solvers, three networks), and 1 the largest single ones.
+OFFSET_REACH = 0.5
+
+#: How far rounding may take a level beyond the ends of the range.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +57,7 @@ class Neighbourhood:
         solver: The solver.
         levels: Of the anchor, [steps + 1].
         weights: Of the anchor if the solver is fitted, [steps, steps].
+        offsets: Of the anchor with decoupled levels, [steps].
         error: Which of the vectors is the anchor's error.
         others: Parameters of the other runs, [M, P].
         errors: Which of the vectors are their errors, [M].
@@ -58,6 +70,7 @@ class Neighbourhood:
     solver: Solver
     levels: Array
     weights: Array | None
+    offsets: Array | None
     error: int
     others: Array
     errors: Sequence[int]
@@ -65,18 +78,23 @@ class Neighbourhood:
 
     @property
     def inner(self) -> int:
-        """How many parameters are levels; the others are weights."""
+        """How many parameters are levels; weights follow, and offsets are last."""
         return len(self.levels) - 2
+
+    @property
+    def steps(self) -> int:
+        """How many steps the schedules have."""
+        return len(self.levels) - 1
 
     @cached_property
     def anchor(self) -> Array:
         """``x_a``, [P]."""
-        return parameters(self.levels, self.weights)
+        return parameters(self.levels, self.weights, self.offsets)
 
     def bounds(self, reach: float, low: float, high: float) -> tuple[Array, Array]:
         """The least and largest parameters within ``reach``, in fractions of a level's gap to its nearer neighbour.
 
-        Weights have no bounds.
+        Weights have no bounds. The level that the network is told moves half as far as the state's, within the range.
 
         Args:
             reach: The fraction.
@@ -84,18 +102,31 @@ class Neighbourhood:
             high: The highest finite level.
         """
         most = np.full(len(self.anchor), math.inf)
-        most[: self.inner] = reach * np.minimum(*log_gaps(self.levels, low, high))
-        return self.anchor - most, self.anchor + most
+        most[: self.inner] = gaps = reach * np.minimum(*log_gaps(self.levels, low, high))
+        least, largest = self.anchor - most, self.anchor + most
+        if self.offsets is not None:
+            states, own = self.levels[:-1], OFFSET_REACH * np.append(gaps[:1], gaps)
+            at_most = np.log(np.divide([[low], [high]], states, out=np.ones((2, self.steps)), where=states < np.inf))
+            least[-self.steps :] = np.minimum(np.maximum(self.offsets - own, at_most[0]), self.offsets)
+            largest[-self.steps :] = np.maximum(np.minimum(self.offsets + own, at_most[1]), self.offsets)
+        return least, largest
 
-    def schedule(self, x: Array) -> tuple[Array, Array | None]:
-        """The levels [steps + 1] and the weights [steps, steps] of parameters [P]."""
-        levels, weights = self._unpacked(x[None])
-        return levels[0], None if weights is None else weights[0]
+    def schedule(self, x: Array) -> Point:
+        """The schedule of parameters [P]."""
+        levels, weights, offsets = self._unpacked(x[None])
+        told = None
+        if offsets is not None and bool(offsets.any()):
+            told = levels[0, :-1] * np.exp(offsets[0])
+        return Point(levels[0], None if weights is None else weights[0], told)
 
     def at_known_levels(self, x: Array) -> Array:
         """``x`` with the nearest levels that the network knows."""
-        levels = known_levels(self.surrogate.process, self._unpacked(x[None])[0])[0]
-        return np.concatenate([np.log(levels[1:-1]), x[self.inner :]])
+        levels, weights, offsets = self._unpacked(x[None])
+        known = known_levels(self.surrogate.process, levels)
+        if offsets is not None:
+            told = known_levels(self.surrogate.process, levels[:, :-1] * np.exp(offsets))
+            offsets = np.log(np.divide(told, known[:, :-1], out=np.ones_like(told), where=known[:, :-1] < np.inf))
+        return parameters(known[0], *(None if each is None else each[0] for each in (weights, offsets)))
 
     def outcome(self, x: Array) -> Outcome:
         """The error, and how unexplained deviations change, of C parameters [C, P]."""
@@ -111,7 +142,12 @@ class Neighbourhood:
 
     def predicted(self, x: Array) -> Array:
         """The predicted errors of C parameters [C, P], [C]; ``inf`` where levels are not apart."""
-        valid = separate(self.surrogate.process, self._unpacked(x)[0])
+        levels, _, offsets = self._unpacked(x)
+        valid = separate(self.surrogate.process, levels)
+        if offsets is not None:
+            told, process = levels[:, :-1] * np.exp(offsets), self.surrogate.process
+            highest, lowest = process.s_max * (1 + ROUNDING), process.s_min * (1 - ROUNDING)
+            valid &= separate(process, told) & (told[:, 0] <= highest) & (told[:, -1] >= lowest)
         values = np.full(len(x), np.inf)
         if valid.any():
             values[valid] = power_mean(self.squared_errors(self.outcome(x[valid])))
@@ -135,22 +171,51 @@ class Neighbourhood:
         return apart.T @ np.linalg.solve(damped, unexplained)
 
     def _on_surrogate(self, x: Array) -> Outcome:
-        levels, weights = self._unpacked(x)
-        return rollouts(self.surrogate, levels, self.solver, self.secants, self.norms, weights)[0].outcome
+        levels, weights, offsets = self._unpacked(x)
+        return rollouts(self.surrogate, levels, self.solver, self.secants, self.norms, weights, offsets)[0].outcome
 
-    def _unpacked(self, x: Array) -> tuple[Array, Array | None]:
-        levels = np.repeat(self.levels[None], len(x), axis=0)
-        levels[:, 1:-1] = np.exp(x[:, : self.inner])
-        if self.weights is None:
-            return levels, None
-        weights = np.zeros((len(x), *self.weights.shape))
-        row, column = np.tril_indices(len(self.weights), -1)
-        weights[:, row, column] = x[:, self.inner :]
-        weights += np.eye(len(self.weights)) * (1 - weights.sum(2))[:, :, None]
-        return levels, weights
+    def _unpacked(self, x: Array) -> tuple[Array, Array | None, Array | None]:
+        """Levels [C, steps + 1], weights [C, steps, steps] and offsets [C, steps] of parameters [C, P]."""
+        levels, weights, offsets = np.repeat(self.levels[None], len(x), axis=0), None, None
+        levels[:, 1:-1], x = np.exp(x[:, : self.inner]), x[:, self.inner :]
+        if self.offsets is not None:
+            x, offsets = x[:, : -self.steps], x[:, -self.steps :]
+        if self.weights is not None:
+            weights = np.zeros((len(x), *self.weights.shape))
+            row, column = np.tril_indices(self.steps, -1)
+            weights[:, row, column] = x
+            weights += np.eye(self.steps) * (1 - weights.sum(2))[:, :, None]
+        return levels, weights, offsets
 
 
-def parameters(levels: Array, weights: Array | None) -> Array:
-    """``x`` of levels [steps + 1], and of weights [steps, steps] if they are fitted."""
-    logs = np.log(levels[1:-1])
-    return logs if weights is None else np.concatenate([logs, weights[np.tril_indices(len(weights), -1)]])
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A schedule of the neighbourhood.
+
+    Attributes:
+        levels: Its levels, [steps + 1].
+        weights: The fitted solver's, [steps, steps].
+        told: The levels that the network is told, [steps]; None if they are the states'.
+    """
+
+    levels: Array
+    weights: Array | None
+    told: Array | None
+
+    def in_order(self, process: NoiseProcess) -> bool:
+        """Whether levels, and those that the network is told, descend far enough apart."""
+        return all(bool(separate(process, each[None])) for each in (self.levels, self.told) if each is not None)
+
+    def named(self, process: NoiseProcess, solver: str) -> Schedule:
+        """The schedule for a solver."""
+        levels, weights, told = (
+            None if each is None else torch.from_numpy(each) for each in (self.levels, self.weights, self.told)
+        )
+        assert levels is not None
+        return Schedule.from_levels(process, levels, solver, weights=weights, told=told)
+
+
+def parameters(levels: Array, weights: Array | None, offsets: Array | None) -> Array:
+    """``x`` of levels [steps + 1], of weights [steps, steps] if they are fitted, and of offsets [steps]."""
+    below = [] if weights is None else [weights[np.tril_indices(len(weights), -1)]]
+    return np.concatenate([np.log(levels[1:-1]), *below, *([] if offsets is None else [offsets])])

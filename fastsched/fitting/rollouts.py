@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser, placement
+from fastsched.denoisers.denoiser import Denoiser, named, placement
 from fastsched.denoisers.late_reading import LateReading
 from fastsched.measurement.batches import is_out_of_memory
 from fastsched.measurement.statistics import PathStatistics
@@ -99,9 +99,11 @@ class RecordingDenoiser(Denoiser):
         """One that answers as ``denoiser``."""
         return cls(**{each.name: getattr(denoiser, each.name) for each in fields(Denoiser)}, own=denoiser)
 
-    def denoise(self, y: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
+    def denoise(
+        self, y: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None, told: Tensor | float | None = None
+    ) -> Tensor:
         """As `Denoiser.denoise`, of one level."""
-        found = (self.own or super()).denoise(y, s, dtype=dtype)
+        found = (self.own or super()).denoise(y, s, dtype=dtype, **named(told))
         self.calls.append((float(s), LateReading(y), LateReading(found)))
         return found
 

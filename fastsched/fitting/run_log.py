@@ -44,7 +44,7 @@ def identity(stats: PathStatistics, **arguments: object) -> dict[str, Any]:
 
 
 def schedule_key(schedule: Schedule) -> str:
-    """A checksum of a schedule's levels, solver, noise and weights."""
+    """A checksum of a schedule's levels, solver, noise, weights and what the network is told."""
     return checksum(*_schedule_parts(schedule))
 
 
@@ -190,7 +190,8 @@ def _rollout(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> Rollout | 
 
 
 def _schedule_parts(schedule: Schedule) -> list[bytes]:
-    lists = (schedule.sigmas, schedule.timesteps, schedule.weights)
+    lists = [schedule.sigmas, schedule.timesteps, schedule.weights]
+    lists += [] if schedule.network_sigmas is None else [schedule.network_sigmas]
     return [schedule.solver.encode(), schedule.noise.encode(), *(b"" if x is None else _bytes(x) for x in lists)]
 
 

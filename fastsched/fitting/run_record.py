@@ -5,6 +5,7 @@ All of it happens in the Gram matrix of the measurement's vectors and what the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -51,6 +52,7 @@ class Trial:
         s: The levels of its evaluations; none if they are not known.
         first: The column of its first residual; the others follow.
         column: The column of its error.
+        offsets: How far the levels that the network was told lay from the states' in ``log s``, [steps].
     """
 
     schedule: Schedule
@@ -59,16 +61,12 @@ class Trial:
     s: Array
     first: int
     column: int
+    offsets: Array
 
     @property
     def error(self) -> float:
         """The power mean of the errors."""
         return float(power_mean(self.errors))
-
-    @property
-    def parameters(self) -> Array:
-        """The parameters ``x`` (`fastsched.fitting.neighbourhood`)."""
-        return parameters(self.levels, self.weights)
 
     @property
     def weights(self) -> Array | None:
@@ -77,10 +75,16 @@ class Trial:
 
 
 class RunRecord:
-    """The runs so far, and what they say of schedules near the best."""
+    """The runs so far, and what they say of schedules near the best.
 
-    def __init__(self, stats: PathStatistics, method: Solver) -> None:
-        self.stats, self.method, self.surrogate = stats, method, Surrogate.of(stats)
+    Args:
+        stats: The measurement, with increments.
+        method: The solver.
+        decoupled: Whether the levels that the network is told may be others than the states'.
+    """
+
+    def __init__(self, stats: PathStatistics, method: Solver, *, decoupled: bool = False) -> None:
+        self.stats, self.method, self.surrogate, self.decoupled = stats, method, Surrogate.of(stats), decoupled
         self.trials: list[Trial] = []
         #: Increments, responses, and each run's residuals with its error, [B, n, d]; not joined: they are large.
         self._vectors = [increments_of(stats)] + ([] if stats.responses is None else [stats.responses])
@@ -105,6 +109,7 @@ class RunRecord:
                 s=s,
                 first=first,
                 column=self._gram.shape[1] - 1,
+                offsets=_offsets(self.stats, schedule),
             )
         )
 
@@ -139,11 +144,15 @@ class RunRecord:
             solver=self.method,
             levels=trial.levels,
             weights=trial.weights,
+            offsets=trial.offsets if self.decoupled else None,
             error=trial.column,
-            others=np.array([other.parameters for other in others]).reshape(len(others), len(trial.parameters)),
+            others=np.array([self._parameters(other) for other in others]).reshape(len(others), -1 if others else 0),
             errors=[other.column for other in others],
             least=rounding_of(self.stats),
         )
+
+    def _parameters(self, trial: Trial) -> Array:
+        return parameters(trial.levels, trial.weights, trial.offsets if self.decoupled else None)
 
     def norms(self, anchor: int) -> Norms:
         """Of all vectors, samples compared with their errors under the ``anchor``."""
@@ -157,13 +166,29 @@ class RunRecord:
         known = [trial for trial in self.trials if len(trial.s) > 0]
         if len(self.trials[anchor].s) == 0:
             known = []
-        runs = [KnownRun(trial.s, self._deviations(trial, norms.vectors), trial.first) for trial in known]
-        return with_runs(own, runs, known.index(self.trials[anchor]) if known else 0, norms.metric)
+        runs = [
+            KnownRun(trial.s, self._deviations(trial, norms.vectors), trial.first, self._offsets_of_evaluations(trial))
+            for trial in known
+        ]
+        noise = math.prod(self.stats.shape) * float((1 / norms.size).mean())  # of the state, as squares are scaled
+        return with_runs(own, runs, known.index(self.trials[anchor]) if known else 0, norms.metric, noise)
+
+    def _offsets_of_evaluations(self, trial: Trial) -> Array:
+        """Of each evaluation; a solver with two a step is never told other levels."""
+        return trial.offsets if len(trial.offsets) == len(trial.s) else np.zeros(len(trial.s))
 
     def _deviations(self, trial: Trial, vectors: int) -> Array:
         """Deviations of a run from the path at its evaluations, [evaluations, V]."""
         answers = KnownAnswers(trial.first, vectors)
         return self.surrogate.rollouts(trial.levels[None], schedule_solver(trial.schedule), answers).deviations[:, 0]
+
+
+def _offsets(stats: PathStatistics, schedule: Schedule) -> Array:
+    """How far the levels that the network is told lie from the states' in ``log s``, [steps]; 0 at pure noise."""
+    if schedule.network_sigmas is None:
+        return np.zeros(schedule.steps)
+    levels, told = (stats.process.level(each).numpy() for each in (schedule.sigmas[:-1], schedule.network_sigmas))
+    return np.log(np.divide(told, levels, out=np.ones_like(told), where=np.isfinite(levels)))
 
 
 def _products(rows: Sequence[Tensor], vectors: Tensor) -> Array:

@@ -3,7 +3,8 @@
 A run evaluates the denoiser at states ``z_k`` that deviate from the measured path by ``a_k``. What it finds there is
 the residual ``r_k = D(z_k; s_k) - D_path(s_k) - j(s_k) a_k``. The pairs ``(a_k, r_k)`` of all runs join the secants
 (`fastsched.costs.secants`) at that evaluation: a schedule like those that were run then samples on the surrogate much
-as on the denoiser.
+as on the denoiser. Where the network was told another level than the state's (decoupled levels), the offset in
+``log s`` is one more coordinate of the deviation.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class KnownAnswers:
     first: int
     vectors: int
 
-    def answer(self, evaluation: int, lam: Array, away: Array) -> tuple[Array, Array]:
+    def answer(self, evaluation: int, lam: Array, away: Array, offset: Array | None = None) -> tuple[Array, Array]:
         """As `Secants.answer`: the residual itself, for the whole deviation."""
         answer = np.zeros_like(away)
         answer[:, self.first + evaluation] = 1.0
@@ -70,14 +71,22 @@ class KnownAnswers:
 
 @dataclass(frozen=True, eq=False)
 class KnownRun:
-    """A run: levels of its evaluations, its deviations there [evaluations, V], and its ``first`` residual."""
+    """What a run met.
+
+    Attributes:
+        s: Levels of its evaluations.
+        deviations: Its deviations there, [evaluations, V].
+        first: Which of the vectors is its first residual.
+        offsets: How far the levels that the network was told lay from the states' in ``log s``, [evaluations].
+    """
 
     s: Array
     deviations: Array
     first: int
+    offsets: Array
 
 
-def with_runs(secants: Secants, runs: Sequence[KnownRun], anchor: int, metric: Array) -> Secants:
+def with_runs(secants: Secants, runs: Sequence[KnownRun], anchor: int, metric: Array, unit: float) -> Secants:
     """The secants of the measurement and of runs, for schedules near one of the runs.
 
     Args:
@@ -85,17 +94,21 @@ def with_runs(secants: Secants, runs: Sequence[KnownRun], anchor: int, metric: A
         runs: What runs found.
         anchor: The run near whose levels schedules are asked for.
         metric: The Gram matrix of all vectors, [V, V].
+        unit: What an offset of 1 counts as beside squares of deviations at level 1; as the state's noise it grows with
+            the square of the level.
     """
     found = []
     for k, level in enumerate(runs[anchor].s if runs else ()):
         a = np.array([run.deviations[k] for run in runs])
         levels, columns = np.array([run.s[k] for run in runs]), np.array([run.first + k for run in runs])
-        size = ((a @ metric) * a).sum(1)
+        offsets = np.array([run.offsets[k] for run in runs])
+        own = unit * level**2 if math.isfinite(level) else 0.0
+        size = ((a @ metric) * a).sum(1) + own * offsets**2
         kept = (size > LEAST) & np.isfinite(levels) & math.isfinite(level)  # no deviation at pure noise
         apart = np.log(levels[kept] / level)
         residuals = np.zeros((int(kept.sum()), len(metric)))
         residuals[np.arange(len(residuals)), columns[kept]] = 1.0
-        found.append(RunSecants(a[kept], residuals, DAMPING[0] + DAMPING[1] * apart**2))
+        found.append(RunSecants(a[kept], residuals, DAMPING[0] + DAMPING[1] * apart**2, offsets[kept], own))
     wider = ((0, 0), (0, 0), (0, len(metric) - secants.deviations.shape[2]))
     return replace(
         secants,

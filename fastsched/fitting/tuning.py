@@ -5,6 +5,9 @@ weights. What a schedule's error is takes a run to learn; how it changes near th
 (`fastsched.fitting.neighbourhood`) from the measurement and from what the network answered in all runs. The next
 schedule to run lowers the prediction (`fastsched.fitting.gauss_newton`), within reach of the best; reach grows with
 success and shrinks with failure.
+
+With decoupled levels the network may be told another level than the state's. The measurement does not know what that
+changes, so the first run moves all of them a little.
 """
 
 from __future__ import annotations
@@ -19,10 +22,10 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.costs.norms import Array
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.fitting.auditioning import Audition
 from fastsched.fitting.gauss_newton import lowered
+from fastsched.fitting.neighbourhood import Point
 from fastsched.fitting.rollouts import Rollout, Run, Runner
 from fastsched.fitting.run_log import RunLog, identity, schedule_key
 from fastsched.fitting.run_record import RunRecord, Trial, increments_of
@@ -32,11 +35,14 @@ from fastsched.sampling.files import check_writable
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.schedule import Schedule, check_kind
-from fastsched.selection.constraints import separate
 
 #: How far a node may move at first, in fractions of the gap to its nearer neighbour in ``log s``; what a run that
 #: lowers the error multiplies that by, and one that does not; the largest, and the least, at which tuning ends.
 REACH, GROWTH, SHRINKAGE, MOST_REACH, LEAST_REACH = 0.5, 1.3, 0.5, 0.8, 0.02
+
+
+#: How far the first run with decoupled levels moves what the network is told, in ``log s``.
+OFFSET = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +88,8 @@ def tune(
     Args:
         denoiser: The denoiser that ``stats`` was measured on.
         stats: What ``fastsched.measure(..., keep_increments=True)`` returned.
-        start: A schedule, or an audition: where to start are its finalists, known already if they ran all samples.
+        start: A schedule, or an audition: where to start are its finalists, known already if they ran all samples. If
+            the schedule has decoupled levels, they are tuned too.
         trials: The most runs, each of all samples, after one of ``start`` if its ends are not known.
         batch_size: Samples run at once; all when None.
         device: Where to run; where the network's parameters are when None.
@@ -137,7 +144,13 @@ def _finished_part(error: KeyboardInterrupt, checkpoint: object) -> Tuning:
 
 
 def tuned(
-    run: Run, stats: PathStatistics, known: Sequence[tuple[Schedule, Rollout]], trials: int, calls: int
+    run: Run,
+    stats: PathStatistics,
+    known: Sequence[tuple[Schedule, Rollout]],
+    trials: int,
+    calls: int,
+    *,
+    decoupled: bool = False,
 ) -> Tuning:
     """`tune` with any sampler.
 
@@ -147,14 +160,20 @@ def tuned(
         known: Schedules to start from, and their runs.
         trials: The most runs.
         calls: Network evaluations of one sample in a run.
+        decoupled: Whether to tune the levels that the network is told too, as where a known schedule has them.
     """
-    record = RunRecord(stats, chosen_solver(known[0][0].solver))
+    known_offsets = any(schedule.network_sigmas is not None for schedule, _ in known)
+    record = RunRecord(stats, chosen_solver(known[0][0].solver), decoupled=decoupled or known_offsets)
     for schedule, rollout in known:
         record.add(schedule, rollout)
     reach, tried = REACH, 0
     while tried < trials and known[0][0].steps > 1:
-        anchor = record.best()
-        proposal = _proposal(record, anchor, reach)
+        anchor, proposal = record.best(), None
+        exploring = tried == 0 and trials > 2 and decoupled and not known_offsets
+        if exploring:
+            proposal = _moved_offsets(record, anchor)
+        if proposal is None:
+            exploring, proposal = False, _proposal(record, anchor, reach)
         if proposal is None:
             break
         try:
@@ -165,7 +184,8 @@ def tuned(
         tried += 1
         if rollout is not None:
             record.add(proposal.schedule, rollout)
-        reach = min(proposal.reach * GROWTH, MOST_REACH) if record.best() != anchor else proposal.reach * SHRINKAGE
+        if not exploring:
+            reach = min(proposal.reach * GROWTH, MOST_REACH) if record.best() != anchor else proposal.reach * SHRINKAGE
     return _tuning(record, tried * stats.samples * calls)
 
 
@@ -189,6 +209,18 @@ class _Proposal:
     reach: float
 
 
+def _moved_offsets(record: RunRecord, anchor: int) -> _Proposal | None:
+    """The anchor with every level that the network is told moved, up where there is room; None if they would cross."""
+    near, process = record.near(anchor), record.stats.process
+    low, high = (each[-near.steps :] for each in near.bounds(REACH, *record.stats.finite_range))
+    x = near.anchor.copy()
+    x[-near.steps :] = np.where(high > 0, np.minimum(high, OFFSET), np.maximum(low, -OFFSET))
+    point = near.schedule(near.at_known_levels(x))
+    if point.told is None or not point.in_order(process):
+        return None
+    return _Proposal(point.named(process, record.method.name), REACH)
+
+
 def _proposal(record: RunRecord, anchor: int, reach: float) -> _Proposal | None:
     """The schedule of least predicted error within reach of a run.
 
@@ -200,19 +232,22 @@ def _proposal(record: RunRecord, anchor: int, reach: float) -> _Proposal | None:
         x, _ = lowered(near, near.anchor, low, high)
         known = near.at_known_levels(x)
         if not np.allclose(known, x, rtol=0.0, atol=1e-9):  # weights for the levels that the network knows
-            low[: near.inner] = high[: near.inner] = known[: near.inner]
+            for part in (slice(near.inner), slice(-near.steps if record.decoupled else len(x), None)):
+                low[part] = high[part] = known[part]
             x, _ = lowered(near, known, low, high)
-        levels, weights = near.schedule(x)
-        repeated = any(_repeats(levels, weights, trial) for trial in record.trials)
-        if not repeated and bool(separate(process, levels[None])):
-            fitted = None if weights is None else torch.from_numpy(weights)
-            schedule = Schedule.from_levels(process, torch.from_numpy(levels), record.method.name, weights=fitted)
-            return _Proposal(schedule, reach)
+        point = near.schedule(x)
+        repeated = any(_repeats(point, trial) for trial in record.trials)
+        if not repeated and point.in_order(process):
+            return _Proposal(point.named(process, record.method.name), reach)
         reach *= SHRINKAGE
     return None
 
 
-def _repeats(levels: Array, weights: Array | None, trial: Trial) -> bool:
+def _repeats(point: Point, trial: Trial) -> bool:
     """Whether a run was of the same levels and weights: what so little more would change, rounding hides."""
-    same = np.allclose(levels, trial.levels, rtol=1e-9, atol=0.0)
-    return same and (weights is None or trial.weights is None or np.allclose(weights, trial.weights, atol=1e-4))
+    same = np.allclose(point.levels, trial.levels, rtol=1e-9, atol=0.0)
+    told = point.levels[:-1] if point.told is None else point.told
+    same = same and np.allclose(told, trial.levels[:-1] * np.exp(trial.offsets), rtol=1e-4, atol=0.0)
+    return same and (
+        point.weights is None or trial.weights is None or np.allclose(point.weights, trial.weights, atol=1e-4)
+    )

@@ -16,7 +16,7 @@ from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling.fitted import fitted_solver
 from fastsched.sampling.multistep import Node, log_rho
 from fastsched.sampling.progress import Progress, progress_bar
-from fastsched.sampling.schedule import Schedule, check_kind
+from fastsched.sampling.schedule import Schedule, check_decoupled, check_kind
 from fastsched.sampling.solvers import (
     FITTED,
     STOCHASTIC_SOLVERS,
@@ -69,8 +69,9 @@ def sample(
         The samples ``x0`` [B, *shape]; if the last sigma is not 0, the state ``z = x / alpha`` there.
 
     Raises:
-        ValueError: If ``sigmas`` do not descend, the solver is unknown, a deterministic one is given a seed, or the
-            network returns NaN or inf (the message names the level; on a GPU it may come some steps later).
+        ValueError: If ``sigmas`` do not descend, the solver is unknown or cannot have decoupled levels as the schedule
+            does, a deterministic one is given a seed, or the network returns NaN or inf (the message names the level;
+            on a GPU it may come some steps later).
     """
     validate.arguments(locals(), denoiser=is_denoiser, sigmas=is_run, solver=_IS_SOLVER, seed=_IS_SEED)
     name = solver if solver is not None else getattr(sigmas, "solver", None)
@@ -79,6 +80,8 @@ def sample(
     if noise is None:
         raise ValueError("noise must be given: standard normal, [B, *shape]")
     check_kind("sigmas", sigmas, denoiser.process)
+    if getattr(sigmas, "network_sigmas", None) is not None:
+        check_decoupled(solver_name(name))
     if solver_name(name) in STOCHASTIC_SOLVERS:
         from fastsched.sampling.stochastic import sample_stochastic
 
@@ -94,14 +97,22 @@ def sample(
     verdicts = Verdicts()
     with progress_bar(calls, progress, f"{method.name} sampling") as advance:
 
-        def denoise(y: Tensor, level: Tensor | float) -> Tensor:
-            denoised = finite_denoised(denoiser, y, level, dtype, verdicts)
+        def denoise(y: Tensor, asked: tuple[Tensor, Tensor] | float) -> Tensor:
+            level, told = asked if isinstance(asked, tuple) else (asked, None)
+            denoised = finite_denoised(denoiser, y, level, dtype, verdicts, told)
             advance(1)
             return denoised
 
-        y = answered(integration(nodes, method, noise, s=s), denoise)
+        y = answered(integration(nodes, method, noise, s=_asked(sigmas, denoiser.process, s)), denoise)
     verdicts.settle()
     return y if ends_at_zero else y * float(s[-1])
+
+
+def _asked(run: object, process: NoiseProcess, s: Tensor) -> Sequence[tuple[Tensor, Tensor | None]]:
+    """The levels of a run's states, each with that whose timestep the network is given if it is another."""
+    own = getattr(run, "network_sigmas", None)
+    told = [None] * len(s) if own is None else list(process.level(own))
+    return list(zip(s, [*told, None], strict=False))
 
 
 def is_run(name: str, value: object) -> None:

@@ -50,6 +50,8 @@ class Schedule:
         predicted_error: Predicted ``E ||x0 - x0_converged||^2`` from the same noise, summed over a sample's elements.
         weights: Of the fitted solver (`fastsched.sampling.fitted`), [steps, steps] float64; None for stock solvers.
         measured_error: The same as an audition found it by sampling: the geometric mean over its samples.
+        network_sigmas: With decoupled levels, the sigma that the network is told at each step, [steps] float64; None if
+            it is that of the state. `timesteps` are those of these sigmas.
         origin: What it was chosen for, and how; None if it is not known. Schedules are equal (``==``) if a sampler
             does the same with them, whatever their errors and origins.
     """
@@ -62,6 +64,7 @@ class Schedule:
     measured_error: float | None = None
     weights: Tensor | None = None
     origin: Origin | None = None
+    network_sigmas: Tensor | None = None
 
     def __post_init__(self) -> None:
         sigmas = validate.descending_sigmas("sigmas", self.sigmas, to_zero=True)
@@ -84,6 +87,8 @@ class Schedule:
             if len(weights) != len(sigmas) - 1:
                 raise ValueError(f"weights must have a row for each of {len(sigmas) - 1} steps, got {len(weights)}")
             object.__setattr__(self, "weights", weights)
+        if self.network_sigmas is not None:
+            object.__setattr__(self, "network_sigmas", _network_sigmas(self.network_sigmas, self.solver, sigmas))
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", _timesteps(self.timesteps, len(sigmas) - 1, self.noise))
 
@@ -96,13 +101,25 @@ class Schedule:
         predicted_error: float | None = None,
         weights: Tensor | None = None,
         origin: Origin | None = None,
+        told: Tensor | None = None,
     ) -> Schedule:
-        """A schedule at the noise levels ``s`` of ``process``, the last of which is 0."""
+        """A schedule at the noise levels ``s`` of ``process``, the last of which is 0.
+
+        Args:
+            process: The noise process.
+            s: The levels, [steps + 1].
+            solver: The solver's name.
+            predicted_error: As `predicted_error`.
+            weights: As `weights`.
+            origin: As `origin`.
+            told: The levels whose timesteps the network is given, [steps], if not those of the states.
+        """
         return cls(
             sigmas=process.sampler_sigma(s),
             solver=solver,
             noise=process.kind,
-            timesteps=process.timestep(s[:-1]),
+            timesteps=process.timestep(s[:-1] if told is None else told),
+            network_sigmas=None if told is None else process.sampler_sigma(told),
             predicted_error=predicted_error,
             weights=weights,
             origin=origin,
@@ -128,12 +145,13 @@ class Schedule:
         return float(self.sigmas[-2])
 
     def __repr__(self) -> str:
-        values = ", ".join(f"{value:.4g}" for value in self.sigmas.tolist())
         error = "" if self.predicted_error is None else f", predicted_error={self.predicted_error:.4g}"
         weights = "" if self.weights is None else f", weights={_brief_weights(self.weights)}"
+        told = "" if self.network_sigmas is None else f", network told [{_brief(self.network_sigmas)}]"
         error += "" if self.measured_error is None else f", measured_error={self.measured_error:.4g}"
         origin = "" if self.origin is None else f", of {self.origin}"
-        return f"Schedule({self.solver}, {self.steps} steps, {self.noise}: [{values}]{weights}{error}{origin})"
+        what = f"{self.solver}, {self.steps} steps, {self.noise}"
+        return f"Schedule({what}: [{_brief(self.sigmas)}]{told}{weights}{error}{origin})"
 
     def __eq__(self, other: object) -> bool:
         return self._used() == other._used() if isinstance(other, Schedule) else NotImplemented
@@ -143,12 +161,13 @@ class Schedule:
 
     def _used(self) -> tuple[Any, ...]:
         """What a sampler uses, as plain values."""
-        tensors = (self.sigmas, self.timesteps, self.weights)
+        tensors = (self.sigmas, self.timesteps, self.weights, self.network_sigmas)
         return self.solver, self.noise, *(None if tensor is None else tensor.tolist() for tensor in tensors)
 
     def _repr_html_(self) -> str:
         rows = {
-            "sigmas": ", ".join(f"{value:.4g}" for value in self.sigmas.tolist()),
+            "sigmas": _brief(self.sigmas),
+            "network told": None if self.network_sigmas is None else _brief(self.network_sigmas),
             "weights": None if self.weights is None else _brief_weights(self.weights),
             "predicted error": display.brief(self.predicted_error),
             "measured error": display.brief(self.measured_error),
@@ -196,9 +215,10 @@ class Schedule:
         misreads exponents ("2e-3"), in as few digits as give the same float32 values.
 
         Raises:
-            ValueError: If the first sigma is infinite and the noise process is not variance-preserving, or two sigmas
-                are equal as float32.
+            ValueError: If the first sigma is infinite and the noise process is not variance-preserving, two sigmas are
+                equal as float32, or the levels are decoupled.
         """
+        self.check_coupled("ComfyUI")
         sigmas = self.sigmas.to(torch.float32)
         if self.noise == "vp":
             sigmas[sigmas == torch.inf] = math.sqrt(1 / COMFYUI_LAST_ALPHA_BAR - 1)
@@ -211,18 +231,28 @@ class Schedule:
         text = ", ".join(np.format_float_positional(np.float32(value), trim="0") for value in sigmas.tolist())
         return ComfyUISigmas(text, sigmas)
 
+    def check_coupled(self, who: str) -> None:
+        """ValueError if the network is told other sigmas than the states', for those who work them out themselves."""
+        if self.network_sigmas is not None:
+            raise ValueError(
+                f"schedule has decoupled levels (network_sigmas), which {who} cannot use; fit one with decoupled=False"
+            )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON with plain decimals; an existing file is replaced only when the new one is whole."""
         validate.arguments(locals())
         entries: dict[str, str] = {
             "format": json.dumps(FORMAT),
-            "version": str(1 if self.weights is None else VERSION),  # older readers can use what has no weights
+            # older readers can use what has no weights, or no decoupled levels
+            "version": str(VERSION if self.network_sigmas is not None else 1 if self.weights is None else 2),
             "solver": json.dumps(self.solver),
             "noise": json.dumps(self.noise),
             "sigmas": _decimals(self.sigmas.tolist()),
         }
         if self.timesteps is not None:
             entries["timesteps"] = _decimals(self.timesteps.tolist())
+        if self.network_sigmas is not None:
+            entries["network_sigmas"] = _decimals(self.network_sigmas.tolist())
         if self.weights is not None:
             entries["weights"] = "[" + ", ".join(_decimals(row) for row in self.weights.tolist()) + "]"
         for name in ("predicted_error", "measured_error"):
@@ -253,6 +283,28 @@ def _squared_error(name: str, value: float) -> float:
     if not 0 <= error < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {error!r}")
     return error
+
+
+def check_decoupled(solver: str) -> None:
+    """ValueError if a solver cannot have decoupled levels: it adds noise, or calls the network twice a step."""
+    if solver in STOCHASTIC_SOLVERS or (solver != FITTED and get_solver(solver).stage is not None):
+        raise ValueError(
+            f"solver must be deterministic with one call a step for decoupled levels (network_sigmas), got {solver!r}"
+        )
+
+
+def _network_sigmas(values: Tensor, solver: str, sigmas: Tensor) -> Tensor:
+    """Sigmas that a network is given, one for each call of a solver with one call a step."""
+    found = validate.float64("network_sigmas", values)
+    check_decoupled(solver)
+    if found.shape != (len(sigmas) - 1,):
+        raise ValueError(
+            f"network_sigmas must have one value for each sigma but the last, [{len(sigmas) - 1}], got shape "
+            f"{tuple(found.shape)}"
+        )
+    if not bool((found > 0).all()) or not bool((found.diff() < 0).all()):
+        raise ValueError(f"network_sigmas must descend and be positive, got {validate.shown(found.tolist())}")
+    return found
 
 
 def _timesteps(values: Tensor, steps: int, noise: str) -> Tensor:
@@ -293,6 +345,10 @@ def check_kind(name: str, value: object, process: NoiseProcess) -> None:
             f"{name} must be for the noise process of this model, {process.kind!r}, got a schedule for a "
             f"{value.noise!r} one (Schedule(noise=...))"
         )
+
+
+def _brief(values: Tensor) -> str:
+    return ", ".join(f"{value:.4g}" for value in values.tolist())
 
 
 def _brief_weights(weights: Tensor) -> str:

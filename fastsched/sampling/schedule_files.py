@@ -10,11 +10,11 @@ from fastsched.sampling.files import check_readable, checksum, json_object, kind
 from fastsched.sampling.origin import Origin
 
 FORMAT = "fastsched.schedule"
-VERSION = 2
+VERSION = 3
 LARGEST_FILE = 1 << 26
 
 REQUIRED = ("format", "version", "sigmas", "solver", "noise")
-OPTIONAL = ("timesteps", "weights", "predicted_error", "measured_error", "origin", "sha256")
+OPTIONAL = ("timesteps", "network_sigmas", "weights", "predicted_error", "measured_error", "origin", "sha256")
 
 
 def write_entries(path: str | os.PathLike[str], entries: dict[str, str]) -> None:
@@ -81,8 +81,9 @@ def _checked(entries: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(found[key], str):
             raise ValueError(f"{key} must be text, got {found[key]!r:.80}")
     found["sigmas"] = _numbers("sigmas", entries["sigmas"])
-    if found["timesteps"] is not None:
-        found["timesteps"] = _numbers("timesteps", found["timesteps"])
+    for key in ("timesteps", "network_sigmas"):
+        if found[key] is not None:
+            found[key] = _numbers(key, found[key])
     if found["weights"] is not None:
         if not isinstance(found["weights"], list):
             raise ValueError("weights must be a list of lists of numbers")

@@ -11,7 +11,7 @@ pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 import diffusers
 
 from fastsched.diffusers.overrides import Timesteps
-from fastsched.diffusers.pipeline_fit import StartFromNoise
+from fastsched.diffusers.start_from_noise import StartFromNoise
 from fastsched.diffusers.watching import PipelineWatch
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

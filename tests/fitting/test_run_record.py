@@ -109,10 +109,11 @@ def test_samples_that_are_hit_exactly_leave_the_rest_predictable(stats, no_penal
 
 def test_parameters_stand_for_levels_and_weights(stats):
     near = record_of(stats, [fs.optimal_schedule(stats, 5, "fitted")]).near(0)
-    levels, weights = near.schedule(near.anchor)
-    np.testing.assert_allclose(levels, near.levels, rtol=1e-12)
-    np.testing.assert_allclose(weights, near.weights, atol=1e-12)
-    np.testing.assert_allclose(weights.sum(1), 1.0, rtol=1e-12)
+    point = near.schedule(near.anchor)
+    np.testing.assert_allclose(point.levels, near.levels, rtol=1e-12)
+    np.testing.assert_allclose(point.weights, near.weights, atol=1e-12)
+    np.testing.assert_allclose(point.weights.sum(1), 1.0, rtol=1e-12)
+    assert point.told is None
     assert len(near.anchor) == near.inner + 10
 
 

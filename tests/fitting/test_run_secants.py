@@ -90,17 +90,20 @@ def test_secants_reproduce_the_run_they_are_of(measured, solver, monkeypatch):
     basis = torch.cat([stats.increments.double(), found], dim=1)
     metric = (basis @ basis.transpose(1, 2)).mean(0).numpy()
     deviations = surrogate.rollouts(levels[None], method, KnownAnswers(first, first + more)).deviations[:, 0]
-    known = with_runs(Secants.none(first), [KnownRun(s, deviations, first)], 0, metric)
+    known = with_runs(Secants.none(first), [KnownRun(s, deviations, first, np.zeros(len(s)))], 0, metric, 1.0)
     outcome = surrogate.rollouts(levels[None], method, known).outcome
     torch.testing.assert_close(combined(outcome.error[0], stats, found), error, rtol=1e-4, atol=2e-5)
 
 
-def answers(deviations, levels, metric, away, lam=0.0):
+def answers(deviations, levels, metric, away, lam=0.0, offsets=None, offset=None):
     """What runs with one evaluation each answer to ``away``, and explain of it."""
     n = len(metric) - len(deviations)
-    runs = [KnownRun(np.array([s]), a[None], n + m) for m, (a, s) in enumerate(zip(deviations, levels, strict=True))]
-    known = with_runs(Secants.none(n), runs, 0, metric)
-    return known.answer(0, np.full(len(away), lam), away)
+    runs = [
+        KnownRun(np.array([s]), a[None], n + m, np.array([o]))
+        for m, (a, s, o) in enumerate(zip(deviations, levels, offsets or [0.0] * len(levels), strict=True))
+    ]
+    known = with_runs(Secants.none(n), runs, 0, metric, 0.5)
+    return known.answer(0, np.full(len(away), lam), away, offset)
 
 
 def test_secants_of_a_linear_map_are_exact_on_what_was_seen(monkeypatch):
@@ -116,6 +119,21 @@ def test_secants_of_a_linear_map_are_exact_on_what_was_seen(monkeypatch):
     answer, explained = answers(a, [2.0] * runs, basis @ basis.T, seen)
     np.testing.assert_allclose(answer @ basis, seen[:, :n] @ R @ basis[:n], rtol=1e-9)
     np.testing.assert_allclose(explained, seen, rtol=1e-9, atol=1e-9)
+
+
+def test_an_offset_of_the_level_is_one_more_coordinate(monkeypatch):
+    """Residuals ``R a_m + o_m g``: what a run answers to both is known, and to a deviation alone without ``g``."""
+    monkeypatch.setattr(run_secants, "DAMPING", (0.0, 1.0))
+    generator = np.random.default_rng(0)
+    n, runs = 7, 4
+    R, g, offsets = generator.standard_normal((n, n)), generator.standard_normal(40), [0.1, -0.2, 0.0, 0.3]
+    basis = generator.standard_normal((n + runs, 40))
+    a = np.concatenate([generator.standard_normal((runs, n)), np.zeros((runs, runs))], axis=1)
+    basis[n:] = a[:, :n] @ R @ basis[:n] + np.outer(offsets, g)
+    mixed = generator.standard_normal((5, runs))
+    asked = mixed @ a, mixed @ np.array(offsets)
+    answer, _ = answers(a, [2.0] * runs, basis @ basis.T, asked[0], offsets=offsets, offset=asked[1])
+    np.testing.assert_allclose(answer @ basis, asked[0][:, :n] @ R @ basis[:n] + np.outer(asked[1], g), rtol=1e-8)
 
 
 def test_secants_find_the_nearest_deviation_that_was_seen():

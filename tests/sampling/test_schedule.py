@@ -94,7 +94,7 @@ def test_bad_arguments(arguments, message):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"version": 3}, "version 3, and the newest known here is 2; update"),
+    [({"version": 4}, "version 4, and the newest known here is 3; update"),
      ({"format": "x"}, "does not hold a schedule"),
      ({"predicted_error": "abc"}, "predicted_error must be numbers"), ({"version": "1"}, "version '1'"),
      ({"predicted_error": -1.0}, "must be finite and not negative"), ({"version": True}, "version True"),

@@ -1,0 +1,178 @@
+"""Schedules with decoupled levels in pipelines: the samples of `fs.sample`, their refusals, and fits through a pipeline."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fastsched as fs
+
+pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+
+import diffusers
+from diffusers import StableDiffusionImg2ImgPipeline
+from pipelines import oracle_pipeline
+from scheduler_table import exact_denoise, uneven_schedule
+
+from fastsched.denoisers.noise import FlowMatching, VariancePreserving
+from fastsched.diffusers.conventions import describe
+from fastsched.diffusers.fitted_scheduler import FittedScheduler
+from fastsched.diffusers.probe import oracle_network, scales, states_of
+from fastsched.fitting.rollouts import distances
+from fastsched.metrics import power_mean
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+FLOW_UNIPC = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+KINDS = {
+    "epsilon, scaled state": ("EulerDiscreteScheduler", SD, "ddim"),
+    "v": ("EulerDiscreteScheduler", {**SD, "prediction_type": "v_prediction"}, "ddim"),
+    "epsilon": ("DPMSolverMultistepScheduler", SD, "dpmpp_2m"),
+    "epsilon, UniPC": ("UniPCMultistepScheduler", SD, "unipc"),
+    "velocity": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "ddim"),
+    "velocity, UniPC": ("UniPCMultistepScheduler", FLOW_UNIPC, "unipc"),
+    "EDM": ("EDMDPMSolverMultistepScheduler", {}, "dpmpp_2m"),
+}
+#: Classes hold sigmas in float32, and UniPC for flows starts at time 1 - 1e-6: 0.0026 apart with coupled levels too.
+ALLOWED = {"velocity, UniPC": 1e-2}
+STEPS = 6
+ORACLE = fs.oracles.GaussianMixture.random(8, 3, seed=0)
+
+
+class Pipe:
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+
+
+def own_scheduler(kind):
+    name, config, _ = KINDS[kind]
+    return getattr(diffusers, name)(**config)
+
+
+def decoupled(scheduler, solver):
+    """An uneven schedule whose network is told levels between the states' and the next."""
+    process = describe(scheduler).process
+    schedule = uneven_schedule(describe(scheduler), STEPS)
+    s = process.level(schedule.sigmas)[:-1]
+    told = torch.cat([s[:1], s[1:-1] ** 0.8 * s[2:] ** 0.2, s[-1:]])
+    weights = None
+    if solver == "fitted":
+        weights = torch.eye(STEPS, dtype=torch.float64) + 0.3 * (torch.eye(STEPS) - torch.eye(STEPS).roll(-1, 1)).tril()
+        weights[0] = torch.eye(STEPS)[0]
+        weights = weights / weights.sum(1, keepdim=True)
+    sigmas = torch.cat([s, s.new_zeros(1)])
+    return fs.Schedule.from_levels(process, sigmas, solver, weights=weights, told=told)
+
+
+def denoiser_of(scheduler):
+    """The oracle as a denoiser that predicts what the scheduler's network does."""
+    convention = describe(scheduler)
+    network, process = oracle_network(convention, exact_denoise(ORACLE)), convention.process
+    if isinstance(process, VariancePreserving):
+        process = replace(process, integer_timesteps=False)
+
+    def answer(x, condition):
+        told = condition[:1].double()
+        if convention.denoiser.prediction == "edm":
+            told = (4 * told).exp()
+        elif isinstance(process, FlowMatching):
+            told = told / (1 - told)
+        else:
+            told = convention.levels(told)
+        return convention.sign * network(x, told)
+
+    return replace(convention.denoiser, network=answer, process=process)
+
+
+def by_loop(scheduler, schedule, noise):
+    """The last state of diffusers' loop; the oracle is asked at the exact level, not at that of a float32 timestep."""
+    convention = describe(scheduler)
+    network = oracle_network(convention, exact_denoise(ORACLE))
+    scheduler.set_timesteps(STEPS)
+    told = convention.process.level(schedule.network_sigmas)
+    torch.testing.assert_close(scheduler.timesteps.double(), convention.timesteps(told), rtol=1e-5, atol=1e-5)
+    told = iter(told)
+    first = convention.process.level(schedule.sigmas[:1])
+    start = float(scales(convention, first)[1]) * noise
+    return list(states_of(scheduler, lambda x, t: network(x, next(told)[None]), start))[-1]
+
+
+def noise_of(count=4):
+    return torch.randn(count, 2, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("stock", [True, False], ids=["stock", "fitted"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loop_of_diffusers_gives_the_samples_of_fs_sample(kind, stock):
+    pipe, solver = Pipe(own_scheduler(kind)), KINDS[kind][2] if stock else "fitted"
+    schedule = decoupled(pipe.scheduler, solver)
+    proof = fs.diffusers.apply(schedule, pipe)
+    assert proof.way == ("assigned" if stock else "fitted")
+    assert proof.exact
+    assert isinstance(pipe.scheduler, FittedScheduler) == (not stock)
+    denoiser = denoiser_of(own_scheduler(kind))
+    expected = fs.sample(denoiser, schedule, noise=noise_of())
+    coupled = fs.sample(denoiser, replace(schedule, network_sigmas=None), noise=noise_of())
+    scale = float(expected.norm())
+    assert float((coupled - expected).norm()) > 1e-2 * scale  # what the network is told matters
+    for scheduler in (pipe.scheduler, copy.deepcopy(pipe.scheduler)):
+        found = by_loop(scheduler, schedule, noise_of())
+        assert float((found - expected).norm()) < (ALLOWED.get(kind, 2e-3) if stock else 1e-9) * scale
+
+
+def test_a_fitted_scheduler_keeps_what_the_network_is_told(tmp_path):
+    pipe = Pipe(own_scheduler("velocity"))
+    schedule = decoupled(pipe.scheduler, "fitted")
+    fs.diffusers.apply(schedule, pipe)
+    pipe.scheduler.save_pretrained(tmp_path)
+    read = FittedScheduler.from_pretrained(tmp_path)
+    assert torch.equal(read.schedule.network_sigmas, schedule.network_sigmas)
+    assert torch.equal(read.timesteps, pipe.scheduler.timesteps)
+
+
+def test_what_cannot_tell_the_network_another_level_is_refused():
+    ddim = diffusers.DDIMScheduler(**SD, clip_sample=False)
+    schedule = decoupled(ddim, "ddim")
+    with pytest.raises(ValueError, match="the network cannot be told another"):
+        fs.diffusers.apply(schedule, Pipe(ddim))
+    with pytest.raises(ValueError, match="fastsched.diffusers.apply"):
+        fs.diffusers.export(schedule, diffusers.EulerDiscreteScheduler(**SD))
+    pipe = oracle_pipeline(ddim, ORACLE)
+    with pytest.raises(ValueError, match="another"):
+        fs.diffusers.fit(pipe, 4, levels=12, samples=2, decoupled=True)
+    pipe = oracle_pipeline(diffusers.HeunDiscreteScheduler(**SD), ORACLE)
+    with pytest.raises(ValueError, match="one call a step"):
+        fs.diffusers.fit(pipe, 4, levels=12, samples=2, decoupled=True)
+
+
+def test_a_start_midway_is_refused():
+    from pipelines import stable_diffusion
+
+    pipe, call, _ = stable_diffusion(diffusers.EulerDiscreteScheduler(**SD))
+    fs.diffusers.apply(decoupled(pipe.scheduler, "ddim"), pipe)
+    midway = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    midway.set_progress_bar_config(disable=True)
+    prompts = {name: value for name, value in call.items() if "embeds" in name}
+    with pytest.raises(ValueError, match="decoupled levels"):
+        midway(image=torch.zeros(2, 3, 16, 16), strength=0.5, num_inference_steps=STEPS, **prompts)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "velocity"])
+def test_a_pipeline_is_fitted_with_decoupled_levels(kind):
+    from test_pipeline_fit import rollout
+
+    name, config, solver = KINDS[kind]
+    pipe = oracle_pipeline(getattr(diffusers, name)(**config), ORACLE)
+    stats = fs.diffusers.measure(pipe, levels=24, samples=4, keep_increments=True, progress=False)
+    options = {"stats": stats, "model_calls": 14 * 4 * 6, "progress": False}
+    coupled = fs.diffusers.fit(pipe, 5, **options)
+    schedule = fs.diffusers.fit(pipe, 5, decoupled=True, **options)
+    assert schedule.solver == solver
+    assert schedule.network_sigmas is not None
+    assert schedule.predicted_error is None  # the measurement does not know what told levels change
+    assert schedule.measured_error < 0.95 * coupled.measured_error
+    fs.diffusers.apply(schedule, pipe)
+    error = float(power_mean(distances(stats, rollout(pipe, stats, schedule).ends)))
+    assert schedule.measured_error == pytest.approx(error, rel=1e-3)
+    assert math.isfinite(error)

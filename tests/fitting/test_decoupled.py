@@ -1,0 +1,226 @@
+"""Decoupled levels: what the network is told, apart from the state's level, in sampling and in tuning."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from models import exact_denoiser, exact_denoisers, mixture, vp_table
+
+import fastsched as fs
+from fastsched.costs.secants import Secants
+from fastsched.costs.surrogate import Surrogate
+from fastsched.fitting.neighbourhood import OFFSET_REACH
+from fastsched.fitting.rollouts import RecordingDenoiser, Rollout
+from fastsched.fitting.run_record import RunRecord
+from fastsched.fitting.run_secants import KnownAnswers, residuals
+from fastsched.sampling.random_streams import noise_of
+from fastsched.sampling.solvers import get_solver
+
+ORACLE = mixture(d=4)
+DENOISERS = exact_denoisers(ORACLE)
+
+
+def told_lower(denoiser, steps=5, solver="ddim"):
+    """A schedule whose network is told levels between the states' and the next."""
+    s = denoiser.levels(steps)
+    told = torch.cat([s[:1], s[1:-1] ** 0.8 * s[2:] ** 0.2, s[-1:]])
+    return fs.Schedule.from_levels(denoiser.process, torch.cat([s, s.new_zeros(1)]), solver, told=told)
+
+
+@pytest.mark.parametrize("kind", DENOISERS)
+def test_the_network_is_told_the_level_and_its_output_read_at_the_states(kind):
+    """Against Euler's method by hand, with the network's own output at the timestep that it is told."""
+    denoiser, noise = DENOISERS[kind], noise_of(torch.arange(3), (4,)).double()
+    asked = []
+    network = lambda x, condition: (asked.append(condition.clone()), denoiser.network(x, condition))[1]
+    schedule, process = told_lower(denoiser), denoiser.process
+    found = fs.sample(dataclasses.replace(denoiser, network=network), schedule, noise=noise)
+    s, told, y = process.level(schedule.sigmas), process.level(schedule.network_sigmas), noise
+    for n in range(schedule.steps):
+        x, level = y * process.sigma(s[n : n + 1]), told[n : n + 1]
+        a, c = denoiser.coefficients(s[n : n + 1])
+        if denoiser.prediction == "edm":
+            condition, given = level.log() / 4, x / (s[n] ** 2 + denoiser.sigma_data**2).sqrt()
+        else:
+            timestep = process.timestep(level)
+            condition, given = (level if timestep is None else timestep), x
+        torch.testing.assert_close(asked[n], condition.expand(3))
+        denoised = a * x + c * denoiser.network(given, condition.expand(3))
+        y = denoised if n == schedule.steps - 1 else y + (1 / s[n + 1] - 1 / s[n]) * denoised
+    torch.testing.assert_close(found, y, rtol=1e-9, atol=1e-9)
+    coupled = fs.sample(denoiser, dataclasses.replace(schedule, network_sigmas=None), noise=noise)
+    assert float((coupled - found).norm()) > 1e-3 * float(found.norm())
+
+
+def test_solvers_that_cannot_have_decoupled_levels_are_refused():
+    denoiser, schedule = DENOISERS["epsilon"], told_lower(DENOISERS["epsilon"])
+    for solver in ("heun", "dpm_2", "ancestral"):
+        with pytest.raises(ValueError, match="one call a step"):
+            dataclasses.replace(schedule, solver=solver)
+        with pytest.raises(ValueError, match="one call a step"):
+            fs.sample(denoiser, schedule, solver, torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="one call a step"):
+        fs.fit(denoiser, (4,), 4, "heun", decoupled=True, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ([3.0, 2.0], "one value for each sigma but the last"),
+        ([3.0, 1.0, 1.0], "descend"),
+        ([3.0, 1.0, 0.0], "positive"),
+        ([3.0, 1.0, math.nan], "network_sigmas"),
+    ],
+)
+def test_wrong_network_sigmas(told, message):
+    with pytest.raises(ValueError, match=message):
+        fs.Schedule([4.0, 2.0, 1.0, 0.0], "ddim", network_sigmas=told)
+
+
+def test_a_schedule_keeps_what_the_network_is_told(tmp_path):
+    schedule = told_lower(DENOISERS["velocity"])
+    schedule.save(tmp_path / "schedule.json")
+    read = fs.Schedule.load(tmp_path / "schedule.json")
+    assert read == schedule
+    assert torch.equal(read.network_sigmas, schedule.network_sigmas)
+    assert torch.equal(
+        read.timesteps, DENOISERS["velocity"].process.timestep(read.network_sigmas / (1 - read.network_sigmas))
+    )
+    assert read != dataclasses.replace(schedule, network_sigmas=None)
+    assert '"version": 3' in (tmp_path / "schedule.json").read_text()
+    assert "network told" in repr(schedule)
+    assert "network told" in schedule._repr_html_()
+
+
+def test_whoever_works_out_the_timestep_alone_refuses_it():
+    denoiser = exact_denoiser(ORACLE, 0.01, 40.0)
+    schedule = told_lower(denoiser)
+    stats = fs.measure(denoiser, (4,), levels=12, samples=2, progress=False)
+    for use in (schedule.to_comfyui, lambda: fs.predict_error(stats, schedule)):
+        with pytest.raises(ValueError, match="decoupled levels"):
+            use()
+
+
+@pytest.fixture(scope="module", params=["ve", "velocity", "epsilon"])
+def measured(request):
+    denoiser = exact_denoiser(ORACLE, 0.01, 40.0) if request.param == "ve" else DENOISERS[request.param]
+    return denoiser, fs.measure(denoiser, (4,), levels=24, samples=4, keep_increments=True, progress=False)
+
+
+def rollout_of(denoiser, stats, schedule):
+    recorder = RecordingDenoiser.of(denoiser)
+    ends = fs.sample(recorder, schedule, noise=noise_of(stats.seeds, stats.shape))
+    return Rollout(ends, recorder.evaluations())
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "unipc"])
+def test_a_run_is_the_surrogate_and_its_residuals(measured, solver):
+    """What the told levels change is part of the residuals: with them the surrogate ends where the run did."""
+    denoiser, stats = measured
+    schedule, surrogate = told_lower(denoiser, 6, solver), Surrogate.of(stats)
+    run = rollout_of(denoiser, stats, schedule)
+    found = residuals(surrogate, stats, run.evaluations).double()
+    first, more = stats.levels - 1, found.shape[1]
+    levels = stats.process.level(schedule.sigmas).numpy()
+    basis = torch.cat([stats.increments.double(), found], dim=1)
+    error = (run.ends - stats.ends).double()
+    ends = lambda known: torch.einsum(
+        "q,bqd->bd",
+        torch.from_numpy(surrogate.rollouts(levels[None], get_solver(solver), known).outcome.error[0]),
+        basis,
+    )
+    torch.testing.assert_close(ends(KnownAnswers(first, first + more)), error, rtol=1e-4, atol=2e-5)
+    coupled = rollout_of(denoiser, stats, dataclasses.replace(schedule, network_sigmas=None))
+    assert float((coupled.ends - run.ends).norm()) > 0.01 * float(error.norm())
+    assert Secants.none(3).answer(0, np.zeros(1), np.zeros((1, 3)), np.ones(1))[0].shape == (1, 3)
+
+
+def test_parameters_of_a_neighbourhood(measured):
+    denoiser, stats = measured
+    schedule = told_lower(denoiser, 5)
+    record = RunRecord(stats, get_solver("ddim"), decoupled=True)
+    record.add(schedule, rollout_of(denoiser, stats, schedule))
+    near = record.near(0)
+    assert len(near.anchor) == 3 + 1 + 5
+    point = near.schedule(near.anchor)
+    np.testing.assert_allclose(point.told, stats.process.level(schedule.network_sigmas).numpy(), rtol=1e-12)
+    assert point.named(stats.process, "ddim").network_sigmas is not None
+    low, high = near.bounds(0.5, *stats.finite_range)
+    for x in (low, high):
+        told = near.schedule(np.concatenate([near.anchor[:-5], x[-5:]])).told
+        finite = np.isfinite(told)
+        assert (told[finite] <= stats.finite_range[1] * (1 + 1e-9)).all()
+        assert (told[finite] >= stats.finite_range[0] * (1 - 1e-9)).all()
+        assert np.isinf(told[~finite]).all()
+    gap = np.log(near.levels[2] / near.levels[3])
+    assert (high - low)[-3] <= 2 * OFFSET_REACH * 0.5 * gap + 1e-9
+    none = near.anchor.copy()
+    none[-5:] = 0.0
+    assert near.schedule(none).told is None
+    crossed = near.anchor.copy()
+    crossed[-3], crossed[-2] = -5.0, 5.0
+    outside = near.anchor.copy()
+    outside[-1] = -9.0
+    assert np.isinf(near.predicted(np.stack([crossed, outside]))).all()
+    assert np.isfinite(near.predicted(near.anchor[None])).all()
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "unipc", "fitted"])
+def test_a_decoupled_fit_is_tuned_by_its_own_runs(measured, solver):
+    denoiser, stats = measured
+    options = {"stats": stats, "model_calls": 14 * 4 * 5, "progress": False}
+    coupled = fs.fit(denoiser, (4,), 5, solver, **options)
+    schedule = fs.fit(denoiser, (4,), 5, solver, decoupled=True, **options)
+    ends = fs.sample(denoiser, schedule, noise=noise_of(stats.seeds, stats.shape))
+    squared = (ends - stats.ends).double().square().sum(1)
+    assert schedule.measured_error == pytest.approx(float(fs.metrics.power_mean(squared)), rel=1e-4)
+    if solver == "ddim":
+        assert schedule.network_sigmas is not None
+        assert schedule.predicted_error is None
+        assert schedule.measured_error < 0.7 * coupled.measured_error
+
+
+def test_a_decoupled_schedule_is_tuned_on(measured):
+    denoiser, stats = measured
+    start = fs.fit(denoiser, (4,), 5, "ddim", stats=stats, model_calls=10 * 4 * 5, decoupled=True, progress=False)
+    assert start.network_sigmas is not None
+    tuning = fs.tune(denoiser, stats, start, trials=3, progress=False)
+    assert tuning.schedule.measured_error <= start.measured_error * (1 + 1e-6)
+    assert all(trial.network_sigmas is not None for trial in tuning.trials)
+
+
+def test_integer_timesteps_stay_integers():
+    oracle = mixture(d=4)
+    plain = exact_denoisers(oracle)["epsilon"]
+
+    def network(x, t):
+        assert t.dtype == torch.int64
+        return plain.network(x, t)
+
+    denoiser = fs.Denoiser.from_epsilon(network, vp_table(), integer_timesteps=True)
+    options = {"levels": 24, "samples": 4, "model_calls": 700, "progress": False}
+    schedule = fs.fit(denoiser, (4,), 5, "ddim", decoupled=True, **options)
+    assert schedule.network_sigmas is not None
+    assert bool((schedule.timesteps == schedule.timesteps.round()).all())
+
+
+def test_an_interrupted_decoupled_fit_goes_on_to_the_same_bits(tmp_path):
+    denoiser = exact_denoiser(ORACLE, 0.01, 40.0)
+    options = {"levels": 16, "samples": 3, "model_calls": 400, "decoupled": True, "progress": False}
+    path, calls = tmp_path / "fit", []
+
+    def failing(z, s):
+        calls.append(len(z))
+        if len(calls) == 220:
+            raise RuntimeError("stopped")
+        return denoiser.network(z, s)
+
+    whole = fs.fit(denoiser, (4,), 5, "ddim", checkpoint=tmp_path / "whole", **options)
+    with pytest.raises(RuntimeError, match="stopped"):
+        fs.fit(dataclasses.replace(denoiser, network=failing), (4,), 5, "ddim", checkpoint=path, **options)
+    resumed = fs.fit(denoiser, (4,), 5, "ddim", checkpoint=path, **options)
+    assert resumed == whole
+    with pytest.raises(ValueError, match="another call"):
+        fs.fit(denoiser, (4,), 5, "ddim", checkpoint=path, **{**options, "decoupled": False})
