@@ -1,4 +1,4 @@
-"""Schedules with decoupled levels in pipelines: the samples of `fs.sample`, their refusals, and fits through a pipeline."""
+"""Schedules with decoupled levels in pipelines: samples as `fs.sample` makes them, refusals, fits through a pipeline."""
 
 import copy
 import math
@@ -136,7 +136,7 @@ def test_what_cannot_tell_the_network_another_level_is_refused():
     schedule = decoupled(ddim, "ddim")
     with pytest.raises(ValueError, match="the network cannot be told another"):
         fs.diffusers.apply(schedule, Pipe(ddim))
-    with pytest.raises(ValueError, match="fastsched.diffusers.apply"):
+    with pytest.raises(ValueError, match=r"fastsched\.diffusers\.apply"):
         fs.diffusers.export(schedule, diffusers.EulerDiscreteScheduler(**SD))
     pipe = oracle_pipeline(ddim, ORACLE)
     with pytest.raises(ValueError, match="another"):
