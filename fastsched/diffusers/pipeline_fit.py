@@ -43,6 +43,7 @@ from fastsched.measurement.devices import rank_and_size
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.fitted import chosen_solver, is_solver
+from fastsched.sampling.progress import Progress
 from fastsched.sampling.random_streams import noise_of, sample_number
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED
@@ -65,7 +66,7 @@ def fit(
     prompts_per_call: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     group: Any = None,
-    progress: bool = True,
+    progress: Progress = True,
     **call_kwargs: Any,
 ) -> Schedule:
     """The schedule of ``steps`` steps for a pipeline as it stands: its scheduler's solver, guidance, adapters.
@@ -87,7 +88,8 @@ def fit(
         prompts_per_call: As in `measure`.
         checkpoint: A file for the measurement; runs are kept in ``checkpoint.runs``. The same call goes on from there.
         group: As in `measure`; its first process decides what is run, and all run a part of the samples.
-        progress: Show one progress bar over all steps that measure, and one over those that run schedules.
+        progress: Show a progress bar over all steps that measure, and one over those that run schedules; or a
+            function called with the steps done and their total.
         **call_kwargs: Arguments of the pipeline's call.
 
     Returns:
@@ -132,7 +134,7 @@ def _fitted(
     *,
     checkpoint: str | os.PathLike[str] | None,
     group: Any,
-    progress: bool,
+    progress: Progress,
 ) -> FitReport:
     """The fit after the measurement, for at most ``budget`` calls; its runs are kept in a file, but not in a group."""
     applied(optimal_schedule(stats, steps, solver), pipe.scheduler)  # raises before a call is spent
@@ -144,7 +146,7 @@ def _fitted(
     if alone and checkpoint is not None:
         what = identity(stats, steps=steps, solver=solver, model_calls=budget)
         one = logged(run, RunLog(runs_beside(checkpoint), what))
-    with one_bar(pipe, budget, progress and budget > 0, "fitting") as run.advance:
+    with one_bar(pipe, budget, budget > 0 and progress, "fitting") as run.advance:
         return led_by_first(one if alone else run.part, made, group)
 
 

@@ -29,7 +29,7 @@ from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.origin import Origin, origin_now
-from fastsched.sampling.progress import progress_bar
+from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import sample_seeds
 
 #: Samples of a measurement by default.
@@ -63,7 +63,7 @@ def measure(
     prompts_per_call: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     group: Any = None,
-    progress: bool = True,
+    progress: Progress = True,
     **call_kwargs: Any,
 ) -> PathStatistics:
     """Measure what ``pipe(**call_kwargs)`` computes, including guidance, adapters and prompt, through its own loop.
@@ -89,7 +89,8 @@ def measure(
             out, and one where the pipeline takes no list or ``call_kwargs`` holds what may be for one batch size.
         checkpoint: A file in which the samples of every finished call are saved. The same call goes on from there.
         group: As in `fastsched.measure`; each process has its own pipeline.
-        progress: Show one progress bar over the steps of all calls, in place of the pipeline's own.
+        progress: Show one progress bar over the steps of all calls, in place of the pipeline's own; or a function
+            called with the steps done and their total.
         **call_kwargs: Arguments of the pipeline's call: ``guidance_scale``, ``height``, ...
 
     Returns:
@@ -146,7 +147,7 @@ def measured_pipeline(
     keep_increments: bool,
     prompts_per_call: int | None,
     checkpoint: str | os.PathLike[str] | None,
-    progress: bool,
+    progress: Progress,
 ) -> PathStatistics:
     """`measure`, which an interrupt ends: like any error it carries the samples finished as ``error.partial``."""
     if not isinstance(levels, Tensor):
@@ -269,7 +270,7 @@ def _one_call(
 
 
 @contextlib.contextmanager
-def one_bar(pipe: Any, total: int, show: bool, what: str) -> Iterator[Callable[[int], object]]:
+def one_bar(pipe: Any, total: int, show: Progress, what: str) -> Iterator[Callable[[int], object]]:
     """One progress bar over ``total`` steps of all calls, in place of the pipeline's own; none if not ``show``."""
     before = getattr(pipe, "_progress_bar_config", None)
     try:
