@@ -28,8 +28,17 @@ from fastsched.denoisers.noise import (
 
 Network = Callable[[Tensor, Tensor], Tensor]
 
-#: What a network may predict, as in the table of `Denoiser.coefficients`.
-PREDICTIONS = ("x0", "epsilon", "v", "velocity", "reverse_velocity", "score", "edm")
+#: ``(a, c)`` from alpha and sigma, as in the table of `Denoiser.coefficients`.
+_COEFFICIENTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "x0": lambda alpha, sigma: (torch.zeros_like(sigma), torch.ones_like(sigma)),
+    "epsilon": lambda alpha, sigma: (1 / alpha, -sigma / alpha),
+    "v": lambda alpha, sigma: (alpha, -sigma),
+    "velocity": lambda alpha, sigma: (torch.ones_like(sigma), -sigma),
+    "reverse_velocity": lambda alpha, sigma: (torch.ones_like(sigma), sigma),
+    "score": lambda alpha, sigma: (1 / alpha, sigma.square() / alpha),
+}
+#: What a network may predict.
+PREDICTIONS = (*_COEFFICIENTS, "edm")
 
 
 @dataclass(frozen=True)
@@ -113,16 +122,13 @@ class Denoiser:
 
         data = setting("sigma_data", sigma_data, 0.5)
         low, high = setting("sigma_min", sigma_min, 0.002), setting("sigma_max", sigma_max, 80.0)
-        if not (math.isfinite(data) and data > 0):
-            raise ValueError(f"sigma_data must be positive and finite, got {sigma_data!r}")
         inner = edm.inner_of(core)
-        raw = net
         if inner is not None:
             labels = None if class_labels is None else edm.labels_of(class_labels)
-            raw = edm.WrappedEdmNetwork(net, inner, data, labels)
+            net = edm.WrappedEdmNetwork(net, inner, data, labels)
         elif class_labels is not None:
             raise ValueError("class_labels must be None for a raw network; pass a function that adds them itself")
-        return cls(raw, VarianceExploding(low, high), "edm", data)
+        return cls(net, VarianceExploding(low, high), "edm", data)
 
     @classmethod
     def from_epsilon(
@@ -245,21 +251,9 @@ class Denoiser:
         edm               c_skip          c_out
         ================  ==============  ====================
         """
-        alpha, sigma = self.process.alpha(s), self.process.sigma(s)
-        one = torch.ones_like(s)
-        if self.prediction == "x0":
-            return torch.zeros_like(s), one
-        if self.prediction == "epsilon":
-            return 1 / alpha, -sigma / alpha
-        if self.prediction == "v":
-            return alpha, -sigma
-        if self.prediction == "velocity":
-            return one, -sigma
-        if self.prediction == "reverse_velocity":
-            return one, sigma
-        if self.prediction == "score":
-            return 1 / alpha, sigma.square() / alpha
-        return edm.coefficients(s, self.sigma_data)
+        if self.prediction == "edm":
+            return edm.coefficients(s, self.sigma_data)
+        return _COEFFICIENTS[self.prediction](self.process.alpha(s), self.process.sigma(s))
 
     def raw_output(self, x: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
         """Call the network once: ``R`` at state ``x`` and level ``s``.

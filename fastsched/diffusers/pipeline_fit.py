@@ -293,7 +293,7 @@ class PipelineRunner:
         scheduler, _ = applied(schedule, self.pipe.scheduler)
         with watched(self.pipe) as watch, scheduler_replaced(self.pipe, scheduler):
             run = StartFromNoise(scheduler, self.stats.seeds[done:], schedule, watch, self.advance, self._owned)
-            call(self.pipe, schedule.steps, None, arguments)
+            call(self.pipe, schedule.steps, arguments)
         return run
 
 

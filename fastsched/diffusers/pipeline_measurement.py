@@ -150,17 +150,14 @@ def measured_pipeline(
     progress: Progress,
 ) -> PathStatistics:
     """`measure`, which an interrupt ends: like any error it carries the samples finished as ``error.partial``."""
-    if not isinstance(levels, Tensor):
-        levels = validate.positive_int("levels", levels, minimum=3)
-    which, seed = validate.sample_range("samples", samples), validate.positive_int("seed", seed, minimum=0)
+    which = validate.sample_range("samples", samples)
     calls = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
     check_caches(pipe)
-    count = len(levels) if isinstance(levels, Tensor) else levels
     whole = None if checkpoint is None else _resumed(checkpoint, pipe, levels, which, seed, keep_increments)
     left = max(0, _needed(samples, which, calls) - (0 if whole is None else whole.samples))
     with (
         prompts_encoded_once(pipe),
-        one_bar(pipe, left * calibration_steps(count), progress, "measuring") as advance,
+        one_bar(pipe, left * calibration_steps(levels), progress, "measuring") as advance,
     ):
         try:
             while whole is None or whole.samples < _needed(samples, which, calls):
@@ -201,8 +198,7 @@ def said(calls: PromptCalls) -> PromptCalls:
 
 def calibration_calls(levels: int | Tensor, samples: int | range) -> int:
     """The model calls of a pipeline's measurement, counted per sample; prompts that outnumber the samples take more."""
-    count = len(levels) if isinstance(levels, Tensor) else levels
-    return (len(samples) if isinstance(samples, range) else samples) * calibration_steps(count)
+    return (len(samples) if isinstance(samples, range) else samples) * calibration_steps(levels)
 
 
 def _needed(samples: int | range, which: range, calls: PromptCalls) -> int:
@@ -215,12 +211,9 @@ def _resumed(
 ) -> PathStatistics | None:
     """What a file holds of a pipeline's measurement; None if there is no file."""
     check_writable(file)
-    calibration = CalibrationScheduler.from_scheduler(
-        pipe.scheduler, levels=levels if isinstance(levels, Tensor) else None
-    )
-    denoiser = calibration.convention.denoiser
-    s = calibration.measured_levels(len(levels) if isinstance(levels, Tensor) else levels)
-    run = Measurement(denoiser, s, torch.device("cpu"), torch.float32, deviated_paths(len(s)), keep)
+    calibration = CalibrationScheduler.from_scheduler(pipe.scheduler)
+    s = calibration.measured_levels(levels)
+    run = Measurement(calibration.convention.denoiser, s, torch.device("cpu"), torch.float32, deviated_paths(len(s)), keep)
     if not os.path.exists(file):
         return None
     shape = PathStatistics.load(file).shape  # which the pipeline alone could tell
@@ -250,15 +243,13 @@ def _one_call(
     advance: Callable[[int], object],
     **settings: Any,
 ) -> PathStatistics:
-    count, given = (len(levels), levels) if isinstance(levels, Tensor) else (levels, None)
     with watched(pipe) as watch:
-        own_noise = arguments.get("latents") is None
-        calibration = CalibrationScheduler.from_scheduler(
-            pipe.scheduler, levels=given, watch=watch, own_noise=own_noise, advance=advance, **settings
-        )
+        settings |= {"own_noise": arguments.get("latents") is None, "advance": advance, "watch": watch}
+        given = levels if isinstance(levels, Tensor) else None
+        calibration = CalibrationScheduler.from_scheduler(pipe.scheduler, levels=given, **settings)
         with scheduler_replaced(pipe, calibration):
             try:
-                call(pipe, calibration_steps(count), None, arguments)
+                call(pipe, calibration_steps(levels), arguments)
             except Exception as error:
                 if pipe.scheduler is calibration:
                     raise
@@ -296,19 +287,15 @@ def scheduler_replaced(pipe: Any, scheduler: Any) -> Iterator[None]:
         pipe.scheduler = old
 
 
-def call(pipe: Any, steps: int, prompt: str | None, call_kwargs: dict[str, Any]) -> Any:
+def call(pipe: Any, steps: int, call_kwargs: dict[str, Any]) -> Any:
     """Call ``pipe`` for ``steps`` steps from pure noise, with the same random numbers each time, not decoded if it can.
 
     Raises:
         ValueError: If the pipeline uses an attribute or argument of its scheduler that `CalibrationScheduler` lacks.
     """
     accepted = inspect.signature(type(pipe).__call__).parameters
-    arguments = {"num_inference_steps": steps, **call_kwargs}
-    if prompt is not None:
-        arguments["prompt"] = prompt
-    for name, value in NEEDED.items():
-        if name in accepted:
-            arguments.setdefault(name, value)
+    needed = {name: value for name, value in NEEDED.items() if name in accepted}
+    arguments = needed | {"num_inference_steps": steps} | call_kwargs
     try:
         with random_numbers_kept(call_kwargs.values()):
             return pipe(**arguments)
@@ -349,20 +336,12 @@ def random_numbers_kept(arguments: Iterable[Any]) -> Iterator[None]:
             generator.set_state(state)
 
 
-def prompt_of(prompts: str | Sequence[str] | None, turn: int) -> str | None:
-    """The prompt of the ``turn``-th call."""
-    if prompts is None or isinstance(prompts, str):
-        return prompts
-    return prompts[turn % len(prompts)]
-
-
 def checked_calls(
     pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any], prompts_per_call: int | None
 ) -> PromptCalls:
     """How the pipeline is to be called; errors as those of `check_call`."""
     check_call(pipe, prompts, call_kwargs)
-    most = None if prompts_per_call is None else validate.positive_int("prompts_per_call", prompts_per_call)
-    return PromptCalls.of(pipe, prompts, call_kwargs, most)
+    return PromptCalls.of(pipe, prompts, call_kwargs, prompts_per_call)
 
 
 def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any]) -> None:

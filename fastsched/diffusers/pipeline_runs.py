@@ -44,14 +44,14 @@ class PipelineRuns:
 
     def sampling(self, steps: int) -> Run:
         """With the scheduler that is there."""
-        return self._timed(lambda: call(self.pipe, steps, None, self.call_kwargs), self.pipe.scheduler)
+        return self._timed(lambda: call(self.pipe, steps, self.call_kwargs), self.pipe.scheduler)
 
     def sampling_fitted(self, steps: int) -> Run:
         """With a fitted schedule."""
         schedule = even_schedule(describe(self.pipe.scheduler).process, steps, FITTED)
         scheduler = FittedScheduler.from_schedule(schedule, self.pipe.scheduler)
         with scheduler_replaced(self.pipe, scheduler):
-            return self._timed(lambda: call(self.pipe, steps, None, self.call_kwargs), scheduler)
+            return self._timed(lambda: call(self.pipe, steps, self.call_kwargs), scheduler)
 
     def measuring(self, levels: int) -> Run:
         """One call of the pipeline in a measurement; its kernel is compiled before, once for all calls."""
