@@ -80,43 +80,40 @@ def measure(
     source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
     if source.is_pipeline:
         inputs.not_for_pipelines(responses=responses, resume="given" if resume else None)
-        stats = _measured_pipeline(source, output, levels, samples, seed, dry_run)
+        stats = _measured_pipeline(source, samples, dry_run, levels=levels, seed=seed)
+        stats.save(output)
     else:
-        kept = {"responses": responses is not False, "resume": resume, "overwrite": overwrite}
-        stats = _measured_denoiser(source, output, levels, samples, seed, dry_run, **kept)
+        settings = {"levels": levels, "seed": seed, "resume": resume, "overwrite": overwrite}
+        stats = _measured_denoiser(source, samples, dry_run, output, responses=responses is not False, **settings)
     note(f"{stats.samples} paths over {stats.levels} levels, {stats.model_calls:,} model calls; wrote {output}")
 
 
-def _measured_pipeline(
-    source: inputs.Source, output: Path, levels: int, samples: str | None, seed: int, dry_run: bool
-) -> PathStatistics:
-    """Statistics of a pipeline, written to a file."""
+def _measured_pipeline(source: inputs.Source, samples: str | None, dry_run: bool, **settings: int) -> PathStatistics:
+    """Statistics of a pipeline."""
     import fastsched as fs
     from fastsched.diffusers.pipeline_measurement import calibration_calls
 
     pipe, arguments = source.pipeline()
     count = inputs.sample_range(samples, PIPELINE_SAMPLES)
-    spending.say(f"{calibration_calls(levels, count):,} to measure", dry_run)
-    stats = fs.diffusers.measure(
-        pipe, levels=levels, samples=count, prompts=source.prompts, seed=seed, progress=not source.quiet, **arguments
-    )
-    stats.save(output)
-    return stats
+    spending.say(f"{calibration_calls(settings['levels'], count):,} to measure", dry_run)
+    arguments |= {"prompts": source.prompts, "progress": not source.quiet}
+    return fs.diffusers.measure(pipe, samples=count, **settings, **arguments)
 
 
 def _measured_denoiser(
-    source: inputs.Source, output: Path, levels: int, samples: str | None, seed: int, dry_run: bool, **kept: bool
+    source: inputs.Source, samples: str | None, dry_run: bool, output: Path, **settings: Any
 ) -> PathStatistics:
     """Statistics of a denoiser, written to a file batch by batch."""
     from fastsched.measurement.to_file import measure_to_file
 
     model, sizes = source.denoiser()
     count = inputs.sample_range(samples, SAMPLES)
-    known = inputs.load_statistics(output).samples if kept["resume"] and output.exists() else 0
+    known = inputs.load_statistics(output).samples if settings["resume"] and output.exists() else 0
     left = max(0, (len(count) if isinstance(count, range) else count) - known)
-    spending.say(f"{spending.measuring_calls(model, levels, left, kept['responses']):,} to measure", dry_run)
-    running: dict[str, Any] = source.running | {"batch_size": source.batch_size or 4}
-    return measure_to_file(model, sizes, output, levels=levels, samples=count, seed=seed, **kept, **running)
+    calls = spending.measuring_calls(model, settings["levels"], left, settings["responses"])
+    spending.say(f"{calls:,} to measure", dry_run)
+    settings |= source.running | {"samples": count, "batch_size": source.batch_size or 4}
+    return measure_to_file(model, sizes, output, **settings)
 
 
 def fit(
@@ -192,7 +189,8 @@ def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool
         options = {"solver": solver, "prompts": source.prompts, **given} | options
     else:
         measuring = lambda levels, count: spending.measuring_calls(model, levels, count, responses)
-        repeating = lambda stats: spending.repeating_calls(model, stats)
+        # Measured paths are followed again: a file does not hold the increments that tuning needs.
+        repeating = lambda stats: spending.measuring_calls(model, stats.s, stats.samples, bool(stats.deviated))
         cost = spending.say_fitting(measuring, options, dry_run, repeating)
         options = source.running | options | {"shape": given, "solver": solver or "dpmpp_2m"}
     with shell.one_bar(cost, not source.quiet, "fitting") as progress:

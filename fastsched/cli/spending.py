@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastsched.denoisers.denoiser import Denoiser
-    from fastsched.measurement.statistics import PathStatistics
 
 
 def measuring_calls(model: Denoiser, levels: int | Tensor, samples: int, responses: bool) -> int:
@@ -21,11 +20,6 @@ def measuring_calls(model: Denoiser, levels: int | Tensor, samples: int, respons
     from fastsched.measurement.measuring import measured_levels, measurement_of
 
     return samples * measurement_of(model, measured_levels(model, levels), responses=responses).calls
-
-
-def repeating_calls(model: Denoiser, stats: PathStatistics) -> int:
-    """The model calls of following measured paths again: a file does not hold the increments that tuning needs."""
-    return measuring_calls(model, stats.s, stats.samples, bool(stats.deviated))
 
 
 def say(cost: str, dry_run: bool) -> None:

@@ -212,8 +212,8 @@ def _resumed(
     """What a file holds of a pipeline's measurement; None if there is no file."""
     check_writable(file)
     calibration = CalibrationScheduler.from_scheduler(pipe.scheduler)
-    s = calibration.measured_levels(levels)
-    run = Measurement(calibration.convention.denoiser, s, torch.device("cpu"), torch.float32, deviated_paths(len(s)), keep)
+    denoiser, s = calibration.convention.denoiser, calibration.measured_levels(levels)
+    run = Measurement(denoiser, s, torch.device("cpu"), torch.float32, deviated_paths(len(s)), keep)
     if not os.path.exists(file):
         return None
     shape = PathStatistics.load(file).shape  # which the pipeline alone could tell
