@@ -197,7 +197,7 @@ def converged_reference(
     Raises:
         ValueError: If an argument is out of range or unknown, or the network returns NaN or inf.
     """
-    validate.arguments(locals(), denoiser=is_denoiser, solver=is_stock_solver, samples=validate.sample_range)
+    validate.arguments(locals(), denoiser=is_denoiser, solver=is_stock_solver)
     sizes = validate.sample_shape("shape", shape)
     seeds = sample_seeds(seed, validate.sample_range("samples", samples)) + FIRST_SAMPLE
     method = get_solver(solver)
@@ -351,7 +351,6 @@ def _is_reference(name: str, value: object) -> Reference:
 
 #: Of the arguments of `compare`.
 _CHECKS: dict[str, validate.Check] = {
-    "samples": validate.sample_range,
     "denoiser": is_denoiser,
     "schedules": validate.anything,  # looked at one by one
     "solver": validate.optional(is_any_solver),

@@ -154,7 +154,7 @@ def _of_denoiser(
     sizes = {name: run[name] for name in ("samples", "reference_steps")}
     calls = comparison.comparison_calls(model, named, solver, **sizes)
     spending.say_comparing(*calls, dry_run)
-    with shell.one_bar(sum(calls), not source.quiet, "comparing") as progress:
+    with shell.joint_bar(sum(calls), not source.quiet, "comparing") as progress:
         return comparison.compare(model, named, solver, shape=shape, **source.running | {"progress": progress}, **run)
 
 

@@ -193,7 +193,7 @@ def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool
         repeating = lambda stats: spending.measuring_calls(model, stats.s, stats.samples, bool(stats.deviated))
         cost = spending.say_fitting(measuring, options, dry_run, repeating)
         options = source.running | options | {"shape": given, "solver": solver or "dpmpp_2m"}
-    with shell.one_bar(cost, not source.quiet, "fitting") as progress:
+    with shell.joint_bar(cost, not source.quiet, "fitting") as progress:
         run: Any = fs.diffusers.fit if source.is_pipeline else fs.fit
         return run(model, steps=steps, **options | {"progress": progress})
 

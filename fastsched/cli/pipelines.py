@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastsched.comparison import Comparison, Reference, level_count, row_of
 from fastsched.diffusers import apply
+from fastsched.diffusers.attributes import attributes_set
 from fastsched.diffusers.conventions import describe, solver_of
-from fastsched.diffusers.pipeline_measurement import call, check_call, scheduler_replaced
+from fastsched.diffusers.pipeline_measurement import call, check_call
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.schedule import Schedule
 from fastsched.selection.starts import even_schedule
@@ -74,7 +75,7 @@ def compare_pipeline(
 
 def _sampled(pipe: Any, schedule: Schedule | None, steps: int, seed: int, arguments: dict[str, Any]) -> Tensor:
     """The samples of one call, [images, *shape] float32 on the CPU; ``schedule`` None is the pipeline's own."""
-    with scheduler_replaced(pipe, pipe.scheduler), torch.random.fork_rng():
+    with attributes_set(pipe, scheduler=pipe.scheduler), torch.random.fork_rng():
         if schedule is not None:
             apply(schedule, pipe)
         torch.manual_seed(seed)  # a pipeline without a generator given draws from torch's own

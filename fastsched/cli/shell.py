@@ -125,7 +125,7 @@ def note(text: str) -> None:
 
 
 @contextlib.contextmanager
-def one_bar(total: int, show: bool, what: str) -> Iterator[Progress]:
+def joint_bar(total: int, show: bool, what: str) -> Iterator[Progress]:
     """One progress bar for work in several parts, each of which tells how many of its own calls are done.
 
     Args:

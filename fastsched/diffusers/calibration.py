@@ -216,12 +216,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._queries = queries(count, deviated_paths(count))
         self._s = s = torch.cat([self._levels[:1], self._levels[self._queries], repeated])
         names = self.convention.timesteps(s)
-        if self.convention.integer:
-            names = names.round().to(torch.int64)
-        elif device is not None and torch.device(device).type == "mps":
-            names = names.float()
-        self._names = names.cpu()
-        self.timesteps = names.to(device) if names.dtype == torch.int64 else names.to(torch.float32).to(device)
+        self._names = names.round().to(torch.int64) if self.convention.integer else names.float()
+        self.timesteps = self._names.to(device, copy=True)  # the pipeline may write into it
         self.num_inference_steps = steps
         sigmas_used = self.convention.process.sampler_sigma(s)
         self.sigmas = torch.cat([sigmas_used, sigmas_used.new_zeros(1)]).float()

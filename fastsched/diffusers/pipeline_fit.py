@@ -14,6 +14,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.late_reading import LateReading, Verdicts
 from fastsched.diffusers.applier import applied
+from fastsched.diffusers.attributes import attributes_set
 from fastsched.diffusers.calibration import UNALIKE
 from fastsched.diffusers.conventions import describe, own_scheduler, solver_of, with_signature
 from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
@@ -25,7 +26,6 @@ from fastsched.diffusers.pipeline_measurement import (
     measured_in_group,
     one_bar,
     said,
-    scheduler_replaced,
 )
 from fastsched.diffusers.probe import scales
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
@@ -88,8 +88,7 @@ def fit(
         prompts_per_call: As in `measure`.
         checkpoint: A file for the measurement; runs are kept in ``checkpoint.runs``. The same call goes on from there.
         group: As in `measure`; its first process decides what is run, and all run a part of the samples.
-        progress: Show a progress bar over all steps that measure, and one over those that run schedules; or a
-            function called with the steps done and their total.
+        progress: As in `measure`: one bar over all steps that measure, and one over those that run schedules.
         **call_kwargs: Arguments of the pipeline's call.
 
     Returns:
@@ -291,7 +290,7 @@ class PipelineRunner:
 
     def _run(self, schedule: Schedule, done: int, arguments: dict[str, Any]) -> StartFromNoise:
         scheduler, _ = applied(schedule, self.pipe.scheduler)
-        with watched(self.pipe) as watch, scheduler_replaced(self.pipe, scheduler):
+        with watched(self.pipe) as watch, attributes_set(self.pipe, scheduler=scheduler):
             run = StartFromNoise(scheduler, self.stats.seeds[done:], schedule, watch, self.advance, self._owned)
             call(self.pipe, schedule.steps, arguments)
         return run

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
+from fastsched.diffusers.attributes import attributes_set
 from fastsched.diffusers.calibration import CalibrationScheduler, calibration_steps
 from fastsched.diffusers.conventions import check_pipe
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
@@ -45,11 +46,7 @@ MOST_SAMPLES = 2**16
 NEEDED = {"output_type": "latent", "strength": 1.0}
 
 #: Of arguments that are not checked as elsewhere; those of the pipeline's call are looked at apart.
-CHECKS: dict[str, validate.Check] = {
-    **dict.fromkeys(("pipe", "prompts", "call_kwargs"), validate.anything),
-    "samples": validate.sample_range,
-    "prompts_per_call": validate.optional(validate.positive_int),
-}
+CHECKS: dict[str, validate.Check] = dict.fromkeys(("pipe", "prompts", "call_kwargs"), validate.anything)
 
 
 def measure(
@@ -89,8 +86,7 @@ def measure(
             out, and one where the pipeline takes no list or ``call_kwargs`` holds what may be for one batch size.
         checkpoint: A file in which the samples of every finished call are saved. The same call goes on from there.
         group: As in `fastsched.measure`; each process has its own pipeline.
-        progress: Show one progress bar over the steps of all calls, in place of the pipeline's own; or a function
-            called with the steps done and their total.
+        progress: As in `fastsched.measure`: one bar over the steps of all calls, in place of the pipeline's own.
         **call_kwargs: Arguments of the pipeline's call: ``guidance_scale``, ``height``, ...
 
     Returns:
@@ -247,7 +243,7 @@ def _one_call(
         settings |= {"own_noise": arguments.get("latents") is None, "advance": advance, "watch": watch}
         given = levels if isinstance(levels, Tensor) else None
         calibration = CalibrationScheduler.from_scheduler(pipe.scheduler, levels=given, **settings)
-        with scheduler_replaced(pipe, calibration):
+        with attributes_set(pipe, scheduler=calibration):
             try:
                 call(pipe, calibration_steps(levels), arguments)
             except Exception as error:
@@ -263,28 +259,10 @@ def _one_call(
 @contextlib.contextmanager
 def one_bar(pipe: Any, total: int, show: Progress, what: str) -> Iterator[Callable[[int], object]]:
     """One progress bar over ``total`` steps of all calls, in place of the pipeline's own; none if not ``show``."""
-    before = getattr(pipe, "_progress_bar_config", None)
-    try:
-        if show:
-            pipe._progress_bar_config = {**(before or {}), "disable": True}
-        with progress_bar(total, show, what, unit="step") as advance:
-            yield advance
-    finally:
-        if show and before is None:
-            del pipe._progress_bar_config
-        elif show:
-            pipe._progress_bar_config = before
-
-
-@contextlib.contextmanager
-def scheduler_replaced(pipe: Any, scheduler: Any) -> Iterator[None]:
-    """Put ``scheduler`` into ``pipe``, and restore the old one at the end, also after an error."""
-    old = pipe.scheduler
-    try:
-        pipe.scheduler = scheduler
-        yield
-    finally:
-        pipe.scheduler = old
+    own = {**(getattr(pipe, "_progress_bar_config", None) or {}), "disable": True}
+    hidden = attributes_set(pipe, _progress_bar_config=own) if show else contextlib.nullcontext()
+    with hidden, progress_bar(total, show, what, unit="step") as advance:
+        yield advance
 
 
 def call(pipe: Any, steps: int, call_kwargs: dict[str, Any]) -> Any:

@@ -42,7 +42,7 @@ def test_the_cost_is_said_before_it_is_spent(folder, model, tmp_path):
 
 
 def test_measuring_and_fitting_are_one_bar(capsys):
-    with shell.one_bar(50, True, "fitting") as hear:
+    with shell.joint_bar(50, True, "fitting") as hear:
         for done, total in ((10, 20), (20, 20), (6, 30), (24, 30)):
             hear(done, total)
     assert "44/50" in capsys.readouterr().err
