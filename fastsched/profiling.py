@@ -199,18 +199,12 @@ def profile(
         runs = PipelineRuns(model, call_kwargs)
     else:
         raise TypeError(f"model must be a pipeline of diffusers or a fastsched.Denoiser, got {type(model).__name__}")
-    with torch.no_grad(), _traced(trace):
-        return _profile(runs, steps)
-
-
-@contextlib.contextmanager
-def _traced(trace: str | os.PathLike[str] | None) -> Iterator[None]:
-    if trace is None:
-        yield
-        return
-    with torch.profiler.profile() as recorded:
-        yield
-    recorded.export_chrome_trace(os.fspath(trace))
+    recorder = contextlib.nullcontext() if trace is None else torch.profiler.profile()
+    with torch.no_grad(), recorder as recorded:
+        found = _profile(runs, steps)
+    if trace is not None and recorded is not None:
+        recorded.export_chrome_trace(os.fspath(trace))
+    return found
 
 
 def _profile(runs: Any, steps: int) -> Profile:
