@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+#: The module of each name; those that are modules themselves have their own.
 _HOME = {
     "AdaptiveSchedule": "selection.online",
     "Comparison": "comparison",
@@ -45,12 +46,18 @@ _HOME = {
     "Profile": "profiling",
     "Schedule": "sampling.schedule",
     "audition": "fitting.auditioning",
+    "baselines": "baselines",
     "compare": "comparison",
     "converged_reference": "comparison",
+    "costs": "costs",
+    "diffusers": "diffusers",
     "error_curve": "selection.planning",
     "fit": "fitting.denoiser_fit",
     "measure": "measurement.measuring",
+    "metrics": "metrics",
     "optimal_schedule": "selection.optimal",
+    "oracles": "denoisers.oracles",
+    "plot": "plot",
     "predict_error": "costs.prediction",
     "profile": "profiling",
     "refine_schedule": "selection.fixed_point",
@@ -60,14 +67,6 @@ _HOME = {
     "standard_errors": "selection.uncertainty",
     "steps_needed": "selection.planning",
     "tune": "fitting.tuning",
-}
-_MODULES = {
-    "baselines": "baselines",
-    "costs": "costs",
-    "diffusers": "diffusers",
-    "metrics": "metrics",
-    "oracles": "denoisers.oracles",
-    "plot": "plot",
 }
 
 __all__ = [
@@ -103,11 +102,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"fastsched.{_MODULES[name]}")
     if name in _HOME:
-        value = getattr(importlib.import_module(f"fastsched.{_HOME[name]}"), name)
-        globals()[name] = value
+        home = importlib.import_module(f"fastsched.{_HOME[name]}")
+        globals()[name] = value = home if _HOME[name].split(".")[-1] == name else getattr(home, name)
         return value
     near = difflib.get_close_matches(name, __all__, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""

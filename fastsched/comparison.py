@@ -197,7 +197,7 @@ def converged_reference(
     Raises:
         ValueError: If an argument is out of range or unknown, or the network returns NaN or inf.
     """
-    validate.arguments(locals(), denoiser=is_denoiser, solver=is_stock_solver, samples=validate.sample_range)
+    validate.arguments(locals(), denoiser=is_denoiser, solver=is_stock_solver)
     sizes = validate.sample_shape("shape", shape)
     seeds = sample_seeds(seed, validate.sample_range("samples", samples)) + FIRST_SAMPLE
     method = get_solver(solver)
@@ -206,7 +206,7 @@ def converged_reference(
     noise = noise_of(seeds, sizes)  # on the CPU; each batch goes to the device when its turn comes
     total = method.model_calls(len(fine)) * len(noise)
     with progress_bar(total, progress, "converged reference") as advance:
-        ends = _sampled(denoiser, sigmas, method, noise, batch_size, device, dtype, advance)
+        ends = _sampled(denoiser, sigmas, method, noise, advance, batch_size, device, dtype)
     return Reference(noise, ends, method.name, len(fine), total)
 
 
@@ -247,26 +247,18 @@ def compare(
     """
     validate.arguments(locals(), **_CHECKS)
     runs = _planned(denoiser, schedules, solver)
+    where: dict[str, Any] = {"batch_size": batch_size, "device": device, "dtype": dtype}
     if reference is None:
         if shape is None:
             raise ValueError("shape must be given, such as (4, 64, 64) for one sample, unless there is a reference")
-        reference = converged_reference(
-            denoiser,
-            shape,
-            samples=samples,
-            seed=seed,
-            steps=reference_steps,
-            batch_size=batch_size,
-            device=device,
-            dtype=dtype,
-            progress=progress,
-        )
+        noises = {"samples": samples, "seed": seed}
+        reference = converged_reference(denoiser, shape, **noises, steps=reference_steps, progress=progress, **where)
     elif shape is not None and tuple(shape) != tuple(reference.noise.shape[1:]):
         raise ValueError(f"shape {tuple(shape)} is not that of the reference, {tuple(reference.noise.shape[1:])}")
     rows, calls = [], sum(method.model_calls(len(sigmas) - 1) for sigmas, method in runs.values())
     with progress_bar(calls * len(reference.noise), progress, "comparing") as advance:
         for name, (sigmas, method) in runs.items():
-            ends = _sampled(denoiser, sigmas, method, reference.noise, batch_size, device, dtype, advance)
+            ends = _sampled(denoiser, sigmas, method, reference.noise, advance, **where)
             steps = len(sigmas) - 1
             rows.append(row_of(name, method.name, steps, method.model_calls(steps), ends, reference))
     return Comparison(tuple(rows), len(reference.noise), reference)
@@ -339,10 +331,10 @@ def _sampled(
     sigmas: Tensor,
     method: Solver,
     noise: Tensor,
+    advance: Callable[[int], None],
     batch_size: int | None,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
-    advance: Callable[[int], None],
 ) -> Tensor:
     """Samples on the CPU, made in batches; ``advance`` gets the number of samples of every network call."""
     where, precision = placement(denoiser, device, dtype)
@@ -359,7 +351,6 @@ def _is_reference(name: str, value: object) -> Reference:
 
 #: Of the arguments of `compare`.
 _CHECKS: dict[str, validate.Check] = {
-    "samples": validate.sample_range,
     "denoiser": is_denoiser,
     "schedules": validate.anything,  # looked at one by one
     "solver": validate.optional(is_any_solver),

@@ -155,12 +155,9 @@ def _same_shape(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rows(name: str, samples: Tensor) -> Tensor:
     """``samples`` as float64 rows on the CPU, [B, d]."""
-    if samples.ndim < 2 or samples.numel() == 0:
+    if samples.numel() == 0:
         raise ValueError(f"{name} must be [B, *shape] with at least one sample, got shape {tuple(samples.shape)}")
-    rows = samples.detach().to("cpu", torch.float64).flatten(1)
-    if not bool(torch.isfinite(rows).all()):
-        raise ValueError(f"{name} must be finite, but holds NaN or inf")
-    return rows
+    return validate.finite(name, samples).to("cpu", torch.float64).flatten(1)
 
 
 def _moments(name: str, samples: Tensor) -> tuple[Tensor, Tensor]:

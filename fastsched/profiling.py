@@ -26,7 +26,6 @@ from fastsched.measurement.memory import WORKING
 from fastsched.measurement.network_state import modules_of
 from fastsched.measurement.timeline import Run, Timeline, synchronisations
 from fastsched.sampling.sampler import sample
-from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED
 from fastsched.selection.starts import even_schedule
 
@@ -200,18 +199,12 @@ def profile(
         runs = PipelineRuns(model, call_kwargs)
     else:
         raise TypeError(f"model must be a pipeline of diffusers or a fastsched.Denoiser, got {type(model).__name__}")
-    with torch.no_grad(), _traced(trace):
-        return _profile(runs, steps)
-
-
-@contextlib.contextmanager
-def _traced(trace: str | os.PathLike[str] | None) -> Iterator[None]:
-    if trace is None:
-        yield
-        return
-    with torch.profiler.profile() as recorded:
-        yield
-    recorded.export_chrome_trace(os.fspath(trace))
+    recorder = contextlib.nullcontext() if trace is None else torch.profiler.profile()
+    with torch.no_grad(), recorder as recorded:
+        found = _profile(runs, steps)
+    if trace is not None and recorded is not None:
+        recorded.export_chrome_trace(os.fspath(trace))
+    return found
 
 
 def _profile(runs: Any, steps: int) -> Profile:
@@ -268,19 +261,17 @@ class _DenoiserRuns:
         self.device, self.dtype = first.device, first.dtype
         self.elements = int(np.prod(shape))
 
-    def sampling(self, steps: int) -> Run:
-        return self._sampled(even_schedule(self.denoiser.process, steps, "dpmpp_2m"))
+    def sampling(self, steps: int, solver: str = "dpmpp_2m") -> Run:
+        schedule = even_schedule(self.denoiser.process, steps, solver)
+        noise = torch.randn(1, *self.shape, device=self.device)
+        return self._timed(lambda denoiser: sample(denoiser, schedule, solver, noise, dtype=self.dtype))
 
     def sampling_fitted(self, steps: int) -> Run:
-        return self._sampled(even_schedule(self.denoiser.process, steps, FITTED))
+        return self.sampling(steps, FITTED)
 
     def measuring(self, levels: int) -> Run:
         given = {"levels": levels, "samples": 1, "device": self.device, "dtype": self.dtype}
         return self._timed(lambda denoiser: measure(denoiser, self.shape, **given, checks=False, progress=False))
-
-    def _sampled(self, schedule: Schedule) -> Run:
-        noise = torch.randn(1, *self.shape, device=self.device)
-        return self._timed(lambda denoiser: sample(denoiser, schedule, schedule.solver, noise, dtype=self.dtype))
 
     def _timed(self, run: Any) -> Run:
         timeline = Timeline(self.device, "scheduler")
@@ -293,16 +284,14 @@ class _DenoiserRuns:
 
 def modes_of(module: nn.Module) -> list[str]:
     """How a network is run, as far as it shows: compiled, cached, offloaded, quantised."""
-    found = []
-    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-        found.append("compiled")
-    if getattr(module, "is_cache_enabled", False) is True or getattr(module, "_is_cached", False) is True:
-        found.append("cached")
-    if any(hasattr(each, "_hf_hook") for each in module.modules()):
-        found.append("offloaded")
-    if getattr(module, "is_quantized", False) is True or getattr(module, "quantization_config", None) is not None:
-        found.append("quantised")
-    return found
+    told = lambda name: getattr(module, name, None)
+    signs = {
+        "compiled": hasattr(module, "_orig_mod") or told("_compiled_call_impl") is not None,
+        "cached": told("is_cache_enabled") is True or told("_is_cached") is True,
+        "offloaded": any(hasattr(each, "_hf_hook") for each in module.modules()),
+        "quantised": told("is_quantized") is True or told("quantization_config") is not None,
+    }
+    return [mode for mode, found in signs.items() if found]
 
 
 @contextlib.contextmanager

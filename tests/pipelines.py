@@ -1,5 +1,7 @@
 """Pipelines with exact denoisers, and small ones of every family with random weights; nothing is downloaded."""
 
+import inspect
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -138,31 +140,25 @@ def oracle_pipeline(scheduler, *oracles, dtype=torch.float32):
     return OraclePipeline(OracleUNet().to(dtype).answer_for(scheduler, *oracles), scheduler)
 
 
+#: Of autoencoders and UNets.
+BLOCKS = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+
+
 def small_unet():
     return UNet2DModel(
         sample_size=8,
         in_channels=3,
         out_channels=3,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
         attention_head_dim=8,
+        **BLOCKS,
     )
 
 
 def small_vae():
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        norm_num_groups=4,
-        sample_size=16,
-    )
+    types = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(in_channels=3, out_channels=3, latent_channels=4, sample_size=16, **types, **BLOCKS)
 
 
 def small_conditional_unet(**config):
@@ -170,15 +166,25 @@ def small_conditional_unet(**config):
         sample_size=8,
         in_channels=4,
         out_channels=4,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=16,
-        norm_num_groups=4,
         attention_head_dim=8,
+        **BLOCKS,
         **config,
     )
+
+
+def assembled(kind, **components):
+    """A pipeline of these components; others that its class wants, such as text encoders, are None."""
+    wanted = [name for name, each in inspect.signature(kind).parameters.items() if each.default is each.empty]
+    return kind(**dict.fromkeys(wanted) | components)
+
+
+def random_embeddings(**shapes):
+    """Embeddings of these shapes, and of negative prompts."""
+    found = {name: torch.randn(shape) for name, shape in shapes.items()}
+    return found | {f"negative_{name}": torch.randn(shape) for name, shape in shapes.items()}
 
 
 def unconditional(scheduler):
@@ -191,37 +197,18 @@ def unconditional(scheduler):
 
 def stable_diffusion(scheduler):
     scheduler.register_to_config(steps_offset=1)  # as the pipeline would, with a warning
-    pipe = StableDiffusionPipeline(
-        vae=small_vae(),
-        text_encoder=None,
-        tokenizer=None,
-        unet=small_conditional_unet(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    embeddings = {"prompt_embeds": torch.randn(2, 4, 16), "negative_prompt_embeds": torch.randn(2, 4, 16)}
-    return pipe, {**embeddings, "guidance_scale": 5.0}, {"output_type": "np"}
+    parts = {"vae": small_vae(), "unet": small_conditional_unet(), "scheduler": scheduler}
+    pipe = assembled(StableDiffusionPipeline, **parts, requires_safety_checker=False)
+    return pipe, {**random_embeddings(prompt_embeds=(2, 4, 16)), "guidance_scale": 5.0}, {"output_type": "np"}
 
 
 def stable_diffusion_xl(scheduler):
     unet = small_conditional_unet(
         addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=8 * 6 + 16
     )
-    pipe = StableDiffusionXLPipeline(
-        vae=small_vae(),
-        text_encoder=None,
-        text_encoder_2=None,
-        tokenizer=None,
-        tokenizer_2=None,
-        unet=unet,
-        scheduler=scheduler,
-        add_watermarker=False,
-    )
-    shapes = {"prompt_embeds": (2, 4, 16), "pooled_prompt_embeds": (2, 16)}
-    embeddings = {name: torch.randn(shape) for name, shape in shapes.items()}
-    embeddings |= {f"negative_{name}": torch.randn(shape) for name, shape in shapes.items()}
+    parts = {"vae": small_vae(), "unet": unet, "scheduler": scheduler}
+    pipe = assembled(StableDiffusionXLPipeline, **parts, add_watermarker=False)
+    embeddings = random_embeddings(prompt_embeds=(2, 4, 16), pooled_prompt_embeds=(2, 16))
     return pipe, {**embeddings, "guidance_scale": 5.0}, {"output_type": "np"}
 
 
@@ -239,20 +226,8 @@ def stable_diffusion_3(scheduler):
         out_channels=4,
         pos_embed_max_size=16,
     )
-    pipe = StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=scheduler,
-        vae=small_vae(),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        text_encoder_3=None,
-        tokenizer_3=None,
-    )
-    shapes = {"prompt_embeds": (2, 4, 16), "pooled_prompt_embeds": (2, 16)}
-    embeddings = {name: torch.randn(shape) for name, shape in shapes.items()}
-    embeddings |= {f"negative_{name}": torch.randn(shape) for name, shape in shapes.items()}
+    pipe = assembled(StableDiffusion3Pipeline, transformer=transformer, scheduler=scheduler, vae=small_vae())
+    embeddings = random_embeddings(prompt_embeds=(2, 4, 16), pooled_prompt_embeds=(2, 16))
     return pipe, {**embeddings, "guidance_scale": 5.0, "height": 16, "width": 16}, {"output_type": "latent"}
 
 
@@ -268,15 +243,7 @@ def flux(scheduler):
         pooled_projection_dim=16,
         axes_dims_rope=(4, 4, 8),
     )
-    pipe = FluxPipeline(
-        scheduler=scheduler,
-        vae=small_vae(),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=transformer,
-    )
+    pipe = assembled(FluxPipeline, scheduler=scheduler, vae=small_vae(), transformer=transformer)
     call = {"prompt_embeds": torch.randn(2, 4, 16), "pooled_prompt_embeds": torch.randn(2, 16)}
     return pipe, {**call, "height": 16, "width": 16}, {"output_type": "latent"}
 
@@ -284,23 +251,10 @@ def flux(scheduler):
 def controlled(scheduler):
     """Stable Diffusion with a ControlNet."""
     unet = small_conditional_unet()
-    pipe = StableDiffusionControlNetPipeline(
-        vae=small_vae(),
-        text_encoder=None,
-        tokenizer=None,
-        unet=unet,
-        controlnet=ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8)),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    call = {
-        "prompt_embeds": torch.randn(2, 4, 16),
-        "negative_prompt_embeds": torch.randn(2, 4, 16),
-        "image": torch.rand(2, 3, 16, 16),
-        "guidance_scale": 5.0,
-    }
+    parts = {"vae": small_vae(), "unet": unet, "scheduler": scheduler}
+    parts["controlnet"] = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8))
+    pipe = assembled(StableDiffusionControlNetPipeline, **parts, requires_safety_checker=False)
+    call = {**random_embeddings(prompt_embeds=(2, 4, 16)), "image": torch.rand(2, 3, 16, 16), "guidance_scale": 5.0}
     return pipe, call, {"output_type": "np"}
 
 
@@ -323,16 +277,9 @@ def wan(scheduler, in_channels=16):
     vae = AutoencoderKLWan(
         base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
-    pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, transformer=transformer)
-    call = {
-        "prompt_embeds": torch.randn(1, 4, 16),
-        "negative_prompt_embeds": torch.randn(1, 4, 16),
-        "height": 16,
-        "width": 16,
-        "num_frames": 5,
-        "guidance_scale": 3.0,
-    }
-    return pipe, call, {"output_type": "latent"}
+    pipe = assembled(WanPipeline, vae=vae, scheduler=scheduler, transformer=transformer)
+    call = {**random_embeddings(prompt_embeds=(1, 4, 16)), "height": 16, "width": 16, "num_frames": 5}
+    return pipe, {**call, "guidance_scale": 3.0}, {"output_type": "latent"}
 
 
 def wan_from_image(scheduler, **config):
@@ -367,7 +314,7 @@ def cogvideox(scheduler):
         norm_num_groups=2,
     )
     pipe = CogVideoXPipeline(None, None, vae, transformer, scheduler)
-    embeddings = {"prompt_embeds": torch.randn(1, 16, 16), "negative_prompt_embeds": torch.randn(1, 16, 16)}
+    embeddings = random_embeddings(prompt_embeds=(1, 16, 16))
     return pipe, {**embeddings, "height": 16, "width": 16, "num_frames": 8}, {"output_type": "latent"}
 
 
@@ -414,16 +361,8 @@ def dit(scheduler):
 
 def latent_consistency():
     """A pipeline that takes two values from ``step``."""
-    pipe = LatentConsistencyModelPipeline(
-        vae=small_vae(),
-        text_encoder=None,
-        tokenizer=None,
-        unet=small_conditional_unet(time_cond_proj_dim=8),
-        scheduler=LCMScheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts = {"vae": small_vae(), "unet": small_conditional_unet(time_cond_proj_dim=8), "scheduler": LCMScheduler()}
+    pipe = assembled(LatentConsistencyModelPipeline, **parts, requires_safety_checker=False)
     return pipe, {"prompt_embeds": torch.randn(1, 4, 16)}, {"output_type": "np"}
 
 
@@ -432,9 +371,8 @@ def inpainting(scheduler, channels=9):
     pipe, call, ending = stable_diffusion_xl(scheduler)
     pipe.unet.conv_in = torch.nn.Conv2d(channels, 8, 3, padding=1)
     pipe.unet.register_to_config(in_channels=channels)
-    made = StableDiffusionXLInpaintPipeline(
-        pipe.vae, None, None, None, None, pipe.unet, scheduler, add_watermarker=False
-    )
+    parts = {"vae": pipe.vae, "unet": pipe.unet, "scheduler": scheduler}
+    made = assembled(StableDiffusionXLInpaintPipeline, **parts, add_watermarker=False)
     mask = torch.ones(1, 1, 16, 16)
     mask[:, :, :4, :4] = 0
     return made, {**call, "image": torch.rand(1, 3, 16, 16), "mask_image": mask, "height": 16, "width": 16}, ending

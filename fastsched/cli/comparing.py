@@ -104,9 +104,11 @@ def compare(
     else:
         method = None if solver is None else inputs.solver_named(solver)
         result = _of_denoiser(source, common, method, run, dry_run)
-    if result is None:
-        return
-    _show(result, as_json)
+    if as_json:
+        shell.print_json({"samples": result.samples, "rows": result.to_dicts()})
+    else:
+        shell.print_table(result.header, result.cells, left=2)
+        typer.echo(result.legend)
     if csv is not None:
         result.to_csv(csv)
         note(f"wrote {csv}")
@@ -143,42 +145,32 @@ def plot(
 
 def _of_denoiser(
     source: inputs.Source, schedules: Schedules, solver: str | None, run: dict[str, Any], dry_run: bool
-) -> Comparison | None:
-    """The comparison, after a line about its cost; None if only that is wanted."""
+) -> Comparison:
+    """The comparison, after a line about its cost."""
     from fastsched import comparison
 
     model, shape = source.denoiser()
     named = schedules(model.process)
     sizes = {name: run[name] for name in ("samples", "reference_steps")}
-    spending.say_comparing(*comparison.comparison_calls(model, named, solver, **sizes))
-    if dry_run:
-        return None
-    return comparison.compare(model, named, solver, shape=shape, **source.running, **run)
+    calls = comparison.comparison_calls(model, named, solver, **sizes)
+    spending.say_comparing(*calls, dry_run)
+    with shell.joint_bar(sum(calls), not source.quiet, "comparing") as progress:
+        return comparison.compare(model, named, solver, shape=shape, **source.running | {"progress": progress}, **run)
 
 
 def _of_pipeline(
     source: inputs.Source, schedules: Schedules, own_steps: list[int], run: dict[str, Any], dry_run: bool
-) -> Comparison | None:
-    """The comparison through a pipeline, after a line about its cost; None if only that is wanted."""
+) -> Comparison:
+    """The comparison through a pipeline, after a line about its cost."""
     from fastsched.cli.pipelines import compare_pipeline
     from fastsched.diffusers.conventions import describe
 
     pipe, arguments = replace(source, quiet=True).pipeline()  # one bar for all runs, not one a run
     named = schedules(describe(pipe.scheduler).process)
     steps = sum(schedule.steps for schedule in named.values()) + sum(own_steps)
-    spending.say_comparing(run["reference_steps"] * run["samples"], steps * run["samples"])
-    if dry_run:
-        return None
+    spending.say_comparing(run["reference_steps"] * run["samples"], steps * run["samples"], dry_run)
     shown = not source.quiet
     return compare_pipeline(pipe, named, own_steps, prompts=source.prompts, arguments=arguments, progress=shown, **run)
-
-
-def _show(result: Comparison, as_json: bool) -> None:
-    if as_json:
-        shell.print_json({"samples": result.samples, "rows": result.to_dicts()})
-        return
-    shell.print_table(result.header, result.cells, left=2)
-    typer.echo(result.legend)
 
 
 def _baselines(

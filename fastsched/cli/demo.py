@@ -87,7 +87,12 @@ def run_demo(
     reference = converged_reference(denoiser, SHAPE, samples=samples, progress=progress)
     paper = {n: score_optimal_schedule(denoiser, n, shape=SHAPE, samples=PATHS, progress=False) for n in steps}
     schedules = {solver: {n: _candidates(denoiser, stats, solver, paper[n]) for n in steps} for solver in solvers}
-    comparisons = _compared(denoiser, schedules, reference, progress)
+    comparisons: dict[str, dict[int, Comparison]] = {solver: {} for solver in solvers}
+    with progress_bar(len(solvers) * len(steps), progress, "comparing", "table") as advance:
+        for solver, runs in schedules.items():
+            for n, named in runs.items():
+                comparisons[solver][n] = compare(denoiser, named, reference=reference, progress=False)
+                advance(1)
     demo = Demo(stats, schedules, comparisons, reference)
     for solver in solvers:
         say("\n" + table(solver, comparisons[solver]))
@@ -98,22 +103,6 @@ def run_demo(
     draw(demo, denoiser).savefig(folder / "demo.png")
     say(f"\nwrote {folder / 'demo.png'} and the schedules, {folder}{os.sep}SOLVER-STEPS.json")
     return demo
-
-
-def _compared(
-    denoiser: Denoiser,
-    schedules: Mapping[str, Mapping[int, Mapping[str, Schedule]]],
-    reference: Reference,
-    progress: bool,
-) -> dict[str, dict[int, Comparison]]:
-    """The comparisons by solver and number of steps, under one bar."""
-    found: dict[str, dict[int, Comparison]] = {solver: {} for solver in schedules}
-    with progress_bar(sum(map(len, schedules.values())), progress, "comparing", "table") as advance:
-        for solver, runs in schedules.items():
-            for n, named in runs.items():
-                found[solver][n] = compare(denoiser, named, reference=reference, progress=False)
-                advance(1)
-    return found
 
 
 LEGEND = (

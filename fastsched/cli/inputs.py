@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import inspect
+import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,7 +103,11 @@ class Source:
             warnings.simplefilter("ignore")  # they come with the call; errors come here, before minutes of loading
             check_accepted(kind, [*(["prompt"] if self.prompts else []), *arguments])
         check_numbers(kind, arguments)
-        return load_pipeline(kind, self.name, self.device, self.precision, quiet=self.quiet), arguments
+        precision = {} if self.dtype is None else {"torch_dtype": self.precision}
+        with _quiet_diffusers():  # which reads only safetensors here, and downloads nothing
+            pipe = kind.from_pretrained(self.name, use_safetensors=True, local_files_only=True, **precision)
+        pipe.set_progress_bar_config(disable=self.quiet)
+        return pipe if self.device is None else pipe.to(self.device), arguments
 
 
 def integers(name: str, text: str, example: str = "6,8,10") -> list[int]:
@@ -151,29 +158,13 @@ def named_schedules(paths: list[Path]) -> dict[str, Schedule]:
     return named
 
 
-def load_pipeline(kind: Any, name: str, device: str | None, dtype: torch.dtype | None, *, quiet: bool) -> Any:
-    """The pipeline of class ``kind`` that was saved in a folder; reads only safetensors, downloads nothing."""
-    with _quiet_diffusers():
-        precision = {} if dtype is None else {"torch_dtype": dtype}
-        pipe = kind.from_pretrained(name, use_safetensors=True, local_files_only=True, **precision)
-        pipe.set_progress_bar_config(disable=quiet)
-    return pipe if device is None else pipe.to(device)
-
-
 def load_scheduler(name: str) -> Any:
     """The scheduler of a saved pipeline, or one that was saved alone; the pipeline's weights are not read."""
-    from fastsched import diffusers as _adapters  # noqa: F401 - says which extra is missing
-
-    folder = next((f for f in (Path(name) / "scheduler", Path(name)) if (f / "scheduler_config.json").is_file()), None)
-    if folder is None:
+    places = [Path(name) / "scheduler" / "scheduler_config.json", Path(name) / "scheduler_config.json"]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
         raise ValueError(f"{name} holds no scheduler_config.json; name a saved pipeline or scheduler of diffusers")
-    import diffusers
-
-    kind = class_name(folder / "scheduler_config.json")
-    known = getattr(diffusers, str(kind), None)
-    if not (isinstance(known, type) and hasattr(known, "set_timesteps")):
-        raise ValueError(f"{folder} is for a scheduler {kind!r}, which diffusers {diffusers.__version__} does not have")
-    return known.from_pretrained(str(folder))
+    return _class_in(file, "set_timesteps").from_pretrained(str(file.parent))
 
 
 def pipeline_class(name: str) -> type:
@@ -181,43 +172,39 @@ def pipeline_class(name: str) -> type:
     index = Path(name) / "model_index.json"
     if not index.is_file():
         raise ValueError(f"{name} is a folder without model_index.json; name one that pipe.save_pretrained wrote")
-    kind = class_name(index)
-    with _quiet_diffusers():
-        import diffusers
-
-        known = getattr(diffusers, str(kind), None)
-    if not (isinstance(known, type) and hasattr(known, "from_pretrained")):
-        raise ValueError(f"{index} names the class {kind!r}, which diffusers {diffusers.__version__} does not have")
-    return known
-
-
-def class_name(file: Path) -> Any:
-    """The class that a file of diffusers is for; ValueError if the file does not say."""
-    import json
-
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file} is not as diffusers writes it: JSON with the entry _class_name") from None
+    return _class_in(index, "from_pretrained")
 
 
 def pipeline_call(name: str) -> tuple[str | None, list[str] | None]:
     """The class of the pipeline in a folder and the arguments of its call; None for a scheduler or a class unknown."""
-    import inspect
-
-    import diffusers
-
     index = Path(name) / "model_index.json"
-    kind = class_name(index) if index.is_file() else None
-    with _quiet_diffusers():
-        known = getattr(diffusers, str(kind), None)
+    kind, known = _named_class(index) if index.is_file() else (None, None)
     return kind, None if known is None else list(inspect.signature(known.__call__).parameters)
+
+
+def _class_in(file: Path, method: str) -> Any:
+    """The class of diffusers with this method that a file is for; ValueError if there is none."""
+    kind, known = _named_class(file)
+    if not (isinstance(known, type) and hasattr(known, method)):
+        version = importlib.metadata.version("diffusers")
+        raise ValueError(f"{file} names the class {kind!r}, which diffusers {version} does not have")
+    return known
+
+
+def _named_class(file: Path) -> tuple[Any, Any]:
+    """The name of the class that a file of diffusers is for, and what diffusers has under it, maybe None."""
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is not as diffusers writes it: JSON with the entry _class_name") from None
+    with _quiet_diffusers():
+        import diffusers
+
+        return kind, getattr(diffusers, str(kind), None)
 
 
 def call_arguments(options: list[str] | None) -> dict[str, Any]:
     """``--call name=value`` options as keyword arguments: JSON values where they are, strings otherwise."""
-    import json
-
     arguments: dict[str, Any] = {}
     for option in options or []:
         name, equals, value = option.partition("=")
@@ -232,9 +219,6 @@ def call_arguments(options: list[str] | None) -> dict[str, Any]:
 
 def check_numbers(kind: type, arguments: dict[str, Any]) -> None:
     """Check that no argument of a call is a word where the default is a number; ValueError that names it."""
-    import inspect
-    import json
-
     usual = {name: each.default for name, each in inspect.signature(kind.__call__).parameters.items()}
     for name, value in arguments.items():
         if isinstance(value, str) and isinstance(usual.get(name), (int, float)):

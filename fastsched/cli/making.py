@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -81,50 +80,40 @@ def measure(
     source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
     if source.is_pipeline:
         inputs.not_for_pipelines(responses=responses, resume="given" if resume else None)
-        stats = _measured_pipeline(source, output, levels, samples, seed, dry_run)
+        stats = _measured_pipeline(source, samples, dry_run, levels=levels, seed=seed)
+        stats.save(output)
     else:
-        kept = {"responses": responses is not False, "resume": resume, "overwrite": overwrite}
-        stats = _measured_denoiser(source, output, levels, samples, seed, dry_run, **kept)
-    if stats is not None:
-        note(f"{stats.samples} paths over {stats.levels} levels, {stats.model_calls:,} model calls; wrote {output}")
+        settings = {"levels": levels, "seed": seed, "resume": resume, "overwrite": overwrite}
+        stats = _measured_denoiser(source, samples, dry_run, output, responses=responses is not False, **settings)
+    note(f"{stats.samples} paths over {stats.levels} levels, {stats.model_calls:,} model calls; wrote {output}")
 
 
-def _measured_pipeline(
-    source: inputs.Source, output: Path, levels: int, samples: str | None, seed: int, dry_run: bool
-) -> PathStatistics | None:
-    """Statistics of a pipeline, written to a file; None if only the cost is wanted."""
+def _measured_pipeline(source: inputs.Source, samples: str | None, dry_run: bool, **settings: int) -> PathStatistics:
+    """Statistics of a pipeline."""
     import fastsched as fs
     from fastsched.diffusers.pipeline_measurement import calibration_calls
 
     pipe, arguments = source.pipeline()
     count = inputs.sample_range(samples, PIPELINE_SAMPLES)
-    spending.say_measuring(calibration_calls(levels, count))
-    if dry_run:
-        return None
-    stats = fs.diffusers.measure(
-        pipe, levels=levels, samples=count, prompts=source.prompts, seed=seed, progress=not source.quiet, **arguments
-    )
-    stats.save(output)
-    return stats
+    spending.say(f"{calibration_calls(settings['levels'], count):,} to measure", dry_run)
+    arguments |= {"prompts": source.prompts, "progress": not source.quiet}
+    return fs.diffusers.measure(pipe, samples=count, **settings, **arguments)
 
 
 def _measured_denoiser(
-    source: inputs.Source, output: Path, levels: int, samples: str | None, seed: int, dry_run: bool, **kept: bool
-) -> PathStatistics | None:
-    """Statistics of a denoiser, written to a file batch by batch; None if only the cost is wanted."""
+    source: inputs.Source, samples: str | None, dry_run: bool, output: Path, **settings: Any
+) -> PathStatistics:
+    """Statistics of a denoiser, written to a file batch by batch."""
     from fastsched.measurement.to_file import measure_to_file
 
     model, sizes = source.denoiser()
     count = inputs.sample_range(samples, SAMPLES)
-    known = inputs.load_statistics(output).samples if kept["resume"] and output.exists() else 0
-    left = spending.number(count) - known
-    spending.say_measuring(spending.measuring_calls(model, levels, max(left, 0), kept["responses"]))
-    if dry_run:
-        return None
-    running = source.running
-    if source.batch_size is None:
-        running["batch_size"] = 4
-    return measure_to_file(model, sizes, output, levels=levels, samples=count, seed=seed, **kept, **running)
+    known = inputs.load_statistics(output).samples if settings["resume"] and output.exists() else 0
+    left = max(0, (len(count) if isinstance(count, range) else count) - known)
+    calls = spending.measuring_calls(model, settings["levels"], left, settings["responses"])
+    spending.say(f"{calls:,} to measure", dry_run)
+    settings |= source.running | {"samples": count, "batch_size": source.batch_size or 4}
+    return measure_to_file(model, sizes, output, **settings)
 
 
 def fit(
@@ -174,19 +163,16 @@ def fit(
     known = None if stats is None else inputs.load_statistics(stats)
     options = {"stats": known, "levels": levels, "samples": samples, "model_calls": model_calls, "seed": seed}
     schedule = _fitted(source, steps, chosen, dry_run, options)
-    if schedule is not None:
-        schedule.save(output)
-        if as_json:
-            shell.print_json(summary(schedule))
-        else:
-            _show(schedule)
-        note(f"wrote {output}")
+    schedule.save(output)
+    if as_json:
+        shell.print_json(summary(schedule))
+    else:
+        _show(schedule)
+    note(f"wrote {output}")
 
 
-def _fitted(
-    source: inputs.Source, steps: int, solver: str | None, dry_run: bool, options: dict[str, Any]
-) -> Schedule | None:
-    """The schedule of a pipeline or a denoiser; None if only the cost is wanted."""
+def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool, options: dict[str, Any]) -> Schedule:
+    """The schedule of a pipeline or a denoiser, under one progress bar."""
     import fastsched as fs
     from fastsched.diffusers.pipeline_measurement import calibration_calls
     from fastsched.fitting.budget import TOTAL, planned, takes_responses
@@ -199,13 +185,17 @@ def _fitted(
         asked = total, steps, options["levels"], options["samples"]
         options["levels"], options["samples"] = planned(*asked, responses=responses)
     if source.is_pipeline:
-        spending.say_fitting(calibration_calls, options)
-        run = partial(fs.diffusers.fit, solver=solver, prompts=source.prompts, progress=not source.quiet, **given)
+        cost = spending.say_fitting(calibration_calls, options, dry_run)
+        options = {"solver": solver, "prompts": source.prompts, **given} | options
     else:
-        cost = lambda levels, count: spending.measuring_calls(model, levels, count, responses)
-        spending.say_fitting(cost, options, lambda stats: spending.repeating_calls(model, stats))
-        run = partial(fs.fit, shape=given, solver=solver or "dpmpp_2m", **source.running)
-    return None if dry_run else run(model, steps=steps, **options)
+        measuring = lambda levels, count: spending.measuring_calls(model, levels, count, responses)
+        # Measured paths are followed again: a file does not hold the increments that tuning needs.
+        repeating = lambda stats: spending.measuring_calls(model, stats.s, stats.samples, bool(stats.deviated))
+        cost = spending.say_fitting(measuring, options, dry_run, repeating)
+        options = source.running | options | {"shape": given, "solver": solver or "dpmpp_2m"}
+    with shell.joint_bar(cost, not source.quiet, "fitting") as progress:
+        run: Any = fs.diffusers.fit if source.is_pipeline else fs.fit
+        return run(model, steps=steps, **options | {"progress": progress})
 
 
 def select(

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastsched.comparison import Comparison, Reference, level_count, row_of
 from fastsched.diffusers import apply
+from fastsched.diffusers.attributes import attributes_set
 from fastsched.diffusers.conventions import describe, solver_of
-from fastsched.diffusers.pipeline_measurement import call, check_call, prompt_of, scheduler_replaced
+from fastsched.diffusers.pipeline_measurement import call, check_call
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.schedule import Schedule
 from fastsched.selection.starts import even_schedule
@@ -62,7 +63,8 @@ def compare_pipeline(
         for _, schedule, steps in runs:
             parts = []
             for n in range(samples):
-                parts.append(_sampled(pipe, schedule, steps, prompt_of(prompts, n), seed + n, arguments))
+                prompt = {"prompt": prompts[n % len(prompts)]} if prompts else {}
+                parts.append(_sampled(pipe, schedule, steps, seed + n, arguments | prompt))
                 advance(steps)
             ends.append(torch.cat(parts))
     reference = Reference(torch.empty(0), ends[0], solver, fine.steps, samples * fine.steps)
@@ -71,15 +73,13 @@ def compare_pipeline(
     return Comparison(rows, len(ends[0]), reference)
 
 
-def _sampled(
-    pipe: Any, schedule: Schedule | None, steps: int, prompt: str | None, seed: int, arguments: dict[str, Any]
-) -> Tensor:
+def _sampled(pipe: Any, schedule: Schedule | None, steps: int, seed: int, arguments: dict[str, Any]) -> Tensor:
     """The samples of one call, [images, *shape] float32 on the CPU; ``schedule`` None is the pipeline's own."""
-    with scheduler_replaced(pipe, pipe.scheduler), torch.random.fork_rng():
+    with attributes_set(pipe, scheduler=pipe.scheduler), torch.random.fork_rng():
         if schedule is not None:
             apply(schedule, pipe)
         torch.manual_seed(seed)  # a pipeline without a generator given draws from torch's own
-        result = call(pipe, steps, prompt, arguments)
+        result = call(pipe, steps, arguments)
     # Outputs of diffusers hold the samples as their first entry, whatever its name: images, frames, ...
     images = result if isinstance(result, Tensor) else result[0]
     if isinstance(images, np.ndarray):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from fastsched.cli import inputs, shell
+from fastsched.cli import inputs, shell, spending
 
 
 def profile(
@@ -43,7 +43,6 @@ def profile(
     else:
         model, sizes = source.denoiser()
         arguments = {"shape": sizes}
-    shell.note(f"model calls, counted per sample: about {2 * steps + 6}")
-    if not dry_run:
-        found = fs.profile(model, steps=steps, trace=trace, **arguments)
-        typer.echo(found.to_json() if as_json else str(found))
+    spending.say(f"about {2 * steps + 6}", dry_run)
+    found = fs.profile(model, steps=steps, trace=trace, **arguments)
+    typer.echo(found.to_json() if as_json else str(found))

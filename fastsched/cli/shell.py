@@ -14,9 +14,12 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+
+if TYPE_CHECKING:
+    from fastsched.sampling.progress import Progress
 
 DENOISER = (
     "'digits' (in the package), package.module:function, path/to/file.py:function, or a diffusers pipeline folder."
@@ -119,6 +122,28 @@ def say_on_stderr(level: str) -> None:
 def note(text: str) -> None:
     """Say a line on stderr: stdout is for results only."""
     LOGGER.info(text)
+
+
+@contextlib.contextmanager
+def joint_bar(total: int, show: bool, what: str) -> Iterator[Progress]:
+    """One progress bar for work in several parts, each of which tells how many of its own calls are done.
+
+    Args:
+        total: The calls of all parts.
+        show: Whether to show a bar.
+        what: A word for the work.
+    """
+    from fastsched.sampling.progress import progress_bar
+
+    part, before = 0, 0
+
+    def hear(done: int, of: int) -> None:
+        nonlocal part, before
+        advance(done if of != part or done < before else done - before)
+        part, before = of, done
+
+    with progress_bar(total, show, what) as advance:
+        yield hear if show else False
 
 
 def print_json(value: Any) -> None:

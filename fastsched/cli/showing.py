@@ -68,27 +68,18 @@ def solvers(as_json: shell.AsJson = False) -> None:
     """
     from fastsched.sampling.solvers import ALIASES, FITTED, SOLVERS, STOCHASTIC_SOLVERS
 
-    found = [
-        {
-            "name": name,
-            "order": solver.order,
-            "calls": "n" if solver.stage is None else "2n - 1",
-            "aliases": [alias for alias, known in ALIASES.items() if known == name],
-            "source": solver.source,
-        }
-        for name, solver in SOLVERS.items()
-    ]
-    found += [
-        {"name": name, "order": None, "calls": "n", "aliases": [], "source": "stochastic; for fastsched.select"}
-        for name in STOCHASTIC_SOLVERS
-    ]
-    source = "weights fitted to the model, kept in the schedule"
-    found.append({"name": FITTED, "order": None, "calls": "n", "aliases": [], "source": source})
+    rows: list[tuple[Any, ...]] = []
+    for name, solver in SOLVERS.items():
+        aliases = [alias for alias, known in ALIASES.items() if known == name]
+        rows.append((name, solver.order, "n" if solver.stage is None else "2n - 1", aliases, solver.source))
+    rows += [(name, None, "n", [], "stochastic; for fastsched.select") for name in STOCHASTIC_SOLVERS]
+    rows.append((FITTED, None, "n", [], "weights fitted to the model, kept in the schedule"))
     if as_json:
-        shell.print_json(found)
+        names = ("name", "order", "calls", "aliases", "source")
+        shell.print_json([dict(zip(names, row, strict=True)) for row in rows])
     else:
-        rows = [[_cell(entry[key]) for key in ("name", "order", "calls", "aliases", "source")] for entry in found]
-        shell.print_table(("solver", "order", "calls", "other names", "source"), rows, left=5)
+        cells = [[_cell(value) for value in row] for row in rows]
+        shell.print_table(("solver", "order", "calls", "other names", "source"), cells, left=5)
 
 
 def env(as_json: shell.AsJson = False) -> None:

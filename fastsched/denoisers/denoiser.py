@@ -16,8 +16,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers import edm
-from fastsched.denoisers.late_reading import Verdicts
-from fastsched.denoisers.network_errors import checked_output, explained, not_finite
+from fastsched.denoisers.network_errors import checked_output, explained
 from fastsched.denoisers.noise import (
     ContinuousVP,
     FlowMatching,
@@ -28,8 +27,17 @@ from fastsched.denoisers.noise import (
 
 Network = Callable[[Tensor, Tensor], Tensor]
 
-#: What a network may predict, as in the table of `Denoiser.coefficients`.
-PREDICTIONS = ("x0", "epsilon", "v", "velocity", "reverse_velocity", "score", "edm")
+#: ``(a, c)`` from alpha and sigma, as in the table of `Denoiser.coefficients`.
+_COEFFICIENTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "x0": lambda alpha, sigma: (torch.zeros_like(sigma), torch.ones_like(sigma)),
+    "epsilon": lambda alpha, sigma: (1 / alpha, -sigma / alpha),
+    "v": lambda alpha, sigma: (alpha, -sigma),
+    "velocity": lambda alpha, sigma: (torch.ones_like(sigma), -sigma),
+    "reverse_velocity": lambda alpha, sigma: (torch.ones_like(sigma), sigma),
+    "score": lambda alpha, sigma: (1 / alpha, sigma.square() / alpha),
+}
+#: What a network may predict.
+PREDICTIONS = (*_COEFFICIENTS, "edm")
 
 
 @dataclass(frozen=True)
@@ -113,16 +121,13 @@ class Denoiser:
 
         data = setting("sigma_data", sigma_data, 0.5)
         low, high = setting("sigma_min", sigma_min, 0.002), setting("sigma_max", sigma_max, 80.0)
-        if not (math.isfinite(data) and data > 0):
-            raise ValueError(f"sigma_data must be positive and finite, got {sigma_data!r}")
         inner = edm.inner_of(core)
-        raw = net
         if inner is not None:
             labels = None if class_labels is None else edm.labels_of(class_labels)
-            raw = edm.WrappedEdmNetwork(net, inner, data, labels)
+            net = edm.WrappedEdmNetwork(net, inner, data, labels)
         elif class_labels is not None:
             raise ValueError("class_labels must be None for a raw network; pass a function that adds them itself")
-        return cls(raw, VarianceExploding(low, high), "edm", data)
+        return cls(net, VarianceExploding(low, high), "edm", data)
 
     @classmethod
     def from_epsilon(
@@ -245,25 +250,11 @@ class Denoiser:
         edm               c_skip          c_out
         ================  ==============  ====================
         """
-        alpha, sigma = self.process.alpha(s), self.process.sigma(s)
-        one = torch.ones_like(s)
-        if self.prediction == "x0":
-            return torch.zeros_like(s), one
-        if self.prediction == "epsilon":
-            return 1 / alpha, -sigma / alpha
-        if self.prediction == "v":
-            return alpha, -sigma
-        if self.prediction == "velocity":
-            return one, -sigma
-        if self.prediction == "reverse_velocity":
-            return one, sigma
-        if self.prediction == "score":
-            return 1 / alpha, sigma.square() / alpha
-        return edm.coefficients(s, self.sigma_data)
+        if self.prediction == "edm":
+            return edm.coefficients(s, self.sigma_data)
+        return _COEFFICIENTS[self.prediction](self.process.alpha(s), self.process.sigma(s))
 
-    def raw_output(
-        self, x: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None, told: Tensor | float | None = None
-    ) -> Tensor:
+    def raw_output(self, x: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
         """Call the network once: ``R`` at state ``x`` and level ``s``.
 
         The network may write into its arguments, and may return the same buffer at every call: it is given copies, and
@@ -273,7 +264,6 @@ class Denoiser:
             x: States, [B, *shape]; for ``"edm"`` the scaling ``c_in`` is applied here.
             s: One level, or one per sample [B].
             dtype: What the network computes in; the dtype of ``x`` when None.
-            told: The level whose timestep the network is given, if not that of the state.
 
         Returns:
             ``R``, [B, *shape], on the device of ``x``, in the dtype the network returns.
@@ -284,7 +274,7 @@ class Denoiser:
                 or arguments; the message says what may be wrong.
             RuntimeError: If the network raises StopIteration.
         """
-        return self._output(x, s, dtype, told).clone()
+        return self._output(x, s, dtype).clone()
 
     def borrowed_output(
         self, x: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None, told: Tensor | float | None = None
@@ -294,7 +284,9 @@ class Denoiser:
             return self.raw_output(x, s, dtype=dtype, **named(told))
         return self._output(x, s, dtype, told)
 
-    def _output(self, x: Tensor, s: Tensor | float, dtype: torch.dtype | None, told: Tensor | float | None) -> Tensor:
+    def _output(
+        self, x: Tensor, s: Tensor | float, dtype: torch.dtype | None, told: Tensor | float | None = None
+    ) -> Tensor:
         levels = _levels(s, x)
         told_levels = levels if told is None else _levels(told, x)
         network_input = x
@@ -394,21 +386,6 @@ def placement(
         denoiser.device if device is None else validate.device("device", device),
         denoiser.dtype if dtype is None else validate.floating_dtype("dtype", dtype),
     )
-
-
-def finite_denoised(
-    denoiser: Denoiser,
-    y: Tensor,
-    s: Tensor | float,
-    dtype: torch.dtype | None,
-    verdicts: Verdicts,
-    told: Tensor | float | None = None,
-) -> Tensor:
-    """`Denoiser.denoise`; ``verdicts`` raise a ValueError that names the level if the answer is not finite."""
-    denoised = denoiser.denoise(y, s, dtype=dtype, **named(told))
-    verdicts.note_finite(denoised, lambda: not_finite(denoiser.process, torch.as_tensor(s, dtype=torch.float64)))
-    verdicts.settle(wait=False)
-    return denoised
 
 
 def _levels(s: Tensor | float, x: Tensor) -> Tensor:

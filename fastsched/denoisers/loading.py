@@ -119,8 +119,7 @@ def _module_of_file(path: str) -> ModuleType:
     # Under a name of its own: a model file called json.py must not take the place of json.
     name = f"_fastsched_model_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"denoiser: {path} cannot be imported as a module")
+    assert spec is not None and spec.loader is not None  # noqa: PT018 - a file that ends in .py has both
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     try:

@@ -65,10 +65,9 @@ def checked_output(output: object, x: Tensor) -> Tensor:
             f"the network returned {type(output).__name__}, not a tensor; wrap it so that it returns the "
             "prediction alone (for diffusers: model(x, t, return_dict=False)[0])"
         )
-    if not output.is_floating_point():
-        raise TypeError(f"the network returned {output.dtype} numbers; it must return floating-point ones")
-    if output.dtype.itemsize < 2:
-        raise TypeError(f"the network returned {output.dtype} numbers; it must return ones of at least 16 bits")
+    if not output.is_floating_point() or output.dtype.itemsize < 2:
+        wanted = "floating-point ones of at least 16 bits"
+        raise TypeError(f"the network returned {output.dtype} numbers; it must return {wanted}")
     if output.layout != torch.strided or output.is_meta != x.is_meta:
         what = "a meta tensor, which holds no numbers" if output.is_meta else f"a tensor of layout {output.layout}"
         raise TypeError(f"the network returned {what}; it must return an ordinary tensor")

@@ -86,11 +86,11 @@ class VarianceExploding(NoiseProcess):
     kind: ClassVar[str] = "ve"
 
     def __post_init__(self) -> None:
-        low, high = validate.positive("sigma_min", self.sigma_min), validate.positive("sigma_max", self.sigma_max)
+        for name in ("sigma_min", "sigma_max"):
+            object.__setattr__(self, name, validate.positive(name, getattr(self, name)))
+        low, high = self.sigma_min, self.sigma_max
         if low >= high:
             raise ValueError(f"sigma_min must be below sigma_max, got sigma_min={low:g} and sigma_max={high:g}")
-        object.__setattr__(self, "sigma_min", low)
-        object.__setattr__(self, "sigma_max", high)
 
     @property
     def s_min(self) -> float:

@@ -41,9 +41,10 @@ from fastsched.measurement.statistics import PathStatistics, data_deviation
 from fastsched.sampling.random_streams import sample_seeds
 
 
-def calibration_steps(levels: int) -> int:
-    """Steps of a pipeline that measures so many levels: its own latents, every query, and one query again."""
-    return len(queries(levels, deviated_paths(levels))) + 2
+def calibration_steps(levels: int | Tensor) -> int:
+    """Steps of a pipeline that measures so many levels, or these: its own latents, every query, one query again."""
+    count = len(levels) if isinstance(levels, Tensor) else levels
+    return len(queries(count, deviated_paths(count))) + 2
 
 
 @dataclass
@@ -204,7 +205,10 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._clear()
         self.mu = mu
         self._parameters = inspect.signature(getattr(diffusers, self.config["scheduler_class"]).step).parameters
-        self._levels = self.measured_levels(count)
+        if self._given_levels is not None and len(self._given_levels) != count:
+            wanted = calibration_steps(self._given_levels)
+            raise ValueError(f"num_inference_steps must be {wanted} for {len(self._given_levels)} levels, got {steps}")
+        self._levels = self.measured_levels(count if self._given_levels is None else self._given_levels)
         self._scales = self.convention.input_scale(self._levels).tolist()
         # An early level, to detect what starts or ends midway, but one at which the conditioning matters.
         self._repeated = max(1, len(self._levels) // 8)
@@ -212,12 +216,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._queries = queries(count, deviated_paths(count))
         self._s = s = torch.cat([self._levels[:1], self._levels[self._queries], repeated])
         names = self.convention.timesteps(s)
-        if self.convention.integer:
-            names = names.round().to(torch.int64)
-        elif device is not None and torch.device(device).type == "mps":
-            names = names.float()
-        self._names = names.cpu()
-        self.timesteps = names.to(device) if names.dtype == torch.int64 else names.to(torch.float32).to(device)
+        self._names = names.round().to(torch.int64) if self.convention.integer else names.float()
+        self.timesteps = self._names.to(device, copy=True)  # the pipeline may write into it
         self.num_inference_steps = steps
         sigmas_used = self.convention.process.sampler_sigma(s)
         self.sigmas = torch.cat([sigmas_used, sigmas_used.new_zeros(1)]).float()
@@ -314,14 +314,10 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._returned: Tensor | None = None
         self._repeat: tuple[Tensor, Tensor] | None = None
 
-    def measured_levels(self, count: int) -> Tensor:
-        """The levels of a measurement at ``count`` of them; classes with integer timesteps have only theirs."""
-        if self._given_levels is None:
-            return measured_levels(self.convention.denoiser, count)
-        s = measured_levels(self.convention.denoiser, self._given_levels)
-        if len(s) != count:
-            raise ValueError(f"num_inference_steps must be {calibration_steps(len(s))} for {len(s)} levels")
-        if not self.convention.integer:
+    def measured_levels(self, levels: int | Tensor) -> Tensor:
+        """The levels of a measurement at so many, or at these; classes with integer timesteps have only theirs."""
+        s = measured_levels(self.convention.denoiser, levels)
+        if not isinstance(levels, Tensor) or not self.convention.integer:
             return s
         nearest = self.convention.levels(self.convention.timesteps(s).round())
         if bool((nearest[1:] >= nearest[:-1]).any()):

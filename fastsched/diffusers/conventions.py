@@ -160,20 +160,18 @@ def describe(scheduler: Any) -> Convention:
     if "FittedScheduler" in class_names(scheduler):  # of this package, whose module imports this one
         return scheduler.convention
     family, _ = _known(scheduler)
-    if family == "edm":
-        return _edm(scheduler)
-    if family == "angle":
-        return _angle(scheduler)
-    if family == "flow" or (family is not None and scheduler.config.get("use_flow_sigmas")):
+    if family is None:
+        raise ValueError(
+            f"{type(scheduler).__name__} has a noise process or a way of stepping that fastsched does not support; "
+            "DDPM-like, EDM and flow-matching schedulers are supported (docs/schedulers.md lists them)"
+        )
+    if family in ("edm", "angle"):
+        return _edm(scheduler) if family == "edm" else _angle(scheduler)
+    if family == "flow" or scheduler.config.get("use_flow_sigmas"):
         return _flow(scheduler)
-    if family is not None:
-        if scheduler.config.get("timestep_type", "discrete") == "continuous" and _prediction(scheduler) == "v":
-            return _continuous_v(scheduler)
-        return _variance_preserving(scheduler, scaled=family == "scaled")
-    raise ValueError(
-        f"{type(scheduler).__name__} has a noise process or a way of stepping that fastsched does not support; "
-        "DDPM-like, EDM and flow-matching schedulers are supported (docs/schedulers.md lists them)"
-    )
+    if scheduler.config.get("timestep_type", "discrete") == "continuous" and _prediction(scheduler) == "v":
+        return _continuous_v(scheduler)
+    return _variance_preserving(scheduler, scaled=family == "scaled")
 
 
 def class_names(scheduler: Any) -> set[str]:

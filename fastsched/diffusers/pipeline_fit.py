@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.diffusers.applier import applied
+from fastsched.diffusers.attributes import attributes_set
 from fastsched.diffusers.conventions import describe, own_scheduler, solver_of
 from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
 from fastsched.diffusers.pipeline_measurement import CHECKS as CHECKS_OF_MEASURE
@@ -23,7 +24,6 @@ from fastsched.diffusers.pipeline_measurement import (
     measured_in_group,
     one_bar,
     said,
-    scheduler_replaced,
 )
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.replacement import replacement
@@ -40,6 +40,7 @@ from fastsched.measurement.devices import rank_and_size
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.fitted import chosen_solver, is_solver
+from fastsched.sampling.progress import Progress
 from fastsched.sampling.random_streams import sample_number
 from fastsched.sampling.schedule import Schedule, check_decoupled
 from fastsched.sampling.solvers import FITTED
@@ -63,7 +64,7 @@ def fit(
     prompts_per_call: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     group: Any = None,
-    progress: bool = True,
+    progress: Progress = True,
     **call_kwargs: Any,
 ) -> Schedule:
     """The schedule of ``steps`` steps for a pipeline as it stands: its scheduler's solver, guidance, adapters.
@@ -86,7 +87,7 @@ def fit(
         prompts_per_call: As in `measure`.
         checkpoint: A file for the measurement; runs are kept in ``checkpoint.runs``. The same call goes on from there.
         group: As in `measure`; its first process decides what is run, and all run a part of the samples.
-        progress: Show one progress bar over all steps that measure, and one over those that run schedules.
+        progress: As in `measure`: one bar over all steps that measure, and one over those that run schedules.
         **call_kwargs: Arguments of the pipeline's call.
 
     Returns:
@@ -133,7 +134,7 @@ def _fitted(
     *,
     checkpoint: str | os.PathLike[str] | None,
     group: Any,
-    progress: bool,
+    progress: Progress,
     decoupled: bool,
 ) -> FitReport:
     """The fit after the measurement, for at most ``budget`` calls; its runs are kept in a file, but not in a group."""
@@ -148,7 +149,7 @@ def _fitted(
         own = {"decoupled": True} if decoupled else {}  # so that files of earlier versions go on
         what = identity(stats, steps=steps, solver=solver, model_calls=budget, **own)
         one = logged(run, RunLog(runs_beside(checkpoint), what))
-    with one_bar(pipe, budget, progress and budget > 0, "fitting") as run.advance:
+    with one_bar(pipe, budget, budget > 0 and progress, "fitting") as run.advance:
         return led_by_first(one if alone else run.part, made, group)
 
 
@@ -303,9 +304,9 @@ class PipelineRunner:
 
     def _run(self, schedule: Schedule, done: int, arguments: dict[str, Any]) -> StartFromNoise:
         scheduler, _ = applied(schedule, self.pipe.scheduler)
-        with watched(self.pipe) as watch, scheduler_replaced(self.pipe, scheduler):
+        with watched(self.pipe) as watch, attributes_set(self.pipe, scheduler=scheduler):
             run = StartFromNoise(scheduler, self.stats.seeds[done:], schedule, watch, self.advance, self._owned)
-            call(self.pipe, schedule.steps, None, arguments)
+            call(self.pipe, schedule.steps, arguments)
         return run
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
+from fastsched.diffusers.attributes import attributes_set
 from fastsched.diffusers.calibration import CalibrationScheduler, calibration_steps
 from fastsched.diffusers.conventions import check_pipe
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
@@ -29,7 +30,7 @@ from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.origin import Origin, origin_now
-from fastsched.sampling.progress import progress_bar
+from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import sample_seeds
 
 #: Samples of a measurement by default.
@@ -45,11 +46,7 @@ MOST_SAMPLES = 2**16
 NEEDED = {"output_type": "latent", "strength": 1.0}
 
 #: Of arguments that are not checked as elsewhere; those of the pipeline's call are looked at apart.
-CHECKS: dict[str, validate.Check] = {
-    **dict.fromkeys(("pipe", "prompts", "call_kwargs"), validate.anything),
-    "samples": validate.sample_range,
-    "prompts_per_call": validate.optional(validate.positive_int),
-}
+CHECKS: dict[str, validate.Check] = dict.fromkeys(("pipe", "prompts", "call_kwargs"), validate.anything)
 
 
 def measure(
@@ -63,7 +60,7 @@ def measure(
     prompts_per_call: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     group: Any = None,
-    progress: bool = True,
+    progress: Progress = True,
     **call_kwargs: Any,
 ) -> PathStatistics:
     """Measure what ``pipe(**call_kwargs)`` computes, including guidance, adapters and prompt, through its own loop.
@@ -89,7 +86,7 @@ def measure(
             out, and one where the pipeline takes no list or ``call_kwargs`` holds what may be for one batch size.
         checkpoint: A file in which the samples of every finished call are saved. The same call goes on from there.
         group: As in `fastsched.measure`; each process has its own pipeline.
-        progress: Show one progress bar over the steps of all calls, in place of the pipeline's own.
+        progress: As in `fastsched.measure`: one bar over the steps of all calls, in place of the pipeline's own.
         **call_kwargs: Arguments of the pipeline's call: ``guidance_scale``, ``height``, ...
 
     Returns:
@@ -146,20 +143,17 @@ def measured_pipeline(
     keep_increments: bool,
     prompts_per_call: int | None,
     checkpoint: str | os.PathLike[str] | None,
-    progress: bool,
+    progress: Progress,
 ) -> PathStatistics:
     """`measure`, which an interrupt ends: like any error it carries the samples finished as ``error.partial``."""
-    if not isinstance(levels, Tensor):
-        levels = validate.positive_int("levels", levels, minimum=3)
-    which, seed = validate.sample_range("samples", samples), validate.positive_int("seed", seed, minimum=0)
+    which = validate.sample_range("samples", samples)
     calls = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
     check_caches(pipe)
-    count = len(levels) if isinstance(levels, Tensor) else levels
     whole = None if checkpoint is None else _resumed(checkpoint, pipe, levels, which, seed, keep_increments)
     left = max(0, _needed(samples, which, calls) - (0 if whole is None else whole.samples))
     with (
         prompts_encoded_once(pipe),
-        one_bar(pipe, left * calibration_steps(count), progress, "measuring") as advance,
+        one_bar(pipe, left * calibration_steps(levels), progress, "measuring") as advance,
     ):
         try:
             while whole is None or whole.samples < _needed(samples, which, calls):
@@ -200,8 +194,7 @@ def said(calls: PromptCalls) -> PromptCalls:
 
 def calibration_calls(levels: int | Tensor, samples: int | range) -> int:
     """The model calls of a pipeline's measurement, counted per sample; prompts that outnumber the samples take more."""
-    count = len(levels) if isinstance(levels, Tensor) else levels
-    return (len(samples) if isinstance(samples, range) else samples) * calibration_steps(count)
+    return (len(samples) if isinstance(samples, range) else samples) * calibration_steps(levels)
 
 
 def _needed(samples: int | range, which: range, calls: PromptCalls) -> int:
@@ -214,11 +207,8 @@ def _resumed(
 ) -> PathStatistics | None:
     """What a file holds of a pipeline's measurement; None if there is no file."""
     check_writable(file)
-    calibration = CalibrationScheduler.from_scheduler(
-        pipe.scheduler, levels=levels if isinstance(levels, Tensor) else None
-    )
-    denoiser = calibration.convention.denoiser
-    s = calibration.measured_levels(len(levels) if isinstance(levels, Tensor) else levels)
+    calibration = CalibrationScheduler.from_scheduler(pipe.scheduler)
+    denoiser, s = calibration.convention.denoiser, calibration.measured_levels(levels)
     run = Measurement(denoiser, s, torch.device("cpu"), torch.float32, deviated_paths(len(s)), keep)
     if not os.path.exists(file):
         return None
@@ -249,15 +239,13 @@ def _one_call(
     advance: Callable[[int], object],
     **settings: Any,
 ) -> PathStatistics:
-    count, given = (len(levels), levels) if isinstance(levels, Tensor) else (levels, None)
     with watched(pipe) as watch:
-        own_noise = arguments.get("latents") is None
-        calibration = CalibrationScheduler.from_scheduler(
-            pipe.scheduler, levels=given, watch=watch, own_noise=own_noise, advance=advance, **settings
-        )
-        with scheduler_replaced(pipe, calibration):
+        settings |= {"own_noise": arguments.get("latents") is None, "advance": advance, "watch": watch}
+        given = levels if isinstance(levels, Tensor) else None
+        calibration = CalibrationScheduler.from_scheduler(pipe.scheduler, levels=given, **settings)
+        with attributes_set(pipe, scheduler=calibration):
             try:
-                call(pipe, calibration_steps(count), None, arguments)
+                call(pipe, calibration_steps(levels), arguments)
             except Exception as error:
                 if pipe.scheduler is calibration:
                     raise
@@ -269,45 +257,23 @@ def _one_call(
 
 
 @contextlib.contextmanager
-def one_bar(pipe: Any, total: int, show: bool, what: str) -> Iterator[Callable[[int], object]]:
+def one_bar(pipe: Any, total: int, show: Progress, what: str) -> Iterator[Callable[[int], object]]:
     """One progress bar over ``total`` steps of all calls, in place of the pipeline's own; none if not ``show``."""
-    before = getattr(pipe, "_progress_bar_config", None)
-    try:
-        if show:
-            pipe._progress_bar_config = {**(before or {}), "disable": True}
-        with progress_bar(total, show, what, unit="step") as advance:
-            yield advance
-    finally:
-        if show and before is None:
-            del pipe._progress_bar_config
-        elif show:
-            pipe._progress_bar_config = before
+    own = {**(getattr(pipe, "_progress_bar_config", None) or {}), "disable": True}
+    hidden = attributes_set(pipe, _progress_bar_config=own) if show else contextlib.nullcontext()
+    with hidden, progress_bar(total, show, what, unit="step") as advance:
+        yield advance
 
 
-@contextlib.contextmanager
-def scheduler_replaced(pipe: Any, scheduler: Any) -> Iterator[None]:
-    """Put ``scheduler`` into ``pipe``, and restore the old one at the end, also after an error."""
-    old = pipe.scheduler
-    try:
-        pipe.scheduler = scheduler
-        yield
-    finally:
-        pipe.scheduler = old
-
-
-def call(pipe: Any, steps: int, prompt: str | None, call_kwargs: dict[str, Any]) -> Any:
+def call(pipe: Any, steps: int, call_kwargs: dict[str, Any]) -> Any:
     """Call ``pipe`` for ``steps`` steps from pure noise, with the same random numbers each time, not decoded if it can.
 
     Raises:
         ValueError: If the pipeline uses an attribute or argument of its scheduler that `CalibrationScheduler` lacks.
     """
     accepted = inspect.signature(type(pipe).__call__).parameters
-    arguments = {"num_inference_steps": steps, **call_kwargs}
-    if prompt is not None:
-        arguments["prompt"] = prompt
-    for name, value in NEEDED.items():
-        if name in accepted:
-            arguments.setdefault(name, value)
+    needed = {name: value for name, value in NEEDED.items() if name in accepted}
+    arguments = needed | {"num_inference_steps": steps} | call_kwargs
     try:
         with random_numbers_kept(call_kwargs.values()):
             return pipe(**arguments)
@@ -348,20 +314,12 @@ def random_numbers_kept(arguments: Iterable[Any]) -> Iterator[None]:
             generator.set_state(state)
 
 
-def prompt_of(prompts: str | Sequence[str] | None, turn: int) -> str | None:
-    """The prompt of the ``turn``-th call."""
-    if prompts is None or isinstance(prompts, str):
-        return prompts
-    return prompts[turn % len(prompts)]
-
-
 def checked_calls(
     pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any], prompts_per_call: int | None
 ) -> PromptCalls:
     """How the pipeline is to be called; errors as those of `check_call`."""
     check_call(pipe, prompts, call_kwargs)
-    most = None if prompts_per_call is None else validate.positive_int("prompts_per_call", prompts_per_call)
-    return PromptCalls.of(pipe, prompts, call_kwargs, most)
+    return PromptCalls.of(pipe, prompts, call_kwargs, prompts_per_call)
 
 
 def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any]) -> None:

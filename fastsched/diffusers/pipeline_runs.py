@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsched.diffusers.attributes import attributes_set
 from fastsched.diffusers.calibration import CalibrationScheduler
 from fastsched.diffusers.conventions import describe, with_signature
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
-from fastsched.diffusers.pipeline_measurement import PIPELINE_SAMPLES, call, check_call, measure, scheduler_replaced
+from fastsched.diffusers.pipeline_measurement import PIPELINE_SAMPLES, call, check_call, measure
 from fastsched.diffusers.watching import networks_of
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.timeline import Run, Timeline, synchronisations
@@ -44,14 +45,14 @@ class PipelineRuns:
 
     def sampling(self, steps: int) -> Run:
         """With the scheduler that is there."""
-        return self._timed(lambda: call(self.pipe, steps, None, self.call_kwargs), self.pipe.scheduler)
+        return self._timed(lambda: call(self.pipe, steps, self.call_kwargs), self.pipe.scheduler)
 
     def sampling_fitted(self, steps: int) -> Run:
         """With a fitted schedule."""
         schedule = even_schedule(describe(self.pipe.scheduler).process, steps, FITTED)
         scheduler = FittedScheduler.from_schedule(schedule, self.pipe.scheduler)
-        with scheduler_replaced(self.pipe, scheduler):
-            return self._timed(lambda: call(self.pipe, steps, None, self.call_kwargs), scheduler)
+        with attributes_set(self.pipe, scheduler=scheduler):
+            return self._timed(lambda: call(self.pipe, steps, self.call_kwargs), scheduler)
 
     def measuring(self, levels: int) -> Run:
         """One call of the pipeline in a measurement; its kernel is compiled before, once for all calls."""
@@ -78,7 +79,6 @@ class PipelineRuns:
 def _owned_step(timeline: Timeline, scheduler: Any, seen: Callable[[Tensor], None], waits: list[int]) -> Iterator[None]:
     """The time of ``scheduler.step`` (of an object or a class) belongs to the scheduler."""
     owned = partial(_timed_step, timeline=timeline, seen=seen, waits=waits)
-    before = {name: vars(scheduler).get(name) for name in ("step", "set_timesteps")}
 
     def prepared(*args: Any, **kwargs: Any) -> None:
         set_timesteps(*args, **kwargs)
@@ -87,17 +87,9 @@ def _owned_step(timeline: Timeline, scheduler: Any, seen: Callable[[Tensor], Non
             scheduler.step = mine[-1]
 
     mine, set_timesteps = [owned(scheduler.step)], scheduler.set_timesteps
-    scheduler.step = mine[0]
-    if not isinstance(scheduler, type):
-        scheduler.set_timesteps = with_signature(prepared, set_timesteps)
-    try:
+    prepares = {} if isinstance(scheduler, type) else {"set_timesteps": with_signature(prepared, set_timesteps)}
+    with attributes_set(scheduler, step=mine[0], **prepares):
         yield
-    finally:
-        for name, own in before.items():
-            if own is not None:
-                setattr(scheduler, name, own)
-            elif name in vars(scheduler):
-                delattr(scheduler, name)
 
 
 def _timed_step(
@@ -120,7 +112,7 @@ def _timed_step(
 def _owned_networks(timeline: Timeline, pipe: Any) -> Iterator[set[int]]:
     """The time of the pipeline's networks belongs to the network; collects the ids of those called after a step."""
     called: set[int] = set()
-    changed: list[tuple[nn.Module, str, Any]] = []
+    timed_calls = []
     for module in networks_of(pipe).values():
         compiled = getattr(module, "_compiled_call_impl", None)
         function = compiled if compiled is not None else module.forward
@@ -133,12 +125,8 @@ def _owned_networks(timeline: Timeline, pipe: Any) -> Iterator[set[int]]:
                 return function(*args, **kwargs)
 
         timed.__signature__ = inspect.signature(module.forward)  # type: ignore[attr-defined]  # diffusers inspects it
-        changed.append((module, name, module.__dict__.get(name)))
-        module.__dict__[name] = timed
-    try:
+        timed_calls.append(attributes_set(module, **{name: timed}))
+    with contextlib.ExitStack() as stack:
+        for each in timed_calls:
+            stack.enter_context(each)
         yield called
-    finally:
-        for module, name, old in changed:
-            module.__dict__[name] = old
-            if old is None:
-                del module.__dict__[name]

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fastsched.diffusers.attributes import attributes_set
+
 #: Methods of pipelines that encode prompts.
 ENCODERS = ("encode_prompt", "_encode_prompt")
 
@@ -78,13 +80,8 @@ def prompts_encoded_once(pipe: Any) -> Iterator[None]:
     Arguments that hold tensors are not compared; such calls are made each time.
     """
     names = [name for name in ENCODERS if callable(getattr(pipe, name, None)) and name not in vars(pipe)]
-    try:
-        for name in names:
-            setattr(pipe, name, _Remembering(getattr(pipe, name)))
+    with attributes_set(pipe, **{name: _Remembering(getattr(pipe, name)) for name in names}):
         yield
-    finally:
-        for name in names:
-            delattr(pipe, name)
 
 
 class _Remembering:

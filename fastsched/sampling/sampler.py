@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser, finite_denoised, is_denoiser
-from fastsched.denoisers.late_reading import Verdicts
+from fastsched.denoisers.denoiser import Denoiser, is_denoiser
+from fastsched.denoisers.late_reading import Verdicts, finite_denoised
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling.fitted import fitted_solver
 from fastsched.sampling.multistep import Node, log_rho

@@ -18,20 +18,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser, finite_denoised, is_denoiser
-from fastsched.denoisers.late_reading import Verdicts, sent
+from fastsched.denoisers.denoiser import Denoiser, is_denoiser
+from fastsched.denoisers.late_reading import Verdicts, finite_denoised, sent
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import normal, sample_seeds, stream
+from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import STOCHASTIC_SOLVERS
-
-if TYPE_CHECKING:
-    from fastsched.sampling.schedule import Schedule
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import tqdm
 from shell_runs import MODEL, run
 
 
@@ -19,6 +20,20 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def model(folder) -> str:
     return f"{folder / 'my_model.py'}:build"
+
+
+@pytest.fixture
+def bars(monkeypatch) -> list:
+    """The progress bars that a test shows."""
+    shown = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            shown.append(self)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    return shown
 
 
 @pytest.fixture(scope="session")

@@ -169,7 +169,7 @@ def test_what_cannot_be_exported_is_refused(folder, flow, tmp_path):
         ((flow, "--to", "text", "--scheduler", tmp_path), "for --to diffusers, vllm-omni and sglang only"),
         ((flow, "--to", "diffusers", "--mu", "1"), "mu needs --scheduler"),
         ((flow, "--to", "diffusers", "--scheduler", folder), "holds no scheduler_config.json"),
-        ((flow, "--to", "diffusers", "--scheduler", tmp_path), "scheduler 'NoSuchScheduler'"),
+        ((flow, "--to", "diffusers", "--scheduler", tmp_path), "names the class 'NoSuchScheduler'"),
     ]
     for arguments, message in cases:
         result = run("export", *arguments)

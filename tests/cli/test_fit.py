@@ -6,7 +6,7 @@ import torch
 from shell_runs import one_line, run
 
 import fastsched as fs
-from fastsched.cli import making
+from fastsched.cli import making, shell
 from fastsched.denoisers.loading import load_denoiser
 
 QUICK = ("--shape", "2,3", "--samples", "2", "--levels", "12", "--model-calls", "111", "-q")
@@ -39,6 +39,20 @@ def test_the_cost_is_said_before_it_is_spent(folder, model, tmp_path):
     dry = run(*spent, "--dry-run")
     assert (dry.exit_code, dry.stderr.strip()) == (0, cost)
     assert not (tmp_path / "a.json").exists()
+
+
+def test_measuring_and_fitting_are_one_bar(capsys):
+    with shell.joint_bar(50, True, "fitting") as hear:
+        for done, total in ((10, 20), (20, 20), (6, 30), (24, 30)):
+            hear(done, total)
+    assert "44/50" in capsys.readouterr().err
+
+
+def test_a_fit_shows_one_bar_over_all_its_calls(model, tmp_path, bars):
+    making.fit(model, 4, tmp_path / "a.json", shape="2,3", levels=12, samples=2, model_calls=111)
+    (bar,) = bars
+    assert bar.total == 111
+    assert 44 < bar.n <= 111  # 44 of them measure
 
 
 def test_the_defaults_of_the_shell_are_those_of_the_library():

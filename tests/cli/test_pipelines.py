@@ -7,6 +7,7 @@ import torch
 from shell_runs import one_line, run
 
 import fastsched as fs
+from fastsched.cli import making
 
 diffusers = pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 
@@ -53,6 +54,13 @@ def test_fit_is_that_of_the_library(saved, pipe, tmp_path):
     assert found.origin.model_calls > 20  # of the measurement, and of the runs
     assert found.predicted_error > 0
     assert found.measured_error > 0
+
+
+def test_a_fit_shows_one_bar_over_all_its_calls(saved, tmp_path, bars):
+    making.fit(str(saved), 4, tmp_path / "a.json", levels=10, samples=1, model_calls=50)
+    (bar,) = bars  # none of the pipeline's own
+    assert bar.total == 50
+    assert 20 < bar.n <= 50  # 20 of them measure
 
 
 def test_compare_holds_the_pipeline_to_its_converged_samples(saved, pipe, tmp_path):

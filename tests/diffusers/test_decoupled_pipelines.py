@@ -1,4 +1,4 @@
-"""Schedules with decoupled levels in pipelines: samples as `fs.sample` makes them, refusals, fits through a pipeline."""
+"""Decoupled levels in pipelines: samples as `fs.sample` makes them, refusals, and fits through a pipeline."""
 
 import copy
 import math

@@ -222,3 +222,11 @@ def test_one_bar_over_all_calls(capsys):
     assert "own" not in capsys.readouterr().err
     assert pipe._progress_bar_config == {"desc": "own"}
     assert [len(list(group)) for _, group in itertools.groupby(pipe.batches)] == [8]
+
+
+def test_a_function_hears_the_steps_of_all_calls(capsys):
+    heard = []
+    measure(text_pipeline(), prompts_per_call=1, progress=lambda done, total: heard.append((done, total)))
+    assert [done for done, _ in heard] == list(range(1, 4 * 24 + 1))
+    assert {total for _, total in heard} == {4 * 24}
+    assert capsys.readouterr().err == ""  # nor the pipeline's own bar
