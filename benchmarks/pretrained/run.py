@@ -49,10 +49,11 @@ METHODS = (
     "oss",
     "optimal_schedule",
     "fit",
+    "fit_decoupled",
     "fit_100",
 )
 #: Those that choose schedules for the fitted solver too.
-FITTED_METHODS = ("optimal_schedule", "fit", "fit_100")
+FITTED_METHODS = ("optimal_schedule", "fit", "fit_decoupled", "fit_100")
 #: Those that are run for no other solver.
 FITTED_ONLY = ("fit_100",)
 

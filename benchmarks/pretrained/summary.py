@@ -22,7 +22,7 @@ from fastsched.sampling.solvers import FITTED
 DOCS = Path(__file__).parents[2] / "docs"
 
 #: fastsched's own methods; all else in `METHODS` is another way.
-OURS = ("optimal_schedule", "fit", "fit_100")
+OURS = ("optimal_schedule", "fit", "fit_decoupled", "fit_100")
 #: Schedules that ask the network nothing and need no choosing.
 COMMON = ("karras_7", "karras_7_to_zero", "exponential", "exponential_to_zero", "native")
 ERRORS = {"typical_error": "typical", "mean_error": "mean"}

@@ -18,10 +18,10 @@ from benchmarks.quality.optimal_steps import OptimalSteps
 from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.states import finite_grid
 from fastsched.fitting.denoiser_fit import fit_report
-from fastsched.sampling.solvers import FITTED
+from fastsched.sampling.solvers import FITTED, get_solver
 
 #: fastsched's own: the dynamic programme, the same polished, and what `fastsched.fit` makes of it with more calls.
-OURS = ("optimal_schedule_unpolished", "optimal_schedule", "fit")
+OURS = ("optimal_schedule_unpolished", "optimal_schedule", "fit", "fit_decoupled")
 
 #: Where the seeds of the noises start that GITS's settings are chosen on; no chooser or evaluation uses these.
 TUNING_SEED = 10_000
@@ -51,7 +51,8 @@ class Chosen:
     """A schedule and what it took to choose it.
 
     Attributes:
-        sigmas: Sampler sigmas [steps + 1], the last 0; for the fitted solver the `fs.Schedule`, which has its weights.
+        sigmas: Sampler sigmas [steps + 1], the last 0; for the fitted solver and decoupled levels the `fs.Schedule`,
+            which has weights and levels.
         model_calls: Spent choosing, a measurement that serves all solvers and numbers of steps included.
         seconds: CPU seconds spent choosing, the measurement included.
         predicted: The squared distance it predicts, if it does.
@@ -143,9 +144,12 @@ class Choosers:
             "optimal_schedule_unpolished": lambda: self._optimal(solver, steps, polish=False),
             "optimal_schedule": lambda: self._optimal(solver, steps, polish=True),
             "fit": lambda: self._fit(solver, steps),
+            "fit_decoupled": lambda: self._fit(solver, steps, decoupled=True),
         }
         if solver == FITTED:
-            return {name: ours[name] for name in ("optimal_schedule", "fit")}
+            return {name: ours[name] for name in ("optimal_schedule", "fit", "fit_decoupled")}
+        if get_solver(solver).stage is not None:  # a network that is called twice a step is told the states' levels
+            del ours["fit_decoupled"]
         process = self.model.denoiser.process
         fixed = baselines.curves(process, steps, self.statistics.data_std)
         return {
@@ -194,14 +198,15 @@ class Choosers:
         """`fastsched.fit` with ``model_calls`` in all, a measurement of its own among them."""
         return self._fitted(solver, steps, 0.0, model_calls=model_calls, seed=self.seed)
 
-    def _fit(self, solver: str, steps: int) -> Chosen:
+    def _fit(self, solver: str, steps: int, **options: Any) -> Chosen:
         statistics = self.statistics
-        return self._fitted(solver, steps, self.seconds["statistics"], stats=statistics)
+        return self._fitted(solver, steps, self.seconds["statistics"], stats=statistics, **options)
 
     def _fitted(self, solver: str, steps: int, spent: float, **options: Any) -> Chosen:
         start = time.process_time()
         found = fit_report(self.model.denoiser, self.model.shape, steps, solver, progress=False, **options)
-        sigmas = found.schedule if solver == FITTED else found.schedule.sigmas
+        whole = solver == FITTED or found.schedule.network_sigmas is not None
+        sigmas = found.schedule if whole else found.schedule.sigmas
         return Chosen(sigmas, found.model_calls, time.process_time() - start + spent, found.schedule.measured_error)
 
     def _timed(self, name: str, measure: Callable[[], Any]) -> Any:

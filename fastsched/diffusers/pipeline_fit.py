@@ -69,8 +69,7 @@ def fit(
 ) -> Schedule:
     """The schedule of ``steps`` steps for a pipeline as it stands: its scheduler's solver, guidance, adapters.
 
-    Measures it (`measure`), runs the most promising schedules and the scheduler's own from the noise of the measured
-    paths, and tunes the best (`fastsched.fit`), by the squared distance to the paths' ends.
+    Measures it (`measure`), runs promising schedules and the scheduler's own, and tunes the best (`fastsched.fit`).
 
     Args:
         pipe: A pipeline whose scheduler can be given schedules (docs/schedulers.md).
@@ -94,31 +93,30 @@ def fit(
         The schedule, for `fastsched.diffusers.apply`; the pipeline itself is not changed.
 
     Raises:
-        TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range or beyond ``model_calls``, or the scheduler or all samples unusable.
     """
     validate.arguments(locals(), **CHECKS)
     by_prompt = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
-    name = _checked(pipe, steps, solver, checkpoint, audition=audition)
-    if decoupled:
-        check_tells_apart(pipe.scheduler, steps, name)
+    name = _checked(pipe, steps, solver, checkpoint, audition=audition, decoupled=decoupled)
     total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else TOTAL
     with prompts_encoded_once(pipe):
         if stats is None:
             levels, samples = planned(total, steps, levels, samples, calibration_calls)
-            settings = {"levels": levels, "samples": samples, "seed": seed, "prompts_per_call": prompts_per_call}
-            settings |= {"prompts": prompts, "checkpoint": checkpoint, "progress": progress}
+            settings = {"levels": levels, "samples": samples, "seed": seed, "prompts_per_call": prompts_per_call,
+                        "prompts": prompts, "checkpoint": checkpoint, "progress": progress}  # fmt: skip
             stats = measured_in_group(pipe, call_kwargs, group, vectors="first", keep_increments=audition, **settings)
             total = max(0, total - stats.model_calls)
         places = {"checkpoint": checkpoint, "group": group, "progress": progress, "decoupled": decoupled}
         return _fitted(pipe, stats, steps, name, by_prompt, call_kwargs, total * audition, **places).schedule
 
 
-def _checked(pipe: Any, steps: int, solver: str | None, checkpoint: Any, *, audition: bool) -> str:
+def _checked(pipe: Any, steps: int, solver: str | None, checkpoint: Any, *, audition: bool, decoupled: bool) -> str:
     """The solver to choose for, if the pipeline can be fitted as it is called and files can be written."""
     if checkpoint is not None:
         check_writable(runs_beside(checkpoint))
     name = checked_solver(pipe.scheduler, steps, solver, audition=audition)
+    if decoupled:
+        check_tells_apart(pipe.scheduler, steps, name)
     check_caches(pipe)
     return name
 
@@ -146,8 +144,8 @@ def _fitted(
     made = lambda run: fit_by_running(run, stats, steps, solver, tried, **options)
     alone, one = rank_and_size(group)[1] == 1, run
     if alone and checkpoint is not None:
-        own = {"decoupled": True} if decoupled else {}  # so that files of earlier versions go on
-        what = identity(stats, steps=steps, solver=solver, model_calls=budget, **own)
+        other = decoupled or None  # as in files of earlier versions
+        what = identity(stats, steps=steps, solver=solver, model_calls=budget, decoupled=other)
         one = logged(run, RunLog(runs_beside(checkpoint), what))
     with one_bar(pipe, budget, budget > 0 and progress, "fitting") as run.advance:
         return led_by_first(one if alone else run.part, made, group)

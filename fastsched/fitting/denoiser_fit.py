@@ -119,11 +119,10 @@ def fit_report(
     group: Any = None,
     progress: Progress = True,
 ) -> FitReport:
-    """`fit`, with all that it found on the way; arguments and errors are the same."""
+    """`fit`, with all that it found on the way."""
     validate.arguments(locals(), **CHECKS)
-    method, run, batches, grain = chosen_solver(solver), None, None, batch_size
-    if batch_size is None and checkpoint is not None:
-        grain = 1
+    method, run, batches = _solver(solver, decoupled), None, None
+    grain = 1 if batch_size is None and checkpoint is not None else batch_size
     if stats is None:
         total = TOTAL if model_calls is None else model_calls
         responses = takes_responses(total, math.prod(shape))
@@ -133,8 +132,6 @@ def fit_report(
         budget = calls_left(total, run.calls * len(batches.seeds) + CHECK_CALLS * checks)
     else:
         budget = MODEL_CALLS if model_calls is None else model_calls
-    if decoupled:
-        check_decoupled(method.name)
     _check_steps(steps, len(run.s) if run is not None else stats.levels if stats is not None else 0)
     log_file = None if checkpoint is None else runs_beside(checkpoint, *rank_and_size(group))
     if log_file is not None:
@@ -151,9 +148,8 @@ def fit_report(
             stats = with_increments(denoiser, stats, checkpoint=checkpoint, group=group, **options)
         runner, calls = Runner(denoiser, stats, method, **options), method.model_calls(steps)
         if log_file is not None:
-            what = {"steps": steps, "solver": method.name, "model_calls": model_calls, "batch_size": grain}
-            what |= {"decoupled": True} if decoupled else {}
-            runner.kept = RunLog(log_file, identity(stats, **what, dtype=str(runner.dtype))).run
+            what = {"steps": steps, "solver": method.name, "model_calls": model_calls, "decoupled": decoupled or None}
+            runner.kept = RunLog(log_file, identity(stats, **what, batch_size=grain, dtype=str(runner.dtype))).run
         best = BestSoFar(runner, stats)
         made = partial(_fitted, best, steps=steps, method=method, calls=calls, budget=budget, decoupled=decoupled)
         with progress_bar(budget, progress, "fitting") as runner.advance:
@@ -174,6 +170,13 @@ CHECKS: dict[str, validate.Check] = {
     "samples": validate.optional(validate.CHECKS["samples"]),
     "model_calls": validate.optional(validate.CHECKS["model_calls"]),
 }
+
+
+def _solver(name: str, decoupled: bool) -> Solver:
+    solver = chosen_solver(name)
+    if decoupled:
+        check_decoupled(solver.name)
+    return solver
 
 
 def _check_steps(steps: int, count: int) -> None:

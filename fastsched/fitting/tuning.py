@@ -88,8 +88,7 @@ def tune(
     Args:
         denoiser: The denoiser that ``stats`` was measured on.
         stats: What ``fastsched.measure(..., keep_increments=True)`` returned.
-        start: A schedule, or an audition: where to start are its finalists, known already if they ran all samples. If
-            the schedule has decoupled levels, they are tuned too.
+        start: A schedule, its decoupled levels tuned too; or an audition, whose finalists may be known already.
         trials: The most runs, each of all samples, after one of ``start`` if its ends are not known.
         batch_size: Samples run at once; all when None.
         device: Where to run; where the network's parameters are when None.

@@ -69,9 +69,8 @@ def sample(
         The samples ``x0`` [B, *shape]; if the last sigma is not 0, the state ``z = x / alpha`` there.
 
     Raises:
-        ValueError: If ``sigmas`` do not descend, the solver is unknown or cannot have decoupled levels as the schedule
-            does, a deterministic one is given a seed, or the network returns NaN or inf (the message names the level;
-            on a GPU it may come some steps later).
+        ValueError: If ``sigmas`` do not descend, the solver is unknown or not for the schedule, a deterministic one is
+            given a seed, or the network returns NaN or inf (the message names the level; it may be late on a GPU).
     """
     validate.arguments(locals(), denoiser=is_denoiser, sigmas=is_run, solver=_IS_SOLVER, seed=_IS_SEED)
     name = solver if solver is not None else getattr(sigmas, "solver", None)
@@ -80,8 +79,6 @@ def sample(
     if noise is None:
         raise ValueError("noise must be given: standard normal, [B, *shape]")
     check_kind("sigmas", sigmas, denoiser.process)
-    if getattr(sigmas, "network_sigmas", None) is not None:
-        check_decoupled(solver_name(name))
     if solver_name(name) in STOCHASTIC_SOLVERS:
         from fastsched.sampling.stochastic import sample_stochastic
 
@@ -91,8 +88,7 @@ def sample(
         raise ValueError(f"seed must be None for {method.name}, got {seed!r}: it adds no noise to the given one")
     values = validate.descending_sigmas("sigmas", getattr(sigmas, "sigmas", sigmas))
     s = denoiser.process.level(values)
-    nodes, ends_at_zero = nodes_of(denoiser.process, s), float(values[-1]) == 0.0
-    steps = len(nodes) - 1
+    nodes, steps, ends_at_zero = nodes_of(denoiser.process, s), len(s) - 1, float(values[-1]) == 0.0
     calls = method.model_calls(steps) if ends_at_zero or method.stage is None else 2 * steps
     verdicts = Verdicts()
     with progress_bar(calls, progress, f"{method.name} sampling") as advance:
@@ -103,14 +99,16 @@ def sample(
             advance(1)
             return denoised
 
-        y = answered(integration(nodes, method, noise, s=_asked(sigmas, denoiser.process, s)), denoise)
+        y = answered(integration(nodes, method, noise, s=_asked(sigmas, method.name, denoiser.process, s)), denoise)
     verdicts.settle()
     return y if ends_at_zero else y * float(s[-1])
 
 
-def _asked(run: object, process: NoiseProcess, s: Tensor) -> Sequence[tuple[Tensor, Tensor | None]]:
+def _asked(run: object, solver: str, process: NoiseProcess, s: Tensor) -> Sequence[tuple[Tensor, Tensor | None]]:
     """The levels of a run's states, each with that whose timestep the network is given if it is another."""
     own = getattr(run, "network_sigmas", None)
+    if own is not None:
+        check_decoupled(solver)
     told = [None] * len(s) if own is None else list(process.level(own))
     return list(zip(s, [*told, None], strict=False))
 

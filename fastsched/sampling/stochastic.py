@@ -27,7 +27,7 @@ from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.denoisers.late_reading import Verdicts, finite_denoised, sent
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import normal, sample_seeds, stream
-from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.schedule import Schedule, check_decoupled
 from fastsched.sampling.solvers import STOCHASTIC_SOLVERS
 
 
@@ -66,6 +66,8 @@ def sample_stochastic(
     validate.arguments(locals(), denoiser=is_denoiser, sigmas=validate.anything, solver=_is_stochastic)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be within [0, 1], got {eta!r}")
+    if isinstance(sigmas, Schedule) and sigmas.network_sigmas is not None:
+        check_decoupled(solver)
     s = denoiser.process.level(validate.descending_sigmas("sigmas", getattr(sigmas, "sigmas", sigmas)))
     levels = s.tolist()
     streams = [stream(value, 1) for value in sample_seeds(seed, len(noise)).tolist()]
