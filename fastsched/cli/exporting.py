@@ -77,6 +77,8 @@ def export(
         raise ValueError(
             f"schedule is for the fitted solver, whose weights {to} cannot take; {instead}fit one for a stock solver"
         )
+    if to != "diffusers":
+        loaded.check_coupled(to)
     if to == "diffusers":
         text, values = _diffusers(loaded, schedule, scheduler, mu)
     elif to in ENGINES:
@@ -177,7 +179,7 @@ def _diffusers(schedule: Schedule, path: Path, scheduler: str | None, mu: float 
     try:
         found = fs.diffusers.export(schedule, own, mu=mu)
     except ValueError as error:
-        if mu is not None or schedule.weights is not None:
+        if mu is not None or schedule.weights is not None or schedule.network_sigmas is not None:
             raise
         used = applied(schedule, own)[1]  # its errors name a scheduler that would do
         note(f"no arguments do, so this gives the schedule to the scheduler: {error}")

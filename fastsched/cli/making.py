@@ -137,6 +137,10 @@ def fit(
             help="The most model calls, the measurement included.  [default: 800; with --stats 740 more]", min=0
         ),
     ] = None,
+    decoupled: Annotated[
+        bool,
+        typer.Option("--decoupled", help="Tune what the network is told too; for diffusers and fs.sample only."),
+    ] = False,
     seed: shell.Seed = 0,
     batch_size: shell.Batch = None,
     device: shell.Device = None,
@@ -162,6 +166,7 @@ def fit(
     chosen = None if solver is None else inputs.solver_named(solver)
     known = None if stats is None else inputs.load_statistics(stats)
     options = {"stats": known, "levels": levels, "samples": samples, "model_calls": model_calls, "seed": seed}
+    options["decoupled"] = decoupled
     schedule = _fitted(source, steps, chosen, dry_run, options)
     schedule.save(output)
     if as_json:
@@ -333,6 +338,7 @@ def summary(schedule: Schedule) -> dict[str, Any]:
         "measured_error": schedule.measured_error,
         **({} if schedule.origin is None else {"origin": schedule.origin.to_dict()}),
         **({} if schedule.weights is None else {"weights": schedule.weights.tolist()}),
+        **({} if schedule.network_sigmas is None else {"network_sigmas": schedule.network_sigmas.tolist()}),
     }
 
 
@@ -349,6 +355,8 @@ def _show(schedule: Schedule) -> None:
     known = [f", {name} squared error {value:.4g}" for name, value in errors.items() if value is not None]
     note(f"{schedule.solver}, {schedule.steps} steps{''.join(known)}")
     typer.echo(plain_decimals(schedule.sigmas.tolist()))
+    if schedule.network_sigmas is not None:
+        note(f"the network is told {plain_decimals(schedule.network_sigmas.tolist())}")
 
 
 def _target(text: str) -> float | tuple[str, int]:

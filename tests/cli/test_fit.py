@@ -141,3 +141,20 @@ def test_a_resumed_measurement_costs_what_is_left(folder, model, tmp_path):
     output.write_bytes((folder / "s.safetensors").read_bytes())
     result = run("measure", model, "--shape", "2,3", "--samples", "4", "-q", "--resume", "-o", output, "--dry-run")
     assert result.stderr.strip() == "model calls, counted per sample: 94 to measure"
+
+
+def test_decoupled_levels_are_fitted_shown_and_exported_where_they_can_be(folder, model, tmp_path):
+    output = tmp_path / "a.json"
+    options = ("--steps", "4", "--solver", "ddim", "--decoupled", *QUICK, "--model-calls", "200", "-o", output)
+    result = run("fit", model, *options)
+    assert result.exit_code == 0, result.stderr
+    schedule = fs.Schedule.load(output)
+    assert schedule.network_sigmas is not None
+    assert "the network is told" in result.stderr
+    shown = json.loads(run("fit", model, *options, "--overwrite", "--json").stdout)
+    assert shown["network_sigmas"] == schedule.network_sigmas.tolist()
+    for program in ("comfyui", "k-diffusion", "text"):
+        refused = run("export", output, "--to", program)
+        assert refused.exit_code == 2
+        assert "decoupled levels" in one_line(refused.stderr)
+    assert "fs.diffusers.apply(schedule, pipe)" in run("export", output, "--to", "diffusers").stdout
