@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -220,3 +221,17 @@ def test_a_schedule_with_weights_of_its_own_cannot_be_exported_as_arguments():
     schedule = fs.Schedule(torch.tensor([14.0, 1.0, 0.0]), "fitted", "vp", weights=torch.tensor([[1.0, 0], [0.5, 0.5]]))
     with pytest.raises(ValueError, match="must be for a stock solver"):
         fs.diffusers.export(schedule, scheduler)
+
+
+def test_a_schedule_that_is_rounded_is_applied_with_a_warning():
+    """One that lies at integer timesteps, as those measured through a pipeline, is not."""
+    scheduler = diffusers.DDIMScheduler(**SD, clip_sample=False)
+    schedule = uneven(describe(scheduler).process)
+    between = fs.Schedule(schedule.sigmas * torch.linspace(1, 0.97, STEPS + 1), "ddim", "vp")
+    with pytest.warns(
+        UserWarning, match=r"DDIMScheduler takes integer timesteps, so the schedule is rounded, by up to"
+    ):
+        assert not fs.diffusers.apply(between, Pipe(scheduler)).exact
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert fs.diffusers.apply(schedule, Pipe(scheduler)).exact
