@@ -35,7 +35,11 @@ def say_fitting(
     dry_run: bool,
     repeating: Callable[[Any], int] = lambda stats: 0,
 ) -> int:
-    """Say the cost of a fit: of its measurement, made now or followed again, and of the runs; returns their sum."""
+    """Say the cost of a fit: of its measurement, made now or followed again, and of the runs.
+
+    Returns:
+        The calls that its progress counts; following paths again is not among them.
+    """
     from fastsched.fitting.budget import TOTAL, calls_left
     from fastsched.fitting.loop import MODEL_CALLS
 
@@ -47,7 +51,7 @@ def say_fitting(
         calls = measuring(options["levels"], options["samples"])
         later = calls_left(TOTAL if given is None else given, calls)
     say(f"{calls:,} to measure, at most {later:,} to run and tune schedules", dry_run)
-    return calls + later
+    return later if stats is not None else calls + later
 
 
 def say_comparing(reference: int, runs: int, dry_run: bool) -> None:

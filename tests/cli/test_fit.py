@@ -6,7 +6,7 @@ import torch
 from shell_runs import one_line, run
 
 import fastsched as fs
-from fastsched.cli import making, shell
+from fastsched.cli import comparing, making, shell
 from fastsched.denoisers.loading import load_denoiser
 
 QUICK = ("--shape", "2,3", "--samples", "2", "--levels", "12", "--model-calls", "111", "-q")
@@ -48,11 +48,21 @@ def test_measuring_and_fitting_are_one_bar(capsys):
     assert "44/50" in capsys.readouterr().err
 
 
-def test_a_fit_shows_one_bar_over_all_its_calls(model, tmp_path, bars):
+def test_a_fit_shows_one_bar_over_all_its_calls(folder, model, tmp_path, bars):
     making.fit(model, 4, tmp_path / "a.json", shape="2,3", levels=12, samples=2, model_calls=111)
     (bar,) = bars
     assert bar.total == 111
     assert 44 < bar.n <= 111  # 44 of them measure
+    known = folder / "s.safetensors"
+    making.fit(model, 4, tmp_path / "b.json", shape="2,3", stats=known, model_calls=60)
+    assert bars[1:] == [bars[-1]]
+    assert bars[-1].total == 60
+
+
+def test_a_comparison_shows_one_bar_over_all_its_calls(folder, model, bars):
+    comparing.compare(model, [folder / "x-4.json"], "karras", shape="2,3", samples=4, reference_steps=10)
+    (bar,) = bars
+    assert bar.n == bar.total == 4 * (10 + 4 + 4)  # the converged samples, the schedule, karras
 
 
 def test_the_defaults_of_the_shell_are_those_of_the_library():
