@@ -23,6 +23,8 @@ MODEL_CALLS = 740
 
 #: How many candidates are run, if the first round, of few samples each, takes no more than this fraction of the calls.
 #: What is left is for tuning: its runs lower the error more than a choice among more candidates.
+#: With decoupled levels, which begin by a run that only learns, no more than the finalists: at 12 steps four candidates
+#: had 1.3 times the error.
 CANDIDATES, FIRST_ROUND = 4, 0.25
 
 
@@ -96,6 +98,7 @@ def _fitted(
     decoupled: bool,
 ) -> FitReport:
     most = affordable(calls, stats.samples, model_calls)
+    most = min(most, FINALISTS) if decoupled else most
     if most == 0:
         return FitReport(optimal_schedule(stats, steps, solver), stats)
     audition = ranked(run, stats, dict(islice(candidates, most)), calls, stats.samples)
