@@ -15,7 +15,7 @@ the steps are passed on and added up with their signs.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Protocol
 
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastsched.costs.answer_errors import relative_errors, uncorrelated
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.secants import Secants
 from fastsched.denoisers.noise import NoiseProcess
@@ -71,6 +72,7 @@ class OnPath:
         denoised: Coefficients of ``D - D_0``, [C, N-1].
         jacobian: The scalar Jacobian, [C].
         amplitude: How large a deviation is at the end, against its size there, [C].
+        answer_error: How large the error of an answer is, against the unexplained part of a deviation, [C].
     """
 
     s: Array
@@ -79,13 +81,11 @@ class OnPath:
     denoised: Array
     jacobian: Array
     amplitude: Array
+    answer_error: Array
 
     def __getitem__(self, which: NDArray[np.intp]) -> OnPath:
         """The same at levels by their numbers."""
-        of = lambda values: values[which]
-        return OnPath(
-            of(self.s), of(self.lam), of(self.state), of(self.denoised), of(self.jacobian), of(self.amplitude)
-        )
+        return OnPath(*(getattr(self, each.name)[which] for each in fields(self)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,6 +203,13 @@ class Surrogate:
         keep = np.append(self.s[1:], 0.0) / self.s
         return np.cumprod((keep + (1 - keep) * self.jacobian)[::-1], dtype=np.float64)[::-1]
 
+    @cached_property
+    def _answer_errors(self) -> Array:
+        """``kappa`` at the levels, [N]; without deviated paths that of a Jacobian that projects, ``j`` its mean."""
+        if self.secants is None:
+            return np.sqrt(self.jacobian * (1 - self.jacobian))
+        return np.interp(self._lam, self.secants.lam, relative_errors(self.secants, self.norms))
+
     def path(self, s: Array) -> tuple[Array, Array]:
         """Coefficients of ``y - y_0`` and of ``D - D_0`` on the path at levels ``s`` [C]; each [C, N-1]."""
         rho, lam = 1 / s, self.position(s)
@@ -219,9 +226,13 @@ class Surrogate:
 
     def on_path(self, s: Array) -> OnPath:
         """What is known on the path at levels ``s`` [C]."""
-        return OnPath(s, self.position(s), *self.path(s), self.scalar_jacobian(s), self.amplitude(s))
+        lam = self.position(s)
+        answer_error = np.interp(lam, self._lam, self._answer_errors)
+        return OnPath(s, lam, *self.path(s), self.scalar_jacobian(s), self.amplitude(s), answer_error)
 
-    def rollouts(self, levels: Array, solver: str | Solver, secants: Answers | None = None) -> Rollouts:
+    def rollouts(
+        self, levels: Array, solver: str | Solver, secants: Answers | None = None, *, passed_on: bool = False
+    ) -> Rollouts:
         """Sample along C schedules at once.
 
         Args:
@@ -229,9 +240,11 @@ class Surrogate:
             solver: The solver.
             secants: What is known beyond the scalar Jacobian, over more vectors than the measurement's if runs found
                 more; those of the measurement when None.
+            passed_on: Whether to find how errors of answers reach the end.
         """
         method, levels = get_solver(solver), np.asarray(levels, dtype=np.float64)
-        found = Rollouts(self, secants or self.secants or Secants.none(self.vectors), len(levels))
+        later = method.model_calls(levels.shape[1] - 1) - 1 if passed_on else 0
+        found = Rollouts(self, secants or self.secants or Secants.none(self.vectors), len(levels), later)
         column = lambda value: np.asarray(value)[..., None]
         with np.errstate(divide="ignore", invalid="ignore"):
             nodes = nodes_of_levels(self.process, levels)
@@ -257,14 +270,15 @@ class Rollouts:
 
     Attributes:
         end: Coefficients of the states ``y - y_0`` at the start, and of the denoised samples ``D - D_0`` at the end,
-            [C, V].
+            [C, V], and then those of the errors of answers that are passed on, [C, V + later].
     """
 
-    def __init__(self, surrogate: Surrogate, secants: Answers, count: int) -> None:
+    def __init__(self, surrogate: Surrogate, secants: Answers, count: int, later: int = 0) -> None:
         self.surrogate, self.secants = surrogate, secants
-        self.end = np.zeros((count, secants.vectors))
+        self.end = np.zeros((count, secants.vectors + later))
         self._away: list[Array] = []
-        self._unexplained: list[Array] = []  # times their amplitude at the end
+        self._unexplained: list[Array] = []
+        self._known: list[OnPath] = []
 
     @property
     def deviations(self) -> Array:
@@ -272,11 +286,29 @@ class Rollouts:
         return np.array(self._away)
 
     @property
-    def outcome(self) -> Outcome:
-        """The errors at the end."""
-        error = self.end.copy()
+    def error(self) -> Array:
+        """Coefficients of the errors at the end, [C, V]."""
+        error = self.end[:, : self.secants.vectors].copy()
         error[:, : len(self.surrogate.s) - 1] -= 1.0
-        return Outcome(error, np.stack(self._unexplained[1:] or [np.zeros_like(error)], axis=1))
+        return error
+
+    @property
+    def outcome(self) -> Outcome:
+        """The errors at the end, and the unexplained deviations."""
+        error = self.error
+        scaled = [u * at.amplitude[:, None] for u, at in zip(self._unexplained, self._known, strict=True)]
+        return Outcome(error, np.stack(scaled[1:] or [np.zeros_like(error)], axis=1))
+
+    @property
+    def unknown(self) -> Array:
+        """Vectors whose squares add up to the variance that unknown answers give the error, [C, evaluations, V]."""
+        if len(self._known) < 2:
+            return np.zeros((len(self.end), 0, self.secants.vectors))
+        later = self._known[1:]
+        errors = np.stack([at.answer_error for at in later], axis=1)
+        errors *= self.end[:, self.secants.vectors :][:, : len(later)]
+        lam = np.stack([at.lam for at in later], axis=1)
+        return uncorrelated(errors[:, :, None] * np.stack(self._unexplained[1:], axis=1), lam)
 
     def denoise(self, y: Array, s: Array) -> Array:
         """Coefficients of ``D - D_0`` [C, V] at levels ``s`` [C], where ``y - y_0`` has coefficients ``y``."""
@@ -285,15 +317,20 @@ class Rollouts:
 
     def denoise_at(self, y: Array, known: OnPath) -> Array:
         """The same, where what is known at the levels was looked up."""
-        n = len(self.surrogate.s) - 1
+        n, vectors, evaluation = len(self.surrogate.s) - 1, self.secants.vectors, len(self._away)
         away = y.copy()
         away[:, :n] -= known.state
         away *= np.where(np.isinf(known.s), 0.0, known.s)[:, None]
-        answer, explained = self.secants.answer(len(self._away), known.lam, away)
-        found = known.jacobian[:, None] * away + answer
+        found = known.jacobian[:, None] * away
+        away = away[:, :vectors]
+        answer, explained = self.secants.answer(evaluation, known.lam, away)
+        found[:, :vectors] += answer
         found[:, :n] += known.denoised
+        if evaluation > 0:
+            found[:, vectors + evaluation - 1 : vectors + evaluation] += 1.0  # its error, if that has a column
         self._away.append(away)
-        self._unexplained.append((away - explained) * known.amplitude[:, None])
+        self._unexplained.append(away - explained)
+        self._known.append(known)
         return found
 
 
