@@ -46,18 +46,19 @@ def relative_errors(secants: Secants, norms: Norms) -> Array:
     return FOUND * np.sqrt(np.median(ratio, axis=1))
 
 
-def uncorrelated(vectors: Array, lam: Array) -> Array:
+def uncorrelated(vectors: Array, lam: Array, length: float) -> Array:
     """Vectors whose squares add up to the variance of correlated errors, [C, E, V].
 
-    With ``L`` the Cholesky factor of ``exp(-|lam_n - lam_m| / LENGTH)``, ``sum_n L[n, k] v_n`` for each k. As a process
+    With ``L`` the Cholesky factor of ``exp(-|lam_n - lam_m| / length)``, ``sum_n L[n, k] v_n`` for each k. As a process
     without memory beyond its last value has it, ``L[n, k]`` is the correlation of n and k times ``sqrt(1 - that of k
     and k - 1, squared)``.
 
     Args:
-        vectors: ``c_n kappa_n u_n``, [C, E, V].
-        lam: Where they are, [C, E].
+        vectors: Errors as they reach the end, [C, E, V].
+        lam: Where they were made, [C, E].
+        length: Over what distance in ``lambda`` they become unlike.
     """
-    near = np.exp(-np.abs(np.diff(lam, axis=1)) / LENGTH)[:, :, None]
+    near = np.exp(-np.abs(np.diff(lam, axis=1)) / length)[:, :, None]
     found = vectors.copy()
     for k in range(vectors.shape[1] - 2, -1, -1):
         found[:, k] += near[:, k] * found[:, k + 1]

@@ -5,10 +5,10 @@ known there only in part is the answer to deviations that no secant explains. A 
 schedules that profit most from what is wrong there, the more so the less error is left: those of UniPC were predicted
 2.5 to 4 times too low. So the squared error that is predicted counts what the unknown answers add to it,
 
-    ``q_b = ||error_b||^2 + ||unknown_b||^2``,
+    ``q_b = ||error_b||^2 + variance_b``,
 
-the variance of the error (`fastsched.costs.answer_errors`). The error of a schedule is the power mean of the samples'
-errors,
+to deviations (`fastsched.costs.answer_errors`) and on the path between its levels
+(`fastsched.costs.interpolation_errors`). The error of a schedule is the power mean of the samples' errors,
 
     ``(mean_b q_b^p)^(1/p)``,   ``p = 1/4``,
 
@@ -62,8 +62,7 @@ class ErrorModel:
     def __call__(self, levels: Array) -> Array:
         """The predicted errors of C schedules, [C], from their levels ``s`` [C, steps + 1], descending to 0."""
         found, _ = rollouts(self.surrogate, levels, self.solver, passed_on=True)
-        norms = self.surrogate.norms
-        return power_mean(norms.squared(found.error) + norms.sum_squared(found.unknown))
+        return power_mean(self.surrogate.norms.squared(found.error) + found.variance)
 
     def weights(self, levels: Array) -> Tensor | None:
         """The weights of the fitted solver for one schedule's levels [steps + 1], [steps, steps]; None for others."""

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastsched.costs.answer_errors import relative_errors, uncorrelated
+from fastsched.costs.answer_errors import LENGTH, relative_errors, uncorrelated
+from fastsched.costs.interpolation_errors import interpolation_errors
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.secants import Secants
 from fastsched.denoisers.noise import NoiseProcess
@@ -73,6 +74,7 @@ class OnPath:
         jacobian: The scalar Jacobian, [C].
         amplitude: How large a deviation is at the end, against its size there, [C].
         answer_error: How large the error of an answer is, against the unexplained part of a deviation, [C].
+        path_error: How far off ``D`` on the path is between the levels of the grid, for each sample, [C, B].
     """
 
     s: Array
@@ -82,6 +84,7 @@ class OnPath:
     jacobian: Array
     amplitude: Array
     answer_error: Array
+    path_error: Array
 
     def __getitem__(self, which: NDArray[np.intp]) -> OnPath:
         """The same at levels by their numbers."""
@@ -134,6 +137,11 @@ class Surrogate:
     def vectors(self) -> int:
         """V, how many vectors coefficients are over."""
         return self.norms.vectors
+
+    @property
+    def spacing(self) -> float:
+        """How far apart levels are in ``lambda``, typically."""
+        return float(np.median(np.diff(self._lam)))
 
     def _deviated(self, stats: PathStatistics) -> tuple[list[int], Array, Array]:
         """Levels that the deviated paths asked at, level 0 first; their deviations and responses there, [G, M, V]."""
@@ -210,6 +218,10 @@ class Surrogate:
             return np.sqrt(self.jacobian * (1 - self.jacobian))
         return np.interp(self._lam, self.secants.lam, relative_errors(self.secants, self.norms))
 
+    @cached_property
+    def _path_errors(self) -> Array:
+        return interpolation_errors(self._lam, self.norms)
+
     def path(self, s: Array) -> tuple[Array, Array]:
         """Coefficients of ``y - y_0`` and of ``D - D_0`` on the path at levels ``s`` [C]; each [C, N-1]."""
         rho, lam = 1 / s, self.position(s)
@@ -227,8 +239,17 @@ class Surrogate:
     def on_path(self, s: Array) -> OnPath:
         """What is known on the path at levels ``s`` [C]."""
         lam = self.position(s)
-        answer_error = np.interp(lam, self._lam, self._answer_errors)
-        return OnPath(s, lam, *self.path(s), self.scalar_jacobian(s), self.amplitude(s), answer_error)
+        between = lambda known: np.interp(lam, self._lam, known)
+        path_error = np.stack([between(of_sample) for of_sample in self._path_errors.T], axis=1)
+        return OnPath(
+            s,
+            lam,
+            *self.path(s),
+            between(self.jacobian),
+            between(self._amplitudes),
+            between(self._answer_errors),
+            path_error,
+        )
 
     def rollouts(
         self, levels: Array, solver: str | Solver, secants: Answers | None = None, *, passed_on: bool = False
@@ -300,15 +321,16 @@ class Rollouts:
         return Outcome(error, np.stack(scaled[1:] or [np.zeros_like(error)], axis=1))
 
     @property
-    def unknown(self) -> Array:
-        """Vectors whose squares add up to the variance that unknown answers give the error, [C, evaluations, V]."""
-        if len(self._known) < 2:
-            return np.zeros((len(self.end), 0, self.secants.vectors))
-        later = self._known[1:]
-        errors = np.stack([at.answer_error for at in later], axis=1)
-        errors *= self.end[:, self.secants.vectors :][:, : len(later)]
-        lam = np.stack([at.lam for at in later], axis=1)
-        return uncorrelated(errors[:, :, None] * np.stack(self._unexplained[1:], axis=1), lam)
+    def variance(self) -> Array:
+        """What is not known of the answers adds this to the squared error at the end, [C, B]."""
+        norms, later = self.surrogate.norms, self._known[1:]
+        if not later:
+            return np.zeros((len(self.end), len(norms.gram)))
+        together = lambda name: np.stack([getattr(at, name) for at in later], axis=1)
+        lam, passed_on = together("lam"), self.end[:, self.secants.vectors :][:, : len(later), None]
+        answers = together("answer_error")[:, :, None] * np.stack(self._unexplained[1:], axis=1)
+        path = uncorrelated(passed_on * together("path_error"), lam, self.surrogate.spacing)
+        return norms.sum_squared(uncorrelated(passed_on * answers, lam, LENGTH)) + (path**2).sum(1)
 
     def denoise(self, y: Array, s: Array) -> Array:
         """Coefficients of ``D - D_0`` [C, V] at levels ``s`` [C], where ``y - y_0`` has coefficients ``y``."""
