@@ -33,7 +33,7 @@ def test_between_the_levels_of_a_smooth_denoiser(extra):
 
 
 def test_answers_of_their_own_at_each_level():
-    """Of independent answers a cubic is off by ``sqrt(1 + sum w^2)``, as far at any spacing; ``w = (-1, 4, 4, -1)/6``."""
+    """Of independent answers a cubic is off by ``sqrt(1 + |w|^2)``, as far at any spacing; ``w = (-1, 4, 4, -1)/6``."""
     generator = np.random.default_rng(0)
     found = errors(generator.standard_normal((len(LAM), 400))) / 20.0
     assert float(np.median(found)) == pytest.approx(np.sqrt(1 + 34 / 36), rel=0.1)
@@ -42,5 +42,5 @@ def test_answers_of_their_own_at_each_level():
 def test_few_levels():
     norms = Norms.of_increments(np.eye(3)[None], 3)
     np.testing.assert_array_equal(interpolation_errors(LAM[:4], norms), np.zeros((4, 1)))
-    norms = Norms.of_increments(np.eye(5)[None], 5)
-    assert (interpolation_errors(LAM[:6], norms) > 0).all()  # one spacing tells no order: the error at twice the spacing
+    norms = Norms.of_increments(np.eye(5)[None], 5)  # one spacing tells no order: the error at twice the spacing
+    assert (interpolation_errors(LAM[:6], norms) > 0).all()
