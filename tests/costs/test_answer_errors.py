@@ -115,5 +115,6 @@ def test_predictions_of_chosen_schedules_are_right_within_a_factor_of_two():
         stats = fs.measure(denoiser, (d,), samples=8, progress=False)
         chosen = fs.optimal_schedule(stats, 8, "unipc")
         ends = fs.sample(denoiser, chosen, noise=noise_of(stats.seeds, (d,)))
+        assert chosen.predicted_error is not None
         ratios.append(chosen.predicted_error / float(power_mean(fs.metrics.squared_distances(ends, stats.ends))))
     assert np.sqrt(np.mean(np.log(ratios) ** 2)) < np.log(2.0)
