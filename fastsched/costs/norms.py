@@ -46,8 +46,13 @@ class Norms:
 
     def squared(self, vectors: Array) -> Array:
         """``v' G_b v`` of vectors [C, V] for each sample, [C, B]."""
-        products = (vectors @ self._side_by_side).reshape(len(vectors), len(self.gram), -1)
+        products = (vectors @ self._side_by_side).reshape(len(vectors), *self.gram.shape[:2])
         return np.maximum((products @ vectors[:, :, None])[:, :, 0], 0.0)
+
+    def sum_squared(self, vectors: Array) -> Array:
+        """The sum over K vectors of `squared`, [C, B], from [C, K, V]."""
+        count, several, _ = vectors.shape
+        return self.squared(vectors.reshape(-1, self.vectors)).reshape(count, several, len(self.gram)).sum(1)
 
     def mean_squared(self, vectors: Array) -> Array:
         """The sum over K vectors of the mean over samples of ``v' G_b v / size_b``, [C], from [C, K, V].

@@ -1,12 +1,14 @@
 """Predict the error of a whole schedule.
 
 The sampler is run on the denoiser as the measurement knows it (`costs.surrogate`), for each measured sample b. What is
-known there only in part is the answer to deviations that no secant explains; errors that cancel because of it may not
-in fact. So the squared error that is predicted is
+known there only in part is the answer to deviations that no secant explains. A search for the least error finds the
+schedules that profit most from what is wrong there, the more so the less error is left: those of UniPC were predicted
+2.5 to 4 times too low. So the squared error that is predicted counts what the unknown answers add to it,
 
-    ``q_b = ||error_b||^2 + penalty^2 sum_n ||unexplained deviation_{n,b}||^2``,
+    ``q_b = ||error_b||^2 + variance_b``,
 
-each deviation scaled to its size at the end. The error of a schedule is the power mean of the samples' errors,
+to deviations (`fastsched.costs.answer_errors`) and on the path between its levels
+(`fastsched.costs.interpolation_errors`). The error of a schedule is the power mean of the samples' errors,
 
     ``(mean_b q_b^p)^(1/p)``,   ``p = 1/4``,
 
@@ -33,11 +35,10 @@ from fastsched.sampling.sampler import is_run, schedule_solver
 from fastsched.sampling.schedule import Schedule, check_kind
 from fastsched.sampling.solvers import FITTED, Solver
 
-#: Weight of deviations that no secant explains. It is about what the answers to them are off by: of what one deviated
-#: path leaves unexplained of the other's deviation, it gets the answer wrong by 0.13 to 0.45 (nine denoisers). Measured
-#: anew for each denoiser and level instead, it gave fits no better. Over six denoisers the schedules chosen with 0.3
-#: had 0.94 of the typical error of those chosen with 0, and 0.93 of those chosen with 0.6; the rank correlations of 0
-#: and 0.3 are alike.
+#: Weight of deviations that no secant explains, near schedules that were run (`fastsched.fitting.neighbourhood`). It is
+#: about what the answers to them are off by: of what one deviated path leaves unexplained of the other's deviation, it
+#: gets the answer wrong by 0.13 to 0.45, a mean over the levels (nine denoisers). Measured anew for each denoiser and
+#: level instead, it gave fits no better.
 PENALTY = 0.3
 
 
@@ -60,8 +61,8 @@ class ErrorModel:
 
     def __call__(self, levels: Array) -> Array:
         """The predicted errors of C schedules, [C], from their levels ``s`` [C, steps + 1], descending to 0."""
-        found, _ = rollouts(self.surrogate, levels, self.solver)
-        return power_mean(squared_errors(self.surrogate.norms, found.outcome))
+        found, _ = rollouts(self.surrogate, levels, self.solver, passed_on=True)
+        return power_mean(self.surrogate.norms.squared(found.error) + found.variance)
 
     def weights(self, levels: Array) -> Tensor | None:
         """The weights of the fitted solver for one schedule's levels [steps + 1], [steps, steps]; None for others."""
@@ -70,7 +71,10 @@ class ErrorModel:
 
 
 def squared_errors(norms: Norms, outcome: Outcome, penalty: float = PENALTY) -> Array:
-    """``q_b`` of each schedule and sample, [C, B]; deviations count as their mean over the samples, to scale.
+    """Squared errors near schedules that were run, [C, B].
+
+    ``||error_b||^2 + penalty^2 sum_n ||unexplained deviation_n||^2``, each deviation scaled to its size at the end.
+    Deviations count as their mean over the samples, to scale.
 
     Args:
         norms: Of the known vectors.

@@ -100,6 +100,15 @@ class Secants:
         c = np.linalg.solve(system, right)
         return (c.transpose(0, 2, 1) @ residuals)[:, 0], (c.transpose(0, 2, 1) @ deviations)[:, 0]
 
+    def left_out(self, path: int) -> tuple[Array, Array]:
+        """What the other paths get wrong of a deviated path's answers, and leave of its deviations; [G, V] each."""
+        others = np.arange(self.deviations.shape[1]) != path
+        deviations, residuals = self.deviations[:, others], self.residuals[:, others]
+        products = self._products[:, others]
+        system = _damped(products @ deviations.transpose(0, 2, 1))
+        c = np.linalg.solve(system, products @ self.deviations[:, path, :, None]).transpose(0, 2, 1)
+        return self.residuals[:, path] - (c @ residuals)[:, 0], self.deviations[:, path] - (c @ deviations)[:, 0]
+
     @cached_property
     def _products(self) -> Array:
         return self.deviations @ self.metric
@@ -119,10 +128,7 @@ class Secants:
         mix = lambda values: (1 - t) * values[after - 1] + t * values[after]
         own, crossed = self._grams
         system = (1 - t) ** 2 * own[after - 1] + t * (1 - t) * crossed[after - 1] + t**2 * own[after]
-        count = system.shape[1]
-        size = np.einsum("cmm->c", system)[:, None, None] / max(count, 1)
-        system = system + (GRID_DAMPING * size + np.finfo(np.float64).tiny) * np.eye(count)
-        return mix(self.deviations), mix(self.residuals), mix(self._products), system
+        return mix(self.deviations), mix(self.residuals), mix(self._products), _damped(system)
 
     def _with_run(
         self, evaluation: int, deviations: Array, residuals: Array, products: Array, system: Array
@@ -149,3 +155,10 @@ class Secants:
             join(products, own),
             whole,
         )
+
+
+def _damped(system: Array) -> Array:
+    """Gram matrices [C, M, M] with `GRID_DAMPING`."""
+    count = system.shape[1]
+    size = np.einsum("cmm->c", system)[:, None, None] / max(count, 1)
+    return system + (GRID_DAMPING * size + np.finfo(np.float64).tiny) * np.eye(count)

@@ -15,7 +15,7 @@ the steps are passed on and added up with their signs.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Protocol
 
@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastsched.costs.answer_errors import LENGTH, relative_errors, uncorrelated
+from fastsched.costs.interpolation_errors import interpolation_errors
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.secants import Secants
 from fastsched.denoisers.noise import NoiseProcess
@@ -71,6 +73,8 @@ class OnPath:
         denoised: Coefficients of ``D - D_0``, [C, N-1].
         jacobian: The scalar Jacobian, [C].
         amplitude: How large a deviation is at the end, against its size there, [C].
+        answer_error: How large the error of an answer is, against the unexplained part of a deviation, [C].
+        path_error: How far off ``D`` on the path is between the levels of the grid, for each sample, [C, B].
     """
 
     s: Array
@@ -79,13 +83,12 @@ class OnPath:
     denoised: Array
     jacobian: Array
     amplitude: Array
+    answer_error: Array
+    path_error: Array
 
     def __getitem__(self, which: NDArray[np.intp]) -> OnPath:
         """The same at levels by their numbers."""
-        of = lambda values: values[which]
-        return OnPath(
-            of(self.s), of(self.lam), of(self.state), of(self.denoised), of(self.jacobian), of(self.amplitude)
-        )
+        return OnPath(*(getattr(self, each.name)[which] for each in fields(self)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +137,11 @@ class Surrogate:
     def vectors(self) -> int:
         """V, how many vectors coefficients are over."""
         return self.norms.vectors
+
+    @property
+    def spacing(self) -> float:
+        """How far apart levels are in ``lambda``, typically."""
+        return float(np.median(np.diff(self._lam)))
 
     def _deviated(self, stats: PathStatistics) -> tuple[list[int], Array, Array]:
         """Levels that the deviated paths asked at, level 0 first; their deviations and responses there, [G, M, V]."""
@@ -203,6 +211,17 @@ class Surrogate:
         keep = np.append(self.s[1:], 0.0) / self.s
         return np.cumprod((keep + (1 - keep) * self.jacobian)[::-1], dtype=np.float64)[::-1]
 
+    @cached_property
+    def _answer_errors(self) -> Array:
+        """``kappa`` at the levels, [N]; without deviated paths that of a Jacobian that projects, ``j`` its mean."""
+        if self.secants is None:
+            return np.sqrt(self.jacobian * (1 - self.jacobian))
+        return np.interp(self._lam, self.secants.lam, relative_errors(self.secants, self.norms))
+
+    @cached_property
+    def _path_errors(self) -> Array:
+        return interpolation_errors(self._lam, self.norms)
+
     def path(self, s: Array) -> tuple[Array, Array]:
         """Coefficients of ``y - y_0`` and of ``D - D_0`` on the path at levels ``s`` [C]; each [C, N-1]."""
         rho, lam = 1 / s, self.position(s)
@@ -219,10 +238,27 @@ class Surrogate:
 
     def on_path(self, s: Array) -> OnPath:
         """What is known on the path at levels ``s`` [C]."""
-        return OnPath(s, self.position(s), *self.path(s), self.scalar_jacobian(s), self.amplitude(s))
+        lam = self.position(s)
+        between = lambda known: np.interp(lam, self._lam, known)
+        path_error = np.stack([between(of_sample) for of_sample in self._path_errors.T], axis=1)
+        return OnPath(
+            s,
+            lam,
+            *self.path(s),
+            between(self.jacobian),
+            between(self._amplitudes),
+            between(self._answer_errors),
+            path_error,
+        )
 
     def rollouts(
-        self, levels: Array, solver: str | Solver, secants: Answers | None = None, offsets: Array | None = None
+        self,
+        levels: Array,
+        solver: str | Solver,
+        secants: Answers | None = None,
+        offsets: Array | None = None,
+        *,
+        passed_on: bool = False,
     ) -> Rollouts:
         """Sample along C schedules at once.
 
@@ -232,9 +268,12 @@ class Surrogate:
             secants: What is known beyond the scalar Jacobian, over more vectors than the measurement's if runs found
                 more; those of the measurement when None.
             offsets: How far the levels that the network is told lie from the states', in ``log s``, [C, steps].
+            passed_on: Whether to find how errors of answers reach the end.
         """
         method, levels = get_solver(solver), np.asarray(levels, dtype=np.float64)
-        found = Rollouts(self, secants or self.secants or Secants.none(self.vectors), len(levels), offsets)
+        later = method.model_calls(levels.shape[1] - 1) - 1 if passed_on else 0
+        known = secants or self.secants or Secants.none(self.vectors)
+        found = Rollouts(self, known, len(levels), offsets, later)
         column = lambda value: np.asarray(value)[..., None]
         with np.errstate(divide="ignore", invalid="ignore"):
             nodes = nodes_of_levels(self.process, levels)
@@ -260,14 +299,17 @@ class Rollouts:
 
     Attributes:
         end: Coefficients of the states ``y - y_0`` at the start, and of the denoised samples ``D - D_0`` at the end,
-            [C, V].
+            [C, V], and then those of the errors of answers that are passed on, [C, V + later].
     """
 
-    def __init__(self, surrogate: Surrogate, secants: Answers, count: int, offsets: Array | None = None) -> None:
+    def __init__(
+        self, surrogate: Surrogate, secants: Answers, count: int, offsets: Array | None = None, later: int = 0
+    ) -> None:
         self.surrogate, self.secants, self.offsets = surrogate, secants, offsets
-        self.end = np.zeros((count, secants.vectors))
+        self.end = np.zeros((count, secants.vectors + later))
         self._away: list[Array] = []
-        self._unexplained: list[Array] = []  # times their amplitude at the end
+        self._unexplained: list[Array] = []
+        self._known: list[OnPath] = []
 
     @property
     def deviations(self) -> Array:
@@ -275,11 +317,30 @@ class Rollouts:
         return np.array(self._away)
 
     @property
-    def outcome(self) -> Outcome:
-        """The errors at the end."""
-        error = self.end.copy()
+    def error(self) -> Array:
+        """Coefficients of the errors at the end, [C, V]."""
+        error = self.end[:, : self.secants.vectors].copy()
         error[:, : len(self.surrogate.s) - 1] -= 1.0
-        return Outcome(error, np.stack(self._unexplained[1:] or [np.zeros_like(error)], axis=1))
+        return error
+
+    @property
+    def outcome(self) -> Outcome:
+        """The errors at the end, and the unexplained deviations."""
+        error = self.error
+        scaled = [u * at.amplitude[:, None] for u, at in zip(self._unexplained, self._known, strict=True)]
+        return Outcome(error, np.stack(scaled[1:] or [np.zeros_like(error)], axis=1))
+
+    @property
+    def variance(self) -> Array:
+        """What is not known of the answers adds this to the squared error at the end, [C, B]."""
+        norms, later = self.surrogate.norms, self._known[1:]
+        if not later:
+            return np.zeros((len(self.end), len(norms.gram)))
+        together = lambda name: np.stack([getattr(at, name) for at in later], axis=1)
+        lam, passed_on = together("lam"), self.end[:, self.secants.vectors :][:, : len(later), None]
+        answers = together("answer_error")[:, :, None] * np.stack(self._unexplained[1:], axis=1)
+        path = uncorrelated(passed_on * together("path_error"), lam, self.surrogate.spacing)
+        return norms.sum_squared(uncorrelated(passed_on * answers, lam, LENGTH)) + (path**2).sum(1)
 
     def denoise(self, y: Array, s: Array) -> Array:
         """Coefficients of ``D - D_0`` [C, V] at levels ``s`` [C], where ``y - y_0`` has coefficients ``y``."""
@@ -288,16 +349,21 @@ class Rollouts:
 
     def denoise_at(self, y: Array, known: OnPath) -> Array:
         """The same, where what is known at the levels was looked up."""
-        n = len(self.surrogate.s) - 1
+        n, vectors, evaluation = len(self.surrogate.s) - 1, self.secants.vectors, len(self._away)
         away = y.copy()
         away[:, :n] -= known.state
         away *= np.where(np.isinf(known.s), 0.0, known.s)[:, None]
-        offset = None if self.offsets is None else self.offsets[:, len(self._away)]
-        answer, explained = self.secants.answer(len(self._away), known.lam, away, offset)
-        found = known.jacobian[:, None] * away + answer
+        found = known.jacobian[:, None] * away
+        away = away[:, :vectors]
+        offset = None if self.offsets is None else self.offsets[:, evaluation]
+        answer, explained = self.secants.answer(evaluation, known.lam, away, offset)
+        found[:, :vectors] += answer
         found[:, :n] += known.denoised
+        if evaluation > 0:
+            found[:, vectors + evaluation - 1 : vectors + evaluation] += 1.0  # its error, if that has a column
         self._away.append(away)
-        self._unexplained.append((away - explained) * known.amplitude[:, None])
+        self._unexplained.append(away - explained)
+        self._known.append(known)
         return found
 
 

@@ -1,0 +1,66 @@
+"""How far off the surrogate's answers are, and what that does to the error at the end.
+
+Of a deviation the secants explain a part; to the rest, ``u``, the scalar Jacobian answers, off by an error ``E`` that
+is not known. The measurement tells how large it is: where one deviated path is left out, the others explain its
+deviation but for ``u_m``, and get its answer wrong by ``E_m``,
+
+    ``kappa(s)^2 = FOUND^2 median_b ( sum_m ||E_{m,b}||^2 / sum_m ||u_{m,b}||^2 )``.
+
+It is near 0 where the denoiser is known (noise alone; no noise) and near 1 where modes part. The sampler takes an error
+of its n-th answer to the end by a factor ``c_n``, with the weights of every later step, a corrector's twice. Errors of
+answers to like deviations at near levels are alike, so the variance at the end is taken as
+
+    ``sum_{n,m} c_n c_m kappa_n kappa_m <u_n, u_m> exp(-|lambda_n - lambda_m| / LENGTH)``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastsched.costs.norms import Array, Norms
+from fastsched.costs.secants import Secants
+
+#: Fraction of the errors found by leaving a path out: where all paths are known, answers are better.
+FOUND = 0.8
+
+#: Distance in ``lambda`` over which errors of answers become unlike. Over twelve denoisers and three solvers the errors
+#: of answers to nearly the same deviation had cosines of 0.95 at a distance of 0.1, 0.65 at 0.4, 0.5 at 1, 0.2 at 1.6.
+LENGTH = 1.3
+
+
+def relative_errors(secants: Secants, norms: Norms) -> Array:
+    """``kappa`` at the levels of the secants, [G], by leaving out each deviated path in turn.
+
+    Args:
+        secants: Of the deviated paths.
+        norms: Of the vectors that they are over.
+    """
+    missed = np.zeros((len(secants.lam), len(norms.gram)))
+    left = np.zeros_like(missed)
+    for path in range(secants.deviations.shape[1]):
+        error, unexplained = secants.left_out(path)
+        missed += norms.squared(error)
+        left += norms.squared(unexplained)
+    ratio = np.divide(missed, left, out=np.zeros_like(left), where=left > 0)
+    ratio[0] = ratio[1]  # at the first level nothing has deviated yet
+    return FOUND * np.sqrt(np.median(ratio, axis=1))
+
+
+def uncorrelated(vectors: Array, lam: Array, length: float) -> Array:
+    """Vectors whose squares add up to the variance of correlated errors, [C, E, V].
+
+    With ``L`` the Cholesky factor of ``exp(-|lam_n - lam_m| / length)``, ``sum_n L[n, k] v_n`` for each k. As a process
+    without memory beyond its last value has it, ``L[n, k]`` is the correlation of n and k times ``sqrt(1 - that of k
+    and k - 1, squared)``.
+
+    Args:
+        vectors: Errors as they reach the end, [C, E, V].
+        lam: Where they were made, [C, E].
+        length: Over what distance in ``lambda`` they become unlike.
+    """
+    near = np.exp(-np.abs(np.diff(lam, axis=1)) / length)[:, :, None]
+    found = vectors.copy()
+    for k in range(vectors.shape[1] - 2, -1, -1):
+        found[:, k] += near[:, k] * found[:, k + 1]
+    found[:, 1:] *= np.sqrt(1 - near**2)
+    return found
