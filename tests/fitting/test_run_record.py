@@ -67,7 +67,7 @@ def test_a_run_predicts_itself(stats, no_penalty, solver):
 
 def test_answers_make_predictions_of_other_runs_better(stats, no_penalty):
     """Of schedules among those that ran, from any of them; the ends alone leave the measurement's own secants."""
-    start = fs.optimal_schedule(stats, 5)
+    start = fs.optimal_schedule(stats, 6)
     schedules = [start, *fs.tune(DENOISER, stats, start, trials=4, progress=False).trials[1:]]
 
     def off(answers):
