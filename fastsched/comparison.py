@@ -20,7 +20,7 @@ from fastsched.sampling.files import write_whole
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
 from fastsched.sampling.sampler import is_run, sample, schedule_solver
-from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.schedule import Schedule, check_decoupled
 from fastsched.sampling.solvers import Solver, get_solver, is_any_solver, is_stock_solver
 
 #: Steps of the reference. On a Gaussian mixture, dpmpp_2m with this many steps has a typical squared distance to the
@@ -255,11 +255,10 @@ def compare(
         reference = converged_reference(denoiser, shape, **noises, steps=reference_steps, progress=progress, **where)
     elif shape is not None and tuple(shape) != tuple(reference.noise.shape[1:]):
         raise ValueError(f"shape {tuple(shape)} is not that of the reference, {tuple(reference.noise.shape[1:])}")
-    rows, calls = [], sum(method.model_calls(len(sigmas) - 1) for sigmas, method in runs.values())
+    rows, calls = [], sum(method.model_calls(_steps(run)) for run, method in runs.values())
     with progress_bar(calls * len(reference.noise), progress, "comparing") as advance:
-        for name, (sigmas, method) in runs.items():
-            ends = _sampled(denoiser, sigmas, method, reference.noise, advance, **where)
-            steps = len(sigmas) - 1
+        for name, (run, method) in runs.items():
+            ends, steps = _sampled(denoiser, run, method, reference.noise, advance, **where), _steps(run)
             rows.append(row_of(name, method.name, steps, method.model_calls(steps), ends, reference))
     return Comparison(tuple(rows), len(reference.noise), reference)
 
@@ -279,15 +278,15 @@ def comparison_calls(
     """
     runs = _planned(denoiser, schedules, solver)
     reference = level_count(denoiser.process, validate.positive_int("steps", reference_steps, minimum=2))
-    each = sum(method.model_calls(len(sigmas) - 1) for sigmas, method in runs.values())
+    each = sum(method.model_calls(_steps(run)) for run, method in runs.values())
     count = len(validate.sample_range("samples", samples))
     return reference * count, each * count
 
 
 def _planned(
     denoiser: Denoiser, schedules: Mapping[str, Schedule | Tensor], solver: str | Solver | None
-) -> dict[str, tuple[Tensor, Solver]]:
-    """The sigmas and the solver of every schedule, checked before any model call."""
+) -> dict[str, tuple[Schedule | Tensor, Solver]]:
+    """The sigmas, or the schedule with decoupled levels, and the solver of each; checked before any model call."""
     if not isinstance(schedules, Mapping) or not schedules:
         raise ValueError("schedules must be a dictionary of at least one schedule by name, such as {'mine': schedule}")
     runs = {}
@@ -306,8 +305,15 @@ def _planned(
         sigmas = schedule.sigmas if isinstance(schedule, Schedule) else schedule
         values = validate.descending_sigmas(f"schedules[{name!r}]", sigmas, to_zero=True)
         denoiser.process.level(values)  # raises where sigmas are not of this process
-        runs[name] = (values, schedule_solver(schedule, chosen))  # the fitted solver has weights in its schedule
+        method, told = schedule_solver(schedule, chosen), getattr(schedule, "network_sigmas", None) is not None
+        if told:
+            check_decoupled(method.name)
+        runs[name] = (schedule if told else values, method)  # the fitted solver has weights in its schedule
     return runs
+
+
+def _steps(run: Schedule | Tensor) -> int:
+    return run.steps if isinstance(run, Schedule) else len(run) - 1
 
 
 def row_of(name: str, solver: str, steps: int, model_calls: int, ends: Tensor, reference: Reference) -> ComparisonRow:
@@ -328,7 +334,7 @@ def row_of(name: str, solver: str, steps: int, model_calls: int, ends: Tensor, r
 
 def _sampled(
     denoiser: Denoiser,
-    sigmas: Tensor,
+    run: Schedule | Tensor,
     method: Solver,
     noise: Tensor,
     advance: Callable[[int], None],
@@ -341,7 +347,7 @@ def _sampled(
     ends = []
     for part in noise.split(batch_size or len(noise)):
         progress = lambda calls, total, part=part: advance(len(part))
-        ends.append(sample(denoiser, sigmas, method, part.to(where), dtype=precision, progress=progress).cpu())
+        ends.append(sample(denoiser, run, method, part.to(where), dtype=precision, progress=progress).cpu())
     return torch.cat(ends)
 
 

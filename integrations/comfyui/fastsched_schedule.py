@@ -179,6 +179,10 @@ def read_entries(file):
         raise ValueError(f"{file} is nested too deeply to be a schedule") from None
     if not isinstance(entries, dict) or entries.get("format") != FORMAT:
         raise ValueError(f"{file} does not hold a schedule; fastsched's Schedule.save writes them")
+    if "network_sigmas" in entries:
+        raise ValueError(
+            f"{file} has decoupled levels (network_sigmas), which ComfyUI's samplers cannot use; fit a schedule without"
+        )
     version = entries.get("version")
     if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= VERSION:
         raise ValueError(f"{file} has version {_brief(version)}; versions 1 to {VERSION} are supported")

@@ -94,6 +94,20 @@ def test_a_schedule_keeps_what_the_network_is_told(tmp_path):
     assert "network told" in schedule._repr_html_()
 
 
+def test_compare_samples_as_the_network_is_told():
+    denoiser = DENOISERS["velocity"]
+    schedule = told_lower(denoiser)
+    plain = dataclasses.replace(schedule, network_sigmas=None)
+    found = fs.compare(denoiser, {"told": schedule, "plain": plain}, shape=(4,), samples=8, progress=False)
+    ends = fs.sample(denoiser, schedule, noise=found.reference.noise)
+    squared = fs.metrics.squared_distances(ends, found.reference.ends)
+    errors = {row.name: row.mean_error for row in found.rows}
+    assert errors["told"] == pytest.approx(float(squared.mean()), rel=1e-5)
+    assert errors["told"] != pytest.approx(errors["plain"], rel=0.05)
+    with pytest.raises(ValueError, match="one call a step"):
+        fs.compare(denoiser, {"told": schedule}, "heun", shape=(4,), samples=8, progress=False)
+
+
 def test_whoever_works_out_the_timestep_alone_refuses_it():
     denoiser = exact_denoiser(ORACLE, 0.01, 40.0)
     schedule = told_lower(denoiser)
