@@ -200,17 +200,23 @@ def check_valid(text, found):
         if not bool(found.isfinite().all()):
             told(text, "samples are not finite")
         return
-    sigmas = found.sigmas
-    error = found.measured_error if found.measured_error is not None else found.predicted_error
+    sigmas, error = found.sigmas, error_of(found)
     descends = bool((sigmas[1:] < sigmas[:-1]).all()) and float(sigmas[-1]) == 0.0
     if not descends or not bool(sigmas[1:].isfinite().all()) or not math.isfinite(error):
         told(text, f"no valid schedule: {found}")
 
 
-def same(one, other):
+def error_of(schedule):
+    return schedule.predicted_error if schedule.measured_error is None else schedule.measured_error
+
+
+def same(one, other, exact=True):
+    """To the bit, or to what float32 leaves of samples that are computed one at a time."""
     if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    return torch.equal(one.sigmas, other.sigmas) and one.measured_error == other.measured_error
+        return torch.equal(one, other) if exact else torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+    if exact:
+        return torch.equal(one.sigmas, other.sigmas) and one.measured_error == other.measured_error
+    return math.isclose(error_of(one), error_of(other), rel_tol=1e-3)  # levels may be another minimum's
 
 
 @of_all(0.04)
@@ -222,7 +228,7 @@ def test_harmless_ways_change_nothing(body, case):
         told(text, f"{type(error).__name__}: {error}")
     check_valid(text, found)
     twin, _ = run(program("return good(x, t)", **case))
-    if not same(found, twin):
+    if not same(found, twin, exact="sample by sample" not in body):
         told(text, f"not the schedule of its well-behaved twin: {found}, {twin}")
 
 
