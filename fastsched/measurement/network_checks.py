@@ -1,7 +1,7 @@
 """Cheap questions to a network that is measured: whether it is a denoiser at all, and the one that is claimed.
 
-At most seven calls of one sample, five before the measurement, with fixed noises ``n``, and two more to tell whether
-``v`` or ``F`` that looks wrong is to be refused or warned of:
+At most seven calls of one sample, five before the measurement, with fixed noises ``n``, and four more where ``v`` or
+``F`` is unusual:
 
 ==============================  ================================================================================
 question                        what a denoiser ``D = E[x0 | z]`` answers
@@ -40,7 +40,7 @@ from fastsched.measurement.network_state import active_training_layer
 from fastsched.measurement.questions import ELSEWHERE, STATE, Questions, Top
 from fastsched.sampling.random_streams import noise_of
 
-#: Network evaluations that the checks spend, before a measurement and after it, unless the network looks wrong.
+#: Network evaluations that the checks spend, before a measurement and after it, unless the network is unusual.
 CHECK_CALLS = 7
 
 #: ``||D - z||`` at the lowest level, in units of its noise; right networks stay below 0.6.
