@@ -27,6 +27,15 @@ KINDS = {
         return (x - oracle.denoise(x * (1 + s.reshape(-1, 1).to(x.dtype)), s.to(x.dtype))) / column
         """,
     ),
+    "v": (
+        "fs.Denoiser.from_v(network, 1 / (1 + noise(torch.arange(1000).double())[:, 0] ** 2))",
+        """
+        s = noise(t.double())
+        alpha = (1 + s**2).rsqrt()
+        denoised = oracle.denoise(x.double() / alpha, s[:, 0])
+        return ((alpha * x.double() - denoised) / (s * alpha)).to(x.dtype)
+        """,
+    ),
     "edm": (
         "fs.Denoiser.from_edm(network, sigma_min=0.02, sigma_max=40.0)",
         """
@@ -139,7 +148,13 @@ denoiser = {make}
 found = {action}
 """
 
-NOISE = {"x0": "t", "score": "t", "velocity": "t / (1 - t)", "edm": "(4 * t).exp()"}
+NOISE = {
+    "x0": "t",
+    "score": "t",
+    "velocity": "t / (1 - t)",
+    "v": "torch.expm1(9.95 * ((t + 1) / 1000) ** 2 + 0.1 * (t + 1) / 1000).sqrt()",
+    "edm": "(4 * t).exp()",
+}
 ACTIONS = {
     "measure": "fs.optimal_schedule(fs.measure(denoiser, ({d},), levels={levels}, {options}, progress=False), {steps})",
     "fit": "fs.fit(denoiser, ({d},), {steps}, '{solver}', levels={levels}, model_calls=250, {options}, progress=False)",
