@@ -98,10 +98,14 @@ class _Path:
         self.centre = ask.top.denoised[0].float()
         self.signed = ask.denoiser.prediction in OF_A_SIGN
         self.prior = ask.denoiser.sigma_data if ask.denoiser.prediction == "edm" else 1.0
-        self.noise = noise_of(torch.tensor([ELSEWHERE + 2]), ask.shape)[0]
         self.level, self.below = (int((s / (part * self.prior)).log().abs().argmin()) for part in (1.0, BELOW))
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # x and D of the first path
         self._products: list[Tensor] = []  # <x, x>, <x, R>, <m, x>, <m, R>, [4, B] a level
+
+    @property
+    def noise(self) -> Tensor:
+        """What is added to states, [*shape]; not kept while the path is followed."""
+        return noise_of(torch.tensor([ELSEWHERE + 2]), self.ask.shape)[0]
 
     def see(self, x: Tensor, k: int, raw: Tensor) -> Tensor | None:
         """Note the answer at state ``x`` and level k; after the last of the reference path, a path's end [*shape]."""
@@ -142,7 +146,7 @@ class _Path:
             outwards = self._outwards() if unusual else None
         if unusual and not small:
             level = (LOW_PART_OF_A_SIGN if self.signed else LOW_PART) * deviation
-            left, excess = _noise_left(self.ask, end, level, few)
+            left, excess = _noise_left(self.ask, end, self.noise, level, few)
         doubtful = left, None if few else unequal, against, backwards, None if small else outwards
         if not any(doubtful):
             return
@@ -190,13 +194,12 @@ def _unequal_sizes(sizes: Tensor, s: Tensor, deviation: float, elements: int, pa
     )
 
 
-def _noise_left(ask: Questions, end: Tensor, level: float, few: bool) -> tuple[str | None, float]:
+def _noise_left(ask: Questions, end: Tensor, noise: Tensor, level: float, few: bool) -> tuple[str | None, float]:
     """What is wrong with how a path's end with noise is denoised, None if nothing; and the noise left, over `WRONG`.
 
     Of a path of few levels that is `FEW` times more, and in which direction says nothing. One call.
     """
     s = ask.known(level)
-    noise = noise_of(torch.tensor([ELSEWHERE + 2]), ask.shape)[0]
     error = ask.raw((end / s).add_(noise)[None], s, torch.float32)[1][0].sub_(end).div_(s).flatten()
     noise = noise.flatten()
     whole = float(noise @ noise)
