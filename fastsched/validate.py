@@ -187,8 +187,8 @@ def sample_range(name: str, value: object) -> range:
     """Return which samples are meant, at least one: the first so many, or those of a ``range(a, b)``."""
     if not isinstance(value, range):
         return range(positive_int(name, value))
-    if len(value) == 0 or value.start < 0 or value.step != 1:
-        raise ValueError(f"{name} must be a number, or range(a, b) with 0 <= a < b, got {value!r}")
+    if not value or value.start < 0 or value.stop > COUNT_LIMIT or value.step != 1:
+        raise ValueError(f"{name} must be a number, or range(a, b) with 0 <= a < b <= 2^31, got {shown(value)}")
     return value
 
 

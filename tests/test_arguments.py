@@ -12,7 +12,7 @@ from models import exact_denoiser, mixture, vp_table
 
 import fastsched as fs
 
-COUNT = [0, -1, 2.5, "8", None, True, math.nan, 2**40, [3], torch.tensor(2.5), object()]
+COUNT = [0, -1, 2.5, "8", None, True, math.nan, 2**40, [3], torch.tensor(2.5), range(10**30), object()]
 OPTIONAL_COUNT = [value for value in COUNT if value is not None]
 FLAG = [None, 1, 0, "yes", math.nan, torch.tensor(True)]
 POSITIVE = [0, 0.0, -1.0, math.nan, math.inf, "1", None, True, [1.0], 1j, torch.ones(2)]
@@ -283,7 +283,7 @@ SPECIAL = {
     ("compare", "shape"): [value for value in SHAPE if value is not None],
     ("score_optimal_schedule", "levels"): [1, *COUNT, torch.tensor([2.0, 3.0])],
     ("converged_reference", "steps"): [1, *COUNT],
-    ("PathStatistics.select", "samples"): [None, 3, "x", [], [0.5], [9], [True], torch.ones(2)],
+    ("PathStatistics.select", "samples"): [None, 3, "x", [], [0.5], [9], [True], [10**400, 0.5], torch.ones(2)],
     ("AdaptiveSchedule.density", "s"): TENSOR,
     ("oracles.Gaussian", "shape"): [value for value in SHAPE if value != 4],
     ("Schedule", "noise"): ["x", None, 3, []],

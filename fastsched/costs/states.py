@@ -229,7 +229,7 @@ def _path_levels(denoiser: Denoiser, s: Tensor) -> tuple[Tensor, dict[int, int]]
     anchors = [*(start if math.isinf(denoiser.process.s_max) else start[:1]), *s.tolist()]
     grid = anchors[:1]
     for high, low in itertools.pairwise(anchors):
-        pieces = 1 if math.isinf(high) else max(1, math.ceil(math.log(high / low) / PATH_STEP - 1e-9))
+        pieces = 1 if math.isinf(high) else max(1, math.ceil((math.log(high) - math.log(low)) / PATH_STEP - 1e-9))
         grid += log_uniform(high, low, pieces + 1)[1:].tolist() if pieces > 1 else [low]
     position = {value: k for k, value in enumerate(s.tolist())}
     return torch.tensor(grid, dtype=torch.float64), {n: position[v] for n, v in enumerate(grid) if v in position}

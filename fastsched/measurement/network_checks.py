@@ -1,6 +1,7 @@
 """Cheap questions to a network that is measured: whether it is a denoiser at all, and the one that is claimed.
 
-At most seven calls of one sample, five before the measurement, with fixed noises ``n``:
+At most seven calls of one sample, five before the measurement, with fixed noises ``n``, and four more where ``v`` or
+``F`` is unusual:
 
 ==============================  ================================================================================
 question                        what a denoiser ``D = E[x0 | z]`` answers
@@ -15,7 +16,7 @@ a step beside the third         Of ``v`` and ``F``, whose sign may be wrong: it 
 ``x0 + s n``, lowest level      Nearly its input. Where a velocity makes ``D`` that whatever it is: at a middle level
                                 ``x0`` with less noise than it was given, ``||D - x0|| < s ||n||``; an EDM network is
                                 asked whether it returns ``D`` where it should return ``F``.
-the end of the first path       See `measurement.path_checks`, which also looks at the path itself.
+the first path, and its end     See `measurement.path_checks`.
 at the end, the third again     The same as before: else the network has changed during the measurement.
 ==============================  ================================================================================
 
@@ -39,7 +40,7 @@ from fastsched.measurement.network_state import active_training_layer
 from fastsched.measurement.questions import ELSEWHERE, STATE, Questions, Top
 from fastsched.sampling.random_streams import noise_of
 
-#: The most network evaluations that the checks spend, before a measurement and after it.
+#: Network evaluations that the checks spend, before a measurement and after it, unless the network is unusual.
 CHECK_CALLS = 7
 
 #: ``||D - z||`` at the lowest level, in units of its noise; right networks stay below 0.6.
@@ -259,5 +260,5 @@ def suspects(denoiser: Denoiser) -> str:
         "velocity": "is the network's time 1 at the data (data_at=1), its sign the other one (sign=-1), or is it eps?",
         "reverse_velocity": "is the network's time 0 at the data (data_at=0), or its sign the other one?",
         "score": "is the network's output the score of x in this parameterisation, or the noise or the clean sample?",
-        "edm": "is it the raw network F of EDM's preconditioning, sigma_data right, and its sign not the other one?",
+        "edm": "is it the raw network F of EDM's preconditioning, sigma_data right, its sign and scale not other ones?",
     }[denoiser.prediction] + " (checks=False measures it all the same)"

@@ -1,5 +1,7 @@
 """Networks that misbehave: the schedule of their well-behaved twin, or an error that says what is wrong with them.
 
+Of networks that are no denoisers a warning may say it, for the checks cannot tell all of them from strong guidance.
+
 Every case is a short program, which a failure prints.
 """
 
@@ -23,6 +25,15 @@ KINDS = {
         s = (t / (1 - t)).clamp_max(1e6)
         column = t.reshape(-1, 1).to(x.dtype)
         return (x - oracle.denoise(x * (1 + s.reshape(-1, 1).to(x.dtype)), s.to(x.dtype))) / column
+        """,
+    ),
+    "v": (
+        "fs.Denoiser.from_v(network, 1 / (1 + noise(torch.arange(1000).double())[:, 0] ** 2))",
+        """
+        s = noise(t.double())
+        alpha = (1 + s**2).rsqrt()
+        denoised = oracle.denoise(x.double() / alpha, s[:, 0])
+        return ((alpha * x.double() - denoised) / (s * alpha)).to(x.dtype)
         """,
     ),
     "edm": (
@@ -99,7 +110,7 @@ NO_DENOISERS = {
     "first for all": "return good(x[:1], t[:1]).expand(len(x), -1)",
     "keeps the answer of a level": "return kept.setdefault((float(t.reshape(-1)[0]), len(x)), good(x, t))",
     "minus it": "return -good(x, t)",
-    "twice it": "return 3 * good(x, t)",
+    "three times it": "return 3 * good(x, t)",
     "mixes the batch": "return good(x, t) + 0.3 * x.mean(0, keepdim=True)",
     "normalises over the batch": "out = good(x, t)\nreturn (out - out.mean(0)) / (out.std(0, correction=0) + 1)",
 }
@@ -137,7 +148,13 @@ denoiser = {make}
 found = {action}
 """
 
-NOISE = {"x0": "t", "score": "t", "velocity": "t / (1 - t)", "edm": "(4 * t).exp()"}
+NOISE = {
+    "x0": "t",
+    "score": "t",
+    "velocity": "t / (1 - t)",
+    "v": "torch.expm1(9.95 * ((t + 1) / 1000) ** 2 + 0.1 * (t + 1) / 1000).sqrt()",
+    "edm": "(4 * t).exp()",
+}
 ACTIONS = {
     "measure": "fs.optimal_schedule(fs.measure(denoiser, ({d},), levels={levels}, {options}, progress=False), {steps})",
     "fit": "fs.fit(denoiser, ({d},), {steps}, '{solver}', levels={levels}, model_calls=250, {options}, progress=False)",
@@ -174,12 +191,13 @@ def program(body, kind, action, **values):
     return PROGRAM.format(**parts, action=ACTIONS[action].format(**values), **values).strip("\n")
 
 
-def run(text):
-    """What a program finds, and the error it ends with."""
+def run(text, doubts="ignore"):
+    """What a program finds, and the error it ends with; ``doubts="error"`` for warnings of a network's checks too."""
     scope, grad = {}, torch.is_grad_enabled()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.filterwarnings(doubts, message=".*checks=False")
             exec(compile(text, "program", "exec"), scope)
         return scope["found"], None
     except Exception as error:
@@ -197,17 +215,23 @@ def check_valid(text, found):
         if not bool(found.isfinite().all()):
             told(text, "samples are not finite")
         return
-    sigmas = found.sigmas
-    error = found.measured_error if found.measured_error is not None else found.predicted_error
+    sigmas, error = found.sigmas, error_of(found)
     descends = bool((sigmas[1:] < sigmas[:-1]).all()) and float(sigmas[-1]) == 0.0
     if not descends or not bool(sigmas[1:].isfinite().all()) or not math.isfinite(error):
         told(text, f"no valid schedule: {found}")
 
 
-def same(one, other):
+def error_of(schedule):
+    return schedule.predicted_error if schedule.measured_error is None else schedule.measured_error
+
+
+def same(one, other, exact=True):
+    """To the bit, or to what float32 leaves of samples that are computed one at a time."""
     if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    return torch.equal(one.sigmas, other.sigmas) and one.measured_error == other.measured_error
+        return torch.equal(one, other) if exact else torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+    if exact:
+        return torch.equal(one.sigmas, other.sigmas) and one.measured_error == other.measured_error
+    return math.isclose(error_of(one), error_of(other), rel_tol=1e-3)  # levels may be another minimum's
 
 
 @of_all(0.04)
@@ -219,7 +243,7 @@ def test_harmless_ways_change_nothing(body, case):
         told(text, f"{type(error).__name__}: {error}")
     check_valid(text, found)
     twin, _ = run(program("return good(x, t)", **case))
-    if not same(found, twin):
+    if not same(found, twin, exact="sample by sample" not in body):
         told(text, f"not the schedule of its well-behaved twin: {found}, {twin}")
 
 
@@ -238,16 +262,16 @@ def test_unusable_outputs_are_named(body, case):
 
 @of_all(0.04)
 @given(body=st.sampled_from(sorted(NO_DENOISERS)), case=settings_of(["measure", "fit"]))
-def test_what_is_no_denoiser_is_refused(body, case):
+def test_what_is_no_denoiser_is_refused_or_warned_of(body, case):
     alone = case["samples"] == 1 or "batch_size=1" in case["options"]  # then no two alike are asked at one level
     assume(not alone or "keeps" not in body)
     text = program(NO_DENOISERS[body], **case)
-    found, error = run(text)
+    found, error = run(text, doubts="error")
     if error is None:
         twin, _ = run(program("return good(x, t)", **case))
         if not same(found, twin):  # a sample alone mixes with no other
             told(text, f"no error, and another result than its twin's: {found}")
-    elif not isinstance(error, ValueError) or "network" not in str(error):
+    elif not isinstance(error, (ValueError, UserWarning)) or "network" not in str(error):
         told(text, f"{type(error).__name__}: {error}")
 
 

@@ -1,0 +1,104 @@
+"""Networks whose own path shows that their output has the wrong scale; right and guided ones are not refused."""
+
+import re
+import warnings
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import exact_denoisers
+
+import fastsched as fs
+from fastsched.measurement.network_checks import check_network
+from fastsched.measurement.path_checks import _Path
+
+SIGNED = ("v", "edm")
+
+
+def measure(denoiser, d, levels, seed=0, **options):
+    return fs.measure(denoiser, (d,), levels=levels, samples=1, seed=seed, responses=False, progress=False, **options)
+
+
+def scaled(denoiser, factor):
+    return replace(denoiser, network=lambda x, t: factor * denoiser.network(x, t))
+
+
+@pytest.mark.parametrize("levels", [6, 7, 9, 10, 11, 12, 24])
+@pytest.mark.parametrize("factor", [3, -1])
+@pytest.mark.parametrize(("d", "mixture"), [(8, 0), (8, 1), (9, 3), (12, 0), (12, 1)])
+def test_a_wrong_scale_or_sign_is_warned_of_or_refused(levels, factor, d, mixture):
+    """D' = f D + (1 - f) a z; of these mixtures in many directions nearly a denoiser, of another density."""
+    for kind in SIGNED:
+        right = exact_denoisers(fs.oracles.GaussianMixture.random(d, 3, seed=mixture))[kind]
+        for seed in range(3):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                with pytest.raises((ValueError, UserWarning), match=r"scale not|its sign"):
+                    measure(scaled(right, factor), d, levels, seed)
+                warnings.simplefilter("ignore")
+                measure(right, d, levels, seed)
+
+
+@pytest.mark.parametrize("factor", [1, 3])
+def test_noise_moves_the_denoised_sample_of_a_scaled_network_alone_backwards(factor):
+    """Half the noise and more, at the level of the data's deviation; of a right one, by 0.1 and more of it."""
+    right = exact_denoisers(fs.oracles.Gaussian(0.2, (16,)))["edm"]
+    message = re.compile(r"moves by -0\.[4-9]\d* of a step")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        measure(scaled(right, factor), 16, 12)
+    assert [bool(message.search(str(each.message))) for each in told] == [True] * (factor > 1)
+
+
+@pytest.mark.parametrize("levels", [8, 12, 24])
+def test_right_networks_of_overlapping_modes_are_not_refused(levels):
+    """What one path's end leaves of its noise is no evidence where that may as well be of another mode."""
+    right = exact_denoisers(fs.oracles.GaussianMixture.random(8, 8, seed=0, std=1.0))["edm"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # in such a case one is allowed
+        measure(right, 8, levels, seed=1)
+
+
+def guided(whole, part, scale, kind):
+    network = lambda z, s: whole.denoise(z, s) + scale * (part.denoise(z, s) - whole.denoise(z, s))
+    return exact_denoisers(SimpleNamespace(denoise=network, score=len))[kind]
+
+
+@pytest.mark.parametrize("levels", [6, 8, 10])
+@pytest.mark.parametrize("d", [16, 64])
+def test_guidance_over_few_levels_is_not_refused(levels, d):
+    """Towards one or two of eight modes, by 2."""
+    for seed in (0, 1, 2):
+        whole = fs.oracles.GaussianMixture.random(d, 8, seed=seed)
+        for modes in (1, 2):
+            part = fs.oracles.GaussianMixture(
+                *(each[:modes] for each in (whole.weights, whole.means, whole.covariances))
+            )
+            for kind in SIGNED:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # it may be more than its data allow
+                    measure(guided(whole, part, 2.0, kind), d, levels)
+
+
+@pytest.mark.parametrize("kind", SIGNED)
+def test_one_question_about_the_path_is_asked_of_usual_networks(kind):
+    right = exact_denoisers(fs.oracles.Gaussian(0.3, (16,)))[kind]
+    checked, plain = (measure(right, 16, 48, checks=checks).model_calls for checks in (True, False))
+    assert checked - plain == 7
+
+
+def test_states_are_kept_although_they_are_written_over():
+    """The same question again has the same answer: D at the state that was kept is what the path was told."""
+    right = exact_denoisers(fs.oracles.GaussianMixture.random(8, 3, seed=0))["edm"]
+    s = right.levels(12)
+    ask = check_network(right, (8,), torch.device("cpu"), torch.float32, s)
+    path = _Path(ask, s)
+    x = torch.randn(1, 8, generator=torch.Generator().manual_seed(0))
+    raw = right.raw_output(x, s[path.level])
+    path.see(x, path.level, raw)
+    along = path.moved(path.level, path.noise)[1]
+    path.see(x, path.level, raw)
+    x.zero_()
+    raw.zero_()
+    assert path.moved(path.level, path.noise)[1] == along >= 0
