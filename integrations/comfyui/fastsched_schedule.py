@@ -18,7 +18,7 @@ import stat
 import torch
 
 FORMAT = "fastsched.schedule"
-VERSION = 2
+VERSION = 3
 LARGEST_FILE = 1 << 20
 NOISES = ("ve", "vp", "flow")
 

@@ -103,6 +103,7 @@ MALFORMED = {
     "another format": ('{"format": "other"}', "does not hold a schedule"),
     "a list": ("[1, 0]", "does not hold a schedule"),
     "newer": (file_with(version=99), "version 99"),
+    "decoupled": (file_with(version=3, network_sigmas=[0.9, 0.5]), "decoupled levels"),
     "negative version": (file_with(version=-3), "version -3"),
     "true version": (file_with(version=True), "version True"),
     "no version": ('{"format": "fastsched.schedule", "sigmas": [1, 0]}', "version None"),
