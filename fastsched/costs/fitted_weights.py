@@ -65,8 +65,7 @@ class _Fit:
     def __init__(
         self, surrogate: Surrogate, found: Rollouts, metric: Array, levels: Array, given: Array | None
     ) -> None:
-        self.surrogate, self.found, self.levels = surrogate, found, levels
-        self.metric = metric
+        self.surrogate, self.found, self.metric, self.levels = surrogate, found, metric, levels
         distinct, which = np.unique(levels[:, :-1], return_inverse=True)  # a descent's schedules differ in few levels
         self.known, self.which = surrogate.on_path(distinct), which.reshape(levels[:, :-1].shape)
         self.steps = levels.shape[1] - 1
