@@ -34,8 +34,6 @@ def rollouts(
     norms: Norms | None = None,
     weights: Array | None = None,
     offsets: Array | None = None,
-    *,
-    passed_on: bool = False,
 ) -> tuple[Rollouts, Array | None]:
     """Run C schedules on the surrogate; for the fitted solver, with the weights that suit each best.
 
@@ -47,16 +45,15 @@ def rollouts(
         norms: Of the vectors that ``secants`` are over; those of the measurement when None.
         weights: The fitted solver's for each schedule, [C, steps, steps], instead of those that suit it best.
         offsets: How far the levels that the network is told lie from the states', in ``log s``, [C, steps].
-        passed_on: Whether to find how errors of answers reach the end.
 
     Returns:
         The runs, and the weights [C, steps, steps] of the fitted solver.
     """
     if solver.name != FITTED or solver.end_weights is not None:
-        return surrogate.rollouts(levels, solver, secants, offsets, passed_on=passed_on), None
+        return surrogate.rollouts(levels, solver, secants, offsets), None
     levels = np.asarray(levels, dtype=np.float64)
     known = secants or surrogate.secants or Secants.none(surrogate.vectors)
-    found = Rollouts(surrogate, known, len(levels), offsets, levels.shape[1] - 2 if passed_on else 0)
+    found = Rollouts(surrogate, known, len(levels), offsets)
     fit = _Fit(surrogate, found, (norms or surrogate.norms).metric, levels, weights)
     with np.errstate(divide="ignore", invalid="ignore"):
         return fit.run(), fit.weights
@@ -68,8 +65,7 @@ class _Fit:
     def __init__(
         self, surrogate: Surrogate, found: Rollouts, metric: Array, levels: Array, given: Array | None
     ) -> None:
-        self.surrogate, self.found, self.levels = surrogate, found, levels
-        self.metric = np.pad(metric, (0, found.end.shape[1] - len(metric)))  # errors of answers do not choose weights
+        self.surrogate, self.found, self.metric, self.levels = surrogate, found, metric, levels
         distinct, which = np.unique(levels[:, :-1], return_inverse=True)  # a descent's schedules differ in few levels
         self.known, self.which = surrogate.on_path(distinct), which.reshape(levels[:, :-1].shape)
         self.steps = levels.shape[1] - 1

@@ -15,7 +15,7 @@ the steps are passed on and added up with their signs.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -73,8 +73,6 @@ class OnPath:
         denoised: Coefficients of ``D - D_0``, [C, N-1].
         jacobian: The scalar Jacobian, [C].
         amplitude: How large a deviation is at the end, against its size there, [C].
-        answer_error: How large the error of an answer is, against the unexplained part of a deviation, [C].
-        path_error: How far off ``D`` on the path is between the levels of the grid, for each sample, [C, B].
     """
 
     s: Array
@@ -83,12 +81,13 @@ class OnPath:
     denoised: Array
     jacobian: Array
     amplitude: Array
-    answer_error: Array
-    path_error: Array
 
     def __getitem__(self, which: NDArray[np.intp]) -> OnPath:
         """The same at levels by their numbers."""
-        return OnPath(*(getattr(self, each.name)[which] for each in fields(self)))
+        of = lambda values: values[which]
+        return OnPath(
+            of(self.s), of(self.lam), of(self.state), of(self.denoised), of(self.jacobian), of(self.amplitude)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,6 +221,14 @@ class Surrogate:
     def _path_errors(self) -> Array:
         return interpolation_errors(self._lam, self.norms)
 
+    def answer_errors(self, lam: Array) -> Array:
+        """How large the error of an answer is, against the unexplained part of a deviation, at ``lam`` of any shape."""
+        return np.interp(lam, self._lam, self._answer_errors)
+
+    def path_errors(self, lam: Array) -> Array:
+        """How far off ``D`` on the path is for each sample, [..., B], at ``lam`` [...]."""
+        return np.stack([np.interp(lam, self._lam, of_sample) for of_sample in self._path_errors.T], axis=-1)
+
     def path(self, s: Array) -> tuple[Array, Array]:
         """Coefficients of ``y - y_0`` and of ``D - D_0`` on the path at levels ``s`` [C]; each [C, N-1]."""
         rho, lam = 1 / s, self.position(s)
@@ -238,18 +245,7 @@ class Surrogate:
 
     def on_path(self, s: Array) -> OnPath:
         """What is known on the path at levels ``s`` [C]."""
-        lam = self.position(s)
-        between = lambda known: np.interp(lam, self._lam, known)
-        path_error = np.stack([between(of_sample) for of_sample in self._path_errors.T], axis=1)
-        return OnPath(
-            s,
-            lam,
-            *self.path(s),
-            between(self.jacobian),
-            between(self._amplitudes),
-            between(self._answer_errors),
-            path_error,
-        )
+        return OnPath(s, self.position(s), *self.path(s), self.scalar_jacobian(s), self.amplitude(s))
 
     def rollouts(
         self,
@@ -336,10 +332,10 @@ class Rollouts:
         norms, later = self.surrogate.norms, self._known[1:]
         if not later:
             return np.zeros((len(self.end), len(norms.gram)))
-        together = lambda name: np.stack([getattr(at, name) for at in later], axis=1)
-        lam, passed_on = together("lam"), self.end[:, self.secants.vectors :][:, : len(later), None]
-        answers = together("answer_error")[:, :, None] * np.stack(self._unexplained[1:], axis=1)
-        path = uncorrelated(passed_on * together("path_error"), lam, self.surrogate.spacing)
+        lam = np.stack([at.lam for at in later], axis=1)
+        passed_on = self.end[:, self.secants.vectors :][:, : len(later), None]
+        answers = self.surrogate.answer_errors(lam)[:, :, None] * np.stack(self._unexplained[1:], axis=1)
+        path = uncorrelated(passed_on * self.surrogate.path_errors(lam), lam, self.surrogate.spacing)
         return norms.sum_squared(uncorrelated(passed_on * answers, lam, LENGTH)) + (path**2).sum(1)
 
     def denoise(self, y: Array, s: Array) -> Array:

@@ -91,14 +91,13 @@ def test_the_variance_by_its_double_sum():
     model = LinearModel("ve")
     surrogate, levels = model.surrogate, schedule(model, *INNER)[None]
     found = surrogate.rollouts(levels, "unipc", passed_on=True)
-    later = [surrogate.on_path(s) for s in levels[0, 1:-1, None]]
-    lam, factors = np.array([at.lam[0] for at in later]), found.end[0, surrogate.vectors :]
+    lam, factors = surrogate.position(levels[0, 1:-1]), found.end[0, surrogate.vectors :]
     apart = np.abs(lam[:, None] - lam)
-    errors = factors * np.array([at.answer_error[0] for at in later])
+    errors = factors * surrogate.answer_errors(lam)
     deviations = found.deviations[1:, 0]  # without secants all of them is unexplained
     products = deviations @ surrogate.norms.gram[0] @ deviations.T
     expected = errors @ (products * np.exp(-apart / answer_errors.LENGTH)) @ errors
-    between = factors * np.array([at.path_error[0, 0] for at in later])
+    between = factors * surrogate.path_errors(lam)[:, 0]
     assert between.any()
     expected += between @ np.exp(-apart / surrogate.spacing) @ between
     np.testing.assert_allclose(found.variance[0, 0], expected, rtol=1e-10)
