@@ -281,7 +281,7 @@ class Denoiser:
     ) -> Tensor:
         """`raw_output`, but maybe in memory of the network's own: it holds until the network is called again."""
         if type(self).raw_output is not Denoiser.raw_output:  # a subclass answers by itself
-            return self.raw_output(x, s, dtype=dtype, **named(told))
+            return self.raw_output(x, s, dtype=dtype, **told_argument(told))
         return self._output(x, s, dtype, told)
 
     def _output(
@@ -362,7 +362,7 @@ class Denoiser:
         return next(self.network.parameters(), None)
 
 
-def named(told: Tensor | float | None) -> dict[str, Tensor | float]:
+def told_argument(told: Tensor | float | None) -> dict[str, Tensor | float]:
     """The argument ``told`` where there is one: subclasses that answer by themselves may not know it."""
     return {} if told is None else {"told": told}
 

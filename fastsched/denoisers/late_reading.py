@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastsched.denoisers.denoiser import Denoiser, named
+from fastsched.denoisers.denoiser import Denoiser, told_argument
 from fastsched.denoisers.network_errors import not_finite
 
 #: Looks at values on the CPU and raises an error if something is wrong with them.
@@ -110,7 +110,7 @@ def finite_denoised(
     told: Tensor | float | None = None,
 ) -> Tensor:
     """`Denoiser.denoise`; ``verdicts`` raise a ValueError that names the level if the answer is not finite."""
-    denoised = denoiser.denoise(y, s, dtype=dtype, **named(told))
+    denoised = denoiser.denoise(y, s, dtype=dtype, **told_argument(told))
     verdicts.note_finite(denoised, lambda: not_finite(denoiser.process, torch.as_tensor(s, dtype=torch.float64)))
     verdicts.settle(wait=False)
     return denoised

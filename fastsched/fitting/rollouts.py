@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser, named, placement
+from fastsched.denoisers.denoiser import Denoiser, placement, told_argument
 from fastsched.denoisers.late_reading import LateReading
 from fastsched.measurement.batches import is_out_of_memory
 from fastsched.measurement.statistics import PathStatistics
@@ -103,7 +103,7 @@ class RecordingDenoiser(Denoiser):
         self, y: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None, told: Tensor | float | None = None
     ) -> Tensor:
         """As `Denoiser.denoise`, of one level."""
-        found = (self.own or super()).denoise(y, s, dtype=dtype, **named(told))
+        found = (self.own or super()).denoise(y, s, dtype=dtype, **told_argument(told))
         self.calls.append((float(s), LateReading(y), LateReading(found)))
         return found
 
