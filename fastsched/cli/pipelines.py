@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsched.comparison import Comparison, Reference, level_count, row_of
-from fastsched.diffusers import apply
+from fastsched.diffusers.applier import applied
 from fastsched.diffusers.attributes import attributes_set
 from fastsched.diffusers.conventions import describe, solver_of
 from fastsched.diffusers.pipeline_measurement import call, check_call
@@ -77,7 +77,7 @@ def _sampled(pipe: Any, schedule: Schedule | None, steps: int, seed: int, argume
     """The samples of one call, [images, *shape] float32 on the CPU; ``schedule`` None is the pipeline's own."""
     with attributes_set(pipe, scheduler=pipe.scheduler), torch.random.fork_rng():
         if schedule is not None:
-            apply(schedule, pipe)
+            pipe.scheduler, _ = applied(schedule, pipe.scheduler)  # as rounded as the pipeline would have it
         torch.manual_seed(seed)  # a pipeline without a generator given draws from torch's own
         result = call(pipe, steps, arguments)
     # Outputs of diffusers hold the samples as their first entry, whatever its name: images, frames, ...

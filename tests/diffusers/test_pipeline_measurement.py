@@ -163,9 +163,9 @@ def test_guidance_is_part_of_what_is_measured():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_gives_a_schedule_as_good(kind, dtype):
     # From the same noise, judged by the statistics in float32. The two have several minima of nearly the same error, so
-    # the levels themselves may differ. bfloat16 rounds outputs by up to 0.4%, and epsilon's most: 27% is the worst of
-    # the 64 schedules, 17% the next kind's; 8% that of float16.
-    allowed = {torch.bfloat16: 1.3, torch.float16: 1.1}[dtype]
+    # the levels themselves may differ. bfloat16 rounds outputs by up to 0.4%, and epsilon's most: 34% is the worst of
+    # the 64 schedules, one without the final descent (5% with it); 10% that of float16, 13% in samples that were drawn.
+    allowed = {torch.bfloat16: 1.4, torch.float16: 1.15}[dtype]
     name, config = KINDS[kind]
     scheduler = getattr(diffusers, name)(**config)
     for seed in range(4):
