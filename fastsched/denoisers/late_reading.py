@@ -9,9 +9,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastsched.denoisers.denoiser import Denoiser, told_argument
-from fastsched.denoisers.network_errors import not_finite
-
 #: Looks at values on the CPU and raises an error if something is wrong with them.
 Judge: TypeAlias = "Callable[[Tensor], None]"
 
@@ -99,18 +96,3 @@ class Verdicts:
 def _judge(values: Tensor, judges: list[tuple[int, Judge]]) -> None:
     for part, (_, judge) in zip(values.split([size for size, _ in judges]), judges, strict=True):
         judge(part)
-
-
-def finite_denoised(
-    denoiser: Denoiser,
-    y: Tensor,
-    s: Tensor | float,
-    dtype: torch.dtype | None,
-    verdicts: Verdicts,
-    told: Tensor | float | None = None,
-) -> Tensor:
-    """`Denoiser.denoise`; ``verdicts`` raise a ValueError that names the level if the answer is not finite."""
-    denoised = denoiser.denoise(y, s, dtype=dtype, **told_argument(told))
-    verdicts.note_finite(denoised, lambda: not_finite(denoiser.process, torch.as_tensor(s, dtype=torch.float64)))
-    verdicts.settle(wait=False)
-    return denoised

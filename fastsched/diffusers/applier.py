@@ -19,6 +19,7 @@ from fastsched.diffusers.exporter import (
     given_arguments,
     plain_copy,
     prove,
+    rounds,
     told_levels,
 )
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
@@ -76,11 +77,8 @@ def apply(schedule: Schedule, pipe: Any) -> Export:
     check_pipe(pipe)
     scheduler, proof = applied(schedule, pipe.scheduler)
     if not proof.exact:
-        warnings.warn(
-            f"{type(scheduler).__name__} takes integer timesteps, so the schedule is rounded, by up to "
-            f"{proof.error:.1%} in sigma; schedules that were measured through this pipeline are not",
-            stacklevel=2,
-        )
+        measured = "schedules that were measured through this pipeline are not"
+        warnings.warn(f"{rounds(scheduler, proof)}; {measured}", stacklevel=2)
     pipe.scheduler = scheduler
     return proof
 

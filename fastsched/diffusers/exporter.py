@@ -94,11 +94,7 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
     except ValueError as error:
         raise ValueError(f"{error}. {_alternative(schedule, scheduler, mu)}") from None
     if not proof.exact:
-        warnings.warn(
-            f"{type(scheduler).__name__} takes integer timesteps, so the schedule is rounded, by up to "
-            f"{proof.error:.1%} in sigma. {_alternative(schedule, scheduler, mu)}",
-            stacklevel=2,
-        )
+        warnings.warn(f"{rounds(scheduler, proof)}. {_alternative(schedule, scheduler, mu)}", stacklevel=2)
     return proof
 
 
@@ -155,6 +151,12 @@ def prove(
             f"{_brief(expected)}"
         )
     return Export(arguments or {}, way, used, relative_error(used, schedule.sigmas), float(rounded), run.deterministic)
+
+
+def rounds(scheduler: Any, proof: Export) -> str:
+    """What to say where a scheduler changes the sigmas."""
+    name = type(scheduler).__name__
+    return f"{name} takes integer timesteps, so the schedule is rounded, by up to {proof.error:.1%} in sigma"
 
 
 def told_levels(schedule: Schedule, convention: Convention, levels: Tensor) -> Tensor:

@@ -78,13 +78,9 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         scheduler_config: dict[str, Any] | None = None,
         network_sigmas: Sequence[float | str] | None = None,
     ) -> None:
-        values, told = (
-            None if each is None else torch.tensor([float(value) for value in each], dtype=torch.float64)
-            for each in (sigmas, network_sigmas)
-        )
-        assert values is not None
-        weights_ = torch.tensor(weights, dtype=torch.float64)
-        self.schedule = Schedule(values, "fitted", noise, weights=weights_, network_sigmas=told)
+        rows = torch.tensor(weights, dtype=torch.float64)
+        told = None if network_sigmas is None else _numbers(network_sigmas)
+        self.schedule = Schedule(_numbers(sigmas), "fitted", noise, weights=rows, network_sigmas=told)
         settings = dict(scheduler_config or {})
         self._prepare(describe(getattr(diffusers, scheduler_class).from_config(settings)))
         # Pipelines read entries of their scheduler's config, so this config has them too.
@@ -127,8 +123,6 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
                 f"schedule must be for the fitted solver, got one for {schedule.solver!r}, which needs no scheduler of "
                 "its own; use fastsched.diffusers.apply(schedule, pipe)"
             )
-        plain = lambda values: ["inf" if value == float("inf") else value for value in values.tolist()]
-        told = schedule.network_sigmas
         known = next(base for base in type(own).__mro__ if hasattr(diffusers, base.__name__))
         settings = {
             key: value.tolist() if hasattr(value, "tolist") else value
@@ -136,12 +130,12 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             if not key.startswith("_")
         }
         made = cls(
-            sigmas=plain(schedule.sigmas),
+            sigmas=_plain(schedule.sigmas),
             weights=schedule.weights.tolist(),
             noise=schedule.noise,
             scheduler_class=known.__name__,
             scheduler_config=settings,
-            network_sigmas=None if told is None else plain(told),
+            network_sigmas=None if schedule.network_sigmas is None else _plain(schedule.network_sigmas),
         )
         made._prepare(convention)  # of the object, which may have been changed since it was made
         return made
@@ -293,6 +287,15 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
 
     def _start_at(self, index: int) -> NoReturn:
         raise ValueError(f"the pipeline starts midway, at step {index}: {MIDWAY}")
+
+
+def _numbers(values: Sequence[float | str]) -> Tensor:
+    return torch.tensor([float(value) for value in values], dtype=torch.float64)
+
+
+def _plain(sigmas: Tensor) -> list[float | str]:
+    """As JSON can hold them."""
+    return ["inf" if value == float("inf") else value for value in sigmas.tolist()]
 
 
 def _check_tokens(n: int, timesteps: Tensor) -> None:

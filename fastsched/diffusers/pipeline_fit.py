@@ -191,7 +191,7 @@ def check_tells_apart(scheduler: Any, steps: int, solver: str) -> None:
     process = describe(scheduler).process
     even = even_schedule(process, steps, solver)
     told = process.level(even.sigmas)[:-1].clone()
-    told[1:-1] = (told[1:-1] * told[2:]).sqrt() if steps > 2 else told[1:-1]
+    told[1:-1] = (told[1:-1] * told[2:]).sqrt()
     applied(replace(even, network_sigmas=process.sampler_sigma(told), timesteps=process.timestep(told)), scheduler)
 
 

@@ -123,15 +123,13 @@ def fit_report(
     validate.arguments(locals(), **CHECKS)
     method, run, batches = _solver(solver, decoupled), None, None
     grain = 1 if batch_size is None and checkpoint is not None else batch_size
+    budget = model_calls if model_calls is not None else TOTAL if stats is None else MODEL_CALLS
     if stats is None:
-        total = TOTAL if model_calls is None else model_calls
-        responses = takes_responses(total, math.prod(shape))
-        levels, samples = planned(total, steps, levels, samples, responses=responses)
+        responses = takes_responses(budget, math.prod(shape))
+        levels, samples = planned(budget, steps, levels, samples, responses=responses)
         run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses, True)
         batches = batches_of(shape, samples, seed, grain, checks, checkpoint, progress)
-        budget = calls_left(total, run.calls * len(batches.seeds) + CHECK_CALLS * checks)
-    else:
-        budget = MODEL_CALLS if model_calls is None else model_calls
+        calls_left(budget, run.calls * len(batches.seeds) + CHECK_CALLS * checks)  # an error before any call
     _check_steps(steps, len(run.s) if run is not None else stats.levels if stats is not None else 0)
     log_file = None if checkpoint is None else runs_beside(checkpoint, *rank_and_size(group))
     if log_file is not None:
@@ -142,6 +140,7 @@ def fit_report(
         if run is not None and batches is not None:  # not by `measure`, which hands back fewer paths on an interrupt
             found = None if checkpoint is None else resumed(checkpoint, run, batches)
             stats = measured_in_group(run, batches, found, group, vectors="first")
+            budget = max(0, budget - stats.model_calls)
         stats = _same(denoiser, shape, stats, checks and known, device, dtype)
         lacking = known and stats.increments is None  # in a group all but the first process have none
         if lacking and affordable(method.model_calls(steps), stats.samples, budget) and steps > 1:

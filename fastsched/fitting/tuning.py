@@ -40,9 +40,9 @@ from fastsched.sampling.schedule import Schedule, check_kind
 #: lowers the error multiplies that by, and one that does not; the largest, and the least, at which tuning ends.
 REACH, GROWTH, SHRINKAGE, MOST_REACH, LEAST_REACH = 0.5, 1.3, 0.5, 0.8, 0.02
 
-
-#: How far the first run with decoupled levels moves what the network is told, in ``log s``.
-OFFSET = 0.1
+#: How far the first run with decoupled levels moves what the network is told, in ``log s``;
+#: and how many runs there must be for one of them to learn only.
+OFFSET, ENOUGH_TRIALS = 0.1, 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +168,7 @@ def tuned(
     reach, tried = REACH, 0
     while tried < trials and known[0][0].steps > 1:
         anchor, proposal = record.best(), None
-        exploring = tried == 0 and trials > 2 and decoupled and not known_offsets
+        exploring = tried == 0 and trials >= ENOUGH_TRIALS and decoupled and not known_offsets
         if exploring:
             proposal = _moved_offsets(record, anchor)
         if proposal is None:
@@ -214,10 +214,10 @@ def _moved_offsets(record: RunRecord, anchor: int) -> _Proposal | None:
     low, high = (each[-near.steps :] for each in near.bounds(REACH, *record.stats.finite_range))
     x = near.anchor.copy()
     x[-near.steps :] = np.where(high > 0, np.minimum(high, OFFSET), np.maximum(low, -OFFSET))
-    point = near.schedule(near.at_known_levels(x))
+    point = near.point(near.at_known_levels(x))
     if point.told is None or not point.in_order(process):
         return None
-    return _Proposal(point.named(process, record.method.name), REACH)
+    return _Proposal(point.schedule(process, record.method.name), REACH)
 
 
 def _proposal(record: RunRecord, anchor: int, reach: float) -> _Proposal | None:
@@ -234,10 +234,10 @@ def _proposal(record: RunRecord, anchor: int, reach: float) -> _Proposal | None:
             for part in (slice(near.inner), slice(-near.steps if record.decoupled else len(x), None)):
                 low[part] = high[part] = known[part]
             x, _ = lowered(near, known, low, high)
-        point = near.schedule(x)
+        point = near.point(x)
         repeated = any(_repeats(point, trial) for trial in record.trials)
         if not repeated and point.in_order(process):
-            return _Proposal(point.named(process, record.method.name), reach)
+            return _Proposal(point.schedule(process, record.method.name), reach)
         reach *= SHRINKAGE
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
-from fastsched.denoisers.late_reading import Verdicts, finite_denoised
+from fastsched.denoisers.finite_answers import finite_denoised
+from fastsched.denoisers.late_reading import Verdicts
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling.fitted import fitted_solver
 from fastsched.sampling.multistep import Node, log_rho
@@ -93,7 +95,7 @@ def sample(
     verdicts = Verdicts()
     with progress_bar(calls, progress, f"{method.name} sampling") as advance:
 
-        def denoise(y: Tensor, asked: tuple[Tensor, Tensor] | float) -> Tensor:
+        def denoise(y: Tensor, asked: tuple[Tensor, Tensor | None] | float) -> Tensor:
             level, told = asked if isinstance(asked, tuple) else (asked, None)
             denoised = finite_denoised(denoiser, y, level, dtype, verdicts, told)
             advance(1)
@@ -109,8 +111,7 @@ def _asked(run: object, solver: str, process: NoiseProcess, s: Tensor) -> Sequen
     own = getattr(run, "network_sigmas", None)
     if own is not None:
         check_decoupled(solver)
-    told = [None] * len(s) if own is None else list(process.level(own))
-    return list(zip(s, [*told, None], strict=False))
+    return list(zip_longest(s, [] if own is None else process.level(own)))
 
 
 def is_run(name: str, value: object) -> None:

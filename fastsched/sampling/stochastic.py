@@ -24,7 +24,8 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
-from fastsched.denoisers.late_reading import Verdicts, finite_denoised, sent
+from fastsched.denoisers.finite_answers import finite_denoised
+from fastsched.denoisers.late_reading import Verdicts, sent
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import normal, sample_seeds, stream
 from fastsched.sampling.schedule import Schedule, check_decoupled

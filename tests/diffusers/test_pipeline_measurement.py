@@ -163,9 +163,10 @@ def test_guidance_is_part_of_what_is_measured():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_gives_a_schedule_as_good(kind, dtype):
     # From the same noise, judged by the statistics in float32. The two have several minima of nearly the same error, so
-    # the levels themselves may differ. bfloat16 rounds outputs by up to 0.4%, and epsilon's most: 34% is the worst of
-    # the 64 schedules, one without the final descent (5% with it); 10% that of float16, 13% in samples that were drawn.
-    allowed = {torch.bfloat16: 1.4, torch.float16: 1.15}[dtype]
+    # the levels themselves may differ. Of schedules from the descent 10% is the worst of 64, where it ends in another
+    # minimum. bfloat16 rounds outputs by up to 0.4%: without the descent dynamic programming takes another path once,
+    # 34% worse, and float16's never does by more than 1%.
+    allowed = {True: 1.15, False: {torch.bfloat16: 1.4, torch.float16: 1.1}[dtype]}
     name, config = KINDS[kind]
     scheduler = getattr(diffusers, name)(**config)
     for seed in range(4):
@@ -176,7 +177,7 @@ def test_half_precision_gives_a_schedule_as_good(kind, dtype):
         for solver, polish in itertools.product(("ddim", "dpmpp_2m"), (True, False)):
             schedules = [fs.optimal_schedule(stats, 6, solver, polish=polish) for stats in (wide, narrow)]
             exact, rounded = (fs.predict_error(wide, schedule, solver) for schedule in schedules)
-            assert rounded <= allowed * exact
+            assert rounded <= allowed[polish] * exact
 
 
 def test_samples_do_not_depend_on_the_batch_and_prompts_take_turns():

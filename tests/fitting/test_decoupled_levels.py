@@ -158,12 +158,12 @@ def test_parameters_of_a_neighbourhood(measured):
     record.add(schedule, rollout_of(denoiser, stats, schedule))
     near = record.near(0)
     assert len(near.anchor) == 3 + 1 + 5
-    point = near.schedule(near.anchor)
+    point = near.point(near.anchor)
     np.testing.assert_allclose(point.told, stats.process.level(schedule.network_sigmas).numpy(), rtol=1e-12)
-    assert point.named(stats.process, "ddim").network_sigmas is not None
+    assert point.schedule(stats.process, "ddim").network_sigmas is not None
     low, high = near.bounds(0.5, *stats.finite_range)
     for x in (low, high):
-        told = near.schedule(np.concatenate([near.anchor[:-5], x[-5:]])).told
+        told = near.point(np.concatenate([near.anchor[:-5], x[-5:]])).told
         finite = np.isfinite(told)
         assert (told[finite] <= stats.finite_range[1] * (1 + 1e-9)).all()
         assert (told[finite] >= stats.finite_range[0] * (1 - 1e-9)).all()
@@ -172,7 +172,7 @@ def test_parameters_of_a_neighbourhood(measured):
     assert (high - low)[-3] <= 2 * OFFSET_REACH * 0.5 * gap + 1e-9
     none = near.anchor.copy()
     none[-5:] = 0.0
-    assert near.schedule(none).told is None
+    assert near.point(none).told is None
     crossed = near.anchor.copy()
     crossed[-3], crossed[-2] = -5.0, 5.0
     outside = near.anchor.copy()

@@ -1,8 +1,9 @@
+import dataclasses
 from itertools import islice
 
 import pytest
 import torch
-from models import counted_denoiser, exact_denoiser, mixture
+from models import counted_denoiser, exact_denoiser, exact_denoisers, mixture
 
 import fastsched as fs
 from fastsched.fitting.auditioning import FINALISTS
@@ -135,3 +136,16 @@ def test_bad_arguments_spend_no_call(steps, options, message):
     with pytest.raises(ValueError, match=message):
         fit_report(denoiser, (4,), steps, progress=False, **options)
     assert not calls
+
+
+def test_further_checks_of_an_unusual_network_are_part_of_its_calls():
+    """Data wider than ``F`` is trained for costs four more checks; over one run's calls some total is used up."""
+    oracle = fs.oracles.GaussianMixture.random(8, 3, seed=0, spread=4.0)
+    denoiser = exact_denoisers(oracle)["edm"]
+    for total in range(80, 84):
+        calls = []
+        network = lambda x, t, calls=calls: (calls.append(len(x)), denoiser.network(x, t))[1]
+        counted = dataclasses.replace(denoiser, network=network)
+        options = {"levels": 12, "samples": 1, "model_calls": total, "progress": False}
+        report = fit_report(counted, (8,), 4, "ddim", **options)
+        assert report.model_calls == sum(calls) <= total

@@ -109,7 +109,7 @@ def test_samples_that_are_hit_exactly_leave_the_rest_predictable(stats, no_penal
 
 def test_parameters_stand_for_levels_and_weights(stats):
     near = record_of(stats, [fs.optimal_schedule(stats, 5, "fitted")]).near(0)
-    point = near.schedule(near.anchor)
+    point = near.point(near.anchor)
     np.testing.assert_allclose(point.levels, near.levels, rtol=1e-12)
     np.testing.assert_allclose(point.weights, near.weights, atol=1e-12)
     np.testing.assert_allclose(point.weights.sum(1), 1.0, rtol=1e-12)
