@@ -36,7 +36,7 @@ from benchmarks.quality.run import REFERENCE, RESULTS, SAMPLES, SOLVERS, result,
 from benchmarks.quality.summary import DOCS
 from fastsched.sampling.solvers import FITTED
 
-TOTALS = (60, 100, 200, 400, 800, 1500)
+TOTALS = (60, 100, 200, 300, 400, 800, 1500)
 CALLS = (5, 8)
 SEEDS = (0, 1, 2)
 #: Others' networks, of images.

@@ -322,9 +322,17 @@ class Rollouts:
     @property
     def outcome(self) -> Outcome:
         """The errors at the end, and the unexplained deviations."""
-        error = self.error
-        scaled = [u * at.amplitude[:, None] for u, at in zip(self._unexplained, self._known, strict=True)]
-        return Outcome(error, np.stack(scaled[1:] or [np.zeros_like(error)], axis=1))
+        return Outcome(self.error, self._at_end(self._unexplained))
+
+    @property
+    def deviations_at_end(self) -> Array:
+        """All of the states' deviations, each times its amplitude at the end, [C, evaluations, V]."""
+        return self._at_end(self._away)
+
+    def _at_end(self, deviations: list[Array]) -> Array:
+        """Of evaluations off the path; the first is at the start."""
+        scaled = [each * at.amplitude[:, None] for each, at in zip(deviations[1:], self._known[1:], strict=True)]
+        return np.stack(scaled or [np.zeros((len(self.end), self.secants.vectors))], axis=1)
 
     @property
     def variance(self) -> Array:

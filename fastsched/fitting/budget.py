@@ -70,9 +70,11 @@ class Plan:
 
 
 PLANS = (
-    Plan(60, 12, 2),
+    Plan(60, 14, 2),
+    Plan(80, 18, 2),
     Plan(100, 20, 2),
-    Plan(200, 32, 2),
+    Plan(200, 28, 2),
+    Plan(300, 24, 3),
     Plan(400, 24, 4, few_elements=4),
     Plan(800, 48, 4, few_elements=4),
     Plan(1500, 48, 8),

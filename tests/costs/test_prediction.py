@@ -5,9 +5,12 @@ from models import exact_denoiser, exact_denoisers, mixture
 from scipy.stats import spearmanr
 
 import fastsched as fs
+from fastsched.costs.fitted_weights import rollouts
+from fastsched.costs.prediction import DOUBT, ErrorModel, squared_errors
 from fastsched.costs.surrogate import Surrogate
 from fastsched.denoisers.digits import DigitsNetwork, load_digits_network
 from fastsched.metrics import power_mean
+from fastsched.sampling.fitted import FITTED_SOLVER
 from fastsched.sampling.random_streams import noise_of
 
 KINDS = exact_denoisers(mixture(d=4))
@@ -34,6 +37,19 @@ def test_the_error_on_gaussian_data_is_the_samplers(name):
     # splines, straight lines between asked levels and float32 states: hundredths of an error that may cancel
     size = float(oracle.flow(noise * 20.0, 20.0, 0.0).square().sum(1).mean()) ** 0.5
     np.testing.assert_allclose(np.sqrt(predicted), np.sqrt(actual), rtol=0.05, atol=1e-3 * size)
+
+
+@pytest.mark.parametrize(("samples", "doubt"), [(2, DOUBT), (3, DOUBT), (4, 0.0)])
+def test_deviations_of_the_fitted_solver_are_doubted_where_there_are_few_samples(samples, doubt):
+    few = fs.measure(KINDS["x0"], (4,), levels=24, samples=samples, progress=False)
+    levels = np.append(few.s.numpy(), 0.0)[[0, 5, 10, 16, 24]]
+    surrogate, norms = Surrogate.of(few), Surrogate.of(few).norms
+    found, _ = rollouts(surrogate, levels[None], FITTED_SOLVER)
+    ends = [found.deviations[n, 0] * surrogate.amplitude(levels[n : n + 1]) for n in range(1, 4)]
+    relative = np.mean([sum(end @ gram @ end for end in ends) for gram in norms.gram / norms.size[:, None, None]])
+    expected = squared_errors(norms, found.outcome)[0] + doubt**2 * relative * norms.size
+    assert relative > 0
+    np.testing.assert_allclose(ErrorModel.of(few, "fitted")(levels[None]), power_mean(expected), rtol=1e-9)
 
 
 def schedules(stats, steps):
