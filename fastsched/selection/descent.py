@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 
@@ -36,20 +36,43 @@ def descend(error: Callable[[Array], Array], levels: Array, low: float, high: fl
     Returns:
         The levels and their error, not above that of the start; deterministic.
     """
-    best = np.asarray(levels, dtype=np.float64)
-    lowest = float(error(best[None])[0])
+    return descend_side_by_side(error, [levels], low, high)[0]
+
+
+def descend_side_by_side(
+    error: Callable[[Array], Array], starts: Sequence[Array], low: float, high: float
+) -> list[tuple[Array, float]]:
+    """`descend` from several starts of as many steps: ``error`` is called once for what all of them ask next."""
+    found: dict[int, tuple[Array, float]] = {}
+    going = {n: _descent(np.asarray(levels, dtype=np.float64), low, high) for n, levels in enumerate(starts)}
+    asked = {n: next(descent) for n, descent in going.items()}
+    while asked:
+        values = error(np.concatenate(list(asked.values())))
+        answers = np.split(values, np.cumsum([len(each) for each in asked.values()])[:-1])
+        for n, own in zip(list(asked), answers, strict=True):
+            try:
+                asked[n] = going[n].send(own)
+            except StopIteration as finished:
+                found[n] = finished.value
+                del asked[n]
+    return [found[n] for n in range(len(starts))]
+
+
+def _descent(best: Array, low: float, high: float) -> Generator[Array, Array, tuple[Array, float]]:
+    """One descent: it yields schedules [C, steps + 1], is sent their errors [C], and returns the best with its own."""
+    lowest = float((yield best[None])[0])
     inner = len(best) - 2
     for share in MOVES:
         for _ in range(IMPROVEMENTS * inner):
             up, down = log_gaps(best, low, high)
             steps = np.concatenate([np.diag(share * up), np.diag(-share * down)])
-            values = error(_moved(best, steps))
+            values = yield _moved(best, steps)
             better = np.minimum(values[:inner], values[inner:]) < lowest
             if not better.any():
                 break
             choice = np.where(values[:inner] <= values[inner:], share * up, -share * down)
             together = _moved(best, np.where(better, choice, 0.0)[None])
-            value = float(error(together)[0]) if better.sum() > 1 else math.inf
+            value = float((yield together)[0]) if better.sum() > 1 else math.inf
             single = int(values.argmin())
             if value <= values[single]:
                 best, lowest = together[0], value

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from fastsched.selection.descent import coordinate_descent, descend, log_gaps
+from fastsched.selection.descent import coordinate_descent, descend, descend_side_by_side, log_gaps
 
 TARGET = np.log([6.0, 2.5, 0.4, 0.1])
 
@@ -40,6 +40,21 @@ def test_descent_finds_a_convex_minimum(start, top):
     gaps = np.maximum(*log_gaps(found, 0.01, 10.0))
     assert (np.abs(np.log(found[1:-1]) - TARGET) < 0.05 * gaps.max()).all()
     assert (found[0], found[-1]) == (top, 0.0)
+
+
+def test_descents_side_by_side_are_those_alone():
+    starts = [[9.0, 8.0, 7.0, 6.0], [6.0, 0.2, 0.15, 0.12], [3.0, 2.0, 1.0, 0.5]]
+    levels = [np.array([10.0, *start, 0.0]) for start in starts]
+    error, calls = recorded(convex)
+    together = descend_side_by_side(error, levels, 0.01, 10.0)
+    alone = []
+    for each, (found, value) in zip(levels, together, strict=True):
+        own, own_calls = recorded(convex)
+        expected, least = descend(own, each, 0.01, 10.0)
+        np.testing.assert_array_equal(found, expected)
+        assert value == least
+        alone.append(len(own_calls))
+    assert len(calls) == max(alone) < sum(alone)
 
 
 def test_descent_tries_only_descending_levels_above_the_lowest():
