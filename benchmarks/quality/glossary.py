@@ -45,7 +45,9 @@ _CURVES = {
 #: Every method of the results, by the name that its rows have; fastsched's own first.
 METHODS: dict[str, Method] = {
     "fit": Method("fs.fit", "from 8 noises: measured, chosen, and corrected by running the sampler on them"),
-    "fit_decoupled": Method("fs.fit, decoupled", "the same with decoupled=True: what the network is told is tuned too"),
+    "fit_decoupled": Method(
+        "fs.fit, decoupled", "the same with decoupled=True: what the network is told is tuned too; not for heun"
+    ),
     "fit_100": Method("fs.fit in 100 calls", "the same with 100 model calls in all, the measurement included"),
     "optimal_schedule": Method("fs.optimal_schedule", "from the measurement of 8 noises alone, one for all cells"),
     "optimal_schedule_unpolished": Method("fs.optimal_schedule, polish=False", "the same without the final descent"),

@@ -27,6 +27,10 @@ DOCS = Path(__file__).parents[2] / "docs"
 METRICS = {"typical_error": "typical", "mean_error": "mean", "frechet": "Frechet"}
 #: Above this ratio to a baseline a cell counts as lost.
 LOST = 1.05
+#: What methods are compared with in `breakdown`.
+AGAINST = {"best": "best other way", "karras_7": "karras"}
+#: Of those that tune by running the sampler; the first has no freedom that `gradient_limit` lacks.
+FITS = ("fit", "fit_decoupled")
 
 Cell = tuple[str, str, int]  # denoiser, solver, model calls
 
@@ -139,6 +143,7 @@ def headline(results: Results) -> str:
             if not any(method in found for found in results.values[metric].values()):
                 continue
             ratios = [results.ratio(metric, cell, method, "best") for cell in results.cells]
+            ratios = [ratio for ratio in ratios if not np.isnan(ratio)]
             against = [results.mean_ratio(metric, method, other) for other in ("best", "karras_7", "limit")]
             lost = sum(ratio > LOST for ratio in ratios)
             figures = [f"{value:.3f}" for value in against]
@@ -177,16 +182,18 @@ def everywhere(results: Results) -> tuple[list[str], dict[str, list[str]]]:
     return shared, {denoiser: names for denoiser, names in further.items() if names}
 
 
-def breakdown(results: Results, method: str) -> str:
-    """Typical error over the best other way's and over karras', by solver, denoiser and model calls."""
+def breakdown(results: Results, methods: Sequence[str]) -> str:
+    """Typical errors over the best other way's and over karras', by solver, denoiser and model calls."""
     rows = []
     keys: tuple[Callable[[Cell], object], ...] = (lambda c: c[1], lambda c: c[0], lambda c: c[2])
     for key in keys:
         for value in dict.fromkeys(map(key, results.cells)):
             chosen = [cell for cell in results.cells if key(cell) == value]
-            ratios = [results.mean_ratio("typical_error", method, other, chosen) for other in ("best", "karras_7")]
-            rows.append([f"{value} calls" if isinstance(value, int) else str(value), *(f"{r:.3f}" for r in ratios)])
-    return markdown([glossary.title(method), "best other way", "karras"], rows)
+            ratios = [results.mean_ratio("typical_error", m, other, chosen) for m in methods for other in AGAINST]
+            figures = ["" if np.isnan(ratio) else f"{ratio:.3f}" for ratio in ratios]
+            rows.append([f"{value} calls" if isinstance(value, int) else str(value), *figures])
+    header = [f"{glossary.title(method)}: {title}" for method in methods for title in AGAINST.values()]
+    return markdown(["", *header], rows)
 
 
 def lost_cells(results: Results, method: str) -> str:
@@ -203,6 +210,8 @@ def lost_cells(results: Results, method: str) -> str:
             why = "too few noises" if tuned < best else "search"
             figures = [f"{value:.3g}" for value in (best, ours, tuned)]
             rows.append((ours / best, [cell[0], cell[1], str(cell[2]), glossary.title(name), *figures, why]))
+    if not rows:
+        return f"None under {glossary.title(method)}."
     rows.sort(key=lambda row: -row[0])
     names = ["best other way", "its error", glossary.title(method), "where it tuned", "why", "ratio"]
     header = ["denoiser", "solver", "calls", *names]
@@ -212,7 +221,9 @@ def lost_cells(results: Results, method: str) -> str:
 def fitted_solver(results: Results) -> str:
     """The fitted solver's errors over those of stock solvers with as many model calls."""
     rows = []
-    for method in ("fit", "optimal_schedule"):
+    for method in (*FITS[::-1], "optimal_schedule"):
+        if method not in results.methods:
+            continue
         for metric, name in METRICS.items():
             errors = [(cell, results.error(metric, cell, method)) for cell in results.fitted]
             against = {
@@ -231,12 +242,12 @@ def true_limit(results: Results, limits: Sequence[dict[str, str]]) -> str:
 
     Errors are those of seed 0, the noises that both were judged on.
     """
-    rows = []
+    rows, coupled = [], [name for name in OURS if name != "fit_decoupled"]
     for limit in limits:
         every = (*results.cells, *results.fitted)
         cells = [cell for cell in every if cell[0] == limit["denoiser"] and cell[2] == int(limit["calls"])]
         errors = results.values["typical_error"]
-        found = {(cell[1], name): errors[cell][name][0] for cell in cells for name in OURS if errors[cell].get(name)}
+        found = {(cell[1], name): errors[cell][name][0] for cell in cells for name in coupled if errors[cell].get(name)}
         if not found:
             continue
         (solver, name), best = min(found.items(), key=lambda item: item[1])
@@ -259,7 +270,8 @@ def correlations(results: Results) -> str:
 def report(results: Results, limits: Sequence[dict[str, str]] = ()) -> str:
     """All tables as one page of markdown."""
     seeds = max(len(found) for by in results.values["typical_error"].values() for found in by.values())
-    last = next(name for name in reversed(OURS) if name in results.methods)
+    ours = [name for name in OURS if name in results.methods]
+    fits = [name for name in FITS if name in ours] or ours[-1:]
     shared, further = everywhere(results)
     denoisers = list(dict.fromkeys(cell[0] for cell in results.cells))
     parts = [
@@ -283,7 +295,7 @@ def report(results: Results, limits: Sequence[dict[str, str]] = ()) -> str:
     for denoiser, names in further.items():
         cells = [cell for cell in results.cells if cell[0] == denoiser]
         parts += [f"For {denoiser} alone, beside the same methods there:", standings(results, [*names, *shared], cells)]
-    parts += ["## By solver, denoiser and number of model calls", breakdown(results, last)]
+    parts += ["## By solver, denoiser and number of model calls", breakdown(results, fits)]
     if results.fitted:
         parts += ["## The fitted solver", glossary.FITTED_SOLVER, fitted_solver(results)]
     if limits:
@@ -293,7 +305,7 @@ def report(results: Results, limits: Sequence[dict[str, str]] = ()) -> str:
         "Spearman's rank correlation over a denoiser's cells of the error that a schedule predicts with its own.",
         correlations(results),
         "## Cells in which another way is ahead by more than 5%",
-        lost_cells(results, last),
+        *(lost_cells(results, method) for method in fits),
         glossary.LOST_COLUMNS,
     ]
     return "\n\n".join(parts) + "\n"

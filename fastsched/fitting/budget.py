@@ -1,20 +1,21 @@
 """How a fit divides its model calls between the measurement and the runs that follow.
 
-About half of the calls measure. Up to 400 calls, responses (`fastsched.measurement.deviated_paths`) were worth more
-than the samples that their calls would buy; above that only plans with responses were tried. Of three to six plans at
-each total, `PLANS` has the one of least error, DPM-Solver++(2M) and the fitted solver together, on six denoisers and
-seeds 20 and 21, before levels and weights were tuned together; but at 1,500, where fewer levels and more samples serve
-some denoisers better and others worse, it has the benchmark's. Error of the fitted solver as it is tuned now, five
+About half of the calls measure, more of few. Up to 400 calls, responses (`fastsched.measurement.deviated_paths`) were
+worth more than the samples that their calls would buy; above that only plans with responses were tried. Of two to six
+plans at each total, `PLANS` has the one of least error: to 300 calls on seven denoisers and seeds 900 to 902, at 400
+and 800 on six and seeds 20 and 21, DPM-Solver++(2M) and the fitted solver together; but at 1,500, where fewer levels
+and more samples serve some denoisers better and others worse, it has the benchmark's. Error of the fitted solver, five
 denoisers and three seeds, against that of 1,500 (``benchmarks.quality.cost_curve``):
 
 =====  ======
 calls  fitted
 =====  ======
-60     11
-100    4.2
-200    2.6
-400    1.4
-800    1.0
+60     4.9
+100    3.8
+200    2.2
+300    2.2
+400    1.3
+800    1.1
 =====  ======
 
 So the default is 800. The plans for 2,300 and 3,000 calls are of five denoisers and seed 20, against 8 samples with as
