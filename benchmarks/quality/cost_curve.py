@@ -54,6 +54,8 @@ OTHERS = {
     "optimal_schedule": "P",
     "fit": "X",
 }
+#: Of lines' names, in the logarithm of the error.
+LABELS_APART = 0.25
 #: Where methods stand that take no calls, on the logarithmic axis.
 NO_CALLS = 20
 
@@ -155,17 +157,20 @@ def plot(found: dict[Cell, dict[int, float]], others: dict[str, tuple[float, flo
     """Write the picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from scipy.optimize import isotonic_regression
 
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     ax = figure.subplots()
     lines = {name: over_cells(found, {name}) for name, _ in found}
-    last = 0.0
-    for name, line in sorted(lines.items(), key=lambda pair: pair[1][TOTALS[0]]):
-        means = [mean for mean, _ in line.values()]
-        ax.plot(list(line), means, "--" if name in NETWORKS else "-", color="0.7", lw=1)
-        last = max(means[0], 1.45 * last)  # labels beside each other, not on each other
-        ax.text(0.93 * TOTALS[0], last, name, fontsize=7, color="0.3", ha="right", va="center")
+    ordered = sorted(lines, key=lambda name: lines[name][TOTALS[0]])
+    firsts = np.log([lines[name][TOTALS[0]][0] for name in ordered])
+    apart = LABELS_APART * np.arange(len(ordered))
+    places = np.exp(isotonic_regression(firsts - apart).x + apart)  # the nearest that do not lie on each other
+    for name, place in zip(ordered, places, strict=True):
+        means = [mean for mean, _ in lines[name].values()]
+        ax.plot(list(lines[name]), means, "--" if name in NETWORKS else "-", color="0.7", lw=1)
+        ax.text(0.93 * TOTALS[0], place, name, fontsize=7, color="0.3", ha="right", va="center")
     ax.set_xlim(left=NO_CALLS / 1.15)
     for names, style, label in ((lines, "o-", "all"), (set(lines) - set(PLANE), "o:", "all but flow")):
         mean = [value for value, _ in over_cells(found, names).values()]
@@ -178,6 +183,7 @@ def plot(found: dict[Cell, dict[int, float]], others: dict[str, tuple[float, flo
     ax.set_ylabel("typical error against the best stock fs.fit\nwith 1,500 calls")
     ticks = [NO_CALLS, *TOTALS, 6000, 64000]
     ax.set_xticks(ticks, ["none", *(f"{total:,}" for total in ticks[1:])])
+    ax.tick_params(axis="x", labelsize=8)
     ax.minorticks_off()
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=8, frameon=False)
