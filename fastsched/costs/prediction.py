@@ -8,7 +8,8 @@ schedules that profit most from what is wrong there, the more so the less error 
     ``q_b = ||error_b||^2 + variance_b``,
 
 those to deviations (`fastsched.costs.answer_errors`), and on the path between its levels
-(`fastsched.costs.interpolation_errors`). The error of a schedule is the power mean of the samples' errors,
+(`fastsched.costs.interpolation_errors`); for the fitted solver it counts the deviations themselves, by `PENALTY` and
+`DOUBT`. The error of a schedule is the power mean of the samples' errors,
 
     ``(mean_b q_b^p)^(1/p)``,   ``p = 1/4``,
 

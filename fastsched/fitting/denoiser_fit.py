@@ -62,7 +62,8 @@ def fit(
     """The schedule of ``steps`` steps for a denoiser and solver: `measure`, `optimal_schedule`, `audition`, `tune`.
 
     `fastsched.fitting.budget` divides the calls between the measurement and the runs that rank candidates and tune.
-    Between 400 and 1,500 calls, samples of at most four elements are measured without responses, about twice as many.
+    Between 400 and 1,500 calls, samples of at most four elements are measured without responses, about twice as many
+    where ``samples`` is None.
 
     Args:
         denoiser: What to schedule.

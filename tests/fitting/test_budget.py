@@ -23,8 +23,9 @@ def test_a_measurement_takes_what_its_plan_does(plan, levels):
     assert counts[0] < 4 or counts[1] > 1.5 * counts[0]
 
 
+@pytest.mark.parametrize("given", [{}, {"levels": 16, "samples": 3}])
 @pytest.mark.parametrize("elements", [1, 4, 5])
-def test_samples_of_few_elements_are_measured_without_responses(elements):
+def test_samples_of_few_elements_are_measured_without_responses(elements, given):
     calls = []
 
     def network(z, s):
@@ -32,8 +33,9 @@ def test_samples_of_few_elements_are_measured_without_responses(elements):
         variances = torch.linspace(0.1, 1.0, elements) ** 2
         return z * variances / (variances + s.reshape(-1, *(1,) * (s.ndim > 0)) ** 2)
 
-    report = fit_report(fs.Denoiser.from_denoiser(network, 0.01, 20.0), (elements,), 4, model_calls=400, progress=False)
+    denoiser = fs.Denoiser.from_denoiser(network, 0.01, 20.0)
+    report = fit_report(denoiser, (elements,), 4, model_calls=400, progress=False, **given)
     few = elements <= 4
     assert (report.stats.response_gram is None) == few
-    assert report.stats.samples == (7 if few else 4)  # 184 calls of paths of 24 or 46
+    assert report.stats.samples == (3 if given else 7 if few else 4)  # 184 calls of paths of 24 or 46
     assert sum(calls) == report.model_calls <= 400
