@@ -29,7 +29,7 @@ METRICS = {"typical_error": "typical", "mean_error": "mean", "frechet": "Frechet
 LOST = 1.05
 #: What methods are compared with in `breakdown`.
 AGAINST = {"best": "best other way", "karras_7": "karras"}
-#: Of those that tune by running the sampler; the first has no freedom that `gradient_limit` lacks.
+#: The methods that tune by running the sampler.
 FITS = ("fit", "fit_decoupled")
 
 Cell = tuple[str, str, int]  # denoiser, solver, model calls
@@ -240,7 +240,7 @@ def fitted_solver(results: Results) -> str:
 def true_limit(results: Results, limits: Sequence[dict[str, str]]) -> str:
     """What gradient descent on nodes and weights reaches, beside the best of our methods over all solvers.
 
-    Errors are those of seed 0, the noises that both were judged on.
+    Errors are those of seed 0, the noises that both were judged on. Decoupled levels are left out: the limit has none.
     """
     rows, coupled = [], [name for name in OURS if name != "fit_decoupled"]
     for limit in limits:

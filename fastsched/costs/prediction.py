@@ -46,7 +46,7 @@ PENALTY = 0.3
 #: Weight of all deviations, explained or not, for the fitted solver where there are few samples, and how few: levels
 #: and weights chosen together find what secants of few samples get wrong. Errors of fits against those without, typical
 #: and mean: 0.88 and 0.77 with 100 calls, 0.83 and 0.73 with 200 (2 samples, 42 fits each of seven denoisers at 5 and 8
-#: steps; others' networks at 100 calls 0.54 and 0.52, 18 fits). With 4 samples 1.0, with 8 up to 1.2. Nor did it help
+#: steps; others' networks at 100 calls 0.54 and 0.52, 18 fits). With 4 and 8 samples 1.0 to 1.2. Nor did it help
 #: stock solvers, or predictions near schedules that were run.
 DOUBT, FEW_SAMPLES = 0.25, 3
 

@@ -22,27 +22,23 @@ IMPROVEMENTS = 3
 REACH, SWEEPS = 3, 20
 
 
-def descend(error: Callable[[Array], Array], levels: Array, low: float, high: float) -> tuple[Array, float]:
+def descend(
+    error: Callable[[Array], Array], starts: Sequence[Array], low: float, high: float
+) -> list[tuple[Array, float]]:
     """Move inner nodes towards a neighbour wherever that lowers ``error``, by ever smaller fractions of the gap.
 
-    All moves of one node are tried at once, and then all that help together; the best of them is taken.
+    All moves of one node are tried at once, and then all that help together; the best of them is taken. Descents from
+    several starts go side by side: ``error`` is called once for what all of them try next.
 
     Args:
         error: Of C schedules [C, steps + 1], a value each, [C]; ``inf`` forbids one.
-        levels: Where to start: levels [steps + 1], descending to 0. Both ends stay.
+        starts: Where to start: levels [steps + 1], descending to 0, of as many steps each. Both ends stay.
         low: The lowest level a node may take.
         high: The highest finite level; where the first node is at pure noise, the second stays below ten times this.
 
     Returns:
-        The levels and their error, not above that of the start; deterministic.
+        For each start the levels and their error, not above that of the start; deterministic.
     """
-    return descend_side_by_side(error, [levels], low, high)[0]
-
-
-def descend_side_by_side(
-    error: Callable[[Array], Array], starts: Sequence[Array], low: float, high: float
-) -> list[tuple[Array, float]]:
-    """`descend` from several starts of as many steps: ``error`` is called once for what all of them ask next."""
     found: dict[int, tuple[Array, float]] = {}
     going = {n: _descent(np.asarray(levels, dtype=np.float64), low, high) for n, levels in enumerate(starts)}
     asked = {n: next(descent) for n, descent in going.items()}

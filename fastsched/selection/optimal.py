@@ -16,7 +16,7 @@ from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
 from fastsched.selection.constraints import at_known_levels, known_levels
-from fastsched.selection.descent import descend_side_by_side
+from fastsched.selection.descent import descend
 from fastsched.selection.starts import starting_levels
 
 #: How many starts are descended from, those of least predicted error.
@@ -98,7 +98,7 @@ def local_minima(stats: PathStatistics, steps: int, solver: Solver, *, also: Seq
     minima = list(starts[:1])  # in case levels too close to each other stop every descent
     more = [Minimum("fewer steps", known_levels(stats.process, levels), np.inf) for levels in also]
     chosen = [*more, *starts[:DESCENTS]]
-    ends = descend_side_by_side(objective, [start.levels for start in chosen], *stats.finite_range)
+    ends = descend(objective, [start.levels for start in chosen], *stats.finite_range)
     for start, (levels, value) in zip(chosen, ends, strict=True):
         if np.isfinite(value):
             minima.append(Minimum(start.name, known_levels(stats.process, levels), value))

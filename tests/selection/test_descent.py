@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from fastsched.selection.descent import coordinate_descent, descend, descend_side_by_side, log_gaps
+from fastsched.selection.descent import coordinate_descent, descend, log_gaps
 
 TARGET = np.log([6.0, 2.5, 0.4, 0.1])
 
@@ -34,7 +34,7 @@ def test_coordinate_descent_finds_a_convex_minimum():
 @pytest.mark.parametrize("top", [10.0, math.inf])
 def test_descent_finds_a_convex_minimum(start, top):
     levels = np.array([top, *start, 0.0])
-    found, value = descend(convex, levels, 0.01, 10.0)
+    [(found, value)] = descend(convex, [levels], 0.01, 10.0)
     assert value == convex(found[None])[0] <= convex(levels[None])[0]
     # no move of 5% of a gap lowers the error any more: within half of one of the minimum, but for the coupling of nodes
     gaps = np.maximum(*log_gaps(found, 0.01, 10.0))
@@ -46,11 +46,11 @@ def test_descents_side_by_side_are_those_alone():
     starts = [[9.0, 8.0, 7.0, 6.0], [6.0, 0.2, 0.15, 0.12], [3.0, 2.0, 1.0, 0.5]]
     levels = [np.array([10.0, *start, 0.0]) for start in starts]
     error, calls = recorded(convex)
-    together = descend_side_by_side(error, levels, 0.01, 10.0)
+    together = descend(error, levels, 0.01, 10.0)
     alone = []
     for each, (found, value) in zip(levels, together, strict=True):
         own, own_calls = recorded(convex)
-        expected, least = descend(own, each, 0.01, 10.0)
+        [(expected, least)] = descend(own, [each], 0.01, 10.0)
         np.testing.assert_array_equal(found, expected)
         assert value == least
         alone.append(len(own_calls))
@@ -59,7 +59,7 @@ def test_descents_side_by_side_are_those_alone():
 
 def test_descent_tries_only_descending_levels_above_the_lowest():
     error, calls = recorded(lambda levels: np.log(levels[:, 1:-1]).sum(1))  # ever lower
-    found, _ = descend(error, np.array([10.0, 5.0, 2.0, 1.0, 0.0]), 0.01, 10.0)
+    [(found, _)] = descend(error, [np.array([10.0, 5.0, 2.0, 1.0, 0.0])], 0.01, 10.0)
     tried = np.concatenate(calls)
     assert (np.diff(tried, axis=1) < 0).all()
     assert tried[:, -2].min() >= 0.01
@@ -67,7 +67,7 @@ def test_descent_tries_only_descending_levels_above_the_lowest():
 
 
 def test_descent_below_pure_noise_stays_below_ten_times_the_highest():
-    found, _ = descend(lambda levels: -levels[:, 1], np.array([math.inf, 30.0, 0.0]), 0.01, 10.0)
+    [(found, _)] = descend(lambda levels: -levels[:, 1], [np.array([math.inf, 30.0, 0.0])], 0.01, 10.0)
     left = np.prod([(1 - share) ** 3 for share in (0.4, 0.2, 0.1, 0.05)])  # of the gap, after three moves of each share
     assert found[1] == pytest.approx(100 * (30 / 100) ** left, rel=1e-12)
 
@@ -85,10 +85,10 @@ def test_descent_never_raises_the_error():
     for _ in range(5):
         levels = np.array([20.0, *np.sort(generator.uniform(0.1, 10.0, 4))[::-1], 0.0])
         values.clear()
-        found, value = descend(rough, levels, 0.05, 20.0)
+        [(found, value)] = descend(rough, [levels], 0.05, 20.0)
         assert value == min(values) <= values[0]
         assert value == pytest.approx(rough(found[None])[0], abs=1e-12)
-        again, _ = descend(rough, levels, 0.05, 20.0)
+        [(again, _)] = descend(rough, [levels], 0.05, 20.0)
         assert (found == again).all()
 
 
@@ -96,17 +96,17 @@ def test_descent_does_not_go_where_the_error_is_infinite():
     def fenced(levels):
         return np.where(levels[:, 1] > 7.0, convex(levels), np.inf)
 
-    found, value = descend(fenced, np.array([10.0, 9.0, 3.0, 0.5, 0.2, 0.0]), 0.01, 10.0)
+    [(found, value)] = descend(fenced, [np.array([10.0, 9.0, 3.0, 0.5, 0.2, 0.0])], 0.01, 10.0)
     assert 7.0 < found[1] < 7.5  # the minimum, 6, is beyond the fence
     assert value == convex(found[None])[0]
 
 
 def test_descent_leaves_a_start_of_infinite_error():
     fenced = lambda levels: np.where(levels[:, 1] < 7.0, convex(levels), np.inf)
-    found, value = descend(fenced, np.array([10.0, 7.5, 3.0, 0.5, 0.2, 0.0]), 0.01, 10.0)
+    [(found, value)] = descend(fenced, [np.array([10.0, 7.5, 3.0, 0.5, 0.2, 0.0])], 0.01, 10.0)
     assert value == convex(found[None])[0]
     nowhere = np.array([10.0, 5.0, 1.0, 0.0])
-    found, value = descend(lambda levels: np.full(len(levels), np.inf), nowhere, 0.01, 10.0)
+    [(found, value)] = descend(lambda levels: np.full(len(levels), np.inf), [nowhere], 0.01, 10.0)
     assert (found == nowhere).all()
     assert value == math.inf
 
@@ -114,10 +114,10 @@ def test_descent_leaves_a_start_of_infinite_error():
 @pytest.mark.parametrize("top", [10.0, math.inf])
 def test_descent_of_one_and_two_steps(top):
     one = np.array([top, 0.0])
-    found, value = descend(lambda levels: np.full(len(levels), 3.0), one, 0.01, 10.0)
+    [(found, value)] = descend(lambda levels: np.full(len(levels), 3.0), [one], 0.01, 10.0)
     assert (found == one).all()
     assert value == 3.0
-    found, _ = descend(convex, np.array([top, 0.3, 0.0]), 0.01, 10.0)
+    [(found, _)] = descend(convex, [np.array([top, 0.3, 0.0])], 0.01, 10.0)
     assert found[1] == pytest.approx(6.0, rel=0.15)
 
 
