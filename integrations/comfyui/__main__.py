@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-TEXT = '"""The nodes of the installed package."""\n\nfrom fastsched_comfyui import *  # noqa: F403\n'
+TEXT = '"""The nodes of the installed package."""\n\nfrom fastsched_comfyui import *  # noqa: F403 - all of them\n'
 
 
 def main() -> None:
