@@ -7,8 +7,8 @@ The sampler is run on the surrogate (`fastsched.costs.surrogate`). After evaluat
     ``t = (y_path - y_n) / (rho_{n+1} - rho_n) - D_n``,
 
 and ``t = D_end - D_n`` for the step to sigma 0; ``W[n, m] = b_m`` and ``W[n, n] = 1 - sum b``. The norm is the mean
-over the samples, each to its own scale, so that few large samples do not decide; ``b0`` are the weights of
-DPM-Solver++(2M), so that what the samples do not tell stays as the theory has it.
+over the samples, each to its own scale, so that few large samples do not decide; ``b0`` are the weights of UniPC
+(`fastsched.sampling.stock_weights`), so that what the samples do not tell stays as the theory has it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.secants import Secants
-from fastsched.costs.surrogate import Rollouts, Surrogate
-from fastsched.sampling.multistep import PURE_NOISE_LAMBDA, log_rho
+from fastsched.costs.surrogate import Rollouts, Surrogate, nodes_of_levels
 from fastsched.sampling.solvers import FITTED, Solver
+from fastsched.sampling.stock_weights import NEAREST_STOCK, stock_weights
 
 #: Ridge of a schedule of 8 steps, relative to the mean square of the differences ``D_m - D_n``. It falls with the cube
 #: of the number of steps: with shorter steps deviations are smaller and the surrogate is nearer the truth.
@@ -54,8 +54,8 @@ def rollouts(
     levels = np.asarray(levels, dtype=np.float64)
     known = secants or surrogate.secants or Secants.none(surrogate.vectors)
     found = Rollouts(surrogate, known, len(levels), offsets)
-    fit = _Fit(surrogate, found, (norms or surrogate.norms).metric, levels, weights)
     with np.errstate(divide="ignore", invalid="ignore"):
+        fit = _Fit(surrogate, found, (norms or surrogate.norms).metric, levels, weights)
         return fit.run(), fit.weights
 
 
@@ -71,6 +71,8 @@ class _Fit:
         self.steps = levels.shape[1] - 1
         self.ridge = RIDGE * (8 / self.steps) ** 3
         self.given = given
+        nodes = nodes_of_levels(surrogate.process, levels)
+        self.theory = stock_weights(NEAREST_STOCK, nodes) if given is None else given
         self.weights = np.zeros((len(levels), self.steps, self.steps))
 
     def run(self) -> Rollouts:
@@ -80,10 +82,9 @@ class _Fit:
         for n in range(self.steps):
             differences.add(self.found.denoise_at(y, self.known[self.which[:, n]]))
             step = (rho[:, n + 1] - rho[:, n])[:, None]
+            b = self.theory[:, n, :n]
             if self.given is None:
-                b = differences.least_squares(self._target(n, y, step), self._theory(n), self.ridge)
-            else:
-                b = self.given[:, n, :n]
+                b = differences.least_squares(self._target(n, y, step), b, self.ridge)
             self.weights[:, n, :n], self.weights[:, n, n] = b, 1 - b.sum(1)
             slope = differences.combined(b)
             y = slope if n == self.steps - 1 else y + step * slope
@@ -100,15 +101,6 @@ class _Fit:
         wanted = -y
         wanted[:, :increments] += self.known.state[self.which[:, n + 1]]
         return wanted / step
-
-    def _theory(self, n: int) -> Array:
-        """``b0`` [C, n]: of DPM-Solver++(2M), and of the last answer alone for the step to sigma 0."""
-        b = np.zeros((len(self.levels), n))
-        if 0 < n < self.steps - 1:
-            lam = log_rho(1 / self.levels)
-            ratio = (lam[:, n + 1] - lam[:, n]) / (lam[:, n] - lam[:, n - 1])
-            b[:, n - 1] = np.where(lam[:, n - 1] > PURE_NOISE_LAMBDA / 2, -0.5 * ratio, 0.0)
-        return b
 
 
 class _Differences:

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
+
 from fastsched.measurement.statistics import PathStatistics
-from fastsched.sampling.fitted import chosen_solver, stock_weights
+from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.sampler import nodes_of
 from fastsched.sampling.schedule import Schedule
-from fastsched.sampling.solvers import FITTED, Solver, get_solver
+from fastsched.sampling.solvers import FITTED, Solver
+from fastsched.sampling.stock_weights import NEAREST_STOCK, stock_weights
 from fastsched.selection.optimal import local_minima, optimal_schedule, ranked_starts, unlike
 
-#: The stock solver whose weights and schedule are a candidate of the fitted one.
-THEORY = "dpmpp_2m"
 
-
-def theory_schedule(stats: PathStatistics, steps: int) -> Schedule:
-    """The schedule of `THEORY`, its weights written as those of a fitted schedule: the same samples."""
-    stock = optimal_schedule(stats, steps, THEORY)
+def stock_schedule(stats: PathStatistics, steps: int) -> Schedule:
+    """The schedule of `NEAREST_STOCK`, its weights written as those of a fitted schedule: the same samples."""
+    stock = optimal_schedule(stats, steps, NEAREST_STOCK)
     nodes = nodes_of(stats.process, stats.process.level(stock.sigmas))
-    return replace(stock, solver=FITTED, weights=stock_weights(get_solver(THEORY), nodes))
+    return replace(stock, solver=FITTED, weights=torch.from_numpy(stock_weights(NEAREST_STOCK, nodes)))
 
 
 def candidates_in_turn(stats: PathStatistics, steps: int, solver: str | Solver) -> Iterator[tuple[str, Schedule]]:
@@ -33,7 +33,7 @@ def candidates_in_turn(stats: PathStatistics, steps: int, solver: str | Solver) 
     minima = local_minima(stats, steps, method)
     yield "optimal", minima[0].schedule(stats, method)
     if method.name == FITTED:  # what the fitted solver must not be worse than
-        yield THEORY, theory_schedule(stats, steps)
+        yield NEAREST_STOCK, stock_schedule(stats, steps)
     for minimum in minima[1:]:
         yield f"from {minimum.name}", minimum.schedule(stats, method)
     for start in unlike([*minima, *ranked_starts(stats, steps, method)])[len(minima) :]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,21 +83,3 @@ def checked_weights(weights: Tensor | Sequence[Sequence[float]]) -> Tensor:
     if not torch.allclose(sums, torch.ones_like(sums), rtol=0, atol=1e-6):
         raise ValueError(f"weights must sum to 1 in every row, got {[round(value, 6) for value in sums.tolist()]}")
     return values
-
-
-def stock_weights(solver: Solver, nodes: Sequence[Node]) -> Tensor:
-    """The weights of a multistep solver over ``rho`` without a corrector, on K nodes and the end, [K, K].
-
-    Raises:
-        ValueError: If the solver is of another kind.
-    """
-    if solver.variable != "rho" or solver.stage is not None or solver.corrector is not None:
-        raise ValueError(f"solver must be a multistep solver over rho without a corrector, got {solver.name!r}")
-    steps = len(nodes) - 1
-    found = np.eye(steps)
-    for n in range(steps - 1):
-        history = list(nodes[n::-1][: solver.history_at(n, steps) + 1])
-        found[n] = 0.0
-        for back, weight in enumerate(solver.weights(history, nodes[n + 1])):
-            found[n, n - back] = float(weight)
-    return torch.from_numpy(found)

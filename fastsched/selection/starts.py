@@ -11,16 +11,13 @@ from fastsched.costs.norms import Array
 from fastsched.costs.step_cost import PathCost, path_cost
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.measurement.statistics import PathStatistics
-from fastsched.sampling.fitted import stock_weights
 from fastsched.sampling.sampler import nodes_of
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED, Solver, get_solver
+from fastsched.sampling.stock_weights import NEAREST_STOCK, stock_weights
 from fastsched.selection.constraints import distinct_levels
 from fastsched.selection.descent import coordinate_descent
 from fastsched.selection.dynamic_programming import Selection, cheapest_paths
-
-#: The stock solver whose starts serve the fitted one.
-NEAREST_STOCK = "unipc"
 
 
 def starting_levels(stats: PathStatistics, steps: int, solver: Solver) -> dict[str, Array]:
@@ -76,8 +73,8 @@ def common_levels(stats: PathStatistics, steps: int) -> dict[str, Tensor]:
 
 
 def even_schedule(process: NoiseProcess, steps: int, solver: str) -> Schedule:
-    """Levels even in ``log s``, where nothing was measured; with the weights of DPM-Solver++(2M) if fitted."""
+    """Levels even in ``log s``, where nothing was measured; with the weights of `NEAREST_STOCK` if fitted."""
     levels = process.levels(max(steps, 3))[:steps]
     levels = torch.cat([levels, levels.new_zeros(1)])
-    weights = stock_weights(get_solver("dpmpp_2m"), nodes_of(process, levels)) if solver == FITTED else None
-    return Schedule.from_levels(process, levels, solver, weights=weights)
+    weights = stock_weights(NEAREST_STOCK, nodes_of(process, levels)) if solver == FITTED else None
+    return Schedule.from_levels(process, levels, solver, weights=None if weights is None else torch.from_numpy(weights))

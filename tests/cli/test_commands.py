@@ -14,9 +14,8 @@ from fastsched.cli import shell
 from fastsched.cli.commands import COMMANDS
 from fastsched.denoisers.loading import load_denoiser
 from fastsched.measurement.to_file import measure_to_file
-from fastsched.sampling.fitted import stock_weights
 from fastsched.sampling.sampler import nodes_of
-from fastsched.sampling.solvers import SOLVERS
+from fastsched.sampling.stock_weights import stock_weights
 
 
 def test_measure_writes_what_measure_returns(folder, model):
@@ -62,7 +61,8 @@ def test_a_schedule_of_the_fitted_solver_is_compared_with_its_weights(folder, mo
     sigmas = fs.baselines.exponential(5, 0.002, 80.0)
     nodes = nodes_of(load_denoiser(model)[0].process, sigmas)
     fs.Schedule(sigmas, "dpmpp_2m").save(tmp_path / "stock.json")
-    fs.Schedule(sigmas, "fitted", weights=stock_weights(SOLVERS["dpmpp_2m"], nodes)).save(tmp_path / "fitted.json")
+    weights = torch.from_numpy(stock_weights("dpmpp_2m", nodes))
+    fs.Schedule(sigmas, "fitted", weights=weights).save(tmp_path / "fitted.json")
     files = (tmp_path / "stock.json", tmp_path / "fitted.json")
     common = ("--shape", "2,3", "--samples", "8", "--reference-steps", "40", "-q", "--json")
     result = run("compare", model, *files, "--baselines", "exponential", *common)

@@ -72,10 +72,10 @@ def test_a_fitted_schedule_has_a_stock_one_among_its_candidates():
     """The same samples as the stock solver's own schedule gives."""
     stats = measure("x0")
     found = dict(candidates_in_turn(stats, 5, "fitted"))
-    theory = found[candidates.THEORY]
-    stock = fs.optimal_schedule(stats, 5, candidates.THEORY)
+    as_fitted = found[candidates.NEAREST_STOCK]
+    stock = fs.optimal_schedule(stats, 5, candidates.NEAREST_STOCK)
     noise = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    ours = fs.sample(KINDS["x0"], theory, noise=noise)
+    ours = fs.sample(KINDS["x0"], as_fitted, noise=noise)
     torch.testing.assert_close(ours, fs.sample(KINDS["x0"], stock, noise=noise), rtol=1e-5, atol=1e-5)
 
 

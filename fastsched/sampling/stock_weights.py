@@ -1,0 +1,50 @@
+"""A stock solver's steps in the form of the fitted solver: what its weights are drawn to where samples tell nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastsched.sampling.multistep import Node
+from fastsched.sampling.sampler import answered, integration
+from fastsched.sampling.solvers import Solver, get_solver
+
+#: The stock solver whose weights the fitted solver's are drawn to, and whose starts and schedule serve it. Errors of
+#: the fitted solver, typical and mean, against those with DPM-Solver++(2M): without a call 0.94 and 0.89, with 100 calls
+#: 0.92 and 0.95, 400 0.93 and 1.00, 800 0.96 and 1.05, 1,500 1.05 and 0.96 (36 to 51 cells of six or seven denoisers, 2
+#: to 3 seeds each). With UniPC of third order 1.09, 0.93 and 1.03 (typical) at 100, 200 and 800 calls.
+NEAREST_STOCK = "unipc"
+
+
+def stock_weights(solver: str | Solver, nodes: Sequence[Node]) -> NDArray[np.float64]:
+    """The weights ``W`` with which the fitted solver asks and returns what a stock solver does, [..., K, K].
+
+    A corrector moves the state by the answers so far before the next step is taken from there, so both together are one
+    linear step. The solver is run on unit vectors, one for each answer, and ``W[n]`` is what it adds between the states
+    that it asks at, over ``rho_{n+1} - rho_n``.
+
+    Args:
+        solver: A solver over ``rho`` of one call a step.
+        nodes: K nodes and the end at sigma 0; of arrays [...] for several schedules.
+
+    Raises:
+        ValueError: If the solver is of another kind.
+    """
+    method = get_solver(solver)
+    if method.variable != "rho" or method.stage is not None:
+        raise ValueError(f"solver must be a multistep solver over rho of one call a step, got {method.name!r}")
+    steps, batch = len(nodes) - 1, np.shape(nodes[0].rho)
+    units = np.broadcast_to(np.eye(steps), (*batch, steps, steps))
+    states = []
+
+    def answer(state: NDArray[np.float64], n: int) -> NDArray[np.float64]:
+        states.append(state)
+        return units[..., n, :]
+
+    column = lambda value: np.asarray(value)[..., None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        last = answered(integration(nodes, method, np.zeros((*batch, steps)), s=range(steps), number=column), answer)
+    scale = np.diff(np.stack([node.rho for node in nodes[:-1]], axis=-1))[..., None]
+    return np.concatenate([np.diff(np.stack(states, axis=-2), axis=-2) / scale, last[..., None, :]], axis=-2)
