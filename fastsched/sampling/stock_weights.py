@@ -12,9 +12,9 @@ from fastsched.sampling.sampler import answered, integration
 from fastsched.sampling.solvers import Solver, get_solver
 
 #: The stock solver whose weights the fitted solver's are drawn to, and whose starts and schedule serve it. Errors of
-#: the fitted solver, typical and mean, against those with DPM-Solver++(2M): without a call 0.94 and 0.89, with 100 calls
-#: 0.92 and 0.95, 400 0.93 and 1.00, 800 0.96 and 1.05, 1,500 1.05 and 0.96 (36 to 51 cells of six or seven denoisers, 2
-#: to 3 seeds each). With UniPC of third order 1.09, 0.93 and 1.03 (typical) at 100, 200 and 800 calls.
+#: the fitted solver, typical and mean, against those with DPM-Solver++(2M): without a call 0.94 and 0.89; 100 calls
+#: 0.92 and 0.95; 400 0.93 and 1.00; 800 0.96 and 1.05; 1,500 1.05 and 0.96 (36 to 51 cells of six or seven denoisers,
+#: 2 or 3 seeds each). With UniPC of third order 1.09, 0.93 and 1.03 (typical) at 100, 200 and 800 calls.
 NEAREST_STOCK = "unipc"
 
 
@@ -37,7 +37,7 @@ def stock_weights(solver: str | Solver, nodes: Sequence[Node]) -> NDArray[np.flo
         raise ValueError(f"solver must be a multistep solver over rho of one call a step, got {method.name!r}")
     steps, batch = len(nodes) - 1, np.shape(nodes[0].rho)
     units = np.broadcast_to(np.eye(steps), (*batch, steps, steps))
-    states = []
+    states: list[NDArray[np.float64]] = []
 
     def answer(state: NDArray[np.float64], n: int) -> NDArray[np.float64]:
         states.append(state)
@@ -46,5 +46,6 @@ def stock_weights(solver: str | Solver, nodes: Sequence[Node]) -> NDArray[np.flo
     column = lambda value: np.asarray(value)[..., None]
     with np.errstate(divide="ignore", invalid="ignore"):
         last = answered(integration(nodes, method, np.zeros((*batch, steps)), s=range(steps), number=column), answer)
-    scale = np.diff(np.stack([node.rho for node in nodes[:-1]], axis=-1))[..., None]
-    return np.concatenate([np.diff(np.stack(states, axis=-2), axis=-2) / scale, last[..., None, :]], axis=-2)
+    rho = np.stack([np.asarray(node.rho, dtype=np.float64) for node in nodes[:-1]], axis=-1)
+    rows = np.diff(np.stack(states, axis=-2), axis=-2) / np.diff(rho)[..., None]
+    return np.concatenate([rows, last[..., None, :]], axis=-2)
