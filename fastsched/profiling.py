@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import resource
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from fastsched.fitting.budget import TOTAL, measuring_calls
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.measuring import measure
 from fastsched.measurement.memory import WORKING
+from fastsched.measurement.network_checks import CHECK_CALLS
 from fastsched.measurement.network_state import modules_of
 from fastsched.measurement.timeline import Run, Timeline, synchronisations
 from fastsched.sampling.sampler import sample
@@ -69,8 +69,8 @@ class StepTimes:
         Args:
             name: What was run.
             run: The run.
-            steps: Of how many steps fractions are said: the last two, in which a measurement ends, and the median of
-                those before as often as it takes. Those of the run when None.
+            steps: Steps of a whole measurement: fractions are those of its last two steps and ``steps - 2`` times the
+                median of the earlier ones. Those of this run when None.
         """
         used = run.steps[1:] if len(run.steps) > 1 else run.steps
         waits = None if run.synchronisations is None else float(np.median(run.synchronisations))
@@ -223,7 +223,7 @@ def _profile(runs: Any, steps: int) -> Profile:
     step = times[0].p50_ms / 1e3
     # Of the second run: the first one compiles and allocates within its first step.
     fixed = max(fitted.seconds - len(fitted.steps) * times[1].p50_ms / 1e3, 0.0)
-    calls = {"measure": measuring_calls(LEVELS, runs.samples), "fit": TOTAL}
+    calls = {"measure": runs.measuring_calls(LEVELS), "fit": TOTAL}
     numbers = sorted({4, 8, 20, runs.own_steps})
     parameters = [each for module in runs.networks for each in module.parameters()]
     return Profile(
@@ -251,7 +251,7 @@ def _profile(runs: Any, steps: int) -> Profile:
 class _DenoiserRuns:
     """Runs of a denoiser by itself: its network is timed, the solver's arithmetic is the scheduler."""
 
-    own_steps, batch, samples = 50, 1, DENOISER_SAMPLES
+    own_steps, batch = 50, 1
 
     def __init__(self, denoiser: Denoiser, shape: tuple[int, ...]) -> None:
         self.denoiser, self.shape = denoiser, shape
@@ -260,6 +260,9 @@ class _DenoiserRuns:
         first = next((each for module in self.networks for each in module.parameters()), torch.empty(0))
         self.device, self.dtype = first.device, first.dtype
         self.elements = int(np.prod(shape))
+
+    def measuring_calls(self, levels: int) -> int:
+        return measuring_calls(levels, DENOISER_SAMPLES) + CHECK_CALLS
 
     def sampling(self, steps: int, solver: str = "dpmpp_2m") -> Run:
         schedule = even_schedule(self.denoiser.process, steps, solver)
@@ -304,8 +307,11 @@ def _peak(device: torch.device) -> Iterator[list[int]]:
     if device.type == "cuda":
         found[0] = torch.cuda.max_memory_allocated(device)
     else:
-        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        found[0] = size if sys.platform == "darwin" else size * 1024
+        with contextlib.suppress(ImportError):  # on Windows there is none
+            import resource
+
+            size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            found[0] = size if sys.platform == "darwin" else size * 1024
 
 
 def _seconds(function: Any, device: torch.device, repeats: int = 3) -> float:

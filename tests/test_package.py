@@ -54,6 +54,15 @@ def test_works_without_triton():
     assert printed == "4"
 
 
+def test_the_shell_fits_a_denoiser_without_diffusers():
+    printed = run(
+        "import sys; sys.modules['diffusers'] = None; sys.stderr = sys.stdout;"
+        "from fastsched.cli.commands import app;"
+        "app(['fit', 'digits', '--steps', '4', '-o', 'unused.json', '--dry-run'])"
+    )
+    assert "383 to measure" in printed
+
+
 def test_public_names_exist():
     import fastsched as fs
 

@@ -74,8 +74,8 @@ def test_a_slow_network_has_the_time():
         assert step.p50_ms >= 10
         assert step.network > 0.8
         assert step.network + step.scheduler + step.rest == pytest.approx(1.0)
-    assert found.calls == {"measure": 752, "fit": 800}
-    assert found.minutes["measure"] >= 752 * 0.01 / 60
+    assert found.calls == {"measure": 759, "fit": 800}
+    assert found.minutes["measure"] >= 759 * 0.01 / 60
     assert found.image_seconds[20] >= 20 * 0.01
     saved = found.image_seconds[found.own_steps] - found.image_seconds[8]
     assert found.pays_after("fit") == pytest.approx(60 * found.minutes["fit"] / saved)

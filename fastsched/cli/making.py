@@ -56,7 +56,7 @@ def measure(
     dry_run: shell.DryRun = False,
     quiet: shell.Quiet = False,
 ) -> None:
-    """Measure a model, once for all schedules. Takes 2 LEVELS - 2 model calls per sample, no gradients, no data.
+    """Measure a model, once for all schedules. Takes 2 LEVELS - 2 model calls per sample and 7 checks.
 
     A denoiser is given as a function without arguments that returns a fastsched.Denoiser:
 
@@ -179,7 +179,6 @@ def fit(
 def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool, options: dict[str, Any]) -> Schedule:
     """The schedule of a pipeline or a denoiser, under one progress bar."""
     import fastsched as fs
-    from fastsched.diffusers.pipeline_measurement import calibration_calls
     from fastsched.fitting.budget import TOTAL, planned, takes_responses
 
     given: Any  # arguments of a pipeline's call, or the shape of a denoiser's samples
@@ -190,12 +189,16 @@ def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool
         asked = total, steps, options["levels"], options["samples"]
         options["levels"], options["samples"] = planned(*asked, responses=responses)
     if source.is_pipeline:
+        from fastsched.diffusers.pipeline_measurement import calibration_calls
+
         cost = spending.say_fitting(calibration_calls, options, dry_run)
         options = {"solver": solver, "prompts": source.prompts, **given} | options
     else:
         measuring = lambda levels, count: spending.measuring_calls(model, levels, count, responses)
         # Measured paths are followed again: a file does not hold the increments that tuning needs.
-        repeating = lambda stats: spending.measuring_calls(model, stats.s, stats.samples, bool(stats.deviated))
+        repeating = lambda stats: spending.measuring_calls(
+            model, stats.s, stats.samples, bool(stats.deviated), checks=False
+        )
         cost = spending.say_fitting(measuring, options, dry_run, repeating)
         options = source.running | options | {"shape": given, "solver": solver or "dpmpp_2m"}
     with shell.joint_bar(cost, not source.quiet, "fitting") as progress:

@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from fastsched.denoisers.denoiser import Denoiser
 
 
-def measuring_calls(model: Denoiser, levels: int | Tensor, samples: int, responses: bool) -> int:
-    """The model calls of a denoiser's measurement, counted per sample."""
+def measuring_calls(
+    model: Denoiser, levels: int | Tensor, samples: int, responses: bool, *, checks: bool = True
+) -> int:
+    """The model calls of a denoiser's measurement, counted per sample, the checks of its network included."""
     from fastsched.measurement.measuring import measured_levels, measurement_of
+    from fastsched.measurement.network_checks import CHECK_CALLS
 
-    return samples * measurement_of(model, measured_levels(model, levels), responses=responses).calls
+    paths = samples * measurement_of(model, measured_levels(model, levels), responses=responses).calls
+    return paths + CHECK_CALLS * (checks and samples > 0)
 
 
 def say(cost: str, dry_run: bool) -> None:

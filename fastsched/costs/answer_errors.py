@@ -49,9 +49,9 @@ def relative_errors(secants: Secants, norms: Norms) -> Array:
 def uncorrelated(vectors: Array, lam: Array, length: float) -> Array:
     """Vectors whose squares add up to the variance of correlated errors, [C, E, V].
 
-    With ``L`` the Cholesky factor of ``exp(-|lam_n - lam_m| / length)``, ``sum_n L[n, k] v_n`` for each k. As a process
-    without memory beyond its last value has it, ``L[n, k]`` is the correlation of n and k times ``sqrt(1 - that of k
-    and k - 1, squared)``.
+    With ``L`` the Cholesky factor of ``exp(-|lam_n - lam_m| / length)``, ``sum_n L[n, k] v_n`` for each k. The
+    correlation is that of a Markov process, so ``L[n, k]`` is the correlation of n and k times ``sqrt(1 - that of k and
+    k - 1, squared)``.
 
     Args:
         vectors: Errors as they reach the end, [C, E, V].

@@ -7,10 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastsched import validate
 from fastsched.costs.states import Batch, StateSource
-
-PAIRS = ("adjacent", "all")
 
 #: ``squares(batch, z, R, k, others)``: the squared score differences of the steps from level k to each level of
 #: ``others``, at states ``z ~ p_k`` with network output ``R``, [B, n].
@@ -46,23 +43,14 @@ def pair_costs(
 
 
 def pair_indices(levels: int, pairs: str) -> Tensor:
-    """The steps (from, to) between levels, [P, 2] int64: neighbours, or all with from < to, row by row.
-
-    Raises:
-        ValueError: If ``pairs`` is neither ``"adjacent"`` nor ``"all"``.
-    """
-    if validate.choice("pairs", pairs, PAIRS) == "adjacent":
+    """The steps (from, to) between levels, [P, 2] int64: neighbours, or all with from < to, row by row."""
+    if pairs == "adjacent":
         return torch.stack([torch.arange(levels - 1), torch.arange(1, levels)], 1)
     return torch.triu_indices(levels, levels, 1).T
 
 
 def step_velocity(s: Tensor, pairs: Tensor, velocity: str | None) -> Tensor:
-    """``v`` of each step, [P]: the ``s`` of its noisier level, of its cleaner level, or 1 for None.
-
-    Raises:
-        ValueError: If ``velocity`` is none of ``"noisier"``, ``"cleaner"`` and None.
-    """
+    """``v`` of each step, [P]: the ``s`` of its noisier level, of its cleaner level, or 1 for None."""
     if velocity is None:
         return torch.ones(len(pairs), dtype=torch.float64)
-    validate.choice("velocity", velocity, ("noisier", "cleaner"))
     return s[pairs[:, 0 if velocity == "noisier" else 1]]

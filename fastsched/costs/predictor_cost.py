@@ -81,7 +81,6 @@ def stein_predictor(
         ValueError: If an argument is out of range, or a level (named) has an output of wrong shape, NaN or inf.
     """
     validate.arguments(locals(), denoiser=is_denoiser, probes=validate.optional(is_probes))
-    max_iterations = validate.positive_int("max_iterations", max_iterations)
     source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
     estimator = _Exact(source) if probes is None else _Hutchinson(source, probes, max_iterations)
     label = "Stein predictor cost"

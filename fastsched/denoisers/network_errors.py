@@ -25,17 +25,18 @@ CAUSES = (
     ),
     (
         r"same device|meta tensor|is on \w+(:\d+)?,? (but|different from)|device meta|not on the expected device",
-        "the network or what it is conditioned on lies on another device; move them together, or give device=",
+        "the network or what it is conditioned on lies on another device than the states; move them together (device=, "
+        "or the device of the noise)",
     ),
     (
         r"same dtype|scalar type|expected .*(Half|Float|Double|BFloat16)|Input type .* and weight type",
-        "the network computes in another dtype; give dtype=, such as torch.float16",
+        "the network computes in another dtype; give dtype= that of its parameters",
     ),
     (
         r"shapes? .*(cannot be multiplied|invalid for)|Given groups=|size of tensor|expected input|must match|"
         r"Sizes of tensors|channels|normalized_shape|number of dimensions|Expected \dD",
-        "is shape that of one sample, without the batch, such as (4, 64, 64)? Embeddings must have a row for each "
-        "sample, or broadcast",
+        "is shape, or that of the noise without its batch, the shape of one sample, such as (4, 64, 64)? Embeddings "
+        "must have a row for each sample, or broadcast",
     ),
 )
 
@@ -87,6 +88,6 @@ def not_finite(process: NoiseProcess, s: Tensor) -> str:
     timestep = process.timestep(s)
     where = f"sigma = {sigma:g}" + ("" if timestep is None else f" (timestep {float(timestep):g})")
     return (
-        f"the network returned NaN or inf at {where}; check its input scaling and the sigma range, or run it "
-        "in a wider dtype (dtype=torch.float32)"
+        f"the network returned NaN or inf at {where}; check its input scaling and the sigma range; if it "
+        "runs in 16 bits, try float32 (dtype=torch.float32)"
     )

@@ -148,11 +148,11 @@ class VariancePreserving(NoiseProcess):
 
     @property
     def s_min(self) -> float:
-        return float(self.trained_levels[0])
+        return float(self._levels[0])
 
     @property
     def s_max(self) -> float:
-        return float(self.trained_levels[-1])
+        return float(self._levels[-1])
 
     def alpha(self, s: Tensor) -> Tensor:
         return (1 + s.square()).rsqrt()

@@ -200,7 +200,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         count = next((n for n in range(3, (steps or 0)) if calibration_steps(n) == steps), None)
         if count is None or steps is None:
             raise ValueError(
-                f"num_inference_steps must be a multiple of 4, twice the number of levels, at least 8, got {steps}"
+                "num_inference_steps must be what a number N of levels takes, 2 N if N is even and 2 N + 1 if it "
+                f"is odd, at least 7, got {steps}"
             )
         self._clear()
         self.mu = mu

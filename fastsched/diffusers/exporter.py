@@ -77,6 +77,11 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
         UserWarning: If the scheduler takes integer timesteps and rounds the schedule by more than 1e-5.
     """
     convention = describe(scheduler)
+    if "set_timesteps" in vars(scheduler) or "FittedScheduler" in class_names(scheduler):
+        raise ValueError(
+            "scheduler must be the pipeline's own: this one has an applied schedule, which it uses whatever a call is "
+            "given; use fastsched.diffusers.apply(schedule, pipe) once more instead"
+        )
     check_range(schedule, convention, scheduler)
     if schedule.weights is not None:
         raise ValueError(

@@ -25,7 +25,7 @@ from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.watching import check_caches, watched
 from fastsched.measurement.batches import Batches, finished_part, is_out_of_memory, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
-from fastsched.measurement.devices import own_file, parts_of_group, rank_and_size, share
+from fastsched.measurement.devices import all_of, own_file, parts_of_group, rank_and_size, save_whole, share
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.files import check_writable
@@ -119,16 +119,19 @@ def measured_in_group(
         return measured_pipeline(pipe, call_kwargs, **settings)
     which = validate.sample_range("samples", settings["samples"])
     calls = checked_calls(pipe, settings["prompts"], call_kwargs, settings["prompts_per_call"])
-    own = share(range(which.start, which.start + _needed(settings["samples"], which, calls)), group).tolist()
-    file = settings["checkpoint"]
+    needed, file, keep = _needed(settings["samples"], which, calls), settings["checkpoint"], settings["keep_increments"]
+    own = share(range(which.start, which.start + needed), group).tolist()
     if file is not None:
+        found = _resumed(file, pipe, settings["levels"], which, settings["seed"], keep)
+        if all(all_of(found is not None and found.samples >= needed, group)):
+            assert found is not None
+            return found
         settings["checkpoint"] = own_file(file, group)
     settings["samples"] = range(own[0], own[-1] + 1) if own else None
     measure = lambda: measured_pipeline(pipe, call_kwargs, **settings)
-    keep = settings["keep_increments"]
     whole = reduce(PathStatistics.merge, parts_of_group(measure if own else None, group, vectors if keep else "none"))
     if file is not None and rank_and_size(group)[0] == 0:
-        whole.save(file, vectors=keep)
+        save_whole(whole, file, group, vectors=keep)
     return whole
 
 

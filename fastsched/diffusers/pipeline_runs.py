@@ -15,7 +15,7 @@ from fastsched.diffusers.attributes import attributes_set
 from fastsched.diffusers.calibration import CalibrationScheduler
 from fastsched.diffusers.conventions import describe, with_signature
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
-from fastsched.diffusers.pipeline_measurement import PIPELINE_SAMPLES, call, check_call, measure
+from fastsched.diffusers.pipeline_measurement import PIPELINE_SAMPLES, calibration_calls, call, check_call, measure
 from fastsched.diffusers.watching import networks_of
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.timeline import Run, Timeline, synchronisations
@@ -33,8 +33,6 @@ class PipelineRuns:
         batch: Samples of a call.
     """
 
-    samples = PIPELINE_SAMPLES
-
     def __init__(self, pipe: Any, call_kwargs: dict[str, Any]) -> None:
         check_call(pipe, None, call_kwargs)
         self.pipe, self.call_kwargs, self.name = pipe, call_kwargs, type(pipe).__name__
@@ -42,6 +40,10 @@ class PipelineRuns:
         self.own_steps = int(inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default)
         self.networks: list[nn.Module] = []
         self.elements, self.batch = 0, 1
+
+    def measuring_calls(self, levels: int) -> int:
+        """Model calls of a measurement, counted per sample."""
+        return calibration_calls(levels, PIPELINE_SAMPLES)
 
     def sampling(self, steps: int) -> Run:
         """With the scheduler that is there."""

@@ -70,7 +70,7 @@ class Audition:
 
     @property
     def winner(self) -> Schedule:
-        """The schedule of least least error, with it as ``measured_error``."""
+        """The schedule of least error, which it holds as ``measured_error``."""
         return self.table[0].schedule
 
     def complete(self, samples: int) -> list[tuple[Schedule, Rollout]]:
@@ -190,11 +190,14 @@ def _checked(
     chosen = {}
     for name, given in candidates.items():
         check_kind(f"candidates[{name!r}]", given, stats.process)
-        if isinstance(given, Schedule):
-            schedule = replace(given, solver=method.name)
-        else:
-            levels = stats.process.level(validate.descending_sigmas(f"candidates[{name!r}]", given))
-            schedule = Schedule.from_levels(stats.process, levels, method.name)
+        sigmas = validate.descending_sigmas(f"candidates[{name!r}]", getattr(given, "sigmas", given))
+        try:
+            if isinstance(given, Schedule):
+                schedule = replace(given, solver=method.name)
+            else:
+                schedule = Schedule.from_levels(stats.process, stats.process.level(sigmas), method.name)
+        except ValueError as error:
+            raise ValueError(f"candidates[{name!r}]: {error}") from None
         if schedule.steps != steps:
             raise ValueError(f"candidates[{name!r}] has {schedule.steps} steps, not {steps}")
         chosen[name] = schedule

@@ -73,9 +73,9 @@ def fit(
         stats: An earlier measurement, used instead of a new one. Without increments its paths are followed once more.
         levels: As in `measure`; when None by the number of calls (`fastsched.fitting.budget`).
         samples: As in `measure`; when None likewise.
-        model_calls: The most to spend, counted per sample, a measurement made here included: 60 to 3,000, 800 when
-            None (740 with ``stats``). Where it is not enough for one run of all samples, the schedule is that of
-            `optimal_schedule`.
+        model_calls: The most to spend, counted per sample, a measurement made here included: 800 when None (740
+            with ``stats``). At least 60 where levels and samples are None; plans are made for up to 3,000. Where it is
+            not enough for one run of all samples, the schedule is that of `optimal_schedule`.
         seed: As in `measure`.
         batch_size: Samples run at once; all when None, one with a checkpoint.
         device: As in `measure`.

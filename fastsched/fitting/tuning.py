@@ -243,7 +243,7 @@ def _proposal(record: RunRecord, anchor: int, reach: float) -> _Proposal | None:
 
 
 def _repeats(point: Point, trial: Trial) -> bool:
-    """Whether a run was of the same levels and weights: what so little more would change, rounding hides."""
+    """Whether a run was of the same levels and weights: smaller changes are below rounding."""
     same = np.allclose(point.levels, trial.levels, rtol=1e-9, atol=0.0)
     told = point.levels[:-1] if point.told is None else point.told
     same = same and np.allclose(told, trial.levels[:-1] * np.exp(trial.offsets), rtol=1e-4, atol=0.0)

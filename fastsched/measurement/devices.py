@@ -78,10 +78,16 @@ def measured_in_group(
     parts = parts_of_group(measure if len(own.seeds) else None, group, vectors if run.keep_vectors else "none")
     whole = reduce(PathStatistics.merge, ([] if found is None else [found]) + parts)
     if batches.file is not None and rank == 0:
-        whole.save(batches.file, vectors=run.keep_vectors)
-        for each in range(size):
-            _part_file(batches.file, each, size).unlink(missing_ok=True)
+        save_whole(whole, batches.file, group, vectors=run.keep_vectors)
     return whole
+
+
+def save_whole(whole: PathStatistics, file: str | os.PathLike[str], group: Any, *, vectors: bool) -> None:
+    """Save what all processes measured; their parts beside the file have served."""
+    whole.save(file, vectors=vectors)
+    size = rank_and_size(group)[1]
+    for rank in range(size):
+        _part_file(file, rank, size).unlink(missing_ok=True)
 
 
 def own_file(file: str | os.PathLike[str], group: Any) -> str:

@@ -76,7 +76,7 @@ def check_network(
 ) -> Questions:
     """Refuse a network that is no denoiser of its process, before it is measured; at most five calls of one sample.
 
-    Warns if the network answers the same to every question.
+    If it answers two states of the highest level alike, two calls more. Warns if it answers the same to every question.
 
     Args:
         denoiser: The denoiser.

@@ -40,9 +40,9 @@ def warn_of_storage(norms: Tensor, dtype: torch.dtype, c: Tensor, gram: Tensor) 
     always exceeds 1%, and has no effect on the schedule.
 
     Args:
-        norms: As for `storage_floor`.
-        dtype: Likewise.
-        c: Likewise.
+        norms: As in `storage_floor`.
+        dtype: As in `storage_floor`.
+        c: As in `storage_floor`.
         gram: ``[B, N-1, N-1]``, of the increments. Means over the samples are compared.
     """
     if dtype not in STORAGE_ERROR:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.sampling.multistep import Node
-from fastsched.sampling.solvers import FITTED, Solver, get_solver
+from fastsched.sampling.solvers import FITTED, Solver, get_solver, solver_name
 
 
 def fitted_solver(weights: Tensor) -> Solver:
@@ -58,7 +58,7 @@ def chosen_solver(solver: str | Solver) -> Solver:
     """
     if isinstance(solver, Solver):
         return solver
-    return FITTED_SOLVER if isinstance(solver, str) and solver == FITTED else get_solver(solver)
+    return FITTED_SOLVER if solver_name(solver) == FITTED else get_solver(solver)
 
 
 def is_solver(name: str, value: object) -> Solver:

@@ -79,9 +79,8 @@ class Schedule:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _squared_error(name, getattr(self, name)))
         if (self.weights is not None) != (self.solver == FITTED):
-            raise ValueError(
-                f"weights must be given exactly for the solver 'fitted', and the solver is {self.solver!r}"
-            )
+            wanted = "given" if self.solver == FITTED else "None"
+            raise ValueError(f"weights must be {wanted} for the solver {self.solver!r}")
         if self.weights is not None:
             weights = checked_weights(self.weights)
             if len(weights) != len(sigmas) - 1:

@@ -63,8 +63,6 @@ def refine_schedule(
     Source: Williams, Campbell, Doucet and Syed, NeurIPS 2024 (arXiv 2412.07877), algorithm 1.
     """
     validate.arguments(locals())
-    if not tolerance > 0:
-        raise ValueError(f"tolerance must be positive, got {tolerance!r}")
     cost = estimate(sigmas=validate.descending_sigmas("sigmas", sigmas))
     best, variations, calls, blend = cost, [variation(cost.lengths)], cost.model_calls, 1.0
     while len(variations) <= iterations and min(variations) > tolerance:

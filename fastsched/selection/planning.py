@@ -135,7 +135,7 @@ def steps_needed(
         target=validate.anything,
         max_steps=validate.optional(validate.positive_int),
     )
-    limit = stats.levels - 1 if max_steps is None else max_steps
+    limit = min(max_steps or stats.levels, stats.levels - 1)
     goal = target_error(stats, solver, target)
     method, least, goal = chosen_solver(solver), math.inf, goal / SAFETY
     for steps, schedule in enumerate(islice(best_schedules(stats, method), limit), 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +63,7 @@ def score_optimal_schedule(
     Source: Williams, Campbell, Doucet and Syed, NeurIPS 2024 (arXiv 2412.07877), algorithm 1.
     """
     validate.arguments(locals(), denoiser=is_denoiser, levels=_is_grid, solver=is_any_solver)
-    s = finite_grid(denoiser, levels) if isinstance(levels, int) else levels
+    s = finite_grid(denoiser, int(levels)) if np.ndim(levels) == 0 else levels
     cost = stein_corrector(
         denoiser,
         shape=shape,

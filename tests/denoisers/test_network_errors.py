@@ -39,7 +39,7 @@ def test_networks_of_one_argument_are_to_be_wrapped():
     ],
 )
 def test_wrong_shapes_point_to_the_shape(network, shape):
-    with pytest.raises(ValueError, match=r"failed when called with x .*is shape that of one sample"):
+    with pytest.raises(ValueError, match=r"failed when called with x .*is shape, or that of the noise"):
         measured(lambda x, t: network(x), shape)
 
 

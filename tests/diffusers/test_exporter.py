@@ -17,6 +17,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retri
 
 from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.exporter import EXACT, relative_error
+from fastsched.selection.starts import even_schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
 
@@ -257,6 +258,16 @@ def test_export_reports_what_will_be_used():
     assert proof.deterministic
     assert proof.timestep_error < 1e-3
     np.testing.assert_allclose(describe(scheduler).levels(VP_TIMESTEPS), schedule.sigmas[:-1], rtol=1e-12)
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_an_applied_scheduler_is_not_exported_for(fitted):
+    """It uses the schedule that was applied, whatever a call is given."""
+    scheduler = diffusers.EulerDiscreteScheduler(**SD)
+    pipe, schedule = Pipe(scheduler), vp_schedule(scheduler)
+    fs.diffusers.apply(even_schedule(describe(scheduler).process, 4, "fitted") if fitted else schedule, pipe)
+    with pytest.raises(ValueError, match="scheduler must be the pipeline's own"):
+        fs.diffusers.export(schedule, pipe.scheduler)
 
 
 def test_fastsched_itself_needs_no_diffusers():

@@ -131,7 +131,8 @@ def test_any_sampler_can_be_ranked(stats):
     [({"samples": 7}, "samples must be at most the 6 that were measured"),
      ({"candidates": {}}, "at least one schedule"), ({"solver": "dmpp_2m"}, "did you mean"),
      ({"candidates": {"a": [1.0, 0.0]}}, r"candidates\['a'\] has 1 steps, not 6"),
-     ({"candidates": {"a": [1.0, 2.0, 0.0]}}, r"candidates\['a'\] must strictly descend")],
+     ({"candidates": {"a": [1.0, 2.0, 0.0]}}, r"candidates\['a'\] must strictly descend"),
+     ({"candidates": {"a": [1.0, 0.0]}, "solver": "fitted"}, r"candidates\['a'\]: weights must be given")],
 )  # fmt: skip
 def test_bad_arguments(stats, options, message):
     with pytest.raises(ValueError, match=message):

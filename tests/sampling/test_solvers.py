@@ -11,6 +11,7 @@ from models import exact_denoiser, exact_denoisers, mixture
 from scipy import integrate
 
 import fastsched as fs
+from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.multistep import Node
 from fastsched.sampling.solvers import SOLVERS, get_solver
 
@@ -258,6 +259,11 @@ def test_order_of_convergence(name, order, converged):
     """Halving every step divides the error by about 2^order."""
     coarse, fine = ((along_grid(name, n) - converged).square().mean().sqrt() for n in (60, 120))
     assert float(coarse / fine) > 0.8 * 2**order
+
+
+def test_where_the_fitted_solver_is_allowed_it_is_suggested():
+    with pytest.raises(ValueError, match="did you mean 'fitted'"):
+        chosen_solver("fited")
 
 
 def test_unknown_solver_names_the_nearest():

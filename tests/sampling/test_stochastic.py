@@ -115,6 +115,12 @@ def test_flow_models_start_from_pure_noise(solver):
     assert float(samples.std()) == pytest.approx(STD, rel=0.05)
 
 
+def test_a_schedule_in_flow_times_is_for_flow_models():
+    schedule = fs.Schedule([1.0, 0.5, 0.0], "ancestral", "flow")
+    with pytest.raises(ValueError, match="sigmas must be for the noise process of this model"):
+        sample_stochastic(DENOISER, schedule, "ancestral", _noise(2))
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="did you mean 'ancestral'"):
         sample_stochastic(DENOISER, [1.0, 0.0], "ancestrl", _noise(2))

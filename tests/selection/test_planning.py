@@ -40,6 +40,11 @@ def test_more_steps_than_levels(stats):
         fs.error_curve(stats, "ddim", 24)
 
 
+def test_no_more_steps_are_tried_than_levels_allow(stats):
+    with pytest.raises(ValueError, match="no schedule of up to 23 steps"):
+        fs.steps_needed(stats, target=1e-30, max_steps=1000)
+
+
 def test_steps_needed_is_the_first_that_reaches_the_target(stats, long_curve):
     for target in (0.5, 0.05):
         reached = [error <= target / SAFETY for error in long_curve.predicted_errors]

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from models import exact_denoisers, gaussian, mixture
@@ -115,6 +116,8 @@ def test_same_seed_same_schedule_and_bad_steps():
     _, denoiser = gaussian(8)
     first, again = (fs.score_optimal_schedule(denoiser, 5, shape=(8,), seed=4, progress=False) for _ in range(2))
     assert torch.equal(first.sigmas, again.sigmas)
+    counted = fs.score_optimal_schedule(denoiser, 5, shape=(8,), seed=4, levels=np.int64(48), progress=False)
+    assert torch.equal(first.sigmas, counted.sigmas)  # 48 is the default
     with pytest.raises(ValueError, match="steps must be at least 1"):
         fs.score_optimal_schedule(denoiser, 0, shape=(8,), progress=False)
     assert math.isclose(float(first.sigmas[0]), 80.0)
