@@ -130,6 +130,8 @@ def _batch(name: str, value: object) -> Tensor:
     numbers = tensor(name, value)
     if numbers.ndim < 2:
         raise ValueError(f"{name} must be [B, *shape], got shape {tuple(numbers.shape)}")
+    if numbers.numel() == 0:
+        raise ValueError(f"{name} must hold at least one sample, got shape {tuple(numbers.shape)}")
     return numbers
 
 

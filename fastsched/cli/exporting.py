@@ -69,7 +69,7 @@ def export(
     form = FORMS[validate.choice("to", to, FORMS)]
     if to not in ("diffusers", *ENGINES) and (scheduler is not None or mu is not None):
         raise ValueError("scheduler and mu are for --to diffusers, vllm-omni and sglang only")
-    shell.writable(output)
+    shell.writable(output, source=schedule)
     loaded = inputs.load_schedule(schedule)
     if loaded.weights is not None and to != "diffusers":
         ways = {"comfyui": NODE, "k-diffusion": "sample by fastsched.sampling.k_diffusion.sample_fitted"}
@@ -124,6 +124,8 @@ def _k_diffusion(schedule: Schedule) -> tuple[str, dict[str, Any]]:
     if schedule.noise == "flow":
         raise ValueError("k-diffusion samples in sigmas and this schedule is of flow times; use --to flow-matching")
     sampler = _sampler(schedule, "k-diffusion")
+    if not bool(schedule.sigmas.isfinite().all()):
+        raise ValueError("k-diffusion starts from a finite sigma, and this schedule from pure noise, sigma = inf")
     sigmas, values = _text(schedule)
     text = (
         "import torch\nfrom k_diffusion import sampling\n\n"

@@ -225,21 +225,27 @@ def select(
     from fastsched.selection.optimal import optimal_schedule
 
     counts = inputs.integers("steps", steps)
-    shell.writable(output)
+    files = [None if output is None else _numbered(output, count, len(counts)) for count in counts]
+    for file in files:
+        shell.writable(file, source=statistics)
     method = inputs.solver_named(solver)
     stats = inputs.load_statistics(statistics)
     schedules = []
-    for count in counts:
+    for count, file in zip(counts, files, strict=True):
         schedule = optimal_schedule(stats, count, method)
         schedules.append(schedule)
         if not as_json:
             _show(schedule)
-        if output is not None:
-            path = output if len(counts) == 1 else output.with_name(f"{output.stem}-{count}{output.suffix}")
-            schedule.save(path)
-            note(f"wrote {path}")
+        if file is not None:
+            schedule.save(file)
+            note(f"wrote {file}")
     if as_json:
         shell.print_json([summary(schedule) for schedule in schedules])
+
+
+def _numbered(output: Path, steps: int, several: int) -> Path:
+    """The file of one of several schedules: NAME-6.json of NAME.json."""
+    return output if several == 1 else output.with_name(f"{output.stem}-{steps}{output.suffix}")
 
 
 def plan(

@@ -191,18 +191,24 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int 
 
 
 def writable(
-    path: Path | None, *, overwrite: bool = True, endings: Sequence[str] = (), replace: str = "replace it (--overwrite)"
+    path: Path | None,
+    *,
+    overwrite: bool | None = None,
+    endings: Sequence[str] = (),
+    replace: str = "replace it (--overwrite)",
+    source: Path | None = None,
 ) -> None:
     """Check before any work that ``path`` can be written; None is not written.
 
     Args:
         path: The file.
-        overwrite: Whether it may exist.
+        overwrite: Whether it may exist; None for a command that cannot be told: no measurement is replaced.
         endings: Endings of file names to choose from; any when empty.
         replace: What a user can do about a file that exists.
+        source: A file that is read, and so must be another.
 
     Raises:
-        ValueError: If it ends otherwise than ``endings``.
+        ValueError: If it ends otherwise than ``endings``, or is ``source``.
         FileExistsError: If it exists and must not be replaced.
         OSError: If it is a folder, or its folder is missing or read-only.
     """
@@ -220,8 +226,13 @@ def writable(
         raise FileNotFoundError(f"output: no such folder: {path.parent}; create it first")
     if not os.access(path.parent, os.W_OK) or (os.path.exists(path) and not os.access(path, os.W_OK)):
         raise PermissionError(f"output: no permission to write {path}")
-    if os.path.exists(path) and not overwrite:  # unlike path.exists, False for a name that no file can have
-        raise FileExistsError(f"{path} exists; {replace}, or name another file")
+    if os.path.exists(path):  # unlike path.exists, False for a name that no file can have
+        if source is not None and os.path.exists(source) and os.path.samefile(path, source):
+            raise ValueError(f"output must be another file than {source}, which is read")
+        if overwrite is None and path.suffix == ".safetensors":
+            raise FileExistsError(f"{path} exists, and measurements are not replaced here; name another file")
+        if overwrite is False:
+            raise FileExistsError(f"{path} exists; {replace}, or name another file")
     from fastsched.sampling.files import check_writable
 
     check_writable(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,3 +25,28 @@ def attributes_set(owner: Any, **values: Any) -> Iterator[None]:
                 setattr(owner, name, before[name])
             elif name in vars(owner):
                 delattr(owner, name)
+
+
+#: The thread that measures or fits each pipeline, by the pipeline's identity.
+_USERS: dict[int, int] = {}
+_LOCK = threading.Lock()
+
+
+def check_one_thread(pipe: Any) -> None:
+    """RuntimeError if another thread measures or fits ``pipe``, whose scheduler is another for that while."""
+    if _USERS.get(id(pipe), threading.get_ident()) != threading.get_ident():
+        raise RuntimeError("pipe is being measured or fitted in another thread; wait until that has ended")
+
+
+@contextlib.contextmanager
+def in_one_thread(pipe: Any) -> Iterator[None]:
+    """Within the block no other thread may measure or fit ``pipe``; errors as of `check_one_thread`."""
+    with _LOCK:
+        outermost = id(pipe) not in _USERS
+        _USERS.setdefault(id(pipe), threading.get_ident())
+    check_one_thread(pipe)
+    try:
+        yield
+    finally:
+        if outermost:
+            del _USERS[id(pipe)]

@@ -18,12 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.denoisers.noise import FlowMatching, VariancePreserving
 from fastsched.diffusers.conventions import Convention, class_names, describe, visited
 from fastsched.diffusers.probe import rounding, scales, trace
 from fastsched.diffusers.replacement import replacement
 from fastsched.sampling.schedule import Schedule, is_schedule
 
+#: The largest shift ``mu``, which acts as its exponential.
+MOST_MU = 50
 #: Largest relative error of a sigma that counts as exact.
 EXACT = 1e-5
 #: A last sigma of this fraction of the one before counts as 0: a float32 state cannot represent the noise.
@@ -77,11 +80,6 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
         UserWarning: If the scheduler takes integer timesteps and rounds the schedule by more than 1e-5.
     """
     convention = describe(scheduler)
-    if "set_timesteps" in vars(scheduler) or "FittedScheduler" in class_names(scheduler):
-        raise ValueError(
-            "scheduler must be the pipeline's own: this one has an applied schedule, which it uses whatever a call is "
-            "given; use fastsched.diffusers.apply(schedule, pipe) once more instead"
-        )
     check_range(schedule, convention, scheduler)
     if schedule.weights is not None:
         raise ValueError(
@@ -93,7 +91,8 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
             "schedule must not have decoupled levels: pipelines take sigmas or timesteps, not both; "
             "fastsched.diffusers.apply(schedule, pipe) sets both"
         )
-    _check_mu(mu, scheduler)
+    mu = checked_mu(mu, scheduler)
+    _check_applied(schedule, scheduler)
     try:
         proof = _proven(schedule, scheduler, mu)
     except ValueError as error:
@@ -101,6 +100,21 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
     if not proof.exact:
         warnings.warn(f"{rounds(scheduler, proof)}. {_alternative(schedule, scheduler, mu)}", stacklevel=2)
     return proof
+
+
+def _check_applied(schedule: Schedule, scheduler: Any) -> None:
+    """ValueError if an applied schedule, which no argument changes, is another than this one."""
+    other = "FittedScheduler" in class_names(scheduler)
+    if "set_timesteps" in vars(scheduler):
+        target = copy.deepcopy(scheduler)
+        target.set_timesteps(schedule.steps)
+        used = declared_sigmas(target, describe(scheduler))
+        other = len(used) != len(schedule.sigmas) or relative_error(used, schedule.sigmas) > 100 * EXACT
+    if other:
+        raise ValueError(
+            "scheduler must be the pipeline's own: this one has another schedule applied, which it uses whatever a "
+            "call is given; use fastsched.diffusers.apply(schedule, pipe) once more instead"
+        )
 
 
 def _proven(schedule: Schedule, scheduler: Any, mu: float | None) -> Export:
@@ -209,16 +223,19 @@ def check_range(schedule: Schedule, convention: Convention, scheduler: Any) -> N
         )
 
 
-def _check_mu(mu: float | None, scheduler: Any) -> None:
+def checked_mu(mu: object, scheduler: Any) -> float | None:
+    """``mu`` as a number where the scheduler shifts by resolution, else None; errors where it is not that."""
     name, shifts = type(scheduler).__name__, bool(scheduler.config.get("use_dynamic_shifting"))
-    if mu is not None and not isinstance(mu, (int, float)):
-        raise TypeError(f"mu must be a number, got {mu!r}")
+    number = None if mu is None else validate.real("mu", mu)
+    if number is not None and abs(number) > MOST_MU:
+        raise ValueError(f"mu must be within [-{MOST_MU}, {MOST_MU}], got {mu!r}")
     if shifts and mu is None:
         raise ValueError(
             f"{name} shifts by resolution (use_dynamic_shifting), so mu must be given as the pipeline passes it"
         )
     if mu is not None and not shifts:
         raise ValueError(f"mu must be None because {name} does not shift by resolution, got {mu!r}")
+    return number
 
 
 def _alternative(schedule: Schedule, scheduler: Any, mu: float | None) -> str:

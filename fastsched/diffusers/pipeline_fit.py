@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.diffusers.applier import applied
-from fastsched.diffusers.attributes import attributes_set
+from fastsched.diffusers.attributes import attributes_set, in_one_thread
+from fastsched.diffusers.call_identity import call_identity, check_same_call
 from fastsched.diffusers.conventions import describe, own_scheduler, solver_of
 from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
 from fastsched.diffusers.pipeline_measurement import CHECKS as CHECKS_OF_MEASURE
@@ -93,13 +95,13 @@ def fit(
         The schedule, for `fastsched.diffusers.apply`; the pipeline itself is not changed.
 
     Raises:
-        ValueError: If an argument is out of range or beyond ``model_calls``, or the scheduler or all samples unusable.
+        ValueError: If an argument is out of range or of another call, or the scheduler or all samples are unusable.
     """
     validate.arguments(locals(), **CHECKS)
     by_prompt = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
     name = _checked(pipe, steps, solver, checkpoint, audition=audition, decoupled=decoupled)
     total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else TOTAL
-    with prompts_encoded_once(pipe):
+    with in_one_thread(pipe), prompts_encoded_once(pipe):
         if stats is None:
             levels, samples = planned(total, steps, levels, samples, calibration_calls)
             settings = {"levels": levels, "samples": samples, "seed": seed, "prompts_per_call": prompts_per_call,
@@ -136,6 +138,7 @@ def _fitted(
     decoupled: bool,
 ) -> FitReport:
     """The fit after the measurement, for at most ``budget`` calls; its runs are kept in a file, but not in a group."""
+    check_same_call("stats", stats.origin, call_identity(pipe, prompts.prompts, call_kwargs))
     applied(optimal_schedule(stats, steps, solver), pipe.scheduler)  # raises before a call is spent
     calls = chosen_solver(solver).model_calls(steps) + 1  # one more step starts from the noise of the measured paths
     run = PipelineRunner(pipe, stats, prompts, call_kwargs, calls=calls, model_calls=budget)
@@ -168,7 +171,14 @@ def checked_solver(scheduler: Any, steps: int, solver: str | None, *, audition: 
         ValueError: If the scheduler cannot be given schedules, adds noise and so cannot hold an ``audition``, or is
             none of fastsched's solvers and ``solver`` names none. The message names a scheduler that would do.
     """
-    name = chosen_solver(solver).name if solver is not None else solver_of(scheduler, steps)
+    own = solver_of(scheduler, steps)
+    name = chosen_solver(solver).name if solver is not None else own
+    if own is not None and name not in (own, own.removesuffix("_lowered"), FITTED):
+        warnings.warn(
+            f"the pipeline's scheduler samples as {own}, and the schedule is chosen for {name}; its runs, and the "
+            f"measured error, are those of {own}",
+            stacklevel=4,
+        )
     proof = _proof(scheduler, steps)
     if audition and not proof.deterministic:
         change = _change(scheduler, steps)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.diffusers.attributes import attributes_set
+from fastsched.diffusers.attributes import attributes_set, check_one_thread, in_one_thread
 from fastsched.diffusers.calibration import CalibrationScheduler, calibration_steps
+from fastsched.diffusers.call_identity import call_identity, check_same_call
 from fastsched.diffusers.conventions import check_pipe
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.watching import check_caches, watched
@@ -122,7 +123,8 @@ def measured_in_group(
     needed, file, keep = _needed(settings["samples"], which, calls), settings["checkpoint"], settings["keep_increments"]
     own = share(range(which.start, which.start + needed), group).tolist()
     if file is not None:
-        found = _resumed(file, pipe, settings["levels"], which, settings["seed"], keep)
+        origin = _origin(pipe, calls, call_kwargs)
+        found = _resumed(file, pipe, settings["levels"], which, settings["seed"], keep, origin)
         if all(all_of(found is not None and found.samples >= needed, group)):
             assert found is not None
             return found
@@ -152,9 +154,11 @@ def measured_pipeline(
     which = validate.sample_range("samples", samples)
     calls = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
     check_caches(pipe)
-    whole = None if checkpoint is None else _resumed(checkpoint, pipe, levels, which, seed, keep_increments)
+    origin = _origin(pipe, calls, call_kwargs)
+    whole = None if checkpoint is None else _resumed(checkpoint, pipe, levels, which, seed, keep_increments, origin)
     left = max(0, _needed(samples, which, calls) - (0 if whole is None else whole.samples))
     with (
+        in_one_thread(pipe),
         prompts_encoded_once(pipe),
         one_bar(pipe, left * calibration_steps(levels), progress, "measuring") as advance,
     ):
@@ -171,7 +175,7 @@ def measured_pipeline(
                         raise
                     calls = said(fewer)
                     continue
-                calls = calls.after(arguments, part.samples)
+                calls, part = calls.after(arguments, part.samples), replace(part, origin=origin)
                 whole = part if whole is None else whole.merge(part)
                 if isinstance(samples, range) and whole.samples > len(which):
                     whole = whole.select(range(len(which)))
@@ -181,7 +185,7 @@ def measured_pipeline(
             with contextlib.suppress(Exception):  # a few classes take no attributes
                 error.partial = whole  # type: ignore[attr-defined]  # a handler may save them
             raise
-    return replace(whole, origin=_origin(pipe, prompts, call_kwargs))
+    return replace(whole, origin=origin)
 
 
 def said(calls: PromptCalls) -> PromptCalls:
@@ -206,33 +210,35 @@ def _needed(samples: int | range, which: range, calls: PromptCalls) -> int:
 
 
 def _resumed(
-    file: str | os.PathLike[str], pipe: Any, levels: int | Tensor, which: range, seed: int, keep: bool
+    file: str | os.PathLike[str], pipe: Any, levels: int | Tensor, which: range, seed: int, keep: bool, origin: Origin
 ) -> PathStatistics | None:
-    """What a file holds of a pipeline's measurement; None if there is no file."""
+    """What a file holds of this call's measurement; None if there is no file."""
     check_writable(file)
     calibration = CalibrationScheduler.from_scheduler(pipe.scheduler)
     denoiser, s = calibration.convention.denoiser, calibration.measured_levels(levels)
     run = Measurement(denoiser, s, torch.device("cpu"), torch.float32, deviated_paths(len(s)), keep)
     if not os.path.exists(file):
         return None
-    shape = PathStatistics.load(file).shape  # which the pipeline alone could tell
+    found = PathStatistics.load(file)
+    check_same_call(os.fspath(file), found.origin, origin.fingerprint or "")
+    shape = found.shape  # which the pipeline alone could tell
     seeds = sample_seeds(seed, range(which.start, max(which.stop, which.start + MOST_SAMPLES)))
     return resumed(file, run, Batches(shape, seeds, 1))
 
 
-def _origin(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any]) -> Origin:
+def _origin(pipe: Any, calls: PromptCalls, call_kwargs: dict[str, Any]) -> Origin:
     """What is measured: the last part of where the pipeline was loaded from, its class, guidance and prompts."""
     source = getattr(getattr(pipe, "config", None), "_name_or_path", None) or getattr(pipe, "name_or_path", None)
     guidance = call_kwargs.get("guidance_scale")
-    if prompts is None:
-        prompts = call_kwargs.get("prompt")
-    return origin_now(
+    prompts = calls.prompts or call_kwargs.get("prompt")
+    known = origin_now(
         # not the whole path, which says how folders are named on this machine
         os.path.basename(os.path.normpath(source)) if isinstance(source, (str, os.PathLike)) and source else None,
         pipeline=type(pipe).__name__,
         guidance=float(guidance) if isinstance(guidance, (int, float)) else None,
         prompts=1 if isinstance(prompts, str) else len(prompts) if isinstance(prompts, (list, tuple)) else None,
     )
+    return replace(known, fingerprint=call_identity(pipe, calls.prompts, call_kwargs))
 
 
 def _one_call(
@@ -329,10 +335,12 @@ def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict
     """Check the arguments of a pipeline's call.
 
     Raises:
+        RuntimeError: If another thread measures or fits the pipeline.
         TypeError: If ``pipe`` has no scheduler, ``prompts`` are not strings, or its call has no such argument.
         ValueError: If the arguments determine the steps or add noise, ``prompts`` is empty, or the prompt is given
             twice.
     """
+    check_one_thread(pipe)
     check_pipe(pipe)
     for name in STEPPING:
         if name in call_kwargs:

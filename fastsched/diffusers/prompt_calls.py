@@ -53,12 +53,19 @@ class PromptCalls:
         if not self.prompts:
             return call_kwargs
         first = done // self.images
-        if not self.size:
-            return {"prompt": self.prompts[first % len(self.prompts)], **call_kwargs}
         count = max(1, min(self.size, -(-wanted // self.images)))
-        several = [self.prompts[(first + n) % len(self.prompts)] for n in range(count)]
-        texts = {name: [value] * count for name, value in call_kwargs.items() if _is_prompt(name, value)}
-        return {"prompt": several, **call_kwargs, **texts}
+        which = [(first + n) % len(self.prompts) for n in range(count)]
+        texts = {name: self._dealt(value, which) for name, value in call_kwargs.items() if "prompt" in name}
+        if not self.size:
+            texts = {name: value[0] if _are_texts(value) else value for name, value in texts.items()}
+            return {"prompt": self.prompts[which[0]], **call_kwargs, **texts}
+        return {"prompt": [self.prompts[n] for n in which], **call_kwargs, **texts}
+
+    def _dealt(self, value: Any, which: Sequence[int]) -> Any:
+        """Another prompt's texts for those of these numbers: one serves all, of a list each has its own."""
+        if isinstance(value, str):
+            return [value] * len(which)
+        return [value[n] for n in which] if _are_texts(value) and len(value) == len(self.prompts) else value
 
     def after(self, arguments: dict[str, Any], made: int) -> PromptCalls:
         """What is known once a call of those arguments has made so many samples."""
@@ -126,8 +133,8 @@ def _takes_lists(pipe: Any) -> bool:
     return prompt is not None and "list" in str(prompt.annotation).lower()
 
 
-def _is_prompt(name: str, value: Any) -> bool:
-    return isinstance(value, str) and "prompt" in name
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
 
 
 def _is_of_one_batch(value: Any) -> bool:

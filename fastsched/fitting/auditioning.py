@@ -15,6 +15,7 @@ from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.rollouts import Rollout, Run, Runner, distances
+from fastsched.measurement.measuring import check_same_network
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.metrics import power_mean
 from fastsched.sampling.fitted import chosen_solver, is_solver
@@ -97,6 +98,7 @@ def audition(
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    checks: bool = True,
     progress: Progress = True,
 ) -> Audition:
     """Run candidate schedules with the real solver on the measured paths' noises, and rank them by their error.
@@ -116,32 +118,39 @@ def audition(
         batch_size: Samples run at once; all when None.
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None.
+        checks: Whether to ask first, by one call, if the denoiser is the one that was measured.
         progress: Show a progress bar, or a function called with the model calls done and their total.
 
     Returns:
         The ranking. Cost: at most ``steps`` calls (``2 steps - 1`` for two-stage solvers) a sample and candidate.
 
     Raises:
-        ValueError: If there is no candidate, one has another number of steps, or the network returns NaN or inf.
+        ValueError: If there is no candidate, one has another number of steps, the statistics are of another network, or
+            the network returns NaN or inf.
     """
-    validate.arguments(
-        locals(),
-        denoiser=is_denoiser,
-        stats=is_statistics,
-        solver=is_solver,
-        candidates=validate.anything,
-        samples=validate.optional(validate.positive_int),
-    )
+    validate.arguments(locals(), **CHECKS)
     method = chosen_solver(solver)
     count = stats.samples if samples is None else validate.positive_int("samples", samples)
     if count > stats.samples:
         raise ValueError(f"samples must be at most the {stats.samples} that were measured, got {count}")
     chosen = _checked(stats, steps, method, candidates)
+    asked = check_same_network(denoiser, stats, device, dtype) if checks else 0
     runner = Runner(denoiser, stats, method, batch_size, device, dtype)
     first = first_round(count) if len(chosen) > FINALISTS else count
     total = len(chosen) * first + FINALISTS * (count - first)
     with progress_bar(total * method.model_calls(steps), progress, "audition") as runner.advance:
-        return ranked(runner, stats, chosen, method.model_calls(steps), count)
+        found = ranked(runner, stats, chosen, method.model_calls(steps), count)
+    return replace(found, model_calls=found.model_calls + asked)
+
+
+#: Of arguments that are not checked as elsewhere.
+CHECKS: dict[str, validate.Check] = {
+    "denoiser": is_denoiser,
+    "stats": is_statistics,
+    "solver": is_solver,
+    "candidates": validate.anything,
+    "samples": validate.optional(validate.positive_int),
+}
 
 
 def ranked(run: Run, stats: PathStatistics, candidates: Mapping[str, Schedule], calls: int, samples: int) -> Audition:

@@ -25,7 +25,7 @@ class Origin:
     Attributes:
         model: The name of the network's class or function; of a pipeline, the folder or repository it was loaded from.
         fingerprint: 12 hexadecimal digits of what the network answered to a fixed question. Two runs of one network on
-            different devices may differ in it.
+            different devices may differ in it. Of a pipeline, its call and weights (`diffusers.call_identity`).
         pipeline: The class of the pipeline.
         guidance: The pipeline's ``guidance_scale``, if the call set it.
         prompts: How many prompts were used.
@@ -64,7 +64,8 @@ class Origin:
 
     def __str__(self) -> str:
         """What is known, in a line: ``UNet2DModel, DDIMPipeline, guidance 7.5, 2 prompts, 2026-11-26``."""
-        words = [self.model or (f"network {self.fingerprint}" if self.fingerprint else None), self.pipeline]
+        digits = None if self.pipeline is not None else self.fingerprint
+        words = [self.model or (f"network {digits}" if digits else None), self.pipeline]
         words += [None if self.guidance is None else f"guidance {self.guidance:g}"]
         words += [None if self.prompts is None else f"{self.prompts} prompt{'s' * (self.prompts != 1)}", self.date]
         return ", ".join(word for word in words if word)

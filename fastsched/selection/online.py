@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
+from fastsched.denoisers.network_errors import checked_output
 from fastsched.selection.arc_length import equal_arc_length
 from fastsched.selection.fixed_point import variation
 
@@ -134,7 +135,8 @@ class AdaptiveSchedule:
             The number of evaluations, counted per sample.
 
         Raises:
-            ValueError: If ``clean`` holds no data.
+            TypeError: If the denoiser returns no floating-point tensor.
+            ValueError: If ``clean`` holds no data, or the denoiser returns another shape.
         """
         validate.arguments(locals(), denoise=validate.function, clean=validate.tensor, generator=_is_generator)
         if clean.ndim == 0 or clean.numel() == 0:
@@ -147,7 +149,9 @@ class AdaptiveSchedule:
         s_from, s_to = self.s[intervals], self.s[intervals + 1]
         wide = lambda values: values.to(clean).reshape(-1, *[1] * (clean.ndim - 1))
         z = clean + wide(s_from) * noise
-        scores = [(denoise(z, s.to(clean)) - z) / wide(s).square() for s in (s_from, s_to)]
+        # A network may write into its input.
+        answers = [checked_output(denoise(z.clone(), s.to(clean)), z) for s in (s_from, s_to)]
+        scores = [(x0 - z) / wide(s).square() for x0, s in zip(answers, (s_from, s_to), strict=True)]
         squares = (scores[1] - scores[0]).flatten(1).double().square().sum(1)
         self.observe(squares.cpu() * s_from.square(), intervals)
         return 2 * count
@@ -197,19 +201,22 @@ class AdaptiveSchedule:
 
         Raises:
             TypeError: If it is something else.
-            ValueError: If an entry is missing or has the wrong size.
+            ValueError: If an entry is missing, out of range or of the wrong size.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be what state_dict() returned, got {validate.shown(state)}")
         try:
             fresh = AdaptiveSchedule(state["s"], rate=state["rate"], order=state["order"])
-            sums, counts, updates = state["sums"], state["counts"], int(state["updates"])
+            sums, counts = (validate.float64(f"state[{name!r}]", state[name]) for name in ("sums", "counts"))
+            updates = validate.positive_int("state['updates']", state["updates"], minimum=0)
         except KeyError as error:
             raise ValueError(f"state lacks the entry {error}; pass what state_dict() returned") from None
         if sums.shape != fresh._sums.shape or counts.shape != fresh._sums.shape:
-            raise ValueError(f"state has {len(sums)} sums for {len(fresh._sums)} intervals")
+            raise ValueError(f"state has {sums.numel()} sums for {len(fresh._sums)} intervals")
+        if not bool(sums.isfinite().all()) or not bool((counts.isfinite() & (counts >= 0)).all()):
+            raise ValueError("state must hold finite sums, and finite counts of at least 0")
         self.s, self.rate, self.order, self.updates = fresh.s, fresh.rate, fresh.order, updates
-        self._sums, self._counts = sums.to("cpu", torch.float64).clone(), counts.to("cpu", torch.float64).clone()
+        self._sums, self._counts = sums.clone(), counts.clone()
 
 
 def _is_generator(name: str, value: object) -> None:

@@ -44,6 +44,26 @@ def test_a_solver_without_a_sampler_is_said(tmp_path):
         assert "has no sampler that is unipc" in one_line(result)
 
 
+def test_k_diffusion_cannot_start_from_pure_noise(tmp_path):
+    fs.Schedule(torch.tensor([torch.inf, 5.0, 1.0, 0.0]), "ddim", "vp").save(tmp_path / "a.json")
+    assert "starts from a finite sigma" in one_line(run("export", tmp_path / "a.json", "--to", "k-diffusion"))
+
+
+def test_neither_the_input_nor_a_measurement_is_replaced(folder, tmp_path):
+    schedule, stats = tmp_path / "a.json", tmp_path / "s.safetensors"
+    schedule.write_bytes((folder / "x-4.json").read_bytes())
+    stats.write_bytes((folder / "s.safetensors").read_bytes())
+    before = schedule.read_bytes(), stats.read_bytes()
+    refused = run("export", schedule, "--to", "text", "-o", schedule)
+    assert "output must be another file than" in one_line(refused)
+    assert "measurements are not replaced here" in one_line(run("export", schedule, "--to", "text", "-o", stats))
+    assert "output must be another file than" in one_line(run("select", stats, "--steps", "4", "-o", stats))
+    (tmp_path / "s-4.safetensors").write_bytes(before[1])
+    several = run("select", tmp_path / "s-4.safetensors", "--steps", "4,5", "-o", stats)
+    assert several.exit_code != 0
+    assert (schedule.read_bytes(), stats.read_bytes()) == before
+
+
 def test_k_diffusion_is_python_that_samples(folder, monkeypatch):
     """Run with a stand-in of the library, which takes Euler steps as its sample_euler does."""
     import sys

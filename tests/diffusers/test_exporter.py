@@ -261,11 +261,13 @@ def test_export_reports_what_will_be_used():
 
 
 @pytest.mark.parametrize("fitted", [False, True])
-def test_an_applied_scheduler_is_not_exported_for(fitted):
-    """It uses the schedule that was applied, whatever a call is given."""
+def test_a_scheduler_with_another_schedule_applied_is_not_exported_for(fitted):
+    """It uses the one that was applied, whatever a call is given."""
     scheduler = diffusers.EulerDiscreteScheduler(**SD)
     pipe, schedule = Pipe(scheduler), vp_schedule(scheduler)
-    fs.diffusers.apply(even_schedule(describe(scheduler).process, 4, "fitted") if fitted else schedule, pipe)
+    fs.diffusers.apply(schedule, pipe)
+    assert fs.diffusers.export(schedule, pipe.scheduler).exact  # the one that it uses
+    fs.diffusers.apply(even_schedule(describe(scheduler).process, 5, "fitted" if fitted else "ddim"), pipe)
     with pytest.raises(ValueError, match="scheduler must be the pipeline's own"):
         fs.diffusers.export(schedule, pipe.scheduler)
 

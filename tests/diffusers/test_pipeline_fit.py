@@ -348,8 +348,11 @@ def test_fit_names_what_is_wrong_with_its_statistics():
     with pytest.raises(TypeError, match=r"stats must be a fastsched\.PathStatistics"):
         fs.diffusers.fit(pipe, 3, stats="model.safetensors")
     other, call, _ = pipelines.stable_diffusion(diffusers.EulerDiscreteScheduler(**SD))
-    with pytest.raises(ValueError, match=r"stats are of samples \[2, 2, 2\] and the pipeline's are \[4, 8, 8\]"):
+    with pytest.raises(ValueError, match="stats must be of this pipeline called with the same prompts"):
         fs.diffusers.fit(quiet(other), 3, stats=stats, **call)
+    unknown = dataclasses.replace(stats, origin=None)
+    with pytest.raises(ValueError, match=r"stats are of samples \[2, 2, 2\] and the pipeline's are \[4, 8, 8\]"):
+        fs.diffusers.fit(quiet(other), 3, stats=unknown, **call)
     flow = oracle_pipeline(diffusers.FlowMatchEulerDiscreteScheduler(), oracle)
     with pytest.raises(ValueError, match="'vp' noise process"):
         fs.diffusers.fit(flow, 3, stats=stats)

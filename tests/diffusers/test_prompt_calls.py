@@ -160,6 +160,20 @@ def test_encodings_that_hold_tensors_are_made_each_time():
     assert len(pipe.encoded) == 3
 
 
+def test_negative_prompts_go_with_their_prompts():
+    """As a list they are dealt out with the prompts, whatever a call takes."""
+    ugly = [f"ugly {prompt}" for prompt in PROMPTS]
+    calls = PromptCalls.of(text_pipeline(), PROMPTS, {}, 2)
+    asked = calls.arguments(3, 4, {"negative_prompt": ugly, "guidance_scale": 2.0})
+    assert asked == {
+        "prompt": [PROMPTS[3], PROMPTS[0]],
+        "negative_prompt": [ugly[3], ugly[0]],
+        "guidance_scale": 2.0,
+    }
+    whole = measure(text_pipeline(), samples=6, negative_prompt=ugly)
+    assert whole.samples == 6
+
+
 def test_an_interrupt_hands_back_what_was_finished_and_a_checkpoint_goes_on(tmp_path):
     whole = measure(text_pipeline(), prompts_per_call=1, keep_increments=True)
     pipe = text_pipeline()

@@ -126,6 +126,12 @@ def test_any_sampler_can_be_ranked(stats):
         ranked(run, stats, {"a": schedules["a"]}, 2, 6)
 
 
+def test_statistics_of_another_network_are_refused(stats):
+    other = fs.Denoiser.from_denoiser(lambda z, s: 0.1 * z, 0.01, 100.0)
+    with pytest.raises(ValueError, match="stats were measured on another network"):
+        fs.audition(other, stats, 6, progress=False)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"samples": 7}, "samples must be at most the 6 that were measured"),

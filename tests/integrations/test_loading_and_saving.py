@@ -231,8 +231,8 @@ def test_a_changed_file_is_another(comfy, load):
 DAMAGED = {
     "unknown solver": ({"solver": "magic"}, "does not hold a valid schedule"),
     "no solver": ({"solver": ""}, "does not hold a valid schedule"),
-    "weights of a stock solver": ({"weights": [[1, 0], [0, 1]]}, "exactly for the solver"),
-    "fitted without weights": ({"solver": "fitted"}, "exactly for the solver"),
+    "weights of a stock solver": ({"weights": [[1, 0], [0, 1]]}, "weights must be None for the solver"),
+    "fitted without weights": ({"solver": "fitted"}, "weights must be given for the solver"),
     "timesteps": ({"timesteps": [1, 2, 3]}, "does not hold a valid schedule"),
     "timesteps of text": ({"timesteps": ["x", "y"]}, "does not hold a valid schedule"),
     "huge timesteps": ({"timesteps": [10**400, 1]}, "does not hold a valid schedule"),

@@ -168,6 +168,42 @@ def test_bad_arguments_are_named(make, message):
         make()
 
 
+def test_a_network_that_writes_into_its_input_is_observed_alike():
+    own, writing = fs.AdaptiveSchedule(_start()), fs.AdaptiveSchedule(_start())
+    denoise, clean = _gaussian().denoise, torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    own.observe_denoiser(denoise, clean, generator=torch.Generator().manual_seed(1))
+    spoiled = lambda z, s: (denoise(z, s), z.zero_())[0]
+    writing.observe_denoiser(spoiled, clean, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(own.state_dict()["sums"], writing.state_dict()["sums"])
+
+
+@pytest.mark.parametrize(
+    ("denoise", "error"),
+    [(lambda z, s: z[:, :1], ValueError), (lambda z, s: z[:1], ValueError), (lambda z, s: z.numpy(), TypeError)],
+    ids=["a column", "a row", "numpy"],
+)
+def test_answers_of_another_kind_are_refused(denoise, error):
+    with pytest.raises(error, match="the network returned"):
+        fs.AdaptiveSchedule(_start()).observe_denoiser(denoise, torch.zeros(4, 16))
+
+
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [
+        ({"sums": None}, TypeError),
+        ({"updates": "x"}, TypeError),
+        ({"counts": torch.full((16,), torch.nan)}, ValueError),
+        ({"counts": torch.full((16,), -1.0)}, ValueError),
+        ({"sums": torch.full((16,), torch.inf)}, ValueError),
+        ({"sums": torch.zeros(3)}, ValueError),
+    ],
+)
+def test_damaged_states_are_refused(changed, error):
+    adaptive = fs.AdaptiveSchedule(_start())
+    with pytest.raises(error, match="state"):
+        adaptive.load_state_dict({**adaptive.state_dict(), **changed})
+
+
 @pytest.mark.parametrize("shape", [(0,), (0, 16), ()])
 def test_a_batch_without_samples_is_refused(shape):
     adaptive = fs.AdaptiveSchedule(_start())
