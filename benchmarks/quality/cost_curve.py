@@ -54,6 +54,8 @@ OTHERS = {
     "optimal_schedule": "P",
     "fit": "X",
 }
+#: A total too near the next for a label of its own.
+UNLABELLED = 300
 #: Of lines' names, in the logarithm of the error.
 LABELS_APART = 0.25
 #: Where methods stand that take no calls, on the logarithmic axis.
@@ -182,11 +184,12 @@ def plot(found: dict[Cell, dict[int, float]], others: dict[str, tuple[float, flo
     ax.set(xscale="log", yscale="log", xlabel="all model calls that choosing took, counted per sample")
     ax.set_ylabel("typical error against the best stock fs.fit\nwith 1,500 calls")
     ticks = [NO_CALLS, *TOTALS, 6000, 64000]
-    ax.set_xticks(ticks, ["none", *(f"{total:,}" for total in ticks[1:])])
+    labels = ["" if total == UNLABELLED else f"{total:,}" for total in ticks[1:]]
+    ax.set_xticks(ticks, ["none", *labels])
     ax.tick_params(axis="x", labelsize=8)
     ax.minorticks_off()
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=8, frameon=False)
+    ax.legend(fontsize=7.5, frameon=False, loc="lower right", labelspacing=0.25)
     figure.savefig(DOCS / "cost_curve.png", dpi=130)
 
 

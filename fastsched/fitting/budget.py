@@ -11,12 +11,12 @@ solver, five denoisers and three seeds, against that of 1,500 (``benchmarks.qual
 =====  ======
 calls  fitted
 =====  ======
-60     4.9
-100    3.8
-200    2.2
-300    2.2
-400    1.3
-800    1.1
+60     5.6
+100    3.9
+200    2.5
+300    2.0
+400    1.6
+800    1.2
 =====  ======
 
 So the default is 800. The plans for 2,300 and 3,000 calls are of five denoisers and seed 20, against 8 samples with as
