@@ -28,10 +28,7 @@ class Empirical(Oracle):
     data: Tensor
 
     def __post_init__(self) -> None:
-        data = validate.finite("data", self.data)
-        if data.numel() == 0:
-            raise ValueError(f"data has shape {tuple(data.shape)}; expected [n, *shape], not empty")
-        object.__setattr__(self, "data", data.clone())
+        object.__setattr__(self, "data", validate.finite("data", self.data).clone())
 
     @property
     def shape(self) -> tuple[int, ...]:
