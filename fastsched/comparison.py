@@ -20,7 +20,7 @@ from fastsched.sampling.files import write_whole
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
 from fastsched.sampling.sampler import is_run, sample, schedule_solver
-from fastsched.sampling.schedule import Schedule, check_decoupled, check_kind
+from fastsched.sampling.schedule import Schedule, check_decoupled
 from fastsched.sampling.solvers import Solver, get_solver, is_any_solver, is_stock_solver
 
 #: Steps of the reference. On a Gaussian mixture, dpmpp_2m with this many steps has a typical squared distance to the
@@ -295,7 +295,11 @@ def _planned(
         chosen = solver
         if isinstance(schedule, Schedule):
             chosen = solver if solver is not None else schedule.solver
-            check_kind(f"schedules[{name!r}]", schedule, denoiser.process)
+            if schedule.noise != denoiser.process.kind:
+                raise ValueError(
+                    f"schedules[{name!r}] is for a {schedule.noise!r} noise process, and the denoiser's is "
+                    f"{denoiser.process.kind!r}; compare schedules of one model"
+                )
         if chosen is None:
             raise ValueError(f"solver must be given, because schedules[{name!r}] is not a Schedule and names none")
         sigmas = schedule.sigmas if isinstance(schedule, Schedule) else schedule

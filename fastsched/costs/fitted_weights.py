@@ -70,10 +70,10 @@ class _Fit:
         self.known, self.which = surrogate.on_path(distinct), which.reshape(levels[:, :-1].shape)
         self.steps = levels.shape[1] - 1
         self.ridge = RIDGE * (8 / self.steps) ** 3
-        self.given = given
+        self.found_here = given is None
         nodes = nodes_of_levels(surrogate.process, levels)
-        self.theory = stock_weights(NEAREST_STOCK, nodes) if given is None else given
-        self.weights = np.zeros((len(levels), self.steps, self.steps))
+        #: Those given, or ``b0`` until the step's own are found.
+        self.weights = stock_weights(NEAREST_STOCK, nodes) if given is None else given
 
     def run(self) -> Rollouts:
         """Sample, and keep the weights."""
@@ -82,10 +82,10 @@ class _Fit:
         for n in range(self.steps):
             differences.add(self.found.denoise_at(y, self.known[self.which[:, n]]))
             step = (rho[:, n + 1] - rho[:, n])[:, None]
-            b = self.theory[:, n, :n]
-            if self.given is None:
+            b = self.weights[:, n, :n]
+            if self.found_here:
                 b = differences.least_squares(self._target(n, y, step), b, self.ridge)
-            self.weights[:, n, :n], self.weights[:, n, n] = b, 1 - b.sum(1)
+                self.weights[:, n, :n], self.weights[:, n, n] = b, 1 - b.sum(1)
             slope = differences.combined(b)
             y = slope if n == self.steps - 1 else y + step * slope
         self.found.end = y

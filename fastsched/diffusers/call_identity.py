@@ -14,7 +14,7 @@ from fastsched.diffusers.watching import networks_of
 from fastsched.sampling.origin import Origin
 
 #: Arguments of a call that do not change the latents' steps: what is made of them at the end, and what looks on.
-WITHOUT_EFFECT = ("self", "prompt", "output_type", "return_dict", "strength")
+WITHOUT_EFFECT = ("prompt", "output_type", "return_dict", "strength")
 
 #: Networks that decode or judge what the steps end in.
 AFTERWARDS = ("vae", "vqvae", "vqgan", "movq", "vocoder", "safety_checker")
@@ -33,7 +33,7 @@ def call_identity(pipe: Any, prompts: Sequence[str], call_kwargs: dict[str, Any]
     parts = [type(pipe).__name__, *([asked] if isinstance(asked, str) else map(str, asked))]
     for name, value in sorted(given.items()):
         if name not in WITHOUT_EFFECT and "callback" not in name:
-            parts += [f"{name}={fact}" for fact in _facts(value)]
+            parts += [f"{name}={fact}" for fact in _content(value)]
     weights = [
         weight
         for name, network in networks_of(pipe).items()
@@ -46,10 +46,11 @@ def call_identity(pipe: Any, prompts: Sequence[str], call_kwargs: dict[str, Any]
 
 
 def check_same_call(name: str, found: Origin | None, identity: str) -> None:
-    """ValueError if a measurement was of another call of the pipeline, or of other weights of the same dtype."""
-    if found is None or found.fingerprint is None or found.fingerprint.count("-") != 2:
+    """ValueError if a measurement was of another call than `call_identity` tells, or of other weights of its dtype."""
+    known = "" if found is None or found.fingerprint is None else found.fingerprint
+    if known.count("-") != 2:
         return  # not known, or of a denoiser
-    (call, dtype, weights), (own, own_dtype, own_weights) = found.fingerprint.split("-"), identity.split("-")
+    (call, dtype, weights), (own, own_dtype, own_weights) = known.split("-"), identity.split("-")
     if call != own:
         raise ValueError(
             f"{name} must be of this pipeline called with the same prompts and arguments, and is of another call "
@@ -71,16 +72,16 @@ def _of_weights(weights: Sequence[Tensor]) -> str:
     return _digits(torch.cat(elements).sort().values.numpy().tobytes())
 
 
-def _facts(value: Any) -> list[str]:
-    """What can be compared of an argument; nothing of None and of what cannot."""
+def _content(value: Any) -> list[str]:
+    """What an argument holds, exactly; nothing of None and of what cannot be compared."""
     if isinstance(value, Tensor):
-        return [f"{tuple(value.shape)} {_digits(value.detach().double().cpu().contiguous().numpy().tobytes())}"]
+        return [f"{tuple(value.shape)} {_digits(value.detach().cpu().float().contiguous().numpy().tobytes())}"]
     if isinstance(value, (bool, int, float, str)):
         return [repr(float(value) if isinstance(value, int) and not isinstance(value, bool) else value)]
     if isinstance(value, dict):
-        return [f"{key}:{fact}" for key, each in value.items() for fact in _facts(each)]
+        return [f"{key}:{fact}" for key, each in value.items() for fact in _content(each)]
     if isinstance(value, (list, tuple)):
-        return [f"{n}:{fact}" for n, each in enumerate(value) for fact in _facts(each)]
+        return [f"{n}:{fact}" for n, each in enumerate(value) for fact in _content(each)]
     return [_digits(value.tobytes())] if callable(getattr(value, "tobytes", None)) else []  # of NumPy and PIL
 
 

@@ -25,8 +25,13 @@ from fastsched.diffusers.probe import rounding, scales, trace
 from fastsched.diffusers.replacement import replacement
 from fastsched.sampling.schedule import Schedule, is_schedule
 
-#: The largest shift ``mu``, which acts as its exponential.
+#: The largest shift ``mu``: by its exponential, which beyond that moves every time to an end, in float64.
 MOST_MU = 50
+#: What is wrong with a scheduler that uses another schedule than the one to export.
+ANOTHER = (
+    "scheduler must be the pipeline's own: this one has another schedule applied, which it uses whatever a call is "
+    "given; use fastsched.diffusers.apply(schedule, pipe) once more instead"
+)
 #: Largest relative error of a sigma that counts as exact.
 EXACT = 1e-5
 #: A last sigma of this fraction of the one before counts as 0: a float32 state cannot represent the noise.
@@ -92,29 +97,28 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
             "fastsched.diffusers.apply(schedule, pipe) sets both"
         )
     mu = checked_mu(mu, scheduler)
-    _check_applied(schedule, scheduler)
+    if "FittedScheduler" in class_names(scheduler):
+        raise ValueError(ANOTHER)
     try:
         proof = _proven(schedule, scheduler, mu)
     except ValueError as error:
         raise ValueError(f"{error}. {_alternative(schedule, scheduler, mu)}") from None
+    if _uses_another(scheduler, schedule, proof):
+        raise ValueError(ANOTHER)
     if not proof.exact:
         warnings.warn(f"{rounds(scheduler, proof)}. {_alternative(schedule, scheduler, mu)}", stacklevel=2)
     return proof
 
 
-def _check_applied(schedule: Schedule, scheduler: Any) -> None:
-    """ValueError if an applied schedule, which no argument changes, is another than this one."""
-    other = "FittedScheduler" in class_names(scheduler)
-    if "set_timesteps" in vars(scheduler):
-        target = copy.deepcopy(scheduler)
-        target.set_timesteps(schedule.steps)
-        used = declared_sigmas(target, describe(scheduler))
-        other = len(used) != len(schedule.sigmas) or relative_error(used, schedule.sigmas) > 100 * EXACT
-    if other:
-        raise ValueError(
-            "scheduler must be the pipeline's own: this one has another schedule applied, which it uses whatever a "
-            "call is given; use fastsched.diffusers.apply(schedule, pipe) once more instead"
-        )
+def _uses_another(scheduler: Any, schedule: Schedule, proof: Export) -> bool:
+    """Whether a schedule is applied, which no argument changes, and is neither this one nor what it is rounded to."""
+    if "set_timesteps" not in vars(scheduler):
+        return False
+    target = copy.deepcopy(scheduler)
+    target.set_timesteps(schedule.steps)
+    used = declared_sigmas(target, describe(scheduler))
+    same = (len(used) == len(one) and relative_error(used, one) <= EXACT for one in (schedule.sigmas, proof.sigmas))
+    return not any(same)
 
 
 def _proven(schedule: Schedule, scheduler: Any, mu: float | None) -> Export:

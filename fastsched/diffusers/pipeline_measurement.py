@@ -26,7 +26,7 @@ from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.watching import check_caches, watched
 from fastsched.measurement.batches import Batches, finished_part, is_out_of_memory, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
-from fastsched.measurement.devices import all_of, own_file, parts_of_group, rank_and_size, save_whole, share
+from fastsched.measurement.devices import own_file, parts_of_group, rank_and_size, save_whole, share
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.files import check_writable
@@ -120,17 +120,19 @@ def measured_in_group(
         return measured_pipeline(pipe, call_kwargs, **settings)
     which = validate.sample_range("samples", settings["samples"])
     calls = checked_calls(pipe, settings["prompts"], call_kwargs, settings["prompts_per_call"])
-    needed, file, keep = _needed(settings["samples"], which, calls), settings["checkpoint"], settings["keep_increments"]
-    own = share(range(which.start, which.start + needed), group).tolist()
+    own = share(range(which.start, which.start + _needed(settings["samples"], which, calls)), group).tolist()
+    file, keep = settings["checkpoint"], settings["keep_increments"]
     if file is not None:
-        origin = _origin(pipe, calls, call_kwargs)
-        found = _resumed(file, pipe, settings["levels"], which, settings["seed"], keep, origin)
-        if all(all_of(found is not None and found.samples >= needed, group)):
-            assert found is not None
-            return found
         settings["checkpoint"] = own_file(file, group)
     settings["samples"] = range(own[0], own[-1] + 1) if own else None
-    measure = lambda: measured_pipeline(pipe, call_kwargs, **settings)
+
+    def measure() -> PathStatistics:
+        known = None if file is None else _resumed(file, pipe, which, _origin(pipe, calls, call_kwargs), settings)
+        if known is not None and known.samples > own[-1] - which.start:  # of a group that has finished
+            part = known.select([sample - which.start for sample in own])
+            return replace(part, model_calls=known.model_calls * len(own) // known.samples)
+        return measured_pipeline(pipe, call_kwargs, **settings)
+
     whole = reduce(PathStatistics.merge, parts_of_group(measure if own else None, group, vectors if keep else "none"))
     if file is not None and rank_and_size(group)[0] == 0:
         save_whole(whole, file, group, vectors=keep)
@@ -155,7 +157,8 @@ def measured_pipeline(
     calls = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
     check_caches(pipe)
     origin = _origin(pipe, calls, call_kwargs)
-    whole = None if checkpoint is None else _resumed(checkpoint, pipe, levels, which, seed, keep_increments, origin)
+    known = {"levels": levels, "seed": seed, "keep_increments": keep_increments}
+    whole = None if checkpoint is None else _resumed(checkpoint, pipe, which, origin, known)
     left = max(0, _needed(samples, which, calls) - (0 if whole is None else whole.samples))
     with (
         in_one_thread(pipe),
@@ -210,19 +213,21 @@ def _needed(samples: int | range, which: range, calls: PromptCalls) -> int:
 
 
 def _resumed(
-    file: str | os.PathLike[str], pipe: Any, levels: int | Tensor, which: range, seed: int, keep: bool, origin: Origin
+    file: str | os.PathLike[str], pipe: Any, which: range, origin: Origin, settings: dict[str, Any]
 ) -> PathStatistics | None:
     """What a file holds of this call's measurement; None if there is no file."""
     check_writable(file)
     calibration = CalibrationScheduler.from_scheduler(pipe.scheduler)
-    denoiser, s = calibration.convention.denoiser, calibration.measured_levels(levels)
+    denoiser, s = calibration.convention.denoiser, calibration.measured_levels(settings["levels"])
+    keep = settings["keep_increments"]
     run = Measurement(denoiser, s, torch.device("cpu"), torch.float32, deviated_paths(len(s)), keep)
     if not os.path.exists(file):
         return None
     found = PathStatistics.load(file)
-    check_same_call(os.fspath(file), found.origin, origin.fingerprint or "")
+    assert origin.fingerprint is not None  # as of every pipeline
+    check_same_call(os.fspath(file), found.origin, origin.fingerprint)
     shape = found.shape  # which the pipeline alone could tell
-    seeds = sample_seeds(seed, range(which.start, max(which.stop, which.start + MOST_SAMPLES)))
+    seeds = sample_seeds(settings["seed"], range(which.start, max(which.stop, which.start + MOST_SAMPLES)))
     return resumed(file, run, Batches(shape, seeds, 1))
 
 

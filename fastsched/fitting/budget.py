@@ -5,8 +5,9 @@ About half of the calls measure; of 100 and fewer, nearly all. Up to 400 calls, 
 plans with responses were tried. Of two to six plans at each total, `PLANS` has the one of least error, typical and mean
 together: to 300 calls of the fitted solver (DPM-Solver++(2M) agrees, but was not tried at 100), on six or seven
 denoisers and seeds 900 to 902; at 400 and 800 of both solvers, on six and seeds 20 and 21; but at 1,500, where fewer
-levels and more samples serve some denoisers better and others worse, it has the benchmark's. Error of the fitted
-solver, five denoisers and three seeds, against that of 1,500 (``benchmarks.quality.cost_curve``):
+levels and more samples serve some denoisers better and others worse, it has the benchmark's. All were
+chosen when the fitted solver's weights were drawn to those of DPM-Solver++(2M). Its error now, of five denoisers and
+three seeds, against that of 1,500 (``benchmarks.quality.cost_curve``):
 
 =====  ======
 calls  fitted

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import inspect
+import warnings
 
 import numpy as np
 import pytest
@@ -270,6 +271,18 @@ def test_a_scheduler_with_another_schedule_applied_is_not_exported_for(fitted):
     fs.diffusers.apply(even_schedule(describe(scheduler).process, 5, "fitted" if fitted else "ddim"), pipe)
     with pytest.raises(ValueError, match="scheduler must be the pipeline's own"):
         fs.diffusers.export(schedule, pipe.scheduler)
+
+
+def test_an_applied_schedule_is_exported_as_it_was_given_or_rounded():
+    """Neither is another schedule: this scheduler's timesteps are whole numbers."""
+    scheduler = diffusers.DPMSolverMultistepScheduler(**SD)
+    pipe, schedule = Pipe(scheduler), vp_schedule(scheduler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the rounding
+        alone = fs.diffusers.export(schedule, scheduler)
+        fs.diffusers.apply(schedule, pipe)
+        assert torch.equal(fs.diffusers.export(schedule, pipe.scheduler).sigmas, alone.sigmas)
+    assert not alone.exact
 
 
 def test_fastsched_itself_needs_no_diffusers():

@@ -178,22 +178,24 @@ def test_what_a_run_answered_helps_to_fit_weights(monkeypatch):
     assert learned.schedule.measured_error < 0.4 * blind.schedule.measured_error
 
 
-def test_levels_and_weights_are_tuned_together():
-    """To a small fraction of what weights that follow the path step by step leave; on other noises too."""
-    reference = fs.converged_reference(DENOISER, (4,), samples=32, seed=3, progress=False)
+@pytest.mark.parametrize("seed", range(3))
+def test_levels_and_weights_are_tuned_together(seed):
+    """To a small fraction of what weights that follow the path step by step leave; on other noises too.
+
+    Of 16 elements: six samples of four are hardly more numbers than there are levels and weights.
+    """
+    denoiser = exact_denoiser(mixture(d=16), 0.01, 40.0)
+    options = {"levels": 24, "samples": 6, "seed": seed, "keep_increments": True, "checks": False, "progress": False}
+    stats = fs.measure(denoiser, (16,), **options)
+    start = fs.optimal_schedule(stats, 6, "fitted")
+    found = fs.tune(denoiser, stats, start, trials=10, progress=False)
+    assert found.schedule.measured_error < 0.2 * found.trials[0].measured_error
+    assert not torch.equal(found.schedule.weights, start.weights)
+    reference = fs.converged_reference(denoiser, (16,), samples=32, seed=3, progress=False)
     error = lambda schedule: power_mean(
-        fs.metrics.squared_distances(fs.sample(DENOISER, schedule, noise=reference.noise), reference.ends)
+        fs.metrics.squared_distances(fs.sample(denoiser, schedule, noise=reference.noise), reference.ends)
     )
-    measured, unseen = [], []
-    for seed in range(3):
-        stats = measure(seed=seed)
-        start = fs.optimal_schedule(stats, 5, "fitted")
-        found = fs.tune(DENOISER, stats, start, trials=10, progress=False)
-        assert not torch.equal(found.schedule.weights, start.weights)
-        measured.append(found.schedule.measured_error / found.trials[0].measured_error)
-        unseen.append(float(error(found.schedule) / error(start)))
-    assert np.prod(measured) < 0.2**3
-    assert np.prod(unseen) < 0.5**3
+    assert error(found.schedule) < 0.5 * error(start)
 
 
 def test_no_schedule_is_run_twice():

@@ -24,12 +24,21 @@ def of_pipelines(folder):
     torch.distributed.init_process_group("gloo")
     rank, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
     pipe = text_pipeline()
-    stats = measure(pipe, group=group)
+    stats = measure(pipe, group=group, checkpoint=folder / "whole.safetensors")
     measured = sum(pipe.batches)
+    torch.distributed.barrier()  # the first process has written the whole
+    again = measure(pipe, group=group, checkpoint=folder / "whole.safetensors")
+    repeated = sum(pipe.batches) - measured
+    assert again == stats
     options = {"levels": 12, "prompts": PROMPTS, "group": group, "progress": False}
     schedule = fs.diffusers.fit(pipe, 4, model_calls=100, **options)
     stats.save(folder / f"pipe-{rank}.safetensors")
-    report = {"measured": measured, "images": sum(pipe.batches), "sigmas": schedule.sigmas.tolist()}
+    report = {
+        "measured": measured,
+        "repeated": repeated,
+        "images": sum(pipe.batches),
+        "sigmas": schedule.sigmas.tolist(),
+    }
     (folder / f"pipeline-{rank}.json").write_text(json.dumps(report))
 
 

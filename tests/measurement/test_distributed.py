@@ -83,6 +83,8 @@ def test_a_pipeline_in_two_processes(tmp_path):
         torch.testing.assert_close(found.vector_gram, whole.vector_gram, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(torch.tensor(report["sigmas"]).double(), single.sigmas, rtol=1e-5, atol=0)
     assert [report["measured"] for report in reports] == [2, 2]
+    assert [report["repeated"] for report in reports] == [0, 0]  # from the file of both
+    assert not [*tmp_path.glob("*part*")]
     assert sum(report["images"] for report in reports) <= sum(pipe.batches)
 
 
