@@ -50,9 +50,12 @@ class Norms:
         return np.maximum((products @ vectors[:, :, None])[:, :, 0], 0.0)
 
     def sum_squared(self, vectors: Array) -> Array:
-        """The sum over K vectors of `squared`, [C, B], from [C, K, V]."""
-        count, several, _ = vectors.shape
-        return self.squared(vectors.reshape(-1, self.vectors)).reshape(count, several, len(self.gram)).sum(1)
+        """The sum over K vectors of `squared`, [C, B], from [C, K, V].
+
+        ``sum_k v_k' G_b v_k`` is the inner product of ``G_b`` with ``sum_k v_k v_k'``, which serves all samples.
+        """
+        outer = vectors.transpose(0, 2, 1) @ vectors
+        return np.maximum(outer.reshape(len(outer), -1) @ self.gram.reshape(len(self.gram), -1).T, 0.0)
 
     def mean_squared(self, vectors: Array) -> Array:
         """The sum over K vectors of the mean over samples of ``v' G_b v / size_b``, [C], from [C, K, V].

@@ -227,6 +227,8 @@ def test_squared_errors_by_einsum():
     norms = Norms(e @ e.transpose(0, 2, 1), np.array([1.0, 2.0, 4.0]))
     expected = np.einsum("cp,bpq,cq->cb", vectors[:, 0], norms.gram, vectors[:, 0])
     np.testing.assert_allclose(norms.squared(vectors[:, 0]), expected, rtol=1e-12)
+    summed = np.einsum("ckp,bpq,ckq->cb", vectors, norms.gram, vectors)
+    np.testing.assert_allclose(norms.sum_squared(vectors), summed, rtol=1e-12)
     outcome = Outcome(vectors[:, 0], vectors[:, 1:])
     sizes = np.einsum("cvp,bpq,cvq->cb", vectors[:, 1:], norms.gram, vectors[:, 1:])
     relative = (sizes / norms.size).mean(1)
