@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastsched import metrics, validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
+from fastsched.denoisers.network_state import check_evaluation_mode
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.sampling.files import write_whole
 from fastsched.sampling.progress import Progress, progress_bar
@@ -198,6 +199,7 @@ def converged_reference(
         ValueError: If an argument is out of range or unknown, or the network returns NaN or inf.
     """
     validate.arguments(locals(), denoiser=is_denoiser, solver=is_stock_solver)
+    check_evaluation_mode(denoiser.network)
     sizes = validate.sample_shape("shape", shape)
     seeds = sample_seeds(seed, validate.sample_range("samples", samples)) + FIRST_SAMPLE
     method = get_solver(solver)
@@ -246,6 +248,7 @@ def compare(
             of range or unknown.
     """
     validate.arguments(locals(), **_CHECKS)
+    check_evaluation_mode(denoiser.network)
     runs = _planned(denoiser, schedules, solver)
     where: dict[str, Any] = {"batch_size": batch_size, "device": device, "dtype": dtype}
     if reference is None:
@@ -291,6 +294,8 @@ def _planned(
         raise ValueError("schedules must be a dictionary of at least one schedule by name, such as {'mine': schedule}")
     runs = {}
     for name, schedule in schedules.items():
+        if not isinstance(name, str):
+            raise TypeError(f"schedules must have names that are text, got {validate.shown(name)}")
         is_run(f"schedules[{name!r}]", schedule)
         chosen = solver
         if isinstance(schedule, Schedule):
@@ -345,7 +350,7 @@ def _sampled(
     """Samples on the CPU, made in batches; ``advance`` gets the number of samples of every network call."""
     where, precision = placement(denoiser, device, dtype)
     ends = []
-    for part in noise.split(batch_size or len(noise)):
+    for part in noise.split(int(batch_size or len(noise))):
         progress = lambda calls, total, part=part: advance(len(part))
         ends.append(sample(denoiser, run, method, part.to(where), dtype=precision, progress=progress).cpu())
     return torch.cat(ends)

@@ -18,13 +18,14 @@ from torch import nn
 
 from fastsched import ops, validate
 from fastsched.denoisers.denoiser import Denoiser
+from fastsched.denoisers.network_state import modules_of
 from fastsched.fitting.budget import TOTAL, measuring_calls
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.measuring import measure
 from fastsched.measurement.memory import WORKING
 from fastsched.measurement.network_checks import CHECK_CALLS
-from fastsched.measurement.network_state import modules_of
 from fastsched.measurement.timeline import Run, Timeline, synchronisations
+from fastsched.sampling.random_streams import noise_of
 from fastsched.sampling.sampler import sample
 from fastsched.sampling.solvers import FITTED
 from fastsched.selection.starts import even_schedule
@@ -257,7 +258,8 @@ class _DenoiserRuns:
         self.denoiser, self.shape = denoiser, shape
         self.networks = modules_of(denoiser.network)[:1]
         self.name = type(self.networks[0] if self.networks else denoiser.network).__name__
-        first = next((each for module in self.networks for each in module.parameters()), torch.empty(0))
+        parameters = (each for module in self.networks for each in module.parameters())
+        first = next((each for each in parameters if each.is_floating_point()), torch.empty(0))  # others are quantised
         self.device, self.dtype = first.device, first.dtype
         self.elements = int(np.prod(shape))
 
@@ -266,7 +268,7 @@ class _DenoiserRuns:
 
     def sampling(self, steps: int, solver: str = "dpmpp_2m") -> Run:
         schedule = even_schedule(self.denoiser.process, steps, solver)
-        noise = torch.randn(1, *self.shape, device=self.device)
+        noise = noise_of(torch.tensor([0]), self.shape).to(self.device)
         return self._timed(lambda denoiser: sample(denoiser, schedule, solver, noise, dtype=self.dtype))
 
     def sampling_fitted(self, steps: int) -> Run:
@@ -326,7 +328,7 @@ def _seconds(function: Any, device: torch.device, repeats: int = 3) -> float:
 
 def _timed_gram(elements: int, device: torch.device) -> tuple[float, int]:
     """Seconds and bytes of the Gram matrix of a measured path."""
-    vectors = torch.randn(1, VECTORS, elements, device=device)
+    vectors = torch.randn(1, VECTORS, elements, dtype=torch.float32, device=device)
     return _seconds(lambda: ops.vector_gram(vectors), device), vectors.nbytes
 
 

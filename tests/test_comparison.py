@@ -3,6 +3,7 @@ import io
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -248,3 +249,34 @@ def test_a_range_of_samples_is_a_part_of_them(gaussian, converged):
     torch.testing.assert_close(part.ends, converged.ends[8:12], rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="samples must be a number, or range"):
         compare(gaussian, {"ddim": [80.0, 1.0, 0.0]}, "ddim", shape=SHAPE, samples=range(4, 4))
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(4)])
+def test_a_network_in_training_mode_is_refused(layer):
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4), layer)
+    denoiser = fs.Denoiser.from_denoiser(lambda z, s: network(z), LOW, HIGH)
+    trained = fs.Denoiser.from_denoiser(lambda z, s: 0.1 * z, LOW, HIGH)
+    stats = fs.measure(trained, (4,), levels=8, checks=False, progress=False)
+    schedule = fs.optimal_schedule(stats, 4)
+    noise = torch.zeros(2, 4)
+    calls = {
+        "converged_reference": lambda: converged_reference(denoiser, (4,), samples=4, progress=False),
+        "compare": lambda: compare(
+            denoiser, {"a": schedule}, reference=Reference(noise, noise, "ddim", 4, 0), progress=False
+        ),
+        "stein_corrector": lambda: fs.costs.stein_corrector(
+            denoiser, sigmas=[1.0, 0.5, 0.1], shape=(4,), samples=4, progress=False
+        ),
+        "audition": lambda: fs.audition(denoiser, stats, 4, progress=False),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match="training mode"):
+            call()
+
+
+def test_names_and_batch_sizes_of_compare(gaussian, converged):
+    schedule = fs.Schedule([10.0, 1.0, 0.0], "ddim")
+    with pytest.raises(TypeError, match="schedules must have names that are text, got 8"):
+        compare(gaussian, {8: schedule}, reference=converged, progress=False)
+    rows = compare(gaussian, {"8": schedule}, reference=converged, batch_size=np.int64(2), progress=False).rows
+    assert rows[0].steps == 2

@@ -14,6 +14,7 @@ from fastsched import validate
 from fastsched.costs.cost_matrix import CostMatrix, ModelCalls
 from fastsched.denoisers.denoiser import Denoiser, placement
 from fastsched.denoisers.network_errors import not_finite
+from fastsched.denoisers.network_state import check_evaluation_mode
 from fastsched.denoisers.noise import log_uniform
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.random_streams import noise_of, normal, sample_seeds, stream
@@ -84,6 +85,7 @@ class StateSource:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.denoiser, self.process = denoiser, denoiser.process
+        check_evaluation_mode(denoiser.network)
         self.s = finite_levels(denoiser, sigmas)
         self.shape = validate.sample_shape("shape", shape)
         which = validate.sample_range("samples", samples)

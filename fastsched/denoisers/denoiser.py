@@ -117,7 +117,11 @@ class Denoiser:
             if given is not None:
                 return float(given)
             found = getattr(core, name, None)  # EDMPrecond has 0 and inf where it has no limit
-            return float(found) if found and math.isfinite(float(found)) else default
+            try:
+                number = float(found)  # type: ignore[arg-type]  # None among others
+            except (TypeError, ValueError, RuntimeError):  # not a setting: a method, text, a vector
+                return default
+            return number if number and math.isfinite(number) else default
 
         data = setting("sigma_data", sigma_data, 0.5)
         low, high = setting("sigma_min", sigma_min, 0.002), setting("sigma_max", sigma_max, 80.0)
@@ -342,6 +346,8 @@ class Denoiser:
             s: One finite level, or one per sample [B].
         """
         levels = _levels(s, z)
+        if not bool((levels.isfinite() & (levels > 0)).all()):
+            raise ValueError(f"s must be positive and finite, got {validate.shown(s)}")
         return self.denoise(z / _per_sample(levels, z), levels)
 
     @property
@@ -359,7 +365,7 @@ class Denoiser:
     def _first_parameter(self) -> Tensor | None:
         if not isinstance(self.network, torch.nn.Module):
             return None
-        return next(self.network.parameters(), None)
+        return next((each for each in self.network.parameters() if not each.is_meta), None)  # offloaded ones
 
 
 def told_argument(told: Tensor | float | None) -> dict[str, Tensor | float]:
@@ -391,7 +397,7 @@ def placement(
 def _levels(s: Tensor | float, x: Tensor) -> Tensor:
     """Levels [1] of all samples of ``x``, or one for each [B]; float64 on the CPU: Apple's GPUs have no float64."""
     values = s.cpu().to(torch.float64) if isinstance(s, Tensor) else torch.as_tensor(s, dtype=torch.float64)
-    return values.reshape(1) if values.numel() == 1 else values.expand(x.shape[0])
+    return values.reshape(1) if values.numel() == 1 else values.flatten().expand(x.shape[0])
 
 
 def _on_device(values: Tensor, x: Tensor) -> Tensor:

@@ -95,13 +95,13 @@ class WrappedEdmNetwork(nn.Module):
     def _identified(self, x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         size = x.float().square().mean().sqrt().clamp_min(1e-6)
         x = (x.float() / size).to(x.dtype)  # of unit size, as the preconditioning makes it
-        c_noise = torch.full((1,), PROBE_LEVEL * self.sigma_data, device=x.device).log() / 4
+        c_noise = torch.full((1,), PROBE_LEVEL * self.sigma_data, dtype=torch.float32, device=x.device).log() / 4
         # The kept network may want other arguments, or the wrapper may be none: either is an answer.
         with contextlib.suppress(Exception):
             one, other = self._inner_output(x, c_noise), self._from_denoiser(x, c_noise)
             if one.shape == other.shape and float((one - other).norm()) <= SAME * float(other.norm()):
                 return self._inner_output
-        low = torch.full((1,), LOW_LEVEL * self.sigma_data, device=x.device)
+        low = torch.full((1,), LOW_LEVEL * self.sigma_data, dtype=torch.float32, device=x.device)
         z = self.sigma_data * x
         answer = self._denoised(z, low)
         of_z = isinstance(answer, Tensor) and answer.shape == z.shape
@@ -112,12 +112,13 @@ class WrappedEdmNetwork(nn.Module):
     def _inner_output(self, x: Tensor, c_noise: Tensor) -> Tensor:
         arguments = self.net.keywords if isinstance(self.net, functools.partial) else {}
         try:
-            return self.inner(x, c_noise, **{**arguments, **self._labels(x)})
+            return self.inner(x.clone(), c_noise.clone(), **{**arguments, **self._labels(x)})
         except TypeError:
-            return self.inner(x, c_noise, None)  # NVIDIA's networks require class labels, None for none
+            # NVIDIA's networks require class labels, None for none.
+            return self.inner(x.clone(), c_noise.clone(), None)
 
     def _denoised(self, z: Tensor, s: Tensor) -> Tensor:
-        return self.net(z, s, **self._labels(z))
+        return self.net(z.clone(), s.clone(), **self._labels(z))  # it may write into its input
 
     def _from_denoiser(self, x: Tensor, c_noise: Tensor) -> Tensor:
         s = (4 * c_noise).exp()

@@ -137,6 +137,7 @@ class VariancePreserving(NoiseProcess):
                 "pass the cumulative products, in order of timestep, not the betas"
             )
         levels = ((1 - values) / values).sqrt()
+        object.__setattr__(self, "integer_timesteps", validate.flag("integer_timesteps", self.integer_timesteps))
         found = {"alphas_cumprod": tuple(values.tolist()), "_levels": levels, "_logs": levels.log()}
         for name, value in found.items():  # every call of the network reads the logarithms
             object.__setattr__(self, name, value)
@@ -210,6 +211,8 @@ class FlowMatching(NoiseProcess):
     first_finite_s: ClassVar[float] = 100.0
 
     def __post_init__(self) -> None:
+        for name in ("t_min", "t_max"):
+            object.__setattr__(self, name, validate.real(name, getattr(self, name)))
         if not 0 < self.t_min < self.t_max <= 1:
             raise ValueError(
                 f"t_min and t_max must satisfy 0 < t_min < t_max <= 1, got {self.t_min!r} and {self.t_max!r}"
@@ -282,6 +285,9 @@ class ContinuousVP(NoiseProcess):
     kind: ClassVar[str] = "vp"
 
     def __post_init__(self) -> None:
+        for name in ("beta_min", "beta_max", "t_min", "t_max"):
+            object.__setattr__(self, name, validate.real(name, getattr(self, name)))
+        object.__setattr__(self, "sub_vp", validate.flag("sub_vp", self.sub_vp))
         for low, high in (("beta_min", "beta_max"), ("t_min", "t_max")):
             one, other = getattr(self, low), getattr(self, high)
             if not 0 < one < other < math.inf:

@@ -62,8 +62,8 @@ def fit(
     """The schedule of ``steps`` steps for a denoiser and solver: `measure`, `optimal_schedule`, `audition`, `tune`.
 
     `fastsched.fitting.budget` divides the calls between the measurement and the runs that rank candidates and tune.
-    Between 400 and 1,500 calls, samples of at most four elements are measured without responses, about twice as many
-    where ``samples`` is None.
+    Between 400 and 1,500 calls, samples of at most four elements are measured without responses, and about twice as
+    many.
 
     Args:
         denoiser: What to schedule.
@@ -73,9 +73,9 @@ def fit(
         stats: An earlier measurement, used instead of a new one. Without increments its paths are followed once more.
         levels: As in `measure`; when None by the number of calls (`fastsched.fitting.budget`).
         samples: As in `measure`; when None likewise.
-        model_calls: The most to spend, counted per sample, a measurement made here included: 800 when None (740
-            with ``stats``). At least 60 where levels and samples are None; plans are made for up to 3,000. Where it is
-            not enough for one run of all samples, the schedule is that of `optimal_schedule`.
+        model_calls: The most to spend, counted per sample, a measurement made here included: 800 when None (740 with
+            ``stats``, beside following its paths again). At least 60 where levels and samples are None. Too few for a
+            run leave `optimal_schedule`; after one run alone a fitted solver's schedule is moved by what that tells.
         seed: As in `measure`.
         batch_size: Samples run at once; all when None, one with a checkpoint.
         device: As in `measure`.
@@ -96,6 +96,7 @@ def fit(
     Raises:
         ValueError: As `measure`, `audition` and `tune` do, if ``stats`` are of samples of another shape, if the
             checkpoint is of another network or call, or if ``levels`` and ``samples`` take more than ``model_calls``.
+            Errors in the runs carry the measurement as ``error.partial``.
     """
     return fit_report(**locals()).schedule
 
@@ -122,7 +123,8 @@ def fit_report(
 ) -> FitReport:
     """`fit`, with all that it found on the way."""
     validate.arguments(locals(), **CHECKS)
-    method, run, batches = _solver(solver, decoupled), None, None
+    steps, model_calls, batch_size = map(_plain, (steps, model_calls, batch_size))
+    method, run, batches = _solver(solver, bool(decoupled)), None, None
     grain = 1 if batch_size is None and checkpoint is not None else batch_size
     budget = model_calls if model_calls is not None else TOTAL if stats is None else MODEL_CALLS
     if stats is None:
@@ -170,6 +172,11 @@ CHECKS: dict[str, validate.Check] = {
     "samples": validate.optional(validate.CHECKS["samples"]),
     "model_calls": validate.optional(validate.CHECKS["model_calls"]),
 }
+
+
+def _plain(number: Any) -> Any:
+    """A whole number as Python's own: NumPy's do not go into files."""
+    return None if number is None else int(number)
 
 
 def _solver(name: str, decoupled: bool) -> Solver:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from dataclasses import dataclass, field, replace
 
@@ -25,8 +26,13 @@ class BestSoFar:
     finished: dict[int, tuple[Schedule, list[Rollout]]] = field(default_factory=dict)
 
     def __call__(self, schedule: Schedule, first: int, last: int) -> Rollout | None:
-        """As ``run``."""
-        found = self.run(schedule, first, last)
+        """As ``run``; an error carries the measurement as ``error.partial``."""
+        try:
+            found = self.run(schedule, first, last)
+        except Exception as error:
+            with contextlib.suppress(Exception):  # a few classes take no attributes
+                error.partial = self.stats  # type: ignore[attr-defined]  # to be saved
+            raise
         if found is not None:
             self.finished.setdefault(id(schedule), (schedule, []))[1].append(Rollout(found.ends))
         return found

@@ -13,7 +13,7 @@ from itertools import islice
 from fastsched.costs.prediction import predict_error
 from fastsched.fitting.auditioning import FINALISTS, Audition, first_round, ranked
 from fastsched.fitting.rollouts import Run
-from fastsched.fitting.tuning import Tuning, tuned
+from fastsched.fitting.tuning import Tuning, moved_once, tuned
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.schedule import Schedule
 from fastsched.selection.optimal import optimal_schedule
@@ -103,8 +103,12 @@ def _fitted(
         return FitReport(optimal_schedule(stats, steps, solver), stats)
     audition = ranked(run, stats, dict(islice(candidates, most)), calls, stats.samples)
     trials = (model_calls - audition.model_calls) // (stats.samples * calls)
-    if trials < 1 or steps == 1 or stats.increments is None:
+    if steps == 1 or stats.increments is None:
         return FitReport(audition.winner, stats, audition)
+    if trials < 1:
+        unchanged = audition.winner.weights is None or audition.winner.network_sigmas is not None
+        last = audition.winner if unchanged else moved_once(stats, audition.complete(stats.samples))
+        return FitReport(last, stats, audition)
     tuning = tuned(run, stats, audition.complete(stats.samples), trials, calls, decoupled=decoupled)
     return FitReport(tuning.schedule, stats, audition, tuning)
 

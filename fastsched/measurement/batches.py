@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsched.denoisers.network_state import unchanged_buffers
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.memory import explained, need, paths_at_once, with_store
 from fastsched.measurement.network_checks import check_network, fingerprint
-from fastsched.measurement.network_state import unchanged_buffers
 from fastsched.measurement.path_checks import path_checked
 from fastsched.measurement.path_following import Measurement, measurement_steps
 from fastsched.measurement.questions import Questions
@@ -198,7 +198,7 @@ def _with_room(
     if not run.keep_vectors or samples == 0:
         return found, None
     before = 0 if found is None else found.samples
-    kept = torch.zeros(before + samples, run.vectors, math.prod(batches.shape))
+    kept = torch.zeros(before + samples, run.vectors, math.prod(batches.shape), dtype=torch.float32)
     if found is None:
         return None, kept
     assert found.increments is not None  # `resumed` has checked it

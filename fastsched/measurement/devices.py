@@ -187,7 +187,7 @@ def _with_vectors(
     counts = [0 if each is None else each.samples for each in parts]
     starts = [sum(counts[:rank]) for rank in range(len(counts))]
     here = everywhere or rank_and_size(group)[0] == 0
-    whole = torch.empty(sum(counts), sum(rows.values()), elements) if here else None
+    whole = torch.empty(sum(counts), sum(rows.values()), elements, dtype=torch.float32) if here else None
     for name, sample in itertools.product(rows, range(max(counts))):
         mine = getattr(own, name)[sample] if own is not None and rows[name] and sample < own.samples else None
         for first in range(0, rows[name], step):

@@ -67,7 +67,7 @@ class KeptVectors:
         own = self.row(row, shape)
         if own is not None:
             return own
-        found = torch.empty(shape, device=self.device)
+        found = torch.empty(shape, dtype=torch.float32, device=self.device)
         for each, value in zip(found.flatten(1), self.data, strict=True):
             each.copy_(value[row], non_blocking=True)
         return found

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
+from fastsched.denoisers.network_state import check_evaluation_mode
 from fastsched.measurement.batches import Batches, finished_part, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.devices import measured_in_group
@@ -167,14 +168,20 @@ def check_same_network(
 ) -> int:
     """Ask the denoiser one question; ValueError if it answers otherwise than the network of ``stats`` did.
 
+    Or if it is in training mode.
+
     Returns:
         Network evaluations spent: 1, or 0 if the statistics do not know their network.
     """
+    check_evaluation_mode(denoiser.network)
     if stats.fingerprint is None:
         return 0
     where, width = placement(denoiser, device, dtype)
     if not same_network(stats.fingerprint, fingerprint(denoiser, stats.shape, where, width), width):
-        raise ValueError("stats were measured on another network, which answers the same question differently")
+        raise ValueError(
+            "stats were measured on another network, or one read or rounded otherwise: it answers the same question "
+            "differently"
+        )
     return 1
 
 
@@ -183,7 +190,9 @@ def measured_levels(denoiser: Denoiser, levels: int | Tensor) -> Tensor:
     is_denoiser("denoiser", denoiser)
     if not isinstance(levels, Tensor):
         return denoiser.levels(validate.positive_int("levels", levels, minimum=3))
-    s = validate.descending_sigmas("levels", levels)
+    s = denoiser.process.nearest(validate.descending_sigmas("levels", levels))  # others, a network may not know
+    if not bool((s[1:] < s[:-1]).all()):
+        raise ValueError("levels must be at different timesteps of a network that knows whole ones only")
     if len(s) < 3 or float(s[-1]) <= 0:
         raise ValueError("levels must be at least three positive noise levels; sigma 0 is added as the end")
     if far_outside(denoiser.process, s):

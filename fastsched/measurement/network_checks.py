@@ -35,8 +35,8 @@ from torch import Tensor
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.edm import LOW_LEVEL, NEARLY
 from fastsched.denoisers.network_errors import checked_output
-from fastsched.measurement.fingerprints import projections
-from fastsched.measurement.network_state import active_training_layer
+from fastsched.denoisers.network_state import check_evaluation_mode
+from fastsched.measurement.fingerprints import fingerprint_of
 from fastsched.measurement.questions import ELSEWHERE, STATE, Questions, Top
 from fastsched.sampling.random_streams import noise_of
 
@@ -94,9 +94,7 @@ def check_network(
         ValueError: If the network is in training mode, or answers as no denoiser does. The message says what it looks
             like.
     """
-    layer = active_training_layer(denoiser.network)
-    if layer is not None:
-        raise ValueError(f"the network is in training mode, with an active {layer}: call network.eval() first")
+    check_evaluation_mode(denoiser.network)
     ask = Questions(denoiser, shape, device, dtype)
     levels = denoiser.levels(3) if s is None else s
     pair = noise_of(torch.tensor([seed, seed + ELSEWHERE]), shape)
@@ -117,14 +115,14 @@ def _check_denoiser(ask: Questions, low: float) -> None:
     noise = noise_of(torch.tensor([0, 2]), ask.shape).double()
     first, second = ask.between(1 / 3), ask.between(2 / 3)
     middle, x0 = ask.raw(noise[:1], first)
-    ask.middle, ask.fingerprint = middle.float(), projections(middle)
+    ask.middle, ask.fingerprint = middle.float(), fingerprint_of(middle, x0, ask.factor(first))
     if ask.denoiser.prediction in OF_A_SIGN:
         ask.against = _moves_against(ask, first * noise[:1], first, x0)
     if first != second and ask.denoiser.prediction != "edm":
         x0 = ask.denoised(second * (noise[:1] + (1 / second - 1 / first) * x0), second)
     if torch.equal(ask.top.raw[0], ask.top.raw[1]) and torch.equal(ask.top.raw[:1], ask.middle):
         warnings.warn(
-            "the network answered the same to every question, so every schedule has the same error: is its condition "
+            "the network answered the same to every question, so a schedule says nothing about it: is its condition "
             "connected, and is its output not all zero?",
             stacklevel=5,
         )
@@ -141,14 +139,17 @@ def _check_denoiser(ask: Questions, low: float) -> None:
 
 @torch.no_grad()
 def fingerprint(denoiser: Denoiser, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The network's fingerprint (`measurement.fingerprints`): of ``R`` at one fixed state and level; one call."""
+    """The network's fingerprint (`measurement.fingerprints`): its answer at one fixed state and level; one call."""
     ask = Questions(denoiser, shape, device, dtype)
-    return projections(ask.raw(noise_of(torch.tensor([0]), shape), ask.between(1 / 3))[0])
+    level = ask.between(1 / 3)
+    return fingerprint_of(*ask.raw(noise_of(torch.tensor([0]), shape), level), ask.factor(level))
 
 
 def _check_top(ask: Questions, size: float) -> None:
     """The slope along the noise, the Jacobian, and the size against that of the data, at the highest level."""
     denoiser, top = ask.denoiser, ask.top
+    if math.prod(ask.shape) < FEWEST_ELEMENTS:
+        size = max(size, 1.0)
     c = float(denoiser.coefficients(torch.tensor(top.level, dtype=torch.float64))[1])
     slope, reach = top.slope, top.reach(c)
     sigma = float(denoiser.process.sampler_sigma(torch.tensor(top.level, dtype=torch.float64)))
@@ -169,10 +170,7 @@ def _check_top(ask: Questions, size: float) -> None:
             f"{where} a denoiser hardly depends on its input, but this network contains {slope:.2g} times the noise: "
             f"{suspects(denoiser)}"
         )
-    largest, usual = (
-        float(top.denoised.square().mean().sqrt()),
-        max(size, 1.0 if math.prod(ask.shape) < FEWEST_ELEMENTS else 0.1),
-    )
+    largest, usual = float(top.denoised.square().mean().sqrt()), max(size, 0.1)
     if denoiser.process.kind != "vp" or largest <= DOUBTFUL_SIZE * usual:
         return
     finding = (
@@ -230,7 +228,7 @@ def _check_raw_edm(ask: Questions, noise: Tensor) -> None:
     """Whether the network, asked for ``D(z, sigma)`` at a low level, returns ``z``."""
     denoiser = ask.denoiser
     z = (denoiser.sigma_data * noise).to(ask.device, ask.dtype)
-    s = torch.full((1,), LOW_LEVEL * denoiser.sigma_data, device=ask.device)
+    s = torch.full((1,), LOW_LEVEL * denoiser.sigma_data, dtype=torch.float32, device=ask.device)
     answer = checked_output(denoiser.network(z.clone(), s), z)
     ask.model_calls += 1
     if float((answer.cpu().double() - z.cpu().double()).norm()) <= NEARLY * float(z.cpu().double().norm()):

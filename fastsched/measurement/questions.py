@@ -75,6 +75,10 @@ class Questions:
         level = torch.tensor(min(max(s, low), high), dtype=torch.float64)
         return float(self.denoiser.process.nearest(level))
 
+    def factor(self, s: float) -> float:
+        """``c`` of ``D = a x + c R``."""
+        return float(self.denoiser.coefficients(torch.tensor(s, dtype=torch.float64))[1])
+
     def raw(self, y: Tensor, s: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """``R`` and ``D`` at normalised states ``y = z / s`` [B, *shape], of that dtype on the CPU."""
         level = torch.tensor(s, dtype=torch.float64)

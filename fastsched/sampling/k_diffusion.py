@@ -63,7 +63,7 @@ def sample_fitted(
     ones, history = x.new_ones([len(x)]), []
     with progress_bar(len(rows), not disable, "fitted sampling", unit="step") as advance:
         for i, row in enumerate(rows):
-            denoised = model(x, sigmas[i] * ones, **(extra_args or {}))
+            denoised = model(x.clone(), sigmas[i] * ones, **(extra_args or {})).clone()  # it may reuse its buffers
             if callback is not None:
                 callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
             history.append(denoised)

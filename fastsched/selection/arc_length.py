@@ -8,6 +8,9 @@ from torch import Tensor
 
 from fastsched import validate
 
+#: The least length of an interval, in units of all together.
+LEAST_LENGTH = 1e-9
+
 
 def equal_arc_length(s: Tensor, increments: Tensor, n: int) -> Tensor:
     """``n`` levels at equal spacing along a cumulative length: Algorithm 1 (UpdateSchedule) of the paper.
@@ -40,10 +43,10 @@ def equal_arc_length(s: Tensor, increments: Tensor, n: int) -> Tensor:
         )
     if not np.isfinite(lengths).all() or (lengths < 0).any() or lengths.sum() <= 0:
         raise ValueError("increments must be finite, non-negative and not all 0")
+    lengths = np.maximum(lengths, LEAST_LENGTH * lengths.sum())  # where Lambda is flat it has no inverse
     cumulative = np.concatenate([[0.0], np.cumsum(lengths)])
-    rising = np.concatenate([[True], np.diff(cumulative) > 0])  # where Lambda is flat it has no inverse: keep the start
     # Monotone, so that levels descend; a cubic, so that they do not jump where the grid's levels lie.
-    inverse = PchipInterpolator(cumulative[rising], np.log(levels[rising]))
+    inverse = PchipInterpolator(cumulative, np.log(levels))
     chosen = np.exp(inverse(np.linspace(0.0, cumulative[-1], n)))
     chosen[0], chosen[-1] = levels[0], levels[-1]
     return torch.from_numpy(chosen)

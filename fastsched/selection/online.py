@@ -14,6 +14,9 @@ from fastsched.denoisers.network_errors import checked_output
 from fastsched.selection.arc_length import equal_arc_length
 from fastsched.selection.fixed_point import variation
 
+#: Least distance of two levels, relative: nearer ones would be taken for one.
+LEAST_GAP = 1e-9
+
 
 class AdaptiveSchedule:
     """Noise levels for training, drawn from a schedule that is updated so that all its steps cost the same.
@@ -139,8 +142,8 @@ class AdaptiveSchedule:
             ValueError: If ``clean`` holds no data, or the denoiser returns another shape.
         """
         validate.arguments(locals(), denoise=validate.function, clean=validate.tensor, generator=_is_generator)
-        if clean.ndim == 0 or clean.numel() == 0:
-            raise ValueError(f"clean must hold at least one sample, got shape {tuple(clean.shape)}")
+        if clean.ndim < 2 or clean.numel() == 0:
+            raise ValueError(f"clean must hold at least one sample, [B, *shape], got shape {tuple(clean.shape)}")
         count, cells = len(clean), len(self._sums)
         # Permutations instead of independent draws: no interval waits long for an observation.
         rounds = [torch.randperm(cells, generator=generator) for _ in range(-(-count // cells))]
@@ -149,8 +152,8 @@ class AdaptiveSchedule:
         s_from, s_to = self.s[intervals], self.s[intervals + 1]
         wide = lambda values: values.to(clean).reshape(-1, *[1] * (clean.ndim - 1))
         z = clean + wide(s_from) * noise
-        # A network may write into its input.
-        answers = [checked_output(denoise(z.clone(), s.to(clean)), z) for s in (s_from, s_to)]
+        # A network may write into its input, and return the same buffer every time.
+        answers = [checked_output(denoise(z.clone(), s.to(clean)), z).clone() for s in (s_from, s_to)]
         scores = [(x0 - z) / wide(s).square() for x0, s in zip(answers, (s_from, s_to), strict=True)]
         squares = (scores[1] - scores[0]).flatten(1).double().square().sum(1)
         self.observe(squares.cpu() * s_from.square(), intervals)
@@ -168,7 +171,8 @@ class AdaptiveSchedule:
         """Move the grid and clear the observations. Collective: every rank of a distributed run must call it.
 
         Returns:
-            Whether it moved. While an interval has no observation it does not, and the observations are kept.
+            Whether it moved. While an interval has no observation it does not, and the observations are kept. Nor does
+            it where levels would meet, because all of the cost has been in one interval for long.
         """
         sums, counts = _summed_over_ranks(self._sums, self._counts, self.group)
         if not bool((counts > 0).all()):
@@ -181,6 +185,8 @@ class AdaptiveSchedule:
         target = equal_arc_length(self.s, lengths, len(self.s))
         moved = (self.rate * target.log() + (1 - self.rate) * self.s.log()).exp()
         moved[0], moved[-1] = self.s[0], self.s[-1]  # exactly: exp(log(s)) rounds
+        if not bool((moved[1:] < (1 - LEAST_GAP) * moved[:-1]).all()):
+            return False
         self.s = moved
         self.updates += 1
         return True

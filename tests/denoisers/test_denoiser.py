@@ -117,3 +117,14 @@ def test_a_subclass_that_answers_by_itself_is_asked():
     noise = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     fs.sample(counted, fs.baselines.karras(5, 0.02, 20.0, spare_last=True), "dpmpp_2m", noise)
     assert sum(asked) == stats.model_calls + 5 * 3
+
+
+@pytest.mark.parametrize("s", [0.0, -1.0, float("inf"), torch.tensor([1.0, 0.0])])
+def test_a_call_needs_a_positive_finite_level(s):
+    with pytest.raises(ValueError, match="s must be positive and finite"):
+        KINDS["x0"](torch.zeros(2, 4), s)
+
+
+def test_levels_of_any_shape_are_one_for_each_sample():
+    z, s = torch.randn(3, 4), torch.tensor([0.1, 1.0, 10.0])
+    torch.testing.assert_close(KINDS["epsilon"](z, s[:, None]), KINDS["epsilon"](z, s))

@@ -142,3 +142,32 @@ def test_a_raw_network_that_keeps_another_is_itself():
     s, total = 2.0, (4 + 0.25) ** 0.5
     expected = 0.25 / total**2 * z + 0.5 * s / total * (-0.5 * z / total)
     torch.testing.assert_close(fs.Denoiser.from_edm(Raw())(z, s), expected)
+
+
+class ScalesItsInput(torch.nn.Module):
+    """A wrapper of another preconditioning that writes into its input, or its twin that does not."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.model, self.in_place = torch.nn.Identity(), in_place
+
+    def forward(self, x, sigma, class_labels=None):
+        s = column(sigma, x)
+        z, factor = x.clone(), (1 + s**2).rsqrt()
+        x = x.mul_(factor) if self.in_place else x * factor
+        return z - s * self.model(x) * s / factor / (0.36 + s**2)
+
+
+def test_a_wrapper_may_write_into_its_input():
+    options = {"levels": 16, "samples": 4, "progress": False}
+    clean, writing = (
+        fs.measure(fs.Denoiser.from_edm(ScalesItsInput(each)), (16,), **options) for each in (False, True)
+    )
+    torch.testing.assert_close(writing.gram, clean.gram)
+
+
+@pytest.mark.parametrize("value", ["auto", torch.ones(2), len])
+def test_an_attribute_that_is_no_number_is_no_setting(value):
+    network = torch.nn.Identity()
+    network.__dict__["sigma_data"] = value
+    assert fs.Denoiser.from_edm(network).sigma_data == 0.5

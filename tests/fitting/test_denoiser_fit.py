@@ -1,6 +1,8 @@
 import dataclasses
+import math
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from models import counted_denoiser, exact_denoiser, exact_denoisers, mixture
@@ -44,7 +46,11 @@ def test_calls_stay_within_the_budget(stats, steps, solver, budget):
     assert found.model_calls == stats.model_calls + sum(calls)
     assert (found.schedule.steps, found.schedule.solver) == (steps, solver)
     one_run = chosen_solver(solver).model_calls(steps) * SAMPLES
-    if one_run <= budget:
+    if one_run <= budget < 2 * one_run and solver == "fitted" and steps > 1:
+        assert found.tuning is None
+        assert found.schedule.measured_error is None  # moved once more, and not run
+        assert found.schedule.predicted_error > 0
+    elif one_run <= budget:
         assert found.schedule.measured_error == min(
             [row.schedule.measured_error for row in found.audition.table if len(row.errors) == SAMPLES]
             + [trial.measured_error for trial in (found.tuning.trials if found.tuning else ())]
@@ -149,3 +155,55 @@ def test_further_checks_of_an_unusual_network_are_part_of_its_calls():
         options = {"levels": 12, "samples": 1, "model_calls": total, "progress": False}
         report = fit_report(counted, (8,), 4, "ddim", **options)
         assert report.model_calls == sum(calls) <= total
+
+
+def test_the_last_move_lowers_the_error_of_other_noises():
+    """With 100 calls a fitted schedule is run once, and moved by what the run tells: 3 seeds, 256 other noises."""
+    denoiser, ratios = exact_denoiser(mixture(d=32), 0.01, 100.0), []
+    reference = fs.converged_reference(denoiser, (32,), samples=256, seed=5, steps=200, progress=False)
+    for seed in range(3):
+        found = fit_report(denoiser, (32,), 5, "fitted", model_calls=100, seed=seed, progress=False)
+        assert found.tuning is None
+        assert found.model_calls <= 100
+        both = {"run": found.audition.winner, "moved": found.schedule}
+        rows = fs.compare(denoiser, both, reference=reference, progress=False).rows
+        ratios.append(rows[1].typical_error / rows[0].typical_error)
+    assert math.prod(ratios) ** (1 / 3) < 0.9
+
+
+def test_numbers_of_numpy_are_taken_and_saved(tmp_path):
+    denoiser, calls = counted()
+    options = {"levels": 16, "samples": 2, "checkpoint": tmp_path / "fit.safetensors", "progress": False}
+    schedule = fs.fit(denoiser, (4,), np.uint8(5), model_calls=np.int64(100), batch_size=np.int64(1), **options)
+    schedule.save(tmp_path / "schedule.json")
+    assert fs.Schedule.load(tmp_path / "schedule.json").steps == 5
+    assert sum(calls) <= 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(tmp_path, dtype):
+    denoiser = exact_denoiser(ORACLE, 0.01, 100.0)
+    options = {"model_calls": 200, "progress": False}
+    wanted = fs.fit(denoiser, (4,), 5, **options)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = fs.fit(denoiser, (4,), 5, checkpoint=tmp_path / "fit.safetensors", dtype=torch.float32, **options)
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(found.sigmas, wanted.sigmas, rtol=1e-6, atol=0.0)
+
+
+def test_an_error_in_the_runs_carries_the_measurement():
+    denoiser, calls = counted()
+
+    def fails_late(z, s):
+        if sum(calls) > 160:
+            raise RuntimeError("the device is gone")
+        return denoiser.network(z, s)
+
+    failing = fs.Denoiser.from_denoiser(fails_late, 0.01, 100.0)
+    with pytest.raises(RuntimeError, match="gone") as caught:
+        fs.fit(failing, (4,), 5, levels=16, samples=4, model_calls=400, progress=False)
+    assert caught.value.partial.samples == 4
+    assert fs.optimal_schedule(caught.value.partial, 5).steps == 5

@@ -204,3 +204,19 @@ def test_the_node_says_that_it_needs_the_other_file(module_of, tmp_path):
     alone.write_text((ROOT / "integrations" / "comfyui" / "fastsched_fitted.py").read_text())
     with pytest.raises(ImportError, match="copy both"):
         module_of(alone)
+
+
+def test_a_model_may_write_into_its_input_and_return_one_buffer():
+    sigmas, weights = torch.tensor([10.0, 3.0, 1.0, 0.0]), torch.tensor([[1.0, 0, 0], [-0.5, 1.5, 0], [0.2, -0.7, 1.5]])
+    noise, buffer = 10 * torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), torch.empty(2, 3)
+    clean = lambda x, sigma: x / (1 + sigma.reshape(-1, 1) ** 2)
+
+    def writing(x, sigma):
+        buffer.copy_(clean(x, sigma))
+        x.zero_()
+        return buffer
+
+    found, wanted = (
+        sample_fitted(each, noise.clone(), sigmas, weights=weights, disable=True) for each in (writing, clean)
+    )
+    torch.testing.assert_close(found, wanted)

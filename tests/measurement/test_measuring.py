@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from models import exact_denoiser, exact_denoisers, mixture
+from models import exact_denoiser, exact_denoisers, mixture, vp_table
 
 import fastsched as fs
 from fastsched.measurement.measuring import with_increments
@@ -274,3 +274,14 @@ def test_outputs_of_several_dtypes_are_kept_in_the_widest():
     torch.testing.assert_close(
         found.gram[:, -8:, -8:], measure(denoiser, (64,), levels=32).gram[:, -8:, -8:], rtol=0.05, atol=1e-9
     )
+
+
+def test_levels_of_whole_timesteps_are_those_of_the_table():
+    table = vp_table(20)
+    network = exact_denoisers(mixture(16), table)["epsilon"].network
+    denoiser = fs.Denoiser.from_epsilon(network, table, integer_timesteps=True)
+    known = denoiser.levels(12)
+    stats = measure(denoiser, levels=known * 1.01, samples=2, checks=False)
+    torch.testing.assert_close(stats.s, known, rtol=1e-12, atol=0.0)
+    with pytest.raises(ValueError, match="levels must be at different timesteps"):
+        measure(denoiser, levels=torch.tensor([1.0, 0.999, 0.5, 0.1], dtype=torch.float64))

@@ -209,3 +209,38 @@ def test_a_batch_without_samples_is_refused(shape):
     adaptive = fs.AdaptiveSchedule(_start())
     with pytest.raises(ValueError, match="clean must hold at least one sample"):
         adaptive.observe_denoiser(_gaussian().denoise, torch.zeros(shape))
+
+
+def test_a_network_may_return_one_buffer_every_time():
+    buffer, costs = torch.empty(64, 5), []
+    clean = torch.randn(64, 5, generator=torch.Generator().manual_seed(1))
+    answer = lambda z, s: z / (1 + s.reshape(-1, 1) ** 2)
+    for denoise in (answer, lambda z, s: buffer.copy_(answer(z, s))):
+        adaptive = fs.AdaptiveSchedule(_start())
+        adaptive.observe_denoiser(denoise, clean, generator=torch.Generator().manual_seed(2))
+        costs.append(adaptive.state_dict()["sums"])
+    torch.testing.assert_close(*costs)
+
+
+def test_levels_never_meet():
+    adaptive = fs.AdaptiveSchedule(_start(9), rate=1.0)
+    costs = torch.full((8,), 1e-12, dtype=torch.float64)
+    costs[3] = 1.0
+    moved = []
+    for _ in range(300):
+        adaptive.observe(costs)
+        moved.append(adaptive.update())
+        assert bool((adaptive.s[1:] < adaptive.s[:-1]).all())
+    assert moved[0]
+    assert not moved[-1]
+
+
+@pytest.mark.parametrize("flat", [slice(0, 4), slice(4, 8), slice(2, 5)])
+def test_intervals_without_cost_hold_no_levels_of_their_own(flat):
+    s = torch.logspace(2, -2, 9, dtype=torch.float64)
+    lengths = torch.ones(8, dtype=torch.float64)
+    lengths[flat] = 0.0
+    found = equal_arc_length(s, lengths, 9)
+    first, last = s[flat.start], s[flat.stop]
+    inside = ((found < 0.999 * first) & (found > 1.001 * last))[1:-1]
+    assert not bool(inside.any())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 #: Layers that answer otherwise in training mode.
 LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
@@ -53,10 +54,18 @@ def active_training_layer(network: Any) -> str | None:
     return None
 
 
+def check_evaluation_mode(network: Any) -> None:
+    """ValueError if a layer in training mode makes answers random, or dependent on the batch."""
+    layer = active_training_layer(network)
+    if layer is not None:
+        raise ValueError(f"the network is in training mode, with an active {layer}: call network.eval() first")
+
+
 @contextmanager
 def unchanged_buffers(network: Any) -> Iterator[None]:
     """Put the buffers of a network's modules back as they were, whatever its calls wrote into them."""
-    buffers = {id(each): each for module in modules_of(network) for each in module.buffers()}.values()
+    every = (each for module in modules_of(network) for each in module.buffers())
+    buffers = {id(each): each for each in every if not (each.is_meta or is_lazy(each))}.values()
     before = [(each, each.detach().clone()) for each in buffers]
     try:
         yield
