@@ -150,7 +150,7 @@ def fit_report(
             stats = with_increments(denoiser, stats, checkpoint=checkpoint, group=group, **options)
         runner, calls = Runner(denoiser, stats, method, **options), method.model_calls(steps)
         if log_file is not None:
-            what = {"steps": steps, "solver": method.name, "model_calls": model_calls, "decoupled": decoupled or None}
+            what = {"steps": steps, "solver": method.name, "model_calls": model_calls, "decoupled": bool(decoupled) or None}
             runner.kept = RunLog(log_file, identity(stats, **what, batch_size=grain, dtype=str(runner.dtype))).run
         best = BestSoFar(runner, stats)
         made = partial(_fitted, best, steps=steps, method=method, calls=calls, budget=budget, decoupled=decoupled)

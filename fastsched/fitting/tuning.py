@@ -119,7 +119,7 @@ def tune(
     increments_of(stats)
     if checkpoint is not None:
         check_writable(checkpoint)
-        batch_size = batch_size or 1
+        batch_size = int(batch_size or 1)  # a number of NumPy's would not go into the file
     asked = check_same_network(denoiser, stats, device, dtype) if checks else 0
     runner = Runner(denoiser, stats, method, batch_size, device, dtype)
     if checkpoint is not None:
