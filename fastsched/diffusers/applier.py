@@ -58,7 +58,8 @@ def apply(schedule: Schedule, pipe: Any) -> Export:
     new one keep the schedule.
 
     Image-to-image and inpainting pipelines start midway, by their ``strength``. They get the rest of the schedule after
-    the level at which the scheduler would have started them by itself.
+    the level at which the scheduler would have started them by itself. With ``denoising_start`` they get the schedule's
+    own steps below that timestep, so that one pipeline can go on where another with the same schedule has ended.
 
     Args:
         schedule: The schedule.
@@ -143,6 +144,7 @@ class SetTimesteps(Override):
         self.schedule, self.way = schedule, way
         self.asked: dict[str, Any] = {}
         self.begun: int | None = None
+        self.count = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """As the class's own."""
@@ -150,6 +152,9 @@ class SetTimesteps(Override):
         self.asked |= self.asked.pop("kwargs", {})
         self.begun = None
         self._set(self.schedule)
+        self.count = len(self.owner.timesteps)
+        if self.asked.get("strength", 1.0) < 1.0:  # the class, LCM's or TCD's, starts midway by itself
+            self._use(remaining(self.schedule, describe(self.owner), self._own_timesteps()[0]))
 
     def _set(self, schedule: Schedule) -> None:
         owner, device = self.owner, self.asked.get("device")
@@ -160,33 +165,68 @@ class SetTimesteps(Override):
             on_mps = torch.device(device).type == "mps"  # which has no float64
             timesteps = (timesteps.float() if on_mps and timesteps.dtype == torch.float64 else timesteps).to(device)
         owner.timesteps = Timesteps.of(timesteps, self.start_at)
+        if self.asked.get("timesteps") is not None and isinstance(getattr(owner, "sigmas", None), Tensor):
+            owner.sigmas = Timesteps.of(owner.sigmas, self.sigmas_from)  # LTX slices them before its timesteps
 
     def start_at(self, index: int) -> Tensor:
         """Start at the level of the class's own timestep ``index``, and return the timesteps from there on.
 
+        With ``denoising_start``, at the timestep ``index`` of the schedule.
+
         Raises:
             ValueError: If the scheduler cannot use the rest of the schedule.
         """
+        rest = self._rest(index)
+        self.begun = index
+        if rest is None:
+            return self.owner.timesteps.plain[:0]
+        self._use(rest)
+        return self.owner.timesteps.plain
+
+    def sigmas_from(self, index: int) -> Tensor:
+        """The sigmas that a start at ``index`` will use (`start_at`); nothing is set."""
+        rest = self._rest(index)
+        if rest is None:
+            return self.owner.sigmas.plain[:0]
+        twice = getattr(self.owner, "order", 1) == 2
+        return _inner_twice(rest.sigmas, twice, ends=True).to(self.owner.sigmas.plain)
+
+    def _rest(self, index: int) -> Schedule | None:
+        """The schedule of a start at ``index``; None if no step is left."""
+        schedule = self.schedule
+        if self.owner.timesteps.compared:
+            schedule.check_coupled("denoising_start")
+            sigmas = schedule.sigmas[index // getattr(self.owner, "order", 1) :]
+            return Schedule(sigmas, schedule.solver, schedule.noise) if len(sigmas) > 1 else None
+        own = self._own_timesteps()
+        listed = self.asked.get("num_inference_steps") is None  # the pipeline counts the timesteps that it got
+        count = self.count if listed else len(own)
+        index = max(index + count, 0) if index < 0 else index
+        if index == 0:
+            return schedule
+        if listed:
+            index = int((index + 0.5) * len(own) / count)  # it has rounded down
+        return remaining(schedule, describe(self.owner), own[index]) if index < len(own) else None
+
+    def _own_timesteps(self) -> Tensor:
+        """The timesteps that the class itself would use."""
         plain = plain_copy(self.owner)
         type(plain).set_timesteps(plain, **self.asked)
-        own = plain.timesteps
-        if self.asked.get("num_inference_steps") is None:  # the pipeline counts the timesteps that it got
-            index = int((index + 0.5) * len(own) / len(self.owner.timesteps))  # it has rounded down
-        if index >= len(own):
-            return own[len(own) :]
-        convention = describe(plain)
-        rest = remaining(self.schedule, convention, own[index])
+        return plain.timesteps
+
+    def _use(self, rest: Schedule) -> None:
+        """Set the rest of the schedule, if it is verified."""
         try:
             if rest is not self.schedule:
-                prove(rest, plain, convention, WAYS[self.way](rest, plain, convention), self.way)
+                convention = describe(self.owner)
+                prove(rest, self.owner, convention, WAYS[self.way](rest, self.owner, convention), self.way)
             self._set(rest)
         except ValueError as error:
             raise ValueError(
-                f"this scheduler cannot start midway in the applied schedule, as strength asks ({error}); restore its "
-                f"own scheduler for this call, or pass strength=1.0 with num_inference_steps={self.schedule.steps}"
+                "this scheduler cannot start midway in the applied schedule, as strength or denoising_start asks "
+                f"({error}); restore its own scheduler for this call, or leave denoising_start out and pass "
+                f"strength=1.0 with num_inference_steps={self.schedule.steps}"
             ) from error
-        self.begun = index
-        return self.owner.timesteps.plain
 
 
 class SetBeginIndex(Override):

@@ -90,19 +90,25 @@ class StrideStep(Step):
 class Timesteps(Tensor):
     """A scheduler's timesteps, of which a pipeline may ask for those from an index on: ``timesteps[index:]``.
 
-    Image-to-image pipelines do so, with an index among as many steps as they asked for. `of` takes the function that
-    answers them. Every other operation, and copies and pickles, give plain tensors.
+    Image-to-image pipelines do so, with an index among as many steps as they asked for (from the end if negative), or,
+    if they first compare the timesteps with that of ``denoising_start``, among these. `of` takes the function that
+    answers them. Every other operation, and copies and pickles, give plain tensors. Sigmas are sliced likewise.
+
+    Attributes:
+        start_at: Answers ``[index:]``.
+        compared: Whether the pipeline has compared them.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # plain results
 
     start_at: Callable[[int], Tensor]
+    compared: bool
 
     @classmethod
     def of(cls, timesteps: Tensor, start_at: Callable[[int], Tensor]) -> Timesteps:
         """``timesteps`` whose ``[index:]`` is ``start_at(index)``."""
         made = timesteps.as_subclass(cls)
-        made.start_at = start_at
+        made.start_at, made.compared = start_at, False
         return made
 
     @property
@@ -112,9 +118,13 @@ class Timesteps(Tensor):
 
     def __getitem__(self, index: Any) -> Tensor:
         from_index = isinstance(index, slice) and index.stop is None and index.step is None
-        if from_index and isinstance(index.start, int) and index.start > 0:
+        if from_index and isinstance(index.start, int) and index.start != 0:
             return self.start_at(index.start)
         return self.plain[index]
+
+    def __lt__(self, other: Any) -> Tensor:
+        self.compared = True
+        return self.plain < other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return copy.deepcopy(self.plain, memo)
