@@ -25,6 +25,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionControlNetPipeline,
+    StableDiffusionLatentUpscalePipeline,
     StableDiffusionPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
@@ -376,3 +377,13 @@ def inpainting(scheduler, channels=9):
     mask = torch.ones(1, 1, 16, 16)
     mask[:, :, :4, :4] = 0
     return made, {**call, "image": torch.rand(1, 3, 16, 16), "mask_image": mask, "height": 16, "width": 16}, ending
+
+
+def latent_upscaler(scheduler):
+    """A pipeline that preconditions its network itself, by the scale of the scheduler's states."""
+    unet = small_conditional_unet(time_cond_proj_dim=2 * 64 + 16)
+    unet.conv_in, unet.conv_out = torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.Conv2d(8, 5, 3, padding=1)
+    unet.register_to_config(in_channels=8, out_channels=5)
+    pipe = assembled(StableDiffusionLatentUpscalePipeline, vae=small_vae(), unet=unet, scheduler=scheduler)
+    embeddings = random_embeddings(prompt_embeds=(2, 4, 16), pooled_prompt_embeds=(2, 16))
+    return pipe, {**embeddings, "image": torch.randn(2, 4, 4, 4), "guidance_scale": 1.0}, {"output_type": "latent"}

@@ -327,7 +327,6 @@ def _by_steps(schedule: Schedule, scheduler: Any, convention: Convention) -> Set
     def setter(target: Any) -> None:
         _set_steps(target, schedule.steps)
         target.timesteps = rounded.to(target.timesteps)
-        target.final_alpha_cumprod = torch.ones_like(target.final_alpha_cumprod)  # the last step ends at sigma 0
         StrideStep(target, following).put()
 
     return setter

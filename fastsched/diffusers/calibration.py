@@ -24,6 +24,7 @@ from fastsched.diffusers.step_checks import (
     check_output,
     check_repeat,
     check_sampled,
+    check_scaled,
     check_scaling,
     check_timestep,
     check_unchanged,
@@ -238,6 +239,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """``sample`` unchanged: the states that `step` returns are scaled already."""
+        check_scaled(sample)
         self._scales_input = True
         return sample
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 from fastsched.denoisers.late_reading import sent
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.diffusers.conventions import Convention, describe, own_scheduler
-from fastsched.diffusers.exporter import check_range, told_levels
+from fastsched.diffusers.exporter import check_range, plain_copy, told_levels
 from fastsched.diffusers.overrides import Timesteps
+from fastsched.diffusers.step_checks import check_scaled
 from fastsched.ops.eager import without_autocast
 from fastsched.sampling.schedule import Schedule
 
@@ -82,7 +84,8 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         told = None if network_sigmas is None else _numbers(network_sigmas)
         self.schedule = Schedule(_numbers(sigmas), "fitted", noise, weights=rows, network_sigmas=told)
         settings = dict(scheduler_config or {})
-        self._prepare(describe(getattr(diffusers, scheduler_class).from_config(settings)))
+        self._own = getattr(diffusers, scheduler_class).from_config(settings)
+        self._prepare(describe(self._own))
         # Pipelines read entries of their scheduler's config, so this config has them too.
         self.register_to_config(**{key: value for key, value in settings.items() if not key.startswith("_")})
 
@@ -137,12 +140,13 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             scheduler_config=settings,
             network_sigmas=None if schedule.network_sigmas is None else _plain(schedule.network_sigmas),
         )
-        made._prepare(convention)  # of the object, which may have been changed since it was made
+        made._own = plain_copy(own)  # which may have been changed since it was made
+        made._prepare(convention)
         return made
 
     def own_scheduler(self) -> Any:
-        """The pipeline's scheduler before this one: a new object of its class and config."""
-        return getattr(diffusers, self.config["scheduler_class"]).from_config(self.config["scheduler_config"] or {})
+        """A copy of the pipeline's scheduler before this one; from a file, one of its class and config."""
+        return copy.deepcopy(self._own)
 
     @property
     def step_index(self) -> int | None:
@@ -190,7 +194,12 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"begin_index must be 0, got {begin_index}: {MIDWAY}")
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """The network's input at the current step: ``sample``, times ``c_in`` for EDM networks."""
+        """The network's input at the current step: ``sample``, times ``c_in`` for EDM networks.
+
+        Raises:
+            ValueError: If ``sample`` is a number: the pipeline computes with the scale of another class's states.
+        """
+        check_scaled(sample)
         scale = self._steps[min(self._step_index or 0, len(self._steps) - 1)].input_scale
         return sample if scale == 1.0 else sample * scale
 
@@ -285,7 +294,9 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         self._step_index: int | None = None
         self._states = self._rows = torch.empty(0)
 
-    def _start_at(self, index: int) -> NoReturn:
+    def _start_at(self, index: int) -> Tensor:
+        if index <= -self.schedule.steps:
+            return self.timesteps[:]  # all of them, counted from the end
         raise ValueError(f"the pipeline starts midway, at step {index}: {MIDWAY}")
 
 

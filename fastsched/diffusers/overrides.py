@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsched.diffusers.attributes import attributes_set
+
 #: Attributes in which multistep classes keep their history, and the value of an empty history.
 HISTORIES: dict[str, Callable[[], Any]] = {"lower_order_nums": lambda: 0, "ets": list}
 
@@ -74,7 +76,10 @@ class FirstOrderEnd(Step):
 
 
 class StrideStep(Step):
-    """``step`` of DDIM, which steps to ``t - train_steps // num_inference_steps``: sets that number beforehand."""
+    """``step`` of DDIM, which steps to ``t - train_steps // num_inference_steps``: sets that number beforehand.
+
+    The last step ends at sigma 0, whatever level the class would end at.
+    """
 
     def __init__(self, owner: Any, following: dict[int, int]) -> None:
         super().__init__(owner)
@@ -84,7 +89,8 @@ class StrideStep(Step):
         """As the class's own."""
         stride = int(timestep) - self.following[int(timestep)]
         self.owner.num_inference_steps = Fraction(self.owner.config.num_train_timesteps, stride)
-        return self.original(model_output, timestep, *args, **kwargs)
+        with attributes_set(self.owner, final_alpha_cumprod=torch.ones_like(self.owner.final_alpha_cumprod)):
+            return self.original(model_output, timestep, *args, **kwargs)
 
 
 class Timesteps(Tensor):

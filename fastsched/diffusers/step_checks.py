@@ -126,6 +126,20 @@ def check_scaling(convention: Convention, name: str, scales: bool) -> None:
         )
 
 
+def check_scaled(sample: Any) -> None:
+    """Check that what a pipeline gives to ``scale_model_input`` are states, not a number whose scale it computes with.
+
+    Raises:
+        ValueError: If it is a number.
+    """
+    if getattr(sample, "ndim", 0) == 0:
+        raise ValueError(
+            "the pipeline computes with scale_model_input(sigma), as StableDiffusionLatentUpscalePipeline does, so its "
+            "latents must have the scale of its own scheduler's class, which they have neither in a measurement nor "
+            "with a fitted schedule; measure its network (fastsched.measure) and apply a schedule of a stock solver"
+        )
+
+
 def check_timestep(index: int, timesteps: Tensor, timestep: Any, verdicts: Verdicts) -> None:
     """Check that step ``index`` is called with its own timestep.
 

@@ -260,6 +260,39 @@ def test_another_schedule_can_be_applied_and_the_own_class_restored():
     assert type(pipe.scheduler) is EulerDiscreteScheduler
 
 
+def test_changes_of_the_own_scheduler_are_kept():
+    scheduler = EulerDiscreteScheduler(**SD)
+    scheduler.alphas_cumprod = EulerDiscreteScheduler(beta_end=0.015).alphas_cumprod  # as by hand
+    top = describe(scheduler).process.s_max
+    schedule = fitted_for(scheduler)
+    assert float(schedule.sigmas[0]) > describe(EulerDiscreteScheduler(**SD)).process.s_max
+    pipe = Pipe(scheduler)
+    fs.diffusers.apply(schedule, pipe)
+    for kept in (pipe.scheduler, copy.deepcopy(pipe.scheduler), pickle.loads(pickle.dumps(pipe.scheduler))):
+        assert describe(kept.own_scheduler()).process.s_max == top
+        fs.diffusers.apply(schedule, Pipe(kept))
+    fs.diffusers.apply(fs.Schedule(schedule.sigmas, "ddim", "vp"), pipe)
+    assert describe(pipe.scheduler).process.s_max == top
+
+
+def test_the_own_scheduler_has_no_trace_of_schedules():
+    scheduler = diffusers.DDIMScheduler(**SD, clip_sample=False, set_alpha_to_one=False)
+    process = describe(scheduler).process
+    levels = process.nearest(process.levels(STEPS))
+    stock = fs.Schedule.from_levels(process, torch.cat([levels, levels.new_zeros(1)]), "ddim")
+    pipe = Pipe(scheduler)
+    fs.diffusers.apply(stock, pipe)
+    by_steps(pipe.scheduler)
+    fs.diffusers.apply(fitted_for(scheduler), pipe)
+    assert torch.equal(by_steps(pipe.scheduler.own_scheduler()), by_steps(scheduler))
+
+
+def by_steps(scheduler):
+    """The last state of a few steps of a network that returns its input."""
+    scheduler.set_timesteps(5)
+    return list(states_of(scheduler, lambda x, t: x, noise_of()))[-1]
+
+
 @pytest.mark.parametrize("kind", ["epsilon, scaled state", "velocity"])
 def test_a_pipeline_with_it_is_measured_and_fitted_as_before(kind):
     torch.manual_seed(0)
@@ -306,6 +339,9 @@ def test_wrong_calls_of_step_are_refused():
         scheduler.step(x[:2], None, x)
     with pytest.raises(ValueError, match="eta must be 0"):
         scheduler.step(x, None, x, eta=0.5)
+    assert torch.equal(scheduler.timesteps[-STEPS:], scheduler.timesteps + 0)
+    with pytest.raises(ValueError, match="starts midway"):
+        scheduler.timesteps[1 - STEPS :]
     with pytest.raises(ValueError, match="begin_index must be 0, got 2"):
         scheduler.set_begin_index(2)
     scheduler.step(x, None, x)

@@ -9,7 +9,7 @@ import fastsched as fs
 pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 
 import diffusers
-from pipelines import oracle_pipeline, stable_diffusion, unconditional
+from pipelines import latent_upscaler, oracle_pipeline, stable_diffusion, unconditional
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
@@ -38,6 +38,21 @@ def test_a_pipeline_that_does_not_scale_its_input_is_refused_where_the_scheduler
     pipe = unconditional(diffusers.EulerDiscreteScheduler())[0]
     with pytest.raises(ValueError, match=r"does not call scheduler\.scale_model_input"):
         fs.diffusers.fit(pipe, 3, levels=8, samples=1)
+
+
+def test_a_pipeline_that_computes_with_the_scale_of_the_states_is_refused():
+    """Stock classes keep the states' own scale, so an applied schedule of theirs is right there."""
+    torch.manual_seed(0)
+    pipe, call, output = latent_upscaler(diffusers.EulerDiscreteScheduler(prediction_type="sample"))
+    with pytest.raises(ValueError, match=r"computes with scale_model_input\(sigma\)"):
+        fs.diffusers.measure(pipe, levels=8, samples=2, **call)
+    sigmas = torch.tensor([10.0, 1.0, 0.0])
+    fs.diffusers.apply(fs.Schedule(sigmas, "ddim", "vp"), pipe)
+    assert bool(pipe(**call, **output, num_inference_steps=2).images.isfinite().all())
+    weights = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    fs.diffusers.apply(fs.Schedule(sigmas, "fitted", "vp", weights=weights), pipe)
+    with pytest.raises(ValueError, match=r"computes with scale_model_input\(sigma\)"):
+        pipe(**call, **output, num_inference_steps=2)
 
 
 def test_clipping_that_is_not_measured_is_warned_of():
