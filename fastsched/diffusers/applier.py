@@ -53,9 +53,9 @@ def apply(schedule: Schedule, pipe: Any) -> Export:
     `fastsched.diffusers.FittedScheduler` (way ``"fitted"``), and its calls must ask for as many steps as the schedule
     has.
 
-    Otherwise the scheduler's class and config do not change, so the pipeline saves and loads as before. The old
-    scheduler object is not modified: keep a reference to ``pipe.scheduler`` to restore it. Copies and pickles of the
-    new one keep the schedule.
+    Otherwise the scheduler's class and config do not change, so the pipeline saves and loads as before, without the
+    schedule. The old scheduler object is not modified: keep a reference to ``pipe.scheduler`` to restore it. Copies and
+    pickles of the new one keep the schedule.
 
     Image-to-image and inpainting pipelines start midway, by their ``strength``. They get the rest of the schedule after
     the level at which the scheduler would have started them by itself. With ``denoising_start`` they get the schedule's
