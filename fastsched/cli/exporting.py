@@ -164,15 +164,18 @@ def _sd_cpp(schedule: Schedule) -> tuple[str, dict[str, Any]]:
 
 def _diffusers(schedule: Schedule, path: Path, scheduler: str | None, mu: float | None) -> tuple[str, dict[str, Any]]:
     """The arguments of one call if it is known to take them, otherwise Python for any pipeline."""
+    any_number = "the next call of pipe uses it, with any num_inference_steps"
+    use = any_number if schedule.weights is None else f"call it with num_inference_steps={schedule.steps}"
     python = (
         "import fastsched as fs\n\n"
         f"schedule = fs.Schedule.load({path.as_posix()!r})\n"
-        "fs.diffusers.apply(schedule, pipe)  # the next call of pipe uses it, with any num_inference_steps"
+        f"fs.diffusers.apply(schedule, pipe)  # {use}"
     )
     if scheduler is None:
         if mu is not None:
             raise ValueError("mu needs --scheduler, the pipeline whose shift it is")
-        note("with --scheduler FOLDER the arguments of the pipeline's call are printed instead")
+        if schedule.weights is None and schedule.network_sigmas is None:  # which no arguments can hold
+            note("with --scheduler FOLDER the arguments of the pipeline's call are printed instead")
         return python, {"sigmas": schedule.sigmas.tolist()}
     import fastsched as fs
     from fastsched.diffusers.applier import applied

@@ -156,19 +156,24 @@ def test_where_no_arguments_do_the_scheduler_gets_the_schedule(tmp_path):
     assert "change the scheduler: pipe.scheduler = " in one_line(refused)
 
 
-def test_a_fitted_schedule_is_sent_to_the_node(tmp_path):
+def test_a_fitted_schedule_is_sent_to_the_node_or_called_with_its_steps(tmp_path):
     stats = fs.measure(
         fs.Denoiser.from_denoiser(fs.oracles.Gaussian(0.5, (3,)).denoise, 0.01, 9.0), (3,), levels=8, samples=1,
         progress=False,
     )  # fmt: skip
     fs.optimal_schedule(stats, 3, "fitted").save(tmp_path / "a.json")
     assert "the node Load Schedule" in one_line(run("export", tmp_path / "a.json", "--to", "comfyui"))
+    result = run("export", tmp_path / "a.json", "--to", "diffusers")
+    assert result.stdout.endswith("fs.diffusers.apply(schedule, pipe)  # call it with num_inference_steps=3\n")
+    assert result.stderr == ""
 
 
 def test_diffusers_without_a_scheduler_is_python(flow):
-    text = run("export", flow, "--to", "diffusers").stdout
+    result = run("export", flow, "--to", "diffusers")
+    assert "with --scheduler FOLDER" in one_line(result)
+    text = result.stdout
     compile(text, "apply", "exec")
-    assert "fs.diffusers.apply(schedule, pipe)" in text
+    assert "fs.diffusers.apply(schedule, pipe)  # the next call of pipe uses it, with any num_inference_steps" in text
 
 
 def test_a_file_can_be_written_instead(folder, tmp_path):
