@@ -165,12 +165,19 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
+        **others: Any,
     ) -> None:
         """Start a run. The levels are the schedule's; of a list only the length is used, and ``mu`` is not needed.
 
         Raises:
-            ValueError: If another number of steps than the schedule's is asked for.
+            ValueError: If another number of steps than the schedule's is asked for, or ``others``, such as the
+                ``original_inference_steps`` of latent consistency pipelines, which also want two values of a step.
         """
+        if others:
+            raise ValueError(
+                f"{', '.join(others)}: a pipeline that gives this to its scheduler cannot use a fitted schedule; apply "
+                "one of a stock solver"
+            )
         given = sigmas if sigmas is not None else timesteps
         asked = num_inference_steps if given is None else len(given)
         steps = self.schedule.steps

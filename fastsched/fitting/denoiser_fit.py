@@ -124,7 +124,7 @@ def fit_report(
     """`fit`, with all that it found on the way."""
     validate.arguments(locals(), **CHECKS)
     steps, model_calls, batch_size = map(_plain, (steps, model_calls, batch_size))
-    method, run, batches = _solver(solver, bool(decoupled)), None, None
+    method, decoupled, run, batches = _solver(solver, bool(decoupled)), bool(decoupled), None, None
     grain = 1 if batch_size is None and checkpoint is not None else batch_size
     budget = model_calls if model_calls is not None else TOTAL if stats is None else MODEL_CALLS
     if stats is None:
@@ -150,7 +150,7 @@ def fit_report(
             stats = with_increments(denoiser, stats, checkpoint=checkpoint, group=group, **options)
         runner, calls = Runner(denoiser, stats, method, **options), method.model_calls(steps)
         if log_file is not None:
-            what = {"steps": steps, "solver": method.name, "model_calls": model_calls, "decoupled": bool(decoupled) or None}
+            what = {"steps": steps, "solver": method.name, "model_calls": model_calls, "decoupled": decoupled or None}
             runner.kept = RunLog(log_file, identity(stats, **what, batch_size=grain, dtype=str(runner.dtype))).run
         best = BestSoFar(runner, stats)
         made = partial(_fitted, best, steps=steps, method=method, calls=calls, budget=budget, decoupled=decoupled)

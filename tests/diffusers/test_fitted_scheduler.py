@@ -311,6 +311,8 @@ def test_another_number_of_steps_is_refused():
     for arguments in ({"num_inference_steps": 2}, {"sigmas": [1.0, 0.5]}, {"timesteps": [900, 1]}):
         with pytest.raises(ValueError, match=f"num_inference_steps must be {STEPS}, .* got 2"):
             scheduler.set_timesteps(**arguments)
+    with pytest.raises(ValueError, match="original_inference_steps: a pipeline that gives this"):
+        scheduler.set_timesteps(STEPS, original_inference_steps=50)
 
 
 @pytest.mark.parametrize(
