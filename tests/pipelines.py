@@ -283,8 +283,16 @@ def wan(scheduler, in_channels=16):
     return pipe, {**call, "guidance_scale": 3.0}, {"output_type": "latent"}
 
 
+def wan_of_two_experts(scheduler, boundary_ratio):
+    """The same with a second network, called below that time, as Wan 2.2 is."""
+    pipe, call, ending = wan(scheduler)
+    other = wan(scheduler)[0].transformer
+    parts = {"vae": pipe.vae, "scheduler": scheduler, "transformer": pipe.transformer, "transformer_2": other}
+    return assembled(WanPipeline, **parts, boundary_ratio=boundary_ratio), call, ending
+
+
 def wan_from_image(scheduler, **config):
-    """The same from an image: beside the latents (36 channels), or in place of their first frame (16)."""
+    """A video pipeline from an image: beside the latents (36 channels), or in place of their first frame (16)."""
     channels = 16 if config.get("expand_timesteps") else 36
     pipe, call, ending = wan(scheduler, channels)
     made = WanImageToVideoPipeline(None, None, pipe.vae, scheduler, transformer=pipe.transformer, **config)

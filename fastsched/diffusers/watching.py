@@ -240,18 +240,15 @@ class Consistency:
         before, first = self._steps[index - 2].facts, self._steps[index - 1].facts
         for name in sorted(first if index == 2 else self._fixed):
             fixed = not _progresses(name) and step.facts.get(name) == first.get(name, ...)
-            if fixed and name.startswith(("pipe.", *step.calls)) and before.get(name, ...) != first[name]:
+            if fixed and _is_of(name, step) and before.get(name, ...) != first[name]:
                 return f"at step {index - 2}, {name.replace('#0', '')} was different from that at all later steps"
         return None
 
     def _changed_constant(self, step: Step) -> str | None:
         first = self._steps[1]
         for name in sorted(self._constant):
-            module, _, argument = name.partition("#")
-            if _progresses(name):
+            if _progresses(name) or not _is_of(name, step):
                 continue
-            if argument and step.calls[module] <= int(argument.split(".")[0]):
-                continue  # this network was not called at this step
             value, given = first.facts[name], step.facts.get(name)
             if name not in step.facts or given != value:
                 detail = f": {given!r} instead of {value!r}" if _is_number(value) and _is_number(given) else ""
@@ -308,6 +305,12 @@ def _other_formula(known: Formula | None, found: Formula | None) -> str | None:
 
 def _progresses(name: str) -> bool:
     return any(word in name.lower().rsplit(".", 1)[-1] for word in PROGRESS)
+
+
+def _is_of(name: str, step: Step) -> bool:
+    """Whether a fact is of the pipeline, or of a call that its network got at this step."""
+    holder, _, turn = name.split(".")[0].partition("#")
+    return holder == "pipe" or step.calls[holder] > int(turn or 0)
 
 
 def _is_number(value: Any) -> bool:

@@ -27,6 +27,11 @@ def euler():
     return diffusers.EulerDiscreteScheduler(**SD)
 
 
+def flow_unipc():
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    return diffusers.UniPCMultistepScheduler(**flow)
+
+
 def mixture(seed=0):
     return fs.oracles.GaussianMixture.random(8, 3, seed=seed)
 
@@ -265,6 +270,28 @@ def test_dit_is_measured_and_fitted_with_and_without_guidance(scale):
     stats = measured(pipe, guidance_scale=scale, **call)
     assert (stats.samples, stats.shape) == (2, (4, 8, 8))
     assert fs.diffusers.fit(pipe, 4, stats=stats, guidance_scale=scale, **call).measured_error is not None
+
+
+@pytest.mark.parametrize("boundary_ratio", [0.9, 0.5])
+@pytest.mark.parametrize("scale", [{}, {"guidance_scale_2": 2.0}], ids=["", "another guidance"])
+def test_two_networks_in_turn_are_measured_and_fitted(boundary_ratio, scale):
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.wan_of_two_experts(flow_unipc(), boundary_ratio))
+    stats = measured(pipe, keep_increments=True, **call, **scale)
+    assert stats.samples == 2
+    assert fs.diffusers.fit(pipe, 4, stats=stats, model_calls=40, **call, **scale).measured_error is not None
+
+
+def test_a_change_of_one_of_two_networks_is_noticed():
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.wan_of_two_experts(flow_unipc(), 0.9))
+
+    def change(pipe, i, timestep, kwargs):
+        pipe.transformer.gradient_checkpointing = i > 10
+        return {}
+
+    with pytest.raises(ValueError, match=r"transformer\.settings was different from that at the first step"):
+        measured(pipe, callback_on_step_end=change, **call)
 
 
 def test_a_latent_consistency_model_is_measured():
