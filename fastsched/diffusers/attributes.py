@@ -1,8 +1,9 @@
-"""Attributes of a pipeline, a scheduler or a network that are others for a while."""
+"""Attributes of a pipeline, a scheduler or a network that are others for a while, or in a copy."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +26,14 @@ def attributes_set(owner: Any, **values: Any) -> Iterator[None]:
                 setattr(owner, name, before[name])
             elif name in vars(owner):
                 delattr(owner, name)
+
+
+def copied_with(owner: Any, memo: dict[int, Any], **values: Any) -> Any:
+    """A deep copy of ``owner``, as its ``__deepcopy__`` returns it, with these attributes in place of copies."""
+    made = memo[id(owner)] = copy.copy(owner)
+    vars(made).update(copy.deepcopy({key: each for key, each in vars(owner).items() if key not in values}, memo))
+    vars(made).update(values)
+    return made
 
 
 #: The thread that measures or fits each pipeline, by the pipeline's identity.

@@ -14,6 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor
 
 from fastsched.denoisers.late_reading import Verdicts
+from fastsched.diffusers.attributes import copied_with
 from fastsched.diffusers.conventions import class_of, describe, own_scheduler
 from fastsched.diffusers.step_checks import (
     UNALIKE,
@@ -39,7 +40,7 @@ from fastsched.measurement.measuring import measured_levels
 from fastsched.measurement.memory import check_call, with_store
 from fastsched.measurement.path_following import Measurement, Query, measurement_steps
 from fastsched.measurement.statistics import PathStatistics, data_deviation
-from fastsched.sampling.random_streams import sample_seeds
+from fastsched.sampling.random_streams import BESIDE, sample_seeds
 
 
 def calibration_steps(levels: int | Tensor) -> int:
@@ -206,7 +207,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             )
         self._clear()
         self.mu = mu
-        self._parameters = inspect.signature(getattr(diffusers, self.config["scheduler_class"]).step).parameters
+        self._parameters = dict(inspect.signature(getattr(diffusers, self.config["scheduler_class"]).step).parameters)
         if self._given_levels is not None and len(self._given_levels) != count:
             wanted = calibration_steps(self._given_levels)
             raise ValueError(f"num_inference_steps must be {wanted} for {len(self._given_levels)} levels, got {steps}")
@@ -303,6 +304,12 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.convention.train_steps
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CalibrationScheduler:
+        """For latents that are stepped beside the measured ones (sound beside a video): not watched, not counted."""
+        made = copied_with(self, memo, _watch=None, _advance=lambda calls: None)
+        made.register_to_config(seed=self.config["seed"] ^ BESIDE, keep_increments=False)
+        return made
 
     def _clear(self) -> None:
         self._index = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,22 +11,31 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from fastsched.denoisers.late_reading import LateReading, Verdicts
+from fastsched.diffusers.attributes import copied_with
 from fastsched.diffusers.calibration import UNALIKE
-from fastsched.diffusers.conventions import describe, with_signature
+from fastsched.diffusers.conventions import describe
+from fastsched.diffusers.overrides import Override
 from fastsched.diffusers.probe import scales
 from fastsched.diffusers.step_checks import doubled, held_at_zero, output_of_tokens
 from fastsched.diffusers.watching import Consistency, PipelineWatch, observed
 from fastsched.fitting.rollouts import Evaluations
-from fastsched.sampling.random_streams import noise_of
+from fastsched.sampling.random_streams import BESIDE, noise_of
 from fastsched.sampling.schedule import Schedule
+
+#: What a scheduler lists for each step, where it does, and pipelines read.
+TABLES = ("timesteps", "sigmas")
 
 
 class StartFromNoise:
     """Makes a scheduler (a copy) begin at given noise, and records its steps.
 
     A pipeline draws its own first latents and calls its network on them before the scheduler sees anything. So the
-    timesteps begin with the first one twice: the first step returns the noise, and the scheduler starts again. What
-    the networks are given is compared between steps, as in a measurement, for statistics may come from an earlier one.
+    timesteps and sigmas that it sees begin with the first one twice: the first step returns the noise, and the
+    scheduler starts again. What the networks are given is compared between steps, as in a measurement, for statistics
+    may come from an earlier one.
+
+    Some pipelines copy their scheduler, to step other latents beside these (sound beside a video). These begin at
+    noise of their own, as in a measurement, and are not recorded.
 
     Attributes:
         end: The last state, once the pipeline has run.
@@ -49,8 +59,16 @@ class StartFromNoise:
         self._copies, self._start = 1, torch.empty(0)
         self._calls: list[tuple[float, LateReading, LateReading]] = []  # s, y, D
         self._verdicts = Verdicts()
+        self._begun, self._recorded = False, True
+        self._own: dict[str, Tensor] = {}
         self._set_timesteps = scheduler.set_timesteps
-        scheduler.set_timesteps = with_signature(self._prepare, self._set_timesteps)
+        _SetTimesteps(scheduler, self).put()
+        if hasattr(type(scheduler), "scale_model_input"):
+            _ScaleModelInput(scheduler, self).put()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StartFromNoise:
+        own = {"seeds": self.seeds ^ BESIDE * 2**32, "_recorded": False, "_verdicts": Verdicts(), "_calls": []}
+        return copied_with(self, memo, **own, _watch=self._watch, _advance=self._advance)
 
     def evaluations(self) -> Evaluations:
         """What the network was asked and answered, in order; waits for the device.
@@ -73,32 +91,56 @@ class StartFromNoise:
         self._verdicts.note(found, judge)
         self._verdicts.settle(wait=False)
 
-    def _prepare(self, *args: Any, **kwargs: Any) -> None:
-        self._arguments = args, kwargs
-        self._set(self._first_step)
-        self.scheduler.timesteps = torch.cat([self.scheduler.timesteps[:1], self.scheduler.timesteps])
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """In place of the scheduler's ``set_timesteps``."""
+        self._arguments, self._begun = (args, kwargs), False
+        self._set()
         self._levels = self.convention.levels(torch.as_tensor(self.scheduler.timesteps[1:]).cpu().double())
         if self._schedule.network_sigmas is not None:  # then timesteps are not those of the states
             self._levels = self.convention.process.level(self._schedule.sigmas[:-1])
 
-    def _set(self, step: Callable[..., Any]) -> None:
+    def step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """In place of the scheduler's ``step``."""
+        if self._recorded:
+            self._check(output)
+        if not self._begun:
+            return self._first_step(sample, **kwargs)
+        if self._recorded:
+            return self._recorded_step(output, timestep, sample, *args, **kwargs)
+        with self.own_tables():
+            return self._step(output, timestep, sample, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def own_tables(self) -> Iterator[None]:
+        """Within the block the scheduler has its own timesteps and sigmas, not those that the pipeline sees."""
+        vars(self.scheduler).update(self._own)
+        try:
+            yield
+        finally:
+            vars(self.scheduler).update(self._shown)
+
+    def _set(self) -> None:
         args, kwargs = self._arguments
-        self.scheduler.__dict__.pop("step", None)
+        vars(self.scheduler).pop("step", None)
+        vars(self.scheduler).update(self._own)
         self._set_timesteps(*args, **kwargs)
         self._step = self.scheduler.step  # which an applied schedule may have replaced
-        self.scheduler.step = with_signature(step, self._step)
+        _Step(self.scheduler, self).put()
+        tables = {name: vars(self.scheduler).get(name) for name in TABLES}
+        self._own = {name: table for name, table in tables.items() if isinstance(table, Tensor)}
+        self._shown = {name: torch.cat([table[:1], table]) for name, table in self._own.items()}
+        vars(self.scheduler).update(self._shown)
 
-    def _first_step(self, output: Tensor, timestep: Any, sample: Tensor, *_: Any, **options: Any) -> Any:
-        self._check(output)
-        self._set(self._later_step)  # as if this step had not been
+    def _first_step(self, sample: Tensor, **options: Any) -> Any:
+        self._begun = True
+        self._set()  # as if this step had not been
         # The batch may be larger than what is left to run, and a doubled one is so; then seeds repeat.
         seeds = self.seeds[torch.arange(len(sample)) % len(self.seeds)]
         self._start = (self.scale * noise_of(seeds, sample.shape[1:])).to(sample)
         given = self._start.clone()
         return SchedulerOutput(prev_sample=given) if options.get("return_dict", True) else (given,)
 
-    def _later_step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._check(output)
+    def _recorded_step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         self._advance(len(sample) // self._copies)
         if not self._calls and doubled(sample, self._start):
             self._copies = 2  # guided DiT: the second half of the batch has become a copy of the first
@@ -112,7 +154,38 @@ class StartFromNoise:
             raw = held_at_zero(raw, float(sigma) * y, s, self.convention.denoiser, self._owned.to(sample.device))
             output = (self.convention.sign * output_of_tokens(raw, timestep, kwargs, self._verdicts)).to(output)
         self._calls.append((float(s), LateReading(y), LateReading(float(a * sigma) * y + float(c) * raw)))
-        result = self._step(output, timestep, sample, *args, **kwargs)
+        with self.own_tables():
+            result = self._step(output, timestep, sample, *args, **kwargs)
         end = result[0] if isinstance(result, tuple) else result.prev_sample
         self.end = end.chunk(self._copies)[0]
         return result
+
+
+class _Replaced(Override):
+    """Replaces a method of a scheduler for a `StartFromNoise`, which is copied with it."""
+
+    def __init__(self, owner: Any, run: StartFromNoise) -> None:
+        super().__init__(owner)
+        self.run = run
+
+
+class _SetTimesteps(_Replaced):
+    name = "set_timesteps"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.run.prepare(*args, **kwargs)
+
+
+class _Step(_Replaced):
+    name = "step"
+
+    def __call__(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.run.step(model_output, timestep, sample, *args, **kwargs)
+
+
+class _ScaleModelInput(_Replaced):
+    name = "scale_model_input"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.run.own_tables():
+            return self.original(*args, **kwargs)

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from fastsched import validate
 
+#: Which bit of a ``seed`` is another for latents beside the measured ones, whose noise must be independent of theirs.
+BESIDE = 2**30
+
 
 def sample_seeds(seed: int, samples: int | range) -> Tensor:
     """The seeds of a measurement's paths, [samples] int64; different values of ``seed`` give different ones.
