@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from fastsched.denoisers.noise import VarianceExploding
-from fastsched.diffusers.conventions import Convention
+from fastsched.diffusers.conventions import Convention, class_names
 
 #: Elements of the probe's state. A stochastic scheduler's sigma is found to about ``1 / sqrt(PROBE_SIZE)``.
 PROBE_SIZE = 1 << 14
+
+#: Classes whose noise has the variance that the network predicts, if it does; others drop it.
+ADDS_LEARNED_VARIANCE = ("DDPMScheduler", "DDPMParallelScheduler")
 
 #: ``D(y, s)``.
 Oracle = Callable[[Tensor, Tensor], Tensor]
@@ -109,11 +112,11 @@ def trace(scheduler: Any, convention: Convention, levels: Tensor, expected: Tens
         levels: The levels ``s`` of its network calls as it lists them; the probe starts at the first.
         expected: The timestep that the network is told at each; that of the level when None.
     """
-    ones = torch.zeros(1, 2, PROBE_SIZE // 2, 1)
+    ones = torch.zeros(1, 2, PROBE_SIZE // 2, 1, dtype=torch.float32)
     ones[:, 0] = 1.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        noise = torch.randn(ones.shape) * (1 - ones)
+        noise = torch.randn(ones.shape, dtype=torch.float32) * (1 - ones)
         alpha, sigma = (float(scale[0]) for scale in scales(convention, levels))
         oracle = oracle_network(convention, lambda y, s: ones.double())
         expected = convention.timesteps(levels) if expected is None else expected
@@ -122,7 +125,8 @@ def trace(scheduler: Any, convention: Convention, levels: Tensor, expected: Tens
             given = torch.as_tensor(t, dtype=torch.float64)
             nearest = (expected - given).abs().argmin()
             rounded = (expected[nearest] - given).abs() <= rounding(convention)
-            return oracle(x, levels[nearest] if rounded else convention.levels(given))
+            output = oracle(x, levels[nearest] if rounded else convention.levels(given))
+            return _with_variance(output, scheduler, t)
 
         states = [x[0].double() for x in states_of(scheduler, network, alpha * ones + sigma * noise)]
     direction = noise[0, 1].double()
@@ -138,6 +142,16 @@ def trace(scheduler: Any, convention: Convention, levels: Tensor, expected: Tens
         torch.unique_consecutive(times),
         deterministic=bool((fresh <= 0.01 * levels + slack).all()),
     )
+
+
+def _with_variance(output: Tensor, scheduler: Any, t: Any) -> Tensor:
+    """A network's output for a class that adds the variance that the network predicts: that of exactly known data."""
+    kind = scheduler.config.get("variance_type")
+    if kind not in ("learned", "learned_range") or not class_names(scheduler).intersection(ADDS_LEARNED_VARIANCE):
+        return output
+    # "learned" is the variance itself, and -1 the lower end of the range.
+    value = float(scheduler._get_variance(t, variance_type="fixed_small")) if kind == "learned" else -1.0
+    return torch.cat([output, torch.full_like(output, value)], 1)
 
 
 def rounding(convention: Convention) -> float:

@@ -1,0 +1,55 @@
+"""The probe: what a scheduler does, found by running it, whatever its network predicts and torch's default dtype is."""
+
+import pytest
+import torch
+
+import fastsched as fs
+
+pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+
+import diffusers
+from pipelines import oracle_pipeline
+
+from fastsched.diffusers.conventions import describe
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def schedule_for(scheduler):
+    convention = describe(scheduler)
+    levels = convention.levels(convention.timesteps(convention.process.levels(5)).round())
+    return fs.Schedule.from_levels(convention.process, torch.cat([levels, levels.new_zeros(1)]), "ddim")
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "learned", "learned_range"])
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDPMParallelScheduler"])
+def test_a_network_may_predict_the_variance_of_a_stochastic_scheduler(name, variance):
+    scheduler = getattr(diffusers, name)(**SD, variance_type=variance, clip_sample=False)
+    schedule = schedule_for(scheduler)
+    assert fs.diffusers.export(schedule, scheduler).exact
+    proof = fs.diffusers.apply(schedule, oracle_pipeline(scheduler, fs.oracles.GaussianMixture.random(8, 3, seed=0)))
+    assert proof.exact
+    assert not proof.deterministic
+
+
+@pytest.mark.parametrize("variance", ["learned", "learned_range"])
+def test_a_class_that_drops_the_variance_is_exact(variance):
+    scheduler = diffusers.DPMSolverMultistepScheduler(**SD, variance_type=variance)
+    assert fs.diffusers.export(schedule_for(scheduler), scheduler).exact
+
+
+@pytest.fixture
+def default_dtype(request):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("default_dtype", [torch.bfloat16, torch.float16, torch.float64], indirect=True)
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "DDIMScheduler"])
+def test_the_default_dtype_does_not_matter(name, default_dtype):
+    scheduler = getattr(diffusers, name)(**SD, **({"clip_sample": False} if name == "DDIMScheduler" else {}))
+    proof = fs.diffusers.apply(schedule_for(scheduler), oracle_pipeline(scheduler))
+    assert proof.deterministic
+    assert proof.error <= 1e-3
