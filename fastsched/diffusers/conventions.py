@@ -249,6 +249,14 @@ def _pipeline_network(x: Tensor, condition: Tensor) -> Tensor:
 
 def _variance_preserving(scheduler: Any, *, scaled: bool) -> Convention:
     abar = scheduler.alphas_cumprod.double()
+    if scheduler.config.get("rescale_betas_zero_snr") and bool(abar[-1] >= abar[-2]):
+        raise ValueError(
+            f"{type(scheduler).__name__} with rescale_betas_zero_snr=True puts 2^-24 for 0 at the last timestep, which "
+            f"with beta_schedule={scheduler.config.beta_schedule!r}, beta_start={scheduler.config.beta_start:g} and "
+            f"beta_end={scheduler.config.beta_end:g} is more than at the one before, so its levels do not descend; use "
+            "a class that keeps the 0 (pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)), or set "
+            "rescale_betas_zero_snr=False if the model was trained without it"
+        )
     process = VariancePreserving(abar, integer_timesteps=not scaled)  # type: ignore[arg-type]  # __post_init__ makes it a tuple
     prediction = _prediction(scheduler)
     if prediction == "velocity":

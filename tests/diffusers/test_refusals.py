@@ -1,5 +1,6 @@
 """Schedulers and pipelines that cannot be fitted: each refusal says why, and names one that works."""
 
+import math
 import re
 
 import pytest
@@ -64,6 +65,20 @@ def test_exporting_names_a_scheduler_that_takes_the_arguments():
             continue
         other = getattr(diffusers, found[1]).from_config(scheduler.config)
         assert fs.diffusers.export(schedule, other).exact
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_zero_terminal_snr_with_betas_that_cannot_have_it_names_the_settings(name):
+    settings = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}  # with linear betas
+    scheduler = getattr(diffusers, name)(**settings)
+    pipe = oracle_pipeline(diffusers.DDIMScheduler(**settings, clip_sample=False))
+    pipe.scheduler = scheduler
+    with pytest.raises(ValueError, match=r"rescale_betas_zero_snr=True.*beta_schedule='linear'") as refusal:
+        fs.diffusers.fit(pipe, 4, levels=8, samples=2)
+    advice = re.search(r"pipe\.scheduler = \w+\.from_config\(pipe\.scheduler\.config\)", str(refusal.value)).group()
+    exec(advice, {**vars(diffusers), "pipe": pipe})
+    assert math.isinf(describe(pipe.scheduler).process.s_max)
+    assert describe(getattr(diffusers, name)(**settings, **SD)).process.s_max > 1000
 
 
 def test_fit_says_what_it_cannot_do():
