@@ -97,7 +97,7 @@ class Source:
         not_for_pipelines(shape=self.shape, batch_size=self.batch_size)
         arguments = call_arguments(self.call)
         kind = pipeline_class(self.name)
-        from fastsched.diffusers.pipeline_measurement import check_accepted
+        from fastsched.diffusers.pipeline_call import check_accepted
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come with the call; errors come here, before minutes of loading

@@ -13,7 +13,7 @@ from fastsched.comparison import Comparison, Reference, level_count, row_of
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.attributes import attributes_set
 from fastsched.diffusers.conventions import describe, solver_of
-from fastsched.diffusers.pipeline_measurement import call, check_call
+from fastsched.diffusers.pipeline_call import call, check_call
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.schedule import Schedule
 from fastsched.selection.starts import even_schedule

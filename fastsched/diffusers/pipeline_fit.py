@@ -18,10 +18,10 @@ from fastsched.diffusers.attributes import attributes_set, in_one_thread
 from fastsched.diffusers.call_identity import call_identity, check_same_call
 from fastsched.diffusers.conventions import describe, own_scheduler, solver_of
 from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
+from fastsched.diffusers.pipeline_call import call
 from fastsched.diffusers.pipeline_measurement import CHECKS as CHECKS_OF_MEASURE
 from fastsched.diffusers.pipeline_measurement import (
     calibration_calls,
-    call,
     checked_calls,
     measured_in_group,
     one_bar,
@@ -314,7 +314,7 @@ class PipelineRunner:
         scheduler, _ = applied(schedule, self.pipe.scheduler)
         with watched(self.pipe) as watch, attributes_set(self.pipe, scheduler=scheduler):
             run = StartFromNoise(scheduler, self.stats.seeds[done:], schedule, watch, self.advance, self._owned)
-            call(self.pipe, schedule.steps, arguments)
+            call(self.pipe, schedule.steps, arguments, lambda: run.left)
         return run
 
 

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
-import inspect
 import os
-import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.diffusers.attributes import attributes_set, check_one_thread, in_one_thread
+from fastsched.diffusers.attributes import attributes_set, in_one_thread
 from fastsched.diffusers.calibration import CalibrationScheduler, calibration_steps
 from fastsched.diffusers.call_identity import call_identity, check_same_call
-from fastsched.diffusers.conventions import check_pipe
+from fastsched.diffusers.pipeline_call import call, check_call
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.watching import check_caches, watched
 from fastsched.measurement.batches import Batches, finished_part, is_out_of_memory, resumed
@@ -37,14 +33,8 @@ from fastsched.sampling.random_streams import sample_seeds
 #: Samples of a measurement by default.
 PIPELINE_SAMPLES = 4
 
-#: Arguments of a pipeline's call that determine its steps.
-STEPPING = ("num_inference_steps", "timesteps", "sigmas")
-
 #: The last batch of a measurement may hold more samples than were asked for, by less than this.
 MOST_SAMPLES = 2**16
-
-#: Arguments for a call whose steps are all needed and whose images are not, where a pipeline takes them.
-NEEDED = {"output_type": "latent", "strength": 1.0}
 
 #: Of arguments that are not checked as elsewhere; those of the pipeline's call are looked at apart.
 CHECKS: dict[str, validate.Check] = dict.fromkeys(("pipe", "prompts", "call_kwargs"), validate.anything)
@@ -253,13 +243,19 @@ def _one_call(
     advance: Callable[[int], object],
     **settings: Any,
 ) -> PathStatistics:
+    steps, taken = calibration_steps(levels), list[int]()
+
+    def count(samples: int) -> None:
+        taken.append(samples)
+        advance(samples)
+
     with watched(pipe) as watch:
-        settings |= {"own_noise": arguments.get("latents") is None, "advance": advance, "watch": watch}
+        settings |= {"own_noise": arguments.get("latents") is None, "advance": count, "watch": watch}
         given = levels if isinstance(levels, Tensor) else None
         calibration = CalibrationScheduler.from_scheduler(pipe.scheduler, levels=given, **settings)
         with attributes_set(pipe, scheduler=calibration):
             try:
-                call(pipe, calibration_steps(levels), arguments)
+                call(pipe, steps, arguments, lambda: steps - len(taken) if taken else None)
             except Exception as error:
                 if pipe.scheduler is calibration:
                     raise
@@ -279,113 +275,9 @@ def one_bar(pipe: Any, total: int, show: Progress, what: str) -> Iterator[Callab
         yield advance
 
 
-def call(pipe: Any, steps: int, call_kwargs: dict[str, Any]) -> Any:
-    """Call ``pipe`` for ``steps`` steps from pure noise, with the same random numbers each time, not decoded if it can.
-
-    Raises:
-        ValueError: If the pipeline uses an attribute or argument of its scheduler that `CalibrationScheduler` lacks.
-    """
-    accepted = inspect.signature(type(pipe).__call__).parameters
-    needed = {name: value for name, value in NEEDED.items() if name in accepted}
-    arguments = needed | {"num_inference_steps": steps} | call_kwargs
-    try:
-        with random_numbers_kept(call_kwargs.values()):
-            return pipe(**arguments)
-    except (AttributeError, TypeError) as error:
-        if "CalibrationScheduler" not in str(error):
-            raise
-        raise ValueError(
-            f"{type(pipe).__name__} needs something from its scheduler that a measurement cannot provide ({error}); "
-            "measure its network (fastsched.measure)"
-        ) from error
-
-
-@contextlib.contextmanager
-def random_numbers_kept(arguments: Iterable[Any]) -> Iterator[None]:
-    """Seed the global random numbers, and at the end restore them and every generator among ``arguments``.
-
-    So a pipeline that draws its conditioning at random draws the same one in every run, whatever ran in between.
-    """
-    generators = [
-        value
-        for argument in arguments
-        for value in (argument if isinstance(argument, (list, tuple)) else [argument])
-        if isinstance(value, torch.Generator)
-    ]
-    states = [generator.get_state() for generator in generators]
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - what pipelines may use
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)  # noqa: NPY002 - as above
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002 - as above
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-
-
 def checked_calls(
     pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any], prompts_per_call: int | None
 ) -> PromptCalls:
     """How the pipeline is to be called; errors as those of `check_call`."""
     check_call(pipe, prompts, call_kwargs)
     return PromptCalls.of(pipe, prompts, call_kwargs, prompts_per_call)
-
-
-def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any]) -> None:
-    """Check the arguments of a pipeline's call.
-
-    Raises:
-        RuntimeError: If another thread measures or fits the pipeline.
-        TypeError: If ``pipe`` has no scheduler, ``prompts`` are not strings, or its call has no such argument.
-        ValueError: If the arguments determine the steps or add noise, ``prompts`` is empty, or the prompt is given
-            twice.
-    """
-    check_one_thread(pipe)
-    check_pipe(pipe)
-    for name in STEPPING:
-        if name in call_kwargs:
-            raise ValueError(f"{name} must be left out, because the measurement determines the steps")
-    strength = call_kwargs.get("strength", 1)
-    if not isinstance(strength, (int, float)) or strength != 1:
-        raise ValueError(
-            f"strength must be left out or 1.0, with which the pipeline starts from pure noise, got {strength!r}"
-        )
-    eta = call_kwargs.get("eta")  # some pipelines give it only to schedulers whose step names it
-    if isinstance(eta, (int, float)) and eta != 0:
-        raise ValueError(f"eta must be 0, because it adds noise, which is not measured, got {eta!r}; leave it out")
-    check_accepted(type(pipe), call_kwargs)
-    if prompts is None:
-        return
-    if not isinstance(prompts, (str, list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise TypeError(f"prompts must be a string or a list of strings, got {prompts!r}")
-    if len(prompts) == 0:
-        raise ValueError("prompts must hold at least one prompt, or be None")
-    if "prompt" in call_kwargs:
-        raise ValueError("prompt must be left out if prompts are given")
-    check_accepted(type(pipe), ["prompt"])
-
-
-def check_accepted(kind: type, names: Iterable[str]) -> None:
-    """Check that the call of a class of pipelines has arguments of these names.
-
-    Raises:
-        TypeError: If it has not. There is a warning instead if the call takes any name, as some of diffusers do, and
-            the name looks misspelt: they ignore what they do not know.
-    """
-    accepted = inspect.signature(kind.__call__).parameters
-    known = [name for name in accepted if name not in ("self", *STEPPING)]
-    for name in names:
-        if name in accepted:
-            continue
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
-        message = f"the call of {kind.__name__} has no argument {name!r}"
-        if all(each.kind is not inspect.Parameter.VAR_KEYWORD for each in accepted.values()):
-            raise TypeError(f"{message}; {hint}")
-        if near:
-            warnings.warn(f"{message} and may ignore it; {hint}", stacklevel=2)

@@ -15,7 +15,8 @@ from fastsched.diffusers.attributes import attributes_set
 from fastsched.diffusers.calibration import CalibrationScheduler
 from fastsched.diffusers.conventions import describe, with_signature
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
-from fastsched.diffusers.pipeline_measurement import PIPELINE_SAMPLES, calibration_calls, call, check_call, measure
+from fastsched.diffusers.pipeline_call import call, check_call
+from fastsched.diffusers.pipeline_measurement import PIPELINE_SAMPLES, calibration_calls, measure
 from fastsched.diffusers.watching import networks_of
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.timeline import Run, Timeline, synchronisations

@@ -39,6 +39,7 @@ class StartFromNoise:
 
     Attributes:
         end: The last state, once the pipeline has run.
+        left: How many steps are left; None before the first.
     """
 
     def __init__(
@@ -56,10 +57,11 @@ class StartFromNoise:
         self.convention = describe(scheduler)
         self.scale = scales(self.convention, self.convention.process.level(schedule.sigmas[:1]))[1].float()
         self.end = torch.empty(0)
+        self.left: int | None = None
         self._copies, self._start = 1, torch.empty(0)
         self._calls: list[tuple[float, LateReading, LateReading]] = []  # s, y, D
         self._verdicts = Verdicts()
-        self._begun, self._recorded = False, True
+        self._recorded = True
         self._own: dict[str, Tensor] = {}
         self._set_timesteps = scheduler.set_timesteps
         _SetTimesteps(scheduler, self).put()
@@ -93,7 +95,7 @@ class StartFromNoise:
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """In place of the scheduler's ``set_timesteps``."""
-        self._arguments, self._begun = (args, kwargs), False
+        self._arguments, self.left = (args, kwargs), None
         self._set()
         self._levels = self.convention.levels(torch.as_tensor(self.scheduler.timesteps[1:]).cpu().double())
         if self._schedule.network_sigmas is not None:  # then timesteps are not those of the states
@@ -103,7 +105,7 @@ class StartFromNoise:
         """In place of the scheduler's ``step``."""
         if self._recorded:
             self._check(output)
-        if not self._begun:
+        if self.left is None:
             return self._first_step(sample, **kwargs)
         if self._recorded:
             return self._recorded_step(output, timestep, sample, *args, **kwargs)
@@ -132,8 +134,8 @@ class StartFromNoise:
         vars(self.scheduler).update(self._shown)
 
     def _first_step(self, sample: Tensor, **options: Any) -> Any:
-        self._begun = True
         self._set()  # as if this step had not been
+        self.left = len(self._own["timesteps"])
         # The batch may be larger than what is left to run, and a doubled one is so; then seeds repeat.
         seeds = self.seeds[torch.arange(len(sample)) % len(self.seeds)]
         self._start = (self.scale * noise_of(seeds, sample.shape[1:])).to(sample)
@@ -157,7 +159,8 @@ class StartFromNoise:
         with self.own_tables():
             result = self._step(output, timestep, sample, *args, **kwargs)
         end = result[0] if isinstance(result, tuple) else result.prev_sample
-        self.end = end.chunk(self._copies)[0]
+        assert self.left is not None
+        self.end, self.left = end.chunk(self._copies)[0], self.left - 1
         return result
 
 

@@ -1,0 +1,149 @@
+"""One call of a pipeline, to measure or run it: its arguments checked, and made alike each time."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastsched.diffusers.attributes import check_one_thread
+from fastsched.diffusers.conventions import check_pipe
+from fastsched.measurement.batches import is_out_of_memory
+
+#: Arguments of a pipeline's call that determine its steps.
+STEPPING = ("num_inference_steps", "timesteps", "sigmas")
+
+#: Arguments for a call whose steps are all needed and whose images are not, where a pipeline takes them.
+NEEDED = {"output_type": "latent", "strength": 1.0}
+
+
+def call(pipe: Any, steps: int, call_kwargs: dict[str, Any], left: Callable[[], int | None] = lambda: 1) -> Any:
+    """Call ``pipe`` for ``steps`` steps from pure noise, with the same random numbers each time, not decoded if it can.
+
+    An error after the last step, in what is made of the latents, loses nothing: then the result is None. One before
+    the first may come from a pipeline that cannot leave its latents as they are, and is called without that.
+
+    Args:
+        pipe: The pipeline.
+        steps: Its steps.
+        call_kwargs: Arguments of its call.
+        left: Tells how many steps are left, None before the first; without it no error is caught.
+
+    Raises:
+        ValueError: If the pipeline uses an attribute or argument of its scheduler that `CalibrationScheduler` lacks.
+    """
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    needed = {name: value for name, value in NEEDED.items() if name in accepted and name not in call_kwargs}
+    arguments = needed | {"num_inference_steps": steps} | call_kwargs
+    try:
+        with random_numbers_kept(call_kwargs.values()):
+            return pipe(**arguments)
+    except Exception as error:
+        if left() == 0:
+            return None
+        if left() is not None or "output_type" not in needed or is_out_of_memory(error):
+            if not isinstance(error, (AttributeError, TypeError)) or "CalibrationScheduler" not in str(error):
+                raise
+            raise ValueError(
+                f"{type(pipe).__name__} needs something from its scheduler that a measurement cannot provide "
+                f"({error}); measure its network (fastsched.measure)"
+            ) from error
+    return call(pipe, steps, {**call_kwargs, "output_type": accepted["output_type"].default}, left)
+
+
+@contextlib.contextmanager
+def random_numbers_kept(arguments: Iterable[Any]) -> Iterator[None]:
+    """Seed the global random numbers, and at the end restore them and every generator among ``arguments``.
+
+    So a pipeline that draws its conditioning at random draws the same one in every run, whatever ran in between.
+    """
+    generators = [
+        value
+        for argument in arguments
+        for value in (argument if isinstance(argument, (list, tuple)) else [argument])
+        if isinstance(value, torch.Generator)
+    ]
+    states = [generator.get_state() for generator in generators]
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - what pipelines may use
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)  # noqa: NPY002 - as above
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002 - as above
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any]) -> None:
+    """Check the arguments of a pipeline's call.
+
+    Raises:
+        RuntimeError: If another thread measures or fits the pipeline.
+        TypeError: If ``pipe`` has no scheduler, ``prompts`` are not strings, or its call has no such argument.
+        ValueError: If the arguments determine the steps or add noise, ``prompts`` is empty, or the prompt is given
+            twice.
+    """
+    check_one_thread(pipe)
+    check_pipe(pipe)
+    for name in STEPPING:
+        if name in call_kwargs:
+            raise ValueError(f"{name} must be left out, because the measurement determines the steps")
+    strength = call_kwargs.get("strength", 1)
+    if not isinstance(strength, (int, float)) or strength != 1:
+        raise ValueError(
+            f"strength must be left out or 1.0, with which the pipeline starts from pure noise, got {strength!r}"
+        )
+    eta = call_kwargs.get("eta")  # some pipelines give it only to schedulers whose step names it
+    if isinstance(eta, (int, float)) and eta != 0:
+        raise ValueError(f"eta must be 0, because it adds noise, which is not measured, got {eta!r}; leave it out")
+    check_accepted(type(pipe), call_kwargs)
+    if prompts is None:
+        return
+    if not isinstance(prompts, (str, list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError(f"prompts must be a string or a list of strings, got {prompts!r}")
+    if len(prompts) == 0 and not isinstance(prompts, str):
+        raise ValueError("prompts must hold at least one prompt, or be None")
+    if "prompt" in call_kwargs:
+        raise ValueError("prompt must be left out if prompts are given")
+    check_accepted(type(pipe), ["prompt"])
+
+
+def check_accepted(kind: type, names: Iterable[str]) -> None:
+    """Check that the call of a class of pipelines has arguments of these names.
+
+    Raises:
+        TypeError: If it has not. There is a warning instead if the call takes any name, as some of diffusers do, and
+            the name is not like one of its own: such calls ignore what they do not know.
+    """
+    accepted = inspect.signature(kind.__call__).parameters
+    any_name = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in accepted.values())
+    known = [name for name in accepted if name not in ("self", *STEPPING)]
+    for name in names:
+        if name in accepted or (any_name and _reads(kind, name)):
+            continue
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+        message = f"the call of {kind.__name__} has no argument {name!r}"
+        if near or not any_name:
+            raise TypeError(f"{message}; {hint}")
+        warnings.warn(f"{message} and may ignore it; {hint}", stacklevel=2)
+
+
+def _reads(kind: type, name: str) -> bool:
+    """Whether the code of a call names an argument that its signature does not, as ``kwargs.pop("callback")``."""
+    try:
+        return f'"{name}"' in inspect.getsource(kind.__call__)
+    except (OSError, TypeError):
+        return False
