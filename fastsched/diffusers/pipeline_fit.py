@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
+from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.attributes import attributes_set, in_one_thread
 from fastsched.diffusers.call_identity import call_identity, check_same_call
@@ -138,6 +139,7 @@ def _fitted(
     decoupled: bool,
 ) -> FitReport:
     """The fit after the measurement, for at most ``budget`` calls; its runs are kept in a file, but not in a group."""
+    _check_process(stats.process, describe(pipe.scheduler).process)
     check_same_call("stats", stats.origin, call_identity(pipe, prompts.prompts, call_kwargs))
     applied(optimal_schedule(stats, steps, solver), pipe.scheduler)  # raises before a call is spent
     calls = chosen_solver(solver).model_calls(steps) + 1  # one more step starts from the noise of the measured paths
@@ -152,6 +154,22 @@ def _fitted(
         one = logged(run, RunLog(runs_beside(checkpoint), what))
     with one_bar(pipe, budget, budget > 0 and progress, "fitting") as run.advance:
         return led_by_first(one if alone else run.part, made, group)
+
+
+def _check_process(known: NoiseProcess, own: NoiseProcess) -> None:
+    """ValueError unless statistics are of the scheduler's noise process; the range of its levels is checked elsewhere.
+
+    Whether timesteps are integers is a matter of the scheduler's class.
+    """
+    same = type(known) is type(own)
+    if same and isinstance(known, VariancePreserving) and isinstance(own, VariancePreserving):
+        levels = known.trained_levels, own.trained_levels
+        same = len(levels[0]) == len(levels[1]) and torch.allclose(*levels, rtol=1e-3, atol=0)
+    if not same:
+        raise ValueError(
+            f"stats are of a {known.kind!r} noise process, and the pipeline's scheduler has another, {own.kind!r} (of "
+            "other betas, or with zero terminal SNR); set the scheduler as it was, or measure anew"
+        )
 
 
 #: Of arguments that are not checked as elsewhere; those of the pipeline's call are looked at apart.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -117,7 +118,8 @@ def measured_in_group(
     settings["samples"] = range(own[0], own[-1] + 1) if own else None
 
     def measure() -> PathStatistics:
-        known = None if file is None else _resumed(file, pipe, which, _origin(pipe, calls, call_kwargs), settings)
+        origin = _origin(pipe, calls, call_kwargs)
+        known = None if file is None else _resumed(file, pipe, which, origin, settings, call_kwargs.get("latents"))
         if known is not None and known.samples > own[-1] - which.start:  # of a group that has finished
             part = known.select([sample - which.start for sample in own])
             return replace(part, model_calls=known.model_calls * len(own) // known.samples)
@@ -148,7 +150,7 @@ def measured_pipeline(
     check_caches(pipe)
     origin = _origin(pipe, calls, call_kwargs)
     known = {"levels": levels, "seed": seed, "keep_increments": keep_increments}
-    whole = None if checkpoint is None else _resumed(checkpoint, pipe, which, origin, known)
+    whole = None if checkpoint is None else _resumed(checkpoint, pipe, which, origin, known, call_kwargs.get("latents"))
     left = max(0, _needed(samples, which, calls) - (0 if whole is None else whole.samples))
     with (
         in_one_thread(pipe),
@@ -203,7 +205,12 @@ def _needed(samples: int | range, which: range, calls: PromptCalls) -> int:
 
 
 def _resumed(
-    file: str | os.PathLike[str], pipe: Any, which: range, origin: Origin, settings: dict[str, Any]
+    file: str | os.PathLike[str],
+    pipe: Any,
+    which: range,
+    origin: Origin,
+    settings: dict[str, Any],
+    latents: Any,
 ) -> PathStatistics | None:
     """What a file holds of this call's measurement; None if there is no file."""
     check_writable(file)
@@ -217,6 +224,11 @@ def _resumed(
     assert origin.fingerprint is not None  # as of every pipeline
     check_same_call(os.fspath(file), found.origin, origin.fingerprint)
     shape = found.shape  # which the pipeline alone could tell
+    if isinstance(latents, Tensor) and latents.ndim == 1 + len(shape) and latents.shape[1:] != torch.Size(shape):
+        raise ValueError(
+            f"latents must be of the shape {list(shape)} of the samples in {os.fspath(file)}, got "
+            f"{list(latents.shape[1:])}; leave them out, or name another file"
+        )
     seeds = sample_seeds(settings["seed"], range(which.start, max(which.stop, which.start + MOST_SAMPLES)))
     return resumed(file, run, Batches(shape, seeds, 1))
 
@@ -230,7 +242,7 @@ def _origin(pipe: Any, calls: PromptCalls, call_kwargs: dict[str, Any]) -> Origi
         # not the whole path, which says how folders are named on this machine
         os.path.basename(os.path.normpath(source)) if isinstance(source, (str, os.PathLike)) and source else None,
         pipeline=type(pipe).__name__,
-        guidance=float(guidance) if isinstance(guidance, (int, float)) else None,
+        guidance=float(guidance) if isinstance(guidance, numbers.Real) else None,
         prompts=1 if isinstance(prompts, str) else len(prompts) if isinstance(prompts, (list, tuple)) else None,
     )
     return replace(known, fingerprint=call_identity(pipe, calls.prompts, call_kwargs))

@@ -10,6 +10,7 @@ import fastsched as fs
 pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 
 import diffusers
+import numpy as np
 import pipelines
 
 from fastsched.diffusers.attributes import in_one_thread
@@ -70,6 +71,109 @@ def test_what_counts_as_another_call():
     assert call_identity(pipe, (), {**call, "prompt": "a cat"}) == call_identity(pipe, ("a cat",), call)
     pipe.vae.to(torch.float16)
     assert call_identity(pipe, (), call) == known
+
+
+def test_what_does_not_change_the_steps_does_not_count():
+    """Numbers count by value, tensors as rounded to bfloat16; a measurement's noise is its own."""
+    pipe, call = pipeline()
+    call |= {"guidance_scale": 5.0}
+    known = call_identity(pipe, (), call)
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    same = (
+        *({"guidance_scale": kind(5)} for kind in (int, np.float64, np.float32, np.int64)),
+        {"height": side, "width": side},
+        {"latents": torch.randn(2, 4, 8, 8)},
+    )
+    for changed in same:
+        assert call_identity(pipe, (), call | changed) == known
+    assert call_identity(pipe, (), call | {"height": 2 * side}) != known
+    pipe.text_encoder, pipe.image_encoder = torch.nn.Linear(3, 3), torch.nn.Linear(2, 2)  # not asked: all is encoded
+    assert call_identity(pipe, (), call) == known
+    for given in ({"negative_prompt": "ugly"}, {"ip_adapter_image": torch.zeros(1, 3, 8, 8)}):
+        assert call_identity(pipe, (), call | given).split("-")[-1] != known.split("-")[-1]
+    pipe.text_encoder = pipe.image_encoder = None
+    rounded = {name: value.bfloat16() if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+    assert call_identity(pipe.to(torch.bfloat16), (), rounded).split("-")[:3] == known.split("-")[:3]
+
+
+def test_the_guidance_of_numpy_is_told():
+    pipe, call = pipeline()
+    stats = fs.diffusers.measure(pipe, **call, **OPTIONS, guidance_scale=np.float32(5.0))
+    assert stats.origin.guidance == 5.0
+
+
+def test_latents_of_another_shape_are_not_those_of_a_checkpoint(tmp_path):
+    pipe, call = pipeline()
+    file = tmp_path / "part.safetensors"
+    fs.diffusers.measure(pipe, **call, **OPTIONS, checkpoint=file)
+    with pytest.raises(ValueError, match=r"latents must be of the shape \[4, 8, 8\] of the samples in .* \[4, 8, 16\]"):
+        fs.diffusers.measure(pipe, **call, **OPTIONS, checkpoint=file, latents=torch.randn(2, 4, 8, 16))
+
+
+def test_another_prediction_or_noise_process_is_refused(tmp_path):
+    pipe, call = pipeline()
+    file = tmp_path / "part.safetensors"
+    stats = fs.diffusers.measure(pipe, **call, **OPTIONS, checkpoint=file)
+    own, fitted = pipe.scheduler, {"stats": stats, "audition": False, "progress": False, **call}
+    pipe.scheduler = type(own).from_config(own.config, prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="stats must be of the prediction that the pipeline's scheduler is set to"):
+        fs.diffusers.fit(pipe, 3, **fitted)
+    with pytest.raises(ValueError, match=r"part\.safetensors must be of the prediction"):
+        fs.diffusers.measure(pipe, **call, **OPTIONS, checkpoint=file)
+    for other in ("linear", "squaredcos_cap_v2"):
+        pipe.scheduler = type(own).from_config(own.config, beta_schedule=other)
+        with pytest.raises(
+            ValueError, match="stats are of a 'vp' noise process, and the pipeline's scheduler has another"
+        ):
+            fs.diffusers.fit(pipe, 3, **fitted)
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(own.config)  # of fractional timesteps
+    assert fs.diffusers.fit(pipe, 3, **fitted).steps == 3
+
+
+def test_other_settings_of_networks_are_refused(tmp_path):
+    """FreeU, scales and choice of adapters; not what saves memory."""
+    pipe, call = pipeline()
+    file = tmp_path / "part.safetensors"
+    stats = fs.diffusers.measure(pipe, **call, **OPTIONS, checkpoint=file)
+    pipe.unet.enable_gradient_checkpointing()
+    pipe.unet.eval()
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    with pytest.raises(
+        ValueError, match=r"part\.safetensors must be of the same settings of the pipeline and its networks"
+    ):
+        fs.diffusers.measure(pipe, **call, **OPTIONS, checkpoint=file)
+    with pytest.raises(ValueError, match="stats must be of the same settings"):
+        fs.diffusers.fit(pipe, 3, stats=stats, **call, progress=False)
+    pipe.disable_freeu()
+    known = call_identity(pipe, (), call)
+    assert known == stats.origin.fingerprint
+    layer = next(part for part in pipe.unet.modules() if isinstance(part, torch.nn.Linear))
+    for key, values in (("scaling", [{"a": 1.0}, {"a": 0.5}]), ("_active_adapter", [["a"], ["b"]])):
+        found = set()
+        for value in values:
+            setattr(layer, key, value)
+            found.add(call_identity(pipe, (), call))
+        assert len(found | {known}) == 3
+
+
+def test_another_guider_of_a_modular_pipeline_is_another_setting():
+    pipe, call = pipeline()
+    guider = diffusers.ClassifierFreeGuidance
+    pipe.guider = guider(guidance_scale=5.0)
+    known = call_identity(pipe, (), call)
+    pipe.guider = guider(guidance_scale=5.0)
+    assert call_identity(pipe, (), call) == known
+    pipe.guider.guidance_scale = 12.0
+    other = call_identity(pipe, (), call)
+    pipe.guider = guider(guidance_scale=5.0)
+    pipe.guider.disable()
+    assert len({known, other, call_identity(pipe, (), call)}) == 3
+    skip = diffusers.hooks.LayerSkipConfig
+    layers = []
+    for n in range(2):
+        pipe.guider = diffusers.SkipLayerGuidance(skip_layer_config=skip(indices=[n], fqn="blocks"))
+        layers.append(call_identity(pipe, (), call))
+    assert layers[0] != layers[1]
 
 
 def test_one_thread_at_a_time():
