@@ -308,7 +308,8 @@ class PipelineRunner:
 
     def _one_call(self, schedule: Schedule, done: int, last: int | None = None) -> Rollout:
         wanted = (self.stats.samples if last is None else last) - done
-        arguments = self.prompts.arguments(sample_number(self.stats.seeds[done]), wanted, self.call_kwargs)
+        number = sample_number(self.stats.seeds[done])
+        arguments = self.prompts.arguments(number, wanted, self.call_kwargs)
         try:
             run = self._run(schedule, done, arguments)
         except Exception as error:
@@ -326,7 +327,8 @@ class PipelineRunner:
                 f"stats are of samples {list(self.stats.ends.shape[1:])} and the pipeline's are "
                 f"{list(ends.shape[1:])}; stats must be measured on this pipeline with the same arguments"
             )
-        return Rollout(ends, run.evaluations()).samples(0, self.stats.samples - done)
+        right = self.prompts.right(number, len(ends))
+        return Rollout(ends, run.evaluations()).samples(0, min(right, self.stats.samples - done))
 
     def _run(self, schedule: Schedule, done: int, arguments: dict[str, Any]) -> StartFromNoise:
         scheduler, _ = applied(schedule, self.pipe.scheduler)

@@ -171,6 +171,8 @@ def measured_pipeline(
                     calls = said(fewer)
                     continue
                 calls, part = calls.after(arguments, part.samples), replace(part, origin=origin)
+                if calls.right(done, part.samples) < part.samples:
+                    part = part.select(range(calls.right(done, part.samples)))
                 whole = part if whole is None else whole.merge(part)
                 if isinstance(samples, range) and whole.samples > len(which):
                     whole = whole.select(range(len(which)))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,8 +17,11 @@ from fastsched.diffusers.attributes import attributes_set
 #: Methods of pipelines that encode prompts.
 ENCODERS = ("encode_prompt", "_encode_prompt")
 
-#: How pipelines call the number of images or videos that they make of a prompt.
-PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
+#: How pipelines call the number of images, videos, waveforms, ... that they make of a prompt.
+PER_PROMPT = re.compile(r"num_\w+_per_prompt")
+
+#: Arguments that may hold an entry for each sample.
+PER_SAMPLE = ("generator", "latents")
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,13 @@ class PromptCalls:
     ) -> PromptCalls:
         """For calls of ``pipe(prompt=..., **call_kwargs)``, of at most ``most`` prompts each; all when None."""
         turns = () if prompts is None else (prompts,) if isinstance(prompts, str) else tuple(prompts)
-        images = next((int(call_kwargs[name]) for name in PER_PROMPT if call_kwargs.get(name)), 1)
-        lists = turns and _takes_lists(pipe) and not any(_is_of_one_batch(value) for value in call_kwargs.values())
-        return cls(turns, (2**31 if most is None else most) if lists else 0, images)
+        known = inspect.signature(type(pipe).__call__).parameters
+        given = {name: each.default for name, each in known.items()} | call_kwargs
+        counts = [value for name, value in given.items() if PER_PROMPT.fullmatch(name) and isinstance(value, Integral)]
+        calls = cls(turns, 0, max([1, *map(int, counts)]))
+        fixed = any(_is_of_one_batch(value) and not calls._deals(name, value) for name, value in call_kwargs.items())
+        lists = turns and _takes_lists(pipe) and not fixed
+        return replace(calls, size=2**31 if most is None else most) if lists else calls
 
     @property
     def fewest(self) -> int:
@@ -52,20 +61,37 @@ class PromptCalls:
         """The arguments of a call, after ``done`` samples, that makes up to ``wanted`` more, or one prompt's."""
         if not self.prompts:
             return call_kwargs
-        first = done // self.images
-        count = max(1, min(self.size, -(-wanted // self.images)))
+        first, begun = divmod(done, self.images)
+        count = 1 if begun else max(1, min(self.size, -(-wanted // self.images)))
         which = [(first + n) % len(self.prompts) for n in range(count)]
-        texts = {name: self._dealt(value, which) for name, value in call_kwargs.items() if "prompt" in name}
+        dealt = {name: self._dealt(name, value, which) for name, value in call_kwargs.items()}
         if not self.size:
-            texts = {name: value[0] if _are_texts(value) else value for name, value in texts.items()}
-            return {"prompt": self.prompts[which[0]], **call_kwargs, **texts}
-        return {"prompt": [self.prompts[n] for n in which], **call_kwargs, **texts}
+            dealt |= {
+                name: value[0] for name, value in dealt.items() if "prompt" in name and value and _are_texts(value)
+            }
+            return {"prompt": self.prompts[which[0]], **dealt}
+        return {"prompt": [self.prompts[n] for n in which], **dealt}
 
-    def _dealt(self, value: Any, which: Sequence[int]) -> Any:
-        """Another prompt's texts for those of these numbers: one serves all, of a list each has its own."""
-        if isinstance(value, str):
+    def _deals(self, name: str, value: Any) -> bool:
+        """Whether an argument has an entry for each prompt, or for each sample of each prompt."""
+        listed = isinstance(value, (list, tuple)) or (isinstance(value, torch.Tensor) and value.ndim > 0)
+        if not self.prompts or not listed or not ("prompt" in name or name in PER_SAMPLE):
+            return False
+        return len(value) in (len(self.prompts), len(self.prompts) * (self.images if name in PER_SAMPLE else 1))
+
+    def _dealt(self, name: str, value: Any, which: Sequence[int]) -> Any:
+        """An argument for the prompts of these numbers: a text serves all, of as many as prompts each has its own."""
+        if isinstance(value, str) and "prompt" in name:
             return [value] * len(which)
-        return [value[n] for n in which] if _are_texts(value) and len(value) == len(self.prompts) else value
+        if not self._deals(name, value):
+            return value
+        each = len(value) // len(self.prompts)
+        rows = [n * each + row for n in which for row in range(each)]
+        return value[rows] if isinstance(value, torch.Tensor) else [value[row] for row in rows]
+
+    def right(self, done: int, made: int) -> int:
+        """How many samples of a call, after ``done``, have their prompt: of one that was begun, only its rest."""
+        return min(made, self.images - done % self.images) if self.prompts and done % self.images else made
 
     def after(self, arguments: dict[str, Any], made: int) -> PromptCalls:
         """What is known once a call of those arguments has made so many samples."""

@@ -22,7 +22,7 @@ PROMPTS = ["a cat", "a city at night", "a bowl of fruit", "rain"]
 
 
 class TextPipeline(pipelines.OraclePipeline):
-    """One image a prompt, of which it takes one or a list; counts calls and encodings.
+    """Takes one prompt or a list; counts calls and encodings.
 
     Attributes:
         batches: Images of each call.
@@ -50,16 +50,21 @@ class TextPipeline(pipelines.OraclePipeline):
         generator: object = None,
         guidance_scale: float = 1.0,
         latents: torch.Tensor | None = None,
+        num_waveforms_per_prompt: int = 1,
     ):
         embeddings = self.encode_prompt(prompt, device=self.device, negative_prompt=negative_prompt)
         assert len(embeddings) == 1 or not embeddings.isnan().any()
-        kept = embeddings.clone()
+        kept = embeddings.repeat_interleave(num_waveforms_per_prompt, 0)
+        assert not isinstance(generator, list) or len(generator) == len(kept)
+        assert latents is None or len(latents) == len(kept)
         embeddings.mul_(float("nan"))  # a pipeline may write into what it got
         self.batches.append(len(kept))
         if len(kept) > self.fails_above:
             raise torch.OutOfMemoryError("CUDA out of memory")
         self.scheduler.set_timesteps(num_inference_steps)
-        x = torch.randn(len(kept), *SHAPE, generator=generator) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        x = diffusers.utils.torch_utils.randn_tensor((len(kept), *SHAPE), generator=generator) * getattr(
+            self.scheduler, "init_noise_sigma", 1.0
+        )
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             if self.interrupt == (len(self.batches), i):
                 raise KeyboardInterrupt
@@ -119,6 +124,50 @@ def test_arguments_for_one_batch_are_not_given_to_a_larger_one(arguments):
     calls = PromptCalls.of(text_pipeline(), PROMPTS, arguments, None)
     assert calls.arguments(1, 4, arguments)["prompt"] == PROMPTS[1]
     assert PromptCalls.of(pipelines.oracle_pipeline(diffusers.DDIMScheduler()), PROMPTS, {}, None).size == 0
+
+
+def test_arguments_of_as_many_entries_as_prompts_are_dealt_out():
+    """Embeddings, generators and latents go with their prompts, and with each prompt's samples."""
+    generators = [torch.Generator().manual_seed(n) for n in range(4)]
+    rows = torch.arange(4.0)[:, None] * torch.ones(1, 3)
+    given = {"generator": generators, "negative_prompt_embeds": rows, "latents": rows, "image": rows}
+    asked = PromptCalls.of(text_pipeline(), PROMPTS, given | {"image": None}, 2).arguments(3, 4, given)
+    assert asked["prompt"] == [PROMPTS[3], PROMPTS[0]]
+    assert asked["generator"] == [generators[3], generators[0]]
+    assert asked["negative_prompt_embeds"].tolist() == asked["latents"].tolist() == [[3.0] * 3, [0.0] * 3]
+    assert asked["image"] is rows  # may be one prompt's
+    assert PromptCalls.of(text_pipeline(), PROMPTS, given, 2).size == 0
+    two = {"num_waveforms_per_prompt": 2, "generator": [*generators, *generators], "latents": torch.zeros(8, *SHAPE)}
+    asked = PromptCalls.of(text_pipeline(), PROMPTS, two, 1).arguments(6, 4, two)
+    assert asked["prompt"] == [PROMPTS[3]]
+    assert asked["generator"] == generators[2:]
+    assert len(asked["latents"]) == 2
+    whole = measure(text_pipeline())
+    for size in (None, 1):
+        given = {"generator": generators, "latents": torch.zeros(4, *SHAPE), "prompts_per_call": size}
+        same(measure(text_pipeline(), **given), whole)
+    one = {"prompts": None, "prompt": PROMPTS, "generator": generators}  # the pipeline's own list is not dealt
+    same(measure(text_pipeline(), **one), whole)
+
+
+def test_each_prompt_makes_its_samples_also_after_a_resumption(tmp_path):
+    """Samples 2 and 3 are of the second prompt, whichever were made before, and in whatever call."""
+    options = {"samples": 8, "prompts_per_call": 1, "num_waveforms_per_prompt": 2}
+    path, pipe = tmp_path / "part.safetensors", text_pipeline()
+    pipe.interrupt = (2, 5)
+    with pytest.raises(KeyboardInterrupt):
+        measure(pipe, **options, checkpoint=path)
+    pipe.interrupt, pipe.encoded = None, []
+    measure(pipe, **options, checkpoint=path)
+    assert pipe.encoded == [(prompt,) for prompt in PROMPTS[1:]]
+    begun = {"samples": range(3, 8), "num_waveforms_per_prompt": 2}
+    pipe = text_pipeline()
+    stats = measure(pipe, **begun)
+    assert stats.samples == 5
+    assert pipe.encoded == [(PROMPTS[1],), tuple(PROMPTS[2:])]
+    pipe.encoded = []
+    fs.diffusers.fit(pipe, 4, stats=stats, prompts=PROMPTS, model_calls=400, num_waveforms_per_prompt=2, progress=False)
+    assert {(PROMPTS[1],), tuple(PROMPTS[2:])} <= set(pipe.encoded)
 
 
 def test_where_memory_runs_out_fewer_prompts_are_given_in_a_call():
