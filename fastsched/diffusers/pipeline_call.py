@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import inspect
-import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
-
-import numpy as np
-import torch
 
 from fastsched.diffusers.attributes import check_one_thread
 from fastsched.diffusers.conventions import check_pipe
+from fastsched.diffusers.random_numbers import random_numbers_kept
 from fastsched.measurement.batches import is_out_of_memory
 
 #: Arguments of a pipeline's call that determine its steps.
@@ -24,8 +20,10 @@ STEPPING = ("num_inference_steps", "timesteps", "sigmas")
 NEEDED = {"output_type": "latent", "strength": 1.0}
 
 
-def call(pipe: Any, steps: int, call_kwargs: dict[str, Any], left: Callable[[], int | None] = lambda: 1) -> Any:
-    """Call ``pipe`` for ``steps`` steps from pure noise, with the same random numbers each time, not decoded if it can.
+def call(
+    pipe: Any, steps: int, call_kwargs: dict[str, Any], left: Callable[[], int | None] = lambda: 1, *, seed: int = 0
+) -> Any:
+    """Call ``pipe`` for ``steps`` steps from pure noise, with the random numbers of a seed, not decoded if it can.
 
     An error after the last step, in what is made of the latents, loses nothing: then the result is None. One before
     the first may come from a pipeline that cannot leave its latents as they are, and is called without that.
@@ -35,6 +33,7 @@ def call(pipe: Any, steps: int, call_kwargs: dict[str, Any], left: Callable[[], 
         steps: Its steps.
         call_kwargs: Arguments of its call.
         left: Tells how many steps are left, None before the first; without it no error is caught.
+        seed: Of the global random numbers.
 
     Raises:
         ValueError: If the pipeline uses an attribute or argument of its scheduler that `CalibrationScheduler` lacks.
@@ -43,7 +42,7 @@ def call(pipe: Any, steps: int, call_kwargs: dict[str, Any], left: Callable[[], 
     needed = {name: value for name, value in NEEDED.items() if name in accepted and name not in call_kwargs}
     arguments = needed | {"num_inference_steps": steps} | call_kwargs
     try:
-        with random_numbers_kept(call_kwargs.values()):
+        with random_numbers_kept(call_kwargs.values(), seed):
             return pipe(**arguments)
     except Exception as error:
         if left() == 0:
@@ -55,35 +54,7 @@ def call(pipe: Any, steps: int, call_kwargs: dict[str, Any], left: Callable[[], 
                 f"{type(pipe).__name__} needs something from its scheduler that a measurement cannot provide "
                 f"({error}); measure its network (fastsched.measure)"
             ) from error
-    return call(pipe, steps, {**call_kwargs, "output_type": accepted["output_type"].default}, left)
-
-
-@contextlib.contextmanager
-def random_numbers_kept(arguments: Iterable[Any]) -> Iterator[None]:
-    """Seed the global random numbers, and at the end restore them and every generator among ``arguments``.
-
-    So a pipeline that draws its conditioning at random draws the same one in every run, whatever ran in between.
-    """
-    generators = [
-        value
-        for argument in arguments
-        for value in (argument if isinstance(argument, (list, tuple)) else [argument])
-        if isinstance(value, torch.Generator)
-    ]
-    states = [generator.get_state() for generator in generators]
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - what pipelines may use
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)  # noqa: NPY002 - as above
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002 - as above
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+    return call(pipe, steps, {**call_kwargs, "output_type": accepted["output_type"].default}, left, seed=seed)
 
 
 def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any]) -> None:

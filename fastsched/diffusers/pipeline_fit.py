@@ -29,6 +29,7 @@ from fastsched.diffusers.pipeline_measurement import (
     said,
 )
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
+from fastsched.diffusers.random_numbers import ONE_CALL
 from fastsched.diffusers.replacement import replacement
 from fastsched.diffusers.start_from_noise import StartFromNoise
 from fastsched.diffusers.watching import check_caches, watched
@@ -332,7 +333,7 @@ class PipelineRunner:
 
     def _run(self, schedule: Schedule, done: int, arguments: dict[str, Any]) -> StartFromNoise:
         scheduler, _ = applied(schedule, self.pipe.scheduler)
-        with watched(self.pipe) as watch, attributes_set(self.pipe, scheduler=scheduler):
+        with ONE_CALL, watched(self.pipe) as watch, attributes_set(self.pipe, scheduler=scheduler):
             run = StartFromNoise(scheduler, self.stats.seeds[done:], schedule, watch, self.advance, self._owned)
             call(self.pipe, schedule.steps, arguments, lambda: run.left)
         return run

@@ -20,6 +20,7 @@ from fastsched.diffusers.calibration import CalibrationScheduler, calibration_st
 from fastsched.diffusers.call_identity import call_identity, check_same_call
 from fastsched.diffusers.pipeline_call import call, check_call
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
+from fastsched.diffusers.random_numbers import ONE_CALL
 from fastsched.diffusers.watching import check_caches, watched
 from fastsched.measurement.batches import Batches, finished_part, is_out_of_memory, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
@@ -263,7 +264,7 @@ def _one_call(
         taken.append(samples)
         advance(samples)
 
-    with watched(pipe) as watch:
+    with ONE_CALL, watched(pipe) as watch:  # networks that it shares with another pipeline are not called meanwhile
         settings |= {"own_noise": arguments.get("latents") is None, "advance": count, "watch": watch}
         given = levels if isinstance(levels, Tensor) else None
         calibration = CalibrationScheduler.from_scheduler(pipe.scheduler, levels=given, **settings)
