@@ -75,11 +75,10 @@ def compare_pipeline(
 
 def _sampled(pipe: Any, schedule: Schedule | None, steps: int, seed: int, arguments: dict[str, Any]) -> Tensor:
     """The samples of one call, [images, *shape] float32 on the CPU; ``schedule`` None is the pipeline's own."""
-    with attributes_set(pipe, scheduler=pipe.scheduler), torch.random.fork_rng():
+    with attributes_set(pipe, scheduler=pipe.scheduler):
         if schedule is not None:
             pipe.scheduler, _ = applied(schedule, pipe.scheduler)  # as rounded as the pipeline would have it
-        torch.manual_seed(seed)  # a pipeline without a generator given draws from torch's own
-        result = call(pipe, steps, arguments)
+        result = call(pipe, steps, arguments, seed)  # without a generator given it draws from torch's own
     # Outputs of diffusers hold the samples as their first entry, whatever its name: images, frames, ...
     images = result if isinstance(result, Tensor) else result[0]
     if isinstance(images, np.ndarray):

@@ -79,6 +79,9 @@ def test_compare_holds_the_pipeline_to_its_converged_samples(saved, pipe, tmp_pa
     assert rows["fine"]["mean_error"] == 0  # it is the reference
     assert rows["own"]["mean_error"] == pytest.approx(rows["the pipeline's own, 4 steps"]["mean_error"], rel=1e-4)
     assert rows["own"]["mean_error"] > 0
+    assert rows["own"]["standard_error"] > 0  # of samples from different noise
+    other = json.loads(run("compare", saved, *files, *common, "--seed", "7").stdout)["rows"]
+    assert rows["own"]["mean_error"] not in [row["mean_error"] for row in other]
     assert {"karras-ddim-4", "karras-ddim-12"} < set(rows)
     calls = 2 * (12 + 4 + 12 + 4 + 12 + 4 + 12)  # reference; files; karras at both; the pipeline's own at both
     assert f"model calls, counted per sample: {calls}, of which 24" in result.stderr
