@@ -13,6 +13,8 @@ from fastsched.cli import inputs, shell, spending
 from fastsched.cli.shell import note
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fastsched.comparison import Comparison
     from fastsched.denoisers.noise import NoiseProcess
     from fastsched.sampling.schedule import Schedule
@@ -23,6 +25,14 @@ if TYPE_CHECKING:
 #: What `compare` uses by default: of denoisers, which are fast here, and of pipelines, which are not.
 SAMPLES, REFERENCE_STEPS = 256, 300
 PIPELINE_SAMPLES, PIPELINE_REFERENCE_STEPS = 8, 100
+
+Baselines = Annotated[
+    str,
+    typer.Option(
+        help="Common schedules to add, or none: karras, exponential, linear, kl_optimal, vp_uniform, cosine, beta; of "
+        "flow models, all in flow times, uniform and flow_shift too."
+    ),
+]
 
 
 def demo(
@@ -57,7 +67,7 @@ def compare(
     schedules: Annotated[
         list[Path], typer.Argument(help="Schedules that 'fastsched select' or 'fit' wrote.", metavar="SCHEDULE")
     ],
-    baselines: Annotated[str, typer.Option(help="Common schedules to add, by name, or none.")] = "karras,exponential",
+    baselines: Baselines = "karras,exponential",
     spare_last: Annotated[bool, typer.Option(help="Replace sigma_min by 0 in the baselines.")] = False,
     solver: Annotated[Optional[str], typer.Option(help="Run all with this solver.  [default: their own]")] = None,
     shape: shell.Shape = None,
@@ -177,37 +187,32 @@ def _baselines(
     process: NoiseProcess, names: list[str], schedules: list[Schedule], spare_last: bool
 ) -> dict[str, Schedule]:
     """Each baseline for every solver and number of steps among the schedules; for the fitted solver, with dpmpp_2m."""
-    from fastsched import baselines, validate
+    from fastsched import validate
     from fastsched.sampling.schedule import Schedule
     from fastsched.sampling.solvers import FITTED
+    from fastsched.selection.starts import common_sigmas
 
     ranged = ("karras", "exponential", "linear", "kl_optimal", "vp_uniform", "cosine", "beta")
+    levels = _trained(process)
     # Weights of the fitted solver are for one schedule, so a baseline is run with the stock solver of its kind.
     stock = ["dpmpp_2m" if schedule.solver == FITTED else schedule.solver for schedule in schedules]
     kinds = list(dict.fromkeys(zip(stock, (schedule.steps for schedule in schedules), strict=True)))
     added = {}
     for name in names:
-        validate.choice("baselines", name, (*ranged, "flow_shift"))
+        validate.choice("baselines", name, (*ranged, "uniform", "flow_shift"))
         for solver, steps in kinds:
-            if name == "flow_shift":
-                sigmas = baselines.flow_shift(steps)
-            else:
-                low, high = _range(process)
-                sigmas = getattr(baselines, name)(steps, low, high, spare_last=spare_last)
+            sigmas = common_sigmas(process, levels, name, steps, spare_last=spare_last)
             label = name if len(kinds) == 1 else f"{name}-{solver}-{steps}"
             added[label] = Schedule(sigmas, solver, process.kind)
     return added
 
 
-def _range(process: NoiseProcess) -> tuple[float, float]:
-    """The lowest and highest finite sampler sigma: baselines of zero-terminal-SNR models start at the latter."""
+def _trained(process: NoiseProcess) -> Tensor:
+    """Levels with both ends of what the network was trained for, and the highest finite one."""
     import torch
 
     from fastsched.denoisers.noise import VariancePreserving
 
-    highest = process.s_max
     if isinstance(process, VariancePreserving):
-        highest = float(process.trained_levels[process.trained_levels.isfinite()].max())
-    levels = torch.tensor([process.s_min, highest], dtype=torch.float64)
-    low, high = process.sampler_sigma(levels).tolist()
-    return low, high
+        return process.trained_levels
+    return torch.tensor([process.s_min, process.s_max], dtype=torch.float64)

@@ -258,7 +258,10 @@ def plan(
     ] = None,
     target: Annotated[
         Optional[str],
-        typer.Option(help="Print how many steps reach this error, or the error of a schedule such as karras:20."),
+        typer.Option(
+            help="Print how many steps reach this error, or that of a common schedule, karras:20: karras, exponential, "
+            "linear or kl_optimal; of flow models, in flow times, uniform too."
+        ),
     ] = None,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Figure to write.")] = None,
     as_json: shell.AsJson = False,

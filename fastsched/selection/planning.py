@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 from torch import Tensor
 
-from fastsched import baselines, validate
+from fastsched import validate
 from fastsched.costs.norms import Array
 from fastsched.costs.prediction import predict_error
 from fastsched.measurement.statistics import PathStatistics, is_statistics
@@ -18,14 +18,10 @@ from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
 from fastsched.selection.optimal import Minimum, local_minima
+from fastsched.selection.starts import common_sigmas
 
-#: Schedules that `steps_needed` knows by name.
-COMMON = {
-    "karras": baselines.karras,
-    "exponential": baselines.exponential,
-    "linear": baselines.linear,
-    "kl_optimal": baselines.kl_optimal,
-}
+#: Schedules that `steps_needed` knows by name; uniform is for flow models.
+COMMON = ("karras", "exponential", "linear", "kl_optimal", "uniform")
 
 #: How far below a target the predicted error must be. Predictions scatter by a factor of 1.3 (one standard deviation,
 #: nine denoisers), and those of the schedules that they choose err on the low side.
@@ -122,7 +118,8 @@ def steps_needed(
         stats: What `fastsched.measure` returned.
         solver: A solver's name.
         target: A squared distance to the converged sample; or what to be as good as under the same solver: a schedule,
-            its sigmas, or the name and steps of one in common use, ``("karras", 20)``.
+            its sigmas, or the name and steps of one in common use (`COMMON`), ``("karras", 20)``. For flow models all
+            are in flow times; ``"uniform"`` is for these alone.
         max_steps: The most steps to consider; the number of levels less one when None.
 
     Raises:
@@ -153,9 +150,8 @@ def target_error(stats: PathStatistics, solver: str | Solver, target: object) ->
     if isinstance(target, tuple):
         if len(target) != 2:
             raise ValueError(f"target must be a pair like ('karras', 20), got {target!r}")
-        name, steps = target[0], validate.positive_int("target steps", target[1])
-        maker = COMMON[validate.choice("target", name, COMMON)]
-        target = stats.process.sampler_sigma(maker(steps, *stats.finite_range))
+        name, steps = validate.choice("target", target[0], COMMON), validate.positive_int("target steps", target[1])
+        target = common_sigmas(stats.process, stats.s, name, steps)
     if isinstance(target, (Schedule, Tensor)):
         sigmas = target if isinstance(target, Schedule) else validate.descending_sigmas("target", target)
         return predict_error(stats, sigmas, solver)

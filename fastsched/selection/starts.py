@@ -72,6 +72,33 @@ def common_levels(stats: PathStatistics, steps: int) -> dict[str, Tensor]:
     return levels
 
 
+def common_sigmas(process: NoiseProcess, s: Tensor, name: str, steps: int, *, spare_last: bool = False) -> Tensor:
+    """Sampler sigmas [steps + 1] of a schedule in common use.
+
+    Args:
+        process: The noise process; the formula is applied to its sampler sigmas, which are times for flow models.
+        s: Levels, of which the lowest and the highest finite sampler sigma are the schedule's.
+        name: As in `fastsched.baselines`, or uniform: equal steps in flow time from the highest to 0.
+        steps: Number of steps.
+        spare_last: As there.
+
+    Raises:
+        ValueError: If the schedule is in flow times and the process has none.
+    """
+    if name in ("uniform", "flow_shift") and process.kind != "flow":
+        raise ValueError(
+            f"{name} is for flow models, even or shifted in their times; for this model name linear, even in sigma, or "
+            "exponential, even in log sigma"
+        )
+    if name == "flow_shift":
+        return baselines.flow_shift(steps)
+    sigmas = process.sampler_sigma(s)
+    low, high = (float(end) for end in sigmas[sigmas.isfinite()].aminmax())
+    if name == "uniform":
+        return high * baselines.flow_shift(steps, 1.0)
+    return getattr(baselines, name)(steps, low, high, spare_last=spare_last)
+
+
 def even_schedule(process: NoiseProcess, steps: int, solver: str) -> Schedule:
     """Levels even in ``log s``, where nothing was measured; with the weights of `NEAREST_STOCK` if fitted."""
     levels = process.levels(max(steps, 3))[:steps]

@@ -235,6 +235,7 @@ def test_other_bad_options_are_named(folder, model, tmp_path):
     shaped = ("--shape", "2,3", "-q")
     cases = [
         (("compare", model, schedule, *shaped, "--baselines", "karas"), "did you mean 'karras'?"),
+        (("compare", model, schedule, *shaped, "--baselines", "uniform"), "uniform is for flow models"),
         (("compare", model, schedule, *shaped, "--dtype", "float8"), "dtype must be one of"),
         (("measure", model, "--shape", "2x3", "-o", tmp_path / "s"), "separated by commas, such as 4,64,64"),
         (("measure", model, *shaped, "-o", "-"), "- is not read as standard output"),

@@ -2,12 +2,15 @@ import json
 
 import pytest
 import torch
+from models import exact_denoisers, mixture
 from shell_runs import one_line, run
 
 import fastsched as fs
+from fastsched.cli.comparing import _baselines
 from fastsched.cli.inputs import solver_named
 from fastsched.sampling.solver_names import KNOWN, UNKNOWN
 from fastsched.sampling.solvers import ALIASES, FITTED, SOLVERS, STOCHASTIC_SOLVERS
+from fastsched.selection.planning import COMMON, target_error
 
 
 def test_info_of_statistics(folder):
@@ -142,6 +145,16 @@ def test_select_and_plan_as_json(folder):
     expected = fs.error_curve(fs.PathStatistics.load(folder / "s.safetensors"), "dpmpp_2m", 9)
     assert [entry["predicted_error"] for entry in curve["curve"]] == list(expected.predicted_errors)
     assert curve["steps_needed"] <= 6
+
+
+@pytest.mark.parametrize("kind", ["velocity", "epsilon", "x0"])
+def test_a_target_and_a_baseline_of_one_name_are_one_schedule(kind):
+    denoiser = exact_denoisers(mixture(d=4))[kind]
+    stats = fs.measure(denoiser, (4,), levels=16, samples=1, responses=False, progress=False)
+    some = fs.Schedule(stats.sigmas[[0, 3, 6, 9, -1]], "ddim", stats.process.kind)
+    names = [name for name in COMMON if name != "uniform" or kind == "velocity"]
+    for name, schedule in _baselines(stats.process, names, [some], False).items():
+        assert target_error(stats, "ddim", (name, 4)) == fs.predict_error(stats, schedule)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

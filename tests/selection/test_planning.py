@@ -1,8 +1,9 @@
 import pytest
+import torch
 from models import exact_denoiser, exact_denoisers, mixture
 
 import fastsched as fs
-from fastsched.selection.planning import SAFETY
+from fastsched.selection.planning import SAFETY, target_error
 
 DENOISER = exact_denoiser(mixture(d=4), 0.01, 40.0)
 
@@ -74,12 +75,17 @@ def test_flow_targets_are_in_its_own_sigmas():
     denoiser = exact_denoisers(mixture(d=4))["velocity"]
     stats = fs.measure(denoiser, (4,), levels=24, samples=2, progress=False)
     assert 1 <= fs.steps_needed(stats, "ddim", target=("karras", 10)) <= 10
+    karras = fs.baselines.karras(10, *stats.sigmas[[-2, 0]].tolist())
+    assert target_error(stats, "ddim", ("karras", 10)) == fs.predict_error(stats, karras, "ddim")
+    uniform = torch.linspace(1, 0, 11, dtype=torch.float64)
+    assert target_error(stats, "ddim", ("uniform", 10)) == pytest.approx(fs.predict_error(stats, uniform, "ddim"))
 
 
 @pytest.mark.parametrize(
     ("target", "message"),
     [(0.0, "target must be a positive error"), (float("nan"), "target must be a positive error"),
-     (("karas", 20), "did you mean 'karras'"), (1e-30, "no schedule of up to 5 steps")],
+     (("karas", 20), "did you mean 'karras'"), (1e-30, "no schedule of up to 5 steps"),
+     (("uniform", 20), "uniform is for flow models")],
 )  # fmt: skip
 def test_bad_targets(stats, target, message):
     with pytest.raises(ValueError, match=message):
