@@ -83,6 +83,7 @@ def compare(
     dtype: shell.DType = None,
     prompt: shell.Prompts = None,
     call: shell.CallOptions = None,
+    scheduler: shell.Scheduler = None,
     csv: Annotated[Optional[Path], typer.Option(help="Also write the table as CSV.")] = None,
     dry_run: shell.DryRun = False,
     as_json: shell.AsJson = False,
@@ -100,13 +101,9 @@ def compare(
     shell.writable(csv)
     named = inputs.named_schedules(schedules)
     names = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
-    source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
+    source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet, scheduler)
     usual = (PIPELINE_SAMPLES, PIPELINE_REFERENCE_STEPS) if source.is_pipeline else (SAMPLES, REFERENCE_STEPS)
-    run = {
-        "samples": usual[0] if samples is None else samples,
-        "reference_steps": usual[1] if reference_steps is None else reference_steps,
-        "seed": seed,
-    }
+    run = {"samples": samples or usual[0], "reference_steps": reference_steps or usual[1], "seed": seed}
     common = lambda process: named | _baselines(process, names, list(named.values()), spare_last)
     if source.is_pipeline:
         inputs.not_for_pipelines(solver=solver)
@@ -180,7 +177,9 @@ def _of_pipeline(
     steps = sum(schedule.steps for schedule in named.values()) + sum(own_steps)
     spending.say_comparing(run["reference_steps"] * run["samples"], steps * run["samples"], dry_run)
     shown = not source.quiet
-    return compare_pipeline(pipe, named, own_steps, prompts=source.prompts, arguments=arguments, progress=shown, **run)
+    options = {"prompts": source.prompts, "arguments": arguments, "progress": shown}
+    with inputs.named_as_options():
+        return compare_pipeline(pipe, named, own_steps, **options, **run)
 
 
 def _baselines(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.metadata
 import inspect
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,6 +54,7 @@ class Source:
     prompts: list[str] | None
     call: list[str] | None
     quiet: bool
+    scheduler: str | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked before the model loads, which may take minutes."""
@@ -83,11 +86,12 @@ class Source:
         """The denoiser and the shape of one sample."""
         from fastsched.denoisers.loading import load_denoiser
 
-        if self.prompts or self.call:
-            raise ValueError(f"{'prompt' if self.prompts else 'call'} is for pipelines; this model is a denoiser")
-        given = None if self.shape is None else tuple(integers("shape", self.shape, "4,64,64"))
+        given = {"prompt": self.prompts, "call": self.call, "scheduler": self.scheduler}
+        for option in (name for name, value in given.items() if value):
+            raise ValueError(f"{option} is for pipelines; this model is a denoiser")
+        asked = None if self.shape is None else tuple(integers("shape", self.shape, "4,64,64"))
         denoiser, own = load_denoiser(self.name, self.device)
-        shape = own if given is None else given
+        shape = own if asked is None else asked
         if shape is None:
             raise ValueError("shape must be given for this denoiser: --shape 4,64,64, the shape of one sample")
         return denoiser, shape
@@ -97,6 +101,7 @@ class Source:
         not_for_pipelines(shape=self.shape, batch_size=self.batch_size)
         arguments = call_arguments(self.call)
         kind = pipeline_class(self.name)
+        replacing = None if self.scheduler is None else scheduler_class(self.scheduler)
         from fastsched.diffusers.pipeline_call import check_accepted
 
         with warnings.catch_warnings():
@@ -107,6 +112,8 @@ class Source:
         with _quiet_diffusers():  # which reads only safetensors here, and downloads nothing
             pipe = kind.from_pretrained(self.name, use_safetensors=True, local_files_only=True, **precision)
         pipe.set_progress_bar_config(disable=self.quiet)
+        if replacing is not None:
+            pipe.scheduler = replaced(pipe.scheduler, replacing)
         return pipe if self.device is None else pipe.to(self.device), arguments
 
 
@@ -165,6 +172,53 @@ def load_scheduler(name: str) -> Any:
     if file is None:
         raise ValueError(f"{name} holds no scheduler_config.json; name a saved pipeline or scheduler of diffusers")
     return _class_in(file, "set_timesteps").from_pretrained(str(file.parent))
+
+
+def scheduler_class(name: str) -> Any:
+    """The scheduler of diffusers of that name; ValueError if there is none."""
+    with _quiet_diffusers():
+        import diffusers
+
+        found = getattr(diffusers, name, None)
+        if isinstance(found, type) and hasattr(found, "set_timesteps") and hasattr(found, "from_config"):
+            return found
+        near = difflib.get_close_matches(name, [each for each in dir(diffusers) if each.endswith("Scheduler")], n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "name one such as DPMSolverMultistepScheduler"
+    raise ValueError(
+        f"scheduler must be a class of diffusers {importlib.metadata.version('diffusers')}, got {name!r}; {hint}"
+    )
+
+
+def replaced(scheduler: Any, kind: Any) -> Any:
+    """A scheduler of another class with the settings of ``scheduler``; ValueError if it is for another noise."""
+    from fastsched.diffusers.conventions import describe
+
+    other = kind.from_config(scheduler.config)
+    before, after = (
+        (found.denoiser.prediction, found.process.kind, found.process.s_min, found.process.s_max)
+        for found in (describe(scheduler), describe(other))
+    )
+    if before != after:
+        raise ValueError(
+            f"scheduler: {kind.__name__} with the settings of the folder's {type(scheduler).__name__} is for another "
+            "noise process or prediction than the network; name one that is for the same"
+        )
+    return other
+
+
+@contextlib.contextmanager
+def named_as_options() -> Iterator[None]:
+    """Let errors of pipelines say which option to give, where they say what to write in Python."""
+    try:
+        yield
+    except ValueError as error:
+        text = re.sub(r"pipe\.scheduler = (\w+)\.from_config\(pipe\.scheduler\.config\)", r"--scheduler \1", str(error))
+        text = re.sub(r", or set audition=False.*", "", text).replace("solver='ddim'", "--solver ddim")
+        if "Provide either `prompt`" in text:  # as diffusers says it
+            text += " Give --prompt TEXT."
+        if text != str(error):
+            error.args = (text,)
+        raise
 
 
 def pipeline_class(name: str) -> type:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -51,6 +52,7 @@ def measure(
     dtype: shell.DType = None,
     prompt: shell.Prompts = None,
     call: shell.CallOptions = None,
+    scheduler: shell.Scheduler = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted measurement in OUTPUT.")] = False,
     overwrite: shell.Overwrite = False,
     dry_run: shell.DryRun = False,
@@ -77,7 +79,7 @@ def measure(
         raise ValueError("resume and overwrite exclude each other: --resume goes on, --overwrite begins anew")
     ways = "resume it (--resume), replace it (--overwrite)"
     shell.writable(output, overwrite=overwrite or resume, replace=ways)
-    source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
+    source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet, scheduler)
     if source.is_pipeline:
         inputs.not_for_pipelines(responses=responses, resume="given" if resume else None)
         stats = _measured_pipeline(source, samples, dry_run, levels=levels, seed=seed)
@@ -97,7 +99,8 @@ def _measured_pipeline(source: inputs.Source, samples: str | None, dry_run: bool
     count = inputs.sample_range(samples, PIPELINE_SAMPLES)
     spending.say(f"{calibration_calls(settings['levels'], count):,} to measure", dry_run)
     arguments |= {"prompts": source.prompts, "progress": not source.quiet}
-    return fs.diffusers.measure(pipe, samples=count, **settings, **arguments)
+    with inputs.named_as_options():
+        return fs.diffusers.measure(pipe, samples=count, **settings, **arguments)
 
 
 def _measured_denoiser(
@@ -147,6 +150,7 @@ def fit(
     dtype: shell.DType = None,
     prompt: shell.Prompts = None,
     call: shell.CallOptions = None,
+    scheduler: shell.Scheduler = None,
     overwrite: shell.Overwrite = False,
     dry_run: shell.DryRun = False,
     as_json: shell.AsJson = False,
@@ -161,7 +165,7 @@ def fit(
     fastsched fit my_pipeline_folder --steps 8 --prompt "a cat" --call guidance_scale=7.5 -o schedule.json
     """
     shell.writable(output, overwrite=overwrite, endings=[".json"])
-    source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet)
+    source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet, scheduler)
     # Files and names are checked before the model loads, which may take minutes.
     chosen = None if solver is None else inputs.solver_named(solver)
     known = None if stats is None else inputs.load_statistics(stats)
@@ -181,6 +185,7 @@ def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool
     import fastsched as fs
     from fastsched.fitting.budget import TOTAL, planned, takes_responses
 
+    model: Any
     given: Any  # arguments of a pipeline's call, or the shape of a denoiser's samples
     model, given = source.pipeline() if source.is_pipeline else source.denoiser()
     total = TOTAL if options["model_calls"] is None else options["model_calls"]
@@ -191,6 +196,7 @@ def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool
     if source.is_pipeline:
         from fastsched.diffusers.pipeline_measurement import calibration_calls
 
+        _check_scheduler(model.scheduler, steps, solver, options["decoupled"])
         cost = spending.say_fitting(calibration_calls, options, dry_run)
         options = {"solver": solver, "prompts": source.prompts, **given} | options
     else:
@@ -201,9 +207,20 @@ def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool
         )
         cost = spending.say_fitting(measuring, options, dry_run, repeating)
         options = source.running | options | {"shape": given, "solver": solver or "dpmpp_2m"}
-    with shell.joint_bar(cost, not source.quiet, "fitting") as progress:
+    with shell.joint_bar(cost, not source.quiet, "fitting") as progress, inputs.named_as_options():
         run: Any = fs.diffusers.fit if source.is_pipeline else fs.fit
         return run(model, steps=steps, **options | {"progress": progress})
+
+
+def _check_scheduler(scheduler: Any, steps: int, solver: str | None, decoupled: bool) -> None:
+    """Check that schedules can be fitted through a scheduler, as the fit itself does, before a cost is said."""
+    from fastsched.diffusers.pipeline_fit import check_tells_apart, checked_solver
+
+    with inputs.named_as_options(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come with the fit
+        chosen = checked_solver(scheduler, steps, solver, audition=True)
+        if decoupled:
+            check_tells_apart(scheduler, steps, chosen)
 
 
 def select(

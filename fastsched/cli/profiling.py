@@ -44,5 +44,6 @@ def profile(
         model, sizes = source.denoiser()
         arguments = {"shape": sizes}
     spending.say(f"about {2 * steps + 6}", dry_run)
-    found = fs.profile(model, steps=steps, trace=trace, **arguments)
+    with inputs.named_as_options():
+        found = fs.profile(model, steps=steps, trace=trace, **arguments)
     typer.echo(found.to_json() if as_json else str(found))

@@ -49,6 +49,13 @@ Prompts = Annotated[
     Optional[list[str]],
     typer.Option("--prompt", metavar="TEXT", help="Pipelines: a prompt; repeat the option for several."),
 ]
+Scheduler = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="CLASS",
+        help="Pipelines: a scheduler in place of the folder's, with its settings, as DPMSolverMultistepScheduler.",
+    ),
+]
 CallOptions = Annotated[
     Optional[list[str]],
     typer.Option(

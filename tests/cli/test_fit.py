@@ -101,6 +101,7 @@ def test_fit_takes_earlier_statistics_and_spends_no_measurement(folder, model, t
         (("-o", "a.json", "--stats", "SCHEDULE"), 2, "is a schedule, and statistics are needed"),
         (("-o", "a.json", "--prompt", "a cat"), 2, "prompt is for pipelines"),
         (("-o", "a.json", "--call", "x=1"), 2, "call is for pipelines"),
+        (("-o", "a.json", "--scheduler", "DDIMScheduler"), 2, "scheduler is for pipelines"),
         (("-o", "a.json", "--device", "cuda:99"), 2, "device is 'cuda:99'"),
         (("-o", "a.json", "--device", "gpu"), 2, "device must be one that PyTorch knows"),
         (("-o", "a.json", "--solver", "PLMS"), 2, "'ipndm' is the nearest solver"),

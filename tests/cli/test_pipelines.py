@@ -132,6 +132,66 @@ def test_a_prompt_and_guidance_reach_the_pipeline(text_folder, tmp_path):
     assert "did you mean 'guidance_scale'?" in result.stderr
 
 
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory):
+    """A folder whose scheduler adds noise, as that of diffusers' own DDPM pipelines."""
+    from pipelines import small_unet
+
+    path = tmp_path_factory.mktemp("pipelines") / "ddpm"
+    diffusers.DDPMPipeline(small_unet(), diffusers.DDPMScheduler(clip_sample=False)).save_pretrained(path)
+    return path
+
+
+def test_a_scheduler_that_cannot_be_fitted_is_refused_before_any_cost_is_said(noisy, tmp_path):
+    for dry in ((), ("--dry-run",)):
+        result = run("fit", noisy, "--steps", "4", "-q", "-o", tmp_path / "a.json", *dry)
+        assert result.exit_code == 2
+        assert len(result.stderr.splitlines()) == 1
+        assert one_line(result).endswith("change the scheduler: --scheduler DPMSolverMultistepScheduler")
+
+
+def test_another_scheduler_takes_the_place_of_the_folders(noisy, saved, tmp_path):
+    few = ("--levels", "10", "--samples", "1", "-q", "--scheduler", "DPMSolverMultistepScheduler")
+    pipe = diffusers.DDPMPipeline.from_pretrained(noisy)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    result = run("measure", noisy, *few, "-o", tmp_path / "s.safetensors")
+    assert result.exit_code == 0, result.stderr
+    expected = fs.diffusers.measure(pipe, levels=10, samples=1)
+    torch.testing.assert_close(fs.PathStatistics.load(tmp_path / "s.safetensors").gram, expected.gram)
+    result = run("fit", noisy, "--steps", "4", "--model-calls", "50", *few, "-o", tmp_path / "a.json")
+    assert result.exit_code == 0, result.stderr
+    assert fs.Schedule.load(tmp_path / "a.json") == fs.diffusers.fit(pipe, 4, levels=10, samples=1, model_calls=50)
+    result = run("compare", noisy, tmp_path / "a.json", "--samples", "2", "--reference-steps", "9", "-q", *few[-2:])
+    assert result.exit_code == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("DPMSolverMultistepSchedule", "did you mean 'DPMSolverMultistepScheduler'?"),
+        ("no", "name one such as DPMSolverMultistepScheduler"),
+        ("UNet2DModel", "scheduler must be a class of"),
+        ("FlowMatchEulerDiscreteScheduler", "is for another noise process or prediction than the network"),
+    ],
+)
+def test_a_scheduler_that_does_not_fit_the_folder_is_refused(noisy, tmp_path, name, message):
+    result = run("fit", noisy, "--steps", "4", "-q", "-o", tmp_path / "a.json", "--scheduler", name)
+    assert result.exit_code == 2
+    assert message in one_line(result)
+
+
+def test_a_missing_prompt_is_asked_for(text_folder, tmp_path):
+    few = ("--levels", "8", "--samples", "1", "-q", "-o")
+    for arguments in (
+        ("measure", *few, tmp_path / "s.safetensors"),
+        ("fit", "--steps", "3", *few, tmp_path / "a.json"),
+    ):
+        result = run(arguments[0], text_folder, *arguments[1:])
+        assert result.exit_code == 2
+        assert "Give --prompt TEXT." in one_line(result)
+
+
 @pytest.mark.parametrize(
     ("index", "message"),
     [
