@@ -77,6 +77,15 @@ class Edm(torch.nn.Module):
         return 0.01 * x  # almost nothing: EDM's c_skip alone is the denoiser of Gaussian data
 
 
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, z, s):
+        return self.weight * denoise(z, s)
+
+
 class Step:
     def zero_grad(self):
         pass
@@ -101,7 +110,8 @@ def names():
     """What the guides take as given, in small; ``measure`` follows few paths of whatever shape a guide says."""
     given = {"unet": epsilon, "alphas_cumprod": ALPHAS, "model": denoise, "net": Edm(), "velocity_model": velocity}
     weight = torch.ones(1, requires_grad=True)
-    given |= {"network": lambda z, s: weight * denoise(z, s), "loader": [torch.zeros(4, 1, 2, 2)], "optimizer": Step()}
+    given |= {"loader": [torch.zeros(4, 1, 2, 2)], "optimizer": Step(), "network": Network()}
+    given |= {"flow_network": lambda x, t: weight * velocity(x, 1 - t)}
     return {"fs": fs, "torch": torch, "shape": (4,), **given}
 
 
@@ -147,3 +157,12 @@ def test_every_page_with_code_is_run():
     with_code = {path.name for path in DOCS.glob("*.md") if BLOCK.search(path.read_text(encoding="utf-8"))}
     # shell.md shows a file of the reader's own, which the tests of the shell stand in for
     assert with_code - ELSEWHERE - {"shell.md", "gallery.md", "comfyui.md"} == {*GUIDES, "large_models.md"}
+
+
+def test_levels_for_training_are_drawn_where_the_data_are():
+    """On the CPU, where the guides are run, a level drawn elsewhere would go unseen."""
+    texts = [(DOCS / page).read_text(encoding="utf-8") for page in ("training.md", "gallery.md")]
+    for text in [*texts, fs.AdaptiveSchedule.__doc__]:
+        drawn = re.findall(r"adaptive\.draw\(len\(clean\)(.*?)\)", text)
+        assert drawn
+        assert set(drawn) == {", device=clean.device"}

@@ -26,9 +26,9 @@ class AdaptiveSchedule:
 
         >>> adaptive = fs.AdaptiveSchedule(fs.baselines.karras(32, 0.002, 80.0)[:-1])
         >>> for clean in loader:
-        >>>     s = adaptive.draw(len(clean))                     # train on clean + s * noise
+        >>>     s = adaptive.draw(len(clean), device=clean.device)  # train on clean + s * noise
         >>>     ...
-        >>>     adaptive.observe_denoiser(denoise, clean)         # denoise(z, s) -> x0
+        >>>     adaptive.observe_denoiser(denoise, clean)  # denoise(z, s) -> x0
         >>>     adaptive.update()
 
     **Gradient accumulation**: observe every micro-batch, update once per optimiser step. **torch.distributed**: call
