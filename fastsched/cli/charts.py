@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastsched import plot
-from fastsched.cli.report_data import Measured, band, karras_error
+from fastsched.cli.report_data import Measured, band, karras_error, shown_errors
 from fastsched.costs.step_cost import error_weight
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.statistics import PathStatistics
@@ -45,17 +45,18 @@ def errors(
     stats: PathStatistics, curves: Sequence[ErrorCurve], schedules: Mapping[str, Schedule], measured: Sequence[Measured]
 ) -> str:
     """Predicted errors over steps, a band around each curve; karras, and what was measured."""
+    known = {(each.name, each.solver, each.steps) for each in measured}  # rather than what a fit saw of itself
     points = [
         Measured(name, each.solver, each.steps, each.measured_error)
         for name, each in schedules.items()
-        if each.measured_error
+        if each.measured_error and (name, each.solver, each.steps) not in known
     ]
     figure, axes = _axes(HEIGHT + 0.2 * (len(curves) + len(points) + len(measured)))
     colours = _colours()
     for curve in curves:
         low, high = band(stats, curve)
         (line,) = axes.plot(
-            curve.steps, curve.predicted_errors, "o-", color=next(colours), markersize=4, label=curve.solver
+            curve.steps, shown_errors(stats, curve), "o-", color=next(colours), markersize=4, label=curve.solver
         )
         axes.fill_between(curve.steps, low, high, color=line.get_color(), alpha=0.16, linewidth=0)
     reference = "dpmpp_2m" if "dpmpp_2m" in [curve.solver for curve in curves] else curves[0].solver

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastsched.costs.prediction import predict_error
 from fastsched.measurement.statistics import PathStatistics
+from fastsched.metrics import geometric_mean, rounding_floor
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED
 from fastsched.selection.planning import SAFETY, ErrorCurve, target_error
@@ -30,22 +32,34 @@ class Measured:
     error: float
 
 
+def rounding(stats: PathStatistics) -> float:
+    """The error that float32's rounding of the ends makes; smaller ones cannot be told from 0."""
+    return max(geometric_mean(rounding_floor(stats.ends)), sys.float_info.min)
+
+
+def shown_errors(stats: PathStatistics, curve: ErrorCurve) -> list[float]:
+    """The predicted errors of a curve; those below `rounding` as that."""
+    return [max(error, rounding(stats)) for error in curve.predicted_errors]
+
+
 def band(stats: PathStatistics, curve: ErrorCurve) -> tuple[list[float], list[float]]:
     """Predicted errors one standard deviation lower and higher, on a logarithmic scale, for each number of steps.
 
     Two parts add up in squares: the scatter of predictions over denoisers (`SCATTER`), and the jackknife over the
     measured samples with the schedules held fixed, ``se^2 = (B - 1)/B sum_b (theta_b - mean theta)^2`` with ``theta_b``
-    the logarithm of the error without sample b. With one sample there is only the first.
+    the logarithm of the error without sample b. With one sample there is only the first. Errors below `rounding` count
+    as that.
     """
+    floor = rounding(stats)
     spreads = [math.log(SCATTER) ** 2] * len(curve.steps)
     count = stats.samples
     if count > 1:
         parts = [stats.select([b for b in range(count) if b != left_out]) for left_out in range(count)]
         for n, schedule in enumerate(curve.schedules):
-            logs = [math.log(max(predict_error(part, schedule, curve.solver), 1e-300)) for part in parts]
+            logs = [math.log(max(predict_error(part, schedule, curve.solver), floor)) for part in parts]
             mean = sum(logs) / count
             spreads[n] += (count - 1) / count * sum((value - mean) ** 2 for value in logs)
-    pairs = [(error, math.exp(math.sqrt(x))) for error, x in zip(curve.predicted_errors, spreads, strict=True)]
+    pairs = [(error, math.exp(math.sqrt(x))) for error, x in zip(shown_errors(stats, curve), spreads, strict=True)]
     return [error / factor for error, factor in pairs], [error * factor for error, factor in pairs]
 
 

@@ -150,6 +150,30 @@ def test_bands_add_the_scatter_and_the_jackknife(folder):
     assert alone[1][0] / curve.predicted_errors[0] == pytest.approx(1.3)
 
 
+def test_a_curve_that_reaches_0_is_drawn_down_to_rounding(tmp_path):
+    """Of Gaussian data with the exact denoiser: some samples are predicted without an error, others are not."""
+    denoiser = fs.Denoiser.from_denoiser(lambda z, s: z / (1 + s.reshape(-1, 1) ** 2), 0.01, 20.0)
+    stats = fs.measure(denoiser, (5,), samples=4, progress=False)
+    curve = fs.error_curve(stats, "fitted", 8)
+    assert min(curve.predicted_errors) < 1e-200
+    low, high = report_data.band(stats, curve)
+    assert max(high[-1] / low[-1], high[4] / low[4]) < 100
+    assert high[-1] > report_data.rounding(stats) > 1e-15
+    stats.save(tmp_path / "s.safetensors")
+    options = ("--solver", "fitted", "--max-steps", "8", "-q", "-o", tmp_path / "r.html")
+    result = run("report", tmp_path / "s.safetensors", *options)
+    assert result.exit_code == 0, result.stderr
+
+
+def test_an_error_in_a_table_takes_the_place_of_the_schedules_own(page, folder, tmp_path):
+    schedule = page.parent / "run <b>.json"
+    (tmp_path / "errors.csv").write_text("name,solver,steps,typical_error\nrun <b>,ddim,4,0.02\n")
+    options = ("--solver", "ddim", "--max-steps", "4", "--errors", tmp_path / "errors.csv", "-q")
+    result = run("report", folder / "s.safetensors", schedule, "-o", tmp_path / "r.html", *options)
+    assert result.exit_code == 0, result.stderr
+    assert " ".join(parsed(tmp_path / "r.html").text).count("run <b> (ddim), measured") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
