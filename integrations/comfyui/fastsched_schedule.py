@@ -130,7 +130,11 @@ def read_bytes(file):
         ValueError: If it is outside the folder, not a regular file, or too large.
     """
     path = find(file)
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise FileNotFoundError(f"No such file: {file!r} was looked for at {path}; move the schedule there") from None
+    if not stat.S_ISREG(mode):
         raise ValueError(f"file must be a regular file, got {file!r}")
     # The path may have become a pipe or a link since then, so it is opened without blocking and checked again.
     flags = os.O_RDONLY

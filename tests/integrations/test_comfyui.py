@@ -188,6 +188,8 @@ def test_the_node_reads_only_regular_files_of_the_input_folder(node, folder, tmp
             assert reason in message
             assert math.isnan(node.FastschedScheduleLoader.IS_CHANGED(file))
     validate = node.FastschedScheduleLoader.VALIDATE_INPUTS
+    assert validate("missing.json").startswith("No such file: 'missing.json' was looked for at ")
+    assert str(folder / "missing.json") in validate("missing.json")
     assert validate("../outside.json").replace("outside", "missing") == validate("../missing.json")
 
 
