@@ -112,6 +112,7 @@ def names():
     weight = torch.ones(1, requires_grad=True)
     given |= {"loader": [torch.zeros(4, 1, 2, 2)], "optimizer": Step(), "network": Network()}
     given |= {"flow_network": lambda x, t: weight * velocity(x, 1 - t)}
+    given |= {"mlp": lambda xt: velocity(xt[:, :-1], xt[:, -1]), "unet_model": lambda t, x: velocity(x, t)}
     return {"fs": fs, "torch": torch, "shape": (4,), **given}
 
 
@@ -122,6 +123,14 @@ GUIDES = ["index.md", "start.md", "choosing.md", "k_diffusion.md", "flow_matchin
 @pytest.mark.parametrize("page", [*GUIDES, "large_models.md"])
 def test_the_code_of_a_guide_runs(page, tmp_path, monkeypatch):
     run_guide(page, tmp_path, monkeypatch, installed)
+
+
+def test_the_wrappers_of_torchcfms_networks_take_one_time_or_one_a_sample(tmp_path, monkeypatch):
+    found = run_guide("flow_matching.md", tmp_path, monkeypatch, lambda library: False)
+    x, t = torch.randn(3, 2), torch.tensor([0.1, 0.5, 0.9])
+    for name in ("of_mlp", "of_unet"):
+        assert torch.equal(found[name](x, t), velocity(x, t))
+        assert torch.equal(found[name](x, t[1]), velocity(x, t[1].expand(3)))
 
 
 @pytest.mark.parametrize("page", ["flow_matching.md", "k_diffusion.md"])
@@ -151,6 +160,7 @@ def run_guide(page, tmp_path, monkeypatch, has):
     for code in blocks(page):
         if all(map(has, imported(code))):
             exec(compile(code, page, "exec"), given)
+    return given
 
 
 def test_every_page_with_code_is_run():

@@ -128,7 +128,7 @@ def fit(
     ] = None,
     shape: shell.Shape = None,
     stats: Annotated[
-        Optional[Path], typer.Option(help="Statistics of this model, instead of a new measurement.")
+        Optional[Path], typer.Option(help="Statistics of this model; a denoiser's paths are followed once more.")
     ] = None,
     levels: Annotated[
         Optional[int], typer.Option(help="Number of noise levels.  [default: by the calls]", min=3)
