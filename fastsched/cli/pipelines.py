@@ -78,7 +78,7 @@ def _sampled(pipe: Any, schedule: Schedule | None, steps: int, seed: int, argume
     with attributes_set(pipe, scheduler=pipe.scheduler):
         if schedule is not None:
             pipe.scheduler, _ = applied(schedule, pipe.scheduler)  # as rounded as the pipeline would have it
-        result = call(pipe, steps, arguments, seed)  # without a generator given it draws from torch's own
+        result = call(pipe, steps, arguments, seed=seed)  # without a generator given it draws from torch's own
     # Outputs of diffusers hold the samples as their first entry, whatever its name: images, frames, ...
     images = result if isinstance(result, Tensor) else result[0]
     if isinstance(images, np.ndarray):
