@@ -365,7 +365,8 @@ class _NetworkState:
         self._weights = [(kind, key) for kind in kinds for key in kind if isinstance(kind[key], Tensor)]
         tensors = [kind[key].detach() for kind, key in self._weights]
         values = [each for each in tensors if each.is_floating_point() and each.numel()]
-        moved = any(hasattr(part, hook) for part in parts for hook in ("_hf_hook", "_diffusers_hook"))
+        hooks = (getattr(vars(part).get("_diffusers_hook"), "hooks", None) for part in parts)  # empty where none is set
+        moved = any(hooks) or any(hasattr(part, "_hf_hook") for part in parts)
         usual = all(type(each) is Tensor and each.device == values[0].device for each in values)
         self._watched = bool(values) and usual and not moved and values[0].device.type != "meta"
         self._elements: dict[torch.dtype, list[Tensor]] = {}

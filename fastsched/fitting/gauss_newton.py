@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastsched.costs.norms import Array
-from fastsched.costs.prediction import PENALTY
 from fastsched.costs.surrogate import Outcome
 from fastsched.fitting.neighbourhood import Neighbourhood
 from fastsched.metrics import EXPONENT
@@ -73,6 +72,6 @@ def quadratic(near: Neighbourhood, x: Array, free: NDArray[np.intp]) -> tuple[Ar
     products = jacobian @ np.einsum("b,bvu->vu", weights, near.norms.gram)
     change = (found.deviations[1:] - deviations) / DIFFERENCE  # [P, evaluations, V]
     flat = lambda vectors: vectors.reshape(*vectors.shape[:-2], -1)
-    scaled = PENALTY**2 * float(weights @ near.norms.size) * flat(change @ near.norms.metric)
+    scaled = near.penalty**2 * float(weights @ near.norms.size) * flat(change @ near.norms.metric)
     gradient = products @ error + scaled @ flat(deviations)
     return gradient, products @ jacobian.T + scaled @ flat(change).T

@@ -25,7 +25,7 @@ import torch
 
 from fastsched.costs.fitted_weights import rollouts
 from fastsched.costs.norms import Array, Norms
-from fastsched.costs.prediction import squared_errors
+from fastsched.costs.prediction import PENALTY, squared_errors
 from fastsched.costs.secants import Secants
 from fastsched.costs.surrogate import Outcome, Surrogate
 from fastsched.denoisers.noise import NoiseProcess
@@ -62,6 +62,7 @@ class Neighbourhood:
         others: Parameters of the other runs, [M, P].
         errors: Which of the vectors are their errors, [M].
         least: A squared error that is rounding.
+        penalty: Weight of deviations that no secant explains.
     """
 
     surrogate: Surrogate
@@ -75,6 +76,7 @@ class Neighbourhood:
     others: Array
     errors: Sequence[int]
     least: float
+    penalty: float = PENALTY
 
     @property
     def inner(self) -> int:
@@ -138,7 +140,7 @@ class Neighbourhood:
 
     def squared_errors(self, outcome: Outcome) -> Array:
         """``q_b`` (`fastsched.costs.prediction`) of C outcomes, none below rounding, [C, B]."""
-        return np.maximum(squared_errors(self.norms, outcome), self.least)
+        return np.maximum(squared_errors(self.norms, outcome, self.penalty), self.least)
 
     def predicted(self, x: Array) -> Array:
         """The predicted errors of C parameters [C, P], [C]; ``inf`` where levels are not apart."""

@@ -192,7 +192,7 @@ def measured_levels(denoiser: Denoiser, levels: int | Tensor) -> Tensor:
         return denoiser.levels(validate.positive_int("levels", levels, minimum=3))
     s = denoiser.process.nearest(validate.descending_sigmas("levels", levels))  # others, a network may not know
     if not bool((s[1:] < s[:-1]).all()):
-        raise ValueError("levels must be at different timesteps of a network that knows whole ones only")
+        raise ValueError("levels must be at different integer timesteps, as this network knows no others")
     if len(s) < 3 or float(s[-1]) <= 0:
         raise ValueError("levels must be at least three positive noise levels; sigma 0 is added as the end")
     if far_outside(denoiser.process, s):

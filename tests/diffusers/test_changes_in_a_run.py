@@ -153,3 +153,17 @@ def test_weights_that_a_callback_changes_and_changes_back_are_noticed(name):
     on_step = in_a_window(CHANGES[name])
     with pytest.raises(ValueError, match=r"unet\.(weights|settings)\S* was different from that at the first step"):
         measured(pipe, on_step=lambda i, output: on_step(pipe.unet, i, output))
+
+
+def test_weights_of_a_network_with_cache_contexts_are_watched():
+    """Pipelines that name a context for caches (Wan) leave an empty registry of hooks on the network."""
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.wan(diffusers.FlowMatchEulerDiscreteScheduler()))
+
+    def changed(pipe, step, timestep, kwargs):
+        with torch.no_grad():
+            next(pipe.transformer.parameters()).mul_(1.1 if step == 4 else 1.0)
+        return {}
+
+    with pytest.raises(ValueError, match=r"transformer\.weights\S* was different from that at the first step"):
+        measured(pipe, callback_on_step_end=changed, **call)

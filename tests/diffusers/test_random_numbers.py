@@ -112,6 +112,6 @@ def test_a_fit_within_a_callback_of_another_ends():
 def test_a_call_has_the_seed_that_it_is_given():
     pipe = drawing_pipeline()
     for seed in (0, 0, 7):
-        call(pipe, 3, {"conditioning": 1.0}, seed)
+        call(pipe, 3, {"conditioning": 1.0}, seed=seed)
     assert torch.equal(pipe.draws[0], pipe.draws[1])
     assert not torch.equal(pipe.draws[0], pipe.draws[2])

@@ -283,5 +283,5 @@ def test_levels_of_whole_timesteps_are_those_of_the_table():
     known = denoiser.levels(12)
     stats = measure(denoiser, levels=known * 1.01, samples=2, checks=False)
     torch.testing.assert_close(stats.s, known, rtol=1e-12, atol=0.0)
-    with pytest.raises(ValueError, match="levels must be at different timesteps"):
+    with pytest.raises(ValueError, match="levels must be at different integer timesteps"):
         measure(denoiser, levels=torch.tensor([1.0, 0.999, 0.5, 0.1], dtype=torch.float64))
