@@ -19,6 +19,7 @@ class Linear:
     d: np.ndarray
     change: np.ndarray  # [P, V]
     norms: Norms
+    penalty: float = 0.7
 
     @classmethod
     def drawn(cls, parameters, vectors, samples, deviations=1.0):
@@ -33,7 +34,7 @@ class Linear:
         return Outcome(self.e + x @ self.jacobian, (self.d + x @ self.change)[:, None])
 
     def squared_errors(self, outcome):
-        return squared_errors(self.norms, outcome)
+        return squared_errors(self.norms, outcome, self.penalty)
 
     def predicted(self, x):
         return power_mean(self.squared_errors(self.outcome(x)))
