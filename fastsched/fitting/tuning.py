@@ -43,8 +43,8 @@ REACH, GROWTH, SHRINKAGE, MOST_REACH, LEAST_REACH = 0.5, 1.3, 0.5, 0.8, 0.02
 #: Where no call is left for another run, the fitted solver's schedule goes this far of the way to the least predicted
 #: error within this reach, where deviations that no secant explains have this weight, more than elsewhere. Over seven
 #: networks, 5 and 8 steps and five seeds its typical error with 100 calls was then 0.71 of that of the schedule that
-#: was run, and the mean error 0.85; with the usual weight 0.76 and 0.88, and on flow images no gain. Where calls are left,
-#: a last schedule that is not run gained less than 5%.
+#: was run, and the mean error 0.85; with the usual weight 0.76 and 0.88, and on flow images no gain. Where calls are
+#: left, a last schedule that is not run gained less than 5%.
 LAST_REACH, LAST_SHARE, LAST_PENALTY = 0.03, 0.8, 0.9
 
 #: How far the first run with decoupled levels moves what the network is told, in ``log s``;

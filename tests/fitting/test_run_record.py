@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import warnings
 
 import numpy as np
@@ -8,8 +7,6 @@ import torch
 from models import exact_denoiser, mixture
 
 import fastsched as fs
-import fastsched.fitting.neighbourhood
-from fastsched.costs.prediction import squared_errors
 from fastsched.fitting.rollouts import RecordingDenoiser, Rollout
 from fastsched.fitting.run_record import RunRecord
 from fastsched.sampling.fitted import chosen_solver
@@ -21,8 +18,9 @@ DENOISER = exact_denoiser(mixture(d=4), 0.01, 40.0)
 @pytest.fixture
 def no_penalty(monkeypatch):
     """Predictions of the error alone."""
+    near = RunRecord.near
     monkeypatch.setattr(
-        fastsched.fitting.neighbourhood, "squared_errors", functools.partial(squared_errors, penalty=0.0)
+        RunRecord, "near", lambda record, anchor: dataclasses.replace(near(record, anchor), penalty=0.0)
     )
 
 
