@@ -15,15 +15,6 @@ from fastsched.sampling.random_streams import noise_of
 DENOISER = exact_denoiser(mixture(d=4), 0.01, 40.0)
 
 
-@pytest.fixture
-def no_penalty(monkeypatch):
-    """Predictions of the error alone."""
-    near = RunRecord.near
-    monkeypatch.setattr(
-        RunRecord, "near", lambda record, anchor: dataclasses.replace(near(record, anchor), penalty=0.0)
-    )
-
-
 def measure(denoiser=DENOISER, levels=24):
     return fs.measure(denoiser, (4,), levels=levels, samples=6, keep_increments=True, checks=False, progress=False)
 
@@ -47,15 +38,15 @@ def record_of(stats, schedules, denoiser=DENOISER, answers=True):
 
 
 def predicted(record, anchor, trial):
-    """``q_b`` of a run as predicted from another."""
-    near = record.near(anchor)
+    """``q_b`` of a run as predicted from another, without a penalty."""
+    near = dataclasses.replace(record.near(anchor), penalty=0.0)
     row, column = np.tril_indices(len(trial.levels) - 1, -1)
     weights = [] if trial.weights is None else trial.weights[row, column]
     return near.squared_errors(near.outcome(np.concatenate([np.log(trial.levels[1:-1]), weights])[None]))[0]
 
 
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "unipc", "heun", "fitted"])
-def test_a_run_predicts_itself(stats, no_penalty, solver):
+def test_a_run_predicts_itself(stats, solver):
     record = record_of(stats, [fs.optimal_schedule(stats, 5, solver)])
     # an error of size 1e-2 in float32 vectors of size 10, squared
     np.testing.assert_allclose(
@@ -63,8 +54,10 @@ def test_a_run_predicts_itself(stats, no_penalty, solver):
     )
 
 
-def test_answers_make_predictions_of_other_runs_better(stats, no_penalty):
-    """Of schedules among those that ran, from any of them; the ends alone leave the measurement's own secants."""
+def test_answers_make_predictions_of_other_runs_better():
+    """Of schedules among those that ran, from any of them; without responses the ends alone tell nothing of answers."""
+    options = {"levels": 24, "samples": 6, "responses": False, "keep_increments": True}
+    stats = fs.measure(DENOISER, (4,), **options, checks=False, progress=False)
     start = fs.optimal_schedule(stats, 6)
     schedules = [start, *fs.tune(DENOISER, stats, start, trials=4, progress=False).trials[1:]]
 
@@ -81,7 +74,7 @@ def test_answers_make_predictions_of_other_runs_better(stats, no_penalty):
     assert off(True) < 0.7 * off(False)
 
 
-def test_two_stage_solvers_from_pure_noise_are_learned_from(no_penalty):
+def test_two_stage_solvers_from_pure_noise_are_learned_from():
     """Their first step makes one call: fewer evaluations than steps elsewhere."""
     betas = torch.linspace(0.999, 0.0, 60, dtype=torch.float64)
     denoiser = fs.Denoiser.from_v(lambda x, t: 0.1 * x, betas)
@@ -91,7 +84,7 @@ def test_two_stage_solvers_from_pure_noise_are_learned_from(no_penalty):
     np.testing.assert_allclose(predicted(record, 0, record.trials[0]), record.trials[0].errors.numpy(), rtol=1e-3)
 
 
-def test_samples_that_are_hit_exactly_leave_the_rest_predictable(stats, no_penalty):
+def test_samples_that_are_hit_exactly_leave_the_rest_predictable(stats):
     """Their error counts as what rounding makes of it, in what is learned from a run too."""
     start = fs.Schedule(fs.baselines.karras(6, 0.01, 40.0, spare_last=True), "dpmpp_2m")
     rollout = rollout_of(start, stats)
