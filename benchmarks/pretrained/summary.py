@@ -167,8 +167,7 @@ metric, the distance from a straight line, says little; its other metric does.
 
 Tables of the fitted solver set it against the best of the stock solvers with as many model calls: under their own
 `fs.fit`, and under the best common schedule (karras, exponential, the repository's own time steps). *fs.fit in 100
-calls* counts its measurement among these; it has two samples, so seeds differ: on rgb64-eps seeds 0, 1 and 2 gave 84,
-86 and 100 at 5 calls, and 10.4, 14.7 and 11.7 at 8, on the same noises.
+calls* counts its measurement among these; it has two samples, so seeds differ.
 
 ![Samples of rgb64-eps at 5 calls of dpmpp_2m under six schedules, and of the fitted solver](pretrained_rgb64-eps.png)
 
