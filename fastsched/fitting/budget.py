@@ -13,7 +13,7 @@ three seeds, against that of 1,500 (``benchmarks.quality.cost_curve``):
 calls  fitted
 =====  ======
 60     5.6
-100    3.9
+100    2.7
 200    2.5
 300    2.0
 400    1.6
