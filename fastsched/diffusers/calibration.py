@@ -326,13 +326,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
 
     def measured_levels(self, levels: int | Tensor) -> Tensor:
         """The levels of a measurement at so many, or at these; classes with integer timesteps have only theirs."""
-        s = measured_levels(self.convention.denoiser, levels)
-        if not isinstance(levels, Tensor) or not self.convention.integer:
-            return s
-        nearest = self.convention.levels(self.convention.timesteps(s).round())
-        if bool((nearest[1:] >= nearest[:-1]).any()):
-            raise ValueError("levels must be at different integer timesteps, as this scheduler's class needs them")
-        return nearest
+        return measured_levels(self.convention.denoiser, levels)
 
     def _next(self, output: Tensor, sample: Tensor) -> Tensor:
         if self._index == 0:

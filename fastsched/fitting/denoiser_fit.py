@@ -63,7 +63,7 @@ def fit(
 
     `fastsched.fitting.budget` divides the calls between the measurement and the runs that rank candidates and tune.
     Between 400 and 1,500 calls, samples of at most four elements are measured without responses, and about twice as
-    many.
+    many where ``samples`` is None.
 
     Args:
         denoiser: What to schedule.

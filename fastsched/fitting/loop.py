@@ -72,7 +72,8 @@ def fit_by_running(
         candidates: Names and schedules, the most promising first; only as many are made as the calls allow.
         calls: Network evaluations of one sample in a run.
         model_calls: The most to spend, counted per sample. Where it does not suffice for one run of all samples, the
-            schedule is that of `fastsched.optimal_schedule`.
+            schedule is that of `fastsched.optimal_schedule`; where it does for one alone, a fitted solver's is moved by
+            what that tells, and not run again.
         decoupled: Whether tuning may tell the network other levels than the states'.
 
     Raises:
@@ -106,8 +107,8 @@ def _fitted(
     if steps == 1 or stats.increments is None:
         return FitReport(audition.winner, stats, audition)
     if trials < 1:
-        unchanged = audition.winner.weights is None or audition.winner.network_sigmas is not None
-        last = audition.winner if unchanged else moved_once(stats, audition.complete(stats.samples))
+        fitted = audition.winner.weights is not None
+        last = moved_once(stats, audition.complete(stats.samples)) if fitted else audition.winner
         return FitReport(last, stats, audition)
     tuning = tuned(run, stats, audition.complete(stats.samples), trials, calls, decoupled=decoupled)
     return FitReport(tuning.schedule, stats, audition, tuning)

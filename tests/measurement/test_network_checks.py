@@ -11,7 +11,6 @@ from torch import nn
 
 import fastsched as fs
 from benchmarks.quality.models import MODELS
-from fastsched.denoisers.network_state import modules_of, unchanged_buffers
 from fastsched.measurement.network_checks import check_network
 
 #: Structured data, as real data are: in 64 dimensions and near a few points of them.
@@ -367,63 +366,3 @@ def test_the_checks_are_counted_and_cost_less_than_one_percent_of_a_default_meas
 def test_a_constant_answer_is_doubtful():
     with pytest.warns(UserWarning, match="the same to every question"):
         fs.measure(fs.Denoiser.from_denoiser(lambda z, s: 0 * z, 0.01, 20.0), (5,), levels=12, progress=False)
-
-
-def test_buffers_are_put_back():
-    class Counting(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("calls", torch.zeros(()))
-
-        def forward(self, z, s):
-            self.calls += 1
-            return 0.1 * z
-
-    net = Counting()
-    with unchanged_buffers(lambda z, s: net(z, s)):
-        net(torch.ones(1), None)
-    assert float(net.calls) == 0
-    assert modules_of(net.forward) == [net]
-    fs.measure(fs.Denoiser.from_denoiser(net, 0.01, 10.0), (3,), levels=8, samples=1, progress=False)
-    assert float(net.calls) == 0
-
-
-@pytest.mark.parametrize(("data", "other"), [(0.25, 0.5), (0.5, 0.8)])
-def test_networks_that_predict_the_noise_are_told_apart(tmp_path, data, other):
-    table = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
-    one, two = (exact_denoisers(fs.oracles.Gaussian(std, (64,)), table)["epsilon"] for std in (data, other))
-    options = {"levels": 16, "samples": 2, "progress": False}
-    stats = fs.measure(one, (64,), **options)
-    with pytest.raises(ValueError, match="another network"):
-        stats.merge(fs.measure(two, (64,), seed=1, **options))
-    with pytest.raises(ValueError, match="another network"):
-        fs.audition(two, stats, 4, progress=False)
-    assert stats.merge(fs.measure(one, (64,), seed=1, **options)).samples == 4
-
-
-def test_one_network_read_otherwise_is_another_measurement(tmp_path):
-    file, table = tmp_path / "v.safetensors", vp_table()
-    network = exact_denoisers(fs.oracles.Gaussian(0.5, (64,)), table)["v"].network
-    options = {"levels": 16, "samples": 2, "progress": False}
-    stats = fs.measure(fs.Denoiser.from_v(network, table), (64,), checkpoint=file, **options)
-    corrected = fs.Denoiser.from_epsilon(network, table)
-    with pytest.raises(ValueError, match="the network is another one"):
-        fs.measure(corrected, (64,), checkpoint=file, checks=False, **options)
-    with pytest.raises(ValueError, match="read or rounded otherwise"):
-        fs.fit(corrected, (64,), 4, stats=stats, progress=False)
-    earlier = replace(stats, fingerprint=stats.fingerprint[:16])  # as files had it: of the network alone
-    assert fs.fit(corrected, (64,), 4, stats=earlier, model_calls=40, progress=False).steps == 4
-
-
-def test_buffers_elsewhere_are_left_alone():
-    class Offloaded(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("far", torch.empty(3, device="meta"))
-            self.weight = nn.Parameter(torch.empty(3, device="meta"))
-
-        def forward(self, z, s):
-            return z / (1 + s.reshape(-1, 1) ** 2)
-
-    denoiser = fs.Denoiser.from_denoiser(Offloaded(), 0.01, 20.0)
-    assert fs.measure(denoiser, (16,), levels=8, samples=2, progress=False).samples == 2

@@ -1,0 +1,36 @@
+"""Networks, and readings of one, are told apart by their answers to one question."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from models import exact_denoisers, vp_table
+
+import fastsched as fs
+
+
+@pytest.mark.parametrize(("data", "other"), [(0.25, 0.5), (0.5, 0.8)])
+def test_networks_that_predict_the_noise_are_told_apart(data, other):
+    table = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    one, two = (exact_denoisers(fs.oracles.Gaussian(std, (64,)), table)["epsilon"] for std in (data, other))
+    options = {"levels": 16, "samples": 2, "progress": False}
+    stats = fs.measure(one, (64,), **options)
+    with pytest.raises(ValueError, match="another network"):
+        stats.merge(fs.measure(two, (64,), seed=1, **options))
+    with pytest.raises(ValueError, match="another network"):
+        fs.audition(two, stats, 4, progress=False)
+    assert stats.merge(fs.measure(one, (64,), seed=1, **options)).samples == 4
+
+
+def test_one_network_read_otherwise_is_another_measurement(tmp_path):
+    file, table = tmp_path / "v.safetensors", vp_table()
+    network = exact_denoisers(fs.oracles.Gaussian(0.5, (64,)), table)["v"].network
+    options = {"levels": 16, "samples": 2, "progress": False}
+    stats = fs.measure(fs.Denoiser.from_v(network, table), (64,), checkpoint=file, **options)
+    corrected = fs.Denoiser.from_epsilon(network, table)
+    with pytest.raises(ValueError, match="the network is another one"):
+        fs.measure(corrected, (64,), checkpoint=file, checks=False, **options)
+    with pytest.raises(ValueError, match="read or rounded otherwise"):
+        fs.fit(corrected, (64,), 4, stats=stats, progress=False)
+    earlier = replace(stats, fingerprint=stats.fingerprint[:16])  # as files had it: of the network alone
+    assert fs.fit(corrected, (64,), 4, stats=earlier, model_calls=40, progress=False).steps == 4
