@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastsched as fs
 from benchmarks.pretrained.networks import Network, builders, find_zoo
-from benchmarks.pretrained.run import FITTED_METHODS, LARGE, METHODS, Plan, ways
+from benchmarks.pretrained.run import FITTED_METHODS, METHODS, Plan, plan_of, ways
 from benchmarks.pretrained.summary import DOCS
 from benchmarks.quality import glossary
 from benchmarks.quality.choosing import Choosers
@@ -90,7 +90,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="folder with zoo.py in it or beside it")
     parser.add_argument("--network", required=True)
-    parser.add_argument("--large", action="store_true", help="a slow network: a cheaper converged run")
     parser.add_argument("--solver", default="dpmpp_2m")
     parser.add_argument("--calls", type=int, default=5)
     parser.add_argument("--columns", type=int, default=8)
@@ -102,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     network = builders(find_zoo(args.weights))[args.network]()
-    plan = LARGE if args.large else Plan()
+    plan = plan_of(network)
     shown = [*((args.solver, method) for method in args.methods), *((FITTED, method) for method in args.fitted)]
     rows = rows_of(network, shown, args.calls, args.columns, plan)
     path = args.output or DOCS / f"pretrained_{args.network}.png"

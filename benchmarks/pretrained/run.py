@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +80,10 @@ class Plan:
     left_out: tuple[str, ...] = ()
 
 
-#: For a network of 0.2 s a call: fewer noises, and a converged run of 80 steps by a third-order solver.
+#: Seconds for one sample, from which on a network is judged by `LARGE`.
+SLOW = 0.05
+
+#: For slow networks: fewer noises, and a converged run of 80 steps by a third-order solver.
 LARGE = Plan(
     calls=(5, 8),
     samples=16,
@@ -87,6 +91,17 @@ LARGE = Plan(
     effort=Effort(paper=2, gits=4),
     left_out=("gits_tuned", "oss"),
 )
+
+
+def plan_of(network: Network) -> Plan:
+    """`LARGE` for a network that takes longer than `SLOW`, else the usual plan."""
+    x, s = torch.zeros(1, *network.shape), network.denoiser.process.s_max
+    seconds = []
+    for _ in range(3):  # the first calls make what later ones reuse
+        start = time.perf_counter()
+        network.denoiser.denoise(x, s)
+        seconds.append(time.perf_counter() - start)
+    return LARGE if min(seconds) > SLOW else Plan()
 
 
 def missing(
@@ -131,7 +146,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--zoo", type=Path, default=None, help="another file that defines ZOO")
     parser.add_argument("--networks", nargs="*", default=None, metavar="name", help=f"default: {' '.join(NETWORKS)}")
     parser.add_argument(
-        "--large", nargs="*", default=[], metavar="name", help="slow networks: 16 noises, 5 and 8 calls"
+        "--large", nargs="*", default=[], metavar="name", help="judged as slow networks are: 16 noises, 5 and 8 calls"
     )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS, help="run only these")
@@ -140,8 +155,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def plans(args: argparse.Namespace, available: Sequence[str]) -> dict[str, Plan]:
-    """How each network that was asked for is judged.
+def asked_for(args: argparse.Namespace, available: Sequence[str]) -> list[str]:
+    """Names of the networks to judge.
 
     Raises:
         ValueError: If the zoo lacks one.
@@ -151,7 +166,7 @@ def plans(args: argparse.Namespace, available: Sequence[str]) -> dict[str, Plan]
     unknown = sorted({*named, *args.large} - set(available))
     if unknown:
         raise ValueError(f"networks must be among {', '.join(available)}, got {', '.join(unknown)}")
-    return dict.fromkeys(named, Plan()) | dict.fromkeys(args.large, LARGE)
+    return list(dict.fromkeys([*named, *args.large]))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -162,8 +177,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     table.write(args.output, kept)
     done = {tuple(str(row[name]) for name in table.KEY) for row in kept}
     commit = environment()["commit"]
-    for name, plan in plans(args, list(zoo)).items():
+    for name in asked_for(args, list(zoo)):
         network = zoo[name]()
+        plan = LARGE if name in args.large else plan_of(network)
         for seed in args.seeds:
             for row in rows_of(name, network, plan, seed, missing(name, plan, seed, args.methods, done)):
                 table.append(args.output, [row | {"commit": commit}])

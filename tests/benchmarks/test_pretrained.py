@@ -1,8 +1,10 @@
 import dataclasses
+import time
 
 import pytest
 import torch
 
+import fastsched as fs
 from benchmarks.pretrained import networks, pictures, run, summary
 from benchmarks.quality import table
 
@@ -87,9 +89,21 @@ def test_a_network_is_judged_summarised_and_not_run_again(weights, tmp_path, mon
     assert "| fitted solver | calls |" in page
 
 
+def test_slow_networks_are_judged_on_fewer_noises(weights):
+    network = networks.builders(networks.find_zoo(weights))["mixture"]()
+    assert run.plan_of(network) == run.Plan()
+
+    def slow(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        time.sleep(2 * run.SLOW)
+        return x
+
+    waiting = networks.Network(fs.Denoiser.from_denoiser(slow, 0.01, 10.0), (2,), network.native)
+    assert run.plan_of(waiting) is run.LARGE
+
+
 def test_unknown_networks_are_named(weights):
     with pytest.raises(ValueError, match="among mixture, broken, got other"):
-        run.plans(run.arguments(["--weights", str(weights), "--networks", "other"]), ["mixture", "broken"])
+        run.asked_for(run.arguments(["--weights", str(weights), "--networks", "other"]), ["mixture", "broken"])
 
 
 def test_ratios_are_to_the_best_other_way_of_each_cell():
