@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+#: A tensor that a network was given or returned, or a list of them, one for each sample (Z-Image).
+Given = Tensor | Sequence[Tensor]
 
 #: Relative change of guidance coefficients that counts as another formula.
 SAME_FORMULA = 0.1
@@ -49,6 +53,11 @@ class Formula:
         square = self.square - 2 * float(coefficients @ self.products) + float(coefficients @ self.gram @ coefficients)
         return math.sqrt(max(square, 0.0) / max(self.square, 1e-30))
 
+    def explains(self, other: Formula) -> bool:
+        """Whether its coefficients make the other's output of the other's networks' outputs, as well as its own do."""
+        same = len(self.coefficients) == len(other.coefficients)
+        return same and other.residual(self.coefficients) <= max(LINEAR, 10 * other.error)
+
     def contradicts(self, other: Formula) -> bool:
         """Whether one output is linear and the other not, or neither formula explains the other's output.
 
@@ -62,12 +71,10 @@ class Formula:
         largest = torch.maximum(self.coefficients.norm(), other.coefficients.norm())
         if float((self.coefficients - other.coefficients).norm()) <= SAME_FORMULA * float(largest):
             return False
-        return all(
-            one.residual(two.coefficients) > max(LINEAR, 10 * one.error) for one, two in ((self, other), (other, self))
-        )
+        return not self.explains(other) and not other.explains(self)
 
 
-def products_of(outputs: list[Tensor], output: Tensor) -> Tensor | None:
+def products_of(outputs: list[Given], output: Tensor) -> Tensor | None:
     """Products of the networks' outputs and the pipeline's ``output`` [B, *shape], on its device.
 
     None if the networks' outputs are not 1 to 4 of its shape.
@@ -80,8 +87,9 @@ def products_of(outputs: list[Tensor], output: Tensor) -> Tensor | None:
     return columns @ columns.T
 
 
-def _pieces(given: Tensor, output: Tensor) -> list[Tensor]:
+def _pieces(given: Given, output: Tensor) -> list[Tensor]:
     """A network's output in parts like ``output`` [B, *shape], without further channels; none if shapes do not fit."""
+    given = _as_batch(given, output)
     if part_like(given, output) is None:
         return []
     channels = given.narrow(1, 0, output.shape[1]) if given.shape[1] != output.shape[1] else given
@@ -89,8 +97,9 @@ def _pieces(given: Tensor, output: Tensor) -> list[Tensor]:
     return pieces if all(piece.shape == output.shape for piece in pieces) else []
 
 
-def part_like(given: Tensor, latents: Tensor) -> Tensor | None:
+def part_like(given: Given, latents: Tensor) -> Tensor | None:
     """The part of a network's input where latents would be; None if the shapes do not fit."""
+    given = _as_batch(given, latents)
     if not given.is_floating_point() or given.ndim != latents.ndim or len(given) % len(latents):
         return None
     larger = [d for d in range(1, latents.ndim) if given.shape[d] != latents.shape[d]]
@@ -98,3 +107,12 @@ def part_like(given: Tensor, latents: Tensor) -> Tensor | None:
         return None
     part = given[: len(latents)]
     return part.narrow(larger[0], 0, latents.shape[larger[0]]) if larger else part
+
+
+def _as_batch(given: Given, latents: Tensor) -> Tensor:
+    """One batch: a list of samples is stacked, if it may be of latents, and axes of length 1 are as in ``latents``."""
+    if not isinstance(given, Tensor):
+        alike = all(each.shape == given[0].shape for each in given) and given[0].numel() == latents[0].numel()
+        given = torch.stack([*given]) if alike else latents.new_empty(0)
+    shapes = [[n for n in each.shape[1:] if n != 1] for each in (given, latents)]
+    return given.reshape(len(given), *latents.shape[1:]) if shapes[0] == shapes[1] else given

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsched.diffusers.formula import NOT_LINEAR, Formula, part_like, products_of
+from fastsched.diffusers.formula import NOT_LINEAR, Formula, Given, part_like, products_of
 from fastsched.diffusers.step_checks import differing
 
 #: Names of numbers that follow the level or the step, and so differ between steps in every pipeline.
@@ -50,16 +50,16 @@ class Step:
         facts: What the networks and the pipeline were given, by name: numbers, flags, sizes and sums of tensors.
         sums: Of tensors that are not on the CPU, the sizes, and the sums that are still to be read.
         layers: How many layers each network ran, where they could be counted.
-        inputs: The tensors that the networks were given.
-        outputs: The first tensor of each call's output.
+        inputs: The tensors that the networks were given, or lists of them.
+        outputs: The first tensor of each call's output, or list of them.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
     facts: dict[str, Any] = field(default_factory=dict)
     sums: dict[str, tuple[tuple[int, ...], Tensor, Tensor]] = field(default_factory=dict)
     layers: Counter[str] = field(default_factory=Counter)
-    inputs: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
+    inputs: list[Given] = field(default_factory=list)
+    outputs: list[Given] = field(default_factory=list)
 
 
 class PipelineWatch:
@@ -89,7 +89,7 @@ class PipelineWatch:
         step.calls[name] += 1
         for key, value in {**dict(zip(self._positional(name), args, strict=False)), **kwargs}.items():
             _note(step, f"{name}#{turn}.{key}", value)
-            if isinstance(value, Tensor):
+            if _are_tensors(value):
                 step.inputs.append(value)
         first = _first_tensor(output)
         if first is not None:
@@ -183,7 +183,7 @@ class Consistency:
     def __init__(self) -> None:
         self._steps: dict[int, Step] = {}
         self._visits: dict[int, tuple[int, Step, Formula | None]] = {}
-        self._first: Formula | None = None
+        self._formulas: dict[int, Formula | None] = {}
         self._fixed: set[str] = set()
         self._constant: set[str] = set()
         self._layers: dict[tuple[str, int], tuple[int, int]] = {}
@@ -193,14 +193,13 @@ class Consistency:
 
         Steps come in order, each as `observed` made it.
         """
-        self._steps[index] = step
+        self._steps[index], self._formulas[index] = step, formula
         if index == 0:
-            self._first = formula
             return None
         if index == 1:
             before = self._steps[0].facts
             counts = {name: self._steps[0].calls[name] for name in step.calls}  # before step 0 prompts were encoded
-            changed = _other_formula(self._first, formula)
+            changed = _other_formula(self._formulas[0], formula)
             if counts != step.calls:
                 changed = f"the networks were called {dict(step.calls)} times, not {counts},"
             if changed is not None:
@@ -222,16 +221,27 @@ class Consistency:
             changed = self._differs(other, step) or _other_formula(known, formula)
             if changed is not None:
                 return f"at step {index}, {changed} than at step {earlier}, at the same timestep"
-        elif index == 2 and 0 in self._visits:  # the first level is visited once, so it is compared with the next
-            earlier, other, known = self._visits[0]
-            same = other.calls.keys() == step.calls.keys()
-            if same and other.calls != step.calls:
-                return f"at step {index}, the networks were called {dict(step.calls)} times, not {dict(other.calls)}"
-            changed = _other_formula(known, formula) if same else None
+        elif level == index - 1:
+            changed = self._changed_first(index, level)
             if changed is not None:
-                return f"at step {index}, {changed} than at step {earlier}"
+                return changed
         self._visits.setdefault(level, (index, step, formula))
         return None
+
+    def _changed_first(self, index: int, level: int) -> str | None:
+        """What changed after the first level or the second, which are visited once, and so compared with the next.
+
+        A formula that goes on changing, as with guidance of bounded size, follows the level or the latents.
+        """
+        before, step = self._steps[index - 1], self._steps[index]
+        same = before.calls.keys() == step.calls.keys()
+        if level in (1, 2) and same and before.calls != step.calls:
+            return f"at step {index}, the networks were called {dict(step.calls)} times, not {dict(before.calls)}"
+        known, found, last = (self._formulas.get(n) for n in (index - 2, index - 1, index))
+        if level not in (2, 3) or found is None or last is None or not last.explains(found):
+            return None
+        changed = _other_formula(known, found)
+        return None if changed is None else f"at step {index - 1}, {changed} than at step {index - 2}"
 
     def _changed_early(self, index: int, step: Step) -> str | None:
         """What is equal at two steps of different levels, but was another before them: at step 0, or at 0 and 1."""
@@ -384,11 +394,17 @@ class _NetworkState:
         return found
 
 
-def _first_tensor(output: Any) -> Tensor | None:
-    if isinstance(output, Tensor):
+def _are_tensors(value: Any) -> bool:
+    """Whether it is a tensor or a list of tensors."""
+    listed = isinstance(value, list) and len(value) > 0
+    return all(isinstance(each, Tensor) for each in value) if listed else isinstance(value, Tensor)
+
+
+def _first_tensor(output: Any) -> Given | None:
+    if _are_tensors(output):
         return output
     values = output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else ()
-    return next((value for value in values if isinstance(value, Tensor)), None)
+    return next((value for value in values if _are_tensors(value)), None)
 
 
 def _layers(module: torch.nn.Module) -> list[torch.nn.Module]:
