@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsched.diffusers.conventions import describe
+from fastsched.diffusers.pipeline_call import call_parameters
 from fastsched.diffusers.watching import PROGRESS, networks_of
 from fastsched.sampling.origin import Origin
 
@@ -47,8 +48,7 @@ def call_identity(pipe: Any, prompts: Sequence[str], call_kwargs: dict[str, Any]
     so do heights and widths that are the usual default. Callbacks and generators do not count. Tensors count as rounded
     to bfloat16. The last part is empty where a weight is not to be read, as where hooks move it between devices.
     """
-    signature = inspect.signature(type(pipe).__call__).parameters
-    given = {name: each.default for name, each in signature.items() if each.default is not each.empty}
+    given = {name: value for name, value in call_parameters(pipe).items() if value is not inspect.Parameter.empty}
     given = _with_usual_size(pipe, given | call_kwargs)
     asked = prompts or call_kwargs.get("prompt") or []
     parts = [type(pipe).__name__, *([asked] if isinstance(asked, str) else map(str, asked))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fastsched.diffusers.attributes import check_one_thread
@@ -38,7 +38,7 @@ def call(
     Raises:
         ValueError: If the pipeline uses an attribute or argument of its scheduler that `CalibrationScheduler` lacks.
     """
-    accepted = inspect.signature(type(pipe).__call__).parameters
+    accepted = call_parameters(pipe)
     needed = {name: value for name, value in NEEDED.items() if name in accepted and name not in call_kwargs}
     arguments = needed | {"num_inference_steps": steps} | call_kwargs
     try:
@@ -54,7 +54,7 @@ def call(
                 f"{type(pipe).__name__} needs something from its scheduler that a measurement cannot provide "
                 f"({error}); measure its network (fastsched.measure)"
             ) from error
-    return call(pipe, steps, {**call_kwargs, "output_type": accepted["output_type"].default}, left, seed=seed)
+    return call(pipe, steps, {**call_kwargs, "output_type": accepted["output_type"]}, left, seed=seed)
 
 
 def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict
     eta = call_kwargs.get("eta")  # some pipelines give it only to schedulers whose step names it
     if isinstance(eta, (int, float)) and eta != 0:
         raise ValueError(f"eta must be 0, because it adds noise, which is not measured, got {eta!r}; leave it out")
-    check_accepted(type(pipe), call_kwargs)
+    check_accepted(pipe, call_kwargs)
     if prompts is None:
         return
     if not isinstance(prompts, (str, list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
@@ -88,19 +88,41 @@ def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict
         raise ValueError("prompts must hold at least one prompt, or be None")
     if "prompt" in call_kwargs:
         raise ValueError("prompt must be left out if prompts are given")
-    check_accepted(type(pipe), ["prompt"])
+    check_accepted(pipe, ["prompt"])
 
 
-def check_accepted(kind: type, names: Iterable[str]) -> None:
-    """Check that the call of a class of pipelines has arguments of these names.
+def call_parameters(pipe: Any) -> dict[str, Any]:
+    """The names of the arguments of a pipeline's call, and their defaults.
+
+    Args:
+        pipe: A pipeline, or its class. The arguments of a modular pipeline are those of its blocks, not of its class.
+    """
+    named = _signature(pipe)
+    blocks = getattr(pipe, "default_call_parameters", None)
+    if not isinstance(blocks, dict):
+        return {name: each.default for name, each in named.items() if name != "self"}
+    own = {name: each.default for name, each in named.items() if name != "self" and each.kind is not each.VAR_KEYWORD}
+    return own | {name: default for name, default in blocks.items() if name is not None}
+
+
+def _signature(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    kind = pipe if isinstance(pipe, type) else type(pipe)
+    return inspect.signature(kind.__call__).parameters
+
+
+def check_accepted(pipe: Any, names: Iterable[str]) -> None:
+    """Check that the call of a pipeline, or of a class of pipelines, has arguments of these names.
 
     Raises:
         TypeError: If it has not. There is a warning instead if the call takes any name, as some of diffusers do, and
-            the name is not like one of its own: such calls ignore what they do not know.
+            the name is not like one of its own: such calls ignore what they do not know. A modular pipeline, whose
+            blocks tell what they take, does not take any name.
     """
-    accepted = inspect.signature(kind.__call__).parameters
-    any_name = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in accepted.values())
-    known = [name for name in accepted if name not in ("self", *STEPPING)]
+    accepted = call_parameters(pipe)
+    kind = pipe if isinstance(pipe, type) else type(pipe)
+    kinds = {name: each.kind for name, each in _signature(pipe).items()}
+    any_name = any(kinds.get(name) is inspect.Parameter.VAR_KEYWORD for name in accepted)
+    known = [name for name in accepted if name not in STEPPING]
     for name in names:
         if name in accepted or (any_name and _reads(kind, name)):
             continue

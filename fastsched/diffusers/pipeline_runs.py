@@ -15,7 +15,7 @@ from fastsched.diffusers.attributes import attributes_set
 from fastsched.diffusers.calibration import CalibrationScheduler
 from fastsched.diffusers.conventions import describe, with_signature
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
-from fastsched.diffusers.pipeline_call import call, check_call
+from fastsched.diffusers.pipeline_call import call, call_parameters, check_call
 from fastsched.diffusers.pipeline_measurement import PIPELINE_SAMPLES, calibration_calls, measure
 from fastsched.diffusers.watching import networks_of
 from fastsched.measurement.deviated_paths import asked_levels
@@ -38,9 +38,16 @@ class PipelineRuns:
         check_call(pipe, None, call_kwargs)
         self.pipe, self.call_kwargs, self.name = pipe, call_kwargs, type(pipe).__name__
         self.device = torch.device(getattr(pipe, "_execution_device", None) or pipe.device)
-        self.own_steps = int(inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default)
         self.networks: list[nn.Module] = []
         self.elements, self.batch = 0, 1
+        self.own_steps = self._own_steps()
+
+    def _own_steps(self) -> int:
+        """The default of the pipeline's call; where it has none, as in Stable Audio 3, a run tells."""
+        default = call_parameters(self.pipe).get("num_inference_steps")
+        if isinstance(default, int):
+            return default
+        return len(self._timed(lambda: self.pipe(**self.call_kwargs), self.pipe.scheduler).steps)
 
     def measuring_calls(self, levels: int) -> int:
         """Model calls of a measurement, counted per sample."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastsched.diffusers.attributes import attributes_set
+from fastsched.diffusers.pipeline_call import call_parameters
 
 #: Methods of pipelines that encode prompts.
 ENCODERS = ("encode_prompt", "_encode_prompt")
@@ -44,8 +45,7 @@ class PromptCalls:
     ) -> PromptCalls:
         """For calls of ``pipe(prompt=..., **call_kwargs)``, of at most ``most`` prompts each; all when None."""
         turns = () if prompts is None else (prompts,) if isinstance(prompts, str) else tuple(prompts)
-        known = inspect.signature(type(pipe).__call__).parameters
-        given = {name: each.default for name, each in known.items()} | call_kwargs
+        given = call_parameters(pipe) | call_kwargs
         counts = [value for name, value in given.items() if PER_PROMPT.fullmatch(name) and isinstance(value, Integral)]
         calls = cls(turns, 0, max([1, *map(int, counts)]))
         fixed = any(_is_of_one_batch(value) and not calls._deals(name, value) for name, value in call_kwargs.items())

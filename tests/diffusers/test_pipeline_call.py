@@ -9,7 +9,7 @@ pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 
 import diffusers
 import pipelines
-from pipelines import OraclePipeline, OracleUNet, oracle_pipeline
+from pipelines import SHAPE, OraclePipeline, OracleUNet, oracle_pipeline
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -90,3 +90,69 @@ def test_a_misspelt_argument_of_a_call_that_takes_any_is_refused():
         fs.diffusers.measure(pipe, colour="red", **settings, **call)
     with pytest.warns(FutureWarning, match="callback_steps"):  # of diffusers, which knows it, and none of fastsched
         fs.diffusers.measure(pipe, callback_steps=1, **settings, **call)
+
+
+def modular_pipeline():
+    """A modular pipeline of one block, whose class takes any argument."""
+    modular = diffusers.modular_pipelines
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+
+    class Loop(modular.ModularPipelineBlocks):
+        """The loop of all pipelines."""
+
+        @property
+        def expected_components(self):
+            kinds = {"unet": OracleUNet, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler}
+            return [modular.ComponentSpec(name, kind) for name, kind in kinds.items()]
+
+        @property
+        def inputs(self):
+            defaults = {"prompt": None, "height": 8, "num_inference_steps": 6, "strength": 0.3, "output_type": "pil"}
+            return [modular.InputParam(name, default=default) for name, default in defaults.items()]
+
+        @torch.no_grad()
+        def __call__(self, components, state):
+            given = self.get_block_state(state)
+            calls.append((given.strength, given.output_type))
+            components.scheduler.set_timesteps(given.num_inference_steps)
+            latents = torch.randn(2, *SHAPE)
+            for t in components.scheduler.timesteps:
+                output = components.unet(latents, t, return_dict=False)[0]
+                latents = components.scheduler.step(output, t, latents, return_dict=False)[0]
+            return components, state
+
+    calls = []
+    pipe = Loop().init_pipeline()
+    pipe.update_components(unet=OracleUNet().answer_for(scheduler, mixture()), scheduler=scheduler)
+    return pipe, calls
+
+
+def test_the_arguments_of_a_modular_pipeline_are_those_of_its_blocks(recwarn):
+    pipe, calls = modular_pipeline()
+    settings = {"levels": 8, "samples": 2, "progress": False}
+    stats = fs.diffusers.measure(pipe, height=8, prompts=["a", "b"], **settings)
+    assert not [str(each.message) for each in recwarn if "has no argument" in str(each.message)]
+    assert set(calls) == {(1.0, "latent")}
+    for name, hint in (("hight", "did you mean 'height'"), ("guidance_scale", "it has .*prompt, height")):
+        with pytest.raises(TypeError, match=f"ModularPipeline has no argument '{name}'; {hint}"):
+            fs.diffusers.measure(pipe, **{name: 3}, **settings)
+    schedule = fs.diffusers.fit(
+        pipe, 3, stats=stats, prompts=["a", "b"], model_calls=20, progress=False
+    )  # 8 is the default
+    assert schedule.steps == 3
+
+
+def test_a_modular_pipeline_is_profiled():
+    pipe, _ = modular_pipeline()
+    assert fs.profile(pipe, steps=3).own_steps == 6
+
+
+def test_a_pipeline_without_a_default_number_of_steps_is_profiled():
+    class Eight(OraclePipeline):
+        @torch.no_grad()
+        def __call__(self, num_inference_steps=None):
+            return super().__call__(num_inference_steps=num_inference_steps or 8)
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = Eight(OracleUNet().answer_for(scheduler, mixture()), scheduler)
+    assert fs.profile(pipe, steps=3).own_steps == 8
