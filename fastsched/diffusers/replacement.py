@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,7 +36,8 @@ def replacement(scheduler: Any, works: Callable[[Any], object]) -> str:
             other = getattr(diffusers, name).from_config(scheduler.config)
             convention = describe(other)
             same = convention.denoiser.prediction == prediction and convention.process.kind == process.kind
-            same = same and (convention.process.s_min, convention.process.s_max) == (process.s_min, process.s_max)
+            ends = [(each.s_min, each.s_max) for each in (convention.process, process)]
+            same = same and all(math.isclose(one, other, rel_tol=1e-6) for one, other in zip(*ends, strict=True))
             if same and solver_of(other) is not None and works(other):
                 return f"change the scheduler: pipe.scheduler = {name}.from_config(pipe.scheduler.config)"
     return "change the scheduler for another one of the same model (docs/schedulers.md lists what works)"

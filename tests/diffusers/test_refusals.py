@@ -29,6 +29,7 @@ ADVICE = {
     "DPMSolverSDEScheduler": (SD, {}),
     "CogVideoXDPMScheduler": ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, {}),
     "FlowMatchLCMScheduler": ({"shift": 3.0}, {}),
+    "LTXEulerAncestralRFScheduler": ({}, {}),
     "SASolverScheduler": ({"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}, {}),
 }
 
