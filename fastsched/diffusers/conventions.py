@@ -68,6 +68,9 @@ MIDPOINT = ("KDPM2DiscreteScheduler", "DPMSolverSDEScheduler")
 #: Below this many steps, some classes of third order use second order in the last step but one.
 FEW_STEPS = 15
 
+#: Training timesteps of most models.
+TRAIN_STEPS = 1000
+
 #: diffusers' ``prediction_type`` to the names used by `fastsched.Denoiser`.
 PREDICTIONS = {
     "epsilon": "epsilon",
@@ -184,15 +187,35 @@ def own_scheduler(scheduler: Any) -> Any:
     return scheduler.own_scheduler() if "FittedScheduler" in class_names(scheduler) else scheduler
 
 
+def class_and_settings(scheduler: Any) -> tuple[str, dict[str, Any]]:
+    """The class of diffusers that ``scheduler`` is of, and its settings as JSON can hold them, changed ones too."""
+    known = next(base for base in type(scheduler).__mro__ if hasattr(diffusers, base.__name__))
+    settings = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    return known.__name__, {key: each.tolist() if hasattr(each, "tolist") else each for key, each in settings.items()}
+
+
 def check_pipe(pipe: Any) -> None:
-    """Check that ``pipe`` is a pipeline with a scheduler.
+    """Check that ``pipe`` is a pipeline with a scheduler of its own.
 
     Raises:
         TypeError: If it is not.
+        ValueError: If it only calls other pipelines that it holds, each with a scheduler: a combined pipeline.
     """
     if isinstance(pipe, type) or getattr(pipe, "scheduler", None) is None:
         what = f"the class {pipe.__name__}" if isinstance(pipe, type) else type(pipe).__name__
         raise TypeError(f"pipe must be a pipeline with a scheduler, got {what}")
+    own = _networks(pipe)
+    held = {name: value for name, value in vars(pipe).items() if hasattr(value, "scheduler")}
+    parts = [f"pipe.{name}" for name, value in held.items() if callable(value) and _networks(value) <= own]
+    if parts:
+        raise ValueError(
+            f"pipe must step its latents itself: {type(pipe).__name__} calls pipelines that have schedulers of their "
+            f"own; pass the one that is meant, {' or '.join(parts)}"
+        )
+
+
+def _networks(pipe: Any) -> set[int]:
+    return {id(value) for value in vars(pipe).values() if isinstance(value, torch.nn.Module)}
 
 
 def solver_of(scheduler: Any, steps: int | None = None) -> str | None:
@@ -303,6 +326,9 @@ def _flow(scheduler: Any) -> Convention:
     steps = int(scheduler.config.num_train_timesteps)
     shift = float(scheduler.config.get("flow_shift", 1.0))
     lowest = scheduler.__dict__.get("sigma_min") or shift / (steps + shift - 1)
+    if steps == 1:  # the network is given the flow time itself (ACE-Step, Stable Audio 3); trained as other models
+        shift = float(scheduler.config.get("flow_shift") or scheduler.config.get("shift") or 1.0)
+        lowest = shift / (TRAIN_STEPS + shift - 1)
     return Convention(Denoiser(_pipeline_network, FlowMatching(float(lowest), 1.0), "velocity"), train_steps=steps)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastsched.denoisers.late_reading import sent
 from fastsched.denoisers.noise import NoiseProcess
-from fastsched.diffusers.conventions import Convention, describe, own_scheduler
+from fastsched.diffusers.conventions import Convention, class_and_settings, describe, own_scheduler
 from fastsched.diffusers.exporter import check_range, plain_copy, told_levels
 from fastsched.diffusers.overrides import Timesteps
 from fastsched.diffusers.step_checks import check_scaled
@@ -126,17 +126,12 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
                 f"schedule must be for the fitted solver, got one for {schedule.solver!r}, which needs no scheduler of "
                 "its own; use fastsched.diffusers.apply(schedule, pipe)"
             )
-        known = next(base for base in type(own).__mro__ if hasattr(diffusers, base.__name__))
-        settings = {
-            key: value.tolist() if hasattr(value, "tolist") else value
-            for key, value in own.config.items()
-            if not key.startswith("_")
-        }
+        name, settings = class_and_settings(own)
         made = cls(
             sigmas=_plain(schedule.sigmas),
             weights=schedule.weights.tolist(),
             noise=schedule.noise,
-            scheduler_class=known.__name__,
+            scheduler_class=name,
             scheduler_config=settings,
             network_sigmas=None if schedule.network_sigmas is None else _plain(schedule.network_sigmas),
         )

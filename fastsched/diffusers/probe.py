@@ -156,8 +156,9 @@ def _with_variance(output: Tensor, scheduler: Any, t: Any) -> Tensor:
 
 
 def rounding(convention: Convention) -> float:
-    """The largest difference between equal timesteps: one, or 0.001 if they are ``log(sigma) / 4``."""
-    return 1e-3 if isinstance(convention.process, VarianceExploding) else 1.0
+    """The largest difference between equal timesteps: one, or 0.001 of ``log(sigma) / 4``, flow times and angles."""
+    times = isinstance(convention.process, VarianceExploding) or convention.train_steps == 1
+    return 1e-3 if times else 1.0
 
 
 def scales(convention: Convention, s: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,89 @@
+"""What a scheduler of diffusers means, where no other test tells."""
+
+import pytest
+import torch
+
+import fastsched as fs
+
+pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+
+import diffusers
+from pipelines import SHAPE, OraclePipeline, OracleUNet, oracle_pipeline
+
+from fastsched.diffusers.conventions import describe
+
+SETTINGS = {"levels": 12, "samples": 2, "progress": False}
+
+
+def mixture():
+    return fs.oracles.GaussianMixture.random(8, 3, seed=0)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_times_that_are_not_multiplied(shift):
+    """ACE-Step and Stable Audio 3 have ``num_train_timesteps=1``: the network is given the flow time itself."""
+    usual = oracle_pipeline(diffusers.FlowMatchEulerDiscreteScheduler(shift=shift), mixture())
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=shift)
+    pipe = oracle_pipeline(scheduler, mixture())
+    stats, wanted = (fs.diffusers.measure(each, **SETTINGS) for each in (pipe, usual))
+    torch.testing.assert_close(stats.s, wanted.s, rtol=1e-6, atol=0)
+    torch.testing.assert_close(stats.gram, wanted.gram, rtol=1e-4, atol=1e-5 * float(wanted.gram.abs().max()))
+    schedule = fs.diffusers.fit(pipe, 4, stats=stats, model_calls=40, progress=False)
+    assert fs.diffusers.apply(schedule, pipe).exact
+    pipe.scheduler.set_timesteps(9)
+    torch.testing.assert_close(pipe.scheduler.timesteps.double(), schedule.sigmas[:-1], rtol=1e-6, atol=0)
+
+
+class ToldLate(diffusers.FlowMatchEulerDiscreteScheduler):
+    """Tells the network other times than its sigmas."""
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+        self.timesteps = self.timesteps * 0.95
+
+
+def test_other_times_than_those_of_the_sigmas_are_noticed():
+    scheduler = ToldLate(num_train_timesteps=1)
+    schedule = fs.Schedule(torch.tensor([1.0, 0.7, 0.3, 0.0]), "ddim", "flow")
+    with pytest.raises(ValueError, match="ToldLate does not step through its sigmas"):
+        fs.diffusers.export(schedule, scheduler)
+
+
+class Combined(diffusers.DiffusionPipeline):
+    """Calls a pipeline made of the same components, as KandinskyV22CombinedPipeline does."""
+
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.decoder_pipe = OraclePipeline(unet, scheduler)
+
+    def __call__(self, num_inference_steps=50):
+        return self.decoder_pipe(num_inference_steps=num_inference_steps)
+
+
+def test_a_combined_pipeline_is_refused_with_the_name_of_its_part():
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    pipe = Combined(OracleUNet().answer_for(scheduler, mixture()), scheduler)
+    process = describe(scheduler).process
+    levels = process.nearest(process.levels(3))
+    schedule = fs.Schedule.from_levels(process, torch.cat([levels, levels.new_zeros(1)]), "ddim")
+    for function in (lambda of: fs.diffusers.apply(schedule, of), lambda of: fs.diffusers.measure(of, **SETTINGS)):
+        with pytest.raises(ValueError, match=r"Combined calls pipelines that have .*, pipe\.decoder_pipe"):
+            function(pipe)
+        assert function(pipe.decoder_pipe) is not None
+    assert pipe(num_inference_steps=9).shape == (2, *SHAPE)
+    assert len(pipe.decoder_pipe.scheduler.timesteps) == 3
+
+
+class WithAnother(OraclePipeline):
+    """Has a loop of its own, and holds a pipeline of another model, as for upscaling."""
+
+    def __init__(self, unet, scheduler):
+        super().__init__(unet, scheduler)
+        self.upscaler = oracle_pipeline(diffusers.DDIMScheduler(clip_sample=False), mixture())
+
+
+def test_a_pipeline_that_also_holds_another_is_measured():
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    pipe = WithAnother(OracleUNet().answer_for(scheduler, mixture()), scheduler)
+    assert fs.diffusers.measure(pipe, **SETTINGS).samples == 2
