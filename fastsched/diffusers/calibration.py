@@ -15,12 +15,13 @@ from torch import Tensor
 
 from fastsched.denoisers.late_reading import Verdicts
 from fastsched.diffusers.attributes import copied_with
-from fastsched.diffusers.conventions import class_of, describe, own_scheduler
+from fastsched.diffusers.conventions import class_and_settings, class_of, describe, own_scheduler
 from fastsched.diffusers.step_checks import (
     UNALIKE,
     check_beginning,
     check_copies,
     check_first_latents,
+    check_one_run,
     check_options,
     check_output,
     check_repeat,
@@ -119,6 +120,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._given_levels: Tensor | None = None
         self._watch: PipelineWatch | None = None
         self._own_noise = True
+        self._earlier: PathStatistics | None = None
         self._advance: Callable[[int], object] = lambda calls: None
         self._clear()
 
@@ -163,8 +165,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         """
         scheduler = own_scheduler(scheduler)
         convention = describe(scheduler)
-        known = next(base for base in type(scheduler).__mro__ if hasattr(diffusers, base.__name__))
-        made = cls(known.__name__, dict(scheduler.config), seed, samples_before, keep_increments)
+        made = cls(*class_and_settings(scheduler), seed, samples_before, keep_increments)
         made.convention, made._given_levels, made._watch, made._own_noise = convention, levels, watch, own_noise
         made._advance = advance
         return made
@@ -176,12 +177,13 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: If the pipeline has not made all the steps.
         """
-        if self._statistics is None or self._index < len(self.timesteps):
+        found = self._statistics if self._index == len(self.timesteps) else self._earlier
+        if found is None:
             raise ValueError(
                 f"the pipeline made {self._index} of the {len(self.timesteps)} steps of a measurement; it was "
                 "interrupted, or its loop leaves steps out"
             )
-        return self._statistics
+        return found
 
     def set_timesteps(
         self,
@@ -205,6 +207,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
                 "num_inference_steps must be what a number N of levels takes, 2 N if N is even and 2 N + 1 if it "
                 f"is odd, at least 7, got {steps}"
             )
+        if self._watch is not None and self._statistics is not None:  # a pipeline may reset its scheduler at the end
+            self._earlier = self._statistics
         self._clear()
         self.mu = mu
         self._parameters = dict(inspect.signature(getattr(diffusers, self.config["scheduler_class"]).step).parameters)
@@ -281,6 +285,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: If the pipeline cannot be measured this way (see the class), or the output is not finite.
         """
+        check_one_run(again=self._earlier is not None)
         seen = None if self._watch is None else self._watch.take()
         self._check(timestep, sample, args, kwargs)
         model_output = output_of_tokens(model_output, timestep, kwargs, self._verdicts)
@@ -312,8 +317,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         return made
 
     def _clear(self) -> None:
-        self._index = 0
-        self._copies = 1
+        self._index, self._copies = 0, 1
         self._scales_input = False
         self._consistency = Consistency()
         self._verdicts = Verdicts()

@@ -16,7 +16,7 @@ from fastsched.diffusers.calibration import UNALIKE
 from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.overrides import Override
 from fastsched.diffusers.probe import scales
-from fastsched.diffusers.step_checks import doubled, held_at_zero, output_of_tokens
+from fastsched.diffusers.step_checks import check_one_run, doubled, held_at_zero, output_of_tokens
 from fastsched.diffusers.watching import Consistency, PipelineWatch, observed
 from fastsched.fitting.rollouts import Evaluations
 from fastsched.sampling.random_streams import BESIDE, noise_of
@@ -95,6 +95,8 @@ class StartFromNoise:
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """In place of the scheduler's ``set_timesteps``."""
+        if self.left == 0:  # the run has ended, and the pipeline may only reset its scheduler
+            return
         self._arguments, self.left = (args, kwargs), None
         self._set()
         self._levels = self.convention.levels(torch.as_tensor(self.scheduler.timesteps[1:]).cpu().double())
@@ -103,6 +105,7 @@ class StartFromNoise:
 
     def step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         """In place of the scheduler's ``step``."""
+        check_one_run(again=self.left == 0)
         if self._recorded:
             self._check(output)
         if self.left is None:

@@ -107,6 +107,18 @@ def check_options(parameters: Mapping[str, Parameter], args: tuple[Any, ...], kw
         raise ValueError(f"the pipeline calls step with {name}={shown}, which changes what a step does, {INSTEAD}")
 
 
+def check_one_run(*, again: bool) -> None:
+    """Check that a pipeline does not step ``again`` once a run has ended in the same call.
+
+    Raises:
+        ValueError: If it does, which ends the call; there is a warning too, for no step that is needed is lost.
+    """
+    if again:
+        what = "the pipeline runs its loop several times in a call (sections of a video, batches of an ensemble?)"
+        warnings.warn(f"{what}, and only the first run is measured", stacklevel=4)
+        raise ValueError(what)
+
+
 def check_scaling(convention: Convention, name: str, scales: bool) -> None:
     """Check that the pipeline lets a scheduler scale the network's input, if it is of a class that does.
 
