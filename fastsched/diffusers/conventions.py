@@ -206,7 +206,7 @@ def check_pipe(pipe: Any) -> None:
         raise TypeError(f"pipe must be a pipeline with a scheduler, got {what}")
     own = _networks(pipe)
     held = {name: value for name, value in vars(pipe).items() if hasattr(value, "scheduler")}
-    parts = [f"pipe.{name}" for name, value in held.items() if callable(value) and _networks(value) <= own]
+    parts = [f"pipe.{name}" for name, value in held.items() if callable(value) and set() < _networks(value) <= own]
     if parts:
         raise ValueError(
             f"pipe must step its latents itself: {type(pipe).__name__} calls pipelines that have schedulers of their "
