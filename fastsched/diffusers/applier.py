@@ -22,7 +22,7 @@ from fastsched.diffusers.exporter import (
     rounds,
     told_levels,
 )
-from fastsched.diffusers.fitted_scheduler import FittedScheduler
+from fastsched.diffusers.fitted_scheduler import BELOW_START, FittedScheduler
 from fastsched.diffusers.overrides import HISTORIES, FirstOrderEnd, Override, Step, StrideStep, Timesteps
 from fastsched.diffusers.replacement import replacement
 from fastsched.sampling.schedule import Schedule
@@ -153,8 +153,13 @@ class SetTimesteps(Override):
         self.begun = None
         self._set(self.schedule)
         self.count = len(self.owner.timesteps)
-        if self.asked.get("strength", 1.0) < 1.0:  # the class, LCM's or TCD's, starts midway by itself
+        if self.asked.get("strength", 1.0) < 1.0 or self._given_from_below():  # LCM's and TCD's class, or a list
             self._use(remaining(self.schedule, describe(self.owner), self._own_timesteps()[0]))
+
+    def _given_from_below(self) -> bool:
+        """Whether a list of flow times starts below the schedule, for latents with less noise (Stable Audio 3)."""
+        flow, listed = self.schedule.noise == "flow", self.asked.get("sigmas") is not None
+        return flow and listed and starts_midway(self._own_timesteps()[0], self.schedule, describe(self.owner))
 
     def _set(self, schedule: Schedule) -> None:
         owner, device = self.owner, self.asked.get("device")
@@ -248,6 +253,12 @@ class SetBeginIndex(Override):
                 f"with num_inference_steps={steps}"
             )
         self.original(0 if started else begin_index)
+
+
+def starts_midway(timestep: Tensor, schedule: Schedule, convention: Convention) -> bool:
+    """Whether a list that starts at ``timestep`` is for latents with less noise than ``schedule`` starts from."""
+    start = convention.process.sampler_sigma(convention.levels(timestep.reshape(1)))
+    return float(start) < BELOW_START * float(schedule.sigmas[0])
 
 
 def remaining(schedule: Schedule, convention: Convention, timestep: Tensor) -> Schedule:

@@ -27,6 +27,9 @@ MIDWAY = (
 )
 
 
+#: A list of flow times that starts below this fraction of the schedule's first is for a start midway.
+BELOW_START = 0.98
+
 #: Entries of a `FittedScheduler`'s config; the others are those of the pipeline's own scheduler.
 OWN_ENTRIES = ("sigmas", "weights", "noise", "network_sigmas", "scheduler_class", "scheduler_config")
 
@@ -165,8 +168,9 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         """Start a run. The levels are the schedule's; of a list only the length is used, and ``mu`` is not needed.
 
         Raises:
-            ValueError: If another number of steps than the schedule's is asked for, or ``others``, such as the
-                ``original_inference_steps`` of latent consistency pipelines, which also want two values of a step.
+            ValueError: If another number of steps than the schedule's is asked for, a list of flow times starts below
+                the schedule, or ``others`` are given, such as the ``original_inference_steps`` of latent consistency
+                pipelines, which also want two values of a step.
         """
         if others:
             raise ValueError(
@@ -180,6 +184,11 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"num_inference_steps must be {steps}, the steps that this fitted schedule's weights are for, got "
                 f"{asked}; pass num_inference_steps={steps}, or apply a schedule of {asked} steps"
+            )
+        first = float(self.schedule.sigmas[0])
+        if sigmas is not None and self.schedule.noise == "flow" and float(sigmas[0]) < BELOW_START * first:
+            raise ValueError(
+                f"sigmas must start at {first:g}, as the schedule does, got {float(sigmas[0]):g}: {MIDWAY}"
             )
         self.num_inference_steps = steps
         self.timesteps = Timesteps.of(self._timesteps.to(device), self._start_at)

@@ -4,7 +4,9 @@ import copy
 import inspect
 import pickle
 import warnings
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -364,3 +366,28 @@ def test_a_schedule_that_is_rounded_is_applied_with_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert fs.diffusers.apply(schedule, Pipe(scheduler)).exact
+
+
+@pytest.mark.parametrize(
+    ("config", "mu", "start"),
+    [
+        ({}, None, 0.6),
+        ({"shift": 3.0}, None, 9 / 11),
+        ({"num_train_timesteps": 1}, None, 0.6),
+        ({"use_dynamic_shifting": True}, 0.5, 0.7120713),
+    ],
+)
+def test_a_list_of_flow_times_from_below_the_schedule_starts_midway(config, mu, start):
+    """Stable Audio 3 mixes given sound with noise of level 0.6, and passes times that start there."""
+    pipe = SimpleNamespace(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**config))
+    schedule = fs.Schedule(torch.tensor([1.0, 0.9, 0.5, 0.25, 0.0]), "ddim", "flow")
+    fs.diffusers.apply(schedule, pipe)
+    shifting = {} if mu is None else {"mu": mu}
+    pipe.scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.1, 6), **shifting)
+    torch.testing.assert_close(pipe.scheduler.sigmas.double(), schedule.sigmas, rtol=1e-5, atol=0)
+    pipe.scheduler.set_timesteps(sigmas=[0.6, 0.4, 0.2], **shifting)
+    torch.testing.assert_close(pipe.scheduler.sigmas.double(), torch.tensor([start, 0.5, 0.25, 0.0]).double())
+    fs.diffusers.apply(fs.Schedule(schedule.sigmas, "fitted", "flow", weights=torch.eye(4).double()), pipe)
+    pipe.scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.1, 4), **shifting)
+    with pytest.raises(ValueError, match=r"sigmas must start at 1, as the schedule does, got 0\.6: a fitted schedule"):
+        pipe.scheduler.set_timesteps(sigmas=[0.6, 0.4, 0.2, 0.1], **shifting)
