@@ -74,7 +74,8 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
         progress_bar(run.calls * len(seeds), batches.progress, "measuring") as advance,
     ):
         try:
-            mark, spent, asked = _identified(run, batches, found, seeds)
+            mark, asked = _identified(run, batches, found, seeds)
+            known = found is not None and found.fingerprint is not None
             origin = origin_now(network_name(run.denoiser.network), mark)
             whole, kept = _with_room(run, batches, found, len(seeds))  # not beside the questions' answers
             for part_seeds in seeds.split(batches.size):
@@ -85,12 +86,9 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
                 steps = measurement_steps(run, part_seeds, batches.shape, advance, out)
                 first, last = part_seeds[0] == seeds[0], part_seeds[-1] == seeds[-1]
                 part = run.drive(steps if asked is None or not first else path_checked(steps, asked, run.s))
-                if asked is not None and last:
-                    asked.check_last()
-                if asked is not None:
-                    spent, asked.model_calls = asked.model_calls, 0
+                spent = 0 if asked is None else _spent(asked, known, last)
                 part = replace(part, fingerprint=mark, model_calls=part.model_calls + spent, origin=origin)
-                whole, spent = part if whole is None else whole.merge(part), 0
+                whole = part if whole is None else whole.merge(part)
                 if batches.file is not None:
                     whole.save(batches.file, vectors=run.keep_vectors)
         except BaseException as error:
@@ -150,26 +148,40 @@ def finished_part(error: KeyboardInterrupt, file: str | os.PathLike[str] | None,
 
 def _identified(
     run: Measurement, batches: Batches, found: PathStatistics | None, seeds: Tensor
-) -> tuple[Tensor | None, int, Questions | None]:
-    """The network's fingerprint if it is known, the calls spent, and the questions if they were asked.
+) -> tuple[Tensor | None, Questions | None]:
+    """The network's fingerprint if it is known, and the questions if they were asked.
 
     Raises:
         ValueError: If the network is another one than that of ``found``.
     """
-    mark, spent, asked = None, 0, None
+    mark, asked = None, None
     where = (run.denoiser, batches.shape, run.device, run.dtype)
     if batches.checks and len(seeds):
         batch = min(batches.size, len(seeds))
         asked = check_network(*where, run.s, int(seeds[batch - 1]), batch)
         mark = asked.fingerprint
     elif found is not None and found.fingerprint is not None:
-        mark, spent = fingerprint(*where), 1
+        mark = fingerprint(*where)
     if found is not None and not same_network(found.fingerprint, mark, run.dtype):
         raise ValueError(
             "the network is another one than that of the earlier measurement: it answers the same question "
             "differently. Measure it afresh, into another file"
         )
-    return mark, spent, asked
+    return mark, asked
+
+
+def _spent(asked: Questions, known: bool, last: bool) -> int:
+    """The calls of the questions since the batch before, the last one asked now if it was the last batch.
+
+    Of a network that is ``known``, earlier ones were counted when an earlier call asked them: a fit that goes on must
+    have as many calls left for its runs as one that was not interrupted.
+    """
+    if known:
+        asked.model_calls = 0
+    if last:
+        asked.check_last()
+    spent, asked.model_calls = asked.model_calls, 0
+    return spent
 
 
 def is_out_of_memory(error: BaseException) -> bool:

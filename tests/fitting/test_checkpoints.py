@@ -58,6 +58,17 @@ def test_the_same_call_goes_on_to_the_same_bits(whole, tmp_path, error, after):
     assert again.calls <= whole[1] - after + PATH_CALLS + CHECKS + 1
 
 
+@pytest.mark.parametrize("after", [9, 40, 60, 75])
+def test_asking_the_network_again_takes_no_run_from_the_same_call(tmp_path, after):
+    calls = SAMPLES * PATH_CALLS + CHECKS + 3 * SAMPLES * STEPS  # three runs of all samples, and no call more
+    whole = fit(Failing(), checkpoint=tmp_path / "whole.safetensors", model_calls=calls)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Failing(after, KeyboardInterrupt()), checkpoint=tmp_path / "fit.safetensors", model_calls=calls)
+    found = fit(Failing(), checkpoint=tmp_path / "fit.safetensors", model_calls=calls)
+    same(found, whole)
+    assert found.origin.model_calls == whole.origin.model_calls
+
+
 def test_a_finished_fit_is_read_from_its_files(whole):
     network = Failing()
     same(fit(network, checkpoint=whole[2]), whole[0])
