@@ -84,7 +84,7 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
                 done = 0 if whole is None else whole.samples
                 out = None if kept is None else kept[done : done + len(part_seeds)]
                 steps = measurement_steps(run, part_seeds, batches.shape, advance, out)
-                first, last = part_seeds[0] == seeds[0], part_seeds[-1] == seeds[-1]
+                first, last = (bool(part_seeds[n] == seeds[n]) for n in (0, -1))
                 part = run.drive(steps if asked is None or not first else path_checked(steps, asked, run.s))
                 spent = 0 if asked is None else _spent(asked, known, last)
                 part = replace(part, fingerprint=mark, model_calls=part.model_calls + spent, origin=origin)

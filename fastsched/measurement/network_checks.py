@@ -13,9 +13,10 @@ the measurement's first call    The same for the sample that is in both: else th
 pure noise at a third of the    (The first answer is also the network's fingerprint. Two steps of Euler's method
 range, then at two thirds       lead to a rough sample ``x0``. Of EDM the size of the data is known.)
 a step beside the third         Of ``v`` and ``F``, whose sign may be wrong: it does not move against the step.
-``x0 + s n``, lowest level      Nearly its input. Where a velocity makes ``D`` that whatever it is: at a middle level
-                                ``x0`` with less noise than it was given, ``||D - x0|| < s ||n||``; an EDM network is
-                                asked whether it returns ``D`` where it should return ``F``.
+``x0 + s n``, lowest level      Nearly its input; of few elements, whose ``x0`` may be far from all data, the end of
+                                the first path is asked about too. Where a velocity makes ``D`` that whatever it is: at
+                                a middle level ``x0`` with less noise than it was given, ``||D - x0|| < s ||n||``; an
+                                EDM network is asked whether it returns ``D`` where it should return ``F``.
 the first path, and its end     See `measurement.path_checks`.
 at the end, the third again     The same as before: else the network has changed during the measurement.
 ==============================  ================================================================================
@@ -239,14 +240,22 @@ def _check_raw_edm(ask: Questions, noise: Tensor) -> None:
 
 
 def _check_low(ask: Questions, x0: Tensor, noise: Tensor, low: float) -> None:
-    """At the lowest level the denoised sample is nearly the input."""
+    """At the lowest level the denoised sample is nearly the input; of few elements, asked again at a path's end."""
+    ask.moved = moved_at_lowest(ask, x0, noise, low)
+    if ask.moved is not None and noise.numel() >= FEWEST_ELEMENTS:
+        raise ValueError(f"{ask.moved}: {suspects(ask.denoiser)}")
+
+
+def moved_at_lowest(ask: Questions, x0: Tensor, noise: Tensor, low: float) -> str | None:
+    """What is wrong with how ``x0`` with noise of the lowest level is denoised, None if nothing; one call."""
     z = x0 + low * noise
     error, size = float((ask.denoised(z, low) - z).norm()), low * math.sqrt(noise.numel())
-    if error > LOW_ERROR * size and error > LOW_FRACTION * float(x0.norm()):
-        raise ValueError(
-            f"at the lowest level (s = {low:.4g}) a denoiser returns nearly its input, but this one moves it by "
-            f"{error / size:.3g} times the noise in it: {suspects(ask.denoiser)}"
-        )
+    if error <= LOW_ERROR * size or error <= LOW_FRACTION * float(x0.norm()):
+        return None
+    return (
+        f"at the lowest level (s = {low:.4g}) a denoiser returns nearly its input, but this one moves it by "
+        f"{error / size:.3g} times the noise in it"
+    )
 
 
 def suspects(denoiser: Denoiser) -> str:

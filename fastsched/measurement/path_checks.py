@@ -25,7 +25,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fastsched.measurement.network_checks import FEWEST_ELEMENTS, OF_A_SIGN, suspects
+from fastsched.measurement.network_checks import FEWEST_ELEMENTS, OF_A_SIGN, moved_at_lowest, suspects
 from fastsched.measurement.path_following import Query
 from fastsched.measurement.questions import ELSEWHERE, Questions
 from fastsched.sampling.random_streams import noise_of
@@ -37,6 +37,8 @@ Result = TypeVar("Result")
 FEWEST_LEVELS, FEW = 12, 2.0
 #: Paths that are looked at, the first of the batch.
 MOST_PATHS = 8
+#: Noises that are added to the end of a path of few elements.
+NOISES = 8
 #: The range of levels of the first property, in units of the data's deviation: above, few paths say little.
 NEAR_DATA = (0.1, 4.0)
 #: How far the first property may be violated, over the root of the paths; of one element, over its root, more; and how
@@ -134,9 +136,10 @@ class _Path:
         xx, xr, mx, mr = torch.stack(self._products, 1).cpu().double()
         alpha, a, c = (torch.as_tensor(each, dtype=torch.float64)[:, None] for each in (self.alpha, self.a, self.c))
         sizes = ((a * xx + c * xr - mx) / alpha - a * mx - c * mr).mean(1) + self.centre.double().square().sum()
-        if not float(sizes[-1]) > 0:
+        deviation = math.sqrt(max(float(sizes[-1]), 0.0) / end.numel())
+        far = self._far_from_data(end, deviation)
+        if not deviation > 0:
             return
-        deviation = math.sqrt(float(sizes[-1]) / end.numel())
         few, small = len(self.s) < FEWEST_LEVELS, end.numel() < FEWEST_ELEMENTS
         unequal = _unequal_sizes(sizes / sizes[-1], self.s, deviation, end.numel(), xx.shape[1])
         against, backwards, outwards, left, excess = self.ask.against, None, None, None, 0.0
@@ -147,7 +150,7 @@ class _Path:
         if unusual and not small:
             level = (LOW_PART_OF_A_SIGN if self.signed else LOW_PART) * deviation
             left, excess = _noise_left(self.ask, end, self.noise, level, few)
-        doubtful = left, None if few else unequal, against, backwards, None if small else outwards
+        doubtful = far, left, None if few else unequal, against, backwards, None if small else outwards
         if not any(doubtful):
             return
         finding = (
@@ -158,6 +161,28 @@ class _Path:
         if self.signed and ((outwards and (against or excess > 1)) or (excess > FAR and not few)):
             raise ValueError(finding)  # other predictions were asked before the path
         warnings.warn(finding, stacklevel=8)
+
+    def _far_from_data(self, end: Tensor, deviation: float) -> str | None:
+        """What is wrong if few elements were moved at the lowest level, and a path's end is no sample either.
+
+        A path goes to where ``D`` returns its input, be it a denoiser's or not. So it is also asked about with noise
+        added and taken away, with which a denoiser's ``D`` moves. Up to nine calls.
+
+        Raises:
+            ValueError: If something is, and the path had levels enough to end in a sample.
+        """
+        if self.ask.moved is None or (deviation > 0 and self._a_sample(end, deviation)):
+            return None
+        if len(self.s) >= FEWEST_LEVELS:
+            raise ValueError(f"{self.ask.moved}: {suspects(self.ask.denoiser)}")
+        return self.ask.moved
+
+    def _a_sample(self, end: Tensor, deviation: float) -> bool:
+        noise = noise_of(torch.arange(NOISES // 2) + (ELSEWHERE + 3), self.ask.shape)
+        if moved_at_lowest(self.ask, end.double()[None], noise[:1].double(), float(self.s[-1])) is not None:
+            return False
+        _, left, along = _left(self.ask, end, torch.cat([noise, -noise]), LOW_PART * deviation)
+        return left <= WRONG[0] and along >= BACKWARDS
 
     def _backwards(self, unusual: bool) -> tuple[str | None, bool]:
         """What is wrong if ``D`` moves against a step; and whether that, too, is unusual. One call, or `DIRECTIONS`."""
@@ -199,11 +224,7 @@ def _noise_left(ask: Questions, end: Tensor, noise: Tensor, level: float, few: b
 
     Of a path of few levels that is `FEW` times more, and in which direction says nothing. One call.
     """
-    s = ask.known(level)
-    error = ask.raw((end / s).add_(noise)[None], s, torch.float32)[1][0].sub_(end).div_(s).flatten()
-    noise = noise.flatten()
-    whole = float(noise @ noise)
-    left, along = float(error @ error) / whole, float(noise @ error) / whole
+    s, left, along = _left(ask, end, noise[None], level)
     wrong, doubtful, across, against = (
         base + each / math.sqrt(end.numel()) for base, each in (WRONG, DOUBTFUL, ACROSS, AGAINST)
     )
@@ -214,3 +235,12 @@ def _noise_left(ask: Questions, end: Tensor, noise: Tensor, level: float, few: b
         f"of noise of level {s:.3g}, added to the end of a path, denoising leaves an error of {left:.3g} times its "
         f"square, {along:.3g} of that along the noise, where a denoiser leaves at most 1, and the two alike"
     ), size / wrong
+
+
+def _left(ask: Questions, end: Tensor, noise: Tensor, level: float) -> tuple[float, float, float]:
+    """The level, ``|D - x0|^2 / |s n|^2`` there, of a path's end with ``noise`` [B, *shape], and the part along it."""
+    s = ask.known(level)
+    error = ask.raw((end / s).add(noise), s, torch.float32)[1].sub_(end).div_(s).flatten()
+    noise = noise.flatten()
+    whole = float(noise @ noise)
+    return s, float(error @ error) / whole, float(noise @ error) / whole

@@ -46,6 +46,7 @@ class Questions:
         top: The answers at the highest level.
         middle: ``R`` for the question of the fingerprint.
         against: What is wrong if ``D`` moves against a step of its input, None if it does not.
+        moved: What is wrong if ``D`` is far from its input at the lowest level, None if it is not.
     """
 
     denoiser: Denoiser
@@ -57,6 +58,7 @@ class Questions:
     top: Top = field(init=False)
     middle: Tensor = field(init=False)
     against: str | None = field(default=None, init=False)
+    moved: str | None = field(default=None, init=False)
 
     @property
     def range(self) -> tuple[float, float, float]:

@@ -69,6 +69,31 @@ def test_small_networks_in_the_plane_pass():
         check(of_error(0.7), (2,))
 
 
+def ring(modes, std, d=2):
+    """Narrow modes on a circle, as toy data are: a rough sample lies between them."""
+    angles = 2 * torch.pi * torch.arange(modes, dtype=torch.float64)[:, None] / modes
+    means = torch.cat([angles.cos(), angles.sin()], 1)[:, :d]
+    return fs.oracles.GaussianMixture(torch.ones(modes), means, std**2 * torch.eye(d).expand(modes, d, d))
+
+
+@pytest.mark.parametrize("kind", ["x0", "epsilon", "score", "v", "velocity"])
+@pytest.mark.parametrize("data", [ring(16, 0.03), ring(8, 0.05), ring(2, 1e-3, 1)])
+def test_narrow_modes_in_the_plane_pass(kind, data):
+    denoiser = exact_denoisers(data)[kind]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fs.measure(denoiser, (data.means.shape[1],), samples=8, responses=False, progress=False)
+        fs.measure(denoiser, (data.means.shape[1],), levels=8, samples=1, responses=False, progress=False)
+
+
+@pytest.mark.parametrize("data", [ring(16, 0.03), ring(8, 0.05), mixture()])
+def test_wrong_readings_in_the_plane_are_refused(data):
+    kinds = exact_denoisers(data)
+    for wrong in (minus(kinds["x0"]), *(replace(kinds[kind], prediction="x0") for kind in ("epsilon", "score"))):
+        with pytest.raises(ValueError, match="predict the clean sample"):
+            fs.measure(wrong, (data.means.shape[1],), levels=24, samples=4, responses=False, progress=False)
+
+
 def digits():
     return MODELS["digits"]().denoiser
 
