@@ -202,7 +202,8 @@ def _checked(
         sigmas = validate.descending_sigmas(f"candidates[{name!r}]", getattr(given, "sigmas", given))
         try:
             if isinstance(given, Schedule):
-                schedule = replace(given, solver=method.name)
+                predicted = given.predicted_error if given.solver == method.name else None  # the other solver's
+                schedule = replace(given, solver=method.name, predicted_error=predicted)
             else:
                 schedule = Schedule.from_levels(stats.process, stats.process.level(sigmas), method.name)
         except ValueError as error:

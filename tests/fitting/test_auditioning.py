@@ -32,6 +32,14 @@ def test_errors_are_the_samplers_own(stats, outcome):
         assert row.schedule.measured_error == pytest.approx(row.error)
 
 
+def test_the_predicted_error_of_another_solver_is_dropped(stats):
+    for solver, kept in (("ddim", True), ("heun", False)):
+        given = fs.optimal_schedule(stats, 5, "ddim")
+        found = fs.audition(DENOISER, stats, 5, solver, {"given": given}, progress=False).winner
+        assert found.solver == solver
+        assert found.predicted_error == (given.predicted_error if kept else None)
+
+
 def test_winner_is_the_best_of_those_who_ran_all(outcome):
     finalists = [row for row in outcome.table if len(row.errors) == 6]
     assert outcome.winner is outcome.table[0].schedule
