@@ -14,7 +14,7 @@ from fastsched import validate
 from fastsched.costs.cost_matrix import CostMatrix, ModelCalls
 from fastsched.denoisers.denoiser import Denoiser, placement
 from fastsched.denoisers.network_errors import not_finite
-from fastsched.denoisers.network_state import check_evaluation_mode
+from fastsched.denoisers.network_state import check_evaluation_mode, unchanged_buffers
 from fastsched.denoisers.noise import log_uniform
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.random_streams import noise_of, normal, sample_seeds, stream
@@ -146,7 +146,8 @@ class StateSource:
 
         ``advance(n)`` moves the progress bar by n states; there are ``levels`` states per sample.
         """
-        with progress_bar(self.samples * levels, progress, what, unit="state") as advance:
+        bar = progress_bar(self.samples * levels, progress, what, unit="state")
+        with unchanged_buffers(self.denoiser.network), bar as advance:
             return torch.cat([estimate(batch, advance).double().cpu() for batch in self.batches()])
 
     def states(self, batch: Batch, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:

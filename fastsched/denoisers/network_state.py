@@ -11,6 +11,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+#: Elements of the largest buffer that is put back. Larger ones are weights of quantised networks, which no call changes
+#: and whose copies would not fit beside them.
+MOST_ELEMENTS = 2**18
+
 #: Layers that answer otherwise in training mode.
 LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
@@ -63,10 +67,13 @@ def check_evaluation_mode(network: Any) -> None:
 
 @contextmanager
 def unchanged_buffers(network: Any) -> Iterator[None]:
-    """Put the buffers of a network's modules back as they were, whatever its calls wrote into them."""
+    """Put the buffers of a network's modules back as they were, whatever its calls wrote into them.
+
+    But for those of more than `MOST_ELEMENTS`.
+    """
     every = (each for module in modules_of(network) for each in module.buffers())
-    buffers = {id(each): each for each in every if not (each.is_meta or is_lazy(each))}.values()
-    before = [(each, each.detach().clone()) for each in buffers]
+    known = (each for each in every if not (each.is_meta or is_lazy(each)) and each.numel() <= MOST_ELEMENTS)
+    before = [(each, each.detach().clone()) for each in {id(each): each for each in known}.values()]
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
-from fastsched.denoisers.network_state import check_evaluation_mode
+from fastsched.denoisers.network_state import check_evaluation_mode, unchanged_buffers
 from fastsched.measurement.batches import Batches, finished_part, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.devices import measured_in_group
@@ -177,7 +177,9 @@ def check_same_network(
     if stats.fingerprint is None:
         return 0
     where, width = placement(denoiser, device, dtype)
-    if not same_network(stats.fingerprint, fingerprint(denoiser, stats.shape, where, width), width):
+    with unchanged_buffers(denoiser.network):
+        found = fingerprint(denoiser, stats.shape, where, width)
+    if not same_network(stats.fingerprint, found, width):
         raise ValueError(
             "stats were measured on another network, or one read or rounded otherwise: it answers the same question "
             "differently"

@@ -14,6 +14,7 @@ from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.denoisers.finite_answers import finite_denoised
 from fastsched.denoisers.late_reading import Verdicts
+from fastsched.denoisers.network_state import unchanged_buffers
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling.fitted import fitted_solver
 from fastsched.sampling.multistep import Node, log_rho
@@ -93,7 +94,7 @@ def sample(
     nodes, steps, ends_at_zero = nodes_of(denoiser.process, s), len(s) - 1, float(values[-1]) == 0.0
     calls = method.model_calls(steps) if ends_at_zero or method.stage is None else 2 * steps
     verdicts = Verdicts()
-    with progress_bar(calls, progress, f"{method.name} sampling") as advance:
+    with unchanged_buffers(denoiser.network), progress_bar(calls, progress, f"{method.name} sampling") as advance:
 
         def denoise(y: Tensor, asked: tuple[Tensor, Tensor | None] | float) -> Tensor:
             level, told = asked if isinstance(asked, tuple) else (asked, None)

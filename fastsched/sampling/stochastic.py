@@ -26,6 +26,7 @@ from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.denoisers.finite_answers import finite_denoised
 from fastsched.denoisers.late_reading import Verdicts, sent
+from fastsched.denoisers.network_state import unchanged_buffers
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import normal, sample_seeds, stream
 from fastsched.sampling.schedule import Schedule, check_decoupled, check_kind
@@ -74,7 +75,8 @@ def sample_stochastic(
     levels = s.tolist()
     streams = [stream(value, 1) for value in sample_seeds(seed, len(noise)).tolist()]
     y, before, width_before, verdicts = noise, None, math.inf, Verdicts()
-    with progress_bar(len(levels) - 1, progress, f"{solver} sampling") as advance:
+    bar = progress_bar(len(levels) - 1, progress, f"{solver} sampling")
+    with unchanged_buffers(denoiser.network), bar as advance:
         for n in range(len(levels) - 1):
             start, end = levels[n], levels[n + 1]
             denoised = finite_denoised(denoiser, y, s[n], dtype, verdicts)

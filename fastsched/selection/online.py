@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.network_errors import checked_output
+from fastsched.denoisers.network_state import unchanged_buffers
 from fastsched.selection.arc_length import equal_arc_length
 from fastsched.selection.fixed_point import variation
 
@@ -126,7 +127,7 @@ class AdaptiveSchedule:
         """Estimate corrector costs on a batch of data: ``s_i^2 ||score_{i+1}(z) - score_i(z)||^2``, ``z ~ p_i``.
 
         Each sample gives an estimate for one random interval; all intervals come up equally often. Takes two
-        evaluations per sample, without gradients.
+        evaluations per sample, without gradients, and leaves the network's buffers as they are.
 
         Args:
             denoise: ``denoise(z, s) -> x0`` for states ``z = x0 + s eps`` [B, *shape] and levels [B], such as a
@@ -153,7 +154,8 @@ class AdaptiveSchedule:
         wide = lambda values: values.to(clean).reshape(-1, *[1] * (clean.ndim - 1))
         z = clean + wide(s_from) * noise
         # A network may write into its input, and return the same buffer every time.
-        answers = [checked_output(denoise(z.clone(), s.to(clean)), z).clone() for s in (s_from, s_to)]
+        with unchanged_buffers(denoise):
+            answers = [checked_output(denoise(z.clone(), s.to(clean)), z).clone() for s in (s_from, s_to)]
         scores = [(x0 - z) / wide(s).square() for x0, s in zip(answers, (s_from, s_to), strict=True)]
         squares = (scores[1] - scores[0]).flatten(1).double().square().sum(1)
         self.observe(squares.cpu() * s_from.square(), intervals)

@@ -1,10 +1,11 @@
 """What is known of the modules behind a network, and put back after its calls."""
 
+import pytest
 import torch
 from torch import nn
 
 import fastsched as fs
-from fastsched.denoisers.network_state import modules_of, unchanged_buffers
+from fastsched.denoisers.network_state import MOST_ELEMENTS, modules_of, unchanged_buffers
 
 
 def test_buffers_are_put_back():
@@ -24,6 +25,47 @@ def test_buffers_are_put_back():
     assert modules_of(net.forward) == [net]
     fs.measure(fs.Denoiser.from_denoiser(net, 0.01, 10.0), (3,), levels=8, samples=1, progress=False)
     assert float(net.calls) == 0
+
+
+SIGMAS = torch.tensor([20.0, 5.0, 1.0, 0.1, 0.01])
+CALLS = {
+    "sample": lambda denoiser: fs.sample(denoiser, SIGMAS, "heun", torch.ones(2, 8)),
+    "ancestral": lambda denoiser: fs.sample(denoiser, SIGMAS, "ancestral", torch.ones(2, 8)),
+    "fit": lambda denoiser: fs.fit(
+        denoiser, (8,), 3, levels=10, samples=6, model_calls=200, checks=False, progress=False
+    ),
+    "compare": lambda denoiser: fs.converged_reference(denoiser, (8,), samples=2, steps=5, progress=False),
+    "costs": lambda denoiser: fs.costs.klub(denoiser, shape=(8,), sigmas=SIGMAS, samples=2, progress=False),
+    "training": lambda denoiser: fs.AdaptiveSchedule(SIGMAS).observe_denoiser(denoiser, torch.ones(4, 8)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", CALLS)
+def test_every_call_puts_buffers_back(name, training):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, z, s):
+            self.calls += 1
+            return z / (1 + s.reshape(-1, 1) ** 2) + 0 * self.norm(z)
+
+    net = Net().train(training and name not in ("compare", "costs"))  # which refuse training mode
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    CALLS[name](fs.Denoiser.from_denoiser(net, 0.01, 20.0))
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_large_buffers_are_not_copied():
+    """Those of a quantised network hold its weights."""
+    net = nn.Module()
+    net.register_buffer("weight", torch.zeros(MOST_ELEMENTS + 1, dtype=torch.int32))
+    with unchanged_buffers(net):
+        net.weight += 1
+    assert int(net.weight[0]) == 1
 
 
 def test_buffers_elsewhere_are_left_alone():
