@@ -87,7 +87,10 @@ class Schedule:
                 raise ValueError(f"weights must have a row for each of {len(sigmas) - 1} steps, got {len(weights)}")
             object.__setattr__(self, "weights", weights)
         if self.network_sigmas is not None:
-            object.__setattr__(self, "network_sigmas", _network_sigmas(self.network_sigmas, self.solver, sigmas))
+            told = _network_sigmas(self.network_sigmas, self.solver, sigmas)
+            if self.noise == "flow" and float(told[0]) > 1:
+                raise ValueError(f"network_sigmas of a flow model are times within (0, 1], got {float(told[0]):g}")
+            object.__setattr__(self, "network_sigmas", told)
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", _timesteps(self.timesteps, len(sigmas) - 1, self.noise))
 

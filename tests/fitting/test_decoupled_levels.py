@@ -79,6 +79,13 @@ def test_wrong_network_sigmas(told, message):
         fs.Schedule([4.0, 2.0, 1.0, 0.0], "ddim", network_sigmas=told)
 
 
+def test_a_flow_is_told_times():
+    for told in (1.5, math.inf):
+        with pytest.raises(ValueError, match="network_sigmas of a flow model are times"):
+            fs.Schedule([0.9, 0.3, 0.0], "ddim", "flow", network_sigmas=[told, 0.2])
+    assert float(fs.Schedule([0.9, 0.3, 0.0], "ddim", "flow", network_sigmas=[1.0, 0.2]).network_sigmas[0]) == 1.0
+
+
 def test_a_schedule_keeps_what_the_network_is_told(tmp_path):
     schedule = told_lower(DENOISERS["velocity"])
     schedule.save(tmp_path / "schedule.json")
