@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.costs.cost_matrix import CostMatrix
+from fastsched.costs.cost_matrix import CostMatrix, is_cost
 from fastsched.selection.arc_length import equal_arc_length
 
 
@@ -58,24 +58,29 @@ def refine_schedule(
         The refined levels; those of the best trial if it did not converge.
 
     Raises:
+        TypeError: If ``estimate`` returns something else.
         ValueError: If an argument is out of range.
 
     Source: Williams, Campbell, Doucet and Syed, NeurIPS 2024 (arXiv 2412.07877), algorithm 1.
     """
     validate.arguments(locals())
-    cost = estimate(sigmas=validate.descending_sigmas("sigmas", sigmas))
+    cost = _estimated(estimate, validate.descending_sigmas("sigmas", sigmas))
     best, variations, calls, blend = cost, [variation(cost.lengths)], cost.model_calls, 1.0
     while len(variations) <= iterations and min(variations) > tolerance:
         target = equal_arc_length(best.s, best.lengths, len(best.s))
         s = (blend * target.log() + (1 - blend) * best.s.log()).exp()
         s[0], s[-1] = best.s[0], best.s[-1]
-        cost = estimate(sigmas=cost.process.sampler_sigma(s))
+        cost = _estimated(estimate, cost.process.sampler_sigma(s))
         calls += cost.model_calls
         variations.append(variation(cost.lengths))
         # The next trial starts from the best schedule so far: a trial that made the costs less equal is dropped.
         better = variations[-1] == min(variations)
         best, blend = (cost, min(1.0, 2 * blend)) if better else (best, blend / 2)
     return Refinement(best.sigmas, best, tuple(variations), min(variations) <= tolerance, calls)
+
+
+def _estimated(estimate: Callable[..., CostMatrix], sigmas: Tensor) -> CostMatrix:
+    return is_cost("what estimate(sigmas=...) returns", estimate(sigmas=sigmas))
 
 
 def variation(values: Tensor) -> float:

@@ -107,3 +107,8 @@ def test_bad_arguments_are_named():
         fs.select(neighbours, 2, method="dynamic_programming")
     with pytest.raises(ValueError, match="tolerance must be positive"):
         fs.refine_schedule(lambda sigmas: cost, [2.0, 1.0], tolerance=0.0)
+
+
+def test_an_estimate_must_return_a_cost():
+    with pytest.raises(TypeError, match=r"what estimate\(sigmas=...\) returns must be a fastsched.CostMatrix"):
+        fs.refine_schedule(lambda sigmas: sigmas, [2.0, 1.0])
