@@ -8,7 +8,7 @@ the server on loopback with a folder of its own (nothing is written to ``DIR``),
   `fastsched.sample` on the bare network, to 1e-4;
 * restarts the server and fits again: nothing may be spent;
 * asks for what must be refused, and interrupts a fit;
-* compares every solver with ComfyUI's sampler of that name by number, and writes the table (``--table``).
+* compares every solver with ComfyUI's sampler of that name by number, and writes the tables (``--docs``).
 """
 
 from __future__ import annotations

@@ -28,6 +28,8 @@ BOOKKEEPING = frozenset(
         *("uuid", "patches_uuid", "hook_id", "device", "load_device", "offload_device", "cond_hint", "timestep_range"),
         *("inner_model", "loaded_models", "conds"),  # of a guider, while it samples
         *("current_patcher", "parent", "backup", "object_patches_backup", "_curr_t", "size", "model_sampling_current"),
+        # how much of a network is loaded at the moment
+        *("model_loaded_weight_memory", "model_offload_buffer_memory", "model_lowvram", "lowvram_patch_counter"),
     }
 )
 #: What counts in a ModelPatcher of ComfyUI, beside its network's weights.

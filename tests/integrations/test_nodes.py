@@ -200,6 +200,19 @@ def test_weights_count_as_they_were_before_patches(package, given):
     assert digest(model) == before is not None
 
 
+def test_how_much_of_a_network_is_loaded_does_not_count(package):
+    """ComfyUI writes it into a ControlNet's network."""
+    digest = sys.modules[f"{package.__name__}.content"].digest
+    control = type("Control", (), {})()
+    control.control_model = torch.nn.Linear(2, 2)
+    control.control_model.model_loaded_weight_memory = 0
+    before = digest(control)
+    control.control_model.model_loaded_weight_memory, control.control_model.model_lowvram = 24, False
+    assert digest(control) == before is not None
+    control.control_model.scale = 2.0
+    assert digest(control) != before
+
+
 def test_what_cannot_be_read_is_not_remembered(package, given):
     digest = sys.modules[f"{package.__name__}.content"].digest
     assert digest(given()["model"]) == digest(given()["model"]) is not None
