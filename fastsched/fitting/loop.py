@@ -6,6 +6,7 @@ the same loop fits a denoiser (`fastsched.fit`) and a pipeline of diffusers (`fa
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -74,12 +75,14 @@ def fit_by_running(
         model_calls: The most to spend, counted per sample. Where it does not suffice for one run of all samples, the
             schedule is that of `fastsched.optimal_schedule`; where it does for one alone, a fitted solver's is moved by
             what that tells, and not run again.
-        decoupled: Whether tuning may tell the network other levels than the states'.
+        decoupled: Whether tuning may tell the network other levels than the states'; a warning if nothing is tuned.
 
     Raises:
         ValueError: If no candidate could be run.
     """
     found = _fitted(run, stats, steps, solver, candidates, calls, model_calls, decoupled)
+    if decoupled and found.tuning is None:
+        warnings.warn(f"decoupled=True had no effect: {_why_not_tuned(stats, steps)}", stacklevel=2)
     schedule, origin = found.schedule, stats.schedule_origin()
     if schedule.predicted_error is None and schedule.network_sigmas is None:  # which the measurement does not know
         schedule = replace(schedule, predicted_error=predict_error(stats, schedule))
@@ -112,6 +115,14 @@ def _fitted(
         return FitReport(last, stats, audition)
     tuning = tuned(run, stats, audition.complete(stats.samples), trials, calls, decoupled=decoupled)
     return FitReport(tuning.schedule, stats, audition, tuning)
+
+
+def _why_not_tuned(stats: PathStatistics, steps: int) -> str:
+    if steps == 1:
+        return "a schedule of one step is not tuned"
+    if stats.increments is None:
+        return "nothing is tuned without the increments of the measured paths, which files do not hold; measure anew"
+    return "model_calls does not suffice to tune; allow more"
 
 
 def affordable(calls: int, samples: int, model_calls: int) -> int:

@@ -203,6 +203,18 @@ def test_a_decoupled_fit_is_tuned_by_its_own_runs(measured, solver):
         assert schedule.measured_error < 0.7 * coupled.measured_error
 
 
+@pytest.mark.parametrize(
+    ("steps", "calls", "why"),
+    [(5, 10, "model_calls does not suffice"), (1, 400, "of one step")],
+    ids=["calls", "steps"],
+)
+def test_a_decoupled_fit_that_tunes_nothing_says_so(measured, steps, calls, why):
+    denoiser, stats = measured
+    with pytest.warns(UserWarning, match=f"decoupled=True had no effect: .*{why}"):
+        found = fs.fit(denoiser, (4,), steps, stats=stats, model_calls=calls, decoupled=True, progress=False)
+    assert found.network_sigmas is None
+
+
 def test_a_decoupled_schedule_is_tuned_on(measured):
     denoiser, stats = measured
     start = fs.fit(denoiser, (4,), 5, "ddim", stats=stats, model_calls=10 * 4 * 5, decoupled=True, progress=False)
