@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,9 +64,11 @@ def errors(
     steps = range(2, curves[0].steps[-1] + 1)
     common = [karras_error(stats, reference, n) for n in steps]
     axes.plot(steps, common, "--", color=plot.COLOURS[7], label=f"karras, {reference}")
+    markers = itertools.cycle(plot.MARKERS[1:7])  # six, as there are seven colours: 42 pairs, none that of a line
     for point in [*points, *measured]:
-        label = f"{_label(point.name)} ({point.solver}), measured"
-        axes.plot(point.steps, point.error, "D", color=next(colours), label=label)
+        solver = "" if re.search(rf"\b{re.escape(point.solver)}\b", point.name) else f" ({point.solver})"
+        label = f"{_label(point.name)}{solver}, measured"
+        axes.plot(point.steps, point.error, next(markers), color=next(colours), label=label)
     axes.set(xlabel="steps", ylabel="squared distance to the converged sample", yscale="log")
     plot.draw_integer_ticks(axes)
     plot.draw_legend(axes, columns=1)

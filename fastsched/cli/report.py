@@ -72,6 +72,8 @@ def _picture(option: str) -> tuple[str, str, bytes]:
     kind = PICTURES.get(path.suffix.lower())
     if not equals or not name or kind is None:
         raise ValueError(f"image must be TITLE=FILE with a file ending in {', '.join(PICTURES)}, got {option!r}")
+    if not path.is_file():
+        raise FileNotFoundError(f"image: no such file: {file}")
     content = path.read_bytes()
     if not content.startswith((b"\x89PNG", b"\xff\xd8", b"RIFF")):
         raise ValueError(f"image {file} is not a picture of the type that its name says")

@@ -21,8 +21,8 @@ Picture = tuple[str, str, bytes]
 #: What is said below figures.
 ABOUT_ERRORS = (
     "Lines: predicted for the best schedules of each solver. Bands: one standard deviation, of predictions over "
-    f"networks (a factor of {SCATTER:g}) and over the measured samples together. Measured errors are geometric means "
-    "over samples."
+    f"networks (a factor of {SCATTER:g}) and over the measured samples together. Errors of a comparison are geometric "
+    "means over its samples; predicted errors, and the error that a fit measured, are power means, which are larger."
 )
 ABOUT_RESPONSES = "Root mean square over samples and elements, on the paths that deviate as coarse samplers do."
 ABOUT_INCREMENTS = (
@@ -160,8 +160,8 @@ def _plan(stats: PathStatistics, curves: Sequence[ErrorCurve]) -> str:
         rows += f"<tr><th>{escape(curve.solver)}</th>{cells}</tr>"
     return (
         f'<table class="plan"><tr><th>steps that are as good as karras at</th>{head}</tr>{rows}</table>'
-        f"<p>Their predicted error is at most that of karras over {SAFETY:g}, with the same solver; for the fitted "
-        "solver, that of karras with dpmpp_2m. Heun and other two-stage solvers call the model twice a step.</p>"
+        f"<p>Their predicted error is at most {1 / SAFETY:g} times that of karras with the same solver; for the "
+        "fitted solver, that of karras with dpmpp_2m. Heun and other two-stage solvers call the model twice a step.</p>"
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from shell_runs import one_line, run
 
 import fastsched as fs
-from fastsched.cli import report_data
+from fastsched.cli import charts, report_data
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
@@ -172,6 +172,31 @@ def test_an_error_in_a_table_takes_the_place_of_the_schedules_own(page, folder, 
     result = run("report", folder / "s.safetensors", schedule, "-o", tmp_path / "r.html", *options)
     assert result.exit_code == 0, result.stderr
     assert " ".join(parsed(tmp_path / "r.html").text).count("run <b> (ddim), measured") == 1
+
+
+def test_points_of_a_comparison_differ_and_name_their_solver_once(folder, tmp_path, monkeypatch):
+    """However many they are: no two have one colour and one marker."""
+    rows = "".join(f"{name}-{n},ddim,4,{n + 1}\n" for n, name in enumerate(["karras-ddim", "words"] * 10))
+    (tmp_path / "errors.csv").write_text("name,solver,steps,typical_error\n" + rows)
+    drawn = []
+    monkeypatch.setattr(charts, "_svg", lambda figure, _: drawn.append(figure) or "")
+    options = ("--solver", "ddim", "--max-steps", "4", "--errors", tmp_path / "errors.csv", "-q")
+    assert run("report", folder / "s.safetensors", "-o", tmp_path / "r.html", *options).exit_code == 0
+    lines = next(figure.axes[0].lines for figure in drawn if "karras, ddim" in labels(figure))
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) == 22
+    names = [line.get_label() for line in lines]
+    assert {"karras-ddim-0, measured", "words-1 (ddim), measured"} <= set(names)
+
+
+def labels(figure):
+    """What the lines of a figure's first axes are called."""
+    return [line.get_label() for line in figure.axes[0].lines]
+
+
+def test_a_missing_picture_is_named(folder, tmp_path):
+    result = run("report", folder / "s.safetensors", "-o", tmp_path / "r.html", "--image", "a=no.png", "-q")
+    assert result.exit_code == 1
+    assert "image: no such file: no.png" in one_line(result)
 
 
 @pytest.mark.parametrize(
