@@ -247,7 +247,7 @@ def choice(name: str, value: object, known: Iterable[str]) -> str:
 
 def sample_shape(name: str, shape: object) -> tuple[int, ...]:
     """Return ``shape``, the shape of one sample, as a tuple of positive ints, at least one."""
-    single = getattr(shape, "ndim", 1) == 0 or isinstance(shape, (str, bytes, Mapping, set))
+    single = getattr(shape, "ndim", 1) != 1 or isinstance(shape, (str, bytes, Mapping, set))
     if single or not isinstance(shape, Iterable) or iter(shape) is shape:
         raise TypeError(f"{name} must be a sequence such as (4, 64, 64), without the batch, got {shown(shape)}")
     sizes = tuple(positive_int(name, size) for size in shape)

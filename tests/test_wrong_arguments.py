@@ -1,5 +1,6 @@
 """Statistics where a schedule is needed, the reverse, and names that people know from elsewhere."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,6 +43,12 @@ def test_what_is_no_measurement_is_named(call):
 def test_statistics_are_no_schedule(call):
     with pytest.raises(TypeError, match=r"a Schedule, which fastsched\.optimal_schedule makes of statistics"):
         call()
+
+
+def test_noise_is_no_shape():
+    for noise in (torch.zeros(2, 4), np.zeros((2, 4))):
+        with pytest.raises(TypeError, match=r"shape must be a sequence such as \(4, 64, 64\)"):
+            fs.measure(DENOISER, noise)
 
 
 def test_files_of_the_other_kind_are_named(tmp_path):

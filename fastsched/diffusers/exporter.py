@@ -235,7 +235,8 @@ def checked_mu(mu: object, scheduler: Any) -> float | None:
         raise ValueError(f"mu must be within [-{MOST_MU}, {MOST_MU}], got {mu!r}")
     if shifts and mu is None:
         raise ValueError(
-            f"{name} shifts by resolution (use_dynamic_shifting), so mu must be given as the pipeline passes it"
+            f"{name} shifts by resolution (use_dynamic_shifting), so mu must be given as the pipeline passes it "
+            "(--mu in the shell)"
         )
     if mu is not None and not shifts:
         raise ValueError(f"mu must be None because {name} does not shift by resolution, got {mu!r}")

@@ -62,7 +62,9 @@ class AdaptiveSchedule:
         validate.arguments(locals(), s=validate.anything, rate=validate.real, order=validate.positive_int)
         self.s = validate.descending_sigmas("s", s)
         if float(self.s[-1]) <= 0 or not bool(torch.isfinite(self.s[0])):
-            raise ValueError(f"s must be levels above 0 and below infinity, got {self.s.tolist()}")
+            hint = "; leave out the 0 at the end of a schedule by s[:-1]" if float(self.s[-1]) == 0 else ""
+            ends = f"{float(self.s[0]):g} to {float(self.s[-1]):g}"
+            raise ValueError(f"s must be levels above 0 and below infinity, got {ends}{hint}")
         if not 0 < rate <= 1:
             raise ValueError(f"rate must be within (0, 1], got {rate!r}")
         self.rate, self.order, self.updates = float(rate), order, 0

@@ -154,14 +154,15 @@ def test_ranks_share_their_observations():
     ("make", "message"),
     [
         (lambda: fs.AdaptiveSchedule([1.0, 2.0]), "s must strictly descend"),
-        (lambda: fs.AdaptiveSchedule([1.0, 0.0]), "s must be levels above 0"),
+        (lambda: fs.AdaptiveSchedule([1.0, 0.0]), r"s must be levels above 0 .* got 1 to 0; .* by s\[:-1\]"),
+        (lambda: fs.AdaptiveSchedule([torch.inf, 1.0]), "s must be levels above 0 .* got inf to 1$"),
         (lambda: fs.AdaptiveSchedule([2.0, 1.0], rate=0.0), "rate must be within"),
         (lambda: fs.AdaptiveSchedule([2.0, 1.0]).observe(torch.ones(2)), "costs must have one value"),
         (lambda: fs.AdaptiveSchedule([2.0, 1.0]).observe(torch.tensor([torch.nan])), "costs must be finite"),
         (lambda: fs.AdaptiveSchedule([2.0, 1.0]).observe(torch.ones(1), torch.tensor([1])), "intervals must be"),
         (lambda: fs.AdaptiveSchedule([2.0, 1.0]).draw(0), "n must be at least 1"),
     ],
-    ids=["rising", "zero", "rate", "count", "nan", "interval", "draw"],
+    ids=["rising", "zero", "infinite", "rate", "count", "nan", "interval", "draw"],
 )
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
