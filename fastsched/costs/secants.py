@@ -86,11 +86,8 @@ class Secants:
             both [C, V].
         """
         distinct, which = np.unique(lam, return_inverse=True)
-        deviations, residuals, products, system = (known[which] for known in self._at(distinct))
-        if self.runs:
-            deviations, residuals, products, system = self._with_run(
-                evaluation, deviations, residuals, products, system
-            )
+        known = [each[which] for each in self._at(distinct)]
+        deviations, residuals, products, system = self._with_run(evaluation, *known) if self.runs else known
         if deviations.shape[1] == 0:
             return np.zeros_like(away), np.zeros_like(away)
         right = products @ away[:, :, None]
@@ -139,22 +136,12 @@ class Secants:
         crossed = products @ found.deviations.T  # [C, M, m]
         square = own @ found.deviations.T + found.unit * np.outer(found.offsets, found.offsets)
         square = square + np.diag(found.damping * np.diag(square))
-        count = len(deviations)
-        each = lambda values: np.broadcast_to(values, (count, *values.shape))
-        whole = np.concatenate(
-            [
-                np.concatenate([system, crossed], axis=2),
-                np.concatenate([crossed.transpose(0, 2, 1), each(square)], axis=2),
-            ],
-            axis=1,
-        )
+        each = lambda values: np.broadcast_to(values, (len(deviations), *values.shape))
         join = lambda first, second: np.concatenate([first, each(second)], axis=1)
-        return (
-            join(deviations, found.deviations),
-            join(residuals, found.residuals),
-            join(products, own),
-            whole,
-        )
+        above = np.concatenate([system, crossed], axis=2)
+        below = np.concatenate([crossed.transpose(0, 2, 1), each(square)], axis=2)
+        whole = np.concatenate([above, below], axis=1)
+        return join(deviations, found.deviations), join(residuals, found.residuals), join(products, own), whole
 
 
 def _damped(system: Array) -> Array:

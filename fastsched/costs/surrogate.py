@@ -84,10 +84,7 @@ class OnPath:
 
     def __getitem__(self, which: NDArray[np.intp]) -> OnPath:
         """The same at levels by their numbers."""
-        of = lambda values: values[which]
-        return OnPath(
-            of(self.s), of(self.lam), of(self.state), of(self.denoised), of(self.jacobian), of(self.amplitude)
-        )
+        return OnPath(*(values[which] for values in vars(self).values()))
 
 
 @dataclass(frozen=True, eq=False)

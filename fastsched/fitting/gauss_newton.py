@@ -49,9 +49,7 @@ def lowered(near: Neighbourhood, x: Array, low: Array, high: Array) -> tuple[Arr
         if not np.isfinite(damped).all():
             break
         tried = np.repeat(x[None], len(DAMPINGS), axis=0)
-        tried[:, free] -= np.linalg.solve(damped, np.broadcast_to(gradient, (len(DAMPINGS), len(free)))[..., None])[
-            ..., 0
-        ]
+        tried[:, free] -= np.linalg.solve(damped, gradient[None, :, None])[..., 0]
         tried = np.clip(tried, low, high)
         errors = near.predicted(tried)
         best = int(errors.argmin())

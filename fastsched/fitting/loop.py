@@ -80,49 +80,44 @@ def fit_by_running(
     Raises:
         ValueError: If no candidate could be run.
     """
-    found = _fitted(run, stats, steps, solver, candidates, calls, model_calls, decoupled)
-    if decoupled and found.tuning is None:
-        warnings.warn(f"decoupled=True had no effect: {_why_not_tuned(stats, steps)}", stacklevel=2)
-    schedule, origin = found.schedule, stats.schedule_origin()
+    most = affordable(calls, stats.samples, model_calls)
+    most = min(most, FINALISTS) if decoupled else most
+    if most == 0:
+        _check_tuned(None, stats, steps, decoupled=decoupled)
+        return _completed(FitReport(optimal_schedule(stats, steps, solver), stats))
+    audition = ranked(run, stats, dict(islice(candidates, most)), calls, stats.samples)
+    schedule, tuning, finalists = audition.winner, None, audition.complete(stats.samples)
+    trials = (model_calls - audition.model_calls) // (stats.samples * calls)
+    if steps > 1 and stats.increments is not None:
+        if trials > 0:
+            tuning = tuned(run, stats, finalists, trials, calls, decoupled=decoupled)
+            schedule = tuning.schedule
+        elif schedule.weights is not None:
+            schedule = moved_once(stats, finalists)
+    _check_tuned(tuning, stats, steps, decoupled=decoupled)
+    return _completed(FitReport(schedule, stats, audition, tuning))
+
+
+def _completed(found: FitReport) -> FitReport:
+    """The report, its schedule with a predicted error and an origin where they are known."""
+    schedule, origin = found.schedule, found.stats.schedule_origin()
     if schedule.predicted_error is None and schedule.network_sigmas is None:  # which the measurement does not know
-        schedule = replace(schedule, predicted_error=predict_error(stats, schedule))
+        schedule = replace(schedule, predicted_error=predict_error(found.stats, schedule))
     if origin is not None:
         schedule = replace(schedule, origin=replace(origin, model_calls=found.model_calls))
     return replace(found, schedule=schedule)
 
 
-def _fitted(
-    run: Run,
-    stats: PathStatistics,
-    steps: int,
-    solver: str,
-    candidates: Iterable[tuple[str, Schedule]],
-    calls: int,
-    model_calls: int,
-    decoupled: bool,
-) -> FitReport:
-    most = affordable(calls, stats.samples, model_calls)
-    most = min(most, FINALISTS) if decoupled else most
-    if most == 0:
-        return FitReport(optimal_schedule(stats, steps, solver), stats)
-    audition = ranked(run, stats, dict(islice(candidates, most)), calls, stats.samples)
-    trials = (model_calls - audition.model_calls) // (stats.samples * calls)
-    if steps == 1 or stats.increments is None:
-        return FitReport(audition.winner, stats, audition)
-    if trials < 1:
-        fitted = audition.winner.weights is not None
-        last = moved_once(stats, audition.complete(stats.samples)) if fitted else audition.winner
-        return FitReport(last, stats, audition)
-    tuning = tuned(run, stats, audition.complete(stats.samples), trials, calls, decoupled=decoupled)
-    return FitReport(tuning.schedule, stats, audition, tuning)
-
-
-def _why_not_tuned(stats: PathStatistics, steps: int) -> str:
+def _check_tuned(tuning: Tuning | None, stats: PathStatistics, steps: int, *, decoupled: bool) -> None:
+    """A warning if there was no tuning that decoupled levels could come from."""
+    if not decoupled or tuning is not None:
+        return
+    why = "model_calls does not suffice to tune; allow more"
     if steps == 1:
-        return "a schedule of one step is not tuned"
-    if stats.increments is None:
-        return "nothing is tuned without the increments of the measured paths, which files do not hold; measure anew"
-    return "model_calls does not suffice to tune; allow more"
+        why = "a schedule of one step is not tuned"
+    elif stats.increments is None:
+        why = "tuning needs the increments of the measured paths, which files and measurements for audition=False lack"
+    warnings.warn(f"decoupled=True had no effect: {why}", stacklevel=3)
 
 
 def affordable(calls: int, samples: int, model_calls: int) -> int:
