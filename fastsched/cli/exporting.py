@@ -44,7 +44,7 @@ def export(
         typer.Option(
             *("--to",),
             help="diffusers, comfyui, vllm-omni, sglang, k-diffusion, flow-matching, sd.cpp or text.",
-            autocompletion=lambda incomplete: [name for name in FORMS if name.startswith(incomplete)],
+            autocompletion=lambda incomplete: [name for name in TARGETS if name.startswith(incomplete)],
         ),
     ],
     scheduler: Annotated[
@@ -66,7 +66,7 @@ def export(
     from fastsched import validate
     from fastsched.sampling.files import write_whole
 
-    form = FORMS[validate.choice("to", to, FORMS)]
+    validate.choice("to", to, TARGETS)
     if to not in ("diffusers", *ENGINES) and (scheduler is not None or mu is not None):
         raise ValueError("scheduler and mu are for --to diffusers, vllm-omni and sglang only")
     shell.writable(output, source=schedule)
@@ -84,7 +84,7 @@ def export(
     elif to in ENGINES:
         text, values = _engine(loaded, to, scheduler, mu)
     else:
-        text, values = form(loaded)
+        text, values = FORMS[to](loaded)
     if as_json:
         text = shell.json_text({"to": to, "solver": loaded.solver, **values})
     if output is None:
@@ -231,12 +231,13 @@ def _samplers(program: str) -> dict[str, str]:
     return {solver: name for solver, name in found.items() if name is not None}
 
 
-#: What ``--to`` can be. Those of diffusers and engines depend on more than the schedule: `_diffusers`, `_engine`.
+#: Forms that depend on the schedule alone.
 FORMS: dict[str, Callable[[Schedule], tuple[str, dict[str, Any]]]] = {
-    **dict.fromkeys(("diffusers", *ENGINES), _text),
     "comfyui": _comfyui,
     "k-diffusion": _k_diffusion,
     "flow-matching": _flow_matching,
     "sd.cpp": _sd_cpp,
     "text": _text,
 }
+#: What ``--to`` can be.
+TARGETS = ("diffusers", *ENGINES, *FORMS)

@@ -8,7 +8,7 @@ The sampler is run on the surrogate (`fastsched.costs.surrogate`). After evaluat
 
 and ``t = D_end - D_n`` for the step to sigma 0; ``W[n, m] = b_m`` and ``W[n, n] = 1 - sum b``. The norm is the mean
 over the samples, each to its own scale, so that few large samples do not decide; ``b0`` are the weights of UniPC
-(`fastsched.sampling.stock_weights`), so that what the samples do not tell stays as the theory has it.
+(`fastsched.sampling.stock_weights`), which are kept where the samples determine nothing.
 """
 
 from __future__ import annotations
@@ -55,52 +55,43 @@ def rollouts(
     known = secants or surrogate.secants or Secants.none(surrogate.vectors)
     found = Rollouts(surrogate, known, len(levels), offsets)
     with np.errstate(divide="ignore", invalid="ignore"):
-        fit = _Fit(surrogate, found, (norms or surrogate.norms).metric, levels, weights)
-        return fit.run(), fit.weights
+        return found, _run(found, (norms or surrogate.norms).metric, levels, weights)
 
 
-class _Fit:
-    """The loop of the fitted solver over C schedules, each step's weights found before it is taken, if not given."""
+def _run(found: Rollouts, metric: Array, levels: Array, given: Array | None) -> Array:
+    """The loop of the fitted solver over C schedules; returns the weights, each step's chosen before it is taken.
 
-    def __init__(
-        self, surrogate: Surrogate, found: Rollouts, metric: Array, levels: Array, given: Array | None
-    ) -> None:
-        self.surrogate, self.found, self.metric, self.levels = surrogate, found, metric, levels
-        distinct, which = np.unique(levels[:, :-1], return_inverse=True)  # a descent's schedules differ in few levels
-        self.known, self.which = surrogate.on_path(distinct), which.reshape(levels[:, :-1].shape)
-        self.steps = levels.shape[1] - 1
-        self.ridge = RIDGE * (8 / self.steps) ** 3
-        self.found_here = given is None
-        nodes = nodes_of_levels(surrogate.process, levels)
-        #: Those given, or ``b0`` until the step's own are found.
-        self.weights = stock_weights(NEAREST_STOCK, nodes) if given is None else given
-
-    def run(self) -> Rollouts:
-        """Sample, and keep the weights."""
-        y, rho = self.found.end, 1 / self.levels
-        differences = _Differences(len(y), self.steps - 1, self.metric)
-        for n in range(self.steps):
-            differences.add(self.found.denoise_at(y, self.known[self.which[:, n]]))
-            step = (rho[:, n + 1] - rho[:, n])[:, None]
-            b = self.weights[:, n, :n]
-            if self.found_here:
-                b = differences.least_squares(self._target(n, y, step), b, self.ridge)
-                self.weights[:, n, :n], self.weights[:, n, n] = b, 1 - b.sum(1)
-            slope = differences.combined(b)
-            y = slope if n == self.steps - 1 else y + step * slope
-        self.found.end = y
-        return self.found
-
-    def _target(self, n: int, y: Array, step: Array) -> Array:
-        """The mean slope that would end on the path, [C, V]."""
-        increments = len(self.surrogate.s) - 1
-        if n == self.steps - 1:
-            end = np.zeros_like(y)
-            end[:, :increments] = 1.0  # D at the end of the path, less D_0
-            return end
-        wanted = -y
-        wanted[:, :increments] += self.known.state[self.which[:, n + 1]]
-        return wanted / step
+    Args:
+        found: Calls the surrogate; gets the ends.
+        metric: Gram matrix of the vectors, [V, V].
+        levels: Levels [C, steps + 1].
+        given: Weights to use instead, [C, steps, steps].
+    """
+    surrogate, y, rho = found.surrogate, found.end, 1 / levels
+    distinct, which = np.unique(levels[:, :-1], return_inverse=True)  # a descent's schedules differ in few levels
+    on_path, which = surrogate.on_path(distinct), which.reshape(levels[:, :-1].shape)
+    increments, last = len(surrogate.s) - 1, levels.shape[1] - 2
+    # UniPC's weights ``b0`` at first; each row is replaced when its step is taken.
+    weights = stock_weights(NEAREST_STOCK, nodes_of_levels(surrogate.process, levels)) if given is None else given
+    differences = _Differences(len(y), last, metric)
+    for n in range(last + 1):
+        differences.add(found.denoise_at(y, on_path[which[:, n]]))
+        step = (rho[:, n + 1] - rho[:, n])[:, None]
+        b = weights[:, n, :n]
+        if given is None:
+            if n < last:
+                target = -y
+                target[:, :increments] += on_path.state[which[:, n + 1]]
+                target /= step
+            else:
+                target = np.zeros_like(y)
+                target[:, :increments] = 1.0  # D at the end of the path, less D_0
+            b = differences.least_squares(target, b, RIDGE * (8 / (last + 1)) ** 3)
+            weights[:, n, :n], weights[:, n, n] = b, 1 - b.sum(1)
+        slope = differences.combined(b)
+        y = slope if n == last else y + step * slope
+    found.end = y
+    return weights
 
 
 class _Differences:

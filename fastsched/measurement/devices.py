@@ -83,7 +83,7 @@ def measured_in_group(
 
 
 def save_whole(whole: PathStatistics, file: str | os.PathLike[str], group: Any, *, vectors: bool) -> None:
-    """Save what all processes measured; their parts beside the file have served."""
+    """Save what all processes measured, and remove their parts beside the file."""
     whole.save(file, vectors=vectors)
     size = rank_and_size(group)[1]
     for rank in range(size):
@@ -149,11 +149,6 @@ def parts_of_group(measure: Callable[[], PathStatistics] | None, group: Any, vec
         part = None if measure is None else measure()
     except Exception as error:  # the others must hear of it, or they would wait
         part, failure = getattr(error, "partial", None), error
-    return exchanged(part, failure, group, vectors)
-
-
-def exchanged(part: PathStatistics | None, failure: Exception | None, group: Any, vectors: str) -> list[PathStatistics]:
-    """The parts of all processes, in order."""
     light = None if part is None else replace(part, increments=None, responses=None)
     try:
         found = all_of((light, described(failure)), group)
@@ -191,7 +186,8 @@ def _with_vectors(
     for name, sample in itertools.product(rows, range(max(counts))):
         mine = getattr(own, name)[sample] if own is not None and rows[name] and sample < own.samples else None
         for first in range(0, rows[name], step):
-            piece = None if mine is None else mine[first : first + step].clone()  # pickled, a view is all that it is of
+            # A copy, for a view would be pickled with all of its memory.
+            piece = None if mine is None else mine[first : first + step].clone()
             found = all_of(piece, group) if everywhere else gathered_by_first(piece, group)
             place = first + (n if name == "responses" else 0)
             for start, each in zip(starts, found or [None] * len(starts), strict=True):

@@ -19,6 +19,9 @@ from fastsched.measurement.statistics_files import read_statistics, write_statis
 from fastsched.sampling import display
 from fastsched.sampling.origin import Origin
 
+#: Tensors with a row for each sample.
+PER_SAMPLE = ("seeds", "gram", "ends", "response_cross", "response_gram", "increments", "responses")
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PathStatistics:
@@ -144,17 +147,8 @@ class PathStatistics:
             ValueError: If there is no sample of such an index.
         """
         rows = self._rows(samples)
-        return replace(
-            self,
-            seeds=self.seeds[rows],
-            gram=self.gram[rows],
-            ends=self.ends[rows],
-            data_std=data_deviation(self.ends[rows]),
-            increments=None if self.increments is None else self.increments[rows],
-            response_cross=None if self.response_cross is None else self.response_cross[rows],
-            response_gram=None if self.response_gram is None else self.response_gram[rows],
-            responses=None if self.responses is None else self.responses[rows],
-        )
+        known = {name: value[rows] for name in PER_SAMPLE if (value := getattr(self, name)) is not None}
+        return replace(self, **known, data_std=data_deviation(known["ends"]))
 
     def _rows(self, samples: Sequence[int] | Tensor) -> Tensor:
         try:
@@ -184,18 +178,12 @@ class PathStatistics:
         shared = sorted(set(self.seeds.tolist()) & set(other.seeds.tolist()))
         if shared:
             raise ValueError(f"other repeats {len(shared)} of these paths; measure it with another seed")
-        ends = torch.cat([self.ends, other.ends])
+        joined: dict[str, Any] = {name: _joined(getattr(self, name), getattr(other, name)) for name in PER_SAMPLE}
         return replace(
             self,
-            seeds=torch.cat([self.seeds, other.seeds]),
-            gram=torch.cat([self.gram, other.gram]),
-            ends=ends,
-            data_std=data_deviation(ends),
+            **joined,
+            data_std=data_deviation(joined["ends"]),
             model_calls=self.model_calls + other.model_calls,
-            response_cross=_joined(self.response_cross, other.response_cross),
-            response_gram=_joined(self.response_gram, other.response_gram),
-            increments=_joined(self.increments, other.increments),
-            responses=_joined(self.responses, other.responses),
             fingerprint=self.fingerprint if self.fingerprint is not None else other.fingerprint,
             origin=self.origin if self.origin is not None else other.origin,
         )

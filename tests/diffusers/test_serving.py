@@ -108,7 +108,7 @@ def test_what_engines_cannot_take_is_refused():
 
 def test_the_shell_knows_the_engines():
     assert exporting.ENGINES == serving.ENGINES
-    assert set(exporting.ENGINES) <= set(exporting.FORMS)
+    assert set(exporting.ENGINES) <= set(exporting.TARGETS)
 
 
 @pytest.fixture
