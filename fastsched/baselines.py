@@ -134,13 +134,7 @@ def cosine(steps: int, sigma_min: float, sigma_max: float, *, spare_last: bool =
 
 
 def beta(
-    steps: int,
-    sigma_min: float,
-    sigma_max: float,
-    alpha: float = 0.6,
-    beta: float = 0.6,
-    *,
-    spare_last: bool = False,
+    steps: int, sigma_min: float, sigma_max: float, alpha: float = 0.6, beta: float = 0.6, *, spare_last: bool = False
 ) -> Tensor:
     """``s(u) = s_min + (s_max - s_min) Q(1 - u)``, ``Q`` the quantile function of Beta(``alpha``, ``beta``).
 
@@ -176,12 +170,7 @@ def flow_shift(steps: int, shift: float = 3.0) -> Tensor:
 
 
 def flow_shift_mu(
-    tokens: int,
-    *,
-    base_tokens: int = 256,
-    max_tokens: int = 4096,
-    base_shift: float = 0.5,
-    max_shift: float = 1.15,
+    tokens: int, *, base_tokens: int = 256, max_tokens: int = 4096, base_shift: float = 0.5, max_shift: float = 1.15
 ) -> float:
     """Flux's ``mu``: linear in the number of image tokens, ``base_shift`` at ``base_tokens`` to ``max_shift``.
 

@@ -93,15 +93,7 @@ class Comparison:
     samples: int
     reference: Reference
 
-    header: ClassVar[tuple[str, ...]] = (
-        "schedule",
-        "solver",
-        "steps",
-        "calls",
-        "typical error",
-        "mean error",
-        "frechet",
-    )
+    header: ClassVar = ("schedule", "solver", "steps", "calls", "typical error", "mean error", "frechet")
 
     @property
     def ranked(self) -> tuple[ComparisonRow, ...]:
@@ -360,7 +352,7 @@ def _is_reference(name: str, value: object) -> Reference:
     return validate.instance(name, value, Reference, "fastsched.converged_reference returns one")
 
 
-#: Of the arguments of `compare`.
+#: Checks of the arguments of `compare`.
 _CHECKS: dict[str, validate.Check] = {
     "denoiser": is_denoiser,
     "schedules": validate.anything,  # looked at one by one

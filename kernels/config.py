@@ -37,7 +37,7 @@ class GramLaunch:
 # spills and shared memory from the result.
 FAMILIES = {"sm_80": "ampere", "sm_89": "ada", "sm_90": "hopper", "sm_100": "hopper", "sm_120": "ada", "gfx942": "cdna"}
 _SMALL = GramLaunch(64, 16, 8, 2)
-_SMALLEST = GramLaunch(32, 16, 8, 2)  # fits the registers whatever is asked of it
+_SMALLEST = GramLaunch(32, 16, 8, 2)  # fits the registers in every precision
 GRAM = {
     "hopper": {
         "64": GramLaunch(64, 32, 4, 4, programs=3),

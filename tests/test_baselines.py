@@ -39,12 +39,7 @@ def _assert_convention(sigmas, steps):
 
 @pytest.mark.parametrize("name", RANGED)
 @settings(max_examples=50, deadline=None)
-@given(
-    steps=st.integers(1, 200),
-    sigma_min=st.floats(1e-4, 1.0),
-    ratio=st.floats(1.5, 1e6),
-    spare_last=st.booleans(),
-)
+@given(steps=st.integers(1, 200), sigma_min=st.floats(1e-4, 1.0), ratio=st.floats(1.5, 1e6), spare_last=st.booleans())
 def test_ranged_schedules_keep_the_convention_and_both_ends(name, steps, sigma_min, ratio, spare_last):
     sigma_max = sigma_min * ratio
     sigmas = RANGED[name](steps, sigma_min, sigma_max, spare_last=spare_last)

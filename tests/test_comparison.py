@@ -45,11 +45,7 @@ def ddim_gain(sigmas: torch.Tensor) -> float:
 def test_reference_is_the_exact_flow_to_within_a_thousandth_of_a_good_schedule(gaussian, converged):
     left = metrics.squared_distances(converged.ends, gaussian_ends(converged.noise)).mean()
     good = compare(
-        gaussian,
-        {"good": fs.baselines.kl_optimal(8, LOW, HIGH, STD)},
-        "dpmpp_2m",
-        reference=converged,
-        progress=False,
+        gaussian, {"good": fs.baselines.kl_optimal(8, LOW, HIGH, STD)}, "dpmpp_2m", reference=converged, progress=False
     )
     assert float(left) < 1e-3 * good["good"].mean_error
     assert float(left) < 1e-6 * float(converged.ends.square().sum(1).mean())

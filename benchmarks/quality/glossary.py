@@ -34,10 +34,7 @@ _CURVES = {
     "karras_7": ("karras", "Karras et al. 2022, rho = 7, from sigma_max to sigma_min, then 0"),
     "karras_3": ("karras, rho 3", "the same with rho = 3"),
     "exponential": ("exponential", "even in log sigma, from sigma_max to sigma_min, then 0"),
-    "kl_optimal": (
-        "kl_optimal",
-        "even in arctan(sigma / c), c the data's standard deviation (Align Your Steps)",
-    ),
+    "kl_optimal": ("kl_optimal", "even in arctan(sigma / c), c the data's standard deviation (Align Your Steps)"),
     "karras_7_time": ("karras in time", "karras in the time of flow matching instead of sigma"),
     "exponential_time": ("exponential in time", "exponential in the time of flow matching instead of sigma"),
 }

@@ -141,8 +141,7 @@ def fit(
         ),
     ] = None,
     decoupled: Annotated[
-        bool,
-        typer.Option("--decoupled", help="Tune what the network is told too; for diffusers and fs.sample only."),
+        bool, typer.Option("--decoupled", help="Tune what the network is told too; for diffusers and fs.sample only.")
     ] = False,
     seed: shell.Seed = 0,
     batch_size: shell.Batch = None,

@@ -228,11 +228,7 @@ def _follow_reference(
 
 
 def _increment(
-    now: tuple[Tensor, Tensor],
-    before: tuple[Tensor, Tensor],
-    a: Sequence[float],
-    c: Sequence[float],
-    out: Tensor,
+    now: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor], a: Sequence[float], c: Sequence[float], out: Tensor
 ) -> Tensor:
     """``D_k - D_{k-1}`` of pairs ``(x, R)``, differences first, so that close answers keep theirs.
 

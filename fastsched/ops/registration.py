@@ -17,12 +17,7 @@ from fastsched.ops import eager
 
 @torch.library.custom_op("fastsched::level_gram", mutates_args=())
 def level_gram(
-    R: Tensor,
-    X: Tensor | None,
-    coefficients: Tensor,
-    per_sample: bool,
-    precision: str,
-    triton: bool,
+    R: Tensor, X: Tensor | None, coefficients: Tensor, per_sample: bool, precision: str, triton: bool
 ) -> Tensor:
     """Gram matrix of increments; see `fastsched.ops.level_increment_gram`."""
     if triton:

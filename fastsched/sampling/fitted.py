@@ -32,14 +32,7 @@ def fitted_solver(weights: Tensor) -> Solver:
         n = len(history) - 1
         return rows[n, n::-1].tolist()  # newest first
 
-    return Solver(
-        FITTED,
-        "rho",
-        len(rows),
-        of_step,
-        "least squares on a measured path",
-        end_weights=of_step,
-    )
+    return Solver(FITTED, "rho", len(rows), of_step, "least squares on a measured path", end_weights=of_step)
 
 
 def _not_yet(history: Sequence[Node], end: Node) -> list[float]:

@@ -151,12 +151,7 @@ def answered(queries: Generator[tuple[Any, Any], Any, Result], answer: Callable[
 
 
 def integration(
-    nodes: Sequence[Node],
-    method: Solver,
-    y: Any,
-    *,
-    s: Sequence[Any] | Tensor,
-    number: Callable[[Any], Any] = float,
+    nodes: Sequence[Node], method: Solver, y: Any, *, s: Sequence[Any] | Tensor, number: Callable[[Any], Any] = float
 ) -> Generator[tuple[Any, Any], Any, Any]:
     """The loop of every deterministic solver, as a generator that needs the denoiser.
 

@@ -135,11 +135,9 @@ class Schedule:
     @property
     def model_calls(self) -> int:
         """Network evaluations a sample."""
-        return (
-            self.steps
-            if self.solver in (*STOCHASTIC_SOLVERS, FITTED)
-            else get_solver(self.solver).model_calls(self.steps)
-        )
+        if self.solver in (*STOCHASTIC_SOLVERS, FITTED):
+            return self.steps
+        return get_solver(self.solver).model_calls(self.steps)
 
     @property
     def end_sigma(self) -> float:
@@ -249,12 +247,10 @@ class Schedule:
             "version": str(VERSION if self.network_sigmas is not None else 1 if self.weights is None else 2),
             "solver": json.dumps(self.solver),
             "noise": json.dumps(self.noise),
-            "sigmas": _decimals(self.sigmas.tolist()),
         }
-        if self.timesteps is not None:
-            entries["timesteps"] = _decimals(self.timesteps.tolist())
-        if self.network_sigmas is not None:
-            entries["network_sigmas"] = _decimals(self.network_sigmas.tolist())
+        for name in ("sigmas", "timesteps", "network_sigmas"):
+            if getattr(self, name) is not None:
+                entries[name] = _decimals(getattr(self, name).tolist())
         if self.weights is not None:
             entries["weights"] = "[" + ", ".join(_decimals(row) for row in self.weights.tolist()) + "]"
         for name in ("predicted_error", "measured_error"):

@@ -113,14 +113,8 @@ _UNIPC = "Zhao et al. 2023 (arXiv 2302.04867)"
 
 
 def _unipc(name: str, order: int, variant: str) -> Solver:
-    return Solver(
-        name,
-        "rho",
-        order,
-        partial(multistep.unip_weights, variant=variant),
-        _UNIPC,
-        corrector=partial(multistep.unic_weights, variant=variant),
-    )
+    predictor, corrector = (partial(each, variant=variant) for each in (multistep.unip_weights, multistep.unic_weights))
+    return Solver(name, "rho", order, predictor, _UNIPC, corrector=corrector)
 
 
 SOLVERS: dict[str, Solver] = {
@@ -160,7 +154,6 @@ ALIASES = {
     "uni_pc": "unipc_bh1",
     "uni_pc_bh2": "unipc",
 }
-
 
 #: The solver whose weights belong to the schedule (`fastsched.sampling.fitted`).
 FITTED = "fitted"

@@ -120,11 +120,7 @@ class AdaptiveSchedule:
 
     @torch.no_grad()
     def observe_denoiser(
-        self,
-        denoise: Callable[[Tensor, Tensor], Tensor],
-        clean: Tensor,
-        *,
-        generator: torch.Generator | None = None,
+        self, denoise: Callable[[Tensor, Tensor], Tensor], clean: Tensor, *, generator: torch.Generator | None = None
     ) -> int:
         """Estimate corrector costs on a batch of data: ``s_i^2 ||score_{i+1}(z) - score_i(z)||^2``, ``z ~ p_i``.
 

@@ -81,12 +81,7 @@ def score_optimal_schedule(
 
 
 def select(
-    cost: CostMatrix,
-    steps: int,
-    *,
-    method: str | None = None,
-    spare_last: bool = True,
-    solver: str = "dpmpp_2m",
+    cost: CostMatrix, steps: int, *, method: str | None = None, spare_last: bool = True, solver: str = "dpmpp_2m"
 ) -> Schedule:
     """The schedule of ``steps`` steps with the least total cost; no model calls.
 

@@ -28,11 +28,7 @@ class Uncertainty:
 
 
 def standard_errors(
-    stats: PathStatistics,
-    steps: int,
-    solver: str = "dpmpp_2m",
-    *,
-    polish: bool = False,
+    stats: PathStatistics, steps: int, solver: str = "dpmpp_2m", *, polish: bool = False
 ) -> Uncertainty:
     """Jackknife standard errors of `optimal_schedule` over the measured samples.
 

@@ -108,10 +108,7 @@ def test_unknown_networks_are_named(weights):
 
 def test_ratios_are_to_the_best_other_way_of_each_cell():
     cell, other = ("a", "ddim", 5), ("a", "ddim", 8)
-    errors = {
-        cell: {"karras_7": 2.0, "native": 4.0, "fit": 1.0},
-        other: {"karras_7": 3.0, "native": 1.0, "fit": 1.5},
-    }
+    errors = {cell: {"karras_7": 2.0, "native": 4.0, "fit": 1.0}, other: {"karras_7": 3.0, "native": 1.0, "fit": 1.5}}
     results = summary.Results(dict.fromkeys(summary.ERRORS, errors), ("karras_7", "native"))
     assert results.best("typical_error", cell) == ("karras_7", 2.0)
     assert results.ratios("typical_error", "fit", [cell, other]) == [0.5, 1.5]

@@ -4,15 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from kernel_cases import (
-    EPS,
-    PRODUCT_ERROR,
-    PRODUCT_RMS,
-    GramCase,
-    gram_scale,
-    summation_error,
-    terms,
-)
+from kernel_cases import EPS, PRODUCT_ERROR, PRODUCT_RMS, GramCase, gram_scale, summation_error, terms
 from kernel_worker import DEVICE, launch
 
 from fastsched import ops
@@ -216,11 +208,7 @@ def run_parts(case: GramCase, parts: list[int], fill: float) -> list[list[np.nda
     return [[t.cpu().numpy() for t in outputs] for outputs in runs]
 
 
-@pytest.mark.parametrize(
-    "case",
-    [GramCase(N=24, B=2, d=777), GramCase(N=100, B=1, d=100)],
-    ids=str,
-)
+@pytest.mark.parametrize("case", [GramCase(N=24, B=2, d=777), GramCase(N=100, B=1, d=100)], ids=str)
 def test_outputs_are_written_whole(case):
     (outputs,) = launch(run_parts, case, [3], math.nan)
     for output in outputs:

@@ -63,10 +63,7 @@ def test_float64_on_a_gpu(gpu):
 
 @pytest.mark.parametrize(
     ("capability", "triton", "reason"),
-    [
-        ((7, 5), True, "needs compute capability 8.0; cuda:0 has 7.5"),
-        ((9, 0), False, "needs the package triton"),
-    ],
+    [((7, 5), True, "needs compute capability 8.0; cuda:0 has 7.5"), ((9, 0), False, "needs the package triton")],
 )
 def test_unsupported_gpu_warns_once(gpu, capability, triton, reason):
     gpu(capability, triton=triton)

@@ -8,13 +8,7 @@ import torch
 from kernel_cases import EPS, GramCase, gram_scale, summation_error, terms
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsched.ops import (
-    eager,
-    hutchinson_reduce,
-    level_increment_gram,
-    pairwise_squared_distances,
-    reference,
-)
+from fastsched.ops import eager, hutchinson_reduce, level_increment_gram, pairwise_squared_distances, reference
 
 GRAM_CASES = [
     GramCase(N=13, d=1000),
@@ -245,10 +239,7 @@ def test_compiles_without_graph_breaks():
 
 R3 = torch.zeros(4, 2, 8)
 ERRORS = {
-    "precision": (
-        lambda: level_increment_gram(R3, None, [1] * 4, [1] * 4, precision="fp8"),
-        "precision.*'fp8'",
-    ),
+    "precision": (lambda: level_increment_gram(R3, None, [1] * 4, [1] * 4, precision="fp8"), "precision.*'fp8'"),
     "backend": (lambda: level_increment_gram(R3, None, [1] * 4, [1] * 4, backend="cuda"), "backend.*'cuda'"),
     "triton-gram": (
         lambda: level_increment_gram(R3, None, [1] * 4, [1] * 4, backend="triton"),
@@ -262,16 +253,10 @@ ERRORS = {
     "R-shape": (lambda: level_increment_gram(R3[0], None, [1] * 4, [1] * 4), r"R must be \[N, B, d\]"),
     "R-empty": (lambda: level_increment_gram(R3[:, :0], None, [1] * 4, [1] * 4), "R must be .* not empty"),
     "R-dtype": (lambda: level_increment_gram(R3.int(), None, [1] * 4, [1] * 4), "R must be one of .*int32"),
-    "X-shape": (
-        lambda: level_increment_gram(R3, R3[:3], [1] * 4, [1] * 4),
-        r"X must be \[4, 2, 8\] or \[2, 8\]",
-    ),
+    "X-shape": (lambda: level_increment_gram(R3, R3[:3], [1] * 4, [1] * 4), r"X must be \[4, 2, 8\] or \[2, 8\]"),
     "a-shape": (lambda: level_increment_gram(R3, R3, [1] * 3, [1] * 4), r"a must be \[4\].*\(3,\)"),
     "c-shape": (lambda: level_increment_gram(R3, R3, [1] * 4, [[1] * 4]), r"c must be \[4\].*\(1, 4\)"),
-    "device": (
-        lambda: level_increment_gram(R3, R3.to("meta"), [1] * 4, [1] * 4),
-        "X must be on R's device.*meta",
-    ),
+    "device": (lambda: level_increment_gram(R3, R3.to("meta"), [1] * 4, [1] * 4), "X must be on R's device.*meta"),
     "gram-shape": (lambda: pairwise_squared_distances(torch.zeros(3, 4)), r"gram must be .*\(3, 4\)"),
     "V-shape": (lambda: hutchinson_reduce(R3[:2], R3), r"V must be \[4, 2, 8\] or \[2, 8\]"),
     "V-dtype": (lambda: hutchinson_reduce(R3.int(), R3), "V must be one of .*int32"),
