@@ -128,7 +128,7 @@ def sliced_wasserstein(samples: Tensor, reference: Tensor, *, projections: int =
         samples: [B, *shape].
         reference: [B, *shape], in any order.
         projections: How many directions.
-        seed: Of the directions.
+        seed: The seed of the directions.
 
     Raises:
         ValueError: If the shapes differ, there is no sample, or an entry is NaN or inf.

@@ -94,9 +94,9 @@ class Profile:
 
     Attributes:
         model: Class of the pipeline or network.
-        parameters: Of the networks that the steps call.
+        parameters: How many the networks have that a step calls.
         dtype: What they compute in.
-        device: Where.
+        device: Where they run.
         modes: Which of compiled, cached, offloaded, quantised were found.
         steps: Times of a step: with the own scheduler, with a fitted one, while measuring.
         fixed_seconds: Time of a call outside of its steps, such as encoding prompts; images are not decoded.
@@ -222,7 +222,7 @@ def _profile(runs: Any, steps: int) -> Profile:
     elements = runs.elements
     gram_seconds, gram_bytes = _timed_gram(min(elements, GRAM_ELEMENTS), runs.device)
     step = times[0].p50_ms / 1e3
-    # Of the second run: the first one compiles and allocates within its first step.
+    # From the second run: the first one compiles and allocates within its first step.
     fixed = max(fitted.seconds - len(fitted.steps) * times[1].p50_ms / 1e3, 0.0)
     calls = {"measure": runs.measuring_calls(LEVELS), "fit": TOTAL}
     numbers = sorted({4, 8, 20, runs.own_steps})

@@ -1,14 +1,14 @@
-"""How far off the surrogate's answers are, and what that does to the error at the end.
+"""The error of the surrogate's answers, and the variance that it adds to the error at the end.
 
-Of a deviation the secants explain a part; to the rest, ``u``, the scalar Jacobian answers, off by an error ``E`` that
-is not known. The measurement tells how large it is: where one deviated path is left out, the others explain its
-deviation but for ``u_m``, and get its answer wrong by ``E_m``,
+The secants explain part of a deviation. For the rest, ``u``, the surrogate has only the scalar Jacobian, and its answer
+has an unknown error ``E``. To estimate its size, each deviated path ``m`` is left out in turn: the others explain its
+deviation up to ``u_m``, and predict its answer up to ``E_m``,
 
     ``kappa(s)^2 = FOUND^2 median_b ( sum_m ||E_{m,b}||^2 / sum_m ||u_{m,b}||^2 )``.
 
-It is near 0 where the denoiser is known (noise alone; no noise) and near 1 where modes part. The sampler takes an error
-of its n-th answer to the end by a factor ``c_n``, with the weights of every later step, a corrector's twice. Errors of
-answers to like deviations at near levels are alike, so the variance at the end is taken as
+``kappa`` is near 0 where the denoiser is known (noise alone; no noise) and near 1 where modes part. An error of the
+n-th answer reaches the end multiplied by ``c_n``, which follows from the weights of all later steps. Errors of answers
+to similar deviations at neighbouring levels are correlated, so the variance at the end is taken as
 
     ``sum_{n,m} c_n c_m kappa_n kappa_m <u_n, u_m> exp(-|lambda_n - lambda_m| / LENGTH)``.
 """
@@ -23,7 +23,7 @@ from fastsched.costs.secants import Secants
 #: Fraction of the errors found by leaving a path out: where all paths are known, answers are better.
 FOUND = 0.8
 
-#: Distance in ``lambda`` over which errors of answers become unlike. Over twelve denoisers and three solvers the errors
+#: Correlation length of the errors of answers, in ``lambda``. Over twelve denoisers and three solvers the errors
 #: of answers to nearly the same deviation had cosines of 0.95 at a distance of 0.1, 0.65 at 0.4, 0.5 at 1, 0.2 at 1.6.
 LENGTH = 1.3
 
@@ -32,8 +32,8 @@ def relative_errors(secants: Secants, norms: Norms) -> Array:
     """``kappa`` at the levels of the secants, [G], by leaving out each deviated path in turn.
 
     Args:
-        secants: Of the deviated paths.
-        norms: Of the vectors that they are over.
+        secants: The secants of the deviated paths.
+        norms: Norms over their vectors.
     """
     missed = np.zeros((len(secants.lam), len(norms.gram)))
     left = np.zeros_like(missed)
@@ -47,7 +47,7 @@ def relative_errors(secants: Secants, norms: Norms) -> Array:
 
 
 def uncorrelated(vectors: Array, lam: Array, length: float) -> Array:
-    """Vectors whose squares add up to the variance of correlated errors, [C, E, V].
+    """Uncorrelated vectors of the same total variance as correlated errors, [C, E, V].
 
     With ``L`` the Cholesky factor of ``exp(-|lam_n - lam_m| / length)``, ``sum_n L[n, k] v_n`` for each k. The
     correlation is that of a Markov process, so ``L[n, k]`` is the correlation of n and k times ``sqrt(1 - that of k and
@@ -56,7 +56,7 @@ def uncorrelated(vectors: Array, lam: Array, length: float) -> Array:
     Args:
         vectors: Errors as they reach the end, [C, E, V].
         lam: Where they were made, [C, E].
-        length: Over what distance in ``lambda`` they become unlike.
+        length: Their correlation length in ``lambda``.
     """
     near = np.exp(-np.abs(np.diff(lam, axis=1)) / length)[:, :, None]
     found = vectors.copy()

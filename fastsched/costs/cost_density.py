@@ -21,7 +21,7 @@ def cost_density(stats: PathStatistics, *, weighted: bool = True) -> tuple[Array
 
     Args:
         stats: The result of `fastsched.measure`.
-        weighted: Whether to weight an error by what becomes of it at the end of the path; 1 otherwise.
+        weighted: Whether errors are weighted by their effect at the end of the path; ``weight = 1`` otherwise.
 
     Returns:
         The levels ``s`` (geometric mean of neighbours) and the density there, each [N - 1], or [N - 2] if the process

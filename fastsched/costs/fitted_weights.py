@@ -42,7 +42,7 @@ def rollouts(
         levels: Levels ``s`` [C, steps + 1], descending to 0.
         solver: A stock solver, one with weights, or `fastsched.sampling.fitted.FITTED_SOLVER`.
         secants: What is known beyond the scalar Jacobian; that of the measurement when None.
-        norms: Of the vectors that ``secants`` are over; those of the measurement when None.
+        norms: Norms over the vectors of ``secants``; those of the measurement when None.
         weights: The fitted solver's for each schedule, [C, steps, steps], instead of those that suit it best.
         offsets: How far the levels that the network is told lie from the states', in ``log s``, [C, steps].
 

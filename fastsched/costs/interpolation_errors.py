@@ -23,7 +23,7 @@ def interpolation_errors(lam: Array, norms: Norms) -> Array:
 
     Args:
         lam: ``lambda`` of the levels, [N].
-        norms: Of the vectors, of which the first are the increments.
+        norms: Norms over the known vectors, of which the first are the increments.
     """
     near, far = (_squared_errors(lam, norms, step) for step in (1, 2))
     fall = np.divide(near, far, out=np.ones_like(near), where=far > near)

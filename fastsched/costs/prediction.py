@@ -1,14 +1,13 @@
 """Predict the error of a whole schedule.
 
-The sampler is run on the denoiser as the measurement knows it (`costs.surrogate`), for each measured sample b. What is
-known there only in part is the answer to deviations that no secant explains. A search for the least error finds the
-schedules that profit most from what is wrong there, the more so the less error is left: those of UniPC were predicted
-2.5 to 4 times too low. So the squared error that is predicted counts what the unknown answers add to it,
+The sampler is run on the surrogate (`fastsched.costs.surrogate`), for each measured sample b. The surrogate is wrong
+where no secant explains a deviation, and a search for the least error finds the schedules whose error it underestimates
+most: those of UniPC were predicted 2.5 to 4 times too low. So a variance is added to the squared error,
 
     ``q_b = ||error_b||^2 + variance_b``,
 
-those to deviations (`fastsched.costs.answer_errors`), and on the path between its levels
-(`fastsched.costs.interpolation_errors`); for the fitted solver it counts the deviations themselves, by `PENALTY` and
+that of the answers to deviations (`fastsched.costs.answer_errors`) and of the path between its levels
+(`fastsched.costs.interpolation_errors`). For the fitted solver the deviations themselves are added, times `PENALTY` and
 `DOUBT`. The error of a schedule is the power mean of the samples' errors,
 
     ``(mean_b q_b^p)^(1/p)``,   ``p = 1/4``,
@@ -37,9 +36,9 @@ from fastsched.sampling.schedule import Schedule, check_kind
 from fastsched.sampling.solvers import FITTED, Solver
 
 #: Weight of deviations that no secant explains, for the fitted solver, and near schedules that were run
-#: (`fastsched.fitting.neighbourhood`). It is about what the answers to them are off by: of what one deviated path
-#: leaves unexplained of the other's deviation, it gets the answer wrong by 0.13 to 0.45, a mean over the levels (nine
-#: denoisers). With the variance in its place 36 fits of the fitted solver, of six denoisers, had 1.05 of the typical
+#: (`fastsched.fitting.neighbourhood`). It is about the relative error of the answers to them: where one deviated path
+#: predicts the other's, that is 0.13 to 0.45 of the unexplained part, a mean over the levels (nine denoisers). With the
+#: variance in its place 36 fits of the fitted solver, of six denoisers, had 1.05 of the typical
 #: error and the same mean error.
 PENALTY = 0.3
 
@@ -65,7 +64,7 @@ class ErrorModel:
 
     @classmethod
     def of(cls, stats: PathStatistics, solver: str | Solver) -> ErrorModel:
-        """The model that the statistics leave."""
+        """The model of a measurement."""
         return cls(Surrogate.of(stats), chosen_solver(solver))
 
     def __call__(self, levels: Array) -> Array:
@@ -93,8 +92,8 @@ def squared_errors(norms: Norms, outcome: Outcome, penalty: float = PENALTY) -> 
     Deviations count as their mean over the samples, to scale.
 
     Args:
-        norms: Of the known vectors.
-        outcome: Of C schedules.
+        norms: Norms over the known vectors.
+        outcome: The errors of C schedules on the surrogate.
         penalty: Weight of the unexplained deviations.
     """
     unexplained = norms.mean_squared(outcome.deviations)

@@ -8,8 +8,8 @@ Between levels the path takes ``D`` as piecewise linear in ``lambda``, so over a
 
 A step of a linear solver (`fastsched.sampling.solvers`) with weights ``b`` then errs by ``sum_q C_q e_q``:
 
-* ``j <= q < k``: ``C_q = r_q - rho_k``, plus ``scale * b * f * p_q`` for a slope of weight ``b`` at a node ahead, of
-  which the path has covered the share ``p_q`` of segment ``q`` (all 1 for the end of the step),
+* ``j <= q < k``: ``C_q = r_q - rho_k``, plus ``scale * b * f * p_q`` for a slope of weight ``b`` at a node ahead, with
+  ``p_q`` the fraction of segment ``q`` that lies before it (1 for all segments if it is the end of the step),
 * ``i <= q < j``: ``C_q = -scale * B_i * u_q``, ``B_i`` the weight on ``i`` and earlier, and so on for earlier levels,
 
 where ``u_q e_q`` is the change of the slope over a segment: ``u = f = 1`` for ``D``; ``u_q = -(r_q + 1/tau - rho)`` for
@@ -40,7 +40,7 @@ from fastsched.sampling.solvers import Solver, from_pure_noise, get_solver, is_s
 
 
 def error_weight(stats: PathStatistics) -> Array:
-    """What becomes of a squared error made at each level by the end of the path, [N + 1]; 1 at the end."""
+    """What a squared error made at each level is multiplied by until the end of the path, [N + 1]; 1 at the end."""
     return _weight(Surrogate.of(stats))
 
 
@@ -54,7 +54,7 @@ def path_cost(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", *, weigh
     Args:
         stats: What `fastsched.measure` returned.
         solver: A solver's name.
-        weighted: Whether errors are weighted by what becomes of them at the end of the path.
+        weighted: Whether errors are weighted by their effect at the end of the path (`error_weight`).
 
     Raises:
         ValueError: If the solver is unknown.
@@ -80,7 +80,7 @@ class PathCost:
         s: Levels 0..N-1, [N].
         tau: The same as sampler sigmas, [N].
         gram: Mean increment Gram ``E <e_p, e_q>``, [N-1, N-1].
-        weight: Of an error made at each level, [N + 1]; entry 0 is not used.
+        weight: Weight of a squared error made at each level, [N + 1]; entry 0 is not used.
         jacobian: The scalar Jacobian, by which the denoiser passes on a state's error, [N].
     """
 

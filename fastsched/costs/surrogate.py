@@ -37,12 +37,12 @@ from fastsched.sampling.solvers import Solver, get_solver
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What C schedules of K steps lead to on the model.
+    """The errors of C schedules that were run on the surrogate.
 
     Attributes:
         error: Coefficients of the error at the end over the known vectors, [C, V].
-        deviations: Those of the part of the states' deviations that no secant explains, each times its amplitude at the
-            end, one for each network evaluation off the path, [C, evaluations, V].
+        deviations: Coefficients of the part of each state's deviation that no secant explains, times its amplitude at
+            the end; one for each network evaluation off the path, [C, evaluations, V].
     """
 
     error: Array
@@ -94,7 +94,7 @@ class Surrogate:
     Attributes:
         process: The noise process.
         s: Levels of the grid, [N].
-        norms: Of the V known vectors: the increments, then the responses.
+        norms: Norms over the V known vectors: the increments, then the responses.
         jacobian: The scalar Jacobian ``j`` at the levels, [N].
         secants: What is known beyond it.
     """
@@ -107,7 +107,7 @@ class Surrogate:
 
     @classmethod
     def of(cls, stats: PathStatistics) -> Surrogate:
-        """The model that the statistics leave.
+        """The surrogate of a measurement.
 
         The scalar Jacobian is the least-squares ``j`` of ``D(z') - D(z) ~ j a`` over the deviated paths and the
         samples, kept within [0, 1], so that no error is taken to change sign or to grow on its way; between modes it
@@ -203,7 +203,7 @@ class Surrogate:
 
     @cached_property
     def _amplitudes(self) -> Array:
-        """Of a deviation at each level, at the end: ``a_k = (keep + (1 - keep) j_k) a_{k+1}``, ``a_N = 1``, [N]."""
+        """A unit deviation's size at the end, [N]: ``a_k = (keep + (1 - keep) j_k) a_{k+1}``, ``a_N = 1``."""
         keep = np.append(self.s[1:], 0.0) / self.s
         return np.cumprod((keep + (1 - keep) * self.jacobian)[::-1], dtype=np.float64)[::-1]
 
@@ -288,9 +288,12 @@ class Surrogate:
 
 
 class Rollouts:
-    """C runs of a sampler on a surrogate, side by side: answers its calls and keeps the deviations it met.
+    """C runs of a sampler on a surrogate, side by side: stands for the network, and keeps the deviations it was given.
 
     Attributes:
+        surrogate: The surrogate.
+        secants: What is known beyond its scalar Jacobian.
+        offsets: How far the levels that the network is told lie from the states', in ``log s``, [C, steps].
         end: Coefficients of the states ``y - y_0`` at the start, and of the denoised samples ``D - D_0`` at the end,
             [C, V], and then those of the errors of answers that are passed on, [C, V + later].
     """
@@ -327,13 +330,13 @@ class Rollouts:
         return self._at_end(self._away)
 
     def _at_end(self, deviations: list[Array]) -> Array:
-        """Of evaluations off the path; the first is at the start."""
+        """Deviations times their amplitudes, [C, evaluations, V]; the first evaluation, on the path, is left out."""
         scaled = [each * at.amplitude[:, None] for each, at in zip(deviations[1:], self._known[1:], strict=True)]
         return np.stack(scaled or [np.zeros((len(self.end), self.secants.vectors))], axis=1)
 
     @property
     def variance(self) -> Array:
-        """What is not known of the answers adds this to the squared error at the end, [C, B]."""
+        """Variance of the squared error at the end, from what is not known of the network's answers, [C, B]."""
         norms, later = self.surrogate.norms, self._known[1:]
         if not later:
             return np.zeros((len(self.end), len(norms.gram)))

@@ -143,7 +143,7 @@ def audition(
     return replace(found, model_calls=found.model_calls + asked)
 
 
-#: Of arguments that are not checked as elsewhere.
+#: Checks of arguments that are not checked as elsewhere.
 CHECKS: dict[str, validate.Check] = {
     "denoiser": is_denoiser,
     "stats": is_statistics,

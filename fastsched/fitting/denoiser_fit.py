@@ -86,7 +86,7 @@ def fit(
             `fastsched.diffusers.apply`. For deterministic solvers of one call a step.
         checkpoint: A file of every finished path, as in `measure`; beside it ``checkpoint.runs`` holds every finished
             run of candidates and of tuning. The same call goes on from there to the same bits, after Ctrl-C, errors and
-            ``kill -9``; at most one batch is run twice. The files stay: remove them when they have served.
+            ``kill -9``; at most one batch is run twice. The files stay: remove them afterwards.
         group: As in `measure`; its first process decides what is run, and all run a part of the samples.
         progress: Show progress bars, or a function called with the model calls done and their total.
 
@@ -163,7 +163,7 @@ def fit_report(
         return FitReport(interrupted_schedule(finished, steps, method, best), finished)
 
 
-#: Of the arguments of `fit`.
+#: Checks of the arguments of `fit`.
 CHECKS: dict[str, validate.Check] = {
     "denoiser": is_denoiser,
     "solver": is_solver,

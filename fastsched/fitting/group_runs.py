@@ -24,7 +24,7 @@ def led_by_first(run: Run, work: Callable[[Run], Result], group: Any) -> Result:
 
     Args:
         run: Runs a schedule on some of the samples, in this process.
-        work: What is to be done, with a function that runs schedules; called in the first process alone.
+        work: The fit, given a function that runs schedules; called in the first process alone.
         group: A ``torch.distributed`` group, or None.
 
     Raises:

@@ -6,11 +6,10 @@ in ``log s``. Near the anchor ``x_a``, a schedule that was run and whose error `
 
     ``E(x) ~ E_a + (C(x) - C(x_a)) v + sum_m c_m(x) R_m``,   ``R_m = E_m - E_a - (C(x_m) - C(x_a)) v``,
 
-where ``C(x) v`` is the error on the surrogate (`fastsched.costs.surrogate`): that of the measurement, with what the
-runs so far found at the states they went through (`fastsched.fitting.run_secants`). What the surrogate gets wrong at
-the anchor does not matter, only what it gets wrong of a change (space mapping: Bandler et al. 1994); and of that other
-runs ``m`` correct what they know: ``c(x)`` are the coefficients of ``x - x_a`` in the ``x_m - x_a`` (least squares,
-damped), which is Broyden's method in its multisecant form (Fang & Saad 2009).
+where ``C(x) v`` is the error on the surrogate (`fastsched.costs.surrogate`) with the secants of the runs so far
+(`fastsched.fitting.run_secants`). So the surrogate's error at the anchor cancels, and only that of a change remains
+(space mapping: Bandler et al. 1994). The other runs ``m`` correct that: ``c(x)`` are the coefficients of ``x - x_a`` in
+the ``x_m - x_a`` (least squares, damped), which is Broyden's method in its multisecant form (Fang & Saad 2009).
 """
 
 from __future__ import annotations
@@ -53,11 +52,11 @@ class Neighbourhood:
     Attributes:
         surrogate: The denoiser as measured.
         secants: What the measurement and the runs know beyond the scalar Jacobian.
-        norms: Of all known vectors, V; samples compared with their errors under the anchor.
+        norms: Norms over all V known vectors, relative to each sample's error under the anchor.
         solver: The solver.
-        levels: Of the anchor, [steps + 1].
-        weights: Of the anchor if the solver is fitted, [steps, steps].
-        offsets: Of the anchor with decoupled levels, [steps].
+        levels: The anchor's, [steps + 1].
+        weights: The anchor's if the solver is fitted, [steps, steps].
+        offsets: The anchor's with decoupled levels, [steps].
         error: Which of the vectors is the anchor's error.
         others: Parameters of the other runs, [M, P].
         errors: Which of the vectors are their errors, [M].
@@ -161,7 +160,7 @@ class Neighbourhood:
 
     @cached_property
     def _correction(self) -> Array:
-        """Of the Jacobian ``dC/dx`` by the other runs, [P, V]."""
+        """What the other runs add to the surrogate's Jacobian ``dC/dx``, [P, V]."""
         if len(self.others) == 0:
             return np.zeros((len(self.anchor), self.norms.vectors))
         apart = self.others - self.anchor

@@ -38,7 +38,7 @@ class Evaluations:
 
     @classmethod
     def of(cls, calls: Sequence[tuple[float, Tensor, Tensor]]) -> Evaluations:
-        """Of calls ``(s, y, D)``, in order."""
+        """From calls ``(s, y, D)``, in order."""
         s, states, denoised = zip(*calls, strict=True)
         return cls(s, states, denoised)
 
@@ -56,7 +56,7 @@ class Rollout:
     evaluations: Evaluations | None = None
 
     def samples(self, first: int, last: int) -> Rollout:
-        """Of samples ``first .. last - 1`` alone, of those there are."""
+        """The run of samples ``first .. last - 1`` alone."""
         found = self.evaluations
         if found is not None:
             some = lambda tensors: tuple(each[first:last] for each in tensors)
@@ -65,7 +65,7 @@ class Rollout:
 
     @classmethod
     def joined(cls, parts: Sequence[Rollout]) -> Rollout:
-        """Of batches of samples, one after the other."""
+        """One run from batches of samples, in order."""
         found = [part.evaluations for part in parts if part.evaluations is not None]
         ends = torch.cat([part.ends for part in parts])
         if len(found) < len(parts):

@@ -155,7 +155,7 @@ class RunRecord:
         return parameters(trial.levels, trial.weights, trial.offsets if self.decoupled else None)
 
     def norms(self, anchor: int) -> Norms:
-        """Of all vectors, samples compared with their errors under the ``anchor``."""
+        """Norms over all vectors, relative to each sample's error under the ``anchor``."""
         return Norms(self._gram, self.trials[anchor].errors.numpy())
 
     def secants(self, anchor: int, norms: Norms) -> Secants:
@@ -174,7 +174,7 @@ class RunRecord:
         return with_runs(own, runs, known.index(self.trials[anchor]) if known else 0, norms.metric, noise)
 
     def _offsets_of_evaluations(self, trial: Trial) -> Array:
-        """Of each evaluation; a solver with two a step is never told other levels."""
+        """The offset of each evaluation; 0 for a solver with two a step, which has no decoupled levels."""
         return trial.offsets if len(trial.offsets) == len(trial.s) else np.zeros(len(trial.s))
 
     def _deviations(self, trial: Trial, vectors: int) -> Array:

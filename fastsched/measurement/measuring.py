@@ -60,7 +60,7 @@ def measure(
         samples: How many paths; or which, ``range(a, b)``, to be merged with others (`PathStatistics.merge`).
         responses: Whether to measure responses. Without them, errors are taken to be passed on as for Gaussian data.
         keep_increments: Whether to keep increments and responses, ``2 N`` images a sample, as `fastsched.tune` needs.
-        seed: Of the noises. Sample ``n`` is the same whatever ``samples`` and ``batch_size``.
+        seed: The seed of the noises. Sample ``n`` is the same whatever ``samples`` and ``batch_size``.
         batch_size: Paths at once, each ``2 N + 10`` float32 states; None: as memory allows, one with a checkpoint.
         store: Where ``2 N - 3`` of these are: ``"device"`` (None: if half of its free memory is enough) or ``"cpu"``.
         device: Where to run; where the network's parameters are when None.

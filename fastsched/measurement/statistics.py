@@ -44,7 +44,7 @@ class PathStatistics:
         response_gram: ``<r_i, r_j>``, [B, R, R] float64; None without responses.
         increments: The ``e_q`` themselves, [B, N-1, d] float32, if they were kept; not saved.
         responses: The ``r_i`` themselves, [B, R, d] float32, if they were kept; not saved.
-        fingerprint: Of the network (`fastsched.measurement.fingerprints`); None if it was not asked.
+        fingerprint: The network's (`fastsched.measurement.fingerprints`); None if it is not known.
         origin: What was measured, and when; None if it is not known.
     """
 

@@ -20,7 +20,7 @@ class Run:
 
     Attributes:
         steps: Seconds by owner of every step.
-        seconds: Of the whole run.
+        seconds: Seconds of the whole run.
         synchronisations: How often each step had the host wait for the GPU; None where no GPU is used.
     """
 

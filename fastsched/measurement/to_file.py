@@ -42,7 +42,7 @@ def measure_to_file(
         levels: How many levels, or the levels ``s`` themselves.
         samples: How many paths the file is to hold in the end, or which: ``range(a, b)``.
         responses: Whether to measure responses.
-        seed: Of the noises.
+        seed: The seed of the noises.
         batch_size: Paths followed at once.
         device: Where to run.
         dtype: What the network computes in.

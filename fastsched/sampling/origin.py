@@ -30,7 +30,7 @@ class Origin:
         guidance: The pipeline's ``guidance_scale``, if the call set it.
         prompts: How many prompts were used.
         date: The day of the measurement, UTC, ``YYYY-MM-DD``.
-        version: Of fastsched.
+        version: The version of fastsched.
         model_calls: Network evaluations spent, the measurement included, counted per sample.
     """
 

@@ -63,8 +63,8 @@ def sample(
         solver: A solver's name; that of the schedule when None. ``"sde_dpmpp_2m"`` and ``"ancestral"`` solve the
             reverse SDE instead, by `fastsched.sampling.stochastic.sample_stochastic` with ``eta = 1``.
         noise: Standard normal noise [B, *shape], float32 or float64; the state is kept in its dtype.
-        seed: Of the noise that the steps of a stochastic solver add, 0 when None; sample ``b``'s own does not depend
-            on ``B``. Only for stochastic solvers.
+        seed: The seed of the noise that a stochastic solver adds, 0 when None; sample ``b``'s own does not depend on
+            ``B``. Only for stochastic solvers.
         dtype: What the network computes in; the dtype of ``noise`` when None.
         progress: Show a progress bar, or a function called with the model calls done and their total.
 

@@ -48,7 +48,7 @@ class Schedule:
         timesteps: The network's timestep at each sigma but the last, [steps] float64; None for models that are
             given sigma.
         predicted_error: Predicted ``E ||x0 - x0_converged||^2`` from the same noise, summed over a sample's elements.
-        weights: Of the fitted solver (`fastsched.sampling.fitted`), [steps, steps] float64; None for stock solvers.
+        weights: The fitted solver's (`fastsched.sampling.fitted`), [steps, steps] float64; None for stock solvers.
         measured_error: The same as an audition or tuning found it by sampling, its power mean over their samples.
         network_sigmas: With decoupled levels, the sigma that the network is told at each step, [steps] float64; None if
             it is that of the state. `timesteps` are those of these sigmas.

@@ -53,8 +53,8 @@ def sample_stochastic(
         solver: ``"sde_dpmpp_2m"`` or ``"ancestral"``.
         noise: Standard normal noise to start from [B, *shape], float32 or float64; the state is kept in its dtype.
         eta: How much of the noise each step renews, within [0, 1].
-        seed: Of the noise that steps add. Every sample has a stream of its own, drawn on the CPU: sample ``b`` is the
-            same whatever ``B`` and the device.
+        seed: The seed of the noise that steps add. Every sample has a stream of its own, drawn on the CPU: sample ``b``
+            is the same whatever ``B`` and the device.
         dtype: What the network computes in; the dtype of ``noise`` when None.
         progress: Show a progress bar, or a function called with the model calls done and their total.
 

@@ -1,4 +1,4 @@
-"""A stock solver's steps in the form of the fitted solver: what its weights are drawn to where samples tell nothing."""
+"""A stock solver's steps in the form of the fitted solver, whose weights are regularised towards them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from fastsched.sampling.multistep import Node
 from fastsched.sampling.sampler import answered, integration
 from fastsched.sampling.solvers import Solver, get_solver
 
-#: The stock solver whose weights the fitted solver's are drawn to, and whose starts and schedule serve it. Errors of
-#: the fitted solver, typical and mean, against those with DPM-Solver++(2M): without a call 0.94 and 0.89; 100 calls
+#: The stock solver that the fitted solver's weights are regularised towards, and whose starts it uses. Errors of the
+#: fitted solver, typical and mean, against those with DPM-Solver++(2M): without a call 0.94 and 0.89; 100 calls
 #: 0.92 and 0.95; 400 0.93 and 1.00; 800 0.96 and 1.05; 1,500 1.05 and 0.96 (36 to 51 cells of six or seven denoisers,
 #: 2 or 3 seeds each). With UniPC of third order 1.09, 0.93 and 1.03 (typical) at 100, 200 and 800 calls.
 NEAREST_STOCK = "unipc"
 
 
 def stock_weights(solver: str | Solver, nodes: Sequence[Node]) -> NDArray[np.float64]:
-    """The weights ``W`` with which the fitted solver asks and returns what a stock solver does, [..., K, K].
+    """The weights ``W`` with which the fitted solver takes the same steps as a stock solver, [..., K, K].
 
-    A corrector moves the state by the answers so far before the next step is taken from there, so both together are one
-    linear step. The solver is run on unit vectors, one for each answer, and ``W[n]`` is what it adds between the states
-    that it asks at, over ``rho_{n+1} - rho_n``.
+    A predictor and the corrector before it are one linear step together. The solver is run on unit vectors, one for
+    each network call, and ``W[n]`` is the change between the states of two calls over ``rho_{n+1} - rho_n``.
 
     Args:
         solver: A solver over ``rho`` of one call a step.

@@ -31,7 +31,7 @@ def descend(
     several starts go side by side: ``error`` is called once for what all of them try next.
 
     Args:
-        error: Of C schedules [C, steps + 1], a value each, [C]; ``inf`` forbids one.
+        error: The errors [C] of C schedules [C, steps + 1]; ``inf`` forbids one.
         starts: Where to start: levels [steps + 1], descending to 0, of as many steps each. Both ends stay.
         low: The lowest level a node may take.
         high: The highest finite level; where the first node is at pure noise, the second stays below ten times this.

@@ -171,8 +171,8 @@ class AdaptiveSchedule:
         """Move the grid and clear the observations. Collective: every rank of a distributed run must call it.
 
         Returns:
-            Whether it moved. While an interval has no observation it does not, and the observations are kept. Nor does
-            it where levels would meet, because all of the cost has been in one interval for long.
+            Whether it moved. It does not while an interval has no observation (the observations are kept), or where
+            levels would meet, because one interval has had nearly all of the cost.
         """
         sums, counts = _summed_over_ranks(self._sums, self._counts, self.group)
         if not bool((counts > 0).all()):
