@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def interleaved(
@@ -91,14 +93,18 @@ def environment(device: str = "cpu") -> dict[str, str]:
     }
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV, all values text; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def append(name: str, rows: list[dict[str, Any]], key: tuple[str, ...]) -> None:
     """Write rows to ``results/<name>.csv``; a row with the same ``key`` columns as an old one replaces it."""
     path = RESULTS / f"{name}.csv"
-    old: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            old = list(csv.DictReader(file))
-    merged = {tuple(str(row.get(k, "")) for k in key): row for row in [*old, *rows]}
+    merged = {tuple(str(row.get(k, "")) for k in key): row for row in [*read(path), *rows]}
     columns = list(dict.fromkeys(column for row in merged.values() for column in row))
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
@@ -112,6 +118,17 @@ def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
     lines = [columns, *(tuple(str(row.get(c, "")) for c in columns) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of markdown."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
+
+
+def geometric(values: Iterable[float]) -> float:
+    """The geometric mean of those that are numbers; NaN of none."""
+    known = [value for value in values if not math.isnan(value)]
+    return math.exp(sum(map(math.log, known)) / len(known)) if known else math.nan
 
 
 def _cores() -> int:

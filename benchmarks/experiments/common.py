@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import fastsched as fs
 from benchmarks.common import RESULTS, append, environment, table
@@ -67,11 +66,9 @@ def _short(value: Any) -> Any:
 
 def axes(columns: int = 1, rows: int = 1, width: float = 5.0, height: float = 3.4) -> tuple[Figure, list[Axes]]:
     """A figure and its axes in reading order."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False)
     for ax in grid.flat:
         ax.spines[["top", "right"]].set_visible(False)
@@ -92,14 +89,6 @@ def number_decades(ax: Axes) -> None:
 def digits_denoiser() -> fs.Denoiser:
     """The denoiser that fastsched ships."""
     return fs.Denoiser.from_edm(load_digits_network())
-
-
-def digits_data() -> Tensor:
-    """The 1,797 digits of scikit-learn, [1797, 1, 8, 8] in [-1, 1]."""
-    from sklearn.datasets import load_digits
-
-    pixels = load_digits().data  # type: ignore[attr-defined]  # a Bunch
-    return torch.from_numpy(pixels).float().reshape(-1, *SHAPE) / 8 - 1
 
 
 def errors(denoiser: fs.Denoiser, schedules: Mapping[str, Any], solver: str, reference: Reference) -> dict[str, Any]:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 import fastsched as fs
-from benchmarks.experiments.common import SHAPE, arguments, axes, digits_data, digits_denoiser, number_decades, report
+from benchmarks.experiments.common import SHAPE, arguments, axes, digits_denoiser, number_decades, report
+from benchmarks.train.digits import digits_data
 from fastsched import metrics
 from fastsched.comparison import Reference
 from fastsched.costs import CostMatrix, PathCost

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fastsched as fs
 from benchmarks.experiments.common import SHAPE, arguments, axes, digits_denoiser, report
+from benchmarks.quality.networks import ddpm_table
 from fastsched.denoisers.noise import log_uniform
 
 STEPS = 10
@@ -51,13 +52,12 @@ def as_velocity(denoise: Callable[[Tensor, Tensor], Tensor]) -> fs.Denoiser:
 
 
 def processes(denoiser: fs.Denoiser) -> dict[str, fs.Denoiser]:
-    linear = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     u = torch.arange(1001, dtype=torch.float64) / 1000
     curve = torch.cos((u + 0.008) / 1.008 * torch.pi / 2).square()
     cosine = torch.cumprod((curve[1:] / curve[:-1]).clamp(min=1e-3), 0)
     return {
         "VE": denoiser,
-        "VP linear": as_epsilon(denoiser, linear),
+        "VP linear": as_epsilon(denoiser, ddpm_table()),
         "VP cosine": as_epsilon(denoiser, cosine),
         "flow": as_velocity(denoiser),
     }

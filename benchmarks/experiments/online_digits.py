@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 import fastsched as fs
-from benchmarks.experiments.common import SHAPE, SIGMA_MAX, SIGMA_MIN, arguments, axes, digits_data, report
+from benchmarks.experiments.common import SHAPE, SIGMA_MAX, SIGMA_MIN, arguments, axes, report
+from benchmarks.train.digits import digits_data, preconditioned
 from fastsched.denoisers.digits import DigitsNetwork
 from fastsched.denoisers.noise import log_uniform
 from fastsched.selection.fixed_point import variation
@@ -31,13 +32,6 @@ from fastsched.selection.fixed_point import variation
 LEVELS = 25
 #: Far below the data's deviation the corrector cost dies out, and with it the learned schedule: where tables are cut.
 LOW = 0.25
-
-
-def preconditioned(network: DigitsNetwork, z: Tensor, s: Tensor) -> Tensor:
-    """The denoiser ``D(z; s)``, EDM's preconditioning around the raw network."""
-    level, deviation = s.to(z.dtype)[:, None, None, None], network.sigma_data
-    width = (level**2 + deviation**2).sqrt()
-    return (deviation / width) ** 2 * z + level * deviation / width * network(z / width, s.to(z.dtype).log() / 4)
 
 
 def weighted_loss(network: DigitsNetwork, clean: Tensor, s: Tensor, noise: Tensor) -> Tensor:

@@ -24,13 +24,13 @@ from benchmarks.experiments.common import (
     SHAPE,
     arguments,
     axes,
-    digits_data,
     digits_denoiser,
     number_decades,
     points_mixture,
     report,
 )
 from benchmarks.experiments.two_dimensional import data_sets
+from benchmarks.train.digits import digits_data
 from fastsched import metrics
 from fastsched.costs import CostMatrix
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import fastsched as fs
+from benchmarks.common import DOCS
 from benchmarks.pretrained.networks import Network, builders, find_zoo
 from benchmarks.pretrained.run import FITTED_METHODS, METHODS, Plan, plan_of, ways
-from benchmarks.pretrained.summary import DOCS
 from benchmarks.quality import glossary
 from benchmarks.quality.choosing import Choosers
 from benchmarks.quality.models import Model
@@ -65,14 +65,12 @@ def plot(rows: Sequence[Row], network: Network, title: str, path: Path) -> None:
     Raises:
         ValueError: If the network's samples are not pictures.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     if network.image is None:
         raise ValueError("network must have an image function, which makes pictures of its samples")
     columns = len(rows[0].samples)
     figure = Figure(figsize=(1.7 + 0.85 * columns, 0.4 + 0.85 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.01, wspace=0, hspace=0)  # type: ignore[union-attr]  # it has one
     panels = figure.subplots(len(rows), columns, squeeze=False)
     for line, row in zip(panels, rows, strict=True):

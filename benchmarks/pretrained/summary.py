@@ -15,11 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.common import DOCS, geometric, markdown
 from benchmarks.pretrained.run import METHODS, PATH
 from benchmarks.quality import glossary, table
 from fastsched.sampling.solvers import FITTED
-
-DOCS = Path(__file__).parents[2] / "docs"
 
 #: fastsched's own methods; all else in `METHODS` is another way.
 OURS = ("optimal_schedule", "fit", "fit_decoupled", "fit_100")
@@ -70,11 +69,6 @@ class Results:
         """A method's error over the best other way's, in the cells where it was run."""
         known = [cell for cell in cells if method in self.errors[kind][cell]]
         return [self.errors[kind][cell][method] / self.best(kind, cell)[1] for cell in known]
-
-
-def geometric(values: Sequence[float]) -> float:
-    """The geometric mean; NaN of none."""
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
 
 
 def run_in(results: Results, cells: Sequence[Cell]) -> list[str]:
@@ -149,11 +143,6 @@ def fitted_solver(results: Results, cells: Sequence[Cell], title: str, rivals: S
 def _least(errors: Mapping[str, float], methods: Sequence[str]) -> tuple[float, str]:
     """The least of these methods' errors, and whose it is."""
     return min(((errors[name], name) for name in methods if name in errors), default=(math.inf, methods[0]))
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of markdown."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
 
 
 INTRODUCTION = """# Networks that others trained

@@ -165,8 +165,8 @@ class Choosers:
 
     def _paper(self, steps: int) -> Chosen:
         cost = self.corrector_cost
-        found = _clocked(lambda: Chosen(fs.select(cost, steps, method="arc_length").sigmas))
-        return Chosen(found.sigmas, cost.model_calls, found.seconds + self.seconds["corrector_cost"])
+        choose = lambda: Chosen(fs.select(cost, steps, method="arc_length").sigmas, cost.model_calls)
+        return _clocked(choose, self.seconds["corrector_cost"])
 
     def _gits_path(self, teacher: str) -> Gits:
         noise = warm_up_noise(self.seed, self.effort.gits, self.model.shape)
@@ -174,18 +174,16 @@ class Choosers:
 
     def _gits(self, steps: int) -> Chosen:
         gits = self.gits
-        found = _clocked(lambda: Chosen(gits.schedule(steps)))
-        return Chosen(found.sigmas, gits.model_calls, found.seconds + self.seconds["gits"])
+        return _clocked(lambda: Chosen(gits.schedule(steps), gits.model_calls), self.seconds["gits"])
 
     def _gits_tuned(self, solver: str, steps: int) -> Chosen:
         tuning = self.gits_tuning
-        found = _clocked(lambda: Chosen(*tuning.schedule(solver, steps)))
-        return Chosen(found.sigmas, found.model_calls, found.seconds + self.seconds["gits_tuning"])
+        return _clocked(lambda: Chosen(*tuning.schedule(solver, steps)), self.seconds["gits_tuning"])
 
     def _oss(self, steps: int) -> Chosen:
         paths = self.optimal_steps
-        found = _clocked(lambda: Chosen(paths.schedule(steps)))
-        return Chosen(found.sigmas, paths.model_calls(steps), found.seconds + self.seconds["optimal_steps"])
+        choose = lambda: Chosen(paths.schedule(steps), paths.model_calls(steps))
+        return _clocked(choose, self.seconds["optimal_steps"])
 
     def _optimal(self, solver: str, steps: int, *, polish: bool) -> Chosen:
         statistics, start = self.statistics, time.process_time()
@@ -216,7 +214,8 @@ class Choosers:
         return result
 
 
-def _clocked(choose: Callable[[], Chosen]) -> Chosen:
+def _clocked(choose: Callable[[], Chosen], spent: float = 0.0) -> Chosen:
+    """What ``choose`` returns, with its seconds and those ``spent`` before."""
     start = time.process_time()
     found = choose()
-    return replace(found, seconds=time.process_time() - start)
+    return replace(found, seconds=time.process_time() - start + spent)

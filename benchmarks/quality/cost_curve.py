@@ -14,7 +14,6 @@ file stand beside it at their own calls, on the six denoisers. Rows go to ``resu
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import multiprocessing
 from collections.abc import Iterable
@@ -27,13 +26,12 @@ import torch
 from tqdm import tqdm
 
 import fastsched as fs
-from benchmarks.common import append, environment
+from benchmarks.common import DOCS, append, environment, read
 from benchmarks.pretrained.networks import builders, find_zoo
 from benchmarks.quality import glossary, table
 from benchmarks.quality.choosing import Choosers
 from benchmarks.quality.models import MODELS, Model
 from benchmarks.quality.run import REFERENCE, RESULTS, SAMPLES, SOLVERS, result, steps_within
-from benchmarks.quality.summary import DOCS
 from fastsched.sampling.solvers import FITTED
 
 TOTALS = (60, 100, 200, 300, 400, 800, 1500)
@@ -138,8 +136,7 @@ def other_ways(quality: list[table.Row], best: dict[tuple[str, str, str], float]
 def known() -> tuple[dict[Cell, dict[int, float]], dict[str, tuple[float, float]]]:
     """The curve by cell, and the other ways, of the rows that there are."""
     quality = list(table.read(RESULTS / "quality.csv"))
-    with (RESULTS / "cost_curve.csv").open(newline="") as file:
-        curve = list(csv.DictReader(file))
+    curve = read(RESULTS / "cost_curve.csv")
     stock = [row | {"method": "fit"} for row in curve if row["solver"] != FITTED]
     best = best_stock(quality)
     return ratios(curve, best | best_stock(stock)), other_ways(quality, best)
@@ -157,12 +154,10 @@ def show(found: dict[Cell, dict[int, float]], others: dict[str, tuple[float, flo
 
 def plot(found: dict[Cell, dict[int, float]], others: dict[str, tuple[float, float]]) -> None:
     """Write the picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from scipy.optimize import isotonic_regression
 
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
     ax = figure.subplots()
     lines = {name: over_cells(found, {name}) for name, _ in found}
     ordered = sorted(lines, key=lambda name: lines[name][TOTALS[0]])

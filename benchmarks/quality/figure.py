@@ -27,12 +27,10 @@ OURS = ("optimal_schedule", "fit")
 
 def plot(results: Results, path: Path, solver: str = "dpmpp_2m") -> None:
     """Write the figure for one solver; bands show the range over seeds of ours."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     denoisers = list(dict.fromkeys(cell[0] for cell in results.cells))
     figure = Figure(figsize=(8.5, 5.8), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = np.ravel(figure.subplots(2, -(-len(denoisers) // 2), squeeze=False))
     for ax, denoiser in zip(panels, denoisers, strict=False):
         cells = sorted(cell for cell in results.cells if cell[:2] == (denoiser, solver))

@@ -17,7 +17,6 @@ alone. Errors are those on the noises of seed 0 of `benchmarks.quality.run`.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -27,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastsched as fs
-from benchmarks.common import RESULTS, append, environment
+from benchmarks.common import RESULTS, append, environment, read
 from benchmarks.quality.choosing import Choosers
 from benchmarks.quality.models import MODELS
 from benchmarks.quality.run import REFERENCE, SAMPLES
@@ -181,11 +180,7 @@ def main() -> None:
     parser.add_argument("--calls", nargs="*", type=int, default=list(CALLS))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    path = RESULTS / f"{NAME}.csv"
-    known = set()
-    if path.exists():
-        with path.open(newline="") as file:
-            known = {(row["denoiser"], int(row["calls"])) for row in csv.DictReader(file)}
+    known = {(row["denoiser"], int(row["calls"])) for row in read(RESULTS / f"{NAME}.csv")}
     cells = [(name, calls) for name in args.models for calls in args.calls if (name, calls) not in known]
     for name, calls in tqdm(cells, desc="gradient limit", unit="cell"):
         append(NAME, [find(name, calls)], KEY)

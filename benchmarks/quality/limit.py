@@ -10,7 +10,6 @@ there already is left alone; `benchmarks.quality.run` evaluates them beside the 
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import math
 from collections.abc import Callable
@@ -20,18 +19,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastsched as fs
-from benchmarks.common import RESULTS, append
+from benchmarks.common import RESULTS, append, read
 from benchmarks.quality.baselines import highest_finite
 from benchmarks.quality.choosing import Choosers
 from benchmarks.quality.models import MODELS
+from fastsched.selection.descent import MOVES, OPEN_GAP
 
 CELLS = (("ddim", 8), ("dpmpp_2m", 6), ("dpmpp_2m", 10), ("ipndm", 8))
 SAMPLES = 200
 SEED = 1000
-#: Share of the gap to a neighbour that a node is moved by, ever finer.
-MOVES = (0.4, 0.2, 0.1, 0.05)
-#: Gap in ``log s`` that stands for an infinite one: below pure noise, and above sigma 0.
-OPEN_GAP = 1.5
 STARTS = ("fit", "gits", "kl_optimal_to_zero", "exponential_to_zero", "karras_3_to_zero")
 PATH = RESULTS / "quality_limit.csv"
 
@@ -110,15 +106,8 @@ def limit_schedules(name: str, solver: str, calls: int) -> dict[str, Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def _known() -> dict[tuple[str, str, str], Tensor]:
-    if not PATH.exists():
-        return {}
-    with PATH.open(newline="") as file:
-        return {
-            (row["denoiser"], row["solver"], row["calls"]): torch.tensor(
-                [float(value) for value in row["sigmas"].split()], dtype=torch.float64
-            )
-            for row in csv.DictReader(file)
-        }
+    sigmas = lambda row: torch.tensor([float(value) for value in row["sigmas"].split()], dtype=torch.float64)
+    return {(row["denoiser"], row["solver"], row["calls"]): sigmas(row) for row in read(PATH)}
 
 
 def main() -> None:

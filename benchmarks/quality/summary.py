@@ -10,20 +10,18 @@ geometric means over cells.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import RESULTS
+from benchmarks.common import DOCS, RESULTS, geometric, markdown, read
 from benchmarks.quality import glossary, gradient_limit, table
 from benchmarks.quality.choosing import OURS
 from benchmarks.quality.figure import plot
 from fastsched.sampling.solvers import FITTED
 
-DOCS = Path(__file__).parents[2] / "docs"
 METRICS = {"typical_error": "typical", "mean_error": "mean", "frechet": "Frechet"}
 #: Above this ratio to a baseline a cell counts as lost.
 LOST = 1.05
@@ -121,18 +119,6 @@ class Results:
         pairs = [(self.error("predicted", cell, method), self.error(metric, cell, method)) for cell in cells]
         known = np.array([pair for pair in pairs if not np.isnan(pair).any()])
         return float(np.asarray(spearmanr(known[:, 0], known[:, 1]))[0]) if len(known) > 2 else np.nan
-
-
-def geometric(values: Iterable[float]) -> float:
-    """The geometric mean of those that are numbers; NaN of none."""
-    known = np.array([value for value in values if not np.isnan(value)])
-    return float(np.exp(np.log(known).mean())) if len(known) else np.nan
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def headline(results: Results) -> str:
@@ -311,13 +297,6 @@ def report(results: Results, limits: Sequence[dict[str, str]] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def _cell(row: table.Row) -> Cell:
     return row["denoiser"], row["solver"], int(row["calls"])
 
@@ -334,7 +313,7 @@ def main() -> None:
     args = parser.parse_args()
     results = Results.read(args.results)
     args.output.mkdir(parents=True, exist_ok=True)
-    page = report(results, _rows(args.limits))
+    page = report(results, read(args.limits))
     (args.output / "quality.md").write_text(page)
     plot(results, args.output / "quality.png")
     print(page)

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import common
+
 KEY: tuple[str, ...] = ("denoiser", "solver", "calls", "seed", "method")
 COLUMNS: tuple[str, ...] = (
     *KEY,
@@ -28,10 +30,7 @@ Row = dict[str, Any]
 
 def read(path: Path) -> list[Row]:
     """The whole rows of a file, all values text; the last one counts of those with the same key. None: no rows."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        whole = [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
+    whole = [row for row in common.read(path) if None not in row.values() and None not in row]
     return list({tuple(row[name] for name in KEY): row for row in whole}.values())
 
 

@@ -15,23 +15,26 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
-from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastsched.denoisers.digits import DigitsNetwork
 from fastsched.denoisers.oracles import Empirical, GaussianMixture
 
 ASSET = Path(__file__).parents[2] / "fastsched" / "denoisers" / "assets" / "digits.safetensors"
+Network = TypeVar("Network", bound=nn.Module)
 
 
-def digits() -> Tensor:
-    """The 1,797 digits, [1797, 1, 8, 8] in [-1, 1]."""
+def digits_data() -> Tensor:
+    """The 1,797 digits of scikit-learn, [1797, 1, 8, 8] in [-1, 1]."""
+    from sklearn.datasets import load_digits
+
     pixels, _ = load_digits(return_X_y=True)
     return torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 8 - 1
 
@@ -43,36 +46,52 @@ def preconditioned(network: DigitsNetwork, z: Tensor, s: Tensor) -> Tensor:
     return (sd / total) ** 2 * z + level * sd / total * network(z / total, s.log() / 4)
 
 
-def train(data: Tensor, args: argparse.Namespace) -> DigitsNetwork:
-    """Adam on EDM's weighted loss; returns the exponential moving average of the weights."""
-    network = DigitsNetwork(sigma_data=float(data.std()))
+def fit(
+    network: Network,
+    loss: Callable[[], Tensor],
+    iterations: int,
+    rate: float,
+    name: str,
+    *,
+    ema: float = 0.998,
+    weight_decay: float = 0.01,
+) -> Network:
+    """AdamW with warm-up and cosine decay; returns the exponential moving average of the weights."""
     average = copy.deepcopy(network).requires_grad_(False)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda i: min(1, (i + 1) / 200) * 0.5 * (1 + math.cos(math.pi * i / args.iterations))
+        optimiser, lambda i: min(1, (i + 1) / 200) * 0.5 * (1 + math.cos(math.pi * i / iterations))
     )
-    bar = tqdm(range(args.iterations), desc="training", unit="step", mininterval=5)
-    running, start = 1.0, time.monotonic()
+    bar = tqdm(range(iterations), desc=name, unit="step", mininterval=5)
+    running = 0.0
     for i in bar:
+        value = loss()
+        optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        optimiser.step()
+        schedule.step()
+        decay = min(ema, (i + 1) / (i + 10))
+        with torch.no_grad():
+            for kept, new in zip(average.parameters(), network.parameters(), strict=True):
+                kept.lerp_(new, 1 - decay)
+        running += (value.item() - running) * max(0.01, 1 / (i + 1))
+        bar.set_postfix(loss=f"{running:.4f}", refresh=False)
+    return average.eval()
+
+
+def train(data: Tensor, args: argparse.Namespace) -> DigitsNetwork:
+    """The digits network, by EDM's weighted loss."""
+    network = DigitsNetwork(sigma_data=float(data.std()))
+
+    def loss() -> Tensor:
         clean = data[torch.randint(len(data), (args.batch,))]
         s = (args.log_mean + args.log_std * torch.randn(args.batch)).exp()
         s = s.clamp(network.sigma_min, network.sigma_max)
         z = clean + s[:, None, None, None] * torch.randn_like(clean)
         weight = (s**2 + network.sigma_data**2) / (s * network.sigma_data) ** 2
-        error = (preconditioned(network, z, s) - clean).square().mean((1, 2, 3))
-        loss = (weight * error).mean()
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        decay = min(args.ema, (i + 1) / (i + 10))
-        with torch.no_grad():
-            for kept, new in zip(average.parameters(), network.parameters(), strict=True):
-                kept.lerp_(new, 1 - decay)
-        running += 0.01 * (loss.item() - running)
-        bar.set_postfix(loss=f"{running:.4f}", refresh=False)
-    print(f"{args.iterations} steps in {time.monotonic() - start:.0f} s")
-    return average.eval()
+        return (weight * (preconditioned(network, z, s) - clean).square().mean((1, 2, 3))).mean()
+
+    return fit(network, loss, args.iterations, args.lr, "training", ema=args.ema, weight_decay=args.weight_decay)
 
 
 @torch.no_grad()
@@ -111,7 +130,7 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    data = digits()
+    data = digits_data()
     data = data[torch.randperm(len(data))]
     kept, held = data[args.held_out :], data[: args.held_out]
     network = train(kept, args)

@@ -8,50 +8,22 @@ needs scikit-learn and pillow; each takes one to four minutes of one core. Give 
 from __future__ import annotations
 
 import argparse
-import copy
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from benchmarks.quality.networks import EpsilonNetwork, PatchNetwork, VelocityNetwork, ddpm_table
-from benchmarks.train.digits import digits
+from benchmarks.train.digits import digits_data, fit
 
 WEIGHTS = Path(__file__).parents[1] / "quality" / "weights"
-EMA_DECAY = 0.998
-
-
-def fit(network: nn.Module, loss: Callable[[], Tensor], iterations: int, rate: float, name: str) -> nn.Module:
-    """AdamW with warm-up and cosine decay; returns the exponential moving average of the weights."""
-    average = copy.deepcopy(network).requires_grad_(False)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda i: min(1, (i + 1) / 200) * 0.5 * (1 + math.cos(math.pi * i / iterations))
-    )
-    bar = tqdm(range(iterations), desc=name, unit="step", mininterval=5)
-    running = 0.0
-    for i in bar:
-        value = loss()
-        optimiser.zero_grad(set_to_none=True)
-        value.backward()
-        optimiser.step()
-        schedule.step()
-        decay = min(EMA_DECAY, (i + 1) / (i + 10))
-        with torch.no_grad():
-            for kept, new in zip(average.parameters(), network.parameters(), strict=True):
-                kept.lerp_(new, 1 - decay)
-        running += (value.item() - running) * max(0.01, 1 / (i + 1))
-        bar.set_postfix(loss=f"{running:.4f}", refresh=False)
-    return average.eval()
 
 
 def digits_vp() -> dict[str, Tensor]:
     """Noise predictions of digits by DDPM's loss, ``E |eps - eps(x_t, t)|^2`` over integer timesteps."""
-    data, table, network = digits(), ddpm_table().float(), EpsilonNetwork()
+    data, table, network = digits_data(), ddpm_table().float(), EpsilonNetwork()
 
     def loss() -> Tensor:
         t = torch.randint(len(table), (256,))
