@@ -249,6 +249,7 @@ class PathCost:
 
     @cached_property
     def _steps(self) -> dict[tuple[int, ...], float]:
+        """Costs of `step` so far: coordinate descent asks for the same ones again."""
         return {}
 
     def _step_cost(self, nodes: Sequence[int], corrected: bool) -> float:

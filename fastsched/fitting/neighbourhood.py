@@ -57,9 +57,9 @@ class Neighbourhood:
         levels: The anchor's, [steps + 1].
         weights: The anchor's if the solver is fitted, [steps, steps].
         offsets: The anchor's with decoupled levels, [steps].
-        error: Which of the vectors is the anchor's error.
+        column: Which of the vectors is the anchor's error.
         others: Parameters of the other runs, [M, P].
-        errors: Which of the vectors are their errors, [M].
+        columns: Which of the vectors are their errors, [M].
         least: A squared error that is rounding.
         penalty: Weight of deviations that no secant explains.
     """
@@ -71,9 +71,9 @@ class Neighbourhood:
     levels: Array
     weights: Array | None
     offsets: Array | None
-    error: int
+    column: int
     others: Array
-    errors: Sequence[int]
+    columns: Sequence[int]
     least: float
     penalty: float = PENALTY
 
@@ -133,7 +133,7 @@ class Neighbourhood:
         """The error, and how unexplained deviations change, of C parameters [C, P]."""
         found = self._on_surrogate(x)
         error = found.error - self._base.error
-        error[:, self.error] += 1.0
+        error[:, self.column] += 1.0
         error += (x - self.anchor) @ self._correction
         return Outcome(error, found.deviations - self._base.deviations)
 
@@ -167,8 +167,8 @@ class Neighbourhood:
         square = (apart**2).sum(1)
         damped = apart @ apart.T + np.diag(DAMPING[0] * square + DAMPING[1] * square**2 + math.ulp(1.0))
         unexplained = self._base.error - self._on_surrogate(self.others).error
-        unexplained[range(len(apart)), self.errors] += 1.0
-        unexplained[:, self.error] -= 1.0
+        unexplained[range(len(apart)), self.columns] += 1.0
+        unexplained[:, self.column] -= 1.0
         return apart.T @ np.linalg.solve(damped, unexplained)
 
     def _on_surrogate(self, x: Array) -> Outcome:

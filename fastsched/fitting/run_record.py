@@ -122,6 +122,7 @@ class RunRecord:
         return np.zeros(0), self._vectors[0][:, :0]
 
     def _evaluations(self, levels: Array) -> int:
+        """How often a run calls the network: not `Solver.model_calls`, because a step from pure noise has no stage."""
         found, _ = rollouts(self.surrogate, levels[None], self.method)
         return len(found.deviations)
 
@@ -145,9 +146,9 @@ class RunRecord:
             levels=trial.levels,
             weights=trial.weights,
             offsets=trial.offsets if self.decoupled else None,
-            error=trial.column,
+            column=trial.column,
             others=np.array([self._parameters(other) for other in others]).reshape(len(others), -1 if others else 0),
-            errors=[other.column for other in others],
+            columns=[other.column for other in others],
             least=rounding_of(self.stats),
         )
 

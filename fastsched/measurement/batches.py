@@ -78,15 +78,13 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
             known = found is not None and found.fingerprint is not None
             origin = origin_now(network_name(run.denoiser.network), mark)
             whole, kept = _with_room(run, batches, found, len(seeds))  # not beside the questions' answers
-            for part_seeds in seeds.split(batches.size):
-                if not len(part_seeds):
-                    break
+            parts = seeds.split(batches.size) if len(seeds) else ()
+            for n, part_seeds in enumerate(parts):
                 done = 0 if whole is None else whole.samples
                 out = None if kept is None else kept[done : done + len(part_seeds)]
                 steps = measurement_steps(run, part_seeds, batches.shape, advance, out)
-                first, last = (bool(part_seeds[n] == seeds[n]) for n in (0, -1))
-                part = run.drive(steps if asked is None or not first else path_checked(steps, asked, run.s))
-                spent = 0 if asked is None else _spent(asked, known, last)
+                part = run.drive(steps if asked is None or n > 0 else path_checked(steps, asked, run.s))
+                spent = 0 if asked is None else _spent(asked, known, n == len(parts) - 1)
                 part = replace(part, fingerprint=mark, model_calls=part.model_calls + spent, origin=origin)
                 whole = part if whole is None else whole.merge(part)
                 if batches.file is not None:
@@ -149,7 +147,7 @@ def finished_part(error: KeyboardInterrupt, file: str | os.PathLike[str] | None,
 def _identified(
     run: Measurement, batches: Batches, found: PathStatistics | None, seeds: Tensor
 ) -> tuple[Tensor | None, Questions | None]:
-    """The network's fingerprint if it is known, and the questions if they were asked.
+    """The network's fingerprint, and the questions; None where they were not asked.
 
     Raises:
         ValueError: If the network is another one than that of ``found``.
@@ -165,7 +163,7 @@ def _identified(
     if found is not None and not same_network(found.fingerprint, mark, run.dtype):
         raise ValueError(
             "the network is another one than that of the earlier measurement: it answers the same question "
-            "differently. Measure it afresh, into another file"
+            "differently. Measure it into another file"
         )
     return mark, asked
 

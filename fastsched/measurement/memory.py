@@ -52,7 +52,7 @@ def need(
     elements: int,
     *,
     saved: bool = False,
-    gathered: tuple[int, int] = (0, 0),
+    gathered: tuple[int, int] = (0, 1),
 ) -> Need:
     """What following paths takes at its peak.
 
