@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastsched.comparison import aligned
+
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -115,9 +117,7 @@ def append(name: str, rows: list[dict[str, Any]], key: tuple[str, ...]) -> None:
 
 def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
     """Lay rows out for a terminal."""
-    lines = [columns, *(tuple(str(row.get(c, "")) for c in columns) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+    return aligned([columns, *([str(row.get(c, "")) for c in columns] for row in rows)], left=len(columns))
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -281,7 +281,7 @@ def comparison_calls(
 def _planned(
     denoiser: Denoiser, schedules: Mapping[str, Schedule | Tensor], solver: str | Solver | None
 ) -> dict[str, tuple[Schedule | Tensor, Solver]]:
-    """The sigmas, or the schedule with decoupled levels, and the solver of each; checked before any model call."""
+    """The schedule or sigmas and the solver of each; checked before any model call."""
     if not isinstance(schedules, Mapping) or not schedules:
         raise ValueError("schedules must be a dictionary of at least one schedule by name, such as {'mine': schedule}")
     runs = {}
@@ -302,10 +302,10 @@ def _planned(
         sigmas = schedule.sigmas if isinstance(schedule, Schedule) else schedule
         values = validate.descending_sigmas(f"schedules[{name!r}]", sigmas, to_zero=True)
         denoiser.process.level(values)  # raises where sigmas are not of this process
-        method, told = schedule_solver(schedule, chosen), getattr(schedule, "network_sigmas", None) is not None
-        if told:
+        method = schedule_solver(schedule, chosen)
+        if getattr(schedule, "network_sigmas", None) is not None:
             check_decoupled(method.name)
-        runs[name] = (schedule if told else values, method)  # the fitted solver has weights in its schedule
+        runs[name] = (schedule if isinstance(schedule, Schedule) else values, method)
     return runs
 
 

@@ -76,13 +76,13 @@ class StepTimes:
         used = run.steps[1:] if len(run.steps) > 1 else run.steps
         waits = None if run.synchronisations is None else float(np.median(run.synchronisations))
         totals = np.array([sum(step.values()) for step in used])
-        early, late = (used, []) if steps is None else (used[:-2], used[-2:])
-        typical, times = (np.mean, len(early)) if steps is None else (np.median, steps - 2)
-        spent = lambda owner: [step.get(owner, 0.0) for step in early] or [0.0]
-        sums = {
-            owner: times * float(typical(spent(owner))) + sum(step.get(owner, 0.0) for step in late)
-            for owner in dict.fromkeys(owner for step in used for owner in step)
-        }
+        sums = dict.fromkeys((owner for step in used for owner in step), 0.0)
+        for owner in sums:
+            spent = [step.get(owner, 0.0) for step in used]
+            if steps is None:
+                sums[owner] = sum(spent)
+            else:
+                sums[owner] = (steps - 2) * float(np.median(spent[:-2] or [0.0])) + sum(spent[-2:])
         part = lambda owner: sums.get(owner, 0.0) / max(sum(sums.values()), 1e-12)
         p50, p95 = (float(np.percentile(totals, p)) * 1e3 for p in (50, 95))
         return cls(name, p50, p95, part("network"), part("scheduler"), part("rest"), waits)

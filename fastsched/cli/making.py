@@ -76,7 +76,7 @@ def measure(
     fastsched measure my_pipeline_folder --prompt "a cat" --call guidance_scale=7.5 -o stats.safetensors
     """
     if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other: --resume goes on, --overwrite begins anew")
+        raise ValueError("resume and overwrite exclude each other: --resume goes on, --overwrite starts over")
     ways = "resume it (--resume), replace it (--overwrite)"
     shell.writable(output, overwrite=overwrite or resume, replace=ways)
     source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet, scheduler)

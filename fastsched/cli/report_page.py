@@ -142,7 +142,7 @@ def _facts(stats: PathStatistics) -> str:
         **{key: str(value) for key, value in known.items() if value is not None},
         "noise process": {"ve": "variance exploding", "vp": "variance preserving", "flow": "flow"}[stats.process.kind],
         "shape of a sample": " x ".join(map(str, stats.shape)),
-        "noise levels": f"{stats.levels}, from {_short(high)} to {_short(low)}",
+        "noise levels": f"{stats.levels}, from {high:.4g} to {low:.4g}",
         "samples": str(stats.samples),
         "model calls": f"{stats.model_calls:,}, counted per sample",
         "standard deviation of the data": f"{stats.data_std:.3g}",
@@ -170,7 +170,7 @@ def _listed(schedules: Mapping[str, Schedule]) -> str:
     for name, schedule in schedules.items():
         words = [schedule.solver, f"{schedule.steps} steps", f"{schedule.model_calls} model calls a sample"]
         for kind, error in (("predicted", schedule.predicted_error), ("measured", schedule.measured_error)):
-            words += [] if error is None else [f"{kind} error {_short(error)}"]
+            words += [] if error is None else [f"{kind} error {error:.4g}"]
         sigmas = escape(plain_decimals(schedule.sigmas.tolist()))
         items += f"<dt>{escape(name)}</dt><dd>{escape(', '.join(words))}<br><code>{sigmas}</code></dd>"
     return f"<dl>{items}</dl><p>Errors are squared distances to the converged sample of the same noise.</p>"
@@ -182,7 +182,3 @@ def _strips(pictures: Sequence[Picture]) -> str:
         f"<figcaption>{escape(title)}</figcaption></figure>"
         for title, kind, content in pictures
     )
-
-
-def _short(value: float) -> str:
-    return f"{value:.4g}"

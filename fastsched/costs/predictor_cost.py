@@ -102,10 +102,6 @@ class _Estimator:
         self.source = source
         self.jvp_calls = self.gradient_calls = self.solves = self.unconverged = 0
 
-    def squares(self, batch: Batch, z: Tensor, raw: Tensor, k: int, others: range) -> Tensor:
-        """An unbiased estimate of the squared difference of scores for steps from level k, [B, n]."""
-        raise NotImplementedError
-
     def jacobian_product(self, z: Tensor, w: Tensor, k: int) -> Tensor:
         """``J w`` row by row."""
         self.jvp_calls += len(z)
@@ -130,6 +126,7 @@ class _Exact(_Estimator):
     """The estimate from the whole Jacobian: ``g`` is a sum over unit vectors instead of a mean over probes."""
 
     def squares(self, batch: Batch, z: Tensor, raw: Tensor, k: int, others: range) -> Tensor:
+        """The squared difference of scores for steps from level k, [B, n]."""
         source, d = self.source, z[0].numel()
         eye = torch.eye(d, dtype=z.dtype, device=z.device)
         units = eye.repeat(len(z), 1).reshape(-1, *z.shape[1:])  # [B d, *shape]
@@ -158,6 +155,7 @@ class _Hutchinson(_Estimator):
         self.probes, self.max_iterations = probes, max_iterations
 
     def squares(self, batch: Batch, z: Tensor, raw: Tensor, k: int, others: range) -> Tensor:
+        """An unbiased estimate of the squared difference of scores for steps from level k, [B, n]."""
         source, probes = self.source, self.probes
         w = batch.signs(probes).flatten(0, 1)
         repeated = z.repeat_interleave(probes, 0)

@@ -151,8 +151,7 @@ def _check_top(ask: Questions, size: float) -> None:
     denoiser, top = ask.denoiser, ask.top
     if math.prod(ask.shape) < FEWEST_ELEMENTS:
         size = max(size, 1.0)
-    c = float(denoiser.coefficients(torch.tensor(top.level, dtype=torch.float64))[1])
-    slope, reach = top.slope, top.reach(c)
+    slope, reach = top.slope, top.reach(ask.factor(top.level))
     sigma = float(denoiser.process.sampler_sigma(torch.tensor(top.level, dtype=torch.float64)))
     where = f"at the highest level (sigma = {sigma:.6g})"
     high = top.level == ask.range[2] or top.level > TOP_LEVEL * size

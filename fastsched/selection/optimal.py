@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
 from fastsched.selection.constraints import at_known_levels, known_levels
 from fastsched.selection.descent import descend
-from fastsched.selection.starts import starting_levels
+from fastsched.selection.starts import DYNAMIC_PROGRAMMING, starting_levels
 
 #: How many starts are descended from, those of least predicted error.
 DESCENTS = 3
@@ -49,12 +49,8 @@ def optimal_schedule(stats: PathStatistics, steps: int, solver: str = "dpmpp_2m"
     """
     validate.arguments(locals(), stats=is_statistics, solver=is_solver)
     method = chosen_solver(solver)
-    if polish:
-        best = local_minima(stats, steps, method)[0]
-    else:
-        names = ("dynamic programming", "dynamic programming, unweighted")
-        best = min(ranked_starts(stats, steps, method, names), key=lambda minimum: minimum.predicted_error)
-    return best.schedule(stats, method)
+    found = local_minima(stats, steps, method) if polish else ranked_starts(stats, steps, method, DYNAMIC_PROGRAMMING)
+    return found[0].schedule(stats, method)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +70,7 @@ class Minimum:
 
 
 def ranked_starts(
-    stats: PathStatistics, steps: int, solver: Solver, names: tuple[str, ...] | None = None
+    stats: PathStatistics, steps: int, solver: Solver, names: Iterable[str] | None = None
 ) -> list[Minimum]:
     """The starts and their predicted errors, the best first; those named, or all."""
     starts = starting_levels(stats, validate.positive_int("steps", steps), solver)

@@ -19,6 +19,9 @@ from fastsched.selection.constraints import distinct_levels
 from fastsched.selection.descent import coordinate_descent
 from fastsched.selection.dynamic_programming import Selection, cheapest_paths
 
+#: The starts by dynamic programming, and whether they weight errors by their effect at the end.
+DYNAMIC_PROGRAMMING = {"dynamic programming": True, "dynamic programming, unweighted": False}
+
 
 def starting_levels(stats: PathStatistics, steps: int, solver: Solver) -> dict[str, Array]:
     """Levels ``s`` [steps + 1] to start from, by name: dynamic programming, then schedules in common use."""
@@ -26,7 +29,7 @@ def starting_levels(stats: PathStatistics, steps: int, solver: Solver) -> dict[s
         solver = get_solver(NEAREST_STOCK)
     s = np.append(stats.s.numpy(), 0.0)
     found = {}
-    for name, weighted in (("dynamic programming", True), ("dynamic programming, unweighted", False)):
+    for name, weighted in DYNAMIC_PROGRAMMING.items():
         cost = path_cost(stats, solver, weighted=weighted)
         found[name] = s[chosen_nodes(cost, cheapest_paths(cost, steps), steps)]
     return found | {name: levels.numpy() for name, levels in common_levels(stats, steps).items()}
