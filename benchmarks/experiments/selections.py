@@ -5,7 +5,7 @@
 Both choose K levels from the highest to the lowest to make ``sum_n L(k_n, k_{n+1})`` small. Algorithm 1 spends equal
 ``L^(1/p)``, read off neighbouring levels: right for short steps, and off the grid. Dynamic programming knows the cost
 of every step between levels of the grid. The third way is Algorithm 1 iterated to its fixed point, on the schedule's
-own steps. Each schedule's total cost is estimated anew on its own levels, with the same states for all three: against
+own steps. Each schedule's total cost is estimated again on its own levels, with the same states for all three: against
 dynamic programming's, beside how far apart the two's nodes lie (the largest ratio of levels) and the typical error of
 DDIM samples. Data: a Gaussian in 16 dimensions, the checkerboard in 2, and the network of digits.
 """

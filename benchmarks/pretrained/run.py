@@ -4,7 +4,7 @@
 
 FOLDER is described in `benchmarks.pretrained.networks`. For each network: converged samples of noises that no method
 sees, then every method's samples from the same noises. Rows go to ``benchmarks/results/pretrained.csv`` as they are
-found and are not computed twice; ``--redo`` names methods to run anew. ``python -m benchmarks.pretrained.summary``
+found and are not computed twice; ``--redo`` names methods to run again. ``python -m benchmarks.pretrained.summary``
 makes tables of them.
 """
 
@@ -150,7 +150,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS, help="run only these")
-    parser.add_argument("--redo", nargs="*", default=[], choices=METHODS, help="methods whose rows to run anew")
+    parser.add_argument("--redo", nargs="*", default=[], choices=METHODS, help="methods whose rows to run again")
     parser.add_argument("--output", type=Path, default=PATH, help="the CSV")
     return parser.parse_args(argv)
 

@@ -6,7 +6,7 @@
 For each denoiser and seed: converged samples of noises that no chooser sees, then every schedule's samples from the
 same noises. A seed changes these noises and every measurement. Rows go to ``benchmarks/results/quality.csv`` as they
 are found and are not computed twice, so that an interrupted run goes on where it was; ``--redo`` names methods to run
-anew. Then ``python -m benchmarks.quality.summary``.
+again. Then ``python -m benchmarks.quality.summary``.
 
 For the fitted solver, whose weights belong to a schedule, only fastsched's methods choose one.
 
@@ -163,7 +163,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=None, help="noises a seed")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--methods", nargs="*", default=[], metavar="method", help="run only these")
-    parser.add_argument("--redo", nargs="*", default=[], metavar="method", help="methods whose rows to run anew")
+    parser.add_argument("--redo", nargs="*", default=[], metavar="method", help="methods whose rows to run again")
     parser.add_argument("--output", type=Path, default=None, help="the CSV; results/quality.csv, or quality_quick.csv")
     args = parser.parse_args(argv)
     full = {"solvers": SOLVERS, "calls": CALLS, "seeds": SEEDS, "samples": SAMPLES, "output": RESULTS / "quality.csv"}
