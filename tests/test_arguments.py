@@ -28,6 +28,10 @@ SIGMAS = [None, 3, "ab", [1.0], [1.0, 2.0], [2.0, 2.0, 0.0], [2.0, math.nan], [2
 TENSOR = [3, "x", [1.0, 2.0], np.ones((2, 4), np.float32), torch.ones(2, 4, dtype=torch.int64),
           torch.ones(2, 4, device="meta"), torch.ones(2, 4).to_sparse(), object()]  # fmt: skip
 BATCH = [*TENSOR, torch.ones(4), torch.tensor(1.0), torch.full((2, 4), math.nan), torch.full((2, 4), math.inf)]
+LEVELS = [2, *COUNT, [3.0, 2.0, 1.0], np.array([3.0, 2.0, 1.0]),
+          torch.tensor([3.0, 2.0]), torch.tensor([3.0, 1.0, 2.0]), torch.tensor([3.0, 2.0, 0.0])]  # fmt: skip
+TARGET = [0.0, -1.0, math.nan, math.inf, "x", None, ("karras",), ("x", 3), ("karras", 0), torch.tensor([1.0, 2.0])]
+ALPHAS = [None, 3, "ab", [0.5], [0.5, 0.9], [1.0, 0.5], [0.9, -0.1], [0.9, math.nan], [[0.9, 0.5]], [True]]
 OTHER = [None, 3, "x", object(), [], {}]
 PATH = [3, 2.5, b"x\0", "", "a\0b", object(), ["x"]]
 REAL = ["1", None, True, [1.0], 1j, math.nan]
@@ -50,15 +54,7 @@ WRONG = {
     **dict.fromkeys(("fn", "net", "estimate", "denoise"), FUNCTION),
     **dict.fromkeys(("noise", "data", "ends"), BATCH),
     **dict.fromkeys(("clean", "samples_", "values", "converged", "costs"), TENSOR),
-    "levels": [
-        2,
-        *COUNT,
-        [3.0, 2.0, 1.0],
-        np.array([3.0, 2.0, 1.0]),
-        torch.tensor([3.0, 2.0]),
-        torch.tensor([3.0, 1.0, 2.0]),
-        torch.tensor([3.0, 2.0, 0.0]),
-    ],
+    "levels": LEVELS,
     "reference_steps": [1, *COUNT],
     "projections": COUNT,
     "probes": [1, *COUNT],
@@ -83,30 +79,8 @@ WRONG = {
     "schedules": [None, 3, "x", {}, {"a": 3}, {"a": torch.tensor([1.0, 2.0])}, {"a": [2.0, 1.0]}, []],
     "reference": OTHER[1:],
     "start": OTHER,
-    "target": [
-        0.0,
-        -1.0,
-        math.nan,
-        math.inf,
-        "x",
-        None,
-        ("karras",),
-        ("x", 3),
-        ("karras", 0),
-        torch.tensor([1.0, 2.0]),
-    ],
-    "alphas_cumprod": [
-        None,
-        3,
-        "ab",
-        [0.5],
-        [0.5, 0.9],
-        [1.0, 0.5],
-        [0.9, -0.1],
-        [0.9, math.nan],
-        [[0.9, 0.5]],
-        [True],
-    ],
+    "target": TARGET,
+    "alphas_cumprod": ALPHAS,
     "sigma_data": POSITIVE,
     "class_labels": [3, "x", [1.0], torch.tensor(1.0)],
     **dict.fromkeys(("t_min", "t_max"), REAL),

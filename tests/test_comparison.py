@@ -166,15 +166,8 @@ def test_networks_of_whole_timesteps_get_a_reference_of_levels_they_know():
 
 
 def test_a_single_sample_has_no_spread(gaussian):
-    result = compare(
-        gaussian,
-        {"k": fs.baselines.karras(4, LOW, HIGH)},
-        "ddim",
-        shape=SHAPE,
-        samples=1,
-        reference_steps=20,
-        progress=False,
-    )
+    settings = {"shape": SHAPE, "samples": 1, "reference_steps": 20, "progress": False}
+    result = compare(gaussian, {"k": fs.baselines.karras(4, LOW, HIGH)}, "ddim", **settings)
     assert math.isnan(result["k"].frechet)
     assert math.isnan(result["k"].standard_error)
     assert "nan" not in str(result)

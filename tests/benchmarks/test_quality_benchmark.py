@@ -75,20 +75,8 @@ def test_heun_gets_the_steps_it_can_afford():
 
 def test_a_cell_is_run_summarised_and_not_run_again(tmp_path, capsys):
     path = tmp_path / "quality.csv"
-    arguments = [
-        "--models",
-        "flow",
-        "--solvers",
-        "dpmpp_2m",
-        "fitted",
-        "--calls",
-        "4",
-        "--seeds",
-        "0",
-        "--samples",
-        "8",
-    ]
-    arguments += ["--workers", "1", "--output", str(path)]
+    chosen = "--models flow --solvers dpmpp_2m fitted --calls 4 --seeds 0 --samples 8 --workers 1"
+    arguments = [*chosen.split(), "--output", str(path)]
     run.main(arguments)
     rows = table.read(path)
     assert PEERS | {"fit", "optimal_schedule_unpolished", "karras_7", "flow_shift_3"} <= {row["method"] for row in rows}

@@ -23,17 +23,9 @@ def _exact(oracle, s, velocity):
 def test_all_pairs_match_the_gaussian_closed_form(d, samples, velocity):
     oracle, denoiser = gaussian(d)
     s = denoiser.levels(12)
-    cost = stein_corrector(
-        denoiser,
-        shape=(d,),
-        sigmas=s,
-        samples=samples,
-        pairs="all",
-        velocity=velocity,
-        data=oracle.sample(samples, seed=1, dtype=torch.float64),
-        dtype=torch.float64,
-        progress=False,
-    )
+    settings = {"shape": (d,), "sigmas": s, "samples": samples, "dtype": torch.float64, "progress": False}
+    data = oracle.sample(samples, seed=1, dtype=torch.float64)
+    cost = stein_corrector(denoiser, pairs="all", velocity=velocity, data=data, **settings)
     upper = torch.ones(12, 12, dtype=torch.bool).triu(1)
     error, exact = (cost.matrix - _exact(oracle, s, velocity))[upper], _exact(oracle, s, velocity)[upper]
     # A mean of |N(0,1)|^2 over d * samples > 4e4 terms has a relative error of sqrt(2 / 4e4) = 0.7%.
@@ -90,18 +82,11 @@ def test_error_shrinks_with_the_reported_standard_error():
     oracle, denoiser = gaussian(4)
     s = torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64)
     exact = _exact(oracle, s, "noisier")
+    settings = {"shape": (4,), "sigmas": s, "samples": 200, "dtype": torch.float64, "progress": False}
     standardised = []
     for seed in range(40):
-        cost = stein_corrector(
-            denoiser,
-            shape=(4,),
-            sigmas=s,
-            samples=200,
-            data=oracle.sample(200, seed=1000 + seed, dtype=torch.float64),
-            seed=seed,
-            dtype=torch.float64,
-            progress=False,
-        )
+        data = oracle.sample(200, seed=1000 + seed, dtype=torch.float64)
+        cost = stein_corrector(denoiser, data=data, seed=seed, **settings)
         standardised.append(float((cost.matrix[0, 1] - exact[0, 1]) / cost.stderr[0, 1]))
     # 40 standard normals: their mean square is 1 with deviation sqrt(2/40) = 0.22.
     assert np.mean(np.square(standardised)) == pytest.approx(1, abs=4 * 0.22)
@@ -119,15 +104,8 @@ def test_fused_op_and_plain_differences_agree():
 
 def test_batches_do_not_change_the_estimate():
     oracle, denoiser = gaussian(8)
-    data = oracle.sample(7, seed=3)
-    settings = {
-        "shape": (8,),
-        "sigmas": denoiser.levels(6),
-        "samples": 11,
-        "data": data,
-        "pairs": "all",
-        "progress": False,
-    }
+    settings = {"shape": (8,), "sigmas": denoiser.levels(6), "samples": 11, "pairs": "all", "progress": False}
+    settings["data"] = oracle.sample(7, seed=3)
     whole = stein_corrector(denoiser, **settings)
     torch.testing.assert_close(whole.per_sample, stein_corrector(denoiser, batch_size=4, **settings).per_sample)
     fewer = stein_corrector(denoiser, **{**settings, "samples": 5})

@@ -9,16 +9,9 @@ STD = 0.5
 
 
 def _cost(oracle, denoiser, samples, levels, **settings):
-    return fisher_rao(
-        denoiser,
-        shape=oracle.shape,
-        sigmas=denoiser.levels(levels),
-        samples=samples,
-        data=oracle.sample(samples, seed=1, dtype=torch.float64),
-        dtype=torch.float64,
-        progress=False,
-        **settings,
-    )
+    settings |= {"shape": oracle.shape, "samples": samples, "dtype": torch.float64, "progress": False}
+    data = oracle.sample(samples, seed=1, dtype=torch.float64)
+    return fisher_rao(denoiser, sigmas=denoiser.levels(levels), data=data, **settings)
 
 
 @pytest.mark.parametrize(("d", "samples"), [(1, 8_000), (16, 5_000), (256, 1_000)])

@@ -16,16 +16,9 @@ MIXTURE = fs.oracles.GaussianMixture.random(2, 3, seed=0)
 def test_gaussian_closed_form(d, samples, pairs):
     oracle, denoiser = gaussian(d)
     s = denoiser.levels(6)
-    cost = stein_predictor(
-        denoiser,
-        shape=(d,),
-        sigmas=s,
-        samples=samples,
-        pairs=pairs,
-        data=oracle.sample(samples, seed=1, dtype=torch.float64),
-        dtype=torch.float64,
-        progress=False,
-    )
+    settings = {"shape": (d,), "sigmas": s, "samples": samples, "dtype": torch.float64, "progress": False}
+    data = oracle.sample(samples, seed=1, dtype=torch.float64)
+    cost = stein_predictor(denoiser, pairs=pairs, data=data, **settings)
     exact = s[:, None] ** 2 * oracle.stein_predictor(s[:, None], s[None, :])
     i, j = cost.pairs.T
     error = (cost.matrix - exact)[i, j]
@@ -126,23 +119,11 @@ def test_batches_do_not_change_the_estimate():
 def test_fourth_order_in_the_step():
     """Halving the step divides the Gaussian's cost by 16, up to the next order."""
     oracle, denoiser = gaussian(64)
-    data = oracle.sample(50, seed=1, dtype=torch.float64)
-    costs = [
-        float(
-            stein_predictor(
-                denoiser,
-                shape=(64,),
-                sigmas=[1.0, 1.0 - step],
-                samples=50,
-                velocity=None,
-                data=data,
-                dtype=torch.float64,
-                progress=False,
-            ).adjacent[0]
-        )
-        for step in (0.02, 0.01)
-    ]
-    assert costs[0] / costs[1] == pytest.approx(16, rel=0.06)
+    settings = {"shape": (64,), "samples": 50, "velocity": None, "dtype": torch.float64, "progress": False}
+    settings["data"] = oracle.sample(50, seed=1, dtype=torch.float64)
+    costs = (stein_predictor(denoiser, sigmas=[1.0, 1.0 - step], **settings) for step in (0.02, 0.01))
+    coarse, fine = (float(cost.adjacent[0]) for cost in costs)
+    assert coarse / fine == pytest.approx(16, rel=0.06)
 
 
 def test_conjugate_gradients_solve_and_say_where_they_did_not():

@@ -37,16 +37,8 @@ def test_calls_reported_are_the_calls_made(estimate, from_data):
     counter = _Counter()
     denoiser = fs.Denoiser.from_denoiser(counter, 0.05, 10.0)
     data = MIXTURE.sample(9, seed=1, dtype=torch.float64) if from_data else None
-    cost = estimate(
-        denoiser,
-        shape=(2,),
-        sigmas=denoiser.levels(5),
-        samples=7,
-        data=data,
-        batch_size=3,
-        dtype=torch.float64,
-        progress=False,
-    )
+    settings = {"sigmas": denoiser.levels(5), "samples": 7, "data": data, "batch_size": 3, "progress": False}
+    cost = estimate(denoiser, shape=(2,), dtype=torch.float64, **settings)
     # A forward-mode derivative runs the network once, and so does the gradient of one.
     assert counter.rows == cost.model_calls
     assert cost.model_calls == sum(cost.calls)

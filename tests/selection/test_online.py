@@ -27,22 +27,15 @@ def _spread(s):
     return float(costs.std(correction=0) / costs.mean())
 
 
-def test_full_rate_is_algorithm_1():
-    adaptive = fs.AdaptiveSchedule(_start(), rate=1.0)
+@pytest.mark.parametrize("rate", [1.0, 0.25])
+def test_an_update_goes_as_far_as_the_rate_towards_algorithm_1(rate):
+    adaptive = fs.AdaptiveSchedule(_start(), rate=rate)
     costs = _exact_costs(_start())
     adaptive.observe(costs)
     assert adaptive.update()
-    expected = equal_arc_length(_start(), costs.sqrt(), 17)
-    torch.testing.assert_close(adaptive.s, expected, rtol=1e-12, atol=0.0)
-
-
-def test_small_rate_blends():
-    adaptive = fs.AdaptiveSchedule(_start(), rate=0.25)
-    costs = _exact_costs(_start())
-    adaptive.observe(costs)
-    adaptive.update()
     target = equal_arc_length(_start(), costs.sqrt(), 17)
-    torch.testing.assert_close(adaptive.s.log(), 0.25 * target.log() + 0.75 * _start().log())
+    expected = (rate * target.log() + (1 - rate) * _start().log()).exp()
+    torch.testing.assert_close(adaptive.s, expected, rtol=1e-12, atol=0.0)
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["denoiser-object", "function"])

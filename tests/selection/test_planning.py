@@ -60,14 +60,8 @@ def test_as_good_as_karras(stats):
     assert steps < 12
     karras = fs.baselines.karras(12, 0.01, 40.0)
     assert fs.steps_needed(stats, "dpmpp_2m", target=karras) == steps
-    table = fs.compare(
-        DENOISER,
-        {"ours": fs.optimal_schedule(stats, steps), "karras": karras},
-        "dpmpp_2m",
-        shape=(4,),
-        samples=256,
-        progress=False,
-    )
+    schedules = {"ours": fs.optimal_schedule(stats, steps), "karras": karras}
+    table = fs.compare(DENOISER, schedules, "dpmpp_2m", shape=(4,), samples=256, progress=False)
     assert table["ours"].typical_error <= table["karras"].typical_error
 
 

@@ -15,20 +15,12 @@ from fastsched.denoisers.noise import log_uniform
 def test_summed_lengths_approach_the_closed_form():
     oracle, denoiser = gaussian(64)
     exact = float(oracle.corrector_length(80.0) - oracle.corrector_length(0.002))
-    data = oracle.sample(2048, seed=1, dtype=torch.float64)
+    settings = {"shape": (64,), "samples": 2048, "dtype": torch.float64, "progress": False}
+    settings["data"] = oracle.sample(2048, seed=1, dtype=torch.float64)
     # To 1%. Steps of h in log s: "noisier" is h too long at high noise (h = 0.0066 at 1,600 levels), "cleaner" only
     # h^2 / 6 (0.2% at 96). The states' norms, chi-squares of 64 x 2,048 terms, leave sqrt(2 / 131,072) / 2 = 0.2%.
     for velocity, levels in (("noisier", 1600), ("cleaner", 96)):
-        cost = stein_corrector(
-            denoiser,
-            shape=(64,),
-            sigmas=denoiser.levels(levels),
-            samples=2048,
-            velocity=velocity,
-            data=data,
-            dtype=torch.float64,
-            progress=False,
-        )
+        cost = stein_corrector(denoiser, sigmas=denoiser.levels(levels), velocity=velocity, **settings)
         assert float(cost.lengths.sum()) == pytest.approx(exact, rel=0.01)
 
 
@@ -36,15 +28,9 @@ def test_summed_lengths_approach_the_closed_form():
 @pytest.mark.parametrize("steps", [4, 8, 16])
 def test_gaussian_schedule_has_equal_exact_lengths(steps, from_data):
     oracle, denoiser = gaussian(64)
-    schedule = fs.score_optimal_schedule(
-        denoiser,
-        steps,
-        shape=(64,),
-        levels=256,
-        samples=16,
-        data=oracle.sample(64, seed=1) if from_data else None,
-        progress=False,
-    )
+    settings = {"shape": (64,), "levels": 256, "samples": 16, "progress": False}
+    data = oracle.sample(64, seed=1) if from_data else None
+    schedule = fs.score_optimal_schedule(denoiser, steps, data=data, **settings)
     lengths = -oracle.corrector_length(schedule.sigmas).diff()
     assert schedule.steps == schedule.model_calls == steps
     assert (lengths / lengths.mean() - 1).abs().max() < 0.02
