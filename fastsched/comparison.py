@@ -340,11 +340,11 @@ def _sampled(
     dtype: torch.dtype | None,
 ) -> Tensor:
     """Samples on the CPU, made in batches; ``advance`` gets the number of samples of every network call."""
-    where, precision = placement(denoiser, device, dtype)
+    device, dtype = placement(denoiser, device, dtype)
     ends = []
     for part in noise.split(int(batch_size or len(noise))):
         progress = lambda calls, total, part=part: advance(len(part))
-        ends.append(sample(denoiser, run, method, part.to(where), dtype=precision, progress=progress).cpu())
+        ends.append(sample(denoiser, run, method, part.to(device), dtype=dtype, progress=progress).cpu())
     return torch.cat(ends)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.secants import Secants
-from fastsched.costs.surrogate import Rollouts, Surrogate, nodes_of_levels
+from fastsched.costs.surrogate import Surrogate, SurrogateRuns, nodes_of_levels
 from fastsched.sampling.solvers import FITTED, Solver
 from fastsched.sampling.stock_weights import NEAREST_STOCK, stock_weights
 
@@ -26,7 +26,7 @@ from fastsched.sampling.stock_weights import NEAREST_STOCK, stock_weights
 RIDGE = 3e-3
 
 
-def rollouts(
+def surrogate_runs(
     surrogate: Surrogate,
     levels: Array,
     solver: Solver,
@@ -34,7 +34,7 @@ def rollouts(
     norms: Norms | None = None,
     weights: Array | None = None,
     offsets: Array | None = None,
-) -> tuple[Rollouts, Array | None]:
+) -> tuple[SurrogateRuns, Array | None]:
     """Run C schedules on the surrogate; for the fitted solver, with the weights that suit each best.
 
     Args:
@@ -50,15 +50,15 @@ def rollouts(
         The runs, and the weights [C, steps, steps] of the fitted solver.
     """
     if solver.name != FITTED or solver.end_weights is not None:
-        return surrogate.rollouts(levels, solver, secants, offsets), None
+        return surrogate.run(levels, solver, secants, offsets), None
     levels = np.asarray(levels, dtype=np.float64)
     known = secants or surrogate.secants or Secants.none(surrogate.vectors)
-    found = Rollouts(surrogate, known, len(levels), offsets)
+    found = SurrogateRuns(surrogate, known, len(levels), offsets)
     with np.errstate(divide="ignore", invalid="ignore"):
         return found, _run(found, (norms or surrogate.norms).metric, levels, weights)
 
 
-def _run(found: Rollouts, metric: Array, levels: Array, given: Array | None) -> Array:
+def _run(found: SurrogateRuns, metric: Array, levels: Array, given: Array | None) -> Array:
     """The loop of the fitted solver over C schedules; returns the weights, each step's chosen before it is taken.
 
     Args:

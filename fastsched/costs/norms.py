@@ -18,7 +18,7 @@ class Norms:
 
     Attributes:
         gram: Gram matrix of each sample's vectors, [B, V, V].
-        size: What each sample's squares are compared with, [B].
+        size: The square that each sample's squares are relative to, [B].
     """
 
     gram: Array
@@ -26,7 +26,7 @@ class Norms:
 
     @classmethod
     def of_increments(cls, gram: Array, increments: int) -> Norms:
-        """Sizes are those of all increments, the first vectors, together."""
+        """Norms relative to the sum of the squared increments, which are the first vectors."""
         size = np.einsum("bqq->b", gram[:, :increments, :increments])
         return cls(gram, np.maximum(size, np.finfo(np.float64).tiny))
 

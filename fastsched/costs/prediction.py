@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.costs.fitted_weights import rollouts
+from fastsched.costs.fitted_weights import surrogate_runs
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.surrogate import Outcome, Surrogate
 from fastsched.measurement.statistics import PathStatistics, is_statistics
@@ -71,17 +71,17 @@ class ErrorModel:
         """The predicted errors of C schedules, [C], from their levels ``s`` [C, steps + 1], descending to 0."""
         norms = self.surrogate.norms
         if self.solver.name == FITTED:
-            found, _ = rollouts(self.surrogate, levels, self.solver)
+            found, _ = surrogate_runs(self.surrogate, levels, self.solver)
             squared = squared_errors(norms, found.outcome)
             if len(norms.size) <= FEW_SAMPLES:
                 squared += DOUBT**2 * norms.mean_squared(found.deviations_at_end)[:, None] * norms.size
             return power_mean(squared)
-        found = self.surrogate.rollouts(levels, self.solver, passed_on=True)
+        found = self.surrogate.run(levels, self.solver, passed_on=True)
         return power_mean(norms.squared(found.error) + found.variance)
 
     def weights(self, levels: Array) -> Tensor | None:
         """The weights of the fitted solver for one schedule's levels [steps + 1], [steps, steps]; None for others."""
-        _, weights = rollouts(self.surrogate, levels[None], self.solver)
+        _, weights = surrogate_runs(self.surrogate, levels[None], self.solver)
         return None if weights is None else torch.from_numpy(weights[0])
 
 

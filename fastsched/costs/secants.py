@@ -20,7 +20,7 @@ import numpy as np
 
 from fastsched.costs.norms import Array
 
-#: ``mu`` of the secants of deviated paths.
+#: ``mu`` of the secants of deviated paths; it multiplies their mean square at a level instead of each one's own.
 GRID_DAMPING = 1e-3
 
 

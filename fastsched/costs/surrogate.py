@@ -244,7 +244,7 @@ class Surrogate:
         """What is known on the path at levels ``s`` [C]."""
         return OnPath(s, self.position(s), *self.path(s), self.scalar_jacobian(s), self.amplitude(s))
 
-    def rollouts(
+    def run(
         self,
         levels: Array,
         solver: str | Solver,
@@ -252,7 +252,7 @@ class Surrogate:
         offsets: Array | None = None,
         *,
         passed_on: bool = False,
-    ) -> Rollouts:
+    ) -> SurrogateRuns:
         """Sample along C schedules at once.
 
         Args:
@@ -266,7 +266,7 @@ class Surrogate:
         method, levels = get_solver(solver), np.asarray(levels, dtype=np.float64)
         later = method.model_calls(levels.shape[1] - 1) - 1 if passed_on else 0
         known = secants or self.secants or Secants.none(self.vectors)
-        found = Rollouts(self, known, len(levels), offsets, later)
+        found = SurrogateRuns(self, known, len(levels), offsets, later)
         column = lambda value: np.asarray(value)[..., None]
         with np.errstate(divide="ignore", invalid="ignore"):
             nodes = nodes_of_levels(self.process, levels)
@@ -287,7 +287,7 @@ class Surrogate:
         return np.clip(log_rho(1 / s), self._lam[0], self._lam[-1])
 
 
-class Rollouts:
+class SurrogateRuns:
     """C runs of a sampler on a surrogate, side by side: stands for the network, and keeps the deviations it was given.
 
     Attributes:

@@ -51,8 +51,8 @@ class BestSoFar:
 def interrupted_schedule(stats: PathStatistics, steps: int, method: Solver, runs: BestSoFar | None = None) -> Schedule:
     """The best schedule that is known when a fit is interrupted, with a warning that says what it is."""
     best = None if runs is None else runs.best()
-    if best is not None:
-        what = f"the best of the {len(runs.finished) if runs else 0} that were run"
+    if runs is not None and best is not None:
+        what = f"the best of the {len(runs.finished)} that were run"
     else:
         best = optimal_schedule(stats, steps, method.name)
         what = f"that of optimal_schedule for the {stats.samples} paths that were finished"

@@ -22,7 +22,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from fastsched.costs.fitted_weights import rollouts
+from fastsched.costs.fitted_weights import surrogate_runs
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.prediction import PENALTY, squared_errors
 from fastsched.costs.secants import Secants
@@ -173,7 +173,8 @@ class Neighbourhood:
 
     def _on_surrogate(self, x: Array) -> Outcome:
         levels, weights, offsets = self._unpacked(x)
-        return rollouts(self.surrogate, levels, self.solver, self.secants, self.norms, weights, offsets)[0].outcome
+        found, _ = surrogate_runs(self.surrogate, levels, self.solver, self.secants, self.norms, weights, offsets)
+        return found.outcome
 
     def _unpacked(self, x: Array) -> tuple[Array, Array | None, Array | None]:
         """Levels [C, steps + 1], weights [C, steps, steps] and offsets [C, steps] of parameters [C, P]."""

@@ -1,6 +1,6 @@
-"""The runs of a tuning, and what they say of schedules near one of them.
+"""The runs of a tuning, and what they predict for schedules near one of them.
 
-All of it happens in the Gram matrix of the measurement's vectors and what the runs found.
+Vectors are known by their Gram matrix alone: those of the measurement, and those that the runs add.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsched.costs.fitted_weights import rollouts
+from fastsched.costs.fitted_weights import surrogate_runs
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.secants import Secants
 from fastsched.costs.surrogate import Surrogate
@@ -75,7 +75,7 @@ class Trial:
 
 
 class RunRecord:
-    """The runs so far, and what they say of schedules near the best.
+    """The runs so far, and what they predict for schedules near one of them.
 
     Args:
         stats: The measurement, with increments.
@@ -123,7 +123,7 @@ class RunRecord:
 
     def _evaluations(self, levels: Array) -> int:
         """How often a run calls the network: not `Solver.model_calls`, because a step from pure noise has no stage."""
-        found, _ = rollouts(self.surrogate, levels[None], self.method)
+        found, _ = surrogate_runs(self.surrogate, levels[None], self.method)
         return len(found.deviations)
 
     def _add_vectors(self, vectors: Tensor) -> int:
@@ -181,7 +181,7 @@ class RunRecord:
     def _deviations(self, trial: Trial, vectors: int) -> Array:
         """Deviations of a run from the path at its evaluations, [evaluations, V]."""
         answers = KnownAnswers(trial.first, vectors)
-        return self.surrogate.rollouts(trial.levels[None], schedule_solver(trial.schedule), answers).deviations[:, 0]
+        return self.surrogate.run(trial.levels[None], schedule_solver(trial.schedule), answers).deviations[:, 0]
 
 
 def _offsets(stats: PathStatistics, schedule: Schedule) -> Array:

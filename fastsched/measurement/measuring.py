@@ -176,10 +176,10 @@ def check_same_network(
     check_evaluation_mode(denoiser.network)
     if stats.fingerprint is None:
         return 0
-    where, width = placement(denoiser, device, dtype)
+    device, dtype = placement(denoiser, device, dtype)
     with unchanged_buffers(denoiser.network):
-        found = fingerprint(denoiser, stats.shape, where, width)
-    if not same_network(stats.fingerprint, found, width):
+        found = fingerprint(denoiser, stats.shape, device, dtype)
+    if not same_network(stats.fingerprint, found, dtype):
         raise ValueError(
             "stats were measured on another network, or one read or rounded otherwise: it answers the same question "
             "differently"

@@ -15,7 +15,7 @@ MOVES = (0.4, 0.2, 0.1, 0.05)
 #: Gap in ``log s`` that stands for an infinite one: below pure noise, and above sigma 0.
 OPEN_GAP = 1.5
 
-#: Improvements at one share of the gap, for each node.
+#: The most improvements at one fraction of the gap, for each node.
 IMPROVEMENTS = 3
 
 #: On a grid: how many levels a node may move at once, between its neighbours, and the most passes over all nodes.

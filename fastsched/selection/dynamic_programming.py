@@ -57,11 +57,11 @@ def first_order_paths(cost: Array, steps: int) -> Selection:
         cost: ``cost[j, k]`` of a step from j to k, [M, M]; entries with ``k <= j`` are not read.
         steps: The largest number of steps.
     """
-    m = len(cost)
-    upper = np.where(np.tri(m, dtype=bool), np.inf, cost)
-    value = np.full(m, np.inf)
+    M = len(cost)
+    upper = np.where(np.tri(M, dtype=bool), np.inf, cost)
+    value = np.full(M, np.inf)
     value[0] = 0.0
-    totals, parents = np.full(steps, np.inf), np.zeros((steps, m), dtype=np.int64)
+    totals, parents = np.full(steps, np.inf), np.zeros((steps, M), dtype=np.int64)
     for n in range(steps):
         candidates = value[:, None] + upper
         parents[n] = candidates.argmin(0)
@@ -69,7 +69,7 @@ def first_order_paths(cost: Array, steps: int) -> Selection:
         totals[n] = value[-1]
     paths = np.full((steps, steps + 1), -1, dtype=np.int64)
     for n in np.flatnonzero(np.isfinite(totals)):
-        paths[n, n + 1] = m - 1
+        paths[n, n + 1] = M - 1
         for step in range(n, -1, -1):
             paths[n, step] = parents[step, paths[n, step + 1]]
     return Selection(totals, paths)

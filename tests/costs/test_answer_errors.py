@@ -68,12 +68,12 @@ class OneWrongAnswer:
 def test_an_error_of_an_answer_reaches_the_end_as_if_it_were_made(kind, name):
     model = LinearModel(kind)
     surrogate, levels = model.surrogate, schedule(model, *INNER)[None]
-    found = surrogate.rollouts(levels, name, passed_on=True)
+    found = surrogate.run(levels, name, passed_on=True)
     later = len(found.deviations) - 1
     factors = found.end[0, surrogate.vectors :]
     assert later <= len(factors)
     for wrong in range(1, later + 1):
-        made = surrogate.rollouts(levels, name, OneWrongAnswer(surrogate.vectors, wrong))
+        made = surrogate.run(levels, name, OneWrongAnswer(surrogate.vectors, wrong))
         np.testing.assert_allclose(factors[wrong - 1], made.error[0, -1], rtol=1e-10, atol=1e-14)
     assert not factors[later:].any()
 
@@ -81,7 +81,7 @@ def test_an_error_of_an_answer_reaches_the_end_as_if_it_were_made(kind, name):
 def test_errors_that_are_passed_on_change_nothing_else():
     model = LinearModel("ve")
     surrogate, levels = model.surrogate, schedule(model, *INNER)[None]
-    plain, found = surrogate.rollouts(levels, "unipc"), surrogate.rollouts(levels, "unipc", passed_on=True)
+    plain, found = surrogate.run(levels, "unipc"), surrogate.run(levels, "unipc", passed_on=True)
     np.testing.assert_array_equal(plain.error, found.error)
     np.testing.assert_array_equal(plain.outcome.deviations, found.outcome.deviations)
     assert found.variance.shape == (1, 1)
@@ -90,7 +90,7 @@ def test_errors_that_are_passed_on_change_nothing_else():
 def test_the_variance_by_its_double_sum():
     model = LinearModel("ve")
     surrogate, levels = model.surrogate, schedule(model, *INNER)[None]
-    found = surrogate.rollouts(levels, "unipc", passed_on=True)
+    found = surrogate.run(levels, "unipc", passed_on=True)
     lam, factors = surrogate.position(levels[0, 1:-1]), found.end[0, surrogate.vectors :]
     apart = np.abs(lam[:, None] - lam)
     errors = factors * surrogate.answer_errors(lam)

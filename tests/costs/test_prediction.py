@@ -5,7 +5,7 @@ from models import exact_denoiser, exact_denoisers, mixture
 from scipy.stats import spearmanr
 
 import fastsched as fs
-from fastsched.costs.fitted_weights import rollouts
+from fastsched.costs.fitted_weights import surrogate_runs
 from fastsched.costs.prediction import DOUBT, ErrorModel, squared_errors
 from fastsched.costs.surrogate import Surrogate
 from fastsched.denoisers.digits import DigitsNetwork, load_digits_network
@@ -30,7 +30,7 @@ def test_the_error_on_gaussian_data_is_the_samplers(name):
     nodes = [0, 40, 75, 100, 120, 135, 150, 170, 200]
     levels = np.append(stats.s.numpy(), 0.0)[nodes]
     surrogate = Surrogate.of(stats)
-    predicted = surrogate.norms.squared(surrogate.rollouts(levels[None], name).outcome.error)[0]
+    predicted = surrogate.norms.squared(surrogate.run(levels[None], name).outcome.error)[0]
     noise = noise_of(stats.seeds, (8,)).double()
     samples = fs.sample(denoiser, torch.from_numpy(levels), name, noise)
     actual = (samples - oracle.flow(noise * 20.0, 20.0, 0.0)).square().sum(1).numpy()
@@ -44,7 +44,7 @@ def test_deviations_of_the_fitted_solver_are_doubted_where_there_are_few_samples
     few = fs.measure(KINDS["x0"], (4,), levels=24, samples=samples, progress=False)
     levels = np.append(few.s.numpy(), 0.0)[[0, 5, 10, 16, 24]]
     surrogate, norms = Surrogate.of(few), Surrogate.of(few).norms
-    found, _ = rollouts(surrogate, levels[None], FITTED_SOLVER)
+    found, _ = surrogate_runs(surrogate, levels[None], FITTED_SOLVER)
     ends = [found.deviations[n, 0] * surrogate.amplitude(levels[n : n + 1]) for n in range(1, 4)]
     relative = np.mean([sum(end @ gram @ end for end in ends) for gram in norms.gram / norms.size[:, None, None]])
     expected = squared_errors(norms, found.outcome)[0] + doubt**2 * relative * norms.size

@@ -121,7 +121,7 @@ def test_run_is_the_sampler_on_that_very_denoiser(kind, name):
     levels = schedule(model, *INNER)
     sigmas = model.process.sampler_sigma(torch.from_numpy(levels))
     end = fs.sample(model.denoiser(), sigmas, name, torch.from_numpy(model.start)[None])[0].numpy()
-    outcome = model.surrogate.rollouts(levels[None], name).outcome
+    outcome = model.surrogate.run(levels[None], name).outcome
     # flow times keep 1 + s units of rounding of a level
     np.testing.assert_allclose(outcome.error[0] @ model.increments, end - model.denoised[-1], rtol=0, atol=1e-8)
     # the first evaluation is on the path; each deviation is carried to the end by the shares, level by level
@@ -137,9 +137,9 @@ def test_run_is_the_sampler_on_that_very_denoiser(kind, name):
 def test_schedules_together_are_those_one_by_one(name):
     model = LinearModel("flow")
     levels = np.stack([schedule(model, *np.array(INNER) * factor) for factor in (0.9, 1.0, 1.7)])
-    together = model.surrogate.rollouts(levels, name).outcome
+    together = model.surrogate.run(levels, name).outcome
     for n in range(3):
-        alone = model.surrogate.rollouts(levels[n : n + 1], name).outcome
+        alone = model.surrogate.run(levels[n : n + 1], name).outcome
         np.testing.assert_allclose(together.error[n], alone.error[0], rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(together.deviations[n], alone.deviations[0], rtol=1e-12, atol=1e-12)
 
@@ -148,7 +148,7 @@ def test_schedules_together_are_those_one_by_one(name):
 def test_one_step_ends_where_the_path_begins(kind):
     """``z = D_0``: short of the path's end by all increments, and no state is off the path."""
     model = LinearModel(kind)
-    outcome = model.surrogate.rollouts(schedule(model)[None], "dpmpp_2m").outcome
+    outcome = model.surrogate.run(schedule(model)[None], "dpmpp_2m").outcome
     np.testing.assert_allclose(outcome.error, -np.ones((1, len(model.s) - 1)), atol=1e-15)
     assert not outcome.deviations.any()
 
@@ -166,7 +166,7 @@ def test_gaussian_data_are_sampled_as_by_the_sampler(name):
     levels = np.array([top, *INNER, 0.0])
     denoiser = exact_denoiser(fs.oracles.Gaussian(c, (1,)), 0.02, top)
     end = float(fs.sample(denoiser, torch.from_numpy(levels), name, torch.ones(1, 1, dtype=torch.float64)))
-    found = float(surrogate.rollouts(levels[None], name).outcome.error[0] @ np.diff(denoised))
+    found = float(surrogate.run(levels[None], name).outcome.error[0] @ np.diff(denoised))
     # h = 0.023: shares are read off straight lines, wrong by h^2 / 8 of their second derivative, at most 0.4
     assert found == pytest.approx(end - denoised[-1], abs=10 * 0.4 * 0.023**2 / 8 * c)
 

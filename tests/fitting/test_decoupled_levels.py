@@ -149,7 +149,7 @@ def test_a_run_is_the_surrogate_and_its_residuals(measured, solver):
     error = (run.ends - stats.ends).double()
     ends = lambda known: torch.einsum(
         "q,bqd->bd",
-        torch.from_numpy(surrogate.rollouts(levels[None], get_solver(solver), known).outcome.error[0]),
+        torch.from_numpy(surrogate.run(levels[None], get_solver(solver), known).outcome.error[0]),
         basis,
     )
     torch.testing.assert_close(ends(KnownAnswers(first, first + more)), error, rtol=1e-4, atol=2e-5)

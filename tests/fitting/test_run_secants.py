@@ -72,9 +72,9 @@ def test_a_run_is_the_surrogate_and_its_residuals(measured, solver):
     levels, first, more = levels_of(stats, schedule), stats.levels - 1, found.shape[1]
     assert more == method.model_calls(6)
     surrogate = Surrogate.of(stats)
-    rolled = surrogate.rollouts(levels[None], method, KnownAnswers(first, first + more))
+    rolled = surrogate.run(levels[None], method, KnownAnswers(first, first + more))
     check_deviations(denoiser, stats, schedule, s, [combined(each, stats, found) for each in rolled.deviations[:, 0]])
-    plain = surrogate.rollouts(levels[None], method, Secants.none(first)).outcome.error[0]
+    plain = surrogate.run(levels[None], method, Secants.none(first)).outcome.error[0]
     again = combined(rolled.outcome.error[0], stats, found)
     torch.testing.assert_close(again, error, rtol=1e-4, atol=2e-5)  # float32 states of size 40, halved some times
     assert float((combined(plain, stats) - error).norm()) > 0.02 * float(error.norm())
@@ -89,9 +89,9 @@ def test_secants_reproduce_the_run_they_are_of(measured, solver, monkeypatch):
     levels, first, more = levels_of(stats, schedule), stats.levels - 1, found.shape[1]
     basis = torch.cat([stats.increments.double(), found], dim=1)
     metric = (basis @ basis.transpose(1, 2)).mean(0).numpy()
-    deviations = surrogate.rollouts(levels[None], method, KnownAnswers(first, first + more)).deviations[:, 0]
+    deviations = surrogate.run(levels[None], method, KnownAnswers(first, first + more)).deviations[:, 0]
     known = with_runs(Secants.none(first), [KnownRun(s, deviations, first, np.zeros(len(s)))], 0, metric, 1.0)
-    outcome = surrogate.rollouts(levels[None], method, known).outcome
+    outcome = surrogate.run(levels[None], method, known).outcome
     torch.testing.assert_close(combined(outcome.error[0], stats, found), error, rtol=1e-4, atol=2e-5)
 
 
