@@ -76,7 +76,7 @@ def check_same_call(name: str, found: Origin | None, identity: str) -> None:
         those, these = [*those, weights], [*these, own_weights]
     for one, other, what in zip(those, these, PARTS.values(), strict=False):
         if one != other:
-            raise ValueError(f"{name} must be of {what}, and is of another ({found}); measure this one anew")
+            raise ValueError(f"{name} must be of {what}, and is of another ({found}); measure this one")
 
 
 def _with_usual_size(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def _check_process(known: NoiseProcess, own: NoiseProcess) -> None:
     if not same:
         raise ValueError(
             f"stats are of a {known.kind!r} noise process, and the pipeline's scheduler has another, {own.kind!r} (of "
-            "other betas, or with zero terminal SNR); set the scheduler as it was, or measure anew"
+            "other betas, or with zero terminal SNR); set the scheduler as it was, or measure again"
         )
 
 
