@@ -31,7 +31,7 @@ from fastsched.denoisers.noise import NoiseProcess
 from fastsched.metrics import power_mean
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
-from fastsched.selection.constraints import known_levels, separate
+from fastsched.selection.constraints import ROUNDING, known_levels, separate
 from fastsched.selection.descent import log_gaps
 
 #: Damping of the least squares over other runs, by the square and the fourth power of their distance.
@@ -40,9 +40,6 @@ DAMPING = (1e-3, 0.1)
 #: How far the level that the network is told may move, against the state's: 1, 1/2 and 1/4 gave errors of 0.60, 0.60
 #: and 0.63 of those of coupled levels, at worst 1.9, 1.6 and 2.5 (45 fits of three networks and solvers).
 OFFSET_REACH = 0.5
-
-#: How far rounding may take a level beyond the ends of the range.
-ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, eq=False)

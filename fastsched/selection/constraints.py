@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,27 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsched.costs.norms import Array
-from fastsched.denoisers.noise import NoiseProcess
+from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 
 #: Least distance of two nodes in ``log s``: differences of outputs between nearer ones are amplified rounding.
 APART = 0.05
-
-#: The error of C schedules [C, steps + 1], [C].
-Objective = Callable[[Array], Array]
-
-
-def at_known_levels(process: NoiseProcess, objective: Objective) -> Objective:
-    """``objective`` at the nearest levels that the network knows; ``inf`` where two are not `separate`."""
-
-    def restricted(levels: Array) -> Array:
-        known = known_levels(process, levels)
-        valid = separate(process, known)
-        values = np.full(len(known), np.inf)
-        if valid.any():
-            values[valid] = objective(known[valid])
-        return values
-
-    return restricted
+#: How far rounding may take a level beyond the ends of a range.
+ROUNDING = 1e-9
 
 
 def separate(process: NoiseProcess, levels: Array) -> NDArray[np.bool_]:
@@ -43,6 +27,14 @@ def separate(process: NoiseProcess, levels: Array) -> NDArray[np.bool_]:
 def known_levels(process: NoiseProcess, levels: Array) -> Array:
     """The nearest levels that the network knows: ``levels`` themselves, but for integer timesteps."""
     return process.nearest(torch.from_numpy(np.asarray(levels, dtype=np.float64))).numpy()
+
+
+def distinct_known_levels(process: NoiseProcess, levels: Array, low: float) -> Array:
+    """`known_levels` of one schedule [steps + 1], no two alike and none below ``low``."""
+    if not (isinstance(process, VariancePreserving) and process.integer_timesteps):
+        return levels
+    known = process.trained_levels.flip(0)
+    return distinct_levels(torch.from_numpy(levels), known[known > low * (1 - ROUNDING)]).numpy()
 
 
 def distinct_levels(levels: Tensor, known: Tensor) -> Tensor:

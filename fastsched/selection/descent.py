@@ -1,80 +1,85 @@
-"""Descend on any error of a schedule, a node at a time: over the levels of a grid, and off every grid."""
+"""Descend on any error of a schedule: off every grid along its gradient, and over the levels of a grid."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy.optimize import minimize
 
 from fastsched.costs.norms import Array
-
-#: Fraction of the gap to a neighbour that a node is moved by, in ``log s``, ever finer.
-MOVES = (0.4, 0.2, 0.1, 0.05)
 
 #: Gap in ``log s`` that stands for an infinite one: below pure noise, and above sigma 0.
 OPEN_GAP = 1.5
 
-#: The most improvements at one fraction of the gap, for each node.
-IMPROVEMENTS = 3
+#: Finite differences of the logarithm of the error, in ``log s``.
+DIFFERENCE = 1e-4
+
+#: A descent ends where a step lowers the logarithm of the error by less than this fraction of it, or of 1. With 1e-3
+#: the errors were 1.07, 1.10 and 1.17 times as large at 5, 8 and 16 steps, in 0.6 of the time (12 cells each).
+TOLERANCE = 1e-4
+
+#: The least gap of a start, of the mean gap: a smaller one hardly has a gradient.
+LEAST_GAP = 0.1
+
+#: Limits of an error, whose logarithm is taken.
+LEAST, MOST = 1e-300, 1e300
 
 #: On a grid: how many levels a node may move at once, between its neighbours, and the most passes over all nodes.
 REACH, SWEEPS = 3, 20
 
 
 def descend(
-    error: Callable[[Array], Array], starts: Sequence[Array], low: float, high: float
-) -> list[tuple[Array, float]]:
-    """Move inner nodes towards a neighbour wherever that lowers ``error``, by ever smaller fractions of the gap.
+    error: Callable[[Array], Array], start: Array, low: float, high: float, apart: float
+) -> tuple[Array, float]:
+    """Move the inner levels along the gradient of ``log error``, with their order kept.
 
-    All moves of one node are tried at once, and then all that help together; the best of them is taken. Descents from
-    several starts go side by side: ``error`` is called once for what all of them try next.
+    The gaps in ``log s`` are ``g = apart + r softmax(u)``, ``r`` being the room that is left between the first level
+    and ``low``, so that every ``u`` is a schedule. L-BFGS (Liu & Nocedal 1989) descends over ``u``; derivatives are
+    finite differences in ``log s``, a schedule for each node.
 
     Args:
-        error: The errors [C] of C schedules [C, steps + 1]; ``inf`` forbids one.
-        starts: Where to start: levels [steps + 1], descending to 0, of as many steps each. Both ends stay.
+        error: The errors [C] of C schedules [C, steps + 1].
+        start: Where to start: levels [steps + 1], descending to 0. Both ends stay.
         low: The lowest level a node may take.
         high: The highest finite level; where the first node is at pure noise, the second stays below ten times this.
+        apart: Least gap in ``log s``.
 
     Returns:
-        For each start the levels and their error, not above that of the start; deterministic.
+        The levels and their error, not above that of the start; deterministic.
     """
-    found: dict[int, tuple[Array, float]] = {}
-    going = {n: _descent(np.asarray(levels, dtype=np.float64), low, high) for n, levels in enumerate(starts)}
-    asked = {n: next(descent) for n, descent in going.items()}
-    while asked:
-        values = error(np.concatenate(list(asked.values())))
-        answers = np.split(values, np.cumsum([len(each) for each in asked.values()])[:-1])
-        for n, own in zip(list(asked), answers, strict=True):
-            try:
-                asked[n] = going[n].send(own)
-            except StopIteration as finished:
-                found[n] = finished.value
-                del asked[n]
-    return [found[n] for n in range(len(starts))]
+    first = float(error(start[None])[0])
+    top = math.log(start[0] if math.isfinite(start[0]) else 10 * high)
+    inner = len(start) - 2
+    room = top - math.log(low) - inner * apart
+    if inner < 1 or room <= 0:
+        return start, first
 
+    def levels_at(u: Array) -> tuple[Array, Array]:
+        """Levels [steps + 1], and the softmax [steps] of their gaps."""
+        share = np.exp(u - u.max())
+        share /= share.sum()
+        levels = start.copy()
+        levels[1:-1] = np.exp(top - np.cumsum(apart + room * share[:-1]))
+        return levels, share
 
-def _descent(best: Array, low: float, high: float) -> Generator[Array, Array, tuple[Array, float]]:
-    """One descent: it yields schedules [C, steps + 1], is sent their errors [C], and returns the best with its own."""
-    lowest = float((yield best[None])[0])
-    inner = len(best) - 2
-    for share in MOVES:
-        for _ in range(IMPROVEMENTS * inner):
-            up, down = log_gaps(best, low, high)
-            steps = np.concatenate([np.diag(share * up), np.diag(-share * down)])
-            values = yield _moved(best, steps)
-            better = np.minimum(values[:inner], values[inner:]) < lowest
-            if not better.any():
-                break
-            choice = np.where(values[:inner] <= values[inner:], share * up, -share * down)
-            together = _moved(best, np.where(better, choice, 0.0)[None])
-            value = float((yield together)[0]) if better.sum() > 1 else math.inf
-            single = int(values.argmin())
-            if value <= values[single]:
-                best, lowest = together[0], value
-            else:
-                best, lowest = _moved(best, steps[single : single + 1])[0], float(values[single])
-    return best, lowest
+    def value_and_gradient(u: Array) -> tuple[float, Array]:
+        levels, share = levels_at(u)
+        tried = np.repeat(levels[None], inner + 1, axis=0)
+        tried[range(1, inner + 1), range(1, inner + 1)] *= math.exp(DIFFERENCE)
+        values = np.log(np.clip(np.nan_to_num(error(tried), nan=MOST), LEAST, MOST))
+        of_levels = (values[1:] - values[0]) / DIFFERENCE
+        of_gaps = np.append(-np.cumsum(of_levels[::-1])[::-1], 0.0)  # a gap moves all levels below it
+        return float(values[0]), room * share * (of_gaps - share @ of_gaps)
+
+    gaps = -np.diff(np.concatenate([[top], np.log(start[1:-1]), [math.log(low)]]))
+    gaps[:-1] -= apart
+    u = np.log(np.maximum(gaps, LEAST_GAP * room / len(gaps)))
+    found = minimize(value_and_gradient, u, jac=True, method="L-BFGS-B", options={"ftol": TOLERANCE})
+    levels, _ = levels_at(found.x)
+    value = float(error(levels[None])[0])
+    return (levels, value) if value < first or math.isnan(first) else (start, first)
 
 
 def coordinate_descent(objective: Callable[[Sequence[int], int], float], nodes: Sequence[int]) -> list[int]:
@@ -100,13 +105,6 @@ def coordinate_descent(objective: Callable[[Sequence[int], int], float], nodes: 
         if best == before:
             break
     return best
-
-
-def _moved(levels: Array, steps: Array) -> Array:
-    """``levels`` with the inner nodes moved by ``steps`` [C, steps - 1] in ``log s``, [C, steps + 1]."""
-    moved = np.repeat(levels[None], len(steps), axis=0)
-    moved[:, 1:-1] *= np.exp(steps)
-    return moved
 
 
 def log_gaps(levels: Array, low: float, high: float) -> tuple[Array, Array]:

@@ -15,7 +15,7 @@ from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
-from fastsched.selection.constraints import at_known_levels, known_levels
+from fastsched.selection.constraints import APART, distinct_known_levels, known_levels
 from fastsched.selection.descent import descend
 from fastsched.selection.starts import DYNAMIC_PROGRAMMING, starting_levels
 
@@ -30,9 +30,9 @@ def optimal_schedule(stats: PathStatistics, steps: int, solver: str = "dpmpp_2m"
     """The schedule of ``steps`` steps with the least predicted error under ``solver``; no model calls.
 
     Dynamic programming on the local errors of the steps (`fastsched.costs.step_cost`) and the schedules in common use
-    give starts. From the best of them, by predicted error (`fastsched.costs.prediction`), levels are moved one at a
-    time, off the measured grid, as long as the prediction falls. The schedule of least predicted error is returned: by
-    the same estimate none of the starts is better.
+    give starts. From the best of them, by predicted error (`fastsched.costs.prediction`), levels are moved off the
+    measured grid along the gradient of the prediction (`fastsched.selection.descent`). The schedule of least predicted
+    error is returned: by the same estimate none of the starts is better.
 
     Args:
         stats: What `fastsched.measure` returned.
@@ -90,14 +90,14 @@ def local_minima(stats: PathStatistics, steps: int, solver: Solver, *, also: Seq
         also: Levels [steps + 1] to start from as well.
     """
     starts = ranked_starts(stats, steps, solver)
-    objective = at_known_levels(stats.process, ErrorModel.of(stats, solver))
-    minima = list(starts[:1])  # in case levels too close to each other stop every descent
+    error = ErrorModel.of(stats, solver)
+    minima = list(starts[:1])  # no descent ends above it, but one may end between the levels that the network knows
+    low, high = stats.finite_range
     more = [Minimum("fewer steps", known_levels(stats.process, levels), np.inf) for levels in also]
-    chosen = [*more, *starts[:DESCENTS]]
-    ends = descend(objective, [start.levels for start in chosen], *stats.finite_range)
-    for start, (levels, value) in zip(chosen, ends, strict=True):
-        if np.isfinite(value):
-            minima.append(Minimum(start.name, known_levels(stats.process, levels), value))
+    for start in [*more, *starts[:DESCENTS]]:
+        levels, _ = descend(error, start.levels, low, high, APART)
+        levels = distinct_known_levels(stats.process, levels, low)
+        minima.append(Minimum(start.name, levels, float(error(levels[None])[0])))
     return unlike(sorted(minima, key=lambda minimum: minimum.predicted_error))
 
 

@@ -6,7 +6,7 @@ import torch
 from models import exact_denoisers, mixture, vp_table
 
 import fastsched as fs
-from fastsched.selection.constraints import APART, at_known_levels, distinct_levels, known_levels
+from fastsched.selection.constraints import APART, distinct_known_levels, distinct_levels, known_levels, separate
 
 KINDS = exact_denoisers(mixture(d=4))
 ZERO_TERMINAL = torch.cat([vp_table(200)[:-1], torch.zeros(1)])
@@ -29,8 +29,7 @@ def test_objective_forbids_levels_too_close(stats):
     top = float(stats.s[0])
     near, far = math.exp(-0.9 * APART), math.exp(-1.1 * APART)
     levels = np.array([[top, top * near, 1.0, 0.0], [top, 1.0, near, 0.0], [top, 1.0, far, 0.0], [top, 1.0, 2.0, 0.0]])
-    objective = at_known_levels(stats.process, lambda levels: levels.sum(1))
-    assert np.isfinite(objective(levels)).tolist() == [False, False, True, False]
+    assert separate(stats.process, levels).tolist() == [False, False, True, False]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 11])
@@ -50,9 +49,11 @@ def test_known_levels_of_an_integer_network():
     found = known_levels(process, levels)
     assert set(found[0, :2]) <= set(process.trained_levels.tolist())
     assert found[0, 2] == 0.0
-    objective = at_known_levels(process, lambda levels: levels.sum(1))
-    close = np.array([[5.0, 1.0, 0.9999, 0.0], [5.0, 1.0, 0.5, 0.0]])  # one timestep for both; two
-    assert np.isfinite(objective(close)).tolist() == [False, True]
+    close = known_levels(process, np.array([[5.0, 1.0, 0.9999, 0.0], [5.0, 1.0, 0.5, 0.0]]))  # one timestep; two
+    assert separate(process, close).tolist() == [False, True]
+    trained = process.trained_levels.flip(0).numpy()
+    lowest = distinct_known_levels(process, np.array([5.0, trained[-3], trained[-3] * 0.999, 0.0]), trained[-3])
+    assert lowest.tolist() == [known_levels(process, np.array([[5.0]]))[0, 0], *trained[-4:-2], 0.0]
     stats = fs.measure(DENOISERS["zero-terminal"], (4,), levels=5, samples=1, checks=False, progress=False)
     assert stats.finite_range[1] < 1e3
 

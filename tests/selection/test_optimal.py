@@ -55,17 +55,20 @@ def test_no_start_is_predicted_to_be_better(solver):
 
 
 def test_six_kinds_of_network_give_one_schedule():
-    """The same mixture as six kinds of network, on the same levels: nodes within one cell."""
-    cell = 0.13
-    s = torch.exp(torch.arange(math.log(50.0), math.log(0.021), -cell, dtype=torch.float64))
-    schedules = {}
+    """The same mixture as six kinds of network, on the same levels; flow models have two more starts."""
+    s = torch.exp(torch.arange(math.log(50.0), math.log(0.021), -0.13, dtype=torch.float64))
+    first = None
     for kind, denoiser in exact_denoisers(mixture(d=4)).items():
         stats = fs.measure(denoiser, (4,), levels=s, samples=4, progress=False)
         chosen = fs.optimal_schedule(stats, 8, "dpmpp_2m")
-        schedules[kind] = denoiser.process.level(chosen.sigmas)[:-1]
-    for kind, levels in schedules.items():
-        distance = (levels.log() - schedules["x0"].log()).abs().max()
-        assert float(distance) <= 1.01 * cell, kind
+        levels = denoiser.process.level(chosen.sigmas)
+        if first is None:
+            first, least = levels, chosen.predicted_error
+        there = fs.predict_error(stats, denoiser.process.sampler_sigma(first), "dpmpp_2m")
+        assert there == pytest.approx(least, rel=1e-4), kind
+        assert chosen.predicted_error <= 1.0001 * least, kind
+        if denoiser.process.kind != "flow":
+            assert float((levels[:-1] / first[:-1]).log().abs().max()) <= 1e-3, kind
 
 
 def test_schedule_belongs_to_its_process():
