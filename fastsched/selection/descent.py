@@ -20,6 +20,10 @@ DIFFERENCE = 1e-4
 #: the errors were 1.07, 1.10 and 1.17 times as large at 5, 8 and 16 steps, in 0.6 of the time (12 cells each).
 TOLERANCE = 1e-4
 
+#: How often L-BFGS begins: a second time from where the first ended, which may be early, as what it knew of the curvature
+#: was of elsewhere. Over 72 cells the errors were 0.94 of those of one (at best 0.05), in 1.2 of the time.
+ROUNDS = 2
+
 #: The least gap of a start, of the mean gap: a smaller one hardly has a gradient.
 LEAST_GAP = 0.1
 
@@ -76,8 +80,9 @@ def descend(
     gaps = -np.diff(np.concatenate([[top], np.log(start[1:-1]), [math.log(low)]]))
     gaps[:-1] -= apart
     u = np.log(np.maximum(gaps, LEAST_GAP * room / len(gaps)))
-    found = minimize(value_and_gradient, u, jac=True, method="L-BFGS-B", options={"ftol": TOLERANCE})
-    levels, _ = levels_at(found.x)
+    for _ in range(ROUNDS):
+        u = minimize(value_and_gradient, u, jac=True, method="L-BFGS-B", options={"ftol": TOLERANCE}).x
+    levels, _ = levels_at(u)
     value = float(error(levels[None])[0])
     return (levels, value) if value < first or math.isnan(first) else (start, first)
 
