@@ -54,9 +54,12 @@ class Formula:
         return math.sqrt(max(square, 0.0) / max(self.square, 1e-30))
 
     def explains(self, other: Formula) -> bool:
-        """Whether its coefficients make the other's output of the other's networks' outputs, as well as its own do."""
+        """Whether its coefficients make the other's output of the other's networks' outputs, as well as its own do.
+
+        What is not finite is not told apart.
+        """
         same = len(self.coefficients) == len(other.coefficients)
-        return same and other.residual(self.coefficients) <= max(LINEAR, 10 * other.error)
+        return same and not other.residual(self.coefficients) > max(LINEAR, 10 * other.error)
 
     def contradicts(self, other: Formula) -> bool:
         """Whether one output is linear and the other not, or neither formula explains the other's output.
