@@ -314,7 +314,7 @@ def test_an_error_of_the_system_is_told_without_its_number(folder, tmp_path, mon
     monkeypatch.setattr(fs.Schedule, "save", full)
     path = tmp_path / "a.json"
     result = run("select", folder / "s.safetensors", "--steps", "4", "-o", path)
-    assert one_line(result).endswith(f"error: No space left on device: {path}")
+    assert result.stderr.splitlines()[-1] == f"error: No space left on device: {path}"
 
 
 def test_a_reader_that_has_enough_ends_a_command_silently():
