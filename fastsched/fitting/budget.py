@@ -12,12 +12,12 @@ three seeds, against that of 1,500 (``benchmarks.quality.cost_curve``):
 =====  ======
 calls  fitted
 =====  ======
-60     5.6
-100    2.7
+60     5.8
+100    2.8
 200    2.5
-300    2.0
-400    1.6
-800    1.2
+300    2.3
+400    1.7
+800    1.4
 =====  ======
 
 So the default is 800. The plans for 2,300 and 3,000 calls are of five denoisers and seed 20, against 8 samples with as
