@@ -25,7 +25,7 @@ COMMON = ("karras", "exponential", "linear", "kl_optimal", "uniform")
 
 #: How far below a target the predicted error must be. Predictions scatter by a factor of 1.3 (one standard deviation,
 #: nine denoisers), and those of the schedules that they choose err on the low side.
-SAFETY = 2.0
+SAFETY = 2.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ def steps_needed(
     """The fewest steps whose error reaches a target.
 
     Predictions scatter, and those of the schedules that they choose err on the low side; so the predicted error has to
-    be at most half of the target (`SAFETY`).
+    be at most 0.4 of the target (`SAFETY`).
 
     Args:
         stats: What `fastsched.measure` returned.

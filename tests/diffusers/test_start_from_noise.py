@@ -26,8 +26,8 @@ def mixture(seed=0):
     return fs.oracles.GaussianMixture.random(8, 3, seed=seed)
 
 
-def fitted(pipe, **options):
-    return fs.diffusers.fit(pipe, 5, levels=16, samples=4, model_calls=300, progress=False, **options)
+def fitted(pipe, steps=5, **options):
+    return fs.diffusers.fit(pipe, steps, levels=16, samples=4, model_calls=300, progress=False, **options)
 
 
 def check_same(found, expected):
@@ -52,16 +52,18 @@ class BySigmas(OraclePipeline):
         return latents
 
 
-@pytest.mark.parametrize(("name", "solver"), [*((name, None) for name in SCHEDULERS), ("flow heun", "fitted")])
-def test_a_pipeline_that_reads_the_sigmas_is_run_at_the_right_levels(name, solver):
+@pytest.mark.parametrize(
+    ("name", "solver", "steps"), [*((name, None, 5) for name in SCHEDULERS), ("flow heun", "fitted", 3)]
+)
+def test_a_pipeline_that_reads_the_sigmas_is_run_at_the_right_levels(name, solver, steps):
     scheduler = SCHEDULERS[name]()
     pipe = BySigmas(OracleUNet().answer_for(scheduler, mixture()), scheduler)
     pipe.told = []
-    found = fitted(pipe, solver=solver)
+    found = fitted(pipe, steps, solver=solver)
     assert pipe.told
     for sigma, of_timestep in pipe.told:
         assert sigma == pytest.approx(of_timestep, rel=2e-3)
-    check_same(found, fitted(oracle_pipeline(SCHEDULERS[name](), mixture()), solver=solver))
+    check_same(found, fitted(oracle_pipeline(SCHEDULERS[name](), mixture()), steps, solver=solver))
 
 
 class UncopiedUNet(OracleUNet):

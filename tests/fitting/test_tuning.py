@@ -189,7 +189,7 @@ def test_levels_and_weights_are_tuned_together(seed):
     stats = fs.measure(denoiser, (16,), **options)
     start = fs.optimal_schedule(stats, 6, "fitted")
     found = fs.tune(denoiser, stats, start, trials=10, progress=False)
-    assert found.schedule.measured_error < 0.2 * found.trials[0].measured_error
+    assert found.schedule.measured_error < 0.25 * found.trials[0].measured_error
     assert not torch.equal(found.schedule.weights, start.weights)
     reference = fs.converged_reference(denoiser, (16,), samples=32, seed=3, progress=False)
     error = lambda schedule: power_mean(
