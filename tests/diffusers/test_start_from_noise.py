@@ -53,7 +53,7 @@ class BySigmas(OraclePipeline):
 
 
 @pytest.mark.parametrize(
-    ("name", "solver", "steps"), [*((name, None, 5) for name in SCHEDULERS), ("flow heun", "fitted", 3)]
+    ("name", "solver", "steps"), [*((name, None, 5) for name in SCHEDULERS), ("flow heun", "fitted", 4)]
 )
 def test_a_pipeline_that_reads_the_sigmas_is_run_at_the_right_levels(name, solver, steps):
     scheduler = SCHEDULERS[name]()
