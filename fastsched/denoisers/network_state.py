@@ -67,10 +67,7 @@ def check_evaluation_mode(network: Any) -> None:
 
 @contextmanager
 def unchanged_buffers(network: Any) -> Iterator[None]:
-    """Put the buffers of a network's modules back as they were, whatever its calls wrote into them.
-
-    But for those of more than `MOST_ELEMENTS`.
-    """
+    """Put buffers of up to `MOST_ELEMENTS` of a network's modules back, whatever its calls wrote into them."""
     every = (each for module in modules_of(network) for each in module.buffers())
     known = (each for each in every if not (each.is_meta or is_lazy(each)) and each.numel() <= MOST_ELEMENTS)
     before = [(each, each.detach().clone()) for each in {id(each): each for each in known}.values()]

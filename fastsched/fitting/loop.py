@@ -83,8 +83,7 @@ def fit_by_running(
     most = affordable(calls, stats.samples, model_calls)
     most = min(most, FINALISTS) if decoupled else most
     if most == 0:
-        _check_tuned(None, stats, steps, decoupled=decoupled)
-        return _completed(FitReport(optimal_schedule(stats, steps, solver), stats))
+        return _completed(FitReport(optimal_schedule(stats, steps, solver), stats), decoupled=decoupled)
     audition = ranked(run, stats, dict(islice(candidates, most)), calls, stats.samples)
     schedule, tuning, finalists = audition.winner, None, audition.complete(stats.samples)
     trials = (model_calls - audition.model_calls) // (stats.samples * calls)
@@ -94,12 +93,14 @@ def fit_by_running(
             schedule = tuning.schedule
         elif schedule.weights is not None:
             schedule = moved_once(stats, finalists)
-    _check_tuned(tuning, stats, steps, decoupled=decoupled)
-    return _completed(FitReport(schedule, stats, audition, tuning))
+    return _completed(FitReport(schedule, stats, audition, tuning), decoupled=decoupled)
 
 
-def _completed(found: FitReport) -> FitReport:
+def _completed(found: FitReport, *, decoupled: bool) -> FitReport:
     """The report, its schedule with a predicted error and an origin where they are known."""
+    if decoupled and found.tuning is None:
+        why = _why_not_tuned(found.stats, found.schedule.steps)
+        warnings.warn(f"decoupled=True had no effect: {why}", stacklevel=3)
     schedule, origin = found.schedule, found.stats.schedule_origin()
     if schedule.predicted_error is None and schedule.network_sigmas is None:  # which the measurement does not know
         schedule = replace(schedule, predicted_error=predict_error(found.stats, schedule))
@@ -108,16 +109,12 @@ def _completed(found: FitReport) -> FitReport:
     return replace(found, schedule=schedule)
 
 
-def _check_tuned(tuning: Tuning | None, stats: PathStatistics, steps: int, *, decoupled: bool) -> None:
-    """A warning if there was no tuning that decoupled levels could come from."""
-    if not decoupled or tuning is not None:
-        return
-    why = "model_calls does not suffice to tune; allow more"
+def _why_not_tuned(stats: PathStatistics, steps: int) -> str:
     if steps == 1:
-        why = "a schedule of one step is not tuned"
-    elif stats.increments is None:
-        why = "tuning needs the increments of the measured paths, which files and measurements for audition=False lack"
-    warnings.warn(f"decoupled=True had no effect: {why}", stacklevel=3)
+        return "a schedule of one step is not tuned"
+    if stats.increments is None:
+        return "tuning needs the increments of the measured paths, which files and measurements for audition=False lack"
+    return "model_calls does not suffice to tune; allow more"
 
 
 def affordable(calls: int, samples: int, model_calls: int) -> int:

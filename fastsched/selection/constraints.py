@@ -29,7 +29,7 @@ def known_levels(process: NoiseProcess, levels: Array) -> Array:
     return process.nearest(torch.from_numpy(np.asarray(levels, dtype=np.float64))).numpy()
 
 
-def distinct_known_levels(process: NoiseProcess, levels: Array, low: float) -> Array:
+def distinct_known_levels(process: NoiseProcess, levels: Array, low: float = 0.0) -> Array:
     """`known_levels` of one schedule [steps + 1], no two alike and none below ``low``."""
     if not (isinstance(process, VariancePreserving) and process.integer_timesteps):
         return levels

@@ -34,9 +34,7 @@ LEAST, MOST = 1e-300, 1e300
 REACH, SWEEPS = 3, 20
 
 
-def descend(
-    error: Callable[[Array], Array], start: Array, low: float, high: float, apart: float
-) -> tuple[Array, float]:
+def descend(error: Callable[[Array], Array], start: Array, low: float, high: float, apart: float) -> Array:
     """Move the inner levels along the gradient of ``log error``, with their order kept.
 
     The gaps in ``log s`` are ``g = apart + r softmax(u)``, ``r`` being the room that is left between the first level
@@ -51,14 +49,13 @@ def descend(
         apart: Least gap in ``log s``.
 
     Returns:
-        The levels and their error, not above that of the start; deterministic.
+        Levels whose error is not above that of the start; deterministic.
     """
-    first = float(error(start[None])[0])
     top = math.log(start[0] if math.isfinite(start[0]) else 10 * high)
     inner = len(start) - 2
     room = top - math.log(low) - inner * apart
     if inner < 1 or room <= 0:
-        return start, first
+        return start
 
     def levels_at(u: Array) -> tuple[Array, Array]:
         """Levels [steps + 1], and the softmax [steps] of their gaps."""
@@ -68,23 +65,25 @@ def descend(
         levels[1:-1] = np.exp(top - np.cumsum(apart + room * share[:-1]))
         return levels, share
 
+    def log_error(levels: Array) -> Array:
+        return np.log(np.clip(np.nan_to_num(error(levels), nan=MOST), LEAST, MOST))
+
     def value_and_gradient(u: Array) -> tuple[float, Array]:
         levels, share = levels_at(u)
         tried = np.repeat(levels[None], inner + 1, axis=0)
         tried[range(1, inner + 1), range(1, inner + 1)] *= math.exp(DIFFERENCE)
-        values = np.log(np.clip(np.nan_to_num(error(tried), nan=MOST), LEAST, MOST))
+        values = log_error(tried)
         of_levels = (values[1:] - values[0]) / DIFFERENCE
         of_gaps = np.append(-np.cumsum(of_levels[::-1])[::-1], 0.0)  # a gap moves all levels below it
         return float(values[0]), room * share * (of_gaps - share @ of_gaps)
 
     gaps = -np.diff(np.concatenate([[top], np.log(start[1:-1]), [math.log(low)]]))
     gaps[:-1] -= apart
-    u = np.log(np.maximum(gaps, LEAST_GAP * room / len(gaps)))
+    u, value = np.log(np.maximum(gaps, LEAST_GAP * room / len(gaps))), math.inf
     for _ in range(ROUNDS):
-        u = minimize(value_and_gradient, u, jac=True, method="L-BFGS-B", options={"ftol": TOLERANCE}).x
-    levels, _ = levels_at(u)
-    value = float(error(levels[None])[0])
-    return (levels, value) if value < first or math.isnan(first) else (start, first)
+        found = minimize(value_and_gradient, u, jac=True, method="L-BFGS-B", options={"ftol": TOLERANCE})
+        u, value = found.x, float(found.fun)
+    return levels_at(u)[0] if value < float(log_error(start[None])[0]) else start
 
 
 def coordinate_descent(objective: Callable[[Sequence[int], int], float], nodes: Sequence[int]) -> list[int]:

@@ -95,8 +95,7 @@ def local_minima(stats: PathStatistics, steps: int, solver: Solver, *, also: Seq
     low, high = stats.finite_range
     more = [Minimum("fewer steps", known_levels(stats.process, levels), np.inf) for levels in also]
     for start in [*more, *starts[:DESCENTS]]:
-        levels, _ = descend(error, start.levels, low, high, APART)
-        levels = distinct_known_levels(stats.process, levels, low)
+        levels = distinct_known_levels(stats.process, descend(error, start.levels, low, high, APART), low)
         minima.append(Minimum(start.name, levels, float(error(levels[None])[0])))
     return unlike(sorted(minima, key=lambda minimum: minimum.predicted_error))
 

@@ -18,7 +18,7 @@ from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import is_any_solver, solver_name
 from fastsched.selection.arc_length import equal_arc_length
-from fastsched.selection.constraints import distinct_levels
+from fastsched.selection.constraints import distinct_known_levels
 from fastsched.selection.dynamic_programming import first_order_paths
 
 
@@ -138,9 +138,7 @@ def _to_zero(process: NoiseProcess, nodes: Tensor, steps: int) -> Tensor:
     s = torch.cat([nodes[:steps], nodes.new_zeros(1)])
     if math.isinf(process.s_max):
         s[0] = process.s_max
-    if isinstance(process, VariancePreserving) and process.integer_timesteps:
-        known = process.trained_levels.flip(0)
-        if steps > len(known):
-            raise ValueError(f"steps must be at most {len(known)}, the network's number of timesteps, got {steps}")
-        return distinct_levels(s, known)
-    return s
+    if isinstance(process, VariancePreserving) and process.integer_timesteps and steps > len(process.trained_levels):
+        most = len(process.trained_levels)
+        raise ValueError(f"steps must be at most {most}, the network's number of timesteps, got {steps}")
+    return torch.from_numpy(distinct_known_levels(process, s.numpy()))

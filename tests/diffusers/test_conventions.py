@@ -87,3 +87,14 @@ def test_a_pipeline_that_also_holds_another_is_measured():
     scheduler = diffusers.DDIMScheduler(clip_sample=False)
     pipe = WithAnother(OracleUNet().answer_for(scheduler, mixture()), scheduler)
     assert fs.diffusers.measure(pipe, **SETTINGS).samples == 2
+
+
+def test_a_setting_that_was_changed_since_the_scheduler_was_made_is_kept():
+    settings = {"use_flow_sigmas": True, "flow_shift": 3.0}
+    scheduler = diffusers.UniPCMultistepScheduler(**settings)
+    scheduler.register_to_config(prediction_type="flow_prediction")
+    usual = diffusers.UniPCMultistepScheduler(**settings, prediction_type="flow_prediction")
+    stats, right = (
+        fs.diffusers.measure(oracle_pipeline(each, mixture()), levels=12, samples=2) for each in (scheduler, usual)
+    )
+    assert torch.equal(stats.gram, right.gram)

@@ -14,7 +14,7 @@ pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 
 import diffusers
 import pipelines
-from pipelines import SHAPE, OraclePipeline, OracleUNet, oracle_pipeline
+from pipelines import SHAPE, oracle_pipeline
 from scheduler_table import exact_denoise
 
 from fastsched.diffusers.conventions import describe
@@ -411,42 +411,3 @@ def test_the_origin_says_how_the_pipeline_was_called():
     pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())
     origin = fs.diffusers.measure(pipe, levels=12, samples=1, prompts=["a", "b"]).origin
     assert (origin.pipeline, origin.prompts, origin.guidance) == ("OraclePipeline", 2, None)
-
-
-class InSections(OraclePipeline):
-    """Makes sections of a video, each by a run of its own (FramePack), and then resets its scheduler (WanAnimate)."""
-
-    @torch.no_grad()
-    def __call__(self, num_inference_steps=50, sections=1):
-        made = []
-        for _ in range(sections):
-            made.append(super().__call__(num_inference_steps=num_inference_steps))
-            self.scheduler.set_timesteps(num_inference_steps)
-        return torch.cat(made)
-
-
-def test_of_several_runs_in_a_call_the_first_is_measured_and_tried():
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    right = fs.diffusers.measure(oracle_pipeline(scheduler, mixture()), levels=12, samples=2, keep_increments=True)
-    pipe = InSections(OracleUNet().answer_for(scheduler, mixture()), scheduler)
-    one = fs.diffusers.measure(pipe, levels=12, samples=2, keep_increments=True)
-    with pytest.warns(UserWarning, match="runs its loop several times in a call .* only the first run is measured"):
-        two = fs.diffusers.measure(pipe, levels=12, samples=2, keep_increments=True, sections=2)
-    assert torch.equal(one.gram, right.gram)
-    assert torch.equal(two.gram, right.gram)
-    assert two.model_calls == right.model_calls
-    found = fs.diffusers.fit(pipe, 4, stats=one, model_calls=60)
-    with pytest.warns(UserWarning, match="runs its loop several times"):
-        other = fs.diffusers.fit(pipe, 4, stats=two, model_calls=60, sections=2)
-    assert torch.equal(found.sigmas, other.sigmas)
-
-
-def test_a_setting_that_was_changed_since_the_scheduler_was_made_is_kept():
-    settings = {"use_flow_sigmas": True, "flow_shift": 3.0}
-    scheduler = diffusers.UniPCMultistepScheduler(**settings)
-    scheduler.register_to_config(prediction_type="flow_prediction")
-    usual = diffusers.UniPCMultistepScheduler(**settings, prediction_type="flow_prediction")
-    stats, right = (
-        fs.diffusers.measure(oracle_pipeline(each, mixture()), levels=12, samples=2) for each in (scheduler, usual)
-    )
-    assert torch.equal(stats.gram, right.gram)

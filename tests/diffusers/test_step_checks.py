@@ -9,7 +9,9 @@ import fastsched as fs
 pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 
 import diffusers
-from pipelines import latent_upscaler, oracle_pipeline, stable_diffusion, unconditional
+from pipelines import OraclePipeline, OracleUNet, latent_upscaler, oracle_pipeline, stable_diffusion, unconditional
+
+MIXTURE = fs.oracles.GaussianMixture.random(8, 3, seed=0)
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
@@ -73,3 +75,31 @@ def test_noise_that_is_not_measured_is_refused():
         fs.diffusers.measure(pipe, levels=12, samples=2, eta=1.0, **call)
     with pytest.raises(ValueError, match=r"eta must be 0, .* got 1.0"):  # without runs too
         fs.diffusers.fit(pipe, 4, levels=12, samples=2, audition=False, eta=1.0, **call)
+
+
+class InSections(OraclePipeline):
+    """Makes sections of a video, each by a run of its own (FramePack), and then resets its scheduler (WanAnimate)."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=50, sections=1):
+        made = []
+        for _ in range(sections):
+            made.append(super().__call__(num_inference_steps=num_inference_steps))
+            self.scheduler.set_timesteps(num_inference_steps)
+        return torch.cat(made)
+
+
+def test_of_several_runs_in_a_call_the_first_is_measured_and_tried():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    right = fs.diffusers.measure(oracle_pipeline(scheduler, MIXTURE), levels=12, samples=2, keep_increments=True)
+    pipe = InSections(OracleUNet().answer_for(scheduler, MIXTURE), scheduler)
+    one = fs.diffusers.measure(pipe, levels=12, samples=2, keep_increments=True)
+    with pytest.warns(UserWarning, match="runs its loop several times in a call .* only the first run is measured"):
+        two = fs.diffusers.measure(pipe, levels=12, samples=2, keep_increments=True, sections=2)
+    assert torch.equal(one.gram, right.gram)
+    assert torch.equal(two.gram, right.gram)
+    assert two.model_calls == right.model_calls
+    found = fs.diffusers.fit(pipe, 4, stats=one, model_calls=60)
+    with pytest.warns(UserWarning, match="runs its loop several times"):
+        other = fs.diffusers.fit(pipe, 4, stats=two, model_calls=60, sections=2)
+    assert torch.equal(found.sigmas, other.sigmas)

@@ -1,0 +1,80 @@
+"""How a pipeline combines what its networks returned, in one tensor or a list of samples."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+import fastsched as fs
+
+pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+
+import diffusers
+from pipelines import SHAPE, OraclePipeline, OracleUNet, oracle_pipeline
+
+from fastsched.diffusers.formula import Formula, products_of
+from fastsched.diffusers.watching import Consistency, Step
+
+MIXTURE = fs.oracles.GaussianMixture.random(8, 3, seed=0)
+
+
+def measured(pipe, **call):
+    return fs.diffusers.measure(pipe, levels=24, samples=2, **call)
+
+
+class InLists(OracleUNet):
+    """Takes a list of samples and answers with one, each with a frame axis, as Z-Image's network does."""
+
+    def forward(self, sample, timestep, **_):
+        output = super().forward(torch.stack(sample).squeeze(2), timestep, return_dict=False)[0]
+        return (list(output.unsqueeze(2).unbind(0)),)
+
+
+class OfLists(OraclePipeline):
+    """A pipeline of such a network: its output is made 0 at the first steps (CFG-Zero*), or its input is replaced."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=50, zero_steps=0, first_row=None):
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn(2, *SHAPE)
+        for i, t in enumerate(self.scheduler.timesteps):
+            given = latents.clone()
+            if first_row is not None:
+                given[:, :, :1] = first_row
+            output = torch.stack(self.unet([*given.unsqueeze(2)], t.expand(2), return_dict=False)[0]).squeeze(2)
+            latents = self.scheduler.step(output * (i >= zero_steps), t, latents, return_dict=False)[0]
+        return latents
+
+
+@pytest.mark.parametrize("zero_steps", [1, 2, 3, 6])
+def test_what_is_made_of_lists_of_samples_is_watched(zero_steps):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = OfLists(InLists().answer_for(scheduler, MIXTURE), scheduler)
+    right = measured(oracle_pipeline(scheduler, MIXTURE))
+    assert torch.allclose(measured(pipe).gram, right.gram)
+    with pytest.raises(ValueError, match="must not depend on the step's number"):
+        measured(pipe, zero_steps=zero_steps)
+
+
+def test_rows_replaced_in_lists_of_samples_are_in_no_sum():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = OfLists(InLists().answer_for(scheduler, MIXTURE), scheduler)
+    assert bool((measured(pipe, first_row=0.5).ends[:, :, :1] == 0).all())
+
+
+def test_guidance_of_bounded_size_follows_the_latents():
+    """Of the factors at levels 0, 0, 1, 2, 3 the first jump that lasts is a change; others follow the level."""
+
+    def judged(*factors):
+        consistency, found = Consistency(), None
+        for index, factor in enumerate(factors):
+            output = torch.tensor([[1.0, 2.0, 4.0]])
+            step = Step(Counter(unet=1))
+            formula = Formula.of_products(products_of([output], factor * output))
+            found = found or consistency.check(index, max(index - 1, 0), step, formula)
+        return found
+
+    assert judged(1.0, 1.0, 1.3, 1.6, 2.0) is None
+    assert judged(1.0, 1.0, 1.0, 1.0, 1.0) is None
+    assert "1.3 instead of 1) than at step 1" in judged(1.0, 1.0, 1.3, 1.3, 1.3)
+    assert "1.3 instead of 1) than at step 2" in judged(1.0, 1.0, 1.0, 1.3, 1.3)
