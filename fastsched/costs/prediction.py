@@ -38,8 +38,8 @@ from fastsched.sampling.solvers import FITTED, Solver
 #: Weight of deviations that no secant explains, for the fitted solver, and near schedules that were run
 #: (`fastsched.fitting.neighbourhood`). It is about the relative error of the answers to them: where one deviated path
 #: predicts the other's, that is 0.13 to 0.45 of the unexplained part, a mean over the levels (nine denoisers). With the
-#: variance in its place 36 fits of the fitted solver, of six denoisers, had 1.05 of the typical
-#: error and the same mean error.
+#: variance in its place 36 fits of the fitted solver, of six denoisers, had 1.05 of the typical error and the same mean
+#: error.
 PENALTY = 0.3
 
 #: Weight of all deviations, explained or not, for the fitted solver where there are few samples, and how few: levels
