@@ -4,11 +4,17 @@ The secants explain part of a deviation. For the rest, ``u``, the surrogate has 
 has an unknown error ``E``. To estimate its size, each deviated path ``m`` is left out in turn: the others explain its
 deviation up to ``u_m``, and predict its answer up to ``E_m``,
 
-    ``kappa(s)^2 = FOUND^2 median_b ( sum_m ||E_{m,b}||^2 / sum_m ||u_{m,b}||^2 )``.
+    ``kappa(s)^2 = FOUND median_b ( sum_m ||E_{m,b}||^2 / sum_m ||u_{m,b}||^2 )^(1/2)``.
 
-``kappa`` is near 0 where the denoiser is known (noise alone; no noise) and near 1 where modes part. An error of the
-n-th answer reaches the end multiplied by ``c_n``, which follows from the weights of all later steps. Errors of answers
-to similar deviations at neighbouring levels are correlated, so the variance at the end is taken as
+``kappa`` is near 0 where the denoiser is known (noise alone; no noise) and near 1 where modes part. The root is there
+because a deviated path is one the denoiser has answered many times, which leaves the directions that it answers alike;
+a step's own error lies in others. Over nine denoisers and five solvers (1,008 answers of chosen schedules), errors of
+answers as they reach the end were 1.6 to 15 times what the ratio itself says, and 0.3 to 3 times what its root says.
+Schedules chosen by the root have 0.94 of the mean error and the same typical error, and are predicted within a factor
+of 2.0 instead of 2.4 (one standard deviation, 420 schedules).
+
+An error of the n-th answer reaches the end multiplied by ``c_n``, which follows from the weights of all later steps.
+Errors of answers to similar deviations at neighbouring levels are correlated, so the variance at the end is taken as
 
     ``sum_{n,m} c_n c_m kappa_n kappa_m <u_n, u_m> exp(-|lambda_n - lambda_m| / LENGTH)``.
 """
@@ -20,7 +26,7 @@ import numpy as np
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.secants import Secants
 
-#: Fraction of the errors found by leaving a path out: where all paths are known, answers are better.
+#: Fraction of ``kappa^2`` found by leaving a path out: where all paths are known, answers are better.
 FOUND = 0.8
 
 #: Correlation length of the errors of answers, in ``lambda``. Over twelve denoisers and three solvers the errors
@@ -43,7 +49,7 @@ def relative_errors(secants: Secants, norms: Norms) -> Array:
         left += norms.squared(unexplained)
     ratio = np.divide(missed, left, out=np.zeros_like(left), where=left > 0)
     ratio[0] = ratio[1]  # at the first level nothing has deviated yet
-    return FOUND * np.sqrt(np.median(ratio, axis=1))
+    return np.sqrt(FOUND) * np.median(ratio, axis=1) ** 0.25
 
 
 def uncorrelated(vectors: Array, lam: Array, length: float) -> Array:
