@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -15,8 +17,10 @@ from torch import Tensor
 
 from fastsched import metrics, validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
-from fastsched.denoisers.network_state import check_evaluation_mode
+from fastsched.denoisers.network_state import check_evaluation_mode, unchanged_buffers
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
+from fastsched.measurement.fingerprints import same_network
+from fastsched.measurement.network_checks import fingerprint
 from fastsched.sampling.files import write_whole
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
@@ -44,6 +48,7 @@ class Reference:
         solver: The solver they were computed with.
         steps: Its number of steps, uniform in ``log s``.
         model_calls: Network evaluations of the run, counted per sample.
+        fingerprint: The network's (`fastsched.measurement.fingerprints`), by one call more; None if it is not known.
     """
 
     noise: Tensor
@@ -51,6 +56,7 @@ class Reference:
     solver: str
     steps: int
     model_calls: int
+    fingerprint: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -197,11 +203,12 @@ def converged_reference(
     method = get_solver(solver)
     fine = denoiser.levels(level_count(denoiser.process, validate.positive_int("steps", steps, minimum=2)))
     sigmas = denoiser.process.sampler_sigma(torch.cat([fine, fine.new_zeros(1)]))
+    known = _fingerprint(denoiser, sizes, device, dtype)
     noise = noise_of(seeds, sizes)  # on the CPU; each batch goes to the device when its turn comes
     total = method.model_calls(len(fine)) * len(noise)
     with progress_bar(total, progress, "converged reference") as advance:
         ends = _sampled(denoiser, sigmas, method, noise, advance, batch_size, device, dtype)
-    return Reference(noise, ends, method.name, len(fine), total)
+    return Reference(noise, ends, method.name, len(fine), total, known)
 
 
 def compare(
@@ -229,7 +236,8 @@ def compare(
     * ``schedules``: by name, a `Schedule` or sampler sigmas [steps + 1] descending to 0 (times for a flow model).
     * ``solver``: a solver to run all of them with; each `Schedule`'s own when None.
     * ``reference``: converged samples of an earlier call; then ``shape``, ``samples``, ``seed`` and ``reference_steps``
-      (the ``steps`` of `converged_reference`) are not used.
+      (the ``steps`` of `converged_reference`) are not used. One call tells whether it is of this denoiser; if it is
+      not, a warning says so.
 
     Returns:
         One row per schedule, and the reference for the next call. With a single sample, ``standard_error`` and
@@ -250,6 +258,8 @@ def compare(
         reference = converged_reference(denoiser, shape, **noises, steps=reference_steps, progress=progress, **where)
     elif shape is not None and tuple(shape) != tuple(reference.noise.shape[1:]):
         raise ValueError(f"shape {tuple(shape)} is not that of the reference, {tuple(reference.noise.shape[1:])}")
+    else:
+        _warn_of_another(denoiser, reference, device, dtype)
     rows, calls = [], sum(method.model_calls(_steps(run)) for run, method in runs.values())
     with progress_bar(calls * len(reference.noise), progress, "comparing") as advance:
         for name, (run, method) in runs.items():
@@ -346,6 +356,34 @@ def _sampled(
         progress = lambda calls, total, part=part: advance(len(part))
         ends.append(sample(denoiser, run, method, part.to(device), dtype=dtype, progress=progress).cpu())
     return torch.cat(ends)
+
+
+def _fingerprint(
+    denoiser: Denoiser,
+    shape: tuple[int, ...],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> Tensor | None:
+    """The network's fingerprint, None if it does not answer the question, which is of one sample."""
+    # Compiled networks may take batches of one size alone; what else is wrong, the run says.
+    with contextlib.suppress(Exception), unchanged_buffers(denoiser.network):
+        return fingerprint(denoiser, shape, *placement(denoiser, device, dtype))
+    return None
+
+
+def _warn_of_another(
+    denoiser: Denoiser, reference: Reference, device: torch.device | str | None, dtype: torch.dtype | None
+) -> None:
+    """Warn if the reference is of another denoiser: of a teacher, say, it may be meant."""
+    if reference.fingerprint is None:
+        return
+    found = _fingerprint(denoiser, tuple(reference.noise.shape[1:]), device, dtype)
+    if not same_network(reference.fingerprint, found, placement(denoiser, device, dtype)[1]):
+        warnings.warn(
+            "reference was made with another network, or one read or rounded otherwise, so that errors are distances "
+            "to that one's samples; leave it out, or make one of this denoiser by fastsched.converged_reference",
+            stacklevel=3,
+        )
 
 
 def _is_reference(name: str, value: object) -> Reference:

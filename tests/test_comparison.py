@@ -2,6 +2,7 @@ import csv
 import io
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -107,11 +108,11 @@ def test_network_calls_are_those_reported(gaussian):
 
     denoiser = fs.Denoiser.from_denoiser(network, LOW, HIGH)
     found = converged_reference(denoiser, SHAPE, samples=5, steps=20, batch_size=2, progress=False)
-    assert (sum(calls), max(calls)) == (found.model_calls, 2)
+    assert (sum(calls), max(calls)) == (found.model_calls + 1, 2)  # and one that tells the network
     calls.clear()
     sigmas = fs.baselines.karras(4, LOW, HIGH)
     result = compare(denoiser, {"k": sigmas}, "heun", reference=found, batch_size=3, progress=False)
-    assert sum(calls) == 5 * result["k"].model_calls == 35
+    assert sum(calls) - 1 == 5 * result["k"].model_calls == 35
 
 
 def test_batches_do_not_change_the_result(gaussian, converged):
@@ -225,6 +226,28 @@ def test_bad_arguments_are_named(gaussian, arguments, message):
 def test_a_reference_of_another_shape_is_refused(gaussian, converged):
     with pytest.raises(ValueError, match="not that of the reference"):
         compare(gaussian, {"k": torch.tensor([1.0, 0.0])}, "ddim", shape=(9,), reference=converged, progress=False)
+
+
+def test_a_reference_of_another_network_is_told(gaussian, converged):
+    run = {"k": torch.tensor([1.0, 0.0])}, "ddim"
+    other = fs.Denoiser.from_denoiser(lambda z, s: 1.01 * gaussian.network(z, s), LOW, HIGH)
+    with pytest.warns(UserWarning, match="reference was made with another network"):
+        compare(other, *run, reference=converged, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compare(gaussian, *run, reference=converged, dtype=torch.bfloat16, progress=False)
+
+
+def test_networks_of_batches_of_one_size_are_compared(gaussian):
+    def network(z, s):
+        assert len(z) == 4
+        return gaussian.network(z, s)
+
+    denoiser = fs.Denoiser.from_denoiser(network, LOW, HIGH)
+    run = {"k": torch.tensor([1.0, 0.0])}, "ddim"
+    found = compare(denoiser, *run, shape=SHAPE, samples=4, reference_steps=4, progress=False)
+    assert found.reference.fingerprint is None
+    compare(denoiser, *run, reference=found.reference, progress=False)
 
 
 def test_an_unknown_row_names_those_there_are(converged):
