@@ -22,6 +22,9 @@ from torch import Tensor
 
 from fastsched import validate
 
+#: The largest ``sigma_max``, for squared distances of samples must be float32 numbers; the smallest is its inverse.
+LARGEST_SIGMA = 1e15
+
 
 class NoiseProcess:
     """What every noise process can do; levels ``s`` are float64 tensors, noisiest first.
@@ -91,6 +94,11 @@ class VarianceExploding(NoiseProcess):
         low, high = self.sigma_min, self.sigma_max
         if low >= high:
             raise ValueError(f"sigma_min must be below sigma_max, got sigma_min={low:g} and sigma_max={high:g}")
+        if not 1 / LARGEST_SIGMA <= high <= LARGEST_SIGMA:
+            raise ValueError(
+                f"sigma_max must be within {1 / LARGEST_SIGMA:g} and {LARGEST_SIGMA:g}, as squares of samples are "
+                f"computed in float32, got {high:g}; scale the data and the levels"
+            )
 
     @property
     def s_min(self) -> float:

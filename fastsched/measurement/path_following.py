@@ -157,7 +157,8 @@ def measurement_steps(
 
     Raises:
         ValueError: If an output held NaN or inf; the message names the level of the first. Where outputs are not on the
-            CPU, as soon as that is known without waiting, and at the end at the latest.
+            CPU, as soon as that is known without waiting, and at the end at the latest. Or if squared increments exceed
+            float32.
     """
     noise, elements = noise_of(seeds, shape).to(run.device), math.prod(shape)
     answers = Answers(run, advance, verdicts)
@@ -169,6 +170,7 @@ def measurement_steps(
             yield from _follow_deviated(run, followers, kept, answers)
         answers.verdicts.settle()
         gram, n = kept.gram(run.vectors), len(run.s) - 1
+        _check_squares(gram)
         vectors = kept.on_cpu(run.vectors, out) if run.keep_vectors else None
         ends = end.cpu()
     answers.warn_of_storage(gram[:, :n, :n])
@@ -188,6 +190,14 @@ def measurement_steps(
         increments=None if vectors is None else vectors[:, :n],
         responses=vectors[:, n:] if vectors is not None and swept else None,
     )
+
+
+def _check_squares(gram: Tensor) -> None:
+    if not bool(gram.isfinite().all()):
+        raise ValueError(
+            "the denoised samples change by so much from level to level that their squares exceed float32; does the "
+            "network return what it is said to predict? Otherwise scale the data and the levels"
+        )
 
 
 def _follow_reference(

@@ -101,6 +101,7 @@ def test_ve_grid_is_log_uniform(low, ratio, n):
 @pytest.mark.parametrize(
     ("low", "high", "message"),
     [(0.0, 1.0, "sigma_min must be positive"), (2.0, 1.0, "sigma_min must be below sigma_max"),
+     (1e-24, 1e-20, "sigma_max must be within"), (1e18, 1e20, "sigma_max must be within"),
      (0.1, math.inf, "sigma_max must be positive and finite"), (math.nan, 1.0, "sigma_min")],
 )  # fmt: skip
 def test_bad_sigma_range(low, high, message):

@@ -52,6 +52,12 @@ def test_gram_holds_the_increments():
     assert fine < 1.5e-3
 
 
+def test_samples_whose_squares_exceed_float32_are_refused():
+    denoiser = fs.Denoiser.from_denoiser(lambda z, s: 1e20 * s.sin()[:, None] * z.tanh(), 0.002, 80.0)
+    with pytest.raises(ValueError, match="squares exceed float32"):
+        measure(denoiser, levels=16, checks=False)
+
+
 def test_batches_do_not_change_the_samples():
     denoiser = exact_denoiser(mixture())
     whole = measure(denoiser, (4,), levels=16, samples=5)
