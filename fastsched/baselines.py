@@ -162,7 +162,8 @@ def flow_shift(steps: int, shift: float = 3.0) -> Tensor:
     ``exp(mu)`` for Flux, with ``mu`` from :func:`flow_shift_mu`. ``shift`` is positive; 1 leaves ``t`` uniform.
     """
     validate.arguments(locals())
-    t, shift = torch.linspace(1, 0, steps + 1, dtype=torch.float64), float(shift)  # torch takes no int above 2**63
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu")
+    shift = float(shift)  # torch takes no int above 2**63
     times = shift * t / (shift * t + (1 - t))
     if not bool((times[:-1] > times[1:]).all()):
         raise ValueError(f"shift must leave {steps} times apart in float64, got {shift!r}")
@@ -204,8 +205,8 @@ def ays(steps: int, model: Literal["sd15", "sdxl", "svd"] = "sd15") -> Tensor:
         ValueError: If ``steps`` is below 1 or ``model`` is not one of the three.
     """
     validate.arguments(locals(), model=partial(validate.choice, known=_AYS))
-    table = torch.tensor(_AYS[model], dtype=torch.float64).log()
-    place = torch.linspace(0, len(table) - 1, steps + 1, dtype=torch.float64)
+    table = torch.tensor(_AYS[model], dtype=torch.float64, device="cpu").log()
+    place = torch.linspace(0, len(table) - 1, steps + 1, dtype=torch.float64, device="cpu")
     left = place.long().clamp(max=len(table) - 2)
     sigmas = torch.exp(table[left] + (place - left) * (table[left + 1] - table[left]))
     sigmas[-1] = 0.0
@@ -219,7 +220,7 @@ def _schedule(
     if sigma_min >= sigma_max:
         raise ValueError(f"sigma_min must be below sigma_max={sigma_max}; it is {sigma_min}")
     try:
-        sigmas = curve(torch.linspace(0, 1, steps + spare_last, dtype=torch.float64)).detach()
+        sigmas = curve(torch.linspace(0, 1, steps + spare_last, dtype=torch.float64, device="cpu")).detach()
     except OverflowError:
         raise ValueError(
             f"steps={steps} levels from {sigma_max} to {sigma_min} overflow with these parameters"

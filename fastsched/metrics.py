@@ -83,7 +83,7 @@ def mean_and_standard_error(values: Tensor) -> tuple[float, float]:
     wide = validate.tensor("values", values).double().flatten()
     if wide.numel() == 0 or bool(wide.isnan().any()):
         raise ValueError("values must be numbers, at least one of them")
-    error = wide.std() / wide.numel() ** 0.5 if wide.numel() > 1 else torch.tensor(torch.nan)
+    error = wide.std() / wide.numel() ** 0.5 if wide.numel() > 1 else torch.tensor(torch.nan, device="cpu")
     return float(wide.mean()), float(error)
 
 
@@ -138,7 +138,7 @@ def sliced_wasserstein(samples: Tensor, reference: Tensor, *, projections: int =
     validate.arguments(locals(), samples=validate.tensor, reference=validate.tensor, projections=validate.positive_int)
     x, y = _same_shape(samples, reference)
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(x.shape[1], projections, generator=generator, dtype=torch.float64)
+    directions = torch.randn(x.shape[1], projections, generator=generator, dtype=torch.float64, device="cpu")
     directions = directions / directions.norm(dim=0)
     gaps = (x @ directions).sort(dim=0).values - (y @ directions).sort(dim=0).values
     return float(gaps.square().mean().sqrt())

@@ -259,7 +259,8 @@ class _DenoiserRuns:
         self.networks = modules_of(denoiser.network)[:1]
         self.name = type(self.networks[0] if self.networks else denoiser.network).__name__
         parameters = (each for module in self.networks for each in module.parameters())
-        first = next((each for each in parameters if each.is_floating_point()), torch.empty(0))  # others are quantised
+        unknown = torch.empty(0, device="cpu")
+        first = next((each for each in parameters if each.is_floating_point()), unknown)  # others are quantised
         self.device, self.dtype = first.device, first.dtype
         self.elements = int(np.prod(shape))
 
@@ -268,7 +269,7 @@ class _DenoiserRuns:
 
     def sampling(self, steps: int, solver: str = "dpmpp_2m") -> Run:
         schedule = even_schedule(self.denoiser.process, steps, solver)
-        noise = noise_of(torch.tensor([0]), self.shape).to(self.device)
+        noise = noise_of(torch.tensor([0], device="cpu"), self.shape).to(self.device)
         return self._timed(lambda denoiser: sample(denoiser, schedule, solver, noise, dtype=self.dtype))
 
     def sampling_fitted(self, steps: int) -> Run:

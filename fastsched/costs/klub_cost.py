@@ -90,7 +90,7 @@ def _integrals(source: StateSource, raws: Tensor, states: Tensor) -> Tensor:
     whole = snr.diff() / 2
     later = snr[1:] / 2 - whole / (2 * widths)
     segments = (whole - later) * distances[:, :, :-1] + later * distances[:, :, 1:]
-    inside = torch.ones(source.levels, source.levels - 1, dtype=torch.bool).triu()  # segments k >= i
+    inside = torch.ones(source.levels, source.levels - 1, dtype=torch.bool, device="cpu").triu()  # segments k >= i
     costs = torch.zeros_like(distances)
     costs[:, :, 1:] = torch.where(inside, segments, 0.0).cumsum(-1)
     return costs

@@ -45,12 +45,12 @@ def pair_costs(
 def pair_indices(levels: int, pairs: str) -> Tensor:
     """The steps (from, to) between levels, [P, 2] int64: neighbours, or all with from < to, row by row."""
     if pairs == "adjacent":
-        return torch.stack([torch.arange(levels - 1), torch.arange(1, levels)], 1)
-    return torch.triu_indices(levels, levels, 1).T
+        return torch.stack([torch.arange(levels - 1, device="cpu"), torch.arange(1, levels, device="cpu")], 1)
+    return torch.triu_indices(levels, levels, 1, device="cpu").T
 
 
 def step_velocity(s: Tensor, pairs: Tensor, velocity: str | None) -> Tensor:
     """``v`` of each step, [P]: the ``s`` of its noisier level, of its cleaner level, or 1 for None."""
     if velocity is None:
-        return torch.ones(len(pairs), dtype=torch.float64)
+        return torch.ones(len(pairs), dtype=torch.float64, device="cpu")
     return s[pairs[:, 0 if velocity == "noisier" else 1]]

@@ -235,7 +235,8 @@ def _path_levels(denoiser: Denoiser, s: Tensor) -> tuple[Tensor, dict[int, int]]
         pieces = 1 if math.isinf(high) else max(1, math.ceil((math.log(high) - math.log(low)) / PATH_STEP - 1e-9))
         grid += log_uniform(high, low, pieces + 1)[1:].tolist() if pieces > 1 else [low]
     position = {value: k for k, value in enumerate(s.tolist())}
-    return torch.tensor(grid, dtype=torch.float64), {n: position[v] for n, v in enumerate(grid) if v in position}
+    places = {n: position[v] for n, v in enumerate(grid) if v in position}
+    return torch.tensor(grid, dtype=torch.float64, device="cpu"), places
 
 
 def _choose(data: Tensor, shape: tuple[int, ...], samples: range, seed: int) -> Tensor:
@@ -243,5 +244,5 @@ def _choose(data: Tensor, shape: tuple[int, ...], samples: range, seed: int) -> 
     if tuple(data.shape[1:]) != shape or len(data) == 0:
         raise ValueError(f"data must have shape [n, {', '.join(map(str, shape))}], got {tuple(data.shape)}")
     # A generator of its own leaves torch's global random numbers as they are.
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    return data[order[torch.arange(samples.start, samples.stop) % len(data)].to(data.device)]
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed), device="cpu")
+    return data[order[torch.arange(samples.start, samples.stop, device="cpu") % len(data)].to(data.device)]

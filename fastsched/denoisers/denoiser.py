@@ -396,7 +396,7 @@ def placement(
 
 def _levels(s: Tensor | float, x: Tensor) -> Tensor:
     """Levels [1] of all samples of ``x``, or one for each [B]; float64 on the CPU: Apple's GPUs have no float64."""
-    values = s.cpu().to(torch.float64) if isinstance(s, Tensor) else torch.as_tensor(s, dtype=torch.float64)
+    values = s.cpu().double() if isinstance(s, Tensor) else torch.as_tensor(s, dtype=torch.float64, device="cpu")
     return values.reshape(1) if values.numel() == 1 else values.flatten().expand(x.shape[0])
 
 

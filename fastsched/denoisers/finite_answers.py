@@ -20,6 +20,8 @@ def finite_denoised(
 ) -> Tensor:
     """`Denoiser.denoise`; ``verdicts`` raise a ValueError that names the level if the answer is not finite."""
     denoised = denoiser.denoise(y, s, dtype=dtype, **told_argument(told))
-    verdicts.note_finite(denoised, lambda: not_finite(denoiser.process, torch.as_tensor(s, dtype=torch.float64)))
+    verdicts.note_finite(
+        denoised, lambda: not_finite(denoiser.process, torch.as_tensor(s, dtype=torch.float64, device="cpu"))
+    )
     verdicts.settle(wait=False)
     return denoised

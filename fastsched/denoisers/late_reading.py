@@ -27,7 +27,7 @@ class LateReading:
     def __init__(self, values: Tensor) -> None:
         self._values, self._event = values, None
         if values.device.type == "cuda":
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True, device="cpu")
             self._values.copy_(values, non_blocking=True)
             self._event: Any = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(values.device))

@@ -192,7 +192,7 @@ class VariancePreserving(NoiseProcess):
             start = [] if math.isfinite(self.s_max) else [math.inf]
             top = float(trained[-1] if not start else trained[-2])
             values = [*start, *log_uniform(top, self.s_min, n - len(start)).tolist()]
-            return torch.tensor(values, dtype=torch.float64)
+            return torch.tensor(values, dtype=torch.float64, device="cpu")
         if n > len(trained):
             raise ValueError(f"levels must be at most {len(trained)}, the network's number of timesteps, got {n}")
         return trained[_spread_indices(trained, n)].flip(0)
@@ -263,7 +263,7 @@ class FlowMatching(NoiseProcess):
             self.s_min,
             validate.positive_int("levels", n, minimum=3) - 1,
         )
-        return torch.cat([torch.tensor([math.inf], dtype=torch.float64), finite])
+        return torch.cat([torch.tensor([math.inf], dtype=torch.float64, device="cpu"), finite])
 
     def to_dict(self) -> dict[str, Any]:
         entries = super().to_dict()
@@ -346,7 +346,7 @@ def process_from_dict(values: Mapping[str, Any]) -> NoiseProcess:
 
 def log_uniform(high: float, low: float, n: int) -> Tensor:
     """``n`` levels from ``high`` to ``low``, uniform in the logarithm, both ends exact. Shape [n], float64."""
-    levels = torch.linspace(math.log(high), math.log(low), n, dtype=torch.float64).exp()
+    levels = torch.linspace(math.log(high), math.log(low), n, dtype=torch.float64, device="cpu").exp()
     levels[0], levels[-1] = high, low
     return levels
 

@@ -194,7 +194,7 @@ def _offsets(stats: PathStatistics, schedule: Schedule) -> Array:
 
 def _products(rows: Sequence[Tensor], vectors: Tensor) -> Array:
     """Inner products of rows, [n, d] each, with vectors [m, d]: [sum of n, m] float64, from parts of the elements."""
-    found = torch.zeros(sum(map(len, rows)), len(vectors), dtype=torch.float64)
+    found = torch.zeros(sum(map(len, rows)), len(vectors), dtype=torch.float64, device="cpu")
     for start in range(0, vectors.shape[1], ELEMENTS):
         part = slice(start, start + ELEMENTS)
         own = vectors[:, part].double().T

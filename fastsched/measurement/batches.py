@@ -208,7 +208,7 @@ def _with_room(
     if not run.keep_vectors or samples == 0:
         return found, None
     before = 0 if found is None else found.samples
-    kept = torch.zeros(before + samples, run.vectors, math.prod(batches.shape), dtype=torch.float32)
+    kept = torch.zeros(before + samples, run.vectors, math.prod(batches.shape), dtype=torch.float32, device="cpu")
     if found is None:
         return None, kept
     assert found.increments is not None  # `resumed` has checked it

@@ -44,7 +44,7 @@ def rank_and_size(group: Any) -> tuple[int, int]:
 def share(items: Tensor | range, group: Any) -> Tensor:
     """This process's part of ``items``, which are dealt out in order, as evenly as can be."""
     rank, size = rank_and_size(group)
-    values = torch.arange(items.start, items.stop) if isinstance(items, range) else items
+    values = torch.arange(items.start, items.stop, device="cpu") if isinstance(items, range) else items
     return values.tensor_split(size)[rank]
 
 
@@ -182,7 +182,7 @@ def _with_vectors(
     counts = [0 if each is None else each.samples for each in parts]
     starts = [sum(counts[:rank]) for rank in range(len(counts))]
     here = everywhere or rank_and_size(group)[0] == 0
-    whole = torch.empty(sum(counts), sum(rows.values()), elements, dtype=torch.float32) if here else None
+    whole = torch.empty(sum(counts), sum(rows.values()), elements, dtype=torch.float32, device="cpu") if here else None
     for name, sample in itertools.product(rows, range(max(counts))):
         mine = getattr(own, name)[sample] if own is not None and rows[name] and sample < own.samples else None
         for first in range(0, rows[name], step):

@@ -27,7 +27,7 @@ def fingerprint_of(raw: Tensor, denoised: Tensor, c: float) -> Tensor:
 def projections(raw: Tensor) -> Tensor:
     """Weighted sums over every 16th element of an output ``raw``, [PROJECTIONS] float64."""
     flat = raw.detach().cpu().flatten().double()
-    weighted = flat * torch.arange(len(flat), dtype=torch.float64).cos()
+    weighted = flat * torch.arange(len(flat), dtype=torch.float64, device="cpu").cos()
     padded = torch.nn.functional.pad(weighted, (0, -len(flat) % PROJECTIONS))
     return padded.reshape(-1, PROJECTIONS).sum(0)
 

@@ -98,7 +98,7 @@ def check_network(
     check_evaluation_mode(denoiser.network)
     ask = Questions(denoiser, shape, device, dtype)
     levels = denoiser.levels(3) if s is None else s
-    pair = noise_of(torch.tensor([seed, seed + ELSEWHERE]), shape)
+    pair = noise_of(torch.tensor([seed, seed + ELSEWHERE], device="cpu"), shape)
     ask.top = Top(float(levels[0]), pair, 2 if batch == 1 else 1)
     ask.top.ask(ask)
     try:
@@ -113,7 +113,7 @@ def check_network(
 
 def _check_denoiser(ask: Questions, low: float) -> None:
     """Ask what is left to ask before the measurement, and compare the answers with those of a denoiser."""
-    noise = noise_of(torch.tensor([0, 2]), ask.shape).double()
+    noise = noise_of(torch.tensor([0, 2], device="cpu"), ask.shape).double()
     first, second = ask.between(1 / 3), ask.between(2 / 3)
     middle, x0 = ask.raw(noise[:1], first)
     ask.middle, ask.fingerprint = middle.float(), fingerprint_of(middle, x0, ask.factor(first))
@@ -143,7 +143,7 @@ def fingerprint(denoiser: Denoiser, shape: tuple[int, ...], device: torch.device
     """The network's fingerprint (`measurement.fingerprints`): its answer at one fixed state and level; one call."""
     ask = Questions(denoiser, shape, device, dtype)
     level = ask.between(1 / 3)
-    return fingerprint_of(*ask.raw(noise_of(torch.tensor([0]), shape), level), ask.factor(level))
+    return fingerprint_of(*ask.raw(noise_of(torch.tensor([0], device="cpu"), shape), level), ask.factor(level))
 
 
 def _check_top(ask: Questions, size: float) -> None:
@@ -152,7 +152,7 @@ def _check_top(ask: Questions, size: float) -> None:
     if math.prod(ask.shape) < FEWEST_ELEMENTS:
         size = max(size, 1.0)
     slope, reach = top.slope, top.reach(ask.factor(top.level))
-    sigma = float(denoiser.process.sampler_sigma(torch.tensor(top.level, dtype=torch.float64)))
+    sigma = float(denoiser.process.sampler_sigma(torch.tensor(top.level, dtype=torch.float64, device="cpu")))
     where = f"at the highest level (sigma = {sigma:.6g})"
     high = top.level == ask.range[2] or top.level > TOP_LEVEL * size
     if high and top.level < math.inf and slope / top.level > TOP_JACOBIAN:
@@ -185,7 +185,9 @@ def _check_top(ask: Questions, size: float) -> None:
 
 def _check_cache(ask: Questions) -> None:
     """Whether a network that answers two states alike at the highest level does so at the third too; two calls."""
-    one, other = (ask.raw(noise_of(torch.tensor([seed]), ask.shape), ask.between(1 / 3))[0] for seed in (2, 0))
+    one, other = (
+        ask.raw(noise_of(torch.tensor([seed], device="cpu"), ask.shape), ask.between(1 / 3))[0] for seed in (2, 0)
+    )
     if torch.equal(one, other) and not torch.equal(ask.middle, ask.top.raw[:1]):  # else it is constant
         raise ValueError(
             f"the network answers different states of one level alike, as if it kept its answer to the first: {STATE}"
@@ -199,8 +201,8 @@ def _moves_against(ask: Questions, z: Tensor, s: float, x0: Tensor) -> str | Non
     of ``D' = 2 a z - D`` has, along all in which data vary more than twice as much as ``a`` assumes: most likely along
     ``D``, which would be ``2 a z - D'``.
     """
-    a = float(ask.denoiser.coefficients(torch.tensor(s, dtype=torch.float64))[0])
-    a *= float(ask.denoiser.process.alpha(torch.tensor(s, dtype=torch.float64)))  # D = a alpha z + c R
+    a = float(ask.denoiser.coefficients(torch.tensor(s, dtype=torch.float64, device="cpu"))[0])
+    a *= float(ask.denoiser.process.alpha(torch.tensor(s, dtype=torch.float64, device="cpu")))  # D = a alpha z + c R
     step = x0 - ask.top.denoised.mean(0) - 2 * a * z
     step /= step.norm().clamp_min(1e-30)
     moved = ask.denoised(z + s * step, s) - x0

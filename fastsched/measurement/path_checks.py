@@ -107,7 +107,7 @@ class _Path:
     @property
     def noise(self) -> Tensor:
         """What is added to states, [*shape]; not kept while the path is followed."""
-        return noise_of(torch.tensor([ELSEWHERE + 2]), self.ask.shape)[0]
+        return noise_of(torch.tensor([ELSEWHERE + 2], device="cpu"), self.ask.shape)[0]
 
     def see(self, x: Tensor, k: int, raw: Tensor) -> Tensor | None:
         """Note the answer at state ``x`` and level k; after the last of the reference path, a path's end [*shape]."""
@@ -134,7 +134,9 @@ class _Path:
     def judge(self, end: Tensor) -> None:
         """Raise an error if the prediction has the wrong sign; warn of what else is violated."""
         xx, xr, mx, mr = torch.stack(self._products, 1).cpu().double()
-        alpha, a, c = (torch.as_tensor(each, dtype=torch.float64)[:, None] for each in (self.alpha, self.a, self.c))
+        alpha, a, c = (
+            torch.as_tensor(each, dtype=torch.float64, device="cpu")[:, None] for each in (self.alpha, self.a, self.c)
+        )
         sizes = ((a * xx + c * xr - mx) / alpha - a * mx - c * mr).mean(1) + self.centre.double().square().sum()
         deviation = math.sqrt(max(float(sizes[-1]), 0.0) / end.numel())
         far = self._far_from_data(end, deviation)
@@ -178,7 +180,7 @@ class _Path:
         return self.ask.moved
 
     def _a_sample(self, end: Tensor, deviation: float) -> bool:
-        noise = noise_of(torch.arange(NOISES // 2) + (ELSEWHERE + 3), self.ask.shape)
+        noise = noise_of(torch.arange(NOISES // 2, device="cpu") + (ELSEWHERE + 3), self.ask.shape)
         if moved_at_lowest(self.ask, end.double()[None], noise[:1].double(), float(self.s[-1])) is not None:
             return False
         _, left, along = _left(self.ask, end, torch.cat([noise, -noise]), LOW_PART * deviation)

@@ -74,16 +74,16 @@ class Questions:
     def known(self, s: float) -> float:
         """The nearest level that the network knows, within its range."""
         low, high, _ = self.range
-        level = torch.tensor(min(max(s, low), high), dtype=torch.float64)
+        level = torch.tensor(min(max(s, low), high), dtype=torch.float64, device="cpu")
         return float(self.denoiser.process.nearest(level))
 
     def factor(self, s: float) -> float:
         """``c`` of ``D = a x + c R``."""
-        return float(self.denoiser.coefficients(torch.tensor(s, dtype=torch.float64))[1])
+        return float(self.denoiser.coefficients(torch.tensor(s, dtype=torch.float64, device="cpu"))[1])
 
     def raw(self, y: Tensor, s: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """``R`` and ``D`` at normalised states ``y = z / s`` [B, *shape], of that dtype on the CPU."""
-        level = torch.tensor(s, dtype=torch.float64)
+        level = torch.tensor(s, dtype=torch.float64, device="cpu")
         a, c = (float(value) for value in self.denoiser.coefficients(level))
         x = float(self.denoiser.process.sigma(level)) * y.float().to(self.device)
         raw = self.denoiser.raw_output(x, level, dtype=self.dtype).cpu().to(dtype)
@@ -119,7 +119,7 @@ class Questions:
         Raises:
             ValueError: If an answer is another one.
         """
-        noise = noise_of(torch.tensor([0]), self.shape)
+        noise = noise_of(torch.tensor([0], device="cpu"), self.shape)
         first, middle = self.top.asked(self), self.raw(noise, self.between(1 / 3))[0]
         if self.differs(self.raw(noise, self.between(1 / 3))[0], middle) or self.differs(self.top.asked(self), first):
             raise ValueError(
@@ -138,7 +138,7 @@ class Questions:
         Raises:
             ValueError: If the answer has changed.
         """
-        again = self.raw(noise_of(torch.tensor([0]), self.shape), self.between(1 / 3))[0]
+        again = self.raw(noise_of(torch.tensor([0], device="cpu"), self.shape), self.between(1 / 3))[0]
         if self.differs(again, self.middle):
             raise ValueError(
                 "the network answers the same question differently after the measurement than before it, so what was "

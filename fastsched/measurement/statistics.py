@@ -152,9 +152,9 @@ class PathStatistics:
 
     def _rows(self, samples: Sequence[int] | Tensor) -> Tensor:
         try:
-            rows = torch.as_tensor(samples)
+            rows = torch.as_tensor(samples, device="cpu")
         except (TypeError, ValueError, RuntimeError, OverflowError):
-            rows = torch.empty(0)
+            rows = torch.empty(0, device="cpu")
         if rows.ndim != 1 or rows.numel() == 0 or rows.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"samples must be a list of indices, got {validate.shown(samples)}")
         if not bool(((rows >= -self.samples) & (rows < self.samples)).all()):

@@ -202,7 +202,7 @@ def _coefficients(
     """``a`` and ``c`` as ``[2, N]`` float64: on R's device if both are there already, else on the host."""
     N, both = R.shape[0], []
     for name, value in (("a", a), ("c", c)):
-        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
         if tensor.shape != (N,):
             raise ValueError(f"{name} must be [{N}], one per level of R; got shape {tuple(tensor.shape)}")
         both.append(tensor)

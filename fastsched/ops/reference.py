@@ -43,7 +43,7 @@ def increment_gram(R: Tensor, X: Tensor | None, a: Tensor, c: Tensor, *, per_sam
 def squared_distances(u: Tensor) -> Tensor:
     """Return ``||u_i - u_j||^2``, ``[N, N]``, averaged over the samples of ``u`` ``[N, B, d]``."""
     N = u.shape[0]
-    D = torch.zeros(N, N, dtype=torch.float64)
+    D = torch.zeros(N, N, dtype=torch.float64, device="cpu")
     for i in range(N):
         for j in range(N):
             D[i, j] = (u[i].double() - u[j].double()).square().sum(-1).mean()

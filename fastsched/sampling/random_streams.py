@@ -26,7 +26,7 @@ def sample_seeds(seed: int, samples: int | range) -> Tensor:
         ValueError: If ``seed`` is not within ``[0, 2^31)``.
     """
     which = samples if isinstance(samples, range) else range(samples)
-    return validate.seed("seed", seed) * 2**32 + torch.arange(which.start, which.stop, dtype=torch.int64)
+    return validate.seed("seed", seed) * 2**32 + torch.arange(which.start, which.stop, dtype=torch.int64, device="cpu")
 
 
 def sample_number(seed: Tensor) -> int:

@@ -70,7 +70,7 @@ class AdaptiveSchedule:
         self.rate, self.order, self.updates = float(rate), order, 0
         self.group = group
         # Sums and counts instead of means: they add up over micro-batches, and over ranks with batches of other sizes.
-        self._sums = torch.zeros(len(self.s) - 1, dtype=torch.float64)
+        self._sums = torch.zeros(len(self.s) - 1, dtype=torch.float64, device="cpu")
         self._counts = torch.zeros_like(self._sums)
 
     def draw(self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
@@ -82,7 +82,7 @@ class AdaptiveSchedule:
             device: The device of the result.
         """
         validate.arguments(locals(), n=validate.positive_int, generator=_is_generator)
-        place = torch.rand(n, generator=generator, dtype=torch.float64) * (len(self.s) - 1)
+        place = torch.rand(n, generator=generator, dtype=torch.float64, device="cpu") * (len(self.s) - 1)
         drawn = np.interp(place.numpy(), np.arange(len(self.s)), self.s.log().numpy())
         return torch.from_numpy(np.exp(drawn)).to(device, torch.float32)
 
@@ -110,7 +110,9 @@ class AdaptiveSchedule:
         values = costs.detach().to("cpu", torch.float64).flatten()
         if not bool(torch.isfinite(values).all()):
             raise ValueError("costs must be finite, got NaN or inf; skip such a batch")
-        places = torch.arange(len(self._sums)) if intervals is None else intervals.detach().cpu().flatten()
+        places = (
+            torch.arange(len(self._sums), device="cpu") if intervals is None else intervals.detach().cpu().flatten()
+        )
         if places.shape != values.shape:
             raise ValueError(f"costs must have one value for each of {len(places)} intervals, got {len(values)}")
         if len(places) and not 0 <= int(places.min()) <= int(places.max()) < len(self._sums):
@@ -145,9 +147,9 @@ class AdaptiveSchedule:
             raise ValueError(f"clean must hold at least one sample, [B, *shape], got shape {tuple(clean.shape)}")
         count, cells = len(clean), len(self._sums)
         # Permutations instead of independent draws: no interval waits long for an observation.
-        rounds = [torch.randperm(cells, generator=generator) for _ in range(-(-count // cells))]
+        rounds = [torch.randperm(cells, generator=generator, device="cpu") for _ in range(-(-count // cells))]
         intervals = torch.cat(rounds)[:count]
-        noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype).to(clean.device)
+        noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype, device="cpu").to(clean.device)
         s_from, s_to = self.s[intervals], self.s[intervals + 1]
         wide = lambda values: values.to(clean).reshape(-1, *[1] * (clean.ndim - 1))
         z = clean + wide(s_from) * noise

@@ -62,7 +62,7 @@ def common_levels(stats: PathStatistics, steps: int) -> dict[str, Tensor]:
     process = stats.process
     if isinstance(process, VariancePreserving):
         trained = process.trained_levels
-        uniform = torch.linspace(len(trained) - 1, 0, steps + 1, dtype=torch.float64).round().long()[:-1]
+        uniform = torch.linspace(len(trained) - 1, 0, steps + 1, dtype=torch.float64, device="cpu").round().long()[:-1]
         levels["uniform timesteps"] = torch.cat([trained[uniform], trained.new_zeros(1)])
     for each in levels.values():
         each[0] = stats.s[0]  # pure noise, where the process starts from it

@@ -59,6 +59,8 @@ def standard_errors(
     # Selections without one sample differ little from each other: the jackknife scales their variance by B - 1.
     spread = ((count - 1) * torch.stack(logs).var(0, correction=0)).sqrt()
     return Uncertainty(
-        predicted_error=float(((count - 1) * torch.tensor(errors, dtype=torch.float64).var(correction=0)).sqrt()),
+        predicted_error=float(
+            ((count - 1) * torch.tensor(errors, dtype=torch.float64, device="cpu").var(correction=0)).sqrt()
+        ),
         log_sigmas=spread,
     )

@@ -50,4 +50,6 @@ def level_column(s: float | Tensor, z: Tensor, name: str = "s", *, zero: bool = 
 
 def as_float64(s: float | Tensor, name: str = "s") -> Tensor:
     """Levels as a float64 tensor."""
-    return s.to(torch.float64) if isinstance(s, Tensor) else torch.tensor(validate.real(name, s), dtype=torch.float64)
+    if isinstance(s, Tensor):
+        return s.to(torch.float64)
+    return torch.tensor(validate.real(name, s), dtype=torch.float64, device="cpu")

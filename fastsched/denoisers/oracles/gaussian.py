@@ -40,7 +40,8 @@ class Gaussian(Oracle):
         sizes = (self.shape,) if isinstance(self.shape, int) else self.shape
         object.__setattr__(self, "shape", validate.sample_shape("shape", sizes))
         is_tensor = isinstance(self.mean, Tensor)
-        mean = validate.tensor("mean", self.mean) if is_tensor else torch.tensor(validate.real("mean", self.mean))
+        number = lambda: torch.tensor(validate.real("mean", self.mean), device="cpu")
+        mean = validate.tensor("mean", self.mean) if is_tensor else number()
         mean = mean.clone()
         if mean.ndim > 0 and tuple(mean.shape) != self.shape:
             raise ValueError(f"mean has shape {tuple(mean.shape)}; expected a float or shape={self.shape}")
@@ -78,7 +79,7 @@ class Gaussian(Oracle):
         return torch.diag_embed(gain).to(z.dtype)
 
     def _draw(self, n: int, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(n, *self.shape, generator=generator, dtype=torch.float64)
+        noise = torch.randn(n, *self.shape, generator=generator, dtype=torch.float64, device="cpu")
         return torch.as_tensor(self.mean).to(noise) + self.std * noise
 
     def flow(self, z: Tensor, s_from: float | Tensor, s_to: float | Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class Gaussian(Oracle):
             ValueError: If ``steps`` is below 1 or ``s_max`` is not positive and finite.
         """
         validate.arguments(locals(), s_max=validate.positive)
-        theta = torch.linspace(math.atan(s_max / self.std), 0.0, steps + 1, dtype=torch.float64)
+        theta = torch.linspace(math.atan(s_max / self.std), 0.0, steps + 1, dtype=torch.float64, device="cpu")
         return self.std * torch.tan(theta)
 
     def stein_corrector(self, s_i: float | Tensor, s_j: float | Tensor) -> Tensor:

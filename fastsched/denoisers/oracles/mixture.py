@@ -70,10 +70,11 @@ class GaussianMixture(Oracle):
         )
         size = (components, d)
         generator = torch.Generator("cpu").manual_seed(seed)
-        means = float(spread) * torch.randn(size, generator=generator, dtype=torch.float64)
-        axes = torch.linalg.qr(torch.randn(*size, d, generator=generator, dtype=torch.float64))[0]
-        variances = (float(std) * 3 ** (2 * torch.rand(size, generator=generator, dtype=torch.float64) - 1)).square()
-        weights = 0.5 + torch.rand(components, generator=generator, dtype=torch.float64)
+        means = float(spread) * torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
+        axes = torch.linalg.qr(torch.randn(*size, d, generator=generator, dtype=torch.float64, device="cpu"))[0]
+        spreads = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu")
+        variances = (float(std) * 3 ** (2 * spreads - 1)).square()
+        weights = 0.5 + torch.rand(components, generator=generator, dtype=torch.float64, device="cpu")
         if not bool(torch.isfinite(variances).all()):
             raise ValueError(f"std must have a finite square, got {std}")
         covariances = (axes * variances[:, None, :]) @ axes.mT
@@ -118,7 +119,7 @@ class GaussianMixture(Oracle):
 
     def _draw(self, n: int, generator: torch.Generator) -> Tensor:
         chosen = torch.multinomial(self.weights.cpu(), n, replacement=True, generator=generator)
-        noise = torch.randn(n, *self.shape, generator=generator, dtype=torch.float64)
+        noise = torch.randn(n, *self.shape, generator=generator, dtype=torch.float64, device="cpu")
         eigenvalues, axes = (part.cpu() for part in self._decomposition)
         drawn = self.means.cpu()[chosen]
         for m in range(len(self.weights)):
