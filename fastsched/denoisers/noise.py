@@ -26,6 +26,10 @@ from fastsched import validate
 LARGEST_SIGMA = 1e15
 
 
+#: The most levels of a grid; more would fill memory before anything is called.
+MOST_LEVELS = 10**6
+
+
 class NoiseProcess:
     """What every noise process can do; levels ``s`` are float64 tensors, noisiest first.
 
@@ -69,7 +73,7 @@ class NoiseProcess:
 
     def levels(self, n: int) -> Tensor:
         """A grid of ``n`` levels from ``s_max`` to ``s_min``, uniform in ``lambda = -log s``."""
-        return log_uniform(self.s_max, self.s_min, validate.positive_int("levels", n, minimum=2))
+        return log_uniform(self.s_max, self.s_min, level_count(n))
 
     def nearest(self, s: Tensor) -> Tensor:
         """The nearest levels at which the network can be called; 0 stays 0."""
@@ -186,7 +190,7 @@ class VariancePreserving(NoiseProcess):
         return torch.where(s > 0, self.trained_levels[self.timestep(s).long()], s)
 
     def levels(self, n: int) -> Tensor:
-        n = validate.positive_int("levels", n, minimum=2)
+        n = level_count(n)
         trained = self.trained_levels
         if not self.integer_timesteps:
             start = [] if math.isfinite(self.s_max) else [math.inf]
@@ -261,7 +265,7 @@ class FlowMatching(NoiseProcess):
         finite = log_uniform(
             max(self.first_finite_s, 2 * self.s_min),
             self.s_min,
-            validate.positive_int("levels", n, minimum=3) - 1,
+            level_count(n, minimum=3) - 1,
         )
         return torch.cat([torch.tensor([math.inf], dtype=torch.float64, device="cpu"), finite])
 
@@ -342,6 +346,14 @@ def process_from_dict(values: Mapping[str, Any]) -> NoiseProcess:
         return makers[kind](**entries)
     except TypeError as error:
         raise ValueError(f"noise process {kind!r} cannot be read from {sorted(entries)}: {error}") from None
+
+
+def level_count(n: object, minimum: int = 2) -> int:
+    """How many levels are meant; at most `MOST_LEVELS`."""
+    count = validate.positive_int("levels", n, minimum=minimum)
+    if count > MOST_LEVELS:
+        raise ValueError(f"levels must be at most {MOST_LEVELS:,}, got {count:,}; 32 to 64 serve")
+    return count
 
 
 def log_uniform(high: float, low: float, n: int) -> Tensor:

@@ -68,6 +68,7 @@ def need(
     state = 4 * elements
     device, rows = WORKING * paths * state, run.rows * paths * state
     cpu = (2 * samples + ASKED) * state  # the ends, and a copy when batches are joined
+    cpu += 16 * run.vectors**2 * (samples + paths)  # Gram matrices, and copies when they are made and joined
     held = run.vectors * samples * state if run.keep_vectors else 0
     copies = 3 if saved else 1
     cpu += held * copies

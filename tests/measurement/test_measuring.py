@@ -52,6 +52,20 @@ def test_gram_holds_the_increments():
     assert fine < 1.5e-3
 
 
+@pytest.mark.parametrize("gap", [1e-12, 1e-4])
+def test_levels_that_are_nearly_equal_are_refused(gap):
+    """As of two schedules that were joined."""
+    levels = exact_denoiser(mixture()).levels(12)
+    twice = torch.cat([levels[:6], levels[5:6] * (1 - gap), levels[6:]])
+    with pytest.raises(ValueError, match=r"levels must be at least 0.1% apart, but levels\[6\] ="):
+        measure(exact_denoiser(mixture()), (4,), levels=twice)
+
+
+def test_more_levels_than_memory_holds_are_refused():
+    with pytest.raises(ValueError, match="levels must be at most 1,000,000"):
+        measure(exact_denoiser(mixture()), (4,), levels=10**9)
+
+
 def test_samples_whose_squares_exceed_float32_are_refused():
     denoiser = fs.Denoiser.from_denoiser(lambda z, s: 1e20 * s.sin()[:, None] * z.tanh(), 0.002, 80.0)
     with pytest.raises(ValueError, match="squares exceed float32"):

@@ -102,10 +102,12 @@ def with_free(monkeypatch, **free):
 
 def test_what_does_not_fit_is_refused_before_the_first_call(monkeypatch):
     calls = []
-    measure = lambda **options: fs.measure(denoiser_of(calls), (1000,), samples=8, progress=False, **options)
-    one = memory.need(measurement_of(denoiser_of(), denoiser_of().levels(48)), 1, 8, 1000).cpu
+    measure = lambda **options: fs.measure(denoiser_of(calls), (100_000,), samples=8, progress=False, **options)
+    one = memory.need(measurement_of(denoiser_of(), denoiser_of().levels(48)), 1, 8, 100_000).cpu
     with_free(monkeypatch, cpu=int(2.5 * one))
-    with pytest.raises(MemoryError, match=r"8 paths at once over 48 levels of 1,000 elements take .*batch_size=2 fits"):
+    with pytest.raises(
+        MemoryError, match=r"8 paths at once over 48 levels of 100,000 elements take .*batch_size=2 fits"
+    ):
         measure(batch_size=8)
     with_free(monkeypatch, cpu=one // 2)
     with pytest.raises(MemoryError, match=r"lower batch_size \(now 8\), then levels"):
@@ -134,10 +136,10 @@ def test_what_a_group_gathers_is_predicted(monkeypatch):
 
 def test_where_the_caller_did_not_choose_fewer_paths_are_followed_at_once(monkeypatch):
     calls = []
-    one = memory.need(measurement_of(denoiser_of(), denoiser_of().levels(48)), 1, 8, 1000).cpu
+    one = memory.need(measurement_of(denoiser_of(), denoiser_of().levels(48)), 1, 8, 100_000).cpu
     with_free(monkeypatch, cpu=int(2.5 * one))
     with pytest.warns(UserWarning, match=r"2 paths are followed at once instead of all 8.*batch_size=2"):
-        fs.measure(denoiser_of(calls), (1000,), samples=8, progress=False, checks=False)
+        fs.measure(denoiser_of(calls), (100_000,), samples=8, progress=False, checks=False)
     assert set(calls) == {2}
 
 
