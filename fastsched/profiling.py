@@ -259,8 +259,9 @@ class _DenoiserRuns:
         self.networks = modules_of(denoiser.network)[:1]
         self.name = type(self.networks[0] if self.networks else denoiser.network).__name__
         parameters = (each for module in self.networks for each in module.parameters())
-        unknown = torch.empty(0, device="cpu")
-        first = next((each for each in parameters if each.is_floating_point()), unknown)  # others are quantised
+        unknown = torch.empty(0, dtype=torch.float32, device="cpu")
+        wide = (each for each in parameters if each.is_floating_point() and each.itemsize > 1)  # others are quantised
+        first = next(wide, unknown)
         self.device, self.dtype = first.device, first.dtype
         self.elements = int(np.prod(shape))
 

@@ -105,9 +105,9 @@ def path(name: str, value: object) -> str:
 
 
 def tensor(name: str, value: object) -> Tensor:
-    """Return ``value``, a dense tensor of floating-point numbers, without its gradient."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {shown(value)}")
+    """Return ``value``, a dense tensor of floating-point numbers of at least 16 bits, without its gradient."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype.itemsize < 2:
+        raise TypeError(f"{name} must be a floating-point tensor of at least 16 bits, got {shown(value)}")
     _holds_data(name, value)
     return value.detach()
 
@@ -228,9 +228,11 @@ def device(name: str, value: object) -> torch.device:
 
 
 def floating_dtype(name: str, value: object) -> torch.dtype:
-    """Return ``value``, a floating-point dtype of PyTorch."""
-    if not isinstance(value, torch.dtype) or not value.is_floating_point:
-        raise TypeError(f"{name} must be a floating-point dtype such as torch.float32, got {shown(value)}")
+    """Return ``value``, a floating-point dtype of PyTorch, of at least 16 bits."""
+    if not isinstance(value, torch.dtype) or not value.is_floating_point or value.itemsize < 2:
+        raise TypeError(
+            f"{name} must be a floating-point dtype of at least 16 bits, such as torch.float32, got {shown(value)}"
+        )
     return value
 
 

@@ -20,7 +20,7 @@ OPTIONAL_POSITIVE = [value for value in POSITIVE if value is not None]
 SEED = [-1, 2**31, 0.5, "0", None, True, np.int64(3), torch.tensor(3), math.nan]
 SHAPE = [None, 4, "44", (), (0,), (-1, 2), (2.5,), (True,), [None], iter((2, 2)), {2}, (2**40,), (2**20,) * 5]
 DEVICE = ["gpu", "meta", "cuda:one", 1.5, True, object(), b"cpu", ["cpu"]]
-DTYPE = ["float32", torch.int32, torch.bool, torch.complex64, float, np.float32, 1]
+DTYPE = ["float32", torch.float8_e4m3fn, torch.int32, torch.bool, torch.complex64, float, np.float32, 1]
 SOLVER = ["dmpp", "", None, 3, ["ddim"], b"ddim", object(), torch.ones(2)]
 SIGMAS = [
     None,
@@ -46,6 +46,7 @@ TENSOR = [
     [1.0, 2.0],
     np.ones((2, 4), np.float32),
     torch.ones(2, 4, dtype=torch.int64),
+    torch.ones(2, 4, dtype=torch.float8_e5m2),
     torch.ones(2, 4, device="meta"),
     torch.ones(2, 4).to_sparse(),
     object(),

@@ -8,7 +8,7 @@ where differences of a rounded ``D`` are noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -353,19 +353,18 @@ class Denoiser:
     @property
     def device(self) -> torch.device:
         """Where the network's parameters live; the CPU if it has none."""
-        parameter = self._first_parameter()
-        return torch.device("cpu") if parameter is None else parameter.device
+        return next((each.device for each in self._parameters()), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating type of the network's parameters; float32 if it has none."""
-        parameter = self._first_parameter()
-        return parameter.dtype if parameter is not None and parameter.is_floating_point() else torch.float32
+        """The floating type of the network's parameters, float32 if it has none; those of 8 bits are only kept so."""
+        kinds = (each.dtype for each in self._parameters())
+        return next((kind for kind in kinds if kind.is_floating_point and kind.itemsize > 1), torch.float32)
 
-    def _first_parameter(self) -> Tensor | None:
-        if not isinstance(self.network, torch.nn.Module):
-            return None
-        return next((each for each in self.network.parameters() if not each.is_meta), None)  # offloaded ones
+    def _parameters(self) -> Iterator[Tensor]:
+        """The network's parameters, but those that are offloaded."""
+        every = self.network.parameters() if isinstance(self.network, torch.nn.Module) else ()
+        return (each for each in every if not each.is_meta)
 
 
 def told_argument(told: Tensor | float | None) -> dict[str, Tensor | float]:

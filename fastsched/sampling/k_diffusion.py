@@ -50,6 +50,7 @@ def sample_fitted(
         ValueError: If ``sigmas`` do not descend to 0, the first is infinite, or ``weights`` are not those of as many
             steps.
     """
+    validate.tensor("x", x)
     levels = validate.descending_sigmas("sigmas", sigmas).tolist()
     rows = checked_weights(weights).tolist()
     if levels[-1] != 0 or levels[0] == float("inf"):

@@ -37,6 +37,14 @@ def test_denoiser_reads_pure_noise():
     torch.testing.assert_close(at_noise, mean.expand(3, 4), rtol=1e-5, atol=1e-5)
 
 
+def test_parameters_that_are_kept_in_8_bits_do_not_say_what_a_network_computes_in():
+    """As those of layerwise casting, beside which norms stay as they are."""
+    kept = torch.nn.Linear(3, 3).to(torch.float8_e4m3fn)
+    computing = torch.nn.LayerNorm(3).to(torch.bfloat16)
+    of = lambda *layers: fs.Denoiser.from_denoiser(torch.nn.Sequential(*layers), 0.1, 10.0).dtype
+    assert (of(kept, computing), of(kept), of(computing)) == (torch.bfloat16, torch.float32, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_networks_get_their_dtype_and_a_wide_condition(dtype):
     seen = {}

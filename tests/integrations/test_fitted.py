@@ -131,6 +131,11 @@ def test_k_diffusion_s_convention_gives_the_samples_of_fs_sample(noise):
     assert [float(d["sigma"]) for d in seen] == SIGMAS[noise][:-1]
 
 
+def test_states_of_whole_numbers_are_refused():
+    with pytest.raises(TypeError, match="x must be a floating-point tensor"):
+        sample_fitted(lambda x, s: x, torch.ones(1, 4, dtype=torch.int64), [2.0, 1.0, 0.0], weights=[[1.0, 0.0]] * 2)
+
+
 def test_wrong_sigmas_and_weights_are_refused():
     fitted = schedule()
     sample = lambda sigmas, weights: sample_fitted(denoised, noise_of(), sigmas, weights=weights, disable=True)
