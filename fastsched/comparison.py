@@ -282,7 +282,7 @@ def comparison_calls(
         ValueError: As `compare`.
     """
     runs = _planned(denoiser, schedules, solver)
-    reference = level_count(denoiser.process, validate.positive_int("steps", reference_steps, minimum=2))
+    reference = level_count(denoiser.process, validate.positive_int("reference_steps", reference_steps, minimum=2))
     each = sum(method.model_calls(_steps(run)) for run, method in runs.values())
     count = len(validate.sample_range("samples", samples))
     return reference * count, each * count

@@ -10,7 +10,7 @@ import torch
 
 import fastsched as fs
 from fastsched import metrics
-from fastsched.comparison import Comparison, ComparisonRow, Reference, compare, converged_reference
+from fastsched.comparison import Comparison, ComparisonRow, Reference, compare, comparison_calls, converged_reference
 from fastsched.sampling.random_streams import noise_of, sample_seeds
 
 SHAPE = (2, 3)
@@ -221,6 +221,11 @@ def test_bad_arguments_are_named(gaussian, arguments, message):
     usual = {"schedules": {"k": fs.baselines.karras(4, LOW, HIGH)}, "solver": "ddim", "shape": SHAPE, "samples": 2}
     with pytest.raises(ValueError, match=message):
         compare(gaussian, **{**usual, "progress": False, **arguments})
+
+
+def test_too_few_steps_of_the_reference_are_named_as_such(gaussian):
+    with pytest.raises(ValueError, match="^reference_steps must be at least 2"):
+        comparison_calls(gaussian, {"k": torch.tensor([1.0, 0.0])}, "ddim", reference_steps=1)
 
 
 def test_a_reference_of_another_shape_is_refused(gaussian, converged):
