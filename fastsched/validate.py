@@ -282,7 +282,7 @@ def descending_sigmas(name: str, sigmas: object, *, to_zero: bool = False) -> Te
     The first value may be ``inf``: the noise level of a flow or zero-terminal-SNR process at its start. The last must
     be 0 if ``to_zero``.
     """
-    values = float64(name, sigmas)
+    values = float64(name, sigmas).add_(0.0)  # -0 becomes 0, whose inverse is inf
     if values.ndim != 1 or len(values) < 2:
         raise ValueError(f"{name} must be a list of at least two noise levels, got shape {tuple(values.shape)}")
     if bool(values.isnan().any()) or bool((values < 0).any()) or bool(values[1:].isinf().any()):

@@ -224,7 +224,7 @@ def test_bad_arguments_are_named(gaussian, arguments, message):
 
 
 def test_too_few_steps_of_the_reference_are_named_as_such(gaussian):
-    with pytest.raises(ValueError, match="^reference_steps must be at least 2"):
+    with pytest.raises(ValueError, match=r"^reference_steps must be at least 2"):
         comparison_calls(gaussian, {"k": torch.tensor([1.0, 0.0])}, "ddim", reference_steps=1)
 
 

@@ -23,6 +23,14 @@ def test_one_step_returns_the_denoised_noise():
     torch.testing.assert_close(fs.sample(DENOISER, [80.0, 0.0], "ddim", NOISE), DENOISER(80 * NOISE, 80.0))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_minus_zero_is_zero(solver):
+    found = fs.sample(DENOISER, [80.0, 5.0, 1.0, -0.0], solver, NOISE)
+    assert torch.equal(found, fs.sample(DENOISER, [80.0, 5.0, 1.0, 0.0], solver, NOISE))
+    assert str(fs.Schedule([80.0, 1.0, -0.0], solver)) == str(fs.Schedule([80.0, 1.0, 0.0], solver))
+
+
 def test_stopping_short_returns_the_state():
     gaussian = fs.oracles.Gaussian(0.5, (3,))
     sigmas = torch.logspace(1.9, 0, 2001, dtype=torch.float64)
