@@ -15,7 +15,6 @@ Source: Williams et al. 2024 (arXiv 2412.07877) compare their Stein metric with 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -79,7 +78,7 @@ def _metric(source: StateSource, z: Tensor, raw: Tensor, k: int, probes: Tensor)
     """``s^4 (tr H + ||score||^2)^2`` for each sample, from the products of different probes, [B] float64."""
     count = probes.shape[1]
     repeated, directions = z.repeat_interleave(count, 0), probes.flatten(0, 1)
-    products = torch.func.jvp(partial(source.denoise, k=k), (repeated,), (directions,))[1]
+    products = source.derivative(repeated, directions, k)
     backend = "torch" if z.dtype == torch.float64 else "auto"
     traces, _ = ops.hutchinson_reduce(probes.flatten(2), products.reshape(*probes.shape[:2], -1), backend=backend)
     norm = source.score_of(z, raw, k).flatten(1).double().square().sum(1, keepdim=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from fastsched.denoisers.denoiser import Denoiser, placement
 from fastsched.denoisers.network_errors import not_finite
 from fastsched.denoisers.network_state import check_evaluation_mode, unchanged_buffers
 from fastsched.denoisers.noise import log_uniform
+from fastsched.measurement.batches import is_out_of_memory
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.random_streams import noise_of, normal, sample_seeds, stream
 from fastsched.sampling.sampler import integration, nodes_of
@@ -49,6 +51,13 @@ class Batch:
         shape = (probes, *self.noise.shape[1:])
         draws = [generator.integers(0, 2, shape) for generator in self._streams]
         return torch.from_numpy(2 * np.stack(draws) - 1).to(self.noise)
+
+
+#: What is wrong with a network that has no derivative.
+_NO_DERIVATIVE = (
+    "the network has no forward-mode derivative (torch.func.jvp), which this cost needs (does it use detach, NumPy, "
+    "torch.inference_mode or operations of its own?)"
+)
 
 
 class StateSource:
@@ -129,6 +138,24 @@ class StateSource:
     def denoise(self, z: Tensor, k: int) -> Tensor:
         """``D(z; s_k)``, [B, *shape], as a function to differentiate: neither counted nor checked for NaN."""
         return self.denoised_of(z, self.denoiser.raw_output(float(self.alpha[k]) * z, self.s[k], dtype=self.dtype), k)
+
+    def derivative(self, z: Tensor, w: Tensor, k: int) -> Tensor:
+        """``J w`` row by row, ``J`` the Jacobian of ``D`` at states ``z`` of level ``k``; by forward-mode derivatives.
+
+        Raises:
+            ValueError: If the network has none: where it leaves PyTorch, or detaches its input.
+        """
+        try:
+            found = torch.func.jvp(partial(self.denoise, k=k), (z,), (w,))[1]
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(f"{_NO_DERIVATIVE}: {str(error).splitlines()[0]}") from error
+        if torch.equal(found, float(self.denoised_a[k]) * w):  # of the output itself there is none
+            moved, still = (self.raw_output(each[:1], k) for each in (z + float(self.s[k]) * w, z))
+            if not torch.equal(moved, still):
+                raise ValueError(f"{_NO_DERIVATIVE}: it is 0, although the output depends on the input")
+        return found
 
     def batches(self) -> Iterator[Batch]:
         """The samples, ``batch_size`` at a time."""

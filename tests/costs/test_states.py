@@ -87,3 +87,30 @@ def test_batches_hold_the_samples_they_would_hold_together():
     assert [len(part) for part in parts] == [3, 3, 1]
     for draw in (lambda b: b.noise, lambda b: b.clean, lambda b: b.normal(), lambda b: b.signs(2)):
         assert torch.equal(torch.cat([draw(part) for part in parts]), draw(whole))
+
+
+def in_inference_mode(z, s):
+    with torch.inference_mode():
+        return MIXTURE.denoise(z, s)
+
+
+WITHOUT_DERIVATIVE = {
+    "detach": lambda z, s: MIXTURE.denoise(z.detach(), s),
+    "inference mode": in_inference_mode,
+    "NumPy": lambda z, s: torch.from_numpy(MIXTURE.denoise(z, s).numpy()),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_DERIVATIVE)
+@pytest.mark.parametrize("estimate", ["fisher-rao", "predictor", "predictor, exact, all pairs"])
+def test_networks_without_a_derivative_are_refused(name, estimate):
+    denoiser = fs.Denoiser.from_denoiser(WITHOUT_DERIVATIVE[name], 0.1, 5.0)
+    settings = {"shape": (2,), "sigmas": [4.0, 2.0, 1.0], "samples": 3, "progress": False}
+    with pytest.raises(ValueError, match="the network has no forward-mode derivative"):
+        ESTIMATORS[estimate](denoiser, **settings)
+
+
+def test_a_constant_network_has_a_derivative_of_0():
+    denoiser = fs.Denoiser.from_denoiser(lambda z, s: 0 * z, 0.1, 5.0)
+    settings = {"shape": (2,), "sigmas": [4.0, 2.0, 1.0], "samples": 3, "progress": False}
+    assert ESTIMATORS["fisher-rao"](denoiser, **settings).adjacent.shape == (2,)
