@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastsched.denoisers.late_reading import Verdicts
 from fastsched.diffusers.attributes import copied_with
+from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import class_and_settings, class_of, describe, own_scheduler
 from fastsched.diffusers.step_checks import (
     UNALIKE,
@@ -35,7 +36,7 @@ from fastsched.diffusers.step_checks import (
     output_of_tokens,
     warn_of_clipping,
 )
-from fastsched.diffusers.watching import Consistency, PipelineWatch, Step, observed, overwritten, replaced
+from fastsched.diffusers.watching import PipelineWatch, Step, observed, overwritten, replaced
 from fastsched.measurement.deviated_paths import deviated_paths, queries
 from fastsched.measurement.measuring import measured_levels
 from fastsched.measurement.memory import check_call, with_store

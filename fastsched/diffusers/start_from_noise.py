@@ -13,11 +13,12 @@ from torch import Tensor
 from fastsched.denoisers.late_reading import LateReading, Verdicts
 from fastsched.diffusers.attributes import copied_with
 from fastsched.diffusers.calibration import UNALIKE
+from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.overrides import Override
 from fastsched.diffusers.probe import scales
 from fastsched.diffusers.step_checks import check_one_run, doubled, held_at_zero, output_of_tokens
-from fastsched.diffusers.watching import Consistency, PipelineWatch, observed
+from fastsched.diffusers.watching import PipelineWatch, observed
 from fastsched.fitting.rollouts import Evaluations
 from fastsched.sampling.random_streams import BESIDE, noise_of
 from fastsched.sampling.schedule import Schedule

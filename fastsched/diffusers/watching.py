@@ -2,14 +2,8 @@
 
 A measurement is of a function of latents and level. A pipeline can compute something else: control or guidance within a
 window of steps, a scale that changes with the step's number, a network that reuses parts of its last steps. The
-scheduler sees only the result of a step, so this module looks at the networks' calls and compares them between steps:
-
-* what does not depend on the latents (equal at the first two steps, whose latents are unrelated) may depend on the
-  level alone, so it must be equal at two visits of a level;
-* numbers and flags, as ``conditioning_scale`` or ``_guidance_scale``, tensors that are equal at the first two levels,
-  as embeddings, and the networks' weights, buffers and settings, must be equal at every step;
-* the pipeline's output, where it is a linear combination of the networks' outputs (guidance), must have equal
-  coefficients at two visits of a level.
+scheduler sees only the result of a step, so this module looks at the networks' calls; `consistency` compares them
+between steps.
 """
 
 from __future__ import annotations
@@ -24,14 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsched.diffusers.formula import NOT_LINEAR, Formula, Given, part_like, products_of
+from fastsched.diffusers.formula import Formula, Given, part_like, products_of
 from fastsched.diffusers.step_checks import differing
 
 #: Names of numbers that follow the level or the step, and so differ between steps in every pipeline.
 PROGRESS = ("time", "step", "sigma", "index", "progress", "temb")
-
-#: A step that runs fewer of a network's layers than this fraction of another step's reuses earlier results.
-FEWER_LAYERS = 0.8
 
 #: Attributes that diffusers, cache-dit and TeaCache set on a network or pipeline, and how a cache is disabled.
 CACHES = {
@@ -177,112 +168,6 @@ def observed(step: Step, output: Tensor) -> tuple[Tensor, Callable[[Tensor], tup
     return vector, resolve
 
 
-class Consistency:
-    """Compares the steps of a measurement; the errors say what changed."""
-
-    def __init__(self) -> None:
-        self._steps: dict[int, Step] = {}
-        self._visits: dict[int, tuple[int, Step, Formula | None]] = {}
-        self._formulas: dict[int, Formula | None] = {}
-        self._fixed: set[str] = set()
-        self._constant: set[str] = set()
-        self._layers: dict[tuple[str, int], tuple[int, int]] = {}
-
-    def check(self, index: int, level: int, step: Step, formula: Formula | None) -> str | None:
-        """What is wrong with step ``index``, at the level of that number; None if nothing.
-
-        Steps come in order, each as `observed` made it.
-        """
-        self._steps[index], self._formulas[index] = step, formula
-        if index == 0:
-            return None
-        if index == 1:
-            before = self._steps[0].facts
-            counts = {name: self._steps[0].calls[name] for name in step.calls}  # before step 0 prompts were encoded
-            changed = _other_formula(self._formulas[0], formula)
-            if counts != step.calls:
-                changed = f"the networks were called {dict(step.calls)} times, not {counts},"
-            if changed is not None:
-                return f"at step 1, {changed} than at step 0, at the same timestep"
-            self._fixed = {name for name, fact in step.facts.items() if name in before and before[name] == fact}
-        if index == 2:
-            first = self._steps[1].facts
-            self._constant = {
-                name for name in self._fixed if _is_number(first[name]) or step.facts.get(name) == first[name]
-            }
-        changed = self._changed_early(index, step)
-        if changed is not None:
-            return changed
-        changed = self._changed_constant(step) or self._skipped_layers(step)
-        if changed is not None:
-            return f"at step {index}, {changed}"
-        if level in self._visits:
-            earlier, other, known = self._visits[level]
-            changed = self._differs(other, step) or _other_formula(known, formula)
-            if changed is not None:
-                return f"at step {index}, {changed} than at step {earlier}, at the same timestep"
-        elif level == index - 1:
-            changed = self._changed_first(index, level)
-            if changed is not None:
-                return changed
-        self._visits.setdefault(level, (index, step, formula))
-        return None
-
-    def _changed_first(self, index: int, level: int) -> str | None:
-        """What changed after the first level or the second, which are visited once, and so compared with the next.
-
-        A formula that goes on changing, as with guidance of bounded size, follows the level or the latents.
-        """
-        before, step = self._steps[index - 1], self._steps[index]
-        same = before.calls.keys() == step.calls.keys()
-        if level in (1, 2) and same and before.calls != step.calls:
-            return f"at step {index}, the networks were called {dict(step.calls)} times, not {dict(before.calls)}"
-        known, found, last = (self._formulas.get(n) for n in (index - 2, index - 1, index))
-        if level not in (2, 3) or found is None or last is None or not last.explains(found):
-            return None
-        changed = _other_formula(known, found)
-        return None if changed is None else f"at step {index - 1}, {changed} than at step {index - 2}"
-
-    def _changed_early(self, index: int, step: Step) -> str | None:
-        """What is equal at two steps of different levels, but was another before them: at step 0, or at 0 and 1."""
-        if index not in (2, 3):
-            return None
-        before, first = self._steps[index - 2].facts, self._steps[index - 1].facts
-        for name in sorted(first if index == 2 else self._fixed):
-            fixed = not _progresses(name) and step.facts.get(name) == first.get(name, ...)
-            if fixed and _is_of(name, step) and before.get(name, ...) != first[name]:
-                return f"at step {index - 2}, {name.replace('#0', '')} was different from that at all later steps"
-        return None
-
-    def _changed_constant(self, step: Step) -> str | None:
-        first = self._steps[1]
-        for name in sorted(self._constant):
-            if _progresses(name) or not _is_of(name, step):
-                continue
-            value, given = first.facts[name], step.facts.get(name)
-            if name not in step.facts or given != value:
-                detail = f": {given!r} instead of {value!r}" if _is_number(value) and _is_number(given) else ""
-                return f"{name.replace('#0', '')} was different from that at the first step{detail}"
-        return None
-
-    def _differs(self, other: Step, step: Step) -> str | None:
-        if other.calls != step.calls:
-            return f"the networks were called {dict(step.calls)} times, not {dict(other.calls)},"
-        for name in sorted(self._fixed):
-            if other.facts.get(name) != step.facts.get(name):
-                return f"{name.replace('#0', '')} was different"
-        return None
-
-    def _skipped_layers(self, step: Step) -> str | None:
-        for name, layers in step.layers.items():
-            key = (name, step.calls[name])
-            low, high = self._layers.get(key, (layers, layers))
-            self._layers[key] = low, high = min(low, layers), max(high, layers)
-            if low < FEWER_LAYERS * high:
-                return f"{name} ran {layers} of its layers, and {high + low - layers} at another (a cache?)"
-        return None
-
-
 def overwritten(step: Step, latents: Tensor) -> Tensor | None:
     """How many elements of ``latents`` [B, *shape] the pipeline replaced in each of its networks' inputs, [n].
 
@@ -304,26 +189,13 @@ def replaced(step: Step, latents: Tensor) -> Tensor:
     return min(masks, key=lambda mask: int(mask.sum()), default=torch.zeros_like(latents, dtype=torch.bool))
 
 
-def _other_formula(known: Formula | None, found: Formula | None) -> str | None:
-    if known is None or found is None or not found.contradicts(known):
-        return None
-    if max(found.error, known.error) > NOT_LINEAR:
-        return "the networks' outputs were combined in another way (clipped or rescaled at only one of the two)"
-    numbers = [", ".join(f"{x:.3g}" for x in formula.coefficients.tolist()) for formula in (found, known)]
-    return f"the networks' outputs were combined with other coefficients ({numbers[0]} instead of {numbers[1]})"
-
-
-def _progresses(name: str) -> bool:
+def progresses(name: str) -> bool:
+    """Whether a fact of this name follows the level or the step (`PROGRESS`)."""
     return any(word in name.lower().rsplit(".", 1)[-1] for word in PROGRESS)
 
 
-def _is_of(name: str, step: Step) -> bool:
-    """Whether a fact is of the pipeline, or of a call that its network got at this step."""
-    holder, _, turn = name.split(".")[0].partition("#")
-    return holder == "pipe" or step.calls[holder] > int(turn or 0)
-
-
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a fact is a number, a flag or a text, not a tensor."""
     return value is None or isinstance(value, (bool, int, float, str))
 
 
@@ -332,7 +204,7 @@ def _facts(name: str, value: Any) -> dict[str, Any]:
 
     The sums of a tensor that is not on the CPU stay tensors, which are not waited for.
     """
-    if _is_number(value):
+    if is_number(value):
         return {name: value}
     if isinstance(value, Tensor):
         numbers = torch.view_as_real(value.detach()) if value.is_complex() else value.detach()
@@ -369,7 +241,7 @@ class _NetworkState:
             (vars(part), key)
             for part in parts
             for key, value in vars(part).items()
-            if not _progresses(key) and (isinstance(value, (bool, int, float, str)) or key == "scaling")
+            if not progresses(key) and (isinstance(value, (bool, int, float, str)) or key == "scaling")
         ]
         kinds: list[dict[str, Any]] = [kind for part in parts for kind in (part._parameters, part._buffers)]
         self._weights = [(kind, key) for kind in kinds for key in kind if isinstance(kind[key], Tensor)]

@@ -10,7 +10,7 @@ pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 import diffusers
 import pipelines
 from pipelines import OraclePipeline, OracleUNet, oracle_pipeline
-from test_watching import euler, measured, mixture, quiet
+from test_watching import euler, flow_unipc, measured, mixture, quiet
 
 # Steps before
 
@@ -153,6 +153,38 @@ def test_weights_that_a_callback_changes_and_changes_back_are_noticed(name):
     on_step = in_a_window(CHANGES[name])
     with pytest.raises(ValueError, match=r"unet\.(weights|settings)\S* was different from that at the first step"):
         measured(pipe, on_step=lambda i, output: on_step(pipe.unet, i, output))
+
+
+def weights_of_the_second(pipe, i, given):
+    with torch.no_grad():
+        next(pipe.transformer_2.parameters()).mul_({18: 1.3, 21: 1 / 1.3}.get(i, 1.0))
+    return {}
+
+
+def settings_of_the_second(pipe, i, given):
+    pipe.transformer_2.gradient_checkpointing = i in (18, 19)
+    return {}
+
+
+def first_embeddings_of_the_second(pipe, i, given):
+    return {"prompt_embeds": given + {7: 1.0, 8: -1.0}.get(i, 0.0)}  # it is called from step 8 on
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (weights_of_the_second, r"at step 19, transformer_2\.weights"),
+        (settings_of_the_second, r"at step 19, transformer_2\.settings was different from that at the first step;"),
+        (first_embeddings_of_the_second, r"at step 8, transformer_2\.encoder_hidden_states"),
+    ],
+)
+def test_a_change_of_the_second_of_two_networks_in_turn_is_noticed(change, named):
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.wan_of_two_experts(flow_unipc(), 0.9))
+    given = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"], "guidance_scale_2": 2.0}
+    changed = lambda pipe, i, timestep, given: change(pipe, i, given["prompt_embeds"])
+    with pytest.raises(ValueError, match=named):
+        measured(pipe, callback_on_step_end=changed, **call, **given)
 
 
 def test_weights_of_a_network_with_cache_contexts_are_watched():

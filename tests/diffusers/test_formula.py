@@ -12,8 +12,9 @@ pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 import diffusers
 from pipelines import SHAPE, OraclePipeline, OracleUNet, oracle_pipeline
 
+from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.formula import Formula, products_of
-from fastsched.diffusers.watching import Consistency, Step
+from fastsched.diffusers.watching import Step
 
 MIXTURE = fs.oracles.GaussianMixture.random(8, 3, seed=0)
 

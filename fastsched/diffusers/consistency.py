@@ -1,0 +1,168 @@
+"""Compare the steps of a watched pipeline (`fastsched.diffusers.watching`), which a measurement wants alike.
+
+* what does not depend on the latents (equal at the first two steps, whose latents are unrelated) may depend on the
+  level alone, so it must be equal at two visits of a level;
+* numbers and flags, as ``conditioning_scale`` or ``_guidance_scale``, tensors that are equal at the first two levels,
+  as embeddings, and the networks' weights, buffers and settings, must be equal at every step;
+* the pipeline's output, where it is a linear combination of the networks' outputs (guidance), must have equal
+  coefficients at two visits of a level.
+
+A network that is called first at a later step (the second of two in turn) is compared from there on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastsched.diffusers.formula import NOT_LINEAR, Formula
+from fastsched.diffusers.watching import Step, is_number, progresses
+
+#: A step that runs fewer of a network's layers than this fraction of another step's reuses earlier results.
+FEWER_LAYERS = 0.8
+
+
+class Consistency:
+    """Compares the steps of a measurement; the errors say what changed."""
+
+    def __init__(self) -> None:
+        self._steps: dict[int, Step] = {}
+        self._visits: dict[int, tuple[int, Step, Formula | None]] = {}
+        self._formulas: dict[int, Formula | None] = {}
+        self._fixed: set[str] = set()
+        self._constant: dict[str, Any] = {}
+        self._late: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+        self._layers: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def check(self, index: int, level: int, step: Step, formula: Formula | None) -> str | None:
+        """What is wrong with step ``index``, at the level of that number; None if nothing.
+
+        Steps come in order, each as `observed` made it.
+        """
+        self._steps[index], self._formulas[index] = step, formula
+        if index == 0:
+            return None
+        if index == 1:
+            before = self._steps[0].facts
+            counts = {name: self._steps[0].calls[name] for name in step.calls}  # before step 0 prompts were encoded
+            changed = _other_formula(self._formulas[0], formula)
+            if counts != step.calls:
+                changed = f"the networks were called {dict(step.calls)} times, not {counts},"
+            if changed is not None:
+                return f"at step 1, {changed} than at step 0, at the same timestep"
+            self._fixed = {name for name, fact in step.facts.items() if name in before and before[name] == fact}
+        if index == 2:
+            first = self._steps[1].facts
+            self._constant = {
+                name: first[name]
+                for name in self._fixed
+                if is_number(first[name]) or step.facts.get(name) == first[name]
+            }
+        changed = self._changed_early(index, step) or self._changed_late(index, step)
+        if changed is not None:
+            return changed
+        changed = self._changed_constant(step) or self._skipped_layers(step)
+        if changed is not None:
+            return f"at step {index}, {changed}"
+        if level in self._visits:
+            earlier, other, known = self._visits[level]
+            changed = self._differs(other, step) or _other_formula(known, formula)
+            if changed is not None:
+                return f"at step {index}, {changed} than at step {earlier}, at the same timestep"
+        elif level == index - 1:
+            changed = self._changed_first(index, level)
+            if changed is not None:
+                return changed
+        self._visits.setdefault(level, (index, step, formula))
+        return None
+
+    def _changed_first(self, index: int, level: int) -> str | None:
+        """What changed after the first level or the second, which are visited once, and so compared with the next.
+
+        A formula that goes on changing, as with guidance of bounded size, follows the level or the latents.
+        """
+        before, step = self._steps[index - 1], self._steps[index]
+        same = before.calls.keys() == step.calls.keys()
+        if level in (1, 2) and same and before.calls != step.calls:
+            return f"at step {index}, the networks were called {dict(step.calls)} times, not {dict(before.calls)}"
+        known, found, last = (self._formulas.get(n) for n in (index - 2, index - 1, index))
+        if level not in (2, 3) or found is None or last is None or not last.explains(found):
+            return None
+        changed = _other_formula(known, found)
+        return None if changed is None else f"at step {index - 1}, {changed} than at step {index - 2}"
+
+    def _changed_early(self, index: int, step: Step) -> str | None:
+        """What is equal at two steps of different levels, but was another before them: at step 0, or at 0 and 1."""
+        if index not in (2, 3):
+            return None
+        before, first = self._steps[index - 2].facts, self._steps[index - 1].facts
+        for name in sorted(first if index == 2 else self._fixed):
+            fixed = not progresses(name) and step.facts.get(name) == first.get(name, ...)
+            if fixed and _is_of(name, step) and before.get(name, ...) != first[name]:
+                return f"at step {index - 2}, {name.replace('#0', '')} was different from that at all later steps"
+        return None
+
+    def _changed_late(self, index: int, step: Step) -> str | None:
+        """What a network that was not called at step 1 got at its first step alone; what it gets at two is constant."""
+        for holder in step.calls.keys() - self._steps[1].calls.keys():
+            seen = self._late.setdefault(holder, [])
+            if len(seen) == 3:
+                continue
+            now = {name: fact for name, fact in step.facts.items() if _holder(name)[0] == holder}
+            seen.append((index, now))
+            same = {name for name, fact in now.items() if len(seen) > 1 and seen[-2][1].get(name, ...) == fact}
+            if len(seen) == 2:
+                self._constant |= {name: now[name] for name in same}
+            start, first = seen[0]
+            for name in sorted(same):
+                if len(seen) == 3 and not progresses(name) and first.get(name, ...) != now[name]:
+                    return f"at step {start}, {name.replace('#0', '')} was different from that at all later steps"
+        return None
+
+    def _changed_constant(self, step: Step) -> str | None:
+        for name, value in sorted(self._constant.items()):
+            if progresses(name) or not _is_of(name, step):
+                continue
+            given = step.facts.get(name)
+            if name not in step.facts or given != value:
+                told = is_number(value) and is_number(given) and not name.endswith((".settings", ".weights"))  # hashes
+                detail = f": {given!r} instead of {value!r}" if told else ""
+                return f"{name.replace('#0', '')} was different from that at the first step{detail}"
+        return None
+
+    def _differs(self, other: Step, step: Step) -> str | None:
+        if other.calls != step.calls:
+            return f"the networks were called {dict(step.calls)} times, not {dict(other.calls)},"
+        for name in sorted(self._fixed):
+            if other.facts.get(name) != step.facts.get(name):
+                return f"{name.replace('#0', '')} was different"
+        return None
+
+    def _skipped_layers(self, step: Step) -> str | None:
+        for name, layers in step.layers.items():
+            key = (name, step.calls[name])
+            low, high = self._layers.get(key, (layers, layers))
+            self._layers[key] = low, high = min(low, layers), max(high, layers)
+            if low < FEWER_LAYERS * high:
+                return f"{name} ran {layers} of its layers, and {high + low - layers} at another (a cache?)"
+        return None
+
+
+def _other_formula(known: Formula | None, found: Formula | None) -> str | None:
+    if known is None or found is None or not found.contradicts(known):
+        return None
+    if max(found.error, known.error) > NOT_LINEAR:
+        return "the networks' outputs were combined in another way (clipped or rescaled at only one of the two)"
+    numbers = [", ".join(f"{x:.3g}" for x in formula.coefficients.tolist()) for formula in (found, known)]
+    return f"the networks' outputs were combined with other coefficients ({numbers[0]} instead of {numbers[1]})"
+
+
+def _is_of(name: str, step: Step) -> bool:
+    """Whether a fact is of the pipeline, or of a call that its network got at this step."""
+    holder, turn = _holder(name)
+    return holder == "pipe" or step.calls[holder] > turn
+
+
+def _holder(name: str) -> tuple[str, int]:
+    """The network that a fact is of, or the pipeline, and at which of its calls in a step."""
+    holder, _, turn = name.split(".")[0].partition("#")
+    return holder, int(turn or 0)
