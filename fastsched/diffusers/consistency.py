@@ -26,7 +26,7 @@ class Consistency:
 
     def __init__(self) -> None:
         self._steps: dict[int, Step] = {}
-        self._visits: dict[int, tuple[int, Step, Formula | None]] = {}
+        self._visits: dict[int, tuple[int, Step]] = {}
         self._formulas: dict[int, Formula | None] = {}
         self._fixed: set[str] = set()
         self._constant: dict[str, Any] = {}
@@ -44,7 +44,7 @@ class Consistency:
         if index == 1:
             before = self._steps[0].facts
             counts = {name: self._steps[0].calls[name] for name in step.calls}  # before step 0 prompts were encoded
-            changed = _other_formula(self._formulas[0], formula)
+            changed = self._other_formula(0, 1)
             if counts != step.calls:
                 changed = f"the networks were called {dict(step.calls)} times, not {counts},"
             if changed is not None:
@@ -64,15 +64,15 @@ class Consistency:
         if changed is not None:
             return f"at step {index}, {changed}"
         if level in self._visits:
-            earlier, other, known = self._visits[level]
-            changed = self._differs(other, step) or _other_formula(known, formula)
+            earlier, other = self._visits[level]
+            changed = self._differs(other, step) or self._other_formula(earlier, index)
             if changed is not None:
                 return f"at step {index}, {changed} than at step {earlier}, at the same timestep"
         elif level == index - 1:
             changed = self._changed_first(index, level)
             if changed is not None:
                 return changed
-        self._visits.setdefault(level, (index, step, formula))
+        self._visits.setdefault(level, (index, step))
         return None
 
     def _changed_first(self, index: int, level: int) -> str | None:
@@ -85,10 +85,29 @@ class Consistency:
         if level in (1, 2) and same and before.calls != step.calls:
             return f"at step {index}, the networks were called {dict(step.calls)} times, not {dict(before.calls)}"
         known, found, last = (self._formulas.get(n) for n in (index - 2, index - 1, index))
-        if level not in (2, 3) or found is None or last is None or not last.explains(found):
+        if level > 3 or found is None or last is None:
             return None
-        changed = _other_formula(known, found)
-        return None if changed is None else f"at step {index - 1}, {changed} than at step {index - 2}"
+        if (found.size == 0) != (last.size == 0):
+            return f"at step {index}, {_difference(found, last)} than at step {index - 1}"
+        if known is None or not last.explains(found) or not found.contradicts(known):
+            return None
+        return f"at step {index - 1}, {_difference(known, found)} than at step {index - 2}"
+
+    def _other_formula(self, earlier: int, index: int) -> str | None:
+        """What is wrong with the formula of a step, at the level of an earlier one; None if nothing.
+
+        Coefficients that may follow the latents are wrong only where at both steps they are those of the step before.
+        """
+        known, found = (self._formulas.get(n) for n in (earlier, index))
+        if known is None or found is None or not found.contradicts(known):
+            return None
+        settled = all(self._settled(n) for n in (earlier, index))
+        return _difference(known, found) if settled or not found.may_follow(known) else None
+
+    def _settled(self, index: int) -> bool:
+        """Whether the formula of a step is that of the step before, at another level."""
+        before, found = (self._formulas.get(n) for n in (index - 1, index))
+        return before is not None and found is not None and index > 1 and found.explains(before, factor=2.0)
 
     def _changed_early(self, index: int, step: Step) -> str | None:
         """What is equal at two steps of different levels, but was another before them: at step 0, or at 0 and 1."""
@@ -147,12 +166,11 @@ class Consistency:
         return None
 
 
-def _other_formula(known: Formula | None, found: Formula | None) -> str | None:
-    if known is None or found is None or not found.contradicts(known):
-        return None
+def _difference(known: Formula, found: Formula) -> str:
     if max(found.error, known.error) > NOT_LINEAR:
         return "the networks' outputs were combined in another way (clipped or rescaled at only one of the two)"
-    numbers = [", ".join(f"{x:.3g}" for x in formula.coefficients.tolist()) for formula in (found, known)]
+    sample = int((found.coefficients - known.coefficients).norm(dim=-1).argmax())
+    numbers = [", ".join(f"{x:.3g}" for x in formula.coefficients[sample].tolist()) for formula in (found, known)]
     return f"the networks' outputs were combined with other coefficients ({numbers[0]} instead of {numbers[1]})"
 
 

@@ -157,13 +157,13 @@ def observed(step: Step, output: Tensor) -> tuple[Tensor, Callable[[Tensor], tup
     vector = torch.cat(parts if products is None else [*parts, products.flatten()])
     light = Step(step.calls, dict(step.facts), layers=step.layers)
     shapes = {name: shape for name, (shape, *_) in step.sums.items()}
-    side = 0 if products is None else len(products)
+    size = torch.Size([0]) if products is None else products.shape
 
     def resolve(values: Tensor) -> tuple[Step, Formula | None]:
         numbers = values[: 2 * len(shapes)].view(-1, 2).tolist()
         light.facts |= {name: (shape, *sums) for (name, shape), sums in zip(shapes.items(), numbers, strict=True)}
-        square = values[2 * len(shapes) :][: side * side].view(side, side)
-        return light, Formula.of_products(square) if side else None
+        square = values[2 * len(shapes) :][: size.numel()].view(size)
+        return light, Formula.of_products(square) if size.numel() else None
 
     return vector, resolve
 

@@ -10,6 +10,7 @@ import fastsched as fs
 pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 
 import diffusers
+from diffusers import guiders
 from pipelines import SHAPE, OraclePipeline, OracleUNet, oracle_pipeline
 
 from fastsched.diffusers.consistency import Consistency
@@ -79,3 +80,72 @@ def test_guidance_of_bounded_size_follows_the_latents():
     assert judged(1.0, 1.0, 1.0, 1.0, 1.0) is None
     assert "1.3 instead of 1) than at step 1" in judged(1.0, 1.0, 1.3, 1.3, 1.3)
     assert "1.3 instead of 1) than at step 2" in judged(1.0, 1.0, 1.0, 1.3, 1.3)
+
+
+class Guided(OraclePipeline):
+    """Calls its network with and without a prompt and gives both answers to a guider, whose scale may change."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=50, images=2, scale=lambda i, steps: 5.0):
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents, prompt = torch.randn(images, *SHAPE), torch.ones(images, 1, 4)
+        for i, t in enumerate(self.scheduler.timesteps):
+            given = [{"encoder_hidden_states": each, "return_dict": False} for each in (prompt, 0 * prompt)]
+            answers = [self.unet(latents, t.expand(images), **each)[0] for each in given]
+            self.guider.set_state(step=i, num_inference_steps=num_inference_steps, timestep=t)
+            self.guider.prepare_inputs({})
+            self.guider.guidance_scale = scale(i, num_inference_steps)
+            latents = self.scheduler.step(self.guider.forward(*answers).pred, t, latents, return_dict=False)[0]
+        return latents
+
+
+def guided(guider, scheduler=None):
+    scheduler = scheduler or diffusers.DDIMScheduler(clip_sample=False)
+    other = fs.oracles.GaussianMixture.random(8, 3, seed=1)
+    pipe = Guided(OracleUNet().answer_for(scheduler, MIXTURE, other), scheduler)
+    pipe.guider = guider
+    return pipe
+
+
+GUIDERS = {
+    "plain": lambda: guiders.ClassifierFreeGuidance(),
+    "bounded": lambda: guiders.AdaptiveProjectedGuidance(adaptive_projected_guidance_rescale=1.0),
+    "projected": lambda: guiders.AdaptiveProjectedGuidance(eta=0.0),
+    "rescaled": lambda: guiders.ClassifierFreeGuidance(guidance_rescale=0.7),
+    "scaled": lambda: guiders.ClassifierFreeZeroStarGuidance(zero_init_steps=0),
+}
+
+
+@pytest.mark.parametrize("name", GUIDERS)
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_guidance_whose_coefficients_follow_the_latents_is_measured(name, images, kind):
+    settings = {"clip_sample": False} if kind == "DDIMScheduler" else {}
+    pipe = guided(GUIDERS[name](), getattr(diffusers, kind)(**settings))
+    assert fs.diffusers.measure(pipe, levels=48, samples=2, images=images).samples == 2
+
+
+@pytest.mark.parametrize("name", GUIDERS)
+@pytest.mark.parametrize("images", [1, 2])
+def test_guidance_that_follows_the_step_s_number_is_refused_whatever_its_coefficients(name, images):
+    with pytest.raises(ValueError, match=r"combined with other coefficients|combined in another way"):
+        measured(guided(GUIDERS[name]()), images=images, scale=lambda i, steps: 7.0 - 4.0 * i / steps)
+
+
+@pytest.mark.parametrize("window", [(0, 1), (1, 2), (0, 2), (2, 3), (0, 10), (12, 40), (10, 12), (20, 24), (26, 30)])
+@pytest.mark.parametrize("images", [1, 2])
+def test_guidance_within_a_window_is_refused_where_the_network_is_always_called_twice(window, images):
+    scale = lambda i, steps: 5.0 if window[0] <= i < window[1] else 3.0
+    with pytest.raises(ValueError, match="combined with other coefficients"):
+        measured(guided(GUIDERS["plain"]()), images=images, scale=scale)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_first_steps_without_an_output_are_refused_whatever_the_coefficients(steps):
+    with pytest.raises(ValueError, match=r"combined with other coefficients|combined in another way"):
+        measured(guided(guiders.ClassifierFreeZeroStarGuidance(zero_init_steps=steps)), images=1)
+
+
+def test_guidance_with_a_memory_is_refused():
+    with pytest.raises(ValueError, match=r"answered|combined"):
+        measured(guided(guiders.AdaptiveProjectedGuidance(adaptive_projected_guidance_momentum=-0.75)), images=1)
