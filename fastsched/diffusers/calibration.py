@@ -220,9 +220,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._scales = self.convention.input_scale(self._levels).tolist()
         # An early level, to detect what starts or ends midway, but one at which the conditioning matters.
         self._repeated = max(1, len(self._levels) // 8)
-        repeated = self._levels[self._repeated : self._repeated + 1]
         self._queries = queries(count, deviated_paths(count))
-        self._s = s = torch.cat([self._levels[:1], self._levels[self._queries], repeated])
+        self._s = s = torch.cat([self._levels[:1], self._levels[self._queries], self._levels[self._repeated, None]])
         names = self.convention.timesteps(s)
         self._names = names.round().to(torch.int64) if self.convention.integer else names.float()
         self.timesteps = self._names.to(device, copy=True)  # the pipeline may write into it
@@ -245,9 +244,9 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """``sample`` unchanged: the states that `step` returns are scaled already."""
-        check_scaled(sample)
-        self._scales_input = True
-        return sample
+        check_scaled(sample, self._scaled if self.convention.scales_input else None)
+        self._scaled = sample.view_as(sample)
+        return self._scaled
 
     def add_noise(self, *_: Any, **__: Any) -> Tensor:
         """Not supported: a measurement starts from pure noise.
@@ -319,7 +318,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
 
     def _clear(self) -> None:
         self._index, self._copies = 0, 1
-        self._scales_input = False
+        self._scaled: Tensor | None = None
         self._consistency = Consistency()
         self._verdicts = Verdicts()
         self._still: Tensor | None = None
@@ -383,7 +382,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         check_options(self._parameters, args, kwargs)
         check_timestep(self._index, self._names, timestep, self._verdicts)
         if self._returned is None:
-            check_scaling(self.convention, self.config["scheduler_class"], self._scales_input)
+            check_scaling(self.convention, self.config["scheduler_class"], self._scaled is not None)
             if self._own_noise:
                 check_first_latents(sample, self._verdicts)
             return

@@ -108,6 +108,11 @@ class Convention:
         """The noise process."""
         return self.denoiser.process
 
+    @property
+    def scales_input(self) -> bool:
+        """Whether the network's input is another than the state between steps."""
+        return self.scaled or self.denoiser.prediction == "edm"
+
     def timesteps(self, s: Tensor) -> Tensor:
         """The network's timesteps at levels ``s``, fractional between trained ones: float64, of the shape of ``s``."""
         if self.angle:

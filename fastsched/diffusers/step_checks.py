@@ -130,7 +130,7 @@ def check_scaling(convention: Convention, name: str, scales: bool) -> None:
     Raises:
         ValueError: If it does not.
     """
-    if not scales and (convention.scaled or convention.denoiser.prediction == "edm"):
+    if not scales and convention.scales_input:
         raise ValueError(
             f"the pipeline does not call scheduler.scale_model_input, and the states of {name} are no input of the "
             "network without it; give the pipeline the scheduler that it was written for, or one that leaves the "
@@ -138,12 +138,21 @@ def check_scaling(convention: Convention, name: str, scales: bool) -> None:
         )
 
 
-def check_scaled(sample: Any) -> None:
+def check_scaled(sample: Any, scaled: Tensor | None = None) -> None:
     """Check that what a pipeline gives to ``scale_model_input`` are states, not a number whose scale it computes with.
 
+    Args:
+        sample: What it gives.
+        scaled: What the last call returned, of a scheduler that scales.
+
     Raises:
-        ValueError: If it is a number.
+        ValueError: If it is a number, or what is scaled already.
     """
+    if scaled is not None and sample is scaled:
+        raise ValueError(
+            "the pipeline calls scheduler.scale_model_input twice, on its own result, so its network is given latents "
+            "of the wrong size; call it once a step"
+        )
     if getattr(sample, "ndim", 0) == 0:
         raise ValueError(
             "the pipeline computes with scale_model_input(sigma), as StableDiffusionLatentUpscalePipeline does, so its "

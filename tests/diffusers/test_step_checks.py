@@ -42,6 +42,27 @@ def test_a_pipeline_that_does_not_scale_its_input_is_refused_where_the_scheduler
         fs.diffusers.fit(pipe, 3, levels=8, samples=1)
 
 
+@pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "EDMEulerScheduler", "DDIMScheduler"])
+def test_latents_that_are_scaled_twice_are_refused_where_the_scheduler_scales(kind):
+    class Twice(OraclePipeline):
+        @torch.no_grad()
+        def __call__(self, num_inference_steps=50):
+            self.scheduler.set_timesteps(num_inference_steps)
+            x = torch.randn(2, 2, 2, 2) * self.scheduler.init_noise_sigma
+            for t in self.scheduler.timesteps:
+                given = self.scheduler.scale_model_input(self.scheduler.scale_model_input(x, t), t)
+                x = self.scheduler.step(self.unet(given, t, return_dict=False)[0], t, x, return_dict=False)[0]
+            return x
+
+    scheduler = getattr(diffusers, kind)(**({"clip_sample": False} if kind == "DDIMScheduler" else {}))
+    pipe = Twice(OracleUNet().answer_for(scheduler, MIXTURE), scheduler)
+    if kind == "DDIMScheduler":
+        assert fs.diffusers.measure(pipe, levels=8, samples=2).samples == 2
+        return
+    with pytest.raises(ValueError, match="scale_model_input twice, on its own result"):
+        fs.diffusers.measure(pipe, levels=8, samples=2)
+
+
 def test_a_pipeline_that_computes_with_the_scale_of_the_states_is_refused():
     """Stock classes keep the states' own scale, so an applied schedule of theirs is right there."""
     torch.manual_seed(0)
