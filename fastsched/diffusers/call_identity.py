@@ -28,8 +28,8 @@ AFTERWARDS = ("vae", "vqvae", "vqgan", "movq", "vocoder", "safety_checker")
 #: Entries of a network's parts that hold scales of adapters, or which of them are used.
 OF_ADAPTERS = ("scale", "scaling", "_active_adapter")
 
-#: In names of numbers of a network's parts that save memory, or tell that it is trained, and change no answer.
-OF_MEMORY = ("checkpointing", "chunk", "slicing", "tiling", "tile_", "training")
+#: In names of numbers of a network's parts that save memory or time, or tell that it is trained, and change no answer.
+WITHOUT_ANSWER = ("checkpointing", "chunk", "slicing", "tiling", "tile_", "training", "compile")
 
 #: What each part of an identity tells, and what to do where it is another.
 PARTS = {
@@ -81,7 +81,8 @@ def check_same_call(name: str, found: Origin | None, identity: str) -> None:
 
 def _with_usual_size(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Arguments with the height and width that most pipelines use where none is given, nor an image."""
-    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    networks = (getattr(pipe, name, None) for name in ("unet", "transformer"))
+    network = next((each for each in networks if each is not None), None)  # a compiled one has no truth value
     size = getattr(pipe, "default_sample_size", None) or getattr(getattr(network, "config", None), "sample_size", None)
     factor = getattr(pipe, "vae_scale_factor", None)
     if not isinstance(size, int) or not isinstance(factor, int) or _holds_images(given):
@@ -129,7 +130,7 @@ def _numbers(network: torch.nn.Module) -> Iterator[str]:
         if hasattr(part, "_orig_mod") or type(part).__module__.startswith("bitsandbytes"):
             continue  # what wraps a compiled one, and what notes at its first call what it has found
         for key, value in vars(part).items():
-            if any(word in key.lower() for word in (*PROGRESS, *OF_MEMORY)):
+            if any(word in key.lower() for word in (*PROGRESS, *WITHOUT_ANSWER)):
                 continue
             if isinstance(value, numbers.Number) or key in OF_ADAPTERS:
                 yield f"{key}={_content(value)}"

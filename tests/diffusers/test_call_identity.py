@@ -201,3 +201,13 @@ def test_a_solver_that_the_scheduler_does_not_use_is_warned_of():
     stats = fs.diffusers.measure(pipe, **call, **OPTIONS)
     with pytest.warns(UserWarning, match="samples as ddim, and the schedule is chosen for dpmpp_2m"):
         fs.diffusers.fit(pipe, 3, solver="dpmpp_2m", stats=stats, audition=False, **call)
+
+
+def test_a_network_that_is_compiled_as_a_module_is_the_same_one():
+    pipe, call = pipeline()
+    plain, network = call_identity(pipe, [], call), pipe.unet
+    stats = fs.diffusers.measure(pipe, **call, **OPTIONS)
+    pipe.unet = torch.compile(network, backend="eager")
+    assert call_identity(pipe, [], call) == plain
+    assert torch.equal(fs.diffusers.measure(pipe, **call, **OPTIONS).gram, stats.gram)
+    assert fs.diffusers.fit(pipe, 3, stats=stats, **call, model_calls=40, progress=False).steps == 3
