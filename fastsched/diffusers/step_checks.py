@@ -28,6 +28,9 @@ JUMP, ABOVE, FEWEST_LEVELS = 40.0, 3.0, 12
 #: another batch (`measurement.questions.REPEATABLE`), for which libraries take other kernels.
 REPEATED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 5e-3}
 
+#: Relative change of latents by rounding to a dtype, and a little more.
+ROUNDED = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
 #: What a pipeline that depends on the step was found to do.
 UNALIKE = (
     "the pipeline's output must not depend on the step's number (guidance or control that starts or ends midway) or "
@@ -223,11 +226,18 @@ def check_first_latents(sample: Tensor, verdicts: Verdicts) -> None:
     verdicts.note(sample.float().square().mean().sqrt().reshape(1), judge)
 
 
-def check_unchanged(sample: Tensor, returned: Tensor, index: int, verdicts: Verdicts) -> None:
+def check_unchanged(sample: Tensor, returned: Tensor, index: int, dtype: torch.dtype, verdicts: Verdicts) -> None:
     """Check that the latents of step ``index`` are those returned by the step before, element by element.
 
+    Args:
+        sample: Those of this step.
+        returned: Those that were returned.
+        index: The number of the step.
+        dtype: What the pipeline computes in, to which it may round them.
+        verdicts: Takes what is to be compared.
+
     Raises:
-        ValueError: If the pipeline changed some; rounding to 16 bits is allowed.
+        ValueError: If the pipeline changed some.
     """
 
     def judge(found: Tensor) -> None:
@@ -241,7 +251,8 @@ def check_unchanged(sample: Tensor, returned: Tensor, index: int, verdicts: Verd
     sample_size = sample.numel()
     if sample.shape != returned.shape:
         judge(torch.tensor([sample_size]))
-    verdicts.note(differing(sample, returned, 0.01), judge)
+    slack = max(ROUNDED.get(each, 0.0) for each in (dtype, sample.dtype, torch.float32))
+    verdicts.note(differing(sample, returned, slack), judge)
 
 
 def check_sampled(kept: Tensor, most: float, size: int, verdicts: Verdicts) -> None:

@@ -73,6 +73,14 @@ def test_a_change_of_one_element_of_the_latents_is_noticed():
         measured(oracle_pipeline(euler(), mixture()), images=8, change_latents=overwrite)
 
 
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.005), (torch.float16, 1.005), (torch.bfloat16, 1.02)])
+def test_latents_that_are_scaled_a_little_between_steps_are_noticed(dtype, factor):
+    pipe = oracle_pipeline(euler(), mixture(), dtype=dtype)
+    assert measured(pipe, images=8, change_latents=lambda latents: latents.to(dtype)).samples == 8
+    with pytest.raises(ValueError, match="changed the latents between steps 0 and 1"):
+        measured(pipe, images=8, change_latents=lambda latents: latents * factor)
+
+
 @pytest.mark.parametrize("scheduler", [euler(), diffusers.FlowMatchEulerDiscreteScheduler()])
 def test_first_latents_of_another_size_than_the_process_s_are_refused(scheduler):
     """As those of Cosmos-Predict2, which drives a flow scheduler with EDM's sigmas, up to 80."""
