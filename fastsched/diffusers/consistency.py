@@ -40,6 +40,7 @@ class Consistency:
         """
         self._steps[index], self._formulas[index] = step, formula
         if index == 0:
+            self._skipped_layers(step)
             return None
         if index == 1:
             before = self._steps[0].facts
