@@ -391,7 +391,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             self._copies = 2
             self._start(self._run.dtype, sample[: len(sample) // 2])
         else:
-            check_unchanged(sample, returned, self._index, self._run.dtype, self._verdicts)
+            check_unchanged(sample, returned, self._index, self._verdicts)
 
     def _check_seen(self, seen: Step, output: Tensor, sample: Tensor) -> None:
         """Compare the networks' calls with those of earlier steps, and their input with the latents."""
