@@ -29,6 +29,7 @@ from fastsched.costs.fitted_weights import surrogate_runs
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.surrogate import Outcome, Surrogate
 from fastsched.measurement.statistics import PathStatistics, is_statistics
+from fastsched.measurement.statistics_files import far_outside
 from fastsched.metrics import power_mean
 from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.sampler import is_run, schedule_solver
@@ -114,8 +115,8 @@ def predict_error(
         solver: A solver's name; that of the schedule when None, and dpmpp_2m for sigmas alone.
 
     Raises:
-        ValueError: If the sigmas do not descend to 0, start below the measured range, or belong to a schedule with
-            decoupled levels, of which a measurement knows nothing.
+        ValueError: If the sigmas do not descend to 0, start below the measured range, lie a thousandfold beyond those
+            of the noise process, or belong to a schedule with decoupled levels, of which a measurement knows nothing.
     """
     validate.arguments(locals(), stats=is_statistics, sigmas=is_run, solver=validate.optional(is_solver))
     values = validate.descending_sigmas("sigmas", getattr(sigmas, "sigmas", sigmas), to_zero=True)
@@ -125,6 +126,9 @@ def predict_error(
     s = stats.process.level(values)
     if float(s[0]) < float(stats.s[-1]):
         raise ValueError(f"sigmas must start within the measured range, from {float(stats.sigmas[-2]):g} on")
+    if far_outside(stats.process, s[:-1]):
+        low, high = stats.process.s_min, stats.process.s_max
+        raise ValueError(f"sigmas must be near those of the noise process, levels {low:g} to {high:g}")
     if getattr(sigmas, "weights", None) is not None and solver in (None, FITTED):
         method = schedule_solver(sigmas)
     else:

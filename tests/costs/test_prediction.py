@@ -96,3 +96,6 @@ def test_schedules_that_the_measurement_cannot_judge(stats):
         fs.predict_error(stats, [low / 2, low / 4, 0.0])
     with pytest.raises(ValueError, match="sigmas must end in 0"):
         fs.predict_error(stats, [10.0, 1.0])
+    for beyond in ([1e308, 1.0, 0.0], [10.0, 1e-320, 0.0]):
+        with pytest.raises(ValueError, match="sigmas must be near those of the noise process"):
+            fs.predict_error(stats, beyond)
