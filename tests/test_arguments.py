@@ -22,45 +22,15 @@ SHAPE = [None, 4, "44", (), (0,), (-1, 2), (2.5,), (True,), [None], iter((2, 2))
 DEVICE = ["gpu", "meta", "cuda:one", 1.5, True, object(), b"cpu", ["cpu"]]
 DTYPE = ["float32", torch.float8_e4m3fn, torch.int32, torch.bool, torch.complex64, float, np.float32, 1]
 SOLVER = ["dmpp", "", None, 3, ["ddim"], b"ddim", object(), torch.ones(2)]
-SIGMAS = [
-    None,
-    3,
-    "ab",
-    [1.0],
-    [1.0, 2.0],
-    [2.0, 2.0, 0.0],
-    [2.0, math.nan],
-    [2.0, -1.0],
-    [[2.0, 1.0]],
-    [2j, 1.0],
-    torch.tensor([2.0, 1.0], device="meta"),
-    torch.tensor([1.0, 2.0]),
-    torch.tensor([True]),
-    torch.tensor([2j, 1.0]),
-    [None, 1.0],
-    object(),
-]
-TENSOR = [
-    3,
-    "x",
-    [1.0, 2.0],
-    np.ones((2, 4), np.float32),
-    torch.ones(2, 4, dtype=torch.int64),
-    torch.ones(2, 4, dtype=torch.float8_e5m2),
-    torch.ones(2, 4, device="meta"),
-    torch.ones(2, 4).to_sparse(),
-    object(),
-]
+SIGMAS = [None, 3, "ab", [1.0], [1.0, 2.0], [2.0, 2.0, 0.0], [2.0, math.nan], [2.0, -1.0], [[2.0, 1.0]], [2j, 1.0],
+          torch.tensor([2.0, 1.0], device="meta"), torch.tensor([1.0, 2.0]), torch.tensor([True]),
+          torch.tensor([2j, 1.0]), [None, 1.0], object()]  # fmt: skip
+TENSOR = [3, "x", [1.0, 2.0], np.ones((2, 4), np.float32), torch.ones(2, 4, dtype=torch.int64),
+          torch.ones(2, 4, dtype=torch.float8_e5m2), torch.ones(2, 4, device="meta"),
+          torch.ones(2, 4).to_sparse(), object()]  # fmt: skip
 BATCH = [*TENSOR, torch.ones(4), torch.tensor(1.0), torch.full((2, 4), math.nan), torch.full((2, 4), math.inf)]
-LEVELS = [
-    2,
-    *COUNT,
-    [3.0, 2.0, 1.0],
-    np.array([3.0, 2.0, 1.0]),
-    torch.tensor([3.0, 2.0]),
-    torch.tensor([3.0, 1.0, 2.0]),
-    torch.tensor([3.0, 2.0, 0.0]),
-]
+LEVELS = [2, *COUNT, [3.0, 2.0, 1.0], np.array([3.0, 2.0, 1.0]),
+          torch.tensor([3.0, 2.0]), torch.tensor([3.0, 1.0, 2.0]), torch.tensor([3.0, 2.0, 0.0])]  # fmt: skip
 TARGET = [0.0, -1.0, math.nan, math.inf, "x", None, ("karras",), ("x", 3), ("karras", 0), torch.tensor([1.0, 2.0])]
 ALPHAS = [None, 3, "ab", [0.5], [0.5, 0.9], [1.0, 0.5], [0.9, -0.1], [0.9, math.nan], [[0.9, 0.5]], [True]]
 OTHER = [None, 3, "x", object(), [], {}]
@@ -259,7 +229,7 @@ RIGHT = {
     "oracles.GaussianMixture.random": (fs.oracles.GaussianMixture.random, lambda: {"d": 2, "components": 2, "seed": 0}),
     "oracles.Gaussian": (fs.oracles.Gaussian, lambda: {"std": 1.0, "shape": (4,)}),
     "oracles.Empirical": (fs.oracles.Empirical, dict),
-}
+}  # fmt: skip
 
 PICTURES = [None, 3, "x", {}, {"a": 3}, {"a": torch.zeros(2, 8)}]
 #: What is wrong for an argument of one function alone.
@@ -359,18 +329,10 @@ def public_functions():
 
 #: Tested elsewhere: results, drawing, and pipelines, which need one.
 ELSEWHERE = {
-    "Comparison",
-    "PathStatistics",
-    "Profile",
-    "diffusers.apply",
-    "diffusers.export",
-    "diffusers.fit",
-    "diffusers.measure",
-    "diffusers.serving_parameters",
-    "metrics.power_mean",
-    "plot.plot_overview",
+    "Comparison", "PathStatistics", "Profile", "diffusers.apply", "diffusers.export", "diffusers.fit",
+    "diffusers.measure", "diffusers.serving_parameters", "metrics.power_mean", "plot.plot_overview",
     "plot.error_weight",
-}
+}  # fmt: skip
 
 
 def test_every_public_function_is_in_the_table():

@@ -28,8 +28,8 @@ from fastsched import validate
 from fastsched.costs.fitted_weights import surrogate_runs
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.surrogate import Outcome, Surrogate
+from fastsched.denoisers.noise import far_outside
 from fastsched.measurement.statistics import PathStatistics, is_statistics
-from fastsched.measurement.statistics_files import far_outside
 from fastsched.metrics import power_mean
 from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.sampler import is_run, schedule_solver

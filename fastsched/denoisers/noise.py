@@ -25,7 +25,6 @@ from fastsched import validate
 #: The largest ``sigma_max``, for squared distances of samples must be float32 numbers; the smallest is its inverse.
 LARGEST_SIGMA = 1e15
 
-
 #: The most levels of a grid; more would fill memory before anything is called.
 MOST_LEVELS = 10**6
 
@@ -73,7 +72,7 @@ class NoiseProcess:
 
     def levels(self, n: int) -> Tensor:
         """A grid of ``n`` levels from ``s_max`` to ``s_min``, uniform in ``lambda = -log s``."""
-        return log_uniform(self.s_max, self.s_min, level_count(n))
+        return log_uniform(self.s_max, self.s_min, checked_level_count(n))
 
     def nearest(self, s: Tensor) -> Tensor:
         """The nearest levels at which the network can be called; 0 stays 0."""
@@ -190,7 +189,7 @@ class VariancePreserving(NoiseProcess):
         return torch.where(s > 0, self.trained_levels[self.timestep(s).long()], s)
 
     def levels(self, n: int) -> Tensor:
-        n = level_count(n)
+        n = checked_level_count(n)
         trained = self.trained_levels
         if not self.integer_timesteps:
             start = [] if math.isfinite(self.s_max) else [math.inf]
@@ -265,7 +264,7 @@ class FlowMatching(NoiseProcess):
         finite = log_uniform(
             max(self.first_finite_s, 2 * self.s_min),
             self.s_min,
-            level_count(n, minimum=3) - 1,
+            checked_level_count(n, minimum=3) - 1,
         )
         return torch.cat([torch.tensor([math.inf], dtype=torch.float64, device="cpu"), finite])
 
@@ -348,12 +347,19 @@ def process_from_dict(values: Mapping[str, Any]) -> NoiseProcess:
         raise ValueError(f"noise process {kind!r} cannot be read from {sorted(entries)}: {error}") from None
 
 
-def level_count(n: object, minimum: int = 2) -> int:
+def checked_level_count(n: object, minimum: int = 2) -> int:
     """How many levels are meant; at most `MOST_LEVELS`."""
     count = validate.positive_int("levels", n, minimum=minimum)
     if count > MOST_LEVELS:
         raise ValueError(f"levels must be at most {MOST_LEVELS:,}, got {count:,}; 32 to 64 serve")
     return count
+
+
+def far_outside(process: NoiseProcess, s: Tensor) -> bool:
+    """Whether levels lie a thousandfold beyond those of a noise process; from pure noise, the first may be any."""
+    high, low = process.s_max, process.s_min
+    above = bool((s[:1] > 1e3 * high).any() if math.isfinite(high) else (s[1:2] > 1e6).any())
+    return above or float(s[-1]) < 1e-3 * low
 
 
 def log_uniform(high: float, low: float, n: int) -> Tensor:

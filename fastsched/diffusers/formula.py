@@ -20,7 +20,6 @@ SAME_FORMULA = 0.1
 #: rescaled or clipped guidance.
 LINEAR, NOT_LINEAR = 1e-3, 0.02
 
-
 #: Relative difference of the products of outputs below which two visits of a level are of nearly the same latents.
 ALIKE = 0.02
 

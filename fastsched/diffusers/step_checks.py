@@ -31,7 +31,7 @@ REPEATED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-3, torch
 #: Largest relative change of an element of the latents between steps, and of their size: bfloat16 rounds by 0.002.
 ROUNDED, RESIZED = 1e-2, 3e-3
 
-#: The last step at which their size is looked at: what resizes latents does so at every step.
+#: The last step at which their size is looked at, for it takes two passes over them: what resizes them always does.
 RESIZED_EARLY = 3
 
 #: What a pipeline that depends on the step was found to do.

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
 from fastsched.denoisers.network_state import check_evaluation_mode, unchanged_buffers
+from fastsched.denoisers.noise import far_outside
 from fastsched.measurement.batches import Batches, finished_part, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.devices import measured_in_group
@@ -20,7 +21,6 @@ from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.network_checks import fingerprint
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics
-from fastsched.measurement.statistics_files import far_outside
 from fastsched.sampling.progress import Progress
 from fastsched.sampling.random_streams import sample_seeds
 

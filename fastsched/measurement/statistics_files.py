@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsched.denoisers.noise import NoiseProcess, process_from_dict
+from fastsched.denoisers.noise import far_outside, process_from_dict
 from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels
 from fastsched.sampling.files import check_readable, checksum, json_object, kind_of, write_whole
 from fastsched.sampling.origin import Origin
@@ -196,10 +196,3 @@ def _check_levels(stats: Any) -> None:
         raise ValueError("holds levels s that do not descend to a positive one")
     if far_outside(stats.process, s):
         raise ValueError("holds levels s far outside of those of its noise process")
-
-
-def far_outside(process: NoiseProcess, s: Tensor) -> bool:
-    """Whether levels lie a thousandfold beyond those of a noise process; from pure noise, the first may be any."""
-    high, low = process.s_max, process.s_min
-    above = float(s[0]) > 1e3 * high if math.isfinite(high) else float(s[1]) > 1e6
-    return above or float(s[-1]) < 1e-3 * low

@@ -99,3 +99,11 @@ def test_schedules_that_the_measurement_cannot_judge(stats):
     for beyond in ([1e308, 1.0, 0.0], [10.0, 1e-320, 0.0]):
         with pytest.raises(ValueError, match="sigmas must be near those of the noise process"):
             fs.predict_error(stats, beyond)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_one_step_from_the_highest_level_is_predicted(name):
+    """Also from pure noise, where the one level is infinite."""
+    found = fs.measure(KINDS[name], (4,), levels=8, samples=2, progress=False)
+    schedule = fs.optimal_schedule(found, 1, "ddim")
+    assert fs.predict_error(found, schedule) == pytest.approx(schedule.predicted_error, rel=1e-9)
