@@ -74,9 +74,12 @@ def unchanged_buffers(network: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                if not torch.equal(buffer, value):
+        for buffer, value in before:
+            # What was made in inference mode can be written there alone, and a network may have resized its buffer.
+            with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                if buffer.shape != value.shape or buffer.dtype != value.dtype:
+                    buffer.data = value
+                elif not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 

@@ -117,8 +117,9 @@ class AdaptiveSchedule:
             raise ValueError(f"costs must have one value for each of {len(places)} intervals, got {len(values)}")
         if len(places) and not 0 <= int(places.min()) <= int(places.max()) < len(self._sums):
             raise ValueError(f"intervals must be within [0, {len(self._sums) - 1}], got {places.tolist()}")
-        self._sums.index_add_(0, places, values)
-        self._counts.index_add_(0, places, torch.ones_like(values))
+        # New tensors: those made in inference mode cannot be written outside of it.
+        self._sums = self._sums.index_add(0, places, values)
+        self._counts = self._counts.index_add(0, places, torch.ones_like(values))
 
     @torch.no_grad()
     def observe_denoiser(
@@ -180,8 +181,7 @@ class AdaptiveSchedule:
         if not bool((counts > 0).all()):
             return False
         lengths = (sums / counts).clamp_min(0.0).pow(1 / self.order)
-        self._sums.zero_()
-        self._counts.zero_()
+        self._sums, self._counts = torch.zeros_like(self._sums), torch.zeros_like(self._counts)
         if float(lengths.sum()) == 0.0:  # all estimates negative or 0: no direction to move in
             return False
         target = equal_arc_length(self.s, lengths, len(self.s))

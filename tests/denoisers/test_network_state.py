@@ -27,6 +27,32 @@ def test_buffers_are_put_back():
     assert float(net.calls) == 0
 
 
+@pytest.mark.parametrize("change", ["resized", "of another dtype", "counted up"])
+@pytest.mark.parametrize("inference", [False, True])
+def test_buffers_that_cannot_be_written_as_they_are_are_put_back_too(change, inference):
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("kept", torch.arange(3.0))
+
+        def forward(self, z, s):
+            with torch.inference_mode(self.kept.is_inference()):
+                if change == "resized":
+                    self.kept.resize_(len(z), 2).fill_(7.0)
+                elif change == "of another dtype":
+                    self.kept.data = torch.full((2,), 7.0, dtype=torch.float64)
+                else:
+                    self.kept += 1
+            return 0.1 * z
+
+    with torch.inference_mode(inference):
+        net = Changing()
+    with unchanged_buffers(net):
+        net(torch.ones(2, 3), None)
+    assert net.kept.dtype == torch.float32
+    assert net.kept.tolist() == [0.0, 1.0, 2.0]
+
+
 SIGMAS = torch.tensor([20.0, 5.0, 1.0, 0.1, 0.01])
 CALLS = {
     "sample": lambda denoiser: fs.sample(denoiser, SIGMAS, "heun", torch.ones(2, 8)),

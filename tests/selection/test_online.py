@@ -238,3 +238,19 @@ def test_intervals_without_cost_hold_no_levels_of_their_own(flat):
     first, last = s[flat.start], s[flat.stop]
     inside = ((found < 0.999 * first) & (found > 1.001 * last))[1:-1]
     assert not bool(inside.any())
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_what_was_made_in_inference_mode_goes_on_outside_of_it(loaded):
+    with torch.inference_mode():
+        adaptive = fs.AdaptiveSchedule([10.0, 1.0, 0.1])
+        adaptive.observe(torch.tensor([1.0, 3.0]))
+        if loaded:
+            adaptive.load_state_dict(adaptive.state_dict())
+    adaptive.observe(torch.tensor([1.0, 3.0]))
+    assert adaptive.update()
+    with torch.inference_mode():
+        adaptive.observe(torch.tensor([2.0, 2.0]))
+        assert adaptive.update()
+    adaptive.observe(torch.tensor([2.0, 2.0]))
+    assert adaptive.update()
