@@ -1,6 +1,6 @@
 """Cheap questions to a network that is measured: whether it is a denoiser at all, and the one that is claimed.
 
-At most seven calls of one sample, five before the measurement, with fixed noises ``n``, and four more where ``v`` or
+At most seven calls of one sample, five before the measurement, with fixed noises ``n``, and six more where ``v`` or
 ``F`` is unusual:
 
 ==============================  ================================================================================
@@ -12,7 +12,8 @@ the measurement's first call    The same for the sample that is in both: else th
                                 or mixes the samples of a batch. This question costs nothing.
 pure noise at a third of the    (The first answer is also the network's fingerprint. Two steps of Euler's method
 range, then at two thirds       lead to a rough sample ``x0``. Of EDM the size of the data is known.)
-a step beside the third         Of ``v`` and ``F``, whose sign may be wrong: it does not move against the step.
+a step beside the third         Of ``v`` and ``F``, whose sign may be wrong: it does not move against the step. If it
+                                hardly does, another noise is asked about.
 ``x0 + s n``, lowest level      Nearly its input; of few elements, whose ``x0`` may be far from all data, the end of
                                 the first path is asked about too. Where a velocity makes ``D`` that whatever it is: at
                                 a middle level ``x0`` with less noise than it was given, ``||D - x0|| < s ||n||``; an
@@ -59,6 +60,9 @@ OF_A_SIGN = ("v", "edm")
 #: How far ``D`` moves along a step, over how far it moves, and over how far ``a z`` does: below both it moves against
 #: the step. Exact denoisers reach 0.06 of either; a trained one -0.2 of the second, where its error is all that moves.
 AGAINST_STEP, AGAINST_SLOPE = -0.05, -0.3
+#: Below this multiple of ``a z`` one such answer is enough; above, another noise is asked about, as trained networks
+#: reach -0.7 where their error is all that moves, but not at two places.
+AGAINST_SURELY = -1.0
 #: With fewer elements, what one sample leaves says nothing, and its size little: data have 1 then, as VP assumes.
 FEWEST_ELEMENTS = 8
 #: That is asked above this many times the data's size; elsewhere levels were chosen that start lower.
@@ -77,7 +81,8 @@ def check_network(
 ) -> Questions:
     """Refuse a network that is no denoiser of its process, before it is measured; at most five calls of one sample.
 
-    If it answers two states of the highest level alike, two calls more. Warns if it answers the same to every question.
+    If it answers two states of the highest level alike, two calls more, and two if ``v`` or ``F`` hardly moves against
+    a step. Warns if it answers the same to every question.
 
     Args:
         denoiser: The denoiser.
@@ -118,7 +123,7 @@ def _check_denoiser(ask: Questions, low: float) -> None:
     middle, x0 = ask.raw(noise[:1], first)
     ask.middle, ask.fingerprint = middle.float(), fingerprint_of(middle, x0, ask.factor(first))
     if ask.denoiser.prediction in OF_A_SIGN:
-        ask.against = _moves_against(ask, first * noise[:1], first, x0)
+        ask.against = _moves_against(ask, first * noise[:1], first, x0, first * noise[1:])
     if first != second and ask.denoiser.prediction != "edm":
         x0 = ask.denoised(second * (noise[:1] + (1 / second - 1 / first) * x0), second)
     if torch.equal(ask.top.raw[0], ask.top.raw[1]) and torch.equal(ask.top.raw[:1], ask.middle):
@@ -194,8 +199,10 @@ def _check_cache(ask: Questions) -> None:
         )
 
 
-def _moves_against(ask: Questions, z: Tensor, s: float, x0: Tensor) -> str | None:
-    """What is wrong if ``D``, ``x0`` at ``z``, moves against a step; one call.
+def _moves_against(ask: Questions, z: Tensor, s: float, x0: Tensor, other: Tensor | None = None) -> str | None:
+    """What is wrong if ``D``, ``x0`` at ``z``, moves against a step, and if it hardly does, at ``other`` too.
+
+    One call, or three.
 
     The Jacobian of a denoiser, ``Cov[x0 | z] / s^2``, has no negative eigenvalue. Where ``R`` has the wrong sign, that
     of ``D' = 2 a z - D`` has, along all in which data vary more than twice as much as ``a`` assumes: most likely along
@@ -209,6 +216,8 @@ def _moves_against(ask: Questions, z: Tensor, s: float, x0: Tensor) -> str | Non
     along = float((moved * step).sum())
     if along >= min(AGAINST_STEP * float(moved.norm()), AGAINST_SLOPE * a * s):
         return None
+    if other is not None and along > AGAINST_SURELY * a * s:
+        return _moves_against(ask, other, s, ask.denoised(other, s))
     return (
         f"at level {s:.3g} the denoised sample moves by {along:.3g} along a step of {s:.3g} of the input, where a "
         "denoiser's does not move against it"
