@@ -22,7 +22,7 @@ from fastsched.fitting.loop import MODEL_CALLS, FitReport, affordable, fit_by_ru
 from fastsched.fitting.rollouts import Run, Runner
 from fastsched.fitting.run_log import RunLog, identity, runs_beside
 from fastsched.measurement.batches import resumed
-from fastsched.measurement.devices import measured_in_group, rank_and_size
+from fastsched.measurement.devices import check_alike, measured_in_group, rank_and_size
 from fastsched.measurement.measuring import (
     batches_of,
     check_same_network,
@@ -87,7 +87,7 @@ def fit(
         checkpoint: A file of every finished path, as in `measure`; beside it ``checkpoint.runs`` holds every finished
             run of candidates and of tuning. The same call goes on from there to the same bits, after Ctrl-C, errors and
             ``kill -9``; at most one batch is run twice. The files stay: remove them afterwards.
-        group: As in `measure`; its first process decides what is run, and all run a part of the samples.
+        group: As in `measure`; the first process decides what is run, all run a part. All must give the same arguments.
         progress: Show progress bars, or a function called with the model calls done and their total.
 
     Returns:
@@ -137,6 +137,7 @@ def fit_report(
     log_file = None if checkpoint is None else runs_beside(checkpoint, *rank_and_size(group))
     if log_file is not None:
         check_writable(log_file)
+    what = _agreed(group, stats, steps=steps, solver=method.name, model_calls=model_calls, decoupled=decoupled or None)
     options = {"batch_size": grain, "device": device, "dtype": dtype}
     best, known = None, stats is not None
     try:
@@ -150,7 +151,6 @@ def fit_report(
             stats = with_increments(denoiser, stats, checkpoint=checkpoint, group=group, **options)
         runner, calls = Runner(denoiser, stats, method, **options), method.model_calls(steps)
         if log_file is not None:
-            what = {"steps": steps, "solver": method.name, "model_calls": model_calls, "decoupled": decoupled or None}
             runner.kept = RunLog(log_file, identity(stats, **what, batch_size=grain, dtype=str(runner.dtype))).run
         best = BestSoFar(runner, stats)
         made = partial(_fitted, best, steps=steps, method=method, calls=calls, budget=budget, decoupled=decoupled)
@@ -189,6 +189,12 @@ def _solver(name: str, decoupled: bool) -> Solver:
 def _check_steps(steps: int, count: int) -> None:
     if steps > count - 1:
         raise ValueError(f"steps must be at most {count - 1} on {count} levels, got {steps}; measure with more levels")
+
+
+def _agreed(group: Any, stats: PathStatistics | None, **arguments: Any) -> dict[str, Any]:
+    """The arguments that tell one fit from another; ValueError if other processes of a group were given others."""
+    check_alike({**arguments, "stats": None if stats is None else identity(stats)["stats"]}, group)
+    return arguments
 
 
 def _fitted(

@@ -6,6 +6,7 @@ come to different decisions.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -38,7 +39,8 @@ def led_by_first(run: Run, work: Callable[[Run], Result], group: Any) -> Result:
     try:
         result = work(lambda schedule, first, last: _dealt_out(run, schedule, first, last, group))
     except Exception as error:
-        first_ones(("failed", described(error)), group)
+        with contextlib.suppress(Exception):  # a process may be gone, which is then what went wrong
+            first_ones(("failed", described(error)), group)
         raise
     first_ones(("done", without_vectors(result)), group)
     return result

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -64,11 +64,14 @@ def measured_in_group(
             ``"first"``.
 
     Raises:
+        ValueError: If the processes were given different arguments, or know different paths already.
         RuntimeError: If another process failed; ``error.partial`` holds what all others had finished.
     """
     rank, size = rank_and_size(group)
     if size == 1:
         return measured(run, batches, found)
+    given = {"levels": run.s.tolist(), "samples and seed": batches.seeds.tolist(), "shape": batches.shape}
+    check_alike({**given, "checkpoint": None if found is None else found.seeds.tolist()}, group)
     seeds = batches.seeds if found is None else batches.seeds[~torch.isin(batches.seeds, found.seeds)]
     received = len(batches.seeds) if vectors == "all" or rank == 0 else 0
     own = replace(batches, seeds=share(seeds, group), checks=batches.checks and rank == 0, gathered=(received, size))
@@ -105,6 +108,27 @@ def all_of(value: Any, group: Any) -> list[Any]:
     found: list[Any] = [None] * rank_and_size(group)[1]
     torch.distributed.all_gather_object(found, value, group=group)
     return found
+
+
+def check_alike(given: Mapping[str, Any], group: Any) -> None:
+    """ValueError, in all processes of a group, unless all were given the same.
+
+    Else each would do its part of another work, and what they make together would be none of these.
+
+    Args:
+        given: What must be the same, by the names of arguments.
+        group: A ``torch.distributed`` group, or None.
+    """
+    if rank_and_size(group)[1] == 1:
+        return
+    first, *others = all_of(dict(given), group)
+    for rank, other in enumerate(others, 1):
+        different = [name for name in first if other[name] != first[name]]
+        if different:
+            raise ValueError(
+                f"{' and '.join(different)} must be the same in all processes of the group, but those of process "
+                f"{rank} are not those of process 0"
+            )
 
 
 def first_ones(value: Any, group: Any) -> Any:

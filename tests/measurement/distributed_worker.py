@@ -42,6 +42,36 @@ def of_pipelines(folder):
     (folder / f"pipeline-{rank}.json").write_text(json.dumps(report))
 
 
+#: Arguments of each call that differ between the processes.
+OTHER = {
+    "other measurements": ("seed", "samples", "levels", "shape"),
+    "other fits": ("steps", "solver", "decoupled", "model_calls", "stats"),
+}
+
+
+def failed(denoiser, options, rank, name):
+    """What a call says if an argument of that name is another one in each process."""
+    given = {"denoiser": denoiser, "shape": (4,), **options}
+    if name not in OTHER["other measurements"]:
+        given["steps"] = 4
+    given[name] = {
+        "seed": rank,
+        "samples": range(4 * rank, 4 * rank + 4),
+        "levels": 12 + rank,
+        "shape": (4 + rank,),
+        "steps": 4 + rank,
+        "solver": ("dpmpp_2m", "unipc")[rank],
+        "decoupled": rank == 1,
+        "model_calls": 400 + rank,
+        "stats": fs.measure(denoiser, (4,), levels=12, samples=range(4 * rank, 4 * rank + 4), progress=False),
+    }[name]
+    try:
+        (fs.fit if "steps" in given else fs.measure)(**given)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def main(task, folder):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others when one has died
     if task == "pipeline":
@@ -60,6 +90,8 @@ def main(task, folder):
             raise RuntimeError("broken")
         if task == "fit fails" and rank == 1 and calls > 60:  # two paths are measured by then
             raise RuntimeError("broken")
+        if task == "fit dies" and rank == 1 and calls > 60:
+            os._exit(3)
         if task == "interrupted" and rank == 1 and calls > 30:
             raise KeyboardInterrupt
         return oracle.denoise(z, s)
@@ -72,7 +104,9 @@ def main(task, folder):
             stats = fs.measure(denoiser, (4,), keep_increments=True, checkpoint=folder / "whole.safetensors", **options)
             stats.save(folder / f"{rank}.safetensors", vectors=True)
             report = {"model_calls": stats.model_calls}
-        elif task in ("fit", "fit fails"):
+        elif task.startswith("other "):
+            report = {"failed": [failed(denoiser, options, rank, each) for each in OTHER[task]]}
+        elif task in ("fit", "fit fails", "fit dies"):
             schedule = fs.fit(denoiser, (4,), 4, model_calls=400, **options)
             report = {"sigmas": schedule.sigmas.tolist(), "error": schedule.measured_error}
         else:

@@ -106,12 +106,32 @@ def test_a_run_that_fails_in_one_process_is_its_own_error_there(tmp_path):
     assert [report["failed"] for report in reports] == ["process 1 of the group failed: RuntimeError: broken", "broken"]
 
 
+def test_a_process_that_dies_in_a_run_costs_the_others_no_measurement(tmp_path):
+    reports, done = run("fit dies", tmp_path)
+    assert reports[0] is not None, done.stderr
+    assert reports[0]["finished"] == 5
+
+
 def test_an_interrupt_in_a_group_hands_no_process_less_than_the_others(tmp_path):
     """Not even with a warning, as without a group: the processes would go on with different statistics."""
     reports, done = run("interrupted", tmp_path)
     assert None not in reports, done.stderr
     assert (reports[1]["kind"], reports[1]["finished"]) == ("KeyboardInterrupt", 1)
     assert (reports[0]["kind"], reports[0]["finished"]) == ("RuntimeError", 3)
+
+
+@pytest.mark.parametrize("task", ["other measurements", "other fits"])
+def test_processes_of_a_group_that_were_given_different_arguments_are_told_which(tmp_path, task):
+    reports, done = run(task, tmp_path)
+    assert None not in reports, done.stderr
+    names = ["samples and seed"] * 2 + ["levels", "shape"]
+    if task == "other fits":
+        names = ["steps", "solver", "decoupled", "model_calls", "stats"]
+    for report in reports:
+        assert report["failed"] == [
+            f"{name} must be the same in all processes of the group, but those of process 1 are not those of process 0"
+            for name in names
+        ]
 
 
 def test_a_group_needs_processes():
