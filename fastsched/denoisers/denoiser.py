@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers import edm
+from fastsched.denoisers.batch_levels import on_device, per_sample, sample_levels
 from fastsched.denoisers.network_errors import checked_output, explained
 from fastsched.denoisers.noise import (
     ContinuousVP,
@@ -291,12 +292,12 @@ class Denoiser:
     def _output(
         self, x: Tensor, s: Tensor | float, dtype: torch.dtype | None, told: Tensor | float | None = None
     ) -> Tensor:
-        levels = _levels(s, x)
-        told_levels = levels if told is None else _levels(told, x)
+        levels = sample_levels(s, x)
+        told_levels = levels if told is None else sample_levels(told, x)
         network_input = x
         if self.prediction == "edm":
             scale = (levels.square() + self.sigma_data**2).rsqrt()
-            network_input = x * _per_sample(scale, x)
+            network_input = x * per_sample(scale, x)
             condition = told_levels.log() / 4
         else:
             timestep = self.process.timestep(told_levels)
@@ -304,7 +305,7 @@ class Denoiser:
         integers = getattr(self.process, "integer_timesteps", False)
         # The condition stays float32 in half precision: bfloat16 would merge neighbouring levels.
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        condition = _on_device(condition.to(torch.int64 if integers else wide), x)
+        condition = on_device(condition.to(torch.int64 if integers else wide), x)
         try:
             output = self.network(network_input.to(dtype or x.dtype, copy=network_input is x), condition)
         except StopIteration as error:
@@ -331,11 +332,11 @@ class Denoiser:
         Returns:
             ``E[x0 | x]``, [B, *shape], in the dtype of ``y``.
         """
-        levels = _levels(s, y)
+        levels = sample_levels(s, y)
         a, c = self.coefficients(levels)
-        x = y * _per_sample(self.process.sigma(levels), y)
+        x = y * per_sample(self.process.sigma(levels), y)
         output = self.borrowed_output(x, levels, dtype=dtype, told=told).to(y.dtype)
-        scaled, factor = _per_sample(a, y) * x, _per_sample(c, y)
+        scaled, factor = per_sample(a, y) * x, per_sample(c, y)
         return scaled + factor * output if isinstance(factor, Tensor) else scaled.add(output, alpha=factor)
 
     def __call__(self, z: Tensor, s: Tensor | float) -> Tensor:
@@ -345,10 +346,10 @@ class Denoiser:
             z: [B, *shape].
             s: One finite level, or one per sample [B].
         """
-        levels = _levels(s, z)
+        levels = sample_levels(s, z)
         if not bool((levels.isfinite() & (levels > 0)).all()):
             raise ValueError(f"s must be positive and finite, got {validate.shown(s)}")
-        return self.denoise(z / _per_sample(levels, z), levels)
+        return self.denoise(z / per_sample(levels, z), levels)
 
     @property
     def device(self) -> torch.device:
@@ -391,29 +392,3 @@ def placement(
         denoiser.device if device is None else validate.device("device", device),
         denoiser.dtype if dtype is None else validate.floating_dtype("dtype", dtype),
     )
-
-
-def _levels(s: Tensor | float, x: Tensor) -> Tensor:
-    """Levels [1] of all samples of ``x``, or one for each [B]; float64 on the CPU: Apple's GPUs have no float64."""
-    values = s.cpu().double() if isinstance(s, Tensor) else torch.as_tensor(s, dtype=torch.float64, device="cpu")
-    return values.reshape(1) if values.numel() == 1 else values.flatten().expand(x.shape[0])
-
-
-def _on_device(values: Tensor, x: Tensor) -> Tensor:
-    """[1] or [B] values as a new tensor [B] on the device of ``x``.
-
-    One value is written there by a kernel: a copy from the CPU would wait for all work before it. A value that a
-    gradient is taken of stays what it is.
-    """
-    if values.requires_grad:
-        return values.to(x.device).expand(len(x))
-    if len(values) == 1:
-        return x.new_full((len(x),), values.item(), dtype=values.dtype)
-    return values.to(x.device, copy=True)
-
-
-def _per_sample(values: Tensor, like: Tensor) -> Tensor | float:
-    """[B] values shaped to broadcast over ``like`` [B, *shape], in its dtype; one value as a number."""
-    if len(values) == 1 and not values.requires_grad:
-        return values.item()
-    return _on_device(values.to(like.dtype), like).reshape(-1, *[1] * (like.ndim - 1))

@@ -67,7 +67,7 @@ class AdaptiveSchedule:
             raise ValueError(f"s must be levels above 0 and below infinity, got {ends}{hint}")
         if not 0 < rate <= 1:
             raise ValueError(f"rate must be within (0, 1], got {rate!r}")
-        self.rate, self.order, self.updates = float(rate), order, 0
+        self.rate, self.order, self.updates = float(rate), int(order), 0  # plain numbers, for files
         self.group = group
         # Sums and counts instead of means: they add up over micro-batches, and over ranks with batches of other sizes.
         self._sums = torch.zeros(len(self.s) - 1, dtype=torch.float64, device="cpu")

@@ -151,8 +151,8 @@ def target_error(stats: PathStatistics, solver: str | Solver, target: object) ->
             raise ValueError(f"target must be a pair like ('karras', 20), got {target!r}")
         name, steps = validate.choice("target", target[0], COMMON), validate.positive_int("target steps", target[1])
         target = common_sigmas(stats.process, stats.s, name, steps)
-    if isinstance(target, (Schedule, Tensor)):
-        sigmas = target if isinstance(target, Schedule) else validate.descending_sigmas("target", target)
+    if isinstance(target, Schedule) or (isinstance(target, Tensor) and target.ndim > 0):
+        sigmas = target if isinstance(target, Schedule) else validate.descending_sigmas("target", target, to_zero=True)
         return predict_error(stats, sigmas, solver)
     try:
         return validate.positive("target", target)

@@ -1,5 +1,6 @@
 import socket
 
+import numpy as np
 import pytest
 import torch
 
@@ -254,3 +255,13 @@ def test_what_was_made_in_inference_mode_goes_on_outside_of_it(loaded):
         assert adaptive.update()
     adaptive.observe(torch.tensor([2.0, 2.0]))
     assert adaptive.update()
+
+
+@pytest.mark.parametrize("order", [np.int64(4), torch.tensor(4)])
+def test_the_state_holds_plain_numbers_that_load_as_weights_do(order, tmp_path):
+    adaptive = fs.AdaptiveSchedule([4.0, 2.0, 1.0], rate=np.float32(0.5), order=order)
+    torch.save(adaptive.state_dict(), tmp_path / "state.pt")
+    resumed = fs.AdaptiveSchedule([2.0, 1.0])
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert (resumed.order, resumed.rate) == (4, 0.5)
+    assert type(adaptive.order) is int

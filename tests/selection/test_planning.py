@@ -86,6 +86,12 @@ def test_bad_targets(stats, target, message):
         fs.steps_needed(stats, target=target, max_steps=5)
 
 
+def test_a_tensor_may_be_an_error_or_sigmas(stats):
+    assert fs.steps_needed(stats, target=torch.tensor(0.5)) == fs.steps_needed(stats, target=0.5)
+    with pytest.raises(ValueError, match="target must end in 0"):
+        fs.steps_needed(stats, target=torch.tensor([20.0, 1.0]))
+
+
 def test_prediction_refuses_what_does_not_end_in_zero(stats):
     with pytest.raises(ValueError, match="sigmas must end in 0"):
         fs.predict_error(stats, [40.0, 1.0])
