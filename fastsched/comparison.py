@@ -299,22 +299,23 @@ def _planned(
         if not isinstance(name, str):
             raise TypeError(f"schedules must have names that are text, got {validate.shown(name)}")
         is_run(f"schedules[{name!r}]", schedule)
-        chosen = solver
-        if isinstance(schedule, Schedule):
-            chosen = solver if solver is not None else schedule.solver
-            if schedule.noise != denoiser.process.kind:
-                raise ValueError(
-                    f"schedules[{name!r}] is for a {schedule.noise!r} noise process, and the denoiser's is "
-                    f"{denoiser.process.kind!r}; compare schedules of one model"
-                )
+        chosen = solver if solver is not None else getattr(schedule, "solver", None)
+        if isinstance(schedule, Schedule) and schedule.noise != denoiser.process.kind:
+            raise ValueError(
+                f"schedules[{name!r}] is for a {schedule.noise!r} noise process, and the denoiser's is "
+                f"{denoiser.process.kind!r}; compare schedules of one model"
+            )
         if chosen is None:
             raise ValueError(f"solver must be given, because schedules[{name!r}] is not a Schedule and names none")
         sigmas = schedule.sigmas if isinstance(schedule, Schedule) else schedule
         values = validate.descending_sigmas(f"schedules[{name!r}]", sigmas, to_zero=True)
-        denoiser.process.level(values)  # raises where sigmas are not of this process
-        method = schedule_solver(schedule, chosen)
-        if getattr(schedule, "network_sigmas", None) is not None:
-            check_decoupled(method.name)
+        try:
+            denoiser.process.level(values)  # raises where sigmas are not of this process
+            method = schedule_solver(schedule, chosen)
+            if getattr(schedule, "network_sigmas", None) is not None:
+                check_decoupled(method.name)
+        except ValueError as error:
+            raise ValueError(f"schedules[{name!r}]: {error}") from None
         runs[name] = (schedule if isinstance(schedule, Schedule) else values, method)
     return runs
 

@@ -3,6 +3,7 @@ import io
 import itertools
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -297,3 +298,14 @@ def test_names_and_batch_sizes_of_compare(gaussian, converged):
         compare(gaussian, {8: schedule}, reference=converged, progress=False)
     rows = compare(gaussian, {"8": schedule}, reference=converged, batch_size=np.int64(2), progress=False).rows
     assert rows[0].steps == 2
+
+
+def test_a_schedule_that_cannot_be_compared_is_named(gaussian):
+    right = fs.Schedule([20.0, 1.0, 0.0], "ddim")
+    told = replace(right, network_sigmas=[20.0, 1.0])
+    for wrong, solver in ((replace(right, solver="ancestral"), None), (told, "heun")):
+        with pytest.raises(ValueError, match=r"schedules\['b'\]: solver must be deterministic"):
+            fs.compare(gaussian, {"a": right, "b": wrong}, solver, shape=SHAPE, samples=2, progress=False)
+    flow = fs.Denoiser.from_velocity(lambda x, t: x)
+    with pytest.raises(ValueError, match=r"schedules\['b'\]: sigmas of a flow model are times"):
+        fs.compare(flow, {"b": right.sigmas}, "ddim", shape=(4,), samples=2, progress=False)
