@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.ops import eager, registration
 from fastsched.ops.backends import BACKENDS, KERNEL_DTYPES, resolve_backend
 
@@ -74,6 +75,7 @@ def level_increment_gram(
         ``[N, N]`` float64, or ``[B, N, N]`` per sample, on R's device.
 
     Raises:
+        TypeError: What should be a tensor is none.
         ValueError: A shape, dtype or device that does not fit, an unknown option, ``backend="triton"`` where the
             kernels cannot run, or more samples than one launch of the kernel can index.
     """
@@ -103,6 +105,7 @@ def vector_gram(vectors: Tensor, *, precision: str = "bf16x3", backend: str = "a
         ``[B, V, V]`` float64 (float32 on Apple's GPUs), on the vectors' device.
 
     Raises:
+        TypeError: What should be a tensor is none.
         ValueError: A shape or dtype that does not fit, an unknown option, or ``backend="triton"`` where the kernels
             cannot run.
     """
@@ -127,8 +130,9 @@ def pairwise_squared_distances(gram: Tensor) -> Tensor:
     Returns:
         ``[..., N, N]`` float64, symmetric, zero on the diagonal; rounding below zero is cut off.
     """
-    if gram.ndim < 2 or gram.shape[-1] != gram.shape[-2]:
-        raise ValueError(f"gram must be [..., N, N]; got shape {tuple(gram.shape)}")
+    _check_dense("gram", gram)
+    if gram.is_complex() or gram.ndim < 2 or gram.shape[-1] != gram.shape[-2]:
+        raise ValueError(f"gram must be real, [..., N, N]; got {validate.shown(gram)}")
     gram = gram.double()
     between = gram.triu(1)  # k < j
     below = between.flip(-2).cumsum(-2).flip(-2) - between  # [i, j]: sum over i < k < j
@@ -152,6 +156,7 @@ def hutchinson_reduce(V: Tensor, JV: Tensor, *, backend: str = "auto") -> tuple[
         Two tensors ``[N, B]``, float64, on JV's device.
 
     Raises:
+        TypeError: What should be a tensor is none.
         ValueError: A shape, dtype or device that does not fit, ``backend="triton"`` where the kernels cannot run,
             or more elements than one launch of the kernel can index.
     """
@@ -180,6 +185,11 @@ def _check_data(name: str, tensor: Tensor, axes: str = "N, B, d") -> None:
         raise ValueError(f"{name} must be [{axes}] and not empty; got shape {tuple(tensor.shape)}")
 
 
+def _check_dense(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {validate.shown(tensor)}")
+
+
 def _check_like(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
     _check_dtype(name, tensor)
     N, B, d = like.shape
@@ -191,6 +201,7 @@ def _check_like(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None
 
 
 def _check_dtype(name: str, tensor: Tensor) -> None:
+    _check_dense(name, tensor)
     if tensor.dtype not in _DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise ValueError(f"{name} must be one of {allowed}; got {tensor.dtype}")
@@ -202,7 +213,7 @@ def _coefficients(
     """``a`` and ``c`` as ``[2, N]`` float64: on R's device if both are there already, else on the host."""
     N, both = R.shape[0], []
     for name, value in (("a", a), ("c", c)):
-        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
+        tensor = value if isinstance(value, Tensor) else validate.float64(name, value)
         if tensor.shape != (N,):
             raise ValueError(f"{name} must be [{N}], one per level of R; got shape {tuple(tensor.shape)}")
         both.append(tensor)

@@ -288,3 +288,24 @@ assert (found - expected).abs().max() <= 1e-5 * expected.max()
 assert not [name for name in sys.modules if name.startswith("fastsched.kernels")]
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+DATA = torch.ones(3, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: level_increment_gram(DATA.numpy(), None, [1] * 3, [1] * 3), "R"),
+        (lambda: level_increment_gram(DATA.tolist(), None, [1] * 3, [1] * 3), "R"),
+        (lambda: level_increment_gram(DATA.to_sparse(), None, [1] * 3, [1] * 3), "R"),
+        (lambda: level_increment_gram(DATA, DATA.numpy(), [1] * 3, [1] * 3), "X"),
+        (lambda: level_increment_gram(DATA, None, None, [1] * 3), "a"),
+        (lambda: level_increment_gram(DATA, None, [1] * 3, "ccc"), "c"),
+        (lambda: pairwise_squared_distances(np.ones((3, 3))), "gram"),
+        (lambda: hutchinson_reduce(None, DATA), "V"),
+    ],
+)
+def test_what_is_no_tensor_is_named(call, name):
+    with pytest.raises(TypeError, match=f"^{name} must be a"):
+        call()
