@@ -22,16 +22,25 @@ ELEMENTS = 1 << 14
 #: Deeper than anything but a mistake.
 DEEPEST = 40
 
-#: Attributes that are bookkeeping: they change without any change of what is computed.
+#: Attributes of ComfyUI's own classes that are bookkeeping: they change without any change of what is computed.
 BOOKKEEPING = frozenset(
     {
         *("uuid", "patches_uuid", "hook_id", "device", "load_device", "offload_device", "cond_hint", "timestep_range"),
         *("inner_model", "loaded_models", "conds"),  # of a guider, while it samples
-        *("current_patcher", "parent", "backup", "object_patches_backup", "_curr_t", "size", "model_sampling_current"),
-        # how much of a network is loaded at the moment
-        *("model_loaded_weight_memory", "model_offload_buffer_memory", "model_lowvram", "lowvram_patch_counter"),
+        *("current_patcher", "parent", "backup", "object_patches_backup", "_curr_t", "model_sampling_current"),
     }
 )
+#: What is no setting of a network, of whatever class: what PyTorch keeps in every module, of which the tensors are read
+#: as such; and how much of it ComfyUI has loaded at the moment.
+NO_SETTINGS = frozenset(
+    {
+        *vars(torch.nn.Module()),
+        *("model_loaded_weight_memory", "model_offload_buffer_memory", "model_lowvram", "lowvram_patch_counter"),
+        *("comfy_patched_weights", "comfy_cast_weights", "prev_comfy_cast_weights"),
+    }
+)
+#: The flag of classes that are no part of the interpreter's own, `Py_TPFLAGS_HEAPTYPE`.
+HEAP_TYPE = 1 << 9
 #: What counts in a ModelPatcher of ComfyUI, beside its network's weights.
 PATCHER = (
     *("patches", "object_patches", "model_options", "weight_wrapper_patches", "wrappers", "callbacks", "injections"),
@@ -88,17 +97,14 @@ class _Reader:
     def _read_new(self, value: Any, depth: int) -> None:
         if isinstance(value, torch.Tensor):
             self.tensor(value)
-        elif isinstance(value, dict):
-            self.mapping(value, depth)
-        elif isinstance(value, (list, tuple)):
-            self.say(type(value).__name__, len(value))
-            self.each(value, depth)
-        elif isinstance(value, (set, frozenset)):
-            self.say("set", *sorted(repr(item) for item in self._plain(value)))
+        elif isinstance(value, (dict, list, tuple, set, frozenset)):
+            self.container(value, depth)
         elif isinstance(value, enum.Enum):
             self.say(type(value).__qualname__, value.name)
         elif isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
             self.say("named", getattr(value, "__module__", ""), getattr(value, "__qualname__", value.__name__))
+            if isinstance(value, types.BuiltinFunctionType):
+                self.read(value.__self__, depth)  # what it is a method of, or its module
         elif isinstance(value, types.FunctionType):
             self.function(value, depth)
         elif isinstance(value, types.MethodType):
@@ -118,27 +124,55 @@ class _Reader:
         for value in values:
             self.read(value, depth)
 
+    def container(self, value: Any, depth: int) -> None:
+        self.say(type(value).__name__, len(value))
+        if isinstance(value, dict):
+            self.mapping(value, depth)
+        elif isinstance(value, (list, tuple)):
+            self.each(value, depth)
+        else:
+            self.say(*sorted(repr(item) for item in self._plain(value)))
+        self.mapping(getattr(value, "__dict__", NOTHING), depth)  # of a class derived from it
+
     def mapping(self, value: dict[Any, Any], depth: int, skipped: frozenset[str] = frozenset({"uuid"})) -> None:
-        self.say("dict")
-        for key, item in value.items():
-            if isinstance(key, str) and key in skipped:
-                continue
+        kept = [(key, item) for key, item in value.items() if not (isinstance(key, str) and key in skipped)]
+        self.say("dict", len(kept))
+        for key, item in kept:
             self.read(key, depth)
             self.read(item, depth)
 
     def function(self, value: types.FunctionType, depth: int) -> None:
-        code = value.__code__
-        self.say("function", value.__module__, value.__qualname__, code.co_code, repr(code.co_names))
-        self.each([const for const in code.co_consts if not isinstance(const, types.CodeType)], depth)
+        self.say("function", value.__module__, value.__qualname__)
+        self.code(value.__code__, value.__globals__, depth)
         self.each([cell.cell_contents for cell in value.__closure__ or ()], depth)
         self.each((value.__defaults__, value.__kwdefaults__), depth)
 
+    def code(self, code: types.CodeType, known: dict[str, Any], depth: int) -> None:
+        """What a function does, those within it too, and the numbers and texts among the globals that it names."""
+        self.say("code", code.co_code, repr(code.co_names), len(code.co_consts))
+        for const in code.co_consts:
+            if isinstance(const, types.CodeType):
+                self.code(const, known, depth)
+            else:
+                self.read(const, depth)
+        for name in code.co_names:
+            if isinstance(known.get(name), (bool, int, float, str, dict, list, tuple)):
+                self.say("global", name)
+                self.read(known[name], depth)
+
     def instance(self, value: Any, depth: int) -> None:
-        state = getattr(value, "__dict__", None)
-        if state is None:
+        """An object: all its attributes, which are all there is to it only if its classes are made in Python."""
+        classes = type(value).__mro__[:-1]
+        slotted = [vars(each)["__slots__"] for each in classes if "__slots__" in vars(each)]
+        if not all(map(_made_in_python, classes)) or not (slotted or hasattr(value, "__dict__")):
             raise Unreadable(type(value))
+        state = dict(getattr(value, "__dict__", NOTHING))
+        for slots in slotted:
+            for name in (slots,) if isinstance(slots, str) else slots:
+                if hasattr(value, name) and name not in ("__dict__", "__weakref__"):
+                    state[name] = getattr(value, name)
         self.say("object", type(value).__module__, type(value).__qualname__)
-        self.mapping(state, depth, BOOKKEEPING)
+        self.mapping(state, depth, BOOKKEEPING if _of_comfyui(value) else frozenset())
 
     def patcher(self, value: Any, depth: int) -> None:
         """A ModelPatcher: its weights as they were before its patches, and the patches."""
@@ -159,10 +193,15 @@ class _Reader:
                 continue
             self.say(name)
             self.tensor(originals.get(name, tensor), ELEMENTS)
-        plain = {
-            k: v for k, v in vars(value).items() if isinstance(v, (bool, int, float, str)) and k not in BOOKKEEPING
-        }
-        self.mapping(plain if originals is NOTHING else {}, depth)
+        if originals is not NOTHING:
+            return
+        for name, part in value.named_modules():
+            own = {key: item for key, item in vars(part).items() if key not in NO_SETTINGS}
+            if _of_comfyui(part):  # those within others change as they are loaded
+                kept = {k: v for k, v in own.items() if isinstance(v, (bool, int, float, str)) and k not in BOOKKEEPING}
+                own = kept if part is value else {}
+            self.say(name, type(part).__module__, type(part).__qualname__)
+            self.mapping(own, depth)
 
     def tensor(self, value: torch.Tensor, most: int | None = None) -> None:
         """All elements, or about ``most`` of them, evenly spread."""
@@ -179,3 +218,14 @@ class _Reader:
             if not isinstance(value, (bool, int, float, str)):
                 raise Unreadable
             yield value
+
+
+def _of_comfyui(value: Any) -> bool:
+    """Whether a class of ComfyUI is among those of ``value``."""
+    return any((each.__module__ or "").partition(".")[0] in ("comfy", "comfy_extras") for each in type(value).__mro__)
+
+
+def _made_in_python(kind: type) -> bool:
+    """Whether instances hold nothing but attributes, as far as this class goes; those of C classes may."""
+    own = not isinstance(vars(kind).get("__new__"), types.BuiltinFunctionType) and kind.__flags__ & HEAP_TYPE
+    return bool(own) or kind is types.SimpleNamespace

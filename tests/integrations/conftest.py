@@ -116,6 +116,8 @@ class Model:
 class Guider:
     """ComfyUI's CFGGuider."""
 
+    __module__ = "comfy.samplers"
+
     def __init__(self, model):
         self.model_patcher, self.model_options = model, model.model_options
 

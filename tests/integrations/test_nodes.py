@@ -213,11 +213,68 @@ def test_how_much_of_a_network_is_loaded_does_not_count(package):
     assert digest(control) != before
 
 
+class Sharpen:
+    """A patch as a custom node has it, with attributes of names that ComfyUI gives to bookkeeping."""
+
+    def __init__(self, **settings):
+        self.__dict__.update(settings)
+
+
+class Slotted:
+    __slots__ = ("__dict__", "strength")
+
+    def __init__(self, strength):
+        self.strength = strength
+
+
+class Settings(dict):
+    """A dict with an attribute."""
+
+    def __init__(self, strength):
+        self.strength = strength
+
+
+def module_with(strength):
+    """A patch that is a module, and has its setting in a part."""
+    found = torch.nn.Sequential(torch.nn.Identity())
+    found[0].strength = [strength]
+    return found
+
+
+def function_with(text, **known):
+    exec(text, known)
+    return known["patch"]
+
+
+PATCHES = {
+    **{
+        f"attribute {name}": lambda v, name=name: Sharpen(**{name: v}) for name in ("size", "device", "parent", "conds")
+    },
+    "slots": Slotted,
+    "attribute of a dict": Settings,
+    "part of a module": module_with,
+    "builtin method": lambda v: torch.tensor(v).mul,
+    "namespace": lambda v: __import__("types").SimpleNamespace(strength=v),
+    "global": lambda v: function_with("def patch(told): return told['denoised'] * strength", strength=v),
+    "function in a function": lambda v: function_with(f"def patch(told): return (lambda: {v})()"),
+    "nesting": lambda v: {"a": {}, "b": 1} if v == 2.0 else {"a": {"b": 1}},
+}
+
+
+@pytest.mark.parametrize("kind", list(PATCHES))
+def test_a_patch_s_settings_count_wherever_they_are(package, kind):
+    digest = sys.modules[f"{package.__name__}.content"].digest
+    make = PATCHES[kind]
+    assert digest(make(2.0)) == digest(make(2.0)) is not None
+    assert digest(make(2.0)) != digest(make(3.0)) is not None
+
+
 def test_what_cannot_be_read_is_not_remembered(package, given):
     digest = sys.modules[f"{package.__name__}.content"].digest
     assert digest(given()["model"]) == digest(given()["model"]) is not None
     lock = __import__("threading").Lock()
     assert digest({"patch": lambda: lock}) is None
+    assert digest(type("Dice", (__import__("random").Random,), {})()) is None  # its state is not among its attributes
     assert digest([1, 2]) != digest([2, 1])
     assert digest("ab", "c") != digest("a", "bc")
     big = torch.zeros(5_000_000)
