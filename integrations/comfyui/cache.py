@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.schedule import Schedule
 
-#: The oldest files are removed when there are more.
-MOST_FILES = 200
+#: The oldest files are removed when there are more; files of other names are not touched.
+MOST_FILES, OWN_NAME = 200, re.compile(r"[0-9a-f]{64}\.(json|safetensors)")
 
 #: Increments of more bytes are not held.
 MOST_BYTES = 1 << 30
@@ -83,6 +84,7 @@ def _path(key: str | None, ending: str) -> Path | None:
 
 
 def _prune(home: Path) -> None:
-    files = sorted((path for path in home.iterdir() if path.is_file()), key=lambda path: path.stat().st_mtime)
+    ours = (path for path in home.iterdir() if OWN_NAME.fullmatch(path.name) and path.is_file())
+    files = sorted(ours, key=lambda path: path.stat().st_mtime)
     for path in files[: max(len(files) - MOST_FILES, 0)]:
         os.unlink(path)

@@ -21,6 +21,10 @@ from .measuring import largest_change, on_trained_levels, process_of
 
 #: What a saved file may be called: no folders, no hidden files.
 NAME = re.compile(r"\w[\w .+-]{0,99}")
+#: Names that Windows gives to devices, with any ending: what is written to them is lost.
+DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d) *(\..*)?", re.IGNORECASE)
+#: The most bytes that a name may have, so that a number and ``.json`` fit within the 255 of most file systems.
+MOST_BYTES = 240
 #: The dropdown shows at most so many files, of folders at most so deep.
 MOST_FILES, DEEPEST = 500, 3
 #: Largest relative difference of a schedule's first sigma and the model's.
@@ -151,6 +155,10 @@ def checked_name(name: Any) -> str:
         raise ValueError(
             f"name must be of letters, digits, spaces and '_.+-', at most 100, without folders, got {name!r:.120}"
         )
+    if len(plain.encode()) > MOST_BYTES:
+        raise ValueError(f"name must have at most {MOST_BYTES} bytes in UTF-8, got {len(plain.encode())}; shorten it")
+    if DEVICES.fullmatch(plain):
+        raise ValueError(f"name must not be one that Windows gives to a device, got {name!r:.120}")
     return plain
 
 
@@ -187,9 +195,7 @@ def listed() -> list[str]:
         if root is not None:
             for path, time in _json_files(root, DEEPEST):
                 found.append((time, os.path.relpath(path, root).replace(os.sep, "/") + ending))
-                if len(found) >= MOST_FILES:
-                    break
-    return [name for _, name in sorted(found, reverse=True)]
+    return [name for _, name in sorted(found, reverse=True)[:MOST_FILES]]
 
 
 def _json_files(folder: str, depth: int) -> Iterator[tuple[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -33,11 +34,9 @@ def fit(guider: Any, latent: dict[str, Any], settings: Settings) -> tuple[Found,
     Raises:
         ValueError: If the model cannot be measured: what it does depends on the step, a mask overwrites its latents.
     """
-    import comfy.sample
-
     model = guider.model_patcher
     check(model, latent)
-    image = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    image = sampled_latent(model, latent)
     process = process_of(model.get_model_object("model_sampling"))
     content = image if bool(image.any()) else image.shape[1:]
     asked = (settings.seed, settings.levels, settings.samples)
@@ -60,6 +59,18 @@ def fit(guider: Any, latent: dict[str, Any], settings: Settings) -> tuple[Found,
     if getattr(process, "integer_timesteps", False):
         words.append("sigmas on trained levels")  # ComfyUI rounds timesteps, so that only such were considered
     return found, words
+
+
+def sampled_latent(model: Any, latent: dict[str, Any]) -> torch.Tensor:
+    """The latent as ComfyUI's sampler nodes give it to the model: an empty one gets its channels, frames and size.
+
+    Newer versions of ComfyUI also take what the LATENT says about its scale, under the names of their arguments.
+    """
+    import comfy.sample
+
+    sized = comfy.sample.fix_empty_latent_channels
+    more = [name for name in inspect.signature(sized).parameters if name in latent and name != "samples"]
+    return sized(model, latent["samples"], **{name: latent[name] for name in more})
 
 
 def check(model: Any, latent: dict[str, Any]) -> None:

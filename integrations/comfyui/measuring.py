@@ -67,6 +67,11 @@ def process_of(model_sampling: Any) -> NoiseProcess:
     signal = float(model_sampling.noise_scaling(half, torch.zeros_like(one), one.clone()).flatten()[0])
     noise = float(model_sampling.noise_scaling(half, one.clone(), torch.zeros_like(one)).flatten()[0])
     low, high = float(model_sampling.sigma_min), float(model_sampling.sigma_max)
+    if not 0 <= low < high < math.inf:
+        raise ValueError(
+            f"the model's sigmas must be from one number up to a larger one, got {low:.5g} to {high:.5g}; look at the "
+            "settings of its sampling (a ModelSampling node)"
+        )
     if math.isclose(noise, 0.5, rel_tol=1e-3) and math.isclose(signal, 0.5, rel_tol=1e-3):
         return FlowMatching(max(low, LOWEST_FLOW_TIME), 1.0 if high > 1 - PURE_NOISE else high)
     if not (math.isclose(noise, 0.5, rel_tol=1e-3) and math.isclose(signal, 1.0, rel_tol=1e-3)):

@@ -250,3 +250,17 @@ def test_a_damaged_file_is_a_message(comfy, load, kind):
     message = load.VALIDATE_INPUTS("schedule.json")
     assert reason in message
     assert len(message) < 600
+
+
+def test_the_dropdown_shows_the_newest_of_many_files_of_both_folders(comfy, load):
+    for n in range(510):
+        path = comfy.home / "input" / f"old{n}.json"
+        path.touch()
+        os.utime(path, (1000 + n, 1000 + n))
+    saved = comfy.home / "output" / "fastsched"
+    saved.mkdir()
+    for name in ("a", "b"):
+        (saved / f"{name}.json").touch()
+    listed = load.INPUT_TYPES()["required"]["file"][0]
+    assert {"a.json [output]", "b.json [output]"} == set(listed[:2])
+    assert listed[2:] == [f"old{n}.json" for n in reversed(range(12, 510))]

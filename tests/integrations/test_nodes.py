@@ -409,6 +409,34 @@ def test_it_works_in_inference_mode(package, given):
     assert bool(image.isfinite().all())
 
 
+def test_an_empty_latent_is_measured_at_the_size_that_is_sampled(package, given, monkeypatch):
+    def half(model, latent_image, downscale_ratio_spacial=None):
+        """As newer versions of ComfyUI do for a model whose latents are smaller than those of the LATENT."""
+        return latent_image[..., :1] if downscale_ratio_spacial == 8 else latent_image
+
+    monkeypatch.setattr(sys.modules["comfy.sample"], "fix_empty_latent_channels", half)
+    latent = {"samples": torch.zeros(2, 1, 4, 2), "downscale_ratio_spacial": 8, "batch_index": [0, 1]}
+    assert fit(package, given(latent=latent))[3].stats.shape == (1, 4, 1)
+
+
+def test_sigmas_that_are_none_are_told(package, given, kinds):
+    sampling = kinds["flow"]()
+    sampling.sigma_max = torch.tensor(math.nan)
+    with pytest.raises(ValueError, match="sigmas must be from one number up to a larger one, got .* to nan"):
+        fit(package, given(sampling))
+
+
+def test_only_the_cache_s_own_files_are_removed(package, comfy, given, monkeypatch):
+    monkeypatch.setattr(sys.modules[f"{package.__name__}.cache"], "MOST_FILES", 2)
+    home = comfy.home / "user" / "fastsched"
+    home.mkdir()
+    (home / "mine.json").write_text("{}")
+    for steps in (3, 4, 5):
+        fit(package, given(steps=steps))
+    assert len(list(home.iterdir())) == 3
+    assert (home / "mine.json").exists()
+
+
 def test_inspect_draws_the_schedule_and_its_curve(package, given):
     found = fit(package, given())[3]
     image, text = node(package, "Inspect")().inspect(found, 5)
@@ -453,6 +481,10 @@ def test_fit_saves_under_a_plain_name_only(package, comfy, given):
                 fit(package, given(save_as=name))
         if name is not None:
             assert "must be of letters" in node(package, "Save").VALIDATE_INPUTS(name)
+    for name, reason in (("NUL", "device"), ("com1", "device"), ("aux.a", "device"), ("\u65e5" * 90, "270; shorten")):
+        assert reason in node(package, "Save").VALIDATE_INPUTS(name)
+    assert node(package, "Save").VALIDATE_INPUTS("console") is True
+    assert node(package, "Save").VALIDATE_INPUTS("\u65e5" * 80) is True
     assert node(package, "Save").VALIDATE_INPUTS(None) is True
     assert sorted(path.name for path in comfy.home.rglob("*.json") if "user" not in path.parts) == ["by fit.json"]
 
