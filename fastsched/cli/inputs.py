@@ -101,6 +101,7 @@ class Source:
         not_for_pipelines(shape=self.shape, batch_size=self.batch_size)
         arguments = call_arguments(self.call)
         kind = pipeline_class(self.name)
+        check_parts(self.name)
         replacing = None if self.scheduler is None else scheduler_class(self.scheduler)
         from fastsched.diffusers.pipeline_call import check_accepted
 
@@ -226,7 +227,28 @@ def pipeline_class(name: str) -> type:
     index = Path(name) / "model_index.json"
     if not index.is_file():
         raise ValueError(f"{name} is a folder without model_index.json; name one that pipe.save_pretrained wrote")
-    return _class_in(index, "from_pretrained")
+    found = _class_in(index, "from_pretrained")
+    from diffusers import DiffusionPipeline
+
+    if not issubclass(found, DiffusionPipeline) or found is DiffusionPipeline:
+        raise ValueError(f"{index} names the class {found.__name__!r}, which is no pipeline that can be loaded")
+    return found
+
+
+def check_parts(name: str) -> None:
+    """Check that each part of a saved pipeline is there and none comes with code of its own, which is not run here."""
+    entries = json.loads((Path(name) / "model_index.json").read_text(encoding="utf-8"))
+    for part, kind in entries.items():
+        if not (isinstance(kind, list) and len(kind) == 2 and all(isinstance(each, str) for each in kind)):
+            continue  # a setting, or a part that the pipeline does without
+        folder = Path(name) / part
+        if not folder.is_dir():
+            raise ValueError(f"{name} has no folder {part}, which its model_index.json names; save the pipeline again")
+        if (folder / f"{kind[0]}.py").exists():
+            raise ValueError(
+                f"{name} has code of its own, {folder / kind[0]}.py, which the shell does not run; load the pipeline "
+                "in Python and use fastsched.diffusers"
+            )
 
 
 def pipeline_call(name: str) -> tuple[str | None, list[str] | None]:
@@ -264,11 +286,18 @@ def call_arguments(options: list[str] | None) -> dict[str, Any]:
         name, equals, value = option.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"call must be NAME=VALUE such as guidance_scale=7.5, got {option!r}")
+        if name in arguments:
+            raise ValueError(f"call: {name} must be given once, got {option!r} too")
         try:
-            arguments[name] = json.loads(value)
-        except json.JSONDecodeError:
+            arguments[name] = json.loads(value, parse_constant=_no_number)
+        except ValueError:
             arguments[name] = value
     return arguments
+
+
+def _no_number(name: str) -> None:
+    """Refuse NaN and infinities, which Python takes for JSON."""
+    raise ValueError(f"{name} is no JSON")
 
 
 def check_numbers(kind: type, arguments: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -13,6 +14,7 @@ from fastsched.cli import inputs, shell, spending
 from fastsched.cli.shell import note
 
 if TYPE_CHECKING:
+    from fastsched.denoisers.denoiser import Denoiser
     from fastsched.measurement.statistics import PathStatistics
     from fastsched.sampling.schedule import Schedule
 
@@ -90,27 +92,29 @@ def measure(
     note(f"{stats.samples} paths over {stats.levels} levels, {stats.model_calls:,} model calls; wrote {output}")
 
 
+@shell.prints_aside()
 def _measured_pipeline(source: inputs.Source, samples: str | None, dry_run: bool, **settings: int) -> PathStatistics:
     """Statistics of a pipeline."""
     import fastsched as fs
     from fastsched.diffusers.pipeline_measurement import calibration_calls
 
-    pipe, arguments = source.pipeline()
     count = inputs.sample_range(samples, PIPELINE_SAMPLES)
+    pipe, arguments = source.pipeline()
     spending.say(f"{calibration_calls(settings['levels'], count):,} to measure", dry_run)
     arguments |= {"prompts": source.prompts, "progress": not source.quiet}
     with inputs.named_as_options():
         return fs.diffusers.measure(pipe, samples=count, **settings, **arguments)
 
 
+@shell.prints_aside()
 def _measured_denoiser(
     source: inputs.Source, samples: str | None, dry_run: bool, output: Path, **settings: Any
 ) -> PathStatistics:
     """Statistics of a denoiser, written to a file batch by batch."""
     from fastsched.measurement.to_file import measure_to_file
 
-    model, sizes = source.denoiser()
     count = inputs.sample_range(samples, SAMPLES)
+    model, sizes = source.denoiser()
     known = inputs.load_statistics(output).samples if settings["resume"] and output.exists() else 0
     left = max(0, (len(count) if isinstance(count, range) else count) - known)
     calls = spending.measuring_calls(model, settings["levels"], left, settings["responses"])
@@ -168,6 +172,8 @@ def fit(
     # Files and names are checked before the model loads, which may take minutes.
     chosen = None if solver is None else inputs.solver_named(solver)
     known = None if stats is None else inputs.load_statistics(stats)
+    for option in (name for name, value in (("levels", levels), ("samples", samples)) if stats and value is not None):
+        raise ValueError(f"{option} must be left out with --stats, whose levels and paths are used")
     options = {"stats": known, "levels": levels, "samples": samples, "model_calls": model_calls, "seed": seed}
     options["decoupled"] = decoupled
     schedule = _fitted(source, steps, chosen, dry_run, options)
@@ -179,6 +185,7 @@ def fit(
     note(f"wrote {output}")
 
 
+@shell.prints_aside()
 def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool, options: dict[str, Any]) -> Schedule:
     """The schedule of a pipeline or a denoiser, under one progress bar."""
     import fastsched as fs
@@ -201,14 +208,20 @@ def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool
     else:
         measuring = lambda levels, count: spending.measuring_calls(model, levels, count, responses)
         # Measured paths are followed again: a file does not hold the increments that tuning needs.
-        repeating = lambda stats: spending.measuring_calls(
-            model, stats.s, stats.samples, bool(stats.deviated), checks=False
-        )
+        repeating = partial(_repeating_calls, model)
         cost = spending.say_fitting(measuring, options, dry_run, repeating)
         options = source.running | options | {"shape": given, "solver": solver or "dpmpp_2m"}
     with shell.joint_bar(cost, not source.quiet, "fitting") as progress, inputs.named_as_options():
         run: Any = fs.diffusers.fit if source.is_pipeline else fs.fit
         return run(model, steps=steps, **options | {"progress": progress})
+
+
+def _repeating_calls(model: Denoiser, stats: PathStatistics) -> int:
+    """The model calls of following the paths of statistics once more."""
+    try:
+        return spending.measuring_calls(model, stats.s, stats.samples, bool(stats.deviated), checks=False)
+    except ValueError as error:
+        raise ValueError(f"stats are of another noise process than this model's: {error}") from None
 
 
 def _check_scheduler(scheduler: Any, steps: int, solver: str | None, decoupled: bool) -> None:

@@ -37,13 +37,13 @@ def profile(
 
     shell.writable(trace, endings=(".json",))
     source = inputs.Source(denoiser, shape, device, dtype, None, prompt, call, quiet)
-    if source.is_pipeline:
-        model, arguments = source.pipeline()
-        arguments: dict[str, Any] = ({"prompt": source.prompts[0]} if source.prompts else {}) | arguments
-    else:
-        model, sizes = source.denoiser()
-        arguments = {"shape": sizes}
-    spending.say(f"about {2 * steps + 6}", dry_run)
-    with inputs.named_as_options():
+    with shell.prints_aside(), inputs.named_as_options():
+        if source.is_pipeline:
+            model, arguments = source.pipeline()
+            arguments: dict[str, Any] = ({"prompt": source.prompts[0]} if source.prompts else {}) | arguments
+        else:
+            model, sizes = source.denoiser()
+            arguments = {"shape": sizes}
+        spending.say(f"about {2 * steps + 6}", dry_run)
         found = fs.profile(model, steps=steps, trace=trace, **arguments)
     typer.echo(found.to_json() if as_json else str(found))

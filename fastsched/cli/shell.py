@@ -126,6 +126,13 @@ def say_on_stderr(level: str) -> None:
         LOGGER.addHandler(StandardError())
 
 
+@contextlib.contextmanager
+def prints_aside() -> Iterator[None]:
+    """Let what a model prints as it is loaded and run go to stderr: stdout is for results only."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
 def note(text: str) -> None:
     """Say a line on stderr: stdout is for results only."""
     LOGGER.info(text)

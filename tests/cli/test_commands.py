@@ -386,3 +386,48 @@ def test_ranges_of_samples_are_merged(tmp_path):
     assert twice.exit_code == 2
     assert "repeats 1 of these paths" in one_line(twice)
     assert "samples must be a number, or A:B" in one_line(measure("a:b", "y.safetensors"))
+
+
+TALKING = """
+import fastsched as fs
+
+print("imported")
+oracle = fs.oracles.Gaussian(0.5, (2, 3))
+
+def answer(z, s):
+    print("asked")
+    return oracle.denoise(z, s)
+
+def build():
+    print("built")
+    return fs.Denoiser.from_denoiser(answer, 0.002, 80.0)
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("measure", "--samples", "2", "--levels", "8", "-o", "s.safetensors"),
+        ("fit", "--steps", "3", "--model-calls", "80", "--json", "-o", "fit.json"),
+        ("compare", "x-4.json", "--samples", "4", "--reference-steps", "8", "--json"),
+        ("profile", "--steps", "3", "--json"),
+    ],
+)
+def test_what_a_model_prints_is_no_result(folder, tmp_path, command):
+    (tmp_path / "talking.py").write_text(TALKING)
+    name, *rest = command
+    here = [str(tmp_path / each) if each.endswith(("fit.json", ".safetensors")) else each for each in rest]
+    here = [str(folder / each) if each == "x-4.json" else each for each in here]
+    result = run(name, f"{tmp_path / 'talking.py'}:build", *here, "--shape", "2,3")
+    assert result.exit_code == 0, result.stderr
+    assert all(word in result.stderr for word in ("imported", "built", "asked"))
+    if "--json" in command:
+        json.loads(result.stdout)
+    else:
+        assert result.stdout == ""
+
+
+def test_samples_are_checked_before_a_model_loads(tmp_path):
+    (tmp_path / "none.py").write_text("raise RuntimeError('loaded')")
+    result = run("measure", f"{tmp_path / 'none.py'}:build", "--samples", "5:3", "-o", tmp_path / "s.safetensors")
+    assert "samples must be a number" in one_line(result)

@@ -169,3 +169,19 @@ def test_decoupled_levels_are_fitted_shown_and_exported_where_they_can_be(folder
         assert refused.exit_code == 2
         assert "decoupled levels" in one_line(refused)
     assert "fs.diffusers.apply(schedule, pipe)" in run("export", output, "--to", "diffusers").stdout
+
+
+@pytest.mark.parametrize("option", ["levels", "samples"])
+def test_levels_and_samples_are_those_of_statistics(folder, model, tmp_path, option):
+    common = ("--shape", "2,3", "--steps", "4", "--stats", folder / "s.safetensors", "-o", tmp_path / "a.json")
+    result = run("fit", model, *common, f"--{option}", "4")
+    assert result.exit_code == 2
+    assert f"{option} must be left out with --stats" in one_line(result)
+
+
+def test_statistics_of_another_noise_process_are_named(folder, model, tmp_path):
+    flow = tmp_path / "flow.safetensors"
+    run("measure", model.replace(":build", ":flow"), "--shape", "2,3", "--samples", "2", "-o", flow)
+    result = run("fit", model, "--shape", "2,3", "--steps", "4", "--stats", flow, "-o", tmp_path / "a.json")
+    assert result.exit_code == 2
+    assert "stats are of another noise process" in one_line(result)

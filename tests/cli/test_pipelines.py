@@ -1,6 +1,7 @@
 """Commands on a saved pipeline folder: a small random one, with the numbers of the library called directly."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -210,9 +211,48 @@ def test_a_folder_that_is_no_pipeline_of_diffusers_is_explained(tmp_path, index,
     assert message in one_line(result)
 
 
-def test_weights_that_would_be_unpickled_are_not_read(saved, tmp_path):
-    import shutil
+def test_a_folder_whose_class_is_no_pipeline_is_refused(saved, tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "UNet2DModel"}')
+    assert "names the class 'UNet2DModel', which is no pipeline" in one_line(
+        run("measure", tmp_path, "-o", tmp_path / "s.safetensors")
+    )
 
+
+def test_a_folder_that_lacks_a_part_is_told(saved, tmp_path):
+    folder = tmp_path / "half"
+    shutil.copytree(saved, folder)
+    shutil.rmtree(folder / "unet")
+    result = run("measure", folder, "-o", tmp_path / "s.safetensors")
+    assert result.exit_code == 2
+    assert "half has no folder unet, which its model_index.json names" in one_line(result)
+
+
+def test_code_in_a_folder_is_not_run(saved, tmp_path):
+    folder = tmp_path / "coded"
+    shutil.copytree(saved, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"unet": ["own", "UNet"]}))
+    (folder / "unet" / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    result = run("measure", folder, "-o", tmp_path / "s.safetensors")
+    assert result.exit_code == 2
+    assert "own.py, which the shell does not run" in one_line(result)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--call", "eta=NaN"), "call: eta must be a value such as 0.0, got 'NaN'"),
+        (("--call", "eta=0.5", "--call", "eta=0.0"), "call: eta must be given once"),
+    ],
+)
+def test_an_argument_of_a_call_has_one_value(saved, tmp_path, options, message):
+    result = run("measure", saved, *options, "-o", tmp_path / "s.safetensors")
+    assert result.exit_code == 2
+    assert message in one_line(result)
+
+
+def test_weights_that_would_be_unpickled_are_not_read(saved, tmp_path):
     folder = tmp_path / "pickled"
     shutil.copytree(saved, folder)
     weights = next((folder / "unet").glob("*.safetensors"))
