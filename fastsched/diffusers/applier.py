@@ -153,8 +153,22 @@ class SetTimesteps(Override):
         self.begun = None
         self._set(self.schedule)
         self.count = len(self.owner.timesteps)
+        self._warn_of_list()
         if self.asked.get("strength", 1.0) < 1.0 or self._given_from_below():  # LCM's and TCD's class, or a list
             self._use(remaining(self.schedule, describe(self.owner), self._own_timesteps()[0]))
+
+    def _warn_of_list(self) -> None:
+        """Warn of a list of the call's own that is not used; pipelines of flow models always give one."""
+        name = next((name for name in ("sigmas", "timesteps") if self.asked.get(name) is not None), None)
+        if name is None or self.schedule.noise == "flow":
+            return
+        own, used = (torch.as_tensor(each).cpu().double() for each in (self._own_timesteps(), self.owner.timesteps))
+        if len(own) != len(used) or float((own - used).abs().max()) > 1.0:
+            warnings.warn(
+                f"{name} of this call is not used, because a schedule of {self.schedule.steps} steps is applied to the "
+                "scheduler; for a call with a list of its own give the pipeline its own scheduler again",
+                stacklevel=2,
+            )
 
     def _given_from_below(self) -> bool:
         """Whether a list of flow times starts below the schedule, for latents with less noise (Stable Audio 3)."""

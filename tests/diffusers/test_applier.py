@@ -1,5 +1,6 @@
 """A scheduler with an applied schedule: copied, pickled, started midway by a pipeline."""
 
+import contextlib
 import copy
 import inspect
 import pickle
@@ -180,6 +181,16 @@ def test_a_start_beyond_the_schedule_names_the_argument():
         scheduler.set_begin_index(20)
 
 
+@contextlib.contextmanager
+def warned_of(name):
+    """There is a warning that a list of the call's own is not used; others are diffusers'."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield
+    text = f"{name} of this call is not used, because a schedule of {STEPS} steps"
+    assert any(text in str(each.message) for each in said)
+
+
 def test_a_start_counted_from_the_end_is_among_the_steps_that_were_asked_for():
     plain = diffusers.DPMSolverMultistepScheduler(**SD)
     scheduler, schedule = applied_to(plain)
@@ -189,10 +200,28 @@ def test_a_start_counted_from_the_end_is_among_the_steps_that_were_asked_for():
     assert float(scheduler.timesteps[-10:][0]) == float(own.timesteps[-10])
     scheduler.set_timesteps(20)
     assert torch.equal(scheduler.timesteps[-20:], scheduler.timesteps.plain)  # and from the beginning
-    scheduler.set_timesteps(timesteps=own.timesteps.tolist())  # of a list a pipeline counts what it got
+    with warned_of("timesteps"):
+        scheduler.set_timesteps(timesteps=own.timesteps.tolist())  # of a list a pipeline counts what it got
     assert float(scheduler.timesteps[-STEPS // 2 :][0]) == pytest.approx(float(own.timesteps[11]))
     scheduler.set_timesteps(20)
     assert len(scheduler.timesteps[-30:]) == schedule.steps
+
+
+@pytest.mark.parametrize("name", ["sigmas", "timesteps"])
+def test_a_list_of_the_call_s_own_is_not_left_out_without_a_word(name):
+    scheduler, schedule = applied_to(diffusers.EulerDiscreteScheduler(**SD))
+    own = {"sigmas": schedule.sigmas.tolist(), "timesteps": schedule.timesteps.tolist()}[name]
+    other = {"sigmas": [10.0, 1.0, 0.0], "timesteps": [900, 500, 100]}[name]
+    scheduler.set_timesteps(**{name: own})  # which changes nothing
+    with warned_of(name):
+        scheduler.set_timesteps(**{name: other})
+    assert torch.equal(scheduler.timesteps.plain, torch.as_tensor(own_timesteps(scheduler, schedule)))
+
+
+def own_timesteps(scheduler, schedule):
+    """Those of the applied schedule."""
+    scheduler.set_timesteps(50)
+    return scheduler.timesteps.plain
 
 
 def network_timesteps(pipe):

@@ -422,7 +422,7 @@ def test_an_empty_latent_is_measured_at_the_size_that_is_sampled(package, given,
 def test_sigmas_that_are_none_are_told(package, given, kinds):
     sampling = kinds["flow"]()
     sampling.sigma_max = torch.tensor(math.nan)
-    with pytest.raises(ValueError, match="sigmas must be from one number up to a larger one, got .* to nan"):
+    with pytest.raises(ValueError, match=r"sigmas must be from one number up to a larger one, got .* to nan"):
         fit(package, given(sampling))
 
 
