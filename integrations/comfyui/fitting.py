@@ -121,7 +121,10 @@ def run(guider: Any, image: torch.Tensor, settings: Settings, known: PathStatist
     levels = process.sampler_sigma(process.levels(16))
     sigmas = torch.cat([levels, levels.new_zeros(1)]).float()
     noise = torch.zeros_like(image, device="cpu")
-    guider.sample(noise, image, fitting, sigmas, disable_pbar=True, seed=settings.seed)
+    try:
+        guider.sample(noise, image, fitting, sigmas, disable_pbar=True, seed=settings.seed)
+    except MemoryError as error:  # ComfyUI knows its own kind, and then unloads models and says so
+        raise error.__cause__ or error from None
     if fitting.report is None:
         raise ValueError("the model's wrappers did not run the sampler that they were given, so it cannot be measured")
     bar.update_absolute(bar.total)

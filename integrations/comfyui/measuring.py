@@ -114,7 +114,13 @@ class GuidedDenoiser(Denoiser):
         levels = torch.as_tensor(s, dtype=torch.float64).cpu().expand(len(x))
         state = x if self.process.kind == "flow" else x / _per_sample(self.process.alpha(levels), x)
         assert self.ask is not None
-        return self.ask(state, self.process.sampler_sigma(levels).to(x.dtype).to(x.device))
+        found = self.ask(state, self.process.sampler_sigma(levels).to(x.dtype).to(x.device))
+        if found.shape != x.shape:
+            raise ValueError(
+                f"the model answered with a tensor of shape {tuple(found.shape)} about one of shape {tuple(x.shape)}; "
+                "look at its patches, one of which changes the shape or the number of images"
+            )
+        return found
 
 
 def guided_denoiser(ask: Callable[[Tensor, Tensor], Tensor], process: NoiseProcess) -> GuidedDenoiser:

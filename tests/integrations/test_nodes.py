@@ -426,6 +426,27 @@ def test_sigmas_that_are_none_are_told(package, given, kinds):
         fit(package, given(sampling))
 
 
+def test_an_answer_of_another_shape_is_refused(package, given):
+    arguments = given()
+    arguments["model"].model_options["sampler_post_cfg_function"] = [lambda told: told["denoised"][:1]]
+    with pytest.raises(ValueError, match=r"answered with a tensor of shape \(1, 1, 2, 2\) about one of shape \(2,"):
+        fit(package, arguments)
+
+
+def test_out_of_memory_is_told_as_comfyui_knows_it(package, given):
+    arguments, calls = given(), []
+
+    def full(told):
+        calls.append(1)
+        if len(calls) > 30:
+            raise torch.cuda.OutOfMemoryError("Allocation on device")
+        return told["denoised"]
+
+    arguments["model"].model_options["sampler_post_cfg_function"] = [full]
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="Allocation on device"):
+        fit(package, arguments)
+
+
 def test_only_the_cache_s_own_files_are_removed(package, comfy, given, monkeypatch):
     monkeypatch.setattr(sys.modules[f"{package.__name__}.cache"], "MOST_FILES", 2)
     home = comfy.home / "user" / "fastsched"
