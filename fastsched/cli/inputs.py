@@ -228,7 +228,7 @@ def pipeline_class(name: str) -> type:
     if not index.is_file():
         raise ValueError(f"{name} is a folder without model_index.json; name one that pipe.save_pretrained wrote")
     found = _class_in(index, "from_pretrained")
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     if not issubclass(found, DiffusionPipeline) or found is DiffusionPipeline:
         raise ValueError(f"{index} names the class {found.__name__!r}, which is no pipeline that can be loaded")

@@ -208,7 +208,9 @@ def check_pipe(pipe: Any) -> None:
     """
     if isinstance(pipe, type) or getattr(pipe, "scheduler", None) is None:
         what = f"the class {pipe.__name__}" if isinstance(pipe, type) else type(pipe).__name__
-        raise TypeError(f"pipe must be a pipeline with a scheduler, got {what}")
+        unloaded = hasattr(pipe, "scheduler") and hasattr(pipe, "load_components")
+        hint = ", whose scheduler is not loaded; call pipe.load_components() or update_components()" if unloaded else ""
+        raise TypeError(f"pipe must be a pipeline with a scheduler, got {what}{hint}")
     own = _networks(pipe)
     held = {name: value for name, value in vars(pipe).items() if hasattr(value, "scheduler")}
     parts = [f"pipe.{name}" for name, value in held.items() if callable(value) and set() < _networks(value) <= own]

@@ -203,7 +203,7 @@ def test_apply_leaves_the_old_scheduler_and_the_signature():
     assert type(pipe.scheduler) is type(scheduler)
     assert pipe.scheduler.config == scheduler.config
     assert inspect.signature(pipe.scheduler.set_timesteps) == inspect.signature(scheduler.set_timesteps)
-    for call in ({"num_inference_steps": 50}, {"sigmas": [1.0, 0.5, 0.0]}):  # whatever the call asks for
+    for call in ({"num_inference_steps": 50}, {"sigmas": schedule.sigmas.tolist()}):  # whatever the call asks for
         pipe.scheduler.set_timesteps(**call, device="cpu")
         assert_same(pipe.scheduler.sigmas.double(), schedule)
     duplicate = copy.deepcopy(pipe.scheduler)

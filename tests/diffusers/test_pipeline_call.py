@@ -142,6 +142,13 @@ def test_the_arguments_of_a_modular_pipeline_are_those_of_its_blocks(recwarn):
     assert schedule.steps == 3
 
 
+def test_a_modular_pipeline_that_is_not_loaded_says_how():
+    pipe, _ = modular_pipeline()
+    pipe.update_components(scheduler=None)
+    with pytest.raises(TypeError, match=r"whose scheduler is not loaded; call pipe\.load_components\(\)"):
+        fs.diffusers.measure(pipe, levels=8, samples=2, progress=False)
+
+
 def test_a_modular_pipeline_is_profiled():
     pipe, _ = modular_pipeline()
     assert fs.profile(pipe, steps=3).own_steps == 6
