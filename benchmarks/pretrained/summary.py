@@ -11,75 +11,33 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.common import DOCS, geometric, markdown
 from benchmarks.pretrained.run import METHODS, PATH
-from benchmarks.quality import glossary, table
+from benchmarks.quality import glossary
+from benchmarks.quality.choosing import OURS
+from benchmarks.quality.summary import Cell, Results
 from fastsched.sampling.solvers import FITTED
 
-#: fastsched's own methods; all else in `METHODS` is another way.
-OURS = ("optimal_schedule", "fit", "fit_decoupled", "fit_100")
 #: Schedules that ask the network nothing and need no choosing.
 COMMON = ("karras_7", "karras_7_to_zero", "exponential", "exponential_to_zero", "native")
 ERRORS = {"typical_error": "typical", "mean_error": "mean"}
 #: Networks that a table of their own shows together; any other network has one to itself.
 TOGETHER = ("cifar-grey", "mnist-flow")
 
-Cell = tuple[str, str, int]
-
-
-@dataclass(frozen=True)
-class Results:
-    """Errors by kind, cell and method, the geometric mean over seeds.
-
-    Attributes:
-        errors: ``errors[kind][cell][method]``, kinds as in `ERRORS`.
-        others: The methods that ours are compared with.
-    """
-
-    errors: dict[str, dict[Cell, dict[str, float]]]
-    others: tuple[str, ...]
-
-    @classmethod
-    def read(cls, path: Path, others: Sequence[str]) -> Results:
-        """The rows of `benchmarks.pretrained.run`."""
-        found: dict[str, dict[Cell, dict[str, list[float]]]] = {kind: {} for kind in ERRORS}
-        for row in table.read(path):
-            cell = (row["denoiser"], row["solver"], int(row["calls"]))
-            for kind in ERRORS:
-                found[kind].setdefault(cell, {}).setdefault(row["method"], []).append(float(row[kind]))
-        return cls(
-            {
-                kind: {cell: {name: geometric(values) for name, values in by.items()} for cell, by in cells.items()}
-                for kind, cells in found.items()
-            },
-            tuple(others),
-        )
-
-    def best(self, kind: str, cell: Cell) -> tuple[str, float]:
-        """The best other way of a cell, and its error."""
-        known = {name: value for name, value in self.errors[kind][cell].items() if name in self.others}
-        name = min(known, key=known.__getitem__)
-        return name, known[name]
-
-    def ratios(self, kind: str, method: str, cells: Iterable[Cell]) -> list[float]:
-        """A method's error over the best other way's, in the cells where it was run."""
-        known = [cell for cell in cells if method in self.errors[kind][cell]]
-        return [self.errors[kind][cell][method] / self.best(kind, cell)[1] for cell in known]
-
 
 def run_in(results: Results, cells: Sequence[Cell]) -> list[str]:
     """Those of `OURS` that were run in all of these cells."""
-    return [method for method in OURS if all(method in results.errors["typical_error"][cell] for cell in cells)]
+    return [method for method in OURS if all(method in results.values["typical_error"][cell] for cell in cells)]
 
 
 def groups(results: Results) -> dict[str, list[Cell]]:
     """Cells of all solvers by title: those of `TOGETHER`, then each other network's."""
     found: dict[str, list[Cell]] = {}
-    for cell in results.errors["typical_error"]:
+    for cell in (*results.cells, *results.fitted):
         title = ", ".join(TOGETHER) if cell[0] in TOGETHER else cell[0]
         found.setdefault(title, []).append(cell)
     return found
@@ -124,13 +82,12 @@ def fitted_solver(results: Results, cells: Sequence[Cell], title: str, rivals: S
     for cell in ours:
         row = [cell[0], str(cell[2])]
         for kind in ERRORS:
-            stock = [other for other in cells if (other[0], other[2]) == (cell[0], cell[2]) and other[1] != FITTED]
-            errors = {other[1]: _least(results.errors[kind][other], rivals) for other in stock}
-            solver = min(errors, key=lambda name: errors[name][0])
-            least, rival = errors[solver]
+            alike = [other for other in cells if (other[0], other[2]) == (cell[0], cell[2]) and other[1] != FITTED]
+            errors = [(results.error(kind, other, rival), rival, other[1]) for other in alike for rival in rivals]
+            least, rival, solver = min(found for found in errors if not math.isnan(found[0]))
             row += [f"{glossary.title(rival)}, {solver}" if len(rivals) > 1 else solver, f"{least:.3g}"]
             for method in known:
-                error = results.errors[kind][cell][method] / least
+                error = results.error(kind, cell, method) / least
                 row.append(f"{error:.2f}")
                 ratios[kind][method].append(error)
         rows.append(row)
@@ -138,11 +95,6 @@ def fitted_solver(results: Results, cells: Sequence[Cell], title: str, rivals: S
     titles = [glossary.title(method) for method in known]
     header = [name for kind in ERRORS.values() for name in (f"{title}, {kind}", "its error", *titles)]
     return markdown(["fitted solver", "calls", *header], [*rows, ["geometric mean", "", *means]])
-
-
-def _least(errors: Mapping[str, float], methods: Sequence[str]) -> tuple[float, str]:
-    """The least of these methods' errors, and whose it is."""
-    return min(((errors[name], name) for name in methods if name in errors), default=(math.inf, methods[0]))
 
 
 INTRODUCTION = """# Networks that others trained
@@ -181,7 +133,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--others", nargs="*", default=[name for name in METHODS if name not in OURS])
     parser.add_argument("--output", type=Path, default=DOCS / "pretrained.md")
     args = parser.parse_args(argv)
-    page = report(Results.read(args.results, args.others))
+    results = Results.read(args.results)
+    compared = tuple(name for name in results.methods if name in (*OURS, *args.others))
+    page = report(replace(results, methods=compared))
     args.output.write_text(page)
     print(page)
 

@@ -21,7 +21,7 @@ from fastsched.fitting.denoiser_fit import fit_report
 from fastsched.sampling.solvers import FITTED, get_solver
 
 #: fastsched's own: the dynamic programme, the same polished, and what `fastsched.fit` makes of it with more calls.
-OURS = ("optimal_schedule_unpolished", "optimal_schedule", "fit", "fit_decoupled")
+OURS = ("optimal_schedule_unpolished", "optimal_schedule", "fit", "fit_decoupled", "fit_100")
 
 #: Where the seeds of the noises start that GITS's settings are chosen on; no chooser or evaluation uses these.
 TUNING_SEED = 10_000

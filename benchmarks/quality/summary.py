@@ -100,10 +100,14 @@ class Results:
         other = self.best(metric, cell)[1] if against == "best" else self.error(metric, cell, against)
         return self.error(metric, cell, method) / other
 
+    def ratios(self, metric: str, method: str, cells: Iterable[Cell]) -> list[float]:
+        """A method's error over the best other way's, in the cells where it was run."""
+        found = [self.ratio(metric, cell, method, "best") for cell in cells]
+        return [ratio for ratio in found if not np.isnan(ratio)]
+
     def mean_ratio(self, metric: str, method: str, against: str, cells: Iterable[Cell] | None = None) -> float:
         """The geometric mean of `ratio` over cells where both are known."""
-        ratios = [self.ratio(metric, cell, method, against) for cell in cells or self.cells]
-        return geometric(ratios)
+        return geometric(self.ratio(metric, cell, method, against) for cell in cells or self.cells)
 
     def spread(self, method: str, cells: Iterable[Cell]) -> float:
         """Standard deviation over seeds of the logarithm of the error, its root mean square over cells."""
@@ -128,8 +132,7 @@ def headline(results: Results) -> str:
         for metric, name in METRICS.items():
             if not any(method in found for found in results.values[metric].values()):
                 continue
-            ratios = [results.ratio(metric, cell, method, "best") for cell in results.cells]
-            ratios = [ratio for ratio in ratios if not np.isnan(ratio)]
+            ratios = results.ratios(metric, method, results.cells)
             against = [results.mean_ratio(metric, method, other) for other in ("best", "karras_7", "limit")]
             lost = sum(ratio > LOST for ratio in ratios)
             figures = [f"{value:.3f}" for value in against]

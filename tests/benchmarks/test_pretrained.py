@@ -7,6 +7,7 @@ import torch
 import fastsched as fs
 from benchmarks.pretrained import networks, pictures, run, summary
 from benchmarks.quality import table
+from benchmarks.quality.summary import Results
 
 ZOO = """
 from __future__ import annotations
@@ -106,12 +107,19 @@ def test_unknown_networks_are_named(weights):
         run.asked_for(run.arguments(["--weights", str(weights), "--networks", "other"]), ["mixture", "broken"])
 
 
+def results_of(errors):
+    values = {cell: {name: [error] for name, error in found.items()} for cell, found in errors.items()}
+    stock, fitted = (tuple(cell for cell in errors if (cell[1] == "fitted") == own) for own in (False, True))
+    methods = tuple(dict.fromkeys(name for found in errors.values() for name in found))
+    return Results(dict.fromkeys(summary.ERRORS, values), stock, methods, fitted)
+
+
 def test_ratios_are_to_the_best_other_way_of_each_cell():
     cell, other = ("a", "ddim", 5), ("a", "ddim", 8)
     errors = {cell: {"karras_7": 2.0, "native": 4.0, "fit": 1.0}, other: {"karras_7": 3.0, "native": 1.0, "fit": 1.5}}
-    results = summary.Results(dict.fromkeys(summary.ERRORS, errors), ("karras_7", "native"))
-    assert results.best("typical_error", cell) == ("karras_7", 2.0)
-    assert results.ratios("typical_error", "fit", [cell, other]) == [0.5, 1.5]
+    results = results_of(errors)
+    assert results.best("typical_error", cell) == ("karras_7", pytest.approx(2.0))
+    assert results.ratios("typical_error", "fit", [cell, other]) == pytest.approx([0.5, 1.5])
     assert summary.geometric([0.5, 2.0]) == pytest.approx(1.0)
     assert "| fs.fit | 0.866 | 1.500 |" in summary.standings(results, [cell, other])
 
@@ -123,7 +131,7 @@ def test_the_fitted_solver_is_set_against_the_best_of_several_solvers_and_method
         ("a", "ddim", 5): {"karras_7": 8.0, "native": 16.0, "fit": 5.0},
         ("a", "unipc", 5): {"karras_7": 9.0, "exponential": 4.0, "fit": 10.0},
     }
-    results = summary.Results(dict.fromkeys(summary.ERRORS, errors), ("karras_7", "native", "exponential"))
+    results = results_of(errors)
     against_fit = summary.fitted_solver(results, list(errors), "best stock fs.fit", ["fit"])
     assert "| a | 5 | ddim | 5 | 0.80 | 0.20 | 0.40 |" in against_fit
     against_common = summary.fitted_solver(results, list(errors), "best common schedule", summary.COMMON)
