@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.states import finite_grid
 from fastsched.fitting.denoiser_fit import fit_report
 from fastsched.sampling.solvers import FITTED, get_solver
+
+Result = TypeVar("Result")
 
 #: fastsched's own: the dynamic programme, the same polished, and what `fastsched.fit` makes of it with more calls.
 OURS = ("optimal_schedule_unpolished", "optimal_schedule", "fit", "fit_decoupled", "fit_100")
@@ -74,6 +77,19 @@ class Chosen:
         return len(self.nodes) - 1
 
 
+def _timed(measure: Callable[[Any], Result]) -> cached_property[Result]:
+    """A property that is measured once; ``seconds`` of its object keeps what that took, by name."""
+
+    @functools.wraps(measure)
+    def measured(owner: Any) -> Result:
+        start = time.process_time()
+        found = measure(owner)
+        owner.seconds[measure.__name__] = time.process_time() - start
+        return found
+
+    return cached_property(measured)
+
+
 class Choosers:
     """All choosers for one denoiser; what they measure is measured once, when first asked for."""
 
@@ -81,70 +97,53 @@ class Choosers:
         self.model, self.seed, self.effort = model, seed, effort or Effort()
         self.seconds: dict[str, float] = {}
 
-    @cached_property
+    @_timed
     def statistics(self) -> fs.PathStatistics:
         """The measurement of fastsched, with its defaults."""
-        return self._timed(
-            "statistics",
-            lambda: fs.measure(
-                self.model.denoiser, self.model.shape, keep_increments=True, seed=self.seed, progress=False
-            ),
-        )
+        return fs.measure(self.model.denoiser, self.model.shape, keep_increments=True, seed=self.seed, progress=False)
 
-    @cached_property
+    @_timed
     def corrector_cost(self) -> CostMatrix:
         """The paper's corrector-optimised cost between neighbouring levels."""
         denoiser = self.model.denoiser
-        return self._timed(
-            "corrector_cost",
-            lambda: fs.costs.stein_corrector(
-                denoiser,
-                shape=self.model.shape,
-                sigmas=denoiser.process.sampler_sigma(finite_grid(denoiser, 48)),
-                samples=self.effort.paper,
-                seed=self.seed,
-                progress=False,
-            ),
+        return fs.costs.stein_corrector(
+            denoiser,
+            shape=self.model.shape,
+            sigmas=denoiser.process.sampler_sigma(finite_grid(denoiser, 48)),
+            samples=self.effort.paper,
+            seed=self.seed,
+            progress=False,
         )
 
-    @cached_property
+    @_timed
     def gits(self) -> Gits:
         """GITS's path and its costs, as its authors set it."""
-        return self._timed("gits", lambda: self._gits_path("ipndm"))
+        return self._gits_path("ipndm")
 
-    @cached_property
+    @_timed
     def gits_tuning(self) -> GitsTuning:
         """What chooses among GITS's settings."""
-        return self._timed(
-            "gits_tuning",
-            lambda: GitsTuning(
-                self.model.denoiser,
-                {"ipndm": self.gits, "dpmpp_2m": self._gits_path("dpmpp_2m")},
-                fs.converged_reference(
-                    self.model.denoiser,
-                    self.model.shape,
-                    samples=self.effort.tuning,
-                    seed=TUNING_SEED + self.seed,
-                    progress=False,
-                ),
-            ),
-        )
+        options = {"samples": self.effort.tuning, "seed": TUNING_SEED + self.seed, "progress": False}
+        paths = {"ipndm": self.gits, "dpmpp_2m": self._gits_path("dpmpp_2m")}
+        reference = fs.converged_reference(self.model.denoiser, self.model.shape, **options)
+        return GitsTuning(self.model.denoiser, paths, reference)
 
-    @cached_property
+    @_timed
     def optimal_steps(self) -> OptimalSteps:
         """The paths of OSS."""
         noise = warm_up_noise(self.seed, self.effort.optimal_steps, self.model.shape)
-        return self._timed(
-            "optimal_steps", lambda: OptimalSteps.measure(self.model.denoiser, noise, self.effort.most_steps)
-        )
+        return OptimalSteps.measure(self.model.denoiser, noise, self.effort.most_steps)
 
     def choose(self, solver: str, steps: int) -> dict[str, Callable[[], Chosen]]:
         """The choosers of a schedule of ``steps`` steps for ``solver``, by name; ours alone for the fitted solver."""
+        fit = lambda **options: self._after(
+            "statistics", lambda found: self._fit(solver, steps, stats=found, **options)
+        )
         ours = {
-            "optimal_schedule_unpolished": lambda: self._optimal(solver, steps, polish=False),
-            "optimal_schedule": lambda: self._optimal(solver, steps, polish=True),
-            "fit": lambda: self._fit(solver, steps),
-            "fit_decoupled": lambda: self._fit(solver, steps, decoupled=True),
+            "optimal_schedule_unpolished": self._after("statistics", partial(_optimal, solver, steps, polish=False)),
+            "optimal_schedule": self._after("statistics", partial(_optimal, solver, steps)),
+            "fit": fit(),
+            "fit_decoupled": fit(decoupled=True),
         }
         if solver == FITTED:
             return {name: ours[name] for name in ("optimal_schedule", "fit", "fit_decoupled")}
@@ -152,66 +151,45 @@ class Choosers:
             del ours["fit_decoupled"]
         process = self.model.denoiser.process
         fixed = baselines.curves(process, steps, self.statistics.data_std)
+        paper = lambda cost: Chosen(fs.select(cost, steps, method="arc_length").sigmas, cost.model_calls)
         return {
             **{name: lambda sigmas=sigmas: Chosen(sigmas) for name, sigmas in fixed.items()},
-            "paper": lambda: self._paper(steps),
-            "gits": lambda: self._gits(steps),
-            "gits_tuned": lambda: self._gits_tuned(solver, steps),
+            "paper": self._after("corrector_cost", paper),
+            "gits": self._after("gits", lambda gits: Chosen(gits.schedule(steps), gits.model_calls)),
+            "gits_tuned": self._after("gits_tuning", lambda tuning: Chosen(*tuning.schedule(solver, steps))),
             "dmn": lambda: _clocked(lambda: Chosen(dmn.schedule(process, steps, "sigma", self.seed))),
             "dmn_shipped": lambda: _clocked(lambda: Chosen(dmn.schedule(process, steps, "sigma_squared", self.seed))),
-            "oss": lambda: self._oss(steps),
+            "oss": self._after("optimal_steps", lambda paths: Chosen(paths.schedule(steps), paths.model_calls(steps))),
             **ours,
         }
 
-    def _paper(self, steps: int) -> Chosen:
-        cost = self.corrector_cost
-        choose = lambda: Chosen(fs.select(cost, steps, method="arc_length").sigmas, cost.model_calls)
-        return _clocked(choose, self.seconds["corrector_cost"])
+    def fit_within(self, model_calls: int, solver: str, steps: int) -> Chosen:
+        """`fastsched.fit` with ``model_calls`` in all, a measurement of its own among them."""
+        return _clocked(lambda: self._fit(solver, steps, model_calls=model_calls, seed=self.seed))
+
+    def _after(self, measured: str, choose: Callable[[Any], Chosen]) -> Callable[[], Chosen]:
+        """What is chosen from the property of that name, with the seconds of both."""
+
+        def chosen() -> Chosen:
+            known = getattr(self, measured)
+            return _clocked(lambda: choose(known), self.seconds[measured])
+
+        return chosen
 
     def _gits_path(self, teacher: str) -> Gits:
         noise = warm_up_noise(self.seed, self.effort.gits, self.model.shape)
         return Gits.measure(self.model.denoiser, noise, teacher=teacher)
 
-    def _gits(self, steps: int) -> Chosen:
-        gits = self.gits
-        return _clocked(lambda: Chosen(gits.schedule(steps), gits.model_calls), self.seconds["gits"])
-
-    def _gits_tuned(self, solver: str, steps: int) -> Chosen:
-        tuning = self.gits_tuning
-        return _clocked(lambda: Chosen(*tuning.schedule(solver, steps)), self.seconds["gits_tuning"])
-
-    def _oss(self, steps: int) -> Chosen:
-        paths = self.optimal_steps
-        choose = lambda: Chosen(paths.schedule(steps), paths.model_calls(steps))
-        return _clocked(choose, self.seconds["optimal_steps"])
-
-    def _optimal(self, solver: str, steps: int, *, polish: bool) -> Chosen:
-        statistics, start = self.statistics, time.process_time()
-        found = fs.optimal_schedule(statistics, steps, solver, polish=polish)
-        seconds = time.process_time() - start + self.seconds["statistics"]
-        sigmas = found if solver == FITTED else found.sigmas
-        return Chosen(sigmas, statistics.model_calls, seconds, found.predicted_error)
-
-    def fit_within(self, model_calls: int, solver: str, steps: int) -> Chosen:
-        """`fastsched.fit` with ``model_calls`` in all, a measurement of its own among them."""
-        return self._fitted(solver, steps, 0.0, model_calls=model_calls, seed=self.seed)
-
     def _fit(self, solver: str, steps: int, **options: Any) -> Chosen:
-        statistics = self.statistics
-        return self._fitted(solver, steps, self.seconds["statistics"], stats=statistics, **options)
-
-    def _fitted(self, solver: str, steps: int, spent: float, **options: Any) -> Chosen:
-        start = time.process_time()
         found = fit_report(self.model.denoiser, self.model.shape, steps, solver, progress=False, **options)
         whole = solver == FITTED or found.schedule.network_sigmas is not None
         sigmas = found.schedule if whole else found.schedule.sigmas
-        return Chosen(sigmas, found.model_calls, time.process_time() - start + spent, found.schedule.measured_error)
+        return Chosen(sigmas, found.model_calls, predicted=found.schedule.measured_error)
 
-    def _timed(self, name: str, measure: Callable[[], Any]) -> Any:
-        start = time.process_time()
-        result = measure()
-        self.seconds[name] = time.process_time() - start
-        return result
+
+def _optimal(solver: str, steps: int, stats: fs.PathStatistics, *, polish: bool = True) -> Chosen:
+    found = fs.optimal_schedule(stats, steps, solver, polish=polish)
+    return Chosen(found if solver == FITTED else found.sigmas, stats.model_calls, predicted=found.predicted_error)
 
 
 def _clocked(choose: Callable[[], Chosen], spent: float = 0.0) -> Chosen:
