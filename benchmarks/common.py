@@ -21,11 +21,14 @@ RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
 
 
+#: Seconds after which a function is left out of later rounds, but never before three.
+BUDGET = 60.0
+
+
 def interleaved(
     functions: Mapping[str, Callable[[], Any]],
     device: str = "cpu",
     repeats: int = 9,
-    budget: float = 60.0,
     clock: str = "wall",
 ) -> dict[str, np.ndarray]:
     """Time functions in turn, round after round, so that a drift of the machine reaches all of them.
@@ -36,7 +39,6 @@ def interleaved(
         functions: What to time, by name. Each is called once first, untimed.
         device: ``"cpu"`` or ``"cuda"``.
         repeats: Number of rounds.
-        budget: Seconds after which a function is left out of later rounds (never before three).
         clock: ``"wall"``, or on the CPU ``"cpu"``: the seconds that all threads of this process computed, which
             other processes on the machine disturb less.
 
@@ -49,7 +51,7 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            if len(seconds[name]) >= 3 and sum(seconds[name]) > budget:
+            if len(seconds[name]) >= 3 and sum(seconds[name]) > BUDGET:
                 continue
             seconds[name].append(_timed(function, clear, clock))
     return {name: np.array(values) for name, values in seconds.items()}
@@ -75,9 +77,9 @@ def quantiles(seconds: np.ndarray) -> dict[str, float]:
     return {f"p{p}_ms": round(float(np.percentile(seconds, p)) * 1e3, 4) for p in (20, 50, 80)}
 
 
-def copy_bandwidth(gigabytes: float = 4.0) -> float:
-    """Bytes a second, read plus written, of a plain copy on the GPU."""
-    source = torch.empty(int(gigabytes * 1e9 / 2), dtype=torch.int8, device="cuda")
+def copy_bandwidth() -> float:
+    """Bytes a second, read plus written, of a plain copy of 2 GB on the GPU."""
+    source = torch.empty(int(2e9), dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     seconds = interleaved({"copy": lambda: target.copy_(source)}, "cuda", repeats=20)["copy"]
     return 2 * source.numel() / float(np.median(seconds))

@@ -133,8 +133,7 @@ def main() -> None:
     left.set_ylabel("score error")
     right.set_ylabel("log-likelihood, nats")
     left.legend()
-    columns = ("seed", "schedule", "step", "score_error", "log_likelihood")
-    report("bimodal_online", rows, columns, ("seed", "schedule", "step"), quick=args.quick, figure=figure)
+    report("bimodal_online", rows, ("seed", "schedule", "step"), quick=args.quick, figure=figure)
     print(f"log-likelihood under the exact denoiser: {bound:.4f}")
     for kind in kinds:
         final = [row for row in rows if row["schedule"] == kind and row["step"] == steps]

@@ -85,8 +85,7 @@ def main() -> None:
         ax.set_xscale("log")
         ax.invert_xaxis()
         ax.set_xlabel("s")
-    columns = ("steps", "schedule", "wasserstein_1", "typical_error")
-    report("cantor", rows, columns, ("steps", "schedule"), quick=args.quick, figure=figure)
+    report("cantor", rows, ("steps", "schedule"), quick=args.quick, figure=figure)
 
 
 if __name__ == "__main__":

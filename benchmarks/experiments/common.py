@@ -43,14 +43,14 @@ def arguments(description: str | None, **choices: Sequence[str]) -> argparse.Nam
 def report(
     name: str,
     rows: list[dict[str, Any]],
-    columns: Sequence[str],
     key: Sequence[str],
     *,
     quick: bool,
     figure: Figure | None = None,
 ) -> None:
     """Print a table, write ``results/experiment_<name>.csv`` and the figure beside it."""
-    print(table([{k: _short(v) for k, v in row.items()} for row in rows], tuple(columns)))
+    columns = tuple(dict.fromkeys(column for row in rows for column in row))
+    print(table([{k: _short(v) for k, v in row.items()} for row in rows], columns))
     stem = f"experiment_{name}" + ("_quick" if quick else "")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{stem}.csv").unlink(missing_ok=True)

@@ -143,9 +143,7 @@ def main() -> None:
             number_decades(ax)
             if column == 0:
                 ax.set_ylabel("sampling error", fontsize=7)
-    columns = ("solver", "cost", "spearman", "without_last_step", "algorithm 1", "dynamic programming", "best_of_pool")
-    columns = (*columns, "forward_calls", "jvp_calls", "gradient_calls", "relative_stderr")
-    report("costs", rows, columns, ("solver", "cost"), quick=args.quick, figure=figure)
+    report("costs", rows, ("solver", "cost"), quick=args.quick, figure=figure)
 
 
 if __name__ == "__main__":

@@ -98,11 +98,9 @@ def main() -> None:
         ax.tick_params(axis="y", labelsize=7)
         ax.set_title(f"{solver}, {STEPS} steps")
         ax.set_xlabel("typical error")
-    columns = ("solver", "schedule", "placing", "model_calls", "typical_error", "spread", "mean_error", "frechet")
-    key = ("solver", "schedule", "placing")
-    report("digits", rows, columns, key, quick=args.quick, figure=figure)
+    report("digits", rows, ("solver", "schedule", "placing"), quick=args.quick, figure=figure)
     claims = [claim(rows, solver, placing) for solver in SOLVERS for placing in PLACINGS]
-    report("digits_claim", claims, tuple(claims[0]), ("solver", "placing"), quick=args.quick)
+    report("digits_claim", claims, ("solver", "placing"), quick=args.quick)
 
 
 if __name__ == "__main__":

@@ -92,8 +92,7 @@ def main() -> None:
         panel.set_yticks(range(4), list(processes(digits_denoiser())))
         panel.set_xlabel("s")
         panel.set_title(f"{method}, {STEPS} steps")
-    columns = ("schedule", "process", "cells_from_VE", *(f"s_{n}" for n in range(1, STEPS)))
-    report("dynamics", rows, columns, ("schedule", "process"), quick=args.quick, figure=figure)
+    report("dynamics", rows, ("schedule", "process"), quick=args.quick, figure=figure)
 
 
 if __name__ == "__main__":

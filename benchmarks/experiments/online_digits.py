@@ -151,8 +151,7 @@ def main() -> None:
     panels[2].invert_xaxis()
     panels[0].legend()
     quantities = ("cost_variation", "held_out_loss", "loss_high", "loss_low", "drawn_low")
-    columns = ("seed", "schedule", "step", *quantities)
-    report(f"online_digits_{args.start}", rows, columns, ("seed", "schedule", "step"), quick=args.quick, figure=figure)
+    report(f"online_digits_{args.start}", rows, ("seed", "schedule", "step"), quick=args.quick, figure=figure)
     final = [row for row in rows if row["step"] == steps]
     for kind in kinds:
         values = {q: np.array([row[q] for row in final if row["schedule"] == kind]) for q in quantities}

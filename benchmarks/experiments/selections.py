@@ -120,8 +120,7 @@ def main() -> None:
         ax.set_xticks(COUNTS, [str(count) for count in COUNTS], minor=False)
         ax.tick_params(axis="x", which="minor", labelbottom=False)
     panels[0].legend(fontsize=8)
-    columns = tuple(rows[0])
-    report("selections", rows, columns, ("data", "cost", "steps"), quick=args.quick, figure=figure)
+    report("selections", rows, ("data", "cost", "steps"), quick=args.quick, figure=figure)
 
 
 def _data(rows: list[dict[str, Any]]) -> list[str]:

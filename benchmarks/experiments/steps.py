@@ -36,16 +36,8 @@ def main() -> None:
                 "solver-aware": fs.optimal_schedule(stats, steps, solver),
             }
             for name, row in errors(denoiser, schedules, solver, reference).items():
-                rows.append(
-                    {
-                        "solver": solver,
-                        "steps": steps,
-                        "schedule": name,
-                        "typical_error": row.typical_error,
-                        "mean_error": row.mean_error,
-                        "frechet": row.frechet,
-                    }
-                )
+                found = {error: getattr(row, error) for error in ("typical_error", "mean_error", "frechet")}
+                rows.append({"solver": solver, "steps": steps, "schedule": name, **found})
         for name in dict.fromkeys(row["schedule"] for row in rows):
             line = [row for row in rows if row["solver"] == solver and row["schedule"] == name]
             ax.loglog([row["steps"] for row in line], [row["typical_error"] for row in line], "o-", ms=3, label=name)
@@ -53,8 +45,7 @@ def main() -> None:
         ax.set_xlabel("steps")
         ax.set_ylabel("typical error")
     panels[0].legend(fontsize=7)
-    columns = ("solver", "steps", "schedule", "typical_error", "mean_error", "frechet")
-    report("steps", rows, columns, ("solver", "steps", "schedule"), quick=args.quick, figure=figure)
+    report("steps", rows, ("solver", "steps", "schedule"), quick=args.quick, figure=figure)
 
 
 if __name__ == "__main__":

@@ -89,8 +89,7 @@ def main() -> None:
         below.tick_params(labelsize=7)
         below.set_xlabel("s")
         below.set_yticks(range(len(schedules)), list(schedules) if column == 0 else [""] * len(schedules), fontsize=7)
-    columns = ("data", "schedule", "typical_error", "mean_error", "sliced_wasserstein", "sigmas")
-    report("two_dimensional", rows, columns, ("data", "schedule"), quick=args.quick, figure=figure)
+    report("two_dimensional", rows, ("data", "schedule"), quick=args.quick, figure=figure)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from benchmarks.common import RESULTS, append, read
 from benchmarks.quality.baselines import highest_finite
 from benchmarks.quality.choosing import Choosers
 from benchmarks.quality.models import MODELS
-from fastsched.selection.descent import OPEN_GAP
+from fastsched.selection.descent import log_gaps
 
 CELLS = (("ddim", 8), ("dpmpp_2m", 6), ("dpmpp_2m", 10), ("ipndm", 8))
 SAMPLES = 200
@@ -65,13 +65,9 @@ def descend(error: Callable[[Tensor], float], s: Tensor, low: float, high: float
 
 def _moved(s: Tensor, n: int, share: float, low: float, high: float) -> Tensor:
     """Levels with node ``n`` moved by a share of the gap to its noisier (positive) or cleaner neighbour."""
-    here = math.log(s[n])
-    noisier, cleaner = float(s[n - 1]), float(s[n + 1])
-    above = math.log(noisier) if math.isfinite(noisier) else min(here + OPEN_GAP, math.log(10 * high))
-    below = math.log(cleaner) if cleaner > 0 else max(here - OPEN_GAP, math.log(low))
-    gap = above - here if share > 0 else here - below
+    noisier, cleaner = log_gaps(s.numpy(), low, high)
     moved = s.clone()
-    moved[n] = math.exp(here + share * gap)
+    moved[n] *= math.exp(share * (noisier if share > 0 else cleaner)[n - 1])
     return moved
 
 
