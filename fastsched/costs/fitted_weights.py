@@ -34,38 +34,26 @@ def surrogate_runs(
     norms: Norms | None = None,
     weights: Array | None = None,
     offsets: Array | None = None,
-) -> tuple[SurrogateRuns, Array | None]:
-    """Run C schedules on the surrogate; for the fitted solver, with the weights that suit each best.
+) -> SurrogateRuns:
+    """`Surrogate.run`; for `fastsched.sampling.fitted.FITTED_SOLVER` with the weights that suit each schedule best.
 
-    Args:
-        surrogate: The denoiser as measured.
-        levels: Levels ``s`` [C, steps + 1], descending to 0.
-        solver: A stock solver, one with weights, or `fastsched.sampling.fitted.FITTED_SOLVER`.
-        secants: What is known beyond the scalar Jacobian; that of the measurement when None.
-        norms: Norms over the vectors of ``secants``; those of the measurement when None.
-        weights: The fitted solver's for each schedule, [C, steps, steps], instead of those that suit it best.
-        offsets: How far the levels that the network is told lie from the states', in ``log s``, [C, steps].
-
-    Returns:
-        The runs, and the weights [C, steps, steps] of the fitted solver.
+    ``norms`` are over the vectors of ``secants``, those of the measurement when None; ``weights`` [C, steps, steps] are
+    used instead of the best.
     """
     if solver.name != FITTED or solver.end_weights is not None:
-        return surrogate.run(levels, solver, secants, offsets), None
+        return surrogate.run(levels, solver, secants, offsets)
     levels = np.asarray(levels, dtype=np.float64)
     known = secants or surrogate.secants or Secants.none(surrogate.vectors)
     found = SurrogateRuns(surrogate, known, len(levels), offsets)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return found, _run(found, (norms or surrogate.norms).metric, levels, weights)
+        _run(found, (norms or surrogate.norms).metric, levels, weights)
+    return found
 
 
-def _run(found: SurrogateRuns, metric: Array, levels: Array, given: Array | None) -> Array:
-    """The loop of the fitted solver over C schedules; returns the weights, each step's chosen before it is taken.
+def _run(found: SurrogateRuns, metric: Array, levels: Array, given: Array | None) -> None:
+    """The loop of the fitted solver over C schedules, each step's weights chosen before it is taken, or ``given``.
 
-    Args:
-        found: Calls the surrogate; gets the ends.
-        metric: Gram matrix of the vectors, [V, V].
-        levels: Levels [C, steps + 1].
-        given: Weights to use instead, [C, steps, steps].
+    ``found`` calls the surrogate, and gets the ends and the weights.
     """
     surrogate, y, rho = found.surrogate, found.end, 1 / levels
     distinct, which = np.unique(levels[:, :-1], return_inverse=True)  # a descent's schedules differ in few levels
@@ -90,8 +78,7 @@ def _run(found: SurrogateRuns, metric: Array, levels: Array, given: Array | None
             weights[:, n, :n], weights[:, n, n] = b, 1 - b.sum(1)
         slope = differences.combined(b)
         y = slope if n == last else y + step * slope
-    found.end = y
-    return weights
+    found.end, found.weights = y, weights
 
 
 class _Differences:

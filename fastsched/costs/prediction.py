@@ -38,27 +38,18 @@ from fastsched.sampling.solvers import FITTED, Solver
 
 #: Weight of deviations that no secant explains, for the fitted solver, and near schedules that were run
 #: (`fastsched.fitting.neighbourhood`). It is about the relative error of the answers to them: where one deviated path
-#: predicts the other's, that is 0.13 to 0.45 of the unexplained part, a mean over the levels (nine denoisers). With the
-#: variance in its place 36 fits of the fitted solver, of six denoisers, had 1.05 of the typical error and the same mean
-#: error.
+#: predicts the other's, that is 0.13 to 0.45 of the unexplained part, a mean over the levels (nine denoisers).
 PENALTY = 0.3
 
 #: Weight of all deviations, explained or not, for the fitted solver where there are few samples, and how few: levels
 #: and weights chosen together find what secants of few samples get wrong. Errors of fits against those without, typical
-#: and mean: 0.88 and 0.77 with 100 calls, 0.83 and 0.73 with 200 (2 samples, 42 fits each of seven denoisers at 5 and 8
-#: steps; others' networks at 100 calls 0.54 and 0.52, 18 fits). With 4 and 8 samples 1.0 to 1.2. Nor did it help
-#: stock solvers, or predictions near schedules that were run.
+#: and mean: 0.88 and 0.77 with 100 calls, 0.83 and 0.73 with 200, both of 2 samples; with 4 and 8 samples 1.0 to 1.2.
 DOUBT, FEW_SAMPLES = 0.25, 3
 
 
 @dataclass(frozen=True, eq=False)
 class ErrorModel:
-    """Predicts the errors of schedules for one solver.
-
-    Attributes:
-        surrogate: The denoiser as measured.
-        solver: The solver.
-    """
+    """Predicts the errors of schedules for one solver, from the denoiser as measured."""
 
     surrogate: Surrogate
     solver: Solver
@@ -72,7 +63,7 @@ class ErrorModel:
         """The predicted errors of C schedules, [C], from their levels ``s`` [C, steps + 1], descending to 0."""
         norms = self.surrogate.norms
         if self.solver.name == FITTED:
-            found, _ = surrogate_runs(self.surrogate, levels, self.solver)
+            found = surrogate_runs(self.surrogate, levels, self.solver)
             squared = squared_errors(norms, found.outcome)
             if len(norms.size) <= FEW_SAMPLES:
                 squared += DOUBT**2 * norms.mean_squared(found.deviations_at_end)[:, None] * norms.size
@@ -82,7 +73,7 @@ class ErrorModel:
 
     def weights(self, levels: Array) -> Tensor | None:
         """The weights of the fitted solver for one schedule's levels [steps + 1], [steps, steps]; None for others."""
-        _, weights = surrogate_runs(self.surrogate, levels[None], self.solver)
+        weights = surrogate_runs(self.surrogate, levels[None], self.solver).weights
         return None if weights is None else torch.from_numpy(weights[0])
 
 
@@ -91,11 +82,6 @@ def squared_errors(norms: Norms, outcome: Outcome, penalty: float = PENALTY) -> 
 
     ``||error_b||^2 + penalty^2 sum_n ||unexplained deviation_n||^2``, each deviation scaled to its size at the end.
     Deviations count as their mean over the samples, to scale.
-
-    Args:
-        norms: Norms over the known vectors.
-        outcome: The errors of C schedules on the surrogate.
-        penalty: Weight of the unexplained deviations.
     """
     unexplained = norms.mean_squared(outcome.deviations)
     return norms.squared(outcome.error) + penalty**2 * unexplained[:, None] * norms.size

@@ -296,6 +296,7 @@ class SurrogateRuns:
         offsets: How far the levels that the network is told lie from the states', in ``log s``, [C, steps].
         end: Coefficients of the states ``y - y_0`` at the start, and of the denoised samples ``D - D_0`` at the end,
             [C, V], and then those of the errors of answers that are passed on, [C, V + later].
+        weights: Those of the fitted solver, [C, steps, steps]; None where they were not chosen.
     """
 
     def __init__(
@@ -303,6 +304,7 @@ class SurrogateRuns:
     ) -> None:
         self.surrogate, self.secants, self.offsets = surrogate, secants, offsets
         self.end = np.zeros((count, secants.vectors + later))
+        self.weights: Array | None = None
         self._away: list[Array] = []
         self._unexplained: list[Array] = []
         self._known: list[OnPath] = []

@@ -29,18 +29,8 @@ STEPS, LEAST_GAIN = 12, 1e-3
 DIFFERENCE = 1e-4
 
 
-def lowered(near: Neighbourhood, x: Array, low: Array, high: Array) -> tuple[Array, float]:
-    """Parameters of less predicted error.
-
-    Args:
-        near: Predicts errors.
-        x: Where to start, [P].
-        low: The least parameters, [P].
-        high: The largest parameters, [P]; those that equal ``low`` stay.
-
-    Returns:
-        The parameters and their predicted error, not above that of ``x``.
-    """
+def lowered(near: Neighbourhood, x: Array, low: Array, high: Array) -> Array:
+    """Parameters [P] within ``low`` and ``high`` whose predicted error is not above that of ``x``, the start."""
     free = np.flatnonzero(high > low)
     error = float(near.predicted(x[None])[0])
     for _ in range(STEPS if len(free) else 0):
@@ -56,7 +46,7 @@ def lowered(near: Neighbourhood, x: Array, low: Array, high: Array) -> tuple[Arr
         if not errors[best] < (1 - LEAST_GAIN) * error:
             break
         x, error = tried[best], float(errors[best])
-    return x, error
+    return x
 
 
 def quadratic(near: Neighbourhood, x: Array, free: NDArray[np.intp]) -> tuple[Array, Array]:

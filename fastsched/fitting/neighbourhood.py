@@ -92,12 +92,8 @@ class Neighbourhood:
     def bounds(self, reach: float, low: float, high: float) -> tuple[Array, Array]:
         """The least and largest parameters within ``reach``, in fractions of a level's gap to its nearer neighbour.
 
-        Weights have no bounds. The level that the network is told moves half as far as the state's, within the range.
-
-        Args:
-            reach: The fraction.
-            low: The lowest level a node may take.
-            high: The highest finite level.
+        Weights have no bounds. The level that the network is told moves half as far as the state's, within the range
+        from the level ``low`` to the highest finite one, ``high``.
         """
         most = np.full(len(self.anchor), math.inf)
         most[: self.inner] = gaps = reach * np.minimum(*log_gaps(self.levels, low, high))
@@ -170,8 +166,8 @@ class Neighbourhood:
 
     def _on_surrogate(self, x: Array) -> Outcome:
         levels, weights, offsets = self._unpacked(x)
-        found, _ = surrogate_runs(self.surrogate, levels, self.solver, self.secants, self.norms, weights, offsets)
-        return found.outcome
+        known = self.secants, self.norms, weights, offsets
+        return surrogate_runs(self.surrogate, levels, self.solver, *known).outcome
 
     def _unpacked(self, x: Array) -> tuple[Array, Array | None, Array | None]:
         """Levels [C, steps + 1], weights [C, steps, steps] and offsets [C, steps] of parameters [C, P]."""

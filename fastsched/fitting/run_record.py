@@ -6,7 +6,7 @@ Vectors are known by their Gram matrix alone: those of the measurement, and thos
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from fastsched.costs.secants import Secants
 from fastsched.costs.surrogate import Surrogate
 from fastsched.fitting.neighbourhood import Neighbourhood, parameters
 from fastsched.fitting.rollouts import Evaluations, Rollout, distances, rounding_of
-from fastsched.fitting.run_secants import KnownAnswers, KnownRun, residuals, with_runs
+from fastsched.fitting.run_secants import KnownAnswers, residuals, with_runs
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import power_mean
 from fastsched.sampling.sampler import schedule_solver
@@ -80,15 +80,25 @@ class RunRecord:
     Args:
         stats: The measurement, with increments.
         method: The solver.
+        known: Schedules that were run, and their runs.
         decoupled: Whether the levels that the network is told may be others than the states'.
     """
 
-    def __init__(self, stats: PathStatistics, method: Solver, *, decoupled: bool = False) -> None:
+    def __init__(
+        self,
+        stats: PathStatistics,
+        method: Solver,
+        known: Iterable[tuple[Schedule, Rollout]] = (),
+        *,
+        decoupled: bool = False,
+    ) -> None:
         self.stats, self.method, self.surrogate, self.decoupled = stats, method, Surrogate.of(stats), decoupled
         self.trials: list[Trial] = []
         #: Increments, responses, and each run's residuals with its error, [B, n, d]; not joined: they are large.
         self._vectors = [increments_of(stats)] + ([] if stats.responses is None else [stats.responses])
         self._gram = stats.vector_gram.numpy()  # of the measurement's vectors and the runs', [B, n, n]
+        for schedule, rollout in known:
+            self.add(schedule, rollout)
 
     def best(self) -> int:
         """The run of least error."""
@@ -123,8 +133,7 @@ class RunRecord:
 
     def _evaluations(self, levels: Array) -> int:
         """How often a run calls the network: not `Solver.model_calls`, because a step from pure noise has no stage."""
-        found, _ = surrogate_runs(self.surrogate, levels[None], self.method)
-        return len(found.deviations)
+        return len(surrogate_runs(self.surrogate, levels[None], self.method).deviations)
 
     def _add_vectors(self, vectors: Tensor) -> int:
         """Vectors [B, m, d] into the Gram matrix; their first column."""
@@ -161,18 +170,15 @@ class RunRecord:
 
     def secants(self, anchor: int, norms: Norms) -> Secants:
         """Those of the measurement and of the runs whose evaluations are known, for schedules near the ``anchor``."""
-        own = self.surrogate.secants
-        if own is None:
-            own = Secants.none(self.surrogate.vectors)
-        known = [trial for trial in self.trials if len(trial.s) > 0]
-        if len(self.trials[anchor].s) == 0:
-            known = []
-        runs = [
-            KnownRun(trial.s, self._deviations(trial, norms.vectors), trial.first, self._offsets_of_evaluations(trial))
-            for trial in known
-        ]
+        own, near = self.surrogate.secants or Secants.none(self.surrogate.vectors), self.trials[anchor]
+        known = [trial for trial in self.trials if len(trial.s) == len(near.s) > 0]
+        s = np.array([trial.s for trial in known])
+        deviations = np.array([self._deviations(trial, norms.vectors) for trial in known])
+        columns = np.array([trial.first + np.arange(len(trial.s)) for trial in known])
+        offsets = np.array([self._offsets_of_evaluations(trial) for trial in known])
         noise = math.prod(self.stats.shape) * float((1 / norms.size).mean())  # of the state, as squares are scaled
-        return with_runs(own, runs, known.index(self.trials[anchor]) if known else 0, norms.metric, noise)
+        place = known.index(near) if known else 0
+        return with_runs(own, s, deviations, columns, offsets, place, norms.metric, noise)
 
     def _offsets_of_evaluations(self, trial: Trial) -> Array:
         """The offset of each evaluation; 0 for a solver with two a step, which has no decoupled levels."""

@@ -10,11 +10,11 @@ as on the denoiser. Where the network was told another level than the state's (d
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsched.costs.norms import Array
@@ -69,46 +69,39 @@ class KnownAnswers:
         return answer, away
 
 
-@dataclass(frozen=True, eq=False)
-class KnownRun:
-    """What a run met.
-
-    Attributes:
-        s: Levels of its evaluations.
-        deviations: Its deviations there, [evaluations, V].
-        first: Which of the vectors is its first residual.
-        offsets: How far the levels that the network was told lay from the states' in ``log s``, [evaluations].
-    """
-
-    s: Array
-    deviations: Array
-    first: int
-    offsets: Array
-
-
-def with_runs(secants: Secants, runs: Sequence[KnownRun], anchor: int, metric: Array, unit: float) -> Secants:
-    """The secants of the measurement and of runs, for schedules near one of the runs.
+def with_runs(
+    secants: Secants,
+    s: Array,
+    deviations: Array,
+    columns: NDArray[np.intp],
+    offsets: Array,
+    anchor: int,
+    metric: Array,
+    unit: float,
+) -> Secants:
+    """The secants of the measurement and of R runs of E evaluations, for schedules near one of the runs.
 
     Args:
         secants: Those of the measurement, over fewer vectors.
-        runs: What runs found.
+        s: Levels of the evaluations, [R, E].
+        deviations: Deviations of the states there, [R, E, V].
+        columns: Which of the vectors are the residuals there, [R, E].
+        offsets: How far the levels that the network was told lay from the states' in ``log s``, [R, E].
         anchor: The run near whose levels schedules are asked for.
         metric: The Gram matrix of all vectors, [V, V].
         unit: What an offset of 1 counts as beside squares of deviations at level 1; as the state's noise it grows with
             the square of the level.
     """
     found = []
-    for k, level in enumerate(runs[anchor].s if runs else ()):
-        a = np.array([run.deviations[k] for run in runs])
-        levels, columns = np.array([run.s[k] for run in runs]), np.array([run.first + k for run in runs])
-        offsets = np.array([run.offsets[k] for run in runs])
+    for k, level in enumerate(s[anchor] if len(s) else ()):
+        a = deviations[:, k]
         own = unit * level**2 if math.isfinite(level) else 0.0
-        size = ((a @ metric) * a).sum(1) + own * offsets**2
-        kept = (size > LEAST) & np.isfinite(levels) & math.isfinite(level)  # no deviation at pure noise
-        apart = np.log(levels[kept] / level)
+        size = ((a @ metric) * a).sum(1) + own * offsets[:, k] ** 2
+        kept = (size > LEAST) & np.isfinite(s[:, k]) & math.isfinite(level)  # no deviation at pure noise
+        damping = DAMPING[0] + DAMPING[1] * np.log(s[kept, k] / level) ** 2
         residuals = np.zeros((int(kept.sum()), len(metric)))
-        residuals[np.arange(len(residuals)), columns[kept]] = 1.0
-        found.append(RunSecants(a[kept], residuals, DAMPING[0] + DAMPING[1] * apart**2, offsets[kept], own))
+        residuals[np.arange(len(residuals)), columns[kept, k]] = 1.0
+        found.append(RunSecants(a[kept], residuals, damping, offsets[kept, k], own))
     wider = ((0, 0), (0, 0), (0, len(metric) - secants.deviations.shape[2]))
     return replace(
         secants,

@@ -41,10 +41,8 @@ from fastsched.sampling.schedule import Schedule, check_kind
 REACH, GROWTH, SHRINKAGE, MOST_REACH, LEAST_REACH = 0.5, 1.3, 0.5, 0.8, 0.02
 
 #: Where no call is left for another run, the fitted solver's schedule goes this far of the way to the least predicted
-#: error within this reach, where deviations that no secant explains have this weight, more than elsewhere. Over seven
-#: networks, 5 and 8 steps and five seeds its typical error with 100 calls was then 0.71 of that of the schedule that
-#: was run, and the mean error 0.85; with the usual weight 0.76 and 0.88, and on flow images no gain. Where calls are
-#: left, a last schedule that is not run gained less than 5%.
+#: error within this reach, where deviations that no secant explains have this weight, more than elsewhere. With 100
+#: calls its typical error was then 0.71 of that of the schedule that was run, and the mean error 0.85 (seven networks).
 LAST_REACH, LAST_SHARE, LAST_PENALTY = 0.03, 0.8, 0.9
 
 #: How far the first run with decoupled levels moves what the network is told, in ``log s``;
@@ -158,40 +156,32 @@ def tuned(
     *,
     decoupled: bool = False,
 ) -> Tuning:
-    """`tune` with any sampler.
+    """`tune` with any sampler: at most ``trials`` runs of ``calls`` a sample, from ``known`` schedules and their runs.
 
-    Args:
-        run: Runs a schedule on some of the measured samples; None if it cannot.
-        stats: Statistics with increments.
-        known: Schedules to start from, and their runs.
-        trials: The most runs.
-        calls: Network evaluations of one sample in a run.
-        decoupled: Whether to tune the levels that the network is told too, as where a known schedule has them.
+    With ``decoupled`` the levels that the network is told are tuned too, as where a known schedule has them.
     """
     known_offsets = any(schedule.network_sigmas is not None for schedule, _ in known)
-    record = RunRecord(stats, chosen_solver(known[0][0].solver), decoupled=decoupled or known_offsets)
-    for schedule, rollout in known:
-        record.add(schedule, rollout)
+    record = RunRecord(stats, chosen_solver(known[0][0].solver), known, decoupled=decoupled or known_offsets)
     reach, tried = REACH, 0
     while tried < trials and known[0][0].steps > 1:
-        anchor, proposal = record.best(), None
+        anchor = record.best()
         exploring = tried == 0 and trials >= ENOUGH_TRIALS and decoupled and not known_offsets
-        if exploring:
-            proposal = _moved_offsets(record, anchor)
-        if proposal is None:
+        schedule = _moved_offsets(record, anchor) if exploring else None
+        if schedule is None:
             exploring, proposal = False, _proposal(record, anchor, reach)
-        if proposal is None:
-            break
+            if proposal is None:
+                break
+            schedule, reach = proposal
         try:
-            rollout = run(proposal.schedule, 0, stats.samples)
+            rollout = run(schedule, 0, stats.samples)
         except KeyboardInterrupt as error:
             error.tuning = _tuning(record, tried * stats.samples * calls)  # type: ignore[attr-defined]  # for `tune`
             raise
         tried += 1
         if rollout is not None:
-            record.add(proposal.schedule, rollout)
+            record.add(schedule, rollout)
         if not exploring:
-            reach = min(proposal.reach * GROWTH, MOST_REACH) if record.best() != anchor else proposal.reach * SHRINKAGE
+            reach = min(reach * GROWTH, MOST_REACH) if record.best() != anchor else reach * SHRINKAGE
     return _tuning(record, tried * stats.samples * calls)
 
 
@@ -208,32 +198,17 @@ def _is_start(name: str, value: object) -> None:
 
 
 def moved_once(stats: PathStatistics, known: Sequence[tuple[Schedule, Rollout]]) -> Schedule:
-    """A fitted solver's schedule near the best that was run, of less predicted error; it is not run itself.
-
-    Args:
-        stats: Statistics with increments.
-        known: Schedules and their runs, of all samples.
-    """
-    record = RunRecord(stats, chosen_solver(known[0][0].solver))
-    for schedule, rollout in known:
-        record.add(schedule, rollout)
+    """A fitted solver's schedule near the best that was run, of less predicted error; it is not run itself."""
+    record = RunRecord(stats, chosen_solver(known[0][0].solver), known)
     near = replace(record.near(record.best()), penalty=LAST_PENALTY)
-    x, _ = lowered(near, near.anchor, *near.bounds(LAST_REACH, *stats.finite_range))
+    x = lowered(near, near.anchor, *near.bounds(LAST_REACH, *stats.finite_range))
     point = near.point(near.at_known_levels(near.anchor + LAST_SHARE * (x - near.anchor)))
     if not point.in_order(stats.process):
         return record.trials[record.best()].schedule
     return point.schedule(stats.process, record.method.name)
 
 
-@dataclass(frozen=True, eq=False)
-class _Proposal:
-    """A schedule to run, and the reach that it was found within."""
-
-    schedule: Schedule
-    reach: float
-
-
-def _moved_offsets(record: RunRecord, anchor: int) -> _Proposal | None:
+def _moved_offsets(record: RunRecord, anchor: int) -> Schedule | None:
     """The anchor with every level that the network is told moved, up where there is room; None if they would cross."""
     near, process = record.near(anchor), record.stats.process
     low, high = (each[-near.steps :] for each in near.bounds(REACH, *record.stats.finite_range))
@@ -242,27 +217,27 @@ def _moved_offsets(record: RunRecord, anchor: int) -> _Proposal | None:
     point = near.point(near.at_known_levels(x))
     if point.told is None or not point.in_order(process):
         return None
-    return _Proposal(point.schedule(process, record.method.name), REACH)
+    return point.schedule(process, record.method.name)
 
 
-def _proposal(record: RunRecord, anchor: int, reach: float) -> _Proposal | None:
-    """The schedule of least predicted error within reach of a run.
+def _proposal(record: RunRecord, anchor: int, reach: float) -> tuple[Schedule, float] | None:
+    """The schedule of least predicted error within reach of a run, and the reach.
 
     Where that was run already, the least within a smaller reach; None if there is none down to the least reach.
     """
     near, process = record.near(anchor), record.stats.process
     while reach >= LEAST_REACH:
         low, high = near.bounds(reach, *record.stats.finite_range)
-        x, _ = lowered(near, near.anchor, low, high)
+        x = lowered(near, near.anchor, low, high)
         known = near.at_known_levels(x)
         if not np.allclose(known, x, rtol=0.0, atol=1e-9):  # weights for the levels that the network knows
             for part in (slice(near.inner), slice(-near.steps if record.decoupled else len(x), None)):
                 low[part] = high[part] = known[part]
-            x, _ = lowered(near, known, low, high)
+            x = lowered(near, known, low, high)
         point = near.point(x)
         repeated = any(_repeats(point, trial) for trial in record.trials)
         if not repeated and point.in_order(process):
-            return _Proposal(point.schedule(process, record.method.name), reach)
+            return point.schedule(process, record.method.name), reach
         reach *= SHRINKAGE
     return None
 

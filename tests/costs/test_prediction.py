@@ -44,7 +44,7 @@ def test_deviations_of_the_fitted_solver_are_doubted_where_there_are_few_samples
     few = fs.measure(KINDS["x0"], (4,), levels=24, samples=samples, progress=False)
     levels = np.append(few.s.numpy(), 0.0)[[0, 5, 10, 16, 24]]
     surrogate, norms = Surrogate.of(few), Surrogate.of(few).norms
-    found, _ = surrogate_runs(surrogate, levels[None], FITTED_SOLVER)
+    found = surrogate_runs(surrogate, levels[None], FITTED_SOLVER)
     ends = [found.deviations[n, 0] * surrogate.amplitude(levels[n : n + 1]) for n in range(1, 4)]
     relative = np.mean([sum(end @ gram @ end for end in ends) for gram in norms.gram / norms.size[:, None, None]])
     expected = squared_errors(norms, found.outcome)[0] + doubt**2 * relative * norms.size

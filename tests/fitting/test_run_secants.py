@@ -11,7 +11,7 @@ from fastsched.costs.secants import Secants
 from fastsched.costs.surrogate import Surrogate
 from fastsched.fitting import run_secants
 from fastsched.fitting.rollouts import Evaluations, RecordingDenoiser, Rollout
-from fastsched.fitting.run_secants import KnownAnswers, KnownRun, residuals, with_runs
+from fastsched.fitting.run_secants import KnownAnswers, residuals, with_runs
 from fastsched.sampling.random_streams import noise_of
 from fastsched.sampling.solvers import get_solver
 
@@ -90,7 +90,9 @@ def test_secants_reproduce_the_run_they_are_of(measured, solver, monkeypatch):
     basis = torch.cat([stats.increments.double(), found], dim=1)
     metric = (basis @ basis.transpose(1, 2)).mean(0).numpy()
     deviations = surrogate.run(levels[None], method, KnownAnswers(first, first + more)).deviations[:, 0]
-    known = with_runs(Secants.none(first), [KnownRun(s, deviations, first, np.zeros(len(s)))], 0, metric, 1.0)
+    columns, offsets = first + np.arange(len(s)), np.zeros(len(s))
+    runs = (each[None] for each in (s, deviations, columns, offsets))
+    known = with_runs(Secants.none(first), *runs, 0, metric, 1.0)
     outcome = surrogate.run(levels[None], method, known).outcome
     torch.testing.assert_close(combined(outcome.error[0], stats, found), error, rtol=1e-4, atol=2e-5)
 
@@ -98,11 +100,9 @@ def test_secants_reproduce_the_run_they_are_of(measured, solver, monkeypatch):
 def answers(deviations, levels, metric, away, lam=0.0, offsets=None, offset=None):
     """What runs with one evaluation each answer to ``away``, and explain of it."""
     n = len(metric) - len(deviations)
-    runs = [
-        KnownRun(np.array([s]), a[None], n + m, np.array([o]))
-        for m, (a, s, o) in enumerate(zip(deviations, levels, offsets or [0.0] * len(levels), strict=True))
-    ]
-    known = with_runs(Secants.none(n), runs, 0, metric, 0.5)
+    told = np.zeros(len(levels)) if offsets is None else np.array(offsets)
+    runs = (np.array(each)[:, None] for each in (levels, deviations, n + np.arange(len(levels)), told))
+    known = with_runs(Secants.none(n), *runs, 0, metric, 0.5)
     return known.answer(0, np.full(len(away), lam), away, offset)
 
 
