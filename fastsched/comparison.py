@@ -29,8 +29,7 @@ from fastsched.sampling.schedule import Schedule, check_decoupled
 from fastsched.sampling.solvers import Solver, get_solver, is_any_solver, is_stock_solver
 
 #: Steps of the reference. On a Gaussian mixture, dpmpp_2m with this many steps has a typical squared distance to the
-#: limit of 3e-7, half of which is float32's rounding. The best eight-step schedule has 6e-3. Heun's method needs twice
-#: the model calls for the same accuracy.
+#: limit of 3e-7, half of which is float32's rounding; the best eight-step schedule has 6e-3.
 REFERENCE_STEPS = 300
 
 #: The index of a comparison's first noise among those of a seed. A measurement's start at 0, so that schedules are not
@@ -299,19 +298,18 @@ def _planned(
         if not isinstance(name, str):
             raise TypeError(f"schedules must have names that are text, got {validate.shown(name)}")
         is_run(f"schedules[{name!r}]", schedule)
-        chosen = solver if solver is not None else getattr(schedule, "solver", None)
         if isinstance(schedule, Schedule) and schedule.noise != denoiser.process.kind:
             raise ValueError(
                 f"schedules[{name!r}] is for a {schedule.noise!r} noise process, and the denoiser's is "
                 f"{denoiser.process.kind!r}; compare schedules of one model"
             )
-        if chosen is None:
+        if solver is None and not isinstance(schedule, Schedule):
             raise ValueError(f"solver must be given, because schedules[{name!r}] is not a Schedule and names none")
-        sigmas = schedule.sigmas if isinstance(schedule, Schedule) else schedule
+        sigmas = getattr(schedule, "sigmas", schedule)
         values = validate.descending_sigmas(f"schedules[{name!r}]", sigmas, to_zero=True)
         try:
             denoiser.process.level(values)  # raises where sigmas are not of this process
-            method = schedule_solver(schedule, chosen)
+            method = schedule_solver(schedule, solver)
             if getattr(schedule, "network_sigmas", None) is not None:
                 check_decoupled(method.name)
         except ValueError as error:

@@ -123,9 +123,7 @@ class StateSource:
         Raises:
             ValueError: If it holds NaN or inf (the message names the level).
         """
-        raw = self._finite_raw(float(self.alpha[k]) * z, self.s[k])
-        self.forward_calls += len(z)
-        return raw
+        return self._finite_raw(float(self.alpha[k]) * z, self.s[k])
 
     def score_of(self, z: Tensor, raw: Tensor, k: int) -> Tensor:
         """The score of the variance-exploding marginal at level ``k``, [B, *shape], in the dtype of ``z``."""
@@ -213,13 +211,13 @@ class StateSource:
             y, _ = path.send(denoised)
             x = float(sigma[n]) * y
             raw = self._finite_raw(x, grid[n])
-            self.forward_calls += len(noise)
             if n in positions:
                 yield positions[n], float(grid[n]) * y, raw
             denoised = float(a[n]) * x + float(c[n]) * raw.to(y.dtype)
 
     def _finite_raw(self, x: Tensor, s: Tensor) -> Tensor:
         raw = self.denoiser.raw_output(x, s, dtype=self.dtype)
+        self.forward_calls += len(x)
         if not bool(torch.isfinite(raw).all()):
             raise ValueError(not_finite(self.process, s))
         return raw

@@ -142,8 +142,7 @@ def fit_report(
     best, known = None, stats is not None
     try:
         if run is not None and batches is not None:  # not by `measure`, which hands back fewer paths on an interrupt
-            found = None if checkpoint is None else resumed(checkpoint, run, batches)
-            stats = measured_in_group(run, batches, found, group, vectors="first")
+            stats = measured_in_group(run, batches, resumed(checkpoint, run, batches), group, vectors="first")
             budget = max(0, budget - stats.model_calls)
         stats = _same(denoiser, shape, stats, checks and known, device, dtype)
         lacking = known and stats.increments is None  # in a group all but the first process have none

@@ -58,7 +58,7 @@ class Batches:
 def measured(run: Measurement, batches: Batches, found: PathStatistics | None = None) -> PathStatistics:
     """Measure the paths that ``found`` lacks, and join them to it.
 
-    What is interrupted by an exception has it carry the finished paths as ``error.partial``.
+    An exception carries the paths that were finished before it as ``error.partial``.
 
     Raises:
         ValueError: If the network fails the checks, or is not the one that ``found`` was measured on.
@@ -100,13 +100,13 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
     return whole
 
 
-def resumed(file: str | os.PathLike[str], run: Measurement, batches: Batches) -> PathStatistics | None:
-    """What a file holds of a measurement; None if there is no file.
+def resumed(file: str | os.PathLike[str] | None, run: Measurement, batches: Batches) -> PathStatistics | None:
+    """What a file holds of a measurement; None if no file is named, or there is none.
 
     Raises:
         ValueError: If it was measured with other settings.
     """
-    if not os.path.exists(file):
+    if file is None or not os.path.exists(file):
         return None
     found, different = PathStatistics.load(file), None
     if found.process != run.denoiser.process:

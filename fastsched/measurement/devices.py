@@ -53,15 +53,9 @@ def measured_in_group(
 ) -> PathStatistics:
     """`measured`, its paths dealt out over ``group``; every process gets the same statistics.
 
-    With a file, each process saves its own part beside it, and goes on from there; the first one saves the whole.
-
-    Args:
-        run: What is measured.
-        batches: How.
-        found: What is known already, the same in each process.
-        group: A ``torch.distributed`` group, or None.
-        vectors: Which processes get increments and responses of all samples, if they are kept: ``"all"`` or
-            ``"first"``.
+    With a file, each process saves its own part beside it, and goes on from there; the first one saves the whole. What
+    was ``found`` before is the same in each. Increments and responses of all samples, if they are kept, are for
+    ``"all"`` processes or for the ``"first"`` alone.
 
     Raises:
         ValueError: If the processes were given different arguments, or know different paths already.
@@ -77,7 +71,7 @@ def measured_in_group(
     own = replace(batches, seeds=share(seeds, group), checks=batches.checks and rank == 0, gathered=(received, size))
     if batches.file is not None:
         own = replace(own, file=_part_file(batches.file, rank, size))
-    measure = lambda: measured(run, own, None if own.file is None else resumed(own.file, run, own))
+    measure = lambda: measured(run, own, resumed(own.file, run, own))
     parts = parts_of_group(measure if len(own.seeds) else None, group, vectors if run.keep_vectors else "none")
     whole = reduce(PathStatistics.merge, ([] if found is None else [found]) + parts)
     if batches.file is not None and rank == 0:
@@ -160,10 +154,8 @@ def described(error: BaseException | None) -> str | None:
 def parts_of_group(measure: Callable[[], PathStatistics] | None, group: Any, vectors: str) -> list[PathStatistics]:
     """The parts that the processes of a group measured, in order, in each of them.
 
-    Args:
-        measure: Measures this process's part; None if it has none.
-        group: The group.
-        vectors: Which processes get increments and responses: ``"all"``, ``"first"`` or ``"none"``.
+    ``measure`` is None in a process that has no part. ``vectors`` says which processes get increments and responses:
+    ``"all"``, ``"first"`` or ``"none"``.
 
     Raises:
         RuntimeError: If another process failed; ``error.partial`` holds what all others had finished.

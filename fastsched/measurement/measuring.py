@@ -86,7 +86,7 @@ def measure(
     run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses, keep_increments, store)
     batches = batches_of(shape, samples, seed, batch_size, checks, checkpoint, progress)
     try:
-        return measured_in_group(run, batches, None if checkpoint is None else resumed(checkpoint, run, batches), group)
+        return measured_in_group(run, batches, resumed(checkpoint, run, batches), group)
     except KeyboardInterrupt as error:
         return finished_part(error, checkpoint, group)
 
@@ -134,14 +134,7 @@ def with_increments(
 ) -> PathStatistics:
     """These statistics with their increments, and responses, the paths followed once more if need be.
 
-    Args:
-        denoiser: The denoiser that ``stats`` was measured on.
-        stats: What `measure` returned.
-        batch_size: As in `measure`.
-        device: As in `measure`.
-        dtype: As in `measure`.
-        checkpoint: As in `measure`.
-        group: As in `measure`; its first process alone gets the increments and responses.
+    Arguments are as in `measure`, but of a group the first process alone gets the increments and responses.
 
     Raises:
         ValueError: If the network returns NaN or inf.
@@ -153,8 +146,7 @@ def with_increments(
     asked = check_same_network(denoiser, stats, device, dtype)
     run = measurement_of(denoiser, stats.s, device, dtype, stats.response_gram is not None, keep_increments=True)
     batches = Batches(stats.shape, stats.seeds, batch, batch_size is not None, False, checkpoint, progress=False)
-    found = None if checkpoint is None else resumed(checkpoint, run, batches)
-    again = measured_in_group(run, batches, found, group, vectors="first")
+    again = measured_in_group(run, batches, resumed(checkpoint, run, batches), group, vectors="first")
     return replace(
         stats,
         increments=again.increments,

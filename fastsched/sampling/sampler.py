@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,6 +29,7 @@ from fastsched.sampling.solvers import (
     solver_name,
     step_scale,
 )
+from fastsched.sampling.stochastic import sample_stochastic
 
 Result = TypeVar("Result")
 
@@ -83,8 +83,6 @@ def sample(
         raise ValueError("noise must be given: standard normal, [B, *shape]")
     check_kind("sigmas", sigmas, denoiser.process)
     if solver_name(name) in STOCHASTIC_SOLVERS:
-        from fastsched.sampling.stochastic import sample_stochastic
-
         return sample_stochastic(denoiser, sigmas, str(name), noise, seed=seed or 0, dtype=dtype, progress=progress)
     method = schedule_solver(sigmas, name)
     if seed is not None:
@@ -93,26 +91,26 @@ def sample(
     s = denoiser.process.level(values)
     nodes, steps, ends_at_zero = nodes_of(denoiser.process, s), len(s) - 1, float(values[-1]) == 0.0
     calls = method.model_calls(steps) if ends_at_zero or method.stage is None else 2 * steps
-    verdicts = Verdicts()
+    verdicts, told = Verdicts(), _told_levels(sigmas, method.name, denoiser.process)
     with unchanged_buffers(denoiser.network), progress_bar(calls, progress, f"{method.name} sampling") as advance:
 
-        def denoise(y: Tensor, asked: tuple[Tensor, Tensor | None] | float) -> Tensor:
-            level, told = asked if isinstance(asked, tuple) else (asked, None)
-            denoised = finite_denoised(denoiser, y, level, dtype, verdicts, told)
+        def denoise(y: Tensor, level: Tensor | float) -> Tensor:
+            denoised = finite_denoised(denoiser, y, level, dtype, verdicts, next(told, None))
             advance(1)
             return denoised
 
-        y = answered(integration(nodes, method, noise, s=_asked(sigmas, method.name, denoiser.process, s)), denoise)
+        y = answered(integration(nodes, method, noise, s=s), denoise)
     verdicts.settle()
     return y if ends_at_zero else y * float(s[-1])
 
 
-def _asked(run: object, solver: str, process: NoiseProcess, s: Tensor) -> Sequence[tuple[Tensor, Tensor | None]]:
-    """The levels of a run's states, each with that whose timestep the network is given if it is another."""
+def _told_levels(run: object, solver: str, process: NoiseProcess) -> Iterator[Tensor]:
+    """The levels whose timesteps the network is given, call by call; none if they are those of the states."""
     own = getattr(run, "network_sigmas", None)
-    if own is not None:
-        check_decoupled(solver)
-    return list(zip_longest(s, [] if own is None else process.level(own)))
+    if own is None:
+        return iter(())
+    check_decoupled(solver)
+    return iter(process.level(own))
 
 
 def is_run(name: str, value: object) -> None:

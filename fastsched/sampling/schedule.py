@@ -105,16 +105,9 @@ class Schedule:
         origin: Origin | None = None,
         told: Tensor | None = None,
     ) -> Schedule:
-        """A schedule at the noise levels ``s`` of ``process``, the last of which is 0.
+        """A schedule at the noise levels ``s`` [steps + 1] of ``process``, the last of which is 0.
 
-        Args:
-            process: The noise process.
-            s: The levels, [steps + 1].
-            solver: The solver's name.
-            predicted_error: As `predicted_error`.
-            weights: As `weights`.
-            origin: As `origin`.
-            told: The levels whose timesteps the network is given, [steps], if not those of the states.
+        ``told`` are the levels [steps] whose timesteps the network is given, if not those of the states.
         """
         return cls(
             sigmas=process.sampler_sigma(s),
@@ -293,15 +286,19 @@ def check_decoupled(solver: str) -> None:
 
 def _network_sigmas(values: Tensor, solver: str, sigmas: Tensor) -> Tensor:
     """Sigmas that a network is given, one for each call of a solver with one call a step."""
-    found = validate.float64("network_sigmas", values)
     check_decoupled(solver)
-    if found.shape != (len(sigmas) - 1,):
-        raise ValueError(
-            f"network_sigmas must have one value for each sigma but the last, [{len(sigmas) - 1}], got shape "
-            f"{tuple(found.shape)}"
-        )
+    found = _one_a_step("network_sigmas", values, len(sigmas) - 1)
     if not bool((found > 0).all()) or not bool((found.diff() < 0).all()):
         raise ValueError(f"network_sigmas must descend and be positive, got {validate.shown(found.tolist())}")
+    return found
+
+
+def _one_a_step(name: str, values: Tensor, steps: int) -> Tensor:
+    found = validate.float64(name, values)
+    if found.shape != (steps,):
+        raise ValueError(
+            f"{name} must have one value for each sigma but the last, [{steps}], got shape {tuple(found.shape)}"
+        )
     return found
 
 
@@ -310,11 +307,7 @@ def _timesteps(values: Tensor, steps: int, noise: str) -> Tensor:
 
     Levels beyond those that a variance-preserving network was trained on share its first or last timestep.
     """
-    timesteps = validate.float64("timesteps", values)
-    if timesteps.shape != (steps,):
-        raise ValueError(
-            f"timesteps must have one value for each sigma but the last, [{steps}], got shape {tuple(timesteps.shape)}"
-        )
+    timesteps = _one_a_step("timesteps", values, steps)
     if not bool(((timesteps >= 0) & (timesteps <= LARGEST_TIMESTEP)).all()):
         shown = validate.shown(timesteps.tolist())
         raise ValueError(f"timesteps must be within [0, {LARGEST_TIMESTEP:g}], got {shown}")
