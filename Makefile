@@ -26,7 +26,7 @@ fuzz: $(VENV)/dev-installed  ## 10,000 odd networks, pipelines, arguments and fi
 	FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/python -m pytest --numprocesses 2 tests/fuzz
 
 bench: $(VENV)/dev-installed  ## speed of the ops on this machine
-	$(BIN)/python -m pytest benchmarks/speed --benchmark-only
+	$(BIN)/python -m pytest --benchmark-only $(addprefix benchmarks/speed/,level_gram.py measured_gram.py hutchinson.py)
 
 bench-quality: $(VENV)/dev-installed  ## sampling error against every published way of choosing steps; QUICK=1 for a few cells
 	$(BIN)/python -m benchmarks.quality.limit

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way of choosing a schedule.
+class Method(NamedTuple):
+    """A way of choosing a schedule."""
 
-    Attributes:
-        title: What tables call it.
-        meaning: What it is, in a line.
-    """
-
-    title: str
-    meaning: str
+    title: str  #: what tables call it
+    meaning: str  #: what it is, in a line
 
 
 DENOISERS = {
