@@ -27,12 +27,9 @@ def squared_distances(samples: Tensor, reference: Tensor) -> Tensor:
 
 
 def rounding_floor(ends: Tensor) -> Tensor:
-    """The squared distance that float32 rounding makes: ``(eps ||x_b||)^2`` with ``eps = 2^-23``, [B] float64.
+    """The squared distance that float32 rounding of samples [B, *shape] makes: ``(2^-23 ||x_b||)^2``, [B] float64.
 
     Smaller distances cannot be told from 0, and would make a geometric mean 0.
-
-    Args:
-        ends: Samples, [B, *shape].
     """
     values = validate.finite("ends", ends)
     return torch.finfo(torch.float32).eps ** 2 * values.double().flatten(1).square().sum(1)

@@ -67,11 +67,8 @@ class StepTimes:
     def of(cls, name: str, run: Run, steps: int | None = None) -> StepTimes:
         """From a run; its first step warms up, and is left out if there are more.
 
-        Args:
-            name: What was run.
-            run: The run.
-            steps: Steps of a whole measurement: fractions are those of its last two steps and ``steps - 2`` times the
-                median of the earlier ones. Those of this run when None.
+        Fractions are those of this run; with the ``steps`` of a whole measurement, of its last two steps and
+        ``steps - 2`` times the median of the earlier ones.
         """
         used = run.steps[1:] if len(run.steps) > 1 else run.steps
         waits = None if run.synchronisations is None else float(np.median(run.synchronisations))

@@ -26,9 +26,7 @@ SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 def arguments(description: str | None, **choices: Sequence[str]) -> argparse.Namespace:
     """``--quick`` for a run of less than a minute; it writes under other names and leaves the real results alone.
 
-    Args:
-        description: The script's docstring.
-        choices: Further options with their values, the default first.
+    ``choices`` are further options with their values, the default first.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer samples and cases: under a minute")

@@ -32,12 +32,7 @@ FITTED_ROWS = ("fit_100",)
 
 @dataclass(frozen=True)
 class Row:
-    """One row of pictures.
-
-    Attributes:
-        label: What stands beside it.
-        samples: [columns, *shape].
-    """
+    """One row of pictures, of samples [columns, *shape], and what stands beside it."""
 
     label: str
     samples: Tensor

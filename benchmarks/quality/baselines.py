@@ -17,13 +17,7 @@ from fastsched.denoisers.noise import FlowMatching, NoiseProcess
 
 
 def curves(process: NoiseProcess, steps: int, data_std: float) -> dict[str, Tensor]:
-    """The closed-form schedules, by name; ``_to_zero`` where 0 replaces the node at the lowest level.
-
-    Args:
-        process: The noise process.
-        steps: Steps, of which the last ends at sigma 0.
-        data_std: The data's standard deviation, for ``kl_optimal``.
-    """
+    """The closed-form schedules, by name; ``_to_zero`` where 0 replaces the node at the lowest level."""
     low, high = process.s_min, highest_finite(process)
     found: dict[str, Tensor] = {}
     for suffix, spare in (("", False), ("_to_zero", True)):

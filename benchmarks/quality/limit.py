@@ -35,16 +35,9 @@ MOVES = (0.4, 0.2, 0.1, 0.05)
 
 
 def descend(error: Callable[[Tensor], float], s: Tensor, low: float, high: float) -> tuple[Tensor, float, int]:
-    """Move one inner node at a time wherever that lowers ``error``, by ever smaller shares of the gaps.
+    """Move one inner node of levels [steps + 1] at a time, by ever smaller shares of the gaps, where the error falls.
 
-    Args:
-        error: Of levels [steps + 1], descending to 0.
-        s: Where to start.
-        low: The lowest level a node may take.
-        high: The highest, where the first node is at pure noise.
-
-    Returns:
-        The levels, their error, and how often it was evaluated.
+    The gaps at both ends are as in `log_gaps`. Returns the levels, their error, and how often it was evaluated.
     """
     best, evaluations = error(s), 1
     for share in MOVES:

@@ -19,13 +19,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 @dataclass(frozen=True)
 class Model:
-    """A denoiser and the shape of its samples.
-
-    Attributes:
-        denoiser: What is sampled from.
-        shape: The shape of one sample, without the batch.
-        title: What it is, in a few words.
-    """
+    """A denoiser, the shape of one sample, and what it is in a few words."""
 
     denoiser: fs.Denoiser
     shape: tuple[int, ...]
@@ -65,12 +59,7 @@ class LowRankMixture:
         return cls((weights / weights.sum()).log().float(), means.float(), axes.float(), variances.float(), floor)
 
     def denoise(self, z: Tensor, s: Tensor) -> Tensor:
-        """``D(z; s) = sum_m r_m D_m`` [B, d] as `fs.oracles.GaussianMixture` has it, in O(M d r) a sample.
-
-        Args:
-            z: States, [B, d] float32.
-            s: Levels, [B].
-        """
+        """``D(z; s) = sum_m r_m D_m`` [B, d] float32, as `fs.oracles.GaussianMixture` has it, in O(M d r) a sample."""
         noise = s.to(z.dtype)[:, None].square()  # [B, 1]
         flat = self.floor**2 + noise
         steep = flat + self.variances  # [B, r]

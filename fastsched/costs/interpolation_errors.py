@@ -19,12 +19,7 @@ from fastsched.costs.norms import Array, Norms
 
 
 def interpolation_errors(lam: Array, norms: Norms) -> Array:
-    """The norm of the error near each level, for each sample, [N, B].
-
-    Args:
-        lam: ``lambda`` of the levels, [N].
-        norms: Norms over the known vectors, of which the first are the increments.
-    """
+    """The norm of the error near each level, ``lam`` [N], for each sample, [N, B]; the first vectors are increments."""
     near, far = (_squared_errors(lam, norms, step) for step in (1, 2))
     fall = np.divide(near, far, out=np.ones_like(near), where=far > near)
     return np.sqrt(near * fall)

@@ -19,13 +19,7 @@ def pair_costs(
 ) -> tuple[Tensor, Tensor]:
     """The steps, [P, 2] int64, and ``v^2 squares`` of each for each sample, [samples, P] float64.
 
-    Args:
-        source: The states and the network.
-        pairs: ``"adjacent"`` or ``"all"``, see `pair_indices`.
-        velocity: ``"noisier"``, ``"cleaner"`` or None, see `step_velocity`.
-        squares: The squared differences of one level's steps.
-        progress: Show a progress bar.
-        what: The label of the progress bar.
+    ``pairs`` is as in `pair_indices`, ``velocity`` as in `step_velocity`; ``what`` labels the progress bar.
     """
     levels = source.levels
     steps = pair_indices(levels, pairs)

@@ -170,16 +170,12 @@ class PathCost:
         return costs
 
     def of(self, nodes: Sequence[int]) -> Array:
-        """The cost of each step of a schedule, with the solver's whole history, [steps].
-
-        Args:
-            nodes: Ascending level indices, the last of which is N (sigma 0).
-        """
+        """The cost of each step of a schedule, [steps], with the solver's whole history; ``nodes`` end in level N."""
         histories = (self.history_of(nodes, n) for n in range(len(nodes) - 1))
         return np.array([self.step(part, corrected=corrected) for part, corrected in histories])
 
     def around(self, nodes: Sequence[int], n: int) -> float:
-        """The cost of the steps of a schedule that node ``n``, neither the first nor the last, has to do with."""
+        """The cost of the steps of a schedule that depend on node ``n``, an inner one."""
         total = 0.0
         for m in range(n - 1, min(n + 1 + self.solver.history, len(nodes) - 1)):
             part, corrected = self.history_of(nodes, m)

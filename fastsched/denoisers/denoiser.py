@@ -358,7 +358,7 @@ class Denoiser:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating type of the network's parameters, float32 if it has none; those of 8 bits are only kept so."""
+        """The floating type of the network's parameters, float32 if it has none; 8 bits are a form of storage only."""
         kinds = (each.dtype for each in self._parameters())
         return next((kind for kind in kinds if kind.is_floating_point and kind.itemsize > 1), torch.float32)
 

@@ -1,13 +1,8 @@
 """The demonstration model: a small denoiser of handwritten digits, shipped with the package.
 
 It was trained on the 1,797 digits of scikit-learn (8 x 8 pixels, values 0 to 16 mapped to [-1, 1] by
-``pixel / 8 - 1``) by ``benchmarks/train/digits.py``, in the preconditioning of Karras et al. 2022 ("Elucidating
-the Design Space of Diffusion-Based Generative Models", table 1):
-
-    D(z; s) = c_skip z + c_out F(c_in z, ln(s) / 4),
-    c_skip = sd^2 / (s^2 + sd^2),  c_out = s sd / sqrt(s^2 + sd^2),  c_in = 1 / sqrt(s^2 + sd^2),
-
-with ``sd`` the data's own standard deviation. The module here is ``F``.
+``pixel / 8 - 1``) by ``benchmarks/train/digits.py``. The module here is the raw network ``F`` of EDM's preconditioning
+(`fastsched.Denoiser.from_edm`), with ``sigma_data`` the data's own standard deviation.
 """
 
 from __future__ import annotations
@@ -50,12 +45,7 @@ class DigitsNetwork(nn.Module):
         nn.init.zeros_(self.outward.bias)
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        """``F``, shaped as ``x``.
-
-        Args:
-            x: Scaled states ``c_in z``, [B, 1, 8, 8].
-            c_noise: ``ln(s) / 4``, [B].
-        """
+        """``F``, shaped as the scaled states ``x = c_in z`` [B, 1, 8, 8], at ``c_noise = ln(s) / 4`` [B]."""
         angles = c_noise[:, None].to(x.dtype) * self.frequencies
         level = functional.silu(self.embed(torch.cat([angles.sin(), angles.cos()], 1)))
         h = self.inward(x.flatten(1))

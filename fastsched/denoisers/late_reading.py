@@ -14,7 +14,7 @@ Judge: TypeAlias = "Callable[[Tensor], None]"
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
-    """Values of the CPU on ``device``, which need not have come to their place in its work."""
+    """Values of the CPU, copied to ``device`` without waiting for its queued work."""
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 

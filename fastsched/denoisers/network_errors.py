@@ -44,11 +44,7 @@ CAUSES = (
 def explained(error: Exception, x: Tensor, condition: Tensor, dtype: torch.dtype) -> ValueError | None:
     """An error that says how the network was called and what may be wrong; None if the cause is not known.
 
-    Args:
-        error: What the call raised.
-        x: The states.
-        condition: The condition that it was given.
-        dtype: What the states were given in.
+    The call with states ``x``, given in ``dtype``, and this condition raised ``error``.
     """
     text = str(error)
     cause = next((hint for pattern, hint in CAUSES if re.search(pattern, text)), None)

@@ -154,14 +154,9 @@ CHECKS: dict[str, validate.Check] = {
 
 
 def ranked(run: Run, stats: PathStatistics, candidates: Mapping[str, Schedule], calls: int, samples: int) -> Audition:
-    """Rank candidates with any sampler, by successive halving.
+    """Rank candidates by name with any sampler, by successive halving, on so many of the measured samples.
 
-    Args:
-        run: Runs a schedule on some of the measured samples; None if it cannot, which drops the candidate.
-        stats: The statistics whose samples are run.
-        candidates: Schedules by name.
-        calls: Network evaluations of one sample under one candidate.
-        samples: How many of the samples to use.
+    A run takes ``calls`` network evaluations a sample; a candidate is dropped where it gives None.
 
     Raises:
         ValueError: If no candidate could be run.

@@ -3,43 +3,15 @@
 About half of the calls measure; of 100 and fewer, nearly all. Up to 400 calls, responses
 (`fastsched.measurement.deviated_paths`) were worth more than the samples that their calls would buy; above that only
 plans with responses were tried. Of two to six plans at each total, `PLANS` has the one of least error, typical and mean
-together: to 300 calls of the fitted solver (DPM-Solver++(2M) agrees, but was not tried at 100), on six or seven
-denoisers and seeds 900 to 902; at 400 and 800 of both solvers, on six and seeds 20 and 21; but at 1,500, where fewer
-levels and more samples serve some denoisers better and others worse, it has the benchmark's. All were
-chosen when the fitted solver's weights were drawn to those of DPM-Solver++(2M). Its error now, of five denoisers and
-three seeds, against that of 1,500 (``benchmarks.quality.cost_curve``):
-
-=====  ======
-calls  fitted
-=====  ======
-60     5.8
-100    2.8
-200    2.5
-300    2.3
-400    1.7
-800    1.4
-=====  ======
-
-So the default is 800. The plans for 2,300 and 3,000 calls are of five denoisers and seed 20, against 8 samples with as
-many calls in all.
+together, on five to seven denoisers: to 300 calls of the fitted solver, at 400 and 800 of DPM-Solver++(2M) too. At
+1,500, where fewer levels and more samples serve some denoisers better and others worse, it has the benchmark's. What
+more calls buy, and why the default is 800, is in ``docs/choosing.md``.
 
 Samples of few elements, such as points of the plane, are few equations to tune up to a hundred levels and weights by.
-There the calls of responses may serve better for twice as many samples. Errors, typical and mean, against those with
-responses (geometric means over cells of solvers and steps, and over two to five seeds):
-
-=====  ============================================  ==========
-calls  data                                          errors
-=====  ============================================  ==========
-200    two in the plane, two of 8 elements           0.84, 0.78
-400    three in the plane                            0.6, 0.7
-800    three in the plane, 14 cells                  0.62, 0.65
-800    a mixture of 4 elements                       0.60, 0.72
-800    a mixture of 8 elements                       0.91, 0.90
-1,500  two in the plane, 57 cells                    1.0, 1.2
-1,500  digits and patches                            1.7, 1.7
-=====  ============================================  ==========
-
-At 100 and 200 calls single networks lose, up to twice the error.
+There the calls of responses may serve better for twice as many samples. With 400 and 800 calls, data of 2 and of 4
+elements then had 0.6 of the typical error and 0.7 of the mean error (geometric means over solvers, steps and two to
+five seeds), and data of 8 elements 0.9 of both. With 100 and 200 calls single networks lose, up to twice the error;
+with 1,500 the plane gains nothing, and digits and patches have 1.7 times the error.
 """
 
 from __future__ import annotations
@@ -109,15 +81,10 @@ def planned(
     *,
     responses: bool = True,
 ) -> tuple[int | Tensor, int | range]:
-    """Levels and samples to measure, where they are not given.
+    """Levels and samples, as in `fastsched.measure`, of a fit of ``total`` calls; those given stay.
 
-    Args:
-        total: Calls of the whole fit.
-        steps: Steps of the schedule, which need one level more.
-        levels: As in `fastsched.measure`; chosen when None.
-        samples: As in `fastsched.measure`; chosen when None: as many as the plan's calls allow on these levels.
-        calls: What a measurement takes.
-        responses: Whether it measures responses.
+    Steps need one level more, and there are as many samples as the plan's calls allow on the levels. A measurement,
+    with ``responses`` or without, takes ``calls(levels, samples)``.
 
     Raises:
         ValueError: If both are to be chosen and the calls are fewer than the smallest plan's, or the measurement takes
@@ -139,11 +106,7 @@ def planned(
 
 
 def calls_left(total: int, measuring: int) -> int:
-    """Model calls of a fit that its measurement leaves to rank and tune schedules.
-
-    Args:
-        total: Calls of the whole fit.
-        measuring: Calls of its measurement.
+    """Model calls of a fit of ``total`` that ``measuring`` leaves to rank and tune schedules.
 
     Raises:
         ValueError: If the measurement takes more than there are.

@@ -21,12 +21,8 @@ Result = TypeVar("Result")
 def led_by_first(run: Run, work: Callable[[Run], Result], group: Any) -> Result:
     """``work(run)``, a report of a fit, with the samples of each run dealt out over ``group``.
 
-    Every process gets the report; all but the first without increments.
-
-    Args:
-        run: Runs a schedule on some of the samples, in this process.
-        work: The fit, given a function that runs schedules; called in the first process alone.
-        group: A ``torch.distributed`` group, or None.
+    Only the first process does the work, given a function that runs schedules. Every process gets the report; all but
+    the first without increments.
 
     Raises:
         RuntimeError: If another process failed; in that one, its own error.

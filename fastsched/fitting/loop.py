@@ -63,19 +63,13 @@ def fit_by_running(
     model_calls: int = MODEL_CALLS,
     decoupled: bool = False,
 ) -> FitReport:
-    """Rank candidates by running them, and tune the best.
+    """Rank candidates by running them, and tune the best, unless the statistics hold no increments.
 
-    Args:
-        run: Runs a schedule on some of the measured samples; None if it cannot.
-        stats: The measurement. Without increments there is no tuning.
-        steps: Steps of the schedule.
-        solver: The solver's name.
-        candidates: Names and schedules, the most promising first; only as many are made as the calls allow.
-        calls: Network evaluations of one sample in a run.
-        model_calls: The most to spend, counted per sample. Where it does not suffice for one run of all samples, the
-            schedule is that of `fastsched.optimal_schedule`; where it does for one alone, a fitted solver's is moved by
-            what that tells, and not run again.
-        decoupled: Whether tuning may tell the network other levels than the states'; a warning if nothing is tuned.
+    Candidates come with names, the most promising first; only as many are made as the calls allow. A run takes
+    ``calls`` a sample. Where ``model_calls``, the most to spend, do not suffice for one run of all samples, the
+    schedule is that of `fastsched.optimal_schedule`. Where they do for one alone, a fitted solver's is moved by
+    what that tells, and not run again. With ``decoupled``, tuning may tell the network other levels than the states'; a
+    warning says if nothing is tuned.
 
     Raises:
         ValueError: If no candidate could be run.
@@ -120,10 +114,7 @@ def _why_not_tuned(stats: PathStatistics, steps: int) -> str:
 def affordable(calls: int, samples: int, model_calls: int) -> int:
     """How many candidates can be ranked within ``model_calls``, with some left to tune; 0 if not one.
 
-    Args:
-        calls: Network evaluations of one sample in a run.
-        samples: Samples of the finalists.
-        model_calls: The budget of ranking and tuning.
+    A run takes ``calls`` a sample, and finalists run on all ``samples``.
     """
     if model_calls < calls * samples:
         return 0

@@ -36,11 +36,7 @@ class DeviatedPath:
     order: int
 
     def slopes(self, lam: Sequence[float]) -> list[list[tuple[int, float]]]:
-        """For each step from level k to k + 1, the levels whose answers it uses, and their weights.
-
-        Args:
-            lam: ``lambda = -log s`` of the levels, finite, [N].
-        """
+        """For each step from level k to k + 1, at finite ``lam`` [N], the levels whose answers it uses, and weights."""
         steps = []
         for k in range(len(lam) - 1):
             last = k - k % self.hold
@@ -54,11 +50,7 @@ class DeviatedPath:
         return steps
 
     def jumps(self, s: Tensor) -> dict[int, dict[int, float]]:
-        """How ``y`` goes to each asked level from the one before: the factors of the answers that are added.
-
-        Args:
-            s: The levels, [N].
-        """
+        """How ``y`` goes to each asked level of ``s`` from the one before: the factors of the answers to be added."""
         slopes, rho = self.slopes(positions(s)), (1 / s).tolist()
         found: dict[int, dict[int, float]] = {}
         for k in asked_levels(len(s)):

@@ -16,10 +16,7 @@ SAME_WIDE_NETWORK = 2e-3
 def fingerprint_of(raw: Tensor, denoised: Tensor, c: float) -> Tensor:
     """The fingerprint of a network and of how it is read, [2 PROJECTIONS] float64, from its answer to a fixed question.
 
-    Args:
-        raw: What the network answered, ``R``.
-        denoised: What was made of it, ``D = a x + c R``. In units of ``c`` rounding of ``R`` counts alike.
-        c: The factor.
+    That is ``R``, from which ``D = a x + c R`` was made: in units of ``c``, rounding of ``R`` counts alike in both.
     """
     return torch.cat([projections(raw), projections(denoised) / c])
 

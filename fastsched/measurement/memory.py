@@ -117,15 +117,7 @@ def with_store(run: Measurement, paths: int, elements: int) -> Measurement:
 def paths_at_once(
     run: Measurement, most: int, wanted: Callable[[int], Need], samples: int, elements: int, *, chosen: bool
 ) -> int:
-    """How many paths to follow at once: ``most``, or as many as fit if the caller did not choose.
-
-    Args:
-        run: What is measured.
-        most: The most paths.
-        wanted: `need` of so many paths at once.
-        samples: Paths of the whole measurement.
-        elements: d, of one sample.
-        chosen: Whether the caller chose how many.
+    """How many paths to follow at once: ``most``, or as many as fit, by their need, if the caller did not choose.
 
     Raises:
         MemoryError: If they do not fit; the message says what to lower.

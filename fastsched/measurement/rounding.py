@@ -19,15 +19,8 @@ def storage_floor(norms: Tensor, dtype: torch.dtype, c: Tensor) -> Tensor:
     """Squared distance from the level before that rounding makes: ``5.3e-6 ||c_k R_k||^2`` in bfloat16.
 
     Rounding errors of neighbouring levels are taken as independent, as they are once outputs differ by more than the
-    spacing of the format.
-
-    Args:
-        norms: ``||R_k||`` of the network's outputs, ``[N, B]``.
-        dtype: What they were stored in.
-        c: Their coefficients, ``[N]``.
-
-    Returns:
-        ``[B, N]`` float64 on the CPU; zero for 32 bits and more.
+    spacing of the format. From the norms [N, B] of outputs stored in ``dtype`` and their coefficients [N]: [B, N]
+    float64 on the CPU, zero for 32 bits and more.
     """
     sizes = c.cpu().double().unsqueeze(-1) * norms.cpu().double()
     return STORAGE_ERROR.get(dtype, 0.0) * sizes.square().T
@@ -37,13 +30,8 @@ def warn_of_storage(norms: Tensor, dtype: torch.dtype, c: Tensor, gram: Tensor) 
     """Warn if 16-bit storage of ``R`` may add more than 1% to the squared distances between adjacent levels.
 
     The sum along the path is compared, not each distance: where outputs hardly change, as near the data, rounding
-    always exceeds 1%, and has no effect on the schedule.
-
-    Args:
-        norms: As in `storage_floor`.
-        dtype: As in `storage_floor`.
-        c: As in `storage_floor`.
-        gram: ``[B, N-1, N-1]``, of the increments. Means over the samples are compared.
+    always exceeds 1%, and has no effect on the schedule. Arguments are as in `storage_floor`, and the Gram matrices of
+    the increments, [B, N-1, N-1]; means over the samples are compared.
     """
     if dtype not in STORAGE_ERROR:
         return

@@ -33,23 +33,12 @@ def measure_to_file(
     overwrite: bool = False,
     progress: Progress = True,
 ) -> PathStatistics:
-    """As `fastsched.measure`, saving to ``path`` after every batch.
+    """As `fastsched.measure`, saving to ``path`` after every batch; the file is always whole.
 
-    Args:
-        denoiser: What to measure; this and the other arguments as in `fastsched.measure`.
-        shape: The shape of one sample, without the batch.
-        path: The statistics file; always whole, whenever the measurement stops.
-        levels: How many levels, or the levels ``s`` themselves.
-        samples: How many paths the file is to hold in the end, or which: ``range(a, b)``.
-        responses: Whether to measure responses.
-        seed: The seed of the noises.
-        batch_size: Paths followed at once.
-        device: Where to run.
-        dtype: What the network computes in.
-        checks: Whether to ask first if the network is a denoiser.
-        resume: Measure only the paths that ``path`` does not hold yet.
-        overwrite: Replace ``path`` if there is one.
-        progress: Show a progress bar, or a function called with the model calls done and their total.
+    ``samples`` are those that it is to hold in the end. The other arguments are those of `fastsched.measure`, and
+
+    * ``resume``: measure only the paths that ``path`` does not hold yet.
+    * ``overwrite``: replace ``path`` if there is one.
 
     Returns:
         All that the file holds.

@@ -16,14 +16,7 @@ _LARGEST_RATIO = 2.0**30  # of coefficients: float32 holds sums of its square
 def level_gram(R: Tensor, X: Tensor | None, coefficients: Tensor, per_sample: bool) -> Tensor:
     """Column block by column block: increments in float32, their products, the sum over blocks in float64.
 
-    Args:
-        R: ``[N, B, d]``.
-        X: ``[N, B, d]``, ``[B, d]`` or None.
-        coefficients: ``[2, N]`` float64, on the host or on R's device: ``a``, ``c``.
-        per_sample: Keep the samples apart.
-
-    Returns:
-        The Gram matrix, float64: ``[B, N, N]`` per sample, else ``[N, N]``.
+    As `fastsched.ops.level_increment_gram`, with ``a`` and ``c`` as float64 rows ``[2, N]``, on the host or R's device.
     """
     N, B, _ = R.shape
     compute = torch.float32 if R.dtype != torch.float64 and _products_are_float32() else torch.float64

@@ -126,9 +126,7 @@ def _constant(name: str) -> float:
 def check_readable(path: Name, what: str) -> str:
     """The name of a file that can be read as a whole: a pipe would be waited for, and a device may never end.
 
-    Args:
-        path: The file.
-        what: What it should hold, for messages.
+    ``what`` it should hold is for messages.
 
     Raises:
         FileNotFoundError: If there is none.

@@ -21,11 +21,7 @@ from fastsched.sampling.solvers import FITTED, Solver, get_solver, solver_name
 
 
 def fitted_solver(weights: Tensor) -> Solver:
-    """The solver with these weights, for schedules of as many steps.
-
-    Args:
-        weights: ``W``, [K, K].
-    """
+    """The solver with weights ``W`` [K, K], for schedules of as many steps."""
     rows = checked_weights(weights).numpy()
 
     def of_step(history: Sequence[Node], end: Node) -> list[float]:

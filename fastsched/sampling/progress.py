@@ -11,14 +11,9 @@ Progress = bool | Callable[[int, int], object]
 
 @contextlib.contextmanager
 def progress_bar(total: int, show: Progress, what: str, unit: str = "call") -> Iterator[Callable[[int], None]]:
-    """A progress bar over ``total`` units, a callback, or neither; yields a function that adds units done.
+    """A progress bar over ``total`` units of some work, a callback, or neither; yields a function that adds units done.
 
-    Args:
-        total: Units of work.
-        show: Whether to show a bar; or a function that is called with the units done and ``total``. What it raises ends
-            the work.
-        what: A word for the work.
-        unit: What a unit is.
+    What a callback raises ends the work.
     """
     if callable(show):
         done_so_far = 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsched import validate
 
-#: Which bit of a ``seed`` is another for latents beside the measured ones, whose noise must be independent of theirs.
+#: The bit of a ``seed`` that is flipped for latents beside the measured ones, so that their noise is independent.
 BESIDE = 2**30
 
 

@@ -56,11 +56,9 @@ def plain(name: str) -> str:
 
 
 def known_as(name: str, own: Iterable[str]) -> tuple[str | None, str | None]:
-    """The solver that a name from elsewhere means, and the noise schedule that is part of the name; None for neither.
+    """The solver, among our ``own`` names, that a menu's or a library's name means, and the noise schedule in it.
 
-    Args:
-        name: As in a menu or a library.
-        own: The names that are known here.
+    None for what it does not name.
 
     Raises:
         ValueError: If it is a known sampler without a counterpart here; the message names the nearest.

@@ -221,8 +221,8 @@ def _known(solver: object, names: list[str]) -> str:
 def from_pure_noise(solver: Solver, start: Node) -> bool:
     """Whether a step starts where the solver's own form has no limit, ``tau = inf``; it is then Euler's, over ``rho``.
 
-    So a variance-preserving model of zero terminal SNR begins. The slope there is left out of later steps. Flow models
-    start at ``tau = 1``, and solvers over ``rho`` without a stage take the slope as infinitely far off.
+    Variance-preserving models of zero terminal SNR start there; later steps leave that slope out. Flow models start at
+    ``tau = 1``, and solvers over ``rho`` without a stage take the slope as infinitely far off.
     """
     if solver.variable != "tau" and solver.stage is None:
         return False

@@ -40,9 +40,7 @@ def distinct_known_levels(process: NoiseProcess, levels: Array, low: float = 0.0
 def distinct_levels(levels: Tensor, known: Tensor) -> Tensor:
     """``levels`` [steps + 1], the last 0, moved to distinct ones of ``known``, as near in ``log s`` as order allows.
 
-    Args:
-        levels: Descending.
-        known: Levels [N], descending, at least as many as steps.
+    Both descend, and there are at least as many known levels as steps.
     """
     chosen: list[int] = []
     inner = levels[:-1]

@@ -20,8 +20,8 @@ DIFFERENCE = 1e-4
 #: the errors were 1.07, 1.10 and 1.17 times as large at 5, 8 and 16 steps, in 0.6 of the time (12 cells each).
 TOLERANCE = 1e-4
 
-#: How often L-BFGS begins: a second time from where the first ended, which may be early, since what it knew of the
-#: curvature was of elsewhere. Over 72 cells the errors were 0.94 of those of one (at best 0.05), in 1.2 of the time.
+#: How often L-BFGS is started, again from where it ended: that may be early, with a curvature estimated elsewhere. Over
+#: 72 cells the errors were 0.94 of those of one start (at best 0.05), in 1.2 of the time.
 ROUNDS = 2
 
 #: The least gap of a start, of the mean gap: a smaller one hardly has a gradient.
@@ -90,7 +90,7 @@ def coordinate_descent(objective: Callable[[Sequence[int], int], float], nodes: 
     """Move one inner node at a time over a grid, by up to `REACH` levels, as long as the objective falls.
 
     Args:
-        objective: ``objective(nodes, n)``: of ascending level indices, the part that node ``n`` has to do with.
+        objective: ``objective(nodes, n)``: the part of it, for ascending level indices, that depends on node ``n``.
         nodes: Where to start; both ends stay.
 
     Returns:

@@ -81,14 +81,7 @@ def ranked_starts(
 
 
 def local_minima(stats: PathStatistics, steps: int, solver: Solver, *, also: Sequence[Array] = ()) -> list[Minimum]:
-    """Where descents from the best starts end, the least predicted error first, each schedule once.
-
-    Args:
-        stats: What `fastsched.measure` returned.
-        steps: Steps of the schedules.
-        solver: The solver.
-        also: Levels [steps + 1] to start from as well.
-    """
+    """Where descents from the best starts and from levels ``also`` end, the least predicted error first, each once."""
     starts = ranked_starts(stats, steps, solver)
     error = ErrorModel.of(stats, solver)
     minima = list(starts[:1])  # no descent ends above it, but one may end between the levels that the network knows

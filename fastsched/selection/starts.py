@@ -76,14 +76,10 @@ def common_levels(stats: PathStatistics, steps: int) -> dict[str, Tensor]:
 
 
 def common_sigmas(process: NoiseProcess, s: Tensor, name: str, steps: int, *, spare_last: bool = False) -> Tensor:
-    """Sampler sigmas [steps + 1] of a schedule in common use.
+    """Sampler sigmas [steps + 1] of a schedule in common use, from the highest finite of levels ``s`` to the lowest.
 
-    Args:
-        process: The noise process; the formula is applied to its sampler sigmas, which are times for flow models.
-        s: Levels, of which the lowest and the highest finite sampler sigma are the schedule's.
-        name: As in `fastsched.baselines`, or uniform: equal steps in flow time from the highest to 0.
-        steps: Number of steps.
-        spare_last: As there.
+    The name and ``spare_last`` are as in `fastsched.baselines`, or uniform: equal steps in flow time from the highest
+    to 0. The formula is applied to sampler sigmas, which are times for flow models.
 
     Raises:
         ValueError: If the schedule is in flow times and the process has none.
