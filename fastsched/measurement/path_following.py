@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
@@ -35,6 +36,10 @@ Query: TypeAlias = Generator[tuple[Tensor, int], Tensor, Answer]
 #: Follows the reference path: of seven solvers tried the one whose ends are nearest the converged ones for the same
 #: calls; over 48 levels 12 to 50 times nearer (squared) than those of DPM-Solver++(3M).
 PATH_SOLVER = "unipc_3"
+
+#: Given levels are doubted that end above both: this part of the data's deviation (there, errors of 8 steps on digits
+#: were predicted at half of what they are), and this multiple of the process's lowest level.
+HIGH_END, ABOVE_LOWEST = 0.1, 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +179,8 @@ def measurement_steps(
         vectors = kept.on_cpu(run.vectors, out) if run.keep_vectors else None
         ends = end.cpu()
     answers.warn_of_storage(gram[:, :n, :n])
-    swept = bool(run.deviated)
+    swept, data_std = bool(run.deviated), data_deviation(ends)
+    _warn_of_high_end(run, data_std)
     return PathStatistics(
         process=run.denoiser.process,
         s=run.s,
@@ -182,7 +188,7 @@ def measurement_steps(
         seeds=seeds,
         gram=gram[:, :n, :n].contiguous(),
         ends=ends,
-        data_std=data_deviation(ends),
+        data_std=data_std,
         model_calls=run.calls * len(seeds),
         deviated=run.deviated,
         response_cross=gram[:, n:, :n].contiguous() if swept else None,
@@ -190,6 +196,17 @@ def measurement_steps(
         increments=None if vectors is None else vectors[:, :n],
         responses=vectors[:, n:] if vectors is not None and swept else None,
     )
+
+
+def _warn_of_high_end(run: Measurement, data_std: float) -> None:
+    """Warn if the levels end so high that what the step from there to 0 misses counts."""
+    lowest, process = float(run.s[-1]), run.denoiser.process
+    if lowest > HIGH_END * data_std and lowest > ABOVE_LOWEST * process.s_min:
+        warnings.warn(
+            f"the levels end at {lowest:.3g}, and the data's deviation is {data_std:.3g}: what the step from there to "
+            f"0 misses is not measured, and errors are predicted too low. Add levels nearer to {process.s_min:.3g}",
+            stacklevel=2,
+        )
 
 
 def _check_squares(gram: Tensor) -> None:

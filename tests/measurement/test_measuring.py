@@ -61,6 +61,14 @@ def test_levels_that_are_nearly_equal_are_refused(gap):
         measure(exact_denoiser(mixture()), (4,), levels=twice)
 
 
+@pytest.mark.parametrize("lowest", [0.2, 5.0])
+def test_levels_that_end_far_above_the_lowest_are_warned_of(lowest):
+    """The step from there to 0 jumps over most of what the denoiser does, and none of that is measured."""
+    levels = torch.logspace(math.log10(80.0), math.log10(lowest), 16, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=rf"the levels end at {lowest:g}, .* Add levels nearer to 0.002"):
+        measure(gaussian_denoiser(), levels=levels)
+
+
 def test_more_levels_than_memory_holds_are_refused():
     with pytest.raises(ValueError, match="levels must be at most 1,000,000"):
         measure(exact_denoiser(mixture()), (4,), levels=10**9)
