@@ -15,7 +15,7 @@ from fastsched import validate
 from fastsched.costs.cost_matrix import CostMatrix, ModelCalls
 from fastsched.denoisers.denoiser import Denoiser, placement
 from fastsched.denoisers.network_errors import not_finite
-from fastsched.denoisers.network_state import check_evaluation_mode, unchanged_buffers
+from fastsched.denoisers.network_state import check_evaluation_mode, checked_training, unchanged_buffers
 from fastsched.denoisers.noise import log_uniform
 from fastsched.measurement.batches import is_out_of_memory
 from fastsched.sampling.progress import progress_bar
@@ -172,7 +172,8 @@ class StateSource:
         ``advance(n)`` moves the progress bar by n states; there are ``levels`` states per sample.
         """
         bar = progress_bar(self.samples * levels, progress, what, unit="state")
-        with unchanged_buffers(self.denoiser.network), bar as advance:
+        network = self.denoiser.network
+        with unchanged_buffers(network), checked_training(network, self.device), bar as advance:
             return torch.cat([estimate(batch, advance).double().cpu() for batch in self.batches()])
 
     def states(self, batch: Batch, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -37,7 +37,7 @@ from torch import Tensor
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.edm import LOW_LEVEL, NEARLY
 from fastsched.denoisers.network_errors import checked_output
-from fastsched.denoisers.network_state import check_evaluation_mode
+from fastsched.denoisers.network_state import check_evaluation_mode, checked_training
 from fastsched.measurement.fingerprints import fingerprint_of
 from fastsched.measurement.questions import ELSEWHERE, STATE, Questions, Top
 from fastsched.sampling.random_streams import noise_of
@@ -105,7 +105,8 @@ def check_network(
     levels = denoiser.levels(3) if s is None else s
     pair = noise_of(torch.tensor([seed, seed + ELSEWHERE], device="cpu"), shape)
     ask.top = Top(float(levels[0]), pair, 2 if batch == 1 else 1)
-    ask.top.ask(ask)
+    with checked_training(denoiser.network, device):
+        ask.top.ask(ask)
     try:
         _check_denoiser(ask, float(levels[-1]))
     except ValueError:

@@ -297,6 +297,72 @@ def test_training_mode_is_refused_and_changes_nothing(make, wrapped):
     fs.measure(denoiser, (16,), levels=12, samples=2, progress=False)
 
 
+def rows_dropped(net, z):
+    """As labels are for guidance; one of a few samples may show nothing of it."""
+    return (torch.rand(len(z), 1) > 1e-6).float() - 1 if net.training else 0 * z
+
+
+def weights_normalised(net, z):
+    if net.training:
+        with torch.no_grad():
+            net.weight.copy_(net.weight / net.weight.norm())
+    return 0 * z
+
+
+class Custom(nn.Module):
+    """A network that does something of its own in training mode."""
+
+    def __init__(self, extra):
+        super().__init__()
+        self.weight, self.extra = nn.Parameter(torch.tensor([3.0, 4.0])), extra
+
+    def forward(self, z, s):
+        return DATA.denoise(z, s) + self.extra(self, z)
+
+
+@pytest.mark.parametrize(
+    ("extra", "what"), [(rows_dropped, "draws random numbers"), (weights_normalised, "writes to its parameters")]
+)
+def test_what_a_network_of_one_s_own_does_in_training_mode_is_refused(extra, what):
+    net = Custom(extra)
+    denoiser = fs.Denoiser.from_denoiser(net, 0.02, 20.0)
+    for run in (
+        lambda: measure(denoiser),
+        lambda: fs.costs.klub(denoiser, shape=(16,), sigmas=[9.0, 2.0, 0.5], samples=2, progress=False),
+    ):
+        with pytest.raises(ValueError, match=f"in training mode, and {what}: call network.eval"):
+            run()
+    assert net.weight.tolist() == [3.0, 4.0]
+    net.eval()
+    measure(denoiser)
+
+
+def of_one_channel(norm):
+    return nn.Sequential(nn.Unflatten(1, (1, 16)), norm, nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        of_one_channel(nn.InstanceNorm1d(1, track_running_stats=True)),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16)),
+    ],
+    ids=["InstanceNorm1d", "SpectralNorm"],
+)
+def test_layers_that_answer_otherwise_in_training_mode_are_refused(layer, request):
+    denoiser = fs.Denoiser.from_denoiser(Net(layer), 0.01, 20.0)
+    with pytest.raises(ValueError, match=f"active {request.node.callspec.id}: call network.eval"):
+        measure(denoiser)
+    layer.eval()
+    measure(denoiser)
+
+
+def test_layers_that_do_not_answer_otherwise_in_training_mode_are_none():
+    """Such as instance norm that keeps no statistics, and random numbers that only a network in evaluation draws."""
+    for layer in (of_one_channel(nn.InstanceNorm1d(1)), nn.Dropout(0.0), nn.GroupNorm(4, 16)):
+        measure(fs.Denoiser.from_denoiser(Net(layer), 0.01, 20.0))
+
+
 GLOBAL = nn.BatchNorm1d(16)
 
 
