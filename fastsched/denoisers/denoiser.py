@@ -279,7 +279,9 @@ class Denoiser:
                 or arguments; the message says what may be wrong.
             RuntimeError: If the network raises StopIteration.
         """
-        return self._output(x, s, dtype).clone()
+        if dtype is not None:
+            validate.floating_dtype("dtype", dtype)
+        return self._output(_floating("x", x), s, dtype).clone()
 
     def borrowed_output(
         self, x: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None, told: Tensor | float | None = None
@@ -346,7 +348,7 @@ class Denoiser:
             z: [B, *shape].
             s: One finite level, or one per sample [B].
         """
-        levels = sample_levels(s, z)
+        levels = sample_levels(s, _floating("z", z))
         if not bool((levels.isfinite() & (levels > 0)).all()):
             raise ValueError(f"s must be positive and finite, got {validate.shown(s)}")
         return self.denoise(z / per_sample(levels, z), levels)
@@ -366,6 +368,13 @@ class Denoiser:
         """The network's parameters, but those that are offloaded."""
         every = self.network.parameters() if isinstance(self.network, torch.nn.Module) else ()
         return (each for each in every if not each.is_meta)
+
+
+def _floating(name: str, value: object) -> Tensor:
+    """Return ``value``, a floating-point tensor, with its gradient and wherever it is."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {validate.shown(value)}")
+    return value
 
 
 def told_argument(told: Tensor | float | None) -> dict[str, Tensor | float]:

@@ -136,3 +136,17 @@ def test_a_call_needs_a_positive_finite_level(s):
 def test_levels_of_any_shape_are_one_for_each_sample():
     z, s = torch.randn(3, 4), torch.tensor([0.1, 1.0, 10.0])
     torch.testing.assert_close(KINDS["epsilon"](z, s[:, None]), KINDS["epsilon"](z, s))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, "float32", float, torch.complex64, torch.float8_e4m3fn])
+def test_what_a_network_is_to_compute_in_is_checked(dtype):
+    with pytest.raises(TypeError, match="dtype must be a floating-point dtype"):
+        KINDS["x0"].raw_output(torch.zeros(2, 4), 1.0, dtype=dtype)
+
+
+@pytest.mark.parametrize("states", [torch.zeros(2, 4, dtype=torch.int64), [[0.0] * 4], None])
+def test_states_must_be_floating_point(states):
+    with pytest.raises(TypeError, match="z must be a floating-point tensor"):
+        KINDS["x0"](states, 1.0)
+    with pytest.raises(TypeError, match="x must be a floating-point tensor"):
+        KINDS["x0"].raw_output(states, 1.0)
