@@ -25,6 +25,7 @@ from fastsched.measurement.measuring import measure
 from fastsched.measurement.memory import WORKING
 from fastsched.measurement.network_checks import CHECK_CALLS
 from fastsched.measurement.timeline import Run, Timeline, synchronisations
+from fastsched.sampling.files import check_writable
 from fastsched.sampling.random_streams import noise_of
 from fastsched.sampling.sampler import sample
 from fastsched.sampling.solvers import FITTED
@@ -183,6 +184,8 @@ def profile(
         ValueError: If an argument is out of range, or the pipeline cannot be measured.
     """
     validate.arguments(locals(), **_CHECKS)
+    if trace is not None:
+        check_writable(trace)  # PyTorch only logs that it cannot write
     if isinstance(model, Denoiser):
         if shape is None:
             raise ValueError("shape must be given with a Denoiser: the shape of one sample, without the batch")

@@ -143,6 +143,15 @@ def test_a_pipeline_is_left_as_it_was(tmp_path):
     assert json.loads(trace.read_text())["traceEvents"]
 
 
+@pytest.mark.parametrize("name", ["no/such/trace.json", "."])
+def test_a_trace_that_cannot_be_written_is_known_before(name, tmp_path):
+    def network(z, s):
+        raise AssertionError("called")
+
+    with pytest.raises(OSError, match=r"create it first|is a folder"):
+        fs.profile(fs.Denoiser.from_denoiser(network, 0.02, 80.0), (4,), steps=3, trace=tmp_path / name)
+
+
 def test_an_applied_schedule_stays_applied():
     pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
     import diffusers

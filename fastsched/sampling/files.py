@@ -57,12 +57,13 @@ def check_writable(path: Name) -> None:
 def _target(path: Name) -> str:
     """What ``path`` is, links followed, even one to a file that does not exist yet."""
     target = os.path.realpath(path)
-    folder = os.path.dirname(target)
+    given = os.path.dirname(os.fspath(path)) or os.curdir
     if os.path.islink(target):
         raise OSError(f"{os.fspath(path)} is a link that leads back to itself; remove it, or name another file")
     if os.path.isdir(target):
         raise IsADirectoryError(f"{os.fspath(path)} is a folder; name a file in it")
-    if not os.path.isdir(folder):
+    # realpath drops "missing/..", through which nothing can be read.
+    for folder in (each for each in (os.path.dirname(target), given) if not os.path.isdir(each)):
         raise FileNotFoundError(f"no folder {folder} to write {os.path.basename(target)} to; create it first")
     with contextlib.suppress(FileNotFoundError):
         os.stat(target)  # OSError now, not after the work, if no file can have this name

@@ -89,6 +89,8 @@ def test_what_cannot_be_written_is_known_before(tmp_path):
         check_writable(tmp_path / "folder")
     with pytest.raises(FileNotFoundError, match="create it first"):
         check_writable(tmp_path / "no" / "such" / "file")
+    with pytest.raises(FileNotFoundError, match="create it first"):
+        check_writable(tmp_path / "missing" / ".." / "file")  # could be written to, but not read again
     check_writable(tmp_path / "new")
     assert [each.name for each in tmp_path.iterdir()] == ["folder"]
 
