@@ -476,3 +476,21 @@ def test_the_checks_are_counted_and_cost_less_than_one_percent_of_a_default_meas
 def test_a_constant_answer_is_doubtful():
     with pytest.warns(UserWarning, match="the same to every question"):
         fs.measure(fs.Denoiser.from_denoiser(lambda z, s: 0 * z, 0.01, 20.0), (5,), levels=12, progress=False)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [lambda z: 1e-12 * z, lambda z: (1e-8 * z).half(), lambda z: 0.3 + 1e-9 * z],
+    ids=["tiny", "16 bits", "near"],
+)
+def test_a_clean_sample_that_is_constant_but_for_next_to_nothing_is_doubtful(answer):
+    flat = fs.Denoiser.from_denoiser(lambda z, s: answer(z), 0.02, 40.0)
+    with pytest.warns(UserWarning, match="the same to every question"):
+        fs.measure(flat, (16,), levels=12, progress=False)
+
+
+def test_data_as_small_as_the_lowest_level_raise_no_doubt():
+    for std in (0.02, 2e-3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check(fs.Denoiser.from_denoiser(fs.oracles.Gaussian(std, (16,)).denoise, std, 40.0))
