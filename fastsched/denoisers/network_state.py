@@ -93,6 +93,11 @@ def _names(code: types.CodeType) -> list[str]:
     return list(dict.fromkeys([*code.co_names, *(name for each in inner for name in _names(each))]))
 
 
+def is_training(module: nn.Module) -> bool:
+    """Whether a module, or one in it, is in training mode."""
+    return any(each.training for each in module.modules())
+
+
 def active_training_layer(network: Any) -> str | None:
     """The class of a layer in training mode that makes answers random or batch-dependent; None if there is none."""
     for module in modules_of(network):
@@ -117,14 +122,14 @@ def checked_training(network: Any, device: torch.device) -> Iterator[None]:
     Layers of a network's own do so, for dropout, label dropout or forced weight normalisation. Parameters of up to
     `MOST_ELEMENTS` are put back.
     """
-    training = [each for each in modules_of(network) if any(part.training for part in each.modules())]
+    training = [each for each in modules_of(network) if is_training(each)]
     if not training:
         yield
         return
     every = {id(each): each for module in training for each in module.parameters()}.values()
     known = [each for each in every if not (each.is_meta or is_lazy(each) or each.is_inference())]
     before = [(each, each._version, each.detach().clone() if each.numel() <= MOST_ELEMENTS else None) for each in known]
-    state = _random_state(device)
+    state = random_state(device)
     try:
         yield
     finally:
@@ -132,12 +137,13 @@ def checked_training(network: Any, device: torch.device) -> Iterator[None]:
         for parameter, value in written:
             if value is not None:
                 parameter.data.copy_(value)
-    if written or not torch.equal(state, _random_state(device)):
+    if written or not torch.equal(state, random_state(device)):
         what = "writes to its parameters" if written else "draws random numbers"
         raise ValueError(f"the network is in training mode, and {what}: call network.eval() first")
 
 
-def _random_state(device: torch.device) -> Tensor:
+def random_state(device: torch.device) -> Tensor:
+    """The state of the global random numbers of a device."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsched.denoisers.network_state import active_training_layer, is_training, random_state, unchanged_buffers
 from fastsched.diffusers.formula import Formula, Given, part_like, products_of
 from fastsched.diffusers.step_checks import differing
 
@@ -61,10 +62,13 @@ class PipelineWatch:
         self._step = Step()
         self._names: dict[str, list[str]] = {}
         self._states: dict[str, _NetworkState] = {}
+        self._steps = 0
+        self._random: dict[str, Tensor] = {}
 
     def take(self) -> Step:
         """What happened since the last call."""
         step, self._step = self._step, Step()
+        self._steps += 1
         for name, value in vars(self.pipe).items():
             if isinstance(value, (bool, int, float, str)):
                 step.facts[f"pipe.{name}"] = value
@@ -72,6 +76,23 @@ class PipelineWatch:
                 state = self._states.get(name) or self._states.setdefault(name, _NetworkState(value))
                 _note(step, name, state.facts())
         return step
+
+    def calling(self, name: str, module: torch.nn.Module) -> None:
+        """A network is called; before the first step ends, others may be, which encode prompts."""
+        if self._steps == 0 or not is_training(module):
+            return
+        layer = active_training_layer(module)
+        if layer is not None:
+            raise ValueError(f"pipe.{name} is in training mode, with an active {layer}: call pipe.{name}.eval() first")
+        self._random[name] = random_state(_device_of(module))
+
+    def check_random(self, name: str, module: torch.nn.Module) -> None:
+        """ValueError if a network in training mode drew random numbers in its call, as label dropout does."""
+        before = self._random.pop(name, None)
+        if before is not None and not torch.equal(before, random_state(_device_of(module))):
+            raise ValueError(
+                f"pipe.{name} is in training mode, and draws random numbers: call pipe.{name}.eval() first"
+            )
 
     def called(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A network has been called."""
@@ -104,23 +125,34 @@ def watched(pipe: Any) -> Iterator[PipelineWatch]:
 
     Modules that are compiled in place are not hooked, because that would compile them again.
     """
-    watch = PipelineWatch(pipe)
+    watch, networks = PipelineWatch(pipe), networks_of(pipe)
     handles = []
+    buffers = unchanged_buffers([module for module in networks.values() if is_training(module)])
     try:
-        for name, module in networks_of(pipe).items():
+        for name, module in networks.items():
             if getattr(module, "_compiled_call_impl", None) is not None:
                 continue
 
-            def called(_: Any, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+            def called(module: Any, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+                watch.check_random(name, module)
                 watch.called(name, args, kwargs, output)
 
+            def calling(module: torch.nn.Module, _: Any, name: str = name) -> None:
+                watch.calling(name, module)
+
+            handles.append(module.register_forward_pre_hook(calling))
             handles.append(module.register_forward_hook(called, with_kwargs=True))
             for layer in _layers(module):
                 handles.append(layer.register_forward_hook(lambda *_, name=name: watch.layer_ran(name)))
-        yield watch
+        with buffers:
+            yield watch
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _device_of(module: torch.nn.Module) -> torch.device:
+    return next((each.device for each in module.parameters()), torch.device("cpu"))
 
 
 def networks_of(pipe: Any) -> dict[str, torch.nn.Module]:

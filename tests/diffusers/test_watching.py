@@ -298,6 +298,28 @@ def test_dit_is_measured_and_fitted_with_and_without_guidance(scale):
     assert fs.diffusers.fit(pipe, 4, stats=stats, guidance_scale=scale, **call).measured_error is not None
 
 
+def test_dit_that_drops_labels_in_training_mode_is_refused():
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.dit(diffusers.DDIMScheduler(clip_sample=False)))
+    pipe.transformer.train()
+    for run in (measured, lambda pipe, **call: fs.diffusers.fit(pipe, 4, levels=LEVELS, samples=2, **call)):
+        with pytest.raises(ValueError, match=r"draws random numbers: call pipe\.transformer\.eval"):
+            run(pipe, guidance_scale=4.0, **call)
+    pipe.transformer.eval()
+    measured(pipe, guidance_scale=4.0, **call)
+
+
+def test_batch_norm_in_training_mode_is_refused_and_keeps_its_statistics():
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.stable_diffusion(diffusers.EulerDiscreteScheduler()))
+    norm = pipe.unet.eval().conv_norm_out = torch.nn.BatchNorm2d(8)
+    with pytest.raises(ValueError, match=r"with an active BatchNorm2d: call pipe\.unet\.eval"):
+        measured(pipe, **call)
+    assert norm.running_mean.tolist() == [0.0] * 8
+    norm.eval()
+    measured(pipe, **call)
+
+
 @pytest.mark.parametrize("boundary_ratio", [0.9, 0.5])
 @pytest.mark.parametrize("scale", [{}, {"guidance_scale_2": 2.0}], ids=["", "another guidance"])
 def test_two_networks_in_turn_are_measured_and_fitted(boundary_ratio, scale):
