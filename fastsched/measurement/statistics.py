@@ -165,7 +165,7 @@ class PathStatistics:
         """These samples and those of another measurement of the same denoiser on the same levels.
 
         Raises:
-            ValueError: If process, levels, shape or deviated paths differ, or a seed is in both
+            ValueError: If process, levels, shape, deviated paths or the networks' outputs differ, or a seed is in both
                 (its path would count twice; measure more samples with another ``seed``).
         """
         is_statistics("other", other)
