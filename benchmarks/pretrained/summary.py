@@ -100,15 +100,19 @@ def fitted_solver(results: Results, cells: Sequence[Cell], title: str, rivals: S
 INTRODUCTION = """# Networks that others trained
 
 Errors are squared distances to the converged sample from the same noise, on noises that no method saw; *typical* is
-their geometric mean, *mean* their arithmetic mean. Each is divided by that of the best other way in the same cell
-(network, solver, model calls); columns show geometric means over cells and the worst cell. Below 1 is ahead of every
-other way. [quality.md](quality.md) says what the methods are; *native* is the time steps of the network's own
-repository. Sources of the networks: `benchmarks/pretrained/README.md`. In the plane, on `flower-flow`, GITS's own
-metric, the distance from a straight line, says little; its other metric does.
+their geometric mean, *mean* their arithmetic mean. A *cell* is a network, a solver and a number of model calls. *Best
+other way* is the method, of those that are not fastsched's, with the least error in the cell. The first table of each
+section divides errors by that: geometric means over cells, the worst cell, and in how many cells the typical error is
+more than 5% above it. Below 1 is ahead of every other way. Tables by cell have that error itself, *its error*; the
+columns after it are ratios to it.
 
-Tables of the fitted solver set it against the best of the stock solvers with as many model calls: under their own
+[quality.md](quality.md) says what the methods are; *native* is the time steps of the network's own repository. Sources
+of the networks: `benchmarks/pretrained/README.md`. On `flower-flow`, points in the plane, GITS does badly with its own
+metric, the distance from a straight line; *GITS, tuned* may choose the other metric.
+
+Tables of the fitted solver compare it with the best of the stock solvers at as many model calls: under their own
 `fs.fit`, and under the best common schedule (karras, exponential, the repository's own time steps). *fs.fit in 100
-calls* counts its measurement among these; it has two samples, so seeds differ.
+calls* includes its measurement, of two samples, so its results differ between seeds.
 
 ![Samples of rgb64-eps at 5 calls of dpmpp_2m under six schedules, and of the fitted solver](pretrained_rgb64-eps.png)
 

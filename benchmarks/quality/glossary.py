@@ -37,7 +37,7 @@ _CURVES = {
 METHODS: dict[str, Method] = {
     "fit": Method("fs.fit", "from 8 noises: measured, chosen, and corrected by running the sampler on them"),
     "fit_decoupled": Method(
-        "fs.fit, decoupled", "the same with decoupled=True: what the network is told is tuned too; not for heun"
+        "fs.fit, decoupled", "the same with decoupled=True: the level given to the network is tuned too; not for heun"
     ),
     "fit_100": Method("fs.fit in 100 calls", "the same with 100 model calls in all, the measurement included"),
     "optimal_schedule": Method("fs.optimal_schedule", "from the measurement of 8 noises alone, one for all cells"),
@@ -56,6 +56,13 @@ METHODS: dict[str, Method] = {
     "limit": Method("limit of nodes", "coordinate descent of the nodes on the sampler's own error, about 10^5 calls"),
 }
 
+INTRODUCTION = """\
+A *cell* is a denoiser, a solver and a number of model calls: {cells} cells of {seeds} seeds each. The error of a sample
+is its squared distance to the converged sample of the same noise, on 64 noises per seed that no method saw. *Typical*
+is the geometric mean over samples, *mean* the arithmetic one, *Frechet* the squared Frechet distance between the two
+sets of samples; a cell has the geometric mean over seeds. Ratios are geometric means over cells: below 1 is better.
+*Nodes* are the noise levels of a schedule."""
+
 HEADLINE_COLUMNS = """\
 *error*: the error that is compared. *best other way*: the ratio to the least error of any method that is not ours, in
 each cell. *karras*: to karras. *limit*: to the limit of nodes, in the 24 cells where it was computed. *cells above
@@ -67,10 +74,13 @@ is the least of all. *spread*: the standard deviation over seeds of the logarith
 most model calls that choosing one schedule took, counted per sample, a measurement that serves several schedules
 included. *seconds*: the most CPU seconds that took."""
 
+BREAKDOWN_COLUMNS = """\
+Ratios of typical errors: to the least of any method that is not ours (*best other way*), and to karras."""
+
 TRUE_LIMIT = """\
 Gradient descent through the network on the nodes and on all weights of a linear multistep sampler, 128 noises. No
 schedule can reach that with a solver whose weights are fixed. On the noises of seed 0; *best of ours* is the least
-error of our methods over all solvers."""
+error of our methods over all solvers, and *ratio* is its error over the limit."""
 
 FITTED_SOLVER = """\
 A linear multistep solver whose weights are chosen with the nodes. Ratios of its errors to those of stock solvers with
@@ -80,7 +90,7 @@ as many model calls: the best of all solvers' `fs.fit`; `fs.fit` of dpmpp_2m; an
 LOST_COLUMNS = """\
 *where it tuned*: the typical error of `fs.fit`'s schedule on the 8 noises that it ran the sampler on. *why*: "too few
 noises" where that is below the other way's error, so that those noises were not like the others; "search" where it is
-not, so that the search stopped short."""
+not, so that the search stopped short. *ratio*: the error of `fs.fit` over the other way's."""
 
 
 def meanings(names: Collection[str]) -> list[list[str]]:

@@ -265,11 +265,7 @@ def report(results: Results, limits: Sequence[dict[str, str]] = ()) -> str:
     denoisers = list(dict.fromkeys(cell[0] for cell in results.cells))
     parts = [
         "# Quality",
-        f"{len(results.cells)} cells (denoiser, solver, model calls) of {seeds} seeds each. The error of a sample is "
-        "its squared distance to the converged sample of the same noise, on 64 noises a seed that no method saw. "
-        "*Typical* is the geometric mean over samples, *mean* the arithmetic one, *Frechet* the squared Frechet "
-        "distance between the two sets of samples; a cell has the geometric mean over seeds. Ratios are geometric "
-        "means over cells: below 1 is better.",
+        glossary.INTRODUCTION.format(cells=len(results.cells), seeds=seeds),
         headline(results),
         glossary.HEADLINE_COLUMNS,
         "![Typical error over model calls of dpmpp_2m, six denoisers](quality.png)",
@@ -284,7 +280,7 @@ def report(results: Results, limits: Sequence[dict[str, str]] = ()) -> str:
     for denoiser, names in further.items():
         cells = [cell for cell in results.cells if cell[0] == denoiser]
         parts += [f"For {denoiser} alone, beside the same methods there:", standings(results, [*names, *shared], cells)]
-    parts += ["## By solver, denoiser and number of model calls", breakdown(results, fits)]
+    parts += ["## By solver, denoiser and number of model calls", glossary.BREAKDOWN_COLUMNS, breakdown(results, fits)]
     if results.fitted:
         parts += ["## The fitted solver", glossary.FITTED_SOLVER, fitted_solver(results)]
     if limits:
