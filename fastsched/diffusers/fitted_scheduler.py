@@ -63,7 +63,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         noise: The schedule's kind of noise process.
         scheduler_class: The class of the pipeline's own scheduler, which gives noise process, prediction and timesteps.
         scheduler_config: Its config.
-        network_sigmas: With decoupled levels, the sigma that the network is told at each step, [steps].
+        network_sigmas: With decoupled levels, the sigma that the network is given at each step, [steps].
 
     Raises:
         ValueError: If the entries are not those of a fitted schedule, or the own scheduler is not supported; from

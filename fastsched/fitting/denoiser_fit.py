@@ -70,19 +70,19 @@ def fit(
         shape: The shape of one sample, without the batch.
         steps: Steps, of which the last ends at sigma 0.
         solver: A solver's name; ``"fitted"`` finds the weights too (`fastsched.costs.fitted_weights`).
-        stats: An earlier measurement, used instead of a new one. Without increments its paths are followed once more.
+        stats: An earlier measurement, used instead of a new one. Without increments its paths are followed again.
         levels: As in `measure`; when None by the number of calls (`fastsched.fitting.budget`).
         samples: As in `measure`; when None likewise.
         model_calls: The most to spend, counted per sample, a measurement made here included: 800 when None (740 with
             ``stats``, beside following its paths again). At least 60 where levels and samples are None. Too few for a
-            run leave `optimal_schedule`; after one run alone a fitted solver's schedule is moved by what that tells.
+            run give `optimal_schedule`'s result; after one run alone the fitted solver's is corrected, not run again.
         seed: As in `measure`.
         batch_size: Samples run at once; all when None, one with a checkpoint.
         device: As in `measure`.
         dtype: As in `measure`.
         checks: As in `measure`; with ``stats``, whether to ask if the denoiser is the one that was measured.
-        decoupled: Whether the network may be told other levels than the states', tuned by the same runs. The error is
-            lower, but only samplers that can tell it so can use the schedule: `fastsched.sample` and
+        decoupled: Whether the network may be given other levels than the states', tuned by the same runs. The error is
+            lower, but only samplers that can set both can use the schedule: `fastsched.sample` and
             `fastsched.diffusers.apply`. For deterministic solvers of one call a step.
         checkpoint: A file of every finished path, as in `measure`; beside it ``checkpoint.runs`` holds every finished
             run of candidates and of tuning. The same call goes on from there to the same bits, after Ctrl-C, errors and

@@ -87,13 +87,13 @@ def tune(
 ) -> Tuning:
     """Lower the error of ``start`` by running up to ``trials`` schedules from the measured noises.
 
-    What the network said in every run is held on the CPU, an image for each call. An interrupt (Ctrl-C) returns what
+    The network's outputs in all runs are kept on the CPU, an image for each call. An interrupt (Ctrl-C) returns what
     the finished runs gave, with a warning.
 
     Args:
         denoiser: The denoiser that ``stats`` was measured on.
         stats: What ``fastsched.measure(..., keep_increments=True)`` returned.
-        start: A schedule, its decoupled levels tuned too; or an audition, whose finalists may be known already.
+        start: A schedule, its decoupled levels tuned too; or an audition, whose finalists need not be run again.
         trials: The most runs, each of all samples, after one of ``start`` if its ends are not known.
         batch_size: Samples run at once; all when None.
         device: Where to run; where the network's parameters are when None.

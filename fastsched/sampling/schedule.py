@@ -49,9 +49,10 @@ class Schedule:
             given sigma.
         predicted_error: Predicted ``E ||x0 - x0_converged||^2`` from the same noise, summed over a sample's elements.
         weights: The fitted solver's (`fastsched.sampling.fitted`), [steps, steps] float64; None for stock solvers.
-        measured_error: The same as an audition or tuning found it by sampling, its power mean over their samples.
-        network_sigmas: With decoupled levels, the sigma that the network is told at each step, [steps] float64; None if
-            it is that of the state. `timesteps` are those of these sigmas.
+        measured_error: The same, measured by running the sampler in `fastsched.audition` or `fastsched.fit`: the power
+            mean over their samples.
+        network_sigmas: With decoupled levels, the sigma that the network is given at each step, [steps] float64; None
+            if it is that of the state. `timesteps` are those of these sigmas.
         origin: What it was chosen for, and how; None if it is not known. Schedules are equal (``==``) if a sampler
             does the same with them, whatever their errors and origins.
     """

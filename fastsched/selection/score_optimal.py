@@ -86,9 +86,9 @@ def select(
     """The schedule of ``steps`` steps with the least total cost; no model calls.
 
     Both methods minimise ``sum_n cost(k_n, k_{n+1})``. Dynamic programming finds the levels of the grid with the least
-    sum. Equal arc length (Algorithm 1 of the paper) gives every step the same ``cost^(1/p)``, summed over neighbouring
-    levels. In the limit of short steps, where ``cost ~ delta * step^p``, that is the least sum, and levels need not be
-    on the grid. The methods differ where steps are long.
+    sum. Equal arc length (Williams et al. 2024, algorithm 1) gives every step the same ``cost^(1/p)``, summed over
+    neighbouring levels. In the limit of short steps, where ``cost ~ delta * step^p``, that is the least sum, and levels
+    need not be on the grid. The methods differ where steps are long.
 
     Args:
         cost: The result of `fastsched.costs.stein_corrector`, ``stein_predictor``, ``fisher_rao`` or ``klub``.
