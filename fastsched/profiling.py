@@ -18,7 +18,7 @@ from torch import nn
 
 from fastsched import ops, validate
 from fastsched.denoisers.denoiser import Denoiser
-from fastsched.denoisers.network_state import modules_of
+from fastsched.denoisers.network_modules import modules_of
 from fastsched.fitting.budget import TOTAL, measuring_calls
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.measuring import measure

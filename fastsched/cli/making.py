@@ -92,7 +92,7 @@ def measure(
     note(f"{stats.samples} paths over {stats.levels} levels, {stats.model_calls:,} model calls; wrote {output}")
 
 
-@shell.prints_aside()
+@shell.prints_on_stderr()
 def _measured_pipeline(source: inputs.Source, samples: str | None, dry_run: bool, **settings: int) -> PathStatistics:
     """Statistics of a pipeline."""
     import fastsched as fs
@@ -106,7 +106,7 @@ def _measured_pipeline(source: inputs.Source, samples: str | None, dry_run: bool
         return fs.diffusers.measure(pipe, samples=count, **settings, **arguments)
 
 
-@shell.prints_aside()
+@shell.prints_on_stderr()
 def _measured_denoiser(
     source: inputs.Source, samples: str | None, dry_run: bool, output: Path, **settings: Any
 ) -> PathStatistics:
@@ -185,7 +185,7 @@ def fit(
     note(f"wrote {output}")
 
 
-@shell.prints_aside()
+@shell.prints_on_stderr()
 def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool, options: dict[str, Any]) -> Schedule:
     """The schedule of a pipeline or a denoiser, under one progress bar."""
     import fastsched as fs

@@ -37,7 +37,7 @@ def profile(
 
     shell.writable(trace, endings=(".json",))
     source = inputs.Source(denoiser, shape, device, dtype, None, prompt, call, quiet)
-    with shell.prints_aside(), inputs.named_as_options():
+    with shell.prints_on_stderr(), inputs.named_as_options():
         if source.is_pipeline:
             model, arguments = source.pipeline()
             arguments: dict[str, Any] = ({"prompt": source.prompts[0]} if source.prompts else {}) | arguments

@@ -127,7 +127,7 @@ def say_on_stderr(level: str) -> None:
 
 
 @contextlib.contextmanager
-def prints_aside() -> Iterator[None]:
+def prints_on_stderr() -> Iterator[None]:
     """Let what a model prints as it is loaded and run go to stderr: stdout is for results only."""
     with contextlib.redirect_stdout(sys.stderr):
         yield

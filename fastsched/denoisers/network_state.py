@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from fastsched.denoisers.network_modules import modules_of
 
 #: Elements of the largest buffer that is put back. Larger ones are weights of quantised networks, which no call changes
 #: and whose copies would not fit beside them.
@@ -24,73 +23,6 @@ LAYERS = (
     nn.modules.instancenorm._InstanceNorm,
     nn.utils.parametrizations._SpectralNorm,
 )
-
-
-def modules_of(network: Any) -> list[nn.Module]:
-    """The modules that a network is or uses.
-
-    Itself, what a partial function, a list or a dictionary holds, and what a function reaches by the names in its code:
-    globally, in its closure, as defaults, and as attributes of these or of the object whose method it is.
-    """
-    found: dict[int, nn.Module] = {}
-    waiting, seen = [network], dict[Any, Any]()  # kept, so that no other thing gets the same id
-    while waiting and len(seen) < 200:  # enough for wrappers; not the whole program
-        thing = waiting.pop(0)
-        bound = isinstance(thing, types.MethodType)  # made anew whenever it is asked for
-        key = (id(thing.__func__), id(thing.__self__)) if bound else id(thing)
-        if key in seen:
-            continue
-        seen[key] = thing
-        if isinstance(thing, nn.Module):
-            found[id(thing)] = thing
-        elif isinstance(thing, functools.partial):
-            waiting += [thing.func, *thing.args, *thing.keywords.values()]
-        elif isinstance(thing, dict):
-            waiting += thing.values()
-        elif isinstance(thing, (list, tuple)):
-            waiting += thing
-        elif callable(thing) and not isinstance(thing, type):
-            waiting += _reached(thing)
-    return list(found.values())
-
-
-def _reached(function: Any) -> list[Any]:
-    """What a function, a method or an object that is called may use."""
-    found = [getattr(function, name, None) for name in ("__self__", "__wrapped__")]
-    found += getattr(function, "__dict__", {}).values()
-    code = getattr(function, "__code__", None)
-    if not isinstance(code, types.CodeType):
-        call = getattr(type(function), "__call__", None)  # noqa: B004 - to be looked into, not called
-        return [*found, types.MethodType(call, function)] if isinstance(call, types.FunctionType) else found
-    names, known = _names(code), function.__globals__
-    owners = [known[name] for name in names if name in known]
-    owners += [getattr(function, "__self__", None), *map(_content, function.__closure__ or ())]
-    owners += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    for owner in owners:  # grows: attributes of attributes
-        library = isinstance(owner, types.ModuleType) and owner.__name__.partition(".")[0] == "torch"
-        if not library and not isinstance(owner, (nn.Module, Tensor)) and len(owners) < 200:
-            owners += [each for name in names for each in _attribute(owner, name)]
-    return found + owners
-
-
-def _attribute(owner: Any, name: str) -> list[Any]:
-    """The attribute of that name without running any code for it, as a list; none if there is no such one."""
-    held = inspect.getattr_static(owner, name, None)
-    if isinstance(held, types.MemberDescriptorType):  # of __slots__
-        held = getattr(owner, name, None)
-    elif isinstance(held, property):
-        held = held.fget
-    elif isinstance(held, (staticmethod, classmethod)):
-        held = held.__func__
-    if isinstance(held, types.FunctionType) and not isinstance(owner, types.ModuleType):
-        held = types.MethodType(held, owner)
-    return [] if held is None else [held]
-
-
-def _names(code: types.CodeType) -> list[str]:
-    """The names in code, and in comprehensions and functions in it."""
-    inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
-    return list(dict.fromkeys([*code.co_names, *(name for each in inner for name in _names(each))]))
 
 
 def is_training(module: nn.Module) -> bool:
@@ -163,10 +95,3 @@ def unchanged_buffers(network: Any) -> Iterator[None]:
                     buffer.data = value
                 elif not torch.equal(buffer, value):
                     buffer.copy_(value)
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not set yet
-        return None

@@ -1,13 +1,12 @@
-"""What is known of the modules behind a network, and put back after its calls."""
-
-import types
+"""What is put back after a network's calls."""
 
 import pytest
 import torch
 from torch import nn
 
 import fastsched as fs
-from fastsched.denoisers.network_state import MOST_ELEMENTS, modules_of, unchanged_buffers
+from fastsched.denoisers.network_modules import modules_of
+from fastsched.denoisers.network_state import MOST_ELEMENTS, unchanged_buffers
 
 
 def test_buffers_are_put_back():
@@ -27,68 +26,6 @@ def test_buffers_are_put_back():
     assert modules_of(net.forward) == [net]
     fs.measure(fs.Denoiser.from_denoiser(net, 0.01, 10.0), (3,), levels=8, samples=1, progress=False)
     assert float(net.calls) == 0
-
-
-class Holder:
-    """What holds a network, and is not called itself."""
-
-    __slots__ = ("inner", "net", "unused")
-
-    def __init__(self, net, inner=None):
-        self.net, self.inner, self.unused = net, inner, nn.Identity()
-
-    @property
-    def model(self):
-        return self.net
-
-    def predict(self, z, s):
-        return self.net(z, s)
-
-    def by_property(self, z, s):
-        return self.model(z, s)
-
-    def __call__(self, z, s):
-        return self.inner.predict(z, s)
-
-
-MODULE = types.ModuleType("networks")
-
-
-def _in_places(net):
-    holder = Holder(net)
-    outer, MODULE.net = Holder(None, holder), net
-    return {
-        "method": holder.predict,
-        "property": holder.by_property,
-        "object in an object": outer,
-        "attribute": lambda z, s: holder.net(z, s),
-        "method of an attribute": lambda z, s: outer.inner.predict(z, s),
-        "method that calls a method": outer.__call__,
-        "default": lambda z, s, net=net: net(z, s),
-        "keyword default": lambda z, s, *, net=net: net(z, s),
-        "Python module": lambda z, s: MODULE.net(z, s),
-        "comprehension": lambda z, s: torch.cat([MODULE.net(row[None], s) for row in z]),
-    }
-
-
-@pytest.mark.parametrize("place", _in_places(None))
-def test_modules_are_found_wherever_a_function_reaches_them(place):
-    net = nn.Identity()
-    assert modules_of(_in_places(net)[place]) == [net]
-
-
-def test_methods_that_call_each_other_end_the_search():
-    class Pair:
-        net = nn.Identity()
-
-        def one(self, z, s):
-            return self.other(z, s)
-
-        def other(self, z, s):
-            return self.one(z, s) if s else self.net(z)
-
-    pair = Pair()
-    assert modules_of(pair.one) == [pair.net]
 
 
 @pytest.mark.parametrize("change", ["resized", "of another dtype", "counted up"])
