@@ -13,7 +13,7 @@ import fastsched as fs
 from benchmarks.quality.models import MODELS
 from fastsched.measurement.network_checks import check_network
 
-#: Structured data, as real data are: in 64 dimensions and near a few points of them.
+#: Structured data, as real data are: near a few points of 16 dimensions.
 DATA = fs.oracles.GaussianMixture.random(16, 3, seed=0)
 KINDS = exact_denoisers(DATA)
 GAUSSIAN = exact_denoisers(fs.oracles.Gaussian(0.5, (16,)))
