@@ -29,7 +29,7 @@ class BestSoFar:
         """As ``run``; an error carries the measurement as ``error.partial``."""
         try:
             found = self.run(schedule, first, last)
-        except Exception as error:
+        except BaseException as error:
             with contextlib.suppress(Exception):  # a few classes take no attributes
                 error.partial = self.stats  # type: ignore[attr-defined]  # to be saved
             raise

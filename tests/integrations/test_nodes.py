@@ -126,6 +126,20 @@ def test_an_interrupt_stops_at_once_and_leaves_nothing(package, comfy, given):
     assert "remembered" not in fit(package, arguments)[2]
 
 
+def test_an_interrupt_while_tuning_keeps_the_measurement(package, comfy, given):
+    fit(package, given(seed=1, tuning_calls=200))
+    measured = comfy.bars[-1].total - 200
+    comfy.interrupt_at = measured + 8  # within the first runs
+    first = given(tuning_calls=200)
+    with pytest.raises(comfy.interrupted):
+        fit(package, first)
+    comfy.interrupt_at = math.inf
+    second = given(tuning_calls=200)
+    found = fit(package, second)[3]
+    assert found.schedule.measured_error > 0
+    assert second["model"].calls <= first["model"].calls / 2
+
+
 def test_the_second_run_is_free(package, given):
     sigmas, _, text, _ = fit(package, given())
     again = given()  # other objects of the same content
