@@ -1,8 +1,8 @@
 """A denoiser: a network, what it predicts, and the noise process it was trained on.
 
-Every parameterisation is affine in the network's raw output ``R``: ``D(x; s) = a * x + c * R``. The pair
-``(a, c)`` and ``R`` stay apart as long as possible, because differences of ``R`` between close levels are exact
-where differences of a rounded ``D`` are noise.
+Every parameterisation is affine in the network's raw output ``R``: ``D(x; s) = a * x + c * R``. The code keeps
+``(a, c)`` and ``R`` separate as long as possible. Differences of ``R`` between close levels are exact, but
+differences of a rounded ``D`` are mostly rounding noise.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Denoiser:
 
     Attributes:
         network: ``fn(x, condition) -> R``; ``condition`` has shape [B].
-        process: The noise process; says which levels exist and how ``x`` is scaled.
+        process: The noise process, which defines the levels and the scaling of ``x``.
         prediction: What ``R`` is, one of `PREDICTIONS`.
         sigma_data: Standard deviation of the data in EDM's preconditioning; used only by ``"edm"``.
     """
@@ -88,22 +88,22 @@ class Denoiser:
     ) -> Denoiser:
         """From an EDM network ``F(c_in * z, c_noise)``: raw, or wrapped with its preconditioning.
 
-        ``c_in = 1/sqrt(s^2 + sigma_data^2)``, ``c_noise = ln(s)/4``, ``D = c_skip z + c_out F``. A network that keeps
-        another one (EDM's ``EDMPrecond``, EDM2's ``Precond``, k-diffusion's wrappers) is unwrapped if the first call
-        shows that ``net(z, sigma)`` is this ``D``; NVIDIA's other ones (``VPPrecond``, ``VEPrecond``,
-        ``iDDPMPrecond``) are used as they are (`fastsched.denoisers.edm.WrappedEdmNetwork`).
+        ``c_in = 1/sqrt(s^2 + sigma_data^2)``, ``c_noise = ln(s)/4``, ``D = c_skip z + c_out F``. A wrapper around
+        another network (EDM's ``EDMPrecond``, EDM2's ``Precond``, k-diffusion's wrappers) is unwrapped if the first
+        call shows that ``net(z, sigma)`` is this ``D``. NVIDIA's other wrappers (``VPPrecond``, ``VEPrecond``,
+        ``iDDPMPrecond``) are called as they are (`fastsched.denoisers.edm.WrappedEdmNetwork`).
 
         Args:
             net: The network; may be in ``DataParallel``, ``torch.compile`` or ``functools.partial``.
-            sigma_data: Standard deviation of the data. This and the next two, if left out, are read off the network's
-                attributes of the same name; failing that they are EDM's 0.5, 0.002 and 80.
+            sigma_data: Standard deviation of the data. If it or one of the next two arguments is None, the value comes
+                from the network's attribute of the same name, or else from EDM: 0.5, 0.002 and 80.
             sigma_min: The lowest level.
             sigma_max: The highest level.
             class_labels: Labels of a class-conditional wrapper, [label_dim] or [1, label_dim], for all samples.
 
         Raises:
             ValueError: If ``sigma_data`` is not positive, unless ``0 < sigma_min < sigma_max``, or if labels are given
-                to a network that keeps no other one.
+                for a network that is not a wrapper.
 
         Source: Karras et al. 2022, table 1.
         """
@@ -144,7 +144,7 @@ class Denoiser:
             fn: The network; ``t`` has shape [B], float32 and possibly fractional, or int64 with
                 ``integer_timesteps``.
             alphas_cumprod: ``abar_t``, shape [T].
-            integer_timesteps: The network accepts only integer timesteps; the grid is made of their levels.
+            integer_timesteps: Whether the network accepts only integer timesteps; the grid is then limited to them.
 
         Raises:
             ValueError: If ``alphas_cumprod`` does not descend within (0, 1).
@@ -186,7 +186,7 @@ class Denoiser:
         Args:
             fn: The network.
             t_min: The smallest noise weight (``t`` or ``1 - t``) at which the network is called.
-            t_max: The largest; 1 is pure noise.
+            t_max: The largest noise weight; 1 is pure noise.
             data_at: The network's time at which there is no noise, 0 or 1.
             sign: 1 if the network predicts ``dx/dt`` in its own time, -1 if the negative of it.
 
@@ -286,8 +286,8 @@ class Denoiser:
     def borrowed_output(
         self, x: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None, told: Tensor | float | None = None
     ) -> Tensor:
-        """`raw_output`, but maybe in memory of the network's own: it holds until the network is called again."""
-        if type(self).raw_output is not Denoiser.raw_output:  # a subclass answers by itself
+        """Like `raw_output`, without the copy of the output: the result may change at the next network call."""
+        if type(self).raw_output is not Denoiser.raw_output:  # overridden by a subclass
             return self.raw_output(x, s, dtype=dtype, **told_argument(told))
         return self._output(x, s, dtype, told)
 
@@ -328,8 +328,8 @@ class Denoiser:
             y: [B, *shape], float32 or float64.
             s: One level, or one per sample [B].
             dtype: What the network computes in; that of ``y`` when None.
-            told: The level whose timestep the network is given, if not that of the state; what is made of its output
-                is as at ``s``.
+            told: The level whose timestep the network is given; ``s`` when None. ``D`` is computed from the output
+                with the coefficients at ``s`` in both cases.
 
         Returns:
             ``E[x0 | x]``, [B, *shape], in the dtype of ``y``.
@@ -378,7 +378,7 @@ def _floating(name: str, value: object) -> Tensor:
 
 
 def told_argument(told: Tensor | float | None) -> dict[str, Tensor | float]:
-    """The argument ``told`` where there is one: subclasses that answer by themselves may not know it."""
+    """``told`` as a keyword argument, unless it is None: subclasses that override a method may not accept it."""
     return {} if told is None else {"told": told}
 
 
@@ -390,7 +390,7 @@ def is_denoiser(name: str, value: object) -> Denoiser:
 def placement(
     denoiser: Denoiser, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> tuple[torch.device, torch.dtype]:
-    """Where to run a denoiser and what its network computes in; where None, as its parameters say.
+    """The device and dtype to run a denoiser's network in; those of the network's parameters when None.
 
     Raises:
         TypeError: If ``denoiser`` is not one, or ``dtype`` not a floating-point dtype of PyTorch.

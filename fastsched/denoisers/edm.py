@@ -1,4 +1,4 @@
-"""EDM's preconditioning, and networks that come wrapped in it or in another one."""
+"""EDM's preconditioning, and wrappers that apply this or another preconditioning to a raw network."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from fastsched import validate
 
-#: Names under which wrappers keep their raw network: EDM and score SDEs, EDM2, k-diffusion.
+#: Attributes in which wrappers keep their raw network: EDM and score SDEs, EDM2, k-diffusion.
 INNER = ("model", "unet", "inner_model")
-#: Names under which containers keep what they run: DataParallel and torch.compile.
+#: Attributes in which containers keep the module that they run: DataParallel and torch.compile.
 CONTAINED = ("module", "_orig_mod")
 
-#: Where a wrapper is compared with its raw network, in units of ``sigma_data``: no term of ``D`` is small there.
+#: A wrapper and its raw network are compared at this level, in units of ``sigma_data``: no term of ``D`` is small here.
 PROBE_LEVEL = 2.0
-#: Largest relative difference of two ways to compute the same ``F``; half precision inside differs by 1e-3 or so.
-SAME = 1e-2
-#: Where a denoiser must return its input, in units of ``sigma_data``, and how nearly.
-LOW_LEVEL, NEARLY = 4e-3, 0.1
+#: Largest relative difference of two computations of the same ``F``; half precision in a network causes about 1e-3.
+SAME_RTOL = 1e-2
+#: At this level, in units of ``sigma_data``, a denoiser must return its input within this relative error.
+LOW_LEVEL, IDENTITY_RTOL = 4e-3, 0.1
 
 
 def coefficients(s: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def coefficients(s: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
 
 
 def core_of(net: Any) -> Any:
-    """The network inside containers and partial functions, which has the settings as attributes."""
+    """The network inside containers and partial functions; its attributes hold the settings."""
     while True:
         inside = [net.func] if isinstance(net, functools.partial) else []
         inside += [each for name in CONTAINED if callable(each := vars_of(net).get(name))]
@@ -48,13 +48,13 @@ def inner_of(core: Any) -> Any | None:
 
 
 def vars_of(thing: Any) -> dict[str, Any]:
-    """Attributes of an object itself, a module's submodules among them; not those of its class."""
+    """The attributes of an object itself, including a module's submodules, without those of its class."""
     own = dict(getattr(thing, "__dict__", {}))
     return {**own, **(own.get("_modules") or {})}
 
 
 def labels_of(class_labels: object) -> Tensor:
-    """Class labels of their own, [1 or B, label_dim]."""
+    """A copy of the class labels, [1 or B, label_dim]."""
     if not isinstance(class_labels, Tensor) or class_labels.ndim not in (1, 2) or class_labels.numel() == 0:
         raise TypeError(
             f"class_labels must be a tensor [label_dim] or [1, label_dim], got {validate.shown(class_labels)}"
@@ -63,20 +63,20 @@ def labels_of(class_labels: object) -> Tensor:
 
 
 class WrappedEdmNetwork(nn.Module):
-    """``F(c_in z, c_noise)`` from a network that keeps another one, which may or may not be ``F``.
+    """``F(c_in z, c_noise)`` from a network that keeps another network as an attribute.
 
-    The first call finds out, on one sample, at most three calls:
+    The first call finds out how to compute ``F``, with at most three network calls on one sample:
 
-    * the kept network is ``F`` if ``net(z, sigma) = c_skip z + c_out F`` (EDMPrecond, EDM2's Precond);
-    * else ``net`` is a denoiser ``D(z, sigma)`` of another preconditioning (VPPrecond, VEPrecond, iDDPMPrecond, or
-      labels that only ``net`` has) if it returns its input at a low level, and ``F = (D - c_skip z) / c_out``;
-    * else ``net`` itself is ``F``.
+    * If ``net(z, sigma) = c_skip z + c_out inner``, the inner network is ``F`` (EDMPrecond, EDM2's Precond).
+    * Otherwise, if ``net`` returns its input at a low level, it is a denoiser ``D(z, sigma)`` that adds labels or uses
+      another preconditioning (VPPrecond, VEPrecond, iDDPMPrecond). Then ``F = (D - c_skip z) / c_out``.
+    * Otherwise ``net`` itself is ``F``.
 
     Args:
-        net: What was given.
-        inner: The network that it keeps.
-        sigma_data: As in the preconditioning.
-        class_labels: Passed on as ``class_labels``, [1 or B, label_dim].
+        net: The network given by the user.
+        inner: The network that ``net`` keeps as an attribute.
+        sigma_data: Standard deviation of the data in the preconditioning.
+        class_labels: The networks' argument ``class_labels``, [1 or B, label_dim].
     """
 
     def __init__(self, net: Any, inner: Any, sigma_data: float, class_labels: Tensor | None = None) -> None:
@@ -94,18 +94,18 @@ class WrappedEdmNetwork(nn.Module):
     @torch.no_grad()
     def _identified(self, x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         size = x.float().square().mean().sqrt().clamp_min(1e-6)
-        x = (x.float() / size).to(x.dtype)  # of unit size, as the preconditioning makes it
+        x = (x.float() / size).to(x.dtype)  # of unit size, like an input scaled by c_in
         c_noise = torch.full((1,), PROBE_LEVEL * self.sigma_data, dtype=torch.float32, device=x.device).log() / 4
-        # The kept network may want other arguments, or the wrapper may be none: either is an answer.
+        # An error only rules this case out: the inner network takes other arguments, or ``net`` is no wrapper.
         with contextlib.suppress(Exception):
             one, other = self._inner_output(x, c_noise), self._from_denoiser(x, c_noise)
-            if one.shape == other.shape and float((one - other).norm()) <= SAME * float(other.norm()):
+            if one.shape == other.shape and float((one - other).norm()) <= SAME_RTOL * float(other.norm()):
                 return self._inner_output
         low = torch.full((1,), LOW_LEVEL * self.sigma_data, dtype=torch.float32, device=x.device)
         z = self.sigma_data * x
         answer = self._denoised(z, low)
         of_z = isinstance(answer, Tensor) and answer.shape == z.shape
-        if of_z and float((answer.float() - z.float()).norm()) <= NEARLY * float(z.float().norm()):
+        if of_z and float((answer.float() - z.float()).norm()) <= IDENTITY_RTOL * float(z.float().norm()):
             return self._from_denoiser
         return self.net
 
@@ -114,11 +114,11 @@ class WrappedEdmNetwork(nn.Module):
         try:
             return self.inner(x.clone(), c_noise.clone(), **{**arguments, **self._labels(x)})
         except TypeError:
-            # NVIDIA's networks require class labels, None for none.
+            # NVIDIA's networks require the argument for class labels, None if there are none.
             return self.inner(x.clone(), c_noise.clone(), None)
 
     def _denoised(self, z: Tensor, s: Tensor) -> Tensor:
-        return self.net(z.clone(), s.clone(), **self._labels(z))  # it may write into its input
+        return self.net(z.clone(), s.clone(), **self._labels(z))  # the network may write into its input
 
     def _from_denoiser(self, x: Tensor, c_noise: Tensor) -> Tensor:
         s = (4 * c_noise).exp()
@@ -128,7 +128,7 @@ class WrappedEdmNetwork(nn.Module):
         c_skip, c_out = coefficients(s, self.sigma_data)
         answer = self._denoised(z.to(x.dtype), s)
         if not isinstance(answer, Tensor):
-            return answer  # refused as any other network's
+            return answer  # `checked_output` rejects it, as for any other network
         return (answer.to(wide) - column(c_skip) * z) / column(c_out)
 
     def _labels(self, x: Tensor) -> dict[str, Tensor]:

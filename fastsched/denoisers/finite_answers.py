@@ -1,4 +1,4 @@
-"""A denoiser's answers, which must be finite; whether they are is read late, so that no step waits for the device."""
+"""Call a denoiser and check that its output is finite, without waiting for the device at every step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def finite_denoised(
     verdicts: Verdicts,
     told: Tensor | float | None = None,
 ) -> Tensor:
-    """`Denoiser.denoise`; ``verdicts`` raise a ValueError that names the level if the answer is not finite."""
+    """`Denoiser.denoise`; ``verdicts`` later raise a ValueError that names the level if the output is not finite."""
     denoised = denoiser.denoise(y, s, dtype=dtype, **told_argument(told))
     verdicts.note_finite(
         denoised, lambda: not_finite(denoiser.process, torch.as_tensor(s, dtype=torch.float64, device="cpu"))

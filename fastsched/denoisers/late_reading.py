@@ -1,4 +1,4 @@
-"""Copies between a device and the CPU that do not wait; small results are judged once they are there."""
+"""Copies between a device and the CPU that do not block, and deferred checks of small results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-#: Looks at values on the CPU and raises an error if something is wrong with them.
+#: A function that checks values on the CPU and raises an error if they are wrong.
 Judge: TypeAlias = "Callable[[Tensor], None]"
 
 
@@ -21,7 +21,7 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
 class LateReading:
     """A tensor's values, copied to the CPU without waiting for the device.
 
-    On the CPU they are there at once, from CUDA devices when the copy is done, from others when they are asked for.
+    CPU tensors are ready at once, CUDA tensors when the copy is done. Others are copied when `values` is called.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -34,21 +34,21 @@ class LateReading:
 
     @property
     def ready(self) -> bool:
-        """Whether `values` would not wait."""
+        """Whether `values` returns without waiting."""
         return self._values.device.type == "cpu" if self._event is None else bool(self._event.query())
 
     def values(self) -> Tensor:
-        """The values, on the CPU; waits until they are there."""
+        """The values on the CPU; waits for the copy."""
         if self._event is not None:
             self._event.synchronize()
         return self._values.cpu()
 
 
 class Verdicts:
-    """Judgements of small vectors, each made as soon as the vector is on the CPU.
+    """Deferred checks of small vectors, each made once its vector is on the CPU.
 
-    What is noted between two calls of `settle` is read in one copy. So an error is raised at once on the CPU, soon
-    after on a CUDA device, and at the end at the latest.
+    All vectors noted between two calls of `settle` are read in one copy. `settle` raises an error at once for CPU
+    tensors, in one of its next calls for CUDA tensors, and in any case in a call with ``wait``.
     """
 
     def __init__(self) -> None:
@@ -56,24 +56,24 @@ class Verdicts:
         self._sent: list[tuple[LateReading, Tensor, list[tuple[int, Judge]]]] = []
 
     def note(self, values: Tensor, judge: Judge) -> None:
-        """Have ``values`` [n] judged, as float64 (float32 from Apple's GPUs), by a later `settle`."""
+        """Call ``judge`` with ``values`` [n] as float64 (float32 from Apple's GPUs) in a later `settle`."""
         self._noted.append((values.reshape(-1), judge))
 
     def note_finite(self, values: Tensor, wrong: Callable[[], str]) -> None:
-        """Have a ValueError with the message ``wrong()`` raised if there is NaN or inf among ``values``."""
+        """Raise a ValueError with the message ``wrong()`` in a later `settle` if ``values`` hold NaN or inf."""
 
         def judge(extremes: Tensor) -> None:
             if not all(map(math.isfinite, extremes.tolist())):
                 raise ValueError(wrong())
 
-        # NaN is both extremes; one pass over memory, where isfinite takes five
+        # aminmax returns NaN if there is one; it passes over memory once, isfinite five times
         self.note(torch.stack(torch.aminmax(values)), judge)
 
     def settle(self, *, wait: bool = True) -> None:
-        """Judge what is there of all that was noted, or with ``wait`` all of it, in order.
+        """Check the noted vectors that are on the CPU, in order; with ``wait``, all of them.
 
         Raises:
-            ValueError: Or another error of the first judge that raises one.
+            ValueError: Or another error, from the first check that fails.
         """
         noted, self._noted = self._noted, []
         for device in dict.fromkeys(values.device for values, _ in noted):

@@ -21,14 +21,14 @@ def load_denoiser(name: str, device: str | None = None) -> tuple[Denoiser, tuple
     """The denoiser of that name, and its shape if it is known.
 
     Args:
-        name: ``digits``, the one in the package; or ``module:function`` or ``file.py:function``, a function without
-            arguments that returns a `Denoiser`. While it loads, its folder (for a module, the current folder) is
-            searched for other modules, after the installed ones.
+        name: ``digits``, the network in this package; or ``module:function`` or ``file.py:function``, a function
+            without arguments that returns a `Denoiser`. While it loads, its folder (for a module, the current folder)
+            is searched for other modules, after the installed ones.
         device: Where to put the digits network. A function puts its network where it needs to.
 
     Raises:
         ValueError: If the name has none of these forms, or there is no such function.
-        TypeError: If it is not a function, or returns something else.
+        TypeError: If the name is not that of a function, or the function does not return a `Denoiser`.
         FileNotFoundError: If there is no such file.
         ImportError: If there is no such module, or its import or the function fails.
     """
@@ -50,15 +50,15 @@ def load_denoiser(name: str, device: str | None = None) -> tuple[Denoiser, tuple
 
 @contextlib.contextmanager
 def _searched_last(folder: str) -> Iterator[None]:
-    """Let imports find modules of ``folder``, after all others and only in here.
+    """Search ``folder`` for imported modules, after all other folders and only within the block.
 
-    In front, or for good, a file there would hide a package of the same name from fastsched and its dependencies.
+    A folder in first place, or a permanent one, could hide packages from fastsched and its dependencies.
     """
     sys.path.append(folder)
     try:
         yield
     finally:
-        # Its last occurrence is the one added here; code that was imported may have changed the list.
+        # Remove the last occurrence, which was added here; imported code may have changed the list.
         for n in reversed(range(len(sys.path))):
             if sys.path[n] == folder:
                 del sys.path[n]
@@ -66,7 +66,7 @@ def _searched_last(folder: str) -> Iterator[None]:
 
 
 def _hint(name: str) -> str:
-    """What a name of no known form may be meant as."""
+    """A hint for the error message about an invalid name."""
     if difflib.get_close_matches(name, ["digits"]):
         return "; did you mean 'digits'?"
     if name.endswith(".py"):
@@ -75,7 +75,7 @@ def _hint(name: str) -> str:
 
 
 def _built(module: ModuleType, source: str, function: str) -> Denoiser:
-    """What the function of that name returns."""
+    """Call the function of that name, which must return a `Denoiser`."""
     build = getattr(module, function, None)
     if build is None:
         near = difflib.get_close_matches(function, dir(module), n=1)
@@ -105,7 +105,7 @@ def _module(name: str) -> ModuleType:
 
 @contextlib.contextmanager
 def _failing(what: str) -> Iterator[None]:
-    """ImportError that says where it happened if the user's code raises an error, or exits."""
+    """Turn an error or exit of the user's code into an ImportError that says where it happened."""
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -116,12 +116,12 @@ def _module_of_file(path: str) -> ModuleType:
     file = Path(path).resolve()
     if not file.is_file():
         raise FileNotFoundError(f"denoiser: no such file: {path}")
-    # Under a name of its own: a model file called json.py must not take the place of json.
+    # The prefix keeps a model file called json.py from replacing the module json.
     name = f"_fastsched_model_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None  # noqa: PT018 - a file that ends in .py has both
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look up their module here
     try:
         with _failing(f"importing {path}"):
             spec.loader.exec_module(module)

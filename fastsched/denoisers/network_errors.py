@@ -1,4 +1,4 @@
-"""What is wrong with a network that fails, or returns no prediction."""
+"""Explain the errors that a network raises, and check its output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsched.denoisers.noise import NoiseProcess
 
-#: What Python's and PyTorch's errors say, and what it means for a network; the first that fits counts.
+#: Pairs of a pattern for error messages of Python and PyTorch, and advice for the user; the first match counts.
 CAUSES = (
     (
         r"missing \d+ required (positional|keyword-only) argument",
@@ -25,7 +25,7 @@ CAUSES = (
     ),
     (
         r"same device|meta tensor|is on \w+(:\d+)?,? (but|different from)|device meta|not on the expected device",
-        "the network or what it is conditioned on lies on another device than the states; move them together (device=, "
+        "the network or its conditioning is on another device than the states; move them to one device (device=, "
         "or the device of the noise)",
     ),
     (
@@ -56,7 +56,7 @@ def explained(error: Exception, x: Tensor, condition: Tensor, dtype: torch.dtype
 
 
 def checked_output(output: object, x: Tensor) -> Tensor:
-    """What a network returned for ``x``; TypeError or ValueError if it is no prediction."""
+    """The output that a network returned for ``x``; TypeError or ValueError if it cannot be a prediction."""
     if not isinstance(output, Tensor):
         raise TypeError(
             f"the network returned {type(output).__name__}, not a tensor; wrap it so that it returns the "

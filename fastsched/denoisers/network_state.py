@@ -1,4 +1,4 @@
-"""The modules behind a network, and their state: which a measurement must not change."""
+"""Find the modules that a network uses, check their mode, and restore their buffers after a measurement."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def is_training(module: nn.Module) -> bool:
 
 
 def active_training_layer(network: Any) -> str | None:
-    """The class of a layer in training mode that makes answers random or batch-dependent; None if there is none."""
+    """The class of a layer in training mode that makes outputs random or batch-dependent; None if there is none."""
     for module in modules_of(network):
         for layer in module.modules():
             without = isinstance(layer, nn.modules.instancenorm._InstanceNorm) and not layer.track_running_stats
@@ -41,7 +41,7 @@ def active_training_layer(network: Any) -> str | None:
 
 
 def check_evaluation_mode(network: Any) -> None:
-    """ValueError if a layer in training mode makes answers random, or dependent on the batch."""
+    """ValueError if a layer in training mode makes outputs random or batch-dependent."""
     layer = active_training_layer(network)
     if layer is not None:
         raise ValueError(f"the network is in training mode, with an active {layer}: call network.eval() first")

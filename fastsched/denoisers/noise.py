@@ -30,7 +30,7 @@ MOST_LEVELS = 10**6
 
 
 class NoiseProcess:
-    """What every noise process can do; levels ``s`` are float64 tensors, noisiest first.
+    """The interface of all noise processes; levels ``s`` are float64 tensors, noisiest first.
 
     Attributes:
         kind: ``"ve"``, ``"vp"`` or ``"flow"``.
@@ -47,7 +47,7 @@ class NoiseProcess:
 
     @property
     def s_max(self) -> float:
-        """The largest; ``inf`` where the process starts from pure noise."""
+        """The largest noise level; ``inf`` if the process starts from pure noise."""
         raise NotImplementedError
 
     def alpha(self, s: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class NoiseProcess:
         raise NotImplementedError
 
     def sampler_sigma(self, s: Tensor) -> Tensor:
-        """The noise level as samplers of this process print it."""
+        """The noise level in the convention of this process's samplers."""
         return s
 
     def level(self, sampler_sigma: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class NoiseProcess:
         return sampler_sigma
 
     def timestep(self, s: Tensor) -> Tensor | None:
-        """The timestep that the network is given at levels ``s``, or None where it is given sigma."""
+        """The timestep that the network is given at levels ``s``; None if the network is given sigma."""
         return None
 
     def levels(self, n: int) -> Tensor:
@@ -122,8 +122,8 @@ class VarianceExploding(NoiseProcess):
 class VariancePreserving(NoiseProcess):
     """A discrete process ``alpha_t = sqrt(abar_t)``, ``sigma_t = sqrt(1 - abar_t)`` (DDPM, Stable Diffusion).
 
-    Levels between two timesteps get a fractional one, interpolated linearly in ``log s`` (as k-diffusion and
-    diffusers do). With ``integer_timesteps`` the network is called only at the timesteps it was trained on.
+    Levels between two timesteps get a fractional timestep, interpolated linearly in ``log s`` (as in k-diffusion
+    and diffusers). With ``integer_timesteps`` the network is called only at the timesteps it was trained on.
 
     Attributes:
         alphas_cumprod: ``abar_t`` for ``t = 0 .. T-1``, descending within ``[0, 1)``; a last value of 0 is
@@ -150,7 +150,7 @@ class VariancePreserving(NoiseProcess):
         levels = ((1 - values) / values).sqrt()
         object.__setattr__(self, "integer_timesteps", validate.flag("integer_timesteps", self.integer_timesteps))
         found = {"alphas_cumprod": tuple(values.tolist()), "_levels": levels, "_logs": levels.log()}
-        for name, value in found.items():  # every call of the network reads the logarithms
+        for name, value in found.items():  # computed once: every network call needs the logarithms
             object.__setattr__(self, name, value)
 
     @property
@@ -173,7 +173,7 @@ class VariancePreserving(NoiseProcess):
         return (1 + s.pow(-2)).rsqrt()
 
     def timestep(self, s: Tensor) -> Tensor:
-        # in torch throughout: inside torch.func.jvp no tensor becomes an array
+        # torch operations only: inside torch.func.jvp a tensor cannot become a NumPy array
         logs = self._logs.to(s.device)
         position = s.detach().to(torch.float64).log().clamp_min(logs[0])
         last = int(logs.isfinite().sum()) - 1
@@ -211,14 +211,14 @@ class FlowMatching(NoiseProcess):
     Attributes:
         t_min: The smallest time at which the network is called.
         t_max: The time of pure noise; 1 is ``s = inf``.
-        data_at: The network's own time of clean data. Where it is 1, the network is given ``1 - t``.
+        data_at: The network's own time of clean data. If it is 1, the network is given ``1 - t``.
     """
 
     t_min: float = 2e-3
     t_max: float = 1.0
     data_at: int = 0
     kind: ClassVar[str] = "flow"
-    #: The second level of the grid when the first is pure noise: above it a network sees little but noise.
+    #: The second level of the grid when the first is pure noise. Above this level a network sees almost only noise.
     first_finite_s: ClassVar[float] = 100.0
 
     def __post_init__(self) -> None:
@@ -284,8 +284,8 @@ class ContinuousVP(NoiseProcess):
         beta_min: Noise rate at ``t = 0``.
         beta_max: Noise rate at ``t = 1``.
         t_min: The smallest time at which the network is called.
-        t_max: The largest.
-        sub_vp: Whether it is the sub-VP SDE.
+        t_max: The largest time.
+        sub_vp: Whether the process is the sub-VP SDE.
     """
 
     beta_min: float = 0.1
@@ -370,7 +370,7 @@ def log_uniform(high: float, low: float, n: int) -> Tensor:
 
 
 def _spread_indices(trained: Tensor, n: int) -> Sequence[int]:
-    """``n`` distinct indices into ascending ``trained`` whose logarithms are spread as evenly as they allow."""
+    """``n`` distinct indices into the ascending levels ``trained``, spread as evenly as possible in ``log s``."""
     logs = trained.log().numpy()
     last = len(logs) - 1
     top = logs[last] if np.isfinite(logs[last]) else logs[last - 1]

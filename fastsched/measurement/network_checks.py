@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from fastsched.denoisers.denoiser import Denoiser
-from fastsched.denoisers.edm import LOW_LEVEL, NEARLY
+from fastsched.denoisers.edm import IDENTITY_RTOL, LOW_LEVEL
 from fastsched.denoisers.network_errors import checked_output
 from fastsched.denoisers.network_state import check_evaluation_mode, checked_training
 from fastsched.measurement.fingerprints import fingerprint_of
@@ -255,7 +255,7 @@ def _check_raw_edm(ask: Questions, noise: Tensor) -> None:
     s = torch.full((1,), LOW_LEVEL * denoiser.sigma_data, dtype=torch.float32, device=ask.device)
     answer = checked_output(denoiser.network(z.clone(), s), z)
     ask.model_calls += 1
-    if float((answer.cpu().double() - z.cpu().double()).norm()) <= NEARLY * float(z.cpu().double().norm()):
+    if float((answer.cpu().double() - z.cpu().double()).norm()) <= IDENTITY_RTOL * float(z.cpu().double().norm()):
         raise ValueError(
             "the network given to from_edm returns the denoised sample D(z, sigma), not the raw F(c_in z, c_noise): "
             "pass the network that its wrapper keeps, or use Denoiser.from_denoiser"

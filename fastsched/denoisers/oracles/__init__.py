@@ -1,7 +1,7 @@
-"""Denoisers known in closed form: what every estimate in this package is held to.
+"""Denoisers in closed form, against which the estimates of this package are tested.
 
 Each oracle is a data distribution whose variance-exploding marginals are known: a state is
-``z = x0 + s * eps`` with ``x0`` from the data and ``eps`` standard normal. All share one face:
+``z = x0 + s * eps`` with ``x0`` from the data and ``eps`` standard normal. All have the same interface:
 
 * ``shape``: the shape of one sample, without the batch dimension;
 * ``denoise(z, s)``: ``D(z; s) = E[x0 | z]``, shaped as ``z`` [B, *shape];
@@ -14,7 +14,7 @@ the dtype and device of ``z``; half precision is computed in float32 and rounded
 are differentiable in ``z``, in forward and reverse mode.
 
 Invalid input raises ``ValueError`` or ``TypeError`` naming the argument. The values of a *tensor* of levels
-are not inspected, for that would stall a GPU.
+are not checked, because reading them would stall a GPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the oracles share: how samples are drawn, and how states and levels are checked and shaped."""
+"""Code that the oracles share: it draws samples, and checks and reshapes states and levels."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastsched import validate
 
 
 class Oracle:
-    """What the oracles share: how samples are drawn."""
+    """Base class of the oracles, which draws samples."""
 
     def sample(
         self, n: int, *, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """``n`` clean samples [n, *shape]; drawn on the CPU, so a seed means the same on every device."""
+        """``n`` clean samples [n, *shape], drawn on the CPU so that a seed gives the same samples on every device."""
         validate.arguments(locals(), n=validate.positive_int)
         return self._draw(n, torch.Generator("cpu").manual_seed(seed)).to(device, dtype)
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.oracles.base import Oracle, as_states, flat_states, level_column
 
-_CHUNK_ELEMENTS = 1 << 23  # of the [B, chunk, d] differences that Empirical forms at a time
+_CHUNK_ELEMENTS = 1 << 23  # at most in the [B, chunk, d] differences that Empirical computes at once
 
 
 @dataclass(frozen=True, eq=False)
 class Empirical(Oracle):
     """A data set's own exact denoiser: data uniform over ``n`` given points.
 
-    Its samples at level 0 are the data themselves, so this is the optimum that training on them aims at
+    It minimises the training loss on these points, and its samples at level 0 are the points themselves
     (Karras et al. 2022, appendix B.3).
 
     Attributes:
@@ -61,7 +61,7 @@ class Empirical(Oracle):
         flat = flat_states(z, self.shape)
         level = level_column(s, z)
         data = self.data.to(flat).flatten(1)
-        # Explicit differences: |z|^2 - 2 z.x + |x|^2 would lose them all at low noise.
+        # Explicit differences: in |z|^2 - 2 z.x + |x|^2 rounding errors would exceed the result at low noise.
         rows = max(1, _CHUNK_ELEMENTS // max(1, flat.numel()))
         squares = [(flat[:, None, :] - part).square().sum(-1) for part in data.split(rows)]
         return flat, data, torch.cat(squares, 1) / (-2 * level**2), level

@@ -1,4 +1,4 @@
-"""Gaussian data, with the closed forms that schedules on it are known by."""
+"""Gaussian data, with closed forms of the ODE, of costs and of the best schedule."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from fastsched.denoisers.oracles.base import (
 
 @dataclass(frozen=True, eq=False)
 class Gaussian(Oracle):
-    """Data ``N(mean, c^2 I)``, with the closed forms that schedules on it are known by.
+    """Data ``N(mean, c^2 I)``, with closed forms of the ODE, of costs and of the best schedule.
 
-    The marginal at level ``s`` is ``N(mean, (c^2 + s^2) I)``. Levels given to the closed forms are floats or
-    tensors of any shapes that broadcast; those results are float64 tensors of that shape.
+    The marginal at level ``s`` is ``N(mean, (c^2 + s^2) I)``. Costs and lengths take levels as floats or tensors
+    whose shapes broadcast, and are float64 tensors of that shape.
 
     Attributes:
         std: ``c``, the standard deviation of every element of the data.
@@ -125,8 +125,8 @@ class Gaussian(Oracle):
 
         The step turns ``p_i`` into a Gaussian of variance ``S = (c^2 + s_i s_j)^2 / (c^2 + s_i^2)``; the
         cost is the Fisher divergence ``d (c^2 + s_j^2 - S)^2 / [S (c^2 + s_j^2)^2]`` (Williams et al. 2024,
-        arXiv 2412.07877). It is of fourth order in the step, for ``c^2 + s_j^2 - S`` is
-        ``c^2 (s_i - s_j)^2 / (c^2 + s_i^2)``, which is how it is computed.
+        arXiv 2412.07877). It is of fourth order in the step: ``c^2 + s_j^2 - S`` equals
+        ``c^2 (s_i - s_j)^2 / (c^2 + s_i^2)``, and is computed in this form.
         """
         s_i, s_j, c2 = as_float64(s_i, "s_i"), as_float64(s_j, "s_j"), self.std**2
         excess = c2 * (s_i - s_j) ** 2 / (c2 + s_i**2)

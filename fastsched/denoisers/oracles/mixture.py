@@ -141,7 +141,7 @@ class GaussianMixture(Oracle):
         means = self.means.to(flat)
         variance = eigenvalues + level[..., None] ** 2
         coordinate = torch.einsum("bmd,mdk->bmk", flat[:, None, :] - means, axes)
-        # The determinants relative to a common one: they differ by less than their logarithms' own size.
+        # Log-determinants relative to a common one: the differences are smaller numbers, so rounding loses less.
         common = eigenvalues.mean() + level**2
         log_volume = torch.log(variance / common[..., None]).sum(-1)
         logits = torch.log(self.weights).to(flat) - 0.5 * (log_volume + (coordinate.square() / variance).sum(-1))
@@ -167,7 +167,7 @@ class GaussianMixture(Oracle):
 
 @dataclass(frozen=True, eq=False)
 class _Posterior:
-    """What all of a mixture's methods share at one (z, s); [B or 1, ...] where it depends on ``s`` only."""
+    """Quantities at one (z, s) that a mixture's methods share; [B or 1, ...] if they depend on ``s`` only."""
 
     level: Tensor  # [B or 1, 1]
     means: Tensor  # [M, d]
