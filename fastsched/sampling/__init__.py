@@ -1,1 +1,1 @@
-"""Solvers, schedules, and the loop that runs one along the other."""
+"""Solvers, schedules, and the loop that runs a solver along a schedule."""

@@ -1,4 +1,4 @@
-"""How schedules and statistics show themselves in notebooks, and their figures."""
+"""HTML of schedules and statistics for notebooks, and access to their figures."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 def figure(function: str, *arguments: Any, **options: Any) -> Any:
     """The matplotlib figure that a function of `fastsched.plot` draws."""
-    # By name: figures lie above everything they draw.
+    # Imported here by name, because fastsched.plot depends on this layer.
     return getattr(importlib.import_module("fastsched.plot"), function)(*arguments, **options)
 
 
 def table(title: str, rows: Mapping[str, object]) -> str:
-    """HTML of names and values; those that are None are left out."""
+    """An HTML table of names and values; rows with the value None are left out."""
     cells = "".join(
         f'<tr><th style="text-align:left">{escape(key)}</th><td style="text-align:left">{escape(str(value))}</td></tr>'
         for key, value in rows.items()
@@ -26,7 +26,7 @@ def table(title: str, rows: Mapping[str, object]) -> str:
 
 
 def node_line(sigmas: Sequence[float], flow: bool) -> str:
-    """SVG with a dot for each positive finite sigma, noise on the left: even in flow time, or in ``log sigma``."""
+    """SVG with a dot for each positive finite sigma, noise on the left; the axis is flow time or ``log sigma``."""
     kept = [value for value in sigmas if value > 0 and math.isfinite(value)]
     places = [-value if flow else -math.log(value) for value in kept]
     low, high = min(places, default=0.0), max(places, default=0.0)

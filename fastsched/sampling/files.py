@@ -1,4 +1,4 @@
-"""Write whole files: beside the target first, then put in its place."""
+"""Write files atomically, read JSON strictly, and tell the package's kinds of files apart."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Name = str | os.PathLike[str]
 
 
 def write_whole(path: Name, data: bytes) -> None:
-    """Write ``data`` to a file that is replaced only when the new one is whole and on the disk.
+    """Write ``data`` to a temporary file, which replaces the target only when it is complete and on the disk.
 
-    The temporary file has a name of its own, so two writers do not meet; nothing is left behind if writing fails. A
-    symbolic link is followed. Permissions are those of a new file (umask). Devices and pipes are written to directly.
+    The temporary file has a unique name, so two writers do not collide, and is removed if writing fails. A symbolic
+    link is followed. Permissions are those of a new file (umask). Devices and pipes are written to directly.
 
     Raises:
-        OSError: If it cannot be written; an existing file is as before.
+        OSError: If the file cannot be written; an existing file is then unchanged.
     """
     target = _target(path)
     if os.path.exists(target) and not os.path.isfile(target):
@@ -41,10 +41,10 @@ def write_whole(path: Name, data: bytes) -> None:
 
 
 def check_writable(path: Name) -> None:
-    """Find out whether `write_whole` can write to ``path``, before long work.
+    """Check that `write_whole` can write to ``path``, before long work.
 
     Raises:
-        OSError: If its folder does not exist or takes no new file, or if it is a folder itself.
+        OSError: If the folder does not exist or takes no new file, or if ``path`` is a folder.
     """
     target = _target(path)
     if os.path.exists(target) and not os.path.isfile(target):
@@ -55,7 +55,7 @@ def check_writable(path: Name) -> None:
 
 
 def _target(path: Name) -> str:
-    """What ``path`` is, links followed, even one to a file that does not exist yet."""
+    """``path`` with links followed, even to a file that does not exist yet; OSError if no file can be written there."""
     target = os.path.realpath(path)
     given = os.path.dirname(os.fspath(path)) or os.curdir
     if os.path.islink(target):
@@ -66,7 +66,7 @@ def _target(path: Name) -> str:
     for folder in (each for each in (os.path.dirname(target), given) if not os.path.isdir(each)):
         raise FileNotFoundError(f"no folder {folder} to write {os.path.basename(target)} to; create it first")
     with contextlib.suppress(FileNotFoundError):
-        os.stat(target)  # OSError now, not after the work, if no file can have this name
+        os.stat(target)  # raises OSError now, not after the work, if no file can have this name
     return target
 
 
@@ -81,7 +81,7 @@ def _create_beside(target: str) -> tuple[str, int]:
 
 
 def _sync_folder(target: str) -> None:
-    """Make the new name last through a crash, where the system can."""
+    """Write the folder to disk, so that the new name survives a crash, on systems that support this."""
     with contextlib.suppress(OSError):
         descriptor = os.open(os.path.dirname(target), os.O_RDONLY)
         try:
@@ -100,10 +100,10 @@ def checksum(*parts: bytes) -> str:
 
 
 def json_object(text: str, name: str) -> dict[str, Any]:
-    """The entries of a JSON object from a file called ``name``; none if it is no object.
+    """The entries of a JSON object from a file called ``name``; an empty dictionary for any other JSON value.
 
     Raises:
-        ValueError: If it is not JSON, or holds an entry twice, NaN, or is nested too deeply.
+        ValueError: If the text is not JSON, holds an entry twice or NaN, or is nested too deeply.
     """
     try:
         found = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_unique, parse_constant=_constant)
@@ -125,12 +125,12 @@ def _constant(name: str) -> float:
 
 
 def check_readable(path: Name, what: str) -> str:
-    """The name of a file that can be read as a whole: a pipe would be waited for, and a device may never end.
+    """The name of a regular file. Others are refused: reading a pipe would block, and a device may never end.
 
     ``what`` it should hold is for messages.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there is no such file.
         ValueError: If it is not a regular file.
     """
     name = os.fspath(path)
@@ -142,7 +142,7 @@ def check_readable(path: Name, what: str) -> str:
 
 
 def kind_of(path: Name) -> str | None:
-    """``"statistics"`` or ``"schedule"``, by what is in the file; None for anything else and where there is no file."""
+    """``"statistics"`` or ``"schedule"``, by the content of the file; None for other content or a missing file."""
     if not os.path.isfile(path):
         return None
     try:

@@ -1,10 +1,10 @@
 """The fitted solver: a linear multistep method whose weights belong to the schedule.
 
-From the denoised samples ``D_0 .. D_n`` of all evaluations so far, step n goes
+From the denoised samples ``D_0 .. D_n`` of all evaluations so far, step n computes
 
     ``y_{n+1} = y_n + (rho_{n+1} - rho_n) sum_m W[n, m] D_m``,   ``sum_m W[n, m] = 1``,
 
-and the last one, to sigma 0, gives ``x0 = sum_m W[K-1, m] D_m``, where every stock solver takes ``D_{K-1}`` alone. The
+and the last step, to sigma 0, gives ``x0 = sum_m W[K-1, m] D_m``; stock solvers take ``D_{K-1}`` alone. The
 weights sum to one, so that a constant denoiser is integrated exactly. ``W`` is lower triangular, [K, K].
 """
 
@@ -35,7 +35,7 @@ def _not_yet(history: Sequence[Node], end: Node) -> list[float]:
     raise ValueError("the fitted solver samples with a schedule's weights; pass the schedule")
 
 
-#: The fitted solver before it has weights: to be chosen together with the nodes.
+#: The fitted solver without weights, which are to be chosen together with the nodes.
 FITTED_SOLVER = Solver(FITTED, "rho", 1, _not_yet, "least squares on a measured path")
 
 
@@ -43,7 +43,7 @@ def chosen_solver(solver: str | Solver) -> Solver:
     """The solver to choose a schedule for: a stock one, or `FITTED_SOLVER`.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If no deterministic solver has this name.
     """
     if isinstance(solver, Solver):
         return solver
@@ -59,11 +59,11 @@ def checked_weights(weights: Tensor | Sequence[Sequence[float]]) -> Tensor:
     """``weights`` as a float64 tensor [K, K] on the CPU.
 
     Raises:
-        ValueError: If they are not square, not finite, not lower triangular, or a row does not sum to 1.
+        ValueError: If the weights are not square, not finite, not lower triangular, or a row does not sum to 1.
     """
     values = validate.float64("weights", weights)
     if values.ndim != 2 or values.shape[0] != values.shape[1] or len(values) == 0:
-        raise ValueError(f"weights must be a square matrix, a row a step, got shape {tuple(values.shape)}")
+        raise ValueError(f"weights must be a square matrix with one row per step, got shape {tuple(values.shape)}")
     if not bool(values.isfinite().all()):
         raise ValueError("weights must be finite, but hold NaN or inf")
     if bool(values.triu(1).any()):

@@ -1,4 +1,4 @@
-"""The fitted solver in the form of k-diffusion's samplers."""
+"""The fitted solver as a sampler with the arguments of k-diffusion's samplers."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def sample_fitted(
     *,
     weights: Tensor | Sequence[Sequence[float]],
 ) -> Tensor:
-    """Sample by a fitted schedule, called as the samplers of k-diffusion are.
+    """Sample with a fitted schedule; the arguments are those of k-diffusion's samplers.
 
     With the denoised images ``D_m`` of all steps so far and ``r = sigma_{n+1} / sigma_n``, step n is
 
         ``x_{n+1} = r x_n + (1 - r) sum_m W[n, m] D_m``,
 
-    which is `fastsched.sampling.fitted`'s step in ``x = sigma y``. It holds for variance-exploding states (those of
-    k-diffusion, of variance-preserving models too) and for flow times: there ``x = (1 - t) x0 + t eps``, ``sigma = t``
-    and ``rho = 1/t - 1``, whose differences are those of ``1/t``.
+    which is the step of `fastsched.sampling.fitted` in ``x = sigma y``. It holds for variance-exploding states, which
+    k-diffusion uses for variance-preserving models too. It also holds for flow times, where ``x = (1 - t) x0 + t eps``,
+    ``sigma = t`` and ``rho = 1/t - 1``, because differences of ``rho`` are those of ``1/t``.
 
     Args:
         model: ``model(x, sigma, **extra_args)`` is the denoised image, [B, *shape]; ``sigma`` has shape [B].
@@ -47,7 +47,7 @@ def sample_fitted(
         The samples, [B, *shape].
 
     Raises:
-        ValueError: If ``sigmas`` do not descend to 0, the first is infinite, or ``weights`` are not those of as many
+        ValueError: If ``sigmas`` do not descend to 0, the first is infinite, or ``weights`` have another number of
             steps.
     """
     validate.tensor("x", x)
@@ -64,7 +64,7 @@ def sample_fitted(
     ones, history = x.new_ones([len(x)]), []
     with progress_bar(len(rows), not disable, "fitted sampling", unit="step") as advance:
         for i, row in enumerate(rows):
-            denoised = model(x.clone(), sigmas[i] * ones, **(extra_args or {})).clone()  # it may reuse its buffers
+            denoised = model(x.clone(), sigmas[i] * ones, **(extra_args or {})).clone()  # the model may reuse buffers
             if callback is not None:
                 callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
             history.append(denoised)

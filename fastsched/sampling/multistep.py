@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Node(NamedTuple):
-    """A level in the variables that solvers are written in; floats, or arrays that broadcast."""
+    """A level in the variables of the solvers; floats, or arrays that broadcast."""
 
     rho: Any  #: alpha / sigma
     lam: Any  #: log rho, half the log-SNR
@@ -23,7 +23,7 @@ class Node(NamedTuple):
 
 Weights = Callable[[Sequence[Node], Node], Sequence[Any]]
 
-#: ``lambda`` of pure noise, where ``log rho`` is ``-inf``: so far away that slopes there have no weight.
+#: Stands for ``lambda = log rho = -inf`` of pure noise; so far away that slopes there have no weight.
 PURE_NOISE_LAMBDA = -1e9
 
 
@@ -77,12 +77,12 @@ ADAMS_BASHFORTH = (
 
 
 def ipndm_weights(history: Sequence[Node], end: Node) -> list[Any]:
-    """Adams-Bashforth weights of equal steps, whatever the steps: ``(3, -1)/2``, ``(23, -16, 5)/12``, ..."""
+    """Adams-Bashforth weights for equal steps, used for all steps: ``(3, -1)/2``, ``(23, -16, 5)/12``, ..."""
     return [np.full_like(history[0].tau, b) for b in ADAMS_BASHFORTH[len(history) - 1]]
 
 
 def lms_weights(history: Sequence[Node], end: Node) -> list[Any]:
-    """Adams-Bashforth weights of the steps as they are: the slope interpolated as a polynomial in ``tau``.
+    """Adams-Bashforth weights for the actual steps: the slope interpolated as a polynomial in ``tau``.
 
     ``b_n = integral of L_n(tau) from tau_j to tau_k / (tau_k - tau_j)``, ``L_n`` the Lagrange polynomials.
     """
@@ -131,7 +131,7 @@ def unip_weights(history: Sequence[Node], end: Node, variant: str = "bh2") -> li
     """The predictor UniP of UniPC: ``D_j + B/B1 sum_m a_m (D_m - D_j) / r_m``, ``r_m = (lam_m - lam_j) / h``.
 
     ``B1 = 1 - e^-h``, ``B = B1`` (bh2) or ``h`` (bh1). The ``a_m`` solve ``sum_m r_m^(p-1) a_m = p! phi_p / B`` for
-    ``p = 1 .. len(history) - 1``; with one of them it is 1/2, as the authors set it.
+    ``p = 1 .. len(history) - 1``; a single ``a_m`` is 1/2, as the authors set it.
     """
     ratios, h = _unipc_ratios(history, end)
     a = [np.full_like(h, 0.5)] if len(ratios) == 1 else _unipc_solve(ratios, h, variant)
@@ -139,7 +139,7 @@ def unip_weights(history: Sequence[Node], end: Node, variant: str = "bh2") -> li
 
 
 def unic_weights(history: Sequence[Node], end: Node, variant: str = "bh2") -> list[Any]:
-    """The corrector UniC of UniPC: UniP with the slope at the end among the ``D_m``, at ``r = 1``; it comes first."""
+    """The corrector UniC of UniPC: UniP with the slope at the end as a ``D_m``, ``r = 1``; its weight is first."""
     ratios, h = _unipc_ratios(history, end)
     a = _unipc_solve([*ratios, 1.0], h, variant) if ratios else [np.full_like(h, 0.5)]
     *earlier, at_end = a
@@ -154,14 +154,14 @@ def _unipc_ratios(history: Sequence[Node], end: Node) -> tuple[list[Any], Any]:
 
 
 def _unipc_gain(h: Any, variant: str) -> Any:
-    """``B / B1``; from pure noise bh1 has no finite value and is taken as bh2."""
+    """``B / B1``; a step from pure noise has no finite value for bh1 and uses that of bh2."""
     if variant == "bh2":
         return 1.0 + 0.0 * h
     return np.where(h > -PURE_NOISE_LAMBDA / 2, 1.0, h / -np.expm1(-h))
 
 
 def _unipc_solve(ratios: Sequence[Any], h: Any, variant: str) -> list[Any]:
-    """Solve the Vandermonde system of the coefficients, by the moments of the interpolating polynomial."""
+    """Solve the Vandermonde system for the ``a_m``, by the moments of the interpolating polynomial."""
     phi = np.expm1(-h) / -h - 1  # the right-hand sides, by the recurrence of the phi functions
     size = _unipc_gain(h, variant) * np.expm1(-h)
     moments, factorial = [], 1

@@ -1,4 +1,4 @@
-"""What a measurement or a schedule is of: the network, how it was run, when, and at what cost."""
+"""The origin of a measurement or a schedule: the network, how it was run, when, and at what cost."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from fastsched.denoisers.edm import core_of
 
-#: Longest text in an entry of a file.
+#: Largest number of characters in a text entry.
 LONGEST = 200
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a file is of; None for what is not known.
+    """Where a measurement or a schedule comes from; an entry is None if it is not known.
 
     Attributes:
-        model: The name of the network's class or function; of a pipeline, the folder or repository it was loaded from.
-        fingerprint: 12 hexadecimal digits of what the network answered to a fixed question. Two runs of one network on
-            different devices may differ in it. Of a pipeline, its call and weights (`diffusers.call_identity`).
+        model: The name of the network's class or function; for a pipeline, the folder or repository it was loaded from.
+        fingerprint: 12 hexadecimal digits of a hash of the network's output for a fixed input, which may differ between
+            devices. For a pipeline, the hash is of its call and weights (`diffusers.call_identity`).
         pipeline: The class of the pipeline.
         guidance: The pipeline's ``guidance_scale``, if the call set it.
         prompts: How many prompts were used.
@@ -49,10 +49,10 @@ class Origin:
 
     @classmethod
     def from_dict(cls, entries: Any) -> Origin:
-        """From the entries of a file, which are not trusted.
+        """From the entries of a file, all of which are checked.
 
         Raises:
-            ValueError: If one is unknown, or is not of its kind.
+            ValueError: If an entry is unknown or has the wrong type.
         """
         kinds = {field.name: str(field.type).split(" ")[0] for field in fields(cls)}
         if not isinstance(entries, Mapping) or not set(entries) <= set(kinds):
@@ -63,7 +63,7 @@ class Origin:
         return cls(**entries)
 
     def __str__(self) -> str:
-        """What is known, in a line: ``UNet2DModel, DDIMPipeline, guidance 7.5, 2 prompts, 2026-11-26``."""
+        """The known entries in one line: ``UNet2DModel, DDIMPipeline, guidance 7.5, 2 prompts, 2026-11-26``."""
         digits = None if self.pipeline is not None else self.fingerprint
         words = [self.model or (f"network {digits}" if digits else None), self.pipeline]
         words += [None if self.guidance is None else f"guidance {self.guidance:g}"]
@@ -83,12 +83,12 @@ def _is_a(value: object, kind: str) -> bool:
 
 
 def origin_now(model: str | None, fingerprint: Tensor | None = None, **known: Any) -> Origin:
-    """The origin of a measurement that is made today by this version."""
+    """The origin of a measurement made today by this version."""
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     digits = None
     if fingerprint is not None:
         digits = hashlib.sha256(fingerprint.detach().cpu().double().numpy().tobytes()).hexdigest()[:12]
-    # The package's own module is looked up, not imported: it names all layers, and this one is below most of them.
+    # The top-level package is looked up, not imported: it depends on all layers, and most are above this one.
     version = getattr(sys.modules.get(__name__.partition(".")[0]), "__version__", None)
     name = None if model is None else "".join(letter for letter in model if letter.isprintable())[:LONGEST]
     return Origin(model=name or None, fingerprint=digits, date=today, version=version, **known)

@@ -1,4 +1,4 @@
-"""The random numbers of a sample: its own streams, the same on every device and in every batch."""
+"""Random numbers: each sample has its own streams, the same on every device and in every batch."""
 
 from __future__ import annotations
 

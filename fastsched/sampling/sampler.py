@@ -73,7 +73,7 @@ def sample(
 
     Raises:
         ValueError: If ``sigmas`` do not descend, the solver is unknown or not for the schedule, a deterministic one is
-            given a seed, or the network returns NaN or inf (the message names the level; it may be late on a GPU).
+            given a seed, or the network returns NaN or inf (the message names the level; on a GPU it may come late).
     """
     validate.arguments(locals(), denoiser=is_denoiser, sigmas=is_run, solver=_IS_SOLVER, seed=_IS_SEED)
     name = solver if solver is not None else getattr(sigmas, "solver", None)
@@ -114,8 +114,8 @@ def _told_levels(run: object, solver: str, process: NoiseProcess) -> Iterator[Te
 
 
 def is_run(name: str, value: object) -> None:
-    """TypeError or ValueError unless the argument is sampler sigmas, or a schedule with them."""
-    if hasattr(value, "sigmas") and not hasattr(value, "solver"):  # statistics have levels, but those of a measurement
+    """TypeError or ValueError unless the argument is a `Schedule` or valid sampler sigmas."""
+    if hasattr(value, "sigmas") and not hasattr(value, "solver"):  # the sigmas of statistics are those of a measurement
         raise TypeError(
             f"{name} must be sigmas or a Schedule, which fastsched.optimal_schedule makes of statistics, got "
             f"{type(value).__name__}"
@@ -124,10 +124,10 @@ def is_run(name: str, value: object) -> None:
 
 
 def schedule_solver(sigmas: object, solver: str | Solver | None = None) -> Solver:
-    """The solver of that name, or of a schedule: a fitted schedule brings its own.
+    """The solver of that name, or the schedule's own when None; the fitted solver gets the schedule's weights.
 
     Raises:
-        ValueError: If there is none of that name, or it is the fitted one and there is no schedule with its weights.
+        ValueError: If no such solver exists, or it is the fitted one and ``sigmas`` is no schedule with weights.
     """
     weights = getattr(sigmas, "weights", None)
     if weights is not None and (solver is None or solver_name(solver) == FITTED):
@@ -136,7 +136,7 @@ def schedule_solver(sigmas: object, solver: str | Solver | None = None) -> Solve
 
 
 def answered(queries: Generator[tuple[Any, Any], Any, Result], answer: Callable[[Any, Any], Any]) -> Result:
-    """Send ``answer(*query)`` for every query that a generator yields; returns what it returns."""
+    """Run a generator: send ``answer(*query)`` for every query that it yields, and return its result."""
     found = None
     while True:
         try:
@@ -151,23 +151,23 @@ def answered(queries: Generator[tuple[Any, Any], Any, Result], answer: Callable[
 def integration(
     nodes: Sequence[Node], method: Solver, y: Any, *, s: Sequence[Any] | Tensor, number: Callable[[Any], Any] = float
 ) -> Generator[tuple[Any, Any], Any, Any]:
-    """The loop of every deterministic solver, as a generator that needs the denoiser.
+    """The loop of every deterministic solver, as a generator.
 
-    It yields a normalised state and its level ``(y, s)`` and is sent ``D`` there. States are anything that can be added
-    and scaled: images, or their coefficients.
+    It yields a normalised state and its level, ``(y, s)``, and the caller sends ``D`` at this state. A state can be
+    anything that can be added and scaled: images, or coefficients of images.
 
     Args:
         nodes: The levels as nodes; if ``rho = inf`` at the last one, the loop ends in a denoised sample.
         method: The solver.
         y: The state at the first node.
-        s: The levels as they are to be yielded; at a solver's stage ``1 / rho`` is.
-        number: Makes a factor of what the solver computes from nodes; nodes of arrays, one entry a schedule, integrate
-            many schedules at once if it shapes them to broadcast against ``y``.
+        s: The levels to yield at the nodes; at a solver's stage ``1 / rho`` is yielded.
+        number: Converts a weight computed from nodes to a factor of a state. With nodes of arrays, one entry per
+            schedule, it shapes weights to broadcast against ``y``, so that many schedules run at once.
 
     Returns:
         The denoised sample if the last node is at sigma 0, else ``y`` there.
     """
-    y_before, known, slopes = y, [], []  # the nodes before, newest first, and the slopes there
+    y_before, known, slopes = y, [], []  # earlier nodes, newest first, and their slopes
     for n in range(len(nodes) - 1):
         start, end = nodes[n], nodes[n + 1]
         denoised = yield y, s[n]
@@ -210,7 +210,7 @@ def _step(
 
 
 def _plus(y: Any, factors: Sequence[Any], states: Sequence[Any]) -> Any:
-    """``y + sum_n factors[n] states[n]``; of images in one pass over memory a term."""
+    """``y + sum_n factors[n] states[n]``; tensors take one pass over memory per term."""
     add = torch.add if isinstance(y, Tensor) else lambda y, state, alpha, out: y + alpha * state
     for n, (factor, state) in enumerate(zip(factors, states, strict=True)):
         y = add(y, state, alpha=factor, out=y if n else None)

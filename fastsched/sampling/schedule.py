@@ -25,7 +25,7 @@ from fastsched.sampling.solvers import FITTED, STOCHASTIC_SOLVERS, get_solver, s
 
 #: What ComfyUI sets the last ``alphas_cumprod`` to for models of zero terminal SNR.
 COMFYUI_LAST_ALPHA_BAR = 4.8973451890853435e-08
-#: Larger timesteps than any model's are damage.
+#: Timesteps above this belong to no model; a file that holds one is damaged.
 LARGEST_TIMESTEP = 1e6
 
 
@@ -43,7 +43,7 @@ class Schedule:
     Attributes:
         sigmas: Sampler sigmas [steps + 1], float64, strictly descending, the last 0: k-diffusion's convention.
             For flow models they are times within (0, 1].
-        solver: The solver they were chosen for, deterministic or stochastic.
+        solver: The solver that the sigmas were chosen for, deterministic or stochastic.
         noise: The kind of noise process: ``"ve"``, ``"vp"`` or ``"flow"``.
         timesteps: The network's timestep at each sigma but the last, [steps] float64; None for models that are
             given sigma.
@@ -135,7 +135,7 @@ class Schedule:
 
     @property
     def end_sigma(self) -> float:
-        """The last sigma at which the network is called; the step from there to 0 takes its ``x0``."""
+        """The last sigma at which the network is called, where the step to 0 starts."""
         return float(self.sigmas[-2])
 
     def __repr__(self) -> str:
@@ -154,7 +154,7 @@ class Schedule:
         return hash(str(self._used()))
 
     def _used(self) -> tuple[Any, ...]:
-        """What a sampler uses, as plain values."""
+        """The fields that a sampler uses, as plain values."""
         tensors = (self.sigmas, self.timesteps, self.weights, self.network_sigmas)
         return self.solver, self.noise, *(None if tensor is None else tensor.tolist() for tensor in tensors)
 
@@ -182,31 +182,31 @@ class Schedule:
     def to_diffusers(self, scheduler: Any, *, mu: float | None = None) -> dict[str, Any]:
         """Keyword arguments with which a pipeline of diffusers uses this schedule: ``pipe(prompt, **arguments)``.
 
-        ``sigmas=`` or ``timesteps=``, such that after the scheduler's own changes (shift, appended zero, dropped last
-        entry, ramp) it uses this schedule; verified by running a copy (`fastsched.diffusers.export`, which also
-        reports the sigmas used). Where a class takes no list, use `fastsched.diffusers.apply`.
+        They are ``sigmas=`` or ``timesteps=``, chosen so that the scheduler's own changes (shift, appended zero,
+        dropped last entry, ramp) result in this schedule. A run of a copy verifies them (`fastsched.diffusers.export`,
+        which also reports the sigmas used). For a class that takes no list, use `fastsched.diffusers.apply`.
 
         Args:
             scheduler: The pipeline's scheduler.
             mu: The shift that the pipeline will pass, for schedulers with ``use_dynamic_shifting``.
 
         Raises:
-            ValueError: If the scheduler cannot be given the schedule so; the message says why and what can.
+            ValueError: If such arguments cannot express the schedule; the message gives the reason and an alternative.
         """
         warnings.warn(
             "Schedule.to_diffusers is now fastsched.diffusers.export(schedule, scheduler).arguments",
             DeprecationWarning,
             stacklevel=2,
         )
-        # By name: sampling must not depend on diffusers, which lies above it.
+        # Imported here by name, because sampling must not depend on diffusers, a higher layer.
         return importlib.import_module("fastsched.diffusers").export(self, scheduler, mu=mu).arguments
 
     def to_comfyui(self) -> ComfyUISigmas:
         """The sigmas for ComfyUI: ``.text`` in plain decimals, ``.sigmas`` [steps + 1] float32.
 
-        Flow times are given as they are, already shifted. ComfyUI gives models of zero terminal SNR a finite first
-        sigma, 4518.76, which an infinite one becomes here. The text holds plain decimals, for ComfyUI's ManualSigmas
-        misreads exponents ("2e-3"), in as few digits as give the same float32 values.
+        Flow times are already shifted and stay unchanged. An infinite first sigma becomes 4518.76, ComfyUI's own value
+        for models of zero terminal SNR. The text uses no exponents, because ComfyUI's ManualSigmas misreads them
+        ("2e-3"), and as few digits as give the same float32 values.
 
         Raises:
             ValueError: If the first sigma is infinite and the noise process is not variance-preserving, two sigmas are
@@ -226,18 +226,18 @@ class Schedule:
         return ComfyUISigmas(text, sigmas)
 
     def check_coupled(self, who: str) -> None:
-        """ValueError if the network is told other sigmas than the states', for those who work them out themselves."""
+        """ValueError if levels are decoupled, for a program ``who`` that tells the network the sigma of the state."""
         if self.network_sigmas is not None:
             raise ValueError(
                 f"schedule has decoupled levels (network_sigmas), which {who} cannot use; fit one with decoupled=False"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON with plain decimals; an existing file is replaced only when the new one is whole."""
+        """Write as JSON with plain decimals; an existing file is replaced only when the new one is complete."""
         validate.arguments(locals())
         entries: dict[str, str] = {
             "format": json.dumps(FORMAT),
-            # older readers can use what has no weights, or no decoupled levels
+            # the lowest version that has all entries, so that older releases can read the file
             "version": str(VERSION if self.network_sigmas is not None else 1 if self.weights is None else 2),
             "solver": json.dumps(self.solver),
             "noise": json.dumps(self.noise),
@@ -259,8 +259,8 @@ class Schedule:
         """Read a file written by `save`.
 
         Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If it is truncated, was changed, holds something else, or comes from a newer version.
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is truncated or was changed, is not a schedule, or comes from a newer version.
         """
         validate.arguments(locals())
         entries = read_entries(path)
@@ -304,9 +304,9 @@ def _one_a_step(name: str, values: Tensor, steps: int) -> Tensor:
 
 
 def _timesteps(values: Tensor, steps: int, noise: str) -> Tensor:
-    """Timesteps, which descend; those of a flow may ascend, if its network's time is 1 at the data.
+    """Check timesteps, which descend; those of a flow may ascend, if its network's time is 1 at the data.
 
-    Levels beyond those that a variance-preserving network was trained on share its first or last timestep.
+    Those of a variance-preserving network may repeat: levels outside its range share its first or last timestep.
     """
     timesteps = _one_a_step("timesteps", values, steps)
     if not bool(((timesteps >= 0) & (timesteps <= LARGEST_TIMESTEP)).all()):
@@ -327,7 +327,7 @@ def is_schedule(name: str, value: object) -> Schedule:
 def check_kind(name: str, value: object, process: NoiseProcess) -> None:
     """ValueError if ``value`` is a `Schedule` in flow times and the process is no flow, or the reverse.
 
-    Within [0, 1] a schedule whose ``noise`` was not given may be in flow times.
+    A flow accepts all sigmas within [0, 1]: they may be flow times although ``noise`` was left at its default.
     """
     if not isinstance(value, Schedule):
         return
@@ -344,7 +344,7 @@ def _brief(values: Tensor) -> str:
 
 
 def _brief_weights(weights: Tensor) -> str:
-    """Up to 8 rows without the zeros above the diagonal, as ``[1 | -0.5 1.5 | ...]``; of more, the range."""
+    """Up to 8 rows without the zeros above the diagonal, as ``[1 | -0.5 1.5 | ...]``; else shape and range."""
     if len(weights) > 8:
         return f"[{len(weights)}, {len(weights)}] from {float(weights.min()):.3g} to {float(weights.max()):.3g}"
     rows = [" ".join(f"{value:.3g}" for value in row[: n + 1]) for n, row in enumerate(weights.tolist())]
@@ -352,7 +352,7 @@ def _brief_weights(weights: Tensor) -> str:
 
 
 def _decimal(value: float) -> str:
-    """``value`` without an exponent, in as few digits as read back the same; pure noise, which JSON lacks, quoted."""
+    """``value`` without an exponent, in as few digits as read back the same; infinity, which JSON lacks, as text."""
     return '"inf"' if math.isinf(value) else np.format_float_positional(value, trim="0")
 
 

@@ -18,7 +18,7 @@ OPTIONAL = ("timesteps", "network_sigmas", "weights", "predicted_error", "measur
 
 
 def write_entries(path: str | os.PathLike[str], entries: dict[str, str]) -> None:
-    """Write entries, each as JSON text, with their checksum."""
+    """Write entries, given as JSON text, and their checksum."""
     values = {key: json.loads(value) for key, value in entries.items()}
     entries = {**entries, "sha256": json.dumps(_checksum(values))}
     text = "{\n" + ",\n".join(f'  "{key}": {value}' for key, value in entries.items()) + "\n}\n"
@@ -30,13 +30,13 @@ def read_entries(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a whole schedule file, was changed, or an entry is of the wrong kind.
+        ValueError: If the file is not a complete schedule file, was changed, or an entry has the wrong type.
     """
     name = check_readable(path, "schedule")
     if kind_of(name) == "statistics":
         raise ValueError(
-            f"{name} holds statistics, and a schedule is needed, which 'fastsched select {name} --steps 8 "
-            "-o schedule.json' makes of them"
+            f"{name} holds statistics, and a schedule is needed; make one with 'fastsched select {name} --steps 8 "
+            "-o schedule.json'"
         )
     if os.path.getsize(name) > LARGEST_FILE:
         raise ValueError(f"{name} is larger than {LARGEST_FILE} bytes, so it is not a schedule")
@@ -97,7 +97,7 @@ def _checked(entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(name: str, values: Any) -> list[float]:
-    """Floats of a list of JSON numbers, or of ``"inf"``, as an infinite sigma is written."""
+    """Floats from a list of JSON numbers and ``"inf"``, which stands for an infinite sigma."""
     if not isinstance(values, list):
         raise ValueError(f"{name} must be a list of numbers, got {values!r:.80}")
     for value in values:

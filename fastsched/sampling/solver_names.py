@@ -1,12 +1,12 @@
-"""Solver names as people know them from samplers' menus and libraries, and the solvers that they are."""
+"""Names of samplers in menus and other libraries, and the solvers that they correspond to."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-#: Names in web interfaces, k-diffusion and diffusers, in the spelling of `plain`, and the solver each of them is, where
-#: it is called otherwise here.
+#: Names in web interfaces, k-diffusion and diffusers, spelled as by `plain`, and the names of their solvers here, if
+#: these differ.
 KNOWN = {
     "euler": "ddim",
     "heun2": "heun",
@@ -31,7 +31,7 @@ KNOWN = {
     "ipndmscheduler": "ipndm",
     "eulerancestraldiscretescheduler": "ancestral",
 }
-#: Names of samplers that fastsched does not have, and what to say about each.
+#: Names of samplers that fastsched does not have, and the error message for each.
 UNKNOWN = {
     "dpmppsde": "DPM++ SDE is not supported; 'sde_dpmpp_2m' is the stochastic solver of the family",
     "dpmpp3msde": "DPM++ 3M SDE is not supported; 'dpmpp_3m' is its deterministic form",
@@ -61,9 +61,9 @@ def known_as(name: str, own: Iterable[str]) -> tuple[str | None, str | None]:
     None for what it does not name.
 
     Raises:
-        ValueError: If it is a known sampler without a counterpart here; the message names the nearest.
+        ValueError: If fastsched does not have the sampler; the message names the nearest solver.
     """
-    # Menus join a sampler and a noise schedule. The second is what fastsched chooses, so only the first is looked up.
+    # Menus join a sampler and a noise schedule. fastsched chooses the schedule, so only the sampler is looked up.
     short, ending = plain(name), None
     for suffix in SUFFIXES:
         if short.endswith(suffix) and short != suffix:

@@ -3,12 +3,12 @@
 In ``y = x / sigma`` the ODE is ``dy/drho = D``, with ``rho = alpha / sigma``. In ``tau``, the sampler sigma (``s``, or
 ``t`` for flow matching), it is ``d(tau y)/dtau = g`` with the slope ``g = y - D / tau``: the noise prediction, or the
 velocity. Every linear solver steps from level ``j`` to ``k`` with a weighted mean ``sum_n b_n slope_n``,
-``sum_n b_n = 1``, of the slopes at ``j``, at earlier levels ``i, h, ...``, and for some at one *stage* ahead:
+``sum_n b_n = 1``. The slopes are at ``j``, at earlier levels ``i, h, ...``, and for some solvers at one *stage* ahead:
 
 * over ``rho``: ``y_k = y_j + (rho_k - rho_j) sum_n b_n D_n``;
 * over ``tau``: ``tau_k y_k = tau_j y_j + (tau_k - tau_j) sum_n b_n g_n``.
 
-A solver is therefore its variable and its weights (`sampling.multistep` derives those of the multistep ones). With
+A variable and weights therefore define a solver (`sampling.multistep` has the weights of multistep solvers). With
 all weight on ``j`` both forms are the same step: DDIM, which is also Euler in ``s`` and in flow time, and DPM-Solver-1.
 The step to sigma 0 is ``z = D_j`` for every solver.
 """
@@ -36,17 +36,17 @@ class Solver:
     """One solver.
 
     Attributes:
-        name: As diffusers and k-diffusion spell it.
-        variable: ``"rho"`` or ``"tau"``: what a step integrates over.
-        order: Its order once enough slopes are known; the first steps warm up with fewer.
+        name: The name, spelled as in diffusers and k-diffusion.
+        variable: The variable that a step integrates over, ``"rho"`` or ``"tau"``.
+        order: The order once enough slopes are known; the first steps use fewer slopes.
         weights: ``weights(history, end) -> [b_j, b_i, ...]`` for nodes ``history``, newest first, and the step's
             end. With a ``stage`` the weight of the stage's slope comes first.
         source: Where the solver is defined.
         stage: ``stage(start, end)`` is the node at which a further slope is evaluated, from an Euler prediction.
-        corrector: Weights of a corrector that takes the slope at the end, evaluated at the predicted state, first;
-            the slope is used again by the next step, so that it costs no evaluation.
+        corrector: Weights of a corrector, of which the first is for the slope at the end, evaluated at the predicted
+            state. The next step uses this slope again, so the corrector costs no evaluation.
         end_weights: Weights of the step to sigma 0, whose history includes the current level; None for ``z = D_j``.
-        lowered: Whether the last step but one is of second order at most, as `lower_order_final` of diffusers makes it.
+        lowered: Whether the second to last step has order 2 at most, as with `lower_order_final` in diffusers.
     """
 
     name: str
@@ -61,15 +61,15 @@ class Solver:
 
     @property
     def history(self) -> int:
-        """How many levels before the current one a step uses at most."""
+        """The largest number of levels before the current one that a step uses."""
         return 0 if self.stage is not None else self.order - 1
 
     def history_at(self, step: int, steps: int) -> int:
-        """How many levels before the current one step ``step`` of ``steps``, from 0, uses at most."""
+        """The largest number of levels before the current one that step ``step`` of ``steps``, counted from 0, uses."""
         return min(self.history, 1) if self.lowered and step == steps - 2 else self.history
 
     def model_calls(self, steps: int) -> int:
-        """Network evaluations of ``steps`` steps of which the last ends at sigma 0."""
+        """Network evaluations of ``steps`` steps, the last of which ends at sigma 0."""
         return steps if self.stage is None else 2 * steps - 1
 
 
@@ -85,7 +85,7 @@ def midpoint_weights(history: Any, end: Node) -> list[Any]:
 
 
 def dpmpp_2s_weights(history: Any, end: Node) -> list[Any]:
-    """``b = (1/(2r), 1 - 1/(2r))``, ``r = (lam_mid - lam_j) / (lam_k - lam_j)``: all on the stage where r = 1/2."""
+    """``b = (1/(2r), 1 - 1/(2r))``, ``r = (lam_mid - lam_j) / (lam_k - lam_j)``: the stage alone if r = 1/2."""
     start = history[0]
     stage = middle(start, end)
     half = 0.5 * (end.lam - start.lam) / (stage.lam - start.lam)
@@ -138,7 +138,7 @@ SOLVERS: dict[str, Solver] = {
         _unipc("unipc_bh1_3", 3, "bh1"),
     )
 }
-#: Solvers of third order that diffusers lowers to second order in the last step but one (`lower_order_final`).
+#: Solvers of third order that diffusers lowers to second order in the second to last step (`lower_order_final`).
 LOWERED = ("dpmpp_3m", "deis_3", "unipc_3", "unipc_bh1_3")
 SOLVERS |= {f"{name}_lowered": replace(SOLVERS[name], name=f"{name}_lowered", lowered=True) for name in LOWERED}
 
@@ -158,7 +158,7 @@ ALIASES = {
 #: The solver whose weights belong to the schedule (`fastsched.sampling.fitted`).
 FITTED = "fitted"
 
-#: Solvers of the reverse SDE (`fastsched.sampling.stochastic`), which have no table here; one evaluation a step.
+#: Solvers of the reverse SDE (`fastsched.sampling.stochastic`), which are not in `SOLVERS`; one evaluation a step.
 STOCHASTIC_SOLVERS = ("sde_dpmpp_2m", "ancestral")
 
 
@@ -166,7 +166,7 @@ def solver_name(solver: str | Solver) -> str:
     """The name of a deterministic or stochastic solver, aliases resolved.
 
     Raises:
-        ValueError: If there is none; the message lists the names and the nearest match.
+        ValueError: If no solver has this name; the message lists the names and the nearest match.
     """
     if isinstance(solver, Solver):
         return solver.name
@@ -188,7 +188,7 @@ def get_solver(solver: str | Solver) -> Solver:
     """The deterministic solver of that name.
 
     Raises:
-        ValueError: If there is none; the message lists the names and the nearest match.
+        ValueError: If no such solver has this name; the message lists the names and the nearest match.
     """
     if isinstance(solver, Solver):
         return solver
@@ -209,7 +209,7 @@ def get_solver(solver: str | Solver) -> Solver:
 
 
 def _known(solver: object, names: list[str]) -> str:
-    """As `validate.choice`; of a name from a sampler's menu or a library, the error suggests what it is here."""
+    """Like `validate.choice`; for a sampler's name in a menu or another library, the error suggests its name here."""
     if isinstance(solver, str) and solver not in names:
         found, _ = known_as(solver, names)
         if found is not None:
@@ -219,7 +219,7 @@ def _known(solver: object, names: list[str]) -> str:
 
 
 def from_pure_noise(solver: Solver, start: Node) -> bool:
-    """Whether a step starts where the solver's own form has no limit, ``tau = inf``; it is then Euler's, over ``rho``.
+    """Whether a step starts at ``tau = inf``, where the solver's formula has no limit; Euler over ``rho`` replaces it.
 
     Variance-preserving models of zero terminal SNR start there; later steps leave that slope out. Flow models start at
     ``tau = 1``, and solvers over ``rho`` without a stage take the slope as infinitely far off.
@@ -230,7 +230,7 @@ def from_pure_noise(solver: Solver, start: Node) -> bool:
 
 
 def step_scale(solver: Solver, start: Node, end: Node) -> Any:
-    """What multiplies the mean slope in ``y_k``: ``rho_k - rho_j``, or ``(tau_k - tau_j) / tau_k``."""
+    """The factor of the mean slope in ``y_k``: ``rho_k - rho_j``, or ``(tau_k - tau_j) / tau_k``."""
     if solver.variable == "rho":
         return end.rho - start.rho
     return (end.tau - start.tau) / end.tau

@@ -24,10 +24,10 @@ def stock_weights(solver: str | Solver, nodes: Sequence[Node]) -> NDArray[np.flo
 
     Args:
         solver: A solver over ``rho`` of one call a step.
-        nodes: K nodes and the end at sigma 0; of arrays [...] for several schedules.
+        nodes: K nodes and the end at sigma 0; they hold arrays [...] for several schedules.
 
     Raises:
-        ValueError: If the solver is of another kind.
+        ValueError: If the solver does not have this form.
     """
     method = get_solver(solver)
     if method.variable != "rho" or method.stage is not None:
