@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-#: The module of each name; those that are modules themselves have their own.
+#: The module in which each name is found; the names of modules lead to the modules themselves.
 _HOME = {
     "AdaptiveSchedule": "selection.online",
     "Comparison": "comparison",

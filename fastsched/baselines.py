@@ -4,12 +4,12 @@ Every function returns a float64 tensor [steps + 1], strictly descending, whose 
 k-diffusion convention, in which a multistep sampler makes ``steps`` model calls. Entries are noise levels
 ``s = sigma / alpha`` (except :func:`flow_shift`, which is in flow time).
 
-A schedule over a range of levels is a curve ``s(u)`` from ``s(0) = sigma_max`` to ``s(1) = sigma_min``, and there
-are two ways to end it, by ``spare_last``:
+A schedule over a range of levels is a curve ``s(u)`` from ``s(0) = sigma_max`` to ``s(1) = sigma_min``.
+``spare_last`` selects how it ends:
 
 * ``False``, as in common use: ``steps`` nodes, the last at ``sigma_min``, and then 0;
-* ``True``: ``steps + 1`` nodes of which the one at ``sigma_min`` is replaced by 0, which saves a model call at
-  a level where the step changes little.
+* ``True``: ``steps + 1`` nodes, where 0 replaces the one at ``sigma_min``. This saves a model call at a level
+  where the step changes little.
 
 All raise ``ValueError`` naming the argument if ``steps`` is below 1, or if not
 ``0 < sigma_min < sigma_max < inf``. With ``steps = 1`` the schedule is ``[sigma_max, 0]``.
@@ -142,7 +142,7 @@ def beta(
     positive; 1 and 1 are :func:`linear`.
 
     Raises:
-        ValueError: Also if levels near an end coincide in float64.
+        ValueError: Also if levels near an end are equal in float64.
     """
     validate.arguments(locals())
     from scipy.special import betaincinv
@@ -175,7 +175,7 @@ def flow_shift_mu(
 ) -> float:
     """Flux's ``mu``: linear in the number of image tokens, ``base_shift`` at ``base_tokens`` to ``max_shift``.
 
-    A picture of H x W pixels has ``H W / 256`` tokens (autoencoder by 8, patches by 2). The line goes on outside
+    An image of H x W pixels has ``H W / 256`` tokens (autoencoder by 8, patches by 2). The line extends outside
     the two points, as in Flux's own code. For the schedule, ``flow_shift(steps, math.exp(mu))``.
 
     Raises:
@@ -195,7 +195,7 @@ def flow_shift_mu(
 def ays(steps: int, model: Literal["sd15", "sdxl", "svd"] = "sd15") -> Tensor:
     """The published tables of Align Your Steps, log-linearly interpolated to ``steps``.
 
-    The tables are for 10 steps and have 11 levels, of which 0 replaces the last (Sabour, Fidler and Kreis 2024).
+    The tables are for 10 steps and have 11 levels, the last of which is replaced by 0 (Sabour, Fidler and Kreis 2024).
 
     Args:
         steps: Number of steps; 10 gives the table itself.
@@ -216,7 +216,7 @@ def ays(steps: int, model: Literal["sd15", "sdxl", "svd"] = "sd15") -> Tensor:
 def _schedule(
     curve: Callable[[Tensor], Tensor], steps: int, sigma_min: float, sigma_max: float, spare_last: bool
 ) -> Tensor:
-    """Nodes on a curve of u in [0, 1], its ends exact, and the final 0."""
+    """Nodes on ``curve``, a function of u in [0, 1], with exact ends, and the final 0."""
     if sigma_min >= sigma_max:
         raise ValueError(f"sigma_min must be below sigma_max={sigma_max}; it is {sigma_min}")
     try:

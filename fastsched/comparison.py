@@ -32,8 +32,8 @@ from fastsched.sampling.solvers import Solver, get_solver, is_any_solver, is_sto
 #: limit of 3e-7, half of which is float32's rounding; the best eight-step schedule has 6e-3.
 REFERENCE_STEPS = 300
 
-#: The index of a comparison's first noise among those of a seed. A measurement's start at 0, so that schedules are not
-#: compared on the noises that they were chosen with.
+#: The index of a comparison's first noise among the noises of a seed. Measurements start at 0, so schedules are not
+#: compared on the noises with which they were chosen.
 FIRST_SAMPLE = 2**31
 
 
@@ -152,7 +152,7 @@ class Comparison:
 
     @property
     def legend(self) -> str:
-        """What the errors are, in a line."""
+        """One line that explains the errors."""
         return (
             f"squared distance to the converged samples ({self.reference.solver}, {self.reference.steps} steps), over "
             f"{self.samples} noises; typical = geometric mean"
@@ -180,7 +180,7 @@ def converged_reference(
     Args:
         denoiser: The denoiser to sample from.
         shape: The shape of one sample, without the batch.
-        samples: The number of samples; or which, ``range(a, b)``.
+        samples: The number of samples, or a range of sample indices.
         seed: The seed of the noises, which differ from those of `fastsched.measure` with any seed.
         steps: The number of steps. A network with integer timesteps gets at most one step per timestep.
         solver: A solver's name.
@@ -227,7 +227,7 @@ def compare(
 ) -> Comparison:
     """Run the sampler with each schedule and report the distance of its samples to the converged ones.
 
-    `ComparisonRow` lists the errors, of ``q_b = ||x0_b - x0_b(converged)||^2`` from the same noise ``b``.
+    Typical and mean errors (`ComparisonRow`) are means of ``||x0_b - x0_b(converged)||^2`` from the same noise ``b``.
 
     The arguments ``denoiser``, ``shape``, ``samples``, ``seed``, ``batch_size``, ``device``, ``dtype`` and ``progress``
     are those of `converged_reference`. The others are
@@ -275,7 +275,7 @@ def comparison_calls(
     samples: int | range = 256,
     reference_steps: int = REFERENCE_STEPS,
 ) -> tuple[int, int]:
-    """The model calls of `compare` with these arguments: of the converged run, and of all schedules together.
+    """The numbers of model calls that `compare` makes with these arguments: for the reference, and for all schedules.
 
     Raises:
         ValueError: As `compare`.
@@ -392,7 +392,7 @@ def _is_reference(name: str, value: object) -> Reference:
 #: Checks of the arguments of `compare`.
 _CHECKS: dict[str, validate.Check] = {
     "denoiser": is_denoiser,
-    "schedules": validate.anything,  # looked at one by one
+    "schedules": validate.anything,  # `_planned` checks each schedule
     "solver": validate.optional(is_any_solver),
     "shape": validate.optional(validate.CHECKS["shape"]),
     "reference": validate.optional(_is_reference),
@@ -400,7 +400,7 @@ _CHECKS: dict[str, validate.Check] = {
 
 
 def level_count(process: NoiseProcess, steps: int) -> int:
-    """``steps``, but at most as many levels as a network with integer timesteps was trained at."""
+    """``steps``, but at most the number of timesteps if the network accepts only integer timesteps."""
     if isinstance(process, VariancePreserving) and process.integer_timesteps:
         return min(steps, len(process.alphas_cumprod))
     return steps

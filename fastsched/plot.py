@@ -158,7 +158,7 @@ def plot_overview(
         columns: As in `plot_sample_grid`.
 
     Raises:
-        ValueError: If there are no samples or comparisons, or one of these functions refuses its argument.
+        ValueError: If there are no samples or comparisons, or an argument is invalid.
     """
     validate.arguments(
         locals(),
@@ -252,7 +252,7 @@ def draw_nodes(axes: Axes, schedule: Schedule) -> None:
 
 
 def draw_weights(axes: Axes, schedule: Schedule) -> AxesImage:
-    """Draw the weights of a fitted schedule: blue is positive, red is negative, white is 0; values if they fit.
+    """Draw the weights of a fitted schedule: blue is positive, red is negative, white is 0; values up to 12 steps.
 
     Returns:
         The image, for a colour bar.
@@ -261,7 +261,7 @@ def draw_weights(axes: Axes, schedule: Schedule) -> AxesImage:
     weights = schedule.weights.numpy()
     steps = len(weights)
     largest = float(np.abs(weights).max())
-    shown = np.where(np.tri(steps, dtype=bool), weights, np.nan)  # a step knows no later output
+    shown = np.where(np.tri(steps, dtype=bool), weights, np.nan)  # a step cannot use later outputs
     image = axes.imshow(shown, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")
     if steps <= 12:
         for n, row in enumerate(weights.round(2) + 0.0):  # no "-0.00"
@@ -300,7 +300,7 @@ def draw_difference_grid(axes: Axes, images: Tensor, reference: Tensor, *, colum
 
 
 def _is_list(name: str, value: object) -> None:
-    """Several things, each of the class that the argument is named after."""
+    """TypeError unless the argument is a list of the class that belongs to its name."""
     kinds = {"comparisons": Comparison, "curves": ErrorCurve, "names": str}
     kind = kinds[name]
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, kind) for each in value):
@@ -318,7 +318,7 @@ def _images(images: Tensor) -> Tensor:
 
 
 def _sheet(images: Tensor, columns: int | None, fill: float = 1.0) -> NDArray:
-    """Images [B, C, H, W] in rows on one sheet [height, width, C], a gap of ``fill`` between them."""
+    """Images [B, C, H, W] in rows on one sheet [height, width, C], with gaps of value ``fill`` between them."""
     count, channels, height, width = images.shape
     across = validate.positive_int("columns", math.ceil(math.sqrt(count)) if columns is None else columns)
     down, gap = math.ceil(count / across), max(1, height // 8)
@@ -345,7 +345,7 @@ def draw_errors(axes: Axes, comparisons: Sequence[Comparison], names: Sequence[s
 def _draw_lines(
     axes: Axes, lines: Sequence[tuple[str, Sequence[int], Sequence[float]]], x_label: str, y_label: str
 ) -> None:
-    """Errors over numbers of calls: a name, x and y for each line."""
+    """Draw errors over numbers of calls; ``lines`` has a name, x and y for each line."""
     for n, (name, x, y) in enumerate(lines):
         colour, marker = COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]
         axes.plot(x, y, color=colour, marker=marker, linewidth=1.6, markersize=6, label=name)
@@ -357,19 +357,19 @@ def _draw_lines(
 
 
 def draw_integer_ticks(axes: Axes) -> None:
-    """Ticks at whole numbers of model calls only."""
+    """Put ticks at whole numbers of model calls only."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def draw_legend(axes: Axes, columns: int = 2) -> None:
-    """The legend above the axes, where it cannot cover a curve."""
+    """Draw the legend above the axes, where it cannot cover a curve."""
     axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
 
 
 def draw_sigma_axis(axes: Axes, flow: bool) -> None:
-    """Noise on the left, in the order of sampling; logarithmic in sigma, linear in flow time."""
+    """Format the x axis: noise on the left, as in sampling; logarithmic in sigma, linear in flow time."""
     if not flow:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")

@@ -1,4 +1,4 @@
-"""What a pipeline's or a denoiser's steps cost, what ours add, and when measuring and fitting pay for themselves."""
+"""Cost of a pipeline's or a denoiser's steps, fastsched's own share, and when measuring and fitting pay off."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from fastsched.sampling.sampler import sample
 from fastsched.sampling.solvers import FITTED
 from fastsched.selection.starts import even_schedule
 
-#: Levels, and samples of a denoiser, that a measurement takes by default.
+#: Default numbers of levels and, for a denoiser, of samples of a measurement.
 LEVELS, DENOISER_SAMPLES = 48, 8
 
-#: Vectors that a measured path leaves: its increments, and the responses of two deviated paths.
+#: Number of vectors from one measured path: its increments, and the responses of two deviated paths.
 VECTORS = LEVELS - 1 + 2 * len(asked_levels(LEVELS))
 
-#: Elements of a vector in the timed Gram matrix, at most: 0.4 GB of vectors, for the model may have left little free.
+#: Largest number of elements per vector in the timed Gram matrix: the vectors take 0.4 GB, as memory may be scarce.
 GRAM_ELEMENTS = 1 << 20
 
 
@@ -50,10 +50,10 @@ class StepTimes:
         p50_ms: The median.
         p95_ms: The 95th percentile.
         network: Fraction of the time in the network.
-        scheduler: Fraction in the scheduler's step: in a measurement, of 48 levels, all that is ours.
-        rest: Fraction in what is left: guidance, the pipeline's loop.
-        synchronisations: How often a scheduler's step has the host wait for a GPU, the median; of a denoiser the mean,
-            its network's own waits included. None without a GPU.
+        scheduler: Fraction in the scheduler's step. For a measurement: all work of fastsched on 48 levels.
+        rest: Fraction in all else: guidance, the pipeline's loop.
+        synchronisations: How often the host waits for the GPU in a scheduler's step, median over steps. For a denoiser:
+            the mean over steps, including waits in its network. None without a GPU.
     """
 
     name: str
@@ -66,7 +66,7 @@ class StepTimes:
 
     @classmethod
     def of(cls, name: str, run: Run, steps: int | None = None) -> StepTimes:
-        """From a run; its first step warms up, and is left out if there are more.
+        """From a run; its first step is a warm-up, and is left out if there are others.
 
         Fractions are those of this run; with the ``steps`` of a whole measurement, of its last two steps and
         ``steps - 2`` times the median of the earlier ones.
@@ -99,14 +99,14 @@ class Profile:
         steps: Times of a step: with the own scheduler, with a fitted one, while measuring.
         fixed_seconds: Time of a call outside of its steps, such as encoding prompts; images are not decoded.
         gram_ms: Time of the Gram matrix of a measurement.
-        gram_bandwidth: Its bytes a second.
-        copy_bandwidth: Those of a plain copy, read and written.
+        gram_bandwidth: Bytes per second of the Gram matrix.
+        copy_bandwidth: Bytes per second of a plain copy, reads and writes together.
         weights_gb: Size of the networks' weights.
-        peak_gb: Peak of the device's memory in sampling; of the process on the CPU.
-        measuring_gb: The same while measuring, on few levels.
-        predicted_gb: What a measurement of one path on 48 levels adds.
-        calls: Network evaluations, by what they are for.
-        minutes: The same in minutes.
+        peak_gb: Peak of the device's memory in sampling; on the CPU, of the process's memory.
+        measuring_gb: The same while measuring on few levels.
+        predicted_gb: Memory that a measurement of one path on 48 levels adds.
+        calls: Network evaluations of ``"measure"`` and ``"fit"``.
+        minutes: Time of these evaluations in minutes.
         image_seconds: Time of a sample, by number of steps.
         own_steps: Steps that the pipeline takes by default.
     """
@@ -136,12 +136,12 @@ class Profile:
         return max(each.scheduler for each in self.steps[1:])
 
     def pays_after(self, name: str, steps: int = 8) -> float:
-        """After how many samples of ``steps`` steps the minutes of ``name`` are saved, against the own steps."""
+        """How many samples of ``steps`` steps, instead of `own_steps`, save the minutes of ``name``."""
         saved = self.image_seconds[self.own_steps] - self.image_seconds[steps]
         return 60 * self.minutes[name] / saved if saved > 0 else float("inf")
 
     def to_json(self) -> str:
-        """All numbers."""
+        """All numbers as JSON."""
         found = dataclasses.asdict(self) | {"own_share": self.own_share}
         images = {name: self.pays_after(name) for name in self.minutes}
         found["pays_after_images"] = {name: count if np.isfinite(count) else None for name, count in images.items()}
@@ -167,15 +167,15 @@ def profile(
     trace: str | os.PathLike[str] | None = None,
     **call_kwargs: Any,
 ) -> Profile:
-    """Run a few real steps, and say where their time goes and what measuring and fitting would cost.
+    """Run a few real steps, and report where their time goes and what measuring and fitting would cost.
 
-    Runs ``steps`` steps with the scheduler that is there, ``steps`` with a fitted schedule, and a measurement of one
-    call on four levels, on a GPU sixteen. Nothing of the pipeline is changed.
+    Runs ``steps`` steps with the present scheduler, ``steps`` with a fitted schedule, and a measurement of one call on
+    four levels (on a GPU, sixteen). The pipeline is left unchanged.
 
     Args:
         model: A pipeline of diffusers, or a `Denoiser`.
         shape: The shape of one sample; for a `Denoiser` only.
-        steps: Steps of each run, 3 at least.
+        steps: Steps of each run, at least 3.
         trace: A file for a trace of ``torch.profiler`` (JSON, for Perfetto or chrome://tracing).
         **call_kwargs: Arguments of the pipeline's call: ``prompt``, ``guidance_scale``, ``height``, ...
 
@@ -250,7 +250,7 @@ def _profile(runs: Any, steps: int) -> Profile:
 
 
 class _DenoiserRuns:
-    """Runs of a denoiser by itself: its network is timed, the solver's arithmetic is the scheduler."""
+    """Runs of a denoiser without a pipeline; time outside of the network counts as the scheduler's."""
 
     own_steps, batch = 50, 1
 
@@ -290,7 +290,7 @@ class _DenoiserRuns:
 
 
 def modes_of(module: nn.Module) -> list[str]:
-    """How a network is run, as far as it shows: compiled, cached, offloaded, quantised."""
+    """The detectable ways in which a network is run: compiled, cached, offloaded, quantised."""
     told = lambda name: getattr(module, name, None)
     signs = {
         "compiled": hasattr(module, "_orig_mod") or told("_compiled_call_impl") is not None,
@@ -303,7 +303,7 @@ def modes_of(module: nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def _peak(device: torch.device) -> Iterator[list[int]]:
-    """Bytes at the peak within the block: of the device, or of the process since it began on the CPU."""
+    """Peak memory in bytes: of a GPU within the block, or on the CPU of the process since its start."""
     found = [0]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -311,7 +311,7 @@ def _peak(device: torch.device) -> Iterator[list[int]]:
     if device.type == "cuda":
         found[0] = torch.cuda.max_memory_allocated(device)
     else:
-        with contextlib.suppress(ImportError):  # on Windows there is none
+        with contextlib.suppress(ImportError):  # Windows has no module resource
             import resource
 
             size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -319,7 +319,7 @@ def _peak(device: torch.device) -> Iterator[list[int]]:
 
 
 def _seconds(function: Any, device: torch.device, repeats: int = 3) -> float:
-    """The median time of a call, after one that warms up."""
+    """The median time of a call, after a warm-up call."""
     function()
     timeline = Timeline(device)
     for _ in range(repeats):
