@@ -186,7 +186,7 @@ def converged_reference(
         solver: A solver's name.
         batch_size: Samples per batch; all of them when None.
         device: Where to run; where the network's parameters are when None.
-        dtype: What the network computes in; that of its parameters when None.
+        dtype: The dtype that the network computes in; the dtype of its parameters when None.
         progress: Show a progress bar, or a function called with the model calls done and their total.
 
     Returns:

@@ -238,7 +238,7 @@ def draw_schedules(axes: Axes, schedules: Mapping[str, Schedule | Tensor], *, fl
 
 
 def draw_nodes(axes: Axes, schedule: Schedule) -> None:
-    """Draw the levels of ``schedule`` from top to bottom, one row a step, as `draw_weights` does."""
+    """Draw the levels of ``schedule`` from top to bottom, one row per step, as `draw_weights` does."""
     sigmas = schedule.sigmas[:-1].numpy()
     rows = np.arange(len(sigmas))
     finite = np.isfinite(sigmas)
@@ -252,7 +252,7 @@ def draw_nodes(axes: Axes, schedule: Schedule) -> None:
 
 
 def draw_weights(axes: Axes, schedule: Schedule) -> AxesImage:
-    """Draw the weights of a fitted schedule: blue is positive, red is negative, white is 0; values up to 12 steps.
+    """Draw the weights of a fitted schedule: blue is positive, red negative, white 0; with numbers up to 12 steps.
 
     Returns:
         The image, for a colour bar.

@@ -46,7 +46,7 @@ class StepTimes:
     """Times of a step.
 
     Attributes:
-        name: What was run.
+        name: A description of the run.
         p50_ms: The median.
         p95_ms: The 95th percentile.
         network: Fraction of the time in the network.

@@ -37,7 +37,7 @@ _COEFFICIENTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "reverse_velocity": lambda alpha, sigma: (torch.ones_like(sigma), sigma),
     "score": lambda alpha, sigma: (1 / alpha, sigma.square() / alpha),
 }
-#: What a network may predict.
+#: The quantities that a network may predict.
 PREDICTIONS = (*_COEFFICIENTS, "edm")
 
 
@@ -51,7 +51,7 @@ class Denoiser:
     Attributes:
         network: ``fn(x, condition) -> R``; ``condition`` has shape [B].
         process: The noise process, which defines the levels and the scaling of ``x``.
-        prediction: What ``R`` is, one of `PREDICTIONS`.
+        prediction: The quantity ``R`` that the network predicts, one of `PREDICTIONS`.
         sigma_data: Standard deviation of the data in EDM's preconditioning; used only by ``"edm"``.
     """
 
@@ -268,7 +268,7 @@ class Denoiser:
         Args:
             x: States, [B, *shape]; for ``"edm"`` the scaling ``c_in`` is applied here.
             s: One level, or one per sample [B].
-            dtype: What the network computes in; the dtype of ``x`` when None.
+            dtype: The dtype that the network computes in; the dtype of ``x`` when None.
 
         Returns:
             ``R``, [B, *shape], on the device of ``x``, in the dtype the network returns.
@@ -327,7 +327,7 @@ class Denoiser:
         Args:
             y: [B, *shape], float32 or float64.
             s: One level, or one per sample [B].
-            dtype: What the network computes in; that of ``y`` when None.
+            dtype: The dtype that the network computes in; the dtype of ``y`` when None.
             told: The level whose timestep the network is given; ``s`` when None. ``D`` is computed from the output
                 with the coefficients at ``s`` in both cases.
 

@@ -79,7 +79,7 @@ class NoiseProcess:
         return s
 
     def to_dict(self) -> dict[str, Any]:
-        """What `process_from_dict` needs, in JSON types."""
+        """The entries that `process_from_dict` needs, in JSON types."""
         return {"kind": self.kind, **{name: value for name, value in vars(self).items() if not name.startswith("_")}}
 
 

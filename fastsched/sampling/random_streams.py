@@ -30,7 +30,7 @@ def sample_seeds(seed: int, samples: int | range) -> Tensor:
 
 
 def sample_number(seed: Tensor) -> int:
-    """The number of a sample in its measurement, by its seed (`sample_seeds`)."""
+    """The index of a sample in its measurement, from its seed (`sample_seeds`)."""
     return int(seed) % 2**32
 
 
@@ -45,6 +45,6 @@ def normal(streams: Sequence[np.random.Generator], shape: Sequence[int]) -> Tens
 
 
 def stream(seed: int, which: int) -> np.random.Generator:
-    """One of a sample's two streams of random numbers: 0 for the noise it starts from, 1 for all that follows."""
+    """One of a sample's two random streams: 0 for its starting noise, 1 for all later random numbers."""
     # Philox takes the whole seed as its key; torch's CPU generator would use only the low 32 bits.
     return np.random.Generator(np.random.Philox(key=2 * seed + which))

@@ -58,7 +58,7 @@ def sample(
     """Integrate the probability-flow ODE along ``sigmas`` from ``x = sigma_0 * noise``.
 
     Args:
-        denoiser: What to sample from.
+        denoiser: The denoiser to sample from.
         sigmas: Sampler sigmas [steps + 1], strictly descending, usually ending in 0; or a `Schedule`.
         solver: A solver's name; that of the schedule when None. ``"sde_dpmpp_2m"`` and ``"ancestral"`` solve the
             reverse SDE instead, by `fastsched.sampling.stochastic.sample_stochastic` with ``eta = 1``.
@@ -86,7 +86,7 @@ def sample(
         return sample_stochastic(denoiser, sigmas, str(name), noise, seed=seed or 0, dtype=dtype, progress=progress)
     method = schedule_solver(sigmas, name)
     if seed is not None:
-        raise ValueError(f"seed must be None for {method.name}, got {seed!r}: it adds no noise to the given one")
+        raise ValueError(f"seed must be None for {method.name}, got {seed!r}: this solver adds no noise")
     values = validate.descending_sigmas("sigmas", getattr(sigmas, "sigmas", sigmas))
     s = denoiser.process.level(values)
     nodes, steps, ends_at_zero = nodes_of(denoiser.process, s), len(s) - 1, float(values[-1]) == 0.0

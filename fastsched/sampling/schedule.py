@@ -23,7 +23,7 @@ from fastsched.sampling.origin import Origin
 from fastsched.sampling.schedule_files import FORMAT, VERSION, read_entries, write_entries
 from fastsched.sampling.solvers import FITTED, STOCHASTIC_SOLVERS, get_solver, solver_name
 
-#: What ComfyUI sets the last ``alphas_cumprod`` to for models of zero terminal SNR.
+#: The value to which ComfyUI sets the last ``alphas_cumprod`` of models of zero terminal SNR.
 COMFYUI_LAST_ALPHA_BAR = 4.8973451890853435e-08
 #: Timesteps above this belong to no model; a file that holds one is damaged.
 LARGEST_TIMESTEP = 1e6
@@ -278,7 +278,7 @@ def _squared_error(name: str, value: float) -> float:
 
 
 def check_decoupled(solver: str) -> None:
-    """ValueError if a solver cannot have decoupled levels: it adds noise, or calls the network twice a step."""
+    """ValueError if a solver cannot have decoupled levels: it adds noise, or calls the network twice per step."""
     if solver in STOCHASTIC_SOLVERS or (solver != FITTED and get_solver(solver).stage is not None):
         raise ValueError(
             f"solver must be deterministic with one call a step for decoupled levels (network_sigmas), got {solver!r}"

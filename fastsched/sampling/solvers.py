@@ -158,7 +158,7 @@ ALIASES = {
 #: The solver whose weights belong to the schedule (`fastsched.sampling.fitted`).
 FITTED = "fitted"
 
-#: Solvers of the reverse SDE (`fastsched.sampling.stochastic`), which are not in `SOLVERS`; one evaluation a step.
+#: Solvers of the reverse SDE (`fastsched.sampling.stochastic`), which are not in `SOLVERS`; one evaluation per step.
 STOCHASTIC_SOLVERS = ("sde_dpmpp_2m", "ancestral")
 
 

@@ -45,10 +45,10 @@ def sample_stochastic(
     dtype: torch.dtype | None = None,
     progress: Progress = False,
 ) -> Tensor:
-    """Solve the reverse SDE along ``sigmas`` from ``x = sigma_0 * noise``; one model call a step.
+    """Solve the reverse SDE along ``sigmas`` from ``x = sigma_0 * noise``; one model call per step.
 
     Args:
-        denoiser: What to sample from.
+        denoiser: The denoiser to sample from.
         sigmas: Sampler sigmas [steps + 1], strictly descending, usually ending in 0; or a `Schedule`.
         solver: ``"sde_dpmpp_2m"`` or ``"ancestral"``.
         noise: Standard normal noise to start from [B, *shape], float32 or float64; the state is kept in its dtype.

@@ -23,7 +23,7 @@ def stock_weights(solver: str | Solver, nodes: Sequence[Node]) -> NDArray[np.flo
     each network call, and ``W[n]`` is the change between the states of two calls over ``rho_{n+1} - rho_n``.
 
     Args:
-        solver: A solver over ``rho`` of one call a step.
+        solver: A solver over ``rho`` with one call per step.
         nodes: K nodes and the end at sigma 0; they hold arrays [...] for several schedules.
 
     Raises:

@@ -9,7 +9,7 @@ Each oracle is a data distribution whose variance-exploding marginals are known:
 * ``log_density(z, s)``: the log density of the marginal at level ``s``, in nats, [B];
 * ``sample(n, seed=...)``: clean samples [n, *shape].
 
-``s`` is positive and finite: a float, a scalar tensor, or a tensor [B] with one level a sample. Results have
+``s`` is positive and finite: a float, a scalar tensor, or a tensor [B] with one level per sample. Results have
 the dtype and device of ``z``; half precision is computed in float32 and rounded at the end. All methods
 are differentiable in ``z``, in forward and reverse mode.
 

@@ -17,7 +17,7 @@ from fastsched.denoisers.oracles.base import Oracle, as_states, flat_states, lev
 class GaussianMixture(Oracle):
     """Data ``sum_m w_m N(mu_m, Sigma_m)`` with full covariances.
 
-    With ``Sigma_m = Q_m diag(l_m) Q_m'``, decomposed once, a call costs O(M d^2) a sample. Singular
+    With ``Sigma_m = Q_m diag(l_m) Q_m'``, decomposed once, a call costs O(M d^2) per sample. Singular
     covariances are allowed.
 
     Attributes:
@@ -105,7 +105,7 @@ class GaussianMixture(Oracle):
         return self._posterior(z, s).log_density.to(z.dtype)
 
     def jacobian(self, z: Tensor, s: float | Tensor) -> Tensor:
-        """``dD/dz = Cov[x0 | z] / s^2``, [B, d, d]: symmetric, positive semi-definite; O(M d^3) a sample.
+        """``dD/dz = Cov[x0 | z] / s^2``, [B, d, d]: symmetric, positive semi-definite; O(M d^3) per sample.
 
         ``sum_m r_m Q_m diag(l_m / (l_m + s^2)) Q_m' + sum_m r_m (D_m - D)(D_m - D)' / s^2``.
         """
