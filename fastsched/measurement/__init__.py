@@ -1,1 +1,1 @@
-"""From a denoiser to `PathStatistics`: the reference path, and deviated ones that tell how errors are passed on."""
+"""From a denoiser to `PathStatistics`: the reference path, and deviated ones that show how errors are passed on."""

@@ -25,7 +25,7 @@ from fastsched.sampling.files import check_writable
 from fastsched.sampling.origin import network_name, origin_now
 from fastsched.sampling.progress import Progress, progress_bar
 
-#: What PyTorch's allocators say when they fail without an error class of their own.
+#: Texts in RuntimeErrors by which PyTorch's allocators report that memory ran out.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -37,11 +37,11 @@ class Batches:
         shape: The shape of one sample.
         seeds: The seeds of all paths, [B].
         size: Paths followed at once, at most.
-        chosen: Whether ``size`` was asked for; if not, fewer are followed at once where memory is short.
+        chosen: Whether the caller chose ``size``; if not, fewer paths are followed at once where memory is short.
         checks: Whether to ask the network a few questions first (`measurement.network_checks`).
         file: Where every finished batch is saved; None keeps them only in memory.
         progress: Whether to show a progress bar.
-        gathered: As in `fastsched.measurement.memory.need`, where the paths are a part of a group's.
+        gathered: As in `fastsched.measurement.memory.need`, if the paths are one process's share of a group's.
     """
 
     shape: tuple[int, ...]
@@ -56,7 +56,7 @@ class Batches:
 
 @torch.no_grad()
 def measured(run: Measurement, batches: Batches, found: PathStatistics | None = None) -> PathStatistics:
-    """Measure the paths that ``found`` lacks, and join them to it.
+    """Measure the paths that ``found`` lacks, and merge them with it.
 
     An exception carries the paths that were finished before it as ``error.partial``.
 
@@ -77,7 +77,7 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
             mark, asked = _identified(run, batches, found, seeds)
             known = found is not None and found.fingerprint is not None
             origin = origin_now(network_name(run.denoiser.network), mark)
-            whole, kept = _with_room(run, batches, found, len(seeds))  # not beside the questions' answers
+            whole, kept = _with_room(run, batches, found, len(seeds))  # after the questions have freed memory
             parts = seeds.split(batches.size) if len(seeds) else ()
             for n, part_seeds in enumerate(parts):
                 done = 0 if whole is None else whole.samples
@@ -101,7 +101,7 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
 
 
 def resumed(file: str | os.PathLike[str] | None, run: Measurement, batches: Batches) -> PathStatistics | None:
-    """What a file holds of a measurement; None if no file is named, or there is none.
+    """Load what a file holds of a measurement; None if ``file`` is None or does not exist.
 
     Raises:
         ValueError: If it was measured with other settings.
@@ -131,14 +131,14 @@ def resumed(file: str | os.PathLike[str] | None, run: Measurement, batches: Batc
 def finished_part(error: KeyboardInterrupt, file: str | os.PathLike[str] | None, group: Any) -> PathStatistics:
     """The paths that were finished before an interrupt, with a warning.
 
-    The interrupt again if there are none, if they are in a file, or in a group, whose other processes go on without.
+    Raises the interrupt again if there are none, if a file has them, or in a group, whose other processes continue.
     """
     partial = None if file is not None or group is not None else getattr(error, "partial", None)
     if partial is None:
         raise error
     warnings.warn(
         f"interrupted: these statistics hold the {partial.samples} paths that were finished "
-        "(measure(checkpoint=PATH) keeps them in a file and goes on from there)",
+        "(measure(checkpoint=PATH) keeps them in a file and resumes from there)",
         stacklevel=3,
     )
     return partial
@@ -147,10 +147,10 @@ def finished_part(error: KeyboardInterrupt, file: str | os.PathLike[str] | None,
 def _identified(
     run: Measurement, batches: Batches, found: PathStatistics | None, seeds: Tensor
 ) -> tuple[Tensor | None, Questions | None]:
-    """The network's fingerprint, and the questions; None where they were not asked.
+    """The network's fingerprint, and the questions of the checks; None for what was not asked.
 
     Raises:
-        ValueError: If the network is another one than that of ``found``.
+        ValueError: If the network differs from that of ``found``.
     """
     mark, asked = None, None
     where = (run.denoiser, batches.shape, run.device, run.dtype)
@@ -169,9 +169,9 @@ def _identified(
 
 
 def _spent(asked: Questions, known: bool, last: bool) -> int:
-    """The calls of the questions since the batch before, the last one asked now if it was the last batch.
+    """Calls that the checks spent since the previous batch; after the last batch, make the last check first.
 
-    Of a network that is ``known``, earlier ones were counted when an earlier call asked them: a fit that goes on must
+    For a network that is ``known``, an earlier measurement has counted the first checks already: a resumed fit must
     have as many calls left for its runs as one that was not interrupted.
     """
     if known:
@@ -190,7 +190,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _within_memory(run: Measurement, batches: Batches, samples: int) -> tuple[Measurement, Batches]:
-    """Where vectors are kept, and how many paths are followed at once; MemoryError if it cannot be done."""
+    """Choose where vectors are kept, and how many paths are followed at once; MemoryError if nothing fits."""
     if samples == 0:
         return run, batches
     elements, saved = math.prod(batches.shape), batches.file is not None
@@ -204,7 +204,7 @@ def _within_memory(run: Measurement, batches: Batches, samples: int) -> tuple[Me
 def _with_room(
     run: Measurement, batches: Batches, found: PathStatistics | None, samples: int
 ) -> tuple[PathStatistics | None, Tensor | None]:
-    """What was found, its vectors moved to the beginning of memory for all samples, and that memory, [B, V, d]."""
+    """Allocate memory for all samples' vectors, [B, V, d]; return ``found`` with its vectors moved there, and it."""
     if not run.keep_vectors or samples == 0:
         return found, None
     before = 0 if found is None else found.samples

@@ -1,11 +1,11 @@
-"""Paths that deviate from the reference path as a coarse sampler's do, to learn how errors are passed on.
+"""Paths that deviate from the reference path as a coarse sampler's do, to measure how errors are passed on.
 
-The reference path tells what the denoiser answers where a perfect sampler goes. A sampler of few steps goes elsewhere,
-and how its errors grow or shrink depends on the denoiser's Jacobian there. So each sample follows a few more paths,
-from the same noise, whose steps use answers from several levels ago, as those of a coarse sampler do. At every level
-that such a path asks at it finds a deviation ``a_k = z'_k - z_k`` and a response ``D(z'_k) - D(z_k)``: a secant of the
-denoiser, in the direction and of the size that matter. No derivative and no random probe is needed, so compiled,
-quantised and guided models work.
+The reference path gives the denoiser's outputs along the path of a perfect sampler. A sampler of few steps leaves this
+path, and how its errors grow or shrink depends on the denoiser's Jacobian there. So each sample follows a few more
+paths, from the same noise, whose steps use outputs of several levels ago, as those of a coarse sampler do. Each call on
+such a path gives a deviation ``a_k = z'_k - z_k`` and a response ``D(z'_k) - D(z_k)``. The response is a
+secant of the denoiser, with the direction and size that matter. No derivative and no random probe is needed, so
+compiled, quantised and guided models work.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-#: How far before the first finite level pure noise is put in ``lambda``, where it has no ``lambda``.
+#: Distance in ``lambda`` from pure noise, whose own ``lambda`` is infinite, to the first finite level.
 PURE_NOISE_GAP = 3.0
 
-#: The network is asked at every second level: its responses vary slowly between neighbouring levels.
+#: The network is called at every second level: its responses vary slowly between neighbouring levels.
 STRIDE = 2
 
 
@@ -28,15 +28,15 @@ class DeviatedPath:
     """How one path deviates.
 
     Attributes:
-        hold: Levels over which its steps use the same answers; a multiple of `STRIDE`.
-        order: 1: the answer at the start of those levels. 2: linear extrapolation in ``lambda`` from the last two.
+        hold: Number of levels over which its steps use the same outputs; a multiple of `STRIDE`.
+        order: 1: the output at the first of these levels. 2: linear extrapolation in ``lambda`` from the last two.
     """
 
     hold: int
     order: int
 
     def slopes(self, lam: Sequence[float]) -> list[list[tuple[int, float]]]:
-        """For each step from level k to k + 1, at finite ``lam`` [N], the levels whose answers it uses, and weights."""
+        """For each step from level k to k + 1, at finite ``lam`` [N], the levels whose outputs it uses, and weights."""
         steps = []
         for k in range(len(lam) - 1):
             last = k - k % self.hold
@@ -50,7 +50,7 @@ class DeviatedPath:
         return steps
 
     def jumps(self, s: Tensor) -> dict[int, dict[int, float]]:
-        """How ``y`` goes to each asked level of ``s`` from the one before: the factors of the answers to be added."""
+        """For each asked level of ``s``, the factors by which outputs are added to ``y`` of the asked level before."""
         slopes, rho = self.slopes(positions(s)), (1 / s).tolist()
         found: dict[int, dict[int, float]] = {}
         for k in asked_levels(len(s)):
@@ -62,7 +62,7 @@ class DeviatedPath:
 
 
 def deviated_paths(levels: int) -> tuple[DeviatedPath, ...]:
-    """The two paths that a measurement of so many levels follows.
+    """The two paths that a measurement of ``levels`` levels follows.
 
     They deviate like a first-order sampler of about 6 steps, and a second-order one of about 8. On nine denoisers they
     predicted errors as well as any pair that was tried (rank correlation 0.95); with a third path it was 0.93.
@@ -72,14 +72,14 @@ def deviated_paths(levels: int) -> tuple[DeviatedPath, ...]:
 
 
 def asked_levels(levels: int) -> range:
-    """The levels at which a deviated path asks the network; at level 0 it has not deviated yet."""
+    """The levels at which a deviated path calls the network; at level 0 it has not deviated yet."""
     return range(STRIDE, levels, STRIDE)
 
 
 def queries(levels: int, paths: Sequence[DeviatedPath]) -> list[int]:
-    """The levels at which a measurement asks the network, in order.
+    """The levels at which a measurement calls the network, in order.
 
-    First the reference path's, then all deviated paths' at each asked level.
+    First those of the reference path, then each asked level once for each deviated path.
     """
     return [*range(levels), *(k for k in asked_levels(levels) for _ in paths)]
 

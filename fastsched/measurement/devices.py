@@ -1,4 +1,4 @@
-"""Paths dealt out over the processes of a ``torch.distributed`` group.
+"""Distribute paths over the processes of a ``torch.distributed`` group.
 
 Each process follows a part of the paths, and all get the whole. Only the processes of the given group share the work:
 those that run one network together (tensor, context or pipeline parallelism) belong to different groups, and follow the
@@ -42,7 +42,7 @@ def rank_and_size(group: Any) -> tuple[int, int]:
 
 
 def share(items: Tensor | range, group: Any) -> Tensor:
-    """This process's part of ``items``, which are dealt out in order, as evenly as can be."""
+    """This process's part of ``items``, which are divided in order, as evenly as possible."""
     rank, size = rank_and_size(group)
     values = torch.arange(items.start, items.stop, device="cpu") if isinstance(items, range) else items
     return values.tensor_split(size)[rank]
@@ -51,14 +51,14 @@ def share(items: Tensor | range, group: Any) -> Tensor:
 def measured_in_group(
     run: Measurement, batches: Batches, found: PathStatistics | None, group: Any, *, vectors: str = "all"
 ) -> PathStatistics:
-    """`measured`, its paths dealt out over ``group``; every process gets the same statistics.
+    """Like `measured`, with the paths distributed over ``group``; every process gets the same statistics.
 
-    With a file, each process saves its own part beside it, and goes on from there; the first one saves the whole. What
-    was ``found`` before is the same in each. Increments and responses of all samples, if they are kept, are for
-    ``"all"`` processes or for the ``"first"`` alone.
+    With a file, each process saves its part in a file beside it, from which it can resume, and the first one saves the
+    whole. ``found`` must be the same in all. If increments and responses are kept, those of all samples go to ``"all"``
+    processes, or only to the ``"first"``.
 
     Raises:
-        ValueError: If the processes were given different arguments, or know different paths already.
+        ValueError: If the processes were given different arguments or checkpoints.
         RuntimeError: If another process failed; ``error.partial`` holds what all others had finished.
     """
     rank, size = rank_and_size(group)
@@ -88,16 +88,16 @@ def save_whole(whole: PathStatistics, file: str | os.PathLike[str], group: Any, 
 
 
 def own_file(file: str | os.PathLike[str], group: Any) -> str:
-    """The file of this process beside ``file``, in a group; else ``file`` itself."""
+    """In a group, this process's own file beside ``file``; else ``file`` itself."""
     rank, size = rank_and_size(group)
     return os.fspath(file) if size == 1 else os.fspath(_part_file(file, rank, size))
 
 
 def all_of(value: Any, group: Any) -> list[Any]:
-    """``value`` of each process, in all of them.
+    """Gather ``value`` of each process in all of them.
 
     Raises:
-        RuntimeError: If a process is gone.
+        RuntimeError: If a process has ended.
     """
     found: list[Any] = [None] * rank_and_size(group)[1]
     torch.distributed.all_gather_object(found, value, group=group)
@@ -105,9 +105,9 @@ def all_of(value: Any, group: Any) -> list[Any]:
 
 
 def check_alike(given: Mapping[str, Any], group: Any) -> None:
-    """ValueError, in all processes of a group, unless all were given the same.
+    """Raise ValueError in all processes of a group unless all were given the same arguments.
 
-    Else each would do its part of another work, and what they make together would be none of these.
+    Otherwise their parts would belong to different computations.
 
     Args:
         given: What must be the same, by the names of arguments.
@@ -126,14 +126,14 @@ def check_alike(given: Mapping[str, Any], group: Any) -> None:
 
 
 def first_ones(value: Any, group: Any) -> Any:
-    """``value`` of the first process, in all of them."""
+    """Broadcast ``value`` of the first process to all of them."""
     holder = [value]
     torch.distributed.broadcast_object_list(holder, src=torch.distributed.get_global_rank(group, 0), group=group)
     return holder[0]
 
 
 def gathered_by_first(value: Any, group: Any) -> list[Any] | None:
-    """``value`` of each process, in the first one; None in the others."""
+    """Gather ``value`` of each process in the first one; None in the others."""
     rank, size = rank_and_size(group)
     found: list[Any] | None = [None] * size if rank == 0 else None
     torch.distributed.gather_object(value, found, dst=torch.distributed.get_global_rank(group, 0), group=group)
@@ -141,13 +141,13 @@ def gathered_by_first(value: Any, group: Any) -> list[Any] | None:
 
 
 def failures(texts: Sequence[str | None]) -> str | None:
-    """One message for what went wrong in which process; None if nothing did."""
+    """One message with the errors of all processes; None if there are none."""
     found = [f"process {rank} of the group failed: {text}" for rank, text in enumerate(texts) if text is not None]
     return "; ".join(found) or None
 
 
 def described(error: BaseException | None) -> str | None:
-    """An error in a line."""
+    """An error's class and message; None without an error."""
     return None if error is None else f"{type(error).__name__}: {error}"
 
 
@@ -163,13 +163,13 @@ def parts_of_group(measure: Callable[[], PathStatistics] | None, group: Any, vec
     part, failure = None, None
     try:
         part = None if measure is None else measure()
-    except Exception as error:  # the others must hear of it, or they would wait
+    except Exception as error:  # the others must be told, or they would wait
         part, failure = getattr(error, "partial", None), error
     light = None if part is None else replace(part, increments=None, responses=None)
     try:
         found = all_of((light, described(failure)), group)
     except Exception as error:
-        error.partial = part  # type: ignore[attr-defined]  # a process is gone; what this one finished is kept
+        error.partial = part  # type: ignore[attr-defined]  # a process has ended; what this one finished is kept
         raise
     parts = [each for each, _ in found if each is not None]
     wrong = failures([text for _, text in found])
@@ -185,9 +185,9 @@ def parts_of_group(measure: Callable[[], PathStatistics] | None, group: Any, vec
 def _with_vectors(
     parts: Sequence[PathStatistics | None], own: PathStatistics | None, group: Any, *, everywhere: bool
 ) -> list[PathStatistics]:
-    """Those ``parts`` that there are, with increments and responses in one memory, where `merge` need not copy them.
+    """The ``parts`` that are not None, with all increments and responses in one tensor, which `merge` need not copy.
 
-    They are sent a few at a time: pickled as they are, all together took eight times their size.
+    Vectors are sent in pieces, because pickling whole parts took eight times their size.
     """
     known = [each for each in parts if each is not None]
     if not known:
@@ -202,7 +202,7 @@ def _with_vectors(
     for name, sample in itertools.product(rows, range(max(counts))):
         mine = getattr(own, name)[sample] if own is not None and rows[name] and sample < own.samples else None
         for first in range(0, rows[name], step):
-            # A copy, for a view would be pickled with all of its memory.
+            # A copy, because a view is pickled with its whole storage.
             piece = None if mine is None else mine[first : first + step].clone()
             found = all_of(piece, group) if everywhere else gathered_by_first(piece, group)
             place = first + (n if name == "responses" else 0)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Numbers that stand for an answer.
+#: Number of projections that represent one output.
 PROJECTIONS = 16
-#: Largest relative difference of two fingerprints of one network: other devices and kernels round otherwise. At a high
-#: level networks that predict the noise are alike: on the usual table those of data of size 0.25 and 0.5 by 5e-3.
+#: Largest relative difference between two fingerprints of one network, as devices and kernels round differently. At a
+#: high level, noise predictions are similar: on the usual table, those for data of size 0.25 and 0.5 differ by 5e-3.
 SAME_NETWORK = {torch.float16: 5e-2, torch.bfloat16: 5e-2}
 SAME_WIDE_NETWORK = 2e-3
 
 
 def fingerprint_of(raw: Tensor, denoised: Tensor, c: float) -> Tensor:
-    """The fingerprint of a network and of how it is read, [2 PROJECTIONS] float64, from its answer to a fixed question.
+    """The fingerprint of a network and its parameterisation, [2 PROJECTIONS] float64, from one call at a fixed state.
 
-    That is ``R``, from which ``D = a x + c R`` was made: in units of ``c``, rounding of ``R`` counts alike in both.
+    Its output is ``raw = R``; ``D = a x + c R`` is divided by ``c``, so that rounding of ``R`` has one size in both.
     """
     return torch.cat([projections(raw), projections(denoised) / c])
 
@@ -30,9 +30,9 @@ def projections(raw: Tensor) -> Tensor:
 
 
 def same_network(one: Tensor | None, other: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether two fingerprints may be those of one network, read alike; what is not known may be.
+    """Whether two fingerprints may be those of one network and parameterisation; True if one is not known.
 
-    Earlier files have the first half alone.
+    Earlier files have only the first half.
     """
     if one is None or other is None:
         return True

@@ -32,13 +32,13 @@ class KeptVectors:
     ) -> Iterator[KeptVectors]:
         """Memory of ``sizes`` [B, rows, d], all zero, for as long as the block lasts.
 
-        On the CPU beside a CUDA device it is page-locked within the block, so that copies need not wait.
+        CPU memory for states on a CUDA device is page-locked within the block, so that copies need not wait.
 
         Args:
             sizes: How many samples, rows and elements.
             device: Where the states are.
-            store: Where they are kept: ``"device"``, beside the states, or ``"cpu"``, in the host's memory.
-            out: Memory on the CPU to use where that is the place and its size is right.
+            store: Where rows are kept: ``"device"``, with the states, or ``"cpu"``, in the host's memory.
+            out: CPU memory to use instead, if rows are kept on the CPU and its shape is ``sizes``.
         """
         place = device if store == "device" else torch.device("cpu")
         if out is not None and place.type == "cpu" and out.shape == sizes:
@@ -49,7 +49,7 @@ class KeptVectors:
             yield cls(data, device)
 
     def row(self, row: int, shape: Sequence[int]) -> Tensor | None:
-        """A row as memory to compute in, of ``shape`` [B, *shape]; None if rows are not where the states are."""
+        """A row as writable memory, viewed as ``shape`` [B, *shape]; None if rows are not on the states' device."""
         return self.data[:, row].view(shape) if self.data.device == self.device else None
 
     def write(self, row: int, values: Tensor) -> None:
@@ -58,12 +58,12 @@ class KeptVectors:
         if self.data.device == values.device:
             self.data[:, row].copy_(values)
             return
-        # Sample by sample: only copies of adjacent memory between devices do not wait.
+        # Sample by sample, because only copies of contiguous memory between devices are asynchronous.
         for own, value in zip(self.data, values, strict=True):
             own[row].copy_(value, non_blocking=True)
 
     def read(self, row: int, shape: Sequence[int]) -> Tensor:
-        """A row on the device of the states, of ``shape`` [B, *shape]: the row itself where rows are there."""
+        """A row on the device of the states, as ``shape`` [B, *shape]: the row itself if it is there, else a copy."""
         own = self.row(row, shape)
         if own is not None:
             return own
@@ -73,12 +73,12 @@ class KeptVectors:
         return found
 
     def gram(self, vectors: int) -> Tensor:
-        """Gram matrix of the first rows of each sample, [B, vectors, vectors] float64 on the CPU."""
+        """Gram matrix of the first ``vectors`` rows of each sample, [B, vectors, vectors] float64 on the CPU."""
         self._wait()
         return ops.vector_gram(self.data[:, :vectors]).cpu().double()
 
     def on_cpu(self, vectors: int, out: Tensor | None = None) -> Tensor:
-        """The first rows, [B, vectors, d], on the CPU: the memory itself if it is there, else ``out`` or a copy."""
+        """The first rows, [B, vectors, d], on the CPU: the rows themselves if there, else ``out`` or a copy."""
         self._wait()
         rows = self.data[:, :vectors]
         if out is None or rows.data_ptr() == out.data_ptr():
@@ -93,9 +93,9 @@ class KeptVectors:
 
 @contextlib.contextmanager
 def page_locked(data: Tensor, device: torch.device) -> Iterator[None]:
-    """Lock memory on the CPU for fast copies from and to a CUDA ``device``; where it cannot be, copies wait.
+    """Page-lock CPU memory for fast copies from and to a CUDA ``device``; if that fails, copies wait.
 
-    PyTorch's own page-locked memory comes in powers of two, up to twice as much as is asked for.
+    PyTorch's own page-locked memory comes in powers of two, up to twice as much as requested.
     """
     if device.type != "cuda" or data.device.type != "cpu" or data.nbytes == 0:
         yield

@@ -24,8 +24,8 @@ from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.progress import Progress
 from fastsched.sampling.random_streams import sample_seeds
 
-#: How near a given level may be to the one before, relative to it. Beside wider steps, the path's third-order solver
-#: extrapolates from nearer ones what is rounding: at 1e-4 schedules have ten times the error.
+#: Smallest relative distance of a given level to the one before. Next to wide steps, the path's third-order solver
+#: extrapolates the rounding errors of closer levels: at 1e-4 schedules have ten times the error.
 CLOSEST = 9.9e-4
 
 
@@ -49,29 +49,29 @@ def measure(
 ) -> PathStatistics:
     """Follow ``samples`` probability-flow paths over ``levels`` levels and keep what schedules are chosen from.
 
-    **Reference path.** From ``y_0 = noise``, one call a level, by UniPC of third order, whose corrector costs none.
-    **Responses.** Two more paths from the same noise deviate as coarse samplers do and ask at every second level: the
-    responses ``D(z') - D(z)`` tell how errors are passed on (`fastsched.measurement.deviated_paths`).
+    **Reference path.** From ``y_0 = noise``, one call per level, by UniPC of third order, whose corrector costs none.
+    **Responses.** Two more paths from the same noise deviate as coarse samplers do, with a call at every second level.
+    Their responses ``D(z') - D(z)`` show how errors are passed on (`fastsched.measurement.deviated_paths`).
 
-    No gradients are taken, so compiled, quantised and guided models work. Cost: ``2 N - 2`` calls a sample for an even
-    N, N without responses, and 7 to check the network. An interrupt (Ctrl-C) returns the finished paths, with a
+    No gradients are taken, so compiled, quantised and guided models work. Cost: ``2 N - 2`` calls per sample for an
+    even N, N without responses, and 7 to check the network. An interrupt (Ctrl-C) returns the finished paths, with a
     warning, but not in a group. Warns if 16-bit outputs add more than 1% to the squared increments.
 
     Args:
         denoiser: What to measure.
         shape: The shape of one sample, without the batch.
-        levels: How many levels (32 to 64 serve), or the levels ``s`` themselves, descending by at least 0.1%.
+        levels: How many levels (32 to 64 are enough), or the levels ``s`` themselves, descending by at least 0.1%.
         samples: How many paths; or which, ``range(a, b)``, to be merged with others (`PathStatistics.merge`).
         responses: Whether to measure responses. Without them, errors are taken to be passed on as for Gaussian data.
-        keep_increments: Whether to keep increments and responses, ``2 N`` images a sample, as `fastsched.tune` needs.
-        seed: The seed of the noises. Sample ``n`` is the same whatever ``samples`` and ``batch_size``.
-        batch_size: Paths at once, each ``2 N + 10`` float32 states; None: as memory allows, one with a checkpoint.
+        keep_increments: Whether to keep increments and responses, ``2 N`` images per sample, for `fastsched.tune`.
+        seed: The seed of the noises. Sample ``n`` is the same for any ``samples`` and ``batch_size``.
+        batch_size: Paths at once, each ``2 N + 10`` float32 states; None: as many as fit, or 1 with a checkpoint.
         store: Where ``2 N - 3`` of these are: ``"device"`` (None: if half of its free memory is enough) or ``"cpu"``.
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None. States stay float32.
         checks: Whether to ask first if the network is a denoiser (`fastsched.measurement.network_checks`).
-        checkpoint: A file in which every finished batch is saved. The same call goes on from there, to the same bits.
-        group: A ``torch.distributed`` group, over which the paths are dealt out (`fastsched.measurement.devices`).
+        checkpoint: A file in which every finished batch is saved. The same call resumes from it, with the same result.
+        group: A ``torch.distributed`` group to distribute the paths over (`fastsched.measurement.devices`).
         progress: Show a progress bar, or a function called with the model calls done and their total.
 
     Returns:
@@ -100,7 +100,7 @@ def batches_of(
     file: str | os.PathLike[str] | None = None,
     progress: Progress = True,
 ) -> Batches:
-    """How `measure` does it, from its arguments."""
+    """The batches of a measurement, from the arguments of `measure`."""
     sizes, seeds = validate.sample_shape("shape", shape), sample_seeds(seed, validate.sample_range("samples", samples))
     grain = len(seeds) if file is None else 1
     size = grain if batch_size is None else validate.positive_int("batch_size", batch_size)
@@ -132,9 +132,9 @@ def with_increments(
     checkpoint: str | os.PathLike[str] | None = None,
     group: Any = None,
 ) -> PathStatistics:
-    """These statistics with their increments, and responses, the paths followed once more if need be.
+    """These statistics with increments and responses; if they were not kept, the paths are followed once more.
 
-    Arguments are as in `measure`, but of a group the first process alone gets the increments and responses.
+    Arguments are as in `measure`, but only the first process of a group gets the increments and responses.
 
     Raises:
         ValueError: If the network returns NaN or inf.
@@ -162,12 +162,10 @@ def check_same_network(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> int:
-    """Ask the denoiser one question; ValueError if it answers otherwise than the network of ``stats`` did.
-
-    Or if it is in training mode.
+    """Raise ValueError if one call of the denoiser differs from the network of ``stats``, or if it is in training mode.
 
     Returns:
-        Network evaluations spent: 1, or 0 if the statistics do not know their network.
+        Network evaluations spent: 1, or 0 if the statistics have no fingerprint.
     """
     check_evaluation_mode(denoiser.network)
     if stats.fingerprint is None:
@@ -188,7 +186,7 @@ def measured_levels(denoiser: Denoiser, levels: int | Tensor) -> Tensor:
     is_denoiser("denoiser", denoiser)
     if not isinstance(levels, Tensor):
         return denoiser.levels(validate.positive_int("levels", levels, minimum=3))
-    s = denoiser.process.nearest(validate.descending_sigmas("levels", levels))  # others, a network may not know
+    s = denoiser.process.nearest(validate.descending_sigmas("levels", levels))  # a network may not know others
     if not bool((s[1:] < s[:-1]).all()):
         raise ValueError("levels must be at different integer timesteps, as this network knows no others")
     if len(s) < 3 or float(s[-1]) <= 0:
@@ -198,7 +196,7 @@ def measured_levels(denoiser: Denoiser, levels: int | Tensor) -> Tensor:
         k = int(close[0])
         raise ValueError(
             f"levels must be at least {CLOSEST:.1%} apart, but levels[{k + 1}] = {float(s[k + 1])!r} follows "
-            f"{float(s[k])!r}: between them is little but rounding; leave one of them out"
+            f"{float(s[k])!r}: the change between them is mostly rounding; leave one of them out"
         )
     if far_outside(denoiser.process, s):
         low, high = denoiser.process.s_min, denoiser.process.s_max

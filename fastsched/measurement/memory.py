@@ -1,7 +1,7 @@
-"""How much memory a measurement takes, predicted before its first call and compared with what is free.
+"""Predict how much memory a measurement takes, and compare it with the free memory before the first call.
 
-Of each path of a batch, increments and responses are kept, V float32 vectors of d elements, and `WORKING` more hold the
-solver's states and sums on the device. What the network itself takes is not known here.
+For each path of a batch, increments and responses are kept: V float32 vectors of d elements. `WORKING` more hold the
+solver's states and sums on the device. The memory of the network itself is unknown and not included.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 
 from fastsched.measurement.path_following import Measurement
 
-#: States of a path on the device beside what is kept: the noise, the solver's history, two levels' states and outputs,
-#: the network's copy of its input, its output, and sums. Counted by allocators: 12.
+#: States per path on the device, in addition to the kept vectors: the noise, the solver's history, two levels' states
+#: and outputs, the network's copy of its input, its output, and sums. Allocators counted 12.
 WORKING = 13
 
-#: States on the CPU that the questions of ``checks=True`` hold until their last is asked.
+#: States on the CPU that the questions of ``checks=True`` hold until the last one is asked.
 ASKED = 7
 
-#: The fraction of a device's free memory that kept vectors may take unasked; the rest is for the network.
+#: The fraction of a device's free memory that kept vectors may take by default; the rest is for the network.
 FRACTION = 0.5
 
 #: Elements of increments and responses that each process of a group sends at a time: 64 MB.
@@ -36,9 +36,9 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a measurement takes beside the network: on the device of the states, and on the CPU.
+    """Bytes that a measurement takes without the network: on the device of the states, and on the CPU.
 
-    Where the states are on the CPU, all of it counts there.
+    If the states are on the CPU, all bytes count there.
     """
 
     device: int
@@ -54,7 +54,7 @@ def need(
     saved: bool = False,
     gathered: tuple[int, int] = (0, 1),
 ) -> Need:
-    """What following paths takes at its peak.
+    """Peak memory of following paths.
 
     Args:
         run: What is measured, and where its vectors are kept.
@@ -62,8 +62,8 @@ def need(
         samples: Paths of the whole measurement.
         elements: d, of one sample.
         saved: Whether statistics are saved after each batch, which takes copies of what is saved.
-        gathered: How many samples' increments this process gets in the end, and how many processes of a group send
-            theirs.
+        gathered: The number of samples whose increments this process receives in the end, and the number of
+            processes in its group.
     """
     state = 4 * elements
     device, rows = WORKING * paths * state, run.rows * paths * state
@@ -75,7 +75,7 @@ def need(
     on_cpu = run.device.type == "cpu" or run.store == "cpu"
     if not on_cpu:
         device += rows
-    elif not held:  # else they are the rows
+    elif not held:  # otherwise they are the same memory
         cpu += rows
     if run.device.type == "cpu":
         device, cpu = 0, cpu + device
@@ -98,7 +98,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def with_store(run: Measurement, paths: int, elements: int) -> Measurement:
-    """A measurement that knows where its vectors are kept: on the device, if its free memory is large enough."""
+    """Choose ``store`` if it is None: ``"device"`` if it has enough free memory for the vectors, else ``"cpu"``."""
     if run.store is not None:
         return run
     on_device = replace(run, store="device")
@@ -117,7 +117,7 @@ def with_store(run: Measurement, paths: int, elements: int) -> Measurement:
 def paths_at_once(
     run: Measurement, most: int, wanted: Callable[[int], Need], samples: int, elements: int, *, chosen: bool
 ) -> int:
-    """How many paths to follow at once: ``most``, or as many as fit, by their need, if the caller did not choose.
+    """How many paths to follow at once: ``most``, or as many as fit into memory if the caller did not choose.
 
     Raises:
         MemoryError: If they do not fit; the message says what to lower.
@@ -154,12 +154,12 @@ def explained(run: Measurement, paths: int, samples: int, elements: int) -> str:
     """The error message for a measurement that ran out of memory."""
     return (
         f"out of memory: {paths} paths at once over {len(run.s)} levels hold about "
-        f"{_total(need(run, paths, samples, elements))} beside the network; {_remedies(run, paths)}"
+        f"{_total(need(run, paths, samples, elements))} in addition to the network; {_remedies(run, paths)}"
     )
 
 
 def _lacking(run: Measurement, wanted: Need) -> list[tuple[torch.device, int, int]]:
-    """Devices that have too little free memory, with what is wanted and free there."""
+    """Devices that have too little free memory, with the bytes needed and free there."""
     found = []
     for device, size in ((run.device, wanted.device), (torch.device("cpu"), wanted.cpu)):
         free = free_bytes(device) if size else None
@@ -178,7 +178,7 @@ def _too_much(
         remedy = f"increments of {samples} samples take {_size(held)}: lower samples, or keep_increments=False"
     return (
         f"not enough memory: {paths} paths at once over {len(run.s)} levels of {elements:,} elements take "
-        f"{_size(size)} on {device}, where {_size(free)} are free, beside the network; {remedy}"
+        f"{_size(size)} on {device} in addition to the network, where {_size(free)} are free; {remedy}"
     )
 
 
@@ -211,7 +211,7 @@ def _available() -> int | None:
 
 
 def _free_in_cgroup() -> int | None:
-    """By version 2 of control groups, as containers have it."""
+    """Free bytes within the limit of cgroup version 2, which containers use."""
     with contextlib.suppress(OSError, ValueError, StopIteration):
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         cache = next(

@@ -1,29 +1,29 @@
-"""Cheap questions to a network that is measured: whether it is a denoiser at all, and the one that is claimed.
+"""Checks with a few calls that the network is a denoiser, and of the kind that was declared.
 
-At most seven calls of one sample, five before the measurement, with fixed noises ``n``, and six more where ``v`` or
+At most seven calls of one sample with fixed noises ``n``, five of them before the measurement, and six more if ``v`` or
 ``F`` is unusual:
 
 ==============================  ================================================================================
-question                        what a denoiser ``D = E[x0 | z]`` answers
+call                            output of a denoiser ``D = E[x0 | z]``
 ==============================  ================================================================================
-the highest level, two samples  Nearly the same for both, a mean of the data: its slope along the noise is at
+the highest level, two samples  Nearly the same for both, the mean of the data: its slope along the noise is at
                                 most ``var / s`` and not negative, and its size not far above the data's.
-the measurement's first call    The same for the sample that is in both: else the network is random, keeps a state
-                                or mixes the samples of a batch. This question costs nothing.
-pure noise at a third of the    (The first answer is also the network's fingerprint. Two steps of Euler's method
-range, then at two thirds       lead to a rough sample ``x0``. Of EDM the size of the data is known.)
-a step beside the third         Of ``v`` and ``F``, whose sign may be wrong: it does not move against the step. If it
-                                hardly does, another noise is asked about.
-``x0 + s n``, lowest level      Nearly its input; of few elements, whose ``x0`` may be far from all data, the end of
-                                the first path is asked about too. Where a velocity makes ``D`` that whatever it is: at
-                                a middle level ``x0`` with less noise than it was given, ``||D - x0|| < s ||n||``; an
-                                EDM network is asked whether it returns ``D`` where it should return ``F``.
+the measurement's first call    Equal for the sample that is in both. Otherwise the network is random, keeps a state
+                                or mixes the samples of a batch. This check needs no additional call.
+pure noise at a third of the    (The first output also gives the network's fingerprint. Two Euler steps lead to a
+range, then at two thirds       rough sample ``x0``. EDM needs only the first, as the size of its data is known.)
+a step beside the third         For ``v`` and ``F``, whose sign may be wrong: it does not move against the step. If it
+                                moves only a little against it, another noise is tried.
+``x0 + s n``, lowest level      Nearly its input. With few elements ``x0`` may be far from all data, so the end of the
+                                first path is tried too. With a velocity any ``D`` has this property, so a middle level
+                                is used, where ``||D - x0|| < s ||n||``. For EDM the check is instead whether the
+                                network returns ``D`` where it should return ``F``.
 the first path, and its end     See `measurement.path_checks`.
-at the end, the third again     The same as before: else the network has changed during the measurement.
+at the end, the third again     The same as before. Otherwise the network has changed during the measurement.
 ==============================  ================================================================================
 
-The bounds were set on 40 networks, trained or in closed form, and on 100 wrong readings of them: of a wrong prediction,
-sign, time or table.
+The bounds were chosen on 40 networks, trained or in closed form, and on 100 wrong interpretations of them, with a wrong
+prediction, sign, time or table.
 """
 
 from __future__ import annotations
@@ -45,29 +45,30 @@ from fastsched.sampling.random_streams import noise_of
 #: Network evaluations that the checks spend, before a measurement and after it, unless the network is unusual.
 CHECK_CALLS = 7
 
-#: ``||D - z||`` at the lowest level, in units of its noise; right networks stay below 0.6.
+#: Largest ``||D - z||`` at the lowest level, over the norm of its noise; correct networks stay below 0.6.
 LOW_ERROR = 3.0
-#: The same in units of the data: a network that predicts x0 may be that imprecise at the lowest level.
+#: The same over the norm of the data: a network that predicts x0 may have this error at the lowest level.
 LOW_FRACTION = 0.1
-#: Jacobian at the highest level; 1 is a network that returns its input. Right networks stay below 0.1.
+#: Largest slope of ``D`` at the highest level; a network that returns its input has 1, correct networks less than 0.1.
 TOP_JACOBIAN = 0.3
-#: Size of ``D`` at the highest level against the data's: doubtful, and wrong. Right networks reach 11.
+#: ``D`` at the highest level over the data, in size: doubtful and wrong above these. Correct networks reach 11.
 DOUBTFUL_SIZE, WRONG_SIZE = 20.0, 40.0
-#: What the network predicts contains the noise with weights of at most 1, so that ``D`` is its input at low levels.
-OF_UNIT_NOISE = ("v", "velocity", "reverse_velocity")
-#: What may be of the wrong sign and yet have a ``D`` near its input at low levels, and the right one at the highest.
-OF_A_SIGN = ("v", "edm")
-#: How far ``D`` moves along a step, over how far it moves, and over how far ``a z`` does: below both it moves against
-#: the step. Exact denoisers reach 0.06 of either; a trained one -0.2 of the second, where its error is all that moves.
-AGAINST_STEP, AGAINST_SLOPE = -0.05, -0.3
-#: Below this multiple of ``a z`` one such answer is enough; above, another noise is asked about, as trained networks
-#: reach -0.7 where their error is all that moves, but not at two places.
-AGAINST_SURELY = -1.0
-#: With fewer elements, what one sample leaves says nothing, and its size little: data have 1 then, as VP assumes.
+#: Predictions that contain the noise with a weight of at most 1, so that any ``D`` is near its input at low levels.
+VELOCITY_LIKE = ("v", "velocity", "reverse_velocity")
+#: Predictions whose ``D`` is near its input at low levels, and correct at the highest, even if their sign is wrong.
+SIGN_AMBIGUOUS = ("v", "edm")
+#: ``D`` moves against a step if both are lower: the cosine of its movement and the step, and its slope along the step
+#: in units of ``a``. Exact denoisers reach 0.06 in both; a trained one has slope -0.2 where only its error moves.
+NEGATIVE_COSINE, NEGATIVE_SLOPE = -0.05, -0.3
+#: Below this slope, in the same units, one step is enough. Above it another noise is tried, because trained networks
+#: reach -0.7 where only their error moves, but not at two places.
+CERTAIN_SLOPE = -1.0
+#: With fewer elements, the error of one sample says nothing, and its size little: at least 1 is assumed, as VP does.
 FEWEST_ELEMENTS = 8
-#: That is asked above this many times the data's size; elsewhere levels were chosen that start lower.
+#: `TOP_JACOBIAN` is checked at the highest level of the process, or above this many times the data's size: levels that
+#: the caller chose may start lower.
 TOP_LEVEL = 4.0
-#: Clean samples that differ by less, in units of the lowest level, are the same.
+#: Predictions of x0 that differ by less than this multiple of the lowest level count as equal.
 ALIKE = 1e-4
 
 
@@ -81,10 +82,10 @@ def check_network(
     seed: int = 0,
     batch: int = 2,
 ) -> Questions:
-    """Refuse a network that is no denoiser of its process, before it is measured; at most five calls of one sample.
+    """Raise an error, before the measurement, if a network is not a denoiser of its process; at most five calls.
 
-    If it answers two states of the highest level alike, two calls more, and two if ``v`` or ``F`` hardly moves against
-    a step. Warns if it answers the same to every question.
+    Two more if it returns the same for two states of the highest level, and two if ``D`` of ``v`` or ``F`` moves a
+    little against a step. Warns if all outputs are equal.
 
     Args:
         denoiser: The denoiser.
@@ -92,15 +93,14 @@ def check_network(
         device: Where to run.
         dtype: What the network computes in.
         s: The levels of the measurement, descending; those of the process when None.
-        seed: The seed of the last sample of its first batch, which is asked about at its first level.
-        batch: The size of that batch. The question is asked of samples alone, or in two where the batch is one.
+        seed: The seed of the last sample of the measurement's first batch, which is checked at the first level.
+        batch: The size of that batch. If it is 1, the check has both samples in one call, else one in each.
 
     Returns:
-        The questions, asked; `Questions.check_first` and `Questions.check_last` are left.
+        The questions and answers so far; `Questions.check_first` and `Questions.check_last` remain to be called.
 
     Raises:
-        ValueError: If the network is in training mode, or answers as no denoiser does. The message says what it looks
-            like.
+        ValueError: If the network is in training mode or not a denoiser. The message says what may be wrong.
     """
     check_evaluation_mode(denoiser.network)
     ask = Questions(denoiser, shape, device, dtype)
@@ -112,7 +112,7 @@ def check_network(
     try:
         _check_denoiser(ask, float(levels[-1]))
     except ValueError:
-        ask.check_repeats()  # the better reason, if it is one
+        ask.check_repeats()  # raises instead if the network is random or keeps a state
         raise
     if torch.equal(ask.top.raw[0], ask.top.raw[1]) and ask.top.size == 1:
         _check_cache(ask)
@@ -120,19 +120,19 @@ def check_network(
 
 
 def _check_denoiser(ask: Questions, low: float) -> None:
-    """Ask what is left to ask before the measurement, and compare the answers with those of a denoiser."""
+    """Make the remaining calls before the measurement, and compare the outputs with those of a denoiser."""
     noise = noise_of(torch.tensor([0, 2], device="cpu"), ask.shape).double()
     first, second = ask.between(1 / 3), ask.between(2 / 3)
     middle, x0 = ask.raw(noise[:1], first)
     ask.middle, ask.fingerprint = middle.float(), fingerprint_of(middle, x0, ask.factor(first))
-    if ask.denoiser.prediction in OF_A_SIGN:
-        ask.against = _moves_against(ask, first * noise[:1], first, x0, first * noise[1:])
+    if ask.denoiser.prediction in SIGN_AMBIGUOUS:
+        ask.negative_slope = _negative_slope(ask, first * noise[:1], first, x0, first * noise[1:])
     if first != second and ask.denoiser.prediction != "edm":
         x0 = ask.denoised(second * (noise[:1] + (1 / second - 1 / first) * x0), second)
-    if _answers_alike(ask, low):
+    if _answers_equal(ask, low):
         warnings.warn(
-            "the network answered the same to every question, so a schedule says nothing about it: is its condition "
-            "connected, and is its output not all zero?",
+            "the network answered the same to every question, so schedules for it are meaningless: does it use its "
+            "inputs, and is its output not all zero?",
             stacklevel=5,
         )
         return
@@ -155,7 +155,7 @@ def fingerprint(denoiser: Denoiser, shape: tuple[int, ...], device: torch.device
 
 
 def _check_top(ask: Questions, size: float) -> None:
-    """The slope along the noise, the Jacobian, and the size against that of the data, at the highest level."""
+    """Check the slope of ``D`` along the noise, and its size against the data's ``size``, at the highest level."""
     denoiser, top = ask.denoiser, ask.top
     if math.prod(ask.shape) < FEWEST_ELEMENTS:
         size = max(size, 1.0)
@@ -165,7 +165,7 @@ def _check_top(ask: Questions, size: float) -> None:
     high = top.level == ask.range[2] or top.level > TOP_LEVEL * size
     if high and top.level < math.inf and slope / top.level > TOP_JACOBIAN:
         raise ValueError(
-            f"{where} a denoiser hardly depends on its input, but this network returns {slope / top.level:.0%} of it: "
+            f"{where} a denoiser depends little on its input, but this network returns {slope / top.level:.0%} of it: "
             f"{suspects(denoiser)}"
         )
     if slope < -0.5 * reach and -slope > 0.5 * size:
@@ -173,17 +173,17 @@ def _check_top(ask: Questions, size: float) -> None:
             f"{where} the denoised sample moves against the noise ({slope:.2g} times it), which no denoiser does: "
             f"{suspects(denoiser)}"
         )
-    if denoiser.prediction in OF_UNIT_NOISE and slope > 0.5 * reach + (4 * size**2 / top.level) and slope > 0.5 * size:
+    if denoiser.prediction in VELOCITY_LIKE and slope > 0.5 * reach + (4 * size**2 / top.level) and slope > 0.5 * size:
         raise ValueError(
-            f"{where} a denoiser hardly depends on its input, but this network contains {slope:.2g} times the noise: "
+            f"{where} a denoiser depends little on its input, but this one contains {slope:.2g} times the noise: "
             f"{suspects(denoiser)}"
         )
     largest, usual = float(top.denoised.square().mean().sqrt()), max(size, 0.1)
     if denoiser.process.kind != "vp" or largest <= DOUBTFUL_SIZE * usual:
         return
     finding = (
-        f"{where} the denoised sample is {largest:.3g} in size, and {size:.3g} at lower levels: the network is of no "
-        "use there. Leave the last entries of the table out (alphas_cumprod[:n]; sigma up to 20 or 160 is usual). If "
+        f"{where} the denoised sample is {largest:.3g} in size, and {size:.3g} at lower levels: the network is useless "
+        "there. Leave the last entries of the table out (alphas_cumprod[:n]; sigma up to 20 or 160 is usual). If "
         f"the table is right: {suspects(denoiser)}"
     )
     if largest > WRONG_SIZE * usual:
@@ -191,10 +191,10 @@ def _check_top(ask: Questions, size: float) -> None:
     warnings.warn(finding, stacklevel=6)
 
 
-def _answers_alike(ask: Questions, low: float) -> bool:
-    """Whether the answers are one; of clean samples, which in 16 bits may be all but zero, up to next to nothing.
+def _answers_equal(ask: Questions, low: float) -> bool:
+    """Whether all outputs are equal; for predictions of x0, which in 16 bits may be almost zero, nearly equal.
 
-    Of other predictions next to nothing may be right: ``v`` and ``F`` are 0 where data are as ``a`` assumes.
+    For other predictions small differences may be correct: ``v`` and ``F`` are 0 where data are as ``a`` assumes.
     """
     most = ALIKE * low if ask.denoiser.prediction == "x0" else 0.0
     differences = (ask.top.raw[0] - ask.top.raw[1], ask.top.raw[:1] - ask.middle)
@@ -202,24 +202,24 @@ def _answers_alike(ask: Questions, low: float) -> bool:
 
 
 def _check_cache(ask: Questions) -> None:
-    """Whether a network that answers two states alike at the highest level does so at the third too; two calls."""
+    """ValueError if a network that is constant at the highest level is also constant at a third; two calls."""
     one, other = (
         ask.raw(noise_of(torch.tensor([seed], device="cpu"), ask.shape), ask.between(1 / 3))[0] for seed in (2, 0)
     )
-    if torch.equal(one, other) and not torch.equal(ask.middle, ask.top.raw[:1]):  # else it is constant
+    if torch.equal(one, other) and not torch.equal(ask.middle, ask.top.raw[:1]):  # else it is constant everywhere
         raise ValueError(
             f"the network answers different states of one level alike, as if it kept its answer to the first: {STATE}"
         )
 
 
-def _moves_against(ask: Questions, z: Tensor, s: float, x0: Tensor, other: Tensor | None = None) -> str | None:
-    """What is wrong if ``D``, ``x0`` at ``z``, moves against a step, and if it hardly does, at ``other`` too.
+def _negative_slope(ask: Questions, z: Tensor, s: float, x0: Tensor, other: Tensor | None = None) -> str | None:
+    """A message if ``D``, which is ``x0`` at ``z``, moves against a step. One call, or three.
 
-    One call, or three.
+    If it moves only a little against the step, it must do so at ``other`` too.
 
-    The Jacobian of a denoiser, ``Cov[x0 | z] / s^2``, has no negative eigenvalue. Where ``R`` has the wrong sign, that
-    of ``D' = 2 a z - D`` has, along all in which data vary more than twice as much as ``a`` assumes: most likely along
-    ``D``, which would be ``2 a z - D'``.
+    The Jacobian of a denoiser, ``Cov[x0 | z] / s^2``, has no negative eigenvalue. If ``R`` has the wrong sign, the
+    Jacobian of ``D' = 2 a z - D`` has some, in directions in which data vary more than twice as much as ``a`` assumes,
+    most likely that of the true ``D = 2 a z - D'``, along which the step goes.
     """
     a = float(ask.denoiser.coefficients(torch.tensor(s, dtype=torch.float64, device="cpu"))[0])
     a *= float(ask.denoiser.process.alpha(torch.tensor(s, dtype=torch.float64, device="cpu")))  # D = a alpha z + c R
@@ -227,18 +227,18 @@ def _moves_against(ask: Questions, z: Tensor, s: float, x0: Tensor, other: Tenso
     step /= step.norm().clamp_min(1e-30)
     moved = ask.denoised(z + s * step, s) - x0
     along = float((moved * step).sum())
-    if along >= min(AGAINST_STEP * float(moved.norm()), AGAINST_SLOPE * a * s):
+    if along >= min(NEGATIVE_COSINE * float(moved.norm()), NEGATIVE_SLOPE * a * s):
         return None
-    if other is not None and along > AGAINST_SURELY * a * s:
-        return _moves_against(ask, other, s, ask.denoised(other, s))
+    if other is not None and along > CERTAIN_SLOPE * a * s:
+        return _negative_slope(ask, other, s, ask.denoised(other, s))
     return (
-        f"at level {s:.3g} the denoised sample moves by {along:.3g} along a step of {s:.3g} of the input, where a "
+        f"at level {s:.3g} the denoised sample moves by {along:.3g} along a step of {s:.3g} of the input, but a "
         "denoiser's does not move against it"
     )
 
 
 def _check_middle(ask: Questions, x0: Tensor, noise: Tensor) -> None:
-    """Denoising brings a noisy sample nearer to the clean one."""
+    """ValueError unless denoising brings a noisy sample nearer to the clean one; one call."""
     s = ask.known(1.0 if ask.denoiser.process.kind == "flow" else 2 * float(x0.square().mean().sqrt()))
     left = float((ask.denoised(x0 + s * noise, s) - x0).norm() / (s * noise.norm()))
     if noise.numel() >= FEWEST_ELEMENTS and left > 1 + 1 / math.sqrt(noise.numel()):
@@ -249,7 +249,7 @@ def _check_middle(ask: Questions, x0: Tensor, noise: Tensor) -> None:
 
 
 def _check_raw_edm(ask: Questions, noise: Tensor) -> None:
-    """Whether the network, asked for ``D(z, sigma)`` at a low level, returns ``z``."""
+    """ValueError if the network returns its input ``z`` at a low level, as ``D(z, sigma)`` does; one call."""
     denoiser = ask.denoiser
     z = (denoiser.sigma_data * noise).to(ask.device, ask.dtype)
     s = torch.full((1,), LOW_LEVEL * denoiser.sigma_data, dtype=torch.float32, device=ask.device)
@@ -263,14 +263,14 @@ def _check_raw_edm(ask: Questions, noise: Tensor) -> None:
 
 
 def _check_low(ask: Questions, x0: Tensor, noise: Tensor, low: float) -> None:
-    """At the lowest level the denoised sample is nearly the input; of few elements, asked again at a path's end."""
-    ask.moved = moved_at_lowest(ask, x0, noise, low)
-    if ask.moved is not None and noise.numel() >= FEWEST_ELEMENTS:
-        raise ValueError(f"{ask.moved}: {suspects(ask.denoiser)}")
+    """Check that denoising changes little at the lowest level; with few elements, the path's end is checked later."""
+    ask.low_fault = moved_at_lowest(ask, x0, noise, low)
+    if ask.low_fault is not None and noise.numel() >= FEWEST_ELEMENTS:
+        raise ValueError(f"{ask.low_fault}: {suspects(ask.denoiser)}")
 
 
 def moved_at_lowest(ask: Questions, x0: Tensor, noise: Tensor, low: float) -> str | None:
-    """What is wrong with how ``x0`` with noise of the lowest level is denoised, None if nothing; one call."""
+    """A message if denoising moves ``x0`` with noise of the lowest level too far, else None; one call."""
     z = x0 + low * noise
     error, size = float((ask.denoised(z, low) - z).norm()), low * math.sqrt(noise.numel())
     if error <= LOW_ERROR * size or error <= LOW_FRACTION * float(x0.norm()):
@@ -282,7 +282,7 @@ def moved_at_lowest(ask: Questions, x0: Tensor, noise: Tensor, low: float) -> st
 
 
 def suspects(denoiser: Denoiser) -> str:
-    """What to look at, by what the network is said to predict."""
+    """Questions to the user about likely mistakes, for what the network is declared to predict."""
     return {
         "x0": "does the network predict the clean sample, or the noise (from_epsilon) or F (from_edm)?",
         "epsilon": "does the network predict v (from_v); are alphas_cumprod cumulative products, not alphas or betas?",
@@ -290,5 +290,5 @@ def suspects(denoiser: Denoiser) -> str:
         "velocity": "is the network's time 1 at the data (data_at=1), its sign the other one (sign=-1), or is it eps?",
         "reverse_velocity": "is the network's time 0 at the data (data_at=0), or its sign the other one?",
         "score": "is the network's output the score of x in this parameterisation, or the noise or the clean sample?",
-        "edm": "is it the raw network F of EDM's preconditioning, sigma_data right, its sign and scale not other ones?",
-    }[denoiser.prediction] + " (checks=False measures it all the same)"
+        "edm": "is it the raw network F of EDM's preconditioning; or is sigma_data, its sign or its scale wrong?",
+    }[denoiser.prediction] + " (checks=False measures it anyway)"

@@ -1,19 +1,19 @@
-"""What a denoiser's own path must show: looked at while it is followed, with one question or more at its end.
+"""Checks of the network's outputs along the reference path, with one or more additional calls at its end.
 
-``D(z; s) = E[x0 | z]`` has properties that no wrong table of levels, time, sign or scale shares by chance:
+``D(z; s) = E[x0 | z]`` has three properties, which networks with a wrong table of levels, time, sign or scale lack:
 
-* ``E <z - m, D - m> = E |x0 - m|^2`` for any fixed ``m``: the same at every level, because ``x0 - D`` is orthogonal to
-  all functions of ``z``. What the path's calls answered is enough to see it.
-* For ``z = x0 + s n``, ``E |D - x0|^2 = s E <n, D - x0>`` (Stein's identity), which is at most ``E |s n|^2``: no more
-  than the noise is left, and what is left lies along it. The end of a path is the ``x0`` of one call.
-* ``<n, D(z + s n) - D(z)> >= 0`` for all ``z`` and ``n``, whatever the data: the Jacobian ``J = Cov[x0 | z] / s^2`` has
-  no negative eigenvalue. Here ``z`` is a state of the path, and ``n`` noise, then ``(2 - J) n``, where the smallest
-  eigenvalues have more weight. A wrong scale of ``v`` or ``F`` violates this in most directions, guidance in a few.
+* ``E <z - m, D - m> = E |x0 - m|^2`` for any fixed ``m``. So it is the same at every level. The reason is that
+  ``x0 - D`` is orthogonal to all functions of ``z``. The outputs along the path suffice to check it.
+* For ``z = x0 + s n``, ``E |D - x0|^2 = s E <n, D - x0>`` (Stein's identity), which is at most ``E |s n|^2``: the error
+  after denoising is no larger than the noise, and lies along it. One call checks this, with a path's end as ``x0``.
+* ``<n, D(z + s n) - D(z)> >= 0`` for all ``z``, ``n`` and data: the Jacobian ``J = Cov[x0 | z] / s^2`` has no negative
+  eigenvalue. Here ``z`` is a state of the path. ``n`` is noise, and then ``(2 - J) n``, which amplifies directions of
+  small eigenvalues. A wrong scale of ``v`` or ``F`` violates this in most directions, guidance in a few.
 
-Of ``v`` and ``F`` the third property is asked about once, and if that or the path is unusual for such a network, twice
-more, and so is the second. The bounds were set on 60 networks, trained or in closed form, and on 800 wrong readings of
-them; those of the third on 1,300 measurements of right networks, 800 of guided ones, and 3,900 of ``-F``, ``2 F`` and
-``3 F``.
+For ``v`` and ``F`` the third property is checked in one direction. If the result or the path is unusual, it is checked
+in two more, and the second property too. The bounds were chosen on 60 networks, trained or in closed form, and on 800
+wrong interpretations of them; those of the third property on 1,300 measurements of correct networks, 800 of guided
+ones, and 3,900 of ``-F``, ``2 F`` and ``3 F``.
 """
 
 from __future__ import annotations
@@ -25,56 +25,56 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fastsched.measurement.network_checks import FEWEST_ELEMENTS, OF_A_SIGN, moved_at_lowest, suspects
+from fastsched.measurement.network_checks import FEWEST_ELEMENTS, SIGN_AMBIGUOUS, moved_at_lowest, suspects
 from fastsched.measurement.path_following import Query
 from fastsched.measurement.questions import ELSEWHERE, Questions
 from fastsched.sampling.random_streams import noise_of
 
 Result = TypeVar("Result")
 
-#: Over fewer levels a path's end is hardly a sample: no reason for a warning, or not before this many times more noise
-#: is left than elsewhere.
-FEWEST_LEVELS, FEW = 12, 2.0
-#: Paths that are looked at, the first of the batch.
+#: A path of fewer levels may not end near a sample. The first property is then ignored, and bounds on the noise left
+#: are multiplied by the second number.
+FEWEST_LEVELS, FEW_LEVELS_FACTOR = 12, 2.0
+#: Largest number of paths that are checked, the first of the batch.
 MOST_PATHS = 8
-#: Noises that are added to the end of a path of few elements.
+#: Noises that are added to the end of a path if samples have few elements.
 NOISES = 8
-#: The range of levels of the first property, in units of the data's deviation: above, few paths say little.
+#: Levels at which the first property is checked, in units of the data's deviation; above, few paths are too noisy.
 NEAR_DATA = (0.1, 2.5)
-#: How far the first property may be violated, over the root of the paths; of one element, over its root, more; and how
-#: that grows with the level in units of the data's deviation.
+#: Tolerance of the first property, as a relative difference, at a ``level`` in units of the data's deviation:
+#: ``(SLACK + SLACK_OF_ELEMENTS / sqrt(elements)) / sqrt(paths) * (1 + GROWTH * level)``.
 SLACK, SLACK_OF_ELEMENTS, GROWTH = 0.4, 0.65, 0.7
-#: And how much further, for the path's own error, times the fourth power of the widest step in ``log s``: over 12
-#: levels a ring of modes in the plane seems to have 1.4 times its variance, over 24 levels 1.01 times, on any number of
-#: paths. Of 1,800 measurements of right networks none is doubted so, and 64 were without it.
-OF_WIDE_STEPS = 0.3
-#: The level of the second property, in units of the data's deviation; a wrong sign shows further from the data.
-LOW_PART, LOW_PART_OF_A_SIGN = 0.1, 0.15
-#: In these units of the data that ``v`` and ``F`` are trained for, an end is unusual; and so is a ``D`` that moves with
-#: noise by more than that part of what it does for Gaussian data of their deviation.
+#: Times the fourth power of the widest step in ``log s``, this is added for the path's own error. On any number of
+#: paths, a ring of modes in the plane seems to have 1.4 times its variance over 12 levels, 1.01 times over 24. Of 1,800
+#: measurements of correct networks none has a false alarm; without this term 64 had.
+SLACK_OF_WIDE_STEPS = 0.3
+#: Level of the second property, in units of the data's deviation; higher where a wrong sign is to be found.
+LOW_PART, LOW_PART_OF_SIGN = 0.1, 0.15
+#: A network is unusual if the deviation of its data is above the first number times that which ``v`` or ``F`` assumes,
+#: or if ``D`` moves along noise by more than the second number times what it does for Gaussian data as assumed.
 WIDE, MOVING = 1.5, 0.75
-#: How ``D`` may move over a step of ``z``; right networks reach -0.009. In how many directions that is asked.
+#: Smallest slope of ``D`` along a step of ``z`` (correct networks reach -0.009); and the number of directions checked.
 BACKWARDS, DIRECTIONS = -0.05, 3
-#: At this part of the level at which that is asked, ``D`` moves by more than the noise where the sign is wrong.
+#: At this fraction of the level of that check, ``D`` moves by more than the noise if the sign is wrong.
 BELOW = 0.15
-#: How many times more noise than is wrong is left by no network that is guided within its data.
+#: No network that is guided within its data leaves more noise than this many times `WRONG`.
 FAR = 5.0
-#: ``|D - x0|^2 / |s n|^2`` above which a network is wrong, or doubtful; how far it may exceed the part along ``n``; and
-#: how far that part may be below 0. Each with what more is allowed of one element, over the root of their number.
+#: Bounds ``(b, e)`` mean ``b + e / sqrt(elements)``. `WRONG` and `DOUBTFUL` bound ``|D - x0|^2 / |s n|^2``. `ACROSS`
+#: bounds its excess over the component of ``D - x0`` along ``n``, and `AGAINST` how far this component is below 0.
 WRONG, DOUBTFUL, ACROSS, AGAINST = (1.7, 2.2), (1.05, 1.35), (0.2, 0.7), (0.0, 0.6)
-#: What was found when noise was added to a path's state.
-MOVES = "the denoised sample moves by {:.3g} of a step of the input, where a denoiser's"
+#: Start of the messages about noise that was added to a state of the path.
+MOVES = "the denoised sample moves by {:.3g} of a step of the input, but a denoiser's"
 
 
 def path_checked(steps: Query[Result], ask: Questions, s: Tensor) -> Query[Result]:
-    """``steps`` of a measurement at levels ``s``, checked; one call, or up to five where something is unusual.
+    """Run ``steps``, a measurement at levels ``s``, and check the outputs: `Questions.check_first`, then the path.
 
-    The first answer is compared by `Questions.check_first`; when the reference path ends, it is judged.
+    Usually one additional call; up to five if something is unusual, and up to nine if samples have few elements.
 
     Raises:
         ValueError: If ``v`` or EDM's ``F`` has the wrong sign: in a random direction ``D`` moves by more than the
-            noise, and in another against its input (`Questions.against`), or too much noise is left at the end; or if
-            far too much is left. What else is found is a warning, for guidance beyond its data does that too.
+            noise, and in another against its input (`Questions.negative_slope`), or too much noise is left at the end;
+            or if far too much is left. Other findings are warnings, as strong guidance causes them too.
     """
     path = _Path(ask, s)
     question = next(steps)
@@ -83,7 +83,7 @@ def path_checked(steps: Query[Result], ask: Questions, s: Tensor) -> Query[Resul
     while (end := path.see(*question, raw)) is None:
         question = steps.send(raw)
         raw = yield question
-    raw = raw.clone()  # the network is asked before this answer is used, and may overwrite it
+    raw = raw.clone()  # `judge` calls the network, which may overwrite its last output
     path.judge(end)
     del path, end  # the deviated paths need the memory
     while True:
@@ -95,40 +95,40 @@ def path_checked(steps: Query[Result], ask: Questions, s: Tensor) -> Query[Resul
 
 
 class _Path:
-    """Inner products along the reference paths of a batch, and what is kept of the first."""
+    """Inner products along the reference paths of a batch, and states of the first path that later checks need."""
 
     def __init__(self, ask: Questions, s: Tensor) -> None:
         self.ask, self.s = ask, s
         self.a, self.c = (each.tolist() for each in ask.denoiser.coefficients(s))
         self.alpha = ask.denoiser.process.alpha(s)
         self.centre = ask.top.denoised[0].float()
-        self.signed = ask.denoiser.prediction in OF_A_SIGN
+        self.sign_ambiguous = ask.denoiser.prediction in SIGN_AMBIGUOUS
         self.prior = ask.denoiser.sigma_data if ask.denoiser.prediction == "edm" else 1.0
         self.level, self.below = (int((s / (part * self.prior)).log().abs().argmin()) for part in (1.0, BELOW))
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # x and D of the first path
-        self._products: list[Tensor] = []  # <x, x>, <x, R>, <m, x>, <m, R>, [4, B] a level
+        self._products: list[Tensor] = []  # <x, x>, <x, R>, <m, x>, <m, R>, [4, B] per level
 
     @property
     def noise(self) -> Tensor:
-        """What is added to states, [*shape]; not kept while the path is followed."""
+        """The noise that is added to states, [*shape]; drawn again at each use, so that it takes no memory."""
         return noise_of(torch.tensor([ELSEWHERE + 2], device="cpu"), self.ask.shape)[0]
 
     def see(self, x: Tensor, k: int, raw: Tensor) -> Tensor | None:
-        """Note the answer at state ``x`` and level k; after the last of the reference path, a path's end [*shape]."""
+        """Record the output at state ``x`` and level k; after the last level, return the first path's end [*shape]."""
         m = self.centre.flatten().to(x)
         x, raw = (each[:MOST_PATHS].flatten(1) for each in (x, raw.to(x)))
         squares = [torch.einsum("bd,bd->b", x, each) for each in (x, raw)]
         self._products.append(torch.stack([*squares, x @ m, raw @ m]))
         last = len(self._products) == len(self.s)
-        if not last and not (self.signed and k in (self.level, self.below)):
+        if not last and not (self.sign_ambiguous and k in (self.level, self.below)):
             return None
         denoised = (self.a[k] * x[0] + self.c[k] * raw[0]).cpu().float().view(self.ask.shape)
-        if self.signed:  # x is written over
+        if self.sign_ambiguous:  # a copy, because the measurement overwrites x
             self._kept[k] = x[0].to("cpu", torch.float32, copy=True).view(self.ask.shape), denoised
         return denoised if last else None
 
     def moved(self, k: int, step: Tensor) -> tuple[Tensor, float]:
-        """``J n``, as a difference, for a step n [*shape] off the state at level k, and that along n; one call."""
+        """``J n`` for a step n [*shape] from the state at level k, by a difference, and the slope along n; one call."""
         s = float(self.s[k])
         x, before = self._kept[k]
         y = x / float(self.ask.denoiser.process.sigma(self.s[k])) + step
@@ -136,7 +136,7 @@ class _Path:
         return change, float((change * step).sum() / step.square().sum())
 
     def judge(self, end: Tensor) -> None:
-        """Raise an error if the prediction has the wrong sign; warn of what else is violated."""
+        """Raise an error if the prediction has the wrong sign; warn of other violations."""
         xx, xr, mx, mr = torch.stack(self._products, 1).cpu().double()
         alpha, a, c = (
             torch.as_tensor(each, dtype=torch.float64, device="cpu")[:, None] for each in (self.alpha, self.a, self.c)
@@ -148,42 +148,42 @@ class _Path:
             return
         few, small = len(self.s) < FEWEST_LEVELS, end.numel() < FEWEST_ELEMENTS
         unequal = _unequal_sizes(sizes / sizes[-1], self.s, deviation, end.numel(), xx.shape[1])
-        against, backwards, outwards, left, excess = self.ask.against, None, None, None, 0.0
+        against, backwards, outwards, left, excess = self.ask.negative_slope, None, None, None, 0.0
         unusual = not few
-        if self.signed:
+        if self.sign_ambiguous:
             backwards, unusual = self._backwards(against is not None or deviation > WIDE * self.prior)
             outwards = self._outwards() if unusual else None
         if unusual and not small:
-            level = (LOW_PART_OF_A_SIGN if self.signed else LOW_PART) * deviation
+            level = (LOW_PART_OF_SIGN if self.sign_ambiguous else LOW_PART) * deviation
             left, excess = _noise_left(self.ask, end, self.noise, level, few)
         doubtful = far, left, None if few else unequal, against, backwards, None if small else outwards
         if not any(doubtful):
             return
         finding = (
-            f"{'; and '.join(filter(None, doubtful))}. Is its condition in the network's own units, and its table of "
-            "levels the right one? Is it guided by more than its data allow? Or "
+            f"{'; and '.join(filter(None, doubtful))}. Does the network get time or noise level in its own units, "
+            "and is its table of levels the right one? Is it guided by more than its data allow? Or "
             f"{suspects(self.ask.denoiser)}"
         )
-        if self.signed and ((outwards and (against or excess > 1)) or (excess > FAR and not few)):
-            raise ValueError(finding)  # other predictions were asked before the path
+        if self.sign_ambiguous and ((outwards and (against or excess > 1)) or (excess > FAR and not few)):
+            raise ValueError(finding)  # other predictions were checked before the path
         warnings.warn(finding, stacklevel=8)
 
     def _far_from_data(self, end: Tensor, deviation: float) -> str | None:
-        """What is wrong if few elements were moved at the lowest level, and a path's end is no sample either.
+        """`Questions.low_fault` of a sample of few elements, if the path does not end in a sample either; else None.
 
-        A path goes to where ``D`` returns its input, be it a denoiser's or not. So it is also asked about with noise
-        added and taken away, with which a denoiser's ``D`` moves. Up to nine calls.
+        Any path leads to where ``D`` returns its input, also if ``D`` is not a denoiser. So noise is added to the end
+        and subtracted from it, and a denoiser's ``D`` must not move against it. Up to nine calls.
 
         Raises:
-            ValueError: If something is, and the path had levels enough to end in a sample.
+            ValueError: If there is such a fault, and the path had enough levels to end in a sample.
         """
-        if self.ask.moved is None or (deviation > 0 and self._a_sample(end, deviation)):
+        if self.ask.low_fault is None or (deviation > 0 and self._is_sample(end, deviation)):
             return None
         if len(self.s) >= FEWEST_LEVELS:
-            raise ValueError(f"{self.ask.moved}: {suspects(self.ask.denoiser)}")
-        return self.ask.moved
+            raise ValueError(f"{self.ask.low_fault}: {suspects(self.ask.denoiser)}")
+        return self.ask.low_fault
 
-    def _a_sample(self, end: Tensor, deviation: float) -> bool:
+    def _is_sample(self, end: Tensor, deviation: float) -> bool:
         noise = noise_of(torch.arange(NOISES // 2, device="cpu") + (ELSEWHERE + 3), self.ask.shape)
         if moved_at_lowest(self.ask, end.double()[None], noise[:1].double(), float(self.s[-1])) is not None:
             return False
@@ -191,7 +191,7 @@ class _Path:
         return left <= WRONG[0] and along >= BACKWARDS
 
     def _backwards(self, unusual: bool) -> tuple[str | None, bool]:
-        """What is wrong if ``D`` moves against a step; and whether that, too, is unusual. One call, or `DIRECTIONS`."""
+        """A message if ``D`` moves against a step; and whether the network is unusual. One call, or `DIRECTIONS`."""
         step, s = self.noise, float(self.s[self.level])
         for _ in range(DIRECTIONS):
             change, along = self.moved(self.level, step)
@@ -205,47 +205,47 @@ class _Path:
         return None, unusual
 
     def _outwards(self) -> str | None:
-        """What is wrong if ``D`` moves by more than noise that is added; one call."""
+        """A message if ``D`` moves by more than the noise that is added; one call."""
         along = self.moved(self.below, self.noise)[1]
         return f"at level {float(self.s[self.below]):.3g} {MOVES.format(along)} moves by less" if along > 1 else None
 
 
 def _unequal_sizes(sizes: Tensor, s: Tensor, deviation: float, elements: int, paths: int) -> str | None:
-    """What is wrong with the first property's values at levels ``s``, in units of the lowest's; None if nothing."""
+    """A message if the first property's values at levels ``s``, over that of the lowest level, are too far from 1."""
     level = s / deviation
     slack = (SLACK + SLACK_OF_ELEMENTS / math.sqrt(elements)) / math.sqrt(paths) * (1 + GROWTH * level)
-    slack += OF_WIDE_STEPS * float(s[s.isfinite()].log().diff().abs().max()) ** 4
+    slack += SLACK_OF_WIDE_STEPS * float(s[s.isfinite()].log().diff().abs().max()) ** 4
     near = (level >= NEAR_DATA[0]) & (level <= NEAR_DATA[1])
     excess = torch.where(near, (sizes - 1).abs() / slack, 0.0)
     worst = int(excess.argmax())
     if float(excess[worst]) <= 1:
         return None
     return (
-        f"at level {float(s[worst]):.3g} the network answers as if the data had {float(sizes[worst]):.3g} times the "
-        "variance that they have at the lowest level, where a denoiser's answers agree"
+        f"at level {float(s[worst]):.3g} the network's outputs imply {float(sizes[worst]):.3g} times the data variance "
+        "that they imply at the lowest level, but a denoiser's imply the same at all levels"
     )
 
 
 def _noise_left(ask: Questions, end: Tensor, noise: Tensor, level: float, few: bool) -> tuple[str | None, float]:
-    """What is wrong with how a path's end with noise is denoised, None if nothing; and the noise left, over `WRONG`.
+    """A message if denoising a path's end with noise leaves too large an error, else None; and the error over `WRONG`.
 
-    Of a path of few levels that is `FEW` times more, and in which direction says nothing. One call.
+    For a path of ``few`` levels it may be `FEW_LEVELS_FACTOR` times larger, in any direction. One call.
     """
     s, left, along = _left(ask, end, noise[None], level)
     wrong, doubtful, across, against = (
         base + each / math.sqrt(end.numel()) for base, each in (WRONG, DOUBTFUL, ACROSS, AGAINST)
     )
-    size = left / FEW if few else left
+    size = left / FEW_LEVELS_FACTOR if few else left
     if size <= doubtful and (few or (left - along <= across and -along <= against)):
         return None, 0.0
     return (
-        f"of noise of level {s:.3g}, added to the end of a path, denoising leaves an error of {left:.3g} times its "
-        f"square, {along:.3g} of that along the noise, where a denoiser leaves at most 1, and the two alike"
+        f"after noise of level {s:.3g} is added to the end of a path, denoising leaves a squared error of {left:.3g} "
+        f"times the noise's square, {along:.3g} times along the noise; a denoiser leaves at most 1, and both are equal"
     ), size / wrong
 
 
 def _left(ask: Questions, end: Tensor, noise: Tensor, level: float) -> tuple[float, float, float]:
-    """The level, ``|D - x0|^2 / |s n|^2`` there, of a path's end with ``noise`` [B, *shape], and the part along it."""
+    """A known level, and there, over ``|s n|^2`` for ``noise`` n [B, *shape], ``|D - x0|^2`` and ``<s n, D - x0>``."""
     s = ask.known(level)
     error = ask.raw((end / s).add(noise), s, torch.float32)[1].sub_(end).div_(s).flatten()
     noise = noise.flatten()

@@ -1,9 +1,9 @@
 """Follow the paths of a batch of samples: the reference path, then the deviated ones, level by level together.
 
-Of each path no more is held than its solver needs, and in memory that is allocated before the first call
-(`fastsched.measurement.kept_vectors`) the N - 1 increments and the responses, about ``2 N`` states of a sample. A
-response is a difference of two answers at one level, of which the reference path's comes first. Until the deviated
-paths arrive there, its state and raw output wait in the rows that the two responses then take.
+For each path, the solver's own states are held, and the N - 1 increments and the responses, about ``2 N`` states per
+sample, in memory that is allocated before the first call (`fastsched.measurement.kept_vectors`). A response is the
+difference between the outputs of a deviated path and of the reference path at one level. Until the deviated paths reach
+this level, the reference path's state and raw output are stored in the rows that the two responses take later.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ Answer = TypeVar("Answer")
 #: A generator that needs the network: it yields a state and its level, is sent the raw output ``R``, returns a result.
 Query: TypeAlias = Generator[tuple[Tensor, int], Tensor, Answer]
 
-#: Follows the reference path: of seven solvers tried the one whose ends are nearest the converged ones for the same
-#: calls; over 48 levels 12 to 50 times nearer (squared) than those of DPM-Solver++(3M).
+#: Solver of the reference path: of seven tried, its ends are nearest to the converged ones for the same calls. Over 48
+#: levels their squared distance is 12 to 50 times smaller than with DPM-Solver++(3M).
 PATH_SOLVER = "unipc_3"
 
-#: Given levels are warned of that end above this part of the data's deviation, and above this multiple of the process's
-#: lowest level. Where they end at that part, errors of 16 steps of DPM-Solver++(2M) were predicted at 0.3 (digits), 1.3
-#: and 1.4 (mixture_64, patches) of what they were, in place of 0.9, 5.9 and 2.3; at twice that, at 0.1, 0.2 and 0.7.
+#: Warn of levels that end above this fraction of the data's deviation and this multiple of the process's lowest level.
+#: Predicted errors of 16 steps of DPM-Solver++(2M), over the real ones, were 0.9 (digits), 5.9 and 2.3 (mixture_64,
+#: patches) with the usual levels; 0.3, 1.3 and 1.4 with levels that end at `HIGH_END`; 0.1, 0.2 and 0.7 at twice this.
 HIGH_END, ABOVE_LOWEST = 0.05, 3.0
 
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """What a measurement is of.
+    """What is measured, and how.
 
     Attributes:
         denoiser: The denoiser.
@@ -76,7 +76,7 @@ class Measurement:
 
     @property
     def calls(self) -> int:
-        """Network evaluations a sample."""
+        """Network evaluations per sample."""
         return len(self.queries)
 
     @property
@@ -86,21 +86,21 @@ class Measurement:
 
     @property
     def vectors(self) -> int:
-        """How many increments and responses a sample has."""
+        """The number of increments and responses of a sample."""
         return len(self.s) - 1 + len(self.deviated) * len(asked_levels(len(self.s)))
 
     @property
     def rows(self) -> int:
-        """How many rows of memory they need: a state and a raw output wait at each asked level."""
+        """The number of rows of memory they need; two or more per asked level, first for a state and a raw output."""
         return len(self.s) - 1 + (max(2, len(self.deviated)) if self.deviated else 0) * len(asked_levels(len(self.s)))
 
     def row(self, path: int, k: int) -> int:
-        """The row of the response of a deviated path at the asked level k: one path after the other."""
+        """The row of a deviated path's response at the asked level k; paths follow one another."""
         asked = asked_levels(len(self.s))
         return len(self.s) - 1 + path * len(asked) + asked.index(k)
 
     def raw_output(self, x: Tensor, k: int) -> Tensor:
-        """``R`` at ``x`` [B, *shape] and level k, maybe in memory of the network's own."""
+        """``R`` at ``x`` [B, *shape] and level k, possibly in memory that the network reuses."""
         return self.denoiser.borrowed_output(x, float(self.s[k]), dtype=self.dtype)
 
     def drive(self, steps: Query[Answer]) -> Answer:
@@ -109,7 +109,7 @@ class Measurement:
 
 
 class Answers:
-    """Looks at each of the network's outputs of a batch, without waiting for the device."""
+    """Checks each of the network's outputs of a batch, without waiting for the device."""
 
     def __init__(self, run: Measurement, advance: Callable[[int], object], verdicts: Verdicts | None) -> None:
         self.run, self.advance, self.verdicts = run, advance, Verdicts() if verdicts is None else verdicts
@@ -119,7 +119,7 @@ class Answers:
         self._dtype: torch.dtype | None = None
 
     def look(self, raw: Tensor) -> None:
-        """Note whether an output [B, *shape] is finite, and of the reference path's how large it is."""
+        """Note whether an output [B, *shape] is finite and, on the reference path, its norms."""
         if self._checks:
             self.verdicts.note_finite(raw, functools.partial(self._not_finite, self._queries[self._asked]))
             self.verdicts.settle(wait=False)
@@ -149,7 +149,7 @@ def measurement_steps(
 ) -> Query[PathStatistics]:
     """One batch's measurement, as a generator that is sent the network's raw outputs.
 
-    It yields ``(x, k)``, a state [B, *shape] and its level, and is sent ``R`` there, of which it keeps no reference; it
+    It yields ``(x, k)``, a state [B, *shape] and its level. It is sent ``R`` for them, and keeps no reference to it. It
     returns the statistics. So anything that can call the network can drive a measurement: `fastsched.measure`, or a
     pipeline's own loop (`fastsched.diffusers.CalibrationScheduler`).
 
@@ -157,13 +157,13 @@ def measurement_steps(
         run: What is measured.
         seeds: The seeds of the batch's paths, [B].
         shape: The shape of one sample.
-        advance: Is given the number of calls made.
+        advance: Called with the number of calls made.
         out: Where kept vectors go, [B, V, d] float32 on the CPU; new memory when None.
-        verdicts: Those of a caller that checks by itself whether outputs are finite; all are read at the end.
+        verdicts: Those of a caller that checks itself whether outputs are finite; all are read at the end.
 
     Raises:
-        ValueError: If an output held NaN or inf; the message names the level of the first. Where outputs are not on the
-            CPU, as soon as that is known without waiting, and at the end at the latest. Or if squared increments exceed
+        ValueError: If an output holds NaN or inf; the message names the level of the first. For outputs on a device, as
+            soon as this is known without waiting, and at the end at the latest. Or if squared increments exceed
             float32.
     """
     noise, elements = noise_of(seeds, shape).to(run.device), math.prod(shape)
@@ -200,12 +200,12 @@ def measurement_steps(
 
 
 def _warn_of_high_end(run: Measurement, data_std: float) -> None:
-    """Warn if the levels end so high that what the step from there to 0 misses counts."""
+    """Warn if the levels end so high that the error of the step from there to 0 matters."""
     lowest, process = float(run.s[-1]), run.denoiser.process
     if lowest > HIGH_END * data_std and lowest > ABOVE_LOWEST * process.s_min:
         warnings.warn(
-            f"the levels end at {lowest:.3g}, and the data's deviation is {data_std:.3g}: what the step from there to "
-            f"0 misses is not measured, and errors are predicted too low. Add levels nearer to {process.s_min:.3g}",
+            f"the levels end at {lowest:.3g}, and the data's deviation is {data_std:.3g}: the error of the step from "
+            f"there to 0 is not measured, and errors are predicted too low. Add levels nearer to {process.s_min:.3g}",
             stacklevel=2,
         )
 
@@ -221,7 +221,7 @@ def _check_squares(gram: Tensor) -> None:
 def _follow_reference(
     run: Measurement, noise: Tensor, kept: KeptVectors, answers: Answers
 ) -> Query[tuple[Tensor, Tensor]]:
-    """Keeps the increments, and states and raw outputs at asked levels; returns ``D_0`` and the end ``D_{N-1}``.
+    """Keep the increments, and states and raw outputs at asked levels; return ``D_0`` and the end ``D_{N-1}``.
 
     Follows `PATH_SOLVER`: the network is called at predicted states, which the corrector then moves with the output
     found there.
@@ -237,7 +237,7 @@ def _follow_reference(
         del y  # the solver holds what it needs
         raw = yield x, k
         answers.look(raw)
-        raw = raw.to(torch.promote_types(raw.dtype, torch.float32), copy=True)  # the network may write over it
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32), copy=True)  # the network may overwrite it
         if before is not None:
             row = kept.row(k - 1, x.shape)
             found = _increment((x, raw), before, a[k - 1 : k + 1], c[k - 1 : k + 1], before[1] if row is None else row)
@@ -258,10 +258,10 @@ def _follow_reference(
 def _increment(
     now: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor], a: Sequence[float], c: Sequence[float], out: Tensor
 ) -> Tensor:
-    """``D_k - D_{k-1}`` of pairs ``(x, R)``, differences first, so that close answers keep theirs.
+    """``D_k - D_{k-1}`` from pairs ``(x, R)``, by differences of these, so that close outputs lose no digits.
 
-    ``c_k (R_k - R_{k-1}) + (c_k - c_{k-1}) R_{k-1} + (the same in a, x)``, into ``out``, which may be the R before. The
-    x before is written over.
+    ``c_k (R_k - R_{k-1}) + (c_k - c_{k-1}) R_{k-1} + (the same in a, x)``, into ``out``, which may be ``R_{k-1}``.
+    ``x_{k-1}`` is overwritten.
     """
     found, factor = _difference(now[1], before[1], c, out)
     found.mul_(factor)
@@ -272,7 +272,7 @@ def _increment(
 
 
 def _difference(now: Tensor, before: Tensor, factors: Sequence[float], out: Tensor) -> tuple[Tensor, float]:
-    """A tensor and a number whose product is ``f_1 (now - before) + (f_1 - f_0) before``.
+    """A tensor and a factor whose product is ``f_1 (now - before) + (f_1 - f_0) before``.
 
     Interpolation, ``lerp(start, end, w) = start + w (end - start)``, takes one pass over memory.
     """
@@ -285,7 +285,7 @@ def _difference(now: Tensor, before: Tensor, factors: Sequence[float], out: Tens
 def _follow_deviated(
     run: Measurement, followers: Sequence[_Follower], kept: KeptVectors, answers: Answers
 ) -> Query[None]:
-    """Keeps the responses ``D(z') - D(z)`` of all paths at each asked level, then goes on to the next."""
+    """Keep the responses ``D(z') - D(z)`` of all deviated paths, one asked level after the other."""
     a, c, sigma = run.a.tolist(), run.c.tolist(), run.sigma.tolist()
     shape = followers[0].y.shape
     for k in asked_levels(len(run.s)):
@@ -297,18 +297,18 @@ def _follow_deviated(
             raw = yield x, k
             answers.look(raw)
             follower.answer(k, x, raw, a[k], c[k])
-            # both at level k: differences first, as in an increment
+            # differences of R and x first, as in `_increment`
             responses.append(torch.sub(raw.float(), raw_there).mul_(c[k]))
             if a[k] != 0.0:
                 responses[-1].add_(x.sub_(state), alpha=a[k])
-            del x, raw  # not while the network works on the next
+            del x, raw  # frees memory before the next call of the network
         del state, raw_there
-        while responses:  # into the rows in which state and raw output waited
+        while responses:  # into the rows of state and raw output
             kept.write(run.row(len(responses) - 1, k), responses.pop())
 
 
 class _Follower:
-    """A deviated path on its way: its state ``y``, and those earlier answers that later steps use."""
+    """A deviated path on its way: its state ``y``, and the earlier outputs that later steps use."""
 
     def __init__(self, s: Tensor, path: DeviatedPath, noise: Tensor, first: Tensor) -> None:
         self.y, self._jumps = noise, path.jumps(s)
@@ -316,12 +316,12 @@ class _Follower:
         self._answers = {0: first}
 
     def move(self, k: int) -> None:
-        """To the asked level k, from the one before."""
+        """Move to the asked level k from the one before."""
         for level, factor in self._jumps[k].items():
             self.y = torch.add(self.y, self._answers[level], alpha=factor)
         self._answers = {level: held for level, held in self._answers.items() if self._last_use[level] > k}
 
     def answer(self, k: int, x: Tensor, raw: Tensor, a: float, c: float) -> None:
-        """``D = a x + c R`` at level k."""
+        """Keep ``D = a x + c R`` of level k if later steps use it."""
         if k in self._last_use:
             self._answers[k] = (a * x).add_(raw, alpha=c)

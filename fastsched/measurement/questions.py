@@ -1,4 +1,4 @@
-"""Ask a network single questions, count them, and compare answers to the same one."""
+"""Single calls of a network, called questions: they are counted, and repeated ones are compared."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fastsched.sampling.random_streams import noise_of
 
 #: What to do about a network whose answers depend on its earlier calls.
 STATE = (
-    "it keeps a state between its calls (a cache, a counter?); reset that in every call, or disable it (checks=False "
-    "measures it all the same)"
+    "it keeps a state between its calls (a cache, a counter?); reset this in every call, or disable it (checks=False "
+    "measures it anyway)"
 )
 
 #: What is wrong with a network whose answers depend on the other samples.
@@ -25,10 +25,10 @@ MIXES = (
     "are independent"
 )
 
-#: From a sample's seed to one that is in no measurement.
+#: Added to a sample's seed, it gives a seed that no measurement uses: a measurement has fewer than 2^31 samples.
 ELSEWHERE = 2**31
 
-#: Largest relative difference of two answers to one question, alone or in a batch, by what the network computes in.
+#: Largest relative difference of two outputs for the same input, alone or in a batch, by the network's dtype.
 REPEATABLE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
@@ -42,11 +42,11 @@ class Questions:
         device: Where to run.
         dtype: What the network computes in.
         model_calls: Network evaluations so far, counted per sample.
-        fingerprint: The network's, once it is known.
-        top: The answers at the highest level.
-        middle: ``R`` for the question of the fingerprint.
-        against: What is wrong if ``D`` moves against a step of its input, None if it does not.
-        moved: What is wrong if ``D`` is far from its input at the lowest level, None if it is not.
+        fingerprint: The network's fingerprint, once it is known.
+        top: The outputs at the highest level.
+        middle: ``R`` of the call for the fingerprint.
+        negative_slope: A message if ``D`` moves against a step of its input, else None.
+        low_fault: A message if ``D`` is far from its input at the lowest level, else None.
     """
 
     denoiser: Denoiser
@@ -57,8 +57,8 @@ class Questions:
     fingerprint: Tensor | None = field(default=None, init=False)
     top: Top = field(init=False)
     middle: Tensor = field(init=False)
-    against: str | None = field(default=None, init=False)
-    moved: str | None = field(default=None, init=False)
+    negative_slope: str | None = field(default=None, init=False)
+    low_fault: str | None = field(default=None, init=False)
 
     @property
     def range(self) -> tuple[float, float, float]:
@@ -67,7 +67,7 @@ class Questions:
         return low, top if math.isfinite(top) else second, top
 
     def between(self, part: float) -> float:
-        """A level at some part of the range in ``log s``, from the highest finite one; the nearest that is known."""
+        """The known level nearest to the fraction ``part`` of the range in ``log s``, from the highest finite level."""
         low, high, _ = self.range
         return self.known(high ** (1 - part) * low**part)
 
@@ -82,7 +82,7 @@ class Questions:
         return float(self.denoiser.coefficients(torch.tensor(s, dtype=torch.float64, device="cpu"))[1])
 
     def raw(self, y: Tensor, s: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-        """``R`` and ``D`` at normalised states ``y = z / s`` [B, *shape], of that dtype on the CPU."""
+        """``R`` and ``D`` at normalised states ``y = z / s`` [B, *shape], in ``dtype`` on the CPU."""
         level = torch.tensor(s, dtype=torch.float64, device="cpu")
         a, c = (float(value) for value in self.denoiser.coefficients(level))
         x = float(self.denoiser.process.sigma(level)) * y.float().to(self.device)
@@ -97,16 +97,16 @@ class Questions:
         return self.raw(z / s, s)[1]
 
     def differs(self, answer: Tensor, other: Tensor) -> bool:
-        """Whether two answers to one question differ by more than rounding."""
+        """Whether two outputs for the same input differ by more than rounding."""
         allowed = REPEATABLE.get(self.dtype, 1e-3) * float(other.norm())
         return float((answer.cpu().double() - other).norm()) > allowed
 
     @torch.no_grad()
     def check_first(self, answer: Tensor) -> None:
-        """Compare ``answer`` [*shape], of the measurement, with what the same question was answered before.
+        """Compare an ``answer`` [*shape] of the measurement with the earlier answer to the same question.
 
         Raises:
-            ValueError: If they differ; a few more calls find out why.
+            ValueError: If they differ; a few more calls find the reason.
         """
         if self.differs(answer, self.top.raw[0]):
             self.check_repeats()
@@ -114,10 +114,10 @@ class Questions:
 
     @torch.no_grad()
     def check_repeats(self) -> None:
-        """Ask the first questions again, as they were asked and in another batch.
+        """Ask the first questions again, in batches of the same size and of another.
 
         Raises:
-            ValueError: If an answer is another one.
+            ValueError: If an answer differs.
         """
         noise = noise_of(torch.tensor([0], device="cpu"), self.shape)
         first, middle = self.top.asked(self), self.raw(noise, self.between(1 / 3))[0]
@@ -141,16 +141,16 @@ class Questions:
         again = self.raw(noise_of(torch.tensor([0], device="cpu"), self.shape), self.between(1 / 3))[0]
         if self.differs(again, self.middle):
             raise ValueError(
-                "the network answers the same question differently after the measurement than before it, so what was "
-                f"measured is of no use: {STATE}"
+                "the network answers the same question differently after the measurement than before it, so the "
+                f"measurement is useless: {STATE}"
             )
 
 
 @dataclass
 class Top:
-    """Answers at the highest level, ``raw`` and ``denoised`` [2, *shape], and what they were asked at.
+    """Two noises at the highest level, and their outputs, ``raw`` and ``denoised`` [2, *shape].
 
-    ``size`` samples are asked about at once.
+    Each call has ``size`` samples.
     """
 
     level: float
@@ -160,22 +160,22 @@ class Top:
     denoised: Tensor = field(init=False)
 
     def ask(self, ask: Questions) -> None:
-        """Ask for the first time."""
+        """Make the calls for the first time."""
         raw, denoised = zip(*(ask.raw(part, self.level) for part in self.noise.split(self.size)), strict=True)
         self.raw, self.denoised = torch.cat(raw).float(), torch.cat(denoised).float()  # held while paths are followed
 
     def asked(self, ask: Questions, size: int | None = None) -> Tensor:
-        """Ask once more, ``size`` at once; returns ``R``."""
+        """Make the calls again, with ``size`` samples each; returns ``R``."""
         return torch.cat([ask.raw(part, self.level)[0] for part in self.noise.split(size or self.size)])
 
     @property
     def slope(self) -> float:
-        """Change of ``D`` along the change of the noise."""
+        """Slope of ``D`` along the difference of the two noises."""
         difference = self.noise[0] - self.noise[1]
         change = self.denoised[0] - self.denoised[1]
         return float((change * difference).sum() / difference.square().sum())
 
     def reach(self, c: float) -> float:
-        """How much the network's output moved ``D``, in the same units: what errors of it are to be compared with."""
+        """How far the network's output moved ``D``, in units of `slope`: the scale of the effect of its errors."""
         difference = self.noise[0] - self.noise[1]
         return abs(c) * float((self.raw[0] - self.raw[1]).norm() / difference.norm())

@@ -1,4 +1,4 @@
-"""What one measurement leaves behind: enough to choose a schedule for any solver and number of steps."""
+"""The result of a measurement, from which a schedule can be chosen for any solver and number of steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PER_SAMPLE = ("seeds", "gram", "ends", "response_cross", "response_gram", "incre
 class PathStatistics:
     """Statistics of the denoiser along the probability-flow paths of B samples, over N levels.
 
-    Rows are kept per sample, so that weights, standard errors and refinements need no further model call.
+    Values are kept per sample, so that weights, standard errors and refinements need no further model call.
 
     Attributes:
         process: The noise process the levels belong to.
@@ -44,8 +44,8 @@ class PathStatistics:
         response_gram: ``<r_i, r_j>``, [B, R, R] float64; None without responses.
         increments: The ``e_q`` themselves, [B, N-1, d] float32, if they were kept; not saved.
         responses: The ``r_i`` themselves, [B, R, d] float32, if they were kept; not saved.
-        fingerprint: The network's (`fastsched.measurement.fingerprints`); None if it is not known.
-        origin: What was measured, and when; None if it is not known.
+        fingerprint: The network's fingerprint (`fastsched.measurement.fingerprints`); None if not known.
+        origin: What was measured, and when; None if not known.
     """
 
     process: NoiseProcess
@@ -144,7 +144,7 @@ class PathStatistics:
 
         Raises:
             TypeError: If ``samples`` are not indices.
-            ValueError: If there is no sample of such an index.
+            ValueError: If an index is out of range.
         """
         rows = self._rows(samples)
         known = {name: value[rows] for name in PER_SAMPLE if (value := getattr(self, name)) is not None}
@@ -165,8 +165,8 @@ class PathStatistics:
         """These samples and those of another measurement of the same denoiser on the same levels.
 
         Raises:
-            ValueError: If process, levels, shape, deviated paths or the networks' outputs differ, or a seed is in both
-                (its path would count twice; measure more samples with another ``seed``).
+            ValueError: If process, levels, shape, deviated paths or networks differ, or if a seed is in both (its path
+                would count twice; measure more samples with another ``seed``).
         """
         is_statistics("other", other)
         if self.process != other.process or not torch.equal(self.s, other.s) or self.shape != other.shape:
@@ -189,7 +189,7 @@ class PathStatistics:
         )
 
     def save(self, path: str | os.PathLike[str], *, vectors: bool = False) -> None:
-        """Write to a safetensors file; an existing file is replaced only when the new one is whole.
+        """Write to a safetensors file; an existing file is replaced only when the new one is complete.
 
         Args:
             path: The file.
@@ -218,9 +218,9 @@ def is_statistics(name: str, value: object) -> PathStatistics:
 def data_deviation(ends: Tensor) -> float:
     """Root mean square of ``ends`` [B, *shape] about the mean of all their elements.
 
-    Those that are 0 in every path are left out: a pipeline owns them (`diffusers.step_checks.held_at_zero`).
+    Elements that are 0 in every path are left out: a pipeline sets them (`diffusers.step_checks.held_at_zero`).
     """
-    owned = ~ends.any(0)  # no mask of all paths, nor a copy where none is owned
+    owned = ~ends.any(0)  # one mask for all paths, and no copy without such elements
     if bool(owned.any()) and not bool(owned.all()):
         ends = ends[:, ~owned]
     return float((ends.double() - ends.double().mean()).square().mean().sqrt())

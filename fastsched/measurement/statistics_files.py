@@ -16,10 +16,10 @@ from fastsched.sampling.files import check_readable, checksum, json_object, kind
 from fastsched.sampling.origin import Origin
 
 FORMAT = "fastsched.path_statistics"
-#: 1: errors passed on by a sweep of Jacobians, which is not used any more. 2: by responses. 3: with a checksum.
+#: 1: with a sensitivity from Jacobians, which is no longer used. 2: with responses instead. 3: with a checksum too.
 VERSION = 3
 
-#: What the tensors of responses are called in files: the names that version 1 had for its sensitivity.
+#: Names of the responses' tensors in files: those that version 1 had for its sensitivity.
 NAMES = {"response_cross": "cross", "response_gram": "w_squared"}
 REQUIRED = {"s", "seeds", "gram", "ends"}
 OPTIONAL = {*NAMES.values(), "fingerprint", "increments", "responses"}
@@ -32,7 +32,7 @@ def write_statistics(stats: Any, path: str | os.PathLike[str], vectors: bool) ->
     """Write statistics, with increments and responses if ``vectors``.
 
     Raises:
-        ValueError: If they would be refused when they are read.
+        ValueError: If `read_statistics` would refuse them.
         OSError: If the file cannot be written.
     """
     from safetensors.torch import save
@@ -151,7 +151,7 @@ def _statistics(kind: type[Any], header: dict[str, Any], tensors: dict[str, Tens
 
 
 def _check_values(stats: Any) -> None:
-    """ValueError unless shapes, order, signs and symmetry are those of a measurement."""
+    """Raise ValueError unless shapes, order, signs and symmetry are those of a measurement."""
     b, n = len(stats.seeds), len(stats.s)
     rows = len(stats.deviated) * len(asked_levels(n))
     if b == 0 or stats.ends.ndim < 2 or stats.ends.numel() == 0:

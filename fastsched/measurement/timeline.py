@@ -1,4 +1,4 @@
-"""Where the time goes: spans of a program's run, each with an owner, on the device's own clock."""
+"""Measure where time is spent: consecutive spans, each with a named owner, on the device's own clock."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Run:
     """A run of a sampler or a measurement.
 
     Attributes:
-        steps: Seconds by owner of every step.
+        steps: For every step, its seconds by owner.
         seconds: Seconds of the whole run.
-        synchronisations: How often each step had the host wait for the GPU; None where no GPU is used.
+        synchronisations: How often the host waited for the GPU in each step; None without a GPU.
     """
 
     steps: Sequence[dict[str, float]]
@@ -30,13 +30,13 @@ class Run:
 
 
 class Timeline:
-    """Spans of time and their owners: who calls, `within`, owns the time until it returns, but for inner owners.
+    """Spans of time and their owners: a block of `within` owns its time, except that of blocks within it.
 
-    On a CUDA device the time is the device's, from events, and nothing is waited for until the spans are read.
+    On a CUDA device, events measure the device's time, and the host does not wait until the spans are read.
 
-    Attributes:
-        device: The device that the time is taken on.
-        owner: Who owns the time outside of every block.
+    Args:
+        device: The device that is timed.
+        owner: The owner of the time outside of all blocks.
     """
 
     def __init__(self, device: torch.device, owner: str = "rest") -> None:
@@ -52,7 +52,7 @@ class Timeline:
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))  # which may not be the current device
+        event.record(torch.cuda.current_stream(self.device))  # this device may not be the current one
         return event
 
     @contextlib.contextmanager
@@ -67,7 +67,7 @@ class Timeline:
             self._marks.append((self._owners[-1], self._now()))
 
     def owned(self, owner: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, whose time belongs to ``owner``."""
+        """Wrap ``function`` so that its time belongs to ``owner``."""
 
         @functools.wraps(function, updated=())
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -87,7 +87,7 @@ class Timeline:
         return [(owner, each) for (owner, _), each in zip(marks, seconds, strict=False)]
 
     def steps(self, last: str) -> list[dict[str, float]]:
-        """Seconds by owner of every step; a step ends with a span of the owner ``last``."""
+        """For every step, its seconds by owner; a step ends with a span of the owner ``last``."""
         found: list[dict[str, float]] = []
         step: dict[str, float] = {}
         for owner, seconds in self.spans():
@@ -104,7 +104,7 @@ class Timeline:
 
 @contextlib.contextmanager
 def synchronisations(device: torch.device) -> Iterator[list[str] | None]:
-    """Collects where the host waits for a CUDA device within the block, by PyTorch's own watch; None elsewhere."""
+    """Collect the source lines where the host waits for a CUDA device in the block; None for other devices."""
     if device.type != "cuda":
         yield None
         return

@@ -33,19 +33,19 @@ def measure_to_file(
     overwrite: bool = False,
     progress: Progress = True,
 ) -> PathStatistics:
-    """As `fastsched.measure`, saving to ``path`` after every batch; the file is always whole.
+    """Like `fastsched.measure`, but save to ``path`` after every batch; the file is always complete.
 
-    ``samples`` are those that it is to hold in the end. The other arguments are those of `fastsched.measure`, and
+    ``samples`` are those that the file holds in the end. The other arguments are those of `fastsched.measure`, and
 
     * ``resume``: measure only the paths that ``path`` does not hold yet.
     * ``overwrite``: replace ``path`` if there is one.
 
     Returns:
-        All that the file holds.
+        The statistics in the file.
 
     Raises:
         ValueError: As `fastsched.measure`, or if ``path`` was measured with other settings.
-        FileExistsError: If there is a file, and it is neither to be resumed nor overwritten.
+        FileExistsError: If there is a file, and neither ``resume`` nor ``overwrite`` is set.
     """
     run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses)
     batches = batches_of(shape, samples, seed, batch_size, checks, path, progress)
