@@ -45,13 +45,13 @@ def level_increment_gram(
 
     With ``u_k = a_k X_k + c_k R_k`` the rows are ``e_0 = u_0`` and ``e_k = u_k - u_{k-1}``, and
     ``gram[p, q] = <e_p, e_q>`` over the ``d`` elements, averaged over the ``B`` samples unless ``per_sample``.
-    An increment is formed from factored terms,
+    An increment is computed as
     ``e_k = c_k (R_k - R_{k-1}) + (c_k - c_{k-1}) R_{k-1} + (the same in a, X)``, so that the difference of two
     close levels is not lost to rounding. ``kernels/README.md`` has the derivation.
 
-    Infinities and NaN in the data reach the result; nothing is masked. Inputs stored in 16 bits are rounded
-    before they come here: where adjacent levels differ by 1e-2 of their size, bfloat16 storage alone
-    inflates their squared distance by several per cent (`fastsched.measure` warns).
+    Infinities and NaN in the data reach the result; nothing is masked. Inputs in 16 bits were rounded when they
+    were stored: where adjacent levels differ by 1e-2 of their size, bfloat16 storage alone increases their
+    squared distance by several per cent (`fastsched.measure` warns).
 
     With the Triton backend, and ``a`` and ``c`` on R's device, a call copies nothing between host and device, which
     a CUDA graph needs; call it once before the capture, so that the kernel is compiled. Coefficients on the host
@@ -75,7 +75,7 @@ def level_increment_gram(
         ``[N, N]`` float64, or ``[B, N, N]`` per sample, on R's device.
 
     Raises:
-        TypeError: What should be a tensor is none.
+        TypeError: An argument is not a dense tensor.
         ValueError: A shape, dtype or device that does not fit, an unknown option, ``backend="triton"`` where the
             kernels cannot run, or more samples than one launch of the kernel can index.
     """
@@ -93,8 +93,8 @@ def level_increment_gram(
 def vector_gram(vectors: Tensor, *, precision: str = "bf16x3", backend: str = "auto") -> Tensor:
     """Gram matrix of the vectors of each sample, ``gram[b, i, j] = <v_i, v_j>``, in one pass over them.
 
-    In PyTorch blocks of columns are multiplied in float32 (float64 where the program allows products in TF32 or
-    bfloat16) and their sums added in float64, so no copy of the vectors is made.
+    The PyTorch backend multiplies blocks of columns in float32 (in float64 if the program allows products in TF32
+    or bfloat16) and adds their sums in float64, so no copy of the vectors is made.
 
     Args:
         vectors: ``[B, V, d]``, floating point; adjacent elements of a vector must be adjacent in memory.
@@ -105,7 +105,7 @@ def vector_gram(vectors: Tensor, *, precision: str = "bf16x3", backend: str = "a
         ``[B, V, V]`` float64 (float32 on Apple's GPUs), on the vectors' device.
 
     Raises:
-        TypeError: What should be a tensor is none.
+        TypeError: ``vectors`` is not a dense tensor.
         ValueError: A shape or dtype that does not fit, an unknown option, or ``backend="triton"`` where the kernels
             cannot run.
     """
@@ -120,15 +120,15 @@ def vector_gram(vectors: Tensor, *, precision: str = "bf16x3", backend: str = "a
 def pairwise_squared_distances(gram: Tensor) -> Tensor:
     """Return ``D[i, j] = ||u_i - u_j||^2`` for all pairs of levels from the Gram matrix of their increments.
 
-    ``D[i, j] = D[i, j-1] + G[j, j] + 2 sum_{i<k<j} G[k, j]``: a sum of increments, so that no large numbers
-    cancel. Row 0 of ``G`` (``e_0 = u_0``) plays no part. A relative error ``eps`` of ``G`` becomes about
+    ``D[i, j] = D[i, j-1] + G[j, j] + 2 sum_{i<k<j} G[k, j]``: a sum over increments, so that no large numbers
+    cancel. Row 0 of ``G`` (``e_0 = u_0``) is not used. A relative error ``eps`` of ``G`` becomes about
     ``eps (path length / chord)^2`` here.
 
     Args:
         gram: ``[..., N, N]``, as `level_increment_gram` returns it.
 
     Returns:
-        ``[..., N, N]`` float64, symmetric, zero on the diagonal; rounding below zero is cut off.
+        ``[..., N, N]`` float64, symmetric, zero on the diagonal; negative values from rounding become 0.
     """
     _check_dense("gram", gram)
     if gram.is_complex() or gram.ndim < 2 or gram.shape[-1] != gram.shape[-2]:
@@ -156,7 +156,7 @@ def hutchinson_reduce(V: Tensor, JV: Tensor, *, backend: str = "auto") -> tuple[
         Two tensors ``[N, B]``, float64, on JV's device.
 
     Raises:
-        TypeError: What should be a tensor is none.
+        TypeError: An argument is not a dense tensor.
         ValueError: A shape, dtype or device that does not fit, ``backend="triton"`` where the kernels cannot run,
             or more elements than one launch of the kernel can index.
     """
@@ -170,7 +170,7 @@ def hutchinson_reduce(V: Tensor, JV: Tensor, *, backend: str = "auto") -> tuple[
 
 
 def _plain_call(triton: bool, tensor: Tensor) -> bool:
-    """Whether to call the PyTorch code directly: the dispatcher's first use imports torch's compiler, in seconds."""
+    """Whether to call the PyTorch code directly: the dispatcher's first use imports torch's compiler, for seconds."""
     return not triton and type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

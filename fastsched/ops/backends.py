@@ -17,8 +17,7 @@ _warned: set[torch.device] = set()
 def resolve_backend(device: torch.device | str, dtype: torch.dtype = torch.float32, *, backend: str = "auto") -> str:
     """Return the implementation that an op uses for tensors of a device and dtype.
 
-    The ops call it themselves. Call it before a long measurement, to learn of an unsupported GPU before the model
-    runs and not after.
+    The ops call it themselves. Call it before a long measurement to find out early that a GPU is not supported.
 
     ``"auto"`` takes Triton on an AMD GPU, or an NVIDIA GPU of compute capability 8.0 or newer, if Triton is installed
     and the dtype is float32, bfloat16 or float16. It takes PyTorch elsewhere. A GPU on which the kernels cannot run is
@@ -52,7 +51,7 @@ def resolve_backend(device: torch.device | str, dtype: torch.dtype = torch.float
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What keeps the kernels from running, as the end of a sentence that starts with the backend; None if nothing."""
+    """Why the kernels cannot run, as the end of a sentence that starts with the backend; None if they can."""
     if dtype not in KERNEL_DTYPES:
         return f"reads float32, bfloat16 and float16; got {dtype}".replace("torch.", "")
     if device.type != "cuda":
@@ -64,7 +63,7 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         if (properties.major, properties.minor) < _LEAST_CAPABILITY:
             least = ".".join(map(str, _LEAST_CAPABILITY))
             return f"needs compute capability {least}; {device} has {properties.major}.{properties.minor}"
-    # The compiler cannot trace a search for modules, and has needed Triton itself to get here.
+    # torch.compile cannot trace a search for modules, and needs Triton itself on a GPU.
     if not torch.compiler.is_compiling() and importlib.util.find_spec("triton") is None:
         return "needs the package triton, which is not installed"
     return None

@@ -1,4 +1,4 @@
-"""The ops of `fastsched.ops` in PyTorch: what runs where Triton does not."""
+"""The ops of `fastsched.ops` in PyTorch, for where Triton does not run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_BUFFER_ELEMENTS = 1 << 21  # of a work buffer at most: 8 MiB of float32 stay in the cache, and rows are still long
-_LARGEST_RATIO = 2.0**30  # of coefficients: float32 holds sums of its square
+_BUFFER_ELEMENTS = 1 << 21  # of a work buffer: 8 MiB of float32 stay in the cache, and rows are still long
+_LARGEST_RATIO = 2.0**30  # of a coefficient to its step: float32 holds sums of its square
 
 
 @torch.no_grad()
 def level_gram(R: Tensor, X: Tensor | None, coefficients: Tensor, per_sample: bool) -> Tensor:
-    """Column block by column block: increments in float32, their products, the sum over blocks in float64.
+    """By blocks of columns: increments and their products in float32, and the sum over blocks in float64.
 
     As `fastsched.ops.level_increment_gram`, with ``a`` and ``c`` as float64 rows ``[2, N]``, on the host or R's device.
     """
@@ -48,7 +48,7 @@ def level_gram(R: Tensor, X: Tensor | None, coefficients: Tensor, per_sample: bo
 def vector_gram(vectors: Tensor) -> Tensor:
     """Gram matrices of ``[B, V, d]``, float64 ``[B, V, V]``: products of column blocks, the sum over them in float64.
 
-    Apple's GPUs have no float64: there the sum is in float32 too.
+    Apple's GPUs have no float64, so the sum is in float32 there.
     """
     B, V, d = vectors.shape
     wide = torch.float32 if vectors.device.type == "mps" else torch.float64
@@ -62,7 +62,7 @@ def vector_gram(vectors: Tensor) -> Tensor:
 
 
 def _groups(t: Tensor | None, flat: bool) -> list[Tensor]:
-    """Views ``[N, columns]`` (``[1, columns]`` if shared): one of all samples together, or one a sample."""
+    """Views ``[N, columns]`` (``[1, columns]`` if shared): one of all samples together, or one per sample."""
     if t is None:
         return []
     levels = t if t.ndim == 3 else t.unsqueeze(0)
@@ -70,20 +70,20 @@ def _groups(t: Tensor | None, flat: bool) -> list[Tensor]:
 
 
 def _width(R: Tensor, columns: int) -> int:
-    """Columns of a block: two buffers of them take at most a quarter of R's bytes, where 1024 columns allow it."""
+    """Columns of a block: its two buffers take at most a quarter of R's bytes, but it has at least 1024 columns."""
     fair = R.nbytes // (32 * R.shape[0])
     return min(columns, max(1, _BUFFER_ELEMENTS // R.shape[0]), max(1024, fair))
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """How the increments of R or of X are written, each row divided by a factor that the N x N result is scaled by.
+    """How to compute increments of R or X, each row divided by a factor with which the N x N result is scaled.
 
     Attributes:
         now: The coefficients, ``[N, 1]``.
         step: Their steps ``now_k - now_{k-1}``, ``[N, 1]``, subtracted in float64.
-        weight: ``now / step``, ``[N, 1]``; None where a step is too small for that.
-        factor: ``[N, 1]`` float64.
+        weight: ``now / step``, ``[N, 1]``, for interpolation; None if a step is too small for it.
+        factor: The factors of the rows, ``[N, 1]`` float64.
     """
 
     now: Tensor
@@ -93,7 +93,7 @@ class _Rows:
 
     @classmethod
     def of(cls, now: Tensor, dtype: torch.dtype, *, shared: bool = False, beside: _Rows | None = None) -> _Rows:
-        """From ``[N, 1]`` float64. ``shared``: all levels have one row; ``beside``: rows these will be added to."""
+        """From coefficients ``[N, 1]`` float64. ``shared``: levels share one row; ``beside``: rows to add these to."""
         step = torch.cat([now[:1], now.diff(dim=0)])
         if shared:
             return cls(now.to(dtype), step.to(dtype), None, step)
@@ -121,7 +121,7 @@ class _Rows:
 
 
 def _add_square(gram: Tensor, e: Tensor) -> None:
-    """``gram += e e'``, computing three of its quarters; the fourth is one of them transposed."""
+    """``gram += e e'``: three quarters are computed, the fourth is the transpose of one of them."""
     half = len(e) // 2
     with without_autocast(e.device):
         left, right = e @ e[:half].T, e[half:] @ e[half:].T
@@ -131,16 +131,16 @@ def _add_square(gram: Tensor, e: Tensor) -> None:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Products in the precision of their factors, also where a program has ``torch.autocast`` on."""
+    """A context in which products have the precision of their factors, even if ``torch.autocast`` is on."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def _products_are_float32() -> bool:
-    """Whether float32 products are float32: a program can allow TF32 or bfloat16 for all of them."""
+    """Whether float32 products are computed in float32: a program can allow TF32 or bfloat16 for them."""
     try:
         return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # set by the old interface and the new one, which PyTorch does not reconcile
+    except RuntimeError:  # PyTorch raises if the precision was set by both its old and its new interface
         return False
 
 

@@ -1,6 +1,6 @@
-"""What every op in `fastsched.ops` computes, in float64 and written as its formula is.
+"""What every op in `fastsched.ops` computes, in float64 and written like its formula.
 
-Nothing here is fast, and nothing is shared with the implementations: tests compare these with it.
+This code is slow and shares nothing with the implementations, which tests compare with it.
 """
 
 from __future__ import annotations

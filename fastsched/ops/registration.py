@@ -1,7 +1,7 @@
-"""The ops as PyTorch sees them: schemas, shapes of their outputs for tracing, and the call to Triton or PyTorch.
+"""The ops registered with PyTorch: schemas, output shapes for tracing, and the call of the Triton or PyTorch code.
 
-``triton`` is a choice already made by the caller: an op never picks a backend. The kernels' modules, and Triton with
-them, are imported when a kernel launches.
+``triton`` is chosen by the caller: an op never selects a backend. The kernels' modules and Triton are imported when a
+kernel launches.
 """
 
 from __future__ import annotations
