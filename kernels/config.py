@@ -1,7 +1,7 @@
 """Launch parameters, chosen from a static table by size, dtype and architecture.
 
-A table and not an autotuner: it launches the same way every time, needs no GPU to be read or tested, and costs
-nothing on the first call. ``benchmarks/speed/tune.py`` measures alternatives on a GPU; winners are entered by hand.
+Unlike an autotuner, a table launches the same way every time, needs no GPU to be read or tested, and costs nothing on
+the first call. ``benchmarks/speed/tune.py`` measures alternatives on a GPU; the fastest are entered by hand.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ class GramLaunch:
     """How `level_gram` tiles its input.
 
     Attributes:
-        rows: Rows of the tile, 32, 64 or 128. Fewer levels are stacked, more are cut into blocks of rows.
+        rows: Rows of the tile, 32, 64 or 128. Fewer levels are stacked, more are divided into blocks of rows.
         columns: Columns of the tile.
-        warps: Warps of a program.
+        warps: Warps per program.
         stages: Depth of the load pipeline.
-        programs: Programs a multiprocessor, over which the columns are dealt out.
+        programs: Programs per multiprocessor, among which the columns are divided.
     """
 
     rows: int
@@ -31,13 +31,12 @@ class GramLaunch:
     programs: int = 1
 
 
-# One row for each family of architectures, one entry for each shape: the largest number of levels. A shape may have an
-# entry of its own for a precision, or for 16-bit data.
-# tests/kernels/test_kernel_compile.py compiles every entry for every architecture that uses it, and reads registers,
-# spills and shared memory from the result.
+# One row per family of architectures, one entry per shape, which is the largest number of levels. A shape may have a
+# separate entry for a precision or for 16-bit data. tests/kernels/test_kernel_compile.py compiles every entry for every
+# architecture that uses it, and reads registers, spills and shared memory from the result.
 FAMILIES = {"sm_80": "ampere", "sm_89": "ada", "sm_90": "hopper", "sm_100": "hopper", "sm_120": "ada", "gfx942": "cdna"}
 _SMALL = GramLaunch(64, 16, 8, 2)
-_SMALLEST = GramLaunch(32, 16, 8, 2)  # fits the registers in every precision
+_SMALLEST = GramLaunch(32, 16, 8, 2)  # fits into the registers in every precision
 GRAM = {
     "hopper": {
         "64": GramLaunch(64, 32, 4, 4, programs=3),
@@ -68,18 +67,18 @@ GRAM = {
         "128": _SMALL,
         "256": _SMALL,
     },
-    # Float32 products on the ordinary cores, for debugging. 64 rows over four warps or more would take the tensor core
-    # of sm_100, which has no float32: the compiler silently uses TF32.
+    # Float32 products on the ordinary cores, for debugging. 64 rows over four warps or more would use the tensor cores
+    # of sm_100, which have no float32: the compiler silently uses TF32.
     "ieee": dict.fromkeys(("64", "128", "256"), _SMALLEST),
 }
 
 
-PROGRAM_COST = 4  # in tiles: fill the load pipeline, write [ROWS, ROWS] sums, read them back for the total. A guess.
+PROGRAM_COST = 4  # in tiles, a guess: fill the load pipeline, write [ROWS, ROWS] sums, read them for the total
 
 
 @dataclass(frozen=True)
 class HutchinsonLaunch:
-    """How `hutchinson` runs: columns of a tile, warps of a program, depth of its load pipeline."""
+    """How `hutchinson` runs: columns per tile, warps per program, depth of its load pipeline."""
 
     columns: int = 8192
     warps: int = 4
@@ -87,7 +86,7 @@ class HutchinsonLaunch:
 
 
 def architecture(device: torch.device) -> str:
-    """Name a device as the table does; the interpreter counts as sm_90.
+    """Return a device's name in the table; the interpreter counts as sm_90.
 
     Raises:
         ValueError: The device is neither a CUDA nor a HIP device.
@@ -103,7 +102,7 @@ def architecture(device: torch.device) -> str:
 
 
 def nearest(capability: int) -> str:
-    """Name the newest architecture of the table that is no newer than a compute capability (86 -> sm_80).
+    """Return the newest architecture of the table that is not newer than a compute capability (86 -> sm_80).
 
     Raises:
         ValueError: It is older than all of them.
@@ -125,7 +124,7 @@ def gram_launch(N: int, itemsize: int, arch: str, *, precision: str, aligned: bo
 
     Args:
         N: Number of levels.
-        itemsize: Bytes of an element of the widest input.
+        itemsize: Bytes per element of the widest input.
         arch: One of `FAMILIES`; another gfx name counts as gfx942, any other as sm_80.
         precision: ``"bf16x3"``, ``"tf32x3"`` or ``"ieee"``.
         aligned: Whether rows start on 16-element boundaries, so that loads can be wide.
@@ -141,7 +140,7 @@ def hutchinson_launch(*, shared: bool) -> HutchinsonLaunch:
     """Choose how `hutchinson` runs: 64 KiB of shared memory hold two float32 tiles.
 
     Args:
-        shared: Whether all levels have the same probe. Then both tiles are of ``JV``, else one of each input.
+        shared: Whether all levels have the same probe. Then both tiles are of ``JV``, else one is of ``V``.
     """
     return HutchinsonLaunch(stages=3 if shared else 2)
 
@@ -149,14 +148,14 @@ def hutchinson_launch(*, shared: bool) -> HutchinsonLaunch:
 def splits(tiles: int, samples: int, slots: int) -> int:
     """Choose the number of programs that divide the columns of one sample among them.
 
-    All programs take about as long, so they run in waves that fill the slots, and the last wave may leave most of them
-    idle. With 133 samples and 132 slots, one program per sample takes two waves, and the second has one program. More
-    and shorter programs fill the last wave better, but each also costs its start and the writing of its sums. The
+    All programs take about equally long, so they run in waves that fill the slots, and the last wave may leave most
+    slots idle. With 133 samples and 132 slots, one program per sample takes two waves, and the second has one program.
+    More and shorter programs fill the last wave better, but each also costs its start and the writing of its sums. The
     result minimises ``waves * (tiles of a program + PROGRAM_COST)`` over the sixteen smallest numbers of waves.
 
     Args:
-        tiles: Column tiles of one sample: no more programs than tiles.
-        samples: Samples, or pairs of row blocks times samples: each has programs of its own.
+        tiles: Column tiles of one sample; the result is at most this.
+        samples: Samples, or pairs of row blocks times samples; each has its own programs.
         slots: Programs that the device runs at once.
     """
     fewest = -(-samples // slots)

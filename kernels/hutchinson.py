@@ -1,4 +1,4 @@
-"""Hutchinson sums in one pass over the Jacobian-vector products. `README.md` beside this file derives it."""
+"""Hutchinson sums in one pass over the Jacobian-vector products. `README.md` in this folder has the derivation."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def hutchinson_kernel(
 ):  # fmt: skip
     """One program: one tile of columns of one sample, at every level.
 
-    Grid ``(tiles * samples,)``. A probe that all levels share is loaded once and stays in registers. A level leaves two
-    float32 sums in ``sums[tile, 2, level, sample]``.
+    Grid ``(tiles * samples,)``. A probe that all levels share is loaded once and stays in registers. Each level writes
+    two float32 sums to ``sums[tile, 2, level, sample]``.
     """
     tile, sample = tl.program_id(0) // samples, tl.program_id(0) % samples
     first = tile.to(tl.int64) * COLUMNS
@@ -51,7 +51,7 @@ def hutchinson(V: Tensor, JV: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``sum V * JV`` and ``sum JV * JV``, ``[N, B]`` float64.
     """
-    sums = launch(V, JV).sum(0, dtype=torch.float64)  # one order for every run
+    sums = launch(V, JV).sum(0, dtype=torch.float64)  # in the same order in every run
     return sums[0].contiguous(), sums[1].clone()
 
 

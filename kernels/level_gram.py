@@ -1,4 +1,4 @@
-"""The increment Gram matrix in one pass over the network outputs. `README.md` beside this file derives it."""
+"""The increment Gram matrix in one pass over the network outputs. `README.md` in this folder has the derivation."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LARGEST_GRID = 65535  # programs along the second or third axis of a CUDA grid
 
 @triton.jit
 def load_row(p_block, o_level, N, m_col):
-    """Rows ``o_level`` in float32, zero outside the levels, [M, BK]."""
+    """Rows ``o_level`` in float32, zero for levels that do not exist, [M, BK]."""
     m_level = (o_level >= 0) & (o_level < N)  # [M]
     return tl.load(p_block, mask=m_level[:, None] & m_col, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_coefficients(p_now, o_level, N, STEP: tl.constexpr):
-    """The coefficients of the four levels from each of ``o_level`` on, four [M, 1]; ``STEP`` past them, their steps."""
+    """Coefficients of the four levels from each of ``o_level`` on, four [M, 1], from row ``STEP`` of ``[4, N]``."""
     p_block = p_now + STEP * N + o_level
     c_0 = tl.load(p_block, mask=o_level < N, other=0.0)[:, None]
     c_1 = tl.load(p_block + 1, mask=o_level + 1 < N, other=0.0)[:, None]
@@ -91,7 +91,7 @@ def level_tile(p_R, p_X, o_level, r_level, x_level, N, o_col, m_col, c, dc, a, d
 
 @triton.jit
 def split(b_w, SCALE: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """``w = high + low`` in the precision's storage, as ``high`` and ``SCALE * low``; only ``low`` is rounded to it.
+    """``w = high + low`` in the precision's format, as ``high`` and ``SCALE * low``; only ``low`` loses digits.
 
     The high part is rounded as an integer, which can lose a NaN; the low part never does.
     """
@@ -100,7 +100,7 @@ def split(b_w, SCALE: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.const
     KEPT: tl.constexpr = -(1 << DROPPED)
     b_high = ((b_w.to(tl.int32, bitcast=True) + HALF) & KEPT).to(tl.float32, bitcast=True)
     b_low = SCALE * (b_w - b_high)
-    if INTERPRET:  # NumPy has neither format: the same values in float32
+    if INTERPRET:  # NumPy has neither format, so the same values in float32
         b_cut = ((b_low.to(tl.int32, bitcast=True) + HALF) & KEPT).to(tl.float32, bitcast=True)
         return b_high, tl.where(b_low == b_low, b_cut, b_low)
     elif PRECISION == "bf16x3":
@@ -111,13 +111,13 @@ def split(b_w, SCALE: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.const
 
 @triton.jit
 def product(b_left, b_right, b_sum, MODE: tl.constexpr):
-    """``sum + left right'``, one dot; ``MODE`` says how the hardware reads its operands."""
+    """``sum + left right'``, one dot; ``MODE`` is the hardware's format of the operands."""
     return tl.dot(b_left, tl.trans(b_right), b_sum, input_precision=MODE, max_num_imprecise_acc=1)
 
 
 @triton.jit
 def square_product(b_e, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """A matrix M with ``(M + M') / 2 = e e'`` up to the precision's low-by-low product, [ROWS, ROWS]."""
+    """A matrix M with ``(M + M') / 2 = e e'``, without the product of the low parts, [ROWS, ROWS]."""
     b_zero = tl.zeros([b_e.shape[0], b_e.shape[0]], tl.float32)
     if PRECISION == "ieee":
         return product(b_e, b_e, b_zero, "ieee")
@@ -128,7 +128,7 @@ def square_product(b_e, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def cross_product(b_left, b_right, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """``left right'`` up to the precision's low-by-low product, [ROWS, ROWS]."""
+    """``left right'``, without the product of the low parts, [ROWS, ROWS]."""
     b_zero = tl.zeros([b_left.shape[0], b_right.shape[0]], tl.float32)
     if PRECISION == "ieee":
         return product(b_left, b_right, b_zero, "ieee")
@@ -141,7 +141,7 @@ def cross_product(b_left, b_right, PRECISION: tl.constexpr, INTERPRET: tl.conste
 
 @triton.jit
 def add_lanes(b_x):
-    """Sums of four adjacent columns, which one thread holds, [ROWS, BK] -> [ROWS, BK / 4]."""
+    """Sums of four adjacent columns, all in one thread, [ROWS, BK] -> [ROWS, BK / 4]."""
     return tl.sum(b_x.reshape(b_x.shape[0], b_x.shape[1] // 4, 4), 2)
 
 
@@ -217,7 +217,7 @@ def vector_gram(vectors: Tensor, precision: str) -> Tensor:
     """Gram matrices of the vectors of each sample, by the same kernel.
 
     Args:
-        vectors: ``[B, V, d]``; the elements of a vector are adjacent, its rows may be part of more.
+        vectors: ``[B, V, d]``; the elements of a vector are adjacent, and strides between vectors may be larger.
         precision: As `level_gram` takes it.
 
     Returns:
@@ -228,12 +228,12 @@ def vector_gram(vectors: Tensor, precision: str) -> Tensor:
 
 
 def _total(R: Tensor, X: Tensor | None, steps: Tensor, precision: str, vectors: bool = False) -> Tensor:
-    """Gram matrices ``[G, N, N]`` of ``[N, G, K]`` views, in float64 from the partial sums of `launch`."""
+    """Gram matrices ``[G, N, N]`` of ``[N, G, K]`` views: the partial sums of `launch`, added in float64."""
     aligned = all(t is None or _aligned(t) for t in (R, X))
     itemsize = max(t.element_size() for t in (R, X) if t is not None)
     chosen = config.gram_launch(len(R), itemsize, config.architecture(R.device), precision=precision, aligned=aligned)
     partials = launch(R, X, steps, precision, chosen, vectors=vectors)
-    gram, diagonal = _assemble(*(t.sum(0, dtype=torch.float64) for t in partials), len(R))  # one order for every run
+    gram, diagonal = _assemble(*(t.sum(0, dtype=torch.float64) for t in partials), len(R))  # always in one order
     gram.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
     return gram
 
@@ -251,7 +251,7 @@ def launch(
         precision: As `level_gram` takes it.
         chosen: Tile and warps.
         parts: Programs that share the columns; from the device's size if None.
-        fill: What to fill the outputs with first (tests poison them).
+        fill: A value to fill the outputs with first (tests use NaN).
         vectors: Whether the rows of R are multiplied as they are; ``steps`` are not used then.
 
     Returns:
