@@ -1,4 +1,4 @@
-"""How far two sets of samples are apart: sample by sample, and as distributions."""
+"""Distances between two sets of samples: sample by sample, and as distributions."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def squared_distances(samples: Tensor, reference: Tensor) -> Tensor:
 
 
 def rounding_floor(ends: Tensor) -> Tensor:
-    """The squared distance that float32 rounding of samples [B, *shape] makes: ``(2^-23 ||x_b||)^2``, [B] float64.
+    """The squared distance that is due to float32 rounding of samples [B, *shape]: ``(2^-23 ||x_b||)^2``, [B] float64.
 
-    Smaller distances cannot be told from 0, and would make a geometric mean 0.
+    Smaller distances cannot be distinguished from 0, and would make a geometric mean 0.
     """
     values = validate.finite("ends", ends)
     return torch.finfo(torch.float32).eps ** 2 * values.double().flatten(1).square().sum(1)
@@ -38,7 +38,7 @@ def rounding_floor(ends: Tensor) -> Tensor:
 def geometric_mean(values: Tensor) -> float:
     """``exp(mean(log v))`` of non-negative ``values``: the typical size where a few are far larger than the rest.
 
-    One 0 makes it 0.
+    It is 0 if one value is 0.
 
     Raises:
         ValueError: If there is no value, or one is negative or NaN.
@@ -59,8 +59,8 @@ MOST = math.log(np.finfo(np.float64).max)
 def power_mean(values: Tensor | np.ndarray, exponent: float = EXPONENT) -> np.ndarray:
     """``(mean_b v_b^p)^(1/p)`` of non-negative values over the last axis; the geometric mean for ``p = 0``.
 
-    Between the geometric mean, which a few samples that end far off do not move, and the arithmetic mean (p = 1),
-    which they decide.
+    For ``0 < p < 1`` it lies between the geometric mean, which a few samples with large errors barely change, and the
+    arithmetic mean (p = 1), which they dominate.
     """
     if isinstance(values, Tensor):
         values = values.detach().double().cpu().numpy()
@@ -92,7 +92,7 @@ def frechet_distance(samples: Tensor, reference: Tensor) -> float:
     ``m`` and ``S`` are the mean and the (unbiased) covariance of a set. No matrix square root is taken: with
     centred rows ``X_i / sqrt(n_i - 1) = Q_i R_i``, ``S_i = R_i' R_i``, the last trace is the sum of the singular
     values of ``R_1 R_2'``, for covariances of any rank. It is computed on the samples themselves, not on features
-    of a classifier, and is biased upwards with few samples: compare only values from equally many.
+    of a classifier, and is biased upwards with few samples: compare only values from equally many samples.
 
     Args:
         samples: [n_1, *shape].
@@ -142,7 +142,7 @@ def sliced_wasserstein(samples: Tensor, reference: Tensor, *, projections: int =
 
 
 def _same_shape(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as rows, if they have one shape."""
+    """Both as rows; ValueError if their shapes differ."""
     if samples.shape != reference.shape:
         raise ValueError(
             f"samples and reference must have the same shape, got {tuple(samples.shape)} and {tuple(reference.shape)}"

@@ -1,6 +1,6 @@
-"""Argument checks shared by the public functions: each error names the argument and says what would do.
+"""Argument checks shared by the public functions: each error names the argument and says what is valid.
 
-A public function begins with ``validate.arguments(locals())``, which checks every argument by its name, used or not.
+A public function begins with ``validate.arguments(locals())``, which checks every argument by name, used or not.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 Kind = TypeVar("Kind")
-#: Raises TypeError or ValueError, given an argument's name and its value, if it is wrong.
+#: A function of an argument's name and value that raises TypeError or ValueError if the value is wrong.
 Check: TypeAlias = Callable[[str, object], object]
 
-#: Counts are below this: larger ones are mistakes, and overflow.
+#: Upper limit of counts: larger ones are mistakes, and would overflow.
 COUNT_LIMIT = 2**31
 
 
@@ -30,8 +30,8 @@ def arguments(given: Mapping[str, object], **checks: Check) -> None:
     """Check the arguments of a public function by their names.
 
     Args:
-        given: Names and values: ``locals()``, before anything else.
-        **checks: How to check those that `CHECKS` does not know, or that this function means otherwise.
+        given: Names and values: ``locals()`` at the start of the function.
+        **checks: Checks of arguments that are not in `CHECKS`, or that have another meaning in this function.
 
     Raises:
         TypeError: If an argument has the wrong type; the message names it.
@@ -95,7 +95,7 @@ def flag(name: str, value: object) -> bool:
 
 
 def path(name: str, value: object) -> str:
-    """Return ``value``, a name that a file can have, as text."""
+    """Return ``value``, a valid path of a file, as text."""
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name} must be the path of a file, got {shown(value)}")
     text = os.fsdecode(value)
@@ -121,7 +121,7 @@ def finite(name: str, value: object) -> Tensor:
 
 
 def _noise(name: str, value: object) -> None:
-    """As `finite`; of a device the network's first answer tells, for this question would wait."""
+    """Like `finite`, but values on a device are not read, to avoid waiting: NaN shows in the network's first output."""
     if _batch(name, value).device.type == "cpu":
         finite(name, value)
 
@@ -144,21 +144,21 @@ def _holds_data(name: str, value: Tensor) -> None:
 
 
 def function(name: str, value: object) -> object:
-    """Return ``value``, which can be called."""
+    """Return ``value``, a callable."""
     if not callable(value):
         raise TypeError(f"{name} must be a function, got {shown(value)}")
     return value
 
 
 def instance(name: str, value: object, kind: type[Kind], made_by: str) -> Kind:
-    """Return ``value``, of one of the package's own classes; the error says what it is ``made_by``."""
+    """Return ``value``, an instance of one of the package's classes; the error says how it is ``made_by``."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a fastsched.{kind.__name__} ({made_by}), got {type(value).__name__}")
     return value
 
 
 def named(name: str, value: object) -> object:
-    """Return ``value``, a dictionary of things by name, at least one."""
+    """Return ``value``, a dictionary by name with at least one entry."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a dictionary by name, got {shown(value)}")
     if not value:
@@ -177,7 +177,7 @@ def optional(check: Check) -> Check:
 
 
 def process_group(name: str, value: object) -> object:
-    """Return ``value``, a group of processes of ``torch.distributed``, which has begun."""
+    """Return ``value``, a process group of ``torch.distributed``, which must be initialised."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise ValueError(f"{name} needs torch.distributed.init_process_group (torchrun does it), got {shown(value)}")
     if not isinstance(value, torch.distributed.ProcessGroup):
@@ -186,7 +186,7 @@ def process_group(name: str, value: object) -> object:
 
 
 def sample_range(name: str, value: object) -> range:
-    """Return which samples are meant, at least one: the first so many, or those of a ``range(a, b)``."""
+    """Return the numbers of the samples, at least one, from their count or a ``range(a, b)``."""
     if not isinstance(value, range):
         return range(positive_int(name, value))
     if not value or value.start < 0 or value.stop > COUNT_LIMIT or value.step != 1:
@@ -197,7 +197,7 @@ def sample_range(name: str, value: object) -> range:
 def seed(name: str, value: object) -> int:
     """Return a seed, an int within ``[0, 2^31)``.
 
-    Integers of NumPy are refused: products of theirs overflow, and JSON cannot hold them.
+    NumPy integers are refused: their products overflow, and JSON cannot hold them.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         hint = "; pass int(seed)" if hasattr(value, "__index__") else ""
@@ -208,7 +208,7 @@ def seed(name: str, value: object) -> int:
 
 
 def device(name: str, value: object) -> torch.device:
-    """Return ``value``, a device or the name of one, as a device that is there."""
+    """Return ``value``, a device or the name of one, as an available device."""
     if not isinstance(value, (str, torch.device, int)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a torch.device or a name such as 'cuda', got {shown(value)}")
     try:
@@ -237,7 +237,7 @@ def floating_dtype(name: str, value: object) -> torch.dtype:
 
 
 def choice(name: str, value: object, known: Iterable[str]) -> str:
-    """Return ``value``, one of the ``known`` names; the error lists them, and the nearest match."""
+    """Return ``value``, one of the ``known`` names; the error lists them and suggests the nearest one."""
     names = list(known)
     if isinstance(value, str) and value in names:
         return value
@@ -261,7 +261,7 @@ def sample_shape(name: str, shape: object) -> tuple[int, ...]:
 
 
 def float64(name: str, values: object) -> Tensor:
-    """``values``, real numbers, as a float64 CPU tensor of its own; a list of Python floats keeps every digit."""
+    """Copy ``values``, real numbers, to a float64 CPU tensor; a list of Python floats keeps every digit."""
     if isinstance(values, Tensor):
         if values.is_complex() or values.dtype == torch.bool:
             raise TypeError(f"{name} must be a tensor of real numbers, got {shown(values)}")
@@ -279,8 +279,8 @@ def float64(name: str, values: object) -> Tensor:
 def descending_sigmas(name: str, sigmas: object, *, to_zero: bool = False) -> Tensor:
     """Return ``sigmas`` as a float64 CPU tensor of at least two, strictly descending and non-negative.
 
-    The first value may be ``inf``: the noise level of a flow or zero-terminal-SNR process at its start. The last must
-    be 0 if ``to_zero``.
+    The first value may be ``inf``: the noise level of a flow or zero-terminal-SNR process at its start. With
+    ``to_zero`` the last must be 0.
     """
     values = float64(name, sigmas).add_(0.0)  # -0 becomes 0, whose inverse is inf
     if values.ndim != 1 or len(values) < 2:
@@ -300,7 +300,7 @@ def descending_sigmas(name: str, sigmas: object, *, to_zero: bool = False) -> Te
 
 
 def _levels(name: str, value: object) -> None:
-    """How many levels, or the levels themselves."""
+    """Check the number of levels, or the levels themselves."""
     if not isinstance(value, Tensor):
         if isinstance(value, (Sequence, np.ndarray)):
             raise TypeError(f"{name} must be a whole number or a tensor of noise levels, got {shown(value)}")
@@ -309,7 +309,7 @@ def _levels(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at least three positive noise levels; sigma 0 is added as the end")
 
 
-#: What arguments of these names must be, wherever they occur.
+#: The check of each argument name, the same in all public functions.
 CHECKS: dict[str, Check] = {
     **dict.fromkeys(("steps", "max_steps", "iterations", "max_iterations"), positive_int),
     **dict.fromkeys(("batch_size", "columns", "prompts_per_call"), optional(positive_int)),
