@@ -286,7 +286,7 @@ class _DenoiserRuns:
         with synchronisations(self.device) as waits:
             run(timed)
         found = timeline.run("network", None)
-        return found if waits is None else replace(found, synchronisations=[len(waits) // max(len(found.steps), 1)])
+        return found if waits is None else replace(found, synchronisations=[len(waits) / max(len(found.steps), 1)])
 
 
 def modes_of(module: nn.Module) -> list[str]:

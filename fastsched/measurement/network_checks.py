@@ -1,7 +1,7 @@
 """Checks with a few calls that the network is a denoiser, and of the kind that was declared.
 
-At most seven calls of one sample with fixed noises ``n``, five of them before the measurement, and six more if ``v`` or
-``F`` is unusual:
+At most seven calls of one sample with fixed noises ``n``, five of them before the measurement, and up to ten more if
+``v`` or ``F`` is unusual or samples have few elements:
 
 ==============================  ================================================================================
 call                            output of a denoiser ``D = E[x0 | z]``

@@ -21,12 +21,12 @@ class Run:
     Attributes:
         steps: For every step, its seconds by owner.
         seconds: Seconds of the whole run.
-        synchronisations: How often the host waited for the GPU in each step; None without a GPU.
+        synchronisations: How often the host waited for the GPU in each step, or the mean; None without a GPU.
     """
 
     steps: Sequence[dict[str, float]]
     seconds: float
-    synchronisations: Sequence[int] | None
+    synchronisations: Sequence[float] | None
 
 
 class Timeline:
@@ -97,7 +97,7 @@ class Timeline:
                 step = {}
         return found
 
-    def run(self, last: str, synchronisations: Sequence[int] | None) -> Run:
+    def run(self, last: str, synchronisations: Sequence[float] | None) -> Run:
         """The run so far; a step ends with a span of the owner ``last``."""
         return Run(self.steps(last), sum(seconds for _, seconds in self.spans()), synchronisations)
 
