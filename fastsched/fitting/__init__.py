@@ -1,1 +1,1 @@
-"""A schedule by running the sampler: candidates, audition, tuning."""
+"""Find a schedule by running the sampler: candidates, audition, tuning."""

@@ -32,16 +32,16 @@ CANDIDATES = 6
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """What one schedule's runs gave.
+    """The result of running one candidate schedule.
 
     Attributes:
-        name: What it is.
+        name: The candidate's name.
         schedule: The schedule, with its measured error.
-        errors: ``||x0 - x0_path||^2`` of each sample it ran, in the order of the statistics' samples, [<= B].
-        log_ratio: Mean over the samples that both ran of ``log(error / error of the winner)``.
+        errors: ``||x0 - x0_path||^2`` of each sample that was run, in the order of the statistics' samples, [<= B].
+        log_ratio: Mean of ``log(error / error of the winner)`` over the samples that this candidate ran.
         stderr: The standard error of `log_ratio`, from the paired differences; NaN with fewer than two samples.
-        rollout: Where the samples it ran ended, [<= B, *shape]; and what the network answered on the way, if it ran as
-            many as the winner.
+        rollout: The ends of the samples, [<= B, *shape]; and the network evaluations on the way, if the candidate ran
+            as many samples as the winner.
     """
 
     name: str
@@ -53,16 +53,16 @@ class Candidate:
 
     @property
     def error(self) -> float:
-        """Power mean of the errors, by which candidates are ranked (`fastsched.metrics.power_mean`)."""
+        """Power mean of the errors (`fastsched.metrics.power_mean`). Candidates are ranked by it."""
         return float(power_mean(self.errors))
 
 
 @dataclass(frozen=True, eq=False)
 class Audition:
-    """The outcome: every candidate, the best first, and what it took.
+    """The ranking of all candidates, the best first, and its cost.
 
     Attributes:
-        table: The candidates that ran all samples, by error; then those dropped on the way.
+        table: The candidates that ran all samples, by error; then the candidates dropped before that.
         model_calls: Network evaluations, counted per sample.
     """
 
@@ -71,11 +71,11 @@ class Audition:
 
     @property
     def winner(self) -> Schedule:
-        """The schedule of least error, which it holds as ``measured_error``."""
+        """The schedule of least error; the error is its ``measured_error``."""
         return self.table[0].schedule
 
     def complete(self, samples: int) -> list[tuple[Schedule, Rollout]]:
-        """The schedules that ran so many samples, and their runs."""
+        """The schedules that ran exactly this number of samples, and their runs."""
         return [(row.schedule, row.rollout) for row in self.table if len(row.rollout.ends) == samples]
 
     def __str__(self) -> str:
@@ -101,12 +101,12 @@ def audition(
     checks: bool = True,
     progress: Progress = True,
 ) -> Audition:
-    """Run candidate schedules with the real solver on the measured paths' noises, and rank them by their error.
+    """Run candidate schedules with the real solver from the noises of the measured paths, and rank them by their error.
 
-    Each candidate samples from the noises of the paths in ``stats``; its error is the squared distance to the paths'
-    ends, which are converged to the path's own accuracy (that of N steps of third-order UniPC); among schedules that
-    come near it, differences mean little. All run on the first three eighths of the samples, and the best two on the
-    rest. The rank is by the power mean over samples (`fastsched.metrics.power_mean`).
+    The error of a sample is its squared distance to the end of the measured path. The paths have the accuracy of N
+    steps of third-order UniPC, so differences between errors close to that accuracy mean little. All candidates run on
+    the first three eighths of the samples, and the best two also on the rest. Candidates are ranked by the power mean
+    over samples (`fastsched.metrics.power_mean`).
 
     Args:
         denoiser: The denoiser that ``stats`` was measured on.
@@ -118,15 +118,15 @@ def audition(
         batch_size: Samples run at once; all when None.
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None.
-        checks: Whether to ask first, by one call, if the denoiser is the one that was measured.
+        checks: Whether to check first, with one call, that the denoiser is the one that was measured.
         progress: Show a progress bar, or a function called with the model calls done and their total.
 
     Returns:
         The ranking. Cost: at most ``steps`` calls (``2 steps - 1`` for two-stage solvers) a sample and candidate.
 
     Raises:
-        ValueError: If there is no candidate, one has another number of steps, the statistics are of another network, or
-            the network returns NaN or inf.
+        ValueError: If there is no candidate, a candidate has another number of steps, the statistics are of another
+            network, or the network returns NaN or inf.
     """
     validate.arguments(locals(), **CHECKS)
     method = chosen_solver(solver)
@@ -143,7 +143,7 @@ def audition(
     return replace(found, model_calls=found.model_calls + asked)
 
 
-#: Checks of arguments that are not checked as elsewhere.
+#: Checks of the arguments of `audition` that differ from the defaults in `fastsched.validate`.
 CHECKS: dict[str, validate.Check] = {
     "denoiser": is_denoiser,
     "stats": is_statistics,
@@ -154,9 +154,9 @@ CHECKS: dict[str, validate.Check] = {
 
 
 def ranked(run: Run, stats: PathStatistics, candidates: Mapping[str, Schedule], calls: int, samples: int) -> Audition:
-    """Rank candidates by name with any sampler, by successive halving, on so many of the measured samples.
+    """Rank named candidates by successive halving with any sampler, on the first ``samples`` measured samples.
 
-    A run takes ``calls`` network evaluations a sample; a candidate is dropped where it gives None.
+    A run takes ``calls`` network evaluations per sample. A candidate is dropped if its first run returns None.
 
     Raises:
         ValueError: If no candidate could be run.
@@ -197,7 +197,7 @@ def _checked(
         sigmas = validate.descending_sigmas(f"candidates[{name!r}]", getattr(given, "sigmas", given))
         try:
             if isinstance(given, Schedule):
-                predicted = given.predicted_error if given.solver == method.name else None  # the other solver's
+                predicted = given.predicted_error if given.solver == method.name else None  # else for another solver
                 schedule = replace(given, solver=method.name, predicted_error=predicted)
             else:
                 schedule = Schedule.from_levels(stats.process, stats.process.level(sigmas), method.name)
@@ -210,7 +210,7 @@ def _checked(
 
 
 def first_round(samples: int) -> int:
-    """How many of the samples every candidate runs."""
+    """The number of samples that every candidate runs: three eighths of all, rounded up."""
     return -(-3 * samples // 8)
 
 

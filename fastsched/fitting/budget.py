@@ -1,17 +1,17 @@
 """How a fit divides its model calls between the measurement and the runs that follow.
 
-About half of the calls measure; of 100 and fewer, nearly all. Up to 400 calls, responses
-(`fastsched.measurement.deviated_paths`) were worth more than the samples that their calls would buy; above that only
-plans with responses were tried. Of two to six plans at each total, `PLANS` has the one of least error, typical and mean
-together, on five to seven denoisers: to 300 calls of the fitted solver, at 400 and 800 of DPM-Solver++(2M) too. At
-1,500, where fewer levels and more samples serve some denoisers better and others worse, it has the benchmark's. What
-more calls buy, and why the default is 800, is in ``docs/choosing.md``.
+About half of the calls measure; with 100 calls or fewer, nearly all do. Up to 400 calls, the calls that responses take
+(`fastsched.measurement.deviated_paths`) lowered the error more than the same calls spent on samples; above 400, only
+plans with responses were tried. For each total, two to six plans were compared on five to seven denoisers, with the
+fitted solver, and at 400 and 800 calls also with DPM-Solver++(2M). `PLANS` has the plan with the least typical and mean
+error together. At 1,500 calls it has the plan of the benchmark: fewer levels and more samples are better for some
+denoisers and worse for others. ``docs/choosing.md`` shows what more calls gain, and why the default is 800.
 
-Samples of few elements, such as points of the plane, are few equations to tune up to a hundred levels and weights by.
-There the calls of responses may serve better for twice as many samples. With 400 and 800 calls, data of 2 and of 4
-elements then had 0.6 of the typical error and 0.7 of the mean error (geometric means over solvers, steps and two to
-five seeds), and data of 8 elements 0.9 of both. With 100 and 200 calls single networks lose, up to twice the error;
-with 1,500 the plane gains nothing, and digits and patches have 1.7 times the error.
+Samples with few elements, such as points in the plane, give few equations to determine up to a hundred levels and
+weights. For them, twice as many samples without responses can be better. With 400 and 800 calls this gave 0.6 of the
+typical error and 0.7 of the mean error for data of 2 and 4 elements (geometric means over solvers, steps and two to
+five seeds), and 0.9 of both for data of 8 elements. With 100 and 200 calls some networks had up to twice the error.
+With 1,500 calls two-dimensional data gained nothing, and digits and patches had 1.7 times the error.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from torch import Tensor
 
 from fastsched.measurement.deviated_paths import deviated_paths, queries
 
-#: All calls of a fit by default, the measurement included.
+#: Default number of model calls of a fit, the measurement included.
 TOTAL = 800
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a measurement is made for ``total`` calls in all, counted per sample.
+    """The measurement of a fit.
 
     Attributes:
-        total: The calls.
+        total: The model calls of the fit, the measurement included, counted per sample.
         levels: Levels of a path.
-        samples: Paths with responses.
-        few_elements: Elements of a sample up to which there are no responses, and about twice as many paths.
+        samples: Paths, if responses are measured.
+        few_elements: For samples of at most this many elements, no responses and about twice as many paths.
     """
 
     total: int
@@ -59,12 +59,12 @@ PLANS = (
 
 
 def measuring_calls(levels: int, samples: int, *, responses: bool = True) -> int:
-    """Network evaluations that paths take, without the network's checks."""
+    """Network evaluations of the measured paths, without the checks of the network."""
     return samples * len(queries(levels, deviated_paths(levels) if responses else ()))
 
 
 def takes_responses(total: int, elements: int) -> bool:
-    """Whether a fit of ``total`` calls measures responses, for samples of so many elements."""
+    """Whether a fit of ``total`` calls measures responses, for samples with this number of elements."""
     return elements > _plan(total).few_elements
 
 
@@ -81,14 +81,14 @@ def planned(
     *,
     responses: bool = True,
 ) -> tuple[int | Tensor, int | range]:
-    """Levels and samples, as in `fastsched.measure`, of a fit of ``total`` calls; those given stay.
+    """Levels and samples, as in `fastsched.measure`, of a fit of ``total`` calls; given values are kept.
 
-    Steps need one level more, and there are as many samples as the plan's calls allow on the levels. A measurement,
-    with ``responses`` or without, takes ``calls(levels, samples)``.
+    There are at least ``steps + 1`` levels, and as many samples as the plan's calls allow for these levels.
+    ``calls(levels, samples)`` returns the calls of the measurement, ``responses`` says whether it has responses.
 
     Raises:
-        ValueError: If both are to be chosen and the calls are fewer than the smallest plan's, or the measurement takes
-            more than there are.
+        ValueError: If both are None and ``total`` is below the smallest plan's, or the measurement takes more calls
+            than ``total``.
     """
     if levels is None and samples is None and total < PLANS[0].total:
         raise ValueError(
@@ -106,10 +106,10 @@ def planned(
 
 
 def calls_left(total: int, measuring: int) -> int:
-    """Model calls of a fit of ``total`` that ``measuring`` leaves to rank and tune schedules.
+    """The model calls, of ``total``, that remain after ``measuring`` to rank and tune schedules.
 
     Raises:
-        ValueError: If the measurement takes more than there are.
+        ValueError: If the measurement takes more than ``total``.
     """
     if measuring > total:
         raise ValueError(

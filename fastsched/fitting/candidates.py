@@ -1,4 +1,4 @@
-"""Candidates: the schedules that the sampler is run on, made without model calls."""
+"""Candidates: the schedules with which the sampler is run, made without model calls."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from fastsched.selection.optimal import local_minima, optimal_schedule, ranked_s
 
 
 def stock_schedule(stats: PathStatistics, steps: int) -> Schedule:
-    """The schedule of `NEAREST_STOCK`, its weights written as those of a fitted schedule: the same samples."""
+    """The schedule of the solver `NEAREST_STOCK` as a fitted schedule with that solver's weights; same samples."""
     stock = optimal_schedule(stats, steps, NEAREST_STOCK)
     nodes = nodes_of(stats.process, stats.process.level(stock.sigmas))
     return replace(stock, solver=FITTED, weights=torch.from_numpy(stock_weights(NEAREST_STOCK, nodes)))
 
 
 def candidates_in_turn(stats: PathStatistics, steps: int, solver: str | Solver) -> Iterator[tuple[str, Schedule]]:
-    """Names and schedules, the most promising first; the later ones are made when they are asked for.
+    """Yield names and schedules, the most promising first.
 
-    First the schedule of `fastsched.optimal_schedule`, then where the other descents end, then the starts themselves,
-    by predicted error: dynamic programming, and the schedules in common use.
+    The schedule of `fastsched.optimal_schedule` comes first, then the ends of the other descents by predicted error,
+    then their starts by predicted error: schedules by dynamic programming and schedules in common use.
     """
     method = chosen_solver(solver)
     minima = local_minima(stats, steps, method)
     yield "optimal", minima[0].schedule(stats, method)
-    if method.name == FITTED:  # what the fitted solver must not be worse than
+    if method.name == FITTED:  # the fitted solver must not be worse than this stock solver
         yield NEAREST_STOCK, stock_schedule(stats, steps)
     for minimum in minima[1:]:
         yield f"from {minimum.name}", minimum.schedule(stats, method)

@@ -61,41 +61,41 @@ def fit(
 ) -> Schedule:
     """The schedule of ``steps`` steps for a denoiser and solver: `measure`, `optimal_schedule`, `audition`, `tune`.
 
-    `fastsched.fitting.budget` divides the calls between the measurement and the runs that rank candidates and tune.
-    Between 400 and 1,500 calls, samples of at most four elements are measured without responses, and about twice as
-    many where ``samples`` is None.
+    `fastsched.fitting.budget` divides the calls between the measurement and the runs that rank and tune candidates.
+    From 400 to below 1,500 calls, samples of at most four elements are measured without responses. If ``samples`` is
+    None, about twice as many of them are measured.
 
     Args:
-        denoiser: What to schedule.
+        denoiser: The denoiser to find a schedule for.
         shape: The shape of one sample, without the batch.
-        steps: Steps, of which the last ends at sigma 0.
+        steps: The number of steps; the last ends at sigma 0.
         solver: A solver's name; ``"fitted"`` finds the weights too (`fastsched.costs.fitted_weights`).
-        stats: An earlier measurement, used instead of a new one. Without increments its paths are followed again.
-        levels: As in `measure`; when None by the number of calls (`fastsched.fitting.budget`).
-        samples: As in `measure`; when None likewise.
-        model_calls: The most to spend, counted per sample, a measurement made here included: 800 when None (740 with
-            ``stats``, beside following its paths again). At least 60 where levels and samples are None. Too few for a
-            run give `optimal_schedule`'s result; after one run alone the fitted solver's is corrected, not run again.
+        stats: An earlier measurement to use instead of a new one. If it has no increments, its paths are run again.
+        levels: As in `measure`; chosen from the number of calls when None (`fastsched.fitting.budget`).
+        samples: As in `measure`; chosen from the number of calls when None.
+        model_calls: The most calls to spend, counted per sample, including a new measurement: 800 when None; with
+            ``stats`` 740, without those of repeated paths. At least 60 if levels and samples are None. Too few for a
+            run give `optimal_schedule`'s result; after a single run a fitted schedule is corrected but not run again.
         seed: As in `measure`.
         batch_size: Samples run at once; all when None, one with a checkpoint.
         device: As in `measure`.
         dtype: As in `measure`.
-        checks: As in `measure`; with ``stats``, whether to ask if the denoiser is the one that was measured.
-        decoupled: Whether the network may be given other levels than the states', tuned by the same runs. The error is
-            lower, but only samplers that can set both can use the schedule: `fastsched.sample` and
-            `fastsched.diffusers.apply`. For deterministic solvers of one call a step.
-        checkpoint: A file of every finished path, as in `measure`; beside it ``checkpoint.runs`` holds every finished
-            run of candidates and of tuning. The same call goes on from there to the same bits, after Ctrl-C, errors and
-            ``kill -9``; at most one batch is run twice. The files stay: remove them afterwards.
-        group: As in `measure`; the first process decides what is run, all run a part. All must give the same arguments.
+        checks: As in `measure`; with ``stats``, whether to check that the denoiser is the one that was measured.
+        decoupled: Whether the network may be given other levels than the states'; the same runs tune them. The error is
+            lower, but only samplers that can set both levels can use the schedule: `fastsched.sample` and
+            `fastsched.diffusers.apply`. For deterministic solvers with one call per step.
+        checkpoint: A file that keeps every finished path, as in `measure`. ``checkpoint.runs`` beside it keeps every
+            finished run of the sampler. After Ctrl-C, an error or ``kill -9``, the same call continues from the files
+            with bitwise the same result; at most one batch is run twice. Remove the files afterwards.
+        group: As in `measure`. The first process chooses the runs, all share their samples. All need equal arguments.
         progress: Show progress bars, or a function called with the model calls done and their total.
 
     Returns:
-        The schedule, with its predicted error, and its measured one if it was run.
+        The schedule, with its predicted error, and with its measured error if it was run.
 
     Raises:
-        ValueError: As `measure`, `audition` and `tune` do, if ``stats`` are of samples of another shape, if the
-            checkpoint is of another network or call, or if ``levels`` and ``samples`` take more than ``model_calls``.
+        ValueError: As in `measure`, `audition` and `tune`; if ``stats`` are of samples of another shape; if the
+            checkpoint is of another network or call; or if ``levels`` and ``samples`` take more than ``model_calls``.
             Errors in the runs carry the measurement as ``error.partial``.
     """
     return fit_report(**locals()).schedule
@@ -121,36 +121,36 @@ def fit_report(
     group: Any = None,
     progress: Progress = True,
 ) -> FitReport:
-    """`fit`, with all that it found on the way."""
+    """`fit`, returning the full report."""
     validate.arguments(locals(), **CHECKS)
     steps, model_calls, batch_size = map(_plain, (steps, model_calls, batch_size))
     method, decoupled, run, batches = _solver(solver, bool(decoupled)), bool(decoupled), None, None
-    grain = 1 if batch_size is None and checkpoint is not None else batch_size
+    batch = 1 if batch_size is None and checkpoint is not None else batch_size
     budget = model_calls if model_calls is not None else TOTAL if stats is None else MODEL_CALLS
     if stats is None:
         responses = takes_responses(budget, math.prod(shape))
         levels, samples = planned(budget, steps, levels, samples, responses=responses)
         run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses, True)
-        batches = batches_of(shape, samples, seed, grain, checks, checkpoint, progress)
-        calls_left(budget, run.calls * len(batches.seeds) + CHECK_CALLS * checks)  # an error before any call
+        batches = batches_of(shape, samples, seed, batch, checks, checkpoint, progress)
+        calls_left(budget, run.calls * len(batches.seeds) + CHECK_CALLS * checks)  # raises before any call is made
     _check_steps(steps, len(run.s) if run is not None else stats.levels if stats is not None else 0)
     log_file = None if checkpoint is None else runs_beside(checkpoint, *rank_and_size(group))
     if log_file is not None:
         check_writable(log_file)
     what = _agreed(group, stats, steps=steps, solver=method.name, model_calls=model_calls, decoupled=decoupled or None)
-    options = {"batch_size": grain, "device": device, "dtype": dtype}
+    options = {"batch_size": batch, "device": device, "dtype": dtype}
     best, known = None, stats is not None
     try:
-        if run is not None and batches is not None:  # not by `measure`, which hands back fewer paths on an interrupt
+        if run is not None and batches is not None:  # not `measure`: on an interrupt it returns the finished paths
             stats = measured_in_group(run, batches, resumed(checkpoint, run, batches), group, vectors="first")
             budget = max(0, budget - stats.model_calls)
-        stats = _same(denoiser, shape, stats, checks and known, device, dtype)
-        lacking = known and stats.increments is None  # in a group all but the first process have none
+        stats = _checked_stats(denoiser, shape, stats, checks and known, device, dtype)
+        lacking = known and stats.increments is None  # a new measurement has none in processes after the first
         if lacking and affordable(method.model_calls(steps), stats.samples, budget) and steps > 1:
             stats = with_increments(denoiser, stats, checkpoint=checkpoint, group=group, **options)
         runner, calls = Runner(denoiser, stats, method, **options), method.model_calls(steps)
         if log_file is not None:
-            runner.kept = RunLog(log_file, identity(stats, **what, batch_size=grain, dtype=str(runner.dtype))).run
+            runner.cache = RunLog(log_file, identity(stats, **what, batch_size=batch, dtype=str(runner.dtype))).run
         best = BestSoFar(runner, stats)
         made = partial(_fitted, best, steps=steps, method=method, calls=calls, budget=budget, decoupled=decoupled)
         with progress_bar(budget, progress, "fitting") as runner.advance:
@@ -174,7 +174,7 @@ CHECKS: dict[str, validate.Check] = {
 
 
 def _plain(number: Any) -> Any:
-    """A whole number as Python's own: NumPy's do not go into files."""
+    """A whole number as a Python int, because NumPy integers cannot be written to JSON."""
     return None if number is None else int(number)
 
 
@@ -191,7 +191,7 @@ def _check_steps(steps: int, count: int) -> None:
 
 
 def _agreed(group: Any, stats: PathStatistics | None, **arguments: Any) -> dict[str, Any]:
-    """The arguments that tell one fit from another; ValueError if other processes of a group were given others."""
+    """The arguments that identify a fit; ValueError if the processes of a group were given different ones."""
     check_alike({**arguments, "stats": None if stats is None else identity(stats)["stats"]}, group)
     return arguments
 
@@ -199,14 +199,14 @@ def _agreed(group: Any, stats: PathStatistics | None, **arguments: Any) -> dict[
 def _fitted(
     best: BestSoFar, run: Run, *, steps: int, method: Solver, calls: int, budget: int, decoupled: bool
 ) -> FitReport:
-    """The fit by ``run``; ``best`` remembers what it gave, where runs are dealt out over a group too."""
+    """The fit by ``run``, which may be shared by a group; ``best`` remembers the finished runs."""
     best.run = run
     candidates = candidates_in_turn(best.stats, steps, method)
     options = {"calls": calls, "model_calls": budget, "decoupled": decoupled}
     return fit_by_running(best, best.stats, steps, method.name, candidates, **options)
 
 
-def _same(
+def _checked_stats(
     denoiser: Denoiser,
     shape: Sequence[int],
     stats: PathStatistics | None,
@@ -214,7 +214,7 @@ def _same(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> PathStatistics:
-    """Statistics of this denoiser and shape, with the call that checked it; ValueError if they are of others."""
+    """The statistics, with the check added to their calls; ValueError if they are of another denoiser or shape."""
     assert stats is not None
     if tuple(shape) != stats.shape:
         raise ValueError(f"stats are of samples of shape {stats.shape}, not of shape {tuple(shape)}")

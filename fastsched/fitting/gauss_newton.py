@@ -1,12 +1,13 @@
 """Lower the predicted error of a schedule over its levels and weights together.
 
-A sample's error is a vector that depends smoothly on the parameters, ``E_b(x)``, and the objective is the power mean of
-``q_b = ||E_b||^2`` plus the penalty on unexplained deviations (`fastsched.costs.prediction`). Its gradient is that of
-the sum of squares with weights ``w_b = q_b^(p - 1)``. So a step solves, with Jacobians ``J_b`` by finite differences,
+The error of sample ``b`` is a vector ``E_b(x)`` that depends smoothly on the parameters. The objective is the power
+mean of ``q_b``, which is ``||E_b||^2`` plus the penalty on unexplained deviations (`fastsched.costs.prediction`). Its
+gradient is proportional to that of the sum of the ``q_b`` with fixed weights ``w_b = q_b^(p - 1)``. So a step solves
 
     ``(H + mu diag H) dx = -g``,   ``H = sum_b w_b J_b' J_b``,   ``g = sum_b w_b J_b' E_b``,
 
-for a row of dampings ``mu`` at once (Levenberg 1944; Marquardt 1963), and the one of least error is taken.
+with Jacobians ``J_b`` by finite differences. All dampings ``mu`` of `DAMPINGS` are tried at once (Levenberg 1944;
+Marquardt 1963), and the step to the least error is taken.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from fastsched.costs.surrogate import Outcome
 from fastsched.fitting.neighbourhood import Neighbourhood
 from fastsched.metrics import EXPONENT
 
-#: The dampings ``mu``.
+#: The dampings ``mu`` that every step tries.
 DAMPINGS = 10.0 ** np.arange(-4.0, 3.5, 0.5)
 
-#: The most steps, and the relative gain below which there is no other.
+#: The most steps, and the relative decrease of the error below which the iteration stops.
 STEPS, LEAST_GAIN = 12, 1e-3
 
-#: Finite differences, in ``log s`` and in weights.
+#: Length of finite differences, in ``log s`` and in weights.
 DIFFERENCE = 1e-4
 
 
 def lowered(near: Neighbourhood, x: Array, low: Array, high: Array) -> Array:
-    """Parameters [P] within ``low`` and ``high`` whose predicted error is not above that of ``x``, the start."""
+    """Parameters [P] between ``low`` and ``high`` whose predicted error is at most that of the start ``x``."""
     free = np.flatnonzero(high > low)
     error = float(near.predicted(x[None])[0])
     for _ in range(STEPS if len(free) else 0):
@@ -50,7 +51,7 @@ def lowered(near: Neighbourhood, x: Array, low: Array, high: Array) -> Array:
 
 
 def quadratic(near: Neighbourhood, x: Array, free: NDArray[np.intp]) -> tuple[Array, Array]:
-    """``g`` and ``H`` at ``x`` over the parameters ``free``, with ``w_b`` scaled so that ``sum_b w_b q_b = 1``."""
+    """``g`` and ``H`` at ``x`` over the parameters ``free``, with ``w_b`` scaled such that ``sum_b w_b q_b = 1``."""
     moved = x + DIFFERENCE * np.eye(len(x))[free]
     found = near.outcome(np.concatenate([x[None], moved]))
     error, deviations = found.error[0], found.deviations[0]

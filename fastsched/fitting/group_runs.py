@@ -1,7 +1,7 @@
-"""Runs of the sampler dealt out over the processes of a ``torch.distributed`` group.
+"""Runs of the sampler, with the samples shared among the processes of a ``torch.distributed`` group.
 
-The first process decides which schedule runs next; the others only run their part of the samples, so that no two can
-come to different decisions.
+Only the first process decides which schedule runs next, so that processes cannot make different decisions. The others
+only run their part of the samples.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Result = TypeVar("Result")
 
 
 def led_by_first(run: Run, work: Callable[[Run], Result], group: Any) -> Result:
-    """``work(run)``, a report of a fit, with the samples of each run dealt out over ``group``.
+    """``work(run)``, the report of a fit, with the samples of each run shared among the processes of ``group``.
 
-    Only the first process does the work, given a function that runs schedules. Every process gets the report; all but
-    the first without increments.
+    Only the first process calls ``work``. Every process gets the report; all but the first get it without increments
+    and responses.
 
     Raises:
-        RuntimeError: If another process failed; in that one, its own error.
+        RuntimeError: If another process failed. The process that failed raises its own error.
     """
     rank, size = rank_and_size(group)
     if size == 1:
@@ -35,7 +35,7 @@ def led_by_first(run: Run, work: Callable[[Run], Result], group: Any) -> Result:
     try:
         result = work(lambda schedule, first, last: _dealt_out(run, schedule, first, last, group))
     except Exception as error:
-        with contextlib.suppress(Exception):  # a process may be gone, which is then what went wrong
+        with contextlib.suppress(Exception):  # the failure may be a dead process, which cannot be told
             first_ones(("failed", described(error)), group)
         raise
     first_ones(("done", without_vectors(result)), group)
@@ -43,7 +43,7 @@ def led_by_first(run: Run, work: Callable[[Run], Result], group: Any) -> Result:
 
 
 def without_vectors(report: Any) -> Any:
-    """A report of a fit without increments and responses, which the other processes do not need."""
+    """The report of a fit without increments and responses: they are large, and other processes do not need them."""
     light = replace(report.stats, increments=None, responses=None)
     return replace(report, stats=light)
 
@@ -52,7 +52,7 @@ def _dealt_out(run: Run, schedule: Schedule, first: int, last: int, group: Any) 
     first_ones(("run", (schedule, first, last)), group)
     own, failure = _own_part(run, schedule, first, last, group)
     found = gathered_by_first((own, described(failure)), group)
-    assert found is not None  # this is the first process
+    assert found is not None  # the first process gets the results
     wrong = failures([text for _, text in found])
     if wrong is not None:
         raise failure if failure is not None else RuntimeError(wrong)
@@ -74,7 +74,7 @@ def _follow(run: Run, group: Any) -> Any:
 
 
 def _own_part(run: Run, schedule: Schedule, first: int, last: int, group: Any) -> tuple[Any, Exception | None]:
-    """This process's samples of a run, or what went wrong."""
+    """The run of this process's samples, and the error if it failed."""
     own = share(range(first, last), group)
     if len(own) == 0:
         return "nothing to run", None

@@ -1,4 +1,4 @@
-"""What an interrupted fit hands back."""
+"""The schedule that an interrupted fit returns."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
 from fastsched.selection.optimal import optimal_schedule
 
-#: What to do so that nothing is lost.
+#: Advice at the end of the warning about an interrupt.
 ADVICE = "(fit(checkpoint=PATH) keeps what is finished in files, and the same call goes on from there)"
 
 
 @dataclass
 class BestSoFar:
-    """Runs schedules by ``run``, and remembers which were finished."""
+    """Calls ``run``, and remembers the finished runs of each schedule."""
 
     run: Run
     stats: PathStatistics
@@ -38,7 +38,7 @@ class BestSoFar:
         return found
 
     def best(self) -> Schedule | None:
-        """The schedule of least error among those that ran on the most samples; None if none was run."""
+        """The schedule of least error among those that ran on the most samples; None if no schedule was run."""
         runs = [
             (schedule, distances(self.stats, Rollout.joined(parts).ends)) for schedule, parts in self.finished.values()
         ]
@@ -49,7 +49,7 @@ class BestSoFar:
 
 
 def interrupted_schedule(stats: PathStatistics, steps: int, method: Solver, runs: BestSoFar | None = None) -> Schedule:
-    """The best schedule that is known when a fit is interrupted, with a warning that says what it is."""
+    """The best schedule known when a fit is interrupted; a warning says where it comes from."""
     best = None if runs is None else runs.best()
     if runs is not None and best is not None:
         what = f"the best of the {len(runs.finished)} that were run"

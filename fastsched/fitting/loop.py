@@ -1,7 +1,7 @@
 """The fit loop: from a measurement to a schedule by running the sampler.
 
-Candidates are made without model calls, ranked by running them, and the best are tuned. The sampler is a callback, so
-the same loop fits a denoiser (`fastsched.fit`) and a pipeline of diffusers (`fastsched.diffusers.fit`).
+Candidates are made without model calls, and ranked by running them. Then the best is tuned. The sampler is a callback,
+so the same loop fits a denoiser (`fastsched.fit`) and a pipeline of diffusers (`fastsched.diffusers.fit`).
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from itertools import islice
 from fastsched.costs.prediction import predict_error
 from fastsched.fitting.auditioning import FINALISTS, Audition, first_round, ranked
 from fastsched.fitting.rollouts import Run
-from fastsched.fitting.tuning import Tuning, moved_once, tuned
+from fastsched.fitting.tuning import Tuning, corrected_without_run, tuned
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.schedule import Schedule
 from fastsched.selection.optimal import optimal_schedule
 
-#: The most model calls after the measurement, counted per sample.
+#: Default limit of the model calls after the measurement, counted per sample.
 MODEL_CALLS = 740
 
-#: How many candidates are run, if the first round, of few samples each, takes no more than this fraction of the calls.
-#: What is left is for tuning: its runs lower the error more than a choice among more candidates.
-#: With decoupled levels, which begin by a run that only learns, no more than the finalists: at 12 steps four
-#: candidates had 1.16 times the error (13 fits).
+#: The most candidates that are run, and the largest fraction of the model calls for their first round, in which each
+#: runs few samples. The other calls are for tuning: its runs lower the error more than a choice among more candidates.
+#: With decoupled levels at most `FINALISTS` are run, because tuning begins with a run that only explores: at 12 steps,
+#: fits with four candidates had 1.16 times the error (13 fits).
 CANDIDATES, FIRST_ROUND = 4, 0.25
 
 
@@ -35,9 +35,9 @@ class FitReport:
 
     Attributes:
         schedule: The schedule.
-        stats: The measurement, with increments if there was tuning.
-        audition: The ranking of the candidates, if they were run.
-        tuning: The tuning, if there was one.
+        stats: The measurement, with increments if the schedule was tuned.
+        audition: The ranking of the candidates; None if they were not run.
+        tuning: The tuning; None if the schedule was not tuned.
     """
 
     schedule: Schedule
@@ -63,13 +63,13 @@ def fit_by_running(
     model_calls: int = MODEL_CALLS,
     decoupled: bool = False,
 ) -> FitReport:
-    """Rank candidates by running them, and tune the best, unless the statistics hold no increments.
+    """Rank candidates by running them, and tune the best. Without increments in the statistics nothing is tuned.
 
-    Candidates come with names, the most promising first; only as many are made as the calls allow. A run takes
-    ``calls`` a sample. Where ``model_calls``, the most to spend, do not suffice for one run of all samples, the
-    schedule is that of `fastsched.optimal_schedule`. Where they do for one alone, a fitted solver's is moved by
-    what that tells, and not run again. With ``decoupled``, tuning may tell the network other levels than the states'; a
-    warning says if nothing is tuned.
+    ``candidates`` yields names and schedules, the most promising first; only as many are made as the calls allow. A run
+    takes ``calls`` per sample, and all runs take at most ``model_calls``. If these do not suffice for one run of all
+    samples, the schedule is that of `fastsched.optimal_schedule`. If too few calls remain for another run, the schedule
+    of a fitted solver is corrected but not run again. With ``decoupled``, tuning may give the network other levels than
+    the states'; a warning says if nothing was tuned.
 
     Raises:
         ValueError: If no candidate could be run.
@@ -86,17 +86,17 @@ def fit_by_running(
             tuning = tuned(run, stats, finalists, trials, calls, decoupled=decoupled)
             schedule = tuning.schedule
         elif schedule.weights is not None:
-            schedule = moved_once(stats, finalists)
+            schedule = corrected_without_run(stats, finalists)
     return _completed(FitReport(schedule, stats, audition, tuning), decoupled=decoupled)
 
 
 def _completed(found: FitReport, *, decoupled: bool) -> FitReport:
-    """The report, its schedule with a predicted error and an origin where they are known."""
+    """The report, with a predicted error and an origin added to its schedule where they are known."""
     if decoupled and found.tuning is None:
         why = _why_not_tuned(found.stats, found.schedule.steps)
         warnings.warn(f"decoupled=True had no effect: {why}", stacklevel=3)
     schedule, origin = found.schedule, found.stats.schedule_origin()
-    if schedule.predicted_error is None and schedule.network_sigmas is None:  # which the measurement does not know
+    if schedule.predicted_error is None and schedule.network_sigmas is None:  # no prediction for decoupled levels
         schedule = replace(schedule, predicted_error=predict_error(found.stats, schedule))
     if origin is not None:
         schedule = replace(schedule, origin=replace(origin, model_calls=found.model_calls))
@@ -112,9 +112,9 @@ def _why_not_tuned(stats: PathStatistics, steps: int) -> str:
 
 
 def affordable(calls: int, samples: int, model_calls: int) -> int:
-    """How many candidates can be ranked within ``model_calls``, with some left to tune; 0 if not one.
+    """How many candidates can be ranked within ``model_calls``, if possible with calls left to tune; 0 if not even one.
 
-    A run takes ``calls`` a sample, and finalists run on all ``samples``.
+    A run takes ``calls`` per sample, and finalists run on all ``samples``.
     """
     if model_calls < calls * samples:
         return 0

@@ -1,15 +1,16 @@
 """Predicted errors of schedules near one that was run.
 
-The parameters ``x`` of a schedule are the logarithms of its inner levels; if the solver is fitted, its weights below
-the diagonal, row by row; and with decoupled levels, how far each level that the network is told lies from the state's
-in ``log s``. Near the anchor ``x_a``, a schedule that was run and whose error ``E_a`` is known,
+The parameters ``x`` of a schedule are the logarithms of its inner levels. If the solver is fitted, its weights below
+the diagonal follow, row by row. With decoupled levels the offsets ``log(s_told / s)`` of all steps are last, where the
+network is told ``s_told`` instead of the state's level ``s``. The anchor ``x_a`` is a schedule that was run, so its
+error ``E_a`` is known. Near the anchor the error is predicted as
 
     ``E(x) ~ E_a + (C(x) - C(x_a)) v + sum_m c_m(x) R_m``,   ``R_m = E_m - E_a - (C(x_m) - C(x_a)) v``,
 
 where ``C(x) v`` is the error on the surrogate (`fastsched.costs.surrogate`) with the secants of the runs so far
-(`fastsched.fitting.run_secants`). So the surrogate's error at the anchor cancels, and only that of a change remains
-(space mapping: Bandler et al. 1994). The other runs ``m`` correct that: ``c(x)`` are the coefficients of ``x - x_a`` in
-the ``x_m - x_a`` (least squares, damped), which is Broyden's method in its multisecant form (Fang & Saad 2009).
+(`fastsched.fitting.run_secants`). The surrogate only predicts the change from the anchor, where its error cancels
+(space mapping: Bandler et al. 1994). The other runs ``m`` correct this change: ``c(x)`` are the coefficients of
+``x - x_a`` over the ``x_m - x_a`` by damped least squares (Broyden's method in multisecant form: Fang & Saad 2009).
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ from fastsched.sampling.solvers import Solver
 from fastsched.selection.constraints import ROUNDING, known_levels, separate
 from fastsched.selection.descent import log_gaps
 
-#: Damping of the least squares over other runs, by the square and the fourth power of their distance.
+#: Damping of the least squares over other runs: factors of the square and the fourth power of their distance.
 DAMPING = (1e-3, 0.1)
 
-#: How far the level that the network is told may move, against the state's: 1, 1/2 and 1/4 gave errors of 0.60, 0.60
+#: How far an offset may move, as a fraction of how far the state's level may: 1, 1/2 and 1/4 gave errors of 0.60, 0.60
 #: and 0.63 of those of coupled levels, at worst 1.9, 1.6 and 2.5 (45 fits of three networks and solvers).
 OFFSET_REACH = 0.5
 
@@ -47,17 +48,17 @@ class Neighbourhood:
     """Schedules near the anchor.
 
     Attributes:
-        surrogate: The denoiser as measured.
-        secants: What the measurement and the runs know beyond the scalar Jacobian.
+        surrogate: The surrogate of the denoiser.
+        secants: The secants of the measurement and of the runs.
         norms: Norms over all V known vectors, relative to each sample's error under the anchor.
         solver: The solver.
-        levels: The anchor's, [steps + 1].
-        weights: The anchor's if the solver is fitted, [steps, steps].
-        offsets: The anchor's with decoupled levels, [steps].
-        column: Which of the vectors is the anchor's error.
+        levels: Levels of the anchor, [steps + 1].
+        weights: Weights of the anchor, [steps, steps]; None unless the solver is fitted.
+        offsets: Offsets of the anchor, [steps]; None unless levels are decoupled.
+        column: Index of the anchor's error among the vectors.
         others: Parameters of the other runs, [M, P].
-        columns: Which of the vectors are their errors, [M].
-        least: A squared error that is rounding.
+        columns: Indices of the other runs' errors among the vectors, [M].
+        least: The squared error that rounding makes; no prediction is lower.
         penalty: Weight of deviations that no secant explains.
     """
 
@@ -76,12 +77,12 @@ class Neighbourhood:
 
     @property
     def inner(self) -> int:
-        """How many parameters are levels; weights follow, and offsets are last."""
+        """The number of parameters that are levels; weights follow, and offsets are last."""
         return len(self.levels) - 2
 
     @property
     def steps(self) -> int:
-        """How many steps the schedules have."""
+        """The number of steps of the schedules."""
         return len(self.levels) - 1
 
     @cached_property
@@ -90,10 +91,10 @@ class Neighbourhood:
         return parameters(self.levels, self.weights, self.offsets)
 
     def bounds(self, reach: float, low: float, high: float) -> tuple[Array, Array]:
-        """The least and largest parameters within ``reach``, in fractions of a level's gap to its nearer neighbour.
+        """The least and largest parameters within ``reach``, a fraction of each level's gap to its nearer neighbour.
 
-        Weights have no bounds. The level that the network is told moves half as far as the state's, within the range
-        from the level ``low`` to the highest finite one, ``high``.
+        Weights have no bounds. Offsets move `OFFSET_REACH` times as far, and keep the level that the network is told
+        between ``low`` and ``high``, the highest finite level.
         """
         most = np.full(len(self.anchor), math.inf)
         most[: self.inner] = gaps = reach * np.minimum(*log_gaps(self.levels, low, high))
@@ -106,7 +107,7 @@ class Neighbourhood:
         return least, largest
 
     def point(self, x: Array) -> Point:
-        """What parameters [P] stand for."""
+        """The schedule with parameters ``x`` [P]."""
         levels, weights, offsets = self._unpacked(x[None])
         told = None
         if offsets is not None and bool(offsets.any()):
@@ -114,7 +115,7 @@ class Neighbourhood:
         return Point(levels[0], None if weights is None else weights[0], told)
 
     def at_known_levels(self, x: Array) -> Array:
-        """``x`` with the nearest levels that the network knows."""
+        """``x`` with each level moved to the nearest one that the network knows."""
         levels, weights, offsets = self._unpacked(x[None])
         known = known_levels(self.surrogate.process, levels)
         if offsets is not None:
@@ -123,7 +124,7 @@ class Neighbourhood:
         return parameters(known[0], *(None if each is None else each[0] for each in (weights, offsets)))
 
     def outcome(self, x: Array) -> Outcome:
-        """The error, and how unexplained deviations change, of C parameters [C, P]."""
+        """The predicted errors of C schedules from ``x`` [C, P], and the change of their unexplained deviations."""
         found = self._on_surrogate(x)
         error = found.error - self._base.error
         error[:, self.column] += 1.0
@@ -135,7 +136,7 @@ class Neighbourhood:
         return np.maximum(squared_errors(self.norms, outcome, self.penalty), self.least)
 
     def predicted(self, x: Array) -> Array:
-        """The predicted errors of C parameters [C, P], [C]; ``inf`` where levels are not apart."""
+        """The predicted errors [C] of C schedules from ``x`` [C, P]; ``inf`` where levels are too close together."""
         levels, _, offsets = self._unpacked(x)
         valid = separate(self.surrogate.process, levels)
         if offsets is not None:
@@ -153,7 +154,7 @@ class Neighbourhood:
 
     @cached_property
     def _correction(self) -> Array:
-        """What the other runs add to the surrogate's Jacobian ``dC/dx``, [P, V]."""
+        """The correction that the other runs add to the surrogate's Jacobian ``dC/dx``, [P, V]."""
         if len(self.others) == 0:
             return np.zeros((len(self.anchor), self.norms.vectors))
         apart = self.others - self.anchor
@@ -170,7 +171,7 @@ class Neighbourhood:
         return surrogate_runs(self.surrogate, levels, self.solver, *known).outcome
 
     def _unpacked(self, x: Array) -> tuple[Array, Array | None, Array | None]:
-        """Levels [C, steps + 1], weights [C, steps, steps] and offsets [C, steps] of parameters [C, P]."""
+        """Levels [C, steps + 1], weights [C, steps, steps] and offsets [C, steps] from parameters [C, P]."""
         levels, weights, offsets = np.repeat(self.levels[None], len(x), axis=0), None, None
         levels[:, 1:-1], x = np.exp(x[:, : self.inner]), x[:, self.inner :]
         if self.offsets is not None:
@@ -190,7 +191,7 @@ class Point:
     Attributes:
         levels: Its levels, [steps + 1].
         weights: The fitted solver's, [steps, steps].
-        told: The levels that the network is told, [steps]; None if they are the states'.
+        told: The levels that the network is told, [steps]; None if they are the states' levels.
     """
 
     levels: Array
@@ -198,7 +199,7 @@ class Point:
     told: Array | None
 
     def in_order(self, process: NoiseProcess) -> bool:
-        """Whether levels, and those that the network is told, descend far enough apart."""
+        """Whether the levels, and the levels that the network is told, descend and are far enough apart."""
         return all(bool(separate(process, each[None])) for each in (self.levels, self.told) if each is not None)
 
     def schedule(self, process: NoiseProcess, solver: str) -> Schedule:
@@ -211,6 +212,6 @@ class Point:
 
 
 def parameters(levels: Array, weights: Array | None, offsets: Array | None) -> Array:
-    """``x`` of levels [steps + 1], of weights [steps, steps] if they are fitted, and of offsets [steps]."""
+    """``x`` from levels [steps + 1], weights [steps, steps] if they are fitted, and offsets [steps] if decoupled."""
     below = [] if weights is None else [weights[np.tril_indices(len(weights), -1)]]
     return np.concatenate([np.log(levels[1:-1]), *below, *([] if offsets is None else [offsets])])

@@ -1,4 +1,4 @@
-"""Runs of the sampler from the noises of the measured paths, and what the network answered on the way."""
+"""Runs of the sampler from the noises of the measured paths, and the network evaluations on the way."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from fastsched.sampling.solvers import Solver
 
 @dataclass(frozen=True)
 class Evaluations:
-    """What a run of the sampler asked the network and was told.
+    """Inputs and outputs of the network in a run of the sampler.
 
     Attributes:
-        s: Levels, in order.
-        states: ``y = z / s`` at each, [B, *shape].
-        denoised: ``D`` at each, [B, *shape].
+        s: The level of each evaluation, in order.
+        states: ``y = z / s`` at each evaluation, [B, *shape].
+        denoised: ``D`` at each evaluation, [B, *shape].
     """
 
     s: tuple[float, ...]
@@ -38,7 +38,7 @@ class Evaluations:
 
     @classmethod
     def of(cls, calls: Sequence[tuple[float, Tensor, Tensor]]) -> Evaluations:
-        """From calls ``(s, y, D)``, in order."""
+        """The evaluations from calls ``(s, y, D)``, in order."""
         s, states, denoised = zip(*calls, strict=True)
         return cls(s, states, denoised)
 
@@ -49,7 +49,7 @@ class Rollout:
 
     Attributes:
         ends: Where the samples ended, [B, *shape].
-        evaluations: What the network was asked on the way and what it said, if that was kept.
+        evaluations: Inputs and outputs of the network on the way; None if they were not kept.
     """
 
     ends: Tensor
@@ -65,7 +65,7 @@ class Rollout:
 
     @classmethod
     def joined(cls, parts: Sequence[Rollout]) -> Rollout:
-        """One run from batches of samples, in order."""
+        """One run from the runs of batches of samples, in order."""
         found = [part.evaluations for part in parts if part.evaluations is not None]
         ends = torch.cat([part.ends for part in parts])
         if len(found) < len(parts):
@@ -75,20 +75,20 @@ class Rollout:
         return cls(ends, Evaluations(found[0].s, states, denoised))
 
 
-#: Runs a schedule for samples ``first .. last - 1`` of the measured ones; None if it cannot.
+#: ``run(schedule, first, last)`` runs a schedule for the measured samples ``first .. last - 1``; None if it cannot.
 Run: TypeAlias = "Callable[[Schedule, int, int], Rollout | None]"
 
-#: Given a schedule, samples ``first .. last - 1`` and what makes their run: the run, made now or before.
-Kept: TypeAlias = "Callable[[Schedule, int, int, Callable[[], Rollout | None]], Rollout | None]"
+#: ``cache(schedule, first, last, make)`` returns a run from the cache, or makes it with ``make()`` and stores it.
+RunCache: TypeAlias = "Callable[[Schedule, int, int, Callable[[], Rollout | None]], Rollout | None]"
 
 
 @dataclass(frozen=True)
 class RecordingDenoiser(Denoiser):
-    """A denoiser that keeps what it is asked, and what it answers, on the CPU.
+    """A denoiser that keeps its inputs and outputs on the CPU.
 
     Attributes:
-        own: The denoiser that answers.
-        calls: ``(s, y, D)`` of each.
+        own: The denoiser that is called.
+        calls: ``(s, y, D)`` of each call.
     """
 
     own: Denoiser | None = None
@@ -96,19 +96,19 @@ class RecordingDenoiser(Denoiser):
 
     @classmethod
     def of(cls, denoiser: Denoiser) -> RecordingDenoiser:
-        """One that answers as ``denoiser``."""
+        """A recording denoiser that calls ``denoiser``."""
         return cls(**{each.name: getattr(denoiser, each.name) for each in fields(Denoiser)}, own=denoiser)
 
     def denoise(
         self, y: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None, told: Tensor | float | None = None
     ) -> Tensor:
-        """As `Denoiser.denoise`, of one level."""
+        """As `Denoiser.denoise`, but for one level only."""
         found = (self.own or super()).denoise(y, s, dtype=dtype, **told_argument(told))
         self.calls.append((float(s), LateReading(y), LateReading(found)))
         return found
 
     def evaluations(self) -> Evaluations:
-        """All so far; waits for the device."""
+        """All evaluations so far; waits for the device."""
         return Evaluations.of([(s, y.values(), denoised.values()) for s, y, denoised in self.calls])
 
 
@@ -116,8 +116,8 @@ class Runner:
     """Runs a denoiser's sampler from the noises of the measured paths.
 
     Attributes:
-        advance: Called with the number of model calls made.
-        kept: What every batch is run through, so that it can be kept in a file (`fastsched.fitting.run_log`).
+        advance: Called after every batch with the number of model calls made.
+        cache: Called to run every batch; may keep the runs in a file (`fastsched.fitting.run_log`).
     """
 
     def __init__(
@@ -131,18 +131,18 @@ class Runner:
     ) -> None:
         self.denoiser, self.method = denoiser, method
         self.advance: Callable[[int], object] = lambda calls: None
-        self.kept: Kept = lambda schedule, first, last, make: make()
+        self.cache: RunCache = lambda schedule, first, last, make: make()
         self.device, self.dtype = placement(denoiser, device, dtype)
         self.noise = noise_of(stats.seeds, stats.shape)
         self.batch = stats.samples if batch_size is None else validate.positive_int("batch_size", batch_size)
 
     def __call__(self, schedule: Schedule, first: int, last: int) -> Rollout:
-        """Samples ``first .. last - 1`` under a schedule."""
+        """Run samples ``first .. last - 1`` with a schedule."""
         parts = []
         for start in range(first, last, self.batch):
             stop = min(start + self.batch, last)
-            made = self.kept(schedule, start, stop, partial(self._batch, schedule, start, stop))
-            assert made is not None  # a denoiser that cannot be run raises
+            made = self.cache(schedule, start, stop, partial(self._batch, schedule, start, stop))
+            assert made is not None  # a denoiser that cannot be run raises an error
             parts.append(made)
             self.advance((stop - start) * self.method.model_calls(schedule.steps))
         return Rollout.joined(parts)
@@ -162,13 +162,13 @@ class Runner:
 
 
 def distances(stats: PathStatistics, ends: Tensor) -> Tensor:
-    """Squared distances of ends [<= B, *shape] to those of the first paths, [<= B] float64.
+    """Squared distances of ends [<= B, *shape] to the ends of the first measured paths, [<= B] float64.
 
-    An exact hit must not make a geometric mean 0: rounding of the ends is the least that can be told apart.
+    They are at least the rounding of the ends, because a distance of 0 would make a geometric mean 0.
     """
     return squared_distances(ends, stats.ends[: len(ends)]).clamp_min(rounding_of(stats))
 
 
 def rounding_of(stats: PathStatistics) -> float:
-    """The squared distance that float32 rounding of the ends makes."""
+    """The squared distance that float32 rounding of the ends makes, a mean over the samples."""
     return max(float(rounding_floor(stats.ends).mean()), torch.finfo(torch.float64).tiny)

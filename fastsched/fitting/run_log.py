@@ -1,8 +1,8 @@
-"""Runs of the sampler in a file, each as soon as it is finished, so that an interrupted fit goes on where it stopped.
+"""Every finished run of the sampler is written to a file, so that an interrupted fit continues where it stopped.
 
-A fit is a function of the measurement and of what its runs gave. So the same fit asks for the same runs, and those that
-the file holds are not made again. The file grows by one record a run: a safetensors file behind its length and its
-SHA-256. What an interruption left unfinished at the end is dropped. The first record says which fit the runs are of.
+A fit is determined by its measurement and the results of its runs. So the same fit requests the same runs, and the runs
+in the file are not repeated. Each run adds a record to the file: its length, its SHA-256 and a safetensors file. An
+unfinished record at the end, left by an interruption, is dropped. The first record identifies the fit.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from fastsched.sampling.schedule import Schedule
 FORMAT = "fastsched.runs"
 VERSION = 1
 
-#: Bytes of a record before its content: how long that is, and its SHA-256.
+#: Bytes before the content of a record: the length of the content, and its SHA-256.
 LENGTH, DIGEST = 8, 32
-#: Longer records are damage.
+#: A longer record means that the file is damaged.
 MOST_BYTES = 1 << 40
 
 
 def runs_beside(checkpoint: str | os.PathLike[str], rank: int = 0, size: int = 1) -> str:
-    """The file of runs that belongs to a measurement's checkpoint; one for each process of a group."""
+    """The path of the file of runs beside a measurement's checkpoint; each process of a group has its own."""
     return f"{os.fspath(checkpoint)}.runs" + (f".{rank}-of-{size}" if size > 1 else "")
 
 
 def identity(stats: PathStatistics, **arguments: object) -> dict[str, Any]:
-    """What tells one fit from another: its measurement and the arguments that change its runs."""
+    """The identity of a fit: a checksum of its measurement, and the arguments that change its runs."""
     parts = (stats.s, stats.seeds, stats.ends, stats.gram)
     measurement = checksum(json.dumps(stats.process.to_dict()).encode(), *map(_bytes, parts))
     return {"format": FORMAT, "version": VERSION, "stats": measurement, **arguments}
 
 
 def schedule_key(schedule: Schedule) -> str:
-    """A checksum of a schedule's levels, solver, noise, weights and what the network is told."""
+    """A checksum of a schedule's levels, solver, noise, weights and the levels that the network is told."""
     return checksum(*_schedule_parts(schedule))
 
 
@@ -52,8 +52,8 @@ class RunLog:
     """The runs of one fit or tuning, in a file.
 
     Args:
-        path: The file; made if there is none.
-        what: The fit, from `identity`.
+        path: The file; created if it does not exist.
+        what: The identity of the fit, from `identity`.
 
     Raises:
         ValueError: If the file holds something else, or the runs of another call.
@@ -61,7 +61,7 @@ class RunLog:
 
     def __init__(self, path: str | os.PathLike[str], what: Mapping[str, Any]) -> None:
         self.path = os.fspath(path)
-        self._found: dict[str, tuple[int, int]] = {}  # where a run's record is: its first byte and its length
+        self._found: dict[str, tuple[int, int]] = {}  # first byte and length of the content of each run's record
         if not os.path.exists(self.path):
             write_whole(self.path, _framed(_packed({}, what)))
             return
@@ -74,7 +74,7 @@ class RunLog:
         return len(self._found)
 
     def run(self, schedule: Schedule, first: int, last: int, make: Callable[[], Rollout | None]) -> Rollout | None:
-        """The run of a schedule for samples ``first .. last - 1``: from the file, or made now and added to it."""
+        """Read the run of a schedule for samples ``first .. last - 1`` from the file, or make it and add it."""
         key = checksum(*_schedule_parts(schedule), f"{first} {last}".encode())
         if key in self._found:
             return _rollout(*_unpacked(self._record(*self._found[key]), self.path))
@@ -83,7 +83,7 @@ class RunLog:
         return found
 
     def _scan(self, what: dict[str, Any]) -> int:
-        """Find the whole records; returns where they end."""
+        """Find the complete records; returns the position where they end."""
         size, at, place = os.path.getsize(self.path), 0, 0
         with open(self.path, "rb") as file:
             while at < size:
@@ -91,7 +91,7 @@ class RunLog:
                 length = int.from_bytes(head[:LENGTH], "little")
                 content = file.read(length) if len(head) == LENGTH + DIGEST and length < min(size, MOST_BYTES) else b""
                 if not content or len(content) < length or bytes.fromhex(checksum(content)) != head[LENGTH:]:
-                    self._not_whole(place, left=size - at - len(head) - length)
+                    self._report_damage(place, left=size - at - len(head) - length)
                     return at
                 metadata = _unpacked(content, self.path)[0]
                 if place == 0:
@@ -100,13 +100,13 @@ class RunLog:
                     self._found[str(metadata.get("key"))] = (at + LENGTH + DIGEST, length)
                 at, place = at + LENGTH + DIGEST + length, place + 1
         if place == 0:
-            self._not_whole(place, left=0)
+            self._report_damage(place, left=0)
         return at
 
-    def _not_whole(self, place: int, left: int) -> None:
+    def _report_damage(self, place: int, left: int) -> None:
         if place == 0:
             raise ValueError(f"{self.path} does not hold runs of fastsched; remove it, or name another file")
-        if left >= 0:  # not the end that an interruption left
+        if left >= 0:  # the record has its full length, so it is not the unfinished one of an interruption
             warnings.warn(
                 f"{self.path} is damaged after its first {place - 1} runs; the others are made again", stacklevel=6
             )
@@ -137,7 +137,7 @@ class RunLog:
 
 
 def logged(run: Run, log: RunLog) -> Run:
-    """``run``, with every finished run kept in ``log``, and those that it holds not made again."""
+    """``run`` with a cache: runs in ``log`` are read from it, and every new run is added to it."""
     return lambda schedule, first, last: log.run(schedule, first, last, partial(run, schedule, first, last))
 
 
@@ -168,12 +168,12 @@ def _tensors(rollout: Rollout | None) -> dict[str, Tensor]:
             zip(rollout.evaluations.states, rollout.evaluations.denoised, strict=True)
         ):
             found |= {f"state {n}": state, f"denoised {n}": denoised}
-    # copies: the end may be the last answer itself, and safetensors refuses tensors that share memory
+    # Copies, because the end may be the last network output itself, and safetensors refuses tensors that share memory.
     return {name: tensor.clone().contiguous() for name, tensor in found.items()}
 
 
 def _levels(rollout: Rollout | None) -> list[str] | None:
-    """Levels of the evaluations in hexadecimal, which keeps every digit and infinity."""
+    """Levels of the evaluations as hexadecimal floats, which are exact and can be infinite."""
     if rollout is None or rollout.evaluations is None:
         return None
     return [float(level).hex() for level in rollout.evaluations.s]

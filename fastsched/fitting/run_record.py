@@ -1,6 +1,6 @@
-"""The runs of a tuning, and what they predict for schedules near one of them.
+"""The runs of a tuning, and the predictions from them for schedules near one of the runs.
 
-Vectors are known by their Gram matrix alone: those of the measurement, and those that the runs add.
+Predictions use only the Gram matrix of the vectors: those of the measurement, and those that the runs add.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastsched.sampling.sampler import schedule_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
 
-#: Elements of all vectors that are converted to float64 at a time.
+#: How many elements of each vector are converted to float64 at a time.
 ELEMENTS = 1 << 16
 
 
@@ -43,16 +43,16 @@ def increments_of(stats: PathStatistics) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """A run: its schedule and errors, and where its vectors are in the Gram matrix.
+    """A run: its schedule and errors, and the columns of its vectors in the Gram matrix.
 
     Attributes:
-        schedule: What was run, with its measured error.
-        levels: Its levels, [steps + 1].
+        schedule: The schedule, with its measured error.
+        levels: The levels of the schedule, [steps + 1].
         errors: ``||x0 - x0_path||^2`` of each sample, [B].
-        s: The levels of its evaluations; none if they are not known.
-        first: The column of its first residual; the others follow.
-        column: The column of its error.
-        offsets: How far the levels that the network was told lay from the states' in ``log s``, [steps].
+        s: The levels of the network evaluations; empty if they are not known.
+        first: The column of the first residual; the others follow.
+        column: The column of the error.
+        offsets: ``log(s_told / s)``, if the network was told ``s_told`` and the state's level was ``s``, [steps].
     """
 
     schedule: Schedule
@@ -75,13 +75,13 @@ class Trial:
 
 
 class RunRecord:
-    """The runs so far, and what they predict for schedules near one of them.
+    """The runs so far, and the predictions from them for schedules near one of the runs.
 
     Args:
         stats: The measurement, with increments.
         method: The solver.
         known: Schedules that were run, and their runs.
-        decoupled: Whether the levels that the network is told may be others than the states'.
+        decoupled: Whether the network may be told other levels than the states'.
     """
 
     def __init__(
@@ -94,23 +94,23 @@ class RunRecord:
     ) -> None:
         self.stats, self.method, self.surrogate, self.decoupled = stats, method, Surrogate.of(stats), decoupled
         self.trials: list[Trial] = []
-        #: Increments, responses, and each run's residuals with its error, [B, n, d]; not joined: they are large.
+        #: Increments, responses, and each run's residuals and error, [B, n, d]; a list, because a joined copy is large.
         self._vectors = [increments_of(stats)] + ([] if stats.responses is None else [stats.responses])
-        self._gram = stats.vector_gram.numpy()  # of the measurement's vectors and the runs', [B, n, n]
+        self._gram = stats.vector_gram.numpy()  # of all vectors, [B, n, n]
         for schedule, rollout in known:
             self.add(schedule, rollout)
 
     def best(self) -> int:
-        """The run of least error."""
+        """The index of the run of least error."""
         return min(range(len(self.trials)), key=lambda m: self.trials[m].error)
 
     def add(self, schedule: Schedule, rollout: Rollout) -> None:
-        """Learn from a run."""
+        """Add a run and its vectors."""
         squared = distances(self.stats, rollout.ends)
         error = (rollout.ends.double() - self.stats.ends.double()).flatten(1)[:, None]
         levels = self.stats.process.level(schedule.sigmas).numpy()
-        s, beyond = self._beyond(rollout.evaluations, levels)
-        first = self._add_vectors(torch.cat([beyond, error.float()], dim=1))
+        s, found = self._levels_and_residuals(rollout.evaluations, levels)
+        first = self._add_vectors(torch.cat([found, error.float()], dim=1))
         self.trials.append(
             Trial(
                 schedule=replace(schedule, measured_error=float(power_mean(squared))),
@@ -123,20 +123,20 @@ class RunRecord:
             )
         )
 
-    def _beyond(self, found: Evaluations | None, levels: Array) -> tuple[Array, Tensor]:
-        """Levels of a run's evaluations and their residuals; none if they were not kept, or not as many as expected."""
+    def _levels_and_residuals(self, found: Evaluations | None, levels: Array) -> tuple[Array, Tensor]:
+        """Levels and residuals of a run's evaluations; empty if not kept, not of the expected number, or not finite."""
         if found is not None and len(found.s) == self._evaluations(levels):
-            beyond = residuals(self.surrogate, self.stats, found)
-            if bool(beyond.isfinite().all()):
-                return np.array(found.s), beyond
+            vectors = residuals(self.surrogate, self.stats, found)
+            if bool(vectors.isfinite().all()):
+                return np.array(found.s), vectors
         return np.zeros(0), self._vectors[0][:, :0]
 
     def _evaluations(self, levels: Array) -> int:
-        """How often a run calls the network: not `Solver.model_calls`, because a step from pure noise has no stage."""
+        """Network calls per sample of a run; `Solver.model_calls` ignores that a step from pure noise has no stage."""
         return len(surrogate_runs(self.surrogate, levels[None], self.method).deviations)
 
     def _add_vectors(self, vectors: Tensor) -> int:
-        """Vectors [B, m, d] into the Gram matrix; their first column."""
+        """Add vectors [B, m, d] to the Gram matrix; returns the column of the first."""
         self._vectors.append(vectors)
         rows = [_products([each[b] for each in self._vectors], own) for b, own in enumerate(vectors)]
         columns, before = np.stack(rows), self._gram.shape[1]  # [B, n + m, m]
@@ -144,7 +144,7 @@ class RunRecord:
         return before
 
     def near(self, anchor: int) -> Neighbourhood:
-        """Schedules near a run, as all runs and the measurement predict them."""
+        """The neighbourhood of a run, with predictions from all runs and the measurement."""
         trial, norms = self.trials[anchor], self.norms(anchor)
         others = [other for other in self.trials if other is not trial]
         return Neighbourhood(
@@ -165,23 +165,23 @@ class RunRecord:
         return parameters(trial.levels, trial.weights, trial.offsets if self.decoupled else None)
 
     def norms(self, anchor: int) -> Norms:
-        """Norms over all vectors, relative to each sample's error under the ``anchor``."""
+        """Norms over all vectors, relative to each sample's error in the run ``anchor``."""
         return Norms(self._gram, self.trials[anchor].errors.numpy())
 
     def secants(self, anchor: int, norms: Norms) -> Secants:
-        """Those of the measurement and of the runs whose evaluations are known, for schedules near the ``anchor``."""
+        """The secants of the measurement, and of all runs with known evaluations, for schedules near the ``anchor``."""
         own, near = self.surrogate.secants or Secants.none(self.surrogate.vectors), self.trials[anchor]
         known = [trial for trial in self.trials if len(trial.s) == len(near.s) > 0]
         s = np.array([trial.s for trial in known])
         deviations = np.array([self._deviations(trial, norms.vectors) for trial in known])
         columns = np.array([trial.first + np.arange(len(trial.s)) for trial in known])
         offsets = np.array([self._offsets_of_evaluations(trial) for trial in known])
-        noise = math.prod(self.stats.shape) * float((1 / norms.size).mean())  # of the state, as squares are scaled
+        noise = math.prod(self.stats.shape) * float((1 / norms.size).mean())  # squared norm of unit noise
         place = known.index(near) if known else 0
         return with_runs(own, s, deviations, columns, offsets, place, norms.metric, noise)
 
     def _offsets_of_evaluations(self, trial: Trial) -> Array:
-        """The offset of each evaluation; 0 for a solver with two a step, which has no decoupled levels."""
+        """The offset of each evaluation; 0 for solvers with two per step, which have no decoupled levels."""
         return trial.offsets if len(trial.offsets) == len(trial.s) else np.zeros(len(trial.s))
 
     def _deviations(self, trial: Trial, vectors: int) -> Array:
@@ -191,7 +191,7 @@ class RunRecord:
 
 
 def _offsets(stats: PathStatistics, schedule: Schedule) -> Array:
-    """How far the levels that the network is told lie from the states' in ``log s``, [steps]; 0 at pure noise."""
+    """``log`` of the levels that the network is told over the states' levels, [steps]; 0 at pure noise."""
     if schedule.network_sigmas is None:
         return np.zeros(schedule.steps)
     levels, told = (stats.process.level(each).numpy() for each in (schedule.sigmas[:-1], schedule.network_sigmas))
@@ -199,7 +199,7 @@ def _offsets(stats: PathStatistics, schedule: Schedule) -> Array:
 
 
 def _products(rows: Sequence[Tensor], vectors: Tensor) -> Array:
-    """Inner products of rows, [n, d] each, with vectors [m, d]: [sum of n, m] float64, from parts of the elements."""
+    """Inner products of rows, [n, d] each, with vectors [m, d]: [sum of n, m] float64, `ELEMENTS` at a time."""
     found = torch.zeros(sum(map(len, rows)), len(vectors), dtype=torch.float64, device="cpu")
     for start in range(0, vectors.shape[1], ELEMENTS):
         part = slice(start, start + ELEMENTS)

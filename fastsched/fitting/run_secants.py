@@ -1,10 +1,10 @@
 """Secants that runs of the sampler add to those of the measurement.
 
-A run evaluates the denoiser at states ``z_k`` that deviate from the measured path by ``a_k``. What it finds there is
-the residual ``r_k = D(z_k; s_k) - D_path(s_k) - j(s_k) a_k``. The pairs ``(a_k, r_k)`` of all runs join the secants
-(`fastsched.costs.secants`) at that evaluation: a schedule like those that were run then samples on the surrogate much
-as on the denoiser. Where the network was told another level than the state's (decoupled levels), the offset in
-``log s`` is one more coordinate of the deviation.
+A run evaluates the denoiser at states ``z_k`` that deviate from the measured path by ``a_k``. The residual there is
+``r_k = D(z_k; s_k) - D_path(s_k) - j(s_k) a_k``. The pairs ``(a_k, r_k)`` of all runs are added to the secants
+(`fastsched.costs.secants`) at evaluation ``k``. For schedules close to those that were run, sampling on the surrogate
+is then close to sampling with the denoiser. With decoupled levels, the offset in ``log s`` from the state's level to
+the level that the network was told is one more coordinate of the deviation.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from fastsched.fitting.rollouts import Evaluations
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.random_streams import noise_of
 
-#: ``mu`` of a secant: at the level of the evaluation, and what the square of its distance in ``log s`` adds.
+#: ``mu`` of a secant: its value at the level of the evaluation, and a factor of the squared distance in ``log s``.
 DAMPING = (1e-4, 1.0)
 
-#: Squared size of a deviation, against the error at the end, below which its answer is rounding.
+#: Squared size of a deviation, relative to the squared error at the end, below which its residual is rounding.
 LEAST = 1e-10
 
 
@@ -36,7 +36,7 @@ def residuals(surrogate: Surrogate, stats: PathStatistics, found: Evaluations) -
     assert stats.increments is not None
     s = np.array(found.s)
     state, denoised = (torch.from_numpy(known) for known in surrogate.path(s))
-    moved = torch.from_numpy(1 / s - 1 / surrogate.s[0])[:, None]  # of y by a constant D
+    moved = torch.from_numpy(1 / s - 1 / surrogate.s[0])[:, None]  # change of y by a constant D = 1
     jacobian = torch.from_numpy(surrogate.scalar_jacobian(s))[:, None]
     scale = torch.from_numpy(np.where(np.isinf(s), 0.0, s))[:, None]
     noise = noise_of(stats.seeds, stats.shape)
@@ -52,18 +52,18 @@ def residuals(surrogate: Surrogate, stats: PathStatistics, found: Evaluations) -
 
 @dataclass(frozen=True, eq=False)
 class KnownAnswers:
-    """The answers that one run met, in place of secants: its own deviations on the surrogate follow.
+    """Stands in for `Secants` and answers with the residuals of one run, so that the surrogate repeats that run.
 
     Attributes:
-        first: Which of the vectors is its first residual; the others follow it.
-        vectors: V, how many vectors there are.
+        first: The index of the run's first residual among the vectors; the others follow it.
+        vectors: V, the number of vectors.
     """
 
     first: int
     vectors: int
 
     def answer(self, evaluation: int, lam: Array, away: Array, offset: Array | None = None) -> tuple[Array, Array]:
-        """As `Secants.answer`: the residual itself, for the whole deviation."""
+        """As `Secants.answer`, with the run's residual as the answer, and the whole deviation explained."""
         answer = np.zeros_like(away)
         answer[:, self.first + evaluation] = 1.0
         return answer, away
@@ -82,22 +82,22 @@ def with_runs(
     """The secants of the measurement and of R runs of E evaluations, for schedules near one of the runs.
 
     Args:
-        secants: Those of the measurement, over fewer vectors.
+        secants: The secants of the measurement, over fewer vectors.
         s: Levels of the evaluations, [R, E].
-        deviations: Deviations of the states there, [R, E, V].
-        columns: Which of the vectors are the residuals there, [R, E].
-        offsets: How far the levels that the network was told lay from the states' in ``log s``, [R, E].
-        anchor: The run near whose levels schedules are asked for.
+        deviations: Deviations of the states at the evaluations, [R, E, V].
+        columns: Indices of the evaluations' residuals among the vectors, [R, E].
+        offsets: ``log(s_told / s)``, if the network was told ``s_told`` and the state's level was ``s``, [R, E].
+        anchor: The index of the run near which the secants are used.
         metric: The Gram matrix of all vectors, [V, V].
-        unit: What an offset of 1 counts as beside squares of deviations at level 1; as the state's noise it grows with
-            the square of the level.
+        unit: The squared deviation at level 1 that an offset of 1 is equivalent to. It grows with the square of the
+            level, as the state's noise does.
     """
     found = []
     for k, level in enumerate(s[anchor] if len(s) else ()):
         a = deviations[:, k]
         own = unit * level**2 if math.isfinite(level) else 0.0
         size = ((a @ metric) * a).sum(1) + own * offsets[:, k] ** 2
-        kept = (size > LEAST) & np.isfinite(s[:, k]) & math.isfinite(level)  # no deviation at pure noise
+        kept = (size > LEAST) & np.isfinite(s[:, k]) & math.isfinite(level)  # at pure noise nothing has deviated
         damping = DAMPING[0] + DAMPING[1] * np.log(s[kept, k] / level) ** 2
         residuals = np.zeros((int(kept.sum()), len(metric)))
         residuals[np.arange(len(residuals)), columns[kept, k]] = 1.0

@@ -1,13 +1,13 @@
 """Tune a schedule by the sampler's own error: a descent that learns from every run how the error changes.
 
-The sampler's error at the end is a smooth function of the schedule, of its levels and, if the solver is fitted, its
-weights. What a schedule's error is takes a run to learn; how it changes near the best run so far is predicted
-(`fastsched.fitting.neighbourhood`) from the measurement and from what the network answered in all runs. The next
-schedule to run lowers the prediction (`fastsched.fitting.gauss_newton`), within reach of the best; reach grows with
-success and shrinks with failure.
+The sampler's error at the end is a smooth function of the schedule's levels and, if the solver is fitted, its weights.
+The error of a schedule is measured by running it. Its changes near the best run so far are predicted
+(`fastsched.fitting.neighbourhood`) from the measurement and from the network evaluations of all runs. The next schedule
+to run has a lower predicted error (`fastsched.fitting.gauss_newton`) and is within reach of the best. The reach grows
+after a success and shrinks after a failure.
 
-With decoupled levels the network may be told another level than the state's. The measurement does not know what that
-changes, so the first run moves all of them a little.
+With decoupled levels the network may be told another level than the state's. The measurement does not contain the
+effect of this offset, so the first run moves all offsets a little.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.schedule import Schedule, check_kind
 
-#: How far a node may move at first, in fractions of the gap to its nearer neighbour in ``log s``; what a run that
-#: lowers the error multiplies that by, and one that does not; the largest, and the least, at which tuning ends.
+#: How far a node may move, as a fraction of the gap in ``log s`` to its nearer neighbour: the first reach, its factors
+#: after a run that lowers the error and after one that does not, its maximum, and its minimum, below which tuning ends.
 REACH, GROWTH, SHRINKAGE, MOST_REACH, LEAST_REACH = 0.5, 1.3, 0.5, 0.8, 0.02
 
-#: Where no call is left for another run, the fitted solver's schedule goes this far of the way to the least predicted
-#: error within this reach, where deviations that no secant explains have this weight, more than elsewhere. With 100
-#: calls its typical error was then 0.71 of that of the schedule that was run, and the mean error 0.85 (seven networks).
+#: If no calls are left for another run, a fitted schedule moves `LAST_SHARE` of the way to the least predicted error
+#: within `LAST_REACH`. `LAST_PENALTY`, larger than elsewhere, is the weight of deviations that no secant explains. With
+#: 100 calls the typical error was 0.71 and the mean error 0.85 of those of the schedule that was run (seven networks).
 LAST_REACH, LAST_SHARE, LAST_PENALTY = 0.03, 0.8, 0.9
 
-#: How far the first run with decoupled levels moves what the network is told, in ``log s``;
-#: and how many runs there must be for one of them to learn only.
+#: How far in ``log s`` the first run with decoupled levels moves the levels that the network is told, and the least
+#: number of runs with which one is spent on that.
 OFFSET, ENOUGH_TRIALS = 0.1, 3
 
 
@@ -55,10 +55,10 @@ class Tuning:
     """Result of tuning.
 
     Attributes:
-        schedule: The best schedule, with its measured error: on the samples it was tuned on, so a little low.
-        errors: ``||x0 - x0_path||^2`` of each sample under it, [B].
-        trials: The schedules that were run, in order, each with its measured error; first those to start from.
-        model_calls: Network evaluations, counted per sample; those of an audition to start from are its own.
+        schedule: The best schedule, with its measured error; a little low, because it was tuned on the same samples.
+        errors: ``||x0 - x0_path||^2`` of each sample with this schedule, [B].
+        trials: The schedules that were run, in order, each with its measured error; the starts come first.
+        model_calls: Network evaluations, counted per sample, without those of an audition to start from.
     """
 
     schedule: Schedule
@@ -87,27 +87,27 @@ def tune(
 ) -> Tuning:
     """Lower the error of ``start`` by running up to ``trials`` schedules from the measured noises.
 
-    The network's outputs in all runs are kept on the CPU, an image for each call. An interrupt (Ctrl-C) returns what
-    the finished runs gave, with a warning.
+    Network outputs of all runs are kept on the CPU, one image for each call. After an interrupt (Ctrl-C) the result of
+    the finished runs is returned, with a warning; with a checkpoint the interrupt is raised.
 
     Args:
         denoiser: The denoiser that ``stats`` was measured on.
-        stats: What ``fastsched.measure(..., keep_increments=True)`` returned.
-        start: A schedule, its decoupled levels tuned too; or an audition, whose finalists need not be run again.
-        trials: The most runs, each of all samples, after one of ``start`` if its ends are not known.
-        batch_size: Samples run at once; all when None.
+        stats: The result of ``fastsched.measure(..., keep_increments=True)``.
+        start: A schedule, of which decoupled levels are tuned too; or an audition, whose finalists are not run again.
+        trials: The most runs, each of all samples, after one run of ``start`` if it has not run on all samples.
+        batch_size: Samples run at once; all when None, one with a checkpoint.
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None.
-        checks: Whether to ask first, by one call, if the denoiser is the one that was measured.
-        checkpoint: A file of every finished run, one sample at a time unless ``batch_size`` says otherwise. The same
-            call, also with more trials, goes on from there to the same bits.
+        checks: Whether to check first, with one call, that the denoiser is the one that was measured.
+        checkpoint: A file that keeps every finished run. The same call, also with more trials, continues from there
+            with bitwise the same result.
         progress: Show a progress bar, or a function called with the model calls done and their total.
 
     Returns:
-        The best schedule found, never worse on these samples than ``start``, and all that were tried.
+        The best schedule found, on these samples never worse than ``start``, and all schedules that were run.
 
     Raises:
-        ValueError: If the statistics hold no increments or are of another network, the checkpoint of another call,
+        ValueError: If the statistics hold no increments or are of another network, the checkpoint is of another call,
             ``trials`` is negative, or the network returns NaN or inf.
     """
     validate.arguments(locals(), denoiser=is_denoiser, stats=is_statistics, start=_is_start)
@@ -117,13 +117,13 @@ def tune(
     increments_of(stats)
     if checkpoint is not None:
         check_writable(checkpoint)
-        batch_size = int(batch_size or 1)  # a number of NumPy's would not go into the file
+        batch_size = int(batch_size or 1)  # a NumPy integer cannot be written to the file
     asked = check_same_network(denoiser, stats, device, dtype) if checks else 0
     runner = Runner(denoiser, stats, method, batch_size, device, dtype)
     if checkpoint is not None:
         starts = [schedule_key(schedule) for schedule, _ in known] or [schedule_key(first)]
         what = identity(stats, start=starts, batch_size=batch_size, dtype=str(runner.dtype))
-        runner.kept = RunLog(checkpoint, what).run
+        runner.cache = RunLog(checkpoint, what).run
     calls = method.model_calls(first.steps)
     before = 0 if known else stats.samples * calls
     with progress_bar(before + trials * stats.samples * calls, progress, "tuning") as runner.advance:
@@ -135,7 +135,7 @@ def tune(
 
 
 def _finished_part(error: KeyboardInterrupt, checkpoint: object) -> Tuning:
-    """What the runs before an interrupt gave, with a warning; the interrupt again if nothing or it is in a file."""
+    """The result of the runs before an interrupt, with a warning; raises it again without runs or with a checkpoint."""
     tuning = None if checkpoint is not None else getattr(error, "tuning", None)
     if tuning is None:
         raise error
@@ -158,7 +158,7 @@ def tuned(
 ) -> Tuning:
     """`tune` with any sampler: at most ``trials`` runs of ``calls`` a sample, from ``known`` schedules and their runs.
 
-    With ``decoupled`` the levels that the network is told are tuned too, as where a known schedule has them.
+    With ``decoupled``, or if a known schedule has decoupled levels, the levels that the network is told are tuned too.
     """
     known_offsets = any(schedule.network_sigmas is not None for schedule, _ in known)
     record = RunRecord(stats, chosen_solver(known[0][0].solver), known, decoupled=decoupled or known_offsets)
@@ -186,7 +186,7 @@ def tuned(
 
 
 def _tuning(record: RunRecord, model_calls: int) -> Tuning:
-    """What the runs so far, of so many model calls, come to."""
+    """The result of the runs so far, which took ``model_calls``."""
     best = record.trials[record.best()]
     return Tuning(best.schedule, best.errors, tuple(trial.schedule for trial in record.trials), model_calls)
 
@@ -197,8 +197,8 @@ def _is_start(name: str, value: object) -> None:
         validate.instance(name, value, Schedule, "or what fastsched.audition returned")
 
 
-def moved_once(stats: PathStatistics, known: Sequence[tuple[Schedule, Rollout]]) -> Schedule:
-    """A fitted solver's schedule near the best that was run, of less predicted error; it is not run itself."""
+def corrected_without_run(stats: PathStatistics, known: Sequence[tuple[Schedule, Rollout]]) -> Schedule:
+    """A fitted solver's schedule near the best that was run, with a lower predicted error; it is not run itself."""
     record = RunRecord(stats, chosen_solver(known[0][0].solver), known)
     near = replace(record.near(record.best()), penalty=LAST_PENALTY)
     x = lowered(near, near.anchor, *near.bounds(LAST_REACH, *stats.finite_range))
@@ -209,7 +209,7 @@ def moved_once(stats: PathStatistics, known: Sequence[tuple[Schedule, Rollout]])
 
 
 def _moved_offsets(record: RunRecord, anchor: int) -> Schedule | None:
-    """The anchor with every level that the network is told moved, up where there is room; None if they would cross."""
+    """The anchor with every offset moved by up to `OFFSET`, upwards if possible; None if the levels would cross."""
     near, process = record.near(anchor), record.stats.process
     low, high = (each[-near.steps :] for each in near.bounds(REACH, *record.stats.finite_range))
     x = near.anchor.copy()
@@ -223,14 +223,14 @@ def _moved_offsets(record: RunRecord, anchor: int) -> Schedule | None:
 def _proposal(record: RunRecord, anchor: int, reach: float) -> tuple[Schedule, float] | None:
     """The schedule of least predicted error within reach of a run, and the reach.
 
-    Where that was run already, the least within a smaller reach; None if there is none down to the least reach.
+    If this schedule was run already, the reach is made smaller; None if it falls below `LEAST_REACH`.
     """
     near, process = record.near(anchor), record.stats.process
     while reach >= LEAST_REACH:
         low, high = near.bounds(reach, *record.stats.finite_range)
         x = lowered(near, near.anchor, low, high)
         known = near.at_known_levels(x)
-        if not np.allclose(known, x, rtol=0.0, atol=1e-9):  # weights for the levels that the network knows
+        if not np.allclose(known, x, rtol=0.0, atol=1e-9):  # fix the levels, tune only the weights
             for part in (slice(near.inner), slice(-near.steps if record.decoupled else len(x), None)):
                 low[part] = high[part] = known[part]
             x = lowered(near, known, low, high)
@@ -243,7 +243,7 @@ def _proposal(record: RunRecord, anchor: int, reach: float) -> tuple[Schedule, f
 
 
 def _repeats(point: Point, trial: Trial) -> bool:
-    """Whether a run was of the same levels and weights: smaller changes are below rounding."""
+    """Whether a run had the same levels and weights up to the tolerances; smaller changes have no effect."""
     same = np.allclose(point.levels, trial.levels, rtol=1e-9, atol=0.0)
     told = point.levels[:-1] if point.told is None else point.told
     same = same and np.allclose(told, trial.levels[:-1] * np.exp(trial.offsets), rtol=1e-4, atol=0.0)

@@ -173,7 +173,8 @@ def test_what_a_run_answered_helps_to_fit_weights(monkeypatch):
     stats = fs.measure(denoiser, (16,), levels=24, samples=6, keep_increments=True, checks=False, progress=False)
     start = fs.optimal_schedule(stats, 7, "fitted")
     learned = fs.tune(denoiser, stats, start, trials=5, progress=False)
-    monkeypatch.setattr(RunRecord, "_beyond", lambda self, found, levels: (np.zeros(0), self._vectors[0][:, :0]))
+    empty = lambda self, found, levels: (np.zeros(0), self._vectors[0][:, :0])
+    monkeypatch.setattr(RunRecord, "_levels_and_residuals", empty)
     blind = fs.tune(denoiser, stats, start, trials=5, progress=False)
     assert learned.schedule.measured_error < 0.4 * blind.schedule.measured_error
 
