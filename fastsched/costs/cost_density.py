@@ -1,4 +1,4 @@
-"""Where along a path steps cost most."""
+"""The density of the steps' cost along a path."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class CostMatrix:
         """Standard error of `matrix`, [N, N] float64; NaN where not computed and for a single sample."""
         samples = len(self.per_sample)
         nan = torch.full_like(self.per_sample[0], torch.nan)
-        spread = self.per_sample.std(0) if samples > 1 else nan  # torch warns of the deviation of one sample
+        spread = self.per_sample.std(0) if samples > 1 else nan  # torch.std of one sample would warn
         return self._scatter(spread / samples**0.5).fill_diagonal_(0.0)
 
     @property
@@ -84,13 +84,13 @@ class CostMatrix:
         return self.adjacent.clamp_min(0).pow(1 / self.order)
 
     def merge(self, other: CostMatrix) -> CostMatrix:
-        """The same cost from the samples of both estimates, ``samples=range(a, b)`` and others, in this order.
+        """The cost from the samples of both estimates, in this order.
 
         Args:
-            other: An estimate of the same cost of the same model, from other samples.
+            other: An estimate of the same cost of the same model, from other samples (``samples=range(a, b)``).
 
         Raises:
-            ValueError: If it is of another cost or of other levels or steps.
+            ValueError: If ``other`` is of another cost or of other levels or steps.
         """
         same = (self.name, self.process) == (other.name, other.process) and torch.equal(self.s, other.s)
         if not (same and torch.equal(self.pairs, other.pairs)):
@@ -99,7 +99,7 @@ class CostMatrix:
         return replace(self, per_sample=torch.cat([self.per_sample, other.per_sample]), calls=calls)
 
     def _scatter(self, values: Tensor) -> Tensor:
-        # NaN, not 0, where nothing was computed: a schedule cannot use such a step unnoticed.
+        # NaN, not 0, where nothing was computed, so that no schedule can use such a step unnoticed.
         full = values.new_full((len(self.s), len(self.s)), torch.nan)
         full[self.pairs[:, 0], self.pairs[:, 1]] = values
         return full

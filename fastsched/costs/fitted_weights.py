@@ -6,9 +6,9 @@ The sampler is run on the surrogate (`fastsched.costs.surrogate`). After evaluat
     ``|| t - sum_{m<n} b_m (D_m - D_n) ||^2 + ridge ||b - b0||^2``,
     ``t = (y_path - y_n) / (rho_{n+1} - rho_n) - D_n``,
 
-and ``t = D_end - D_n`` for the step to sigma 0; ``W[n, m] = b_m`` and ``W[n, n] = 1 - sum b``. The norm is the mean
-over the samples, each to its own scale, so that few large samples do not decide; ``b0`` are the weights of UniPC
-(`fastsched.sampling.stock_weights`), which are kept where the samples determine nothing.
+with ``t = D_end - D_n`` for the step to sigma 0. Then ``W[n, m] = b_m`` and ``W[n, n] = 1 - sum b``. The squared norm
+is the mean over samples, each relative to its own scale, so that a few large samples do not dominate. ``b0`` are the
+weights of UniPC (`fastsched.sampling.stock_weights`), which remain where the samples determine nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from fastsched.costs.surrogate import Surrogate, SurrogateRuns, nodes_of_levels
 from fastsched.sampling.solvers import FITTED, Solver
 from fastsched.sampling.stock_weights import NEAREST_STOCK, stock_weights
 
-#: Ridge of a schedule of 8 steps, relative to the mean square of the differences ``D_m - D_n``. It falls with the cube
-#: of the number of steps: with shorter steps deviations are smaller and the surrogate is nearer the truth.
+#: Ridge for a schedule of 8 steps, relative to the mean square of the differences ``D_m - D_n``. It falls with the cube
+#: of the number of steps: with shorter steps deviations are smaller and the surrogate is more accurate.
 RIDGE = 3e-3
 
 
@@ -35,10 +35,10 @@ def surrogate_runs(
     weights: Array | None = None,
     offsets: Array | None = None,
 ) -> SurrogateRuns:
-    """`Surrogate.run`; for `fastsched.sampling.fitted.FITTED_SOLVER` with the weights that suit each schedule best.
+    """`Surrogate.run`; for `fastsched.sampling.fitted.FITTED_SOLVER` with the best weights for each schedule.
 
-    ``norms`` are over the vectors of ``secants``, those of the measurement when None; ``weights`` [C, steps, steps] are
-    used instead of the best.
+    ``norms`` are over the vectors of ``secants``, those of the measurement when None. ``weights`` [C, steps, steps] are
+    used instead of the best weights.
     """
     if solver.name != FITTED or solver.end_weights is not None:
         return surrogate.run(levels, solver, secants, offsets)
@@ -51,15 +51,15 @@ def surrogate_runs(
 
 
 def _run(found: SurrogateRuns, metric: Array, levels: Array, given: Array | None) -> None:
-    """The loop of the fitted solver over C schedules, each step's weights chosen before it is taken, or ``given``.
+    """Run the fitted solver along C schedules with the ``given`` weights, or choose the weights before each step.
 
-    ``found`` calls the surrogate, and gets the ends and the weights.
+    ``found`` calls the surrogate; the ends and the weights are written to it.
     """
     surrogate, y, rho = found.surrogate, found.end, 1 / levels
-    distinct, which = np.unique(levels[:, :-1], return_inverse=True)  # a descent's schedules differ in few levels
+    distinct, which = np.unique(levels[:, :-1], return_inverse=True)  # schedules of a descent share most levels
     on_path, which = surrogate.on_path(distinct), which.reshape(levels[:, :-1].shape)
     increments, last = len(surrogate.s) - 1, levels.shape[1] - 2
-    # UniPC's weights ``b0`` at first; each row is replaced when its step is taken.
+    # At first UniPC's weights ``b0``; each row is replaced when its step is taken.
     weights = stock_weights(NEAREST_STOCK, nodes_of_levels(surrogate.process, levels)) if given is None else given
     differences = _Differences(len(y), last, metric)
     for n in range(last + 1):
@@ -73,7 +73,7 @@ def _run(found: SurrogateRuns, metric: Array, levels: Array, given: Array | None
                 target /= step
             else:
                 target = np.zeros_like(y)
-                target[:, :increments] = 1.0  # D at the end of the path, less D_0
+                target[:, :increments] = 1.0  # D_end - D_0
             b = differences.least_squares(target, b, RIDGE * (8 / (last + 1)) ** 3)
             weights[:, n, :n], weights[:, n, n] = b, 1 - b.sum(1)
         slope = differences.combined(b)
@@ -82,20 +82,20 @@ def _run(found: SurrogateRuns, metric: Array, levels: Array, given: Array | None
 
 
 class _Differences:
-    """``D_m - D_n`` of C runs, of each answer before the last to the last, and their Gram matrices.
+    """The differences ``D_m - D_n`` of C runs, with ``D_n`` the latest output, and their Gram matrices.
 
-    ``D_m - D_n`` is the sum of the changes ``D_j - D_{j+1}`` from m on, so its products are running sums of theirs, and
-    each answer meets the metric once.
+    ``D_m - D_n`` is the sum of the changes ``D_j - D_{j+1}`` from m on. So its inner products are cumulative sums of
+    theirs, and each output is multiplied by the metric only once.
     """
 
     def __init__(self, count: int, most: int, metric: Array) -> None:
         self.metric, self.n, self.last = metric, -1, np.empty(0)
         self._changes = np.zeros((count, most, len(metric)))
-        self._products = np.zeros_like(self._changes)  # with the metric
+        self._products = np.zeros_like(self._changes)  # changes times the metric
         self._gram = np.zeros((count, most, most))
 
     def add(self, denoised: Array) -> None:
-        """The next answers, ``D_n`` [C, V]."""
+        """Add the next outputs, ``D_n`` [C, V]."""
         self.n += 1
         if self.n > 0:
             n, change = self.n, self.last - denoised
@@ -109,7 +109,7 @@ class _Differences:
         return self.last + (b.cumsum(1)[:, None] @ self._changes[:, : self.n])[:, 0]
 
     def least_squares(self, target: Array, theory: Array, ridge: float) -> Array:
-        """The weights [C, n] whose combination is nearest ``target`` [C, V], drawn to ``theory``."""
+        """The weights [C, n] whose combination is nearest ``target`` [C, V], with a ridge towards ``theory`` (b0)."""
         n = self.n
         if n == 0:
             return theory
@@ -121,5 +121,5 @@ class _Differences:
 
 
 def _sums_from_each(values: Array) -> Array:
-    """The sums of ``values`` [C, n, 1] from each to the last, [C, n, 1]."""
+    """The sum of ``values`` [C, n, 1] from each entry to the last, [C, n, 1]."""
     return values[:, ::-1].cumsum(1)[:, ::-1]

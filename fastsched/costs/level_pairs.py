@@ -1,4 +1,4 @@
-"""Costs of steps between pairs of noise levels: which pairs, with which velocity, computed batch by batch."""
+"""Costs of steps between pairs of noise levels: the choice of pairs and velocity, and the loop over batches."""
 
 from __future__ import annotations
 

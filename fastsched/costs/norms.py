@@ -1,4 +1,4 @@
-"""Squared sizes of vectors given by their coefficients over known ones, from the Gram matrices of the samples."""
+"""Squared norms of vectors that are given as coefficients over known vectors, from the Gram matrices of the samples."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Array: TypeAlias = "NDArray[np.float64]"
 
 @dataclass(frozen=True, eq=False)
 class Norms:
-    """Norms over V known vectors, of which each of B samples has its own.
+    """Norms of combinations of V known vectors. Each of B samples has its own V vectors.
 
     Attributes:
         gram: Gram matrix of each sample's vectors, [B, V, V].
-        size: The square that each sample's squares are relative to, [B].
+        size: The squared norm that each sample's squared norms are relative to, [B].
     """
 
     gram: Array
@@ -26,13 +26,13 @@ class Norms:
 
     @classmethod
     def of_increments(cls, gram: Array, increments: int) -> Norms:
-        """Norms relative to the sum of the squared increments, which are the first vectors."""
+        """Norms relative to the sum of the squared norms of the increments, which are the first vectors."""
         size = np.einsum("bqq->b", gram[:, :increments, :increments])
         return cls(gram, np.maximum(size, np.finfo(np.float64).tiny))
 
     @property
     def vectors(self) -> int:
-        """V."""
+        """V, the number of vectors."""
         return self.gram.shape[1]
 
     @cached_property
@@ -52,7 +52,7 @@ class Norms:
     def sum_squared(self, vectors: Array) -> Array:
         """The sum over K vectors of `squared`, [C, B], from [C, K, V].
 
-        ``sum_k v_k' G_b v_k`` is the inner product of ``G_b`` with ``sum_k v_k v_k'``, which serves all samples.
+        ``sum_k v_k' G_b v_k`` is the inner product of ``G_b`` with ``sum_k v_k v_k'``, which all samples share.
         """
         outer = vectors.transpose(0, 2, 1) @ vectors
         return np.maximum(outer.reshape(len(outer), -1) @ self.gram.reshape(len(self.gram), -1).T, 0.0)
@@ -60,6 +60,6 @@ class Norms:
     def mean_squared(self, vectors: Array) -> Array:
         """The sum over K vectors of the mean over samples of ``v' G_b v / size_b``, [C], from [C, K, V].
 
-        One matrix serves all samples, so this is B times cheaper than `squared`.
+        It needs only the mean matrix `metric`, so it is B times cheaper than `squared`.
         """
         return ((vectors @ self.metric) * vectors).sum((1, 2))

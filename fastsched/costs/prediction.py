@@ -1,19 +1,19 @@
 """Predict the error of a whole schedule.
 
-The sampler is run on the surrogate (`fastsched.costs.surrogate`), for each measured sample b. The surrogate is wrong
-where no secant explains a deviation, and a search for the least error finds the schedules whose error it underestimates
+The sampler is run on the surrogate (`fastsched.costs.surrogate`) for each measured sample b. The surrogate is wrong
+where no secant explains a deviation. A search for the least error finds the schedules whose error it underestimates
 most: those of UniPC were predicted 2.5 to 4 times too low. So a variance is added to the squared error,
 
     ``q_b = ||error_b||^2 + variance_b``,
 
-that of the answers to deviations (`fastsched.costs.answer_errors`) and of the path between its levels
-(`fastsched.costs.interpolation_errors`). For the fitted solver the deviations themselves are added, times `PENALTY` and
-`DOUBT`. The error of a schedule is the power mean of the samples' errors,
+for errors of the answers to deviations (`fastsched.costs.answer_errors`) and of the path between its levels
+(`fastsched.costs.interpolation_errors`). For the fitted solver, squared deviations with the weights `PENALTY` and
+`DEVIATION_PENALTY` are added instead. The error of a schedule is the power mean of the samples' errors,
 
     ``(mean_b q_b^p)^(1/p)``,   ``p = 1/4``,
 
-between the geometric mean (p = 0), which a few samples that end far off do not move, and the arithmetic mean (p = 1),
-which they decide. The same number chooses schedules, ranks them, and is reported.
+between the geometric mean (p = 0), on which a few samples with large errors have little effect, and the arithmetic mean
+(p = 1), which they dominate. Schedules are chosen and ranked by this number, and it is the one that is reported.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ from fastsched.sampling.schedule import Schedule, check_kind
 from fastsched.sampling.solvers import FITTED, Solver
 
 #: Weight of deviations that no secant explains, for the fitted solver, and near schedules that were run
-#: (`fastsched.fitting.neighbourhood`). It is about the relative error of the answers to them: where one deviated path
-#: predicts the other's, that is 0.13 to 0.45 of the unexplained part, a mean over the levels (nine denoisers).
+#: (`fastsched.fitting.neighbourhood`). It is about the relative error of the answers to them: if one deviated path
+#: predicts those of the other, the error is 0.13 to 0.45 of the unexplained part, a mean over levels (nine denoisers).
 PENALTY = 0.3
 
-#: Weight of all deviations, explained or not, for the fitted solver where there are few samples, and how few: levels
-#: and weights chosen together find what secants of few samples get wrong. Errors of fits against those without, typical
-#: and mean: 0.88 and 0.77 with 100 calls, 0.83 and 0.73 with 200, both of 2 samples; with 4 and 8 samples 1.0 to 1.2.
-DOUBT, FEW_SAMPLES = 0.25, 3
+#: Weight of all deviations, explained or not, for the fitted solver with at most `FEW_SAMPLES` samples: levels and
+#: weights chosen together exploit errors in secants from few samples. Fits with this weight had typical and mean errors
+#: of 0.88 and 0.77 of those without, with 100 calls, and 0.83 and 0.73 with 200, both with 2 samples. With 4 and 8
+#: samples the ratios were 1.0 to 1.2.
+DEVIATION_PENALTY, FEW_SAMPLES = 0.25, 3
 
 
 @dataclass(frozen=True, eq=False)
 class ErrorModel:
-    """Predicts the errors of schedules for one solver, from the denoiser as measured."""
+    """Predicts the errors of schedules for one solver from the surrogate of the denoiser."""
 
     surrogate: Surrogate
     solver: Solver
@@ -66,7 +67,7 @@ class ErrorModel:
             found = surrogate_runs(self.surrogate, levels, self.solver)
             squared = squared_errors(norms, found.outcome)
             if len(norms.size) <= FEW_SAMPLES:
-                squared += DOUBT**2 * norms.mean_squared(found.deviations_at_end)[:, None] * norms.size
+                squared += DEVIATION_PENALTY**2 * norms.mean_squared(found.deviations_at_end)[:, None] * norms.size
             return power_mean(squared)
         found = self.surrogate.run(levels, self.solver, passed_on=True)
         return power_mean(norms.squared(found.error) + found.variance)
@@ -80,8 +81,8 @@ class ErrorModel:
 def squared_errors(norms: Norms, outcome: Outcome, penalty: float = PENALTY) -> Array:
     """Squared errors of the fitted solver, and near schedules that were run, [C, B].
 
-    ``||error_b||^2 + penalty^2 sum_n ||unexplained deviation_n||^2``, each deviation scaled to its size at the end.
-    Deviations count as their mean over the samples, to scale.
+    ``||error_b||^2 + penalty^2 sum_n ||unexplained deviation_n||^2``, each deviation scaled to its size at the end. The
+    squared deviations are a mean over samples relative to each sample's size, times the size of sample b.
     """
     unexplained = norms.mean_squared(outcome.deviations)
     return norms.squared(outcome.error) + penalty**2 * unexplained[:, None] * norms.size
@@ -90,19 +91,18 @@ def squared_errors(norms: Norms, outcome: Outcome, penalty: float = PENALTY) -> 
 def predict_error(
     stats: PathStatistics, sigmas: Tensor | Sequence[float] | Schedule, solver: str | Solver | None = None
 ) -> float:
-    """The predicted error of any schedule: what `fastsched.optimal_schedule` makes small.
+    """The predicted error of any schedule, the number that `fastsched.optimal_schedule` minimises.
 
-    A squared distance ``||x0 - x0_converged||^2``, summed over the elements of a sample, in its power mean over
-    samples.
+    The power mean over samples of the squared distance ``||x0 - x0_converged||^2``, summed over a sample's elements.
 
     Args:
-        stats: What `fastsched.measure` returned.
+        stats: The result of `fastsched.measure`.
         sigmas: Sampler sigmas [steps + 1] ending in 0, or a schedule.
-        solver: A solver's name; that of the schedule when None, and dpmpp_2m for sigmas alone.
+        solver: A solver's name; that of the schedule when None, and dpmpp_2m if ``sigmas`` is not a schedule.
 
     Raises:
         ValueError: If the sigmas do not descend to 0, start below the measured range, lie a thousandfold beyond those
-            of the noise process, or belong to a schedule with decoupled levels, of which a measurement knows nothing.
+            of the noise process, or belong to a schedule with decoupled levels, which a measurement cannot predict.
     """
     validate.arguments(locals(), stats=is_statistics, sigmas=is_run, solver=validate.optional(is_solver))
     values = validate.descending_sigmas("sigmas", getattr(sigmas, "sigmas", sigmas), to_zero=True)

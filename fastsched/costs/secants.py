@@ -1,14 +1,14 @@
-"""Secants of the denoiser: what it answers to deviations from the reference path.
+"""Secants of the denoiser: its responses to deviations from the reference path.
 
 A secant is a deviation ``a = z - z_path`` and the residual ``r = D(z) - D(z_path) - j a`` that the scalar Jacobian
-``j`` leaves. From several of them at one level the answer to another deviation is modelled as
+``j`` leaves. From several secants at one level, the response to another deviation ``a`` is modelled as
 
     ``D(z) - D(z_path) ~ j a + sum_m c_m r_m``,   ``c = argmin ||a - sum_m c_m a_m||^2 + sum_m mu_m ||c_m a_m||^2``,
 
-a damped multisecant model (Fang & Saad 2009). Deviated paths of the measurement give secants at levels of the grid,
-between which they are interpolated in ``lambda``; runs of the sampler give one for each evaluation. All vectors are
-coefficients over the increments, the responses and what runs found; norms come from their Gram matrix, a mean over the
-samples, so the coefficients ``c`` are common to the samples.
+a damped multisecant model (Fang & Saad 2009). Deviated paths of the measurement give secants at levels of the grid, and
+these are interpolated in ``lambda`` between levels. Runs of the sampler give one secant for each evaluation. All
+vectors are coefficients over known vectors: the increments, the responses, and the residuals and errors of runs. Norms
+come from the Gram matrix of these, a mean over the samples, so all samples have the same coefficients ``c``.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import numpy as np
 
 from fastsched.costs.norms import Array
 
-#: ``mu`` of the secants of deviated paths; it multiplies their mean square at a level instead of each one's own.
+#: ``mu`` of the secants of deviated paths; here it multiplies the mean of ``||a_m||^2`` over the secants of a level.
 GRID_DAMPING = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class RunSecants:
-    """Secants that runs of the sampler found at one of their evaluations.
+    """Secants of m runs of the sampler at one of their evaluations.
 
     Attributes:
         deviations: ``a_m``, [m, V].
         residuals: ``r_m``, [m, V].
         damping: ``mu_m``, [m].
-        offsets: ``o_m``, how far the level that the network was told lay from the state's in ``log s``, [m].
-        unit: What ``o = 1`` counts as beside squares of deviations.
+        offsets: ``o_m = log(s_told / s)``, if the network was told ``s_told`` and the state's level was ``s``, [m].
+        unit: The squared deviation that an offset of 1 is equivalent to.
     """
 
     deviations: Array
@@ -45,14 +45,14 @@ class RunSecants:
 
 @dataclass(frozen=True, eq=False)
 class Secants:
-    """The secants known, as coefficients over V vectors.
+    """All known secants, as coefficients over V vectors.
 
     Attributes:
-        lam: ``lambda`` of the levels that deviated paths asked at, ascending, [G].
-        deviations: ``a`` of the M deviated paths at those levels, [G, M, V].
-        residuals: ``r`` there, [G, M, V].
+        lam: ``lambda`` of the levels at which deviated paths evaluated the network, ascending, [G].
+        deviations: ``a`` of the M deviated paths at these levels, [G, M, V].
+        residuals: ``r`` of the deviated paths at these levels, [G, M, V].
         metric: The Gram matrix of the vectors, a weighted mean over the samples, [V, V].
-        runs: For each evaluation of a run, what runs found; empty without runs.
+        runs: The secants of runs, one entry per evaluation; empty without runs.
     """
 
     lam: Array
@@ -63,27 +63,26 @@ class Secants:
 
     @classmethod
     def none(cls, vectors: int) -> Secants:
-        """No secants, over so many vectors."""
+        """No secants, over ``vectors`` vectors."""
         empty = np.zeros((2, 0, vectors))
         return cls(np.array([0.0, 1.0]), empty, empty, np.zeros((vectors, vectors)))
 
     @property
     def vectors(self) -> int:
-        """V, how many vectors coefficients are over."""
+        """V, the number of vectors."""
         return len(self.metric)
 
     def answer(self, evaluation: int, lam: Array, away: Array, offset: Array | None = None) -> tuple[Array, Array]:
-        """What is known of the answers to deviations beyond the scalar Jacobian.
+        """The secants' answers to deviations, without the scalar Jacobian's part.
 
         Args:
-            evaluation: The number of the evaluation in its run.
+            evaluation: The index of the evaluation in its run.
             lam: ``lambda`` of the deviations, [C].
             away: The deviations, [C, V].
-            offset: How far the level that the network is told lies from the state's in ``log s``, [C].
+            offset: ``log(s_told / s)``, if the network is told ``s_told`` and the state's level is ``s``, [C].
 
         Returns:
-            The answers ``sum_m c_m r_m``, and the part ``sum_m c_m a_m`` of the deviations that they are known for,
-            both [C, V].
+            The answers ``sum_m c_m r_m``, and the explained part ``sum_m c_m a_m`` of the deviations, both [C, V].
         """
         distinct, which = np.unique(lam, return_inverse=True)
         known = [each[which] for each in self._at(distinct)]
@@ -98,7 +97,7 @@ class Secants:
         return (c.transpose(0, 2, 1) @ residuals)[:, 0], (c.transpose(0, 2, 1) @ deviations)[:, 0]
 
     def left_out(self, path: int) -> tuple[Array, Array]:
-        """What the other paths get wrong of a deviated path's answers, and leave of its deviations; [G, V] each."""
+        """The error of a deviated path's answers predicted from the other paths, and its unexplained part; [G, V]."""
         others = np.arange(self.deviations.shape[1]) != path
         deviations, residuals = self.deviations[:, others], self.residuals[:, others]
         products = self._products[:, others]
@@ -112,7 +111,7 @@ class Secants:
 
     @cached_property
     def _grams(self) -> tuple[Array, Array]:
-        """``<a_m, a_n>`` at each level, [G, M, M], and between neighbouring levels, both ways, [G - 1, M, M]."""
+        """``<a_m, a_n>`` at each level, [G, M, M], and between neighbours, both orders added, [G - 1, M, M]."""
         own = self._products @ self.deviations.transpose(0, 2, 1)
         crossed = self._products[:-1] @ self.deviations[1:].transpose(0, 2, 1)
         return own, crossed + crossed.transpose(0, 2, 1)
@@ -130,7 +129,7 @@ class Secants:
     def _with_run(
         self, evaluation: int, deviations: Array, residuals: Array, products: Array, system: Array
     ) -> tuple[Array, Array, Array, Array]:
-        """The same with the secants of runs at this evaluation, last."""
+        """The results of `_at` with the secants of runs at this evaluation appended."""
         found = self.runs[evaluation]
         own = found.deviations @ self.metric
         crossed = products @ found.deviations.T  # [C, M, m]
@@ -145,7 +144,7 @@ class Secants:
 
 
 def _damped(system: Array) -> Array:
-    """Gram matrices [C, M, M] with `GRID_DAMPING`."""
+    """Gram matrices [C, M, M] with `GRID_DAMPING` added."""
     count = system.shape[1]
     size = np.einsum("cmm->c", system)[:, None, None] / max(count, 1)
     return system + (GRID_DAMPING * size + np.finfo(np.float64).tiny) * np.eye(count)

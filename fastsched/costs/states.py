@@ -23,12 +23,12 @@ from fastsched.sampling.random_streams import noise_of, normal, sample_seeds, st
 from fastsched.sampling.sampler import integration, nodes_of
 from fastsched.sampling.solvers import get_solver
 
-#: The longest step in ``log s`` of the path between two levels: a longer one adds levels between them.
+#: The longest step of the path in ``log s``. Between two levels that are further apart, the path has more levels.
 PATH_STEP = 0.35
 
 
 class Batch:
-    """Some of an estimate's samples. Each has its own random stream, so its numbers do not depend on the batch.
+    """A batch of an estimate's samples. Each sample has its own random stream, independent of the batch.
 
     Attributes:
         noise: The noise that the states start from, standard normal, [B, *shape].
@@ -53,7 +53,7 @@ class Batch:
         return torch.from_numpy(2 * np.stack(draws) - 1).to(self.noise)
 
 
-#: What is wrong with a network that has no derivative.
+#: Error message for a network without forward-mode derivatives.
 _NO_DERIVATIVE = (
     "the network has no forward-mode derivative (torch.func.jvp), which this cost needs (does it use detach, NumPy, "
     "torch.inference_mode or operations of its own?)"
@@ -67,7 +67,7 @@ class StateSource:
         denoiser: The denoiser to measure.
         sigmas: Sampler sigmas, descending, [N]; positive and of finite level (pure noise has no finite score).
         shape: The shape of one sample, without the batch.
-        samples: The number of states per level; or which, ``range(a, b)``, to be merged with others.
+        samples: The number of states per level; or ``range(a, b)``, their indices, to merge with other estimates.
         data: Clean samples [n, *shape] to which noise is added; None follows the probability-flow path instead.
         seed: The seed of the noises, the probes and the choice of data. Sample ``b`` does not depend on ``samples``
             or ``batch_size``.
@@ -141,7 +141,7 @@ class StateSource:
         """``J w`` row by row, ``J`` the Jacobian of ``D`` at states ``z`` of level ``k``; by forward-mode derivatives.
 
         Raises:
-            ValueError: If the network has none: where it leaves PyTorch, or detaches its input.
+            ValueError: If the network has none, for example because it detaches its input or uses NumPy.
         """
         try:
             found = torch.func.jvp(partial(self.denoise, k=k), (z,), (w,))[1]
@@ -149,7 +149,7 @@ class StateSource:
             if is_out_of_memory(error):
                 raise
             raise ValueError(f"{_NO_DERIVATIVE}: {str(error).splitlines()[0]}") from error
-        if torch.equal(found, float(self.denoised_a[k]) * w):  # of the output itself there is none
+        if torch.equal(found, float(self.denoised_a[k]) * w):  # the derivative of the network's output is 0
             moved, still = (self.raw_output(each[:1], k) for each in (z + float(self.s[k]) * w, z))
             if not torch.equal(moved, still):
                 raise ValueError(f"{_NO_DERIVATIVE}: it is 0, although the output depends on the input")
@@ -159,7 +159,7 @@ class StateSource:
         """The samples, ``batch_size`` at a time."""
         for start in range(0, self.samples, self.batch):
             rows = slice(start, min(start + self.batch, self.samples))
-            # Drawn on the CPU, sample by sample: the same numbers on every device and in every batch.
+            # Drawn on the CPU, sample by sample, for the same numbers on every device and in every batch.
             noise = noise_of(self.seeds[rows], self.shape).to(self.device, self.state_dtype)
             clean = None if self._chosen is None else self._chosen[rows].to(self.device, self.state_dtype)
             yield Batch(self.seeds[rows], noise, clean)
@@ -179,7 +179,7 @@ class StateSource:
     def states(self, batch: Batch, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """``(k, z, R)`` for the levels ``k < count``: states ``z ~ p_k`` and the network's output there.
 
-        With data, ``z = x0 + s_k eps`` with one ``eps`` per sample for all levels; without, the states of one path.
+        With data, ``z = x0 + s_k eps`` with one ``eps`` per sample for all levels; without data, states of one path.
         """
         if batch.clean is None:
             yield from self._follow_path(batch.noise, count)
@@ -225,7 +225,7 @@ class StateSource:
 
 
 def is_probes(name: str, value: object) -> int:
-    """TypeError or ValueError unless the argument is a number of probes that have products of different ones."""
+    """TypeError or ValueError unless the argument is a number of probes of at least 2, to form products of two."""
     return validate.positive_int(name, value, minimum=2)
 
 
@@ -252,7 +252,7 @@ def finite_grid(denoiser: Denoiser, n: int) -> Tensor:
 
 
 def _path_levels(denoiser: Denoiser, s: Tensor) -> tuple[Tensor, dict[int, int]]:
-    """The levels of a path that passes through all of ``s``, and for those in ``s`` their index, by path index."""
+    """The levels of a path through all of ``s``, and a map from path index to index in ``s``."""
     top = denoiser.levels(3)
     start = [value for value in top[:2].tolist() if value > float(s[0]) * (1 + 1e-9)]
     anchors = [*(start if math.isinf(denoiser.process.s_max) else start[:1]), *s.tolist()]
@@ -269,6 +269,6 @@ def _choose(data: Tensor, shape: tuple[int, ...], samples: range, seed: int) -> 
     """Rows ``samples`` of ``data`` in random order; no row is repeated before all have been used."""
     if tuple(data.shape[1:]) != shape or len(data) == 0:
         raise ValueError(f"data must have shape [n, {', '.join(map(str, shape))}], got {tuple(data.shape)}")
-    # A generator of its own leaves torch's global random numbers as they are.
+    # A separate generator does not change the state of torch's global one.
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed), device="cpu")
     return data[order[torch.arange(samples.start, samples.stop, device="cpu") % len(data)].to(data.device)]

@@ -1,21 +1,21 @@
-"""The solver-aware path cost: the error of every step of a solver, from one Gram of increments.
+"""The solver-aware path cost: the error of every step of a solver, from one Gram matrix of increments.
 
-Between levels the path takes ``D`` as piecewise linear in ``lambda``, so over a segment from ``rho_q`` to
-``rho_{q+1}`` (``h`` its length in ``lambda``, ``I`` in ``rho``) the integral puts ``I - w`` on ``D_q`` and ``w`` on
-``D_{q+1}``, ``w = rho_{q+1} - I/h``. With ``r_q = rho_q + (I - w)`` the path is
+Between levels, ``D`` on the path is taken as piecewise linear in ``lambda``. A segment from ``rho_q`` to ``rho_{q+1}``
+has the length ``h`` in ``lambda`` and ``I`` in ``rho``, and the integral of ``D`` over it is
+``(I - w) D_q + w D_{q+1}``, ``w = rho_{q+1} - I/h``. With ``r_q = rho_q + (I - w)`` the path is
 
     ``y_k - y_j = (rho_k - rho_j) D_j + sum_{j <= q < k} (rho_k - r_q) e_q``,   ``e_q = D_{q+1} - D_q``.
 
-A step of a linear solver (`fastsched.sampling.solvers`) with weights ``b`` then errs by ``sum_q C_q e_q``:
+A step of a linear solver (`fastsched.sampling.solvers`) with weights ``b`` then has the error ``sum_q C_q e_q``:
 
-* ``j <= q < k``: ``C_q = r_q - rho_k``, plus ``scale * b * f * p_q`` for a slope of weight ``b`` at a node ahead, with
-  ``p_q`` the fraction of segment ``q`` that lies before it (1 for all segments if it is the end of the step),
-* ``i <= q < j``: ``C_q = -scale * B_i * u_q``, ``B_i`` the weight on ``i`` and earlier, and so on for earlier levels,
+* ``j <= q < k``: ``C_q = r_q - rho_k``. A slope of weight ``b`` at a node ahead adds ``scale * b * f * p_q``, where
+  ``p_q`` is the fraction of segment ``q`` before this node (1 for all segments if the node is the end of the step).
+* ``i <= q < j``: ``C_q = -scale * B_i * u_q``, ``B_i`` the weight on ``i`` and earlier; and so on for earlier levels.
 
-where ``u_q e_q`` is the change of the slope over a segment: ``u = f = 1`` for ``D``; ``u_q = -(r_q + 1/tau - rho)`` for
-``g``, in which ``1/tau - rho`` is 0 (VE, VP) or 1 (flow), and ``f = -1/tau`` at the node ahead. The state there is a
-prediction, itself in error by ``sum_q P_q e_q``; the denoiser passes on ``J`` times it, which adds
-``scale * b * f * J s P_q``. ``J`` is the scalar Jacobian of `fastsched.costs.surrogate`. The local error is
+Here ``u_q e_q`` is the change of the slope over a segment. For the slope ``D``, ``u = f = 1``. For the slope ``g``,
+``u_q = -(r_q + 1/tau - rho)``, in which ``1/tau - rho`` is 0 (VE, VP) or 1 (flow), and ``f = -1/tau`` at the node
+ahead. The state there is a prediction with an error ``sum_q P_q e_q``. The denoiser multiplies this error by ``J``, the
+scalar Jacobian of `fastsched.costs.surrogate`, which adds ``scale * b * f * J s P_q``. The local error is
 ``E ||.||^2 = s_k^2 C' G C``.
 
 Source: multistep error analysis in the form of Lu et al. 2022 (DPM-Solver++) and Zhang & Chen 2023 (DEIS).
@@ -40,7 +40,7 @@ from fastsched.sampling.solvers import Solver, from_pure_noise, get_solver, is_s
 
 
 def error_weight(stats: PathStatistics) -> Array:
-    """What a squared error made at each level is multiplied by until the end of the path, [N + 1]; 1 at the end."""
+    """The factor from a squared error made at each level to the one at the end of the path, [N + 1]; 1 at the end."""
     return _weight(Surrogate.of(stats))
 
 
@@ -52,7 +52,7 @@ def path_cost(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", *, weigh
     """The cost of every step of ``solver`` between the levels of ``stats``.
 
     Args:
-        stats: What `fastsched.measure` returned.
+        stats: The result of `fastsched.measure`.
         solver: A solver's name.
         weighted: Whether errors are weighted by their effect at the end of the path (`error_weight`).
 
@@ -65,7 +65,7 @@ def path_cost(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", *, weigh
         solver=get_solver(solver),
         s=stats.s.numpy(),
         tau=stats.process.sampler_sigma(stats.s).numpy(),
-        gram=(gram + gram.T) / 2,  # equal to rounding; exactly so, both triangles give the same costs
+        gram=(gram + gram.T) / 2,  # the triangles differ by rounding; equal ones give exactly equal costs
         weight=_weight(surrogate) if weighted else np.ones(stats.levels + 1),
         jacobian=surrogate.jacobian,
     )
@@ -78,10 +78,10 @@ class PathCost:
     Attributes:
         solver: The solver.
         s: Levels 0..N-1, [N].
-        tau: The same as sampler sigmas, [N].
-        gram: Mean increment Gram ``E <e_p, e_q>``, [N-1, N-1].
+        tau: The same levels as sampler sigmas, [N].
+        gram: Mean Gram matrix of the increments, ``E <e_p, e_q>``, [N-1, N-1].
         weight: Weight of a squared error made at each level, [N + 1]; entry 0 is not used.
-        jacobian: The scalar Jacobian, by which the denoiser passes on a state's error, [N].
+        jacobian: The scalar Jacobian, by which the denoiser multiplies a state's error, [N].
     """
 
     solver: Solver
@@ -93,7 +93,7 @@ class PathCost:
 
     @property
     def levels(self) -> int:
-        """N."""
+        """N, the number of levels."""
         return len(self.s)
 
     @cached_property
@@ -103,7 +103,7 @@ class PathCost:
 
     @cached_property
     def _node_rho(self) -> Array:
-        """``r_q``, [N-1]: where in rho an increment may be taken to happen."""
+        """``r_q``, [N-1]: a jump of ``D`` at this ``rho`` has the same integral as the increment."""
         a, b = self.rho[:-1], self.rho[1:]
         length = b - a
         with np.errstate(divide="ignore"):
@@ -127,7 +127,7 @@ class PathCost:
 
     @cached_property
     def _nodes(self) -> list[Node]:
-        # Python's own floats: coordinate descent asks for thousands of weights, and NumPy's scalars are slower
+        # Python floats: coordinate descent computes thousands of weights, and NumPy scalars are slower.
         return [Node(*place) for place in zip(self.rho.tolist(), self._lam.tolist(), self.tau.tolist(), strict=True)]
 
     @cached_property
@@ -170,12 +170,12 @@ class PathCost:
         return costs
 
     def of(self, nodes: Sequence[int]) -> Array:
-        """The cost of each step of a schedule, [steps], with the solver's whole history; ``nodes`` end in level N."""
+        """The cost of each step of a schedule, [steps], with the solver's full history; ``nodes`` end at level N."""
         histories = (self.history_of(nodes, n) for n in range(len(nodes) - 1))
         return np.array([self.step(part, corrected=corrected) for part, corrected in histories])
 
     def around(self, nodes: Sequence[int], n: int) -> float:
-        """The cost of the steps of a schedule that depend on node ``n``, an inner one."""
+        """The total cost of the steps of a schedule that depend on the inner node ``n``."""
         total = 0.0
         for m in range(n - 1, min(n + 1 + self.solver.history, len(nodes) - 1)):
             part, corrected = self.history_of(nodes, m)
@@ -188,11 +188,11 @@ class PathCost:
         return tuple(nodes[max(0, n - used) : n + 2]), n + 2 < len(nodes) - 1
 
     def step(self, nodes: Sequence[int], *, corrected: bool = True) -> float:
-        """The cost of the step between the last two of ``nodes``, those before being its history, newest last.
+        """The cost of the step between the last two of ``nodes``; the nodes before are its history, newest last.
 
         Args:
             nodes: Ascending level indices.
-            corrected: Whether the solver's corrector, if it has one, is applied: not before the step to sigma 0.
+            corrected: Whether the solver's corrector, if any, is applied. The step before the one to sigma 0 has none.
         """
         key = (*nodes, corrected)
         if key not in self._steps:
@@ -202,7 +202,7 @@ class PathCost:
     def error_vector(self, nodes: Sequence[int], *, corrected: bool = True) -> Array:
         """``C`` [N-1]: the error in ``y_k`` of the step between the last two ``nodes``, over the increments.
 
-        For the step to sigma 0, where ``y`` has no limit, the error in ``z``.
+        For the step to sigma 0, where ``y`` is infinite, it is the error in ``z``.
         """
         *earlier, j, k = nodes
         if k == self.levels:
@@ -222,12 +222,12 @@ class PathCost:
         return vector
 
     def _history_error(self, weights: list[Any], earlier: Sequence[int], j: int, k: int, scale: Any) -> Array:
-        """The error of a step with these weights on its stage, if the solver has one, and its history."""
+        """The error of a step with ``weights`` on its stage, if the solver has one, and on its history."""
         vector = np.zeros(self.levels - 1)
         vector[j:k] = self._step_vector(k)[j:k]
         if self.solver.stage is not None:
             vector[j:k] += scale * weights.pop(0) * self._stage_change(j, k)
-        tails = np.cumsum(weights[::-1])[::-1]  # weight on each level and those before it
+        tails = np.cumsum(weights[::-1])[::-1]  # total weight on each level and all earlier ones
         newer = j
         for tail, older in zip(tails[1:], earlier[::-1], strict=True):
             vector[older:newer] = -scale * tail * self._slope_change[older:newer]
@@ -245,7 +245,7 @@ class PathCost:
 
     @cached_property
     def _steps(self) -> dict[tuple[int, ...], float]:
-        """Costs of `step` so far: coordinate descent asks for the same ones again."""
+        """Cache of `step`, because coordinate descent requests the same costs again."""
         return {}
 
     def _step_cost(self, nodes: Sequence[int], corrected: bool) -> float:
@@ -261,7 +261,7 @@ class PathCost:
         return self._node_rho[:k] - self.rho[k]
 
     def _two_slope_factors(self, i: NDArray[np.intp], j: NDArray[np.intp], k: int) -> tuple[Array, Array, Array]:
-        """What multiplies ``u`` over ``[i, j)``, and 1 and the step vector over ``[j, k)``; each [i, j]."""
+        """Factors of ``u`` over ``[i, j)``, and of 1 and the step vector over ``[j, k)``; each [i, j]."""
         history, end = [self._node(j), self._node(i)], self._node(k)
         scale = step_scale(self.solver, history[0], end)
         with np.errstate(invalid="ignore", divide="ignore"):

@@ -1,15 +1,15 @@
-"""The sampler on what a measurement knows of the denoiser: the error of any schedule, without a model call.
+"""The surrogate, a model of the denoiser from a measurement: the error of any schedule, without a model call.
 
-On the measured path the denoiser is known, ``D(lambda) = D_0 + sum_q p_q(lambda) e_q``, the natural cubic spline
-through the levels. Off it, a deviation of the state is answered by a scalar Jacobian and by secants
-(`fastsched.costs.secants`),
+On the measured path the denoiser is known: ``D(lambda) = D_0 + sum_q p_q(lambda) e_q``, the natural cubic spline
+through the levels. Off the path, its response to a deviation ``a`` of the state is modelled by a scalar Jacobian and
+by secants (`fastsched.costs.secants`):
 
     ``D(z; s) = D_path(s) + j(s) a + sum_m c_m r_m(s)``,   ``a = z - z_path(s)``.
 
-Run on this model, a solver's error at the end is a combination ``sum_q C_q v_q`` of known vectors (the increments, and
-the responses of the deviated paths), whatever the solver, its correctors and predicted states included; so their Gram
-matrix gives its size. This is the local error of `fastsched.costs.step_cost` for a whole schedule at once: errors of
-the steps are passed on and added up with their signs.
+If a sampler runs on this model, its error at the end is a combination ``sum_q C_q v_q`` of known vectors: the
+increments, and the responses of the deviated paths. So their Gram matrix gives its size. This holds for every solver,
+also with correctors and predicted states. Unlike the local errors of `fastsched.costs.step_cost`, this is the error of
+a whole schedule: errors of the steps are passed on and added up with their signs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastsched.costs.answer_errors import LENGTH, relative_errors, uncorrelated
+from fastsched.costs.answer_errors import CORRELATION_LENGTH, relative_errors, uncorrelated
 from fastsched.costs.interpolation_errors import interpolation_errors
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.secants import Secants
@@ -41,8 +41,8 @@ class Outcome:
 
     Attributes:
         error: Coefficients of the error at the end over the known vectors, [C, V].
-        deviations: Coefficients of the part of each state's deviation that no secant explains, times its amplitude at
-            the end; one for each network evaluation off the path, [C, evaluations, V].
+        deviations: Coefficients of the part of each state's deviation that no secant explains, times `amplitude`; one
+            for each network evaluation after the first, [C, evaluations, V].
     """
 
     error: Array
@@ -50,11 +50,11 @@ class Outcome:
 
 
 class Answers(Protocol):
-    """What is known of answers to deviations: `Secants`, or the answers that one run met."""
+    """A source of answers to deviations: `Secants`, or the known answers of one run."""
 
     @property
     def vectors(self) -> int:
-        """V, how many vectors coefficients are over."""
+        """V, the number of known vectors."""
         ...
 
     def answer(self, evaluation: int, lam: Array, away: Array, offset: Array | None = None) -> tuple[Array, Array]:
@@ -64,15 +64,15 @@ class Answers(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class OnPath:
-    """What is known on the path at C levels.
+    """The path and the model around it at C levels.
 
     Attributes:
         s: The levels, [C].
-        lam: Their ``lambda``, within the grid, [C].
+        lam: ``lambda`` of the levels, clipped to the grid, [C].
         state: Coefficients of ``y - y_0``, [C, N-1].
         denoised: Coefficients of ``D - D_0``, [C, N-1].
         jacobian: The scalar Jacobian, [C].
-        amplitude: How large a deviation is at the end, against its size there, [C].
+        amplitude: The factor from the size of a deviation at the level to its size at the end, [C].
     """
 
     s: Array
@@ -83,20 +83,20 @@ class OnPath:
     amplitude: Array
 
     def __getitem__(self, which: NDArray[np.intp]) -> OnPath:
-        """The same at levels by their numbers."""
+        """The entries with indices ``which``."""
         return OnPath(*(values[which] for values in vars(self).values()))
 
 
 @dataclass(frozen=True, eq=False)
 class Surrogate:
-    """The denoiser as the statistics know it.
+    """The model of the denoiser from a measurement.
 
     Attributes:
         process: The noise process.
         s: Levels of the grid, [N].
         norms: Norms over the V known vectors: the increments, then the responses.
         jacobian: The scalar Jacobian ``j`` at the levels, [N].
-        secants: What is known beyond it.
+        secants: The secants of the deviated paths; None without deviated paths.
     """
 
     process: NoiseProcess
@@ -110,9 +110,9 @@ class Surrogate:
         """The surrogate of a measurement.
 
         The scalar Jacobian is the least-squares ``j`` of ``D(z') - D(z) ~ j a`` over the deviated paths and the
-        samples, kept within [0, 1], so that no error is taken to change sign or to grow on its way; between modes it
-        may grow, which is left to the secants. Without deviated paths it is ``c^2 / (c^2 + s^2)``, that of Gaussian
-        data of the ends' standard deviation ``c``.
+        samples. It is clipped to [0, 1], so that errors do not change sign or grow along the path. Between modes they
+        can grow; only the secants model this. Without deviated paths ``j = c^2 / (c^2 + s^2)``, the Jacobian for
+        Gaussian data with the standard deviation ``c`` of the ends.
         """
         s, norms = stats.s.numpy(), Norms.of_increments(stats.vector_gram.numpy(), stats.levels - 1)
         if stats.response_gram is None:
@@ -131,16 +131,16 @@ class Surrogate:
 
     @property
     def vectors(self) -> int:
-        """V, how many vectors coefficients are over."""
+        """V, the number of known vectors."""
         return self.norms.vectors
 
     @property
     def spacing(self) -> float:
-        """How far apart levels are in ``lambda``, typically."""
+        """The median distance between levels of the grid in ``lambda``."""
         return float(np.median(np.diff(self._lam)))
 
     def _deviated(self, stats: PathStatistics) -> tuple[list[int], Array, Array]:
-        """Levels that the deviated paths asked at, level 0 first; their deviations and responses there, [G, M, V]."""
+        """Level 0 and the levels where deviated paths evaluate; deviations and responses there, [G, M, V] each."""
         n, rho = len(self.s), 1 / self.s
         asked = [0, *asked_levels(n)]
         state, _ = self.path(self.s)
@@ -151,7 +151,7 @@ class Surrogate:
         for m, path in enumerate(stats.deviated):
             column = {level: first + row for row, level in enumerate(asked[1:])}
             first += len(column)
-            y = np.zeros((n, self.vectors))  # of y' - y_0, but for the constant part of D
+            y = np.zeros((n, self.vectors))  # coefficients of y' - y_0, without the part of the constant D_0
             for k, used in enumerate(path.slopes(self._lam.tolist())):
                 y[k + 1] = y[k]
                 for level, weight in used:
@@ -174,7 +174,7 @@ class Surrogate:
 
         Each [4, N-1 segments, N-1 increments].
         """
-        from scipy.interpolate import CubicSpline  # here, for it takes long to import
+        from scipy.interpolate import CubicSpline  # imported here, because the import is slow
 
         n = len(self.s)
         p = np.ascontiguousarray(CubicSpline(self._lam, np.tri(n, n - 1, -1), bc_type="natural").c[::-1], np.float64)
@@ -186,12 +186,12 @@ class Surrogate:
 
     @cached_property
     def _both_pieces(self) -> Array:
-        """``p`` and ``P`` side by side, [4, N-1, 2 (N-1)]: evaluated together."""
+        """``p`` and ``P`` side by side, to evaluate them together, [4, N-1, 2 (N-1)]."""
         return np.concatenate(self._pieces, axis=2)
 
     @cached_property
-    def _starts(self) -> Array:
-        """What ``e^lam P`` lacks to ``y - y_0`` in each segment, [N-1, N-1]."""
+    def _integration_constants(self) -> Array:
+        """The constant of each segment that is added to ``e^lam P`` to give ``y - y_0``, [N-1, N-1]."""
         rho, (p, integral) = 1 / self.s, self._pieces
         length = np.diff(self._lam)[:, None]
         at_end = lambda pieces: pieces[0] + length * (pieces[1] + length * (pieces[2] + length * pieces[3]))
@@ -203,13 +203,13 @@ class Surrogate:
 
     @cached_property
     def _amplitudes(self) -> Array:
-        """A unit deviation's size at the end, [N]: ``a_k = (keep + (1 - keep) j_k) a_{k+1}``, ``a_N = 1``."""
+        """Size at the end of a unit deviation, [N]: ``a_k = (keep + (1 - keep) j_k) a_{k+1}``, ``a_N = 1``."""
         keep = np.append(self.s[1:], 0.0) / self.s
         return np.cumprod((keep + (1 - keep) * self.jacobian)[::-1], dtype=np.float64)[::-1]
 
     @cached_property
     def _answer_errors(self) -> Array:
-        """``kappa`` at the levels, [N]; without deviated paths that of a Jacobian that projects, ``j`` its mean."""
+        """``kappa`` at the levels, [N]; without deviated paths ``sqrt(j (1 - j))``, that of a projection of mean j."""
         if self.secants is None:
             return np.sqrt(self.jacobian * (1 - self.jacobian))
         return np.interp(self._lam, self.secants.lam, relative_errors(self.secants, self.norms))
@@ -219,11 +219,11 @@ class Surrogate:
         return interpolation_errors(self._lam, self.norms)
 
     def answer_errors(self, lam: Array) -> Array:
-        """How large the error of an answer is, against the unexplained part of a deviation, at ``lam`` of any shape."""
+        """``kappa``: error of an answer relative to the unexplained part of a deviation, at ``lam`` of any shape."""
         return np.interp(lam, self._lam, self._answer_errors)
 
     def path_errors(self, lam: Array) -> Array:
-        """How far off ``D`` on the path is for each sample, [..., B], at ``lam`` [...]."""
+        """Norm of the interpolation error of ``D`` on the path for each sample, [..., B], at ``lam`` [...]."""
         return np.stack([np.interp(lam, self._lam, of_sample) for of_sample in self._path_errors.T], axis=-1)
 
     def path(self, s: Array) -> tuple[Array, Array]:
@@ -234,14 +234,14 @@ class Surrogate:
         c = self._both_pieces
         both = c[0][segment] + x * (c[1][segment] + x * (c[2][segment] + x * c[3][segment]))
         denoised, integral = np.split(both, 2, axis=1)
-        state = rho[:, None] * integral + self._starts[segment]
+        state = rho[:, None] * integral + self._integration_constants[segment]
         if math.isinf(self.s[0]):  # D is linear in rho from pure noise to the first finite level
             first = (segment == 0)[:, None]
             state = np.where(first, 0.5 * rho[:, None] * (c[0, 0, : denoised.shape[1]] + denoised), state)
         return state, denoised
 
     def on_path(self, s: Array) -> OnPath:
-        """What is known on the path at levels ``s`` [C]."""
+        """The path and the model around it at levels ``s`` [C]."""
         return OnPath(s, self.position(s), *self.path(s), self.scalar_jacobian(s), self.amplitude(s))
 
     def run(
@@ -253,15 +253,14 @@ class Surrogate:
         *,
         passed_on: bool = False,
     ) -> SurrogateRuns:
-        """Sample along C schedules at once.
+        """Run a sampler along C schedules at once.
 
         Args:
             levels: Levels ``s`` [C, steps + 1], descending to 0.
             solver: The solver.
-            secants: What is known beyond the scalar Jacobian, over more vectors than the measurement's if runs found
-                more; those of the measurement when None.
-            offsets: How far the levels that the network is told lie from the states', in ``log s``, [C, steps].
-            passed_on: Whether to find how errors of answers reach the end.
+            secants: The secants, which may have more vectors than the measurement; those of the measurement when None.
+            offsets: ``log(s_told / s)``, if the network is told ``s_told`` and the state's level is ``s``, [C, steps].
+            passed_on: Whether to compute the factors with which errors of answers reach the end.
         """
         method, levels = get_solver(solver), np.asarray(levels, dtype=np.float64)
         later = method.model_calls(levels.shape[1] - 1) - 1 if passed_on else 0
@@ -275,28 +274,28 @@ class Surrogate:
         return found
 
     def scalar_jacobian(self, s: Array) -> Array:
-        """``j`` at levels ``s``, between those of the grid linear in ``lambda``."""
+        """``j`` at levels ``s``, interpolated linearly in ``lambda``."""
         return np.interp(self.position(s), self._lam, self.jacobian)
 
     def amplitude(self, s: Array) -> Array:
-        """How large a deviation at levels ``s`` is at the end, against its size there."""
+        """The factor from the size of a deviation at levels ``s`` to its size at the end."""
         return np.interp(self.position(s), self._lam, self._amplitudes)
 
     def position(self, s: Array) -> Array:
-        """``lambda`` of levels ``s``, within the grid."""
+        """``lambda`` of levels ``s``, clipped to the grid."""
         return np.clip(log_rho(1 / s), self._lam[0], self._lam[-1])
 
 
 class SurrogateRuns:
-    """C runs of a sampler on a surrogate, side by side: stands for the network, and keeps the deviations it was given.
+    """C runs of a sampler on a surrogate at once. It takes the network's place, and keeps the deviations of the states.
 
     Attributes:
         surrogate: The surrogate.
-        secants: What is known beyond its scalar Jacobian.
-        offsets: How far the levels that the network is told lie from the states', in ``log s``, [C, steps].
-        end: Coefficients of the states ``y - y_0`` at the start, and of the denoised samples ``D - D_0`` at the end,
-            [C, V], and then those of the errors of answers that are passed on, [C, V + later].
-        weights: Those of the fitted solver, [C, steps, steps]; None where they were not chosen.
+        secants: The secants.
+        offsets: ``log(s_told / s)``, if the network is told ``s_told`` and the state's level is ``s``, [C, steps].
+        end: Coefficients of the states ``y - y_0`` at the start, and after the run of the denoised samples ``D - D_0``,
+            [C, V + later]. The last ``later`` columns are the factors with which errors of answers reach the end.
+        weights: Weights of runs by `fastsched.costs.fitted_weights`, [C, steps, steps]; None for other runs.
     """
 
     def __init__(
@@ -311,7 +310,7 @@ class SurrogateRuns:
 
     @property
     def deviations(self) -> Array:
-        """The states' deviations from the path, one for each evaluation, [evaluations, C, V]."""
+        """The states' deviations from the path at each evaluation, [evaluations, C, V]."""
         return np.array(self._away)
 
     @property
@@ -323,22 +322,22 @@ class SurrogateRuns:
 
     @property
     def outcome(self) -> Outcome:
-        """The errors at the end, and the unexplained deviations."""
+        """The errors at the end, and the unexplained deviations times their amplitudes."""
         return Outcome(self.error, self._at_end(self._unexplained))
 
     @property
     def deviations_at_end(self) -> Array:
-        """All of the states' deviations, each times its amplitude at the end, [C, evaluations, V]."""
+        """The states' whole deviations times their amplitudes, [C, evaluations, V]."""
         return self._at_end(self._away)
 
     def _at_end(self, deviations: list[Array]) -> Array:
-        """Deviations times their amplitudes, [C, evaluations, V]; the first evaluation, on the path, is left out."""
+        """Deviations times their amplitudes, [C, evaluations, V], without the first evaluation: it is on the path."""
         scaled = [each * at.amplitude[:, None] for each, at in zip(deviations[1:], self._known[1:], strict=True)]
         return np.stack(scaled or [np.zeros((len(self.end), self.secants.vectors))], axis=1)
 
     @property
     def variance(self) -> Array:
-        """Variance of the squared error at the end, from what is not known of the network's answers, [C, B]."""
+        """Variance of the error at the end from unknown errors of answers and of the path, [C, B]."""
         norms, later = self.surrogate.norms, self._known[1:]
         if not later:
             return np.zeros((len(self.end), len(norms.gram)))
@@ -346,15 +345,15 @@ class SurrogateRuns:
         passed_on = self.end[:, self.secants.vectors :][:, : len(later), None]
         answers = self.surrogate.answer_errors(lam)[:, :, None] * np.stack(self._unexplained[1:], axis=1)
         path = uncorrelated(passed_on * self.surrogate.path_errors(lam), lam, self.surrogate.spacing)
-        return norms.sum_squared(uncorrelated(passed_on * answers, lam, LENGTH)) + (path**2).sum(1)
+        return norms.sum_squared(uncorrelated(passed_on * answers, lam, CORRELATION_LENGTH)) + (path**2).sum(1)
 
     def denoise(self, y: Array, s: Array) -> Array:
         """Coefficients of ``D - D_0`` [C, V] at levels ``s`` [C], where ``y - y_0`` has coefficients ``y``."""
-        distinct, which = np.unique(s, return_inverse=True)  # a descent's schedules differ in few levels
+        distinct, which = np.unique(s, return_inverse=True)  # schedules of a descent share most levels
         return self.denoise_at(y, self.surrogate.on_path(distinct)[which])
 
     def denoise_at(self, y: Array, known: OnPath) -> Array:
-        """The same, where what is known at the levels was looked up."""
+        """As `denoise`, with the path at the levels already looked up in ``known``."""
         n, vectors, evaluation = len(self.surrogate.s) - 1, self.secants.vectors, len(self._away)
         away = y.copy()
         away[:, :n] -= known.state
@@ -366,7 +365,7 @@ class SurrogateRuns:
         found[:, :vectors] += answer
         found[:, :n] += known.denoised
         if evaluation > 0:
-            found[:, vectors + evaluation - 1 : vectors + evaluation] += 1.0  # its error, if that has a column
+            found[:, vectors + evaluation - 1 : vectors + evaluation] += 1.0  # this answer's error, if it has a column
         self._away.append(away)
         self._unexplained.append(away - explained)
         self._known.append(known)
@@ -374,7 +373,7 @@ class SurrogateRuns:
 
 
 def nodes_of_levels(process: NoiseProcess, levels: Array) -> list[Node]:
-    """The levels of C schedules [C, steps + 1] as solver nodes of arrays [C]."""
+    """The levels of C schedules [C, steps + 1] as solver nodes, each with arrays [C]."""
     rho = 1 / levels
     lam, tau = log_rho(rho), process.sampler_sigma(torch.from_numpy(levels)).numpy()
     return [Node(rho[:, k], lam[:, k], tau[:, k]) for k in range(levels.shape[1])]

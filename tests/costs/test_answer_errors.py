@@ -39,7 +39,7 @@ def test_errors_of_answers_by_leaving_a_path_out(paths):
     gram[2, range(paths, 2 * paths), range(paths, 2 * paths)] = 100.0
     norms = Norms(gram, np.ones(5))
     found = relative_errors(Secants(np.arange(3.0), deviations, residuals, norms.metric), norms)
-    np.testing.assert_allclose(found, np.sqrt(answer_errors.FOUND * sizes[[1, 1, 2]]), rtol=1e-12)
+    np.testing.assert_allclose(found, np.sqrt(answer_errors.LEAVE_ONE_OUT_FACTOR * sizes[[1, 1, 2]]), rtol=1e-12)
 
 
 def test_what_the_other_path_explains_is_no_error():
@@ -48,7 +48,8 @@ def test_what_the_other_path_explains_is_no_error():
     residuals = np.array([[[0.0, 0.0, 0.5, 0.0], [0.0, 0.0, 0.5, 0.07]]]).repeat(2, 0)
     norms = Norms(np.eye(4)[None], np.ones(1))
     found = relative_errors(Secants(np.arange(2.0), deviations, residuals, norms.metric), norms)
-    np.testing.assert_allclose(found, np.sqrt(answer_errors.FOUND * 0.7), rtol=0.02)  # the damping leaves a thousandth
+    expected = np.sqrt(answer_errors.LEAVE_ONE_OUT_FACTOR * 0.7)
+    np.testing.assert_allclose(found, expected, rtol=0.02)  # the damping leaves a thousandth
 
 
 class OneWrongAnswer:
@@ -96,7 +97,7 @@ def test_the_variance_by_its_double_sum():
     errors = factors * surrogate.answer_errors(lam)
     deviations = found.deviations[1:, 0]  # without secants all of them is unexplained
     products = deviations @ surrogate.norms.gram[0] @ deviations.T
-    expected = errors @ (products * np.exp(-apart / answer_errors.LENGTH)) @ errors
+    expected = errors @ (products * np.exp(-apart / answer_errors.CORRELATION_LENGTH)) @ errors
     between = factors * surrogate.path_errors(lam)[:, 0]
     assert between.any()
     expected += between @ np.exp(-apart / surrogate.spacing) @ between

@@ -6,7 +6,7 @@ from scipy.stats import spearmanr
 
 import fastsched as fs
 from fastsched.costs.fitted_weights import surrogate_runs
-from fastsched.costs.prediction import DOUBT, ErrorModel, squared_errors
+from fastsched.costs.prediction import DEVIATION_PENALTY, ErrorModel, squared_errors
 from fastsched.costs.surrogate import Surrogate
 from fastsched.denoisers.digits import DigitsNetwork, load_digits_network
 from fastsched.metrics import power_mean
@@ -39,7 +39,7 @@ def test_the_error_on_gaussian_data_is_the_samplers(name):
     np.testing.assert_allclose(np.sqrt(predicted), np.sqrt(actual), rtol=0.05, atol=1e-3 * size)
 
 
-@pytest.mark.parametrize(("samples", "doubt"), [(2, DOUBT), (3, DOUBT), (4, 0.0)])
+@pytest.mark.parametrize(("samples", "doubt"), [(2, DEVIATION_PENALTY), (3, DEVIATION_PENALTY), (4, 0.0)])
 def test_deviations_of_the_fitted_solver_are_doubted_where_there_are_few_samples(samples, doubt):
     few = fs.measure(KINDS["x0"], (4,), levels=24, samples=samples, progress=False)
     levels = np.append(few.s.numpy(), 0.0)[[0, 5, 10, 16, 24]]
