@@ -13,7 +13,7 @@ from fastsched.sampling.sampler import nodes_of
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED, Solver
 from fastsched.sampling.stock_weights import NEAREST_STOCK, stock_weights
-from fastsched.selection.optimal import local_minima, optimal_schedule, ranked_starts, unlike
+from fastsched.selection.optimal import distinct_minima, local_minima, optimal_schedule, ranked_starts
 
 
 def stock_schedule(stats: PathStatistics, steps: int) -> Schedule:
@@ -36,5 +36,5 @@ def candidates_in_turn(stats: PathStatistics, steps: int, solver: str | Solver) 
         yield NEAREST_STOCK, stock_schedule(stats, steps)
     for minimum in minima[1:]:
         yield f"from {minimum.name}", minimum.schedule(stats, method)
-    for start in unlike([*minima, *ranked_starts(stats, steps, method)])[len(minima) :]:
+    for start in distinct_minima([*minima, *ranked_starts(stats, steps, method)])[len(minima) :]:
         yield start.name, start.schedule(stats, method)

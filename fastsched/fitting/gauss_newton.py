@@ -6,8 +6,7 @@ gradient is proportional to that of the sum of the ``q_b`` with fixed weights ``
 
     ``(H + mu diag H) dx = -g``,   ``H = sum_b w_b J_b' J_b``,   ``g = sum_b w_b J_b' E_b``,
 
-with Jacobians ``J_b`` by finite differences. All dampings ``mu`` of `DAMPINGS` are tried at once (Levenberg 1944;
-Marquardt 1963), and the step to the least error is taken.
+with ``J_b`` by finite differences, for all `DAMPINGS` ``mu`` (Levenberg 1944; Marquardt 1963). The best step is taken.
 """
 
 from __future__ import annotations

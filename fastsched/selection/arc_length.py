@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastsched import validate
 
-#: The least length of an interval, in units of all together.
+#: The least length of an interval, as a fraction of the total length.
 LEAST_LENGTH = 1e-9
 
 
@@ -43,9 +43,9 @@ def equal_arc_length(s: Tensor, increments: Tensor, n: int) -> Tensor:
         )
     if not np.isfinite(lengths).all() or (lengths < 0).any() or lengths.sum() <= 0:
         raise ValueError("increments must be finite, non-negative and not all 0")
-    lengths = np.maximum(lengths, LEAST_LENGTH * lengths.sum())  # where Lambda is flat it has no inverse
+    lengths = np.maximum(lengths, LEAST_LENGTH * lengths.sum())  # a flat Lambda would have no inverse
     cumulative = np.concatenate([[0.0], np.cumsum(lengths)])
-    # Monotone, so that levels descend; a cubic, so that they do not jump where the grid's levels lie.
+    # Monotone, so that levels descend; cubic, because the slope of a linear interpolant jumps at the grid's levels.
     inverse = PchipInterpolator(cumulative, np.log(levels))
     chosen = np.exp(inverse(np.linspace(0.0, cumulative[-1], n)))
     chosen[0], chosen[-1] = levels[0], levels[-1]

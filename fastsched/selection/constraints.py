@@ -1,4 +1,4 @@
-"""Which levels a schedule may have: those the network knows, and none too close to the next."""
+"""The levels that a schedule may have: levels that the network knows, not too close together."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch import Tensor
 from fastsched.costs.norms import Array
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 
-#: Least distance of two nodes in ``log s``: differences of outputs between nearer ones are amplified rounding.
+#: Least distance of two nodes in ``log s``: between closer nodes, differences of outputs are amplified rounding errors.
 APART = 0.05
-#: How far rounding may take a level beyond the ends of a range.
+#: Relative tolerance, for rounding, of a level at the ends of a range.
 ROUNDING = 1e-9
 
 
 def separate(process: NoiseProcess, levels: Array) -> NDArray[np.bool_]:
-    """Whether the nodes of C schedules [C, steps + 1] are `APART`, [C]; integer timesteps need only be different."""
+    """Whether the nodes of C schedules [C, steps + 1] are `APART`, [C]; integer timesteps only need to differ."""
     ratio = 1.0 if process.integer_timesteps else math.exp(-APART)
     return np.asarray((levels[:, 1:] < ratio * levels[:, :-1]).all(axis=1))
 
 
 def known_levels(process: NoiseProcess, levels: Array) -> Array:
-    """The nearest levels that the network knows: ``levels`` themselves, but for integer timesteps."""
+    """The nearest levels that the network knows: ``levels`` themselves, except for integer timesteps."""
     return process.nearest(torch.from_numpy(np.asarray(levels, dtype=np.float64))).numpy()
 
 
 def distinct_known_levels(process: NoiseProcess, levels: Array, low: float = 0.0) -> Array:
-    """`known_levels` of one schedule [steps + 1], no two alike and none below ``low``."""
+    """`known_levels` of one schedule [steps + 1], all different and none below ``low``."""
     if not (isinstance(process, VariancePreserving) and process.integer_timesteps):
         return levels
     known = process.trained_levels.flip(0)
@@ -38,7 +38,7 @@ def distinct_known_levels(process: NoiseProcess, levels: Array, low: float = 0.0
 
 
 def distinct_levels(levels: Tensor, known: Tensor) -> Tensor:
-    """``levels`` [steps + 1], the last 0, moved to distinct ones of ``known``, as near in ``log s`` as order allows.
+    """``levels`` [steps + 1], the last 0, moved to different ``known`` levels, as near in ``log s`` as order allows.
 
     Both descend, and there are at least as many known levels as steps.
     """
@@ -46,6 +46,6 @@ def distinct_levels(levels: Tensor, known: Tensor) -> Tensor:
     inner = levels[:-1]
     for n, level in enumerate(inner):
         low, high = (chosen[-1] + 1 if chosen else 0), len(known) - (len(inner) - n)
-        nearest = int((known.log() - level.log()).abs().nan_to_num(nan=0.0).argmin())  # inf - inf: pure noise itself
+        nearest = int((known.log() - level.log()).abs().nan_to_num(nan=0.0).argmin())  # inf - inf at pure noise
         chosen.append(min(max(nearest, low), high))
     return torch.cat([known[chosen], known.new_zeros(1)])

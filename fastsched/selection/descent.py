@@ -1,4 +1,4 @@
-"""Descend on any error of a schedule: off every grid along its gradient, and over the levels of a grid."""
+"""Minimise any error of a schedule: off the grid along the gradient, and by coordinate descent on a grid."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from scipy.optimize import minimize
 
 from fastsched.costs.norms import Array
 
-#: Gap in ``log s`` that stands for an infinite one: below pure noise, and above sigma 0.
+#: Gap in ``log s`` that replaces an infinite one, from pure noise to the next level and from the last level to sigma 0.
 OPEN_GAP = 1.5
 
-#: Finite differences of the logarithm of the error, in ``log s``.
+#: Length, in ``log s``, of finite differences of the logarithm of the error.
 DIFFERENCE = 1e-4
 
-#: A descent ends where a step lowers the logarithm of the error by less than this fraction of it, or of 1. With 1e-3
-#: the errors were 1.07, 1.10 and 1.17 times as large at 5, 8 and 16 steps, in 0.6 of the time (12 cells each).
+#: L-BFGS ends if a step lowers the logarithm of the error by less than this fraction of the larger of it and 1. With
+#: 1e-3 the errors were 1.07, 1.10 and 1.17 times as large at 5, 8 and 16 steps, in 0.6 of the time (12 cells each).
 TOLERANCE = 1e-4
 
-#: How often L-BFGS is started, again from where it ended: that may be early, with a curvature estimated elsewhere. Over
-#: 72 cells the errors were 0.94 of those of one start (at best 0.05), in 1.2 of the time.
+#: How often L-BFGS is started, each time from the last end: it may end early because of an outdated curvature estimate.
+#: Over 72 cells the errors were 0.94 of those of one start (at best 0.05), in 1.2 of the time.
 ROUNDS = 2
 
-#: The least gap of a start, of the mean gap: a smaller one hardly has a gradient.
+#: The least gap of a start, as a fraction of the mean gap: for a smaller gap the gradient almost vanishes.
 LEAST_GAP = 0.1
 
-#: Limits of an error, whose logarithm is taken.
+#: Errors are clipped to this range before their logarithm is taken.
 LEAST, MOST = 1e-300, 1e300
 
-#: On a grid: how many levels a node may move at once, between its neighbours, and the most passes over all nodes.
+#: On a grid: by how many levels a node may move at once, between its neighbours, and the most passes over all nodes.
 REACH, SWEEPS = 3, 20
 
 
 def descend(error: Callable[[Array], Array], start: Array, low: float, high: float, apart: float) -> Array:
-    """Move the inner levels along the gradient of ``log error``, with their order kept.
+    """Move the inner levels along the gradient of ``log error``, and keep their order.
 
-    The gaps in ``log s`` are ``g = apart + r softmax(u)``, ``r`` being the room that is left between the first level
-    and ``low``, so that every ``u`` is a schedule. L-BFGS (Liu & Nocedal 1989) descends over ``u``; derivatives are
-    finite differences in ``log s``, a schedule for each node.
+    The gaps in ``log s`` are ``g = apart + r softmax(u)``, with ``r`` the rest of the range from the first level to
+    ``low``, so that every ``u`` gives a valid schedule. L-BFGS (Liu & Nocedal 1989) minimises over ``u``. Derivatives
+    are finite differences in ``log s``, which take one more schedule per node.
 
     Args:
         error: The errors [C] of C schedules [C, steps + 1].
-        start: Where to start: levels [steps + 1], descending to 0. Both ends stay.
-        low: The lowest level a node may take.
-        high: The highest finite level; where the first node is at pure noise, the second stays below ten times this.
+        start: The start: levels [steps + 1], descending to 0. Both ends stay.
+        low: The lowest level that a node may have.
+        high: The highest finite level. If the first node is at pure noise, the second stays below ten times this.
         apart: Least gap in ``log s``.
 
     Returns:
@@ -74,7 +74,7 @@ def descend(error: Callable[[Array], Array], start: Array, low: float, high: flo
         tried[range(1, inner + 1), range(1, inner + 1)] *= math.exp(DIFFERENCE)
         values = log_error(tried)
         of_levels = (values[1:] - values[0]) / DIFFERENCE
-        of_gaps = np.append(-np.cumsum(of_levels[::-1])[::-1], 0.0)  # a gap moves all levels below it
+        of_gaps = np.append(-np.cumsum(of_levels[::-1])[::-1], 0.0)  # a change of a gap moves all levels below it
         return float(values[0]), room * share * (of_gaps - share @ of_gaps)
 
     gaps = -np.diff(np.concatenate([[top], np.log(start[1:-1]), [math.log(low)]]))
@@ -90,8 +90,8 @@ def coordinate_descent(objective: Callable[[Sequence[int], int], float], nodes: 
     """Move one inner node at a time over a grid, by up to `REACH` levels, as long as the objective falls.
 
     Args:
-        objective: ``objective(nodes, n)``: the part of it, for ascending level indices, that depends on node ``n``.
-        nodes: Where to start; both ends stay.
+        objective: ``objective(nodes, n)`` is the part that depends on node ``n``, for ascending level indices.
+        nodes: The level indices to start from; both ends stay.
 
     Returns:
         Nodes whose objective is not above that of the start; deterministic.
@@ -112,7 +112,7 @@ def coordinate_descent(objective: Callable[[Sequence[int], int], float], nodes: 
 
 
 def log_gaps(levels: Array, low: float, high: float) -> tuple[Array, Array]:
-    """How far each inner node is from its noisier and its cleaner neighbour in ``log s``, [steps - 1] each."""
+    """Distance in ``log s`` of each inner node to its noisier and to its cleaner neighbour, [steps - 1] each."""
     logs = np.log(levels[1:-1])
     first = math.log(levels[0]) if math.isfinite(levels[0]) else min(logs[0] + OPEN_GAP, math.log(10 * high))
     last = max(logs[-1] - OPEN_GAP, math.log(low)) if levels[-1] == 0 else math.log(levels[-1])

@@ -32,8 +32,8 @@ class Selection:
 def cheapest_paths(cost: PathCost, steps: int) -> Selection:
     """The paths of least cost with 1 to ``steps`` steps, by dynamic programming.
 
-    The state is the current level for a solver with one slope, and the last two levels for a multistep solver, whose
-    cost is then that of its two most recent slopes.
+    The state is the current level for a solver with one slope, and the last two levels for a multistep solver. The cost
+    of a multistep solver then takes only its two most recent slopes into account.
 
     Raises:
         ValueError: If ``steps`` is below 1 or above the number of levels less one.

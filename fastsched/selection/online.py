@@ -15,7 +15,7 @@ from fastsched.denoisers.network_state import unchanged_buffers
 from fastsched.selection.arc_length import equal_arc_length
 from fastsched.selection.fixed_point import variation
 
-#: Least distance of two levels, relative: nearer ones would be taken for one.
+#: Least relative distance of two levels: closer levels count as equal.
 LEAST_GAP = 1e-9
 
 
@@ -117,7 +117,7 @@ class AdaptiveSchedule:
             raise ValueError(f"costs must have one value for each of {len(places)} intervals, got {len(values)}")
         if len(places) and not 0 <= int(places.min()) <= int(places.max()) < len(self._sums):
             raise ValueError(f"intervals must be within [0, {len(self._sums) - 1}], got {places.tolist()}")
-        # New tensors: those made in inference mode cannot be written outside of it.
+        # New tensors, because tensors made in inference mode cannot be written outside of it.
         self._sums = self._sums.index_add(0, places, values)
         self._counts = self._counts.index_add(0, places, torch.ones_like(values))
 
@@ -147,7 +147,7 @@ class AdaptiveSchedule:
         if clean.ndim < 2 or clean.numel() == 0:
             raise ValueError(f"clean must hold at least one sample, [B, *shape], got shape {tuple(clean.shape)}")
         count, cells = len(clean), len(self._sums)
-        # Permutations instead of independent draws: no interval waits long for an observation.
+        # Permutations instead of independent draws, so that no interval waits long for an observation.
         rounds = [torch.randperm(cells, generator=generator, device="cpu") for _ in range(-(-count // cells))]
         intervals = torch.cat(rounds)[:count]
         noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype, device="cpu").to(clean.device)
@@ -174,8 +174,8 @@ class AdaptiveSchedule:
         """Move the grid and clear the observations. Collective: every rank of a distributed run must call it.
 
         Returns:
-            Whether it moved. It does not while an interval has no observation (the observations are kept), or where
-            levels would meet, because one interval has had nearly all of the cost.
+            Whether the grid moved. It does not move while an interval has no observation (the observations are kept),
+            if all costs are 0 or negative, or if levels would meet because one interval has nearly all of the cost.
         """
         sums, counts = _summed_over_ranks(self._sums, self._counts, self.group)
         if not bool((counts > 0).all()):
@@ -208,7 +208,7 @@ class AdaptiveSchedule:
         """Restore what `state_dict` returned. In a distributed run load the same state on every rank.
 
         Raises:
-            TypeError: If it is something else.
+            TypeError: If ``state`` is not a mapping, or an entry has the wrong type.
             ValueError: If an entry is missing, out of range or of the wrong size.
         """
         if not isinstance(state, Mapping):
@@ -238,7 +238,7 @@ def _is_index(name: str, value: object) -> None:
 
 
 def _summed_over_ranks(sums: Tensor, counts: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    """Both summed over the ranks of a distributed run; copies of both if there is none."""
+    """``sums`` and ``counts`` summed over the ranks of a distributed run, or copies of them without one."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return sums.clone(), counts.clone()
     both = torch.stack([sums, counts]).to(_device_of(group))
@@ -247,7 +247,7 @@ def _summed_over_ranks(sums: Tensor, counts: Tensor, group: Any) -> tuple[Tensor
 
 
 def _device_of(group: Any) -> torch.device:
-    """A device whose tensors the group's backend reduces: the CPU if it can, else this process's accelerator."""
+    """A device whose tensors the group's backend can reduce: the CPU, or else this process's accelerator."""
     backends = torch.distributed.get_backend_config(group)  # as "cpu:gloo,cuda:nccl"
     if any(pair.startswith("cpu:") for pair in backends.split(",")):
         return torch.device("cpu")

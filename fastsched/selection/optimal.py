@@ -19,27 +19,27 @@ from fastsched.selection.constraints import APART, distinct_known_levels, known_
 from fastsched.selection.descent import descend
 from fastsched.selection.starts import DYNAMIC_PROGRAMMING, starting_levels
 
-#: How many starts are descended from, those of least predicted error.
+#: The number of descents, from the starts of least predicted error.
 DESCENTS = 3
 
-#: Two schedules are the same if the levels of no node differ by more than this, in ``log s``.
+#: Two schedules count as the same if no node differs by more than this in ``log s``.
 SAME = 0.03
 
 
 def optimal_schedule(stats: PathStatistics, steps: int, solver: str = "dpmpp_2m", *, polish: bool = True) -> Schedule:
     """The schedule of ``steps`` steps with the least predicted error under ``solver``; no model calls.
 
-    Dynamic programming on the local errors of the steps (`fastsched.costs.step_cost`) and the schedules in common use
-    give starts. From the best of them, by predicted error (`fastsched.costs.prediction`), levels are moved off the
-    measured grid along the gradient of the prediction (`fastsched.selection.descent`). The schedule of least predicted
-    error is returned: by the same estimate none of the starts is better.
+    The starts are schedules by dynamic programming on the local errors of the steps (`fastsched.costs.step_cost`) and
+    schedules in common use. From the starts of least predicted error (`fastsched.costs.prediction`), levels are moved
+    off the measured grid along the gradient of the prediction (`fastsched.selection.descent`). The result is the
+    schedule of least predicted error, so no start has a lower one.
 
     Args:
-        stats: What `fastsched.measure` returned.
-        steps: Steps, of which the last ends at sigma 0; at most the number of levels less one.
+        stats: The result of `fastsched.measure`.
+        steps: The number of steps, at most the number of levels less one; the last step ends at sigma 0.
         solver: A solver's name; ``"fitted"`` chooses the weights of the solver together with the levels
             (`fastsched.costs.fitted_weights`).
-        polish: Whether to move levels. Without it the result is the best of the starts by dynamic programming.
+        polish: Whether to move levels. If False, the result is the best of the starts by dynamic programming.
 
     Returns:
         The schedule, with its predicted error.
@@ -55,7 +55,7 @@ def optimal_schedule(stats: PathStatistics, steps: int, solver: str = "dpmpp_2m"
 
 @dataclass(frozen=True, eq=False)
 class Minimum:
-    """Levels ``s`` [steps + 1], what they come from, and their predicted error."""
+    """Levels ``s`` [steps + 1], the name of their start, and their predicted error."""
 
     name: str
     levels: Array
@@ -72,7 +72,7 @@ class Minimum:
 def ranked_starts(
     stats: PathStatistics, steps: int, solver: Solver, names: Iterable[str] | None = None
 ) -> list[Minimum]:
-    """The starts and their predicted errors, the best first; those named, or all."""
+    """All starts, or those with ``names``, and their predicted errors, the best first."""
     starts = starting_levels(stats, validate.positive_int("steps", steps), solver)
     chosen = {name: known_levels(stats.process, starts[name]) for name in (names or starts)}
     values = ErrorModel.of(stats, solver)(np.stack(list(chosen.values())))
@@ -81,20 +81,20 @@ def ranked_starts(
 
 
 def local_minima(stats: PathStatistics, steps: int, solver: Solver, *, also: Sequence[Array] = ()) -> list[Minimum]:
-    """Where descents from the best starts and from levels ``also`` end, the least predicted error first, each once."""
+    """The ends of descents from the best starts and from levels ``also``, by predicted error, without repetitions."""
     starts = ranked_starts(stats, steps, solver)
     error = ErrorModel.of(stats, solver)
-    minima = list(starts[:1])  # no descent ends above it, but one may end between the levels that the network knows
+    minima = list(starts[:1])  # a descent lowers the error, but moving its end to levels the network knows may raise it
     low, high = stats.finite_range
     more = [Minimum("fewer steps", known_levels(stats.process, levels), np.inf) for levels in also]
     for start in [*more, *starts[:DESCENTS]]:
         levels = distinct_known_levels(stats.process, descend(error, start.levels, low, high, APART), low)
         minima.append(Minimum(start.name, levels, float(error(levels[None])[0])))
-    return unlike(sorted(minima, key=lambda minimum: minimum.predicted_error))
+    return distinct_minima(sorted(minima, key=lambda minimum: minimum.predicted_error))
 
 
-def unlike(minima: list[Minimum]) -> list[Minimum]:
-    """Those that differ from all before them by more than `SAME`."""
+def distinct_minima(minima: list[Minimum]) -> list[Minimum]:
+    """The minima that differ by more than `SAME` from all that are kept before them."""
     kept: list[Minimum] = []
     for minimum in minima:
         logs = np.log(minimum.levels[1:-1])

@@ -1,4 +1,4 @@
-"""How many steps it takes: predicted error against steps, from one measurement."""
+"""Predicted error against the number of steps, from one measurement, and how many steps are needed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fastsched.sampling.solvers import Solver
 from fastsched.selection.optimal import Minimum, local_minima
 from fastsched.selection.starts import common_sigmas
 
-#: Schedules that `steps_needed` knows by name; uniform is for flow models.
+#: Names of schedules that `steps_needed` accepts as targets; uniform is for flow models.
 COMMON = ("karras", "exponential", "linear", "kl_optimal", "uniform")
 
-#: How far below a target the predicted error must be. Of 420 schedules, chosen for four solvers and nine denoisers,
-#: nine in ten had at most 1.95 times the error that was predicted.
+#: The predicted error must be below the target by this factor. Of 420 schedules, chosen for four solvers and nine
+#: denoisers, nine in ten had at most 1.95 times the predicted error.
 SAFETY = 2.0
 
 
@@ -35,9 +35,9 @@ class ErrorCurve:
     Attributes:
         solver: The solver.
         steps: ``1 .. max_steps``.
-        model_calls: Network evaluations of each.
+        model_calls: Network evaluations of each schedule, per sample.
         predicted_errors: Predicted squared distance to the converged sample (`fastsched.costs.prediction`).
-        schedules: The schedules themselves.
+        schedules: The schedules.
     """
 
     solver: str
@@ -54,13 +54,13 @@ class ErrorCurve:
 
 
 def error_curve(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", max_steps: int = 32) -> ErrorCurve:
-    """Predicted error against the number of steps: of the schedules of `optimal_schedule`.
+    """Predicted error against the number of steps, for the schedules of `optimal_schedule`.
 
-    The best schedule of one step less, with a node added in the widest gap, is one more start of each search. Where
-    more steps do not help, as where rounding is all that is left, the curve keeps that of fewer: it never rises.
+    Each search also starts from the best schedule with one step less, with a node added in its widest gap. If more
+    steps do not help, for example where only rounding is left, that schedule is kept, so the curve never rises.
 
     Args:
-        stats: What `fastsched.measure` returned.
+        stats: The result of `fastsched.measure`.
         solver: A solver's name.
         max_steps: The most steps, at most the number of levels less one.
 
@@ -82,7 +82,7 @@ def error_curve(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", max_st
 
 
 def best_schedules(stats: PathStatistics, solver: Solver) -> Iterator[Schedule]:
-    """The best schedules of at most 1, 2, ... steps, each made when it is asked for."""
+    """Yield the best schedules of at most 1, 2, ... steps."""
     best: Minimum | None = None
     for steps in range(1, stats.levels):
         also = () if best is None or len(best.levels) != steps else (_one_more(best.levels),)
@@ -111,18 +111,18 @@ def steps_needed(
 ) -> int:
     """The fewest steps whose error reaches a target.
 
-    Predictions scatter, so the predicted error has to be at most half of the target (`SAFETY`).
+    Predictions scatter, so the predicted error must be at most half of the target (`SAFETY`).
 
     Args:
-        stats: What `fastsched.measure` returned.
+        stats: The result of `fastsched.measure`.
         solver: A solver's name.
-        target: A squared distance to the converged sample; or what to be as good as under the same solver: a schedule,
-            its sigmas, or the name and steps of one in common use (`COMMON`), ``("karras", 20)``. For flow models all
-            are in flow times; ``"uniform"`` is for these alone.
+        target: A squared distance to the converged sample; or a schedule whose error with the same solver is to be
+            reached: a `Schedule`, its sigmas, or a name in `COMMON` and a number of steps, as ``("karras", 20)``. Named
+            schedules of flow models are in flow times; ``"uniform"`` is only for flow models.
         max_steps: The most steps to consider; the number of levels less one when None.
 
     Raises:
-        ValueError: If the target is not positive, its name unknown, or not reached within ``max_steps``.
+        ValueError: If the target is not positive, has an unknown name, or is not reached within ``max_steps``.
     """
     validate.arguments(
         locals(),
@@ -145,7 +145,7 @@ def steps_needed(
 
 
 def target_error(stats: PathStatistics, solver: str | Solver, target: object) -> float:
-    """The error that a target means, as `steps_needed` takes one."""
+    """The error of a target as defined in `steps_needed`."""
     if isinstance(target, tuple):
         if len(target) != 2:
             raise ValueError(f"target must be a pair like ('karras', 20), got {target!r}")

@@ -43,13 +43,13 @@ def score_optimal_schedule(
 
     Algorithm 1 (UpdateSchedule) on ``L_c(k, k+1) = v^2 E ||score_{k+1}(z) - score_k(z)||^2``, which
     `fastsched.costs.stein_corrector` estimates on a grid of N levels with ``2 (N - 1)`` model calls per sample. Pure
-    noise has no finite score. A process that starts there gets its first node at the grid's first finite level, and the
-    node is then moved to the start.
+    noise has no finite score. For a process that starts there, the first node is found at the grid's first finite level
+    and then moved to pure noise.
 
     The arguments ``denoiser``, ``shape``, ``samples``, ``data``, ``velocity``, ``seed``, ``batch_size``, ``device``,
     ``dtype`` and ``progress`` are those of `fastsched.costs.stein_corrector`; ``spare_last`` and ``solver`` are those
     of `fastsched.select`. On levels uniform in ``log s``, as the denoiser's own are, ``velocity`` ``"noisier"`` and
-    ``"cleaner"`` give the same schedule. The others are
+    ``"cleaner"`` give the same schedule. The other arguments are
 
     * ``steps``: the number of nodes above sigma 0, which is the number of model calls of a multistep solver.
     * ``levels``: the number of levels on which the cost is estimated, or the levels ``s`` themselves, descending.
@@ -87,8 +87,8 @@ def select(
 
     Both methods minimise ``sum_n cost(k_n, k_{n+1})``. Dynamic programming finds the levels of the grid with the least
     sum. Equal arc length (Williams et al. 2024, algorithm 1) gives every step the same ``cost^(1/p)``, summed over
-    neighbouring levels. In the limit of short steps, where ``cost ~ delta * step^p``, that is the least sum, and levels
-    need not be on the grid. The methods differ where steps are long.
+    neighbouring levels. In the limit of short steps, where ``cost ~ delta * step^p``, this gives the least sum, and
+    levels need not be on the grid. The methods differ where steps are long.
 
     Args:
         cost: The result of `fastsched.costs.stein_corrector`, ``stein_predictor``, ``fisher_rao`` or ``klub``.
@@ -126,7 +126,7 @@ def select(
 
 
 def _is_grid(name: str, value: object) -> None:
-    """How many levels, or the levels themselves in any form."""
+    """Check a number of levels, or the levels themselves."""
     if hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0:
         validate.positive_int(name, value, minimum=2)
     else:

@@ -1,4 +1,4 @@
-"""Where the search for a schedule starts: schedules by dynamic programming, and those in common use."""
+"""The starts of the search for a schedule: schedules by dynamic programming, and schedules in common use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastsched.selection.constraints import distinct_levels
 from fastsched.selection.descent import coordinate_descent
 from fastsched.selection.dynamic_programming import Selection, cheapest_paths
 
-#: The starts by dynamic programming, and whether they weight errors by their effect at the end.
+#: The starts by dynamic programming, and whether their cost weights errors by their effect at the end.
 DYNAMIC_PROGRAMMING = {"dynamic programming": True, "dynamic programming, unweighted": False}
 
 
@@ -65,7 +65,7 @@ def common_levels(stats: PathStatistics, steps: int) -> dict[str, Tensor]:
         uniform = torch.linspace(len(trained) - 1, 0, steps + 1, dtype=torch.float64, device="cpu").round().long()[:-1]
         levels["uniform timesteps"] = torch.cat([trained[uniform], trained.new_zeros(1)])
     for each in levels.values():
-        each[0] = stats.s[0]  # pure noise, where the process starts from it
+        each[0] = stats.s[0]  # pure noise, if the process starts from it
     if process.integer_timesteps:
         return {name: distinct_levels(each, stats.s) for name, each in levels.items()}
     if process.kind == "flow":
@@ -76,13 +76,13 @@ def common_levels(stats: PathStatistics, steps: int) -> dict[str, Tensor]:
 
 
 def common_sigmas(process: NoiseProcess, s: Tensor, name: str, steps: int, *, spare_last: bool = False) -> Tensor:
-    """Sampler sigmas [steps + 1] of a schedule in common use, from the highest finite of levels ``s`` to the lowest.
+    """Sampler sigmas [steps + 1] of a schedule in common use, from the highest finite level in ``s`` to the lowest.
 
-    The name and ``spare_last`` are as in `fastsched.baselines`, or uniform: equal steps in flow time from the highest
-    to 0. The formula is applied to sampler sigmas, which are times for flow models.
+    The name and ``spare_last`` are as in `fastsched.baselines`. The name can also be uniform: equal steps in flow time
+    from the highest to 0. The formula is applied to sampler sigmas, which are times for flow models.
 
     Raises:
-        ValueError: If the schedule is in flow times and the process has none.
+        ValueError: If the schedule is only for flow models and the process is of another kind.
     """
     if name in ("uniform", "flow_shift") and process.kind != "flow":
         raise ValueError(
@@ -99,7 +99,7 @@ def common_sigmas(process: NoiseProcess, s: Tensor, name: str, steps: int, *, sp
 
 
 def even_schedule(process: NoiseProcess, steps: int, solver: str) -> Schedule:
-    """Levels even in ``log s``, where nothing was measured; with the weights of `NEAREST_STOCK` if fitted."""
+    """Levels even in ``log s``, without a measurement; for the fitted solver with the weights of `NEAREST_STOCK`."""
     levels = process.levels(max(steps, 3))[:steps]
     levels = torch.cat([levels, levels.new_zeros(1)])
     weights = stock_weights(NEAREST_STOCK, nodes_of(process, levels)) if solver == FITTED else None

@@ -19,7 +19,7 @@ class Uncertainty:
 
     Attributes:
         predicted_error: Standard error of the predicted error.
-        log_sigmas: Standard error of the logarithm of each sigma above 0, [steps] float64. That of the first is 0: all
+        log_sigmas: Standard error of the logarithm of each sigma above 0, [steps] float64. The first is 0, because all
             schedules start at the same sigma.
     """
 
@@ -56,7 +56,7 @@ def standard_errors(
         assert schedule.predicted_error is not None
         errors.append(schedule.predicted_error)
         logs.append(schedule.sigmas[:-1].log())
-    # Selections without one sample differ little from each other: the jackknife scales their variance by B - 1.
+    # Schedules without one sample differ little from each other, so the jackknife multiplies their variance by B - 1.
     spread = ((count - 1) * torch.stack(logs).var(0, correction=0)).sqrt()
     return Uncertainty(
         predicted_error=float(
