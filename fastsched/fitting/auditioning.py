@@ -156,7 +156,7 @@ CHECKS: dict[str, validate.Check] = {
 def ranked(run: Run, stats: PathStatistics, candidates: Mapping[str, Schedule], calls: int, samples: int) -> Audition:
     """Rank named candidates by successive halving with any sampler, on the first ``samples`` measured samples.
 
-    A run takes ``calls`` network evaluations per sample. A candidate is dropped if its first run returns None.
+    A run takes ``calls`` network evaluations per sample. A candidate is dropped if one of its runs returns None.
 
     Raises:
         ValueError: If no candidate could be run.
@@ -167,17 +167,19 @@ def ranked(run: Run, stats: PathStatistics, candidates: Mapping[str, Schedule], 
         rollout = run(schedule, 0, first)
         if rollout is not None:
             runs[name] = rollout
-    if not runs:
-        raise ValueError(
-            f"the sampler gave NaN or inf, or could not be run, under every one of {len(candidates)} schedules"
-        )
     spent = len(candidates) * first
     if first < samples:
         for name in sorted(runs, key=lambda name: float(power_mean(distances(stats, runs[name].ends))))[:FINALISTS]:
             rest = run(candidates[name], first, samples)
             spent += samples - first
-            if rest is not None:
+            if rest is None:
+                del runs[name]
+            else:
                 runs[name] = Rollout.joined([runs[name], rest])
+    if not runs:
+        raise ValueError(
+            f"the sampler gave NaN or inf, or could not be run, under every one of {len(candidates)} schedules"
+        )
     return Audition(_table({name: candidates[name] for name in runs}, stats, runs), calls * spent)
 
 

@@ -134,6 +134,17 @@ def test_any_sampler_can_be_ranked(stats):
         ranked(run, stats, {"a": schedules["a"]}, 2, 6)
 
 
+def test_a_finalist_that_fails_on_the_remaining_samples_is_dropped(stats):
+    schedules = {name: fs.Schedule([40.0, sigma, 0.0], "ddim") for name, sigma in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
+    fails = lambda schedule, first: first > 0 and float(schedule.sigmas[1]) < 3
+    run = lambda schedule, first, last: (
+        None if fails(schedule, first) else Rollout(stats.ends[first:last] + float(schedule.sigmas[1]))
+    )
+    found = ranked(run, stats, schedules, 2, 6)
+    assert [row.name for row in found.table] == ["c"]
+    assert found.model_calls == 2 * 3 * 5
+
+
 def test_statistics_of_another_network_are_refused(stats):
     other = fs.Denoiser.from_denoiser(lambda z, s: 0.1 * z, 0.01, 100.0)
     with pytest.raises(ValueError, match="stats were measured on another network"):
