@@ -1,4 +1,4 @@
-"""The modules that a network uses, wherever its function reaches them."""
+"""Find the `torch.nn.Module` objects that a network uses, also if the network is a plain function."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from torch import Tensor, nn
 def modules_of(network: Any) -> list[nn.Module]:
     """The modules that a network is or uses.
 
-    Itself, what a partial function, a list or a dictionary holds, and what a function reaches by the names in its code:
-    globally, in its closure, as defaults, and as attributes of these or of the object whose method it is.
+    The search starts at the network and follows the contents of partial functions, lists and dictionaries, the
+    attributes of callable objects, and the names in a function's code: globals, variables of its closure, default
+    arguments, and attributes of these and of the object that a method belongs to.
     """
     found: dict[int, nn.Module] = {}
-    waiting, seen = [network], dict[Any, Any]()  # kept, so that no other thing gets the same id
-    while waiting and len(seen) < 200:  # enough for wrappers; not the whole program
+    waiting, seen = [network], dict[Any, Any]()  # `seen` holds the objects, so that no id is used twice
+    while waiting and len(seen) < 200:  # enough for wrappers, without searching the whole program
         thing = waiting.pop(0)
-        bound = isinstance(thing, types.MethodType)  # made anew whenever it is asked for
+        bound = isinstance(thing, types.MethodType)  # Python makes a new object at every access
         key = (id(thing.__func__), id(thing.__self__)) if bound else id(thing)
         if key in seen:
             continue
@@ -39,18 +40,18 @@ def modules_of(network: Any) -> list[nn.Module]:
 
 
 def _reached(function: Any) -> list[Any]:
-    """What a function, a method or an object that is called may use."""
+    """The objects that a function, a method or a callable object may use."""
     found = [getattr(function, name, None) for name in ("__self__", "__wrapped__")]
     found += getattr(function, "__dict__", {}).values()
     code = getattr(function, "__code__", None)
     if not isinstance(code, types.CodeType):
-        call = getattr(type(function), "__call__", None)  # noqa: B004 - to be looked into, not called
+        call = getattr(type(function), "__call__", None)  # noqa: B004 - inspected, not called
         return [*found, types.MethodType(call, function)] if isinstance(call, types.FunctionType) else found
     names, known = _names(code), function.__globals__
     owners = [known[name] for name in names if name in known]
     owners += [getattr(function, "__self__", None), *map(_content, function.__closure__ or ())]
     owners += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    for owner in owners:  # grows: attributes of attributes
+    for owner in owners:  # the list grows, by attributes of attributes
         library = isinstance(owner, types.ModuleType) and owner.__name__.partition(".")[0] == "torch"
         if not library and not isinstance(owner, (nn.Module, Tensor)) and len(owners) < 200:
             owners += [each for name in names for each in _attribute(owner, name)]
@@ -58,7 +59,7 @@ def _reached(function: Any) -> list[Any]:
 
 
 def _attribute(owner: Any, name: str) -> list[Any]:
-    """The attribute of that name without running any code for it, as a list; none if there is no such one."""
+    """A list of the attribute ``name``, found without running code of a property; empty if there is none."""
     held = inspect.getattr_static(owner, name, None)
     if isinstance(held, types.MemberDescriptorType):  # of __slots__
         held = getattr(owner, name, None)
@@ -72,7 +73,7 @@ def _attribute(owner: Any, name: str) -> list[Any]:
 
 
 def _names(code: types.CodeType) -> list[str]:
-    """The names in code, and in comprehensions and functions in it."""
+    """The names in ``code`` and in the comprehensions and functions inside it."""
     inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
     return list(dict.fromkeys([*code.co_names, *(name for each in inner for name in _names(each))]))
 
