@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 #: Inches; narrow, so that text stays readable when a phone scales a figure to its width.
 WIDTH, HEIGHT = 4.6, 3.2
-#: Colours of figures that a page replaces by its own, which are others for light and for dark.
+#: Colours of figures, and the page's CSS variables that replace them. Their values differ in light and dark style.
 PAGE_COLOURS = {
     **{colour.lower(): f"var(--c{n})" for n, colour in enumerate(plot.COLOURS)},
     "#dddddd": "var(--grid)",
@@ -45,8 +45,8 @@ def nodes(stats: PathStatistics, schedules: Mapping[str, Schedule]) -> str:
 def errors(
     stats: PathStatistics, curves: Sequence[ErrorCurve], schedules: Mapping[str, Schedule], measured: Sequence[Measured]
 ) -> str:
-    """Predicted errors over steps, a band around each curve; karras, and what was measured."""
-    known = {(each.name, each.solver, each.steps) for each in measured}  # rather than what a fit saw of itself
+    """Predicted errors against steps, each in a band, with karras as a reference; measured errors as points."""
+    known = {(each.name, each.solver, each.steps) for each in measured}  # these replace a fit's own errors
     points = [
         Measured(name, each.solver, each.steps, each.measured_error)
         for name, each in schedules.items()
@@ -64,7 +64,7 @@ def errors(
     steps = range(2, curves[0].steps[-1] + 1)
     common = [karras_error(stats, reference, n) for n in steps]
     axes.plot(steps, common, "--", color=plot.COLOURS[7], label=f"karras, {reference}")
-    markers = itertools.cycle(plot.MARKERS[1:7])  # six, as there are seven colours: 42 pairs, none that of a line
+    markers = itertools.cycle(plot.MARKERS[1:7])  # 6 and 7 are coprime: 42 different pairs with the colours
     for point in [*points, *measured]:
         solver = "" if re.search(rf"\b{re.escape(point.solver)}\b", point.name) else f" ({point.solver})"
         label = f"{_label(point.name)}{solver}, measured"
@@ -85,7 +85,7 @@ def weights(schedule: Schedule) -> str:
 
 
 def sensitivity(stats: PathStatistics) -> str:
-    """How much an error that is made at a level grows until the end."""
+    """How much an error made at a noise level grows until the end of the path."""
     figure, axes = _axes()
     growth = np.sqrt(error_weight(stats)[:-1])
     _over_sigma(axes, stats, stats.sigmas[:-1].numpy(), growth, color=plot.COLOURS[2])
@@ -97,7 +97,7 @@ def responses(stats: PathStatistics) -> str:
     """Root mean square responses on the deviated paths, in standard deviations of the data."""
     figure, axes = _axes(HEIGHT + 0.2 * len(stats.deviated))
     asked = list(asked_levels(stats.levels))
-    assert stats.response_gram is not None  # of the deviated paths
+    assert stats.response_gram is not None  # it is there if there are deviated paths
     sizes = stats.response_gram.diagonal(dim1=1, dim2=2).mean(0).sqrt() / (stats.data_std * math.sqrt(stats.dimension))
     for path, found, colour in zip(stats.deviated, sizes.split(len(asked)), _colours(), strict=False):
         label = f"order {path.order}, steps of {path.hold} levels"
@@ -130,16 +130,16 @@ def _axes(height: float = HEIGHT, width: float = WIDTH) -> tuple[Figure, Axes]:
 
 def _colours() -> Iterator[str]:
     while True:
-        yield from plot.COLOURS[:7]  # without black, which is karras's
+        yield from plot.COLOURS[:7]  # the eighth, black, is for karras
 
 
 def _label(name: str) -> str:
-    """The end of a name, which for a path says most; the page lists whole names."""
+    """The name, or its last 17 characters if it has more than 20; the page lists full names."""
     return name if len(name) <= 20 else f"...{name[-17:]}"
 
 
 def _over_sigma(axes: Axes, stats: PathStatistics, sigmas: np.ndarray, values: np.ndarray, **style: Any) -> None:
-    """A line over the finite sigmas at which values are positive, both axes as in other figures of sigma."""
+    """Plot values against sigma, on a logarithmic axis; infinite sigmas and values of 0 or below are left out."""
     kept = np.isfinite(sigmas) & (values > 0)
     axes.plot(sigmas[kept], values[kept], markersize=4, **style)
     axes.set_yscale("log")
@@ -154,7 +154,7 @@ def _svg(figure: Figure, label: str) -> str:
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         figure.savefig(file, format="svg", transparent=True)
-    # The rest is for files of their own: declarations, and who made the figure.
+    # Only a standalone file needs the declarations and the metadata.
     drawn = re.search(r"<svg.*</svg>", file.getvalue(), re.DOTALL)
     assert drawn is not None
     text = re.sub(r"<metadata>.*?</metadata>| xmlns(:xlink)?=\"[^\"]*\"", "", drawn[0], flags=re.DOTALL)

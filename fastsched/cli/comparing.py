@@ -1,4 +1,4 @@
-"""Commands that look at schedules: demo, compare, plot."""
+"""Commands that compare and plot schedules: demo, compare, plot."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     #: The schedules to compare, with baselines for a model's noise process.
     Schedules = Callable[[NoiseProcess], dict[str, Schedule]]
 
-#: What `compare` uses by default: of denoisers, which are fast here, and of pipelines, which are not.
+#: Defaults of `compare` for denoisers, and for pipelines, whose calls are slower.
 SAMPLES, REFERENCE_STEPS = 256, 300
 PIPELINE_SAMPLES, PIPELINE_REFERENCE_STEPS = 8, 100
 
 Baselines = Annotated[
     str,
     typer.Option(
-        help="Common schedules to add, or none: karras, exponential, linear, kl_optimal, vp_uniform, cosine, beta; of "
-        "flow models, all in flow times, uniform and flow_shift too."
+        help="Common schedules to add, or none: karras, exponential, linear, kl_optimal, vp_uniform, cosine, beta; "
+        "for flow models also uniform and flow_shift, and all are in flow times."
     ),
 ]
 
@@ -154,7 +154,7 @@ def plot(
 def _of_denoiser(
     source: inputs.Source, schedules: Schedules, solver: str | None, run: dict[str, Any], dry_run: bool
 ) -> Comparison:
-    """The comparison, after a line about its cost."""
+    """Print the cost and compare."""
     from fastsched import comparison
 
     model, shape = source.denoiser()
@@ -170,11 +170,11 @@ def _of_denoiser(
 def _of_pipeline(
     source: inputs.Source, schedules: Schedules, own_steps: list[int], run: dict[str, Any], dry_run: bool
 ) -> Comparison:
-    """The comparison through a pipeline, after a line about its cost."""
+    """Print the cost and compare through the pipeline."""
     from fastsched.cli.pipelines import compare_pipeline
     from fastsched.diffusers.conventions import describe
 
-    pipe, arguments = replace(source, quiet=True).pipeline()  # one bar for all runs, not one a run
+    pipe, arguments = replace(source, quiet=True).pipeline()  # one progress bar for all runs instead of one for each
     named = schedules(describe(pipe.scheduler).process)
     steps = sum(schedule.steps for schedule in named.values()) + sum(own_steps)
     spending.say_comparing(run["reference_steps"] * run["samples"], steps * run["samples"], dry_run)
@@ -187,7 +187,7 @@ def _of_pipeline(
 def _baselines(
     process: NoiseProcess, names: list[str], schedules: list[Schedule], spare_last: bool
 ) -> dict[str, Schedule]:
-    """Each baseline for every solver and number of steps among the schedules; for the fitted solver, with dpmpp_2m."""
+    """Each baseline at every solver and number of steps of the schedules; dpmpp_2m stands in for the fitted solver."""
     from fastsched import validate
     from fastsched.sampling.schedule import Schedule
     from fastsched.sampling.solvers import FITTED
@@ -195,7 +195,7 @@ def _baselines(
 
     ranged = ("karras", "exponential", "linear", "kl_optimal", "vp_uniform", "cosine", "beta")
     levels = _trained(process)
-    # Weights of the fitted solver are for one schedule, so a baseline is run with the stock solver of its kind.
+    # The fitted solver's weights belong to one schedule, so no baseline can use them.
     stock = ["dpmpp_2m" if schedule.solver == FITTED else schedule.solver for schedule in schedules]
     kinds = list(dict.fromkeys(zip(stock, (schedule.steps for schedule in schedules), strict=True)))
     added = {}
@@ -209,7 +209,7 @@ def _baselines(
 
 
 def _trained(process: NoiseProcess) -> Tensor:
-    """Levels with both ends of what the network was trained for, and the highest finite one."""
+    """Levels that include the lowest, the highest and the highest finite level the network was trained for."""
     import torch
 
     from fastsched.denoisers.noise import VariancePreserving

@@ -124,7 +124,7 @@ def table(solver: str, comparisons: Mapping[int, Comparison]) -> str:
 
 
 def _candidates(denoiser: Denoiser, stats: PathStatistics, solver: str, paper: Schedule) -> dict[str, Schedule]:
-    """Ours, the paper's, and common schedules in both conventions for their last node."""
+    """Our schedule, the paper's, and common schedules that keep their last node or replace it by 0."""
     n, low, high = paper.steps, denoiser.process.s_min, denoiser.process.s_max
     karras, exponential = AS_USED
     used = {
@@ -141,7 +141,7 @@ def _candidates(denoiser: Denoiser, stats: PathStatistics, solver: str, paper: S
 
 
 def draw(demo: Demo, denoiser: Denoiser) -> Figure:
-    """Sample grids at the fewest steps of the last solver, its schedules under the cost density, and the errors."""
+    """Draw samples of the last solver at the fewest steps, its schedules under the cost density, and the errors."""
     from fastsched.plot import plot_overview
 
     solver = list(demo.schedules)[-1]

@@ -15,9 +15,9 @@ from fastsched.cli.shell import note
 if TYPE_CHECKING:
     from fastsched.sampling.schedule import Schedule
 
-#: Serving engines, as `fastsched.diffusers.serving` has them; named here because the shell starts without diffusers.
+#: The engines of `fastsched.diffusers.serving`, repeated here because the shell starts without importing diffusers.
 ENGINES = ("vllm-omni", "sglang")
-#: The sampler that takes the same steps as a solver: k-diffusion's, ComfyUI's, stable-diffusion.cpp's.
+#: By solver, the sampler of each of `PROGRAMS` that takes the same steps; None if there is none.
 SAMPLERS = {
     "ddim": ("sample_euler", "euler", "euler"),
     "heun": ("sample_heun", "heun", "heun"),
@@ -29,9 +29,9 @@ SAMPLERS = {
     "sde_dpmpp_2m": ("sample_dpmpp_2m_sde", "dpmpp_2m_sde", None),
 }
 PROGRAMS = ("k-diffusion", "ComfyUI", "stable-diffusion.cpp")
-#: How a schedule is used in ComfyUI where its sampler is not among ComfyUI's own.
+#: Advice for schedules whose solver is not a sampler of ComfyUI.
 NODE = "use the file in the node Load Schedule (integrations/comfyui), which gives the SAMPLER too"
-#: Solvers whose namesakes in ComfyUI are others for flow times (docs/comfyui.md).
+#: Solvers whose samplers in ComfyUI differ from them for flow times (docs/comfyui.md).
 NOT_FOR_FLOW = ("dpmpp_2m", "ancestral", "sde_dpmpp_2m")
 
 
@@ -48,7 +48,7 @@ def export(
         ),
     ],
     scheduler: Annotated[
-        Optional[str], typer.Option(help="diffusers, engines: a saved pipeline or scheduler, for its exact arguments.")
+        Optional[str], typer.Option(help="diffusers, engines: a pipeline or scheduler folder; prints exact arguments.")
     ] = None,
     mu: Annotated[Optional[float], typer.Option(help="With --scheduler: the shift of use_dynamic_shifting.")] = None,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="File to write.  [default: print]")] = None,
@@ -110,8 +110,8 @@ def _comfyui(schedule: Schedule) -> tuple[str, dict[str, Any]]:
     if sampler is None:
         where = " for flow times" if flow else ""
         note(
-            f"ComfyUI has no sampler that is {schedule.solver}{where}, and these sigmas are for no other; {NODE}, or "
-            f"fit a schedule for one of {', '.join(known)}"
+            f"ComfyUI has no sampler that is {schedule.solver}{where}, and these sigmas suit no other sampler; {NODE}, "
+            f"or fit a schedule for one of {', '.join(known)}"
         )
     else:
         note(f"paste into ManualSigmas, and choose the sampler {sampler}")
@@ -156,14 +156,14 @@ def _flow_matching(schedule: Schedule) -> tuple[str, dict[str, Any]]:
 def _sd_cpp(schedule: Schedule) -> tuple[str, dict[str, Any]]:
     """Options of stable-diffusion.cpp's command."""
     sampler = _sampler(schedule, "stable-diffusion.cpp")
-    found = schedule.to_comfyui()  # float32 in plain decimals, which is what it parses
+    found = schedule.to_comfyui()  # float32 in plain decimals, which stable-diffusion.cpp parses
     sigmas = found.text.replace(" ", "")
     options = f'--sampling-method {sampler} --steps {schedule.steps} --sigmas "{sigmas}"'
     return options, {"sigmas": found.sigmas.tolist(), "sampler": sampler}
 
 
 def _diffusers(schedule: Schedule, path: Path, scheduler: str | None, mu: float | None) -> tuple[str, dict[str, Any]]:
-    """The arguments of one call if it is known to take them, otherwise Python for any pipeline."""
+    """The arguments of one call if the pipeline is known to take them, otherwise Python for any pipeline."""
     any_number = "the next call of pipe uses it, with any num_inference_steps"
     use = any_number if schedule.weights is None else f"call it with num_inference_steps={schedule.steps}"
     python = (
@@ -174,7 +174,7 @@ def _diffusers(schedule: Schedule, path: Path, scheduler: str | None, mu: float 
     if scheduler is None:
         if mu is not None:
             raise ValueError("mu needs --scheduler, the pipeline whose shift it is")
-        if schedule.weights is None and schedule.network_sigmas is None:  # which no arguments can hold
+        if schedule.weights is None and schedule.network_sigmas is None:  # arguments can hold neither
             note("with --scheduler FOLDER the arguments of the pipeline's call are printed instead")
         return python, {"sigmas": schedule.sigmas.tolist()}
     import fastsched as fs
@@ -186,8 +186,8 @@ def _diffusers(schedule: Schedule, path: Path, scheduler: str | None, mu: float 
     except ValueError as error:
         if mu is not None or schedule.weights is not None or schedule.network_sigmas is not None:
             raise
-        used = applied(schedule, own)[1]  # its errors name a scheduler that would do
-        note(f"no arguments do, so this gives the schedule to the scheduler: {error}")
+        used = applied(schedule, own)[1]  # its errors name a scheduler that can take the schedule
+        note(f"no arguments can give this schedule, so this code sets it on the scheduler: {error}")
         return python, {"arguments": None, "used": used.sigmas.tolist(), "error": used.error}
     arguments = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in found.arguments.items()}
     values = {"arguments": arguments, "used": found.sigmas.tolist(), "error": found.error}
@@ -231,7 +231,7 @@ def _samplers(program: str) -> dict[str, str]:
     return {solver: name for solver, name in found.items() if name is not None}
 
 
-#: Forms that depend on the schedule alone.
+#: Formats for which the schedule is enough.
 FORMS: dict[str, Callable[[Schedule], tuple[str, dict[str, Any]]]] = {
     "comfyui": _comfyui,
     "k-diffusion": _k_diffusion,
@@ -239,5 +239,5 @@ FORMS: dict[str, Callable[[Schedule], tuple[str, dict[str, Any]]]] = {
     "sd.cpp": _sd_cpp,
     "text": _text,
 }
-#: What ``--to`` can be.
+#: Values of ``--to``.
 TARGETS = ("diffusers", *ENGINES, *FORMS)

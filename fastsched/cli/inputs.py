@@ -1,4 +1,4 @@
-"""What commands read: models, statistics, schedules, and lists of numbers; a ValueError if it is not usable."""
+"""Inputs of commands: models, statistics, schedules and lists of numbers. Unusable input raises ValueError."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def solver_named(name: str) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """A model as it is named on a command line, and how to run it; the fields are the options of those names."""
+    """A model given on a command line, and how to run it. Each field but ``name`` is the option of that name."""
 
     name: str
     shape: str | None
@@ -66,19 +66,19 @@ class Source:
 
     @property
     def is_pipeline(self) -> bool:
-        """Whether the name is a folder, which is then a saved pipeline of diffusers."""
+        """Whether the name is a folder, and so a saved pipeline of diffusers."""
         return Path(self.name).is_dir()
 
     @property
     def precision(self) -> torch.dtype | None:
-        """The dtype of that name."""
+        """`dtype` as a torch.dtype."""
         import torch
 
         return None if self.dtype is None else getattr(torch, self.dtype)
 
     @property
     def running(self) -> dict[str, Any]:
-        """How to run a denoiser, as arguments of the functions that do."""
+        """Keyword arguments of the functions that run a denoiser."""
         placed = {"batch_size": self.batch_size, "device": self.device, "dtype": self.precision}
         return placed | {"progress": not self.quiet}
 
@@ -106,11 +106,11 @@ class Source:
         from fastsched.diffusers.pipeline_call import check_accepted
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they come with the call; errors come here, before minutes of loading
+            warnings.simplefilter("ignore")  # the call repeats them; errors must come before the model loads
             check_accepted(kind, [*(["prompt"] if self.prompts else []), *arguments])
         check_numbers(kind, arguments)
         precision = {} if self.dtype is None else {"torch_dtype": self.precision}
-        with _quiet_diffusers():  # which reads only safetensors here, and downloads nothing
+        with _quiet_diffusers():  # these options read only safetensors and download nothing
             pipe = kind.from_pretrained(self.name, use_safetensors=True, local_files_only=True, **precision)
         pipe.set_progress_bar_config(disable=self.quiet)
         if replacing is not None:
@@ -130,7 +130,7 @@ def integers(name: str, text: str, example: str = "6,8,10") -> list[int]:
 
 
 def sample_range(text: str | None, default: int) -> int | range:
-    """Which samples: a number of them, such as 8, or 8:16 for those from number 8 to 15."""
+    """The samples that ``text`` names: a count such as 8, or a range such as 8:16 for samples 8 to 15."""
     if text is None:
         return default
     first, colon, stop = text.partition(":")
@@ -145,21 +145,21 @@ def sample_range(text: str | None, default: int) -> int | range:
 
 
 def load_statistics(path: Path) -> PathStatistics:
-    """The statistics in a file; errors as of `PathStatistics.load`."""
+    """The statistics in a file; raises what `PathStatistics.load` raises."""
     from fastsched.measurement.statistics import PathStatistics
 
     return PathStatistics.load(path)
 
 
 def load_schedule(path: Path) -> Schedule:
-    """The schedule in a file; errors as of `Schedule.load`."""
+    """The schedule in a file; raises what `Schedule.load` raises."""
     from fastsched.sampling.schedule import Schedule
 
     return Schedule.load(path)
 
 
 def named_schedules(paths: list[Path]) -> dict[str, Schedule]:
-    """The schedules in files by the files' names, or by their paths where a name comes twice; errors as of one."""
+    """The schedules in files, by file name without ending; a repeated name is replaced by its path."""
     named: dict[str, Schedule] = {}
     for path in paths:
         named[path.stem if path.stem not in named else str(path)] = load_schedule(path)
@@ -209,13 +209,13 @@ def replaced(scheduler: Any, kind: Any) -> Any:
 
 @contextlib.contextmanager
 def named_as_options() -> Iterator[None]:
-    """Let errors of pipelines say which option to give, where they say what to write in Python."""
+    """Rewrite errors of pipelines: name the command-line option where they advise Python code."""
     try:
         yield
     except ValueError as error:
         text = re.sub(r"pipe\.scheduler = (\w+)\.from_config\(pipe\.scheduler\.config\)", r"--scheduler \1", str(error))
         text = re.sub(r", or set audition=False.*", "", text).replace("solver='ddim'", "--solver ddim")
-        if "Provide either `prompt`" in text:  # as diffusers says it
+        if "Provide either `prompt`" in text:  # an error of diffusers
             text += " Give --prompt TEXT."
         if text != str(error):
             error.args = (text,)
@@ -236,11 +236,11 @@ def pipeline_class(name: str) -> type:
 
 
 def check_parts(name: str) -> None:
-    """Check that each part of a saved pipeline is there and none comes with code of its own, which is not run here."""
+    """Check that each part of a saved pipeline is there and has no Python code, which the shell does not run."""
     entries = json.loads((Path(name) / "model_index.json").read_text(encoding="utf-8"))
     for part, kind in entries.items():
         if not (isinstance(kind, list) and len(kind) == 2 and all(isinstance(each, str) for each in kind)):
-            continue  # a setting, or a part that the pipeline does without
+            continue  # a setting, or an optional part that was not saved
         folder = Path(name) / part
         if not folder.is_dir():
             raise ValueError(f"{name} has no folder {part}, which its model_index.json names; save the pipeline again")
@@ -252,14 +252,14 @@ def check_parts(name: str) -> None:
 
 
 def pipeline_call(name: str) -> tuple[str | None, list[str] | None]:
-    """The class of the pipeline in a folder and the arguments of its call; None for a scheduler or a class unknown."""
+    """Class of the pipeline in a folder and arguments of its call; None for a scheduler or an unknown class."""
     index = Path(name) / "model_index.json"
     kind, known = _named_class(index) if index.is_file() else (None, None)
     return kind, None if known is None else list(inspect.signature(known.__call__).parameters)
 
 
 def _class_in(file: Path, method: str) -> Any:
-    """The class of diffusers with this method that a file is for; ValueError if there is none."""
+    """The class of diffusers that a file names; ValueError if there is none or it lacks the method."""
     kind, known = _named_class(file)
     if not (isinstance(known, type) and hasattr(known, method)):
         version = importlib.metadata.version("diffusers")
@@ -268,7 +268,7 @@ def _class_in(file: Path, method: str) -> Any:
 
 
 def _named_class(file: Path) -> tuple[Any, Any]:
-    """The name of the class that a file of diffusers is for, and what diffusers has under it, maybe None."""
+    """The class name in a JSON file of diffusers, and the attribute of diffusers of that name, or None."""
     try:
         kind = json.loads(file.read_text(encoding="utf-8"))["_class_name"]
     except (ValueError, KeyError, TypeError):
@@ -280,7 +280,7 @@ def _named_class(file: Path) -> tuple[Any, Any]:
 
 
 def call_arguments(options: list[str] | None) -> dict[str, Any]:
-    """``--call name=value`` options as keyword arguments: JSON values where they are, strings otherwise."""
+    """``--call name=value`` options as keyword arguments. Values that are not JSON are strings."""
     arguments: dict[str, Any] = {}
     for option in options or []:
         name, equals, value = option.partition("=")
@@ -296,12 +296,12 @@ def call_arguments(options: list[str] | None) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> None:
-    """Refuse NaN and infinities, which Python takes for JSON."""
+    """Refuse NaN and infinities, which Python's JSON parser accepts."""
     raise ValueError(f"{name} is no JSON")
 
 
 def check_numbers(kind: type, arguments: dict[str, Any]) -> None:
-    """Check that no argument of a call is a word where the default is a number; ValueError that names it."""
+    """ValueError if an argument of a call is a string but its default is a number."""
     usual = {name: each.default for name, each in inspect.signature(kind.__call__).parameters.items()}
     for name, value in arguments.items():
         if isinstance(value, str) and isinstance(usual.get(name), (int, float)):
@@ -309,7 +309,7 @@ def check_numbers(kind: type, arguments: dict[str, Any]) -> None:
 
 
 def not_for_pipelines(**options: object) -> None:
-    """Refuse options of denoisers for a pipeline; ``options`` by name, None where they are not given."""
+    """ValueError if one of these options of denoisers is given; None means not given."""
     for name, value in options.items():
         if value is not None:
             raise ValueError(f"{name.replace('_', '-')} is not for pipelines, which decide it themselves; leave it out")
@@ -317,20 +317,20 @@ def not_for_pipelines(**options: object) -> None:
 
 @contextlib.contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Without what diffusers and transformers show while they load; ImportError that names the extra if they miss."""
+    """Silence diffusers and transformers while they load; ImportError names the extra if they are missing."""
     from fastsched import diffusers as _adapters  # noqa: F401, I001 - says which extra is missing
 
     import diffusers.utils.logging
     import transformers.utils.logging
 
     said = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # at import it advises to install packages that are not needed
+    transformers.utils.logging.set_verbosity_error()  # its import advises to install packages that are not needed
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     for library in libraries:
         library.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            # Newer versions call it dtype, which those before 0.42 do not know.
+            # From 0.42 on the argument is called dtype, which older versions do not know.
             warnings.filterwarnings("ignore", ".*torch_dtype.* is deprecated")
             yield
     finally:

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from fastsched.measurement.statistics import PathStatistics
     from fastsched.sampling.schedule import Schedule
 
-#: What `fastsched.measure` and `fastsched.diffusers.measure` take by default (said here too: help imports none).
+#: Defaults of `fastsched.measure` and `fastsched.diffusers.measure`, repeated here so that --help imports neither.
 LEVELS, SAMPLES, PIPELINE_SAMPLES = 48, 8, 4
 
 Levels = Annotated[int, typer.Option(help="Number of noise levels; 32 to 64 are enough.", min=3)]
 Paths = Annotated[
     Optional[str],
     typer.Option(
-        help="Number of paths, 4 to 16 are enough; or A:B, those numbered A to B - 1, for 'fastsched merge'.  "
+        help="Number of paths, 4 to 16 are enough; or A:B, paths A to B - 1, for 'fastsched merge'.  "
         "[default: 8; pipelines: 4]"
     ),
 ]
@@ -44,7 +44,7 @@ def measure(
         Optional[bool],
         typer.Option(
             "--responses/--no-responses",
-            help="Whether to measure how errors are passed on, half of the cost.  [default: responses]",
+            help="Measure how errors are passed on, which is half of the cost.  [default: responses]",
         ),
     ] = None,
     batch_size: Annotated[
@@ -145,7 +145,7 @@ def fit(
         ),
     ] = None,
     decoupled: Annotated[
-        bool, typer.Option("--decoupled", help="Tune what the network is told too; for diffusers and fs.sample only.")
+        bool, typer.Option("--decoupled", help="Also tune the levels given to the network; for diffusers, fs.sample.")
     ] = False,
     seed: shell.Seed = 0,
     batch_size: shell.Batch = None,
@@ -207,7 +207,7 @@ def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool
         options = {"solver": solver, "prompts": source.prompts, **given} | options
     else:
         measuring = lambda levels, count: spending.measuring_calls(model, levels, count, responses)
-        # Measured paths are followed again: a file does not hold the increments that tuning needs.
+        # With --stats the paths are followed again: a file does not hold the increments that tuning needs.
         repeating = partial(_repeating_calls, model)
         cost = spending.say_fitting(measuring, options, dry_run, repeating)
         options = source.running | options | {"shape": given, "solver": solver or "dpmpp_2m"}
@@ -225,11 +225,11 @@ def _repeating_calls(model: Denoiser, stats: PathStatistics) -> int:
 
 
 def _check_scheduler(scheduler: Any, steps: int, solver: str | None, decoupled: bool) -> None:
-    """Check that schedules can be fitted through a scheduler, as the fit itself does, before a cost is said."""
+    """Run the fit's own checks of the scheduler before the cost is printed."""
     from fastsched.diffusers.pipeline_fit import check_tells_apart, checked_solver
 
     with inputs.named_as_options(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they come with the fit
+        warnings.simplefilter("ignore")  # the fit repeats them
         chosen = checked_solver(scheduler, steps, solver, audition=True)
         if decoupled:
             check_tells_apart(scheduler, steps, chosen)
@@ -288,8 +288,8 @@ def plan(
     target: Annotated[
         Optional[str],
         typer.Option(
-            help="Print how many steps reach this error, or that of a common schedule, karras:20: karras, exponential, "
-            "linear or kl_optimal; of flow models, in flow times, uniform too."
+            help="Print how many steps reach this error, or that of a common schedule, as karras:20: karras, "
+            "exponential, linear or kl_optimal; for flow models, in flow times, also uniform."
         ),
     ] = None,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Figure to write.")] = None,
@@ -313,7 +313,7 @@ def plan(
     loaded = inputs.load_statistics(stats)
     most = min(20, loaded.levels - 1) if max_steps is None else max_steps
     names = [inputs.solver_named(name.strip()) for name in solver.split(",")]
-    errors = [None if goal is None else target_error(loaded, name, goal) for name in names]  # before the curves' work
+    errors = [None if goal is None else target_error(loaded, name, goal) for name in names]  # before the slow curves
     curves = [fs.error_curve(loaded, name, most) for name in names]
     found = []
     for curve, error in zip(curves, errors, strict=True):
@@ -326,7 +326,7 @@ def plan(
             cells = [(str(n), f"{calls}", f"{value:.4g}") for n, calls, value in rows]
             shell.print_table((f"{curve.solver}: steps", "model calls", "predicted error"), cells, left=0)
         if goal is not None and error is not None:
-            # Where the curve does not suffice, the library says by how much.
+            # If no step count of the curve reaches the target, steps_needed raises an error that says by how much.
             enough = steps_within(curve, error) or fs.steps_needed(loaded, curve.solver, target=goal, max_steps=most)
             entry |= {"target": target, "steps_needed": enough}
             if not as_json:
@@ -361,7 +361,7 @@ def merge(
             whole = part if whole is None else whole.merge(part)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    assert whole is not None  # typer wants one file at least
+    assert whole is not None  # typer requires at least one file
     whole.save(output, vectors=whole.increments is not None)
     note(f"{whole.samples} paths over {whole.levels} levels; wrote {output}")
 
@@ -391,7 +391,7 @@ def plain_decimals(values: list[float], digits: int = 6) -> str:
 
 
 def _show(schedule: Schedule) -> None:
-    """The schedule on stdout, and its errors on stderr."""
+    """Print the schedule on stdout, and its errors on stderr."""
     errors = {"predicted": schedule.predicted_error, "measured": schedule.measured_error}
     known = [f", {name} squared error {value:.4g}" for name, value in errors.items() if value is not None]
     note(f"{schedule.solver}, {schedule.steps} steps{''.join(known)}")

@@ -1,4 +1,4 @@
-"""Compare schedules through a pipeline of diffusers, by its own loop."""
+"""Compare schedules by running a pipeline of diffusers."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def compare_pipeline(
 ) -> Comparison:
     """Sample a pipeline with each schedule and with its own, and report the distance to converged samples.
 
-    All runs have the pipeline's scheduler, prompts and seeds in common. The converged samples are those of
+    All runs use the pipeline's scheduler and the same prompts and seeds. The converged samples come from a run of
     ``reference_steps`` steps, uniform in ``log s``. Samples are latents if the pipeline can return them.
 
     Args:
-        pipe: The pipeline; it has its own scheduler again afterwards.
+        pipe: The pipeline; its scheduler is restored afterwards.
         schedules: Schedules for the pipeline's scheduler, by name.
         own_steps: Numbers of steps at which to run the pipeline with its own schedule too.
-        prompts: One prompt for each call, in turn; None if the pipeline takes none.
-        samples: How many calls of the pipeline a schedule gets, each with a seed of its own.
-        seed: The first of these seeds.
+        prompts: Used in turn, one for each call; None if the pipeline takes none.
+        samples: Calls of the pipeline for each schedule. Every call has its own seed.
+        seed: The seed of the first call; later calls count up from it.
         reference_steps: Steps of the converged run; at most the integer timesteps that the network knows.
         arguments: Other arguments of the pipeline's call.
         progress: Show a progress bar.
@@ -54,7 +54,7 @@ def compare_pipeline(
     solver = solver_of(pipe.scheduler, max(own_steps, default=None)) or "ddim"
     process = describe(pipe.scheduler).process
     fine = even_schedule(process, level_count(process, reference_steps), solver)
-    # The converged run comes first, then what is compared with it, all from the same seeds.
+    # The converged run comes first.
     runs: list[tuple[str, Schedule | None, int]] = [("", fine, fine.steps)]
     runs += [(name, schedule, schedule.steps) for name, schedule in schedules.items()]
     runs += [(f"the pipeline's own, {steps} steps", None, steps) for steps in own_steps]
@@ -77,9 +77,9 @@ def _sampled(pipe: Any, schedule: Schedule | None, steps: int, seed: int, argume
     """The samples of one call, [images, *shape] float32 on the CPU; ``schedule`` None is the pipeline's own."""
     with attributes_set(pipe, scheduler=pipe.scheduler):
         if schedule is not None:
-            pipe.scheduler, _ = applied(schedule, pipe.scheduler)  # as rounded as the pipeline would have it
-        result = call(pipe, steps, arguments, seed=seed)  # without a generator given it draws from torch's own
-    # Outputs of diffusers hold the samples as their first entry, whatever its name: images, frames, ...
+            pipe.scheduler, _ = applied(schedule, pipe.scheduler)  # with the rounding that the scheduler will apply
+        result = call(pipe, steps, arguments, seed=seed)  # without a generator the seed sets torch's own
+    # The first entry of an output of diffusers holds the samples, named images, frames or otherwise.
     images = result if isinstance(result, Tensor) else result[0]
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(images)

@@ -16,15 +16,15 @@ from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED
 from fastsched.selection.planning import SAFETY, ErrorCurve, target_error
 
-#: One standard deviation of predicted over measured errors, nine denoisers (`fastsched.selection.planning.SAFETY`).
+#: Predicted over measured errors of nine denoisers (`fastsched.selection.planning.SAFETY`): one standard deviation.
 SCATTER = 1.3
-#: What the plan compares with: karras at these numbers of steps.
+#: The plan compares with karras at these numbers of steps.
 TARGETS = (10, 20, 30)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """An error that was found by sampling: of a schedule, at so many steps, and under which solver."""
+    """A measured error: name of the schedule, solver, number of steps, and the error itself."""
 
     name: str
     solver: str
@@ -33,22 +33,22 @@ class Measured:
 
 
 def rounding(stats: PathStatistics) -> float:
-    """The error that float32's rounding of the ends makes; smaller ones cannot be told from 0."""
+    """The error that rounding the final samples to float32 makes; smaller errors cannot be told from 0."""
     return max(geometric_mean(rounding_floor(stats.ends)), sys.float_info.min)
 
 
 def shown_errors(stats: PathStatistics, curve: ErrorCurve) -> list[float]:
-    """The predicted errors of a curve; those below `rounding` as that."""
+    """The predicted errors of a curve, none below `rounding`."""
     return [max(error, rounding(stats)) for error in curve.predicted_errors]
 
 
 def band(stats: PathStatistics, curve: ErrorCurve) -> tuple[list[float], list[float]]:
     """Predicted errors one standard deviation lower and higher, on a logarithmic scale, for each number of steps.
 
-    Two parts add up in squares: the scatter of predictions over denoisers (`SCATTER`), and the jackknife over the
-    measured samples with the schedules held fixed, ``se^2 = (B - 1)/B sum_b (theta_b - mean theta)^2`` with ``theta_b``
-    the logarithm of the error without sample b. With one sample there is only the first. Errors below `rounding` count
-    as that.
+    The variance is the sum of two parts: the scatter of predictions over denoisers (`SCATTER`), and the jackknife over
+    the measured samples with the schedules held fixed, ``se^2 = (B - 1)/B sum_b (theta_b - mean theta)^2`` with
+    ``theta_b`` the logarithm of the error without sample b. With one sample there is only the scatter. Errors below
+    `rounding` are raised to it.
     """
     floor = rounding(stats)
     spreads = [math.log(SCATTER) ** 2] * len(curve.steps)
@@ -64,10 +64,10 @@ def band(stats: PathStatistics, curve: ErrorCurve) -> tuple[list[float], list[fl
 
 
 def plan(stats: PathStatistics, curve: ErrorCurve) -> list[int | None]:
-    """The fewest steps that are as good as karras at each of `TARGETS`; None where the curve has none.
+    """The fewest steps that are as good as karras at each of `TARGETS`; None where the curve has too few steps.
 
-    As `fastsched.steps_needed` decides it: the predicted error is at most that of the target over `SAFETY`. The fitted
-    solver, whose weights are for one schedule, is compared with dpmpp_2m on karras.
+    As in `fastsched.steps_needed`, the predicted error must be at most that of the target over `SAFETY`. The fitted
+    solver is compared with dpmpp_2m on karras, because its weights are for one schedule.
     """
     return [steps_within(curve, karras_error(stats, curve.solver, steps)) for steps in TARGETS]
 
@@ -79,12 +79,12 @@ def steps_within(curve: ErrorCurve, goal: float) -> int | None:
 
 
 def karras_error(stats: PathStatistics, solver: str, steps: int) -> float:
-    """The predicted error of karras under a solver; under dpmpp_2m for the fitted one."""
+    """The predicted error of karras with a solver; for the fitted solver, with dpmpp_2m."""
     return target_error(stats, "dpmpp_2m" if solver == FITTED else solver, ("karras", steps))
 
 
 def check_schedules(stats: PathStatistics, schedules: Mapping[str, Schedule]) -> None:
-    """ValueError if a schedule is of another kind of noise process than the statistics."""
+    """ValueError if the noise process of a schedule is not that of the statistics."""
     for name, schedule in schedules.items():
         if schedule.noise != stats.process.kind:
             raise ValueError(

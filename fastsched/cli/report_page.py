@@ -1,4 +1,4 @@
-"""The page of a report: HTML with its style and charts inside, for a phone or a desk, light or dark."""
+"""The page of a report: one HTML file with style and charts, for small and large screens, light or dark."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED
 from fastsched.selection.planning import SAFETY, ErrorCurve
 
-#: Steps of the schedules that are shown where none are given, if the curve has them.
+#: Steps of the curves' schedules that are shown if no schedules are given; shorter curves show their longest.
 SHOWN_STEPS = 8
 Picture = tuple[str, str, bytes]
-#: What is said below figures.
+#: Captions of figures.
 ABOUT_ERRORS = (
-    "Lines: predicted for the best schedules of each solver. Bands: one standard deviation, of predictions over "
-    f"networks (a factor of {SCATTER:g}) and over the measured samples together. Errors of a comparison are geometric "
-    "means over its samples; predicted errors, and the error that a fit measured, are power means, which are larger."
+    "Lines: predicted for the best schedules of each solver. Bands: one standard deviation, which combines the scatter "
+    f"of predictions over networks (a factor of {SCATTER:g}) and over the measured samples. Errors of a comparison are "
+    "geometric means over samples; predicted errors, and those that a fit measured, are power means, which are larger."
 )
-ABOUT_RESPONSES = "Root mean square over samples and elements, on the paths that deviate as coarse samplers do."
+ABOUT_RESPONSES = "Root mean square over samples and elements, on paths that deviate as those of coarse samplers do."
 ABOUT_INCREMENTS = (
     "Cosines between the changes of the denoised image from level to level. Where neighbours point the same way, "
     "extrapolation works."
 )
-#: Light and dark. Colours are those of Okabe & Ito, lightened for dark pages.
+#: CSS for light and dark pages. Colours are those of Okabe & Ito, lightened for dark pages.
 STYLE = """
 :root { --page: #f6f6f3; --card: #ffffff; --text: #1d1d1b; --soft: #5c5c58; --grid: #dededa; --edge: #e4e4df;
   --c0: #0072b2; --c1: #c27c00; --c2: #00805d; --c3: #b3568b; --c4: #c44e00; --c5: #2f8fc4; --c6: #8a7d00;
@@ -79,11 +79,11 @@ def page(
     """The whole page.
 
     Args:
-        title: Its title; None for the model's.
+        title: Title of the page; None for one with the model's name.
         stats: The measurement.
-        schedules: By name; those of the curves at 8 steps where there are none.
+        schedules: By name; if empty, the curves' schedules of 8 steps are shown.
         curves: Predicted errors, one for each solver.
-        measured: Errors found by sampling.
+        measured: Measured errors.
         pictures: Title, media type and content of pictures of samples.
     """
     shown = dict(schedules) or _chosen(curves)

@@ -1,4 +1,4 @@
-"""What all commands share: their options, and how results and errors are printed.
+"""Shared by all commands: options, and how results and errors are printed.
 
 Results go to stdout, everything else to stderr, so that a command can be piped.
 """
@@ -63,7 +63,7 @@ CallOptions = Annotated[
     ),
 ]
 
-#: Whether an error shows Python's traceback; set by the option of that name.
+#: Whether an error shows Python's traceback; set by ``--traceback``.
 STATE = {"traceback": False}
 
 
@@ -72,7 +72,7 @@ def errors_in_a_line(on_interrupt: str = "interrupted; nothing was written") -> 
     """Print an error as one line on stderr and exit: status 2 for a bad argument, 1 for anything else.
 
     Args:
-        on_interrupt: What to say after Ctrl-C, before leaving with status 130.
+        on_interrupt: Printed after Ctrl-C; the exit status is then 130.
     """
     try:
         with warnings.catch_warnings():
@@ -83,15 +83,15 @@ def errors_in_a_line(on_interrupt: str = "interrupted; nothing was written") -> 
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort):
         raise
-    except BrokenPipeError:  # the reader, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its end
+    except BrokenPipeError:  # a reader such as head closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at exit
         raise typer.Exit(1) from None
     except Exception as error:
         if STATE["traceback"]:
             raise
         known = isinstance(error, (ValueError, TypeError, ImportError, OSError))
         text = " ".join(str(error).split())
-        if isinstance(error, OSError) and error.strerror:  # otherwise it begins with a number
+        if isinstance(error, OSError) and error.strerror:  # str(error) begins with a number
             text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         where = "" if known and error.__cause__ is None else " (use fastsched --traceback to see where)"
         LOGGER.error(f"error: {text if known else f'{type(error).__name__}: {text}'}{where}")
@@ -99,27 +99,27 @@ def errors_in_a_line(on_interrupt: str = "interrupted; nothing was written") -> 
 
 
 def _say_warning(message: Warning | str, *_: Any) -> None:
-    """A warning as a line, without the place in the code."""
+    """Print a warning on one line, without its place in the code."""
     LOGGER.warning(f"warning: {' '.join(str(message).split())}")
 
 
 class StandardError(logging.StreamHandler):  # type: ignore[type-arg]  # not generic before Python 3.11
-    """Writes to whatever stderr is at the time."""
+    """Writes to the current ``sys.stderr``, which may change after the handler is made."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line."""
-        self.stream = sys.stderr  # not setStream, which flushes the one before, and that may be closed
+        self.stream = sys.stderr  # setStream would flush the previous stream, which may be closed
         super().emit(record)
 
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-#: What commands say besides their results. ``fastsched --log-level warning`` leaves only errors and warnings.
+#: Messages of commands besides their results. ``fastsched --log-level warning`` shows only warnings and errors.
 LOGGER = logging.getLogger("fastsched")
 
 
 def say_on_stderr(level: str) -> None:
-    """Let the log of that level and above be lines on stderr; ValueError if there is no such level."""
-    if level not in LOG_LEVELS:  # not by fastsched.validate, which would load PyTorch for every --help
+    """Print log messages of this level and above on stderr; ValueError if there is no such level."""
+    if level not in LOG_LEVELS:  # fastsched.validate would load PyTorch for every --help
         raise ValueError(f"log-level must be one of {', '.join(LOG_LEVELS)}, got {level!r}")
     LOGGER.setLevel(level.upper())
     if not any(isinstance(handler, StandardError) for handler in LOGGER.handlers):
@@ -128,24 +128,24 @@ def say_on_stderr(level: str) -> None:
 
 @contextlib.contextmanager
 def prints_on_stderr() -> Iterator[None]:
-    """Let what a model prints as it is loaded and run go to stderr: stdout is for results only."""
+    """Redirect what a model prints to stderr: stdout is for results only."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 def note(text: str) -> None:
-    """Say a line on stderr: stdout is for results only."""
+    """Print a line on stderr: stdout is for results only."""
     LOGGER.info(text)
 
 
 @contextlib.contextmanager
 def joint_bar(total: int, show: bool, what: str) -> Iterator[Progress]:
-    """One progress bar for work in several parts, each of which tells how many of its own calls are done.
+    """One progress bar for work in several parts. Each part reports how many of its own calls are done.
 
     Args:
         total: The calls of all parts.
         show: Whether to show a bar.
-        what: A word for the work.
+        what: A word for the work, shown beside the bar.
     """
     from fastsched.sampling.progress import progress_bar
 
@@ -195,7 +195,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int 
     if not console.is_terminal:
         typer.echo(aligned([header, *rows], left))
         return
-    # No lines around cells, as there.
+    # No lines around cells, as in `aligned`.
     table = Table(box=None, pad_edge=False, header_style="bold")
     for n, title in enumerate(header):
         table.add_column(title, justify="left" if n < left else "right", overflow="fold")
@@ -212,21 +212,21 @@ def writable(
     replace: str = "replace it (--overwrite)",
     source: Path | None = None,
 ) -> None:
-    """Check before any work that ``path`` can be written; None is not written.
+    """Check before any work that ``path`` can be written; None needs no check.
 
     Args:
         path: The file.
-        overwrite: Whether it may exist; None for a command that cannot be told: no measurement is replaced.
-        endings: Endings of file names to choose from; any when empty.
-        replace: What a user can do about a file that exists.
-        source: A file that is read, and so must be another.
+        overwrite: Whether it may exist; None for a command without that option, which replaces all but measurements.
+        endings: Allowed endings of the name; any if empty.
+        replace: Advice in the error about a file that exists.
+        source: A file that the command reads, which ``path`` must not be.
 
     Raises:
-        ValueError: If it ends otherwise than ``endings``, or is ``source``.
+        ValueError: If the name has none of ``endings``, or is ``source``.
         FileExistsError: If it exists and must not be replaced.
         OSError: If it is a folder, or its folder is missing or read-only.
     """
-    # Every test here is one that would otherwise fail after the model calls, and lose them.
+    # Without these checks, writing would fail after the model calls, and their results would be lost.
     if path is None:
         return
     if str(path) == "-":

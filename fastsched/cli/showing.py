@@ -14,7 +14,7 @@ from fastsched.cli.making import plain_decimals, summary
 if TYPE_CHECKING:
     from fastsched.measurement.statistics import PathStatistics
 
-#: Lists longer than this are shown by their ends.
+#: Longer lists are shown by their length, first and last value.
 LONG = 64
 #: Packages whose versions matter in a bug report.
 PACKAGES = ("torch", "triton", "numpy", "scipy", "safetensors", "diffusers", "transformers", "matplotlib", "typer")
@@ -51,7 +51,7 @@ def info(
     if as_json:
         shell.print_json(found)
     else:
-        # What a file is of comes as lines of its own, by other names than the file's own calls and format.
+        # The origin's entries become rows. Two are renamed, to differ from the file's own entries.
         names = {"model_calls": "calls to choose", "version": "by fastsched"}
         flat = {key: value for key, value in found.items() if key != "origin"}
         flat |= {names.get(key) or key: value for key, value in found.get("origin", {}).items()}
@@ -105,7 +105,9 @@ def env(as_json: shell.AsJson = False) -> None:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
-    found["torch"] = str(torch.__version__)  # with its build, such as +cu130, which packages of PyPI do not name
+    found["torch"] = str(
+        torch.__version__
+    )  # with its build, such as +cu130, which the metadata of PyPI's packages omits
     found["cpu threads"] = torch.get_num_threads()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     found["cuda"] = [torch.cuda.get_device_name(n) for n in range(count)]
@@ -118,7 +120,7 @@ def env(as_json: shell.AsJson = False) -> None:
 
 
 def _statistics(file: Path, stats: PathStatistics) -> dict[str, Any]:
-    """What statistics hold; entries of the file's header that are unknown here are shown as they are."""
+    """The contents of statistics; unknown entries of the file's header are shown as they are."""
     from safetensors import safe_open
 
     found = {
@@ -132,14 +134,14 @@ def _statistics(file: Path, stats: PathStatistics) -> dict[str, Any]:
         "data_std": stats.data_std,
         "model_calls": stats.model_calls,
     }
-    # Files may say more than this version knows, such as what was measured: show it rather than hide it.
+    # A file of a newer version may have entries that this version does not know.
     with safe_open(str(file), framework="pt") as opened:
         header = json.loads((opened.metadata() or {}).get("fastsched", "{}"))
     return found | {key: value for key, value in header.items() if key not in found and key != "format"}
 
 
 def _pipeline(folder: Path) -> dict[str, Any]:
-    """What a saved pipeline is, without its weights."""
+    """Describe a saved pipeline or scheduler; weights are not read."""
     scheduler = inputs.load_scheduler(str(folder))
     kind, _ = inputs.pipeline_call(str(folder))
     from fastsched.diffusers.conventions import describe, solver_of
@@ -156,7 +158,7 @@ def _pipeline(folder: Path) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> str:
-    """A value as a cell of a table; a table of a network's levels, or of weights, in a few words."""
+    """A value as the text of a table cell; long lists are abbreviated."""
     if value is None:
         return "-"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""The cost of a command in model calls, which is said before it is spent."""
+"""The cost of a command in model calls, which is printed before the command runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def measuring_calls(
     model: Denoiser, levels: int | Tensor, samples: int, responses: bool, *, checks: bool = True
 ) -> int:
-    """The model calls of a denoiser's measurement, counted per sample, the checks of its network included."""
+    """The model calls of a denoiser's measurement, counted per sample; ``checks`` adds those of the network checks."""
     from fastsched.measurement.measuring import measured_levels, measurement_of
     from fastsched.measurement.network_checks import CHECK_CALLS
 
@@ -27,7 +27,7 @@ def measuring_calls(
 
 
 def say(cost: str, dry_run: bool) -> None:
-    """Say what a command costs; with ``dry_run`` that is all, and the command ends here."""
+    """Print what a command costs; with ``dry_run`` the command then ends."""
     note(f"model calls, counted per sample: {cost}")
     if dry_run:
         raise typer.Exit
@@ -39,10 +39,10 @@ def say_fitting(
     dry_run: bool,
     repeating: Callable[[Any], int] = lambda stats: 0,
 ) -> int:
-    """Say the cost of a fit: of its measurement, made now or followed again, and of the runs.
+    """Print the cost of a fit: of its measurement, new or repeated for given statistics, and of its runs.
 
     Returns:
-        The calls that its progress counts; following paths again is not among them.
+        The calls that the progress bar counts; repeating a measurement is not among them.
     """
     from fastsched.fitting.budget import TOTAL, calls_left
     from fastsched.fitting.loop import MODEL_CALLS
@@ -59,6 +59,6 @@ def say_fitting(
 
 
 def say_comparing(reference: int, runs: int, dry_run: bool) -> None:
-    """Say the cost of a comparison: of the converged samples, and of the schedules."""
+    """Print the cost of a comparison, and the part of the converged samples."""
     least = "fewer with --samples or --reference-steps"
     say(f"{reference + runs:,}, of which {reference:,} for the converged samples ({least})", dry_run)
