@@ -1,9 +1,9 @@
 """A GPU's verdict in one command: ``make accept-gpu``, or ``python -m benchmarks.accept_gpu``.
 
-Runs with the Python that is there, and needs no network: the kernels' tests, the tests that need a GPU, the speed of
-what `fastsched.measure` launches and of the rest, launches that would be faster, and profiles of pipelines of one and
-ten billion parameters with random weights. The rows go to ``benchmarks/results``; the last lines are the verdict.
-``--device cpu`` runs the same steps, on smaller inputs, where there is no GPU.
+Uses the installed Python and needs no network. Runs the kernels' tests, the tests that need a GPU, speed benchmarks of
+the ops, and profiles of pipelines of one and ten billion parameters with random weights. Rows go to
+``benchmarks/results``; the last lines are the verdict. Without a GPU, ``--device cpu`` runs the same steps on smaller
+inputs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ KEY = ("device", "torch", "triton", "commit", "check")
 #: The longest that one step of the acceptance may take, in seconds.
 LIMIT = 240
 
-#: GB of a GPU that a pipeline of ten billion parameters in bfloat16 needs.
+#: GPU memory in GiB from which on the pipeline of ten billion parameters (bfloat16) is profiled.
 LARGE = 40
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A check: what was found, what was wanted, and whether they agree."""
+    """A check: what was found, what was expected, and whether they agree."""
 
     check: str
     found: str
@@ -51,7 +51,7 @@ class Verdict:
 
 
 def tests(name: str, folders: list[str], jobs: int) -> Verdict:
-    """The result of a part of the test suite, in processes of its own."""
+    """Run a part of the test suite in ``jobs`` processes."""
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     command += [*folders, "--ignore=tests/kernels/test_kernel_compile.py"]  # compiles for all GPUs; needs none
     if jobs > 1:
@@ -70,7 +70,7 @@ def tests(name: str, folders: list[str], jobs: int) -> Verdict:
 
 
 def speed(device: str, repeats: int) -> Iterator[Verdict]:
-    """Rows of the speed benchmarks; verdicts on what was asked of them."""
+    """Run the speed benchmarks, append their rows, and compare each with other implementations."""
     bandwidth = copy_bandwidth() if device == "cuda" else None
     for case in measured_gram.cases(device):
         rows = measured_gram.compare(case, device, device == "cuda", bandwidth, repeats, "wall")
@@ -88,7 +88,7 @@ def speed(device: str, repeats: int) -> Iterator[Verdict]:
 
 
 def faster(name: str, rows: list[dict], device: str) -> Iterator[Verdict]:
-    """Ours, the first row, against `torch.compile` of the same inputs, or eager PyTorch; judged on a GPU only."""
+    """Compare ours, the first row, with the faster of `torch.compile` and eager PyTorch; a CPU always passes."""
     ours = rows[0]
     others = [row for row in rows if row["variant"].startswith(("torch.compile", "eager"))]
     best = min(others, key=lambda row: row["p50_ms"])
@@ -101,7 +101,7 @@ def faster(name: str, rows: list[dict], device: str) -> Iterator[Verdict]:
 
 
 def profiled(device: str) -> Iterator[Verdict]:
-    """Profiles of large pipelines; fastsched's own share of a step, and how often a step waits for the GPU."""
+    """Profile large pipelines: fastsched's own share of a step, and how often a step waits for the GPU."""
     names = ["flux-1b"]
     if device == "cuda" and torch.cuda.get_device_properties(0).total_memory > LARGE << 30:
         names.append("flux-10b")

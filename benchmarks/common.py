@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, where it ran, and rows of results."""
+"""Shared by all benchmarks: interleaved timing, a description of the machine, and rows of results."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from fastsched.comparison import aligned
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
 
-
-#: Seconds after which a function is left out of later rounds, but never before three.
+#: Seconds after which a function is not timed again, though each is timed at least three times.
 BUDGET = 60.0
 
 
@@ -31,7 +30,7 @@ def interleaved(
     repeats: int = 9,
     clock: str = "wall",
 ) -> dict[str, np.ndarray]:
-    """Time functions in turn, round after round, so that a drift of the machine reaches all of them.
+    """Time functions in turn, round after round, so that drift of the machine affects all alike.
 
     On a GPU the cache is overwritten before each call and CUDA events take the time.
 
@@ -39,8 +38,8 @@ def interleaved(
         functions: What to time, by name. Each is called once first, untimed.
         device: ``"cpu"`` or ``"cuda"``.
         repeats: Number of rounds.
-        clock: ``"wall"``, or on the CPU ``"cpu"``: the seconds that all threads of this process computed, which
-            other processes on the machine disturb less.
+        clock: ``"wall"``, or on the CPU ``"cpu"``: CPU seconds of all threads of this process, which depend less on
+            the load of the machine.
 
     Returns:
         Seconds of every timed call, by name.
@@ -86,7 +85,7 @@ def copy_bandwidth() -> float:
 
 
 def environment(device: str = "cpu") -> dict[str, str]:
-    """Where a row was taken: device, versions, commit (``+`` marks changes since)."""
+    """Device, versions and commit of a row; ``+`` marks uncommitted changes."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {_cores()} cores",
         "threads": str(torch.get_num_threads()),
@@ -98,7 +97,7 @@ def environment(device: str = "cpu") -> dict[str, str]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV, all values text; none if there is no file."""
+    """The rows of a CSV, with all values as text; empty if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -128,7 +127,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def geometric(values: Iterable[float]) -> float:
-    """The geometric mean of those that are numbers; NaN of none."""
+    """The geometric mean of the values that are not NaN; NaN if there are none."""
     known = [value for value in values if not math.isnan(value)]
     return math.exp(sum(map(math.log, known)) / len(known)) if known else math.nan
 

@@ -1,4 +1,4 @@
-"""Pipelines of real size with random weights, for what does not depend on the weights: time and memory."""
+"""Full-size pipelines with random weights, to measure time and memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 def stable_diffusion(device: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """A UNet of Stable Diffusion 1.5's size, 0.86 billion parameters, with guidance."""
-    diffusers: Any = importlib.import_module("diffusers")  # its types do not know that parts may be None
+    diffusers: Any = importlib.import_module("diffusers")  # its type annotations do not allow None for parts
     with torch.device(device):
         unet = diffusers.UNet2DConditionModel(
             sample_size=64, in_channels=4, out_channels=4, cross_attention_dim=768, attention_head_dim=8
@@ -33,7 +33,7 @@ def stable_diffusion(device: str, dtype: torch.dtype) -> tuple[Any, dict[str, An
 
 
 def flux(double: int, single: int) -> Callable[[str, torch.dtype], tuple[Any, dict[str, Any]]]:
-    """A transformer of FLUX's width with so many blocks of its two kinds."""
+    """A transformer of FLUX's width with ``double`` and ``single`` blocks of its two kinds."""
 
     def made(device: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         diffusers: Any = importlib.import_module("diffusers")
@@ -62,7 +62,7 @@ def flux(double: int, single: int) -> Callable[[str, torch.dtype], tuple[Any, di
     return made
 
 
-#: Name -> makes a pipeline and the arguments of its call.
+#: Functions that make a pipeline and the arguments of its call, by name.
 PIPELINES: dict[str, Callable[[str, torch.dtype], tuple[Any, dict[str, Any]]]] = {
     "sd15": stable_diffusion,
     "flux-1b": flux(2, 4),

@@ -1,4 +1,4 @@
-"""Profiles of pipelines of real size with random weights: ``python -m benchmarks.profiles sd15 flux-1b``."""
+"""Profiles of full-size pipelines with random weights: ``python -m benchmarks.profiles sd15 flux-1b``."""
 
 from __future__ import annotations
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.experiments.bimodal_online
 
-Data ``(N(-2, 0.1^2) + N(2, 0.1^2)) / 2`` in one dimension; a small network is trained with its levels drawn from a
-linear schedule, a log-uniform one, or one learned online from the linear start (Algorithm 2). Over training: the score
-error ``E s^2 (score - exact)^2`` averaged over ``log s``, and the log-likelihood of held-out data under the
-probability-flow ODE, in nats; the data's own is the bound.
+The data are ``(N(-2, 0.1^2) + N(2, 0.1^2)) / 2`` in one dimension. A small network is trained with levels drawn from a
+linear schedule, from a log-uniform one, or from one learned online from the linear start (Algorithm 2). Reported over
+training: the score error ``E s^2 (score - exact)^2`` averaged over ``log s``, and the log-likelihood of held-out data
+under the probability-flow ODE, in nats. The log-likelihood under the exact denoiser is the bound.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DEVIATION = 2.0
 
 
 class Network(nn.Module):
-    """An EDM-preconditioned perceptron on [B, 1], of the state's and the level's sines and cosines."""
+    """An EDM-preconditioned perceptron for states [B, 1]; its features are sines and cosines of state and level."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -58,9 +58,9 @@ def score_error(denoise: Callable[[Tensor, Tensor], Tensor], clean: Tensor) -> f
 
 
 def log_likelihood(denoise: Callable[[Tensor, Tensor], Tensor], clean: Tensor, steps: int = 60) -> float:
-    """Of ``clean`` [B, 1] blurred by ``SIGMA_MIN``, in nats.
+    """The mean log-likelihood of ``clean`` [B, 1] with noise of level ``SIGMA_MIN`` added, in nats.
 
-    The ODE is run to the highest level, by Heun's method, with the logarithm of the map's derivative beside it.
+    Heun's method integrates the ODE up to the highest level, together with the logarithm of the map's derivative.
     """
     levels = log_uniform(SIGMA_MAX, SIGMA_MIN, steps + 1).flip(0).tolist()
     z = clean + SIGMA_MIN * torch.randn(clean.shape, generator=torch.Generator().manual_seed(98))

@@ -2,9 +2,9 @@
 
     python -m benchmarks.experiments.cantor
 
-The middle-third Cantor measure in one dimension, cut off at depth 6 and blurred: 64 Gaussians, the exact denoiser. Its
-structure repeats in ``log s`` with period ``log 3``. For schedules of several lengths: the Wasserstein distance of
-DDIM samples to the distribution, and the typical distance to the converged sample.
+The data are the middle-third Cantor measure in one dimension, cut off at depth 6 and blurred to 64 Gaussians, whose
+exact denoiser is known. Its structure repeats in ``log s`` with period ``log 3``. Reported for several numbers of
+steps: the Wasserstein distance of DDIM samples to the distribution, and the typical distance to the converged sample.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SIGMA_MIN, SIGMA_MAX = 2e-4, 10.0
 
 
 def cantor_points(depth: int) -> np.ndarray:
-    """Centres of the intervals left at ``depth``, scaled to [-1, 1], [2^depth, 1]."""
+    """Centres of the intervals that remain at ``depth``, scaled to [-1, 1]; [2^depth, 1]."""
     points = np.zeros(1)
     for n in range(1, depth + 1):
         points = np.concatenate([points - 2 / 3**n, points + 2 / 3**n])

@@ -1,4 +1,4 @@
-"""What the experiments share: arguments, data, figures, and where results go."""
+"""Shared by the experiments: arguments, data, figures, and where results are written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 
 
 def arguments(description: str | None, **choices: Sequence[str]) -> argparse.Namespace:
-    """``--quick`` for a run of less than a minute; it writes under other names and leaves the real results alone.
+    """Parse the command line. ``--quick`` is a run of less than a minute that writes under other file names.
 
     ``choices`` are further options with their values, the default first.
     """
@@ -74,7 +74,7 @@ def axes(columns: int = 1, rows: int = 1, width: float = 5.0, height: float = 3.
 
 
 def number_decades(ax: Axes) -> None:
-    """Numbers at powers of ten; between them too on a logarithmic axis of less than two decades."""
+    """Label powers of ten on logarithmic axes, and also 2 and 5 times these if an axis has less than two decades."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     for axis, scale in ((ax.xaxis, ax.get_xscale()), (ax.yaxis, ax.get_yscale())):

@@ -3,11 +3,11 @@
     python -m benchmarks.experiments.costs
 
 Every cost is measured on one grid of levels. A pool of schedules on that grid (karras and exponential curves, random
-warps of them, and each cost's own choices) is run with each solver; a cost's total over a schedule's steps is ranked
-against the sampling error: Spearman's rho. The deterministic solvers are judged by the typical distance to the
-converged sample, the stochastic ones by the Frechet distance to converged samples. Beside it: what the cost's own
-schedule achieves, by Algorithm 1 and by dynamic programming, the model calls that the cost took, and the standard error
-they left in the cost of a step between neighbouring levels (the median, relative).
+warps, and each cost's own choices) is run with each solver. Spearman's rho compares a cost's total over the steps of a
+schedule with the sampling error: for deterministic solvers the typical distance to the converged sample, for stochastic
+ones the Frechet distance to converged samples. Also reported: the error of the cost's own schedules, by Algorithm 1 and
+by dynamic programming, the model calls that the cost took, and the relative standard error of the cost of a step
+between neighbouring levels (median).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ STOCHASTIC = SOLVERS[4:]
 
 
 def measure_costs(denoiser: fs.Denoiser, s: Tensor, quick: bool) -> dict[str, CostMatrix]:
-    """Every cost that selects by itself, on the levels ``s``."""
+    """The costs that `fastsched.select` takes, on the levels ``s``."""
     shared: dict[str, Any] = {"shape": SHAPE, "sigmas": s, "data": digits_data(), "progress": False}
     corrector, predictor = fs.costs.stein_corrector, fs.costs.stein_predictor
     estimates = {
         "stein corrector": lambda: corrector(denoiser, samples=4 if quick else 32, pairs="all", **shared),
-        # Conjugate gradients fail on long steps, for the network's Jacobian is far from symmetric: take it whole.
+        # Conjugate gradients fail on long steps, because the network's Jacobian is far from symmetric: use all of it.
         "stein predictor": lambda: predictor(denoiser, samples=1 if quick else 4, pairs="all", probes=None, **shared),
         "fisher-rao": lambda: fs.costs.fisher_rao(denoiser, samples=16 if quick else 256, probes=4, **shared),
         "klub": lambda: fs.costs.klub(denoiser, samples=16 if quick else 128, **shared),
@@ -53,9 +53,9 @@ def measure_costs(denoiser: fs.Denoiser, s: Tensor, quick: bool) -> dict[str, Co
 
 
 def total(cost: CostMatrix | PathCost, nodes: list[int], last_step: bool) -> float:
-    """The cost of the schedule at the levels ``nodes``, which ends at sigma 0.
+    """The cost of the schedule with the levels ``nodes`` and then sigma 0.
 
-    The score costs know no level 0: their last step is one to the lowest level. Without ``last_step`` it is left out.
+    Score costs have no level 0, so their last step ends at the lowest level. ``last_step=False`` leaves it out.
     """
     if isinstance(cost, PathCost):
         return float(cost.of([*nodes, cost.levels])[: None if last_step else -1].sum())
@@ -68,7 +68,7 @@ def total(cost: CostMatrix | PathCost, nodes: list[int], last_step: bool) -> flo
 
 
 def on_grid(sigmas: Tensor, s: Tensor) -> list[int] | None:
-    """The nearest levels of the grid, None if two nodes share one."""
+    """Positions of the nearest levels of the grid; None if two nodes share a level."""
     nodes = [int((s.log() - value.log()).abs().argmin()) for value in sigmas[:-1]]
     return nodes if len(set(nodes)) == len(nodes) else None
 

@@ -2,12 +2,13 @@
 
     python -m benchmarks.experiments.digits
 
-For each solver at 10 steps: the typical error (geometric mean of the squared distance to the converged sample, same
-noise) of the corrector schedule, Algorithm 1, mean of five measurements; of karras with rho 3, 5, 7 and 9; and of
-fastsched's own solver-aware schedule. A schedule of 10 steps is 10 nodes and a 0, and there are two ways to place the
-last node (`fastsched.baselines`): *kept* at sigma_min, or *to zero* (11 nodes, the one at sigma_min replaced by 0). The
-last table sets the corrector's error against karras rho 3 and the best rho in its own placing, and the best of all
-eight. "less a call" is the kept corrector schedule without its node at sigma_min: what that node does.
+For each solver at 10 steps it reports the typical error (geometric mean of the squared distance to the converged sample
+of the same noise) of three kinds of schedules: the corrector schedule of Algorithm 1 (mean of five measurements),
+karras with rho 3, 5, 7 and 9, and fastsched's own solver-aware schedule. A schedule of 10 steps is 10 nodes and a 0.
+There are two ways to place the last node (`fastsched.baselines`): *kept* at sigma_min, or *to zero* (11 nodes, the one
+at sigma_min replaced by 0). The last table divides the corrector's error by that of karras rho 3 and of the best rho in
+the same placing, and by the best of all eight. "less a call" is the kept corrector schedule without its node at
+sigma_min, which shows the effect of this node.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ PLACINGS = {"kept": False, "to zero": True}
 
 
 def correctors(denoiser: fs.Denoiser, samples: int, seeds: int) -> dict[tuple[str, str], list[Tensor]]:
-    """Algorithm 1 by placing, one schedule a measurement."""
+    """Schedules of Algorithm 1 by placing, one for each measurement."""
     found = {
         ("corrector", placing): [
             fs.score_optimal_schedule(

@@ -2,9 +2,9 @@
 
     python -m benchmarks.experiments.dynamics
 
-The network is asked as a variance-exploding model, as noise predictions of linear and cosine variance-preserving
-processes, and as a flow velocity, each following its own path from its own start. Reported: every schedule's nodes in
-``s`` and their largest distance to the variance-exploding ones, in cells of the grid of levels.
+The network is wrapped as a variance-exploding model, as the noise prediction of a linear and of a cosine
+variance-preserving process, and as a flow velocity. Each follows its own path from its own start. Reported: the nodes
+of every schedule in ``s``, and their largest distance to the variance-exploding nodes, in cells of the grid of levels.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def as_epsilon(denoise: Callable[[Tensor, Tensor], Tensor], alphas_cumprod: Tens
 
 
 def as_velocity(denoise: Callable[[Tensor, Tensor], Tensor]) -> fs.Denoiser:
-    """The velocity of a flow-matching model; at pure noise that of the network's highest level."""
+    """The velocity of a flow-matching model; times above 0.999 use the denoiser at ``s = 999``."""
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         inner = t.double().clamp(max=1 - 1e-3)
@@ -66,7 +66,7 @@ def processes(denoiser: fs.Denoiser) -> dict[str, fs.Denoiser]:
 def main() -> None:
     args = arguments(__doc__)
     levels, samples = 48, 16 if args.quick else 64
-    s = log_uniform(80.0, 0.02, levels)  # known to all four
+    s = log_uniform(80.0, 0.02, levels)  # within the range of all four
     cell = float((s[0] / s[1]).log())
     rows: list[dict[str, Any]] = []
     figure, panels = axes(2)

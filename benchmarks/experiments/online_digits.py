@@ -1,15 +1,15 @@
-"""Algorithm 2 in a training loop: the schedule of noise levels is learned with the denoiser of digits.
+"""Algorithm 2 in a training loop: the noise levels are learned together with the denoiser of digits.
 
     python -m benchmarks.experiments.online_digits --start linear
     python -m benchmarks.experiments.online_digits --start log-uniform
 
-Networks equal in initialisation and number of steps: one draws training levels from the starting schedule, uniform in
-``s`` or in ``log s`` (*fixed*), one from `fastsched.AdaptiveSchedule` that starts there (*adaptive*). Reported over
-training: the coefficient of variation of the incremental corrector costs of each schedule under its own network, and
-the loss on held-out digits, of EDM's weighting and averaged over ``log s``, the same levels and noises for all. With
-the log-uniform start that average is the very loss that the fixed schedule trains on; there a third network draws half
-of its levels from either schedule and weighs them so that its objective is that loss too (*weighted*): with ``p`` and
-``q`` the densities of the two, ``p / (p/2 + q/2)``, at most 2 (the balance heuristic of Veach and Guibas 1995).
+Networks have the same initialisation and number of steps. One draws training levels from the starting schedule,
+uniform in ``s`` or in ``log s`` (*fixed*), another from a `fastsched.AdaptiveSchedule` that starts there (*adaptive*).
+Reported over training: the coefficient of variation of the incremental corrector costs of each schedule under its own
+network, and the loss on held-out digits with EDM's weighting, averaged over ``log s``, with the same levels and noises
+for all. With the log-uniform start the fixed schedule trains on exactly this loss. There a third network draws half of
+its levels from each schedule and weights them so that its objective is the same loss (*weighted*): with ``p`` and ``q``
+the two densities, ``p / (p/2 + q/2)``, at most 2 (the balance heuristic of Veach and Guibas 1995).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from fastsched.denoisers.noise import log_uniform
 from fastsched.selection.fixed_point import variation
 
 LEVELS = 25
-#: Far below the data's deviation the corrector cost dies out, and with it the learned schedule: where tables are cut.
+#: Splits levels into low and high: below about this level the corrector cost, and so the learned schedule, vanishes.
 LOW = 0.25
 
 
 def weighted_loss(network: DigitsNetwork, clean: Tensor, s: Tensor, noise: Tensor) -> Tensor:
-    """EDM's loss of each sample, [B]: 1 for a network that returns 0."""
+    """EDM's loss of each sample, [B]; its mean is 1 for a network that returns 0."""
     z = clean + s[:, None, None, None] * noise
     weight = (s**2 + network.sigma_data**2) / (s * network.sigma_data) ** 2
     return weight * (preconditioned(network, z, s) - clean).square().mean((1, 2, 3))
@@ -45,7 +45,7 @@ HELD_OUT_LEVELS = log_uniform(SIGMA_MAX, SIGMA_MIN, 24)
 
 
 def held_out_losses(network: DigitsNetwork, clean: Tensor) -> np.ndarray:
-    """At levels uniform in ``log s``, [24]; the same levels and noises at every call."""
+    """The losses at 24 levels uniform in ``log s``, [24]. Levels and noises are the same at every call."""
     generator = torch.Generator().manual_seed(1234)
     losses = []
     with torch.no_grad():
@@ -56,7 +56,7 @@ def held_out_losses(network: DigitsNetwork, clean: Tensor) -> np.ndarray:
 
 
 def cost_variation(network: DigitsNetwork, s: Tensor, clean: Tensor) -> float:
-    """Of the incremental corrector costs along the schedule ``s``, under this network."""
+    """Coefficient of variation of the incremental corrector costs along ``s`` under this network."""
     denoiser = fs.Denoiser.from_edm(network)
     cost = fs.costs.stein_corrector(denoiser, shape=SHAPE, sigmas=s, samples=128, data=clean, progress=False)
     return variation(cost.adjacent)
@@ -77,7 +77,7 @@ def draw(
 def train(
     data: Tensor, held_out: Tensor, start: Tensor, kind: str, seed: int, steps: int, batch: int = 128
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """One run; a row for each of five moments of it, and the held-out losses at the end."""
+    """One training run: rows at five moments, and the held-out losses at the end."""
     torch.manual_seed(seed)
     network = DigitsNetwork(sigma_data=float(data.std()), width=128, blocks=3)
     average = copy.deepcopy(network).requires_grad_(False)
@@ -99,7 +99,7 @@ def train(
         with torch.no_grad():
             for mean, value in zip(average.parameters(), network.parameters(), strict=True):
                 mean.lerp_(value, max(0.005, 1 / n))
-        if kind != "fixed" and n > steps // 20:  # costs of a network that has learned nothing yet say nothing
+        if kind != "fixed" and n > steps // 20:  # costs of an untrained network are meaningless
             schedule.observe_denoiser(lambda z, s: preconditioned(average, z, s), clean, generator=probes)
             schedule.update()
         if n % (steps // 5) == 0:

@@ -2,12 +2,13 @@
 
     python -m benchmarks.experiments.selections
 
-Both choose K levels from the highest to the lowest to make ``sum_n L(k_n, k_{n+1})`` small. Algorithm 1 spends equal
-``L^(1/p)``, read off neighbouring levels: right for short steps, and off the grid. Dynamic programming knows the cost
-of every step between levels of the grid. The third way is Algorithm 1 iterated to its fixed point, on the schedule's
-own steps. Each schedule's total cost is estimated again on its own levels, with the same states for all three: against
-dynamic programming's, beside how far apart the two's nodes lie (the largest ratio of levels) and the typical error of
-DDIM samples. Data: a Gaussian in 16 dimensions, the checkerboard in 2, and the network of digits.
+Both choose K levels from the highest to the lowest to make ``sum_n L(k_n, k_{n+1})`` small. Algorithm 1 makes
+``L^(1/p)`` of all steps equal, interpolated from neighbouring levels. This is right for short steps, and nodes need not
+lie on the grid. Dynamic programming uses the cost of every step between levels of the grid. The third method iterates
+Algorithm 1 to its fixed point on the schedule's own steps. Each schedule's total cost is estimated again on its own
+levels, with the same states for all three, and divided by that of dynamic programming. Also reported: the largest ratio
+between corresponding levels of Algorithm 1 and dynamic programming, and the typical error of DDIM samples. The data are
+a Gaussian in 16 dimensions, the checkerboard in 2, and the network of digits.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ Case = tuple[fs.Denoiser, tuple[int, ...], Callable[..., CostMatrix], int]
 
 
 def cases(quick: bool) -> dict[tuple[str, str], Case]:
-    """By data and cost: the denoiser, its shape, the estimate, and how many levels the grid has."""
+    """The denoiser, its shape, the estimate of the cost, and the number of levels of the grid, by data and cost."""
     gaussian = fs.oracles.Gaussian(0.5, (16,))
     board = points_mixture(data_sets(100 if quick else 200)["checkerboard"], 0.03)
     exact = {"dtype": torch.float64, "progress": False}
@@ -64,7 +65,7 @@ def cases(quick: bool) -> dict[tuple[str, str], Case]:
 
 
 def total(estimate: Callable[..., CostMatrix], nodes: Tensor) -> float:
-    """The cost of the steps between the ``nodes``; an unbiased estimate near 0 may fall below it and counts 0."""
+    """The cost of the steps between ``nodes``. Unbiased estimates near 0 can be negative and then count as 0."""
     return float(estimate(sigmas=nodes).adjacent.clamp_min(0).sum())
 
 

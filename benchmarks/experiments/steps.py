@@ -17,7 +17,7 @@ def main() -> None:
     args = arguments(__doc__)
     counts = (4, 10, 24) if args.quick else (4, 5, 6, 8, 10, 14, 20, 28, 40, 60, 80, 100)
     denoiser = digits_denoiser()
-    # The reference must be finer still than the finest schedule.
+    # The reference must be finer than the finest schedule.
     reference = fs.converged_reference(
         denoiser, SHAPE, samples=32 if args.quick else 256, steps=150 if args.quick else 600, progress=False
     )

@@ -2,8 +2,9 @@
 
     python -m benchmarks.experiments.two_dimensional
 
-Exact denoisers of blurred point sets; 10 DDIM steps. Algorithm 1 from the corrector, the predictor (exact Jacobians)
-and the Fisher-Rao cost, against fastsched's solver-aware schedule and two common ones.
+Denoisers of blurred point sets are exact, and there are 10 DDIM steps. Schedules of Algorithm 1 from the corrector, the
+predictor (exact Jacobians) and the Fisher-Rao cost are compared with fastsched's solver-aware schedule and two common
+ones.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Networks that others trained, from a folder that the user gives.
 
-The folder holds ``zoo.py`` (or its parent does), which defines ``ZOO``: by name, functions without arguments that build
-an entry. An entry has the attributes of `Network`; ``image`` may be missing or None. The file is run as a program:
-give only one that you trust. How it reads weights is its own affair; it should not unpickle.
+The folder or its parent holds ``zoo.py``, which defines ``ZOO``: a dictionary, by name, of functions without arguments
+that build an entry. An entry has the attributes of `Network`; ``image`` may be missing or None. The file is run as a
+program, so use only files that you trust. It reads the weights itself and should not unpickle them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastsched as fs
 
-#: Name of the file that a folder of networks is known by.
+#: Name of the file that defines the networks.
 ZOO_FILE = "zoo.py"
 
 
@@ -28,10 +28,10 @@ class Network:
     """One network.
 
     Attributes:
-        denoiser: What is sampled from.
+        denoiser: The denoiser to sample from.
         shape: The shape of one sample, without the batch.
-        native: ``native(steps)`` is the schedule of its own repository, sampler sigmas [steps + 1] ending in 0.
-        image: Makes pictures of samples, [B, C, H, W] in [0, 1]; None where samples are not pictures.
+        native: ``native(steps)`` is the schedule of the network's repository, sampler sigmas [steps + 1] ending in 0.
+        image: Turns samples into pictures, [B, C, H, W] in [0, 1]; None if samples are not pictures.
     """
 
     denoiser: fs.Denoiser
@@ -53,7 +53,7 @@ def find_zoo(folder: Path) -> Path:
 
 
 def builders(zoo: Path) -> dict[str, Callable[[], Network]]:
-    """By name, what builds each network of a zoo file.
+    """The functions of a zoo file that build networks, by name.
 
     Raises:
         ValueError: If the file defines no ``ZOO``.
@@ -62,8 +62,8 @@ def builders(zoo: Path) -> dict[str, Callable[[], Network]]:
     if spec is None or spec.loader is None:
         raise ValueError(f"zoo must be a Python file, got {str(zoo)!r}")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    write, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the folder may be read-only, and is not ours
+    sys.modules[spec.name] = module  # dataclasses look up their module here
+    write, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the folder is the user's
     try:
         spec.loader.exec_module(module)
     finally:

@@ -3,7 +3,7 @@
     python -m benchmarks.pretrained.pictures --weights FOLDER --network mnist-flow
 
 writes ``docs/pretrained_mnist-flow.png``. Rows are labelled with the model calls that choosing their schedule took and
-with the typical error of the samples shown. The last row but one is of the fitted solver; the last is converged.
+with the typical error of the samples shown. The last row but one uses the fitted solver; the last row is converged.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from benchmarks.quality.choosing import Choosers
 from benchmarks.quality.models import Model
 from fastsched.sampling.solvers import FITTED
 
-#: Methods that choose schedules for the solver that is named, and for the fitted one.
+#: Methods shown by default for the named solver, and for the fitted solver.
 ROWS = ("native", "karras_7", "exponential", "paper", "optimal_schedule", "fit")
 FITTED_ROWS = ("fit_100",)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of pictures, of samples [columns, *shape], and what stands beside it."""
+    """One row of pictures: its label and its samples [columns, *shape]."""
 
     label: str
     samples: Tensor
 
 
 def rows_of(network: Network, shown: Sequence[tuple[str, str]], calls: int, columns: int, plan: Plan) -> list[Row]:
-    """The samples of every solver and method, and the converged ones, from noises that no method saw."""
+    """Samples for every pair of solver and method, and converged samples, from noises that no method saw."""
     reference = fs.converged_reference(
         network.denoiser, network.shape, samples=columns, progress=False, **plan.reference
     )

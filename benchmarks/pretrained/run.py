@@ -2,10 +2,10 @@
 
     python -m benchmarks.pretrained.run --weights FOLDER
 
-FOLDER is described in `benchmarks.pretrained.networks`. For each network: converged samples of noises that no method
-sees, then every method's samples from the same noises. Rows go to ``benchmarks/results/pretrained.csv`` as they are
-found and are not computed twice; ``--redo`` names methods to run again. ``python -m benchmarks.pretrained.summary``
-makes tables of them.
+`benchmarks.pretrained.networks` describes FOLDER. For each network, it computes converged samples from noises that no
+method sees, and then samples of every method from the same noises. Rows are written to
+``benchmarks/results/pretrained.csv`` at once and are not computed again; ``--redo`` names methods to run again.
+``python -m benchmarks.pretrained.summary`` makes tables of them.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from benchmarks.quality.models import Model
 from benchmarks.quality.run import result
 from fastsched.sampling.solvers import FITTED
 
-#: What is run if the folder has them and no names are given; else all that it has.
+#: Networks that are run if no names are given; if the folder has none of them, all of its networks are run.
 NETWORKS = ("cifar-grey", "mnist-flow", "flower-flow")
 SOLVERS = ("ddim", "dpmpp_2m", "unipc")
 PATH = RESULTS / "pretrained.csv"
 
-#: Every method, as `ways` calls it.
+#: All methods, by their names in `ways`.
 METHODS = (
     "native",
     "karras_7",
@@ -53,9 +53,9 @@ METHODS = (
     "fit_decoupled",
     "fit_100",
 )
-#: Those that choose schedules for the fitted solver too.
+#: Methods that also choose schedules for the fitted solver.
 FITTED_METHODS = ("optimal_schedule", "fit", "fit_decoupled", "fit_100")
-#: Those that are run for no other solver.
+#: Methods that are run only for the fitted solver.
 FITTED_ONLY = ("fit_100",)
 
 USUAL_EFFORT = Effort(paper=64, gits=256, tuning=16, optimal_steps=8, most_steps=12)
@@ -67,9 +67,9 @@ class Plan:
 
     Attributes:
         calls: Numbers of model calls, the same as steps.
-        samples: Noises it is judged on.
-        reference: The converged run, as `fs.converged_reference` takes it.
-        effort: What the other methods are given.
+        samples: Number of noises.
+        reference: Arguments of `fs.converged_reference` for the converged run.
+        effort: Noises of the other methods.
         left_out: Methods that would take too long.
     """
 
@@ -80,10 +80,10 @@ class Plan:
     left_out: tuple[str, ...] = ()
 
 
-#: Seconds for one sample, from which on a network is judged by `LARGE`.
+#: Networks whose call takes more than this many seconds for one sample are judged by `LARGE`.
 SLOW = 0.05
 
-#: For slow networks: fewer noises, and a converged run of 80 steps by a third-order solver.
+#: Plan for slow networks: fewer noises, and a converged run of 80 steps of a third-order solver.
 LARGE = Plan(
     calls=(5, 8),
     samples=16,
@@ -97,7 +97,7 @@ def plan_of(network: Network) -> Plan:
     """`LARGE` for a network that takes longer than `SLOW`, else the usual plan."""
     x, s = torch.zeros(1, *network.shape), network.denoiser.process.s_max
     seconds = []
-    for _ in range(3):  # the first calls make what later ones reuse
+    for _ in range(3):  # the first call also pays for one-time set-up
         start = time.perf_counter()
         network.denoiser.denoise(x, s)
         seconds.append(time.perf_counter() - start)
@@ -107,7 +107,7 @@ def plan_of(network: Network) -> Plan:
 def missing(
     name: str, plan: Plan, seed: int, methods: Sequence[str], done: Collection[tuple[str, ...]]
 ) -> list[tuple[str, int, str]]:
-    """What there is no row of: solver, calls and method."""
+    """Solver, calls and method of the rows that are missing."""
     run = [method for method in methods if method not in plan.left_out]
     fitted = itertools.product([FITTED], plan.calls, [method for method in run if method in FITTED_METHODS])
     stock = itertools.product(SOLVERS, plan.calls, [method for method in run if method not in FITTED_ONLY])
@@ -116,7 +116,7 @@ def missing(
 
 
 def ways(network: Network, choosers: Choosers, solver: str, calls: int) -> dict[str, Callable[[], Chosen]]:
-    """Every method's schedule of ``calls`` steps for ``solver``, by name."""
+    """Functions that choose ``calls`` steps for ``solver``, by method."""
     return {
         "native": lambda: Chosen(network.native(calls)),
         "fit_100": lambda: choosers.fit_within(100, solver, calls),
@@ -146,7 +146,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--zoo", type=Path, default=None, help="another file that defines ZOO")
     parser.add_argument("--networks", nargs="*", default=None, metavar="name", help=f"default: {' '.join(NETWORKS)}")
     parser.add_argument(
-        "--large", nargs="*", default=[], metavar="name", help="judged as slow networks are: 16 noises, 5 and 8 calls"
+        "--large", nargs="*", default=[], metavar="name", help="networks judged as slow ones: 16 noises, 5 and 8 calls"
     )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS, help="run only these")

@@ -1,10 +1,10 @@
-"""What the benchmark on others' networks shows.
+"""The tables of the benchmark on networks that others trained.
 
     python -m benchmarks.pretrained.summary
 
-A cell is a network, a solver and a number of model calls; its error under a method is the geometric mean over seeds. In
-every cell a method's error is divided by that of the best other way there: by typical error for typical errors, by mean
-error for mean errors. Ratios are geometric means over cells. The tables go to ``docs/pretrained.md``.
+A cell is a network, a solver and a number of model calls; the error of a method there is the geometric mean over seeds.
+In every cell the typical error of a method is divided by the least typical error of other methods, and the mean error
+by the least mean error. Ratios are geometric means over cells. The tables go to ``docs/pretrained.md``.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from benchmarks.quality.choosing import OURS
 from benchmarks.quality.summary import Cell, Results
 from fastsched.sampling.solvers import FITTED
 
-#: Schedules that ask the network nothing and need no choosing.
+#: Schedules that need neither calls of the network nor a choice.
 COMMON = ("karras_7", "karras_7_to_zero", "exponential", "exponential_to_zero", "native")
 ERRORS = {"typical_error": "typical", "mean_error": "mean"}
-#: Networks that a table of their own shows together; any other network has one to itself.
+#: Networks that share a table; every other network has its own table.
 TOGETHER = ("cifar-grey", "mnist-flow")
 
 
 def run_in(results: Results, cells: Sequence[Cell]) -> list[str]:
-    """Those of `OURS` that were run in all of these cells."""
+    """The methods of `OURS` that were run in all of these cells."""
     return [method for method in OURS if all(method in results.values["typical_error"][cell] for cell in cells)]
 
 
 def groups(results: Results) -> dict[str, list[Cell]]:
-    """Cells of all solvers by title: those of `TOGETHER`, then each other network's."""
+    """Cells of all solvers by title: one group for `TOGETHER`, and one for each other network."""
     found: dict[str, list[Cell]] = {}
     for cell in (*results.cells, *results.fitted):
         title = ", ".join(TOGETHER) if cell[0] in TOGETHER else cell[0]
@@ -44,7 +44,7 @@ def groups(results: Results) -> dict[str, list[Cell]]:
 
 
 def standings(results: Results, cells: Sequence[Cell]) -> str:
-    """Every method against the best other way of each cell."""
+    """All methods against the best other method of each cell."""
     rows = []
     for method in METHODS:
         ratios = {kind: results.ratios(kind, method, cells) for kind in ERRORS}
@@ -57,7 +57,7 @@ def standings(results: Results, cells: Sequence[Cell]) -> str:
 
 
 def by_cell(results: Results, cells: Sequence[Cell]) -> str:
-    """In each cell the best other way, its error, and the ratios of ours."""
+    """The best other method of each cell, its error, and the ratios of our methods to it."""
     rows, known = [], run_in(results, cells)
     for cell in cells:
         row = [cell[0], f"{cell[1]} {cell[2]}"]
@@ -75,7 +75,7 @@ def by_cell(results: Results, cells: Sequence[Cell]) -> str:
 
 
 def fitted_solver(results: Results, cells: Sequence[Cell], title: str, rivals: Sequence[str]) -> str:
-    """The fitted solver's errors over the least that ``rivals`` have with any stock solver and as many model calls."""
+    """The fitted solver's errors over the least error of ``rivals`` with any stock solver at as many model calls."""
     ours = [cell for cell in cells if cell[1] == FITTED]
     known = run_in(results, ours)
     rows, ratios = [], {kind: {method: [] for method in known} for kind in ERRORS}
@@ -101,10 +101,10 @@ INTRODUCTION = """# Networks that others trained
 
 Errors are squared distances to the converged sample from the same noise, on noises that no method saw; *typical* is
 their geometric mean, *mean* their arithmetic mean. A *cell* is a network, a solver and a number of model calls. *Best
-other way* is the method, of those that are not fastsched's, with the least error in the cell. The first table of each
-section divides errors by that: geometric means over cells, the worst cell, and in how many cells the typical error is
-more than 5% above it. Below 1 is ahead of every other way. Tables by cell have that error itself, *its error*; the
-columns after it are ratios to it.
+other way* is the method with the least error in the cell among those that are not fastsched's. The first table of each
+section shows errors divided by the error of the best other way: geometric means over cells, the worst cell, and in how
+many cells the typical error is more than 5% larger. A ratio below 1 is better than every other way. Tables by cell show
+the error of the best other way as *its error*, and then ratios to it.
 
 [quality.md](quality.md) says what the methods are; *native* is the time steps of the network's own repository. Sources
 of the networks: `benchmarks/pretrained/README.md`. On `flower-flow`, points in the plane, GITS does badly with its own
@@ -112,7 +112,7 @@ metric, the distance from a straight line; *GITS, tuned* may choose the other me
 
 Tables of the fitted solver compare it with the best of the stock solvers at as many model calls: under their own
 `fs.fit`, and under the best common schedule (karras, exponential, the repository's own time steps). *fs.fit in 100
-calls* includes its measurement, of two samples, so its results differ between seeds.
+calls* measures only two samples within its 100 calls, so its results differ between seeds.
 
 ![Samples of rgb64-eps at 5 calls of dpmpp_2m under six schedules, and of the fitted solver](pretrained_rgb64-eps.png)
 

@@ -1,8 +1,8 @@
 """The closed-form schedules that fastsched is compared with.
 
-Schedules are sampler sigmas [steps + 1] ending in 0. Where a process starts from pure noise, a curve over noise levels
-starts at the highest finite level of the denoiser's grid and its first node is then moved to the start, as
-`fastsched.score_optimal_schedule` does; for flow models the curves are drawn in flow time as well.
+Schedules are sampler sigmas [steps + 1] ending in 0. If a process starts from pure noise, curves start at the highest
+finite level of the denoiser's grid, and their first node is then moved to pure noise, as
+`fastsched.score_optimal_schedule` does. For flow models there are also curves in flow time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastsched.denoisers.noise import FlowMatching, NoiseProcess
 
 
 def curves(process: NoiseProcess, steps: int, data_std: float) -> dict[str, Tensor]:
-    """The closed-form schedules, by name; ``_to_zero`` where 0 replaces the node at the lowest level."""
+    """The closed-form schedules, by name. In those named ``_to_zero``, 0 replaces the node at the lowest level."""
     low, high = process.s_min, highest_finite(process)
     found: dict[str, Tensor] = {}
     for suffix, spare in (("", False), ("_to_zero", True)):
@@ -43,7 +43,7 @@ def curves(process: NoiseProcess, steps: int, data_std: float) -> dict[str, Tens
 
 
 def highest_finite(process: NoiseProcess) -> float:
-    """The highest level, or the second of the grid where the first is pure noise."""
+    """The highest level; the second of a grid of 3 if the first is pure noise."""
     return process.s_max if math.isfinite(process.s_max) else float(process.levels(3)[1])
 
 

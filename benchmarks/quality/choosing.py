@@ -1,4 +1,4 @@
-"""Every way of choosing a schedule, for one denoiser and one seed, with what it takes in model calls and seconds."""
+"""All methods of choosing a schedule, for one denoiser and one seed, with their cost in model calls and seconds."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from fastsched.sampling.solvers import FITTED, get_solver
 
 Result = TypeVar("Result")
 
-#: fastsched's own: the dynamic programme, the same polished, and what `fastsched.fit` makes of it with more calls.
+#: fastsched's own methods: dynamic programming, with the final descent, and `fastsched.fit` with more model calls.
 OURS = ("optimal_schedule_unpolished", "optimal_schedule", "fit", "fit_decoupled", "fit_100")
 
-#: Where the seeds of the noises start that GITS's settings are chosen on; no chooser or evaluation uses these.
+#: Added to the seed for the noises on which GITS's settings are chosen, which nothing else uses.
 TUNING_SEED = 10_000
 
 
@@ -36,10 +36,10 @@ class Effort:
 
     Attributes:
         paper: For the paper's cost.
-        gits: For GITS's paths, its authors' number.
-        tuning: To choose among GITS's settings.
+        gits: For GITS's paths; the default is its authors' number.
+        tuning: For choosing among GITS's settings.
         optimal_steps: For OSS.
-        most_steps: The most steps that OSS is asked for; its paths of all fewer steps come with them.
+        most_steps: Not noises, but the most steps of OSS's paths; paths of fewer steps are found along the way.
     """
 
     paper: int = 64
@@ -51,14 +51,14 @@ class Effort:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A schedule and what it took to choose it.
+    """A schedule and the cost of choosing it.
 
     Attributes:
-        sigmas: Sampler sigmas [steps + 1], the last 0; for the fitted solver and decoupled levels the `fs.Schedule`,
-            which has weights and levels.
-        model_calls: Spent choosing, a measurement that serves all solvers and numbers of steps included.
-        seconds: CPU seconds spent choosing, the measurement included.
-        predicted: The squared distance it predicts, if it does.
+        sigmas: Sampler sigmas [steps + 1], the last 0. For the fitted solver and for decoupled levels, the whole
+            `fs.Schedule` with its weights or network levels.
+        model_calls: Model calls of choosing, with the measurement even if it serves all solvers and numbers of steps.
+        seconds: CPU seconds of choosing, with the measurement.
+        predicted: The squared distance that the method predicts, or None.
     """
 
     sigmas: Tensor | fs.Schedule
@@ -73,12 +73,12 @@ class Chosen:
 
     @property
     def steps(self) -> int:
-        """Steps, of which the last ends at sigma 0."""
+        """Number of steps; the last one ends at sigma 0."""
         return len(self.nodes) - 1
 
 
 def _timed(measure: Callable[[Any], Result]) -> cached_property[Result]:
-    """A property that is measured once; ``seconds`` of its object keeps what that took, by name."""
+    """A cached property. The object's ``seconds`` stores the CPU seconds of computing it, by name."""
 
     @functools.wraps(measure)
     def measured(owner: Any) -> Result:
@@ -91,7 +91,7 @@ def _timed(measure: Callable[[Any], Result]) -> cached_property[Result]:
 
 
 class Choosers:
-    """All choosers for one denoiser; what they measure is measured once, when first asked for."""
+    """All methods for one denoiser and seed. Each measurement is made once, when a method first needs it."""
 
     def __init__(self, model: Model, seed: int, effort: Effort | None = None) -> None:
         self.model, self.seed, self.effort = model, seed, effort or Effort()
@@ -99,7 +99,7 @@ class Choosers:
 
     @_timed
     def statistics(self) -> fs.PathStatistics:
-        """The measurement of fastsched, with its defaults."""
+        """The measurement of fastsched with default settings."""
         return fs.measure(self.model.denoiser, self.model.shape, keep_increments=True, seed=self.seed, progress=False)
 
     @_timed
@@ -122,7 +122,7 @@ class Choosers:
 
     @_timed
     def gits_tuning(self) -> GitsTuning:
-        """What chooses among GITS's settings."""
+        """Paths and reference samples for choosing among GITS's settings."""
         options = {"samples": self.effort.tuning, "seed": TUNING_SEED + self.seed, "progress": False}
         paths = {"ipndm": self.gits, "dpmpp_2m": self._gits_path("dpmpp_2m")}
         reference = fs.converged_reference(self.model.denoiser, self.model.shape, **options)
@@ -135,7 +135,7 @@ class Choosers:
         return OptimalSteps.measure(self.model.denoiser, noise, self.effort.most_steps)
 
     def choose(self, solver: str, steps: int) -> dict[str, Callable[[], Chosen]]:
-        """The choosers of a schedule of ``steps`` steps for ``solver``, by name; ours alone for the fitted solver."""
+        """Functions that choose ``steps`` steps for ``solver``, by method; only our methods for the fitted solver."""
         fit = lambda **options: self._after(
             "statistics", lambda found: self._fit(solver, steps, stats=found, **options)
         )
@@ -147,7 +147,7 @@ class Choosers:
         }
         if solver == FITTED:
             return {name: ours[name] for name in ("optimal_schedule", "fit", "fit_decoupled")}
-        if get_solver(solver).stage is not None:  # a network that is called twice a step is told the states' levels
+        if get_solver(solver).stage is not None:  # two-stage solvers have no decoupled levels
             del ours["fit_decoupled"]
         process = self.model.denoiser.process
         fixed = baselines.curves(process, steps, self.statistics.data_std)
@@ -164,11 +164,11 @@ class Choosers:
         }
 
     def fit_within(self, model_calls: int, solver: str, steps: int) -> Chosen:
-        """`fastsched.fit` with ``model_calls`` in all, a measurement of its own among them."""
+        """`fastsched.fit` with ``model_calls`` in all, including a measurement of its own."""
         return _clocked(lambda: self._fit(solver, steps, model_calls=model_calls, seed=self.seed))
 
     def _after(self, measured: str, choose: Callable[[Any], Chosen]) -> Callable[[], Chosen]:
-        """What is chosen from the property of that name, with the seconds of both."""
+        """A function that chooses from the property ``measured``; the seconds of both are added."""
 
         def chosen() -> Chosen:
             known = getattr(self, measured)
@@ -193,7 +193,7 @@ def _optimal(solver: str, steps: int, stats: fs.PathStatistics, *, polish: bool 
 
 
 def _clocked(choose: Callable[[], Chosen], spent: float = 0.0) -> Chosen:
-    """What ``choose`` returns, with its seconds and those ``spent`` before."""
+    """The result of ``choose``, with its CPU seconds plus ``spent``."""
     start = time.process_time()
     found = choose()
     return replace(found, seconds=time.process_time() - start + spent)

@@ -1,14 +1,14 @@
-"""What model calls buy: the error of the fitted solver against all calls that choosing it made.
+"""The error of the fitted solver against the total number of model calls that choosing its schedule took.
 
     python -m benchmarks.quality.cost_curve                     # a few minutes on two cores
     python -m benchmarks.quality.cost_curve --weights FOLDER    # networks of benchmarks/pretrained
     python -m benchmarks.quality.cost_curve --plot              # the picture alone
 
-For each denoiser, seed and total, `fastsched.fit(..., solver="fitted", model_calls=TOTAL)` on its own, judged on the
-benchmark's noises. Errors are ratios to the best of the six stock solvers' `fastsched.fit` with 1,500 calls at as many
-calls to sample, which are in ``results/quality.csv``, or for others' networks are run here; the other methods of that
-file stand beside it at their own calls, on the six denoisers. Rows go to ``results/cost_curve.csv``, the picture to
-``docs/cost_curve.png``.
+Runs `fastsched.fit(..., solver="fitted", model_calls=TOTAL)` for each denoiser, seed and total, and judges it on the
+benchmark's noises. Errors are divided by the best of the six stock solvers' `fastsched.fit` with 1,500 calls at as many
+calls to sample. For the benchmark's denoisers these errors are in ``results/quality.csv``; for others' networks they
+are computed here. The picture also shows the other methods of that file, on the six denoisers, at the calls that they
+take. Rows go to ``results/cost_curve.csv``, the picture to ``docs/cost_curve.png``.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from fastsched.sampling.solvers import FITTED
 TOTALS = (60, 100, 200, 300, 400, 800, 1500)
 CALLS = (5, 8)
 SEEDS = (0, 1, 2)
-#: Others' networks, of images.
+#: Image networks that others trained.
 NETWORKS = ("cifar-grey", "mnist-flow")
-#: Those of two-dimensional data, for which few calls do much less.
+#: Denoisers of two-dimensional data, for which fits with few calls are much worse.
 PLANE = ("flow",)
 KEY = ("denoiser", "solver", "seed", "calls", "total")
-#: Other ways, with a marker for each.
+#: Markers of the other methods.
 OTHERS = {
     "dmn_shipped": "<",
     "paper": "s",
@@ -52,18 +52,18 @@ OTHERS = {
     "optimal_schedule": "P",
     "fit": "X",
 }
-#: A total too near the next for a label of its own.
+#: A total whose tick gets no label, because the next label is too near.
 UNLABELLED = 300
-#: Of lines' names, in the logarithm of the error.
+#: Least distance between the names of lines, in the natural logarithm of the error.
 LABELS_APART = 0.25
-#: Where methods stand that take no calls, on the logarithmic axis.
+#: Position on the logarithmic axis of methods that take no calls.
 NO_CALLS = 20
 
 Cell = tuple[str, str]
 
 
 def model_of(name: str, weights: Path | None) -> Model:
-    """A denoiser of ours, or with ``weights`` one of others'."""
+    """A denoiser of the benchmark, or with ``weights`` a network that others trained."""
     if weights is None:
         return MODELS[name]()
     network = builders(find_zoo(weights))[name]()
@@ -71,7 +71,7 @@ def model_of(name: str, weights: Path | None) -> Model:
 
 
 def rows_of(name: str, seed: int, weights: Path | None = None) -> list[dict[str, Any]]:
-    """Every total and number of steps for one denoiser and seed; for others' networks the stock solvers' fits too."""
+    """Rows for every total and number of steps; for others' networks also the fits of the stock solvers."""
     torch.set_num_threads(1)
     model = model_of(name, weights)
     choosers = Choosers(model, seed)
@@ -115,14 +115,14 @@ def ratios(rows: Iterable[table.Row], best: dict[tuple[str, str, str], float]) -
 
 
 def over_cells(found: dict[Cell, dict[int, float]], names: Iterable[str]) -> dict[int, tuple[float, float]]:
-    """By total, the geometric mean over the cells of these denoisers, and the worst cell."""
+    """The geometric mean over the cells of these denoisers, and the worst cell, by total."""
     cells = [line for (name, _), line in found.items() if name in names]
     values = {total: [line[total] for line in cells if total in line] for total in TOTALS}
     return {total: (float(np.exp(np.mean(np.log(each)))), max(each)) for total, each in values.items() if each}
 
 
 def other_ways(quality: list[table.Row], best: dict[tuple[str, str, str], float]) -> dict[str, tuple[float, float]]:
-    """Of the other methods: the calls that choosing took, and the error of their best stock solver, both averaged."""
+    """By method, the mean number of calls that choosing took and the mean error of the best stock solver."""
     found = {}
     for method in OTHERS:
         own = best_stock(quality, method)
@@ -134,7 +134,7 @@ def other_ways(quality: list[table.Row], best: dict[tuple[str, str, str], float]
 
 
 def known() -> tuple[dict[Cell, dict[int, float]], dict[str, tuple[float, float]]]:
-    """The curve by cell, and the other ways, of the rows that there are."""
+    """`ratios` and `other_ways` of all recorded rows."""
     quality = list(table.read(RESULTS / "quality.csv"))
     curve = read(RESULTS / "cost_curve.csv")
     stock = [row | {"method": "fit"} for row in curve if row["solver"] != FITTED]
@@ -163,7 +163,7 @@ def plot(found: dict[Cell, dict[int, float]], others: dict[str, tuple[float, flo
     ordered = sorted(lines, key=lambda name: lines[name][TOTALS[0]])
     firsts = np.log([lines[name][TOTALS[0]][0] for name in ordered])
     apart = LABELS_APART * np.arange(len(ordered))
-    places = np.exp(isotonic_regression(firsts - apart).x + apart)  # the nearest that do not lie on each other
+    places = np.exp(isotonic_regression(firsts - apart).x + apart)  # the nearest places at which names do not overlap
     for name, place in zip(ordered, places, strict=True):
         means = [mean for mean, _ in lines[name].values()]
         ax.plot(list(lines[name]), means, "--" if name in NETWORKS else "-", color="0.7", lw=1)
@@ -189,9 +189,9 @@ def plot(found: dict[Cell, dict[int, float]], others: dict[str, tuple[float, flo
 
 
 def main() -> None:
-    """Run what is asked for, and draw."""
+    """Run the benchmark and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plot", action="store_true", help="draw what was run")
+    parser.add_argument("--plot", action="store_true", help="only draw the recorded results")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument(

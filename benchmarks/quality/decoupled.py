@@ -1,10 +1,10 @@
-"""Decoupled levels: what `fastsched.fit` gains if the network may be told other levels than the states', call for call.
+"""What `fastsched.fit` gains from decoupled levels at equal model calls.
 
     python -m benchmarks.quality.decoupled
     python -m benchmarks.quality.decoupled --models cifar-grey mnist-flow --weights FOLDER
 
-Both fits have the same model calls in all. Errors are of 64 noises that neither has seen; the seeds are not those of
-the other benchmarks. Rows go to ``results/decoupled.csv``.
+Both fits have the same total of model calls. Errors are on 64 noises that neither fit has seen. The seeds differ from
+those of the other benchmarks. Rows go to ``results/decoupled.csv``.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from fastsched.comparison import Reference
 from fastsched.sampling.solvers import FITTED
 
 KEY = ("denoiser", "solver", "calls", "seed", "model_calls", "decoupled")
-#: Added to the seed of a fit for that of the noises it is judged on.
+#: Added to the seed of a fit to give the seed of the noises on which it is judged.
 JUDGED = 5000
 
 
 def rows_of(
     name: str, model: Model, reference: Reference, solver: str, calls: int, total: int, seed: int
 ) -> Iterator[dict[str, object]]:
-    """Both fits' errors."""
+    """Errors of the fits without and with decoupled levels."""
     for decoupled in (False, True):
         options = {"model_calls": total, "seed": seed, "decoupled": decoupled, "progress": False}
         schedule = fs.fit(model.denoiser, model.shape, calls, solver, **options)
@@ -47,7 +47,7 @@ def rows_of(
 
 
 def main() -> None:
-    """Run what is asked for."""
+    """Run the requested cells and append their rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--weights", type=Path, default=None, help="others' networks: a folder with zoo.py in it")

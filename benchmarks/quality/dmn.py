@@ -1,9 +1,9 @@
 """DMN's schedules (Xue et al. 2024, arXiv 2402.17376): its bound, minimised by its authors' procedure.
 
-No model calls, and one schedule for all solvers. The bound has creases, and from 7 steps on the minimiser stops on one
-of them: on which depends on how the start is rounded. On sigma 80 to 0.002 the authors' own code, its start moved by
-1e-12, gives second nodes from 18.8 to 35.4 at 8 steps. So each seed of the benchmark has a rounding of its own. Up to 6
-steps all of them agree.
+There are no model calls, and one schedule serves all solvers. The bound is not smooth. From 7 steps on the minimiser
+stops on one of its creases, and rounding of the start decides on which: from sigma 80 to 0.002 at 8 steps, the authors'
+own code gives second nodes from 18.8 to 35.4 if its start is moved by 1e-12. So each seed of the benchmark moves the
+start by its own random differences. Up to 6 steps all of them agree.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from fastsched.denoisers.noise import NoiseProcess
 
 Array = NDArray[np.float64]
 
-#: Up to so many steps the authors do not let the weights of the first three steps cancel those of later ones.
+#: Up to this many steps the authors do not let weights of the first three steps cancel those of later steps.
 FEW_STEPS = 7
 
-#: What a denoiser is taken to err by at level ``s = sigma / alpha``, with ``alpha^2 + sigma^2 = 1``: ``sigma / alpha``,
-#: which the authors recommend for pixels, and ``sigma^2 / alpha``, which they ship.
+#: Assumed error of a denoiser at level ``s = sigma / alpha``, with ``alpha^2 + sigma^2 = 1``: ``sigma / alpha``, which
+#: the authors recommend for pixels, and ``sigma^2 / alpha``, which their program uses.
 ERRORS: dict[str, Callable[[Array], Array]] = {
     "sigma": lambda s: s,
     "sigma_squared": lambda s: s**2 / np.sqrt(1 + s**2),
 }
 
-#: Size of the differences in ``log s`` that stand for another rounding.
+#: Size of the random differences in ``log s`` that imitate another rounding.
 ROUNDING = 1e-12
 
 
@@ -40,14 +40,14 @@ ROUNDING = 1e-12
 def schedule(process: NoiseProcess, steps: int, error: str = "sigma", seed: int = 0) -> Tensor:
     """Sampler sigmas [steps + 1] that minimise `bound` between the ends of the process; 0 replaces the last.
 
-    As the authors do it: SciPy's trust-constr with its defaults, over ``lambda = -log s`` of the inner nodes, from
-    nodes uniform in ``lambda`` and with linear constraints that keep them in order.
+    As the authors do, this uses SciPy's trust-constr with its defaults over ``lambda = -log s`` of the inner nodes. It
+    starts from nodes uniform in ``lambda``, and linear constraints keep the nodes in order.
 
     Args:
         process: The noise process.
         steps: Steps.
         error: A name of `ERRORS`.
-        seed: Of random differences of size `ROUNDING` that the start is moved by; none with 0.
+        seed: Seed of random differences of size `ROUNDING` added to the start; 0 adds none.
     """
     from scipy.optimize import LinearConstraint, minimize
 
@@ -60,7 +60,7 @@ def schedule(process: NoiseProcess, steps: int, error: str = "sigma", seed: int 
     def value(inner: Array) -> float:
         return float(bound(nodes(inner), error))
 
-    def gradient(inner: Array) -> Array:  # the forward differences SciPy would take, in one batch
+    def gradient(inner: Array) -> Array:  # SciPy's forward differences, in one batch
         moved = inner + np.diag(np.sqrt(np.finfo(float).eps) * np.copysign(np.maximum(1, np.abs(inner)), inner))
         return (bound(nodes(moved), error) - value(inner)) / (np.diagonal(moved) - inner)
 
@@ -78,12 +78,12 @@ def schedule(process: NoiseProcess, steps: int, error: str = "sigma", seed: int 
 
 
 def bound(s: Array, error: str = "sigma") -> Array:
-    """How far a denoiser that errs by ``e_i`` at level i can move the end, [...].
+    """How far a denoiser with error ``e_i`` at level i can move the end of the path, [...].
 
-    ``sum_i e_i |W_i|``, ``W_i`` the weight of the i-th denoised sample in ``y`` at the end, under third-order
-    multistep steps: ``D`` interpolated in ``lambda = -log s`` by the last three samples, and integrated over
-    ``rho = e^lambda`` exactly; one sample in the first step and the last, two in the second and the last but one. With
-    few steps, ``sqrt(sum (e_i W_i)^2)`` of each of the first three steps is added instead.
+    The bound is ``sum_i e_i |W_i|``, with ``W_i`` the weight of the i-th denoised sample in ``y`` at the end. The
+    multistep solver is of third order: it interpolates ``D`` in ``lambda = -log s`` by the last three samples and
+    integrates exactly over ``rho = e^lambda``. The first and the last step use one sample, the second and the last but
+    one use two. Up to `FEW_STEPS` steps, the second and third step add ``sqrt(sum (e_i W_i)^2)`` of their own instead.
 
     Args:
         s: Levels [..., steps + 1], descending, the last above 0.
@@ -96,7 +96,7 @@ def bound(s: Array, error: str = "sigma") -> Array:
         order = max(1, min(3, n + 1, steps - n))
         used = slice(n + 1 - order, n + 1)
         h = lam[..., n + 1] - lam[..., n]
-        moments = [np.expm1(h)]  # of (lambda - lambda_n)^p over e^lambda, less e^lambda_n
+        moments = [np.expm1(h)]  # integrals of (lambda - lambda_n)^p over e^lambda, divided by e^lambda_n
         for power in range(1, order):
             moments.append(h**power * np.exp(h) - power * moments[-1])
         positions = lam[..., used] - lam[..., n : n + 1]

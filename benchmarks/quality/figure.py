@@ -1,4 +1,4 @@
-"""The figure of the quality benchmark: typical error over model calls, a panel a denoiser."""
+"""The figure of the quality benchmark: typical error over model calls, one panel for each denoiser."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.quality import glossary
 if TYPE_CHECKING:
     from benchmarks.quality.summary import Results
 
-#: Every line's colour, marker and dashes: each of the three tells them apart.
+#: Colour, marker and dashes of every line. Each of the three alone distinguishes the lines.
 LINES = {
     "karras_7": ("0.45", "o", ":"),
     "paper": ("#117733", "s", (0, (5, 1.5))),
@@ -26,7 +26,7 @@ OURS = ("optimal_schedule", "fit")
 
 
 def plot(results: Results, path: Path, solver: str = "dpmpp_2m") -> None:
-    """Write the figure for one solver; bands show the range over seeds of ours."""
+    """Write the figure for one solver. Bands show the range over seeds of our methods."""
     from matplotlib.figure import Figure
 
     denoisers = list(dict.fromkeys(cell[0] for cell in results.cells))

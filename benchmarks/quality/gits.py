@@ -1,4 +1,4 @@
-"""GITS's schedules (Chen et al. 2024, arXiv 2405.11326), from its definition."""
+"""GITS's schedules (Chen et al. 2024, arXiv 2405.11326), implemented from the paper."""
 
 from __future__ import annotations
 
@@ -20,30 +20,28 @@ from fastsched.sampling.solvers import get_solver
 
 Array = NDArray[np.float64]
 
-#: The teacher's levels, karras with rho 7.
+#: Number of the teacher's levels above 0, which are karras with rho 7.
 LEVELS = 61
-
-
-#: A discount of 1.15 for each remaining step, as the authors set it for all but Stable Diffusion.
+#: Factor on the cost of all later steps; the authors' setting for all models but Stable Diffusion.
 DISCOUNT = 1.15
-#: What the settings of `GitsTuning` are made of: the metrics and discounts that the authors offer.
+#: The metrics and discounts that the authors offer; `GitsTuning` tries all pairs.
 METRICS = ("dev", "l2")
 DISCOUNTS = (1.0, 1.1, 1.15, 1.2)
 
 
 @dataclass(frozen=True)
 class Gits:
-    """A teacher's path ``z_0 .. z_{N-1}``, and what one Euler step between any two of its levels costs.
+    """A teacher's path ``z_0 .. z_{N-1}``, and the cost of one Euler step between any two of its levels.
 
-    The step from i to j ends in ``z = z_i + (s_j - s_i) dz/ds(z_i)``, whatever the solver. Its cost is a mean over
-    samples: of ``||z - z_j||`` by the metric l2, of ``dev(z) - dev(z_j)`` by dev, where ``dev`` is the distance from
-    the line through ``z_0`` and ``z_{N-1}``.
+    For every solver, the step from i to j ends in ``z = z_i + (s_j - s_i) dz/ds(z_i)``. Its cost is a mean over
+    samples: of ``||z - z_j||`` for the metric l2, and of ``dev(z) - dev(z_j)`` for dev, where ``dev`` is the distance
+    from the line through ``z_0`` and ``z_{N-1}``.
 
     Attributes:
         process: The noise process.
         s: The teacher's levels, [N].
         costs: By metric, [N, N], used above the diagonal.
-        model_calls: What the path took, counted per sample.
+        model_calls: Model calls of the path, counted per sample.
     """
 
     process: NoiseProcess
@@ -54,7 +52,7 @@ class Gits:
     @classmethod
     @torch.no_grad()
     def measure(cls, denoiser: fs.Denoiser, noise: Tensor, *, teacher: str = "ipndm", levels: int = LEVELS) -> Gits:
-        """Follow the teacher's path from each noise [B, *shape] and cost every Euler step along it."""
+        """Follow the teacher's path from each noise [B, *shape] and compute the cost of every Euler step."""
         process = denoiser.process
         s = fs.baselines.karras(levels, process.s_min, highest_finite(process))[:-1]
         s[0] = process.s_max
@@ -72,17 +70,17 @@ class Gits:
         return cls(process, s, costs, (len(s) - 1) * len(noise))
 
     def schedule(self, steps: int, metric: str = "dev", discount: float = DISCOUNT) -> Tensor:
-        """Sampler sigmas of the best ``steps`` steps to the lowest level, which 0 then replaces."""
+        """Sampler sigmas of the best path of ``steps`` steps; its last node, the lowest level, is replaced by 0."""
         nodes = discounted_path(self.costs[metric], steps, discount)
         return self.process.sampler_sigma(torch.cat([self.s[nodes[:-1]], self.s.new_zeros(1)]))
 
 
 @dataclass(frozen=True)
 class GitsTuning:
-    """GITS's settings (teacher, metric, discount), 16 of them, tried on noises of their own.
+    """Chooses among 16 settings of GITS (teacher, metric, discount) on separate noises.
 
     Attributes:
-        denoiser: What is sampled from.
+        denoiser: The denoiser to sample from.
         paths: GITS's paths, by the teacher's solver.
         reference: Converged samples of the noises.
     """
@@ -92,7 +90,7 @@ class GitsTuning:
     reference: Reference
 
     def schedule(self, solver: str, steps: int) -> tuple[Tensor, int]:
-        """Of all settings' schedules the one of least typical error with ``solver``, and the model calls it took."""
+        """The schedule with the least typical error under ``solver`` over all settings, and the model calls spent."""
         settings = itertools.product(self.paths.values(), METRICS, DISCOUNTS)
         schedules = [path.schedule(steps, metric, discount) for path, metric, discount in settings]
         found = {tuple(sigmas.tolist()): sigmas for sigmas in schedules}
@@ -125,7 +123,8 @@ def _distances(y: Tensor, d: Tensor, s: Tensor) -> Array:
 def _deviations(y: Tensor, d: Tensor, s: Tensor) -> Array:
     """Means over samples of ``dev(z) - dev(z_j)``, [N, N].
 
-    The part across the line is linear in the state, so that one of each ``y_i`` and ``D_i`` serves all steps from i.
+    The projection across the line is linear in the state, so ``y_i`` and ``D_i`` are projected once for all steps
+    from i.
     """
     rho = 1 / s
     end = s[-1] * y[-1]

@@ -1,4 +1,4 @@
-"""What the tables of the quality benchmark call things, and what these things are."""
+"""Names in the tables of the quality benchmark, and their definitions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import NamedTuple
 class Method(NamedTuple):
     """A way of choosing a schedule."""
 
-    title: str  #: what tables call it
-    meaning: str  #: what it is, in a line
+    title: str  #: its name in tables
+    meaning: str  #: one line of description
 
 
 DENOISERS = {
@@ -33,7 +33,7 @@ _CURVES = {
     "exponential_time": ("exponential in time", "exponential in the time of flow matching instead of sigma"),
 }
 
-#: Every method of the results, by the name that its rows have; fastsched's own first.
+#: Every method, by its name in the results; fastsched's own come first.
 METHODS: dict[str, Method] = {
     "fit": Method("fs.fit", "from 8 noises: measured, chosen, and corrected by running the sampler on them"),
     "fit_decoupled": Method(
@@ -60,37 +60,37 @@ INTRODUCTION = """\
 A *cell* is a denoiser, a solver and a number of model calls: {cells} cells of {seeds} seeds each. The error of a sample
 is its squared distance to the converged sample of the same noise, on 64 noises per seed that no method saw. *Typical*
 is the geometric mean over samples, *mean* the arithmetic one, *Frechet* the squared Frechet distance between the two
-sets of samples; a cell has the geometric mean over seeds. Ratios are geometric means over cells: below 1 is better.
+sets of samples. Seeds of a cell are averaged by a geometric mean, and so are ratios over cells: below 1 is better.
 *Nodes* are the noise levels of a schedule."""
 
 HEADLINE_COLUMNS = """\
-*error*: the error that is compared. *best other way*: the ratio to the least error of any method that is not ours, in
-each cell. *karras*: to karras. *limit*: to the limit of nodes, in the 24 cells where it was computed. *cells above
-1.05*: where some other way is ahead by more than 5%."""
+*error*: the error that is compared. *best other way*: the ratio to the least error of any method that is not ours in
+the cell. *karras*: the ratio to karras. *limit*: the ratio to the limit of nodes, in the 24 cells where it was
+computed. *cells above 1.05*: in how many cells the error is more than 5% above that of the best other way."""
 
 STANDINGS_COLUMNS = """\
 *typical*, *mean*, *Frechet*: the ratio to karras in these errors. *best in cells*: in how many cells its typical error
 is the least of all. *spread*: the standard deviation over seeds of the logarithm of its typical error. *calls*: the
-most model calls that choosing one schedule took, counted per sample, a measurement that serves several schedules
-included. *seconds*: the most CPU seconds that took."""
+most model calls that choosing one schedule took, counted per sample. A measurement that serves several schedules is
+included. *seconds*: the most CPU seconds that choosing one schedule took."""
 
 BREAKDOWN_COLUMNS = """\
-Ratios of typical errors: to the least of any method that is not ours (*best other way*), and to karras."""
+Ratios of typical errors to the least of any method that is not ours (*best other way*), and to karras."""
 
 TRUE_LIMIT = """\
-Gradient descent through the network on the nodes and on all weights of a linear multistep sampler, 128 noises. No
-schedule can reach that with a solver whose weights are fixed. On the noises of seed 0; *best of ours* is the least
-error of our methods over all solvers, and *ratio* is its error over the limit."""
+The limit is gradient descent through the network on the nodes and all weights of a linear multistep sampler, on 128
+noises. No schedule can reach it with a solver whose weights are fixed. Errors are on the noises of seed 0. *best of
+ours* is the least error of our methods over all solvers, and *ratio* is its error over the limit."""
 
 FITTED_SOLVER = """\
-A linear multistep solver whose weights are chosen with the nodes. Ratios of its errors to those of stock solvers with
-as many model calls: the best of all solvers' `fs.fit`; `fs.fit` of dpmpp_2m; and the best other way with any solver.
-*worst cell* and *cells above 1.05* are against the first."""
+The fitted solver is a linear multistep solver whose weights are chosen with the nodes. Its errors are divided by those
+of stock solvers with as many model calls: the best `fs.fit` of any solver; `fs.fit` of dpmpp_2m; and the best other way
+with any solver. *worst cell* and *cells above 1.05* are of the first ratio."""
 
 LOST_COLUMNS = """\
 *where it tuned*: the typical error of `fs.fit`'s schedule on the 8 noises that it ran the sampler on. *why*: "too few
-noises" where that is below the other way's error, so that those noises were not like the others; "search" where it is
-not, so that the search stopped short. *ratio*: the error of `fs.fit` over the other way's."""
+noises" if this error is below the other way's, so the 8 noises were not representative; "search" otherwise, so the
+search stopped too early. *ratio*: the error of `fs.fit` over the other way's."""
 
 
 def meanings(names: Collection[str]) -> list[list[str]]:
@@ -102,5 +102,5 @@ def meanings(names: Collection[str]) -> list[list[str]]:
 
 
 def title(method: str) -> str:
-    """What tables call a method."""
+    """The name of a method in tables."""
     return METHODS[method].title if method in METHODS else method

@@ -7,11 +7,11 @@ In ``y = x / sigma`` over ``rho = alpha / sigma``, with the denoised samples ``D
     y_{n+1} = y_n + (rho_{n+1} - rho_n) [D_n + sum_{m<n} b_{n,m} (D_m - D_n)]
     x0 = D_{K-1} + sum_{m<K-1} b_{K-1,m} (D_m - D_{K-1}).
 
-The weights ``b`` are those of dpmpp_2m on the nodes (none in the last step) plus a correction; nodes and corrections
-descend together by Adam, from `fastsched.optimal_schedule` and corrections of 0, on the mean logarithm of the squared
-distance to the converged samples of 128 noises. It is what samplers that learn their weights by gradients do, with as
-many calls as they like. Rows go to ``benchmarks/results/quality_gradient_limit.csv``; a cell that is there is left
-alone. Errors are those on the noises of seed 0 of `benchmarks.quality.run`.
+The weights ``b`` are those of dpmpp_2m on the nodes (0 in the last step) plus a correction. Adam moves nodes and
+corrections together, from `fastsched.optimal_schedule` and corrections of 0, to minimise the mean logarithm of the
+squared distance to the converged samples of 128 noises. Samplers that learn their weights by gradients do the same;
+here the number of calls is not limited. Rows go to ``benchmarks/results/quality_gradient_limit.csv``; cells that the
+file already has are not run again. Errors are on the noises of seed 0 of `benchmarks.quality.run`.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from fastsched.denoisers.noise import VariancePreserving
 NAME = "quality_gradient_limit"
 KEY = ("denoiser", "calls")
 CALLS = (4, 6, 8)
-#: Noises of the descent, and where they start among all seeds.
+#: Number of noises of the descent, and their seed, which no other part of the benchmark uses.
 NOISES = 128
 SEED = 2000
-#: Adam's iterations and first learning rate; it falls to 0 along a cosine.
+#: Adam's iterations, and its first learning rate, which falls to 0 along a cosine.
 ITERATIONS = {"digits": 600, "digits_vp": 600, "patches": 200}
 LEARNING_RATE = 0.03
 
 
 @dataclass(frozen=True, eq=False)
 class DifferentiableTimesteps(VariancePreserving):
-    """A process whose timesteps keep their derivative by the level, which measurements do without."""
+    """A process whose timesteps are differentiable in the level; measurements do not need this."""
 
     def timestep(self, s: Tensor) -> Tensor:
-        """Fractional timesteps, linear in ``log s`` between two of the table."""
+        """Fractional timesteps, interpolated linearly in ``log s`` between the entries of the table."""
         t = VariancePreserving.timestep(self, s)
         logs = self.trained_levels.log()
         below = t.floor().long().clamp(0, len(logs) - 2)
@@ -57,7 +57,7 @@ class DifferentiableTimesteps(VariancePreserving):
 
 
 def differentiable(denoiser: fs.Denoiser) -> fs.Denoiser:
-    """The same denoiser, its network's condition a differentiable function of the level."""
+    """The same denoiser, with a network condition that is differentiable in the level."""
     process = denoiser.process
     if not isinstance(process, VariancePreserving):
         return denoiser
@@ -70,10 +70,10 @@ class Sampler:
     """A linear multistep sampler whose nodes and weights can be differentiated.
 
     Attributes:
-        first: ``log s`` of the first node, which stays.
-        last: The least ``log s`` of a node.
+        first: ``log s`` of the first node, which is fixed.
+        last: Lower bound of ``log s`` of all nodes.
         log_gaps: Logarithms of the distances in ``log s`` between nodes, [K - 1].
-        corrections: What is added to dpmpp_2m's weights, [K, K], used below the diagonal.
+        corrections: Added to dpmpp_2m's weights, [K, K], used below the diagonal.
     """
 
     first: float

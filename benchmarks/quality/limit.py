@@ -1,10 +1,10 @@
-"""The limit: the schedule that coordinate descent on the sampler's own typical error finds, for a few cells.
+"""The limit of nodes: coordinate descent of a schedule on the sampler's own typical error, for a few cells.
 
     python -m benchmarks.quality.limit
 
-About 10^5 network evaluations a cell, over 200 noises that no other part of the benchmark sees; what they buy is what
-any other method can still hope for. Schedules go to ``benchmarks/results/quality_limit.csv``, where a cell that is
-there already is left alone; `benchmarks.quality.run` evaluates them beside the others.
+Each cell takes about 10^5 network evaluations, over 200 noises that no other part of the benchmark sees. The result
+shows how much better other methods could still become. Schedules go to ``benchmarks/results/quality_limit.csv``; cells
+that the file already has are not run again. `benchmarks.quality.run` evaluates these schedules beside the others.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ SAMPLES = 200
 SEED = 1000
 STARTS = ("fit", "gits", "kl_optimal_to_zero", "exponential_to_zero", "karras_3_to_zero")
 PATH = RESULTS / "quality_limit.csv"
-#: Fractions of the gap to a neighbour that a node is moved by, in ``log s``, ever finer.
+#: Sizes of a move, tried in this order, as fractions of the gap in ``log s`` to a neighbour.
 MOVES = (0.4, 0.2, 0.1, 0.05)
 
 
 def descend(error: Callable[[Tensor], float], s: Tensor, low: float, high: float) -> tuple[Tensor, float, int]:
-    """Move one inner node of levels [steps + 1] at a time, by ever smaller shares of the gaps, where the error falls.
+    """Move one inner node of levels [steps + 1] at a time by `MOVES`, and keep a move if the error falls.
 
-    The gaps at both ends are as in `log_gaps`. Returns the levels, their error, and how often it was evaluated.
+    `log_gaps` defines the gaps at both ends. Returns the levels, their error, and the number of evaluations.
     """
     best, evaluations = error(s), 1
     for share in MOVES:
@@ -90,7 +90,7 @@ def find(name: str, solver: str, calls: int) -> dict[str, object]:
 
 
 def limit_schedules(name: str, solver: str, calls: int) -> dict[str, Tensor]:
-    """``{"limit": sigmas}`` where the limit of the cell is known, or nothing."""
+    """``{"limit": sigmas}`` if the limit of the cell is known, else an empty dictionary."""
     sigmas = _known().get((name, solver, str(calls)))
     return {} if sigmas is None else {"limit": sigmas}
 

@@ -19,7 +19,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 @dataclass(frozen=True)
 class Model:
-    """A denoiser, the shape of one sample, and what it is in a few words."""
+    """A denoiser, the shape of one sample, and a short description."""
 
     denoiser: fs.Denoiser
     shape: tuple[int, ...]
@@ -28,17 +28,17 @@ class Model:
 
 @dataclass(frozen=True)
 class LowRankMixture:
-    """A Gaussian mixture on sheets of a little thickness, ``Sigma_m = floor^2 I + U_m diag(l) U_m'``, cheap to call.
+    """A Gaussian mixture with low-rank covariances plus isotropic noise, ``Sigma_m = floor^2 I + U_m diag(l) U_m'``.
 
-    Means are ``N(0, spread^2 I)`` and weights in proportion ``1 .. modes``; the ``U_m`` are random orthonormal columns
-    and ``l_k`` falls as ``k^-2``, scaled so that the sheet's mean variance an element is 1/4.
+    Means are ``N(0, spread^2 I)`` and weights are in proportion ``1 .. modes``. ``U_m`` has random orthonormal columns,
+    and ``l_k`` falls as ``k^-2``, scaled so that the mean variance of an element is 1/4 without the floor.
 
     Attributes:
         log_weights: [M].
         means: [M, d].
         axes: ``U_m`` [M, d, r].
         variances: ``l`` [r].
-        floor: The thickness.
+        floor: Standard deviation of the isotropic part.
     """
 
     log_weights: Tensor
@@ -59,7 +59,7 @@ class LowRankMixture:
         return cls((weights / weights.sum()).log().float(), means.float(), axes.float(), variances.float(), floor)
 
     def denoise(self, z: Tensor, s: Tensor) -> Tensor:
-        """``D(z; s) = sum_m r_m D_m`` [B, d] float32, as `fs.oracles.GaussianMixture` has it, in O(M d r) a sample."""
+        """``D(z; s) = sum_m r_m D_m`` [B, d] float32, as in `fs.oracles.GaussianMixture`; O(M d r) for each sample."""
         noise = s.to(z.dtype)[:, None].square()  # [B, 1]
         flat = self.floor**2 + noise
         steep = flat + self.variances  # [B, r]
@@ -75,13 +75,13 @@ class LowRankMixture:
 
 
 def mixture_64() -> Model:
-    """Five modes in 64 dimensions, on sheets of rank 12."""
+    """Five modes of rank 12 in 64 dimensions."""
     mixture = LowRankMixture.random(64, 5, 12, seed=0, spread=0.7, floor=0.05)
     return Model(fs.Denoiser.from_denoiser(mixture.denoise, 0.002, 80.0), (64,), "Gaussian mixture, d = 64")
 
 
 def mixture_768() -> Model:
-    """Three modes in 768 dimensions, on sheets of rank 48."""
+    """Three modes of rank 48 in 768 dimensions."""
     mixture = LowRankMixture.random(768, 3, 48, seed=1, spread=0.3, floor=0.03)
     return Model(fs.Denoiser.from_denoiser(mixture.denoise, 0.002, 80.0), (768,), "Gaussian mixture, d = 768")
 
@@ -92,7 +92,7 @@ def digits() -> Model:
 
 
 def digits_vp() -> Model:
-    """Noise predictions of digits under DDPM's discrete process, asked at fractional timesteps too."""
+    """A noise-prediction network of digits under DDPM's discrete process, also called at fractional timesteps."""
     network = _trained(EpsilonNetwork(), "digits_vp")
     return Model(fs.Denoiser.from_epsilon(network, ddpm_table()), (1, 8, 8), "digits, MLP, VP epsilon")
 

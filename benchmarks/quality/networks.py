@@ -1,4 +1,4 @@
-"""Three small networks that the benchmark trained for itself (``benchmarks/train/quality.py``)."""
+"""Three small networks that were trained for this benchmark (``benchmarks/train/quality.py``)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ def ddpm_table(timesteps: int = 1000) -> Tensor:
 class EpsilonNetwork(nn.Module):
     """Noise prediction of digits, ``eps(x, t)``, for ``t`` in ``[0, 999]`` of `ddpm_table`.
 
-    ``eps = sigma_t x + alpha_t F(x, t)``: the noise that data of unit variance would have, and a correction. Between
-    integer timesteps ``alpha_t`` and ``sigma_t`` are those of the noise level interpolated in ``log s``, as
-    `fastsched.Denoiser` takes it.
+    ``eps = sigma_t x + alpha_t F(x, t)``: the prediction for data of unit variance, plus a correction. Between integer
+    timesteps ``alpha_t`` and ``sigma_t`` are interpolated in ``log s``, as in `fastsched.Denoiser`.
     """
 
     log_levels: Tensor
@@ -43,7 +42,7 @@ class PatchNetwork(nn.Module):
     """EDM's raw network ``F(c_in z, c_noise)`` for 16 x 16 colour patches: residual convolutions on an 8 x 8 grid.
 
     Attributes:
-        sigma_data: The standard deviation of the data, a number kept with the weights.
+        sigma_data: The standard deviation of the data, stored with the weights.
         sigma_min: The lowest level it was trained for.
         sigma_max: The highest level it was trained for.
     """

@@ -1,11 +1,11 @@
-"""OSS's schedules (Pei et al. 2025, "Optimal Stepsize for Diffusion Sampling", arXiv 2503.21774), from its definition.
+"""OSS's schedules (Pei et al. 2025, "Optimal Stepsize for Diffusion Sampling", arXiv 2503.21774), after the paper.
 
 A teacher makes 200 Euler steps in the states of flow matching, ``x = z / (1 + s)`` at time ``t = s / (1 + s)``. For
-every level j and number of steps k the student keeps one state: of those that one Euler step reaches from its states
-of k - 1 steps, the closest to the teacher's at j, unless the one of fewer steps is closer still. Its own error is so
-carried along, and the search is greedy: the best state at j need not lie on the best path to the end. Every sample has
-a path of its own; a schedule takes the median over samples of each node's position on the grid, as the authors do.
-Here paths start at the highest level.
+every level j and number of steps k the student keeps one state: the closest to the teacher's state at j that one Euler
+step reaches from the student's states of k - 1 steps, or the state of fewer steps if that is closer. So errors of
+earlier steps are carried along. The search is greedy: the best state at j need not lie on the best path to the end.
+Every sample has its own path; a schedule takes the median over samples of each node's position on the grid, as the
+authors do. Here paths start at the highest level.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class OptimalSteps:
     Attributes:
         process: The noise process.
         s: The teacher's levels, noisiest first, [N].
-        before: ``before[k - 1, b, j]``: the position of the level before j on sample b's path of k steps to j,
-            [most, B, N + 1]; position N is sigma 0.
+        before: Predecessors, [most, B, N + 1]: ``before[k - 1, b, j]`` is the position of the level before j on
+            sample b's path of k steps to j. Position N is sigma 0.
     """
 
     process: NoiseProcess
@@ -48,7 +48,7 @@ class OptimalSteps:
         return cls(denoiser.process, s, torch.stack(before, 1))
 
     def model_calls(self, steps: int) -> int:
-        """What paths of so many steps take, counted per sample: the teacher's, and every level's for each step on."""
+        """Model calls, counted per sample: those of the teacher, and for each further step one at every level."""
         return self.before.shape[1] * (steps * len(self.s) + 1)
 
     def schedule(self, steps: int) -> Tensor:
@@ -59,14 +59,14 @@ class OptimalSteps:
             positions = self.before[k - 1].gather(1, positions[:, None])[:, 0]
             found.append(positions.sort().values)
         middle = [-(-int(p[len(p) // 2] + p[(len(p) - 1) // 2]) // 2) for p in reversed(found)]
-        nodes = [0]  # distinct, where some samples need fewer steps
+        nodes = [0]  # nodes must stay distinct although some samples need fewer steps
         for n, position in enumerate(middle[1:], 1):
             nodes.append(min(max(position, nodes[-1] + 1), len(self.s) - steps + n))
         return self.process.sampler_sigma(torch.cat([self.s[nodes], self.s.new_zeros(1)]))
 
 
 def grid(process: NoiseProcess, levels: int) -> Tensor:
-    """The levels that a model's own sampler would take: even times, or karras where a process has none, [levels]."""
+    """The levels of the model's own sampler: uniform times, or karras for processes without times, [levels]."""
     if isinstance(process, FlowMatching):
         return process.level(torch.linspace(1, 0, levels + 1, dtype=torch.float64)[:-1])
     if isinstance(process, VariancePreserving):
@@ -90,10 +90,10 @@ def _teacher(denoiser: fs.Denoiser, noise: Tensor, s: Tensor) -> Tensor:
 
 
 def _paths(denoiser: fs.Denoiser, noise: Tensor, teacher: Tensor, s: Tensor, most: int) -> Tensor:
-    """Of one sample, the positions before, [most, N + 1].
+    """``before`` of one sample, [most, N + 1].
 
     A step from level i ends at time t in ``x = t y_i + (1 - t - t / s_i) D_i``. Its squared distance from the teacher's
-    state is taken from inner products, in float64.
+    state is computed from inner products, in float64.
     """
     levels = len(s)
     t = torch.cat([torch.where(torch.isinf(s), 1.0, s / (1 + s)), s.new_zeros(1)])  # [N + 1]

@@ -3,14 +3,14 @@
     python -m benchmarks.quality.run            # all, some hours on two cores
     python -m benchmarks.quality.run --quick    # some, half a minute
 
-For each denoiser and seed: converged samples of noises that no chooser sees, then every schedule's samples from the
-same noises. A seed changes these noises and every measurement. Rows go to ``benchmarks/results/quality.csv`` as they
-are found and are not computed twice, so that an interrupted run goes on where it was; ``--redo`` names methods to run
-again. Then ``python -m benchmarks.quality.summary``.
+For each denoiser and seed, it computes converged samples from noises that no method sees, and then samples of every
+schedule from the same noises. The seed changes these noises and every measurement. Rows are written to
+``benchmarks/results/quality.csv`` at once and are not computed again, so an interrupted run can be continued;
+``--redo`` names methods to run again. Afterwards run ``python -m benchmarks.quality.summary``.
 
-For the fitted solver, whose weights belong to a schedule, only fastsched's methods choose one.
+Only fastsched's methods choose schedules for the fitted solver, because its weights belong to a schedule.
 
-heun makes ``2 n - 1`` model calls in n steps, so 7 of 8, 9 of 10 and so on; for 6 it would be the row of 5.
+heun makes ``2 n - 1`` model calls in n steps: 7 of 8 calls, 9 of 10 and so on. 6 calls would repeat the row of 5.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from fastsched.sampling.solvers import FITTED
 SOLVERS = ("ddim", "heun", "dpmpp_2m", "dpmpp_3m", "ipndm", "unipc", FITTED)
 CALLS = (4, 5, 6, 8, 10, 14, 20)
 SEEDS = (0, 1, 2, 3, 4)
-#: Noises a seed.
+#: Noises for each seed.
 SAMPLES = 64
-#: The converged run: the third-order solver, whose own distance to the limit is far below any schedule's.
+#: The converged run. Its own error is far below that of any schedule, because its solver is of third order.
 REFERENCE = {"steps": 400, "solver": "dpmpp_3m"}
 
 Cell = tuple[str, int]
@@ -49,16 +49,16 @@ Cell = tuple[str, int]
 
 @dataclass(frozen=True)
 class Unit:
-    """A denoiser and a seed: what one process does at a time.
+    """A denoiser and a seed, the work of one process at a time.
 
     Attributes:
         model: The denoiser's name.
-        seed: Of noises and measurements.
+        seed: Seed of noises and measurements.
         cells: Solvers and model calls.
-        samples: How many noises.
-        methods: Which to run; all when empty.
-        done: Rows there already, as (solver, calls, method).
-        commit: Of the code, for the rows.
+        samples: Number of noises.
+        methods: Methods to run; all if empty.
+        done: Rows that exist already, as (solver, calls, method).
+        commit: Commit of the code, which is stored in the rows.
     """
 
     model: str
@@ -76,7 +76,7 @@ def steps_within(solver: str, calls: int) -> int:
 
 
 def cells(solvers: Sequence[str], calls: Sequence[int]) -> tuple[Cell, ...]:
-    """Solvers and model calls; of those at which a solver makes the same steps, the one it can use up."""
+    """Solvers and model calls; if several give a solver the same number of steps, only the fewest calls."""
     found: dict[tuple[str, int], Cell] = {}
     for solver in solvers:
         for count in sorted(calls):
@@ -85,7 +85,7 @@ def cells(solvers: Sequence[str], calls: Sequence[int]) -> tuple[Cell, ...]:
 
 
 def rows_of(unit: Unit) -> list[dict[str, Any]]:
-    """Run what is missing of a unit."""
+    """Run the missing rows of a unit."""
     model = MODELS[unit.model]()
     choosers = Choosers(model, unit.seed)
     reference = fs.converged_reference(
@@ -105,9 +105,9 @@ def rows_of(unit: Unit) -> list[dict[str, Any]]:
 
 
 def result(model: Model, solver: str, chosen: Chosen, reference: Reference) -> dict[str, Any]:
-    """Sample by a schedule, and measure how far it ends from the reference.
+    """Sample with a schedule and measure its errors.
 
-    What is below float32's rounding of a sample counts as that, as in `fastsched.compare`.
+    As in `fastsched.compare`, the typical error of a sample is at least that of rounding the sample to float32.
     """
     ends = fs.sample(model.denoiser, chosen.sigmas, solver, reference.noise)
     squared = fs.metrics.squared_distances(ends, reference.ends)
@@ -128,7 +128,7 @@ def result(model: Model, solver: str, chosen: Chosen, reference: Reference) -> d
 
 
 def planned(args: argparse.Namespace, rows: Sequence[table.Row]) -> list[Unit]:
-    """What to run, all denoisers of one seed before the next."""
+    """The units to run: all denoisers of one seed before the next seed."""
     grid = cells(args.solvers, args.calls)
     done: dict[tuple[str, str], set[tuple[str, int, str]]] = {}
     for row in rows:
@@ -142,7 +142,7 @@ def planned(args: argparse.Namespace, rows: Sequence[table.Row]) -> list[Unit]:
 
 
 def finished(units: Sequence[Unit], workers: int) -> Iterator[list[table.Row]]:
-    """The rows of each unit, as they are found."""
+    """The rows of each unit, as soon as it is done."""
     if workers == 1:
         torch.set_num_threads(1)
         yield from map(rows_of, units)
@@ -161,7 +161,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--calls", nargs="*", type=int, default=None)
     parser.add_argument("--seeds", nargs="*", type=int, default=None)
     parser.add_argument("--samples", type=int, default=None, help="noises a seed")
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--workers", type=int, default=2, help="processes with one thread each")
     parser.add_argument("--methods", nargs="*", default=[], metavar="method", help="run only these")
     parser.add_argument("--redo", nargs="*", default=[], metavar="method", help="methods whose rows to run again")
     parser.add_argument("--output", type=Path, default=None, help="the CSV; results/quality.csv, or quality_quick.csv")

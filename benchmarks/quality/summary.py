@@ -1,4 +1,4 @@
-"""What the quality benchmark shows: ratios over all cells, cells that are lost, a table and a plot.
+"""The page of the quality benchmark: ratios over all cells, cells that are lost, tables and a plot.
 
     python -m benchmarks.quality.summary
 
@@ -23,7 +23,7 @@ from benchmarks.quality.figure import plot
 from fastsched.sampling.solvers import FITTED
 
 METRICS = {"typical_error": "typical", "mean_error": "mean", "frechet": "Frechet"}
-#: Above this ratio to a baseline a cell counts as lost.
+#: A cell counts as lost if the ratio to the best other method is above this.
 LOST = 1.05
 #: What methods are compared with in `breakdown`.
 AGAINST = {"best": "best other way", "karras_7": "karras"}
@@ -35,13 +35,13 @@ Cell = tuple[str, str, int]  # denoiser, solver, model calls
 
 @dataclass(frozen=True)
 class Results:
-    """Values of every metric, by cell and method, one a seed.
+    """Values of every metric, by cell and method, one for each seed.
 
     Attributes:
         values: ``values[metric][cell][method]``, a list over seeds.
         cells: The cells of stock solvers.
         methods: All methods.
-        fitted: The cells of the fitted solver, which no other way chooses schedules for.
+        fitted: The cells of the fitted solver, for which only fastsched chooses schedules.
     """
 
     values: dict[str, dict[Cell, dict[str, list[float]]]]
@@ -51,7 +51,7 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """The results in a CSV of `benchmarks.quality.run`; of each cell, the seeds that all its methods have run."""
+        """The results in a CSV of `benchmarks.quality.run`, only of seeds that all methods of the cell have run."""
         names = (*METRICS, "sliced_wasserstein", "choosing_calls", "choosing_seconds", "predicted")
         values: dict[str, dict[Cell, dict[str, list[float]]]] = {name: {} for name in names}
         methods: dict[str, None] = {}
@@ -78,30 +78,30 @@ class Results:
         return tuple(name for name in self.methods if name not in OURS and name != "limit")
 
     def error(self, metric: str, cell: Cell, method: str) -> float:
-        """The geometric mean over seeds; NaN where the method was not run."""
+        """The geometric mean over seeds; NaN if the method was not run."""
         found = self.values[metric].get(cell, {}).get(method)
         return float(np.exp(np.mean(np.log(np.maximum(found, 1e-30))))) if found else np.nan
 
     def best(self, metric: str, cell: Cell) -> tuple[str, float]:
-        """The best other way of a cell and its error."""
+        """The method with the least error in a cell that is not fastsched's, and its error."""
         errors = {name: self.error(metric, cell, name) for name in self.baselines}
         known = {name: value for name, value in errors.items() if not np.isnan(value)}
         name = min(known, key=known.__getitem__)
         return name, known[name]
 
     def best_over_solvers(self, metric: str, cell: Cell, methods: Sequence[str], solvers: Sequence[str] = ()) -> float:
-        """The least error with any stock solver (or any of these) for the denoiser and model calls of a cell."""
+        """The least error over stock solvers (or over ``solvers``) for the denoiser and model calls of a cell."""
         alike = [c for c in self.cells if (c[0], c[2]) == (cell[0], cell[2]) and (not solvers or c[1] in solvers)]
         errors = [self.error(metric, other, method) for other in alike for method in methods]
         return min((error for error in errors if not np.isnan(error)), default=np.nan)
 
     def ratio(self, metric: str, cell: Cell, method: str, against: str) -> float:
-        """A method's error over another's; ``"best"`` is the cell's best other way."""
+        """A method's error over that of ``against``; ``"best"`` means the cell's `best` other method."""
         other = self.best(metric, cell)[1] if against == "best" else self.error(metric, cell, against)
         return self.error(metric, cell, method) / other
 
     def ratios(self, metric: str, method: str, cells: Iterable[Cell]) -> list[float]:
-        """A method's error over the best other way's, in the cells where it was run."""
+        """A method's errors over those of the `best` other methods, in the cells where it was run."""
         found = [self.ratio(metric, cell, method, "best") for cell in cells]
         return [ratio for ratio in found if not np.isnan(ratio)]
 
@@ -110,7 +110,7 @@ class Results:
         return geometric(self.ratio(metric, cell, method, against) for cell in cells or self.cells)
 
     def spread(self, method: str, cells: Iterable[Cell]) -> float:
-        """Standard deviation over seeds of the logarithm of the error, its root mean square over cells."""
+        """Standard deviation over seeds of the logarithm of the error, as a root mean square over cells."""
         found = [self.values["typical_error"][cell].get(method, ()) for cell in cells]
         logs = [np.log(values).var(ddof=1) for values in found if len(values) > 1]
         return float(np.sqrt(np.mean(logs))) if logs else np.nan
@@ -126,7 +126,7 @@ class Results:
 
 
 def headline(results: Results) -> str:
-    """Each of fastsched's methods against the best other way of each cell, karras, and the limit of nodes."""
+    """Methods of fastsched against the best other method of each cell, karras, and the limit of nodes."""
     rows = []
     for method in OURS[::-1]:
         for metric, name in METRICS.items():
@@ -141,7 +141,7 @@ def headline(results: Results) -> str:
 
 
 def standings(results: Results, methods: Sequence[str], cells: Sequence[Cell]) -> str:
-    """Methods by their errors over karras', how often each is best, and what choosing took."""
+    """Errors of methods over those of karras, how often each method is best, and the cost of choosing."""
     shared = [name for name in results.methods if name != "limit"]
     wins = [min(shared, key=lambda n: _or_inf(results.error("typical_error", cell, n))) for cell in cells]
     rows = []
@@ -157,7 +157,7 @@ def standings(results: Results, methods: Sequence[str], cells: Sequence[Cell]) -
 
 
 def everywhere(results: Results) -> tuple[list[str], dict[str, list[str]]]:
-    """The methods that were run for all denoisers, and by denoiser those that were not."""
+    """The methods that were run for all denoisers, and by denoiser the methods that were run only for some."""
     places: dict[str, set[str]] = {}
     for cell in results.cells:
         for name in results.values["typical_error"][cell]:
@@ -172,7 +172,7 @@ def everywhere(results: Results) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def breakdown(results: Results, methods: Sequence[str]) -> str:
-    """Typical errors over the best other way's and over karras', by solver, denoiser and model calls."""
+    """Typical errors over those of the best other method and of karras, by solver, denoiser and model calls."""
     rows = []
     keys: tuple[Callable[[Cell], object], ...] = (lambda c: c[1], lambda c: c[0], lambda c: c[2])
     for key in keys:
@@ -186,10 +186,10 @@ def breakdown(results: Results, methods: Sequence[str]) -> str:
 
 
 def lost_cells(results: Results, method: str) -> str:
-    """The cells in which another way is better by more than 5%, worst first, and why.
+    """The cells in which another method is better by more than 5%, worst first, and why.
 
-    The error that fastsched measured on the few noises it tuned on tells: below the other way's error, those noises
-    were not like the others; above it, the search did not come to where the other way is.
+    The error on the noises that fastsched tuned on tells the reason. If it is below the other method's error, these
+    noises were not representative; if it is above, the search did not find a schedule as good as the other one.
     """
     rows = []
     for cell in results.cells:
@@ -208,7 +208,7 @@ def lost_cells(results: Results, method: str) -> str:
 
 
 def fitted_solver(results: Results) -> str:
-    """The fitted solver's errors over those of stock solvers with as many model calls."""
+    """Errors of the fitted solver over those of stock solvers with as many model calls."""
     rows = []
     for method in (*FITS[::-1], "optimal_schedule"):
         for metric, name in METRICS.items():
@@ -227,9 +227,9 @@ def fitted_solver(results: Results) -> str:
 
 
 def true_limit(results: Results, limits: Sequence[dict[str, str]]) -> str:
-    """What gradient descent on nodes and weights reaches, beside the best of our methods over all solvers.
+    """The limit by gradient descent on nodes and weights, beside the best of our methods over all solvers.
 
-    Errors are those of seed 0, the noises that both were judged on. Decoupled levels are left out: the limit has none.
+    Errors are those on the noises of seed 0. Decoupled levels are left out, because the limit has none.
     """
     rows, coupled = [], [name for name in OURS if name != "fit_decoupled"]
     for limit in limits:
@@ -247,7 +247,7 @@ def true_limit(results: Results, limits: Sequence[dict[str, str]]) -> str:
 
 
 def correlations(results: Results) -> str:
-    """Spearman's correlation of the dynamic programme's predicted error with the actual one, by denoiser."""
+    """Spearman's correlation of predicted and actual errors, without and with the final descent, by denoiser."""
     rows = []
     for denoiser in dict.fromkeys(cell[0] for cell in results.cells):
         values = [results.rank_correlation(denoiser, m, e) for m in OURS[:2] for e in ("typical_error", "mean_error")]
@@ -287,7 +287,7 @@ def report(results: Results, limits: Sequence[dict[str, str]] = ()) -> str:
         parts += ["## Against gradient descent on nodes and weights", glossary.TRUE_LIMIT, true_limit(results, limits)]
     parts += [
         "## Predicted and actual error",
-        "Spearman's rank correlation over a denoiser's cells of the error that a schedule predicts with its own.",
+        "Spearman's rank correlation of predicted and actual errors of schedules, over the cells of a denoiser.",
         correlations(results),
         "## Cells in which another way is ahead by more than 5%",
         *(lost_cells(results, method) for method in fits),

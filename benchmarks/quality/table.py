@@ -29,13 +29,13 @@ Row = dict[str, Any]
 
 
 def read(path: Path) -> list[Row]:
-    """The whole rows of a file, all values text; the last one counts of those with the same key. None: no rows."""
+    """The complete rows of a file, with all values as text. Later rows replace earlier ones with the same key."""
     whole = [row for row in common.read(path) if None not in row.values() and None not in row]
     return list({tuple(row[name] for name in KEY): row for row in whole}.values())
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
-    """Replace a file by these rows, once they are written."""
+    """Replace a file by these rows in one step, after all of them are written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("w", newline="") as file:

@@ -22,7 +22,7 @@ def plain(V: Tensor, JV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def variants(JV: Tensor, compiled: bool) -> dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], Tensor, int]]:
-    """Name -> call, the probes it uses, the bytes it must read."""
+    """By name: a call, the probes it uses, and the bytes it must read."""
     generator = torch.Generator(JV.device).manual_seed(1)
     shared = torch.randint(0, 2, JV.shape[1:], generator=generator, device=JV.device).float() * 2 - 1
     each = shared.expand_as(JV).contiguous()

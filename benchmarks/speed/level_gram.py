@@ -1,4 +1,4 @@
-"""All squared distances between levels: `level_increment_gram` against the ways to do without it.
+"""All squared distances between levels: `level_increment_gram` against other implementations.
 
 Run ``python -m benchmarks.speed.level_gram`` for the interleaved comparison (on the GPU if there is one), or
 ``python -m pytest -o addopts= benchmarks/speed/level_gram.py`` for pytest-benchmark's statistics on the CPU.
@@ -22,7 +22,7 @@ from fastsched.ops import level_increment_gram, pairwise_squared_distances, refe
 
 @dataclass(frozen=True)
 class Case:
-    """``N`` levels of ``B`` samples of ``d`` elements, adjacent levels ``apart`` of their size from each other."""
+    """``N`` levels of ``B`` samples of ``d`` elements; adjacent levels differ by ``apart`` times their size."""
 
     N: int = 64
     B: int = 4
@@ -36,7 +36,7 @@ class Case:
         return f"N{self.N} B{self.B} d{self.d} X {self.states} {dtype} apart {self.apart:g}"
 
     def inputs(self, device: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Return ``R, X, a, c``: a random walk of outputs, states that do not move much."""
+        """Return ``R, X, a, c``: outputs that are a random walk, and states that change little."""
         generator = torch.Generator(device).manual_seed(0)
         shape = (self.B, self.d)
         R = torch.empty(self.N, *shape, dtype=self.dtype, device=device)
@@ -58,7 +58,7 @@ class Case:
 
 
 def levels(R: Tensor, X: Tensor | None, a: Tensor, c: Tensor) -> Tensor:
-    """``[N, B d]`` float32."""
+    """The levels ``u = a X + c R``, ``[N, B d]`` float32."""
     a, c = (t.to(R.device, torch.float32).view(-1, 1, 1) for t in (a, c))
     u = c * R.float()
     return (u if X is None else u + a * X).flatten(1)
@@ -84,7 +84,7 @@ def increments_by_matmul(R: Tensor, X: Tensor | None, a: Tensor, c: Tensor) -> T
 
 
 def variants(case: Case, device: str, compiled: bool) -> tuple[dict[str, Callable[[], Tensor]], int, Tensor]:
-    """Ways to the same ``[N, N]`` matrix, the bytes they must read, and the matrix itself in float64."""
+    """Implementations of the same ``[N, N]`` matrix, the bytes to read, and the matrix in float64."""
     R, X, a, c = case.inputs(device)
     u = levels(R, X, a, c)
     found: dict[str, Callable[[], Tensor]] = {}
@@ -106,7 +106,7 @@ def variants(case: Case, device: str, compiled: bool) -> tuple[dict[str, Callabl
 
 
 def exact(R: Tensor, X: Tensor | None, a: Tensor, c: Tensor) -> Tensor:
-    """The distances in float64, sample by sample; summed over samples."""
+    """The distances in float64, summed over samples; one sample is held at a time."""
     total = torch.zeros(len(R), len(R), dtype=torch.float64)
     for b in range(R.shape[1]):
         x = None if X is None else X[..., b : b + 1, :]
@@ -116,7 +116,7 @@ def exact(R: Tensor, X: Tensor | None, a: Tensor, c: Tensor) -> Tensor:
 
 
 def errors(found: Tensor, want: Tensor) -> dict[str, str]:
-    """Relative errors, largest over adjacent levels and over all pairs."""
+    """The largest relative errors over adjacent levels and over all pairs."""
     off = ~torch.eye(len(want), dtype=torch.bool)
     relative = ((found.double().cpu() - want).abs() / want)[off].view(len(want), -1)
     adjacent = relative[range(len(want) - 1), range(len(want) - 1)]
@@ -138,7 +138,7 @@ def compare(case: Case, device: str, compiled: bool, bandwidth: float | None, re
 
 
 def cases(device: str) -> list[Case]:
-    """On a GPU two gigabytes and more, and one that is all launch cost; on the CPU the project's yardstick."""
+    """On a GPU, large inputs and one that measures only launch cost; on the CPU, the default sizes."""
     if device == "cpu":
         return [Case(states=states) for states in ("none", "levels")]
     sizes = {16: 16, 32: 8, 48: 6, 64: 4, 100: 3, 128: 2, 256: 1}

@@ -1,7 +1,7 @@
-"""What `fastsched.measure` asks of the ops: the Gram matrix of all vectors that a path left, for each sample.
+"""The op that `fastsched.measure` uses: the Gram matrix of all vectors of a path, for each sample.
 
-48 levels leave 47 increments and 46 responses, 93 vectors. ``python -m benchmarks.speed.measured_gram``, on the GPU if
-there is one; rows go to ``results/measured_gram.csv``.
+A path of 48 levels has 47 increments and 46 responses, 93 vectors. ``python -m benchmarks.speed.measured_gram`` uses
+the GPU if there is one; rows go to ``results/measured_gram.csv``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Case:
         return f"V{self.V} B{self.B} d{self.d} float32"
 
     def vectors(self, device: str) -> Tensor:
-        """Vectors of unit elements, a tenth of them common to all."""
+        """Standard normal vectors, plus 0.1 times a vector that is common to all."""
         generator = torch.Generator(device).manual_seed(0)
         common = torch.randn(self.B, 1, self.d, generator=generator, device=device)
         own = torch.randn(self.B, self.V, self.d, generator=generator, device=device)
@@ -39,12 +39,12 @@ class Case:
 
 
 def in_float64(vectors: Tensor) -> Tensor:
-    """By float64 products, sample by sample: what the error is measured against."""
+    """The Gram matrices in float64, one sample at a time; the reference for errors."""
     return torch.stack([each.double() @ each.double().T for each in vectors])
 
 
 def by_matmul(vectors: Tensor) -> Tensor:
-    """By a batched product in float32."""
+    """The Gram matrices by a batched product in float32."""
     return vectors @ vectors.mT
 
 
@@ -78,7 +78,7 @@ def compare(case: Case, device: str, compiled: bool, bandwidth: float | None, re
 
 
 def cases(device: str) -> list[Case]:
-    """On a GPU two gigabytes and more, and numbers of samples that do not divide its multiprocessors."""
+    """On a GPU, mostly large inputs, some with numbers of samples that do not divide the multiprocessors evenly."""
     if device == "cpu":
         return [Case()]
     large = [Case(V, B=4, d=(3 << 21) // V // 16 * 64) for V in (31, 61, 93, 125)]

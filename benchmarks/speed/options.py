@@ -1,4 +1,4 @@
-"""What the comparisons of ops share: their options, and the columns of a row."""
+"""Shared by the comparisons of ops: command-line options and the columns of a row."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ KEY = ("device", "threads", "clock", "torch", "commit", "case", "variant")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options of every comparison, to which one may add its own."""
+    """A parser with the options of all comparisons; a comparison may add its own."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
     made.add_argument("--repeats", type=int, default=9)
     made.add_argument("--dry-run", action="store_true", help="print only")
-    made.add_argument("--threads", type=int, help="of PyTorch; one is steadier on a busy machine")
-    made.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: seconds computed, not passed")
+    made.add_argument("--threads", type=int, help="threads of PyTorch; timings with 1 are steadier on a busy machine")
+    made.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: CPU seconds, not elapsed ones")
     return made
 
 
 def parsed(made: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options, with PyTorch's threads set."""
+    """Parse the options and set PyTorch's number of threads."""
     options = made.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -1,8 +1,8 @@
-"""What measuring and selecting cost apart from the model's own calls.
+"""Time of measuring and selecting without the model's own calls.
 
-``python -m benchmarks.speed.pipeline``: `measure` on a network that costs next to nothing (its calls are timed and
-taken off), then `optimal_schedule` from the result; and the selection of every number of steps up to 32 from 64
-levels, for each solver.
+``python -m benchmarks.speed.pipeline`` times `measure` on a very cheap network, whose time is subtracted, and then
+`optimal_schedule` on the result. It also times the selection of every number of steps up to 32 from 64 levels, for each
+solver.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def once(shape: tuple[int, ...], levels: int, samples: int, steps: int, device: 
 
 
 def selecting(levels: int = 64, samples: int = 8, steps: int = 32) -> dict[str, float]:
-    """Seconds that `error_curve` takes for each solver, and for all of them, on a mixture of two modes."""
+    """Seconds of `error_curve` for each solver and for all of them together, on a mixture of two modes."""
     means = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     mixture = fs.oracles.GaussianMixture(torch.tensor([0.3, 0.7]), means, 0.01 * torch.eye(64).expand(2, -1, -1))
     denoiser = fs.Denoiser.from_denoiser(mixture.denoise, 0.002, 80.0)

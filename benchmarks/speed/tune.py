@@ -1,11 +1,10 @@
 """Try launches of the Gram kernel on the GPU at hand, and print the best.
 
 ``python -m benchmarks.speed.tune`` tunes what `fastsched.measure` launches: Gram matrices of 61 and of 93 float32
-vectors, one a sample. ``--states levels`` tunes that of increments between levels, ``--mean`` one for all samples
-together. All launches are compiled first, in as many processes as there are cores, so
-that little GPU time is used.
-Nothing is written: a winner without spills (tests/kernels/test_kernel_compile.py) is entered in ``kernels/config.py``
-by hand.
+vectors, one for each sample. ``--states levels`` tunes those of increments between levels, ``--mean`` one matrix for
+all samples together. All launches are compiled first, in as many processes as there are cores, to use little GPU time.
+Nothing is written: a winner without spills (tests/kernels/test_kernel_compile.py) is entered in
+``kernels/config.py`` by hand.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from benchmarks.common import copy_bandwidth, environment, interleaved, table
 from benchmarks.speed.level_gram import Case
 from fastsched.kernels import config, level_gram
 
-#: Elements of a level in the timed inputs: with 48 levels of float32, 1.2 GB.
+#: Elements of a level in the timed inputs; 48 such levels in float32 are 1.2 GB.
 ELEMENTS = 3 << 21
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is tuned: an entry of the launch table, and the inputs it is timed on."""
+    """An entry of the launch table to tune, and the inputs for its timing."""
 
     levels: int
     dtype: str = "float32"
@@ -56,19 +55,19 @@ class Entry:
 
 
 def candidates(entry: Entry) -> list[config.GramLaunch]:
-    """Launches to try; those that differ in ``programs`` alone share a kernel."""
+    """Launches to try. Launches that differ only in ``programs`` share a kernel."""
     rows = (64,) if entry.levels <= 64 else (64, 128)
     grid = itertools.product(rows, (32, 64, 128), (4, 8), (1, 2, 3, 4), (1, 2, 3, 4))
     return [config.GramLaunch(*fields) for fields in grid]
 
 
 def compiled(entry: Entry, launches: list[config.GramLaunch]) -> None:
-    """Compile by launching on little data; a launch that does not fit is left for the timing to find."""
+    """Compile launches by running them on little data; launches that fail are reported later by `timed`."""
     R, X, steps, _ = entry.inputs(1 << 14)
     for launch in launches:
         try:
             level_gram.launch(R, X, steps, entry.precision, launch, vectors=entry.states == "vectors")
-        except Exception:  # out of shared memory or registers: the timing meets it again, and says so
+        except Exception:  # out of shared memory or registers: `timed` reports it
             continue
     torch.cuda.synchronize()
 
@@ -91,16 +90,16 @@ def timed(entry: Entry, repeats: int, bandwidth: float) -> list[dict]:
 
 
 def entries(options: argparse.Namespace) -> list[Entry]:
-    """What the options ask for."""
+    """The entries that the options name."""
     grid = itertools.product(options.levels, options.dtypes)
     rest = {"states": options.states, "mean": options.mean, "samples": options.samples}
     return [Entry(levels, dtype, **rest, precision=options.precision) for levels, dtype in grid]
 
 
 def main() -> None:
-    """Compile and time every launch that the GPU takes."""
+    """Compile and time all candidate launches."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--levels", type=int, nargs="+", default=[61, 93], help="or vectors")
+    parser.add_argument("--levels", type=int, nargs="+", default=[61, 93], help="numbers of levels, or of vectors")
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--states", default="vectors", choices=("vectors", "none", "shared", "levels"))
     parser.add_argument("--mean", action="store_true", help="one matrix for all samples")

@@ -2,12 +2,12 @@
 
     python benchmarks/train/digits.py
 
-needs scikit-learn, takes two to four minutes of one core and ends with the denoising error, beside that of the best
-linear denoiser and of the data set's own posterior mean (which a network that memorised the data would reach).
+needs scikit-learn and takes two to four minutes of one core. It prints the denoising error beside that of the best
+linear denoiser and that of the data set's own posterior mean (which a network that memorised the data would reach).
 
 3,000 steps were chosen by the error on 360 digits held out (``--held-out 360``), against 1,500 and 6,000: at sigma
 0.05, 0.1, 0.5 and 1 it is 3.0e-3, 1.0e-2, 1.1e-1 and 2.3e-1 of the data's variance after 1,500 steps, 2.9e-3, 9.9e-3,
-9.1e-2 and 2.1e-1 after 3,000, and 3.4e-3, 1.1e-2, 8.6e-2 and 2.0e-1 after 6,000: longer, low noise overfits.
+9.1e-2 and 2.1e-1 after 3,000, and 3.4e-3, 1.1e-2, 8.6e-2 and 2.0e-1 after 6,000, where low noise levels overfit.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def digits_data() -> Tensor:
 
 
 def preconditioned(network: DigitsNetwork, z: Tensor, s: Tensor) -> Tensor:
-    """The denoiser ``D(z; s)`` made of the raw network; z [B, 1, 8, 8], s [B]."""
+    """The denoiser ``D(z; s)`` of the raw network, by EDM's preconditioning; z [B, 1, 8, 8], s [B]."""
     level, sd = s[:, None, None, None], network.sigma_data
     total = (level**2 + sd**2).sqrt()
     return (sd / total) ** 2 * z + level * sd / total * network(z / total, s.log() / 4)
@@ -96,9 +96,9 @@ def train(data: Tensor, args: argparse.Namespace) -> DigitsNetwork:
 
 @torch.no_grad()
 def report(network: DigitsNetwork, trained: Tensor, data: Tensor, title: str) -> None:
-    """Print the mean squared denoising error on ``data`` at a few levels, over the data's variance.
+    """Print the mean squared denoising error on ``data`` at a few levels, divided by the data's variance.
 
-    Beside it, that of the Gaussian fitted to ``trained`` and that of the exact posterior over ``trained``.
+    Beside it are the errors of the Gaussian fitted to ``trained`` and of the exact posterior over ``trained``.
     """
     flat = trained.flatten(1).double()
     linear = GaussianMixture(torch.ones(1), flat.mean(0)[None], torch.cov(flat.T)[None])

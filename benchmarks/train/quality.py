@@ -79,7 +79,7 @@ TRAINERS = {"digits_vp": digits_vp, "patches": patches, "flow": flow}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(TRAINERS)}; all by default")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"{', '.join(TRAINERS)}; all by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
