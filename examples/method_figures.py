@@ -1,7 +1,7 @@
 """Draw the pictures of docs/method.md: ``python examples/method_figures.py docs``.
 
-One measured path of a mixture of Gaussians and the two paths that deviate from it; cosines between the increments of
-the denoised image; predicted errors of schedules, and what the sampler then makes.
+The pictures show a measured path of a mixture of Gaussians and its two deviated paths, cosines between the increments
+of the denoised image, and predicted and measured errors of schedules.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STEPS = (4, 5, 6, 8, 10, 12)
 
 
 def draw_paths(axes, denoiser) -> None:
-    """The state over its noise, along the path and along the deviated ones, in the first dimension."""
+    """The first element of the scaled state along the measured path and the deviated paths."""
     s = denoiser.levels(48)
     noise = torch.randn(1, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 

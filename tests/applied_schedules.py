@@ -29,7 +29,7 @@ class Pipe:
 
 
 def uneven(process, steps=STEPS):
-    """A schedule that no class would use by itself, at trained levels."""
+    """A schedule at trained levels that is no scheduler's default."""
     levels = process.levels(4 * steps)[[0, *(k * (k + 6) // 4 + 2 for k in range(1, steps))]]
     return fs.Schedule.from_levels(process, torch.cat([levels, levels.new_zeros(1)]), "ddim")
 

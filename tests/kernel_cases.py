@@ -59,8 +59,7 @@ class GramCase:
 
 
 def terms(R: Tensor, X: Tensor | None, a: Tensor, c: Tensor) -> Tensor:
-    """``[N, B, d]``: the sum of the absolute values of the terms that make an increment, which its rounding
-    scales with."""
+    """``[N, B, d]``: sums of the absolute values of the terms of an increment, with which its rounding scales."""
 
     def of(values: Tensor, coefficients: Tensor) -> Tensor:
         values, coefficients = values.double().cpu(), coefficients.view(-1, 1, 1)
@@ -79,6 +78,6 @@ def summation_error(d: int, dtype: torch.dtype = torch.float32) -> float:
 
 
 def gram_scale(t: Tensor) -> Tensor:
-    """``[B, N, N]``: ``||t_p|| ||t_q||``, what an entry's error is measured against."""
+    """``[B, N, N]``: ``||t_p|| ||t_q||``, relative to which errors of entries are measured."""
     norms = t.double().cpu().square().sum(-1).sqrt().T
     return norms.unsqueeze(-1) * norms.unsqueeze(-2)

@@ -1,7 +1,7 @@
-"""Runs kernels where they can run: on a GPU in this process, else in Triton's interpreter in another one.
+"""Runs kernels: on a GPU in this process, else in Triton's interpreter in another process.
 
-Triton decides when it is imported whether it interprets or compiles, so the two need a process each. Neither is this
-one: what a worker returns (plain numbers and NumPy arrays) is judged here, where pytest can explain it.
+Triton decides when it is imported whether it interprets or compiles, so each mode has its own worker process. Workers
+return plain numbers and NumPy arrays, and assertions are made in this process, where pytest can explain failures.
 """
 
 from __future__ import annotations

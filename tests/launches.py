@@ -1,4 +1,4 @@
-"""Counts what is launched on tensors as large as states, and the bytes that pass through memory."""
+"""Counts ops, those on tensors as large as a state, and the bytes that they read and write."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_flatten
 
 
 class Launches(TorchDispatchMode):
-    """Runs what is within its block, and writes down each op that computes; a view does not.
+    """Records the ops of its block that compute; views are not recorded.
 
     Attributes:
-        seen: The name of each op, and the bytes of what it reads and writes.
+        seen: The name of each op, and the bytes that it reads and writes.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Launches(TorchDispatchMode):
         return out
 
     def per_step(self, marks: Sequence[int], state: int) -> tuple[float, float, float]:
-        """Ops of a step, those on as much as a state, and states that pass through memory: means over steps.
+        """Means over steps: ops, ops on at least half a state, and bytes read and written in units of a state.
 
         Args:
             marks: Lengths of `seen` where steps began, and where the last one ended.

@@ -20,7 +20,7 @@ def exact_denoiser(oracle, sigma_min=0.002, sigma_max=80.0):
 
 
 def exact_denoisers(oracle, table=None):
-    """The oracle as each kind of network, each over the levels 0.02 to 80 or as near as its process comes."""
+    """The oracle as each kind of network, over levels 0.02 to 80 or the nearest range of the process."""
     table = vp_table() if table is None else table
     trained = ((1 - table) / table).sqrt()
 
@@ -77,7 +77,7 @@ def mixture(d=4, seed=0):
 
 
 def counted_denoiser(oracle, sigma_min, sigma_max):
-    """An exact denoiser, and a list of how many samples each of its calls was given."""
+    """An exact denoiser, and a list with the number of samples in each of its calls."""
     calls = []
 
     def network(z, s):

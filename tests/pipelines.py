@@ -84,7 +84,7 @@ class UNetOutput(tuple):
 
 
 class OraclePipeline(DiffusionPipeline):
-    """Only the loop of diffusers' pipelines; arguments after ``output_type`` change it, as pipelines with a twist do.
+    """The bare loop of diffusers' pipelines; arguments after ``output_type`` imitate unusual pipelines.
 
     Attributes:
         prompts: The prompts of all calls.
@@ -141,7 +141,7 @@ def oracle_pipeline(scheduler, *oracles, dtype=torch.float32):
     return OraclePipeline(OracleUNet().to(dtype).answer_for(scheduler, *oracles), scheduler)
 
 
-#: Of autoencoders and UNets.
+#: Sizes shared by the small autoencoders and UNets.
 BLOCKS = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 
 
@@ -177,7 +177,7 @@ def small_conditional_unet(**config):
 
 
 def assembled(kind, **components):
-    """A pipeline of these components; others that its class wants, such as text encoders, are None."""
+    """A pipeline of these components; all other components of its class, such as text encoders, are None."""
     wanted = [name for name, each in inspect.signature(kind).parameters.items() if each.default is each.empty]
     return kind(**dict.fromkeys(wanted) | components)
 
@@ -284,7 +284,7 @@ def wan(scheduler, in_channels=16):
 
 
 def wan_of_two_experts(scheduler, boundary_ratio):
-    """The same with a second network, called below that time, as Wan 2.2 is."""
+    """Wan with a second network for times below ``boundary_ratio``, as in Wan 2.2."""
     pipe, call, ending = wan(scheduler)
     other = wan(scheduler)[0].transformer
     parts = {"vae": pipe.vae, "scheduler": scheduler, "transformer": pipe.transformer, "transformer_2": other}
@@ -292,7 +292,7 @@ def wan_of_two_experts(scheduler, boundary_ratio):
 
 
 def wan_from_image(scheduler, **config):
-    """A video pipeline from an image: beside the latents (36 channels), or in place of their first frame (16)."""
+    """Wan from an image, which is given beside the latents (36 channels) or replaces their first frame (16)."""
     channels = 16 if config.get("expand_timesteps") else 36
     pipe, call, ending = wan(scheduler, channels)
     made = WanImageToVideoPipeline(None, None, pipe.vae, scheduler, transformer=pipe.transformer, **config)
@@ -300,7 +300,7 @@ def wan_from_image(scheduler, **config):
 
 
 def cogvideox(scheduler):
-    """A video pipeline whose guidance can change with the step and their number (``use_dynamic_cfg``)."""
+    """A video pipeline whose guidance can depend on step and number of steps (``use_dynamic_cfg``)."""
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=16,
@@ -352,7 +352,7 @@ def ltx_conditioned(scheduler):
 
 
 def dit(scheduler):
-    """A class-conditional pipeline, which with guidance doubles its latents by a copy."""
+    """A class-conditional pipeline; with guidance it concatenates a copy of its latents."""
     transformer = DiTTransformer2DModel(
         sample_size=8,
         num_layers=1,
@@ -376,7 +376,7 @@ def latent_consistency():
 
 
 def inpainting(scheduler, channels=9):
-    """Stable Diffusion XL that is given the mask (9 channels), or not (4)."""
+    """Inpainting by Stable Diffusion XL; its network gets the mask (9 channels) or does not (4)."""
     pipe, call, ending = stable_diffusion_xl(scheduler)
     pipe.unet.conv_in = torch.nn.Conv2d(channels, 8, 3, padding=1)
     pipe.unet.register_to_config(in_channels=channels)

@@ -24,7 +24,7 @@ STEPS = 6
 SAME = 1e-3
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 
-#: Settings shown beside the defaults, where they change what a class does.
+#: Settings shown in addition to the defaults, if they change how a class samples.
 VARIANTS = {
     "DPMSolverMultistepScheduler": [
         {"solver_order": 1},
@@ -66,7 +66,7 @@ Which schedulers can use a schedule, how, and how exactly. `python tests/schedul
 every class of diffusers {diffusers.__version__} on a schedule with fractional timesteps. A test fails when the file is
 out of date.
 
-* **takes**: what `set_timesteps` accepts.
+* **takes**: the lists that `set_timesteps` accepts.
 * **export**: whether `fastsched.diffusers.export(schedule, scheduler).arguments` are call arguments that make the class
   use the schedule: *exact* (every sigma within 1e-5, relative), *rounded* to integer timesteps (exact for schedules at
   integer timesteps, which `fastsched.diffusers.measure` chooses for these classes), or no.
@@ -83,7 +83,7 @@ The solvers of fastsched take the last step, to sigma 0, by `z = D`, as most of 
 `UniPCMultistepScheduler` of type bh1 are not finite at sigma 0 and end at 1e-6 of the last positive sigma; with flow
 sigmas the first two start at 0.999, not 1 (*rounded*).
 
-What the classes that are "own" or cannot use a schedule do, from their source:
+What the classes do that are "own" or cannot use a schedule, according to their source:
 
 * third-order `DPMSolverMultistepScheduler` and `DEISMultistepScheduler` use second order in the last step but one
   below 15 steps (the solvers named lowered); from 15 steps on, or with `lower_order_final=False`, they are dpmpp_3m
@@ -103,7 +103,7 @@ What the classes that are "own" or cannot use a schedule do, from their source:
 
 
 def uneven_schedule(convention, steps=STEPS):
-    """Uneven levels of the process, of which only the first is at an integer timestep."""
+    """Uneven levels of the process; only the first is at an integer timestep."""
     uneven = torch.tensor([1.0, 0.84563, 0.50026, 0.21043, 0.06072, 0.00983], dtype=torch.float64)
     places = torch.linspace(0, STEPS - 1, steps, dtype=torch.float64)
     low = places.long().clamp(max=STEPS - 2)
@@ -197,7 +197,7 @@ def why_not(error):
 
 
 def row(name, config):
-    """One line of the table, and for a test the solver that `solver_of` names and those found, if the class runs."""
+    """One line of the table; if the class runs, also the solver that `solver_of` names and the matching solvers."""
     label = f"`{name}`" + (f" ({', '.join(f'{k}={v!r}' for k, v in config.items())})" if config else "")
     cls = getattr(library, name)
     if "dummy" in cls.__module__:

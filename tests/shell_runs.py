@@ -27,7 +27,7 @@ def run(*arguments: object):
 
 
 def one_line(result) -> str:
-    """The single line on stderr of a failed command, but for its cost; there must be no traceback."""
+    """The single line on stderr of a failed command, apart from the line of its cost; there must be no traceback."""
     lines = [line for line in result.stderr.strip().splitlines() if not line.startswith("model calls")]
     assert len(lines) == 1, result.stderr
     return lines[0]

@@ -1,9 +1,9 @@
 """A device that computes on the CPU and counts how often the host would wait for it.
 
-Tensors on it are of a class of their own, which hold an ordinary one. What would make the
-host wait on a real GPU is written down: a number read off a tensor (``item``, ``bool``, ``tolist``, ``equal``), a copy
-from one to the other that is not marked ``non_blocking``, an index by tensors of the host, an output whose size
-depends on values. Operands on different devices are refused, as PyTorch does.
+Its tensors are of their own class, each of which holds an ordinary tensor. It records what would make the host wait for
+a real GPU: reading a number from a tensor (``item``, ``bool``, ``tolist``, ``equal``), a copy between host and device
+without ``non_blocking``, an index by tensors of the host, and an output whose size depends on values. As in PyTorch,
+operands on different devices are an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 aten = torch.ops.aten
-DEVICE = torch.device("meta")  # the only one that PyTorch always has beside the CPU, and nothing else uses here
+DEVICE = torch.device("meta")  # always available in PyTorch, and not used otherwise here
 COPIES = {aten._to_copy.default, aten.copy_.default}
 SIZED_BY_VALUES = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default}
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
@@ -51,12 +51,12 @@ class OnDevice(torch.Tensor):
 
 
 class Waits(TorchDispatchMode):
-    """Runs everything within its block.
+    """Runs the ops of its block and records waits.
 
     Attributes:
         seen: The waits, in order.
         held: Bytes of the device's tensors that are alive.
-        peak: The most there were.
+        peak: The largest value of ``held``.
     """
 
     def __init__(self) -> None:
