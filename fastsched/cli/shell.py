@@ -149,15 +149,15 @@ def joint_bar(total: int, show: bool, what: str) -> Iterator[Progress]:
     """
     from fastsched.sampling.progress import progress_bar
 
-    part, before = 0, 0
+    part_total, part_done = 0, 0
 
-    def hear(done: int, of: int) -> None:
-        nonlocal part, before
-        advance(done if of != part or done < before else done - before)
-        part, before = of, done
+    def update(done: int, of: int) -> None:
+        nonlocal part_total, part_done
+        advance(done if of != part_total or done < part_done else done - part_done)
+        part_total, part_done = of, done
 
     with progress_bar(total, show, what) as advance:
-        yield hear if show else False
+        yield update if show else False
 
 
 def print_json(value: Any) -> None:
