@@ -2,9 +2,8 @@
 
     python -m benchmarks.experiments.two_dimensional
 
-Denoisers of blurred point sets are exact, and there are 10 DDIM steps. Schedules of Algorithm 1 from the corrector, the
-predictor (exact Jacobians) and the Fisher-Rao cost are compared with fastsched's solver-aware schedule and two common
-ones.
+Exact denoisers of blurred point sets are sampled in 10 DDIM steps. Algorithm 1 on the corrector, the predictor (exact
+Jacobians) and the Fisher-Rao cost is compared with fastsched's solver-aware schedule and two common ones.
 """
 
 from __future__ import annotations

@@ -105,9 +105,7 @@ def env(as_json: shell.AsJson = False) -> None:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
-    found["torch"] = str(
-        torch.__version__
-    )  # with its build, such as +cu130, which the metadata of PyPI's packages omits
+    found["torch"] = str(torch.__version__)  # with its build, such as +cu130, which PyPI's metadata omits
     found["cpu threads"] = torch.get_num_threads()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     found["cuda"] = [torch.cuda.get_device_name(n) for n in range(count)]
