@@ -1,6 +1,6 @@
 """The quality benchmark: schedules for six denoisers, seven solvers and 4 to 20 model calls, run and compared.
 
-    python -m benchmarks.quality.run            # all, some hours on two cores
+    python -m benchmarks.quality.run            # all, one to two hours on two cores
     python -m benchmarks.quality.run --quick    # some, half a minute
 
 For each denoiser and seed, it computes converged samples from noises that no method sees, and then samples of every
