@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsched.diffusers.conventions import Convention, check_pipe, class_names, describe, own_scheduler, visited
 from fastsched.diffusers.exporter import (
-    NOTHING,
+    NEGLIGIBLE,
     Export,
     Setter,
     check_range,
@@ -30,7 +30,7 @@ from fastsched.sampling.schedule import Schedule
 #: Classes whose step goes to ``t - train_steps // num_inference_steps`` and reads that number at every step.
 ARITHMETIC = ("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler")
 
-#: Classes whose formula is not finite at sigma 0 and inaccurate in float32 near flow time 1. They end at `NOTHING`
+#: Classes whose formula is not finite at sigma 0 and inaccurate in float32 near flow time 1. They end at `NEGLIGIBLE`
 #: times the last positive sigma instead of 0. UniPC is one of them with solver_type "bh1".
 DELICATE = ("DEISMultistepScheduler", "SASolverScheduler")
 
@@ -112,7 +112,7 @@ def _fitted(schedule: Schedule, scheduler: Any) -> tuple[FittedScheduler, Export
 
 
 def _proven(schedule: Schedule, scheduler: Any, convention: Convention) -> tuple[list[Export], list[str]]:
-    """What was verified of each way up to the first exact one, and the reasons of those that do not work."""
+    """The verified ways up to the first exact one, and the reasons why other ways do not work."""
     proven: list[Export] = []
     reasons = []
     for way, make in WAYS.items():
@@ -147,7 +147,7 @@ class SetTimesteps(Override):
         self.count = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """As the class's own."""
+        """Called as the class's own method."""
         self.asked = dict(self.__signature__.bind(*args, **kwargs).arguments)
         self.asked |= self.asked.pop("kwargs", {})
         self.begun = None
@@ -158,7 +158,7 @@ class SetTimesteps(Override):
             self._use(remaining(self.schedule, describe(self.owner), self._own_timesteps()[0]))
 
     def _warn_of_list(self) -> None:
-        """Warn of a list of the call's own that is not used; pipelines of flow models always give one."""
+        """Warn if the call gives a list, which is not used. Pipelines of flow models always give one: no warning."""
         name = next((name for name in ("sigmas", "timesteps") if self.asked.get(name) is not None), None)
         if name is None or self.schedule.noise == "flow":
             return
@@ -218,13 +218,13 @@ class SetTimesteps(Override):
             sigmas = schedule.sigmas[index // getattr(self.owner, "order", 1) :]
             return Schedule(sigmas, schedule.solver, schedule.noise) if len(sigmas) > 1 else None
         own = self._own_timesteps()
-        listed = self.asked.get("num_inference_steps") is None  # the pipeline counts the timesteps that it got
+        listed = self.asked.get("num_inference_steps") is None  # the pipeline counts the timesteps that it was given
         count = self.count if listed else len(own)
         index = max(index + count, 0) if index < 0 else index
         if index == 0:
             return schedule
         if listed:
-            index = int((index + 0.5) * len(own) / count)  # it has rounded down
+            index = int((index + 0.5) * len(own) / count)  # the pipeline has rounded down
         return remaining(schedule, describe(self.owner), own[index]) if index < len(own) else None
 
     def _own_timesteps(self) -> Tensor:
@@ -234,7 +234,7 @@ class SetTimesteps(Override):
         return plain.timesteps
 
     def _use(self, rest: Schedule) -> None:
-        """Set the rest of the schedule, if it is verified."""
+        """Verify the rest of the schedule, and set it."""
         try:
             if rest is not self.schedule:
                 convention = describe(self.owner)
@@ -249,7 +249,7 @@ class SetTimesteps(Override):
 
 
 class SetBeginIndex(Override):
-    """``set_begin_index`` that takes the start chosen by `SetTimesteps.start_at` for the first level."""
+    """``set_begin_index`` that sets index 0 if `SetTimesteps.start_at` has already chosen where to start."""
 
     name = "set_begin_index"
 
@@ -258,7 +258,7 @@ class SetBeginIndex(Override):
         self.timesteps = timesteps
 
     def __call__(self, begin_index: int = 0) -> None:
-        """As the class's own."""
+        """Called as the class's own method."""
         started = self.timesteps.begun is not None
         if not started and begin_index >= len(self.owner.timesteps):
             steps = self.timesteps.schedule.steps
@@ -278,7 +278,7 @@ def starts_midway(timestep: Tensor, schedule: Schedule, convention: Convention) 
 def remaining(schedule: Schedule, convention: Convention, timestep: Tensor) -> Schedule:
     """``schedule`` from the level of ``timestep`` on, with that level in front.
 
-    The schedule's first level below it is left out if it is much nearer to it than to the next, or the same timestep.
+    The schedule's next level is omitted if it is the same timestep, or much nearer to that level than to the one after.
     """
     level = convention.levels(timestep.reshape(1))
     start = convention.process.sampler_sigma(level)
@@ -313,7 +313,7 @@ def _by_assignment(schedule: Schedule, scheduler: Any, convention: Convention) -
     if scheduler.config.get("use_flow_sigmas"):
         sigmas[0] = sigmas[0].clamp(max=1 - (DELICATE_BELOW_ONE if delicate else BELOW_ONE))
     if delicate:
-        sigmas[-1] = NOTHING * sigmas[-2]
+        sigmas[-1] = NEGLIGIBLE * sigmas[-2]
     passed = visited(scheduler, sigmas)
     timesteps = convention.timesteps(told_levels(schedule, convention, convention.process.level(passed)))
 
@@ -367,7 +367,7 @@ def _set_steps(target: Any, steps: int) -> None:
 
 
 def _inner_twice(values: Tensor, twice: bool, *, ends: bool) -> Tensor:
-    """``values`` as a class with two calls a step lists them: all but the first (with ``ends``, the last) twice."""
+    """``values`` as listed by classes with two calls a step: all but the first (with ``ends`` also the last) twice."""
     if not twice:
         return values
     inner = values[1:-1] if ends else values[1:]

@@ -1,4 +1,4 @@
-"""Attributes of a pipeline, a scheduler or a network that are others for a while, or in a copy."""
+"""Change attributes of a pipeline, a scheduler or a network for the length of a block, or in a copy."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def attributes_set(owner: Any, **values: Any) -> Iterator[None]:
-    """Set attributes of ``owner`` within the block; at the end, also after an error, they are as before.
+    """Set attributes of ``owner`` within the block, and restore them at the end, also after an error.
 
-    Those that only its class had are the class's again.
+    Attributes that only the class had before are deleted from ``owner``.
     """
     before = {name: vars(owner)[name] for name in values if name in vars(owner)}
     try:
@@ -29,7 +29,7 @@ def attributes_set(owner: Any, **values: Any) -> Iterator[None]:
 
 
 def copied_with(owner: Any, memo: dict[int, Any], **values: Any) -> Any:
-    """A deep copy of ``owner``, as its ``__deepcopy__`` returns it, with these attributes in place of copies."""
+    """A deep copy of ``owner``, for its ``__deepcopy__`` to return, with ``values`` in place of copied attributes."""
     made = memo[id(owner)] = copy.copy(owner)
     vars(made).update(copy.deepcopy({key: each for key, each in vars(owner).items() if key not in values}, memo))
     vars(made).update(values)
@@ -42,14 +42,14 @@ _LOCK = threading.Lock()
 
 
 def check_one_thread(pipe: Any) -> None:
-    """RuntimeError if another thread measures or fits ``pipe``, whose scheduler is another for that while."""
+    """RuntimeError if another thread is measuring or fitting ``pipe``, and so has replaced its scheduler."""
     if _USERS.get(id(pipe), threading.get_ident()) != threading.get_ident():
         raise RuntimeError("pipe is being measured or fitted in another thread; wait until that has ended")
 
 
 @contextlib.contextmanager
 def in_one_thread(pipe: Any) -> Iterator[None]:
-    """Within the block no other thread may measure or fit ``pipe``; errors as of `check_one_thread`."""
+    """Within the block no other thread may measure or fit ``pipe``; raises as `check_one_thread` does."""
     with _LOCK:
         outermost = id(pipe) not in _USERS
         _USERS.setdefault(id(pipe), threading.get_ident())

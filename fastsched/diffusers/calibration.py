@@ -46,14 +46,14 @@ from fastsched.sampling.random_streams import BESIDE, sample_seeds
 
 
 def calibration_steps(levels: int | Tensor) -> int:
-    """Steps of a pipeline that measures so many levels, or these: its own latents, every query, one query again."""
+    """Steps of a measurement at ``levels``: one for the pipeline's own latents, one per query, and a repeated query."""
     count = len(levels) if isinstance(levels, Tensor) else levels
     return len(queries(count, deviated_paths(count))) + 2
 
 
 @dataclass
 class CalibrationOutput(SchedulerOutput):
-    """The next state, also in place of the clean estimate that some classes return beside it."""
+    """The next state, which is also returned in place of the clean estimate of some classes."""
 
     pred_original_sample: Tensor | None = None
     denoised: Tensor | None = None
@@ -79,7 +79,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
 
     Every step is checked: the pipeline must start from unit noise, pass on the latents unchanged, and give ``step`` no
     argument that changes its meaning. Elements that it replaces in its network's input at every step (a given first
-    frame) have a ``D`` of 0, and are in no sum. `fastsched.diffusers.measure` also watches the pipeline's networks
+    frame) get ``D = 0``, and enter no sum. `fastsched.diffusers.measure` also watches the pipeline's networks
     (`fastsched.diffusers.watching`). A pipeline that doubles its batch by a copy, as guided DiT does, is measured on
     one half.
 
@@ -157,9 +157,9 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             samples_before: As in the class.
             keep_increments: As in the class.
             levels: The levels to measure at, descending, instead of ``num_inference_steps / 2`` of the process's own.
-            watch: What records the calls of the pipeline's networks, which are then compared between steps.
+            watch: Records the calls of the pipeline's networks, which are then compared between steps.
             own_noise: Whether the pipeline draws its first latents itself, so that their size can be checked.
-            advance: Is given the number of samples after each step.
+            advance: Called after each step with the number of samples.
 
         Raises:
             ValueError: As in `from_config`.
@@ -195,10 +195,10 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         mu: float | None = None,
         **_: Any,
     ) -> None:
-        """Prepare a measurement in so many steps (`calibration_steps`); of a list only the length is used.
+        """Prepare a measurement in this number of steps (`calibration_steps`). Only the length of a list is used.
 
         Raises:
-            ValueError: If no number of levels takes so many steps.
+            ValueError: If no number of levels takes this number of steps.
         """
         given = sigmas if sigmas is not None else timesteps
         steps = num_inference_steps if given is None else len(given)
@@ -218,7 +218,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"num_inference_steps must be {wanted} for {len(self._given_levels)} levels, got {steps}")
         self._levels = self.measured_levels(count if self._given_levels is None else self._given_levels)
         self._scales = self.convention.input_scale(self._levels).tolist()
-        # An early level, to detect what starts or ends midway, but one at which the conditioning matters.
+        # An early level, to detect changes in the middle of the run, but one at which the conditioning matters.
         self._repeated = max(1, len(self._levels) // 8)
         self._queries = queries(count, deviated_paths(count))
         self._s = s = torch.cat([self._levels[:1], self._levels[self._queries], self._levels[self._repeated, None]])
@@ -278,7 +278,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             model_output: What the pipeline computed, [B, *shape].
             timestep: The current entry of ``timesteps``.
             sample: The state returned by the last call.
-            *args: What the scheduler's own class takes; values that change its steps are refused.
+            *args: Arguments of the scheduler's own class; values that change its steps are refused.
             return_dict: Whether to return a `CalibrationOutput` or a tuple.
             **kwargs: As ``args``.
 
@@ -311,7 +311,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         return self.convention.train_steps
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CalibrationScheduler:
-        """For latents that are stepped beside the measured ones (sound beside a video): not watched, not counted."""
+        """A copy for latents beside the measured ones (sound beside a video), which is neither watched nor counted."""
         made = copied_with(self, memo, _watch=None, _advance=lambda calls: None)
         made.register_to_config(seed=self.config["seed"] ^ BESIDE, keep_increments=False)
         return made
@@ -329,7 +329,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._repeat: tuple[Tensor, Tensor] | None = None
 
     def measured_levels(self, levels: int | Tensor) -> Tensor:
-        """The levels of a measurement at so many, or at these; classes with integer timesteps have only theirs."""
+        """The levels to measure: this number of levels, or these; at integer timesteps if the class requires them."""
         return measured_levels(self.convention.denoiser, levels)
 
     def _next(self, output: Tensor, sample: Tensor) -> Tensor:
@@ -350,7 +350,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         return self._input(*next(self._steps))
 
     def _send(self, output: Tensor) -> Tensor:
-        """Send the output to the measurement; returns its next state, and at its end an early state again."""
+        """Send the output to the measurement; returns its next state, or after its last one an early state again."""
         assert self._steps is not None
         assert self._returned is not None
         if self._index == 1 + self._repeated:
@@ -363,7 +363,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             return self._repeat[1]
 
     def _finish(self, output: Tensor) -> Tensor:
-        """Check the repeated answer, and what is left to check; returns the ends of the paths."""
+        """Make the checks that are left, with that of the repeated output; returns the ends of the paths."""
         self._verdicts.settle()
         assert self._repeat is not None
         check_repeat(self._repeat[0], output)
@@ -410,7 +410,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             self._owned = replaced(seen, sample)  # their D is held at 0
         if self._owned is not None:
             kept = (replaced(seen, sample) & ~self._owned).sum().reshape(1)
-            kept = kept * (kept > 0.01 * self._owned.sum())  # in 16 bits a few equal the latents by chance
+            kept = kept * (kept > 0.01 * self._owned.sum())  # in 16 bits a few had been equal by chance
         if kept is not None:
             check_sampled(kept, 0.99, size, self._verdicts)
         if 0 < index <= n:

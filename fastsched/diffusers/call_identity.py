@@ -1,4 +1,4 @@
-"""What a pipeline's measurement is of, so that one of another call or of other weights is not taken for it."""
+"""Identify the call and weights that a pipeline's measurement belongs to, so that it is not used for others."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from fastsched.diffusers.pipeline_call import call_parameters
 from fastsched.diffusers.watching import PROGRESS, networks_of
 from fastsched.sampling.origin import Origin
 
-#: Arguments of a call that do not change the latents' steps: what is made of them at the end, what looks on, and the
-#: first latents, whose noise a measurement replaces.
+#: Arguments of a call that are left out: the prompts (added separately), the form of the output, the strength (always
+#: 1), and the first latents, which a measurement replaces by its own noise.
 WITHOUT_EFFECT = ("prompt", "output_type", "return_dict", "strength", "latents")
 
-#: Networks that decode or judge what the steps end in.
-AFTERWARDS = ("vae", "vqvae", "vqgan", "movq", "vocoder", "safety_checker")
+#: Networks that run after the last step, to decode or check the result.
+POSTPROCESSING = ("vae", "vqvae", "vqgan", "movq", "vocoder", "safety_checker")
 
-#: Entries of a network's parts that hold scales of adapters, or which of them are used.
-OF_ADAPTERS = ("scale", "scaling", "_active_adapter")
+#: Attributes of a network's modules that hold the scales of adapters, or the active adapters.
+ADAPTER_ATTRIBUTES = ("scale", "scaling", "_active_adapter")
 
-#: In names of numbers of a network's parts that save memory or time, or tell that it is trained, and change no answer.
-WITHOUT_ANSWER = ("checkpointing", "chunk", "slicing", "tiling", "tile_", "training", "compile")
+#: Parts of the names of module attributes that leave the output as it is: they save memory or time, or mark training.
+NOT_IN_OUTPUT = ("checkpointing", "chunk", "slicing", "tiling", "tile_", "training", "compile")
 
-#: What each part of an identity tells, and what to do where it is another.
+#: The parts of an identity, as the error about a different one names them.
 PARTS = {
     "call": "this pipeline called with the same prompts and arguments",
     "prediction": "the prediction that the pipeline's scheduler is set to (prediction_type)",
@@ -41,12 +41,12 @@ PARTS = {
 
 
 def call_identity(pipe: Any, prompts: Sequence[str], call_kwargs: dict[str, Any]) -> str:
-    """``CALL-PREDICTION-SETTINGS-DTYPE-WEIGHTS``: 12 digits of each, and the dtypes of the weights.
+    """``CALL-PREDICTION-SETTINGS-DTYPE-WEIGHTS``: 12 hexadecimal digits each, but the dtypes of the weights by name.
 
-    Of the class, prompts and arguments; of the scheduler's prediction; of numbers that the pipeline, its guider and the
-    parts of its networks hold; and of an element of each weight. Defaults of the call count as if they were given, and
-    so do heights and widths that are the usual default. Callbacks and generators do not count. Tensors count as rounded
-    to bfloat16. The last part is empty where a weight is not to be read, as where hooks move it between devices.
+    They are hashes of the class, prompts and arguments; of the scheduler's prediction; of numbers in the pipeline, its
+    guider and its networks' modules; and of one element of each weight. Defaults count as if the call gave them, and
+    so do the usual height and width. Callbacks and generators do not count. Tensors are rounded to bfloat16. The last
+    part is empty if a weight cannot be read, as when hooks move it between devices.
     """
     given = {name: value for name, value in call_parameters(pipe).items() if value is not inspect.Parameter.empty}
     given = _with_usual_size(pipe, given | call_kwargs)
@@ -66,23 +66,23 @@ def call_identity(pipe: Any, prompts: Sequence[str], call_kwargs: dict[str, Any]
 
 
 def check_same_call(name: str, found: Origin | None, identity: str) -> None:
-    """ValueError if a measurement was not of what `call_identity` tells; weights are compared with those of a dtype."""
+    """ValueError if a measurement is not of the call ``identity``; weights are compared only if their dtypes agree."""
     known = "" if found is None or found.fingerprint is None else found.fingerprint
     if known.count("-") != identity.count("-"):
-        return  # not known, or of a denoiser
+        return  # unknown, or the measurement of a denoiser
     *those, dtype, weights = known.split("-")
     *these, own_dtype, own_weights = identity.split("-")
     if dtype == own_dtype and weights and own_weights:
         those, these = [*those, weights], [*these, own_weights]
     for one, other, what in zip(those, these, PARTS.values(), strict=False):
         if one != other:
-            raise ValueError(f"{name} must be of {what}, and is of another ({found}); measure this one")
+            raise ValueError(f"{name} must be of {what}, but is not ({found}); measure this pipeline")
 
 
 def _with_usual_size(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments with the height and width that most pipelines use where none is given, nor an image."""
+    """``given`` with the default height and width of most pipelines, if it has neither these nor an image."""
     networks = (getattr(pipe, name, None) for name in ("unet", "transformer"))
-    network = next((each for each in networks if each is not None), None)  # a compiled one has no truth value
+    network = next((each for each in networks if each is not None), None)  # a compiled network has no truth value
     size = getattr(pipe, "default_sample_size", None) or getattr(getattr(network, "config", None), "sample_size", None)
     factor = getattr(pipe, "vae_scale_factor", None)
     if not isinstance(size, int) or not isinstance(factor, int) or _holds_images(given):
@@ -91,12 +91,12 @@ def _with_usual_size(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _counts(name: str, given: Mapping[str, Any], prompts: Sequence[str]) -> bool:
-    """Whether the steps may follow a network of the pipeline's: not one that decodes, or encodes what is not given."""
+    """Whether the steps may depend on a network: not if it decodes, or encodes an input that is not given."""
     if name.startswith("text_encoder") and given.get("prompt_embeds") is not None:
         return bool(prompts) or any("prompt" in key and _is_text(value) for key, value in given.items())
     if name.startswith("image_encoder"):
         return _holds_images(given)
-    return name not in AFTERWARDS
+    return name not in POSTPROCESSING
 
 
 def _holds_images(given: Mapping[str, Any]) -> bool:
@@ -111,7 +111,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _settings(pipe: Any) -> Iterator[str]:
-    """Numbers of the pipeline's config, and all that a modular pipeline's guiders are set to."""
+    """Numbers in the pipeline's config, and all settings of a modular pipeline's guiders."""
     for key, value in sorted(dict(getattr(pipe, "config", None) or {}).items()):
         if isinstance(value, numbers.Number):
             yield f"{key}={_content(value)}"
@@ -120,19 +120,19 @@ def _settings(pipe: Any) -> Iterator[str]:
             yield f"{name}={type(guider).__name__}"
             held = vars(guider)
             for key, value in sorted(guider.config.items()):
-                now = held.get(key, held.get(f"_{key}", value))  # it may have been set since
+                now = held.get(key, held.get(f"_{key}", value))  # it may have changed since
                 yield from (f"{name}.{key}={fact}" for fact in _content(now) if not key.startswith("_"))
 
 
 def _numbers(network: torch.nn.Module) -> Iterator[str]:
-    """Numbers and flags of a network's parts, and which adapters are used and how much; no tensors."""
+    """Numbers and flags of a network's modules, and the active adapters with their scales; no tensors."""
     for part in network.modules():
         if hasattr(part, "_orig_mod") or type(part).__module__.startswith("bitsandbytes"):
-            continue  # what wraps a compiled one, and what notes at its first call what it has found
+            continue  # wrappers of compiled modules, and modules that change their attributes at the first call
         for key, value in vars(part).items():
-            if any(word in key.lower() for word in (*PROGRESS, *WITHOUT_ANSWER)):
+            if any(word in key.lower() for word in (*PROGRESS, *NOT_IN_OUTPUT)):
                 continue
-            if isinstance(value, numbers.Number) or key in OF_ADAPTERS:
+            if isinstance(value, numbers.Number) or key in ADAPTER_ATTRIBUTES:
                 yield f"{key}={_content(value)}"
 
 
@@ -141,7 +141,7 @@ def _of_weights(weights: Sequence[Tensor]) -> str:
     if not usual or not weights:
         return ""
     kinds = {(weight.device, weight.dtype) for weight in weights}
-    elements = []  # read once a device and dtype: each reading waits for the device
+    elements = []  # one read per device and dtype: each read waits for the device
     for kind in sorted(kinds, key=str):
         own = [weight.detach() for weight in weights if (weight.device, weight.dtype) == kind]
         elements.append(torch.cat([weight.as_strided((1,), (1,)) for weight in own]).double().cpu())
@@ -149,7 +149,7 @@ def _of_weights(weights: Sequence[Tensor]) -> str:
 
 
 def _content(value: Any) -> list[str]:
-    """What an argument holds; nothing of None and of what cannot be compared."""
+    """The content of an argument in comparable form; [] for None and for objects that cannot be compared."""
     if isinstance(value, Tensor):
         exact = value.detach().cpu()
         exact = exact.bfloat16().float() if exact.is_floating_point() else exact.float()
@@ -162,7 +162,7 @@ def _content(value: Any) -> list[str]:
         return [f"{key}:{fact}" for key, each in value.items() for fact in _content(each)]
     if isinstance(value, (list, tuple)):
         return [f"{n}:{fact}" for n, each in enumerate(value) for fact in _content(each)]
-    if callable(getattr(value, "tobytes", None)):  # of NumPy and PIL
+    if callable(getattr(value, "tobytes", None)):  # NumPy arrays and PIL images
         return [_digits(value.tobytes())]
     return _content(vars(value)) if dataclasses.is_dataclass(value) else []
 

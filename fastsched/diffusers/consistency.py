@@ -1,13 +1,13 @@
-"""Compare the steps of a watched pipeline (`fastsched.diffusers.watching`), which a measurement wants alike.
+"""Compare the steps of a watched pipeline (`fastsched.diffusers.watching`), which may differ only in latents and level.
 
-* what does not depend on the latents (equal at the first two steps, whose latents are unrelated) may depend on the
-  level alone, so it must be equal at two visits of a level;
-* numbers and flags, as ``conditioning_scale`` or ``_guidance_scale``, tensors that are equal at the first two levels,
-  as embeddings, and the networks' weights, buffers and settings, must be equal at every step;
-* the pipeline's output, where it is a linear combination of the networks' outputs (guidance), must have equal
-  coefficients at two visits of a level.
+* A value that does not depend on the latents may depend only on the level, so it must be equal at two visits of a
+  level. Such values are equal at the first two steps, which have the same level and unrelated latents.
+* Numbers and flags such as ``conditioning_scale`` or ``_guidance_scale``, tensors that are equal at the first two
+  levels (embeddings), and the networks' weights, buffers and settings must be equal at every step.
+* If the pipeline's output is a linear combination of the networks' outputs (guidance), its coefficients must be equal
+  at two visits of a level.
 
-A network that is called first at a later step (the second of two in turn) is compared from there on.
+A network that is first called at a later step (the second of two used in turn) is compared from that step on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from fastsched.diffusers.formula import NOT_LINEAR, Formula
 from fastsched.diffusers.watching import Step, is_number, progresses
 
-#: A step that runs fewer of a network's layers than this fraction of another step's reuses earlier results.
+#: A step that runs less than this fraction of the layers that another step runs is taken to reuse earlier results.
 FEWER_LAYERS = 0.8
 
 
@@ -34,9 +34,9 @@ class Consistency:
         self._layers: dict[tuple[str, int], tuple[int, int]] = {}
 
     def check(self, index: int, level: int, step: Step, formula: Formula | None) -> str | None:
-        """What is wrong with step ``index``, at the level of that number; None if nothing.
+        """What is wrong with step ``index``, at the level with the index ``level``; None if nothing is.
 
-        Steps come in order, each as `observed` made it.
+        Steps must be checked in order, each as `observed` returns it.
         """
         self._steps[index], self._formulas[index] = step, formula
         if index == 0:
@@ -77,9 +77,9 @@ class Consistency:
         return None
 
     def _changed_first(self, index: int, level: int) -> str | None:
-        """What changed after the first level or the second, which are visited once, and so compared with the next.
+        """What changed after the first or second level. They get no second visit, so consecutive steps are compared.
 
-        A formula that goes on changing, as with guidance of bounded size, follows the level or the latents.
+        A formula that keeps changing, as with guidance of bounded size, depends on the level or the latents: no error.
         """
         before, step = self._steps[index - 1], self._steps[index]
         same = before.calls.keys() == step.calls.keys()
@@ -95,9 +95,9 @@ class Consistency:
         return f"at step {index - 1}, {_difference(known, found)} than at step {index - 2}"
 
     def _other_formula(self, earlier: int, index: int) -> str | None:
-        """What is wrong with the formula of a step, at the level of an earlier one; None if nothing.
+        """What is wrong with the formula of step ``index``, at the same level as step ``earlier``; None if nothing is.
 
-        Coefficients that may follow the latents are wrong only where at both steps they are those of the step before.
+        Coefficients that may depend on the latents are wrong only if they are settled at both steps (`_settled`).
         """
         known, found = (self._formulas.get(n) for n in (earlier, index))
         if known is None or found is None or not found.contradicts(known):
@@ -106,23 +106,26 @@ class Consistency:
         return _difference(known, found) if settled or not found.may_follow(known) else None
 
     def _settled(self, index: int) -> bool:
-        """Whether the formula of a step is that of the step before, at another level."""
+        """Whether the formula of a step equals that of the step before, which is at another level."""
         before, found = (self._formulas.get(n) for n in (index - 1, index))
         return before is not None and found is not None and index > 1 and found.explains(before, factor=2.0)
 
     def _changed_early(self, index: int, step: Step) -> str | None:
-        """What is equal at two steps of different levels, but was another before them: at step 0, or at 0 and 1."""
+        """What differed at step 0, or at steps 0 and 1, from two equal values at the next two steps, if anything."""
         if index not in (2, 3):
             return None
         before, first = self._steps[index - 2].facts, self._steps[index - 1].facts
         for name in sorted(first if index == 2 else self._fixed):
             fixed = not progresses(name) and step.facts.get(name) == first.get(name, ...)
-            if fixed and _is_of(name, step) and before.get(name, ...) != first[name]:
+            if fixed and _applies_to(name, step) and before.get(name, ...) != first[name]:
                 return f"at step {index - 2}, {name.replace('#0', '')} was different from that at all later steps"
         return None
 
     def _changed_late(self, index: int, step: Step) -> str | None:
-        """What a network that was not called at step 1 got at its first step alone; what it gets at two is constant."""
+        """What differed only at the first step of a network that was not called at step 1; None if nothing did.
+
+        A value that is equal at its first two steps must be constant from then on.
+        """
         for holder in step.calls.keys() - self._steps[1].calls.keys():
             seen = self._late.setdefault(holder, [])
             if len(seen) == 3:
@@ -140,7 +143,7 @@ class Consistency:
 
     def _changed_constant(self, step: Step) -> str | None:
         for name, value in sorted(self._constant.items()):
-            if progresses(name) or not _is_of(name, step):
+            if progresses(name) or not _applies_to(name, step):
                 continue
             given = step.facts.get(name)
             if name not in step.facts or given != value:
@@ -163,7 +166,7 @@ class Consistency:
             low, high = self._layers.get(key, (layers, layers))
             self._layers[key] = low, high = min(low, layers), max(high, layers)
             if low < FEWER_LAYERS * high:
-                return f"{name} ran {layers} of its layers, and {high + low - layers} at another (a cache?)"
+                return f"{name} ran {layers} of its layers, and {high + low - layers} at another step (a cache?)"
         return None
 
 
@@ -175,13 +178,13 @@ def _difference(known: Formula, found: Formula) -> str:
     return f"the networks' outputs were combined with other coefficients ({numbers[0]} instead of {numbers[1]})"
 
 
-def _is_of(name: str, step: Step) -> bool:
-    """Whether a fact is of the pipeline, or of a call that its network got at this step."""
+def _applies_to(name: str, step: Step) -> bool:
+    """Whether a fact belongs to the pipeline, or to a network call that was made in this step."""
     holder, turn = _holder(name)
     return holder == "pipe" or step.calls[holder] > turn
 
 
 def _holder(name: str) -> tuple[str, int]:
-    """The network that a fact is of, or the pipeline, and at which of its calls in a step."""
+    """The network (or ``pipe``) that a fact belongs to, and the index of the network's call within the step."""
     holder, _, turn = name.split(".")[0].partition("#")
     return holder, int(turn or 0)

@@ -26,7 +26,7 @@ from torch import Tensor
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.noise import FlowMatching, NoiseProcess, VarianceExploding, VariancePreserving
 
-#: The classes that are known: each with its family, and the solver of fastsched that it is with any settings, if one.
+#: The known classes, each with its family and the solver of fastsched that it equals with any settings, if any.
 #: Families: ``scaled`` steps ``z = x / alpha`` and scales it down to ``x`` for the network; ``vp`` steps ``x`` itself
 #: and uses integer timesteps; ``angle`` has the timesteps ``2/pi atan(s)`` of ``alpha = cos``, ``sigma = sin`` (Dance
 #: Diffusion).
@@ -110,7 +110,7 @@ class Convention:
 
     @property
     def scales_input(self) -> bool:
-        """Whether the network's input is another than the state between steps."""
+        """Whether the network's input differs from the state between steps."""
         return self.scaled or self.denoiser.prediction == "edm"
 
     def timesteps(self, s: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def describe(scheduler: Any) -> Convention:
     if isinstance(scheduler, type) or not (hasattr(scheduler, "config") and hasattr(scheduler, "step")):
         what = scheduler.__name__ if isinstance(scheduler, type) else type(scheduler).__name__
         raise TypeError(f"scheduler must be a scheduler of diffusers, as pipe.scheduler is, got {what}")
-    if "FittedScheduler" in class_names(scheduler):  # of this package, whose module imports this one
+    if "FittedScheduler" in class_names(scheduler):  # compared by name: its module imports this one
         return scheduler.convention
     family, _ = _known(scheduler)
     if family is None:
@@ -188,12 +188,12 @@ def class_names(scheduler: Any) -> set[str]:
 
 
 def own_scheduler(scheduler: Any) -> Any:
-    """``scheduler``, or if it is a `FittedScheduler`, the pipeline's own in whose place it is."""
+    """``scheduler``, or if it is a `FittedScheduler`, the pipeline's own scheduler, which it replaces."""
     return scheduler.own_scheduler() if "FittedScheduler" in class_names(scheduler) else scheduler
 
 
 def class_and_settings(scheduler: Any) -> tuple[str, dict[str, Any]]:
-    """The class of diffusers that ``scheduler`` is of, and its settings as JSON can hold them, changed ones too."""
+    """The name of a scheduler's diffusers class, and its present settings in a form that JSON can hold."""
     known = next(base for base in type(scheduler).__mro__ if hasattr(diffusers, base.__name__))
     settings = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     return known.__name__, {key: each.tolist() if hasattr(each, "tolist") else each for key, each in settings.items()}
@@ -226,11 +226,10 @@ def _networks(pipe: Any) -> set[int]:
 
 
 def solver_of(scheduler: Any, steps: int | None = None) -> str | None:
-    """The solver of fastsched that ``scheduler``, as it is set, is equal to; None if there is none.
+    """The solver of fastsched that ``scheduler`` equals with its present settings; None if there is none.
 
     tests/diffusers/test_table.py compares the two for every class. With fewer than 15 ``steps`` (or None) a class of
-    third order may use second order in its last step but one. Of a `FittedScheduler` it is that of the pipeline's own
-    scheduler.
+    third order may use second order in its last step but one. For a `FittedScheduler` the scheduler it replaced counts.
     """
     scheduler = own_scheduler(scheduler)
     names = class_names(scheduler)
@@ -258,7 +257,7 @@ def solver_of(scheduler: Any, steps: int | None = None) -> str | None:
 
 
 def _known(scheduler: Any) -> tuple[str | None, str | None]:
-    """The entry in `SCHEDULERS` of a scheduler's class, or of that which it derives from."""
+    """The entry in `SCHEDULERS` of a scheduler's class or of its nearest base class."""
     classes = (cls.__name__ for cls in type(scheduler).__mro__)
     return next((SCHEDULERS[name] for name in classes if name in SCHEDULERS), (None, None))
 
@@ -333,7 +332,7 @@ def _flow(scheduler: Any) -> Convention:
     steps = int(scheduler.config.num_train_timesteps)
     shift = float(scheduler.config.get("flow_shift", 1.0))
     lowest = scheduler.__dict__.get("sigma_min") or shift / (steps + shift - 1)
-    if steps == 1:  # the network is given the flow time itself (ACE-Step, Stable Audio 3); trained as other models
+    if steps == 1:  # the network takes the flow time itself (ACE-Step, Stable Audio 3); training is as in other models
         shift = float(scheduler.config.get("flow_shift") or scheduler.config.get("shift") or 1.0)
         lowest = shift / (TRAIN_STEPS + shift - 1)
     return Convention(Denoiser(_pipeline_network, FlowMatching(float(lowest), 1.0), "velocity"), train_steps=steps)
@@ -363,7 +362,7 @@ def _prediction(scheduler: Any) -> str:
 
 
 def class_of(config: dict[str, Any]) -> str:
-    """The class that ``config`` is of: by name if it was loaded, by its entries if it was made in memory."""
+    """The class of a ``config``: from its class name if it was loaded, from its entries if it was made in memory."""
     if "_class_name" in config:
         return config["_class_name"]
     entries = {key for key in config if not key.startswith("_")}

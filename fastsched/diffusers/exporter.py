@@ -25,17 +25,17 @@ from fastsched.diffusers.probe import rounding, scales, trace
 from fastsched.diffusers.replacement import replacement
 from fastsched.sampling.schedule import Schedule, is_schedule
 
-#: The largest shift ``mu``: by its exponential, which beyond that moves every time to an end, in float64.
+#: Largest absolute ``mu``. Times shift by its exponential; beyond this, float64 rounds every time to 0 or 1.
 MOST_MU = 50
-#: What is wrong with a scheduler that uses another schedule than the one to export.
-ANOTHER = (
+#: What is wrong with a scheduler to which another schedule than the one to export is applied.
+OTHER_APPLIED = (
     "scheduler must be the pipeline's own: this one has another schedule applied, which it uses whatever a call is "
     "given; use fastsched.diffusers.apply(schedule, pipe) once more instead"
 )
 #: Largest relative error of a sigma that counts as exact.
 EXACT = 1e-5
 #: A last sigma of this fraction of the one before counts as 0: a float32 state cannot represent the noise.
-NOTHING = 1e-6
+NEGLIGIBLE = 1e-6
 #: Attributes that `fastsched.diffusers.apply` sets on a scheduler.
 OVERRIDES = ("set_timesteps", "set_begin_index", "step", "step_index")
 
@@ -98,20 +98,20 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
         )
     mu = checked_mu(mu, scheduler)
     if "FittedScheduler" in class_names(scheduler):
-        raise ValueError(ANOTHER)
+        raise ValueError(OTHER_APPLIED)
     try:
         proof = _proven(schedule, scheduler, mu)
     except ValueError as error:
         raise ValueError(f"{error}. {_alternative(schedule, scheduler, mu)}") from None
     if _uses_another(scheduler, schedule, proof):
-        raise ValueError(ANOTHER)
+        raise ValueError(OTHER_APPLIED)
     if not proof.exact:
         warnings.warn(f"{rounds(scheduler, proof)}. {_alternative(schedule, scheduler, mu)}", stacklevel=2)
     return proof
 
 
 def _uses_another(scheduler: Any, schedule: Schedule, proof: Export) -> bool:
-    """Whether a schedule is applied, which no argument changes, and is neither this one nor what it is rounded to."""
+    """Whether another schedule (not a rounded form of this one) is applied, which arguments do not change."""
     if "set_timesteps" not in vars(scheduler):
         return False
     target = copy.deepcopy(scheduler)
@@ -177,13 +177,13 @@ def prove(
 
 
 def rounds(scheduler: Any, proof: Export) -> str:
-    """What to say where a scheduler changes the sigmas."""
+    """The warning for a scheduler that rounds the sigmas."""
     name = type(scheduler).__name__
     return f"{name} takes integer timesteps, so the schedule is rounded, by up to {proof.error:.1%} in sigma"
 
 
 def told_levels(schedule: Schedule, convention: Convention, levels: Tensor) -> Tensor:
-    """The level that the network is told at each call: of the states' ``levels``, unless the schedule has others."""
+    """The level given to the network at each call: that of the state, unless the schedule has decoupled levels."""
     own = schedule.network_sigmas
     return levels[:-1] if own is None else convention.process.level(own)
 
@@ -228,7 +228,7 @@ def check_range(schedule: Schedule, convention: Convention, scheduler: Any) -> N
 
 
 def checked_mu(mu: object, scheduler: Any) -> float | None:
-    """``mu`` as a number where the scheduler shifts by resolution, else None; errors where it is not that."""
+    """``mu`` as a number if the scheduler shifts by resolution, else None; raises if ``mu`` does not match that."""
     name, shifts = type(scheduler).__name__, bool(scheduler.config.get("use_dynamic_shifting"))
     number = None if mu is None else validate.real("mu", mu)
     if number is not None and abs(number) > MOST_MU:
@@ -328,7 +328,7 @@ def declared_sigmas(scheduler: Any, convention: Convention) -> Tensor:
     keep = torch.ones(len(sigmas), dtype=torch.bool)
     keep[1:] = sigmas[1:] != sigmas[:-1]  # schedulers with two calls a step list each inner level twice
     distinct = sigmas[keep]
-    if len(distinct) > 1 and distinct[-1] <= 1.001 * NOTHING * distinct[-2]:
+    if len(distinct) > 1 and distinct[-1] <= 1.001 * NEGLIGIBLE * distinct[-2]:
         distinct[-1] = 0.0
     return distinct
 

@@ -1,4 +1,4 @@
-"""A diffusers scheduler that takes the steps of a fitted schedule, whose weights no class of diffusers can use."""
+"""A diffusers scheduler for fitted schedules, whose weights no class of diffusers can use."""
 
 from __future__ import annotations
 
@@ -138,12 +138,12 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             scheduler_config=settings,
             network_sigmas=None if schedule.network_sigmas is None else _plain(schedule.network_sigmas),
         )
-        made._own = plain_copy(own)  # which may have been changed since it was made
+        made._own = plain_copy(own)  # its attributes may have been changed since it was made
         made._prepare(convention)
         return made
 
     def own_scheduler(self) -> Any:
-        """A copy of the pipeline's scheduler before this one; from a file, one of its class and config."""
+        """A copy of the scheduler that this one replaced; if loaded from a file, one of its class and config."""
         return copy.deepcopy(self._own)
 
     @property
@@ -170,7 +170,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: If another number of steps than the schedule's is asked for, a list of flow times starts below
                 the schedule, or ``others`` are given, such as the ``original_inference_steps`` of latent consistency
-                pipelines, which also want two values of a step.
+                pipelines, which also expect ``step`` to return two values.
         """
         if others:
             raise ValueError(
@@ -316,12 +316,12 @@ def _numbers(values: Sequence[float | str]) -> Tensor:
 
 
 def _plain(sigmas: Tensor) -> list[float | str]:
-    """As JSON can hold them."""
+    """``sigmas`` in a form that JSON can hold."""
     return ["inf" if value == float("inf") else value for value in sigmas.tolist()]
 
 
 def _check_tokens(n: int, timesteps: Tensor) -> None:
-    """At the first step all tokens must be at the same timestep; waits for the device."""
+    """Check, at the first step, that all tokens are at the same timestep; waits for the device."""
     if n == 0 and bool((timesteps != timesteps.amax()).any()):
         raise ValueError(f"per_token_timesteps must be the same for all tokens: {MIDWAY}")
 

@@ -13,14 +13,14 @@ from torch import Tensor
 #: A tensor that a network was given or returned, or a list of them, one for each sample (Z-Image).
 Given = Tensor | Sequence[Tensor]
 
-#: Relative change of guidance coefficients that counts as another formula.
+#: Formulas are the same if their coefficients differ by at most this fraction of the larger norm.
 SAME_FORMULA = 0.1
 
-#: Relative residuals of an output that is a linear combination of the networks' outputs, and of one that is not: a
-#: rescaled or clipped guidance.
+#: Relative residuals: below the first, an output is a linear combination of the networks' outputs; above the second, it
+#: is not (a rescaled or clipped guidance).
 LINEAR, NOT_LINEAR = 1e-3, 0.02
 
-#: Relative difference of the products of outputs below which two visits of a level are of nearly the same latents.
+#: Two visits of a level have nearly the same latents if their distances between outputs agree within this fraction.
 ALIKE = 0.02
 
 
@@ -29,10 +29,10 @@ class Formula:
     """How the pipeline's output depends linearly on the networks' outputs, by least squares for each sample.
 
     Attributes:
-        coefficients: One for each output, float64 [B, m].
-        gram: Products of the networks' outputs, float64 [B, m, m].
-        products: Those with the pipeline's output, float64 [B, m].
-        square: The pipeline's output, squared, [B].
+        coefficients: One for each network output, float64 [B, m].
+        gram: Inner products of the networks' outputs, float64 [B, m, m].
+        products: Inner products of the networks' outputs with the pipeline's output, float64 [B, m].
+        square: The squared norm of the pipeline's output, float64 [B].
     """
 
     coefficients: Tensor
@@ -42,7 +42,7 @@ class Formula:
 
     @classmethod
     def of_products(cls, products: Tensor) -> Formula:
-        """The best formula by the products of outputs, the pipeline's last: [B, m + 1, m + 1] on the CPU."""
+        """The least-squares formula from outputs' inner products [B, m + 1, m + 1] on the CPU, the pipeline's last."""
         whole = products.double()
         gram, given = whole[:, :-1, :-1], whole[:, :-1, -1]
         coefficients = (torch.linalg.pinv(gram, rtol=1e-9, hermitian=True) @ given[..., None])[..., 0]
@@ -55,23 +55,23 @@ class Formula:
 
     @cached_property
     def size(self) -> float:
-        """The square of the pipeline's output, of all samples."""
+        """The squared norm of the pipeline's output over all samples."""
         return float(self.square.sum())
 
     def residual(self, coefficients: Tensor) -> float:
-        """How far the output is from the combination by ``coefficients``, relative."""
+        """The relative distance of the output from the combination with ``coefficients``."""
         made = torch.einsum("bi,bij,bj->", coefficients, self.gram, coefficients)
         square = self.size - 2 * float((coefficients * self.products).sum()) + float(made)
         return math.sqrt(max(square, 0.0) / max(self.size, 1e-30))
 
     def explains(self, other: Formula, factor: float = 10.0) -> bool:
-        """Whether its coefficients make the other's output of the other's networks' outputs, as well as its own do.
+        """Whether these coefficients fit the other's outputs about as well as the other's own coefficients.
 
-        What is not finite is not told apart.
+        A residual that is NaN counts as a fit.
 
         Args:
             other: Another formula.
-            factor: How many times the other's own error the residual may be.
+            factor: The residual may be this many times the other's own error.
         """
         same = self.coefficients.shape == other.coefficients.shape
         return same and not other.residual(self.coefficients) > max(LINEAR, factor * other.error)
@@ -79,7 +79,7 @@ class Formula:
     def contradicts(self, other: Formula) -> bool:
         """Whether one output is linear and the other not, or neither formula explains the other's output.
 
-        Where two outputs are nearly equal, as with and without a prompt, many coefficients explain them alike.
+        If two network outputs are nearly equal, as with and without a prompt, many coefficients fit equally well.
         """
         low, high = sorted((self.error, other.error))
         if self.coefficients.shape != other.coefficients.shape or low > NOT_LINEAR:
@@ -92,10 +92,10 @@ class Formula:
         return not self.explains(other) and not other.explains(self)
 
     def may_follow(self, other: Formula) -> bool:
-        """Whether both may come of one rule whose coefficients follow the latents: other outputs, other coefficients.
+        """Whether one rule whose coefficients depend on the latents may give both formulas: the network outputs differ.
 
-        So are guidance of bounded size (APG), of the size of a network's output (``guidance_rescale``) and along it
-        (CFG-Zero*): their coefficients are functions of the products of two outputs or more.
+        Such rules are guidance of bounded size (APG), or guidance scaled by a network output's size
+        (``guidance_rescale``) or projection (CFG-Zero*). They need the inner products of two or more outputs.
         """
         if self.gram.shape[-1] == 1 or (self.size == 0) != (other.size == 0):
             return False
@@ -104,16 +104,16 @@ class Formula:
 
 
 def _distances(gram: Tensor) -> Tensor:
-    """Squares of outputs, on the diagonal, and of their differences, [B, m, m]."""
+    """Squared norms of outputs on the diagonal, and of their differences elsewhere, [B, m, m]."""
     squares = gram.diagonal(dim1=-2, dim2=-1)
     apart = squares[..., :, None] + squares[..., None, :] - 2 * gram
     return apart + torch.diag_embed(squares)
 
 
 def products_of(outputs: list[Given], output: Tensor) -> Tensor | None:
-    """Products of the networks' outputs and the pipeline's ``output`` [B, *shape], of each sample, on its device.
+    """Inner products of the networks' outputs and the pipeline's ``output`` [B, *shape], per sample, on its device.
 
-    None if the networks' outputs are not 1 to 4 of its shape.
+    None unless the networks' outputs are 1 to 4 tensors of its shape.
     """
     pieces = [piece for given in outputs for piece in _pieces(given, output)]
     if not 0 < len(pieces) <= 4:
@@ -124,7 +124,7 @@ def products_of(outputs: list[Given], output: Tensor) -> Tensor | None:
 
 
 def _pieces(given: Given, output: Tensor) -> list[Tensor]:
-    """A network's output in parts like ``output`` [B, *shape], without further channels; none if shapes do not fit."""
+    """A network's output in parts of the shape of ``output``, without extra channels; [] if the shapes do not fit."""
     given = _as_batch(given, output)
     if part_like(given, output) is None:
         return []
@@ -134,7 +134,7 @@ def _pieces(given: Given, output: Tensor) -> list[Tensor]:
 
 
 def part_like(given: Given, latents: Tensor) -> Tensor | None:
-    """The part of a network's input where latents would be; None if the shapes do not fit."""
+    """The part of a network's input that has the place and shape of the latents; None if the shapes do not fit."""
     given = _as_batch(given, latents)
     if not given.is_floating_point() or given.ndim != latents.ndim or len(given) % len(latents):
         return None
@@ -146,7 +146,7 @@ def part_like(given: Given, latents: Tensor) -> Tensor | None:
 
 
 def _as_batch(given: Given, latents: Tensor) -> Tensor:
-    """One batch: a list of samples is stacked, if it may be of latents, and axes of length 1 are as in ``latents``."""
+    """``given`` as one batch: a list is stacked if its size fits, and axes of length 1 are as in ``latents``."""
     if not isinstance(given, Tensor):
         alike = all(each.shape == given[0].shape for each in given) and given[0].numel() == latents[0].numel()
         given = torch.stack([*given]) if alike else latents.new_empty(0)

@@ -1,7 +1,7 @@
-"""What `fastsched.diffusers.apply` sets on a scheduler in place of its methods.
+"""Objects that `fastsched.diffusers.apply` sets on a scheduler in place of its methods.
 
-They are objects, not functions bound to the scheduler, so that a scheduler keeps its schedule when it is copied or
-pickled: a pickled bound method would be read back as the class's own.
+They are not functions bound to the scheduler, so that a scheduler keeps its schedule when it is copied or pickled: a
+pickled bound method would be restored as the class's own.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ class Override:
 
 
 class Step(Override):
-    """``step`` that ignores what the class does not take and what changes nothing: ``eta=0.0``, a generator."""
+    """``step`` that ignores harmless arguments which the class does not take: ``eta=0.0``, a generator."""
 
     name = "step"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the class's own."""
+        """Called as the class's own method."""
         return self.original(*args, **kwargs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the class's own method with what it takes."""
+        """Call the class's own method without the arguments that are ignored."""
         ignored = {name for name, value in kwargs.items() if isinstance(value, torch.Generator) or not _counts(value)}
         ignored -= set(self.__signature__.parameters)
         return super().original(*args, **{name: value for name, value in kwargs.items() if name not in ignored})
@@ -65,10 +65,10 @@ def _counts(value: Any) -> bool:
 
 
 class FirstOrderEnd(Step):
-    """``step`` whose last step, to sigma 0, is of first order: there every solver of fastsched takes ``z = D``."""
+    """``step`` whose last step, to sigma 0, is of first order, as in every solver of fastsched (``z = D``)."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the class's own."""
+        """Called as the class's own method."""
         if self.owner.step_index == len(self.owner.timesteps) - 1:
             vars(self.owner).update({key: empty() for key, empty in HISTORIES.items() if hasattr(self.owner, key)})
             kwargs |= {"order": 1} if "order" in self.__signature__.parameters else {}
@@ -76,7 +76,7 @@ class FirstOrderEnd(Step):
 
 
 class StrideStep(Step):
-    """``step`` of DDIM, which steps to ``t - train_steps // num_inference_steps``: sets that number beforehand.
+    """``step`` of DDIM to ``t - train_steps // num_inference_steps``, with that number set before each step.
 
     The last step ends at sigma 0, whatever level the class would end at.
     """
@@ -86,7 +86,7 @@ class StrideStep(Step):
         self.following = following
 
     def __call__(self, model_output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the class's own."""
+        """Called as the class's own method."""
         stride = int(timestep) - self.following[int(timestep)]
         self.owner.num_inference_steps = Fraction(self.owner.config.num_train_timesteps, stride)
         with attributes_set(self.owner, final_alpha_cumprod=torch.ones_like(self.owner.final_alpha_cumprod)):
@@ -94,15 +94,15 @@ class StrideStep(Step):
 
 
 class Timesteps(Tensor):
-    """A scheduler's timesteps, of which a pipeline may ask for those from an index on: ``timesteps[index:]``.
+    """A scheduler's timesteps, of which the slice ``timesteps[index:]`` is computed by a function.
 
-    Image-to-image pipelines do so, with an index among as many steps as they asked for (from the end if negative), or,
-    if they first compare the timesteps with that of ``denoising_start``, among these. `of` takes the function that
-    answers them. Every other operation, and copies and pickles, give plain tensors. Sigmas are sliced likewise.
+    Image-to-image pipelines take this slice. Their index counts the steps that they asked for (from the end if
+    negative) or, if they first compare the timesteps with that of ``denoising_start``, these timesteps. Every other
+    operation, and copies and pickles, give plain tensors. Sigmas are sliced in the same way.
 
     Attributes:
-        start_at: Answers ``[index:]``.
-        compared: Whether the pipeline has compared them.
+        start_at: Computes ``[index:]``.
+        compared: Whether the pipeline has compared the timesteps.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # plain results

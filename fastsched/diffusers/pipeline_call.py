@@ -1,4 +1,4 @@
-"""One call of a pipeline, to measure or run it: its arguments checked, and made alike each time."""
+"""Call a pipeline to measure or run it: check the arguments, and make every call in the same way."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from fastsched.measurement.batches import is_out_of_memory
 #: Arguments of a pipeline's call that determine its steps.
 STEPPING = ("num_inference_steps", "timesteps", "sigmas")
 
-#: Arguments for a call whose steps are all needed and whose images are not, where a pipeline takes them.
-NEEDED = {"output_type": "latent", "strength": 1.0}
+#: Arguments of calls that need all steps and no images, for pipelines that take these arguments.
+CALL_DEFAULTS = {"output_type": "latent", "strength": 1.0}
 
 
 def call(
     pipe: Any, steps: int, call_kwargs: dict[str, Any], left: Callable[[], int | None] = lambda: 1, *, seed: int = 0
 ) -> Any:
-    """Call ``pipe`` for ``steps`` steps from pure noise, with the random numbers of a seed, not decoded if it can.
+    """Call ``pipe`` for ``steps`` steps from pure noise, with seeded random numbers, and without decoding if possible.
 
-    An error after the last step, in what is made of the latents, loses nothing: then the result is None. One before
-    the first may come from a pipeline that cannot leave its latents as they are, and is called without that.
+    An error after the last step, when the latents are decoded, loses nothing: then the result is None. An error before
+    the first step may mean that the pipeline cannot return latents: it is called again with its default output type.
 
     Args:
         pipe: The pipeline.
-        steps: Its steps.
-        call_kwargs: Arguments of its call.
-        left: Tells how many steps are left, None before the first; without it no error is caught.
-        seed: Of the global random numbers.
+        steps: The number of steps.
+        call_kwargs: Arguments of the pipeline's call.
+        left: Returns how many steps are left, None before the first; when not given, no error is caught.
+        seed: Seed of the global random numbers.
 
     Raises:
         ValueError: If the pipeline uses an attribute or argument of its scheduler that `CalibrationScheduler` lacks.
     """
     accepted = call_parameters(pipe)
-    needed = {name: value for name, value in NEEDED.items() if name in accepted and name not in call_kwargs}
+    needed = {name: value for name, value in CALL_DEFAULTS.items() if name in accepted and name not in call_kwargs}
     arguments = needed | {"num_inference_steps": steps} | call_kwargs
     try:
         with random_numbers_kept(call_kwargs.values(), seed):
@@ -62,7 +62,7 @@ def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict
 
     Raises:
         RuntimeError: If another thread measures or fits the pipeline.
-        TypeError: If ``pipe`` has no scheduler, ``prompts`` are not strings, or its call has no such argument.
+        TypeError: If ``pipe`` has no scheduler, ``prompts`` are not strings, or its call lacks an argument.
         ValueError: If the arguments determine the steps or add noise, ``prompts`` is empty, or the prompt is given
             twice.
     """
@@ -76,7 +76,7 @@ def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict
         raise ValueError(
             f"strength must be left out or 1.0, with which the pipeline starts from pure noise, got {strength!r}"
         )
-    eta = call_kwargs.get("eta")  # some pipelines give it only to schedulers whose step names it
+    eta = call_kwargs.get("eta")  # some pipelines pass it only to schedulers whose step takes it
     if isinstance(eta, (int, float)) and eta != 0:
         raise ValueError(f"eta must be 0, because it adds noise, which is not measured, got {eta!r}; leave it out")
     check_accepted(pipe, call_kwargs)
@@ -114,9 +114,9 @@ def check_accepted(pipe: Any, names: Iterable[str]) -> None:
     """Check that the call of a pipeline, or of a class of pipelines, has arguments of these names.
 
     Raises:
-        TypeError: If it has not. There is a warning instead if the call takes any name, as some of diffusers do, and
-            the name is not like one of its own: such calls ignore what they do not know. A modular pipeline, whose
-            blocks tell what they take, does not take any name.
+        TypeError: If one is missing. If the call takes any keyword, as some of diffusers do, and the name does not
+            resemble an argument of the call, there is only a warning, as the call may ignore it. A modular pipeline
+            counts as taking only the arguments that its blocks declare.
     """
     accepted = call_parameters(pipe)
     kind = pipe if isinstance(pipe, type) else type(pipe)
@@ -135,7 +135,7 @@ def check_accepted(pipe: Any, names: Iterable[str]) -> None:
 
 
 def _reads(kind: type, name: str) -> bool:
-    """Whether the code of a call names an argument that its signature does not, as ``kwargs.pop("callback")``."""
+    """Whether a call's source reads an argument that its signature lacks, as with ``kwargs.pop("callback")``."""
     try:
         return f'"{name}"' in inspect.getsource(kind.__call__)
     except (OSError, TypeError):

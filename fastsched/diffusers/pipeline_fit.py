@@ -26,7 +26,7 @@ from fastsched.diffusers.pipeline_measurement import (
     checked_calls,
     measured_in_group,
     one_bar,
-    said,
+    warn_fewer_prompts,
 )
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.random_numbers import ONE_CALL
@@ -71,17 +71,17 @@ def fit(
     progress: Progress = True,
     **call_kwargs: Any,
 ) -> Schedule:
-    """The schedule of ``steps`` steps for a pipeline as it stands: its scheduler's solver, guidance, adapters.
+    """Choose a schedule of ``steps`` steps for a pipeline with its present solver, guidance and adapters.
 
     Measures it (`measure`), runs promising schedules and the scheduler's own, and tunes the best (`fastsched.fit`).
 
     Args:
         pipe: A pipeline whose scheduler can be given schedules (docs/schedulers.md).
-        steps: Steps, of which the last ends at sigma 0.
+        steps: The number of steps, of which the last ends at sigma 0.
         solver: The solver; that of the pipeline's scheduler when None.
-        stats: An earlier measurement of this pipeline, with all arguments the same. Without increments no tuning.
-        levels: As in `measure`; when None by the number of calls, as in `fastsched.fit`.
-        samples: Likewise.
+        stats: An earlier measurement of this pipeline, with the same arguments. Without increments nothing is tuned.
+        levels: As in `measure`; when None chosen by the number of calls, as in `fastsched.fit`.
+        samples: As ``levels``.
         prompts: As in `measure`.
         seed: As in `measure`.
         audition: Whether to run candidates and tune; if not, the result is that of `fastsched.optimal_schedule`.
@@ -89,15 +89,15 @@ def fit(
         decoupled: As in `fastsched.fit`; for schedulers whose timesteps can be set apart from their sigmas.
         prompts_per_call: As in `measure`.
         checkpoint: A file for the measurement; runs are kept in ``checkpoint.runs``. The same call goes on from there.
-        group: As in `measure`; its first process decides what is run, and all run a part of the samples.
-        progress: As in `measure`: one bar over all steps that measure, and one over those that run schedules.
+        group: As in `measure`; its first process decides which schedules run, and all processes share the samples.
+        progress: As in `measure`: one bar for the steps of the measurement, and one for those that run schedules.
         **call_kwargs: Arguments of the pipeline's call.
 
     Returns:
         The schedule, for `fastsched.diffusers.apply`; the pipeline itself is not changed.
 
     Raises:
-        ValueError: If an argument is out of range or of another call, or the scheduler or all samples are unusable.
+        ValueError: If an argument is out of range or of another call, or the scheduler or all samples cannot be used.
     """
     validate.arguments(locals(), **CHECKS)
     by_prompt = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
@@ -115,7 +115,7 @@ def fit(
 
 
 def _checked(pipe: Any, steps: int, solver: str | None, checkpoint: Any, *, audition: bool, decoupled: bool) -> str:
-    """The solver to choose for, if the pipeline can be fitted as it is called and files can be written."""
+    """Check that the pipeline can be fitted and files can be written; returns the solver to choose for."""
     if checkpoint is not None:
         check_writable(runs_beside(checkpoint))
     name = checked_solver(pipe.scheduler, steps, solver, audition=audition)
@@ -139,7 +139,7 @@ def _fitted(
     progress: Progress,
     decoupled: bool,
 ) -> FitReport:
-    """The fit after the measurement, for at most ``budget`` calls; its runs are kept in a file, but not in a group."""
+    """Fit to a measurement with at most ``budget`` calls. Outside a group, the runs are kept in a file."""
     _check_process(stats.process, describe(pipe.scheduler).process)
     check_same_call("stats", stats.origin, call_identity(pipe, prompts.prompts, call_kwargs))
     applied(optimal_schedule(stats, steps, solver), pipe.scheduler)  # raises before a call is spent
@@ -148,19 +148,19 @@ def _fitted(
     tried = candidates(stats, steps, solver, pipe.scheduler)
     options = {"calls": calls, "model_calls": budget, "decoupled": decoupled}
     made = lambda run: fit_by_running(run, stats, steps, solver, tried, **options)
-    alone, one = rank_and_size(group)[1] == 1, run
+    alone, runner = rank_and_size(group)[1] == 1, run
     if alone and checkpoint is not None:
         other = decoupled or None  # as in files of earlier versions
         what = identity(stats, steps=steps, solver=solver, model_calls=budget, decoupled=other)
-        one = logged(run, RunLog(runs_beside(checkpoint), what))
+        runner = logged(run, RunLog(runs_beside(checkpoint), what))
     with one_bar(pipe, budget, budget > 0 and progress, "fitting") as run.advance:
-        return led_by_first(one if alone else run.part, made, group)
+        return led_by_first(runner if alone else run.part, made, group)
 
 
 def _check_process(known: NoiseProcess, own: NoiseProcess) -> None:
     """ValueError unless statistics are of the scheduler's noise process; the range of its levels is checked elsewhere.
 
-    Whether timesteps are integers is a matter of the scheduler's class.
+    Whether timesteps are integers depends on the scheduler's class, so it is not compared.
     """
     same = type(known) is type(own)
     if same and isinstance(known, VariancePreserving) and isinstance(own, VariancePreserving):
@@ -173,7 +173,7 @@ def _check_process(known: NoiseProcess, own: NoiseProcess) -> None:
         )
 
 
-#: Of arguments that are not checked as elsewhere; those of the pipeline's call are looked at apart.
+#: Checks of arguments that differ from the usual ones; `check_call` checks the arguments of the pipeline's call.
 CHECKS: dict[str, validate.Check] = {
     **CHECKS_OF_MEASURE,
     "solver": validate.optional(is_solver),
@@ -184,11 +184,11 @@ CHECKS: dict[str, validate.Check] = {
 
 
 def checked_solver(scheduler: Any, steps: int, solver: str | None, *, audition: bool) -> str:
-    """The solver to choose for, after a check on any schedule of ``steps`` steps that the scheduler can be used.
+    """The solver to choose for, after a check that the scheduler can use an arbitrary schedule of ``steps`` steps.
 
     Raises:
-        ValueError: If the scheduler cannot be given schedules, adds noise and so cannot hold an ``audition``, or is
-            none of fastsched's solvers and ``solver`` names none. The message names a scheduler that would do.
+        ValueError: If the scheduler cannot be given schedules, adds noise, which rules out an ``audition``, or is none
+            of fastsched's solvers while ``solver`` names none. The message names a scheduler that can be used.
     """
     own = solver_of(scheduler, steps)
     name = chosen_solver(solver).name if solver is not None else own
@@ -215,7 +215,7 @@ def checked_solver(scheduler: Any, steps: int, solver: str | None, *, audition: 
 
 
 def check_tells_apart(scheduler: Any, steps: int, solver: str) -> None:
-    """ValueError unless the scheduler can tell the network other levels than the states'."""
+    """ValueError unless the scheduler can give the network other levels than those of the states."""
     check_decoupled(solver)
     process = describe(scheduler).process
     even = even_schedule(process, steps, solver)
@@ -233,7 +233,7 @@ def _proof(scheduler: Any, steps: int) -> Export:
 
 
 def candidates(stats: PathStatistics, steps: int, solver: str, scheduler: Any) -> Iterator[tuple[str, Schedule]]:
-    """Candidates that ``scheduler`` can be given: those of `fastsched.audition`, the most promising first.
+    """Candidates that ``scheduler`` can use: those of `fastsched.audition`, the most promising first.
 
     The second is the schedule that the scheduler would use by itself, unless that depends on the resolution or the
     solver is the fitted one.
@@ -253,8 +253,8 @@ def candidates(stats: PathStatistics, steps: int, solver: str, scheduler: Any) -
 class PipelineRunner:
     """Runs a pipeline from the noises of the measured paths.
 
-    The pipeline is called as `fastsched.diffusers.measure` called it, with a schedule applied, and made to start from
-    the noises of the measured paths by one more step at the first level.
+    The pipeline is called as in `fastsched.diffusers.measure`, with a schedule applied. One additional step at the
+    first level makes it start from those noises.
     """
 
     def __init__(
@@ -271,15 +271,15 @@ class PipelineRunner:
         self.calls, self.left = calls, model_calls
         self.advance: Callable[[int], object] = lambda calls: None
         self._batch = 1
-        self._owned = (stats.ends == 0).all(0)  # whose D was held at 0
-        # A call makes a whole batch: what one round did not need is there for the next.
+        self._owned = (stats.ends == 0).all(0)  # elements whose D was held at 0
+        # A call makes a whole batch, so samples that one round does not need are kept for the next.
         self._rollouts: dict[int, tuple[Schedule, list[Rollout]]] = {}
 
     def __call__(self, schedule: Schedule, first: int, last: int) -> Rollout | None:
         """Samples ``first .. last - 1`` under a schedule, float32 on the CPU.
 
         None if they are not finite, the scheduler cannot use the schedule, or too few model calls are left: a call of
-        the pipeline makes a whole batch, whatever is asked for.
+        the pipeline makes a whole batch, even if fewer samples are asked for.
 
         Raises:
             ValueError: If the pipeline's samples have another shape than those of the measurement.
@@ -297,7 +297,7 @@ class PipelineRunner:
         return found if bool(found.ends.isfinite().all()) else None
 
     def part(self, schedule: Schedule, first: int, last: int) -> Rollout | None:
-        """Samples ``first .. last - 1`` and no others, whatever is left of the model calls; else as a call."""
+        """Like calling this object, but makes no other samples, and ignores how many model calls are left."""
         if not _fits(schedule, self.pipe.scheduler):
             return None
         parts, done = [], first
@@ -317,19 +317,19 @@ class PipelineRunner:
             fewer = self.prompts.halved(arguments) if is_out_of_memory(error) else None
             if fewer is None:
                 raise
-            self.prompts = said(fewer)
+            self.prompts = warn_fewer_prompts(fewer)
             return self._one_call(schedule, done, last)
         ends = run.end.float().cpu()
         self._batch = len(ends)
-        self.prompts = self.prompts.after(arguments, len(ends))
+        self.prompts = self.prompts.updated(arguments, len(ends))
         self.left -= self.calls * self._batch
         if ends.shape[1:] != self.stats.ends.shape[1:]:
             raise ValueError(
                 f"stats are of samples {list(self.stats.ends.shape[1:])} and the pipeline's are "
                 f"{list(ends.shape[1:])}; stats must be measured on this pipeline with the same arguments"
             )
-        right = self.prompts.right(number, len(ends))
-        return Rollout(ends, run.evaluations()).samples(0, min(right, self.stats.samples - done))
+        usable = self.prompts.usable_samples(number, len(ends))
+        return Rollout(ends, run.evaluations()).samples(0, min(usable, self.stats.samples - done))
 
     def _run(self, schedule: Schedule, done: int, arguments: dict[str, Any]) -> StartFromNoise:
         scheduler, _ = applied(schedule, self.pipe.scheduler)
@@ -342,12 +342,12 @@ class PipelineRunner:
 def own_sigmas(scheduler: Any, steps: int) -> Tensor | None:
     """The sigmas that ``scheduler`` would use by itself, if they are a schedule that fastsched can hold.
 
-    That is, they end in 0 and start where the model is known; IPNDM's start at a signal of 0, which its step loses.
+    That is, they descend, end in 0 and start at a level of the model. IPNDM's start at signal 0, which its step loses.
     """
     scheduler = own_scheduler(scheduler)
     target, config = plain_copy(scheduler), scheduler.config
     if config.get("use_dynamic_shifting"):
-        return None  # the pipeline knows by how much, and only when it is called
+        return None  # only the pipeline knows the shift, when it is called
     target.set_timesteps(steps)
     convention = describe(scheduler)
     sigmas = declared_sigmas(target, convention)

@@ -35,10 +35,10 @@ from fastsched.sampling.random_streams import sample_seeds
 #: Samples of a measurement by default.
 PIPELINE_SAMPLES = 4
 
-#: The last batch of a measurement may hold more samples than were asked for, by less than this.
+#: The last call of a measurement makes fewer than this many samples beyond those asked for.
 MOST_SAMPLES = 2**16
 
-#: Of arguments that are not checked as elsewhere; those of the pipeline's call are looked at apart.
+#: Checks of arguments that differ from the usual ones; `check_call` checks the arguments of the pipeline's call.
 CHECKS: dict[str, validate.Check] = dict.fromkeys(("pipe", "prompts", "call_kwargs"), validate.anything)
 
 
@@ -59,7 +59,7 @@ def measure(
     """Measure what ``pipe(**call_kwargs)`` computes, including guidance, adapters and prompt, through its own loop.
 
     A `CalibrationScheduler` takes the place of the pipeline's scheduler, and the pipeline is called until all samples
-    are measured. The old scheduler is restored afterwards, also after an error. Images stay latents where they can.
+    are measured. The old scheduler is restored afterwards, also after an error. Latents are not decoded if possible.
     Cost: ``2 levels`` steps a call, each of as many network calls as the pipeline makes. An interrupt (Ctrl-C) returns
     the finished samples, with a warning.
 
@@ -70,13 +70,13 @@ def measure(
     Args:
         pipe: A pipeline with a supported ``scheduler`` (docs/schedulers.md).
         levels: How many noise levels, 32 to 64 are enough; or the levels ``s`` themselves, descending.
-        samples: How many paths at least, or which: ``range(a, b)``, to be merged with others of the same seed.
-        prompts: One prompt for each sample, in turn, all used at least once. A schedule is for a model, not for a
+        samples: The least number of paths, or ``range(a, b)``: these paths, to be merged with others of the same seed.
+        prompts: The prompts, which the samples use in turn, each at least once. A schedule is for a model, not for a
             prompt, so several are best. None if the pipeline takes no prompt, or ``call_kwargs`` holds it.
         seed: Seed of the noise; the pipeline's own latents are not used.
         keep_increments: As in `fastsched.measure`; `fit` needs them to tune. They take ``2 levels`` latents a sample.
-        prompts_per_call: The most prompts of one call; when None one for each sample, half as many where memory runs
-            out, and one where the pipeline takes no list or ``call_kwargs`` holds what may be for one batch size.
+        prompts_per_call: The most prompts in one call; when None no limit. It is halved when memory runs out, and is 1
+            if the pipeline takes no list, or an argument in ``call_kwargs`` may be for one batch size.
         checkpoint: A file in which the samples of every finished call are saved. The same call goes on from there.
         group: As in `fastsched.measure`; each process has its own pipeline.
         progress: As in `fastsched.measure`: one bar over the steps of all calls, in place of the pipeline's own.
@@ -107,7 +107,7 @@ def measure(
 def measured_in_group(
     pipe: Any, call_kwargs: dict[str, Any], group: Any, *, vectors: str = "all", **settings: Any
 ) -> PathStatistics:
-    """`measured_pipeline`, its samples dealt out over ``group``; ``vectors`` as in `parts_of_group`."""
+    """`measured_pipeline`, with its samples distributed over ``group``; ``vectors`` as in `parts_of_group`."""
     if rank_and_size(group)[1] == 1:
         return measured_pipeline(pipe, call_kwargs, **settings)
     which = validate.sample_range("samples", settings["samples"])
@@ -121,7 +121,7 @@ def measured_in_group(
     def measure() -> PathStatistics:
         origin = _origin(pipe, calls, call_kwargs)
         known = None if file is None else _resumed(file, pipe, which, origin, settings, call_kwargs.get("latents"))
-        if known is not None and known.samples > own[-1] - which.start:  # of a group that has finished
+        if known is not None and known.samples > own[-1] - which.start:  # the file of a group that has finished
             part = known.select([sample - which.start for sample in own])
             return replace(part, model_calls=known.model_calls * len(own) // known.samples)
         return measured_pipeline(pipe, call_kwargs, **settings)
@@ -145,7 +145,7 @@ def measured_pipeline(
     checkpoint: str | os.PathLike[str] | None,
     progress: Progress,
 ) -> PathStatistics:
-    """`measure`, which an interrupt ends: like any error it carries the samples finished as ``error.partial``."""
+    """`measure`, but an interrupt is raised. Like any error, it carries the finished samples as ``error.partial``."""
     which = validate.sample_range("samples", samples)
     calls = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
     check_caches(pipe)
@@ -169,25 +169,25 @@ def measured_pipeline(
                     fewer = calls.halved(arguments) if is_out_of_memory(error) else None
                     if fewer is None:
                         raise
-                    calls = said(fewer)
+                    calls = warn_fewer_prompts(fewer)
                     continue
-                calls, part = calls.after(arguments, part.samples), replace(part, origin=origin)
-                if calls.right(done, part.samples) < part.samples:
-                    part = part.select(range(calls.right(done, part.samples)))
+                calls, part = calls.updated(arguments, part.samples), replace(part, origin=origin)
+                if calls.usable_samples(done, part.samples) < part.samples:
+                    part = part.select(range(calls.usable_samples(done, part.samples)))
                 whole = part if whole is None else whole.merge(part)
                 if isinstance(samples, range) and whole.samples > len(which):
                     whole = whole.select(range(len(which)))
                 if checkpoint is not None:
                     whole.save(checkpoint, vectors=keep_increments)
         except BaseException as error:
-            with contextlib.suppress(Exception):  # a few classes take no attributes
+            with contextlib.suppress(Exception):  # a few error classes take no attributes
                 error.partial = whole  # type: ignore[attr-defined]  # a handler may save them
             raise
     return replace(whole, origin=origin)
 
 
-def said(calls: PromptCalls) -> PromptCalls:
-    """Warn that memory ran out, and that fewer prompts are given in a call."""
+def warn_fewer_prompts(calls: PromptCalls) -> PromptCalls:
+    """Warn that memory ran out, and that calls now have fewer prompts; returns ``calls``."""
     warnings.warn(
         f"memory ran out: the pipeline is called with {calls.size} prompts at a time (prompts_per_call={calls.size})",
         stacklevel=4,
@@ -198,13 +198,13 @@ def said(calls: PromptCalls) -> PromptCalls:
 
 
 def calibration_calls(levels: int | Tensor, samples: int | range) -> int:
-    """The model calls of a pipeline's measurement, counted per sample; prompts that outnumber the samples take more."""
+    """The model calls of a pipeline's measurement, counted per sample; more if there are more prompts than samples."""
     return (len(samples) if isinstance(samples, range) else samples) * calibration_steps(levels)
 
 
 def _needed(samples: int | range, which: range, calls: PromptCalls) -> int:
-    """Samples to measure: of a range all, of a number at least one for each prompt."""
-    return len(which) if isinstance(samples, range) else max(len(which), calls.fewest)
+    """The number of samples to measure: all of a range; of a number, at least one for each prompt."""
+    return len(which) if isinstance(samples, range) else max(len(which), calls.minimum_samples)
 
 
 def _resumed(
@@ -215,7 +215,7 @@ def _resumed(
     settings: dict[str, Any],
     latents: Any,
 ) -> PathStatistics | None:
-    """What a file holds of this call's measurement; None if there is no file."""
+    """The samples of this measurement that a file holds; None if there is no file."""
     check_writable(file)
     calibration = CalibrationScheduler.from_scheduler(pipe.scheduler)
     denoiser, s = calibration.convention.denoiser, calibration.measured_levels(settings["levels"])
@@ -224,9 +224,9 @@ def _resumed(
     if not os.path.exists(file):
         return None
     found = PathStatistics.load(file)
-    assert origin.fingerprint is not None  # as of every pipeline
+    assert origin.fingerprint is not None  # every pipeline has one
     check_same_call(os.fspath(file), found.origin, origin.fingerprint)
-    shape = found.shape  # which the pipeline alone could tell
+    shape = found.shape  # before a call, only the file tells it
     if isinstance(latents, Tensor) and latents.ndim == 1 + len(shape) and latents.shape[1:] != torch.Size(shape):
         raise ValueError(
             f"latents must be of the shape {list(shape)} of the samples in {os.fspath(file)}, got "
@@ -237,12 +237,12 @@ def _resumed(
 
 
 def _origin(pipe: Any, calls: PromptCalls, call_kwargs: dict[str, Any]) -> Origin:
-    """What is measured: the last part of where the pipeline was loaded from, its class, guidance and prompts."""
+    """What is measured: the name under which the pipeline was loaded, its class, guidance and number of prompts."""
     source = getattr(getattr(pipe, "config", None), "_name_or_path", None) or getattr(pipe, "name_or_path", None)
     guidance = call_kwargs.get("guidance_scale")
     prompts = calls.prompts or call_kwargs.get("prompt")
     known = origin_now(
-        # not the whole path, which says how folders are named on this machine
+        # not the whole path, which would reveal the folders of this machine
         os.path.basename(os.path.normpath(source)) if isinstance(source, (str, os.PathLike)) and source else None,
         pipeline=type(pipe).__name__,
         guidance=float(guidance) if isinstance(guidance, numbers.Real) else None,
@@ -264,7 +264,7 @@ def _one_call(
         taken.append(samples)
         advance(samples)
 
-    with ONE_CALL, watched(pipe) as watch:  # networks that it shares with another pipeline are not called meanwhile
+    with ONE_CALL, watched(pipe) as watch:  # a network shared with another pipeline must not be called meanwhile
         settings |= {"own_noise": arguments.get("latents") is None, "advance": count, "watch": watch}
         given = levels if isinstance(levels, Tensor) else None
         calibration = CalibrationScheduler.from_scheduler(pipe.scheduler, levels=given, **settings)
@@ -293,6 +293,6 @@ def one_bar(pipe: Any, total: int, show: Progress, what: str) -> Iterator[Callab
 def checked_calls(
     pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any], prompts_per_call: int | None
 ) -> PromptCalls:
-    """How the pipeline is to be called; errors as those of `check_call`."""
+    """How to distribute samples over calls of the pipeline; raises as `check_call` does."""
     check_call(pipe, prompts, call_kwargs)
     return PromptCalls.of(pipe, prompts, call_kwargs, prompts_per_call)

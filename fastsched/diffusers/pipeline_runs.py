@@ -26,12 +26,12 @@ from fastsched.selection.starts import even_schedule
 
 
 class PipelineRuns:
-    """Runs of a pipeline. The networks that its steps call, and its batch, are known after the first.
+    """Runs of a pipeline. The attributes are known after the first run.
 
     Attributes:
         networks: The networks that the steps call.
-        elements: Elements of a sample's latents.
-        batch: Samples of a call.
+        elements: The number of elements in one sample's latents.
+        batch: The number of samples in one call.
     """
 
     def __init__(self, pipe: Any, call_kwargs: dict[str, Any]) -> None:
@@ -43,7 +43,7 @@ class PipelineRuns:
         self.own_steps = self._own_steps()
 
     def _own_steps(self) -> int:
-        """The default of the pipeline's call; where it has none, as in Stable Audio 3, a run tells."""
+        """The call's default number of steps; if it has none, as in Stable Audio 3, they are counted in a run."""
         default = call_parameters(self.pipe).get("num_inference_steps")
         if isinstance(default, int):
             return default
@@ -54,18 +54,18 @@ class PipelineRuns:
         return calibration_calls(levels, PIPELINE_SAMPLES)
 
     def sampling(self, steps: int) -> Run:
-        """With the scheduler that is there."""
+        """Run the pipeline with its own scheduler."""
         return self._timed(lambda: call(self.pipe, steps, self.call_kwargs), self.pipe.scheduler)
 
     def sampling_fitted(self, steps: int) -> Run:
-        """With a fitted schedule."""
+        """Run the pipeline with a fitted schedule."""
         schedule = even_schedule(describe(self.pipe.scheduler).process, steps, FITTED)
         scheduler = FittedScheduler.from_schedule(schedule, self.pipe.scheduler)
         with attributes_set(self.pipe, scheduler=scheduler):
             return self._timed(lambda: call(self.pipe, steps, self.call_kwargs), scheduler)
 
     def measuring(self, levels: int) -> Run:
-        """One call of the pipeline in a measurement; its kernel is compiled before, once for all calls."""
+        """Make one call of a measurement; the kernel is compiled before it, so that the time does not include that."""
         vectors = levels - 1 + 2 * len(asked_levels(levels))
         vector_gram(torch.zeros(1, vectors, self.elements, device=self.device))
         return self._timed(
@@ -87,12 +87,12 @@ class PipelineRuns:
 
 @contextlib.contextmanager
 def _owned_step(timeline: Timeline, scheduler: Any, seen: Callable[[Tensor], None], waits: list[int]) -> Iterator[None]:
-    """The time of ``scheduler.step`` (of an object or a class) belongs to the scheduler."""
+    """Count the time of ``scheduler.step`` (of an object or a class) as the scheduler's."""
     owned = partial(_timed_step, timeline=timeline, seen=seen, waits=waits)
 
     def prepared(*args: Any, **kwargs: Any) -> None:
         set_timesteps(*args, **kwargs)
-        if scheduler.step is not mine[-1]:  # a schedule that is applied puts its own step there
+        if scheduler.step is not mine[-1]:  # an applied schedule has set a step of its own
             mine.append(owned(scheduler.step))
             scheduler.step = mine[-1]
 
@@ -105,7 +105,7 @@ def _owned_step(timeline: Timeline, scheduler: Any, seen: Callable[[Tensor], Non
 def _timed_step(
     step: Callable[..., Any], timeline: Timeline, seen: Callable[[Tensor], None], waits: list[int]
 ) -> Callable[..., Any]:
-    """``step``, timed, with its waits counted and its latents seen."""
+    """``step``, timed; the number of its waits goes to ``waits``, its latents to ``seen``."""
     named = inspect.signature(step)
 
     def timed(*args: Any, **kwargs: Any) -> Any:
@@ -120,7 +120,7 @@ def _timed_step(
 
 @contextlib.contextmanager
 def _owned_networks(timeline: Timeline, pipe: Any) -> Iterator[set[int]]:
-    """The time of the pipeline's networks belongs to the network; collects the ids of those called after a step."""
+    """Count the time of the pipeline's networks as the network's; collect the ids of those called after a step."""
     called: set[int] = set()
     timed_calls = []
     for module in networks_of(pipe).values():

@@ -25,7 +25,7 @@ from fastsched.diffusers.random_numbers import ONE_CALL
 #: Elements of the probe's state. A stochastic scheduler's sigma is found to about ``1 / sqrt(PROBE_SIZE)``.
 PROBE_SIZE = 1 << 14
 
-#: Classes whose noise has the variance that the network predicts, if it does; others drop it.
+#: Classes that add noise with the variance that the network predicts, if it predicts one; other classes ignore it.
 ADDS_LEARNED_VARIANCE = ("DDPMScheduler", "DDPMParallelScheduler")
 
 #: ``D(y, s)``.
@@ -111,12 +111,12 @@ def trace(scheduler: Any, convention: Convention, levels: Tensor, expected: Tens
         scheduler: The scheduler, on which ``set_timesteps`` has been called.
         convention: Its conventions.
         levels: The levels ``s`` of its network calls as it lists them; the probe starts at the first.
-        expected: The timestep that the network is told at each; that of the level when None.
+        expected: The timestep given to the network at each level; the level's own when None.
     """
     ones = torch.zeros(1, 2, PROBE_SIZE // 2, 1, dtype=torch.float32)
     ones[:, 0] = 1.0
     with ONE_CALL, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # of the CPU alone, the only one that is restored
+        torch.default_generator.manual_seed(0)  # the CPU's alone, because no other is restored
         noise = torch.randn(ones.shape, dtype=torch.float32) * (1 - ones)
         alpha, sigma = (float(scale[0]) for scale in scales(convention, levels))
         oracle = oracle_network(convention, lambda y, s: ones.double())
@@ -146,7 +146,7 @@ def trace(scheduler: Any, convention: Convention, levels: Tensor, expected: Tens
 
 
 def _with_variance(output: Tensor, scheduler: Any, t: Any) -> Tensor:
-    """A network's output for a class that adds the variance that the network predicts: that of exactly known data."""
+    """``output``, with the variance of exactly known data appended for classes that add a predicted variance."""
     kind = scheduler.config.get("variance_type")
     if kind not in ("learned", "learned_range") or not class_names(scheduler).intersection(ADDS_LEARNED_VARIANCE):
         return output
@@ -156,7 +156,7 @@ def _with_variance(output: Tensor, scheduler: Any, t: Any) -> Tensor:
 
 
 def rounding(convention: Convention) -> float:
-    """The largest difference between equal timesteps: one, or 0.001 of ``log(sigma) / 4``, flow times and angles."""
+    """How far equal timesteps may differ: 1, or 0.001 for ``log(sigma) / 4``, flow times in [0, 1] and angles."""
     times = isinstance(convention.process, VarianceExploding) or convention.train_steps == 1
     return 1e-3 if times else 1.0
 

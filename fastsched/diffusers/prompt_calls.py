@@ -1,4 +1,4 @@
-"""Which prompts a pipeline is called with, and their encodings, made once."""
+"""Distribute prompts over calls of a pipeline, and encode each prompt only once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastsched.diffusers.pipeline_call import call_parameters
 #: Methods of pipelines that encode prompts.
 ENCODERS = ("encode_prompt", "_encode_prompt")
 
-#: How pipelines call the number of images, videos, waveforms, ... that they make of a prompt.
+#: Names of the argument for the number of images, videos, waveforms, ... that a pipeline makes from one prompt.
 PER_PROMPT = re.compile(r"num_\w+_per_prompt")
 
 #: Arguments that may hold an entry for each sample.
@@ -31,8 +31,8 @@ class PromptCalls:
 
     Attributes:
         prompts: The prompts; empty if the pipeline takes none, or the call's arguments hold it.
-        size: The most prompts of a call; 0 where a call takes one prompt, not a list.
-        images: Samples a prompt makes, or a call without prompts; known once a call has been made.
+        size: The most prompts in a call; 0 if a call takes one prompt, not a list.
+        images: The number of samples from one prompt, or from a call without prompts; exact after the first call.
     """
 
     prompts: tuple[str, ...]
@@ -43,28 +43,28 @@ class PromptCalls:
     def of(
         cls, pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any], most: int | None
     ) -> PromptCalls:
-        """For calls of ``pipe(prompt=..., **call_kwargs)``, of at most ``most`` prompts each; all when None."""
+        """For calls of ``pipe(prompt=..., **call_kwargs)``, of at most ``most`` prompts each; no limit when None."""
         turns = () if prompts is None else (prompts,) if isinstance(prompts, str) else tuple(prompts)
         given = call_parameters(pipe) | call_kwargs
         counts = [value for name, value in given.items() if PER_PROMPT.fullmatch(name) and isinstance(value, Integral)]
         calls = cls(turns, 0, max([1, *map(int, counts)]))
-        fixed = any(_is_of_one_batch(value) and not calls._deals(name, value) for name, value in call_kwargs.items())
+        fixed = any(_is_of_one_batch(each) and not calls._per_prompt(name, each) for name, each in call_kwargs.items())
         lists = turns and _takes_lists(pipe) and not fixed
         return replace(calls, size=2**31 if most is None else most) if lists else calls
 
     @property
-    def fewest(self) -> int:
-        """Samples that use every prompt once."""
+    def minimum_samples(self) -> int:
+        """The number of samples that uses every prompt once."""
         return self.images * len(self.prompts) if self.prompts else 1
 
     def arguments(self, done: int, wanted: int, call_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call, after ``done`` samples, that makes up to ``wanted`` more, or one prompt's."""
+        """The arguments of a call, after ``done`` samples, for up to ``wanted`` more samples or those of one prompt."""
         if not self.prompts:
             return call_kwargs
         first, begun = divmod(done, self.images)
         count = 1 if begun else max(1, min(self.size, -(-wanted // self.images)))
         which = [(first + n) % len(self.prompts) for n in range(count)]
-        dealt = {name: self._dealt(name, value, which) for name, value in call_kwargs.items()}
+        dealt = {name: self._entries_for(name, value, which) for name, value in call_kwargs.items()}
         if not self.size:
             dealt |= {
                 name: value[0] for name, value in dealt.items() if "prompt" in name and value and _are_texts(value)
@@ -72,34 +72,34 @@ class PromptCalls:
             return {"prompt": self.prompts[which[0]], **dealt}
         return {"prompt": [self.prompts[n] for n in which], **dealt}
 
-    def _deals(self, name: str, value: Any) -> bool:
+    def _per_prompt(self, name: str, value: Any) -> bool:
         """Whether an argument has an entry for each prompt, or for each sample of each prompt."""
         listed = isinstance(value, (list, tuple)) or (isinstance(value, torch.Tensor) and value.ndim > 0)
         if not self.prompts or not listed or not ("prompt" in name or name in PER_SAMPLE):
             return False
         return len(value) in (len(self.prompts), len(self.prompts) * (self.images if name in PER_SAMPLE else 1))
 
-    def _dealt(self, name: str, value: Any, which: Sequence[int]) -> Any:
-        """An argument for the prompts of these numbers: a text serves all, of as many as prompts each has its own."""
+    def _entries_for(self, name: str, value: Any, which: Sequence[int]) -> Any:
+        """An argument for the prompts ``which``: a text for all, or each prompt's own entries; others unchanged."""
         if isinstance(value, str) and "prompt" in name:
             return [value] * len(which)
-        if not self._deals(name, value):
+        if not self._per_prompt(name, value):
             return value
         each = len(value) // len(self.prompts)
         rows = [n * each + row for n in which for row in range(each)]
         return value[rows] if isinstance(value, torch.Tensor) else [value[row] for row in rows]
 
-    def right(self, done: int, made: int) -> int:
-        """How many samples of a call, after ``done``, have their prompt: of one that was begun, only its rest."""
+    def usable_samples(self, done: int, made: int) -> int:
+        """How many of a call's ``made`` samples are used: if ``done`` ended within a prompt, only its rest."""
         return min(made, self.images - done % self.images) if self.prompts and done % self.images else made
 
-    def after(self, arguments: dict[str, Any], made: int) -> PromptCalls:
-        """What is known once a call of those arguments has made so many samples."""
+    def updated(self, arguments: dict[str, Any], made: int) -> PromptCalls:
+        """These calls with ``images`` as found in a call with ``arguments``, which made ``made`` samples."""
         prompt = arguments.get("prompt") if self.prompts else None
         return replace(self, images=max(1, made // len(prompt) if isinstance(prompt, list) else made))
 
     def halved(self, arguments: dict[str, Any]) -> PromptCalls | None:
-        """Half as many prompts a call as in ``arguments``; None if there was one."""
+        """These calls with half as many prompts each as in ``arguments``; None if there was only one."""
         prompt = arguments.get("prompt")
         if not self.size or not isinstance(prompt, list) or len(prompt) < 2:
             return None
@@ -108,7 +108,7 @@ class PromptCalls:
 
 @contextlib.contextmanager
 def prompts_encoded_once(pipe: Any) -> Iterator[None]:
-    """Within the block, ``pipe`` encodes the same prompts once: later calls get copies of what the first one got.
+    """Within the block, ``pipe`` encodes the same prompts once: later calls get copies of the first result.
 
     Arguments that hold tensors are not compared; such calls are made each time.
     """
@@ -145,7 +145,7 @@ def _key(value: Any) -> Hashable:
 
 
 def _copy(value: Any) -> Any:
-    """A pipeline may write into what it got."""
+    """A copy of a result, because a pipeline may write into it."""
     if isinstance(value, torch.Tensor):
         return value.clone()
     if type(value) in (list, tuple):
@@ -164,7 +164,7 @@ def _are_texts(value: Any) -> bool:
 
 
 def _is_of_one_batch(value: Any) -> bool:
-    """Whether an argument may be made for the batch of one call: a tensor, an image, or a list of such."""
+    """Whether an argument may be for one batch size: a tensor, an image, or a list of these or of generators."""
     if isinstance(value, (list, tuple)):
         return any(_is_of_one_batch(each) or isinstance(each, torch.Generator) for each in value)
     plain = (bool, int, float, str, type(None), dict, torch.Generator, torch.dtype, torch.device)

@@ -1,4 +1,4 @@
-"""The global random numbers that a pipeline's call draws, the same in every run."""
+"""Give a pipeline's call the same global random numbers in every run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-#: Held while a pipeline is called, or random numbers are seeded: their states are the process's, and a network may be
-#: another pipeline's too.
+#: Held while a pipeline is called or random numbers are seeded: threads share the global random states, and pipelines
+#: may share a network.
 ONE_CALL = threading.RLock()
 
 
@@ -21,7 +21,7 @@ def random_numbers_kept(arguments: Iterable[Any], seed: int = 0) -> Iterator[Non
     """Seed the global random numbers, and at the end restore them and every generator among ``arguments``.
 
     So a pipeline that draws its conditioning at random draws the same one in every run, whatever ran in between. Other
-    threads wait with theirs until the end.
+    threads that call this function wait until the end.
     """
     with ONE_CALL:
         generators = [

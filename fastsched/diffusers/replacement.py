@@ -21,14 +21,14 @@ CLASSES = {
 
 
 def replacement(scheduler: Any, works: Callable[[Any], object]) -> str:
-    """How to change ``scheduler`` for one of the same noise process and prediction, of which ``works`` holds.
+    """How to replace ``scheduler`` by one of the same noise process and prediction for which ``works`` is true.
 
     Args:
         scheduler: A supported scheduler.
-        works: Tells whether a scheduler would do; a ValueError counts as no.
+        works: Tells whether a scheduler can be used; a ValueError counts as no.
 
     Returns:
-        An instruction; the first class of which a run shows that it works, or the general advice if none does.
+        An instruction that names the first class for which ``works`` is true, or general advice if there is none.
     """
     process, prediction = describe(scheduler).process, describe(scheduler).denoiser.prediction
     for name in CLASSES[process.kind]:
@@ -45,7 +45,7 @@ def replacement(scheduler: Any, works: Callable[[Any], object]) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without diffusers' warnings about entries of a config that another class does not have."""
+    """Suppress diffusers' warnings about config entries that another class does not have."""
     logger = logging.getLogger("diffusers")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""A scheduler that makes a pipeline begin at given noise, and records what its network is asked and answers."""
+"""Make a pipeline begin at given noise, and record the inputs and outputs of its network."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from fastsched.fitting.rollouts import Evaluations
 from fastsched.sampling.random_streams import BESIDE, noise_of
 from fastsched.sampling.schedule import Schedule
 
-#: What a scheduler lists for each step, where it does, and pipelines read.
+#: Attributes in which schedulers list a value for each step, and which pipelines read.
 TABLES = ("timesteps", "sigmas")
 
 
 class StartFromNoise:
     """Makes a scheduler (a copy) begin at given noise, and records its steps.
 
-    A pipeline draws its own first latents and calls its network on them before the scheduler sees anything. So the
-    timesteps and sigmas that it sees begin with the first one twice: the first step returns the noise, and the
-    scheduler starts again. What the networks are given is compared between steps, as in a measurement, for statistics
-    may come from an earlier one.
+    A pipeline draws its own first latents and calls its network on them before it calls the scheduler. So the pipeline
+    is shown timesteps and sigmas in which the first one is repeated: the first step returns the noise, and the
+    scheduler starts again. The networks' arguments are compared between steps, as in a measurement, because the
+    statistics may come from an earlier one.
 
-    Some pipelines copy their scheduler, to step other latents beside these (sound beside a video). These begin at
-    noise of their own, as in a measurement, and are not recorded.
+    Some pipelines copy their scheduler, to step other latents beside these (sound beside a video). Those latents begin
+    at noise of their own, as in a measurement, and are not recorded.
 
     Attributes:
         end: The last state, once the pipeline has run.
@@ -74,10 +74,10 @@ class StartFromNoise:
         return copied_with(self, memo, **own, _watch=self._watch, _advance=self._advance)
 
     def evaluations(self) -> Evaluations:
-        """What the network was asked and answered, in order; waits for the device.
+        """The network's inputs and outputs, in order; waits for the device.
 
         Raises:
-            ValueError: If the networks were called otherwise at one of the steps.
+            ValueError: If the networks were called in a different way at one of the steps.
         """
         self._verdicts.settle()
         return Evaluations.of([(s, y.values(), denoised.values()) for s, y, denoised in self._calls])
@@ -87,7 +87,7 @@ class StartFromNoise:
         self._index += 1
 
         def judge(values: Tensor) -> None:
-            wrong = self._consistency.check(index, index + 1, *resolve(values))  # each step at a level of its own
+            wrong = self._consistency.check(index, index + 1, *resolve(values))  # each step has a level of its own
             if wrong is not None:
                 raise ValueError(f"{wrong}; {UNALIKE}")
 
@@ -95,17 +95,17 @@ class StartFromNoise:
         self._verdicts.settle(wait=False)
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
-        """In place of the scheduler's ``set_timesteps``."""
-        if self.left == 0:  # the run has ended, and the pipeline may only reset its scheduler
+        """Replaces the scheduler's ``set_timesteps``."""
+        if self.left == 0:  # the run has ended, and the pipeline only resets its scheduler
             return
         self._arguments, self.left = (args, kwargs), None
         self._set()
         self._levels = self.convention.levels(torch.as_tensor(self.scheduler.timesteps[1:]).cpu().double())
-        if self._schedule.network_sigmas is not None:  # then timesteps are not those of the states
+        if self._schedule.network_sigmas is not None:  # then the timesteps are not those of the states' levels
             self._levels = self.convention.process.level(self._schedule.sigmas[:-1])
 
     def step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """In place of the scheduler's ``step``."""
+        """Replaces the scheduler's ``step``."""
         check_one_run(again=self.left == 0)
         if self._recorded:
             self._check(output)
@@ -130,7 +130,7 @@ class StartFromNoise:
         vars(self.scheduler).pop("step", None)
         vars(self.scheduler).update(self._own)
         self._set_timesteps(*args, **kwargs)
-        self._step = self.scheduler.step  # which an applied schedule may have replaced
+        self._step = self.scheduler.step  # an applied schedule may have replaced it
         _Step(self.scheduler, self).put()
         tables = {name: vars(self.scheduler).get(name) for name in TABLES}
         self._own = {name: table for name, table in tables.items() if isinstance(table, Tensor)}
@@ -138,9 +138,9 @@ class StartFromNoise:
         vars(self.scheduler).update(self._shown)
 
     def _first_step(self, sample: Tensor, **options: Any) -> Any:
-        self._set()  # as if this step had not been
+        self._set()  # start again, as if this step had not been made
         self.left = len(self._own["timesteps"])
-        # The batch may be larger than what is left to run, and a doubled one is so; then seeds repeat.
+        # The batch may be larger than the number of samples left, as a doubled one is; then seeds repeat.
         seeds = self.seeds[torch.arange(len(sample)) % len(self.seeds)]
         self._start = (self.scale * noise_of(seeds, sample.shape[1:])).to(sample)
         given = self._start.clone()
@@ -156,7 +156,7 @@ class StartFromNoise:
         y = kept.float() / float(scales(self.convention, s)[1])
         signed = output_of_tokens(output, timestep, kwargs, self._verdicts)
         raw = self.convention.raw_output(signed, sample.shape[1]).chunk(self._copies)[0].float()
-        if bool(self._owned.any()):  # then no batch is doubled
+        if bool(self._owned.any()):  # then the batch is not doubled
             raw = held_at_zero(raw, float(sigma) * y, s, self.convention.denoiser, self._owned.to(sample.device))
             output = (self.convention.sign * output_of_tokens(raw, timestep, kwargs, self._verdicts)).to(output)
         self._calls.append((float(s), LateReading(y), LateReading(float(a * sigma) * y + float(c) * raw)))
@@ -169,7 +169,7 @@ class StartFromNoise:
 
 
 class _Replaced(Override):
-    """Replaces a method of a scheduler for a `StartFromNoise`, which is copied with it."""
+    """Replaces a method of a scheduler by one of a `StartFromNoise`, which is copied with the scheduler."""
 
     def __init__(self, owner: Any, run: StartFromNoise) -> None:
         super().__init__(owner)

@@ -20,27 +20,27 @@ from fastsched.measurement.statistics import PathStatistics
 #: What to do about a pipeline whose loop cannot be measured.
 INSTEAD = "so it cannot be measured by its loop; measure its network (fastsched.measure)"
 
-#: How much faster ``D`` may move between two of the first levels than at the next three, where all are that many times
-#: above the data's deviation, and over how many levels. Denoisers reach 6.4, networks of random weights 22.
+#: `check_beginning`: how many times faster ``D`` may move between two early levels than at the next three (denoisers
+#: reach 6.4, random weights 22); the least ratio of these levels to the data's deviation; the fewest levels checked.
 JUMP, ABOVE, FEWEST_LEVELS = 40.0, 3.0, 12
 
-#: Largest relative change of an answer repeated in the same batch, by what the network computes in: less than in
-#: another batch (`measurement.questions.REPEATABLE`), for which libraries take other kernels.
+#: Largest relative change of an output that is computed again in the same batch, by the network's dtype. In 16 bits it
+#: is less than in another batch (`measurement.questions.REPEATABLE`), for which libraries use other kernels.
 REPEATED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 5e-3}
 
-#: Largest relative change of an element of the latents between steps, and of their size: bfloat16 rounds by 0.002.
+#: Largest relative changes between steps: of an element of the latents, and of their scale. bfloat16 rounds by 0.002.
 ROUNDED, RESIZED = 1e-2, 3e-3
 
-#: The last step at which their size is looked at, for it takes two passes over them: what resizes them always does.
+#: The last step at which the scale is checked, in two passes over the latents. Pipelines that rescale do so every step.
 RESIZED_EARLY = 3
 
-#: What a pipeline that depends on the step was found to do.
+#: What to say about a pipeline whose output depends on the step.
 UNALIKE = (
     "the pipeline's output must not depend on the step's number (guidance or control that starts or ends midway) or "
     "on random numbers (dropout)"
 )
 
-#: What is wrong with a pipeline that holds a part of the latents still, or replaces it at some steps alone.
+#: What is wrong with a pipeline that keeps a part of the latents constant, or replaces it only at some steps.
 KEEPS = (
     "of the latents for itself at some steps (a first frame or a mask?), so the schedule would be chosen for values "
     "that are not sampled; measure the pipeline of the same model that starts from noise alone (text to image or "
@@ -52,9 +52,9 @@ TOKENS = "per_token_timesteps"
 
 
 def output_of_tokens(output: Any, timestep: Any, options: Mapping[str, Any], verdicts: Verdicts) -> Any:
-    """The network's output in a call of ``step``: its negative where each token comes with a timestep.
+    """The network's output in a call of ``step``, negated if the call gives a timestep for each token.
 
-    There the class steps by ``sample + (sigma - sigma_next) output``, with the other sign than elsewhere.
+    In such a call the class steps by ``sample + (sigma - sigma_next) output``, with the opposite of its usual sign.
 
     Raises:
         ValueError: If not all tokens are at ``timestep``.
@@ -70,37 +70,37 @@ def output_of_tokens(output: Any, timestep: Any, options: Mapping[str, Any], ver
                 f"own timestep (an image or frames to be kept?), {INSTEAD}"
             )
 
-    own = torch.as_tensor(timestep).to(tokens)  # beyond rounding: what is to be kept is at a time of its own
+    own = torch.as_tensor(timestep).to(tokens)  # timesteps of tokens to be kept differ from it by more than rounding
     verdicts.note(((tokens - own).abs() > 1e-3 * own.abs() + 1e-3).sum().reshape(1), judge)
     return -output
 
 
 def held_at_zero(output: Tensor, x: Tensor, s: Tensor, denoiser: Denoiser, owned: Tensor) -> Tensor:
-    """``R`` with which ``D = a x + c R`` is 0 at the elements that the pipeline owns, and as ``output`` elsewhere.
+    """``output``, changed so that ``D = a x + c R`` is 0 at the elements that the pipeline owns.
 
-    So what a network answers for values that the pipeline replaces (a given first frame) is in no sum.
+    So the network's output for values that the pipeline replaces (a given first frame) enters no sum.
 
     Args:
         output: ``R``, [B, *shape].
         x: The network's input, of the same shape.
         s: The level, [1] or [].
-        denoiser: Says what ``R`` is.
-        owned: Which elements those are, bool, broadcast over the batch.
+        denoiser: Gives ``a`` and ``c``.
+        owned: Mask of the elements that the pipeline owns, bool, broadcast over the batch.
     """
     a, c = (float(each) for each in denoiser.coefficients(s))
-    return torch.where(owned, -a / c * x.float(), output.float())  # in 16 bits D would be rounding
+    return torch.where(owned, -a / c * x.float(), output.float())  # in 16 bits D would be a rounding error, not 0
 
 
 def check_options(parameters: Mapping[str, Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse arguments of ``step`` that differ from the defaults of the scheduler's own class.
 
     Args:
-        parameters: Those of the class's ``step``, with ``self``, output, timestep and sample first.
+        parameters: Parameters of the class's ``step``: ``self``, output, timestep and sample, then the others.
         args: Positional arguments after the sample.
         kwargs: Keyword arguments.
 
     Raises:
-        ValueError: If one may change what the step does; a generator, of which no number is drawn, does not.
+        ValueError: If one may change what the step does. A generator does not: no number is drawn from it.
     """
     given = {**dict(zip([*parameters][4:], args, strict=False)), **kwargs}
     for name, value in given.items():
@@ -114,10 +114,10 @@ def check_options(parameters: Mapping[str, Parameter], args: tuple[Any, ...], kw
 
 
 def check_one_run(*, again: bool) -> None:
-    """Check that a pipeline does not step ``again`` once a run has ended in the same call.
+    """Check that a pipeline does not step ``again`` after a run has ended in the same call.
 
     Raises:
-        ValueError: If it does, which ends the call; there is a warning too, for no step that is needed is lost.
+        ValueError: If it does. The error only ends the call, after all needed steps, so there is a warning as well.
     """
     if again:
         what = "the pipeline runs its loop several times in a call (sections of a video, batches of an ensemble?)"
@@ -126,11 +126,11 @@ def check_one_run(*, again: bool) -> None:
 
 
 def check_scaling(convention: Convention, name: str, scales: bool) -> None:
-    """Check that the pipeline lets a scheduler scale the network's input, if it is of a class that does.
+    """Check that the pipeline calls ``scale_model_input`` if its scheduler's class scales the network's input.
 
     Args:
-        convention: That of the scheduler.
-        name: Its class.
+        convention: The scheduler's convention.
+        name: The scheduler's class.
         scales: Whether the pipeline called ``scale_model_input``.
 
     Raises:
@@ -145,14 +145,14 @@ def check_scaling(convention: Convention, name: str, scales: bool) -> None:
 
 
 def check_scaled(sample: Any, scaled: Tensor | None = None) -> None:
-    """Check that what a pipeline gives to ``scale_model_input`` are states, not a number whose scale it computes with.
+    """Check that a pipeline calls ``scale_model_input`` on a state, not on a number or on a state scaled already.
 
     Args:
-        sample: What it gives.
-        scaled: What the last call returned, of a scheduler that scales.
+        sample: The argument of the call.
+        scaled: The result of the last call, for a scheduler that scales its input.
 
     Raises:
-        ValueError: If it is a number, or what is scaled already.
+        ValueError: If ``sample`` is a number, or is ``scaled``.
     """
     if scaled is not None and sample is scaled:
         raise ValueError(
@@ -172,9 +172,9 @@ def check_timestep(index: int, timesteps: Tensor, timestep: Any, verdicts: Verdi
 
     Args:
         index: The number of the step.
-        timesteps: Those of the run, on the CPU.
-        timestep: What ``step`` was called with.
-        verdicts: Takes what is to be compared.
+        timesteps: The timesteps of the run, on the CPU.
+        timestep: The timestep that ``step`` was called with.
+        verdicts: Collects the values to compare.
 
     Raises:
         ValueError: If it is not.
@@ -198,7 +198,7 @@ def check_output(output: Any, sample: Tensor) -> None:
     """Check that a network's output is a prediction for the latents.
 
     Raises:
-        ValueError: If its shape or its dtype is another one.
+        ValueError: If it has another shape than the latents, or is not a floating-point tensor.
     """
     if not isinstance(output, Tensor) or output.shape != sample.shape or not output.is_floating_point():
         what = f"shape {tuple(output.shape)}, {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
@@ -211,8 +211,8 @@ def check_first_latents(sample: Tensor, verdicts: Verdicts) -> None:
     """Check that a pipeline starts from standard normal noise times ``init_noise_sigma``, which is 1 here.
 
     Raises:
-        ValueError: If the root mean square of the n elements is a third beyond what it is once in 10^9 draws, by the
-            chi-square distribution of ``sum x^2``.
+        ValueError: If the root mean square of the elements is more than a factor of 1.33 outside the range that it
+            leaves once in 10^9 draws on either side, by the chi-square distribution of ``sum x^2``.
     """
     half = sample.numel() / 2
     low, high = (math.sqrt(float(edge(half, 1e-9)) / half) for edge in (gammaincinv, gammainccinv))
@@ -233,7 +233,7 @@ def check_unchanged(sample: Tensor, returned: Tensor, index: int, verdicts: Verd
     """Check that the latents of step ``index`` are those returned by the step before, element by element.
 
     Raises:
-        ValueError: If the pipeline changed some, or all a little; rounding to 16 bits is allowed.
+        ValueError: If the pipeline changed some elements, or rescaled all of them. Rounding to 16 bits is allowed.
     """
 
     def judge(found: Tensor) -> None:
@@ -259,13 +259,13 @@ def check_sampled(kept: Tensor, most: float, size: int, verdicts: Verdicts) -> N
     """Check that a pipeline samples all elements of its latents.
 
     Args:
-        kept: How many it seems to keep, by one or more signs, [n].
-        most: The fraction of them from which on that has another reason.
+        kept: How many elements it seems to keep, counted in one or more ways, [n]; the smallest is used.
+        most: From this fraction of all elements on, there must be another reason, and it is no error.
         size: The number of elements.
-        verdicts: Takes what is to be compared.
+        verdicts: Collects the values to compare.
 
     Raises:
-        ValueError: If it keeps some for itself.
+        ValueError: If it keeps some elements for itself.
     """
 
     def judge(counts: Tensor) -> None:
@@ -277,14 +277,14 @@ def check_sampled(kept: Tensor, most: float, size: int, verdicts: Verdicts) -> N
 
 
 def differing(values: Tensor, wanted: Tensor, slack: float) -> Tensor:
-    """How many ``values`` differ from ``wanted`` by more than ``slack`` of it and 1e-3 of its root mean square."""
+    """How many ``values`` differ from ``wanted`` by more than ``slack |wanted|`` plus 1e-3 of its root mean square."""
     wide = wanted.float()
     away = (values - wide).abs_().sub_(wide.abs(), alpha=slack)
     return (away > torch.linalg.vector_norm(wide) * (1e-3 / math.sqrt(wide.numel()))).sum()
 
 
 def doubled(sample: Tensor, returned: Tensor) -> bool:
-    """Whether the second half of the batch, returned as other latents, has been replaced by a copy of the first.
+    """Whether the pipeline replaced the second half of the batch, ``returned`` to it, by a copy of the first half.
 
     Waits for the device.
     """
@@ -296,14 +296,14 @@ def doubled(sample: Tensor, returned: Tensor) -> bool:
 
 
 def check_beginning(stats: PathStatistics) -> None:
-    """Check that the first answers of a measurement are those of the network that gave the later ones.
+    """Check that a network computed the same function in the first calls of a measurement as in later ones.
 
-    Above the data's size ``D`` moves with ``1 / s``, from the mean of the data at 0. Its speed ``|D_k - D_{k-1}| /
-    (1/s_k - 1/s_{k-1})`` is nearly the same at all the first levels, and much higher where a network ceases to answer
-    as at its first calls.
+    At levels well above the data's deviation, ``D`` is a linear function of ``1 / s``, equal to the mean of the data at
+    0. So its speed ``|D_k - D_{k-1}| / (1/s_k - 1/s_{k-1})`` is nearly the same at all the first levels. It is much
+    higher between two levels if the network changes there.
 
     Raises:
-        ValueError: If it is at one of the first levels.
+        ValueError: If the speed is much higher at one of the first levels.
     """
     speed = stats.gram.diagonal(dim1=1, dim2=2).mean(0).sqrt() / (1 / stats.s).diff()
     above = int((stats.s > ABOVE * stats.data_std).sum())
@@ -311,38 +311,38 @@ def check_beginning(stats: PathStatistics) -> None:
         times = float(speed[k] / speed[k + 1 : k + 4].max())
         if times > JUMP:
             raise ValueError(
-                f"between levels {k} and {k + 1} the denoised sample moves {times:.3g} times as fast as at those that "
-                "follow: does the network answer its first calls otherwise (a cache that is filled late, a counter)? "
+                f"between levels {k} and {k + 1} the denoised sample moves {times:.3g} times as fast as at the levels "
+                "that follow: are the network's first calls different (a cache that is filled late, a counter)? "
                 f"Reset that in every call, or disable it; as it is, {INSTEAD[3:]}"
             )
 
 
 def warn_of_clipping(kind: type, config: Mapping[str, Any], ends: Tensor) -> None:
-    """Warn if a scheduler of class ``kind`` clips what a measurement does not: more than 1% of the paths' ``ends``."""
-    taken = signature(kind.__init__).parameters  # a config from another class may hold more
+    """Warn if a scheduler of class ``kind`` would clip more than 1% of ``ends``; a measurement never clips."""
+    taken = signature(kind.__init__).parameters  # a config of another class may have more entries
     if kind.__name__.startswith("CogVideoX"):
-        return  # which has the setting, and does not use it
+        return  # these classes have the setting and do not use it
     bounds = {"clip_sample": config.get("clip_sample_range") or 1.0, "thresholding": 1.0}
     for name, bound in bounds.items():
         beyond = float((ends.abs() > 1.02 * bound).double().mean())
         if name in taken and config.get(name) and beyond > 0.01:
             warnings.warn(
                 f"the scheduler clips the denoised sample at {bound:g} ({name}=True), and {beyond:.0%} of the paths' "
-                "ends lie beyond: the statistics are of sampling without it; set it to False for a model of latents",
+                f"ends lie beyond: the statistics are for sampling without that; set {name}=False for latent models",
                 stacklevel=2,
             )
 
 
 def check_repeat(first: Tensor, output: Tensor) -> None:
-    """Check that the same latents and timestep were answered alike at the beginning and at the end.
+    """Check that the network gave the same output for the same latents and timestep at the beginning and at the end.
 
     Raises:
-        ValueError: If they were not.
+        ValueError: If it did not.
     """
     change = float((output.float() - first.float()).norm() / first.float().norm().clamp_min(1e-30))
     if change > REPEATED.get(output.dtype, 1e-3):
         raise ValueError(
-            f"the same latents and timestep were answered {change:.2%} differently at the end of the run than at "
+            f"the same latents and timestep were answered differently (by {change:.2%}) at the end of the run than at "
             f"its beginning; {UNALIKE}"
         )
 

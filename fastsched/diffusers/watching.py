@@ -1,8 +1,8 @@
-"""Watch a pipeline while it is measured: what it gives its networks, and what it makes of their outputs.
+"""Watch a pipeline while it is measured: the arguments of its networks, and how it combines their outputs.
 
-A measurement is of a function of latents and level. A pipeline can compute something else: control or guidance within a
-window of steps, a scale that changes with the step's number, a network that reuses parts of its last steps. The
-scheduler sees only the result of a step, so this module looks at the networks' calls; `consistency` compares them
+A measurement treats a pipeline as a function of latents and level. A pipeline can depend on more: control or guidance
+within a window of steps, a scale that changes with the step's number, a network that reuses parts of its last steps.
+The scheduler sees only the result of a step, so this module records the networks' calls. `consistency` compares them
 between steps.
 """
 
@@ -22,10 +22,10 @@ from fastsched.denoisers.network_state import active_training_layer, is_training
 from fastsched.diffusers.formula import Formula, Given, part_like, products_of
 from fastsched.diffusers.step_checks import differing
 
-#: Names of numbers that follow the level or the step, and so differ between steps in every pipeline.
+#: Words in the names of values that follow the level or the step, and so differ between steps in every pipeline.
 PROGRESS = ("time", "step", "sigma", "index", "progress", "temb")
 
-#: Attributes that diffusers, cache-dit and TeaCache set on a network or pipeline, and how a cache is disabled.
+#: Attributes that diffusers, cache-dit and TeaCache set on a network or pipeline, and how to disable each cache.
 CACHES = {
     "is_cache_enabled": "{}.disable_cache()",
     "_is_cached": "cache_dit.disable_cache(pipe)",
@@ -38,12 +38,12 @@ class Step:
     """What happened between two calls of the scheduler's ``step``.
 
     Attributes:
-        calls: Calls of each network.
-        facts: What the networks and the pipeline were given, by name: numbers, flags, sizes and sums of tensors.
-        sums: Of tensors that are not on the CPU, the sizes, and the sums that are still to be read.
+        calls: The number of calls of each network.
+        facts: Arguments of networks and attributes of the pipeline, by name: numbers, flags, tensors' shapes and sums.
+        sums: For tensors that are not on the CPU, the shapes, and the sums, which have not been copied to the CPU yet.
         layers: How many layers each network ran, where they could be counted.
         inputs: The tensors that the networks were given, or lists of them.
-        outputs: The first tensor of each call's output, or list of them.
+        outputs: The first tensor, or list of tensors, in each call's output.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -66,7 +66,7 @@ class PipelineWatch:
         self._random: dict[str, Tensor] = {}
 
     def take(self) -> Step:
-        """What happened since the last call."""
+        """End a step: return what happened since the last call of this method."""
         step, self._step = self._step, Step()
         self._steps += 1
         for name, value in vars(self.pipe).items():
@@ -78,7 +78,7 @@ class PipelineWatch:
         return step
 
     def calling(self, name: str, module: torch.nn.Module) -> None:
-        """A network is called; before the first step ends, others may be, which encode prompts."""
+        """Check the training mode of a network before its call; not in the first step, when prompt encoders may run."""
         if self._steps == 0 or not is_training(module):
             return
         layer = active_training_layer(module)
@@ -95,7 +95,7 @@ class PipelineWatch:
             )
 
     def called(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """A network has been called."""
+        """Record a call of a network."""
         step = self._step
         turn = step.calls[name]
         step.calls[name] += 1
@@ -115,7 +115,7 @@ class PipelineWatch:
         return self._names[name]
 
     def layer_ran(self, name: str) -> None:
-        """A layer of a network has been called."""
+        """Record a call of one of a network's layers."""
         self._step.layers[name] += 1
 
 
@@ -177,10 +177,10 @@ def check_caches(pipe: Any) -> None:
 
 
 def observed(step: Step, output: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Step, Formula | None]]]:
-    """What is to be read of a step whose output [B, *shape] the scheduler was given: a small vector, on its device.
+    """Collect what must be copied to the CPU of a step in which the scheduler was given ``output`` [B, *shape].
 
     Returns:
-        The vector, and a function from its values on the CPU to the step without tensors, and its formula.
+        A small vector on the output's device, and a function from its CPU values to (step without tensors, formula).
     """
     products = products_of(step.outputs, output)
     exact = torch.float32 if output.device.type == "mps" else torch.float64
@@ -203,8 +203,8 @@ def observed(step: Step, output: Tensor) -> tuple[Tensor, Callable[[Tensor], tup
 def overwritten(step: Step, latents: Tensor) -> Tensor | None:
     """How many elements of ``latents`` [B, *shape] the pipeline replaced in each of its networks' inputs, [n].
 
-    Inputs are compared if they have the latents' shape, or repeat them along the batch or extend them along one other
-    dimension; None if there are none. Where all elements differ, the pipeline scales its input.
+    An input is compared if it has the latents' shape, repeats them along the batch, or extends them along one other
+    dimension. The result is None if no input does. If all elements differ, the pipeline scales its input.
     """
     parts = [part for given in step.inputs if (part := part_like(given, latents)) is not None]
     return torch.stack([differing(part.to(latents.device), latents, 0.02) for part in parts]) if parts else None
@@ -213,8 +213,8 @@ def overwritten(step: Step, latents: Tensor) -> Tensor | None:
 def replaced(step: Step, latents: Tensor) -> Tensor:
     """Which elements of ``latents`` [B, *shape] the pipeline replaced in its networks' input, bool.
 
-    That of `overwritten` where the fewest differ; the smallest difference beyond its dtype's counts. Waits for the
-    device.
+    Compares like `overwritten`, but exactly in the input's dtype, and returns the mask with the fewest elements. Waits
+    for the device.
     """
     parts = [part for given in step.inputs if (part := part_like(given, latents)) is not None]
     masks = [part.to(latents.device) != latents.to(part.dtype) for part in parts]
@@ -234,7 +234,7 @@ def is_number(value: Any) -> bool:
 def _facts(name: str, value: Any) -> dict[str, Any]:
     """Comparable facts about an argument: numbers as they are, tensors by shape and sums, containers by entry.
 
-    The sums of a tensor that is not on the CPU stay tensors, which are not waited for.
+    The sums of a tensor that is not on the CPU stay on its device, so that the host does not wait for them.
     """
     if is_number(value):
         return {name: value}
@@ -252,7 +252,7 @@ def _facts(name: str, value: Any) -> dict[str, Any]:
 
 
 def _note(step: Step, name: str, value: Any) -> None:
-    """Add the facts about ``value`` to those of a step, or to the sums that are still to be read."""
+    """Add the facts about ``value`` to a step's facts, or to its sums if they are not on the CPU yet."""
     for key, fact in _facts(name, value).items():
         if isinstance(fact, tuple) and isinstance(fact[1], Tensor):
             step.sums[key] = fact
@@ -261,10 +261,10 @@ def _note(step: Step, name: str, value: Any) -> None:
 
 
 class _NetworkState:
-    """What a network's answers may follow: an element of each weight and buffer, its parts' numbers and LoRA scales.
+    """What can change a network's output: an element of each weight and buffer, its modules' numbers, LoRA scales.
 
-    Where to look is found once: a walk through a large network at every step would take longer than the scheduler. No
-    tensors where hooks move them between devices.
+    The places to read are found once: a walk through a large network at every step would take longer than the
+    scheduler. Tensors are read only if they are plain tensors on one device that no hooks move to other devices.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -285,10 +285,10 @@ class _NetworkState:
         self._watched = bool(values) and usual and not moved and values[0].device.type != "meta"
         self._elements: dict[torch.dtype, list[Tensor]] = {}
         for each in values if self._watched else ():
-            self._elements.setdefault(each.dtype, []).append(each.as_strided((1,), (1,)))  # of any memory format
+            self._elements.setdefault(each.dtype, []).append(each.as_strided((1,), (1,)))  # works in any memory format
 
     def facts(self) -> dict[str, Any]:
-        """Numbers and tensors that are equal at every step."""
+        """Numbers and tensors that must be equal at every step."""
         numbers = tuple(str(value) if isinstance(value := at.get(key), dict) else value for at, key in self._numbers)
         found: dict[str, Any] = {"settings": hash(numbers)}
         if self._watched:
@@ -299,7 +299,7 @@ class _NetworkState:
 
 
 def _are_tensors(value: Any) -> bool:
-    """Whether it is a tensor or a list of tensors."""
+    """Whether ``value`` is a tensor or a non-empty list of tensors."""
     listed = isinstance(value, list) and len(value) > 0
     return all(isinstance(each, Tensor) for each in value) if listed else isinstance(value, Tensor)
 
