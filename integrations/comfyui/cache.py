@@ -14,10 +14,10 @@ from fastsched.sampling.schedule import Schedule
 #: The oldest files are removed when there are more; files of other names are not touched.
 MOST_FILES, OWN_NAME = 200, re.compile(r"[0-9a-f]{64}\.(json|safetensors)")
 
-#: Increments of more bytes are not held.
+#: Increments that take more bytes than this are not kept in memory.
 MOST_BYTES = 1 << 30
 
-#: The last measurement, with its increments, which files do not hold: another number of steps needs no new one.
+#: The last measurement with its increments, which files do not hold, so that a fit of other steps can reuse it.
 _last: list[tuple[str, PathStatistics]] = []
 
 

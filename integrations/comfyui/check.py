@@ -6,9 +6,9 @@ the server on loopback with a folder of its own (nothing is written to ``DIR``),
 * finds every node in the server's list;
 * fits, saves, loads, inspects and samples each kind of model through graphs; the images must be those of
   `fastsched.sample` on the bare network, to 1e-4;
-* restarts the server and fits again: nothing may be spent;
-* asks for what must be refused, and interrupts a fit;
-* compares every solver with ComfyUI's sampler of that name by number, and writes the tables (``--docs``).
+* restarts the server and fits again, which must take no model calls;
+* checks what must be refused, and interrupts a fit;
+* compares the samples of every solver with those of ComfyUI's sampler, and writes the tables (``--docs``).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Case:
 
     Attributes:
         kind: The network.
-        prediction: As `checking.networks.denoiser` has it.
+        prediction: As in `checking.networks.denoiser`.
         solver: A choice of the node.
         cfg: The scale of guidance.
         patch: A node that changes the model, and its inputs.
@@ -93,7 +93,7 @@ CASES = {
 
 
 def graph(case: Case, name: str, *, fit: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Fit, save, inspect, ask for steps, and sample."""
+    """The graph that fits, saves, inspects, finds the steps needed, and samples."""
     from checking.networks import WIDTHS
 
     width, pooled = WIDTHS[case.kind]
@@ -157,7 +157,7 @@ def numbered(nodes: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
 
 
 def loaded(case: Case, name: str, file: str) -> dict[str, Any]:
-    """Sample by a schedule from a file."""
+    """The graph that samples by a schedule from a file."""
     whole = graph(case, name)
     both = {key: whole["sample"]["inputs"][key] for key in ("model", "positive", "negative", "cfg")}
     kept = {key: whole[key] for key in ("load", "positive", "negative", "latent", *ADDED) if key in whole}
@@ -177,7 +177,7 @@ def latent_of(outputs: dict[str, Any], base: Path) -> Any:
 
 
 def expected(case: Case, schedule: Any) -> Any:
-    """What `fastsched.sample` makes of the bare network, in the units of LATENT."""
+    """Samples of `fastsched.sample` from the bare network, in the units of LATENT."""
     import comfy.latent_formats
     import comfy.model_sampling
     import torch
@@ -210,7 +210,7 @@ def difference(found: Any, wanted: Any) -> float:
 
 
 def said(outputs: dict[str, Any], node: str = "dump") -> dict[str, Any]:
-    """What CheckDump was given."""
+    """The values that a node CheckDump received."""
     return json.loads(outputs[node]["said"][0])
 
 
@@ -238,7 +238,7 @@ def check_cases(server: Any, base: Path, report: list[str]) -> None:
 
 
 def check_second_run(server: Any, report: list[str]) -> None:
-    """After a restart everything is remembered."""
+    """Check that all fits are remembered after a restart."""
     for number, (title, case) in enumerate(CASES.items()):
         start = time.monotonic()
         text = said(server.run(graph(case, f"case{number}")))["text"]
@@ -248,7 +248,7 @@ def check_second_run(server: Any, report: list[str]) -> None:
 
 
 def failure(server: Any, whole: dict[str, Any]) -> str:
-    """What the server says of a graph that fails; nothing if it does not."""
+    """The server's error for a graph; empty if the graph succeeds."""
     try:
         server.run(whole)
     except RuntimeError as error:
@@ -257,7 +257,7 @@ def failure(server: Any, whole: dict[str, Any]) -> str:
 
 
 def check_refusals(server: Any, base: Path, report: list[str]) -> None:
-    """What depends on the step, what is no schedule, what lies elsewhere; and an interrupt."""
+    """Check that step-dependent models, invalid schedules and files elsewhere are refused; and interrupt a fit."""
     from checking.server import error_of
 
     case = CASES["flow"]

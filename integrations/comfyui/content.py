@@ -19,7 +19,7 @@ import torch
 #: Elements of each of a network's weights that are read, evenly spread: training and merging change nearly all of them.
 #: Other tensors are read whole, for in prompts and images one element may be all that differs.
 ELEMENTS = 1 << 14
-#: Deeper than anything but a mistake.
+#: Values nested deeper than this are not read; only a mistake nests deeper.
 DEEPEST = 40
 
 #: Attributes of ComfyUI's own classes that are bookkeeping: they change without any change of what is computed.
@@ -30,8 +30,8 @@ BOOKKEEPING = frozenset(
         *("current_patcher", "parent", "backup", "object_patches_backup", "_curr_t", "model_sampling_current"),
     }
 )
-#: What is no setting of a network, of whatever class: what PyTorch keeps in every module, of which the tensors are read
-#: as such; and how much of it ComfyUI has loaded at the moment.
+#: Attributes that are no settings of a network of any class: those that PyTorch gives every module (tensors are read
+#: separately), and those that count how much of the network ComfyUI has loaded at the moment.
 NO_SETTINGS = frozenset(
     {
         *vars(torch.nn.Module()),
@@ -39,16 +39,16 @@ NO_SETTINGS = frozenset(
         *("comfy_patched_weights", "comfy_cast_weights", "prev_comfy_cast_weights"),
     }
 )
-#: The flag of classes that are no part of the interpreter's own, `Py_TPFLAGS_HEAPTYPE`.
+#: CPython's flag `Py_TPFLAGS_HEAPTYPE`, which is set for classes that are created at run time.
 HEAP_TYPE = 1 << 9
-#: What counts in a ModelPatcher of ComfyUI, beside its network's weights.
+#: The attributes of ComfyUI's ModelPatcher that are read, in addition to its network's weights.
 PATCHER = (
     *("patches", "object_patches", "model_options", "weight_wrapper_patches", "wrappers", "callbacks", "injections"),
     *("hook_patches", "additional_models", "attachments", "force_cast_weights"),
 )
 
 
-#: Of a network without a patcher.
+#: No attributes; as ``originals``, it says that a network has no patcher.
 NOTHING: dict[str, Any] = {}
 
 
@@ -62,7 +62,7 @@ def digest(*parts: Any) -> str | None:
     try:
         for part in parts:
             reader.read(part, 0)
-    except Exception:  # whatever keeps it from being read, there is no key then
+    except Exception:  # whatever the reason, without the content there is no key
         return None
     return reader.hash.hexdigest()
 
@@ -71,7 +71,7 @@ class _Reader:
     def __init__(self) -> None:
         self.hash = hashlib.sha256()
         self.seen: dict[int, int] = {}
-        self.kept: list[Any] = []  # so that no id is used twice
+        self.kept: list[Any] = []  # so that no object is freed and its id used again
 
     def say(self, *words: object) -> None:
         for word in words:
@@ -104,7 +104,7 @@ class _Reader:
         elif isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
             self.say("named", getattr(value, "__module__", ""), getattr(value, "__qualname__", value.__name__))
             if isinstance(value, types.BuiltinFunctionType):
-                self.read(value.__self__, depth)  # what it is a method of, or its module
+                self.read(value.__self__, depth)  # the object that it is a method of, or its module
         elif isinstance(value, types.FunctionType):
             self.function(value, depth)
         elif isinstance(value, types.MethodType):
@@ -132,7 +132,7 @@ class _Reader:
             self.each(value, depth)
         else:
             self.say(*sorted(repr(item) for item in self._plain(value)))
-        self.mapping(getattr(value, "__dict__", NOTHING), depth)  # of a class derived from it
+        self.mapping(getattr(value, "__dict__", NOTHING), depth)  # attributes, if the class is derived
 
     def mapping(self, value: dict[Any, Any], depth: int, skipped: frozenset[str] = frozenset({"uuid"})) -> None:
         kept = [(key, item) for key, item in value.items() if not (isinstance(key, str) and key in skipped)]
@@ -148,7 +148,7 @@ class _Reader:
         self.each((value.__defaults__, value.__kwdefaults__), depth)
 
     def code(self, code: types.CodeType, known: dict[str, Any], depth: int) -> None:
-        """What a function does, those within it too, and the numbers and texts among the globals that it names."""
+        """A function's code, that of functions within it, and the plain values and containers among its globals."""
         self.say("code", code.co_code, repr(code.co_names), len(code.co_consts))
         for const in code.co_consts:
             if isinstance(const, types.CodeType):
@@ -161,7 +161,7 @@ class _Reader:
                 self.read(known[name], depth)
 
     def instance(self, value: Any, depth: int) -> None:
-        """An object: all its attributes, which are all there is to it only if its classes are made in Python."""
+        """An object: all its attributes. They are its whole state only if all its classes are written in Python."""
         classes = type(value).__mro__[:-1]
         slotted = [vars(each)["__slots__"] for each in classes if "__slots__" in vars(each)]
         if not all(map(_made_in_python, classes)) or not (slotted or hasattr(value, "__dict__")):
@@ -179,8 +179,8 @@ class _Reader:
         self.say("patcher", type(value).__qualname__)
         originals = {key: getattr(kept, "weight", kept) for key, kept in getattr(value, "backup", {}).items()}
         self.network(value.model, originals, depth)
-        if hasattr(value.model, "model_sampling"):  # not that of a ControlNet
-            self.read(value.get_model_object("model_sampling"), depth)  # which may be a patch, in its place or not yet
+        if hasattr(value.model, "model_sampling"):  # a ControlNet has none
+            self.read(value.get_model_object("model_sampling"), depth)  # it may be a patch, applied or not yet
         self.mapping({name: getattr(value, name, None) for name in PATCHER}, depth)
 
     def network(self, value: torch.nn.Module, originals: dict[str, Any], depth: int) -> None:
@@ -197,7 +197,7 @@ class _Reader:
             return
         for name, part in value.named_modules():
             own = {key: item for key, item in vars(part).items() if key not in NO_SETTINGS}
-            if _of_comfyui(part):  # those within others change as they are loaded
+            if _of_comfyui(part):  # attributes of inner modules change while they are loaded
                 kept = {k: v for k, v in own.items() if isinstance(v, (bool, int, float, str)) and k not in BOOKKEEPING}
                 own = kept if part is value else {}
             self.say(name, type(part).__module__, type(part).__qualname__)
@@ -221,11 +221,11 @@ class _Reader:
 
 
 def _of_comfyui(value: Any) -> bool:
-    """Whether a class of ComfyUI is among those of ``value``."""
+    """Whether the class of ``value`` or one of its base classes is ComfyUI's."""
     return any((each.__module__ or "").partition(".")[0] in ("comfy", "comfy_extras") for each in type(value).__mro__)
 
 
 def _made_in_python(kind: type) -> bool:
-    """Whether instances hold nothing but attributes, as far as this class goes; those of C classes may."""
+    """Whether a class is written in Python, so that it adds only attributes to its instances, unlike a C class."""
     own = not isinstance(vars(kind).get("__new__"), types.BuiltinFunctionType) and kind.__flags__ & HEAP_TYPE
     return bool(own) or kind is types.SimpleNamespace

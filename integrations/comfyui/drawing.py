@@ -1,4 +1,4 @@
-"""A picture of a schedule and of its error curve, drawn with what ComfyUI has: Pillow."""
+"""A picture of a schedule and of its error curve, drawn with Pillow, which ComfyUI has."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastsched.sampling.schedule import Schedule
 from fastsched.selection.planning import ErrorCurve
 
 PAPER, INK, FAINT, LINE, MARK = "#ffffff", "#202124", "#d5d8dc", "#1f6feb", "#d1242f"
-#: Drawn twice as large, and made smaller, so that lines are smooth.
+#: The picture is drawn this many times as large and then reduced, so that lines are smooth.
 FINER = 2
 #: Width and height of a panel, and its margins: left, top, right, bottom.
 PANEL, HEIGHT, MARGIN = 620, 460, (74, 46, 24, 58)
@@ -30,7 +30,7 @@ def picture(schedule: Schedule, curve: ErrorCurve | None) -> Tensor:
     draw = ImageDraw.Draw(image)
     kind = "flow times" if schedule.noise == "flow" else "sigmas"
     solver = "euler" if schedule.solver == "ddim" else schedule.solver  # as ComfyUI calls it
-    # The end at 0 has no logarithm, pure noise in a variance-preserving process neither.
+    # Sigma 0 at the end and the infinite sigma of pure noise have no finite logarithm.
     points = [(float(n), value) for n, value in enumerate(schedule.sigmas.tolist()) if 0 < value < math.inf]
     left = _Panel(draw, 0, f"{kind} of {solver}, {schedule.steps} steps; the last is 0", "step")
     left.plot(points, (0, schedule.steps), points)
@@ -46,7 +46,7 @@ def picture(schedule: Schedule, curve: ErrorCurve | None) -> Tensor:
 
 
 class _Panel:
-    """Axes, linear to the right and logarithmic upwards."""
+    """Axes: horizontal linear, vertical logarithmic."""
 
     def __init__(self, draw: Any, offset: int, title: str, right: str) -> None:
         self.draw = draw
@@ -74,7 +74,7 @@ class _Panel:
             self.draw.ellipse((x - 5 * FINER, y - 5 * FINER, x + 5 * FINER, y + 5 * FINER), fill=MARK)
 
     def note(self, text: str) -> None:
-        """A line in the upper right corner."""
+        """A line of text in the upper right corner."""
         corner = (self.box[2] - 8 * FINER, self.box[1] + 8 * FINER)
         self.draw.text(corner, text, fill=MARK, font=self.small, anchor="ra")
 

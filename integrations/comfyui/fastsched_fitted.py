@@ -18,14 +18,14 @@ import os
 
 import torch
 
-#: Largest relative difference of the sigmas at sampling from those of the weights.
+#: Largest relative difference between the sigmas at sampling and those that the weights are for.
 SAME = 1e-4
 #: Largest difference of a row's sum from 1.
 SUM = 1e-6
 
 
 def _loader():
-    """The module of ``fastsched_schedule.py``, by its place beside this file: ComfyUI gives the files no package."""
+    """The module of ``fastsched_schedule.py``, loaded by its path, because the files may be in no package."""
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fastsched_schedule.py")
     if not os.path.isfile(path):
         raise ImportError("fastsched_fitted.py needs fastsched_schedule.py in the same folder; copy both")
@@ -41,7 +41,7 @@ schedules = _loader()
 
 
 class FastschedFittedLoader:
-    """From ``Schedule.save``'s JSON of a fitted schedule to SAMPLER and SIGMAS, which belong together."""
+    """Load SAMPLER and SIGMAS, which belong together, from ``Schedule.save``'s JSON of a fitted schedule."""
 
     CATEGORY = "sampling/schedulers"
     DEPRECATED = True
@@ -68,7 +68,7 @@ class FastschedFittedLoader:
 
     @classmethod
     def IS_CHANGED(cls, file):
-        """As of the other node: a digest of the file."""
+        """A digest of the file, as in the other node."""
         return schedules.FastschedScheduleLoader.IS_CHANGED(file)
 
     def load(self, file):

@@ -4,9 +4,8 @@ The older node "Load Schedule" gives SIGMAS and the solver's name. It is depreca
 also gives the SAMPLER. Put alone into ComfyUI's ``custom_nodes`` folder, this file still works; it needs only what
 ComfyUI itself needs. Schedules of the fitted solver then need a sampler of their own: ``fastsched_fitted.py``.
 
-A workflow may come from someone else, so its file name is not trusted: only regular files inside the input folder, or
-inside the folder to which the package's nodes save, are read, at most 1 MB of them, and whatever else they hold is a
-message.
+A workflow may come from someone else, so its file name is not trusted. Only regular files of at most 1 MB inside the
+input folder, or inside the folder to which the package's nodes save, are read. Invalid content gives an error message.
 """
 
 import hashlib
@@ -33,7 +32,7 @@ LARGEST_SIGMA = math.sqrt((1 - LAST_ALPHA_BAR) / LAST_ALPHA_BAR)
 
 
 class FastschedScheduleLoader:
-    """From ``Schedule.save``'s JSON to SIGMAS: 1-D float32, descending, ``steps + 1`` values, the last 0."""
+    """Load SIGMAS from ``Schedule.save``'s JSON: 1-D float32, descending, ``steps + 1`` values, the last 0."""
 
     CATEGORY = "sampling/schedulers"
     DEPRECATED = True
@@ -138,7 +137,7 @@ def read_bytes(file):
         raise ValueError(f"file must be a regular file, got {file!r}")
     # The path may have become a pipe or a link since then, so it is opened without blocking and checked again.
     flags = os.O_RDONLY
-    for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"):  # of which each system lacks some
+    for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"):  # each system lacks some of these
         flags |= getattr(os, name, 0)
     with open(os.open(path, flags), "rb") as stream:
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
@@ -230,7 +229,7 @@ def read_sigmas(file, entries):
 
 
 def _checksum(entries):
-    """As `fastsched.sampling.schedule_files` computes it."""
+    """The checksum of entries, as `fastsched.sampling.schedule_files` computes it."""
     text = json.dumps({key: value for key, value in entries.items() if key != "sha256"}, sort_keys=True).encode()
     return hashlib.sha256(len(text).to_bytes(8, "little") + text).hexdigest()
 

@@ -25,19 +25,19 @@ NAME = re.compile(r"\w[\w .+-]{0,99}")
 DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d) *(\..*)?", re.IGNORECASE)
 #: The most bytes that a name may have, so that a number and ``.json`` fit within the 255 of most file systems.
 MOST_BYTES = 240
-#: The dropdown shows at most so many files, of folders at most so deep.
+#: The dropdown shows at most this many files, from folders nested at most this deep.
 MOST_FILES, DEEPEST = 500, 3
-#: Largest relative difference of a schedule's first sigma and the model's.
+#: Largest relative difference between the first sigmas of a schedule and of the model.
 SAME_START = 0.02
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What is passed between the nodes.
+    """A schedule as the nodes pass it on.
 
     Attributes:
         schedule: The schedule; its first sigma is finite, as in ComfyUI.
-        stats: What it was chosen from; None if it comes from a file.
+        stats: The measurement that it was chosen from; None if it comes from a file.
     """
 
     schedule: Schedule
@@ -48,11 +48,11 @@ class Found:
         return self.schedule.to_comfyui().sigmas
 
     def weights(self) -> list[list[float]] | None:
-        """Those of the fitted solver."""
+        """The weights of the fitted solver; None for other solvers."""
         return None if self.schedule.weights is None else self.schedule.weights.tolist()
 
     def summary(self) -> str:
-        """The schedule in a line."""
+        """One line about the schedule."""
         kind = {"flow": "flow times", "vp": "sigmas", "ve": "sigmas"}[self.schedule.noise]
         parts = [
             f"{self.schedule.solver}, {self.schedule.steps} steps, {self.schedule.model_calls} model calls, {kind}"
@@ -64,7 +64,7 @@ class Found:
         return ", ".join(parts)
 
     def rounding(self) -> list[str]:
-        """A warning if ComfyUI will round the timesteps."""
+        """A warning if ComfyUI will round the timesteps, else []."""
         timesteps = self.schedule.timesteps
         if self.schedule.noise != "vp" or timesteps is None:
             return []
@@ -77,7 +77,7 @@ class Found:
         ]
 
     def on_model(self, model_sampling: Any) -> tuple[Found, list[str]]:
-        """The schedule as this model can use it, and what there is to say.
+        """The schedule as this model can use it, and remarks for the user.
 
         Raises:
             ValueError: If it is for another kind of model.
@@ -112,7 +112,7 @@ class Found:
 
 
 def load(file: Any) -> Found:
-    """A schedule of ComfyUI's input folder, or of the folder to which the nodes save.
+    """Load a schedule from ComfyUI's input folder, or from the folder to which the nodes save.
 
     Raises:
         OSError: If the file cannot be read.
@@ -123,7 +123,7 @@ def load(file: Any) -> Found:
     weights = entries.get("weights")
     if weights is not None:
         fastsched_fitted.read_fitted(file)
-    # With every digit of the file; a first sigma of pure noise becomes ComfyUI's own.
+    # These have every digit of the file; a first sigma of pure noise becomes ComfyUI's own.
     values = [
         single if value == "inf" else float(value) for single, value in zip(shown, entries["sigmas"], strict=True)
     ]
@@ -163,13 +163,13 @@ def checked_name(name: Any) -> str:
 
 
 def save(schedule: Schedule, name: str) -> str:
-    """Save in output/fastsched under ``name``, or that with a number if there is such a file; returns its name.
+    """Save in output/fastsched under ``name``, with a number added if that file exists; returns the file's name.
 
-    A first sigma that is ComfyUI's for pure noise is saved as pure noise, as other programs know it.
+    If the first sigma is ComfyUI's finite one for pure noise, infinity is saved, which other programs expect.
 
     Raises:
         OSError: If it cannot be written.
-        ValueError: If the name is none.
+        ValueError: If the name is not valid.
     """
     plain, home = checked_name(name), fastsched_schedule.saved_folder()
     folder = Path(home if home is not None else ".")
@@ -210,5 +210,5 @@ def _json_files(folder: str, depth: int) -> Iterator[tuple[str, float]]:
                 yield entry.path, entry.stat(follow_symlinks=False).st_mtime
             elif depth > 1 and entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
                 yield from _json_files(entry.path, depth - 1)
-        except OSError:  # it has gone since
+        except OSError:  # it has been removed meanwhile
             continue

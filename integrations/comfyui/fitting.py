@@ -29,10 +29,10 @@ def guider_of(model: Any, positive: Any, negative: Any, cfg: float) -> Any:
 
 
 def fit(guider: Any, latent: dict[str, Any], settings: Settings) -> tuple[Found, list[str]]:
-    """The schedule for what a guider answers, and a few words about it.
+    """The schedule for a guider, fitted now or before, and remarks for the user.
 
     Raises:
-        ValueError: If the model cannot be measured: what it does depends on the step, a mask overwrites its latents.
+        ValueError: If the model cannot be measured, as when it depends on the step, or a mask overwrites its latents.
     """
     model = guider.model_patcher
     check(model, latent)
@@ -57,14 +57,14 @@ def fit(guider: Any, latent: dict[str, Any], settings: Settings) -> tuple[Found,
     found = Found(schedule, stats)
     words = [found.summary(), spent]
     if getattr(process, "integer_timesteps", False):
-        words.append("sigmas on trained levels")  # ComfyUI rounds timesteps, so that only such were considered
+        words.append("sigmas on trained levels")  # ComfyUI rounds timesteps, so no others were considered
     return found, words
 
 
 def sampled_latent(model: Any, latent: dict[str, Any]) -> torch.Tensor:
     """The latent as ComfyUI's sampler nodes give it to the model: an empty one gets its channels, frames and size.
 
-    Newer versions of ComfyUI also take what the LATENT says about its scale, under the names of their arguments.
+    ComfyUI's function for that takes, in newer versions, also entries of the LATENT that tell its scale.
     """
     import comfy.sample
 
@@ -74,10 +74,10 @@ def sampled_latent(model: Any, latent: dict[str, Any]) -> torch.Tensor:
 
 
 def check(model: Any, latent: dict[str, Any]) -> None:
-    """Refuse what is known not to be a function of image and noise level.
+    """Refuse models that are known to depend on more than the image and the noise level.
 
     Raises:
-        ValueError: If there is such.
+        ValueError: If the model is one of these, or the latent cannot be used.
     """
     samples = latent.get("samples")
     if type(samples) is not torch.Tensor or samples.ndim < 3 or len(samples) == 0:
@@ -116,7 +116,7 @@ def _run_keeping_measurement(
 
 
 def run(guider: Any, image: torch.Tensor, settings: Settings, known: PathStatistics | None) -> FitReport:
-    """Fit through ComfyUI's guider, with its progress bar; its interrupt stops it."""
+    """Fit through ComfyUI's guider, with ComfyUI's progress bar; an interrupt in ComfyUI stops the fit."""
     import comfy.model_management
     import comfy.utils
 
@@ -136,7 +136,7 @@ def run(guider: Any, image: torch.Tensor, settings: Settings, known: PathStatist
     noise = torch.zeros_like(image, device="cpu")
     try:
         guider.sample(noise, image, fitting, sigmas, disable_pbar=True, seed=settings.seed)
-    except MemoryError as error:  # ComfyUI knows its own kind, and then unloads models and says so
+    except MemoryError as error:  # ComfyUI recognises the original error, unloads models and reports it
         raise error.__cause__ or error from None
     if fitting.report is None:
         raise ValueError("the model's wrappers did not run the sampler that they were given, so it cannot be measured")

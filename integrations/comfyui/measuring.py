@@ -1,7 +1,7 @@
-"""Measure and fit inside ComfyUI: its guider answers, with every patch, ControlNet and condition of the workflow.
+"""Measure and fit inside ComfyUI, through its guider, with every patch, ControlNet and condition of the workflow.
 
 ComfyUI's guider calls ``sampler.sample(...)`` once it has loaded the models and prepared the conditions.
-`FittingSampler` stands where a sampler would, and asks the guider for denoised images instead of sampling.
+`FittingSampler` takes the place of a sampler: it asks the guider for denoised images instead of sampling.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastsched.sampling.solvers import FITTED
 
 from .repeats import check_repeats, layers_watched, questions
 
-#: Flow models are not asked below this time, as in `fastsched.Denoiser.from_velocity`.
+#: Flow models are not called below this time, as in `fastsched.Denoiser.from_velocity`.
 LOWEST_FLOW_TIME = 2e-3
 #: A first flow time this near to 1 is pure noise.
 PURE_NOISE = 1e-4
@@ -37,11 +37,11 @@ class Settings:
 
     Attributes:
         solver: A solver's name.
-        steps: Steps of the schedule.
-        seed: Of the noises of the measured paths.
-        levels: Levels to measure at.
-        samples: Paths to measure.
-        model_calls: The most to spend after the measurement, counted per sample.
+        steps: The number of steps of the schedule.
+        seed: Seed of the noises of the measured paths.
+        levels: The number of levels to measure at.
+        samples: The number of paths to measure.
+        model_calls: The most model calls after the measurement, counted per sample.
     """
 
     solver: str
@@ -53,10 +53,10 @@ class Settings:
 
 
 def process_of(model_sampling: Any) -> NoiseProcess:
-    """The noise process of ComfyUI's ``model_sampling``, found by asking it.
+    """The noise process of ComfyUI's ``model_sampling``, found by calling it.
 
-    Discrete models round timesteps to trained ones; their process knows only those levels. Of zero terminal SNR, they
-    start at ComfyUI's own finite sigma.
+    Discrete models round timesteps to trained ones, so their process has only those levels. With zero terminal SNR
+    they start at ComfyUI's own finite sigma.
 
     Raises:
         ValueError: If the model does not start from noise as ``x0 + sigma eps`` or ``(1 - sigma) x0 + sigma eps``.
@@ -104,13 +104,13 @@ def trained_sigmas(model_sampling: Any) -> Tensor | None:
 class GuidedDenoiser(Denoiser):
     """A denoiser that asks ComfyUI's guider: ``ask(x, sigma)`` is the denoised image in ComfyUI's convention.
 
-    There the states are those of flow matching, or else ``z = x / alpha``.
+    In that convention the states are those of flow matching, or ``z = x / alpha`` for other processes.
     """
 
     ask: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def raw_output(self, x: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None) -> Tensor:
-        """``D`` at states ``x`` [B, *shape] and levels ``s``; the guider chooses what it computes in."""
+        """``D`` at states ``x`` [B, *shape] and levels ``s``; the guider chooses the dtype that it computes in."""
         levels = torch.as_tensor(s, dtype=torch.float64).cpu().expand(len(x))
         state = x if self.process.kind == "flow" else x / _per_sample(self.process.alpha(levels), x)
         assert self.ask is not None
@@ -139,11 +139,10 @@ def _levels(process: NoiseProcess, settings: Settings) -> int:
 
 
 def on_trained_levels(schedule: Schedule, process: NoiseProcess, model_sampling: Any) -> Schedule:
-    """``schedule`` at the nearest trained levels where the model has such and the solver allows it.
+    """``schedule`` at the nearest trained levels, if the model has trained levels and the solver allows it.
 
-    Its timesteps are ComfyUI's own: those of distilled models are not the numbers of their levels.
-
-    The weights of the fitted solver belong to its own sigmas, which stay as they are.
+    Its timesteps are ComfyUI's own, because those of distilled models are not the indices of their levels. A schedule
+    of the fitted solver does not change, because its weights belong to its sigmas.
     """
     if not getattr(process, "integer_timesteps", False) or schedule.solver == FITTED:
         return schedule
@@ -153,7 +152,7 @@ def on_trained_levels(schedule: Schedule, process: NoiseProcess, model_sampling:
 
 
 def nearest_trained(sigmas: Tensor, table: Tensor) -> Tensor:
-    """``sigmas`` [steps + 1], the last 0, moved to the nearest of ``table`` in the logarithm; all stay different.
+    """``sigmas`` [steps + 1], the last 0, moved to the entries of ``table`` nearest in the logarithm, all different.
 
     Raises:
         ValueError: If there are more steps than trained levels.
@@ -177,13 +176,13 @@ def largest_change(before: Tensor, after: Tensor) -> float:
 
 
 class FittingSampler:
-    """Stands where ComfyUI's guider expects a sampler; `report` is there after ``guider.sample``.
+    """Takes the place of a sampler in ComfyUI's guider; `report` is set after ``guider.sample``.
 
     Attributes:
         settings: What to fit.
         known: Statistics of an earlier fit of the same model, with increments; None to measure.
         advance: Called with the number of model calls made, counted per sample; may raise to interrupt.
-        report: What was found.
+        report: The result of the fit.
     """
 
     def __init__(
@@ -204,7 +203,7 @@ class FittingSampler:
         denoise_mask: Tensor | None = None,
         disable_pbar: bool = False,
     ) -> Tensor:
-        """As ComfyUI calls its samplers; the image that it returns is no sample."""
+        """Called by ComfyUI as its samplers are; the image that is returned is not a sample."""
         inner = model_wrap.inner_model
         process = process_of(inner.model_sampling)
         options, seed = extra_args["model_options"], extra_args.get("seed")

@@ -17,14 +17,14 @@ from .measuring import Settings
 from .samplers import CHOICES, sampler_for
 
 CATEGORY = "sampling/fastsched"
-#: The type of a schedule with what it was fitted on.
+#: The type of a schedule together with its measurement (`files.Found`).
 FOUND = "FASTSCHED_SCHEDULE"
 
 
 def _settings() -> dict[str, Any]:
-    """Inputs that both nodes that fit have in common."""
+    """Inputs that the two fitting nodes have in common."""
     return {
-        "latent": ("LATENT", {"tooltip": "Gives the size, and by its batch how many images at once."}),
+        "latent": ("LATENT", {"tooltip": "Gives the size of an image; its batch is how many run at once."}),
         "steps": ("INT", {"default": 8, "min": 1, "max": 40}),
         "sampler": (list(CHOICES), {"default": CHOICES[0]}),
         "seed": ("INT", {"default": 0, "min": 0, "max": 2**31 - 1}),
@@ -34,24 +34,24 @@ def _settings() -> dict[str, Any]:
 def _more_settings() -> dict[str, Any]:
     tuning = {"default": MODEL_CALLS, "min": 0, "max": 100_000, "tooltip": "0 only measures and selects."}
     return {
-        "samples": ("INT", {"default": 4, "min": 1, "max": 64, "tooltip": "Images that are measured."}),
+        "samples": ("INT", {"default": 4, "min": 1, "max": 64, "tooltip": "The number of images that are measured."}),
         "tuning_calls": ("INT", tuning),
-        "save_as": ("STRING", {"default": "", "tooltip": "A file name, or nothing."}),
+        "save_as": ("STRING", {"default": "", "tooltip": "A file name, or empty: no file."}),
     }
 
 
 class FitGuider:
-    """From a guider as the workflow has it to SIGMAS and SAMPLER."""
+    """Fit SIGMAS and SAMPLER to a guider of the workflow."""
 
     CATEGORY = CATEGORY
-    DESCRIPTION = "As Fit Schedule, for any guider: of one condition (Flux), of two prompts, of another package."
+    DESCRIPTION = "Like Fit Schedule, for any guider: with one condition (Flux), two prompts, or from another package."
     FUNCTION = "fit"
     RETURN_TYPES = ("SIGMAS", "SAMPLER", "STRING", FOUND)
     RETURN_NAMES = ("sigmas", "sampler", "text", "schedule")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """What the node takes."""
+        """The node's inputs."""
         return {"required": {"guider": ("GUIDER",), **_settings()}, "optional": _more_settings()}
 
     def fit(
@@ -76,19 +76,19 @@ class FitGuider:
         if save_as.strip():
             try:
                 words.append(f"saved as {files.save(found.schedule, save_as)}")
-            except OSError as error:  # what was fitted is worth more than its file
+            except OSError as error:  # the fit must not be lost because of its file
                 words.append(f"warning: not saved ({error})")
         return (sigmas, chosen, "; ".join(words), found)
 
 
 class FitSchedule:
-    """From a model as the workflow has it to SIGMAS and SAMPLER."""
+    """Fit SIGMAS and SAMPLER to a model of the workflow."""
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
         "Measures the model with its patches, conditions and guidance, and finds the noise levels with which the "
-        "sampler gets nearest to the converged image in so many steps. Takes some hundred model calls, once: the same "
-        "model, prompts and settings are remembered."
+        "sampler gets nearest to the converged image in this number of steps. Takes a few hundred model calls, but "
+        "only once: results for the same model, prompts and settings are remembered."
     )
     FUNCTION = "fit"
     RETURN_TYPES = FitGuider.RETURN_TYPES
@@ -96,7 +96,7 @@ class FitSchedule:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """What the node takes."""
+        """The node's inputs."""
         model = {
             "model": ("MODEL",),
             "positive": ("CONDITIONING",),
@@ -125,12 +125,12 @@ class FitSchedule:
 
 
 class LoadSchedule:
-    """From a file to SIGMAS and SAMPLER."""
+    """Load SIGMAS and SAMPLER from a file."""
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Loads a schedule that fastsched saved, from ComfyUI's input folder or from where Save Schedule puts it. With "
-        "a model its sigmas are moved to the levels that the model was trained at, and are checked against it."
+        "Loads a schedule that fastsched saved, from ComfyUI's input folder or from where Save Schedule puts it. If a "
+        "model is connected, the schedule is checked against it, and sigmas are moved to the model's trained levels."
     )
     FUNCTION = "load"
     RETURN_TYPES = ("SIGMAS", "SAMPLER", "STRING", FOUND)
@@ -138,7 +138,7 @@ class LoadSchedule:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """What the node takes."""
+        """The node's inputs."""
         return {"required": {"file": (files.listed(),)}, "optional": {"model": ("MODEL",)}}
 
     @classmethod
@@ -158,7 +158,7 @@ class LoadSchedule:
         return FastschedScheduleLoader.IS_CHANGED(file)
 
     def load(self, file: str, model: Any = None) -> tuple[Any, ...]:
-        """The schedule, fitted to a model's trained levels if there is one."""
+        """The schedule, moved to a model's trained levels if a model is connected."""
         found, words = files.load(file), []
         if model is None:
             words = found.rounding()
@@ -170,7 +170,7 @@ class LoadSchedule:
 
 
 class SaveSchedule:
-    """Write a schedule's file."""
+    """Save a schedule to a file."""
 
     CATEGORY = CATEGORY
     DESCRIPTION = "Saves a schedule in output/fastsched, for Load Schedule and for other programs that read fastsched."
@@ -181,12 +181,12 @@ class SaveSchedule:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """What the node takes."""
+        """The node's inputs."""
         return {"required": {"schedule": (FOUND,), "name": ("STRING", {"default": "schedule"})}}
 
     @classmethod
     def VALIDATE_INPUTS(cls, name: Any) -> bool | str:
-        """True, or what is wrong with the name; None if it is connected."""
+        """True, or what is wrong with the name; ``name`` is None if it is connected."""
         try:
             return name is None or bool(files.checked_name(name))
         except ValueError as error:
@@ -209,7 +209,7 @@ class InspectSchedule:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """What the node takes."""
+        """The node's inputs."""
         most = ("INT", {"default": 16, "min": 1, "max": 40})
         return {"required": {"schedule": (FOUND,)}, "optional": {"max_steps": most}}
 
@@ -227,12 +227,12 @@ class InspectSchedule:
 
 
 class StepsNeeded:
-    """How many steps are as good as a usual schedule."""
+    """How many fitted steps are as good as steps of a common schedule."""
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "How many steps of a fitted schedule are predicted to be as near to the converged image as so many steps of a "
-        "usual scheduler under the same sampler, with a margin. No model calls."
+        "How many steps of a fitted schedule are predicted to be as near to the converged image as a given number of "
+        "steps of a common scheduler with the same sampler, with a margin. No model calls."
     )
     FUNCTION = "needed"
     RETURN_TYPES = ("INT", "STRING")
@@ -240,10 +240,10 @@ class StepsNeeded:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """What the node takes."""
+        """The node's inputs."""
         return {
             "required": {
-                "schedule": (FOUND, {"tooltip": "Of Fit Schedule: a file holds no measurement."}),
+                "schedule": (FOUND, {"tooltip": "From Fit Schedule: a file holds no measurement."}),
                 "as_good_as": (list(COMMON),),
                 "of_steps": ("INT", {"default": 20, "min": 1, "max": 200}),
             }

@@ -1,9 +1,9 @@
-"""Whether a guider's answer depends on the image and the noise level alone: only such a model can be measured.
+"""Check that a guider's answer depends only on the image and the noise level; no other model can be measured.
 
 A workflow may hold patches that depend on the step's number, on the number of steps, or on the steps before: caches
-(EasyCache, TeaCache), keyframes of hooks, context windows, guidance in some of the steps. They are found out by what
-they do: the same questions are asked twice, once in descending and once in ascending order, as if the run had other
-sigmas, and the layers that the network runs are counted.
+(EasyCache, TeaCache), keyframes of hooks, context windows, guidance in some of the steps. They are detected by their
+effects: the same calls are made twice, in descending order and in ascending order, the second time as if the run had
+other sigmas; and the layers that the network runs are counted.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling.random_streams import noise_of
 
-#: How many levels are asked twice.
+#: The number of levels at which the model is called twice.
 QUESTIONS = 6
-#: Largest relative difference of two answers to the same question; 16-bit networks differ by some 1e-3 and amplify it
-#: by the guidance.
+#: Largest relative difference of two answers to the same question; those of 16-bit networks differ by about 1e-3, which
+#: guidance amplifies.
 REPEATABLE = 2e-2
-#: A call that runs fewer of the network's layers than this fraction of another's reuses earlier results.
+#: A call that runs less than this fraction of the layers that another call runs is taken to reuse earlier results.
 FEWER_LAYERS = 0.8
 
 INSTEAD = (
@@ -33,7 +33,7 @@ INSTEAD = (
 
 
 def questions(process: NoiseProcess) -> Tensor:
-    """Sampler sigmas at which to ask twice, descending, [QUESTIONS] float64."""
+    """Sampler sigmas at which to call the model twice, descending, [QUESTIONS] float64."""
     levels = process.levels(2 * QUESTIONS)
     return process.sampler_sigma(levels[1::2])
 
@@ -45,14 +45,14 @@ def check_repeats(
     device: torch.device,
     model_options: dict[str, Any],
 ) -> None:
-    """Ask about one image at each of ``sigmas`` twice, in both orders and as of two different runs.
+    """Call the model on one image twice at each of ``sigmas``, in both orders and as if in two different runs.
 
     Args:
         sigmas: Sampler sigmas, descending.
         ask: ``ask(x, sigma)`` is the denoised image.
         shape: The shape of one sample.
-        device: Where to ask.
-        model_options: Those of the calls; a run's sigmas are in their ``transformer_options``.
+        device: The device of the image.
+        model_options: Options of the calls; their ``transformer_options`` hold a run's sigmas.
 
     Raises:
         ValueError: If an answer differs; the message names the level.
@@ -74,7 +74,7 @@ def check_repeats(
 
 
 def _longer(sigmas: Tensor) -> Tensor:
-    """A run that holds the same sigmas at other steps: one more after each."""
+    """The sigmas of a run that has the given ones at other steps: one more follows each of them."""
     below = torch.cat([(sigmas[:-1] * sigmas[1:]).sqrt(), sigmas[-1:] / 2])
     return torch.stack([sigmas, below], dim=1).flatten()
 
@@ -92,10 +92,10 @@ def _compare(before: Tensor, after: Tensor, image: Tensor, sigma: float) -> None
 
 @contextlib.contextmanager
 def layers_watched(network: Any) -> Iterator[None]:
-    """Count the layers that ``network`` runs in each of its calls within the block; nothing is watched if it is None.
+    """Count the layers that ``network`` runs in each of its calls within the block; no effect if it is no module.
 
     Raises:
-        ValueError: If a call ran far fewer than another.
+        ValueError: If a call ran far fewer layers than another.
     """
     if not isinstance(network, torch.nn.Module):
         yield

@@ -1,4 +1,4 @@
-"""SAMPLER for a schedule: ComfyUI's own sampler where it is our solver, and our own solver where there is none."""
+"""SAMPLER for a schedule: ComfyUI's own sampler if one equals our solver, otherwise our own solver."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: ComfyUI's sampler and its options, by our solver, where both take the same steps (`check.py` proves it by number).
+#: ComfyUI's sampler and its options, by our solver, where both take the same steps (`check.py` compares them).
 #: For flow times ComfyUI's dpmpp_2m takes log sigma for the half log-SNR and so is another solver.
 EVERYWHERE: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("euler", {}),
@@ -23,7 +23,7 @@ NOT_FLOW: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmpp_2m": ("dpmpp_2m", {}),
     "dpmpp_2s": ("dpmpp_2s_ancestral", {"eta": 0.0}),
 }
-#: Stochastic samplers draw their own noise; given the same they are the same. ComfyUI's are others for flow times.
+#: Stochastic samplers draw their own noise; with the same noise they equal ours. For flow times ComfyUI's differ.
 STOCHASTIC: dict[str, tuple[str, dict[str, Any]]] = {
     "ancestral": ("euler_ancestral", {}),
     "sde_dpmpp_2m": ("dpmpp_2m_sde", {}),
@@ -37,10 +37,10 @@ CHOICES = (
 
 
 def same_sampler(solver: str, noise: str) -> tuple[str, dict[str, Any]] | None:
-    """ComfyUI's sampler and its options that are our ``solver``; None if it has none.
+    """ComfyUI's sampler and its options that equal our ``solver``; None if there is none.
 
     Args:
-        solver: Our name of it.
+        solver: Our name of the solver.
         noise: The kind of noise process, ``"ve"``, ``"vp"`` or ``"flow"``.
     """
     return (EVERYWHERE if noise == "flow" else {**EVERYWHERE, **NOT_FLOW, **STOCHASTIC}).get(solver)
@@ -52,8 +52,8 @@ def sampler_for(solver: str, noise: str, sigmas: Tensor, weights: list[list[floa
     Args:
         solver: The schedule's solver.
         noise: The kind of noise process.
-        sigmas: SIGMAS as ComfyUI is given them.
-        weights: Those of a fitted schedule.
+        sigmas: SIGMAS as given to ComfyUI.
+        weights: The weights of a fitted schedule.
     """
     import comfy.samplers
 
@@ -104,7 +104,7 @@ def sample_by_solver(
     if len(sigmas) < 2:
         return x
     values, given = sigmas.detach().cpu().double(), extra_args or {}
-    process = FlowMatching() if flow else VarianceExploding(1.0, 2.0)  # their ranges have no part in sampling
+    process = FlowMatching() if flow else VarianceExploding(1.0, 2.0)  # their ranges do not affect sampling
     stochastic = solver in STOCHASTIC_SOLVERS
     calls_a_step = 1 if stochastic or get_solver(solver).stage is None else 2
     calls = 0
@@ -124,5 +124,5 @@ def sample_by_solver(
 
         seed = int(given.get("seed") or 0) % 2**31 if stochastic else None
         end = sample(guided_denoiser(ask, process), values, solver, x / float(values[0]), seed=seed)
-    # short of sigma 0 the result is the state z = x / alpha
+    # If the last sigma is above 0, the result is the state z = x / alpha.
     return end * float(process.alpha(process.level(values[-1:]))[0])

@@ -1,1 +1,1 @@
-"""Parts of `check.py`: what checks the nodes in a real ComfyUI. No part of the nodes."""
+"""Parts of `check.py`, which checks the nodes in a real ComfyUI. The nodes do not use them."""

@@ -1,4 +1,4 @@
-"""Nodes for the check alone: conditions without a text encoder, and SIGMAS and text as a file."""
+"""Nodes that only the check uses: conditions without a text encoder, outputs as JSON, and a patch to be refused."""
 
 import json
 import os
@@ -13,11 +13,11 @@ class CheckConditioning:
 
     @classmethod
     def INPUT_TYPES(cls):
-        """What the node takes."""
+        """The node's inputs."""
         return {"required": {"seed": ("INT", {}), "width": ("INT", {"max": 9999}), "pooled": ("INT", {"max": 9999})}}
 
     def make(self, seed, width, pooled):
-        """As `networks.conditions` makes them."""
+        """The conditions, as `networks.conditions` makes them."""
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randn(1, 7, width, generator=generator)
         return ([[tokens, {"pooled_output": torch.randn(1, pooled, generator=generator)}]],)
@@ -30,27 +30,27 @@ class CheckDump:
 
     @classmethod
     def INPUT_TYPES(cls):
-        """What the node takes."""
+        """The node's inputs."""
         return {
             "required": {"text": ("STRING", {"forceInput": True})},
             "optional": {"sigmas": ("SIGMAS",), "number": ("INT", {"forceInput": True})},
         }
 
     def dump(self, text, sigmas=None, number=None):
-        """All of it as JSON."""
+        """The inputs as JSON."""
         values = None if sigmas is None else [float(value) for value in sigmas]
         said = {"text": text, "sigmas": values, "number": number, "process": os.getpid()}
         return {"ui": {"said": [json.dumps(said)]}}
 
 
 class CheckForgetful:
-    """A patch that remembers: every second call of the model gets another answer."""
+    """A patch with a state: every second call of the model gets another answer."""
 
     CATEGORY, FUNCTION, RETURN_TYPES = "checking", "patch", ("MODEL",)
 
     @classmethod
     def INPUT_TYPES(cls):
-        """What the node takes."""
+        """The node's inputs."""
         return {"required": {"model": ("MODEL",)}}
 
     def patch(self, model):

@@ -1,6 +1,6 @@
-"""Small networks with random weights that ComfyUI takes for Stable Diffusion 1.5 and 3 and Wan, and our view.
+"""Small networks with random weights that ComfyUI takes for Stable Diffusion 1.5 and 3 and Wan, and their denoisers.
 
-Our view calls the bare networks, without ComfyUI's guider, patcher, samplers or ControlNet classes.
+The denoisers call the bare networks, without ComfyUI's guider, patcher, samplers or ControlNet classes.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ WAN: dict[str, Any] = {
     "num_heads": 1,
     "num_layers": 1,
 }
-#: Sizes of the conditions: tokens' width, and width of the pooled one.
+#: Widths of the conditions: of the tokens, and of the pooled condition.
 WIDTHS = {"unet": (768, 64), "mmdit": (64, 64), "wan": (4096, 64)}
-#: Of LoRA's two factors.
+#: The rank of the LoRA, and the layer that it changes.
 RANK, LORA_LAYER = 4, "input_blocks.1.1.transformer_blocks.0.attn2.to_q"
 
 
 def network(kind: str) -> torch.nn.Module:
-    """``"unet"``, ``"mmdit"``, ``"wan"`` or ``"controlnet"``, float32, the same weights at every call."""
+    """Make ``"unet"``, ``"mmdit"``, ``"wan"`` or ``"controlnet"``, float32, with the same weights at every call."""
     import comfy.ops
     from comfy.cldm.cldm import ControlNet
     from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
@@ -150,7 +150,7 @@ def denoiser(answer: Any, table: Tensor, prediction: str) -> fs.Denoiser:
     """The network as `fastsched` reads it.
 
     Args:
-        answer: What `guided` gives.
+        answer: The function that `guided` returns.
         table: ComfyUI's trained sigmas, [T].
         prediction: ``"epsilon"``, ``"v"``, ``"edm"`` or ``"flow"``.
     """

@@ -1,4 +1,4 @@
-"""Start ComfyUI's server on loopback, give it graphs, and read what it says."""
+"""Start ComfyUI's server on loopback, give it graphs, and read its replies."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Server:
         return self.post("/prompt", {"prompt": graph, "client_id": self.client})
 
     def wait(self, prompt: str, within: float = 900.0) -> dict[str, Any]:
-        """What came of a prompt: its status, and outputs by node."""
+        """The result of a prompt: its status, and outputs by node."""
         end = time.monotonic() + within
         while time.monotonic() < end:
             history = self.get(f"/history/{prompt}")
@@ -106,7 +106,7 @@ class Server:
         """Outputs by node.
 
         Raises:
-            RuntimeError: If the graph is not valid, or fails; with what the server says.
+            RuntimeError: If the graph is not valid, or fails; with the server's message.
         """
         reply = self.queue(graph)
         if "prompt_id" not in reply or reply.get("node_errors"):
@@ -118,7 +118,7 @@ class Server:
 
 
 def error_of(found: dict[str, Any]) -> str:
-    """What a failed prompt says."""
+    """The error message of a failed prompt."""
     for kind, told in found["status"]["messages"]:
         if kind == "execution_error":
             return f"{told['node_type']}: {told['exception_message']}"

@@ -1,4 +1,4 @@
-"""Our solvers and ComfyUI's samplers, compared by number, and the page that has the results."""
+"""Compare our solvers with ComfyUI's samplers numerically, and write the results into a page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastsched.sampling.solvers import STOCHASTIC_SOLVERS, solver_name
 
 #: Samplers count as the same below this largest difference over the root mean square, in float64.
 SAME = 1e-6
-#: What users may take for the same, by our solver, beside those that are.
+#: Samplers of ComfyUI that users may take for our solver, by solver, in addition to those that are equal.
 LOOK_ALIKE = {
     "dpmpp_2m": [("dpmpp_2m", {})],
     "dpmpp_2s": [("dpmpp_2s_ancestral", {"eta": 0.0})],
@@ -30,7 +30,7 @@ LOOK_ALIKE = {
 
 
 class _Sampling:
-    """What ComfyUI's samplers look up of the model."""
+    """The attributes of a model that ComfyUI's samplers look up."""
 
     def __init__(self, flow: bool) -> None:
         import comfy.model_sampling as known
@@ -41,7 +41,7 @@ class _Sampling:
         self.model_patcher = self
 
     def get_model_object(self, name: str) -> Any:
-        """As a ModelPatcher does."""
+        """An attribute, as ModelPatcher returns it."""
         return getattr(self, name)
 
 
@@ -73,7 +73,7 @@ def difference(solver: str, name: str, options: dict[str, Any], flow: bool) -> f
         process = fs.Denoiser.from_denoiser(denoised, 0.02, 20.0)
     ours = fs.sample(process, sigmas, solver, noise)
     sampler = comfy.samplers.sampler_object(name) if not options else comfy.samplers.ksampler(name, options)
-    # UniPC there makes float32 tensors of its own
+    # ComfyUI's UniPC makes float32 tensors of its own.
     wide = torch.float32 if name.startswith("uni_pc") else torch.float64
     start, levels = (noise * sigmas[0]).to(wide), sigmas.to(wide)
     given = {**sampler.extra_options}
@@ -90,7 +90,7 @@ def rows() -> list[str]:
     """Lines of the table: a solver, ComfyUI's nearest sampler, and how far it is for sigmas and for flow times.
 
     Raises:
-        AssertionError: If a sampler that the nodes use is another than our solver.
+        AssertionError: If a sampler that the nodes use in place of our solver differs from it.
     """
     from nodes_package.samplers import CHOICES, same_sampler
 
@@ -118,7 +118,7 @@ def rows() -> list[str]:
 
 
 def kinds() -> list[str]:
-    """Lines of the table of the kinds of models that ComfyUI knows, and the noise process that is found for each."""
+    """Lines of the table of ComfyUI's kinds of models, with the noise process that is found for each."""
     import comfy.model_base
     from nodes_package import measuring
 
