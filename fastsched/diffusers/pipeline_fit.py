@@ -167,9 +167,10 @@ def _check_process(known: NoiseProcess, own: NoiseProcess) -> None:
         levels = known.trained_levels, own.trained_levels
         same = len(levels[0]) == len(levels[1]) and torch.allclose(*levels, rtol=1e-3, atol=0)
     if not same:
+        other = repr(own.kind) if known.kind != own.kind else "with other betas or zero terminal SNR"
         raise ValueError(
-            f"stats are of a {known.kind!r} noise process, and the pipeline's scheduler has another, {own.kind!r} (of "
-            "other betas, or with zero terminal SNR); set the scheduler as it was, or measure again"
+            f"stats are of a {known.kind!r} noise process, and the pipeline's scheduler has another, {other}; set the "
+            "scheduler as it was, or measure again"
         )
 
 
