@@ -53,6 +53,9 @@ LOW_FRACTION = 0.1
 TOP_JACOBIAN = 0.3
 #: ``D`` at the highest level over the data, in size: doubtful and wrong above these. Correct networks reach 11.
 DOUBTFUL_SIZE, WRONG_SIZE = 20.0, 40.0
+#: Above the second size the network is only refused if the error of its noise prediction is more than this fraction of
+#: the noise, or above this level. Weak training leaves 0.3 at level 157, which is 50 times the data's size.
+WRONG_FRACTION, WRONG_LEVEL = 0.5, 1e3
 #: Predictions that contain the noise with a weight of at most 1, so that any ``D`` is near its input at low levels.
 VELOCITY_LIKE = ("v", "velocity", "reverse_velocity")
 #: Predictions whose ``D`` is near its input at low levels, and correct at the highest, even if their sign is wrong.
@@ -186,7 +189,7 @@ def _check_top(ask: Questions, size: float) -> None:
         "there. Leave the last entries of the table out (alphas_cumprod[:n]; sigma up to 20 or 160 is usual). If "
         f"the table is right: {suspects(denoiser)}"
     )
-    if largest > WRONG_SIZE * usual:
+    if largest > WRONG_SIZE * usual and (largest > WRONG_FRACTION * top.level or top.level > WRONG_LEVEL):
         raise ValueError(finding)
     warnings.warn(finding, stacklevel=6)
 

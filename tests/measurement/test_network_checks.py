@@ -69,6 +69,18 @@ def test_small_networks_in_the_plane_pass():
         check(of_error(0.7), (2,))
 
 
+@pytest.mark.parametrize("error", [0.3, 0.45])
+def test_weakly_trained_networks_are_warned_of(error):
+    """An error of 30% at sigma 157, more if guided, is 50 times the data; no wrong reading or table makes that."""
+    table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    exact = exact_denoisers(DATA, table)["epsilon"]
+    wrong = torch.randn(16, generator=torch.Generator().manual_seed(3))
+    off = lambda t: torch.where(t > 900, error, 0.0)[:, None] * wrong
+    weak = replace(exact, network=lambda x, t: exact.network(x, t) + off(t))
+    with pytest.warns(UserWarning, match="Leave the last entries of the table out"):
+        assert fs.measure(weak, (16,), levels=12, samples=1, progress=False).samples == 1
+
+
 def ring(modes, std, d=2):
     """Narrow modes on a circle, as toy data are: a rough sample lies between them."""
     angles = 2 * torch.pi * torch.arange(modes, dtype=torch.float64)[:, None] / modes
