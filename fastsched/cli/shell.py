@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr, so that a command can be piped.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import math
@@ -110,6 +111,14 @@ class StandardError(logging.StreamHandler):  # type: ignore[type-arg]  # not gen
         """Write one line."""
         self.stream = sys.stderr  # setStream would flush the previous stream, which may be closed
         super().emit(record)
+
+
+def streams_take_anything() -> None:
+    """Let stdout write what its encoding lacks as escapes, and let there be a stderr where a service has closed it."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # open until the command ends
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does
 
 
 LOG_LEVELS = ("debug", "info", "warning", "error")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 #: Whether to show a bar; or a function that is called with the units done so far and their total.
@@ -25,7 +26,7 @@ def progress_bar(total: int, show: Progress, what: str, unit: str = "call") -> I
 
         yield advance
         return
-    if not show:
+    if not show or sys.stderr is None:  # a program without a console has none
         yield lambda done: None
         return
     from tqdm import tqdm

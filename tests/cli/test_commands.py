@@ -1,6 +1,7 @@
 import csv
 import errno
 import json
+import os
 import subprocess
 import sys
 import types
@@ -284,6 +285,23 @@ def test_a_reader_that_has_enough_ends_a_command_silently():
     command = f"{sys.executable} -m fastsched solvers | true"
     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-8"])
+def test_names_that_stdout_cannot_encode_are_written_as_escapes(folder, tmp_path, encoding):
+    name = {"cp1252": "x\u0436.json", "utf-8": "x\udcff.json"}[encoding]  # the second is no text: a byte of a name
+    (tmp_path / name).write_bytes((folder / "x-4.json").read_bytes())
+    command = [sys.executable, "-m", "fastsched", "info", str(tmp_path / name)]
+    environment = os.environ | {"PYTHONIOENCODING": f"{encoding}:strict", "PYTHONUTF8": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert ascii(name)[1:-1] in result.stdout
+
+
+def test_a_command_works_without_stderr(model, tmp_path):
+    path = tmp_path / "s.safetensors"
+    arguments = f"measure {model} --shape 2,3 --levels 8 --samples 2 -o {path}"
+    subprocess.run(f"{sys.executable} -m fastsched {arguments} 2>&-", shell=True, check=True)  # as some services do
+    assert fs.PathStatistics.load(path).samples == 2
 
 
 def test_there_are_bars_in_a_terminal_alone(folder, model, monkeypatch):

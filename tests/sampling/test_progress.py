@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 
 import fastsched as fs
@@ -13,6 +15,11 @@ def test_a_function_hears_what_is_done_and_the_total(capsys):
         advance(6)
     assert heard == [(4, 10), (10, 10)]
     assert capsys.readouterr().err == ""
+
+
+def test_there_is_no_bar_in_a_program_without_a_console(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert fs.measure(DENOISER, (4,), levels=8, samples=2, progress=True).samples == 2
 
 
 @pytest.mark.parametrize(
