@@ -133,8 +133,11 @@ def _pieces(given: Given, output: Tensor) -> list[Tensor]:
     return pieces if all(piece.shape == output.shape for piece in pieces) else []
 
 
-def part_like(given: Given, latents: Tensor) -> Tensor | None:
-    """The part of a network's input that has the place and shape of the latents; None if the shapes do not fit."""
+def part_like(given: Given, latents: Tensor, *, last: bool = False) -> Tensor | None:
+    """The part of a network's input that has the place and shape of the latents; None if the shapes do not fit.
+
+    If the input is longer along a dimension, this is its beginning, or its end with ``last``.
+    """
     given = _as_batch(given, latents)
     if not given.is_floating_point() or given.ndim != latents.ndim or len(given) % len(latents):
         return None
@@ -142,7 +145,10 @@ def part_like(given: Given, latents: Tensor) -> Tensor | None:
     if len(larger) > 1 or any(given.shape[d] < latents.shape[d] for d in larger):
         return None
     part = given[: len(latents)]
-    return part.narrow(larger[0], 0, latents.shape[larger[0]]) if larger else part
+    if not larger:
+        return part
+    length = latents.shape[larger[0]]
+    return part.narrow(larger[0], part.shape[larger[0]] - length if last else 0, length)
 
 
 def _as_batch(given: Given, latents: Tensor) -> Tensor:

@@ -206,8 +206,13 @@ def overwritten(step: Step, latents: Tensor) -> Tensor | None:
     An input is compared if it has the latents' shape, repeats them along the batch, or extends them along one other
     dimension. The result is None if no input does. If all elements differ, the pipeline scales its input.
     """
-    parts = [part for given in step.inputs if (part := part_like(given, latents)) is not None]
-    return torch.stack([differing(part.to(latents.device), latents, 0.02) for part in parts]) if parts else None
+    counts = []
+    for given in step.inputs:
+        parts = [part_like(given, latents, last=last) for last in (False, True)]
+        first, last = (None if part is None else differing(part.to(latents.device), latents, 0.02) for part in parts)
+        if first is not None and last is not None:
+            counts.append(torch.where(last == 0, last, first))  # behind a given first frame, which is not stepped
+    return torch.stack(counts) if counts else None
 
 
 def replaced(step: Step, latents: Tensor) -> Tensor:

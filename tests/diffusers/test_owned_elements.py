@@ -70,6 +70,30 @@ def test_a_frame_of_a_network_that_is_not_exact_is_in_no_sum():
     assert float(measured(pipe, **call).ends.abs().min()) > 0
 
 
+class BehindFrame(OraclePipeline):
+    """Puts a given frame before its latents, as Sana Video does from an image; here it is the latents' own first."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=50):
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn(2, 2, 2, 2)
+        for t in self.scheduler.timesteps:
+            frames = torch.cat([latents[:, :1], latents], dim=1)
+            output = self.unet(frames, t.expand(2), return_dict=False)[0]
+            latents = self.scheduler.step(output[:, 1:], t, latents, return_dict=False)[0]
+        return latents
+
+
+def test_latents_behind_a_frame_that_is_not_stepped_are_all_sampled():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    kept = []
+    for kind in (BehindFrame, OraclePipeline):
+        unet = OracleUNet()
+        unet.forward = lambda sample, timestep, return_dict=True: exact_video()(sample, timestep)
+        kept.append(measured(kind(unet, scheduler)))
+    assert torch.allclose(kept[0].gram, kept[1].gram, rtol=1e-4)
+
+
 def test_elements_that_are_replaced_at_some_steps_are_noticed():
     class Replaced(OracleUNet):
         """Is given the first channel of the latents at its first 20 calls alone."""
