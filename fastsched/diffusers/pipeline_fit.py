@@ -344,6 +344,7 @@ def own_sigmas(scheduler: Any, steps: int) -> Tensor | None:
     """The sigmas that ``scheduler`` would use by itself, if they are a schedule that fastsched can hold.
 
     That is, they descend, end in 0 and start at a level of the model. IPNDM's start at signal 0, which its step loses.
+    With ``use_flow_sigmas`` and a second formula such as Karras's in their config, some classes start far above 1.
     """
     scheduler = own_scheduler(scheduler)
     target, config = plain_copy(scheduler), scheduler.config
@@ -353,7 +354,10 @@ def own_sigmas(scheduler: Any, steps: int) -> Tensor | None:
     convention = describe(scheduler)
     sigmas = declared_sigmas(target, convention)
     descending = bool((sigmas[1:] < sigmas[:-1]).all())
-    known = float(convention.process.level(sigmas[:1])) <= 1.001 * convention.process.s_max
+    try:
+        known = float(convention.process.level(sigmas[:1])) <= 1.001 * convention.process.s_max
+    except ValueError:
+        return None
     return sigmas if descending and known and float(sigmas[-1]) == 0 and len(sigmas) == steps + 1 else None
 
 

@@ -220,6 +220,20 @@ def test_the_fitted_schedule_is_the_best_of_its_audition_and_tuned_where_increme
         assert tuned.measured_error < 0.9 * ranked.measured_error
 
 
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("DPMSolverMultistepScheduler", "use_karras_sigmas"), ("UniPCMultistepScheduler", "use_beta_sigmas")],
+)
+def test_a_flow_scheduler_with_sigmas_of_another_formula_has_no_schedule_of_its_own(name, setting):
+    """Which diffusers computes as for other models, far above 1."""
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", setting: True}
+    scheduler = getattr(diffusers, name)(**flow)
+    pipe = oracle_pipeline(scheduler, fs.oracles.GaussianMixture.random(8, 3, seed=0))
+    assert own_sigmas(scheduler, 4) is None
+    found = fs.diffusers.fit(pipe, 4, levels=12, samples=2, model_calls=80)
+    assert fs.diffusers.apply(found, pipe).exact
+
+
 @contextlib.contextmanager
 def calls_counted(pipe):
     """A list of the network's calls: the batch size of each."""
