@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import numbers
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from fastsched.diffusers.attributes import check_one_thread
 from fastsched.diffusers.conventions import check_pipe
@@ -77,8 +81,15 @@ def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict
             f"strength must be left out or 1.0, with which the pipeline starts from pure noise, got {strength!r}"
         )
     eta = call_kwargs.get("eta")  # some pipelines pass it only to schedulers whose step takes it
-    if isinstance(eta, (int, float)) and eta != 0:
+    if isinstance(eta, (numbers.Real, Tensor)) and bool(torch.as_tensor(eta).ne(0).any()):
         raise ValueError(f"eta must be 0, because it adds noise, which is not measured, got {eta!r}; leave it out")
+    for name in ("denoising_start", "denoising_end"):
+        value = call_kwargs.get(name)
+        if isinstance(value, (int, float)) and 0 < value < 1:
+            raise ValueError(
+                f"{name} must be left out, because a measurement and a fit go through all levels, got {value!r}; the "
+                "schedule can then be applied to both pipelines of a base and a refiner"
+            )
     check_accepted(pipe, call_kwargs)
     if prompts is None:
         return

@@ -58,6 +58,20 @@ def test_an_output_type_that_was_asked_for_is_not_changed():
     assert pipe.types == ["pil"]
 
 
+@pytest.mark.parametrize(
+    ("build", "arguments", "message"),
+    [
+        (pipelines.stable_diffusion, {"eta": torch.tensor(0.5)}, "eta must be 0, because it adds noise"),
+        (pipelines.stable_diffusion_xl, {"denoising_end": 0.8}, "denoising_end must be left out, .* got 0.8"),
+    ],
+)
+def test_arguments_that_change_the_steps_are_refused_by_name(build, arguments, message):
+    pipe, call, _ = build(diffusers.DDIMScheduler(clip_sample=False, **SD))
+    for function in (fs.diffusers.measure, lambda pipe, **call: fs.diffusers.fit(pipe, 4, **call)):
+        with pytest.raises(ValueError, match=message):
+            function(pipe, **call, **arguments)
+
+
 def test_an_error_before_the_last_step_is_raised():
     def fail(i, output):
         if i == 15:
