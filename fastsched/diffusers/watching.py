@@ -102,10 +102,10 @@ class PipelineWatch:
         for key, value in {**dict(zip(self._positional(name), args, strict=False)), **kwargs}.items():
             _note(step, f"{name}#{turn}.{key}", value)
             if _are_tensors(value):
-                step.inputs.append(value)
+                step.inputs.append(_kept(value))
         first = _first_tensor(output)
         if first is not None:
-            step.outputs.append(first)
+            step.outputs.append(_kept(first))
 
     def _positional(self, name: str) -> list[str]:
         if name not in self._names:
@@ -307,6 +307,11 @@ def _are_tensors(value: Any) -> bool:
     """Whether ``value`` is a tensor or a non-empty list of tensors."""
     listed = isinstance(value, list) and len(value) > 0
     return all(isinstance(each, Tensor) for each in value) if listed else isinstance(value, Tensor)
+
+
+def _kept(given: Given) -> Given:
+    """The same tensors, in a list that nobody else empties, as HunyuanDiT does with its ControlNet's."""
+    return given if isinstance(given, Tensor) else [*given]
 
 
 def _first_tensor(output: Any) -> Given | None:

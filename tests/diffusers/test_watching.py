@@ -46,6 +46,26 @@ def measured(pipe, **call):
     return fs.diffusers.measure(pipe, levels=LEVELS, samples=2, **call)
 
 
+def test_a_list_that_one_network_returns_and_another_empties_is_compared():
+    """As a ControlNet's, of which HunyuanDiT takes one residual after another."""
+
+    class Control(torch.nn.Module):
+        def forward(self, sample):
+            return ([torch.zeros_like(sample)],)
+
+    class Controlled(OracleUNet):
+        def forward(self, sample, timestep, residuals, **rest):
+            return super().forward(sample + residuals.pop(), timestep, **rest)
+
+    scheduler = euler()
+    pipe = OraclePipeline(Controlled().answer_for(scheduler, mixture()), scheduler)
+    control, unet = Control(), pipe.unet
+    vars(pipe)["control"] = control
+    vars(pipe)["unet"] = lambda sample, *args, **rest: unet(sample, *args, residuals=control(sample)[0], **rest)
+    pipe.unet.dtype, vars(pipe)["network"] = unet.dtype, unet
+    assert torch.equal(measured(pipe).gram, measured(oracle_pipeline(euler(), mixture())).gram)
+
+
 # Arguments of step
 
 
