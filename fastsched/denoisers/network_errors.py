@@ -30,7 +30,8 @@ CAUSES = (
     ),
     (
         r"same dtype|scalar type|expected .*(Half|Float|Double|BFloat16)|Input type .* and weight type",
-        "the network computes in another dtype; give dtype= that of its parameters",
+        "the network computes in another dtype; give dtype= that of its parameters, and let it cast what it makes of "
+        "the condition, which is float32 for 16 bits too, to that of x",
     ),
     (
         r"shapes? .*(cannot be multiplied|invalid for)|Given groups=|size of tensor|expected input|must match|"

@@ -43,6 +43,17 @@ def test_wrong_shapes_point_to_the_shape(network, shape):
         measured(lambda x, t: network(x), shape)
 
 
+class Wide(torch.nn.Module):
+    """Multiplies by the condition, which is float32."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, t):
+        return self.network(x * t[:, None])
+
+
 def test_a_wrong_dtype_points_to_dtype():
     network = torch.nn.Linear(8, 8).double()
     with pytest.raises(ValueError, match=r"in float32.*give dtype="):
@@ -50,6 +61,12 @@ def test_a_wrong_dtype_points_to_dtype():
     # which would do
     denoiser = fs.Denoiser.from_denoiser(lambda z, s: network(z) * 0 + z / (1 + s[:, None] ** 2), 0.1, 10.0)
     assert fs.measure(denoiser, (8,), levels=8, samples=1, dtype=torch.float64, progress=False).samples == 1
+
+
+def test_a_level_that_a_network_of_16_bits_does_not_cast_is_named():
+    network = torch.nn.Linear(8, 8).bfloat16()
+    with pytest.raises(ValueError, match=r"in bfloat16.*cast what it makes of the condition, which is float32"):
+        measured(Wide(network), (8,))
 
 
 def test_a_wrong_device_points_to_device():
