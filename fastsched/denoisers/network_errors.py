@@ -30,8 +30,8 @@ CAUSES = (
     ),
     (
         r"same dtype|scalar type|expected .*(Half|Float|Double|BFloat16)|Input type .* and weight type",
-        "the network computes in another dtype; give dtype= that of its parameters, and let it cast what it makes of "
-        "the condition, which is float32 for 16 bits too, to that of x",
+        "the network computes in another dtype; give dtype= that of its parameters; the time or level stays float32, "
+        "so the network must cast what it computes from it to the dtype of x",
     ),
     (
         r"shapes? .*(cannot be multiplied|invalid for)|Given groups=|size of tensor|expected input|must match|"

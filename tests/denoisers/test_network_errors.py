@@ -65,7 +65,7 @@ def test_a_wrong_dtype_points_to_dtype():
 
 def test_a_level_that_a_network_of_16_bits_does_not_cast_is_named():
     network = torch.nn.Linear(8, 8).bfloat16()
-    with pytest.raises(ValueError, match=r"in bfloat16.*cast what it makes of the condition, which is float32"):
+    with pytest.raises(ValueError, match=r"in bfloat16.*time or level stays float32, so the network must cast"):
         measured(Wide(network), (8,))
 
 
