@@ -34,7 +34,5 @@ def candidates_in_turn(stats: PathStatistics, steps: int, solver: str | Solver) 
     yield "optimal", minima[0].schedule(stats, method)
     if method.name == FITTED:  # the fitted solver must not be worse than this stock solver
         yield NEAREST_STOCK, stock_schedule(stats, steps)
-    for minimum in minima[1:]:
-        yield f"from {minimum.name}", minimum.schedule(stats, method)
-    for start in distinct_minima([*minima, *ranked_starts(stats, steps, method)])[len(minima) :]:
-        yield start.name, start.schedule(stats, method)
+    for each in distinct_minima([*minima, *ranked_starts(stats, steps, method)])[1:]:
+        yield each.name, each.schedule(stats, method)

@@ -89,7 +89,7 @@ def local_minima(stats: PathStatistics, steps: int, solver: Solver, *, also: Seq
     more = [Minimum("fewer steps", known_levels(stats.process, levels), np.inf) for levels in also]
     for start in [*more, *starts[:DESCENTS]]:
         levels = distinct_known_levels(stats.process, descend(error, start.levels, low, high, APART), low)
-        minima.append(Minimum(start.name, levels, float(error(levels[None])[0])))
+        minima.append(Minimum(f"from {start.name}", levels, float(error(levels[None])[0])))
     return distinct_minima(sorted(minima, key=lambda minimum: minimum.predicted_error))
 
 

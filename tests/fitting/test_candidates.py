@@ -68,6 +68,13 @@ def test_the_most_promising_come_first():
     assert predicted[0] == min(predicted)
 
 
+def test_no_two_candidates_have_one_name():
+    """The best start may be a candidate beside the end of the descent from it."""
+    for steps, solver in itertools.product((4, 5, 6), ("ddim", "dpmpp_2m", "fitted")):
+        names = [name for name, _ in candidates_in_turn(measure("x0"), steps, solver)]
+        assert len(set(names)) == len(names)
+
+
 def test_a_fitted_schedule_has_a_stock_one_among_its_candidates():
     """The same samples as the stock solver's own schedule gives."""
     stats = measure("x0")
