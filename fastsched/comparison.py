@@ -227,7 +227,8 @@ def compare(
 ) -> Comparison:
     """Run the sampler with each schedule and report the distance of its samples to the converged ones.
 
-    Typical and mean errors (`ComparisonRow`) are means of ``||x0_b - x0_b(converged)||^2`` from the same noise ``b``.
+    Typical and mean error (`ComparisonRow`) are the geometric and the arithmetic mean, over the noises ``b``, of
+    ``||x0_b - x0_b(converged)||^2``.
 
     The arguments ``denoiser``, ``shape``, ``samples``, ``seed``, ``batch_size``, ``device``, ``dtype`` and ``progress``
     are those of `converged_reference`. The others are

@@ -37,7 +37,7 @@ LEVELS, DENOISER_SAMPLES = 48, 8
 #: Number of vectors from one measured path: its increments, and the responses of two deviated paths.
 VECTORS = LEVELS - 1 + 2 * len(asked_levels(LEVELS))
 
-#: Largest number of elements per vector in the timed Gram matrix: the vectors take 0.4 GB, as memory may be scarce.
+#: Largest number of elements per vector in the timed Gram matrix: 0.4 GB of vectors, as the model may leave little.
 GRAM_ELEMENTS = 1 << 20
 
 

@@ -121,7 +121,7 @@ def finite(name: str, value: object) -> Tensor:
 
 
 def _noise(name: str, value: object) -> None:
-    """Like `finite`, but values on a device are not read, to avoid waiting: NaN shows in the network's first output."""
+    """Like `finite`, but values on a GPU are not read, to avoid waiting: NaN shows in the network's first output."""
     if _batch(name, value).device.type == "cpu":
         finite(name, value)
 

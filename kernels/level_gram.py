@@ -217,7 +217,7 @@ def vector_gram(vectors: Tensor, precision: str) -> Tensor:
     """Gram matrices of the vectors of each sample, by the same kernel.
 
     Args:
-        vectors: ``[B, V, d]``; the elements of a vector are adjacent, and strides between vectors may be larger.
+        vectors: ``[B, V, d]``; the elements of a vector are adjacent, and strides between vectors may exceed d.
         precision: As `level_gram` takes it.
 
     Returns:

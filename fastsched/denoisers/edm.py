@@ -68,8 +68,9 @@ class WrappedEdmNetwork(nn.Module):
     The first call finds out how to compute ``F``, with at most three network calls on one sample:
 
     * If ``net(z, sigma) = c_skip z + c_out inner``, the inner network is ``F`` (EDMPrecond, EDM2's Precond).
-    * Otherwise, if ``net`` returns its input at a low level, it is a denoiser ``D(z, sigma)`` that adds labels or uses
-      another preconditioning (VPPrecond, VEPrecond, iDDPMPrecond). Then ``F = (D - c_skip z) / c_out``.
+    * Otherwise, if ``net`` returns its input at a low level, it is a denoiser ``D(z, sigma)`` of another
+      preconditioning (VPPrecond, VEPrecond, iDDPMPrecond), or one whose labels only ``net`` takes. Then
+      ``F = (D - c_skip z) / c_out``.
     * Otherwise ``net`` itself is ``F``.
 
     Args:

@@ -77,7 +77,7 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
             mark, asked = _identified(run, batches, found, seeds)
             known = found is not None and found.fingerprint is not None
             origin = origin_now(network_name(run.denoiser.network), mark)
-            whole, kept = _with_room(run, batches, found, len(seeds))  # after the questions have freed memory
+            whole, kept = _with_room(run, batches, found, len(seeds))  # after the first checks, which take memory too
             parts = seeds.split(batches.size) if len(seeds) else ()
             for n, part_seeds in enumerate(parts):
                 done = 0 if whole is None else whole.samples
@@ -204,7 +204,7 @@ def _within_memory(run: Measurement, batches: Batches, samples: int) -> tuple[Me
 def _with_room(
     run: Measurement, batches: Batches, found: PathStatistics | None, samples: int
 ) -> tuple[PathStatistics | None, Tensor | None]:
-    """Allocate memory for all samples' vectors, [B, V, d]; return ``found`` with its vectors moved there, and it."""
+    """Allocate memory for all samples' vectors, [B, V, d]; return ``found`` with its vectors there, and the memory."""
     if not run.keep_vectors or samples == 0:
         return found, None
     before = 0 if found is None else found.samples

@@ -3,9 +3,9 @@
 The reference path gives the denoiser's outputs along the path of a perfect sampler. A sampler of few steps leaves this
 path, and how its errors grow or shrink depends on the denoiser's Jacobian there. So each sample follows a few more
 paths, from the same noise, whose steps use outputs of several levels ago, as those of a coarse sampler do. Each call on
-such a path gives a deviation ``a_k = z'_k - z_k`` and a response ``D(z'_k) - D(z_k)``. The response is a
-secant of the denoiser, with the direction and size that matter. No derivative and no random probe is needed, so
-compiled, quantised and guided models work.
+such a path gives a deviation ``a_k = z'_k - z_k`` and a response ``D(z'_k) - D(z_k)``. Together they are a secant of
+the denoiser, with the direction and size that matter. No derivative and no random probe is needed, so compiled,
+quantised and guided models work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-#: Distance in ``lambda`` from pure noise, whose own ``lambda`` is infinite, to the first finite level.
+#: Pure noise, whose ``lambda`` is ``-inf``, is placed at this distance in ``lambda`` before the first finite level.
 PURE_NOISE_GAP = 3.0
 
 #: The network is called at every second level: its responses vary slowly between neighbouring levels.
@@ -29,7 +29,8 @@ class DeviatedPath:
 
     Attributes:
         hold: Number of levels over which its steps use the same outputs; a multiple of `STRIDE`.
-        order: 1: the output at the first of these levels. 2: linear extrapolation in ``lambda`` from the last two.
+        order: 1: the output at the first of these levels. 2: linear extrapolation in ``lambda`` from this output and
+            the one ``hold`` levels before.
     """
 
     hold: int

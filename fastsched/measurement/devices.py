@@ -53,9 +53,9 @@ def measured_in_group(
 ) -> PathStatistics:
     """Like `measured`, with the paths distributed over ``group``; every process gets the same statistics.
 
-    With a file, each process saves its part in a file beside it, from which it can resume, and the first one saves the
-    whole. ``found`` must be the same in all. If increments and responses are kept, those of all samples go to ``"all"``
-    processes, or only to the ``"first"``.
+    With a file, each process saves its part in its own file beside it, from which it can resume, and the first process
+    saves the whole. ``found`` must be the same in all processes. If increments and responses are kept, those of all
+    samples go to ``"all"`` processes, or only to the ``"first"``.
 
     Raises:
         ValueError: If the processes were given different arguments or checkpoints.

@@ -8,7 +8,8 @@ from torch import Tensor
 #: Number of projections that represent one output.
 PROJECTIONS = 16
 #: Largest relative difference between two fingerprints of one network, as devices and kernels round differently. At a
-#: high level, noise predictions are similar: on the usual table, those for data of size 0.25 and 0.5 differ by 5e-3.
+#: high level, different noise predictors are similar: on the usual table, those of data of size 0.25 and 0.5 differ by
+#: 5e-3, so the bound of wide dtypes is lower.
 SAME_NETWORK = {torch.float16: 5e-2, torch.bfloat16: 5e-2}
 SAME_WIDE_NETWORK = 2e-3
 
@@ -16,7 +17,7 @@ SAME_WIDE_NETWORK = 2e-3
 def fingerprint_of(raw: Tensor, denoised: Tensor, c: float) -> Tensor:
     """The fingerprint of a network and its parameterisation, [2 PROJECTIONS] float64, from one call at a fixed state.
 
-    Its output is ``raw = R``; ``D = a x + c R`` is divided by ``c``, so that rounding of ``R`` has one size in both.
+    Its output is ``raw = R``; ``D = a x + c R`` is divided by ``c``, so that ``R`` has the same rounding in both.
     """
     return torch.cat([projections(raw), projections(denoised) / c])
 

@@ -78,7 +78,7 @@ class KeptVectors:
         return ops.vector_gram(self.data[:, :vectors]).cpu().double()
 
     def on_cpu(self, vectors: int, out: Tensor | None = None) -> Tensor:
-        """The first rows, [B, vectors, d], on the CPU: the rows themselves if there, else ``out`` or a copy."""
+        """The first ``vectors`` rows, [B, vectors, d], on the CPU: in ``out`` if given, else themselves or a copy."""
         self._wait()
         rows = self.data[:, :vectors]
         if out is None or rows.data_ptr() == out.data_ptr():

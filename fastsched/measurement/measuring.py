@@ -70,7 +70,7 @@ def measure(
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None. States stay float32.
         checks: Whether to ask first if the network is a denoiser (`fastsched.measurement.network_checks`).
-        checkpoint: A file in which every finished batch is saved. The same call resumes from it, with the same result.
+        checkpoint: A file in which every finished batch is saved. The same call resumes from it, to the same bits.
         group: A ``torch.distributed`` group to distribute the paths over (`fastsched.measurement.devices`).
         progress: Show a progress bar, or a function called with the model calls done and their total.
 
@@ -162,7 +162,7 @@ def check_same_network(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> int:
-    """Raise ValueError if one call of the denoiser differs from the network of ``stats``, or if it is in training mode.
+    """Raise ValueError unless one call shows the network of ``stats``, or if the network is in training mode.
 
     Returns:
         Network evaluations spent: 1, or 0 if the statistics have no fingerprint.

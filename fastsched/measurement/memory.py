@@ -98,7 +98,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def with_store(run: Measurement, paths: int, elements: int) -> Measurement:
-    """Choose ``store`` if it is None: ``"device"`` if it has enough free memory for the vectors, else ``"cpu"``."""
+    """Choose ``store`` if it is None: ``"device"`` if `FRACTION` of its free memory is enough, else ``"cpu"``."""
     if run.store is not None:
         return run
     on_device = replace(run, store="device")
@@ -178,7 +178,7 @@ def _too_much(
         remedy = f"increments of {samples} samples take {_size(held)}: lower samples, or keep_increments=False"
     return (
         f"not enough memory: {paths} paths at once over {len(run.s)} levels of {elements:,} elements take "
-        f"{_size(size)} on {device} in addition to the network, where {_size(free)} are free; {remedy}"
+        f"{_size(size)} in addition to the network, but {_size(free)} are free on {device}; {remedy}"
     )
 
 

@@ -1,7 +1,7 @@
 """Checks with a few calls that the network is a denoiser, and of the kind that was declared.
 
-At most seven calls of one sample with fixed noises ``n``, five of them before the measurement, and up to ten more if
-``v`` or ``F`` is unusual or samples have few elements:
+At most seven calls of one sample with fixed noises ``n``, five of them before the measurement. Up to six more if ``v``
+or ``F`` is unusual, eight if samples have few elements, and two if the network is constant at the highest level:
 
 ==============================  ================================================================================
 call                            output of a denoiser ``D = E[x0 | z]``
@@ -12,12 +12,12 @@ the measurement's first call    Equal for the sample that is in both. Otherwise 
                                 or mixes the samples of a batch. This check needs no additional call.
 pure noise at a third of the    (The first output also gives the network's fingerprint. Two Euler steps lead to a
 range, then at two thirds       rough sample ``x0``. EDM needs only the first, as the size of its data is known.)
-a step beside the third         For ``v`` and ``F``, whose sign may be wrong: it does not move against the step. If it
-                                moves only a little against it, another noise is tried.
+the same third, plus a step     For ``v`` and ``F``, whose sign may be wrong: ``D`` does not move against the step. If
+                                ``D`` moves only a little against it, another noise is tried.
 ``x0 + s n``, lowest level      Nearly its input. With few elements ``x0`` may be far from all data, so the end of the
                                 first path is tried too. With a velocity any ``D`` has this property, so a middle level
                                 is used, where ``||D - x0|| < s ||n||``. For EDM the check is instead whether the
-                                network returns ``D`` where it should return ``F``.
+                                network returns ``D`` where it should return ``F``. Not for ``v``.
 the first path, and its end     See `measurement.path_checks`.
 at the end, the third again     The same as before. Otherwise the network has changed during the measurement.
 ==============================  ================================================================================
@@ -47,21 +47,23 @@ CHECK_CALLS = 7
 
 #: Largest ``||D - z||`` at the lowest level, over the norm of its noise; correct networks stay below 0.6.
 LOW_ERROR = 3.0
-#: The same over the norm of the data: a network that predicts x0 may have this error at the lowest level.
+#: The same over the norm of ``x0``; one of the two is enough. A network that predicts x0 may have this error there.
 LOW_FRACTION = 0.1
 #: Largest slope of ``D`` at the highest level; a network that returns its input has 1, correct networks less than 0.1.
 TOP_JACOBIAN = 0.3
-#: ``D`` at the highest level over the data, in size: doubtful and wrong above these. Correct networks reach 11.
+#: Size of ``D`` at the highest level, over that of the data: doubtful above the first number, wrong above the second.
+#: Correct networks reach 11.
 DOUBTFUL_SIZE, WRONG_SIZE = 20.0, 40.0
-#: Above the second size the network is only refused if the error of its noise prediction is more than this fraction of
+#: Above the second size the network is refused only if the error of its noise prediction is more than this fraction of
 #: the noise, or above this level. Weak training leaves 0.3 at level 157, which is 50 times the data's size.
 WRONG_FRACTION, WRONG_LEVEL = 0.5, 1e3
 #: Predictions that contain the noise with a weight of at most 1, so that any ``D`` is near its input at low levels.
 VELOCITY_LIKE = ("v", "velocity", "reverse_velocity")
 #: Predictions whose ``D`` is near its input at low levels, and correct at the highest, even if their sign is wrong.
 SIGN_AMBIGUOUS = ("v", "edm")
-#: ``D`` moves against a step if both are lower: the cosine of its movement and the step, and its slope along the step
-#: in units of ``a``. Exact denoisers reach 0.06 in both; a trained one has slope -0.2 where only its error moves.
+#: ``D`` moves against a step if two numbers are below these: the cosine of its movement and the step, and its slope
+#: along the step in units of ``a``. Exact denoisers reach 0.06 in both; a trained one has slope -0.2 where only its
+#: error moves.
 NEGATIVE_COSINE, NEGATIVE_SLOPE = -0.05, -0.3
 #: Below this slope, in the same units, one step is enough. Above it another noise is tried, because trained networks
 #: reach -0.7 where only their error moves, but not at two places.
@@ -205,7 +207,7 @@ def _answers_equal(ask: Questions, low: float) -> bool:
 
 
 def _check_cache(ask: Questions) -> None:
-    """ValueError if a network that is constant at the highest level is also constant at a third; two calls."""
+    """ValueError if a network constant at the highest level is so at a third too, with another value; two calls."""
     one, other = (
         ask.raw(noise_of(torch.tensor([seed], device="cpu"), ask.shape), ask.between(1 / 3))[0] for seed in (2, 0)
     )
@@ -293,5 +295,5 @@ def suspects(denoiser: Denoiser) -> str:
         "velocity": "is the network's time 1 at the data (data_at=1), its sign the other one (sign=-1), or is it eps?",
         "reverse_velocity": "is the network's time 0 at the data (data_at=0), or its sign the other one?",
         "score": "is the network's output the score of x in this parameterisation, or the noise or the clean sample?",
-        "edm": "is it the raw network F of EDM's preconditioning; or is sigma_data, its sign or its scale wrong?",
+        "edm": "is it the raw network F of EDM's preconditioning; are sigma_data and the sign and scale of F right?",
     }[denoiser.prediction] + " (checks=False measures it anyway)"

@@ -1,6 +1,6 @@
 """Checks of the network's outputs along the reference path, with one or more additional calls at its end.
 
-``D(z; s) = E[x0 | z]`` has three properties, which networks with a wrong table of levels, time, sign or scale lack:
+``D(z; s) = E[x0 | z]`` has three properties. With a wrong table of levels, time, sign or scale none holds by chance:
 
 * ``E <z - m, D - m> = E |x0 - m|^2`` for any fixed ``m``. So it is the same at every level. The reason is that
   ``x0 - D`` is orthogonal to all functions of ``z``. The outputs along the path suffice to check it.
@@ -39,7 +39,7 @@ FEWEST_LEVELS, FEW_LEVELS_FACTOR = 12, 2.0
 MOST_PATHS = 8
 #: Noises that are added to the end of a path if samples have few elements.
 NOISES = 8
-#: Levels at which the first property is checked, in units of the data's deviation; above, few paths are too noisy.
+#: Levels at which the first property is checked, in units of the data's deviation; above, it scatters on few paths.
 NEAR_DATA = (0.1, 2.5)
 #: Tolerance of the first property, as a relative difference, at a ``level`` in units of the data's deviation:
 #: ``(SLACK + SLACK_OF_ELEMENTS / sqrt(elements)) / sqrt(paths) * (1 + GROWTH * level)``.
@@ -48,7 +48,8 @@ SLACK, SLACK_OF_ELEMENTS, GROWTH = 0.4, 0.65, 0.7
 #: paths, a ring of modes in the plane seems to have 1.4 times its variance over 12 levels, 1.01 times over 24. Of 1,800
 #: measurements of correct networks none has a false alarm; without this term 64 had.
 SLACK_OF_WIDE_STEPS = 0.3
-#: Level of the second property, in units of the data's deviation; higher where a wrong sign is to be found.
+#: Level of the second property, in units of the data's deviation; higher for predictions whose sign may be wrong.
+#: A wrong sign shows further from the data.
 LOW_PART, LOW_PART_OF_SIGN = 0.1, 0.15
 #: A network is unusual if the deviation of its data is above the first number times that which ``v`` or ``F`` assumes,
 #: or if ``D`` moves along noise by more than the second number times what it does for Gaussian data as assumed.
@@ -74,7 +75,8 @@ def path_checked(steps: Query[Result], ask: Questions, s: Tensor) -> Query[Resul
     Raises:
         ValueError: If ``v`` or EDM's ``F`` has the wrong sign: in a random direction ``D`` moves by more than the
             noise, and in another against its input (`Questions.negative_slope`), or too much noise is left at the end;
-            or if far too much is left. Other findings are warnings, as strong guidance causes them too.
+            or if far too much is left. Also if `Questions.check_first` fails, or `Questions.low_fault` is set and the
+            path does not end in a sample. Other findings are warnings, as strong guidance causes them too.
     """
     path = _Path(ask, s)
     question = next(steps)
@@ -240,7 +242,7 @@ def _noise_left(ask: Questions, end: Tensor, noise: Tensor, level: float, few: b
         return None, 0.0
     return (
         f"after noise of level {s:.3g} is added to the end of a path, denoising leaves a squared error of {left:.3g} "
-        f"times the noise's square, {along:.3g} times along the noise; a denoiser leaves at most 1, and both are equal"
+        f"times the noise's square, {along:.3g} times along the noise; for a denoiser both are equal, at most 1"
     ), size / wrong
 
 

@@ -91,11 +91,11 @@ class Measurement:
 
     @property
     def rows(self) -> int:
-        """The number of rows of memory they need; two or more per asked level, first for a state and a raw output."""
+        """Memory rows for increments and responses; two or more per asked level, first for a state and raw output."""
         return len(self.s) - 1 + (max(2, len(self.deviated)) if self.deviated else 0) * len(asked_levels(len(self.s)))
 
     def row(self, path: int, k: int) -> int:
-        """The row of a deviated path's response at the asked level k; paths follow one another."""
+        """The row of a deviated path's response at the asked level k; each path's rows precede those of the next."""
         asked = asked_levels(len(self.s))
         return len(self.s) - 1 + path * len(asked) + asked.index(k)
 
@@ -162,7 +162,7 @@ def measurement_steps(
         verdicts: Those of a caller that checks itself whether outputs are finite; all are read at the end.
 
     Raises:
-        ValueError: If an output holds NaN or inf; the message names the level of the first. For outputs on a device, as
+        ValueError: If an output holds NaN or inf; the message names the level of the first. For outputs on a GPU, as
             soon as this is known without waiting, and at the end at the latest. Or if squared increments exceed
             float32.
     """

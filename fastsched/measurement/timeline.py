@@ -104,7 +104,7 @@ class Timeline:
 
 @contextlib.contextmanager
 def synchronisations(device: torch.device) -> Iterator[list[str] | None]:
-    """Collect the source lines where the host waits for a CUDA device in the block; None for other devices."""
+    """Collect the source lines at which PyTorch warns that the host waits for a CUDA device; None for other devices."""
     if device.type != "cuda":
         yield None
         return

@@ -170,7 +170,7 @@ def hutchinson_reduce(V: Tensor, JV: Tensor, *, backend: str = "auto") -> tuple[
 
 
 def _plain_call(triton: bool, tensor: Tensor) -> bool:
-    """Whether to call the PyTorch code directly: the dispatcher's first use imports torch's compiler, for seconds."""
+    """Whether to call the PyTorch code directly: the dispatcher's first use imports torch's compiler (seconds)."""
     return not triton and type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_BUFFER_ELEMENTS = 1 << 21  # of a work buffer: 8 MiB of float32 stay in the cache, and rows are still long
+_BUFFER_ELEMENTS = 1 << 21  # at most in a work buffer: 8 MiB of float32 stay in the cache, and rows are still long
 _LARGEST_RATIO = 2.0**30  # of a coefficient to its step: float32 holds sums of its square
 
 
@@ -70,7 +70,7 @@ def _groups(t: Tensor | None, flat: bool) -> list[Tensor]:
 
 
 def _width(R: Tensor, columns: int) -> int:
-    """Columns of a block: its two buffers take at most a quarter of R's bytes, but it has at least 1024 columns."""
+    """Columns of a block: two buffers take at most a quarter of R's bytes, unless 1024 columns take more."""
     fair = R.nbytes // (32 * R.shape[0])
     return min(columns, max(1, _BUFFER_ELEMENTS // R.shape[0]), max(1024, fair))
 

@@ -1,7 +1,7 @@
 """Stochastic samplers: solvers of the reverse SDE.
 
 In ``y = x / sigma`` a step from level j to k is ``y_k = keep * y_j + pull * D_j + fresh * noise``, the same for every
-noise process, with ``h = log(s_j / s_k)``, ``rho = 1 / s`` and ``eta`` the share of noise that is renewed (0: none):
+noise process, with ``h = log(s_j / s_k)``, ``rho = 1 / s`` and ``eta`` how much noise is renewed (0: none):
 
 * ``sde_dpmpp_2m``: ``keep = exp(-eta h)``, ``pull = rho_k (1 - exp(-(1 + eta) h))``,
   ``fresh = sqrt(1 - exp(-2 eta h))``, and ``D_j + (h / 2 h_last) (D_j - D_i)`` in place of ``D_j``;
