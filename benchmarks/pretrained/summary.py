@@ -3,8 +3,9 @@
     python -m benchmarks.pretrained.summary
 
 A cell is a network, a solver and a number of model calls; the error of a method there is the geometric mean over seeds.
-In every cell the typical error of a method is divided by the least typical error of other methods, and the mean error
-by the least mean error. Ratios are geometric means over cells. The tables go to ``docs/pretrained.md``.
+In every cell the typical error of a method is divided by the least typical error of the methods that are not
+fastsched's, and the mean error by their least mean error. Ratios are geometric means over cells. The tables go to
+``docs/pretrained.md``.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def groups(results: Results) -> dict[str, list[Cell]]:
 
 
 def standings(results: Results, cells: Sequence[Cell]) -> str:
-    """All methods against the best other method of each cell."""
+    """All methods against the best method of each cell that is not fastsched's."""
     rows = []
     for method in METHODS:
         ratios = {kind: results.ratios(kind, method, cells) for kind in ERRORS}
@@ -57,7 +58,7 @@ def standings(results: Results, cells: Sequence[Cell]) -> str:
 
 
 def by_cell(results: Results, cells: Sequence[Cell]) -> str:
-    """The best other method of each cell, its error, and the ratios of our methods to it."""
+    """The best method of each cell that is not fastsched's, its error, and the ratios of our methods to it."""
     rows, known = [], run_in(results, cells)
     for cell in cells:
         row = [cell[0], f"{cell[1]} {cell[2]}"]

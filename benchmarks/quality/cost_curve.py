@@ -122,7 +122,7 @@ def over_cells(found: dict[Cell, dict[int, float]], names: Iterable[str]) -> dic
 
 
 def other_ways(quality: list[table.Row], best: dict[tuple[str, str, str], float]) -> dict[str, tuple[float, float]]:
-    """By method, the mean number of calls that choosing took and the mean error of the best stock solver."""
+    """By method, the mean calls that choosing took and the geometric mean of the best stock solver's error ratio."""
     found = {}
     for method in OTHERS:
         own = best_stock(quality, method)

@@ -83,7 +83,8 @@ def bound(s: Array, error: str = "sigma") -> Array:
     The bound is ``sum_i e_i |W_i|``, with ``W_i`` the weight of the i-th denoised sample in ``y`` at the end. The
     multistep solver is of third order: it interpolates ``D`` in ``lambda = -log s`` by the last three samples and
     integrates exactly over ``rho = e^lambda``. The first and the last step use one sample, the second and the last but
-    one use two. Up to `FEW_STEPS` steps, the second and third step add ``sqrt(sum (e_i W_i)^2)`` of their own instead.
+    one use two. Steps with one sample add ``e_i |W_i|`` of their own; up to `FEW_STEPS` steps, the second and the third
+    step add ``(sum_i (e_i W_i)^2)^(1/2)`` of their own.
 
     Args:
         s: Levels [..., steps + 1], descending, the last above 0.

@@ -22,7 +22,7 @@ Array = NDArray[np.float64]
 
 #: Number of the teacher's levels above 0, which are karras with rho 7.
 LEVELS = 61
-#: Factor on the cost of all later steps; the authors' setting for all models but Stable Diffusion.
+#: Factor, applied at every step, on the cost of all later steps; the authors' for all but Stable Diffusion.
 DISCOUNT = 1.15
 #: The metrics and discounts that the authors offer; `GitsTuning` tries all pairs.
 METRICS = ("dev", "l2")

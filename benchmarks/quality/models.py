@@ -31,7 +31,7 @@ class LowRankMixture:
     """A Gaussian mixture with low-rank covariances plus isotropic noise, ``Sigma_m = floor^2 I + U_m diag(l) U_m'``.
 
     Means are ``N(0, spread^2 I)`` and weights are in proportion ``1 .. modes``. ``U_m`` has random orthonormal columns,
-    and ``l_k`` falls as ``k^-2``, scaled so that the mean variance of an element is 1/4 without the floor.
+    and ``l_k`` falls as ``k^-2``, scaled so that an element's mean variance within a mode is 1/4 without the floor.
 
     Attributes:
         log_weights: [M].

@@ -18,7 +18,7 @@ class EpsilonNetwork(nn.Module):
     """Noise prediction of digits, ``eps(x, t)``, for ``t`` in ``[0, 999]`` of `ddpm_table`.
 
     ``eps = sigma_t x + alpha_t F(x, t)``: the prediction for data of unit variance, plus a correction. Between integer
-    timesteps ``alpha_t`` and ``sigma_t`` are interpolated in ``log s``, as in `fastsched.Denoiser`.
+    timesteps the level of ``alpha_t`` and ``sigma_t`` is interpolated in ``log s``, as in `fastsched.Denoiser`.
     """
 
     log_levels: Tensor

@@ -139,7 +139,7 @@ def _label(name: str) -> str:
 
 
 def _over_sigma(axes: Axes, stats: PathStatistics, sigmas: np.ndarray, values: np.ndarray, **style: Any) -> None:
-    """Plot values against sigma, on a logarithmic axis; infinite sigmas and values of 0 or below are left out."""
+    """Plot values, on a logarithmic axis, against sigma; infinite sigmas and values of 0 or below are left out."""
     kept = np.isfinite(sigmas) & (values > 0)
     axes.plot(sigmas[kept], values[kept], markersize=4, **style)
     axes.set_yscale("log")

@@ -114,7 +114,7 @@ class StandardError(logging.StreamHandler):  # type: ignore[type-arg]  # not gen
 
 
 def streams_take_anything() -> None:
-    """Let stdout write what its encoding lacks as escapes, and let there be a stderr where a service has closed it."""
+    """Let stdout write characters that its encoding lacks as escapes, and replace a stderr that a service closed."""
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # open until the command ends
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":

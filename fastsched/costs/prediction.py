@@ -7,7 +7,7 @@ most: those of UniPC were predicted 2.5 to 4 times too low. So a variance is add
     ``q_b = ||error_b||^2 + variance_b``,
 
 for errors of the answers to deviations (`fastsched.costs.answer_errors`) and of the path between its levels
-(`fastsched.costs.interpolation_errors`). For the fitted solver, squared deviations with the weights `PENALTY` and
+(`fastsched.costs.interpolation_errors`). For the fitted solver, the squares of deviations times `PENALTY` and times
 `DEVIATION_PENALTY` are added instead. The error of a schedule is the power mean of the samples' errors,
 
     ``(mean_b q_b^p)^(1/p)``,   ``p = 1/4``,
@@ -38,7 +38,7 @@ from fastsched.sampling.solvers import FITTED, Solver
 
 #: Weight of deviations that no secant explains, for the fitted solver, and near schedules that were run
 #: (`fastsched.fitting.neighbourhood`). It is about the relative error of the answers to them: if one deviated path
-#: predicts those of the other, the error is 0.13 to 0.45 of the unexplained part, a mean over levels (nine denoisers).
+#: predicts the answers of the other, it is 0.13 to 0.45 of the unexplained part, a mean over levels (nine denoisers).
 PENALTY = 0.3
 
 #: Weight of all deviations, explained or not, for the fitted solver with at most `FEW_SAMPLES` samples: levels and

@@ -97,7 +97,7 @@ class Secants:
         return (c.transpose(0, 2, 1) @ residuals)[:, 0], (c.transpose(0, 2, 1) @ deviations)[:, 0]
 
     def left_out(self, path: int) -> tuple[Array, Array]:
-        """The error of a deviated path's answers predicted from the other paths, and its unexplained part; [G, V]."""
+        """Error of a path's answers predicted from the others, and unexplained part of its deviations; [G, V] each."""
         others = np.arange(self.deviations.shape[1]) != path
         deviations, residuals = self.deviations[:, others], self.residuals[:, others]
         products = self._products[:, others]

@@ -25,7 +25,7 @@ from fastsched.diffusers.probe import rounding, scales, trace
 from fastsched.diffusers.replacement import replacement
 from fastsched.sampling.schedule import Schedule, is_schedule
 
-#: Largest absolute ``mu``. Times shift by its exponential; beyond this, float64 rounds every time to 0 or 1.
+#: Largest absolute ``mu``. Times shift by its exponential; beyond this, every time is 0 or 1 up to rounding.
 MOST_MU = 50
 #: What is wrong with a scheduler to which another schedule than the one to export is applied.
 OTHER_APPLIED = (

@@ -66,7 +66,7 @@ def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict
 
     Raises:
         RuntimeError: If another thread measures or fits the pipeline.
-        TypeError: If ``pipe`` has no scheduler, ``prompts`` are not strings, or its call lacks an argument.
+        TypeError: If ``pipe`` has no scheduler, ``prompts`` are not strings, or its call lacks one of ``call_kwargs``.
         ValueError: If the arguments determine the steps or add noise, ``prompts`` is empty, or the prompt is given
             twice.
     """

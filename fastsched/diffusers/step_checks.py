@@ -21,7 +21,7 @@ from fastsched.measurement.statistics import PathStatistics
 INSTEAD = "so it cannot be measured by its loop; measure its network (fastsched.measure)"
 
 #: `check_beginning`: how many times faster ``D`` may move between two early levels than at the next three (denoisers
-#: reach 6.4, random weights 22); the least ratio of these levels to the data's deviation; the fewest levels checked.
+#: reach 6.4, random weights 22); the least ratio of these levels to the data's deviation; the least size of the grid.
 JUMP, ABOVE, FEWEST_LEVELS = 40.0, 3.0, 12
 
 #: Largest relative change of an output that is computed again in the same batch, by the network's dtype. In 16 bits it
@@ -284,7 +284,7 @@ def differing(values: Tensor, wanted: Tensor, slack: float) -> Tensor:
 
 
 def doubled(sample: Tensor, returned: Tensor) -> bool:
-    """Whether the pipeline replaced the second half of the batch, ``returned`` to it, by a copy of the first half.
+    """Whether the pipeline replaced the second half of the batch ``returned`` to it by a copy of the first half.
 
     Waits for the device.
     """

@@ -211,15 +211,16 @@ def overwritten(step: Step, latents: Tensor) -> Tensor | None:
         parts = [part_like(given, latents, last=last) for last in (False, True)]
         first, last = (None if part is None else differing(part.to(latents.device), latents, 0.02) for part in parts)
         if first is not None and last is not None:
-            counts.append(torch.where(last == 0, last, first))  # behind a given first frame, which is not stepped
+            # The latents may lie behind a given first frame, which is not sampled.
+            counts.append(torch.where(last == 0, last, first))
     return torch.stack(counts) if counts else None
 
 
 def replaced(step: Step, latents: Tensor) -> Tensor:
     """Which elements of ``latents`` [B, *shape] the pipeline replaced in its networks' input, bool.
 
-    Compares like `overwritten`, but exactly in the input's dtype, and returns the mask with the fewest elements. Waits
-    for the device.
+    Compares the inputs that `overwritten` compares, of longer ones the beginning, exactly in the input's dtype. Returns
+    the mask with the fewest elements. Waits for the device.
     """
     parts = [part for given in step.inputs if (part := part_like(given, latents)) is not None]
     masks = [part.to(latents.device) != latents.to(part.dtype) for part in parts]
@@ -310,7 +311,7 @@ def _are_tensors(value: Any) -> bool:
 
 
 def _kept(given: Given) -> Given:
-    """The same tensors, in a list that nobody else empties, as HunyuanDiT does with its ControlNet's."""
+    """``given``; a list is copied, because the pipeline may empty it (HunyuanDiT empties its ControlNet's outputs)."""
     return given if isinstance(given, Tensor) else [*given]
 
 

@@ -199,7 +199,7 @@ def _checked(
         sigmas = validate.descending_sigmas(f"candidates[{name!r}]", getattr(given, "sigmas", given))
         try:
             if isinstance(given, Schedule):
-                predicted = given.predicted_error if given.solver == method.name else None  # else for another solver
+                predicted = given.predicted_error if given.solver == method.name else None  # else of another solver
                 schedule = replace(given, solver=method.name, predicted_error=predicted)
             else:
                 schedule = Schedule.from_levels(stats.process, stats.process.level(sigmas), method.name)

@@ -26,8 +26,8 @@ def stock_schedule(stats: PathStatistics, steps: int) -> Schedule:
 def candidates_in_turn(stats: PathStatistics, steps: int, solver: str | Solver) -> Iterator[tuple[str, Schedule]]:
     """Yield names and schedules, the most promising first.
 
-    The schedule of `fastsched.optimal_schedule` comes first, then the ends of the other descents by predicted error,
-    then their starts by predicted error: schedules by dynamic programming and schedules in common use.
+    The schedule of `fastsched.optimal_schedule` comes first, for the fitted solver `stock_schedule` second. The ends of
+    the other descents follow, and then all starts (`fastsched.selection.starts`), each group by predicted error.
     """
     method = chosen_solver(solver)
     minima = local_minima(stats, steps, method)

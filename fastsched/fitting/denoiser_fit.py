@@ -75,7 +75,7 @@ def fit(
         samples: As in `measure`; chosen from the number of calls when None.
         model_calls: The most calls to spend, counted per sample, including a new measurement: 800 when None; with
             ``stats`` 740, without those of repeated paths. At least 60 if levels and samples are None. Too few for a
-            run give `optimal_schedule`'s result; after a single run a fitted schedule is corrected but not run again.
+            run give `optimal_schedule`'s result. If none are left to tune, a fitted schedule is corrected, not rerun.
         seed: As in `measure`.
         batch_size: Samples run at once; all when None, one with a checkpoint.
         device: As in `measure`.

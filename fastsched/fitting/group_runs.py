@@ -35,7 +35,7 @@ def led_by_first(run: Run, work: Callable[[Run], Result], group: Any) -> Result:
     try:
         result = work(lambda schedule, first, last: _dealt_out(run, schedule, first, last, group))
     except Exception as error:
-        with contextlib.suppress(Exception):  # the failure may be a dead process, which cannot be told
+        with contextlib.suppress(Exception):  # if the error is that a process has died, this fails as well
             first_ones(("failed", described(error)), group)
         raise
     first_ones(("done", without_vectors(result)), group)

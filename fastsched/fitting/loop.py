@@ -112,9 +112,10 @@ def _why_not_tuned(stats: PathStatistics, steps: int) -> str:
 
 
 def affordable(calls: int, samples: int, model_calls: int) -> int:
-    """How many candidates can be ranked within ``model_calls``, if possible with calls left to tune; 0 if not even one.
+    """How many candidates to rank within ``model_calls``; 0 if the calls do not suffice for one.
 
-    A run takes ``calls`` per sample, and finalists run on all ``samples``.
+    A run takes ``calls`` per sample, and finalists run on all ``samples``. `FIRST_ROUND` only limits candidates beyond
+    `FINALISTS`, so two runs may leave no calls to tune.
     """
     if model_calls < calls * samples:
         return 0

@@ -116,7 +116,7 @@ class Runner:
     """Runs a denoiser's sampler from the noises of the measured paths.
 
     Attributes:
-        advance: Called after every batch with the number of model calls made.
+        advance: Called after every batch with the number of model calls that it made.
         cache: Called to run every batch; may keep the runs in a file (`fastsched.fitting.run_log`).
     """
 

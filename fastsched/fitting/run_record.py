@@ -176,7 +176,8 @@ class RunRecord:
         deviations = np.array([self._deviations(trial, norms.vectors) for trial in known])
         columns = np.array([trial.first + np.arange(len(trial.s)) for trial in known])
         offsets = np.array([self._offsets_of_evaluations(trial) for trial in known])
-        noise = math.prod(self.stats.shape) * float((1 / norms.size).mean())  # squared norm of unit noise
+        # The squared norm of unit noise, relative to the samples' errors and averaged, as the metric is.
+        noise = math.prod(self.stats.shape) * float((1 / norms.size).mean())
         place = known.index(near) if known else 0
         return with_runs(own, s, deviations, columns, offsets, place, norms.metric, noise)
 

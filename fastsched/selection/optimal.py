@@ -55,7 +55,7 @@ def optimal_schedule(stats: PathStatistics, steps: int, solver: str = "dpmpp_2m"
 
 @dataclass(frozen=True, eq=False)
 class Minimum:
-    """Levels ``s`` [steps + 1], the name of their start, and their predicted error."""
+    """Levels ``s`` [steps + 1], the name of their origin, and their predicted error."""
 
     name: str
     levels: Array

@@ -117,8 +117,8 @@ def steps_needed(
         stats: The result of `fastsched.measure`.
         solver: A solver's name.
         target: A squared distance to the converged sample; or a schedule whose error with the same solver is to be
-            reached: a `Schedule`, its sigmas, or a name in `COMMON` and a number of steps, as ``("karras", 20)``. Named
-            schedules of flow models are in flow times; ``"uniform"`` is only for flow models.
+            reached: a `Schedule`, its sigmas, or a name in `COMMON` and a number of steps, as ``("karras", 20)``. For
+            flow models sigmas and named schedules are in flow times; ``"uniform"`` is only for these models.
         max_steps: The most steps to consider; the number of levels less one when None.
 
     Raises:

@@ -64,7 +64,8 @@ def fit(guider: Any, latent: dict[str, Any], settings: Settings) -> tuple[Found,
 def sampled_latent(model: Any, latent: dict[str, Any]) -> torch.Tensor:
     """The latent as ComfyUI's sampler nodes give it to the model: an empty one gets its channels, frames and size.
 
-    ComfyUI's function for that takes, in newer versions, also entries of the LATENT that tell its scale.
+    In newer versions, ComfyUI's function for this also takes entries of the LATENT about its scale; they have the names
+    of its arguments.
     """
     import comfy.sample
 
