@@ -81,7 +81,14 @@ def fit_by_running(
     audition = ranked(run, stats, dict(islice(candidates, most)), calls, stats.samples)
     schedule, tuning, finalists = audition.winner, None, audition.complete(stats.samples)
     trials = (model_calls - audition.model_calls) // (stats.samples * calls)
-    if steps > 1 and stats.increments is not None:
+    if not finalists:
+        count = len(audition.table[0].errors)
+        warnings.warn(
+            f"the sampler could not be run on all {stats.samples} measured samples, so the schedule is the best on "
+            f"{count} of them, and is not tuned",
+            stacklevel=2,
+        )
+    elif steps > 1 and stats.increments is not None:
         if trials > 0:
             tuning = tuned(run, stats, finalists, trials, calls, decoupled=decoupled)
             schedule = tuning.schedule

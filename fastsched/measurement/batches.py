@@ -165,6 +165,8 @@ def _identified(
             "the network is another one than that of the earlier measurement: it answers the same question "
             "differently. Measure it into another file"
         )
+    if found is not None and found.fingerprint is not None:
+        mark = found.fingerprint  # in 16 bits, that of another device may differ by more than `merge` allows
     return mark, asked
 
 

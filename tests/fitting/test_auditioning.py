@@ -5,8 +5,10 @@ from models import exact_denoiser, exact_denoisers, mixture
 import fastsched as fs
 from fastsched.fitting.auditioning import ranked
 from fastsched.fitting.candidates import candidates_in_turn
-from fastsched.fitting.rollouts import Rollout
+from fastsched.fitting.loop import fit_by_running
+from fastsched.fitting.rollouts import Rollout, Runner
 from fastsched.metrics import power_mean
+from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.random_streams import noise_of
 
 ORACLE = mixture(d=4)
@@ -143,6 +145,18 @@ def test_a_finalist_that_fails_on_the_remaining_samples_is_dropped(stats):
     found = ranked(run, stats, schedules, 2, 6)
     assert [row.name for row in found.table] == ["c"]
     assert found.model_calls == 2 * 3 * 5
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "fitted"])
+def test_a_fit_whose_finalists_all_fail_gives_the_best_of_the_first_round(solver):
+    stats = fs.measure(DENOISER, (4,), levels=16, samples=8, keep_increments=True, progress=False)
+    runner = Runner(DENOISER, stats, chosen_solver(solver), None, None, None)
+    run = lambda schedule, first, last: None if first > 0 else runner(schedule, first, last)
+    candidates = candidates_in_turn(stats, 5, solver)
+    with pytest.warns(UserWarning, match="best on 3 of them, and is not tuned"):
+        found = fit_by_running(run, stats, 5, solver, candidates, calls=5)
+    assert found.tuning is None
+    assert found.schedule.measured_error == pytest.approx(found.audition.table[0].error)
 
 
 def test_statistics_of_another_network_are_refused(stats):

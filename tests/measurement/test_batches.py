@@ -113,6 +113,14 @@ def test_a_measurement_into_a_file_resumes(tmp_path):
     assert measure_to_file(denoiser, (4,), path, samples=2, overwrite=True, **options).samples == 2
 
 
+def test_a_measurement_in_16_bits_resumes_where_they_are_rounded_otherwise(tmp_path):
+    """On another device the fingerprint differs by up to 1%, more than that of another network in float32 may."""
+    scale = lambda factor: lambda z, s: (factor * ORACLE.denoise(z.float(), s)).to(z.dtype)
+    options = {"checkpoint": tmp_path / "part.safetensors", "dtype": torch.bfloat16}
+    measure(scale(1.0), samples=2, **options)
+    assert measure(scale(1.01), samples=4, **options).samples == 4
+
+
 def test_the_former_module_still_works():
     with pytest.warns(DeprecationWarning, match="measurement.to_file"):
         from fastsched.measure_file import measure_to_file as former
