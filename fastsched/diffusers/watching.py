@@ -208,11 +208,14 @@ def overwritten(step: Step, latents: Tensor) -> Tensor | None:
     """
     counts = []
     for given in step.inputs:
-        parts = [part_like(given, latents, last=last) for last in (False, True)]
-        first, last = (None if part is None else differing(part.to(latents.device), latents, 0.02) for part in parts)
-        if first is not None and last is not None:
-            # The latents may lie behind a given first frame, which is not sampled.
-            counts.append(torch.where(last == 0, last, first))
+        first, last = (part_like(given, latents, last=last) for last in (False, True))
+        if first is None or last is None:
+            continue
+        count = differing(first.to(latents.device), latents, 0.02)
+        if last.storage_offset() != first.storage_offset():  # the latents may lie behind a given frame
+            behind = differing(last.to(latents.device), latents, 0.02)
+            count = torch.where(behind == 0, behind, count)
+        counts.append(count)
     return torch.stack(counts) if counts else None
 
 

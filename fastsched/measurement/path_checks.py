@@ -241,8 +241,8 @@ def _noise_left(ask: Questions, end: Tensor, noise: Tensor, level: float, few: b
     if size <= doubtful and (few or (left - along <= across and -along <= against)):
         return None, 0.0
     return (
-        f"after noise of level {s:.3g} is added to the end of a path, denoising leaves a squared error of {left:.3g} "
-        f"times the noise's square, {along:.3g} times along the noise; for a denoiser both are equal, at most 1"
+        f"of noise of level {s:.3g} that is added to the end of a path, denoising leaves an error of {left:.3g} times "
+        f"its square, {along:.3g} times along the noise; for a denoiser both are equal, at most 1"
     ), size / wrong
 
 
