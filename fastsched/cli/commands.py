@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fastsched.cli import comparing, exporting, making, profiling, report, showing
-from fastsched.cli.shell import STATE, errors_in_a_line, say_on_stderr, streams_take_anything
+from fastsched.cli.shell import STATE, errors_in_a_line, prepare_streams, say_on_stderr
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,7 +60,7 @@ def main(
     Exit status: 0, 2 for a bad argument, 130 after Ctrl-C, 1 for anything else that went wrong.
     """
     STATE["traceback"] = traceback
-    streams_take_anything()
+    prepare_streams()
     say_on_stderr("info")
     with errors_in_a_line():
         say_on_stderr(log_level)

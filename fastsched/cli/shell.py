@@ -113,7 +113,7 @@ class StandardError(logging.StreamHandler):  # type: ignore[type-arg]  # not gen
         super().emit(record)
 
 
-def streams_take_anything() -> None:
+def prepare_streams() -> None:
     """Let stdout write characters that its encoding lacks as escapes, and replace a stderr that a service closed."""
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # open until the command ends

@@ -85,7 +85,7 @@ def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict
         raise ValueError(f"eta must be 0, because it adds noise, which is not measured, got {eta!r}; leave it out")
     for name in ("denoising_start", "denoising_end"):
         value = call_kwargs.get(name)
-        if isinstance(value, (int, float)) and 0 < value < 1:
+        if isinstance(value, numbers.Real) and 0 < float(value) < 1:
             raise ValueError(
                 f"{name} must be left out, because a measurement and a fit go through all levels, got {value!r}; the "
                 "schedule can then be applied to both pipelines of a base and a refiner"

@@ -1,5 +1,6 @@
 """One call of a pipeline: how it ends, which arguments it may have, and what it makes of its latents."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +64,7 @@ def test_an_output_type_that_was_asked_for_is_not_changed():
     [
         (pipelines.stable_diffusion, {"eta": torch.tensor(0.5)}, "eta must be 0, because it adds noise"),
         (pipelines.stable_diffusion_xl, {"denoising_end": 0.8}, "denoising_end must be left out, .* got 0.8"),
+        (pipelines.stable_diffusion_xl, {"denoising_end": np.float32(0.5)}, "denoising_end must be left out"),
     ],
 )
 def test_arguments_that_change_the_steps_are_refused_by_name(build, arguments, message):

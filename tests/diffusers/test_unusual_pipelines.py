@@ -1,0 +1,200 @@
+"""Pipelines with a twist that are measured all the same: doubled batches, several networks, masks, one buffer."""
+
+import pytest
+import torch
+
+import fastsched as fs
+
+pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+
+import diffusers
+import pipelines
+from pipelines import SHAPE, OraclePipeline, OracleUNet, oracle_pipeline
+from test_watching import LEVELS, SD, euler, flow_unipc, measured, mixture, quiet
+
+
+class DoublingPipeline(OraclePipeline):
+    """As guided DiT: its latents are two copies of a half, of which the loop keeps the first."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=50, images=2, stronger=1.0, output_type="latent"):
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.cat([torch.randn(images, *SHAPE)] * 2)
+        for t in self.scheduler.timesteps:
+            half = latents[:images]
+            output = self.unet(torch.cat([half, half]), t.expand(2 * images), return_dict=False)[0]
+            output[images:] *= stronger
+            latents = self.scheduler.step(output, t, torch.cat([half, half])).prev_sample
+        return latents[:images]
+
+
+def test_a_pipeline_that_doubles_its_batch_is_measured_on_one_half():
+    scheduler = diffusers.DDIMScheduler(**SD, clip_sample=False)
+    plain = measured(oracle_pipeline(scheduler, mixture()))
+    pipe = DoublingPipeline(OracleUNet().answer_for(scheduler, mixture()), scheduler)
+    stats = measured(pipe)
+    assert torch.equal(stats.seeds, plain.seeds)
+    torch.testing.assert_close(stats.gram, plain.gram)
+    torch.testing.assert_close(stats.response_gram, plain.response_gram)
+    assert stats.model_calls == plain.model_calls
+    with pytest.raises(ValueError, match="different outputs for the two halves"):
+        measured(pipe, stronger=1.5)
+
+
+def test_a_pipeline_that_doubles_its_batch_is_run_as_another_one():
+    scheduler = diffusers.DDIMScheduler(**SD, clip_sample=False)
+    plain = oracle_pipeline(scheduler, mixture())
+    doubling = DoublingPipeline(OracleUNet().answer_for(scheduler, mixture()), scheduler)
+    schedules = [fs.diffusers.fit(pipe, 5, levels=LEVELS, samples=4) for pipe in (plain, doubling)]
+    assert torch.equal(schedules[0].sigmas, schedules[1].sigmas)
+    assert schedules[0].measured_error == pytest.approx(schedules[1].measured_error)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_dit_is_measured_and_fitted_with_and_without_guidance(scale):
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.dit(diffusers.DDIMScheduler(clip_sample=False)))
+    stats = measured(pipe, guidance_scale=scale, **call)
+    assert (stats.samples, stats.shape) == (2, (4, 8, 8))
+    assert fs.diffusers.fit(pipe, 4, stats=stats, guidance_scale=scale, **call).measured_error is not None
+
+
+def test_dit_that_drops_labels_in_training_mode_is_refused():
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.dit(diffusers.DDIMScheduler(clip_sample=False)))
+    pipe.transformer.train()
+    for run in (measured, lambda pipe, **call: fs.diffusers.fit(pipe, 4, levels=LEVELS, samples=2, **call)):
+        with pytest.raises(ValueError, match=r"draws random numbers: call pipe\.transformer\.eval"):
+            run(pipe, guidance_scale=4.0, **call)
+    pipe.transformer.eval()
+    measured(pipe, guidance_scale=4.0, **call)
+
+
+def test_batch_norm_in_training_mode_is_refused_and_keeps_its_statistics():
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.stable_diffusion(diffusers.EulerDiscreteScheduler()))
+    norm = pipe.unet.eval().conv_norm_out = torch.nn.BatchNorm2d(8)
+    with pytest.raises(ValueError, match=r"with an active BatchNorm2d: call pipe\.unet\.eval"):
+        measured(pipe, **call)
+    assert norm.running_mean.tolist() == [0.0] * 8
+    norm.eval()
+    measured(pipe, **call)
+
+
+@pytest.mark.parametrize("boundary_ratio", [0.9, 0.5])
+@pytest.mark.parametrize("scale", [{}, {"guidance_scale_2": 2.0}], ids=["", "another guidance"])
+def test_two_networks_in_turn_are_measured_and_fitted(boundary_ratio, scale):
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.wan_of_two_experts(flow_unipc(), boundary_ratio))
+    stats = measured(pipe, keep_increments=True, **call, **scale)
+    assert stats.samples == 2
+    assert fs.diffusers.fit(pipe, 4, stats=stats, model_calls=40, **call, **scale).measured_error is not None
+
+
+def test_a_change_of_one_of_two_networks_is_noticed():
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.wan_of_two_experts(flow_unipc(), 0.9))
+
+    def change(pipe, i, timestep, kwargs):
+        pipe.transformer.gradient_checkpointing = i > 10
+        return {}
+
+    with pytest.raises(ValueError, match=r"transformer\.settings was different from that at the first step"):
+        measured(pipe, callback_on_step_end=change, **call)
+
+
+def test_a_latent_consistency_model_is_measured():
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.latent_consistency())
+    assert measured(pipe, **call).samples == 2
+    schedule = fs.diffusers.fit(pipe, 4, solver="ddim", audition=False, levels=LEVELS, samples=1, **call)
+    assert schedule.steps == 4
+
+
+def test_inpainting_is_measured_from_pure_noise_where_the_network_takes_the_mask():
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.inpainting(euler()))
+    stats = measured(pipe, strength=1.0, **call)
+    assert stats.samples == 2
+    assert torch.equal(measured(pipe, **call).gram, stats.gram)  # the pipeline's own default is 0.9999
+    assert fs.diffusers.fit(pipe, 4, stats=stats, **call).measured_error is not None
+    for strength in (0.8, 0.9999, "1"):
+        with pytest.raises(ValueError, match=r"strength must be left out or 1\.0"):
+            measured(pipe, strength=strength, **call)
+    pipe, call = quiet(pipelines.inpainting(euler(), channels=4))
+    with pytest.raises(ValueError, match=r"at every step \(inpainting.*text-to-image"):
+        measured(pipe, **call)
+
+
+def test_image_to_image_is_refused_with_what_would_do():
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.stable_diffusion(euler()))
+    made = diffusers.StableDiffusionImg2ImgPipeline(
+        **{**pipe.components, "safety_checker": None}, requires_safety_checker=False
+    )
+    made.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="measure the text-to-image pipeline of the same model"):
+        measured(made, image=torch.rand(2, 3, 16, 16), **call)
+
+
+class OneBuffer(OracleUNet):
+    """Returns the same tensor at every call, as a CUDA graph does, and writes into its input."""
+
+    def forward(self, sample, *args, **kwargs):
+        output = super().forward(sample.clone(), *args, **kwargs)[0]
+        sample.add_(0)  # at least as much as to bump its version
+        if not hasattr(self, "buffer"):
+            self.buffer = torch.empty_like(output)
+        return (self.buffer.copy_(output),)
+
+
+def test_outputs_may_come_in_the_same_buffer():
+    scheduler = euler()
+    plain = measured(oracle_pipeline(scheduler, mixture()))
+
+    class Direct(OraclePipeline):
+        @torch.no_grad()
+        def __call__(self, num_inference_steps=50):
+            self.scheduler.set_timesteps(num_inference_steps)
+            x = torch.randn(2, *SHAPE)
+            for t in self.scheduler.timesteps:
+                given = self.scheduler.scale_model_input(x, t)
+                x = self.scheduler.step(self.unet(given, t, return_dict=False)[0], t, x).prev_sample
+
+    stats = measured(Direct(OneBuffer().answer_for(scheduler, mixture()), scheduler))
+    assert torch.equal(stats.gram, plain.gram)
+    assert torch.equal(stats.response_gram, plain.response_gram)
+
+
+def test_levels_can_be_given():
+    zero_snr = {**SD, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "clip_sample": False}
+    pipe = oracle_pipeline(diffusers.DDIMScheduler(**zero_snr), mixture())
+    stats = measured(pipe)
+    assert torch.isinf(stats.s[0])
+    finite = fs.diffusers.measure(pipe, levels=stats.s[1:], samples=2)
+    torch.testing.assert_close(finite.s, stats.s[1:])
+    assert torch.isfinite(fs.optimal_schedule(finite, 6, "ddim").sigmas).all()
+    with pytest.raises(ValueError, match="at different integer timesteps"):
+        fs.diffusers.measure(pipe, levels=torch.tensor([3.0, 2.0, 1.9999, 1.0]), samples=2)
+    with pytest.raises(ValueError, match="levels must strictly descend"):
+        fs.diffusers.measure(pipe, levels=torch.tensor([3.0, 4.0, 1.0]), samples=2)
+
+
+def test_a_list_that_one_network_returns_and_another_empties_is_compared():
+    """As a ControlNet's, of which HunyuanDiT takes one residual after another."""
+
+    class Control(torch.nn.Module):
+        def forward(self, sample):
+            return ([torch.zeros_like(sample)],)
+
+    class Controlled(OracleUNet):
+        def forward(self, sample, timestep, residuals, **rest):
+            return super().forward(sample + residuals.pop(), timestep, **rest)
+
+    scheduler = euler()
+    pipe = OraclePipeline(Controlled().answer_for(scheduler, mixture()), scheduler)
+    control, unet = Control(), pipe.unet
+    vars(pipe)["control"] = control
+    vars(pipe)["unet"] = lambda sample, *args, **rest: unet(sample, *args, residuals=control(sample)[0], **rest)
+    pipe.unet.dtype, vars(pipe)["network"] = unet.dtype, unet
+    assert torch.equal(measured(pipe).gram, measured(oracle_pipeline(euler(), mixture())).gram)
