@@ -45,7 +45,7 @@ def nodes(stats: PathStatistics, schedules: Mapping[str, Schedule]) -> str:
 def errors(
     stats: PathStatistics, curves: Sequence[ErrorCurve], schedules: Mapping[str, Schedule], measured: Sequence[Measured]
 ) -> str:
-    """Predicted errors against steps, each in a band, with karras as a reference; measured errors as points."""
+    """Predicted errors against steps, each in a band, with karras as a reference; errors of real runs as points."""
     known = {(each.name, each.solver, each.steps) for each in measured}  # these replace a fit's own errors
     points = [
         Measured(name, each.solver, each.steps, each.measured_error)
@@ -65,9 +65,10 @@ def errors(
     common = [karras_error(stats, reference, n) for n in steps]
     axes.plot(steps, common, "--", color=plot.COLOURS[7], label=f"karras, {reference}")
     markers = itertools.cycle(plot.MARKERS[1:7])  # 6 and 7 are coprime: 42 different pairs with the colours
-    for point in [*points, *measured]:
+    found = [*((point, "in its fit") for point in points), *((point, "measured") for point in measured)]
+    for point, how in found:
         solver = "" if re.search(rf"\b{re.escape(point.solver)}\b", point.name) else f" ({point.solver})"
-        label = f"{_label(point.name)}{solver}, measured"
+        label = f"{_label(point.name)}{solver}, {how}"
         axes.plot(point.steps, point.error, next(markers), color=next(colours), label=label)
     axes.set(xlabel="steps", ylabel="squared distance to the converged sample", yscale="log")
     plot.draw_integer_ticks(axes)

@@ -392,8 +392,8 @@ def plain_decimals(values: list[float], digits: int = 6) -> str:
 
 def _show(schedule: Schedule) -> None:
     """Print the schedule on stdout, and its errors on stderr."""
-    errors = {"predicted": schedule.predicted_error, "measured": schedule.measured_error}
-    known = [f", {name} squared error {value:.4g}" for name, value in errors.items() if value is not None]
+    errors = {"predicted": schedule.predicted_error, "on the noises of its fit": schedule.measured_error}
+    known = [f", squared error {value:.4g} {name}" for name, value in errors.items() if value is not None]
     note(f"{schedule.solver}, {schedule.steps} steps{''.join(known)}")
     typer.echo(plain_decimals(schedule.sigmas.tolist()))
     if schedule.network_sigmas is not None:

@@ -169,11 +169,14 @@ def _listed(schedules: Mapping[str, Schedule]) -> str:
     items = ""
     for name, schedule in schedules.items():
         words = [schedule.solver, f"{schedule.steps} steps", f"{schedule.model_calls} model calls a sample"]
-        for kind, error in (("predicted", schedule.predicted_error), ("measured", schedule.measured_error)):
-            words += [] if error is None else [f"{kind} error {error:.4g}"]
+        errors = {"predicted error": schedule.predicted_error, "error in its fit": schedule.measured_error}
+        words += [f"{kind} {error:.4g}" for kind, error in errors.items() if error is not None]
         sigmas = escape(plain_decimals(schedule.sigmas.tolist()))
         items += f"<dt>{escape(name)}</dt><dd>{escape(', '.join(words))}<br><code>{sigmas}</code></dd>"
-    return f"<dl>{items}</dl><p>Errors are squared distances to the converged sample of the same noise.</p>"
+    return (
+        f"<dl>{items}</dl><p>Errors are squared distances to the converged sample of the same noise. "
+        "The error in a fit is of the noises that the schedule was tuned on; on new ones it is larger.</p>"
+    )
 
 
 def _strips(pictures: Sequence[Picture]) -> str:

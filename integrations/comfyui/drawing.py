@@ -40,7 +40,7 @@ def picture(schedule: Schedule, curve: ErrorCurve | None) -> Tensor:
         right = _Panel(draw, PANEL, "predicted squared error of the best schedules", "steps")
         right.plot(pairs, (1, max(curve.steps)), marks)
         if marks:
-            right.note("dot: measured, of this schedule")
+            right.note("dot: this schedule, on the noises of its fit")
     image = image.resize((PANEL * panels, HEIGHT), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)[None]
 

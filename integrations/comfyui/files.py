@@ -57,10 +57,8 @@ class Found:
         parts = [
             f"{self.schedule.solver}, {self.schedule.steps} steps, {self.schedule.model_calls} model calls, {kind}"
         ]
-        for what in ("measured", "predicted"):
-            error = getattr(self.schedule, f"{what}_error")
-            if error is not None:
-                parts.append(f"{what} squared error {error:.4g}")
+        errors = {"on the noises of its fit": self.schedule.measured_error, "predicted": self.schedule.predicted_error}
+        parts += [f"squared error {error:.4g} {what}" for what, error in errors.items() if error is not None]
         return ", ".join(parts)
 
     def rounding(self) -> list[str]:
