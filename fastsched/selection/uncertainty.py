@@ -55,9 +55,10 @@ def standard_errors(
         schedule = optimal_schedule(others, steps, solver, polish=polish)
         assert schedule.predicted_error is not None
         errors.append(schedule.predicted_error)
-        logs.append(schedule.sigmas[:-1].log())
+        logs.append(schedule.sigmas[1:-1].log())  # the first may be infinite
     # Schedules without one sample differ little from each other, so the jackknife multiplies their variance by B - 1.
     spread = ((count - 1) * torch.stack(logs).var(0, correction=0)).sqrt()
+    spread = torch.cat([spread.new_zeros(1), spread])
     return Uncertainty(
         predicted_error=float(
             ((count - 1) * torch.tensor(errors, dtype=torch.float64, device="cpu").var(correction=0)).sqrt()

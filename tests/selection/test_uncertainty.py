@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
-from models import exact_denoiser, mixture
+import torch
+from models import exact_denoiser, exact_denoisers, mixture, vp_table
 
 import fastsched as fs
 
@@ -28,6 +29,20 @@ def test_standard_error_is_the_spread_over_measurements():
     actual = np.std([fs.optimal_schedule(run, 6, polish=False).predicted_error for run in runs], ddof=1)
     reported = np.sqrt(np.mean([fs.standard_errors(run, 6).predicted_error ** 2 for run in runs]))
     assert 1 / 2.5 < reported / actual < 2.5
+
+
+def test_pure_noise_at_the_start_has_no_standard_error():
+    table = vp_table(100)
+    table[-1] = 0.0
+    network = exact_denoisers(mixture(d=4), vp_table(100))["v"].network
+
+    def at_zero_too(x, t):  # the trained table's last level is finite, and v there is -E[x0]
+        return torch.where((t < 99)[:, None], network(x, t.clamp_max(98)), -mixture(d=4).sample(512, seed=0).mean(0))
+
+    stats = fs.measure(fs.Denoiser.from_v(at_zero_too, table), (4,), levels=24, samples=3, progress=False)
+    found = fs.standard_errors(stats, 4)
+    assert found.log_sigmas[0] == 0
+    assert bool(found.log_sigmas.isfinite().all())
 
 
 def test_one_sample_has_no_standard_error():
