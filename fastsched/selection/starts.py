@@ -72,7 +72,8 @@ def common_levels(stats: PathStatistics, steps: int) -> dict[str, Tensor]:
         top = float(process.sampler_sigma(stats.s[:1]))
         for name, shift in {"uniform times": 1.0, "shift 3": 3.0}.items():
             levels[name] = process.level(top * baselines.flow_shift(steps, shift))
-    return levels
+    # Uniform timesteps repeat if there are fewer of them than steps, and may begin above the measured range.
+    return {name: each for name, each in levels.items() if bool((each.diff() < 0).all())}
 
 
 def common_sigmas(process: NoiseProcess, s: Tensor, name: str, steps: int, *, spare_last: bool = False) -> Tensor:

@@ -2,14 +2,16 @@ import math
 
 import pytest
 import torch
-from models import exact_denoiser, exact_denoisers, mixture
+from models import exact_denoiser, exact_denoisers, mixture, vp_table
 
 import fastsched as fs
 from fastsched.costs import path_cost
 from fastsched.metrics import power_mean
 from fastsched.sampling.random_streams import noise_of, sample_seeds
-from fastsched.sampling.solvers import SOLVERS
+from fastsched.sampling.solvers import SOLVERS, get_solver
 from fastsched.selection.dynamic_programming import cheapest_paths
+from fastsched.selection.optimal import ranked_starts
+from fastsched.selection.starts import starting_levels
 
 C = 0.5
 
@@ -95,6 +97,24 @@ def test_integer_networks_get_integer_timesteps():
     timesteps = fs.optimal_schedule(stats, 5).timesteps
     assert timesteps.tolist() == timesteps.round().tolist()
     assert all(isinstance(t, int) for t in seen)
+
+
+@pytest.mark.parametrize("steps", [10, 15, 30])
+def test_starts_of_a_network_of_few_timesteps_descend(steps):
+    """Ranking needs finite errors, and uniform timesteps repeat if there are fewer of them than steps."""
+    table = vp_table()[50::100]
+    stats = fs.measure(exact_denoisers(mixture(), table)["v"], (4,), samples=2, progress=False)
+    starts = ranked_starts(stats, steps, get_solver("dpmpp_2m"))
+    assert all(math.isfinite(start.predicted_error) for start in starts)
+
+
+def test_starts_of_a_part_of_the_levels_descend():
+    denoiser = exact_denoisers(mixture())["v"]
+    stats = fs.measure(denoiser, (4,), levels=denoiser.levels(48)[20:], samples=2, progress=False)
+    for steps in (2, 5):
+        assert all(
+            (levels[1:] < levels[:-1]).all() for levels in starting_levels(stats, steps, get_solver("ddim")).values()
+        )
 
 
 def test_scaling_the_data_scales_the_schedule():
