@@ -25,6 +25,9 @@ from fastsched import validate
 #: The largest ``sigma_max``, for squared distances of samples must be float32 numbers; the smallest is its inverse.
 LARGEST_SIGMA = 1e15
 
+#: The smallest level: sampler states ``x / sigma`` must be float32 numbers.
+SMALLEST_LEVEL = 1e-30
+
 #: The most levels of a grid; more would fill memory before anything is called.
 MOST_LEVELS = 10**6
 
@@ -102,6 +105,7 @@ class VarianceExploding(NoiseProcess):
                 f"sigma_max must be within {1 / LARGEST_SIGMA:g} and {LARGEST_SIGMA:g}, as squares of samples are "
                 f"computed in float32, got {high:g}; scale the data and the levels"
             )
+        _check_lowest("sigma_min", self)
 
     @property
     def s_min(self) -> float:
@@ -232,6 +236,7 @@ class FlowMatching(NoiseProcess):
             raise ValueError(
                 f"data_at must be 0 or 1, the network's time of clean data, got {validate.shown(self.data_at)}"
             )
+        _check_lowest("t_min", self)
 
     @property
     def s_min(self) -> float:
@@ -303,6 +308,12 @@ class ContinuousVP(NoiseProcess):
             one, other = getattr(self, low), getattr(self, high)
             if not 0 < one < other < math.inf:
                 raise ValueError(f"{low} and {high} must satisfy 0 < {low} < {high}, got {one!r} and {other!r}")
+        if not self._decay(self.t_max) <= 2 * math.log(LARGEST_SIGMA):
+            raise ValueError(
+                f"beta_max and t_max must give a highest level of at most {LARGEST_SIGMA:g}, as squares of samples are "
+                f"computed in float32, got beta_max={self.beta_max:g} and t_max={self.t_max:g}"
+            )
+        _check_lowest("t_min", self)
 
     @property
     def s_min(self) -> float:
@@ -327,8 +338,12 @@ class ContinuousVP(NoiseProcess):
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "kind": "continuous_vp"}
 
+    def _decay(self, t: float) -> float:
+        """``-2 log alpha`` at time ``t``."""
+        return t * (t * (self.beta_max - self.beta_min) / 2 + self.beta_min)
+
     def _level_at(self, t: float) -> float:
-        decay = t**2 * (self.beta_max - self.beta_min) / 2 + t * self.beta_min
+        decay = self._decay(t)
         return 2 * math.sinh(decay / 2) if self.sub_vp else math.sqrt(math.expm1(decay))
 
 
@@ -345,6 +360,15 @@ def process_from_dict(values: Mapping[str, Any]) -> NoiseProcess:
         return makers[kind](**entries)
     except TypeError as error:
         raise ValueError(f"noise process {kind!r} cannot be read from {sorted(entries)}: {error}") from None
+
+
+def _check_lowest(name: str, process: NoiseProcess) -> None:
+    """ValueError, which names the argument that decides it, if the lowest level is below `SMALLEST_LEVEL`."""
+    if process.s_min < SMALLEST_LEVEL:
+        raise ValueError(
+            f"{name} must give a lowest level of at least {SMALLEST_LEVEL:g}, as states over it are float32 numbers, "
+            f"got {process.s_min:g}"
+        )
 
 
 def checked_level_count(n: object, minimum: int = 2) -> int:

@@ -28,6 +28,9 @@ from fastsched.sampling.random_streams import sample_seeds
 #: extrapolates the rounding errors of closer levels: at 1e-4 schedules have ten times the error.
 CLOSEST = 9.9e-4
 
+#: The same of the denoiser's own levels, which are evenly spaced: below it, rounding is most of each change.
+CLOSEST_EVEN = 1e-6
+
 
 def measure(
     denoiser: Denoiser,
@@ -185,7 +188,14 @@ def measured_levels(denoiser: Denoiser, levels: int | Tensor) -> Tensor:
     """The levels to measure at, float64 [N], from their number or a list of them; errors as in `measure`."""
     is_denoiser("denoiser", denoiser)
     if not isinstance(levels, Tensor):
-        return denoiser.levels(validate.positive_int("levels", levels, minimum=3))
+        s = denoiser.levels(validate.positive_int("levels", levels, minimum=3))
+        if bool((s[1:] > (1 - CLOSEST_EVEN) * s[:-1]).any()):
+            low, high = float(s[-1]), float(s[s.isfinite()][0])
+            raise ValueError(
+                f"levels must be fewer than {len(s)}: from {high!r} to {low!r}, that of the noise process, they are "
+                "so close that the changes between them are mostly rounding; is this range right?"
+            )
+        return s
     s = denoiser.process.nearest(validate.descending_sigmas("levels", levels))  # a network may not know others
     if not bool((s[1:] < s[:-1]).all()):
         raise ValueError("levels must be at different integer timesteps, as this network knows no others")

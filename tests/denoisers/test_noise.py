@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import vp_table
 
-from fastsched.denoisers.noise import FlowMatching, VarianceExploding, VariancePreserving, process_from_dict
+from fastsched.denoisers.noise import (
+    ContinuousVP,
+    FlowMatching,
+    VarianceExploding,
+    VariancePreserving,
+    process_from_dict,
+)
 
 PROCESSES = {
     "ve": VarianceExploding(0.002, 80.0),
@@ -119,6 +125,26 @@ def test_bad_alphas_cumprod(values):
 def test_bad_flow_times(t_min, t_max):
     with pytest.raises(ValueError, match="t_min"):
         FlowMatching(t_min, t_max)
+
+
+@pytest.mark.parametrize("sub_vp", [False, True])
+@pytest.mark.parametrize(("beta_max", "t_max"), [(200.0, 1.0), (3000.0, 1.0), (20.0, 1e3), (20.0, 1e200)])
+def test_sde_whose_levels_overflow_is_refused(sub_vp, beta_max, t_max):
+    with pytest.raises(ValueError, match="beta_max and t_max must"):
+        ContinuousVP(beta_max=beta_max, t_max=t_max, sub_vp=sub_vp)
+
+
+@pytest.mark.parametrize(
+    ("process", "name"),
+    [
+        (lambda: VarianceExploding(1e-40, 1.0), "sigma_min"),
+        (lambda: FlowMatching(t_min=1e-40), "t_min"),
+        (lambda: ContinuousVP(t_min=1e-100), "t_min"),
+    ],
+)
+def test_levels_below_float32_are_refused(process, name):
+    with pytest.raises(ValueError, match=f"{name} must give a lowest level"):
+        process()
 
 
 def test_flow_sigmas_above_one_are_refused():

@@ -61,6 +61,19 @@ def test_levels_that_are_nearly_equal_are_refused(gap):
         measure(exact_denoiser(mixture()), (4,), levels=twice)
 
 
+@pytest.mark.parametrize(
+    "denoiser",
+    [
+        exact_denoiser(mixture(), 1.0, 1.0 + 1e-7),
+        exact_denoiser(mixture(), 1.0, 1.0 + 1e-12),
+        fs.Denoiser.from_v(lambda x, t: x, [0.5, 0.0]),
+    ],
+)
+def test_too_narrow_a_process_is_refused(denoiser):
+    with pytest.raises(ValueError, match="levels must be fewer than 48"):
+        fs.measure(denoiser, (4,), progress=False)
+
+
 @pytest.mark.parametrize("lowest", [0.2, 5.0])
 def test_levels_that_end_far_above_the_lowest_are_warned_of(lowest):
     """The step from there to 0 jumps over most of what the denoiser does, and none of that is measured."""
