@@ -32,7 +32,7 @@ def rounding_floor(ends: Tensor) -> Tensor:
     Smaller distances cannot be distinguished from 0, and would make a geometric mean 0.
     """
     values = validate.finite("ends", ends)
-    return torch.finfo(torch.float32).eps ** 2 * values.double().flatten(1).square().sum(1)
+    return torch.finfo(torch.float32).eps ** 2 * values.cpu().double().flatten(1).square().sum(1)
 
 
 def geometric_mean(values: Tensor) -> float:
@@ -44,7 +44,7 @@ def geometric_mean(values: Tensor) -> float:
         ValueError: If there is no value, or one is negative or NaN.
     """
     values = validate.tensor("values", values)
-    wide = values.double()
+    wide = values.cpu().double()
     if wide.numel() == 0 or not bool((wide >= 0).all()):
         raise ValueError("values must be non-negative numbers, at least one of them")
     return float(wide.log().mean().exp())
@@ -63,7 +63,7 @@ def power_mean(values: Tensor | np.ndarray, exponent: float = EXPONENT) -> np.nd
     arithmetic mean (p = 1), which they dominate.
     """
     if isinstance(values, Tensor):
-        values = values.detach().double().cpu().numpy()
+        values = values.detach().cpu().double().numpy()  # Apple's GPUs have no float64
     logs = np.log(np.maximum(np.asarray(values, dtype=np.float64), np.finfo(np.float64).tiny))
     if exponent == 0:
         return np.exp(logs.mean(axis=-1))
@@ -77,7 +77,7 @@ def mean_and_standard_error(values: Tensor) -> tuple[float, float]:
     Raises:
         ValueError: If there is no value, or one is NaN.
     """
-    wide = validate.tensor("values", values).double().flatten()
+    wide = validate.tensor("values", values).cpu().double().flatten()
     if wide.numel() == 0 or bool(wide.isnan().any()):
         raise ValueError("values must be numbers, at least one of them")
     error = wide.std() / wide.numel() ** 0.5 if wide.numel() > 1 else torch.tensor(torch.nan, device="cpu")
@@ -154,7 +154,7 @@ def _rows(name: str, samples: Tensor) -> Tensor:
     """``samples`` as float64 rows on the CPU, [B, d]."""
     if samples.numel() == 0:
         raise ValueError(f"{name} must be [B, *shape] with at least one sample, got shape {tuple(samples.shape)}")
-    return validate.finite(name, samples).to("cpu", torch.float64).flatten(1)
+    return validate.finite(name, samples).cpu().double().flatten(1)
 
 
 def _moments(name: str, samples: Tensor) -> tuple[Tensor, Tensor]:

@@ -314,7 +314,7 @@ def _images(images: Tensor) -> Tensor:
         raise ValueError(
             f"images of samples must be [B, C, H, W] with C 1 or 3, or [B, H, W], got shape {tuple(images.shape)}"
         )
-    return batch.detach().to("cpu", torch.float64)
+    return batch.detach().cpu().double()
 
 
 def _sheet(images: Tensor, columns: int | None, fill: float = 1.0) -> NDArray:

@@ -85,7 +85,7 @@ def score_distances(source: StateSource, z: Tensor, raw: Tensor, k: int, others:
         a = float(source.score_a[j] - source.score_a[k])
         c, change = float(source.score_c[j]), float(source.score_c[j] - source.score_c[k])
         difference = c * (source.raw_output(z, j).to(wide) - start) + change * start + a * z
-        columns.append(difference.flatten(1).double().square().sum(1))
+        columns.append(ops.in_float64(difference.flatten(1)).square().sum(1))
     return torch.stack(columns, 1).cpu()
 
 

@@ -174,7 +174,7 @@ class StateSource:
         bar = progress_bar(self.samples * levels, progress, what, unit="state")
         network = self.denoiser.network
         with unchanged_buffers(network), checked_training(network, self.device), bar as advance:
-            return torch.cat([estimate(batch, advance).double().cpu() for batch in self.batches()])
+            return torch.cat([estimate(batch, advance).cpu().double() for batch in self.batches()])
 
     def states(self, batch: Batch, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """``(k, z, R)`` for the levels ``k < count``: states ``z ~ p_k`` and the network's output there.

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.ops import eager, registration
-from fastsched.ops.backends import BACKENDS, KERNEL_DTYPES, resolve_backend
+from fastsched.ops.backends import BACKENDS, KERNEL_DTYPES, in_float64, resolve_backend
 
 __all__ = [
     "BACKENDS",
     "PRECISIONS",
     "hutchinson_reduce",
+    "in_float64",
     "level_increment_gram",
     "pairwise_squared_distances",
     "resolve_backend",
@@ -72,7 +73,7 @@ def level_increment_gram(
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
-        ``[N, N]`` float64, or ``[B, N, N]`` per sample, on R's device.
+        ``[N, N]`` float64, or ``[B, N, N]`` per sample, on R's device; on the CPU for Apple's GPUs.
 
     Raises:
         TypeError: An argument is not a dense tensor.
@@ -83,6 +84,7 @@ def level_increment_gram(
     _check_data("R", R)
     if X is not None:
         _check_like("X", X, R, "R")
+    R, X = _on_cpu_for_apple(R), None if X is None else _on_cpu_for_apple(X)
     triton = resolve_backend(R.device, R.dtype, backend=backend) == "triton"
     coefficients = _coefficients(a, c, R)
     if _plain_call(triton, R):
@@ -133,7 +135,7 @@ def pairwise_squared_distances(gram: Tensor) -> Tensor:
     _check_dense("gram", gram)
     if gram.is_complex() or gram.ndim < 2 or gram.shape[-1] != gram.shape[-2]:
         raise ValueError(f"gram must be real, [..., N, N]; got {validate.shown(gram)}")
-    gram = gram.double()
+    gram = in_float64(gram)
     between = gram.triu(1)  # k < j
     below = between.flip(-2).cumsum(-2).flip(-2) - between  # [i, j]: sum over i < k < j
     step = (gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) + 2 * below).triu(1)
@@ -153,7 +155,7 @@ def hutchinson_reduce(V: Tensor, JV: Tensor, *, backend: str = "auto") -> tuple[
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
-        Two tensors ``[N, B]``, float64, on JV's device.
+        Two tensors ``[N, B]``, float64, on JV's device; on the CPU for Apple's GPUs.
 
     Raises:
         TypeError: An argument is not a dense tensor.
@@ -162,11 +164,17 @@ def hutchinson_reduce(V: Tensor, JV: Tensor, *, backend: str = "auto") -> tuple[
     """
     _check_data("JV", JV)
     _check_like("V", V, JV, "JV")
+    V, JV = _on_cpu_for_apple(V), _on_cpu_for_apple(JV)
     dtype = torch.float64 if V.dtype == torch.float64 else JV.dtype
     triton = resolve_backend(JV.device, dtype, backend=backend) == "triton"
     if _plain_call(triton, JV):
         return eager.hutchinson(V, JV)
     return registration.hutchinson(V, JV, triton)
+
+
+def _on_cpu_for_apple(tensor: Tensor) -> Tensor:
+    """Move a tensor from one of Apple's GPUs to the CPU: the sums need float64, which these GPUs lack."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 def _plain_call(triton: bool, tensor: Tensor) -> bool:

@@ -14,6 +14,11 @@ _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 products on tensor cores start h
 _warned: set[torch.device] = set()
 
 
+def in_float64(values: torch.Tensor) -> torch.Tensor:
+    """``values`` in float64; on the CPU if they are on one of Apple's GPUs, which have no float64."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
 def resolve_backend(device: torch.device | str, dtype: torch.dtype = torch.float32, *, backend: str = "auto") -> str:
     """Return the implementation that an op uses for tensors of a device and dtype.
 

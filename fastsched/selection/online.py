@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsched import validate
+from fastsched import ops, validate
 from fastsched.denoisers.network_errors import checked_output
 from fastsched.denoisers.network_state import unchanged_buffers
 from fastsched.selection.arc_length import equal_arc_length
@@ -90,11 +90,12 @@ class AdaptiveSchedule:
         """The density of `draw` in ``log s``, shaped as ``s``: ``1 / ((N - 1) * width of the cell)``; 0 outside."""
         validate.tensor("s", s)
         logs = self.s.log().flip(0)
-        values = s.detach().to("cpu", torch.float64).log()
+        values = s.detach().cpu().double().log()
         cell = torch.searchsorted(logs, values.contiguous(), right=True).clamp(1, len(logs) - 1)
         inside = (values >= logs[0]) & (values <= logs[-1])
         density = 1 / ((len(logs) - 1) * (logs[cell] - logs[cell - 1]))
-        return torch.where(inside, density, 0.0).to(s.device)
+        found = torch.where(inside, density, 0.0)
+        return (found.float() if s.device.type == "mps" else found).to(s.device)  # Apple's GPUs have no float64
 
     def observe(self, costs: Tensor, intervals: Tensor | None = None) -> None:
         """Add estimates of incremental costs on the current grid; `update` uses their mean.
@@ -107,7 +108,7 @@ class AdaptiveSchedule:
             ValueError: If a shape or index does not match the grid, or a cost is NaN or inf.
         """
         validate.arguments(locals(), costs=validate.tensor, intervals=validate.optional(_is_index))
-        values = costs.detach().to("cpu", torch.float64).flatten()
+        values = costs.detach().cpu().double().flatten()
         if not bool(torch.isfinite(values).all()):
             raise ValueError("costs must be finite, got NaN or inf; skip such a batch")
         places = (
@@ -158,7 +159,7 @@ class AdaptiveSchedule:
         with unchanged_buffers(denoise):
             answers = [checked_output(denoise(z.clone(), s.to(clean)), z).clone() for s in (s_from, s_to)]
         scores = [(x0 - z) / wide(s).square() for x0, s in zip(answers, (s_from, s_to), strict=True)]
-        squares = (scores[1] - scores[0]).flatten(1).double().square().sum(1)
+        squares = ops.in_float64((scores[1] - scores[0]).flatten(1)).square().sum(1)
         self.observe(squares.cpu() * s_from.square(), intervals)
         return 2 * count
 

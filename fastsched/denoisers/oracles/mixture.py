@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastsched import validate
+from fastsched import ops, validate
 from fastsched.denoisers.oracles.base import Oracle, as_states, flat_states, level_column
 
 
@@ -34,7 +34,7 @@ class GaussianMixture(Oracle):
         for name in ("weights", "means", "covariances"):
             value = getattr(self, name)
             if isinstance(value, Tensor) and value.is_floating_point():  # stays on its device
-                value = validate.tensor(name, value).to(torch.float64, copy=True)
+                value = ops.in_float64(validate.tensor(name, value)).clone()
             else:
                 value = validate.float64(name, value)
             if not bool(torch.isfinite(value).all()):
