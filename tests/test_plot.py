@@ -30,6 +30,13 @@ def comparison(calls: int, **errors: float) -> Comparison:
     return Comparison(tuple(rows), 2, Reference(torch.zeros(2, 4), torch.zeros(2, 4), "ddim", 300, 600))
 
 
+def test_names_are_drawn_as_they_are():
+    figure = plot.plot_errors([comparison(4, **{"$\\foo$": 1.0, "_a": 2.0, "5$": 3.0})])
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    assert [text.get_text().strip() for text in axes.get_legend().get_texts()] == [r"\$\foo\$", "_a", r"5\$"]
+
+
 def test_density_of_gaussian_data_is_the_closed_form(stats):
     # D along the path is c^2 / (c^2 + s^2) z(s), z(s) = z_0 sqrt((c^2 + s^2) / (c^2 + s_0^2)).
     s, density = plot.cost_density(stats, weighted=False)

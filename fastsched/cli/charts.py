@@ -136,7 +136,7 @@ def _colours() -> Iterator[str]:
 
 def _label(name: str) -> str:
     """The name, or its last 17 characters if it has more than 20; the page lists full names."""
-    return name if len(name) <= 20 else f"...{name[-17:]}"
+    return plot.as_label(name if len(name) <= 20 else f"...{name[-17:]}")
 
 
 def _over_sigma(axes: Axes, stats: PathStatistics, sigmas: np.ndarray, values: np.ndarray, **style: Any) -> None:

@@ -159,10 +159,16 @@ def load_schedule(path: Path) -> Schedule:
 
 
 def named_schedules(paths: list[Path]) -> dict[str, Schedule]:
-    """The schedules in files, by file name without ending; a repeated name is replaced by its path."""
+    """The schedules in files, by file name without ending; a repeated name is replaced by its path.
+
+    Characters that a line of a table cannot hold are escaped: line breaks, and bytes that are no text.
+    """
     named: dict[str, Schedule] = {}
     for path in paths:
-        named[path.stem if path.stem not in named else str(path)] = load_schedule(path)
+        stem, whole = (
+            "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text) for text in (path.stem, str(path))
+        )
+        named[stem if stem not in named else whole] = load_schedule(path)
     return named
 
 

@@ -61,7 +61,7 @@ def report(
             found.append(error_curve(stats, name, min(max_steps, stats.levels - 1)))
             advance(1)
     page = report_page.page(title, stats, named, found, measured, pictures)
-    write_whole(output, page.encode())
+    write_whole(output, page.encode(errors="backslashreplace"))
     note(f"wrote {output}")
 
 

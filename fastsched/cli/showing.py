@@ -41,7 +41,7 @@ def info(
         found = _pipeline(file)
     elif kind == "schedule":
         found = {"kind": "schedule", **summary(inputs.load_schedule(file))}
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = json.loads(file.read_text(encoding="utf-8-sig"))
         found |= {key: value for key, value in entries.items() if key not in found and key != "format"}
     elif kind == "statistics":
         found = _statistics(file, inputs.load_statistics(file))

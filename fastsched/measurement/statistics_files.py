@@ -70,6 +70,8 @@ def read_statistics(kind: type[Any], path: str | os.PathLike[str]) -> Any:
     name = check_readable(path, "statistics")
     if kind_of(name) == "schedule":
         raise ValueError(f"{name} is a schedule, and statistics are needed, which 'fastsched measure' writes")
+    if name.encode(errors="replace").decode() != name:
+        raise ValueError(f"{name} must have a name that is UTF-8, as safetensors opens no other; rename it")
     try:
         with safe_open(name, framework="pt") as file:
             text = (file.metadata() or {}).get("fastsched", "{}")

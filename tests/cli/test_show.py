@@ -1,4 +1,7 @@
+import csv
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -55,6 +58,43 @@ def test_info_writes_infinity_so_that_json_can_be_read(tmp_path):
     fs.measure(denoiser, (3,), samples=1, levels=8, progress=False).save(tmp_path / "s.safetensors")
     text = run("info", tmp_path / "s.safetensors", "--json").stdout
     assert json.loads(text, parse_constant=pytest.fail)["noise levels"][0] == "inf"
+
+
+def test_info_of_a_schedule_after_a_byte_order_mark(folder, tmp_path):
+    file = tmp_path / "marked.json"
+    file.write_text("\ufeff" + (folder / "x-4.json").read_text())
+    expected = json.loads(run("info", folder / "x-4.json", "--json").stdout)
+    assert json.loads(run("info", file, "--json").stdout) == expected
+
+
+@pytest.fixture
+def odd_names(tmp_path, folder):
+    """Schedules whose file names hold a line break, a formula, a leading underscore, or bytes that are no text."""
+    names = [os.fsdecode(name) for name in (b"two\nlines.json", b"$\\foo$.json", b"_a.json", b"not\xfftext.json")]
+    try:
+        return [shutil.copy(folder / "x-4.json", tmp_path / name) for name in names]
+    except OSError:
+        pytest.skip("this system has no such file names")
+
+
+def test_files_of_odd_names_are_compared_and_drawn(folder, tmp_path, model, odd_names):
+    few = ("--samples", "2", "--reference-steps", "4", "--baselines", "none", "-q")
+    result = run("compare", model, *odd_names, "--shape", "2,3", *few, "--csv", tmp_path / "e.csv")
+    assert result.exit_code == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 2 + len(odd_names)
+    rows = csv.DictReader((tmp_path / "e.csv").read_text(encoding="utf-8").splitlines())
+    assert [row["name"] for row in rows] == [r"two\nlines", r"$\foo$", "_a", r"not\udcfftext"]
+    for command in (("plot", *odd_names), ("plot", folder / "s.safetensors", *odd_names)):
+        assert run(*command, "-o", tmp_path / "p.png").exit_code == 0
+    page = ("report", folder / "s.safetensors", *odd_names, "--max-steps", "2", "--solver", "ddim", "-q")
+    assert run(*page, "--title", "\udcff", "--errors", tmp_path / "e.csv", "-o", tmp_path / "r.html").exit_code == 0
+    assert r"not\udcfftext" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_statistics_whose_name_is_no_text_are_to_be_renamed(folder, odd_names):
+    name = odd_names[-1].with_suffix(".safetensors")
+    shutil.copy(folder / "s.safetensors", name)
+    assert "rename it" in one_line(run("info", name))
 
 
 def test_info_of_neither_is_an_error(tmp_path):
