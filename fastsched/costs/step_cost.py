@@ -29,14 +29,19 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fastsched import validate
 from fastsched.costs.norms import Array
 from fastsched.costs.surrogate import Surrogate
+from fastsched.measurement import memory
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.multistep import Node, log_rho
 from fastsched.sampling.solvers import Solver, from_pure_noise, get_solver, is_stock_solver, step_scale
+
+#: Bytes of a search for each triple of levels: its cost, and copies of the sixth part of these.
+BYTES_A_TRIPLE = 10
 
 
 def error_weight(stats: PathStatistics) -> Array:
@@ -46,6 +51,16 @@ def error_weight(stats: PathStatistics) -> Array:
 
 def _weight(surrogate: Surrogate) -> Array:
     return np.append(surrogate.amplitude(surrogate.s) ** 2, 1.0)
+
+
+def check_memory(levels: int) -> None:
+    """MemoryError if `PathCost.triples` of so many levels do not fit into memory; the message says what to lower."""
+    free, wanted = memory.free_bytes(torch.device("cpu")), BYTES_A_TRIPLE * (levels + 1) ** 3
+    if free is not None and wanted > free:
+        raise MemoryError(
+            f"not enough memory: a search over {levels} levels takes {wanted / 2**30:.3g} GiB, but "
+            f"{free / 2**30:.3g} are free; lower levels (32 to 64 are enough)"
+        )
 
 
 def path_cost(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", *, weighted: bool = True) -> PathCost:
@@ -153,6 +168,7 @@ class PathCost:
     def triples(self) -> Array:
         """Cost of a step from j to k after one from i to j, ``[i, j, k]``, [N + 1]^3; ``inf`` unless ``i < j < k``."""
         n = self.levels
+        check_memory(n)
         costs = np.full((n + 1, n + 1, n + 1), np.inf)
         for k in range(2, n):
             i, j = np.arange(k)[:, None], np.arange(k)[None, :]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
+from fastsched.denoisers.late_reading import Verdicts
+from fastsched.denoisers.network_errors import checked_output
 from fastsched.sampling.fitted import checked_weights
 from fastsched.sampling.progress import progress_bar
 
@@ -47,8 +49,8 @@ def sample_fitted(
         The samples, [B, *shape].
 
     Raises:
-        ValueError: If ``sigmas`` do not descend to 0, the first is infinite, or ``weights`` have another number of
-            steps.
+        ValueError: If ``sigmas`` do not descend to 0, the first is infinite, ``weights`` have another number of steps,
+            or ``model`` returns another shape, NaN or inf.
     """
     validate.tensor("x", x)
     levels = validate.descending_sigmas("sigmas", sigmas).tolist()
@@ -61,10 +63,10 @@ def sample_fitted(
             "one schedule"
         )
     sigmas = torch.as_tensor(sigmas).to(x)
-    ones, history = x.new_ones([len(x)]), []
+    ones, history, verdicts = x.new_ones([len(x)]), [], Verdicts()
     with progress_bar(len(rows), not disable, "fitted sampling", unit="step") as advance:
         for i, row in enumerate(rows):
-            denoised = model(x.clone(), sigmas[i] * ones, **(extra_args or {})).clone()  # the model may reuse buffers
+            denoised = _checked(model(x.clone(), sigmas[i] * ones, **(extra_args or {})), x, levels[i], verdicts)
             if callback is not None:
                 callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
             history.append(denoised)
@@ -72,4 +74,13 @@ def sample_fitted(
             mean = sum(weight * known for weight, known in zip(row, history, strict=False))
             x = ratio * x + (1 - ratio) * mean
             advance(1)
+    verdicts.settle()
     return x
+
+
+def _checked(answer: object, x: Tensor, sigma: float, verdicts: Verdicts) -> Tensor:
+    """A copy of a model's answer, as the model may reuse its buffers; ``verdicts`` tell if it is not finite."""
+    denoised = checked_output(answer, x).clone()
+    verdicts.note_finite(denoised, lambda: f"the model returned NaN or inf at sigma = {sigma:g}")
+    verdicts.settle(wait=False)
+    return denoised

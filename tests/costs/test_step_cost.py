@@ -10,6 +10,7 @@ import fastsched as fs
 from fastsched.costs import path_cost
 from fastsched.costs.step_cost import error_weight
 from fastsched.costs.surrogate import Surrogate
+from fastsched.measurement import memory
 from fastsched.sampling.random_streams import noise_of
 from fastsched.sampling.sampler import nodes_of
 from fastsched.sampling.solvers import SOLVERS, step_scale
@@ -159,3 +160,17 @@ def test_weights(stats):
     np.testing.assert_allclose(error_weight(stats), [*expected, 1.0], rtol=1e-9)
     np.testing.assert_allclose(path_cost(stats, "ddim").weight, [*expected, 1.0], rtol=1e-9)
     assert path_cost(stats, "ddim", weighted=False).weight.tolist() == [1.0] * (LEVELS + 1)
+
+
+def test_more_levels_than_memory_holds_are_refused(monkeypatch):
+    """Before the calls of a fit; a measurement, which needs less, is kept."""
+    stats = fs.measure(KINDS["x0"], (4,), levels=100, samples=1, progress=False)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 5_000_000)
+    with pytest.raises(MemoryError, match=r"a search over 100 levels .* lower levels"):
+        fs.optimal_schedule(stats, 5)
+    assert fs.optimal_schedule(stats, 5, "ddim").steps == 5
+    calls = []
+    counted = fs.Denoiser.from_denoiser(lambda z, s: calls.append(1) or z, 0.02, 80.0)
+    with pytest.raises(MemoryError, match="a search over 100 levels"):
+        fs.fit(counted, (4,), 5, levels=100, samples=1, progress=False)
+    assert not calls

@@ -225,3 +225,16 @@ def test_a_model_may_write_into_its_input_and_return_one_buffer():
         sample_fitted(each, noise.clone(), sigmas, weights=weights, disable=True) for each in (writing, clean)
     )
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (lambda x, s: None, TypeError, "returned NoneType"),
+        (lambda x, s: x[:1], ValueError, "returned shape"),
+        (lambda x, s: x.clone().fill_(math.nan) if s[0] < 1 else x, ValueError, "NaN or inf at sigma = 0.5"),
+    ],
+)
+def test_wrong_answers_are_refused(model, error, message):
+    with pytest.raises(error, match=message):
+        sample_fitted(model, torch.ones(2, 4), [2.0, 0.5, 0.0], weights=[[1.0, 0.0], [0.0, 1.0]], disable=True)
