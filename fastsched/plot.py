@@ -20,6 +20,7 @@ from fastsched import validate
 from fastsched.comparison import Comparison
 from fastsched.costs.cost_density import cost_density as cost_density  # `fs.plot.cost_density`
 from fastsched.measurement.statistics import PathStatistics, is_statistics
+from fastsched.sampling import display
 from fastsched.sampling.schedule import Schedule, is_schedule
 from fastsched.selection.planning import ErrorCurve
 
@@ -178,7 +179,7 @@ def plot_overview(
     differences = []
     for (above, below), (name, images) in zip(grids.T, samples.items(), strict=False):
         draw_sample_grid(above, images, columns=columns)
-        above.set_title(as_label(name), fontsize="medium")
+        above.set_title(display.as_label(name), fontsize="medium")
         differences.append(draw_difference_grid(below, images, converged, columns=columns))
     above, key = grids.T[-1]
     draw_sample_grid(above, converged, columns=columns)
@@ -230,7 +231,7 @@ def draw_schedules(axes: Axes, schedules: Mapping[str, Schedule | Tensor], *, fl
         colour, marker = COLOURS[row % len(COLOURS)], MARKERS[row % len(MARKERS)]
         axes.axhline(row, color="#DDDDDD", linewidth=0.8, zorder=0)
         axes.plot(inside, np.full(len(inside), row), marker, color=colour, markersize=6, clip_on=False)
-    axes.set_yticks(range(len(schedules)), [as_label(name) for name in schedules])
+    axes.set_yticks(range(len(schedules)), [display.as_label(name) for name in schedules])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(schedules) - 0.5, -0.5)
     axes.spines["left"].set_visible(False)
@@ -348,18 +349,12 @@ def _draw_lines(
     """Draw errors over numbers of calls; ``lines`` has a name, x and y for each line."""
     for n, (name, x, y) in enumerate(lines):
         colour, marker = COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]
-        axes.plot(x, y, color=colour, marker=marker, linewidth=1.6, markersize=6, label=as_label(name))
+        axes.plot(x, y, color=colour, marker=marker, linewidth=1.6, markersize=6, label=display.as_label(name))
     axes.set(xlabel=x_label, ylabel=y_label, yscale="log")
     draw_integer_ticks(axes)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#DDDDDD")
     draw_legend(axes)
-
-
-def as_label(name: str) -> str:
-    """A name for matplotlib, which would read formulas between dollars, and whose legends leave out names like _a."""
-    text = "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in name)
-    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def draw_integer_ticks(axes: Axes) -> None:

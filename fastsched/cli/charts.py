@@ -17,6 +17,7 @@ from fastsched.cli.report_data import Measured, band, karras_error, shown_errors
 from fastsched.costs.step_cost import error_weight
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling import display
 from fastsched.sampling.schedule import Schedule
 from fastsched.selection.planning import ErrorCurve
 
@@ -136,7 +137,7 @@ def _colours() -> Iterator[str]:
 
 def _label(name: str) -> str:
     """The name, or its last 17 characters if it has more than 20; the page lists full names."""
-    return plot.as_label(name if len(name) <= 20 else f"...{name[-17:]}")
+    return display.as_label(name if len(name) <= 20 else f"...{name[-17:]}")
 
 
 def _over_sigma(axes: Axes, stats: PathStatistics, sigmas: np.ndarray, values: np.ndarray, **style: Any) -> None:

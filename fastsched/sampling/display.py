@@ -1,4 +1,4 @@
-"""HTML of schedules and statistics for notebooks, and access to their figures."""
+"""HTML of schedules and statistics for notebooks, access to their figures, and labels of figures."""
 
 from __future__ import annotations
 
@@ -42,3 +42,9 @@ def node_line(sigmas: Sequence[float], flow: bool) -> str:
 def brief(value: float | None) -> str | None:
     """Four significant digits; None for None."""
     return None if value is None else f"{value:.4g}"
+
+
+def as_label(name: str) -> str:
+    """A name for matplotlib, which would read formulas between dollars, and whose legends leave out names like _a."""
+    text = "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in name)
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
