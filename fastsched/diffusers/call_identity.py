@@ -125,12 +125,17 @@ def _settings(pipe: Any) -> Iterator[str]:
 
 
 def _numbers(network: torch.nn.Module) -> Iterator[str]:
-    """Numbers and flags of a network's modules, and the active adapters with their scales; no tensors."""
+    """Numbers and flags of a network's modules, and the active adapters with their scales; no tensors.
+
+    Private flags are left out: libraries note in them what they set up at the first call (transformers: its hooks).
+    """
     for part in network.modules():
         if hasattr(part, "_orig_mod") or type(part).__module__.startswith("bitsandbytes"):
             continue  # wrappers of compiled modules, and modules that change their attributes at the first call
         for key, value in vars(part).items():
             if any(word in key.lower() for word in (*PROGRESS, *NOT_IN_OUTPUT)):
+                continue
+            if isinstance(value, bool) and key.startswith("_"):
                 continue
             if isinstance(value, numbers.Number) or key in ADAPTER_ATTRIBUTES:
                 yield f"{key}={_content(value)}"

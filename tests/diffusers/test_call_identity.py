@@ -96,6 +96,16 @@ def test_what_does_not_change_the_steps_does_not_count():
     assert call_identity(pipe.to(torch.bfloat16), (), rounded).split("-")[:3] == known.split("-")[:3]
 
 
+def test_what_a_library_notes_at_a_network_s_first_call_does_not_count():
+    """As transformers notes on a text encoder that its hooks are set up."""
+    pipe, call = pipeline()
+    pipe.unet.register_forward_pre_hook(lambda network, _: setattr(network, "_capturing_set_up", True))
+    assert fs.diffusers.fit(pipe, 3, levels=8, samples=2, model_calls=60, progress=False, **call).steps == 3
+    del pipe.unet._capturing_set_up
+    stats = fs.diffusers.measure(pipe, **call, **OPTIONS)
+    assert fs.diffusers.fit(pipe, 3, stats=stats, **call, model_calls=40, progress=False).steps == 3
+
+
 def test_the_guidance_of_numpy_is_told():
     pipe, call = pipeline()
     stats = fs.diffusers.measure(pipe, **call, **OPTIONS, guidance_scale=np.float32(5.0))
