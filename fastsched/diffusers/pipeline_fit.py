@@ -337,6 +337,7 @@ class PipelineRunner:
         with ONE_CALL, watched(self.pipe) as watch, attributes_set(self.pipe, scheduler=scheduler):
             run = StartFromNoise(scheduler, self.stats.seeds[done:], schedule, watch, self.advance, self._owned)
             call(self.pipe, schedule.steps, arguments, lambda: run.left)
+            run.check_ended()
         return run
 
 

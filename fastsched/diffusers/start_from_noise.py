@@ -17,7 +17,14 @@ from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.overrides import Override
 from fastsched.diffusers.probe import scales
-from fastsched.diffusers.step_checks import check_one_run, doubled, held_at_zero, output_of_tokens
+from fastsched.diffusers.step_checks import (
+    INSTEAD,
+    check_one_run,
+    check_unchanged,
+    doubled,
+    held_at_zero,
+    output_of_tokens,
+)
 from fastsched.diffusers.watching import PipelineWatch, observed
 from fastsched.fitting.rollouts import Evaluations
 from fastsched.sampling.random_streams import BESIDE, noise_of
@@ -59,7 +66,7 @@ class StartFromNoise:
         self.scale = scales(self.convention, self.convention.process.level(schedule.sigmas[:1]))[1].float()
         self.end = torch.empty(0)
         self.left: int | None = None
-        self._copies, self._start = 1, torch.empty(0)
+        self._copies, self._returned = 1, torch.empty(0)
         self._calls: list[tuple[float, LateReading, LateReading]] = []  # s, y, D
         self._verdicts = Verdicts()
         self._recorded = True
@@ -72,6 +79,18 @@ class StartFromNoise:
     def __deepcopy__(self, memo: dict[int, Any]) -> StartFromNoise:
         own = {"seeds": self.seeds ^ BESIDE * 2**32, "_recorded": False, "_verdicts": Verdicts(), "_calls": []}
         return copied_with(self, memo, **own, _watch=self._watch, _advance=self._advance)
+
+    def check_ended(self) -> None:
+        """Check that the pipeline made all the steps of its run.
+
+        Raises:
+            ValueError: If it did not.
+        """
+        if self.left != 0:
+            left = "all" if self.left is None else self.left
+            raise ValueError(
+                f"the pipeline ended its run with {left} of its steps left (did a callback interrupt it?), {INSTEAD}"
+            )
 
     def evaluations(self) -> Evaluations:
         """The network's inputs and outputs, in order; waits for the device.
@@ -142,14 +161,16 @@ class StartFromNoise:
         self.left = len(self._own["timesteps"])
         # The batch may be larger than the number of samples left, as a doubled one is; then seeds repeat.
         seeds = self.seeds[torch.arange(len(sample)) % len(self.seeds)]
-        self._start = (self.scale * noise_of(seeds, sample.shape[1:])).to(sample)
-        given = self._start.clone()
+        given = (self.scale * noise_of(seeds, sample.shape[1:])).to(sample)
+        self._returned = given.clone()  # the pipeline may write into what it is given
         return SchedulerOutput(prev_sample=given) if options.get("return_dict", True) else (given,)
 
     def _recorded_step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         self._advance(len(sample) // self._copies)
-        if not self._calls and doubled(sample, self._start):
+        if not self._calls and doubled(sample, self._returned):
             self._copies = 2  # guided DiT: the second half of the batch has become a copy of the first
+        else:
+            check_unchanged(sample, self._returned.to(sample.device), self._index - 1, self._verdicts)
         kept = sample.chunk(self._copies)[0]
         s = self._levels[len(self._calls)].reshape(1)
         sigma, (a, c) = self.convention.process.sigma(s), self.convention.denoiser.coefficients(s)
@@ -163,8 +184,9 @@ class StartFromNoise:
         with self.own_tables():
             result = self._step(output, timestep, sample, *args, **kwargs)
         end = result[0] if isinstance(result, tuple) else result.prev_sample
+        self._returned = end.clone()
         assert self.left is not None
-        self.end, self.left = end.chunk(self._copies)[0], self.left - 1
+        self.end, self.left = self._returned.chunk(self._copies)[0], self.left - 1
         return result
 
 

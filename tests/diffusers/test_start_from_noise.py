@@ -110,3 +110,39 @@ def test_a_pipeline_may_copy_its_scheduler(late, solver):
         which = next(known for known in measured if torch.equal(known["image"], start["image"]))
         assert torch.equal(which["sound"], start["sound"])
         assert not torch.equal(start["sound"], start["image"])
+
+
+class Interruptible(OraclePipeline):
+    """Ends its loop early or changes its latents, as diffusers' pipelines do where a callback asks them to."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=50, images=2, output_type="latent", change=None, stop=None):
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn(images, *SHAPE)
+        for i, t in enumerate(self.scheduler.timesteps):
+            if stop is not None and stop(i):
+                continue
+            latents = self.scheduler.step(self.unet(latents, t)[0], t, latents, return_dict=False)[0]
+            if change is not None:
+                latents = change(i, latents)
+        return latents
+
+
+@pytest.mark.parametrize(
+    ("callback", "reason"),
+    [
+        ({"change": lambda i, latents: 1.2 * latents if i == 2 else latents}, "changed the latents between steps 2"),
+        ({"change": lambda i, latents: latents + (i == 3)}, "changed the latents between steps 3 and 4"),
+        ({"stop": lambda i: i == 2}, "timestep|with 1 of its steps left"),
+        ({"stop": lambda i: i > 2}, "ended its run with 3 of its steps left"),
+        ({"stop": lambda i: True}, "ended its run with all of its steps left"),
+    ],
+)
+def test_a_callback_of_which_the_statistics_do_not_tell_is_noticed(callback, reason):
+    scheduler = SCHEDULERS["flow euler"]()
+    pipe = Interruptible(OracleUNet().answer_for(scheduler, mixture()), scheduler)
+    stats = fs.diffusers.measure(pipe, levels=16, keep_increments=True, progress=False)
+    options = {"stats": stats, "model_calls": 60, "progress": False}
+    assert fs.diffusers.fit(pipe, 5, **options, change=lambda i, latents: latents).steps == 5
+    with pytest.raises(ValueError, match=reason):
+        fs.diffusers.fit(pipe, 5, **options, **callback)
