@@ -23,7 +23,15 @@ from fastsched.diffusers.exporter import (
     told_levels,
 )
 from fastsched.diffusers.fitted_scheduler import BELOW_START, FittedScheduler
-from fastsched.diffusers.overrides import HISTORIES, FirstOrderEnd, Override, Step, StrideStep, Timesteps
+from fastsched.diffusers.overrides import (
+    HISTORIES,
+    FirstOrderEnd,
+    Override,
+    ScaleModelInput,
+    Step,
+    StrideStep,
+    Timesteps,
+)
 from fastsched.diffusers.replacement import replacement
 from fastsched.sampling.schedule import Schedule
 
@@ -200,7 +208,15 @@ class SetTimesteps(Override):
         if rest is None:
             return self.owner.timesteps.plain[:0]
         self._use(rest)
+        if rest is not self.schedule:
+            self._expect_start()
         return self.owner.timesteps.plain
+
+    def _expect_start(self) -> None:
+        """The next call of ``scale_model_input`` or ``step`` must be for the first timestep (`Step.begin`)."""
+        self.owner.step.start = float(self.owner.timesteps.plain[0])
+        if hasattr(type(self.owner), "scale_model_input"):
+            ScaleModelInput(self.owner).put()
 
     def sigmas_from(self, index: int) -> Tensor:
         """The sigmas that a start at ``index`` will use (`start_at`); nothing is set."""
@@ -242,9 +258,9 @@ class SetTimesteps(Override):
             self._set(rest)
         except ValueError as error:
             raise ValueError(
-                "this scheduler cannot start midway in the applied schedule, as strength or denoising_start asks "
-                f"({error}); restore its own scheduler for this call, or leave denoising_start out and pass "
-                f"strength=1.0 with num_inference_steps={self.schedule.steps}"
+                "this scheduler cannot start midway in the applied schedule, as strength, denoising_start or a slice "
+                f"of its timesteps asks ({error}); restore its own scheduler for this call, or leave denoising_start "
+                f"out and pass strength=1.0 with num_inference_steps={self.schedule.steps}"
             ) from error
 
 

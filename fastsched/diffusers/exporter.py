@@ -37,7 +37,7 @@ EXACT = 1e-5
 #: A last sigma of this fraction of the one before counts as 0: a float32 state cannot represent the noise.
 NEGLIGIBLE = 1e-6
 #: Attributes that `fastsched.diffusers.apply` sets on a scheduler.
-OVERRIDES = ("set_timesteps", "set_begin_index", "step", "step_index")
+OVERRIDES = ("set_timesteps", "set_begin_index", "scale_model_input", "step", "step_index")
 
 Setter = Callable[[Any], None]
 

@@ -306,9 +306,14 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         self._states = self._rows = torch.empty(0)
 
     def _start_at(self, index: int) -> Tensor:
+        if self._step_index:
+            return self._timesteps.to(self.timesteps.device)[index:]
         if index <= -self.schedule.steps:
             return self.timesteps[:]  # all of them, counted from the end
-        raise ValueError(f"the pipeline starts midway, at step {index}: {MIDWAY}")
+        raise ValueError(
+            f"the pipeline starts midway, at step {index}, by a slice of scheduler.timesteps: {MIDWAY}; to look at the "
+            "timesteps that follow, slice a copy, scheduler.timesteps.clone()[1:]"
+        )
 
 
 def _numbers(values: Sequence[float | str]) -> Tensor:

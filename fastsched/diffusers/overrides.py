@@ -44,12 +44,38 @@ class Override:
 
 
 class Step(Override):
-    """``step`` that ignores harmless arguments which the class does not take: ``eta=0.0``, a generator."""
+    """``step`` that ignores harmless arguments which the class does not take: ``eta=0.0``, a generator.
+
+    Attributes:
+        start: The timestep at which a run that starts midway must begin; None if it has begun, or starts from noise.
+    """
 
     name = "step"
+    start: float | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Called as the class's own method."""
+        self.begin(kwargs["timestep"] if "timestep" in kwargs else args[1])
+        return self.run(*args, **kwargs)
+
+    def begin(self, timestep: Any) -> None:
+        """Begin a run if this is its first step; waits for the device if the run starts midway.
+
+        Raises:
+            ValueError: If it does not begin at `start`.
+        """
+        if isinstance(self.owner.timesteps, Timesteps):
+            self.owner.timesteps.begun = True
+        start, self.start = self.start, None
+        if start is not None and abs(float(torch.as_tensor(timestep).max()) - start) > 1e-3 * (1 + abs(start)):
+            raise ValueError(
+                "the loop does not start where a slice of scheduler.timesteps has made the applied schedule start: "
+                "timesteps[index:] starts midway, as image-to-image pipelines do; to look at the timesteps that "
+                "follow, slice a copy, scheduler.timesteps.clone()[1:]"
+            )
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the step."""
         return self.original(*args, **kwargs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
@@ -67,8 +93,8 @@ def _counts(value: Any) -> bool:
 class FirstOrderEnd(Step):
     """``step`` whose last step, to sigma 0, is of first order, as in every solver of fastsched (``z = D``)."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Called as the class's own method."""
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the step."""
         if self.owner.step_index == len(self.owner.timesteps) - 1:
             vars(self.owner).update({key: empty() for key, empty in HISTORIES.items() if hasattr(self.owner, key)})
             kwargs |= {"order": 1} if "order" in self.__signature__.parameters else {}
@@ -85,12 +111,24 @@ class StrideStep(Step):
         super().__init__(owner)
         self.following = following
 
-    def __call__(self, model_output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        """Called as the class's own method."""
+    def run(self, model_output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        """Make the step."""
         stride = int(timestep) - self.following[int(timestep)]
         self.owner.num_inference_steps = Fraction(self.owner.config.num_train_timesteps, stride)
         with attributes_set(self.owner, final_alpha_cumprod=torch.ones_like(self.owner.final_alpha_cumprod)):
             return self.original(model_output, timestep, *args, **kwargs)
+
+
+class ScaleModelInput(Override):
+    """``scale_model_input`` of a run that starts midway: the first call must be for its first timestep."""
+
+    name = "scale_model_input"
+
+    def __call__(self, sample: Tensor, timestep: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Called as the class's own method."""
+        if isinstance(self.owner.step, Step) and timestep is not None:
+            self.owner.step.begin(timestep)
+        return self.original(sample, timestep, *args, **kwargs)
 
 
 class Timesteps(Tensor):
@@ -98,23 +136,25 @@ class Timesteps(Tensor):
 
     Image-to-image pipelines take this slice. Their index counts the steps that they asked for (from the end if
     negative) or, if they first compare the timesteps with that of ``denoising_start``, these timesteps. Every other
-    operation, and copies and pickles, give plain tensors. Sigmas are sliced in the same way.
+    operation, copies and pickles, and this slice during a run, give plain tensors. Sigmas are sliced in the same way.
 
     Attributes:
         start_at: Computes ``[index:]``.
         compared: Whether the pipeline has compared the timesteps.
+        begun: Whether a step of the run has been made.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # plain results
 
     start_at: Callable[[int], Tensor]
     compared: bool
+    begun: bool
 
     @classmethod
     def of(cls, timesteps: Tensor, start_at: Callable[[int], Tensor]) -> Timesteps:
         """``timesteps`` whose ``[index:]`` is ``start_at(index)``."""
         made = timesteps.as_subclass(cls)
-        made.start_at, made.compared = start_at, False
+        made.start_at, made.compared, made.begun = start_at, False, False
         return made
 
     @property
@@ -124,7 +164,7 @@ class Timesteps(Tensor):
 
     def __getitem__(self, index: Any) -> Tensor:
         from_index = isinstance(index, slice) and index.stop is None and index.step is None
-        if from_index and isinstance(index.start, int) and index.start != 0:
+        if from_index and isinstance(index.start, int) and index.start != 0 and not self.begun:
             return self.start_at(index.start)
         return self.plain[index]
 

@@ -123,6 +123,41 @@ def test_a_start_midway_is_where_the_scheduler_itself_would_start(kind, steps, s
     assert len(whole) >= STEPS
 
 
+def loop_states(scheduler, slices):
+    """The last state of a user's own loop over the timesteps that ``slices`` makes of the scheduler's."""
+    scheduler.set_timesteps(STEPS)
+    convention = describe(scheduler)
+    network = oracle_network(convention, lambda y, s: 0.49 * s * y / (0.49 + s**2) if s < 1e6 else 0 * y)
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * getattr(scheduler, "init_noise_sigma", 1)
+    for t in slices(scheduler.timesteps):
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        s = convention.levels(torch.as_tensor(t).reshape(1))
+        x = scheduler.step(network(scaled, s), t, x, return_dict=False)[0]
+    return x
+
+
+def in_two_parts(timesteps):
+    yield from timesteps[:2]
+    yield from timesteps[2:]
+
+
+def with_the_next(timesteps):
+    for t, _ in zip(timesteps, [*timesteps[1:], 0], strict=False):
+        yield t
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_a_loop_may_go_on_with_a_slice_and_is_told_to_copy_what_it_slices_before_it_starts(kind):
+    name, config = SCHEDULERS[kind]
+    scheduler, _ = applied_to(getattr(diffusers, name)(**config))
+    expected = loop_states(scheduler, lambda timesteps: timesteps)
+    for slices in (in_two_parts, lambda timesteps: with_the_next(timesteps.clone())):
+        assert torch.equal(loop_states(scheduler, slices), expected)
+    with pytest.raises(ValueError, match=r"slice of (scheduler\.|its )timesteps"):
+        loop_states(scheduler, with_the_next)
+    assert torch.equal(loop_states(scheduler, lambda timesteps: timesteps), expected)
+
+
 def test_strength_0_leaves_no_steps_as_without_a_schedule():
     scheduler, _ = applied_to(diffusers.DPMSolverMultistepScheduler(**SD))
     scheduler.set_timesteps(50)

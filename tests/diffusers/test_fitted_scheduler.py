@@ -306,6 +306,17 @@ def test_a_pipeline_with_it_is_measured_and_fitted_as_before(kind):
     assert (schedule.steps, schedule.solver) == (4, "ddim")
 
 
+def test_a_loop_may_go_on_with_a_slice_of_the_timesteps():
+    scheduler = applied("velocity")[0].scheduler
+    scheduler.set_timesteps()
+    x = torch.randn(2, 3, 4, 4)
+    timesteps = scheduler.timesteps
+    with pytest.raises(ValueError, match=r"scheduler\.timesteps\.clone\(\)\[1:\]"):
+        timesteps[1:]
+    x = scheduler.step(x, timesteps[0], x).prev_sample
+    assert torch.equal(timesteps[1:], timesteps.clone()[1:])
+
+
 def test_another_number_of_steps_is_refused():
     scheduler = applied("velocity")[0].scheduler
     for arguments in ({"num_inference_steps": 2}, {"sigmas": [1.0, 0.5]}, {"timesteps": [900, 1]}):
