@@ -18,6 +18,7 @@ from fastsched.diffusers.attributes import copied_with
 from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import class_and_settings, class_of, describe, own_scheduler
 from fastsched.diffusers.step_checks import (
+    NOISED,
     UNALIKE,
     check_beginning,
     check_copies,
@@ -254,11 +255,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: Always.
         """
-        raise ValueError(
-            "the pipeline adds noise to an image, at the start (strength below 1) or at every step (inpainting with a "
-            "network that does not take the mask); a measurement starts from pure noise, so measure the text-to-image "
-            "pipeline of the same model"
-        )
+        check_one_run(again=0 < len(self.timesteps) == self._index)  # noise for another run (FreeInit)
+        raise ValueError(NOISED)
 
     scale_noise = add_noise
 

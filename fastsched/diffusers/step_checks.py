@@ -36,8 +36,15 @@ RESIZED_EARLY = 3
 
 #: What to say about a pipeline whose output depends on the step.
 UNALIKE = (
-    "the pipeline's output must not depend on the step's number (guidance or control that starts or ends midway) or "
-    "on random numbers (dropout)"
+    "the pipeline's output must not depend on the step's number (guidance or control that starts or ends midway), on "
+    "the timestep of another step (a flow map) or on random numbers (dropout)"
+)
+
+#: What is wrong with a pipeline that adds noise to its latents.
+NOISED = (
+    "the pipeline adds noise to an image, at the start (strength below 1) or at every step (inpainting with a network "
+    "that does not take the mask); a measurement starts from pure noise, so measure the text-to-image pipeline of the "
+    "same model"
 )
 
 #: What is wrong with a pipeline that keeps a part of the latents constant, or replaces it only at some steps.
@@ -120,7 +127,7 @@ def check_one_run(*, again: bool) -> None:
         ValueError: If it does. The error only ends the call, after all needed steps, so there is a warning as well.
     """
     if again:
-        what = "the pipeline runs its loop several times in a call (sections of a video, batches of an ensemble?)"
+        what = "the pipeline runs its loop several times in a call (sections of a video, an ensemble, FreeInit?)"
         warnings.warn(f"{what}, and only the first run is measured", stacklevel=4)
         raise ValueError(what)
 

@@ -102,25 +102,28 @@ class InSections(OraclePipeline):
     """Makes sections of a video, each by a run of its own (FramePack), and then resets its scheduler (WanAnimate)."""
 
     @torch.no_grad()
-    def __call__(self, num_inference_steps=50, sections=1):
+    def __call__(self, num_inference_steps=50, sections=1, noised=False):
         made = []
         for _ in range(sections):
             made.append(super().__call__(num_inference_steps=num_inference_steps))
+            if noised:  # as FreeInit, which starts again from its own result
+                self.scheduler.scale_noise(made[-1], self.scheduler.timesteps[:1], torch.randn_like(made[-1]))
             self.scheduler.set_timesteps(num_inference_steps)
         return torch.cat(made)
 
 
-def test_of_several_runs_in_a_call_the_first_is_measured_and_tried():
+@pytest.mark.parametrize("noised", [False, True])
+def test_of_several_runs_in_a_call_the_first_is_measured_and_tried(noised):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     right = fs.diffusers.measure(oracle_pipeline(scheduler, MIXTURE), levels=12, samples=2, keep_increments=True)
     pipe = InSections(OracleUNet().answer_for(scheduler, MIXTURE), scheduler)
     one = fs.diffusers.measure(pipe, levels=12, samples=2, keep_increments=True)
     with pytest.warns(UserWarning, match="runs its loop several times in a call .* only the first run is measured"):
-        two = fs.diffusers.measure(pipe, levels=12, samples=2, keep_increments=True, sections=2)
+        two = fs.diffusers.measure(pipe, levels=12, samples=2, keep_increments=True, sections=2, noised=noised)
     assert torch.equal(one.gram, right.gram)
     assert torch.equal(two.gram, right.gram)
     assert two.model_calls == right.model_calls
     found = fs.diffusers.fit(pipe, 4, stats=one, model_calls=60)
     with pytest.warns(UserWarning, match="runs its loop several times"):
-        other = fs.diffusers.fit(pipe, 4, stats=two, model_calls=60, sections=2)
+        other = fs.diffusers.fit(pipe, 4, stats=two, model_calls=60, sections=2, noised=noised)
     assert torch.equal(found.sigmas, other.sigmas)
