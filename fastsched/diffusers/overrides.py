@@ -55,8 +55,28 @@ class Step(Override):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Called as the class's own method."""
-        self.begin(kwargs["timestep"] if "timestep" in kwargs else args[1])
-        return self.run(*args, **kwargs)
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        self.begin(timestep)
+        try:
+            return self.run(*args, **kwargs)
+        except Exception as error:
+            self.check_known(timestep, error)
+            raise
+
+    def check_known(self, timestep: Any, error: Exception) -> None:
+        """Check that a step that ended in ``error`` was one for a timestep of the schedule.
+
+        Raises:
+            ValueError: If it was not.
+        """
+        known, given = torch.as_tensor(self.owner.timesteps).cpu(), torch.as_tensor(timestep).cpu()
+        away = (known.double() - given.double().reshape(-1, 1)).abs().amin(1)
+        if float(away.max()) > 1e-6 * float(known.abs().max()):
+            raise ValueError(
+                f"step was called with timestep {given.tolist()}, which is none of the applied schedule's: "
+                f"{known.tolist()}; does the loop round the timesteps, or take them from before set_timesteps? Pass "
+                "step those of scheduler.timesteps as they are"
+            ) from error
 
     def begin(self, timestep: Any) -> None:
         """Begin a run if this is its first step; waits for the device if the run starts midway.
@@ -166,6 +186,11 @@ class Timesteps(Tensor):
         from_index = isinstance(index, slice) and index.stop is None and index.step is None
         if from_index and isinstance(index.start, int) and index.start != 0 and not self.begun:
             return self.start_at(index.start)
+        if isinstance(index, int) and index >= len(self):
+            raise IndexError(
+                f"timestep {index} was asked for, and the applied schedule has {len(self)}; pass num_inference_steps="
+                f"{len(self)} if the loop counts its steps by that"
+            )
         return self.plain[index]
 
     def __lt__(self, other: Any) -> Tensor:

@@ -158,6 +158,16 @@ def test_a_loop_may_go_on_with_a_slice_and_is_told_to_copy_what_it_slices_before
     assert torch.equal(loop_states(scheduler, lambda timesteps: timesteps), expected)
 
 
+def test_a_timestep_that_is_not_the_schedule_s_and_one_beyond_its_end_are_named():
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 8.0}
+    scheduler, _ = applied_to(diffusers.UniPCMultistepScheduler(**flow))
+    with pytest.raises(ValueError, match=r"timestep 921, which is none of the applied schedule's: \[.* 921\.\d"):
+        loop_states(scheduler, lambda timesteps: timesteps.long()[1:])
+    scheduler.set_timesteps(50)
+    with pytest.raises(IndexError, match=f"the applied schedule has {STEPS}; pass num_inference_steps={STEPS}"):
+        loop_states(scheduler, lambda timesteps: (timesteps[n] for n in range(50)))
+
+
 def test_strength_0_leaves_no_steps_as_without_a_schedule():
     scheduler, _ = applied_to(diffusers.DPMSolverMultistepScheduler(**SD))
     scheduler.set_timesteps(50)
