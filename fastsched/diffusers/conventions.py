@@ -210,6 +210,9 @@ def check_pipe(pipe: Any) -> None:
         what = f"the class {pipe.__name__}" if isinstance(pipe, type) else type(pipe).__name__
         unloaded = hasattr(pipe, "scheduler") and hasattr(pipe, "load_components")
         hint = ", whose scheduler is not loaded; call pipe.load_components() or update_components()" if unloaded else ""
+        held = {} if isinstance(pipe, type) else getattr(pipe, "__dict__", {})
+        others = [f"pipe.{name}" for name, each in held.items() if "scheduler" in name and hasattr(each, "step")]
+        hint += f", but {' and '.join(others)}: only a loop that steps pipe.scheduler can be used" if others else ""
         raise TypeError(f"pipe must be a pipeline with a scheduler, got {what}{hint}")
     own = _networks(pipe)
     held = {name: value for name, value in vars(pipe).items() if hasattr(value, "scheduler")}

@@ -372,6 +372,13 @@ def test_what_is_no_pipeline_is_refused(pipe):
         fs.diffusers.measure(pipe)
 
 
+@pytest.mark.parametrize("use", [fs.diffusers.measure, lambda pipe: fs.diffusers.apply(None, pipe)])
+def test_a_scheduler_of_another_name_is_named(use):
+    schedulers = {"prior_scheduler": diffusers.DDIMScheduler(), "decoder_scheduler": diffusers.DDIMScheduler()}
+    with pytest.raises(TypeError, match=r"but pipe\.prior_scheduler and pipe\.decoder_scheduler: only a loop"):
+        use(types.SimpleNamespace(**schedulers))
+
+
 def test_a_user_s_own_arguments_of_the_call_are_kept():
     torch.manual_seed(0)
     pipe, call, _ = pipelines.stable_diffusion(diffusers.EulerDiscreteScheduler(**SD))
