@@ -23,6 +23,7 @@ from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.level_pairs import pair_costs
 from fastsched.costs.states import Batch, StateSource
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
+from fastsched.ops.backends import in_float64
 
 
 @torch.no_grad()
@@ -85,7 +86,7 @@ def score_distances(source: StateSource, z: Tensor, raw: Tensor, k: int, others:
         a = float(source.score_a[j] - source.score_a[k])
         c, change = float(source.score_c[j]), float(source.score_c[j] - source.score_c[k])
         difference = c * (source.raw_output(z, j).to(wide) - start) + change * start + a * z
-        columns.append(ops.in_float64(difference.flatten(1)).square().sum(1))
+        columns.append(in_float64(difference.flatten(1)).square().sum(1))
     return torch.stack(columns, 1).cpu()
 
 

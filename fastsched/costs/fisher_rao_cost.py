@@ -24,6 +24,7 @@ from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.level_pairs import pair_indices
 from fastsched.costs.states import Batch, StateSource, is_probes
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
+from fastsched.ops.backends import in_float64
 
 
 @torch.no_grad()
@@ -81,7 +82,7 @@ def _metric(source: StateSource, z: Tensor, raw: Tensor, k: int, probes: Tensor)
     products = source.derivative(repeated, directions, k)
     backend = "torch" if z.dtype == torch.float64 else "auto"
     traces, _ = ops.hutchinson_reduce(probes.flatten(2), products.reshape(*probes.shape[:2], -1), backend=backend)
-    norm = ops.in_float64(source.score_of(z, raw, k).flatten(1)).square().sum(1, keepdim=True)
+    norm = in_float64(source.score_of(z, raw, k).flatten(1)).square().sum(1, keepdim=True)
     s2 = float(source.s[k]) ** 2
     change = traces - z[0].numel() + s2 * norm  # s^2 (tr H + ||score||^2), [B, probes]
     # (sum of all)^2 - sum of squares = the products of different probes: the square of a single probe's estimate

@@ -28,11 +28,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastsched import ops, validate
+from fastsched import validate
 from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.level_pairs import pair_costs
 from fastsched.costs.states import Batch, StateSource, is_probes
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
+from fastsched.ops.backends import in_float64
 
 #: Relative residual at which conjugate gradients stop. The cost is a square, so its relative error is twice as large.
 TOLERANCE = 1e-4
@@ -143,7 +144,7 @@ class _Exact(_Estimator):
             log_det_gradient = (1 - r) * gradients.reshape(len(z), d, d).sum(1)
             predicted = self.predicted_score(z, score, k, j).flatten(1)
             right = (transposed @ predicted[..., None])[..., 0] - score.flatten(1) + log_det_gradient
-            results.append(ops.in_float64(torch.linalg.solve(transposed, right)).square().sum(1))
+            results.append(in_float64(torch.linalg.solve(transposed, right)).square().sum(1))
         return torch.stack(results, 1)
 
 
@@ -169,7 +170,7 @@ class _Hutchinson(_Estimator):
             fixed = r * predicted + (1 - r) * self.jacobian_product(z, predicted, k) - score
             b = self._solve(repeated, fixed.repeat_interleave(probes, 0) + log_det_gradient, k, r)
             # Products of different probes only: the square of a single probe's b is biased by its variance.
-            b = ops.in_float64(b.reshape(len(z), probes, -1))
+            b = in_float64(b.reshape(len(z), probes, -1))
             crossed = b.sum(1).square().sum(1) - b.square().sum((1, 2))  # sum over m != n of <b_m, b_n>
             results.append(crossed / (probes * (probes - 1)))
         return torch.stack(results, 1)

@@ -21,7 +21,6 @@ __all__ = [
     "BACKENDS",
     "PRECISIONS",
     "hutchinson_reduce",
-    "in_float64",
     "level_increment_gram",
     "pairwise_squared_distances",
     "resolve_backend",

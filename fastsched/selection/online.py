@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsched import ops, validate
+from fastsched import validate
 from fastsched.denoisers.network_errors import checked_output
 from fastsched.denoisers.network_state import unchanged_buffers
+from fastsched.ops.backends import in_float64
 from fastsched.selection.arc_length import equal_arc_length
 from fastsched.selection.fixed_point import variation
 
@@ -159,7 +160,7 @@ class AdaptiveSchedule:
         with unchanged_buffers(denoise):
             answers = [checked_output(denoise(z.clone(), s.to(clean)), z).clone() for s in (s_from, s_to)]
         scores = [(x0 - z) / wide(s).square() for x0, s in zip(answers, (s_from, s_to), strict=True)]
-        squares = ops.in_float64((scores[1] - scores[0]).flatten(1)).square().sum(1)
+        squares = in_float64((scores[1] - scores[0]).flatten(1)).square().sum(1)
         self.observe(squares.cpu() * s_from.square(), intervals)
         return 2 * count
 

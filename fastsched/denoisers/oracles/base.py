@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastsched import ops, validate
+from fastsched import validate
+from fastsched.ops.backends import in_float64
 
 
 class Oracle:
@@ -51,5 +52,5 @@ def level_column(s: float | Tensor, z: Tensor, name: str = "s", *, zero: bool = 
 def as_float64(s: float | Tensor, name: str = "s") -> Tensor:
     """Levels as a float64 tensor."""
     if isinstance(s, Tensor):
-        return ops.in_float64(s)
+        return in_float64(s)
     return torch.tensor(validate.real(name, s), dtype=torch.float64, device="cpu")

@@ -9,8 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastsched import ops, validate
+from fastsched import validate
 from fastsched.denoisers.oracles.base import Oracle, as_states, flat_states, level_column
+from fastsched.ops.backends import in_float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class GaussianMixture(Oracle):
         for name in ("weights", "means", "covariances"):
             value = getattr(self, name)
             if isinstance(value, Tensor) and value.is_floating_point():  # stays on its device
-                value = ops.in_float64(validate.tensor(name, value)).clone()
+                value = in_float64(validate.tensor(name, value)).clone()
             else:
                 value = validate.float64(name, value)
             if not bool(torch.isfinite(value).all()):
