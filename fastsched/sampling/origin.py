@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastsched.denoisers.edm import core_of
+from fastsched.denoisers.edm import WrappedEdmNetwork, core_of
 
 #: Largest number of characters in a text entry.
 LONGEST = 200
@@ -97,5 +97,7 @@ def origin_now(model: str | None, fingerprint: Tensor | None = None, **known: An
 def network_name(network: Callable[..., Any]) -> str:
     """The name of a network's class or function, inside containers such as ``torch.compile`` and partial functions."""
     core = core_of(network)
+    if isinstance(core, WrappedEdmNetwork):
+        core = core_of(core.net)
     name = getattr(core, "__qualname__", None) or type(core).__qualname__
     return name.replace("<locals>.", "")

@@ -68,6 +68,16 @@ def test_networks_are_named_inside_their_containers():
     assert network_name(lambda x, t: x).endswith("<lambda>")
 
 
+def test_a_wrapped_edm_network_has_the_name_of_its_own_class():
+    class EDMPrecond(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = torch.nn.Identity()
+
+    denoiser = fs.Denoiser.from_edm(torch.nn.DataParallel(EDMPrecond()))
+    assert network_name(denoiser.network).endswith("EDMPrecond")
+
+
 def test_names_from_elsewhere_are_cut_and_printable():
     found = origin_now("a\x00b" + "c" * 500)
     assert found.model == "ab" + "c" * (LONGEST - 2)
