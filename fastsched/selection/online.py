@@ -37,9 +37,10 @@ class AdaptiveSchedule:
     `update` on every rank. It sums the observations over the ranks of ``group``, so that all have the same grid. Each
     rank draws and observes its own batches.
 
-    The distribution of levels weighs the training loss. Levels far below the data's standard deviation become rare,
-    because the corrector cost vanishes there. To train with another distribution ``p`` of levels, draw a fraction ``a``
-    of each batch from ``p`` and weigh the loss by ``p / (a p + (1 - a) density)``, which is at most ``1 / a``.
+    The distribution of levels also weights the training loss. Levels far below the data's standard deviation become
+    rare, because the corrector cost vanishes there. To train as with another density ``p`` of levels in ``log s``, draw
+    a fraction ``a`` of each batch from ``p``, the rest by `draw`, and multiply the loss by ``p / (a p + (1 - a)
+    density)``, which is at most ``1 / a``.
 
     Attributes:
         s: The grid, noisiest first, [N] float64; both ends are fixed.
@@ -73,6 +74,10 @@ class AdaptiveSchedule:
         # Sums and counts instead of means: they add up over micro-batches, and over ranks with batches of other sizes.
         self._sums = torch.zeros(len(self.s) - 1, dtype=torch.float64, device="cpu")
         self._counts = torch.zeros_like(self._sums)
+
+    def __repr__(self) -> str:
+        ends = f"{float(self.s[0]):.4g} to {float(self.s[-1]):.4g}"
+        return f"AdaptiveSchedule({len(self.s)} levels from {ends}, order={self.order}, {self.updates} updates)"
 
     def draw(self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
         """``n`` levels ``s`` for training, [n] float32: uniform along the schedule, log-linear between its levels.

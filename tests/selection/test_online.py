@@ -39,6 +39,14 @@ def test_an_update_goes_as_far_as_the_rate_towards_algorithm_1(rate):
     torch.testing.assert_close(adaptive.s, expected, rtol=1e-12, atol=0.0)
 
 
+def test_its_text_says_where_it_is():
+    adaptive = fs.AdaptiveSchedule(_start())
+    assert repr(adaptive) == "AdaptiveSchedule(17 levels from 20 to 0.05, order=2, 0 updates)"
+    adaptive.observe(_exact_costs(_start()))
+    adaptive.update()
+    assert "1 updates" in repr(adaptive)
+
+
 @pytest.mark.parametrize("exact", [True, False], ids=["denoiser-object", "function"])
 def test_converges_to_equal_costs_from_batches(exact):
     oracle = _gaussian()
