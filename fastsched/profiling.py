@@ -342,7 +342,7 @@ def _copy_bandwidth(device: torch.device) -> float:
 
 def _page(found: Profile) -> Iterator[str]:
     modes = ", ".join(found.modes) or "plain"
-    yield f"{found.model}: {found.parameters / 1e9:.2f} B parameters, {found.dtype}, on {found.device}, {modes}"
+    yield f"{found.model}: {_amount(found.parameters)} parameters, {found.dtype}, on {found.device}, {modes}"
     yield ""
     yield f"{'a step of':28} {'p50 ms':>9} {'p95 ms':>9} {'network':>8} {'scheduler':>10} {'rest':>7} {'waits':>6}"
     for each in found.steps:
@@ -360,8 +360,17 @@ def _page(found: Profile) -> Iterator[str]:
     yield ""
     for name, minutes in found.minutes.items():
         pays = found.pays_after(name)
-        saved = f"8 steps for {found.own_steps} pay for it after {pays:,.0f} samples" if np.isfinite(pays) else ""
-        yield f"{name:8} {found.calls[name]:6,} calls {minutes:8.1f} min   {saved}".rstrip()
-    yield "optimal_schedule  no calls, less than a second"
+        saved = f"saved by 8 steps instead of {found.own_steps} in {pays:,.0f} samples" if np.isfinite(pays) else ""
+        time = f"{minutes:8.1f} min" if minutes >= 1 else f"{minutes * 60:8.1f} s  "
+        yield f"{name:8} {found.calls[name]:6,} calls {time}   {saved}".rstrip()
+    yield "optimal_schedule  no calls, a few seconds at most"
     times = ", ".join(f"{steps} steps {seconds:.2f} s" for steps, seconds in found.image_seconds.items())
     yield f"a sample: {times} ({found.own_steps} by default)"
+
+
+def _amount(number: int) -> str:
+    """A number of parameters in billions, millions or thousands."""
+    for size, name in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.3g}{name}"
+    return str(number)
