@@ -108,6 +108,13 @@ def test_colour_images_keep_their_channels():
     np.testing.assert_allclose(sheet[0, 0], [0.0, 0.5, 1.0])
 
 
+def test_sample_grids_are_further_apart_than_images_in_a_grid():
+    figure = plot.plot_sample_grid({"left": torch.zeros(9, 3, 8, 8), "right": torch.zeros(9, 3, 8, 8)})
+    figure.canvas.draw()
+    left, right = (axes.get_position() for axes in figure.axes)
+    assert right.x0 - left.x1 > 1.5 * left.width / 26  # 26 pixels across, gaps of one
+
+
 def test_difference_grid_is_the_distance_of_each_pixel():
     axes = plot.draw_empty(2, 2).subplots()
     image = plot.draw_difference_grid(axes, torch.full((1, 2, 2), 0.75), torch.full((1, 2, 2), 0.5))
