@@ -296,4 +296,4 @@ def suspects(denoiser: Denoiser) -> str:
         "reverse_velocity": "is the network's time 0 at the data (data_at=0), or its sign the other one?",
         "score": "is the network's output the score of x in this parameterisation, or the noise or the clean sample?",
         "edm": "is it the raw network F of EDM's preconditioning, with its sign and its scale; is sigma_data right?",
-    }[denoiser.prediction] + " (checks=False measures it anyway)"
+    }[denoiser.prediction] + " (in Python, checks=False measures it anyway)"
