@@ -13,9 +13,11 @@ from fastsched.comparison import Comparison, Reference, level_count, row_of
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.attributes import attributes_set
 from fastsched.diffusers.conventions import describe, solver_of
+from fastsched.diffusers.exporter import warn_of_solver
 from fastsched.diffusers.pipeline_call import call, check_call
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.solvers import FITTED, get_solver
 from fastsched.selection.starts import even_schedule
 
 
@@ -51,6 +53,8 @@ def compare_pipeline(
         ValueError: If the pipeline cannot be given a schedule, or returns no tensors.
     """
     check_call(pipe, prompts, arguments)
+    for schedule in schedules.values():
+        warn_of_solver(schedule, pipe.scheduler)
     solver = solver_of(pipe.scheduler, max(own_steps, default=None)) or "ddim"
     process = describe(pipe.scheduler).process
     fine = even_schedule(process, level_count(process, reference_steps), solver)
@@ -69,8 +73,12 @@ def compare_pipeline(
             ends.append(torch.cat(parts))
     reference = Reference(torch.empty(0), ends[0], solver, fine.steps, samples * fine.steps)
     found = zip(runs[1:], ends[1:], strict=True)
-    rows = tuple(row_of(name, solver, steps, steps, end, reference) for (name, _, steps), end in found)
-    return Comparison(rows, len(ends[0]), reference)
+    rows = []
+    for (name, schedule, steps), end in found:
+        fitted = schedule is not None and schedule.weights is not None
+        calls = steps if fitted else get_solver(solver).model_calls(steps)
+        rows.append(row_of(name, FITTED if fitted else solver, steps, calls, end, reference))
+    return Comparison(tuple(rows), len(ends[0]), reference)
 
 
 def _sampled(pipe: Any, schedule: Schedule | None, steps: int, seed: int, arguments: dict[str, Any]) -> Tensor:

@@ -21,6 +21,7 @@ from fastsched.diffusers.exporter import (
     prove,
     rounds,
     told_levels,
+    warn_of_solver,
 )
 from fastsched.diffusers.fitted_scheduler import BELOW_START, FittedScheduler
 from fastsched.diffusers.overrides import (
@@ -81,10 +82,12 @@ def apply(schedule: Schedule, pipe: Any) -> Export:
         ValueError: If no way works; the message gives the reason for each.
 
     Warns:
-        UserWarning: If the scheduler takes integer timesteps and rounds the schedule by more than 1e-5.
+        UserWarning: If the scheduler takes integer timesteps and rounds the schedule by more than 1e-5, or if the
+            schedule was chosen (it has an ``origin``) for another solver than the scheduler's.
     """
     check_pipe(pipe)
     scheduler, proof = applied(schedule, pipe.scheduler)
+    warn_of_solver(schedule, pipe.scheduler)
     if not proof.exact:
         measured = "schedules that were measured through this pipeline are not"
         warnings.warn(f"{rounds(scheduler, proof)}; {measured}", stacklevel=2)

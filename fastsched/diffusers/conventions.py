@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.noise import FlowMatching, NoiseProcess, VarianceExploding, VariancePreserving
+from fastsched.sampling.solvers import FITTED
 
 #: The known classes, each with its family and the solver of fastsched that it equals with any settings, if any.
 #: Families: ``scaled`` steps ``z = x / alpha`` and scales it down to ``x`` for the network; ``vp`` steps ``x`` itself
@@ -257,6 +258,12 @@ def solver_of(scheduler: Any, steps: int | None = None) -> str | None:
     if names & {"FlowMatchEulerDiscreteScheduler"} and config.get("stochastic_sampling"):
         return None
     return _known(scheduler)[1]
+
+
+def other_solver(scheduler: Any, solver: str, steps: int) -> str | None:
+    """The solver that ``scheduler`` equals if that is not ``solver``; None if it is, or if there is none."""
+    own = solver_of(scheduler, steps)
+    return None if own is None or solver in (own, own.removesuffix("_lowered"), FITTED) else own
 
 
 def _known(scheduler: Any) -> tuple[str | None, str | None]:

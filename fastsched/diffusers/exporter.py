@@ -20,7 +20,14 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.noise import FlowMatching, VariancePreserving
-from fastsched.diffusers.conventions import Convention, class_names, describe, visited
+from fastsched.diffusers.conventions import (
+    Convention,
+    class_names,
+    describe,
+    other_solver,
+    own_scheduler,
+    visited,
+)
 from fastsched.diffusers.probe import rounding, scales, trace
 from fastsched.diffusers.replacement import replacement
 from fastsched.sampling.schedule import Schedule, is_schedule
@@ -82,7 +89,8 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
         ValueError: If no arguments make the scheduler use the schedule; the message says why, and what will work.
 
     Warns:
-        UserWarning: If the scheduler takes integer timesteps and rounds the schedule by more than 1e-5.
+        UserWarning: If the scheduler takes integer timesteps and rounds the schedule by more than 1e-5, or if the
+            schedule was chosen (it has an ``origin``) for another solver than the scheduler's.
     """
     convention = describe(scheduler)
     check_range(schedule, convention, scheduler)
@@ -105,9 +113,21 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
         raise ValueError(f"{error}. {_alternative(schedule, scheduler, mu)}") from None
     if _uses_another(scheduler, schedule, proof):
         raise ValueError(OTHER_APPLIED)
+    warn_of_solver(schedule, scheduler)
     if not proof.exact:
         warnings.warn(f"{rounds(scheduler, proof)}. {_alternative(schedule, scheduler, mu)}", stacklevel=2)
     return proof
+
+
+def warn_of_solver(schedule: Schedule, scheduler: Any) -> None:
+    """Warn the caller's caller if ``schedule`` was chosen for another solver than that of ``scheduler``."""
+    other = other_solver(scheduler, schedule.solver, schedule.steps)
+    if schedule.origin is not None and other is not None:  # one made by hand may suit any solver
+        warnings.warn(
+            f"the schedule was chosen for {schedule.solver}, and {type(own_scheduler(scheduler)).__name__} samples as "
+            f"{other}, for which other levels are better; choose one for solver={other!r}, or change the scheduler",
+            stacklevel=3,
+        )
 
 
 def _uses_another(scheduler: Any, schedule: Schedule, proof: Export) -> bool:

@@ -17,7 +17,7 @@ from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.attributes import attributes_set, in_one_thread
 from fastsched.diffusers.call_identity import call_identity, check_same_call
-from fastsched.diffusers.conventions import describe, own_scheduler, solver_of
+from fastsched.diffusers.conventions import describe, other_solver, own_scheduler, solver_of
 from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
 from fastsched.diffusers.pipeline_call import call
 from fastsched.diffusers.pipeline_measurement import CHECKS as CHECKS_OF_MEASURE
@@ -191,12 +191,11 @@ def checked_solver(scheduler: Any, steps: int, solver: str | None, *, audition: 
         ValueError: If the scheduler cannot be given schedules, adds noise, which rules out an ``audition``, or is none
             of fastsched's solvers while ``solver`` names none. The message names a scheduler that can be used.
     """
-    own = solver_of(scheduler, steps)
-    name = chosen_solver(solver).name if solver is not None else own
-    if own is not None and name not in (own, own.removesuffix("_lowered"), FITTED):
+    name = chosen_solver(solver).name if solver is not None else solver_of(scheduler, steps)
+    if name is not None and (other := other_solver(scheduler, name, steps)) is not None:
         warnings.warn(
-            f"the pipeline's scheduler samples as {own}, and the schedule is chosen for {name}; its runs, and the "
-            f"measured error, are those of {own}",
+            f"the pipeline's scheduler samples as {other}, and the schedule is chosen for {name}; its runs, and the "
+            f"measured error, are those of {other}",
             stacklevel=4,
         )
     proof = _proof(scheduler, steps)

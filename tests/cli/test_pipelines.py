@@ -88,6 +88,26 @@ def test_compare_holds_the_pipeline_to_its_converged_samples(saved, pipe, tmp_pa
     assert f"model calls, counted per sample: {calls}, of which 24" in result.stderr
 
 
+def test_compare_names_the_solver_that_ran_and_counts_its_calls(pipe):
+    from pipelines import oracle_pipeline
+
+    from fastsched.cli.pipelines import compare_pipeline
+
+    stats = fs.diffusers.measure(pipe, levels=10, samples=1, progress=False)
+    fitted = fs.optimal_schedule(stats, 3, "fitted")
+    heun = fs.optimal_schedule(stats, 3, "heun")
+    common = {"prompts": None, "samples": 1, "seed": 0, "reference_steps": 6, "arguments": {}, "progress": False}
+    rows = compare_pipeline(pipe, {"fitted": fitted}, [3], **common).rows
+    assert [(row.solver, row.model_calls) for row in rows] == [("fitted", 3), ("ddim", 3)]
+    with pytest.warns(UserWarning, match="chosen for heun, and DDIMScheduler samples as ddim"):
+        (row,) = compare_pipeline(pipe, {"heun": heun}, [], **common).rows
+    assert row.solver == "ddim"
+    two_stages = oracle_pipeline(diffusers.HeunDiscreteScheduler(), fs.oracles.GaussianMixture.random(8, 3, seed=0))
+    by_hand = fs.Schedule([14.0, 4.0, 1.0, 0.0], "heun", "vp")
+    (row,) = compare_pipeline(two_stages, {"heun": by_hand}, [], **common).rows
+    assert (row.solver, row.steps, row.model_calls) == ("heun", 3, 5)
+
+
 def test_info_describes_a_pipeline(saved):
     found = json.loads(run("info", saved, "--json").stdout)
     assert (found["class"], found["scheduler"], found["solver"], found["noise"]) == (

@@ -5,6 +5,7 @@ import copy
 import inspect
 import pickle
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +23,7 @@ from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.exporter import plain_copy
 from fastsched.diffusers.overrides import Timesteps
 from fastsched.diffusers.probe import oracle_network, scales, states_of
+from fastsched.sampling.origin import Origin
 
 
 def sampled(scheduler):
@@ -255,6 +257,23 @@ def test_a_schedule_that_is_rounded_is_applied_with_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert fs.diffusers.apply(schedule, Pipe(scheduler)).exact
+
+
+def test_a_schedule_chosen_for_another_solver_is_applied_with_a_warning():
+    """One made by hand, which has no origin, is not; nor is one of the scheduler's solver."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    by_hand = replace(uneven(describe(scheduler).process), solver="dpmpp_2m")
+    chosen = replace(by_hand, origin=Origin("UNet"))
+    text = r"chosen for dpmpp_2m, and FlowMatchEulerDiscreteScheduler samples as ddim.*choose one for solver='ddim'"
+    with pytest.warns(UserWarning, match=text):
+        assert fs.diffusers.apply(chosen, Pipe(scheduler)).exact
+    with pytest.warns(UserWarning, match=text):
+        assert fs.diffusers.export(chosen, scheduler).exact
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for schedule in (by_hand, replace(chosen, solver="ddim")):
+            assert fs.diffusers.apply(schedule, Pipe(scheduler)).exact
+            assert fs.diffusers.export(schedule, scheduler).exact
 
 
 @pytest.mark.parametrize(
