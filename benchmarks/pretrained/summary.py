@@ -71,7 +71,7 @@ def by_cell(results: Results, cells: Sequence[Cell]) -> str:
             ]
         rows.append(row)
     ours = [glossary.title(method) for method in known]
-    header = [title for kind in ERRORS.values() for title in (f"best other way, {kind}", "its error", *ours)]
+    header = [title for kind in ERRORS.values() for title in (f"best other method, {kind}", "its error", *ours)]
     return markdown(["network", "cell", *header], rows)
 
 
@@ -102,10 +102,10 @@ INTRODUCTION = """# Networks that others trained
 
 Errors are squared distances to the converged sample from the same noise, on noises that no method saw; *typical* is
 their geometric mean, *mean* their arithmetic mean. A *cell* is a network, a solver and a number of model calls. *Best
-other way* is the method with the least error in the cell among those that are not fastsched's. The first table of each
-section shows errors divided by the error of the best other way: geometric means over cells, the worst cell, and in how
-many cells the typical error is more than 5% larger. A ratio below 1 is better than every other way. Tables by cell show
-the error of the best other way as *its error*, and then ratios to it.
+other method* is the one with the least error in the cell among those that are not fastsched's. The first table of each
+section shows errors divided by that least error: geometric means over cells, the worst cell, and in how many cells the
+typical error is more than 5% larger. A ratio below 1 is better than every other method. Tables by cell show the error
+of the best other method as *its error*, and then ratios to it.
 
 [quality.md](quality.md) says what the methods are; *native* is the time steps of the network's own repository. Sources
 of the networks: `benchmarks/pretrained/README.md`. On `flower-flow`, points in the plane, GITS does badly with its own

@@ -64,18 +64,18 @@ sets of samples. Seeds of a cell are averaged by a geometric mean, and so are ra
 *Nodes* are the noise levels of a schedule."""
 
 HEADLINE_COLUMNS = """\
-*error*: the error that is compared. *best other way*: the ratio to the least error of any method that is not ours in
+*error*: the error that is compared. *best other method*: the ratio to the least error of any method that is not ours in
 the cell. *karras*: the ratio to karras. *limit*: the ratio to the limit of nodes, in the 24 cells where it was
-computed. *cells above 1.05*: in how many cells the error is more than 5% above that of the best other way."""
+computed. *cells above 1.05*: in how many cells the error is more than 5% above that of the best other method."""
 
 STANDINGS_COLUMNS = """\
 *typical*, *mean*, *Frechet*: the ratio to karras in these errors. *best in cells*: in how many cells its typical error
 is the least of all. *spread*: the standard deviation over seeds of the logarithm of its typical error. *calls*: the
-most model calls that choosing one schedule took, counted per sample. A measurement that serves several schedules is
-included. *seconds*: the most CPU seconds that choosing one schedule took."""
+most model calls that choosing one schedule took; a batch of B samples counts as B calls. A measurement that serves
+several schedules is included. *seconds*: the most CPU seconds that choosing one schedule took."""
 
 BREAKDOWN_COLUMNS = """\
-Ratios of typical errors to the least of any method that is not ours (*best other way*), and to karras."""
+Ratios of typical errors to the least of any method that is not ours (*best other method*), and to karras."""
 
 TRUE_LIMIT = """\
 The limit is gradient descent through the network on the nodes and all weights of a linear multistep sampler, on 128
@@ -84,13 +84,13 @@ ours* is the least error of our methods over all solvers, and *ratio* is its err
 
 FITTED_SOLVER = """\
 The fitted solver is a linear multistep solver whose weights are chosen with the nodes. Its errors are divided by those
-of stock solvers with as many model calls: the best `fs.fit` of any solver; `fs.fit` of dpmpp_2m; and the best other way
-with any solver. *worst cell* and *cells above 1.05* are of the first ratio."""
+of stock solvers with as many model calls: the best `fs.fit` of any solver; `fs.fit` of dpmpp_2m; and the best other
+method with any solver. *worst cell* and *cells above 1.05* are of the first ratio."""
 
 LOST_COLUMNS = """\
 *where it tuned*: the typical error of `fs.fit`'s schedule on the 8 noises that it ran the sampler on. *why*: "too few
-noises" if this error is below the other way's, so the 8 noises were not representative; "search" otherwise, so the
-search stopped too early. *ratio*: the error of `fs.fit` over the other way's."""
+noises" if this error is below the other method's, so the 8 noises were not representative; "search" otherwise, so the
+search stopped too early. *ratio*: the error of `fs.fit` over the other method's."""
 
 
 def meanings(names: Collection[str]) -> list[list[str]]:

@@ -26,7 +26,7 @@ METRICS = {"typical_error": "typical", "mean_error": "mean", "frechet": "Frechet
 #: A cell counts as lost if the ratio to the best other method is above this.
 LOST = 1.05
 #: What methods are compared with in `breakdown`.
-AGAINST = {"best": "best other way", "karras_7": "karras"}
+AGAINST = {"best": "best other method", "karras_7": "karras"}
 #: The methods that tune by running the sampler.
 FITS = ("fit", "fit_decoupled")
 
@@ -137,7 +137,7 @@ def headline(results: Results) -> str:
             lost = sum(ratio > LOST for ratio in ratios)
             figures = [f"{value:.3f}" for value in against]
             rows.append([glossary.title(method), name, *figures, f"{lost} of {len(ratios)}"])
-    return markdown(["method", "error", "best other way", "karras", "limit", "cells above 1.05"], rows)
+    return markdown(["method", "error", "best other method", "karras", "limit", "cells above 1.05"], rows)
 
 
 def standings(results: Results, methods: Sequence[str], cells: Sequence[Cell]) -> str:
@@ -202,7 +202,7 @@ def lost_cells(results: Results, method: str) -> str:
     if not rows:
         return f"None under {glossary.title(method)}."
     rows.sort(key=lambda row: -row[0])
-    names = ["best other way", "its error", glossary.title(method), "where it tuned", "why", "ratio"]
+    names = ["best other method", "its error", glossary.title(method), "where it tuned", "why", "ratio"]
     header = ["denoiser", "solver", "calls", *names]
     return markdown(header, [[*row, f"{ratio:.2f}"] for ratio, row in rows])
 
@@ -222,7 +222,7 @@ def fitted_solver(results: Results) -> str:
             }
             worst = [f"{np.nanmax(against['best']):.2f}", f"{sum(r > LOST for r in against['best'])} of {len(errors)}"]
             rows.append([glossary.title(method), name, *(f"{geometric(r):.3f}" for r in against.values()), *worst])
-    header = ["fitted solver", "error", "best stock fs.fit", "fs.fit of dpmpp_2m", "best other way"]
+    header = ["fitted solver", "error", "best stock fs.fit", "fs.fit of dpmpp_2m", "best other method"]
     return markdown([*header, "worst cell", "cells above 1.05"], rows)
 
 
@@ -289,7 +289,7 @@ def report(results: Results, limits: Sequence[dict[str, str]] = ()) -> str:
         "## Predicted and actual error",
         "Spearman's rank correlation of predicted and actual errors of schedules, over the cells of a denoiser.",
         correlations(results),
-        "## Cells in which another way is ahead by more than 5%",
+        "## Cells in which another method is ahead by more than 5%",
         *(lost_cells(results, method) for method in fits),
         glossary.LOST_COLUMNS,
     ]
