@@ -25,7 +25,7 @@ INSTEAD = "so it cannot be measured by its loop; measure its network (fastsched.
 JUMP, ABOVE, FEWEST_LEVELS = 40.0, 3.0, 12
 
 #: Largest relative change of an output that is computed again in the same batch, by the network's dtype. In 16 bits it
-#: is less than in another batch (`measurement.questions.REPEATABLE`), for which libraries use other kernels.
+#: is less than in another batch (`measurement.check_calls.REPEATABLE`), for which libraries use other kernels.
 REPEATED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 5e-3}
 
 #: Largest relative changes between steps: of an element of the latents, and of their scale. bfloat16 rounds by 0.002.

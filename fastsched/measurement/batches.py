@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from fastsched.denoisers.network_state import unchanged_buffers
+from fastsched.measurement.check_calls import CheckCalls
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.memory import explained, need, paths_at_once, with_store
 from fastsched.measurement.network_checks import check_network, fingerprint
 from fastsched.measurement.path_checks import path_checked
 from fastsched.measurement.path_following import Measurement, measurement_steps
-from fastsched.measurement.questions import Questions
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.origin import network_name, origin_now
@@ -38,7 +38,7 @@ class Batches:
         seeds: The seeds of all paths, [B].
         size: Paths followed at once, at most.
         chosen: Whether the caller chose ``size``; if not, fewer paths are followed at once where memory is short.
-        checks: Whether to ask the network a few questions first (`measurement.network_checks`).
+        checks: Whether to check the network by a few calls first (`measurement.network_checks`).
         file: Where every finished batch is saved; None keeps them only in memory.
         progress: Whether to show a progress bar.
         gathered: As in `fastsched.measurement.memory.need`, if the paths are one process's share of a group's.
@@ -146,8 +146,8 @@ def finished_part(error: KeyboardInterrupt, file: str | os.PathLike[str] | None,
 
 def _identified(
     run: Measurement, batches: Batches, found: PathStatistics | None, seeds: Tensor
-) -> tuple[Tensor | None, Questions | None]:
-    """The network's fingerprint, and the questions of the checks; None for what was not asked.
+) -> tuple[Tensor | None, CheckCalls | None]:
+    """The network's fingerprint, and the calls of the checks; None for what was not asked.
 
     Raises:
         ValueError: If the network differs from that of ``found``.
@@ -170,7 +170,7 @@ def _identified(
     return mark, asked
 
 
-def _spent(asked: Questions, known: bool, last: bool) -> int:
+def _spent(asked: CheckCalls, known: bool, last: bool) -> int:
     """Calls that the checks spent since the previous batch; after the last batch, make the last check first.
 
     For a network that is ``known``, an earlier measurement has counted the first checks already: a resumed fit must

@@ -22,7 +22,7 @@ from fastsched.measurement.path_following import Measurement
 #: and outputs, the network's copy of its input, its output, and sums. Allocators counted 12.
 WORKING = 13
 
-#: States on the CPU that the questions of ``checks=True`` hold until the last one is asked.
+#: States on the CPU that the calls of ``checks=True`` hold until the last one is made.
 ASKED = 7
 
 #: The fraction of a device's free memory that kept vectors may take by default; the rest is for the network.

@@ -38,8 +38,8 @@ from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.edm import IDENTITY_RTOL, LOW_LEVEL
 from fastsched.denoisers.network_errors import checked_output
 from fastsched.denoisers.network_state import check_evaluation_mode, checked_training
+from fastsched.measurement.check_calls import ELSEWHERE, STATE, CheckCalls, Top
 from fastsched.measurement.fingerprints import fingerprint_of
-from fastsched.measurement.questions import ELSEWHERE, STATE, Questions, Top
 from fastsched.sampling.random_streams import noise_of
 
 #: Network evaluations that the checks spend, before a measurement and after it, unless the network is unusual.
@@ -86,7 +86,7 @@ def check_network(
     s: Tensor | None = None,
     seed: int = 0,
     batch: int = 2,
-) -> Questions:
+) -> CheckCalls:
     """Raise an error, before the measurement, if a network is not a denoiser of its process; at most five calls.
 
     Two more if it returns the same for two states of the highest level, and two if ``D`` of ``v`` or ``F`` moves a
@@ -102,13 +102,13 @@ def check_network(
         batch: The size of that batch. If it is 1, the check has both samples in one call, else one in each.
 
     Returns:
-        The questions and answers so far; `Questions.check_first` and `Questions.check_last` remain to be called.
+        The calls and outputs so far; `CheckCalls.check_first` and `CheckCalls.check_last` remain to be called.
 
     Raises:
         ValueError: If the network is in training mode or not a denoiser. The message says what may be wrong.
     """
     check_evaluation_mode(denoiser.network)
-    ask = Questions(denoiser, shape, device, dtype)
+    ask = CheckCalls(denoiser, shape, device, dtype)
     levels = denoiser.levels(3) if s is None else s
     pair = noise_of(torch.tensor([seed, seed + ELSEWHERE], device="cpu"), shape)
     ask.top = Top(float(levels[0]), pair, 2 if batch == 1 else 1)
@@ -124,7 +124,7 @@ def check_network(
     return ask
 
 
-def _check_denoiser(ask: Questions, low: float) -> None:
+def _check_denoiser(ask: CheckCalls, low: float) -> None:
     """Make the remaining calls before the measurement, and compare the outputs with those of a denoiser."""
     noise = noise_of(torch.tensor([0, 2], device="cpu"), ask.shape).double()
     first, second = ask.between(1 / 3), ask.between(2 / 3)
@@ -154,12 +154,12 @@ def _check_denoiser(ask: Questions, low: float) -> None:
 @torch.no_grad()
 def fingerprint(denoiser: Denoiser, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """The network's fingerprint (`measurement.fingerprints`): its answer at one fixed state and level; one call."""
-    ask = Questions(denoiser, shape, device, dtype)
+    ask = CheckCalls(denoiser, shape, device, dtype)
     level = ask.between(1 / 3)
     return fingerprint_of(*ask.raw(noise_of(torch.tensor([0], device="cpu"), shape), level), ask.factor(level))
 
 
-def _check_top(ask: Questions, size: float) -> None:
+def _check_top(ask: CheckCalls, size: float) -> None:
     """Check the slope of ``D`` along the noise, and its size against the data's ``size``, at the highest level."""
     denoiser, top = ask.denoiser, ask.top
     if math.prod(ask.shape) < FEWEST_ELEMENTS:
@@ -196,7 +196,7 @@ def _check_top(ask: Questions, size: float) -> None:
     warnings.warn(finding, stacklevel=6)
 
 
-def _answers_equal(ask: Questions, low: float) -> bool:
+def _answers_equal(ask: CheckCalls, low: float) -> bool:
     """Whether all outputs are equal; for predictions of x0, which in 16 bits may be almost zero, nearly equal.
 
     For other predictions small differences may be correct: ``v`` and ``F`` are 0 where data are as ``a`` assumes.
@@ -206,7 +206,7 @@ def _answers_equal(ask: Questions, low: float) -> bool:
     return all(float(each.abs().max()) <= most for each in differences)
 
 
-def _check_cache(ask: Questions) -> None:
+def _check_cache(ask: CheckCalls) -> None:
     """ValueError if a network constant at the highest level is so at a third too, with another value; two calls."""
     one, other = (
         ask.raw(noise_of(torch.tensor([seed], device="cpu"), ask.shape), ask.between(1 / 3))[0] for seed in (2, 0)
@@ -217,7 +217,7 @@ def _check_cache(ask: Questions) -> None:
         )
 
 
-def _negative_slope(ask: Questions, z: Tensor, s: float, x0: Tensor, other: Tensor | None = None) -> str | None:
+def _negative_slope(ask: CheckCalls, z: Tensor, s: float, x0: Tensor, other: Tensor | None = None) -> str | None:
     """A message if ``D``, which is ``x0`` at ``z``, moves against a step. One call, or three.
 
     If it moves only a little against the step, it must do so at ``other`` too.
@@ -242,7 +242,7 @@ def _negative_slope(ask: Questions, z: Tensor, s: float, x0: Tensor, other: Tens
     )
 
 
-def _check_middle(ask: Questions, x0: Tensor, noise: Tensor) -> None:
+def _check_middle(ask: CheckCalls, x0: Tensor, noise: Tensor) -> None:
     """ValueError unless denoising brings a noisy sample nearer to the clean one; one call."""
     s = ask.known(1.0 if ask.denoiser.process.kind == "flow" else 2 * float(x0.square().mean().sqrt()))
     left = float((ask.denoised(x0 + s * noise, s) - x0).norm() / (s * noise.norm()))
@@ -253,7 +253,7 @@ def _check_middle(ask: Questions, x0: Tensor, noise: Tensor) -> None:
         )
 
 
-def _check_raw_edm(ask: Questions, noise: Tensor) -> None:
+def _check_raw_edm(ask: CheckCalls, noise: Tensor) -> None:
     """ValueError if the network returns its input ``z`` at a low level, as ``D(z, sigma)`` does; one call."""
     denoiser = ask.denoiser
     z = (denoiser.sigma_data * noise).to(ask.device, ask.dtype)
@@ -267,14 +267,14 @@ def _check_raw_edm(ask: Questions, noise: Tensor) -> None:
         )
 
 
-def _check_low(ask: Questions, x0: Tensor, noise: Tensor, low: float) -> None:
+def _check_low(ask: CheckCalls, x0: Tensor, noise: Tensor, low: float) -> None:
     """Check that denoising changes little at the lowest level; with few elements, the path's end is checked later."""
     ask.low_fault = moved_at_lowest(ask, x0, noise, low)
     if ask.low_fault is not None and noise.numel() >= FEWEST_ELEMENTS:
         raise ValueError(f"{ask.low_fault}: {suspects(ask.denoiser)}")
 
 
-def moved_at_lowest(ask: Questions, x0: Tensor, noise: Tensor, low: float) -> str | None:
+def moved_at_lowest(ask: CheckCalls, x0: Tensor, noise: Tensor, low: float) -> str | None:
     """A message if denoising moves ``x0`` with noise of the lowest level too far, else None; one call."""
     z = x0 + low * noise
     error, size = float((ask.denoised(z, low) - z).norm()), low * math.sqrt(noise.numel())

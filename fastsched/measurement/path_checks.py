@@ -25,9 +25,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fastsched.measurement.check_calls import ELSEWHERE, CheckCalls
 from fastsched.measurement.network_checks import FEWEST_ELEMENTS, SIGN_AMBIGUOUS, moved_at_lowest, suspects
 from fastsched.measurement.path_following import Query
-from fastsched.measurement.questions import ELSEWHERE, Questions
 from fastsched.sampling.random_streams import noise_of
 
 Result = TypeVar("Result")
@@ -67,15 +67,15 @@ WRONG, DOUBTFUL, ACROSS, AGAINST = (1.7, 2.2), (1.05, 1.35), (0.2, 0.7), (0.0, 0
 MOVES = "the denoised sample moves by {:.3g} of a step of the input, but a denoiser's"
 
 
-def path_checked(steps: Query[Result], ask: Questions, s: Tensor) -> Query[Result]:
-    """Run ``steps``, a measurement at levels ``s``, and check the outputs: `Questions.check_first`, then the path.
+def path_checked(steps: Query[Result], ask: CheckCalls, s: Tensor) -> Query[Result]:
+    """Run ``steps``, a measurement at levels ``s``, and check the outputs: `CheckCalls.check_first`, then the path.
 
     Usually one additional call; up to five if something is unusual, and up to nine if samples have few elements.
 
     Raises:
         ValueError: If ``v`` or EDM's ``F`` has the wrong sign: in a random direction ``D`` moves by more than the
-            noise, and in another against its input (`Questions.negative_slope`), or too much noise is left at the end;
-            or if far too much is left. Also if `Questions.check_first` fails, or `Questions.low_fault` is set and the
+            noise, and in another against its input (`CheckCalls.negative_slope`), or too much noise is left at the end;
+            or if far too much is left. Also if `CheckCalls.check_first` fails, or `CheckCalls.low_fault` is set and the
             path does not end in a sample. Other findings are warnings, as strong guidance causes them too.
     """
     path = _Path(ask, s)
@@ -99,7 +99,7 @@ def path_checked(steps: Query[Result], ask: Questions, s: Tensor) -> Query[Resul
 class _Path:
     """Inner products along the reference paths of a batch, and states of the first path that later checks need."""
 
-    def __init__(self, ask: Questions, s: Tensor) -> None:
+    def __init__(self, ask: CheckCalls, s: Tensor) -> None:
         self.ask, self.s = ask, s
         self.a, self.c = (each.tolist() for each in ask.denoiser.coefficients(s))
         self.alpha = ask.denoiser.process.alpha(s)
@@ -171,7 +171,7 @@ class _Path:
         warnings.warn(finding, stacklevel=8)
 
     def _far_from_data(self, end: Tensor, deviation: float) -> str | None:
-        """`Questions.low_fault` of a sample of few elements, if the path does not end in a sample either; else None.
+        """`CheckCalls.low_fault` of a sample of few elements, if the path does not end in a sample either; else None.
 
         Any path leads to where ``D`` returns its input, also if ``D`` is not a denoiser. So noise is added to the end
         and subtracted from it, and a denoiser's ``D`` must not move against it. Up to nine calls.
@@ -228,7 +228,7 @@ def _unequal_sizes(sizes: Tensor, s: Tensor, deviation: float, elements: int, pa
     )
 
 
-def _noise_left(ask: Questions, end: Tensor, noise: Tensor, level: float, few: bool) -> tuple[str | None, float]:
+def _noise_left(ask: CheckCalls, end: Tensor, noise: Tensor, level: float, few: bool) -> tuple[str | None, float]:
     """A message if denoising a path's end with noise leaves too large an error, else None; and the error over `WRONG`.
 
     For a path of ``few`` levels it may be `FEW_LEVELS_FACTOR` times larger, in any direction. One call.
@@ -246,7 +246,7 @@ def _noise_left(ask: Questions, end: Tensor, noise: Tensor, level: float, few: b
     ), size / wrong
 
 
-def _left(ask: Questions, end: Tensor, noise: Tensor, level: float) -> tuple[float, float, float]:
+def _left(ask: CheckCalls, end: Tensor, noise: Tensor, level: float) -> tuple[float, float, float]:
     """A known level, and there, over ``|s n|^2`` for ``noise`` n [B, *shape], ``|D - x0|^2`` and ``<s n, D - x0>``."""
     s = ask.known(level)
     error = ask.raw((end / s).add(noise), s, torch.float32)[1].sub_(end).div_(s).flatten()

@@ -121,7 +121,7 @@ def test_an_interrupted_measurement_resumes_where_it_stopped(tmp_path):
     torch.testing.assert_close(resumed.gram, whole.gram)
     torch.testing.assert_close(resumed.response_cross, whole.response_cross)
     assert whole.model_calls == 6 + 5 * 30
-    assert resumed.model_calls == whole.model_calls  # questions asked again do not count again
+    assert resumed.model_calls == whole.model_calls  # checks made again do not count again
     calls[0] = 0
     assert measure_to_file(denoiser, (4,), path, resume=True, **settings).samples == 5
     assert calls[0] == 1  # asks if it is the same network, and measures nothing

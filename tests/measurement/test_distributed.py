@@ -16,7 +16,7 @@ from fastsched.measurement.devices import share
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without distributed")
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-PATH, CHECKS = 22, 6  # calls of a path over 12 levels; of four elements, too few for one of the questions
+PATH, CHECKS = 22, 6  # calls of a path over 12 levels; of four elements, too few for one of the checks
 
 
 def run(task, folder, processes=2):

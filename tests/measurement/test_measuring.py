@@ -233,9 +233,7 @@ def test_model_calls_are_counted():
     assert measure(denoiser, (3,), levels=16, responses=False, checks=False).model_calls == sum(seen) == 4 * 16
     seen.clear()
     checked = measure(denoiser, (3,), levels=16, samples=5, batch_size=2)
-    assert (
-        checked.model_calls == sum(seen) == 5 * (2 * 16 - 2) + 6
-    )  # three elements are too few for one of the questions
+    assert checked.model_calls == sum(seen) == 5 * (2 * 16 - 2) + 6  # three elements are too few for one of the checks
 
 
 def test_without_responses_there_are_none():

@@ -1,4 +1,4 @@
-"""Single calls of a network, called questions: they are counted, and repeated ones are compared."""
+"""The calls by which a network is checked: they are counted, and repeated ones are compared."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ REPEATABLE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, tor
 
 
 @dataclass
-class Questions:
-    """Asks single questions of a denoiser, and counts them.
+class CheckCalls:
+    """Calls a denoiser to check it, and counts the calls.
 
     Attributes:
         denoiser: The denoiser.
@@ -114,7 +114,7 @@ class Questions:
 
     @torch.no_grad()
     def check_repeats(self) -> None:
-        """Ask the first questions again, in batches of the same size and of another.
+        """Make the first calls again, in batches of the same size and of another.
 
         Raises:
             ValueError: If an answer differs.
@@ -159,12 +159,12 @@ class Top:
     raw: Tensor = field(init=False)
     denoised: Tensor = field(init=False)
 
-    def ask(self, ask: Questions) -> None:
+    def ask(self, ask: CheckCalls) -> None:
         """Make the calls for the first time."""
         raw, denoised = zip(*(ask.raw(part, self.level) for part in self.noise.split(self.size)), strict=True)
         self.raw, self.denoised = torch.cat(raw).float(), torch.cat(denoised).float()  # held while paths are followed
 
-    def asked(self, ask: Questions, size: int | None = None) -> Tensor:
+    def asked(self, ask: CheckCalls, size: int | None = None) -> Tensor:
         """Make the calls again, with ``size`` samples each; returns ``R``."""
         return torch.cat([ask.raw(part, self.level)[0] for part in self.noise.split(size or self.size)])
 
