@@ -46,7 +46,7 @@ class Reference:
         ends: The converged samples ``x0`` from that noise, [B, *shape].
         solver: The solver they were computed with.
         steps: Its number of steps, uniform in ``log s``.
-        model_calls: Network evaluations of the run, counted per sample.
+        model_calls: Network evaluations of the run; a batch of B counts as B.
         fingerprint: The network's (`fastsched.measurement.fingerprints`), by one call more; None if it is not known.
     """
 

@@ -144,7 +144,7 @@ def _facts(stats: PathStatistics) -> str:
         "shape of a sample": " x ".join(map(str, stats.shape)),
         "noise levels": f"{stats.levels}, from {high:.4g} to {low:.4g}",
         "samples": str(stats.samples),
-        "model calls": f"{stats.model_calls:,}, counted per sample",
+        "model calls": f"{stats.model_calls:,} (a batch of 4 counts as 4)",
         "standard deviation of the data": f"{stats.data_std:.3g}",
     }
     cells = "".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in rows.items())

@@ -28,7 +28,7 @@ def measuring_calls(
 
 def say(cost: str, dry_run: bool) -> None:
     """Print what a command costs; with ``dry_run`` the command then ends."""
-    note(f"model calls, counted per sample: {cost}")
+    note(f"model calls (a batch of 4 counts as 4): {cost}")
     if dry_run:
         raise typer.Exit
 

@@ -63,7 +63,7 @@ class Audition:
 
     Attributes:
         table: The candidates that ran all samples, by error; then the candidates dropped before that.
-        model_calls: Network evaluations, counted per sample.
+        model_calls: Network evaluations; a batch of B counts as B.
     """
 
     table: tuple[Candidate, ...]

@@ -74,7 +74,7 @@ def fit(
         stats: An earlier measurement to use instead of a new one. If it has no increments, its paths are run again.
         levels: As in `measure`; chosen from the number of calls when None (`fastsched.fitting.budget`).
         samples: As in `measure`; chosen from the number of calls when None.
-        model_calls: The most calls to spend, counted per sample, including a new measurement: 800 when None; with
+        model_calls: The most calls to spend (a batch of B counts as B), with a new measurement: 800 when None; with
             ``stats`` 740, without those of repeated paths. At least 60 if levels and samples are None. Too few for a
             run give `optimal_schedule`'s result. If none are left to tune, a fitted schedule is corrected, not rerun.
         seed: As in `measure`.

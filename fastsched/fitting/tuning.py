@@ -58,7 +58,7 @@ class Tuning:
         schedule: The best schedule, with its measured error; too low, because it was tuned on the same samples.
         errors: ``||x0 - x0_path||^2`` of each sample with this schedule, [B].
         trials: The schedules that were run, in order, each with its measured error; the starts come first.
-        model_calls: Network evaluations, counted per sample, without those of an audition to start from.
+        model_calls: Network evaluations (a batch of B counts as B), without those of an audition to start from.
     """
 
     schedule: Schedule

@@ -37,7 +37,7 @@ class PathStatistics:
         gram: ``<e_p, e_q>`` of the increments ``e_q = D_{q+1} - D_q``, [B, N-1, N-1] float64.
         ends: Where each path ends, ``z_N = D_{N-1}``, [B, *shape] float32.
         data_std: Root mean square of the ends about their mean; an estimate of the data's deviation.
-        model_calls: Network evaluations spent, counted per sample.
+        model_calls: Network evaluations spent; a batch of B counts as B.
         deviated: The deviated paths; none if responses were not measured.
         response_cross: ``<r_i, e_q>`` of the responses ``r`` of the deviated paths, one path after the other,
             [B, R, N-1] float64; None without responses.

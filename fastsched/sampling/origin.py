@@ -31,7 +31,7 @@ class Origin:
         prompts: How many prompts were used.
         date: The day of the measurement, UTC, ``YYYY-MM-DD``.
         version: The version of fastsched.
-        model_calls: Network evaluations spent, the measurement included, counted per sample.
+        model_calls: Network evaluations spent, the measurement included; a batch of B counts as B.
     """
 
     model: str | None = None

@@ -144,7 +144,7 @@ class AdaptiveSchedule:
             generator: A random generator on the CPU, for the noise and the intervals.
 
         Returns:
-            The number of evaluations, counted per sample.
+            The number of evaluations; a batch of B counts as B.
 
         Raises:
             TypeError: If the denoiser returns no floating-point tensor.

@@ -33,7 +33,7 @@ def test_the_cost_is_said_before_it_is_spent(folder, model, tmp_path):
     counting = f"{tmp_path / 'counting.py'}:build"
     spent = ("fit", counting, "--steps", "4", "--shape", "8", "-q", "-o", tmp_path / "a.json")
     result = run(*spent)
-    cost = "model calls, counted per sample: 383 to measure, at most 417 to run and tune schedules"
+    cost = "model calls (a batch of 4 counts as 4): 383 to measure, at most 417 to run and tune schedules"
     assert result.stderr.splitlines()[0] == cost
     assert "called" in result.stderr
     dry = run(*spent, "--dry-run")
@@ -151,7 +151,7 @@ def test_a_resumed_measurement_costs_what_is_left(folder, model, tmp_path):
     output = tmp_path / "s.safetensors"
     output.write_bytes((folder / "s.safetensors").read_bytes())
     result = run("measure", model, "--shape", "2,3", "--samples", "4", "-q", "--resume", "-o", output, "--dry-run")
-    assert result.stderr.strip() == "model calls, counted per sample: 101 to measure"
+    assert result.stderr.strip() == "model calls (a batch of 4 counts as 4): 101 to measure"
 
 
 def test_decoupled_levels_are_fitted_shown_and_exported_where_they_can_be(folder, model, tmp_path):

@@ -34,7 +34,7 @@ def test_measure_is_that_of_the_library(saved, pipe, tmp_path):
     output = tmp_path / "s.safetensors"
     result = run("measure", saved, "--levels", "10", "--samples", "2", "-q", "-o", output)
     assert result.exit_code == 0, result.stderr
-    assert "model calls, counted per sample: 40 to measure" in result.stderr
+    assert "model calls (a batch of 4 counts as 4): 40 to measure" in result.stderr
     expected = fs.diffusers.measure(pipe, levels=10, samples=2)
     found = fs.PathStatistics.load(output)
     torch.testing.assert_close(found.gram, expected.gram)
@@ -85,7 +85,7 @@ def test_compare_holds_the_pipeline_to_its_converged_samples(saved, pipe, tmp_pa
     assert rows["own"]["mean_error"] not in [row["mean_error"] for row in other]
     assert {"karras-ddim-4", "karras-ddim-12"} < set(rows)
     calls = 2 * (12 + 4 + 12 + 4 + 12 + 4 + 12)  # reference; files; karras at both; the pipeline's own at both
-    assert f"model calls, counted per sample: {calls}, of which 24" in result.stderr
+    assert f"model calls (a batch of 4 counts as 4): {calls}, of which 24" in result.stderr
 
 
 def test_compare_names_the_solver_that_ran_and_counts_its_calls(pipe):

@@ -255,7 +255,7 @@ def test_profile_says_its_cost_first(folder, tmp_path):
     model = ("profile", f"{folder / 'my_model.py'}:build", "--shape", "2,3", "--steps", "3", "-q")
     asked = run(*model, "--dry-run")
     assert (asked.exit_code, asked.stdout) == (0, "")
-    assert asked.stderr == "model calls, counted per sample: about 12\n"
+    assert asked.stderr == "model calls (a batch of 4 counts as 4): about 12\n"
     result = run(*model, "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)
