@@ -6,6 +6,8 @@ From the denoised samples ``D_0 .. D_n`` of all evaluations so far, step n compu
 
 and the last step, to sigma 0, gives ``x0 = sum_m W[K-1, m] D_m``; stock solvers take ``D_{K-1}`` alone. The
 weights sum to one, so that a constant denoiser is integrated exactly. ``W`` is lower triangular, [K, K].
+
+The weights themselves are chosen in `fastsched.costs.fitted_weights` and tuned in `fastsched.fitting.gauss_newton`.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def test_the_commands_and_the_code_of_the_page_run(folder):
         engine = "sglang" if "sglang" in command else "vllm-omni"
         found[engine] = result.stdout.strip()
     (block,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    names = {"fs": fs, "schedule": flow(), "pipe": pipelines.OraclePipeline(pipelines.OracleUNet(), scheduler)}
+    names = {"pipe": pipelines.OraclePipeline(pipelines.OracleUNet(), scheduler)}
     exec(compile(block, str(PAGE), "exec"), names)
     parameters = eval(found["vllm-omni"], {"OmniDiffusionSamplingParams": dict})
     assert parameters == names["parameters"]
