@@ -101,8 +101,8 @@ def plot_sample_grid(samples: Mapping[str, Tensor], *, columns: int | None = Non
     """
     validate.arguments(locals(), samples=validate.named)
     figure = draw_empty(2.4 * len(samples), 2.75)
-    figure.get_layout_engine().set(wspace=0.12)  # wider than the gaps within a grid
-    grids = figure.subplots(1, len(samples), squeeze=False)[0]
+    # Wider than the gaps within a grid.
+    grids = figure.subplots(1, len(samples), squeeze=False, gridspec_kw={"wspace": 0.12})[0]
     for axes, (title, images) in zip(grids, samples.items(), strict=True):
         draw_sample_grid(axes, images, columns=columns)
         axes.set_title(title)

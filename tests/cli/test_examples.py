@@ -49,7 +49,7 @@ def work(tmp_path_factory, text_folder):
     stats.save(path / "a.safetensors")
     fs.measure(denoiser, (1, 8, 8), samples=range(2, 3), levels=24, progress=False).save(path / "b.safetensors")
     for name in ("schedule", "a", "b", "model-8"):
-        fs.optimal_schedule(stats, 8, polish=False).save(path / f"{name}.json")
+        fs.optimal_schedule(stats, 8, "ddim", polish=False).save(path / f"{name}.json")  # of the folder's scheduler
     (path / "errors.csv").write_text("name,solver,steps,typical_error\nkarras,dpmpp_2m,8,0.25\n")
     matplotlib.image.imsave(path / "samples.png", np.zeros((2, 2, 3)))
     fs.Schedule(torch.tensor([1.0, 0.5, 0.0]), "ddim", "flow").save(path / "flow.json")
