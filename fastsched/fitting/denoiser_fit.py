@@ -60,11 +60,11 @@ def fit(
     group: Any = None,
     progress: Progress = True,
 ) -> Schedule:
-    """The schedule of ``steps`` steps for a denoiser and solver: `measure`, `optimal_schedule`, `audition`, `tune`.
+    """Measure a denoiser, run a few candidate schedules, and tune the best: `measure`, `audition`, `tune`.
 
     `fastsched.fitting.budget` divides the calls between the measurement and the runs that rank and tune candidates.
-    From 400 to below 1,500 calls, samples of at most four elements are measured without responses. If ``samples`` is
-    None, about twice as many of them are measured.
+    From 400 to below 1,500 calls, samples of at most four elements are measured without responses, and, if ``samples``
+    is None, about twice as many of them.
 
     Args:
         denoiser: The denoiser to find a schedule for.
@@ -75,8 +75,8 @@ def fit(
         levels: As in `measure`; chosen from the number of calls when None (`fastsched.fitting.budget`).
         samples: As in `measure`; chosen from the number of calls when None.
         model_calls: The most calls to spend (a batch of B counts as B), with a new measurement: 800 when None; with
-            ``stats`` 740, without those of repeated paths. At least 60 if levels and samples are None. Too few for a
-            run give `optimal_schedule`'s result. If none are left to tune, a fitted schedule is corrected, not rerun.
+            ``stats`` 740, without those of repeated paths. At least 60 if levels and samples are None. With too few
+            for a run the result is `optimal_schedule`'s; a fitted schedule that runs once is corrected, not run again.
         seed: As in `measure`.
         batch_size: Samples run at once; all when None, one with a checkpoint.
         device: As in `measure`.

@@ -52,7 +52,7 @@ def measure(
 ) -> PathStatistics:
     """Follow ``samples`` probability-flow paths over ``levels`` levels and keep what schedules are chosen from.
 
-    **Reference path.** From ``y_0 = noise``, one call per level, by UniPC of third order, whose corrector costs none.
+    **Reference path.** From ``y_0 = noise``, one call per level, by third-order UniPC, whose corrector takes no call.
     **Responses.** Two more paths from the same noise deviate as coarse samplers do, with a call at every second level.
     Their responses ``D(z') - D(z)`` show how errors are passed on (`fastsched.measurement.deviated_paths`).
 
@@ -69,10 +69,10 @@ def measure(
         keep_increments: Whether to keep increments and responses, ``2 N`` images per sample, for `fastsched.tune`.
         seed: The seed of the noises. Sample ``n`` is the same for any ``samples`` and ``batch_size``.
         batch_size: Paths at once, each ``2 N + 10`` float32 states; None: as many as fit, or 1 with a checkpoint.
-        store: Where ``2 N - 3`` of these are: ``"device"`` (None: if half of its free memory is enough) or ``"cpu"``.
+        store: Where ``2 N - 3`` of these states are: ``"cpu"`` or ``"device"`` (None: if half of its memory is enough).
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None. States stay float32.
-        checks: Whether to ask first if the network is a denoiser (`fastsched.measurement.network_checks`).
+        checks: Whether to check first that the network is a denoiser (`fastsched.measurement.network_checks`).
         checkpoint: A file in which every finished batch is saved. The same call resumes from it, to the same bits.
         group: A ``torch.distributed`` group to distribute the paths over (`fastsched.measurement.devices`).
         progress: Show a progress bar, or a function called with the model calls done and their total.

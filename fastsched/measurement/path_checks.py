@@ -241,8 +241,9 @@ def _noise_left(ask: CheckCalls, end: Tensor, noise: Tensor, level: float, few: 
     if size <= doubtful and (few or (left - along <= across and -along <= against)):
         return None, 0.0
     return (
-        f"of noise of level {s:.3g} that is added to the end of a path, denoising leaves an error of {left:.3g} times "
-        f"its square, {along:.3g} times along the noise; for a denoiser both are equal, at most 1"
+        f"when noise of level {s:.3g} is added to the end of a path and denoised, the squared error is {left:.3g}, and "
+        f"the inner product of error and noise {along:.3g}, both over the noise's square; for a denoiser these two "
+        "numbers are equal, and at most 1"
     ), size / wrong
 
 

@@ -56,7 +56,7 @@ class ErrorCurve:
 def error_curve(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", max_steps: int = 32) -> ErrorCurve:
     """Predicted error against the number of steps, for the schedules of `optimal_schedule`.
 
-    Each search also starts from the best schedule with one step less, with a node added in its widest gap. If more
+    Each search also starts from the best schedule with one step less, with a level added in its widest gap. If more
     steps do not help, for example where only rounding is left, that schedule is kept, so the curve never rises.
 
     Args:

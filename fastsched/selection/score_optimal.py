@@ -92,7 +92,7 @@ def select(
 
     Args:
         cost: The result of `fastsched.costs.stein_corrector`, ``stein_predictor``, ``fisher_rao`` or ``klub``.
-        steps: The number of nodes above sigma 0, which is the number of model calls of a multistep solver.
+        steps: The number of nodes (levels of the schedule) above 0: the model calls of a multistep solver.
         method: ``"dynamic_programming"`` (needs all pairs of levels) or ``"arc_length"``. None uses dynamic
             programming if ``cost`` has all pairs.
         spare_last: Whether the lowest level is replaced by 0. True: ``steps + 1`` nodes from the highest level to the

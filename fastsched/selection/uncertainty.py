@@ -40,7 +40,7 @@ def standard_errors(
         stats: The result of `fastsched.measure`, with at least two samples.
         steps: As in `optimal_schedule`.
         solver: As in `optimal_schedule`.
-        polish: As in `optimal_schedule`, which is called once per sample.
+        polish: As in `optimal_schedule`, which is called once per sample; without polish, the default, that is quick.
 
     Raises:
         ValueError: If there is only one sample, or an argument is out of range.
