@@ -21,6 +21,12 @@ from fastsched.sampling.solvers import FITTED, get_solver
 from fastsched.selection.starts import even_schedule
 
 
+def run_calls(pipe: Any, steps: int, schedule: Schedule | None = None) -> int:
+    """The model calls of a run of ``pipe`` with ``schedule``; with its own schedule when None."""
+    fitted = schedule is not None and schedule.weights is not None
+    return steps if fitted else get_solver(solver_of(pipe.scheduler, steps) or "ddim").model_calls(steps)
+
+
 def compare_pipeline(
     pipe: Any,
     schedules: Mapping[str, Schedule],
@@ -71,12 +77,12 @@ def compare_pipeline(
                 parts.append(_sampled(pipe, schedule, steps, seed + n, arguments | prompt))
                 advance(steps)
             ends.append(torch.cat(parts))
-    reference = Reference(torch.empty(0), ends[0], solver, fine.steps, samples * fine.steps)
+    reference = Reference(torch.empty(0), ends[0], solver, fine.steps, samples * run_calls(pipe, fine.steps))
     found = zip(runs[1:], ends[1:], strict=True)
     rows = []
     for (name, schedule, steps), end in found:
         fitted = schedule is not None and schedule.weights is not None
-        calls = steps if fitted else get_solver(solver).model_calls(steps)
+        calls = run_calls(pipe, steps, schedule)
         rows.append(row_of(name, FITTED if fitted else solver, steps, calls, end, reference))
     return Comparison(tuple(rows), len(ends[0]), reference)
 

@@ -108,6 +108,15 @@ def test_compare_names_the_solver_that_ran_and_counts_its_calls(pipe):
     assert (row.solver, row.steps, row.model_calls) == ("heun", 3, 5)
 
 
+def test_compare_announces_two_calls_for_a_step_of_two_stages(saved, tmp_path):
+    fs.Schedule([14.0, 4.0, 1.0, 0.0], "heun", "vp").save(tmp_path / "heun.json")
+    files = ("compare", saved, tmp_path / "heun.json", "--scheduler", "HeunDiscreteScheduler", "--baselines", "none")
+    result = run(*files, "--samples", "2", "--reference-steps", "12", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    calls = 2 * (23 + 5 + 5)  # the last step of each run is of first order
+    assert f"model calls (a batch of 4 counts as 4): {calls}, of which 46" in result.stderr
+
+
 def test_info_describes_a_pipeline(saved):
     found = json.loads(run("info", saved, "--json").stdout)
     assert (found["class"], found["scheduler"], found["solver"], found["noise"]) == (
