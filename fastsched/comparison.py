@@ -7,7 +7,6 @@ import csv
 import io
 import math
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -379,10 +378,9 @@ def _warn_of_another(
         return
     found = _fingerprint(denoiser, tuple(reference.noise.shape[1:]), device, dtype)
     if not same_network(reference.fingerprint, found, placement(denoiser, device, dtype)[1]):
-        warnings.warn(
+        validate.warn(
             "reference was made with another network, or one read or rounded otherwise, so that errors are distances "
             "to that one's samples; leave it out, or make one of this denoiser by fastsched.converged_reference",
-            stacklevel=3,
         )
 
 

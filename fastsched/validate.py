@@ -6,10 +6,12 @@ A public function begins with ``validate.arguments(locals())``, which checks eve
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import numbers
 import operator
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TypeAlias, TypeVar
@@ -40,6 +42,18 @@ def arguments(given: Mapping[str, object], **checks: Check) -> None:
     for name, value in given.items():
         if name not in ("self", "cls"):
             (checks.get(name) or CHECKS[name])(name, value)
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line outside the package by which its code was entered."""
+    level, found, frame = 1, 1, inspect.currentframe()
+    while frame is not None:
+        level, name = level + 1, str(frame.f_globals.get("__name__"))
+        # A decorator of torch lies between the caller and a function without gradients.
+        if name.startswith("fastsched.") or (name == "torch.utils._contextlib" and found == level - 1):
+            found = level
+        frame = frame.f_back
+    warnings.warn(message, category, stacklevel=found)
 
 
 def shown(value: object) -> str:

@@ -21,7 +21,6 @@ Source: Williams, Campbell, Doucet and Syed, NeurIPS 2024 (arXiv 2412.07877), se
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -87,10 +86,9 @@ def stein_predictor(
     label = "Stein predictor cost"
     steps, costs = pair_costs(source, pairs, velocity, estimator.squares, progress=progress, what=label)
     if estimator.unconverged:
-        warnings.warn(
+        validate.warn(
             f"{estimator.unconverged} of {estimator.solves} linear systems did not reach a residual of {TOLERANCE:g}; "
             "raise max_iterations, or use probes=None if the network's Jacobian is far from symmetric and positive",
-            stacklevel=3,  # the frame above is that of the no_grad decorator
         )
     calls = {"jvp": estimator.jvp_calls, "gradient": estimator.gradient_calls}
     return source.cost_matrix("stein_predictor", steps, costs, order=4, **calls)

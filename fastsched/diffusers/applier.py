@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.diffusers.conventions import Convention, check_pipe, class_names, describe, own_scheduler, visited
 from fastsched.diffusers.exporter import (
     NEGLIGIBLE,
@@ -90,7 +90,7 @@ def apply(schedule: Schedule, pipe: Any) -> Export:
     warn_of_solver(schedule, pipe.scheduler)
     if not proof.exact:
         measured = "schedules that were measured through this pipeline are not"
-        warnings.warn(f"{rounds(scheduler, proof)}; {measured}", stacklevel=2)
+        validate.warn(f"{rounds(scheduler, proof)}; {measured}")
     pipe.scheduler = scheduler
     return proof
 
@@ -175,10 +175,9 @@ class SetTimesteps(Override):
             return
         own, used = (torch.as_tensor(each).cpu().double() for each in (self._own_timesteps(), self.owner.timesteps))
         if len(own) != len(used) or float((own - used).abs().max()) > 1.0:
-            warnings.warn(
+            validate.warn(
                 f"{name} of this call is not used, because a schedule of {self.schedule.steps} steps is applied to the "
                 "scheduler; for a call with a list of its own give the pipeline its own scheduler again",
-                stacklevel=2,
             )
 
     def _given_from_below(self) -> bool:

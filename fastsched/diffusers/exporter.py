@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,7 +114,7 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
         raise ValueError(OTHER_APPLIED)
     warn_of_solver(schedule, scheduler)
     if not proof.exact:
-        warnings.warn(f"{rounds(scheduler, proof)}. {_alternative(schedule, scheduler, mu)}", stacklevel=2)
+        validate.warn(f"{rounds(scheduler, proof)}. {_alternative(schedule, scheduler, mu)}")
     return proof
 
 
@@ -123,10 +122,9 @@ def warn_of_solver(schedule: Schedule, scheduler: Any) -> None:
     """Warn the caller's caller if ``schedule`` was chosen for another solver than that of ``scheduler``."""
     other = other_solver(scheduler, schedule.solver, schedule.steps)
     if schedule.origin is not None and other is not None:  # one made by hand may suit any solver
-        warnings.warn(
+        validate.warn(
             f"the schedule was chosen for {schedule.solver}, and {type(own_scheduler(scheduler)).__name__} samples as "
             f"{other}, for which other levels are better; choose one for solver={other!r}, or change the scheduler",
-            stacklevel=3,
         )
 
 

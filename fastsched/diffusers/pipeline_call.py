@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import inspect
 import numbers
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.diffusers.attributes import check_one_thread
 from fastsched.diffusers.conventions import check_pipe
 from fastsched.diffusers.random_numbers import random_numbers_kept
@@ -142,7 +142,7 @@ def check_accepted(pipe: Any, names: Iterable[str]) -> None:
         message = f"the call of {kind.__name__} has no argument {name!r}"
         if near or not any_name:
             raise TypeError(f"{message}; {hint}")
-        warnings.warn(f"{message} and may ignore it; {hint}", stacklevel=2)
+        validate.warn(f"{message} and may ignore it; {hint}")
 
 
 def _reads(kind: type, name: str) -> bool:

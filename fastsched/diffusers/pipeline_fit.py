@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -193,10 +192,9 @@ def checked_solver(scheduler: Any, steps: int, solver: str | None, *, audition: 
     """
     name = chosen_solver(solver).name if solver is not None else solver_of(scheduler, steps)
     if name is not None and (other := other_solver(scheduler, name, steps)) is not None:
-        warnings.warn(
+        validate.warn(
             f"the pipeline's scheduler samples as {other}, and the schedule is chosen for {name}; its runs, and the "
             f"measured error, are those of {other}",
-            stacklevel=4,
         )
     proof = _proof(scheduler, steps)
     if audition and not proof.deterministic:

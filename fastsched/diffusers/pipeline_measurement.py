@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import numbers
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -188,9 +187,8 @@ def measured_pipeline(
 
 def warn_fewer_prompts(calls: PromptCalls) -> PromptCalls:
     """Warn that memory ran out, and that calls now have fewer prompts; returns ``calls``."""
-    warnings.warn(
+    validate.warn(
         f"memory ran out: the pipeline is called with {calls.size} prompts at a time (prompts_per_call={calls.size})",
-        stacklevel=4,
     )
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

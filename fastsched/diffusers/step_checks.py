@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from inspect import Parameter, signature
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from scipy.special import gammainccinv, gammaincinv
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.late_reading import Verdicts
 from fastsched.diffusers.conventions import Convention
@@ -128,7 +128,7 @@ def check_one_run(*, again: bool) -> None:
     """
     if again:
         what = "the pipeline runs its loop several times in a call (sections of a video, an ensemble, FreeInit?)"
-        warnings.warn(f"{what}, and only the first run is measured", stacklevel=4)
+        validate.warn(f"{what}, and only the first run is measured")
         raise ValueError(what)
 
 
@@ -333,10 +333,9 @@ def warn_of_clipping(kind: type, config: Mapping[str, Any], ends: Tensor) -> Non
     for name, bound in bounds.items():
         beyond = float((ends.abs() > 1.02 * bound).double().mean())
         if name in taken and config.get(name) and beyond > 0.01:
-            warnings.warn(
+            validate.warn(
                 f"the scheduler clips the denoised sample at {bound:g} ({name}=True), and {beyond:.0%} of the paths' "
                 f"ends lie beyond: the statistics are for sampling without that; set {name}=False for latent models",
-                stacklevel=2,
             )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from dataclasses import dataclass, field, replace
 
+from fastsched import validate
 from fastsched.fitting.rollouts import Rollout, Run, distances
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import power_mean
@@ -56,5 +56,5 @@ def interrupted_schedule(stats: PathStatistics, steps: int, method: Solver, runs
     else:
         best = optimal_schedule(stats, steps, method.name)
         what = f"that of optimal_schedule for the {stats.samples} paths that were finished"
-    warnings.warn(f"interrupted: this schedule is {what} {ADVICE}", stacklevel=4)
+    validate.warn(f"interrupted: this schedule is {what} {ADVICE}")
     return best

@@ -6,11 +6,11 @@ so the same loop fits a denoiser (`fastsched.fit`) and a pipeline of diffusers (
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from fastsched import validate
 from fastsched.costs.prediction import predict_error
 from fastsched.fitting.auditioning import FINALISTS, Audition, first_round, ranked
 from fastsched.fitting.rollouts import Run
@@ -83,10 +83,9 @@ def fit_by_running(
     trials = (model_calls - audition.model_calls) // (stats.samples * calls)
     if not finalists:
         count = len(audition.table[0].errors)
-        warnings.warn(
+        validate.warn(
             f"the sampler could not be run on all {stats.samples} measured samples, so the schedule is the best on "
             f"{count} of them, and is not tuned",
-            stacklevel=2,
         )
     elif steps > 1 and stats.increments is not None:
         if trials > 0:
@@ -101,7 +100,7 @@ def _completed(found: FitReport, *, decoupled: bool) -> FitReport:
     """The report, with a predicted error and an origin added to its schedule where they are known."""
     if decoupled and found.tuning is None:
         why = _why_not_tuned(found.stats, found.schedule.steps)
-        warnings.warn(f"decoupled=True had no effect: {why}", stacklevel=3)
+        validate.warn(f"decoupled=True had no effect: {why}")
     schedule, origin = found.schedule, found.stats.schedule_origin()
     if schedule.predicted_error is None and schedule.network_sigmas is None:  # no prediction for decoupled levels
         schedule = replace(schedule, predicted_error=predict_error(found.stats, schedule))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.fitting.rollouts import Evaluations, Rollout, Run
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.files import check_readable, checksum, json_object, write_whole
@@ -107,9 +107,7 @@ class RunLog:
         if place == 0:
             raise ValueError(f"{self.path} does not hold runs of fastsched; remove it, or name another file")
         if left >= 0:  # the record has its full length, so it is not the unfinished one of an interruption
-            warnings.warn(
-                f"{self.path} is damaged after its first {place - 1} runs; the others are made again", stacklevel=6
-            )
+            validate.warn(f"{self.path} is damaged after its first {place - 1} runs; the others are made again")
 
     def _check_identity(self, what: dict[str, Any], found: dict[str, Any]) -> None:
         if found.get("format") != FORMAT:

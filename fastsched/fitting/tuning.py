@@ -13,7 +13,6 @@ effect of this offset, so the first run moves all offsets a little.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -139,10 +138,9 @@ def _finished_part(error: KeyboardInterrupt, checkpoint: object) -> Tuning:
     tuning = None if checkpoint is not None else getattr(error, "tuning", None)
     if tuning is None:
         raise error
-    warnings.warn(
+    validate.warn(
         f"interrupted: this is the best of the {len(tuning.trials)} schedules that were run (tune(checkpoint=PATH) "
         "keeps their runs in a file, and the same call goes on from there)",
-        stacklevel=3,
     )
     return tuning
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.denoisers.network_state import unchanged_buffers
 from fastsched.measurement.check_calls import CheckCalls
 from fastsched.measurement.fingerprints import same_network
@@ -136,10 +136,9 @@ def finished_part(error: KeyboardInterrupt, file: str | os.PathLike[str] | None,
     partial = None if file is not None or group is not None else getattr(error, "partial", None)
     if partial is None:
         raise error
-    warnings.warn(
+    validate.warn(
         f"interrupted: these statistics hold the {partial.samples} paths that were finished "
         "(measure(checkpoint=PATH) keeps them in a file and resumes from there)",
-        stacklevel=3,
     )
     return partial
 

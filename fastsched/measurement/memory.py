@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fastsched import validate
 from fastsched.measurement.path_following import Measurement
 
 #: States per path on the device, in addition to the kept vectors: the noise, the solver's history, two levels' states
@@ -106,10 +106,9 @@ def with_store(run: Measurement, paths: int, elements: int) -> Measurement:
     wanted = need(on_device, paths, paths, elements).device
     if free is None or wanted <= FRACTION * free:
         return on_device
-    warnings.warn(
+    validate.warn(
         f"increments and responses are kept in the CPU's memory, because of {_size(free)} free on {run.device} they "
         f'would take {_size(wanted)}; store="device" keeps them there, and fewer paths at once take less',
-        stacklevel=4,
     )
     return replace(run, store="cpu")
 
@@ -127,10 +126,9 @@ def paths_at_once(
         return most
     if fits == 0 or chosen:
         raise MemoryError(_too_much(run, most, wanted, samples, elements, fits))
-    warnings.warn(
+    validate.warn(
         f"{fits} paths are followed at once instead of all {most}, which would take {_total(wanted(most))} of memory "
         f"(batch_size={fits})",
-        stacklevel=4,
     )
     return fits
 

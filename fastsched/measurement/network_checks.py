@@ -29,11 +29,11 @@ prediction, sign, time or table.
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.edm import IDENTITY_RTOL, LOW_LEVEL
 from fastsched.denoisers.network_errors import checked_output
@@ -135,10 +135,9 @@ def _check_denoiser(ask: CheckCalls, low: float) -> None:
     if first != second and ask.denoiser.prediction != "edm":
         x0 = ask.denoised(second * (noise[:1] + (1 / second - 1 / first) * x0), second)
     if _answers_equal(ask, low):
-        warnings.warn(
+        validate.warn(
             "the network answered the same to every question, so schedules for it are meaningless: does it use its "
             "inputs, and is its output not all zero?",
-            stacklevel=5,
         )
         return
     prediction = ask.denoiser.prediction
@@ -193,7 +192,7 @@ def _check_top(ask: CheckCalls, size: float) -> None:
     )
     if largest > WRONG_SIZE * usual and (largest > WRONG_FRACTION * top.level or top.level > WRONG_LEVEL):
         raise ValueError(finding)
-    warnings.warn(finding, stacklevel=6)
+    validate.warn(finding)
 
 
 def _answers_equal(ask: CheckCalls, low: float) -> bool:

@@ -19,12 +19,12 @@ ones, and 3,900 of ``-F``, ``2 F`` and ``3 F``.
 from __future__ import annotations
 
 import math
-import warnings
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.measurement.check_calls import ELSEWHERE, CheckCalls
 from fastsched.measurement.network_checks import FEWEST_ELEMENTS, SIGN_AMBIGUOUS, moved_at_lowest, suspects
 from fastsched.measurement.path_following import Query
@@ -168,7 +168,7 @@ class _Path:
         )
         if self.sign_ambiguous and ((outwards and (against or excess > 1)) or (excess > FAR and not few)):
             raise ValueError(finding)  # other predictions were checked before the path
-        warnings.warn(finding, stacklevel=8)
+        validate.warn(finding)
 
     def _far_from_data(self, end: Tensor, deviation: float) -> str | None:
         """`CheckCalls.low_fault` of a sample of few elements, if the path does not end in a sample either; else None.

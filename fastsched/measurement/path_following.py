@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
@@ -18,6 +17,7 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.late_reading import Verdicts
 from fastsched.denoisers.network_errors import not_finite
@@ -203,10 +203,9 @@ def _warn_of_high_end(run: Measurement, data_std: float) -> None:
     """Warn if the levels end so high that the error of the step from there to 0 matters."""
     lowest, process = float(run.s[-1]), run.denoiser.process
     if lowest > HIGH_END * data_std and lowest > ABOVE_LOWEST * process.s_min:
-        warnings.warn(
+        validate.warn(
             f"the levels end at {lowest:.3g}, and the data's deviation is {data_std:.3g}: the error of the step from "
             f"there to 0 is not measured, and errors are predicted too low. Add levels nearer to {process.s_min:.3g}",
-            stacklevel=2,
         )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
+
+from fastsched import validate
 
 #: Mean squared relative error of two independent roundings of Gaussian numbers: what storing two neighbouring outputs
 #: adds to the squared distance between them, over the squared norm of one.
@@ -40,9 +40,8 @@ def warn_of_storage(norms: Tensor, dtype: torch.dtype, c: Tensor, gram: Tensor) 
     if bool(distances.sum() < TRUSTED * floor.sum()):
         name = str(dtype).removeprefix("torch.")
         # The same words each time: Python shows a repeated warning once.
-        warnings.warn(
+        validate.warn(
             f"the network's outputs come in {name} and change so little from level to level that rounding adds more "
             "than 1% to the squared changes. Measure with the network in float32 (dtype=torch.float32) or with fewer "
             "levels, or average over more samples",
-            stacklevel=2,
         )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import warnings
 
 import torch
+
+from fastsched import validate
 
 BACKENDS = ("auto", "triton", "torch")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,7 +52,7 @@ def resolve_backend(device: torch.device | str, dtype: torch.dtype = torch.float
         raise ValueError(f'backend="triton" {obstacle}; pass backend="torch" or "auto"')
     if device not in _warned and not torch.compiler.is_compiling():
         _warned.add(device)
-        warnings.warn(f'backend="triton" {obstacle}; backend="auto" uses PyTorch there', stacklevel=2)
+        validate.warn(f'backend="triton" {obstacle}; backend="auto" uses PyTorch there')
     return "torch"
 
 

@@ -6,7 +6,6 @@ import importlib
 import json
 import math
 import os
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -193,10 +192,9 @@ class Schedule:
         Raises:
             ValueError: If such arguments cannot express the schedule; the message gives the reason and an alternative.
         """
-        warnings.warn(
+        validate.warn(
             "Schedule.to_diffusers is now fastsched.diffusers.export(schedule, scheduler).arguments",
             DeprecationWarning,
-            stacklevel=2,
         )
         # Imported here by name, because sampling must not depend on diffusers, a higher layer.
         return importlib.import_module("fastsched.diffusers").export(self, scheduler, mu=mu).arguments
