@@ -139,8 +139,9 @@ class AdaptiveSchedule:
 
         Args:
             denoise: ``denoise(z, s) -> x0`` for states ``z = x0 + s eps`` [B, *shape] and levels [B], such as a
-                `Denoiser`. Put the network in evaluation mode if it has dropout.
-            clean: Data, [B, *shape].
+                `Denoiser`. Put the network in evaluation mode if it has dropout. Combine its output with ``z`` in
+                float32: an ``x0`` rounded to 16 bits is too coarse at low levels.
+            clean: Data, [B, *shape]; ``z`` has their dtype, and the levels at least float32.
             generator: A random generator on the CPU, for the noise and the intervals.
 
         Returns:
@@ -157,14 +158,16 @@ class AdaptiveSchedule:
         # Permutations instead of independent draws, so that no interval waits long for an observation.
         rounds = [torch.randperm(cells, generator=generator, device="cpu") for _ in range(-(-count // cells))]
         intervals = torch.cat(rounds)[:count]
-        noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype, device="cpu").to(clean.device)
+        # In 16 bits, neighbouring levels and the differences of answers round away; only the network sees such states.
+        dtype = torch.promote_types(clean.dtype, torch.float32)
+        noise = torch.randn(clean.shape, generator=generator, dtype=dtype, device="cpu").to(clean.device)
         s_from, s_to = self.s[intervals], self.s[intervals + 1]
-        wide = lambda values: values.to(clean).reshape(-1, *[1] * (clean.ndim - 1))
-        z = clean + wide(s_from) * noise
+        wide = lambda values: values.to(noise).reshape(-1, *[1] * (clean.ndim - 1))
+        z = (clean + wide(s_from) * noise).to(clean.dtype)
         # A network may write into its input, and return the same buffer every time.
         with unchanged_buffers(denoise):
-            answers = [checked_output(denoise(z.clone(), s.to(clean)), z).clone() for s in (s_from, s_to)]
-        scores = [(x0 - z) / wide(s).square() for x0, s in zip(answers, (s_from, s_to), strict=True)]
+            answers = [checked_output(denoise(z.clone(), s.to(noise)), z).clone() for s in (s_from, s_to)]
+        scores = [(x0.to(dtype) - z) / wide(s).square() for x0, s in zip(answers, (s_from, s_to), strict=True)]
         squares = in_float64((scores[1] - scores[0]).flatten(1)).square().sum(1)
         self.observe(squares.cpu() * s_from.square(), intervals)
         return 2 * count

@@ -180,6 +180,19 @@ def test_a_network_that_writes_into_its_input_is_observed_alike():
     assert torch.equal(own.state_dict()["sums"], writing.state_dict()["sums"])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_data_in_16_bits_give_the_costs_of_float32(dtype):
+    clean, denoise = torch.randn(512, 16, generator=torch.Generator().manual_seed(0)).to(dtype), _gaussian().denoise
+    costs = []
+    for data in (clean.float(), clean):
+        adaptive, asked = fs.AdaptiveSchedule(_start(33)), []
+        answer = lambda z, s, asked=asked: (asked.append(z.dtype), denoise(z.float(), s))[1]
+        adaptive.observe_denoiser(answer, data, generator=torch.Generator().manual_seed(1))
+        assert set(asked) == {data.dtype}  # as the network is trained
+        costs.append(adaptive.state_dict()["sums"])
+    torch.testing.assert_close(*costs, rtol=0.05, atol=1e-3 * float(costs[0].max()))
+
+
 @pytest.mark.parametrize(
     ("denoise", "error"),
     [(lambda z, s: z[:, :1], ValueError), (lambda z, s: z[:1], ValueError), (lambda z, s: z.numpy(), TypeError)],
