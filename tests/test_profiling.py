@@ -156,6 +156,40 @@ def test_a_pipeline_is_left_as_it_was(tmp_path):
     assert json.loads(trace.read_text())["traceEvents"]
 
 
+def test_both_networks_that_a_pipeline_calls_in_turn_count_however_few_the_steps():
+    pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+    import diffusers
+    import pipelines
+
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    pipe, call, _ = pipelines.wan_of_two_experts(scheduler, 0.9)
+    pipe.set_progress_bar_config(disable=True)
+    networks = (pipe.transformer, pipe.transformer_2)
+    found = fs.profile(pipe, steps=3, **call)
+    assert found.parameters == sum(each.numel() for network in networks for each in network.parameters())
+
+
+def test_a_latent_consistency_model_is_profiled():
+    pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+    import pipelines
+
+    pipe, call, _ = pipelines.latent_consistency()
+    pipe.set_progress_bar_config(disable=True)
+    scheduler = pipe.scheduler
+    found = fs.profile(pipe, steps=3, **call)
+    assert found.parameters == sum(each.numel() for each in pipe.unet.parameters())
+    assert pipe.scheduler is scheduler
+
+
+def test_more_steps_than_timesteps_are_refused_by_the_name_of_the_argument():
+    few = fs.Denoiser.from_epsilon(lambda x, t: x, [0.9, 0.5, 0.2, 0.01], integer_timesteps=True)
+    with pytest.raises(ValueError, match="steps must be at most 4, the network's number of timesteps, got 8"):
+        fs.profile(few, (4,))
+    assert len(fs.profile(few, (4,), steps=4).steps) == 3
+
+
 @pytest.mark.parametrize("name", ["no/such/trace.json", "."])
 def test_a_trace_that_cannot_be_written_is_known_before(name, tmp_path):
     def network(z, s):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsched.diffusers.applier import applied
 from fastsched.diffusers.attributes import attributes_set
 from fastsched.diffusers.calibration import CalibrationScheduler
 from fastsched.diffusers.conventions import describe, with_signature
@@ -24,9 +25,12 @@ from fastsched.ops import vector_gram
 from fastsched.sampling.solvers import FITTED
 from fastsched.selection.starts import even_schedule
 
+#: A solver whose schedules every pipeline takes: pipelines of latent consistency models take none of the fitted solver.
+STOCK = "ddim"
+
 
 class PipelineRuns:
-    """Runs of a pipeline. The attributes are known after the first run.
+    """Runs of a pipeline. The attributes are known after the first run; networks may be added by later ones.
 
     Attributes:
         networks: The networks that the steps call.
@@ -58,9 +62,12 @@ class PipelineRuns:
         return self._timed(lambda: call(self.pipe, steps, self.call_kwargs), self.pipe.scheduler)
 
     def sampling_fitted(self, steps: int) -> Run:
-        """Run the pipeline with a fitted schedule."""
-        schedule = even_schedule(describe(self.pipe.scheduler).process, steps, FITTED)
-        scheduler = FittedScheduler.from_schedule(schedule, self.pipe.scheduler)
+        """Run the pipeline with a fitted schedule: of a stock solver where the pipeline takes no other."""
+        process = describe(self.pipe.scheduler).process
+        if "original_inference_steps" in call_parameters(self.pipe):
+            scheduler = applied(even_schedule(process, steps, STOCK), self.pipe.scheduler)[0]
+        else:
+            scheduler = FittedScheduler.from_schedule(even_schedule(process, steps, FITTED), self.pipe.scheduler)
         with attributes_set(self.pipe, scheduler=scheduler):
             return self._timed(lambda: call(self.pipe, steps, self.call_kwargs), scheduler)
 
@@ -71,13 +78,15 @@ class PipelineRuns:
         return self._timed(
             lambda: measure(self.pipe, levels=levels, samples=1, progress=False, **self.call_kwargs),
             CalibrationScheduler,
+            calls=2,
         )
 
-    def _timed(self, run: Callable[[], Any], scheduler: Any) -> Run:
+    def _timed(self, run: Callable[[], Any], scheduler: Any, calls: int = 1) -> Run:
         timeline, waits = Timeline(self.device), list[int]()
         with _owned_step(timeline, scheduler, self._seen, waits), _owned_networks(timeline, self.pipe) as called:
             run()
-        if not self.networks:
+        if calls == 1:  # in a second call, prompts are encoded after a step
+            called |= {id(module) for module in self.networks}  # short runs may miss one of two that take turns
             self.networks = [module for module in networks_of(self.pipe).values() if id(module) in called]
         return timeline.run("scheduler", waits if self.device.type == "cuda" else None)
 
@@ -120,7 +129,10 @@ def _timed_step(
 
 @contextlib.contextmanager
 def _owned_networks(timeline: Timeline, pipe: Any) -> Iterator[set[int]]:
-    """Count the time of the pipeline's networks as the network's; collect the ids of those called after a step."""
+    """Count the time of the pipeline's networks as the network's; collect the ids of those that its steps call.
+
+    Before the first step prompts and images are encoded; the last network called before it is the step's.
+    """
     called: set[int] = set()
     timed_calls = []
     for module in networks_of(pipe).values():
@@ -129,8 +141,9 @@ def _owned_networks(timeline: Timeline, pipe: Any) -> Iterator[set[int]]:
         name = "_compiled_call_impl" if compiled is not None else "forward"
 
         def timed(*args: Any, module: nn.Module = module, function: Any = function, **kwargs: Any) -> Any:
-            if timeline.had("scheduler"):
-                called.add(id(module))
+            if not timeline.had("scheduler"):
+                called.clear()
+            called.add(id(module))
             with timeline.within("network"):
                 return function(*args, **kwargs)
 
