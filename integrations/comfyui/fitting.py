@@ -46,10 +46,13 @@ def fit(guider: Any, latent: dict[str, Any], settings: Settings) -> tuple[Found,
     schedule, stats = cache.schedule(chosen), cache.statistics(measured)
     if schedule is None or stats is None:
         report = _run_keeping_measurement(guider, image, settings, stats, measured)
+        saved = stats.model_calls if stats is not None and report.stats is stats else 0
         schedule, stats = report.schedule, report.stats
         cache.keep_statistics(measured, stats)
         cache.keep_schedule(chosen, schedule)
-        spent = f"{report.model_calls:,} model calls"
+        spent = f"{report.model_calls - saved:,} model calls"
+        if saved:
+            spent += " (measured before)"
         if measured is None:
             spent += " (this workflow's content cannot be compared, so nothing is remembered)"
     else:

@@ -1,6 +1,7 @@
 """Fits in ComfyUI that are remembered: what another run is spared, and what is not taken for the same fit."""
 
 import math
+import re
 import sys
 import threading
 
@@ -50,9 +51,13 @@ def test_a_guider_fits_as_its_model_and_conditions_do(package, given, guider):
 
 def test_another_number_of_steps_needs_no_new_measurement(package, given):
     first, second = given(tuning_calls=40), given(steps=5, tuning_calls=40)
-    fit(package, first)
-    fit(package, second)
+    whole = fit(package, first)[2]
+    words = fit(package, second)[2]
     assert 0 < second["model"].calls < first["model"].calls / 2
+    said, before = (int(re.search(r"; (\d+) model calls", text)[1]) for text in (words, whole))
+    assert said <= 40 < before
+    assert "measured before" in words
+    assert "measured before" not in whole
 
 
 @pytest.mark.parametrize(
