@@ -172,12 +172,13 @@ def read_entries(file):
         OSError: If the file cannot be read.
         ValueError: If it is not a schedule, or comes from a newer version.
     """
+    data = read_bytes(file)
     try:
-        entries = json.loads(read_bytes(file).decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not a complete JSON file ({error}); save the schedule again") from None
+        entries = json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error}); save the schedule again") from None
+    except ValueError as error:  # of its grammar, an entry that occurs twice, or an integer of thousands of digits
+        raise ValueError(f"{file} is not a complete JSON file ({error}); save the schedule again") from None
     except RecursionError:
         raise ValueError(f"{file} is nested too deeply to be a schedule") from None
     if not isinstance(entries, dict) or entries.get("format") != FORMAT:
@@ -242,7 +243,7 @@ def _is_number(value):
 def _without_duplicates(pairs):
     entries = dict(pairs)
     if len(entries) < len(pairs):
-        raise ValueError("the file names an entry twice; save the schedule again")
+        raise ValueError("an entry occurs twice")
     return entries
 
 

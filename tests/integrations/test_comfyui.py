@@ -99,7 +99,7 @@ MALFORMED = {
     "not UTF-8": (b"\xff\xfe", "not UTF-8"),
     "nested deeply": ("[" * 100_000, "nested too deeply"),
     "too large": (file_with() + " " * 2**20, "larger than"),
-    "entry twice": (file_with()[:-1] + ', "sigmas": [2, 0]}', "an entry twice"),
+    "entry twice": (file_with()[:-1] + ', "sigmas": [2, 0]}', "an entry occurs twice"),
     "another format": ('{"format": "other"}', "does not hold a schedule"),
     "a list": ("[1, 0]", "does not hold a schedule"),
     "newer": (file_with(version=99), "version 99"),
@@ -140,6 +140,7 @@ def test_the_node_says_what_is_wrong_with_a_file(node, folder, kind):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     message = node.FastschedScheduleLoader.VALIDATE_INPUTS("schedule.json")
     assert reason in message
+    assert "schedule.json" in message
     assert len(message) < 500
     with pytest.raises(ValueError, match=re.escape(reason)):  # a connected input is not validated before
         node.FastschedScheduleLoader().load("schedule.json")
