@@ -42,6 +42,7 @@ class Batches:
         file: Where every finished batch is saved; None keeps them only in memory.
         progress: Whether to show a progress bar.
         gathered: As in `fastsched.measurement.memory.need`, if the paths are one process's share of a group's.
+        identified: Whether to ask for the network's fingerprint where there are no checks.
     """
 
     shape: tuple[int, ...]
@@ -52,6 +53,7 @@ class Batches:
     file: str | os.PathLike[str] | None = None
     progress: Progress = True
     gathered: tuple[int, int] = (0, 1)
+    identified: bool = False
 
 
 @torch.no_grad()
@@ -157,8 +159,8 @@ def _identified(
         batch = min(batches.size, len(seeds))
         asked = check_network(*where, run.s, int(seeds[batch - 1]), batch)
         mark = asked.fingerprint
-    elif found is not None and found.fingerprint is not None:
-        mark = fingerprint(*where)
+    elif batches.identified or (found is not None and found.fingerprint is not None):
+        mark = fingerprint(*where)  # not counted, so that as many calls are left for a fit's runs
     if found is not None and not same_network(found.fingerprint, mark, run.dtype):
         raise ValueError(
             "the network is another one than that of the earlier measurement: it answers the same question "

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastsched.measurement.batches import Batches, measured, resumed
+from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.memory import PIECE
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics
@@ -58,7 +59,7 @@ def measured_in_group(
     samples go to ``"all"`` processes, or only to the ``"first"``.
 
     Raises:
-        ValueError: If the processes were given different arguments or checkpoints.
+        ValueError: If the processes were given different arguments, checkpoints or networks.
         RuntimeError: If another process failed; ``error.partial`` holds what all others had finished.
     """
     rank, size = rank_and_size(group)
@@ -68,15 +69,32 @@ def measured_in_group(
     check_alike({**given, "checkpoint": None if found is None else found.seeds.tolist()}, group)
     seeds = batches.seeds if found is None else batches.seeds[~torch.isin(batches.seeds, found.seeds)]
     received = len(batches.seeds) if vectors == "all" or rank == 0 else 0
-    own = replace(batches, seeds=share(seeds, group), checks=batches.checks and rank == 0, gathered=(received, size))
+    asks = {"checks": batches.checks and rank == 0, "identified": batches.checks}
+    own = replace(batches, seeds=share(seeds, group), gathered=(received, size), **asks)
     if batches.file is not None:
         own = replace(own, file=_part_file(batches.file, rank, size))
     measure = lambda: measured(run, own, resumed(own.file, run, own))
     parts = parts_of_group(measure if len(own.seeds) else None, group, vectors if run.keep_vectors else "none")
-    whole = reduce(PathStatistics.merge, ([] if found is None else [found]) + parts)
+    parts = of_one_network(([] if found is None else [found]) + parts, run.dtype)
+    whole = reduce(PathStatistics.merge, parts)
     if batches.file is not None and rank == 0:
         save_whole(whole, batches.file, group, vectors=run.keep_vectors)
     return whole
+
+
+def of_one_network(parts: Sequence[PathStatistics], dtype: torch.dtype) -> list[PathStatistics]:
+    """The ``parts``, with the fingerprint of the first of them: devices round differently.
+
+    Raises:
+        ValueError: If they were measured on different networks.
+    """
+    mark = next((part.fingerprint for part in parts if part.fingerprint is not None), None)
+    if not all(same_network(mark, part.fingerprint, dtype) for part in parts):
+        raise ValueError(
+            "the network must be the same in all processes of the group, but those of some answer the same question "
+            "differently; load the same weights in all of them"
+        )
+    return [replace(part, fingerprint=mark) for part in parts]
 
 
 def save_whole(whole: PathStatistics, file: str | os.PathLike[str], group: Any, *, vectors: bool) -> None:

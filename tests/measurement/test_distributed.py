@@ -44,7 +44,7 @@ def test_measuring_in_two_processes(tmp_path):
         torch.testing.assert_close(found.increments, whole.increments, rtol=1e-5, atol=1e-6)
         sigmas = [fs.optimal_schedule(stats, 5, "dpmpp_2m").sigmas for stats in (found, whole)]
         torch.testing.assert_close(*sigmas, rtol=1e-5, atol=0)
-    assert [report["calls"] for report in reports] == [3 * PATH + CHECKS, 2 * PATH]
+    assert [report["calls"] for report in reports] == [3 * PATH + CHECKS, 2 * PATH + 1]  # by which it is known
     assert {report["model_calls"] for report in reports} == {whole.model_calls} == {5 * PATH + CHECKS}
     assert fs.PathStatistics.load(tmp_path / "whole.safetensors").samples == 5
     assert not [*tmp_path.glob("*part*")]
@@ -64,7 +64,7 @@ def test_fitting_in_two_processes(tmp_path):
     for report in reports:
         torch.testing.assert_close(torch.tensor(report["sigmas"]).double(), single.sigmas, rtol=1e-5, atol=0)
         assert report["error"] == pytest.approx(single.measured_error, rel=1e-4)
-    assert sum(report["calls"] for report in reports) == sum(calls)
+    assert sum(report["calls"] for report in reports) == sum(calls) + 1  # the fingerprint of the second network
     assert 0.35 < reports[1]["calls"] / sum(calls) < 0.5  # of five samples, two
 
 
@@ -132,6 +132,13 @@ def test_processes_of_a_group_that_were_given_different_arguments_are_told_which
             f"{name} must be the same in all processes of the group, but those of process 1 are not those of process 0"
             for name in names
         ]
+
+
+def test_different_networks_in_the_processes_of_a_group_are_refused(tmp_path):
+    reports, done = run("networks", tmp_path)
+    assert None not in reports, done.stderr
+    for report in reports:
+        assert "the network must be the same in all processes of the group" in report["failed"]
 
 
 def test_a_group_needs_processes():
