@@ -144,7 +144,7 @@ def plot(
     if len(measured) > 1:
         raise ValueError(f"files must contain at most one file of statistics, got {', '.join(map(str, measured))}")
     stats = inputs.load_statistics(measured[0]) if measured else None
-    schedules = {str(path.with_suffix("")): inputs.load_schedule(path) for path in files if path not in measured}
+    schedules = inputs.named_schedules([path for path in files if path not in measured])
     figure = plot_cost_density(stats) if stats is not None and not schedules else plot_schedules(schedules, stats=stats)
     figure.savefig(output)
     note(f"wrote {output}")

@@ -126,6 +126,15 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 LOGGER = logging.getLogger("fastsched")
 
 
+def _as_text(record: logging.LogRecord) -> bool:
+    """Escape bytes of file names that are no text: handlers other than `StandardError` might fail to write them."""
+    record.msg = str(record.msg).encode(errors="backslashreplace").decode()
+    return True
+
+
+LOGGER.addFilter(_as_text)
+
+
 def say_on_stderr(level: str) -> None:
     """Print log messages of this level and above on stderr; ValueError if there is no such level."""
     if level not in LOG_LEVELS:  # fastsched.validate would load PyTorch for every --help
