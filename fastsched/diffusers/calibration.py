@@ -37,7 +37,7 @@ from fastsched.diffusers.step_checks import (
     output_of_tokens,
     warn_of_clipping,
 )
-from fastsched.diffusers.watching import PipelineWatch, Step, observed, overwritten, replaced
+from fastsched.diffusers.watching import PipelineWatch, Step, check_replaced, observed, overwritten, replaced
 from fastsched.measurement.deviated_paths import deviated_paths, queries
 from fastsched.measurement.measuring import measured_levels
 from fastsched.measurement.memory import check_call, with_store
@@ -406,6 +406,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         kept = overwritten(seen, sample) if index > 0 and self._copies == 1 else None
         if index == 1 and kept is not None and 0 < int(kept.min()) < 0.99 * size:
             self._owned = replaced(seen, sample)  # their D is held at 0
+            check_replaced(seen, sample, self._owned)
         if self._owned is not None:
             kept = (replaced(seen, sample) & ~self._owned).sum().reshape(1)
             kept = kept * (kept > 0.01 * self._owned.sum())  # in 16 bits a few were equal by chance at step 1

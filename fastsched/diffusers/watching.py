@@ -44,6 +44,7 @@ class Step:
         layers: How many layers each network ran, where they could be counted.
         inputs: The tensors that the networks were given, or lists of them.
         outputs: The first tensor, or list of tensors, in each call's output.
+        first: In the second step, the first; otherwise None.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -52,6 +53,7 @@ class Step:
     layers: Counter[str] = field(default_factory=Counter)
     inputs: list[Given] = field(default_factory=list)
     outputs: list[Given] = field(default_factory=list)
+    first: Step | None = None
 
 
 class PipelineWatch:
@@ -59,6 +61,7 @@ class PipelineWatch:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
+        self._first: Step | None = None
         self._step = Step()
         self._names: dict[str, list[str]] = {}
         self._states: dict[str, _NetworkState] = {}
@@ -69,6 +72,7 @@ class PipelineWatch:
         """End a step: return what happened since the last call of this method."""
         step, self._step = self._step, Step()
         self._steps += 1
+        step.first, self._first = self._first, step if self._steps == 1 else None
         for name, value in vars(self.pipe).items():
             if isinstance(value, (bool, int, float, str)):
                 step.facts[f"pipe.{name}"] = value
@@ -228,6 +232,29 @@ def replaced(step: Step, latents: Tensor) -> Tensor:
     parts = [part for given in step.inputs if (part := part_like(given, latents)) is not None]
     masks = [part.to(latents.device) != latents.to(part.dtype) for part in parts]
     return min(masks, key=lambda mask: int(mask.sum()), default=torch.zeros_like(latents, dtype=torch.bool))
+
+
+def check_replaced(step: Step, latents: Tensor, kept: Tensor) -> None:
+    """Check, at the second step, that what a pipeline puts in place of ``kept`` elements does not follow the latents.
+
+    Then it is equal at the first step, which has the same timestep and unrelated latents.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    before, now = ([part_like(given, latents) for given in each.inputs] for each in (step.first or Step(), step))
+    for one, two in zip(reversed(before), reversed(now), strict=False):  # text encoders may be among the first's
+        if one is None or two is None or not torch.equal((two != latents.to(two)).to(kept.device), kept):
+            continue
+        count = int(((one != two).to(kept.device) & kept).sum())
+        if count > 0:
+            raise ValueError(
+                f"the pipeline gives its network a blend of the latents with something else at {count} of "
+                f"{kept.numel()} elements (a soft mask, an image at a strength below 1?), so its output is not that "
+                "for the latents; make the mask hard, or measure the pipeline of the same model that starts from "
+                "noise alone (text to image or video), and apply its schedule here"
+            )
+        return
 
 
 def progresses(name: str) -> bool:

@@ -94,6 +94,20 @@ def test_latents_behind_a_frame_that_is_not_stepped_are_all_sampled():
     assert torch.allclose(kept[0].gram, kept[1].gram, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("mask", "count"), [(0.5, 8), (torch.tensor([1.0, 0.25]), 4)])
+def test_elements_that_a_soft_mask_blends_with_an_image_are_not_taken_for_replaced_ones(mask, count):
+    pipe = oracle_pipeline(diffusers.FlowMatchEulerDiscreteScheduler(), mixture())
+
+    def blend(_, args):
+        sample = args[0].clone()
+        sample[:, 0] = 0.7 * mask + (1 - mask) * sample[:, 0]
+        return sample, *args[1:]
+
+    pipe.unet.register_forward_pre_hook(blend)
+    with pytest.raises(ValueError, match=f"blend of the latents with something else at {count} of 16 elements"):
+        measured(pipe)
+
+
 def test_elements_that_are_replaced_at_some_steps_are_noticed():
     class Replaced(OracleUNet):
         """Is given the first channel of the latents at its first 20 calls alone."""
