@@ -31,6 +31,9 @@ ADAPTER_ATTRIBUTES = ("scale", "scaling", "_active_adapter")
 #: Parts of the names of module attributes that leave the output as it is: they save memory or time, or mark training.
 NOT_IN_OUTPUT = ("checkpointing", "chunk", "slicing", "tiling", "tile_", "training", "compile")
 
+#: Modules that attention modules with fused projections have in addition to the ones that they were made of.
+FUSED = ("to_qkv", "to_kv", "to_added_qkv")
+
 #: The parts of an identity, as the error about a different one names them.
 PARTS = {
     "call": "this pipeline called with the same prompts and arguments",
@@ -56,7 +59,7 @@ def call_identity(pipe: Any, prompts: Sequence[str], call_kwargs: dict[str, Any]
         if name not in WITHOUT_EFFECT and "callback" not in name:
             parts += [f"{name}={fact}" for fact in _content(value)]
     networks = [network for name, network in networks_of(pipe).items() if _counts(name, given, prompts)]
-    weights = [weight for network in networks for weight in network.parameters() if weight.numel()]
+    weights = [weight for network in networks for weight in _weights(network)]
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights})
     convention = describe(pipe.scheduler)
     told = (convention.denoiser.prediction, convention.denoiser.sigma_data, convention.sign, convention.train_steps)
@@ -129,7 +132,7 @@ def _numbers(network: torch.nn.Module) -> Iterator[str]:
 
     Private flags are left out: libraries note in them what they set up at the first call (transformers: its hooks).
     """
-    for part in network.modules():
+    for part in _parts(network):
         if hasattr(part, "_orig_mod") or type(part).__module__.startswith("bitsandbytes"):
             continue  # wrappers of compiled modules, and modules that change their attributes at the first call
         for key, value in vars(part).items():
@@ -137,8 +140,25 @@ def _numbers(network: torch.nn.Module) -> Iterator[str]:
                 continue
             if isinstance(value, bool) and key.startswith("_"):
                 continue
+            if key == "fused_projections":
+                if hasattr(type(part), key):  # then an object has it only once it was fused
+                    continue
+                value = False
             if isinstance(value, numbers.Number) or key in ADAPTER_ATTRIBUTES:
                 yield f"{key}={_content(value)}"
+
+
+def _parts(network: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules of a network without fused projections, whose weights repeat others (`FUSED`)."""
+    modules = [*network.modules()]
+    attention = [part for part in modules if getattr(part, "fused_projections", False) is True]
+    fused = {id(getattr(part, name, None)) for part in attention for name in FUSED}
+    return [part for part in modules if id(part) not in fused]
+
+
+def _weights(network: torch.nn.Module) -> list[Tensor]:
+    held = {id(weight): weight for part in _parts(network) for weight in part.parameters(recurse=False)}
+    return [weight for weight in held.values() if weight.numel()]
 
 
 def _of_weights(weights: Sequence[Tensor]) -> str:

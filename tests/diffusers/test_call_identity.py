@@ -96,6 +96,19 @@ def test_what_does_not_change_the_steps_does_not_count():
     assert call_identity(pipe.to(torch.bfloat16), (), rounded).split("-")[:3] == known.split("-")[:3]
 
 
+@pytest.mark.parametrize("family", ["stable_diffusion", "flux"])
+def test_fused_projections_are_the_same_network(family):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler() if family == "flux" else pipeline()[0].scheduler
+    pipe, call, _ = getattr(pipelines, family)(scheduler)
+    network = pipe.transformer if family == "flux" else pipe.unet
+    known, count = call_identity(pipe, (), call), len([*network.parameters()])
+    network.fuse_qkv_projections()
+    assert len([*network.parameters()]) > count
+    assert call_identity(pipe, (), call) == known
+    network.unfuse_qkv_projections()
+    assert call_identity(pipe, (), call) == known
+
+
 def test_what_a_library_notes_at_a_network_s_first_call_does_not_count():
     """As transformers notes on a text encoder that its hooks are set up."""
     pipe, call = pipeline()
