@@ -18,7 +18,6 @@ from fastsched.diffusers.attributes import copied_with
 from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import class_and_settings, class_of, describe, own_scheduler
 from fastsched.diffusers.step_checks import (
-    NOISED,
     UNALIKE,
     check_beginning,
     check_copies,
@@ -34,6 +33,7 @@ from fastsched.diffusers.step_checks import (
     check_unchanged,
     doubled,
     held_at_zero,
+    noise_alone,
     output_of_tokens,
     warn_of_clipping,
 )
@@ -249,14 +249,15 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._scaled = sample.view_as(sample)
         return self._scaled
 
-    def add_noise(self, *_: Any, **__: Any) -> Tensor:
-        """Not supported: a measurement starts from pure noise.
+    def add_noise(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The noise that a run of a flow model begins with; a measurement starts from pure noise.
 
         Raises:
-            ValueError: Always.
+            ValueError: Otherwise.
         """
         check_one_run(again=0 < len(self.timesteps) == self._index)  # noise for another run (FreeInit)
-        raise ValueError(NOISED)
+        first = self.sigmas[0] if self._index == 0 < len(self.timesteps) else None
+        return noise_alone(self.convention.process, first, [*args, *kwargs.values()])
 
     scale_noise = add_noise
 

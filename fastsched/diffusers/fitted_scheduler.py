@@ -17,7 +17,7 @@ from fastsched.denoisers.noise import NoiseProcess
 from fastsched.diffusers.conventions import Convention, class_and_settings, describe, own_scheduler
 from fastsched.diffusers.exporter import check_range, plain_copy, told_levels
 from fastsched.diffusers.overrides import Timesteps
-from fastsched.diffusers.step_checks import check_scaled
+from fastsched.diffusers.step_checks import check_scaled, noise_alone
 from fastsched.ops.eager import without_autocast
 from fastsched.sampling.schedule import Schedule
 
@@ -25,7 +25,6 @@ MIDWAY = (
     "a fitted schedule starts from pure noise, because its later steps use the denoised samples of all steps before; "
     "for image-to-image and inpainting apply a schedule of a stock solver, or restore the pipeline's own scheduler"
 )
-
 
 #: A list of flow times that starts below this fraction of the schedule's first is for a start midway.
 BELOW_START = 0.98
@@ -142,6 +141,18 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         made._prepare(convention)
         return made
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            own = vars(self).get("_own")
+            if name.startswith("__") or not hasattr(own, name):
+                raise
+            raise AttributeError(
+                f"a fitted schedule has no {name}, which {type(own).__name__} has: a pipeline that reads it cannot use "
+                "a fitted schedule; apply one of a stock solver, or restore the pipeline's own scheduler"
+            ) from error
+
     def own_scheduler(self) -> Any:
         """A copy of the scheduler that this one replaced; if loaded from a file, one of its class and config."""
         return copy.deepcopy(self._own)
@@ -214,13 +225,15 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         scale = self._steps[min(self._step_index or 0, len(self._steps) - 1)].input_scale
         return sample if scale == 1.0 else sample * scale
 
-    def add_noise(self, *_: Any, **__: Any) -> Tensor:
-        """Not supported.
+    def add_noise(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The noise that a run of a flow model begins with.
 
         Raises:
-            ValueError: Always.
+            ValueError: If something of the image would be left.
         """
-        raise ValueError(f"this pipeline adds noise to an image: {MIDWAY}")
+        first = self.schedule.sigmas[0] if self._step_index == 0 else None
+        otherwise = f"this pipeline adds noise to an image: {MIDWAY}"
+        return noise_alone(self.convention.process, first, [*args, *kwargs.values()], otherwise)
 
     scale_noise = add_noise
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import Parameter, signature
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.late_reading import Verdicts
+from fastsched.denoisers.noise import NoiseProcess
 from fastsched.diffusers.conventions import Convention
 from fastsched.measurement.statistics import PathStatistics
 
@@ -39,6 +40,9 @@ UNALIKE = (
     "the pipeline's output must not depend on the step's number (guidance or control that starts or ends midway), on "
     "the timestep of another step (a flow map) or on random numbers (dropout)"
 )
+
+#: A run of a flow model that begins at this time or above begins with noise alone.
+PURE_NOISE = 0.98
 
 #: What is wrong with a pipeline that adds noise to its latents.
 NOISED = (
@@ -130,6 +134,26 @@ def check_one_run(*, again: bool) -> None:
         what = "the pipeline runs its loop several times in a call (sections of a video, an ensemble, FreeInit?)"
         validate.warn(f"{what}, and only the first run is measured")
         raise ValueError(what)
+
+
+def noise_alone(process: NoiseProcess, first: Tensor | None, given: Sequence[Any], otherwise: str = NOISED) -> Tensor:
+    """The noise among the arguments of ``scale_noise`` or ``add_noise``, where they return it without the image.
+
+    That is at time 1 of flow models, at which FLUX Fill and others call them with strength 1.
+
+    Args:
+        process: The noise process.
+        first: The sigma at which a run is about to begin; None during a run.
+        given: The arguments: the image's latents, noise of their shape, and timesteps.
+        otherwise: What is wrong with a pipeline that adds noise anywhere else.
+
+    Raises:
+        ValueError: If something of the image would be left.
+    """
+    found = [each for each in given[1:] if isinstance(each, Tensor) and each.shape == getattr(given[0], "shape", None)]
+    if process.kind != "flow" or first is None or float(first) < PURE_NOISE or len(found) != 1:
+        raise ValueError(otherwise)
+    return found[0]
 
 
 def check_scaling(convention: Convention, name: str, scales: bool) -> None:

@@ -337,9 +337,31 @@ def test_image_to_image_is_refused(family, cls):
     pipe.vae.register_to_config(shift_factor=0.0)
     fs.diffusers.apply(fitted_for(pipe.scheduler), pipe)
     call = {**call, **output, "image": torch.rand(2, 3, 16, 16), "num_inference_steps": STEPS}
-    for strength in (0.5, 1.0):
+    for strength in (0.5, 1.0) if family == "stable_diffusion" else (0.5,):
         with pytest.raises(ValueError, match="starts from pure noise"):
             pipe(**call, strength=strength)
+
+
+def test_at_strength_1_a_flow_model_starts_from_noise_alone():
+    text, call, output = pipelines.flux(diffusers.FlowMatchEulerDiscreteScheduler())
+    pipe = FluxImg2ImgPipeline(**text.components)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae.register_to_config(shift_factor=0.0)
+    fs.diffusers.apply(fitted_for(pipe.scheduler), pipe)
+    images = [image.expand(2, 3, 16, 16) for image in (torch.zeros(1), torch.ones(1))]
+    call |= {**output, "num_inference_steps": STEPS, "strength": 1.0}
+    one, two = (pipe(**call, image=each, generator=torch.Generator().manual_seed(0)).images for each in images)
+    assert torch.equal(one, two)
+
+
+def test_what_a_fitted_schedule_lacks_is_named_with_what_to_do():
+    own = own_scheduler("epsilon, integer timesteps")
+    scheduler = FittedScheduler.from_schedule(fitted_for(own), own)
+    with pytest.raises(AttributeError, match=r"has no alphas_cumprod, which DDIMScheduler has: .* of a stock solver"):
+        scheduler.alphas_cumprod  # noqa: B018 - only read
+    with pytest.raises(AttributeError, match="'FittedScheduler' object has no attribute 'no_such'"):
+        scheduler.no_such  # noqa: B018 - only read
+    assert not hasattr(scheduler, "sigma_min")
 
 
 def test_wrong_calls_of_step_are_refused():

@@ -137,6 +137,21 @@ def test_image_to_image_is_refused_with_what_would_do():
         measured(made, image=torch.rand(2, 3, 16, 16), **call)
 
 
+def test_a_flow_model_that_starts_from_an_image_s_noise_alone_is_measured():
+    """As FLUX Fill, which has no text-to-image pipeline, starts by ``scale_noise`` at time 1."""
+    torch.manual_seed(0)
+    text, call = quiet(pipelines.flux(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)))
+    from_image = diffusers.FluxImg2ImgPipeline(**text.components)
+    from_image.set_progress_bar_config(disable=True)
+    text.vae.register_to_config(shift_factor=0.0)
+    image = {"image": torch.rand(2, 3, 16, 16)}
+    stats = measured(from_image, **image, **call)
+    assert torch.equal(stats.gram, measured(text, **call).gram)
+    for solver in ("ddim", "fitted"):
+        found = fs.diffusers.fit(from_image, 4, solver=solver, stats=stats, model_calls=40, **image, **call)
+        assert found.measured_error is not None
+
+
 class OneBuffer(OracleUNet):
     """Returns the same tensor at every call, as a CUDA graph does, and writes into its input."""
 
