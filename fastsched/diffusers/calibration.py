@@ -21,6 +21,7 @@ from fastsched.diffusers.step_checks import (
     UNALIKE,
     check_beginning,
     check_copies,
+    check_first_answer,
     check_first_latents,
     check_one_run,
     check_options,
@@ -77,13 +78,11 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     =======================  ===================================================  ==============================
 
     That is ``2 N`` steps for an even number of levels (`calibration_steps`).
-
     Every step is checked: the pipeline must start from unit noise, pass on the latents unchanged, and give ``step`` no
     argument that changes its meaning. Elements that it replaces in its network's input at every step (a given first
     frame) get ``D = 0``, and enter no sum. `fastsched.diffusers.measure` also watches the pipeline's networks
     (`fastsched.diffusers.watching`). A pipeline that doubles its batch by a copy, as guided DiT does, is measured on
     one half.
-
     The first step is needed because a pipeline passes its latents to the scheduler only after the first network call.
     The noise comes from ``seed``, not from the pipeline's latents (`fastsched.sampling.random_streams.noise_of`). The
     pipeline's last latents are the clean ends of the paths, and can be decoded.
@@ -166,9 +165,9 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             ValueError: As in `from_config`.
         """
         scheduler = own_scheduler(scheduler)
-        convention = describe(scheduler)
         made = cls(*class_and_settings(scheduler), seed, samples_before, keep_increments)
-        made.convention, made._given_levels, made._watch, made._own_noise = convention, levels, watch, own_noise
+        made.convention = describe(scheduler)
+        made._given_levels, made._watch, made._own_noise = levels, watch, own_noise
         made._advance = advance
         return made
 
@@ -342,8 +341,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         run = Measurement(denoiser, self._levels, sample.device, dtype, paths, keep)
         self._run = with_store(run, len(sample), sample[0].numel())
         check_call(self._run, len(sample), sample[0].numel())
-        before = int(self.config["samples_before"])
-        seeds = sample_seeds(int(self.config["seed"]), before + len(sample))
+        seeds = sample_seeds(int(self.config["seed"]), int(self.config["samples_before"]) + len(sample))
         shape = tuple(sample.shape[1:])
         self._steps = measurement_steps(self._run, seeds[-len(sample) :], shape, verdicts=self._verdicts)
         return self._input(*next(self._steps))
@@ -413,7 +411,9 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             kept = kept * (kept > 0.01 * self._owned.sum())  # in 16 bits a few were equal by chance at step 1
         if kept is not None:
             check_sampled(kept, 0.99, size, self._verdicts)
-        if 0 < index <= n:
+        if index == 0:
+            check_first_answer(output, self._verdicts)
+        elif index <= n:
             zero = output == 0 if self._owned is None else (output == 0) & ~self._owned
             self._still = zero if self._still is None else self._still.logical_and_(zero)
             if index == n:

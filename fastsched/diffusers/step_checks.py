@@ -307,6 +307,16 @@ def check_sampled(kept: Tensor, most: float, size: int, verdicts: Verdicts) -> N
     verdicts.note(kept, judge)
 
 
+def check_first_answer(output: Tensor, verdicts: Verdicts) -> None:
+    """Check that a pipeline's first latents do not hold elements that its first step is to leave as they are (LTX-2).
+
+    Raises:
+        ValueError: If the output is exactly 0 at some elements, more than rounding to 16 bits makes 0 by chance.
+    """
+    zero = (output == 0).sum().reshape(1)
+    check_sampled(zero * (zero > 0.02 * output.numel()), 1.0, output.numel(), verdicts)
+
+
 def differing(values: Tensor, wanted: Tensor, slack: float) -> Tensor:
     """How many ``values`` differ from ``wanted`` by more than ``slack |wanted|`` plus 1e-3 of its root mean square."""
     wide = wanted.float()

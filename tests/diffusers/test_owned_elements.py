@@ -131,6 +131,27 @@ def test_elements_that_are_replaced_at_some_steps_are_noticed():
         measured(pipe)
 
 
+class KeptInLatents(OraclePipeline):
+    """Begins with a given channel among its latents, and tells the scheduler that it is clean, as LTX-2 does."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=50):
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn(2, 2, 2, 2)
+        latents[:, 0] = 0.5
+        for t in self.scheduler.timesteps:
+            output = self.unet(latents, t.expand(2), return_dict=False)[0]
+            output[:, 0] = (latents[:, 0] - 0.5) * 1000 / t
+            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+        return latents
+
+
+def test_elements_that_are_clean_from_the_first_step_on_are_noticed():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="keeps 8 of 16 elements"):
+        measured(KeptInLatents(OracleUNet().answer_for(scheduler, mixture()), scheduler))
+
+
 def test_elements_that_the_pipeline_holds_still_are_noticed():
     def freeze(i, output):
         output[:, :, 0, 0] = 0
