@@ -78,11 +78,13 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     =======================  ===================================================  ==============================
 
     That is ``2 N`` steps for an even number of levels (`calibration_steps`).
+
     Every step is checked: the pipeline must start from unit noise, pass on the latents unchanged, and give ``step`` no
     argument that changes its meaning. Elements that it replaces in its network's input at every step (a given first
     frame) get ``D = 0``, and enter no sum. `fastsched.diffusers.measure` also watches the pipeline's networks
     (`fastsched.diffusers.watching`). A pipeline that doubles its batch by a copy, as guided DiT does, is measured on
     one half.
+
     The first step is needed because a pipeline passes its latents to the scheduler only after the first network call.
     The noise comes from ``seed``, not from the pipeline's latents (`fastsched.sampling.random_streams.noise_of`). The
     pipeline's last latents are the clean ends of the paths, and can be decoded.
@@ -167,8 +169,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         scheduler = own_scheduler(scheduler)
         made = cls(*class_and_settings(scheduler), seed, samples_before, keep_increments)
         made.convention = describe(scheduler)
-        made._given_levels, made._watch, made._own_noise = levels, watch, own_noise
-        made._advance = advance
+        made._given_levels, made._watch, made._own_noise, made._advance = levels, watch, own_noise, advance
         return made
 
     @property
@@ -337,13 +338,12 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
 
     def _start(self, dtype: torch.dtype, sample: Tensor) -> Tensor:
         denoiser, keep = self.convention.denoiser, bool(self.config["keep_increments"])
-        paths = deviated_paths(len(self._levels))
-        run = Measurement(denoiser, self._levels, sample.device, dtype, paths, keep)
+        run = Measurement(denoiser, self._levels, sample.device, dtype, deviated_paths(len(self._levels)), keep)
         self._run = with_store(run, len(sample), sample[0].numel())
         check_call(self._run, len(sample), sample[0].numel())
         seeds = sample_seeds(int(self.config["seed"]), int(self.config["samples_before"]) + len(sample))
-        shape = tuple(sample.shape[1:])
-        self._steps = measurement_steps(self._run, seeds[-len(sample) :], shape, verdicts=self._verdicts)
+        seeds, shape = seeds[-len(sample) :], tuple(sample.shape[1:])
+        self._steps = measurement_steps(self._run, seeds, shape, verdicts=self._verdicts)
         return self._input(*next(self._steps))
 
     def _send(self, output: Tensor) -> Tensor:
