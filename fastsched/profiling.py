@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from fastsched import ops, validate
+from fastsched.comparison import level_count
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.network_modules import modules_of
-from fastsched.denoisers.noise import VariancePreserving
 from fastsched.fitting.budget import TOTAL, measuring_calls
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.measuring import measure
@@ -192,10 +192,7 @@ def profile(
             raise ValueError("shape must be given with a Denoiser: the shape of one sample, without the batch")
         if call_kwargs:
             raise TypeError(f"{', '.join(call_kwargs)}: only the call of a pipeline takes these")
-        process = model.process
-        most = steps
-        if isinstance(process, VariancePreserving) and process.integer_timesteps:
-            most = len(process.trained_levels)
+        most = level_count(model.process, steps)
         if steps > most:
             raise ValueError(f"steps must be at most {most}, the network's number of timesteps, got {steps}")
         runs: Any = _DenoiserRuns(model, tuple(shape))

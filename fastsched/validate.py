@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions: each error names the argument and says what is valid.
+"""Argument checks shared by the public functions: each error names the argument and says what is valid. And warnings.
 
 A public function begins with ``validate.arguments(locals())``, which checks every argument by name, used or not.
 """

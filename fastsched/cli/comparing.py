@@ -171,15 +171,14 @@ def _of_pipeline(
     source: inputs.Source, schedules: Schedules, own_steps: list[int], run: dict[str, Any], dry_run: bool
 ) -> Comparison:
     """Print the cost and compare through the pipeline."""
-    from fastsched.cli.pipelines import compare_pipeline, run_calls
+    from fastsched.cli.pipelines import compare_pipeline, solver_that_runs
     from fastsched.diffusers.conventions import describe
 
     pipe, arguments = replace(source, quiet=True).pipeline()  # one progress bar for all runs instead of one for each
     named = schedules(describe(pipe.scheduler).process)
-    calls = sum(run_calls(pipe, schedule.steps, schedule) for schedule in named.values())
-    calls += sum(run_calls(pipe, steps) for steps in own_steps)
-    converged = run_calls(pipe, run["reference_steps"])
-    spending.say_comparing(converged * run["samples"], calls * run["samples"], dry_run)
+    calls = lambda steps, schedule=None: solver_that_runs(pipe, steps, schedule).model_calls(steps) * run["samples"]
+    runs = sum(calls(each.steps, each) for each in named.values()) + sum(map(calls, own_steps))
+    spending.say_comparing(calls(run["reference_steps"]), runs, dry_run)
     shown = not source.quiet
     options = {"prompts": source.prompts, "arguments": arguments, "progress": shown}
     with inputs.named_as_options():

@@ -159,16 +159,13 @@ def load_schedule(path: Path) -> Schedule:
 
 
 def named_schedules(paths: list[Path]) -> dict[str, Schedule]:
-    """The schedules in files, by file name without ending; a repeated name is replaced by its path.
+    """The schedules in files, by file name without ending; a repeated name is replaced by its path."""
+    from fastsched.sampling.display import printable
 
-    Characters that a line of a table cannot hold are escaped: line breaks, and bytes that are no text.
-    """
     named: dict[str, Schedule] = {}
     for path in paths:
-        stem, whole = (
-            "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text) for text in (path.stem, str(path))
-        )
-        named[stem if stem not in named else whole] = load_schedule(path)
+        stem = printable(path.stem)
+        named[stem if stem not in named else printable(str(path))] = load_schedule(path)
     return named
 
 

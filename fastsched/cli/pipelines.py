@@ -15,16 +15,17 @@ from fastsched.diffusers.attributes import attributes_set
 from fastsched.diffusers.conventions import describe, solver_of
 from fastsched.diffusers.exporter import warn_of_solver
 from fastsched.diffusers.pipeline_call import call, check_call
+from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.schedule import Schedule
-from fastsched.sampling.solvers import FITTED, get_solver
+from fastsched.sampling.solvers import FITTED, Solver
 from fastsched.selection.starts import even_schedule
 
 
-def run_calls(pipe: Any, steps: int, schedule: Schedule | None = None) -> int:
-    """The model calls of a run of ``pipe`` with ``schedule``; with its own schedule when None."""
+def solver_that_runs(pipe: Any, steps: int, schedule: Schedule | None = None) -> Solver:
+    """The solver of a run of ``pipe`` with ``schedule``, or with its own when None; unknown ones count as ddim."""
     fitted = schedule is not None and schedule.weights is not None
-    return steps if fitted else get_solver(solver_of(pipe.scheduler, steps) or "ddim").model_calls(steps)
+    return chosen_solver(FITTED if fitted else solver_of(pipe.scheduler, steps) or "ddim")
 
 
 def compare_pipeline(
@@ -77,13 +78,13 @@ def compare_pipeline(
                 parts.append(_sampled(pipe, schedule, steps, seed + n, arguments | prompt))
                 advance(steps)
             ends.append(torch.cat(parts))
-    reference = Reference(torch.empty(0), ends[0], solver, fine.steps, samples * run_calls(pipe, fine.steps))
+    calls = samples * solver_that_runs(pipe, fine.steps).model_calls(fine.steps)
+    reference = Reference(torch.empty(0), ends[0], solver, fine.steps, calls)
     found = zip(runs[1:], ends[1:], strict=True)
     rows = []
     for (name, schedule, steps), end in found:
-        fitted = schedule is not None and schedule.weights is not None
-        calls = run_calls(pipe, steps, schedule)
-        rows.append(row_of(name, FITTED if fitted else solver, steps, calls, end, reference))
+        ran = solver_that_runs(pipe, steps, schedule)
+        rows.append(row_of(name, ran.name, steps, ran.model_calls(steps), end, reference))
     return Comparison(tuple(rows), len(ends[0]), reference)
 
 

@@ -175,7 +175,7 @@ def _listed(schedules: Mapping[str, Schedule]) -> str:
         items += f"<dt>{escape(name)}</dt><dd>{escape(', '.join(words))}<br><code>{sigmas}</code></dd>"
     return (
         f"<dl>{items}</dl><p>Errors are squared distances to the converged sample of the same noise. "
-        "The error in a fit is of the noises that the schedule was tuned on; on new ones it is larger.</p>"
+        "The error in a fit is of the noises that the schedule was tuned on; on new ones it is usually larger.</p>"
     )
 
 

@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from fastsched.ops.backends import widest_dtype
+
 #: A function that checks values on the CPU and raises an error if they are wrong.
 Judge: TypeAlias = "Callable[[Tensor], None]"
 
@@ -77,7 +79,7 @@ class Verdicts:
         """
         noted, self._noted = self._noted, []
         for device in dict.fromkeys(values.device for values, _ in noted):
-            exact = torch.float32 if device.type == "mps" else torch.float64
+            exact = widest_dtype(device)
             vectors = [(values.to(exact), judge) for values, judge in noted if values.device == device]
             vector = torch.cat([values for values, _ in vectors])
             self._sent.append((LateReading(vector), vector, [(values.numel(), judge) for values, judge in vectors]))

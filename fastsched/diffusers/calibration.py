@@ -21,8 +21,8 @@ from fastsched.diffusers.step_checks import (
     UNALIKE,
     check_beginning,
     check_copies,
-    check_first_answer,
     check_first_latents,
+    check_first_output,
     check_one_run,
     check_options,
     check_output,
@@ -412,7 +412,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         if kept is not None:
             check_sampled(kept, 0.99, size, self._verdicts)
         if index == 0:
-            check_first_answer(output, self._verdicts)
+            check_first_output(output, self._verdicts)
         elif index <= n:
             zero = output == 0 if self._owned is None else (output == 0) & ~self._owned
             self._still = zero if self._still is None else self._still.logical_and_(zero)

@@ -19,14 +19,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.noise import FlowMatching, VariancePreserving
-from fastsched.diffusers.conventions import (
-    Convention,
-    class_names,
-    describe,
-    other_solver,
-    own_scheduler,
-    visited,
-)
+from fastsched.diffusers.conventions import Convention, class_names, describe, other_solver, own_scheduler, visited
 from fastsched.diffusers.probe import rounding, scales, trace
 from fastsched.diffusers.replacement import replacement
 from fastsched.sampling.schedule import Schedule, is_schedule
@@ -119,7 +112,7 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
 
 
 def warn_of_solver(schedule: Schedule, scheduler: Any) -> None:
-    """Warn the caller's caller if ``schedule`` was chosen for another solver than that of ``scheduler``."""
+    """Warn if ``schedule`` was chosen for another solver than that of ``scheduler``."""
     other = other_solver(scheduler, schedule.solver, schedule.steps)
     if schedule.origin is not None and other is not None:  # one made by hand may suit any solver
         validate.warn(

@@ -10,6 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fastsched.ops.backends import widest_dtype
+
 #: A tensor that a network was given or returned, or a list of them, one for each sample (Z-Image).
 Given = Tensor | Sequence[Tensor]
 
@@ -118,7 +120,7 @@ def products_of(outputs: list[Given], output: Tensor) -> Tensor | None:
     pieces = [piece for given in outputs for piece in _pieces(given, output)]
     if not 0 < len(pieces) <= 4:
         return None
-    exact = torch.float32 if output.device.type == "mps" else torch.float64
+    exact = widest_dtype(output.device)
     columns = torch.stack([piece.to(output.device) for piece in (*pieces, output)], dim=1).flatten(2).to(exact)
     return columns @ columns.mT
 

@@ -71,7 +71,7 @@ class Step(Override):
         """
         known, given = torch.as_tensor(self.owner.timesteps).cpu(), torch.as_tensor(timestep).cpu()
         away = (known.double() - given.double().reshape(-1, 1)).abs().amin(1)
-        if float(away.max()) > 1e-6 * float(known.abs().max()):
+        if float(away.max()) > 1e-6 * float(known.abs().max()):  # float32 rounds by less
             raise ValueError(
                 f"step was called with timestep {given.tolist()}, which is none of the applied schedule's: "
                 f"{known.tolist()}; does the loop round the timesteps, or take them from before set_timesteps? Pass "

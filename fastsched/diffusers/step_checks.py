@@ -41,7 +41,8 @@ UNALIKE = (
     "the timestep of another step (a flow map) or on random numbers (dropout)"
 )
 
-#: A run of a flow model that begins at this time or above begins with noise alone.
+#: A run of a flow model that begins at this time or above begins with noise alone: at most 2% of its first state would
+#: be of the image, and first times of shifted schedules differ from 1 by rounding or by the levels that were trained.
 PURE_NOISE = 0.98
 
 #: What is wrong with a pipeline that adds noise to its latents.
@@ -307,7 +308,7 @@ def check_sampled(kept: Tensor, most: float, size: int, verdicts: Verdicts) -> N
     verdicts.note(kept, judge)
 
 
-def check_first_answer(output: Tensor, verdicts: Verdicts) -> None:
+def check_first_output(output: Tensor, verdicts: Verdicts) -> None:
     """Check that a pipeline's first latents do not hold elements that its first step is to leave as they are (LTX-2).
 
     Raises:

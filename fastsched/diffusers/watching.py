@@ -21,6 +21,7 @@ from torch import Tensor
 from fastsched.denoisers.network_state import active_training_layer, is_training, random_state, unchanged_buffers
 from fastsched.diffusers.formula import Formula, Given, part_like, products_of
 from fastsched.diffusers.step_checks import differing
+from fastsched.ops.backends import widest_dtype
 
 #: Words in the names of values that follow the level or the step, and so differ between steps in every pipeline.
 PROGRESS = ("time", "step", "sigma", "index", "progress", "temb")
@@ -187,7 +188,7 @@ def observed(step: Step, output: Tensor) -> tuple[Tensor, Callable[[Tensor], tup
         A small vector on the output's device, and a function from its CPU values to (step without tensors, formula).
     """
     products = products_of(step.outputs, output)
-    exact = torch.float32 if output.device.type == "mps" else torch.float64
+    exact = widest_dtype(output.device)
     sums = [each.to(output.device, non_blocking=True) for _, *both in step.sums.values() for each in both]
     parts = [torch.stack(sums).to(exact)] if sums else [output.new_zeros(0, dtype=exact)]
     vector = torch.cat(parts if products is None else [*parts, products.flatten()])

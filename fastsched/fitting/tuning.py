@@ -54,7 +54,7 @@ class Tuning:
     """Result of tuning.
 
     Attributes:
-        schedule: The best schedule, with its measured error; too low, because it was tuned on the same samples.
+        schedule: The best schedule, with its measured error; usually too low, as it was tuned on the same samples.
         errors: ``||x0 - x0_path||^2`` of each sample with this schedule, [B].
         trials: The schedules that were run, in order, each with its measured error; the starts come first.
         model_calls: Network evaluations (a batch of B counts as B), without those of an audition to start from.

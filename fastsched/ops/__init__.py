@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.ops import eager, registration
-from fastsched.ops.backends import BACKENDS, KERNEL_DTYPES, in_float64, resolve_backend
+from fastsched.ops.backends import BACKENDS, KERNEL_DTYPES, in_float64, off_apple_gpu, resolve_backend
 
 __all__ = [
     "BACKENDS",
@@ -83,7 +83,7 @@ def level_increment_gram(
     _check_data("R", R)
     if X is not None:
         _check_like("X", X, R, "R")
-    R, X = _on_cpu_for_apple(R), None if X is None else _on_cpu_for_apple(X)
+    R, X = off_apple_gpu(R), None if X is None else off_apple_gpu(X)
     triton = resolve_backend(R.device, R.dtype, backend=backend) == "triton"
     coefficients = _coefficients(a, c, R)
     if _plain_call(triton, R):
@@ -163,17 +163,12 @@ def hutchinson_reduce(V: Tensor, JV: Tensor, *, backend: str = "auto") -> tuple[
     """
     _check_data("JV", JV)
     _check_like("V", V, JV, "JV")
-    V, JV = _on_cpu_for_apple(V), _on_cpu_for_apple(JV)
+    V, JV = off_apple_gpu(V), off_apple_gpu(JV)
     dtype = torch.float64 if V.dtype == torch.float64 else JV.dtype
     triton = resolve_backend(JV.device, dtype, backend=backend) == "triton"
     if _plain_call(triton, JV):
         return eager.hutchinson(V, JV)
     return registration.hutchinson(V, JV, triton)
-
-
-def _on_cpu_for_apple(tensor: Tensor) -> Tensor:
-    """Move a tensor from one of Apple's GPUs to the CPU: the sums need float64, which these GPUs lack."""
-    return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 def _plain_call(triton: bool, tensor: Tensor) -> bool:

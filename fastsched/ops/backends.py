@@ -15,9 +15,19 @@ _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 products on tensor cores start h
 _warned: set[torch.device] = set()
 
 
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64; float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def off_apple_gpu(values: torch.Tensor) -> torch.Tensor:
+    """``values``; on the CPU if they are on one of Apple's GPUs."""
+    return values.cpu() if values.device.type == "mps" else values
+
+
 def in_float64(values: torch.Tensor) -> torch.Tensor:
-    """``values`` in float64; on the CPU if they are on one of Apple's GPUs, which have no float64."""
-    return (values.cpu() if values.device.type == "mps" else values).double()
+    """``values`` in float64; on the CPU if they are on one of Apple's GPUs."""
+    return off_apple_gpu(values).double()
 
 
 def resolve_backend(device: torch.device | str, dtype: torch.dtype = torch.float32, *, backend: str = "auto") -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastsched.ops.backends import widest_dtype
+
 _BUFFER_ELEMENTS = 1 << 21  # at most in a work buffer: 8 MiB of float32 stay in the cache, and rows are still long
 _LARGEST_RATIO = 2.0**30  # of a coefficient to its step: float32 holds sums of its square
 
@@ -51,7 +53,7 @@ def vector_gram(vectors: Tensor) -> Tensor:
     Apple's GPUs have no float64, so the sum is in float32 there.
     """
     B, V, d = vectors.shape
-    wide = torch.float32 if vectors.device.type == "mps" else torch.float64
+    wide = widest_dtype(vectors.device)
     compute = torch.float32 if vectors.dtype != torch.float64 and _products_are_float32() else wide
     gram = torch.zeros(B, V, V, dtype=wide, device=vectors.device)
     width = max(1024, _BUFFER_ELEMENTS // V)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsched.ops import eager
+from fastsched.ops.backends import widest_dtype
 
 
 @torch.library.custom_op("fastsched::level_gram", mutates_args=())
@@ -44,7 +45,7 @@ def vector_gram(vectors: Tensor, precision: str, triton: bool) -> Tensor:
 @torch.library.register_fake("fastsched::vector_gram")
 def _(vectors, precision, triton):
     B, V, _ = vectors.shape
-    return vectors.new_empty((B, V, V), dtype=torch.float32 if vectors.device.type == "mps" else torch.float64)
+    return vectors.new_empty((B, V, V), dtype=widest_dtype(vectors.device))
 
 
 @torch.library.custom_op("fastsched::hutchinson", mutates_args=())

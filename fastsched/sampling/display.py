@@ -1,4 +1,4 @@
-"""HTML of schedules and statistics for notebooks, access to their figures, and labels of figures."""
+"""HTML of schedules and statistics for notebooks, access to their figures, and labels."""
 
 from __future__ import annotations
 
@@ -44,7 +44,12 @@ def brief(value: float | None) -> str | None:
     return None if value is None else f"{value:.4g}"
 
 
+def printable(text: str) -> str:
+    """``text`` on one line, with escapes of line breaks and of bytes that are no text."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 def as_label(name: str) -> str:
     """A name for matplotlib, which would read formulas between dollars, and whose legends leave out names like _a."""
-    text = "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in name)
+    text = "\n".join(map(printable, name.split("\n")))
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.network_errors import checked_output
 from fastsched.denoisers.network_state import unchanged_buffers
-from fastsched.ops.backends import in_float64
+from fastsched.ops.backends import in_float64, widest_dtype
 from fastsched.selection.arc_length import equal_arc_length
 from fastsched.selection.fixed_point import variation
 
@@ -100,8 +100,7 @@ class AdaptiveSchedule:
         cell = torch.searchsorted(logs, values.contiguous(), right=True).clamp(1, len(logs) - 1)
         inside = (values >= logs[0]) & (values <= logs[-1])
         density = 1 / ((len(logs) - 1) * (logs[cell] - logs[cell - 1]))
-        found = torch.where(inside, density, 0.0)
-        return (found.float() if s.device.type == "mps" else found).to(s.device)  # Apple's GPUs have no float64
+        return torch.where(inside, density, 0.0).to(widest_dtype(s.device)).to(s.device)
 
     def observe(self, costs: Tensor, intervals: Tensor | None = None) -> None:
         """Add estimates of incremental costs on the current grid; `update` uses their mean.
