@@ -20,7 +20,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.noise import FlowMatching, VariancePreserving
 from fastsched.diffusers.conventions import Convention, class_names, describe, other_solver, own_scheduler, visited
-from fastsched.diffusers.probe import rounding, scales, trace
+from fastsched.diffusers.probe import NUDGE, amplified_rounding, rounding, scales, trace
 from fastsched.diffusers.replacement import replacement
 from fastsched.sampling.schedule import Schedule, is_schedule
 
@@ -173,11 +173,15 @@ def prove(
         raise ValueError(f"{name} would run {len(used) - 1} steps instead of {schedule.steps}")
     if float(used[-1]) != 0:
         raise ValueError(f"{name} would end at sigma {float(used[-1]):g} instead of 0")
-    if not run.follows(*scales(convention, levels[1:])):
-        raise ValueError(
-            f"{name} does not step through its sigmas {_brief(used)}: the noise levels of its states are "
-            f"{_brief(run.noise)}"
-        )
+    reached = scales(convention, levels[1:])
+    if not run.follows(*reached):
+        setter(target)
+        nudged = trace(target, convention, levels[:-1], expected, NUDGE)
+        if not run.follows(*reached, rounding=amplified_rounding(run, nudged)):
+            raise ValueError(
+                f"{name} does not step through its sigmas {_brief(used)}: the noise levels of its states are "
+                f"{_brief(run.noise)}"
+            )
     rounded = (run.timesteps - expected).abs().max() if len(run.timesteps) == len(expected) else torch.inf
     if rounded > rounding(convention):
         raise ValueError(

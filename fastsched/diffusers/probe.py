@@ -28,6 +28,11 @@ PROBE_SIZE = 1 << 14
 #: Classes that add noise with the variance that the network predicts, if it predicts one; other classes ignore it.
 ADDS_LEARNED_VARIANCE = ("DDPMScheduler", "DDPMParallelScheduler")
 
+#: Relative change of the answers that shows how a scheduler amplifies rounding: that of one float32.
+NUDGE = 2.0**-23
+#: Largest relative error of a level that counts as amplified rounding.
+MOST_ROUNDING = 0.1
+
 #: ``D(y, s)``.
 Oracle = Callable[[Tensor, Tensor], Tensor]
 
@@ -79,13 +84,14 @@ class Trace:
     timesteps: Tensor
     deterministic: bool
 
-    def follows(self, signal: Tensor, noise: Tensor) -> bool:
+    def follows(self, signal: Tensor, noise: Tensor, rounding: float = 0.0) -> bool:
         """Whether the states have these factors in this order, each once or twice in a row.
 
-        The tolerance is 1e-3, or four standard errors of the noise's sample if the scheduler added noise.
+        The tolerance is 1e-3, or four standard errors of the noise's sample if the scheduler added noise, and
+        ``rounding``, the relative error that the scheduler's own arithmetic is allowed.
         """
         sampling = 4 / math.sqrt(PROBE_SIZE // 2)
-        allowed = 1e-3 if self.deterministic else sampling
+        allowed = (1e-3 if self.deterministic else sampling) + rounding
         position = -1
         for a, b in zip(self.signal.tolist(), self.noise.tolist(), strict=True):
 
@@ -104,7 +110,21 @@ class Trace:
         return position == len(noise) - 1
 
 
-def trace(scheduler: Any, convention: Convention, levels: Tensor, expected: Tensor | None = None) -> Trace:
+def amplified_rounding(run: Trace, nudged: Trace) -> float:
+    """The relative error that float32 rounding may make in the levels of ``run``, at most `MOST_ROUNDING`.
+
+    A long step of a multistep solver after a short one multiplies small errors of the network's answers. The levels of
+    ``nudged``, whose answers differ by `NUDGE`, show by how much.
+    """
+    if len(run.noise) != len(nudged.noise):
+        return 0.0
+    change = (nudged.noise / run.noise - 1)[:-1].abs()  # the last level is 0, up to rounding
+    return min(MOST_ROUNDING, 8 * float(change.max())) if len(change) else 0.0
+
+
+def trace(
+    scheduler: Any, convention: Convention, levels: Tensor, expected: Tensor | None = None, nudge: float = 0.0
+) -> Trace:
     """Run the probe. The global random state is not changed.
 
     Args:
@@ -112,6 +132,7 @@ def trace(scheduler: Any, convention: Convention, levels: Tensor, expected: Tens
         convention: Its conventions.
         levels: The levels ``s`` of its network calls as it lists them; the probe starts at the first.
         expected: The timestep given to the network at each level; the level's own when None.
+        nudge: Relative change of the network's answers.
     """
     ones = torch.zeros(1, 2, PROBE_SIZE // 2, 1, dtype=torch.float32)
     ones[:, 0] = 1.0
@@ -126,7 +147,7 @@ def trace(scheduler: Any, convention: Convention, levels: Tensor, expected: Tens
             given = torch.as_tensor(t, dtype=torch.float64)
             nearest = (expected - given).abs().argmin()
             rounded = (expected[nearest] - given).abs() <= rounding(convention)
-            output = oracle(x, levels[nearest] if rounded else convention.levels(given))
+            output = oracle(x, levels[nearest] if rounded else convention.levels(given)) * (1 + nudge)
             return _with_variance(output, scheduler, t)
 
         states = [x[0].double() for x in states_of(scheduler, network, alpha * ones + sigma * noise)]

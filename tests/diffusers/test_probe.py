@@ -53,3 +53,25 @@ def test_the_default_dtype_does_not_matter(name, default_dtype):
     proof = fs.diffusers.apply(schedule_for(scheduler), oracle_pipeline(scheduler))
     assert proof.deterministic
     assert proof.error <= 1e-3
+
+
+class OffLevels(diffusers.DPMSolverMultistepScheduler):
+    """A scheduler that reaches other levels than it lists: by 2% between the ends."""
+
+    def step(self, model_output, timestep, sample, **others):
+        listed = self.sigmas
+        self.sigmas = listed.clone()
+        self.sigmas[2:-1] *= 1.02
+        try:
+            return super().step(model_output, timestep, sample, **others)
+        finally:
+            self.sigmas = listed
+
+
+def test_rounding_that_a_long_step_after_a_short_one_multiplies_is_allowed():
+    schedule = fs.Schedule([36.912, 23.855, 0.010001, 0.0], "dpmpp_2m", "vp")
+    for name in ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"):
+        proof = fs.diffusers.apply(schedule, oracle_pipeline(getattr(diffusers, name)()))
+        assert proof.exact
+    with pytest.raises(ValueError, match=r"does not step through its sigmas"):
+        fs.diffusers.apply(schedule, oracle_pipeline(OffLevels()))
