@@ -35,7 +35,7 @@ from fastsched.diffusers.watching import check_caches, watched
 from fastsched.fitting.budget import TOTAL, planned
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.group_runs import led_by_first
-from fastsched.fitting.loop import MODEL_CALLS, FitReport, fit_by_running
+from fastsched.fitting.loop import MODEL_CALLS, FitReport, check_levels, fit_by_running
 from fastsched.fitting.rollouts import Rollout
 from fastsched.fitting.run_log import RunLog, identity, logged, runs_beside
 from fastsched.measurement.batches import is_out_of_memory
@@ -105,6 +105,7 @@ def fit(
     with in_one_thread(pipe), prompts_encoded_once(pipe):
         if stats is None:
             levels, samples = planned(total, steps, levels, samples, calibration_calls)
+            check_levels(steps, len(levels) if isinstance(levels, Tensor) else levels, chosen_solver(name))
             settings = {"levels": levels, "samples": samples, "seed": seed, "prompts_per_call": prompts_per_call,
                         "prompts": prompts, "checkpoint": checkpoint, "progress": progress}  # fmt: skip
             stats = measured_in_group(pipe, call_kwargs, group, vectors="first", keep_increments=audition, **settings)

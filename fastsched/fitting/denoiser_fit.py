@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.costs.step_cost import check_memory
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.fitting.budget import TOTAL, calls_left, planned, takes_responses
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.group_runs import led_by_first
 from fastsched.fitting.interrupts import BestSoFar, interrupted_schedule
-from fastsched.fitting.loop import MODEL_CALLS, FitReport, affordable, fit_by_running
+from fastsched.fitting.loop import MODEL_CALLS, FitReport, affordable, check_levels, fit_by_running
 from fastsched.fitting.rollouts import Run, Runner
 from fastsched.fitting.run_log import RunLog, identity, runs_beside
 from fastsched.measurement.batches import resumed
@@ -37,7 +36,7 @@ from fastsched.sampling.files import check_writable
 from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.schedule import Schedule, check_decoupled
-from fastsched.sampling.solvers import FITTED, Solver
+from fastsched.sampling.solvers import Solver
 
 
 def fit(
@@ -134,7 +133,7 @@ def fit_report(
         run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses, True)
         batches = batches_of(shape, samples, seed, batch, checks, checkpoint, progress)
         calls_left(budget, run.calls * len(batches.seeds) + CHECK_CALLS * checks)  # raises before any call is made
-    _check_steps(steps, len(run.s) if run is not None else stats.levels if stats is not None else 0, method)
+    check_levels(steps, len(run.s) if run is not None else stats.levels if stats is not None else 0, method)
     log_file = None if checkpoint is None else runs_beside(checkpoint, *rank_and_size(group))
     if log_file is not None:
         check_writable(log_file)
@@ -184,14 +183,6 @@ def _solver(name: str, decoupled: bool) -> Solver:
     if decoupled:
         check_decoupled(solver.name)
     return solver
-
-
-def _check_steps(steps: int, count: int, method: Solver) -> None:
-    """ValueError or MemoryError if there are too few levels for the steps, or too many to search."""
-    if steps > count - 1:
-        raise ValueError(f"steps must be at most {count - 1} on {count} levels, got {steps}; measure with more levels")
-    if method.history > 0 or method.name == FITTED:
-        check_memory(count)
 
 
 def _agreed(group: Any, stats: PathStatistics | None, **arguments: Any) -> dict[str, Any]:

@@ -12,11 +12,13 @@ from itertools import islice
 
 from fastsched import validate
 from fastsched.costs.prediction import predict_error
+from fastsched.costs.step_cost import check_memory
 from fastsched.fitting.auditioning import FINALISTS, Audition, first_round, ranked
 from fastsched.fitting.rollouts import Run
 from fastsched.fitting.tuning import Tuning, corrected_without_run, tuned
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.solvers import FITTED, Solver
 from fastsched.selection.optimal import optimal_schedule
 
 #: Default limit of the model calls after the measurement, counted per sample.
@@ -50,6 +52,16 @@ class FitReport:
         """Network evaluations, the measurement included, counted per sample."""
         later = (self.audition, self.tuning)
         return self.stats.model_calls + sum(part.model_calls for part in later if part is not None)
+
+
+def check_levels(steps: int, levels: int, method: Solver) -> None:
+    """ValueError or MemoryError if there are too few levels for the steps, or too many to search."""
+    if steps > levels - 1:
+        raise ValueError(
+            f"steps must be at most {levels - 1} on {levels} levels, got {steps}; measure with more levels"
+        )
+    if method.history > 0 or method.name == FITTED:
+        check_memory(levels)
 
 
 def fit_by_running(

@@ -355,6 +355,19 @@ def test_any_number_of_steps_that_the_levels_allow(name):
         fs.diffusers.fit(pipe, 8, stats=stats)
 
 
+@pytest.mark.parametrize(
+    ("levels", "error", "message"),
+    [(8, ValueError, "steps must be at most 7 on 8 levels"), (40_000, MemoryError, "lower levels")],
+)
+def test_levels_that_a_fit_cannot_search_are_refused_before_the_first_call(levels, error, message):
+    pipe = oracle_pipeline(diffusers.DPMSolverMultistepScheduler(**SD))
+    calls = []
+    pipe.unet.register_forward_hook(lambda *args: calls.append(args))
+    with pytest.raises(error, match=message):
+        fs.diffusers.fit(pipe, 8, levels=levels, samples=1, model_calls=200_000)
+    assert not calls
+
+
 def test_fit_names_what_is_wrong_with_its_statistics():
     oracle = fs.oracles.GaussianMixture.random(8, 3, seed=0)
     pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), oracle)
