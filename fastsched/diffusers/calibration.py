@@ -285,7 +285,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             ValueError: If the pipeline cannot be measured this way (see the class), or the output is not finite.
         """
         check_one_run(again=self._earlier is not None)
-        seen = None if self._watch is None else self._watch.take()
+        seen = None if self._watch is None else self._watch.take(self._verdicts)
         self._check(timestep, sample, args, kwargs)
         model_output = output_of_tokens(model_output, timestep, kwargs, self._verdicts)
         output = self.convention.raw_output(model_output, sample.shape[1])

@@ -102,7 +102,7 @@ class StartFromNoise:
         return Evaluations.of([(s, y.values(), denoised.values()) for s, y, denoised in self._calls])
 
     def _check(self, output: Tensor) -> None:
-        index, (found, resolve) = self._index, observed(self._watch.take(), output)
+        index, (found, resolve) = self._index, observed(self._watch.take(self._verdicts), output)
         self._index += 1
 
         def judge(values: Tensor) -> None:

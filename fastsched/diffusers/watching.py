@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsched.denoisers.late_reading import Verdicts
 from fastsched.denoisers.network_state import active_training_layer, is_training, random_state, unchanged_buffers
 from fastsched.diffusers.formula import Formula, Given, part_like, products_of
 from fastsched.diffusers.step_checks import differing
@@ -25,6 +26,9 @@ from fastsched.ops.backends import widest_dtype
 
 #: Words in the names of values that follow the level or the step, and so differ between steps in every pipeline.
 PROGRESS = ("time", "step", "sigma", "index", "progress", "temb")
+
+#: Ends of the names of networks' arguments that are timesteps.
+TIMES = ("timestep", "timesteps")
 
 #: Attributes that diffusers, cache-dit and TeaCache set on a network or pipeline, and how to disable each cache.
 CACHES = {
@@ -45,6 +49,7 @@ class Step:
         layers: How many layers each network ran, where they could be counted.
         inputs: The tensors that the networks were given, or lists of them.
         outputs: The first tensor, or list of tensors, in each call's output.
+        times: The timesteps that the networks were given as tensors, by argument.
         first: In the second step, the first; otherwise None.
     """
 
@@ -54,6 +59,7 @@ class Step:
     layers: Counter[str] = field(default_factory=Counter)
     inputs: list[Given] = field(default_factory=list)
     outputs: list[Given] = field(default_factory=list)
+    times: dict[str, Tensor] = field(default_factory=dict)
     first: Step | None = None
 
 
@@ -67,11 +73,18 @@ class PipelineWatch:
         self._names: dict[str, list[str]] = {}
         self._states: dict[str, _NetworkState] = {}
         self._steps = 0
+        self._times: dict[str, Tensor] = {}
         self._random: dict[str, Tensor] = {}
 
-    def take(self) -> Step:
-        """End a step: return what happened since the last call of this method."""
+    def take(self, verdicts: Verdicts) -> Step:
+        """End a step: return what happened since the last call of this method; ``verdicts`` collects what to compare.
+
+        Raises:
+            ValueError: As `check_times` does.
+        """
         step, self._step = self._step, Step()
+        check_times(self._times, step.times, verdicts)
+        self._times = step.times
         self._steps += 1
         step.first, self._first = self._first, step if self._steps == 1 else None
         for name, value in vars(self.pipe).items():
@@ -108,6 +121,8 @@ class PipelineWatch:
             _note(step, f"{name}#{turn}.{key}", value)
             if _are_tensors(value):
                 step.inputs.append(_kept(value))
+            if isinstance(value, Tensor) and (key == "t" or key.endswith(TIMES)):
+                step.times[f"{name}#{turn}.{key}"] = value
         first = _first_tensor(output)
         if first is not None:
             step.outputs.append(_kept(first))
@@ -256,6 +271,40 @@ def check_replaced(step: Step, latents: Tensor, kept: Tensor) -> None:
                 "noise alone (text to image or video), and apply its schedule here"
             )
         return
+
+
+def check_times(before: dict[str, Tensor], now: dict[str, Tensor], verdicts: Verdicts) -> None:
+    """Check that all timesteps in an argument of a network that follow the level are equal, at two steps in turn.
+
+    Others must be constant, such as 0 for a given frame: a part of the latents whose timestep is a fraction of the
+    step's own has another noise level than the scheduler assumes.
+
+    Args:
+        before: The timesteps of the step before, by argument (`Step`).
+        now: Those of this step.
+        verdicts: Collects the values to compare.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    for name, times in now.items():
+        last = before.get(name)
+        if last is None or last.shape != times.shape or times.numel() == 1:
+            continue
+        pair = torch.stack([last.flatten(), times.flatten()]).float()
+        own = pair[:, (pair[1] - pair[0]).abs().argmax().reshape(1)]  # that of the step, which changes most
+        apart = ((pair - own).abs() > 1e-3 * own.abs() + 1e-6).any(0) & (pair[0] != pair[1])
+
+        def judge(found: Tensor, name: str = name, size: int = times.numel()) -> None:
+            if int(found) > 0:
+                raise ValueError(
+                    f"{name.replace('#0', '')} holds another timestep than the step's at {int(found)} of its {size} "
+                    "entries, and follows the level there (conditions at a strength below 1?), so a part of the "
+                    "latents has another noise level than the scheduler assumes; measure the pipeline of the same "
+                    "model that starts from noise alone (text to image or video), and apply its schedule here"
+                )
+
+        verdicts.note(apart.sum().reshape(1), judge)
 
 
 def progresses(name: str) -> bool:

@@ -12,6 +12,7 @@ pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 
 import diffusers
 import pipelines
+from pipelines import OraclePipeline, OracleUNet
 
 
 def conditioned_video():
@@ -61,3 +62,40 @@ def test_frames_to_be_kept_among_the_tokens_are_refused():
     fs.diffusers.apply(fs.Schedule.from_levels(process, levels, "fitted", weights=torch.eye(3)), pipe)
     with pytest.raises(ValueError, match="must be the same for all tokens"):
         pipe(**call, image=image, num_inference_steps=3)
+
+
+class Conditioned(OraclePipeline):
+    """Tells its network a timestep for each frame: that of frame 0 is a fraction of the step's, or at most ``most``."""
+
+    fraction, most = 1.0, 1000.0
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=50):
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn(2, 2, 2, 2)
+        for t in self.scheduler.timesteps:
+            first = (self.fraction * t).clamp(max=self.most)
+            output = self.unet(latents, torch.stack([first, t]).expand(2, 2), return_dict=False)[0]
+            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+        return latents
+
+
+@pytest.mark.parametrize(("fraction", "most"), [(0.5, 1000.0), (1.0, 600.0)])
+def test_frames_at_a_noise_level_of_their_own_are_refused(fraction, most):
+    """As in LTX-2 with conditions at a strength below 1, and in LTX before its step gets their timesteps."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    unet = OracleUNet().answer_for(scheduler, fs.oracles.GaussianMixture.random(8, 3, seed=0))
+    pipe = Conditioned(unet, scheduler)
+    pipe.fraction, pipe.most = fraction, most
+    with pytest.raises(ValueError, match=r"another timestep than the step's at 2 of its 4 entries"):
+        fs.diffusers.measure(pipe, levels=12, samples=2, progress=False)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_frames_at_a_constant_timestep_or_at_the_steps_own_are_not_refused_for_it(fraction):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    unet = OracleUNet()
+    unet.forward = lambda sample, timestep, return_dict=True: (sample * (1 + timestep[:1, 1:] / 1000),)
+    pipe = Conditioned(unet, scheduler)
+    pipe.fraction = fraction
+    assert fs.diffusers.measure(pipe, levels=12, samples=2, progress=False).samples == 2
