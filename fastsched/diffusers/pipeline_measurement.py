@@ -282,10 +282,21 @@ def _one_call(
 @contextlib.contextmanager
 def one_bar(pipe: Any, total: int, show: Progress, what: str) -> Iterator[Callable[[int], object]]:
     """One progress bar over ``total`` steps of all calls, in place of the pipeline's own; none if not ``show``."""
-    own = {**(getattr(pipe, "_progress_bar_config", None) or {}), "disable": True}
-    hidden = attributes_set(pipe, _progress_bar_config=own) if show else contextlib.nullcontext()
-    with hidden, progress_bar(total, show, what, unit="step") as advance:
-        yield advance
+    with contextlib.ExitStack() as hidden:
+        for owner in _owners_of_bars(pipe) if show else ():
+            own = {**(getattr(owner, "_progress_bar_config", None) or {}), "disable": True}
+            hidden.enter_context(attributes_set(owner, _progress_bar_config=own))
+        yield hidden.enter_context(progress_bar(total, show, what, unit="step"))
+
+
+def _owners_of_bars(pipe: Any) -> list[Any]:
+    """The pipeline, and the blocks of a modular pipeline, at any depth: each loop shows a bar of its own."""
+    found = [pipe]
+    blocks = [getattr(pipe, "_blocks", None)]  # pipe.blocks is a copy
+    for block in blocks:
+        found += [block] if hasattr(block, "progress_bar") else []
+        blocks += (getattr(block, "sub_blocks", None) or {}).values()
+    return found
 
 
 def checked_calls(

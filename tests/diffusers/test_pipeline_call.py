@@ -109,12 +109,14 @@ def test_a_misspelt_argument_of_a_call_that_takes_any_is_refused():
 
 
 def modular_pipeline():
-    """A modular pipeline of one block, whose class takes any argument."""
+    """A modular pipeline of one block within another, whose class takes any argument."""
     modular = diffusers.modular_pipelines
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
 
     class Loop(modular.ModularPipelineBlocks):
         """The loop of all pipelines."""
+
+        progress_bar = modular.LoopSequentialPipelineBlocks.progress_bar
 
         @property
         def expected_components(self):
@@ -132,13 +134,13 @@ def modular_pipeline():
             calls.append((given.strength, given.output_type))
             components.scheduler.set_timesteps(given.num_inference_steps)
             latents = torch.randn(2, *SHAPE)
-            for t in components.scheduler.timesteps:
+            for t in self.progress_bar(components.scheduler.timesteps):
                 output = components.unet(latents, t, return_dict=False)[0]
                 latents = components.scheduler.step(output, t, latents, return_dict=False)[0]
             return components, state
 
     calls = []
-    pipe = Loop().init_pipeline()
+    pipe = modular.SequentialPipelineBlocks.from_blocks_dict({"denoise": Loop}).init_pipeline()
     pipe.update_components(unet=OracleUNet().answer_for(scheduler, mixture()), scheduler=scheduler)
     return pipe, calls
 
@@ -156,6 +158,18 @@ def test_the_arguments_of_a_modular_pipeline_are_those_of_its_blocks(recwarn):
         pipe, 3, stats=stats, prompts=["a", "b"], model_calls=20, progress=False
     )  # 8 is the default
     assert schedule.steps == 3
+
+
+def test_one_bar_in_place_of_those_of_the_blocks_of_a_modular_pipeline(capsys):
+    pipe, calls = modular_pipeline()
+    loop = pipe._blocks.sub_blocks["denoise"]
+    loop._progress_bar_config = {"desc": "own"}
+    fs.diffusers.measure(pipe, levels=8, samples=4)
+    shown = capsys.readouterr().err
+    assert len(calls) == 2
+    assert "measuring: 100%" in shown
+    assert "own" not in shown
+    assert loop._progress_bar_config == {"desc": "own"}
 
 
 def test_a_modular_pipeline_that_is_not_loaded_says_how():
