@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers import edm
 from fastsched.denoisers.batch_levels import on_device, per_sample, sample_levels
-from fastsched.denoisers.network_errors import checked_output, explained
+from fastsched.denoisers.network_errors import checked_call
 from fastsched.denoisers.noise import (
     ContinuousVP,
     FlowMatching,
@@ -308,16 +309,8 @@ class Denoiser:
         # The condition stays float32 in half precision: bfloat16 would merge neighbouring levels.
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         condition = on_device(condition.to(torch.int64 if integers else wide), x)
-        try:
-            output = self.network(network_input.to(dtype or x.dtype, copy=network_input is x), condition)
-        except StopIteration as error:
-            raise RuntimeError("the network raised StopIteration (an iterator in it ran out)") from error
-        except (TypeError, RuntimeError) as error:
-            known = explained(error, x, condition, dtype or x.dtype)
-            if known is None:
-                raise
-            raise known from error
-        return checked_output(output, x).to(x.device)
+        ask = partial(self.network, network_input.to(dtype or x.dtype, copy=network_input is x), condition)
+        return checked_call(ask, x, condition, dtype or x.dtype).to(x.device)
 
     def denoise(
         self, y: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None, told: Tensor | float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -56,6 +57,26 @@ def explained(error: Exception, x: Tensor, condition: Tensor, dtype: torch.dtype
     return ValueError(f"the network failed when called with {asked}: {text.splitlines()[0]}; {cause}")
 
 
+def checked_call(call: Callable[[], object], x: Tensor, condition: Tensor, dtype: torch.dtype) -> Tensor:
+    """The output of ``call()``, which gives a network states like ``x``, in ``dtype``, and this condition.
+
+    Raises:
+        TypeError: As `checked_output`.
+        ValueError: As `checked_output`, or with an explanation if the network failed for a known cause (`explained`).
+        RuntimeError: If the network raises StopIteration, which would end a loop of the caller without a word.
+    """
+    try:
+        output = call()
+    except StopIteration as error:
+        raise RuntimeError("the network raised StopIteration (an iterator in it ran out)") from error
+    except (TypeError, RuntimeError) as error:
+        known = explained(error, x, condition, dtype)
+        if known is None:
+            raise
+        raise known from error
+    return checked_output(output, x)
+
+
 def checked_output(output: object, x: Tensor) -> Tensor:
     """The output that a network returned for ``x``; TypeError or ValueError if it cannot be a prediction."""
     if not isinstance(output, Tensor):
@@ -66,9 +87,9 @@ def checked_output(output: object, x: Tensor) -> Tensor:
     if not output.is_floating_point() or output.dtype.itemsize < 2:
         wanted = "floating-point ones of at least 16 bits"
         raise TypeError(f"the network returned {output.dtype} numbers; it must return {wanted}")
-    if output.layout != torch.strided or output.is_meta != x.is_meta:
-        what = "a meta tensor, which holds no numbers" if output.is_meta else f"a tensor of layout {output.layout}"
-        raise TypeError(f"the network returned {what}; it must return an ordinary tensor")
+    fault = _unusual(output, x)
+    if fault is not None:
+        raise TypeError(f"the network returned {fault}; it must return an ordinary tensor")
     if output.shape != x.shape:
         hint = ""
         if output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
@@ -77,6 +98,23 @@ def checked_output(output: object, x: Tensor) -> Tensor:
             f"the network returned shape {tuple(output.shape)} for a state of shape {tuple(x.shape)}{hint}"
         )
     return output
+
+
+def _unusual(output: Tensor, x: Tensor) -> str | None:
+    """What makes ``output`` no ordinary tensor like ``x``; None if it is one."""
+    if output.is_nested:
+        return "a nested tensor"
+    if output.layout != torch.strided:
+        return f"a tensor of layout {output.layout}"
+    if _acts(output) and not _acts(x) and _acts(output.clone()):  # results of collectives are ordinary once copied
+        return f"a tensor of class {type(output).__name__}, with operations of its own"
+    return "a meta tensor, which holds no numbers" if output.is_meta and not x.is_meta else None
+
+
+def _acts(tensor: Tensor) -> bool:
+    """Whether a tensor's class computes operations itself; then its numbers may be elsewhere, or none."""
+    name = "__torch_dispatch__"  # by name, because type checkers take it for a method
+    return getattr(type(tensor), name) is not getattr(Tensor, name)
 
 
 def not_finite(process: NoiseProcess, s: Tensor) -> str:

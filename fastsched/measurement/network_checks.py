@@ -29,6 +29,7 @@ prediction, sign, time or table.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.edm import IDENTITY_RTOL, LOW_LEVEL
-from fastsched.denoisers.network_errors import checked_output
+from fastsched.denoisers.network_errors import checked_call
 from fastsched.denoisers.network_state import check_evaluation_mode, checked_training
 from fastsched.measurement.check_calls import ELSEWHERE, STATE, CheckCalls, Top
 from fastsched.measurement.fingerprints import fingerprint_of
@@ -257,7 +258,7 @@ def _check_raw_edm(ask: CheckCalls, noise: Tensor) -> None:
     denoiser = ask.denoiser
     z = (denoiser.sigma_data * noise).to(ask.device, ask.dtype)
     s = torch.full((1,), LOW_LEVEL * denoiser.sigma_data, dtype=torch.float32, device=ask.device)
-    answer = checked_output(denoiser.network(z.clone(), s), z)
+    answer = checked_call(partial(denoiser.network, z.clone(), s), z, s, ask.dtype)
     ask.model_calls += 1
     if float((answer.cpu().double() - z.cpu().double()).norm()) <= IDENTITY_RTOL * float(z.cpu().double().norm()):
         raise ValueError(

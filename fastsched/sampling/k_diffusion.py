@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.late_reading import Verdicts
-from fastsched.denoisers.network_errors import checked_output
+from fastsched.denoisers.network_errors import checked_call
 from fastsched.sampling.fitted import checked_weights
 from fastsched.sampling.progress import progress_bar
 
@@ -66,7 +67,7 @@ def sample_fitted(
     ones, history, verdicts = x.new_ones([len(x)]), [], Verdicts()
     with progress_bar(len(rows), not disable, "fitted sampling", unit="step") as advance:
         for i, row in enumerate(rows):
-            denoised = _checked(model(x.clone(), sigmas[i] * ones, **(extra_args or {})), x, levels[i], verdicts)
+            denoised = _asked(partial(model, x.clone(), sigmas[i] * ones, **(extra_args or {})), x, levels[i], verdicts)
             if callback is not None:
                 callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
             history.append(denoised)
@@ -78,9 +79,9 @@ def sample_fitted(
     return x
 
 
-def _checked(answer: object, x: Tensor, sigma: float, verdicts: Verdicts) -> Tensor:
+def _asked(ask: Callable[[], Tensor], x: Tensor, sigma: float, verdicts: Verdicts) -> Tensor:
     """A copy of a model's answer, as the model may reuse its buffers; ``verdicts`` tell if it is not finite."""
-    denoised = checked_output(answer, x).clone()
+    denoised = checked_call(ask, x, x.new_ones(len(x)), x.dtype).clone()
     verdicts.note_finite(denoised, lambda: f"the model returned NaN or inf at sigma = {sigma:g}")
     verdicts.settle(wait=False)
     return denoised

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.network_errors import checked_output
+from fastsched.denoisers.network_errors import checked_call
 from fastsched.denoisers.network_state import unchanged_buffers
 from fastsched.ops.backends import in_float64, widest_dtype
 from fastsched.selection.arc_length import equal_arc_length
@@ -165,7 +166,8 @@ class AdaptiveSchedule:
         z = (clean + wide(s_from) * noise).to(clean.dtype)
         # A network may write into its input, and return the same buffer every time.
         with unchanged_buffers(denoise):
-            answers = [checked_output(denoise(z.clone(), s.to(noise)), z).clone() for s in (s_from, s_to)]
+            asked = [(s, partial(denoise, z.clone(), s.to(noise))) for s in (s_from, s_to)]
+            answers = [checked_call(ask, z, s, z.dtype).clone() for s, ask in asked]
         scores = [(x0.to(dtype) - z) / wide(s).square() for x0, s in zip(answers, (s_from, s_to), strict=True)]
         squares = in_float64((scores[1] - scores[0]).flatten(1)).square().sum(1)
         self.observe(squares.cpu() * s_from.square(), intervals)

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastsched as fs
 from fastsched.denoisers.denoiser import placement
+from fastsched.sampling.k_diffusion import sample_fitted
 
 
 def shrink(x, t):
@@ -95,11 +97,19 @@ def test_outputs_must_be_floating_point(dtype):
         denoiser(torch.ones(2, 3), 1.0)
 
 
-def test_stop_iteration_is_named():
-    batches = iter([])
-    denoiser = fs.Denoiser.from_denoiser(lambda z, s: next(batches), 0.1, 2.0)
+@pytest.mark.parametrize("by", ["denoiser", "sample_fitted", "observe_denoiser"])
+def test_stop_iteration_is_named(by):
+    """Raised in a generator, as the loop of a training may be, it would end the loop as if the data had ended."""
+    batches, noise = iter([]), torch.ones(2, 3)
+    network = lambda z, s: next(batches)
+    schedule = fs.Schedule([2.0, 0.5, 0.0], "fitted", weights=[[1.0, 0.0], [0.0, 1.0]])
+    run = {
+        "denoiser": lambda: fs.Denoiser.from_denoiser(network, 0.1, 2.0)(noise, 1.0),
+        "sample_fitted": lambda: sample_fitted(network, noise, schedule.sigmas, weights=schedule.weights, disable=True),
+        "observe_denoiser": lambda: fs.AdaptiveSchedule([2.0, 0.5, 0.1]).observe_denoiser(network, noise),
+    }[by]
     with pytest.raises(RuntimeError, match="the network raised StopIteration"):
-        denoiser(torch.ones(2, 3), 1.0)
+        run()
 
 
 @pytest.mark.parametrize(
@@ -127,3 +137,55 @@ def test_tensors_that_come_in_are_copied():
     timesteps.zero_()
     assert schedule.sigmas.tolist() == [2.0, 1.0, 0.0]
     assert schedule.timesteps.tolist() == [900.0, 100.0]
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that holds its numbers in another one, as tensors that are distributed or masked do."""
+
+    @staticmethod
+    def __new__(cls, held):
+        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return cls(function(*(each.held if isinstance(each, cls) else each for each in args), **(kwargs or {})))
+
+
+class Named(torch.Tensor):
+    """A subclass that computes as any tensor does."""
+
+
+def fake(z):
+    with FakeTensorMode():
+        return torch.zeros(z.shape)
+
+
+UNUSUAL = {
+    "Elsewhere": (Elsewhere, "a tensor of class Elsewhere"),
+    "FakeTensor": (fake, "a tensor of class FakeTensor"),
+    "nested": (lambda z: torch.nested.nested_tensor(list(z), layout=torch.jagged), "a nested tensor"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_tensors_of_other_kinds_are_refused_by_name(name):
+    made, what = UNUSUAL[name]
+    denoiser = fs.Denoiser.from_denoiser(lambda z, s: made(z), 0.1, 2.0)
+    schedule = fs.Schedule([2.0, 0.5, 0.0], "fitted", weights=[[1.0, 0.0], [0.0, 1.0]])
+    noise = torch.ones(2, 3)
+    for run in (
+        lambda: denoiser(noise, 1.0),
+        lambda: fs.measure(denoiser, (3,), levels=12, samples=2, progress=False),
+        lambda: fs.sample(denoiser, schedule, noise=noise),
+        lambda: sample_fitted(denoiser.network, noise, schedule.sigmas, weights=schedule.weights, disable=True),
+        lambda: fs.AdaptiveSchedule([2.0, 0.5, 0.1]).observe_denoiser(denoiser.network, noise),
+    ):
+        with pytest.raises(TypeError, match=f"the network returned {what}"):
+            run()
+
+
+def test_subclasses_that_compute_as_tensors_do_are_taken():
+    denoiser = fs.Denoiser.from_denoiser(lambda z, s: z.as_subclass(Named), 0.1, 2.0)
+    assert denoiser(torch.ones(2, 3), 1.0).tolist() == [[1.0] * 3] * 2
