@@ -69,7 +69,7 @@ def export(
     validate.choice("to", to, TARGETS)
     if to not in ("diffusers", *ENGINES) and (scheduler is not None or mu is not None):
         raise ValueError("scheduler and mu are for --to diffusers, vllm-omni and sglang only")
-    shell.writable(output, source=schedule)
+    shell.writable(output, sources=[schedule])
     loaded = inputs.load_schedule(schedule)
     if loaded.weights is not None and to != "diffusers":
         ways = {"comfyui": NODE, "k-diffusion": "sample by fastsched.sampling.k_diffusion.sample_fitted"}

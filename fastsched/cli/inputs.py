@@ -118,6 +118,12 @@ class Source:
         return pipe if self.device is None else pipe.to(self.device), arguments
 
 
+def model_files(name: str) -> list[Path]:
+    """The Python file of a model that is named ``file.py:function``."""
+    file = name.rpartition(":")[0]
+    return [Path(file)] if file.endswith(".py") else []
+
+
 def integers(name: str, text: str, example: str = "6,8,10") -> list[int]:
     """The positive integers in ``text``, separated by commas."""
     try:

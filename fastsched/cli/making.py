@@ -80,7 +80,7 @@ def measure(
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other: --resume goes on, --overwrite starts over")
     ways = "resume it (--resume), replace it (--overwrite)"
-    shell.writable(output, overwrite=overwrite or resume, replace=ways)
+    shell.writable(output, overwrite=overwrite or resume, replace=ways, sources=inputs.model_files(denoiser))
     source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet, scheduler)
     if source.is_pipeline:
         inputs.not_for_pipelines(responses=responses, resume="given" if resume else None)
@@ -256,7 +256,7 @@ def select(
     counts = inputs.integers("steps", steps)
     files = [None if output is None else _numbered(output, count, len(counts)) for count in counts]
     for file in files:
-        shell.writable(file, source=statistics)
+        shell.writable(file, sources=[statistics])
     method = inputs.solver_named(solver)
     stats = inputs.load_statistics(statistics)
     schedules = []

@@ -78,7 +78,8 @@ def errors_in_a_line(on_interrupt: str = "interrupted; nothing was written") -> 
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _say_warning
-            yield
+            with _no_exits():
+                yield
     except KeyboardInterrupt:
         LOGGER.warning(on_interrupt)
         raise typer.Exit(130) from None
@@ -97,6 +98,15 @@ def errors_in_a_line(on_interrupt: str = "interrupted; nothing was written") -> 
         where = "" if known and error.__cause__ is None else " (use fastsched --traceback to see where)"
         LOGGER.error(f"error: {text if known else f'{type(error).__name__}: {text}'}{where}")
         raise typer.Exit(2 if isinstance(error, (ValueError, TypeError)) else 1) from None
+
+
+@contextlib.contextmanager
+def _no_exits() -> Iterator[None]:
+    """Report it as an error if a model ends the program, as ``sys.exit(0)`` does: nothing was written."""
+    try:
+        yield
+    except (SystemExit, GeneratorExit) as error:
+        raise RuntimeError(f"the model ended the command by {type(error).__name__}({error})") from error
 
 
 def _say_warning(message: Warning | str, *_: Any) -> None:
@@ -228,7 +238,7 @@ def writable(
     overwrite: bool | None = None,
     endings: Sequence[str] = (),
     replace: str = "replace it (--overwrite)",
-    source: Path | None = None,
+    sources: Sequence[Path] = (),
 ) -> None:
     """Check before any work that ``path`` can be written; None needs no check.
 
@@ -237,10 +247,10 @@ def writable(
         overwrite: Whether it may exist; None for a command without that option, which replaces all but measurements.
         endings: Allowed endings of the name; any if empty.
         replace: Advice in the error about a file that exists.
-        source: A file that the command reads, which ``path`` must not be.
+        sources: Files that the command reads, none of which ``path`` must be.
 
     Raises:
-        ValueError: If the name has none of ``endings``, or is ``source``.
+        ValueError: If the name has none of ``endings``, or is one of ``sources``.
         FileExistsError: If it exists and must not be replaced.
         OSError: If it is a folder, or its folder is missing or read-only.
     """
@@ -259,8 +269,9 @@ def writable(
     if not os.access(path.parent, os.W_OK) or (os.path.exists(path) and not os.access(path, os.W_OK)):
         raise PermissionError(f"output: no permission to write {path}")
     if os.path.exists(path):  # unlike path.exists, False for a name that no file can have
-        if source is not None and os.path.exists(source) and os.path.samefile(path, source):
-            raise ValueError(f"output must be another file than {source}, which is read")
+        for source in sources:
+            if os.path.exists(source) and os.path.samefile(path, source):
+                raise ValueError(f"output must be another file than {source}, which is read")
         if overwrite is None and path.suffix == ".safetensors":
             raise FileExistsError(f"{path} exists, and measurements are not replaced here; name another file")
         if overwrite is False:

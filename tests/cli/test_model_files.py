@@ -1,6 +1,7 @@
 """The Python file that a command takes its model from: how it is found, and what it prints."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -90,3 +91,44 @@ def test_samples_are_checked_before_a_model_loads(tmp_path):
     (tmp_path / "none.py").write_text("raise RuntimeError('loaded')")
     result = run("measure", f"{tmp_path / 'none.py'}:build", "--samples", "5:3", "-o", tmp_path / "s.safetensors")
     assert "samples must be a number" in one_line(result)
+
+
+@pytest.mark.parametrize("ending", ["SystemExit(0)", "SystemExit", "GeneratorExit"])
+def test_a_model_that_ends_the_program_is_an_error(tmp_path, ending):
+    source = f"def stop(z, s):\n    raise {ending}\n\ndef build():\n"
+    source += "    return fs.Denoiser.from_denoiser(stop, 0.01, 20.0)\n"
+    (tmp_path / "stops.py").write_text("import fastsched as fs\n\n" + source)
+    output = tmp_path / "s.safetensors"
+    result = run("measure", f"{tmp_path}/stops.py:build", "--shape", "4", "--levels", 8, "-o", output)
+    assert result.exit_code == 1
+    assert f"the model ended the command by {ending[:9]}" in one_line(result)
+    assert not output.exists()
+
+
+def test_a_file_in_the_current_folder_hides_no_installed_package(folder, tmp_path):
+    """Python itself puts the current folder first for ``python -m``."""
+    for name in ("safetensors.py", "numpy.py", "json.py"):
+        (tmp_path / name).write_text("raise SystemExit(3)\n")
+    (tmp_path / "beside.py").write_text((folder / "my_model.py").read_text())
+    line = "measure beside:build --shape 2,3 --levels 4 --samples 1 -o s.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-m", "fastsched", *line.split()], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "s.safetensors").exists()
+
+
+def test_what_a_command_reads_is_not_its_output(folder, tmp_path):
+    model, schedule = tmp_path / "my_model.py", tmp_path / "a.json"
+    model.write_text((folder / "my_model.py").read_text())
+    fs.Schedule([80.0, 1.0, 0.0], "ddim").save(schedule)
+    before = model.read_bytes(), schedule.read_bytes()
+    for command in (
+        ["measure", f"{model}:build", "--shape", "2,3", "-o", model, "--overwrite"],
+        ["compare", f"{model}:build", schedule, "--shape", "2,3", "--csv", schedule],
+        ["compare", f"{model}:build", schedule, "--shape", "2,3", "--csv", model],
+    ):
+        result = run(*command)
+        assert result.exit_code == 2
+        assert "output must be another file than" in one_line(result)
+    assert (model.read_bytes(), schedule.read_bytes()) == before
