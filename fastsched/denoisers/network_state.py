@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fastsched import validate
 from fastsched.denoisers.network_modules import modules_of
 
 #: Elements of the largest buffer that is put back. Larger ones are weights of quantised networks, which no call changes
@@ -77,6 +78,19 @@ def checked_training(network: Any, device: torch.device) -> Iterator[None]:
 def random_state(device: torch.device) -> Tensor:
     """The state of the global random numbers of a device."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+@contextmanager
+def warned_of_randomness(device: torch.device) -> Iterator[None]:
+    """Warn if global random numbers are drawn in here: a network may be random at some levels alone."""
+    places = {torch.device("cpu"), device}
+    before = [(place, random_state(place)) for place in places]
+    yield
+    if not all(torch.equal(state, random_state(place)) for place, state in before):
+        validate.warn(
+            "torch's random numbers were drawn during the measurement: if the network draws them (noise or dropout at "
+            "some levels?), its answers are random and schedules are worse; call network.eval(), or fix the numbers"
+        )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.network_state import unchanged_buffers
+from fastsched.denoisers.network_state import unchanged_buffers, warned_of_randomness
 from fastsched.measurement.check_calls import CheckCalls
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.memory import explained, need, paths_at_once, with_store
@@ -73,6 +73,7 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
     whole = found
     with (
         unchanged_buffers(run.denoiser.network),
+        warned_of_randomness(run.device) if batches.checks else contextlib.nullcontext(),
         progress_bar(run.calls * len(seeds), batches.progress, "measuring") as advance,
     ):
         try:

@@ -292,6 +292,21 @@ def test_random_networks_are_refused():
         measure(fs.Denoiser.from_denoiser(noisy, 0.01, 20.0))
 
 
+def test_networks_that_are_random_at_some_levels_are_warned_of():
+    noisy = lambda z, s: DATA.denoise(z, s) + 0.1 * torch.randn(z.shape) * ((s > 0.3) & (s < 1.0)).reshape(-1, 1)
+    denoiser = fs.Denoiser.from_denoiser(noisy, 0.02, 20.0)
+    with pytest.warns(UserWarning, match="random numbers were drawn during the measurement"):
+        measure(denoiser)
+    measure(denoiser, checks=False)
+
+    def seeded(z, s):  # the same numbers in every call, and the caller's go on as if it had drawn none
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return DATA.denoise(z, s) + 0.01 * torch.randn(z.shape[1:]) * ((s > 0.3) & (s < 1.0)).reshape(-1, 1)
+
+    measure(fs.Denoiser.from_denoiser(seeded, 0.02, 20.0))
+
+
 MIXING = {
     "mean": lambda z, s: (z - 0.5 * z.mean(0)) / (1 + s.reshape(-1, 1) ** 2),
     "last in place of first": lambda z, s: DATA.denoise(z, s).flip(0),
