@@ -16,6 +16,7 @@ from torch import Tensor
 from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.pipeline_call import call_parameters
 from fastsched.diffusers.watching import PROGRESS, networks_of
+from fastsched.measurement.devices import all_of
 from fastsched.sampling.origin import Origin
 
 #: Arguments of a call that are left out: the prompts (added separately), the form of the output, the strength (always
@@ -73,13 +74,29 @@ def check_same_call(name: str, found: Origin | None, identity: str) -> None:
     known = "" if found is None or found.fingerprint is None else found.fingerprint
     if known.count("-") != identity.count("-"):
         return  # unknown, or the measurement of a denoiser
+    what = _difference(known, identity)
+    if what is not None:
+        raise ValueError(f"{name} must be of {what}, but is not ({found}); measure this pipeline")
+
+
+def check_same_calls(identity: str, group: Any) -> None:
+    """ValueError in all processes of ``group`` unless their calls and weights are the same, as in `check_same_call`."""
+    first, *others = all_of(identity, group)
+    for rank, other in enumerate(others, 1):
+        what = _difference(first, other)
+        if what is not None:
+            raise ValueError(
+                f"all processes of the group must measure {what}, but process {rank} differs from process 0 in this"
+            )
+
+
+def _difference(known: str, identity: str) -> str | None:
+    """The part in which two identities differ, as in `PARTS`; None if they do not."""
     *those, dtype, weights = known.split("-")
     *these, own_dtype, own_weights = identity.split("-")
     if dtype == own_dtype and weights and own_weights:
         those, these = [*those, weights], [*these, own_weights]
-    for one, other, what in zip(those, these, PARTS.values(), strict=False):
-        if one != other:
-            raise ValueError(f"{name} must be of {what}, but is not ({found}); measure this pipeline")
+    return next((what for one, other, what in zip(those, these, PARTS.values(), strict=False) if one != other), None)
 
 
 def _with_usual_size(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:

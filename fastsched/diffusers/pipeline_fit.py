@@ -34,6 +34,7 @@ from fastsched.diffusers.start_from_noise import StartFromNoise
 from fastsched.diffusers.watching import check_caches, watched
 from fastsched.fitting.budget import TOTAL, planned
 from fastsched.fitting.candidates import candidates_in_turn
+from fastsched.fitting.denoiser_fit import agreed
 from fastsched.fitting.group_runs import led_by_first
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, check_levels, fit_by_running
 from fastsched.fitting.rollouts import Rollout
@@ -99,29 +100,36 @@ def fit(
         ValueError: If an argument is out of range or of another call, or the scheduler or all samples cannot be used.
     """
     validate.arguments(locals(), **CHECKS)
-    by_prompt = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
-    name = _checked(pipe, steps, solver, checkpoint, audition=audition, decoupled=decoupled)
+    calls = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
+    places = {"checkpoint": checkpoint, "group": group, "progress": progress}
+    name = _checked(pipe, steps, solver, stats, places, audition=audition, decoupled=decoupled, model_calls=model_calls)
     total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else TOTAL
     with in_one_thread(pipe), prompts_encoded_once(pipe):
         if stats is None:
             levels, samples = planned(total, steps, levels, samples, calibration_calls)
             check_levels(steps, len(levels) if isinstance(levels, Tensor) else levels, chosen_solver(name))
-            settings = {"levels": levels, "samples": samples, "seed": seed, "prompts_per_call": prompts_per_call,
-                        "prompts": prompts, "checkpoint": checkpoint, "progress": progress}  # fmt: skip
-            stats = measured_in_group(pipe, call_kwargs, group, vectors="first", keep_increments=audition, **settings)
+            settings = {"prompts": prompts, "prompts_per_call": prompts_per_call, "keep_increments": audition, **places,
+                        "levels": levels, "samples": samples, "seed": seed}  # fmt: skip
+            stats = measured_in_group(pipe, call_kwargs, vectors="first", **settings)
             total = max(0, total - stats.model_calls)
-        places = {"checkpoint": checkpoint, "group": group, "progress": progress, "decoupled": decoupled}
-        return _fitted(pipe, stats, steps, name, by_prompt, call_kwargs, total * audition, **places).schedule
+        return _fitted(pipe, stats, steps, name, calls, call_kwargs, total * audition, decoupled, **places).schedule
 
 
-def _checked(pipe: Any, steps: int, solver: str | None, checkpoint: Any, *, audition: bool, decoupled: bool) -> str:
-    """Check that the pipeline can be fitted and files can be written; returns the solver to choose for."""
-    if checkpoint is not None:
-        check_writable(runs_beside(checkpoint))
-    name = checked_solver(pipe.scheduler, steps, solver, audition=audition)
-    if decoupled:
+def _checked(
+    pipe: Any, steps: int, solver: str | None, stats: PathStatistics | None, places: dict[str, Any], **asked: Any
+) -> str:
+    """Check that the pipeline can be fitted, files can be written, and a group's processes were given the same.
+
+    Returns:
+        The solver to choose for.
+    """
+    if places["checkpoint"] is not None:
+        check_writable(runs_beside(places["checkpoint"]))
+    name = checked_solver(pipe.scheduler, steps, solver, audition=asked["audition"])
+    if asked["decoupled"]:
         check_tells_apart(pipe.scheduler, steps, name)
     check_caches(pipe)
+    agreed(places["group"], stats, steps=steps, solver=name, **asked)
     return name
 
 
@@ -133,11 +141,11 @@ def _fitted(
     prompts: PromptCalls,
     call_kwargs: dict[str, Any],
     budget: int,
+    decoupled: bool,
     *,
     checkpoint: str | os.PathLike[str] | None,
     group: Any,
     progress: Progress,
-    decoupled: bool,
 ) -> FitReport:
     """Fit to a measurement with at most ``budget`` calls. Outside a group, the runs are kept in a file."""
     _check_process(stats.process, describe(pipe.scheduler).process)

@@ -16,14 +16,14 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.diffusers.attributes import attributes_set, in_one_thread
 from fastsched.diffusers.calibration import CalibrationScheduler, calibration_steps
-from fastsched.diffusers.call_identity import call_identity, check_same_call
+from fastsched.diffusers.call_identity import call_identity, check_same_call, check_same_calls
 from fastsched.diffusers.pipeline_call import call, check_call
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.random_numbers import ONE_CALL
 from fastsched.diffusers.watching import check_caches, watched
 from fastsched.measurement.batches import Batches, finished_part, is_out_of_memory, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
-from fastsched.measurement.devices import own_file, parts_of_group, rank_and_size, save_whole, share
+from fastsched.measurement.devices import check_alike, own_file, parts_of_group, rank_and_size, save_whole, share
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.files import check_writable
@@ -106,11 +106,19 @@ def measure(
 def measured_in_group(
     pipe: Any, call_kwargs: dict[str, Any], group: Any, *, vectors: str = "all", **settings: Any
 ) -> PathStatistics:
-    """`measured_pipeline`, with its samples distributed over ``group``; ``vectors`` as in `parts_of_group`."""
+    """`measured_pipeline`, with its samples distributed over ``group``; ``vectors`` as in `parts_of_group`.
+
+    Raises:
+        ValueError: If the processes were given different arguments or pipelines.
+    """
     if rank_and_size(group)[1] == 1:
         return measured_pipeline(pipe, call_kwargs, **settings)
     which = validate.sample_range("samples", settings["samples"])
     calls = checked_calls(pipe, settings["prompts"], call_kwargs, settings["prompts_per_call"])
+    origin = _origin(pipe, calls, call_kwargs)
+    given = {name: settings[name] for name in ("levels", "samples", "seed", "keep_increments")}
+    check_alike({name: x.tolist() if isinstance(x, Tensor) else x for name, x in given.items()}, group)
+    check_same_calls(origin.fingerprint or "", group)
     own = share(range(which.start, which.start + _needed(settings["samples"], which, calls)), group).tolist()
     file, keep = settings["checkpoint"], settings["keep_increments"]
     if file is not None:
@@ -118,7 +126,6 @@ def measured_in_group(
     settings["samples"] = range(own[0], own[-1] + 1) if own else None
 
     def measure() -> PathStatistics:
-        origin = _origin(pipe, calls, call_kwargs)
         known = None if file is None else _resumed(file, pipe, which, origin, settings, call_kwargs.get("latents"))
         if known is not None and known.samples > own[-1] - which.start:  # the file of a group that has finished
             part = known.select([sample - which.start for sample in own])

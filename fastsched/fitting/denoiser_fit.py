@@ -137,7 +137,7 @@ def fit_report(
     log_file = None if checkpoint is None else runs_beside(checkpoint, *rank_and_size(group))
     if log_file is not None:
         check_writable(log_file)
-    what = _agreed(group, stats, steps=steps, solver=method.name, model_calls=model_calls, decoupled=decoupled or None)
+    what = agreed(group, stats, steps=steps, solver=method.name, model_calls=model_calls, decoupled=decoupled or None)
     options = {"batch_size": batch, "device": device, "dtype": dtype}
     best, known = None, stats is not None
     try:
@@ -185,7 +185,7 @@ def _solver(name: str, decoupled: bool) -> Solver:
     return solver
 
 
-def _agreed(group: Any, stats: PathStatistics | None, **arguments: Any) -> dict[str, Any]:
+def agreed(group: Any, stats: PathStatistics | None, **arguments: Any) -> dict[str, Any]:
     """The arguments that identify a fit; ValueError if the processes of a group were given different ones."""
     check_alike({**arguments, "stats": None if stats is None else identity(stats)["stats"]}, group)
     return arguments

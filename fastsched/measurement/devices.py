@@ -66,6 +66,7 @@ def measured_in_group(
     if size == 1:
         return measured(run, batches, found)
     given = {"levels": run.s.tolist(), "samples and seed": batches.seeds.tolist(), "shape": batches.shape}
+    given |= {"responses": len(run.deviated), "keep_increments": run.keep_vectors}
     check_alike({**given, "checkpoint": None if found is None else found.seeds.tolist()}, group)
     seeds = batches.seeds if found is None else batches.seeds[~torch.isin(batches.seeds, found.seeds)]
     received = len(batches.seeds) if vectors == "all" or rank == 0 else 0
@@ -135,7 +136,7 @@ def check_alike(given: Mapping[str, Any], group: Any) -> None:
         return
     first, *others = all_of(dict(given), group)
     for rank, other in enumerate(others, 1):
-        different = [name for name in first if other[name] != first[name]]
+        different = [name for name in {**first, **other} if other.get(name) != first.get(name)]
         if different:
             raise ValueError(
                 f"{' and '.join(different)} must be the same in all processes of the group, but those of process "

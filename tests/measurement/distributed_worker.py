@@ -44,7 +44,7 @@ def of_pipelines(folder):
 
 #: Arguments of each call that differ between the processes.
 OTHER = {
-    "other measurements": ("seed", "samples", "levels", "shape"),
+    "other measurements": ("seed", "samples", "levels", "shape", "responses", "keep_increments"),
     "other fits": ("steps", "solver", "decoupled", "model_calls", "stats"),
 }
 
@@ -59,14 +59,37 @@ def failed(denoiser, options, rank, name):
         "samples": range(4 * rank, 4 * rank + 4),
         "levels": 12 + rank,
         "shape": (4 + rank,),
+        "responses": rank == 1,
+        "keep_increments": rank == 1,
         "steps": 4 + rank,
         "solver": ("dpmpp_2m", "unipc")[rank],
         "decoupled": rank == 1,
         "model_calls": 400 + rank,
         "stats": fs.measure(denoiser, (4,), levels=12, samples=range(4 * rank, 4 * rank + 4), progress=False),
     }[name]
+    return text_of_error(fs.fit if "steps" in given else fs.measure, **given)
+
+
+def of_other_pipelines(folder):
+    """What measuring and fitting a pipeline says if each process gives another argument of a name."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "diffusers"))
+    from test_prompt_calls import PROMPTS, text_pipeline
+
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    usual = {"levels": 12, "prompts": PROMPTS, "progress": False, "group": torch.distributed.group.WORLD}
+    kept, said = {"samples": 4, "keep_increments": rank == 1}, []
+    for other in ({"seed": rank}, {"samples": 4 + rank}, {"samples": range(4 * rank, 4 * rank + 4)}, kept):
+        said.append(text_of_error(fs.diffusers.measure, text_pipeline(), **{**usual, **other}))
+    said.append(text_of_error(fs.diffusers.measure, text_pipeline(), **{**usual, "prompts": PROMPTS[rank:]}))
+    for other in ({"steps": 4 + rank}, {"solver": ("ddim", "dpmpp_2m")[rank]}, {"audition": rank == 1}):
+        said.append(text_of_error(fs.diffusers.fit, text_pipeline(), **{"steps": 4, **usual, **other}))
+    (folder / f"other pipelines-{rank}.json").write_text(json.dumps(said))
+
+
+def text_of_error(function, *given, **options):
     try:
-        (fs.fit if "steps" in given else fs.measure)(**given)
+        function(*given, **options)
     except ValueError as error:
         return str(error)
     return None
@@ -76,6 +99,9 @@ def main(task, folder):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others when one has died
     if task == "pipeline":
         of_pipelines(folder)
+        return
+    if task == "other pipelines":
+        of_other_pipelines(folder)
         return
     torch.distributed.init_process_group("gloo")
     rank, group, calls = torch.distributed.get_rank(), torch.distributed.group.WORLD, 0

@@ -124,7 +124,7 @@ def test_an_interrupt_in_a_group_hands_no_process_less_than_the_others(tmp_path)
 def test_processes_of_a_group_that_were_given_different_arguments_are_told_which(tmp_path, task):
     reports, done = run(task, tmp_path)
     assert None not in reports, done.stderr
-    names = ["samples and seed"] * 2 + ["levels", "shape"]
+    names = ["samples and seed"] * 2 + ["levels", "shape", "responses", "keep_increments"]
     if task == "other fits":
         names = ["steps", "solver", "decoupled", "model_calls", "stats"]
     for report in reports:
@@ -132,6 +132,18 @@ def test_processes_of_a_group_that_were_given_different_arguments_are_told_which
             f"{name} must be the same in all processes of the group, but those of process 1 are not those of process 0"
             for name in names
         ]
+
+
+def test_processes_of_a_group_that_call_pipelines_differently_are_told_so(tmp_path):
+    """Before, each measured what it was told, and the parts were merged."""
+    pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+    reports, done = run("other pipelines", tmp_path)
+    assert None not in reports, done.stderr
+    names = ["seed", "samples", "samples", "keep_increments", None, "steps", "solver", "audition"]
+    for report in reports:
+        for name, text in zip(names, report, strict=True):
+            start = f"{name} must be the same in all" if name else "all processes of the group must measure this pipeline"
+            assert text.startswith(start)
 
 
 def test_different_networks_in_the_processes_of_a_group_are_refused(tmp_path):
