@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -187,7 +188,11 @@ class AdaptiveSchedule:
         Returns:
             Whether the grid moved. It does not move while an interval has no observation (the observations are kept),
             if all costs are 0 or negative, or if levels would meet because one interval has nearly all of the cost.
+
+        Raises:
+            ValueError: If grid, rate or order are not the same on all ranks, as when only some of them loaded a state.
         """
+        _check_same_grid([len(self.s), self.rate, self.order, float(self.s.log().square().sum())], self.group)
         sums, counts = _summed_over_ranks(self._sums, self._counts, self.group)
         if not bool((counts > 0).all()):
             return False
@@ -203,6 +208,13 @@ class AdaptiveSchedule:
         self.s = moved
         self.updates += 1
         return True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdaptiveSchedule:
+        """A copy in the same group, which itself cannot be copied."""
+        copied = copy.copy(self)
+        others = {name: value for name, value in vars(self).items() if name != "group"}
+        vars(copied).update(copy.deepcopy(others, memo))
+        return copied
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state as tensors and numbers, to resume training from."""
@@ -246,6 +258,20 @@ def _is_generator(name: str, value: object) -> None:
 def _is_index(name: str, value: object) -> None:
     if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be a tensor of whole numbers, got {validate.shown(value)}")
+
+
+def _check_same_grid(numbers: list[float], group: Any) -> None:
+    """ValueError on all ranks of a distributed run unless they have the same ``numbers``, up to rounding."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    own = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    ends = torch.cat([own, -own]).to(_device_of(group))
+    torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX, group=group)
+    largest, least = ends.cpu().reshape(2, -1) * torch.tensor([[1.0], [-1.0]], dtype=torch.float64, device="cpu")
+    if not torch.allclose(largest, least, rtol=1e-6, atol=0.0):  # processors round logarithms differently
+        raise ValueError(
+            "the grid, rate and order of an AdaptiveSchedule must be the same on all ranks; load the same state on all"
+        )
 
 
 def _summed_over_ranks(sums: Tensor, counts: Tensor, group: Any) -> tuple[Tensor, Tensor]:

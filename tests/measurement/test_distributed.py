@@ -142,7 +142,9 @@ def test_processes_of_a_group_that_call_pipelines_differently_are_told_so(tmp_pa
     names = ["seed", "samples", "samples", "keep_increments", None, "steps", "solver", "audition"]
     for report in reports:
         for name, text in zip(names, report, strict=True):
-            start = f"{name} must be the same in all" if name else "all processes of the group must measure this pipeline"
+            start = (
+                f"{name} must be the same in all" if name else "all processes of the group must measure this pipeline"
+            )
             assert text.startswith(start)
 
 

@@ -1,3 +1,4 @@
+import copy
 import socket
 
 import numpy as np
@@ -101,6 +102,7 @@ def test_state_dict_goes_on_where_it_stopped(tmp_path):
         schedule.update()
     assert torch.equal(first.s, second.s)
     assert (second.updates, second.rate) == (2, 0.3)
+    assert torch.equal(copy.deepcopy(first).state_dict()["s"], first.s)
     with pytest.raises(ValueError, match="state lacks the entry 'rate'"):
         second.load_state_dict({"s": _start()})
 
@@ -125,7 +127,18 @@ def _rank(rank, port, results):
     for _ in range(3):
         adaptive.observe(_exact_costs(adaptive.s)[half], half)
         moved.append(adaptive.update())
-    results.put((rank, moved, adaptive.s.tolist()))
+    alike = copy.deepcopy(fs.AdaptiveSchedule(_start(), group=torch.distributed.group.WORLD)).group
+    said = []
+    for levels, rate in ((17 + rank, 0.5), (17, 0.5 + rank / 4), (17, 0.5)):
+        other = fs.AdaptiveSchedule(_start(levels), rate=rate)
+        if (levels, rate) == (17, 0.5) and rank == 0:
+            other.load_state_dict(adaptive.state_dict())  # on one rank alone
+        other.observe(torch.ones(len(other.s) - 1))
+        try:
+            other.update()
+        except ValueError as error:
+            said.append(str(error)[:38])
+    results.put((rank, moved, adaptive.s.tolist(), said, alike is torch.distributed.group.WORLD))
     torch.distributed.destroy_process_group()
 
 
@@ -147,9 +160,11 @@ def test_ranks_share_their_observations():
     for _ in range(3):
         alone.observe(_exact_costs(alone.s))
         alone.update()
-    for _, moved, s in outcomes:
+    for _, moved, s, said, same_group in outcomes:
         assert moved == [True] * 3
         assert s == alone.s.tolist()
+        assert said == ["the grid, rate and order of an Adaptiv"] * 3  # of other length, rate, or loaded by one alone
+        assert same_group
 
 
 @pytest.mark.parametrize(
