@@ -238,7 +238,13 @@ def _resumed(
             f"{list(latents.shape[1:])}; leave them out, or name another file"
         )
     seeds = sample_seeds(settings["seed"], range(which.start, max(which.stop, which.start + MOST_SAMPLES)))
-    return resumed(file, run, Batches(shape, seeds, 1))
+    known = resumed(file, run, Batches(shape, seeds, 1))
+    if known is not None and not torch.equal(known.seeds, seeds[: known.samples]):  # calls go on after the last sample
+        raise ValueError(
+            f"{os.fspath(file)} holds other samples than the first {known.samples} of this measurement; resume it with "
+            "the same samples, or name another file"
+        )
+    return known
 
 
 def _origin(pipe: Any, calls: PromptCalls, call_kwargs: dict[str, Any]) -> Origin:

@@ -291,3 +291,14 @@ def test_a_function_hears_the_steps_of_all_calls(capsys):
     assert [done for done, _ in heard] == list(range(1, 4 * 24 + 1))
     assert {total for _, total in heard} == {4 * 24}
     assert capsys.readouterr().err == ""  # nor the pipeline's own bar
+
+
+@pytest.mark.parametrize("asked", [2, 4, range(3, 6)])
+def test_a_checkpoint_of_other_samples_is_not_taken_for_the_first_ones(asked, tmp_path):
+    file = tmp_path / "checkpoint.safetensors"
+    measure(text_pipeline(), samples=range(4, 6), prompts=PROMPTS[:2], checkpoint=file)
+    with pytest.raises(ValueError, match="holds other samples than the first 2 of this measurement"):
+        measure(text_pipeline(), samples=asked, prompts=PROMPTS[:2], checkpoint=file)
+    again = text_pipeline()
+    assert measure(again, samples=range(4, 6), prompts=PROMPTS[:2], checkpoint=file).samples == 2
+    assert not again.batches
