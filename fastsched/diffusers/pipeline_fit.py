@@ -101,36 +101,37 @@ def fit(
     """
     validate.arguments(locals(), **CHECKS)
     calls = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
+    name = _checked(pipe, steps, solver, checkpoint, audition=audition, decoupled=decoupled)
     places = {"checkpoint": checkpoint, "group": group, "progress": progress}
-    name = _checked(pipe, steps, solver, stats, places, audition=audition, decoupled=decoupled, model_calls=model_calls)
+    agreed(group, stats, steps=steps, solver=name, audition=audition, model_calls=model_calls, decoupled=decoupled)
     total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else TOTAL
     with in_one_thread(pipe), prompts_encoded_once(pipe):
         if stats is None:
-            levels, samples = planned(total, steps, levels, samples, calibration_calls)
-            check_levels(steps, len(levels) if isinstance(levels, Tensor) else levels, chosen_solver(name))
-            settings = {"prompts": prompts, "prompts_per_call": prompts_per_call, "keep_increments": audition, **places,
-                        "levels": levels, "samples": samples, "seed": seed}  # fmt: skip
-            stats = measured_in_group(pipe, call_kwargs, vectors="first", **settings)
+            settings = {"prompts": prompts, "prompts_per_call": prompts_per_call, "seed": seed, **places}
+            settings |= _planned(total, steps, levels, samples, name)
+            stats = measured_in_group(pipe, call_kwargs, vectors="first", keep_increments=audition, **settings)
             total = max(0, total - stats.model_calls)
         return _fitted(pipe, stats, steps, name, calls, call_kwargs, total * audition, decoupled, **places).schedule
 
 
-def _checked(
-    pipe: Any, steps: int, solver: str | None, stats: PathStatistics | None, places: dict[str, Any], **asked: Any
-) -> str:
-    """Check that the pipeline can be fitted, files can be written, and a group's processes were given the same.
-
-    Returns:
-        The solver to choose for.
-    """
-    if places["checkpoint"] is not None:
-        check_writable(runs_beside(places["checkpoint"]))
-    name = checked_solver(pipe.scheduler, steps, solver, audition=asked["audition"])
-    if asked["decoupled"]:
+def _checked(pipe: Any, steps: int, solver: str | None, checkpoint: Any, *, audition: bool, decoupled: bool) -> str:
+    """Check that the pipeline can be fitted and files can be written; returns the solver to choose for."""
+    if checkpoint is not None:
+        check_writable(runs_beside(checkpoint))
+    name = checked_solver(pipe.scheduler, steps, solver, audition=audition)
+    if decoupled:
         check_tells_apart(pipe.scheduler, steps, name)
     check_caches(pipe)
-    agreed(places["group"], stats, steps=steps, solver=name, **asked)
     return name
+
+
+def _planned(
+    total: int, steps: int, levels: int | Tensor | None, samples: int | range | None, solver: str
+) -> dict[str, Any]:
+    """The levels and samples to measure (`planned`), after a check that a search over the levels is possible."""
+    levels, samples = planned(total, steps, levels, samples, calibration_calls)
+    check_levels(steps, len(levels) if isinstance(levels, Tensor) else levels, chosen_solver(solver))
+    return {"levels": levels, "samples": samples}
 
 
 def _fitted(
