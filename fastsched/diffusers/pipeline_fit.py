@@ -15,7 +15,7 @@ from fastsched import validate
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.attributes import attributes_set, in_one_thread
-from fastsched.diffusers.call_identity import call_identity, check_same_call
+from fastsched.diffusers.call_identity import call_identity, check_same_call, check_same_calls
 from fastsched.diffusers.conventions import describe, other_solver, own_scheduler, solver_of
 from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
 from fastsched.diffusers.pipeline_call import call
@@ -40,7 +40,7 @@ from fastsched.fitting.loop import MODEL_CALLS, FitReport, check_levels, fit_by_
 from fastsched.fitting.rollouts import Rollout
 from fastsched.fitting.run_log import RunLog, identity, logged, runs_beside
 from fastsched.measurement.batches import is_out_of_memory
-from fastsched.measurement.devices import rank_and_size
+from fastsched.measurement.devices import rank_and_size, together
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.fitted import chosen_solver, is_solver
@@ -100,8 +100,8 @@ def fit(
         ValueError: If an argument is out of range or of another call, or the scheduler or all samples cannot be used.
     """
     validate.arguments(locals(), **CHECKS)
-    calls = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
-    name = _checked(pipe, steps, solver, checkpoint, audition=audition, decoupled=decoupled)
+    calls = together(lambda: checked_calls(pipe, prompts, call_kwargs, prompts_per_call), group)
+    name = together(lambda: _checked(pipe, steps, solver, checkpoint, audition=audition, decoupled=decoupled), group)
     places = {"checkpoint": checkpoint, "group": group, "progress": progress}
     agreed(group, stats, steps=steps, solver=name, audition=audition, model_calls=model_calls, decoupled=decoupled)
     total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else TOTAL
@@ -149,15 +149,23 @@ def _fitted(
     progress: Progress,
 ) -> FitReport:
     """Fit to a measurement with at most ``budget`` calls. Outside a group, the runs are kept in a file."""
-    _check_process(stats.process, describe(pipe.scheduler).process)
-    check_same_call("stats", stats.origin, call_identity(pipe, prompts.prompts, call_kwargs))
-    applied(optimal_schedule(stats, steps, solver), pipe.scheduler)  # raises before a call is spent
+
+    def check() -> str:
+        _check_process(stats.process, describe(pipe.scheduler).process)
+        own = call_identity(pipe, prompts.prompts, call_kwargs)
+        check_same_call("stats", stats.origin, own)
+        applied(optimal_schedule(stats, steps, solver), pipe.scheduler)  # raises before a call is spent
+        return own
+
+    alone, own = rank_and_size(group)[1] == 1, together(check, group)
+    if not alone:
+        check_same_calls(own, group)
     calls = chosen_solver(solver).model_calls(steps) + 1  # one more step starts from the noise of the measured paths
     run = PipelineRunner(pipe, stats, prompts, call_kwargs, calls=calls, model_calls=budget)
     tried = candidates(stats, steps, solver, pipe.scheduler)
     options = {"calls": calls, "model_calls": budget, "decoupled": decoupled}
     made = lambda run: fit_by_running(run, stats, steps, solver, tried, **options)
-    alone, runner = rank_and_size(group)[1] == 1, run
+    runner = run
     if alone and checkpoint is not None:
         other = decoupled or None  # as in files of earlier versions
         what = identity(stats, steps=steps, solver=solver, model_calls=budget, decoupled=other)

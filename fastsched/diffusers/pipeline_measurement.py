@@ -23,7 +23,15 @@ from fastsched.diffusers.random_numbers import ONE_CALL
 from fastsched.diffusers.watching import check_caches, watched
 from fastsched.measurement.batches import Batches, finished_part, is_out_of_memory, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
-from fastsched.measurement.devices import check_alike, own_file, parts_of_group, rank_and_size, save_whole, share
+from fastsched.measurement.devices import (
+    check_alike,
+    own_file,
+    parts_of_group,
+    rank_and_size,
+    save_whole,
+    share,
+    together,
+)
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.files import check_writable
@@ -110,12 +118,17 @@ def measured_in_group(
 
     Raises:
         ValueError: If the processes were given different arguments or pipelines.
+        RuntimeError: If another process failed.
     """
     if rank_and_size(group)[1] == 1:
         return measured_pipeline(pipe, call_kwargs, **settings)
+
+    def prepare() -> tuple[PromptCalls, Origin]:
+        calls = checked_calls(pipe, settings["prompts"], call_kwargs, settings["prompts_per_call"])
+        return calls, _origin(pipe, calls, call_kwargs)
+
     which = validate.sample_range("samples", settings["samples"])
-    calls = checked_calls(pipe, settings["prompts"], call_kwargs, settings["prompts_per_call"])
-    origin = _origin(pipe, calls, call_kwargs)
+    calls, origin = together(prepare, group)
     given = {name: settings[name] for name in ("levels", "samples", "seed", "keep_increments")}
     check_alike({name: x.tolist() if isinstance(x, Tensor) else x for name, x in given.items()}, group)
     check_same_calls(origin.fingerprint or "", group)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.memory import PIECE
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics
+
+Result = TypeVar("Result")
 
 
 def rank_and_size(group: Any) -> tuple[int, int]:
@@ -142,6 +144,28 @@ def check_alike(given: Mapping[str, Any], group: Any) -> None:
                 f"{' and '.join(different)} must be the same in all processes of the group, but those of process "
                 f"{rank} are not those of process 0"
             )
+
+
+def together(prepare: Callable[[], Result], group: Any) -> Result:
+    """``prepare()``, for work before the first exchange of a group: if it fails in one process, it fails in all.
+
+    Otherwise the others would wait for the one that failed.
+
+    Raises:
+        RuntimeError: If it failed in another process. The process in which it failed raises its own error.
+    """
+    if rank_and_size(group)[1] == 1:
+        return prepare()
+    result: list[Result] = []
+    failure = None
+    try:
+        result.append(prepare())
+    except Exception as error:
+        failure = error
+    wrong = failures(all_of(described(failure), group))
+    if wrong is not None:
+        raise failure if failure is not None else RuntimeError(wrong)
+    return result[0]
 
 
 def first_ones(value: Any, group: Any) -> Any:

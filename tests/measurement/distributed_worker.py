@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # torchrun starts it without what pytest adds
@@ -84,13 +85,20 @@ def of_other_pipelines(folder):
     said.append(text_of_error(fs.diffusers.measure, text_pipeline(), **{**usual, "prompts": PROMPTS[rank:]}))
     for other in ({"steps": 4 + rank}, {"solver": ("ddim", "dpmpp_2m")[rank]}, {"audition": rank == 1}):
         said.append(text_of_error(fs.diffusers.fit, text_pipeline(), **{"steps": 4, **usual, **other}))
+    stats = fs.diffusers.measure(text_pipeline(), levels=12, prompts=PROMPTS, keep_increments=True, progress=False)
+    for known in (stats, replace(stats, origin=None)):
+        given = {**usual, "levels": None, "steps": 4, "stats": known, "prompts": PROMPTS[rank:]}
+        said.append(text_of_error(fs.diffusers.fit, text_pipeline(), **given))
+    wrong = {**usual, "prompts": [] if rank == 1 else PROMPTS}
+    said.append(text_of_error(fs.diffusers.measure, text_pipeline(), **wrong))
+    said.append(text_of_error(fs.diffusers.fit, text_pipeline(), steps=4, **wrong))
     (folder / f"other pipelines-{rank}.json").write_text(json.dumps(said))
 
 
 def text_of_error(function, *given, **options):
     try:
         function(*given, **options)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return str(error)
     return None
 

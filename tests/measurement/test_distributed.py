@@ -140,7 +140,14 @@ def test_processes_of_a_group_that_call_pipelines_differently_are_told_so(tmp_pa
     reports, done = run("other pipelines", tmp_path)
     assert None not in reports, done.stderr
     names = ["seed", "samples", "samples", "keep_increments", None, "steps", "solver", "audition"]
-    for report in reports:
+    for rank, report in enumerate(reports):
+        *report, other_stats, other_call, measuring, fitting = report
+        failed = "" if rank == 1 else "process 1 of the group failed: ValueError: "
+        assert other_stats.startswith(f"{failed}stats must be of this pipeline called with the same prompts")
+        assert other_call.startswith(
+            "all processes of the group must measure this pipeline called with the same prompts"
+        )
+        assert measuring == fitting == f"{failed}prompts must hold at least one prompt, or be None"
         for name, text in zip(names, report, strict=True):
             start = (
                 f"{name} must be the same in all" if name else "all processes of the group must measure this pipeline"
