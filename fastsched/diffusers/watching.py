@@ -289,11 +289,12 @@ def check_times(before: dict[str, Tensor], now: dict[str, Tensor], verdicts: Ver
     """
     for name, times in now.items():
         last = before.get(name)
-        if last is None or last.shape != times.shape or times.numel() == 1:
+        if last is None or last.shape != times.shape or times.numel() < 2:
             continue
+        rounded = max(1e-3, 2 * torch.finfo(times.dtype).eps) if times.is_floating_point() else 1e-3
         pair = torch.stack([last.flatten(), times.flatten()]).float()
         own = pair[:, (pair[1] - pair[0]).abs().argmax().reshape(1)]  # that of the step, which changes most
-        apart = ((pair - own).abs() > 1e-3 * own.abs() + 1e-6).any(0) & (pair[0] != pair[1])
+        apart = ((pair - own).abs() > rounded * own.abs() + 1e-6).any(0) & (pair[0] != pair[1])
 
         def judge(found: Tensor, name: str = name, size: int = times.numel()) -> None:
             if int(found) > 0:
