@@ -118,7 +118,8 @@ def amplified_rounding(run: Trace, nudged: Trace) -> float:
     """
     if len(run.noise) != len(nudged.noise):
         return 0.0
-    change = (nudged.noise / run.noise - 1)[:-1].abs()  # the last level is 0, up to rounding
+    inner = run.noise[:-1] > NUDGE * run.noise.max()  # 0, as the last level is, is known up to rounding alone
+    change = (nudged.noise / run.noise - 1)[:-1][inner].abs()
     return min(MOST_ROUNDING, 8 * float(change.max())) if len(change) else 0.0
 
 

@@ -11,6 +11,7 @@ import diffusers
 from pipelines import oracle_pipeline
 
 from fastsched.diffusers.conventions import describe
+from fastsched.diffusers.probe import Trace, amplified_rounding
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -75,3 +76,12 @@ def test_rounding_that_a_long_step_after_a_short_one_multiplies_is_allowed():
         assert proof.exact
     with pytest.raises(ValueError, match=r"does not step through its sigmas"):
         fs.diffusers.apply(schedule, oracle_pipeline(OffLevels()))
+
+
+@pytest.mark.parametrize("left", [(0.0, 0.0), (1e-9, 2e-9)])
+def test_levels_of_a_state_without_noise_do_not_count_as_amplified_rounding(left):
+    """A scheduler that ends in two such states, at levels 5% off, was allowed 10%."""
+    one = torch.ones(3, dtype=torch.float64)
+    run, nudged = (Trace(one, torch.tensor([0.525, end, 0.0]).double(), one, True) for end in left)
+    assert amplified_rounding(run, nudged) == 0.0
+    assert not run.follows(one[:2], torch.tensor([0.5, 0.0]).double(), rounding=amplified_rounding(run, nudged))
