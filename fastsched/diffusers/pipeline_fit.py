@@ -108,7 +108,7 @@ def fit(
     with in_one_thread(pipe), prompts_encoded_once(pipe):
         if stats is None:
             settings = {"prompts": prompts, "prompts_per_call": prompts_per_call, "seed": seed, **places}
-            settings |= _planned(total, steps, levels, samples, name)
+            settings |= together(lambda: _planned(total, steps, levels, samples, name), group)
             stats = measured_in_group(pipe, call_kwargs, vectors="first", keep_increments=audition, **settings)
             total = max(0, total - stats.model_calls)
         return _fitted(pipe, stats, steps, name, calls, call_kwargs, total * audition, decoupled, **places).schedule

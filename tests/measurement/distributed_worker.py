@@ -92,6 +92,7 @@ def of_other_pipelines(folder):
     wrong = {**usual, "prompts": [] if rank == 1 else PROMPTS}
     said.append(text_of_error(fs.diffusers.measure, text_pipeline(), **wrong))
     said.append(text_of_error(fs.diffusers.fit, text_pipeline(), steps=4, **wrong))
+    said.append(text_of_error(fs.diffusers.fit, text_pipeline(), steps=4, **{**usual, "levels": 12 - 8 * rank}))
     (folder / f"other pipelines-{rank}.json").write_text(json.dumps(said))
 
 

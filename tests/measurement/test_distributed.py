@@ -141,13 +141,14 @@ def test_processes_of_a_group_that_call_pipelines_differently_are_told_so(tmp_pa
     assert None not in reports, done.stderr
     names = ["seed", "samples", "samples", "keep_increments", None, "steps", "solver", "audition"]
     for rank, report in enumerate(reports):
-        *report, other_stats, other_call, measuring, fitting = report
+        *report, other_stats, other_call, measuring, fitting, few = report
         failed = "" if rank == 1 else "process 1 of the group failed: ValueError: "
         assert other_stats.startswith(f"{failed}stats must be of this pipeline called with the same prompts")
         assert other_call.startswith(
             "all processes of the group must measure this pipeline called with the same prompts"
         )
         assert measuring == fitting == f"{failed}prompts must hold at least one prompt, or be None"
+        assert few.startswith(f"{failed}steps must be at most 3 on 4 levels, got 4")
         for name, text in zip(names, report, strict=True):
             start = (
                 f"{name} must be the same in all" if name else "all processes of the group must measure this pipeline"
