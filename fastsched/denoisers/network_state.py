@@ -88,8 +88,8 @@ def warned_of_randomness(device: torch.device) -> Iterator[None]:
     yield
     if not all(torch.equal(state, random_state(place)) for place, state in before):
         validate.warn(
-            "torch's random numbers were drawn during the measurement: if the network draws them (noise or dropout at "
-            "some levels?), its answers are random and schedules are worse; call network.eval(), or fix the numbers"
+            "torch's random numbers were drawn during the measurement: if the network's answers depend on them (noise "
+            "or dropout at some levels?), schedules are worse; call network.eval(), or fix the numbers"
         )
 
 
