@@ -28,7 +28,7 @@ def attributes_set(owner: Any, **values: Any) -> Iterator[None]:
                 delattr(owner, name)
 
 
-def copied_with(owner: Any, memo: dict[int, Any], **values: Any) -> Any:
+def copied_with(owner: Any, memo: dict[int, Any], /, **values: Any) -> Any:
     """A deep copy of ``owner``, for its ``__deepcopy__`` to return, with ``values`` in place of copied attributes."""
     made = memo[id(owner)] = copy.copy(owner)
     vars(made).update(copy.deepcopy({key: each for key, each in vars(owner).items() if key not in values}, memo))

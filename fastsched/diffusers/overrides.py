@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsched.diffusers.attributes import attributes_set
+from fastsched.diffusers.attributes import attributes_set, copied_with
 
 #: Attributes in which multistep classes keep their history, and the value of an empty history.
 HISTORIES: dict[str, Callable[[], Any]] = {"lower_order_nums": lambda: 0, "ets": list}
@@ -41,6 +41,10 @@ class Override:
     def put(self) -> None:
         """Set this on its owner."""
         setattr(self.owner, self.name, self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Override:
+        """A copy for the owner's copy, or for the owner itself where only its attributes are copied (Panorama)."""
+        return copied_with(self, memo, owner=memo.get(id(self.owner), self.owner))
 
 
 class Step(Override):

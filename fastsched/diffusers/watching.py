@@ -76,6 +76,12 @@ class PipelineWatch:
         self._times: dict[str, Tensor] = {}
         self._random: dict[str, Tensor] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PipelineWatch:
+        raise ValueError(
+            f"{type(self.pipe).__name__} copies its scheduler's attributes (for the views of a panorama?), "
+            "so it cannot be measured by its loop; measure another pipeline of the same model, and apply its schedule"
+        )
+
     def take(self, verdicts: Verdicts) -> Step:
         """End a step: return what happened since the last call of this method; ``verdicts`` collects what to compare.
 

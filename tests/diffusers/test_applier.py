@@ -63,6 +63,25 @@ def test_a_copy_keeps_the_schedule_and_samples_alike(kind, duplicate):
     assert len(other.timesteps) == len(scheduler.timesteps)
 
 
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_a_scheduler_whose_attributes_are_saved_and_restored_at_each_step_samples_alike(kind):
+    """As StableDiffusionPanoramaPipeline does, for each of its views."""
+    name, config = SCHEDULERS[kind]
+    plain, restored = (applied_to(getattr(diffusers, name)(**config))[0] for _ in range(2))
+    plain.set_timesteps(STEPS)
+    restored.set_timesteps(STEPS)
+    first = last = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for t in plain.timesteps:
+        vars(restored).update(copy.deepcopy(vars(restored)))
+        inputs = [first, last]
+        if hasattr(plain, "scale_model_input"):
+            inputs = [plain.scale_model_input(first, t), restored.scale_model_input(last, t)]
+        assert torch.equal(*inputs)
+        first, last = plain.step(inputs[0], t, first).prev_sample, restored.step(inputs[1], t, last).prev_sample
+        vars(restored).update(copy.deepcopy(vars(restored)))
+        assert torch.equal(first, last)
+
+
 def test_timesteps_are_plain_but_for_a_start_midway():
     plain = torch.arange(8, 0, -1)
     timesteps = Timesteps.of(plain, lambda index: torch.tensor([index]))

@@ -1,5 +1,7 @@
 """Pipelines with a twist that are measured all the same: doubled batches, several networks, masks, one buffer."""
 
+import copy
+
 import pytest
 import torch
 
@@ -213,3 +215,16 @@ def test_a_list_that_one_network_returns_and_another_empties_is_compared():
     vars(pipe)["unet"] = lambda sample, *args, **rest: unet(sample, *args, residuals=control(sample)[0], **rest)
     pipe.unet.dtype, vars(pipe)["network"] = unet.dtype, unet
     assert torch.equal(measured(pipe).gram, measured(oracle_pipeline(euler(), mixture())).gram)
+
+
+def test_a_pipeline_that_copies_its_schedulers_attributes_is_refused_with_the_reason():
+    """As StableDiffusionPanoramaPipeline does, for each of its views."""
+    pipe = oracle_pipeline(euler(), mixture())
+
+    def restore(latents):
+        vars(pipe.scheduler).update(copy.deepcopy(vars(pipe.scheduler)))
+        return latents
+
+    with pytest.raises(ValueError, match="OraclePipeline copies its scheduler's attributes"):
+        measured(pipe, change_latents=restore)
+    assert type(pipe.scheduler) is diffusers.EulerDiscreteScheduler
