@@ -21,8 +21,8 @@ from fastsched.fitting.interrupts import BestSoFar, interrupted_schedule
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, affordable, check_levels, fit_by_running
 from fastsched.fitting.rollouts import Run, Runner
 from fastsched.fitting.run_log import RunLog, identity, runs_beside
-from fastsched.measurement.batches import resumed
-from fastsched.measurement.devices import check_alike, measured_in_group, rank_and_size
+from fastsched.measurement.batches import Batches, resumed
+from fastsched.measurement.devices import check_alike, measured_in_group, rank_and_size, together
 from fastsched.measurement.measuring import (
     batches_of,
     check_same_network,
@@ -31,6 +31,7 @@ from fastsched.measurement.measuring import (
     with_increments,
 )
 from fastsched.measurement.network_checks import CHECK_CALLS
+from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.fitted import chosen_solver, is_solver
@@ -124,25 +125,19 @@ def fit_report(
     """`fit`, returning the full report."""
     validate.arguments(locals(), **CHECKS)
     steps, model_calls, batch_size = map(_plain, (steps, model_calls, batch_size))
-    method, decoupled, run, batches = _solver(solver, bool(decoupled)), bool(decoupled), None, None
+    method, decoupled = _solver(solver, bool(decoupled)), bool(decoupled)
     batch = 1 if batch_size is None and checkpoint is not None else batch_size
     budget = model_calls if model_calls is not None else TOTAL if stats is None else MODEL_CALLS
-    if stats is None:
-        responses = takes_responses(budget, math.prod(shape))
-        levels, samples = planned(budget, steps, levels, samples, responses=responses)
-        run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses, True)
-        batches = batches_of(shape, samples, seed, batch, checks, checkpoint, progress)
-        calls_left(budget, run.calls * len(batches.seeds) + CHECK_CALLS * checks)  # raises before any call is made
-    check_levels(steps, len(run.s) if run is not None else stats.levels if stats is not None else 0, method)
     log_file = None if checkpoint is None else runs_beside(checkpoint, *rank_and_size(group))
-    if log_file is not None:
-        check_writable(log_file)
+    settings = {"seed": seed, "batch_size": batch, "checks": checks, "file": checkpoint, "progress": progress}
+    plan = partial(_measurement, denoiser, shape, stats, levels, samples, steps, method, budget, device, dtype)
+    measuring = together(partial(plan, log_file, **settings), group)
     what = agreed(group, stats, steps=steps, solver=method.name, model_calls=model_calls, decoupled=decoupled or None)
     options = {"batch_size": batch, "device": device, "dtype": dtype}
     best, known = None, stats is not None
     try:
-        if run is not None and batches is not None:  # not `measure`: on an interrupt it returns the finished paths
-            stats = measured_in_group(run, batches, resumed(checkpoint, run, batches), group, vectors="first")
+        if measuring is not None:  # not `measure`: on an interrupt it returns the finished paths
+            stats = measured_in_group(*measuring, group, vectors="first")
             budget = max(0, budget - stats.model_calls)
         stats = _checked_stats(denoiser, shape, stats, checks and known, device, dtype)
         lacking = known and stats.increments is None  # a new measurement has none in processes after the first
@@ -171,6 +166,34 @@ CHECKS: dict[str, validate.Check] = {
     "samples": validate.optional(validate.CHECKS["samples"]),
     "model_calls": validate.optional(validate.CHECKS["model_calls"]),
 }
+
+
+def _measurement(
+    denoiser: Denoiser,
+    shape: Sequence[int],
+    stats: PathStatistics | None,
+    levels: int | Tensor | None,
+    samples: int | range | None,
+    steps: int,
+    method: Solver,
+    budget: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    log_file: str | None,
+    **settings: Any,
+) -> tuple[Measurement, Batches, PathStatistics | None] | None:
+    """What to measure, and what of it is known; None for given statistics. What cannot work raises before any call."""
+    if log_file is not None:
+        check_writable(log_file)
+    if stats is not None:
+        return check_levels(steps, stats.levels, method)
+    responses = takes_responses(budget, math.prod(shape))
+    levels, samples = planned(budget, steps, levels, samples, responses=responses)
+    run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses, True)
+    batches = batches_of(shape, samples, **settings)
+    calls_left(budget, run.calls * len(batches.seeds) + CHECK_CALLS * settings["checks"])
+    check_levels(steps, len(run.s), method)
+    return run, batches, resumed(settings["file"], run, batches)
 
 
 def _plain(number: Any) -> Any:

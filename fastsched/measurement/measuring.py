@@ -16,7 +16,7 @@ from fastsched.denoisers.network_state import check_evaluation_mode, unchanged_b
 from fastsched.denoisers.noise import far_outside
 from fastsched.measurement.batches import Batches, finished_part, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
-from fastsched.measurement.devices import measured_in_group
+from fastsched.measurement.devices import measured_in_group, together
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.network_checks import fingerprint
 from fastsched.measurement.path_following import Measurement
@@ -86,12 +86,41 @@ def measure(
         RuntimeError: If another process failed; ``error.partial`` holds what was finished.
     """
     validate.arguments(locals(), denoiser=is_denoiser)
-    run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses, keep_increments, store)
-    batches = batches_of(shape, samples, seed, batch_size, checks, checkpoint, progress)
+
+    run, batches, known = _prepared(**locals())
     try:
-        return measured_in_group(run, batches, resumed(checkpoint, run, batches), group)
+        return measured_in_group(run, batches, known, group)
     except KeyboardInterrupt as error:
         return finished_part(error, checkpoint, group)
+
+
+def _prepared(
+    denoiser: Denoiser,
+    shape: Sequence[int],
+    levels: int | Tensor,
+    samples: int | range,
+    *,
+    responses: bool,
+    keep_increments: bool,
+    seed: int,
+    batch_size: int | None,
+    store: str | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    checks: bool,
+    checkpoint: str | os.PathLike[str] | None,
+    group: Any,
+    progress: Progress,
+) -> tuple[Measurement, Batches, PathStatistics | None]:
+    """What to measure, and what of it the checkpoint holds; arguments as in `measure`."""
+
+    def prepare() -> tuple[Measurement, Batches, PathStatistics | None]:
+        s = measured_levels(denoiser, levels)
+        run = measurement_of(denoiser, s, device, dtype, responses, keep_increments, store)
+        batches = batches_of(shape, samples, seed, batch_size, checks, checkpoint, progress)
+        return run, batches, resumed(checkpoint, run, batches)
+
+    return together(prepare, group)
 
 
 def batches_of(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import os
+import re
 
 import torch
 
@@ -12,7 +15,20 @@ from fastsched import validate
 BACKENDS = ("auto", "triton", "torch")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 products on tensor cores start here
+_LEAST_TRITON = (3, 3)  # the first that passes tuples to functions of a kernel; torch 2.6 brings 3.2
+_TRITONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows")  # packages that hold it
 _warned: set[torch.device] = set()
+
+
+def _installed_triton() -> tuple[int, ...] | None:
+    """Major and minor version of Triton; None if no package is known to hold it."""
+    for name in _TRITONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return tuple(map(int, re.findall(r"\d+", importlib.metadata.version(name))[:2]))
+    return None
+
+
+_TRITON = _installed_triton()  # once, because torch.compile cannot trace the search
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
@@ -35,9 +51,9 @@ def resolve_backend(device: torch.device | str, dtype: torch.dtype = torch.float
 
     The ops call it themselves. Call it before a long measurement to find out early that a GPU is not supported.
 
-    ``"auto"`` takes Triton on an AMD GPU, or an NVIDIA GPU of compute capability 8.0 or newer, if Triton is installed
-    and the dtype is float32, bfloat16 or float16. It takes PyTorch elsewhere. A GPU on which the kernels cannot run is
-    reported by one warning per device and process.
+    ``"auto"`` takes Triton on an AMD GPU, or an NVIDIA GPU of compute capability 8.0 or newer, if Triton 3.3 or newer
+    is installed and the dtype is float32, bfloat16 or float16. It takes PyTorch elsewhere. A GPU on which the kernels
+    cannot run is reported by one warning per device and process.
 
     Args:
         device: Device of the tensors.
@@ -82,4 +98,7 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     # torch.compile cannot trace a search for modules, and needs Triton itself on a GPU.
     if not torch.compiler.is_compiling() and importlib.util.find_spec("triton") is None:
         return "needs the package triton, which is not installed"
+    if _TRITON is not None and _TRITON < _LEAST_TRITON:
+        least, known = (".".join(map(str, version)) for version in (_LEAST_TRITON, _TRITON))
+        return f"needs triton {least}, which torch 2.7 and newer bring; installed is {known}"
     return None

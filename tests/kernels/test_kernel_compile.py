@@ -14,6 +14,11 @@ import pytest
 from kernel_worker import build
 
 from fastsched.kernels import config
+from fastsched.ops import backends
+
+pytestmark = pytest.mark.skipif(
+    (backends._TRITON or (0, 0)) < backends._LEAST_TRITON, reason="the installed Triton cannot compile the kernels"
+)
 
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "float64": "*fp64"}
 PRECISIONS = ("bf16x3", "tf32x3", "ieee")

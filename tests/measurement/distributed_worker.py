@@ -141,6 +141,11 @@ def main(task, folder):
             report = {"model_calls": stats.model_calls}
         elif task.startswith("other "):
             report = {"failed": [failed(denoiser, options, rank, each) for each in OTHER[task]]}
+        elif task == "refused":  # process 1 has a damaged file to resume from; then too few levels for its steps
+            (folder / "damaged.part-1-of-2.safetensors").write_bytes(b"no statistics")
+            said = [text_of_error(fs.measure, denoiser, (4,), checkpoint=folder / "damaged.safetensors", **options)]
+            said.append(text_of_error(fs.fit, denoiser, (4,), 4 + 20 * rank, **options))
+            report = {"failed": said}
         elif task in ("fit", "fit fails", "fit dies"):
             schedule = fs.fit(denoiser, (4,), 4, model_calls=400, **options)
             report = {"sigmas": schedule.sigmas.tolist(), "error": schedule.measured_error}

@@ -134,6 +134,14 @@ def test_processes_of_a_group_that_were_given_different_arguments_are_told_which
         ]
 
 
+def test_what_is_refused_in_one_process_is_told_to_the_others(tmp_path):
+    """They would wait for it, until the timeout of the group."""
+    reports, done = run("refused", tmp_path)
+    assert None not in reports, done.stderr
+    for other, own in zip(*(report["failed"] for report in reports), strict=True):
+        assert other == f"process 1 of the group failed: ValueError: {own}"
+
+
 def test_processes_of_a_group_that_call_pipelines_differently_are_told_so(tmp_path):
     """Before, each measured what it was told, and the parts were merged."""
     pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")

@@ -20,13 +20,16 @@ def no_interpreter(monkeypatch):
 def gpu(monkeypatch):
     """A function that makes ``cuda:0`` a GPU of a given compute capability, with or without Triton installed."""
 
-    def set_gpu(capability: tuple[int, int], *, hip: str | None = None, triton: bool = True) -> None:
+    def set_gpu(
+        capability: tuple[int, int], *, hip: str | None = None, triton: bool = True, version: tuple[int, ...] = (3, 3)
+    ) -> None:
         major, minor = capability
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major, minor=minor)
         )
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object() if triton else None)
+        monkeypatch.setattr(backends, "_TRITON", version)
 
     return set_gpu
 
@@ -75,6 +78,20 @@ def test_unsupported_gpu_warns_once(gpu, capability, triton, reason):
         assert resolve_backend(GPU, backend="torch") == "torch"
     with pytest.raises(ValueError, match=f'backend="triton" {reason}.*pass backend="torch" or "auto"'):
         resolve_backend(GPU, backend="triton")
+
+
+@pytest.mark.parametrize("hip", [None, "6.2"])
+def test_a_triton_that_cannot_compile_the_kernels_is_not_used(gpu, hip):
+    gpu((9, 0), hip=hip, version=(3, 2))
+    with pytest.warns(UserWarning, match=r"needs triton 3\.3, which torch 2\.7 and newer bring; installed is 3\.2"):
+        assert resolve_backend(GPU) == "torch"
+    with pytest.raises(ValueError, match="needs triton"):
+        resolve_backend(GPU, backend="triton")
+
+
+def test_the_installed_triton_is_found():
+    triton = pytest.importorskip("triton", reason="needs the extra fastsched[triton]")
+    assert backends._installed_triton() == tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 def test_amd_gpus_have_no_compute_capability(gpu):
