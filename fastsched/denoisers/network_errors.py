@@ -106,12 +106,13 @@ def _unusual(output: Tensor, x: Tensor) -> str | None:
         return "a nested tensor"
     if output.layout != torch.strided:
         return f"a tensor of layout {output.layout}"
-    if _acts(output) and not _acts(x) and _acts(output.clone()):  # results of collectives are ordinary once copied
+    own = _has_own_operations(output) and not _has_own_operations(x)
+    if own and _has_own_operations(output.clone()):  # results of collectives are ordinary once copied
         return f"a tensor of class {type(output).__name__}, with operations of its own"
     return "a meta tensor, which holds no numbers" if output.is_meta and not x.is_meta else None
 
 
-def _acts(tensor: Tensor) -> bool:
+def _has_own_operations(tensor: Tensor) -> bool:
     """Whether a tensor's class computes operations itself; then its numbers may be elsewhere, or none."""
     name = "__torch_dispatch__"  # by name, because type checkers take it for a method
     return getattr(type(tensor), name) is not getattr(Tensor, name)

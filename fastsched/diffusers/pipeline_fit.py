@@ -34,13 +34,12 @@ from fastsched.diffusers.start_from_noise import StartFromNoise
 from fastsched.diffusers.watching import check_caches, watched
 from fastsched.fitting.budget import TOTAL, planned
 from fastsched.fitting.candidates import candidates_in_turn
-from fastsched.fitting.denoiser_fit import agreed
-from fastsched.fitting.group_runs import led_by_first
+from fastsched.fitting.group_runs import check_group, led_by_first
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, check_levels, fit_by_running
 from fastsched.fitting.rollouts import Rollout
 from fastsched.fitting.run_log import RunLog, identity, logged, runs_beside
 from fastsched.measurement.batches import is_out_of_memory
-from fastsched.measurement.devices import rank_and_size, together
+from fastsched.measurement.devices import prepare_together, rank_and_size
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.fitted import chosen_solver, is_solver
@@ -100,21 +99,21 @@ def fit(
         ValueError: If an argument is out of range or of another call, or the scheduler or all samples cannot be used.
     """
     validate.arguments(locals(), **CHECKS)
-    calls = together(lambda: checked_calls(pipe, prompts, call_kwargs, prompts_per_call), group)
-    name = together(lambda: _checked(pipe, steps, solver, checkpoint, audition=audition, decoupled=decoupled), group)
+    calls = prepare_together(lambda: checked_calls(pipe, prompts, call_kwargs, prompts_per_call), group)
+    name = prepare_together(lambda: _checked(pipe, steps, solver, checkpoint, audition, decoupled), group)
+    check_group(stats, group, steps=steps, solver=name, audition=audition, decoupled=decoupled, model_calls=model_calls)
     places = {"checkpoint": checkpoint, "group": group, "progress": progress}
-    agreed(group, stats, steps=steps, solver=name, audition=audition, model_calls=model_calls, decoupled=decoupled)
     total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else TOTAL
     with in_one_thread(pipe), prompts_encoded_once(pipe):
         if stats is None:
             settings = {"prompts": prompts, "prompts_per_call": prompts_per_call, "seed": seed, **places}
-            settings |= together(lambda: _planned(total, steps, levels, samples, name), group)
+            settings |= prepare_together(lambda: _planned(total, steps, levels, samples, name), group)
             stats = measured_in_group(pipe, call_kwargs, vectors="first", keep_increments=audition, **settings)
             total = max(0, total - stats.model_calls)
         return _fitted(pipe, stats, steps, name, calls, call_kwargs, total * audition, decoupled, **places).schedule
 
 
-def _checked(pipe: Any, steps: int, solver: str | None, checkpoint: Any, *, audition: bool, decoupled: bool) -> str:
+def _checked(pipe: Any, steps: int, solver: str | None, checkpoint: Any, audition: bool, decoupled: bool) -> str:
     """Check that the pipeline can be fitted and files can be written; returns the solver to choose for."""
     if checkpoint is not None:
         check_writable(runs_beside(checkpoint))
@@ -157,7 +156,7 @@ def _fitted(
         applied(optimal_schedule(stats, steps, solver), pipe.scheduler)  # raises before a call is spent
         return own
 
-    alone, own = rank_and_size(group)[1] == 1, together(check, group)
+    alone, own = rank_and_size(group)[1] == 1, prepare_together(check, group)
     if not alone:
         check_same_calls(own, group)
     calls = chosen_solver(solver).model_calls(steps) + 1  # one more step starts from the noise of the measured paths

@@ -27,10 +27,10 @@ from fastsched.measurement.devices import (
     check_alike,
     own_file,
     parts_of_group,
+    prepare_together,
     rank_and_size,
     save_whole,
     share,
-    together,
 )
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics
@@ -128,10 +128,11 @@ def measured_in_group(
         return calls, _origin(pipe, calls, call_kwargs)
 
     which = validate.sample_range("samples", settings["samples"])
-    calls, origin = together(prepare, group)
+    calls, origin = prepare_together(prepare, group)
     given = {name: settings[name] for name in ("levels", "samples", "seed", "keep_increments")}
     check_alike({name: x.tolist() if isinstance(x, Tensor) else x for name, x in given.items()}, group)
-    check_same_calls(origin.fingerprint or "", group)
+    assert origin.fingerprint is not None
+    check_same_calls(origin.fingerprint, group)
     own = share(range(which.start, which.start + _needed(settings["samples"], which, calls)), group).tolist()
     file, keep = settings["checkpoint"], settings["keep_increments"]
     if file is not None:

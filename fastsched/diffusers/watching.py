@@ -128,7 +128,7 @@ class PipelineWatch:
             if _are_tensors(value):
                 step.inputs.append(_kept(value))
             if isinstance(value, Tensor) and (key == "t" or key.endswith(TIMES)):
-                step.times[f"{name}#{turn}.{key}"] = value
+                step.times[f"{name}#{turn}.{key}"] = value.clone()  # it may be a buffer that the next step overwrites
         first = _first_tensor(output)
         if first is not None:
             step.outputs.append(_kept(first))
@@ -297,6 +297,8 @@ def check_times(before: dict[str, Tensor], now: dict[str, Tensor], verdicts: Ver
         last = before.get(name)
         if last is None or last.shape != times.shape or times.numel() < 2:
             continue
+        # Relative to the step's own: far above float32's rounding, or two roundings of a 16-bit dtype. A condition of
+        # strength 0.99 differs by 0.01.
         rounded = max(1e-3, 2 * torch.finfo(times.dtype).eps) if times.is_floating_point() else 1e-3
         pair = torch.stack([last.flatten(), times.flatten()]).float()
         own = pair[:, (pair[1] - pair[0]).abs().argmax().reshape(1)]  # that of the step, which changes most

@@ -16,20 +16,14 @@ from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.fitting.budget import TOTAL, calls_left, planned, takes_responses
 from fastsched.fitting.candidates import candidates_in_turn
-from fastsched.fitting.group_runs import led_by_first
+from fastsched.fitting.group_runs import check_group, led_by_first
 from fastsched.fitting.interrupts import BestSoFar, interrupted_schedule
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, affordable, check_levels, fit_by_running
 from fastsched.fitting.rollouts import Run, Runner
 from fastsched.fitting.run_log import RunLog, identity, runs_beside
-from fastsched.measurement.batches import Batches, resumed
-from fastsched.measurement.devices import check_alike, measured_in_group, rank_and_size, together
-from fastsched.measurement.measuring import (
-    batches_of,
-    check_same_network,
-    measured_levels,
-    measurement_of,
-    with_increments,
-)
+from fastsched.measurement.batches import Batches
+from fastsched.measurement.devices import measured_in_group, prepare_together, rank_and_size
+from fastsched.measurement.measuring import check_same_network, prepared, with_increments
 from fastsched.measurement.network_checks import CHECK_CALLS
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics, is_statistics
@@ -129,11 +123,12 @@ def fit_report(
     batch = 1 if batch_size is None and checkpoint is not None else batch_size
     budget = model_calls if model_calls is not None else TOTAL if stats is None else MODEL_CALLS
     log_file = None if checkpoint is None else runs_beside(checkpoint, *rank_and_size(group))
-    settings = {"seed": seed, "batch_size": batch, "checks": checks, "file": checkpoint, "progress": progress}
-    plan = partial(_measurement, denoiser, shape, stats, levels, samples, steps, method, budget, device, dtype)
-    measuring = together(partial(plan, log_file, **settings), group)
-    what = agreed(group, stats, steps=steps, solver=method.name, model_calls=model_calls, decoupled=decoupled or None)
     options = {"batch_size": batch, "device": device, "dtype": dtype}
+    settings = {**options, "seed": seed, "checks": checks, "checkpoint": checkpoint, "progress": progress}
+    plan = partial(_prepared, denoiser, shape, stats, levels, samples, steps, method, budget, log_file, **settings)
+    measuring = prepare_together(plan, group)  # raises before any call is made
+    what = {"steps": steps, "solver": method.name, "model_calls": model_calls, "decoupled": decoupled or None}
+    check_group(stats, group, **what)
     best, known = None, stats is not None
     try:
         if measuring is not None:  # not `measure`: on an interrupt it returns the finished paths
@@ -168,7 +163,7 @@ CHECKS: dict[str, validate.Check] = {
 }
 
 
-def _measurement(
+def _prepared(
     denoiser: Denoiser,
     shape: Sequence[int],
     stats: PathStatistics | None,
@@ -177,23 +172,20 @@ def _measurement(
     steps: int,
     method: Solver,
     budget: int,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
     log_file: str | None,
     **settings: Any,
 ) -> tuple[Measurement, Batches, PathStatistics | None] | None:
-    """What to measure, and what of it is known; None for given statistics. What cannot work raises before any call."""
+    """What to measure (`prepared`); None for given statistics. What cannot work raises before any call is made."""
     if log_file is not None:
         check_writable(log_file)
     if stats is not None:
         return check_levels(steps, stats.levels, method)
     responses = takes_responses(budget, math.prod(shape))
     levels, samples = planned(budget, steps, levels, samples, responses=responses)
-    run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses, True)
-    batches = batches_of(shape, samples, **settings)
+    run, batches, known = prepared(denoiser, shape, levels, samples, responses=responses, **settings)
     calls_left(budget, run.calls * len(batches.seeds) + CHECK_CALLS * settings["checks"])
     check_levels(steps, len(run.s), method)
-    return run, batches, resumed(settings["file"], run, batches)
+    return run, batches, known
 
 
 def _plain(number: Any) -> Any:
@@ -206,12 +198,6 @@ def _solver(name: str, decoupled: bool) -> Solver:
     if decoupled:
         check_decoupled(solver.name)
     return solver
-
-
-def agreed(group: Any, stats: PathStatistics | None, **arguments: Any) -> dict[str, Any]:
-    """The arguments that identify a fit; ValueError if the processes of a group were given different ones."""
-    check_alike({**arguments, "stats": None if stats is None else identity(stats)["stats"]}, group)
-    return arguments
 
 
 def _fitted(

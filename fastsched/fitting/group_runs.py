@@ -12,10 +12,25 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastsched.fitting.rollouts import Rollout, Run
-from fastsched.measurement.devices import described, failures, first_ones, gathered_by_first, rank_and_size, share
+from fastsched.fitting.run_log import identity
+from fastsched.measurement.devices import (
+    check_alike,
+    described,
+    failures,
+    first_ones,
+    gathered_by_first,
+    rank_and_size,
+    share,
+)
+from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.schedule import Schedule
 
 Result = TypeVar("Result")
+
+
+def check_group(stats: PathStatistics | None, group: Any, **arguments: Any) -> None:
+    """ValueError, which names them, if the processes of ``group`` were given different arguments or statistics."""
+    check_alike({**arguments, "stats": None if stats is None else identity(stats)["stats"]}, group)
 
 
 def led_by_first(run: Run, work: Callable[[Run], Result], group: Any) -> Result:

@@ -146,7 +146,7 @@ def check_alike(given: Mapping[str, Any], group: Any) -> None:
             )
 
 
-def together(prepare: Callable[[], Result], group: Any) -> Result:
+def prepare_together(prepare: Callable[[], Result], group: Any) -> Result:
     """``prepare()``, for work before the first exchange of a group: if it fails in one process, it fails in all.
 
     Otherwise the others would wait for the one that failed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from fastsched.denoisers.network_state import check_evaluation_mode, unchanged_b
 from fastsched.denoisers.noise import far_outside
 from fastsched.measurement.batches import Batches, finished_part, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
-from fastsched.measurement.devices import measured_in_group, together
+from fastsched.measurement.devices import measured_in_group, prepare_together
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.network_checks import fingerprint
 from fastsched.measurement.path_following import Measurement
@@ -58,7 +59,7 @@ def measure(
 
     No gradients are taken, so compiled, quantised and guided models work. Cost: ``2 N - 2`` calls per sample for an
     even N, N without responses, and 7 to check the network. An interrupt (Ctrl-C) returns the finished paths, with a
-    warning, but not in a group. Warns if 16-bit outputs add more than 1% to the squared increments.
+    warning, but not in a group. Warns if random numbers are drawn, or if 16-bit outputs add 1% to squared increments.
 
     Args:
         denoiser: What to measure.
@@ -86,41 +87,35 @@ def measure(
         RuntimeError: If another process failed; ``error.partial`` holds what was finished.
     """
     validate.arguments(locals(), denoiser=is_denoiser)
-
-    run, batches, known = _prepared(**locals())
+    settings = {name: value for name, value in locals().items() if name != "group"}
+    run, batches, known = prepare_together(partial(prepared, **settings), group)
     try:
         return measured_in_group(run, batches, known, group)
     except KeyboardInterrupt as error:
         return finished_part(error, checkpoint, group)
 
 
-def _prepared(
+def prepared(
     denoiser: Denoiser,
     shape: Sequence[int],
     levels: int | Tensor,
     samples: int | range,
     *,
     responses: bool,
-    keep_increments: bool,
     seed: int,
     batch_size: int | None,
-    store: str | None,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
     checks: bool,
     checkpoint: str | os.PathLike[str] | None,
-    group: Any,
     progress: Progress,
+    keep_increments: bool = True,
+    store: str | None = None,
 ) -> tuple[Measurement, Batches, PathStatistics | None]:
-    """What to measure, and what of it the checkpoint holds; arguments as in `measure`."""
-
-    def prepare() -> tuple[Measurement, Batches, PathStatistics | None]:
-        s = measured_levels(denoiser, levels)
-        run = measurement_of(denoiser, s, device, dtype, responses, keep_increments, store)
-        batches = batches_of(shape, samples, seed, batch_size, checks, checkpoint, progress)
-        return run, batches, resumed(checkpoint, run, batches)
-
-    return together(prepare, group)
+    """What to measure, in which batches, and what of it the checkpoint holds; arguments as in `measure`."""
+    run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses, keep_increments, store)
+    batches = batches_of(shape, samples, seed, batch_size, checks, checkpoint, progress)
+    return run, batches, resumed(checkpoint, run, batches)
 
 
 def batches_of(
