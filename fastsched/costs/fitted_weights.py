@@ -44,8 +44,8 @@ def surrogate_runs(
         return surrogate.run(levels, solver, secants, offsets)
     levels = np.asarray(levels, dtype=np.float64)
     known = secants or surrogate.secants or Secants.none(surrogate.vectors)
-    found = SurrogateRuns(surrogate, known, len(levels), offsets)
     with np.errstate(divide="ignore", invalid="ignore"):
+        found = SurrogateRuns(surrogate, known, levels[:, :-1], offsets)
         _run(found, (norms or surrogate.norms).metric, levels, weights)
     return found
 
@@ -56,20 +56,18 @@ def _run(found: SurrogateRuns, metric: Array, levels: Array, given: Array | None
     ``found`` calls the surrogate; the ends and the weights are written to it.
     """
     surrogate, y, rho = found.surrogate, found.end, 1 / levels
-    distinct, which = np.unique(levels[:, :-1], return_inverse=True)  # schedules of a descent share most levels
-    on_path, which = surrogate.on_path(distinct), which.reshape(levels[:, :-1].shape)
     increments, last = len(surrogate.s) - 1, levels.shape[1] - 2
     # At first UniPC's weights ``b0``; each row is replaced when its step is taken.
     weights = stock_weights(NEAREST_STOCK, nodes_of_levels(surrogate.process, levels)) if given is None else given
     differences = _Differences(len(y), last, metric)
     for n in range(last + 1):
-        differences.add(found.denoise_at(y, on_path[which[:, n]]))
+        differences.add(found.denoise(y, levels[:, n]))
         step = (rho[:, n + 1] - rho[:, n])[:, None]
         b = weights[:, n, :n]
         if given is None:
             if n < last:
                 target = -y
-                target[:, :increments] += on_path.state[which[:, n + 1]]
+                target[:, :increments] += found.on_path(levels[:, n + 1]).state
                 target /= step
             else:
                 target = np.zeros_like(y)

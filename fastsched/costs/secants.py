@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastsched.costs.norms import Array
 
@@ -41,6 +42,27 @@ class RunSecants:
     damping: Array
     offsets: Array
     unit: float
+
+
+@dataclass(frozen=True, eq=False)
+class LevelSecants:
+    """The secants of deviated paths at C levels, interpolated.
+
+    Attributes:
+        deviations: ``a_m``, [C, M, V].
+        residuals: ``r_m``, [C, M, V].
+        products: The deviations times the metric, [C, M, V].
+        system: The damped Gram matrices of the deviations, [C, M, M].
+    """
+
+    deviations: Array
+    residuals: Array
+    products: Array
+    system: Array
+
+    def __getitem__(self, which: NDArray[np.intp]) -> LevelSecants:
+        """The secants of the levels with indices ``which``."""
+        return LevelSecants(*(values[which] for values in vars(self).values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,21 +94,22 @@ class Secants:
         """V, the number of vectors."""
         return len(self.metric)
 
-    def answer(self, evaluation: int, lam: Array, away: Array, offset: Array | None = None) -> tuple[Array, Array]:
+    def answer(
+        self, evaluation: int, known: LevelSecants, away: Array, offset: Array | None = None
+    ) -> tuple[Array, Array]:
         """The secants' answers to deviations, without the scalar Jacobian's part.
 
         Args:
             evaluation: The index of the evaluation in its run.
-            lam: ``lambda`` of the deviations, [C].
+            known: The secants at the levels of the deviations, `at` their ``lambda``.
             away: The deviations, [C, V].
             offset: ``log(s_told / s)``, if the network is told ``s_told`` and the state's level is ``s``, [C].
 
         Returns:
             The answers ``sum_m c_m r_m``, and the explained part ``sum_m c_m a_m`` of the deviations, both [C, V].
         """
-        distinct, which = np.unique(lam, return_inverse=True)
-        known = [each[which] for each in self._at(distinct)]
-        deviations, residuals, products, system = self._with_run(evaluation, *known) if self.runs else known
+        used = self._with_run(evaluation, known) if self.runs else known
+        deviations, residuals, products, system = vars(used).values()
         if deviations.shape[1] == 0:
             return np.zeros_like(away), np.zeros_like(away)
         right = products @ away[:, :, None]
@@ -116,31 +139,40 @@ class Secants:
         crossed = self._products[:-1] @ self.deviations[1:].transpose(0, 2, 1)
         return own, crossed + crossed.transpose(0, 2, 1)
 
-    def _at(self, lam: Array) -> tuple[Array, Array, Array, Array]:
-        """Deviations, residuals, their products with the metric, [C, M, V], and the damped system, [C, M, M]."""
+    def at(self, lam: Array) -> LevelSecants:
+        """The secants of deviated paths at ``lambda`` [C], interpolated linearly between their levels."""
         after = np.clip(np.searchsorted(self.lam, lam, side="right"), 1, len(self.lam) - 1)
         t = (lam - self.lam[after - 1]) / (self.lam[after] - self.lam[after - 1])
         t = np.clip(t, 0.0, 1.0)[:, None, None]
         mix = lambda values: (1 - t) * values[after - 1] + t * values[after]
         own, crossed = self._grams
         system = (1 - t) ** 2 * own[after - 1] + t * (1 - t) * crossed[after - 1] + t**2 * own[after]
-        return mix(self.deviations), mix(self.residuals), mix(self._products), _damped(system)
+        return LevelSecants(mix(self.deviations), mix(self.residuals), mix(self._products), _damped(system))
 
-    def _with_run(
-        self, evaluation: int, deviations: Array, residuals: Array, products: Array, system: Array
-    ) -> tuple[Array, Array, Array, Array]:
-        """The results of `_at` with the secants of runs at this evaluation appended."""
-        found = self.runs[evaluation]
-        own = found.deviations @ self.metric
-        crossed = products @ found.deviations.T  # [C, M, m]
-        square = own @ found.deviations.T + found.unit * np.outer(found.offsets, found.offsets)
-        square = square + np.diag(found.damping * np.diag(square))
-        each = lambda values: np.broadcast_to(values, (len(deviations), *values.shape))
+    @cached_property
+    def _of_runs(self) -> list[tuple[Array, Array]]:
+        """Of the runs' secants at each evaluation, the products with the metric, [m, V], and the damped system."""
+        found = []
+        for run in self.runs:
+            own = run.deviations @ self.metric
+            square = own @ run.deviations.T + run.unit * np.outer(run.offsets, run.offsets)
+            found.append((own, square + np.diag(run.damping * np.diag(square))))
+        return found
+
+    def _with_run(self, evaluation: int, known: LevelSecants) -> LevelSecants:
+        """``known`` with the secants of runs at this evaluation appended."""
+        found, (own, square) = self.runs[evaluation], self._of_runs[evaluation]
+        crossed = known.products @ found.deviations.T  # [C, M, m]
+        each = lambda values: np.broadcast_to(values, (len(crossed), *values.shape))
         join = lambda first, second: np.concatenate([first, each(second)], axis=1)
-        above = np.concatenate([system, crossed], axis=2)
+        above = np.concatenate([known.system, crossed], axis=2)
         below = np.concatenate([crossed.transpose(0, 2, 1), each(square)], axis=2)
-        whole = np.concatenate([above, below], axis=1)
-        return join(deviations, found.deviations), join(residuals, found.residuals), join(products, own), whole
+        return LevelSecants(
+            join(known.deviations, found.deviations),
+            join(known.residuals, found.residuals),
+            join(known.products, own),
+            np.concatenate([above, below], axis=1),
+        )
 
 
 def _damped(system: Array) -> Array:

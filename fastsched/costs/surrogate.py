@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -57,7 +58,11 @@ class Answers(Protocol):
         """V, the number of known vectors."""
         ...
 
-    def answer(self, evaluation: int, lam: Array, away: Array, offset: Array | None = None) -> tuple[Array, Array]:
+    def at(self, lam: Array) -> Any:
+        """As `Secants.at`: what `answer` needs to know about levels, one row for each."""
+        ...
+
+    def answer(self, evaluation: int, known: Any, away: Array, offset: Array | None = None) -> tuple[Array, Array]:
         """As `Secants.answer`."""
         ...
 
@@ -265,10 +270,11 @@ class Surrogate:
         method, levels = get_solver(solver), np.asarray(levels, dtype=np.float64)
         later = method.model_calls(levels.shape[1] - 1) - 1 if passed_on else 0
         known = secants or self.secants or Secants.none(self.vectors)
-        found = SurrogateRuns(self, known, len(levels), offsets, later)
         column = lambda value: np.asarray(value)[..., None]
         with np.errstate(divide="ignore", invalid="ignore"):
             nodes = nodes_of_levels(self.process, levels)
+            stages = [] if method.stage is None else [1 / method.stage(*pair).rho for pair in pairwise(nodes[:-1])]
+            found = SurrogateRuns(self, known, np.column_stack([levels[:, :-1], *stages]), offsets, later)
             queries = integration(nodes, method, found.end, s=list(levels.T), number=column)
             found.end = answered(queries, found.denoise)
         return found
@@ -289,6 +295,8 @@ class Surrogate:
 class SurrogateRuns:
     """C runs of a sampler on a surrogate at once. It takes the network's place, and keeps the deviations of the states.
 
+    The path and the secants are looked up once, at all the levels [C, evaluations] that it will be asked at.
+
     Attributes:
         surrogate: The surrogate.
         secants: The secants.
@@ -299,11 +307,14 @@ class SurrogateRuns:
     """
 
     def __init__(
-        self, surrogate: Surrogate, secants: Answers, count: int, offsets: Array | None = None, later: int = 0
+        self, surrogate: Surrogate, secants: Answers, levels: Array, offsets: Array | None = None, later: int = 0
     ) -> None:
         self.surrogate, self.secants, self.offsets = surrogate, secants, offsets
-        self.end = np.zeros((count, secants.vectors + later))
+        self.end = np.zeros((len(levels), secants.vectors + later))
         self.weights: Array | None = None
+        self._distinct = np.unique(levels)  # schedules of a descent share most levels
+        self._path_at = surrogate.on_path(self._distinct)
+        self._secants_at = secants.at(self._path_at.lam)
         self._away: list[Array] = []
         self._unexplained: list[Array] = []
         self._known: list[OnPath] = []
@@ -347,21 +358,22 @@ class SurrogateRuns:
         path = uncorrelated(passed_on * self.surrogate.path_errors(lam), lam, self.surrogate.spacing)
         return norms.sum_squared(uncorrelated(passed_on * answers, lam, CORRELATION_LENGTH)) + (path**2).sum(1)
 
+    def on_path(self, s: Array) -> OnPath:
+        """The path and the model around it at levels ``s`` [C]."""
+        return self._path_at[np.searchsorted(self._distinct, s)]
+
     def denoise(self, y: Array, s: Array) -> Array:
         """Coefficients of ``D - D_0`` [C, V] at levels ``s`` [C], where ``y - y_0`` has coefficients ``y``."""
-        distinct, which = np.unique(s, return_inverse=True)  # schedules of a descent share most levels
-        return self.denoise_at(y, self.surrogate.on_path(distinct)[which])
-
-    def denoise_at(self, y: Array, known: OnPath) -> Array:
-        """As `denoise`, with the path at the levels already looked up in ``known``."""
         n, vectors, evaluation = len(self.surrogate.s) - 1, self.secants.vectors, len(self._away)
+        rows = np.searchsorted(self._distinct, s)
+        known = self._path_at[rows]
         away = y.copy()
         away[:, :n] -= known.state
         away *= np.where(np.isinf(known.s), 0.0, known.s)[:, None]
         found = known.jacobian[:, None] * away
         away = away[:, :vectors]
         offset = None if self.offsets is None else self.offsets[:, evaluation]
-        answer, explained = self.secants.answer(evaluation, known.lam, away, offset)
+        answer, explained = self.secants.answer(evaluation, self._secants_at[rows], away, offset)
         found[:, :vectors] += answer
         found[:, :n] += known.denoised
         if evaluation > 0:

@@ -350,7 +350,7 @@ class PipelineRunner:
         scheduler, _ = applied(schedule, self.pipe.scheduler)
         with ONE_CALL, watched(self.pipe) as watch, attributes_set(self.pipe, scheduler=scheduler):
             run = StartFromNoise(scheduler, self.stats.seeds[done:], schedule, watch, self.advance, self._owned)
-            call(self.pipe, schedule.steps, arguments, lambda: run.left)
+            call(self.pipe, schedule.steps + 1, arguments, lambda: run.left)  # it adds the step that returns the noise
             run.check_ended()
         return run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,15 +33,17 @@ from fastsched.sampling.schedule import Schedule
 
 #: Attributes in which schedulers list a value for each step, and which pipelines read.
 TABLES = ("timesteps", "sigmas")
+#: Arguments of ``set_timesteps`` that tell the number of steps.
+ASKED = ("num_inference_steps", *TABLES)
 
 
 class StartFromNoise:
     """Makes a scheduler (a copy) begin at given noise, and records its steps.
 
     A pipeline draws its own first latents and calls its network on them before it calls the scheduler. So the pipeline
-    is shown timesteps and sigmas in which the first one is repeated: the first step returns the noise, and the
-    scheduler starts again. The networks' arguments are compared between steps, as in a measurement, because the
-    statistics may come from an earlier one.
+    is asked for one step more than the schedule's, and shown timesteps and sigmas in which the first one is repeated:
+    the first step returns the noise, and the scheduler starts again. The networks' arguments are compared between
+    steps, as in a measurement, because the statistics may come from an earlier one.
 
     Some pipelines copy their scheduler, to step other latents beside these (sound beside a video). Those latents begin
     at noise of their own, as in a measurement, and are not recorded.
@@ -117,7 +120,10 @@ class StartFromNoise:
         """Replaces the scheduler's ``set_timesteps``."""
         if self.left == 0:  # the run has ended, and the pipeline only resets its scheduler
             return
-        self._arguments, self.left = (args, kwargs), None
+        asked = inspect.signature(self._set_timesteps).bind(*args, **kwargs)
+        for name in [each for each in ASKED if each in asked.arguments]:
+            asked.arguments[name] = _without_added_step(asked.arguments[name])
+        self._arguments, self.left = (asked.args, asked.kwargs), None
         self._set()
         self._levels = self.convention.levels(torch.as_tensor(self.scheduler.timesteps[1:]).cpu().double())
         if self._schedule.network_sigmas is not None:  # then the timesteps are not those of the states' levels
@@ -188,6 +194,11 @@ class StartFromNoise:
         assert self.left is not None
         self.end, self.left = self._returned.chunk(self._copies)[0], self.left - 1
         return result
+
+
+def _without_added_step(asked: Any) -> Any:
+    """A number of steps, or a list of their timesteps, without the step that `StartFromNoise` adds to a run."""
+    return asked if asked is None else asked - 1 if isinstance(asked, int) else asked[:-1]
 
 
 class _Replaced(Override):

@@ -62,7 +62,11 @@ class KnownAnswers:
     first: int
     vectors: int
 
-    def answer(self, evaluation: int, lam: Array, away: Array, offset: Array | None = None) -> tuple[Array, Array]:
+    def at(self, lam: Array) -> Array:
+        """Nothing needs to be known about the levels."""
+        return lam
+
+    def answer(self, evaluation: int, known: Array, away: Array, offset: Array | None = None) -> tuple[Array, Array]:
         """As `Secants.answer`, with the run's residual as the answer, and the whole deviation explained."""
         answer = np.zeros_like(away)
         answer[:, self.first + evaluation] = 1.0

@@ -25,7 +25,7 @@ def test_answers_by_least_squares_between_levels(t):
     r = (1 - part) * known.residuals[below] + part * known.residuals[below + 1]
     system = a @ a.T + secants.GRID_DAMPING * np.trace(a @ a.T) / 2 * np.eye(2)
     c = np.linalg.solve(system, a @ away.T).T
-    answer, explained = known.answer(0, np.full(5, t), away)
+    answer, explained = known.answer(0, known.at(np.full(5, t)), away)
     np.testing.assert_allclose(answer, c @ r, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(explained, c @ a, rtol=1e-10, atol=1e-12)
 
@@ -33,12 +33,12 @@ def test_answers_by_least_squares_between_levels(t):
 def test_beyond_the_levels_the_nearest_counts():
     known, away = planted(), np.ones((1, 6))
     for outside, nearest in ((-1.0, 0.0), (9.0, 2.0)):
-        found, expected = known.answer(0, np.array([outside]), away), known.answer(0, np.array([nearest]), away)
+        found, expected = (known.answer(0, known.at(np.array([lam])), away) for lam in (outside, nearest))
         np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_without_secants_nothing_is_answered():
-    answer, explained = Secants.none(3).answer(0, np.array([0.5]), np.ones((1, 3)))
+    answer, explained = Secants.none(3).answer(0, Secants.none(3).at(np.array([0.5])), np.ones((1, 3)))
     assert not answer.any()
     assert not explained.any()
 

@@ -202,7 +202,7 @@ def test_secants_of_responses_are_met_again(measured_mixture):
     secants = surrogate.secants
     for g in range(1, len(secants.lam)):
         away = secants.deviations[g]
-        answer, explained = secants.answer(0, np.repeat(secants.lam[g], len(away)), away)
+        answer, explained = secants.answer(0, secants.at(np.repeat(secants.lam[g], len(away))), away)
         size = float(np.sqrt(np.einsum("mv,vu,mu->m", away, secants.metric, away).max()))
         for found, expected in ((answer, secants.residuals[g]), (explained, away)):
             left = found - expected

@@ -66,6 +66,31 @@ def test_a_pipeline_that_reads_the_sigmas_is_run_at_the_right_levels(name, solve
     check_same(found, fitted(oracle_pipeline(SCHEDULERS[name](), mixture()), steps, solver=solver))
 
 
+class Listing(OraclePipeline):
+    """Makes a list with an entry for each of its steps, as Ideogram4 does, and gives its scheduler a list of sigmas."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=50, images=2, output_type="latent", listed=True):
+        sigmas = torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
+        self.scheduler.set_timesteps(**({"sigmas": sigmas} if listed else {"num_inference_steps": num_inference_steps}))
+        scales = [1.0] * num_inference_steps
+        latents = torch.randn(images, *SHAPE)
+        for i, t in enumerate(self.scheduler.timesteps):
+            output = scales[i] * self.unet(latents, t)[0]
+            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+        assert i == len(scales) - 1
+        return latents
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("solver", [None, "fitted"])
+def test_a_pipeline_may_make_a_list_by_its_number_of_steps(listed, solver):
+    scheduler = SCHEDULERS["flow euler"]()
+    pipe = Listing(OracleUNet().answer_for(scheduler, mixture()), scheduler)
+    found = fitted(pipe, solver=solver, listed=listed)
+    check_same(found, fitted(oracle_pipeline(SCHEDULERS["flow euler"](), mixture()), solver=solver))
+
+
 class UncopiedUNet(OracleUNet):
     def __deepcopy__(self, memo):
         raise AssertionError("a network is copied with the scheduler")

@@ -155,7 +155,8 @@ def test_a_run_is_the_surrogate_and_its_residuals(measured, solver):
     torch.testing.assert_close(ends(KnownAnswers(first, first + more)), error, rtol=1e-4, atol=2e-5)
     coupled = rollout_of(denoiser, stats, dataclasses.replace(schedule, network_sigmas=None))
     assert float((coupled.ends - run.ends).norm()) > 0.01 * float(error.norm())
-    assert Secants.none(3).answer(0, np.zeros(1), np.zeros((1, 3)), np.ones(1))[0].shape == (1, 3)
+    none = Secants.none(3)
+    assert none.answer(0, none.at(np.zeros(1)), np.zeros((1, 3)), np.ones(1))[0].shape == (1, 3)
 
 
 def test_parameters_of_a_neighbourhood(measured):

@@ -103,7 +103,7 @@ def answers(deviations, levels, metric, away, lam=0.0, offsets=None, offset=None
     told = np.zeros(len(levels)) if offsets is None else np.array(offsets)
     runs = (np.array(each)[:, None] for each in (levels, deviations, n + np.arange(len(levels)), told))
     known = with_runs(Secants.none(n), *runs, 0, metric, 0.5)
-    return known.answer(0, np.full(len(away), lam), away, offset)
+    return known.answer(0, known.at(np.full(len(away), lam)), away, offset)
 
 
 def test_secants_of_a_linear_map_are_exact_on_what_was_seen(monkeypatch):
