@@ -212,12 +212,17 @@ def profile(
     return found
 
 
+def few_levels(device: torch.device) -> int:
+    """The number of levels of the measurement that `profile` runs."""
+    return 16 if device.type == "cuda" else 4
+
+
 def _profile(runs: Any, steps: int) -> Profile:
     with _peak(runs.device) as peak:
         own = runs.sampling(steps)
     fitted = runs.sampling_fitted(steps)
     with _peak(runs.device) as measuring_peak:
-        measuring = runs.measuring(levels=16 if runs.device.type == "cuda" else 4)
+        measuring = runs.measuring(levels=few_levels(runs.device))
     times = (
         StepTimes.of("the scheduler that is there", own),
         StepTimes.of("a fitted schedule", fitted),

@@ -259,3 +259,9 @@ def test_profile_says_its_cost_first(folder, tmp_path):
     result = run(*model, "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)
+
+
+def test_profile_announces_the_longer_measurement_of_a_gpu(folder, monkeypatch):
+    model = ("profile", f"{folder / 'my_model.py'}:build", "--shape", "2,3", "--steps", "3", "-q", "--dry-run")
+    monkeypatch.setattr(fs.Denoiser, "device", torch.device("cuda"))
+    assert run(*model).stderr == "model calls (a batch of 4 counts as 4): about 36\n"  # 2 * 3, and 30 on 16 levels
