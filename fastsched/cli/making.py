@@ -55,12 +55,14 @@ def measure(
     prompt: shell.Prompts = None,
     call: shell.CallOptions = None,
     scheduler: shell.Scheduler = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted measurement in OUTPUT.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a denoiser's measurement in OUTPUT.")] = False,
     overwrite: shell.Overwrite = False,
     dry_run: shell.DryRun = False,
     quiet: shell.Quiet = False,
 ) -> None:
     """Measure a model, once for all schedules. Takes 2 LEVELS - 2 model calls per sample and 7 checks.
+
+    For a pipeline it is 2 LEVELS per sample.
 
     A denoiser is given as a function without arguments that returns a fastsched.Denoiser:
 
@@ -92,6 +94,7 @@ def measure(
     note(f"{stats.samples} paths over {stats.levels} levels, {stats.model_calls:,} model calls; wrote {output}")
 
 
+@shell.errors_in_a_line()  # an interrupt leaves no file to resume
 @shell.prints_on_stderr()
 def _measured_pipeline(source: inputs.Source, samples: str | None, dry_run: bool, **settings: int) -> PathStatistics:
     """Statistics of a pipeline."""
@@ -207,7 +210,7 @@ def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool
         options = {"solver": solver, "prompts": source.prompts, **given} | options
     else:
         measuring = lambda levels, count: spending.measuring_calls(model, levels, count, responses)
-        # With --stats the paths are followed again: a file does not hold the increments that tuning needs.
+        # With --stats the paths are followed again, unless the file holds the increments that tuning needs.
         repeating = partial(_repeating_calls, model)
         cost = spending.say_fitting(measuring, options, dry_run, repeating)
         options = source.running | options | {"shape": given, "solver": solver or "dpmpp_2m"}
@@ -217,11 +220,12 @@ def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool
 
 
 def _repeating_calls(model: Denoiser, stats: PathStatistics) -> int:
-    """The model calls of following the paths of statistics once more."""
+    """The model calls of following the paths of statistics once more; none if the file has their increments."""
     try:
-        return spending.measuring_calls(model, stats.s, stats.samples, bool(stats.deviated), checks=False)
+        calls = spending.measuring_calls(model, stats.s, stats.samples, bool(stats.deviated), checks=False)
     except ValueError as error:
         raise ValueError(f"stats are of another noise process than this model's: {error}") from None
+    return calls if stats.increments is None else 0
 
 
 def _check_scheduler(scheduler: Any, steps: int, solver: str | None, decoupled: bool) -> None:

@@ -91,6 +91,19 @@ def test_fit_takes_earlier_statistics_and_spends_no_measurement(folder, model, t
     assert f"{3 * 94} to measure, at most 740" in again.stderr  # the same paths again, for their increments
 
 
+def test_statistics_with_increments_need_no_second_measurement(model, tmp_path):
+    oracle = fs.oracles.Gaussian(0.5, (2, 3))
+    denoiser = fs.Denoiser.from_denoiser(oracle.denoise, 0.002, 80.0)
+    stats = fs.measure(denoiser, (2, 3), levels=12, samples=2, keep_increments=True, progress=False)
+    stats.save(tmp_path / "s.safetensors", vectors=True)
+    given = ("--steps", "4", "--shape", "2,3", "--stats", tmp_path / "s.safetensors", "--model-calls", "60", "-q")
+    result = run("fit", model, *given, "-o", tmp_path / "a.json")
+    assert result.exit_code == 0, result.stderr
+    assert "0 to measure, at most 60 to run" in result.stderr
+    found = fs.Schedule.load(tmp_path / "a.json")
+    assert stats.model_calls < found.origin.model_calls <= stats.model_calls + 1 + 60  # one call tells the network
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [

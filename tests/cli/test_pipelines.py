@@ -42,6 +42,15 @@ def test_measure_is_that_of_the_library(saved, pipe, tmp_path):
     assert ["pipeline", "DDIMPipeline"] in [line.split() for line in run("info", output).stdout.splitlines()]
 
 
+def test_an_interrupted_measurement_names_no_file_to_resume(saved, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fs.diffusers, "measure", interrupted)
+    result = run("measure", saved, "-q", "-o", tmp_path / "s.safetensors")
+    assert (result.exit_code, one_line(result)) == (130, "interrupted; nothing was written")
+
+
 def test_fit_is_that_of_the_library(saved, pipe, tmp_path):
     output = tmp_path / "a.json"
     common = ("fit", saved, "--steps", "4", "--levels", "10", "--samples", "1", "--model-calls", "50", "-q")
