@@ -42,7 +42,8 @@ def klub(
 
     ``M[k, i] = E ||D_k - D_i||^2`` along forward noising paths is taken as piecewise linear in ``log s`` and integrated
     against ``ds / s^3`` exactly. Without data the paths start from samples of the denoiser itself, the ends of
-    probability-flow paths, which take as many calls again. A batch keeps ``2 N`` states per sample in memory.
+    probability-flow paths, which take as many calls again, and more where `fastsched.costs.stein_corrector` says that a
+    path has extra levels. A batch keeps ``2 N`` states per sample in memory.
 
     The arguments are those of `fastsched.costs.states.StateSource`, and ``progress``, which shows a progress bar.
 

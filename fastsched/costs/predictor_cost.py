@@ -58,13 +58,14 @@ def stein_predictor(
 ) -> CostMatrix:
     """``L_p(i, j)``, the Stein divergence after one Euler step between noise levels (equation in the module docstring).
 
-    The network must support forward-mode derivatives (`torch.func.jvp`). A step takes one evaluation, one gradient per
-    probe, and one derivative per probe for each iteration of its two linear systems: about 5 between neighbours, more
-    between distant levels. Where the true cost is close to 0 an unbiased estimate may be negative: its noise falls as
-    ``step^2`` but the cost as ``step^4``. On a fine grid use many samples or ``probes=None``. With probes ``J`` is
-    assumed symmetric, as it is for an exact denoiser. If a trained network's ``J`` is far from symmetric, long steps do
-    not converge; a warning says so, and ``probes=None`` is needed. Use float64 for a network that predicts x0 at levels
-    far below the data's standard deviation, where its score is a small difference.
+    The network must support forward-mode derivatives (`torch.func.jvp`). A step takes one evaluation, one derivative,
+    one gradient per probe, and one derivative per probe for each iteration of its two linear systems: about 5 between
+    neighbours, more between distant levels. States take evaluations as in `fastsched.costs.stein_corrector`. Where the
+    true cost is close to 0 an unbiased estimate may be negative: its noise falls as ``step^2`` but the cost as
+    ``step^4``. On a fine grid use many samples or ``probes=None``. With probes ``J`` is assumed symmetric, as it is for
+    an exact denoiser. If a trained network's ``J`` is far from symmetric, long steps do not converge; a warning says
+    so, and ``probes=None`` is needed. Use float64 for a network that predicts x0 at levels far below the data's
+    standard deviation, where its score is a small difference.
 
     The arguments are those of `fastsched.costs.states.StateSource`, ``progress``, which shows a progress bar, and
 

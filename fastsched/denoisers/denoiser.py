@@ -165,6 +165,8 @@ class Denoiser:
     ) -> Denoiser:
         """From ``fn(x, t) -> v = alpha * eps - sigma * x0``; arguments and errors as in `from_epsilon`.
 
+        The last of ``alphas_cumprod`` may be 0 here (zero terminal SNR).
+
         Source: Salimans & Ho 2022 (arXiv 2202.00512).
         """
         validate.arguments(locals(), alphas_cumprod=validate.anything)

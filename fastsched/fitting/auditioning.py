@@ -113,7 +113,7 @@ def audition(
         stats: What `fastsched.measure` returned.
         steps: Steps of the candidates.
         solver: A solver's name.
-        candidates: Schedules by name, each of ``steps`` steps; `fastsched.fitting.candidates` makes them when None.
+        candidates: Schedules by name, each of ``steps`` steps; when None, up to six of `fastsched.fitting.candidates`.
         samples: How many of the statistics' samples to use; all when None.
         batch_size: Samples run at once; all when None.
         device: Where to run; where the network's parameters are when None.

@@ -125,7 +125,7 @@ def _why_not_tuned(stats: PathStatistics, steps: int) -> str:
     if steps == 1:
         return "a schedule of one step is not tuned"
     if stats.increments is None:
-        return "tuning needs the increments of the measured paths, which files and measurements for audition=False lack"
+        return "tuning needs the increments of the measured paths, which these statistics lack (keep_increments=True)"
     return "model_calls does not suffice to tune; allow more"
 
 

@@ -58,7 +58,7 @@ def measure(
     Their responses ``D(z') - D(z)`` show how errors are passed on (`fastsched.measurement.deviated_paths`).
 
     No gradients are taken, so compiled, quantised and guided models work. Cost: ``2 N - 2`` calls per sample for an
-    even N, N without responses, and 7 to check the network. An interrupt (Ctrl-C) returns the finished paths, with a
+    even N, N without responses, and 7 checks, more if a network is unusual. Ctrl-C returns the finished paths, with a
     warning, but not in a group. Warns if random numbers are drawn, or if 16-bit outputs add 1% to squared increments.
 
     Args:
@@ -70,7 +70,7 @@ def measure(
         keep_increments: Whether to keep increments and responses, ``2 N`` images per sample, for `fastsched.tune`.
         seed: The seed of the noises. Sample ``n`` is the same for any ``samples`` and ``batch_size``.
         batch_size: Paths at once, each ``2 N + 10`` float32 states; None: as many as fit, or 1 with a checkpoint.
-        store: Where ``2 N - 3`` of these states are: ``"cpu"`` or ``"device"`` (None: if half of its memory is enough).
+        store: Where ``2 N - 3`` of them are, ``"cpu"`` or ``"device"``; None: the latter if half its memory is enough.
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None. States stay float32.
         checks: Whether to check first that the network is a denoiser (`fastsched.measurement.network_checks`).

@@ -42,8 +42,8 @@ class PathStatistics:
         response_cross: ``<r_i, e_q>`` of the responses ``r`` of the deviated paths, one path after the other,
             [B, R, N-1] float64; None without responses.
         response_gram: ``<r_i, r_j>``, [B, R, R] float64; None without responses.
-        increments: The ``e_q`` themselves, [B, N-1, d] float32, if they were kept; not saved.
-        responses: The ``r_i`` themselves, [B, R, d] float32, if they were kept; not saved.
+        increments: The ``e_q`` themselves, [B, N-1, d] float32, if they were kept; saved only with ``vectors=True``.
+        responses: The ``r_i`` themselves, [B, R, d] float32, if they were kept; saved only with ``vectors=True``.
         fingerprint: The network's fingerprint (`fastsched.measurement.fingerprints`); None if not known.
         origin: What was measured, and when; None if not known.
     """

@@ -66,9 +66,9 @@ def level_increment_gram(
             Unused without ``X``.
         c: Coefficients of ``R``, ``[N]``, likewise.
         per_sample: Return one matrix per sample instead of their mean.
-        precision: Products of the Triton kernel: ``"bf16x3"`` (off-diagonal entries within about 2e-6 of
-            ``||e_p|| ||e_q||``), ``"tf32x3"`` (stricter) or ``"ieee"`` (float32, slow). The diagonal is
-            float32 in all of them. PyTorch always uses float32 or better.
+        precision: Products of the Triton kernel: ``"bf16x3"`` (off-diagonal entries within 5e-5 of
+            ``||e_p|| ||e_q||``, typically 5e-6 at most), ``"tf32x3"`` (stricter) or ``"ieee"`` (float32, slow). The
+            diagonal is float32 in all of them. PyTorch always uses float32 or better.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:

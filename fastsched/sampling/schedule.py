@@ -47,9 +47,9 @@ class Schedule:
         timesteps: The network's timestep at each sigma but the last, [steps] float64; None for models that are
             given sigma.
         predicted_error: Predicted ``E ||x0 - x0_converged||^2`` from the same noise, summed over a sample's elements.
-        weights: The fitted solver's (`fastsched.sampling.fitted`), [steps, steps] float64; None for stock solvers.
         measured_error: The same, measured by running the sampler in `fastsched.audition` or `fastsched.fit`: the power
             mean over their samples. The schedule was tuned on these, so the error of new noises is usually larger.
+        weights: The fitted solver's (`fastsched.sampling.fitted`), [steps, steps] float64; None for stock solvers.
         network_sigmas: With decoupled levels, the sigma that the network is given at each step, [steps] float64; None
             if it is that of the state. `timesteps` are those of these sigmas.
         origin: What it was chosen for, and how; None if it is not known. Schedules are equal (``==``) if a sampler

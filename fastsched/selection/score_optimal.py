@@ -44,7 +44,7 @@ def score_optimal_schedule(
     Algorithm 1 (UpdateSchedule) on ``L_c(k, k+1) = v^2 E ||score_{k+1}(z) - score_k(z)||^2``, which
     `fastsched.costs.stein_corrector` estimates on a grid of N levels with ``2 (N - 1)`` model calls per sample. Pure
     noise has no finite score. For a process that starts there, the first node is found at the grid's first finite level
-    and then moved to pure noise.
+    and then moved to pure noise; without data, its path takes one more call.
 
     The arguments ``denoiser``, ``shape``, ``samples``, ``data``, ``velocity``, ``seed``, ``batch_size``, ``device``,
     ``dtype`` and ``progress`` are those of `fastsched.costs.stein_corrector`; ``spare_last`` and ``solver`` are those
