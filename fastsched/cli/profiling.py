@@ -48,7 +48,7 @@ def profile(
         else:
             model, sizes = source.denoiser()
             arguments = {"shape": sizes}
-        device = torch.device(getattr(model, "_execution_device", None) or model.device)
-        spending.say(f"about {2 * steps + measuring_calls(few_levels(device), 1)}", dry_run)
+        place = torch.device(getattr(model, "_execution_device", None) or model.device)
+        spending.say(f"about {2 * steps + measuring_calls(few_levels(place), 1)}", dry_run)
         found = fs.profile(model, steps=steps, trace=trace, **arguments)
     typer.echo(found.to_json() if as_json else str(found))
