@@ -1,12 +1,14 @@
 """The modules that a network uses are found wherever its function reaches them."""
 
+import functools
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fastsched.denoisers.network_modules import modules_of
+from fastsched.denoisers.network_modules import _holds_nothing, modules_of
 
 
 class Holder:
@@ -47,6 +49,8 @@ def _in_places(net):
         "default": lambda z, s, net=net: net(z, s),
         "keyword default": lambda z, s, *, net=net: net(z, s),
         "Python module": lambda z, s: MODULE.net(z, s),
+        "compiled method": functools.partial(holder.predict, s=0).__call__,
+        "wrapped by torch": torch.func.vmap(net),
         "comprehension": lambda z, s: torch.cat([MODULE.net(row[None], s) for row in z]),
     }
 
@@ -55,6 +59,11 @@ def _in_places(net):
 def test_modules_are_found_wherever_a_function_reaches_them(place):
     net = nn.Identity()
     assert modules_of(_in_places(net)[place]) == [net]
+
+
+@pytest.mark.parametrize("thing", [1, 2.0, "net", None, len, torch.cat, np.mean, np.add, np, torch.Tensor, np.float64])
+def test_libraries_and_plain_values_are_not_searched(thing):
+    assert _holds_nothing(thing)
 
 
 def test_methods_that_call_each_other_end_the_search():
