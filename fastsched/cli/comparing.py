@@ -104,7 +104,7 @@ def compare(
     source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet, scheduler)
     usual = (PIPELINE_SAMPLES, PIPELINE_REFERENCE_STEPS) if source.is_pipeline else (SAMPLES, REFERENCE_STEPS)
     run = {"samples": samples or usual[0], "reference_steps": reference_steps or usual[1], "seed": seed}
-    common = lambda process: named | _baselines(process, names, list(named.values()), spare_last)
+    common = lambda process: named | _baselines(process, names, named, spare_last)
     if source.is_pipeline:
         inputs.not_for_pipelines(solver=solver)
         result = _of_pipeline(source, common, sorted({each.steps for each in named.values()}), run, dry_run)
@@ -186,9 +186,12 @@ def _of_pipeline(
 
 
 def _baselines(
-    process: NoiseProcess, names: list[str], schedules: list[Schedule], spare_last: bool
+    process: NoiseProcess, names: list[str], schedules: dict[str, Schedule], spare_last: bool
 ) -> dict[str, Schedule]:
-    """Each baseline at every solver and number of steps of the schedules; dpmpp_2m stands in for the fitted solver."""
+    """Each baseline at every solver and number of steps of the schedules; dpmpp_2m stands in for the fitted solver.
+
+    A baseline of the same name as a schedule is called ``common NAME``.
+    """
     from fastsched import validate
     from fastsched.sampling.schedule import Schedule
     from fastsched.sampling.solvers import FITTED
@@ -197,14 +200,17 @@ def _baselines(
     ranged = ("karras", "exponential", "linear", "kl_optimal", "vp_uniform", "cosine", "beta")
     levels = _trained(process)
     # The fitted solver's weights belong to one schedule, so no baseline can use them.
-    stock = ["dpmpp_2m" if schedule.solver == FITTED else schedule.solver for schedule in schedules]
-    kinds = list(dict.fromkeys(zip(stock, (schedule.steps for schedule in schedules), strict=True)))
+    given = schedules.values()
+    stock = ["dpmpp_2m" if schedule.solver == FITTED else schedule.solver for schedule in given]
+    kinds = list(dict.fromkeys(zip(stock, (schedule.steps for schedule in given), strict=True)))
     added = {}
     for name in names:
         validate.choice("baselines", name, (*ranged, "uniform", "flow_shift"))
         for solver, steps in kinds:
             sigmas = common_sigmas(process, levels, name, steps, spare_last=spare_last)
             label = name if len(kinds) == 1 else f"{name}-{solver}-{steps}"
+            while label in schedules:
+                label = f"common {label}"
             added[label] = Schedule(sigmas, solver, process.kind)
     return added
 

@@ -59,6 +59,15 @@ def test_compare_gives_each_number_of_steps_its_baseline(folder, model):
     assert [(row["name"], row["steps"]) for row in rows[2:]] == [("karras-ddim-4", "4"), ("karras-ddim-6", "6")]
 
 
+def test_a_schedule_with_the_name_of_a_baseline_is_compared_too(folder, model, tmp_path):
+    fs.Schedule.load(folder / "x-4.json").save(tmp_path / "karras.json")
+    common = ("--shape", "2,3", "--samples", "2", "--reference-steps", "10", "-q", "--json")
+    result = run("compare", model, tmp_path / "karras.json", folder / "x-4.json", "--baselines", "karras", *common)
+    rows = {row["name"]: row["mean_error"] for row in json.loads(result.stdout)["rows"]}
+    assert list(rows) == ["karras", "x-4", "common karras"]
+    assert rows["karras"] == rows["x-4"] != rows["common karras"]
+
+
 def test_a_schedule_of_the_fitted_solver_is_compared_with_its_weights(folder, model, tmp_path):
     sigmas = fs.baselines.exponential(5, 0.002, 80.0)
     nodes = nodes_of(load_denoiser(model)[0].process, sigmas)
