@@ -65,6 +65,7 @@ def checked_call(call: Callable[[], object], x: Tensor, condition: Tensor, dtype
         ValueError: As `checked_output`, or with an explanation if the network failed for a known cause (`explained`).
         RuntimeError: If the network raises StopIteration, which would end a loop of the caller without a word.
     """
+    gradients = torch.is_grad_enabled()
     try:
         output = call()
     except StopIteration as error:
@@ -74,6 +75,9 @@ def checked_call(call: Callable[[], object], x: Tensor, condition: Tensor, dtype
         if known is None:
             raise
         raise known from error
+    finally:
+        if torch.is_grad_enabled() != gradients:  # the network turned them on or off, for the code after it too
+            torch.set_grad_enabled(gradients)
     return checked_output(output, x)
 
 

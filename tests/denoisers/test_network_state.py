@@ -107,3 +107,30 @@ def test_buffers_elsewhere_are_left_alone():
 
     denoiser = fs.Denoiser.from_denoiser(Offloaded(), 0.01, 20.0)
     assert fs.measure(denoiser, (16,), levels=8, samples=2, progress=False).samples == 2
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_network_may_turn_gradients_on(name):
+    """Its parameters would spread them to all that is computed from its answers."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, z, s):
+            torch.set_grad_enabled(True)
+            return self.scale * z / (1 + s.reshape(-1, 1) ** 2)
+
+    CALLS[name](fs.Denoiser.from_denoiser(Network().eval(), 0.01, 20.0))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_call_leaves_gradients_on_or_off(before):
+    def network(z, s):
+        torch.set_grad_enabled(not before)
+        return 0.1 * z
+
+    with torch.set_grad_enabled(before):
+        fs.Denoiser.from_denoiser(network, 0.01, 20.0).raw_output(torch.ones(2, 3), 1.0)
+        assert torch.is_grad_enabled() == before
