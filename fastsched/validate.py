@@ -285,7 +285,7 @@ def float64(name: str, values: object) -> Tensor:
         array = np.asarray(values)
         if array.dtype.kind not in "iuf":  # objects, text, truth values, complex numbers
             raise TypeError
-        return torch.tensor(values, dtype=torch.float64, device="cpu")
+        return torch.from_numpy(np.array(array, dtype=np.float64))  # also of a reversed view, or in another byte order
     except (TypeError, ValueError, OverflowError, RuntimeError):
         raise TypeError(f"{name} must be a tensor or a list of numbers, got {shown(values)}") from None
 

@@ -103,3 +103,21 @@ def test_the_block_for_diffusers_runs():
     exec(compile(block, str(GUIDE), "exec"), names)
     assert type(pipe.scheduler).__name__ == "FittedScheduler"
     assert torch.isfinite(names["image"]).all()
+
+
+def test_sigmas_of_any_form_are_given_in_the_precision_of_the_states():
+    from fastsched.sampling.k_diffusion import sample_fitted
+
+    given, x = [], torch.ones(2, 3, dtype=torch.float64)
+
+    def model(x, sigma):
+        given.append(float(sigma[0]))
+        return 0.1 * x
+
+    samples = [
+        sample_fitted(model, x, sigmas, disable=True, weights=WEIGHTS)
+        for sigmas in (SIGMAS["ve"], np.array(SIGMAS["ve"][::-1])[::-1], torch.tensor(SIGMAS["ve"], dtype=x.dtype))
+    ]
+    assert given == 3 * SIGMAS["ve"][:-1]
+    assert torch.equal(samples[0], samples[1])
+    assert torch.equal(samples[0], samples[2])

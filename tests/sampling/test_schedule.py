@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -24,6 +25,13 @@ def test_properties():
     assert FULL.sigmas.dtype == FULL.timesteps.dtype == torch.float64
     assert fs.Schedule([3.0, 1.0, 0.0], "heun").model_calls == 3
     assert "dpmpp_2m, 3 steps, vp: [14.6, 1.5, 2e-05, 0]" in repr(FULL)
+
+
+@pytest.mark.parametrize("kind", [">f8", "<f8", np.longdouble, np.float16, np.int32])
+def test_sigmas_from_any_array_of_numbers(kind):
+    rising = np.array([0, 1, 3], dtype=kind)
+    assert fs.Schedule(rising[::-1], "ddim") == fs.Schedule([3.0, 1.0, 0.0], "ddim")
+    assert rising.tolist() == [0, 1, 3]
 
 
 def test_weights_are_printed_briefly():
