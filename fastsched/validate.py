@@ -112,7 +112,9 @@ def path(name: str, value: object) -> str:
     """Return ``value``, a valid path of a file, as text."""
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name} must be the path of a file, got {shown(value)}")
-    text = os.fsdecode(value)
+    text = os.fspath(value)
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be the path of a file as text (os.fsdecode makes it), got {shown(value)}")
     if not text or "\0" in text:
         raise ValueError(f"{name} must be the path of a file, got {shown(value)}")
     return text

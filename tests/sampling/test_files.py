@@ -145,3 +145,15 @@ def test_the_longest_names_are_written(tmp_path, name):
     check_writable(tmp_path / name)
     write_whole(tmp_path / name, b"x")
     assert os.listdir(tmp_path) == [name]
+
+
+def test_a_path_must_be_text():
+    """As of `os.scandir(b".")`: the parts of a name are joined to text."""
+
+    class Named:
+        def __fspath__(self):
+            return b"schedule.json"
+
+    for action in (fs.Schedule([1.0, 0.0], "ddim").save, fs.Schedule.load, fs.PathStatistics.load):
+        with pytest.raises(TypeError, match="path must be the path of a file as text"):
+            action(Named())
