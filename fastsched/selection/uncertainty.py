@@ -57,7 +57,8 @@ def standard_errors(
         errors.append(schedule.predicted_error)
         logs.append(schedule.sigmas[1:-1].log())  # the first may be infinite
     # Schedules without one sample differ little from each other, so the jackknife multiplies their variance by B - 1.
-    spread = ((count - 1) * torch.stack(logs).var(0, correction=0)).sqrt()
+    moved = torch.stack(logs)  # empty for a single step, of which PyTorch's var would warn
+    spread = ((count - 1) * (moved - moved.mean(0)).square().mean(0)).sqrt()
     spread = torch.cat([spread.new_zeros(1), spread])
     return Uncertainty(
         predicted_error=float(

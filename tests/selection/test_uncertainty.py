@@ -23,6 +23,13 @@ def test_jackknife_by_its_definition():
     assert found.predicted_error == pytest.approx(np.sqrt(4 / 5 * ((errors - errors.mean()) ** 2).sum()))
 
 
+def test_a_single_step_has_no_sigma_that_moves(recwarn):
+    found = fs.standard_errors(measure(samples=2), 1)
+    assert found.log_sigmas.tolist() == [0.0]
+    assert found.predicted_error > 0
+    assert not recwarn.list
+
+
 def test_standard_error_is_the_spread_over_measurements():
     """Of the predicted error of a given number of steps, over 12 measurements of 8 samples each: to a factor of 2.5."""
     runs = [measure(samples=8, seed=seed) for seed in range(12)]
