@@ -379,7 +379,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         check_options(self._parameters, args, kwargs)
         check_timestep(self._index, self._names, timestep, self._verdicts)
         if self._returned is None:
-            check_scaling(self.convention, self.config["scheduler_class"], self._scaled is not None)
+            check_scaling(self.convention, self.config["scheduler_class"], self._scaled, sample)
             if self._own_noise:
                 check_first_latents(sample, self._verdicts)
             return

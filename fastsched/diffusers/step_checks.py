@@ -157,18 +157,29 @@ def noise_alone(process: NoiseProcess, first: Tensor | None, given: Sequence[Any
     return found[0]
 
 
-def check_scaling(convention: Convention, name: str, scales: bool) -> None:
-    """Check that the pipeline calls ``scale_model_input`` if its scheduler's class scales the network's input.
+def check_scaling(convention: Convention, name: str, scaled: Tensor | None, sample: Tensor) -> None:
+    """Check that the pipeline scales its latents, and only these, if its scheduler's class scales the network's input.
 
     Args:
         convention: The scheduler's convention.
         name: The scheduler's class.
-        scales: Whether the pipeline called ``scale_model_input``.
+        scaled: What the pipeline called ``scale_model_input`` for; None if it did not.
+        sample: The latents, which the pipeline may have laid out in another way since.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If it does not scale them, or joins them with something else first.
     """
-    if not scales and convention.scales_input:
+    if not convention.scales_input:
+        return
+    given, own = ([*each.shape[1:]] for each in (sample if scaled is None else scaled, sample))
+    longer = [n - m for n, m in zip(given, own, strict=True)] if len(given) == len(own) else [0]
+    if min(longer, default=0) >= 0 and any(longer):
+        raise ValueError(
+            f"the pipeline calls scheduler.scale_model_input with shape {given} a sample for latents of {own}: what it "
+            f"gives its network beside the latents (an image?) is scaled by the level too, because {name} scales the "
+            "network's input; use a scheduler that scales nothing, as DDIMScheduler and DPMSolverMultistepScheduler"
+        )
+    if scaled is None:
         raise ValueError(
             f"the pipeline does not call scheduler.scale_model_input, and the states of {name} are no input of the "
             "network without it; give the pipeline the scheduler that it was written for, or one that leaves the "
@@ -219,8 +230,9 @@ def check_timestep(index: int, timesteps: Tensor, timestep: Any, verdicts: Verdi
         away = {abs(value - expected): value for value in found.tolist()}
         if not max(away) <= 1e-3 + 1e-3 * abs(expected):
             raise ValueError(
-                f"step {index} was called with timestep {away[max(away)]:g} instead of {expected:g}: the pipeline does "
-                f"not call its network and scheduler once for each of scheduler.timesteps, {INSTEAD}"
+                f"step {index} was called with timestep {away[max(away)]:g} instead of {expected:g}: the pipeline "
+                "rounds scheduler.timesteps, or does not call its network and scheduler once for each of them, "
+                f"{INSTEAD}"
             )
 
     verdicts.note(given if given.numel() == 1 else torch.stack(torch.aminmax(given)), judge)

@@ -63,6 +63,48 @@ def test_latents_that_are_scaled_twice_are_refused_where_the_scheduler_scales(ki
         fs.diffusers.measure(pipe, levels=8, samples=2)
 
 
+@pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "DDIMScheduler"])
+def test_an_image_that_is_scaled_with_the_latents_is_refused_where_the_scheduler_scales(kind):
+    """LDMSuperResolutionPipeline joins latents and image before it calls ``scale_model_input``."""
+
+    class Joined(OraclePipeline):
+        @torch.no_grad()
+        def __call__(self, num_inference_steps=50):
+            self.scheduler.set_timesteps(num_inference_steps)
+            x = torch.randn(2, 2, 2, 2) * self.scheduler.init_noise_sigma
+            for t in self.scheduler.timesteps:
+                given = self.scheduler.scale_model_input(torch.cat([x, torch.ones_like(x)], dim=1), t)
+                output = self.unet(given[:, :2], t, return_dict=False)[0] + 0.1 * given[:, 2:]
+                x = self.scheduler.step(output, t, x, return_dict=False)[0]
+            return x
+
+    scheduler = getattr(diffusers, kind)(**({"clip_sample": False} if kind == "DDIMScheduler" else {}))
+    pipe = Joined(OracleUNet().answer_for(scheduler, MIXTURE), scheduler)
+    if kind == "DDIMScheduler":
+        assert fs.diffusers.measure(pipe, levels=8, samples=2).samples == 2
+        return
+    with pytest.raises(ValueError, match=r"with shape \[4, 2, 2\] a sample for latents of \[2, 2, 2\]"):
+        fs.diffusers.measure(pipe, levels=8, samples=2)
+
+
+def test_a_timestep_that_the_pipeline_rounds_is_refused_with_that_reason():
+    """SkyReelsV2DiffusionForcingPipeline keeps its timesteps in a table of whole numbers."""
+
+    class Rounded(OraclePipeline):
+        @torch.no_grad()
+        def __call__(self, num_inference_steps=50):
+            self.scheduler.set_timesteps(num_inference_steps)
+            x = torch.randn(2, 2, 2, 2)
+            for t in self.scheduler.timesteps.long():
+                x = self.scheduler.step(self.unet(x, t, return_dict=False)[0], t, x, return_dict=False)[0]
+            return x
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = Rounded(OracleUNet().answer_for(scheduler, MIXTURE), scheduler)
+    with pytest.raises(ValueError, match=r"the pipeline rounds scheduler\.timesteps, or does not call"):
+        fs.diffusers.measure(pipe, levels=12, samples=2)
+
+
 def test_a_pipeline_that_computes_with_the_scale_of_the_states_is_refused():
     """Stock classes keep the states' own scale, so an applied schedule of theirs is right there."""
     torch.manual_seed(0)
