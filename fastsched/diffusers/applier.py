@@ -32,6 +32,7 @@ from fastsched.diffusers.overrides import (
     Step,
     StrideStep,
     Timesteps,
+    warn_of_lost_step,
 )
 from fastsched.diffusers.replacement import replacement
 from fastsched.sampling.schedule import Schedule
@@ -83,11 +84,13 @@ def apply(schedule: Schedule, pipe: Any) -> Export:
 
     Warns:
         UserWarning: If the scheduler takes integer timesteps and rounds the schedule by more than 1e-5, or if the
-            schedule was chosen (it has an ``origin``) for another solver than the scheduler's.
+            schedule was chosen (it has an ``origin``) for another solver than the scheduler's, or if the ``step`` of
+            the scheduler object was replaced by hand, before or after.
     """
     check_pipe(pipe)
     scheduler, proof = applied(schedule, pipe.scheduler)
     warn_of_solver(schedule, pipe.scheduler)
+    warn_of_lost_step(pipe.scheduler)
     if not proof.exact:
         measured = "schedules that were measured through this pipeline are not"
         validate.warn(f"{rounds(scheduler, proof)}; {measured}")
@@ -187,6 +190,7 @@ class SetTimesteps(Override):
 
     def _set(self, schedule: Schedule) -> None:
         owner, device = self.owner, self.asked.get("device")
+        warn_of_lost_step(owner)
         Step(owner).put()
         WAYS[self.way](schedule, owner, describe(owner))(owner)
         timesteps = torch.as_tensor(owner.timesteps)

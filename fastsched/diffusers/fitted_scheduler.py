@@ -137,6 +137,9 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             scheduler_config=settings,
             network_sigmas=None if schedule.network_sigmas is None else _plain(schedule.network_sigmas),
         )
+        # Another class has defaults of its own for what was never set.
+        unset = [entry for entry in own.config.get("_use_default_values", ()) if entry not in OWN_ENTRIES]
+        made.register_to_config(_use_default_values=unset)
         made._own = plain_copy(own)  # its attributes may have been changed since it was made
         made._prepare(convention)
         return made

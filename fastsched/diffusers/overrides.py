@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.diffusers.attributes import attributes_set, copied_with
 
 #: Attributes in which multistep classes keep their history, and the value of an empty history.
@@ -107,6 +108,18 @@ class Step(Override):
         ignored = {name for name, value in kwargs.items() if isinstance(value, torch.Generator) or not _counts(value)}
         ignored -= set(self.__signature__.parameters)
         return super().original(*args, **{name: value for name, value in kwargs.items() if name not in ignored})
+
+
+def warn_of_lost_step(scheduler: Any) -> None:
+    """Warn if a ``step`` that was set on the object by hand is about to be replaced."""
+    step = vars(scheduler).get("step")
+    if step is not None and not isinstance(step, Override):
+        name = type(scheduler).__name__
+        validate.warn(
+            f"the step that was set on this {name} object by hand is not used, because an applied schedule sets one of "
+            f"its own; to follow a run use the pipeline's callback, and to change its steps give the pipeline a "
+            f"subclass of {name} with another step, before the schedule is applied",
+        )
 
 
 def _counts(value: Any) -> bool:

@@ -100,6 +100,7 @@ def _owned_step(timeline: Timeline, scheduler: Any, seen: Callable[[Tensor], Non
     owned = partial(_timed_step, timeline=timeline, seen=seen, waits=waits)
 
     def prepared(*args: Any, **kwargs: Any) -> None:
+        vars(scheduler).pop("step", None)
         set_timesteps(*args, **kwargs)
         if scheduler.step is not mine[-1]:  # an applied schedule has set a step of its own
             mine.append(owned(scheduler.step))

@@ -63,6 +63,34 @@ def test_a_copy_keeps_the_schedule_and_samples_alike(kind, duplicate):
     assert len(other.timesteps) == len(scheduler.timesteps)
 
 
+@pytest.mark.parametrize("kind", ["assigned", "stepped", "arguments", "flow"])
+def test_a_step_that_was_set_by_hand_is_not_left_out_without_a_word(kind):
+    """Many programs wrap ``pipe.scheduler.step``, to look at the latents or to change them."""
+    name, config = SCHEDULERS[kind]
+    own, called = getattr(diffusers, name)(**config), []
+    schedule, pipe = uneven(describe(own).process), Pipe(own)
+
+    def wrapped(scheduler):
+        step = scheduler.step
+        scheduler.step = lambda *args, **kwargs: called.append(1) or step(*args, **kwargs)
+
+    def warned(function, *arguments):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            result = function(*arguments)
+        return result, any(f"set on this {name} object by hand is not used" in str(each.message) for each in found)
+
+    wrapped(own)
+    assert warned(fs.diffusers.apply, schedule, pipe)[1]
+    right, again = warned(sampled, pipe.scheduler)
+    assert not again
+    wrapped(pipe.scheduler)
+    states, again = warned(sampled, pipe.scheduler)
+    assert again
+    assert not called
+    assert all(torch.equal(a, b) for a, b in zip(states, right, strict=True))
+
+
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_a_scheduler_whose_attributes_are_saved_and_restored_at_each_step_samples_alike(kind):
     """As StableDiffusionPanoramaPipeline does, for each of its views."""

@@ -249,6 +249,16 @@ def test_a_pipeline_saves_and_loads_with_it(tmp_path):
     assert torch.equal(loaded.scheduler.schedule.weights, schedule.weights)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_another_class_made_from_its_config_keeps_its_own_defaults():
+    """DPMSolverMultistepScheduler has ``timestep_spacing="linspace"`` by default, DDIMScheduler "leading"."""
+    own = diffusers.DPMSolverMultistepScheduler(**SD, use_karras_sigmas=True)
+    config = FittedScheduler.from_schedule(fitted_for(own), own).config
+    for kind in (diffusers.DDIMScheduler, EulerDiscreteScheduler, diffusers.DPMSolverMultistepScheduler):
+        right = {key: value for key, value in kind.from_config(own.config).config.items() if not key.startswith("_")}
+        assert right.items() <= dict(kind.from_config(config).config).items()
+
+
 def test_another_schedule_can_be_applied_and_the_own_class_restored():
     pipe, schedule, _ = applied("epsilon, scaled state")
     assert type(EulerDiscreteScheduler.from_config(pipe.scheduler.config)) is EulerDiscreteScheduler
