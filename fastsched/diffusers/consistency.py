@@ -161,8 +161,8 @@ class Consistency:
         return None
 
     def _skipped_layers(self, step: Step) -> str | None:
-        for name, layers in step.layers.items():
-            key = (name, step.calls[name])
+        for name, calls in step.calls.items():
+            key, layers = (name, calls), step.layers[name]  # 0 if it was called and reused its whole output
             low, high = self._layers.get(key, (layers, layers))
             self._layers[key] = low, high = min(low, layers), max(high, layers)
             if low < FEWER_LAYERS * high:
