@@ -1,10 +1,12 @@
 """Checkpointed work is killed at random times; it goes on to the same schedule, and little is done twice."""
 
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import signal
+import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -19,9 +21,16 @@ ONCE_MORE = 2 * LEVELS + 7
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def preloaded():
+    """A fork server that has imported torch and the rest once; Python 3.11's does not take over ``sys.path``."""
+    multiprocessing.set_forkserver_preload(["fuzz.killed_work"])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        multiprocessing.forkserver.ensure_running()
+
+
 def started(kind, folder):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fuzz.killed_work"])
     (folder / "started").unlink(missing_ok=True)
     process = context.Process(target=work, args=(kind, str(folder)))
     process.start()
