@@ -45,6 +45,8 @@ def info(
         found |= {key: value for key, value in entries.items() if key not in found and key != "format"}
     elif kind == "statistics":
         found = _statistics(file, inputs.load_statistics(file))
+    elif not file.exists():
+        raise FileNotFoundError(f"no such file: {file}")
     else:
         wanted = "file must be statistics (.safetensors), a schedule (.json) or a pipeline folder"
         raise ValueError(f"{wanted}, got {str(file)!r}")

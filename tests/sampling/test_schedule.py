@@ -34,6 +34,12 @@ def test_sigmas_from_any_array_of_numbers(kind):
     assert rising.tolist() == [0, 1, 3]
 
 
+def test_masked_numbers_are_refused():
+    masked = np.ma.masked_equal([3.0, 2.0, 1.0, 0.0], 2.0)
+    with pytest.raises(TypeError, match="sigmas must be a tensor or a list of numbers"):
+        fs.Schedule(masked, "ddim")
+
+
 def test_weights_are_printed_briefly():
     weights = torch.tensor([[1.0, 0.0], [-0.5, 1.5]])
     fitted = fs.Schedule([3.0, 1.0, 0.0], "fitted", weights=weights)
