@@ -193,7 +193,7 @@ def test_a_target_and_a_baseline_of_one_name_are_one_schedule(kind):
     stats = fs.measure(denoiser, (4,), levels=16, samples=1, responses=False, progress=False)
     some = fs.Schedule(stats.sigmas[[0, 3, 6, 9, -1]], "ddim", stats.process.kind)
     names = [name for name in COMMON if name != "uniform" or kind == "velocity"]
-    for name, schedule in _baselines(stats.process, names, [some], False).items():
+    for name, schedule in _baselines(stats.process, names, {"some": some}, False).items():
         assert target_error(stats, "ddim", (name, 4)) == fs.predict_error(stats, schedule)
 
 

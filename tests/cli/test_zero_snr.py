@@ -13,7 +13,7 @@ def test_baselines_start_at_the_largest_finite_sigma():
     process = VariancePreserving(alphas_cumprod)
     schedule = fs.Schedule(torch.tensor([torch.inf, 3.0, 1.0, 0.0]), "ddim", "vp")
     names = ["karras", "exponential", "linear", "kl_optimal", "vp_uniform", "cosine", "beta"]
-    added = _baselines(process, names, [schedule], False)
+    added = _baselines(process, names, {"own": schedule}, False)
     abar = float(alphas_cumprod[-2])
     for name in names:
         sigmas = added[name].sigmas

@@ -82,7 +82,7 @@ def test_a_run_of_a_schedule_waits_once_for_a_doubled_batch(plain_timesteps):
     with waiting_device() as waits, torch.no_grad():
         owned = torch.zeros(2, 2, 2, dtype=torch.bool)
         run = StartFromNoise(fitted, torch.arange(2), schedule, watch, lambda calls: None, owned)
-        fitted.set_timesteps(6, device=DEVICE)
+        fitted.set_timesteps(7, device=DEVICE)  # one step returns the noise
         counts = watched_loop(fitted, watch, pipe, waits, torch.randn(2, 2, 2, 2).to(DEVICE))
         assert counts[0] <= 2  # the noise, and the timesteps once more
         assert counts[1] <= 1
