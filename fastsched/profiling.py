@@ -25,7 +25,7 @@ from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.measuring import measure
 from fastsched.measurement.memory import WORKING
 from fastsched.measurement.network_checks import CHECK_CALLS
-from fastsched.measurement.timeline import Run, Timeline, synchronisations
+from fastsched.measurement.timeline import Run, Timeline, device_of, synchronisations
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.random_streams import noise_of
 from fastsched.sampling.sampler import sample
@@ -212,7 +212,12 @@ def profile(
     return found
 
 
-def few_levels(device: torch.device) -> int:
+def steps_run(model: Any, steps: int) -> int:
+    """About how many steps `profile` runs, those of its measurement included."""
+    return 2 * steps + measuring_calls(_levels_for(device_of(model)), 1)
+
+
+def _levels_for(device: torch.device) -> int:
     """The number of levels of the measurement that `profile` runs."""
     return 16 if device.type == "cuda" else 4
 
@@ -222,7 +227,7 @@ def _profile(runs: Any, steps: int) -> Profile:
         own = runs.sampling(steps)
     fitted = runs.sampling_fitted(steps)
     with _peak(runs.device) as measuring_peak:
-        measuring = runs.measuring(levels=few_levels(runs.device))
+        measuring = runs.measuring(levels=_levels_for(runs.device))
     times = (
         StepTimes.of("the scheduler that is there", own),
         StepTimes.of("a fitted schedule", fitted),

@@ -285,7 +285,7 @@ def float64(name: str, values: object) -> Tensor:
         return values.detach().cpu().to(torch.float64, copy=True)
     try:
         array = np.asarray(values)
-        if array.dtype.kind not in "iuf" or np.ma.is_masked(values):  # objects, text, truth values, complex numbers
+        if array.dtype.kind not in "iuf" or np.ma.is_masked(values):  # text, truth values, masked ...
             raise TypeError
         return torch.from_numpy(np.array(array, dtype=np.float64))  # also of a reversed view, or in another byte order
     except (TypeError, ValueError, OverflowError, RuntimeError):

@@ -33,11 +33,8 @@ def profile(
     fastsched profile my_model.py:build --shape 4,64,64
     fastsched profile my_pipeline_folder --prompt "a cat" --dtype bfloat16 --trace trace.json
     """
-    import torch
-
     import fastsched as fs
-    from fastsched.fitting.budget import measuring_calls
-    from fastsched.profiling import few_levels
+    from fastsched.profiling import steps_run
 
     shell.writable(trace, endings=(".json",))
     source = inputs.Source(denoiser, shape, device, dtype, None, prompt, call, quiet)
@@ -48,7 +45,6 @@ def profile(
         else:
             model, sizes = source.denoiser()
             arguments = {"shape": sizes}
-        place = torch.device(getattr(model, "_execution_device", None) or model.device)
-        spending.say(f"about {2 * steps + measuring_calls(few_levels(place), 1)}", dry_run)
+        spending.say(f"about {steps_run(model, steps)}", dry_run)
         found = fs.profile(model, steps=steps, trace=trace, **arguments)
     typer.echo(found.to_json() if as_json else str(found))

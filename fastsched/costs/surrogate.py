@@ -273,6 +273,7 @@ class Surrogate:
         column = lambda value: np.asarray(value)[..., None]
         with np.errstate(divide="ignore", invalid="ignore"):
             nodes = nodes_of_levels(self.process, levels)
+            # The levels between nodes that `integration` will ask at.
             stages = [] if method.stage is None else [1 / method.stage(*pair).rho for pair in pairwise(nodes[:-1])]
             found = SurrogateRuns(self, known, np.column_stack([levels[:, :-1], *stages]), offsets, later)
             queries = integration(nodes, method, found.end, s=list(levels.T), number=column)

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-#: Types of Python itself whose contents or attributes are followed.
-FOLLOWED = (types.FunctionType, types.MethodType, list, tuple, dict, property, staticmethod, classmethod)
+#: Types of Python itself, beside functions, modules and classes, whose contents or attributes are followed.
+FOLLOWED = (types.MethodType, list, tuple, dict, staticmethod, classmethod)
 
 #: Packages whose modules, classes and plain functions hold no network of the user's.
 LIBRARIES = ("torch", "numpy", "scipy", "math")
@@ -86,7 +86,7 @@ def _of_library(name: Any) -> bool:
 def _attributes(owner: Any, names: list[str]) -> list[Any]:
     """The attributes ``names`` that an object has, found without running code of a property.
 
-    As `inspect.getattr_static` finds them, which takes ten times as long.
+    `inspect.getattr_static` does the same for one name, and takes 5 to 13 times as long.
     """
     classes = owner.__mro__ if isinstance(owner, type) else type(owner).__mro__
     try:

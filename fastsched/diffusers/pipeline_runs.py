@@ -20,7 +20,7 @@ from fastsched.diffusers.pipeline_call import call, call_parameters, check_call
 from fastsched.diffusers.pipeline_measurement import PIPELINE_SAMPLES, calibration_calls, measure
 from fastsched.diffusers.watching import networks_of
 from fastsched.measurement.deviated_paths import asked_levels
-from fastsched.measurement.timeline import Run, Timeline, synchronisations
+from fastsched.measurement.timeline import Run, Timeline, device_of, synchronisations
 from fastsched.ops import vector_gram
 from fastsched.sampling.solvers import FITTED
 from fastsched.selection.starts import even_schedule
@@ -41,7 +41,7 @@ class PipelineRuns:
     def __init__(self, pipe: Any, call_kwargs: dict[str, Any]) -> None:
         check_call(pipe, None, call_kwargs)
         self.pipe, self.call_kwargs, self.name = pipe, call_kwargs, type(pipe).__name__
-        self.device = torch.device(getattr(pipe, "_execution_device", None) or pipe.device)
+        self.device = device_of(pipe)
         self.networks: list[nn.Module] = []
         self.elements, self.batch = 0, 1
         self.own_steps = self._own_steps()
@@ -100,7 +100,7 @@ def _owned_step(timeline: Timeline, scheduler: Any, seen: Callable[[Tensor], Non
     owned = partial(_timed_step, timeline=timeline, seen=seen, waits=waits)
 
     def prepared(*args: Any, **kwargs: Any) -> None:
-        vars(scheduler).pop("step", None)
+        vars(scheduler).pop("step", None)  # an applied schedule would warn that it leaves out the timed one
         set_timesteps(*args, **kwargs)
         if scheduler.step is not mine[-1]:  # an applied schedule has set a step of its own
             mine.append(owned(scheduler.step))

@@ -198,7 +198,9 @@ class StartFromNoise:
 
 def _without_added_step(asked: Any) -> Any:
     """A number of steps, or a list of their timesteps, without the step that `StartFromNoise` adds to a run."""
-    return asked if asked is None else asked - 1 if isinstance(asked, int) else asked[:-1]
+    if asked is None:
+        return None
+    return asked[:-1] if hasattr(asked, "__len__") else asked - 1
 
 
 class _Replaced(Override):

@@ -102,6 +102,11 @@ class Timeline:
         return Run(self.steps(last), sum(seconds for _, seconds in self.spans()), synchronisations)
 
 
+def device_of(model: Any) -> torch.device:
+    """The device that a denoiser or a pipeline runs on, which is not where an offloaded pipeline's weights are."""
+    return torch.device(getattr(model, "_execution_device", None) or model.device)
+
+
 @contextlib.contextmanager
 def synchronisations(device: torch.device) -> Iterator[list[str] | None]:
     """Collect the source lines at which PyTorch warns that the host waits for a CUDA device; None for other devices."""

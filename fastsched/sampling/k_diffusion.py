@@ -63,7 +63,7 @@ def sample_fitted(
             f"weights must have a row for each of {len(levels) - 1} steps, got {len(rows)}; pass sigmas and weights of "
             "one schedule"
         )
-    sigmas = (sigmas if isinstance(sigmas, Tensor) else x.new_tensor(levels)).to(x)
+    sigmas = sigmas.to(x) if isinstance(sigmas, Tensor) else x.new_tensor(levels)
     ones, history, verdicts = x.new_ones([len(x)]), [], Verdicts()
     with progress_bar(len(rows), not disable, "fitted sampling", unit="step") as advance:
         for i, row in enumerate(rows):

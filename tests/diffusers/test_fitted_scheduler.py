@@ -249,7 +249,6 @@ def test_a_pipeline_saves_and_loads_with_it(tmp_path):
     assert torch.equal(loaded.scheduler.schedule.weights, schedule.weights)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_another_class_made_from_its_config_keeps_its_own_defaults():
     """DPMSolverMultistepScheduler has ``timestep_spacing="linspace"`` by default, DDIMScheduler "leading"."""
     own = diffusers.DPMSolverMultistepScheduler(**SD, use_karras_sigmas=True)

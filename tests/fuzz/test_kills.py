@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs ki
 
 @pytest.fixture(scope="module", autouse=True)
 def preloaded():
-    """A fork server that has imported torch and the rest once; Python 3.11's does not take over ``sys.path``."""
+    """A fork server that has the imports; Python's (3.10 to 3.13) does not take over ``sys.path`` to preload them."""
     multiprocessing.set_forkserver_preload(["fuzz.killed_work"])
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         multiprocessing.forkserver.ensure_running()
