@@ -1,4 +1,4 @@
-"""One of the processes of `test_distributed`: what it is to do is the first argument, where to write the second."""
+"""One of the processes of `test_distributed`, which writes into a folder what came of each task that it is given."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # torchrun starts it without what pytest adds
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -17,13 +18,12 @@ import fastsched as fs
 from fastsched.measurement import devices
 
 
-def of_pipelines(folder):
+def of_pipelines(folder, group):
     """Measure and fit a pipeline; the calls of each are counted."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "diffusers"))
     from test_prompt_calls import PROMPTS, measure, text_pipeline
 
-    torch.distributed.init_process_group("gloo")
-    rank, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
+    rank = torch.distributed.get_rank()
     pipe = text_pipeline()
     stats = measure(pipe, group=group, checkpoint=folder / "whole.safetensors")
     measured = sum(pipe.batches)
@@ -71,14 +71,13 @@ def failed(denoiser, options, rank, name):
     return text_of_error(fs.fit if "steps" in given else fs.measure, **given)
 
 
-def of_other_pipelines(folder):
+def of_other_pipelines(folder, group):
     """What measuring and fitting a pipeline says if each process gives another argument of a name."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "diffusers"))
     from test_prompt_calls import PROMPTS, text_pipeline
 
-    torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    usual = {"levels": 12, "prompts": PROMPTS, "progress": False, "group": torch.distributed.group.WORLD}
+    usual = {"levels": 12, "prompts": PROMPTS, "progress": False, "group": group}
     kept, said = {"samples": 4, "keep_increments": rank == 1}, []
     for other in ({"seed": rank}, {"samples": 4 + rank}, {"samples": range(4 * rank, 4 * rank + 4)}, kept):
         said.append(text_of_error(fs.diffusers.measure, text_pipeline(), **{**usual, **other}))
@@ -104,16 +103,14 @@ def text_of_error(function, *given, **options):
     return None
 
 
-def main(task, folder):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others when one has died
+def run(task, folder, group):
     if task == "pipeline":
-        of_pipelines(folder)
+        of_pipelines(folder, group)
         return
     if task == "other pipelines":
-        of_other_pipelines(folder)
+        of_other_pipelines(folder, group)
         return
-    torch.distributed.init_process_group("gloo")
-    rank, group, calls = torch.distributed.get_rank(), torch.distributed.group.WORLD, 0
+    rank, calls = torch.distributed.get_rank(), 0
     oracle = mixture()
 
     def network(z, s):
@@ -135,8 +132,9 @@ def main(task, folder):
     options = {"levels": 12, "samples": 5, "progress": False, "group": group, "batch_size": 1}
     try:
         if task == "measure":
-            devices.PIECE = 8  # two vectors of four elements
-            stats = fs.measure(denoiser, (4,), keep_increments=True, checkpoint=folder / "whole.safetensors", **options)
+            with patch.object(devices, "PIECE", 8):  # two vectors of four elements
+                file = folder / "whole.safetensors"
+                stats = fs.measure(denoiser, (4,), keep_increments=True, checkpoint=file, **options)
             stats.save(folder / f"{rank}.safetensors", vectors=True)
             report = {"model_calls": stats.model_calls}
         elif task.startswith("other "):
@@ -160,7 +158,15 @@ def main(task, folder):
             "finished": None if partial is None else partial.samples,
         }
     (folder / f"{task}-{rank}.json").write_text(json.dumps({**report, "calls": calls}))
+
+
+def main(folder, tasks):
+    """Do the tasks one after the other, each in a group and a folder of its own: none finds what another left."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others when one has died
+    torch.distributed.init_process_group("gloo")
+    for task in tasks:
+        run(task, folder / task, torch.distributed.new_group())
     os._exit(0)  # a group that has lost a process does not end in order
 
 
-main(sys.argv[1], Path(sys.argv[2]))
+main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,5 +1,6 @@
 """Two processes give what one gives, each with half of the calls; what fails in one is an error in both."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -19,26 +20,56 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 PATH, CHECKS = 22, 6  # calls of a path over 12 levels; of four elements, too few for one of the checks
 
 
-def run(task, folder, processes=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+#: Tasks of one launch. A process that was interrupted leaves the other waiting, so that task comes last; those in
+#: which a process dies have a launch each.
+TOGETHER = ("measure", "fit", "fails", "fit fails", "other measurements", "other fits", "refused", "networks")
+TOGETHER += ("pipeline", "other pipelines") if importlib.util.find_spec("diffusers") else ()
+TOGETHER += ("interrupted",)
+
+
+def launch(folder, *tasks):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     paths = [str(WORKER.parents[1]), str(WORKER.parents[2]), os.environ.get("PYTHONPATH", "")]
     settings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command += [str(WORKER), task, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=settings)
-    files = [folder / f"{task}-{rank}.json" for rank in range(processes)]
-    return [json.loads(file.read_text()) if file.exists() else None for file in files], done
+    for task in tasks:
+        (folder / task).mkdir()
+    command += [str(WORKER), str(folder), *tasks]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=settings)
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("together")
+    return folder, launch(folder, *TOGETHER)
+
+
+@pytest.fixture
+def run(request):
+    """Both processes' reports of a task, the folder that they wrote to, and what the launch printed."""
+
+    def reports(task):
+        if task in TOGETHER:
+            folder, done = request.getfixturevalue("launched")
+        else:
+            folder = request.getfixturevalue("tmp_path")
+            done = launch(folder, task)
+        files = [folder / task / f"{task}-{rank}.json" for rank in range(2)]
+        found = [json.loads(file.read_text()) if file.exists() else None for file in files]
+        return found, folder / task, done.stderr
+
+    return reports
 
 
 def denoiser():
     return fs.Denoiser.from_denoiser(mixture().denoise, 0.02, 20.0)
 
 
-def test_measuring_in_two_processes(tmp_path):
-    reports, done = run("measure", tmp_path)
-    assert None not in reports, done.stderr
+def test_measuring_in_two_processes(run):
+    reports, folder, printed = run("measure")
+    assert None not in reports, printed
     whole = fs.measure(denoiser(), (4,), levels=12, samples=5, batch_size=1, keep_increments=True, progress=False)
     for rank in range(2):
-        found = fs.PathStatistics.load(tmp_path / f"{rank}.safetensors")
+        found = fs.PathStatistics.load(folder / f"{rank}.safetensors")
         assert torch.equal(found.seeds, whole.seeds)
         torch.testing.assert_close(found.vector_gram, whole.vector_gram, rtol=1e-5, atol=1e-9)
         torch.testing.assert_close(found.increments, whole.increments, rtol=1e-5, atol=1e-6)
@@ -46,13 +77,13 @@ def test_measuring_in_two_processes(tmp_path):
         torch.testing.assert_close(*sigmas, rtol=1e-5, atol=0)
     assert [report["calls"] for report in reports] == [3 * PATH + CHECKS, 2 * PATH + 1]  # by which it is known
     assert {report["model_calls"] for report in reports} == {whole.model_calls} == {5 * PATH + CHECKS}
-    assert fs.PathStatistics.load(tmp_path / "whole.safetensors").samples == 5
-    assert not [*tmp_path.glob("*part*")]
+    assert fs.PathStatistics.load(folder / "whole.safetensors").samples == 5
+    assert not [*folder.glob("*part*")]
 
 
-def test_fitting_in_two_processes(tmp_path):
-    reports, done = run("fit", tmp_path)
-    assert None not in reports, done.stderr
+def test_fitting_in_two_processes(run):
+    reports, _, printed = run("fit")
+    assert None not in reports, printed
     calls = []
 
     def network(z, s):
@@ -68,10 +99,10 @@ def test_fitting_in_two_processes(tmp_path):
     assert 0.35 < reports[1]["calls"] / sum(calls) < 0.5  # of five samples, two
 
 
-def test_a_pipeline_in_two_processes(tmp_path):
+def test_a_pipeline_in_two_processes(run):
     pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
-    reports, done = run("pipeline", tmp_path)
-    assert None not in reports, done.stderr
+    reports, folder, printed = run("pipeline")
+    assert None not in reports, printed
     sys.path.insert(0, str(WORKER.parents[1] / "diffusers"))
     from test_prompt_calls import PROMPTS, measure, text_pipeline
 
@@ -79,19 +110,19 @@ def test_a_pipeline_in_two_processes(tmp_path):
     whole = measure(pipe)
     single = fs.diffusers.fit(pipe, 4, levels=12, prompts=PROMPTS, model_calls=100, progress=False)
     for rank, report in enumerate(reports):
-        found = fs.PathStatistics.load(tmp_path / f"pipe-{rank}.safetensors")
+        found = fs.PathStatistics.load(folder / f"pipe-{rank}.safetensors")
         torch.testing.assert_close(found.vector_gram, whole.vector_gram, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(torch.tensor(report["sigmas"]).double(), single.sigmas, rtol=1e-5, atol=0)
     assert [report["measured"] for report in reports] == [2, 2]
     assert [report["repeated"] for report in reports] == [0, 0]  # from the file of both
-    assert not [*tmp_path.glob("*part*")]
+    assert not [*folder.glob("*part*")]
     assert sum(report["images"] for report in reports) <= sum(pipe.batches)
 
 
 @pytest.mark.parametrize("task", ["fails", "dies"])
-def test_what_ends_one_process_is_an_error_in_all(tmp_path, task):
-    reports, done = run(task, tmp_path)
-    assert reports[0] is not None, done.stderr
+def test_what_ends_one_process_is_an_error_in_all(run, task):
+    reports, _, printed = run(task)
+    assert reports[0] is not None, printed
     assert reports[0]["failed"]
     assert reports[0]["finished"] == (3 if task == "dies" else 4)  # its own three, and one of the other
     assert (reports[1] is None) == (task == "dies")
@@ -100,30 +131,30 @@ def test_what_ends_one_process_is_an_error_in_all(tmp_path, task):
         assert reports[1]["failed"] == "broken"
 
 
-def test_a_run_that_fails_in_one_process_is_its_own_error_there(tmp_path):
-    reports, done = run("fit fails", tmp_path)
-    assert None not in reports, done.stderr
+def test_a_run_that_fails_in_one_process_is_its_own_error_there(run):
+    reports, _, printed = run("fit fails")
+    assert None not in reports, printed
     assert [report["failed"] for report in reports] == ["process 1 of the group failed: RuntimeError: broken", "broken"]
 
 
-def test_a_process_that_dies_in_a_run_costs_the_others_no_measurement(tmp_path):
-    reports, done = run("fit dies", tmp_path)
-    assert reports[0] is not None, done.stderr
+def test_a_process_that_dies_in_a_run_costs_the_others_no_measurement(run):
+    reports, _, printed = run("fit dies")
+    assert reports[0] is not None, printed
     assert reports[0]["finished"] == 5
 
 
-def test_an_interrupt_in_a_group_hands_no_process_less_than_the_others(tmp_path):
+def test_an_interrupt_in_a_group_hands_no_process_less_than_the_others(run):
     """Not even with a warning, as without a group: the processes would go on with different statistics."""
-    reports, done = run("interrupted", tmp_path)
-    assert None not in reports, done.stderr
+    reports, _, printed = run("interrupted")
+    assert None not in reports, printed
     assert (reports[1]["kind"], reports[1]["finished"]) == ("KeyboardInterrupt", 1)
     assert (reports[0]["kind"], reports[0]["finished"]) == ("RuntimeError", 3)
 
 
 @pytest.mark.parametrize("task", ["other measurements", "other fits"])
-def test_processes_of_a_group_that_were_given_different_arguments_are_told_which(tmp_path, task):
-    reports, done = run(task, tmp_path)
-    assert None not in reports, done.stderr
+def test_processes_of_a_group_that_were_given_different_arguments_are_told_which(run, task):
+    reports, _, printed = run(task)
+    assert None not in reports, printed
     names = ["samples and seed"] * 2 + ["levels", "shape", "responses", "keep_increments"]
     if task == "other fits":
         names = ["steps", "solver", "decoupled", "model_calls", "stats"]
@@ -134,19 +165,19 @@ def test_processes_of_a_group_that_were_given_different_arguments_are_told_which
         ]
 
 
-def test_what_is_refused_in_one_process_is_told_to_the_others(tmp_path):
+def test_what_is_refused_in_one_process_is_told_to_the_others(run):
     """They would wait for it, until the timeout of the group."""
-    reports, done = run("refused", tmp_path)
-    assert None not in reports, done.stderr
+    reports, _, printed = run("refused")
+    assert None not in reports, printed
     for other, own in zip(*(report["failed"] for report in reports), strict=True):
         assert other == f"process 1 of the group failed: ValueError: {own}"
 
 
-def test_processes_of_a_group_that_call_pipelines_differently_are_told_so(tmp_path):
+def test_processes_of_a_group_that_call_pipelines_differently_are_told_so(run):
     """Before, each measured what it was told, and the parts were merged."""
     pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
-    reports, done = run("other pipelines", tmp_path)
-    assert None not in reports, done.stderr
+    reports, _, printed = run("other pipelines")
+    assert None not in reports, printed
     names = ["seed", "samples", "samples", "keep_increments", None, "steps", "solver", "audition"]
     for rank, report in enumerate(reports):
         *report, other_stats, other_call, measuring, fitting, few = report
@@ -164,9 +195,9 @@ def test_processes_of_a_group_that_call_pipelines_differently_are_told_so(tmp_pa
             assert text.startswith(start)
 
 
-def test_different_networks_in_the_processes_of_a_group_are_refused(tmp_path):
-    reports, done = run("networks", tmp_path)
-    assert None not in reports, done.stderr
+def test_different_networks_in_the_processes_of_a_group_are_refused(run):
+    reports, _, printed = run("networks")
+    assert None not in reports, printed
     for report in reports:
         assert "the network must be the same in all processes of the group" in report["failed"]
 
