@@ -11,7 +11,8 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli")
     (path / "my_model.py").write_text(MODEL)
     model = f"{path / 'my_model.py'}:build"
-    assert run("measure", model, "--shape", "2,3", "--samples", "3", "-q", "-o", path / "s.safetensors").exit_code == 0
+    options = ("--shape", "2,3", "--samples", "3", "--levels", "24", "-q")  # few levels, so that selecting is quick
+    assert run("measure", model, *options, "-o", path / "s.safetensors").exit_code == 0
     result = run("select", path / "s.safetensors", "--steps", "4,6", "--solver", "ddim", "-o", path / "x.json")
     assert result.exit_code == 0
     return path

@@ -22,11 +22,11 @@ from fastsched.sampling.stock_weights import stock_weights
 
 def test_measure_writes_what_measure_returns(folder, model):
     stats = fs.PathStatistics.load(folder / "s.safetensors")
-    expected = fs.measure(load_denoiser(model)[0], (2, 3), samples=3, progress=False)
+    expected = fs.measure(load_denoiser(model)[0], (2, 3), samples=3, levels=24, progress=False)
     assert torch.equal(stats.seeds, expected.seeds)
     torch.testing.assert_close(stats.gram, expected.gram)
     torch.testing.assert_close(stats.response_cross, expected.response_cross)
-    assert stats.model_calls == expected.model_calls == 3 * 94 + 6  # six check the network first
+    assert stats.model_calls == expected.model_calls == 3 * 46 + 6  # six check the network first
 
 
 def test_select_prints_plain_decimals_and_saves(folder):
@@ -149,7 +149,8 @@ def test_an_interrupted_measurement_resumes_where_it_stopped(tmp_path):
 def test_resuming_with_other_settings_is_refused(folder, model, changed, message):
     output = folder / "s.safetensors"
     before = output.read_bytes()
-    result = run("measure", model, "--shape", "2,3", "--samples", "3", "-q", "--resume", "-o", output, *changed)
+    same = ("--shape", "2,3", "--samples", "3", "--levels", "24")
+    result = run("measure", model, *same, "-q", "--resume", "-o", output, *changed)
     assert result.exit_code == 2
     assert message in one_line(result)
     assert output.read_bytes() == before
@@ -195,7 +196,7 @@ def test_foreign_files_are_refused(folder, tmp_path):
     [
         (("--steps", "six"), "steps must be integers"),
         (("--steps", "0"), "steps must be at least 1"),
-        (("--steps", "60"), "steps must be at most 47"),
+        (("--steps", "60"), "steps must be at most 23"),
     ],
 )
 def test_bad_options_of_select_are_named(folder, arguments, message):

@@ -88,7 +88,7 @@ def test_fit_takes_earlier_statistics_and_spends_no_measurement(folder, model, t
         *("fit", model, "--steps", "4", "--shape", "2,3", "--stats", folder / "s.safetensors", "--dry-run"),
         *("-o", tmp_path / "b.json"),
     )
-    assert f"{3 * 94} to measure, at most 740" in again.stderr  # the same paths again, for their increments
+    assert f"{3 * 46} to measure, at most 740" in again.stderr  # the same paths again, for their increments
 
 
 def test_statistics_with_increments_need_no_second_measurement(model, tmp_path):

@@ -153,7 +153,7 @@ def test_bands_add_the_scatter_and_the_jackknife(folder):
 def test_a_curve_that_reaches_0_is_drawn_down_to_rounding(tmp_path):
     """Of Gaussian data with the exact denoiser: some samples are predicted without an error, others are not."""
     denoiser = fs.Denoiser.from_denoiser(lambda z, s: z / (1 + s.reshape(-1, 1) ** 2), 0.01, 20.0)
-    stats = fs.measure(denoiser, (5,), samples=4, progress=False)
+    stats = fs.measure(denoiser, (5,), samples=4, levels=24, progress=False)
     curve = fs.error_curve(stats, "fitted", 8)
     assert min(curve.predicted_errors) < 1e-200
     low, high = report_data.band(stats, curve)

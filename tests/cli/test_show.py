@@ -21,10 +21,10 @@ def test_info_of_statistics(folder):
     stats = fs.PathStatistics.load(folder / "s.safetensors")
     assert found["kind"] == "statistics"
     assert found["noise levels"] == [80.0, pytest.approx(0.002)]
-    assert (found["shape"], found["samples"], found["levels"], found["model_calls"]) == ([2, 3], 3, 48, 3 * 94 + 6)
+    assert (found["shape"], found["samples"], found["levels"], found["model_calls"]) == ([2, 3], 3, 24, 3 * 46 + 6)
     assert found["data_std"] == stats.data_std
     assert found["responses"] is True
-    assert ["model_calls", "288"] in [
+    assert ["model_calls", "144"] in [
         line.split() for line in run("info", folder / "s.safetensors").stdout.splitlines()
     ]
 

@@ -97,7 +97,8 @@ def test_error_vector_is_the_error_of_the_step(stats, name, weighted):
     solver = SOLVERS[name]
     cost = path_cost(stats, solver, weighted=weighted)
     levels = nodes_of(stats.process, stats.s)
-    for seed, nodes in enumerate(itertools.combinations(range(LEVELS), solver.history + 2)):
+    every = list(itertools.combinations(range(LEVELS), solver.history + 2))
+    for seed, nodes in enumerate(every[:: 3 if solver.history > 1 else 1]):  # of long steps there are hundreds
         denoised, y = random_path(stats, seed)
         expected = step_error(cost, nodes, y, denoised, levels)
         found = stats.s.numpy()[nodes[-1]] * cost.error_vector(nodes) @ np.diff(denoised, axis=0)

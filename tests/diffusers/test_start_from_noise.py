@@ -1,6 +1,7 @@
 """Runs of a pipeline from given noise, where the pipeline reads its scheduler's sigmas or copies its scheduler."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -27,7 +28,13 @@ def mixture(seed=0):
 
 
 def fitted(pipe, steps=5, **options):
-    return fs.diffusers.fit(pipe, steps, levels=16, samples=4, model_calls=300, progress=False, **options)
+    return fs.diffusers.fit(pipe, steps, levels=16, samples=2, model_calls=150, progress=False, **options)
+
+
+@functools.cache
+def usual(name, steps, solver):
+    """The schedule of a pipeline with the usual loop."""
+    return fitted(oracle_pipeline(SCHEDULERS[name](), mixture()), steps, solver=solver)
 
 
 def check_same(found, expected):
@@ -63,7 +70,7 @@ def test_a_pipeline_that_reads_the_sigmas_is_run_at_the_right_levels(name, solve
     assert pipe.told
     for sigma, of_timestep in pipe.told:
         assert sigma == pytest.approx(of_timestep, rel=2e-3)
-    check_same(found, fitted(oracle_pipeline(SCHEDULERS[name](), mixture()), steps, solver=solver))
+    check_same(found, usual(name, steps, solver))
 
 
 class Listing(OraclePipeline):
@@ -88,7 +95,7 @@ def test_a_pipeline_may_make_a_list_by_its_number_of_steps(listed, solver):
     scheduler = SCHEDULERS["flow euler"]()
     pipe = Listing(OracleUNet().answer_for(scheduler, mixture()), scheduler)
     found = fitted(pipe, solver=solver, listed=listed)
-    check_same(found, fitted(oracle_pipeline(SCHEDULERS["flow euler"](), mixture()), solver=solver))
+    check_same(found, usual("flow euler", 5, solver))
 
 
 class UncopiedUNet(OracleUNet):
@@ -129,7 +136,7 @@ def test_a_pipeline_may_copy_its_scheduler(late, solver):
     pipe = WithSound(UncopiedUNet().answer_for(scheduler, mixture()), scheduler)
     pipe.starts = []
     found = fitted(pipe, solver=solver, late=late)
-    check_same(found, fitted(oracle_pipeline(SCHEDULERS["flow euler"](), mixture()), solver=solver))
+    check_same(found, usual("flow euler", 5, solver))
     measured = pipe.starts[:2]  # of two samples each
     for start in pipe.starts[2:]:  # both parts begin where they were measured
         which = next(known for known in measured if torch.equal(known["image"], start["image"]))

@@ -27,7 +27,7 @@ CASES = [
     GramCase(N=64, B=2, d=500, dtype=torch.bfloat16),
     GramCase(N=64, B=2, d=500, dtype=torch.float16, states="shared"),
     GramCase(N=64, B=1, d=512, precision="tf32x3"),
-    GramCase(N=64, B=1, d=512, precision="ieee"),
+    GramCase(N=64, B=1, d=192, precision="ieee"),
     GramCase(N=64, B=1, d=512, apart=1e-4),
     GramCase(N=100, B=1, d=131),
     GramCase(N=100, B=2, d=40, per_sample=True),
@@ -94,9 +94,10 @@ def relative_error(case: GramCase, found: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("precision", ["bf16x3", "tf32x3", "ieee"])
 def test_typical_error_of_a_precision(precision):
-    case = GramCase(N=64, B=1, d=1024, states="none", precision=precision)
+    N = 16 if precision == "ieee" else 64  # the interpreter takes its time for float32
+    case = GramCase(N=N, B=1, d=1024, states="none", precision=precision)
     error = relative_error(case, on_device(case))
-    off_diagonal = error[~torch.eye(64, dtype=torch.bool)]
+    off_diagonal = error[~torch.eye(N, dtype=torch.bool)]
     rounding = EPS[torch.float32] * (4 + math.sqrt(1024)) + TRUNCATION
     assert off_diagonal.square().mean().sqrt() <= PRODUCT_RMS[precision] / math.sqrt(1024) + rounding
 

@@ -43,7 +43,8 @@ class Server:
             except (urllib.error.URLError, ConnectionError):
                 if self.process.poll() is not None or time.monotonic() > end:
                     self.__exit__()
-                    raise RuntimeError(f"ComfyUI did not start; see {self.log.name}") from None
+                    said = Path(self.log.name).read_text(errors="replace").splitlines()[-5:]
+                    raise RuntimeError("\n".join(["ComfyUI did not start; its last lines:", *said])) from None
                 time.sleep(0.5)
         threading.Thread(target=lambda: asyncio.run(self._listen()), daemon=True).start()
         return self
