@@ -17,6 +17,7 @@ from fastsched import validate
 from fastsched.diffusers.attributes import attributes_set, in_one_thread
 from fastsched.diffusers.calibration import CalibrationScheduler, calibration_steps
 from fastsched.diffusers.call_identity import call_identity, check_same_call, check_same_calls
+from fastsched.diffusers.conventions import own_scheduler, warn_of_overrides
 from fastsched.diffusers.pipeline_call import call, check_call
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.random_numbers import ONE_CALL
@@ -169,6 +170,7 @@ def measured_pipeline(
     which = validate.sample_range("samples", samples)
     calls = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
     check_caches(pipe)
+    warn_of_overrides(own_scheduler(pipe.scheduler))
     origin = _origin(pipe, calls, call_kwargs)
     known = {"levels": levels, "seed": seed, "keep_increments": keep_increments}
     whole = None if checkpoint is None else _resumed(checkpoint, pipe, which, origin, known, call_kwargs.get("latents"))

@@ -1,5 +1,7 @@
 """What a scheduler of diffusers means, where no other test tells."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -98,3 +100,35 @@ def test_a_setting_that_was_changed_since_the_scheduler_was_made_is_kept():
         fs.diffusers.measure(oracle_pipeline(each, mixture()), levels=12, samples=2) for each in (scheduler, usual)
     )
     assert torch.equal(stats.gram, right.gram)
+
+
+class Clamped(diffusers.DPMSolverMultistepScheduler):
+    def convert_model_output(self, *args, **kwargs):
+        return super().convert_model_output(*args, **kwargs).clamp(-1, 1)
+
+
+class Halved(diffusers.EulerDiscreteScheduler):
+    def scale_model_input(self, *args, **kwargs):
+        return super().scale_model_input(*args, **kwargs) / 2
+
+
+class Counted(diffusers.DDIMScheduler):
+    def step(self, *args, **kwargs):
+        self.count = getattr(self, "count", 0) + 1
+        return super().step(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [(Clamped, "convert_model_output"), (Halved, "scale_model_input"), (Counted, None)]
+)
+def test_a_class_of_the_users_own_is_measured_as_its_base_with_a_warning(kind, method):
+    scheduler = kind(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    scheduler.register_to_config(clip_sample=False)
+    pipe = oracle_pipeline(scheduler, mixture())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        fs.diffusers.measure(pipe, levels=8, samples=1, progress=False)
+    found = [str(each.message) for each in caught if "has its own" in str(each.message)]
+    assert len(found) == (method is not None)
+    if method is not None:
+        assert found[0].startswith(f"{kind.__name__} has its own {method}, but is measured as {kind.__base__.__name__}")

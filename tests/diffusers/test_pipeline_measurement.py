@@ -164,8 +164,8 @@ def test_guidance_is_part_of_what_is_measured():
 def test_half_precision_gives_a_schedule_as_good(kind, dtype):
     # From the same noise, judged by the statistics in float32. The two have several minima of nearly the same error, so
     # the levels themselves may differ. Of schedules from the descent 10% is the worst of 64 (four seeds), where it ends
-    # in another minimum. bfloat16 rounds outputs by up to 0.4%: without the descent dynamic programming takes another path once,
-    # 34% worse, and float16's never does by more than 1%.
+    # in another minimum. bfloat16 rounds outputs by up to 0.4%: without the descent dynamic programming takes another
+    # path once, 34% worse, and float16's never does by more than 1%.
     allowed = {True: 1.15, False: {torch.bfloat16: 1.4, torch.float16: 1.1}[dtype]}
     name, config = KINDS[kind]
     scheduler = getattr(diffusers, name)(**config)
