@@ -19,7 +19,7 @@ def measurements():
 
 @pytest.fixture(scope="module")
 def reference():
-    return fs.converged_reference(DENOISER, SHAPE, samples=1024, progress=False)
+    return fs.converged_reference(DENOISER, SHAPE, samples=512, progress=False)
 
 
 def mean_error(schedule, solver, reference):
