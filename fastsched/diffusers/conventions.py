@@ -199,7 +199,7 @@ def warn_of_overrides(scheduler: Any) -> None:
 
     A measurement does that itself, by the conventions of the class of diffusers that it derives from.
     """
-    base = next(cls for cls in type(scheduler).__mro__ if hasattr(diffusers, cls.__name__))
+    base = next(cls for cls in type(scheduler).__mro__ if cls.__name__ in SCHEDULERS)
     for name in ("scale_model_input", "convert_model_output"):
         if getattr(type(scheduler), name, None) is not getattr(base, name, None):
             validate.warn(

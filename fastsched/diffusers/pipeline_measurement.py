@@ -170,8 +170,8 @@ def measured_pipeline(
     which = validate.sample_range("samples", samples)
     calls = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
     check_caches(pipe)
-    warn_of_overrides(own_scheduler(pipe.scheduler))
     origin = _origin(pipe, calls, call_kwargs)
+    warn_of_overrides(own_scheduler(pipe.scheduler))
     known = {"levels": levels, "seed": seed, "keep_increments": keep_increments}
     whole = None if checkpoint is None else _resumed(checkpoint, pipe, which, origin, known, call_kwargs.get("latents"))
     left = max(0, _needed(samples, which, calls) - (0 if whole is None else whole.samples))
