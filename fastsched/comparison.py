@@ -24,7 +24,7 @@ from fastsched.sampling.files import write_whole
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
 from fastsched.sampling.sampler import is_run, sample, schedule_solver
-from fastsched.sampling.schedule import Schedule, check_decoupled
+from fastsched.sampling.schedule import Schedule, check_decoupled, check_start
 from fastsched.sampling.solvers import Solver, get_solver, is_any_solver, is_stock_solver
 
 #: Steps of the reference. On a Gaussian mixture, dpmpp_2m with this many steps has a typical squared distance to the
@@ -307,6 +307,7 @@ def _planned(
             raise ValueError(f"solver must be given, because schedules[{name!r}] is not a Schedule and names none")
         sigmas = getattr(schedule, "sigmas", schedule)
         values = validate.descending_sigmas(f"schedules[{name!r}]", sigmas, to_zero=True)
+        check_start(f"schedules[{name!r}]", values, denoiser)
         try:
             denoiser.process.level(values)  # raises where sigmas are not of this process
             method = schedule_solver(schedule, solver)

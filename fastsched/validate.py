@@ -240,6 +240,11 @@ def device(name: str, value: object) -> torch.device:
         raise ValueError(f"{name} is {value!r}, but there are only {torch.cuda.device_count()} CUDA GPUs")
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"{name} is {value!r}, but torch finds no MPS device here; use cpu")
+    if found.type not in ("cpu", "cuda", "mps"):
+        try:
+            torch.empty(0, device=found)
+        except (RuntimeError, AssertionError, ImportError):  # what builds without this backend raise
+            raise ValueError(f"{name} is {value!r}, but torch cannot use such a device here; use cpu") from None
     return found
 
 

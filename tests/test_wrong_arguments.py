@@ -1,5 +1,8 @@
 """Statistics where a schedule is needed, the reverse, and names that people know from elsewhere."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -84,6 +87,10 @@ def test_a_device_that_is_not_there_is_named(monkeypatch):
         fs.measure(DENOISER, (4,), device="cuda", progress=False)
     with pytest.raises(ValueError, match="device must be one that PyTorch knows, such as cpu"):
         fs.measure(DENOISER, (4,), device="gpu", progress=False)
+    # Backends that no build of torch for tests has; each fails in another way.
+    for device in ("privateuseone", "vulkan"):
+        with pytest.raises(ValueError, match=f"device is '{device}', but torch cannot use such a device here"):
+            fs.measure(DENOISER, (4,), device=device, progress=False)
 
 
 def test_misspelt_names_suggest():
@@ -116,3 +123,32 @@ def test_sigmas_are_no_flow_times():
     with pytest.raises(ValueError, match="sigmas must be for the noise process of this model, 'flow', got"):
         fs.sample(denoiser, fs.Schedule([14.6, 0.5, 0.0], "ddim"), noise=torch.zeros(2, 4))
     fs.sample(denoiser, fs.Schedule([1.0, 0.5, 0.0], "ddim"), noise=torch.zeros(2, 4))  # times, if not called so
+
+
+INFINITE = fs.Schedule([math.inf, 1.0, 0.0], "ddim")
+
+
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("sigmas", lambda denoiser: fs.sample(denoiser, [math.inf, 1.0, 0.0], "ddim", torch.zeros(2, 4))),
+        ("sigmas", lambda denoiser: fs.sample(denoiser, INFINITE, "ancestral", torch.zeros(2, 4))),
+        ("schedules", lambda denoiser: fs.compare(denoiser, {"a": INFINITE}, shape=(4,), samples=2, progress=False)),
+        ("candidates", lambda denoiser: fs.audition(denoiser, STATS, 2, "ddim", {"a": INFINITE}, progress=False)),
+        ("start", lambda denoiser: fs.tune(denoiser, STATS, INFINITE, progress=False)),
+    ],
+)
+def test_pure_noise_of_a_model_without_it_is_refused_before_a_call(argument, call):
+    """The error was about the network's output, after the runs of the reference."""
+    with pytest.raises(ValueError, match=rf"{argument}.* must start at a finite sigma, got inf"):
+        call(replace(DENOISER, network=lambda z, s: pytest.fail("the network was called")))
+
+
+def test_pure_noise_is_refused_by_prediction():
+    """A prediction of v or x0 has a clean sample at alpha = 0, one of the noise has none."""
+    table, noise = torch.linspace(0.999, 0.01, 100, dtype=torch.float64), torch.zeros(2, 4)
+    run = ([math.inf, 1.0, 0.0], "ddim", noise)
+    assert bool(fs.sample(fs.Denoiser.from_v(lambda x, t: x, table), *run).isfinite().all())
+    for denoiser in (fs.Denoiser.from_epsilon(lambda x, t: x, table), fs.Denoiser.from_vp_score(lambda x, t: -x)):
+        with pytest.raises(ValueError, match="sigmas must start at a finite sigma, got inf"):
+            fs.sample(denoiser, *run)

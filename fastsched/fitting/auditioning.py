@@ -20,7 +20,7 @@ from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.metrics import power_mean
 from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.progress import Progress, progress_bar
-from fastsched.sampling.schedule import Schedule, check_kind
+from fastsched.sampling.schedule import Schedule, check_kind, check_start
 from fastsched.sampling.solvers import Solver
 
 #: How many candidates run on all samples.
@@ -134,6 +134,8 @@ def audition(
     if count > stats.samples:
         raise ValueError(f"samples must be at most the {stats.samples} that were measured, got {count}")
     chosen = _checked(stats, steps, method, candidates)
+    for name, schedule in chosen.items():
+        check_start(f"candidates[{name!r}]", schedule, denoiser)
     asked = check_same_network(denoiser, stats, device, dtype) if checks else 0
     runner = Runner(denoiser, stats, method, batch_size, device, dtype)
     first = first_round(count) if len(chosen) > FINALISTS else count

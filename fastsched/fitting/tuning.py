@@ -33,7 +33,7 @@ from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import Progress, progress_bar
-from fastsched.sampling.schedule import Schedule, check_kind
+from fastsched.sampling.schedule import Schedule, check_run
 
 #: How far a node may move, as a fraction of the gap in ``log s`` to its nearer neighbour: the first reach, its factors
 #: after a run that lowers the error and after one that does not, its maximum, and its minimum, below which tuning ends.
@@ -112,7 +112,7 @@ def tune(
     validate.arguments(locals(), denoiser=is_denoiser, stats=is_statistics, start=_is_start)
     first, known = (start.winner, start.complete(stats.samples)) if isinstance(start, Audition) else (start, [])
     method = chosen_solver(first.solver)
-    check_kind("start", first, stats.process)
+    check_run("start", first, denoiser, stats.process)
     increments_of(stats)
     if checkpoint is not None:
         check_writable(checkpoint)

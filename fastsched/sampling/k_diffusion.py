@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,10 +50,10 @@ def sample_fitted(
         The samples, [B, *shape].
 
     Raises:
-        ValueError: If ``sigmas`` do not descend to 0, the first is infinite, ``weights`` have another number of steps,
-            or ``model`` returns another shape, NaN or inf.
+        ValueError: If ``x`` is no batch or not finite, ``sigmas`` do not descend to 0, the first is infinite,
+            ``weights`` have another number of steps, or ``model`` returns another shape, NaN or inf.
     """
-    validate.tensor("x", x)
+    _check(model, x, extra_args, callback)
     levels = validate.descending_sigmas("sigmas", sigmas).tolist()
     rows = checked_weights(weights).tolist()
     if levels[-1] != 0 or levels[0] == float("inf"):
@@ -77,6 +77,16 @@ def sample_fitted(
             advance(1)
     verdicts.settle()
     return x
+
+
+def _check(model: object, x: object, extra_args: object, callback: object) -> None:
+    """TypeError or ValueError for arguments that would fail only at a step, or after the first model call."""
+    validate.function("model", model)
+    validate.CHECKS["noise"]("x", validate.tensor("x", x))
+    if not isinstance(extra_args, (Mapping, type(None))):
+        raise TypeError(f"extra_args must be a dictionary by name, or None, got {validate.shown(extra_args)}")
+    if callback is not None:
+        validate.function("callback", callback)
 
 
 def _asked(ask: Callable[[], Tensor], x: Tensor, sigma: float, verdicts: Verdicts) -> Tensor:

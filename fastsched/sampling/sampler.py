@@ -18,7 +18,7 @@ from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling.fitted import fitted_solver
 from fastsched.sampling.multistep import Node, log_rho
 from fastsched.sampling.progress import Progress, progress_bar
-from fastsched.sampling.schedule import Schedule, check_decoupled, check_kind
+from fastsched.sampling.schedule import Schedule, check_decoupled, check_run
 from fastsched.sampling.solvers import (
     FITTED,
     STOCHASTIC_SOLVERS,
@@ -81,7 +81,7 @@ def sample(
         raise ValueError("solver must be given, because the sigmas do not name one")
     if noise is None:
         raise ValueError("noise must be given: standard normal, [B, *shape]")
-    check_kind("sigmas", sigmas, denoiser.process)
+    check_run("sigmas", sigmas, denoiser)
     if solver_name(name) in STOCHASTIC_SOLVERS:
         return sample_stochastic(denoiser, sigmas, str(name), noise, seed=seed or 0, dtype=dtype, progress=progress)
     method = schedule_solver(sigmas, name)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
+from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling import display
 from fastsched.sampling.fitted import checked_weights
@@ -335,6 +336,30 @@ def check_kind(name: str, value: object, process: NoiseProcess) -> None:
             f"{name} must be for the noise process of this model, {process.kind!r}, got a schedule for a "
             f"{value.noise!r} one (Schedule(noise=...))"
         )
+
+
+def check_start(name: str, run: object, denoiser: Denoiser) -> None:
+    """ValueError if ``run``, sigmas or a `Schedule`, starts from pure noise and the denoiser has no finite ``D`` there.
+
+    Variance-exploding states are infinite there, and so is a clean sample computed from a prediction of the noise.
+    """
+    sigmas = validate.descending_sigmas(name, getattr(run, "sigmas", run))[:1]
+    if bool(sigmas.isfinite()):
+        return
+    level = denoiser.process.level(sigmas)
+    asked = denoiser.process.timestep(level)
+    needed = [denoiser.process.sigma(level), *denoiser.coefficients(level), *([] if asked is None else [asked])]
+    if not all(bool(torch.as_tensor(value).isfinite().all()) for value in needed):
+        raise ValueError(
+            f"{name} must start at a finite sigma, got inf: this model's prediction of {denoiser.prediction} with its "
+            f"{denoiser.process.kind!r} noise process gives no clean sample from pure noise; start at its highest level"
+        )
+
+
+def check_run(name: str, run: object, denoiser: Denoiser, process: NoiseProcess | None = None) -> None:
+    """`check_kind`, for ``process`` or else the denoiser's, and `check_start`."""
+    check_kind(name, run, process or denoiser.process)
+    check_start(name, run, denoiser)
 
 
 def _brief(values: Tensor) -> str:

@@ -29,7 +29,7 @@ from fastsched.denoisers.late_reading import Verdicts, sent
 from fastsched.denoisers.network_state import unchanged_buffers
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import normal, sample_seeds, stream
-from fastsched.sampling.schedule import Schedule, check_decoupled, check_kind
+from fastsched.sampling.schedule import Schedule, check_decoupled, check_run
 from fastsched.sampling.solvers import STOCHASTIC_SOLVERS
 
 
@@ -68,7 +68,7 @@ def sample_stochastic(
     validate.arguments(locals(), denoiser=is_denoiser, sigmas=validate.anything, solver=_is_stochastic)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be within [0, 1], got {eta!r}")
-    check_kind("sigmas", sigmas, denoiser.process)
+    check_run("sigmas", sigmas, denoiser)
     if isinstance(sigmas, Schedule) and sigmas.network_sigmas is not None:
         check_decoupled(solver)
     s = denoiser.process.level(validate.descending_sigmas("sigmas", getattr(sigmas, "sigmas", sigmas)))

@@ -121,3 +121,16 @@ def test_sigmas_of_any_form_are_given_in_the_precision_of_the_states():
     assert given == 3 * SIGMAS["ve"][:-1]
     assert torch.equal(samples[0], samples[1])
     assert torch.equal(samples[0], samples[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("x", torch.ones(0, 3)), ("x", torch.tensor(1.0)), ("x", torch.full((2, 3), torch.nan)), ("x", None),
+     ("model", None), ("extra_args", "cat"), ("callback", "print")],
+)  # fmt: skip
+def test_arguments_are_checked_before_a_call(name, value):
+    from fastsched.sampling.k_diffusion import sample_fitted
+
+    given = {"model": lambda x, sigma: pytest.fail("called"), "x": torch.ones(2, 3), "sigmas": SIGMAS["ve"]}
+    with pytest.raises((TypeError, ValueError), match=f"^{name} must "):
+        sample_fitted(**{**given, name: value}, disable=True, weights=WEIGHTS)
