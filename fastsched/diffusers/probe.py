@@ -78,18 +78,20 @@ class Trace:
         noise: Factor of the noise, root mean square, float64 [n].
         timesteps: Timesteps given to the network, float64, consecutive duplicates removed.
         deterministic: Whether the scheduler added no noise.
+        lost: What float32 loses of a clean sample that is computed from the first state, ``(x - sigma e) / alpha``.
     """
 
     signal: Tensor
     noise: Tensor
     timesteps: Tensor
     deterministic: bool
+    lost: float = 0.0
 
     def follows(self, signal: Tensor, noise: Tensor, rounding: float = 0.0) -> bool:
         """Whether the states have these factors in this order, each once or twice in a row.
 
         The tolerance is 1e-3, or four standard errors of the noise's sample if the scheduler added noise, and
-        ``rounding``, the relative error that the scheduler's own arithmetic is allowed.
+        ``rounding``, the relative error that the scheduler's own arithmetic is allowed. Both factors may miss `lost`.
         """
         sampling = 4 / math.sqrt(PROBE_SIZE // 2)
         allowed = (1e-3 if self.deterministic else sampling) + rounding
@@ -99,10 +101,10 @@ class Trace:
             def reached(n: int, a: float = a, b: float = b) -> bool:
                 if not 0 <= n < len(noise):
                     return False
-                at_end = allowed * max(1.0, float(noise[-2:][0])) if n == len(noise) - 1 else 0.0
+                more = self.lost + (allowed * max(1.0, float(noise[-2:][0])) if n == len(noise) - 1 else 0.0)
                 slack = allowed * abs(float(signal[n])) + (0 if self.deterministic else sampling * float(noise[n]))
-                near = abs(b - float(noise[n])) <= allowed * float(noise[n]) + at_end
-                return near and abs(a - float(signal[n])) <= slack + at_end
+                near = abs(b - float(noise[n])) <= allowed * float(noise[n]) + more
+                return near and abs(a - float(signal[n])) <= slack + more
 
             if reached(position + 1):
                 position += 1
@@ -157,14 +159,16 @@ def trace(
     power = direction.square().mean()
     levels = torch.stack([(x[1].square().mean() / power).sqrt() for x in states])
     fresh = torch.stack([(x[1] - (x[1] * direction).mean() / power * direction).abs().mean() for x in states])
-    slack = 1e-5 * max(1.0, sigma)  # float32 rounding of the largest state
+    lost = NUDGE * sigma / alpha if alpha > 0 else 0.0
+    slack = max(1e-5 * max(1.0, sigma), ROUNDINGS * lost)  # float32 rounding
     times = torch.as_tensor(scheduler.timesteps).detach().to("cpu", torch.float64)
     signals = [float(x[0].mean()) for x in states]
     return Trace(
         torch.tensor(signals, dtype=torch.float64),
         levels,
         torch.unique_consecutive(times),
-        deterministic=bool((fresh <= 0.01 * levels + slack).all()),
+        bool((fresh <= 0.01 * levels + slack).all()),
+        lost,
     )
 
 

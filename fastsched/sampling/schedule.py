@@ -344,7 +344,7 @@ def check_start(name: str, run: object, denoiser: Denoiser) -> None:
     Variance-exploding states are infinite there, and so is a clean sample computed from a prediction of the noise.
     """
     sigmas = validate.descending_sigmas(name, getattr(run, "sigmas", run))[:1]
-    if bool(sigmas.isfinite()):
+    if bool(sigmas.isfinite()) or type(denoiser).denoise is not Denoiser.denoise:  # a subclass may know D there
         return
     level = denoiser.process.level(sigmas)
     asked = denoiser.process.timestep(level)

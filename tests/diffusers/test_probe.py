@@ -10,8 +10,10 @@ pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 import diffusers
 from pipelines import oracle_pipeline
 
+from fastsched.diffusers.applier import applied
 from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.probe import Trace, amplified_rounding
+from fastsched.selection.starts import even_schedule
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -85,3 +87,21 @@ def test_levels_of_a_state_without_noise_do_not_count_as_amplified_rounding(left
     run, nudged = (Trace(one, torch.tensor([0.525, end, 0.0]).double(), one, True) for end in left)
     assert amplified_rounding(run, nudged) == 0.0
     assert not run.follows(one[:2], torch.tensor([0.5, 0.0]).double(), rounding=amplified_rounding(run, nudged))
+
+
+def proof_from_very_high_noise(name, steps, **settings):
+    """Of even levels from the first of cosine betas, where alpha is 5e-5, and some classes divide the state by it."""
+    scheduler = getattr(diffusers, name)(beta_schedule="squaredcos_cap_v2", **settings)
+    return applied(even_schedule(describe(scheduler).process, steps, "ddim"), scheduler)[1]
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4])
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"])
+def test_rounding_from_very_high_noise_is_no_added_noise(name, steps):
+    assert proof_from_very_high_noise(name, steps).deterministic
+
+
+@pytest.mark.parametrize("steps", [2, 3, 6])
+def test_noise_added_to_very_high_noise_is_seen(steps):
+    settings = {"algorithm_type": "sde-dpmsolver++"}
+    assert not proof_from_very_high_noise("DPMSolverMultistepScheduler", steps, **settings).deterministic
