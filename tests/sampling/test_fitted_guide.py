@@ -125,9 +125,16 @@ def test_sigmas_of_any_form_are_given_in_the_precision_of_the_states():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("x", torch.ones(0, 3)), ("x", torch.tensor(1.0)), ("x", torch.full((2, 3), torch.nan)), ("x", None),
-     ("model", None), ("extra_args", "cat"), ("callback", "print")],
-)  # fmt: skip
+    [
+        ("x", torch.ones(0, 3)),
+        ("x", torch.tensor(1.0)),
+        ("x", torch.full((2, 3), torch.nan)),
+        ("x", None),
+        ("model", None),
+        ("extra_args", "cat"),
+        ("callback", "print"),
+    ],
+)
 def test_arguments_are_checked_before_a_call(name, value):
     from fastsched.sampling.k_diffusion import sample_fitted
 
