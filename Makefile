@@ -8,6 +8,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # The tensors of the tests and benchmarks are small: threads would only wait for each other.
 export OMP_NUM_THREADS := 1
 
+# An environment whose making failed is made again.
+.DELETE_ON_ERROR:
+
 .PHONY: demo test check fuzz bench bench-quality accept-gpu package docs clean
 
 demo: $(VENV)/demo-installed  ## measure, select and compare on handwritten digits; table and figure
