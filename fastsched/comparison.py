@@ -307,7 +307,6 @@ def _planned(
             raise ValueError(f"solver must be given, because schedules[{name!r}] is not a Schedule and names none")
         sigmas = getattr(schedule, "sigmas", schedule)
         values = validate.descending_sigmas(f"schedules[{name!r}]", sigmas, to_zero=True)
-        check_start(f"schedules[{name!r}]", values, denoiser)
         try:
             denoiser.process.level(values)  # raises where sigmas are not of this process
             method = schedule_solver(schedule, solver)
@@ -315,6 +314,7 @@ def _planned(
                 check_decoupled(method.name)
         except ValueError as error:
             raise ValueError(f"schedules[{name!r}]: {error}") from None
+        check_start(f"schedules[{name!r}]", values, denoiser)
         runs[name] = (schedule if isinstance(schedule, Schedule) else values, method)
     return runs
 

@@ -144,6 +144,12 @@ def test_pure_noise_of_a_model_without_it_is_refused_before_a_call(argument, cal
         call(replace(DENOISER, network=lambda z, s: pytest.fail("the network was called")))
 
 
+def test_infinite_sigmas_of_a_flow_are_refused_as_no_times():
+    velocity = fs.Denoiser.from_velocity(lambda x, t: pytest.fail("the network was called"))
+    with pytest.raises(ValueError, match=r"^schedules\['a'\]: sigmas of a flow model are times within"):
+        fs.compare(velocity, {"a": [math.inf, 1.0, 0.0]}, "ddim", shape=(4,), samples=2, progress=False)
+
+
 def test_pure_noise_is_refused_by_prediction():
     """A prediction of v or x0 has a clean sample at alpha = 0, one of the noise has none."""
     table, noise = torch.linspace(0.999, 0.01, 100, dtype=torch.float64), torch.zeros(2, 4)

@@ -199,9 +199,9 @@ def warn_of_overrides(scheduler: Any) -> None:
 
     A measurement does that itself, by the conventions of the class of diffusers that it derives from.
     """
-    base = next(cls for cls in type(scheduler).__mro__ if cls.__name__ in SCHEDULERS)
+    base = _known_class(scheduler)
     for name in ("scale_model_input", "convert_model_output"):
-        if getattr(type(scheduler), name, None) is not getattr(base, name, None):
+        if base is not None and getattr(type(scheduler), name, None) is not getattr(base, name, None):
             validate.warn(
                 f"{type(scheduler).__name__} has its own {name}, but is measured as {base.__name__}: if that method "
                 "changes what the network is given or how its outputs are read, do the same in the network instead",
@@ -283,8 +283,13 @@ def other_solver(scheduler: Any, solver: str, steps: int) -> str | None:
 
 def _known(scheduler: Any) -> tuple[str | None, str | None]:
     """The entry in `SCHEDULERS` of a scheduler's class or of its nearest base class."""
-    classes = (cls.__name__ for cls in type(scheduler).__mro__)
-    return next((SCHEDULERS[name] for name in classes if name in SCHEDULERS), (None, None))
+    known = _known_class(scheduler)
+    return (None, None) if known is None else SCHEDULERS[known.__name__]
+
+
+def _known_class(scheduler: Any) -> type | None:
+    """A scheduler's class or its nearest base class, of those in `SCHEDULERS`; None if there is none."""
+    return next((cls for cls in type(scheduler).__mro__ if cls.__name__ in SCHEDULERS), None)
 
 
 def _unipc_of(config: Any) -> str | None:

@@ -125,8 +125,8 @@ def audition(
         The ranking. Cost: at most ``steps`` calls (``2 steps - 1`` for two-stage solvers) a sample and candidate.
 
     Raises:
-        ValueError: If there is no candidate, a candidate has another number of steps, the statistics are of another
-            network, or the network returns NaN or inf.
+        ValueError: If there is no candidate, a candidate has another number of steps or starts where ``D`` is not
+            finite, the statistics are of another network, or the network returns NaN or inf.
     """
     validate.arguments(locals(), **CHECKS)
     method = chosen_solver(solver)

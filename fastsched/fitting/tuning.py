@@ -106,8 +106,8 @@ def tune(
         The best schedule found, on these samples never worse than ``start``, and all schedules that were run.
 
     Raises:
-        ValueError: If the statistics hold no increments or are of another network, the checkpoint is of another call,
-            ``trials`` is negative, or the network returns NaN or inf.
+        ValueError: If the statistics hold no increments or are of another network, ``start`` begins where ``D`` is not
+            finite, the checkpoint is of another call, ``trials`` is negative, or the network returns NaN or inf.
     """
     validate.arguments(locals(), denoiser=is_denoiser, stats=is_statistics, start=_is_start)
     first, known = (start.winner, start.complete(stats.samples)) if isinstance(start, Audition) else (start, [])

@@ -72,8 +72,9 @@ def sample(
         The samples ``x0`` [B, *shape]; if the last sigma is not 0, the state ``z = x / alpha`` there.
 
     Raises:
-        ValueError: If ``sigmas`` do not descend, the solver is unknown or not for the schedule, a deterministic one is
-            given a seed, or the network returns NaN or inf (the message names the level; on a GPU it may come late).
+        ValueError: If ``sigmas`` do not descend or start where ``D`` is not finite, the solver is unknown or not for
+            the schedule, a deterministic one is given a seed, or the network returns NaN or inf (the message names
+            the level; on a GPU it may come late).
     """
     validate.arguments(locals(), denoiser=is_denoiser, sigmas=is_run, solver=_IS_SOLVER, seed=_IS_SEED)
     name = solver if solver is not None else getattr(sigmas, "solver", None)

@@ -62,8 +62,8 @@ def sample_stochastic(
         The samples ``x0`` [B, *shape]; if the last sigma is not 0, the state ``z = x / alpha`` there.
 
     Raises:
-        ValueError: If ``sigmas`` do not descend, the solver is unknown, ``eta`` or ``seed`` is out of range, or the
-            network returns NaN or inf (the message names the level).
+        ValueError: If ``sigmas`` do not descend or start where ``D`` is not finite, the solver is unknown, ``eta`` or
+            ``seed`` is out of range, or the network returns NaN or inf (the message names the level).
     """
     validate.arguments(locals(), denoiser=is_denoiser, sigmas=validate.anything, solver=_is_stochastic)
     if not 0 <= eta <= 1:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastsched as fs
+from fastsched.sampling.k_diffusion import sample_fitted
 
 GUIDE = Path(__file__).parents[2] / "docs" / "fitted.md"
 WEIGHTS = [[1.0, 0.0, 0.0], [-0.5, 1.5, 0.0], [0.25, -0.5, 1.25]]
@@ -106,8 +107,6 @@ def test_the_block_for_diffusers_runs():
 
 
 def test_sigmas_of_any_form_are_given_in_the_precision_of_the_states():
-    from fastsched.sampling.k_diffusion import sample_fitted
-
     given, x = [], torch.ones(2, 3, dtype=torch.float64)
 
     def model(x, sigma):
@@ -136,8 +135,6 @@ def test_sigmas_of_any_form_are_given_in_the_precision_of_the_states():
     ],
 )
 def test_arguments_are_checked_before_a_call(name, value):
-    from fastsched.sampling.k_diffusion import sample_fitted
-
     given = {"model": lambda x, sigma: pytest.fail("called"), "x": torch.ones(2, 3), "sigmas": SIGMAS["ve"]}
     with pytest.raises((TypeError, ValueError), match=f"^{name} must "):
         sample_fitted(**{**given, name: value}, disable=True, weights=WEIGHTS)
