@@ -68,7 +68,7 @@ GRAM = {
         "256": _SMALL,
     },
     # Float32 products on the ordinary cores, for debugging. 64 rows over four warps or more would use the tensor cores
-    # of sm_100, which have no float32: the compiler silently uses TF32.
+    # of sm_100, which have no float32: up to Triton 3.7 the compiler silently uses TF32.
     "ieee": dict.fromkeys(("64", "128", "256"), _SMALLEST),
 }
 

@@ -249,6 +249,8 @@ PLANTED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_failures_are_seen(name):
+    if name == "tf32-for-float32" and backends._TRITON >= (3, 8):
+        pytest.skip("since Triton 3.8 the compiler multiplies float32 as float32 there")
     case, expected = PLANTED[name]
     judged_as = {"scalar-loads": {"aligned": True}, "no-tensor-core": {"precision": "bf16x3"}}.get(name, {})
     found = problems(build(build_gram, case), dataclasses.replace(case, **judged_as))
