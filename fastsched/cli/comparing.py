@@ -111,13 +111,14 @@ def compare(
     else:
         method = None if solver is None else inputs.solver_named(solver)
         result = _of_denoiser(source, common, method, run, dry_run)
+    if csv is not None:  # before printing, which ends the command if a reader such as head closed the pipe
+        result.to_csv(csv)
     if as_json:
         shell.print_json({"samples": result.samples, "rows": result.to_dicts()})
     else:
         shell.print_table(result.header, result.cells, left=2)
         typer.echo(result.legend)
     if csv is not None:
-        result.to_csv(csv)
         note(f"wrote {csv}")
 
 
@@ -146,7 +147,7 @@ def plot(
     stats = inputs.load_statistics(measured[0]) if measured else None
     schedules = inputs.named_schedules([path for path in files if path not in measured])
     figure = plot_cost_density(stats) if stats is not None and not schedules else plot_schedules(schedules, stats=stats)
-    figure.savefig(output)
+    shell.save_figure(figure, output)
     note(f"wrote {output}")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastsched import baselines, validate
+from fastsched.cli.shell import save_figure
 from fastsched.comparison import Comparison, Reference, aligned, compare, converged_reference
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.digits import DigitsNetwork, load_digits_network
@@ -94,13 +95,14 @@ def run_demo(
                 comparisons[solver][n] = compare(denoiser, named, reference=reference, progress=False)
                 advance(1)
     demo = Demo(stats, schedules, comparisons, reference)
-    for solver in solvers:
-        say("\n" + table(solver, comparisons[solver]))
-    say("\n" + LEGEND.format(samples=samples, solver=reference.solver, steps=reference.steps))
+    # Before printing, which ends the command if a reader such as head closed the pipe.
     for solver, runs in schedules.items():
         for n, named in runs.items():
             named[OURS].save(folder / f"{solver}-{n}.json")
-    draw(demo, denoiser).savefig(folder / "demo.png")
+    save_figure(draw(demo, denoiser), folder / "demo.png")
+    for solver in solvers:
+        say("\n" + table(solver, comparisons[solver]))
+    say("\n" + LEGEND.format(samples=samples, solver=reference.solver, steps=reference.steps))
     say(f"\nwrote {folder / 'demo.png'} and the schedules, {folder}{os.sep}SOLVER-STEPS.json")
     return demo
 

@@ -180,7 +180,11 @@ def fit(
     options = {"stats": known, "levels": levels, "samples": samples, "model_calls": model_calls, "seed": seed}
     options["decoupled"] = decoupled
     schedule = _fitted(source, steps, chosen, dry_run, options)
-    schedule.save(output)
+    try:
+        schedule.save(output)
+    except OSError:  # as of a full disk: what is printed is the only copy of what the calls have found
+        shell.print_json(summary(schedule))
+        raise
     if as_json:
         shell.print_json(summary(schedule))
     else:
@@ -265,15 +269,16 @@ def select(
     stats = inputs.load_statistics(statistics)
     schedules = []
     for count, file in zip(counts, files, strict=True):
-        schedule = optimal_schedule(stats, count, method)
-        schedules.append(schedule)
-        if not as_json:
-            _show(schedule)
+        schedules.append(optimal_schedule(stats, count, method))
         if file is not None:
-            schedule.save(file)
+            schedules[-1].save(file)
             note(f"wrote {file}")
+    # After the files, because a reader that closes the pipe, such as head, ends the command here.
     if as_json:
         shell.print_json([summary(schedule) for schedule in schedules])
+    else:
+        for schedule in schedules:
+            _show(schedule)
 
 
 def _numbered(output: Path, steps: int, several: int) -> Path:
@@ -319,6 +324,8 @@ def plan(
     names = [inputs.solver_named(name.strip()) for name in solver.split(",")]
     errors = [None if goal is None else target_error(loaded, name, goal) for name in names]  # before the slow curves
     curves = [fs.error_curve(loaded, name, most) for name in names]
+    if output is not None:  # before printing, which ends the command if a reader such as head closed the pipe
+        shell.save_figure(plot_error_curves(curves), output)
     found = []
     for curve, error in zip(curves, errors, strict=True):
         rows = list(zip(curve.steps, curve.model_calls, curve.predicted_errors, strict=True))
@@ -339,7 +346,6 @@ def plan(
     if as_json:
         shell.print_json(found)
     if output is not None:
-        plot_error_curves(curves).savefig(output)
         note(f"wrote {output}")
 
 

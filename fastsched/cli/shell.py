@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from fastsched.sampling.progress import Progress
 
 DENOISER = (
@@ -279,3 +281,12 @@ def writable(
     from fastsched.sampling.files import check_writable
 
     check_writable(path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the format of the name's ending; an existing file is replaced only by a complete one."""
+    from fastsched.sampling.files import write_whole
+
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix("."))
+    write_whole(path, content.getvalue())

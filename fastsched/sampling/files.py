@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Iterator
 from typing import Any
 
 Name = str | os.PathLike[str]
@@ -23,12 +24,12 @@ def write_whole(path: Name, data: bytes) -> None:
     """
     target = _target(path)
     if os.path.exists(target) and not os.path.isfile(target):
-        with open(target, "wb") as file:  # a device or a pipe, which cannot be replaced
+        with _named(path), open(target, "wb") as file:  # a device or a pipe, which cannot be replaced
             file.write(data)
         return
     name, descriptor = _create_beside(target)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with _named(path), os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -38,6 +39,16 @@ def write_whole(path: Name, data: bytes) -> None:
             os.unlink(name)
         raise
     _sync_folder(target)
+
+
+@contextlib.contextmanager
+def _named(path: Name) -> Iterator[None]:
+    """Add the file's name to errors that lack one, as of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
 
 
 def check_writable(path: Name) -> None:

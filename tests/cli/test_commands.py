@@ -297,6 +297,23 @@ def test_a_reader_that_has_enough_ends_a_command_silently():
     assert result.stderr == ""
 
 
+def test_files_are_written_before_anything_is_printed(folder, model, tmp_path, monkeypatch):
+    def closed(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(shell.os, "dup2", lambda *_: None)  # stdout of these tests has no descriptor of its own
+    monkeypatch.setattr(shell.typer, "echo", closed)
+    stats, schedule = folder / "s.safetensors", folder / "x-4.json"
+    few = ("--shape", "2,3", "--samples", "2", "--reference-steps", "5", "--baselines", "none", "-q")
+    for command in (
+        ("select", stats, "--steps", "3,4", "-o", tmp_path / "a.json"),
+        ("plan", stats, "--max-steps", "2", "-o", tmp_path / "b.png"),
+        ("compare", model, schedule, *few, "--csv", tmp_path / "c.csv"),
+    ):
+        assert run(*command).exit_code == 1
+    assert sorted(os.listdir(tmp_path)) == ["a-3.json", "a-4.json", "b.png", "c.csv"]
+
+
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-8"])
 def test_names_that_stdout_cannot_encode_are_written_as_escapes(folder, tmp_path, encoding):
     name = {"cp1252": "x\u0436.json", "utf-8": "x\udcff.json"}[encoding]  # the second is no text: a byte of a name

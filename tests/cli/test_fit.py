@@ -1,5 +1,7 @@
+import errno
 import inspect
 import json
+import os
 
 import pytest
 import torch
@@ -22,6 +24,19 @@ def test_fit_writes_what_fit_returns(folder, model, tmp_path):
     assert torch.equal(found.sigmas, expected.sigmas)
     assert found.measured_error == expected.measured_error
     assert [float(value) for value in result.stdout.split(", ")] == pytest.approx(expected.sigmas.tolist(), rel=1e-5)
+
+
+def test_a_fit_that_cannot_be_written_is_printed_whole(model, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    path = tmp_path / "a.json"
+    options = ("--shape", "2,3", "--steps", "3", "--solver", "fitted", "--model-calls", "60", "-q")
+    result = run("fit", model, *options, "-o", path)
+    assert result.stderr.splitlines()[-1] == f"error: No space left on device: {path}"
+    found = json.loads(result.stdout)
+    assert fs.Schedule(found["sigmas"], "fitted", weights=found["weights"]).steps == 3
 
 
 def test_the_cost_is_said_before_it_is_spent(folder, model, tmp_path):
