@@ -35,7 +35,7 @@ Solver = Annotated[str, typer.Option(help="Such as ddim, heun, dpmpp_2m or ipndm
 @shell.errors_in_a_line("interrupted; 'fastsched measure --resume' continues from the last saved batch")
 def measure(
     denoiser: shell.DenoiserName,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The statistics file to write.")],
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="The statistics file to write.")] = None,
     shape: shell.Shape = None,
     levels: Levels = LEVELS,
     samples: Paths = None,
@@ -82,16 +82,17 @@ def measure(
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other: --resume goes on, --overwrite starts over")
     ways = "resume it (--resume), replace it (--overwrite)"
-    shell.writable(output, overwrite=overwrite or resume, replace=ways, sources=inputs.model_files(denoiser))
+    checks = {"overwrite": overwrite or resume, "replace": ways, "sources": inputs.model_files(denoiser)}
+    file = shell.writable(output, needed=not dry_run, **checks)
     source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet, scheduler)
     if source.is_pipeline:
         inputs.not_for_pipelines(responses=responses, resume="given" if resume else None)
         stats = _measured_pipeline(source, samples, dry_run, levels=levels, seed=seed)
-        stats.save(output)
+        stats.save(file)
     else:
         settings = {"levels": levels, "seed": seed, "resume": resume, "overwrite": overwrite}
-        stats = _measured_denoiser(source, samples, dry_run, output, responses=responses is not False, **settings)
-    note(f"{stats.samples} paths over {stats.levels} levels, {stats.model_calls:,} model calls; wrote {output}")
+        stats = _measured_denoiser(source, samples, dry_run, file, responses=responses is not False, **settings)
+    note(f"{stats.samples} paths over {stats.levels} levels, {stats.model_calls:,} model calls; wrote {file}")
 
 
 @shell.errors_in_a_line()  # an interrupt leaves no file to resume
@@ -118,7 +119,7 @@ def _measured_denoiser(
 
     count = inputs.sample_range(samples, SAMPLES)
     model, sizes = source.denoiser()
-    known = inputs.load_statistics(output).samples if settings["resume"] and output.exists() else 0
+    known = inputs.load_statistics(output).samples if settings["resume"] and output.is_file() else 0
     left = max(0, (len(count) if isinstance(count, range) else count) - known)
     calls = spending.measuring_calls(model, settings["levels"], left, settings["responses"])
     spending.say(f"{calls:,} to measure", dry_run)
@@ -129,7 +130,7 @@ def _measured_denoiser(
 def fit(
     denoiser: shell.DenoiserName,
     steps: Annotated[int, typer.Option(help="Number of steps.", min=1)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The schedule to write, .json.")],
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="The schedule to write, .json.")] = None,
     solver: Annotated[
         Optional[str], typer.Option(help="The solver to fit for.  [default: dpmpp_2m; pipelines: their scheduler's]")
     ] = None,
@@ -170,7 +171,7 @@ def fit(
     fastsched fit my_model.py:build --steps 6 --shape 4,64,64 --stats stats.safetensors --model-calls 400 -o six.json
     fastsched fit my_pipeline_folder --steps 8 --prompt "a cat" --call guidance_scale=7.5 -o schedule.json
     """
-    shell.writable(output, overwrite=overwrite, endings=[".json"])
+    file = shell.writable(output, needed=not dry_run, overwrite=overwrite, endings=[".json"])
     source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet, scheduler)
     # Files and names are checked before the model loads, which may take minutes.
     chosen = None if solver is None else inputs.solver_named(solver)
@@ -181,7 +182,7 @@ def fit(
     options["decoupled"] = decoupled
     schedule = _fitted(source, steps, chosen, dry_run, options)
     try:
-        schedule.save(output)
+        schedule.save(file)
     except OSError:  # as of a full disk: what is printed is the only copy of what the calls have found
         shell.print_json(summary(schedule))
         raise
@@ -189,7 +190,7 @@ def fit(
         shell.print_json(summary(schedule))
     else:
         _show(schedule)
-    note(f"wrote {output}")
+    note(f"wrote {file}")
 
 
 @shell.prints_on_stderr()

@@ -237,28 +237,35 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int 
 def writable(
     path: Path | None,
     *,
+    needed: bool = False,
     overwrite: bool | None = None,
     endings: Sequence[str] = (),
     replace: str = "replace it (--overwrite)",
     sources: Sequence[Path] = (),
-) -> None:
+) -> Path:
     """Check before any work that ``path`` can be written; None needs no check.
 
     Args:
         path: The file.
+        needed: Whether it must be given; a dry run writes nothing.
         overwrite: Whether it may exist; None for a command without that option, which replaces all but measurements.
         endings: Allowed endings of the name; any if empty.
         replace: Advice in the error about a file that exists.
         sources: Files that the command reads, none of which ``path`` must be.
 
+    Returns:
+        The file; the null device for None.
+
     Raises:
-        ValueError: If the name has none of ``endings``, or is one of ``sources``.
+        ValueError: If it is needed and None, or its name has none of ``endings``, or is one of ``sources``.
         FileExistsError: If it exists and must not be replaced.
         OSError: If it is a folder, or its folder is missing or read-only.
     """
     # Without these checks, writing would fail after the model calls, and their results would be lost.
     if path is None:
-        return
+        if needed:
+            raise ValueError("output must be given: -o FILE; only --dry-run needs none")
+        return Path(os.devnull)
     if str(path) == "-":
         raise ValueError("output: - is not read as standard output; name a file")
     if endings and path.suffix not in endings:
@@ -281,6 +288,7 @@ def writable(
     from fastsched.sampling.files import check_writable
 
     check_writable(path)
+    return path
 
 
 def save_figure(figure: Figure, path: Path) -> None:

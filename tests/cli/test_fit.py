@@ -56,6 +56,17 @@ def test_the_cost_is_said_before_it_is_spent(folder, model, tmp_path):
     assert not (tmp_path / "a.json").exists()
 
 
+@pytest.mark.parametrize("command", [("fit", "--steps", "4"), ("measure",)])
+def test_a_dry_run_needs_no_output(model, command):
+    asked = (command[0], model, *command[1:], "--shape", "2,3", "-q")
+    result = run(*asked, "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert "to measure" in result.stderr
+    result = run(*asked)
+    assert result.exit_code == 2
+    assert one_line(result) == "error: output must be given: -o FILE; only --dry-run needs none"
+
+
 def test_measuring_and_fitting_are_one_bar(capsys):
     with shell.joint_bar(50, True, "fitting") as hear:
         for done, total in ((10, 20), (20, 20), (6, 30), (24, 30)):
