@@ -181,11 +181,7 @@ def fit(
     options = {"stats": known, "levels": levels, "samples": samples, "model_calls": model_calls, "seed": seed}
     options["decoupled"] = decoupled
     schedule = _fitted(source, steps, chosen, dry_run, options)
-    try:
-        schedule.save(file)
-    except OSError:  # as of a full disk: what is printed is the only copy of what the calls have found
-        shell.print_json(summary(schedule))
-        raise
+    shell.save_or_print(schedule.save, file, summary(schedule))
     if as_json:
         shell.print_json(summary(schedule))
     else:
@@ -327,6 +323,7 @@ def plan(
     curves = [fs.error_curve(loaded, name, most) for name in names]
     if output is not None:  # before printing, which ends the command if a reader such as head closed the pipe
         shell.save_figure(plot_error_curves(curves), output)
+        note(f"wrote {output}")
     found = []
     for curve, error in zip(curves, errors, strict=True):
         rows = list(zip(curve.steps, curve.model_calls, curve.predicted_errors, strict=True))
@@ -346,8 +343,6 @@ def plan(
         found.append(entry)
     if as_json:
         shell.print_json(found)
-    if output is not None:
-        note(f"wrote {output}")
 
 
 def merge(

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -289,6 +289,15 @@ def writable(
 
     check_writable(path)
     return path
+
+
+def save_or_print(save: Callable[[Path], object], path: Path, value: Any) -> None:
+    """``save(path)``; if it fails, as on a full disk, print ``value``, the only copy of what the calls have found."""
+    try:
+        save(path)
+    except OSError:
+        print_json(value)
+        raise
 
 
 def save_figure(figure: Figure, path: Path) -> None:
