@@ -25,6 +25,16 @@ CAUSES = (
         "wrap it as a function of (x, condition): lambda x, t: network(x, timestep=t)",
     ),
     (
+        r"used as ind|'indices'|dtype int32( or |/)int64 for index|converted to an (integer )?index|indices must be int",
+        "it looks something up by the time or level, which is a float: integer_timesteps=True of from_epsilon and "
+        "from_v gives it whole timesteps in int64; or round in the network: table[t.round().long()]",
+    ),
+    (
+        r"^(index .* is out of bounds|index out of range|list index out of range|tuple index out of range)",
+        "it looks up what has too few entries; if by the time or level, has it one for each timestep or level of the "
+        "noise process?",
+    ),
+    (
         r"same device|meta tensor|is on \w+(:\d+)?,? (but|different from)|device meta|not on the expected device",
         "the network or its conditioning is on another device than the states; move them to one device (device=, "
         "or the device of the noise)",
@@ -70,7 +80,7 @@ def checked_call(call: Callable[[], object], x: Tensor, condition: Tensor, dtype
         output = call()
     except StopIteration as error:
         raise RuntimeError("the network raised StopIteration (an iterator in it ran out)") from error
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, IndexError) as error:
         known = explained(error, x, condition, dtype)
         if known is None:
             raise

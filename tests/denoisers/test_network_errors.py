@@ -43,6 +43,33 @@ def test_wrong_shapes_point_to_the_shape(network, shape):
         measured(lambda x, t: network(x), shape)
 
 
+TABLE = torch.zeros(1000, 4)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda x, t: TABLE[t],
+        lambda x, t: torch.nn.functional.embedding(t, TABLE),
+        lambda x, t: TABLE.index_select(0, t),
+        lambda x, t: TABLE.gather(0, t[:, None].expand(-1, 4)),
+        lambda x, t: x + torch.from_numpy(TABLE.numpy()[t.numpy()]),
+        lambda x, t: x + TABLE.tolist()[t[0]][0],
+        lambda x, t: x + TABLE.tolist()[t[0].item()][0],
+    ],
+)
+def test_tables_indexed_by_a_fractional_timestep_point_to_integer_timesteps(network):
+    with pytest.raises(ValueError, match=r"failed when called with x .*integer_timesteps=True of from_epsilon"):
+        measured(network, (4,))
+
+
+def test_a_table_that_is_too_short_is_named():
+    with pytest.raises(ValueError, match=r"failed when called with x .*out of bounds.*one for each timestep"):
+        measured(lambda x, t: x + TABLE[:100][t.long()], (4,))
+    with pytest.raises(ValueError, match=r"failed when called with x .*out of range.*one for each timestep"):
+        measured(lambda x, t: x + [1.0][int(t[0])], (4,))
+
+
 class Wide(torch.nn.Module):
     """Multiplies by the condition, which is float32."""
 
