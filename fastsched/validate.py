@@ -320,14 +320,14 @@ def descending_sigmas(name: str, sigmas: object, *, to_zero: bool = False) -> Te
     return values
 
 
-def _levels(name: str, value: object) -> None:
-    """Check the number of levels, or the levels themselves."""
-    if not isinstance(value, Tensor):
-        if isinstance(value, (Sequence, np.ndarray)):
-            raise TypeError(f"{name} must be a whole number or a tensor of noise levels, got {shown(value)}")
-        positive_int(name, value, minimum=3)
-    elif len(s := descending_sigmas(name, value)) < 3 or float(s[-1]) <= 0:
+def levels(name: str, value: object) -> int | Tensor:
+    """Return the number of levels, at least three, or the levels themselves as a float64 CPU tensor."""
+    if not isinstance(value, (Tensor, Sequence, np.ndarray)):
+        return positive_int(name, value, minimum=3)
+    s = descending_sigmas(name, value)
+    if len(s) < 3 or float(s[-1]) <= 0:
         raise ValueError(f"{name} must be at least three positive noise levels; sigma 0 is added as the end")
+    return s
 
 
 #: The check of each argument name, the same in all public functions.
@@ -342,7 +342,7 @@ CHECKS: dict[str, Check] = {
     "shape": sample_shape,
     "device": optional(device),
     "dtype": optional(floating_dtype),
-    "levels": _levels,
+    "levels": levels,
     "sigmas": descending_sigmas,
     "pairs": partial(choice, known=("adjacent", "all")),
     "velocity": optional(partial(choice, known=("noisier", "cleaner"))),

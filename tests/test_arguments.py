@@ -29,7 +29,7 @@ TENSOR = [3, "x", [1.0, 2.0], np.ones((2, 4), np.float32), torch.ones(2, 4, dtyp
           torch.ones(2, 4, dtype=torch.float8_e5m2), torch.ones(2, 4, device="meta"),
           torch.ones(2, 4).to_sparse(), object()]  # fmt: skip
 BATCH = [*TENSOR, torch.ones(4), torch.tensor(1.0), torch.full((2, 4), math.nan), torch.full((2, 4), math.inf)]
-LEVELS = [2, *COUNT, [3.0, 2.0, 1.0], np.array([3.0, 2.0, 1.0]),
+LEVELS = [2, *COUNT, [3.0, 2.0], [3.0, 1.0, 2.0], ["a"] * 3, np.ones(3),
           torch.tensor([3.0, 2.0]), torch.tensor([3.0, 1.0, 2.0]), torch.tensor([3.0, 2.0, 0.0])]  # fmt: skip
 TARGET = [0.0, -1.0, math.nan, math.inf, "x", None, ("karras",), ("x", 3), ("karras", 0), torch.tensor([1.0, 2.0])]
 ALPHAS = [None, 3, "ab", [0.5], [0.5, 0.9], [1.0, 0.5], [0.9, -0.1], [0.9, math.nan], [[0.9, 0.5]], [True]]

@@ -57,7 +57,7 @@ def fit(
     *,
     solver: str | None = None,
     stats: PathStatistics | None = None,
-    levels: int | Tensor | None = None,
+    levels: int | Tensor | Sequence[float] | None = None,
     samples: int | range | None = None,
     prompts: str | Sequence[str] | None = None,
     seed: int = 0,
@@ -125,7 +125,7 @@ def _checked(pipe: Any, steps: int, solver: str | None, checkpoint: Any, auditio
 
 
 def _planned(
-    total: int, steps: int, levels: int | Tensor | None, samples: int | range | None, solver: str
+    total: int, steps: int, levels: int | Tensor | Sequence[float] | None, samples: int | range | None, solver: str
 ) -> dict[str, Any]:
     """The levels and samples to measure (`planned`), after a check that a search over the levels is possible."""
     levels, samples = planned(total, steps, levels, samples, calibration_calls)

@@ -53,7 +53,7 @@ CHECKS: dict[str, validate.Check] = dict.fromkeys(("pipe", "prompts", "call_kwar
 def measure(
     pipe: Any,
     *,
-    levels: int | Tensor = 48,
+    levels: int | Tensor | Sequence[float] = 48,
     samples: int | range = PIPELINE_SAMPLES,
     prompts: str | Sequence[str] | None = None,
     seed: int = 0,
@@ -77,7 +77,7 @@ def measure(
 
     Args:
         pipe: A pipeline with a supported ``scheduler`` (docs/schedulers.md).
-        levels: How many noise levels, 32 to 64 are enough; or the levels ``s`` themselves, descending.
+        levels: How many noise levels, 32 to 64 are enough; or a list of the levels ``s``, descending.
         samples: The least number of paths, or ``range(a, b)``: these paths, to be merged with others of the same seed.
         prompts: The prompts, which the samples use in turn, each at least once. A schedule is for a model, not for a
             prompt, so several are best. None if the pipeline takes no prompt, or ``call_kwargs`` holds it.
@@ -104,8 +104,8 @@ def measure(
         >>> fs.diffusers.apply(schedule, pipe)
     """
     validate.arguments(locals(), **CHECKS)
-    settings = {"levels": levels, "samples": samples, "seed": seed, "keep_increments": keep_increments}
-    options = {"prompts": prompts, "prompts_per_call": prompts_per_call, "checkpoint": checkpoint}
+    settings = {"levels": validate.levels("levels", levels), "samples": samples, "seed": seed, "prompts": prompts}
+    options = {"keep_increments": keep_increments, "prompts_per_call": prompts_per_call, "checkpoint": checkpoint}
     try:
         return measured_in_group(pipe, call_kwargs, group, progress=progress, **settings, **options)
     except KeyboardInterrupt as error:

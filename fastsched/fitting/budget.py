@@ -16,11 +16,12 @@ With 1,500 calls two-dimensional data gained nothing, and digits and patches had
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.measurement.deviated_paths import deviated_paths, queries
 
 #: Default number of model calls of a fit, the measurement included.
@@ -75,7 +76,7 @@ def _plan(total: int) -> Plan:
 def planned(
     total: int,
     steps: int,
-    levels: int | Tensor | None = None,
+    levels: int | Tensor | Sequence[float] | None = None,
     samples: int | range | None = None,
     calls: Callable[[int | Tensor, int | range], int] = lambda levels, samples: 0,
     *,
@@ -96,13 +97,12 @@ def planned(
             "samples, or stats"
         )
     plan = _plan(total)
-    if levels is None:
-        levels = max(plan.levels, steps + 2 - steps % 2)
+    grid = max(plan.levels, steps + 2 - steps % 2) if levels is None else validate.levels("levels", levels)
     if samples is None:
-        count = len(levels) if isinstance(levels, Tensor) else levels
+        count = len(grid) if isinstance(grid, Tensor) else grid
         samples = max(1, measuring_calls(plan.levels, plan.samples) // measuring_calls(count, 1, responses=responses))
-    calls_left(total, calls(levels, samples))
-    return levels, samples
+    calls_left(total, calls(grid, samples))
+    return grid, samples
 
 
 def calls_left(total: int, measuring: int) -> int:

@@ -37,7 +37,7 @@ def measure(
     denoiser: Denoiser,
     shape: Sequence[int],
     *,
-    levels: int | Tensor = 48,
+    levels: int | Tensor | Sequence[float] = 48,
     samples: int | range = 8,
     responses: bool = True,
     keep_increments: bool = False,
@@ -64,7 +64,7 @@ def measure(
     Args:
         denoiser: What to measure.
         shape: The shape of one sample, without the batch.
-        levels: How many levels (32 to 64 are enough), or the levels ``s`` themselves, descending by at least 0.1%.
+        levels: How many levels (32 to 64 are enough), or a list of the levels ``s``, descending by at least 0.1%.
         samples: How many paths; or which, ``range(a, b)``, to be merged with others (`PathStatistics.merge`).
         responses: Whether to measure responses. Without them, errors are taken to be passed on as for Gaussian data.
         keep_increments: Whether to keep increments and responses, ``2 N`` images per sample, for `fastsched.tune`.
@@ -98,7 +98,7 @@ def measure(
 def prepared(
     denoiser: Denoiser,
     shape: Sequence[int],
-    levels: int | Tensor,
+    levels: int | Tensor | Sequence[float],
     samples: int | range,
     *,
     responses: bool,
@@ -208,11 +208,12 @@ def check_same_network(
     return 1
 
 
-def measured_levels(denoiser: Denoiser, levels: int | Tensor) -> Tensor:
+def measured_levels(denoiser: Denoiser, levels: int | Tensor | Sequence[float]) -> Tensor:
     """The levels to measure at, float64 [N], from their number or a list of them; errors as in `measure`."""
     is_denoiser("denoiser", denoiser)
-    if not isinstance(levels, Tensor):
-        s = denoiser.levels(validate.positive_int("levels", levels, minimum=3))
+    given = validate.levels("levels", levels)
+    if not isinstance(given, Tensor):
+        s = denoiser.levels(given)
         if bool((s[1:] > (1 - CLOSEST_EVEN) * s[:-1]).any()):
             low, high = float(s[-1]), float(s[s.isfinite()][0])
             raise ValueError(
@@ -220,11 +221,9 @@ def measured_levels(denoiser: Denoiser, levels: int | Tensor) -> Tensor:
                 "so close that the changes between them are mostly rounding; is this range right?"
             )
         return s
-    s = denoiser.process.nearest(validate.descending_sigmas("levels", levels))  # a network may not know others
+    s = denoiser.process.nearest(given)  # a network may not know others
     if not bool((s[1:] < s[:-1]).all()):
         raise ValueError("levels must be at different integer timesteps, as this network knows no others")
-    if len(s) < 3 or float(s[-1]) <= 0:
-        raise ValueError("levels must be at least three positive noise levels; sigma 0 is added as the end")
     close = (s[1:] > (1 - CLOSEST) * s[:-1]).nonzero()
     if len(close):
         k = int(close[0])

@@ -352,7 +352,7 @@ def test_image_to_image_and_foreign_schedulers_are_refused():
         ({"prompts": ["a", None]}, TypeError, "prompts must be a string"),
         ({"prompts": "a", "prompt": "b"}, ValueError, "prompt must be left out"),
         ({"levels": 2}, ValueError, "levels must be at least 3"),
-        ({"levels": [14.0, 1.0, 0.1]}, TypeError, "levels must be a whole number"),
+        ({"levels": [14.0, 1.0, "a"]}, TypeError, "levels must be a tensor or a list of numbers"),
         ({"samples": 0}, ValueError, "samples must be at least 1"),
         ({"seed": "a"}, TypeError, "seed must be a whole number"),
         ({"strength": 0.5}, ValueError, "strength must be left out"),

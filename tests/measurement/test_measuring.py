@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from models import exact_denoiser, exact_denoisers, mixture, vp_table
@@ -324,3 +325,14 @@ def test_levels_of_whole_timesteps_are_those_of_the_table():
     torch.testing.assert_close(stats.s, known, rtol=1e-12, atol=0.0)
     with pytest.raises(ValueError, match="levels must be at different integer timesteps"):
         measure(denoiser, levels=torch.tensor([1.0, 0.999, 0.5, 0.1], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_levels_may_be_a_list(kind):
+    denoiser = exact_denoiser(mixture(), 0.02, 80.0)
+    levels = [80.0, 20.0, 5.0, 1.0, 0.2, 0.02]
+    options = {"samples": 1, "progress": False}
+    expected = fs.measure(denoiser, (4,), levels=torch.tensor(levels, dtype=torch.float64), **options)
+    assert fs.measure(denoiser, (4,), levels=kind(levels), **options) == expected
+    fitted = fs.fit(denoiser, (4,), steps=2, levels=kind(levels), model_calls=40, **options)
+    assert fitted.origin.model_calls > 0
