@@ -39,6 +39,7 @@ class CostMatrix:
         per_sample: The cost of each of them for each sample, [B, P] float64.
         order: ``p`` in ``cost ~ delta * step^p``, for short steps.
         calls: The model calls that the estimate took.
+        seeds: The seed of each sample, [B] int64 (`fastsched.sampling.random_streams`); None if not known.
     """
 
     name: str
@@ -48,6 +49,7 @@ class CostMatrix:
     per_sample: Tensor
     order: int
     calls: ModelCalls
+    seeds: Tensor | None = None
 
     @property
     def sigmas(self) -> Tensor:
@@ -90,13 +92,19 @@ class CostMatrix:
             other: An estimate of the same cost of the same model, from other samples (``samples=range(a, b)``).
 
         Raises:
-            ValueError: If ``other`` is of another cost or of other levels or steps.
+            TypeError: If ``other`` is no cost.
+            ValueError: If ``other`` is of another cost or of other levels or steps, or repeats a sample.
         """
+        is_cost("other", other)
         same = (self.name, self.process) == (other.name, other.process) and torch.equal(self.s, other.s)
         if not (same and torch.equal(self.pairs, other.pairs)):
             raise ValueError(f"other must be the same cost, {self.name}, of the same levels and steps")
+        seeds = None if self.seeds is None or other.seeds is None else torch.cat([self.seeds, other.seeds])
+        repeated = 0 if seeds is None else len(seeds) - len(seeds.unique())
+        if repeated:
+            raise ValueError(f"other repeats {repeated} of these samples; estimate it from others")
         calls = ModelCalls(*(own + their for own, their in zip(self.calls, other.calls, strict=True)))
-        return replace(self, per_sample=torch.cat([self.per_sample, other.per_sample]), calls=calls)
+        return replace(self, per_sample=torch.cat([self.per_sample, other.per_sample]), calls=calls, seeds=seeds)
 
     def _scatter(self, values: Tensor) -> Tensor:
         # NaN, not 0, where nothing was computed, so that no schedule can use such a step unnoticed.

@@ -200,7 +200,7 @@ class StateSource:
     ) -> CostMatrix:
         """The estimate as a `CostMatrix`, with the calls it took."""
         calls = ModelCalls(self.forward_calls, jvp, gradient)
-        return CostMatrix(name, self.process, self.s, pairs, per_sample, order, calls)
+        return CostMatrix(name, self.process, self.s, pairs, per_sample, order, calls, self.seeds)
 
     def _follow_path(self, noise: Tensor, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """DPM-Solver++(2M) from the process's highest level, no step longer than `PATH_STEP` in ``log s``."""

@@ -20,6 +20,7 @@ from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.metrics import power_mean
 from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.progress import Progress, progress_bar
+from fastsched.sampling.sampler import is_run
 from fastsched.sampling.schedule import Schedule, check_kind, check_start
 from fastsched.sampling.solvers import Solver
 
@@ -197,6 +198,7 @@ def _checked(
         raise ValueError("candidates must hold at least one schedule")
     chosen = {}
     for name, given in candidates.items():
+        is_run(f"candidates[{name!r}]", given)
         check_kind(f"candidates[{name!r}]", given, stats.process)
         sigmas = validate.descending_sigmas(f"candidates[{name!r}]", getattr(given, "sigmas", given))
         try:

@@ -53,6 +53,11 @@ def test_ranges_of_samples_merge_into_the_whole(estimate, from_data):
     cost = lambda samples: estimate(denoiser, samples=samples, batch_size=1, **settings)
     whole, merged = cost(5), cost(range(2)).merge(cost(range(2, 5)))
     assert torch.equal(merged.per_sample, whole.per_sample)
+    assert torch.equal(merged.seeds, whole.seeds)
+    with pytest.raises(ValueError, match="other repeats 2 of these samples"):
+        whole.merge(cost(range(3, 6)))
+    with pytest.raises(TypeError, match=r"other must be a fastsched\.CostMatrix"):
+        whole.merge(None)
     assert merged.calls == whole.calls
     with pytest.raises(ValueError, match="other must be the same cost"):
         whole.merge(estimate(denoiser, samples=1, **{**settings, "sigmas": denoiser.levels(5)}))

@@ -176,3 +176,8 @@ def test_statistics_of_another_network_are_refused(stats):
 def test_bad_arguments(stats, options, message):
     with pytest.raises(ValueError, match=message):
         fs.audition(DENOISER, stats, 6, progress=False, **options)
+
+
+def test_statistics_are_no_candidate(stats):
+    with pytest.raises(TypeError, match=r"candidates\['a'\] must be sigmas or a Schedule, .* got PathStatistics"):
+        fs.audition(DENOISER, stats, 6, candidates={"a": stats}, progress=False)
