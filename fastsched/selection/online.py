@@ -112,7 +112,7 @@ class AdaptiveSchedule:
             intervals: The interval of each estimate, [m] int64; None for all intervals in order.
 
         Raises:
-            ValueError: If a shape or index does not match the grid, or a cost is NaN or inf.
+            ValueError: If a shape or index does not match the grid, or a cost or a sum of costs is NaN or inf.
         """
         validate.arguments(locals(), costs=validate.tensor, intervals=validate.optional(_is_index))
         values = costs.detach().cpu().double().flatten()
@@ -126,7 +126,10 @@ class AdaptiveSchedule:
         if len(places) and not 0 <= int(places.min()) <= int(places.max()) < len(self._sums):
             raise ValueError(f"intervals must be within [0, {len(self._sums) - 1}], got {places.tolist()}")
         # New tensors, because tensors made in inference mode cannot be written outside of it.
-        self._sums = self._sums.index_add(0, places, values)
+        sums = self._sums.index_add(0, places, values)
+        if not bool(sums.isfinite().all()):
+            raise ValueError("costs must have finite sums, but with the earlier ones they overflow float64")
+        self._sums = sums
         self._counts = self._counts.index_add(0, places, torch.ones_like(values))
 
     @torch.no_grad()
@@ -150,7 +153,7 @@ class AdaptiveSchedule:
 
         Raises:
             TypeError: If the denoiser returns no floating-point tensor.
-            ValueError: If ``clean`` holds no data, or the denoiser returns another shape.
+            ValueError: If ``clean`` holds no data, NaN or inf, or the denoiser returns another shape, NaN or inf.
         """
         validate.arguments(locals(), denoise=validate.function, clean=validate.tensor, generator=_is_generator)
         if clean.ndim < 2 or clean.numel() == 0:
@@ -171,7 +174,10 @@ class AdaptiveSchedule:
             answers = [checked_call(ask, z, s, z.dtype).clone() for s, ask in asked]
         scores = [(x0.to(dtype) - z) / wide(s).square() for x0, s in zip(answers, (s_from, s_to), strict=True)]
         squares = in_float64((scores[1] - scores[0]).flatten(1)).square().sum(1)
-        self.observe(squares.cpu() * s_from.square(), intervals)
+        costs = squares.cpu() * s_from.square()
+        if not bool(costs.isfinite().all()):
+            raise ValueError(f"{_cause_of_infinity(clean, z, answers, (s_from, s_to))}; skip such a batch")
+        self.observe(costs, intervals)
         return 2 * count
 
     @property
@@ -246,8 +252,23 @@ class AdaptiveSchedule:
             raise ValueError(f"state has {sums.numel()} sums for {len(fresh._sums)} intervals")
         if not bool(sums.isfinite().all()) or not bool((counts.isfinite() & (counts >= 0)).all()):
             raise ValueError("state must hold finite sums, and finite counts of at least 0")
+        if bool((sums[counts == 0] != 0).any()):
+            raise ValueError("state must hold a count of at least 1 for every interval whose sum is not 0")
         self.s, self.rate, self.order, self.updates = fresh.s, fresh.rate, fresh.order, updates
         self._sums, self._counts = sums.clone(), counts.clone()
+
+
+def _cause_of_infinity(clean: Tensor, z: Tensor, answers: Sequence[Tensor], levels: Sequence[Tensor]) -> str:
+    """Why costs from these data, states and answers at two levels each are NaN or inf."""
+    if not bool(clean.isfinite().all()):
+        return "clean must be finite, but holds NaN or inf"
+    if not bool(z.isfinite().all()):
+        return f"clean must be of a size that {clean.dtype} can hold with noise added, or in float32, but z is infinite"
+    for x0, s in zip(answers, levels, strict=True):
+        bad = (~x0.flatten(1).isfinite().all(1)).nonzero()
+        if len(bad):
+            return f"denoise returned NaN or inf, first at s = {float(s[int(bad[0])]):g}"
+    return "denoise returned numbers so large that the squares of their differences overflow"
 
 
 def _is_generator(name: str, value: object) -> None:

@@ -227,6 +227,7 @@ def test_answers_of_another_kind_are_refused(denoise, error):
         ({"counts": torch.full((16,), -1.0)}, ValueError),
         ({"sums": torch.full((16,), torch.inf)}, ValueError),
         ({"sums": torch.zeros(3)}, ValueError),
+        ({"sums": torch.ones(16)}, ValueError),
     ],
 )
 def test_damaged_states_are_refused(changed, error):
@@ -240,6 +241,31 @@ def test_a_batch_without_samples_is_refused(shape):
     adaptive = fs.AdaptiveSchedule(_start())
     with pytest.raises(ValueError, match="clean must hold at least one sample"):
         adaptive.observe_denoiser(_gaussian().denoise, torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("denoise", "clean", "message"),
+    [
+        (lambda z, s: z * torch.nan, torch.ones(4, 2), r"^denoise returned NaN or inf, first at s = [124]; skip"),
+        (lambda z, s: z, torch.full((4, 2), torch.inf), "^clean must be finite"),
+        (lambda z, s: z, torch.full((4, 2), 65504.0, dtype=torch.float16), "^clean must be of a size that torch.float16"),
+        (lambda z, s: z * 1e30, torch.ones(4, 2, dtype=torch.float64) * 1e150, "^denoise returned numbers so large"),
+    ],
+    ids=["answer", "data", "states", "squares"],
+)
+def test_the_cause_of_an_infinite_cost_is_named(denoise, clean, message):
+    adaptive = fs.AdaptiveSchedule([4.0, 2.0, 1.0])
+    with pytest.raises(ValueError, match=message):
+        adaptive.observe_denoiser(denoise, clean, generator=torch.Generator().manual_seed(0))
+    assert not adaptive.update()
+
+
+def test_costs_whose_sum_overflows_are_refused():
+    adaptive = fs.AdaptiveSchedule([2.0, 1.0])
+    adaptive.observe(torch.tensor([1e308], dtype=torch.float64))
+    with pytest.raises(ValueError, match="costs must have finite sums"):
+        adaptive.observe(torch.tensor([1e308], dtype=torch.float64))
+    assert adaptive.update()
 
 
 def test_a_network_may_return_one_buffer_every_time():
