@@ -7,9 +7,11 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from fastsched.measurement.measuring import measure
 from fastsched.measurement.memory import WORKING
 from fastsched.measurement.network_checks import CHECK_CALLS
 from fastsched.measurement.timeline import Run, Timeline, device_of, synchronisations
-from fastsched.sampling.files import check_writable
+from fastsched.sampling.files import check_writable, write_whole
 from fastsched.sampling.random_streams import noise_of
 from fastsched.sampling.sampler import sample
 from fastsched.sampling.solvers import FITTED
@@ -208,8 +210,18 @@ def profile(
     with torch.no_grad(), recorder as recorded:
         found = _profile(runs, steps)
     if trace is not None and recorded is not None:
-        recorded.export_chrome_trace(os.fspath(trace))
+        _write_trace(recorded, trace)
     return found
+
+
+def _write_trace(recorded: torch.profiler.profile, path: str | os.PathLike[str]) -> None:
+    """Write the trace; OSError if PyTorch cannot, which it only logs."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(file))
+        if not file.exists():
+            raise OSError(f"PyTorch could not write its trace to {folder}; is the disk full?")
+        write_whole(path, file.read_bytes())
 
 
 def steps_run(model: Any, steps: int) -> int:

@@ -199,6 +199,17 @@ def test_a_trace_that_cannot_be_written_is_known_before(name, tmp_path):
         fs.profile(fs.Denoiser.from_denoiser(network, 0.02, 80.0), (4,), steps=3, trace=tmp_path / name)
 
 
+def test_a_trace_that_pytorch_does_not_write_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", lambda self, path: None)
+    old = tmp_path / "trace.json"
+    old.write_text("old")
+    with pytest.raises(OSError, match="PyTorch could not write its trace"):
+        fs.profile(
+            fs.Denoiser.from_denoiser(lambda z, s: z / (1 + s[:, None] ** 2), 0.02, 80.0), (4,), steps=3, trace=old
+        )
+    assert old.read_text() == "old"
+
+
 def test_an_applied_schedule_stays_applied():
     pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
     import diffusers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -17,14 +18,15 @@ def write_whole(path: Name, data: bytes) -> None:
     """Write ``data`` to a temporary file, which replaces the target only when it is complete and on the disk.
 
     The temporary file has a unique name, so two writers do not collide, and is removed if writing fails. A symbolic
-    link is followed. Permissions are those of a new file (umask). Devices and pipes are written to directly.
+    link is followed. Permissions are those of a new file (umask). Devices, and pipes that a program reads, are written
+    to directly.
 
     Raises:
         OSError: If the file cannot be written; an existing file is then unchanged.
     """
     target = _target(path)
     if os.path.exists(target) and not os.path.isfile(target):
-        with _named(path), open(target, "wb") as file:  # a device or a pipe, which cannot be replaced
+        with _named(path), os.fdopen(_open_special(target), "wb") as file:  # cannot be replaced
             file.write(data)
         return
     name, descriptor = _create_beside(target)
@@ -39,6 +41,21 @@ def write_whole(path: Name, data: bytes) -> None:
             os.unlink(name)
         raise
     _sync_folder(target)
+
+
+def _open_special(target: str) -> int:
+    """Open a device or a pipe to write; OSError, not a wait without end, for a pipe that no program reads."""
+    without_waiting = getattr(os, "O_NONBLOCK", 0)  # not on Windows
+    try:
+        descriptor = os.open(target, os.O_WRONLY | without_waiting)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        advice = "no program reads this pipe; name a file, or start the reader first"
+        raise OSError(errno.ENXIO, advice, target) from None
+    if without_waiting:
+        os.set_blocking(descriptor, True)
+    return descriptor
 
 
 @contextlib.contextmanager

@@ -100,6 +100,20 @@ def test_devices_are_written_to_directly():
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
 
 
+def test_a_pipe_is_written_to_if_it_is_read_and_refused_if_not(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match=r"no program reads this pipe.*pipe"):
+        write_whole(path, b"x")
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_whole(path, b"y")
+        assert os.read(reader, 9) == b"y"
+    finally:
+        os.close(reader)
+    assert stat.S_ISFIFO(os.stat(path).st_mode)
+
+
 def test_a_link_to_itself_is_left_alone(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
