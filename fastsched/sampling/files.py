@@ -84,6 +84,8 @@ def check_writable(path: Name) -> None:
 
 def _target(path: Name) -> str:
     """``path`` with links followed, even to a file that does not exist yet; OSError if no file can be written there."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        return os.fspath(path)  # a device or a pipe; the links of /dev/fd lead to names that cannot be opened
     target = os.path.realpath(path)
     given = os.path.dirname(os.fspath(path)) or os.curdir
     if os.path.islink(target):

@@ -114,6 +114,18 @@ def test_a_pipe_is_written_to_if_it_is_read_and_refused_if_not(tmp_path):
     assert stat.S_ISFIFO(os.stat(path).st_mode)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the system has no names for open pipes")
+def test_open_pipes_are_written_to_by_their_names():
+    reader, writer = os.pipe()
+    try:
+        check_writable(f"/dev/fd/{writer}")  # as the shell names the pipe of >(command)
+        write_whole(f"/dev/fd/{writer}", b"y")
+        assert os.read(reader, 9) == b"y"
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
 def test_a_link_to_itself_is_left_alone(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
