@@ -61,9 +61,17 @@ def power_mean(values: Tensor | np.ndarray, exponent: float = EXPONENT) -> np.nd
 
     For ``0 < p < 1`` it lies between the geometric mean, which a few samples with large errors barely change, and the
     arithmetic mean (p = 1), which they dominate.
+
+    Raises:
+        TypeError: If a tensor or list does not hold real numbers.
+        ValueError: If a tensor or list has no value, or a negative one. Arrays are not checked; rounding may have made
+            their values negative.
     """
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().double().numpy()  # Apple's GPUs have no float64
+    if not isinstance(values, np.ndarray):
+        wide = torch.atleast_1d(validate.float64("values", values))
+        if wide.numel() == 0 or bool((wide < 0).any()):
+            raise ValueError("values must be non-negative numbers, at least one of them")
+        values = wide.numpy()
     logs = np.log(np.maximum(np.asarray(values, dtype=np.float64), np.finfo(np.float64).tiny))
     if exponent == 0:
         return np.exp(logs.mean(axis=-1))

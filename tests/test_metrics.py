@@ -126,3 +126,12 @@ def test_power_mean_lies_between_the_means_and_does_not_overflow():
     assert metrics.power_mean(np.array([1.0, np.inf])) == np.inf
     assert metrics.power_mean(torch.tensor([1.0, 4.0], dtype=torch.bfloat16, requires_grad=True), 1.0) == 2.5
     assert metrics.power_mean(np.array([1.0, 4.0]), 0) < metrics.power_mean(np.array([1.0, 4.0])) < 2.5
+
+
+def test_power_mean_refuses_what_is_no_squared_error():
+    for values in (torch.tensor([-1.0, 2.0]), torch.empty(0), [-1.0]):
+        with pytest.raises(ValueError, match="values must be non-negative numbers"):
+            metrics.power_mean(values)
+    with pytest.raises(TypeError, match="values must be a tensor of real numbers"):
+        metrics.power_mean(torch.ones(2, dtype=torch.complex64))
+    assert metrics.power_mean(torch.tensor(2.0)) == pytest.approx(2.0)

@@ -216,6 +216,8 @@ def _coefficients(
     N, both = R.shape[0], []
     for name, value in (("a", a), ("c", c)):
         tensor = value if isinstance(value, Tensor) else validate.float64(name, value)
+        if tensor.is_complex() or tensor.dtype == torch.bool:
+            raise TypeError(f"{name} must be a tensor of real numbers; got {tensor.dtype}")
         if tensor.shape != (N,):
             raise ValueError(f"{name} must be [{N}], one per level of R; got shape {tuple(tensor.shape)}")
         both.append(tensor)

@@ -302,6 +302,7 @@ DATA = torch.ones(3, 2, 4)
         (lambda: level_increment_gram(DATA, DATA.numpy(), [1] * 3, [1] * 3), "X"),
         (lambda: level_increment_gram(DATA, None, None, [1] * 3), "a"),
         (lambda: level_increment_gram(DATA, None, [1] * 3, "ccc"), "c"),
+        (lambda: level_increment_gram(DATA, None, [1] * 3, torch.ones(3, dtype=torch.complex64)), "c"),
         (lambda: pairwise_squared_distances(np.ones((3, 3))), "gram"),
         (lambda: hutchinson_reduce(None, DATA), "V"),
     ],
