@@ -293,10 +293,9 @@ def _planned(
     """The schedule or sigmas and the solver of each; checked before any model call."""
     if not isinstance(schedules, Mapping) or not schedules:
         raise ValueError("schedules must be a dictionary of at least one schedule by name, such as {'mine': schedule}")
+    validate.named("schedules", schedules)
     runs = {}
     for name, schedule in schedules.items():
-        if not isinstance(name, str):
-            raise TypeError(f"schedules must have names that are text, got {validate.shown(name)}")
         is_run(f"schedules[{name!r}]", schedule)
         if isinstance(schedule, Schedule) and schedule.noise != denoiser.process.kind:
             raise ValueError(

@@ -203,7 +203,7 @@ def draw_cost_density(axes: Axes, stats: PathStatistics) -> None:
     for weighted in (True, False) if stats.deviated else (False,):
         s, density = cost_density(stats, weighted=weighted)
         sigmas = stats.process.sampler_sigma(torch.from_numpy(s)).numpy()
-        share = density / density.max()
+        share = density / max(density.max(), np.finfo(density.dtype).tiny)  # 0 for a network with one answer
         if not weighted:
             axes.plot(sigmas, share, color="#777777", linewidth=1.2, linestyle="--", label="unweighted")
         else:

@@ -179,6 +179,9 @@ def named(name: str, value: object) -> object:
         raise TypeError(f"{name} must be a dictionary by name, got {shown(value)}")
     if not value:
         raise ValueError(f"{name} must hold at least one entry by name")
+    for key in value:
+        if not isinstance(key, str):
+            raise TypeError(f"{name} must have names that are text, got {shown(key)}")
     return value
 
 

@@ -224,3 +224,10 @@ def test_weights_are_drawn_beside_the_levels(steps, tmp_path):
 def test_only_fitted_schedules_have_weights_to_draw():
     with pytest.raises(ValueError, match="got one for 'ddim'"):
         plot.plot_weights(fs.Schedule(torch.tensor([1.0, 0.0]), "ddim"))
+
+
+@pytest.mark.filterwarnings("ignore:the network answered the same:UserWarning")
+def test_a_network_with_one_answer_is_drawn_without_warnings():
+    denoiser = fs.Denoiser.from_denoiser(lambda z, s: torch.zeros_like(z), 0.02, 80.0)
+    stats = fs.measure(denoiser, (4,), levels=6, samples=1, progress=False)
+    plot.plot_cost_density(stats).canvas.draw()

@@ -196,6 +196,7 @@ def _checked(
         raise TypeError(f"candidates must be a dictionary of schedules by name, got {validate.shown(candidates)}")
     if not candidates:
         raise ValueError("candidates must hold at least one schedule")
+    validate.named("candidates", candidates)
     chosen = {}
     for name, given in candidates.items():
         is_run(f"candidates[{name!r}]", given)

@@ -181,3 +181,11 @@ def test_bad_arguments(stats, options, message):
 def test_statistics_are_no_candidate(stats):
     with pytest.raises(TypeError, match=r"candidates\['a'\] must be sigmas or a Schedule, .* got PathStatistics"):
         fs.audition(DENOISER, stats, 6, candidates={"a": stats}, progress=False)
+
+
+def test_names_of_candidates_must_be_text(stats):
+    schedule = fs.Schedule([40.0, 1.0, 0.0], "dpmpp_2m")
+    with pytest.raises(TypeError, match="candidates must have names that are text, got None"):
+        fs.audition(DENOISER, stats, 2, candidates={None: schedule}, progress=False)
+    with pytest.raises(TypeError, match="schedules must have names that are text, got 8"):
+        fs.plot.plot_schedules({8: schedule})
