@@ -15,6 +15,7 @@ from fastsched import validate
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.attributes import attributes_set, in_one_thread
+from fastsched.diffusers.caches import check_caches
 from fastsched.diffusers.call_identity import call_identity, check_same_call, check_same_calls
 from fastsched.diffusers.conventions import describe, other_solver, own_scheduler, solver_of
 from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
@@ -31,7 +32,7 @@ from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.random_numbers import ONE_CALL
 from fastsched.diffusers.replacement import replacement
 from fastsched.diffusers.start_from_noise import StartFromNoise
-from fastsched.diffusers.watching import check_caches, watched
+from fastsched.diffusers.watching import watched
 from fastsched.fitting.budget import TOTAL, planned
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.group_runs import check_group, led_by_first

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.diffusers.attributes import attributes_set, in_one_thread
+from fastsched.diffusers.caches import check_caches
 from fastsched.diffusers.calibration import CalibrationScheduler, calibration_steps
 from fastsched.diffusers.call_identity import call_identity, check_same_call, check_same_calls
 from fastsched.diffusers.conventions import own_scheduler, warn_of_overrides
 from fastsched.diffusers.pipeline_call import call, check_call
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.random_numbers import ONE_CALL
-from fastsched.diffusers.watching import check_caches, watched
+from fastsched.diffusers.watching import watched
 from fastsched.measurement.batches import Batches, finished_part, is_out_of_memory, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.devices import (

@@ -30,13 +30,6 @@ PROGRESS = ("time", "step", "sigma", "index", "progress", "temb")
 #: Ends of the names of networks' arguments that are timesteps.
 TIMES = ("timestep", "timesteps")
 
-#: Attributes that diffusers, cache-dit and TeaCache set on a network or pipeline, and how to disable each cache.
-CACHES = {
-    "is_cache_enabled": "{}.disable_cache()",
-    "_is_cached": "cache_dit.disable_cache(pipe)",
-    "enable_teacache": "{}.enable_teacache = False",
-}
-
 
 @dataclass
 class Step:
@@ -184,22 +177,6 @@ def _device_of(module: torch.nn.Module) -> torch.device:
 def networks_of(pipe: Any) -> dict[str, torch.nn.Module]:
     """The modules that ``pipe`` holds, by attribute."""
     return {name: value for name, value in vars(pipe).items() if isinstance(value, torch.nn.Module)}
-
-
-def check_caches(pipe: Any) -> None:
-    """Check that no network of ``pipe`` reuses results of earlier steps by a known cache.
-
-    Raises:
-        ValueError: If one does; the message says how to disable it.
-    """
-    holders = {"pipe": pipe, **{f"pipe.{name}": module for name, module in networks_of(pipe).items()}}
-    for name, holder in holders.items():
-        for mark, remedy in CACHES.items():
-            if getattr(holder, mark, False) is True:
-                raise ValueError(
-                    f"{name} uses a cache ({mark} is True), so what it computes depends on the steps before and on "
-                    f"their number; disable it before measuring and fitting: {remedy.format(name)}"
-                )
 
 
 def observed(step: Step, output: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Step, Formula | None]]]:

@@ -29,6 +29,44 @@ def test_a_cache_of_diffusers_is_refused_before_a_call():
     assert measured(pipe, **call).samples == 2
 
 
+def faster_cache(network):
+    config = diffusers.FasterCacheConfig(
+        spatial_attention_timestep_skip_range=(-1, 681), current_timestep_callback=lambda: 500, tensor_format="BFCHW"
+    )
+    diffusers.hooks.apply_faster_cache(network, config)
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        faster_cache,
+        lambda network: diffusers.hooks.apply_sea_cache(network, diffusers.hooks.SeaCacheConfig()),
+    ],
+    ids=["faster", "sea"],
+)
+def test_a_cache_of_hooks_alone_is_refused_before_a_call(apply):
+    """FasterCache may skip so few layers that a measurement does not see it."""
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.wan(diffusers.FlowMatchEulerDiscreteScheduler()))
+    apply(pipe.transformer)
+    calls = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=r"pipe\.transformer uses a cache \(diffusers' hooks .*_cache") as refused:
+        measured(pipe, **call)
+    assert not calls
+    for remedy in str(refused.value).split("fitting: ")[1].split(", diffusers"):
+        eval(f"diffusers{remedy.removeprefix('diffusers')}", {"diffusers": diffusers, "pipe": pipe})
+    assert measured(pipe, **call).samples == 2
+
+
+def test_hooks_that_only_remember_the_prompt_are_no_cache():
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.flux(diffusers.FlowMatchEulerDiscreteScheduler()))
+    before = measured(pipe, **call)
+    diffusers.hooks.apply_text_kv_cache(pipe.transformer, diffusers.hooks.TextKVCacheConfig())
+    assert torch.equal(measured(pipe, **call).gram, before.gram)
+
+
 @pytest.mark.parametrize("mark", ["_is_cached", "enable_teacache"])
 def test_marks_of_other_caches_are_known(mark):
     pipe = oracle_pipeline(euler(), mixture())
