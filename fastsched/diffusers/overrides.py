@@ -175,6 +175,9 @@ class Timesteps(Tensor):
     negative) or, if they first compare the timesteps with that of ``denoising_start``, these timesteps. Every other
     operation, copies and pickles, and this slice during a run, give plain tensors. Sigmas are sliced in the same way.
 
+    The slice ``timesteps[:-1]`` before a run gives all timesteps: pipelines of LTX leave out the last one, which would
+    be that of sigma 0 (`LTXEulerAncestralRFScheduler` lists it), and is not among these.
+
     Attributes:
         start_at: Computes ``[index:]``.
         compared: Whether the pipeline has compared the timesteps.
@@ -203,6 +206,8 @@ class Timesteps(Tensor):
         from_index = isinstance(index, slice) and index.stop is None and index.step is None
         if from_index and isinstance(index.start, int) and index.start != 0 and not self.begun:
             return self.start_at(index.start)
+        if isinstance(index, slice) and (index.start or 0, index.stop, index.step) == (0, -1, None) and not self.begun:
+            return self.plain
         if isinstance(index, int) and index >= len(self):
             raise IndexError(
                 f"timestep {index} was asked for, and the applied schedule has {len(self)}; pass num_inference_steps="

@@ -126,6 +126,21 @@ def test_timesteps_are_plain_but_for_a_start_midway():
         assert torch.equal(copied, plain)
 
 
+def test_a_loop_over_all_timesteps_but_the_last_makes_every_step():
+    """Loops of LTX leave out the timestep of sigma 0, which their scheduler lists and an applied schedule does not."""
+    pipe = SimpleNamespace(scheduler=diffusers.LTXEulerAncestralRFScheduler())
+    sigmas = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])
+    fs.diffusers.apply(fs.Schedule(sigmas, "ddim", "flow"), pipe)
+    scheduler, given = pipe.scheduler, []
+    scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.25, 0.1, 0.0])
+    x, data = torch.randn(1, 4, 8, 8), torch.full((1, 4, 8, 8), 0.5)
+    for t in scheduler.timesteps[:-1]:
+        given.append(float(t))
+        x = scheduler.step((x - data) / (t / 1000), t, x, return_dict=False)[0]
+    assert given == pytest.approx([1000, 800, 500, 200])
+    assert torch.allclose(x, data, atol=1e-5)  # float32
+
+
 def midway_timesteps(scheduler, steps, start):
     """What the network is given when a pipeline starts at index ``start`` of ``steps``."""
     scheduler.set_timesteps(steps)
