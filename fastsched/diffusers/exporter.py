@@ -223,10 +223,11 @@ def check_range(schedule: Schedule, convention: Convention, scheduler: Any) -> N
 
     Raises:
         TypeError: If it is not a `Schedule`.
-        ValueError: If it is for another kind or range of levels.
+        ValueError: If it is for another kind or range of levels, or the scheduler's list is not of flow times.
     """
     is_schedule("schedule", schedule)
     process, name = convention.process, type(scheduler).__name__
+    _check_flow_times(convention, scheduler)
     if (schedule.noise == "flow") != isinstance(process, FlowMatching):
         raise ValueError(
             f"schedule must be for a {process.kind!r} noise process, as {name} is, got one for a {schedule.noise!r} "
@@ -239,6 +240,19 @@ def check_range(schedule: Schedule, convention: Convention, scheduler: Any) -> N
         raise ValueError(
             f"schedule runs from sigma {first:g} to {last:g}, but the model of this {name} was trained from {high:g} "
             f"to {low:g}; measure this pipeline (fastsched.diffusers.measure)"
+        )
+
+
+def _check_flow_times(convention: Convention, scheduler: Any) -> None:
+    """ValueError if a class of flow times is set to step through the sigmas of EDM (Cosmos 2, by its ``sigma_max``)."""
+    config = scheduler.config
+    most = float(config.get("sigma_max") or 0.0)
+    formulas = any(config.get(f"use_{kind}_sigmas") for kind in ("karras", "exponential", "beta"))
+    if isinstance(convention.process, FlowMatching) and not config.get("use_flow_sigmas") and formulas and most > 1:
+        raise ValueError(
+            f"{type(scheduler).__name__} steps through sigmas up to {most:g} (sigma_max), not through flow times, and "
+            "its pipeline turns them into flow times by itself (Cosmos 2), so no schedule can be given to it; sample "
+            "from its network instead (fastsched.measure, fastsched.sample)"
         )
 
 

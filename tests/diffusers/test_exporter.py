@@ -5,6 +5,7 @@ import copy
 import importlib.util
 import inspect
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -216,6 +217,19 @@ def test_apply_leaves_the_old_scheduler_and_the_signature():
     fs.diffusers.apply(shorter, pipe)  # over the first one
     pipe.scheduler.set_timesteps(50)
     assert_same(pipe.scheduler.sigmas.double(), shorter)
+
+
+def test_a_class_of_flow_times_that_steps_through_sigmas_of_edm_is_refused():
+    """Cosmos 2 writes such a sigma_max into its scheduler's config, and turns the sigmas into flow times by itself."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    schedule = fs.Schedule([1.0, 0.5, 0.0], "ddim", "flow")
+    assert fs.diffusers.apply(schedule, SimpleNamespace(scheduler=scheduler)).exact
+    scheduler.register_to_config(sigma_max=80.0)
+    for given in (schedule, fs.Schedule([80.0, 1.0, 0.0], "ddim", "ve")):
+        with pytest.raises(ValueError, match="through sigmas up to 80"):
+            fs.diffusers.apply(given, SimpleNamespace(scheduler=scheduler))
+    scheduler.register_to_config(use_karras_sigmas=False)  # then the class ignores sigma_max
+    assert fs.diffusers.apply(schedule, SimpleNamespace(scheduler=scheduler)).exact
 
 
 def test_a_schedule_of_another_process_or_range_is_refused():
