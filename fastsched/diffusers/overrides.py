@@ -53,10 +53,12 @@ class Step(Override):
 
     Attributes:
         start: The timestep at which a run that starts midway must begin; None if it has begun, or starts from noise.
+        first: The timestep of the run's first step, from which classes count their steps.
     """
 
     name = "step"
     start: float | None = None
+    first: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Called as the class's own method."""
@@ -65,11 +67,13 @@ class Step(Override):
         try:
             return self.run(*args, **kwargs)
         except Exception as error:
-            self.check_known(timestep, error)
+            for each in (timestep, self.first):
+                if each is not None:
+                    self.check_known(each, error)
             raise
 
     def check_known(self, timestep: Any, error: Exception) -> None:
-        """Check that a step that ended in ``error`` was one for a timestep of the schedule.
+        """Check that a step that ended in ``error``, or the first step before it, was for a timestep of the schedule.
 
         Raises:
             ValueError: If it was not.
@@ -89,8 +93,8 @@ class Step(Override):
         Raises:
             ValueError: If it does not begin at `start`.
         """
-        if isinstance(self.owner.timesteps, Timesteps):
-            self.owner.timesteps.begun = True
+        if isinstance(self.owner.timesteps, Timesteps) and not self.owner.timesteps.begun:
+            self.first, self.owner.timesteps.begun = timestep, True
         start, self.start = self.start, None
         if start is not None and abs(float(torch.as_tensor(timestep).max()) - start) > 1e-3 * (1 + abs(start)):
             raise ValueError(

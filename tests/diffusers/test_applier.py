@@ -141,6 +141,17 @@ def test_a_loop_over_all_timesteps_but_the_last_makes_every_step():
     assert torch.allclose(x, data, atol=1e-5)  # float32
 
 
+def test_a_loop_that_rounds_the_first_timestep_is_told_so_at_the_next():
+    """UniPC takes an unknown first timestep for the last one, and fails at the second step (SkyReels V2)."""
+    config = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    pipe = SimpleNamespace(scheduler=diffusers.UniPCMultistepScheduler(**config))
+    fs.diffusers.apply(fs.Schedule([1.0, 0.8, 0.5, 0.2, 0.0], "unipc", "flow"), pipe)
+    pipe.scheduler.set_timesteps(4)
+    x = pipe.scheduler.step(torch.ones(1, 4, 2, 2), 999, torch.ones(1, 4, 2, 2), return_dict=False)[0]
+    with pytest.raises(ValueError, match=r"timestep 999, which is none of the applied schedule's.*round the timesteps"):
+        pipe.scheduler.step(x, pipe.scheduler.timesteps[1], x)
+
+
 def midway_timesteps(scheduler, steps, start):
     """What the network is given when a pipeline starts at index ``start`` of ``steps``."""
     scheduler.set_timesteps(steps)
