@@ -116,8 +116,8 @@ class Consistency:
             return None
         before, first = self._steps[index - 2].facts, self._steps[index - 1].facts
         for name in sorted(first if index == 2 else self._fixed):
-            fixed = not progresses(name) and step.facts.get(name) == first.get(name, ...)
-            if fixed and _applies_to(name, step) and before.get(name, ...) != first[name]:
+            fixed = not progresses(name) and step.facts.get(name, ...) == first.get(name, ...)  # or absent at both
+            if fixed and _applies_to(name, step) and before.get(name, ...) != first.get(name, ...):
                 return f"at step {index - 2}, {name.replace('#0', '')} was different from that at all later steps"
         return None
 

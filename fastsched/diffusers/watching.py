@@ -68,6 +68,7 @@ class PipelineWatch:
         self._steps = 0
         self._times: dict[str, Tensor] = {}
         self._random: dict[str, Tensor] = {}
+        self.given: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PipelineWatch:
         raise ValueError(
@@ -94,8 +95,14 @@ class PipelineWatch:
                 _note(step, name, state.facts())
         return step
 
-    def calling(self, name: str, module: torch.nn.Module) -> None:
-        """Check the training mode of a network before its call; not in the first step, when prompt encoders may run."""
+    def calling(self, name: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the arguments of a network before its call, and check its training mode.
+
+        A network may empty a list that it is given (UNets those of T2I adapters). The mode is not checked in the first
+        step, when prompt encoders may run.
+        """
+        held = {key: _held(value) for key, value in kwargs.items()}
+        self.given[name] = (tuple(_held(value) for value in args), held)
         if self._steps == 0 or not is_training(module):
             return
         layer = active_training_layer(module)
@@ -154,12 +161,12 @@ def watched(pipe: Any) -> Iterator[PipelineWatch]:
 
             def called(module: Any, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
                 watch.check_random(name, module)
-                watch.called(name, args, kwargs, output)
+                watch.called(name, *watch.given.pop(name, (args, kwargs)), output)
 
-            def calling(module: torch.nn.Module, _: Any, name: str = name) -> None:
-                watch.calling(name, module)
+            def calling(module: torch.nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                watch.calling(name, module, args, kwargs)
 
-            handles.append(module.register_forward_pre_hook(calling))
+            handles.append(module.register_forward_pre_hook(calling, with_kwargs=True))
             handles.append(module.register_forward_hook(called, with_kwargs=True))
             for layer in _layers(module):
                 handles.append(layer.register_forward_hook(lambda *_, name=name: watch.layer_ran(name)))
@@ -379,6 +386,10 @@ def _are_tensors(value: Any) -> bool:
 def _kept(given: Given) -> Given:
     """``given``; a list is copied, because the pipeline may empty it (HunyuanDiT empties its ControlNet's outputs)."""
     return given if isinstance(given, Tensor) else [*given]
+
+
+def _held(argument: Any) -> Any:
+    return [*argument] if isinstance(argument, list) else argument
 
 
 def _first_tensor(output: Any) -> Given | None:

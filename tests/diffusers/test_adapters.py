@@ -74,3 +74,19 @@ def test_a_lora_is_measured_with_its_pipeline(pipe_and_call):
     assert differ(measured_and_used(pipe, call), without)
     pipe.disable_lora()
     assert not differ(fs.diffusers.measure(pipe, levels=LEVELS, samples=2, **call), without)
+
+
+@pytest.mark.parametrize("steps", [2, 12])
+def test_a_t2i_adapter_in_a_window_of_steps_is_refused_by_name(steps):
+    """The UNet empties the list of the adapter's features that it is given."""
+    torch.manual_seed(0)
+    base, call, _ = pipelines.stable_diffusion_xl(diffusers.EulerDiscreteScheduler(**SD))
+    adapter = diffusers.T2IAdapter(3, [8, 16, 16, 16], 1, downscale_factor=4, adapter_type="full_adapter_xl")
+    parts = {"vae": base.vae, "unet": base.unet, "scheduler": base.scheduler, "adapter": adapter}
+    pipe = pipelines.assembled(diffusers.StableDiffusionXLAdapterPipeline, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    call = {**call, "image": torch.rand(2, 3, 16, 16), "height": 16, "width": 16}
+    assert fs.diffusers.measure(pipe, levels=12, samples=2, **call).samples == 2
+    call["adapter_conditioning_factor"] = (steps + 0.5) / 24
+    with pytest.raises(ValueError, match=r"unet\.down_intrablock_additional_residuals\.0 was different"):
+        fs.diffusers.measure(pipe, levels=12, samples=2, **call)
