@@ -31,7 +31,7 @@ SAMPLERS = {
 PROGRAMS = ("k-diffusion", "ComfyUI", "stable-diffusion.cpp")
 #: Advice for schedules whose solver is not a sampler of ComfyUI.
 NODE = "use the file in the node Load Schedule (integrations/comfyui), which gives the SAMPLER too"
-#: Solvers whose samplers in ComfyUI differ from them for flow times (docs/comfyui.md).
+#: Solvers whose samplers in ComfyUI (docs/comfyui.md) and stable-diffusion.cpp differ from them for flow times.
 NOT_FOR_FLOW = ("dpmpp_2m", "ancestral", "sde_dpmpp_2m")
 
 
@@ -104,11 +104,10 @@ def _text(schedule: Schedule) -> tuple[str, dict[str, Any]]:
 
 def _comfyui(schedule: Schedule) -> tuple[str, dict[str, Any]]:
     """The text of ComfyUI's node ManualSigmas."""
-    flow = schedule.noise == "flow"
-    known = {solver: name for solver, name in _samplers("ComfyUI").items() if not (flow and solver in NOT_FOR_FLOW)}
+    known = _samplers(schedule, "ComfyUI")
     sampler = known.get(schedule.solver)
     if sampler is None:
-        where = " for flow times" if flow else ""
+        where = _where(schedule)
         note(
             f"ComfyUI has no sampler that is {schedule.solver}{where}, and these sigmas suit no other sampler; {NODE}, "
             f"or fit a schedule for one of {', '.join(known)}"
@@ -156,6 +155,10 @@ def _flow_matching(schedule: Schedule) -> tuple[str, dict[str, Any]]:
 def _sd_cpp(schedule: Schedule) -> tuple[str, dict[str, Any]]:
     """Options of stable-diffusion.cpp's command."""
     sampler = _sampler(schedule, "stable-diffusion.cpp")
+    if not bool(schedule.sigmas.isfinite().all()):
+        raise ValueError(
+            "stable-diffusion.cpp has no models of zero terminal SNR, and this schedule is of one: it starts at inf"
+        )
     found = schedule.to_comfyui()  # float32 in plain decimals, which stable-diffusion.cpp parses
     sigmas = found.text.replace(" ", "")
     options = f'--sampling-method {sampler} --steps {schedule.steps} --sigmas "{sigmas}"'
@@ -217,18 +220,24 @@ def _engine(schedule: Schedule, engine: str, scheduler: str | None, mu: float | 
 
 def _sampler(schedule: Schedule, program: str) -> str:
     """The program's sampler that is the schedule's solver, or ValueError."""
-    known = _samplers(program)
+    known = _samplers(schedule, program)
     if schedule.solver not in known:
         raise ValueError(
-            f"{program} has no sampler that is {schedule.solver}; fit a schedule for one of {', '.join(known)}"
+            f"{program} has no sampler that is {schedule.solver}{_where(schedule)}; fit a schedule for one of "
+            f"{', '.join(known)}"
         )
     return known[schedule.solver]
 
 
-def _samplers(program: str) -> dict[str, str]:
-    """A program's samplers, by solver."""
+def _samplers(schedule: Schedule, program: str) -> dict[str, str]:
+    """A program's samplers for the schedule's kind of noise process, by solver."""
     found = {solver: names[PROGRAMS.index(program)] for solver, names in SAMPLERS.items()}
-    return {solver: name for solver, name in found.items() if name is not None}
+    left_out = NOT_FOR_FLOW if schedule.noise == "flow" else ()
+    return {solver: name for solver, name in found.items() if name is not None and solver not in left_out}
+
+
+def _where(schedule: Schedule) -> str:
+    return " for flow times" if schedule.noise == "flow" else ""
 
 
 #: Formats for which the schedule is enough.

@@ -106,6 +106,17 @@ def test_sd_cpp_is_options_of_its_command(folder):
     assert sigmas == pytest.approx(fs.Schedule.load(folder / "x-4.json").sigmas.tolist(), rel=1e-6)
 
 
+def test_sd_cpp_takes_only_what_its_samplers_and_models_are(tmp_path):
+    """Its dpm++2m takes log sigma for the half log-SNR, and its euler_a renews other noise, for flow times."""
+    for solver in ("dpmpp_2m", "ancestral"):
+        fs.Schedule(torch.tensor([1.0, 0.7, 0.3, 0.0]), solver, "flow").save(tmp_path / "flow.json")
+        message = one_line(run("export", tmp_path / "flow.json", "--to", "sd.cpp"))
+        assert f"no sampler that is {solver} for flow times" in message
+        assert "ddim, heun, dpm_2" in message
+    fs.Schedule(torch.tensor([torch.inf, 3.0, 0.0]), "ddim", "vp").save(tmp_path / "zero.json")
+    assert "zero terminal SNR" in one_line(run("export", tmp_path / "zero.json", "--to", "sd.cpp"))
+
+
 def test_diffusers_with_a_scheduler_is_its_arguments(flow, tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
