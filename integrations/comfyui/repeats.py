@@ -33,9 +33,9 @@ INSTEAD = (
 
 
 def questions(process: NoiseProcess) -> Tensor:
-    """Sampler sigmas at which to call the model twice, descending, [QUESTIONS] float64."""
+    """The largest sampler sigma, and those at which to call the model twice, descending, [1 + QUESTIONS] float64."""
     levels = process.levels(2 * QUESTIONS)
-    return process.sampler_sigma(levels[1::2])
+    return process.sampler_sigma(torch.cat([levels[:1], levels[1::2]]))
 
 
 def check_repeats(
@@ -48,7 +48,7 @@ def check_repeats(
     """Call the model on one image twice at each of ``sigmas``, in both orders and as if in two different runs.
 
     Args:
-        sigmas: Sampler sigmas, descending.
+        sigmas: Sampler sigmas, descending: the first of a run, and those at which to call the model.
         ask: ``ask(x, sigma)`` is the denoised image.
         shape: The shape of one sample.
         device: The device of the image.
@@ -61,8 +61,11 @@ def check_repeats(
     transformer = model_options.setdefault("transformer_options", {})
     given = transformer.get("sample_sigmas")
     answers: dict[float, Tensor] = {}
+    asked = sigmas[1:]
+    # The first run goes past the first question in its first step, so that what acts only in that step is found too.
+    shorter = torch.cat([sigmas[:1], asked[1:]])
     try:
-        for order, run in ((sigmas, sigmas), (sigmas.flip(0), _longer(sigmas))):
+        for order, run in ((asked, shorter), (asked.flip(0), _longer(sigmas))):
             transformer["sample_sigmas"] = torch.cat([run, run.new_zeros(1)]).float().to(device)
             for sigma in order.tolist():
                 level = torch.full((1,), sigma, device=device)

@@ -139,12 +139,25 @@ def by_step(told):
     return told["denoised"] * (1.2 if step == 3 else 1.0)
 
 
-@pytest.mark.parametrize("patch", ["counts its calls", "a step's number", "random"])
+def in_the_first_step(told):
+    """As guidance that begins with the second step."""
+    second = told["model_options"]["transformer_options"]["sample_sigmas"][1]
+    return told["denoised"] * (0.0 if float(told["sigma"][0]) > float(second) else 1.0)
+
+
+def at_the_largest_sigma(told):
+    """All runs begin there."""
+    first = told["model_options"]["transformer_options"]["sample_sigmas"][0]
+    return told["denoised"] * (0.0 if float(told["sigma"][0]) > 0.999 * float(first) else 1.0)
+
+
+@pytest.mark.parametrize("patch", ["counts its calls", "a step's number", "the first step", "random"])
 def test_what_depends_on_the_step_is_refused(package, given, patch):
     arguments = given()
     patches = {
         "counts its calls": counting([]),
         "a step's number": by_step,
+        "the first step": in_the_first_step,
         "random": lambda told: told["denoised"] + 0.1 * torch.randn_like(told["denoised"]),
     }
     arguments["model"].model_options["sampler_post_cfg_function"] = [patches[patch]]
@@ -153,10 +166,11 @@ def test_what_depends_on_the_step_is_refused(package, given, patch):
 
 
 def test_a_patch_of_the_noise_level_alone_is_measured(package, given):
-    arguments = given()
     window = lambda told: told["denoised"] * (1.1 if 1.0 < float(told["sigma"][0]) < 3.0 else 1.0)
-    arguments["model"].model_options["sampler_post_cfg_function"] = [window]
-    assert len(fit(package, arguments)[0]) == 5
+    for patch in (window, at_the_largest_sigma):
+        arguments = given()
+        arguments["model"].model_options["sampler_post_cfg_function"] = [patch]
+        assert len(fit(package, arguments)[0]) == 5
 
 
 def test_a_cache_that_skips_layers_is_refused(package, given):
