@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from fastsched.sampling.display import printable
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -139,8 +141,8 @@ LOGGER = logging.getLogger("fastsched")
 
 
 def _as_text(record: logging.LogRecord) -> bool:
-    """Escape bytes of file names that are no text: handlers other than `StandardError` might fail to write them."""
-    record.msg = str(record.msg).encode(errors="backslashreplace").decode()
+    """Escape what is no text, as in names of files: terminals obey control codes, handlers may not write bytes."""
+    record.msg = "\n".join(map(printable, str(record.msg).split("\n")))
     return True
 
 
@@ -213,7 +215,8 @@ def _plain(value: Any) -> Any:
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """Print a table on stdout: the first ``left`` columns aligned to the left, the others to the right.
 
-    In a terminal cells wrap at its width; elsewhere a row stays on one line, for grep and the like.
+    In a terminal cells wrap at its width; elsewhere a row stays on one line, for grep and the like. Cells may hold text
+    of files, so what is not printable is escaped.
     """
     from rich.console import Console
     from rich.table import Table
@@ -221,6 +224,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int 
 
     from fastsched.comparison import aligned
 
+    header, *rows = [[printable(cell) for cell in row] for row in (header, *rows)]
     console = Console(file=sys.stdout)
     if not console.is_terminal:
         typer.echo(aligned([header, *rows], left))

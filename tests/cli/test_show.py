@@ -42,6 +42,18 @@ def test_info_of_a_schedule(folder):
     assert ["by", "fastsched", fs.__version__] in lines
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such file names")
+def test_control_codes_in_files_and_their_names_are_escaped(folder, tmp_path):
+    schedule = tmp_path / "a\x1b[31mb.json"
+    shutil.copy(folder / "x-4.json", schedule)
+    assert "a\\x1b[31mb.json" in run("info", schedule).stdout
+    entries = json.loads(schedule.read_text())
+    schedule.write_text(json.dumps({**entries, "c\x1b[2J": 1}))
+    message = run("info", schedule).stderr
+    assert "c\\x1b[2J" in message
+    assert "\x1b" not in message
+
+
 def test_info_of_a_network_with_a_long_table_stays_short(tmp_path):
     denoiser = fs.Denoiser.from_epsilon(lambda x, t: x, torch.linspace(0.9999, 0.004, 1000, dtype=torch.float64))
     fs.measure(denoiser, (3,), samples=1, levels=8, progress=False).save(tmp_path / "s.safetensors")
