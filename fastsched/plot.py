@@ -105,7 +105,7 @@ def plot_sample_grid(samples: Mapping[str, Tensor], *, columns: int | None = Non
     grids = figure.subplots(1, len(samples), squeeze=False, gridspec_kw={"wspace": 0.12})[0]
     for axes, (title, images) in zip(grids, samples.items(), strict=True):
         draw_sample_grid(axes, images, columns=columns)
-        axes.set_title(title)
+        axes.set_title(display.as_label(title))
     return figure
 
 

@@ -35,6 +35,9 @@ def test_names_are_drawn_as_they_are():
     figure.canvas.draw()
     axes = figure.axes[0]
     assert [text.get_text().strip() for text in axes.get_legend().get_texts()] == [r"\$\foo\$", "_a", r"5\$"]
+    grids = plot.plot_sample_grid({"$\\foo$": torch.zeros(1, 2, 2)})
+    grids.canvas.draw()
+    assert grids.axes[0].get_title() == r"\$\foo\$"
 
 
 def test_density_of_gaussian_data_is_the_closed_form(stats):
