@@ -13,6 +13,8 @@ from fastsched.cli import inputs, shell
 from fastsched.cli.shell import note
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fastsched.sampling.schedule import Schedule
 
 #: The engines of `fastsched.diffusers.serving`, repeated here because the shell starts without importing diffusers.
@@ -125,6 +127,7 @@ def _k_diffusion(schedule: Schedule) -> tuple[str, dict[str, Any]]:
     sampler = _sampler(schedule, "k-diffusion")
     if not bool(schedule.sigmas.isfinite().all()):
         raise ValueError("k-diffusion starts from a finite sigma, and this schedule from pure noise, sigma = inf")
+    _check_float32(schedule.sigmas, "sigmas", "k-diffusion")
     sigmas, values = _text(schedule)
     text = (
         "import torch\nfrom k_diffusion import sampling\n\n"
@@ -143,11 +146,13 @@ def _flow_matching(schedule: Schedule) -> tuple[str, dict[str, Any]]:
             f"flow_matching's solver 'euler' is ddim and this schedule is for {schedule.solver}; fit one with "
             "--solver ddim"
         )
-    grid = (1 - schedule.sigmas).tolist()
+    _check_float32(1 - schedule.sigmas, "times", "flow_matching")
+    grid, first = (1 - schedule.sigmas).tolist(), float(schedule.sigmas[0])
+    start = "noise" if first == 1 else f"{first} * noise"
     text = (
         "import torch\nfrom flow_matching.solver import ODESolver\n\n"
         f"time_grid = torch.tensor({grid}, device=noise.device)\n"
-        'samples = ODESolver(velocity_model).sample(noise, step_size=None, method="euler", time_grid=time_grid)'
+        f'samples = ODESolver(velocity_model).sample({start}, step_size=None, method="euler", time_grid=time_grid)'
     )
     return text, {"time_grid": grid, "sampler": "euler"}
 
@@ -216,6 +221,12 @@ def _engine(schedule: Schedule, engine: str, scheduler: str | None, mu: float | 
         return json.dumps(found), {"parameters": found}
     given = ", ".join(f"{key}={value}" for key, value in found.items())
     return f"OmniDiffusionSamplingParams({given})", {"parameters": found}
+
+
+def _check_float32(values: Tensor, what: str, program: str) -> None:
+    """ValueError if two neighbours are equal as float32: samplers divide by their difference."""
+    if bool((values.float().diff() == 0).any()):
+        raise ValueError(f"{what} must differ as float32, which {program} computes in, got {values.tolist()}")
 
 
 def _sampler(schedule: Schedule, program: str) -> str:

@@ -99,6 +99,19 @@ def test_flow_matching_runs_from_noise_at_0(flow, folder, tmp_path):
     assert "--solver ddim" in one_line(run("export", heun, "--to", "flow-matching"))
 
 
+def test_a_flow_that_starts_below_1_starts_from_less_noise(tmp_path):
+    fs.Schedule(torch.tensor([0.75, 0.5, 0.0]), "ddim", "flow").save(tmp_path / "flow.json")
+    assert ".sample(0.75 * noise, " in run("export", tmp_path / "flow.json", "--to", "flow-matching").stdout
+
+
+def test_levels_that_are_equal_as_float32_are_refused(tmp_path):
+    """k-diffusion's sampler of dpmpp_2m divides by their difference, and flow_matching's asks for rising times."""
+    near = torch.tensor([0.9, 0.5, 0.5 - 1e-10, 0.0], dtype=torch.float64)
+    for program, solver, noise in (("k-diffusion", "dpmpp_2m", "ve"), ("flow-matching", "ddim", "flow")):
+        fs.Schedule(near, solver, noise).save(tmp_path / "near.json")
+        assert "differ as float32" in one_line(run("export", tmp_path / "near.json", "--to", program))
+
+
 def test_sd_cpp_is_options_of_its_command(folder):
     text = run("export", folder / "x-4.json", "--to", "sd.cpp").stdout.strip()
     assert text.startswith('--sampling-method euler --steps 4 --sigmas "')
