@@ -98,7 +98,11 @@ def read_errors(path: Path) -> list[Measured]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        return [Measured(row["name"], row["solver"], int(row["steps"]), float(row["typical_error"])) for row in rows]
+        found = [Measured(row["name"], row["solver"], int(row["steps"]), float(row["typical_error"])) for row in rows]
+        for each in found:  # the figure would leave these out, beside their names
+            if each.steps < 1 or not 0 <= each.error < math.inf:
+                raise ValueError(f"{each.name} has an error of {each.error:g} in {each.steps} steps")
+        return found
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         reason = f"no column {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} is not a table that 'fastsched compare --csv' writes: {reason}") from None

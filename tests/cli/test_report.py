@@ -206,6 +206,10 @@ def test_a_missing_picture_is_named(folder, tmp_path):
         (("-o", "r.html", "--image", "no title.png"), "image must be TITLE=FILE"),
         (("-o", "r.html", "--image", "a=s.safetensors"), "image must be TITLE=FILE"),
         (("-o", "r.html", "--image", "a=fake.png"), "is not a picture"),
+        (
+            ("-o", "r.html", "--errors", "nan.csv"),
+            "writes: x has an error of nan in 4 steps",
+        ),
         (("-o", "r.html", "--errors", "fake.png"), "fake.png is not a table that 'fastsched compare --csv' writes"),
         (("-o", "r.html", "--errors", "latin.csv"), "latin.csv is not a table that 'fastsched compare --csv' writes"),
         (("flow.json", "-o", "r.html"), "flow is for a 'flow' noise process and the statistics are of a 've' one"),
@@ -216,6 +220,7 @@ def test_wrong_arguments_are_named(folder, tmp_path, monkeypatch, arguments, mes
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fake.png").write_text("a,b\n1,2\n")
     (tmp_path / "latin.csv").write_bytes("name\n\xfc".encode("latin-1"))
+    (tmp_path / "nan.csv").write_text("name,solver,steps,typical_error\nx,ddim,4,nan\n")
     fs.Schedule(torch.tensor([1.0, 0.5, 0.0]), "ddim", "flow").save("flow.json")
     result = run("report", folder / "s.safetensors", *arguments, "-q")
     assert result.exit_code == 2
