@@ -353,6 +353,8 @@ def _mixture(**changes):
         (lambda: _mixture(covariances=-torch.eye(3).expand(2, 3, 3)), ValueError, "covariances must be positive"),
         (lambda: GaussianMixture.random(0, 2, seed=0), ValueError, "d must be at least 1"),
         (lambda: GaussianMixture.random(2, 0, seed=0), ValueError, "components must be at least 1"),
+        (lambda: GaussianMixture.random(2, 2, seed=0, spread=1e308), ValueError, "spread must have a finite square"),
+        (lambda: GaussianMixture.random(2, 2, seed=0, std=1e200), ValueError, "std must have a finite square"),
         (lambda: Empirical(torch.zeros(0, 2)), ValueError, "data must hold at least one sample"),
         (lambda: Empirical(torch.zeros(3)), ValueError, "data must be .B, .shape., got shape"),
         (lambda: Empirical(torch.zeros(3, 2, dtype=torch.int64)), TypeError, "data must be a floating"),

@@ -76,8 +76,9 @@ class GaussianMixture(Oracle):
         spreads = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu")
         variances = (float(std) * 3 ** (2 * spreads - 1)).square()
         weights = 0.5 + torch.rand(components, generator=generator, dtype=torch.float64, device="cpu")
-        if not bool(torch.isfinite(variances).all()):
-            raise ValueError(f"std must have a finite square, got {std}")
+        for name, given, squares in (("spread", spread, means.square()), ("std", std, variances)):
+            if not bool(squares.isfinite().all()):
+                raise ValueError(f"{name} must have a finite square, got {given}")
         covariances = (axes * variances[:, None, :]) @ axes.mT
         return cls(weights, means, 0.5 * (covariances + covariances.mT))
 
