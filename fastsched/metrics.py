@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ EXPONENT = 0.25
 MOST = math.log(np.finfo(np.float64).max)
 
 
-def power_mean(values: Tensor | np.ndarray, exponent: float = EXPONENT) -> np.ndarray:
+def power_mean(values: Tensor | np.ndarray | Sequence[float], exponent: float = EXPONENT) -> np.ndarray:
     """``(mean_b v_b^p)^(1/p)`` of non-negative values over the last axis; the geometric mean for ``p = 0``.
 
     For ``0 < p < 1`` it lies between the geometric mean, which a few samples with large errors barely change, and the

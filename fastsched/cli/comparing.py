@@ -113,13 +113,12 @@ def compare(
         result = _of_denoiser(source, common, method, run, dry_run)
     if csv is not None:  # before printing, which ends the command if a reader such as head closed the pipe
         result.to_csv(csv)
+        note(f"wrote {csv}")
     if as_json:
         shell.print_json({"samples": result.samples, "rows": result.to_dicts()})
     else:
         shell.print_table(result.header, result.cells, left=2)
         typer.echo(result.legend)
-    if csv is not None:
-        note(f"wrote {csv}")
 
 
 def plot(

@@ -164,6 +164,7 @@ def _sd_cpp(schedule: Schedule) -> tuple[str, dict[str, Any]]:
         raise ValueError(
             "stable-diffusion.cpp has no models of zero terminal SNR, and this schedule is of one: it starts at inf"
         )
+    _check_float32(schedule.sigmas, "sigmas", "stable-diffusion.cpp")
     found = schedule.to_comfyui()  # float32 in plain decimals, which stable-diffusion.cpp parses
     sigmas = found.text.replace(" ", "")
     options = f'--sampling-method {sampler} --steps {schedule.steps} --sigmas "{sigmas}"'

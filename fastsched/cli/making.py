@@ -83,7 +83,7 @@ def measure(
         raise ValueError("resume and overwrite exclude each other: --resume goes on, --overwrite starts over")
     ways = "resume it (--resume), replace it (--overwrite)"
     checks = {"overwrite": overwrite or resume, "replace": ways, "sources": inputs.model_files(denoiser)}
-    file = shell.writable(output, needed=not dry_run, **checks)
+    file = shell.output_file(output, dry_run, **checks)
     source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet, scheduler)
     if source.is_pipeline:
         inputs.not_for_pipelines(responses=responses, resume="given" if resume else None)
@@ -171,7 +171,7 @@ def fit(
     fastsched fit my_model.py:build --steps 6 --shape 4,64,64 --stats stats.safetensors --model-calls 400 -o six.json
     fastsched fit my_pipeline_folder --steps 8 --prompt "a cat" --call guidance_scale=7.5 -o schedule.json
     """
-    file = shell.writable(output, needed=not dry_run, overwrite=overwrite, endings=[".json"])
+    file = shell.output_file(output, dry_run, overwrite=overwrite, endings=[".json"])
     source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet, scheduler)
     # Files and names are checked before the model loads, which may take minutes.
     chosen = None if solver is None else inputs.solver_named(solver)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from fastsched.sampling.display import printable
+from fastsched.sampling.display import printable, printable_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -142,7 +142,7 @@ LOGGER = logging.getLogger("fastsched")
 
 def _as_text(record: logging.LogRecord) -> bool:
     """Escape what is no text, as in names of files: terminals obey control codes, handlers may not write bytes."""
-    record.msg = "\n".join(map(printable, str(record.msg).split("\n")))
+    record.msg = printable_lines(str(record.msg))
     return True
 
 
@@ -238,38 +238,39 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int 
     console.print(table)
 
 
+def output_file(path: Path | None, dry_run: bool, **checks: Any) -> Path:
+    """``path`` after the ``checks`` of `writable`; the null device if a dry run, which writes nothing, omits it."""
+    if path is None and not dry_run:
+        raise ValueError("output must be given: -o FILE; only --dry-run needs none")
+    writable(path, **checks)
+    return Path(os.devnull) if path is None else path
+
+
 def writable(
     path: Path | None,
     *,
-    needed: bool = False,
     overwrite: bool | None = None,
     endings: Sequence[str] = (),
     replace: str = "replace it (--overwrite)",
     sources: Sequence[Path] = (),
-) -> Path:
+) -> None:
     """Check before any work that ``path`` can be written; None needs no check.
 
     Args:
         path: The file.
-        needed: Whether it must be given; a dry run writes nothing.
         overwrite: Whether it may exist; None for a command without that option, which replaces all but measurements.
         endings: Allowed endings of the name; any if empty.
         replace: Advice in the error about a file that exists.
         sources: Files that the command reads, none of which ``path`` must be.
 
-    Returns:
-        The file; the null device for None.
-
     Raises:
-        ValueError: If it is needed and None, or its name has none of ``endings``, or is one of ``sources``.
+        ValueError: If the name has none of ``endings``, or is one of ``sources``.
         FileExistsError: If it exists and must not be replaced.
         OSError: If it is a folder, or its folder is missing or read-only.
     """
     # Without these checks, writing would fail after the model calls, and their results would be lost.
     if path is None:
-        if needed:
-            raise ValueError("output must be given: -o FILE; only --dry-run needs none")
-        return Path(os.devnull)
+        return
     if str(path) == "-":
         raise ValueError("output: - is not read as standard output; name a file")
     if endings and path.suffix not in endings:
@@ -292,7 +293,6 @@ def writable(
     from fastsched.sampling.files import check_writable
 
     check_writable(path)
-    return path
 
 
 def save_or_print(save: Callable[[Path], object], path: Path, value: Any) -> None:

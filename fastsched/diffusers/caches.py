@@ -32,14 +32,14 @@ def check_caches(pipe: Any) -> None:
             if getattr(holder, mark, False) is True:
                 raise ValueError(_message(name, f"{mark} is True", remedy.format(name)))
     for name, module in networks.items():
-        hooks = caching_hooks(module)
+        hooks = _caching_hooks(module)
         if hooks:
             registry = f"diffusers.hooks.HookRegistry.check_if_exists_or_initialize(pipe.{name})"
             remedy = ", ".join(f"{registry}.remove_hook({hook!r}, recurse=True)" for hook in hooks)
             raise ValueError(_message(f"pipe.{name}", f"diffusers' hooks {', '.join(hooks)} on its layers", remedy))
 
 
-def caching_hooks(network: torch.nn.Module) -> list[str]:
+def _caching_hooks(network: torch.nn.Module) -> list[str]:
     """The names of diffusers' hooks on a network's modules that keep results from call to call.
 
     The functions ``diffusers.hooks.apply_...`` put them there, and unlike ``enable_cache`` they leave no other mark.

@@ -49,7 +49,12 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
+def printable_lines(text: str) -> str:
+    """As `printable`, but line breaks stay."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def as_label(name: str) -> str:
     """A name for matplotlib, which would read formulas between dollars, and whose legends leave out names like _a."""
-    text = "\n".join(map(printable, name.split("\n")))
+    text = printable_lines(name)
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
