@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from fastsched.costs.blas_threads import one_blas_thread
 from fastsched.costs.norms import Array
 from fastsched.costs.surrogate import Outcome
 from fastsched.fitting.neighbourhood import Neighbourhood
@@ -29,6 +30,7 @@ STEPS, LEAST_GAIN = 12, 1e-3
 DIFFERENCE = 1e-4
 
 
+@one_blas_thread()
 def lowered(near: Neighbourhood, x: Array, low: Array, high: Array) -> Array:
     """Parameters [P] between ``low`` and ``high`` whose predicted error is at most that of the start ``x``."""
     free = np.flatnonzero(high > low)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fastsched import validate
+from fastsched.costs.blas_threads import one_blas_thread
 from fastsched.costs.norms import Array
 from fastsched.costs.prediction import ErrorModel
 from fastsched.measurement.statistics import PathStatistics, is_statistics
@@ -69,6 +70,7 @@ class Minimum:
         return Schedule.from_levels(stats.process, s, solver.name, error, weights, origin)
 
 
+@one_blas_thread()
 def ranked_starts(
     stats: PathStatistics, steps: int, solver: Solver, names: Iterable[str] | None = None
 ) -> list[Minimum]:
@@ -80,6 +82,7 @@ def ranked_starts(
     return sorted(found, key=lambda minimum: minimum.predicted_error)
 
 
+@one_blas_thread()
 def local_minima(stats: PathStatistics, steps: int, solver: Solver, *, also: Sequence[Array] = ()) -> list[Minimum]:
     """The ends of descents from the best starts and from levels ``also``, by predicted error, without repetitions."""
     starts = ranked_starts(stats, steps, solver)
