@@ -299,6 +299,7 @@ def plan(
         ),
     ] = None,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Figure to write.")] = None,
+    quiet: shell.Quiet = False,
     as_json: shell.AsJson = False,
 ) -> None:
     """Predict the error at every number of steps. Also how many steps reach a target; no model calls.
@@ -310,7 +311,7 @@ def plan(
     import fastsched as fs
     from fastsched.cli.report_data import steps_within
     from fastsched.plot import FORMATS, check_matplotlib, plot_error_curves
-    from fastsched.selection.planning import target_error
+    from fastsched.selection.planning import not_reached, target_error
 
     if output is not None:
         check_matplotlib()
@@ -320,23 +321,22 @@ def plan(
     most = min(20, loaded.levels - 1) if max_steps is None else max_steps
     names = [inputs.solver_named(name.strip()) for name in solver.split(",")]
     errors = [None if goal is None else target_error(loaded, name, goal) for name in names]  # before the slow curves
-    curves = [fs.error_curve(loaded, name, most) for name in names]
+    with shell.joint_bar(most * len(names), not quiet, "predicting", "schedule") as progress:
+        curves = [fs.error_curve(loaded, name, most, progress=progress) for name in names]
     if output is not None:  # before printing, which ends the command if a reader such as head closed the pipe
         shell.save_figure(plot_error_curves(curves), output)
         note(f"wrote {output}")
     found = []
     for curve, error in zip(curves, errors, strict=True):
         rows = list(zip(curve.steps, curve.model_calls, curve.predicted_errors, strict=True))
-        entry: dict[str, Any] = {
-            "solver": curve.solver,
-            "curve": [{"steps": n, "model_calls": calls, "predicted_error": value} for n, calls, value in rows],
-        }
+        points = [{"steps": n, "model_calls": calls, "predicted_error": value} for n, calls, value in rows]
+        entry: dict[str, Any] = {"solver": curve.solver, "curve": points}
         if not as_json:
             cells = [(str(n), f"{calls}", f"{value:.4g}") for n, calls, value in rows]
             shell.print_table((f"{curve.solver}: steps", "model calls", "predicted error"), cells, left=0)
         if goal is not None and error is not None:
-            # If no step count of the curve reaches the target, steps_needed raises an error that says by how much.
-            enough = steps_within(curve, error) or fs.steps_needed(loaded, curve.solver, target=goal, max_steps=most)
+            if (enough := steps_within(curve, error)) is None:
+                raise not_reached(curve.solver, most, error, curve.predicted_errors[-1])
             entry |= {"target": target, "steps_needed": enough}
             if not as_json:
                 typer.echo(f"{curve.solver} needs {entry['steps_needed']} steps for {target}")

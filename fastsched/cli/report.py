@@ -50,16 +50,13 @@ def report(
     named = inputs.named_schedules(schedules or [])
     from fastsched.cli import report_data, report_page
     from fastsched.sampling.files import write_whole
-    from fastsched.sampling.progress import progress_bar
     from fastsched.selection.planning import error_curve
 
     report_data.check_schedules(stats, named)
     measured = [row for path in errors or [] for row in report_data.read_errors(path)]
-    with progress_bar(len(names), not quiet, "predicting", "solver") as advance:
-        found = []
-        for name in names:
-            found.append(error_curve(stats, name, min(max_steps, stats.levels - 1)))
-            advance(1)
+    most = min(max_steps, stats.levels - 1)
+    with shell.joint_bar(most * len(names), not quiet, "predicting", "schedule") as progress:
+        found = [error_curve(stats, name, most, progress=progress) for name in names]
     page = report_page.page(title, stats, named, found, measured, pictures)
     write_whole(output, page.encode(errors="backslashreplace"))
     note(f"wrote {output}")

@@ -171,13 +171,14 @@ def note(text: str) -> None:
 
 
 @contextlib.contextmanager
-def joint_bar(total: int, show: bool, what: str) -> Iterator[Progress]:
-    """One progress bar for work in several parts. Each part reports how many of its own calls are done.
+def joint_bar(total: int, show: bool, what: str, unit: str = "call") -> Iterator[Progress]:
+    """One progress bar for work in several parts. Each part reports how many of its own units are done.
 
     Args:
-        total: The calls of all parts.
+        total: The units of all parts.
         show: Whether to show a bar.
         what: A word for the work, shown beside the bar.
+        unit: What is counted.
     """
     from fastsched.sampling.progress import progress_bar
 
@@ -188,7 +189,7 @@ def joint_bar(total: int, show: bool, what: str) -> Iterator[Progress]:
         advance(done if of != part_total or done < part_done else done - part_done)
         part_total, part_done = of, done
 
-    with progress_bar(total, show, what) as advance:
+    with progress_bar(total, show, what, unit) as advance:
         yield update if show else False
 
 

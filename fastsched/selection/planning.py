@@ -15,6 +15,7 @@ from fastsched.costs.norms import Array
 from fastsched.costs.prediction import predict_error
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.fitted import chosen_solver, is_solver
+from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
 from fastsched.selection.optimal import Minimum, local_minima
@@ -53,7 +54,9 @@ class ErrorCurve:
         return "\n".join(rows)
 
 
-def error_curve(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", max_steps: int = 32) -> ErrorCurve:
+def error_curve(
+    stats: PathStatistics, solver: str | Solver = "dpmpp_2m", max_steps: int = 32, *, progress: Progress = True
+) -> ErrorCurve:
     """Predicted error against the number of steps, for the schedules of `optimal_schedule`.
 
     Each search also starts from the best schedule with one step less, with a level added in its widest gap. If more
@@ -63,6 +66,7 @@ def error_curve(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", max_st
         stats: The result of `fastsched.measure`.
         solver: A solver's name.
         max_steps: The most steps, at most the number of levels less one.
+        progress: Show a progress bar, or a function called with the schedules found so far and their total.
 
     Raises:
         ValueError: If an argument is out of range or unknown.
@@ -71,7 +75,11 @@ def error_curve(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", max_st
     if max_steps >= stats.levels:
         raise ValueError(f"max_steps must be at most {stats.levels - 1} on {stats.levels} levels, got {max_steps}")
     method = chosen_solver(solver)
-    schedules = list(islice(best_schedules(stats, method), max_steps))
+    schedules = []
+    with progress_bar(max_steps, progress, f"{method.name} curve", "schedule") as advance:
+        for schedule in islice(best_schedules(stats, method), max_steps):
+            schedules.append(schedule)
+            advance(1)
     return ErrorCurve(
         solver=method.name,
         steps=tuple(range(1, max_steps + 1)),
@@ -108,6 +116,7 @@ def steps_needed(
     *,
     target: float | tuple[str, int] | Schedule | Tensor,
     max_steps: int | None = None,
+    progress: Progress = True,
 ) -> int:
     """The fewest steps whose error reaches a target.
 
@@ -120,6 +129,7 @@ def steps_needed(
             reached: a `Schedule`, its sigmas, or a name in `COMMON` and a number of steps, as ``("karras", 20)``. For
             flow models sigmas and named schedules are in flow times; ``"uniform"`` is only for these models.
         max_steps: The most steps to consider; the number of levels less one when None.
+        progress: Show a progress bar, or a function called with the schedules found so far and the most there may be.
 
     Raises:
         ValueError: If the target is not positive, has an unknown name, or is not reached within ``max_steps``.
@@ -133,14 +143,22 @@ def steps_needed(
     )
     limit = min(max_steps or stats.levels, stats.levels - 1)
     goal = target_error(stats, solver, target)
-    method, least, goal = chosen_solver(solver), math.inf, goal / SAFETY
-    for steps, schedule in enumerate(islice(best_schedules(stats, method), limit), 1):
-        least = schedule.predicted_error or 0.0
-        if least <= goal:
-            return steps
-    raise ValueError(
-        f"target: no schedule of up to {limit} steps is predicted to reach {goal:.3g}, the target over {SAFETY:g}; "
-        f"the best {method.name} one reaches {least:.3g}; allow a larger error, more steps or a solver of higher order"
+    method, least = chosen_solver(solver), math.inf
+    with progress_bar(limit, progress, f"{method.name} steps", "schedule") as advance:
+        for steps, schedule in enumerate(islice(best_schedules(stats, method), limit), 1):
+            advance(1)
+            least = schedule.predicted_error or 0.0
+            if least <= goal / SAFETY:
+                return steps
+    raise not_reached(method.name, limit, goal, least)
+
+
+def not_reached(solver: str, steps: int, goal: float, least: float) -> ValueError:
+    """The error if no schedule of up to ``steps`` steps reaches ``goal``; the least predicted error is ``least``."""
+    return ValueError(
+        f"target: no schedule of up to {steps} steps is predicted to reach {goal / SAFETY:.3g}, the target over "
+        f"{SAFETY:g}; the best {solver} one reaches {least:.3g}; allow a larger error, more steps or a solver of "
+        "higher order"
     )
 
 

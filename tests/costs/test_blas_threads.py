@@ -88,5 +88,6 @@ def test_searches_use_one_thread(solver, monkeypatch):
     mixture = fs.oracles.GaussianMixture.random(8, 4, seed=0)
     denoiser = fs.Denoiser.from_denoiser(mixture.denoise, 0.01, 10.0)
     fs.fit(denoiser, (8,), 4, solver, levels=16, samples=4, progress=False)
-    assert len(seen) > 4 and all(each == {1} for each in seen)
+    assert len(seen) > 4
+    assert all(each == {1} for each in seen)
     assert threads() == {3}

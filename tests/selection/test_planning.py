@@ -47,6 +47,18 @@ def test_no_more_steps_are_tried_than_levels_allow():
         fs.steps_needed(stats, target=1e-30, max_steps=1000)
 
 
+def test_progress_counts_schedules(stats):
+    seen = []
+    fs.error_curve(stats, "ddim", 3, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    seen.clear()
+    target = 1.01 * SAFETY * fs.error_curve(stats, "ddim", 3, progress=False).predicted_errors[1]
+    assert fs.steps_needed(
+        stats, "ddim", target=target, max_steps=5, progress=lambda done, total: seen.append((done, total))
+    ) == len(seen)
+    assert seen == [(1, 5), (2, 5)]
+
+
 def test_steps_needed_is_the_first_that_reaches_the_target(stats, long_curve):
     for target in (0.5, 0.05):
         reached = [error <= target / SAFETY for error in long_curve.predicted_errors]
