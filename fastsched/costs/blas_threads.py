@@ -8,6 +8,7 @@ searches with one thread take half the time.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -37,4 +38,7 @@ def one_blas_thread() -> Iterator[None]:
 @cache
 def _openblas() -> ThreadpoolController:
     """All copies of OpenBLAS in this process; found once, which takes some milliseconds."""
-    return ThreadpoolController().select(internal_api="openblas")
+    with warnings.catch_warnings():
+        # that two kinds of OpenMP are loaded, which is no concern of a limit on OpenBLAS
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return ThreadpoolController().select(internal_api="openblas")

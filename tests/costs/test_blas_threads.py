@@ -1,11 +1,12 @@
 import threading
+import warnings
 
 import pytest
 import torch
 from threadpoolctl import ThreadpoolController, threadpool_info
 
 import fastsched as fs
-from fastsched.costs.blas_threads import one_blas_thread
+from fastsched.costs.blas_threads import _openblas, one_blas_thread
 from fastsched.fitting import gauss_newton
 from fastsched.selection import optimal
 
@@ -91,3 +92,13 @@ def test_searches_use_one_thread(solver, monkeypatch):
     assert len(seen) > 4
     assert all(each == {1} for each in seen)
     assert threads() == {3}
+
+
+def test_two_kinds_of_openmp_in_a_program_are_not_warned_of(monkeypatch):
+    def warn(controller):
+        warnings.warn("Found Intel OpenMP ('libiomp') and LLVM OpenMP ('libomp')", RuntimeWarning, stacklevel=2)
+
+    monkeypatch.setattr(ThreadpoolController, "_warn_if_incompatible_openmp", warn)
+    with pytest.warns(RuntimeWarning):
+        ThreadpoolController()
+    assert len(_openblas.__wrapped__()) == len(OPENBLAS)
