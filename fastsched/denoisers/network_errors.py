@@ -25,7 +25,7 @@ CAUSES = (
         "wrap it as a function of (x, condition): lambda x, t: network(x, timestep=t)",
     ),
     (
-        r"used as ind|'indices'|dtype int32( or |/)int64 for index|converted to an .*index|indices must be int",
+        r"used as ind|'indices'|dtype (int32( or |/))?int64 for index|converted to an .*index|indices must be int",
         "it looks something up by the time or level, which is a float: integer_timesteps=True of from_epsilon and "
         "from_v gives it whole timesteps in int64; or round in the network: table[t.round().long()]",
     ),
