@@ -117,7 +117,7 @@ def _measured_denoiser(
     """Statistics of a denoiser, written to a file batch by batch."""
     from fastsched.measurement.to_file import measure_to_file
 
-    count = inputs.sample_range(samples, SAMPLES)
+    count, output = inputs.sample_range(samples, SAMPLES), output.absolute()  # the model may change the folder
     model, sizes = source.denoiser()
     known = inputs.load_statistics(output).samples if settings["resume"] and output.is_file() else 0
     left = max(0, (len(count) if isinstance(count, range) else count) - known)

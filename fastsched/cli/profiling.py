@@ -37,6 +37,7 @@ def profile(
     from fastsched.profiling import steps_run
 
     shell.writable(trace, endings=(".json",))
+    trace = None if trace is None else trace.absolute()  # the model may change the folder
     source = inputs.Source(denoiser, shape, device, dtype, None, prompt, call, quiet)
     with shell.prints_on_stderr(), inputs.named_as_options():
         if source.is_pipeline:

@@ -160,9 +160,13 @@ def say_on_stderr(level: str) -> None:
 
 @contextlib.contextmanager
 def prints_on_stderr() -> Iterator[None]:
-    """Redirect what a model prints to stderr: stdout is for results only."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+    """Redirect what a model prints to stderr: stdout is for results only. Return from a folder that it changes to."""
+    folder = os.getcwd()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.chdir(folder)  # names of outputs are relative to it
 
 
 def note(text: str) -> None:

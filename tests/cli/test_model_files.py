@@ -132,3 +132,27 @@ def test_what_a_command_reads_is_not_its_output(folder, tmp_path):
         assert result.exit_code == 2
         assert "output must be another file than" in one_line(result)
     assert (model.read_bytes(), schedule.read_bytes()) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        (("measure", "--samples", "2", "--levels", "8", "-o"), "s.safetensors"),
+        (("fit", "--steps", "3", "--model-calls", "80", "-o"), "fit.json"),
+        (("compare", "x.json", "--samples", "4", "--reference-steps", "8", "--csv"), "errors.csv"),
+        (("profile", "--steps", "3", "--trace"), "trace.json"),
+    ],
+)
+def test_a_model_that_changes_the_folder_does_not_take_the_output_along(
+    folder, tmp_path, monkeypatch, command, output
+):
+    (tmp_path / "elsewhere").mkdir()
+    moving = "import os\nos.chdir('elsewhere')\n" + (folder / "my_model.py").read_text()
+    (tmp_path / "moving.py").write_text(moving)
+    monkeypatch.chdir(tmp_path)
+    fs.Schedule([80.0, 1.0, 0.0], "ddim").save("x.json")
+    name, *rest = command
+    result = run(name, "moving.py:build", *rest, output, "--shape", "2,3")
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / output).exists()
+    assert not (tmp_path / "elsewhere" / output).exists()
