@@ -85,7 +85,7 @@ def errors_in_a_line(on_interrupt: str = "interrupted; nothing was written") -> 
             with _no_exits():
                 yield
     except KeyboardInterrupt:
-        LOGGER.warning(on_interrupt)
+        say(logging.WARNING, on_interrupt)
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort):
         raise
@@ -100,7 +100,7 @@ def errors_in_a_line(on_interrupt: str = "interrupted; nothing was written") -> 
         if isinstance(error, OSError) and error.strerror:  # str(error) begins with a number
             text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         where = "" if known and error.__cause__ is None else " (use fastsched --traceback to see where)"
-        LOGGER.error(f"error: {text if known else f'{type(error).__name__}: {text}'}{where}")
+        say(logging.ERROR, f"error: {text if known else f'{type(error).__name__}: {text}'}{where}")
         raise typer.Exit(2 if isinstance(error, (ValueError, TypeError)) else 1) from None
 
 
@@ -115,7 +115,7 @@ def _no_exits() -> Iterator[None]:
 
 def _say_warning(message: Warning | str, *_: Any) -> None:
     """Print a warning on one line, without its place in the code."""
-    LOGGER.warning(f"warning: {' '.join(str(message).split())}")
+    say(logging.WARNING, f"warning: {' '.join(str(message).split())}")
 
 
 class StandardError(logging.StreamHandler):  # type: ignore[type-arg]  # not generic before Python 3.11
@@ -156,6 +156,14 @@ def say_on_stderr(level: str) -> None:
     LOGGER.setLevel(level.upper())
     if not any(isinstance(handler, StandardError) for handler in LOGGER.handlers):
         LOGGER.addHandler(StandardError())
+    LOGGER.propagate = False  # else a model's logging.basicConfig has each line printed twice
+
+
+def say(level: int, text: str) -> None:
+    """Log a line, also after a model's code has turned loggers off: `logging.config.dictConfig` does so by default."""
+    LOGGER.disabled = False
+    if level >= LOGGER.getEffectiveLevel():
+        LOGGER.handle(LOGGER.makeRecord(LOGGER.name, level, __file__, 0, text, (), None))
 
 
 @contextlib.contextmanager
@@ -171,7 +179,7 @@ def prints_on_stderr() -> Iterator[None]:
 
 def note(text: str) -> None:
     """Print a line on stderr: stdout is for results only."""
-    LOGGER.info(text)
+    say(logging.INFO, text)
 
 
 @contextlib.contextmanager

@@ -156,3 +156,22 @@ def test_a_model_that_changes_the_folder_does_not_take_the_output_along(
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / output).exists()
     assert not (tmp_path / "elsewhere" / output).exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import logging.config; logging.config.dictConfig({'version': 1})",
+        "import logging; logging.disable(logging.CRITICAL)",
+        "import logging; logging.basicConfig(level=logging.DEBUG, force=True)",
+    ],
+)
+def test_an_error_is_printed_once_whatever_a_model_does_to_logging(tmp_path, line):
+    source = f"import fastsched as fs\n{line}\n\ndef build():\n"
+    source += "    return fs.Denoiser.from_denoiser(lambda z, s: z * float('nan'), 0.01, 20.0)\n"
+    (tmp_path / "quiet.py").write_text(source)
+    command = [sys.executable, "-m", "fastsched", *"measure quiet.py:build --shape 4 --levels 8 -o s.st".split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("model calls") == 1
+    assert done.stderr.count("returned NaN or inf") == 1
