@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import Annotated, Any
 
 import typer
 
 from fastsched.cli import comparing, exporting, making, profiling, report, showing
 from fastsched.cli.shell import STATE, errors_in_a_line, prepare_streams, say_on_stderr
 
-app = typer.Typer(
+
+class App(typer.Typer):
+    """The command; text that cannot be written, such as the help on a full disk, is an error in one line too."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().__call__(*args, **kwargs)
+        except OSError as error:  # the commands' own are reported by `errors_in_a_line`
+            if STATE["traceback"]:
+                raise
+            sys.exit(f"error: {error.strerror or error}")
+
+
+app = App(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

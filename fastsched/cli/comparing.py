@@ -98,7 +98,7 @@ def compare(
     fastsched compare my_model.py:build a.json b.json --shape 4,64,64 --baselines karras --csv errors.csv
     fastsched compare my_pipeline_folder schedule.json --prompt "a cat" --samples 4
     """
-    shell.writable(csv, sources=[*inputs.model_files(denoiser), *schedules])
+    shell.writable(csv, sources=[*inputs.model_files(denoiser), *schedules], name="csv")
     named = inputs.named_schedules(schedules)
     names = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
     source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet, scheduler)

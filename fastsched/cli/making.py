@@ -32,7 +32,7 @@ Paths = Annotated[
 Solver = Annotated[str, typer.Option(help="Such as ddim, heun, dpmpp_2m or ipndm; 'fastsched solvers' lists all.")]
 
 
-@shell.errors_in_a_line("interrupted; 'fastsched measure --resume' continues from the last saved batch")
+@shell.errors_in_a_line("interrupted; 'fastsched measure --resume' continues from the last saved batch, if any")
 def measure(
     denoiser: shell.DenoiserName,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="The statistics file to write.")] = None,

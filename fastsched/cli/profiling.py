@@ -36,7 +36,7 @@ def profile(
     import fastsched as fs
     from fastsched.profiling import steps_run
 
-    shell.writable(trace, endings=(".json",))
+    shell.writable(trace, endings=(".json",), name="trace")
     trace = None if trace is None else trace.absolute()  # the model may change the folder
     source = inputs.Source(denoiser, shape, device, dtype, None, prompt, call, quiet)
     with shell.prints_on_stderr(), inputs.named_as_options():

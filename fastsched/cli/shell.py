@@ -266,6 +266,7 @@ def writable(
     endings: Sequence[str] = (),
     replace: str = "replace it (--overwrite)",
     sources: Sequence[Path] = (),
+    name: str = "output",
 ) -> None:
     """Check before any work that ``path`` can be written; None needs no check.
 
@@ -275,6 +276,7 @@ def writable(
         endings: Allowed endings of the name; any if empty.
         replace: Advice in the error about a file that exists.
         sources: Files that the command reads, none of which ``path`` must be.
+        name: The option that names the file, for messages.
 
     Raises:
         ValueError: If the name has none of ``endings``, or is one of ``sources``.
@@ -285,20 +287,20 @@ def writable(
     if path is None:
         return
     if str(path) == "-":
-        raise ValueError("output: - is not read as standard output; name a file")
+        raise ValueError(f"{name}: - is not read as standard output; name a file")
     if endings and path.suffix not in endings:
         ends = f"{', '.join(endings[:-1])} or {endings[-1]}" if len(endings) > 1 else endings[0]
-        raise ValueError(f"output must end in {ends}, got {str(path)!r}")
+        raise ValueError(f"{name} must end in {ends}, got {str(path)!r}")
     if path.is_dir():
-        raise IsADirectoryError(f"output is a folder: {path}; name a file in it")
+        raise IsADirectoryError(f"{name} is a folder: {path}; name a file in it")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"output: no such folder: {path.parent}; create it first")
+        raise FileNotFoundError(f"{name}: no such folder: {path.parent}; create it first")
     if not os.access(path.parent, os.W_OK) or (os.path.exists(path) and not os.access(path, os.W_OK)):
-        raise PermissionError(f"output: no permission to write {path}")
+        raise PermissionError(f"{name}: no permission to write {path}")
     if os.path.exists(path):  # unlike path.exists, False for a name that no file can have
         for source in sources:
             if os.path.exists(source) and os.path.samefile(path, source):
-                raise ValueError(f"output must be another file than {source}, which is read")
+                raise ValueError(f"{name} must be another file than {source}, which is read")
         if overwrite is None and path.suffix == ".safetensors":
             raise FileExistsError(f"{path} exists, and measurements are not replaced here; name another file")
         if overwrite is False:

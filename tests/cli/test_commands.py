@@ -394,3 +394,22 @@ def test_ranges_of_samples_are_merged(tmp_path):
     assert twice.exit_code == 2
     assert "repeats 1 of these paths" in one_line(twice)
     assert "samples must be a number, or A:B" in one_line(measure("a:b", "y.safetensors"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the device that is always full is Linux's")
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_a_text_that_cannot_be_written_is_an_error_in_a_line(option):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "fastsched", option]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["error: No space left on device"]
+
+
+def test_a_bad_name_of_a_file_is_said_of_the_option_that_gave_it(folder, model, tmp_path):
+    nowhere = tmp_path / "no" / "such"
+    for command in (
+        ("compare", model, folder / "x-4.json", "--shape", "2,3", "--csv", nowhere / "a.csv"),
+        ("profile", model, "--shape", "2,3", "--trace", nowhere / "a.json"),
+    ):
+        assert f"error: {command[-2][2:]}: no such folder" in one_line(run(*command))

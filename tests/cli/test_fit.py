@@ -180,7 +180,7 @@ def test_ctrl_c_says_what_is_left(tmp_path):
     measured = run("measure", slow, "--shape", "3", "-q", "-o", tmp_path / "s.safetensors")
     assert (measured.exit_code, one_line(measured)) == (
         130,
-        "interrupted; 'fastsched measure --resume' continues from the last saved batch",
+        "interrupted; 'fastsched measure --resume' continues from the last saved batch, if any",
     )
     fitted = run("fit", slow, "--steps", "4", "--shape", "3", "-q", "-o", tmp_path / "a.json")
     assert (fitted.exit_code, one_line(fitted)) == (130, "interrupted; nothing was written")
