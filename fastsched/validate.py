@@ -163,6 +163,8 @@ def function(name: str, value: object) -> object:
     """Return ``value``, a callable."""
     if not callable(value):
         raise TypeError(f"{name} must be a function, got {shown(value)}")
+    if isinstance(value, type) and issubclass(value, torch.nn.Module):
+        raise TypeError(f"{name} must be a module, got the class {value.__name__}; make one: {value.__name__}(...)")
     return value
 
 

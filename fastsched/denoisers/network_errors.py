@@ -53,13 +53,21 @@ CAUSES = (
 )
 
 
+#: Advice for a KeyError, whose message is the key alone.
+MISSING_KEY = (
+    "it looks up what is not there; conditions that it needs must be bound: lambda x, t: network(x, t, conditions). The "
+    "time or level may be fractional"
+)
+
+
 def explained(error: Exception, x: Tensor, condition: Tensor, dtype: torch.dtype) -> ValueError | None:
     """An error that says how the network was called and what may be wrong; None if the cause is not known.
 
     The call with states ``x``, given in ``dtype``, and this condition raised ``error``.
     """
-    text = str(error)
-    cause = next((hint for pattern, hint in CAUSES if re.search(pattern, text)), None)
+    text = f"KeyError: {error}" if isinstance(error, KeyError) else str(error)
+    known = next((hint for pattern, hint in CAUSES if re.search(pattern, text)), None)
+    cause = MISSING_KEY if isinstance(error, KeyError) else known
     if cause is None or "out of memory" in text:
         return None
     kind = str(dtype).removeprefix("torch.")
@@ -80,7 +88,7 @@ def checked_call(call: Callable[[], object], x: Tensor, condition: Tensor, dtype
         output = call()
     except StopIteration as error:
         raise RuntimeError("the network raised StopIteration (an iterator in it ran out)") from error
-    except (TypeError, RuntimeError, IndexError) as error:
+    except (TypeError, RuntimeError, LookupError) as error:
         known = explained(error, x, condition, dtype)
         if known is None:
             raise

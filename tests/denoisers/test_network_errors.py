@@ -114,3 +114,14 @@ def test_the_network_s_own_errors_stay_as_they_are():
 
     with pytest.raises(MemoryError, match="batch_size"):
         measured(full, (4,))
+
+
+def test_a_missing_key_says_what_was_asked():
+    with pytest.raises(ValueError, match=r"called with x \(1, 4\) in float32.*KeyError: 'prompt'; .*must be bound") as found:
+        measured(lambda x, t: x + {}["prompt"], (4,))
+    assert isinstance(found.value.__cause__, KeyError)
+
+
+def test_a_class_of_modules_is_no_network():
+    with pytest.raises(TypeError, match=r"fn must be a module, got the class Linear; make one: Linear\(...\)"):
+        measured(torch.nn.Linear, (4,))
