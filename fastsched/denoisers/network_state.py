@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -93,19 +95,50 @@ def warned_of_randomness(device: torch.device) -> Iterator[None]:
         )
 
 
+@dataclass
+class _Held:
+    """A buffer, what it held before, and how many blocks of `unchanged_buffers` are open on it."""
+
+    buffer: Tensor
+    value: Tensor
+    users: int = 0
+
+    def put_back(self) -> None:
+        """Restore the buffer, if it has changed."""
+        buffer, value = self.buffer, self.value
+        # What was made in inference mode can be written there alone, and a network may have resized its buffer.
+        with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+            if buffer.shape != value.shape or buffer.dtype != value.dtype:
+                buffer.data = value
+            elif not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+#: Buffers held now, by id; and a lock, because threads may share a network: the last one puts its buffers back, as what
+#: another finds at its start has been written to already.
+_HELD: dict[int, _Held] = {}
+_LOCK = threading.Lock()
+
+
 @contextmanager
 def unchanged_buffers(network: Any) -> Iterator[None]:
     """Put buffers of up to `MOST_ELEMENTS` of a network's modules back, whatever its calls wrote into them."""
-    every = (each for module in modules_of(network) for each in module.buffers())
-    known = (each for each in every if not (each.is_meta or is_lazy(each)) and each.numel() <= MOST_ELEMENTS)
-    before = [(each, each.detach().clone()) for each in {id(each): each for each in known}.values()]
+    every = {id(each): each for module in modules_of(network) for each in module.buffers()}
+    known = {key: each for key, each in every.items() if not (each.is_meta or is_lazy(each))}
+    taken = []
     try:
+        with _LOCK:
+            for key, each in known.items():
+                if each.numel() <= MOST_ELEMENTS:
+                    held = _HELD.get(key) or _HELD.setdefault(key, _Held(each, each.detach().clone()))
+                    held.users += 1
+                    taken.append(held)
         yield
     finally:
-        for buffer, value in before:
-            # What was made in inference mode can be written there alone, and a network may have resized its buffer.
-            with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-                if buffer.shape != value.shape or buffer.dtype != value.dtype:
-                    buffer.data = value
-                elif not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        with _LOCK:
+            for held in taken:
+                held.users -= 1
+                if held.users == 0:
+                    del _HELD[id(held.buffer)]
+            for held in (each for each in taken if each.users == 0):
+                held.put_back()

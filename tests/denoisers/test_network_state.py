@@ -134,3 +134,18 @@ def test_a_call_leaves_gradients_on_or_off(before):
     with torch.set_grad_enabled(before):
         fs.Denoiser.from_denoiser(network, 0.01, 20.0).raw_output(torch.ones(2, 3), 1.0)
         assert torch.is_grad_enabled() == before
+
+
+def test_threads_that_share_a_network_leave_its_buffers_as_they_were():
+    network = nn.Module()
+    network.register_buffer("last", torch.zeros(3))
+    first, second = unchanged_buffers(network), unchanged_buffers(network)
+    with first:
+        network.last += 1
+        second.__enter__()  # another thread begins now, and ends after this one
+        network.last += 1
+    second.__exit__(None, None, None)
+    assert network.last.tolist() == [0.0, 0.0, 0.0]
+    with unchanged_buffers(network):
+        network.last += 1
+    assert network.last.tolist() == [0.0, 0.0, 0.0]
