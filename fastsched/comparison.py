@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastsched import metrics, validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
-from fastsched.denoisers.network_state import check_evaluation_mode, unchanged_buffers
+from fastsched.denoisers.network_state import check_evaluation_mode, unchanged_buffers, warned_of_randomness
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.network_checks import fingerprint
@@ -349,11 +349,11 @@ def _sampled(
     dtype: torch.dtype | None,
 ) -> Tensor:
     """Samples on the CPU, made in batches; ``advance`` gets the number of samples of every network call."""
-    device, dtype = placement(denoiser, device, dtype)
-    ends = []
-    for part in noise.split(int(batch_size or len(noise))):
-        progress = lambda calls, total, part=part: advance(len(part))
-        ends.append(sample(denoiser, run, method, part.to(device), dtype=dtype, progress=progress).cpu())
+    (device, dtype), ends = placement(denoiser, device, dtype), []
+    with warned_of_randomness(device, "sampling", "errors are mostly distances between random samples"):
+        for part in noise.split(int(batch_size or len(noise))):
+            progress = lambda calls, total, part=part: advance(len(part))
+            ends.append(sample(denoiser, run, method, part.to(device), dtype=dtype, progress=progress).cpu())
     return torch.cat(ends)
 
 

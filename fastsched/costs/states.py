@@ -15,7 +15,12 @@ from fastsched import validate
 from fastsched.costs.cost_matrix import CostMatrix, ModelCalls
 from fastsched.denoisers.denoiser import Denoiser, placement
 from fastsched.denoisers.network_errors import not_finite
-from fastsched.denoisers.network_state import check_evaluation_mode, checked_training, unchanged_buffers
+from fastsched.denoisers.network_state import (
+    check_evaluation_mode,
+    checked_training,
+    unchanged_buffers,
+    warned_of_randomness,
+)
 from fastsched.denoisers.noise import log_uniform
 from fastsched.measurement.batches import is_out_of_memory
 from fastsched.sampling.progress import progress_bar
@@ -173,7 +178,8 @@ class StateSource:
         """
         bar = progress_bar(self.samples * levels, progress, what, unit="state")
         network = self.denoiser.network
-        with unchanged_buffers(network), checked_training(network, self.device), bar as advance:
+        random = warned_of_randomness(self.device, "the estimate", "the cost is mostly that of their changes")
+        with unchanged_buffers(network), checked_training(network, self.device), random, bar as advance:
             return torch.cat([estimate(batch, advance).cpu().double() for batch in self.batches()])
 
     def states(self, batch: Batch, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -83,15 +83,18 @@ def random_state(device: torch.device) -> Tensor:
 
 
 @contextmanager
-def warned_of_randomness(device: torch.device) -> Iterator[None]:
-    """Warn if global random numbers are drawn in here: a network may be random at some levels alone."""
+def warned_of_randomness(device: torch.device, what: str, harm: str) -> Iterator[None]:
+    """Warn if global random numbers are drawn in here: a network may be random at some levels alone.
+
+    For the message, ``what`` is done here, and ``harm`` if the network is random.
+    """
     places = {torch.device("cpu"), device}
     before = [(place, random_state(place)) for place in places]
     yield
     if not all(torch.equal(state, random_state(place)) for place, state in before):
         validate.warn(
-            "torch's random numbers were drawn during the measurement: if the network's answers depend on them (noise "
-            "or dropout at some levels?), schedules are worse; call network.eval(), or fix the numbers"
+            f"torch's random numbers were drawn during {what}: if the network's answers depend on them (noise or "
+            f"dropout at some levels?), {harm}; call network.eval(), or fix the numbers"
         )
 
 

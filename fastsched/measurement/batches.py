@@ -71,9 +71,10 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
     seeds = batches.seeds if found is None else batches.seeds[~torch.isin(batches.seeds, found.seeds)]
     run, batches = _within_memory(run, batches, len(seeds))
     whole = found
+    random = warned_of_randomness(run.device, "the measurement", "schedules are worse")
     with (
         unchanged_buffers(run.denoiser.network),
-        warned_of_randomness(run.device) if batches.checks else contextlib.nullcontext(),
+        random if batches.checks else contextlib.nullcontext(),
         progress_bar(run.calls * len(seeds), batches.progress, "measuring") as advance,
     ):
         try:

@@ -119,3 +119,11 @@ def test_a_constant_network_has_a_derivative_of_0():
     denoiser = fs.Denoiser.from_denoiser(lambda z, s: 0 * z, 0.1, 5.0)
     settings = {"shape": (2,), "sigmas": [4.0, 2.0, 1.0], "samples": 3, "progress": False}
     assert ESTIMATORS["fisher-rao"](denoiser, **settings).adjacent.shape == (2,)
+
+
+@pytest.mark.parametrize("estimate", ["corrector", "klub"])
+def test_a_random_network_is_warned_of(estimate):
+    random = lambda z, s: MIXTURE.denoise(z, s) + 0.1 * torch.randn(z.shape)
+    denoiser = fs.Denoiser.from_denoiser(random, 0.1, 5.0)
+    with pytest.warns(UserWarning, match="random numbers were drawn during the estimate"):
+        ESTIMATORS[estimate](denoiser, shape=(2,), sigmas=[4.0, 2.0, 1.0], samples=3, progress=False)
