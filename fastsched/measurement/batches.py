@@ -21,6 +21,7 @@ from fastsched.measurement.network_checks import check_network, fingerprint
 from fastsched.measurement.path_checks import path_checked
 from fastsched.measurement.path_following import Measurement, measurement_steps
 from fastsched.measurement.statistics import PathStatistics
+from fastsched.measurement.statistics_files import check_process
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.origin import network_name, origin_now
 from fastsched.sampling.progress import Progress, progress_bar
@@ -68,6 +69,7 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
     """
     if batches.file is not None:
         check_writable(batches.file)
+        check_process(run.denoiser.process, run.s)
     seeds = batches.seeds if found is None else batches.seeds[~torch.isin(batches.seeds, found.seeds)]
     run, batches = _within_memory(run, batches, len(seeds))
     whole = found
@@ -113,7 +115,8 @@ def resumed(file: str | os.PathLike[str] | None, run: Measurement, batches: Batc
     if file is None or not os.path.exists(file):
         return None
     found, different = PathStatistics.load(file), None
-    if found.process != run.denoiser.process:
+    own = run.denoiser.process
+    if found.process.to_dict() != own.to_dict():
         different = "another noise process"
     elif not torch.equal(found.s, run.s):
         different = f"other levels ({found.levels} of them)"
@@ -129,7 +132,7 @@ def resumed(file: str | os.PathLike[str] | None, run: Measurement, batches: Batc
         raise ValueError(
             f"{Path(file)} was measured with {different}; resume it with the same settings, or name another file"
         )
-    return found
+    return found if found.process == own else replace(found, process=own)  # of a class that files do not keep
 
 
 def finished_part(error: KeyboardInterrupt, file: str | os.PathLike[str] | None, group: Any) -> PathStatistics:

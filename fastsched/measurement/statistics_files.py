@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsched.denoisers.noise import far_outside, process_from_dict
+from fastsched import validate
+from fastsched.denoisers.noise import NoiseProcess, far_outside, process_from_dict
 from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels
 from fastsched.sampling.files import check_readable, checksum, json_object, kind_of, write_whole
 from fastsched.sampling.origin import Origin
@@ -55,12 +56,35 @@ def write_statistics(stats: Any, path: str | os.PathLike[str], vectors: bool) ->
     try:
         _check_entries(header, tensors, VERSION)
         _check_values(stats)
+        check_process(stats.process, stats.s)
     except ValueError as error:
         raise ValueError(
             f"{os.fspath(path)} cannot be written, because it could not be read again: it {error}"
         ) from None
     header["sha256"] = _checksum(header, tensors)
     write_whole(path, save(tensors, metadata={"fastsched": json.dumps(header)}))
+
+
+def check_process(process: NoiseProcess, s: Tensor) -> None:
+    """Warn if a file would keep a noise process of another class with other values at levels ``s``.
+
+    Raises:
+        ValueError: If a file could not keep it at all.
+    """
+    kept = process_from_dict(process.to_dict())
+    names = ("alpha", "sigma", "sampler_sigma", "timestep")
+    pairs = [(name, getattr(kept, name)(s), getattr(process, name)(s)) for name in names]
+    other = [name for name, one, two in pairs if (one is None) != (two is None) or not _equal(one, two)]
+    if other:
+        validate.warn(
+            f"a file of statistics keeps the noise process {type(process).__name__} as {type(kept).__name__}, which has "
+            f"another {' and '.join(other)}: after loading, give the statistics the process again, "
+            "dataclasses.replace(stats, process=denoiser.process)"
+        )
+
+
+def _equal(one: Tensor | None, two: Tensor | None) -> bool:
+    return one is None or two is None or torch.equal(one.double(), two.double())
 
 
 def read_statistics(kind: type[Any], path: str | os.PathLike[str]) -> Any:

@@ -1,13 +1,30 @@
 """No finished path is lost, whatever ends a measurement."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from models import exact_denoiser, mixture
 
 import fastsched as fs
+from fastsched.denoisers.noise import FlowMatching, VarianceExploding
 from fastsched.measurement.to_file import measure_to_file
 
 ORACLE = mixture()
+
+
+class Thousand(FlowMatching):
+    """Flow matching whose network is given times up to 1000."""
+
+    def timestep(self, s):
+        return 1000 * super().timestep(s)
+
+
+@dataclass(frozen=True)
+class Named(VarianceExploding):
+    """A noise process with an entry that files do not have."""
+
+    name: str = "mine"
 
 
 class Failing:
@@ -125,3 +142,21 @@ def test_the_former_module_still_works():
     with pytest.warns(DeprecationWarning, match="measurement.to_file"):
         from fastsched.measure_file import measure_to_file as former
     assert former is measure_to_file
+
+
+def test_a_noise_process_of_the_users_own_class_resumes_with_a_warning(tmp_path):
+    own = fs.Denoiser(lambda x, t: x * (t / 1000).reshape(-1, 1), Thousand(), "velocity")
+    options = {"levels": 12, "checks": False, "progress": False, "checkpoint": tmp_path / "a.safetensors"}
+    for samples in (2, 3):
+        with pytest.warns(UserWarning, match="keeps the noise process Thousand as FlowMatching, .* another timestep"):
+            stats = fs.measure(own, (4,), samples=samples, **options)
+    assert isinstance(stats.process, Thousand)
+    assert fs.optimal_schedule(stats, 2).timesteps[0] == 1000
+
+
+def test_a_noise_process_that_no_file_can_keep_is_refused_before_the_first_call(tmp_path):
+    network = Failing(0, AssertionError)
+    denoiser = fs.Denoiser(network, Named(0.02, 20.0), "x0")
+    with pytest.raises(ValueError, match="'ve' cannot be read from"):
+        fs.measure(denoiser, (4,), samples=2, progress=False, checkpoint=tmp_path / "a.safetensors")
+    assert network.calls == 0
