@@ -27,6 +27,9 @@ Check: TypeAlias = Callable[[str, object], object]
 #: Upper limit of counts: larger ones are mistakes, and would overflow.
 COUNT_LIMIT = 2**31
 
+#: The most samples of one call: more would fill the memory with their seeds before any check of it.
+MOST_SAMPLES = 2**24
+
 
 def arguments(given: Mapping[str, object], **checks: Check) -> None:
     """Check the arguments of a public function by their names.
@@ -209,9 +212,11 @@ def process_group(name: str, value: object) -> object:
 def sample_range(name: str, value: object) -> range:
     """Return the numbers of the samples, at least one, from their count or a ``range(a, b)``."""
     if not isinstance(value, range):
-        return range(positive_int(name, value))
+        value = range(positive_int(name, value))
     if not value or value.start < 0 or value.stop > COUNT_LIMIT or value.step != 1:
         raise ValueError(f"{name} must be a number, or range(a, b) with 0 <= a < b <= 2^31, got {shown(value)}")
+    if len(value) > MOST_SAMPLES:
+        raise ValueError(f"{name} must be at most {MOST_SAMPLES:,} in one call, got {len(value):,}; use range(a, b)")
     return value
 
 

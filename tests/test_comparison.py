@@ -315,6 +315,4 @@ def test_a_random_network_is_warned_of():
     random = lambda z, s: 0.1 * torch.randn(z.shape)
     denoiser = fs.Denoiser.from_denoiser(random, 0.1, 5.0)
     with pytest.warns(UserWarning, match="random numbers were drawn during sampling"):
-        fs.compare(
-            denoiser, {"a": [5.0, 1.0, 0.0]}, "ddim", shape=(2,), samples=2, reference_steps=4, progress=False
-        )
+        fs.compare(denoiser, {"a": [5.0, 1.0, 0.0]}, "ddim", shape=(2,), samples=2, reference_steps=4, progress=False)

@@ -158,3 +158,10 @@ def test_pure_noise_is_refused_by_prediction():
     for denoiser in (fs.Denoiser.from_epsilon(lambda x, t: x, table), fs.Denoiser.from_vp_score(lambda x, t: -x)):
         with pytest.raises(ValueError, match="sigmas must start at a finite sigma, got inf"):
             fs.sample(denoiser, *run)
+
+
+@pytest.mark.parametrize("samples", [2**30, range(5, 2**30)])
+def test_more_samples_than_memory_has_seeds_for_are_refused(samples):
+    """The system ended the program."""
+    with pytest.raises(ValueError, match="samples must be at most 16,777,216 in one call, got 1,073,741,8"):
+        fs.measure(DENOISER, (4,), samples=samples, progress=False)

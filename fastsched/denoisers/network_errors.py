@@ -55,8 +55,8 @@ CAUSES = (
 
 #: Advice for a KeyError, whose message is the key alone.
 MISSING_KEY = (
-    "it looks up what is not there; conditions that it needs must be bound: lambda x, t: network(x, t, conditions). The "
-    "time or level may be fractional"
+    "it looks up what is not there; conditions that it needs must be bound: lambda x, t: network(x, t, conditions). "
+    "The time or level may be fractional"
 )
 
 

@@ -77,8 +77,8 @@ def check_process(process: NoiseProcess, s: Tensor) -> None:
     other = [name for name, one, two in pairs if (one is None) != (two is None) or not _equal(one, two)]
     if other:
         validate.warn(
-            f"a file of statistics keeps the noise process {type(process).__name__} as {type(kept).__name__}, which has "
-            f"another {' and '.join(other)}: after loading, give the statistics the process again, "
+            f"a file of statistics keeps the noise process {type(process).__name__} as {type(kept).__name__}, which "
+            f"has another {' and '.join(other)}: after loading, give the statistics the process again, "
             "dataclasses.replace(stats, process=denoiser.process)"
         )
 

@@ -144,9 +144,7 @@ def test_what_a_command_reads_is_not_its_output(folder, tmp_path):
         (("profile", "--steps", "3", "--trace"), "trace.json"),
     ],
 )
-def test_a_model_that_changes_the_folder_does_not_take_the_output_along(
-    folder, tmp_path, monkeypatch, command, output
-):
+def test_a_model_that_changes_the_folder_does_not_take_the_output_along(folder, tmp_path, monkeypatch, command, output):
     (tmp_path / "elsewhere").mkdir()
     moving = "import os\nos.chdir('elsewhere')\n" + (folder / "my_model.py").read_text()
     (tmp_path / "moving.py").write_text(moving)
@@ -171,8 +169,10 @@ def test_an_error_is_printed_once_whatever_a_model_does_to_logging(tmp_path, lin
     source = f"import fastsched as fs\n{line}\n\ndef build():\n"
     source += "    return fs.Denoiser.from_denoiser(lambda z, s: z * float('nan'), 0.01, 20.0)\n"
     (tmp_path / "quiet.py").write_text(source)
-    command = [sys.executable, "-m", "fastsched", *"measure quiet.py:build --shape 4 --levels 8 -o s.st".split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    line = "measure quiet.py:build --shape 4 --levels 8 -o s.st"
+    done = subprocess.run(
+        [sys.executable, "-m", "fastsched", *line.split()], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert done.stderr.count("model calls") == 1
     assert done.stderr.count("returned NaN or inf") == 1

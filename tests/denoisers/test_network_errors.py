@@ -117,7 +117,9 @@ def test_the_network_s_own_errors_stay_as_they_are():
 
 
 def test_a_missing_key_says_what_was_asked():
-    with pytest.raises(ValueError, match=r"called with x \(1, 4\) in float32.*KeyError: 'prompt'; .*must be bound") as found:
+    with pytest.raises(
+        ValueError, match=r"called with x \(1, 4\) in float32.*KeyError: 'prompt'; .*must be bound"
+    ) as found:
         measured(lambda x, t: x + {}["prompt"], (4,))
     assert isinstance(found.value.__cause__, KeyError)
 
