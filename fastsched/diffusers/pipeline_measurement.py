@@ -35,7 +35,7 @@ from fastsched.measurement.devices import (
     share,
 )
 from fastsched.measurement.path_following import Measurement
-from fastsched.measurement.statistics import PathStatistics
+from fastsched.measurement.statistics import PathStatistics, merged
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.origin import Origin, origin_now
 from fastsched.sampling.progress import Progress, progress_bar
@@ -197,7 +197,7 @@ def measured_pipeline(
                 calls, part = calls.updated(arguments, part.samples), replace(part, origin=origin)
                 if calls.usable_samples(done, part.samples) < part.samples:
                     part = part.select(range(calls.usable_samples(done, part.samples)))
-                whole = part if whole is None else whole.merge(part)
+                whole = part if whole is None else merged(whole, part)
                 if isinstance(samples, range) and whole.samples > len(which):
                     whole = whole.select(range(len(which)))
                 if checkpoint is not None:

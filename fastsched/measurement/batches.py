@@ -20,7 +20,7 @@ from fastsched.measurement.memory import explained, need, paths_at_once, with_st
 from fastsched.measurement.network_checks import check_network, fingerprint
 from fastsched.measurement.path_checks import path_checked
 from fastsched.measurement.path_following import Measurement, measurement_steps
-from fastsched.measurement.statistics import PathStatistics
+from fastsched.measurement.statistics import PathStatistics, merged
 from fastsched.measurement.statistics_files import check_process
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.origin import network_name, origin_now
@@ -92,7 +92,7 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
                 part = run.drive(steps if asked is None or n > 0 else path_checked(steps, asked, run.s))
                 spent = 0 if asked is None else _spent(asked, known, n == len(parts) - 1)
                 part = replace(part, fingerprint=mark, model_calls=part.model_calls + spent, origin=origin)
-                whole = part if whole is None else whole.merge(part)
+                whole = part if whole is None else merged(whole, part)
                 if batches.file is not None:
                     whole.save(batches.file, vectors=run.keep_vectors)
         except BaseException as error:

@@ -164,29 +164,21 @@ class PathStatistics:
     def merge(self, other: PathStatistics) -> PathStatistics:
         """These samples and those of another measurement of the same denoiser on the same levels.
 
+        Warns if it is not known whether the denoiser is the same: there is no fingerprint with ``checks=False``.
+
         Raises:
             ValueError: If process, levels, shape, deviated paths or networks differ, or if a seed is in both (its path
                 would count twice; measure more samples with another ``seed``).
         """
         is_statistics("other", other)
-        if self.process != other.process or not torch.equal(self.s, other.s) or self.shape != other.shape:
-            raise ValueError("other was measured on another noise process, other levels or another shape")
-        if not same_network(self.fingerprint, other.fingerprint):
-            raise ValueError("other was measured on another network: it answered the same question differently")
-        if self.deviated != other.deviated:
-            raise ValueError("other must hold responses of the same deviated paths as these statistics")
-        shared = sorted(set(self.seeds.tolist()) & set(other.seeds.tolist()))
-        if shared:
-            raise ValueError(f"other repeats {len(shared)} of these paths; measure it with another seed")
-        joined: dict[str, Any] = {name: _joined(getattr(self, name), getattr(other, name)) for name in PER_SAMPLE}
-        return replace(
-            self,
-            **joined,
-            data_std=data_deviation(joined["ends"]),
-            model_calls=self.model_calls + other.model_calls,
-            fingerprint=self.fingerprint if self.fingerprint is not None else other.fingerprint,
-            origin=self.origin if self.origin is not None else other.origin,
-        )
+        found = merged(self, other)
+        unknown = [each for each in (self, other) if each.fingerprint is None]
+        if any(each.origin is None or each.origin.fingerprint is None for each in unknown):  # pipelines have that one
+            validate.warn(
+                "merged without knowing whether both statistics are of one network: what is measured with checks=False "
+                "holds no fingerprint of it"
+            )
+        return found
 
     def save(self, path: str | os.PathLike[str], *, vectors: bool = False) -> None:
         """Write to a safetensors file; an existing file is replaced only when the new one is complete.
@@ -208,6 +200,28 @@ class PathStatistics:
         """
         validate.arguments(locals())
         return read_statistics(cls, path)
+
+
+def merged(one: PathStatistics, other: PathStatistics) -> PathStatistics:
+    """`PathStatistics.merge`, without its warning: for parts of one measurement."""
+    if one.process != other.process or not torch.equal(one.s, other.s) or one.shape != other.shape:
+        raise ValueError("other was measured on another noise process, other levels or another shape")
+    if not same_network(one.fingerprint, other.fingerprint):
+        raise ValueError("other was measured on another network: it answered the same question differently")
+    if one.deviated != other.deviated:
+        raise ValueError("other must hold responses of the same deviated paths as these statistics")
+    shared = sorted(set(one.seeds.tolist()) & set(other.seeds.tolist()))
+    if shared:
+        raise ValueError(f"other repeats {len(shared)} of these paths; measure it with another seed")
+    joined: dict[str, Any] = {name: _joined(getattr(one, name), getattr(other, name)) for name in PER_SAMPLE}
+    return replace(
+        one,
+        **joined,
+        data_std=data_deviation(joined["ends"]),
+        model_calls=one.model_calls + other.model_calls,
+        fingerprint=one.fingerprint if one.fingerprint is not None else other.fingerprint,
+        origin=one.origin if one.origin is not None else other.origin,
+    )
 
 
 def is_statistics(name: str, value: object) -> PathStatistics:

@@ -34,3 +34,14 @@ def test_one_network_read_otherwise_is_another_measurement(tmp_path):
         fs.fit(corrected, (64,), 4, stats=stats, progress=False)
     earlier = replace(stats, fingerprint=stats.fingerprint[:16])  # as files had it: of the network alone
     assert fs.fit(corrected, (64,), 4, stats=earlier, model_calls=40, progress=False).steps == 4
+
+
+def test_a_merge_says_if_the_networks_are_not_known():
+    options = {"levels": 8, "checks": False, "progress": False}
+    networks = (lambda z, s: z / (1 + s.reshape(-1, 1) ** 2), lambda z, s: 0.1 * z / (0.1 + s.reshape(-1, 1) ** 2))
+    denoisers = [fs.Denoiser.from_denoiser(each, 0.01, 20.0) for each in networks]
+    # Batches of one measurement are merged without the warning.
+    one = fs.measure(denoisers[0], (4,), samples=2, batch_size=1, **options)
+    two = fs.measure(denoisers[1], (4,), samples=range(2, 4), **options)
+    with pytest.warns(UserWarning, match="without knowing whether both statistics are of one network"):
+        assert one.merge(two).samples == 4
