@@ -146,6 +146,8 @@ def _over_sigma(axes: Axes, stats: PathStatistics, sigmas: np.ndarray, values: n
     axes.plot(sigmas[kept], values[kept], markersize=4, **style)
     axes.set_yscale("log")
     axes.grid(axis="y", color="#DDDDDD")
+    if kept.sum() < 2:  # matplotlib finds no limits of its own
+        axes.set_xlim(sigmas.min() / 1.1, sigmas[np.isfinite(sigmas)].max() * 1.1)
     plot.draw_sigma_axis(axes, stats.process.kind == "flow")
 
 
@@ -159,6 +161,12 @@ def _svg(figure: Figure, label: str) -> str:
     # Only a standalone file needs the declarations and the metadata.
     drawn = re.search(r"<svg.*</svg>", file.getvalue(), re.DOTALL)
     assert drawn is not None
-    text = re.sub(r"<metadata>.*?</metadata>| xmlns(:xlink)?=\"[^\"]*\"", "", drawn[0], flags=re.DOTALL)
-    text = re.sub("#[0-9a-f]{6}", lambda found: PAGE_COLOURS.get(found[0], found[0]), text)
+    text = re.sub(r"<metadata>.*?</metadata>", "", drawn[0], flags=re.DOTALL)
+    text = re.sub("<[^>]*>", _in_page, text)  # tags alone: a name may hold anything
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+
+
+def _in_page(tag: re.Match[str]) -> str:
+    """A tag of a figure in the page's colours, without what only a standalone file needs."""
+    text = re.sub(r" xmlns(:xlink)?=\"[^\"]*\"", "", tag[0])
+    return re.sub("#[0-9a-f]{6}", lambda found: PAGE_COLOURS.get(found[0], found[0]), text)

@@ -236,6 +236,23 @@ def browser(path, *options):
     return result.stdout
 
 
+def test_a_colour_in_a_name_stays_in_the_figure(folder, tmp_path):
+    schedule = fs.Schedule.load(folder / "x-4.json")
+    figure = charts.nodes(fs.PathStatistics.load(folder / "s.safetensors"), {"a #dddddd": schedule})
+    assert "a #dddddd" in figure
+    assert "var(--c0)" in figure
+
+
+@pytest.mark.parametrize(("scale", "levels"), [(0.0, 8), (1.0, 4)])
+def test_figures_of_next_to_nothing_give_no_warnings(scale, levels):
+    """Nothing to draw for a network that is 0, one level for four: warnings are errors here."""
+    network = lambda z, s: scale * z / (1 + s.reshape(-1, 1) ** 2)
+    denoiser = fs.Denoiser.from_denoiser(network, 0.01, 20.0)
+    stats = fs.measure(denoiser, (1,), levels=levels, samples=1, checks=False, progress=False)
+    for figure in (charts.sensitivity, charts.responses):
+        assert figure(stats).startswith("<svg")
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
 @pytest.mark.parametrize(("scheme", "dark"), [("1", False), ("0", True)], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1180], ids=["phone", "desk"])
