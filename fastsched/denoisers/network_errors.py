@@ -35,6 +35,10 @@ CAUSES = (
         "noise process?",
     ),
     (
+        r"only one element tensors can be converted|cannot be converted to Scalar|can only convert an array of size 1",
+        "it takes one sample at a time: let it compute with all of the condition, [B], or give batch_size=1",
+    ),
+    (
         r"same device|meta tensor|is on \w+(:\d+)?,? (but|different from)|device meta|not on the expected device",
         "the network or its conditioning is on another device than the states; move them to one device (device=, "
         "or the device of the noise)",
@@ -88,7 +92,7 @@ def checked_call(call: Callable[[], object], x: Tensor, condition: Tensor, dtype
         output = call()
     except StopIteration as error:
         raise RuntimeError("the network raised StopIteration (an iterator in it ran out)") from error
-    except (TypeError, RuntimeError, LookupError) as error:
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
         known = explained(error, x, condition, dtype)
         if known is None:
             raise

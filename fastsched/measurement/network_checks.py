@@ -100,7 +100,8 @@ def check_network(
         dtype: What the network computes in.
         s: The levels of the measurement, descending; those of the process when None.
         seed: The seed of the last sample of the measurement's first batch, which is checked at the first level.
-        batch: The size of that batch. If it is 1, the check has both samples in one call, else one in each.
+        batch: The size of that batch. If it is 1, the check has both samples in one call, unless the network takes
+            no two; else one in each.
 
     Returns:
         The calls and outputs so far; `CheckCalls.check_first` and `CheckCalls.check_last` remain to be called.
@@ -114,7 +115,13 @@ def check_network(
     pair = noise_of(torch.tensor([seed, seed + ELSEWHERE], device="cpu"), shape)
     ask.top = Top(float(levels[0]), pair, 2 if batch == 1 else 1)
     with checked_training(denoiser.network, device):
-        ask.top.ask(ask)
+        try:
+            ask.top.ask(ask)
+        except Exception:
+            if ask.top.size == 1:
+                raise
+            ask.top.size = 1  # a network that is asked for one sample at a time need not take two
+            ask.top.ask(ask)
     try:
         _check_denoiser(ask, float(levels[-1]))
     except ValueError:

@@ -410,3 +410,12 @@ def test_data_as_small_as_the_lowest_level_raise_no_doubt():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             check(fs.Denoiser.from_denoiser(fs.oracles.Gaussian(std, (16,)).denoise, std, 40.0))
+
+
+def test_a_network_of_one_sample_at_a_time_is_measured_so():
+    network = lambda z, s: z / (1 + float(s) ** 2)
+    denoiser = fs.Denoiser.from_denoiser(network, 0.01, 20.0)
+    options = {"levels": 12, "samples": 2, "progress": False}
+    assert fs.measure(denoiser, (8,), batch_size=1, **options).samples == 2
+    with pytest.raises(ValueError, match=r"failed when called with x \(2, 8\).*or give batch_size=1"):
+        fs.measure(denoiser, (8,), **options)
