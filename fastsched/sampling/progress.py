@@ -14,7 +14,7 @@ Progress = bool | Callable[[int, int], object]
 def progress_bar(total: int, show: Progress, what: str, unit: str = "call") -> Iterator[Callable[[int], None]]:
     """A progress bar over ``total`` units of some work, a callback, or neither; yields a function that adds units done.
 
-    What a callback raises ends the work.
+    What a callback raises ends the work; a StopIteration does so as a RuntimeError.
     """
     if callable(show):
         done_so_far = 0
@@ -22,7 +22,10 @@ def progress_bar(total: int, show: Progress, what: str, unit: str = "call") -> I
         def advance(done: int) -> None:
             nonlocal done_so_far
             done_so_far += done
-            show(done_so_far, total)
+            try:
+                show(done_so_far, total)
+            except StopIteration as error:  # it would end a loop here
+                raise RuntimeError("progress raised StopIteration (an iterator in it ran out)") from error
 
         yield advance
         return

@@ -49,3 +49,8 @@ def test_a_fit_can_be_ended_by_its_callback():
 
     with pytest.raises(Enough):
         fs.fit(DENOISER, (4,), 4, levels=16, samples=2, progress=hear)
+
+
+def test_a_callback_that_runs_out_says_so():
+    with pytest.raises(RuntimeError, match="progress raised StopIteration"):
+        fs.measure(DENOISER, (4,), levels=8, samples=1, progress=lambda done, total: next(iter([])))
