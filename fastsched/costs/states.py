@@ -179,7 +179,7 @@ class StateSource:
         bar = progress_bar(self.samples * levels, progress, what, unit="state")
         network = self.denoiser.network
         random = warned_of_randomness(self.device, "the estimate", "the cost is mostly that of their changes")
-        with unchanged_buffers(network), checked_training(network, self.device), random, bar as advance:
+        with unchanged_buffers(network), random, checked_training(network, self.device), bar as advance:
             return torch.cat([estimate(batch, advance).cpu().double() for batch in self.batches()])
 
     def states(self, batch: Batch, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
