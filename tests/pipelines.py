@@ -10,6 +10,8 @@ from diffusers import (
     AutoencoderKLWan,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
     ControlNetModel,
     DDIMPipeline,
     DDPMPipeline,
@@ -325,6 +327,25 @@ def cogvideox(scheduler):
     pipe = CogVideoXPipeline(None, None, vae, transformer, scheduler)
     embeddings = random_embeddings(prompt_embeds=(1, 16, 16))
     return pipe, {**embeddings, "height": 16, "width": 16, "num_frames": 8}, {"output_type": "latent"}
+
+
+def cogview4(scheduler):
+    """A pipeline that gives its scheduler timesteps apart from the sigmas, which are shifted."""
+    transformer = CogView4Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=16,
+        time_embed_dim=16,
+        condition_dim=8,
+        pos_embed_max_size=8,
+        rope_axes_dim=(8, 8),
+    )
+    pipe = CogView4Pipeline(None, None, None, transformer, scheduler)
+    embeddings = random_embeddings(prompt_embeds=(1, 4, 16))
+    return pipe, {**embeddings, "height": 64, "width": 64}, {"output_type": "latent"}
 
 
 def ltx_conditioned(scheduler):

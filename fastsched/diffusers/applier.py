@@ -21,6 +21,7 @@ from fastsched.diffusers.exporter import (
     prove,
     rounds,
     told_levels,
+    told_timesteps,
     warn_of_solver,
 )
 from fastsched.diffusers.fitted_scheduler import BELOW_START, FittedScheduler
@@ -193,7 +194,7 @@ class SetTimesteps(Override):
         warn_of_lost_step(owner)
         Step(owner).put()
         WAYS[self.way](schedule, owner, describe(owner))(owner)
-        timesteps = torch.as_tensor(owner.timesteps)
+        timesteps = told_timesteps(owner, torch.as_tensor(owner.timesteps), **self.asked)
         if device is not None:
             on_mps = torch.device(device).type == "mps"  # which has no float64
             timesteps = (timesteps.float() if on_mps and timesteps.dtype == torch.float64 else timesteps).to(device)

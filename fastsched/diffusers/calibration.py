@@ -17,6 +17,7 @@ from fastsched.denoisers.late_reading import Verdicts
 from fastsched.diffusers.attributes import copied_with
 from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import class_and_settings, class_of, describe, own_scheduler
+from fastsched.diffusers.exporter import told_timesteps
 from fastsched.diffusers.step_checks import (
     UNALIKE,
     check_beginning,
@@ -114,12 +115,12 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         keep_increments: bool = False,
     ) -> None:
         settings = scheduler_config or {}
-        self.convention = describe(getattr(diffusers, scheduler_class).from_config(settings))
+        self._own = getattr(diffusers, scheduler_class).from_config(settings)
+        self.convention = describe(self._own)
         # Pipelines read entries of their scheduler's config, so this config has them too.
         self.register_to_config(**{key: value for key, value in settings.items() if not key.startswith("_")})
         self.init_noise_sigma = 1.0
         self.timesteps = torch.arange(0)
-        self.mu: float | None = None
         self._given_levels: Tensor | None = None
         self._watch: PipelineWatch | None = None
         self._own_noise = True
@@ -168,7 +169,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         """
         scheduler = own_scheduler(scheduler)
         made = cls(*class_and_settings(scheduler), seed, samples_before, keep_increments)
-        made.convention = describe(scheduler)
+        made._own, made.convention = scheduler, describe(scheduler)
         made._given_levels, made._watch, made._own_noise, made._advance = levels, watch, own_noise, advance
         return made
 
@@ -196,7 +197,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         mu: float | None = None,
         **_: Any,
     ) -> None:
-        """Prepare a measurement in this number of steps (`calibration_steps`). Only the length of a list is used.
+        """Prepare a measurement in this number of steps (`calibration_steps`). Of one list only the length is used.
 
         Raises:
             ValueError: If no number of levels takes this number of steps.
@@ -212,7 +213,6 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         if self._watch is not None and self._statistics is not None:  # a pipeline may reset its scheduler at the end
             self._earlier = self._statistics
         self._clear()
-        self.mu = mu
         self._parameters = dict(inspect.signature(getattr(diffusers, self.config["scheduler_class"]).step).parameters)
         if self._given_levels is not None and len(self._given_levels) != count:
             wanted = calibration_steps(self._given_levels)
@@ -223,7 +223,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._repeated = max(1, len(self._levels) // 8)
         self._queries = queries(count, deviated_paths(count))
         self._s = s = torch.cat([self._levels[:1], self._levels[self._queries], self._levels[self._repeated, None]])
-        names = self.convention.timesteps(s)
+        names = told_timesteps(self._own, self.convention.timesteps(s), timesteps=timesteps, sigmas=sigmas, mu=mu)
         self._names = names.round().to(torch.int64) if self.convention.integer else names.float()
         self.timesteps = self._names.to(device, copy=True)  # the pipeline may write into it
         self.num_inference_steps = steps

@@ -341,6 +341,28 @@ def _without_shift(times: Tensor, scheduler: Any, mu: float | None) -> Tensor:
     return times / (shift - (shift - 1) * times)
 
 
+def told_timesteps(scheduler: Any, flow_times: Tensor, **asked: Any) -> Tensor:
+    """The timesteps that the network is given at ``flow_times``, after ``scheduler.set_timesteps(**asked)``.
+
+    Both are multiplied by ``num_train_timesteps``. They are equal, unless the call has both ``timesteps`` and
+    ``sigmas``. Then the class shifts only the sigmas, so that at flow time ``m t / (1 + (m - 1) t)`` the network is
+    given ``t``, as it was in training (CogView4, GLM-Image).
+
+    Raises:
+        ValueError: If the class does more to the sigmas than to shift them.
+    """
+    if not gives_both_lists(**asked):
+        return flow_times
+    mu = asked.get("mu") if scheduler.config.get("use_dynamic_shifting") else None
+    scale = int(scheduler.config.num_train_timesteps)
+    return (scale * _without_shift(flow_times.double() / scale, scheduler, mu)).to(flow_times.dtype)
+
+
+def gives_both_lists(timesteps: Any = None, sigmas: Any = None, **_: Any) -> bool:
+    """Whether arguments of ``set_timesteps`` have timesteps for the network apart from the sigmas of the states."""
+    return timesteps is not None and sigmas is not None
+
+
 def _linear_timesteps(sigmas: Tensor, process: VariancePreserving) -> list[float]:
     """Fractional timesteps by linear interpolation in ``sigma`` (not its logarithm), as Heun's class does."""
     trained = process.trained_levels.numpy()

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastsched.denoisers.late_reading import sent
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.diffusers.conventions import Convention, class_and_settings, describe, own_scheduler
-from fastsched.diffusers.exporter import check_range, plain_copy, told_levels
+from fastsched.diffusers.exporter import check_range, plain_copy, told_levels, told_timesteps
 from fastsched.diffusers.overrides import Timesteps
 from fastsched.diffusers.step_checks import check_scaled, noise_alone
 from fastsched.ops.eager import without_autocast
@@ -179,7 +179,9 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         mu: float | None = None,
         **others: Any,
     ) -> None:
-        """Start a run. The levels are the schedule's; of a list only the length is used, and ``mu`` is not needed.
+        """Start a run. The levels are the schedule's; of a list only the length is used.
+
+        ``mu`` is not needed, unless the pipeline gives both lists (`exporter.told_timesteps`).
 
         Raises:
             ValueError: If another number of steps than the schedule's is asked for, a list of flow times starts below
@@ -205,7 +207,8 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
                 f"sigmas must start at {first:g}, as the schedule does, got {float(sigmas[0]):g}: {MIDWAY}"
             )
         self.num_inference_steps = steps
-        self.timesteps = Timesteps.of(self._timesteps.to(device), self._start_at)
+        told = told_timesteps(self._own, self._timesteps, timesteps=timesteps, sigmas=sigmas, mu=mu)
+        self.timesteps = Timesteps.of(told.to(device), self._start_at)
         self._step_index = 0
         self._states = self._rows = torch.empty(0)
 
@@ -323,7 +326,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
 
     def _start_at(self, index: int) -> Tensor:
         if self._step_index:
-            return self._timesteps.to(self.timesteps.device)[index:]
+            return self.timesteps.as_subclass(Tensor)[index:]
         if index <= -self.schedule.steps:
             return self.timesteps[:]  # all of them, counted from the end
         raise ValueError(

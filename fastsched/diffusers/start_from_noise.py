@@ -16,6 +16,7 @@ from fastsched.diffusers.attributes import copied_with
 from fastsched.diffusers.calibration import UNALIKE
 from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import describe
+from fastsched.diffusers.exporter import gives_both_lists
 from fastsched.diffusers.overrides import Override
 from fastsched.diffusers.probe import scales
 from fastsched.diffusers.step_checks import (
@@ -126,7 +127,8 @@ class StartFromNoise:
         self._arguments, self.left = (asked.args, asked.kwargs), None
         self._set()
         self._levels = self.convention.levels(torch.as_tensor(self.scheduler.timesteps[1:]).cpu().double())
-        if self._schedule.network_sigmas is not None:  # then the timesteps are not those of the states' levels
+        if self._schedule.network_sigmas is not None or gives_both_lists(**asked.arguments):
+            # Then the timesteps are not those of the states' levels.
             self._levels = self.convention.process.level(self._schedule.sigmas[:-1])
 
     def step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
