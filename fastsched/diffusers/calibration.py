@@ -210,8 +210,9 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
                 "num_inference_steps must be what a number N of levels takes, 2 N if N is even and 2 N + 1 if it "
                 f"is odd, at least 7, got {steps}"
             )
-        if self._watch is not None and self._statistics is not None:  # a pipeline may reset its scheduler at the end
-            self._earlier = self._statistics
+        if self._watch is not None:
+            self._watch.begin()
+            self._earlier = self._statistics or self._earlier  # a pipeline may reset its scheduler at the end
         self._clear()
         self._parameters = dict(inspect.signature(getattr(diffusers, self.config["scheduler_class"]).step).parameters)
         if self._given_levels is not None and len(self._given_levels) != count:
@@ -227,8 +228,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._names = names.round().to(torch.int64) if self.convention.integer else names.float()
         self.timesteps = self._names.to(device, copy=True)  # the pipeline may write into it
         self.num_inference_steps = steps
-        sigmas_used = self.convention.process.sampler_sigma(s)
-        self.sigmas = torch.cat([sigmas_used, sigmas_used.new_zeros(1)]).float()
+        self.sigmas = torch.nn.functional.pad(self.convention.process.sampler_sigma(s), (0, 1)).float()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Only ``begin_index=0`` is supported.

@@ -121,6 +121,7 @@ class StartFromNoise:
         """Replaces the scheduler's ``set_timesteps``."""
         if self.left == 0:  # the run has ended, and the pipeline only resets its scheduler
             return
+        self._watch.begin()
         asked = inspect.signature(self._set_timesteps).bind(*args, **kwargs)
         for name in [each for each in ASKED if each in asked.arguments]:
             asked.arguments[name] = _without_added_step(asked.arguments[name])

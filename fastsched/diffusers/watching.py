@@ -57,7 +57,7 @@ class Step:
 
 
 class PipelineWatch:
-    """Records the calls of a pipeline's networks, step by step; `take` ends a step."""
+    """Records the calls of a pipeline's networks, step by step: `begin` begins a run, `take` ends a step."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -75,6 +75,10 @@ class PipelineWatch:
             f"{type(self.pipe).__name__} copies its scheduler's attributes (for the views of a panorama?), "
             "so it cannot be measured by its loop; measure another pipeline of the same model, and apply its schedule"
         )
+
+    def begin(self) -> None:
+        """Forget calls before the run: prompt encoders, or a network that fills a cache (GLM-Image from an image)."""
+        self._step = Step()
 
     def take(self, verdicts: Verdicts) -> Step:
         """End a step: return what happened since the last call of this method; ``verdicts`` collects what to compare.

@@ -217,6 +217,24 @@ def test_a_list_that_one_network_returns_and_another_empties_is_compared():
     assert torch.equal(measured(pipe).gram, measured(oracle_pipeline(euler(), mixture())).gram)
 
 
+class Prefilling(OraclePipeline):
+    """Calls its network before the run, as GLM-Image does to keep the keys and values of a given image."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=50, images=2, output_type="latent"):
+        self.unet(torch.zeros(1, *SHAPE), torch.tensor(7))
+        return super().__call__(None, num_inference_steps, images, output_type=output_type)
+
+
+def test_a_network_may_be_called_before_the_run():
+    plain, pipe = (kind(OracleUNet().answer_for(euler(), mixture()), euler()) for kind in (OraclePipeline, Prefilling))
+    before, stats = measured(plain), measured(pipe)
+    assert torch.equal(stats.gram, before.gram)
+    fit = {"model_calls": 16, "audition": False}
+    found = [fs.diffusers.fit(each, 4, stats=own, **fit) for each, own in ((plain, before), (pipe, stats))]
+    assert torch.equal(found[0].sigmas, found[1].sigmas)
+
+
 def test_a_pipeline_that_copies_its_schedulers_attributes_is_refused_with_the_reason():
     """As StableDiffusionPanoramaPipeline does, for each of its views."""
     pipe = oracle_pipeline(euler(), mixture())
