@@ -52,6 +52,30 @@ def test_a_pipeline_that_cannot_leave_its_latents_is_measured_and_fitted(early):
     assert found.measured_error == expected.measured_error
 
 
+class Caching(OraclePipeline):
+    """Fills a cache in its first step, as Qwen-Image 2.1, unless it is told not to."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=50, output_type="latent", use_kv_cache=True):
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn(2, *SHAPE) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        for i, t in enumerate(self.scheduler.timesteps):
+            mode = ("cached" if i else "extract") if use_kv_cache else None
+            given = self.scheduler.scale_model_input(latents, t)
+            latents = self.scheduler.step(self.unet(given, t, kv_cache_mode=mode)[0], t, latents).prev_sample
+        return latents
+
+
+def test_a_pipeline_is_measured_and_fitted_without_a_cache_that_its_first_step_fills():
+    scheduler = diffusers.EulerDiscreteScheduler(**SD)
+    pipe = Caching(OracleUNet().answer_for(scheduler, mixture()), scheduler)
+    stats = fs.diffusers.measure(pipe, levels=8, samples=2)
+    assert torch.equal(stats.gram, fs.diffusers.measure(oracle_pipeline(scheduler, mixture()), levels=8, samples=2).gram)
+    assert fs.diffusers.fit(pipe, 4, stats=stats, model_calls=16).measured_error is not None
+    with pytest.raises(ValueError, match="kv_cache_mode was different"):
+        fs.diffusers.measure(pipe, levels=8, samples=2, use_kv_cache=True)
+
+
 def test_an_output_type_that_was_asked_for_is_not_changed():
     pipe = with_output_types(("np", "pt"), early=True)
     with pytest.raises(ValueError, match="output_type must be one of"):
