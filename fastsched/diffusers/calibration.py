@@ -18,6 +18,7 @@ from fastsched.diffusers.attributes import copied_with
 from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import class_and_settings, class_of, describe, own_scheduler
 from fastsched.diffusers.exporter import told_timesteps
+from fastsched.diffusers.measurement_steps import check_steps, levels_of
 from fastsched.diffusers.step_checks import (
     UNALIKE,
     check_beginning,
@@ -46,12 +47,6 @@ from fastsched.measurement.memory import check_call, with_store
 from fastsched.measurement.path_following import Measurement, Query, measurement_steps
 from fastsched.measurement.statistics import PathStatistics, data_deviation
 from fastsched.sampling.random_streams import BESIDE, sample_seeds
-
-
-def calibration_steps(levels: int | Tensor) -> int:
-    """Steps of a measurement at ``levels``: one for the pipeline's own latents, one per query, and a repeated query."""
-    count = len(levels) if isinstance(levels, Tensor) else levels
-    return len(queries(count, deviated_paths(count))) + 2
 
 
 @dataclass
@@ -121,7 +116,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self.register_to_config(**{key: value for key, value in settings.items() if not key.startswith("_")})
         self.init_noise_sigma = 1.0
         self.timesteps = torch.arange(0)
-        self._given_levels: Tensor | None = None
+        self._asked_levels: int | Tensor | None = None
         self._watch: PipelineWatch | None = None
         self._own_noise = True
         self._earlier: PathStatistics | None = None
@@ -147,7 +142,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         seed: int = 0,
         samples_before: int = 0,
         keep_increments: bool = False,
-        levels: Tensor | None = None,
+        levels: int | Tensor | None = None,
         watch: PipelineWatch | None = None,
         own_noise: bool = True,
         advance: Callable[[int], object] = lambda calls: None,
@@ -159,7 +154,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             seed: As in the class.
             samples_before: As in the class.
             keep_increments: As in the class.
-            levels: The levels to measure at, descending, instead of ``num_inference_steps / 2`` of the process's own.
+            levels: The levels to measure at, descending, or their number: the pipeline must then make as many steps.
             watch: Records the calls of the pipeline's networks, which are then compared between steps.
             own_noise: Whether the pipeline draws its first latents itself, so that their size can be checked.
             advance: Called after each step with the number of samples.
@@ -170,7 +165,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         scheduler = own_scheduler(scheduler)
         made = cls(*class_and_settings(scheduler), seed, samples_before, keep_increments)
         made._own, made.convention = scheduler, describe(scheduler)
-        made._given_levels, made._watch, made._own_noise, made._advance = levels, watch, own_noise, advance
+        made._asked_levels, made._watch, made._own_noise, made._advance = levels, watch, own_noise, advance
         return made
 
     @property
@@ -204,21 +199,14 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         """
         given = sigmas if sigmas is not None else timesteps
         steps = num_inference_steps if given is None else len(given)
-        count = next((n for n in range(3, (steps or 0)) if calibration_steps(n) == steps), None)
-        if count is None or steps is None:
-            raise ValueError(
-                "num_inference_steps must be what a number N of levels takes, 2 N if N is even and 2 N + 1 if it "
-                f"is odd, at least 7, got {steps}"
-            )
+        count, asked = levels_of(steps), self._asked_levels
         if self._watch is not None:
             self._watch.begin()
             self._earlier = self._statistics or self._earlier  # a pipeline may reset its scheduler at the end
         self._clear()
         self._parameters = dict(inspect.signature(getattr(diffusers, self.config["scheduler_class"]).step).parameters)
-        if self._given_levels is not None and len(self._given_levels) != count:
-            wanted = calibration_steps(self._given_levels)
-            raise ValueError(f"num_inference_steps must be {wanted} for {len(self._given_levels)} levels, got {steps}")
-        self._levels = self.measured_levels(count if self._given_levels is None else self._given_levels)
+        # Another number of steps than that of the levels is refused at the first step: there may be another call.
+        self._levels = self.measured_levels(asked if isinstance(asked, Tensor) and len(asked) == count else count)
         self._scales = self.convention.input_scale(self._levels).tolist()
         # An early level, to detect changes in the middle of the run, but one at which the conditioning matters.
         self._repeated = max(1, len(self._levels) // 8)
@@ -379,6 +367,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         check_options(self._parameters, args, kwargs)
         check_timestep(self._index, self._names, timestep, self._verdicts)
         if self._returned is None:
+            check_steps(len(self.timesteps), self._asked_levels)
             check_scaling(self.convention, self.config["scheduler_class"], self._scaled, sample)
             if self._own_noise:
                 check_first_latents(sample, self._verdicts)

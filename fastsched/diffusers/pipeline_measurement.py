@@ -16,9 +16,10 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.diffusers.attributes import attributes_set, in_one_thread
 from fastsched.diffusers.caches import check_caches
-from fastsched.diffusers.calibration import CalibrationScheduler, calibration_steps
+from fastsched.diffusers.calibration import CalibrationScheduler
 from fastsched.diffusers.call_identity import call_identity, check_same_call, check_same_calls
 from fastsched.diffusers.conventions import own_scheduler, warn_of_overrides
+from fastsched.diffusers.measurement_steps import calibration_steps
 from fastsched.diffusers.pipeline_call import call, check_call
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.random_numbers import ONE_CALL
@@ -294,8 +295,7 @@ def _one_call(
 
     with ONE_CALL, watched(pipe) as watch:  # a network shared with another pipeline must not be called meanwhile
         settings |= {"own_noise": arguments.get("latents") is None, "advance": count, "watch": watch}
-        given = levels if isinstance(levels, Tensor) else None
-        calibration = CalibrationScheduler.from_scheduler(pipe.scheduler, levels=given, **settings)
+        calibration = CalibrationScheduler.from_scheduler(pipe.scheduler, levels=levels, **settings)
         with attributes_set(pipe, scheduler=calibration):
             try:
                 call(pipe, steps, arguments, lambda: steps - len(taken) if taken else None)

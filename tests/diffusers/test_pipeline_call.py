@@ -76,6 +76,22 @@ def test_a_pipeline_is_measured_and_fitted_without_a_cache_that_its_first_step_f
         fs.diffusers.measure(pipe, levels=8, samples=2, use_kv_cache=True)
 
 
+class OwnList(OraclePipeline):
+    """Has a list of sigmas of its own, as Qwen-Image 2.1 may have in its config."""
+
+    def __call__(self, num_inference_steps=50, steps=8, output_type="latent"):
+        return super().__call__(sigmas=torch.linspace(1, 0.1, steps).tolist())
+
+
+@pytest.mark.parametrize(("levels", "steps"), [(24, 8), (9, 8), (torch.linspace(3, 0.1, 12), 8), (24, 5)])
+def test_a_pipeline_that_makes_another_number_of_steps_is_refused(levels, steps):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = OwnList(OracleUNet().answer_for(scheduler, mixture()), scheduler)
+    with pytest.raises(ValueError, match=f"{steps}( steps where it is called with|: ).*a list of its own"):
+        fs.diffusers.measure(pipe, levels=levels, samples=2, steps=steps)
+    assert fs.diffusers.measure(pipe, levels=4, samples=2, steps=8).levels == 4
+
+
 def test_an_output_type_that_was_asked_for_is_not_changed():
     pipe = with_output_types(("np", "pt"), early=True)
     with pytest.raises(ValueError, match="output_type must be one of"):
