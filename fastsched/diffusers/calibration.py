@@ -18,12 +18,12 @@ from fastsched.diffusers.attributes import copied_with
 from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import class_and_settings, class_of, describe, own_scheduler
 from fastsched.diffusers.exporter import told_timesteps
+from fastsched.diffusers.first_latents import check_first_latents
 from fastsched.diffusers.measurement_steps import check_steps, levels_of
 from fastsched.diffusers.step_checks import (
     UNALIKE,
     check_beginning,
     check_copies,
-    check_first_latents,
     check_first_output,
     check_one_run,
     check_options,

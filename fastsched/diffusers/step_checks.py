@@ -8,7 +8,6 @@ from inspect import Parameter, signature
 from typing import Any
 
 import torch
-from scipy.special import gammainccinv, gammaincinv
 from torch import Tensor
 
 from fastsched import validate
@@ -249,28 +248,6 @@ def check_output(output: Any, sample: Tensor) -> None:
         raise ValueError(
             f"the pipeline calls step with an output of {what} for latents of shape {tuple(sample.shape)}, {INSTEAD}"
         )
-
-
-def check_first_latents(sample: Tensor, verdicts: Verdicts) -> None:
-    """Check that a pipeline starts from standard normal noise times ``init_noise_sigma``, which is 1 here.
-
-    Raises:
-        ValueError: If the root mean square of the elements is more than a factor of 1.33 outside the range that it
-            leaves once in 10^9 draws on either side, by the chi-square distribution of ``sum x^2``.
-    """
-    half = sample.numel() / 2
-    low, high = (math.sqrt(float(edge(half, 1e-9)) / half) for edge in (gammaincinv, gammainccinv))
-
-    def judge(found: Tensor) -> None:
-        size = float(found)
-        if not low / 1.33 < size < high * 1.33:
-            raise ValueError(
-                f"the pipeline's first latents have size {size:.3g} (root mean square) where those of this "
-                "scheduler's noise process have 1: the pipeline uses another noise process than its scheduler, or "
-                f"scales them by a formula of its own, {INSTEAD}"
-            )
-
-    verdicts.note(sample.float().square().mean().sqrt().reshape(1), judge)
 
 
 def check_unchanged(sample: Tensor, returned: Tensor, index: int, verdicts: Verdicts) -> None:

@@ -1,0 +1,58 @@
+"""Checks of the latents that a pipeline starts from: they must be independent standard normal noise."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from scipy.special import gammainccinv, gammaincinv
+from torch import Tensor
+
+from fastsched.denoisers.late_reading import Verdicts
+from fastsched.diffusers.step_checks import INSTEAD
+
+#: Neighbours are refused if they are correlated by more than the first number and this many standard errors.
+CORRELATED, STANDARD_ERRORS = 0.1, 6
+
+
+def check_first_latents(sample: Tensor, verdicts: Verdicts) -> None:
+    """Check that a pipeline starts from standard normal noise times ``init_noise_sigma``, which is 1 here.
+
+    Raises:
+        ValueError: If the root mean square of the elements is more than a factor of 1.33 outside the range that it
+            leaves once in 10^9 draws on either side, by the chi-square distribution of ``sum x^2``; or if neighbours
+            are correlated, as in an image with noise.
+    """
+    half = sample.numel() / 2
+    low, high = (math.sqrt(float(edge(half, 1e-9)) / half) for edge in (gammaincinv, gammainccinv))
+
+    def judge(found: Tensor) -> None:
+        size = float(found)
+        if not low / 1.33 < size < high * 1.33:
+            raise ValueError(
+                f"the pipeline's first latents have size {size:.3g} (root mean square) where those of this "
+                "scheduler's noise process have 1: the pipeline uses another noise process than its scheduler, or "
+                f"scales them by a formula of its own, {INSTEAD}"
+            )
+
+    verdicts.note(sample.float().square().mean().sqrt().reshape(1), judge)
+    _check_neighbours(sample.float(), verdicts)
+
+
+def _check_neighbours(x: Tensor, verdicts: Verdicts) -> None:
+    pairs = [(x.narrow(n, 1, x.shape[n] - 1), x.narrow(n, 0, x.shape[n] - 1)) for n in range(1, x.ndim)]
+    products = torch.stack([x.square().mean(), *((one * other).mean() for one, other in pairs if one.numel())])
+    most = [CORRELATED + STANDARD_ERRORS / math.sqrt(one.numel()) for one, _ in pairs if one.numel()]
+
+    def judge(found: Tensor) -> None:
+        square, *others = found.tolist()
+        for product, bound in zip(others, most, strict=True):
+            if abs(product) > bound * square:
+                raise ValueError(
+                    f"neighbours in the pipeline's first latents are correlated, by {product / square:.2g}: they hold "
+                    "more than independent noise (an image or a video that is to be sharpened or changed?). A "
+                    "measurement starts from noise alone; measure the pipeline of the same model that does (text to "
+                    "image or video), if there is one"
+                )
+
+    verdicts.note(products, judge)
