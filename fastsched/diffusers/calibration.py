@@ -19,7 +19,7 @@ from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import class_and_settings, class_of, describe, own_scheduler
 from fastsched.diffusers.exporter import told_timesteps
 from fastsched.diffusers.first_latents import check_first_latents
-from fastsched.diffusers.measurement_steps import check_steps, levels_of
+from fastsched.diffusers.measurement_steps import apart, check_steps, levels_of
 from fastsched.diffusers.step_checks import (
     UNALIKE,
     check_beginning,
@@ -216,7 +216,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._names = names.round().to(torch.int64) if self.convention.integer else names.float()
         self.timesteps = self._names.to(device, copy=True)  # the pipeline may write into it
         self.num_inference_steps = steps
-        self.sigmas = torch.nn.functional.pad(self.convention.process.sampler_sigma(s), (0, 1)).float()
+        sigmas = torch.nn.functional.pad(self.convention.process.sampler_sigma(s), (0, 1))
+        self.sigmas = apart(sigmas.float(), self._own)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Only ``begin_index=0`` is supported.

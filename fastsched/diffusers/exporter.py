@@ -337,7 +337,9 @@ def _without_shift(times: Tensor, scheduler: Any, mu: float | None) -> Tensor:
     if mu is not None:
         shift = float(np.exp(mu)) if scheduler.config.get("time_shift_type") != "linear" else float(mu)
     else:
-        shift = float(getattr(scheduler, "shift", None) or scheduler.config.get("flow_shift") or 1.0)
+        named = "shift" in vars(scheduler) or hasattr(type(scheduler), "shift")  # else diffusers warns of the config's
+        config = scheduler.config
+        shift = float((scheduler.shift if named else config.get("shift")) or config.get("flow_shift") or 1.0)
     return times / (shift - (shift - 1) * times)
 
 

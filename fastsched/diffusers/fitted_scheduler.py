@@ -26,6 +26,11 @@ MIDWAY = (
     "for image-to-image and inpainting apply a schedule of a stock solver, or restore the pipeline's own scheduler"
 )
 
+AGAIN = (
+    "this pipeline adds noise to the result of its run, and starts again from it (FreeInit?), but a fitted schedule "
+    "starts from pure noise; disable that (pipe.disable_free_init()), or apply a schedule of a stock solver"
+)
+
 #: A list of flow times that starts below this fraction of the schedule's first is for a start midway.
 BELOW_START = 0.98
 
@@ -238,7 +243,8 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             ValueError: If something of the image would be left.
         """
         first = self.schedule.sigmas[0] if self._step_index == 0 else None
-        otherwise = f"this pipeline adds noise to an image: {MIDWAY}"
+        ended = self._step_index == self.schedule.steps
+        otherwise = AGAIN if ended else f"this pipeline adds noise to an image: {MIDWAY}"
         return noise_alone(self.convention.process, first, [*args, *kwargs.values()], otherwise)
 
     scale_noise = add_noise

@@ -335,6 +335,14 @@ def test_another_number_of_steps_is_refused():
         scheduler.set_timesteps(STEPS, original_inference_steps=50)
 
 
+def test_noise_for_a_second_run_is_refused_as_what_it_is():
+    """As FreeInit adds it."""
+    scheduler = applied("velocity")[0].scheduler
+    x = by_loop(scheduler, noise_of())
+    with pytest.raises(ValueError, match=r"starts again from it \(FreeInit"):
+        scheduler.add_noise(x, torch.randn_like(x), torch.tensor([999, 999]))
+
+
 @pytest.mark.parametrize(
     ("family", "cls"), [("stable_diffusion", StableDiffusionImg2ImgPipeline), ("flux", FluxImg2ImgPipeline)]
 )

@@ -230,9 +230,34 @@ def test_a_network_may_be_called_before_the_run():
     plain, pipe = (kind(OracleUNet().answer_for(euler(), mixture()), euler()) for kind in (OraclePipeline, Prefilling))
     before, stats = measured(plain), measured(pipe)
     assert torch.equal(stats.gram, before.gram)
-    fit = {"model_calls": 16, "audition": False}
-    found = [fs.diffusers.fit(each, 4, stats=own, **fit) for each, own in ((plain, before), (pipe, stats))]
+    found = [fs.diffusers.fit(each, 4, stats=own, model_calls=40) for each, own in ((plain, before), (pipe, stats))]
     assert torch.equal(found[0].sigmas, found[1].sigmas)
+    assert found[0].measured_error == found[1].measured_error is not None
+
+
+class AnyStep(OraclePipeline):
+    """Leaves out steps of length 0, as AnyFlow, and tells its network where a step goes if ``mean``."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=50, images=2, output_type="latent", mean=0.0):
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn(images, *SHAPE)
+        for i, t in enumerate(self.scheduler.timesteps):
+            r = self.scheduler.sigmas[i + 1] * self.scheduler.config.num_train_timesteps
+            if t != r:
+                output = self.unet(latents, t)[0] * (1 + mean * r / 1000)
+                latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+        return latents
+
+
+def test_a_pipeline_that_leaves_out_steps_of_length_0_is_measured_and_fitted():
+    scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=3.0)
+    pipe = AnyStep(OracleUNet().answer_for(scheduler, mixture()), scheduler)
+    stats = measured(pipe)
+    assert torch.equal(stats.gram, measured(oracle_pipeline(scheduler, mixture())).gram)
+    assert fs.diffusers.fit(pipe, 4, stats=stats, model_calls=40).measured_error is not None
+    with pytest.raises(ValueError, match="flow map"):
+        measured(pipe, mean=0.5)
 
 
 def test_a_pipeline_that_copies_its_schedulers_attributes_is_refused_with_the_reason():
