@@ -20,6 +20,7 @@ from fastsched.diffusers.conventions import class_and_settings, class_of, descri
 from fastsched.diffusers.exporter import told_timesteps
 from fastsched.diffusers.first_latents import check_first_latents
 from fastsched.diffusers.measurement_steps import apart, check_steps, levels_of
+from fastsched.diffusers.overrides import Timesteps
 from fastsched.diffusers.step_checks import (
     UNALIKE,
     check_beginning,
@@ -214,7 +215,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._s = s = torch.cat([self._levels[:1], self._levels[self._queries], self._levels[self._repeated, None]])
         names = told_timesteps(self._own, self.convention.timesteps(s), timesteps=timesteps, sigmas=sigmas, mu=mu)
         self._names = names.round().to(torch.int64) if self.convention.integer else names.float()
-        self.timesteps = self._names.to(device, copy=True)  # the pipeline may write into it
+        self.timesteps = Timesteps.whole(self._names.to(device, copy=True))  # the pipeline may write into it
         self.num_inference_steps = steps
         sigmas = torch.nn.functional.pad(self.convention.process.sampler_sigma(s), (0, 1))
         self.sigmas = apart(sigmas.float(), self._own)

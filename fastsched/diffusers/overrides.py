@@ -201,6 +201,11 @@ class Timesteps(Tensor):
         made.start_at, made.compared, made.begun = start_at, False, False
         return made
 
+    @classmethod
+    def whole(cls, timesteps: Tensor) -> Timesteps:
+        """``timesteps`` whose ``[index:]`` is a plain slice; ``[:-1]`` before a run still gives all."""
+        return cls.of(timesteps, lambda index: timesteps[index:])
+
     @property
     def plain(self) -> Tensor:
         """The same values as a plain tensor."""

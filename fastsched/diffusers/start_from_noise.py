@@ -18,7 +18,7 @@ from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import describe, own_scheduler
 from fastsched.diffusers.exporter import gives_both_lists
 from fastsched.diffusers.measurement_steps import apart
-from fastsched.diffusers.overrides import Override
+from fastsched.diffusers.overrides import Override, Timesteps
 from fastsched.diffusers.probe import scales
 from fastsched.diffusers.step_checks import (
     INSTEAD,
@@ -164,6 +164,8 @@ class StartFromNoise:
         tables = {name: vars(self.scheduler).get(name) for name in TABLES}
         self._own = {name: table for name, table in tables.items() if isinstance(table, Tensor)}
         self._shown = {name: torch.cat([table[:1], table]) for name, table in self._own.items()}
+        if "timesteps" in self._shown:
+            self._shown["timesteps"] = Timesteps.whole(self._shown["timesteps"])
         if "sigmas" in self._shown:
             self._shown["sigmas"] = apart(self._shown["sigmas"], own_scheduler(self.scheduler))
         vars(self.scheduler).update(self._shown)

@@ -260,6 +260,27 @@ def test_a_pipeline_that_leaves_out_steps_of_length_0_is_measured_and_fitted():
         measured(pipe, mean=0.5)
 
 
+class WithoutLast(OraclePipeline):
+    """Leaves out the last timestep, which would be that of sigma 0, as LTXI2VLongMultiPromptPipeline does."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=50, images=2, output_type="latent"):
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn(images, *SHAPE)
+        for t in self.scheduler.timesteps[:-1]:
+            latents = self.scheduler.step(self.unet(latents, t)[0], t, latents, return_dict=False)[0]
+        return latents
+
+
+def test_a_pipeline_that_leaves_out_the_timestep_of_sigma_0_is_measured_and_fitted():
+    scheduler = diffusers.LTXEulerAncestralRFScheduler(eta=0.0)
+    pipe = WithoutLast(OracleUNet().answer_for(scheduler, mixture()), scheduler)
+    stats = measured(pipe)
+    assert torch.equal(stats.gram, measured(oracle_pipeline(scheduler, mixture())).gram)
+    found = fs.diffusers.fit(pipe, 4, solver="ddim", stats=stats, model_calls=40)
+    assert found.measured_error is not None
+
+
 def test_a_pipeline_that_copies_its_schedulers_attributes_is_refused_with_the_reason():
     """As StableDiffusionPanoramaPipeline does, for each of its views."""
     pipe = oracle_pipeline(euler(), mixture())
