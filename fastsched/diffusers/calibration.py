@@ -217,8 +217,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._names = names.round().to(torch.int64) if self.convention.integer else names.float()
         self.timesteps = Timesteps.whole(self._names.to(device, copy=True))  # the pipeline may write into it
         self.num_inference_steps = steps
-        sigmas = torch.nn.functional.pad(self.convention.process.sampler_sigma(s), (0, 1))
-        self.sigmas = apart(sigmas.float(), self._own)
+        sampled = torch.nn.functional.pad(self.convention.process.sampler_sigma(s), (0, 1))
+        self.sigmas = apart(sampled.float(), self._own)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Only ``begin_index=0`` is supported.
