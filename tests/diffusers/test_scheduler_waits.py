@@ -54,7 +54,7 @@ def watched_loop(scheduler, watch, pipe, waits, latents):
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda scheduler: type(scheduler).__name__)
-def test_a_measurement_waits_at_its_second_step_and_its_end(scheduler):
+def test_a_measurement_waits_at_its_second_step_and_its_end(scheduler, plain_timesteps):
     """At the second the noise has been copied, and a doubled batch and elements that the pipeline keeps are asked for.
 
     The last two hold the results.
