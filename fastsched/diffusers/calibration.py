@@ -18,7 +18,7 @@ from fastsched.diffusers.attributes import copied_with
 from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import class_and_settings, class_of, describe, own_scheduler
 from fastsched.diffusers.exporter import told_timesteps
-from fastsched.diffusers.first_latents import check_first_latents
+from fastsched.diffusers.first_latents import check_first_latents, check_neighbours
 from fastsched.diffusers.measurement_steps import apart, check_steps, levels_of
 from fastsched.diffusers.overrides import Timesteps
 from fastsched.diffusers.step_checks import (
@@ -284,6 +284,9 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._verdicts.note_finite(output, lambda: f"the network returned NaN or inf at {name}")
         if seen is not None:
             self._check_seen(seen, output, sample)
+        if self._index == 1 and self._first is not None:  # now it is known which elements the pipeline owns
+            check_neighbours(self._first, self._owned, self._verdicts)
+            self._first = None
         check_copies(output, self._copies, self._verdicts)
         self._verdicts.settle(wait=False)
         if self._owned is not None:
@@ -311,6 +314,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._consistency = Consistency()
         self._verdicts = Verdicts()
         self._still: Tensor | None = None
+        self._first: Tensor | None = None  # the pipeline's first latents, until the second step
         self._owned: Tensor | None = None  # elements of the latents that the pipeline keeps for itself
         self._statistics: PathStatistics | None = None
         self._steps: Query[PathStatistics] | None = None
@@ -373,6 +377,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             check_scaling(self.convention, self.config["scheduler_class"], self._scaled, sample)
             if self._own_noise:
                 check_first_latents(sample, self._verdicts)
+                self._first = sample.clone()
             return
         returned = self._returned.to(sample.device)
         if self._index == 1 and doubled(sample, returned):

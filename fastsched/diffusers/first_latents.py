@@ -20,8 +20,7 @@ def check_first_latents(sample: Tensor, verdicts: Verdicts) -> None:
 
     Raises:
         ValueError: If the root mean square of the elements is more than a factor of 1.33 outside the range that it
-            leaves once in 10^9 draws on either side, by the chi-square distribution of ``sum x^2``; or if neighbours
-            are correlated, as in an image with noise.
+            leaves once in 10^9 draws on either side, by the chi-square distribution of ``sum x^2``.
     """
     half = sample.numel() / 2
     low, high = (math.sqrt(float(edge(half, 1e-9)) / half) for edge in (gammaincinv, gammainccinv))
@@ -36,10 +35,20 @@ def check_first_latents(sample: Tensor, verdicts: Verdicts) -> None:
             )
 
     verdicts.note(sample.float().square().mean().sqrt().reshape(1), judge)
-    _check_neighbours(sample.float(), verdicts)
 
 
-def _check_neighbours(x: Tensor, verdicts: Verdicts) -> None:
+def check_neighbours(sample: Tensor, owned: Tensor | None, verdicts: Verdicts) -> None:
+    """Check that a pipeline's first latents are independent noise, but for elements that it keeps for itself.
+
+    Args:
+        sample: The first latents, [B, *shape].
+        owned: Which elements the pipeline replaces at every step, [B, *shape]; they may hold anything.
+        verdicts: Collects what to compare.
+
+    Raises:
+        ValueError: If neighbours are correlated, as in an image with noise.
+    """
+    x = sample.float() if owned is None else sample.float() * ~owned
     pairs = [(x.narrow(n, 1, x.shape[n] - 1), x.narrow(n, 0, x.shape[n] - 1)) for n in range(1, x.ndim)]
     products = torch.stack([x.square().mean(), *((one * other).mean() for one, other in pairs if one.numel())])
     most = [CORRELATED + STANDARD_ERRORS / math.sqrt(one.numel()) for one, _ in pairs if one.numel()]

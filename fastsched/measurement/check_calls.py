@@ -47,6 +47,7 @@ class CheckCalls:
         middle: ``R`` of the call for the fingerprint.
         negative_slope: A message if ``D`` moves against a step of its input, else None.
         low_fault: A message if ``D`` is far from its input at the lowest level, else None.
+        middle_fault: A message if denoising moves a rough sample of a flow too far and a finer one not, else None.
     """
 
     denoiser: Denoiser
@@ -59,6 +60,7 @@ class CheckCalls:
     middle: Tensor = field(init=False)
     negative_slope: str | None = field(default=None, init=False)
     low_fault: str | None = field(default=None, init=False)
+    middle_fault: str | None = field(default=None, init=False)
 
     @property
     def range(self) -> tuple[float, float, float]:

@@ -1,7 +1,8 @@
 """Checks with a few calls that the network is a denoiser, and of the kind that was declared.
 
 At most seven calls of one sample with fixed noises ``n``, five of them before the measurement. Up to six more if ``v``
-or ``F`` is unusual, eight if samples have few elements, and two if the network is constant at the highest level:
+or ``F`` is unusual, eight if samples have few elements, nine if a velocity's rough sample seems no sample, and two if
+the network is constant at the highest level:
 
 ==============================  ================================================================================
 call                            output of a denoiser ``D = E[x0 | z]``
@@ -16,8 +17,9 @@ the same third, plus a step     For ``v`` and ``F``, whose sign may be wrong: ``
                                 ``D`` moves only a little against it, another noise is tried.
 ``x0 + s n``, lowest level      Nearly its input. With few elements ``x0`` may be far from all data, so the end of the
                                 first path is tried too. With a velocity any ``D`` has this property, so a middle level
-                                is used, where ``||D - x0|| < s ||n||``. For EDM the check is instead whether the
-                                network returns ``D`` where it should return ``F``. Not for ``v``.
+                                is used, where ``||D - x0|| < s ||n||``; else a finer ``x0`` is tried. For EDM the
+                                check is instead whether the network returns ``D`` where it should return ``F``. Not
+                                for ``v``.
 the first path, and its end     See `measurement.path_checks`.
 at the end, the third again     The same as before. Otherwise the network has changed during the measurement.
 ==============================  ================================================================================
@@ -30,6 +32,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -60,6 +63,8 @@ DOUBTFUL_SIZE, WRONG_SIZE = 20.0, 40.0
 WRONG_FRACTION, WRONG_LEVEL = 0.5, 1e3
 #: Predictions that contain the noise with a weight of at most 1, so that any ``D`` is near its input at low levels.
 VELOCITY_LIKE = ("v", "velocity", "reverse_velocity")
+#: Predictions of flow models.
+FLOW_LIKE = ("velocity", "reverse_velocity")
 #: Predictions whose ``D`` is near its input at low levels, and correct at the highest, even if their sign is wrong.
 SIGN_AMBIGUOUS = ("v", "edm")
 #: ``D`` moves against a step if two numbers are below these: the cosine of its movement and the step, and its slope
@@ -71,6 +76,8 @@ NEGATIVE_COSINE, NEGATIVE_SLOPE = -0.05, -0.3
 CERTAIN_SLOPE = -1.0
 #: With fewer elements, the error of one sample says nothing, and its size little: at least 1 is assumed, as VP does.
 FEWEST_ELEMENTS = 8
+#: Euler steps to a sample that is not between modes.
+FINER = 8
 #: `TOP_JACOBIAN` is checked at the highest level of the process, or above this many times the data's size: levels that
 #: the caller chose may start lower.
 TOP_LEVEL = 4.0
@@ -152,7 +159,7 @@ def _check_denoiser(ask: CheckCalls, low: float) -> None:
     _check_top(ask, ask.denoiser.sigma_data if prediction == "edm" else float(x0.square().mean().sqrt()))
     if prediction == "edm":
         _check_raw_edm(ask, noise[1:])
-    elif prediction in ("velocity", "reverse_velocity"):
+    elif prediction in FLOW_LIKE:
         _check_middle(ask, x0, noise[1:])
     elif prediction != "v":
         _check_low(ask, x0, noise[1:], low)
@@ -250,14 +257,35 @@ def _negative_slope(ask: CheckCalls, z: Tensor, s: float, x0: Tensor, other: Ten
 
 
 def _check_middle(ask: CheckCalls, x0: Tensor, noise: Tensor) -> None:
-    """ValueError unless denoising brings a noisy sample nearer to the clean one; one call."""
+    """ValueError unless denoising brings a noisy sample nearer to the clean one; one call.
+
+    The rough sample ``x0`` may lie between modes far apart, to which even a denoiser moves it. So if it moves too far,
+    a sample of `FINER` steps is tried too, with one call more. If this one does not, `CheckCalls.middle_fault` is set.
+    """
+    if noise.numel() < FEWEST_ELEMENTS:
+        return
+    most = 1 + 1 / math.sqrt(noise.numel())
+    s, left = _distance_left(ask, x0, noise)
+    if left <= most:
+        return
+    ask.middle_fault = f"denoising a sample with noise of level {s:.3g} leaves it {left:.3g} times as far from clean"
+    if _distance_left(ask, _finer_sample(ask, noise), noise)[1] > most:
+        raise ValueError(f"{ask.middle_fault} as it was: {suspects(ask.denoiser)}")
+
+
+def _distance_left(ask: CheckCalls, x0: Tensor, noise: Tensor) -> tuple[float, float]:
+    """A middle level ``s``, and there ``||D(x0 + s n) - x0|| / ||s n||``; one call."""
     s = ask.known(1.0 if ask.denoiser.process.kind == "flow" else 2 * float(x0.square().mean().sqrt()))
-    left = float((ask.denoised(x0 + s * noise, s) - x0).norm() / (s * noise.norm()))
-    if noise.numel() >= FEWEST_ELEMENTS and left > 1 + 1 / math.sqrt(noise.numel()):
-        raise ValueError(
-            f"denoising a sample with noise of level {s:.3g} leaves it {left:.3g} times as far from clean as it was: "
-            f"{suspects(ask.denoiser)}"
-        )
+    return s, float((ask.denoised(x0 + s * noise, s) - x0).norm() / (s * noise.norm()))
+
+
+def _finer_sample(ask: CheckCalls, noise: Tensor) -> Tensor:
+    """A sample from ``noise`` by `FINER` Euler steps."""
+    levels = [ask.between(part / FINER) for part in range(FINER)]
+    y = noise
+    for s, following in pairwise(levels):
+        y = y + (1 / following - 1 / s) * ask.denoised(s * y, s)
+    return ask.denoised(levels[-1] * y, levels[-1])
 
 
 def _check_raw_edm(ask: CheckCalls, noise: Tensor) -> None:

@@ -11,9 +11,11 @@
   small eigenvalues. A wrong scale of ``v`` or ``F`` violates this in most directions, guidance in a few.
 
 For ``v`` and ``F`` the third property is checked in one direction. If the result or the path is unusual, it is checked
-in two more, and the second property too. The bounds were chosen on 60 networks, trained or in closed form, and on 800
-wrong interpretations of them; those of the third property on 1,300 measurements of correct networks, 800 of guided
-ones, and 3,900 of ``-F``, ``2 F`` and ``3 F``.
+in two more, and the second property too. Two more properties are those of flow models alone: the size of their data,
+and what their output holds at the lowest level (`_Path._flow_faults`). The bounds were chosen on 60 networks, trained
+or in closed form, and on 800 wrong interpretations of them; those of the third property on 1,300 measurements of
+correct networks, 800 of guided ones, and 3,900 of ``-F``, ``2 F`` and ``3 F``; those of flow models on 1,200
+measurements of mixtures with time, sign and prediction right and wrong, and on three trained networks.
 """
 
 from __future__ import annotations
@@ -26,7 +28,13 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.measurement.check_calls import ELSEWHERE, CheckCalls
-from fastsched.measurement.network_checks import FEWEST_ELEMENTS, SIGN_AMBIGUOUS, moved_at_lowest, suspects
+from fastsched.measurement.network_checks import (
+    FEWEST_ELEMENTS,
+    FLOW_LIKE,
+    SIGN_AMBIGUOUS,
+    moved_at_lowest,
+    suspects,
+)
 from fastsched.measurement.path_following import Query
 from fastsched.sampling.random_streams import noise_of
 
@@ -56,6 +64,16 @@ LOW_PART, LOW_PART_OF_SIGN = 0.1, 0.15
 WIDE, MOVING = 1.5, 0.75
 #: Smallest slope of ``D`` along a step of ``z`` (correct networks reach -0.009); and the number of directions checked.
 BACKWARDS, DIRECTIONS = -0.05, 3
+#: Largest deviation of the data of a flow model, whose noise has 1. If time runs the other way, data of deviation ``c``
+#: seem to have about ``1/c``, and more if some of their directions are narrower: modes in 16 to 256 dimensions, with
+#: 0.5 in all, seem to have 4 to 8. Correct networks of images and latents have at most 1.2.
+WIDEST_FLOW = 4.0
+#: The part of a sample that a velocity must hold at the lowest level: doubtful below the first number, wrong below the
+#: second, both less this many times what chance may take (of exact networks it took 0.5 at most). Trained networks hold
+#: 0.86 to 1.1, noise predictions -1 to 0.
+LEAST_PART, CHANCE = (0.5, 0.25), 1.5
+#: That check needs a lowest level below this fraction of the data's deviation.
+NEAR_SAMPLE = 0.05
 #: At this fraction of the level of that check, ``D`` moves by more than the noise if the sign is wrong.
 BELOW = 0.15
 #: No network that is guided within its data leaves more noise than this many times `WRONG`.
@@ -158,16 +176,23 @@ class _Path:
         if unusual and not small:
             level = (LOW_PART_OF_SIGN if self.sign_ambiguous else LOW_PART) * deviation
             left, excess = _noise_left(self.ask, end, self.noise, level, few)
-        doubtful = far, left, None if few else unequal, against, backwards, None if small else outwards
+        of_flow, wrong = [], False
+        if self.ask.denoiser.prediction in FLOW_LIKE and not few:
+            part = math.copysign(1.0, self.c[-1]) * float(xr[-1].sum() / xx[-1].sum())
+            of_flow, wrong = self._flow_faults(deviation, part, xx.shape[1] * end.numel())
+        doubtful = far, left, None if few else unequal, against, backwards, None if small else outwards, *of_flow
         if not any(doubtful):
             return
+        doubtful = self.ask.middle_fault, *doubtful
         finding = (
             f"{'; and '.join(filter(None, doubtful))}. Does the network get time or noise level in its own units, "
             "and is its table of levels the right one? Is it guided by more than its data allow? Or "
             f"{suspects(self.ask.denoiser)}"
         )
-        if self.sign_ambiguous and ((outwards and (against or excess > 1)) or (excess > FAR and not few)):
-            raise ValueError(finding)  # other predictions were checked before the path
+        if self.sign_ambiguous:  # other signs were checked before the path
+            wrong = bool(outwards and (against or excess > 1)) or (excess > FAR and not few)
+        if wrong or self.ask.middle_fault is not None:
+            raise ValueError(finding)
         validate.warn(finding)
 
     def _far_from_data(self, end: Tensor, deviation: float) -> str | None:
@@ -205,6 +230,27 @@ class _Path:
             change.sub_(step, alpha=2)
             step = change * (step.norm() / change.norm().clamp_min(1e-30))
         return None, unusual
+
+    def _flow_faults(self, deviation: float, part: float, elements: int) -> tuple[list[str], bool]:
+        """Messages about the data and the outputs of a flow model, and whether the outputs are surely wrong.
+
+        The output is the noise less the sample ``x``, or the reverse. At the lowest level it holds the ``part`` 1 of
+        the sample, ``|<x, R>| / <x, x>``, of which ``1 / (deviation sqrt(elements))`` may be noise that lies along
+        ``x`` by chance. A prediction of the noise holds nothing of the sample.
+        """
+        found = []
+        if math.prod(self.ask.shape) >= FEWEST_ELEMENTS and deviation > WIDEST_FLOW:
+            found.append(f"the network's data have a deviation of {deviation:.3g}, and those of flow models about 1")
+        chance = CHANCE / (deviation * math.sqrt(elements))
+        doubtful, wrong = (
+            float(self.s[-1]) <= NEAR_SAMPLE * deviation and part < least - chance for least in LEAST_PART
+        )
+        if doubtful:
+            found.append(
+                f"at the lowest level the network's output holds {part:.2g} times the sample, and a velocity 1 times: "
+                "does the network predict the noise?"
+            )
+        return found, wrong
 
     def _outwards(self) -> str | None:
         """A message if ``D`` moves by more than the noise that is added; one call."""

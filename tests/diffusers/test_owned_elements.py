@@ -70,6 +70,35 @@ def test_a_frame_of_a_network_that_is_not_exact_is_in_no_sum():
     assert float(measured(pipe, **call).ends.abs().min()) > 0
 
 
+class FromFrame(OraclePipeline):
+    """Starts from noise with a given frame in it, and puts the frame into the network's input at every step."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=50, framed=True, fixed=True):
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn(2, 2, 3, 8, 8)
+        frame = torch.zeros_like(latents, dtype=torch.bool)
+        frame[:, :, 0] = framed
+        latents = torch.where(frame, 1.0, latents)
+        for t in self.scheduler.timesteps:
+            given = torch.where(frame & fixed, 1.0, latents)
+            output = self.unet(given, t.expand(2), return_dict=False)[0]
+            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+        return latents
+
+
+def test_a_frame_may_be_in_the_first_latents_if_the_pipeline_keeps_it():
+    unet = OracleUNet()
+    unet.forward = lambda sample, timestep, return_dict=True: exact_video()(sample, timestep)
+    pipe = FromFrame(unet, diffusers.FlowMatchEulerDiscreteScheduler())
+    kept = measured(pipe)
+    assert float(kept.ends[:, :, 0].abs().max()) == 0
+    assert kept.data_std == pytest.approx(0.7, rel=0.1)
+    assert measured(pipe, framed=False).data_std == pytest.approx(0.7, rel=0.1)
+    with pytest.raises(ValueError, match="neighbours in the pipeline's first latents are correlated"):
+        measured(pipe, fixed=False)
+
+
 class BehindFrame(OraclePipeline):
     """Puts a given frame before its latents, as Sana Video does from an image; here it is the latents' own first."""
 

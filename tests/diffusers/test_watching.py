@@ -16,7 +16,7 @@ import pipelines
 from pipelines import SHAPE, oracle_pipeline
 
 from fastsched.denoisers.late_reading import Verdicts
-from fastsched.diffusers.first_latents import check_first_latents
+from fastsched.diffusers.first_latents import check_first_latents, check_neighbours
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEVELS = 24
@@ -112,10 +112,12 @@ def test_first_latents_that_hold_an_image_are_refused():
     """As Kandinsky 6's super-resolution starts, from an image and noise of size 1 together."""
     torch.manual_seed(0)
     for shape, dimension in (((1, 4, 64, 64), 3), ((1, 2, 32, 32, 8), 2)):
-        image = torch.randn(shape).repeat_interleave(2, dimension)
-        first_latents(torch.randn_like(image))
+        image, verdicts = torch.randn(shape).repeat_interleave(2, dimension), Verdicts()
+        check_neighbours(torch.randn_like(image), None, verdicts)
+        verdicts.settle()
+        check_neighbours(0.714 * image + 0.7 * torch.randn_like(image), None, verdicts)
         with pytest.raises(ValueError, match=r"neighbours .* correlated, by 0\.[23].*an image"):
-            first_latents(0.714 * image + 0.7 * torch.randn_like(image))
+            verdicts.settle()
 
 
 # What depends on the step's number
