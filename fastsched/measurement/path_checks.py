@@ -72,6 +72,9 @@ WIDEST_FLOW = 4.0
 #: second, both less this many times what chance may take (of exact networks it took 0.5 at most). Trained networks hold
 #: 0.86 to 1.1, noise predictions -1 to 0.
 LEAST_PART, CHANCE = (0.5, 0.25), 1.5
+#: It is surely wrong only where ``D`` of pure noise, ``x - R``, is smaller than this: 0.02 for predictions of noise.
+#: Guidance of 8 and more, which may take as much of the sample from the output, moves it by 0.8 (a trained network).
+NOTHING = 0.2
 #: That check needs a lowest level below this fraction of the data's deviation.
 NEAR_SAMPLE = 0.05
 #: At this fraction of the level of that check, ``D`` moves by more than the noise if the sign is wrong.
@@ -236,7 +239,7 @@ class _Path:
 
         The output is the noise less the sample ``x``, or the reverse. At the lowest level it holds the ``part`` 1 of
         the sample, ``|<x, R>| / <x, x>``, of which ``1 / (deviation sqrt(elements))`` may be noise that lies along
-        ``x`` by chance. A prediction of the noise holds nothing of the sample.
+        ``x`` by chance. A prediction of the noise holds nothing of the sample, and at the highest level ``D`` is 0.
         """
         found = []
         if math.prod(self.ask.shape) >= FEWEST_ELEMENTS and deviation > WIDEST_FLOW:
@@ -250,7 +253,7 @@ class _Path:
                 f"at the lowest level the network's output holds {part:.2g} times the sample, and a velocity 1 times: "
                 "does the network predict the noise?"
             )
-        return found, wrong
+        return found, wrong and float(self.centre.square().mean().sqrt()) < NOTHING
 
     def _outwards(self) -> str | None:
         """A message if ``D`` moves by more than the noise that is added; one call."""

@@ -127,6 +127,16 @@ def test_a_prediction_of_the_noise_is_no_velocity(d, way):
         measure(fs.Denoiser.from_velocity(reverse(velocity(oracle, noise=True)), **way), d, 16, samples=8)
 
 
+@pytest.mark.parametrize("guidance", [0.0, 0.5])
+def test_too_little_of_the_sample_is_only_warned_of_where_pure_noise_shows_guidance(guidance):
+    """A network whose output lacks the sample: of noise alone, or guided to far outside its data."""
+    right = velocity(fs.oracles.GaussianMixture.random(64, 5, seed=1, spread=0.4, std=0.2))
+    lacking = lambda x, t: right(x, t) + (0.95 * (1 - t[:, None]) * x - guidance * t[:, None])
+    doubt = pytest.raises(ValueError, match="predict") if guidance == 0 else pytest.warns(UserWarning, match="predict")
+    with doubt:
+        measure(fs.Denoiser.from_velocity(lacking), 64, 16, samples=8)
+
+
 def test_a_flow_of_wide_data_is_warned_of():
     """Time runs the other way: data of 0.5 seem to have 6, and the outputs are nearly those of a denoiser of these."""
     oracle = fs.oracles.GaussianMixture.random(192, 16, seed=0, spread=0.5, std=0.14)
