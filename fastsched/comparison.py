@@ -349,7 +349,8 @@ def _sampled(
     dtype: torch.dtype | None,
 ) -> Tensor:
     """Samples on the CPU, made in batches; ``advance`` gets the number of samples of every network call."""
-    (device, dtype), ends = placement(denoiser, device, dtype), []
+    device, dtype = placement(denoiser, device, dtype)
+    ends = []
     with warned_of_randomness(device, "sampling", "errors are mostly distances between random samples"):
         for part in noise.split(int(batch_size or len(noise))):
             progress = lambda calls, total, part=part: advance(len(part))

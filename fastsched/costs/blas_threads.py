@@ -1,8 +1,8 @@
 """Run searches with one BLAS thread.
 
 A prediction is many products of matrices with at most a few hundred rows. OpenBLAS, which the wheels of NumPy and SciPy
-contain, shares each product between threads, and these wait for one another longer than they compute: on two cores,
-searches with one thread take half the time.
+contain, shares each product between threads, and these wait for one another: on two cores, searches with one thread
+took 0.4 to 0.7 of the time on a small network, and as long on exactly Gaussian data with 64 levels.
 """
 
 from __future__ import annotations

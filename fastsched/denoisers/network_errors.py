@@ -13,6 +13,11 @@ from fastsched.denoisers.noise import NoiseProcess
 #: Pairs of a pattern for error messages of Python and PyTorch, and advice for the user; the first match counts.
 CAUSES = (
     (
+        r"^KeyError",
+        "it looks up what is not there; conditions that it needs must be bound: lambda x, t: network(x, t, "
+        "conditions). The time or level may be fractional",
+    ),
+    (
         r"missing \d+ required (positional|keyword-only) argument",
         "it takes more arguments than (x, condition); bind them: lambda x, t: network(x, t, prompt_embedding)",
     ),
@@ -57,21 +62,13 @@ CAUSES = (
 )
 
 
-#: Advice for a KeyError, whose message is the key alone.
-MISSING_KEY = (
-    "it looks up what is not there; conditions that it needs must be bound: lambda x, t: network(x, t, conditions). "
-    "The time or level may be fractional"
-)
-
-
 def explained(error: Exception, x: Tensor, condition: Tensor, dtype: torch.dtype) -> ValueError | None:
     """An error that says how the network was called and what may be wrong; None if the cause is not known.
 
     The call with states ``x``, given in ``dtype``, and this condition raised ``error``.
     """
-    text = f"KeyError: {error}" if isinstance(error, KeyError) else str(error)
-    known = next((hint for pattern, hint in CAUSES if re.search(pattern, text)), None)
-    cause = MISSING_KEY if isinstance(error, KeyError) else known
+    text = f"KeyError: {error}" if isinstance(error, KeyError) else str(error)  # which is the key alone
+    cause = next((hint for pattern, hint in CAUSES if re.search(pattern, text)), None)
     if cause is None or "out of memory" in text:
         return None
     kind = str(dtype).removeprefix("torch.")

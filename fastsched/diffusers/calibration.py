@@ -19,8 +19,8 @@ from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import class_and_settings, class_of, describe, own_scheduler
 from fastsched.diffusers.exporter import told_timesteps
 from fastsched.diffusers.first_latents import check_first_latents, check_neighbours
-from fastsched.diffusers.measurement_steps import apart, check_steps, levels_of
-from fastsched.diffusers.overrides import Timesteps
+from fastsched.diffusers.measurement_steps import check_steps, levels_of
+from fastsched.diffusers.overrides import Timesteps, without_equal_sigmas
 from fastsched.diffusers.step_checks import (
     UNALIKE,
     check_beginning,
@@ -218,7 +218,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = Timesteps.whole(self._names.to(device, copy=True))  # the pipeline may write into it
         self.num_inference_steps = steps
         sampled = torch.nn.functional.pad(self.convention.process.sampler_sigma(s), (0, 1))
-        self.sigmas = apart(sampled.float(), self._own)
+        self.sigmas = without_equal_sigmas(sampled.float(), self._own)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Only ``begin_index=0`` is supported.

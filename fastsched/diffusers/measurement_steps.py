@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from fastsched.diffusers.conventions import class_names
 from fastsched.measurement.deviated_paths import deviated_paths, queries
 
 #: Why a pipeline may make another number of steps than it is called with.
@@ -44,13 +40,3 @@ def check_steps(steps: int, levels: int | Tensor | None) -> None:
     wanted = steps if levels is None else calibration_steps(levels)
     if steps != wanted:
         raise ValueError(f"the pipeline makes {steps} steps where it is called with {wanted}: {OWN_LIST}")
-
-
-def apart(sigmas: Tensor, scheduler: Any) -> Tensor:
-    """``sigmas`` to show to a pipeline: for flow maps (AnyFlow), which leave out steps of length 0, without any.
-
-    Of two equal sigmas in turn the second is then made smaller by more than timesteps are rounded.
-    """
-    if "FlowMapEulerDiscreteScheduler" not in class_names(scheduler):
-        return sigmas
-    return torch.cat([sigmas[:1], sigmas[1:] * (1 - 1e-6 * (sigmas[1:] == sigmas[:-1]))])

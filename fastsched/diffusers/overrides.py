@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.diffusers.attributes import attributes_set, copied_with
+from fastsched.diffusers.conventions import class_names
 
 #: Attributes in which multistep classes keep their history, and the value of an empty history.
 HISTORIES: dict[str, Callable[[], Any]] = {"lower_order_nums": lambda: 0, "ets": list}
@@ -233,3 +234,14 @@ class Timesteps(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.plain.__reduce_ex__(protocol)
+
+
+def without_equal_sigmas(sigmas: Tensor, scheduler: Any) -> Tensor:
+    """``sigmas`` to show to a pipeline, for a flow map (AnyFlow) without equal ones: it leaves out steps of length 0.
+
+    Of two equal sigmas in turn the second is made smaller by more than timesteps are rounded. Those for other
+    schedulers stay as they are.
+    """
+    if "FlowMapEulerDiscreteScheduler" not in class_names(scheduler):
+        return sigmas
+    return torch.cat([sigmas[:1], sigmas[1:] * (1 - 1e-6 * (sigmas[1:] == sigmas[:-1]))])

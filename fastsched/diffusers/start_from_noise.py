@@ -17,8 +17,7 @@ from fastsched.diffusers.calibration import UNALIKE
 from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import describe, own_scheduler
 from fastsched.diffusers.exporter import gives_both_lists
-from fastsched.diffusers.measurement_steps import apart
-from fastsched.diffusers.overrides import Override, Timesteps
+from fastsched.diffusers.overrides import Override, Timesteps, without_equal_sigmas
 from fastsched.diffusers.probe import scales
 from fastsched.diffusers.step_checks import (
     INSTEAD,
@@ -167,7 +166,7 @@ class StartFromNoise:
         if "timesteps" in self._shown:
             self._shown["timesteps"] = Timesteps.whole(self._shown["timesteps"])
         if "sigmas" in self._shown:
-            self._shown["sigmas"] = apart(self._shown["sigmas"], own_scheduler(self.scheduler))
+            self._shown["sigmas"] = without_equal_sigmas(self._shown["sigmas"], own_scheduler(self.scheduler))
         vars(self.scheduler).update(self._shown)
 
     def _first_step(self, sample: Tensor, **options: Any) -> Any:

@@ -160,7 +160,7 @@ def _check_denoiser(ask: CheckCalls, low: float) -> None:
     if prediction == "edm":
         _check_raw_edm(ask, noise[1:])
     elif prediction in FLOW_LIKE:
-        _check_middle(ask, x0, noise[1:])
+        _check_middle(ask, x0, *noise.split(1))
     elif prediction != "v":
         _check_low(ask, x0, noise[1:], low)
 
@@ -256,11 +256,12 @@ def _negative_slope(ask: CheckCalls, z: Tensor, s: float, x0: Tensor, other: Ten
     )
 
 
-def _check_middle(ask: CheckCalls, x0: Tensor, noise: Tensor) -> None:
+def _check_middle(ask: CheckCalls, x0: Tensor, start: Tensor, noise: Tensor) -> None:
     """ValueError unless denoising brings a noisy sample nearer to the clean one; one call.
 
     The rough sample ``x0`` may lie between modes far apart, to which even a denoiser moves it. So if it moves too far,
-    a sample of `FINER` steps is tried too, with one call more. If this one does not, `CheckCalls.middle_fault` is set.
+    a sample of `FINER` steps from the same ``start`` is tried too, with `FINER` and one more calls. If this one does
+    not, only `CheckCalls.middle_fault` is set.
     """
     if noise.numel() < FEWEST_ELEMENTS:
         return
@@ -269,7 +270,7 @@ def _check_middle(ask: CheckCalls, x0: Tensor, noise: Tensor) -> None:
     if left <= most:
         return
     ask.middle_fault = f"denoising a sample with noise of level {s:.3g} leaves it {left:.3g} times as far from clean"
-    if _distance_left(ask, _finer_sample(ask, noise), noise)[1] > most:
+    if _distance_left(ask, _finer_sample(ask, start), noise)[1] > most:
         raise ValueError(f"{ask.middle_fault} as it was: {suspects(ask.denoiser)}")
 
 
@@ -279,10 +280,9 @@ def _distance_left(ask: CheckCalls, x0: Tensor, noise: Tensor) -> tuple[float, f
     return s, float((ask.denoised(x0 + s * noise, s) - x0).norm() / (s * noise.norm()))
 
 
-def _finer_sample(ask: CheckCalls, noise: Tensor) -> Tensor:
-    """A sample from ``noise`` by `FINER` Euler steps."""
+def _finer_sample(ask: CheckCalls, y: Tensor) -> Tensor:
+    """A sample from noise ``y`` by `FINER` Euler steps."""
     levels = [ask.between(part / FINER) for part in range(FINER)]
-    y = noise
     for s, following in pairwise(levels):
         y = y + (1 / following - 1 / s) * ask.denoised(s * y, s)
     return ask.denoised(levels[-1] * y, levels[-1])

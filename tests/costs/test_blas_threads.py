@@ -17,13 +17,22 @@ def threads(internal_api="openblas"):
     return {library["num_threads"] for library in threadpool_info() if library["internal_api"] == internal_api}
 
 
+def set_threads(number):
+    """From a thread that ends: threadpoolctl lets no other set the number while the first that did so lives."""
+    thread = threading.Thread(target=lambda: OPENBLAS.limit(limits=number))
+    thread.start()
+    thread.join()
+
+
 @pytest.fixture(autouse=True)
 def three_threads():
     """OpenBLAS has three threads outside, whatever the environment says."""
-    with OPENBLAS.limit(limits=3):
-        if threads() != {3}:
-            pytest.skip("NumPy and SciPy have no OpenBLAS here whose threads can be set")
-        yield
+    before = max(threads(), default=1)
+    set_threads(3)
+    if threads() != {3}:
+        pytest.skip("NumPy and SciPy have no OpenBLAS here whose threads can be set")
+    yield
+    set_threads(before)
 
 
 def test_one_thread_inside_and_as_many_as_before_afterwards():

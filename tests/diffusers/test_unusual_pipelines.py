@@ -250,16 +250,6 @@ class AnyStep(OraclePipeline):
         return latents
 
 
-def test_a_pipeline_that_leaves_out_steps_of_length_0_is_measured_and_fitted():
-    scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=3.0)
-    pipe = AnyStep(OracleUNet().answer_for(scheduler, mixture()), scheduler)
-    stats = measured(pipe)
-    assert torch.equal(stats.gram, measured(oracle_pipeline(scheduler, mixture())).gram)
-    assert fs.diffusers.fit(pipe, 4, stats=stats, model_calls=40).measured_error is not None
-    with pytest.raises(ValueError, match="flow map"):
-        measured(pipe, mean=0.5)
-
-
 class WithoutLast(OraclePipeline):
     """Leaves out the last timestep, which would be that of sigma 0, as LTXI2VLongMultiPromptPipeline does."""
 
@@ -272,13 +262,24 @@ class WithoutLast(OraclePipeline):
         return latents
 
 
-def test_a_pipeline_that_leaves_out_the_timestep_of_sigma_0_is_measured_and_fitted():
-    scheduler = diffusers.LTXEulerAncestralRFScheduler(eta=0.0)
-    pipe = WithoutLast(OracleUNet().answer_for(scheduler, mixture()), scheduler)
+@pytest.mark.parametrize(
+    ("kind", "scheduler"),
+    [
+        (AnyStep, diffusers.FlowMapEulerDiscreteScheduler(shift=3.0)),
+        (WithoutLast, diffusers.LTXEulerAncestralRFScheduler(eta=0.0)),
+    ],
+)
+def test_pipelines_that_leave_out_steps_to_nowhere_are_measured_and_fitted(kind, scheduler):
+    pipe = kind(OracleUNet().answer_for(scheduler, mixture()), scheduler)
     stats = measured(pipe)
     assert torch.equal(stats.gram, measured(oracle_pipeline(scheduler, mixture())).gram)
-    found = fs.diffusers.fit(pipe, 4, solver="ddim", stats=stats, model_calls=40)
-    assert found.measured_error is not None
+    assert fs.diffusers.fit(pipe, 4, solver="ddim", stats=stats, model_calls=40).measured_error is not None
+
+
+def test_a_network_that_is_told_where_a_step_goes_is_refused_as_a_flow_map():
+    scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=3.0)
+    with pytest.raises(ValueError, match="flow map"):
+        measured(AnyStep(OracleUNet().answer_for(scheduler, mixture()), scheduler), mean=0.5)
 
 
 def test_a_pipeline_that_copies_its_schedulers_attributes_is_refused_with_the_reason():
