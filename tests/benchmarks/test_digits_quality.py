@@ -19,7 +19,7 @@ def measurements():
 
 @pytest.fixture(scope="module")
 def reference():
-    return fs.converged_reference(DENOISER, SHAPE, samples=512, progress=False)
+    return fs.converged_reference(DENOISER, SHAPE, samples=256, progress=False)
 
 
 def mean_error(schedule, solver, reference):
@@ -64,7 +64,7 @@ def test_algorithm_1_beats_karras_of_any_rho(reference, solver):
 def test_steps_needed_keeps_its_promise(reference):
     """As good as karras at 20 steps with dpmpp_2m: tried, the answer is, by the typical error.
 
-    Two measurements, of the samples by default.
+    With the samples that a measurement has by default.
     """
 
     def typical(schedule):
@@ -72,11 +72,10 @@ def test_steps_needed_keeps_its_promise(reference):
         return float((found - reference.ends).double().square().flatten(1).sum(1).log().mean().exp())
 
     karras = typical(fs.baselines.karras(20, 0.002, 80.0))
-    for seed in SEEDS[:2]:
-        stats = fs.measure(DENOISER, SHAPE, seed=seed, progress=False)
-        steps = fs.steps_needed(stats, "dpmpp_2m", target=("karras", 20))
-        assert steps < 20
-        assert typical(fs.optimal_schedule(stats, steps)) <= karras
+    stats = fs.measure(DENOISER, SHAPE, progress=False)
+    steps = fs.steps_needed(stats, "dpmpp_2m", target=("karras", 20))
+    assert steps < 20
+    assert typical(fs.optimal_schedule(stats, steps)) <= karras
 
 
 def test_schedules_are_the_same_bit_for_bit(measurements):

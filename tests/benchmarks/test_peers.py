@@ -83,7 +83,7 @@ def test_dmn_is_its_authors(error, steps):
 @pytest.mark.parametrize("error", dmn.ERRORS)
 def test_dmn_stops_where_its_authors_does_at_8_steps(error):
     """Their own answers differ by up to 0.85 in log sigma; the mean of ours lies within, no farther off than they."""
-    ours = torch.stack([dmn.schedule(VE, 8, error, seed)[1:-1].log() for seed in range(4)]).mean(0)
+    ours = torch.stack([dmn.schedule(VE, 8, error, seed)[1:-1].log() for seed in range(2)]).mean(0)
     low, high = torch.tensor(AUTHORS_DMN_8[error], dtype=torch.float64).log().T
     assert bool((ours > low - 0.2).all())
     assert bool((ours < high + 0.2).all())

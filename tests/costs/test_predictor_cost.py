@@ -74,11 +74,12 @@ def test_exact_form_matches_brute_force_state_by_state(s_i, s_j):
 @pytest.mark.parametrize(("s_i", "s_j", "probes"), [(2.0, 1.0, 2), (0.8, 0.5, 4), (0.3, 0.05, 2), (1.0, 0.05, 2)])
 def test_probes_are_unbiased(s_i, s_j, probes):
     denoiser = fs.Denoiser.from_denoiser(MIXTURE.denoise, 0.01, 10.0)
-    settings = _mixture_settings(20_000, s_i, s_j)
+    samples = 8_000
+    settings = _mixture_settings(samples, s_i, s_j)
     exact = stein_predictor(denoiser, probes=None, progress=False, **settings)
     estimate = stein_predictor(denoiser, probes=probes, progress=False, **settings)
     difference = (estimate.per_sample - exact.per_sample)[:, 0]
-    error, stderr = float(difference.mean()), float(difference.std()) / 20_000**0.5
+    error, stderr = float(difference.mean()), float(difference.std()) / samples**0.5
     assert abs(error) < 3 * stderr
     assert abs(error) < 0.02 * float(exact.adjacent[0])
 

@@ -117,8 +117,7 @@ GUIDERS = {
 
 
 @pytest.mark.parametrize("name", GUIDERS)
-@pytest.mark.parametrize("images", [1, 2])
-@pytest.mark.parametrize("kind", ["DDIMScheduler", "FlowMatchEulerDiscreteScheduler"])
+@pytest.mark.parametrize(("kind", "images"), [("DDIMScheduler", 1), ("FlowMatchEulerDiscreteScheduler", 2)])
 def test_guidance_whose_coefficients_follow_the_latents_is_measured(name, images, kind):
     settings = {"clip_sample": False} if kind == "DDIMScheduler" else {}
     pipe = guided(GUIDERS[name](), getattr(diffusers, kind)(**settings))

@@ -114,9 +114,8 @@ def test_a_pipeline_is_measured_as_its_network_is(kind):
         # Products of up to a thousandth of the largest come from float32 states, with timesteps in float32.
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
     assert measured.model_calls == 2 * LEVELS * SAMPLES
-    for solver in ("ddim", "dpmpp_2m"):
-        ours, theirs = (fs.optimal_schedule(stats, 6, solver) for stats in (measured, direct))
-        assert cells_apart(ours, theirs, direct.s) == 0
+    ours, theirs = (fs.optimal_schedule(stats, 5, polish=False) for stats in (measured, direct))
+    assert cells_apart(ours, theirs, direct.s) == 0
 
 
 def guided_pipeline(scheduler, plain, conditional):
@@ -160,24 +159,23 @@ def test_guidance_is_part_of_what_is_measured():
 
 @pytest.mark.filterwarnings("ignore:the network's outputs come in bfloat16")  # one kind is at the limit, on purpose
 @pytest.mark.parametrize("kind", ["epsilon-scaled-linear", "v-cosine", "edm", "flow-static-shift"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_half_precision_gives_a_schedule_as_good(kind, dtype):
+def test_half_precision_gives_a_schedule_as_good(kind):
     # From the same noise, judged by the statistics in float32. The two have several minima of nearly the same error, so
     # the levels themselves may differ. Of schedules from the descent 10% is the worst of 64 (four seeds), where it ends
     # in another minimum. bfloat16 rounds outputs by up to 0.4%: without the descent dynamic programming takes another
     # path once, 34% worse, and float16's never does by more than 1%.
-    allowed = {True: 1.15, False: {torch.bfloat16: 1.4, torch.float16: 1.1}[dtype]}
+    allowed = {True: (1.15, 1.15), False: (1.4, 1.1)}
     name, config = KINDS[kind]
     scheduler = getattr(diffusers, name)(**config)
-    for seed in range(2):
-        wide, narrow = (
-            fs.diffusers.measure(oracle_pipeline(scheduler, mixture(), dtype=kept), samples=32, images=32, seed=seed)
-            for kept in (torch.float32, dtype)
-        )
-        for solver, polish in itertools.product(("ddim", "dpmpp_2m"), (True, False)):
-            schedules = [fs.optimal_schedule(stats, 6, solver, polish=polish) for stats in (wide, narrow)]
-            exact, rounded = (fs.predict_error(wide, schedule, solver) for schedule in schedules)
-            assert rounded <= allowed[polish] * exact
+    wide, *narrow = (
+        fs.diffusers.measure(oracle_pipeline(scheduler, mixture(), dtype=dtype), samples=32, images=32)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )
+    for solver, polish in itertools.product(("ddim", "dpmpp_2m"), (True, False)):
+        exact = fs.predict_error(wide, fs.optimal_schedule(wide, 6, solver, polish=polish))
+        for stats, most in zip(narrow, allowed[polish], strict=True):
+            rounded = fs.predict_error(wide, fs.optimal_schedule(stats, 6, solver, polish=polish))
+            assert rounded <= most * exact
 
 
 def test_samples_do_not_depend_on_the_batch_and_prompts_take_turns():

@@ -49,7 +49,7 @@ def test_a_refusal_names_a_scheduler_that_works_at_the_first_try(name):
     exec(advice, {**vars(diffusers), "pipe": pipe})
     assert describe(pipe.scheduler).process.kind == describe(scheduler).process.kind
     pipe.unet.answer_for(pipe.scheduler, oracle)
-    assert fs.diffusers.fit(pipe, 4, levels=8, samples=2, **call).measured_error is not None
+    assert fs.diffusers.fit(pipe, 4, levels=8, samples=2, model_calls=120, **call).measured_error is not None
 
 
 def test_exporting_names_a_scheduler_that_takes_the_arguments():

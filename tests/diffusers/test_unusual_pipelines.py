@@ -83,8 +83,7 @@ def test_batch_norm_in_training_mode_is_refused_and_keeps_its_statistics():
     measured(pipe, **call)
 
 
-@pytest.mark.parametrize("boundary_ratio", [0.9, 0.5])
-@pytest.mark.parametrize("scale", [{}, {"guidance_scale_2": 2.0}], ids=["", "another guidance"])
+@pytest.mark.parametrize(("boundary_ratio", "scale"), [(0.9, {}), (0.5, {"guidance_scale_2": 2.0})])
 def test_two_networks_in_turn_are_measured_and_fitted(boundary_ratio, scale):
     torch.manual_seed(0)
     pipe, call = quiet(pipelines.wan_of_two_experts(flow_unipc(), boundary_ratio))

@@ -41,7 +41,7 @@ def check(stats, found, steps, solver):
         assert float(apart) > 0.99 * SAME
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, LEVELS - 1])
+@pytest.mark.parametrize("steps", [1, 5, LEVELS - 1])
 @pytest.mark.parametrize("kind", ["x0", "velocity", "epsilon", "integer", "zero-terminal", "zero-terminal-integer"])
 def test_candidates_of_every_process(kind, steps):
     stats = measure(kind)

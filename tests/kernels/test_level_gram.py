@@ -48,6 +48,8 @@ GRID = [
         enumerate((13, 16, 24, 33, 64, 100, 128, 256)), enumerate(("none", "shared", "levels")), (False, True)
     )
 ]
+if DEVICE == "cpu":  # the interpreter takes seconds for many levels: two cases in five
+    GRID = GRID[::5] + GRID[1::5]
 
 
 def run(case: GramCase, change=None) -> np.ndarray:
@@ -129,11 +131,11 @@ def run_equal(case: GramCase) -> np.ndarray:
 
 @pytest.mark.parametrize("precision", ["bf16x3", "tf32x3", "ieee"])
 def test_close_levels_keep_their_distance(precision):
-    case = GramCase(N=32, B=1, d=4096, states="none", precision=precision, apart=1e-4)
+    case = GramCase(N=16, B=1, d=4096, states="none", precision=precision, apart=1e-4)
     found = ops.pairwise_squared_distances(on_device(case))
     R, _, a, c, _ = case.inputs()
     want = reference.squared_distances(reference.levels(R, None, a, c))
-    adjacent = range(31), range(1, 32)
+    adjacent = range(15), range(1, 16)
     assert ((found[adjacent] - want[adjacent]).abs() <= 1e-5 * want[adjacent]).all()
 
 
@@ -284,9 +286,7 @@ def vector_gram(shape, dtype, precision):
 
 @pytest.mark.parametrize("precision", ["bf16x3", "tf32x3", "ieee"])
 @pytest.mark.parametrize(
-    "shape",
-    [(1, 1, 1), (3, 5, 257), (2, 16, 512), (2, 31, 96), (1, 64, 500), (2, 93, 131), (2, 93, 256), (1, 200, 64)],
-    ids=str,
+    "shape", [(1, 1, 1), (3, 5, 257), (2, 16, 512), (2, 31, 96), (1, 64, 192), (2, 93, 131), (1, 200, 64)], ids=str
 )
 def test_gram_of_vectors(shape, precision):
     vectors = vectors_of(*shape).double().cpu()

@@ -25,9 +25,9 @@ def scaled(denoiser, factor):
     return replace(denoiser, network=lambda x, t: factor * denoiser.network(x, t))
 
 
-@pytest.mark.parametrize("levels", [6, 7, 9, 10, 11, 12, 24])
+@pytest.mark.parametrize("levels", [6, 7, 9, 12, 24])
 @pytest.mark.parametrize("factor", [3, -1])
-@pytest.mark.parametrize(("d", "mixture"), [(8, 0), (8, 1), (9, 3), (12, 0), (12, 1)])
+@pytest.mark.parametrize(("d", "mixture"), [(8, 0), (8, 1), (9, 3), (12, 1)])
 def test_a_wrong_scale_or_sign_is_warned_of_or_refused(levels, factor, d, mixture):
     """D' = f D + (1 - f) a z; of these mixtures in many directions nearly a denoiser, of another density."""
     for kind in SIGNED:
