@@ -127,6 +127,17 @@ def test_a_prediction_of_the_noise_is_no_velocity(d, way):
         measure(fs.Denoiser.from_velocity(reverse(velocity(oracle, noise=True)), **way), d, 16, samples=8)
 
 
+@pytest.mark.parametrize(("d", "spread", "std"), [(8, 0.7, 0.6), (16, 0.2, 0.2), (64, 0.2, 0.05)])
+def test_a_prediction_of_the_noise_of_small_data_is_not_missed(d, spread, std):
+    """Noise of deviation 1 might hide the sample, but what the output implies is smaller."""
+    oracle = fs.oracles.GaussianMixture.random(d, 2, seed=51, spread=spread, std=std)
+    measure(fs.Denoiser.from_velocity(velocity(oracle)), d, 16, samples=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises((ValueError, UserWarning), match=r"times the sample, .* predict the noise"):
+            measure(fs.Denoiser.from_velocity(velocity(oracle, noise=True)), d, 16, samples=4)
+
+
 @pytest.mark.parametrize("guidance", [0.0, 0.5])
 def test_too_little_of_the_sample_is_only_warned_of_where_pure_noise_shows_guidance(guidance):
     """A network whose output lacks the sample: of noise alone, or guided to far outside its data."""
