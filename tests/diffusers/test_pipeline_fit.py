@@ -195,7 +195,7 @@ def test_the_network_outputs_of_a_run_are_kept(kind):
     torch.testing.assert_close(found.denoised[-1], run.ends, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["vp-integer", "vp-ddim", "edm", "flow", "vp-dpm-2", "vp-lms"])
 def test_the_fitted_schedule_is_the_best_of_its_audition_and_tuned_where_increments_were_kept(kind):
     name, config, solver = KINDS[kind]
     scheduler = getattr(diffusers, name)(**config)
