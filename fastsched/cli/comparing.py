@@ -150,7 +150,7 @@ def plot(
     note(f"wrote {output}")
 
 
-@shell.prints_on_stderr()
+@shell.while_a_model_runs()
 def _of_denoiser(
     source: inputs.Source, schedules: Schedules, solver: str | None, run: dict[str, Any], dry_run: bool
 ) -> Comparison:
@@ -166,7 +166,7 @@ def _of_denoiser(
         return comparison.compare(model, named, solver, shape=shape, **source.running | {"progress": progress}, **run)
 
 
-@shell.prints_on_stderr()
+@shell.while_a_model_runs()
 def _of_pipeline(
     source: inputs.Source, schedules: Schedules, own_steps: list[int], run: dict[str, Any], dry_run: bool
 ) -> Comparison:

@@ -96,7 +96,7 @@ def measure(
 
 
 @shell.errors_in_a_line()  # an interrupt leaves no file to resume
-@shell.prints_on_stderr()
+@shell.while_a_model_runs()
 def _measured_pipeline(source: inputs.Source, samples: str | None, dry_run: bool, **settings: int) -> PathStatistics:
     """Statistics of a pipeline."""
     import fastsched as fs
@@ -110,7 +110,7 @@ def _measured_pipeline(source: inputs.Source, samples: str | None, dry_run: bool
         return fs.diffusers.measure(pipe, samples=count, **settings, **arguments)
 
 
-@shell.prints_on_stderr()
+@shell.while_a_model_runs()
 def _measured_denoiser(
     source: inputs.Source, samples: str | None, dry_run: bool, output: Path, **settings: Any
 ) -> PathStatistics:
@@ -189,7 +189,7 @@ def fit(
     note(f"wrote {file}")
 
 
-@shell.prints_on_stderr()
+@shell.while_a_model_runs()
 def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool, options: dict[str, Any]) -> Schedule:
     """The schedule of a pipeline or a denoiser, under one progress bar."""
     import fastsched as fs

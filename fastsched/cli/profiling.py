@@ -39,7 +39,7 @@ def profile(
     shell.writable(trace, endings=(".json",), name="trace")
     trace = None if trace is None else trace.absolute()  # the model may change the folder
     source = inputs.Source(denoiser, shape, device, dtype, None, prompt, call, quiet)
-    with shell.prints_on_stderr(), inputs.named_as_options():
+    with shell.while_a_model_runs(), inputs.named_as_options():
         if source.is_pipeline:
             model, arguments = source.pipeline()
             arguments: dict[str, Any] = ({"prompt": source.prompts[0]} if source.prompts else {}) | arguments

@@ -167,8 +167,8 @@ def say(level: int, text: str) -> None:
 
 
 @contextlib.contextmanager
-def prints_on_stderr() -> Iterator[None]:
-    """Redirect what a model prints to stderr: stdout is for results only. Return from a folder that it changes to."""
+def while_a_model_runs() -> Iterator[None]:
+    """What a model prints goes to stderr, as stdout is for results only; a folder that it changes to is left again."""
     folder = os.getcwd()
     try:
         with contextlib.redirect_stdout(sys.stderr):
