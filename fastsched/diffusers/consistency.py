@@ -119,7 +119,8 @@ class Consistency:
 
     def _changed_early(self, index: int, step: Step) -> str | None:
         """What differed at step 0, or at steps 0 and 1, from two equal values at the next two steps, if anything."""
-        if index not in (2, 3):
+        known = self._formulas[index - 1]
+        if index not in (2, 3) or (known is not None and known.size == 0):  # the latents have not moved since
             return None
         before, first = self._steps[index - 2].facts, self._steps[index - 1].facts
         for name in sorted(first if index == 2 else self._fixed):

@@ -353,13 +353,17 @@ def _edm(scheduler: Any) -> Convention:
 
 
 def _flow(scheduler: Any) -> Convention:
+    steps = int(scheduler.config.num_train_timesteps)
     if scheduler.config.get("invert_sigmas"):
-        raise ValueError("invert_sigmas=True (Mochi) reverses flow time, which fastsched does not support")
+        raise ValueError(
+            "invert_sigmas=True (Mochi, OmniGen) steps from 0 to 1, which is not supported; measure its network, "
+            f"fastsched.Denoiser.from_velocity(lambda x, t: network(x, t * {steps}), data_at=1), by fastsched.measure, "
+            "and pass sigmas=schedule.sigmas[:-1].tolist() where the call takes them and the scheduler's shift is 1"
+        )
     prediction = _prediction(scheduler) if scheduler.config.get("use_flow_sigmas") else "velocity"
     if prediction != "velocity":
         kind = scheduler.config.prediction_type
         raise ValueError(f"prediction_type must be 'flow_prediction' with use_flow_sigmas=True, got {kind!r}")
-    steps = int(scheduler.config.num_train_timesteps)
     shift = float(scheduler.config.get("flow_shift", 1.0))
     lowest = scheduler.__dict__.get("sigma_min") or shift / (steps + shift - 1)
     if steps == 1:  # the network takes the flow time itself (ACE-Step, Stable Audio 3); training is as in other models

@@ -132,3 +132,26 @@ def test_a_class_of_the_users_own_is_measured_as_its_base_with_a_warning(kind, m
     assert len(found) == (method is not None)
     if method is not None:
         assert found[0].startswith(f"{kind.__name__} has its own {method}, but is measured as {kind.__base__.__name__}")
+
+
+@pytest.mark.parametrize("train_steps", [1000, 1])
+def test_an_inverted_scheduler_is_refused_with_an_advice_that_works(train_steps):
+    oracle = fs.oracles.GaussianMixture.random(8, 3, seed=0)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=train_steps, invert_sigmas=True)
+
+    def network(x, timestep):
+        """``dx / d(1 - t)``, which is ``x0 - eps``."""
+        time = (1 - timestep[:1].double() / train_steps).clamp(1e-6, 1 - 1e-6)
+        return ((oracle.denoise(x.double() / (1 - time), time / (1 - time)) - x) / time).to(x)
+
+    with pytest.raises(ValueError, match=r"invert_sigmas=True .* measure its network") as refused:
+        describe(scheduler)
+    advice = str(refused.value).split("network, ")[1].split(", by")[0]
+    denoiser = eval(advice, {"fastsched": fs, "network": network})
+    schedule = fs.optimal_schedule(fs.measure(denoiser, (8,), levels=12, samples=2), 4, "ddim")
+    scheduler.set_timesteps(sigmas=schedule.sigmas[:-1].tolist())
+    noise = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    x = noise
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t.reshape(1)), t, x).prev_sample
+    torch.testing.assert_close(x, fs.sample(denoiser, schedule, noise=noise), rtol=1e-4, atol=1e-4)  # float32

@@ -140,11 +140,13 @@ def test_guidance_within_a_window_is_refused_where_the_network_is_always_called_
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_first_steps_without_an_output_are_refused_whatever_the_coefficients(steps):
+@pytest.mark.parametrize("scheduler", [None, diffusers.FlowMatchEulerDiscreteScheduler()], ids=["vp", "flow"])
+def test_first_steps_without_an_output_are_refused_whatever_the_coefficients(steps, scheduler):
+    """A velocity of 0 leaves the latents of a flow as they are."""
     with pytest.raises(ValueError, match=r"combined with other coefficients|combined in another way"):
-        measured(guided(guiders.ClassifierFreeZeroStarGuidance(zero_init_steps=steps)), images=1)
+        measured(guided(guiders.ClassifierFreeZeroStarGuidance(zero_init_steps=steps), scheduler), images=2)
 
 
 def test_guidance_with_a_memory_is_refused():
-    with pytest.raises(ValueError, match=r"answered|combined"):
+    with pytest.raises(ValueError, match=r"(answered|combined).*on earlier steps \(momentum of guidance\)"):
         measured(guided(guiders.AdaptiveProjectedGuidance(adaptive_projected_guidance_momentum=-0.75)), images=1)

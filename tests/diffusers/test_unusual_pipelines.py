@@ -243,7 +243,7 @@ class Reading(OracleUNet):
 
 
 class FillingAtFirst(OraclePipeline):
-    """Keeps the keys and values of an image at its first step, as FLUX.2 klein KV, unless ``always`` given the image."""
+    """Keeps keys and values of an image at its first step, as FLUX.2 klein KV, unless ``always`` given the image."""
 
     @torch.no_grad()
     def __call__(self, num_inference_steps=50, output_type="latent", always=False, window=()):
