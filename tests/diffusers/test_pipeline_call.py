@@ -93,6 +93,21 @@ def test_a_pipeline_that_makes_another_number_of_steps_is_refused(levels, steps)
     assert fs.diffusers.measure(pipe, levels=4, samples=2, steps=8).levels == 4
 
 
+class AsBefore(OraclePipeline):
+    """Asks for as many steps as its scheduler has made before, as LEDITS++ to edit an image that it has inverted."""
+
+    def __call__(self, num_inference_steps=50, output_type="latent"):
+        return super().__call__(num_inference_steps=len(self.scheduler.timesteps))
+
+
+def test_a_pipeline_that_goes_on_from_an_earlier_call_is_refused():
+    scheduler = diffusers.DDIMScheduler(**SD, clip_sample=False)
+    scheduler.set_timesteps(16)
+    pipe = AsBefore(OracleUNet().answer_for(scheduler, mixture()), scheduler)
+    with pytest.raises(ValueError, match=r"the steps of an earlier call .*measure the text-to-image pipeline"):
+        fs.diffusers.measure(pipe, levels=8, samples=2)
+
+
 def test_an_output_type_that_was_asked_for_is_not_changed():
     pipe = with_output_types(("np", "pt"), early=True)
     with pytest.raises(ValueError, match="output_type must be one of"):
