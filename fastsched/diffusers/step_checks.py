@@ -273,7 +273,8 @@ def check_unchanged(sample: Tensor, returned: Tensor, index: int, verdicts: Verd
     if index <= RESIZED_EARLY:
         before, now = (latents.float().flatten() for latents in (returned, sample))
         square = before @ before
-        changed = torch.where((now @ before - square).abs() > RESIZED * square, sample_size, changed)
+        resized = (now @ before - square).abs() > RESIZED * square
+        changed = torch.where(resized & (changed == 0), sample_size, changed)
     verdicts.note(changed, judge)
 
 

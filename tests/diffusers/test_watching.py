@@ -64,12 +64,13 @@ def test_an_argument_of_step_at_its_default_is_allowed():
 # Latents that the pipeline owns
 
 
-def test_a_change_of_one_element_of_the_latents_is_noticed():
+@pytest.mark.parametrize("count", [1, 2, 32])
+def test_changed_elements_of_the_latents_are_noticed_and_counted(count):
     def overwrite(latents):
-        latents[0, 0, 0, 0] = 0.5
+        latents.view(-1)[:count] = 9.0
         return latents
 
-    with pytest.raises(ValueError, match="changed the latents between steps 0 and 1, 1 of 64 elements"):
+    with pytest.raises(ValueError, match=f"changed the latents between steps 0 and 1, {count} of 64 elements"):
         measured(oracle_pipeline(euler(), mixture()), images=8, change_latents=overwrite)
 
 
