@@ -125,9 +125,9 @@ def _read_nvidia(asm: dict, shared: int) -> Built:
         cubin.flush()
         usage, sass = (
             subprocess.run(
-                [os.path.join(tools, "cuobjdump"), option, cubin.name], capture_output=True, text=True, check=True
+                [os.path.join(tools, tool), option, cubin.name], capture_output=True, text=True, check=True
             ).stdout
-            for option in ("-res-usage", "-sass")
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "--no-dataflow"))
         )
 
     def count(pattern: str, text: str) -> int:
