@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TOOLS := .venv-tools
-# Python compiles what is imported; to compile all that is installed would take as long as to install it.
+# Python compiles what is imported, once; to compile all that is installed would take as long as to install it.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 # The tensors of the tests and benchmarks are small: threads would only wait for each other.
