@@ -6,8 +6,6 @@
   levels (embeddings), and the networks' weights, buffers and settings must be equal at every step.
 * If the pipeline's output is a linear combination of the networks' outputs (guidance), its coefficients must be equal
   at two visits of a level.
-* The first step may fill a cache of keys and values of a given image, which later steps read (FLUX.2 klein KV): the
-  arguments of such a call are compared from the second step on.
 
 A network that is first called at a later step (the second of two used in turn) is compared from that step on.
 """
@@ -21,9 +19,6 @@ from fastsched.diffusers.watching import Step, is_number, progresses
 
 #: A step that runs less than this fraction of the layers that another step runs is taken to reuse earlier results.
 FEWER_LAYERS = 0.8
-
-#: The argument by which pipelines tell a network whether to fill a cache of keys and values or to read it.
-CACHE_MODE = "kv_cache_mode"
 
 
 class Consistency:
@@ -58,8 +53,6 @@ class Consistency:
             self._fixed = {name for name, fact in step.facts.items() if name in before and before[name] == fact}
         if index == 2:
             first = self._steps[1].facts
-            filling = {name for name in first if self._fills_cache(name) and first[name] == step.facts.get(name)}
-            self._fixed |= filling
             self._constant = {
                 name: first[name]
                 for name in self._fixed
@@ -119,23 +112,17 @@ class Consistency:
 
     def _changed_early(self, index: int, step: Step) -> str | None:
         """What differed at step 0, or at steps 0 and 1, from two equal values at the next two steps, if anything."""
-        known = self._formulas[index - 1]
-        if index not in (2, 3) or (known is not None and known.size == 0):  # the latents have not moved since
+        if index not in (2, 3):
+            return None
+        formula = self._formulas[index - 1]
+        if formula is not None and formula.size == 0:  # an output of 0: the latents are those of the step before
             return None
         before, first = self._steps[index - 2].facts, self._steps[index - 1].facts
         for name in sorted(first if index == 2 else self._fixed):
-            if self._fills_cache(name):
-                continue
             fixed = not progresses(name) and step.facts.get(name, ...) == first.get(name, ...)  # or absent at both
             if fixed and _applies_to(name, step) and before.get(name, ...) != first.get(name, ...):
                 return f"at step {index - 2}, {name.replace('#0', '')} was different from that at all later steps"
         return None
-
-    def _fills_cache(self, name: str) -> bool:
-        """Whether a fact belongs to a network's call that only at step 0 filled a cache of keys and values."""
-        mode = f"{name.split('.')[0]}.{CACHE_MODE}"
-        filled, read = (self._steps[n].facts.get(mode) for n in (0, 1))
-        return isinstance(filled, str) and isinstance(read, str) and filled != read
 
     def _changed_late(self, index: int, step: Step) -> str | None:
         """What differed only at the first step of a network that was not called at step 1; None if nothing did.

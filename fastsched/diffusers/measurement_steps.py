@@ -24,8 +24,8 @@ def levels_of(steps: int | None) -> int:
     """
     if steps == 0:
         raise ValueError(
-            "the pipeline asks its scheduler for the steps of an earlier call (it edits an image that was inverted, as "
-            "LEDITS++?), so it does not start from noise; measure the text-to-image pipeline of the same model"
+            "the pipeline asks its scheduler for the steps of an earlier call, as LEDITS++ does to edit an image that "
+            "it has inverted, so it does not start from noise; measure the text-to-image pipeline of the same model"
         )
     count = next((n for n in range(3, (steps or 0)) if calibration_steps(n) == steps), None)
     if count is None:

@@ -74,7 +74,8 @@ def test_a_pipeline_is_measured_and_fitted_without_a_cache_that_its_first_step_f
         stats.gram, fs.diffusers.measure(oracle_pipeline(scheduler, mixture()), levels=8, samples=2).gram
     )
     assert fs.diffusers.fit(pipe, 4, stats=stats, model_calls=16).measured_error is not None
-    assert torch.equal(fs.diffusers.measure(pipe, levels=8, samples=2, use_kv_cache=True).gram, stats.gram)
+    with pytest.raises(ValueError, match="kv_cache_mode was different"):
+        fs.diffusers.measure(pipe, levels=8, samples=2, use_kv_cache=True)
 
 
 class OwnList(OraclePipeline):
@@ -104,7 +105,7 @@ def test_a_pipeline_that_goes_on_from_an_earlier_call_is_refused():
     scheduler = diffusers.DDIMScheduler(**SD, clip_sample=False)
     scheduler.set_timesteps(16)
     pipe = AsBefore(OracleUNet().answer_for(scheduler, mixture()), scheduler)
-    with pytest.raises(ValueError, match=r"the steps of an earlier call .*measure the text-to-image pipeline"):
+    with pytest.raises(ValueError, match=r"the steps of an earlier call, .*measure the text-to-image pipeline"):
         fs.diffusers.measure(pipe, levels=8, samples=2)
 
 

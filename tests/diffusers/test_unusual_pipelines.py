@@ -234,40 +234,6 @@ def test_a_network_may_be_called_before_the_run():
     assert found[0].measured_error == found[1].measured_error is not None
 
 
-class Reading(OracleUNet):
-    """Adds what it is given of an image, or has kept of it in an earlier call."""
-
-    def forward(self, sample, timestep, image=None, kv_cache_mode=None, ids=None):
-        self.kept = self.kept if kv_cache_mode == "cached" else image.mean()
-        return (super().forward(sample, timestep)[0] + self.kept,)
-
-
-class FillingAtFirst(OraclePipeline):
-    """Keeps keys and values of an image at its first step, as FLUX.2 klein KV, unless ``always`` given the image."""
-
-    @torch.no_grad()
-    def __call__(self, num_inference_steps=50, output_type="latent", always=False, window=()):
-        self.scheduler.set_timesteps(num_inference_steps)
-        latents, image = torch.randn(2, *SHAPE), torch.full((2, 3), 0.1)
-        for i, t in enumerate(self.scheduler.timesteps):
-            given = {"image": image, "kv_cache_mode": "extract"} if i == 0 else {"kv_cache_mode": "cached"}
-            given = {"image": image} if always else given
-            ids = torch.ones(2 + ("image" in given)) * (0.5 if i in window else 1.0)
-            output = self.unet(latents, t, **given, ids=ids)[0]
-            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
-        return latents
-
-
-def test_a_network_may_fill_a_cache_of_an_image_at_the_first_step():
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipe = FillingAtFirst(Reading().answer_for(scheduler, mixture()), scheduler)
-    stats = measured(pipe)
-    assert torch.equal(stats.gram, measured(pipe, always=True).gram)
-    assert fs.diffusers.fit(pipe, 4, stats=stats, model_calls=40).measured_error is not None
-    with pytest.raises(ValueError, match=r"unet\.ids was different.*must not depend on the step's number"):
-        measured(pipe, window=range(12, 20))  # other arguments of these calls are compared
-
-
 class AnyStep(OraclePipeline):
     """Leaves out steps of length 0, as AnyFlow, and tells its network where a step goes if ``mean``."""
 

@@ -186,13 +186,13 @@ def every_entry() -> list[Gram]:
     """A case for every kernel that the launch table can lead to, in float32 with states, which needs most registers.
 
     Rows that are not aligned have the same launch on every card; they are compiled for one of each vendor. Precisions
-    other than the default are compiled for one card of each way to multiply in them.
+    other than the default are compiled for one card of each way to multiply in them, and one of little shared memory.
     """
     cases: dict[tuple, Gram] = {}
     for arch, precision, N, aligned in itertools.product(config.FAMILIES, PRECISIONS, (64, 128, 256), (True, False)):
         if arch not in ("sm_90", "gfx942") and not aligned:
             continue
-        if arch not in ("sm_80", "sm_90", "sm_100", "gfx942") and precision != PRECISIONS[0]:
+        if arch == "sm_120" and precision != PRECISIONS[0]:  # as sm_89
             continue
         case = Gram(arch, N=N, precision=precision, aligned=aligned)
         key = arch, precision, aligned, case.launch(), case.launch().rows < N
@@ -208,7 +208,7 @@ GRAM = [
     *(Gram(arch, states="none", R="float16", X="float16") for arch in ("sm_80", "sm_90")),
     *(Gram(arch, N=16, R="bfloat16") for arch in ("sm_90", "gfx942")),
     *(Gram(arch, N=64, states="vectors") for arch in config.FAMILIES),
-    *(Gram(arch, N=N, states="vectors") for arch in ("sm_80", "sm_90", "gfx942") for N in (128, 256)),
+    *(Gram(arch, N=N, states="vectors") for arch in ("sm_80", "sm_89", "sm_90", "gfx942") for N in (128, 256)),
 ]
 
 # Bytes of stack that are allowed, each with its reason. Everything else must have none.
