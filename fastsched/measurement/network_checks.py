@@ -44,6 +44,7 @@ from fastsched.denoisers.network_errors import checked_call
 from fastsched.denoisers.network_state import check_evaluation_mode, checked_training
 from fastsched.measurement.check_calls import ELSEWHERE, STATE, CheckCalls, Top
 from fastsched.measurement.fingerprints import fingerprint_of
+from fastsched.measurement.table_checks import check_table
 from fastsched.sampling.random_streams import noise_of
 
 #: Network evaluations that the checks spend, before a measurement and after it, unless the network is unusual.
@@ -114,8 +115,10 @@ def check_network(
         The calls and outputs so far; `CheckCalls.check_first` and `CheckCalls.check_last` remain to be called.
 
     Raises:
-        ValueError: If the network is in training mode or not a denoiser. The message says what may be wrong.
+        ValueError: If the network is in training mode or not a denoiser, or its table is the square root of one. The
+            message says what may be wrong.
     """
+    check_table(denoiser.process)
     check_evaluation_mode(denoiser.network)
     ask = CheckCalls(denoiser, shape, device, dtype)
     levels = denoiser.levels(3) if s is None else s
