@@ -10,6 +10,7 @@ import torch
 from models import exact_denoisers, mixture
 
 import fastsched as fs
+from fastsched.denoisers.digits import load_digits_network
 
 KINDS = exact_denoisers(mixture())
 SHAPE = (4,)
@@ -59,6 +60,9 @@ CASES = {
     "errors": lambda path: fs.standard_errors(STATS, 2).log_sigmas,
     "steps": lambda path: torch.tensor(fs.steps_needed(STATS, "ddim", target=("karras", 3)), device="cpu"),
     "online": lambda path: adapted(),
+    "data": lambda path: fs.oracles.Empirical(NOISE).sample(3, seed=0),
+    "Gaussian data": lambda path: fs.oracles.Gaussian(1.0, SHAPE, 0.5).sample(3, seed=0),
+    "digits": lambda path: load_digits_network().inward.weight,
 }
 
 

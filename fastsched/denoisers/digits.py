@@ -74,6 +74,7 @@ def load_digits_network() -> DigitsNetwork:
     """The trained network in float32 on the CPU, in evaluation mode, its parameters without gradients."""
     blob = (resources.files("fastsched.denoisers") / "assets" / "digits.safetensors").read_bytes()
     tensors = {name: tensor.float() for name, tensor in load(blob).items()}
-    network = DigitsNetwork(sigma_data=float(tensors.pop("sigma_data")))
+    with torch.device("cpu"):
+        network = DigitsNetwork(sigma_data=float(tensors.pop("sigma_data")))
     network.load_state_dict(tensors)
     return network.eval().requires_grad_(False)

@@ -111,6 +111,13 @@ def test_one_level_a_sample(name):
         torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-12 * float(apart.abs().max()))
 
 
+@pytest.mark.parametrize("mean", [0.1, 1e39])
+def test_the_mean_of_gaussian_samples_is_not_rounded_to_float32(mean):
+    gaussian = Gaussian(1e-12, (2,), mean)
+    found = gaussian.sample(3, seed=0, dtype=torch.float64)
+    torch.testing.assert_close(found, torch.full_like(found, mean), rtol=0, atol=max(1e-11, 1e-15 * mean))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ORACLES)
 def test_results_keep_the_dtype_of_the_state(name, dtype):

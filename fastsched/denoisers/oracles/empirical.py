@@ -53,7 +53,7 @@ class Empirical(Oracle):
         return (torch.logsumexp(logits, 1) - constant).to(z.dtype)
 
     def _draw(self, n: int, generator: torch.Generator) -> Tensor:
-        chosen = torch.randint(len(self.data), (n,), generator=generator)
+        chosen = torch.randint(len(self.data), (n,), generator=generator, device="cpu")
         return self.data[chosen.to(self.data.device)]
 
     def _prepare(self, z: Tensor, s: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -39,10 +39,10 @@ class Gaussian(Oracle):
         object.__setattr__(self, "std", validate.positive("std", self.std))
         sizes = (self.shape,) if isinstance(self.shape, int) else self.shape
         object.__setattr__(self, "shape", validate.sample_shape("shape", sizes))
-        is_tensor = isinstance(self.mean, Tensor)
-        number = lambda: torch.tensor(validate.real("mean", self.mean), device="cpu")
-        mean = validate.tensor("mean", self.mean) if is_tensor else number()
-        mean = mean.clone()
+        if isinstance(self.mean, Tensor):
+            mean = validate.tensor("mean", self.mean).clone()
+        else:
+            mean = torch.tensor(validate.real("mean", self.mean), dtype=torch.float64, device="cpu")
         if mean.ndim > 0 and tuple(mean.shape) != self.shape:
             raise ValueError(f"mean has shape {tuple(mean.shape)}; expected a float or shape={self.shape}")
         if not bool(torch.isfinite(mean).all()):
@@ -80,7 +80,7 @@ class Gaussian(Oracle):
 
     def _draw(self, n: int, generator: torch.Generator) -> Tensor:
         noise = torch.randn(n, *self.shape, generator=generator, dtype=torch.float64, device="cpu")
-        return torch.as_tensor(self.mean).to(noise) + self.std * noise
+        return torch.as_tensor(self.mean, dtype=noise.dtype, device="cpu") + self.std * noise
 
     def flow(self, z: Tensor, s_from: float | Tensor, s_to: float | Tensor) -> Tensor:
         """Carry states exactly along the probability-flow ODE.
