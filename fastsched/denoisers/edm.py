@@ -54,12 +54,16 @@ def vars_of(thing: Any) -> dict[str, Any]:
 
 
 def labels_of(class_labels: object) -> Tensor:
-    """A copy of the class labels, [1 or B, label_dim]."""
-    if not isinstance(class_labels, Tensor) or class_labels.ndim not in (1, 2) or class_labels.numel() == 0:
+    """A copy of the class labels, [1, label_dim]."""
+    if not (
+        isinstance(class_labels, Tensor)
+        and class_labels.ndim in (1, 2)
+        and class_labels.numel() == class_labels.shape[-1] > 0
+    ):
         raise TypeError(
             f"class_labels must be a tensor [label_dim] or [1, label_dim], got {validate.shown(class_labels)}"
         )
-    return class_labels.detach().clone().reshape(-1, class_labels.shape[-1])
+    return class_labels.detach().clone().reshape(1, -1)
 
 
 class WrappedEdmNetwork(nn.Module):
@@ -77,7 +81,7 @@ class WrappedEdmNetwork(nn.Module):
         net: The network given by the user.
         inner: The network that ``net`` keeps as an attribute.
         sigma_data: Standard deviation of the data in the preconditioning.
-        class_labels: The networks' argument ``class_labels``, [1 or B, label_dim].
+        class_labels: The networks' argument ``class_labels``, [1, label_dim].
     """
 
     def __init__(self, net: Any, inner: Any, sigma_data: float, class_labels: Tensor | None = None) -> None:

@@ -156,7 +156,7 @@ def _check_entries(header: dict[str, Any], tensors: dict[str, Tensor], version: 
         if tensor.is_floating_point() and not bool(
             tensor[1:].isfinite().all() if name == "s" else tensor.isfinite().all()
         ):
-            raise ValueError(f"holds NaN or inf: {name} holds NaN or inf")
+            raise ValueError(f"holds NaN or inf in {name}")
 
 
 def _statistics(kind: type[Any], header: dict[str, Any], tensors: dict[str, Tensor], version: int) -> Any:

@@ -151,7 +151,7 @@ class Schedule:
         return self._used() == other._used() if isinstance(other, Schedule) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(str(self._used()))
+        return hash((self.solver, self.noise, *self.sigmas.tolist()))
 
     def _used(self) -> tuple[Any, ...]:
         """The fields that a sampler uses, as plain values."""

@@ -127,6 +127,8 @@ def test_class_labels_reach_the_network():
     torch.testing.assert_close(denoiser(z, 2.0), expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="class_labels must be None for a raw network"):
         fs.Denoiser.from_edm(lambda x, c_noise: x, class_labels=labels)
+    with pytest.raises(TypeError, match=r"class_labels must be a tensor .label_dim. or .1, label_dim."):
+        fs.Denoiser.from_edm(net, class_labels=torch.ones(3, 2))
 
 
 def test_a_raw_network_that_keeps_another_is_itself():

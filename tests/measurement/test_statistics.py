@@ -182,7 +182,7 @@ NAN = float("nan")
 TENSORS = {
     "gram missing": (lambda t: {"gram": None}, "lacks an entry"),
     "gram misshapen": (lambda t: {"gram": t["gram"][:, :5]}, "gram has shape"),
-    "gram NaN": (lambda t: {"gram": t["gram"] * NAN}, "gram holds NaN or inf"),
+    "gram NaN": (lambda t: {"gram": t["gram"] * NAN}, "holds NaN or inf in gram"),
     "gram negative": (lambda t: {"gram": -t["gram"]}, "negative squared norms"),
     "gram not symmetric": (lambda t: {"gram": t["gram"].triu()}, "not symmetric"),
     "gram half": (lambda t: {"gram": t["gram"].half()}, "gram in torch.float16"),

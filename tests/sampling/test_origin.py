@@ -134,6 +134,9 @@ def test_schedules_are_equal_if_a_sampler_does_the_same(stats):
     moved = fs.Schedule([1.0, 0.5, 0.0], "ddim", timesteps=[2.0, 1.0])
     assert moved != fs.Schedule([1.0, 0.5, 0.0], "ddim")
     assert moved != fs.Schedule([1.0, 0.5, 0.0], "heun", timesteps=[2.0, 1.0])
+    zero, negative = (fs.Schedule([2.0, 1.0, 0.0], "fitted", weights=[[1.0, x], [0.5, 0.5]]) for x in (0.0, -0.0))
+    assert zero == negative
+    assert hash(zero) == hash(negative)
 
 
 def test_statistics_are_equal_if_they_hold_the_same_paths(stats, tmp_path):
