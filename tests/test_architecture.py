@@ -172,3 +172,21 @@ def test_no_closure_within_a_closure():
 def test_depth_counts_functions_and_lambdas_alone():
     code = "class A:\n    def f(self):\n        def g():\n            if g:\n                return lambda: 0\n"
     assert [depth for _, depth in functions(ast.parse(code))] == [1, 2, 3]
+
+
+#: Functions of torch that make a tensor on a program's default device if no device is named.
+MAKERS = {"arange", "empty", "eye", "full", "linspace", "logspace", "ones", "tensor", "triu_indices", "zeros"}
+
+
+def test_new_tensors_name_their_device():
+    """Else they would be on a program's default device, beside others on the CPU; modules' parameters may be."""
+    found = []
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            function = node.func if isinstance(node, ast.Call) else None
+            if not (isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name)):
+                continue
+            made = function.attr in MAKERS or function.attr.startswith("rand")
+            if made and function.value.id == "torch" and "device" not in [keyword.arg for keyword in node.keywords]:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert [place for place in found if "denoisers/digits.py" not in place] == []

@@ -223,4 +223,4 @@ def _trained(process: NoiseProcess) -> Tensor:
 
     if isinstance(process, VariancePreserving):
         return process.trained_levels
-    return torch.tensor([process.s_min, process.s_max], dtype=torch.float64)
+    return torch.tensor([process.s_min, process.s_max], dtype=torch.float64, device="cpu")

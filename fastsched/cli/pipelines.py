@@ -79,7 +79,7 @@ def compare_pipeline(
                 advance(steps)
             ends.append(torch.cat(parts))
     calls = samples * solver_that_runs(pipe, fine.steps).model_calls(fine.steps)
-    reference = Reference(torch.empty(0), ends[0], solver, fine.steps, calls)
+    reference = Reference(torch.empty(0, device="cpu"), ends[0], solver, fine.steps, calls)
     found = zip(runs[1:], ends[1:], strict=True)
     rows = []
     for (name, schedule, steps), end in found:

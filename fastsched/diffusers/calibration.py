@@ -116,7 +116,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         # Pipelines read entries of their scheduler's config, so this config has them too.
         self.register_to_config(**{key: value for key, value in settings.items() if not key.startswith("_")})
         self.init_noise_sigma = 1.0
-        self.timesteps = torch.arange(0)
+        self.timesteps = torch.arange(0, device="cpu")
         self._asked_levels: int | Tensor | None = None
         self._watch: PipelineWatch | None = None
         self._own_noise = True

@@ -374,7 +374,7 @@ def _flow(scheduler: Any) -> Convention:
 
 def _angle(scheduler: Any) -> Convention:
     """Dance Diffusion: continuous angles, within the range that float32 resolves in the class."""
-    angles = torch.arange(1, 991, dtype=torch.float64) * (math.pi / 2000)
+    angles = torch.arange(1, 991, dtype=torch.float64, device="cpu") * (math.pi / 2000)
     process = VariancePreserving(angles.cos().square())  # type: ignore[arg-type]  # __post_init__ makes it a tuple
     return Convention(Denoiser(_pipeline_network, process, "v"), train_steps=1, angle=True)
 

@@ -233,7 +233,7 @@ def check_range(schedule: Schedule, convention: Convention, scheduler: Any) -> N
             f"schedule must be for a {process.kind!r} noise process, as {name} is, got one for a {schedule.noise!r} "
             "noise process; measure this pipeline (fastsched.diffusers.measure)"
         )
-    ends = process.sampler_sigma(torch.tensor([process.s_max, process.s_min], dtype=torch.float64))
+    ends = process.sampler_sigma(torch.tensor([process.s_max, process.s_min], dtype=torch.float64, device="cpu"))
     low, high = float(ends[1]), float(ends[0])
     first, last = float(schedule.sigmas[0]), schedule.end_sigma
     if first > high * 1.001 or last < low * 0.999:
@@ -373,12 +373,12 @@ def _linear_timesteps(sigmas: Tensor, process: VariancePreserving) -> list[float
 
 def declared_sigmas(scheduler: Any, convention: Convention) -> Tensor:
     """The sampler sigmas that a scheduler lists, [steps + 1]; computed from its timesteps if it lists none."""
-    end = torch.zeros(1, dtype=torch.float64)
+    end = torch.zeros(1, dtype=torch.float64, device="cpu")
     if getattr(scheduler, "sigmas", None) is None:
         times = torch.as_tensor(scheduler.timesteps)
         return torch.cat([convention.process.sampler_sigma(convention.levels(times)), end])
     sigmas = torch.as_tensor(scheduler.sigmas).detach().to("cpu", torch.float64)
-    keep = torch.ones(len(sigmas), dtype=torch.bool)
+    keep = torch.ones(len(sigmas), dtype=torch.bool, device="cpu")
     keep[1:] = sigmas[1:] != sigmas[:-1]  # schedulers with two calls a step list each inner level twice
     distinct = sigmas[keep]
     if len(distinct) > 1 and distinct[-1] <= 1.001 * NEGLIGIBLE * distinct[-2]:

@@ -87,7 +87,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         scheduler_config: dict[str, Any] | None = None,
         network_sigmas: Sequence[float | str] | None = None,
     ) -> None:
-        rows = torch.tensor(weights, dtype=torch.float64)
+        rows = torch.tensor(weights, dtype=torch.float64, device="cpu")
         told = None if network_sigmas is None else _numbers(network_sigmas)
         self.schedule = Schedule(_numbers(sigmas), "fitted", noise, weights=rows, network_sigmas=told)
         settings = dict(scheduler_config or {})
@@ -215,7 +215,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         told = told_timesteps(self._own, self._timesteps, timesteps=timesteps, sigmas=sigmas, mu=mu)
         self.timesteps = Timesteps.of(told.to(device), self._start_at)
         self._step_index = 0
-        self._states = self._rows = torch.empty(0)
+        self._states = self._rows = torch.empty(0, device="cpu")
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Only ``begin_index=0`` is supported.
@@ -328,7 +328,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = self._timesteps
         self.num_inference_steps: int | None = None
         self._step_index: int | None = None
-        self._states = self._rows = torch.empty(0)
+        self._states = self._rows = torch.empty(0, device="cpu")
 
     def _start_at(self, index: int) -> Tensor:
         if self._step_index:
@@ -342,7 +342,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
 
 
 def _numbers(values: Sequence[float | str]) -> Tensor:
-    return torch.tensor([float(value) for value in values], dtype=torch.float64)
+    return torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")
 
 
 def _plain(sigmas: Tensor) -> list[float | str]:

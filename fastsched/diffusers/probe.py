@@ -141,11 +141,11 @@ def trace(
         expected: The timestep given to the network at each level; the level's own when None.
         nudge: Relative change of the network's answers.
     """
-    ones = torch.zeros(1, 2, PROBE_SIZE // 2, 1, dtype=torch.float32)
+    ones = torch.zeros(1, 2, PROBE_SIZE // 2, 1, dtype=torch.float32, device="cpu")
     ones[:, 0] = 1.0
     with ONE_CALL, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # the CPU's alone, because no other is restored
-        noise = torch.randn(ones.shape, dtype=torch.float32) * (1 - ones)
+        noise = torch.randn(ones.shape, dtype=torch.float32, device="cpu") * (1 - ones)
         alpha, sigma = (float(scale[0]) for scale in scales(convention, levels))
         oracle = oracle_network(convention, lambda y, s: ones.double())
         expected = convention.timesteps(levels) if expected is None else expected
@@ -167,7 +167,7 @@ def trace(
     times = torch.as_tensor(scheduler.timesteps).detach().to("cpu", torch.float64)
     signals = [float(x[0].mean()) for x in states]
     return Trace(
-        torch.tensor(signals, dtype=torch.float64),
+        torch.tensor(signals, dtype=torch.float64, device="cpu"),
         levels,
         torch.unique_consecutive(times),
         deterministic=bool((fresh <= 0.01 * levels + slack).all()),

@@ -68,9 +68,9 @@ class StartFromNoise:
         self._watch, self._consistency, self._index = watch, Consistency(), 0
         self.convention = describe(scheduler)
         self.scale = scales(self.convention, self.convention.process.level(schedule.sigmas[:1]))[1].float()
-        self.end = torch.empty(0)
+        self.end = torch.empty(0, device="cpu")
         self.left: int | None = None
-        self._copies, self._returned = 1, torch.empty(0)
+        self._copies, self._returned = 1, torch.empty(0, device="cpu")
         self._calls: list[tuple[float, LateReading, LateReading]] = []  # s, y, D
         self._verdicts = Verdicts()
         self._recorded = True
@@ -173,7 +173,7 @@ class StartFromNoise:
         self._set()  # start again, as if this step had not been made
         self.left = len(self._own["timesteps"])
         # The batch may be larger than the number of samples left, as a doubled one is; then seeds repeat.
-        seeds = self.seeds[torch.arange(len(sample)) % len(self.seeds)]
+        seeds = self.seeds[torch.arange(len(sample), device="cpu") % len(self.seeds)]
         given = (self.scale * noise_of(seeds, sample.shape[1:])).to(sample)
         self._returned = given.clone()  # the pipeline may write into what it is given
         return SchedulerOutput(prev_sample=given) if options.get("return_dict", True) else (given,)

@@ -268,7 +268,7 @@ def check_unchanged(sample: Tensor, returned: Tensor, index: int, verdicts: Verd
 
     sample_size = sample.numel()
     if sample.shape != returned.shape:
-        judge(torch.tensor([sample_size]))
+        judge(torch.tensor([sample_size], device="cpu"))
     changed = differing(sample, returned, ROUNDED)
     if index <= RESIZED_EARLY:
         before, now = (latents.float().flatten() for latents in (returned, sample))
