@@ -394,14 +394,16 @@ def log_uniform(high: float, low: float, n: int) -> Tensor:
 
 
 def _spread_indices(trained: Tensor, n: int) -> Sequence[int]:
-    """``n`` distinct indices into the ascending levels ``trained``, spread as evenly as possible in ``log s``."""
+    """``n`` distinct indices into the ascending levels ``trained``, spread as evenly as possible in ``log s``.
+
+    With zero terminal SNR one of them is the infinite level, and the others are spread below it.
+    """
     logs = trained.log().numpy()
     last = len(logs) - 1
-    top = logs[last] if np.isfinite(logs[last]) else logs[last - 1]
-    wanted = np.linspace(logs[0], top, n)
+    infinite = not np.isfinite(logs[last])
+    top = logs[last - infinite]
+    wanted = np.linspace(logs[0], top, n - infinite)
     chosen = {int(np.abs(logs - value).argmin()) for value in wanted} | {0, last}
-    while len(chosen) > n:  # only the added last index of zero terminal SNR can exceed n
-        chosen.discard(sorted(chosen)[-2])
     while len(chosen) < n:
         order = sorted(chosen)
         gaps = [(min(logs[b], top) - logs[a], a, b) for a, b in itertools.pairwise(order) if b - a > 1]

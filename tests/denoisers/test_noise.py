@@ -96,6 +96,15 @@ def test_zero_terminal_snr_starts_at_pure_noise():
     assert float(process.timestep(torch.tensor([math.inf], dtype=torch.float64))) == 999.0
 
 
+@pytest.mark.parametrize("n", [3, 12, 40])
+def test_the_highest_finite_level_follows_pure_noise_in_every_grid(n):
+    table = torch.cat([vp_table(40)[:-1], torch.zeros(1)])
+    whole, fractional = (VariancePreserving(table, integer_timesteps=flag) for flag in (True, False))
+    s = whole.levels(n)
+    assert len(set(s.tolist())) == n
+    assert s[[0, 1, -1]].tolist() == fractional.levels(n)[[0, 1, -1]].tolist()
+
+
 @given(low=st.floats(1e-4, 1.0), ratio=st.floats(1.01, 1e6), n=st.integers(2, 100))
 def test_ve_grid_is_log_uniform(low, ratio, n):
     s = VarianceExploding(low, low * ratio).levels(n)
