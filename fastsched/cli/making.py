@@ -389,11 +389,11 @@ def summary(schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def plain_decimals(values: list[float], digits: int = 6) -> str:
-    """``values`` separated by commas, without exponents, which some programs cannot read."""
+def plain_decimals(values: list[float]) -> str:
+    """``values`` of six digits, separated by commas, without exponents, which some programs cannot read."""
     import numpy as np
 
-    return ", ".join(np.format_float_positional(v, precision=digits, fractional=False, trim="0") for v in values)
+    return ", ".join(np.format_float_positional(v, precision=6, fractional=False, trim="0") for v in values)
 
 
 def _show(schedule: Schedule) -> None:

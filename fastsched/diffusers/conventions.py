@@ -270,7 +270,7 @@ def solver_of(scheduler: Any, steps: int | None = None) -> str | None:
         return "deis_3_lowered" if config.solver_order == 3 and lowered else f"deis_{config.solver_order}"
     if "UniPCMultistepScheduler" in names:
         return _unipc_of(config)
-    if names & {"FlowMatchEulerDiscreteScheduler"} and config.get("stochastic_sampling"):
+    if "FlowMatchEulerDiscreteScheduler" in names and config.get("stochastic_sampling"):
         return None
     return _known(scheduler)[1]
 

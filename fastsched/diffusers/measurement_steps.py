@@ -27,7 +27,7 @@ def levels_of(steps: int | None) -> int:
             "the pipeline asks its scheduler for the steps of an earlier call, as LEDITS++ does to edit an image that "
             "it has inverted, so it does not start from noise; measure the text-to-image pipeline of the same model"
         )
-    count = next((n for n in range(3, (steps or 0)) if calibration_steps(n) == steps), None)
+    count = next((n for n in range(3, steps or 0) if calibration_steps(n) == steps), None)
     if count is None:
         raise ValueError(
             "num_inference_steps must be what a number N of levels takes, 2 N if N is even and 2 N + 1 if it is odd, "

@@ -119,7 +119,9 @@ def fit_report(
     """`fit`, returning the full report."""
     validate.arguments(locals(), **CHECKS)
     steps, model_calls, batch_size = map(_plain, (steps, model_calls, batch_size))
-    method, decoupled = _solver(solver, bool(decoupled)), bool(decoupled)
+    method, decoupled = chosen_solver(solver), bool(decoupled)
+    if decoupled:
+        check_decoupled(method.name)
     batch = 1 if batch_size is None and checkpoint is not None else batch_size
     budget = model_calls if model_calls is not None else TOTAL if stats is None else MODEL_CALLS
     log_file = None if checkpoint is None else runs_beside(checkpoint, *rank_and_size(group))
@@ -191,13 +193,6 @@ def _prepared(
 def _plain(number: Any) -> Any:
     """A whole number as a Python int, because NumPy integers cannot be written to JSON."""
     return None if number is None else int(number)
-
-
-def _solver(name: str, decoupled: bool) -> Solver:
-    solver = chosen_solver(name)
-    if decoupled:
-        check_decoupled(solver.name)
-    return solver
 
 
 def _fitted(

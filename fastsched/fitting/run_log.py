@@ -27,8 +27,6 @@ VERSION = 1
 
 #: Bytes before the content of a record: the length of the content, and its SHA-256.
 LENGTH, DIGEST = 8, 32
-#: A longer record means that the file is damaged.
-MOST_BYTES = 1 << 40
 
 
 def runs_beside(checkpoint: str | os.PathLike[str], rank: int = 0, size: int = 1) -> str:
@@ -89,7 +87,7 @@ class RunLog:
             while at < size:
                 head = file.read(LENGTH + DIGEST)
                 length = int.from_bytes(head[:LENGTH], "little")
-                content = file.read(length) if len(head) == LENGTH + DIGEST and length < min(size, MOST_BYTES) else b""
+                content = file.read(length) if len(head) == LENGTH + DIGEST and length < size else b""
                 if not content or len(content) < length or bytes.fromhex(checksum(content)) != head[LENGTH:]:
                     self._report_damage(place, left=size - at - len(head) - length)
                     return at
@@ -111,7 +109,7 @@ class RunLog:
 
     def _check_identity(self, what: dict[str, Any], found: dict[str, Any]) -> None:
         if found.get("format") != FORMAT:
-            raise ValueError(f"{self.path} does not hold runs of fastsched; remove it, or name another file")
+            self._report_damage(0, left=0)
         for key in sorted({*what, *found}):
             wanted, given = json.loads(json.dumps(what.get(key))), found.get(key)
             if wanted != given:

@@ -32,12 +32,10 @@ def rank_and_size(group: Any) -> tuple[int, int]:
     """This process's rank within ``group``, and how many there are; (0, 1) without a group.
 
     Raises:
-        ValueError: If there is no process group, or this process is not in it.
+        ValueError: If this process is not in the group.
     """
     if group is None:
         return 0, 1
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        raise ValueError("group needs torch.distributed.init_process_group (torchrun or accelerate do it)")
     rank = torch.distributed.get_rank(group)
     if rank < 0:
         raise ValueError("group must be one that this process belongs to")
