@@ -2,7 +2,7 @@
 
 Every function returns a float64 tensor [steps + 1], strictly descending, whose last entry is 0: the
 k-diffusion convention, in which a multistep sampler makes ``steps`` model calls. Entries are noise levels
-``s = sigma / alpha`` (except :func:`flow_shift`, which is in flow time).
+``s = sigma / alpha`` (except `flow_shift`, which is in flow time).
 
 A schedule over a range of levels is a curve ``s(u)`` from ``s(0) = sigma_max`` to ``s(1) = sigma_min``.
 ``spare_last`` selects how it ends:
@@ -51,7 +51,7 @@ def karras(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0, *, 
     """``s(u) = (s_max^(1/rho) + u (s_min^(1/rho) - s_max^(1/rho)))^rho``.
 
     Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", equation 5.
-    ``rho`` is positive; 1 is :func:`linear`, and as it grows the curve tends to :func:`exponential`.
+    ``rho`` is positive; 1 is `linear`, and as it grows the curve tends to `exponential`.
     """
     validate.arguments(locals())
 
@@ -128,7 +128,7 @@ def cosine(steps: int, sigma_min: float, sigma_max: float, *, spare_last: bool =
 
     ``abar = cos^2((t + 0.008) / 1.008 * pi / 2)`` and ``s = sqrt(1 / abar - 1)`` (Nichol and Dhariwal 2021,
     "Improved Denoising Diffusion Probabilistic Models", equation 17), so ``s`` is the tangent of an angle linear
-    in ``t``: given its range, this is :func:`kl_optimal` for data of unit variance.
+    in ``t``: given its range, this is `kl_optimal` for data of unit variance.
     """
     return kl_optimal(steps, sigma_min, sigma_max, 1.0, spare_last=spare_last)
 
@@ -139,7 +139,7 @@ def beta(
     """``s(u) = s_min + (s_max - s_min) Q(1 - u)``, ``Q`` the quantile function of Beta(``alpha``, ``beta``).
 
     Lee et al. 2024, "Beta Sampling is All You Need", as diffusers applies it to levels. Both parameters are
-    positive; 1 and 1 are :func:`linear`.
+    positive; 1 and 1 are `linear`.
 
     Raises:
         ValueError: Also if levels near an end are equal in float64.
@@ -159,7 +159,7 @@ def flow_shift(steps: int, shift: float = 3.0) -> Tensor:
 
     Entries are flow times in (0, 1], which flow models call sigma (``s = t / (1 - t)``); the first is 1. Esser et
     al. 2024, "Scaling Rectified Flow Transformers", equation 23; the shift ``m`` is 3 for Stable Diffusion 3 and
-    ``exp(mu)`` for Flux, with ``mu`` from :func:`flow_shift_mu`. ``shift`` is positive; 1 leaves ``t`` uniform.
+    ``exp(mu)`` for Flux, with ``mu`` from `flow_shift_mu`. ``shift`` is positive; 1 leaves ``t`` uniform.
     """
     validate.arguments(locals())
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu")

@@ -174,7 +174,7 @@ def function(name: str, value: object) -> object:
 def instance(name: str, value: object, kind: type[Kind], made_by: str) -> Kind:
     """Return ``value``, an instance of one of the package's classes; the error says how it is ``made_by``."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be a fastsched.{kind.__name__} ({made_by}), got {type(value).__name__}")
+        raise TypeError(f"{name} must be of class {kind.__name__} ({made_by}), got {type(value).__name__}")
     return value
 
 

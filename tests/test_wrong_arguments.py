@@ -31,7 +31,7 @@ SCHEDULE = fs.Schedule([80.0, 1.0, 0.0], "ddim")
     ],
 )
 def test_what_is_no_measurement_is_named(call):
-    with pytest.raises(TypeError, match=r"stats must be a fastsched\.PathStatistics .* got (Schedule|str)"):
+    with pytest.raises(TypeError, match=r"stats must be of class PathStatistics .* got (Schedule|str)"):
         call()
 
 

@@ -41,7 +41,7 @@ class Batches:
         chosen: Whether the caller chose ``size``; if not, fewer paths are followed at once where memory is short.
         checks: Whether to check the network by a few calls first (`measurement.network_checks`).
         file: Where every finished batch is saved; None keeps them only in memory.
-        progress: Whether to show a progress bar.
+        progress: As in `fastsched.measure`.
         gathered: As in `fastsched.measurement.memory.need`, if the paths are one process's share of a group's.
         identified: Whether to ask for the network's fingerprint where there are no checks.
     """

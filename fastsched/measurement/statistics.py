@@ -234,9 +234,9 @@ def data_deviation(ends: Tensor) -> float:
 
     Elements that are 0 in every path are left out: a pipeline sets them (`diffusers.step_checks.held_at_zero`).
     """
-    owned = ~ends.any(0)  # one mask for all paths, and no copy without such elements
-    if bool(owned.any()) and not bool(owned.all()):
-        ends = ends[:, ~owned]
+    kept = ends.any(0)  # one mask for all paths, and no copy where it holds all elements
+    if bool(kept.any()) and not bool(kept.all()):
+        ends = ends[:, kept]
     return float((ends.double() - ends.double().mean()).square().mean().sqrt())
 
 

@@ -129,8 +129,10 @@ def _is_grid(name: str, value: object) -> None:
     """Check a number of levels, or the levels themselves."""
     if hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0:
         validate.positive_int(name, value, minimum=2)
-    else:
-        validate.descending_sigmas(name, value)
+        return
+    s = validate.descending_sigmas(name, value)
+    if not (float(s[-1]) > 0 and math.isfinite(s[0])):
+        raise ValueError(f"{name} must be above 0 and finite, as pure noise has no score, got {s.tolist()}")
 
 
 def _to_zero(process: NoiseProcess, nodes: Tensor, steps: int) -> Tensor:

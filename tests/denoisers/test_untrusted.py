@@ -125,7 +125,7 @@ def test_placement_is_checked(options, error, message):
 
 
 def test_a_denoiser_must_be_one():
-    with pytest.raises(TypeError, match="denoiser must be a fastsched"):
+    with pytest.raises(TypeError, match="denoiser must be of class Denoiser"):
         fs.measure(shrink, (3,), progress=False)
 
 

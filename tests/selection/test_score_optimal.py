@@ -107,3 +107,10 @@ def test_same_seed_same_schedule_and_bad_steps():
     with pytest.raises(ValueError, match="steps must be at least 1"):
         fs.score_optimal_schedule(denoiser, 0, shape=(8,), progress=False)
     assert math.isclose(float(first.sigmas[0]), 80.0)
+
+
+@pytest.mark.parametrize("levels", [[math.inf, 10.0, 1.0], [10.0, 1.0, 0.0]])
+def test_levels_without_a_score_are_refused_by_name(levels):
+    flow = fs.Denoiser.from_velocity(lambda x, t: x)
+    with pytest.raises(ValueError, match=r"levels must be above 0 and finite, .* got .(inf|10\.0), "):
+        fs.score_optimal_schedule(flow, 2, shape=(4,), levels=torch.tensor(levels), progress=False)

@@ -110,5 +110,5 @@ def test_bad_arguments_are_named():
 
 
 def test_an_estimate_must_return_a_cost():
-    with pytest.raises(TypeError, match=r"what estimate\(sigmas=...\) returns must be a fastsched.CostMatrix"):
+    with pytest.raises(TypeError, match=r"what estimate\(sigmas=...\) returns must be of class CostMatrix"):
         fs.refine_schedule(lambda sigmas: sigmas, [2.0, 1.0])

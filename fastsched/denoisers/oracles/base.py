@@ -40,7 +40,7 @@ def as_states(flat: Tensor, z: Tensor) -> Tensor:
 
 
 def level_column(s: float | Tensor, z: Tensor, name: str = "s", *, zero: bool = False) -> Tensor:
-    """``s`` as [B or 1, 1], in the dtype that :func:`flat_states` gives ``z``."""
+    """``s`` as [B or 1, 1], in the dtype that `flat_states` gives ``z``."""
     if not isinstance(s, Tensor) and not (zero and s == 0):
         validate.positive(name, s)
     level = torch.as_tensor(s, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
