@@ -91,7 +91,8 @@ def sample(
     values = validate.descending_sigmas("sigmas", getattr(sigmas, "sigmas", sigmas))
     s = denoiser.process.level(values)
     nodes, steps, ends_at_zero = nodes_of(denoiser.process, s), len(s) - 1, float(values[-1]) == 0.0
-    calls = method.model_calls(steps) if ends_at_zero or method.stage is None else 2 * steps
+    without = ends_at_zero + from_pure_noise(method, nodes[0])  # steps that have no stage
+    calls = steps if method.stage is None else steps + max(0, steps - without)
     verdicts, told = Verdicts(), _told_levels(sigmas, method.name, denoiser.process)
     with unchanged_buffers(denoiser.network), progress_bar(calls, progress, f"{method.name} sampling") as advance:
 

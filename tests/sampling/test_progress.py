@@ -1,6 +1,8 @@
+import math
 import sys
 
 import pytest
+import torch
 
 import fastsched as fs
 from fastsched.sampling.progress import progress_bar
@@ -37,6 +39,16 @@ def test_long_functions_end_at_their_total(work):
         counts = [done for done, of in heard if of == total]
         assert counts == sorted(counts)
         assert counts[-1] == total
+
+
+@pytest.mark.parametrize("sigmas", [[math.inf, 5.0, 1.0, 0.0], [math.inf, 5.0, 1.0], [math.inf, 0.0], [5.0, 1.0, 0.0]])
+@pytest.mark.parametrize("solver", ["ddim", "heun", "dpmpp_2s"])
+def test_a_sampler_ends_at_its_total_also_from_pure_noise(sigmas, solver):
+    table = torch.cat([torch.linspace(0.99, 0.01, 20), torch.zeros(1)])
+    heard = []
+    denoiser = fs.Denoiser.from_v(lambda x, t: 0 * x, table)
+    fs.sample(denoiser, sigmas, solver, torch.ones(1, 2), progress=lambda *counts: heard.append(counts))
+    assert [done for done, _ in heard] == list(range(1, heard[-1][1] + 1))
 
 
 def test_a_fit_can_be_ended_by_its_callback():
