@@ -74,6 +74,8 @@ class ErrorModel:
 
     def weights(self, levels: Array) -> Tensor | None:
         """The weights of the fitted solver for one schedule's levels [steps + 1], [steps, steps]; None for others."""
+        if self.solver.name != FITTED:
+            return None
         weights = surrogate_runs(self.surrogate, levels[None], self.solver).weights
         return None if weights is None else torch.from_numpy(weights[0])
 
