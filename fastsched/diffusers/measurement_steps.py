@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastsched.measurement.deviated_paths import deviated_paths, queries
+from fastsched.measurement.deviated_paths import deviated_paths, query_count
 
 #: Why a pipeline may make another number of steps than it is called with.
 OWN_LIST = "does it have a list of its own, as sample_sigmas in the config of Qwen-Image 2.1? Leave that out"
@@ -13,7 +13,7 @@ OWN_LIST = "does it have a list of its own, as sample_sigmas in the config of Qw
 def calibration_steps(levels: int | Tensor) -> int:
     """Steps of a measurement at ``levels``: one for the pipeline's own latents, one per query, and a repeated query."""
     count = len(levels) if isinstance(levels, Tensor) else levels
-    return len(queries(count, deviated_paths(count))) + 2
+    return query_count(count, deviated_paths(count)) + 2
 
 
 def levels_of(steps: int | None) -> int:

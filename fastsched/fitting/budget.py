@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.measurement.deviated_paths import deviated_paths, queries
+from fastsched.denoisers.noise import MOST_LEVELS
+from fastsched.measurement.deviated_paths import deviated_paths, query_count
 
 #: Default number of model calls of a fit, the measurement included.
 TOTAL = 800
@@ -61,7 +62,7 @@ PLANS = (
 
 def measuring_calls(levels: int, samples: int, *, responses: bool = True) -> int:
     """Network evaluations of the measured paths, without the checks of the network."""
-    return samples * len(queries(levels, deviated_paths(levels) if responses else ()))
+    return samples * query_count(levels, deviated_paths(levels) if responses else ())
 
 
 def takes_responses(total: int, elements: int) -> bool:
@@ -88,14 +89,17 @@ def planned(
     ``calls(levels, samples)`` returns the calls of the measurement, ``responses`` says whether it has responses.
 
     Raises:
-        ValueError: If both are None and ``total`` is below the smallest plan's, or the measurement takes more calls
-            than ``total``.
+        ValueError: If both are None and ``total`` is below the smallest plan's, the measurement takes more calls than
+            ``total``, or there are more steps than a network has levels.
     """
     if levels is None and samples is None and total < PLANS[0].total:
         raise ValueError(
             f"model_calls must be at least {PLANS[0].total}, the measurement included, got {total}; or give levels and "
             "samples, or stats"
         )
+    most = MOST_LEVELS - 2  # a network is measured at more levels than there are steps
+    if levels is None and steps > most:
+        raise ValueError(f"steps must be at most {most:,}, got {steps:,}")
     plan = _plan(total)
     grid = max(plan.levels, steps + 2 - steps % 2) if levels is None else validate.levels("levels", levels)
     if samples is None:

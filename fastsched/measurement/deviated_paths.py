@@ -85,6 +85,11 @@ def queries(levels: int, paths: Sequence[DeviatedPath]) -> list[int]:
     return [*range(levels), *(k for k in asked_levels(levels) for _ in paths)]
 
 
+def query_count(levels: int, paths: Sequence[DeviatedPath]) -> int:
+    """How many `queries` there are. No list of them is made: more levels may be asked for than memory holds."""
+    return levels + len(asked_levels(levels)) * len(paths)
+
+
 def positions(s: Tensor) -> list[float]:
     """``lambda = -log s`` of the levels of a grid, [N]; pure noise is `PURE_NOISE_GAP` before the next level."""
     lam = (-s.double().log()).tolist()

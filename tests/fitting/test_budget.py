@@ -6,6 +6,7 @@ import torch
 import fastsched as fs
 from fastsched.fitting.budget import PLANS, measuring_calls, planned
 from fastsched.fitting.denoiser_fit import fit_report
+from fastsched.measurement.deviated_paths import deviated_paths, queries, query_count
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -39,3 +40,13 @@ def test_samples_of_few_elements_are_measured_without_responses(elements, given)
     assert (report.stats.response_gram is None) == few
     assert report.stats.samples == (3 if given else 7 if few else 4)  # 184 calls of paths of 24 or 46
     assert sum(calls) == report.model_calls <= 400
+
+
+def test_absurd_numbers_of_levels_and_steps_are_refused_before_they_fill_the_memory():
+    for levels in (3, 4, 47, 48):
+        for paths in ((), deviated_paths(levels)):
+            assert query_count(levels, paths) == len(queries(levels, paths))
+    denoiser = fs.Denoiser.from_denoiser(lambda z, s: z / 2, 0.01, 20.0)
+    for name in ("levels", "steps"):
+        with pytest.raises(ValueError, match=f"^{name} must be at most"):
+            fs.fit(denoiser, (5,), **{"steps": 4, name: 2**31 - 1})
