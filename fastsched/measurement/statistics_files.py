@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.noise import NoiseProcess, far_outside, process_from_dict
-from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels
+from fastsched.measurement.deviated_paths import STRIDE, DeviatedPath, asked_levels
+from fastsched.measurement.fingerprints import PROJECTIONS
 from fastsched.sampling.files import check_readable, checksum, json_object, kind_of, write_whole
 from fastsched.sampling.origin import Origin
 
@@ -25,6 +26,9 @@ NAMES = {"response_cross": "cross", "response_gram": "w_squared"}
 REQUIRED = {"s", "seeds", "gram", "ends"}
 OPTIONAL = {*NAMES.values(), "fingerprint", "increments", "responses"}
 ENTRIES = {"format", "version", "process", "data_std", "model_calls", "deviated", "origin", "sha256"}
+#: A product of two vectors may exceed that of their norms by this factor, and by this part of the largest such product:
+#: rounding of 16 bits under autocast, in earlier versions, changed entries by 0.1%.
+PRODUCT_SLACK = 1.01, 1e-5
 #: Entries of files before version 3.
 FORMER_ENTRIES = {"sensitivity"}
 
@@ -148,7 +152,7 @@ def _check_entries(header: dict[str, Any], tensors: dict[str, Tensor], version: 
     for key, kind in (("data_std", float), ("model_calls", int)):
         value = header[key]
         if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 <= value < 2**63:
-            raise ValueError(f"has {key} = {value!r}, not a number from 0")
+            raise ValueError(f"has {key} = {value!r:.80}, not a number from 0")
     for name, tensor in tensors.items():
         wanted = {"seeds": torch.int64, "ends": torch.float32, "increments": torch.float32, "responses": torch.float32}
         if tensor.dtype != wanted.get(name, torch.float64):
@@ -171,9 +175,19 @@ def _statistics(kind: type[Any], header: dict[str, Any], tensors: dict[str, Tens
         data_std=float(header["data_std"]),
         model_calls=header["model_calls"],
         origin=Origin.from_dict(header["origin"]) if "origin" in header else None,
-        deviated=tuple(DeviatedPath(int(hold), int(order)) for hold, order in header.get("deviated", [])),
+        deviated=_deviated(header.get("deviated", [])),
         **{fields.get(name, name): tensor for name, tensor in tensors.items()},
     )
+
+
+def _deviated(entries: Any) -> tuple[DeviatedPath, ...]:
+    if not isinstance(entries, list):
+        raise TypeError(f"deviated = {entries!r:.80}")
+    for entry in entries:
+        pair = isinstance(entry, list) and len(entry) == 2 and all(type(each) is int for each in entry)
+        if not pair or entry[0] < STRIDE or entry[0] % STRIDE or entry[1] not in (1, 2):
+            raise ValueError(f"holds the deviated path {entry!r:.80}; expected 2 numbers, levels to hold and an order")
+    return tuple(DeviatedPath(*entry) for entry in entries)
 
 
 def _check_values(stats: Any) -> None:
@@ -196,6 +210,11 @@ def _check_values(stats: Any) -> None:
         value = getattr(stats, name)
         if value is not None and tuple(value.shape) != shape:
             raise ValueError(f"is not whole: {name} has shape {tuple(value.shape)}, not {shape}")
+    mark = stats.fingerprint
+    if mark is not None and mark.shape not in ((PROJECTIONS,), (2 * PROJECTIONS,)):
+        raise ValueError(f"is not whole: fingerprint has shape {tuple(mark.shape)}")
+    if stats.increments is not None and (stats.responses is not None) != (rows > 0):
+        raise ValueError("is not whole: it needs increments and responses of the deviated paths together")
     if len(stats.ends) != b:
         raise ValueError(f"is not whole: ends holds {len(stats.ends)} samples, not {b}")
     if (stats.response_cross is None) != (stats.response_gram is None) or (rows > 0) != (
@@ -205,15 +224,33 @@ def _check_values(stats: Any) -> None:
     if len(set(stats.seeds.tolist())) < b or bool((stats.seeds < 0).any()):
         raise ValueError("holds seeds that repeat or are negative")
     _check_levels(stats)
+    _check_products(stats)
+
+
+def _check_products(stats: Any) -> None:
+    """Raise ValueError unless Gram matrices are symmetric, and no product exceeds those of the vectors' norms."""
+    norms = {}
     for name in ("gram", "response_gram"):
         value = getattr(stats, name)
         if value is None:
             continue
         size = float(value.abs().max()) + math.ulp(0.0)
+        if size > torch.finfo(torch.float32).max:
+            raise ValueError(f"holds a {name} beyond float32, which a measurement refuses")
         if not torch.allclose(value, value.mT, rtol=0, atol=1e-6 * size):
             raise ValueError(f"holds a {name} that is not symmetric")
-        if bool((value.diagonal(dim1=1, dim2=2) < -1e-9 * size).any()):
+        squares = value.diagonal(dim1=1, dim2=2)
+        if bool((squares < -1e-9 * size).any()):
             raise ValueError(f"holds a {name} with negative squared norms")
+        norms[name] = squares.clamp_min(0.0).sqrt()
+    kinds = {"gram": ("gram", "gram"), "response_gram": ("response_gram", "response_gram")}
+    for name, (one, other) in {**kinds, "response_cross": ("response_gram", "gram")}.items():
+        value = getattr(stats, name)
+        if value is None:
+            continue
+        most = norms[one][:, :, None] * norms[other][:, None, :]
+        if bool((value.abs() > PRODUCT_SLACK[0] * most + PRODUCT_SLACK[1] * most.max()).any()):
+            raise ValueError(f"holds a {name} with products of vectors that exceed those of their norms")
 
 
 def _check_levels(stats: Any) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -133,10 +134,13 @@ def json_object(text: str, name: str) -> dict[str, Any]:
     """The entries of a JSON object from a file called ``name``; an empty dictionary for any other JSON value.
 
     Raises:
-        ValueError: If the text is not JSON, holds an entry twice or NaN, or is nested too deeply.
+        ValueError: If the text is not JSON, holds an entry twice, NaN or a number such as 1e400, which would be read as
+            infinity, or is nested too deeply.
     """
     try:
-        found = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_unique, parse_constant=_constant)
+        found = json.loads(
+            text.removeprefix("\ufeff"), object_pairs_hook=_unique, parse_constant=_constant, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ValueError(f"{name} is not a whole JSON file ({reason}); save it again") from None
@@ -148,6 +152,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(entries) < len(pairs):
         raise ValueError("an entry occurs twice")
     return entries
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits:.40} is too large")
+    return number
 
 
 def _constant(name: str) -> float:

@@ -216,7 +216,7 @@ def read_sigmas(file, entries):
         sigmas = torch.tensor([float(value) for value in values], dtype=torch.float64)
     except OverflowError:
         raise ValueError(f"{file}: sigmas must be finite, got an integer that float64 cannot hold") from None
-    if noise == "vp" and values and float(values[0]) == float("inf"):
+    if noise == "vp" and values and values[0] == "inf":  # not a number such as 1e400, which is read as infinity
         sigmas[0] = LARGEST_SIGMA
     single = sigmas.to(torch.float32)
     descending = bool((single[1:] < single[:-1]).all())

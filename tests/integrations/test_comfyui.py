@@ -116,6 +116,7 @@ MALFORMED = {
     "none": (file_with(sigmas=[]), "strictly descend"),
     "infinite": (file_with(sigmas=["inf", 0.0]), "finite"),
     "Infinity": (file_with(sigmas=[math.inf, 0.0]), "finite"),
+    "too large a number": (file_with(sigmas=[5, 1, 0], noise="vp").replace("5", "1e400"), "finite"),
     "infinite later": (file_with(sigmas=["inf", "inf", 0.0], noise="vp"), "finite"),
     "not a number": (file_with(sigmas=[3, math.nan, 0]), "strictly descend"),
     "null": (file_with(sigmas=None), "list of numbers"),

@@ -164,6 +164,8 @@ HEADERS = [
     ({"process": None}, "is wrong"), ({"process": {"kind": "ve", "sigma_min": 9, "sigma_max": 1}}, "sigma_min must be"),
     ({"data_std": None}, "data_std = None"), ({"data_std": -1.0}, "data_std = -1.0"), ({"model_calls": "x"}, "calls"),
     ({"deviated": [[2]]}, "values to unpack|expected 2"), ({"deviated": []}, "deviated paths together|has shape"),
+    ({"deviated": [[3, 1], [2, 2]]}, r"deviated path \[3, 1\]"), ({"deviated": [[0, 1], [2, 2]]}, r"path \[0, 1\]"),
+    ({"deviated": [[2, 7], [2, 2]]}, r"deviated path \[2, 7\]"), ({"deviated": None}, "deviated = None"),
     ({"spare": 1}, "not known: spare"), ({"format": "x"}, "does not hold path statistics"),
 ]  # fmt: skip
 
@@ -186,6 +188,10 @@ TENSORS = {
     "gram negative": (lambda t: {"gram": -t["gram"]}, "negative squared norms"),
     "gram not symmetric": (lambda t: {"gram": t["gram"].triu()}, "not symmetric"),
     "gram half": (lambda t: {"gram": t["gram"].half()}, "gram in torch.float16"),
+    "gram of no vectors": (lambda t: {"gram": t["gram"] - t["gram"].diagonal(dim1=1, dim2=2).diag_embed()}, "exceed"),
+    "gram too large": (lambda t: {"gram": t["gram"] * 1e300}, "gram beyond float32"),
+    "cross of no vectors": (lambda t: {"cross": t["cross"] * 1e6}, "response_cross with products"),
+    "no fingerprint": (lambda t: {"fingerprint": t["fingerprint"][:0]}, "fingerprint has shape"),
     "s rising": (lambda t: {"s": t["s"].flip(0)}, "do not descend"),
     "s NaN": (lambda t: {"s": t["s"] * NAN}, "NaN or inf"),
     "s repeating": (lambda t: {"s": t["s"].clamp(max=1.0)}, "do not descend"),
@@ -201,6 +207,7 @@ TENSORS = {
     "half of the responses": (lambda t: {"w_squared": None}, "together"),
     "negative responses": (lambda t: {"w_squared": -t["w_squared"]}, "negative squared norms"),
     "spare tensor": (lambda t: {"spare": t["s"].clone()}, "not known: spare"),
+    "increments alone": (lambda t: {"increments": torch.zeros(3, 11, 4)}, "increments and responses"),
     "increments misshapen": (lambda t: {"increments": torch.zeros(3, 9, 4)}, "increments has shape"),
 }
 

@@ -159,8 +159,9 @@ def test_files_without_a_checksum_load(tmp_path):
         '{"format": "fastsched.schedule", "version": 1, "version": 2}',
         '{"a": NaN}',
         '{"sigmas": Infinity}',
+        '{"sigmas": [1e400, 1, 0]}',
     ],
-    ids=["deep", "twice", "NaN", "Infinity"],
+    ids=["deep", "twice", "NaN", "Infinity", "too large"],
 )
 def test_odd_json_is_refused(tmp_path, text):
     (tmp_path / "s.json").write_text(text)
