@@ -29,6 +29,8 @@ DAMPING = (1e-4, 1.0)
 
 #: Squared size of a deviation, relative to the squared error at the end, below which its residual is rounding.
 LEAST = 1e-10
+#: The largest squared size of unit noise relative to an error near 0: infinity times an offset of 0 is no number.
+LARGEST = 1e300
 
 
 def residuals(surrogate: Surrogate, stats: PathStatistics, found: Evaluations) -> Tensor:
@@ -99,7 +101,7 @@ def with_runs(
     found = []
     for k, level in enumerate(s[anchor] if len(s) else ()):
         a = deviations[:, k]
-        own = unit * level**2 if math.isfinite(level) else 0.0
+        own = min(unit * level**2, LARGEST) if math.isfinite(level) else 0.0  # a constant network has errors near 0
         size = ((a @ metric) * a).sum(1) + own * offsets[:, k] ** 2
         kept = (size > LEAST) & np.isfinite(s[:, k]) & math.isfinite(level)  # at pure noise nothing has deviated
         damping = DAMPING[0] + DAMPING[1] * np.log(s[kept, k] / level) ** 2

@@ -96,14 +96,32 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
                 if batches.file is not None:
                     whole.save(batches.file, vectors=run.keep_vectors)
         except BaseException as error:
-            with contextlib.suppress(Exception):  # a few classes take no attributes
-                error.partial = whole  # type: ignore[attr-defined]  # a handler may save them
+            _carry(error, whole)
             if is_out_of_memory(error):
                 paths = min(batches.size, len(batches.seeds))
-                raise MemoryError(explained(run, paths, len(seeds), math.prod(batches.shape))) from error
+                advice = MemoryError(explained(run, paths, len(seeds), math.prod(batches.shape)))
+                _carry(advice, whole)
+                raise advice from error
             raise
     assert whole is not None  # there is at least one seed, measured now or before
+    if asked is not None and not asked.constant:
+        _warn_of_constant(whole)
     return whole
+
+
+def _carry(error: BaseException, whole: PathStatistics | None) -> None:
+    """Let a handler save the finished paths: they are ``error.partial``."""
+    with contextlib.suppress(Exception):  # a few classes take no attributes
+        error.partial = whole  # type: ignore[attr-defined]
+
+
+def _warn_of_constant(stats: PathStatistics) -> None:
+    """Warn if no denoised sample changed along its path; a network that has one answer is warned of before."""
+    if not bool(stats.gram.any()):
+        validate.warn(
+            "the denoised samples did not change from level to level, so schedules are meaningless: does the network "
+            "use the noise level, and is its output not rounded?"
+        )
 
 
 def resumed(file: str | os.PathLike[str] | None, run: Measurement, batches: Batches) -> PathStatistics | None:

@@ -45,6 +45,7 @@ class CheckCalls:
         fingerprint: The network's fingerprint, once it is known.
         top: The outputs at the highest level.
         middle: ``R`` of the call for the fingerprint.
+        constant: Whether all outputs before the measurement were equal.
         negative_slope: A message if ``D`` moves against a step of its input, else None.
         low_fault: A message if ``D`` is far from its input at the lowest level, else None.
         middle_fault: A message if denoising moves a rough sample of a flow too far and a finer one not, else None.
@@ -58,6 +59,7 @@ class CheckCalls:
     fingerprint: Tensor | None = field(default=None, init=False)
     top: Top = field(init=False)
     middle: Tensor = field(init=False)
+    constant: bool = field(default=False, init=False)
     negative_slope: str | None = field(default=None, init=False)
     low_fault: str | None = field(default=None, init=False)
     middle_fault: str | None = field(default=None, init=False)

@@ -152,7 +152,8 @@ def _check_denoiser(ask: CheckCalls, low: float) -> None:
         ask.negative_slope = _negative_slope(ask, first * noise[:1], first, x0, first * noise[1:])
     if first != second and ask.denoiser.prediction != "edm":
         x0 = ask.denoised(second * (noise[:1] + (1 / second - 1 / first) * x0), second)
-    if _answers_equal(ask, low):
+    ask.constant = _answers_equal(ask, low)
+    if ask.constant:
         validate.warn(
             "the network answered the same to every question, so schedules for it are meaningless: does it use its "
             "inputs, and is its output not all zero?",

@@ -94,6 +94,9 @@ def test_an_error_carries_what_was_finished():
 def test_out_of_memory_says_what_to_lower(error):
     with pytest.raises(MemoryError, match=r"4 paths at once over 12 levels .*lower batch_size \(now 4\)"):
         measure(Failing(10, error))
+    with pytest.raises(MemoryError, match="out of memory") as caught:
+        measure(Failing(5 + 2 * CALLS + 3, error), batch_size=1)
+    assert caught.value.partial.samples == 2
 
 
 def test_a_checkpoint_of_another_measurement_is_refused(tmp_path):

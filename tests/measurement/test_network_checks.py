@@ -295,8 +295,18 @@ def test_the_checks_are_counted_and_cost_less_than_one_percent_of_a_default_meas
 
 
 def test_a_constant_answer_is_doubtful():
-    with pytest.warns(UserWarning, match="the same to every question"):
-        fs.measure(fs.Denoiser.from_denoiser(lambda z, s: 0 * z, 0.01, 20.0), (5,), levels=12, progress=False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fs.fit(
+            fs.Denoiser.from_denoiser(lambda z, s: 0 * z, 0.01, 20.0), (5,), 4, "fitted", model_calls=80, progress=False
+        )
+    assert len(said) == 1  # none of NumPy
+    assert "the same to every question" in str(said[0].message)
+
+
+def test_clean_samples_that_do_not_change_along_a_path_are_doubtful():
+    with pytest.warns(UserWarning, match="did not change from level to level"):
+        fs.measure(fs.Denoiser.from_denoiser(lambda z, s: z.sign(), 0.01, 20.0), (12,), levels=16, progress=False)
 
 
 @pytest.mark.parametrize(
