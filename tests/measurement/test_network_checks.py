@@ -298,7 +298,12 @@ def test_a_constant_answer_is_doubtful():
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         fs.fit(
-            fs.Denoiser.from_denoiser(lambda z, s: 0 * z, 0.01, 20.0), (5,), 4, "fitted", model_calls=80, progress=False
+            fs.Denoiser.from_denoiser(lambda z, s: 0 * z, 0.01, 20.0),
+            (5,),
+            4,
+            "fitted",
+            model_calls=100,
+            progress=False,
         )
     assert len(said) == 1  # none of NumPy
     assert "the same to every question" in str(said[0].message)
@@ -306,7 +311,9 @@ def test_a_constant_answer_is_doubtful():
 
 def test_clean_samples_that_do_not_change_along_a_path_are_doubtful():
     with pytest.warns(UserWarning, match="did not change from level to level"):
-        fs.measure(fs.Denoiser.from_denoiser(lambda z, s: z.sign(), 0.01, 20.0), (12,), levels=16, progress=False)
+        fs.measure(
+            fs.Denoiser.from_denoiser(lambda z, s: z.sign(), 0.01, 20.0), (12,), levels=16, samples=4, progress=False
+        )
 
 
 @pytest.mark.parametrize(
