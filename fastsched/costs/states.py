@@ -21,7 +21,7 @@ from fastsched.denoisers.network_state import (
     unchanged_buffers,
     warned_of_randomness,
 )
-from fastsched.denoisers.noise import log_uniform
+from fastsched.denoisers.noise import far_outside, log_uniform
 from fastsched.measurement.batches import is_out_of_memory
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.random_streams import noise_of, normal, sample_seeds, stream
@@ -239,7 +239,8 @@ def finite_levels(denoiser: Denoiser, sigmas: Tensor | Sequence[float]) -> Tenso
     """The levels ``s`` of sampler ``sigmas``, [N] float64.
 
     Raises:
-        ValueError: If they do not descend, or one is 0 or pure noise, where the score of data is not finite.
+        ValueError: If they do not descend, one is 0 or pure noise, where the score of data is not finite, or they lie a
+            thousandfold beyond those of the noise process.
     """
     values = validate.descending_sigmas("sigmas", sigmas)
     s = denoiser.process.level(values)
@@ -248,6 +249,9 @@ def finite_levels(denoiser: Denoiser, sigmas: Tensor | Sequence[float]) -> Tenso
             "sigmas must be noise levels above 0 and short of pure noise (for flow models: times within (0, 1)), "
             f"got {values.tolist()}; remove both ends, select adds them"
         )
+    if far_outside(denoiser.process, s):
+        low, high = denoiser.process.s_min, denoiser.process.s_max
+        raise ValueError(f"sigmas must be near those of the noise process, levels {low:g} to {high:g}")
     return s
 
 

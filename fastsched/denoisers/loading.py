@@ -81,7 +81,7 @@ def _built(module: ModuleType, source: str, function: str) -> Denoiser:
         near = difflib.get_close_matches(function, dir(module), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"denoiser: {source} has no function {function!r}{hint}")
-    if not callable(build):
+    if not callable(build) or isinstance(build, Denoiser):  # which is callable too
         kind = type(build).__name__
         raise TypeError(f"denoiser: {source}:{function} is a {kind}; name a function that returns a Denoiser")
     with _failing(f"{source}:{function}()"):

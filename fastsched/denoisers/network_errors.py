@@ -23,11 +23,17 @@ CAUSES = (
     ),
     (
         r"takes .* positional argument",
-        "it takes fewer arguments than (x, condition); wrap it: lambda x, t: network(x)",
+        "it takes fewer arguments than (x, condition); wrap it: lambda x, t: network(x), or "
+        "network(x, sigma=t) if it takes the condition by name",
     ),
     (
         r"unexpected keyword argument|got multiple values for argument",
         "wrap it as a function of (x, condition): lambda x, t: network(x, timestep=t)",
+    ),
+    (
+        r"Expected more than 1 (value per channel|spatial element) when training",
+        "a layer normalises over the batch or over one element (batch norm in training mode, or without running "
+        "statistics?); call network.eval(), or use a layer whose samples are independent",
     ),
     (
         r"used as ind|'indices'|dtype (int32( or |/))?int64 for index|converted to an .*index|indices must be int",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -82,6 +85,12 @@ def random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
+def _other_random_states() -> dict[str, bytes]:
+    """The states of the global random numbers of NumPy and Python."""
+    states = {"NumPy": np.random.get_state(legacy=False), "Python": random.getstate()}  # noqa: NPY002 - networks use it
+    return {name: pickle.dumps(state) for name, state in states.items()}
+
+
 @contextmanager
 def warned_of_randomness(device: torch.device, what: str, harm: str) -> Iterator[None]:
     """Warn if global random numbers are drawn in here: a network may be random at some levels alone.
@@ -90,11 +99,14 @@ def warned_of_randomness(device: torch.device, what: str, harm: str) -> Iterator
     """
     places = {torch.device("cpu"), device}
     before = [(place, random_state(place)) for place in places]
+    others = _other_random_states()
     yield
-    if not all(torch.equal(state, random_state(place)) for place, state in before):
+    drawn = [] if all(torch.equal(state, random_state(place)) for place, state in before) else ["torch"]
+    drawn += [name for name, state in _other_random_states().items() if state != others[name]]
+    if drawn:
         validate.warn(
-            f"torch's random numbers were drawn during {what}: if the network's answers depend on them (noise or "
-            f"dropout at some levels?), {harm}; call network.eval(), or fix the numbers"
+            f"{' and '.join(drawn)}'s random numbers were drawn during {what}: if the network's answers depend on them "
+            f"(noise or dropout at some levels?), {harm}; call network.eval(), or fix the numbers"
         )
 
 

@@ -127,3 +127,11 @@ def test_a_random_network_is_warned_of(estimate):
     denoiser = fs.Denoiser.from_denoiser(random, 0.1, 5.0)
     with pytest.warns(UserWarning, match="random numbers were drawn during the estimate"):
         ESTIMATORS[estimate](denoiser, shape=(2,), sigmas=[4.0, 2.0, 1.0], samples=3, progress=False)
+
+
+@pytest.mark.parametrize("sigmas", [[1e9, 2.0, 1.0], [4.0, 2.0, 1e-6]])
+def test_sigmas_far_beyond_the_noise_process_are_refused(sigmas):
+    denoiser = fs.Denoiser.from_denoiser(MIXTURE.denoise, 0.1, 5.0)
+    settings = {"shape": (2,), "samples": 3, "progress": False}
+    with pytest.raises(ValueError, match="sigmas must be near those of the noise process"):
+        fs.costs.stein_corrector(denoiser, sigmas=sigmas, **settings)

@@ -83,3 +83,10 @@ def test_a_model_that_cannot_be_built_is_named(tmp_path, body, message):
     (tmp_path / "m.py").write_text(body)
     with pytest.raises(ImportError, match=message):
         load_denoiser(f"{tmp_path / 'm.py'}:build")
+
+
+def test_a_denoiser_in_place_of_the_function_that_returns_it_is_named(tmp_path):
+    made = "import fastsched as fs\nmodel = fs.Denoiser.from_denoiser(lambda z, s: z, 0.1, 9.0)\n"
+    (tmp_path / "m.py").write_text(made)
+    with pytest.raises(TypeError, match=r"m\.py:model is a Denoiser; name a function that returns a Denoiser"):
+        load_denoiser(f"{tmp_path / 'm.py'}:model")

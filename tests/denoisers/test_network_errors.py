@@ -127,3 +127,16 @@ def test_a_missing_key_says_what_was_asked():
 def test_a_class_of_modules_is_no_network():
     with pytest.raises(TypeError, match=r"fn must be a module, got the class Linear; make one: Linear\(...\)"):
         measured(torch.nn.Linear, (4,))
+
+
+def test_a_layer_that_needs_several_values_is_named():
+    norm = torch.nn.BatchNorm1d(5, track_running_stats=False).eval()
+    denoiser = fs.Denoiser.from_denoiser(lambda z, s: norm(z), 0.01, 20.0)
+    with pytest.raises(ValueError, match=r"failed when called with x \(1, 5\).*normalises over the batch"):
+        fs.measure(denoiser, (5,), progress=False)
+
+
+def test_conditions_that_go_by_name_are_to_be_wrapped():
+    denoiser = fs.Denoiser.from_denoiser(lambda z, *, sigma: z, 0.01, 20.0)
+    with pytest.raises(ValueError, match=r"or network\(x, sigma=t\) if it takes the condition by name"):
+        fs.measure(denoiser, (5,), progress=False)

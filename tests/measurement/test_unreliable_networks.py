@@ -1,5 +1,8 @@
 """Networks that are random, mix the samples of a batch, or change from call to call are refused."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from test_network_checks import DATA, measure
@@ -29,6 +32,17 @@ def test_networks_that_are_random_at_some_levels_are_warned_of():
             return DATA.denoise(z, s) + 0.01 * torch.randn(z.shape[1:]) * ((s > 0.3) & (s < 1.0)).reshape(-1, 1)
 
     measure(fs.Denoiser.from_denoiser(seeded, 0.02, 20.0))
+
+
+def test_random_numbers_of_numpy_and_python_are_noticed():
+    draws = {
+        "NumPy": lambda z: torch.from_numpy(np.random.randn(*z.shape)).to(z),  # noqa: NPY002 - as networks do
+        "Python": lambda z: z.new_tensor([[random.gauss(0, 1) for _ in row] for row in z]),
+    }
+    for name, draw in draws.items():
+        some = lambda z, s, draw=draw: DATA.denoise(z, s) + 0.1 * draw(z) * ((s > 0.3) & (s < 1.0)).reshape(-1, 1)
+        with pytest.warns(UserWarning, match=f"^{name}'s random numbers were drawn during the measurement"):
+            measure(fs.Denoiser.from_denoiser(some, 0.02, 20.0))
 
 
 MIXING = {
