@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -32,6 +33,9 @@ from fastsched.sampling.solvers import (
 from fastsched.sampling.stochastic import sample_stochastic
 
 Result = TypeVar("Result")
+
+#: A first level above this many times the highest of a network of timesteps is likely to be a timestep.
+BEYOND = 1.5
 
 _IS_SOLVER, _IS_SEED = validate.optional(is_any_solver), validate.optional(validate.CHECKS["seed"])
 
@@ -71,6 +75,8 @@ def sample(
     Returns:
         The samples ``x0`` [B, *shape]; if the last sigma is not 0, the state ``z = x / alpha`` there.
 
+    Warns if the ``sigmas`` of a variance-preserving process start far above its levels, as timesteps do.
+
     Raises:
         ValueError: If ``sigmas`` do not descend or start where ``D`` is not finite, the solver is unknown or not for
             the schedule, a deterministic one is given a seed, or the network returns NaN or inf (the message names
@@ -83,13 +89,14 @@ def sample(
     if noise is None:
         raise ValueError("noise must be given: standard normal, [B, *shape]")
     check_run("sigmas", sigmas, denoiser)
+    values = validate.descending_sigmas("sigmas", getattr(sigmas, "sigmas", sigmas))
+    s = denoiser.process.level(values)
+    _warn_of_unknown_levels(denoiser.process, float(s[0]), float(values[0]))
     if solver_name(name) in STOCHASTIC_SOLVERS:
         return sample_stochastic(denoiser, sigmas, str(name), noise, seed=seed or 0, dtype=dtype, progress=progress)
     method = schedule_solver(sigmas, name)
     if seed is not None:
         raise ValueError(f"seed must be None for {method.name}, got {seed!r}: this solver adds no noise")
-    values = validate.descending_sigmas("sigmas", getattr(sigmas, "sigmas", sigmas))
-    s = denoiser.process.level(values)
     nodes, steps, ends_at_zero = nodes_of(denoiser.process, s), len(s) - 1, float(values[-1]) == 0.0
     without = ends_at_zero + from_pure_noise(method, nodes[0])  # steps that have no stage
     calls = steps if method.stage is None else steps + max(0, steps - without)
@@ -104,6 +111,15 @@ def sample(
         y = answered(integration(nodes, method, noise, s=s), denoise)
     verdicts.settle()
     return y if ends_at_zero else y * float(s[-1])
+
+
+def _warn_of_unknown_levels(process: NoiseProcess, s: float, sigma: float) -> None:
+    """Warn if a run starts far above all levels of a network of timesteps."""
+    if process.kind == "vp" and BEYOND * process.s_max < s < math.inf:
+        validate.warn(
+            f"sigmas start at {sigma:g}, far above {process.s_max:g}, the highest that the network knows: are they "
+            "timesteps? fastsched takes noise levels, sigma / alpha"
+        )
 
 
 def _told_levels(run: object, solver: str, process: NoiseProcess) -> Iterator[Tensor]:

@@ -93,3 +93,13 @@ def test_a_stop_iteration_of_the_network_is_an_error():
     nodes = nodes_of(DENOISER.process, torch.tensor([9.0, 3.0, 0.0]))
     with pytest.raises(StopIteration):
         answered(integration(nodes, get_solver("ddim"), 0.0, s=[9.0, 3.0]), lambda y, s: next(iter([])))
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "ancestral"])
+def test_timesteps_in_place_of_sigmas_are_warned_of(solver):
+    denoiser = fs.Denoiser.from_epsilon(lambda x, t: 0.1 * x, torch.linspace(0.999, 0.001, 1000))  # s up to 31.6
+    noise = torch.ones(1, 2)
+    with pytest.warns(UserWarning, match=r"sigmas start at 999, far above 31\.6.*are they timesteps"):
+        fs.sample(denoiser, [999.0, 500.0, 1.0, 0.0], solver, noise)
+    fs.sample(denoiser, [40.0, 5.0, 1.0, 0.0], solver, noise)  # a warning is an error in this suite
+    fs.sample(fs.Denoiser.from_denoiser(lambda z, s: 0.1 * z, 0.01, 20.0), [80.0, 1.0, 0.0], solver, noise)
