@@ -104,7 +104,7 @@ class Denoiser:
 
         Raises:
             ValueError: If ``sigma_data`` is not positive, unless ``0 < sigma_min < sigma_max``, or if labels are given
-                for a network that is not a wrapper.
+                for a network that is not a wrapper, or not as many as its ``label_dim``.
 
         Source: Karras et al. 2022, table 1.
         """
@@ -129,7 +129,7 @@ class Denoiser:
         low, high = setting("sigma_min", sigma_min, 0.002), setting("sigma_max", sigma_max, 80.0)
         inner = edm.inner_of(core)
         if inner is not None:
-            labels = None if class_labels is None else edm.labels_of(class_labels)
+            labels = None if class_labels is None else edm.labels_of(class_labels, core)
             net = edm.WrappedEdmNetwork(net, inner, data, labels)
         elif class_labels is not None:
             raise ValueError("class_labels must be None for a raw network; pass a function that adds them itself")

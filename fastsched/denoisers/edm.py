@@ -53,8 +53,8 @@ def vars_of(thing: Any) -> dict[str, Any]:
     return {**own, **(own.get("_modules") or {})}
 
 
-def labels_of(class_labels: object) -> Tensor:
-    """A copy of the class labels, [1, label_dim]."""
+def labels_of(class_labels: object, core: Any = None) -> Tensor:
+    """A copy of the class labels, [1, label_dim], checked against the ``label_dim`` of the network ``core``."""
     if not (
         isinstance(class_labels, Tensor)
         and class_labels.ndim in (1, 2)
@@ -62,6 +62,12 @@ def labels_of(class_labels: object) -> Tensor:
     ):
         raise TypeError(
             f"class_labels must be a tensor [label_dim] or [1, label_dim], got {validate.shown(class_labels)}"
+        )
+    wanted = getattr(core, "label_dim", None)
+    if isinstance(wanted, int) and class_labels.shape[-1] != wanted > 0:
+        raise ValueError(
+            f"class_labels must have the network's label_dim, {wanted} entries, got shape {tuple(class_labels.shape)}; "
+            f"class 3 is torch.eye({wanted})[3]"
         )
     return class_labels.detach().clone().reshape(1, -1)
 

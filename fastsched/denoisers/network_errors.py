@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -18,13 +19,19 @@ CAUSES = (
         "conditions). The time or level may be fractional",
     ),
     (
+        r"^AssertionError",
+        "it asserts what this call does not fulfil; conditions that it needs must be bound, a row for each sample: "
+        "lambda x, t: network(x, t, labels.expand(len(x)))",
+    ),
+    (
         r"missing \d+ required (positional|keyword-only) argument",
         "it takes more arguments than (x, condition); bind them: lambda x, t: network(x, t, prompt_embedding)",
     ),
     (
         r"takes .* positional argument",
         "it takes fewer arguments than (x, condition); wrap it: lambda x, t: network(x), or "
-        "network(x, sigma=t) if it takes the condition by name",
+        "network(x, sigma=t) if it takes the condition by name; or, if it holds the network and returns its training "
+        "loss, pass the network that it holds",
     ),
     (
         r"unexpected keyword argument|got multiple values for argument",
@@ -55,7 +62,8 @@ CAUSES = (
         "or the device of the noise)",
     ),
     (
-        r"same dtype|scalar type|expected .*(Half|Float|Double|BFloat16)|Input type .* and weight type",
+        r"same dtype|scalar type|expected .*(Half|Float|Double|BFloat16)|Input type .* and (weight|bias) type|"
+        r"expected dtype|the dtype of the input",
         "the network computes in another dtype; give dtype= that of its parameters; the time or level stays float32, "
         "so the network must cast what it computes from it to the dtype of x",
     ),
@@ -73,7 +81,11 @@ def explained(error: Exception, x: Tensor, condition: Tensor, dtype: torch.dtype
 
     The call with states ``x``, given in ``dtype``, and this condition raised ``error``.
     """
-    text = f"KeyError: {error}" if isinstance(error, KeyError) else str(error)  # which is the key alone
+    text = str(error)
+    if isinstance(error, KeyError):  # whose text is the key alone
+        text = f"KeyError: {text}"
+    elif isinstance(error, AssertionError):  # which often has no text
+        text = f"AssertionError: {text or traceback.extract_tb(error.__traceback__)[-1].line}"
     cause = next((hint for pattern, hint in CAUSES if re.search(pattern, text)), None)
     if cause is None or "out of memory" in text:
         return None
@@ -95,7 +107,7 @@ def checked_call(call: Callable[[], object], x: Tensor, condition: Tensor, dtype
         output = call()
     except StopIteration as error:
         raise RuntimeError("the network raised StopIteration (an iterator in it ran out)") from error
-    except (TypeError, ValueError, RuntimeError, LookupError) as error:
+    except (TypeError, ValueError, RuntimeError, LookupError, AssertionError) as error:
         known = explained(error, x, condition, dtype)
         if known is None:
             raise
@@ -123,6 +135,8 @@ def checked_output(output: object, x: Tensor) -> Tensor:
         hint = ""
         if output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
             hint = "; a network that also predicts a variance must be wrapped to return only the first half"
+        elif output.ndim == 0:
+            hint = "; one number is likely a training loss: pass the network that this wrapper holds"
         raise ValueError(
             f"the network returned shape {tuple(output.shape)} for a state of shape {tuple(x.shape)}{hint}"
         )

@@ -149,7 +149,8 @@ class VariancePreserving(NoiseProcess):
         if not bool(inside and (values[1:] < values[:-1]).all()):
             raise ValueError(
                 "alphas_cumprod must descend strictly from below 1 to above 0 (or 0 at the last timestep); "
-                "pass the cumulative products, in order of timestep, not the betas"
+                "pass the cumulative products, in order of timestep, not the betas; got "
+                f"{float(values[0]):g} to {float(values[-1]):g}"
             )
         levels = ((1 - values) / values).sqrt()
         object.__setattr__(self, "integer_timesteps", validate.flag("integer_timesteps", self.integer_timesteps))

@@ -42,6 +42,7 @@ from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.edm import IDENTITY_RTOL, LOW_LEVEL
 from fastsched.denoisers.network_errors import checked_call
 from fastsched.denoisers.network_state import check_evaluation_mode, checked_training
+from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.measurement.check_calls import ELSEWHERE, STATE, CheckCalls, Top
 from fastsched.measurement.fingerprints import fingerprint_of
 from fastsched.measurement.table_checks import check_table
@@ -62,6 +63,8 @@ DOUBTFUL_SIZE, WRONG_SIZE = 20.0, 40.0
 #: Above the second size the network is refused only if the error of its noise prediction is more than this fraction of
 #: the noise, or above this level. Weak training leaves 0.3 at level 157, which is 50 times the data's size.
 WRONG_FRACTION, WRONG_LEVEL = 0.5, 1e3
+#: The highest sigmas that are usual, above any of which a table may be cut.
+USUAL_TOP = (160.0, 20.0)
 #: Predictions that contain the noise with a weight of at most 1, so that any ``D`` is near its input at low levels.
 VELOCITY_LIKE = ("v", "velocity", "reverse_velocity")
 #: Predictions of flow models.
@@ -194,24 +197,40 @@ def _check_top(ask: CheckCalls, size: float) -> None:
     if slope < -0.5 * reach and -slope > 0.5 * size:
         raise ValueError(
             f"{where} the denoised sample moves against the noise ({slope:.2g} times it), which no denoiser does: "
-            f"{suspects(denoiser)}"
+            f"{suspects(denoiser)}{_if_untrained(denoiser.process)}"
         )
     if denoiser.prediction in VELOCITY_LIKE and slope > 0.5 * reach + (4 * size**2 / top.level) and slope > 0.5 * size:
         raise ValueError(
             f"{where} a denoiser depends little on its input, but this one contains {slope:.2g} times the noise: "
-            f"{suspects(denoiser)}"
+            f"{suspects(denoiser)}{_if_untrained(denoiser.process)}"
         )
     largest, usual = float(top.denoised.square().mean().sqrt()), max(size, 0.1)
     if denoiser.process.kind != "vp" or largest <= DOUBTFUL_SIZE * usual:
         return
     finding = (
         f"{where} the denoised sample is {largest:.3g} in size, and {size:.3g} at lower levels: the network is useless "
-        "there. Leave the last entries of the table out (alphas_cumprod[:n]; sigma up to 20 or 160 is usual). If "
-        f"the table is right: {suspects(denoiser)}"
+        f"there. {_lower_start(denoiser.process)}. If the highest level is right: {suspects(denoiser)}"
     )
     if largest > WRONG_SIZE * usual and (largest > WRONG_FRACTION * top.level or top.level > WRONG_LEVEL):
         raise ValueError(finding)
     validate.warn(finding)
+
+
+def _lower_start(process: NoiseProcess) -> str:
+    """How to begin at a lower level, for a process of kind ``"vp"``; sigma up to 20 or 160 is usual."""
+    if not isinstance(process, VariancePreserving):
+        return "Choose a lower t_max"
+    levels = process.trained_levels
+    usual = next((bound for bound in USUAL_TOP if float(levels[-1]) > bound), float(levels[-2]))
+    n = max(int((levels <= usual).sum()), 2)
+    return f"Leave the last entries of the table out: alphas_cumprod[:{n}] ends at sigma {float(levels[n - 1]):.3g}"
+
+
+def _if_untrained(process: NoiseProcess) -> str:
+    """The same for a network that may be right and badly trained there."""
+    if process.kind != "vp" or process.s_max <= USUAL_TOP[-1]:
+        return ""
+    return f". Or is it badly trained there? {_lower_start(process)}"
 
 
 def _answers_equal(ask: CheckCalls, low: float) -> bool:
@@ -327,12 +346,19 @@ def moved_at_lowest(ask: CheckCalls, x0: Tensor, noise: Tensor, low: float) -> s
 
 def suspects(denoiser: Denoiser) -> str:
     """Questions to the user about likely mistakes, for what the network is declared to predict."""
+    data_at = getattr(denoiser.process, "data_at", 0)
+    sign = 1 if (denoiser.prediction == "velocity") == (data_at == 0) else -1
+    flow = (
+        f"is the network's time {1 - data_at} at the data (data_at={1 - data_at}), its sign the other one "
+        f"(sign={-sign}), or does it predict the noise?"
+    )
     return {
         "x0": "does the network predict the clean sample, or the noise (from_epsilon) or F (from_edm)?",
-        "epsilon": "does the network predict v (from_v); are alphas_cumprod cumulative products, not alphas or betas?",
+        "epsilon": "does the network predict v (from_v); are alphas_cumprod cumulative products, not alphas or betas, "
+        "of all timesteps that it was trained on, not respaced; does it take the times 0, 1, 2, ..., unscaled?",
         "v": "does the network predict the noise (from_epsilon), is its sign the other one, the table the right one?",
-        "velocity": "is the network's time 1 at the data (data_at=1), its sign the other one (sign=-1), or is it eps?",
-        "reverse_velocity": "is the network's time 0 at the data (data_at=0), or its sign the other one?",
+        "velocity": flow,
+        "reverse_velocity": flow,
         "score": "is the network's output the score of x in this parameterisation, or the noise or the clean sample?",
         "edm": "is it the raw network F of EDM's preconditioning, with its sign and its scale; is sigma_data right?",
     }[denoiser.prediction] + " (in Python, checks=False measures it anyway)"

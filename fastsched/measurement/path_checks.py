@@ -263,8 +263,8 @@ class _Path:
         )
         if doubtful:
             found.append(
-                f"at the lowest level the network's output holds {part:.2g} times the sample, and a velocity 1 times: "
-                "does the network predict the noise?"
+                f"at the lowest level the network's output holds {part:.2g} times the sample, and a velocity 1 times, "
+                "as if the network did predict the noise"
             )
         return found, wrong and float(self.centre.square().mean().sqrt()) < NOTHING
 

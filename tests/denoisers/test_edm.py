@@ -173,3 +173,10 @@ def test_an_attribute_that_is_no_number_is_no_setting(value):
     network = torch.nn.Identity()
     network.__dict__["sigma_data"] = value
     assert fs.Denoiser.from_edm(network).sigma_data == 0.5
+
+
+def test_labels_are_as_many_as_the_network_takes():
+    net = Precond(edm_parts, label_dim=10)
+    with pytest.raises(ValueError, match=r"label_dim, 10 entries, got shape \(1,\); class 3 is torch.eye\(10\)\[3\]"):
+        fs.Denoiser.from_edm(net, class_labels=torch.tensor([3]))
+    fs.Denoiser.from_edm(net, class_labels=torch.eye(10)[3])

@@ -140,3 +140,40 @@ def test_conditions_that_go_by_name_are_to_be_wrapped():
     denoiser = fs.Denoiser.from_denoiser(lambda z, *, sigma: z, 0.01, 20.0)
     with pytest.raises(ValueError, match=r"or network\(x, sigma=t\) if it takes the condition by name"):
         fs.measure(denoiser, (5,), progress=False)
+
+
+def test_a_failed_assertion_without_words_is_shown():
+    def network(x, t):
+        if not x.mean() == t:
+            raise AssertionError
+        return x
+
+    with pytest.raises(ValueError, match=r"called with x .*AssertionError: raise AssertionError; .*labels.expand\(len"):
+        measured(network, (3,))
+
+
+@pytest.mark.parametrize("loss", [lambda x, t: x.mean(), lambda x, t: x.square().sum()])
+def test_a_training_loss_points_to_the_network_inside(loss):
+    with pytest.raises(ValueError, match=r"shape \(\) .*training loss: pass the network that this wrapper holds"):
+        measured(loss, (3,))
+
+
+def test_wrappers_that_take_the_images_alone_point_to_the_network_inside():
+    with pytest.raises(ValueError, match="training loss, pass the network that it holds"):
+        measured(lambda images: images.mean(), (3,))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Input type (float) and bias type (c10::BFloat16) should be the same",
+        "linalg.vector_norm: the dtype of the input (Double) should be convertible without narrowing",
+        "expected dtype double for `end` but got dtype float",
+    ],
+)
+def test_another_dtype_is_explained_in_every_wording_of_torch(message):
+    def network(x, t):
+        raise RuntimeError(message)
+
+    with pytest.raises(ValueError, match="another dtype; give dtype="):
+        measured(network, (3,))

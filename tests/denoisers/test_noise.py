@@ -130,6 +130,11 @@ def test_bad_alphas_cumprod(values):
         VariancePreserving(values)
 
 
+def test_a_table_that_starts_at_one_is_shown():
+    with pytest.raises(ValueError, match=r"not the betas; got 1 to 0\.5"):  # alphas_cumprod_prev of many repositories
+        VariancePreserving([1.0, 0.9, 0.5])
+
+
 @pytest.mark.parametrize(("t_min", "t_max"), [(0.0, 1.0), (0.5, 0.4), (0.1, 1.1)])
 def test_bad_flow_times(t_min, t_max):
     with pytest.raises(ValueError, match="t_min"):

@@ -10,7 +10,7 @@ from models import exact_denoisers, mixture, vp_table
 
 import fastsched as fs
 from benchmarks.quality.models import MODELS
-from fastsched.measurement.network_checks import check_network
+from fastsched.measurement.network_checks import check_network, suspects
 
 #: Structured data, as real data are: near a few points of 16 dimensions.
 DATA = fs.oracles.GaussianMixture.random(16, 3, seed=0)
@@ -341,3 +341,34 @@ def test_a_network_of_one_sample_at_a_time_is_measured_so():
     assert fs.measure(denoiser, (8,), batch_size=1, **options).samples == 2
     with pytest.raises(ValueError, match=r"failed when called with x \(2, 8\).*or give batch_size=1"):
         fs.measure(denoiser, (8,), **options)
+
+
+@pytest.mark.parametrize(("data_at", "sign"), [(0, 1), (0, -1), (1, 1), (1, -1)])
+def test_a_flow_is_asked_for_the_other_time_and_sign(data_at, sign):
+    denoiser = fs.Denoiser.from_velocity(lambda x, t: -sign * x, data_at=data_at, sign=sign)
+    asked = suspects(denoiser)
+    assert f"(data_at={1 - data_at})" in asked
+    assert f"(sign={-sign})" in asked
+
+
+def test_where_to_cut_a_table_is_said():
+    table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    levels = ((1 - table) / table).sqrt()
+    n = int((levels <= 20).sum())
+    denoiser = exact_denoisers(fs.oracles.Gaussian(0.2, (8,)), table)["epsilon"]
+    wrong = replace(denoiser, network=lambda x, t: denoiser.network(x, t) + torch.where(t > 800, 0.7, 0.0)[:, None])
+    with pytest.raises(ValueError, match=rf"alphas_cumprod\[:{n}\] ends at sigma {float(levels[n - 1]):.3g}\."):
+        check(wrong, (8,))
+    steep = vp_table(beta_max=28.0)
+    n = int((((1 - steep) / steep).sqrt() <= 160).sum())
+    v = exact_denoisers(DATA, steep)["v"]
+    untrained = replace(v, network=lambda x, t: v.network(x, t) + torch.where(t > 800, 0.9, 0.0)[:, None] * x)
+    with pytest.raises(ValueError, match=rf"its sign .*badly trained there\? .*alphas_cumprod\[:{n}\]"):
+        check(untrained)
+
+
+def test_a_continuous_process_is_cut_by_its_time():
+    network = lambda x, t: -x / 2 - (x + 3 * torch.ones_like(x)) * (t > 0.5)[:, None]
+    with pytest.warns(UserWarning, match="Choose a lower t_max") as caught:
+        check(fs.Denoiser.from_vp_score(network))
+    assert "alphas_cumprod" not in str(caught[0].message)
