@@ -61,6 +61,18 @@ def epsilon(x, t):
     return shaped((1 - bar).sqrt(), x).to(x) * x
 
 
+def x0_network(x, t):
+    low = t.long().clamp(max=998)
+    bar = ALPHAS[low] + (t - low) * (ALPHAS[low + 1] - ALPHAS[low])
+    return shaped(bar.sqrt(), x).to(x) * x
+
+
+def trigonometric(x, t):
+    """The velocity of data of deviation 0.5, whose alpha is ``sin(pi t / 2)``."""
+    alpha, sigma = (shaped(each, x) for each in ((torch.pi / 2 * t).sin(), (torch.pi / 2 * t).cos()))
+    return torch.pi / 2 * (0.25 - 1) * alpha * sigma / (0.25 * alpha**2 + sigma**2) * x
+
+
 def denoise(z, s):
     return z / (1 + shaped(s, z) ** 2)
 
@@ -113,10 +125,20 @@ def names():
     given |= {"loader": [torch.zeros(4, 1, 2, 2)], "optimizer": Step(), "network": Network()}
     given |= {"flow_network": lambda x, t: weight * velocity(x, 1 - t)}
     given |= {"mlp": lambda xt: velocity(xt[:, :-1], xt[:, -1]), "unet_model": lambda t, x: velocity(x, t)}
+    given |= {"x0_network": x0_network, "trigonometric": trigonometric}
     return given | {"shape": (4,)}  # not fastsched and torch: a guide imports what it uses
 
 
-GUIDES = ["index.md", "start.md", "choosing.md", "k_diffusion.md", "flow_matching.md", "edm.md", "training.md"]
+GUIDES = [
+    "index.md",
+    "start.md",
+    "choosing.md",
+    "k_diffusion.md",
+    "flow_matching.md",
+    "edm.md",
+    "training.md",
+    "repositories.md",
+]
 
 
 @pytest.mark.parametrize("page", [*GUIDES, "large_models.md"])
@@ -130,6 +152,12 @@ def test_the_wrappers_of_torchcfms_networks_take_one_time_or_one_a_sample(tmp_pa
     for name in ("of_mlp", "of_unet"):
         assert torch.equal(found[name](x, t), velocity(x, t))
         assert torch.equal(found[name](x, t[1]), velocity(x, t[1].expand(3)))
+
+
+def test_the_trigonometric_velocity_of_the_guide_is_made_a_denoiser(tmp_path, monkeypatch):
+    found = run_guide("repositories.md", tmp_path, monkeypatch, installed)
+    z, s = torch.randn(3, 4), torch.tensor([0.01, 1.0, 50.0])
+    assert torch.allclose(found["denoise"](z, s), 0.25 / (0.25 + shaped(s, z) ** 2) * z, atol=1e-5)
 
 
 @pytest.mark.parametrize("page", ["flow_matching.md", "k_diffusion.md"])

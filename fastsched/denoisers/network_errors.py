@@ -70,8 +70,8 @@ CAUSES = (
     (
         r"shapes? .*(cannot be multiplied|invalid for)|Given groups=|size of tensor|expected input|must match|"
         r"Sizes of tensors|channels|normalized_shape|number of dimensions|Expected \dD",
-        "is shape, or that of the noise without its batch, the shape of one sample, such as (4, 64, 64)? Embeddings "
-        "must have a row for each sample, or broadcast",
+        "is shape, or that of the noise without its batch, the shape of one sample, such as (4, 64, 64)? Does the "
+        "network take x first, then the time? Embeddings must have a row for each sample, or broadcast",
     ),
 )
 
@@ -123,7 +123,7 @@ def checked_output(output: object, x: Tensor) -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError(
             f"the network returned {type(output).__name__}, not a tensor; wrap it so that it returns the "
-            "prediction alone (for diffusers: model(x, t, return_dict=False)[0])"
+            "prediction alone (for diffusers: model(x, t, return_dict=False)[0]), and no training loss"
         )
     if not output.is_floating_point() or output.dtype.itemsize < 2:
         wanted = "floating-point ones of at least 16 bits"

@@ -158,6 +158,17 @@ def test_a_training_loss_points_to_the_network_inside(loss):
         measured(loss, (3,))
 
 
+def test_a_network_that_takes_the_time_first_is_asked_for_the_order():
+    network = torch.nn.Conv2d(3, 3, 3, padding=1)
+    with pytest.raises(ValueError, match="take x first, then the time"):
+        measured(lambda t, x: network(x), (3, 8, 8))
+
+
+def test_a_loss_among_others_points_to_the_prediction():
+    with pytest.raises(TypeError, match=r"returned tuple, .* no training loss"):  # as pytorch-lightning's modules
+        measured(lambda x, t: (x.mean(), {"loss": x.mean()}), (3,))
+
+
 def test_wrappers_that_take_the_images_alone_point_to_the_network_inside():
     with pytest.raises(ValueError, match="training loss, pass the network that it holds"):
         measured(lambda images: images.mean(), (3,))
