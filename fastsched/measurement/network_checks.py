@@ -63,6 +63,8 @@ DOUBTFUL_SIZE, WRONG_SIZE = 20.0, 40.0
 #: Above the second size the network is refused only if the error of its noise prediction is more than this fraction of
 #: the noise, or above this level. Weak training leaves 0.3 at level 157, which is 50 times the data's size.
 WRONG_FRACTION, WRONG_LEVEL = 0.5, 1e3
+#: A network whose predictions of the noise are smaller than this fraction of it at the highest level is not trained.
+SILENT = 0.1
 #: The highest sigmas that are usual, above any of which a table may be cut.
 USUAL_TOP = (160.0, 20.0)
 #: Predictions that contain the noise with a weight of at most 1, so that any ``D`` is near its input at low levels.
@@ -190,9 +192,10 @@ def _check_top(ask: CheckCalls, size: float) -> None:
     where = f"at the highest level (sigma = {sigma:.6g})"
     high = top.level == ask.range[2] or top.level > TOP_LEVEL * size
     if high and top.level < math.inf and slope / top.level > TOP_JACOBIAN:
+        silent = denoiser.prediction == "epsilon" and float(top.raw.norm()) < SILENT * float(top.noise.norm())
         raise ValueError(
-            f"{where} a denoiser depends little on its input, but this network returns {slope / top.level:.0%} of it: "
-            f"{suspects(denoiser)}"
+            f"{where} a denoiser depends little on its input, but this network returns {slope / top.level:.0%} of it"
+            f"{', as its outputs are near 0 (is it trained?)' if silent else ''}: {suspects(denoiser)}"
         )
     if slope < -0.5 * reach and -slope > 0.5 * size:
         raise ValueError(

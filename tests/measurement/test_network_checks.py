@@ -372,3 +372,10 @@ def test_a_continuous_process_is_cut_by_its_time():
     with pytest.warns(UserWarning, match="Choose a lower t_max") as caught:
         check(fs.Denoiser.from_vp_score(network))
     assert "alphas_cumprod" not in str(caught[0].message)
+
+
+def test_an_untrained_noise_prediction_is_asked_whether_it_is_trained():
+    with pytest.raises(ValueError, match=r"returns \d+% of it, as its outputs are near 0 \(is it trained\?\)"):
+        check(fs.Denoiser.from_epsilon(lambda x, t: 0.01 * x.cos(), vp_table()))
+    with pytest.raises(ValueError, match=r"returns \d+% of it: does the network predict v"):
+        check(replace(KINDS["v"], prediction="epsilon"))
