@@ -61,6 +61,10 @@ def test_a_schedule_is_fitted_and_sampled_at_these_timesteps(solver, decoupled):
     torch.testing.assert_close(images[0], images[1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.skipif(
+    diffusers.__version__.startswith("0.41."),
+    reason="diffusers 0.41 ignores the timesteps that CogView4 gives beside its sigmas",
+)
 def test_cogview4_samples_as_by_itself_where_its_own_sigmas_are_applied():
     torch.manual_seed(0)
     pipe, call, ending = pipelines.cogview4(SCHEDULERS["by resolution"]())
