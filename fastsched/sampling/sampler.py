@@ -75,7 +75,7 @@ def sample(
     Returns:
         The samples ``x0`` [B, *shape]; if the last sigma is not 0, the state ``z = x / alpha`` there.
 
-    Warns if the ``sigmas`` of a variance-preserving process start far above its levels, as timesteps do.
+    Warns if sigmas of a variance-preserving process start far above its levels, as timesteps do.
 
     Raises:
         ValueError: If ``sigmas`` do not descend or start where ``D`` is not finite, the solver is unknown or not for
@@ -97,10 +97,8 @@ def sample(
     method = schedule_solver(sigmas, name)
     if seed is not None:
         raise ValueError(f"seed must be None for {method.name}, got {seed!r}: this solver adds no noise")
-    nodes, steps, ends_at_zero = nodes_of(denoiser.process, s), len(s) - 1, float(values[-1]) == 0.0
-    without = ends_at_zero + from_pure_noise(method, nodes[0])  # steps that have no stage
-    calls = steps if method.stage is None else steps + max(0, steps - without)
-    verdicts, told = Verdicts(), _told_levels(sigmas, method.name, denoiser.process)
+    nodes, verdicts = nodes_of(denoiser.process, s), Verdicts()
+    calls, told = _calls_of(method, nodes), _told_levels(sigmas, method.name, denoiser.process)
     with unchanged_buffers(denoiser.network), progress_bar(calls, progress, f"{method.name} sampling") as advance:
 
         def denoise(y: Tensor, level: Tensor | float) -> Tensor:
@@ -110,7 +108,14 @@ def sample(
 
         y = answered(integration(nodes, method, noise, s=s), denoise)
     verdicts.settle()
-    return y if ends_at_zero else y * float(s[-1])
+    return y if float(s[-1]) == 0.0 else y * float(s[-1])
+
+
+def _calls_of(method: Solver, nodes: Sequence[Node]) -> int:
+    """The model calls of a run: a step with a stage takes two, but for the step to sigma 0 and one from pure noise."""
+    steps = len(nodes) - 1
+    without = int(nodes[-1].tau == 0.0) + int(from_pure_noise(method, nodes[0]))
+    return steps if method.stage is None else steps + max(0, steps - without)
 
 
 def _warn_of_unknown_levels(process: NoiseProcess, s: float, sigma: float) -> None:
