@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+# Products and sums are contracted (FMA). Triton 3.9 warns where a launch does not say whether they are: it takes this
+# default for the last time.
+FUSION = {"enable_fp_fusion": True}
+
 
 @dataclass(frozen=True)
 class GramLaunch:
@@ -29,6 +33,10 @@ class GramLaunch:
     warps: int
     stages: int
     programs: int = 1
+
+    def options(self) -> dict:
+        """The compiler's options."""
+        return {"num_warps": self.warps, "num_stages": self.stages, **FUSION}
 
 
 # One row per family of architectures, one entry per shape, which is the largest number of levels. A shape may have a
@@ -83,6 +91,10 @@ class HutchinsonLaunch:
     columns: int = 8192
     warps: int = 4
     stages: int = 3
+
+    def options(self) -> dict:
+        """The compiler's options; the kernel's loop has the stages."""
+        return {"num_warps": self.warps, **FUSION}
 
 
 def architecture(device: torch.device) -> str:

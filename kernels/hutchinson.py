@@ -72,7 +72,7 @@ def launch(V: Tensor, JV: Tensor, fill: float | None = None) -> Tensor:
         sums.fill_(fill)
     hutchinson_kernel[(tiles * B,)](
         V, JV, sums, N, B, d, v_level, v_sample, JV.stride(0), JV.stride(1),
-        **constants(V.ndim == 2, chosen), num_warps=chosen.warps,
+        **constants(V.ndim == 2, chosen), **chosen.options(),
     )  # fmt: skip
     return sums
 

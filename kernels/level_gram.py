@@ -279,7 +279,7 @@ def launch(
     gram_kernel[pairs.shape[1], parts, G](
         R, X, steps, pairs, *outputs,
         N, K, triton.cdiv(tiles, parts), R.stride(0), R.stride(1), X.stride(0), X.stride(1),
-        **fixed, num_warps=chosen.warps, num_stages=chosen.stages,
+        **fixed, **chosen.options(),
     )  # fmt: skip
     return outputs
 

@@ -15,6 +15,7 @@ import pathlib
 import re
 import subprocess
 import tempfile
+import warnings
 from dataclasses import dataclass
 
 from kernel_worker import build
@@ -87,7 +88,6 @@ class Hutchinson:
 
 def compile_kernel(function, types: dict, constants: dict, unaligned: tuple, arch: str, options: dict) -> Built:
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature, constexprs, attributes = {}, {}, {}
@@ -98,11 +98,18 @@ def compile_kernel(function, types: dict, constants: dict, unaligned: tuple, arc
         signature[name] = types.get(name, "i32")
         if name not in unaligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    amd = arch.startswith("gfx")
-    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
-    built = triton.compile(ASTSource(function, signature, constexprs, attributes), target=target, options=options)
+    source = ASTSource(function, signature, constexprs, attributes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # pytest's filters do not reach this process
+        built = triton.compile(source, target=gpu_target(arch), options=options)
     shared = built.metadata.shared
-    return _read_amd(built.asm["amdgcn"], shared) if amd else _read_nvidia(built.asm, shared)
+    return _read_amd(built.asm["amdgcn"], shared) if arch.startswith("gfx") else _read_nvidia(built.asm, shared)
+
+
+def gpu_target(arch: str):
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
 
 
 def _read_amd(assembly: str, shared: int) -> Built:
@@ -165,7 +172,7 @@ def build_gram(case: Gram, level_stride: int | str = "i32") -> Built:
     types, constants = (types | strides, constants) if isinstance(level_stride, str) else (types, constants | strides)
     sizes = ("K", "r_level", "r_sample", "x_level", "x_sample")
     unaligned = ("N", "iterations") + (() if case.aligned else sizes)
-    options = {"num_warps": chosen.warps, "num_stages": chosen.stages} | dict(case.options)
+    options = chosen.options() | dict(case.options)
     return compile_kernel(level_gram.gram_kernel, types, constants, unaligned, case.arch, options)
 
 
@@ -174,7 +181,7 @@ def build_hutchinson(case: Hutchinson) -> Built:
 
     chosen = config.hutchinson_launch(shared=case.shared)
     types = {"p_V": POINTERS[case.dtype], "p_JV": POINTERS[case.dtype], "p_sums": "*fp32"}
-    constants, options = hutchinson.constants(case.shared, chosen), {"num_warps": chosen.warps}
+    constants, options = hutchinson.constants(case.shared, chosen), chosen.options()
     return compile_kernel(hutchinson.hutchinson_kernel, types, constants, ("N", "samples"), case.arch, options)
 
 

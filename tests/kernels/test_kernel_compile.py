@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from unittest import mock
 
 import pytest
-from kernel_builds import GRAM, HUTCHINSON, Built, Gram, Hutchinson, build_gram, compiled, recorded
+import torch
+from kernel_builds import GRAM, HUTCHINSON, Built, Gram, Hutchinson, build_gram, compiled, gpu_target, recorded
 from kernel_worker import build
 
+from fastsched.kernels import config
 from fastsched.ops import backends
 
 pytestmark = pytest.mark.skipif(
@@ -125,3 +129,27 @@ def test_planted_failures_are_seen(name):
     judged_as = {"scalar-loads": {"aligned": True}, "no-tensor-core": {"precision": "bf16x3"}}.get(name, {})
     found = problems(build(build_gram, case), dataclasses.replace(case, **judged_as))
     assert any(problem.startswith(expected) for problem in found), found
+
+
+def fusion(arch: str) -> list[bool]:
+    """Whether products and sums of each launched kernel are contracted, against what the environment asks for."""
+    from triton.compiler.compiler import make_backend
+
+    from fastsched.kernels import hutchinson, level_gram
+
+    vectors = torch.empty(16, 2, 1024, device="meta")
+    chosen = config.gram_launch(16, 4, arch, precision="bf16x3", aligned=True)
+    with (
+        mock.patch.object(level_gram, "gram_kernel") as gram,
+        mock.patch.object(hutchinson, "hutchinson_kernel") as sums,
+    ):
+        level_gram.launch(vectors, None, vectors[:4, 0, :16], "bf16x3", chosen, parts=1)
+        hutchinson.launch(vectors[0], vectors)
+    launched = [kernel.__getitem__.return_value.call_args.kwargs for kernel in (gram, sums)]
+    with mock.patch.dict(os.environ, TRITON_DEFAULT_FP_FUSION="0"):
+        return [make_backend(gpu_target(arch)).parse_options(options).enable_fp_fusion for options in launched]
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_launches_say_whether_products_and_sums_are_contracted(arch):
+    assert build(fusion, arch) == [True, True]
