@@ -70,7 +70,8 @@ class StateSource:
 
     Args:
         denoiser: The denoiser to measure.
-        sigmas: Sampler sigmas, descending, [N]; positive and of finite level (pure noise has no finite score).
+        sigmas: Sampler sigmas, descending, [N]; positive and of finite level (pure noise has no finite score). With
+            integer timesteps the nearest levels that the network knows are taken.
         shape: The shape of one sample, without the batch.
         samples: The number of states per level; or ``range(a, b)``, their indices, to merge with other estimates.
         data: Clean samples [n, *shape] to which noise is added; None follows the probability-flow path instead.
@@ -236,14 +237,14 @@ def is_probes(name: str, value: object) -> int:
 
 
 def finite_levels(denoiser: Denoiser, sigmas: Tensor | Sequence[float]) -> Tensor:
-    """The levels ``s`` of sampler ``sigmas``, [N] float64.
+    """The levels ``s`` of sampler ``sigmas``, [N] float64, that the network knows.
 
     Raises:
-        ValueError: If they do not descend, one is 0 or pure noise, where the score of data is not finite, or they lie a
-            thousandfold beyond those of the noise process.
+        ValueError: If they do not descend, one is 0 or pure noise, where the score of data is not finite, they lie a
+            thousandfold beyond those of the noise process, or two are nearest to one integer timestep.
     """
     values = validate.descending_sigmas("sigmas", sigmas)
-    s = denoiser.process.level(values)
+    s = denoiser.process.nearest(denoiser.process.level(values))
     if float(s[-1]) <= 0 or not bool(torch.isfinite(s).all()):
         raise ValueError(
             "sigmas must be noise levels above 0 and short of pure noise (for flow models: times within (0, 1)), "
@@ -252,6 +253,8 @@ def finite_levels(denoiser: Denoiser, sigmas: Tensor | Sequence[float]) -> Tenso
     if far_outside(denoiser.process, s):
         low, high = denoiser.process.s_min, denoiser.process.s_max
         raise ValueError(f"sigmas must be near those of the noise process, levels {low:g} to {high:g}")
+    if not bool((s[1:] < s[:-1]).all()):
+        raise ValueError("sigmas must be at different integer timesteps, as this network knows no others")
     return s
 
 
@@ -269,7 +272,8 @@ def _path_levels(denoiser: Denoiser, s: Tensor) -> tuple[Tensor, dict[int, int]]
     grid = anchors[:1]
     for high, low in itertools.pairwise(anchors):
         pieces = 1 if math.isinf(high) else max(1, math.ceil((math.log(high) - math.log(low)) / PATH_STEP - 1e-9))
-        grid += log_uniform(high, low, pieces + 1)[1:].tolist() if pieces > 1 else [low]
+        between = denoiser.process.nearest(log_uniform(high, low, pieces + 1)[1:-1]) if pieces > 1 else s[:0]
+        grid += [value for value in between.unique().flip(0).tolist() if low < value < high] + [low]
     position = {value: k for k, value in enumerate(s.tolist())}
     places = {n: position[v] for n, v in enumerate(grid) if v in position}
     return torch.tensor(grid, dtype=torch.float64, device="cpu"), places

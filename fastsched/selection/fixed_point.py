@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fastsched import validate
 from fastsched.costs.cost_matrix import CostMatrix, is_cost
 from fastsched.selection.arc_length import equal_arc_length
+from fastsched.selection.constraints import distinct_known_levels
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +72,8 @@ def refine_schedule(
         target = equal_arc_length(best.s, best.lengths, len(best.s))
         s = (blend * target.log() + (1 - blend) * best.s.log()).exp()
         s[0], s[-1] = best.s[0], best.s[-1]
-        cost = _estimated(estimate, cost.process.sampler_sigma(s))
+        known = distinct_known_levels(cost.process, torch.cat([s, s.new_zeros(1)]).numpy(), float(s[-1]))[:-1]
+        cost = _estimated(estimate, cost.process.sampler_sigma(torch.from_numpy(known)))
         calls += cost.model_calls
         variations.append(variation(cost.lengths))
         # The next trial starts from the best schedule so far: a trial that made the costs less equal is dropped.

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from models import exact_denoisers, vp_table
 
 import fastsched as fs
 from fastsched import costs
@@ -135,3 +136,28 @@ def test_sigmas_far_beyond_the_noise_process_are_refused(sigmas):
     settings = {"shape": (2,), "samples": 3, "progress": False}
     with pytest.raises(ValueError, match="sigmas must be near those of the noise process"):
         fs.costs.stein_corrector(denoiser, sigmas=sigmas, **settings)
+
+
+@pytest.mark.parametrize("from_data", [True, False], ids=["data", "path"])
+@pytest.mark.parametrize("estimate", ["corrector", "fisher-rao", "klub"])
+def test_networks_of_integer_timesteps_are_measured_at_levels_that_they_know(estimate, from_data):
+    continuous = exact_denoisers(MIXTURE, vp_table(20))["epsilon"]  # 20 timesteps, a factor of 1.6 apart on average
+    network = lambda x, t: continuous.network(x, t.float())
+    integer = fs.Denoiser.from_epsilon(network, vp_table(20), integer_timesteps=True)
+    between = fs.baselines.exponential(5, 0.11, 90.0)[:-1]
+    known = integer.process.nearest(between)
+    assert float((known / between).log().abs().max()) > 0.05
+    settings = {"shape": (2,), "samples": 16, "data": MIXTURE.sample(16, seed=1) if from_data else None}
+    found, expected = (
+        ESTIMATORS[estimate](denoiser, sigmas=sigmas, progress=False, **settings)
+        for denoiser, sigmas in ((integer, between), (continuous, known))
+    )
+    assert torch.equal(found.s, known)
+    # Paths differ: one goes through timesteps alone. Costs at the levels between them are up to 80 times as large.
+    torch.testing.assert_close(found.adjacent, expected.adjacent, rtol=1e-4 if from_data else 0.1, atol=0.0)
+
+
+def test_sigmas_at_one_integer_timestep_are_refused():
+    denoiser = fs.Denoiser.from_epsilon(lambda x, t: 0.9 * x, vp_table(20), integer_timesteps=True)
+    with pytest.raises(ValueError, match="sigmas must be at different integer timesteps"):
+        fs.costs.klub(denoiser, shape=(2,), sigmas=[9.0, 8.9], samples=2, progress=False)

@@ -4,6 +4,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from models import exact_denoisers, vp_table
 
 import fastsched as fs
 from fastsched.costs import CostMatrix, ModelCalls, stein_corrector, stein_predictor
@@ -94,6 +95,19 @@ def test_fixed_point_makes_all_steps_cost_the_same(estimator):
     assert float(refined.sigmas[-1]) == pytest.approx(0.05)
     assert len(refined.variations) >= 2
     assert refined.model_calls == refined.cost.model_calls * len(refined.variations)
+
+
+def test_a_network_of_integer_timesteps_is_refined_over_levels_that_it_knows():
+    oracle, table = fs.oracles.Gaussian(0.5, (4,)), vp_table(20)
+    network = exact_denoisers(oracle, table)["epsilon"].network
+    denoiser = fs.Denoiser.from_epsilon(lambda x, t: network(x, t.float()), table, integer_timesteps=True)
+    known = denoiser.process.trained_levels.flip(0)
+    settings = {"shape": (4,), "samples": 16, "data": oracle.sample(16, seed=1), "progress": False}
+    # The lowest levels cost little, so that levels move together at the upper end, which holds few timesteps.
+    refined = fs.refine_schedule(partial(stein_corrector, denoiser, **settings), known[[0, 12, 14, 15, 17, 19]])
+    assert bool(torch.isin(refined.sigmas, known).all())
+    assert (refined.sigmas[0], refined.sigmas[-1]) == (known[0], known[-1])
+    assert min(refined.variations) < 0.5 * refined.variations[0]
 
 
 def test_bad_arguments_are_named():
