@@ -79,6 +79,16 @@ def checked_training(network: Any, device: torch.device) -> Iterator[None]:
         raise ValueError(f"the network is in training mode, and {what}: call network.eval() first")
 
 
+@contextmanager
+def warned_of_training(network: Any, device: torch.device, harm: str) -> Iterator[None]:
+    """Warn if a network in training mode draws random numbers in here, with the ``harm`` that this does."""
+    training = any(is_training(each) for each in modules_of(network))
+    state = random_state(device) if training else None
+    yield
+    if state is not None and not torch.equal(state, random_state(device)):
+        validate.warn(f"the network is in training mode, and draws random numbers (dropout?): {harm}")
+
+
 def random_state(device: torch.device) -> Tensor:
     """The state of the global random numbers of a device."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.network_errors import checked_call
-from fastsched.denoisers.network_state import unchanged_buffers
+from fastsched.denoisers.network_state import unchanged_buffers, warned_of_training
 from fastsched.ops.backends import in_float64, widest_dtype
 from fastsched.selection.arc_length import equal_arc_length
 from fastsched.selection.fixed_point import variation
 
 #: Least relative distance of two levels: closer levels count as equal.
 LEAST_GAP = 1e-9
+
+_RANDOM = "their changes are counted as cost, most at low levels; call eval() before observe_denoiser, train() after it"
 
 
 class AdaptiveSchedule:
@@ -139,7 +141,8 @@ class AdaptiveSchedule:
         """Estimate corrector costs on a batch of data: ``s_i^2 ||score_{i+1}(z) - score_i(z)||^2``, ``z ~ p_i``.
 
         Each sample gives an estimate for one random interval; all intervals come up equally often. Takes two
-        evaluations per sample, without gradients, and leaves the network's buffers as they are.
+        evaluations per sample, without gradients, and leaves the network's buffers as they are. Warns if a network in
+        training mode draws random numbers.
 
         Args:
             denoise: ``denoise(z, s) -> x0`` for states ``z = x0 + s eps`` [B, *shape] and levels [B], such as a
@@ -169,7 +172,7 @@ class AdaptiveSchedule:
         wide = lambda values: values.to(noise).reshape(-1, *[1] * (clean.ndim - 1))
         z = (clean + wide(s_from) * noise).to(clean.dtype)
         # A network may write into its input, and return the same buffer every time.
-        with unchanged_buffers(denoise):
+        with unchanged_buffers(denoise), warned_of_training(denoise, clean.device, _RANDOM):
             asked = [(s, partial(denoise, z.clone(), s.to(noise))) for s in (s_from, s_to)]
             answers = [checked_call(ask, z, s, z.dtype).clone() for s, ask in asked]
         scores = [(x0.to(dtype) - z) / wide(s).square() for x0, s in zip(answers, (s_from, s_to), strict=True)]

@@ -327,3 +327,28 @@ def test_the_state_holds_plain_numbers_that_load_as_weights_do(order, tmp_path):
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert (resumed.order, resumed.rate) == (4, 0.5)
     assert type(adaptive.order) is int
+
+
+class _Dropping(torch.nn.Module):
+    """The exact denoiser, whose output is dropped at random in training mode, by a layer or by a function."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = torch.nn.Dropout(0.1) if layer else None
+
+    def forward(self, z, s):
+        x0 = _gaussian().denoise(z, s)
+        return torch.nn.functional.dropout(x0, 0.1, self.training) if self.layer is None else self.layer(x0)
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["denoiser-object", "network"])
+@pytest.mark.parametrize("layer", [True, False], ids=["layer", "function"])
+def test_a_network_that_is_random_in_training_mode_is_warned_of(layer, wrapped):
+    network, adaptive = _Dropping(layer), fs.AdaptiveSchedule(_start())
+    denoise = fs.Denoiser.from_denoiser(network, 0.05, 20.0) if wrapped else network
+    with pytest.warns(UserWarning, match=r"in training mode, and draws random numbers .* call eval\(\)"):
+        adaptive.observe_denoiser(denoise, _gaussian().sample(64, seed=0))
+    network.eval()
+    adaptive.observe_denoiser(denoise, _gaussian().sample(64, seed=0))  # warnings are errors in tests
+    without = torch.nn.Linear(16, 16).train()
+    adaptive.observe_denoiser(lambda z, s: without(z), _gaussian().sample(64, seed=0))
