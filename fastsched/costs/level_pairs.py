@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsched.costs.states import Batch, StateSource
+from fastsched.measurement.rounding import stored_squares, warn_of_rounded_costs
 
 #: ``squares(batch, z, R, k, others)``: the squared score differences of the steps from level k to each level of
 #: ``others``, at states ``z ~ p_k`` with network output ``R``, [B, n].
@@ -15,25 +16,31 @@ Squares = Callable[[Batch, Tensor, Tensor, int, range], Tensor]
 
 
 def pair_costs(
-    source: StateSource, pairs: str, velocity: str | None, squares: Squares, *, progress: bool, what: str
+    source: StateSource, pairs: str, velocity: str | None, squares: Squares, order: int, *, progress: bool, what: str
 ) -> tuple[Tensor, Tensor]:
     """The steps, [P, 2] int64, and ``v^2 squares`` of each for each sample, [samples, P] float64.
 
-    ``pairs`` is as in `pair_indices`, ``velocity`` as in `step_velocity`; ``what`` labels the progress bar.
+    ``pairs`` is as in `pair_indices`, ``velocity`` as in `step_velocity`; ``order`` is the cost's, and ``what`` labels
+    the progress bar. Warns if outputs are too coarse for the costs between neighbours.
     """
     levels = source.levels
     steps = pair_indices(levels, pairs)
     v = step_velocity(source.s, steps, velocity)
     reach = 1 if pairs == "adjacent" else levels
+    rounding = torch.zeros(levels - 1, dtype=torch.float64, device="cpu")  # squared score differences, of neighbours
 
     def of_batch(batch: Batch, advance: Callable[[int], None]) -> Tensor:
         columns = []
         for k, z, raw in source.states(batch, levels - 1):
             columns.append(squares(batch, z, raw, k, range(k + 1, min(k + reach, levels - 1) + 1)))
+            rounding[k] += source.score_c[k + 1].square() * stored_squares(raw).sum() / source.samples
             advance(len(z))
         return torch.cat(columns, 1)
 
-    return steps, source.over_batches(of_batch, levels - 1, progress, what) * v.square()
+    costs = source.over_batches(of_batch, levels - 1, progress, what) * v.square()
+    neighbours = steps[:, 1] == steps[:, 0] + 1
+    warn_of_rounded_costs(costs[:, neighbours].mean(0), rounding * v[neighbours].square(), order)
+    return steps, costs
 
 
 def pair_indices(levels: int, pairs: str) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.network_errors import checked_call
 from fastsched.denoisers.network_state import unchanged_buffers, warned_of_training
+from fastsched.measurement.rounding import stored_squares, warn_of_rounded_costs
 from fastsched.ops.backends import in_float64, widest_dtype
 from fastsched.selection.arc_length import equal_arc_length
 from fastsched.selection.fixed_point import variation
@@ -78,6 +79,7 @@ class AdaptiveSchedule:
         # Sums and counts instead of means: they add up over micro-batches, and over ranks with batches of other sizes.
         self._sums = torch.zeros(len(self.s) - 1, dtype=torch.float64, device="cpu")
         self._counts = torch.zeros_like(self._sums)
+        self._rounding = torch.zeros_like(self._sums)  # what storage in 16 bits may have added to the sums
 
     def __repr__(self) -> str:
         ends = f"{float(self.s[0]):.4g} to {float(self.s[-1]):.4g}"
@@ -181,6 +183,8 @@ class AdaptiveSchedule:
         if not bool(costs.isfinite().all()):
             raise ValueError(f"{_cause_of_infinity(clean, z, answers, (s_from, s_to))}; skip such a batch")
         self.observe(costs, intervals)
+        rounding = stored_squares(answers[1]) * s_from.square() / s_to.pow(4)
+        self._rounding = self._rounding.index_add(0, intervals, rounding)
         return 2 * count
 
     @property
@@ -194,6 +198,8 @@ class AdaptiveSchedule:
     def update(self) -> bool:
         """Move the grid and clear the observations. Collective: every rank of a distributed run must call it.
 
+        Warns if an ``x0`` that was rounded to 16 bits is too coarse for the costs.
+
         Returns:
             Whether the grid moved. It does not move while an interval has no observation (the observations are kept),
             if all costs are 0 or negative, or if levels would meet because one interval has nearly all of the cost.
@@ -206,7 +212,9 @@ class AdaptiveSchedule:
         if not bool((counts > 0).all()):
             return False
         lengths = (sums / counts).clamp_min(0.0).pow(1 / self.order)
-        self._sums, self._counts = torch.zeros_like(self._sums), torch.zeros_like(self._counts)
+        seen = self._counts.clamp_min(1)
+        warn_of_rounded_costs(self._sums / seen, self._rounding / seen, self.order)
+        self._sums, self._counts, self._rounding = (torch.zeros_like(self._sums) for _ in range(3))
         if float(lengths.sum()) == 0.0:  # all estimates negative or 0: no direction to move in
             return False
         target = equal_arc_length(self.s, lengths, len(self.s))
@@ -258,7 +266,7 @@ class AdaptiveSchedule:
         if bool((sums[counts == 0] != 0).any()):
             raise ValueError("state must hold a count of at least 1 for every interval whose sum is not 0")
         self.s, self.rate, self.order, self.updates = fresh.s, fresh.rate, fresh.order, updates
-        self._sums, self._counts = sums.clone(), counts.clone()
+        self._sums, self._counts, self._rounding = sums.clone(), counts.clone(), torch.zeros_like(sums)
 
 
 def _cause_of_infinity(clean: Tensor, z: Tensor, answers: Sequence[Tensor], levels: Sequence[Tensor]) -> str:

@@ -1,4 +1,6 @@
 import math
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -158,3 +160,23 @@ def test_nan_names_the_level():
     denoiser = fs.Denoiser.from_denoiser(lambda z, s: z * torch.where(s < 1.5, torch.nan, 1.0)[:, None], 0.1, 10.0)
     with pytest.raises(ValueError, match="sigma = 1"):
         stein_corrector(denoiser, shape=(2,), sigmas=[2.0, 1.0], samples=2, data=torch.ones(1, 2), progress=False)
+
+
+@pytest.mark.parametrize("returned", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("prediction", ["x0", "edm", "epsilon", "v", "velocity", "score"])
+def test_rounding_that_moves_levels_is_warned_of(prediction, returned):
+    """Of predictions in bfloat16, of clean samples alone, whose scores are small differences of large numbers."""
+    oracle = fs.oracles.Gaussian(0.5, (8,))
+    exact = exact_denoisers(oracle)[prediction]
+    denoiser = replace(exact, network=lambda x, t: exact.network(x, t).bfloat16().to(returned))
+    levels = fs.baselines.exponential(25, 0.025, 80.0)[:-1]
+    settings = {"shape": (8,), "sigmas": exact.process.sampler_sigma(levels), "samples": 32, "progress": False}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = fs.select(fs.costs.stein_corrector(denoiser, **settings), 8)
+    expected = fs.select(fs.costs.stein_corrector(exact, **settings), 8)
+    off = (found.sigmas / expected.sigmas)[:-1].log().abs().max()
+    assert [str(each.message)[:40] for each in said] == ["the network's outputs come in 16 bits an"] * (
+        prediction == "x0"
+    )
+    assert (float(off) > 0.04) == (prediction == "x0")

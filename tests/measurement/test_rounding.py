@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastsched as fs
-from fastsched.measurement.rounding import STORAGE_ERROR, storage_floor, warn_of_storage
+from fastsched.measurement.rounding import STORAGE_ERROR, storage_floor, stored_dtype, warn_of_storage
 from fastsched.ops import vector_gram
 
 
@@ -93,3 +93,11 @@ def test_measure_does_not_warn_without_need(dtype, levels):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         measured(dtype, levels)
+
+
+def test_what_numbers_were_rounded_to_is_seen_from_them():
+    values = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    assert stored_dtype(values) == torch.float32
+    for dtype in STORAGE_ERROR:
+        assert stored_dtype(values.to(dtype)) == dtype
+        assert stored_dtype(values.to(dtype).double()) == dtype

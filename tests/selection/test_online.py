@@ -1,5 +1,6 @@
 import copy
 import socket
+import warnings
 
 import numpy as np
 import pytest
@@ -352,3 +353,20 @@ def test_a_network_that_is_random_in_training_mode_is_warned_of(layer, wrapped):
     adaptive.observe_denoiser(denoise, _gaussian().sample(64, seed=0))  # warnings are errors in tests
     without = torch.nn.Linear(16, 16).train()
     adaptive.observe_denoiser(lambda z, s: without(z), _gaussian().sample(64, seed=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_clean_samples_that_were_rounded_are_warned_of(dtype):
+    oracle, generator = _gaussian(), torch.Generator().manual_seed(0)
+    rounded = lambda z, s: oracle.denoise(z, s).to(dtype)
+    combined = lambda z, s: z - s[:, None] * ((z - oracle.denoise(z, s)) / s[:, None]).to(dtype)  # as epsilon
+    for denoise, harmful in ((oracle.denoise, False), (combined, False), (rounded, True)):
+        for given in (denoise, fs.Denoiser.from_denoiser(denoise, 0.002, 80.0)):
+            adaptive = fs.AdaptiveSchedule(log_uniform(80.0, 0.002, 33))
+            adaptive.observe_denoiser(given, oracle.sample(256, seed=0), generator=generator)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                assert adaptive.update()
+                adaptive.observe(torch.ones(32))  # what was rounded before the update counts no longer
+                assert adaptive.update()
+            assert len(said) == harmful
