@@ -8,6 +8,7 @@ import importlib.metadata
 import inspect
 import json
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,13 +85,15 @@ class Source:
 
     def denoiser(self) -> tuple[Denoiser, tuple[int, ...]]:
         """The denoiser and the shape of one sample."""
-        from fastsched.denoisers.loading import load_denoiser
+        from fastsched.denoisers.loading import folder_of, load_denoiser
 
         given = {"prompt": self.prompts, "call": self.call, "scheduler": self.scheduler}
         for option in (name for name, value in given.items() if value):
             raise ValueError(f"{option} is for pipelines; this model is a denoiser")
         asked = None if self.shape is None else tuple(integers("shape", self.shape, "4,64,64"))
+        folder = folder_of(self.name)  # before the model changes the current one
         denoiser, own = load_denoiser(self.name, self.device)
+        sys.path.append(folder)  # while it runs, for a network that imports at its first call; last, to hide nothing
         shape = own if asked is None else asked
         if shape is None:
             raise ValueError("shape must be given for this denoiser: --shape 4,64,64, the shape of one sample")

@@ -168,13 +168,14 @@ def say(level: int, text: str) -> None:
 
 @contextlib.contextmanager
 def while_a_model_runs() -> Iterator[None]:
-    """What a model prints goes to stderr, as stdout is for results only; a folder that it changes to is left again."""
-    folder = os.getcwd()
+    """What a model prints goes to stderr, as stdout is for results only; changes of the folder and path are undone."""
+    folder, searched = os.getcwd(), list(sys.path)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
         os.chdir(folder)  # names of outputs are relative to it
+        sys.path[:] = searched
 
 
 def note(text: str) -> None:

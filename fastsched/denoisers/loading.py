@@ -39,13 +39,18 @@ def load_denoiser(name: str, device: str | None = None) -> tuple[Denoiser, tuple
     source, colon, function = name.rpartition(":")
     if not colon or not source or not function.isidentifier():
         raise ValueError(f"denoiser must be {FORMS}, got {name!r}{_hint(name)}")
-    if source.endswith(".py"):
-        folder, load = str(Path(source).resolve().parent), _module_of_file
-    else:
-        folder, load = os.getcwd(), _module
-    with _searched_last(folder):
+    if not source.endswith(".py") and (Path(source).name != source or source.startswith(".")):
+        raise ValueError(f"denoiser: the name of a file must end in .py, got {source!r}; a module is package.module")
+    load = _module_of_file if source.endswith(".py") else _module
+    with _searched_last(folder_of(name)):
         denoiser = _built(load(source), source, function)
     return denoiser, None
+
+
+def folder_of(name: str) -> str:
+    """The folder of the model of that name, as in `load_denoiser`: that of its file, or the current folder."""
+    source = name.rpartition(":")[0]
+    return str(Path(source).resolve().parent) if source.endswith(".py") else os.getcwd()
 
 
 @contextlib.contextmanager

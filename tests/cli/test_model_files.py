@@ -21,6 +21,8 @@ from fastsched.denoisers.loading import load_denoiser
         ("my_model.py", 2, "name a function in it, such as my_model.py:build"),
         ("my_pipeline", 2, "got 'my_pipeline'; there is no such folder"),
         ("nowhere.py:build", 1, "no such file: nowhere.py"),
+        ("./my_model:build", 2, "the name of a file must end in .py, got './my_model'"),
+        ("folder/my_model:build", 2, "must end in .py"),
         ("no_such_package.models:build", 1, "no module 'no_such_package.models'"),
         ("FILE:build", 2, "--shape 4,64,64"),
     ],
@@ -176,3 +178,22 @@ def test_an_error_is_printed_once_whatever_a_model_does_to_logging(tmp_path, lin
     assert done.returncode == 2
     assert done.stderr.count("model calls") == 1
     assert done.stderr.count("returned NaN or inf") == 1
+
+
+@pytest.mark.parametrize("form", ["FOLDER/m.py:build", "m:build"])
+def test_a_network_that_imports_at_its_first_call_finds_what_is_beside_it(tmp_path, monkeypatch, form):
+    (tmp_path / "m.py").write_text(
+        "import fastsched as fs\n"
+        "def network(z, s):\n    import beside_the_network\n    return beside_the_network.oracle.denoise(z, s)\n"
+        "def build():\n    return fs.Denoiser.from_denoiser(network, 0.002, 80.0)\n"
+    )
+    (tmp_path / "beside_the_network.py").write_text("import fastsched as fs\noracle = fs.oracles.Gaussian(0.5, (2,))\n")
+    if form == "m:build":
+        monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    model = form.replace("FOLDER", str(tmp_path))
+    result = run("measure", model, "--shape", "2", "--levels", "8", "-q", "-o", tmp_path / "s.safetensors")
+    assert result.exit_code == 0, result.stderr
+    assert sys.path == before
+    del sys.modules["beside_the_network"]
+    sys.modules.pop("m", None)
