@@ -103,9 +103,11 @@ def select(
         The schedule, without a predicted error. If the process starts from pure noise, so does the schedule.
 
     Raises:
-        ValueError: If an argument is out of range or unknown, or dynamic programming lacks pairs.
+        ValueError: If an argument is out of range or unknown, dynamic programming lacks pairs, or the cost is not
+            finite, or at no step above 0.
     """
     validate.arguments(locals(), cost=is_cost, solver=is_any_solver)
+    _check_costs(cost)
     steps = validate.positive_int("steps", steps)
     complete = len(cost.pairs) == len(cost.s) * (len(cost.s) - 1) // 2
     if method is None:
@@ -123,6 +125,19 @@ def select(
         clipped = cost.matrix.clamp_min(0.0).numpy()  # an unbiased estimate of a cost near 0 may be negative
         s = cost.s[first_order_paths(clipped, nodes - 1).path(nodes - 1)]
     return Schedule.from_levels(cost.process, _to_zero(cost.process, s, steps), solver_name(solver))
+
+
+def _check_costs(cost: CostMatrix) -> None:
+    """ValueError if no schedule follows from a cost."""
+    means = cost.per_sample.mean(0)
+    if not bool(means.isfinite().all()):
+        start = float(cost.sigmas[cost.pairs[~means.isfinite(), 0].min()])
+        raise ValueError(
+            f"cost must be finite, but has NaN or inf at the step from sigma {start:g}; estimate it in float64, or "
+            "without the levels there"
+        )
+    if not bool((means > 0).any()):
+        raise ValueError("cost must be above 0 at a step, but no estimate is; take more samples")
 
 
 def _is_grid(name: str, value: object) -> None:

@@ -1,4 +1,6 @@
 import itertools
+import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -126,3 +128,29 @@ def test_bad_arguments_are_named():
 def test_an_estimate_must_return_a_cost():
     with pytest.raises(TypeError, match=r"what estimate\(sigmas=...\) returns must be of class CostMatrix"):
         fs.refine_schedule(lambda sigmas: sigmas, [2.0, 1.0])
+
+
+@pytest.mark.parametrize("kind", ["adjacent", "all"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (math.nan, "cost must be finite, but has NaN or inf at the step from sigma 2;"),
+        (math.inf, "cost must be finite, but has NaN or inf at the step from sigma 2;"),
+        (0.0, "cost must be above 0 at a step"),
+        (-1.0, "cost must be above 0 at a step"),
+    ],
+)
+def test_costs_that_choose_nothing_are_refused(kind, value, message):
+    oracle = fs.oracles.Gaussian(0.5, (4,))
+    denoiser = fs.Denoiser.from_denoiser(oracle.denoise, 0.05, 20.0)
+    cost = stein_corrector(denoiser, shape=(4,), sigmas=[4.0, 2.0, 1.0, 0.5], samples=2, pairs=kind, progress=False)
+    costs = cost.per_sample.clone()
+    costs[:, (cost.pairs[:, 0] > 0) | (value <= 0)] = value
+    with pytest.raises(ValueError, match=message):
+        fs.select(replace(cost, per_sample=costs), 2)
+
+
+def test_a_cost_beyond_float32_is_said_to_be():
+    denoiser = fs.Denoiser.from_denoiser(fs.oracles.Gaussian(0.5, (4,)).denoise, 1e-30, 1.0)
+    with pytest.raises(ValueError, match="cost must be finite"):
+        fs.score_optimal_schedule(denoiser, 4, shape=(4,), levels=8, samples=2, progress=False)
