@@ -30,12 +30,17 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.level_pairs import pair_costs
-from fastsched.costs.states import Batch, StateSource, is_probes
+from fastsched.costs.states import Batch, StateSource, explained_derivatives, is_probes
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.ops.backends import in_float64
 
 #: Relative residual at which conjugate gradients stop. The cost is a square, so its relative error is twice as large.
 TOLERANCE = 1e-4
+
+_NO_GRADIENT = (
+    "the network's forward-mode derivative has no gradient (torch.func.grad), which this cost needs (does it use "
+    "gradient checkpointing, or write into tensors that it keeps?)"
+)
 
 
 @torch.no_grad()
@@ -113,7 +118,8 @@ class _Estimator:
         denoise = partial(self.source.denoise, k=k)
         # The rows are independent, so the gradient of their sum holds each row's gradient.
         inner = lambda state: (u * torch.func.jvp(denoise, (state,), (w,))[1]).sum()
-        return torch.func.grad(inner)(z)
+        with explained_derivatives(_NO_GRADIENT):
+            return torch.func.grad(inner)(z)
 
     def predicted_score(self, z: Tensor, score: Tensor, k: int, j: int) -> Tensor:
         """``score_j`` at the Euler step ``F(z)``."""

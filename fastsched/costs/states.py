@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -149,12 +150,8 @@ class StateSource:
         Raises:
             ValueError: If the network has none, for example because it detaches its input or uses NumPy.
         """
-        try:
+        with explained_derivatives(_NO_DERIVATIVE):
             found = torch.func.jvp(partial(self.denoise, k=k), (z,), (w,))[1]
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            raise ValueError(f"{_NO_DERIVATIVE}: {str(error).splitlines()[0]}") from error
         if torch.equal(found, float(self.denoised_a[k]) * w):  # the derivative of the network's output is 0
             moved, still = (self.raw_output(each[:1], k) for each in (z + float(self.s[k]) * w, z))
             if not torch.equal(moved, still):
@@ -229,6 +226,17 @@ class StateSource:
         if not bool(torch.isfinite(raw).all()):
             raise ValueError(not_finite(self.process, s))
         return raw
+
+
+@contextmanager
+def explained_derivatives(without: str) -> Iterator[None]:
+    """Raise a RuntimeError of derivatives in here as a ValueError, which says ``without`` what the network is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{without}: {str(error).splitlines()[0]}") from error
 
 
 def is_probes(name: str, value: object) -> int:

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from models import exact_denoisers, vp_table
+from torch.utils.checkpoint import checkpoint
 
 import fastsched as fs
 from fastsched import costs
@@ -113,6 +114,15 @@ def test_networks_without_a_derivative_are_refused(name, estimate):
     denoiser = fs.Denoiser.from_denoiser(WITHOUT_DERIVATIVE[name], 0.1, 5.0)
     settings = {"shape": (2,), "sigmas": [4.0, 2.0, 1.0], "samples": 3, "progress": False}
     with pytest.raises(ValueError, match="the network has no forward-mode derivative"):
+        ESTIMATORS[estimate](denoiser, **settings)
+
+
+@pytest.mark.parametrize("estimate", ["predictor", "predictor, exact, all pairs"])
+def test_networks_whose_derivative_has_no_gradient_are_refused(estimate):
+    checkpointed = lambda z, s: checkpoint(MIXTURE.denoise, z, s, use_reentrant=False)
+    denoiser = fs.Denoiser.from_denoiser(checkpointed, 0.1, 5.0)
+    settings = {"shape": (2,), "sigmas": [4.0, 2.0, 1.0], "samples": 3, "progress": False}
+    with pytest.raises(ValueError, match=r"derivative has no gradient .* gradient checkpointing"):
         ESTIMATORS[estimate](denoiser, **settings)
 
 
