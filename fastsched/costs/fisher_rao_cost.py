@@ -24,6 +24,7 @@ from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.level_pairs import pair_indices
 from fastsched.costs.states import Batch, StateSource, is_probes
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
+from fastsched.measurement.rounding import stored_squares, warn_of_rounded_costs
 from fastsched.ops.backends import in_float64
 
 
@@ -63,15 +64,20 @@ def fisher_rao(
     validate.arguments(locals(), denoiser=is_denoiser, probes=is_probes)
     source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
 
+    rounding = torch.zeros(source.levels, dtype=torch.float64, device="cpu")  # of the metric
+
     def of_batch(batch: Batch, advance: Callable[[int], None]) -> Tensor:
         metrics = []
         for k, z, raw in source.states(batch, source.levels):
             metrics.append(_metric(source, z, raw, k, batch.signs(probes)))
+            rounding[k] += _rounding(source, z, raw, k).sum() / source.samples
             advance(len(z))
         return torch.stack(metrics, 1)
 
     metric = source.over_batches(of_batch, source.levels, progress, "Fisher-Rao cost")  # of log s, [samples, N]
-    costs = source.s.log().diff().square() * (metric[:, :-1] + metric[:, 1:]) / 2
+    of_steps = lambda values: source.s.log().diff().square() * (values[..., :-1] + values[..., 1:]) / 2
+    costs = of_steps(metric)
+    warn_of_rounded_costs(costs.mean(0), of_steps(rounding), order=2)
     derivatives = source.samples * source.levels * probes
     return source.cost_matrix("fisher_rao", pair_indices(source.levels, "adjacent"), costs, order=2, jvp=derivatives)
 
@@ -89,3 +95,10 @@ def _metric(source: StateSource, z: Tensor, raw: Tensor, k: int, probes: Tensor)
     # (sum of all)^2 - sum of squares = the products of different probes: the square of a single probe's estimate
     # would be biased by its variance.
     return (change.sum(1).square() - change.square().sum(1)) / (count * (count - 1))
+
+
+def _rounding(source: StateSource, z: Tensor, raw: Tensor, k: int) -> Tensor:
+    """What storage of ``raw`` in 16 bits adds to `_metric`, ``4 s^4 E (score' error)^2``, [B] float64."""
+    norm = in_float64(source.score_of(z, raw, k).flatten(1)).square().sum(1).cpu()
+    error = source.score_c[k].square() * stored_squares(raw) / 2 / z[0].numel()  # of one output's elements
+    return 4 * float(source.s[k]) ** 4 * norm * error

@@ -22,6 +22,7 @@ from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.level_pairs import pair_indices
 from fastsched.costs.states import Batch, StateSource
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
+from fastsched.measurement.rounding import stored_squares, warn_of_rounded_costs
 
 
 @torch.no_grad()
@@ -56,16 +57,21 @@ def klub(
     validate.arguments(locals(), denoiser=is_denoiser)
     source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
     pairs = pair_indices(source.levels, "all")
+    rounding = torch.zeros(source.levels, dtype=torch.float64, device="cpu")  # of squared differences of D
 
     def of_batch(batch: Batch, advance: Callable[[int], None]) -> Tensor:
         raws, states = [], _noising_paths(source, batch)
         for k, z in enumerate(states):
             raws.append(source.raw_output(z, k))
+            rounding[k] += source.denoised_c[k].square() * stored_squares(raws[-1]).sum() / source.samples
             advance(len(z))
         return _integrals(source, torch.stack(raws), torch.stack(states))[:, pairs[:, 0], pairs[:, 1]]
 
-    costs = source.over_batches(of_batch, source.levels, progress, "KLUB cost")
-    return source.cost_matrix("klub", pairs, costs, order=2)
+    cost = source.cost_matrix(
+        "klub", pairs, source.over_batches(of_batch, source.levels, progress, "KLUB cost"), order=2
+    )
+    warn_of_rounded_costs(cost.adjacent, _end_weights(source.s)[1] * rounding[1:], cost.order)
+    return cost
 
 
 def _noising_paths(source: StateSource, batch: Batch) -> list[Tensor]:
@@ -85,13 +91,18 @@ def _integrals(source: StateSource, raws: Tensor, states: Tensor) -> Tensor:
         raws.flatten(2), states.flatten(2), source.denoised_a, source.denoised_c, per_sample=True, backend=backend
     )
     distances = ops.pairwise_squared_distances(gram).cpu()  # [B, i, k]
-    # With lam = -log s, ds / s^3 is exp(2 lam) dlam up to its sign. The integral of a linear function over a segment is
-    # a weighted sum of its values at both ends: "later" is the weight of the cleaner end, the two add up to "whole".
-    snr, widths = source.s.pow(-2), -source.s.log().diff()
-    whole = snr.diff() / 2
-    later = snr[1:] / 2 - whole / (2 * widths)
-    segments = (whole - later) * distances[:, :, :-1] + later * distances[:, :, 1:]
+    earlier, later = _end_weights(source.s)
+    segments = earlier * distances[:, :, :-1] + later * distances[:, :, 1:]
     inside = torch.ones(source.levels, source.levels - 1, dtype=torch.bool, device="cpu").triu()  # segments k >= i
     costs = torch.zeros_like(distances)
     costs[:, :, 1:] = torch.where(inside, segments, 0.0).cumsum(-1)
     return costs
+
+
+def _end_weights(s: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights of a linear function's values at the noisier and the cleaner end of each segment, in its integral."""
+    # With lam = -log s, ds / s^3 is exp(2 lam) dlam up to its sign.
+    snr, widths = s.pow(-2), -s.log().diff()
+    whole = snr.diff() / 2
+    later = snr[1:] / 2 - whole / (2 * widths)
+    return whole - later, later

@@ -1,5 +1,6 @@
 """What all estimated costs share: their states, their random numbers, and the calls they count."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -171,3 +172,19 @@ def test_sigmas_at_one_integer_timestep_are_refused():
     denoiser = fs.Denoiser.from_epsilon(lambda x, t: 0.9 * x, vp_table(20), integer_timesteps=True)
     with pytest.raises(ValueError, match="sigmas must be at different integer timesteps"):
         fs.costs.klub(denoiser, shape=(2,), sigmas=[9.0, 8.9], samples=2, progress=False)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "edm"])
+@pytest.mark.parametrize("estimate", ["corrector", "corrector, all pairs", "predictor", "fisher-rao", "klub"])
+def test_outputs_in_16_bits_that_are_too_coarse_for_a_cost_are_warned_of(estimate, prediction):
+    oracle = fs.oracles.GaussianMixture.random(4, 3, seed=1)
+    network = exact_denoisers(oracle)[prediction].network
+    rounded = lambda x, t: network(x, t).bfloat16()
+    denoiser = fs.Denoiser(rounded, fs.Denoiser.from_denoiser(network, 0.002, 80.0).process, prediction)
+    levels = 9 if estimate == "predictor" else 33
+    sigmas = fs.baselines.exponential(levels, 0.002, 80.0)[:-1]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        data = oracle.sample(16, seed=0)
+        ESTIMATORS[estimate](denoiser, shape=(4,), sigmas=sigmas, samples=16, data=data, progress=False)
+    assert sum("outputs come in 16 bits" in str(each.message) for each in said) == (prediction == "x0")
