@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastsched import ops, validate
 from fastsched.costs.cost_matrix import CostMatrix
-from fastsched.costs.level_pairs import pair_costs
+from fastsched.costs.level_pairs import cost_name, pair_costs
 from fastsched.costs.states import Batch, StateSource
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.ops.backends import in_float64
@@ -70,7 +70,7 @@ def stein_corrector(
         return (fused_score_distances if z.is_cuda else score_distances)(source, z, raw, k, others)
 
     steps, costs = pair_costs(source, pairs, velocity, squares, 2, progress=progress, what="Stein corrector cost")
-    return source.cost_matrix("stein_corrector", steps, costs, order=2)
+    return source.cost_matrix(cost_name("stein_corrector", velocity), steps, costs, order=2)
 
 
 def score_distances(source: StateSource, z: Tensor, raw: Tensor, k: int, others: range) -> Tensor:

@@ -98,7 +98,9 @@ class CostMatrix:
         is_cost("other", other)
         same = (self.name, self.process) == (other.name, other.process) and torch.equal(self.s, other.s)
         if not (same and torch.equal(self.pairs, other.pairs)):
-            raise ValueError(f"other must be the same cost, {self.name}, of the same levels and steps")
+            raise ValueError(
+                f"other must be the same cost, {self.name}, of the same levels and steps, got {other.name}"
+            )
         seeds = None if self.seeds is None or other.seeds is None else torch.cat([self.seeds, other.seeds])
         repeated = 0 if seeds is None else len(seeds) - len(seeds.unique())
         if repeated:

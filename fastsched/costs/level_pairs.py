@@ -55,3 +55,8 @@ def step_velocity(s: Tensor, pairs: Tensor, velocity: str | None) -> Tensor:
     if velocity is None:
         return torch.ones(len(pairs), dtype=torch.float64, device="cpu")
     return s[pairs[:, 0 if velocity == "noisier" else 1]]
+
+
+def cost_name(name: str, velocity: str | None) -> str:
+    """The name of a cost with its velocity if that is not the usual one: estimates of one name can be merged."""
+    return name if velocity == "noisier" else f"{name}, velocity={velocity!r}"

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.costs.cost_matrix import CostMatrix
-from fastsched.costs.level_pairs import pair_costs
+from fastsched.costs.level_pairs import cost_name, pair_costs
 from fastsched.costs.states import Batch, StateSource, explained_derivatives, is_probes
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.ops.backends import in_float64
@@ -97,7 +97,7 @@ def stein_predictor(
             "raise max_iterations, or use probes=None if the network's Jacobian is far from symmetric and positive",
         )
     calls = {"jvp": estimator.jvp_calls, "gradient": estimator.gradient_calls}
-    return source.cost_matrix("stein_predictor", steps, costs, order=4, **calls)
+    return source.cost_matrix(cost_name("stein_predictor", velocity), steps, costs, order=4, **calls)
 
 
 class _Estimator:

@@ -67,6 +67,20 @@ def test_ranges_of_samples_merge_into_the_whole(estimate, from_data):
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("estimate", ["corrector", "predictor"])
+def test_costs_of_different_velocities_do_not_merge(estimate):
+    denoiser = fs.Denoiser.from_denoiser(MIXTURE.denoise, 0.05, 10.0)
+    settings = {"shape": (2,), "sigmas": [4.0, 2.0, 1.0], "progress": False}
+    first, other = (
+        ESTIMATORS[estimate](denoiser, samples=range(n, n + 2), velocity=velocity, **settings)
+        for n, velocity in ((0, "noisier"), (2, None))
+    )
+    with pytest.raises(
+        ValueError, match=f"other must be the same cost, stein_{estimate}, .* got stein_{estimate}, vel"
+    ):
+        first.merge(other)
+
+
 def test_standard_errors():
     denoiser = fs.Denoiser.from_denoiser(MIXTURE.denoise, 0.05, 10.0)
     settings = {"shape": (2,), "sigmas": [2.0, 1.0, 0.5], "progress": False}
