@@ -11,6 +11,7 @@ from models import exact_denoisers, mixture, vp_table
 import fastsched as fs
 from benchmarks.quality.models import MODELS
 from fastsched.measurement.network_checks import check_network, suspects
+from fastsched.sampling.random_streams import noise_of
 
 #: Structured data, as real data are: near a few points of 16 dimensions.
 DATA = fs.oracles.GaussianMixture.random(16, 3, seed=0)
@@ -78,6 +79,21 @@ def test_weakly_trained_networks_are_warned_of(error):
     weak = replace(exact, network=lambda x, t: exact.network(x, t) + off(t))
     with pytest.warns(UserWarning, match="Leave the last entries of the table out"):
         assert fs.measure(weak, (16,), levels=12, samples=1, progress=False).samples == 1
+
+
+@pytest.mark.parametrize(("kind", "error"), [("v", 0.07), ("v", -0.07), ("epsilon", 0.02)])
+def test_small_errors_of_networks_whose_rough_sample_is_small_pass(kind, error):
+    """Data of deviation 0.5 lie along one direction, in which the noise of the rough sample has no part."""
+    noise = noise_of(torch.tensor([0]), (64,))[0].double()
+    along = 1 - noise * noise.sum() / noise.square().sum()
+    along *= 4 / along.norm()
+    denoise = lambda z, s: (along * (z.double() @ along / (16 + s.double() ** 2))[:, None]).to(z.dtype)
+    table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    exact = exact_denoisers(SimpleNamespace(denoise=denoise, score=denoise), table)[kind]
+    off = lambda x, t: error * (t > 800).float()[:, None] * x
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(replace(exact, network=lambda x, t: exact.network(x, t) + off(x, t)), (64,))
 
 
 def ring(modes, std, d=2):
