@@ -25,6 +25,11 @@ TOLERANCE = 3e-4
 #: Over 72 cells the errors were 0.94 of those of one start (at best 0.05), in 1.2 of the time.
 ROUNDS = 2
 
+#: If a search lowers nothing, as happens at levels of the grid, where the error has kinks, the next start is beside its
+#: end, this fraction of the way to even gaps. Where two of three searches had failed, the error of the schedule was 2.5
+#: times as large without this.
+ASIDE = 0.02
+
 #: The least gap of a start, as a fraction of the mean gap: for a smaller gap the gradient almost vanishes.
 LEAST_GAP = 0.1
 
@@ -80,12 +85,16 @@ def descend(error: Callable[[Array], Array], start: Array, low: float, high: flo
 
     gaps = -np.diff(np.concatenate([[top], np.log(start[1:-1]), [math.log(low)]]))
     gaps[:-1] -= apart
-    u, lowest = np.log(np.maximum(gaps, LEAST_GAP * room / len(gaps))), 0.0
+    u, best, lowest = np.log(np.maximum(gaps, LEAST_GAP * room / len(gaps))), start, 0.0
     of_start = float(log_error(start[None])[0])
     for _ in range(ROUNDS):
         found = minimize(value_and_gradient, u, jac=True, method="L-BFGS-B", options={"ftol": TOLERANCE})
-        u, lowest = found.x, float(found.fun)
-    return levels_at(u)[0] if lowest < 0 else start
+        u, lowered = found.x, lowest - float(found.fun)
+        if lowered > 0:
+            best, lowest = levels_at(u)[0], float(found.fun)
+        if lowered < TOLERANCE:
+            u = u - ASIDE * (u - u.mean())
+    return best
 
 
 def coordinate_descent(objective: Callable[[Sequence[int], int], float], nodes: Sequence[int]) -> list[int]:

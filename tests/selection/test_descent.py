@@ -55,6 +55,19 @@ def counted_descent(error, start):
     return len(calls), found
 
 
+def test_descent_leaves_a_kink_at_its_start():
+    """The start is at the bottom of a narrow kink, 0.1 deep, where the gradient leads away from `TARGET`."""
+    start = np.array([10.0, 3.0, 1.2, 0.2, 0.05, 0.0])
+
+    def kinked(levels):
+        away = np.abs(np.log(levels[:, 1:-1] / start[1:-1])).sum(1)
+        return convex(levels) + 0.1 * np.minimum(100 * away, 1.0)
+
+    found = descend(kinked, start, 0.01, 10.0, 0.05)
+    assert kinked(found[None])[0] <= 1.103  # the least but for the kink is 1.1
+    np.testing.assert_allclose(np.log(found[1:-1]), TARGET, atol=0.04)
+
+
 def test_descent_tries_only_descending_levels_apart_and_above_the_lowest():
     error, calls = recorded(lambda levels: np.exp(np.log(levels[:, 1:-1]).sum(1)))  # ever lower
     found = descend(error, np.array([10.0, 5.0, 2.0, 1.0, 0.0]), 0.01, 10.0, 0.05)
