@@ -59,7 +59,7 @@ SPILLS = {
 }
 
 
-RECORDED = recorded()
+RECORDED = recorded() if backends._TRITON else {}
 
 
 def built_or_recorded(case: Gram | Hutchinson) -> Built:
