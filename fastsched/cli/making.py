@@ -14,7 +14,6 @@ from fastsched.cli import inputs, shell, spending
 from fastsched.cli.shell import note
 
 if TYPE_CHECKING:
-    from fastsched.denoisers.denoiser import Denoiser
     from fastsched.measurement.statistics import PathStatistics
     from fastsched.sampling.schedule import Schedule
 
@@ -28,6 +27,10 @@ Paths = Annotated[
         help="Number of paths, 4 to 16 are enough; or A:B, paths A to B - 1, for 'fastsched merge'.  "
         "[default: 8; pipelines: 4]"
     ),
+]
+ModelCalls = Annotated[
+    Optional[int],
+    typer.Option(help="The most model calls, the measurement included.  [default: 800; with --stats 740 more]", min=0),
 ]
 Solver = Annotated[str, typer.Option(help="Such as ddim, heun, dpmpp_2m or ipndm; 'fastsched solvers' lists all.")]
 
@@ -142,12 +145,7 @@ def fit(
         Optional[int], typer.Option(help="Number of noise levels.  [default: by the calls]", min=3)
     ] = None,
     samples: Annotated[Optional[int], typer.Option(help="Number of paths.  [default: by the calls]", min=1)] = None,
-    model_calls: Annotated[
-        Optional[int],
-        typer.Option(
-            help="The most model calls, the measurement included.  [default: 800; with --stats 740 more]", min=0
-        ),
-    ] = None,
+    model_calls: ModelCalls = None,
     decoupled: Annotated[
         bool, typer.Option("--decoupled", help="Also tune the levels given to the network; for diffusers, fs.sample.")
     ] = False,
@@ -158,6 +156,7 @@ def fit(
     prompt: shell.Prompts = None,
     call: shell.CallOptions = None,
     scheduler: shell.Scheduler = None,
+    checkpoint: shell.Checkpoint = None,
     overwrite: shell.Overwrite = False,
     dry_run: shell.DryRun = False,
     as_json: shell.AsJson = False,
@@ -169,9 +168,10 @@ def fit(
     fastsched fit digits --steps 8 -o schedule.json
     fastsched fit my_model.py:build --steps 8 --shape 4,64,64 --solver dpmpp_2m -o schedule.json
     fastsched fit my_model.py:build --steps 6 --shape 4,64,64 --stats stats.safetensors --model-calls 400 -o six.json
-    fastsched fit my_pipeline_folder --steps 8 --prompt "a cat" --call guidance_scale=7.5 -o schedule.json
+    fastsched fit my_pipeline_folder --steps 8 --prompt "a cat" --checkpoint unfinished.safetensors -o schedule.json
     """
     file = shell.output_file(output, dry_run, overwrite=overwrite, endings=[".json"])
+    kept = shell.checkpoint_file(checkpoint, file, [*inputs.model_files(denoiser), *([stats] if stats else [])])
     source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet, scheduler)
     # Files and names are checked before the model loads, which may take minutes.
     chosen = None if solver is None else inputs.solver_named(solver)
@@ -179,7 +179,7 @@ def fit(
     for option in (name for name, value in (("levels", levels), ("samples", samples)) if stats and value is not None):
         raise ValueError(f"{option} must be left out with --stats, whose levels and paths are used")
     options = {"stats": known, "levels": levels, "samples": samples, "model_calls": model_calls, "seed": seed}
-    options["decoupled"] = decoupled
+    options |= {"decoupled": decoupled, "checkpoint": kept}
     schedule = _fitted(source, steps, chosen, dry_run, options)
     shell.save_or_print(schedule.save, file, summary(schedule))
     if as_json:
@@ -212,21 +212,17 @@ def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool
     else:
         measuring = lambda levels, count: spending.measuring_calls(model, levels, count, responses)
         # With --stats the paths are followed again, unless the file holds the increments that tuning needs.
-        repeating = partial(_repeating_calls, model)
+        repeating = partial(spending.repeating_calls, model)
         cost = spending.say_fitting(measuring, options, dry_run, repeating)
         options = source.running | options | {"shape": given, "solver": solver or "dpmpp_2m"}
-    with shell.joint_bar(cost, not source.quiet, "fitting") as progress, inputs.named_as_options():
+    kept = "nothing was written" if options["checkpoint"] is None else "the same command goes on from the checkpoint"
+    with (
+        shell.errors_in_a_line(f"interrupted; {kept}"),
+        shell.joint_bar(cost, not source.quiet, "fitting") as progress,
+        inputs.named_as_options(),
+    ):
         run: Any = fs.diffusers.fit if source.is_pipeline else fs.fit
         return run(model, steps=steps, **options | {"progress": progress})
-
-
-def _repeating_calls(model: Denoiser, stats: PathStatistics) -> int:
-    """The model calls of following the paths of statistics once more; none if the file has their increments."""
-    try:
-        calls = spending.measuring_calls(model, stats.s, stats.samples, bool(stats.deviated), checks=False)
-    except ValueError as error:
-        raise ValueError(f"stats are of another noise process than this model's: {error}") from None
-    return calls if stats.increments is None else 0
 
 
 def _check_scheduler(scheduler: Any, steps: int, solver: str | None, decoupled: bool) -> None:

@@ -48,6 +48,9 @@ Quiet = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Checkpoint = Annotated[
+    Optional[Path], typer.Option(help="A file that keeps finished work; the same command goes on from it.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the cost in model calls and stop.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it exists.")]
 Prompts = Annotated[
@@ -309,6 +312,14 @@ def writable(
     from fastsched.sampling.files import check_writable
 
     check_writable(path)
+
+
+def checkpoint_file(path: Path | None, output: Path, sources: Sequence[Path]) -> Path | None:
+    """The absolute path of a checkpoint, because the model may change the folder; checked before any work."""
+    writable(path, overwrite=True, sources=sources, name="checkpoint")
+    if path is not None and path.absolute() == output.absolute():
+        raise ValueError("checkpoint must be another file than output")
+    return None if path is None else path.absolute()
 
 
 def save_or_print(save: Callable[[Path], object], path: Path, value: Any) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastsched.denoisers.denoiser import Denoiser
+    from fastsched.measurement.statistics import PathStatistics
 
 
 def measuring_calls(
@@ -24,6 +25,15 @@ def measuring_calls(
 
     paths = samples * measurement_of(model, measured_levels(model, levels), responses=responses).calls
     return paths + CHECK_CALLS * (checks and samples > 0)
+
+
+def repeating_calls(model: Denoiser, stats: PathStatistics) -> int:
+    """The model calls of following the paths of statistics once more; none if the file has their increments."""
+    try:
+        calls = measuring_calls(model, stats.s, stats.samples, bool(stats.deviated), checks=False)
+    except ValueError as error:
+        raise ValueError(f"stats are of another noise process than this model's: {error}") from None
+    return calls if stats.increments is None else 0
 
 
 def say(cost: str, dry_run: bool) -> None:

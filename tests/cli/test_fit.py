@@ -186,6 +186,45 @@ def test_ctrl_c_says_what_is_left(tmp_path):
     assert (fitted.exit_code, one_line(fitted)) == (130, "interrupted; nothing was written")
 
 
+def test_an_interrupted_fit_goes_on_from_its_checkpoint(folder, model, tmp_path):
+    counted = tmp_path / "counted.py"
+    counted.write_text(
+        "import os, fastsched as fs\n"
+        "oracle, calls = fs.oracles.Gaussian(0.5, (2, 3)), []\n"
+        "def denoise(z, s):\n"
+        "    calls.append(len(z))\n"
+        "    if os.path.exists('stop') and sum(calls) > 60:\n        raise KeyboardInterrupt\n"
+        "    with open('calls', 'a') as file:\n        file.write('.' * len(z))\n"
+        "    return oracle.denoise(z, s)\n"
+        "def build():\n"
+        f"    os.chdir({str(tmp_path)!r})\n"
+        "    return fs.Denoiser.from_denoiser(denoise, 0.002, 80.0)\n"
+    )
+    whole = run("fit", f"{counted}:build", "--steps", "4", *QUICK, "-o", tmp_path / "whole.json")
+    assert whole.exit_code == 0, whole.stderr
+    needed = len((tmp_path / "calls").read_text())
+    (tmp_path / "calls").unlink()
+    (tmp_path / "stop").touch()
+    options = ("--steps", "4", *QUICK, "--checkpoint", tmp_path / "kept.safetensors", "-o", tmp_path / "a.json")
+    stopped = run("fit", f"{counted}:build", *options)
+    assert (stopped.exit_code, one_line(stopped)) == (130, "interrupted; the same command goes on from the checkpoint")
+    (tmp_path / "stop").unlink()
+    assert run("fit", f"{counted}:build", *options).exit_code == 0
+    found, expected = (fs.Schedule.load(tmp_path / name) for name in ("a.json", "whole.json"))
+    torch.testing.assert_close(found.sigmas, expected.sigmas, rtol=1e-6, atol=0)
+    assert len((tmp_path / "calls").read_text()) <= needed + 2 * 12 + 7  # one path, and the checks
+
+
+def test_a_checkpoint_is_another_file(folder, model, tmp_path):
+    stats = tmp_path / "s.safetensors"
+    stats.write_bytes((folder / "s.safetensors").read_bytes())
+    common = ("fit", model, "--steps", "4", "--shape", "2,3", "-q", "-o", tmp_path / "a.json")
+    for path, message in ((tmp_path / "a.json", "another file than output"), (stats, "which is read")):
+        refused = run(*common, "--stats", stats, "--checkpoint", path)
+        assert refused.exit_code == 2
+        assert message in one_line(refused)
+
+
 def test_a_resumed_measurement_costs_what_is_left(folder, model, tmp_path):
     output = tmp_path / "s.safetensors"
     output.write_bytes((folder / "s.safetensors").read_bytes())

@@ -152,9 +152,12 @@ def test_guidance_is_part_of_what_is_measured():
     assert measured.origin.guidance == scale
     guided = denoiser_of(scheduler, (plain, 1 - scale), (conditional, scale))
     direct = fs.measure(guided, SHAPE, samples=SAMPLES, progress=False)
-    assert cells_apart(fs.optimal_schedule(measured, 6), fs.optimal_schedule(direct, 6), direct.s) <= 1
+    assert float((measured.gram - direct.gram).norm() / direct.gram.norm()) < 1e-3
     alone = fs.measure(denoiser_of(scheduler, (conditional, 1.0)), SHAPE, samples=SAMPLES, progress=False)
-    assert cells_apart(fs.optimal_schedule(measured, 6), fs.optimal_schedule(alone, 6), direct.s) > 1
+    # The first step may be long or short for nearly the same error, so errors are compared, not levels.
+    error = [fs.predict_error(direct, fs.optimal_schedule(stats, 6)) for stats in (direct, measured, alone)]
+    assert error[1] < 1.01 * error[0]
+    assert error[2] > 2 * error[0]
 
 
 @pytest.mark.filterwarnings("ignore:the network's outputs come in bfloat16")  # one kind is at the limit, on purpose
