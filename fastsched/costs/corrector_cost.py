@@ -69,7 +69,8 @@ def stein_corrector(
         # limited by the reads, a CPU by the products.
         return (fused_score_distances if z.is_cuda else score_distances)(source, z, raw, k, others)
 
-    steps, costs = pair_costs(source, pairs, velocity, squares, 2, progress=progress, what="Stein corrector cost")
+    label = "Stein corrector cost"
+    steps, costs = pair_costs(source, pairs, velocity, squares, order=2, progress=progress, what=label)
     return source.cost_matrix(cost_name("stein_corrector", velocity), steps, costs, order=2)
 
 

@@ -67,9 +67,8 @@ def klub(
             advance(len(z))
         return _integrals(source, torch.stack(raws), torch.stack(states))[:, pairs[:, 0], pairs[:, 1]]
 
-    cost = source.cost_matrix(
-        "klub", pairs, source.over_batches(of_batch, source.levels, progress, "KLUB cost"), order=2
-    )
+    costs = source.over_batches(of_batch, source.levels, progress, "KLUB cost")
+    cost = source.cost_matrix("klub", pairs, costs, order=2)
     warn_of_rounded_costs(cost.adjacent, _end_weights(source.s)[1] * rounding[1:], cost.order)
     return cost
 

@@ -16,7 +16,7 @@ Squares = Callable[[Batch, Tensor, Tensor, int, range], Tensor]
 
 
 def pair_costs(
-    source: StateSource, pairs: str, velocity: str | None, squares: Squares, order: int, *, progress: bool, what: str
+    source: StateSource, pairs: str, velocity: str | None, squares: Squares, *, order: int, progress: bool, what: str
 ) -> tuple[Tensor, Tensor]:
     """The steps, [P, 2] int64, and ``v^2 squares`` of each for each sample, [samples, P] float64.
 

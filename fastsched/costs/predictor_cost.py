@@ -90,7 +90,7 @@ def stein_predictor(
     source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
     estimator = _Exact(source) if probes is None else _Hutchinson(source, probes, max_iterations)
     label = "Stein predictor cost"
-    steps, costs = pair_costs(source, pairs, velocity, estimator.squares, 4, progress=progress, what=label)
+    steps, costs = pair_costs(source, pairs, velocity, estimator.squares, order=4, progress=progress, what=label)
     if estimator.unconverged:
         validate.warn(
             f"{estimator.unconverged} of {estimator.solves} linear systems did not reach a residual of {TOLERANCE:g}; "

@@ -112,7 +112,7 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
 def _carry(error: BaseException, whole: PathStatistics | None) -> None:
     """Let a handler save the finished paths: they are ``error.partial``."""
     with contextlib.suppress(Exception):  # a few classes take no attributes
-        error.partial = whole  # type: ignore[attr-defined]
+        error.partial = whole  # type: ignore[attr-defined] # no class of errors declares it
 
 
 def _warn_of_constant(stats: PathStatistics) -> None:

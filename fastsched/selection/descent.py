@@ -17,8 +17,8 @@ OPEN_GAP = 1.5
 DIFFERENCE = 1e-4
 
 #: L-BFGS ends if a step lowers the logarithm of the error by less than this, or by less than this fraction of what all
-#: steps have lowered it by. Neither depends on the unit of the data. With 1e-4 the errors were 0.998 times as large, in
-#: 1.15 of the time; with 1e-3 they were 1.01 times, at most 1.3 times as large, in 0.84 of the time (105 cells).
+#: steps have lowered it by. Neither depends on the unit of the data. With 1e-4 predicted errors were 0.998 times as
+#: large, in 1.15 of the time; with 1e-3 they were 1.01 times, at most 1.3 times as large, in 0.84 of it (105 cells).
 TOLERANCE = 3e-4
 
 #: How often L-BFGS is started, each time from the last end: it may end early because of an outdated curvature estimate.

@@ -212,7 +212,7 @@ class AdaptiveSchedule:
         if not bool((counts > 0).all()):
             return False
         lengths = (sums / counts).clamp_min(0.0).pow(1 / self.order)
-        seen = self._counts.clamp_min(1)
+        seen = self._counts.clamp_min(1)  # by this rank
         warn_of_rounded_costs(self._sums / seen, self._rounding / seen, self.order)
         self._sums, self._counts, self._rounding = (torch.zeros_like(self._sums) for _ in range(3))
         if float(lengths.sum()) == 0.0:  # all estimates negative or 0: no direction to move in

@@ -66,7 +66,6 @@ def test_ranges_of_samples_merge_into_the_whole(estimate, from_data):
         whole.merge(estimate(denoiser, samples=1, **{**settings, "sigmas": denoiser.levels(5)}))
 
 
-@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("estimate", ["corrector", "predictor"])
 def test_costs_of_different_velocities_do_not_merge(estimate):
     denoiser = fs.Denoiser.from_denoiser(MIXTURE.denoise, 0.05, 10.0)
@@ -81,6 +80,7 @@ def test_costs_of_different_velocities_do_not_merge(estimate):
         first.merge(other)
 
 
+@pytest.mark.filterwarnings("error")
 def test_standard_errors():
     denoiser = fs.Denoiser.from_denoiser(MIXTURE.denoise, 0.05, 10.0)
     settings = {"shape": (2,), "sigmas": [2.0, 1.0, 0.5], "progress": False}
