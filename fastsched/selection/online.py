@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
+from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.network_errors import checked_call
 from fastsched.denoisers.network_state import unchanged_buffers, warned_of_training
 from fastsched.measurement.rounding import stored_squares, warn_of_rounded_costs
@@ -170,7 +171,9 @@ class AdaptiveSchedule:
         # In 16 bits, neighbouring levels and the differences of answers round away; only the network sees such states.
         dtype = torch.promote_types(clean.dtype, torch.float32)
         noise = torch.randn(clean.shape, generator=generator, dtype=dtype, device="cpu").to(clean.device)
-        s_from, s_to = self.s[intervals], self.s[intervals + 1]
+        # A network with integer timesteps is asked at the nearest of its levels, so its scores are those of that level.
+        levels = denoise.process.nearest(self.s) if isinstance(denoise, Denoiser) else self.s
+        s_from, s_to = levels[intervals], levels[intervals + 1]
         wide = lambda values: values.to(noise).reshape(-1, *[1] * (clean.ndim - 1))
         z = (clean + wide(s_from) * noise).to(clean.dtype)
         # A network may write into its input, and return the same buffer every time.

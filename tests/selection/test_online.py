@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from models import exact_denoisers, vp_table
 
 import fastsched as fs
 from fastsched.denoisers.noise import log_uniform
@@ -370,3 +371,17 @@ def test_clean_samples_that_were_rounded_are_warned_of(dtype):
                 adaptive.observe(torch.ones(32))  # what was rounded before the update counts no longer
                 assert adaptive.update()
             assert len(said) == harmful
+
+
+def test_a_network_of_integer_timesteps_is_observed_at_levels_that_it_knows():
+    continuous = exact_denoisers(_gaussian(), vp_table(20))["epsilon"]  # 20 timesteps, a factor of 1.6 apart on average
+    integer = fs.Denoiser.from_epsilon(
+        lambda x, t: continuous.network(x, t.float()), vp_table(20), integer_timesteps=True
+    )
+    between = fs.baselines.exponential(5, 0.11, 90.0)[:-1]
+    costs = []
+    for denoiser, s in ((integer, between), (continuous, integer.process.nearest(between))):
+        adaptive = fs.AdaptiveSchedule(s)
+        adaptive.observe_denoiser(denoiser, _gaussian().sample(64, seed=1), generator=torch.Generator().manual_seed(0))
+        costs.append(adaptive.state_dict()["sums"])
+    torch.testing.assert_close(costs[0], costs[1], rtol=1e-4, atol=0.0)
