@@ -20,9 +20,11 @@ Errors of answers to similar deviations at neighbouring levels are correlated, s
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
-from fastsched.costs.norms import Array, Norms
+from fastsched.costs.norms import Array
 from fastsched.costs.secants import Secants
 
 #: Factor of the leave-one-out estimate: predictions use all paths, so their answers are better than with one left out.
@@ -33,34 +35,39 @@ LEAVE_ONE_OUT_FACTOR = 0.8
 CORRELATION_LENGTH = 1.3
 
 
-def relative_errors(secants: Secants, norms: Norms) -> Array:
-    """``kappa`` at the levels of the secants, [G], by leaving out each deviated path in turn."""
-    missed = np.zeros((len(secants.lam), len(norms.gram)))
-    left = np.zeros_like(missed)
+def relative_errors(secants: Secants, difference: Array) -> Array:
+    """``kappa`` at the levels of the secants, [G], by leaving out each deviated path in turn.
+
+    ``difference`` is what the samples' own scalar Jacobians exceed the common one by, [G, B].
+    """
+    missed, left = np.zeros((2, len(secants.lam), len(secants.norms.gram)))
     for path in range(secants.deviations.shape[1]):
-        error, unexplained = secants.left_out(path)
-        missed += norms.squared(error)
-        left += norms.squared(unexplained)
+        error, unexplained = (each[:, None] for each in secants.left_out(path))
+        missed += secants.norms.squared(error - difference[:, :, None] * unexplained)
+        left += secants.norms.squared(unexplained[:, 0])
     ratio = np.divide(missed, left, out=np.zeros_like(left), where=left > 0)
     ratio[0] = ratio[1]  # at the first level nothing has deviated yet
     return np.sqrt(LEAVE_ONE_OUT_FACTOR * np.sqrt(np.median(ratio, axis=1)))
 
 
-def uncorrelated(vectors: Array, lam: Array, length: float) -> Array:
-    """Uncorrelated vectors with the same total variance as correlated errors, [C, E, V].
+def variance_at_end(errors: Sequence[Array], lam: Array, length: float, squared: Callable[[Array], Array]) -> Array:
+    """The variance of a sum of correlated errors.
 
-    Returns ``sum_n L[n, k] v_n`` for each k, with ``L`` the Cholesky factor of
-    ``q[n, m] = exp(-|lam_n - lam_m| / length)``, the correlations of a Markov process. So
-    ``L[n, k] = q[n, k] sqrt(1 - q[k, k - 1]^2)``.
+    The sum ``sum_{n,m} q[n, m] <e_n, e_m>`` with ``q[n, m] = exp(-|lam_n - lam_m| / length)``, the correlations of a
+    Markov process, is ``sum_k (1 - q[k, k-1]^2) ||f_k||^2``, where ``f_k = e_k + q[k, k+1] f_{k+1}``.
 
     Args:
-        vectors: Errors as they reach the end, [C, E, V].
-        lam: ``lambda`` of the evaluations with these errors, [C, E].
+        errors: The errors ``e_n`` of C schedules as they reach the end, E arrays [C, ...].
+        lam: ``lambda`` of the evaluations with these errors, ascending, [C, E].
         length: Correlation length of the errors in ``lambda``.
+        squared: Gives the squared norms of errors.
     """
-    near = np.exp(-np.abs(np.diff(lam, axis=1)) / length)[:, :, None]
-    found = vectors.copy()
-    for k in range(vectors.shape[1] - 2, -1, -1):
-        found[:, k] += near[:, k] * found[:, k + 1]
-    found[:, 1:] *= np.sqrt(1 - near**2)
-    return found
+    near = np.exp(-np.abs(np.diff(lam, axis=1)) / length)
+    each = lambda k, values: near[:, k].reshape(-1, *[1] * (values.ndim - 1))
+    carried = errors[-1]
+    total = np.zeros_like(squared(carried))
+    for k in range(len(errors) - 1, 0, -1):
+        own = squared(carried)
+        total += (1 - each(k - 1, own) ** 2) * own
+        carried = errors[k - 1] + each(k - 1, carried) * carried
+    return total + squared(carried)

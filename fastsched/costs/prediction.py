@@ -58,7 +58,8 @@ class ErrorModel:
     @classmethod
     def of(cls, stats: PathStatistics, solver: str | Solver) -> ErrorModel:
         """The model of a measurement."""
-        return cls(Surrogate.of(stats), chosen_solver(solver))
+        method = chosen_solver(solver)
+        return cls(Surrogate.of(stats, own_jacobians=method.name != FITTED), method)
 
     def __call__(self, levels: Array) -> Array:
         """The predicted errors of C schedules, [C], from their levels ``s`` [C, steps + 1], descending to 0."""
@@ -121,4 +122,4 @@ def predict_error(
         method = schedule_solver(sigmas)
     else:
         method = chosen_solver(solver if solver is not None else getattr(sigmas, "solver", "dpmpp_2m"))
-    return float(ErrorModel(Surrogate.of(stats), method)(s.numpy()[None])[0])
+    return float(ErrorModel.of(stats, method)(s.numpy()[None])[0])

@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsched.costs.norms import Array
+from fastsched.costs.norms import Array, Norms
 
 #: ``mu`` of the secants of deviated paths; here it multiplies the mean of ``||a_m||^2`` over the secants of a level.
 GRID_DAMPING = 1e-3
@@ -51,13 +51,11 @@ class LevelSecants:
     Attributes:
         deviations: ``a_m``, [C, M, V].
         residuals: ``r_m``, [C, M, V].
-        products: The deviations times the metric, [C, M, V].
         system: The damped Gram matrices of the deviations, [C, M, M].
     """
 
     deviations: Array
     residuals: Array
-    products: Array
     system: Array
 
     def __getitem__(self, which: NDArray[np.intp]) -> LevelSecants:
@@ -73,26 +71,26 @@ class Secants:
         lam: ``lambda`` of the levels at which deviated paths evaluated the network, ascending, [G].
         deviations: ``a`` of the M deviated paths at these levels, [G, M, V].
         residuals: ``r`` of the deviated paths at these levels, [G, M, V].
-        metric: The Gram matrix of the vectors, a weighted mean over the samples, [V, V].
+        norms: Norms over the vectors.
         runs: The secants of runs, one entry per evaluation; empty without runs.
     """
 
     lam: Array
     deviations: Array
     residuals: Array
-    metric: Array
+    norms: Norms
     runs: tuple[RunSecants, ...] = ()
 
     @classmethod
-    def none(cls, vectors: int) -> Secants:
-        """No secants, over ``vectors`` vectors."""
-        empty = np.zeros((2, 0, vectors))
-        return cls(np.array([0.0, 1.0]), empty, empty, np.zeros((vectors, vectors)))
+    def none(cls, norms: Norms) -> Secants:
+        """No secants, over the vectors of ``norms``."""
+        empty = np.zeros((2, 0, norms.vectors))
+        return cls(np.array([0.0, 1.0]), empty, empty, norms)
 
     @property
     def vectors(self) -> int:
         """V, the number of vectors."""
-        return len(self.metric)
+        return self.norms.vectors
 
     def answer(
         self, evaluation: int, known: LevelSecants, away: Array, offset: Array | None = None
@@ -102,17 +100,15 @@ class Secants:
         Args:
             evaluation: The index of the evaluation in its run.
             known: The secants at the levels of the deviations, `at` their ``lambda``.
-            away: The deviations, [C, V].
+            away: The deviations, [C, V], or those of each sample, [C, B, V].
             offset: ``log(s_told / s)``, if the network is told ``s_told`` and the state's level is ``s``, [C].
 
         Returns:
             The answers ``sum_m c_m r_m``, and the explained part ``sum_m c_m a_m`` of the deviations, both [C, V].
         """
         used = self._with_run(evaluation, known) if self.runs else known
-        deviations, residuals, products, system = vars(used).values()
-        if deviations.shape[1] == 0:
-            return np.zeros_like(away), np.zeros_like(away)
-        right = products @ away[:, :, None]
+        deviations, residuals, system = vars(used).values()
+        right = deviations @ self.norms.products(away)[:, :, None]
         if offset is not None and self.runs:
             found = self.runs[evaluation]
             right[:, right.shape[1] - len(found.offsets) :, 0] += found.unit * offset[:, None] * found.offsets
@@ -130,7 +126,7 @@ class Secants:
 
     @cached_property
     def _products(self) -> Array:
-        return self.deviations @ self.metric
+        return self.deviations @ self.norms.metric
 
     @cached_property
     def _grams(self) -> tuple[Array, Array]:
@@ -147,14 +143,14 @@ class Secants:
         mix = lambda values: (1 - t) * values[after - 1] + t * values[after]
         own, crossed = self._grams
         system = (1 - t) ** 2 * own[after - 1] + t * (1 - t) * crossed[after - 1] + t**2 * own[after]
-        return LevelSecants(mix(self.deviations), mix(self.residuals), mix(self._products), _damped(system))
+        return LevelSecants(mix(self.deviations), mix(self.residuals), _damped(system))
 
     @cached_property
     def _of_runs(self) -> list[tuple[Array, Array]]:
         """Of the runs' secants at each evaluation, the products with the metric, [m, V], and the damped system."""
         found = []
         for run in self.runs:
-            own = run.deviations @ self.metric
+            own = run.deviations @ self.norms.metric
             square = own @ run.deviations.T + run.unit * np.outer(run.offsets, run.offsets)
             found.append((own, square + np.diag(run.damping * np.diag(square))))
         return found
@@ -162,7 +158,7 @@ class Secants:
     def _with_run(self, evaluation: int, known: LevelSecants) -> LevelSecants:
         """``known`` with the secants of runs at this evaluation appended."""
         found, (own, square) = self.runs[evaluation], self._of_runs[evaluation]
-        crossed = known.products @ found.deviations.T  # [C, M, m]
+        crossed = known.deviations @ own.T  # [C, M, m]
         each = lambda values: np.broadcast_to(values, (len(crossed), *values.shape))
         join = lambda first, second: np.concatenate([first, each(second)], axis=1)
         above = np.concatenate([known.system, crossed], axis=2)
@@ -170,7 +166,6 @@ class Secants:
         return LevelSecants(
             join(known.deviations, found.deviations),
             join(known.residuals, found.residuals),
-            join(known.products, own),
             np.concatenate([above, below], axis=1),
         )
 
