@@ -7,7 +7,7 @@ by secants (`fastsched.costs.secants`):
     ``D(z; s) = D_path(s) + j(s) a + sum_m c_m r_m(s)``,   ``a = z - z_path(s)``.
 
 For stock solvers ``j a`` is ``j (sum_m c_m a_m) + j_b (a - sum_m c_m a_m)``, where ``j_b`` is each sample's own. With
-one for all samples their schedules had typical and mean errors of 1.04 and 1.02 times these (nine denoisers, 162 cells).
+one for all, typical and mean errors of their schedules were 1.04 and 1.02 times as large (nine denoisers, 162 cells).
 Fits, and schedules of the fitted solver, do not gain, so for them all samples share ``j``.
 
 If a sampler runs on this model, its error at the end is a combination ``sum_q C_q v_q`` of known vectors, so their Gram
