@@ -116,7 +116,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         # Pipelines read entries of their scheduler's config, so this config has them too.
         self.register_to_config(**{key: value for key, value in settings.items() if not key.startswith("_")})
         self.init_noise_sigma = 1.0
-        self.timesteps = torch.arange(0, device="cpu")
+        self.timesteps = self._levels = torch.arange(0, device="cpu")
         self._asked_levels: int | Tensor | None = None
         self._watch: PipelineWatch | None = None
         self._own_noise = True
@@ -204,10 +204,10 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         if self._watch is not None:
             self._watch.begin()
             self._earlier = self._statistics or self._earlier  # a pipeline may reset its scheduler at the end
-        self._clear()
         self._parameters = dict(inspect.signature(getattr(diffusers, self.config["scheduler_class"]).step).parameters)
         # Another number of steps than that of the levels is refused at the first step: there may be another call.
         self._levels = self.measured_levels(asked if isinstance(asked, Tensor) and len(asked) == count else count)
+        self._clear()
         self._scales = self.convention.input_scale(self._levels).tolist()
         # An early level, to detect changes in the middle of the run, but one at which the conditioning matters.
         self._repeated = max(1, len(self._levels) // 8)
@@ -311,7 +311,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     def _clear(self) -> None:
         self._index, self._copies = 0, 1
         self._scaled: Tensor | None = None
-        self._consistency = Consistency()
+        self._consistency = Consistency(len(self._levels))
         self._verdicts = Verdicts()
         self._still: Tensor | None = None
         self._first: Tensor | None = None  # the pipeline's first latents, until the second step
@@ -359,7 +359,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         assert self._repeat is not None
         check_repeat(self._repeat[0], output)
         ends = self._measured_paths.ends * (1 if self._owned is None else ~self._owned.cpu())
-        self._statistics = found = replace(self._measured_paths, ends=ends, data_std=data_deviation(ends))
+        known = {"ends": ends, "changes": self._consistency.changes(self._levels.tolist())}
+        self._statistics = found = replace(self._measured_paths, **known, data_std=data_deviation(ends))
         check_beginning(found)
         warn_of_clipping(getattr(diffusers, self.config["scheduler_class"]), self.config, ends)
         return ends.to(output.device)

@@ -7,24 +7,38 @@
 * If the pipeline's output is a linear combination of the networks' outputs (guidance), its coefficients must be equal
   at two visits of a level.
 
+A noise level may start or end guidance or a prompt. That looks like a window of steps until its levels are visited
+again, so a measurement lets arguments change along its reference path, and compares them at the second visits. It finds
+between which levels they change, and runs, which visit no level twice, may differ there only.
+
 A network that is first called at a later step (the second of two used in turn) is compared from that step on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from fastsched.diffusers.formula import NOT_LINEAR, Formula
 from fastsched.diffusers.watching import Step, is_number, progresses
+from fastsched.measurement.deviated_paths import asked_levels
 
 #: A step that runs less than this fraction of the layers that another step runs is taken to reuse earlier results.
 FEWER_LAYERS = 0.8
 
 
 class Consistency:
-    """Compares the steps of a measurement; the errors say what changed."""
+    """Compares the steps of a measurement or a run; the errors say what changed.
 
-    def __init__(self) -> None:
+    Args:
+        levels: The number of levels of a measurement; 0 for a run.
+        changes: For a run, whether arguments may change at the step with this number.
+    """
+
+    def __init__(self, levels: int = 0, changes: Callable[[int], bool] = lambda index: False) -> None:
+        self._levels, self._may_change = levels, changes
+        self._changed: dict[str, list[tuple[int, str]]] = {}
         self._steps: dict[int, Step] = {}
         self._visits: dict[int, tuple[int, Step]] = {}
         self._formulas: dict[int, Formula | None] = {}
@@ -61,9 +75,13 @@ class Consistency:
         changed = self._changed_early(index, step) or self._changed_late(index, step)
         if changed is not None:
             return changed
-        changed = self._changed_constant(step) or self._skipped_layers(step)
+        changed = self._changed_constant(index, level, step) or self._skipped_layers(step)
         if changed is not None:
             return f"at step {index}, {changed}"
+        if index == self._levels:
+            changed = self._unconfirmed()
+            if changed is not None:
+                return changed
         if level in self._visits:
             earlier, other = self._visits[level]
             changed = self._differs(other, step) or self._other_formula(earlier, index)
@@ -111,17 +129,26 @@ class Consistency:
         return before is not None and found is not None and index > 1 and found.explains(before, factor=2.0)
 
     def _changed_early(self, index: int, step: Step) -> str | None:
-        """What differed at step 0, or at steps 0 and 1, from two equal values at the next two steps, if anything."""
+        """What differed at step 0, or at steps 0 and 1, from two equal values at the next two steps, if anything.
+
+        Or only at step 1: a value that follows the latents would not be at step 2 what it was at step 0.
+        """
         if index not in (2, 3):
             return None
         formula = self._formulas[index - 1]
         if formula is not None and formula.size == 0:  # an output of 0: the latents are those of the step before
             return None
+        if index == 3 and self._may_change(2):
+            return None
         before, first = self._steps[index - 2].facts, self._steps[index - 1].facts
         for name in sorted(first if index == 2 else self._fixed):
-            fixed = not progresses(name) and step.facts.get(name, ...) == first.get(name, ...)  # or absent at both
-            if fixed and _applies_to(name, step) and before.get(name, ...) != first.get(name, ...):
+            if progresses(name) or not _applies_to(name, step) or before.get(name, ...) == first.get(name, ...):
+                continue
+            now = step.facts.get(name, ...)  # or absent
+            if now == first.get(name, ...):
                 return f"at step {index - 2}, {name.replace('#0', '')} was different from that at all later steps"
+            if index == 2 and now == before.get(name, ...):
+                return f"at step 1, {name.replace('#0', '')} was different from that at the steps before and after"
         return None
 
     def _changed_late(self, index: int, step: Step) -> str | None:
@@ -144,15 +171,36 @@ class Consistency:
                     return f"at step {start}, {name.replace('#0', '')} was different from that at all later steps"
         return None
 
-    def _changed_constant(self, step: Step) -> str | None:
+    def _changed_constant(self, index: int, level: int, step: Step) -> str | None:
         for name, value in sorted(self._constant.items()):
-            if progresses(name) or not _applies_to(name, step):
+            given = step.facts.get(name, ...)
+            if given == value or progresses(name) or not _applies_to(name, step):
                 continue
-            given = step.facts.get(name)
-            if name not in step.facts or given != value:
-                told = is_number(value) and is_number(given) and not name.endswith((".settings", ".weights"))  # hashes
-                detail = f": {given!r} instead of {value!r}" if told else ""
-                return f"{name.replace('#0', '')} was different from that at the first step{detail}"
+            inner = any(word in name for word in (".settings", ".weights"))  # hashes, and no arguments
+            detail = f": {given!r} instead of {value!r}" if is_number(value) and is_number(given) and not inner else ""
+            changed = f"{name.replace('#0', '')} was different from that at the first step{detail}"
+            if inner or name not in self._fixed:
+                return changed
+            if level in self._visits:
+                continue  # it must be equal to that at the first visit
+            if not (index <= self._levels or self._may_change(index)):
+                return changed
+            self._constant[name] = given
+            self._changed.setdefault(name, []).append((level, changed))
+        return None
+
+    def changes(self, s: Sequence[float]) -> tuple[tuple[float, float], ...]:
+        """The pairs of neighbouring levels, of those ``s`` of the measurement, between which arguments changed."""
+        changed = {level for found in self._changed.values() for level, _ in found}
+        return tuple((s[level - 1], s[level]) for level in sorted(changed))
+
+    def _unconfirmed(self) -> str | None:
+        """What changed between levels so that no level from one change to the next is visited again, if anything."""
+        asked = {*asked_levels(self._levels)}
+        for _, found in sorted(self._changed.items()):
+            borders = [0, *(level for level, _ in found), self._levels]
+            if not all(asked & {*range(*pair)} for pair in pairwise(borders)):
+                return f"at step {found[0][0] + 1}, {found[0][1]}"
         return None
 
     def _differs(self, other: Step, step: Step) -> str | None:

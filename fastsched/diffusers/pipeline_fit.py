@@ -350,7 +350,8 @@ class PipelineRunner:
     def _run(self, schedule: Schedule, done: int, arguments: dict[str, Any]) -> StartFromNoise:
         scheduler, _ = applied(schedule, self.pipe.scheduler)
         with ONE_CALL, watched(self.pipe) as watch, attributes_set(self.pipe, scheduler=scheduler):
-            run = StartFromNoise(scheduler, self.stats.seeds[done:], schedule, watch, self.advance, self._owned)
+            seeds, known = self.stats.seeds[done:], (self._owned, self.stats.changes)
+            run = StartFromNoise(scheduler, seeds, schedule, watch, self.advance, *known)
             call(self.pipe, schedule.steps + 1, arguments, lambda: run.left)  # it adds the step that returns the noise
             run.check_ended()
         return run

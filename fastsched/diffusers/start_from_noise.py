@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,10 +62,11 @@ class StartFromNoise:
         watch: PipelineWatch,
         advance: Callable[[int], object],
         owned: Tensor,
+        changes: Sequence[tuple[float, float]] = (),
     ) -> None:
-        self._advance, self._owned = advance, owned
+        self._advance, self._owned, self._changes = advance, owned, changes
         self.scheduler, self.seeds, self._schedule = scheduler, seeds, schedule
-        self._watch, self._consistency, self._index = watch, Consistency(), 0
+        self._watch, self._consistency, self._index = watch, Consistency(changes=self._may_change), 0
         self.convention = describe(scheduler)
         self.scale = scales(self.convention, self.convention.process.level(schedule.sigmas[:1]))[1].float()
         self.end = torch.empty(0, device="cpu")
@@ -117,6 +118,11 @@ class StartFromNoise:
         self._verdicts.note(found, judge)
         self._verdicts.settle(wait=False)
 
+    def _may_change(self, index: int) -> bool:
+        """Whether a change that was measured (`PathStatistics.changes`) may lie between a step and the one before."""
+        around = [float(x) for levels in (self._told, self._levels) for x in levels[index - 2 : index]]
+        return any(low < 1.001 * max(around) and high > 0.999 * min(around) for high, low in self._changes)
+
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Replaces the scheduler's ``set_timesteps``."""
         if self.left == 0:  # the run has ended, and the pipeline only resets its scheduler
@@ -127,7 +133,7 @@ class StartFromNoise:
             asked.arguments[name] = _without_added_step(asked.arguments[name])
         self._arguments, self.left = (asked.args, asked.kwargs), None
         self._set()
-        self._levels = self.convention.levels(torch.as_tensor(self.scheduler.timesteps[1:]).cpu().double())
+        self._told = self._levels = self.convention.levels(torch.as_tensor(self.scheduler.timesteps[1:]).cpu().double())
         if self._schedule.network_sigmas is not None or gives_both_lists(**asked.arguments):
             # Then the timesteps are not those of the states' levels.
             self._levels = self.convention.process.level(self._schedule.sigmas[:-1])

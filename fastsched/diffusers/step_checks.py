@@ -36,9 +36,9 @@ RESIZED_EARLY = 3
 
 #: What to say about a pipeline whose output depends on the step.
 UNALIKE = (
-    "the pipeline's output must not depend on the step's number (guidance or control that starts or ends midway; one "
-    "that a noise level starts or ends looks the same), on earlier steps (momentum of guidance), on the timestep of "
-    "another step (a flow map) or on random numbers (dropout)"
+    "the pipeline's output must not depend on the step's number (guidance or control that starts or ends midway), on "
+    "earlier steps (momentum of guidance), on the timestep of another step (a flow map) or on random numbers "
+    "(dropout); if a noise level starts or ends it instead, as Z-Image's cfg_truncation, measure more levels"
 )
 
 #: A run of a flow model that begins at this time or above begins with noise alone: at most 2% of its first state would

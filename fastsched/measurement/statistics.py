@@ -46,6 +46,8 @@ class PathStatistics:
         responses: The ``r_i`` themselves, [B, R, d] float32, if they were kept; saved only with ``vectors=True``.
         fingerprint: The network's fingerprint (`fastsched.measurement.fingerprints`); None if not known.
         origin: What was measured, and when; None if not known.
+        changes: Pairs of neighbouring levels ``s`` between which a pipeline changes what it computes, noisiest first:
+            a noise level in between starts or ends its guidance or a prompt.
     """
 
     process: NoiseProcess
@@ -63,6 +65,7 @@ class PathStatistics:
     responses: Tensor | None = None
     fingerprint: Tensor | None = None
     origin: Origin | None = None
+    changes: tuple[tuple[float, float], ...] = ()
 
     @property
     def vector_gram(self) -> Tensor:
@@ -221,6 +224,7 @@ def merged(one: PathStatistics, other: PathStatistics) -> PathStatistics:
         model_calls=one.model_calls + other.model_calls,
         fingerprint=one.fingerprint if one.fingerprint is not None else other.fingerprint,
         origin=one.origin if one.origin is not None else other.origin,
+        changes=tuple(sorted({*one.changes, *other.changes}, reverse=True)),
     )
 
 

@@ -25,7 +25,7 @@ VERSION = 3
 NAMES = {"response_cross": "cross", "response_gram": "w_squared"}
 REQUIRED = {"s", "seeds", "gram", "ends"}
 OPTIONAL = {*NAMES.values(), "fingerprint", "increments", "responses"}
-ENTRIES = {"format", "version", "process", "data_std", "model_calls", "deviated", "origin", "sha256"}
+ENTRIES = {"format", "version", "process", "data_std", "model_calls", "deviated", "origin", "changes", "sha256"}
 #: A product of two vectors may exceed that of their norms by this factor, and by this part of the largest such product:
 #: rounding of 16 bits under autocast, in earlier versions, changed entries by 0.1%.
 PRODUCT_SLACK = 1.01, 1e-5
@@ -57,6 +57,8 @@ def write_statistics(stats: Any, path: str | os.PathLike[str], vectors: bool) ->
     }
     if stats.origin is not None:
         header["origin"] = stats.origin.to_dict()
+    if stats.changes:
+        header["changes"] = [list(pair) for pair in stats.changes]
     try:
         _check_entries(header, tensors, VERSION)
         _check_values(stats)
@@ -176,6 +178,7 @@ def _statistics(kind: type[Any], header: dict[str, Any], tensors: dict[str, Tens
         model_calls=header["model_calls"],
         origin=Origin.from_dict(header["origin"]) if "origin" in header else None,
         deviated=_deviated(header.get("deviated", [])),
+        changes=_changes(header.get("changes", [])),
         **{fields.get(name, name): tensor for name, tensor in tensors.items()},
     )
 
@@ -188,6 +191,16 @@ def _deviated(entries: Any) -> tuple[DeviatedPath, ...]:
         if not pair or entry[0] < STRIDE or entry[0] % STRIDE or entry[1] not in (1, 2):
             raise ValueError(f"holds the deviated path {entry!r:.80}; expected 2 numbers, levels to hold and an order")
     return tuple(DeviatedPath(*entry) for entry in entries)
+
+
+def _changes(entries: Any) -> tuple[tuple[float, float], ...]:
+    if not isinstance(entries, list):
+        raise TypeError(f"changes = {entries!r:.80}")
+    for entry in entries:
+        pair = isinstance(entry, list) and len(entry) == 2 and all(type(each) is float for each in entry)
+        if not pair or not math.inf > entry[0] > entry[1] > 0:
+            raise ValueError(f"holds the change {entry!r:.80}; expected 2 levels s, the higher one first")
+    return tuple((entry[0], entry[1]) for entry in entries)
 
 
 def _check_values(stats: Any) -> None:

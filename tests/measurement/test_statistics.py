@@ -163,6 +163,8 @@ HEADERS = [
     ({"version": True}, "version True"), ({"process": {"kind": "vq"}}, "kind must be"), ({"process": "ve"}, "is wrong"),
     ({"process": None}, "is wrong"), ({"process": {"kind": "ve", "sigma_min": 9, "sigma_max": 1}}, "sigma_min must be"),
     ({"data_std": None}, "data_std = None"), ({"data_std": -1.0}, "data_std = -1.0"), ({"model_calls": "x"}, "calls"),
+    ({"changes": [[1.0, 2.0]]}, r"change \[1.0, 2.0\]"), ({"changes": [[2, 1]]}, "2 levels s"),
+    ({"changes": None}, "changes = None"),
     ({"deviated": [[2]]}, "values to unpack|expected 2"), ({"deviated": []}, "deviated paths together|has shape"),
     ({"deviated": [[3, 1], [2, 2]]}, r"deviated path \[3, 1\]"), ({"deviated": [[0, 1], [2, 2]]}, r"path \[0, 1\]"),
     ({"deviated": [[2, 7], [2, 2]]}, r"deviated path \[2, 7\]"), ({"deviated": None}, "deviated = None"),
