@@ -20,7 +20,7 @@ from fastsched.diffusers.conventions import class_and_settings, class_of, descri
 from fastsched.diffusers.exporter import told_timesteps
 from fastsched.diffusers.first_latents import check_first_latents, check_neighbours
 from fastsched.diffusers.measurement_steps import check_steps, levels_of
-from fastsched.diffusers.overrides import Timesteps, without_equal_sigmas
+from fastsched.diffusers.overrides import ArgumentsOf, Timesteps, without_equal_sigmas
 from fastsched.diffusers.step_checks import (
     UNALIKE,
     check_beginning,
@@ -167,6 +167,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         made = cls(*class_and_settings(scheduler), seed, samples_before, keep_increments)
         made._own, made.convention = scheduler, describe(scheduler)
         made._asked_levels, made._watch, made._own_noise, made._advance = levels, watch, own_noise, advance
+        ArgumentsOf(made, scheduler).put()
         return made
 
     @property

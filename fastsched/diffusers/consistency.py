@@ -200,7 +200,10 @@ class Consistency:
         for _, found in sorted(self._changed.items()):
             borders = [0, *(level for level, _ in found), self._levels]
             if not all(asked & {*range(*pair)} for pair in pairwise(borders)):
-                return f"at step {found[0][0] + 1}, {found[0][1]}"
+                return (
+                    f"at step {found[0][0] + 1}, {found[0][1]} (if a noise level starts or ends that, as Z-Image's "
+                    "cfg_truncation does, more levels show it)"
+                )
         return None
 
     def _differs(self, other: Step, step: Step) -> str | None:

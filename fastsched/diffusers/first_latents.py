@@ -30,8 +30,8 @@ def check_first_latents(sample: Tensor, verdicts: Verdicts) -> None:
         if not low / 1.33 < size < high * 1.33:
             raise ValueError(
                 f"the pipeline's first latents have size {size:.3g} (root mean square) where those of this "
-                "scheduler's noise process have 1: the pipeline uses another noise process than its scheduler, or "
-                f"scales them by a formula of its own, {INSTEAD}"
+                "scheduler's noise process have 1: the pipeline uses another noise process than its scheduler, "
+                f"scales them by a formula of its own, or puts a given image beside the noise (JoyImage), {INSTEAD}"
             )
 
     verdicts.note(sample.float().square().mean().sqrt().reshape(1), judge)

@@ -49,6 +49,24 @@ class Override:
         return copied_with(self, memo, owner=memo.get(id(self.owner), self.owner))
 
 
+class ArgumentsOf(Override):
+    """``set_timesteps`` with the signature of ``other``'s, so that pipelines pass what that scheduler takes."""
+
+    name = "set_timesteps"
+
+    def __init__(self, owner: Any, other: Any) -> None:
+        super().__init__(owner)
+        self.other = other
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.other.set_timesteps)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Called as the class's own method."""
+        self.original(*args, **kwargs)
+
+
 class Step(Override):
     """``step`` that ignores harmless arguments which the class does not take: ``eta=0.0``, a generator.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import numbers
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -53,6 +54,14 @@ def call(
         if left() == 0:
             return None
         if left() is not None or "output_type" not in needed or is_out_of_memory(error):
+            unknown = re.search(r"does not support custom\W*(\w+)", str(error))
+            if unknown is not None and left() is None:
+                scheduler = pipe.scheduler.config.get("scheduler_class", type(pipe.scheduler).__name__)
+                raise ValueError(
+                    f"{type(pipe).__name__} gives its scheduler a list of {unknown[1].rstrip('s')}s, which "
+                    f"{scheduler} does not take, so it cannot run with it; change the scheduler "
+                    "(docs/schedulers.md)"
+                ) from error
             if not isinstance(error, (AttributeError, TypeError)) or "CalibrationScheduler" not in str(error):
                 raise
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -31,15 +32,20 @@ def replacement(scheduler: Any, works: Callable[[Any], object]) -> str:
         An instruction that names the first class for which ``works`` is true, or general advice if there is none.
     """
     process, prediction = describe(scheduler).process, describe(scheduler).denoiser.prediction
+    random = [name for name in ("stochastic_sampling",) if scheduler.config.get(name)]
     for name in CLASSES[process.kind]:
         with contextlib.suppress(ValueError, TypeError), _quiet():
-            other = getattr(diffusers, name).from_config(scheduler.config)
+            kind = getattr(diffusers, name)
+            taken = inspect.signature(kind.__init__).parameters
+            settings = {name: False for name in random if name in taken}
+            other = kind.from_config(scheduler.config, **settings)
             convention = describe(other)
             same = convention.denoiser.prediction == prediction and convention.process.kind == process.kind
             ends = [(each.s_min, each.s_max) for each in (convention.process, process)]
             same = same and all(math.isclose(one, other, rel_tol=1e-6) for one, other in zip(*ends, strict=True))
             if same and solver_of(other) is not None and works(other):
-                return f"change the scheduler: pipe.scheduler = {name}.from_config(pipe.scheduler.config)"
+                given = "".join(f", {key}={value}" for key, value in settings.items())
+                return f"change the scheduler: pipe.scheduler = {name}.from_config(pipe.scheduler.config{given})"
     return "change the scheduler for another one of the same model (docs/schedulers.md lists what works)"
 
 

@@ -38,7 +38,7 @@ RESIZED_EARLY = 3
 UNALIKE = (
     "the pipeline's output must not depend on the step's number (guidance or control that starts or ends midway), on "
     "earlier steps (momentum of guidance), on the timestep of another step (a flow map) or on random numbers "
-    "(dropout); if a noise level starts or ends it instead, as Z-Image's cfg_truncation, measure more levels"
+    "(dropout)"
 )
 
 #: A run of a flow model that begins at this time or above begins with noise alone: at most 2% of its first state would

@@ -97,7 +97,7 @@ def test_what_a_level_starts_or_ends_is_measured_and_fitted(times, tmp_path):
     for steps in (2, 5):
         schedule = fs.diffusers.fit(pipe, steps, stats=stats, model_calls=60, times=times)
         assert schedule.measured_error is not None
-    with pytest.raises(ValueError, match=r"unet\.scale was different.*if a noise level starts or ends it.*more levels"):
+    with pytest.raises(ValueError, match=r"unet\.scale was different.*if a noise level starts or ends.*more levels"):
         fs.diffusers.measure(pipe, levels=4, samples=2, times=times)
 
 

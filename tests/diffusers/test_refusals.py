@@ -103,3 +103,24 @@ def test_fit_says_what_it_cannot_do():
     for steps, error in ((0, ValueError), (2.5, TypeError)):
         with pytest.raises(error, match="steps must be"):
             fs.diffusers.fit(pipe, steps, solver="ddim")
+
+
+def test_a_scheduler_that_samples_at_random_is_set_to_do_otherwise():
+    """As Stable Audio 3's distilled models have it; Heun's class takes no sigmas, which flow pipelines give."""
+    pipe, call, _ = pipelines.flux(diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
+    with pytest.raises(ValueError, match=r"adds noise.*stochastic_sampling=False\)") as refusal:
+        fs.diffusers.fit(pipe, 4, levels=8, **call)
+    advice = re.search(r"pipe\.scheduler = [^)]+\)", str(refusal.value)).group()
+    exec(advice, {**vars(diffusers), "pipe": pipe})
+    assert type(pipe.scheduler) is diffusers.FlowMatchEulerDiscreteScheduler
+    assert fs.diffusers.fit(pipe, 4, levels=8, samples=2, model_calls=80, **call).measured_error is not None
+
+
+def test_a_list_that_the_scheduler_does_not_take_is_named_before_the_network_is_called():
+    pipe, call, _ = pipelines.flux(diffusers.FlowMatchHeunDiscreteScheduler())
+    calls = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    for fit in (fs.diffusers.measure, lambda pipe, **given: fs.diffusers.fit(pipe, 4, **given)):
+        with pytest.raises(ValueError, match=r"FluxPipeline gives.* sigmas, which FlowMatchHeun\w* does not take"):
+            fit(pipe, levels=8, samples=2, **call)
+    assert not calls

@@ -88,7 +88,7 @@ def test_latents_that_are_scaled_a_little_between_steps_are_noticed(dtype):
 def test_first_latents_of_another_size_than_the_process_s_are_refused(scheduler):
     """As those of Cosmos-Predict2, which drives a flow scheduler with EDM's sigmas, up to 80."""
     for scale in (80.0, 0.1):
-        with pytest.raises(ValueError, match=r"first latents have size .* or scales them by a formula"):
+        with pytest.raises(ValueError, match=r"first latents have size .* scales them by a formula"):
             measured(oracle_pipeline(scheduler, mixture()), start_scale=scale)
 
 
