@@ -127,8 +127,19 @@ def call_parameters(pipe: Any) -> dict[str, Any]:
 
 
 def _signature(pipe: Any) -> Mapping[str, inspect.Parameter]:
-    kind = pipe if isinstance(pipe, type) else type(pipe)
-    return inspect.signature(kind.__call__).parameters
+    """The parameters of a pipeline's call; of one that takes any keyword, those of the call that it overrides too."""
+    found: dict[str, inspect.Parameter] = {}
+    for function in _calls(pipe if isinstance(pipe, type) else type(pipe)):
+        named = inspect.signature(function).parameters
+        found = {name: each for name, each in named.items() if each.kind is not each.VAR_POSITIONAL} | found
+        if not any(each.kind is each.VAR_KEYWORD for each in named.values()):
+            break
+    return found
+
+
+def _calls(kind: type) -> list[Callable[..., Any]]:
+    """The functions ``__call__`` of a class and of those that it derives from, its own first."""
+    return [vars(each)["__call__"] for each in kind.__mro__ if "__call__" in vars(each)]
 
 
 def check_accepted(pipe: Any, names: Iterable[str]) -> None:
@@ -158,6 +169,6 @@ def check_accepted(pipe: Any, names: Iterable[str]) -> None:
 def _reads(kind: type, name: str) -> bool:
     """Whether a call's source reads an argument that its signature lacks, as with ``kwargs.pop("callback")``."""
     try:
-        return f'"{name}"' in inspect.getsource(kind.__call__)
+        return any(f'"{name}"' in inspect.getsource(function) for function in _calls(kind))
     except (OSError, TypeError):
         return False

@@ -250,3 +250,23 @@ def test_a_pipeline_without_a_default_number_of_steps_is_profiled():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     pipe = Eight(OracleUNet().answer_for(scheduler, mixture()), scheduler)
     assert fs.profile(pipe, steps=3).own_steps == 8
+
+
+class Passing(diffusers.StableDiffusionPipeline):
+    """A pipeline of the user's own, which passes on what it is called with."""
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
+
+
+def test_a_call_that_passes_on_its_arguments_has_those_of_the_call_that_it_overrides(recwarn):
+    pipe, call, _ = pipelines.stable_diffusion(diffusers.EulerDiscreteScheduler())
+    made = Passing(**pipe.components, requires_safety_checker=False)
+    decoded = []
+    made.vae.decode = lambda *_, **__: decoded.append(1)
+    found = [fs.diffusers.measure(each, levels=4, samples=2, **call) for each in (pipe, made)]
+    assert torch.equal(found[0].gram, found[1].gram)
+    assert not decoded
+    assert not [each for each in recwarn if "has no argument" in str(each.message)]
+    with pytest.raises(TypeError, match="no argument 'guidance_scal'; did you mean 'guidance_scale'"):
+        fs.diffusers.measure(made, levels=4, samples=2, guidance_scal=3.0, **call)
