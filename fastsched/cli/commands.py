@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fastsched.cli import comparing, exporting, making, profiling, report, showing
-from fastsched.cli.shell import STATE, errors_in_a_line, prepare_streams, say_on_stderr
+from fastsched.cli.shell import STATE, errors_in_a_line, interrupted_by_signals, prepare_streams, say_on_stderr
 
 
 class App(typer.Typer):
@@ -16,8 +16,11 @@ class App(typer.Typer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command."""
+        interrupted_by_signals()
         try:
             return super().__call__(*args, **kwargs)
+        except SystemExit as end:  # an interrupted fit writes its best schedule and ends without an error
+            sys.exit(130 if STATE["interrupted"] and not end.code else end.code)
         except OSError as error:  # the commands' own are reported by `errors_in_a_line`
             if STATE["traceback"]:
                 raise
@@ -72,7 +75,7 @@ def main(
                    fastsched report stats.safetensors schedule.json -o report.html
     Use:           fastsched export schedule.json --to comfyui
 
-    Exit status: 0, 2 for a bad argument, 130 after Ctrl-C, 1 for anything else that went wrong.
+    Exit status: 0, 2 for a bad argument, 130 after Ctrl-C or SIGTERM, 1 for anything else that went wrong.
     """
     STATE["traceback"] = traceback
     prepare_streams()

@@ -58,7 +58,7 @@ def measure(
     prompt: shell.Prompts = None,
     call: shell.CallOptions = None,
     scheduler: shell.Scheduler = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a denoiser's measurement in OUTPUT.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the measurement in OUTPUT, if any.")] = False,
     overwrite: shell.Overwrite = False,
     dry_run: shell.DryRun = False,
     quiet: shell.Quiet = False,
@@ -89,28 +89,28 @@ def measure(
     file = shell.output_file(output, dry_run, **checks)
     source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet, scheduler)
     if source.is_pipeline:
-        inputs.not_for_pipelines(responses=responses, resume="given" if resume else None)
-        stats = _measured_pipeline(source, samples, dry_run, levels=levels, seed=seed)
-        stats.save(file)
+        inputs.not_for_pipelines(responses=responses)
+        stats = _measured_pipeline(source, samples, dry_run, file, levels=levels, seed=seed, resume=resume)
     else:
         settings = {"levels": levels, "seed": seed, "resume": resume, "overwrite": overwrite}
         stats = _measured_denoiser(source, samples, dry_run, file, responses=responses is not False, **settings)
     note(f"{stats.samples} paths over {stats.levels} levels, {stats.model_calls:,} model calls; wrote {file}")
 
 
-@shell.errors_in_a_line()  # an interrupt leaves no file to resume
 @shell.while_a_model_runs()
-def _measured_pipeline(source: inputs.Source, samples: str | None, dry_run: bool, **settings: int) -> PathStatistics:
-    """Statistics of a pipeline."""
-    import fastsched as fs
-    from fastsched.diffusers.pipeline_measurement import calibration_calls
+def _measured_pipeline(
+    source: inputs.Source, samples: str | None, dry_run: bool, output: Path, **settings: Any
+) -> PathStatistics:
+    """Statistics of a pipeline, written to a file call by call."""
+    from fastsched.diffusers.pipeline_measurement import calibration_calls, measured_pipeline
 
-    count = inputs.sample_range(samples, PIPELINE_SAMPLES)
+    count, output = inputs.sample_range(samples, PIPELINE_SAMPLES), output.absolute()  # the model may change the folder
     pipe, arguments = source.pipeline()
-    spending.say(f"{calibration_calls(settings['levels'], count):,} to measure", dry_run)
-    arguments |= {"prompts": source.prompts, "progress": not source.quiet}
+    left = _samples_left(count, output, settings["resume"])
+    spending.say(f"{calibration_calls(settings['levels'], left):,} to measure", dry_run)
+    settings |= {"samples": count, "prompts": source.prompts, "checkpoint": output, "progress": not source.quiet}
     with inputs.named_as_options():
-        return fs.diffusers.measure(pipe, samples=count, **settings, **arguments)
+        return measured_pipeline(pipe, arguments, keep_increments=False, prompts_per_call=None, **settings)
 
 
 @shell.while_a_model_runs()
@@ -122,12 +122,17 @@ def _measured_denoiser(
 
     count, output = inputs.sample_range(samples, SAMPLES), output.absolute()  # the model may change the folder
     model, sizes = source.denoiser()
-    known = inputs.load_statistics(output).samples if settings["resume"] and output.is_file() else 0
-    left = max(0, (len(count) if isinstance(count, range) else count) - known)
+    left = _samples_left(count, output, settings["resume"])
     calls = spending.measuring_calls(model, settings["levels"], left, settings["responses"])
     spending.say(f"{calls:,} to measure", dry_run)
     settings |= source.running | {"samples": count, "batch_size": source.batch_size or 4}
     return measure_to_file(model, sizes, output, **settings)
+
+
+def _samples_left(count: int | range, output: Path, resume: bool) -> int:
+    """How many samples are still to be measured."""
+    known = inputs.load_statistics(output).samples if resume and output.is_file() else 0
+    return max(0, (len(count) if isinstance(count, range) else count) - known)
 
 
 def fit(

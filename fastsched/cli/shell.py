@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -71,8 +72,23 @@ CallOptions = Annotated[
     ),
 ]
 
-#: Whether an error shows Python's traceback; set by ``--traceback``.
-STATE = {"traceback": False}
+#: Whether an error shows Python's traceback, which ``--traceback`` sets, and whether a signal interrupted the command.
+STATE = {"traceback": False, "interrupted": False}
+
+
+def interrupted_by_signals() -> None:
+    """Let SIGTERM, by which job schedulers end programs, interrupt as Ctrl-C does, so that finished work is written."""
+
+    def interrupt(*_: object) -> None:
+        STATE["interrupted"] = True
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # else the caller ignores it
+        signal.signal(signal.SIGINT, interrupt)
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, interrupt)
+        if hasattr(os, "register_at_fork"):  # a model's workers are ended by it
+            os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 @contextlib.contextmanager
@@ -118,7 +134,8 @@ def _no_exits() -> Iterator[None]:
 
 def _say_warning(message: Warning | str, *_: Any) -> None:
     """Print a warning on one line, without its place in the code."""
-    say(logging.WARNING, f"warning: {' '.join(str(message).split())}")
+    text = " ".join(str(message).split()).replace("fit(checkpoint=PATH)", "--checkpoint FILE")
+    say(logging.WARNING, f"warning: {text}")
 
 
 class StandardError(logging.StreamHandler):  # type: ignore[type-arg]  # not generic before Python 3.11

@@ -167,15 +167,21 @@ def measured_pipeline(
     prompts_per_call: int | None,
     checkpoint: str | os.PathLike[str] | None,
     progress: Progress,
+    resume: bool = True,
 ) -> PathStatistics:
-    """`measure`, but an interrupt is raised. Like any error, it carries the finished samples as ``error.partial``."""
+    """`measure`, but an interrupt is raised. Like any error, it carries the finished samples as ``error.partial``.
+
+    Without ``resume`` a checkpoint that exists is replaced after the first call.
+    """
     which = validate.sample_range("samples", samples)
     calls = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
     check_caches(pipe)
     origin = _origin(pipe, calls, call_kwargs)
     warn_of_overrides(own_scheduler(pipe.scheduler))
     known = {"levels": levels, "seed": seed, "keep_increments": keep_increments}
-    whole = None if checkpoint is None else _resumed(checkpoint, pipe, which, origin, known, call_kwargs.get("latents"))
+    whole = None
+    if checkpoint is not None and resume:
+        whole = _resumed(checkpoint, pipe, which, origin, known, call_kwargs.get("latents"))
     left = max(0, _needed(samples, which, calls) - (0 if whole is None else whole.samples))
     with (
         in_one_thread(pipe),

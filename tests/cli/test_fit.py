@@ -2,6 +2,8 @@ import errno
 import inspect
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -184,6 +186,34 @@ def test_ctrl_c_says_what_is_left(tmp_path):
     )
     fitted = run("fit", slow, "--steps", "4", "--shape", "3", "-q", "-o", tmp_path / "a.json")
     assert (fitted.exit_code, one_line(fitted)) == (130, "interrupted; nothing was written")
+
+
+#: A network that ends its own process, as a job scheduler does, while the fit runs the sampler.
+ENDED = """
+import os, signal, fastsched as fs
+oracle, calls = fs.oracles.Gaussian(0.5, (2, 3)), []
+
+def denoise(z, s):
+    calls.append(len(z))
+    if sum(calls[:-1]) < 80 <= sum(calls):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return oracle.denoise(z, s)
+
+def build():
+    return fs.Denoiser.from_denoiser(denoise, 0.002, 80.0)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a program at once")
+def test_sigterm_loses_no_work(tmp_path):
+    (tmp_path / "ended.py").write_text(ENDED)
+    fitting = ("fit", "ended.py:build", "--steps", "4", *QUICK, "-o", "a.json")
+    command = [sys.executable, "-m", "fastsched", *fitting]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done.stderr
+    assert "warning: interrupted: this schedule is the best of" in done.stderr
+    assert "(--checkpoint FILE keeps what is finished" in done.stderr
+    assert fs.Schedule.load(tmp_path / "a.json").steps == 4
 
 
 def test_an_interrupted_fit_goes_on_from_its_checkpoint(folder, model, tmp_path):

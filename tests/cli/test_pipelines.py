@@ -42,13 +42,30 @@ def test_measure_is_that_of_the_library(saved, pipe, tmp_path):
     assert ["pipeline", "DDIMPipeline"] in [line.split() for line in run("info", output).stdout.splitlines()]
 
 
-def test_an_interrupted_measurement_names_no_file_to_resume(saved, tmp_path, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+def test_an_interrupted_measurement_resumes_with_the_finished_calls(saved, tmp_path, monkeypatch):
+    output, calls, answer = tmp_path / "s.safetensors", [], diffusers.UNet2DModel.forward
 
-    monkeypatch.setattr(fs.diffusers, "measure", interrupted)
-    result = run("measure", saved, "-q", "-o", tmp_path / "s.safetensors")
-    assert (result.exit_code, one_line(result)) == (130, "interrupted; nothing was written")
+    def interrupted(*given, **options):
+        calls.append(len(given[1]))
+        if len(calls) == 25:  # each sample takes 20 steps
+            raise KeyboardInterrupt
+        return answer(*given, **options)
+
+    monkeypatch.setattr(diffusers.UNet2DModel, "forward", interrupted)
+    common = ("measure", saved, "--levels", "10", "--samples", "2", "-q")
+    stopped = run(*common, "-o", output)
+    expected = "interrupted; 'fastsched measure --resume' continues from the last saved batch, if any"
+    assert (stopped.exit_code, one_line(stopped)) == (130, expected)
+    assert fs.PathStatistics.load(output).samples == 1
+    assert run(*common, "-o", output).exit_code == 1  # neither resumed nor replaced unasked
+    resumed = run(*common, "-o", output, "--resume")
+    assert "20 to measure" in resumed.stderr
+    assert len(calls) == 25 + 20
+    assert run(*common, "-o", tmp_path / "whole.safetensors").exit_code == 0
+    assert fs.PathStatistics.load(output) == fs.PathStatistics.load(tmp_path / "whole.safetensors")
+    other = run(*common, "-o", output, "--seed", "1", "--overwrite")
+    assert other.exit_code == 0, other.stderr
+    assert fs.PathStatistics.load(output).seeds.tolist() != fs.PathStatistics.load(tmp_path / "whole.safetensors").seeds
 
 
 def test_fit_is_that_of_the_library(saved, pipe, tmp_path):
