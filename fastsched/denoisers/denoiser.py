@@ -356,8 +356,12 @@ class Denoiser:
     @property
     def dtype(self) -> torch.dtype:
         """The floating type of the network's parameters, float32 if it has none; 8 bits are a form of storage only."""
+        return self.dtype_beside(torch.float32)
+
+    def dtype_beside(self, other: torch.dtype) -> torch.dtype:
+        """`dtype`, but ``other`` if the network has no parameters."""
         kinds = (each.dtype for each in self._parameters())
-        return next((kind for kind in kinds if kind.is_floating_point and kind.itemsize > 1), torch.float32)
+        return next((kind for kind in kinds if kind.is_floating_point and kind.itemsize > 1), other)
 
     def _parameters(self) -> Iterator[Tensor]:
         """The network's parameters, but those that are offloaded."""

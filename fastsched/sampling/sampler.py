@@ -69,7 +69,7 @@ def sample(
         noise: Standard normal noise [B, *shape], float32 or float64; the state is kept in its dtype.
         seed: The seed of the noise that a stochastic solver adds, 0 when None; sample ``b``'s own does not depend on
             ``B``. Only for stochastic solvers.
-        dtype: What the network computes in; the dtype of ``noise`` when None.
+        dtype: What the network computes in; that of its parameters when None, or of ``noise`` if it has none.
         progress: Show a progress bar, or a function called with the model calls done and their total.
 
     Returns:
@@ -97,6 +97,7 @@ def sample(
     method = schedule_solver(sigmas, name)
     if seed is not None:
         raise ValueError(f"seed must be None for {method.name}, got {seed!r}: this solver adds no noise")
+    dtype = denoiser.dtype_beside(noise.dtype) if dtype is None else dtype
     nodes, verdicts = nodes_of(denoiser.process, s), Verdicts()
     calls, told = _calls_of(method, nodes), _told_levels(sigmas, method.name, denoiser.process)
     with unchanged_buffers(denoiser.network), progress_bar(calls, progress, f"{method.name} sampling") as advance:

@@ -55,7 +55,7 @@ def sample_stochastic(
         eta: How much of the noise each step renews, within [0, 1].
         seed: The seed of the noise that steps add. Every sample has a stream of its own, drawn on the CPU: sample ``b``
             is the same whatever ``B`` and the device.
-        dtype: What the network computes in; the dtype of ``noise`` when None.
+        dtype: What the network computes in; that of its parameters when None, or of ``noise`` if it has none.
         progress: Show a progress bar, or a function called with the model calls done and their total.
 
     Returns:
@@ -72,7 +72,7 @@ def sample_stochastic(
     if isinstance(sigmas, Schedule) and sigmas.network_sigmas is not None:
         check_decoupled(solver)
     s = denoiser.process.level(validate.descending_sigmas("sigmas", getattr(sigmas, "sigmas", sigmas)))
-    levels = s.tolist()
+    levels, dtype = s.tolist(), denoiser.dtype_beside(noise.dtype) if dtype is None else dtype
     streams = [stream(value, 1) for value in sample_seeds(seed, len(noise)).tolist()]
     y, before, width_before, verdicts = noise, None, math.inf, Verdicts()
     bar = progress_bar(len(levels) - 1, progress, f"{solver} sampling")

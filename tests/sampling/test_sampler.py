@@ -103,3 +103,20 @@ def test_timesteps_in_place_of_sigmas_are_warned_of(solver):
         fs.sample(denoiser, [999.0, 500.0, 1.0, 0.0], solver, noise)
     fs.sample(denoiser, [40.0, 5.0, 1.0, 0.0], solver, noise)  # a warning is an error in this suite
     fs.sample(fs.Denoiser.from_denoiser(lambda z, s: 0.1 * z, 0.01, 20.0), [80.0, 1.0, 0.0], solver, noise)
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "ancestral"])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_network_computes_in_its_own_dtype_unless_another_is_asked_for(kind, solver):
+    network, given = torch.nn.Linear(4, 4, dtype=kind), []
+    told = lambda x, _: given.append(x.dtype) or (network(x) if x.dtype == kind else x)
+    noise = torch.ones(2, 4)
+    wrapped = torch.nn.Module()
+    wrapped.inner, wrapped.forward = network, told
+    for asked in (None, torch.float16):
+        given.clear()
+        end = fs.sample(fs.Denoiser.from_edm(wrapped), [80.0, 5.0, 0.0], solver, noise, dtype=asked)
+        assert (set(given), end.dtype) == ({asked or kind}, torch.float32)
+    given.clear()
+    fs.sample(fs.Denoiser.from_edm(lambda x, c: told(x, c)), [80.0, 5.0, 0.0], solver, noise.double())
+    assert set(given) == {torch.float64}  # a function may compute in any
