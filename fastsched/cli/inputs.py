@@ -101,9 +101,9 @@ class Source:
 
     def pipeline(self) -> tuple[Any, dict[str, Any]]:
         """The pipeline, and arguments for its call."""
+        kind = pipeline_class(self.name)
         not_for_pipelines(shape=self.shape, batch_size=self.batch_size)
         arguments = call_arguments(self.call)
-        kind = pipeline_class(self.name)
         check_parts(self.name)
         replacing = None if self.scheduler is None else scheduler_class(self.scheduler)
         from fastsched.diffusers.pipeline_call import check_accepted

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: Defaults of `fastsched.measure` and `fastsched.diffusers.measure`, repeated here so that --help imports neither.
 LEVELS, SAMPLES, PIPELINE_SAMPLES = 48, 8, 4
 
-Levels = Annotated[int, typer.Option(help="Number of noise levels; 32 to 64 are enough.", min=3)]
+Levels = Annotated[int, typer.Option(help="Number of noise levels; 32 to 64 are enough.", min=3, max=1_000_000)]
 Paths = Annotated[
     Optional[str],
     typer.Option(
@@ -102,12 +102,13 @@ def _measured_pipeline(
     source: inputs.Source, samples: str | None, dry_run: bool, output: Path, **settings: Any
 ) -> PathStatistics:
     """Statistics of a pipeline, written to a file call by call."""
-    from fastsched.diffusers.pipeline_measurement import calibration_calls, measured_pipeline
+    from fastsched.diffusers.pipeline_measurement import measured_pipeline
 
     count, output = inputs.sample_range(samples, PIPELINE_SAMPLES), output.absolute()  # the model may change the folder
     pipe, arguments = source.pipeline()
-    left = _samples_left(count, output, settings["resume"])
-    spending.say(f"{calibration_calls(settings['levels'], left):,} to measure", dry_run)
+    levels, calls = settings["levels"], spending.calibrating(pipe, source.prompts, arguments)
+    left = calls(levels, count) - calls(levels, range(_known_samples(output, settings["resume"])))
+    spending.say(f"{max(0, left):,} to measure", dry_run)
     settings |= {"samples": count, "prompts": source.prompts, "checkpoint": output, "progress": not source.quiet}
     with inputs.named_as_options():
         return measured_pipeline(pipe, arguments, keep_increments=False, prompts_per_call=None, **settings)
@@ -122,17 +123,17 @@ def _measured_denoiser(
 
     count, output = inputs.sample_range(samples, SAMPLES), output.absolute()  # the model may change the folder
     model, sizes = source.denoiser()
-    left = _samples_left(count, output, settings["resume"])
+    known = _known_samples(output, settings["resume"])
+    left = max(0, (len(count) if isinstance(count, range) else count) - known)
     calls = spending.measuring_calls(model, settings["levels"], left, settings["responses"])
     spending.say(f"{calls:,} to measure", dry_run)
     settings |= source.running | {"samples": count, "batch_size": source.batch_size or 4}
     return measure_to_file(model, sizes, output, **settings)
 
 
-def _samples_left(count: int | range, output: Path, resume: bool) -> int:
-    """How many samples are still to be measured."""
-    known = inputs.load_statistics(output).samples if resume and output.is_file() else 0
-    return max(0, (len(count) if isinstance(count, range) else count) - known)
+def _known_samples(output: Path, resume: bool) -> int:
+    """How many samples a measurement that is resumed has already."""
+    return inputs.load_statistics(output).samples if resume and output.is_file() else 0
 
 
 def fit(
@@ -209,10 +210,8 @@ def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool
         asked = total, steps, options["levels"], options["samples"]
         options["levels"], options["samples"] = planned(*asked, responses=responses)
     if source.is_pipeline:
-        from fastsched.diffusers.pipeline_measurement import calibration_calls
-
         _check_scheduler(model.scheduler, steps, solver, options["decoupled"])
-        cost = spending.say_fitting(calibration_calls, options, dry_run)
+        cost = spending.say_fitting(spending.calibrating(model, source.prompts, given), options, dry_run)
         options = {"solver": solver, "prompts": source.prompts, **given} | options
     else:
         measuring = lambda levels, count: spending.measuring_calls(model, levels, count, responses)

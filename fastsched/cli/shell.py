@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import warnings
@@ -38,7 +39,7 @@ Shape = Annotated[
 Batch = Annotated[Optional[int], typer.Option(help="Samples per batch.  [default: all]", min=1)]
 Device = Annotated[Optional[str], typer.Option(help="Such as cuda.  [default: the network's]")]
 DType = Annotated[Optional[str], typer.Option(help="Such as bfloat16.  [default: the network's]")]
-Seed = Annotated[int, typer.Option(help="Seed of the noises.", min=0)]
+Seed = Annotated[int, typer.Option(help="Seed of the noises.", min=0, max=2**31 - 1)]
 Quiet = Annotated[
     bool,
     typer.Option(
@@ -115,7 +116,7 @@ def errors_in_a_line(on_interrupt: str = "interrupted; nothing was written") -> 
         if STATE["traceback"]:
             raise
         known = isinstance(error, (ValueError, TypeError, ImportError, OSError))
-        text = " ".join(str(error).split())
+        text = _with_options(" ".join(str(error).split()))
         if isinstance(error, OSError) and error.strerror:  # str(error) begins with a number
             text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         where = "" if known and error.__cause__ is None else " (use fastsched --traceback to see where)"
@@ -134,8 +135,14 @@ def _no_exits() -> Iterator[None]:
 
 def _say_warning(message: Warning | str, *_: Any) -> None:
     """Print a warning on one line, without its place in the code."""
-    text = " ".join(str(message).split()).replace("fit(checkpoint=PATH)", "--checkpoint FILE")
-    say(logging.WARNING, f"warning: {text}")
+    say(logging.WARNING, f"warning: {_with_options(' '.join(str(message).split()))}")
+
+
+def _with_options(text: str) -> str:
+    """A message of the library that names options where it advises Python code."""
+    text = re.sub(r"\bdtype=torch\.(\w+)", r"--dtype \1", text).replace("batch_size=1", "--batch-size 1")
+    text = text.replace("fit(checkpoint=PATH)", "--checkpoint FILE").replace(" (a question of checks=True)", "")
+    return text.replace("fit one with decoupled=False", "fit one without --decoupled")
 
 
 class StandardError(logging.StreamHandler):  # type: ignore[type-arg]  # not generic before Python 3.11

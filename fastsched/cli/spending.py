@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -25,6 +26,14 @@ def measuring_calls(
 
     paths = samples * measurement_of(model, measured_levels(model, levels), responses=responses).calls
     return paths + CHECK_CALLS * (checks and samples > 0)
+
+
+def calibrating(pipe: Any, prompts: list[str] | None, arguments: dict[str, Any]) -> Callable[[Any, Any], int]:
+    """The model calls of a pipeline's measurement of given levels and samples."""
+    from fastsched.diffusers.pipeline_measurement import calibration_calls
+    from fastsched.diffusers.prompt_calls import PromptCalls
+
+    return partial(calibration_calls, least=PromptCalls.of(pipe, prompts, arguments, None).minimum_samples)
 
 
 def repeating_calls(model: Denoiser, stats: PathStatistics) -> int:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,7 +109,8 @@ def fit(
     with in_one_thread(pipe), prompts_encoded_once(pipe):
         if stats is None:
             settings = {"prompts": prompts, "prompts_per_call": prompts_per_call, "seed": seed, **places}
-            settings |= prepare_together(lambda: _planned(total, steps, levels, samples, name), group)
+            least = calls.minimum_samples if audition else 1
+            settings |= prepare_together(lambda: _planned(total, steps, levels, samples, name, least), group)
             stats = measured_in_group(pipe, call_kwargs, vectors="first", keep_increments=audition, **settings)
             total = max(0, total - stats.model_calls)
         return _fitted(pipe, stats, steps, name, calls, call_kwargs, total * audition, decoupled, **places).schedule
@@ -126,10 +128,15 @@ def _checked(pipe: Any, steps: int, solver: str | None, checkpoint: Any, auditio
 
 
 def _planned(
-    total: int, steps: int, levels: int | Tensor | Sequence[float] | None, samples: int | range | None, solver: str
+    total: int,
+    steps: int,
+    levels: int | Tensor | Sequence[float] | None,
+    samples: int | range | None,
+    solver: str,
+    least: int,
 ) -> dict[str, Any]:
     """The levels and samples to measure (`planned`), after a check that a search over the levels is possible."""
-    levels, samples = planned(total, steps, levels, samples, calibration_calls)
+    levels, samples = planned(total, steps, levels, samples, partial(calibration_calls, least=least))
     check_levels(steps, len(levels) if isinstance(levels, Tensor) else levels, chosen_solver(solver))
     return {"levels": levels, "samples": samples}
 

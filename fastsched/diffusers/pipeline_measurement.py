@@ -226,9 +226,9 @@ def warn_fewer_prompts(calls: PromptCalls) -> PromptCalls:
     return calls
 
 
-def calibration_calls(levels: int | Tensor, samples: int | range) -> int:
-    """The model calls of a pipeline's measurement, counted per sample; more if there are more prompts than samples."""
-    return (len(samples) if isinstance(samples, range) else samples) * calibration_steps(levels)
+def calibration_calls(levels: int | Tensor, samples: int | range, least: int = 1) -> int:
+    """The model calls of a pipeline's measurement, counted per sample; ``least`` samples use every prompt once."""
+    return (len(samples) if isinstance(samples, range) else max(samples, least)) * calibration_steps(levels)
 
 
 def _needed(samples: int | range, which: range, calls: PromptCalls) -> int:

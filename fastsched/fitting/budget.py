@@ -118,6 +118,6 @@ def calls_left(total: int, measuring: int) -> int:
     if measuring > total:
         raise ValueError(
             f"measuring takes {measuring:,} model calls and model_calls allows {total:,} in all; allow more, or take "
-            "fewer levels or samples"
+            "fewer levels or samples (a pipeline takes one at least for each prompt)"
         )
     return total - measuring

@@ -143,7 +143,8 @@ def resumed(file: str | os.PathLike[str] | None, run: Measurement, batches: Batc
     elif found.deviated != run.deviated:
         different = "responses" if found.deviated else "no responses"
     elif not bool(torch.isin(found.seeds, batches.seeds).all()):
-        different = f"another seed or more than {len(batches.seeds)} samples"
+        fewer = bool(torch.isin(batches.seeds, found.seeds).all())
+        different = f"more than {len(batches.seeds)} samples" if fewer else "another seed or other samples"
     elif run.keep_vectors and found.increments is None:
         different = "increments not kept"
     if different:

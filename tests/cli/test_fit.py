@@ -293,3 +293,15 @@ def test_statistics_of_another_noise_process_are_named(folder, model, tmp_path):
     result = run("fit", model, "--shape", "2,3", "--steps", "4", "--stats", flow, "-o", tmp_path / "a.json")
     assert result.exit_code == 2
     assert "stats are of another noise process" in one_line(result)
+
+
+def test_advice_names_options(tmp_path):
+    (tmp_path / "unstable.py").write_text(
+        "import fastsched as fs\n"
+        "def build():\n    return fs.Denoiser.from_denoiser(lambda z, s: z * float('nan'), 0.002, 80.0)\n"
+    )
+    failed = run("measure", f"{tmp_path / 'unstable.py'}:build", "--shape", "3", "-q", "-o", tmp_path / "s.safetensors")
+    assert one_line(failed).endswith("if it runs in 16 bits, try float32 (--dtype float32)")
+    schedule = fs.Schedule([80.0, 1.0, 0.0], "ddim", network_sigmas=[79.0, 1.1])
+    schedule.save(tmp_path / "d.json")
+    assert one_line(run("export", tmp_path / "d.json", "--to", "text")).endswith("fit one without --decoupled")

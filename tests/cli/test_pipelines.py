@@ -63,6 +63,8 @@ def test_an_interrupted_measurement_resumes_with_the_finished_calls(saved, tmp_p
     assert len(calls) == 25 + 20
     assert run(*common, "-o", tmp_path / "whole.safetensors").exit_code == 0
     assert fs.PathStatistics.load(output) == fs.PathStatistics.load(tmp_path / "whole.safetensors")
+    refused = run(*common, "-o", output, "--seed", "1", "--resume")
+    assert "was measured with another seed or other samples; resume it with the same" in one_line(refused)
     other = run(*common, "-o", output, "--seed", "1", "--overwrite")
     assert other.exit_code == 0, other.stderr
     assert fs.PathStatistics.load(output).seeds.tolist() != fs.PathStatistics.load(tmp_path / "whole.safetensors").seeds
@@ -316,3 +318,34 @@ def test_weights_that_would_be_unpickled_are_not_read(saved, tmp_path):
     result = run("measure", folder, "-o", tmp_path / "s.safetensors")
     assert result.exit_code != 0
     assert "safetensors" in result.stderr
+
+
+def test_the_cost_counts_a_sample_for_each_prompt(text_folder, tmp_path):
+    prompts = [part for prompt in "abc" for part in ("--prompt", prompt)]
+    common = (
+        text_folder,
+        *prompts,
+        "--levels",
+        "10",
+        "--samples",
+        "2",
+        "-q",
+        "--call",
+        "height=16",
+        "--call",
+        "width=16",
+    )
+    for asked, cost in ((common, "60"), ((*common[:-7], "--samples", "1:3", *common[-5:]), "40")):
+        assert f"{cost} to measure" in run("measure", *asked, "--dry-run").stderr
+    measured = run("measure", *common, "-o", tmp_path / "s.safetensors")
+    assert "3 paths over 10 levels, 60 model calls" in measured.stderr, measured.stderr
+    fitting = ("fit", *common, "--steps", "3", "-o", tmp_path / "a.json", "--model-calls")
+    assert "60 to measure, at most 40" in run(*fitting, "100", "--dry-run").stderr
+    refused = run(*fitting, "59")
+    assert refused.exit_code == 2
+    assert "measuring takes 60 model calls and model_calls allows 59 in all" in one_line(refused)
+
+
+def test_a_folder_that_is_no_pipeline_is_called_so(tmp_path):
+    refused = run("measure", tmp_path, "--shape", "2", "-o", tmp_path / "s.safetensors")
+    assert "is a folder without model_index.json" in one_line(refused)

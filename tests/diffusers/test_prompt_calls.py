@@ -302,3 +302,13 @@ def test_a_checkpoint_of_other_samples_is_not_taken_for_the_first_ones(asked, tm
     again = text_pipeline()
     assert measure(again, samples=range(4, 6), prompts=PROMPTS[:2], checkpoint=file).samples == 2
     assert not again.batches
+
+
+def test_a_fit_counts_a_sample_for_each_prompt_among_its_calls():
+    pipe = text_pipeline()
+    with pytest.raises(ValueError, match="measuring takes 80 model calls and model_calls allows 79 in all"):
+        fs.diffusers.fit(pipe, 3, prompts=PROMPTS, levels=10, samples=2, model_calls=79)
+    assert pipe.batches == []
+    schedule = fs.diffusers.fit(pipe, 3, prompts=PROMPTS, levels=10, samples=2, model_calls=120)
+    assert 80 < schedule.origin.model_calls <= 120
+    assert fs.diffusers.fit(pipe, 3, prompts=PROMPTS, levels=10, samples=2, model_calls=79, audition=False).steps == 3
