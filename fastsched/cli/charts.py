@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastsched import plot
-from fastsched.cli.report_data import Measured, band, karras_error, shown_errors
+from fastsched.cli.report_data import Measured, band, karras_error, rounding, shown_errors
 from fastsched.costs.step_cost import error_weight
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.statistics import PathStatistics
@@ -70,7 +70,8 @@ def errors(
     for point, how in found:
         solver = "" if re.search(rf"\b{re.escape(point.solver)}\b", point.name) else f" ({point.solver})"
         label = f"{_label(point.name)}{solver}, {how}"
-        axes.plot(point.steps, point.error, next(markers), color=next(colours), label=label)
+        error = max(point.error, rounding(stats))  # the axis has no 0
+        axes.plot(point.steps, error, next(markers), color=next(colours), label=label)
     axes.set(xlabel="steps", ylabel="squared distance to the converged sample", yscale="log")
     plot.draw_integer_ticks(axes)
     plot.draw_legend(axes, columns=1)

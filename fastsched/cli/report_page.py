@@ -172,7 +172,10 @@ def _listed(schedules: Mapping[str, Schedule]) -> str:
         errors = {"predicted error": schedule.predicted_error, "error in its fit": schedule.measured_error}
         words += [f"{kind} {error:.4g}" for kind, error in errors.items() if error is not None]
         sigmas = escape(plain_decimals(schedule.sigmas.tolist()))
-        items += f"<dt>{escape(name)}</dt><dd>{escape(', '.join(words))}<br><code>{sigmas}</code></dd>"
+        told = ""
+        if schedule.network_sigmas is not None:
+            told = f"<br>the network is told <code>{escape(plain_decimals(schedule.network_sigmas.tolist()))}</code>"
+        items += f"<dt>{escape(name)}</dt><dd>{escape(', '.join(words))}<br><code>{sigmas}</code>{told}</dd>"
     return (
         f"<dl>{items}</dl><p>Errors are squared distances to the converged sample of the same noise. "
         "The error in a fit is of the noises that the schedule was tuned on; on new ones it is usually larger.</p>"

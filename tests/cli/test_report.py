@@ -8,6 +8,7 @@ import subprocess
 from html import escape
 from html.parser import HTMLParser
 
+import matplotlib.axes
 import matplotlib.image
 import numpy as np
 import pytest
@@ -191,6 +192,21 @@ def test_points_of_a_comparison_differ_and_name_their_solver_once(folder, tmp_pa
 def labels(figure):
     """What the lines of a figure's first axes are called."""
     return [line.get_label() for line in figure.axes[0].lines]
+
+
+def test_levels_given_to_the_network_are_listed_and_an_error_of_0_is_drawn(folder, tmp_path, monkeypatch):
+    drawn, plot = [], matplotlib.axes.Axes.plot
+    monkeypatch.setattr(
+        matplotlib.axes.Axes, "plot", lambda *given, **style: drawn.append(given) or plot(*given, **style)
+    )
+    fs.Schedule([80.0, 1.0, 0.0], "ddim", network_sigmas=[71.25, 1.125]).save(tmp_path / "told.json")
+    (tmp_path / "e.csv").write_text("name,solver,steps,typical_error\nexact,ddim,77,0\n")
+    files = ("report", folder / "s.safetensors", tmp_path / "told.json", "-o", tmp_path / "r.html")
+    result = run(*files, "--errors", tmp_path / "e.csv", "--solver", "ddim", "--max-steps", "2", "-q")
+    assert result.exit_code == 0, result.stderr
+    assert "the network is told 71.25, 1.125" in re.sub(r"\s+", " ", " ".join(parsed(tmp_path / "r.html").text))
+    (point,) = (given[2] for given in drawn if isinstance(given[1], int) and given[1] == 77)
+    assert point == report_data.rounding(fs.PathStatistics.load(folder / "s.safetensors")) > 0
 
 
 def test_a_missing_picture_is_named(folder, tmp_path):
