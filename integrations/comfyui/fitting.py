@@ -128,7 +128,8 @@ def run(guider: Any, image: torch.Tensor, settings: Settings, known: PathStatist
     if known is not None and known.increments is None and settings.model_calls > 0:
         known = None  # a file holds no increments, without which there is no tuning
     calls = 0 if known is not None else measurement_calls(process, settings)
-    bar = comfy.utils.ProgressBar(2 * QUESTIONS + calls + settings.model_calls)
+    asked = QUESTIONS * (1 + min(len(image), settings.samples))
+    bar = comfy.utils.ProgressBar(asked + calls + settings.model_calls)
 
     def advance(count: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()

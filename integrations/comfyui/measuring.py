@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.noise import FlowMatching, NoiseProcess, VarianceExploding, VariancePreserving
 from fastsched.fitting.budget import measuring_calls
@@ -214,8 +215,11 @@ class FittingSampler:
             return found
 
         with layers_watched(getattr(inner, "diffusion_model", None)):
-            check_repeats(questions(process), ask, noise.shape[1:], noise.device, options)
-            found = fitted(guided_denoiser(ask, process), self.settings, noise, self.known)
+            images = min(len(noise), self.settings.samples)
+            if not check_repeats(questions(process), ask, noise.shape[1:], noise.device, options, images):
+                validate.warn("the conditions differ from image to image; the schedule is fitted to the first one's")
+                images = 1  # alone, every image gets the first one's conditions
+            found = fitted(guided_denoiser(ask, process), self.settings, noise[:images], self.known)
         schedule = on_trained_levels(found.schedule, process, inner.model_sampling)
         self.report = replace(found, schedule=schedule)
         return torch.zeros_like(noise)

@@ -3,7 +3,7 @@
 A workflow may hold patches that depend on the step's number, on the number of steps, or on the steps before: caches
 (EasyCache, TeaCache), keyframes of hooks, context windows, guidance in some of the steps. They are detected by their
 effects: the same calls are made twice, in descending order and in ascending order, the second time as if the run had
-other sigmas; and the layers that the network runs are counted.
+other sigmas, and for as many images as will run at once; and the layers that the network runs are counted.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def check_repeats(
     shape: torch.Size,
     device: torch.device,
     model_options: dict[str, Any],
-) -> None:
+    images: int = 1,
+) -> bool:
     """Call the model on one image twice at each of ``sigmas``, in both orders and as if in two different runs.
 
     Args:
@@ -53,6 +54,10 @@ def check_repeats(
         shape: The shape of one sample.
         device: The device of the image.
         model_options: Options of the calls; their ``transformer_options`` hold a run's sigmas.
+        images: How many copies of the image the second calls hold.
+
+    Returns:
+        Whether all copies got one answer; not so if the conditions of a batch differ from image to image.
 
     Raises:
         ValueError: If an answer differs; the message names the level.
@@ -60,20 +65,22 @@ def check_repeats(
     image = noise_of(torch.tensor([0]), tuple(shape)).to(device)
     transformer = model_options.setdefault("transformer_options", {})
     given = transformer.get("sample_sigmas")
-    answers: dict[float, Tensor] = {}
+    answers, alike = dict[float, Tensor](), True
     asked = sigmas[1:]
     # The first run goes past the first question in its first step, so that what acts only in that step is found too.
     shorter = torch.cat([sigmas[:1], asked[1:]])
     try:
-        for order, run in ((asked, shorter), (asked.flip(0), _longer(sigmas))):
+        for order, run, count in ((asked, shorter, 1), (asked.flip(0), _longer(sigmas), images)):
             transformer["sample_sigmas"] = torch.cat([run, run.new_zeros(1)]).float().to(device)
             for sigma in order.tolist():
-                level = torch.full((1,), sigma, device=device)
-                found = ask(image * sigma, level)
-                _compare(answers.setdefault(sigma, found), found, image * sigma, sigma)
+                x = image * sigma
+                found = ask(x.repeat(count, *[1] * (x.ndim - 1)), torch.full((count,), sigma, device=device))
+                _compare(answers.setdefault(sigma, found[:1]), found[:1], x, sigma)
+                alike &= not any(_difference(found[:1], other, x) > REPEATABLE for other in found[1:, None])
     finally:
         if given is not None:
             transformer["sample_sigmas"] = given
+    return alike
 
 
 def _longer(sigmas: Tensor) -> Tensor:
@@ -82,14 +89,22 @@ def _longer(sigmas: Tensor) -> Tensor:
     return torch.stack([sigmas, below], dim=1).flatten()
 
 
-def _compare(before: Tensor, after: Tensor, image: Tensor, sigma: float) -> None:
-    # The network's part of an answer is its distance from the image; at low levels the answer is nearly the image.
+def _difference(before: Tensor, after: Tensor, image: Tensor) -> float:
+    """The difference of two answers, relative to the network's part of them.
+
+    This is their distance from the image; at low levels an answer is nearly the image.
+    """
     size = max(float((before - image).norm()), 1e-6 * float(image.norm()))
-    difference = float((after - before).norm())
-    if difference > REPEATABLE * size:
+    return float((after - before).norm()) / size
+
+
+def _compare(before: Tensor, after: Tensor, image: Tensor, sigma: float) -> None:
+    difference = _difference(before, after, image)
+    if difference > REPEATABLE:
         raise ValueError(
-            f"at sigma {sigma:.4g} the model gave two answers to the same question ({difference / size:.0%} apart), "
-            f"in different orders and numbers of steps: something in it depends on the steps, or on chance, {INSTEAD}"
+            f"at sigma {sigma:.4g} the model gave two answers to the same question ({difference:.0%} apart), in "
+            "different orders and numbers of steps and of images: something in it depends on the steps, on the other "
+            f"images of a batch, or on chance, {INSTEAD}"
         )
 
 

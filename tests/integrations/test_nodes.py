@@ -105,6 +105,31 @@ def test_the_measured_error_is_that_of_the_sigmas_that_are_given(package, given,
     assert found.schedule.measured_error <= fit(package, {**arguments, "tuning_calls": 20})[3].schedule.measured_error
 
 
+def test_images_with_conditions_of_their_own_are_measured_and_run_with_those_of_the_first(package, given, guider):
+    """With six at once, samples 3 to 5 would be measured as rows 3 to 5, and in the first runs be rows 0 to 2."""
+    move = lambda x: x + torch.arange(len(x)).reshape(-1, 1, 1, 1)
+    arguments = given(tuning_calls=60, samples=6, sampler="euler", latent={"samples": torch.zeros(6, 1, 2, 2)})
+    arguments["model"].model_options["sampler_post_cfg_function"] = [lambda found: move(found["denoised"])]
+    with pytest.warns(UserWarning, match="conditions differ from image to image"):
+        schedule, stats = vars(fit(package, arguments)[3]).values()
+    asked = guider(arguments)
+    ask = lambda z, s: asked(z, s.float(), model_options={})  # the first row is not moved
+    denoiser = fs.Denoiser.from_denoiser(ask, float(schedule.sigmas[-2]), float(schedule.sigmas[0]))
+    images = fs.sample(denoiser, schedule.sigmas, "ddim", noise_of(stats.seeds, (1, 2, 2)))
+    distances = (images - stats.ends).double().square().flatten(1).sum(1)
+    assert schedule.measured_error == pytest.approx(float(power_mean(distances)), rel=0.02)
+
+
+def test_a_network_that_mixes_the_images_of_a_batch_is_refused(package, given):
+    arguments = given()
+    mixed = lambda found: (
+        found["denoised"] + found["denoised"].flip(0) + found["denoised"].mean(0) * (len(found["sigma"]) - 1)
+    )
+    arguments["model"].model_options["sampler_post_cfg_function"] = [mixed]
+    with pytest.raises(ValueError, match="depends on the steps, on the other images of a batch, or on chance"):
+        fit(package, arguments)
+
+
 def test_progress_ends_at_its_total_and_shows_every_call(package, comfy, given):
     arguments = given(tuning_calls=60)
     fit(package, arguments)
