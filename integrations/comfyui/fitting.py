@@ -128,7 +128,8 @@ def run(guider: Any, image: torch.Tensor, settings: Settings, known: PathStatist
     if known is not None and known.increments is None and settings.model_calls > 0:
         known = None  # a file holds no increments, without which there is no tuning
     calls = 0 if known is not None else measurement_calls(process, settings)
-    asked = QUESTIONS * (1 + min(len(image), settings.samples))
+    images = min(len(image), settings.samples)
+    asked = QUESTIONS * (2 + images * (images > 1))
     bar = comfy.utils.ProgressBar(asked + calls + settings.model_calls)
 
     def advance(count: int) -> None:

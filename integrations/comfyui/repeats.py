@@ -3,7 +3,7 @@
 A workflow may hold patches that depend on the step's number, on the number of steps, or on the steps before: caches
 (EasyCache, TeaCache), keyframes of hooks, context windows, guidance in some of the steps. They are detected by their
 effects: the same calls are made twice, in descending order and in ascending order, the second time as if the run had
-other sigmas, and for as many images as will run at once; and the layers that the network runs are counted.
+other sigmas; and the layers that the network runs are counted.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def check_repeats(
         shape: The shape of one sample.
         device: The device of the image.
         model_options: Options of the calls; their ``transformer_options`` hold a run's sigmas.
-        images: How many copies of the image the second calls hold.
+        images: How many images will run at once; if several, as many copies of the image are asked about too.
 
     Returns:
-        Whether all copies got one answer; not so if the conditions of a batch differ from image to image.
+        Whether all copies get one answer; not so if the conditions of a batch differ from image to image.
 
     Raises:
         ValueError: If an answer differs; the message names the level.
@@ -70,13 +70,15 @@ def check_repeats(
     # The first run goes past the first question in its first step, so that what acts only in that step is found too.
     shorter = torch.cat([sigmas[:1], asked[1:]])
     try:
-        for order, run, count in ((asked, shorter, 1), (asked.flip(0), _longer(sigmas), images)):
+        for order, run in ((asked, shorter), (asked.flip(0), _longer(sigmas))):
             transformer["sample_sigmas"] = torch.cat([run, run.new_zeros(1)]).float().to(device)
             for sigma in order.tolist():
-                x = image * sigma
-                found = ask(x.repeat(count, *[1] * (x.ndim - 1)), torch.full((count,), sigma, device=device))
-                _compare(answers.setdefault(sigma, found[:1]), found[:1], x, sigma)
-                alike &= not any(_difference(found[:1], other, x) > REPEATABLE for other in found[1:, None])
+                found = ask(image * sigma, torch.full((1,), sigma, device=device))
+                _compare(answers.setdefault(sigma, found), found, image * sigma, sigma)
+        for sigma in asked.tolist() if images > 1 else ():  # afterwards, as some caches begin anew with another batch
+            level, x = torch.full((images,), sigma, device=device), image * sigma
+            first, *others = ask(x.repeat(images, *[1] * (x.ndim - 1)), level).split(1)
+            alike &= not any(_difference(first, other, x) > REPEATABLE for other in others)
     finally:
         if given is not None:
             transformer["sample_sigmas"] = given
@@ -102,9 +104,8 @@ def _compare(before: Tensor, after: Tensor, image: Tensor, sigma: float) -> None
     difference = _difference(before, after, image)
     if difference > REPEATABLE:
         raise ValueError(
-            f"at sigma {sigma:.4g} the model gave two answers to the same question ({difference:.0%} apart), in "
-            "different orders and numbers of steps and of images: something in it depends on the steps, on the other "
-            f"images of a batch, or on chance, {INSTEAD}"
+            f"at sigma {sigma:.4g} the model gave two answers to the same question ({difference:.0%} apart), "
+            f"in different orders and numbers of steps: something in it depends on the steps, or on chance, {INSTEAD}"
         )
 
 

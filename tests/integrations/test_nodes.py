@@ -120,16 +120,6 @@ def test_images_with_conditions_of_their_own_are_measured_and_run_with_those_of_
     assert schedule.measured_error == pytest.approx(float(power_mean(distances)), rel=0.02)
 
 
-def test_a_network_that_mixes_the_images_of_a_batch_is_refused(package, given):
-    arguments = given()
-    mixed = lambda found: (
-        found["denoised"] + found["denoised"].flip(0) + found["denoised"].mean(0) * (len(found["sigma"]) - 1)
-    )
-    arguments["model"].model_options["sampler_post_cfg_function"] = [mixed]
-    with pytest.raises(ValueError, match="depends on the steps, on the other images of a batch, or on chance"):
-        fit(package, arguments)
-
-
 def test_progress_ends_at_its_total_and_shows_every_call(package, comfy, given):
     arguments = given(tuning_calls=60)
     fit(package, arguments)
