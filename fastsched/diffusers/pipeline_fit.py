@@ -109,8 +109,7 @@ def fit(
     with in_one_thread(pipe), prompts_encoded_once(pipe):
         if stats is None:
             settings = {"prompts": prompts, "prompts_per_call": prompts_per_call, "seed": seed, **places}
-            least = calls.minimum_samples if audition else 1
-            settings |= prepare_together(lambda: _planned(total, steps, levels, samples, name, least), group)
+            settings |= prepare_together(lambda: _planned(total, steps, levels, samples, name, calls, audition), group)
             stats = measured_in_group(pipe, call_kwargs, vectors="first", keep_increments=audition, **settings)
             total = max(0, total - stats.model_calls)
         return _fitted(pipe, stats, steps, name, calls, call_kwargs, total * audition, decoupled, **places).schedule
@@ -133,9 +132,11 @@ def _planned(
     levels: int | Tensor | Sequence[float] | None,
     samples: int | range | None,
     solver: str,
-    least: int,
+    calls: PromptCalls,
+    audition: bool,
 ) -> dict[str, Any]:
     """The levels and samples to measure (`planned`), after a check that a search over the levels is possible."""
+    least = calls.minimum_samples if audition else 1  # without runs, more prompts than ``total`` allows are no loss
     levels, samples = planned(total, steps, levels, samples, partial(calibration_calls, least=least))
     check_levels(steps, len(levels) if isinstance(levels, Tensor) else levels, chosen_solver(solver))
     return {"levels": levels, "samples": samples}

@@ -97,8 +97,7 @@ def sample(
     method = schedule_solver(sigmas, name)
     if seed is not None:
         raise ValueError(f"seed must be None for {method.name}, got {seed!r}: this solver adds no noise")
-    dtype = denoiser.dtype_beside(noise.dtype) if dtype is None else dtype
-    nodes, verdicts = nodes_of(denoiser.process, s), Verdicts()
+    nodes, verdicts, dtype = nodes_of(denoiser.process, s), Verdicts(), dtype or denoiser.dtype_beside(noise.dtype)
     calls, told = _calls_of(method, nodes), _told_levels(sigmas, method.name, denoiser.process)
     with unchanged_buffers(denoiser.network), progress_bar(calls, progress, f"{method.name} sampling") as advance:
 

@@ -72,7 +72,7 @@ def sample_stochastic(
     if isinstance(sigmas, Schedule) and sigmas.network_sigmas is not None:
         check_decoupled(solver)
     s = denoiser.process.level(validate.descending_sigmas("sigmas", getattr(sigmas, "sigmas", sigmas)))
-    levels, dtype = s.tolist(), denoiser.dtype_beside(noise.dtype) if dtype is None else dtype
+    levels, dtype = s.tolist(), dtype or denoiser.dtype_beside(noise.dtype)
     streams = [stream(value, 1) for value in sample_seeds(seed, len(noise)).tolist()]
     y, before, width_before, verdicts = noise, None, math.inf, Verdicts()
     bar = progress_bar(len(levels) - 1, progress, f"{solver} sampling")
