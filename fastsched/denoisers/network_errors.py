@@ -19,6 +19,10 @@ CAUSES = (
         "conditions). The time or level may be fractional",
     ),
     (
+        r"not compiled with|No CUDA GPUs|Found no NVIDIA driver",
+        "it moves something to a device that is not here; move it to that of x instead: .to(x.device)",
+    ),
+    (
         r"^AssertionError",
         "it asserts what this call does not fulfil; conditions that it needs must be bound, a row for each sample: "
         "lambda x, t: network(x, t, labels.expand(len(x)))",

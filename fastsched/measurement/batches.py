@@ -16,6 +16,7 @@ from fastsched import validate
 from fastsched.denoisers.network_state import unchanged_buffers, warned_of_randomness
 from fastsched.measurement.check_calls import CheckCalls
 from fastsched.measurement.fingerprints import same_network
+from fastsched.measurement.gram_checks import check_increments
 from fastsched.measurement.memory import explained, need, paths_at_once, with_store
 from fastsched.measurement.network_checks import check_network, fingerprint
 from fastsched.measurement.path_checks import path_checked
@@ -90,6 +91,8 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
                 out = None if kept is None else kept[done : done + len(part_seeds)]
                 steps = measurement_steps(run, part_seeds, batches.shape, advance, out)
                 part = run.drive(steps if asked is None or n > 0 else path_checked(steps, asked, run.s))
+                if asked is not None and n == 0 and not asked.constant:
+                    check_increments(asked, part)
                 spent = 0 if asked is None else _spent(asked, known, n == len(parts) - 1)
                 part = replace(part, fingerprint=mark, model_calls=part.model_calls + spent, origin=origin)
                 whole = part if whole is None else merged(whole, part)

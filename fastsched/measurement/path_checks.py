@@ -56,6 +56,15 @@ SLACK, SLACK_OF_ELEMENTS, GROWTH = 0.4, 0.65, 0.7
 #: paths, a ring of modes in the plane seems to have 1.4 times its variance over 12 levels, 1.01 times over 24. Of 1,800
 #: measurements of correct networks none has a false alarm; without this term 64 had.
 SLACK_OF_WIDE_STEPS = 0.3
+#: With this many paths and `FEWEST_ELEMENTS`, the first property is also checked against its own standard error. It may
+#: be off by ``LEAST + LEAST_GROWTH * level``, as weak training leaves it, and `SURE` standard errors, up to `NEAR_TOP`.
+#: Of 1,090 measurements of correct networks, 230 of them trained in 300 or 2,500 steps, it reached 3.1.
+ENOUGH_PATHS, LEAST, LEAST_GROWTH, SURE, NEAR_TOP = 6, 0.15, 0.05, 3.2, 4.0
+#: At a level of this many times ``sqrt(elements)``, in units of the data's deviation, ``D`` is the mean of the data. It
+#: may hold this part of the noise, in units of that deviation: correct networks, trained weakly too, hold 0.05 above
+#: chance; functions that lead noise to samples, as distilled networks do, 0.2 to 0.7. Predictions of noise and scores
+#: are not checked, as their errors are as large there, nor are fewer elements in all paths than the third number.
+PURE, HELD, FEWEST_IN_ALL = 4.5, 0.1, 32
 #: Level of the second property, in units of the data's deviation; higher for predictions whose sign may be wrong.
 #: A wrong sign shows further from the data.
 LOW_PART, LOW_PART_OF_SIGN = 0.1, 0.15
@@ -126,7 +135,7 @@ class _Path:
         self.ask, self.s = ask, s
         self.a, self.c = (each.tolist() for each in ask.denoiser.coefficients(s))
         self.alpha = ask.denoiser.process.alpha(s)
-        self.centre = ask.top.denoised[0].float()
+        self.centre = ask.top.denoised[1].float()  # of a noise that no path starts from
         self.sign_ambiguous = ask.denoiser.prediction in SIGN_AMBIGUOUS
         self.prior = ask.denoiser.sigma_data if ask.denoiser.prediction == "edm" else 1.0
         self.level, self.below = (int((s / (part * self.prior)).log().abs().argmin()) for part in (1.0, BELOW))
@@ -166,13 +175,16 @@ class _Path:
         alpha, a, c = (
             torch.as_tensor(each, dtype=torch.float64, device="cpu")[:, None] for each in (self.alpha, self.a, self.c)
         )
-        sizes = ((a * xx + c * xr - mx) / alpha - a * mx - c * mr).mean(1) + self.centre.double().square().sum()
-        deviation = math.sqrt(max(float(sizes[-1]), 0.0) / end.numel())
+        sizes = (a * xx + c * xr - mx) / alpha - a * mx - c * mr + self.centre.double().square().sum()
+        deviation = math.sqrt(max(float(sizes[-1].mean()), 0.0) / end.numel())
         far = self._far_from_data(end, deviation)
         if not deviation > 0:
             return
         few, small = len(self.s) < FEWEST_LEVELS, end.numel() < FEWEST_ELEMENTS
-        unequal = _unequal_sizes(sizes / sizes[-1], self.s, deviation, end.numel(), xx.shape[1])
+        unequal = _unequal_sizes(sizes / sizes[-1].mean(), self.s, deviation, end.numel())
+        spread = a.square() * xx + 2 * a * c * xr + c.square() * rr - 2 * (a * mx + c * mr)
+        spread = (spread + self.centre.double().square().sum()) / sizes[-1].mean()
+        held = None if few else self._noise_held(sizes / sizes[-1].mean(), spread, deviation)
         against, backwards, outwards, left, excess = self.ask.negative_slope, None, None, None, 0.0
         unusual = not few
         if self.sign_ambiguous:
@@ -185,7 +197,7 @@ class _Path:
         if self.ask.denoiser.prediction in FLOW_LIKE and not few:
             at_lowest = (float(each[-1].mean()) / end.numel() for each in (xx, xr, rr))
             of_flow, wrong = self._flow_faults(deviation, *at_lowest)
-        doubtful = far, left, None if few else unequal, against, backwards, None if small else outwards, *of_flow
+        doubtful = far, left, None if few else unequal, held, against, backwards, None if small else outwards, *of_flow
         if not any(doubtful):
             return
         doubtful = self.ask.middle_fault, *doubtful
@@ -236,6 +248,28 @@ class _Path:
             step = change * (step.norm() / change.norm().clamp_min(1e-30))
         return None, unusual
 
+    def _noise_held(self, sizes: Tensor, spread: Tensor, deviation: float) -> str | None:
+        """A message if ``D`` follows the noise at the highest finite level, instead of being the mean of the data.
+
+        Args:
+            sizes: The first property's values [N, B], over the mean of the lowest level.
+            spread: ``|D - m|^2`` over the same, for a fixed m.
+            deviation: Of the data.
+        """
+        k, elements, paths = int(self.s.isinf().sum()), self.centre.numel(), sizes.shape[1]
+        if self.ask.denoiser.prediction in ("epsilon", "score") or elements * paths < FEWEST_IN_ALL:
+            return None
+        level = float(self.s[k]) / deviation
+        held = (float(sizes[k].mean()) - 1) / level
+        chance = math.sqrt(float(spread[k].mean().clamp_min(0)) / (elements * paths))
+        if level < PURE * math.sqrt(elements) or held <= HELD + chance:
+            return None
+        return (
+            f"at level {float(self.s[k]):.4g} a denoised sample is the mean of all data, but this one follows the noise"
+            f" ({held:.2g} of the data's deviation), as that of a distilled network or consistency model does, which "
+            "leads noise straight to samples, or of a network that is given too low a level"
+        )
+
     def _flow_faults(self, deviation: float, xx: float, xr: float, rr: float) -> tuple[list[str], bool]:
         """Messages about the data and the outputs of a flow model, and whether the outputs are surely wrong.
 
@@ -274,13 +308,18 @@ class _Path:
         return f"at level {float(self.s[self.below]):.3g} {MOVES.format(along)} moves by less" if along > 1 else None
 
 
-def _unequal_sizes(sizes: Tensor, s: Tensor, deviation: float, elements: int, paths: int) -> str | None:
-    """A message if the first property's values at levels ``s``, over that of the lowest level, are too far from 1."""
-    level = s / deviation
+def _unequal_sizes(each: Tensor, s: Tensor, deviation: float, elements: int) -> str | None:
+    """A message if the first property's values [N, B] at levels ``s``, over the lowest level's, are too far from 1."""
+    level, sizes, paths = s / deviation, each.mean(1), each.shape[1]
     slack = (SLACK + SLACK_OF_ELEMENTS / math.sqrt(elements)) / math.sqrt(paths) * (1 + GROWTH * level)
     slack += SLACK_OF_WIDE_STEPS * float(s[s.isfinite()].log().diff().abs().max()) ** 4
     near = (level >= NEAR_DATA[0]) & (level <= NEAR_DATA[1])
     excess = torch.where(near, (sizes - 1).abs() / slack, 0.0)
+    if paths >= ENOUGH_PATHS and elements >= FEWEST_ELEMENTS:
+        errors = (each - each[-1]).std(1) / math.sqrt(paths)
+        near = (level >= NEAR_DATA[0]) & (level <= NEAR_TOP)
+        surely = ((sizes - 1).abs() - LEAST - LEAST_GROWTH * level) / (SURE * errors + 1e-3)
+        excess = torch.maximum(excess, torch.where(near, surely, 0.0))
     worst = int(excess.argmax())
     if float(excess[worst]) <= 1:
         return None

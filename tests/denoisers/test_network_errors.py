@@ -27,6 +27,14 @@ def test_networks_of_one_argument_are_to_be_wrapped():
         measured(lambda x: x, (3,))
 
 
+def test_a_device_that_is_not_here_is_no_missing_condition():
+    def network(x, t):
+        raise AssertionError("Torch not compiled with CUDA enabled")  # what x.cuda() raises then
+
+    with pytest.raises(ValueError, match=r"a device that is not here; .*x\.device"):
+        measured(network, (4,))
+
+
 @pytest.mark.parametrize(
     ("network", "shape"),
     [

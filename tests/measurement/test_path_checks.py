@@ -160,3 +160,51 @@ def test_a_flow_of_modes_far_apart_is_not_refused():
     """The rough sample of the checks lies between modes, to which a denoiser moves it."""
     oracle = fs.oracles.GaussianMixture.random(16, 5, seed=10, spread=2.0, std=0.2)
     measure(fs.Denoiser.from_velocity(velocity(oracle)), 16, 16)
+
+
+def told_of(denoiser, shape, **options):
+    """All warnings of a measurement with the usual levels and paths."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fs.measure(denoiser, shape, responses=False, progress=False, **options)
+    return " ".join(str(each.message) for each in told)
+
+
+@pytest.mark.parametrize(("power", "samples"), [(0.0, 1), (0.0, 8), (1.0, 8)])
+def test_a_consistency_function_is_no_denoiser(power, samples):
+    """It leads noise to the end of its path; the data's deviations are equal, or fall as those of images do."""
+    c = torch.arange(1, 33) ** -power
+    c *= 0.5 / c.square().mean().sqrt()
+    straight = lambda z, s: z * c / (c**2 + s.reshape(-1, 1) ** 2).sqrt()
+    told = told_of(fs.Denoiser.from_denoiser(straight, 0.002, 80.0), (32,), samples=samples)
+    assert "follows the noise" in told
+    assert "consistency model" in told
+    right = lambda z, s: z * c**2 / (c**2 + s.reshape(-1, 1) ** 2)
+    assert not told_of(fs.Denoiser.from_denoiser(right, 0.002, 80.0), (32,), samples=samples)
+
+
+def test_predictions_of_x0_of_too_low_a_level_are_warned_of():
+    """A table of every tenth timestep: the network is told a tenth of its time."""
+    data = fs.oracles.GaussianMixture.random(16, 4, seed=112, spread=0.5, std=0.1)
+    table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    exact = exact_denoisers(data, table)["v"]
+
+    def clean(x, t):
+        alpha = torch.lerp(table[t.long()].sqrt(), table[(t.long() + 1).clamp_max(999)].sqrt(), t.double() % 1)
+        alpha = alpha[:, None]
+        return (alpha * x - (1 - alpha**2).sqrt() * exact.network(x, t)).float()
+
+    for step in (1, 10, 20):
+        process = fs.denoisers.noise.VariancePreserving(table[step - 1 :: step])
+        told = told_of(fs.Denoiser(clean, process, "x0"), (16,))
+        assert ("too low a level" in told) == (step > 1)
+
+
+@pytest.mark.parametrize("std", [1.0, 2.0])
+def test_many_elements_and_paths_show_smaller_differences(std):
+    """Four fifths of the time; of one path or few elements, chance may be as much."""
+    table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    exact = exact_denoisers(fs.oracles.Gaussian(std, (128,)), table)["epsilon"]
+    assert not told_of(exact, (128,))
+    slower = replace(exact, network=lambda x, t: exact.network(x, 0.8 * t))
+    assert "times the data variance" in told_of(slower, (128,))

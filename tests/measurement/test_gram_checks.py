@@ -1,0 +1,64 @@
+"""Networks whose outputs jump from level to level, or do not depend on the state, at low levels alone."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from test_network_checks import DATA, KINDS
+
+import fastsched as fs
+from benchmarks.quality.models import MODELS
+from fastsched.measurement.gram_checks import ROUGH, WINDOW, _cosines
+
+
+def drawn(generator, like, s, below):
+    """Noise from a network's own generator, at levels below one."""
+    return torch.randn(like.shape, generator=generator) * (s < below).reshape(-1, 1)
+
+
+@pytest.mark.filterwarnings("ignore:(at level|when noise)")
+@pytest.mark.parametrize("levels", [24, 48])
+@pytest.mark.parametrize("size", [0.02, 0.05])
+def test_numbers_from_a_generator_of_its_own_at_low_levels_are_refused(levels, size):
+    generator = torch.Generator().manual_seed(0)
+    noisy = lambda z, s: DATA.denoise(z, s) + size * drawn(generator, z, s, 0.3)
+    with pytest.raises(ValueError, match="differently every time around level 0"):
+        fs.measure(fs.Denoiser.from_denoiser(noisy, 0.02, 40.0), (16,), levels=levels, samples=4, progress=False)
+    fs.measure(fs.Denoiser.from_denoiser(noisy, 0.02, 40.0), (16,), levels=8, samples=1, checks=False, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:(at level|when noise)")
+@pytest.mark.parametrize("samples", [1, 3])
+def test_answers_kept_at_low_levels_are_refused(samples):
+    kept = {}
+
+    def network(z, s):
+        if float(s[0]) > 0.3:
+            return DATA.denoise(z, s)
+        key = round(float(s[0].log()), 1), len(z)
+        return kept.setdefault(key, DATA.denoise(z, s))
+
+    denoiser = fs.Denoiser.from_denoiser(network, 0.02, 40.0)
+    with pytest.raises(ValueError, match="alike at low levels: it keeps a state"):
+        fs.measure(denoiser, (16,), levels=24, samples=samples, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:(at level|when noise)")
+def test_increments_that_jump_to_and_fro_are_doubtful():
+    """Every second level is read with another factor: no random numbers, and no denoiser."""
+    place = lambda s: (47 * (40 / s).log() / math.log(2000)).round()
+    other = lambda z, s: DATA.denoise(z, s) * (1 + 0.1 * (-1) ** place(s) * (s < 1)).reshape(-1, 1)
+    with pytest.warns(UserWarning, match="jump to and fro"):
+        fs.measure(fs.Denoiser.from_denoiser(other, 0.02, 40.0), (16,), progress=False)
+
+
+@pytest.mark.parametrize("name", [*MODELS, *KINDS])
+def test_increments_of_right_networks_are_smooth(name):
+    model = MODELS[name]() if name in MODELS else None
+    denoiser, shape = (KINDS[name], (16,)) if model is None else (model.denoiser, model.shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stats = fs.measure(denoiser, shape, samples=2, progress=False)
+    assert stats.model_calls <= 2 * 94 + 7  # so no question more
+    assert float(_cosines(stats.gram).unfold(0, WINDOW, 1).mean(1).min()) > 2 * ROUGH
