@@ -19,11 +19,11 @@ from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.random_streams import noise_of
 
 #: The network is asked twice where the mean cosine of this many increments in a row and their next is below the second
-#: number: 0 or less for random outputs, 0.2 and more for exact ones. Shorter increments than the third number, as a
-#: fraction of the length of all, are not looked at: their direction may be rounding. Nor is where ``log s`` falls by
-#: more than `WIDE` from level to level: there outputs of exact networks turn as much.
+#: number, as it is of random outputs, and in 6 of 1,122 measurements of exact ones over 24 and 48 levels. Increments
+#: shorter than the third number, as a fraction of the length of all, are not looked at, as they may be rounding. Nor is
+#: where ``log s`` falls by more than `WIDE` from level to level: there outputs of exact networks turn as much.
 WINDOW, ROUGH, SHORT, WIDE = 5, 0.1, 1e-3, 0.6
-#: They jump to and fro where this many cosines in a row are below the second number. On 2,400 measurements of correct
+#: They jump to and fro where this many cosines in a row are below the second number. On 2,000 measurements of correct
 #: networks, of 1 to 8 paths and 8 to 48 levels, the largest of three in a row was at least -0.15.
 IN_A_ROW, OPPOSITE = 3, -0.3
 #: Increments longer than this fraction of the data's size are no rounding.
