@@ -57,11 +57,6 @@ SLACK, SLACK_OF_ELEMENTS, GROWTH = 0.4, 0.65, 0.7
 #: paths, a ring of modes in the plane seems to have 1.4 times its variance over 12 levels, 1.01 times over 24. Of 1,800
 #: measurements of correct networks none has a false alarm; without this term 64 had.
 SLACK_OF_WIDE_STEPS = 0.3
-#: With this many paths and `FEWEST_ELEMENTS`, the first property is also checked against its own standard error. It may
-#: be off by ``LEAST + LEAST_GROWTH * level``, as weak training leaves it, and `SURE` standard errors, up to `NEAR_TOP`.
-#: Of 862 measurements of exact networks it reached 1.5, of 86 guided by up to 3 2.9, and of 54 trained, some in 300
-#: steps, 3.1.
-ENOUGH_PATHS, LEAST, LEAST_GROWTH, SURE, NEAR_TOP = 6, 0.15, 0.05, 3.2, 4.0
 #: At a level of this many times ``sqrt(elements)``, in units of the data's deviation, ``D`` is the mean of the data. It
 #: may hold this part of the noise, in units of that deviation: correct networks, trained weakly too, hold 0.05 above
 #: chance; functions that lead noise to samples, as distilled networks do, 0.2 to 0.7. Predictions of noise and scores
@@ -183,7 +178,7 @@ class _Path:
         if not deviation > 0:
             return
         few, small = len(self.s) < FEWEST_LEVELS, end.numel() < FEWEST_ELEMENTS
-        unequal = _unequal_sizes(sizes / sizes[-1].mean(), self.s, deviation, end.numel())
+        unequal = _unequal_sizes(sizes.mean(1) / sizes[-1].mean(), self.s, deviation, end.numel(), xx.shape[1])
         spread = a.square() * xx + 2 * a * c * xr + c.square() * rr - 2 * (a * mx + c * mr)
         spread = (spread + self.centre.double().square().sum()) / sizes[-1].mean()
         held = None if few else self._noise_held(sizes / sizes[-1].mean(), spread, deviation)
@@ -310,18 +305,13 @@ class _Path:
         return f"at level {float(self.s[self.below]):.3g} {MOVES.format(along)} moves by less" if along > 1 else None
 
 
-def _unequal_sizes(each: Tensor, s: Tensor, deviation: float, elements: int) -> str | None:
-    """A message if the first property's values [N, B] at levels ``s``, over the lowest level's, are too far from 1."""
-    level, sizes, paths = s / deviation, each.mean(1), each.shape[1]
+def _unequal_sizes(sizes: Tensor, s: Tensor, deviation: float, elements: int, paths: int) -> str | None:
+    """A message if the first property's values at levels ``s``, over that of the lowest level, are too far from 1."""
+    level = s / deviation
     slack = (SLACK + SLACK_OF_ELEMENTS / math.sqrt(elements)) / math.sqrt(paths) * (1 + GROWTH * level)
     slack += SLACK_OF_WIDE_STEPS * float(s[s.isfinite()].log().diff().abs().max()) ** 4
     near = (level >= NEAR_DATA[0]) & (level <= NEAR_DATA[1])
     excess = torch.where(near, (sizes - 1).abs() / slack, 0.0)
-    if paths >= ENOUGH_PATHS and elements >= FEWEST_ELEMENTS:
-        errors = (each - each[-1]).std(1) / math.sqrt(paths)
-        near = (level >= NEAR_DATA[0]) & (level <= NEAR_TOP)
-        surely = ((sizes - 1).abs() - LEAST - LEAST_GROWTH * level) / (SURE * errors + 1e-3)
-        excess = torch.maximum(excess, torch.where(near, surely, 0.0))
     worst = int(excess.argmax())
     if float(excess[worst]) <= 1:
         return None

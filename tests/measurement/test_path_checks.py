@@ -198,13 +198,3 @@ def test_predictions_of_x0_of_too_low_a_level_are_warned_of():
         process = fs.denoisers.noise.VariancePreserving(table[step - 1 :: step])
         told = told_of(fs.Denoiser(clean, process, "x0"), (16,))
         assert ("too low a level" in told) == (step > 1)
-
-
-@pytest.mark.parametrize("std", [1.0, 2.0])
-def test_many_elements_and_paths_show_smaller_differences(std):
-    """Four fifths of the time; of one path or few elements, chance may be as much."""
-    table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-    exact = exact_denoisers(fs.oracles.Gaussian(std, (128,)), table)["epsilon"]
-    assert not told_of(exact, (128,))
-    slower = replace(exact, network=lambda x, t: exact.network(x, 0.8 * t))
-    assert "times the data variance" in told_of(slower, (128,))
