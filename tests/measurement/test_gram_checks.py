@@ -1,10 +1,10 @@
 """Networks whose outputs jump from level to level, or do not depend on the state, at low levels alone."""
 
-import math
 import warnings
 
 import pytest
 import torch
+from models import exact_denoisers, vp_table
 from test_network_checks import DATA, KINDS
 
 import fastsched as fs
@@ -44,15 +44,6 @@ def test_answers_kept_at_low_levels_are_refused(samples):
         fs.measure(denoiser, (16,), levels=24, samples=samples, progress=False)
 
 
-@pytest.mark.filterwarnings("ignore:(at level|when noise)")
-def test_increments_that_jump_to_and_fro_are_doubtful():
-    """Every second level is read with another factor: no random numbers, and no denoiser."""
-    place = lambda s: (47 * (40 / s).log() / math.log(2000)).round()
-    other = lambda z, s: DATA.denoise(z, s) * (1 + 0.1 * (-1) ** place(s) * (s < 1)).reshape(-1, 1)
-    with pytest.warns(UserWarning, match="jump to and fro"):
-        fs.measure(fs.Denoiser.from_denoiser(other, 0.02, 40.0), (16,), progress=False)
-
-
 @pytest.mark.parametrize("name", [*MODELS, *KINDS])
 def test_increments_of_right_networks_are_smooth(name):
     model = MODELS[name]() if name in MODELS else None
@@ -62,3 +53,15 @@ def test_increments_of_right_networks_are_smooth(name):
         stats = fs.measure(denoiser, shape, samples=2, progress=False)
     assert stats.model_calls <= 2 * 94 + 7  # so no question more
     assert float(_cosines(stats.gram).unfold(0, WINDOW, 1).mean(1).min()) > 2 * ROUGH
+
+
+def test_networks_of_integer_timesteps_may_be_rough():
+    """An error of its own at each timestep, as from an embedding of each: no question more, and no refusal."""
+    generator, table = torch.Generator().manual_seed(0), vp_table(1000)
+    errors = 0.05 * torch.randn(1000, 16, generator=generator)
+    exact = exact_denoisers(DATA, table)["epsilon"].network
+    rough = lambda x, t: exact(x, t.float()) + errors[t]
+    denoiser = fs.Denoiser.from_epsilon(rough, table, integer_timesteps=True)
+    stats = fs.measure(denoiser, (16,), samples=2, progress=False)
+    assert float(_cosines(stats.gram).unfold(0, WINDOW, 1).mean(1).min()) < ROUGH
+    assert stats.model_calls <= 2 * 94 + 7
