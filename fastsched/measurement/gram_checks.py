@@ -1,10 +1,9 @@
-"""Checks of a measurement's Gram matrices, which take no model call unless they find something.
+"""A check of a measurement's increments, which takes no model call unless it finds something.
 
 Along a path a denoiser's output moves smoothly: neighbouring increments point the same way. Random numbers that a
 network draws at some levels alone, from a generator of its own, add to an output and are gone at the next level, so
 increments have cosines of -1/2. There the network is asked the same question twice, except for networks of integer
-timesteps, whose outputs may be as rough, with an embedding for each. And outputs for different states of one level are
-different, unless the network keeps its answers.
+timesteps, whose outputs may be as rough, with an embedding for each.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsched.measurement.check_calls import STATE, CheckCalls
-from fastsched.measurement.deviated_paths import asked_levels
+from fastsched.measurement.check_calls import CheckCalls
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.random_streams import noise_of
 
@@ -22,21 +20,15 @@ from fastsched.sampling.random_streams import noise_of
 #: shorter than the third number, as a fraction of the length of all, are not looked at, as they may be rounding. Nor is
 #: where ``log s`` falls by more than `WIDE` from level to level: there outputs of exact networks turn as much.
 WINDOW, ROUGH, SHORT, WIDE = 5, 0.1, 1e-3, 0.6
-#: Increments longer than this fraction of the data's size are no rounding.
-MOVED = 1e-3
-#: How many asked levels in a row must have the same answers for different states.
-ALIKE_LEVELS = 2
 
 
 @torch.no_grad()
 def check_increments(ask: CheckCalls, stats: PathStatistics) -> None:
-    """Check the increments and responses of the first batch; two calls if increments turn to and fro.
+    """Ask the network the same question twice where the increments of the first batch turn to and fro, if anywhere.
 
     Raises:
-        ValueError: If the network keeps answers, or gives two to the same question where increments turn.
+        ValueError: If the answers differ.
     """
-    if _keeps_answers(stats):
-        raise ValueError(f"the network answers different states of one level alike at low levels: {STATE}")
     cosines = _cosines(stats.gram)
     if ask.denoiser.process.integer_timesteps or len(cosines) < WINDOW:
         return
@@ -63,15 +55,3 @@ def _cosines(gram: Tensor) -> Tensor:
     lengths = squares.sqrt()
     long = torch.minimum(lengths[1:], lengths[:-1]) > SHORT * lengths.sum()
     return torch.where(long, products / (lengths[1:] * lengths[:-1]), 1.0)
-
-
-def _keeps_answers(stats: PathStatistics) -> bool:
-    """Whether at levels in a row the responses are exactly 0, though the denoised samples change between them."""
-    if stats.response_gram is None:
-        return False
-    asked = asked_levels(len(stats.s))
-    lengths = stats.gram.diagonal(dim1=1, dim2=2).sqrt().amin(0)
-    moved = lengths > MOVED * stats.ends.flatten(1).norm(dim=1).mean()
-    silent = (stats.response_gram.diagonal(dim1=1, dim2=2) == 0).all(0).view(len(stats.deviated), -1).all(0)
-    alike = [bool(still) and bool(moved[k - 1]) for still, k in zip(silent, asked, strict=True)]
-    return any(all(alike[n : n + ALIKE_LEVELS]) for n in range(len(alike) - ALIKE_LEVELS + 1))

@@ -1,4 +1,4 @@
-"""Networks whose outputs jump from level to level, or do not depend on the state, at low levels alone."""
+"""Networks whose outputs jump from level to level, at low levels alone."""
 
 import warnings
 
@@ -26,22 +26,6 @@ def test_numbers_from_a_generator_of_its_own_at_low_levels_are_refused(levels, s
     with pytest.raises(ValueError, match="differently every time around level 0"):
         fs.measure(fs.Denoiser.from_denoiser(noisy, 0.02, 40.0), (16,), levels=levels, samples=4, progress=False)
     fs.measure(fs.Denoiser.from_denoiser(noisy, 0.02, 40.0), (16,), levels=8, samples=1, checks=False, progress=False)
-
-
-@pytest.mark.filterwarnings("ignore:(at level|when noise)")
-@pytest.mark.parametrize("samples", [1, 3])
-def test_answers_kept_at_low_levels_are_refused(samples):
-    kept = {}
-
-    def network(z, s):
-        if float(s[0]) > 0.3:
-            return DATA.denoise(z, s)
-        key = round(float(s[0].log()), 1), len(z)
-        return kept.setdefault(key, DATA.denoise(z, s))
-
-    denoiser = fs.Denoiser.from_denoiser(network, 0.02, 40.0)
-    with pytest.raises(ValueError, match="alike at low levels: it keeps a state"):
-        fs.measure(denoiser, (16,), levels=24, samples=samples, progress=False)
 
 
 @pytest.mark.parametrize("name", [*MODELS, *KINDS])
