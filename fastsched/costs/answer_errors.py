@@ -20,12 +20,11 @@ Errors of answers to similar deviations at neighbouring levels are correlated, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from fastsched.costs.norms import Array
-from fastsched.costs.secants import Secants
 
 #: Factor of the leave-one-out estimate: predictions use all paths, so their answers are better than with one left out.
 LEAVE_ONE_OUT_FACTOR = 0.8
@@ -35,16 +34,17 @@ LEAVE_ONE_OUT_FACTOR = 0.8
 CORRELATION_LENGTH = 1.3
 
 
-def relative_errors(secants: Secants, difference: Array) -> Array:
-    """``kappa`` at the levels of the secants, [G], by leaving out each deviated path in turn.
+def relative_errors(left_out: Iterable[tuple[Array, Array]], difference: Array) -> Array:
+    """``kappa`` at the levels of the secants, [G].
 
-    ``difference`` is what the samples' own scalar Jacobians exceed the common one by, [G, B].
+    Args:
+        left_out: For each deviated path, what `Secants.left_out` leaves, in the samples' coordinates, [G, B, r] each.
+        difference: What the samples' own scalar Jacobians exceed the common one by, [G, B].
     """
-    missed, left = np.zeros((2, len(secants.lam), len(secants.norms.gram)))
-    for path in range(secants.deviations.shape[1]):
-        error, unexplained = (each[:, None] for each in secants.left_out(path))
-        missed += secants.norms.squared(error - difference[:, :, None] * unexplained)
-        left += secants.norms.squared(unexplained[:, 0])
+    missed, left = np.zeros_like(difference), np.zeros_like(difference)
+    for error, unexplained in left_out:
+        missed += ((error - difference[:, :, None] * unexplained) ** 2).sum(2)
+        left += (unexplained**2).sum(2)
     ratio = np.divide(missed, left, out=np.zeros_like(left), where=left > 0)
     ratio[0] = ratio[1]  # at the first level nothing has deviated yet
     return np.sqrt(LEAVE_ONE_OUT_FACTOR * np.sqrt(np.median(ratio, axis=1)))

@@ -1,8 +1,4 @@
-"""Squared norms of vectors that are given as coefficients over known vectors, from the Gram matrices of the samples.
-
-Each of B samples has its own V known vectors. Coefficients are the same for all samples, [C, V], or each sample has its
-own, [C, B, V].
-"""
+"""Squared norms of vectors that are given as coefficients over known vectors, from the Gram matrices of the samples."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ Array: TypeAlias = "NDArray[np.float64]"
 
 @dataclass(frozen=True, eq=False)
 class Norms:
-    """Norms of combinations of each sample's known vectors.
+    """Norms of combinations of V known vectors. Each of B samples has its own V vectors.
 
     Attributes:
         gram: Gram matrix of each sample's vectors, [B, V, V].
@@ -40,33 +36,21 @@ class Norms:
         return self.gram.shape[1]
 
     @cached_property
-    def metric(self) -> Array:
-        """The mean over samples of ``gram_b / size_b``, [V, V]."""
-        return self.relative_gram.mean(0)
-
-    @cached_property
     def relative_gram(self) -> Array:
         """``gram_b / size_b``, [B, V, V]."""
         return self.gram / self.size[:, None, None]
 
-    def products(self, vectors: Array) -> Array:
-        """The mean over samples of ``G_b v_b / size_b``, [C, V], from [C, V] or [C, B, V].
-
-        Times a vector whose coefficients are the same for all samples, it is the mean of the inner products.
-        """
-        if vectors.ndim == 2:
-            return vectors @ self.metric
-        return vectors.reshape(len(vectors), -1) @ self.relative_gram.reshape(-1, self.vectors) / len(self.gram)
+    @cached_property
+    def metric(self) -> Array:
+        """The mean of `relative_gram` over samples, [V, V]."""
+        return self.relative_gram.mean(0)
 
     @cached_property
     def _side_by_side(self) -> Array:
         return np.ascontiguousarray(self.gram.transpose(1, 0, 2)).reshape(self.vectors, -1)
 
     def squared(self, vectors: Array) -> Array:
-        """``v_b' G_b v_b`` for each sample, [C, B], from [C, V] or [C, B, V]."""
-        if vectors.ndim == 3:
-            products = vectors.transpose(1, 0, 2) @ self.gram
-            return np.maximum(np.einsum("bcv,cbv->cb", products, vectors), 0.0)
+        """``v' G_b v`` of vectors [C, V] for each sample, [C, B]."""
         products = (vectors @ self._side_by_side).reshape(len(vectors), *self.gram.shape[:2])
         return np.maximum((products @ vectors[:, :, None])[:, :, 0], 0.0)
 

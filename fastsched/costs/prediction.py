@@ -27,6 +27,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.costs.fitted_weights import surrogate_runs
 from fastsched.costs.norms import Array, Norms
+from fastsched.costs.sample_surrogate import SampleSurrogate
 from fastsched.costs.surrogate import Outcome, Surrogate
 from fastsched.denoisers.noise import far_outside
 from fastsched.measurement.statistics import PathStatistics, is_statistics
@@ -50,32 +51,37 @@ DEVIATION_PENALTY, FEW_SAMPLES = 0.25, 3
 
 @dataclass(frozen=True, eq=False)
 class ErrorModel:
-    """Predicts the errors of schedules for one solver from the surrogate of the denoiser."""
+    """Predicts the errors of schedules for one solver.
 
-    surrogate: Surrogate
+    Attributes:
+        surrogate: The surrogate of the denoiser; for a stock solver that in which each sample has its own Jacobian.
+        solver: The solver.
+    """
+
+    surrogate: Surrogate | SampleSurrogate
     solver: Solver
 
     @classmethod
     def of(cls, stats: PathStatistics, solver: str | Solver) -> ErrorModel:
         """The model of a measurement."""
         method = chosen_solver(solver)
-        return cls(Surrogate.of(stats, own_jacobians=method.name != FITTED), method)
+        return cls((Surrogate if method.name == FITTED else SampleSurrogate).of(stats), method)
 
     def __call__(self, levels: Array) -> Array:
         """The predicted errors of C schedules, [C], from their levels ``s`` [C, steps + 1], descending to 0."""
-        norms = self.surrogate.norms
-        if self.solver.name == FITTED:
+        if isinstance(self.surrogate, Surrogate):
+            norms = self.surrogate.norms
             found = surrogate_runs(self.surrogate, levels, self.solver)
             squared = squared_errors(norms, found.outcome)
             if len(norms.size) <= FEW_SAMPLES:
                 squared += DEVIATION_PENALTY**2 * norms.mean_squared(found.deviations_at_end)[:, None] * norms.size
             return power_mean(squared)
-        found = self.surrogate.run(levels, self.solver, passed_on=True)
-        return power_mean(norms.squared(found.error) + found.variance)
+        runs = self.surrogate.run(levels, self.solver)
+        return power_mean(runs.squared_error + runs.variance)
 
     def weights(self, levels: Array) -> Tensor | None:
         """The weights of the fitted solver for one schedule's levels [steps + 1], [steps, steps]; None for others."""
-        if self.solver.name != FITTED:
+        if not isinstance(self.surrogate, Surrogate):
             return None
         weights = surrogate_runs(self.surrogate, levels[None], self.solver).weights
         return None if weights is None else torch.from_numpy(weights[0])

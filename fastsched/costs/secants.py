@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsched.costs.norms import Array, Norms
+from fastsched.costs.norms import Array
 
 #: ``mu`` of the secants of deviated paths; here it multiplies the mean of ``||a_m||^2`` over the secants of a level.
 GRID_DAMPING = 1e-3
@@ -51,11 +51,13 @@ class LevelSecants:
     Attributes:
         deviations: ``a_m``, [C, M, V].
         residuals: ``r_m``, [C, M, V].
+        products: The deviations times the metric, [C, M, V].
         system: The damped Gram matrices of the deviations, [C, M, M].
     """
 
     deviations: Array
     residuals: Array
+    products: Array
     system: Array
 
     def __getitem__(self, which: NDArray[np.intp]) -> LevelSecants:
@@ -71,26 +73,26 @@ class Secants:
         lam: ``lambda`` of the levels at which deviated paths evaluated the network, ascending, [G].
         deviations: ``a`` of the M deviated paths at these levels, [G, M, V].
         residuals: ``r`` of the deviated paths at these levels, [G, M, V].
-        norms: Norms over the vectors.
+        metric: The Gram matrix of the vectors, a weighted mean over the samples, [V, V].
         runs: The secants of runs, one entry per evaluation; empty without runs.
     """
 
     lam: Array
     deviations: Array
     residuals: Array
-    norms: Norms
+    metric: Array
     runs: tuple[RunSecants, ...] = ()
 
     @classmethod
-    def none(cls, norms: Norms) -> Secants:
-        """No secants, over the vectors of ``norms``."""
-        empty = np.zeros((2, 0, norms.vectors))
-        return cls(np.array([0.0, 1.0]), empty, empty, norms)
+    def none(cls, vectors: int) -> Secants:
+        """No secants, over ``vectors`` vectors."""
+        empty = np.zeros((2, 0, vectors))
+        return cls(np.array([0.0, 1.0]), empty, empty, np.zeros((vectors, vectors)))
 
     @property
     def vectors(self) -> int:
         """V, the number of vectors."""
-        return self.norms.vectors
+        return len(self.metric)
 
     def answer(
         self, evaluation: int, known: LevelSecants, away: Array, offset: Array | None = None
@@ -100,15 +102,17 @@ class Secants:
         Args:
             evaluation: The index of the evaluation in its run.
             known: The secants at the levels of the deviations, `at` their ``lambda``.
-            away: The deviations, [C, V], or those of each sample, [C, B, V].
+            away: The deviations, [C, V].
             offset: ``log(s_told / s)``, if the network is told ``s_told`` and the state's level is ``s``, [C].
 
         Returns:
             The answers ``sum_m c_m r_m``, and the explained part ``sum_m c_m a_m`` of the deviations, both [C, V].
         """
         used = self._with_run(evaluation, known) if self.runs else known
-        deviations, residuals, system = vars(used).values()
-        right = deviations @ self.norms.products(away)[:, :, None]
+        deviations, residuals, products, system = vars(used).values()
+        if deviations.shape[1] == 0:
+            return np.zeros_like(away), np.zeros_like(away)
+        right = products @ away[:, :, None]
         if offset is not None and self.runs:
             found = self.runs[evaluation]
             right[:, right.shape[1] - len(found.offsets) :, 0] += found.unit * offset[:, None] * found.offsets
@@ -126,7 +130,7 @@ class Secants:
 
     @cached_property
     def _products(self) -> Array:
-        return self.deviations @ self.norms.metric
+        return self.deviations @ self.metric
 
     @cached_property
     def _grams(self) -> tuple[Array, Array]:
@@ -137,20 +141,31 @@ class Secants:
 
     def at(self, lam: Array) -> LevelSecants:
         """The secants of deviated paths at ``lambda`` [C], interpolated linearly between their levels."""
-        after = np.clip(np.searchsorted(self.lam, lam, side="right"), 1, len(self.lam) - 1)
-        t = (lam - self.lam[after - 1]) / (self.lam[after] - self.lam[after - 1])
-        t = np.clip(t, 0.0, 1.0)[:, None, None]
-        mix = lambda values: (1 - t) * values[after - 1] + t * values[after]
+        deviations, residuals = self.mixed(lam, self.deviations), self.mixed(lam, self.residuals)
+        after, t = self._places(lam)
+        t = t[:, None, None]
         own, crossed = self._grams
         system = (1 - t) ** 2 * own[after - 1] + t * (1 - t) * crossed[after - 1] + t**2 * own[after]
-        return LevelSecants(mix(self.deviations), mix(self.residuals), _damped(system))
+        return LevelSecants(deviations, residuals, self.mixed(lam, self._products), _damped(system))
+
+    def mixed(self, lam: Array, values: Array) -> Array:
+        """``values`` [G, ...] at the secants' levels, interpolated linearly at ``lambda`` [C], [C, ...]."""
+        after, t = self._places(lam)
+        t = t.reshape(-1, *[1] * (values.ndim - 1))
+        return (1 - t) * values[after - 1] + t * values[after]
+
+    def _places(self, lam: Array) -> tuple[NDArray[np.intp], Array]:
+        """The level of the secants after each ``lambda``, and how far it is from the level before, from 0 to 1."""
+        after = np.clip(np.searchsorted(self.lam, lam, side="right"), 1, len(self.lam) - 1)
+        t = (lam - self.lam[after - 1]) / (self.lam[after] - self.lam[after - 1])
+        return after, np.clip(t, 0.0, 1.0)
 
     @cached_property
     def _of_runs(self) -> list[tuple[Array, Array]]:
         """Of the runs' secants at each evaluation, the products with the metric, [m, V], and the damped system."""
         found = []
         for run in self.runs:
-            own = run.deviations @ self.norms.metric
+            own = run.deviations @ self.metric
             square = own @ run.deviations.T + run.unit * np.outer(run.offsets, run.offsets)
             found.append((own, square + np.diag(run.damping * np.diag(square))))
         return found
@@ -158,7 +173,7 @@ class Secants:
     def _with_run(self, evaluation: int, known: LevelSecants) -> LevelSecants:
         """``known`` with the secants of runs at this evaluation appended."""
         found, (own, square) = self.runs[evaluation], self._of_runs[evaluation]
-        crossed = known.deviations @ own.T  # [C, M, m]
+        crossed = known.products @ found.deviations.T  # [C, M, m]
         each = lambda values: np.broadcast_to(values, (len(crossed), *values.shape))
         join = lambda first, second: np.concatenate([first, each(second)], axis=1)
         above = np.concatenate([known.system, crossed], axis=2)
@@ -166,6 +181,7 @@ class Secants:
         return LevelSecants(
             join(known.deviations, found.deviations),
             join(known.residuals, found.residuals),
+            join(known.products, own),
             np.concatenate([above, below], axis=1),
         )
 

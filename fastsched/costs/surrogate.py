@@ -6,20 +6,18 @@ by secants (`fastsched.costs.secants`):
 
     ``D(z; s) = D_path(s) + j(s) a + sum_m c_m r_m(s)``,   ``a = z - z_path(s)``.
 
-For stock solvers ``j a`` is ``j (sum_m c_m a_m) + j_b (a - sum_m c_m a_m)``, where ``j_b`` is each sample's own. With
-one for all, typical and mean errors of their schedules were 1.04 and 1.02 times as large (nine denoisers, 162 cells).
-Fits, and schedules of the fitted solver, do not gain, so for them all samples share ``j``.
+Errors of stock solvers are predicted by a variant of it (`fastsched.costs.sample_surrogate`).
 
-If a sampler runs on this model, its error at the end is a combination ``sum_q C_q v_q`` of known vectors, so their Gram
-matrix gives its size: the increments, and the responses of the deviated paths. This holds for every solver. Unlike the
-local errors of `fastsched.costs.step_cost`, this is the error of a whole schedule: errors of the steps are passed on
-and added up with their signs.
+If a sampler runs on this model, its error at the end is a combination ``sum_q C_q v_q`` of known vectors: the
+increments, and the responses of the deviated paths. So their Gram matrix gives its size. This holds for every solver,
+also with correctors and predicted states. Unlike the local errors of `fastsched.costs.step_cost`, this is the error of
+a whole schedule: errors of the steps are passed on and added up with their signs.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
@@ -28,8 +26,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastsched.costs.answer_errors import CORRELATION_LENGTH, relative_errors, variance_at_end
-from fastsched.costs.interpolation_errors import interpolated, interpolation_errors
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.scalar_jacobian import gaussian_jacobian, scalar_jacobian
 from fastsched.costs.secants import Secants
@@ -43,7 +39,7 @@ from fastsched.sampling.solvers import Solver, get_solver
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The errors of C schedules that were run on a surrogate in which all samples share one Jacobian.
+    """The errors of C schedules that were run on the surrogate.
 
     Attributes:
         error: Coefficients of the error at the end over the known vectors, [C, V].
@@ -81,9 +77,8 @@ class OnPath:
         lam: ``lambda`` of the levels, clipped to the grid, [C].
         state: Coefficients of ``y - y_0``, [C, N-1].
         denoised: Coefficients of ``D - D_0``, [C, N-1].
-        jacobian: The scalar Jacobian that all samples share, [C].
+        jacobian: The scalar Jacobian, [C].
         amplitude: The factor from the size of a deviation at the level to its size at the end, [C].
-        own: The scalar Jacobian of each sample, [C, B]; one column if all share it.
     """
 
     s: Array
@@ -92,7 +87,6 @@ class OnPath:
     denoised: Array
     jacobian: Array
     amplitude: Array
-    own: Array
 
     def __getitem__(self, which: NDArray[np.intp]) -> OnPath:
         """The entries with indices ``which``."""
@@ -107,11 +101,8 @@ class Surrogate:
         process: The noise process.
         s: Levels of the grid, [N].
         norms: Norms over the V known vectors: the increments, then the responses.
-        jacobian: The scalar Jacobian ``j`` that all samples share, at the levels, [N].
+        jacobian: The scalar Jacobian ``j`` at the levels, [N].
         secants: The secants of the deviated paths; None without deviated paths.
-        own: The scalar Jacobian of each sample at the levels, [N, B], which answers in place of ``j`` to what no secant
-            explains. The samples then have coefficients of their own, [C, B, V] in place of [C, V]. None if all share
-            ``j``.
     """
 
     process: NoiseProcess
@@ -119,26 +110,23 @@ class Surrogate:
     norms: Norms
     jacobian: Array
     secants: Secants | None = None
-    own: Array | None = None
 
     @classmethod
-    def of(cls, stats: PathStatistics, *, own_jacobians: bool = False) -> Surrogate:
-        """The surrogate of a measurement; with ``own_jacobians`` each sample has its own scalar Jacobian.
+    def of(cls, stats: PathStatistics) -> Surrogate:
+        """The surrogate of a measurement.
 
-        It is `scalar_jacobian`; without deviated paths that of Gaussian data with the standard deviation of the ends.
+        The scalar Jacobian is that of all samples together (`fastsched.costs.scalar_jacobian`). Without deviated paths
+        it is that of Gaussian data with the standard deviation of the ends.
         """
         s, norms = stats.s.numpy(), Norms.of_increments(stats.vector_gram.numpy(), stats.levels - 1)
         if stats.response_gram is None:
-            j = gaussian_jacobian(s, stats.data_std)
-            return cls(stats.process, s, norms, j, own=np.stack([j] * stats.samples, 1) if own_jacobians else None)
+            return cls(stats.process, s, norms, gaussian_jacobian(s, stats.data_std))
         bare = cls(stats.process, s, norms, np.zeros(len(s)))
         levels, deviations, responses = bare._deviated(stats)
-        lam = bare._lam[levels]
+        lam = bare.lam[levels]
         j = scalar_jacobian(deviations, responses, norms.metric[None])[:, 0]
-        secants = Secants(lam, deviations, responses - j[:, None, None] * deviations, norms)
-        found = cls(stats.process, s, norms, np.interp(bare._lam, lam, j), secants)
-        own = scalar_jacobian(deviations, responses, norms.relative_gram) if own_jacobians else None
-        return found if own is None else replace(found, own=interpolated(bare._lam, lam, own))
+        secants = Secants(lam, deviations, responses - j[:, None, None] * deviations, norms.metric)
+        return cls(stats.process, s, norms, np.interp(bare.lam, lam, j), secants)
 
     @property
     def vectors(self) -> int:
@@ -148,7 +136,7 @@ class Surrogate:
     @property
     def spacing(self) -> float:
         """The median distance between levels of the grid in ``lambda``."""
-        return float(np.median(np.diff(self._lam)))
+        return float(np.median(np.diff(self.lam)))
 
     def _deviated(self, stats: PathStatistics) -> tuple[list[int], Array, Array]:
         """Level 0 and the levels where deviated paths evaluate; deviations and responses there, [G, M, V] each."""
@@ -163,7 +151,7 @@ class Surrogate:
             column = {level: first + row for row, level in enumerate(asked[1:])}
             first += len(column)
             y = np.zeros((n, self.vectors))  # coefficients of y' - y_0, without the part of the constant D_0
-            for k, used in enumerate(path.slopes(self._lam.tolist())):
+            for k, used in enumerate(path.slopes(self.lam.tolist())):
                 y[k + 1] = y[k]
                 for level, weight in used:
                     y[k + 1, :level] += weight * (rho[k + 1] - rho[k])
@@ -176,7 +164,8 @@ class Surrogate:
         return asked, deviations, responses
 
     @cached_property
-    def _lam(self) -> Array:
+    def lam(self) -> Array:
+        """``lambda`` of the levels, ascending, [N]."""
         return np.array(positions(torch.from_numpy(self.s)))
 
     @cached_property
@@ -188,7 +177,7 @@ class Surrogate:
         from scipy.interpolate import CubicSpline  # imported here, because the import is slow
 
         n = len(self.s)
-        p = np.ascontiguousarray(CubicSpline(self._lam, np.tri(n, n - 1, -1), bc_type="natural").c[::-1], np.float64)
+        p = np.ascontiguousarray(CubicSpline(self.lam, np.tri(n, n - 1, -1), bc_type="natural").c[::-1], np.float64)
         integral, derivative = np.zeros_like(p), p
         for sign in (1, -1, 1, -1):  # P = p - p' + p'' - p'''
             integral += sign * np.concatenate([derivative, np.zeros_like(p[: 4 - len(derivative)])])
@@ -204,7 +193,7 @@ class Surrogate:
     def _integration_constants(self) -> Array:
         """The constant of each segment that is added to ``e^lam P`` to give ``y - y_0``, [N-1, N-1]."""
         rho, (p, integral) = 1 / self.s, self._pieces
-        length = np.diff(self._lam)[:, None]
+        length = np.diff(self.lam)[:, None]
         at_end = lambda pieces: pieces[0] + length * (pieces[1] + length * (pieces[2] + length * pieces[3]))
         gains = rho[1:, None] * at_end(integral) - rho[:-1, None] * integral[0]
         if rho[0] == 0:
@@ -218,32 +207,11 @@ class Surrogate:
         keep = np.append(self.s[1:], 0.0) / self.s
         return np.cumprod((keep + (1 - keep) * self.jacobian)[::-1], dtype=np.float64)[::-1]
 
-    @cached_property
-    def _answer_errors(self) -> Array:
-        """``kappa`` at the levels, [N]; without deviated paths ``sqrt(j (1 - j))``, that of a projection of mean j."""
-        if self.secants is None:
-            return np.sqrt(self.jacobian * (1 - self.jacobian))
-        difference = self._own_or_shared - self.jacobian[:, None]
-        at_secants = interpolated(self.secants.lam, self._lam, difference)
-        return np.interp(self._lam, self.secants.lam, relative_errors(self.secants, at_secants))
-
-    @cached_property
-    def _path_errors(self) -> Array:
-        return interpolation_errors(self._lam, self.norms)
-
-    def answer_errors(self, lam: Array) -> Array:
-        """``kappa``: error of an answer relative to the unexplained part of a deviation, at ``lam`` of any shape."""
-        return np.interp(lam, self._lam, self._answer_errors)
-
-    def path_errors(self, lam: Array) -> Array:
-        """Norm of the interpolation error of ``D`` on the path for each sample, [..., B], at ``lam`` [...]."""
-        return interpolated(lam, self._lam, self._path_errors)
-
     def path(self, s: Array) -> tuple[Array, Array]:
         """Coefficients of ``y - y_0`` and of ``D - D_0`` on the path at levels ``s`` [C]; each [C, N-1]."""
         rho, lam = 1 / s, self.position(s)
-        segment = np.clip(np.searchsorted(self._lam, lam, side="right") - 1, 0, len(self.s) - 2)
-        x = (lam - self._lam[segment])[:, None]
+        segment = np.clip(np.searchsorted(self.lam, lam, side="right") - 1, 0, len(self.s) - 2)
+        x = (lam - self.lam[segment])[:, None]
         c = self._both_pieces
         both = c[0][segment] + x * (c[1][segment] + x * (c[2][segment] + x * c[3][segment]))
         denoised, integral = np.split(both, 2, axis=1)
@@ -255,14 +223,7 @@ class Surrogate:
 
     def on_path(self, s: Array) -> OnPath:
         """The path and the model around it at levels ``s`` [C]."""
-        lam = self.position(s)
-        own = interpolated(lam, self._lam, self._own_or_shared)
-        return OnPath(s, lam, *self.path(s), self.scalar_jacobian(s), self.amplitude(s), own)
-
-    @property
-    def _own_or_shared(self) -> Array:
-        """The scalar Jacobian of each sample at the levels, [N, B], or that of all, [N, 1]."""
-        return self.jacobian[:, None] if self.own is None else self.own
+        return OnPath(s, self.position(s), *self.path(s), self.scalar_jacobian(s), self.amplitude(s))
 
     def run(
         self,
@@ -270,8 +231,6 @@ class Surrogate:
         solver: str | Solver,
         secants: Answers | None = None,
         offsets: Array | None = None,
-        *,
-        passed_on: bool = False,
     ) -> SurrogateRuns:
         """Run a sampler along C schedules at once.
 
@@ -280,32 +239,28 @@ class Surrogate:
             solver: The solver.
             secants: The secants, which may have more vectors than the measurement; those of the measurement when None.
             offsets: ``log(s_told / s)``, if the network is told ``s_told`` and the state's level is ``s``, [C, steps].
-            passed_on: Whether to compute the factors with which errors of answers reach the end.
         """
         method, levels = get_solver(solver), np.asarray(levels, dtype=np.float64)
-        later = method.model_calls(levels.shape[1] - 1) - 1 if passed_on else 0
-        known = secants or self.secants or Secants.none(self.norms)
-        column = lambda value: np.asarray(value).reshape(-1, *[1] * (1 if self.own is None else 2))
+        known = secants or self.secants or Secants.none(self.vectors)
+        column = lambda value: np.asarray(value)[..., None]
         with np.errstate(divide="ignore", invalid="ignore"):
-            nodes = nodes_of_levels(self.process, levels)
-            # The levels between nodes that `integration` will ask at.
-            stages = [] if method.stage is None else [1 / method.stage(*pair).rho for pair in pairwise(nodes[:-1])]
-            found = SurrogateRuns(self, known, np.column_stack([levels[:, :-1], *stages]), offsets, later)
+            nodes, asked = nodes_and_levels(self.process, levels, method)
+            found = SurrogateRuns(self, known, asked, offsets)
             queries = integration(nodes, method, found.end, s=list(levels.T), number=column)
             found.end = answered(queries, found.denoise)
         return found
 
     def scalar_jacobian(self, s: Array) -> Array:
         """``j`` at levels ``s``, interpolated linearly in ``lambda``."""
-        return np.interp(self.position(s), self._lam, self.jacobian)
+        return np.interp(self.position(s), self.lam, self.jacobian)
 
     def amplitude(self, s: Array) -> Array:
         """The factor from the size of a deviation at levels ``s`` to its size at the end."""
-        return np.interp(self.position(s), self._lam, self._amplitudes)
+        return np.interp(self.position(s), self.lam, self._amplitudes)
 
     def position(self, s: Array) -> Array:
         """``lambda`` of levels ``s``, clipped to the grid."""
-        return np.clip(log_rho(1 / s), self._lam[0], self._lam[-1])
+        return np.clip(log_rho(1 / s), self.lam[0], self.lam[-1])
 
 
 class SurrogateRuns:
@@ -318,17 +273,13 @@ class SurrogateRuns:
         secants: The secants.
         offsets: ``log(s_told / s)``, if the network is told ``s_told`` and the state's level is ``s``, [C, steps].
         end: Coefficients of the states ``y - y_0`` at the start, and after the run of the denoised samples ``D - D_0``,
-            [C, V + later]. The last ``later`` columns are the factors with which errors of answers reach the end. All
-            coefficients are [C, B, ...] if each sample has its own Jacobian.
+            [C, V].
         weights: Weights of runs by `fastsched.costs.fitted_weights`, [C, steps, steps]; None for other runs.
     """
 
-    def __init__(
-        self, surrogate: Surrogate, secants: Answers, levels: Array, offsets: Array | None = None, later: int = 0
-    ) -> None:
+    def __init__(self, surrogate: Surrogate, secants: Answers, levels: Array, offsets: Array | None = None) -> None:
         self.surrogate, self.secants, self.offsets = surrogate, secants, offsets
-        samples = () if surrogate.own is None else surrogate.own.shape[1:]
-        self.end = np.zeros((len(levels), *samples, secants.vectors + later))
+        self.end = np.zeros((len(levels), secants.vectors))
         self.weights: Array | None = None
         self._distinct = np.unique(levels)  # schedules of a descent share most levels
         self._path_at = surrogate.on_path(self._distinct)
@@ -345,8 +296,8 @@ class SurrogateRuns:
     @property
     def error(self) -> Array:
         """Coefficients of the errors at the end, [C, V]."""
-        error = self.end[..., : self.secants.vectors].copy()
-        error[..., : len(self.surrogate.s) - 1] -= 1.0
+        error = self.end.copy()
+        error[:, : len(self.surrogate.s) - 1] -= 1.0
         return error
 
     @property
@@ -364,53 +315,34 @@ class SurrogateRuns:
         scaled = [each * at.amplitude[:, None] for each, at in zip(deviations[1:], self._known[1:], strict=True)]
         return np.stack(scaled or [np.zeros((len(self.end), self.secants.vectors))], axis=1)
 
-    @property
-    def variance(self) -> Array:
-        """Variance of the error at the end from unknown errors of answers and of the path, [C, B].
-
-        For surrogates in which each sample has its own Jacobian.
-        """
-        model, later = self.surrogate, self._known[1:]
-        if not later:
-            return np.zeros((len(self.end), len(model.norms.gram)))
-        lam = np.stack([at.lam for at in later], axis=1)
-        kappa, between = model.answer_errors(lam), model.path_errors(lam)
-        answers, path = [], []
-        for n, unexplained in enumerate(self._unexplained[1:]):
-            passed_on = self.end[..., self.secants.vectors + n]  # [C, B]
-            answers.append((kappa[:, n, None] * passed_on)[..., None] * unexplained)
-            path.append(between[:, n] * passed_on)
-        variance = variance_at_end(answers, lam, CORRELATION_LENGTH, model.norms.squared)
-        return variance + variance_at_end(path, lam, model.spacing, np.square)
-
     def on_path(self, s: Array) -> OnPath:
         """The path and the model around it at levels ``s`` [C]."""
         return self._path_at[np.searchsorted(self._distinct, s)]
 
     def denoise(self, y: Array, s: Array) -> Array:
-        """Coefficients of ``D - D_0`` at levels ``s`` [C], where those of ``y - y_0`` are ``y``; shaped as `end`."""
-        n, vectors, evaluation = len(self.surrogate.s) - 1, self.secants.vectors, len(self._away)
+        """Coefficients of ``D - D_0`` [C, V] at levels ``s`` [C], where ``y - y_0`` has coefficients ``y``."""
+        n, evaluation = len(self.surrogate.s) - 1, len(self._away)
         rows = np.searchsorted(self._distinct, s)
         known = self._path_at[rows]
-        all_alike = (lambda values: values) if y.ndim == 2 else (lambda values: values[:, None])
-        scale = np.where(np.isinf(known.s), 0.0, known.s)[:, None]
-        left = all_alike(scale) * y
-        left[..., :n] -= all_alike(scale * known.state)
-        away = left[..., :vectors].copy()
+        away = y.copy()
+        away[:, :n] -= known.state
+        away *= np.where(np.isinf(known.s), 0.0, known.s)[:, None]
+        found = known.jacobian[:, None] * away
         offset = None if self.offsets is None else self.offsets[:, evaluation]
         answer, explained = self.secants.answer(evaluation, self._secants_at[rows], away, offset)
-        left[..., :vectors] -= all_alike(explained)
-        found = (known.own if y.ndim == 2 else known.own[..., None]) * left
-        found[..., :vectors] += all_alike(answer + known.jacobian[:, None] * explained)
-        found[..., :n] += all_alike(known.denoised)
-        if evaluation > 0:
-            found[..., vectors + evaluation - 1 : vectors + evaluation] += (
-                1.0  # this answer's error, if it has a column
-            )
+        found += answer
+        found[:, :n] += known.denoised
         self._away.append(away)
-        self._unexplained.append(left[..., :vectors])
+        self._unexplained.append(away - explained)
         self._known.append(known)
         return found
+
+
+def nodes_and_levels(process: NoiseProcess, levels: Array, method: Solver) -> tuple[list[Node], Array]:
+    """The nodes of C schedules [C, steps + 1], and all levels that `integration` will ask at, [C, evaluations]."""
+    nodes = nodes_of_levels(process, levels)
+    stages = [] if method.stage is None else [1 / method.stage(*pair).rho for pair in pairwise(nodes[:-1])]
+    return nodes, np.column_stack([levels[:, :-1], *stages])
 
 
 def nodes_of_levels(process: NoiseProcess, levels: Array) -> list[Node]:

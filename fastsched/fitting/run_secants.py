@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastsched.costs.norms import Array, Norms
+from fastsched.costs.norms import Array
 from fastsched.costs.secants import RunSecants, Secants
 from fastsched.costs.surrogate import Surrogate
 from fastsched.fitting.rollouts import Evaluations
@@ -82,7 +82,7 @@ def with_runs(
     columns: NDArray[np.intp],
     offsets: Array,
     anchor: int,
-    norms: Norms,
+    metric: Array,
     unit: float,
 ) -> Secants:
     """The secants of the measurement and of R runs of E evaluations, for schedules near one of the runs.
@@ -94,7 +94,7 @@ def with_runs(
         columns: Indices of the evaluations' residuals among the vectors, [R, E].
         offsets: ``log(s_told / s)``, if the network was told ``s_told`` and the state's level was ``s``, [R, E].
         anchor: The index of the run near which the secants are used.
-        norms: Norms over all vectors.
+        metric: The Gram matrix of all vectors, [V, V].
         unit: The squared deviation at level 1 that an offset of 1 is equivalent to. It grows with the square of the
             level, as the state's noise does.
     """
@@ -102,17 +102,17 @@ def with_runs(
     for k, level in enumerate(s[anchor] if len(s) else ()):
         a = deviations[:, k]
         own = min(unit * level**2, LARGEST) if math.isfinite(level) else 0.0  # a constant network has errors near 0
-        size = ((a @ norms.metric) * a).sum(1) + own * offsets[:, k] ** 2
+        size = ((a @ metric) * a).sum(1) + own * offsets[:, k] ** 2
         kept = (size > LEAST) & np.isfinite(s[:, k]) & math.isfinite(level)  # at pure noise nothing has deviated
         damping = DAMPING[0] + DAMPING[1] * np.log(s[kept, k] / level) ** 2
-        residuals = np.zeros((int(kept.sum()), norms.vectors))
+        residuals = np.zeros((int(kept.sum()), len(metric)))
         residuals[np.arange(len(residuals)), columns[kept, k]] = 1.0
         found.append(RunSecants(a[kept], residuals, damping, offsets[kept, k], own))
-    wider = ((0, 0), (0, 0), (0, norms.vectors - secants.vectors))
+    wider = ((0, 0), (0, 0), (0, len(metric) - secants.deviations.shape[2]))
     return replace(
         secants,
         deviations=np.pad(secants.deviations, wider),
         residuals=np.pad(secants.residuals, wider),
-        norms=norms,
+        metric=metric,
         runs=tuple(found),
     )

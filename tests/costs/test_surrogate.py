@@ -1,4 +1,3 @@
-import dataclasses
 import itertools
 
 import numpy as np
@@ -188,55 +187,12 @@ def test_scalar_jacobian_and_amplitude_of_gaussian_data():
     np.testing.assert_allclose(surrogate.amplitude(s), c / np.sqrt(c**2 + s**2), rtol=h)
 
 
-def test_each_sample_may_have_its_own_scalar_jacobian():
-    """Gaussian data of one deviation where the first element is positive, and of another where it is not."""
-    c = lambda z: torch.where(z[:, :1] > 0, 0.3, 1.2)
-    denoiser = fs.Denoiser.from_denoiser(lambda z, s: c(z) ** 2 / (c(z) ** 2 + s[:, None] ** 2) * z, 0.01, 20.0)
-    stats = fs.measure(denoiser, (8,), levels=64, samples=4, checks=False, progress=False)
-    exact = c(stats.ends).numpy().T ** 2 / (c(stats.ends).numpy().T ** 2 + stats.s.numpy()[:, None] ** 2)
-    assert len(np.unique(exact[0])) == 2
-    found, asked = Surrogate.of(stats, own_jacobians=True), list(range(2, 64, 2))
-    np.testing.assert_allclose(found.own[asked], exact[asked], rtol=2e-3, atol=3e-4)  # float32 states
-    assert (found.jacobian[asked] > found.own[asked].min(1)).all()
-    assert (found.jacobian[asked] < found.own[asked].max(1)).all()
-
-
-@pytest.mark.parametrize("name", SOLVERS)
-def test_samples_with_jacobians_of_their_own_are_those_one_by_one(name):
-    model, generator = LinearModel("flow"), np.random.default_rng(0)
-    shares = np.stack([model.shares, 0.5 * model.shares], axis=1)
-    e = generator.standard_normal((2, len(model.s) - 1, 3))
-    gram, levels = e @ e.transpose(0, 2, 1), schedule(model, *INNER)[None]
-    norms = Norms.of_increments(gram, gram.shape[1])
-    both = Surrogate(model.process, model.s, norms, model.shares, own=shares).run(levels, name)
-    for b in range(2):
-        alone = Surrogate(model.process, model.s, norms, shares[:, b]).run(levels, name)
-        np.testing.assert_allclose(both.error[:, b], alone.error, rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(both.deviations[:, :, b], alone.deviations, rtol=1e-12, atol=1e-12)
-
-
-def test_jacobians_of_their_own_that_are_alike_change_nothing(measured_mixture):
-    """With secants: what they explain is answered as before, and what they leave by the samples' Jacobians."""
-    stats, shared = measured_mixture, Surrogate.of(measured_mixture)
-    alike = dataclasses.replace(shared, own=np.stack([shared.jacobian] * stats.samples, axis=1))
-    levels = np.append(stats.s.numpy(), 0.0)[None, [0, 4, 9, 13, -1]]
-    one, other = (surrogate.run(levels, "unipc", passed_on=True) for surrogate in (shared, alike))
-    for b in range(stats.samples):
-        np.testing.assert_allclose(other.end[:, b], one.end, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(
-        shared.answer_errors(shared.position(levels[0, :-1])),
-        alike.answer_errors(shared.position(levels[0, :-1])),
-        rtol=1e-12,
-    )
-
-
 def test_without_responses_errors_are_passed_on_as_for_gaussian_data():
     denoiser = exact_denoisers(mixture())["velocity"]
     stats = fs.measure(denoiser, (4,), levels=8, samples=2, responses=False, progress=False)
     c = stats.data_std
-    found, exact = Surrogate.of(stats, own_jacobians=True), c**2 / (c**2 + stats.s[1:].numpy() ** 2)
-    np.testing.assert_allclose(found.jacobian[1:], exact, rtol=1e-12)
-    np.testing.assert_allclose(found.own[1:], np.stack([exact] * 2, axis=1), rtol=1e-12)
+    found = Surrogate.of(stats)
+    np.testing.assert_allclose(found.jacobian[1:], c**2 / (c**2 + stats.s[1:].numpy() ** 2), rtol=1e-12)
     assert found.secants is None
 
 
@@ -247,11 +203,10 @@ def test_secants_of_responses_are_met_again(measured_mixture):
     for g in range(1, len(secants.lam)):
         away = secants.deviations[g]
         answer, explained = secants.answer(0, secants.at(np.repeat(secants.lam[g], len(away))), away)
-        metric = secants.norms.metric
-        size = float(np.sqrt(np.einsum("mv,vu,mu->m", away, metric, away).max()))
+        size = float(np.sqrt(np.einsum("mv,vu,mu->m", away, secants.metric, away).max()))
         for found, expected in ((answer, secants.residuals[g]), (explained, away)):
             left = found - expected
-            norm = np.sqrt(np.einsum("mv,vu,mu->m", left, metric, left).max())
+            norm = np.sqrt(np.einsum("mv,vu,mu->m", left, secants.metric, left).max())
             # damping 1e-3 of the mean square: what it leaves of a direction that is small beside the other, at most all
             assert norm < 0.1 * size
     assert surrogate.vectors == stats.levels - 1 + stats.response_gram.shape[1]

@@ -7,7 +7,6 @@ import torch
 from models import exact_denoiser, exact_denoisers, mixture
 
 import fastsched as fs
-from fastsched.costs.norms import Norms
 from fastsched.costs.secants import Secants
 from fastsched.costs.surrogate import Surrogate
 from fastsched.fitting import run_secants
@@ -33,11 +32,6 @@ def run_of(denoiser, stats, schedule):
     evaluations = recorder.evaluations()
     found = residuals(Surrogate.of(stats), stats, evaluations)
     return np.array(evaluations.s), (ends - stats.ends).double(), found.double()
-
-
-def no_secants(stats):
-    """None, over the increments alone."""
-    return Secants.none(Norms.of_increments(stats.gram.numpy(), stats.levels - 1))
 
 
 def schedule_of(stats, steps, solver):
@@ -80,7 +74,7 @@ def test_a_run_is_the_surrogate_and_its_residuals(measured, solver):
     surrogate = Surrogate.of(stats)
     rolled = surrogate.run(levels[None], method, KnownAnswers(first, first + more))
     check_deviations(denoiser, stats, schedule, s, [combined(each, stats, found) for each in rolled.deviations[:, 0]])
-    plain = surrogate.run(levels[None], method, no_secants(stats)).outcome.error[0]
+    plain = surrogate.run(levels[None], method, Secants.none(first)).outcome.error[0]
     again = combined(rolled.outcome.error[0], stats, found)
     torch.testing.assert_close(again, error, rtol=1e-4, atol=2e-5)  # float32 states of size 40, halved some times
     assert float((combined(plain, stats) - error).norm()) > 0.02 * float(error.norm())
@@ -94,11 +88,11 @@ def test_secants_reproduce_the_run_they_are_of(measured, solver, monkeypatch):
     s, error, found = run_of(denoiser, stats, schedule)
     levels, first, more = levels_of(stats, schedule), stats.levels - 1, found.shape[1]
     basis = torch.cat([stats.increments.double(), found], dim=1)
-    norms = Norms((basis @ basis.transpose(1, 2)).numpy(), np.ones(stats.samples))
+    metric = (basis @ basis.transpose(1, 2)).mean(0).numpy()
     deviations = surrogate.run(levels[None], method, KnownAnswers(first, first + more)).deviations[:, 0]
     columns, offsets = first + np.arange(len(s)), np.zeros(len(s))
     runs = (each[None] for each in (s, deviations, columns, offsets))
-    known = with_runs(no_secants(stats), *runs, 0, norms, 1.0)
+    known = with_runs(Secants.none(first), *runs, 0, metric, 1.0)
     outcome = surrogate.run(levels[None], method, known).outcome
     torch.testing.assert_close(combined(outcome.error[0], stats, found), error, rtol=1e-4, atol=2e-5)
 
@@ -108,8 +102,7 @@ def answers(deviations, levels, metric, away, lam=0.0, offsets=None, offset=None
     n = len(metric) - len(deviations)
     told = np.zeros(len(levels)) if offsets is None else np.array(offsets)
     runs = (np.array(each)[:, None] for each in (levels, deviations, n + np.arange(len(levels)), told))
-    norms = lambda gram: Norms(gram[None], np.ones(1))
-    known = with_runs(Secants.none(norms(metric[:n, :n])), *runs, 0, norms(metric), 0.5)
+    known = with_runs(Secants.none(n), *runs, 0, metric, 0.5)
     return known.answer(0, known.at(np.full(len(away), lam)), away, offset)
 
 
