@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -79,6 +80,8 @@ STATE = {"traceback": False, "interrupted": False}
 
 def interrupted_by_signals() -> None:
     """Let SIGTERM, by which job schedulers end programs, interrupt as Ctrl-C does, so that finished work is written."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # only the main thread may handle signals
 
     def interrupt(*_: object) -> None:
         STATE["interrupted"] = True

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from shell_runs import one_line, run
 
 import fastsched as fs
 from fastsched.cli import comparing, making, shell
+from fastsched.cli.commands import app
 from fastsched.denoisers.loading import load_denoiser
 
 QUICK = ("--shape", "2,3", "--samples", "2", "--levels", "12", "--model-calls", "111", "-q")
@@ -305,3 +307,18 @@ def test_advice_names_options(tmp_path):
     schedule = fs.Schedule([80.0, 1.0, 0.0], "ddim", network_sigmas=[79.0, 1.1])
     schedule.save(tmp_path / "d.json")
     assert one_line(run("export", tmp_path / "d.json", "--to", "text")).endswith("fit one without --decoupled")
+
+
+def test_the_app_runs_in_a_thread():
+    """Only the main thread may handle signals."""
+    ends = []
+
+    def shown():
+        with pytest.raises(SystemExit) as end:
+            app(["solvers"])
+        ends.append(end.value.code)
+
+    thread = threading.Thread(target=shown)
+    thread.start()
+    thread.join()
+    assert ends == [0]
