@@ -82,6 +82,7 @@ def interrupted_by_signals() -> None:
     """Let SIGTERM, by which job schedulers end programs, interrupt as Ctrl-C does, so that finished work is written."""
     if threading.current_thread() is not threading.main_thread():
         return  # only the main thread may handle signals
+    STATE["interrupted"] = False  # of an earlier command in this process
 
     def interrupt(*_: object) -> None:
         STATE["interrupted"] = True

@@ -39,8 +39,3 @@ def _squared_errors(lam: Array, norms: Norms, step: int) -> Array:
     errors = norms.squared(denoised[left_out] - (weights[:, :, None] * denoised[used]).sum(1))
     wide = np.pad(errors, ((2 * step + 1, 2 * step + 1), (0, 0)), mode="edge")
     return (wide[:-2] + wide[1:-1] + wide[2:]) / 3
-
-
-def interpolated(lam: Array, known: Array, values: Array) -> Array:
-    """``values`` [N, B] at ``known`` [N], interpolated linearly at ``lam`` [...], [..., B]."""
-    return np.stack([np.interp(lam, known, of_sample) for of_sample in values.T], axis=-1)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastsched.costs.answer_errors import CORRELATION_LENGTH, relative_errors, variance_at_end
-from fastsched.costs.interpolation_errors import interpolated, interpolation_errors
+from fastsched.costs.interpolation_errors import interpolation_errors
 from fastsched.costs.norms import Array
 from fastsched.costs.scalar_jacobian import scalar_jacobian
 from fastsched.costs.surrogate import Surrogate, nodes_and_levels
@@ -55,7 +55,7 @@ class SampleSurrogate:
         j = np.interp(secants.lam, shared.lam, shared.jacobian)[:, None, None]
         responses = secants.residuals + j * secants.deviations
         own = scalar_jacobian(secants.deviations, responses, shared.norms.relative_gram)
-        return cls(shared, interpolated(shared.lam, secants.lam, own), stats.dimension)
+        return cls(shared, _interpolated(shared.lam, secants.lam, own), stats.dimension)
 
     @cached_property
     def roots(self) -> Array:
@@ -82,7 +82,7 @@ class SampleSurrogate:
         shared, known = self.shared, self.shared.secants
         if known is None:
             return np.sqrt(shared.jacobian * (1 - shared.jacobian))
-        difference = interpolated(known.lam, shared.lam, self.own - shared.jacobian[:, None])
+        difference = _interpolated(known.lam, shared.lam, self.own - shared.jacobian[:, None])
         left_out = []
         for path in range(known.deviations.shape[1]):
             error, unexplained = known.left_out(path)
@@ -123,7 +123,7 @@ class SampleRuns:
         self._distinct = np.unique(asked)  # schedules of a descent share most levels
         self._lam = shared.position(self._distinct)
         self._state, self._denoised = map(model.coordinates, shared.path(self._distinct))
-        self._own = interpolated(self._lam, shared.lam, model.own)
+        self._own = _interpolated(self._lam, shared.lam, model.own)
         self._scale = np.where(np.isinf(self._distinct), 0.0, self._distinct)
         self._state *= self._scale[:, None, None]
         self._weights = 1 / (self.samples * shared.norms.size[:, None])
@@ -171,7 +171,7 @@ class SampleRuns:
             return np.zeros(self.end.shape[:2])
         lam = self._lam[np.stack(later, axis=1)]
         kappa = np.interp(lam, model.shared.lam, model.answer_errors)
-        between = interpolated(lam, model.shared.lam, model.path_errors)
+        between = _interpolated(lam, model.shared.lam, model.path_errors)
         answers, path = [], []
         for n, unexplained in enumerate(self._unexplained[1:]):
             passed_on = self.end[..., self.rank + n]  # [C, B]
@@ -183,3 +183,8 @@ class SampleRuns:
 
 def _squared(vectors: Array) -> Array:
     return np.einsum("cbr,cbr->cb", vectors, vectors)
+
+
+def _interpolated(lam: Array, known: Array, values: Array) -> Array:
+    """``values`` [N, B] at ``known`` [N], interpolated linearly at ``lam`` [...], [..., B]."""
+    return np.stack([np.interp(lam, known, of_sample) for of_sample in values.T], axis=-1)

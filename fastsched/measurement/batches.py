@@ -16,7 +16,7 @@ from fastsched import validate
 from fastsched.denoisers.network_state import unchanged_buffers, warned_of_randomness
 from fastsched.measurement.check_calls import CheckCalls
 from fastsched.measurement.fingerprints import same_network
-from fastsched.measurement.gram_checks import check_increments
+from fastsched.measurement.increment_checks import check_increments
 from fastsched.measurement.memory import explained, need, paths_at_once, with_store
 from fastsched.measurement.network_checks import check_network, fingerprint
 from fastsched.measurement.path_checks import path_checked

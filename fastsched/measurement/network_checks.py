@@ -20,7 +20,7 @@ the same third, plus a step     For ``v`` and ``F``, whose sign may be wrong: ``
                                 is used, where ``||D - x0|| < s ||n||``; else a finer ``x0`` is tried. For EDM the
                                 check is instead whether the network returns ``D`` where it should return ``F``. Not
                                 for ``v``.
-the first path, and its end     See `measurement.path_checks` and `measurement.gram_checks`.
+the first path, and its end     See `measurement.path_checks` and `measurement.increment_checks`.
 at the end, the third again     The same as before. Otherwise the network has changed during the measurement.
 ==============================  ================================================================================
 

@@ -172,16 +172,16 @@ class _Path:
         alpha, a, c = (
             torch.as_tensor(each, dtype=torch.float64, device="cpu")[:, None] for each in (self.alpha, self.a, self.c)
         )
-        sizes = (a * xx + c * xr - mx) / alpha - a * mx - c * mr + self.centre.double().square().sum()
-        deviation = math.sqrt(max(float(sizes[-1].mean()), 0.0) / end.numel())
+        of_centre, paths = self.centre.double().square().sum(), xx.shape[1]
+        sizes = ((a * xx + c * xr - mx) / alpha - a * mx - c * mr).mean(1) + of_centre
+        deviation = math.sqrt(max(float(sizes[-1]), 0.0) / end.numel())
         far = self._far_from_data(end, deviation)
         if not deviation > 0:
             return
         few, small = len(self.s) < FEWEST_LEVELS, end.numel() < FEWEST_ELEMENTS
-        unequal = _unequal_sizes(sizes.mean(1) / sizes[-1].mean(), self.s, deviation, end.numel(), xx.shape[1])
-        spread = a.square() * xx + 2 * a * c * xr + c.square() * rr - 2 * (a * mx + c * mr)
-        spread = (spread + self.centre.double().square().sum()) / sizes[-1].mean()
-        held = None if few else self._noise_held(sizes / sizes[-1].mean(), spread, deviation)
+        unequal = _unequal_sizes(sizes / sizes[-1], self.s, deviation, end.numel(), paths)
+        spread = (a.square() * xx + 2 * a * c * xr + c.square() * rr - 2 * (a * mx + c * mr)).mean(1) + of_centre
+        held = None if few else self._noise_held(sizes / sizes[-1], spread / sizes[-1], deviation, paths)
         against, backwards, outwards, left, excess = self.ask.negative_slope, None, None, None, 0.0
         unusual = not few
         if self.sign_ambiguous:
@@ -245,20 +245,21 @@ class _Path:
             step = change * (step.norm() / change.norm().clamp_min(1e-30))
         return None, unusual
 
-    def _noise_held(self, sizes: Tensor, spread: Tensor, deviation: float) -> str | None:
+    def _noise_held(self, sizes: Tensor, spread: Tensor, deviation: float, paths: int) -> str | None:
         """A message if ``D`` follows the noise at the highest finite level, instead of being the mean of the data.
 
         Args:
-            sizes: The first property's values [N, B], over the mean of the lowest level.
-            spread: ``|D - m|^2`` over the same, for a fixed m.
+            sizes: The first property's values, over that of the lowest level, [N].
+            spread: ``|D - m|^2`` for a fixed m, over the same, [N].
             deviation: Of the data.
+            paths: The number of paths.
         """
-        k, elements, paths = int(self.s.isinf().sum()), self.centre.numel(), sizes.shape[1]
+        k, elements = int(self.s.isinf().sum()), self.centre.numel()
         if self.ask.denoiser.prediction in ("epsilon", "score") or elements * paths < FEWEST_IN_ALL:
             return None
         level = float(self.s[k]) / deviation
-        held = (float(sizes[k].mean()) - 1) / level
-        chance = math.sqrt(float(spread[k].mean().clamp_min(0)) / (elements * paths))
+        held = (float(sizes[k]) - 1) / level
+        chance = math.sqrt(float(spread[k].clamp_min(0)) / (elements * paths))
         if level < PURE * math.sqrt(elements) or held <= HELD + chance:
             return None
         return (

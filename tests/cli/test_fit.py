@@ -322,3 +322,11 @@ def test_the_app_runs_in_a_thread():
     thread.start()
     thread.join()
     assert ends == [0]
+
+
+def test_an_earlier_interrupt_does_not_change_the_status_of_the_next_command(monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # the tests' own handlers stay
+    monkeypatch.setitem(shell.STATE, "interrupted", True)
+    with pytest.raises(SystemExit) as end:
+        app(["solvers"])
+    assert end.value.code == 0

@@ -44,7 +44,7 @@ def test_without_responses_all_samples_have_the_jacobian_of_gaussian_data():
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_sample_is_that_of_the_surrogate_with_its_jacobian(name):
-    """Two samples without secants: squared errors, and the deviations of their states."""
+    """Two samples, without secants."""
     model, generator = LinearModel("flow"), np.random.default_rng(0)
     shares = np.stack([model.shares, 0.5 * model.shares], axis=1)
     e = generator.standard_normal((2, len(model.s) - 1, 3))
