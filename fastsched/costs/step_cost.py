@@ -138,12 +138,7 @@ class PathCost:
         return log_rho(self.rho)
 
     def _node(self, k: int | NDArray[np.intp]) -> Node:
-        return Node(self.rho[k], self._lam[k], self.tau[k]) if isinstance(k, np.ndarray) else self._nodes[k]
-
-    @cached_property
-    def _nodes(self) -> list[Node]:
-        # Python floats: coordinate descent computes thousands of weights, and NumPy scalars are slower.
-        return [Node(*place) for place in zip(self.rho.tolist(), self._lam.tolist(), self.tau.tolist(), strict=True)]
+        return Node(self.rho[k], self._lam[k], self.tau[k])
 
     @cached_property
     def pairs(self) -> Array:
@@ -187,21 +182,11 @@ class PathCost:
 
     def of(self, nodes: Sequence[int]) -> Array:
         """The cost of each step of a schedule, [steps], with the solver's full history; ``nodes`` end at level N."""
-        histories = (self.history_of(nodes, n) for n in range(len(nodes) - 1))
-        return np.array([self.step(part, corrected=corrected) for part, corrected in histories])
-
-    def around(self, nodes: Sequence[int], n: int) -> float:
-        """The total cost of the steps of a schedule that depend on the inner node ``n``."""
-        total = 0.0
-        for m in range(n - 1, min(n + 1 + self.solver.history, len(nodes) - 1)):
-            part, corrected = self.history_of(nodes, m)
-            total += self.step(part, corrected=corrected)
-        return total
-
-    def history_of(self, nodes: Sequence[int], n: int) -> tuple[tuple[int, ...], bool]:
-        """The nodes that step ``n`` of a schedule uses, and whether a corrector applies: the arguments of `step`."""
-        used = self.solver.history_at(n, len(nodes) - 1)
-        return tuple(nodes[max(0, n - used) : n + 2]), n + 2 < len(nodes) - 1
+        steps, costs = len(nodes) - 1, list[float]()
+        for n in range(steps):
+            oldest = max(0, n - self.solver.history_at(n, steps))
+            costs.append(self.step(nodes[oldest : n + 2], corrected=n + 2 < steps))
+        return np.array(costs)
 
     def step(self, nodes: Sequence[int], *, corrected: bool = True) -> float:
         """The cost of the step between the last two of ``nodes``; the nodes before are its history, newest last.
@@ -210,10 +195,12 @@ class PathCost:
             nodes: Ascending level indices.
             corrected: Whether the solver's corrector, if any, is applied. The step before the one to sigma 0 has none.
         """
-        key = (*nodes, corrected)
-        if key not in self._steps:
-            self._steps[key] = self._step_cost(nodes, corrected)
-        return self._steps[key]
+        j, k = nodes[-2], nodes[-1]
+        if k == self.levels:
+            return float(self._end_cost[j])
+        inside = self.error_vector(nodes, corrected=corrected)[nodes[0] : k]
+        gram = self.gram[nodes[0] : k, nodes[0] : k]
+        return float(self.weight[k] * self.s[k] ** 2 * (inside @ gram @ inside))
 
     def error_vector(self, nodes: Sequence[int], *, corrected: bool = True) -> Array:
         """``C`` [N-1]: the error in ``y_k`` of the step between the last two ``nodes``, over the increments.
@@ -258,19 +245,6 @@ class PathCost:
         covered = np.clip((node.lam - self._lam[:-1]) / np.diff(self._lam), 0.0, 1.0)[j:k]
         j_ahead = np.interp(node.lam, self._lam, self.jacobian)
         return factor * covered * (1 + j_ahead / node.rho * (self._node_rho[j:k] - node.rho))
-
-    @cached_property
-    def _steps(self) -> dict[tuple[int, ...], float]:
-        """Cache of `step`, because coordinate descent requests the same costs again."""
-        return {}
-
-    def _step_cost(self, nodes: Sequence[int], corrected: bool) -> float:
-        j, k = nodes[-2], nodes[-1]
-        if k == self.levels:
-            return float(self._end_cost[j])
-        inside = self.error_vector(nodes, corrected=corrected)[nodes[0] : k]
-        gram = self.gram[nodes[0] : k, nodes[0] : k]
-        return float(self.weight[k] * self.s[k] ** 2 * (inside @ gram @ inside))
 
     def _step_vector(self, k: int) -> Array:
         """``r_q - rho_k`` for ``q < k``, [k]."""

@@ -1,9 +1,9 @@
-"""Minimise any error of a schedule: off the grid along the gradient, and by coordinate descent on a grid."""
+"""Minimise any error of a schedule along its gradient."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from scipy.optimize import minimize
@@ -35,9 +35,6 @@ LEAST_GAP = 0.1
 
 #: Errors are clipped to this range before their logarithm is taken.
 LEAST, MOST = 1e-300, 1e300
-
-#: On a grid: by how many levels a node may move at once, between its neighbours, and the most passes over all nodes.
-REACH, SWEEPS = 3, 20
 
 
 def descend(error: Callable[[Array], Array], start: Array, low: float, high: float, apart: float) -> Array:
@@ -94,31 +91,6 @@ def descend(error: Callable[[Array], Array], start: Array, low: float, high: flo
             best, lowest = levels_at(u)[0], float(found.fun)
         if lowered < TOLERANCE:
             u = u - ASIDE * (u - u.mean())
-    return best
-
-
-def coordinate_descent(objective: Callable[[Sequence[int], int], float], nodes: Sequence[int]) -> list[int]:
-    """Move one inner node at a time over a grid, by up to `REACH` levels, as long as the objective falls.
-
-    Args:
-        objective: ``objective(nodes, n)`` is the part that depends on node ``n``, for ascending level indices.
-        nodes: The level indices to start from; both ends stay.
-
-    Returns:
-        Nodes whose objective is not above that of the start; deterministic.
-    """
-    best = list(nodes)
-    for _ in range(SWEEPS):
-        before = list(best)
-        for n in range(1, len(best) - 1):
-            low, high = max(best[n - 1] + 1, best[n] - REACH), min(best[n + 1] - 1, best[n] + REACH)
-            lowest, here = objective(best, n), best[n]
-            for level in range(low, high + 1):
-                moved = [*best[:n], level, *best[n + 1 :]]
-                if level != here and (value := objective(moved, n)) < lowest:
-                    best, lowest = moved, value
-        if best == before:
-            break
     return best
 
 

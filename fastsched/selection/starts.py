@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastsched import baselines
 from fastsched.costs.norms import Array
-from fastsched.costs.step_cost import PathCost, path_cost
+from fastsched.costs.step_cost import path_cost
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.sampler import nodes_of
@@ -16,8 +16,7 @@ from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED, Solver, get_solver
 from fastsched.sampling.stock_weights import NEAREST_STOCK, stock_weights
 from fastsched.selection.constraints import distinct_levels
-from fastsched.selection.descent import coordinate_descent
-from fastsched.selection.dynamic_programming import Selection, cheapest_paths
+from fastsched.selection.dynamic_programming import cheapest_paths
 
 #: The starts by dynamic programming, and whether their cost weights errors by their effect at the end.
 DYNAMIC_PROGRAMMING = {"dynamic programming": True, "dynamic programming, unweighted": False}
@@ -31,20 +30,8 @@ def starting_levels(stats: PathStatistics, steps: int, solver: Solver) -> dict[s
     found = {}
     for name, weighted in DYNAMIC_PROGRAMMING.items():
         cost = path_cost(stats, solver, weighted=weighted)
-        found[name] = s[chosen_nodes(cost, cheapest_paths(cost, steps), steps)]
+        found[name] = s[cheapest_paths(cost, steps).path(steps)]
     return found | {name: levels.numpy() for name, levels in common_levels(stats, steps).items()}
-
-
-def chosen_nodes(cost: PathCost, selection: Selection, steps: int) -> list[int]:
-    """The levels of the cheapest schedule of ``steps`` steps, as indices.
-
-    Dynamic programming is exact for solvers that use up to two slopes. For those with a longer history or a corrector
-    it uses the two most recent slopes, and coordinate descent on the exact cost follows.
-    """
-    nodes = selection.path(steps)
-    if cost.solver.history <= 1 and cost.solver.corrector is None:
-        return nodes
-    return coordinate_descent(cost.around, nodes)
 
 
 def common_levels(stats: PathStatistics, steps: int) -> dict[str, Tensor]:

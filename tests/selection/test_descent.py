@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from fastsched.selection.descent import coordinate_descent, descend, log_gaps
+from fastsched.selection.descent import descend, log_gaps
 
 TARGET = np.log([6.0, 2.5, 0.4, 0.1])
 
@@ -22,12 +22,6 @@ def recorded(error):
         return error(levels)
 
     return function, calls
-
-
-def test_coordinate_descent_finds_a_convex_minimum():
-    target = [0, 7, 11, 30, 41, 60]
-    found = coordinate_descent(lambda nodes, n: (nodes[n] - target[n]) ** 2, [0, 1, 2, 3, 4, 60])
-    assert found == target
 
 
 @pytest.mark.parametrize("start", [[9.0, 8.0, 7.0, 6.0], [6.0, 0.2, 0.15, 0.12], [3.0, 2.0, 1.0, 0.5]])
