@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 import platform
@@ -16,9 +17,12 @@ import numpy as np
 import torch
 
 from fastsched.comparison import aligned
+from fastsched.sampling.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
+
+Row = dict[str, Any]
 
 #: Seconds after which a function is not timed again, though each is timed at least three times.
 BUDGET = 60.0
@@ -96,27 +100,28 @@ def environment(device: str = "cpu") -> dict[str, str]:
     }
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV, with all values as text; empty if there is no file."""
+def read(path: Path) -> list[Row]:
+    """The complete rows of a CSV, with all values as text; empty if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
 
 
-def append(name: str, rows: list[dict[str, Any]], key: tuple[str, ...]) -> None:
-    """Write rows to ``results/<name>.csv``; a row with the same ``key`` columns as an old one replaces it."""
-    path = RESULTS / f"{name}.csv"
+def append(results: str | Path, rows: Sequence[Row], key: tuple[str, ...]) -> None:
+    """Add rows to a CSV, or to ``results/<name>.csv``; a row replaces the one with the same ``key`` columns."""
+    path = results if isinstance(results, Path) else RESULTS / f"{results}.csv"
     merged = {tuple(str(row.get(k, "")) for k in key): row for row in [*read(path), *rows]}
     columns = list(dict.fromkeys(column for row in merged.values() for column in row))
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(merged.values())
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(merged.values())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text.getvalue().encode())
 
 
-def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
+def table(rows: Sequence[Row], columns: tuple[str, ...]) -> str:
     """Lay rows out for a terminal."""
     return aligned([columns, *([str(row.get(c, "")) for c in columns] for row in rows)], left=len(columns))
 

@@ -22,12 +22,11 @@ import torch
 from tqdm import tqdm
 
 import fastsched as fs
-from benchmarks.common import RESULTS, environment
+from benchmarks.common import RESULTS, Row, append, environment, read
 from benchmarks.pretrained.networks import Network, builders, find_zoo
-from benchmarks.quality import table
 from benchmarks.quality.choosing import Choosers, Chosen, Effort
 from benchmarks.quality.models import Model
-from benchmarks.quality.run import result
+from benchmarks.quality.run import KEY, result
 from fastsched.sampling.solvers import FITTED
 
 #: Networks that are run if no names are given; if the folder has none of them, all of its networks are run.
@@ -126,7 +125,7 @@ def ways(network: Network, choosers: Choosers, solver: str, calls: int) -> dict[
 
 def rows_of(
     name: str, network: Network, plan: Plan, seed: int, wanted: Sequence[tuple[str, int, str]]
-) -> Iterator[table.Row]:
+) -> Iterator[Row]:
     """Run ``wanted`` solvers, calls and methods for one network and seed."""
     if not wanted:
         return
@@ -173,16 +172,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     torch.set_num_threads(1)
     zoo = builders(args.zoo or find_zoo(args.weights))
-    kept = [row for row in table.read(args.output) if row["method"] not in args.redo]
-    table.write(args.output, kept)
-    done = {tuple(str(row[name]) for name in table.KEY) for row in kept}
+    done = {tuple(row[name] for name in KEY) for row in read(args.output) if row["method"] not in args.redo}
     commit = environment()["commit"]
     for name in asked_for(args, list(zoo)):
         network = zoo[name]()
         plan = LARGE if name in args.large else plan_of(network)
         for seed in args.seeds:
             for row in rows_of(name, network, plan, seed, missing(name, plan, seed, args.methods, done)):
-                table.append(args.output, [row | {"commit": commit}])
+                append(args.output, [row | {"commit": commit}], KEY)
     print(f"written: {args.output}")
 
 

@@ -19,16 +19,15 @@ import multiprocessing
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import fastsched as fs
-from benchmarks.common import DOCS, append, environment, read
+from benchmarks.common import DOCS, Row, append, environment, read
 from benchmarks.pretrained.networks import builders, find_zoo
-from benchmarks.quality import glossary, table
+from benchmarks.quality import glossary
 from benchmarks.quality.choosing import Choosers
 from benchmarks.quality.models import MODELS, Model
 from benchmarks.quality.run import REFERENCE, RESULTS, SAMPLES, SOLVERS, result, steps_within
@@ -70,7 +69,7 @@ def model_of(name: str, weights: Path | None) -> Model:
     return Model(network.denoiser, network.shape, name)
 
 
-def rows_of(name: str, seed: int, weights: Path | None = None) -> list[dict[str, Any]]:
+def rows_of(name: str, seed: int, weights: Path | None = None) -> list[Row]:
     """Rows for every total and number of steps; for others' networks also the fits of the stock solvers."""
     torch.set_num_threads(1)
     model = model_of(name, weights)
@@ -93,7 +92,7 @@ def rows_of(name: str, seed: int, weights: Path | None = None) -> list[dict[str,
     return rows
 
 
-def best_stock(quality: Iterable[table.Row], method: str = "fit") -> dict[tuple[str, str, str], float]:
+def best_stock(quality: Iterable[Row], method: str = "fit") -> dict[tuple[str, str, str], float]:
     """The least typical error over the stock solvers, by denoiser, seed and calls."""
     found: dict[tuple[str, str, str], float] = {}
     for row in quality:
@@ -103,7 +102,7 @@ def best_stock(quality: Iterable[table.Row], method: str = "fit") -> dict[tuple[
     return found
 
 
-def ratios(rows: Iterable[table.Row], best: dict[tuple[str, str, str], float]) -> dict[Cell, dict[int, float]]:
+def ratios(rows: Iterable[Row], best: dict[tuple[str, str, str], float]) -> dict[Cell, dict[int, float]]:
     """The fitted solver's error over the best stock fit's, averaged over seeds, by denoiser and calls, and total."""
     logs: dict[Cell, dict[int, list[float]]] = {}
     for row in rows:
@@ -121,7 +120,7 @@ def over_cells(found: dict[Cell, dict[int, float]], names: Iterable[str]) -> dic
     return {total: (float(np.exp(np.mean(np.log(each)))), max(each)) for total, each in values.items() if each}
 
 
-def other_ways(quality: list[table.Row], best: dict[tuple[str, str, str], float]) -> dict[str, tuple[float, float]]:
+def other_ways(quality: list[Row], best: dict[tuple[str, str, str], float]) -> dict[str, tuple[float, float]]:
     """By method, the mean calls that choosing took and the geometric mean of the best stock solver's error ratio."""
     found = {}
     for method in OTHERS:
@@ -135,7 +134,7 @@ def other_ways(quality: list[table.Row], best: dict[tuple[str, str, str], float]
 
 def known() -> tuple[dict[Cell, dict[int, float]], dict[str, tuple[float, float]]]:
     """`ratios` and `other_ways` of all recorded rows."""
-    quality = list(table.read(RESULTS / "quality.csv"))
+    quality = read(RESULTS / "quality.csv")
     curve = read(RESULTS / "cost_curve.csv")
     stock = [row | {"method": "fit"} for row in curve if row["solver"] != FITTED]
     best = best_stock(quality)

@@ -21,18 +21,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 import fastsched as fs
-from benchmarks.common import RESULTS, environment
-from benchmarks.quality import table
+from benchmarks.common import RESULTS, Row, append, environment, read
 from benchmarks.quality.choosing import Choosers, Chosen
 from benchmarks.quality.limit import limit_schedules
 from benchmarks.quality.models import MODELS, Model
-from fastsched.comparison import Reference
+from fastsched.comparison import Reference, row_of
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.solvers import FITTED
 
@@ -41,6 +39,8 @@ CALLS = (4, 5, 6, 8, 10, 14, 20)
 SEEDS = (0, 1, 2, 3, 4)
 #: Noises for each seed.
 SAMPLES = 64
+#: Columns that identify a row.
+KEY = ("denoiser", "solver", "calls", "seed", "method")
 #: The converged run. Its own error is far below that of any schedule, because its solver is of third order.
 REFERENCE = {"steps": 400, "solver": "dpmpp_3m"}
 
@@ -84,7 +84,7 @@ def cells(solvers: Sequence[str], calls: Sequence[int]) -> tuple[Cell, ...]:
     return tuple(found.values())
 
 
-def rows_of(unit: Unit) -> list[dict[str, Any]]:
+def rows_of(unit: Unit) -> list[Row]:
     """Run the missing rows of a unit."""
     model = MODELS[unit.model]()
     choosers = Choosers(model, unit.seed)
@@ -104,30 +104,28 @@ def rows_of(unit: Unit) -> list[dict[str, Any]]:
     return rows
 
 
-def result(model: Model, solver: str, chosen: Chosen, reference: Reference) -> dict[str, Any]:
-    """Sample with a schedule and measure its errors.
-
-    As in `fastsched.compare`, the typical error of a sample is at least that of rounding the sample to float32.
-    """
+def result(model: Model, solver: str, chosen: Chosen, reference: Reference) -> Row:
+    """Sample with a schedule and measure its errors, as `fastsched.compare` does."""
     ends = fs.sample(model.denoiser, chosen.sigmas, solver, reference.noise)
-    squared = fs.metrics.squared_distances(ends, reference.ends)
+    calls = chosen_solver(solver).model_calls(chosen.steps)
+    errors = row_of("", solver, chosen.steps, calls, ends, reference)
     values = {
-        "typical_error": fs.metrics.geometric_mean(squared.maximum(fs.metrics.rounding_floor(reference.ends))),
-        "mean_error": float(squared.mean()),
-        "frechet": fs.metrics.frechet_distance(ends, reference.ends),
+        "typical_error": errors.typical_error,
+        "mean_error": errors.mean_error,
+        "frechet": errors.frechet,
         "sliced_wasserstein": fs.metrics.sliced_wasserstein(ends, reference.ends, projections=64),
         "choosing_seconds": chosen.seconds,
         "predicted": chosen.predicted,
     }
     return {
         "steps": chosen.steps,
-        "model_calls": chosen_solver(solver).model_calls(chosen.steps),
+        "model_calls": calls,
         "choosing_calls": chosen.model_calls,
         **{name: "" if value is None else f"{value:.4g}" for name, value in values.items()},
     }
 
 
-def planned(args: argparse.Namespace, rows: Sequence[table.Row]) -> list[Unit]:
+def planned(args: argparse.Namespace, rows: Sequence[Row]) -> list[Unit]:
     """The units to run: all denoisers of one seed before the next seed."""
     grid = cells(args.solvers, args.calls)
     done: dict[tuple[str, str], set[tuple[str, int, str]]] = {}
@@ -141,7 +139,7 @@ def planned(args: argparse.Namespace, rows: Sequence[table.Row]) -> list[Unit]:
     ]
 
 
-def finished(units: Sequence[Unit], workers: int) -> Iterator[list[table.Row]]:
+def finished(units: Sequence[Unit], workers: int) -> Iterator[list[Row]]:
     """The rows of each unit, as soon as it is done."""
     if workers == 1:
         torch.set_num_threads(1)
@@ -177,11 +175,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
-    kept = [row for row in table.read(args.output) if row["method"] not in args.redo]
-    table.write(args.output, kept)
-    units = planned(args, kept)
+    units = planned(args, [row for row in read(args.output) if row["method"] not in args.redo])
     for rows in tqdm(finished(units, args.workers), total=len(units), desc="quality", unit="unit"):
-        table.append(args.output, rows)
+        append(args.output, rows, KEY)
     print(f"written: {args.output}")
 
 

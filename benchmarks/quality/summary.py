@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import DOCS, RESULTS, geometric, markdown, read
-from benchmarks.quality import glossary, gradient_limit, table
+from benchmarks.common import DOCS, RESULTS, Row, geometric, markdown, read
+from benchmarks.quality import glossary, gradient_limit
 from benchmarks.quality.choosing import OURS
 from benchmarks.quality.figure import plot
 from fastsched.sampling.solvers import FITTED
@@ -55,7 +55,7 @@ class Results:
         names = (*METRICS, "sliced_wasserstein", "choosing_calls", "choosing_seconds", "predicted")
         values: dict[str, dict[Cell, dict[str, list[float]]]] = {name: {} for name in names}
         methods: dict[str, None] = {}
-        rows = table.read(path)
+        rows = read(path)
         seeds: dict[Cell, dict[str, set[str]]] = {}
         for row in rows:
             seeds.setdefault(_cell(row), {}).setdefault(row["method"], set()).add(row["seed"])
@@ -296,7 +296,7 @@ def report(results: Results, limits: Sequence[dict[str, str]] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _cell(row: table.Row) -> Cell:
+def _cell(row: Row) -> Cell:
     return row["denoiser"], row["solver"], int(row["calls"])
 
 

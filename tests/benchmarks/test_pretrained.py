@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import fastsched as fs
+from benchmarks.common import read
 from benchmarks.pretrained import networks, pictures, run, summary
-from benchmarks.quality import table
 from benchmarks.quality.summary import Results
 
 ZOO = """
@@ -72,7 +72,7 @@ def test_a_network_is_judged_summarised_and_not_run_again(weights, tmp_path, mon
     monkeypatch.setattr(run, "LARGE", run.Plan(calls=(4,), samples=8, effort=small, left_out=("gits_tuned",)))
     arguments = ["--weights", str(weights), "--large", "mixture", "--output", str(path)]
     run.main(arguments)
-    rows = table.read(path)
+    rows = read(path)
     for_stock = len(run.METHODS) - 1 - len(run.FITTED_ONLY)
     assert len(rows) == len(run.SOLVERS) * for_stock + len(run.FITTED_METHODS)
     assert {row["method"] for row in rows} == set(run.METHODS) - {"gits_tuned"}
@@ -82,7 +82,7 @@ def test_a_network_is_judged_summarised_and_not_run_again(weights, tmp_path, mon
     native = [row for row in rows if row["method"] == "native"]
     assert all(float(row["choosing_calls"]) == 0 for row in native)
     run.main([*arguments, "--redo", "native", "--methods", "native"])
-    assert len(table.read(path)) == len(rows)
+    assert len(read(path)) == len(rows)
     summary.main(["--results", str(path), "--output", str(tmp_path / "pretrained.md")])
     page = (tmp_path / "pretrained.md").read_text()
     assert "| native |" in page

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import fastsched as fs
-from benchmarks.quality import baselines, dmn, figure, glossary, limit, models, run, summary, table
+from benchmarks.common import read
+from benchmarks.quality import baselines, dmn, figure, glossary, limit, models, run, summary
 from fastsched.denoisers.noise import FlowMatching, VarianceExploding
 from fastsched.denoisers.oracles import GaussianMixture
 
@@ -78,7 +79,7 @@ def test_a_cell_is_run_summarised_and_not_run_again(tmp_path, capsys):
     chosen = "--models flow --solvers dpmpp_2m fitted --calls 4 --seeds 0 --samples 8 --workers 1"
     arguments = [*chosen.split(), "--output", str(path)]
     run.main(arguments)
-    rows = table.read(path)
+    rows = read(path)
     assert PEERS | {"fit", "optimal_schedule_unpolished", "karras_7", "flow_shift_3"} <= {row["method"] for row in rows}
     assert all(float(row["typical_error"]) >= 0 and row["model_calls"] == "4" for row in rows)
     before = path.read_text()
@@ -131,7 +132,7 @@ def test_the_fitted_solver_stands_beside_stock_solvers_of_as_many_calls():
 
 
 def test_every_row_of_the_results_is_explained():
-    rows = table.read(summary.RESULTS / "quality.csv")
+    rows = read(summary.RESULTS / "quality.csv")
     assert {row["method"] for row in rows} <= set(glossary.METHODS)
     assert {row["denoiser"] for row in rows} == set(glossary.DENOISERS) == set(models.MODELS)
     assert len({method.title for method in glossary.METHODS.values()}) == len(glossary.METHODS)
