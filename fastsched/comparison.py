@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -201,11 +202,12 @@ def converged_reference(
     method = get_solver(solver)
     fine = denoiser.levels(level_count(denoiser.process, validate.positive_int("steps", steps, minimum=2)))
     sigmas = denoiser.process.sampler_sigma(torch.cat([fine, fine.new_zeros(1)]))
-    known = _fingerprint(denoiser, sizes, device, dtype)
+    place = placement(denoiser, device, dtype)
+    known = _fingerprint(denoiser, sizes, *place)
     noise = noise_of(seeds, sizes)  # on the CPU; each batch goes to the device when its turn comes
     total = method.model_calls(len(fine)) * len(noise)
     with progress_bar(total, progress, "converged reference") as advance:
-        ends = _sampled(denoiser, sigmas, method, noise, advance, batch_size, device, dtype)
+        ends = _sampled(denoiser, sigmas, method, noise, advance, batch_size, *place)
     return Reference(noise, ends, method.name, len(fine), total, known)
 
 
@@ -249,20 +251,22 @@ def compare(
     validate.arguments(locals(), **_CHECKS)
     check_evaluation_mode(denoiser.network)
     runs = _planned(denoiser, schedules, solver)
-    where: dict[str, Any] = {"batch_size": batch_size, "device": device, "dtype": dtype}
+    place = placement(denoiser, device, dtype)
     if reference is None:
         if shape is None:
             raise ValueError("shape must be given, such as (4, 64, 64) for one sample, unless there is a reference")
+        options: dict[str, Any] = {"batch_size": batch_size, "device": device, "dtype": dtype, "progress": progress}
         noises = {"samples": samples, "seed": seed}
-        reference = converged_reference(denoiser, shape, **noises, steps=reference_steps, progress=progress, **where)
+        reference = converged_reference(denoiser, shape, **noises, steps=reference_steps, **options)
     elif shape is not None and tuple(shape) != tuple(reference.noise.shape[1:]):
         raise ValueError(f"shape {tuple(shape)} is not that of the reference, {tuple(reference.noise.shape[1:])}")
     else:
-        _warn_of_another(denoiser, reference, device, dtype)
+        _warn_of_another(denoiser, reference, *place)
     rows, calls = [], sum(method.model_calls(_steps(run)) for run, method in runs.values())
     with progress_bar(calls * len(reference.noise), progress, "comparing") as advance:
         for name, (run, method) in runs.items():
-            ends, steps = _sampled(denoiser, run, method, reference.noise, advance, **where), _steps(run)
+            steps = _steps(run)
+            ends = _sampled(denoiser, run, method, reference.noise, advance, batch_size, *place)
             rows.append(row_of(name, method.name, steps, method.model_calls(steps), ends, reference))
     return Comparison(tuple(rows), len(reference.noise), reference)
 
@@ -345,11 +349,10 @@ def _sampled(
     noise: Tensor,
     advance: Callable[[int], None],
     batch_size: int | None,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Samples on the CPU, made in batches; ``advance`` gets the number of samples of every network call."""
-    device, dtype = placement(denoiser, device, dtype)
     ends = []
     with warned_of_randomness(device, "sampling", "errors are mostly distances between random samples"):
         for part in noise.split(int(batch_size or len(noise))):
@@ -358,35 +361,24 @@ def _sampled(
     return torch.cat(ends)
 
 
-def _fingerprint(
-    denoiser: Denoiser,
-    shape: tuple[int, ...],
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> Tensor | None:
+def _fingerprint(denoiser: Denoiser, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor | None:
     """The network's fingerprint, None if it does not answer the question, which is of one sample."""
     # Compiled networks may take batches of one size alone; what else is wrong, the run says.
     with contextlib.suppress(Exception), unchanged_buffers(denoiser.network):
-        return fingerprint(denoiser, shape, *placement(denoiser, device, dtype))
+        return fingerprint(denoiser, shape, device, dtype)
     return None
 
 
-def _warn_of_another(
-    denoiser: Denoiser, reference: Reference, device: torch.device | str | None, dtype: torch.dtype | None
-) -> None:
+def _warn_of_another(denoiser: Denoiser, reference: Reference, device: torch.device, dtype: torch.dtype) -> None:
     """Warn if the reference is of another denoiser: of a teacher, say, it may be meant."""
     if reference.fingerprint is None:
         return
     found = _fingerprint(denoiser, tuple(reference.noise.shape[1:]), device, dtype)
-    if not same_network(reference.fingerprint, found, placement(denoiser, device, dtype)[1]):
+    if not same_network(reference.fingerprint, found, dtype):
         validate.warn(
             "reference was made with another network, or one read or rounded otherwise, so that errors are distances "
             "to that one's samples; leave it out, or make one of this denoiser by fastsched.converged_reference",
         )
-
-
-def _is_reference(name: str, value: object) -> Reference:
-    return validate.instance(name, value, Reference, "fastsched.converged_reference returns one")
 
 
 #: Checks of the arguments of `compare`.
@@ -395,7 +387,9 @@ _CHECKS: dict[str, validate.Check] = {
     "schedules": validate.anything,  # `_planned` checks each schedule
     "solver": validate.optional(is_any_solver),
     "shape": validate.optional(validate.CHECKS["shape"]),
-    "reference": validate.optional(_is_reference),
+    "reference": validate.optional(
+        partial(validate.instance, kind=Reference, made_by="fastsched.converged_reference returns one")
+    ),
 }
 
 

@@ -12,7 +12,6 @@ import torch
 import fastsched as fs
 from benchmarks.common import RESULTS, append, environment, table
 from fastsched.comparison import Reference
-from fastsched.denoisers.digits import load_digits_network
 from fastsched.denoisers.oracles import GaussianMixture
 
 if TYPE_CHECKING:
@@ -82,11 +81,6 @@ def number_decades(ax: Axes) -> None:
         if scale == "log" and high > low:
             axis.set_minor_locator(LogLocator(subs=(2, 5)) if high < 100 * low else LogLocator(subs=range(2, 10)))
             axis.set_minor_formatter("{x:g}" if high < 100 * low else NullFormatter())
-
-
-def digits_denoiser() -> fs.Denoiser:
-    """The denoiser that fastsched ships."""
-    return fs.Denoiser.from_edm(load_digits_network())
 
 
 def errors(denoiser: fs.Denoiser, schedules: Mapping[str, Any], solver: str, reference: Reference) -> dict[str, Any]:

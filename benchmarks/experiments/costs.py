@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 import fastsched as fs
-from benchmarks.experiments.common import SHAPE, arguments, axes, digits_denoiser, number_decades, report
+from benchmarks.experiments.common import SHAPE, arguments, axes, number_decades, report
 from benchmarks.train.digits import digits_data
 from fastsched import metrics
 from fastsched.comparison import Reference
 from fastsched.costs import CostMatrix, PathCost
+from fastsched.denoisers.digits import digits_denoiser
 
 STEPS = 8
 SOLVERS = ("ddim", "heun", "dpmpp_2m", "ipndm", "sde_dpmpp_2m", "ancestral")

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 import fastsched as fs
-from benchmarks.experiments.common import SHAPE, SIGMA_MAX, SIGMA_MIN, arguments, axes, digits_denoiser, errors, report
+from benchmarks.experiments.common import SHAPE, SIGMA_MAX, SIGMA_MIN, arguments, axes, errors, report
+from fastsched.denoisers.digits import digits_denoiser
 
 SOLVERS = ("ddim", "heun", "dpmpp_2m", "ipndm")
 RHOS = (3, 5, 7, 9)

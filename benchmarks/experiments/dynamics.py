@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 import fastsched as fs
-from benchmarks.experiments.common import SHAPE, arguments, axes, digits_denoiser, report
+from benchmarks.experiments.common import SHAPE, arguments, axes, report
 from benchmarks.quality.networks import ddpm_table
+from fastsched.denoisers.digits import digits_denoiser
 from fastsched.denoisers.noise import log_uniform
 
 STEPS = 10

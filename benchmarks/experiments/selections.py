@@ -21,19 +21,12 @@ import torch
 from torch import Tensor
 
 import fastsched as fs
-from benchmarks.experiments.common import (
-    SHAPE,
-    arguments,
-    axes,
-    digits_denoiser,
-    number_decades,
-    points_mixture,
-    report,
-)
+from benchmarks.experiments.common import SHAPE, arguments, axes, number_decades, points_mixture, report
 from benchmarks.experiments.two_dimensional import data_sets
 from benchmarks.train.digits import digits_data
 from fastsched import metrics
 from fastsched.costs import CostMatrix
+from fastsched.denoisers.digits import digits_denoiser
 
 COUNTS = (3, 4, 6, 8, 12, 16, 24)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import fastsched as fs
-from benchmarks.experiments.common import SHAPE, SIGMA_MAX, SIGMA_MIN, arguments, axes, digits_denoiser, errors, report
+from benchmarks.experiments.common import SHAPE, SIGMA_MAX, SIGMA_MIN, arguments, axes, errors, report
+from fastsched.denoisers.digits import digits_denoiser
 
 SOLVERS = ("ddim", "dpmpp_2m")
 

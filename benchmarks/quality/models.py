@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastsched as fs
 from benchmarks.quality.networks import EpsilonNetwork, PatchNetwork, VelocityNetwork, ddpm_table
-from fastsched.denoisers.digits import load_digits_network
+from fastsched.denoisers.digits import digits_denoiser
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -88,7 +88,7 @@ def mixture_768() -> Model:
 
 def digits() -> Model:
     """The EDM network that fastsched ships."""
-    return Model(fs.Denoiser.from_edm(load_digits_network()), (1, 8, 8), "digits, MLP, EDM")
+    return Model(digits_denoiser(), (1, 8, 8), "digits, MLP, EDM")
 
 
 def digits_vp() -> Model:

@@ -12,7 +12,7 @@ from fastsched import baselines, validate
 from fastsched.cli.shell import save_figure
 from fastsched.comparison import Comparison, Reference, aligned, compare, converged_reference
 from fastsched.denoisers.denoiser import Denoiser
-from fastsched.denoisers.digits import DigitsNetwork, load_digits_network
+from fastsched.denoisers.digits import DigitsNetwork, digits_denoiser
 from fastsched.measurement.measuring import measure
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.progress import progress_bar
@@ -49,11 +49,6 @@ class Demo:
     schedules: Mapping[str, Mapping[int, Mapping[str, Schedule]]]
     comparisons: Mapping[str, Mapping[int, Comparison]]
     reference: Reference
-
-
-def digits_denoiser() -> Denoiser:
-    """The denoiser of 8 x 8 digits in the package: shape (1, 8, 8), sigma from 80 to 0.002."""
-    return Denoiser.from_edm(load_digits_network())
 
 
 def run_demo(

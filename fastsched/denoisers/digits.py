@@ -15,7 +15,9 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["DigitsNetwork", "load_digits_network"]
+from fastsched.denoisers.denoiser import Denoiser
+
+__all__ = ["DigitsNetwork", "digits_denoiser", "load_digits_network"]
 
 
 class DigitsNetwork(nn.Module):
@@ -68,6 +70,11 @@ class _Block(nn.Module):
         scale, shift = self.modulate(level).chunk(2, 1)
         inner = self.norm(h) * (1 + scale) + shift
         return h + self.second(functional.silu(self.first(inner)))
+
+
+def digits_denoiser() -> Denoiser:
+    """The denoiser of the trained network, on the CPU: shape (1, 8, 8), sigma from 80 to 0.002."""
+    return Denoiser.from_edm(load_digits_network())
 
 
 def load_digits_network() -> DigitsNetwork:

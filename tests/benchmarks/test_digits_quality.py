@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import fastsched as fs
-from fastsched.denoisers.digits import load_digits_network
+from fastsched.denoisers.digits import digits_denoiser
 
 SHAPE = (1, 8, 8)
 SEEDS = range(5)
 CALLS = 8
-DENOISER = fs.Denoiser.from_edm(load_digits_network())
+DENOISER = digits_denoiser()
 
 
 @pytest.fixture(scope="module")

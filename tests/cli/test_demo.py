@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import fastsched as fs
-from fastsched.cli.demo import OURS, digits_denoiser, run_demo, table
+from fastsched.cli.demo import OURS, run_demo, table
+from fastsched.denoisers.digits import digits_denoiser
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,7 +8,7 @@ import fastsched as fs
 from fastsched.costs.fitted_weights import surrogate_runs
 from fastsched.costs.prediction import DEVIATION_PENALTY, ErrorModel, squared_errors
 from fastsched.costs.surrogate import Surrogate
-from fastsched.denoisers.digits import DigitsNetwork, load_digits_network
+from fastsched.denoisers.digits import DigitsNetwork, digits_denoiser
 from fastsched.metrics import power_mean
 from fastsched.sampling.fitted import FITTED_SOLVER
 from fastsched.sampling.random_streams import noise_of
@@ -68,7 +68,7 @@ def schedules(stats, steps):
 @pytest.mark.parametrize(("solver", "steps"), [("ddim", 8), ("dpmpp_2m", 6), ("unipc", 8)])
 def test_predictions_rank_as_the_sampler_does_on_digits(solver, steps):
     """Of 14 schedules, against the power mean of 64 unseen noises."""
-    denoiser = fs.Denoiser.from_edm(load_digits_network())
+    denoiser = digits_denoiser()
     stats = fs.measure(denoiser, DigitsNetwork.shape, samples=8, progress=False)
     reference = fs.converged_reference(denoiser, DigitsNetwork.shape, samples=64, progress=False)
     predicted, actual = [], []
