@@ -101,7 +101,8 @@ def main() -> None:
                     "error_fixed_point": error(fixed),
                 }
             )
-    for ax, (data, cost) in zip(panels, [(d, c) for c in ("corrector", "predictor") for d in _data(rows)], strict=True):
+    kinds = [(data, cost) for cost in ("corrector", "predictor") for data in dict.fromkeys(row["data"] for row in rows)]
+    for ax, (data, cost) in zip(panels, kinds, strict=True):
         lines = [row for row in rows if (row["data"], row["cost"]) == (data, cost)]
         at = [row["steps"] for row in lines]
         for name, colour in (("algorithm_1", "C0"), ("fixed_point", "C2")):
@@ -115,10 +116,6 @@ def main() -> None:
         ax.tick_params(axis="x", which="minor", labelbottom=False)
     panels[0].legend(fontsize=8)
     report("selections", rows, ("data", "cost", "steps"), quick=args.quick, figure=figure)
-
-
-def _data(rows: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(row["data"] for row in rows))
 
 
 if __name__ == "__main__":

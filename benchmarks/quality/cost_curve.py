@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 import fastsched as fs
-from benchmarks.common import DOCS, Row, append, environment, read
+from benchmarks.common import DOCS, Row, append, environment, geometric, read
 from benchmarks.pretrained.networks import builders, find_zoo
 from benchmarks.quality import glossary
 from benchmarks.quality.choosing import Choosers
@@ -104,20 +104,20 @@ def best_stock(quality: Iterable[Row], method: str = "fit") -> dict[tuple[str, s
 
 def ratios(rows: Iterable[Row], best: dict[tuple[str, str, str], float]) -> dict[Cell, dict[int, float]]:
     """The fitted solver's error over the best stock fit's, averaged over seeds, by denoiser and calls, and total."""
-    logs: dict[Cell, dict[int, list[float]]] = {}
+    found: dict[Cell, dict[int, list[float]]] = {}
     for row in rows:
         key = row["denoiser"], row["seed"], row["calls"]
         if key in best and row["solver"] == FITTED:
-            each = np.log(float(row["typical_error"]) / best[key])
-            logs.setdefault((key[0], key[2]), {}).setdefault(int(row["total"]), []).append(float(each))
-    return {cell: {total: float(np.exp(np.mean(v))) for total, v in found.items()} for cell, found in logs.items()}
+            totals = found.setdefault((key[0], key[2]), {})
+            totals.setdefault(int(row["total"]), []).append(float(row["typical_error"]) / best[key])
+    return {cell: {total: geometric(each) for total, each in totals.items()} for cell, totals in found.items()}
 
 
 def over_cells(found: dict[Cell, dict[int, float]], names: Iterable[str]) -> dict[int, tuple[float, float]]:
     """The geometric mean over the cells of these denoisers, and the worst cell, by total."""
     cells = [line for (name, _), line in found.items() if name in names]
     values = {total: [line[total] for line in cells if total in line] for total in TOTALS}
-    return {total: (float(np.exp(np.mean(np.log(each)))), max(each)) for total, each in values.items() if each}
+    return {total: (geometric(each), max(each)) for total, each in values.items() if each}
 
 
 def other_ways(quality: list[Row], best: dict[tuple[str, str, str], float]) -> dict[str, tuple[float, float]]:
@@ -128,7 +128,7 @@ def other_ways(quality: list[Row], best: dict[tuple[str, str, str], float]) -> d
         shared = [key for key in own if key in best and key[2] in map(str, CALLS)]
         spent = [int(row["choosing_calls"]) for row in quality if row["method"] == method and row["solver"] != FITTED]
         if shared:
-            found[method] = float(np.mean(spent)), float(np.exp(np.mean([np.log(own[k] / best[k]) for k in shared])))
+            found[method] = float(np.mean(spent)), geometric(own[key] / best[key] for key in shared)
     return found
 
 

@@ -18,9 +18,10 @@ import torch
 
 import fastsched as fs
 from benchmarks.common import append, environment
+from benchmarks.quality.choosing import Chosen
 from benchmarks.quality.cost_curve import model_of
 from benchmarks.quality.models import MODELS, Model
-from benchmarks.quality.run import SAMPLES
+from benchmarks.quality.run import SAMPLES, result
 from fastsched.comparison import Reference
 from fastsched.sampling.solvers import FITTED
 
@@ -36,14 +37,10 @@ def rows_of(
     for decoupled in (False, True):
         options = {"model_calls": total, "seed": seed, "decoupled": decoupled, "progress": False}
         schedule = fs.fit(model.denoiser, model.shape, calls, solver, **options)
-        squared = fs.metrics.squared_distances(
-            fs.sample(model.denoiser, schedule, noise=reference.noise), reference.ends
-        )
-        yield {
-            "denoiser": name, "solver": solver, "calls": calls, "seed": seed, "model_calls": total,
-            "decoupled": decoupled, "typical_error": f"{fs.metrics.geometric_mean(squared):.4g}",
-            "mean_error": f"{float(squared.mean()):.4g}", "measured_error": f"{schedule.measured_error:.4g}",
-        }  # fmt: skip
+        place = {"denoiser": name, "solver": solver, "calls": calls, "seed": seed, "model_calls": total}
+        found = result(model, solver, Chosen(schedule, predicted=schedule.measured_error), reference)
+        errors = {"typical_error": "typical_error", "mean_error": "mean_error", "measured_error": "predicted"}
+        yield {**place, "decoupled": decoupled, **{name: found[of] for name, of in errors.items()}}
 
 
 def main() -> None:

@@ -80,11 +80,11 @@ class Results:
     def error(self, metric: str, cell: Cell, method: str) -> float:
         """The geometric mean over seeds; NaN if the method was not run."""
         found = self.values[metric].get(cell, {}).get(method)
-        return float(np.exp(np.mean(np.log(np.maximum(found, 1e-30))))) if found else np.nan
+        return geometric(max(value, 1e-30) for value in found or ())
 
-    def best(self, metric: str, cell: Cell) -> tuple[str, float]:
-        """The method with the least error in a cell that is not fastsched's, and its error."""
-        errors = {name: self.error(metric, cell, name) for name in self.baselines}
+    def best(self, metric: str, cell: Cell, methods: Sequence[str] = ()) -> tuple[str, float]:
+        """The method with the least error in a cell and its error, of ``methods``, or of those that are not ours."""
+        errors = {name: self.error(metric, cell, name) for name in methods or self.baselines}
         known = {name: value for name, value in errors.items() if not np.isnan(value)}
         name = min(known, key=known.__getitem__)
         return name, known[name]
@@ -143,7 +143,7 @@ def headline(results: Results) -> str:
 def standings(results: Results, methods: Sequence[str], cells: Sequence[Cell]) -> str:
     """Errors of methods over those of karras, how often each method is best, and the cost of choosing."""
     shared = [name for name in results.methods if name != "limit"]
-    wins = [min(shared, key=lambda n: _or_inf(results.error("typical_error", cell, n))) for cell in cells]
+    wins = [results.best("typical_error", cell, shared)[0] for cell in cells]
     rows = []
     for name in sorted(methods, key=lambda n: results.mean_ratio("typical_error", n, "karras_7", cells)):
         ratios = [results.mean_ratio(metric, name, "karras_7", cells) for metric in METRICS]
@@ -298,10 +298,6 @@ def report(results: Results, limits: Sequence[dict[str, str]] = ()) -> str:
 
 def _cell(row: Row) -> Cell:
     return row["denoiser"], row["solver"], int(row["calls"])
-
-
-def _or_inf(value: float) -> float:
-    return np.inf if np.isnan(value) else value
 
 
 def main() -> None:

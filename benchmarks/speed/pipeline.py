@@ -81,25 +81,19 @@ def main() -> None:
         once(shape, levels, samples, steps, options.device)
         runs = [once(shape, levels, samples, steps, options.device) for _ in range(options.repeats)]
         case = f"shape {shape} levels {levels} samples {samples} steps {steps}"
-        rows = [
-            {"case": case, "variant": name}
-            | quantiles(np.array([seconds[name] for seconds, _ in runs]))
-            | {"model_calls": runs[0][1]}
-            | environment(options.device)
-            for name in runs[0][0]
-        ]
-        print(case, table(rows, ("variant", "p20_ms", "p50_ms", "p80_ms", "model_calls")), sep="\n", flush=True)
-        if not options.dry_run:
-            append("pipeline", rows, KEY)
+        report(case, [seconds for seconds, _ in runs], options.device, options.dry_run, model_calls=runs[0][1])
     runs = [selecting() for _ in range(options.repeats)]
-    case = "levels 64 samples 8, every number of steps up to 16"
+    report("levels 64 samples 8, every number of steps up to 16", runs, "cpu", options.dry_run)
+
+
+def report(case: str, runs: list[dict[str, float]], device: str, dry_run: bool, **others: int) -> None:
+    """Print the times of each part, and append them to the results."""
     rows = [
-        {"case": case, "variant": name} | quantiles(np.array([run[name] for run in runs])) | environment("cpu")
-        for name in runs[0]
+        {"case": case, "variant": name} | quantiles(np.array([run[name] for run in runs])) | others for name in runs[0]
     ]
-    print(case, table(rows, ("variant", "p20_ms", "p50_ms", "p80_ms")), sep="\n", flush=True)
-    if not options.dry_run:
-        append("pipeline", rows, KEY)
+    print(case, table(rows, ("variant", "p20_ms", "p50_ms", "p80_ms", *others)), sep="\n", flush=True)
+    if not dry_run:
+        append("pipeline", [row | environment(device) for row in rows], KEY)
 
 
 if __name__ == "__main__":
