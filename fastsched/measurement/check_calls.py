@@ -96,6 +96,14 @@ class CheckCalls:
             raise ValueError(f"{not_finite(self.denoiser.process, level)} (a question of checks=True)")
         return raw, (c * raw).add_(x.cpu(), alpha=a)
 
+    def noise(self, *seeds: int) -> Tensor:
+        """Standard normal noise, one sample for each seed, [B, *shape] float32 on the CPU."""
+        return noise_of(torch.tensor(seeds, device="cpu"), self.shape)
+
+    def at_third(self, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """``R`` and ``D`` at pure noise of a third of the range; with seed 0, the question of the fingerprint."""
+        return self.raw(self.noise(seed), self.between(1 / 3))
+
     def denoised(self, z: Tensor, s: float) -> Tensor:
         """``D`` at ``z`` [B, *shape], float64."""
         return self.raw(z / s, s)[1]
@@ -123,9 +131,8 @@ class CheckCalls:
         Raises:
             ValueError: If an answer differs.
         """
-        noise = noise_of(torch.tensor([0], device="cpu"), self.shape)
-        first, middle = self.top.asked(self), self.raw(noise, self.between(1 / 3))[0]
-        if self.differs(self.raw(noise, self.between(1 / 3))[0], middle) or self.differs(self.top.asked(self), first):
+        first, middle = self.top.asked(self), self.at_third()[0]
+        if self.differs(self.at_third()[0], middle) or self.differs(self.top.asked(self), first):
             raise ValueError(
                 "the network answers the same question differently every time: it is random, or keeps a state (dropout "
                 "left on? noise or a counter inside?); call network.eval(), or fix its random numbers"
@@ -142,8 +149,7 @@ class CheckCalls:
         Raises:
             ValueError: If the answer has changed.
         """
-        again = self.raw(noise_of(torch.tensor([0], device="cpu"), self.shape), self.between(1 / 3))[0]
-        if self.differs(again, self.middle):
+        if self.differs(self.at_third()[0], self.middle):
             raise ValueError(
                 "the network answers the same question differently after the measurement than before it, so the "
                 f"measurement is useless: {STATE}"

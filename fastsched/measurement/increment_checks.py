@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastsched.measurement.check_calls import CheckCalls
 from fastsched.measurement.statistics import PathStatistics
-from fastsched.sampling.random_streams import noise_of
 
 #: The network is asked twice where the mean cosine of this many increments in a row and their next is below the second
 #: number, as it is of random outputs, and in 6 of 1,122 measurements of exact ones over 24 and 48 levels. Increments
@@ -39,7 +38,7 @@ def check_increments(ask: CheckCalls, stats: PathStatistics) -> None:
         return
     k = int(means.argmin()) + WINDOW // 2 + 1
     s = ask.known(float(stats.s[k]))
-    y = stats.ends[:1].view(1, *stats.shape) / s + noise_of(torch.tensor([2], device="cpu"), stats.shape)
+    y = stats.ends[:1].view(1, *stats.shape) / s + ask.noise(2)
     if ask.differs(ask.raw(y, s)[0], ask.raw(y, s)[0]):
         raise ValueError(
             f"the network answers the same question differently every time around level {s:.3g}: it is random there, "

@@ -46,7 +46,6 @@ from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.measurement.check_calls import ELSEWHERE, STATE, CheckCalls, Top
 from fastsched.measurement.fingerprints import fingerprint_of
 from fastsched.measurement.table_checks import check_table
-from fastsched.sampling.random_streams import noise_of
 
 #: Network evaluations that the checks spend, before a measurement and after it, unless the network is unusual.
 CHECK_CALLS = 7
@@ -130,8 +129,7 @@ def check_network(
     check_evaluation_mode(denoiser.network)
     ask = CheckCalls(denoiser, shape, device, dtype)
     levels = denoiser.levels(3) if s is None else s
-    pair = noise_of(torch.tensor([seed, seed + ELSEWHERE], device="cpu"), shape)
-    ask.top = Top(float(levels[0]), pair, 2 if batch == 1 else 1)
+    ask.top = Top(float(levels[0]), ask.noise(seed, seed + ELSEWHERE), 2 if batch == 1 else 1)
     with checked_training(denoiser.network, device):
         try:
             ask.top.ask(ask)
@@ -152,7 +150,7 @@ def check_network(
 
 def _check_denoiser(ask: CheckCalls, low: float) -> None:
     """Make the remaining calls before the measurement, and compare the outputs with those of a denoiser."""
-    noise = noise_of(torch.tensor([0, 2], device="cpu"), ask.shape).double()
+    noise = ask.noise(0, 2).double()
     first, second = ask.between(1 / 3), ask.between(2 / 3)
     middle, x0 = ask.raw(noise[:1], first)
     ask.middle, ask.fingerprint = middle.float(), fingerprint_of(middle, x0, ask.factor(first))
@@ -181,8 +179,7 @@ def _check_denoiser(ask: CheckCalls, low: float) -> None:
 def fingerprint(denoiser: Denoiser, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """The network's fingerprint (`measurement.fingerprints`): its answer at one fixed state and level; one call."""
     ask = CheckCalls(denoiser, shape, device, dtype)
-    level = ask.between(1 / 3)
-    return fingerprint_of(*ask.raw(noise_of(torch.tensor([0], device="cpu"), shape), level), ask.factor(level))
+    return fingerprint_of(*ask.at_third(), ask.factor(ask.between(1 / 3)))
 
 
 def _check_top(ask: CheckCalls, size: float) -> None:
@@ -253,9 +250,7 @@ def _answers_equal(ask: CheckCalls, low: float) -> bool:
 
 def _check_cache(ask: CheckCalls) -> None:
     """ValueError if a network constant at the highest level is so at a third too, with another value; two calls."""
-    one, other = (
-        ask.raw(noise_of(torch.tensor([seed], device="cpu"), ask.shape), ask.between(1 / 3))[0] for seed in (2, 0)
-    )
+    one, other = (ask.at_third(seed)[0] for seed in (2, 0))
     if torch.equal(one, other) and not torch.equal(ask.middle, ask.top.raw[:1]):  # else it is constant everywhere
         raise ValueError(
             f"the network answers different states of one level alike, as if it kept its answer to the first: {STATE}"

@@ -37,7 +37,6 @@ from fastsched.measurement.network_checks import (
     suspects,
 )
 from fastsched.measurement.path_following import Query
-from fastsched.sampling.random_streams import noise_of
 
 Result = TypeVar("Result")
 
@@ -142,7 +141,7 @@ class _Path:
     @property
     def noise(self) -> Tensor:
         """The noise that is added to states, [*shape]; drawn again at each use, so that it takes no memory."""
-        return noise_of(torch.tensor([ELSEWHERE + 2], device="cpu"), self.ask.shape)[0]
+        return self.ask.noise(ELSEWHERE + 2)[0]
 
     def see(self, x: Tensor, k: int, raw: Tensor) -> Tensor | None:
         """Record the output at state ``x`` and level k; after the last level, return the first path's end [*shape]."""
@@ -225,7 +224,7 @@ class _Path:
         return self.ask.low_fault
 
     def _is_sample(self, end: Tensor, deviation: float) -> bool:
-        noise = noise_of(torch.arange(NOISES // 2, device="cpu") + (ELSEWHERE + 3), self.ask.shape)
+        noise = self.ask.noise(*range(ELSEWHERE + 3, ELSEWHERE + 3 + NOISES // 2))
         if moved_at_lowest(self.ask, end.double()[None], noise[:1].double(), float(self.s[-1])) is not None:
             return False
         _, left, along = _left(self.ask, end, torch.cat([noise, -noise]), LOW_PART * deviation)
