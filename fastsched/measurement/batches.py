@@ -57,6 +57,20 @@ class Batches:
     gathered: tuple[int, int] = (0, 1)
     identified: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        shape: tuple[int, ...],
+        seeds: Tensor,
+        batch_size: int | None,
+        file: str | os.PathLike[str] | None,
+        **others: Any,
+    ) -> Batches:
+        """Batches of ``batch_size`` paths; when None, of as many as fit, or of one if there is a file."""
+        usual = len(seeds) if file is None else 1
+        size = usual if batch_size is None else validate.positive_int("batch_size", batch_size)
+        return cls(shape, seeds, size, batch_size is not None, file=file, **others)
+
 
 @torch.no_grad()
 def measured(run: Measurement, batches: Batches, found: PathStatistics | None = None) -> PathStatistics:

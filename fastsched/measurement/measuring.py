@@ -114,24 +114,9 @@ def prepared(
 ) -> tuple[Measurement, Batches, PathStatistics | None]:
     """What to measure, in which batches, and what of it the checkpoint holds; arguments as in `measure`."""
     run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses, keep_increments, store)
-    batches = batches_of(shape, samples, seed, batch_size, checks, checkpoint, progress)
-    return run, batches, resumed(checkpoint, run, batches)
-
-
-def batches_of(
-    shape: Sequence[int],
-    samples: int | range,
-    seed: int,
-    batch_size: int | None = None,
-    checks: bool = True,
-    file: str | os.PathLike[str] | None = None,
-    progress: Progress = True,
-) -> Batches:
-    """The batches of a measurement, from the arguments of `measure`."""
     sizes, seeds = validate.sample_shape("shape", shape), sample_seeds(seed, validate.sample_range("samples", samples))
-    grain = len(seeds) if file is None else 1
-    size = grain if batch_size is None else validate.positive_int("batch_size", batch_size)
-    return Batches(sizes, seeds, size, batch_size is not None, checks, file, progress)
+    batches = Batches.of(sizes, seeds, batch_size, checkpoint, checks=checks, progress=progress)
+    return run, batches, resumed(checkpoint, run, batches)
 
 
 def measurement_of(
@@ -168,11 +153,9 @@ def with_increments(
     """
     if stats.increments is not None:
         return stats
-    grain = stats.samples if checkpoint is None else 1
-    batch = grain if batch_size is None else validate.positive_int("batch_size", batch_size)
+    batches = Batches.of(stats.shape, stats.seeds, batch_size, checkpoint, checks=False, progress=False)
     asked = check_same_network(denoiser, stats, device, dtype)
     run = measurement_of(denoiser, stats.s, device, dtype, stats.response_gram is not None, keep_increments=True)
-    batches = Batches(stats.shape, stats.seeds, batch, batch_size is not None, False, checkpoint, progress=False)
     again = measured_in_group(run, batches, resumed(checkpoint, run, batches), group, vectors="first")
     return replace(
         stats,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.measurement.batches import measured, resumed
-from fastsched.measurement.measuring import batches_of, measured_levels, measurement_of
+from fastsched.measurement.measuring import prepared
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.progress import Progress
 
@@ -47,9 +47,8 @@ def measure_to_file(
         ValueError: As `fastsched.measure`, or if ``path`` was measured with other settings.
         FileExistsError: If there is a file, and neither ``resume`` nor ``overwrite`` is set.
     """
-    run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses)
-    batches = batches_of(shape, samples, seed, batch_size, checks, path, progress)
-    file = Path(path)
-    if file.exists() and not resume and not overwrite:
-        raise FileExistsError(f"{file} exists; resume it (--resume), replace it (--overwrite), or name another file")
-    return measured(run, batches, resumed(file, run, batches) if resume else None)
+    settings = {name: value for name, value in locals().items() if name not in ("path", "resume", "overwrite")}
+    run, batches, _ = prepared(**settings, checkpoint=None, keep_increments=False)
+    if os.path.exists(path) and not resume and not overwrite:
+        raise FileExistsError(f"{path} exists; resume it (--resume), replace it (--overwrite), or name another file")
+    return measured(run, replace(batches, file=path), resumed(path, run, batches) if resume else None)
