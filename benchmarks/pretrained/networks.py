@@ -25,18 +25,13 @@ ZOO_FILE = "zoo.py"
 
 @dataclass(frozen=True)
 class Network:
-    """One network.
+    """One network."""
 
-    Attributes:
-        denoiser: The denoiser to sample from.
-        shape: The shape of one sample, without the batch.
-        native: ``native(steps)`` is the schedule of the network's repository, sampler sigmas [steps + 1] ending in 0.
-        image: Turns samples into pictures, [B, C, H, W] in [0, 1]; None if samples are not pictures.
-    """
-
-    denoiser: fs.Denoiser
-    shape: tuple[int, ...]
+    denoiser: fs.Denoiser  #: the denoiser to sample from
+    shape: tuple[int, ...]  #: the shape of one sample, without the batch
+    #: ``native(steps)`` is the schedule of the network's repository, sampler sigmas [steps + 1] ending in 0.
     native: Callable[[int], Tensor]
+    #: Turns samples into pictures, [B, C, H, W] in [0, 1]; None if samples are not pictures.
     image: Callable[[Tensor], Tensor] | None = None
 
 

@@ -62,21 +62,14 @@ USUAL_EFFORT = Effort(paper=64, gits=256, tuning=16, optimal_steps=8, most_steps
 
 @dataclass(frozen=True)
 class Plan:
-    """How a network is judged.
+    """How a network is judged."""
 
-    Attributes:
-        calls: Numbers of model calls, the same as steps.
-        samples: Number of noises.
-        reference: Arguments of `fs.converged_reference` for the converged run.
-        effort: Noises of the other methods.
-        left_out: Methods that would take too long.
-    """
-
-    calls: tuple[int, ...] = (5, 8, 12)
-    samples: int = 64
+    calls: tuple[int, ...] = (5, 8, 12)  #: numbers of model calls, the same as steps
+    samples: int = 64  #: number of noises
+    #: Arguments of `fs.converged_reference` for the converged run.
     reference: dict[str, Any] = field(default_factory=dict)
-    effort: Effort = USUAL_EFFORT
-    left_out: tuple[str, ...] = ()
+    effort: Effort = USUAL_EFFORT  #: noises of the other methods
+    left_out: tuple[str, ...] = ()  #: methods that would take too long
 
 
 #: Networks whose call takes more than this many seconds for one sample are judged by `LARGE`.

@@ -32,39 +32,26 @@ TUNING_SEED = 10_000
 
 @dataclass(frozen=True)
 class Effort:
-    """How many noises the other methods are given; fastsched measures 8.
+    """How many noises the other methods are given; fastsched measures 8."""
 
-    Attributes:
-        paper: For the paper's cost.
-        gits: For GITS's paths; the default is its authors' number.
-        tuning: For choosing among GITS's settings.
-        optimal_steps: For OSS.
-        most_steps: Not noises, but the most steps of OSS's paths; paths of fewer steps are found along the way.
-    """
-
-    paper: int = 64
-    gits: int = 256
-    tuning: int = 64
-    optimal_steps: int = 16
-    most_steps: int = 20
+    paper: int = 64  #: for the paper's cost
+    gits: int = 256  #: for GITS's paths; the default is its authors' number
+    tuning: int = 64  #: for choosing among GITS's settings
+    optimal_steps: int = 16  #: for OSS
+    most_steps: int = 20  #: not noises, but the most steps of OSS's paths; paths of fewer steps are found along the way
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A schedule and the cost of choosing it.
+    """A schedule and the cost of choosing it."""
 
-    Attributes:
-        sigmas: Sampler sigmas [steps + 1], the last 0. For the fitted solver and for decoupled levels, the whole
-            `fs.Schedule` with its weights or network levels.
-        model_calls: Model calls of choosing, with the measurement even if it serves all solvers and numbers of steps.
-        seconds: CPU seconds of choosing, with the measurement.
-        predicted: The squared distance that the method predicts, or None.
-    """
-
+    #: Sampler sigmas [steps + 1], the last 0. For the fitted solver and for decoupled levels, the whole `fs.Schedule`
+    #: with its weights or network levels.
     sigmas: Tensor | fs.Schedule
+    #: Model calls of choosing, with the measurement even if it serves all solvers and numbers of steps.
     model_calls: int = 0
-    seconds: float = 0.0
-    predicted: float | None = None
+    seconds: float = 0.0  #: CPU seconds of choosing, with the measurement
+    predicted: float | None = None  #: the squared distance that the method predicts, or None
 
     @property
     def nodes(self) -> Tensor:

@@ -36,18 +36,12 @@ class Gits:
     For every solver, the step from i to j ends in ``z = z_i + (s_j - s_i) dz/ds(z_i)``. Its cost is a mean over
     samples: of ``||z - z_j||`` for the metric l2, and of ``dev(z) - dev(z_j)`` for dev, where ``dev`` is the distance
     from the line through ``z_0`` and ``z_{N-1}``.
-
-    Attributes:
-        process: The noise process.
-        s: The teacher's levels, [N].
-        costs: By metric, [N, N], used above the diagonal.
-        model_calls: Model calls of the path, counted per sample.
     """
 
-    process: NoiseProcess
-    s: Tensor
-    costs: dict[str, Array]
-    model_calls: int
+    process: NoiseProcess  #: the noise process
+    s: Tensor  #: the teacher's levels, [N]
+    costs: dict[str, Array]  #: by metric, [N, N], used above the diagonal
+    model_calls: int  #: model calls of the path, counted per sample
 
     @classmethod
     @torch.no_grad()
@@ -77,17 +71,11 @@ class Gits:
 
 @dataclass(frozen=True)
 class GitsTuning:
-    """Chooses among 16 settings of GITS (teacher, metric, discount) on separate noises.
+    """Chooses among 16 settings of GITS (teacher, metric, discount) on separate noises."""
 
-    Attributes:
-        denoiser: The denoiser to sample from.
-        paths: GITS's paths, by the teacher's solver.
-        reference: Converged samples of the noises.
-    """
-
-    denoiser: fs.Denoiser
-    paths: dict[str, Gits]
-    reference: Reference
+    denoiser: fs.Denoiser  #: the denoiser to sample from
+    paths: dict[str, Gits]  #: GITS's paths, by the teacher's solver
+    reference: Reference  #: converged samples of the noises
 
     def schedule(self, solver: str, steps: int) -> tuple[Tensor, int]:
         """The schedule with the least typical error under ``solver`` over all settings, and the model calls spent."""

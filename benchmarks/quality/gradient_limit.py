@@ -67,19 +67,12 @@ def differentiable(denoiser: fs.Denoiser) -> fs.Denoiser:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A linear multistep sampler whose nodes and weights can be differentiated.
+    """A linear multistep sampler whose nodes and weights can be differentiated."""
 
-    Attributes:
-        first: ``log s`` of the first node, which is fixed.
-        last: Lower bound of ``log s`` of all nodes.
-        log_gaps: Logarithms of the distances in ``log s`` between nodes, [K - 1].
-        corrections: Added to dpmpp_2m's weights, [K, K], used below the diagonal.
-    """
-
-    first: float
-    last: float
-    log_gaps: Tensor
-    corrections: Tensor
+    first: float  #: ``log s`` of the first node, which is fixed
+    last: float  #: lower bound of ``log s`` of all nodes
+    log_gaps: Tensor  #: logarithms of the distances in ``log s`` between nodes, [K - 1]
+    corrections: Tensor  #: added to dpmpp_2m's weights, [K, K], used below the diagonal
 
     @classmethod
     def of_schedule(cls, s: Tensor, lowest: float) -> Sampler:

@@ -32,20 +32,13 @@ class LowRankMixture:
 
     Means are ``N(0, spread^2 I)`` and weights are in proportion ``1 .. modes``. ``U_m`` has random orthonormal columns,
     and ``l_k`` falls as ``k^-2``, scaled so that an element's mean variance within a mode is 1/4 without the floor.
-
-    Attributes:
-        log_weights: [M].
-        means: [M, d].
-        axes: ``U_m`` [M, d, r].
-        variances: ``l`` [r].
-        floor: Standard deviation of the isotropic part.
     """
 
-    log_weights: Tensor
-    means: Tensor
-    axes: Tensor
-    variances: Tensor
-    floor: float
+    log_weights: Tensor  #: [M]
+    means: Tensor  #: [M, d]
+    axes: Tensor  #: ``U_m`` [M, d, r]
+    variances: Tensor  #: ``l`` [r]
+    floor: float  #: standard deviation of the isotropic part
 
     @classmethod
     def random(cls, d: int, modes: int, rank: int, *, seed: int, spread: float, floor: float) -> LowRankMixture:

@@ -25,17 +25,12 @@ LEVELS = 200
 
 @dataclass(frozen=True)
 class OptimalSteps:
-    """Every sample's path of up to ``most`` steps.
+    """Every sample's path of up to ``most`` steps."""
 
-    Attributes:
-        process: The noise process.
-        s: The teacher's levels, noisiest first, [N].
-        before: Predecessors, [most, B, N + 1]: ``before[k - 1, b, j]`` is the position of the level before j on
-            sample b's path of k steps to j. Position N is sigma 0.
-    """
-
-    process: NoiseProcess
-    s: Tensor
+    process: NoiseProcess  #: the noise process
+    s: Tensor  #: the teacher's levels, noisiest first, [N]
+    #: Predecessors, [most, B, N + 1]: ``before[k - 1, b, j]`` is the position of the level before j on sample b's path
+    #: of k steps to j. Position N is sigma 0.
     before: Tensor
 
     @classmethod

@@ -49,25 +49,15 @@ Cell = tuple[str, int]
 
 @dataclass(frozen=True)
 class Unit:
-    """A denoiser and a seed, the work of one process at a time.
+    """A denoiser and a seed, the work of one process at a time."""
 
-    Attributes:
-        model: The denoiser's name.
-        seed: Seed of noises and measurements.
-        cells: Solvers and model calls.
-        samples: Number of noises.
-        methods: Methods to run; all if empty.
-        done: Rows that exist already, as (solver, calls, method).
-        commit: Commit of the code, which is stored in the rows.
-    """
-
-    model: str
-    seed: int
-    cells: tuple[Cell, ...]
-    samples: int
-    methods: tuple[str, ...]
-    done: frozenset[tuple[str, int, str]]
-    commit: str
+    model: str  #: the denoiser's name
+    seed: int  #: seed of noises and measurements
+    cells: tuple[Cell, ...]  #: solvers and model calls
+    samples: int  #: number of noises
+    methods: tuple[str, ...]  #: methods to run; all if empty
+    done: frozenset[tuple[str, int, str]]  #: rows that exist already, as (solver, calls, method)
+    commit: str  #: commit of the code, which is stored in the rows
 
 
 def steps_within(solver: str, calls: int) -> int:

@@ -35,19 +35,12 @@ Cell = tuple[str, str, int]  # denoiser, solver, model calls
 
 @dataclass(frozen=True)
 class Results:
-    """Values of every metric, by cell and method, one for each seed.
+    """Values of every metric, by cell and method, one for each seed."""
 
-    Attributes:
-        values: ``values[metric][cell][method]``, a list over seeds.
-        cells: The cells of stock solvers.
-        methods: All methods.
-        fitted: The cells of the fitted solver, for which only fastsched chooses schedules.
-    """
-
-    values: dict[str, dict[Cell, dict[str, list[float]]]]
-    cells: tuple[Cell, ...]
-    methods: tuple[str, ...]
-    fitted: tuple[Cell, ...] = ()
+    values: dict[str, dict[Cell, dict[str, list[float]]]]  #: ``values[metric][cell][method]``, a list over seeds
+    cells: tuple[Cell, ...]  #: the cells of stock solvers
+    methods: tuple[str, ...]  #: all methods
+    fitted: tuple[Cell, ...] = ()  #: the cells of the fitted solver, for which only fastsched chooses schedules
 
     @classmethod
     def read(cls, path: Path) -> Results:

@@ -36,19 +36,12 @@ GRID, GRID_COLUMNS = 18, 6  # images of each schedule in the figure
 
 @dataclass(frozen=True)
 class Demo:
-    """Results of the demonstration.
+    """Results of the demonstration."""
 
-    Attributes:
-        stats: The measurement.
-        schedules: By solver, then number of steps, then name.
-        comparisons: By solver, then number of steps.
-        reference: The converged samples of all comparisons.
-    """
-
-    stats: PathStatistics
-    schedules: Mapping[str, Mapping[int, Mapping[str, Schedule]]]
-    comparisons: Mapping[str, Mapping[int, Comparison]]
-    reference: Reference
+    stats: PathStatistics  #: the measurement
+    schedules: Mapping[str, Mapping[int, Mapping[str, Schedule]]]  #: by solver, then number of steps, then name
+    comparisons: Mapping[str, Mapping[int, Comparison]]  #: by solver, then number of steps
+    reference: Reference  #: the converged samples of all comparisons
 
 
 def run_demo(

@@ -31,19 +31,12 @@ TOTAL = 800
 
 @dataclass(frozen=True)
 class Plan:
-    """The measurement of a fit.
+    """The measurement of a fit."""
 
-    Attributes:
-        total: The model calls of the fit, the measurement included, counted per sample.
-        levels: Levels of a path.
-        samples: Paths, if responses are measured.
-        few_elements: For samples of at most this many elements, no responses and about twice as many paths.
-    """
-
-    total: int
-    levels: int
-    samples: int
-    few_elements: int = 0
+    total: int  #: the model calls of the fit, the measurement included, counted per sample
+    levels: int  #: levels of a path
+    samples: int  #: paths, if responses are measured
+    few_elements: int = 0  #: for samples of at most this many elements, no responses and about twice as many paths
 
 
 PLANS = (

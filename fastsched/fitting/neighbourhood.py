@@ -45,35 +45,20 @@ OFFSET_REACH = 0.5
 
 @dataclass(frozen=True, eq=False)
 class Neighbourhood:
-    """Schedules near the anchor.
-
-    Attributes:
-        surrogate: The surrogate of the denoiser.
-        secants: The secants of the measurement and of the runs.
-        norms: Norms over all V known vectors, relative to each sample's error under the anchor.
-        solver: The solver.
-        levels: Levels of the anchor, [steps + 1].
-        weights: Weights of the anchor, [steps, steps]; None unless the solver is fitted.
-        offsets: Offsets of the anchor, [steps]; None unless levels are decoupled.
-        column: Index of the anchor's error among the vectors.
-        others: Parameters of the other runs, [M, P].
-        columns: Indices of the other runs' errors among the vectors, [M].
-        least: The squared error that rounding makes; no prediction is lower.
-        penalty: Weight of deviations that no secant explains.
-    """
+    """Schedules near the anchor."""
 
     surrogate: Surrogate
-    secants: Secants
-    norms: Norms
+    secants: Secants  #: the secants of the measurement and of the runs
+    norms: Norms  #: norms over all V known vectors, relative to each sample's error under the anchor
     solver: Solver
-    levels: Array
-    weights: Array | None
-    offsets: Array | None
-    column: int
-    others: Array
-    columns: Sequence[int]
-    least: float
-    penalty: float = PENALTY
+    levels: Array  #: levels of the anchor, [steps + 1]
+    weights: Array | None  #: weights of the anchor, [steps, steps]; None unless the solver is fitted
+    offsets: Array | None  #: offsets of the anchor, [steps]; None unless levels are decoupled
+    column: int  #: index of the anchor's error among the vectors
+    others: Array  #: parameters of the other runs, [M, P]
+    columns: Sequence[int]  #: indices of the other runs' errors among the vectors, [M]
+    least: float  #: the squared error that rounding makes; no prediction is lower
+    penalty: float = PENALTY  #: weight of deviations that no secant explains
 
     @property
     def inner(self) -> int:
@@ -186,17 +171,11 @@ class Neighbourhood:
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """A schedule of the neighbourhood.
+    """A schedule of the neighbourhood."""
 
-    Attributes:
-        levels: Its levels, [steps + 1].
-        weights: The fitted solver's, [steps, steps].
-        told: The levels that the network is told, [steps]; None if they are the states' levels.
-    """
-
-    levels: Array
-    weights: Array | None
-    told: Array | None
+    levels: Array  #: its levels, [steps + 1]
+    weights: Array | None  #: the fitted solver's, [steps, steps]
+    told: Array | None  #: the levels that the network is told, [steps]; None if they are the states' levels
 
     def in_order(self, process: NoiseProcess) -> bool:
         """Whether the levels, and the levels that the network is told, descend and are far enough apart."""

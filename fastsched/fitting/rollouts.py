@@ -24,17 +24,11 @@ from fastsched.sampling.solvers import Solver
 
 @dataclass(frozen=True)
 class Evaluations:
-    """Inputs and outputs of the network in a run of the sampler.
+    """Inputs and outputs of the network in a run of the sampler."""
 
-    Attributes:
-        s: The level of each evaluation, in order.
-        states: ``y = z / s`` at each evaluation, [B, *shape].
-        denoised: ``D`` at each evaluation, [B, *shape].
-    """
-
-    s: tuple[float, ...]
-    states: tuple[Tensor, ...]
-    denoised: tuple[Tensor, ...]
+    s: tuple[float, ...]  #: the level of each evaluation, in order
+    states: tuple[Tensor, ...]  #: ``y = z / s`` at each evaluation, [B, *shape]
+    denoised: tuple[Tensor, ...]  #: ``D`` at each evaluation, [B, *shape]
 
     @classmethod
     def of(cls, calls: Sequence[tuple[float, Tensor, Tensor]]) -> Evaluations:
@@ -45,15 +39,10 @@ class Evaluations:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A run of the sampler from the noises of the measured paths.
+    """A run of the sampler from the noises of the measured paths."""
 
-    Attributes:
-        ends: Where the samples ended, [B, *shape].
-        evaluations: Inputs and outputs of the network on the way; None if they were not kept.
-    """
-
-    ends: Tensor
-    evaluations: Evaluations | None = None
+    ends: Tensor  #: where the samples ended, [B, *shape]
+    evaluations: Evaluations | None = None  #: inputs and outputs of the network on the way; None if they were not kept
 
     def samples(self, first: int, last: int) -> Rollout:
         """The run of samples ``first .. last - 1`` alone."""
@@ -84,15 +73,10 @@ RunCache: TypeAlias = "Callable[[Schedule, int, int, Callable[[], Rollout | None
 
 @dataclass(frozen=True)
 class RecordingDenoiser(Denoiser):
-    """A denoiser that keeps its inputs and outputs on the CPU.
+    """A denoiser that keeps its inputs and outputs on the CPU."""
 
-    Attributes:
-        own: The denoiser that is called.
-        calls: ``(s, y, D)`` of each call.
-    """
-
-    own: Denoiser | None = None
-    calls: list[tuple[float, LateReading, LateReading]] = field(default_factory=list)
+    own: Denoiser | None = None  #: the denoiser that is called
+    calls: list[tuple[float, LateReading, LateReading]] = field(default_factory=list)  #: ``(s, y, D)`` of each call
 
     @classmethod
     def of(cls, denoiser: Denoiser) -> RecordingDenoiser:

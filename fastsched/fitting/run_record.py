@@ -43,25 +43,15 @@ def increments_of(stats: PathStatistics) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """A run: its schedule and errors, and the columns of its vectors in the Gram matrix.
+    """A run: its schedule and errors, and the columns of its vectors in the Gram matrix."""
 
-    Attributes:
-        schedule: The schedule, with its measured error.
-        levels: The levels of the schedule, [steps + 1].
-        errors: ``||x0 - x0_path||^2`` of each sample, [B].
-        s: The levels of the network evaluations; empty if they are not known.
-        first: The column of the first residual; the others follow.
-        column: The column of the error.
-        offsets: ``log(s_told / s)``, if the network was told ``s_told`` and the state's level was ``s``, [steps].
-    """
-
-    schedule: Schedule
-    levels: Array
-    errors: Tensor
-    s: Array
-    first: int
-    column: int
-    offsets: Array
+    schedule: Schedule  #: with its measured error
+    levels: Array  #: the levels of the schedule, [steps + 1]
+    errors: Tensor  #: ``||x0 - x0_path||^2`` of each sample, [B]
+    s: Array  #: the levels of the network evaluations; empty if they are not known
+    first: int  #: the column of the first residual; the others follow
+    column: int  #: the column of the error
+    offsets: Array  #: ``log(s_told / s)``, if the network was told ``s_told`` and the state's level was ``s``, [steps]
 
     @property
     def error(self) -> float:

@@ -54,15 +54,10 @@ def residuals(surrogate: Surrogate, stats: PathStatistics, found: Evaluations) -
 
 @dataclass(frozen=True, eq=False)
 class KnownAnswers:
-    """Stands in for `Secants` and answers with the residuals of one run, so that the surrogate repeats that run.
+    """Stands in for `Secants` and answers with the residuals of one run, so that the surrogate repeats that run."""
 
-    Attributes:
-        first: The index of the run's first residual among the vectors; the others follow it.
-        vectors: V, the number of vectors.
-    """
-
-    first: int
-    vectors: int
+    first: int  #: the index of the run's first residual among the vectors; the others follow it
+    vectors: int  #: V, the number of vectors
 
     def at(self, lam: Array) -> Array:
         """Nothing needs to be known about the levels."""

@@ -33,29 +33,19 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 @dataclass(frozen=True)
 class Batches:
-    """How a measurement is made.
+    """How a measurement is made."""
 
-    Attributes:
-        shape: The shape of one sample.
-        seeds: The seeds of all paths, [B].
-        size: Paths followed at once, at most.
-        chosen: Whether the caller chose ``size``; if not, fewer paths are followed at once where memory is short.
-        checks: Whether to check the network by a few calls first (`measurement.network_checks`).
-        file: Where every finished batch is saved; None keeps them only in memory.
-        progress: As in `fastsched.measure`.
-        gathered: As in `fastsched.measurement.memory.need`, if the paths are one process's share of a group's.
-        identified: Whether to ask for the network's fingerprint where there are no checks.
-    """
-
-    shape: tuple[int, ...]
-    seeds: Tensor
-    size: int
+    shape: tuple[int, ...]  #: the shape of one sample
+    seeds: Tensor  #: the seeds of all paths, [B]
+    size: int  #: paths followed at once, at most
+    #: Whether the caller chose ``size``; if not, fewer paths are followed at once where memory is short.
     chosen: bool = False
-    checks: bool = True
-    file: str | os.PathLike[str] | None = None
-    progress: Progress = True
+    checks: bool = True  #: whether to check the network by a few calls first (`measurement.network_checks`)
+    file: str | os.PathLike[str] | None = None  #: where every finished batch is saved; None keeps them only in memory
+    progress: Progress = True  #: as in `fastsched.measure`
+    #: As in `fastsched.measurement.memory.need`, if the paths are one process's share of a group's.
     gathered: tuple[int, int] = (0, 1)
-    identified: bool = False
+    identified: bool = False  #: whether to ask for the network's fingerprint where there are no checks
 
     @classmethod
     def of(

@@ -34,34 +34,22 @@ REPEATABLE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, tor
 
 @dataclass
 class CheckCalls:
-    """Calls a denoiser to check it, and counts the calls.
-
-    Attributes:
-        denoiser: The denoiser.
-        shape: The shape of one sample.
-        device: Where to run.
-        dtype: What the network computes in.
-        model_calls: Network evaluations so far, counted per sample.
-        fingerprint: The network's fingerprint, once it is known.
-        top: The outputs at the highest level.
-        middle: ``R`` of the call for the fingerprint.
-        constant: Whether all outputs before the measurement were equal.
-        negative_slope: A message if ``D`` moves against a step of its input, else None.
-        low_fault: A message if ``D`` is far from its input at the lowest level, else None.
-        middle_fault: A message if denoising moves a rough sample of a flow too far and a finer one not, else None.
-    """
+    """Calls a denoiser to check it, and counts the calls."""
 
     denoiser: Denoiser
-    shape: tuple[int, ...]
-    device: torch.device
-    dtype: torch.dtype
-    model_calls: int = field(default=0, init=False)
-    fingerprint: Tensor | None = field(default=None, init=False)
-    top: Top = field(init=False)
-    middle: Tensor = field(init=False)
-    constant: bool = field(default=False, init=False)
+    shape: tuple[int, ...]  #: the shape of one sample
+    device: torch.device  #: where to run
+    dtype: torch.dtype  #: what the network computes in
+    model_calls: int = field(default=0, init=False)  #: network evaluations so far, counted per sample
+    fingerprint: Tensor | None = field(default=None, init=False)  #: the network's fingerprint, once it is known
+    top: Top = field(init=False)  #: the outputs at the highest level
+    middle: Tensor = field(init=False)  #: ``R`` of the call for the fingerprint
+    constant: bool = field(default=False, init=False)  #: whether all outputs before the measurement were equal
+    #: A message if ``D`` moves against a step of its input, else None.
     negative_slope: str | None = field(default=None, init=False)
+    #: A message if ``D`` is far from its input at the lowest level, else None.
     low_fault: str | None = field(default=None, init=False)
+    #: A message if denoising moves a rough sample of a flow too far and a finer one not, else None.
     middle_fault: str | None = field(default=None, init=False)
 
     @property

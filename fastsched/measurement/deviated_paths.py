@@ -25,15 +25,11 @@ STRIDE = 2
 
 @dataclass(frozen=True)
 class DeviatedPath:
-    """How one path deviates.
+    """How one path deviates."""
 
-    Attributes:
-        hold: Number of levels over which its steps use the same outputs; a multiple of `STRIDE`.
-        order: 1: the output at the first of these levels. 2: linear extrapolation in ``lambda`` from this output and
-            the one ``hold`` levels before.
-    """
-
-    hold: int
+    hold: int  #: number of levels over which its steps use the same outputs; a multiple of `STRIDE`
+    #: 1: the output at the first of these levels. 2: linear extrapolation in ``lambda`` from this output and the one
+    #: ``hold`` levels before.
     order: int
 
     def slopes(self, lam: Sequence[float]) -> list[list[tuple[int, float]]]:

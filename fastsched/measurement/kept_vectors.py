@@ -15,15 +15,10 @@ from fastsched import ops
 
 @dataclass(frozen=True, eq=False)
 class KeptVectors:
-    """Rows of float32 memory for the vectors of each sample.
+    """Rows of float32 memory for the vectors of each sample."""
 
-    Attributes:
-        data: The rows, [B, rows, d], on ``device`` or on the CPU.
-        device: Where the states are.
-    """
-
-    data: Tensor
-    device: torch.device
+    data: Tensor  #: the rows, [B, rows, d], on ``device`` or on the CPU
+    device: torch.device  #: where the states are
 
     @classmethod
     @contextlib.contextmanager

@@ -45,25 +45,16 @@ HIGH_END, ABOVE_LOWEST = 0.05, 3.0
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """What is measured, and how.
-
-    Attributes:
-        denoiser: The denoiser.
-        s: The levels, [N] float64.
-        device: Where the states are.
-        dtype: What the network computes in.
-        deviated: The deviated paths to follow; none for the reference path alone.
-        keep_vectors: Whether the statistics are to hold increments and responses.
-        store: Where increments and responses are held while paths are followed: ``"device"`` or ``"cpu"``; None until
-            it is chosen (`fastsched.measurement.memory.with_store`).
-    """
+    """What is measured, and how."""
 
     denoiser: Denoiser
-    s: Tensor
-    device: torch.device
-    dtype: torch.dtype
-    deviated: tuple[DeviatedPath, ...] = ()
-    keep_vectors: bool = False
+    s: Tensor  #: the levels, [N] float64
+    device: torch.device  #: where the states are
+    dtype: torch.dtype  #: what the network computes in
+    deviated: tuple[DeviatedPath, ...] = ()  #: the deviated paths to follow; none for the reference path alone
+    keep_vectors: bool = False  #: whether the statistics are to hold increments and responses
+    #: Where increments and responses are held while paths are followed: ``"device"`` or ``"cpu"``; None until it is
+    #: chosen (`fastsched.measurement.memory.with_store`).
     store: str | None = None
     a: Tensor = field(init=False)
     c: Tensor = field(init=False)

@@ -16,16 +16,11 @@ import torch
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a sampler or a measurement.
+    """A run of a sampler or a measurement."""
 
-    Attributes:
-        steps: For every step, its seconds by owner.
-        seconds: Seconds of the whole run.
-        synchronisations: How often the host waited for the GPU in each step, or the mean; None without a GPU.
-    """
-
-    steps: Sequence[dict[str, float]]
-    seconds: float
+    steps: Sequence[dict[str, float]]  #: for every step, its seconds by owner
+    seconds: float  #: seconds of the whole run
+    #: How often the host waited for the GPU in each step, or the mean; None without a GPU.
     synchronisations: Sequence[float] | None
 
 

@@ -79,19 +79,12 @@ def _width(R: Tensor, columns: int) -> int:
 
 @dataclass(frozen=True)
 class _Rows:
-    """How to compute increments of R or X, each row divided by a factor with which the N x N result is scaled.
+    """How to compute increments of R or X, each row divided by a factor with which the N x N result is scaled."""
 
-    Attributes:
-        now: The coefficients, ``[N, 1]``.
-        step: Their steps ``now_k - now_{k-1}``, ``[N, 1]``, subtracted in float64.
-        weight: ``now / step``, ``[N, 1]``, for interpolation; None if a step is too small for it.
-        factor: The factors of the rows, ``[N, 1]`` float64.
-    """
-
-    now: Tensor
-    step: Tensor
-    weight: Tensor | None
-    factor: Tensor
+    now: Tensor  #: the coefficients, ``[N, 1]``
+    step: Tensor  #: their steps ``now_k - now_{k-1}``, ``[N, 1]``, subtracted in float64
+    weight: Tensor | None  #: ``now / step``, ``[N, 1]``, for interpolation; None if a step is too small for it
+    factor: Tensor  #: the factors of the rows, ``[N, 1]`` float64
 
     @classmethod
     def of(cls, now: Tensor, dtype: torch.dtype, *, shared: bool = False, beside: _Rows | None = None) -> _Rows:

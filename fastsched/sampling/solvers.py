@@ -33,30 +33,23 @@ Stage = Callable[[Node, Node], Node]
 
 @dataclass(frozen=True)
 class Solver:
-    """One solver.
+    """One solver."""
 
-    Attributes:
-        name: The name, spelled as in diffusers and k-diffusion.
-        variable: The variable that a step integrates over, ``"rho"`` or ``"tau"``.
-        order: The order once enough slopes are known; the first steps use fewer slopes.
-        weights: ``weights(history, end) -> [b_j, b_i, ...]`` for nodes ``history``, newest first, and the step's
-            end. With a ``stage`` the weight of the stage's slope comes first.
-        source: Where the solver is defined.
-        stage: ``stage(start, end)`` is the node at which a further slope is evaluated, from an Euler prediction.
-        corrector: Weights of a corrector, of which the first is for the slope at the end, evaluated at the predicted
-            state. The next step uses this slope again, so the corrector costs no evaluation.
-        end_weights: Weights of the step to sigma 0, whose history includes the current level; None for ``z = D_j``.
-        lowered: Whether the second to last step has order 2 at most, as with `lower_order_final` in diffusers.
-    """
-
-    name: str
-    variable: str
-    order: int
+    name: str  #: the name, spelled as in diffusers and k-diffusion
+    variable: str  #: the variable that a step integrates over, ``"rho"`` or ``"tau"``
+    order: int  #: the order once enough slopes are known; the first steps use fewer slopes
+    #: ``weights(history, end) -> [b_j, b_i, ...]`` for nodes ``history``, newest first, and the step's end. With a
+    #: ``stage`` the weight of the stage's slope comes first.
     weights: Weights
-    source: str
+    source: str  #: where the solver is defined
+    #: ``stage(start, end)`` is the node at which a further slope is evaluated, from an Euler prediction.
     stage: Stage | None = None
+    #: Weights of a corrector, of which the first is for the slope at the end, evaluated at the predicted state. The
+    #: next step uses this slope again, so the corrector costs no evaluation.
     corrector: Weights | None = None
+    #: Weights of the step to sigma 0, whose history includes the current level; None for ``z = D_j``.
     end_weights: Weights | None = None
+    #: Whether the second to last step has order 2 at most, as with `lower_order_final` in diffusers.
     lowered: bool = False
 
     @property
