@@ -55,17 +55,8 @@ def run_demo(
 ) -> Demo:
     """Measure the digits denoiser, select schedules, compare them with common schedules, and draw a figure.
 
-    Args:
-        output: A folder for ``demo.png`` and the schedules as JSON; created if missing.
-        samples: The number of noises to compare over.
-        solvers: The solvers to select for.
-        steps: The numbers of steps.
-        progress: Show progress bars.
-        say: Called with each line of text.
-
-    Raises:
-        ValueError: If an argument is out of range or unknown.
-        ImportError: If matplotlib is missing.
+    The figure and the schedules go to the folder ``output``, which is created if it is missing. Errors are over
+    ``samples`` noises. ``say`` is called with each line of text.
     """
     samples = validate.positive_int("samples", samples, minimum=2)
     folder = Path(output)

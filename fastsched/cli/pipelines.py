@@ -42,19 +42,10 @@ def compare_pipeline(
 ) -> Comparison:
     """Sample a pipeline with each schedule and with its own, and report the distance to converged samples.
 
-    All runs use the pipeline's scheduler and the same prompts and seeds. The converged samples come from a run of
-    ``reference_steps`` steps, uniform in ``log s``. Samples are latents if the pipeline can return them.
-
-    Args:
-        pipe: The pipeline; its scheduler is restored afterwards.
-        schedules: Schedules for the pipeline's scheduler, by name.
-        own_steps: Numbers of steps at which to run the pipeline with its own schedule too.
-        prompts: Used in turn, one for each call; None if the pipeline takes none.
-        samples: Calls of the pipeline for each schedule. Every call has its own seed.
-        seed: The seed of the first call; later calls count up from it.
-        reference_steps: Steps of the converged run; at most the integer timesteps that the network knows.
-        arguments: Other arguments of the pipeline's call.
-        progress: Show a progress bar.
+    All runs use the pipeline's scheduler, which is restored afterwards. Its own schedule runs at each of ``own_steps``.
+    The converged samples come from a run of ``reference_steps`` steps, uniform in ``log s``, or of as many as the
+    network has integer timesteps. Each run is ``samples`` calls, which take the ``prompts`` in turn, other
+    ``arguments``, and seeds that count up from ``seed``. Samples are latents if the pipeline can return them.
 
     Raises:
         ValueError: If the pipeline cannot be given a schedule, or returns no tensors.

@@ -17,7 +17,7 @@ from fastsched.selection.planning import SAFETY, ErrorCurve
 
 #: Steps of the curves' schedules that are shown if no schedules are given; shorter curves show their longest.
 SHOWN_STEPS = 8
-Picture = tuple[str, str, bytes]
+Picture = tuple[str, str, bytes]  # title, media type and content
 #: Captions of figures.
 ABOUT_ERRORS = (
     "Lines: predicted for the best schedules of each solver. Bands: one standard deviation, which combines the scatter "
@@ -76,15 +76,10 @@ def page(
     measured: Sequence[Measured] = (),
     pictures: Sequence[Picture] = (),
 ) -> str:
-    """The whole page.
+    """The whole page. There is one curve for each solver.
 
-    Args:
-        title: Title of the page; None for one with the model's name.
-        stats: The measurement.
-        schedules: By name; if empty, the curves' schedules of 8 steps are shown.
-        curves: Predicted errors, one for each solver.
-        measured: Measured errors.
-        pictures: Title, media type and content of pictures of samples.
+    If ``title`` is None, the page is titled with the model's name. Without ``schedules`` the curves' schedules of
+    `SHOWN_STEPS` steps are shown.
     """
     shown = dict(schedules) or _chosen(curves)
     source = "from the measured responses" if stats.deviated else "as for Gaussian data: responses were not measured"

@@ -100,8 +100,7 @@ def interrupted_by_signals() -> None:
 def errors_in_a_line(on_interrupt: str = "interrupted; nothing was written") -> Iterator[None]:
     """Print an error as one line on stderr and exit: status 2 for a bad argument, 1 for anything else.
 
-    Args:
-        on_interrupt: Printed after Ctrl-C; the exit status is then 130.
+    After Ctrl-C ``on_interrupt`` is printed, and the status is 130.
     """
     try:
         with warnings.catch_warnings():
@@ -216,14 +215,7 @@ def note(text: str) -> None:
 
 @contextlib.contextmanager
 def joint_bar(total: int, show: bool, what: str, unit: str = "call") -> Iterator[Progress]:
-    """One progress bar for work in several parts. Each part reports how many of its own units are done.
-
-    Args:
-        total: The units of all parts.
-        show: Whether to show a bar.
-        what: A word for the work, shown beside the bar.
-        unit: What is counted.
-    """
+    """One progress bar over the ``total`` units of several parts, which each report how many of their own are done."""
     from fastsched.sampling.progress import progress_bar
 
     part_total, part_done = 0, 0

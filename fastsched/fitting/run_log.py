@@ -47,11 +47,7 @@ def schedule_key(schedule: Schedule) -> str:
 
 
 class RunLog:
-    """The runs of one fit or tuning, in a file.
-
-    Args:
-        path: The file; created if it does not exist.
-        what: The identity of the fit, from `identity`.
+    """The runs of one fit or tuning, of which ``what`` is the `identity`, in a file that is created if it is missing.
 
     Raises:
         ValueError: If the file holds something else, or the runs of another call.

@@ -65,13 +65,9 @@ class Trial:
 
 
 class RunRecord:
-    """The runs so far, and the predictions from them for schedules near one of the runs.
+    """The runs so far, of which ``known`` are the first, and predictions from them for schedules near one of the runs.
 
-    Args:
-        stats: The measurement, with increments.
-        method: The solver.
-        known: Schedules that were run, and their runs.
-        decoupled: Whether the network may be told other levels than the states'.
+    The measurement must have increments. With ``decoupled`` the network may be told other levels than the states'.
     """
 
     def __init__(

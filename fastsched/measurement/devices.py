@@ -126,11 +126,7 @@ def all_of(value: Any, group: Any) -> list[Any]:
 def check_alike(given: Mapping[str, Any], group: Any) -> None:
     """Raise ValueError in all processes of a group unless all were given the same arguments.
 
-    Otherwise their parts would belong to different computations.
-
-    Args:
-        given: What must be the same, by the names of arguments.
-        group: A ``torch.distributed`` group, or None.
+    Otherwise their parts would belong to different computations. ``given`` is by the names of arguments.
     """
     if rank_and_size(group)[1] == 1:
         return

@@ -108,15 +108,9 @@ def check_network(
     Two more if it returns the same for two states of the highest level, and two if ``D`` of ``v`` or ``F`` moves a
     little against a step. Warns if all outputs are equal.
 
-    Args:
-        denoiser: The denoiser.
-        shape: The shape of one sample.
-        device: Where to run.
-        dtype: What the network computes in.
-        s: The levels of the measurement, descending; those of the process when None.
-        seed: The seed of the last sample of the measurement's first batch, which is checked at the first level.
-        batch: The size of that batch. If it is 1, the check has both samples in one call, unless the network takes
-            no two; else one in each.
+    ``s`` are the levels of the measurement; those of the process when None. ``seed`` is that of the last sample of the
+    measurement's first batch, which is checked at the first level, and ``batch`` the size of this batch. If it is 1,
+    the check has both samples in one call, unless the network takes no two; else one in each.
 
     Returns:
         The calls and outputs so far; `CheckCalls.check_first` and `CheckCalls.check_last` remain to be called.

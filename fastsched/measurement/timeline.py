@@ -27,11 +27,8 @@ class Run:
 class Timeline:
     """Spans of time and their owners: a block of `within` owns its time, except that of blocks within it.
 
-    On a CUDA device, events measure the device's time, and the host does not wait until the spans are read.
-
-    Args:
-        device: The device that is timed.
-        owner: The owner of the time outside of all blocks.
+    Time outside of all blocks belongs to ``owner``. On a CUDA device, events measure the device's time, and the host
+    does not wait until the spans are read.
     """
 
     def __init__(self, device: torch.device, owner: str = "rest") -> None:
