@@ -279,11 +279,7 @@ def comparison_calls(
     samples: int | range = 256,
     reference_steps: int = REFERENCE_STEPS,
 ) -> tuple[int, int]:
-    """The numbers of model calls that `compare` makes with these arguments: for the reference, and for all schedules.
-
-    Raises:
-        ValueError: As `compare`.
-    """
+    """The numbers of model calls that `compare` makes with these arguments, for the reference and for all schedules."""
     runs = _planned(denoiser, schedules, solver)
     reference = level_count(denoiser.process, validate.positive_int("reference_steps", reference_steps, minimum=2))
     each = sum(method.model_calls(_steps(run)) for run, method in runs.values())

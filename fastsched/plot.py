@@ -383,11 +383,7 @@ def draw_sigma_axis(axes: Axes, flow: bool) -> None:
 
 
 def check_matplotlib() -> None:
-    """Check that figures can be drawn, before any work for one.
-
-    Raises:
-        ImportError: If matplotlib is missing; the message names the extra to install.
-    """
+    """Check before any work for a figure that it can be drawn: without matplotlib an ImportError names the extra."""
     try:
         import matplotlib.figure  # noqa: F401 - only whether it is there
     except ImportError as error:

@@ -36,11 +36,7 @@ class Network:
 
 
 def find_zoo(folder: Path) -> Path:
-    """The ``zoo.py`` of a folder of weights: in it, or beside it.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
+    """The ``zoo.py`` of a folder of weights, in it or beside it; FileNotFoundError if there is none."""
     for place in (folder, folder.parent):
         if (place / ZOO_FILE).is_file():
             return place / ZOO_FILE
@@ -48,11 +44,7 @@ def find_zoo(folder: Path) -> Path:
 
 
 def builders(zoo: Path) -> dict[str, Callable[[], Network]]:
-    """The functions of a zoo file that build networks, by name.
-
-    Raises:
-        ValueError: If the file defines no ``ZOO``.
-    """
+    """The functions of a zoo file that build networks, by name; ValueError if it defines no ``ZOO``."""
     spec = importlib.util.spec_from_file_location("pretrained_zoo", zoo)
     if spec is None or spec.loader is None:
         raise ValueError(f"zoo must be a Python file, got {str(zoo)!r}")

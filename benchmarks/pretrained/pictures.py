@@ -55,11 +55,7 @@ def rows_of(network: Network, shown: Sequence[tuple[str, str]], calls: int, colu
 
 
 def plot(rows: Sequence[Row], network: Network, title: str, path: Path) -> None:
-    """Write the rows as one picture.
-
-    Raises:
-        ValueError: If the network's samples are not pictures.
-    """
+    """Write the rows as one picture; ValueError if the network's samples are not pictures."""
     from matplotlib.figure import Figure
 
     if network.image is None:

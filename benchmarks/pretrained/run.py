@@ -148,11 +148,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def asked_for(args: argparse.Namespace, available: Sequence[str]) -> list[str]:
-    """Names of the networks to judge.
-
-    Raises:
-        ValueError: If the zoo lacks one.
-    """
+    """Names of the networks to judge; ValueError if the zoo lacks one."""
     usual = [name for name in NETWORKS if name in available] or list(available)
     named = args.networks if args.networks is not None else [] if args.large else usual
     unknown = sorted({*named, *args.large} - set(available))

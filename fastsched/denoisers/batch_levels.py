@@ -9,11 +9,9 @@ from fastsched import validate
 
 
 def sample_levels(s: Tensor | float, x: Tensor) -> Tensor:
-    """Levels [1] of all samples of ``x``, or one for each [B]; float64 on the CPU: Apple's GPUs have no float64.
+    """Levels [1] of all samples of ``x``, or one for each [B]; TypeError or ValueError if ``s`` are none.
 
-    Raises:
-        TypeError: If ``s`` are no numbers.
-        ValueError: If there is not one level, or one for each sample.
+    They are float64 on the CPU, because Apple's GPUs have no float64.
     """
     if isinstance(s, Tensor):
         values = s.cpu().double()

@@ -389,12 +389,7 @@ def is_denoiser(name: str, value: object) -> Denoiser:
 def placement(
     denoiser: Denoiser, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype to run a denoiser's network in; those of the network's parameters when None.
-
-    Raises:
-        TypeError: If ``denoiser`` is not one, or ``dtype`` not a floating-point dtype of PyTorch.
-        ValueError: If there is no such device.
-    """
+    """The device and dtype to run a denoiser's network in; those of the network's parameters when None."""
     is_denoiser("denoiser", denoiser)
     return (
         denoiser.device if device is None else validate.device("device", device),

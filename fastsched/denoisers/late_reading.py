@@ -72,11 +72,7 @@ class Verdicts:
         self.note(torch.stack(torch.aminmax(values)), judge)
 
     def settle(self, *, wait: bool = True) -> None:
-        """Check the noted vectors that are on the CPU, in order; with ``wait``, all of them.
-
-        Raises:
-            ValueError: Or another error, from the first check that fails.
-        """
+        """Check the noted vectors that are on the CPU, in order, or with ``wait`` all; the first failure raises."""
         noted, self._noted = self._noted, []
         for device in dict.fromkeys(values.device for values, _ in noted):
             exact = widest_dtype(device)

@@ -101,10 +101,8 @@ def explained(error: Exception, x: Tensor, condition: Tensor, dtype: torch.dtype
 def checked_call(call: Callable[[], object], x: Tensor, condition: Tensor, dtype: torch.dtype) -> Tensor:
     """The output of ``call()``, which gives a network states like ``x``, in ``dtype``, and this condition.
 
-    Raises:
-        TypeError: As `checked_output`.
-        ValueError: As `checked_output`, or with an explanation if the network failed for a known cause (`explained`).
-        RuntimeError: If the network raises StopIteration, which would end a loop of the caller without a word.
+    Errors are those of `checked_output`; `explained` ones if the network fails for a known cause; and a RuntimeError in
+    place of StopIteration, which would end a loop of the caller without a word.
     """
     gradients = torch.is_grad_enabled()
     try:

@@ -349,11 +349,7 @@ class ContinuousVP(NoiseProcess):
 
 
 def process_from_dict(values: Mapping[str, Any]) -> NoiseProcess:
-    """Rebuild a process from `NoiseProcess.to_dict`.
-
-    Raises:
-        ValueError: If the kind is unknown or an entry is missing.
-    """
+    """Rebuild a process from `NoiseProcess.to_dict`; ValueError if the kind is unknown or an entry is missing."""
     makers = {"ve": VarianceExploding, "vp": VariancePreserving, "flow": FlowMatching, "continuous_vp": ContinuousVP}
     entries = dict(values)
     kind = validate.choice("noise process kind", entries.pop("kind", None), makers)

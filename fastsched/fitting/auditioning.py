@@ -160,9 +160,7 @@ def ranked(run: Run, stats: PathStatistics, candidates: Mapping[str, Schedule], 
     """Rank named candidates by successive halving with any sampler, on the first ``samples`` measured samples.
 
     A run takes ``calls`` network evaluations per sample. A candidate is dropped if one of its runs returns None.
-
-    Raises:
-        ValueError: If no candidate could be run.
+    ValueError if none could be run.
     """
     first = first_round(samples) if len(candidates) > FINALISTS else samples
     runs: dict[str, Rollout] = {}

@@ -80,10 +80,8 @@ def planned(
 
     There are at least ``steps + 1`` levels, and as many samples as the plan's calls allow for these levels.
     ``calls(levels, samples)`` returns the calls of the measurement, ``responses`` says whether it has responses.
-
-    Raises:
-        ValueError: If both are None and ``total`` is below the smallest plan's, the measurement takes more calls than
-            ``total``, or there are more steps than a network has levels.
+    ValueError if both are None and ``total`` is below the smallest plan's, the measurement takes more calls than
+    ``total``, or there are more steps than a network has levels.
     """
     if levels is None and samples is None and total < PLANS[0].total:
         raise ValueError(
@@ -103,11 +101,7 @@ def planned(
 
 
 def calls_left(total: int, measuring: int) -> int:
-    """The model calls, of ``total``, that remain after ``measuring`` to rank and tune schedules.
-
-    Raises:
-        ValueError: If the measurement takes more than ``total``.
-    """
+    """The model calls, of ``total``, that ``measuring`` leaves to rank and tune schedules; ValueError if below 0."""
     if measuring > total:
         raise ValueError(
             f"measuring takes {measuring:,} model calls and model_calls allows {total:,} in all; allow more, or take "

@@ -31,11 +31,7 @@ ELEMENTS = 1 << 16
 
 
 def increments_of(stats: PathStatistics) -> Tensor:
-    """The increments, [B, N-1, d].
-
-    Raises:
-        ValueError: If they were not kept.
-    """
+    """The increments, [B, N-1, d]; ValueError if they were not kept."""
     if stats.increments is None:
         raise ValueError("stats must hold the increments: measure with keep_increments=True")
     return stats.increments

@@ -132,11 +132,7 @@ def _warn_of_constant(stats: PathStatistics) -> None:
 
 
 def resumed(file: str | os.PathLike[str] | None, run: Measurement, batches: Batches) -> PathStatistics | None:
-    """Load what a file holds of a measurement; None if ``file`` is None or does not exist.
-
-    Raises:
-        ValueError: If it was measured with other settings.
-    """
+    """What a file holds of a measurement, None if there is none; ValueError if it was measured with other settings."""
     if file is None or not os.path.exists(file):
         return None
     found, different = PathStatistics.load(file), None
@@ -181,8 +177,7 @@ def _identified(
 ) -> tuple[Tensor | None, CheckCalls | None]:
     """The network's fingerprint, and the calls of the checks; None for what was not asked.
 
-    Raises:
-        ValueError: If the network differs from that of ``found``.
+    ValueError if the network is another one than that of ``found``.
     """
     mark, asked = None, None
     where = (run.denoiser, batches.shape, run.device, run.dtype)

@@ -103,22 +103,14 @@ class CheckCalls:
 
     @torch.no_grad()
     def check_first(self, answer: Tensor) -> None:
-        """Compare an ``answer`` [*shape] of the measurement with the earlier answer to the same question.
-
-        Raises:
-            ValueError: If they differ; a few more calls find the reason.
-        """
+        """ValueError, with the reason, if an ``answer`` [*shape] differs from the earlier one to the same question."""
         if self.differs(answer, self.top.raw[0]):
             self.check_repeats()
             raise ValueError(MIXES)
 
     @torch.no_grad()
     def check_repeats(self) -> None:
-        """Make the first calls again, in batches of the same size and of another.
-
-        Raises:
-            ValueError: If an answer differs.
-        """
+        """Make the first calls again, in batches of the same size and of another; ValueError if an answer differs."""
         first, middle = self.top.asked(self), self.at_third()[0]
         if self.differs(self.at_third()[0], middle) or self.differs(self.top.asked(self), first):
             raise ValueError(
@@ -132,11 +124,7 @@ class CheckCalls:
 
     @torch.no_grad()
     def check_last(self) -> None:
-        """Ask the question of the fingerprint again, after the measurement; one call.
-
-        Raises:
-            ValueError: If the answer has changed.
-        """
+        """ValueError if the answer to the fingerprint's question has changed after the measurement; one call."""
         if self.differs(self.at_third()[0], self.middle):
             raise ValueError(
                 "the network answers the same question differently after the measurement than before it, so the "

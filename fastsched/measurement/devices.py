@@ -29,11 +29,7 @@ Result = TypeVar("Result")
 
 
 def rank_and_size(group: Any) -> tuple[int, int]:
-    """This process's rank within ``group``, and how many there are; (0, 1) without a group.
-
-    Raises:
-        ValueError: If this process is not in the group.
-    """
+    """This process's rank within ``group``, in which it must be, and how many there are; (0, 1) without a group."""
     if group is None:
         return 0, 1
     rank = torch.distributed.get_rank(group)
@@ -86,8 +82,7 @@ def measured_in_group(
 def of_one_network(parts: Sequence[PathStatistics], dtype: torch.dtype) -> list[PathStatistics]:
     """The ``parts``, with the fingerprint of the first of them: devices round differently.
 
-    Raises:
-        ValueError: If they were measured on different networks.
+    ValueError if they were measured on different networks.
     """
     mark = next((part.fingerprint for part in parts if part.fingerprint is not None), None)
     if not all(same_network(mark, part.fingerprint, dtype) for part in parts):
@@ -113,11 +108,7 @@ def own_file(file: str | os.PathLike[str], group: Any) -> str:
 
 
 def all_of(value: Any, group: Any) -> list[Any]:
-    """Gather ``value`` of each process in all of them.
-
-    Raises:
-        RuntimeError: If a process has ended.
-    """
+    """Gather ``value`` of each process in all of them; RuntimeError if a process has ended."""
     found: list[Any] = [None] * rank_and_size(group)[1]
     torch.distributed.all_gather_object(found, value, group=group)
     return found
@@ -143,10 +134,7 @@ def check_alike(given: Mapping[str, Any], group: Any) -> None:
 def prepare_together(prepare: Callable[[], Result], group: Any) -> Result:
     """``prepare()``, for work before the first exchange of a group: if it fails in one process, it fails in all.
 
-    Otherwise the others would wait for the one that failed.
-
-    Raises:
-        RuntimeError: If it failed in another process. The process in which it failed raises its own error.
+    Otherwise the others would wait for the one that failed. This one raises its own error, the others a RuntimeError.
     """
     if rank_and_size(group)[1] == 1:
         return prepare()

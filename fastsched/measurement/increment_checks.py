@@ -25,8 +25,7 @@ WINDOW, ROUGH, SHORT, WIDE = 5, 0.1, 1e-3, 0.6
 def check_increments(ask: CheckCalls, stats: PathStatistics) -> None:
     """Ask the network the same question twice where the increments of the first batch turn to and fro, if anywhere.
 
-    Raises:
-        ValueError: If the answers differ.
+    ValueError if the answers differ.
     """
     cosines = _cosines(stats.gram)
     if ask.denoiser.process.integer_timesteps or len(cosines) < WINDOW:

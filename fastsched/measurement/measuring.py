@@ -146,10 +146,7 @@ def with_increments(
 ) -> PathStatistics:
     """These statistics with increments and responses; if they were not kept, the paths are followed once more.
 
-    Arguments are as in `measure`, but only the first process of a group gets the increments and responses.
-
-    Raises:
-        ValueError: If the network returns NaN or inf.
+    Arguments and errors are as in `measure`, but only the first process of a group gets the increments and responses.
     """
     if stats.increments is not None:
         return stats

@@ -118,8 +118,7 @@ def paths_at_once(
 ) -> int:
     """How many paths to follow at once: ``most``, or as many as fit into memory if the caller did not choose.
 
-    Raises:
-        MemoryError: If they do not fit; the message says what to lower.
+    If they do not fit, a MemoryError says what to lower.
     """
     fits = next((paths for paths in range(most, 0, -1) if not _lacking(run, wanted(paths))), 0)
     if fits == most:
@@ -134,11 +133,7 @@ def paths_at_once(
 
 
 def check_call(run: Measurement, paths: int, elements: int) -> None:
-    """Check that there is memory for as many paths as a pipeline's call has images.
-
-    Raises:
-        MemoryError: If there is not; the message says what to lower.
-    """
+    """MemoryError, which says what to lower, unless there is memory for a path of each image of a pipeline's call."""
     lacking = _lacking(run, need(run, paths, paths, elements))
     if lacking:
         device, size, free = lacking[0]

@@ -34,12 +34,7 @@ FORMER_ENTRIES = {"sensitivity"}
 
 
 def write_statistics(stats: Any, path: str | os.PathLike[str], vectors: bool) -> None:
-    """Write statistics, with increments and responses if ``vectors``.
-
-    Raises:
-        ValueError: If `read_statistics` would refuse them.
-        OSError: If the file cannot be written.
-    """
+    """Write statistics, and with ``vectors`` their increments and responses; ValueError if they could not be read."""
     from safetensors.torch import save
 
     kept = {"s": stats.s, "seeds": stats.seeds, "gram": stats.gram, "ends": stats.ends}
@@ -74,8 +69,7 @@ def write_statistics(stats: Any, path: str | os.PathLike[str], vectors: bool) ->
 def check_process(process: NoiseProcess, s: Tensor) -> None:
     """Warn if a file would keep a noise process of another class with other values at levels ``s``.
 
-    Raises:
-        ValueError: If a file could not keep it at all.
+    ValueError if a file could not keep it at all.
     """
     kept = process_from_dict(process.to_dict())
     names = ("alpha", "sigma", "sampler_sigma", "timestep")

@@ -70,11 +70,7 @@ def _named(path: Name) -> Iterator[None]:
 
 
 def check_writable(path: Name) -> None:
-    """Check that `write_whole` can write to ``path``, before long work.
-
-    Raises:
-        OSError: If the folder does not exist or takes no new file, or if ``path`` is a folder.
-    """
+    """Check before long work that `write_whole` can write to ``path``: OSError if not."""
     target = _target(path)
     if os.path.exists(target) and not os.path.isfile(target):
         return
@@ -166,13 +162,9 @@ def _constant(name: str) -> float:
 
 
 def check_readable(path: Name, what: str) -> str:
-    """The name of a regular file. Others are refused: reading a pipe would block, and a device may never end.
+    """The name of a regular file, as which ``what`` is expected; FileNotFoundError or ValueError if it is none.
 
-    ``what`` it should hold is for messages.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a regular file.
+    Others are refused: reading a pipe would block, and a device may never end.
     """
     name = os.fspath(path)
     if not os.path.exists(name):

@@ -42,11 +42,7 @@ FITTED_SOLVER = Solver(FITTED, "rho", 1, _not_yet, "least squares on a measured 
 
 
 def chosen_solver(solver: str | Solver) -> Solver:
-    """The solver to choose a schedule for: a stock one, or `FITTED_SOLVER`.
-
-    Raises:
-        ValueError: If no deterministic solver has this name.
-    """
+    """The solver to choose a schedule for, a stock one or `FITTED_SOLVER`; ValueError if none has this name."""
     if isinstance(solver, Solver):
         return solver
     return FITTED_SOLVER if solver_name(solver) == FITTED else get_solver(solver)
@@ -58,11 +54,7 @@ def is_solver(name: str, value: object) -> Solver:
 
 
 def checked_weights(weights: Tensor | Sequence[Sequence[float]]) -> Tensor:
-    """``weights`` as a float64 tensor [K, K] on the CPU.
-
-    Raises:
-        ValueError: If the weights are not square, not finite, not lower triangular, or a row does not sum to 1.
-    """
+    """``weights`` as a float64 tensor [K, K] on the CPU; ValueError unless they are a fitted solver's (see above)."""
     values = validate.float64("weights", weights)
     if values.ndim != 2 or values.shape[0] != values.shape[1] or len(values) == 0:
         raise ValueError(f"weights must be a square matrix with one row per step, got shape {tuple(values.shape)}")

@@ -149,8 +149,7 @@ def is_run(name: str, value: object) -> None:
 def schedule_solver(sigmas: object, solver: str | Solver | None = None) -> Solver:
     """The solver of that name, or the schedule's own when None; the fitted solver gets the schedule's weights.
 
-    Raises:
-        ValueError: If no such solver exists, or it is the fitted one and ``sigmas`` is no schedule with weights.
+    ValueError if there is no such solver, or it is the fitted one and ``sigmas`` is no schedule with weights.
     """
     weights = getattr(sigmas, "weights", None)
     if weights is not None and (solver is None or solver_name(solver) == FITTED):

@@ -26,12 +26,7 @@ def write_entries(path: str | os.PathLike[str], entries: dict[str, str]) -> None
 
 
 def read_entries(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The entries of a schedule file: solver, noise, and lists of floats.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is not a complete schedule file, was changed, or an entry has the wrong type.
-    """
+    """The entries of a schedule file: solver, noise, and lists of floats; errors as in `Schedule.load`."""
     name = check_readable(path, "schedule")
     if kind_of(name) == "statistics":
         raise ValueError(

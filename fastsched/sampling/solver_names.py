@@ -58,10 +58,7 @@ def plain(name: str) -> str:
 def known_as(name: str, own: Iterable[str]) -> tuple[str | None, str | None]:
     """The solver, among our ``own`` names, that a menu's or a library's name means, and the noise schedule in it.
 
-    None for what it does not name.
-
-    Raises:
-        ValueError: If fastsched does not have the sampler; the message names the nearest solver.
+    None for what it does not name. A ValueError names the nearest solver if fastsched does not have the sampler.
     """
     # Menus join a sampler and a noise schedule. fastsched chooses the schedule, so only the sampler is looked up.
     short, ending = plain(name), None

@@ -156,11 +156,7 @@ STOCHASTIC_SOLVERS = ("sde_dpmpp_2m", "ancestral")
 
 
 def solver_name(solver: str | Solver) -> str:
-    """The name of a deterministic or stochastic solver, aliases resolved.
-
-    Raises:
-        ValueError: If no solver has this name; the message lists the names and the nearest match.
-    """
+    """The name of a solver, also a stochastic one, aliases resolved; ValueError, with the nearest, if there is none."""
     if isinstance(solver, Solver):
         return solver.name
     known = _known(solver, [*SOLVERS, *ALIASES, *STOCHASTIC_SOLVERS, FITTED])
@@ -178,11 +174,7 @@ def is_stock_solver(name: str, value: object) -> Solver:
 
 
 def get_solver(solver: str | Solver) -> Solver:
-    """The deterministic solver of that name.
-
-    Raises:
-        ValueError: If no such solver has this name; the message lists the names and the nearest match.
-    """
+    """The deterministic solver of that name; ValueError, with the nearest name, if there is none."""
     if isinstance(solver, Solver):
         return solver
     name = ALIASES.get(solver, solver) if isinstance(solver, str) else ""
