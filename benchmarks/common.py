@@ -34,19 +34,11 @@ def interleaved(
     repeats: int = 9,
     clock: str = "wall",
 ) -> dict[str, np.ndarray]:
-    """Time functions in turn, round after round, so that drift of the machine affects all alike.
+    """Seconds of every call of functions, by name, timed in turn so that drift of the machine affects all alike.
 
-    On a GPU the cache is overwritten before each call and CUDA events take the time.
-
-    Args:
-        functions: What to time, by name. Each is called once first, untimed.
-        device: ``"cpu"`` or ``"cuda"``.
-        repeats: Number of rounds.
-        clock: ``"wall"``, or on the CPU ``"cpu"``: CPU seconds of all threads of this process, which depend less on
-            the load of the machine.
-
-    Returns:
-        Seconds of every timed call, by name.
+    Each is called once first, untimed. On a GPU the cache is overwritten before each call and CUDA events take the
+    time. On the CPU the clock is ``"wall"``, or ``"cpu"``: CPU seconds of all threads of this process, which depend
+    less on the load of the machine.
     """
     clear = torch.empty(1 << 28, dtype=torch.int8, device=device) if device == "cuda" else None
     for function in functions.values():

@@ -41,13 +41,8 @@ def schedule(process: NoiseProcess, steps: int, error: str = "sigma", seed: int 
     """Sampler sigmas [steps + 1] that minimise `bound` between the ends of the process; 0 replaces the last.
 
     As the authors do, this uses SciPy's trust-constr with its defaults over ``lambda = -log s`` of the inner nodes. It
-    starts from nodes uniform in ``lambda``, and linear constraints keep the nodes in order.
-
-    Args:
-        process: The noise process.
-        steps: Steps.
-        error: A name of `ERRORS`.
-        seed: Seed of random differences of size `ROUNDING` added to the start; 0 adds none.
+    starts from nodes uniform in ``lambda``, and linear constraints keep the nodes in order. ``error`` is a name of
+    `ERRORS`. A ``seed`` other than 0 adds random differences of size `ROUNDING` to the start.
     """
     from scipy.optimize import LinearConstraint, minimize
 
@@ -84,11 +79,8 @@ def bound(s: Array, error: str = "sigma") -> Array:
     multistep solver is of third order: it interpolates ``D`` in ``lambda = -log s`` by the last three samples and
     integrates exactly over ``rho = e^lambda``. The first and the last step use one sample, the second and the last but
     one use two. Steps with one sample add ``e_i |W_i|`` of their own; up to `FEW_STEPS` steps, the second and the third
-    step add ``(sum_i (e_i W_i)^2)^(1/2)`` of their own.
-
-    Args:
-        s: Levels [..., steps + 1], descending, the last above 0.
-        error: A name of `ERRORS`.
+    step add ``(sum_i (e_i W_i)^2)^(1/2)`` of their own. Levels ``s`` [..., steps + 1] descend to
+    above 0, and ``error`` is a name of `ERRORS`.
     """
     steps = s.shape[-1] - 1
     lam, size = -np.log(s), ERRORS[error](s)

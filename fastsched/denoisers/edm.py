@@ -83,11 +83,7 @@ class WrappedEdmNetwork(nn.Module):
       ``F = (D - c_skip z) / c_out``.
     * Otherwise ``net`` itself is ``F``.
 
-    Args:
-        net: The network given by the user.
-        inner: The network that ``net`` keeps as an attribute.
-        sigma_data: Standard deviation of the data in the preconditioning.
-        class_labels: The networks' argument ``class_labels``, [1, label_dim].
+    ``inner`` is the network that ``net`` keeps, and ``class_labels`` [1, label_dim] is given to both.
     """
 
     def __init__(self, net: Any, inner: Any, sigma_data: float, class_labels: Tensor | None = None) -> None:

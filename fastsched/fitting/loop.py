@@ -33,19 +33,12 @@ CANDIDATES, FIRST_ROUND = 4, 0.25
 
 @dataclass(frozen=True, eq=False)
 class FitReport:
-    """Result of a fit.
-
-    Attributes:
-        schedule: The schedule.
-        stats: The measurement, with increments if the schedule was tuned.
-        audition: The ranking of the candidates; None if they were not run.
-        tuning: The tuning; None if the schedule was not tuned.
-    """
+    """Result of a fit."""
 
     schedule: Schedule
-    stats: PathStatistics
-    audition: Audition | None = None
-    tuning: Tuning | None = None
+    stats: PathStatistics  #: with increments if the schedule was tuned
+    audition: Audition | None = None  #: the ranking of the candidates; None if they were not run
+    tuning: Tuning | None = None  #: None if the schedule was not tuned
 
     @property
     def model_calls(self) -> int:

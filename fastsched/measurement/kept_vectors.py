@@ -27,13 +27,8 @@ class KeptVectors:
     ) -> Iterator[KeptVectors]:
         """Memory of ``sizes`` [B, rows, d], all zero, for as long as the block lasts.
 
-        CPU memory for states on a CUDA device is page-locked within the block, so that copies need not wait.
-
-        Args:
-            sizes: How many samples, rows and elements.
-            device: Where the states are.
-            store: Where rows are kept: ``"device"``, with the states, or ``"cpu"``, in the host's memory.
-            out: CPU memory to use instead, if rows are kept on the CPU and its shape is ``sizes``.
+        Rows are with the states on their ``device``, or with ``store="cpu"`` in the host's memory: in ``out``, if that
+        has this shape. CPU memory for states on a CUDA device is page-locked, so that copies need not wait.
         """
         place = device if store == "device" else torch.device("cpu")
         if out is not None and place.type == "cpu" and out.shape == sizes:

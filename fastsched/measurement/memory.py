@@ -54,16 +54,10 @@ def need(
     saved: bool = False,
     gathered: tuple[int, int] = (0, 1),
 ) -> Need:
-    """Peak memory of following paths.
+    """Peak memory of following ``paths`` at once, of ``samples`` in all.
 
-    Args:
-        run: What is measured, and where its vectors are kept.
-        paths: Paths at once.
-        samples: Paths of the whole measurement.
-        elements: d, of one sample.
-        saved: Whether statistics are saved after each batch, which takes copies of what is saved.
-        gathered: The number of samples whose increments this process receives in the end, and the number of
-            processes in its group.
+    With ``saved`` the statistics are saved after each batch, which takes copies of them. ``gathered`` is the number of
+    samples whose increments this process receives in the end, and the number of processes in its group.
     """
     state = 4 * elements
     device, rows = WORKING * paths * state, run.rows * paths * state

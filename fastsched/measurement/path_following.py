@@ -144,13 +144,8 @@ def measurement_steps(
     returns the statistics. So anything that can call the network can drive a measurement: `fastsched.measure`, or a
     pipeline's own loop (`fastsched.diffusers.CalibrationScheduler`).
 
-    Args:
-        run: What is measured.
-        seeds: The seeds of the batch's paths, [B].
-        shape: The shape of one sample.
-        advance: Called with the number of calls made.
-        out: Where kept vectors go, [B, V, d] float32 on the CPU; new memory when None.
-        verdicts: Those of a caller that checks itself whether outputs are finite; all are read at the end.
+    ``advance`` is called with the number of calls made. Kept vectors go to ``out`` [B, V, d] float32 on the CPU, or to
+    new memory. A caller that checks itself whether outputs are finite gives its ``verdicts``, all read at the end.
 
     Raises:
         ValueError: If an output holds NaN or inf; the message names the level of the first. For outputs on a GPU, as

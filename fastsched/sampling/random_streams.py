@@ -15,16 +15,7 @@ BESIDE = 2**30
 
 
 def sample_seeds(seed: int, samples: int | range) -> Tensor:
-    """The seeds of a measurement's paths, [samples] int64; different values of ``seed`` give different ones.
-
-    Args:
-        seed: The seed of the measurement.
-        samples: How many paths, or which of them: ``range(a, b)``.
-
-    Raises:
-        TypeError: If ``seed`` is not an integer.
-        ValueError: If ``seed`` is not within ``[0, 2^31)``.
-    """
+    """The seeds of a measurement's paths, [samples] int64; different values of ``seed``, within [0, 2^31), differ."""
     which = samples if isinstance(samples, range) else range(samples)
     return validate.seed("seed", seed) * 2**32 + torch.arange(which.start, which.stop, dtype=torch.int64, device="cpu")
 
