@@ -24,15 +24,13 @@ def profiled(name: str, device: str, steps: int, trace: str | None = None) -> Pr
 
 def row(name: str, found: Profile) -> dict[str, Any]:
     """A row of results."""
+    kinds = dict(zip(("own", "fitted", "measuring"), found.steps, strict=True))
     steps = {
         f"{kind}_{field}": round(getattr(each, field), 5)
-        for kind, each in zip(("own", "fitted", "measuring"), found.steps, strict=True)
+        for kind, each in kinds.items()
         for field in ("p50_ms", "p95_ms", "network", "scheduler")
     }
-    waits = {
-        f"{kind}_waits": each.synchronisations
-        for kind, each in zip(("own", "fitted", "measuring"), found.steps, strict=True)
-    }
+    waits = {f"{kind}_waits": each.synchronisations for kind, each in kinds.items()}
     fields = ("parameters", "dtype", "gram_ms", "weights_gb", "peak_gb", "measuring_gb", "predicted_gb", "own_share")
     rest = {field: getattr(found, field) for field in fields}
     rest = {field: round(value, 5) if isinstance(value, float) else value for field, value in rest.items()}

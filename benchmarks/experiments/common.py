@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-import fastsched as fs
 from benchmarks.common import RESULTS, append, environment, table
-from fastsched.comparison import Reference
 from fastsched.denoisers.oracles import GaussianMixture
 
 if TYPE_CHECKING:
@@ -81,12 +79,6 @@ def number_decades(ax: Axes) -> None:
         if scale == "log" and high > low:
             axis.set_minor_locator(LogLocator(subs=(2, 5)) if high < 100 * low else LogLocator(subs=range(2, 10)))
             axis.set_minor_formatter("{x:g}" if high < 100 * low else NullFormatter())
-
-
-def errors(denoiser: fs.Denoiser, schedules: Mapping[str, Any], solver: str, reference: Reference) -> dict[str, Any]:
-    """The comparison's rows by name."""
-    comparison = fs.compare(denoiser, dict(schedules), solver, reference=reference, progress=False)
-    return {row.name: row for row in comparison.rows}
 
 
 def points_mixture(points: np.ndarray, std: float) -> GaussianMixture:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import fastsched as fs
-from benchmarks.experiments.common import SHAPE, SIGMA_MAX, SIGMA_MIN, arguments, axes, errors, report
+from benchmarks.experiments.common import SHAPE, SIGMA_MAX, SIGMA_MIN, arguments, axes, report
 from fastsched.denoisers.digits import digits_denoiser
 
 SOLVERS = ("ddim", "heun", "dpmpp_2m", "ipndm")
@@ -79,7 +79,7 @@ def main() -> None:
         }
         trials |= {**found, ("solver-aware", ""): [fs.optimal_schedule(stats, STEPS, solver)]}
         flat = {f"{key} {n}": sigmas for key, several in trials.items() for n, sigmas in enumerate(several)}
-        compared = errors(denoiser, flat, solver, reference)
+        compared = fs.compare(denoiser, flat, solver, reference=reference, progress=False)
         shown: dict[str, float] = {}
         for key, several in trials.items():
             runs = [compared[f"{key} {n}"] for n in range(len(several))]

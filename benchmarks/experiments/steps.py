@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import fastsched as fs
-from benchmarks.experiments.common import SHAPE, SIGMA_MAX, SIGMA_MIN, arguments, axes, errors, report
+from benchmarks.experiments.common import SHAPE, SIGMA_MAX, SIGMA_MIN, arguments, axes, report
 from fastsched.denoisers.digits import digits_denoiser
 
 SOLVERS = ("ddim", "dpmpp_2m")
@@ -36,9 +36,9 @@ def main() -> None:
                 "corrector, to zero": fs.select(cost, steps, method="arc_length"),
                 "solver-aware": fs.optimal_schedule(stats, steps, solver),
             }
-            for name, row in errors(denoiser, schedules, solver, reference).items():
+            for row in fs.compare(denoiser, schedules, solver, reference=reference, progress=False).rows:
                 found = {error: getattr(row, error) for error in ("typical_error", "mean_error", "frechet")}
-                rows.append({"solver": solver, "steps": steps, "schedule": name, **found})
+                rows.append({"solver": solver, "steps": steps, "schedule": row.name, **found})
         for name in dict.fromkeys(row["schedule"] for row in rows):
             line = [row for row in rows if row["solver"] == solver and row["schedule"] == name]
             ax.loglog([row["steps"] for row in line], [row["typical_error"] for row in line], "o-", ms=3, label=name)

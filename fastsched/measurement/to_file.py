@@ -40,9 +40,6 @@ def measure_to_file(
     * ``resume``: measure only the paths that ``path`` does not hold yet.
     * ``overwrite``: replace ``path`` if there is one.
 
-    Returns:
-        The statistics in the file.
-
     Raises:
         ValueError: As `fastsched.measure`, or if ``path`` was measured with other settings.
         FileExistsError: If there is a file, and neither ``resume`` nor ``overwrite`` is set.

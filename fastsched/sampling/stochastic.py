@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import normal, sample_seeds, stream
 from fastsched.sampling.schedule import Schedule, check_decoupled, check_run
 from fastsched.sampling.solvers import STOCHASTIC_SOLVERS
+
+_IS_STOCHASTIC = partial(validate.choice, known=STOCHASTIC_SOLVERS)
 
 
 @torch.no_grad()
@@ -65,7 +68,7 @@ def sample_stochastic(
         ValueError: If ``sigmas`` do not descend or start where ``D`` is not finite, the solver is unknown, ``eta`` or
             ``seed`` is out of range, or the network returns NaN or inf (the message names the level).
     """
-    validate.arguments(locals(), denoiser=is_denoiser, sigmas=validate.anything, solver=_is_stochastic)
+    validate.arguments(locals(), denoiser=is_denoiser, sigmas=validate.anything, solver=_IS_STOCHASTIC)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be within [0, 1], got {eta!r}")
     check_run("sigmas", sigmas, denoiser)
@@ -94,10 +97,6 @@ def sample_stochastic(
             before, width_before = denoised, width
     verdicts.settle()
     return levels[-1] * y
-
-
-def _is_stochastic(name: str, value: object) -> str:
-    return validate.choice(name, value, STOCHASTIC_SOLVERS)
 
 
 def _sde_dpmpp(width: float, end: float, eta: float) -> tuple[float, float, float]:

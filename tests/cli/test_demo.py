@@ -8,15 +8,6 @@ from fastsched.cli.demo import OURS, run_demo, table
 from fastsched.denoisers.digits import digits_denoiser
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The network is too small for threads to pay."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """A small run of the demonstration: one solver, two numbers of steps."""
