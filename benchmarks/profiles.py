@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import append, environment
-from benchmarks.models import PIPELINES
+from benchmarks.pipelines import PIPELINES
 from fastsched.profiling import Profile, profile
 
 KEY = ("device", "threads", "torch", "commit", "case")

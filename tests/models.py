@@ -1,8 +1,10 @@
-"""Networks of every kind made from an oracle's exact denoiser, for tests."""
+"""Networks of every kind made from an oracle's exact denoiser, and runs of them, for tests."""
 
 import torch
 
 import fastsched as fs
+from fastsched.fitting.rollouts import RecordingDenoiser, Rollout
+from fastsched.sampling.random_streams import noise_of
 
 
 def batch_shape(values, like):
@@ -85,3 +87,10 @@ def counted_denoiser(oracle, sigma_min, sigma_max):
         return oracle.denoise(z, s)
 
     return fs.Denoiser.from_denoiser(network, sigma_min, sigma_max), calls
+
+
+def rollout_of(denoiser, stats, schedule):
+    """A run of the sampler from the measured noises, with all evaluations of the network."""
+    recorder = RecordingDenoiser.of(denoiser)
+    ends = fs.sample(recorder, schedule, noise=noise_of(stats.seeds, stats.shape))
+    return Rollout(ends, recorder.evaluations())

@@ -6,13 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from models import exact_denoiser, exact_denoisers, mixture, vp_table
+from models import exact_denoiser, exact_denoisers, mixture, rollout_of, vp_table
 
 import fastsched as fs
 from fastsched.costs.secants import Secants
 from fastsched.costs.surrogate import Surrogate
 from fastsched.fitting.neighbourhood import OFFSET_REACH
-from fastsched.fitting.rollouts import RecordingDenoiser, Rollout
 from fastsched.fitting.run_record import RunRecord
 from fastsched.fitting.run_secants import KnownAnswers, residuals
 from fastsched.sampling.random_streams import noise_of
@@ -128,12 +127,6 @@ def test_whoever_works_out_the_timestep_alone_refuses_it():
 def measured(request):
     denoiser = exact_denoiser(ORACLE, 0.01, 40.0) if request.param == "ve" else DENOISERS[request.param]
     return denoiser, fs.measure(denoiser, (4,), levels=24, samples=4, keep_increments=True, progress=False)
-
-
-def rollout_of(denoiser, stats, schedule):
-    recorder = RecordingDenoiser.of(denoiser)
-    ends = fs.sample(recorder, schedule, noise=noise_of(stats.seeds, stats.shape))
-    return Rollout(ends, recorder.evaluations())
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "unipc"])

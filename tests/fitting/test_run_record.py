@@ -4,13 +4,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from models import exact_denoiser, mixture
+from models import exact_denoiser, mixture, rollout_of
 
 import fastsched as fs
-from fastsched.fitting.rollouts import RecordingDenoiser, Rollout
+from fastsched.fitting.rollouts import Rollout
 from fastsched.fitting.run_record import RunRecord
 from fastsched.sampling.fitted import chosen_solver
-from fastsched.sampling.random_streams import noise_of
 
 DENOISER = exact_denoiser(mixture(d=4), 0.01, 40.0)
 
@@ -24,15 +23,10 @@ def stats():
     return measure()
 
 
-def rollout_of(schedule, stats, denoiser=DENOISER):
-    recorder = RecordingDenoiser.of(denoiser)
-    return Rollout(fs.sample(recorder, schedule, noise=noise_of(stats.seeds, (4,))), recorder.evaluations())
-
-
 def record_of(stats, schedules, denoiser=DENOISER, answers=True):
     record = RunRecord(stats, chosen_solver(schedules[0].solver))
     for schedule in schedules:
-        rollout = rollout_of(schedule, stats, denoiser)
+        rollout = rollout_of(denoiser, stats, schedule)
         record.add(schedule, rollout if answers else Rollout(rollout.ends))
     return record
 
@@ -87,7 +81,7 @@ def test_two_stage_solvers_from_pure_noise_are_learned_from():
 def test_samples_that_are_hit_exactly_leave_the_rest_predictable(stats):
     """Their error counts as what rounding makes of it, in what is learned from a run too."""
     start = fs.Schedule(fs.baselines.karras(6, 0.01, 40.0, spare_last=True), "dpmpp_2m")
-    rollout = rollout_of(start, stats)
+    rollout = rollout_of(DENOISER, stats, start)
     ends = rollout.ends.clone()
     ends[:2] = stats.ends[:2]
     record = RunRecord(stats, chosen_solver("dpmpp_2m"))

@@ -4,7 +4,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from models import exact_denoiser, exact_denoisers, mixture
+from models import exact_denoiser, exact_denoisers, mixture, rollout_of
 
 import fastsched as fs
 from fastsched.costs.secants import Secants
@@ -27,11 +27,9 @@ def measured(request):
 
 def run_of(denoiser, stats, schedule):
     """A run from the measured noises: levels of its evaluations, error [B, d], residuals [B, evaluations, d]."""
-    recorder = RecordingDenoiser.of(denoiser)
-    ends = fs.sample(recorder, schedule, noise=noise_of(stats.seeds, stats.shape))
-    evaluations = recorder.evaluations()
-    found = residuals(Surrogate.of(stats), stats, evaluations)
-    return np.array(evaluations.s), (ends - stats.ends).double(), found.double()
+    run = rollout_of(denoiser, stats, schedule)
+    found = residuals(Surrogate.of(stats), stats, run.evaluations)
+    return np.array(run.evaluations.s), (run.ends - stats.ends).double(), found.double()
 
 
 def schedule_of(stats, steps, solver):
@@ -50,10 +48,9 @@ def combined(coefficients, stats, *vectors):
 
 def check_deviations(denoiser, stats, schedule, s, deviations):
     """Against the states of the run: ``z - z_path``, the path's as the surrogate has it from its ``D_0``."""
-    recorder, noise = RecordingDenoiser.of(denoiser), noise_of(stats.seeds, stats.shape)
-    fs.sample(recorder, schedule, noise=noise)
+    noise = noise_of(stats.seeds, stats.shape)
     noisiest = stats.ends.double() - stats.increments.double().sum(1)
-    states = recorder.evaluations().states
+    states = rollout_of(denoiser, stats, schedule).evaluations.states
     for level, state, deviation in zip(s, states, deviations, strict=True):
         if math.isfinite(level):
             coefficients = Surrogate.of(stats).path(np.array([level]))[0][0]
