@@ -14,7 +14,7 @@ from fastsched import validate
 from fastsched.denoisers.noise import NoiseProcess, far_outside, process_from_dict
 from fastsched.measurement.deviated_paths import STRIDE, DeviatedPath, asked_levels
 from fastsched.measurement.fingerprints import PROJECTIONS
-from fastsched.sampling.files import check_readable, checksum, json_object, kind_of, write_whole
+from fastsched.sampling.files import check_readable, check_version, checksum, json_object, kind_of, write_whole
 from fastsched.sampling.origin import Origin
 
 FORMAT = "fastsched.path_statistics"
@@ -103,8 +103,12 @@ def read_statistics(kind: type[Any], path: str | os.PathLike[str]) -> Any:
     except (SafetensorError, ValueError, OSError, RuntimeError) as error:
         raise ValueError(f"{name} is not a whole safetensors file ({error}); measure again") from None
     header = json_object(text, name)
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{name} does not hold path statistics, which fastsched measure writes")
+    version, given = check_version(name, header.get("version"), VERSION), header.get("sha256")
     try:
-        version = _version(header, tensors)
+        if (version >= 3 or given is not None) and given != _checksum(header, tensors):
+            raise ValueError("was changed or damaged after it was written: its checksum is another one")
         _check_entries(header, tensors, version)
         found = _statistics(kind, header, tensors, version)
         _check_values(found)
@@ -113,20 +117,6 @@ def read_statistics(kind: type[Any], path: str | os.PathLike[str]) -> Any:
     except ValueError as error:
         raise ValueError(f"{name} {error}; measure again") from None
     return found
-
-
-def _version(header: dict[str, Any], tensors: dict[str, Tensor]) -> int:
-    if header.get("format") != FORMAT:
-        raise ValueError("does not hold path statistics, which fastsched measure writes")
-    version = header.get("version")
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ValueError(f"has version {version!r}, not a whole number from 1")
-    if version > VERSION:
-        raise ValueError(f"has version {version}, newer than {VERSION}, the newest known here (update fastsched)")
-    given = header.get("sha256")
-    if (version >= 3 or given is not None) and given != _checksum(header, tensors):
-        raise ValueError("was changed or damaged after it was written: its checksum is another one")
-    return version
 
 
 def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:

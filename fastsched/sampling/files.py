@@ -161,6 +161,15 @@ def _constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
+def check_version(name: str, version: object, newest: int) -> int:
+    """The version of the file called ``name``; ValueError unless it is one from 1 to the ``newest``."""
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError(f"{name} has version {version!r:.40}, not a whole number from 1")
+    if version > newest:
+        raise ValueError(f"{name} has version {version}, and the newest known here is {newest}; update fastsched")
+    return version
+
+
 def check_readable(path: Name, what: str) -> str:
     """The name of a regular file, as which ``what`` is expected; FileNotFoundError or ValueError if it is none.
 

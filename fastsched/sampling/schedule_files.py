@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any
 
-from fastsched.sampling.files import check_readable, checksum, json_object, kind_of, write_whole
+from fastsched.sampling.files import check_readable, check_version, checksum, json_object, kind_of, write_whole
 from fastsched.sampling.origin import Origin
 
 FORMAT = "fastsched.schedule"
@@ -43,11 +43,7 @@ def read_entries(path: str | os.PathLike[str]) -> dict[str, Any]:
     entries = json_object(text, name)
     if entries.get("format") != FORMAT:
         raise ValueError(f"{name} does not hold a schedule; Schedule.save and fastsched select write them")
-    version = entries.get("version")
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ValueError(f"{name} has version {version!r:.40}, not a whole number from 1")
-    if version > VERSION:
-        raise ValueError(f"{name} has version {version}, and the newest known here is {VERSION}; update fastsched")
+    check_version(name, entries.get("version"), VERSION)
     for missing in (key for key in REQUIRED if key not in entries):
         raise ValueError(f"{name} lacks the entry {missing!r}")
     unknown = sorted(set(entries) - set(REQUIRED) - set(OPTIONAL))
