@@ -293,6 +293,8 @@ def _named_class(file: Path) -> tuple[Any, Any]:
 
 def call_arguments(options: list[str] | None) -> dict[str, Any]:
     """``--call name=value`` options as keyword arguments. Values that are not JSON are strings."""
+    from fastsched.sampling.files import not_json
+
     arguments: dict[str, Any] = {}
     for option in options or []:
         name, equals, value = option.partition("=")
@@ -301,15 +303,10 @@ def call_arguments(options: list[str] | None) -> dict[str, Any]:
         if name in arguments:
             raise ValueError(f"call: {name} must be given once, got {option!r} too")
         try:
-            arguments[name] = json.loads(value, parse_constant=_no_number)
+            arguments[name] = json.loads(value, parse_constant=not_json)
         except ValueError:
             arguments[name] = value
     return arguments
-
-
-def _no_number(name: str) -> None:
-    """Refuse NaN and infinities, which Python's JSON parser accepts."""
-    raise ValueError(f"{name} is no JSON")
 
 
 def check_numbers(kind: type, arguments: dict[str, Any]) -> None:

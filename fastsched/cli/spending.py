@@ -21,10 +21,11 @@ def measuring_calls(
     model: Denoiser, levels: int | Tensor, samples: int, responses: bool, *, checks: bool = True
 ) -> int:
     """The model calls of a denoiser's measurement, counted per sample; ``checks`` adds those of the network checks."""
-    from fastsched.measurement.measuring import measured_levels, measurement_of
+    from fastsched.fitting import budget
+    from fastsched.measurement.measuring import measured_levels
     from fastsched.measurement.network_checks import CHECK_CALLS
 
-    paths = samples * measurement_of(model, measured_levels(model, levels), responses=responses).calls
+    paths = budget.measuring_calls(len(measured_levels(model, levels)), samples, responses=responses)
     return paths + CHECK_CALLS * (checks and samples > 0)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from fastsched.fitting.rollouts import Rollout, Run
 from fastsched.fitting.run_log import identity
@@ -25,19 +25,17 @@ from fastsched.measurement.devices import (
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.schedule import Schedule
 
-Result = TypeVar("Result")
-
 
 def check_group(stats: PathStatistics | None, group: Any, **arguments: Any) -> None:
     """ValueError, which names them, if the processes of ``group`` were given different arguments or statistics."""
     check_alike({**arguments, "stats": None if stats is None else identity(stats)["stats"]}, group)
 
 
-def led_by_first(run: Run, work: Callable[[Run], Result], group: Any) -> Result:
+def led_by_first(run: Run, work: Callable[[Run], Any], group: Any) -> Any:
     """``work(run)``, the report of a fit, with the samples of each run shared among the processes of ``group``.
 
     Only the first process calls ``work``. Every process gets the report; all but the first get it without increments
-    and responses.
+    and responses, which are large and not needed there.
 
     Raises:
         RuntimeError: If another process failed. The process that failed raises its own error.
@@ -53,14 +51,9 @@ def led_by_first(run: Run, work: Callable[[Run], Result], group: Any) -> Result:
         with contextlib.suppress(Exception):  # if the error is that a process has died, this fails as well
             first_ones(("failed", described(error)), group)
         raise
-    first_ones(("done", without_vectors(result)), group)
+    light = replace(result.stats, increments=None, responses=None)
+    first_ones(("done", replace(result, stats=light)), group)
     return result
-
-
-def without_vectors(report: Any) -> Any:
-    """The report of a fit without increments and responses: they are large, and other processes do not need them."""
-    light = replace(report.stats, increments=None, responses=None)
-    return replace(report, stats=light)
 
 
 def _dealt_out(run: Run, schedule: Schedule, first: int, last: int, group: Any) -> Rollout | None:

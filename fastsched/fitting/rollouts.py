@@ -99,9 +99,7 @@ class RecordingDenoiser(Denoiser):
 class Runner:
     """Runs a denoiser's sampler from the noises of the measured paths.
 
-    Attributes:
-        advance: Called after every batch with the number of model calls that it made.
-        cache: Called to run every batch; may keep the runs in a file (`fastsched.fitting.run_log`).
+    ``advance`` is called after every batch with the model calls that it made, and ``cache`` to run every batch.
     """
 
     def __init__(

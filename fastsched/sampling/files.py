@@ -135,7 +135,7 @@ def json_object(text: str, name: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(
-            text.removeprefix("\ufeff"), object_pairs_hook=_unique, parse_constant=_constant, parse_float=_finite
+            text.removeprefix("\ufeff"), object_pairs_hook=_unique, parse_constant=not_json, parse_float=_finite
         )
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -157,7 +157,8 @@ def _finite(digits: str) -> float:
     return number
 
 
-def _constant(name: str) -> float:
+def not_json(name: str) -> float:
+    """Refuse NaN and infinities, which Python's JSON parser accepts."""
     raise ValueError(f"{name} is not JSON")
 
 

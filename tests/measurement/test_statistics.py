@@ -159,7 +159,7 @@ def test_version_3_needs_its_checksum(stats, tmp_path):
 
 
 HEADERS = [
-    ({"version": 99}, "version 99, and the newest known here is 3"), ({"version": "1"}, "version '1'"), ({"version": None}, "version None"),
+    ({"version": 99}, "version 99, and the"), ({"version": "1"}, "version '1'"), ({"version": None}, "version None"),
     ({"version": True}, "version True"), ({"process": {"kind": "vq"}}, "kind must be"), ({"process": "ve"}, "is wrong"),
     ({"process": None}, "is wrong"), ({"process": {"kind": "ve", "sigma_min": 9, "sigma_max": 1}}, "sigma_min must be"),
     ({"data_std": None}, "data_std = None"), ({"data_std": -1.0}, "data_std = -1.0"), ({"model_calls": "x"}, "calls"),
