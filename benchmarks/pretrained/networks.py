@@ -17,18 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastsched as fs
+from benchmarks.quality.models import Model
 
 #: Name of the file that defines the networks.
 ZOO_FILE = "zoo.py"
 
 
 @dataclass(frozen=True)
-class Network:
-    """One network."""
+class Network(Model):
+    """A network that others trained."""
 
-    denoiser: fs.Denoiser  #: the denoiser to sample from
-    shape: tuple[int, ...]  #: the shape of one sample, without the batch
     #: ``native(steps)`` is the schedule of the network's repository, sampler sigmas [steps + 1] ending in 0.
     native: Callable[[int], Tensor]
     #: Turns samples into pictures, [B, C, H, W] in [0, 1]; None if samples are not pictures.

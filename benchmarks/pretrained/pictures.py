@@ -22,7 +22,6 @@ from benchmarks.pretrained.networks import Network, builders, find_zoo
 from benchmarks.pretrained.run import FITTED_METHODS, METHODS, Plan, plan_of, ways
 from benchmarks.quality import glossary
 from benchmarks.quality.choosing import Choosers
-from benchmarks.quality.models import Model
 from fastsched.sampling.solvers import FITTED
 
 #: Methods shown by default for the named solver, and for the fitted solver.
@@ -40,10 +39,8 @@ class Row:
 
 def rows_of(network: Network, shown: Sequence[tuple[str, str]], calls: int, columns: int, plan: Plan) -> list[Row]:
     """Samples for every pair of solver and method, and converged samples, from noises that no method saw."""
-    reference = fs.converged_reference(
-        network.denoiser, network.shape, samples=columns, progress=False, **plan.reference
-    )
-    choosers = Choosers(Model(network.denoiser, network.shape, ""), 0, plan.effort)
+    reference = network.converged(columns, 0, **plan.reference)
+    choosers = Choosers(network, 0, plan.effort)
     rows = []
     for solver, method in shown:
         chosen = ways(network, choosers, solver, calls)[method]()

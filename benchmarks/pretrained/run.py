@@ -21,11 +21,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import fastsched as fs
 from benchmarks.common import RESULTS, Row, append, environment, read
 from benchmarks.pretrained.networks import Network, builders, find_zoo
 from benchmarks.quality.choosing import Choosers, Chosen, Effort
-from benchmarks.quality.models import Model
 from benchmarks.quality.run import KEY, result
 from fastsched.sampling.solvers import FITTED
 
@@ -122,13 +120,10 @@ def rows_of(
     """Run ``wanted`` solvers, calls and methods for one network and seed."""
     if not wanted:
         return
-    model = Model(network.denoiser, network.shape, name)
-    choosers = Choosers(model, seed, plan.effort)
-    reference = fs.converged_reference(
-        network.denoiser, network.shape, samples=plan.samples, seed=seed, progress=False, **plan.reference
-    )
+    choosers = Choosers(network, seed, plan.effort)
+    reference = network.converged(plan.samples, seed, **plan.reference)
     for solver, calls, method in tqdm(wanted, desc=name, unit="row"):
-        found = result(model, solver, ways(network, choosers, solver, calls)[method](), reference)
+        found = result(network, solver, ways(network, choosers, solver, calls)[method](), reference)
         yield {"denoiser": name, "solver": solver, "calls": calls, "seed": seed, "method": method, **found}
 
 

@@ -110,9 +110,8 @@ class Choosers:
     @_timed
     def gits_tuning(self) -> GitsTuning:
         """Paths and reference samples for choosing among GITS's settings."""
-        options = {"samples": self.effort.tuning, "seed": TUNING_SEED + self.seed, "progress": False}
         paths = {"ipndm": self.gits, "dpmpp_2m": self._gits_path("dpmpp_2m")}
-        reference = fs.converged_reference(self.model.denoiser, self.model.shape, **options)
+        reference = self.model.converged(self.effort.tuning, TUNING_SEED + self.seed)
         return GitsTuning(self.model.denoiser, paths, reference)
 
     @_timed

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import fastsched as fs
 from benchmarks.common import DOCS, Row, append, environment, geometric, read
 from benchmarks.pretrained.networks import builders, find_zoo
 from benchmarks.quality import glossary
@@ -65,8 +64,7 @@ def model_of(name: str, weights: Path | None) -> Model:
     """A denoiser of the benchmark, or with ``weights`` a network that others trained."""
     if weights is None:
         return MODELS[name]()
-    network = builders(find_zoo(weights))[name]()
-    return Model(network.denoiser, network.shape, name)
+    return builders(find_zoo(weights))[name]()
 
 
 def rows_of(name: str, seed: int, weights: Path | None = None) -> list[Row]:
@@ -74,9 +72,7 @@ def rows_of(name: str, seed: int, weights: Path | None = None) -> list[Row]:
     torch.set_num_threads(1)
     model = model_of(name, weights)
     choosers = Choosers(model, seed)
-    reference = fs.converged_reference(
-        model.denoiser, model.shape, samples=SAMPLES, seed=seed, progress=False, **REFERENCE
-    )
+    reference = model.converged(SAMPLES, seed, **REFERENCE)
     wanted = [(FITTED, *each) for each in itertools.product(CALLS, TOTALS)]
     if weights is not None:
         wanted += [(solver, calls, TOTALS[-1]) for solver in SOLVERS if solver != FITTED for calls in CALLS]

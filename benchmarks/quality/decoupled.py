@@ -57,8 +57,7 @@ def main() -> None:
     commit = environment()["commit"]
     for name, seed in itertools.product(args.models, args.seeds):
         model = model_of(name, None if name in MODELS else args.weights)
-        options = {"samples": SAMPLES, "seed": JUDGED + seed, "steps": 200, "solver": "dpmpp_3m", "progress": False}
-        reference = fs.converged_reference(model.denoiser, model.shape, **options)
+        reference = model.converged(SAMPLES, JUDGED + seed, steps=200, solver="dpmpp_3m")
         for place in itertools.product(args.solvers, args.calls, args.model_calls):
             for row in rows_of(name, model, reference, *place, seed):
                 append("decoupled", [row | {"commit": commit}], KEY)

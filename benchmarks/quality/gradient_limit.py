@@ -138,10 +138,7 @@ def find(name: str, calls: int) -> dict[str, object]:
     """The limit of one cell, as a row of the results."""
     model = MODELS[name]()
     denoiser = differentiable(model.denoiser)
-    trained, unseen = (
-        fs.converged_reference(model.denoiser, model.shape, samples=n, seed=seed, progress=False, **REFERENCE)
-        for n, seed in ((NOISES, SEED), (SAMPLES, 0))
-    )
+    trained, unseen = (model.converged(n, seed, **REFERENCE) for n, seed in ((NOISES, SEED), (SAMPLES, 0)))
     schedule = fs.optimal_schedule(Choosers(model, SEED).statistics, calls, "dpmpp_2m")
     start = Sampler.of_schedule(denoiser.process.level(schedule.sigmas[:-1]), denoiser.process.s_min)
     found = descend(denoiser.denoise, start, trained, ITERATIONS[name])

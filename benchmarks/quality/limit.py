@@ -68,7 +68,7 @@ def find(name: str, solver: str, calls: int) -> dict[str, object]:
     """The limit of one cell, from the best of `STARTS`, as a row of the results."""
     model = MODELS[name]()
     process = model.denoiser.process
-    reference = fs.converged_reference(model.denoiser, model.shape, samples=SAMPLES, seed=SEED, progress=False)
+    reference = model.converged(SAMPLES, SEED)
 
     def error(s: Tensor) -> float:
         ends = fs.sample(model.denoiser, process.sampler_sigma(s), solver, reference.noise)

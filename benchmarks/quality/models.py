@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import fastsched as fs
 from benchmarks.quality.networks import EpsilonNetwork, PatchNetwork, VelocityNetwork, ddpm_table
+from fastsched.comparison import Reference
 from fastsched.denoisers.digits import digits_denoiser
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -19,11 +21,14 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 @dataclass(frozen=True)
 class Model:
-    """A denoiser, the shape of one sample, and a short description."""
+    """A denoiser and the shape of one sample, without the batch."""
 
     denoiser: fs.Denoiser
     shape: tuple[int, ...]
-    title: str
+
+    def converged(self, samples: int, seed: int, **options: Any) -> Reference:
+        """Converged samples; the options are those of `fs.converged_reference`."""
+        return fs.converged_reference(self.denoiser, self.shape, samples=samples, seed=seed, progress=False, **options)
 
 
 @dataclass(frozen=True)
@@ -70,35 +75,35 @@ class LowRankMixture:
 def mixture_64() -> Model:
     """Five modes of rank 12 in 64 dimensions."""
     mixture = LowRankMixture.random(64, 5, 12, seed=0, spread=0.7, floor=0.05)
-    return Model(fs.Denoiser.from_denoiser(mixture.denoise, 0.002, 80.0), (64,), "Gaussian mixture, d = 64")
+    return Model(fs.Denoiser.from_denoiser(mixture.denoise, 0.002, 80.0), (64,))
 
 
 def mixture_768() -> Model:
     """Three modes of rank 48 in 768 dimensions."""
     mixture = LowRankMixture.random(768, 3, 48, seed=1, spread=0.3, floor=0.03)
-    return Model(fs.Denoiser.from_denoiser(mixture.denoise, 0.002, 80.0), (768,), "Gaussian mixture, d = 768")
+    return Model(fs.Denoiser.from_denoiser(mixture.denoise, 0.002, 80.0), (768,))
 
 
 def digits() -> Model:
     """The EDM network that fastsched ships."""
-    return Model(digits_denoiser(), (1, 8, 8), "digits, MLP, EDM")
+    return Model(digits_denoiser(), (1, 8, 8))
 
 
 def digits_vp() -> Model:
     """A noise-prediction network of digits under DDPM's discrete process, also called at fractional timesteps."""
     network = _trained(EpsilonNetwork(), "digits_vp")
-    return Model(fs.Denoiser.from_epsilon(network, ddpm_table()), (1, 8, 8), "digits, MLP, VP epsilon")
+    return Model(fs.Denoiser.from_epsilon(network, ddpm_table()), (1, 8, 8))
 
 
 def patches() -> Model:
     """Colour patches of photographs, a convolutional EDM network."""
     network = _trained(PatchNetwork(), "patches")
-    return Model(fs.Denoiser.from_edm(network), PatchNetwork.shape, "image patches, CNN, EDM")
+    return Model(fs.Denoiser.from_edm(network), PatchNetwork.shape)
 
 
 def flow() -> Model:
     """A ring of six modes in the plane, a flow-matching network."""
-    return Model(fs.Denoiser.from_velocity(_trained(VelocityNetwork(), "flow")), (2,), "ring of modes, MLP, flow")
+    return Model(fs.Denoiser.from_velocity(_trained(VelocityNetwork(), "flow")), (2,))
 
 
 MODELS: dict[str, Callable[[], Model]] = {

@@ -78,9 +78,7 @@ def rows_of(unit: Unit) -> list[Row]:
     """Run the missing rows of a unit."""
     model = MODELS[unit.model]()
     choosers = Choosers(model, unit.seed)
-    reference = fs.converged_reference(
-        model.denoiser, model.shape, samples=unit.samples, seed=unit.seed, progress=False, **REFERENCE
-    )
+    reference = model.converged(unit.samples, unit.seed, **REFERENCE)
     rows = []
     for solver, calls in unit.cells:
         steps = steps_within(solver, calls)
