@@ -9,7 +9,7 @@ from fastsched import validate
 
 
 def sample_levels(s: Tensor | float, x: Tensor) -> Tensor:
-    """Levels [1] of all samples of ``x``, or one for each [B]; TypeError or ValueError if ``s`` are none.
+    """Levels [1] of all samples of ``x``, or one for each [B]; TypeError or ValueError if ``s`` is neither.
 
     They are float64 on the CPU, because Apple's GPUs have no float64.
     """

@@ -172,7 +172,7 @@ def check_version(name: str, version: object, newest: int) -> int:
 
 
 def check_readable(path: Name, what: str) -> str:
-    """The name of a regular file, as which ``what`` is expected; FileNotFoundError or ValueError if it is none.
+    """The name of a regular file that should hold ``what``; FileNotFoundError or ValueError if there is none.
 
     Others are refused: reading a pipe would block, and a device may never end.
     """

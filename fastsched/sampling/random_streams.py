@@ -15,7 +15,7 @@ BESIDE = 2**30
 
 
 def sample_seeds(seed: int, samples: int | range) -> Tensor:
-    """The seeds of a measurement's paths, [samples] int64; different values of ``seed``, within [0, 2^31), differ."""
+    """The seeds of a measurement's paths, [samples] int64: different ones for every ``seed`` within [0, 2^31)."""
     which = samples if isinstance(samples, range) else range(samples)
     return validate.seed("seed", seed) * 2**32 + torch.arange(which.start, which.stop, dtype=torch.int64, device="cpu")
 
