@@ -373,6 +373,8 @@ def _floating(name: str, value: object) -> Tensor:
     """Return ``value``, a floating-point tensor, with its gradient and wherever it is."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {validate.shown(value)}")
+    if value.ndim == 0:
+        raise ValueError(f"{name} must be [B, *shape], got a tensor of no dimension")
     return value
 
 

@@ -57,7 +57,9 @@ CAUSES = (
         "noise process?",
     ),
     (
-        r"only one element tensors can be converted|cannot be converted to Scalar|can only convert an array of size 1",
+        r"only (one element|0-dimensional|length-1) (tensors|arrays) can be converted|cannot be converted to Scalar|"
+        r"can only convert an array of size 1|"
+        r"(Boolean|truth) value of .* with more than one",
         "it takes one sample at a time: let it compute with all of the condition, [B], or give batch_size=1",
     ),
     (

@@ -42,6 +42,7 @@ def call(
         seed: Seed of the global random numbers.
 
     Raises:
+        RuntimeError: If the pipeline raises StopIteration, which would end a loop of the caller without a word.
         ValueError: If the pipeline uses an attribute or argument of its scheduler that `CalibrationScheduler` lacks.
     """
     accepted = call_parameters(pipe)
@@ -53,6 +54,10 @@ def call(
     except Exception as error:
         if left() == 0:
             return None
+        if isinstance(error, StopIteration):
+            raise RuntimeError(
+                "the pipeline raised StopIteration (an iterator in it or its network ran out)"
+            ) from error
         if left() is not None or "output_type" not in needed or is_out_of_memory(error):
             unknown = re.search(r"does not support custom\W*(\w+)", str(error))
             if unknown is not None and left() is None:

@@ -24,6 +24,7 @@ from fastsched.diffusers.pipeline_call import call, check_call
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.random_numbers import ONE_CALL
 from fastsched.diffusers.watching import watched
+from fastsched.fitting.run_log import check_no_more_samples, runs_beside
 from fastsched.measurement.batches import Batches, finished_part, is_out_of_memory, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.devices import (
@@ -179,10 +180,10 @@ def measured_pipeline(
     origin = _origin(pipe, calls, call_kwargs)
     warn_of_overrides(own_scheduler(pipe.scheduler))
     known = {"levels": levels, "seed": seed, "keep_increments": keep_increments}
-    whole = None
+    whole, needed = None, _needed(samples, which, calls)
     if checkpoint is not None and resume:
-        whole = _resumed(checkpoint, pipe, which, origin, known, call_kwargs.get("latents"))
-    left = max(0, _needed(samples, which, calls) - (0 if whole is None else whole.samples))
+        whole = _resumed(checkpoint, pipe, which, origin, known, call_kwargs.get("latents"), needed)
+    left = max(0, needed - (0 if whole is None else whole.samples))
     with (
         in_one_thread(pipe),
         prompts_encoded_once(pipe),
@@ -243,8 +244,9 @@ def _resumed(
     origin: Origin,
     settings: dict[str, Any],
     latents: Any,
+    needed: int = 0,
 ) -> PathStatistics | None:
-    """The samples of this measurement that a file holds; None if there is no file."""
+    """The samples of this measurement that a file holds, to become ``needed``; None if there is no file."""
     check_writable(file)
     calibration = CalibrationScheduler.from_scheduler(pipe.scheduler)
     denoiser, s = calibration.convention.denoiser, calibration.measured_levels(settings["levels"])
@@ -268,6 +270,8 @@ def _resumed(
             f"{os.fspath(file)} holds other samples than the first {known.samples} of this measurement; resume it with "
             "the same samples, or name another file"
         )
+    if known is not None:
+        check_no_more_samples(runs_beside(file), known.samples, needed)
     return known
 
 

@@ -14,8 +14,8 @@ from fastsched.sampling.random_streams import noise_of
 
 #: What to do about a network whose answers depend on its earlier calls.
 STATE = (
-    "it keeps a state between its calls (a cache, a counter?); reset this in every call, or disable it (in Python, "
-    "checks=False measures it anyway)"
+    "it keeps a state between its calls (a cache, a counter?), or is random at times; reset this in every call, or "
+    "disable it (in Python, checks=False measures it anyway)"
 )
 
 #: What is wrong with a network whose answers depend on the other samples.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 #: Whether to show a bar; or a function that is called with the units done so far and their total.
 Progress = bool | Callable[[int, int], object]
@@ -14,7 +16,8 @@ Progress = bool | Callable[[int, int], object]
 def progress_bar(total: int, show: Progress, what: str, unit: str = "call") -> Iterator[Callable[[int], None]]:
     """A progress bar over ``total`` units of some work, a callback, or neither; yields a function that adds units done.
 
-    What a callback raises ends the work; a StopIteration does so as a RuntimeError.
+    What a callback raises ends the work; a StopIteration does so as a RuntimeError. A bar that cannot be drawn (the
+    terminal was closed, the disk with its log is full) is left out.
     """
     if callable(show):
         done_so_far = 0
@@ -34,5 +37,22 @@ def progress_bar(total: int, show: Progress, what: str, unit: str = "call") -> I
         return
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=what, unit=unit) as bar:
-        yield lambda done: (bar.update(done), None)[1]
+    bars: list[Any] = []
+    _draw(bars, lambda: bars.append(tqdm(total=total, desc=what, unit=unit)))
+    try:
+        yield partial(_advance, bars)
+    finally:
+        _draw(bars, lambda: [bar.close() for bar in bars])
+
+
+def _advance(bars: list[Any], done: int) -> None:
+    _draw(bars, lambda: [bar.update(done) for bar in bars])
+
+
+def _draw(bars: list[Any], action: Callable[[], object]) -> None:
+    """Draw by ``action``; where the console is gone, ``bars`` are drawn no more."""
+    try:
+        action()
+    except (OSError, ValueError):  # ValueError: a closed file
+        for bar in bars:
+            bar.disable = True

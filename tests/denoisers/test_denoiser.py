@@ -150,3 +150,8 @@ def test_states_must_be_floating_point(states):
         KINDS["x0"](states, 1.0)
     with pytest.raises(TypeError, match="x must be a floating-point tensor"):
         KINDS["x0"].raw_output(states, 1.0)
+
+
+def test_states_must_be_a_batch():
+    with pytest.raises(ValueError, match=r"z must be \[B, \*shape\]"):
+        KINDS["x0"](torch.tensor(1.0), 1.0)

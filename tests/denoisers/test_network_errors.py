@@ -132,6 +132,17 @@ def test_a_missing_key_says_what_was_asked():
     assert isinstance(found.value.__cause__, KeyError)
 
 
+@pytest.mark.parametrize(
+    "one_level",
+    [lambda t: t if t > 0 else -t, lambda t: t.item(), lambda t: float(t), lambda t: float(t.numpy()),
+     lambda t: 1.0 if t.numpy() > 0 else 2.0],
+)  # fmt: skip
+def test_networks_of_one_sample_at_a_time_are_named(one_level):
+    network = lambda z, s: z / (1 + one_level(s) ** 2)
+    with pytest.raises(ValueError, match="it takes one sample at a time"):
+        fs.Denoiser.from_denoiser(network, 0.1, 10.0)(torch.ones(2, 4), torch.tensor([1.0, 2.0]))
+
+
 def test_a_class_of_modules_is_no_network():
     with pytest.raises(TypeError, match=r"fn must be a module, got the class Linear; make one: Linear\(...\)"):
         measured(torch.nn.Linear, (4,))

@@ -270,3 +270,12 @@ def test_a_call_that_passes_on_its_arguments_has_those_of_the_call_that_it_overr
     assert not [each for each in recwarn if "has no argument" in str(each.message)]
     with pytest.raises(TypeError, match="no argument 'guidance_scal'; did you mean 'guidance_scale'"):
         fs.diffusers.measure(made, levels=4, samples=2, guidance_scal=3.0, **call)
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_stop_iteration_is_named(after):
+    """Raised in a generator, as the loop of a program may be, it would end the loop as if its data had ended."""
+    pipe, items = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture()), iter(range(after))
+    pipe.unet.register_forward_hook(lambda *_: [next(items), None][1])
+    with pytest.raises(RuntimeError, match="the pipeline raised StopIteration"):
+        fs.diffusers.measure(pipe, levels=8, samples=2, progress=False)

@@ -262,6 +262,9 @@ def test_a_pipelines_runs_are_kept(tmp_path):
     assert again.measured_error == whole.measured_error
     with pytest.raises(ValueError, match="model_calls"):
         fs.diffusers.fit(pipe, 4, checkpoint=path, **{**options, "model_calls": 280})
+    with pytest.raises(ValueError, match="with 4 samples, not 6"):  # which would leave the runs without a measurement
+        fs.diffusers.fit(pipe, 4, checkpoint=path, **{**options, "samples": 6})
+    assert len(pipe.batches) == first
 
 
 def test_ranges_of_samples_merge_to_the_whole():

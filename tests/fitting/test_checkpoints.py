@@ -96,6 +96,13 @@ def test_another_calls_checkpoint_is_refused(whole, options, message):
         fit(Failing(), checkpoint=whole[2], **options)
 
 
+def test_more_samples_are_not_added_to_the_measurement_of_a_fit(whole):
+    network = Failing(0, AssertionError("was called"))
+    with pytest.raises(ValueError, match="with 3 samples, not 4"):
+        fit(network, checkpoint=whole[2], samples=4, model_calls=200)
+    same(fit(Failing(), checkpoint=whole[2]), whole[0])
+
+
 def test_another_networks_checkpoint_is_refused(whole):
     with pytest.raises(ValueError, match="another one than that of the earlier measurement"):
         fit(Failing(oracle=mixture(seed=1)), checkpoint=whole[2])

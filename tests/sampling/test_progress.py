@@ -1,5 +1,8 @@
+import errno
+import io
 import math
 import sys
+import time
 
 import pytest
 import torch
@@ -22,6 +25,41 @@ def test_a_function_hears_what_is_done_and_the_total(capsys):
 def test_there_is_no_bar_in_a_program_without_a_console(monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     assert fs.measure(DENOISER, (4,), levels=8, samples=2, progress=True).samples == 2
+
+
+class Gone(io.StringIO):
+    """A console that takes some text until it is gone."""
+
+    def __init__(self, error, writes):
+        super().__init__()
+        self.error, self.writes = error, writes
+
+    def write(self, text):
+        self.writes -= 1
+        if self.writes < 0:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize("writes", [0, 1, 3])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "full"), BrokenPipeError(), OSError(errno.EIO, "hung up")], ids=repr
+)
+def test_work_goes_on_without_its_bar_where_the_console_is_gone(monkeypatch, error, writes):
+    monkeypatch.setattr(sys, "stderr", Gone(error, writes))
+    assert fs.measure(DENOISER, (4,), levels=8, samples=2).samples == 2
+    with progress_bar(9, True, "working") as advance:
+        for _ in range(9):
+            time.sleep(0.02)
+            advance(1)
+
+
+def test_a_closed_console_ends_no_work(monkeypatch):
+    for name in ("stderr", "stdout"):
+        console = io.StringIO()
+        console.close()
+        monkeypatch.setattr(sys, name, console)
+        assert fs.measure(DENOISER, (4,), levels=8, samples=2).samples == 2
 
 
 @pytest.mark.parametrize(
