@@ -9,7 +9,7 @@ from test_network_checks import DATA, KINDS
 
 import fastsched as fs
 from benchmarks.quality.models import MODELS
-from fastsched.measurement.increment_checks import ROUGH, WINDOW, _cosines
+from fastsched.measurement.increment_checks import FOURTH, ROUGH, WINDOW, _cosines
 
 
 def drawn(generator, like, s, below):
@@ -49,3 +49,41 @@ def test_networks_of_integer_timesteps_may_be_rough():
     stats = fs.measure(denoiser, (16,), samples=2, progress=False)
     assert float(_cosines(stats.gram).unfold(0, WINDOW, 1).mean(1).min()) < ROUGH
     assert stats.model_calls <= 2 * 94 + 7
+
+
+class Off:
+    """Answers as the exact denoiser but for some of its calls."""
+
+    def __init__(self, which, answer):
+        self.which, self.answer, self.calls, self.last = which, answer, 0, None
+
+    def __call__(self, z, s):
+        self.calls += 1
+        own = DATA.denoise(z, s)
+        if self.which(self.calls) and self.last is not None and self.last.shape == own.shape:
+            own = self.answer(own, self.last)
+        self.last = own.clone()
+        return own
+
+
+@pytest.mark.filterwarnings("ignore:(at level .* the (denoised|network's outputs)|when noise)")
+@pytest.mark.parametrize("answer", [lambda own, last: last, lambda own, last: 0.97 * own], ids=["earlier", "smaller"])
+@pytest.mark.parametrize("which", [lambda n: n % 16 == 0, lambda n: n % 21 == 0, lambda n: n == 35])
+def test_an_answer_off_the_path_at_one_level_is_warned_of(which, answer):
+    denoiser = fs.Denoiser.from_denoiser(Off(which, answer), 0.02, 40.0)
+    with pytest.warns(UserWarning, match="may keep a state between its calls"):
+        fs.measure(denoiser, (16,), samples=2, progress=False)
+
+
+def test_a_level_that_the_network_answers_otherwise_is_no_state():
+    """An error of its own at one timestep, whenever it is asked."""
+    exact, table = exact_denoisers(DATA, vp_table(1000))["epsilon"].network, vp_table(1000)
+    off = float(
+        fs.Denoiser.from_epsilon(exact, table).process.timestep(fs.Denoiser.from_epsilon(exact, table).levels(48)[20])
+    )
+    rough = lambda x, t: exact(x, t) * (1 + 0.05 * ((t - off).abs() < 1e-3)).reshape(-1, 1)
+    denoiser = fs.Denoiser.from_epsilon(rough, table)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stats = fs.measure(denoiser, (16,), samples=2, progress=False)
+    assert stats.model_calls == 2 * 94 + 7 + 2 * len(FOURTH)
