@@ -106,7 +106,7 @@ def _measured_pipeline(
 
     count, output = inputs.sample_range(samples, PIPELINE_SAMPLES), output.absolute()  # the model may change the folder
     pipe, arguments = source.pipeline()
-    levels, calls = settings["levels"], spending.calibrating(pipe, source.prompts, arguments)
+    levels, calls = settings["levels"], spending.calibrating(spending.least_samples(pipe, source.prompts, arguments))
     left = calls(levels, count) - calls(levels, range(_known_samples(output, settings["resume"])))
     spending.say(f"{max(0, left):,} to measure", dry_run)
     settings |= {"samples": count, "prompts": source.prompts, "checkpoint": output, "progress": not source.quiet}
@@ -199,19 +199,22 @@ def fit(
 def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool, options: dict[str, Any]) -> Schedule:
     """The schedule of a pipeline or a denoiser, under one progress bar."""
     import fastsched as fs
-    from fastsched.fitting.budget import TOTAL, planned, takes_responses
+    from fastsched.fitting.budget import default_total, planned, takes_responses
 
     model: Any
     given: Any  # arguments of a pipeline's call, or the shape of a denoiser's samples
     model, given = source.pipeline() if source.is_pipeline else source.denoiser()
-    total = TOTAL if options["model_calls"] is None else options["model_calls"]
+    least = spending.least_samples(model, source.prompts, given) if source.is_pipeline else 1
+    total = default_total(least) if options["model_calls"] is None else options["model_calls"]
     responses = source.is_pipeline or takes_responses(total, math.prod(given))
     if options["stats"] is None:
         asked = total, steps, options["levels"], options["samples"]
-        options["levels"], options["samples"] = planned(*asked, responses=responses)
+        options["levels"], options["samples"] = planned(*asked, least=least, responses=responses)
+        if source.is_pipeline:
+            options["model_calls"] = total
     if source.is_pipeline:
         _check_scheduler(model.scheduler, steps, solver, options["decoupled"])
-        cost = spending.say_fitting(spending.calibrating(model, source.prompts, given), options, dry_run)
+        cost = spending.say_fitting(spending.calibrating(least), options, dry_run)
         options = {"solver": solver, "prompts": source.prompts, **given} | options
     else:
         measuring = lambda levels, count: spending.measuring_calls(model, levels, count, responses)

@@ -29,12 +29,18 @@ def measuring_calls(
     return paths + CHECK_CALLS * (checks and samples > 0)
 
 
-def calibrating(pipe: Any, prompts: list[str] | None, arguments: dict[str, Any]) -> Callable[[Any, Any], int]:
-    """The model calls of a pipeline's measurement of given levels and samples."""
-    from fastsched.diffusers.pipeline_measurement import calibration_calls
+def least_samples(pipe: Any, prompts: list[str] | None, arguments: dict[str, Any]) -> int:
+    """The least number of samples of a pipeline's measurement, one for each prompt and image."""
     from fastsched.diffusers.prompt_calls import PromptCalls
 
-    return partial(calibration_calls, least=PromptCalls.of(pipe, prompts, arguments, None).minimum_samples)
+    return PromptCalls.of(pipe, prompts, arguments, None).minimum_samples
+
+
+def calibrating(least: int) -> Callable[[Any, Any], int]:
+    """The model calls of a pipeline's measurement of given levels and samples."""
+    from fastsched.diffusers.pipeline_measurement import calibration_calls
+
+    return partial(calibration_calls, least=least)
 
 
 def repeating_calls(model: Denoiser, stats: PathStatistics) -> int:

@@ -34,11 +34,12 @@ from fastsched.diffusers.random_numbers import ONE_CALL
 from fastsched.diffusers.replacement import replacement
 from fastsched.diffusers.start_from_noise import StartFromNoise
 from fastsched.diffusers.watching import watched
-from fastsched.fitting.budget import TOTAL, planned
+from fastsched.fitting.budget import TOTAL, default_total, planned
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.group_runs import check_group, led_by_first
+from fastsched.fitting.interrupts import BestSoFar, interrupted_schedule
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, check_levels, fit_by_running
-from fastsched.fitting.rollouts import Rollout
+from fastsched.fitting.rollouts import Rollout, Run
 from fastsched.fitting.run_log import RunLog, identity, logged, runs_beside
 from fastsched.measurement.batches import is_out_of_memory
 from fastsched.measurement.devices import prepare_together, rank_and_size
@@ -75,6 +76,7 @@ def fit(
     """Choose a schedule of ``steps`` steps for a pipeline with its present solver, guidance and adapters.
 
     Measures it (`measure`), runs promising schedules and the scheduler's own, and tunes the best (`fastsched.fit`).
+    Without a checkpoint, an interrupt (Ctrl-C) returns the best schedule so far, with a warning.
 
     Args:
         pipe: A pipeline whose scheduler can be given schedules (docs/schedulers.md).
@@ -86,7 +88,8 @@ def fit(
         prompts: As in `measure`.
         seed: As in `measure`.
         audition: Whether to run candidates and tune; if not, the result is that of `fastsched.optimal_schedule`.
-        model_calls: As in `fastsched.fit`; a run takes ``steps + 1`` a sample (``2 steps`` with two-stage solvers).
+        model_calls: As in `fastsched.fit`; a run takes ``steps + 1`` a sample (``2 steps`` with two-stage solvers). If
+            None, 100 for each prompt where there are more than eight, with a warning.
         decoupled: As in `fastsched.fit`; for schedulers whose timesteps can be set apart from their sigmas.
         prompts_per_call: As in `measure`.
         checkpoint: A file for the measurement; runs are kept in ``checkpoint.runs``. The same call goes on from there.
@@ -105,12 +108,24 @@ def fit(
     name = prepare_together(lambda: _checked(pipe, steps, solver, checkpoint, audition, decoupled), group)
     check_group(stats, group, steps=steps, solver=name, audition=audition, decoupled=decoupled, model_calls=model_calls)
     places = {"checkpoint": checkpoint, "group": group, "progress": progress}
-    total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else TOTAL
+    least = calls.minimum_samples if audition else 1  # without runs, more prompts than the calls allow are no loss
+    total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else default_total(least)
     with in_one_thread(pipe), prompts_encoded_once(pipe):
         if stats is None:
             settings = {"prompts": prompts, "prompts_per_call": prompts_per_call, "seed": seed, **places}
-            settings |= prepare_together(lambda: _planned(total, steps, levels, samples, name, calls, audition), group)
-            stats = measured_in_group(pipe, call_kwargs, vectors="first", keep_increments=audition, **settings)
+            settings |= prepare_together(lambda: _planned(total, steps, levels, samples, name, least), group)
+            if model_calls is None and total > TOTAL:
+                validate.warn(
+                    f"every prompt is measured, so this fit takes up to {total:,} model calls instead of {TOTAL:,} "
+                    f"({least} samples at least); pass fewer prompts, or set model_calls"
+                )
+            try:
+                stats = measured_in_group(pipe, call_kwargs, vectors="first", keep_increments=audition, **settings)
+            except KeyboardInterrupt as error:
+                finished = getattr(error, "partial", None)
+                if checkpoint is not None or group is not None or finished is None:
+                    raise
+                return interrupted_schedule(finished, steps, chosen_solver(name))
             total = max(0, total - stats.model_calls)
         return _fitted(pipe, stats, steps, name, calls, call_kwargs, total * audition, decoupled, **places).schedule
 
@@ -132,12 +147,10 @@ def _planned(
     levels: int | Tensor | Sequence[float] | None,
     samples: int | range | None,
     solver: str,
-    calls: PromptCalls,
-    audition: bool,
+    least: int,
 ) -> dict[str, Any]:
     """The levels and samples to measure (`planned`), after a check that a search over the levels is possible."""
-    least = calls.minimum_samples if audition else 1  # without runs, more prompts than ``total`` allows are no loss
-    levels, samples = planned(total, steps, levels, samples, partial(calibration_calls, least=least))
+    levels, samples = planned(total, steps, levels, samples, partial(calibration_calls, least=least), least=least)
     check_levels(steps, len(levels) if isinstance(levels, Tensor) else levels, chosen_solver(solver))
     return {"levels": levels, "samples": samples}
 
@@ -172,14 +185,24 @@ def _fitted(
     run = PipelineRunner(pipe, stats, prompts, call_kwargs, calls=calls, model_calls=budget)
     tried = candidates(stats, steps, solver, pipe.scheduler)
     options = {"calls": calls, "model_calls": budget, "decoupled": decoupled}
-    made = lambda run: fit_by_running(run, stats, steps, solver, tried, **options)
+    best = BestSoFar(run, stats)
+
+    def made(run: Run) -> FitReport:
+        best.run = run
+        return fit_by_running(best, stats, steps, solver, tried, **options)
+
     runner = run
     if alone and checkpoint is not None:
         other = decoupled or None  # as in files of earlier versions
         what = identity(stats, steps=steps, solver=solver, model_calls=budget, decoupled=other)
         runner = logged(run, RunLog(runs_beside(checkpoint), what))
-    with one_bar(pipe, budget, budget > 0 and progress, "fitting") as run.advance:
-        return led_by_first(runner if alone else run.part, made, group)
+    try:
+        with one_bar(pipe, budget, budget > 0 and progress, "fitting") as run.advance:
+            return led_by_first(runner if alone else run.part, made, group)
+    except KeyboardInterrupt:
+        if checkpoint is not None or group is not None:
+            raise
+        return FitReport(interrupted_schedule(stats, steps, chosen_solver(solver), best), stats)
 
 
 def _check_process(known: NoiseProcess, own: NoiseProcess) -> None:

@@ -208,7 +208,7 @@ def test_the_pipeline_is_left_as_it_was(task, error):
 
 
 @pytest.mark.parametrize("run", [1, 3], ids=["audition", "tuning"])
-def test_fit_interrupted_on_the_way_leaves_the_pipeline_as_it_was(run):
+def test_fit_interrupted_on_the_way_leaves_the_pipeline_as_it_was(run, monkeypatch):
     pipe = oracle_pipeline(diffusers.DPMSolverMultistepScheduler(**SD), mixture())
     before, stats = state_of(pipe), fs.diffusers.measure(pipe, levels=8, samples=2, keep_increments=True)
     runs = []
@@ -219,8 +219,13 @@ def test_fit_interrupted_on_the_way_leaves_the_pipeline_as_it_was(run):
             raise KeyboardInterrupt
         return output
 
-    with pytest.raises(KeyboardInterrupt):  # the budget serves two candidates and one trial
-        fs.diffusers.fit(pipe, 4, stats=stats, model_calls=3 * 2 * 5, on_step=interrupt)
+    warned = []
+    monkeypatch.setattr(fs.validate, "warn", warned.append)
+    found = fs.diffusers.fit(pipe, 4, stats=stats, model_calls=3 * 2 * 5, on_step=interrupt)  # two runs and a trial
+    what = "that of optimal_schedule for the 2 paths" if run == 1 else "the best of the 2 that were run"
+    assert [f"interrupted: this schedule is {what}" in each for each in warned] == [True]
+    assert found.steps == 4
+    assert (found.measured_error is None) == (run == 1)
     assert state_of(pipe) == before
 
 

@@ -250,6 +250,47 @@ def test_an_interrupt_hands_back_what_was_finished_and_a_checkpoint_goes_on(tmp_
     assert len(pipe.batches) > 5
 
 
+@pytest.mark.parametrize(("call", "message"), [(3, "for the 2 paths that were finished"), (11, "best of the")])
+def test_an_interrupted_fit_hands_back_a_schedule(call, message, tmp_path, monkeypatch):
+    """In the third of the four calls that measure, and in a later one that runs a schedule."""
+    options = {"levels": 8, "samples": 4, "prompts": PROMPTS, "model_calls": 200, "prompts_per_call": 1}
+    pipe = text_pipeline()
+    pipe.interrupt, warned = (call, 2), []
+    monkeypatch.setattr(fs.validate, "warn", warned.append)
+    assert fs.diffusers.fit(pipe, 4, **options).steps == 4
+    assert [message in each for each in warned] == [True]
+    for interrupt, where in ((1, None), (call, tmp_path / "fit.safetensors")):
+        pipe = text_pipeline()
+        pipe.interrupt = (interrupt, 2)
+        with pytest.raises(KeyboardInterrupt):
+            fs.diffusers.fit(pipe, 4, checkpoint=where, **options)
+
+
+@pytest.mark.parametrize(("count", "asked", "levels"), [(16, None, 24), (16, 800, 14), (6, None, 32)])
+def test_a_fit_with_many_prompts_uses_all_of_them(count, asked, levels, monkeypatch):
+    pipe, prompts = text_pipeline(), [f"prompt {n}" for n in range(count)]
+    warned, steps = [], []
+    monkeypatch.setattr(fs.validate, "warn", warned.append)
+    schedule = fs.diffusers.fit(
+        pipe, 4, prompts=prompts, model_calls=asked, progress=lambda done, total: steps.append((done, total))
+    )
+    assert pipe.encoded == [tuple(prompts)]
+    assert set(pipe.batches) == {count}
+    assert steps[0] == (count, 2 * levels * count)
+    limit = asked or max(800, 100 * count)
+    assert count * (2 * levels + 5 * (len(pipe.batches) - 1)) <= limit
+    assert len(pipe.batches) > 2
+    assert schedule.measured_error is not None
+    assert warned == (
+        []
+        if limit == 800
+        else [
+            "every prompt is measured, so this fit takes up to 1,600 model calls instead of 800 (16 samples at least); "
+            "pass fewer prompts, or set model_calls"
+        ]
+    )
+
+
 def test_a_pipelines_runs_are_kept(tmp_path):
     path, pipe = tmp_path / "fit.safetensors", text_pipeline()
     options = {"levels": 12, "samples": 4, "prompts": PROMPTS, "model_calls": 300, "progress": False}
