@@ -18,7 +18,7 @@ from fastsched.diffusers.attributes import copied_with
 from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import class_and_settings, class_of, describe, own_scheduler
 from fastsched.diffusers.exporter import told_timesteps
-from fastsched.diffusers.first_latents import check_first_latents, check_neighbours
+from fastsched.diffusers.first_latents import UnitStart, check_first_latents, check_neighbours, check_scaled_start
 from fastsched.diffusers.measurement_steps import check_steps, levels_of
 from fastsched.diffusers.overrides import ArgumentsOf, Timesteps, without_equal_sigmas
 from fastsched.diffusers.step_checks import (
@@ -58,7 +58,7 @@ class CalibrationOutput(SchedulerOutput):
     denoised: Tensor | None = None
 
 
-class CalibrationScheduler(SchedulerMixin, ConfigMixin):
+class CalibrationScheduler(UnitStart, SchedulerMixin, ConfigMixin):
     """Measure a pipeline through its own loop.
 
     It takes the place of the pipeline's scheduler. Each ``step`` returns the next state of a measurement over N levels
@@ -115,7 +115,6 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self.convention = describe(self._own)
         # Pipelines read entries of their scheduler's config, so this config has them too.
         self.register_to_config(**{key: value for key, value in settings.items() if not key.startswith("_")})
-        self.init_noise_sigma = 1.0
         self.timesteps = self._levels = torch.arange(0, device="cpu")
         self._asked_levels: int | Tensor | None = None
         self._watch: PipelineWatch | None = None
@@ -378,6 +377,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             check_steps(len(self.timesteps), self._asked_levels)
             check_scaling(self.convention, self.config["scheduler_class"], self._scaled, sample)
             if self._own_noise:
+                asked = self.asked_size or self._watch is None
+                check_scaled_start(self._own, self.config["scheduler_class"], asked=asked)
                 check_first_latents(sample, self._verdicts)
                 self._first = sample.clone()
             return

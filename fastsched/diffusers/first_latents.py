@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from scipy.special import gammainccinv, gammaincinv
@@ -13,6 +14,34 @@ from fastsched.diffusers.step_checks import INSTEAD
 
 #: Neighbours are refused if they are correlated by more than the first number and this many standard errors.
 CORRELATED, STANDARD_ERRORS = 0.1, 6
+
+
+class UnitStart:
+    """The size of a pipeline's first latents, and whether the pipeline has asked for it."""
+
+    asked_size = False
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """1: whatever the class of the pipeline's scheduler, a measurement starts from standard normal noise."""
+        self.asked_size = True
+        return 1.0
+
+
+def check_scaled_start(own: Any, name: str, *, asked: bool) -> None:
+    """Check that a pipeline multiplies its first latents by ``init_noise_sigma``, where that of ``own`` is not 1.
+
+    Raises:
+        ValueError: If it has not ``asked`` for it (Bria, DiT): with a scheduler such as Euler's it samples from latents
+            that are too small.
+    """
+    size = float(getattr(own, "init_noise_sigma", 1.0))
+    if not asked and not 0.9 < size < 1.1:
+        raise ValueError(
+            f"the pipeline does not multiply its first latents by scheduler.init_noise_sigma, which {name} needs "
+            f"({size:.3g}), so it samples from latents of the wrong size; give it a scheduler with init_noise_sigma 1, "
+            "as DDIMScheduler, DPMSolverMultistepScheduler or, for flow models, FlowMatchEulerDiscreteScheduler"
+        )
 
 
 def check_first_latents(sample: Tensor, verdicts: Verdicts) -> None:

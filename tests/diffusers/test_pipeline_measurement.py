@@ -256,7 +256,7 @@ def test_a_run_that_stops_early_is_no_measurement():
     class Impatient(pipelines.OraclePipeline):
         def __call__(self, num_inference_steps=50):
             self.scheduler.set_timesteps(num_inference_steps)
-            x = torch.randn(1, *SHAPE)
+            x = self.scheduler.init_noise_sigma * torch.randn(1, *SHAPE)
             for t in self.scheduler.timesteps[:5]:
                 x = self.scheduler.step(self.unet(self.scheduler.scale_model_input(x, t), t)[0], t, x)[0]
 

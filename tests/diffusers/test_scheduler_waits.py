@@ -64,7 +64,8 @@ def test_a_measurement_waits_at_its_second_step_and_its_end(scheduler, plain_tim
     calibration = fs.diffusers.CalibrationScheduler.from_scheduler(scheduler, watch=watch)
     with waiting_device() as waits, torch.no_grad():
         calibration.set_timesteps(24, device=DEVICE)
-        counts = watched_loop(calibration, watch, pipe, waits, torch.randn(2, 2, 2, 2).to(DEVICE))
+        latents = calibration.init_noise_sigma * torch.randn(2, 2, 2, 2)
+        counts = watched_loop(calibration, watch, pipe, waits, latents.to(DEVICE))
     assert sum(counts[:2]) <= 3
     assert counts[2:-2] == [0] * 20
     assert sum(counts[-2:]) <= 10

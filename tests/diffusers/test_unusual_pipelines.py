@@ -61,6 +61,17 @@ def test_dit_is_measured_and_fitted_with_and_without_guidance(scale):
     assert fs.diffusers.fit(pipe, 4, stats=stats, guidance_scale=scale, **call).measured_error is not None
 
 
+@pytest.mark.parametrize("kind", [diffusers.EulerDiscreteScheduler, diffusers.KDPM2DiscreteScheduler])
+def test_dit_is_refused_with_a_scheduler_that_needs_larger_latents(kind):
+    """It leaves out the factor ``init_noise_sigma``, so it would sample from latents of the wrong size."""
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.dit(kind(**SD)))
+    with pytest.raises(ValueError, match=r"multiply its first latents by scheduler.init_noise_sigma.*\(14.6\)"):
+        measured(pipe, **call)
+    stable, call = quiet(pipelines.stable_diffusion(kind(**SD)))
+    measured(stable, **call)
+
+
 def test_dit_that_drops_labels_in_training_mode_is_refused():
     torch.manual_seed(0)
     pipe, call = quiet(pipelines.dit(diffusers.DDIMScheduler(clip_sample=False)))
@@ -172,7 +183,7 @@ def test_outputs_may_come_in_the_same_buffer():
         @torch.no_grad()
         def __call__(self, num_inference_steps=50):
             self.scheduler.set_timesteps(num_inference_steps)
-            x = torch.randn(2, *SHAPE)
+            x = self.scheduler.init_noise_sigma * torch.randn(2, *SHAPE)
             for t in self.scheduler.timesteps:
                 given = self.scheduler.scale_model_input(x, t)
                 x = self.scheduler.step(self.unet(given, t, return_dict=False)[0], t, x).prev_sample
