@@ -47,9 +47,10 @@ PURE_NOISE = 0.98
 
 #: What is wrong with a pipeline that adds noise to its latents.
 NOISED = (
-    "the pipeline adds noise to an image, at the start (strength below 1) or at every step (inpainting with a network "
-    "that does not take the mask); a measurement starts from pure noise, so measure the text-to-image pipeline of the "
-    "same model"
+    "the pipeline adds noise to an image, at the start (image to image; with strength 1 too something of the image is "
+    "left, unless the model is a flow) or at every step (inpainting with a network that does not take the mask); a "
+    "measurement starts from pure noise, so measure the text-to-image pipeline of the same model, or if there is none "
+    "(depth to image) its network (fastsched.measure)"
 )
 
 #: What is wrong with a pipeline that keeps a part of the latents constant, or replaces it only at some steps.
