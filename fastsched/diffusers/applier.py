@@ -29,6 +29,7 @@ from fastsched.diffusers.overrides import (
     HISTORIES,
     FirstOrderEnd,
     Override,
+    SaveConfig,
     ScaleModelInput,
     Step,
     StrideStep,
@@ -118,6 +119,7 @@ def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
     timesteps.put()
     if hasattr(target, "set_begin_index"):
         SetBeginIndex(target, timesteps).put()
+    SaveConfig(target).put()
     return target, proof
 
 

@@ -191,6 +191,20 @@ class ScaleModelInput(Override):
         return self.original(sample, timestep, *args, **kwargs)
 
 
+class SaveConfig(Override):
+    """``save_config``, which ``save_pretrained`` calls, with a warning: a config has no place for a schedule."""
+
+    name = "save_config"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Called as the class's own method."""
+        validate.warn(
+            f"{type(self.owner).__name__} is saved without the schedule that was applied to it, so a pipeline loaded "
+            "from there uses its own; keep the schedule by Schedule.save, and apply it again after loading"
+        )
+        self.original(*args, **kwargs)
+
+
 class Timesteps(Tensor):
     """A scheduler's timesteps, of which the slice ``timesteps[index:]`` is computed by a function.
 

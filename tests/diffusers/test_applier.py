@@ -63,6 +63,17 @@ def test_a_copy_keeps_the_schedule_and_samples_alike(kind, duplicate):
     assert len(other.timesteps) == len(scheduler.timesteps)
 
 
+def test_saving_says_that_the_schedule_is_not_saved(tmp_path):
+    name, config = SCHEDULERS["assigned"]
+    scheduler, _ = applied_to(getattr(diffusers, name)(**config))
+    with pytest.warns(UserWarning, match=f"{name} is saved without the schedule"):
+        scheduler.save_pretrained(tmp_path)
+    read = getattr(diffusers, name).from_pretrained(tmp_path)
+    for each in (scheduler, read):
+        each.set_timesteps(STEPS)
+    assert not torch.equal(read.sigmas, scheduler.sigmas)  # what the warning is about
+
+
 @pytest.mark.parametrize("kind", ["assigned", "stepped", "arguments", "flow"])
 def test_a_step_that_was_set_by_hand_is_not_left_out_without_a_word(kind):
     """Many programs wrap ``pipe.scheduler.step``, to look at the latents or to change them."""
