@@ -21,6 +21,7 @@ def profile(
     trace: Annotated[
         Optional[Path], typer.Option(help="A file for a trace of torch.profiler, for Perfetto (.json).")
     ] = None,
+    scheduler: shell.Scheduler = None,
     dry_run: shell.DryRun = False,
     as_json: shell.AsJson = False,
     quiet: shell.Quiet = False,
@@ -38,7 +39,7 @@ def profile(
 
     shell.writable(trace, endings=(".json",), name="trace")
     trace = None if trace is None else trace.absolute()  # the model may change the folder
-    source = inputs.Source(denoiser, shape, device, dtype, None, prompt, call, quiet)
+    source = inputs.Source(denoiser, shape, device, dtype, None, prompt, call, quiet, scheduler)
     with shell.while_a_model_runs(), inputs.named_as_options():
         if source.is_pipeline:
             model, arguments = source.pipeline()

@@ -224,6 +224,14 @@ def test_another_scheduler_takes_the_place_of_the_folders(noisy, saved, tmp_path
     assert result.exit_code == 0, result.stderr
 
 
+def test_a_pipeline_is_profiled_with_another_scheduler(noisy):
+    named = ("profile", noisy, "--steps", "3", "-q", "--scheduler")
+    result = run(*named, "DPMSolverMultistepScheduler")
+    assert result.exit_code == 0, result.stderr
+    refused = run(*named, "EDMDPMSolverMultistepScheduler")
+    assert "another noise process" in one_line(refused)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
