@@ -73,10 +73,9 @@ def fit(
     progress: Progress = True,
     **call_kwargs: Any,
 ) -> Schedule:
-    """Choose a schedule of ``steps`` steps for a pipeline with its present solver, guidance and adapters.
+    """Choose a schedule for `apply`, of ``steps`` steps, for a pipeline with its present solver, guidance and adapters.
 
-    Measures it (`measure`), runs promising schedules and the scheduler's own, and tunes the best (`fastsched.fit`).
-    Without a checkpoint, an interrupt (Ctrl-C) returns the best schedule so far, with a warning.
+    Measures it, runs schedules and tunes the best, as `fastsched.fit`. Ctrl-C without a checkpoint returns the best.
 
     Args:
         pipe: A pipeline whose scheduler can be given schedules (docs/schedulers.md).
@@ -88,17 +87,13 @@ def fit(
         prompts: As in `measure`.
         seed: As in `measure`.
         audition: Whether to run candidates and tune; if not, the result is that of `fastsched.optimal_schedule`.
-        model_calls: As in `fastsched.fit`; a run takes ``steps + 1`` a sample (``2 steps`` with two-stage solvers). If
-            None, 100 for each prompt where there are more than eight, with a warning.
+        model_calls: As in `fastsched.fit`, with 100 a prompt if that is more; ``steps + 1`` a run (two stages: twice).
         decoupled: As in `fastsched.fit`; for schedulers whose timesteps can be set apart from their sigmas.
         prompts_per_call: As in `measure`.
         checkpoint: A file for the measurement; runs are kept in ``checkpoint.runs``. The same call goes on from there.
         group: As in `measure`; its first process decides which schedules run, and all processes share the samples.
         progress: As in `measure`: one bar for the steps of the measurement, and one for those that run schedules.
         **call_kwargs: Arguments of the pipeline's call.
-
-    Returns:
-        The schedule, for `fastsched.diffusers.apply`; the pipeline itself is not changed.
 
     Raises:
         ValueError: If an argument is out of range or of another call, or the scheduler or all samples cannot be used.
@@ -107,27 +102,32 @@ def fit(
     calls = prepare_together(lambda: checked_calls(pipe, prompts, call_kwargs, prompts_per_call), group)
     name = prepare_together(lambda: _checked(pipe, steps, solver, checkpoint, audition, decoupled), group)
     check_group(stats, group, steps=steps, solver=name, audition=audition, decoupled=decoupled, model_calls=model_calls)
-    places = {"checkpoint": checkpoint, "group": group, "progress": progress}
     least = calls.minimum_samples if audition else 1  # without runs, more prompts than the calls allow are no loss
     total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else default_total(least)
+    plan = partial(_planned, total, steps, levels, samples, name, least, told=model_calls is not None)
+    places = {"checkpoint": checkpoint, "group": group, "progress": progress}
     with in_one_thread(pipe), prompts_encoded_once(pipe):
         if stats is None:
             settings = {"prompts": prompts, "prompts_per_call": prompts_per_call, "seed": seed, **places}
-            settings |= prepare_together(lambda: _planned(total, steps, levels, samples, name, least), group)
-            if model_calls is None and total > TOTAL:
-                validate.warn(
-                    f"every prompt is measured, so this fit takes up to {total:,} model calls instead of {TOTAL:,} "
-                    f"({least} samples at least); pass fewer prompts, or set model_calls"
-                )
-            try:
-                stats = measured_in_group(pipe, call_kwargs, vectors="first", keep_increments=audition, **settings)
-            except KeyboardInterrupt as error:
-                finished = getattr(error, "partial", None)
-                if checkpoint is not None or group is not None or finished is None:
-                    raise
-                return interrupted_schedule(finished, steps, chosen_solver(name))
+            stats, whole = _measured(pipe, call_kwargs, plan, keep_increments=audition, **settings)
+            if not whole:
+                return interrupted_schedule(stats, steps, chosen_solver(name))
             total = max(0, total - stats.model_calls)
         return _fitted(pipe, stats, steps, name, calls, call_kwargs, total * audition, decoupled, **places).schedule
+
+
+def _measured(
+    pipe: Any, call_kwargs: dict[str, Any], plan: Callable[[], dict[str, Any]], **settings: Any
+) -> tuple[PathStatistics, bool]:
+    """The measurement of a fit, and whether it is whole: without a checkpoint an interrupt leaves what was finished."""
+    settings |= prepare_together(plan, settings["group"])
+    try:
+        return measured_in_group(pipe, call_kwargs, vectors="first", **settings), True
+    except KeyboardInterrupt as error:
+        finished = getattr(error, "partial", None)
+        if finished is None or settings["checkpoint"] is not None or settings["group"] is not None:
+            raise
+        return finished, False
 
 
 def _checked(pipe: Any, steps: int, solver: str | None, checkpoint: Any, audition: bool, decoupled: bool) -> str:
@@ -148,10 +148,20 @@ def _planned(
     samples: int | range | None,
     solver: str,
     least: int,
+    *,
+    told: bool,
 ) -> dict[str, Any]:
-    """The levels and samples to measure (`planned`), after a check that a search over the levels is possible."""
+    """The levels and samples to measure (`planned`), after a check that a search over the levels is possible.
+
+    Warns if ``total`` is above the usual because every prompt is measured, and the caller has not ``told`` it.
+    """
     levels, samples = planned(total, steps, levels, samples, partial(calibration_calls, least=least), least=least)
     check_levels(steps, len(levels) if isinstance(levels, Tensor) else levels, chosen_solver(solver))
+    if total > TOTAL and not told:
+        validate.warn(
+            f"every prompt is measured, so this fit takes up to {total:,} model calls instead of {TOTAL:,} "
+            f"({least} samples at least); pass fewer prompts, or set model_calls"
+        )
     return {"levels": levels, "samples": samples}
 
 
