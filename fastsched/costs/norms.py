@@ -14,15 +14,10 @@ Array: TypeAlias = "NDArray[np.float64]"
 
 @dataclass(frozen=True, eq=False)
 class Norms:
-    """Norms of combinations of V known vectors. Each of B samples has its own V vectors.
+    """Norms of combinations of V known vectors. Each of B samples has its own V vectors."""
 
-    Attributes:
-        gram: Gram matrix of each sample's vectors, [B, V, V].
-        size: The squared norm that each sample's squared norms are relative to, [B].
-    """
-
-    gram: Array
-    size: Array
+    gram: Array  #: Gram matrix of each sample's vectors, [B, V, V]
+    size: Array  #: the squared norm that each sample's squared norms are relative to, [B]
 
     @classmethod
     def of_increments(cls, gram: Array, increments: int) -> Norms:

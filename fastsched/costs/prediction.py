@@ -51,13 +51,9 @@ DEVIATION_PENALTY, FEW_SAMPLES = 0.25, 3
 
 @dataclass(frozen=True, eq=False)
 class ErrorModel:
-    """Predicts the errors of schedules for one solver.
+    """Predicts the errors of schedules for one solver."""
 
-    Attributes:
-        surrogate: The surrogate of the denoiser; for a stock solver that in which each sample has its own Jacobian.
-        solver: The solver.
-    """
-
+    #: The surrogate of the denoiser; for a stock solver that in which each sample has its own Jacobian.
     surrogate: Surrogate | SampleSurrogate
     solver: Solver
 

@@ -33,16 +33,11 @@ ROUNDING = 1e-15
 
 @dataclass(frozen=True, eq=False)
 class SampleSurrogate:
-    """A surrogate, and the scalar Jacobian of each sample.
+    """A surrogate, and the scalar Jacobian of each sample."""
 
-    Attributes:
-        shared: The surrogate in which all samples have the same.
-        own: The scalar Jacobian of each sample at the levels, [N, B].
-        elements: The elements of a sample, d. Its known vectors have no more dimensions.
-    """
-
-    shared: Surrogate
-    own: Array
+    shared: Surrogate  #: the surrogate in which all samples have the same
+    own: Array  #: the scalar Jacobian of each sample at the levels, [N, B]
+    #: The elements of a sample, d. Its known vectors have no more dimensions.
     elements: int
 
     @classmethod

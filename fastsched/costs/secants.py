@@ -27,38 +27,24 @@ GRID_DAMPING = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class RunSecants:
-    """Secants of m runs of the sampler at one of their evaluations.
+    """Secants of m runs of the sampler at one of their evaluations."""
 
-    Attributes:
-        deviations: ``a_m``, [m, V].
-        residuals: ``r_m``, [m, V].
-        damping: ``mu_m``, [m].
-        offsets: ``o_m = log(s_told / s)``, if the network was told ``s_told`` and the state's level was ``s``, [m].
-        unit: The squared deviation that an offset of 1 is equivalent to.
-    """
-
-    deviations: Array
-    residuals: Array
-    damping: Array
+    deviations: Array  #: ``a_m``, [m, V]
+    residuals: Array  #: ``r_m``, [m, V]
+    damping: Array  #: ``mu_m``, [m]
+    #: ``o_m = log(s_told / s)``, if the network was told ``s_told`` and the state's level was ``s``, [m].
     offsets: Array
-    unit: float
+    unit: float  #: the squared deviation that an offset of 1 is equivalent to
 
 
 @dataclass(frozen=True, eq=False)
 class LevelSecants:
-    """The secants of deviated paths at C levels, interpolated.
+    """The secants of deviated paths at C levels, interpolated."""
 
-    Attributes:
-        deviations: ``a_m``, [C, M, V].
-        residuals: ``r_m``, [C, M, V].
-        products: The deviations times the metric, [C, M, V].
-        system: The damped Gram matrices of the deviations, [C, M, M].
-    """
-
-    deviations: Array
-    residuals: Array
-    products: Array
-    system: Array
+    deviations: Array  #: ``a_m``, [C, M, V]
+    residuals: Array  #: ``r_m``, [C, M, V]
+    products: Array  #: the deviations times the metric, [C, M, V]
+    system: Array  #: the damped Gram matrices of the deviations, [C, M, M]
 
     def __getitem__(self, which: NDArray[np.intp]) -> LevelSecants:
         """The secants of the levels with indices ``which``."""
@@ -67,21 +53,13 @@ class LevelSecants:
 
 @dataclass(frozen=True, eq=False)
 class Secants:
-    """All known secants, as coefficients over V vectors.
+    """All known secants, as coefficients over V vectors."""
 
-    Attributes:
-        lam: ``lambda`` of the levels at which deviated paths evaluated the network, ascending, [G].
-        deviations: ``a`` of the M deviated paths at these levels, [G, M, V].
-        residuals: ``r`` of the deviated paths at these levels, [G, M, V].
-        metric: The Gram matrix of the vectors, a weighted mean over the samples, [V, V].
-        runs: The secants of runs, one entry per evaluation; empty without runs.
-    """
-
-    lam: Array
-    deviations: Array
-    residuals: Array
-    metric: Array
-    runs: tuple[RunSecants, ...] = ()
+    lam: Array  #: ``lambda`` of the levels at which deviated paths evaluated the network, ascending, [G]
+    deviations: Array  #: ``a`` of the M deviated paths at these levels, [G, M, V]
+    residuals: Array  #: ``r`` of the deviated paths at these levels, [G, M, V]
+    metric: Array  #: the Gram matrix of the vectors, a weighted mean over the samples, [V, V]
+    runs: tuple[RunSecants, ...] = ()  #: the secants of runs, one entry per evaluation; empty without runs
 
     @classmethod
     def none(cls, vectors: int) -> Secants:

@@ -39,15 +39,11 @@ from fastsched.sampling.solvers import Solver, get_solver
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The errors of C schedules that were run on the surrogate.
+    """The errors of C schedules that were run on the surrogate."""
 
-    Attributes:
-        error: Coefficients of the error at the end over the known vectors, [C, V].
-        deviations: Coefficients of the part of each state's deviation that no secant explains, times `amplitude`; one
-            for each network evaluation after the first, [C, evaluations, V].
-    """
-
-    error: Array
+    error: Array  #: coefficients of the error at the end over the known vectors, [C, V]
+    #: Coefficients of the part of each state's deviation that no secant explains, times `amplitude`; one for each
+    #: network evaluation after the first, [C, evaluations, V].
     deviations: Array
 
 
@@ -70,23 +66,14 @@ class Answers(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class OnPath:
-    """The path and the model around it at C levels.
+    """The path and the model around it at C levels."""
 
-    Attributes:
-        s: The levels, [C].
-        lam: ``lambda`` of the levels, clipped to the grid, [C].
-        state: Coefficients of ``y - y_0``, [C, N-1].
-        denoised: Coefficients of ``D - D_0``, [C, N-1].
-        jacobian: The scalar Jacobian, [C].
-        amplitude: The factor from the size of a deviation at the level to its size at the end, [C].
-    """
-
-    s: Array
-    lam: Array
-    state: Array
-    denoised: Array
-    jacobian: Array
-    amplitude: Array
+    s: Array  #: the levels, [C]
+    lam: Array  #: ``lambda`` of the levels, clipped to the grid, [C]
+    state: Array  #: coefficients of ``y - y_0``, [C, N-1]
+    denoised: Array  #: coefficients of ``D - D_0``, [C, N-1]
+    jacobian: Array  #: the scalar Jacobian, [C]
+    amplitude: Array  #: the factor from the size of a deviation at the level to its size at the end, [C]
 
     def __getitem__(self, which: NDArray[np.intp]) -> OnPath:
         """The entries with indices ``which``."""
@@ -95,21 +82,13 @@ class OnPath:
 
 @dataclass(frozen=True, eq=False)
 class Surrogate:
-    """The model of the denoiser from a measurement.
-
-    Attributes:
-        process: The noise process.
-        s: Levels of the grid, [N].
-        norms: Norms over the V known vectors: the increments, then the responses.
-        jacobian: The scalar Jacobian ``j`` at the levels, [N].
-        secants: The secants of the deviated paths; None without deviated paths.
-    """
+    """The model of the denoiser from a measurement."""
 
     process: NoiseProcess
-    s: Array
-    norms: Norms
-    jacobian: Array
-    secants: Secants | None = None
+    s: Array  #: levels of the grid, [N]
+    norms: Norms  #: norms over the V known vectors: the increments, then the responses
+    jacobian: Array  #: the scalar Jacobian ``j`` at the levels, [N]
+    secants: Secants | None = None  #: the secants of the deviated paths; None without deviated paths
 
     @classmethod
     def of(cls, stats: PathStatistics) -> Surrogate:

@@ -85,25 +85,17 @@ PREDICTIONS = {
 
 @dataclass(frozen=True)
 class Convention:
-    """The conventions shared by a scheduler and its network.
+    """The conventions shared by a scheduler and its network."""
 
-    Attributes:
-        denoiser: The noise process and prediction. Its network is the pipeline's, and cannot be called.
-        sign: Factor that turns the network's output into ``R`` (-1 for EDM networks that predict ``v``).
-        scaled: Whether the state between steps is ``z = x / alpha`` (the process's own ``x`` otherwise).
-        train_steps: Training timesteps of the model; flow times are multiplied by it.
-        integer: Whether the class uses integer timesteps.
-        learned_variance: Whether the network's output holds a variance after the prediction, which is dropped.
-        angle: Whether timesteps are ``2/pi atan(s)``.
-    """
-
+    #: The noise process and prediction. Its network is the pipeline's, and cannot be called.
     denoiser: Denoiser
-    sign: float = 1.0
-    scaled: bool = False
-    train_steps: int = 1000
-    integer: bool = False
+    sign: float = 1.0  #: factor that turns the network's output into ``R`` (-1 for EDM networks that predict ``v``)
+    scaled: bool = False  #: whether the state between steps is ``z = x / alpha`` (the process's own ``x`` otherwise)
+    train_steps: int = 1000  #: training timesteps of the model; flow times are multiplied by it
+    integer: bool = False  #: whether the class uses integer timesteps
+    #: Whether the network's output holds a variance after the prediction, which is dropped.
     learned_variance: bool = False
-    angle: bool = False
+    angle: bool = False  #: whether timesteps are ``2/pi atan(s)``
 
     @property
     def process(self) -> NoiseProcess:

@@ -28,19 +28,12 @@ ALIKE = 0.02
 
 @dataclass(frozen=True)
 class Formula:
-    """How the pipeline's output depends linearly on the networks' outputs, by least squares for each sample.
+    """How the pipeline's output depends linearly on the networks' outputs, by least squares for each sample."""
 
-    Attributes:
-        coefficients: One for each network output, float64 [B, m].
-        gram: Inner products of the networks' outputs, float64 [B, m, m].
-        products: Inner products of the networks' outputs with the pipeline's output, float64 [B, m].
-        square: The squared norm of the pipeline's output, float64 [B].
-    """
-
-    coefficients: Tensor
-    gram: Tensor
-    products: Tensor
-    square: Tensor
+    coefficients: Tensor  #: one for each network output, float64 [B, m]
+    gram: Tensor  #: inner products of the networks' outputs, float64 [B, m, m]
+    products: Tensor  #: inner products of the networks' outputs with the pipeline's output, float64 [B, m]
+    square: Tensor  #: the squared norm of the pipeline's output, float64 [B]
 
     @classmethod
     def of_products(cls, products: Tensor) -> Formula:

@@ -71,21 +71,14 @@ def oracle_network(convention: Convention, denoise: Oracle) -> Callable[[Tensor,
 
 @dataclass(frozen=True)
 class Trace:
-    """The result of running the probe.
+    """The result of running the probe."""
 
-    Attributes:
-        signal: Factor of the data in the state after each step, float64 [n].
-        noise: Factor of the noise, root mean square, float64 [n].
-        timesteps: Timesteps given to the network, float64, consecutive duplicates removed.
-        deterministic: Whether the scheduler added no noise.
-        cancellation: Float32's error in a clean sample that is computed from the first state,
-            ``(x - sigma e) / alpha``: about ``2^-23 sigma / alpha``.
-    """
-
-    signal: Tensor
-    noise: Tensor
-    timesteps: Tensor
-    deterministic: bool
+    signal: Tensor  #: factor of the data in the state after each step, float64 [n]
+    noise: Tensor  #: factor of the noise, root mean square, float64 [n]
+    timesteps: Tensor  #: timesteps given to the network, float64, consecutive duplicates removed
+    deterministic: bool  #: whether the scheduler added no noise
+    #: Float32's error in a clean sample that is computed from the first state, ``(x - sigma e) / alpha``: about
+    #: ``2^-23 sigma / alpha``.
     cancellation: float = 0.0
 
     def follows(self, signal: Tensor, noise: Tensor, rounding: float = 0.0) -> bool:

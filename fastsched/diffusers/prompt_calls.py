@@ -27,17 +27,11 @@ PER_SAMPLE = ("generator", "latents")
 
 @dataclass(frozen=True)
 class PromptCalls:
-    """How samples are distributed over calls of a pipeline: each prompt makes ``images`` of them, in turn.
+    """How samples are distributed over calls of a pipeline: each prompt makes ``images`` of them, in turn."""
 
-    Attributes:
-        prompts: The prompts; empty if the pipeline takes none, or the call's arguments hold it.
-        size: The most prompts in a call; 0 if a call takes one prompt, not a list.
-        images: The number of samples from one prompt, or from a call without prompts; exact after the first call.
-    """
-
-    prompts: tuple[str, ...]
-    size: int
-    images: int
+    prompts: tuple[str, ...]  #: the prompts; empty if the pipeline takes none, or the call's arguments hold it
+    size: int  #: the most prompts in a call; 0 if a call takes one prompt, not a list
+    images: int  #: the number of samples from one prompt, or from a call without prompts; exact after the first call
 
     @classmethod
     def of(

@@ -33,27 +33,20 @@ TIMES = ("timestep", "timesteps")
 
 @dataclass
 class Step:
-    """What happened between two calls of the scheduler's ``step``.
+    """What happened between two calls of the scheduler's ``step``."""
 
-    Attributes:
-        calls: The number of calls of each network.
-        facts: Arguments of networks and attributes of the pipeline, by name: numbers, flags, tensors' shapes and sums.
-        sums: For tensors that are not on the CPU, the shapes, and the sums, which have not been copied to the CPU yet.
-        layers: How many layers each network ran, where they could be counted.
-        inputs: The tensors that the networks were given, or lists of them.
-        outputs: The first tensor, or list of tensors, in each call's output.
-        times: The timesteps that the networks were given as tensors, by argument.
-        first: In the second step, the first; otherwise None.
-    """
-
-    calls: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)  #: the number of calls of each network
+    #: Arguments of networks and attributes of the pipeline, by name: numbers, flags, tensors' shapes and sums.
     facts: dict[str, Any] = field(default_factory=dict)
+    #: For tensors that are not on the CPU, the shapes, and the sums, which have not been copied to the CPU yet.
     sums: dict[str, tuple[tuple[int, ...], Tensor, Tensor]] = field(default_factory=dict)
+    #: How many layers each network ran, where they could be counted.
     layers: Counter[str] = field(default_factory=Counter)
-    inputs: list[Given] = field(default_factory=list)
-    outputs: list[Given] = field(default_factory=list)
+    inputs: list[Given] = field(default_factory=list)  #: the tensors that the networks were given, or lists of them
+    outputs: list[Given] = field(default_factory=list)  #: the first tensor, or list of tensors, in each call's output
+    #: The timesteps that the networks were given as tensors, by argument.
     times: dict[str, Tensor] = field(default_factory=dict)
-    first: Step | None = None
+    first: Step | None = None  #: in the second step, the first; otherwise None
 
 
 class PipelineWatch:

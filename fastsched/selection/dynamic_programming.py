@@ -14,14 +14,10 @@ from fastsched.costs.step_cost import PathCost
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The paths of least cost from the first level to the last, one for each number of steps.
+    """The paths of least cost from the first level to the last, one for each number of steps."""
 
-    Attributes:
-        totals: The least cost with ``n`` steps, at ``[n - 1]``; ``inf`` if no path has ``n`` steps.
-        paths: The ``n + 1`` level indices of that path, at ``[n - 1]``, padded with -1, [steps, steps + 1].
-    """
-
-    totals: Array
+    totals: Array  #: the least cost with ``n`` steps, at ``[n - 1]``; ``inf`` if no path has ``n`` steps
+    #: The ``n + 1`` level indices of that path, at ``[n - 1]``, padded with -1, [steps, steps + 1].
     paths: NDArray[np.int64]
 
     def path(self, steps: int) -> list[int]:
