@@ -30,7 +30,9 @@ Paths = Annotated[
 ]
 ModelCalls = Annotated[
     Optional[int],
-    typer.Option(help="The most model calls, the measurement included.  [default: 800; with --stats 740 more]", min=0),
+    typer.Option(
+        help="The most model calls in all.  [default: 800, 100 a prompt if that is more; with --stats 740 more]", min=0
+    ),
 ]
 Solver = Annotated[str, typer.Option(help="Such as ddim, heun, dpmpp_2m or ipndm; 'fastsched solvers' lists all.")]
 
