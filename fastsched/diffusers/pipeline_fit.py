@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,39 +14,33 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.diffusers.applier import applied
-from fastsched.diffusers.attributes import attributes_set, in_one_thread
+from fastsched.diffusers.attributes import in_one_thread
 from fastsched.diffusers.caches import check_caches
 from fastsched.diffusers.call_identity import call_identity, check_same_call, check_same_calls
 from fastsched.diffusers.conventions import describe, other_solver, own_scheduler, solver_of
 from fastsched.diffusers.exporter import Export, declared_sigmas, plain_copy
-from fastsched.diffusers.pipeline_call import call
 from fastsched.diffusers.pipeline_measurement import CHECKS as CHECKS_OF_MEASURE
 from fastsched.diffusers.pipeline_measurement import (
     calibration_calls,
     checked_calls,
     measured_in_group,
     one_bar,
-    warn_fewer_prompts,
 )
+from fastsched.diffusers.pipeline_runner import PipelineRunner, fits
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
-from fastsched.diffusers.random_numbers import ONE_CALL
 from fastsched.diffusers.replacement import replacement
-from fastsched.diffusers.start_from_noise import StartFromNoise
-from fastsched.diffusers.watching import watched
 from fastsched.fitting.budget import TOTAL, default_total, planned
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.group_runs import check_group, led_by_first
 from fastsched.fitting.interrupts import BestSoFar, interrupted_schedule
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, check_levels, fit_by_running
-from fastsched.fitting.rollouts import Rollout, Run
+from fastsched.fitting.rollouts import Run
 from fastsched.fitting.run_log import RunLog, identity, logged, runs_beside
-from fastsched.measurement.batches import is_out_of_memory
 from fastsched.measurement.devices import prepare_together, rank_and_size
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import check_writable
 from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.progress import Progress
-from fastsched.sampling.random_streams import sample_number
 from fastsched.sampling.schedule import Schedule, check_decoupled
 from fastsched.sampling.solvers import FITTED
 from fastsched.selection.optimal import optimal_schedule
@@ -302,100 +295,9 @@ def candidates(stats: PathStatistics, steps: int, solver: str, scheduler: Any) -
         if name == "optimal" and own is not None:
             some["scheduler's own"] = Schedule.from_levels(stats.process, stats.process.level(own), solver)
         for label, each in some.items():
-            if not any(torch.equal(each.sigmas, other.sigmas) for other in kept) and _fits(each, scheduler):
+            if not any(torch.equal(each.sigmas, other.sigmas) for other in kept) and fits(each, scheduler):
                 kept.append(each)
                 yield label, each
-
-
-class PipelineRunner:
-    """Runs a pipeline from the noises of the measured paths.
-
-    The pipeline is called as in `fastsched.diffusers.measure`, with a schedule applied. One additional step at the
-    first level makes it start from those noises.
-    """
-
-    def __init__(
-        self,
-        pipe: Any,
-        stats: PathStatistics,
-        prompts: PromptCalls,
-        call_kwargs: dict[str, Any],
-        *,
-        calls: int = 1,
-        model_calls: float = math.inf,
-    ) -> None:
-        self.pipe, self.stats, self.prompts, self.call_kwargs = pipe, stats, prompts, call_kwargs
-        self.calls, self.left = calls, model_calls
-        self.advance: Callable[[int], object] = lambda calls: None
-        self._batch = 1
-        self._owned = (stats.ends == 0).all(0)  # elements whose D was held at 0
-        # A call makes a whole batch, so samples that one round does not need are kept for the next.
-        self._rollouts: dict[int, tuple[Schedule, list[Rollout]]] = {}
-
-    def __call__(self, schedule: Schedule, first: int, last: int) -> Rollout | None:
-        """Samples ``first .. last - 1`` under a schedule, float32 on the CPU.
-
-        None if they are not finite, the scheduler cannot use the schedule, or too few model calls are left: a call of
-        the pipeline makes a whole batch, even if fewer samples are asked for.
-
-        Raises:
-            ValueError: If the pipeline's samples have another shape than those of the measurement.
-        """
-        if not _fits(schedule, self.pipe.scheduler):
-            return None
-        _, parts = self._rollouts.setdefault(id(schedule), (schedule, []))
-        while (done := sum(len(part.ends) for part in parts)) < last:
-            if self.calls * self._batch > self.left:
-                return None
-            parts.append(self._one_call(schedule, done))
-        if last == self.stats.samples:
-            del self._rollouts[id(schedule)]
-        found = Rollout.joined(parts).samples(first, last)
-        return found if bool(found.ends.isfinite().all()) else None
-
-    def part(self, schedule: Schedule, first: int, last: int) -> Rollout | None:
-        """Like calling this object, but makes no other samples, and ignores how many model calls are left."""
-        if not _fits(schedule, self.pipe.scheduler):
-            return None
-        parts, done = [], first
-        while done < last:
-            parts.append(self._one_call(schedule, done, last))
-            done += len(parts[-1].ends)
-        found = Rollout.joined(parts).samples(0, last - first)
-        return found if bool(found.ends.isfinite().all()) else None
-
-    def _one_call(self, schedule: Schedule, done: int, last: int | None = None) -> Rollout:
-        wanted = (self.stats.samples if last is None else last) - done
-        number = sample_number(self.stats.seeds[done])
-        arguments = self.prompts.arguments(number, wanted, self.call_kwargs)
-        try:
-            run = self._run(schedule, done, arguments)
-        except Exception as error:
-            fewer = self.prompts.halved(arguments) if is_out_of_memory(error) else None
-            if fewer is None:
-                raise
-            self.prompts = warn_fewer_prompts(fewer)
-            return self._one_call(schedule, done, last)
-        ends = run.end.float().cpu()
-        self._batch = len(ends)
-        self.prompts = self.prompts.updated(arguments, len(ends))
-        self.left -= self.calls * self._batch
-        if ends.shape[1:] != self.stats.ends.shape[1:]:
-            raise ValueError(
-                f"stats are of samples {list(self.stats.ends.shape[1:])} and the pipeline's are "
-                f"{list(ends.shape[1:])}; stats must be measured on this pipeline with the same arguments"
-            )
-        usable = self.prompts.usable_samples(number, len(ends))
-        return Rollout(ends, run.evaluations()).samples(0, min(usable, self.stats.samples - done))
-
-    def _run(self, schedule: Schedule, done: int, arguments: dict[str, Any]) -> StartFromNoise:
-        scheduler, _ = applied(schedule, self.pipe.scheduler)
-        with ONE_CALL, watched(self.pipe) as watch, attributes_set(self.pipe, scheduler=scheduler):
-            seeds, known = self.stats.seeds[done:], (self._owned, self.stats.changes)
-            run = StartFromNoise(scheduler, seeds, schedule, watch, self.advance, *known)
-            call(self.pipe, schedule.steps + 1, arguments, lambda: run.left)  # it adds the step that returns the noise
-            run.check_ended()
-        return run
 
 
 def own_sigmas(scheduler: Any, steps: int) -> Tensor | None:
@@ -417,11 +319,3 @@ def own_sigmas(scheduler: Any, steps: int) -> Tensor | None:
     except ValueError:
         return None
     return sigmas if descending and known and float(sigmas[-1]) == 0 and len(sigmas) == steps + 1 else None
-
-
-def _fits(schedule: Schedule, scheduler: Any) -> bool:
-    try:
-        applied(schedule, scheduler)
-    except ValueError:
-        return False
-    return True

@@ -7,7 +7,7 @@ import torch
 from models import mixture
 
 import fastsched as fs
-from fastsched.diffusers.pipeline_fit import PipelineRunner
+from fastsched.diffusers.pipeline_runner import PipelineRunner
 from fastsched.diffusers.prompt_calls import PromptCalls
 
 SCHEDULERS = {

@@ -16,8 +16,9 @@ import diffusers
 import pipelines
 from pipelines import oracle_pipeline
 
-from fastsched.diffusers import pipeline_fit
-from fastsched.diffusers.pipeline_fit import PipelineRunner, candidates, own_sigmas
+from fastsched.diffusers import pipeline_fit, pipeline_runner
+from fastsched.diffusers.pipeline_fit import candidates, own_sigmas
+from fastsched.diffusers.pipeline_runner import PipelineRunner
 from fastsched.diffusers.prompt_calls import PromptCalls
 from fastsched.fitting.budget import TOTAL
 from fastsched.fitting.loop import CANDIDATES
@@ -289,7 +290,8 @@ def test_schedules_that_the_scheduler_refuses_are_not_tried(monkeypatch):
         return original(schedule, scheduler)
 
     original = pipeline_fit.applied
-    monkeypatch.setattr(pipeline_fit, "applied", applied)
+    for module in (pipeline_fit, pipeline_runner):
+        monkeypatch.setattr(module, "applied", applied)
     monkeypatch.setattr(pipeline_fit, "checked_solver", lambda *_, **__: "ddim")
     schedule = fs.diffusers.fit(pipe, 4, stats=stats)
     assert any(not any(torch.equal(sigmas, known) for known in allowed) for sigmas in asked)  # tuning proposed some
