@@ -201,7 +201,7 @@ def profile(
     elif hasattr(model, "scheduler"):
         if shape is not None:
             raise ValueError("shape is for a Denoiser; a pipeline's latents follow from its height and width")
-        from fastsched.diffusers.pipeline_runs import PipelineRuns
+        from fastsched.diffusers.pipeline_timing import PipelineRuns
 
         runs = PipelineRuns(model, call_kwargs)
     else:

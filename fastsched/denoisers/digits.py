@@ -72,9 +72,9 @@ class _Block(nn.Module):
         return h + self.second(functional.silu(self.first(inner)))
 
 
-def digits_denoiser() -> Denoiser:
-    """The denoiser of the trained network, on the CPU: shape (1, 8, 8), sigma from 80 to 0.002."""
-    return Denoiser.from_edm(load_digits_network())
+def digits_denoiser(device: torch.device | str = "cpu") -> Denoiser:
+    """The denoiser of the trained network: shape (1, 8, 8), sigma from 80 to 0.002."""
+    return Denoiser.from_edm(load_digits_network().to(device))
 
 
 def load_digits_network() -> DigitsNetwork:

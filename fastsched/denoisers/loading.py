@@ -33,9 +33,9 @@ def load_denoiser(name: str, device: str | None = None) -> tuple[Denoiser, tuple
         ImportError: If there is no such module, or its import or the function fails.
     """
     if name == "digits":
-        from fastsched.denoisers.digits import DigitsNetwork, load_digits_network
+        from fastsched.denoisers.digits import DigitsNetwork, digits_denoiser
 
-        return Denoiser.from_edm(load_digits_network().to(device or "cpu")), DigitsNetwork.shape
+        return digits_denoiser(device or "cpu"), DigitsNetwork.shape
     source, colon, function = name.rpartition(":")
     if not colon or not source or not function.isidentifier():
         raise ValueError(f"denoiser must be {FORMS}, got {name!r}{_hint(name)}")

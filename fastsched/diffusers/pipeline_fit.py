@@ -97,7 +97,7 @@ def fit(
     check_group(stats, group, steps=steps, solver=name, audition=audition, decoupled=decoupled, model_calls=model_calls)
     least = calls.minimum_samples if audition else 1  # without runs, more prompts than the calls allow are no loss
     total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else default_total(least)
-    plan = partial(_planned, total, steps, levels, samples, name, least, told=model_calls is not None)
+    plan = partial(_planned, total, steps, levels, samples, name, least, chosen=model_calls is not None)
     places = {"checkpoint": checkpoint, "group": group, "progress": progress}
     with in_one_thread(pipe), prompts_encoded_once(pipe):
         if stats is None:
@@ -142,15 +142,15 @@ def _planned(
     solver: str,
     least: int,
     *,
-    told: bool,
+    chosen: bool,
 ) -> dict[str, Any]:
     """The levels and samples to measure (`planned`), after a check that a search over the levels is possible.
 
-    Warns if ``total`` is above the usual because every prompt is measured, and the caller has not ``told`` it.
+    Warns if ``total`` is above the usual because every prompt is measured, unless the caller has ``chosen`` it.
     """
     levels, samples = planned(total, steps, levels, samples, partial(calibration_calls, least=least), least=least)
     check_levels(steps, len(levels) if isinstance(levels, Tensor) else levels, chosen_solver(solver))
-    if total > TOTAL and not told:
+    if total > TOTAL and not chosen:
         validate.warn(
             f"every prompt is measured, so this fit takes up to {total:,} model calls instead of {TOTAL:,} "
             f"({least} samples at least); pass fewer prompts, or set model_calls"
