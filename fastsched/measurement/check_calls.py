@@ -58,6 +58,11 @@ class CheckCalls:
         top, second, low = self.denoiser.levels(3).tolist()
         return low, top if math.isfinite(top) else second, top
 
+    @property
+    def assumed_deviation(self) -> float | None:
+        """The standard deviation of the data that ``F`` and ``v`` assume; None for other predictions."""
+        return {"edm": self.denoiser.sigma_data, "v": 1.0}.get(self.denoiser.prediction)
+
     def between(self, part: float) -> float:
         """The known level nearest to the fraction ``part`` of the range in ``log s``, from the highest finite level."""
         low, high, _ = self.range

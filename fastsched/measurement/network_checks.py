@@ -12,7 +12,7 @@ the highest level, two samples  Nearly the same for both, the mean of the data: 
 the measurement's first call    Equal for the sample that is in both. Otherwise the network is random, keeps a state
                                 or mixes the samples of a batch. This check needs no additional call.
 pure noise at a third of the    (The first output also gives the network's fingerprint. Two Euler steps lead to a
-range, then at two thirds       rough sample ``x0``. EDM needs only the first, as the size of its data is known.)
+range, then at two thirds       rough sample ``x0``. ``v`` and ``F`` assume a size of the data, and need only one.)
 the same third, plus a step     For ``v`` and ``F``, whose sign may be wrong: ``D`` does not move against the step. If
                                 ``D`` moves only a little against it, another noise is tried.
 ``x0 + s n``, lowest level      Nearly its input. With few elements ``x0`` may be far from all data, so the end of the
@@ -150,7 +150,7 @@ def _check_denoiser(ask: CheckCalls, low: float) -> None:
     ask.middle, ask.fingerprint = middle.float(), fingerprint_of(middle, x0, ask.factor(first))
     if ask.denoiser.prediction in SIGN_AMBIGUOUS:
         ask.negative_slope = _negative_slope(ask, first * noise[:1], first, x0, first * noise[1:])
-    if first != second and ask.denoiser.prediction != "edm":
+    if first != second and ask.denoiser.prediction not in SIGN_AMBIGUOUS:
         x0 = ask.denoised(second * (noise[:1] + (1 / second - 1 / first) * x0), second)
     ask.constant = _answers_equal(ask, low)
     if ask.constant:
@@ -160,7 +160,7 @@ def _check_denoiser(ask: CheckCalls, low: float) -> None:
         )
         return
     prediction = ask.denoiser.prediction
-    _check_top(ask, ask.denoiser.sigma_data if prediction == "edm" else float(x0.square().mean().sqrt()))
+    _check_top(ask, ask.assumed_deviation or float(x0.square().mean().sqrt()))
     if prediction == "edm":
         _check_raw_edm(ask, noise[1:])
     elif prediction in FLOW_LIKE:

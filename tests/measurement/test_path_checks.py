@@ -82,10 +82,10 @@ def test_guidance_over_few_levels_is_not_refused(levels, d):
                     measure(guided(whole, part, 2.0, kind), d, levels)
 
 
-@pytest.mark.parametrize("kind", SIGNED)
-def test_one_question_about_the_path_is_asked_of_usual_networks(kind):
-    right = exact_denoisers(fs.oracles.Gaussian(0.3, (16,)))[kind]
-    checked, plain = (measure(right, 16, 48, checks=checks).model_calls for checks in (True, False))
+@pytest.mark.parametrize("kind", ["x0", "edm", "score", "epsilon", "v", "velocity"])
+def test_usual_networks_are_asked_seven_times(kind):
+    right = exact_denoisers(fs.oracles.Gaussian(0.3, (64,)))[kind]
+    checked, plain = (measure(right, 64, 48, checks=checks).model_calls for checks in (True, False))
     assert checked - plain == 7
 
 
@@ -198,3 +198,51 @@ def test_predictions_of_x0_of_too_low_a_level_are_warned_of():
         process = fs.denoisers.noise.VariancePreserving(table[step - 1 :: step])
         told = told_of(fs.Denoiser(clean, process, "x0"), (16,))
         assert ("too low a level" in told) == (step > 1)
+
+
+LINEAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+SCALED_LINEAR = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+
+
+def of_falling_deviations(kind, d=256):
+    """The exact network of Gaussian data of deviation 0.5, whose spectrum falls nearly as that of images does."""
+    c = torch.arange(1, d + 1) ** -0.7
+    c *= 0.5 / c.square().mean().sqrt()
+    denoise = lambda z, s: z * c**2 / (c**2 + s.to(z.dtype).reshape(-1, 1) ** 2)
+    return exact_denoisers(SimpleNamespace(denoise=denoise, score=len), LINEAR)[kind]
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("epsilon", 0.8), ("v", 1.2), ("velocity", 0.8)])
+def test_a_time_that_is_off_by_a_fifth_is_noticed(kind, factor):
+    """The path keeps noise that the network does not expect, or is given too little."""
+    right = of_falling_deviations(kind)
+    most = 1 if kind == "velocity" else 999
+    wrong = replace(right, network=lambda x, t: right.network(x, (factor * t).clamp_max(most)))
+    assert not told_of(right, (256,), samples=8)
+    assert "of the noise's square away" in told_of(wrong, (256,), samples=8)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v"])
+def test_a_scaled_linear_table_in_place_of_a_linear_one_is_noticed(kind):
+    process = fs.denoisers.noise.VariancePreserving(SCALED_LINEAR)
+    wrong = replace(of_falling_deviations(kind, d=1024), process=process)
+    assert "of the noise's square away" in told_of(wrong, (1024,), samples=8)
+
+
+def test_what_is_removed_agrees_with_the_slope_of_exact_denoisers():
+    """``E |z - D|^2 = s^2 (d - tr J)``; here ``D = J z``, and ``tr J / d`` is known."""
+    oracle = fs.oracles.Gaussian(0.5, (4096,))
+    denoiser = exact_denoisers(oracle)["x0"]
+    s = denoiser.levels(48)
+    ask = check_network(denoiser, (4096,), torch.device("cpu"), torch.float32, s)
+    path = _Path(ask, s)
+    z = float(s[0]) * torch.randn(8, 4096, generator=torch.Generator().manual_seed(0))
+    for k in range(48):
+        x0 = denoiser.raw_output(z, s[k])
+        path.see(z, k, x0)
+        z = x0 + (z - x0) * float(s[min(k + 1, 47)] / s[k])
+    s_rest = float(s[path.rest])
+    xx, xr, rr = torch.stack(path._products, 1)[:3, path.rest].double().sum(1).tolist()
+    slope = path._slope(path.rest)
+    assert slope == pytest.approx(0.25 / (0.25 + s_rest**2), abs=0.02)
+    assert (xx - 2 * xr + rr) / (8 * 4096 * s_rest**2) == pytest.approx(1 - slope, abs=0.04)
