@@ -29,7 +29,7 @@ from fastsched.costs.fitted_weights import surrogate_runs
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.sample_surrogate import SampleSurrogate
 from fastsched.costs.surrogate import Outcome, Surrogate
-from fastsched.denoisers.noise import far_outside
+from fastsched.denoisers.noise import check_near
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.metrics import power_mean
 from fastsched.sampling.fitted import chosen_solver, is_solver
@@ -117,9 +117,7 @@ def predict_error(
     s = stats.process.level(values)
     if float(s[0]) < float(stats.s[-1]):
         raise ValueError(f"sigmas must start within the measured range, from {float(stats.sigmas[-2]):g} on")
-    if far_outside(stats.process, s[:-1]):
-        low, high = stats.process.s_min, stats.process.s_max
-        raise ValueError(f"sigmas must be near those of the noise process, levels {low:g} to {high:g}")
+    check_near("sigmas", stats.process, s[:-1])
     if getattr(sigmas, "weights", None) is not None and solver in (None, FITTED):
         method = schedule_solver(sigmas)
     else:

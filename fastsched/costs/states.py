@@ -22,7 +22,7 @@ from fastsched.denoisers.network_state import (
     unchanged_buffers,
     warned_of_randomness,
 )
-from fastsched.denoisers.noise import far_outside, log_uniform
+from fastsched.denoisers.noise import check_near, log_uniform
 from fastsched.measurement.batches import is_out_of_memory
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.random_streams import noise_of, normal, sample_seeds, stream
@@ -258,9 +258,7 @@ def finite_levels(denoiser: Denoiser, sigmas: Tensor | Sequence[float]) -> Tenso
             "sigmas must be noise levels above 0 and short of pure noise (for flow models: times within (0, 1)), "
             f"got {values.tolist()}; remove both ends, select adds them"
         )
-    if far_outside(denoiser.process, s):
-        low, high = denoiser.process.s_min, denoiser.process.s_max
-        raise ValueError(f"sigmas must be near those of the noise process, levels {low:g} to {high:g}")
+    check_near("sigmas", denoiser.process, s)
     if not bool((s[1:] < s[:-1]).all()):
         raise ValueError("sigmas must be at different integer timesteps, as this network knows no others")
     return s

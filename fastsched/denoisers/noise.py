@@ -383,6 +383,15 @@ def far_outside(process: NoiseProcess, s: Tensor) -> bool:
     return above or float(s[-1]) < 1e-3 * low
 
 
+def check_near(name: str, process: NoiseProcess, s: Tensor) -> None:
+    """ValueError, which names the argument, if levels are `far_outside` those of the noise process."""
+    if far_outside(process, s):
+        raise ValueError(
+            f"{name} must be near those of the noise process, {process.s_min:g} to {process.s_max:g} as levels s, "
+            f"got s = {validate.shown(s.tolist())}"
+        )
+
+
 def log_uniform(high: float, low: float, n: int) -> Tensor:
     """``n`` levels from ``high`` to ``low``, uniform in the logarithm, both ends exact. Shape [n], float64."""
     levels = torch.linspace(math.log(high), math.log(low), n, dtype=torch.float64, device="cpu").exp()

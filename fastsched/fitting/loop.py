@@ -19,6 +19,7 @@ from fastsched.fitting.tuning import Tuning, corrected_without_run, tuned
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED, Solver
+from fastsched.selection.dynamic_programming import check_steps
 from fastsched.selection.optimal import optimal_schedule
 
 #: Default limit of the model calls after the measurement, counted per sample.
@@ -49,10 +50,7 @@ class FitReport:
 
 def check_levels(steps: int, levels: int, method: Solver) -> None:
     """ValueError or MemoryError if there are too few levels for the steps, or too many to search."""
-    if steps > levels - 1:
-        raise ValueError(
-            f"steps must be at most {levels - 1} on {levels} levels, got {steps}; measure with more levels"
-        )
+    check_steps(steps, levels)
     if method.history > 0 or method.name == FITTED:
         check_memory(levels)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
 from fastsched.denoisers.network_state import check_evaluation_mode, unchanged_buffers
-from fastsched.denoisers.noise import far_outside
+from fastsched.denoisers.noise import check_near
 from fastsched.measurement.batches import Batches, finished_part, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.devices import measured_in_group, prepare_together
@@ -211,7 +211,5 @@ def measured_levels(denoiser: Denoiser, levels: int | Tensor | Sequence[float]) 
             f"levels must be at least {CLOSEST:.1%} apart, but levels[{k + 1}] = {float(s[k + 1])!r} follows "
             f"{float(s[k])!r}: the change between them is mostly rounding; leave one of them out"
         )
-    if far_outside(denoiser.process, s):
-        low, high = denoiser.process.s_min, denoiser.process.s_max
-        raise ValueError(f"levels must be near those of the noise process, {low:g} to {high:g}, got {s.tolist()}")
+    check_near("levels", denoiser.process, s)
     return s

@@ -35,13 +35,18 @@ def cheapest_paths(cost: PathCost, steps: int) -> Selection:
         ValueError: If ``steps`` is below 1 or above the number of levels less one.
     """
     steps = validate.positive_int("steps", steps)
-    if steps > cost.levels - 1:
-        raise ValueError(
-            f"steps must be at most {cost.levels - 1} on {cost.levels} levels, got {steps}; measure with more levels"
-        )
+    check_steps(steps, cost.levels)
     if cost.solver.history == 0:
         return first_order_paths(cost.pairs, steps)
     return second_order_paths(cost.first, cost.triples, steps)
+
+
+def check_steps(steps: int, levels: int) -> None:
+    """ValueError if ``steps`` need more levels than there are."""
+    if steps > levels - 1:
+        raise ValueError(
+            f"steps must be at most {levels - 1} on {levels} levels, got {steps}; measure with more levels"
+        )
 
 
 def first_order_paths(cost: Array, steps: int) -> Selection:
