@@ -139,8 +139,7 @@ def audition(
         check_start(f"candidates[{name!r}]", schedule, denoiser)
     asked = check_same_network(denoiser, stats, device, dtype) if checks else 0
     runner = Runner(denoiser, stats, method, batch_size, device, dtype)
-    first = first_round(count) if len(chosen) > FINALISTS else count
-    total = len(chosen) * first + FINALISTS * (count - first)
+    total = sample_runs(len(chosen), count)
     with progress_bar(total * method.model_calls(steps), progress, "audition") as runner.advance:
         found = ranked(runner, stats, chosen, method.model_calls(steps), count)
     return replace(found, model_calls=found.model_calls + asked)
@@ -217,6 +216,11 @@ def _checked(
 def first_round(samples: int) -> int:
     """The number of samples that every candidate runs: three eighths of all, rounded up."""
     return -(-3 * samples // 8)
+
+
+def sample_runs(candidates: int, samples: int) -> int:
+    """How many samples are run in an audition, summed over the candidates; only finalists run all ``samples``."""
+    return min(candidates, FINALISTS) * samples + max(candidates - FINALISTS, 0) * first_round(samples)
 
 
 def _table(

@@ -13,7 +13,7 @@ from itertools import islice
 from fastsched import validate
 from fastsched.costs.prediction import predict_error
 from fastsched.costs.step_cost import check_memory
-from fastsched.fitting.auditioning import FINALISTS, Audition, first_round, ranked
+from fastsched.fitting.auditioning import FINALISTS, Audition, first_round, ranked, sample_runs
 from fastsched.fitting.rollouts import Run
 from fastsched.fitting.tuning import Tuning, corrected_without_run, tuned
 from fastsched.measurement.statistics import PathStatistics
@@ -128,8 +128,7 @@ def affordable(calls: int, samples: int, model_calls: int) -> int:
     """
     if model_calls < calls * samples:
         return 0
-    first = first_round(samples)
-    most = max(min(CANDIDATES, int(FIRST_ROUND * model_calls) // (calls * first)), FINALISTS)
-    while most > 1 and calls * (min(most, FINALISTS) * samples + max(most - FINALISTS, 0) * first) > model_calls:
+    most = max(min(CANDIDATES, int(FIRST_ROUND * model_calls) // (calls * first_round(samples))), FINALISTS)
+    while most > 1 and calls * sample_runs(most, samples) > model_calls:
         most -= 1
     return most

@@ -98,8 +98,10 @@ class RunLog:
                 length = int.from_bytes(head[:LENGTH], "little")
                 content = file.read(length) if len(head) == LENGTH + DIGEST and length < size else b""
                 if not content or len(content) < length or bytes.fromhex(checksum(content)) != head[LENGTH:]:
-                    self._report_damage(place, left=size - at - len(head) - length)
-                    return at
+                    if place > 0 and at + len(head) + length <= size:  # of full length, so no interruption cut it off
+                        known = f"{self.path} is damaged after its first {place - 1} runs"
+                        validate.warn(f"{known}; the others are made again")
+                    break
                 metadata = _unpacked(content, self.path)[0]
                 if place == 0:
                     self._check_identity(what, metadata)
@@ -107,18 +109,15 @@ class RunLog:
                     self._found[str(metadata.get("key"))] = (at + LENGTH + DIGEST, length)
                 at, place = at + LENGTH + DIGEST + length, place + 1
         if place == 0:
-            self._report_damage(place, left=0)
+            raise self._not_runs()
         return at
 
-    def _report_damage(self, place: int, left: int) -> None:
-        if place == 0:
-            raise ValueError(f"{self.path} does not hold runs of fastsched; remove it, or name another file")
-        if left >= 0:  # the record has its full length, so it is not the unfinished one of an interruption
-            validate.warn(f"{self.path} is damaged after its first {place - 1} runs; the others are made again")
+    def _not_runs(self) -> ValueError:
+        return ValueError(f"{self.path} does not hold runs of fastsched; remove it, or name another file")
 
     def _check_identity(self, what: dict[str, Any], found: dict[str, Any]) -> None:
         if found.get("format") != FORMAT:
-            self._report_damage(0, left=0)
+            raise self._not_runs()
         for key in sorted({*what, *found}):
             wanted, given = json.loads(json.dumps(what.get(key))), found.get(key)
             if wanted != given:
