@@ -25,7 +25,7 @@ from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.random_numbers import ONE_CALL
 from fastsched.diffusers.watching import watched
 from fastsched.fitting.run_log import check_no_more_samples, runs_beside
-from fastsched.measurement.batches import Batches, finished_part, is_out_of_memory, resumed
+from fastsched.measurement.batches import Batches, carry, finished_part, is_out_of_memory, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.devices import (
     check_alike,
@@ -211,8 +211,7 @@ def measured_pipeline(
                 if checkpoint is not None:
                     whole.save(checkpoint, vectors=keep_increments)
         except BaseException as error:
-            with contextlib.suppress(Exception):  # a few error classes take no attributes
-                error.partial = whole  # type: ignore[attr-defined]  # a handler may save them
+            carry(error, whole)
             raise
     return replace(whole, origin=origin)
 

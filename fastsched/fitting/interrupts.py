@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field, replace
 
 from fastsched import validate
 from fastsched.fitting.rollouts import Rollout, Run, distances
+from fastsched.measurement.batches import carry
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import power_mean
 from fastsched.sampling.schedule import Schedule
@@ -30,8 +30,7 @@ class BestSoFar:
         try:
             found = self.run(schedule, first, last)
         except BaseException as error:
-            with contextlib.suppress(Exception):  # a few classes take no attributes
-                error.partial = self.stats  # type: ignore[attr-defined]  # to be saved
+            carry(error, self.stats)
             raise
         if found is not None:
             self.finished.setdefault(id(schedule), (schedule, []))[1].append(Rollout(found.ends))

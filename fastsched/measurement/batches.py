@@ -103,11 +103,11 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
                 if batches.file is not None:
                     whole.save(batches.file, vectors=run.keep_vectors)
         except BaseException as error:
-            _carry(error, whole)
+            carry(error, whole)
             if is_out_of_memory(error):
                 paths = min(batches.size, len(batches.seeds))
                 advice = MemoryError(explained(run, paths, len(seeds), math.prod(batches.shape)))
-                _carry(advice, whole)
+                carry(advice, whole)
                 raise advice from error
             raise
     assert whole is not None  # there is at least one seed, measured now or before
@@ -116,10 +116,10 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
     return whole
 
 
-def _carry(error: BaseException, whole: PathStatistics | None) -> None:
-    """Let a handler save the finished paths: they are ``error.partial``."""
+def carry(error: BaseException, finished: PathStatistics | None) -> None:
+    """Attach the finished paths to an error as ``error.partial``, so that a handler can save them."""
     with contextlib.suppress(Exception):  # a few classes take no attributes
-        error.partial = whole  # type: ignore[attr-defined] # no class of errors declares it
+        error.partial = finished  # type: ignore[attr-defined]  # no class of errors declares it
 
 
 def _warn_of_constant(stats: PathStatistics) -> None:

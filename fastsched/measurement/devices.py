@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastsched.measurement.batches import Batches, measured, resumed
+from fastsched.measurement.batches import Batches, carry, measured, resumed
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.memory import PIECE
 from fastsched.measurement.path_following import Measurement
@@ -194,13 +194,13 @@ def parts_of_group(measure: Callable[[], PathStatistics] | None, group: Any, vec
     try:
         found = all_of((light, described(failure)), group)
     except Exception as error:
-        error.partial = part  # type: ignore[attr-defined]  # a process has ended; what this one finished is kept
+        carry(error, part)  # another process has ended
         raise
     parts = [each for each, _ in found if each is not None]
     wrong = failures([text for _, text in found])
     if wrong is not None:
         error = failure if failure is not None else RuntimeError(wrong)
-        error.partial = reduce(PathStatistics.merge, parts) if parts else None  # type: ignore[attr-defined]  # for a handler
+        carry(error, reduce(PathStatistics.merge, parts) if parts else None)
         raise error
     if vectors == "none":
         return parts
