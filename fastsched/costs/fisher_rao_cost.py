@@ -69,8 +69,9 @@ def fisher_rao(
     def of_batch(batch: Batch, advance: Callable[[int], None]) -> Tensor:
         metrics = []
         for k, z, raw in source.states(batch, source.levels):
-            metrics.append(_metric(source, z, raw, k, batch.signs(probes)))
-            rounding[k] += _rounding(source, z, raw, k).sum() / source.samples
+            norms = in_float64(source.score_of(z, raw, k).flatten(1)).square().sum(1)  # ||score||^2, [B]
+            metrics.append(_metric(source, z, k, norms, batch.signs(probes)))
+            rounding[k] += _rounding(source, raw, k, norms.cpu()).sum() / source.samples
             advance(len(z))
         return torch.stack(metrics, 1)
 
@@ -82,23 +83,21 @@ def fisher_rao(
     return source.cost_matrix("fisher_rao", pair_indices(source.levels, "adjacent"), costs, order=2, jvp=derivatives)
 
 
-def _metric(source: StateSource, z: Tensor, raw: Tensor, k: int, probes: Tensor) -> Tensor:
+def _metric(source: StateSource, z: Tensor, k: int, norms: Tensor, probes: Tensor) -> Tensor:
     """``s^4 (tr H + ||score||^2)^2`` for each sample, from the products of different probes, [B] float64."""
     count = probes.shape[1]
     repeated, directions = z.repeat_interleave(count, 0), probes.flatten(0, 1)
     products = source.derivative(repeated, directions, k)
     backend = "torch" if z.dtype == torch.float64 else "auto"
     traces, _ = ops.hutchinson_reduce(probes.flatten(2), products.reshape(*probes.shape[:2], -1), backend=backend)
-    norm = in_float64(source.score_of(z, raw, k).flatten(1)).square().sum(1, keepdim=True)
     s2 = float(source.s[k]) ** 2
-    change = traces - z[0].numel() + s2 * norm  # s^2 (tr H + ||score||^2), [B, probes]
+    change = traces - z[0].numel() + s2 * norms[:, None]  # s^2 (tr H + ||score||^2), [B, probes]
     # (sum of all)^2 - sum of squares = the products of different probes: the square of a single probe's estimate
     # would be biased by its variance.
     return (change.sum(1).square() - change.square().sum(1)) / (count * (count - 1))
 
 
-def _rounding(source: StateSource, z: Tensor, raw: Tensor, k: int) -> Tensor:
+def _rounding(source: StateSource, raw: Tensor, k: int, norms: Tensor) -> Tensor:
     """What storage of ``raw`` in 16 bits adds to `_metric`, ``4 s^4 E (score' error)^2``, [B] float64."""
-    norm = in_float64(source.score_of(z, raw, k).flatten(1)).square().sum(1).cpu()
-    error = source.score_c[k].square() * stored_squares(raw) / 2 / z[0].numel()  # of one output's elements
-    return 4 * float(source.s[k]) ** 4 * norm * error
+    error = source.score_c[k].square() * stored_squares(raw) / 2 / raw[0].numel()  # mean square of an element's error
+    return 4 * float(source.s[k]) ** 4 * norms * error

@@ -22,7 +22,7 @@ from fastsched.costs.answer_errors import CORRELATION_LENGTH, relative_errors, v
 from fastsched.costs.interpolation_errors import interpolation_errors
 from fastsched.costs.norms import Array
 from fastsched.costs.scalar_jacobian import scalar_jacobian
-from fastsched.costs.surrogate import Surrogate, nodes_and_levels
+from fastsched.costs.surrogate import Surrogate, deviation_scale, nodes_and_levels
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.sampler import answered, integration
 from fastsched.sampling.solvers import Solver
@@ -119,7 +119,7 @@ class SampleRuns:
         self._lam = shared.position(self._distinct)
         self._state, self._denoised = map(model.coordinates, shared.path(self._distinct))
         self._own = _interpolated(self._lam, shared.lam, model.own)
-        self._scale = np.where(np.isinf(self._distinct), 0.0, self._distinct)
+        self._scale = deviation_scale(self._distinct)
         self._state *= self._scale[:, None, None]
         self._weights = 1 / (self.samples * shared.norms.size[:, None])
         if shared.secants is not None:

@@ -122,7 +122,6 @@ class Surrogate:
         n, rho = len(self.s), 1 / self.s
         asked = [0, *asked_levels(n)]
         state, _ = self.path(self.s)
-        scale = np.where(np.isinf(self.s), 0.0, self.s)
         deviations = np.zeros((len(asked), len(stats.deviated), self.vectors))
         responses = np.zeros_like(deviations)
         first = n - 1
@@ -137,7 +136,7 @@ class Surrogate:
                     if level > 0:
                         y[k + 1, column[level]] += weight * (rho[k + 1] - rho[k])
             y[:, : n - 1] -= state
-            deviations[:, m] = (scale[:, None] * y)[asked]
+            deviations[:, m] = (deviation_scale(self.s)[:, None] * y)[asked]
             for row, level in enumerate(asked[1:], 1):
                 responses[row, m, column[level]] = 1.0
         return asked, deviations, responses
@@ -305,7 +304,7 @@ class SurrogateRuns:
         known = self._path_at[rows]
         away = y.copy()
         away[:, :n] -= known.state
-        away *= np.where(np.isinf(known.s), 0.0, known.s)[:, None]
+        away *= deviation_scale(known.s)[:, None]
         found = known.jacobian[:, None] * away
         offset = None if self.offsets is None else self.offsets[:, evaluation]
         answer, explained = self.secants.answer(evaluation, self._secants_at[rows], away, offset)
@@ -315,6 +314,11 @@ class SurrogateRuns:
         self._unexplained.append(away - explained)
         self._known.append(known)
         return found
+
+
+def deviation_scale(s: Array) -> Array:
+    """The factor from a deviation of ``y`` to that of ``z = s y``: ``s``, but 0 at pure noise, where there is none."""
+    return np.where(np.isinf(s), 0.0, s)
 
 
 def nodes_and_levels(process: NoiseProcess, levels: Array, method: Solver) -> tuple[list[Node], Array]:

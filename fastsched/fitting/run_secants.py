@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastsched.costs.norms import Array
 from fastsched.costs.secants import RunSecants, Secants
-from fastsched.costs.surrogate import Surrogate
+from fastsched.costs.surrogate import Surrogate, deviation_scale
 from fastsched.fitting.rollouts import Evaluations
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.random_streams import noise_of
@@ -40,7 +40,7 @@ def residuals(surrogate: Surrogate, stats: PathStatistics, found: Evaluations) -
     state, denoised = (torch.from_numpy(known) for known in surrogate.path(s))
     moved = torch.from_numpy(1 / s - 1 / surrogate.s[0])[:, None]  # change of y by a constant D = 1
     jacobian = torch.from_numpy(surrogate.scalar_jacobian(s))[:, None]
-    scale = torch.from_numpy(np.where(np.isinf(s), 0.0, s))[:, None]
+    scale = torch.from_numpy(deviation_scale(s))[:, None]
     noise = noise_of(stats.seeds, stats.shape)
     rows = []
     for b, increments in enumerate(stats.increments):
