@@ -16,7 +16,7 @@ from torch import Tensor
 from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.pipeline_call import call_parameters
 from fastsched.diffusers.watching import PROGRESS, networks_of
-from fastsched.measurement.devices import all_of
+from fastsched.measurement.devices import gathered_by_all
 from fastsched.sampling.origin import Origin
 
 #: Arguments of a call that are left out: the prompts (added separately), the form of the output, the strength (always
@@ -81,7 +81,7 @@ def check_same_call(name: str, found: Origin | None, identity: str) -> None:
 
 def check_same_calls(identity: str, group: Any) -> None:
     """ValueError in all processes of ``group`` unless their calls and weights are the same, as in `check_same_call`."""
-    first, *others = all_of(identity, group)
+    first, *others = gathered_by_all(identity, group)
     for rank, other in enumerate(others, 1):
         what = _difference(first, other)
         if what is not None:

@@ -14,10 +14,10 @@ from typing import Any
 from fastsched.fitting.rollouts import Rollout, Run
 from fastsched.fitting.run_log import identity
 from fastsched.measurement.devices import (
+    broadcast_by_first,
     check_alike,
     described,
     failures,
-    first_ones,
     gathered_by_first,
     rank_and_size,
     share,
@@ -49,15 +49,15 @@ def led_by_first(run: Run, work: Callable[[Run], Any], group: Any) -> Any:
         result = work(lambda schedule, first, last: _dealt_out(run, schedule, first, last, group))
     except Exception as error:
         with contextlib.suppress(Exception):  # if the error is that a process has died, this fails as well
-            first_ones(("failed", described(error)), group)
+            broadcast_by_first(("failed", described(error)), group)
         raise
     light = replace(result.stats, increments=None, responses=None)
-    first_ones(("done", replace(result, stats=light)), group)
+    broadcast_by_first(("done", replace(result, stats=light)), group)
     return result
 
 
 def _dealt_out(run: Run, schedule: Schedule, first: int, last: int, group: Any) -> Rollout | None:
-    first_ones(("run", (schedule, first, last)), group)
+    broadcast_by_first(("run", (schedule, first, last)), group)
     own, failure = _own_part(run, schedule, first, last, group)
     found = gathered_by_first((own, described(failure)), group)
     assert found is not None  # the first process gets the results
@@ -71,7 +71,7 @@ def _dealt_out(run: Run, schedule: Schedule, first: int, last: int, group: Any) 
 def _follow(run: Run, group: Any) -> Any:
     failure: Exception | None = None
     while True:
-        what, value = first_ones(None, group)
+        what, value = broadcast_by_first(None, group)
         if what == "done":
             return value
         if what == "failed":

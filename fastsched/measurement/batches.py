@@ -17,7 +17,7 @@ from fastsched.denoisers.network_state import unchanged_buffers, warned_of_rando
 from fastsched.measurement.check_calls import CheckCalls
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.increment_checks import check_increments
-from fastsched.measurement.memory import explained, need, paths_at_once, with_store
+from fastsched.measurement.memory import need, out_of_memory_message, paths_at_once, with_store
 from fastsched.measurement.network_checks import check_network, fingerprint
 from fastsched.measurement.path_checks import path_checked
 from fastsched.measurement.path_following import Measurement, measurement_steps
@@ -106,7 +106,7 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
             carry(error, whole)
             if is_out_of_memory(error):
                 paths = min(batches.size, len(batches.seeds))
-                advice = MemoryError(explained(run, paths, len(seeds), math.prod(batches.shape)))
+                advice = MemoryError(out_of_memory_message(run, paths, len(seeds), math.prod(batches.shape)))
                 carry(advice, whole)
                 raise advice from error
             raise

@@ -107,7 +107,7 @@ def own_file(file: str | os.PathLike[str], group: Any) -> str:
     return os.fspath(file) if size == 1 else os.fspath(_part_file(file, rank, size))
 
 
-def all_of(value: Any, group: Any) -> list[Any]:
+def gathered_by_all(value: Any, group: Any) -> list[Any]:
     """Gather ``value`` of each process in all of them; RuntimeError if a process has ended."""
     found: list[Any] = [None] * rank_and_size(group)[1]
     torch.distributed.all_gather_object(found, value, group=group)
@@ -121,7 +121,7 @@ def check_alike(given: Mapping[str, Any], group: Any) -> None:
     """
     if rank_and_size(group)[1] == 1:
         return
-    first, *others = all_of(dict(given), group)
+    first, *others = gathered_by_all(dict(given), group)
     for rank, other in enumerate(others, 1):
         different = [name for name in {**first, **other} if other.get(name) != first.get(name)]
         if different:
@@ -144,13 +144,13 @@ def prepare_together(prepare: Callable[[], Result], group: Any) -> Result:
         result.append(prepare())
     except Exception as error:
         failure = error
-    wrong = failures(all_of(described(failure), group))
+    wrong = failures(gathered_by_all(described(failure), group))
     if wrong is not None:
         raise failure if failure is not None else RuntimeError(wrong)
     return result[0]
 
 
-def first_ones(value: Any, group: Any) -> Any:
+def broadcast_by_first(value: Any, group: Any) -> Any:
     """Broadcast ``value`` of the first process to all of them."""
     holder = [value]
     torch.distributed.broadcast_object_list(holder, src=torch.distributed.get_global_rank(group, 0), group=group)
@@ -192,7 +192,7 @@ def parts_of_group(measure: Callable[[], PathStatistics] | None, group: Any, vec
         part, failure = getattr(error, "partial", None), error
     light = None if part is None else replace(part, increments=None, responses=None)
     try:
-        found = all_of((light, described(failure)), group)
+        found = gathered_by_all((light, described(failure)), group)
     except Exception as error:
         carry(error, part)  # another process has ended
         raise
@@ -229,7 +229,7 @@ def _with_vectors(
         for first in range(0, rows[name], step):
             # A copy, because a view is pickled with its whole storage.
             piece = None if mine is None else mine[first : first + step].clone()
-            found = all_of(piece, group) if everywhere else gathered_by_first(piece, group)
+            found = gathered_by_all(piece, group) if everywhere else gathered_by_first(piece, group)
             place = first + (n if name == "responses" else 0)
             for start, each in zip(starts, found or [None] * len(starts), strict=True):
                 if whole is not None and each is not None:

@@ -137,7 +137,7 @@ def check_call(run: Measurement, paths: int, elements: int) -> None:
         )
 
 
-def explained(run: Measurement, paths: int, samples: int, elements: int) -> str:
+def out_of_memory_message(run: Measurement, paths: int, samples: int, elements: int) -> str:
     """The error message for a measurement that ran out of memory."""
     return (
         f"out of memory: {paths} paths at once over {len(run.s)} levels hold about "

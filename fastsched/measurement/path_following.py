@@ -99,7 +99,7 @@ class Measurement:
         return answered(steps, self.raw_output)
 
 
-class Answers:
+class OutputChecks:
     """Checks each of the network's outputs of a batch, without waiting for the device."""
 
     def __init__(self, run: Measurement, advance: Callable[[int], object], verdicts: Verdicts | None) -> None:
@@ -153,20 +153,20 @@ def measurement_steps(
             float32.
     """
     noise, elements = noise_of(seeds, shape).to(run.device), math.prod(shape)
-    answers = Answers(run, advance, verdicts)
+    checks = OutputChecks(run, advance, verdicts)
     with KeptVectors.allocated((len(seeds), run.rows, elements), run.device, run.store or "device", out) as kept:
-        first, end = yield from _follow_reference(run, noise, kept, answers)
+        first, end = yield from _follow_reference(run, noise, kept, checks)
         followers = [_Follower(run.s, path, noise, first) for path in run.deviated]
         del noise, first  # no longer than the followers need them
         if run.deviated:
-            yield from _follow_deviated(run, followers, kept, answers)
-        answers.verdicts.settle()
+            yield from _follow_deviated(run, followers, kept, checks)
+        checks.verdicts.settle()
         gram, n = kept.gram(run.vectors), len(run.s) - 1
         _check_squares(gram)
         vectors = kept.on_cpu(run.vectors, out) if run.keep_vectors else None
         ends = end.cpu()
-    answers.warn_of_storage(gram[:, :n, :n])
-    swept, data_std = bool(run.deviated), data_deviation(ends)
+    checks.warn_of_storage(gram[:, :n, :n])
+    data_std = data_deviation(ends)
     _warn_of_high_end(run, data_std)
     return PathStatistics(
         process=run.denoiser.process,
@@ -178,10 +178,10 @@ def measurement_steps(
         data_std=data_std,
         model_calls=run.calls * len(seeds),
         deviated=run.deviated,
-        response_cross=gram[:, n:, :n].contiguous() if swept else None,
-        response_gram=gram[:, n:, n:].contiguous() if swept else None,
+        response_cross=gram[:, n:, :n].contiguous() if run.deviated else None,
+        response_gram=gram[:, n:, n:].contiguous() if run.deviated else None,
         increments=None if vectors is None else vectors[:, :n],
-        responses=vectors[:, n:] if vectors is not None and swept else None,
+        responses=vectors[:, n:] if vectors is not None and run.deviated else None,
     )
 
 
@@ -204,7 +204,7 @@ def _check_squares(gram: Tensor) -> None:
 
 
 def _follow_reference(
-    run: Measurement, noise: Tensor, kept: KeptVectors, answers: Answers
+    run: Measurement, noise: Tensor, kept: KeptVectors, checks: OutputChecks
 ) -> Query[tuple[Tensor, Tensor]]:
     """Keep the increments, and states and raw outputs at asked levels; return ``D_0`` and the end ``D_{N-1}``.
 
@@ -221,7 +221,7 @@ def _follow_reference(
         x = sigma[k] * y
         del y  # the solver holds what it needs
         raw = yield x, k
-        answers.look(raw)
+        checks.look(raw)
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32), copy=True)  # the network may overwrite it
         if before is not None:
             row = kept.row(k - 1, x.shape)
@@ -268,7 +268,7 @@ def _difference(now: Tensor, before: Tensor, factors: Sequence[float], out: Tens
 
 
 def _follow_deviated(
-    run: Measurement, followers: Sequence[_Follower], kept: KeptVectors, answers: Answers
+    run: Measurement, followers: Sequence[_Follower], kept: KeptVectors, checks: OutputChecks
 ) -> Query[None]:
     """Keep the responses ``D(z') - D(z)`` of all deviated paths, one asked level after the other."""
     a, c, sigma = run.a.tolist(), run.c.tolist(), run.sigma.tolist()
@@ -280,7 +280,7 @@ def _follow_deviated(
             follower.move(k)
             x = sigma[k] * follower.y
             raw = yield x, k
-            answers.look(raw)
+            checks.look(raw)
             follower.answer(k, x, raw, a[k], c[k])
             # differences of R and x first, as in `_increment`
             responses.append(torch.sub(raw.float(), raw_there).mul_(c[k]))

@@ -103,10 +103,10 @@ class PathStatistics:
         return torch.cat([sigmas, sigmas.new_zeros(1)])
 
     def __repr__(self) -> str:
-        swept = "with" if self.deviated else "without"
+        has = "with" if self.deviated else "without"
         return (
             f"PathStatistics({self.process.kind}, {self.levels} levels, {self.samples} samples of {self.shape}, "
-            f"{swept} responses, {self.model_calls} model calls{'' if self.origin is None else f', of {self.origin}'})"
+            f"{has} responses, {self.model_calls} model calls{'' if self.origin is None else f', of {self.origin}'})"
         )
 
     def __eq__(self, other: object) -> bool:
