@@ -372,7 +372,7 @@ def _warn_of_another(denoiser: Denoiser, reference: Reference, device: torch.dev
     found = _fingerprint(denoiser, tuple(reference.noise.shape[1:]), device, dtype)
     if not same_network(reference.fingerprint, found, dtype):
         validate.warn(
-            "reference was made with another network, or one read or rounded otherwise, so that errors are distances "
+            "reference was made with another network, parameterisation or dtype, so that errors are distances "
             "to that one's samples; leave it out, or make one of this denoiser by fastsched.converged_reference",
         )
 

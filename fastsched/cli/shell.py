@@ -144,7 +144,7 @@ def _say_warning(message: Warning | str, *_: Any) -> None:
 def _with_options(text: str) -> str:
     """A message of the library that names options where it advises Python code."""
     text = re.sub(r"\bdtype=torch\.(\w+)", r"--dtype \1", text).replace("batch_size=1", "--batch-size 1")
-    text = text.replace("fit(checkpoint=PATH)", "--checkpoint FILE").replace(" (a question of checks=True)", "")
+    text = text.replace("fit(checkpoint=PATH)", "--checkpoint FILE").replace(" (a call of checks=True)", "")
     return text.replace("fit one with decoupled=False", "fit one without --decoupled")
 
 

@@ -189,8 +189,8 @@ def _identified(
         mark = fingerprint(*where)  # not counted, so that as many calls are left for a fit's runs
     if found is not None and not same_network(found.fingerprint, mark, run.dtype):
         raise ValueError(
-            "the network is another one than that of the earlier measurement: it answers the same question "
-            "differently. Measure it into another file"
+            "the network is another one than that of the earlier measurement: it gives different outputs for the "
+            "same input. Measure it into another file"
         )
     if found is not None and found.fingerprint is not None:
         mark = found.fingerprint  # in 16 bits, that of another device may differ by more than `merge` allows

@@ -12,17 +12,17 @@ from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.network_errors import not_finite
 from fastsched.sampling.random_streams import noise_of
 
-#: What to do about a network whose answers depend on its earlier calls.
+#: What to do about a network whose outputs depend on its earlier calls.
 STATE = (
     "it keeps a state between its calls (a cache, a counter?), or is random at times; reset this in every call, or "
     "disable it (in Python, checks=False measures it anyway)"
 )
 
-#: What is wrong with a network whose answers depend on the other samples.
+#: What is wrong with a network whose outputs depend on the other samples.
 MIXES = (
-    "the network answers differently for a sample alone and for the same sample in a batch: it mixes the samples of a "
-    "batch (batch norm in training mode? statistics over the batch?); call network.eval(), or wrap it so that samples "
-    "are independent"
+    "the network gives different outputs for a sample alone and for the same sample in a batch: it mixes the samples "
+    "of a batch (batch norm in training mode? statistics over the batch?); call network.eval(), or wrap it so that "
+    "samples are independent"
 )
 
 #: Added to a sample's seed, it gives a seed that no measurement uses: a measurement has fewer than 2^31 samples.
@@ -86,7 +86,7 @@ class CheckCalls:
         raw = self.denoiser.raw_output(x, level, dtype=self.dtype).cpu().to(dtype)
         self.model_calls += len(y)
         if not bool(torch.isfinite(raw).all()):
-            raise ValueError(f"{not_finite(self.denoiser.process, level)} (a question of checks=True)")
+            raise ValueError(f"{not_finite(self.denoiser.process, level)} (a call of checks=True)")
         return raw, (c * raw).add_(x.cpu(), alpha=a)
 
     def noise(self, *seeds: int) -> Tensor:
@@ -94,45 +94,45 @@ class CheckCalls:
         return noise_of(torch.tensor(seeds, device="cpu"), self.shape)
 
     def at_third(self, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """``R`` and ``D`` at pure noise of a third of the range; with seed 0, the question of the fingerprint."""
+        """``R`` and ``D`` for pure noise, a third of the range down; with seed 0, the fingerprint's call."""
         return self.raw(self.noise(seed), self.between(1 / 3))
 
     def denoised(self, z: Tensor, s: float) -> Tensor:
         """``D`` at ``z`` [B, *shape], float64."""
         return self.raw(z / s, s)[1]
 
-    def differs(self, answer: Tensor, other: Tensor) -> bool:
+    def differs(self, output: Tensor, other: Tensor) -> bool:
         """Whether two outputs for the same input differ by more than rounding."""
         allowed = REPEATABLE.get(self.dtype, 1e-3) * float(other.norm())
-        return float((answer.cpu().double() - other).norm()) > allowed
+        return float((output.cpu().double() - other).norm()) > allowed
 
     @torch.no_grad()
-    def check_first(self, answer: Tensor) -> None:
-        """ValueError, with the reason, if an ``answer`` [*shape] differs from the earlier one to the same question."""
-        if self.differs(answer, self.top.raw[0]):
+    def check_first(self, output: Tensor) -> None:
+        """ValueError, with the reason, if an ``output`` [*shape] differs from the earlier one for the same input."""
+        if self.differs(output, self.top.raw[0]):
             self.check_repeats()
             raise ValueError(MIXES)
 
     @torch.no_grad()
     def check_repeats(self) -> None:
-        """Make the first calls again, in batches of the same size and of another; ValueError if an answer differs."""
+        """Make the first calls again, in batches of the same size and of another; ValueError if an output differs."""
         first, middle = self.top.asked(self), self.at_third()[0]
         if self.differs(self.at_third()[0], middle) or self.differs(self.top.asked(self), first):
             raise ValueError(
-                "the network answers the same question differently every time: it is random, or keeps a state (dropout "
+                "the network gives different outputs for the same input: it is random, or keeps a state (dropout "
                 "left on? noise or a counter inside?); call network.eval(), or fix its random numbers"
             )
         if self.differs(first, self.top.raw):
-            raise ValueError(f"the network answers the same question differently than at its first call: {STATE}")
+            raise ValueError(f"the network's output for the same input is not that of its first call: {STATE}")
         if self.differs(self.top.asked(self, 3 - self.top.size), first):
             raise ValueError(MIXES)
 
     @torch.no_grad()
     def check_last(self) -> None:
-        """ValueError if the answer to the fingerprint's question has changed after the measurement; one call."""
+        """Make the fingerprint's call again; ValueError if its output has changed during the measurement."""
         if self.differs(self.at_third()[0], self.middle):
             raise ValueError(
-                "the network answers the same question differently after the measurement than before it, so the "
+                "the network gives different outputs for the same input before and after the measurement, so the "
                 f"measurement is useless: {STATE}"
             )
 

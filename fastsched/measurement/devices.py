@@ -87,8 +87,8 @@ def of_one_network(parts: Sequence[PathStatistics], dtype: torch.dtype) -> list[
     mark = next((part.fingerprint for part in parts if part.fingerprint is not None), None)
     if not all(same_network(mark, part.fingerprint, dtype) for part in parts):
         raise ValueError(
-            "the network must be the same in all processes of the group, but those of some answer the same question "
-            "differently; load the same weights in all of them"
+            "the network must be the same in all processes of the group, but those of some give different outputs for "
+            "the same input; load the same weights in all of them"
         )
     return [replace(part, fingerprint=mark) for part in parts]
 

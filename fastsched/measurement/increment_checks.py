@@ -1,12 +1,12 @@
 """A check of a measurement's increments, which takes no model call unless it finds something.
 
-Along a path a denoiser's output moves smoothly: neighbouring increments point the same way. Random numbers that a
-network draws at some levels alone, from a generator of its own, add to an output and are gone at the next level, so
-increments have cosines of -1/2. There the network is asked the same question twice, except for networks of integer
-timesteps, whose outputs may be as rough, with an embedding for each.
+Along a path the outputs of a denoiser change smoothly, so neighbouring increments have similar directions. If a
+network adds random numbers to its outputs, from a generator of its own, neighbouring increments have cosines of -1/2.
+Where cosines are low, the network is called twice with the same input. This does not apply to networks with integer
+timesteps: each timestep may have its own embedding, so their exact outputs may be as rough.
 
-An answer from another step, as caches of steps give, is an output off its path at one level alone. The second
-differences of increments are then 1, -4, 6, -4 and 1 times its distance from the path, which the Gram matrix shows.
+A network that caches outputs of other steps may return a wrong one at a single level. The fourth differences of outputs
+around this level are then 1, -4, 6, -4 and 1 times the error. Their norms follow from the Gram matrix.
 """
 
 from __future__ import annotations
@@ -20,55 +20,65 @@ from fastsched import validate
 from fastsched.measurement.check_calls import CheckCalls
 from fastsched.measurement.statistics import PathStatistics
 
-#: The network is asked twice where the mean cosine of this many increments in a row and their next is below the second
-#: number, as it is of random outputs, and in 6 of 1,122 measurements of exact ones over 24 and 48 levels. Increments
-#: shorter than the third number, as a fraction of the length of all, are not looked at, as they may be rounding. Nor is
-#: where ``log s`` falls by more than `WIDE` from level to level: there outputs of exact networks turn as much.
-WINDOW, ROUGH, SHORT, WIDE = 5, 0.1, 1e-3, 0.6
+#: Nothing is checked if ``log s`` falls by more than this between two levels: exact outputs are then as rough.
+WIDE = 0.6
 
-#: One output is off its path if it explains more than the first number of the differences around it (0.94 to 1 of wrong
-#: answers, at most 0.90 in 1,200 measurements of exact mixtures), lies off by more than the second number times the
-#: increments beside it, and all paths have more elements than the third (few may look alike when rounded). If another
-#: state shows the fourth number of it, the network is so at this level: wrong answers of one call show at most 0.03,
-#: errors of a network at one timestep at least 0.88. There is no warning for 1,408 exact networks, some of them
-#: rounded, guided or with such errors, nor for four trained ones.
-ALONE, OFF, ELEMENTS, KNOWN = 0.93, 0.05, 32, 0.25
-#: Fourth differences of a sequence around one element that is off.
-FOURTH = (1.0, -4.0, 6.0, -4.0, 1.0)
+#: The network is called twice if the mean of `WINDOW` successive cosines is below `ROUGH`. This holds for random
+#: outputs, and for 6 of 1,122 measurements of exact denoisers over 24 and 48 levels.
+WINDOW, ROUGH = 5, 0.1
+#: Increments shorter than this fraction of the sum of all lengths may be rounding, and are left out.
+SHORT = 1e-3
+
+#: A single output is wrong if its error explains this fraction of the squared fourth differences around it (0.94 to 1
+#: for cached outputs, at most 0.90 in 1,200 measurements of exact mixtures) ...
+ALONE = 0.93
+#: ... and is larger than this fraction of the neighbouring increments ...
+OFF = 0.05
+#: ... and all paths together have at least this many elements: a few rounded ones may look the same by chance.
+ELEMENTS = 32
+#: If another state at this level has at least this fraction of the error, the network itself is inexact there, and
+#: there is no warning. The fraction was at most 0.03 for cached outputs, and at least 0.88 for errors of a network at
+#: one timestep. There was no warning for 1,408 exact networks, some of them rounded, guided or inexact at one timestep,
+#: and four trained ones.
+KNOWN = 0.25
+#: Fourth differences of a sequence around a single wrong element, as multiples of its error, and their squared norm.
+FOURTH, SQUARED_FOURTH = (1.0, -4.0, 6.0, -4.0, 1.0), 70
 
 
 @torch.no_grad()
 def check_increments(ask: CheckCalls, stats: PathStatistics) -> None:
-    """Check the increments of the first batch; two more calls if they turn to and fro, up to ten if one is off.
+    """Check the increments of the first batch; two more calls if they are rough, up to ten if one output is wrong.
 
-    ValueError if the network answers the same question differently where they turn to and fro.
+    ValueError if the network gives different outputs for the same input where increments are rough.
     """
-    _check_turns(ask, stats)
+    if float(stats.s[stats.s.isfinite()].log().diff().abs().max()) > WIDE:
+        return
+    _check_repeats(ask, stats)
     _check_single_outputs(ask, stats)
 
 
 def _check_single_outputs(ask: CheckCalls, stats: PathStatistics) -> None:
-    """Warn if the output of one level alone is off the path, and not for another state of this level."""
-    if stats.dimension * stats.samples < ELEMENTS or float(stats.s[stats.s.isfinite()].log().diff().abs().max()) > WIDE:
+    """Warn if the output of a single level is wrong, and that of another state at this level is not."""
+    if stats.dimension * stats.samples < ELEMENTS:
         return
-    level, distance = _off_the_path(stats.gram.double().mean(0))
+    level, size = _wrong_output(stats.gram.double().mean(0))
     if level is None:
         return
     around = [float(each) for each in stats.s[level - 2 : level + 3]]
     z = stats.ends[:1].view(1, *stats.shape) + around[2] * ask.noise(2)
-    asked = [(s, ask.denoised(z.double(), s)) for s in around]
-    off = torch.stack([weight * own for weight, (_, own) in zip(FOURTH, asked, strict=True)]).sum(0) / max(FOURTH)
-    smooth = float(off.norm()) < KNOWN * distance
-    if smooth or any(ask.differs(ask.denoised(z.double(), s), own) for s, own in reversed(asked)):
+    outputs = [(s, ask.denoised(z.double(), s)) for s in around]
+    error = torch.stack([weight * own for weight, (_, own) in zip(FOURTH, outputs, strict=True)]).sum(0) / max(FOURTH)
+    exact = float(error.norm()) < KNOWN * size
+    if exact or any(ask.differs(ask.denoised(z.double(), s), own) for s, own in reversed(outputs)):
         validate.warn(
-            f"at level {around[2]:.3g} the network's answer was off those at the levels beside it, and not when "
-            "it was asked again: it may keep a state between its calls (a cache that reuses earlier answers?); disable "
-            "this, or schedules are worse"
+            f"at level {around[2]:.3g} the network's output did not fit those at the neighbouring levels, but did when "
+            "it was called again: it may keep a state between its calls (a cache that reuses earlier outputs?); "
+            "disable this, or schedules are worse"
         )
 
 
-def _off_the_path(gram: Tensor) -> tuple[int | None, float]:
-    """The level whose output alone is off the path, and by how much, from the increments' Gram matrix [N-1, N-1]."""
+def _wrong_output(gram: Tensor) -> tuple[int | None, float]:
+    """The level whose output is wrong, or None, and its error's size, from the increments' Gram matrix [N-1, N-1]."""
     weights = gram.new_tensor(FOURTH)
     fourth = gram.new_zeros(max(0, len(gram) - 3), len(gram))  # differences of outputs as sums of increments
     for row in range(len(fourth)):
@@ -77,19 +87,17 @@ def _off_the_path(gram: Tensor) -> tuple[int | None, float]:
     worst: tuple[float, int | None, float] = (ALONE, None, 0.0)
     for k in range(2, len(products) - 2):  # the row of level k + 2
         near = products[k - 2 : k + 3, k - 2 : k + 3]
-        squared, all_of_it = float(weights @ near @ weights) / 70, float(near.trace())
-        beside = float(gram.diagonal()[k + 1 : k + 3].mean())
-        if squared > worst[0] * all_of_it and squared / 70 > OFF**2 * beside:
-            worst = squared / all_of_it, k + 2, math.sqrt(squared / 70)
+        explained, total = float(weights @ near @ weights) / SQUARED_FOURTH, float(near.trace())
+        squared_error, beside = explained / SQUARED_FOURTH, float(gram.diagonal()[k + 1 : k + 3].mean())
+        if explained > worst[0] * total and squared_error > OFF**2 * beside:
+            worst = explained / total, k + 2, math.sqrt(squared_error)
     return worst[1:]
 
 
-def _check_turns(ask: CheckCalls, stats: PathStatistics) -> None:
-    """Ask the network the same question twice where increments turn to and fro, if anywhere."""
+def _check_repeats(ask: CheckCalls, stats: PathStatistics) -> None:
+    """Call the network twice with the same input where increments are rough, if anywhere."""
     cosines = _cosines(stats.gram)
     if ask.denoiser.process.integer_timesteps or len(cosines) < WINDOW:
-        return
-    if float(stats.s[stats.s.isfinite()].log().diff().abs().max()) > WIDE:
         return
     means = cosines.unfold(0, WINDOW, 1).mean(1)
     if float(means.min()) >= ROUGH:
@@ -99,7 +107,7 @@ def _check_turns(ask: CheckCalls, stats: PathStatistics) -> None:
     y = stats.ends[:1].view(1, *stats.shape) / s + ask.noise(2)
     if ask.differs(ask.raw(y, s)[0], ask.raw(y, s)[0]):
         raise ValueError(
-            f"the network answers the same question differently every time around level {s:.3g}: it is random there, "
+            f"the network gives different outputs for the same input around level {s:.3g}: it is random there, "
             "or keeps a state (dropout left on? a random generator of its own?); call network.eval(), or fix its "
             "random numbers"
         )

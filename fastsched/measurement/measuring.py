@@ -169,7 +169,7 @@ def check_same_network(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> int:
-    """Raise ValueError unless one call shows the network of ``stats``, or if the network is in training mode.
+    """Check by one call that the denoiser is that of ``stats``; ValueError if not, or if it is in training mode.
 
     Returns:
         Network evaluations spent: 1, or 0 if the statistics have no fingerprint.
@@ -182,8 +182,8 @@ def check_same_network(
         found = fingerprint(denoiser, stats.shape, device, dtype)
     if not same_network(stats.fingerprint, found, dtype):
         raise ValueError(
-            "stats were measured on another network, or one read or rounded otherwise: it answers the same question "
-            "differently"
+            "stats were measured on another network, or with another parameterisation or dtype: the denoiser gives "
+            "different outputs for the same input"
         )
     return 1
 

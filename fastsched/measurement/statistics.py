@@ -210,7 +210,7 @@ def merged(one: PathStatistics, other: PathStatistics) -> PathStatistics:
     if one.process != other.process or not torch.equal(one.s, other.s) or one.shape != other.shape:
         raise ValueError("other was measured on another noise process, other levels or another shape")
     if not same_network(one.fingerprint, other.fingerprint):
-        raise ValueError("other was measured on another network: it answered the same question differently")
+        raise ValueError("other was measured on another network, which gave different outputs for the same input")
     if one.deviated != other.deviated:
         raise ValueError("other must hold responses of the same deviated paths as these statistics")
     shared = sorted(set(one.seeds.tolist()) & set(other.seeds.tolist()))

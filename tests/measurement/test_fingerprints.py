@@ -30,7 +30,7 @@ def test_one_network_read_otherwise_is_another_measurement(tmp_path):
     corrected = fs.Denoiser.from_epsilon(network, table)
     with pytest.raises(ValueError, match="the network is another one"):
         fs.measure(corrected, (64,), checkpoint=file, checks=False, **options)
-    with pytest.raises(ValueError, match="read or rounded otherwise"):
+    with pytest.raises(ValueError, match="with another parameterisation or dtype"):
         fs.fit(corrected, (64,), 4, stats=stats, progress=False)
     earlier = replace(stats, fingerprint=stats.fingerprint[:16])  # as files had it: of the network alone
     assert fs.fit(corrected, (64,), 4, stats=earlier, model_calls=40, progress=False).steps == 4

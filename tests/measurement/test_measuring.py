@@ -154,7 +154,7 @@ def test_non_finite_output_names_the_level(bad):
     broken = fs.Denoiser.from_denoiser(lambda z, s: torch.where(s.reshape(-1, 1) < 1, bad, z), 0.1, 10.0)
     with pytest.raises(ValueError, match=r"NaN or inf at sigma = 0.719686.*\(level 4 of 8\)"):
         measure(broken, (3,), levels=8, checks=False)
-    with pytest.raises(ValueError, match=r"NaN or inf at sigma = .*a question of checks=True"):
+    with pytest.raises(ValueError, match=r"NaN or inf at sigma = .*a call of checks=True"):
         measure(broken, (3,), levels=8)
 
 
