@@ -1,4 +1,4 @@
-"""The ops of `fastsched.ops` in PyTorch, for where Triton does not run."""
+"""The ops of `fastsched.ops` in PyTorch, used where Triton does not run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from fastsched.ops.backends import widest_dtype
 
-_BUFFER_ELEMENTS = 1 << 21  # at most in a work buffer: 8 MiB of float32 stay in the cache, and rows are still long
-_LARGEST_RATIO = 2.0**30  # of a coefficient to its step: float32 holds sums of its square
+_BUFFER_ELEMENTS = 1 << 21  # the most in a work buffer: 8 MiB of float32 fit into the cache, and rows are still long
+_LARGEST_RATIO = 2.0**30  # the largest ratio of a coefficient to its step: float32 can hold sums of its square
 
 
 @torch.no_grad()
 def level_gram(R: Tensor, X: Tensor | None, coefficients: Tensor, per_sample: bool) -> Tensor:
-    """By blocks of columns: increments and their products in float32, and the sum over blocks in float64.
+    """As `fastsched.ops.level_increment_gram`, with ``a`` and ``c`` as float64 ``[2, N]``, on the host or R's device.
 
-    As `fastsched.ops.level_increment_gram`, with ``a`` and ``c`` as float64 rows ``[2, N]``, on the host or R's device.
+    Increments and products of a block of columns are in float32, and the sum over blocks in float64.
     """
     N, B, _ = R.shape
     compute = torch.float32 if R.dtype != torch.float64 and _products_are_float32() else torch.float64
@@ -116,7 +116,7 @@ class _Rows:
 
 
 def _add_square(gram: Tensor, e: Tensor) -> None:
-    """``gram += e e'``: three quarters are computed, the fourth is the transpose of one of them."""
+    """``gram += e e'``. Three of four blocks are computed; the fourth is the transpose of one of them."""
     half = len(e) // 2
     with without_autocast(e.device):
         left, right = e @ e[:half].T, e[half:] @ e[half:].T

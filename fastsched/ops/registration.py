@@ -1,7 +1,7 @@
 """The ops registered with PyTorch: schemas, output shapes for tracing, and the call of the Triton or PyTorch code.
 
-``triton`` is chosen by the caller: an op never selects a backend. The kernels' modules and Triton are imported when a
-kernel launches.
+The caller sets ``triton``; an op never selects a backend. The kernels' modules and Triton are imported when a kernel is
+launched.
 """
 
 from __future__ import annotations

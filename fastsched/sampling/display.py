@@ -45,16 +45,19 @@ def brief(value: float | None) -> str | None:
 
 
 def printable(text: str) -> str:
-    """``text`` on one line, with escapes of line breaks and of bytes that are no text."""
+    """``text`` on one line: line breaks and unprintable characters are escaped."""
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 def printable_lines(text: str) -> str:
-    """As `printable`, but line breaks stay."""
+    """``text`` with unprintable characters escaped, except line breaks."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def as_label(name: str) -> str:
-    """A name for matplotlib, which would read formulas between dollars, and whose legends leave out names like _a."""
+    """A label for matplotlib: dollars, which enclose formulas, are escaped.
+
+    A name like _a gets a space in front, because legends leave out labels that start with an underscore.
+    """
     text = printable_lines(name)
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")

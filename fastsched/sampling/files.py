@@ -45,7 +45,7 @@ def write_whole(path: Name, data: bytes) -> None:
 
 
 def _open_special(target: str) -> int:
-    """Open a device or a pipe to write; OSError, not a wait without end, for a pipe that no program reads."""
+    """Open a device or a pipe for writing; OSError if no program reads the pipe, instead of waiting forever."""
     without_waiting = getattr(os, "O_NONBLOCK", 0)  # not on Windows
     try:
         descriptor = os.open(target, os.O_WRONLY | without_waiting)
@@ -61,7 +61,7 @@ def _open_special(target: str) -> int:
 
 @contextlib.contextmanager
 def _named(path: Name) -> Iterator[None]:
-    """Add the file's name to errors that lack one, as of a full disk."""
+    """Add the file's name to an OSError without one, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -174,7 +174,7 @@ def check_version(name: str, version: object, newest: int) -> int:
 def check_readable(path: Name, what: str) -> str:
     """The name of a regular file that should hold ``what``; FileNotFoundError or ValueError if there is none.
 
-    Others are refused: reading a pipe would block, and a device may never end.
+    Pipes and devices are refused, because reading them may block or never end.
     """
     name = os.fspath(path)
     if not os.path.exists(name):

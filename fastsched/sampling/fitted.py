@@ -37,7 +37,7 @@ def _not_yet(history: Sequence[Node], end: Node) -> list[float]:
     raise ValueError("the fitted solver samples with a schedule's weights; pass the schedule")
 
 
-#: The fitted solver without weights, which are to be chosen together with the nodes.
+#: The fitted solver before its weights are chosen, which happens together with the levels.
 FITTED_SOLVER = Solver(FITTED, "rho", 1, _not_yet, "least squares on a measured path")
 
 
@@ -50,7 +50,7 @@ def chosen_solver(solver: str | Solver) -> Solver:
 
 def is_solver(name: str, value: object) -> Solver:
     """ValueError unless the argument names a solver to choose a schedule for."""
-    return chosen_solver(value)  # type: ignore[arg-type]  # the point of asking
+    return chosen_solver(value)  # type: ignore[arg-type]  # any object is checked
 
 
 def checked_weights(weights: Tensor | Sequence[Sequence[float]]) -> Tensor:

@@ -67,7 +67,8 @@ def sample_fitted(
     ones, history, verdicts = x.new_ones([len(x)]), [], Verdicts()
     with progress_bar(len(rows), not disable, "fitted sampling", unit="step") as advance:
         for i, row in enumerate(rows):
-            denoised = _asked(partial(model, x.clone(), sigmas[i] * ones, **(extra_args or {})), x, levels[i], verdicts)
+            call = partial(model, x.clone(), sigmas[i] * ones, **(extra_args or {}))
+            denoised = _denoised(call, x, levels[i], verdicts)
             if callback is not None:
                 callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
             history.append(denoised)
@@ -80,7 +81,7 @@ def sample_fitted(
 
 
 def _check(model: object, x: object, extra_args: object, callback: object) -> None:
-    """TypeError or ValueError for arguments that would fail only at a step, or after the first model call."""
+    """Raise TypeError or ValueError for arguments that would otherwise fail only during sampling."""
     validate.function("model", model)
     validate.CHECKS["noise"]("x", validate.tensor("x", x))
     if not isinstance(extra_args, (Mapping, type(None))):
@@ -89,9 +90,9 @@ def _check(model: object, x: object, extra_args: object, callback: object) -> No
         validate.function("callback", callback)
 
 
-def _asked(ask: Callable[[], Tensor], x: Tensor, sigma: float, verdicts: Verdicts) -> Tensor:
-    """A copy of a model's answer, as the model may reuse its buffers; ``verdicts`` tell if it is not finite."""
-    denoised = checked_call(ask, x, x.new_ones(len(x)), x.dtype).clone()
+def _denoised(call: Callable[[], Tensor], x: Tensor, sigma: float, verdicts: Verdicts) -> Tensor:
+    """A copy of the model's output, because the model may reuse its buffer; ``verdicts`` note if it is not finite."""
+    denoised = checked_call(call, x, x.new_ones(len(x)), x.dtype).clone()
     verdicts.note_finite(denoised, lambda: f"the model returned NaN or inf at sigma = {sigma:g}")
     verdicts.settle(wait=False)
     return denoised

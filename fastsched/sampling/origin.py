@@ -49,7 +49,7 @@ class Origin:
 
     @classmethod
     def from_dict(cls, entries: Any) -> Origin:
-        """From the entries of a file; ValueError if an entry is unknown or has the wrong type."""
+        """The origin with the entries of a file; ValueError if one is unknown or has the wrong type."""
         kinds = {field.name: str(field.type).split(" ")[0] for field in fields(cls)}
         if not isinstance(entries, Mapping) or not set(entries) <= set(kinds):
             raise ValueError(f"origin must hold only {', '.join(kinds)}, got {entries!r:.80}")

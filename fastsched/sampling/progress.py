@@ -16,8 +16,8 @@ Progress = bool | Callable[[int, int], object]
 def progress_bar(total: int, show: Progress, what: str, unit: str = "call") -> Iterator[Callable[[int], None]]:
     """A progress bar over ``total`` units of some work, a callback, or neither; yields a function that adds units done.
 
-    What a callback raises ends the work; a StopIteration does so as a RuntimeError. A bar that cannot be drawn (the
-    terminal was closed, the disk with its log is full) is left out.
+    An error of the callback ends the work; its StopIteration becomes a RuntimeError. If the bar cannot be drawn (the
+    terminal was closed, the disk with its log is full), the work goes on without it.
     """
     if callable(show):
         done_so_far = 0
@@ -50,7 +50,7 @@ def _advance(bars: list[Any], done: int) -> None:
 
 
 def _draw(bars: list[Any], action: Callable[[], object]) -> None:
-    """Draw by ``action``; where the console is gone, ``bars`` are drawn no more."""
+    """Call ``action``, which draws; if the console is gone, disable ``bars``."""
     try:
         action()
     except (OSError, ValueError):  # ValueError: a closed file

@@ -34,7 +34,7 @@ from fastsched.sampling.stochastic import sample_stochastic
 
 Result = TypeVar("Result")
 
-#: A first level above this many times the highest of a network of timesteps is likely to be a timestep.
+#: If the first level is above this multiple of the highest of a network with timesteps, it is likely to be a timestep.
 BEYOND = 1.5
 
 _IS_SOLVER, _IS_SEED = validate.optional(is_any_solver), validate.optional(validate.CHECKS["seed"])
@@ -112,7 +112,7 @@ def sample(
 
 
 def _calls_of(method: Solver, nodes: Sequence[Node]) -> int:
-    """The model calls of a run: a step with a stage takes two, but for the step to sigma 0 and one from pure noise."""
+    """The model calls of a run. A step with a stage takes two, except the step to sigma 0 and one from pure noise."""
     steps = len(nodes) - 1
     without = int(nodes[-1].tau == 0.0) + int(from_pure_noise(method, nodes[0]))
     return steps if method.stage is None else steps + max(0, steps - without)
@@ -128,7 +128,7 @@ def _warn_of_unknown_levels(process: NoiseProcess, s: float, sigma: float) -> No
 
 
 def _told_levels(run: object, solver: str, process: NoiseProcess) -> Iterator[Tensor]:
-    """The levels whose timesteps the network is given, call by call; none if they are those of the states."""
+    """The levels whose timesteps the network is given, one per call; empty if they are those of the states."""
     own = getattr(run, "network_sigmas", None)
     if own is None:
         return iter(())

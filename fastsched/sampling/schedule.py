@@ -40,6 +40,8 @@ class ComfyUISigmas(NamedTuple):
 class Schedule:
     """The noise levels of one sampling run.
 
+    Two schedules are equal (``==``) if samplers use them alike, whatever their errors and origins.
+
     Attributes:
         sigmas: Sampler sigmas [steps + 1], float64, strictly descending, the last 0: k-diffusion's convention.
             For flow models they are times within (0, 1].
@@ -53,8 +55,7 @@ class Schedule:
         weights: The fitted solver's (`fastsched.sampling.fitted`), [steps, steps] float64; None for stock solvers.
         network_sigmas: With decoupled levels, the sigma that the network is given at each step, [steps] float64; None
             if it is that of the state. `timesteps` are those of these sigmas.
-        origin: What it was chosen for, and how; None if it is not known. Schedules are equal (``==``) if a sampler
-            does the same with them, whatever their errors and origins.
+        origin: What it was chosen for, and how; None if it is not known.
     """
 
     sigmas: Tensor
@@ -180,19 +181,7 @@ class Schedule:
         return display.figure("plot_schedules", {name: self}, stats=stats)
 
     def to_diffusers(self, scheduler: Any, *, mu: float | None = None) -> dict[str, Any]:
-        """Keyword arguments with which a pipeline of diffusers uses this schedule: ``pipe(prompt, **arguments)``.
-
-        They are ``sigmas=`` or ``timesteps=``, chosen so that the scheduler's own changes (shift, appended zero,
-        dropped last entry, ramp) result in this schedule. A run of a copy verifies them (`fastsched.diffusers.export`,
-        which also reports the sigmas used). For a class that takes no list, use `fastsched.diffusers.apply`.
-
-        Args:
-            scheduler: The pipeline's scheduler.
-            mu: The shift that the pipeline will pass, for schedulers with ``use_dynamic_shifting``.
-
-        Raises:
-            ValueError: If such arguments cannot express the schedule; the message gives the reason and an alternative.
-        """
+        """Deprecated: use ``fastsched.diffusers.export(schedule, scheduler, mu=mu).arguments``."""
         validate.warn(
             "Schedule.to_diffusers is now fastsched.diffusers.export(schedule, scheduler).arguments",
             DeprecationWarning,

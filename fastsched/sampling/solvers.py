@@ -165,12 +165,12 @@ def solver_name(solver: str | Solver) -> str:
 
 def is_any_solver(name: str, value: object) -> str:
     """ValueError unless the argument names a solver, deterministic or stochastic."""
-    return solver_name(value)  # type: ignore[arg-type]  # the point of asking
+    return solver_name(value)  # type: ignore[arg-type]  # any object is checked
 
 
 def is_stock_solver(name: str, value: object) -> Solver:
     """ValueError unless the argument names a deterministic solver of `SOLVERS`."""
-    return get_solver(value)  # type: ignore[arg-type]  # the point of asking
+    return get_solver(value)  # type: ignore[arg-type]  # any object is checked
 
 
 def get_solver(solver: str | Solver) -> Solver:
@@ -206,8 +206,9 @@ def _known(solver: object, names: list[str]) -> str:
 def from_pure_noise(solver: Solver, start: Node) -> bool:
     """Whether a step starts at ``tau = inf``, where the solver's formula has no limit; Euler over ``rho`` replaces it.
 
-    Variance-preserving models of zero terminal SNR start there; later steps leave that slope out. Flow models start at
-    ``tau = 1``, and solvers over ``rho`` without a stage take the slope as infinitely far off.
+    Variance-preserving models of zero terminal SNR start there, and later steps do not use that slope. Flow models
+    start at ``tau = 1``. The formulas of solvers over ``rho`` without a stage have a limit, at which that slope is
+    infinitely far away.
     """
     if solver.variable != "tau" and solver.stage is None:
         return False
