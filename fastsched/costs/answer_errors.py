@@ -38,8 +38,9 @@ def relative_errors(left_out: Iterable[tuple[Array, Array]], difference: Array) 
     """``kappa`` at the levels of the secants, [G].
 
     Args:
-        left_out: For each deviated path, what `Secants.left_out` leaves, in the samples' coordinates, [G, B, r] each.
-        difference: What the samples' own scalar Jacobians exceed the common one by, [G, B].
+        left_out: For each deviated path, the error and the unexplained deviation from `Secants.left_out`, in the
+            samples' coordinates, [G, B, r] each.
+        difference: The scalar Jacobian of each sample minus the common one, [G, B].
     """
     missed, left = np.zeros_like(difference), np.zeros_like(difference)
     for error, unexplained in left_out:

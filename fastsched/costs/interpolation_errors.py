@@ -7,8 +7,8 @@ spacing. The factor by which halving the spacing lowers the error is ``e_1 / e_2
     ``e_1 min(1, e_1 / e_2)``.
 
 For a smooth denoiser this is ``e_1 / 16``, four times the error of the spline. For a network with unrelated outputs at
-neighbouring timesteps, such as one with a table of embeddings, it is ``e_1``. Over eleven denoisers the estimate was
-0.3 to 3 times the error halfway between two levels, measured by calling the network there, where this error matters.
+neighbouring timesteps, such as one with a table of embeddings, it is ``e_1``. Over eleven denoisers, where this error
+matters, the estimate was 0.3 to 3 times the error measured by calling the network halfway between two levels.
 """
 
 from __future__ import annotations

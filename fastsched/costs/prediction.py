@@ -53,7 +53,7 @@ DEVIATION_PENALTY, FEW_SAMPLES = 0.25, 3
 class ErrorModel:
     """Predicts the errors of schedules for one solver."""
 
-    #: The surrogate of the denoiser; for a stock solver that in which each sample has its own Jacobian.
+    #: The surrogate of the denoiser; for a stock solver the one in which each sample has its own scalar Jacobian.
     surrogate: Surrogate | SampleSurrogate
     solver: Solver
 

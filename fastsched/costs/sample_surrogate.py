@@ -35,10 +35,9 @@ ROUNDING = 1e-15
 class SampleSurrogate:
     """A surrogate, and the scalar Jacobian of each sample."""
 
-    shared: Surrogate  #: the surrogate in which all samples have the same
+    shared: Surrogate  #: the surrogate in which all samples have the same scalar Jacobian
     own: Array  #: the scalar Jacobian of each sample at the levels, [N, B]
-    #: The elements of a sample, d. Its known vectors have no more dimensions.
-    elements: int
+    elements: int  #: d, the number of elements of a sample, which bounds the rank of its known vectors
 
     @classmethod
     def of(cls, stats: PathStatistics) -> SampleSurrogate:
@@ -61,7 +60,7 @@ class SampleSurrogate:
         return np.ascontiguousarray(roots.transpose(1, 0, 2))
 
     def coordinates(self, vectors: Array) -> Array:
-        """Coordinates [..., B, r] of vectors [..., n], whose coefficients over the first n known ones all share."""
+        """Coordinates [..., B, r] of vectors [..., n], coefficients over the first n known vectors of every sample."""
         return np.tensordot(vectors, self.roots[: vectors.shape[-1]], 1)
 
     @cached_property

@@ -229,18 +229,18 @@ class StateSource:
 
 
 @contextmanager
-def explained_derivatives(without: str) -> Iterator[None]:
-    """Raise a RuntimeError of derivatives in here as a ValueError, which says ``without`` what the network is."""
+def explained_derivatives(message: str) -> Iterator[None]:
+    """Turn a RuntimeError in the block, which computes derivatives, into a ValueError that starts with ``message``."""
     try:
         yield
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        raise ValueError(f"{without}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{message}: {str(error).splitlines()[0]}") from error
 
 
 def is_probes(name: str, value: object) -> int:
-    """TypeError or ValueError unless the argument is a number of probes of at least 2, to form products of two."""
+    """TypeError or ValueError unless the argument is a number of probes: at least 2, because pairs are multiplied."""
     return validate.positive_int(name, value, minimum=2)
 
 

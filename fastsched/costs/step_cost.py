@@ -40,7 +40,7 @@ from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.multistep import Node, log_rho
 from fastsched.sampling.solvers import Solver, from_pure_noise, get_solver, is_stock_solver, step_scale
 
-#: Bytes of a search for each triple of levels: its cost, and copies of the sixth part of these.
+#: Bytes that a search takes for each triple of levels: 8 for its cost, and copies of a sixth of all costs.
 BYTES_A_TRIPLE = 10
 
 

@@ -48,7 +48,7 @@ class Outcome:
 
 
 class Answers(Protocol):
-    """A source of answers to deviations: `Secants`, or the known answers of one run."""
+    """A model of the denoiser's responses to deviations: `Secants`, or the known responses of one run."""
 
     @property
     def vectors(self) -> int:

@@ -16,18 +16,18 @@ OPEN_GAP = 1.5
 #: Length, in ``log s``, of finite differences of the logarithm of the error.
 DIFFERENCE = 1e-4
 
-#: L-BFGS ends if a step lowers the logarithm of the error by less than this, or by less than this fraction of what all
-#: steps have lowered it by. Neither depends on the unit of the data. With 1e-4 predicted errors were 0.998 times as
+#: L-BFGS ends if a step lowers the logarithm of the error by less than this, or by less than this fraction of the total
+#: decrease so far. Neither depends on the unit of the data. With 1e-4 predicted errors were 0.998 times as
 #: large, in 1.15 of the time; with 1e-3 they were 1.01 times, at most 1.3 times as large, in 0.84 of it (105 cells).
 TOLERANCE = 3e-4
 
-#: How often L-BFGS is started, each time from the last end: it may end early because of an outdated curvature estimate.
+#: How often L-BFGS is started, each time where it ended: an outdated estimate of the curvature may end it early.
 #: Over 72 cells the errors were 0.94 of those of one start (at best 0.05), in 1.2 of the time.
 ROUNDS = 2
 
-#: If a search lowers nothing, as happens at levels of the grid, where the error has kinks, the next start is beside its
-#: end, this fraction of the way to even gaps. Where two of three searches had failed, the error of the schedule was 2.5
-#: times as large without this.
+#: If a search does not lower the error, the next one starts this fraction of the way to even gaps. This happens at
+#: levels of the grid, where the error has kinks. Where two of three searches had failed, the error of the schedule was
+#: 2.5 times as large without this.
 ASIDE = 0.02
 
 #: The least gap of a start, as a fraction of the mean gap: for a smaller gap the gradient almost vanishes.

@@ -218,7 +218,7 @@ class AdaptiveSchedule:
         seen = self._counts.clamp_min(1)  # by this rank
         warn_of_rounded_costs(self._sums / seen, self._rounding / seen, self.order)
         self._sums, self._counts, self._rounding = (torch.zeros_like(self._sums) for _ in range(3))
-        if float(lengths.sum()) == 0.0:  # all estimates negative or 0: no direction to move in
+        if float(lengths.sum()) == 0.0:  # no estimate is positive, so equal lengths are not defined
             return False
         target = equal_arc_length(self.s, lengths, len(self.s))
         moved = (self.rate * target.log() + (1 - self.rate) * self.s.log()).exp()

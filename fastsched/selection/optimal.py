@@ -84,7 +84,7 @@ def ranked_starts(
 
 @one_blas_thread()
 def local_minima(stats: PathStatistics, steps: int, solver: Solver, *, also: Sequence[Array] = ()) -> list[Minimum]:
-    """The ends of descents from the best starts and from levels ``also``, by predicted error, without repetitions."""
+    """The ends of descents from the best starts and from the levels ``also``, sorted by error, without duplicates."""
     starts = ranked_starts(stats, steps, solver)
     error = ErrorModel.of(stats, solver)
     minima = list(starts[:1])  # a descent lowers the error, but moving its end to levels the network knows may raise it

@@ -87,7 +87,7 @@ def common_sigmas(process: NoiseProcess, s: Tensor, name: str, steps: int, *, sp
 
 
 def even_schedule(process: NoiseProcess, steps: int, solver: str) -> Schedule:
-    """Levels even in ``log s``, without a measurement; for the fitted solver with the weights of `NEAREST_STOCK`."""
+    """A schedule of levels even in ``log s``; the fitted solver gets the weights of `NEAREST_STOCK`."""
     levels = process.levels(max(steps, 3))[:steps]
     levels = torch.cat([levels, levels.new_zeros(1)])
     weights = stock_weights(NEAREST_STOCK, nodes_of(process, levels)) if solver == FITTED else None
