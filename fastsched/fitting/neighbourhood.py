@@ -57,7 +57,7 @@ class Neighbourhood:
     column: int  #: index of the anchor's error among the vectors
     others: Array  #: parameters of the other runs, [M, P]
     columns: Sequence[int]  #: indices of the other runs' errors among the vectors, [M]
-    least: float  #: the squared error that rounding makes; no prediction is lower
+    least: float  #: the squared error that rounding causes; no prediction is lower
     penalty: float = PENALTY  #: weight of deviations that no secant explains
 
     @property

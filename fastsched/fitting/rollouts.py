@@ -152,5 +152,5 @@ def distances(stats: PathStatistics, ends: Tensor) -> Tensor:
 
 
 def rounding_of(stats: PathStatistics) -> float:
-    """The squared distance that float32 rounding of the ends makes, a mean over the samples."""
+    """The squared distance that float32 rounding of the ends causes, averaged over the samples."""
     return max(float(rounding_floor(stats.ends).mean()), torch.finfo(torch.float64).tiny)

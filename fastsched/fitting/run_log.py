@@ -1,6 +1,6 @@
-"""Every finished run of the sampler is written to a file, so that an interrupted fit continues where it stopped.
+"""A file of all finished runs of the sampler, so that an interrupted fit continues where it stopped.
 
-A fit is determined by its measurement and the results of its runs. So the same fit requests the same runs, and the runs
+A fit is determined by its measurement and the results of its runs. So the same call requests the same runs, and those
 in the file are not repeated. Each run adds a record to the file: its length, its SHA-256 and a safetensors file. An
 unfinished record at the end, left by an interruption, is dropped. The first record identifies the fit.
 """
@@ -42,10 +42,9 @@ def identity(stats: PathStatistics, **arguments: object) -> dict[str, Any]:
 
 
 def check_no_more_samples(runs: str, measured: int, samples: int) -> None:
-    """Refuse to add samples to the measurement of a fit whose ``runs`` are in a file: none of them could be used then.
+    """ValueError if a file of ``runs`` exists and more ``samples`` are wanted than were ``measured``.
 
-    Raises:
-        ValueError: If ``samples`` are more than were ``measured``, and the file exists.
+    The runs of fewer samples could not be used.
     """
     if measured < samples and os.path.exists(runs):
         raise ValueError(

@@ -61,9 +61,10 @@ class Trial:
 
 
 class RunRecord:
-    """The runs so far, of which ``known`` are the first, and predictions from them for schedules near one of the runs.
+    """The runs so far, and predictions from them for schedules near one of the runs.
 
-    The measurement must have increments. With ``decoupled`` the network may be told other levels than the states'.
+    The first runs are those in ``known``. The measurement must have increments. With ``decoupled`` the network may be
+    told other levels than the states'.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ DAMPING = (1e-4, 1.0)
 
 #: Squared size of a deviation, relative to the squared error at the end, below which its residual is rounding.
 LEAST = 1e-10
-#: The largest squared size of unit noise relative to an error near 0: infinity times an offset of 0 is no number.
+#: Largest squared size of unit noise relative to an error near 0; finite, because inf times an offset of 0 is NaN.
 LARGEST = 1e300
 
 
@@ -60,7 +60,7 @@ class KnownAnswers:
     vectors: int  #: V, the number of vectors
 
     def at(self, lam: Array) -> Array:
-        """Nothing needs to be known about the levels."""
+        """The residuals do not depend on the levels."""
         return lam
 
     def answer(self, evaluation: int, known: Array, away: Array, offset: Array | None = None) -> tuple[Array, Array]:

@@ -123,7 +123,7 @@ def carry(error: BaseException, finished: PathStatistics | None) -> None:
 
 
 def _warn_of_constant(stats: PathStatistics) -> None:
-    """Warn if no denoised sample changed along its path; a network that has one answer is warned of before."""
+    """Warn if no denoised sample changed along its path; the checks warn earlier if all outputs are equal."""
     if not bool(stats.gram.any()):
         validate.warn(
             "the denoised samples did not change from level to level, so schedules are meaningless: does the network "
@@ -198,10 +198,10 @@ def _identified(
 
 
 def _spent(asked: CheckCalls, known: bool, last: bool) -> int:
-    """Calls that the checks spent since the previous batch; after the last batch, make the last check first.
+    """Calls that the checks spent since the previous batch, including the last check, which is made if ``last``.
 
-    For a network that is ``known``, an earlier measurement has counted the first checks already: a resumed fit must
-    have as many calls left for its runs as one that was not interrupted.
+    If the network is ``known``, an earlier measurement has counted the first checks already: a resumed fit must have as
+    many calls left for its runs as one that was not interrupted.
     """
     if known:
         asked.model_calls = 0

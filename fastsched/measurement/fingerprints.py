@@ -33,7 +33,7 @@ def projections(raw: Tensor) -> Tensor:
 def same_network(one: Tensor | None, other: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
     """Whether two fingerprints may be those of one network and parameterisation; True if one is not known.
 
-    Earlier files have only the first half.
+    Those in files of earlier versions have only the first half.
     """
     if one is None or other is None:
         return True

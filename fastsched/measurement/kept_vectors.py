@@ -68,7 +68,7 @@ class KeptVectors:
         return ops.vector_gram(self.data[:, :vectors]).cpu().double()
 
     def on_cpu(self, vectors: int, out: Tensor | None = None) -> Tensor:
-        """The first ``vectors`` rows, [B, vectors, d], on the CPU: in ``out`` if given, else themselves or a copy."""
+        """The first ``vectors`` rows, [B, vectors, d], on the CPU: in ``out`` if given, else as a view or a copy."""
         self._wait()
         rows = self.data[:, :vectors]
         if out is None or rows.data_ptr() == out.data_ptr():

@@ -29,7 +29,7 @@ from fastsched.sampling.random_streams import sample_seeds
 #: extrapolates the rounding errors of closer levels: at 1e-4 schedules have ten times the error.
 CLOSEST = 9.9e-4
 
-#: The same of the denoiser's own levels, which are evenly spaced: below it, rounding is most of each change.
+#: The same for the denoiser's own levels, which are evenly spaced: at smaller distances changes are mostly rounding.
 CLOSEST_EVEN = 1e-6
 
 
@@ -69,8 +69,8 @@ def measure(
         responses: Whether to measure responses. Without them, errors are taken to be passed on as for Gaussian data.
         keep_increments: Whether to keep increments and responses, ``2 N`` images per sample, for `fastsched.tune`.
         seed: The seed of the noises. Sample ``n`` is the same for any ``samples`` and ``batch_size``.
-        batch_size: Paths at once, each ``2 N + 10`` float32 states; None: as many as fit, or 1 with a checkpoint.
-        store: Where ``2 N - 3`` of them are, ``"cpu"`` or ``"device"``; None: the latter if half its memory is enough.
+        batch_size: Paths at once, each ``2 N + 10`` float32 states; when None as many as fit, one with a checkpoint.
+        store: Where ``2 N - 3`` of these are: ``"cpu"``, ``"device"``, or on the device if half of it suffices (None).
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None. States stay float32.
         checks: Whether to check first that the network is a denoiser (`fastsched.measurement.network_checks`).

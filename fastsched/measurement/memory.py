@@ -22,7 +22,7 @@ from fastsched.measurement.path_following import Measurement
 #: and outputs, the network's copy of its input, its output, and sums. Allocators counted 12.
 WORKING = 13
 
-#: States on the CPU that the calls of ``checks=True`` hold until the last one is made.
+#: States on the CPU that the checks of the network keep until their last call.
 ASKED = 7
 
 #: The fraction of a device's free memory that kept vectors may take by default; the rest is for the network.
@@ -127,7 +127,7 @@ def paths_at_once(
 
 
 def check_call(run: Measurement, paths: int, elements: int) -> None:
-    """MemoryError, which says what to lower, unless there is memory for a path of each image of a pipeline's call."""
+    """MemoryError, which says what to lower, unless one path for each image of a pipeline's call fits into memory."""
     lacking = _lacking(run, need(run, paths, paths, elements))
     if lacking:
         device, size, free = lacking[0]

@@ -100,7 +100,7 @@ class Measurement:
 
 
 class OutputChecks:
-    """Checks each of the network's outputs of a batch, without waiting for the device."""
+    """Checks the network's outputs for a batch, one after the other, without waiting for the device."""
 
     def __init__(self, run: Measurement, advance: Callable[[int], object], verdicts: Verdicts | None) -> None:
         self.run, self.advance, self.verdicts = run, advance, Verdicts() if verdicts is None else verdicts
@@ -144,13 +144,13 @@ def measurement_steps(
     returns the statistics. So anything that can call the network can drive a measurement: `fastsched.measure`, or a
     pipeline's own loop (`fastsched.diffusers.CalibrationScheduler`).
 
-    ``advance`` is called with the number of calls made. Kept vectors go to ``out`` [B, V, d] float32 on the CPU, or to
-    new memory. A caller that checks itself whether outputs are finite gives its ``verdicts``, all read at the end.
+    ``advance`` is called with the number of calls made. Kept vectors are written to ``out`` [B, V, d] float32 on the
+    CPU, or to new memory. A caller that checks by itself whether outputs are finite passes its ``verdicts``, which are
+    read at the end.
 
     Raises:
-        ValueError: If an output holds NaN or inf; the message names the level of the first. For outputs on a GPU, as
-            soon as this is known without waiting, and at the end at the latest. Or if squared increments exceed
-            float32.
+        ValueError: If an output holds NaN or inf (the message names the first such level), or if squared increments
+            exceed float32. For outputs on a GPU it is raised once the result is known without waiting, or at the end.
     """
     noise, elements = noise_of(seeds, shape).to(run.device), math.prod(shape)
     checks = OutputChecks(run, advance, verdicts)

@@ -21,7 +21,7 @@ FORMAT = "fastsched.path_statistics"
 #: 1: with a sensitivity from Jacobians, which is no longer used. 2: with responses instead. 3: with a checksum too.
 VERSION = 3
 
-#: Names of the responses' tensors in files: those that version 1 had for its sensitivity.
+#: Names of the responses' tensors in files; version 1 used them for its sensitivity.
 NAMES = {"response_cross": "cross", "response_gram": "w_squared"}
 REQUIRED = {"s", "seeds", "gram", "ends"}
 OPTIONAL = {*NAMES.values(), "fingerprint", "increments", "responses"}
@@ -34,7 +34,7 @@ FORMER_ENTRIES = {"sensitivity"}
 
 
 def write_statistics(stats: Any, path: str | os.PathLike[str], vectors: bool) -> None:
-    """Write statistics, and with ``vectors`` their increments and responses; ValueError if they could not be read."""
+    """Write statistics, with ``vectors`` also increments and responses; ValueError if the file could not be read."""
     from safetensors.torch import save
 
     kept = {"s": stats.s, "seeds": stats.seeds, "gram": stats.gram, "ends": stats.ends}

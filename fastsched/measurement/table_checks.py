@@ -14,10 +14,11 @@ from torch import Tensor
 
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 
-#: Largest deviation of a table of one of the families from a straight line, over its range: rounding to float32.
-#: The next one must be this many times further from all of them.
-STRAIGHT, DISTINCT = 1e-4, 3.0
-#: Fewer timesteps, as of a table that was thinned out, do not tell.
+#: Largest deviation from a straight line, over its range, of a table that belongs to a family: rounding to float32.
+STRAIGHT = 1e-4
+#: The given table must be this many times as far from all families as its square.
+DISTINCT = 3.0
+#: A table with fewer timesteps, for example a thinned one, is not checked.
 FEWEST_TIMESTEPS = 20
 #: The offset ``s`` of the cosine table (Nichol and Dhariwal 2021, equation 17).
 COSINE_OFFSET = 0.008
@@ -39,8 +40,9 @@ def check_table(process: NoiseProcess) -> None:
 
 def _distance(abar: Tensor) -> float:
     """How far a table [T] is from the nearest family: ``beta``, ``sqrt(beta)`` or the cosine's angle linear in t."""
-    beta = 1 - abar[:-1] / torch.cat([abar.new_ones(1), abar[:-2]])  # without the last, which zero terminal SNR and
-    start = math.cos(COSINE_OFFSET / (1 + COSINE_OFFSET) * math.pi / 2)  # the cosine's bound on beta change
+    # Without the last entry, which zero terminal SNR, and the cosine table's bound on beta, change.
+    beta = 1 - abar[:-1] / torch.cat([abar.new_ones(1), abar[:-2]])
+    start = math.cos(COSINE_OFFSET / (1 + COSINE_OFFSET) * math.pi / 2)
     angle = (start * abar[:-1].sqrt()).acos()
     return min(_from_line(each) for each in (beta, beta.sqrt(), angle))
 
