@@ -50,3 +50,11 @@ def equal_arc_length(s: Tensor, increments: Tensor, n: int) -> Tensor:
     chosen = np.exp(inverse(np.linspace(0.0, cumulative[-1], n)))
     chosen[0], chosen[-1] = levels[0], levels[-1]
     return torch.from_numpy(chosen)
+
+
+def moved_to_equal_arc_length(s: Tensor, increments: Tensor, fraction: float) -> Tensor:
+    """Levels ``s`` [N] moved in ``log s`` by a ``fraction`` of the way to `equal_arc_length`; both ends stay."""
+    target = equal_arc_length(s, increments, len(s))
+    moved = (fraction * target.log() + (1 - fraction) * s.log()).exp()
+    moved[0], moved[-1] = s[0], s[-1]  # exactly: exp(log(s)) rounds
+    return moved

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.costs.cost_matrix import CostMatrix, is_cost
-from fastsched.selection.arc_length import equal_arc_length
+from fastsched.selection.arc_length import moved_to_equal_arc_length
 from fastsched.selection.constraints import distinct_known_levels
 
 
@@ -69,9 +69,7 @@ def refine_schedule(
     cost = _estimated(estimate, validate.descending_sigmas("sigmas", sigmas))
     best, variations, calls, blend = cost, [variation(cost.lengths)], cost.model_calls, 1.0
     while len(variations) <= iterations and min(variations) > tolerance:
-        target = equal_arc_length(best.s, best.lengths, len(best.s))
-        s = (blend * target.log() + (1 - blend) * best.s.log()).exp()
-        s[0], s[-1] = best.s[0], best.s[-1]
+        s = moved_to_equal_arc_length(best.s, best.lengths, blend)
         known = distinct_known_levels(cost.process, torch.cat([s, s.new_zeros(1)]).numpy(), float(s[-1]))[:-1]
         cost = _estimated(estimate, cost.process.sampler_sigma(torch.from_numpy(known)))
         calls += cost.model_calls

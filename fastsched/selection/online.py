@@ -17,7 +17,7 @@ from fastsched.denoisers.network_errors import checked_call
 from fastsched.denoisers.network_state import unchanged_buffers, warned_of_training
 from fastsched.measurement.rounding import stored_squares, warn_of_rounded_costs
 from fastsched.ops.backends import in_float64, widest_dtype
-from fastsched.selection.arc_length import equal_arc_length
+from fastsched.selection.arc_length import moved_to_equal_arc_length
 from fastsched.selection.fixed_point import variation
 
 #: Least relative distance of two levels: closer levels count as equal.
@@ -220,9 +220,7 @@ class AdaptiveSchedule:
         self._sums, self._counts, self._rounding = (torch.zeros_like(self._sums) for _ in range(3))
         if float(lengths.sum()) == 0.0:  # no estimate is positive, so equal lengths are not defined
             return False
-        target = equal_arc_length(self.s, lengths, len(self.s))
-        moved = (self.rate * target.log() + (1 - self.rate) * self.s.log()).exp()
-        moved[0], moved[-1] = self.s[0], self.s[-1]  # exactly: exp(log(s)) rounds
+        moved = moved_to_equal_arc_length(self.s, lengths, self.rate)
         if not bool((moved[1:] < (1 - LEAST_GAP) * moved[:-1]).all()):
             return False
         self.s = moved
