@@ -51,10 +51,10 @@ class DeviatedPath:
         slopes, rho = self.slopes(positions(s)), (1 / s).tolist()
         found: dict[int, dict[int, float]] = {}
         for k in asked_levels(len(s)):
-            found[k] = dict.fromkeys((level for j in range(k - STRIDE, k) for level, _ in slopes[j]), 0.0)
+            factors = found[k] = {}
             for j in range(k - STRIDE, k):
                 for level, weight in slopes[j]:
-                    found[k][level] += (rho[j + 1] - rho[j]) * weight
+                    factors[level] = factors.get(level, 0.0) + (rho[j + 1] - rho[j]) * weight
         return found
 
 

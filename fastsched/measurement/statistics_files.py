@@ -214,9 +214,7 @@ def _check_values(stats: Any) -> None:
         raise ValueError("is not whole: it needs increments and responses of the deviated paths together")
     if len(stats.ends) != b:
         raise ValueError(f"is not whole: ends holds {len(stats.ends)} samples, not {b}")
-    if (stats.response_cross is None) != (stats.response_gram is None) or (rows > 0) != (
-        stats.response_gram is not None
-    ):
+    if {stats.response_cross is None, stats.response_gram is None} != {rows == 0}:
         raise ValueError("is not whole: responses need cross, w_squared and the deviated paths together")
     if len(set(stats.seeds.tolist())) < b or bool((stats.seeds < 0).any()):
         raise ValueError("holds seeds that repeat or are negative")

@@ -53,8 +53,11 @@ def is_solver(name: str, value: object) -> Solver:
     return chosen_solver(value)  # type: ignore[arg-type]  # any object is checked
 
 
-def checked_weights(weights: Tensor | Sequence[Sequence[float]]) -> Tensor:
-    """``weights`` as a float64 tensor [K, K] on the CPU; ValueError unless they are a fitted solver's (see above)."""
+def checked_weights(weights: Tensor | Sequence[Sequence[float]], steps: int | None = None) -> Tensor:
+    """``weights`` as a float64 tensor [K, K] on the CPU.
+
+    ValueError unless they are those of a fitted solver (see above), with ``K = steps`` if ``steps`` is given.
+    """
     values = validate.float64("weights", weights)
     if values.ndim != 2 or values.shape[0] != values.shape[1] or len(values) == 0:
         raise ValueError(f"weights must be a square matrix with one row per step, got shape {tuple(values.shape)}")
@@ -65,4 +68,6 @@ def checked_weights(weights: Tensor | Sequence[Sequence[float]]) -> Tensor:
     sums = values.sum(1)
     if not torch.allclose(sums, torch.ones_like(sums), rtol=0, atol=1e-6):
         raise ValueError(f"weights must sum to 1 in every row, got {[round(value, 6) for value in sums.tolist()]}")
+    if steps is not None and len(values) != steps:
+        raise ValueError(f"weights must have a row for each of {steps} steps of the schedule, got {len(values)}")
     return values

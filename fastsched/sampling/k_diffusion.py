@@ -55,14 +55,9 @@ def sample_fitted(
     """
     _check(model, x, extra_args, callback)
     levels = validate.descending_sigmas("sigmas", sigmas).tolist()
-    rows = checked_weights(weights).tolist()
     if levels[-1] != 0 or levels[0] == float("inf"):
         raise ValueError(f"sigmas must be finite and end in 0, got {levels}")
-    if len(rows) != len(levels) - 1:
-        raise ValueError(
-            f"weights must have a row for each of {len(levels) - 1} steps, got {len(rows)}; pass sigmas and weights of "
-            "one schedule"
-        )
+    rows = checked_weights(weights, len(levels) - 1).tolist()
     sigmas = sigmas.to(x) if isinstance(sigmas, Tensor) else x.new_tensor(levels)
     ones, history, verdicts = x.new_ones([len(x)]), [], Verdicts()
     with progress_bar(len(rows), not disable, "fitted sampling", unit="step") as advance:

@@ -84,15 +84,12 @@ class Schedule:
             wanted = "given" if self.solver == FITTED else "None"
             raise ValueError(f"weights must be {wanted} for the solver {self.solver!r}")
         if self.weights is not None:
-            weights = checked_weights(self.weights)
-            if len(weights) != len(sigmas) - 1:
-                raise ValueError(f"weights must have a row for each of {len(sigmas) - 1} steps, got {len(weights)}")
-            object.__setattr__(self, "weights", weights)
+            object.__setattr__(self, "weights", checked_weights(self.weights, len(sigmas) - 1))
         if self.network_sigmas is not None:
-            told = _network_sigmas(self.network_sigmas, self.solver, sigmas)
-            if self.noise == "flow" and float(told[0]) > 1:
-                raise ValueError(f"network_sigmas of a flow model are times within (0, 1], got {float(told[0]):g}")
-            object.__setattr__(self, "network_sigmas", told)
+            check_decoupled(self.solver)
+            object.__setattr__(
+                self, "network_sigmas", _network_sigmas(self.network_sigmas, len(sigmas) - 1, self.noise)
+            )
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", _timesteps(self.timesteps, len(sigmas) - 1, self.noise))
 
@@ -273,12 +270,13 @@ def check_decoupled(solver: str) -> None:
         )
 
 
-def _network_sigmas(values: Tensor, solver: str, sigmas: Tensor) -> Tensor:
-    """Sigmas that a network is given, one for each call of a solver with one call a step."""
-    check_decoupled(solver)
-    found = _one_a_step("network_sigmas", values, len(sigmas) - 1)
+def _network_sigmas(values: Tensor, steps: int, noise: str) -> Tensor:
+    """Check sigmas that the network is given, one for each step."""
+    found = _one_a_step("network_sigmas", values, steps)
     if not bool((found > 0).all()) or not bool((found.diff() < 0).all()):
         raise ValueError(f"network_sigmas must descend and be positive, got {validate.shown(found.tolist())}")
+    if noise == "flow" and float(found[0]) > 1:
+        raise ValueError(f"network_sigmas of a flow model are times within (0, 1], got {float(found[0]):g}")
     return found
 
 
