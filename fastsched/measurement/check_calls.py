@@ -167,6 +167,6 @@ class Top:
         return float((change * difference).sum() / difference.square().sum())
 
     def reach(self, c: float) -> float:
-        """How far the network's output moved ``D``, in units of `slope`: the scale of the effect of its errors."""
+        """A bound on the part of `slope` that is due to the network's output, whose factor in ``D`` is ``c``."""
         difference = self.noise[0] - self.noise[1]
         return abs(c) * float((self.raw[0] - self.raw[1]).norm() / difference.norm())

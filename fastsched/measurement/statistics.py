@@ -176,10 +176,10 @@ class PathStatistics:
         is_statistics("other", other)
         found = merged(self, other)
         unknown = [each for each in (self, other) if each.fingerprint is None]
-        if any(each.origin is None or each.origin.fingerprint is None for each in unknown):  # pipelines have that one
+        if any(each.origin is None or each.origin.fingerprint is None for each in unknown):  # pipelines have it there
             validate.warn(
-                "merged without knowing whether both statistics are of one network: what is measured with checks=False "
-                "holds no fingerprint of it"
+                "merged without knowing whether both statistics are of one network: those measured with checks=False "
+                "hold no fingerprint of it"
             )
         return found
 

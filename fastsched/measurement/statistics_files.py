@@ -197,6 +197,7 @@ def _check_values(stats: Any) -> None:
     shapes = {
         "s": (n,),
         "seeds": (b,),
+        "ends": (b, *stats.ends.shape[1:]),
         "gram": (b, n - 1, n - 1),
         "response_cross": (b, rows, n - 1),
         "response_gram": (b, rows, rows),
@@ -212,8 +213,6 @@ def _check_values(stats: Any) -> None:
         raise ValueError(f"is not whole: fingerprint has shape {tuple(mark.shape)}")
     if stats.increments is not None and (stats.responses is not None) != (rows > 0):
         raise ValueError("is not whole: it needs increments and responses of the deviated paths together")
-    if len(stats.ends) != b:
-        raise ValueError(f"is not whole: ends holds {len(stats.ends)} samples, not {b}")
     if {stats.response_cross is None, stats.response_gram is None} != {rows == 0}:
         raise ValueError("is not whole: responses need cross, w_squared and the deviated paths together")
     if len(set(stats.seeds.tolist())) < b or bool((stats.seeds < 0).any()):

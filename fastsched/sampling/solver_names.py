@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-#: Names in web interfaces, k-diffusion and diffusers, spelled as by `plain`, and the names of their solvers here, if
-#: these differ.
+#: Names of samplers in web interfaces, k-diffusion and diffusers, in the spelling of `plain`, and their solvers here,
+#: if these have other names.
 KNOWN = {
     "euler": "ddim",
     "heun2": "heun",
@@ -56,9 +56,10 @@ def plain(name: str) -> str:
 
 
 def known_as(name: str, own: Iterable[str]) -> tuple[str | None, str | None]:
-    """The solver, among our ``own`` names, that a menu's or a library's name means, and the noise schedule in it.
+    """The solver, one of our ``own`` names, and the noise schedule that a menu's or a library's name stands for.
 
-    None for what it does not name. A ValueError names the nearest solver if fastsched does not have the sampler.
+    Either is None if the name does not contain it. A ValueError names the nearest solver if fastsched does not have the
+    sampler.
     """
     # Menus join a sampler and a noise schedule. fastsched chooses the schedule, so only the sampler is looked up.
     short, ending = plain(name), None

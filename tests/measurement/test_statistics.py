@@ -202,7 +202,7 @@ TENSORS = {
     "s elsewhere": (lambda t: {"s": t["s"] * 1e6}, "far outside"),
     "ends NaN": (lambda t: {"ends": t["ends"] * NAN}, "NaN or inf"),
     "ends of one dimension": (lambda t: {"ends": t["ends"][:, 0]}, "no samples"),
-    "ends fewer": (lambda t: {"ends": t["ends"][:2]}, "ends holds 2 samples"),
+    "ends fewer": (lambda t: {"ends": t["ends"][:2]}, "ends has shape"),
     "seeds floating": (lambda t: {"seeds": t["seeds"].float()}, "seeds in torch.float32"),
     "seeds repeating": (lambda t: {"seeds": t["seeds"] * 0}, "repeat or are negative"),
     "no samples": (lambda t: {k: v if k in ("s", "fingerprint") else v[:0] for k, v in t.items()}, "no samples"),
