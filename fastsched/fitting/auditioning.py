@@ -137,12 +137,12 @@ def audition(
     chosen = _checked(stats, steps, method, candidates)
     for name, schedule in chosen.items():
         check_start(f"candidates[{name!r}]", schedule, denoiser)
-    asked = check_same_network(denoiser, stats, device, dtype) if checks else 0
+    check_calls = check_same_network(denoiser, stats, device, dtype) if checks else 0
     runner = Runner(denoiser, stats, method, batch_size, device, dtype)
     total = sample_runs(len(chosen), count)
     with progress_bar(total * method.model_calls(steps), progress, "audition") as runner.advance:
         found = ranked(runner, stats, chosen, method.model_calls(steps), count)
-    return replace(found, model_calls=found.model_calls + asked)
+    return replace(found, model_calls=found.model_calls + check_calls)
 
 
 #: Checks of the arguments of `audition` that differ from the defaults in `fastsched.validate`.

@@ -131,22 +131,22 @@ def fit_report(
     measuring = prepare_together(plan, group)  # raises before any call is made
     what = {"steps": steps, "solver": method.name, "model_calls": model_calls, "decoupled": decoupled or None}
     check_group(stats, group, **what)
-    best, known = None, stats is not None
+    best, given = None, stats is not None
     try:
         if measuring is not None:  # not `measure`: on an interrupt it returns the finished paths
             stats = measured_in_group(*measuring, group, vectors="first")
             budget = max(0, budget - stats.model_calls)
-        stats = _checked_stats(denoiser, shape, stats, checks and known, device, dtype)
-        lacking = known and stats.increments is None  # a new measurement has none in processes after the first
+        stats = _checked_stats(denoiser, shape, stats, checks and given, device, dtype)
+        lacking = given and stats.increments is None  # a new measurement has none in processes after the first
         if lacking and affordable(method.model_calls(steps), stats.samples, budget) and steps > 1:
             stats = with_increments(denoiser, stats, checkpoint=checkpoint, group=group, **options)
         runner, calls = Runner(denoiser, stats, method, **options), method.model_calls(steps)
         if log_file is not None:
             runner.cache = RunLog(log_file, identity(stats, **what, batch_size=batch, dtype=str(runner.dtype))).run
         best = BestSoFar(runner, stats)
-        made = partial(_fitted, best, steps=steps, method=method, calls=calls, budget=budget, decoupled=decoupled)
+        work = partial(_fitted, best, steps=steps, method=method, calls=calls, budget=budget, decoupled=decoupled)
         with progress_bar(budget, progress, "fitting") as runner.advance:
-            return led_by_first(runner, made, group)
+            return led_by_first(runner, work, group)
     except KeyboardInterrupt as error:
         finished = getattr(error, "partial", None) if stats is None else stats
         if checkpoint is not None or finished is None or group is not None:

@@ -117,7 +117,7 @@ def tune(
     if checkpoint is not None:
         check_writable(checkpoint)
         batch_size = int(batch_size or 1)  # a NumPy integer cannot be written to the file
-    asked = check_same_network(denoiser, stats, device, dtype) if checks else 0
+    check_calls = check_same_network(denoiser, stats, device, dtype) if checks else 0
     runner = Runner(denoiser, stats, method, batch_size, device, dtype)
     if checkpoint is not None:
         starts = [schedule_key(schedule) for schedule, _ in known] or [schedule_key(first)]
@@ -130,7 +130,7 @@ def tune(
             tuning = tuned(runner, stats, known or [(first, runner(first, 0, stats.samples))], trials, calls)
         except KeyboardInterrupt as error:
             tuning = _finished_part(error, checkpoint)
-    return replace(tuning, model_calls=asked + before + tuning.model_calls)
+    return replace(tuning, model_calls=check_calls + before + tuning.model_calls)
 
 
 def _finished_part(error: KeyboardInterrupt, checkpoint: object) -> Tuning:

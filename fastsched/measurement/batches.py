@@ -85,20 +85,20 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
         progress_bar(run.calls * len(seeds), batches.progress, "measuring") as advance,
     ):
         try:
-            mark, asked = _identified(run, batches, found, seeds)
+            network_id, ask = _identified(run, batches, found, seeds)
             known = found is not None and found.fingerprint is not None
-            origin = origin_now(network_name(run.denoiser.network), mark)
+            origin = origin_now(network_name(run.denoiser.network), network_id)
             whole, kept = _with_room(run, batches, found, len(seeds))  # after the first checks, which take memory too
             parts = seeds.split(batches.size) if len(seeds) else ()
             for n, part_seeds in enumerate(parts):
                 done = 0 if whole is None else whole.samples
                 out = None if kept is None else kept[done : done + len(part_seeds)]
                 steps = measurement_steps(run, part_seeds, batches.shape, advance, out)
-                part = run.drive(steps if asked is None or n > 0 else path_checked(steps, asked, run.s))
-                if asked is not None and n == 0 and not asked.constant:
-                    check_increments(asked, part)
-                spent = 0 if asked is None else _spent(asked, known, n == len(parts) - 1)
-                part = replace(part, fingerprint=mark, model_calls=part.model_calls + spent, origin=origin)
+                part = run.drive(steps if ask is None or n > 0 else path_checked(steps, ask, run.s))
+                if ask is not None and n == 0 and not ask.constant:
+                    check_increments(ask, part)
+                spent = 0 if ask is None else _spent(ask, known, n == len(parts) - 1)
+                part = replace(part, fingerprint=network_id, model_calls=part.model_calls + spent, origin=origin)
                 whole = part if whole is None else merged(whole, part)
                 if batches.file is not None:
                     whole.save(batches.file, vectors=run.keep_vectors)
@@ -111,7 +111,7 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
                 raise advice from error
             raise
     assert whole is not None  # there is at least one seed, measured now or before
-    if asked is not None and not asked.constant:
+    if ask is not None and not ask.constant:
         _warn_of_constant(whole)
     return whole
 
@@ -175,39 +175,39 @@ def finished_part(error: KeyboardInterrupt, file: str | os.PathLike[str] | None,
 def _identified(
     run: Measurement, batches: Batches, found: PathStatistics | None, seeds: Tensor
 ) -> tuple[Tensor | None, CheckCalls | None]:
-    """The network's fingerprint, and the calls of the checks; None for what was not asked.
+    """The network's fingerprint, and the calls of the checks; None for what was not requested.
 
     ValueError if the network is another one than that of ``found``.
     """
-    mark, asked = None, None
+    network_id, ask = None, None
     where = (run.denoiser, batches.shape, run.device, run.dtype)
     if batches.checks and len(seeds):
         batch = min(batches.size, len(seeds))
-        asked = check_network(*where, run.s, int(seeds[batch - 1]), batch)
-        mark = asked.fingerprint
+        ask = check_network(*where, run.s, int(seeds[batch - 1]), batch)
+        network_id = ask.fingerprint
     elif batches.identified or (found is not None and found.fingerprint is not None):
-        mark = fingerprint(*where)  # not counted, so that as many calls are left for a fit's runs
-    if found is not None and not same_network(found.fingerprint, mark, run.dtype):
+        network_id = fingerprint(*where)  # not counted, so that as many calls are left for a fit's runs
+    if found is not None and not same_network(found.fingerprint, network_id, run.dtype):
         raise ValueError(
             "the network is another one than that of the earlier measurement: it gives different outputs for the "
             "same input. Measure it into another file"
         )
     if found is not None and found.fingerprint is not None:
-        mark = found.fingerprint  # in 16 bits, that of another device may differ by more than `merge` allows
-    return mark, asked
+        network_id = found.fingerprint  # in 16 bits, that of another device may differ by more than `merge` allows
+    return network_id, ask
 
 
-def _spent(asked: CheckCalls, known: bool, last: bool) -> int:
+def _spent(ask: CheckCalls, known: bool, last: bool) -> int:
     """Calls that the checks spent since the previous batch, including the last check, which is made if ``last``.
 
     If the network is ``known``, an earlier measurement has counted the first checks already: a resumed fit must have as
     many calls left for its runs as one that was not interrupted.
     """
     if known:
-        asked.model_calls = 0
+        ask.model_calls = 0
     if last:
-        asked.check_last()
-    spent, asked.model_calls = asked.model_calls, 0
+        ask.check_last()
+    spent, ask.model_calls = ask.model_calls, 0
     return spent
 
 

@@ -84,13 +84,13 @@ def of_one_network(parts: Sequence[PathStatistics], dtype: torch.dtype) -> list[
 
     ValueError if they were measured on different networks.
     """
-    mark = next((part.fingerprint for part in parts if part.fingerprint is not None), None)
-    if not all(same_network(mark, part.fingerprint, dtype) for part in parts):
+    fingerprint = next((part.fingerprint for part in parts if part.fingerprint is not None), None)
+    if not all(same_network(fingerprint, part.fingerprint, dtype) for part in parts):
         raise ValueError(
             "the network must be the same in all processes of the group, but those of some give different outputs for "
             "the same input; load the same weights in all of them"
         )
-    return [replace(part, fingerprint=mark) for part in parts]
+    return [replace(part, fingerprint=fingerprint) for part in parts]
 
 
 def save_whole(whole: PathStatistics, file: str | os.PathLike[str], group: Any, *, vectors: bool) -> None:

@@ -151,14 +151,14 @@ def with_increments(
     if stats.increments is not None:
         return stats
     batches = Batches.of(stats.shape, stats.seeds, batch_size, checkpoint, checks=False, progress=False)
-    asked = check_same_network(denoiser, stats, device, dtype)
+    check_calls = check_same_network(denoiser, stats, device, dtype)
     run = measurement_of(denoiser, stats.s, device, dtype, stats.response_gram is not None, keep_increments=True)
     again = measured_in_group(run, batches, resumed(checkpoint, run, batches), group, vectors="first")
     return replace(
         stats,
         increments=again.increments,
         responses=again.responses,
-        model_calls=stats.model_calls + again.model_calls + asked,
+        model_calls=stats.model_calls + again.model_calls + check_calls,
     )
 
 

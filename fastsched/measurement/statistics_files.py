@@ -208,9 +208,9 @@ def _check_values(stats: Any) -> None:
         value = getattr(stats, name)
         if value is not None and tuple(value.shape) != shape:
             raise ValueError(f"is not whole: {name} has shape {tuple(value.shape)}, not {shape}")
-    mark = stats.fingerprint
-    if mark is not None and mark.shape not in ((PROJECTIONS,), (2 * PROJECTIONS,)):
-        raise ValueError(f"is not whole: fingerprint has shape {tuple(mark.shape)}")
+    fingerprint = stats.fingerprint
+    if fingerprint is not None and fingerprint.shape not in ((PROJECTIONS,), (2 * PROJECTIONS,)):
+        raise ValueError(f"is not whole: fingerprint has shape {tuple(fingerprint.shape)}")
     if stats.increments is not None and (stats.responses is not None) != (rows > 0):
         raise ValueError("is not whole: it needs increments and responses of the deviated paths together")
     if {stats.response_cross is None, stats.response_gram is None} != {rows == 0}:
