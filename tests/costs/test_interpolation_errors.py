@@ -32,7 +32,7 @@ def test_between_the_levels_of_a_smooth_denoiser(extra):
     assert ratio == pytest.approx(4.0, rel=0.1)
 
 
-def test_answers_of_their_own_at_each_level():
+def test_independent_outputs_at_each_level():
     """Of independent answers a cubic is off by ``sqrt(1 + |w|^2)``, as far at any spacing; ``w = (-1, 4, 4, -1)/6``."""
     generator = np.random.default_rng(0)
     found = errors(generator.standard_normal((len(LAM), 400))) / 20.0

@@ -40,7 +40,7 @@ def test_the_error_on_gaussian_data_is_the_samplers(name):
 
 
 @pytest.mark.parametrize(("samples", "doubt"), [(2, DEVIATION_PENALTY), (3, DEVIATION_PENALTY), (4, 0.0)])
-def test_deviations_of_the_fitted_solver_are_doubted_where_there_are_few_samples(samples, doubt):
+def test_deviations_of_the_fitted_solver_are_penalised_with_few_samples(samples, doubt):
     few = fs.measure(KINDS["x0"], (4,), levels=24, samples=samples, progress=False)
     levels = np.append(few.s.numpy(), 0.0)[[0, 5, 10, 16, 24]]
     surrogate, norms = Surrogate.of(few), Surrogate.of(few).norms

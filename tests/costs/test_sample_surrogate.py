@@ -58,7 +58,7 @@ def test_a_sample_is_that_of_the_surrogate_with_its_jacobian(name):
 
 
 @pytest.mark.parametrize("name", ["ddim", "heun", "unipc"])
-def test_jacobians_that_are_alike_give_the_shared_surrogate(name):
+def test_equal_jacobians_give_the_shared_surrogate(name):
     """With secants: what they explain is answered as before, and what they leave by the samples' Jacobians."""
     stats = fs.measure(exact_denoiser(mixture(d=16), 0.01, 20.0), (16,), levels=24, samples=3, progress=False)
     shared = Surrogate.of(stats)

@@ -151,7 +151,7 @@ def test_costs_are_the_error_of_real_single_steps():
         assert cost.pairs[j, k] == pytest.approx(expected, rel=0.02)  # a path of 200 levels errs by 0.3%, squared
 
 
-def test_weights(stats):
+def test_weights_are_the_squared_amplitudes_of_a_deviation(stats):
     """What becomes of an error: by the scalar Jacobian, level by level from the end."""
     surrogate = Surrogate.of(stats)
     s, j = stats.s.numpy(), surrogate.jacobian

@@ -116,7 +116,7 @@ def test_path_against_quadrature(kind):
 
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("kind", ["ve", "flow", "vp-zero-terminal"])
-def test_run_is_the_sampler_on_that_very_denoiser(kind, name):
+def test_run_is_the_sampler_on_a_denoiser_that_the_surrogate_fits_exactly(kind, name):
     model = LinearModel(kind)
     levels = schedule(model, *INNER)
     sigmas = model.process.sampler_sigma(torch.from_numpy(levels))
@@ -196,7 +196,7 @@ def test_without_responses_errors_are_passed_on_as_for_gaussian_data():
     assert found.secants is None
 
 
-def test_secants_of_responses_are_met_again(measured_mixture):
+def test_secants_reproduce_the_measured_responses(measured_mixture):
     """The surrogate's own deviated paths: what they were answered at the asked levels is what they were told."""
     stats, surrogate = measured_mixture, Surrogate.of(measured_mixture)
     secants = surrogate.secants

@@ -114,7 +114,7 @@ def test_compare_samples_as_the_network_is_told():
         fs.compare(denoiser, {"told": schedule}, "heun", shape=(4,), samples=8, progress=False)
 
 
-def test_whoever_works_out_the_timestep_alone_refuses_it():
+def test_comfyui_and_predictions_refuse_decoupled_levels():
     denoiser = exact_denoiser(ORACLE, 0.01, 40.0)
     schedule = told_lower(denoiser)
     stats = fs.measure(denoiser, (4,), levels=12, samples=2, progress=False)

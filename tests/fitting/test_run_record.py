@@ -68,7 +68,7 @@ def test_answers_make_predictions_of_other_runs_better():
     assert off(True) < 0.7 * off(False)
 
 
-def test_two_stage_solvers_from_pure_noise_are_learned_from():
+def test_runs_of_two_stage_solvers_from_pure_noise_give_secants():
     """Their first step makes one call: fewer evaluations than steps elsewhere."""
     betas = torch.linspace(0.999, 0.0, 60, dtype=torch.float64)
     denoiser = fs.Denoiser.from_v(lambda x, t: 0.1 * x, betas)

@@ -168,7 +168,7 @@ def test_at_pure_noise_nothing_is_learned():
     assert answer[0, 3] == 0.0
 
 
-def test_a_recorder_answers_as_its_denoiser():
+def test_a_recording_denoiser_returns_the_outputs_of_its_denoiser():
     denoiser = exact_denoisers(ORACLE)["v"]
     recorder = RecordingDenoiser.of(denoiser)
     noise = noise_of(torch.arange(5), (4,))

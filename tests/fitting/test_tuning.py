@@ -167,7 +167,7 @@ def test_gaussian_data_converge_in_few_runs():
     assert found.schedule.measured_error < 1e-3 * errors[0]
 
 
-def test_what_a_run_answered_helps_to_fit_weights(monkeypatch):
+def test_outputs_of_runs_help_to_fit_weights(monkeypatch):
     """The fitted solver's weights follow what the network answered; the ends alone tell them little."""
     denoiser = exact_denoiser(mixture(d=16), 0.01, 40.0)
     stats = fs.measure(denoiser, (16,), levels=24, samples=6, keep_increments=True, checks=False, progress=False)

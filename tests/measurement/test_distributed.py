@@ -120,7 +120,7 @@ def test_a_pipeline_in_two_processes(run):
 
 
 @pytest.mark.parametrize("task", ["fails", "dies"])
-def test_what_ends_one_process_is_an_error_in_all(run, task):
+def test_an_error_in_one_process_is_an_error_in_all(run, task):
     reports, _, printed = run(task)
     assert reports[0] is not None, printed
     assert reports[0]["failed"]
@@ -165,7 +165,7 @@ def test_processes_of_a_group_that_were_given_different_arguments_are_told_which
         ]
 
 
-def test_what_is_refused_in_one_process_is_told_to_the_others(run):
+def test_a_refusal_in_one_process_reaches_the_others(run):
     """They would wait for it, until the timeout of the group."""
     reports, _, printed = run("refused")
     assert None not in reports, printed
@@ -173,7 +173,7 @@ def test_what_is_refused_in_one_process_is_told_to_the_others(run):
         assert other == f"process 1 of the group failed: ValueError: {own}"
 
 
-def test_processes_of_a_group_that_call_pipelines_differently_are_told_so(run):
+def test_different_calls_of_pipelines_in_a_group_are_refused(run):
     """Before, each measured what it was told, and the parts were merged."""
     pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
     reports, _, printed = run("other pipelines")

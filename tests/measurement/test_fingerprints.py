@@ -22,7 +22,7 @@ def test_networks_that_predict_the_noise_are_told_apart(data, other):
     assert stats.merge(fs.measure(one, (64,), seed=1, **options)).samples == 4
 
 
-def test_one_network_read_otherwise_is_another_measurement(tmp_path):
+def test_another_parameterisation_is_another_measurement(tmp_path):
     file, table = tmp_path / "v.safetensors", vp_table()
     network = exact_denoisers(fs.oracles.Gaussian(0.5, (64,)), table)["v"].network
     options = {"levels": 16, "samples": 2, "progress": False}

@@ -70,13 +70,13 @@ class Off:
 @pytest.mark.filterwarnings("ignore:(at level .* the (denoised|network's outputs)|when noise)")
 @pytest.mark.parametrize("answer", [lambda own, last: last, lambda own, last: 0.97 * own], ids=["earlier", "smaller"])
 @pytest.mark.parametrize("which", [lambda n: n % 16 == 0, lambda n: n % 21 == 0, lambda n: n == 35])
-def test_an_answer_off_the_path_at_one_level_is_warned_of(which, answer):
+def test_a_wrong_output_at_one_level_is_warned_of(which, answer):
     denoiser = fs.Denoiser.from_denoiser(Off(which, answer), 0.02, 40.0)
     with pytest.warns(UserWarning, match="may keep a state between its calls"):
         fs.measure(denoiser, (16,), samples=2, progress=False)
 
 
-def test_a_level_that_the_network_answers_otherwise_is_no_state():
+def test_errors_of_the_network_at_one_level_are_not_warned_of():
     """An error of its own at one timestep, whenever it is asked."""
     exact, table = exact_denoisers(DATA, vp_table(1000))["epsilon"].network, vp_table(1000)
     known = fs.Denoiser.from_epsilon(exact, table)

@@ -75,7 +75,7 @@ def test_measure_warns_once_that_levels_are_too_close_for_bfloat16():
     assert len([w for w in caught if "bfloat16" in str(w.message)]) == 1  # of two batches
 
 
-def test_one_level_that_outputs_hardly_reach_is_no_reason():
+def test_a_single_pair_of_nearly_equal_outputs_does_not_warn():
     R = walk(8, 0.2)
     R[4:] += R[3] - R[4] + 0.001 * (R[4] - R[3])  # level 4 is all but level 3
     R, c = R.bfloat16(), torch.ones(8)
@@ -95,7 +95,7 @@ def test_measure_does_not_warn_without_need(dtype, levels):
         measured(dtype, levels)
 
 
-def test_what_numbers_were_rounded_to_is_seen_from_them():
+def test_the_dtype_of_rounded_numbers_is_found():
     values = torch.randn(100, generator=torch.Generator().manual_seed(0))
     assert stored_dtype(values) == torch.float32
     for dtype in STORAGE_ERROR:

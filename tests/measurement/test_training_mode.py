@@ -90,7 +90,7 @@ def of_one_channel(norm):
     ],
     ids=["InstanceNorm1d", "SpectralNorm"],
 )
-def test_layers_that_answer_otherwise_in_training_mode_are_refused(layer, request):
+def test_layers_with_other_outputs_in_training_mode_are_refused(layer, request):
     denoiser = fs.Denoiser.from_denoiser(Net(layer), 0.01, 20.0)
     with pytest.raises(ValueError, match=f"active {request.node.callspec.id}: call network.eval"):
         measure(denoiser)
@@ -98,7 +98,7 @@ def test_layers_that_answer_otherwise_in_training_mode_are_refused(layer, reques
     measure(denoiser)
 
 
-def test_layers_that_do_not_answer_otherwise_in_training_mode_are_none():
+def test_layers_with_equal_outputs_in_training_mode_are_accepted():
     """Such as instance norm that keeps no statistics, and dropout of nothing."""
     for layer in (of_one_channel(nn.InstanceNorm1d(1)), nn.Dropout(0.0), nn.GroupNorm(4, 16)):
         measure(fs.Denoiser.from_denoiser(Net(layer), 0.01, 20.0))

@@ -121,7 +121,7 @@ def test_inputs_that_require_gradients():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["R", "X"])
-def test_gram_lets_bad_numbers_through(bad, where):
+def test_nan_and_inf_reach_the_gram_matrix(bad, where):
     R, X, a, c, options = GramCase().inputs()
     {"R": R, "X": X}[where][3, 1, 40] = bad
     gram = level_increment_gram(R, X, a, c, **options)
@@ -307,6 +307,6 @@ DATA = torch.ones(3, 2, 4)
         (lambda: hutchinson_reduce(None, DATA), "V"),
     ],
 )
-def test_what_is_no_tensor_is_named(call, name):
+def test_arguments_that_are_no_tensors_are_named(call, name):
     with pytest.raises(TypeError, match=f"^{name} must be a"):
         call()

@@ -63,7 +63,7 @@ def test_permissions_are_those_of_a_new_file(tmp_path, mask, mode):
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
 
 
-def test_writers_at_the_same_time_do_not_meet(tmp_path):
+def test_simultaneous_writers_do_not_collide(tmp_path):
     errors, whole = [], {bytes([n]) * 10_000 for n in range(8)}
 
     def write(data):

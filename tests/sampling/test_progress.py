@@ -13,7 +13,7 @@ from fastsched.sampling.progress import progress_bar
 DENOISER = fs.Denoiser.from_denoiser(lambda z, s: z / (1 + s[:, None] ** 2), 0.002, 80.0)
 
 
-def test_a_function_hears_what_is_done_and_the_total(capsys):
+def test_a_progress_function_gets_the_units_done_and_the_total(capsys):
     heard = []
     with progress_bar(10, lambda done, total: heard.append((done, total)), "working") as advance:
         advance(4)
@@ -70,7 +70,7 @@ def test_a_closed_console_ends_no_work(monkeypatch):
     ],
     ids=["measure", "compare"],
 )
-def test_long_functions_end_at_their_total(work):
+def test_progress_of_long_functions_ends_at_the_total(work):
     heard = []
     work(lambda done, total: heard.append((done, total)))
     for total in {total for _, total in heard}:
@@ -81,7 +81,7 @@ def test_long_functions_end_at_their_total(work):
 
 @pytest.mark.parametrize("sigmas", [[math.inf, 5.0, 1.0, 0.0], [math.inf, 5.0, 1.0], [math.inf, 0.0], [5.0, 1.0, 0.0]])
 @pytest.mark.parametrize("solver", ["ddim", "heun", "dpmpp_2s"])
-def test_a_sampler_ends_at_its_total_also_from_pure_noise(sigmas, solver):
+def test_progress_of_a_sampler_ends_at_the_total_also_from_pure_noise(sigmas, solver):
     table = torch.cat([torch.linspace(0.99, 0.01, 20), torch.zeros(1)])
     heard = []
     denoiser = fs.Denoiser.from_v(lambda x, t: 0 * x, table)

@@ -49,7 +49,7 @@ def test_one_wait_at_the_end_for_every_kind_of_network(kind):
         assert len(waits.seen) <= 1
 
 
-def test_a_run_of_a_fit_that_keeps_what_was_answered_does_not_wait():
+def test_recording_the_outputs_of_a_run_does_not_wait():
     kept = []
     with waiting_device() as waits:
         record = lambda denoiser: kept.append(RecordingDenoiser.of(denoiser)) or kept[0]

@@ -75,14 +75,14 @@ def test_every_digit_survives(tmp_path_factory, values):
     assert torch.equal(fs.Schedule.load(path).sigmas, schedule.sigmas)
 
 
-def test_of_a_discrete_process_has_timesteps():
+def test_from_levels_of_a_discrete_process_has_timesteps():
     process = VariancePreserving(torch.linspace(0.999, 0.01, 100))
     s = torch.tensor([float(process.trained_levels[99]), float(process.trained_levels[40]), 0.0], dtype=torch.float64)
     schedule = fs.Schedule.from_levels(process, s, "ddim")
     torch.testing.assert_close(schedule.timesteps, torch.tensor([99.0, 40.0], dtype=torch.float64))
 
 
-def test_of_a_flow_has_times():
+def test_from_levels_of_a_flow_has_times():
     s = torch.tensor([float("inf"), 1.0, 0.0], dtype=torch.float64)
     schedule = fs.Schedule.from_levels(FlowMatching(), s, "euler")
     assert schedule.sigmas.tolist() == [1.0, 0.5, 0.0]

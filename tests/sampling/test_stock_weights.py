@@ -47,7 +47,7 @@ def test_several_schedules_at_once():
 
 
 @pytest.mark.parametrize("solver", ["heun", "ipndm"])
-def test_what_has_no_such_weights(solver):
+def test_solvers_over_tau_or_with_a_stage_are_refused(solver):
     """Two calls a step, or slopes in another variable."""
     nodes = nodes_of(DENOISERS["edm"].process, torch.tensor([80.0, 1.0, 0.0], dtype=torch.float64))
     with pytest.raises(ValueError, match="solver must be a multistep solver over rho"):

@@ -42,7 +42,7 @@ def test_an_update_goes_as_far_as_the_rate_towards_algorithm_1(rate):
     torch.testing.assert_close(adaptive.s, expected, rtol=1e-12, atol=0.0)
 
 
-def test_its_text_says_where_it_is():
+def test_repr_shows_the_grid_and_the_updates():
     adaptive = fs.AdaptiveSchedule(_start())
     assert repr(adaptive) == "AdaptiveSchedule(17 levels from 20 to 0.05, order=2, 0 updates)"
     adaptive.observe(_exact_costs(_start()))
@@ -188,7 +188,7 @@ def test_bad_arguments_are_named(make, message):
         make()
 
 
-def test_a_network_that_writes_into_its_input_is_observed_alike():
+def test_a_network_that_writes_into_its_input_gives_the_same_costs():
     own, writing = fs.AdaptiveSchedule(_start()), fs.AdaptiveSchedule(_start())
     denoise, clean = _gaussian().denoise, torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
     own.observe_denoiser(denoise, clean, generator=torch.Generator().manual_seed(1))
@@ -295,7 +295,7 @@ def test_levels_never_meet():
 
 
 @pytest.mark.parametrize("flat", [slice(0, 4), slice(4, 8), slice(2, 5)])
-def test_intervals_without_cost_hold_no_levels_of_their_own(flat):
+def test_intervals_without_cost_get_no_inner_levels(flat):
     s = torch.logspace(2, -2, 9, dtype=torch.float64)
     lengths = torch.ones(8, dtype=torch.float64)
     lengths[flat] = 0.0
@@ -306,7 +306,7 @@ def test_intervals_without_cost_hold_no_levels_of_their_own(flat):
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-def test_what_was_made_in_inference_mode_goes_on_outside_of_it(loaded):
+def test_a_schedule_observed_in_inference_mode_is_updated_outside_of_it(loaded):
     with torch.inference_mode():
         adaptive = fs.AdaptiveSchedule([10.0, 1.0, 0.1])
         adaptive.observe(torch.tensor([1.0, 3.0]))

@@ -39,7 +39,7 @@ def test_gaussian_ddim_schedule_is_the_closed_form(levels, steps):
     assert gaussian_cells(levels, steps, polish=False) <= 1.5
 
 
-def test_without_a_weight_it_is_not():
+def test_unweighted_costs_miss_the_closed_form():
     assert gaussian_cells(64, 8, polish=False, responses=False) > 2.5
 
 

@@ -150,7 +150,7 @@ def test_costs_that_choose_nothing_are_refused(kind, value, message):
         fs.select(replace(cost, per_sample=costs), 2)
 
 
-def test_a_cost_beyond_float32_is_said_to_be():
+def test_a_cost_beyond_float32_is_refused():
     denoiser = fs.Denoiser.from_denoiser(fs.oracles.Gaussian(0.5, (4,)).denoise, 1e-30, 1.0)
     with pytest.raises(ValueError, match="cost must be finite"):
         fs.score_optimal_schedule(denoiser, 4, shape=(4,), levels=8, samples=2, progress=False)
