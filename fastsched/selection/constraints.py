@@ -30,11 +30,18 @@ def known_levels(process: NoiseProcess, levels: Array) -> Array:
 
 
 def distinct_known_levels(process: NoiseProcess, levels: Array, low: float = 0.0) -> Array:
-    """`known_levels` of one schedule [steps + 1], all different and none below ``low``."""
+    """`known_levels` of one schedule [steps + 1], all different and none below ``low``.
+
+    ValueError if there are more steps than such levels.
+    """
     if not (isinstance(process, VariancePreserving) and process.integer_timesteps):
         return levels
     known = process.trained_levels.flip(0)
-    return distinct_levels(torch.from_numpy(levels), known[known > low * (1 - ROUNDING)]).numpy()
+    known = known[known > low * (1 - ROUNDING)]
+    steps = len(levels) - 1
+    if steps > len(known):
+        raise ValueError(f"steps must be at most {len(known)}, the network's number of timesteps, got {steps}")
+    return distinct_levels(torch.from_numpy(levels), known).numpy()
 
 
 def distinct_levels(levels: Tensor, known: Tensor) -> Tensor:

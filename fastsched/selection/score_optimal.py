@@ -14,7 +14,7 @@ from fastsched.costs.corrector_cost import stein_corrector
 from fastsched.costs.cost_matrix import CostMatrix, is_cost
 from fastsched.costs.states import finite_grid
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
-from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
+from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import is_any_solver, solver_name
 from fastsched.selection.arc_length import equal_arc_length
@@ -155,7 +155,4 @@ def _to_zero(process: NoiseProcess, nodes: Tensor, steps: int) -> Tensor:
     s = torch.cat([nodes[:steps], nodes.new_zeros(1)])
     if math.isinf(process.s_max):
         s[0] = process.s_max
-    if isinstance(process, VariancePreserving) and process.integer_timesteps and steps > len(process.trained_levels):
-        most = len(process.trained_levels)
-        raise ValueError(f"steps must be at most {most}, the network's number of timesteps, got {steps}")
     return torch.from_numpy(distinct_known_levels(process, s.numpy()))
