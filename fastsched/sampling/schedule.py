@@ -137,13 +137,17 @@ class Schedule:
         return float(self.sigmas[-2])
 
     def __repr__(self) -> str:
-        error = "" if self.predicted_error is None else f", predicted_error={self.predicted_error:.4g}"
-        weights = "" if self.weights is None else f", weights={_brief_weights(self.weights)}"
-        told = "" if self.network_sigmas is None else f", network told [{_brief(self.network_sigmas)}]"
-        error += "" if self.measured_error is None else f", measured_error={self.measured_error:.4g}"
-        origin = "" if self.origin is None else f", of {self.origin}"
-        what = f"{self.solver}, {self.steps} steps, {self.noise}"
-        return f"Schedule({what}: [{_brief(self.sigmas)}]{told}{weights}{error}{origin})"
+        parts = [f"{self.solver}, {self.steps} steps, {self.noise}: [{_brief(self.sigmas)}]"]
+        if self.network_sigmas is not None:
+            parts.append(f"network told [{_brief(self.network_sigmas)}]")
+        if self.weights is not None:
+            parts.append(f"weights={_brief_weights(self.weights)}")
+        for name in ("predicted_error", "measured_error"):
+            if getattr(self, name) is not None:
+                parts.append(f"{name}={getattr(self, name):.4g}")
+        if self.origin is not None:
+            parts.append(f"of {self.origin}")
+        return f"Schedule({', '.join(parts)})"
 
     def __eq__(self, other: object) -> bool:
         return self._used() == other._used() if isinstance(other, Schedule) else NotImplemented
