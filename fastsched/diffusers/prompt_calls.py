@@ -61,7 +61,7 @@ class PromptCalls:
         dealt = {name: self._entries_for(name, value, which) for name, value in call_kwargs.items()}
         if not self.size:
             dealt |= {
-                name: value[0] for name, value in dealt.items() if "prompt" in name and value and _are_texts(value)
+                name: value[0] for name, value in dealt.items() if "prompt" in name and _are_texts(value) and value
             }
             return {"prompt": self.prompts[which[0]], **dealt}
         return {"prompt": [self.prompts[n] for n in which], **dealt}

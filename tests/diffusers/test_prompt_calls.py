@@ -135,7 +135,11 @@ def test_arguments_of_as_many_entries_as_prompts_are_dealt_out():
     assert asked["generator"] == [generators[3], generators[0]]
     assert asked["negative_prompt_embeds"].tolist() == asked["latents"].tolist() == [[3.0] * 3, [0.0] * 3]
     assert asked["image"] is rows  # may be one prompt's
-    assert PromptCalls.of(text_pipeline(), PROMPTS, given, 2).size == 0
+    alone = PromptCalls.of(text_pipeline(), PROMPTS, given, 2)
+    assert alone.size == 0
+    asked = alone.arguments(3, 4, given)
+    assert asked["prompt"] == PROMPTS[3]
+    assert asked["negative_prompt_embeds"].tolist() == [[3.0] * 3]
     two = {"num_waveforms_per_prompt": 2, "generator": [*generators, *generators], "latents": torch.zeros(8, *SHAPE)}
     asked = PromptCalls.of(text_pipeline(), PROMPTS, two, 1).arguments(6, 4, two)
     assert asked["prompt"] == [PROMPTS[3]]
