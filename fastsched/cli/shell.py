@@ -252,8 +252,9 @@ def _plain(value: Any) -> Any:
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """Print a table on stdout: the first ``left`` columns aligned to the left, the others to the right.
 
-    In a terminal cells wrap at its width; elsewhere a row stays on one line, for grep and the like. Cells may hold text
-    of files, so what is not printable is escaped.
+    In a terminal cells wrap at its width, and where words of several columns do not fit beside each other, each row is
+    a list; elsewhere a row stays on one line, for grep and the like. Cells may hold text of files, so what is not
+    printable is escaped.
     """
     from rich.console import Console
     from rich.table import Table
@@ -266,10 +267,17 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int 
     if not console.is_terminal:
         typer.echo(aligned([header, *rows], left))
         return
+    columns = list(zip(header, *rows, strict=True))
+    words = [max(map(len, " ".join(column).split(" "))) for column in columns]
+    several = len(header) > 2
+    if several and sum(words) + 2 * len(words) > console.width:
+        typer.echo("\n\n".join(aligned(list(zip(header, row, strict=True)), left=2) for row in rows))
+        return
     # No lines around cells, as in `aligned`.
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for n, title in enumerate(header):
-        table.add_column(title, justify="left" if n < left else "right", overflow="fold")
+    for n, (column, word) in enumerate(zip(columns, words, strict=True)):
+        whole = several and word == max(map(len, column))  # there are spaces to break at in other columns
+        table.add_column(column[0], justify="left" if n < left else "right", overflow="fold", no_wrap=whole)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: a bracket in a name is not markup
     console.print(table)

@@ -2,6 +2,7 @@ import csv
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -329,6 +330,18 @@ def test_a_command_works_without_stderr(model, tmp_path):
     arguments = f"measure {model} --shape 2,3 --levels 8 --samples 2 -o {path}"
     subprocess.run(f"{sys.executable} -m fastsched {arguments} 2>&-", shell=True, check=True)  # as some services do
     assert fs.PathStatistics.load(path).samples == 2
+
+
+@pytest.mark.parametrize("columns", [30, 50, 62, 63, 64, 70, 100])
+def test_tables_can_be_read_in_narrow_terminals(columns, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stdout for a terminal
+    monkeypatch.setenv("COLUMNS", str(columns))
+    header = ["schedule", "solver", "steps", "calls", "typical error", "mean error", "frechet"]
+    shell.print_table(header, [["exponential", "dpmpp_2m", "4", "4", "0.2541", "0.2708 ± 0.048", "0.2935"]] * 2, left=2)
+    text = re.sub(r"\x1b\[\d+m", "", capsys.readouterr().out)  # without the codes of bold headers
+    assert max(map(len, text.splitlines())) <= columns
+    for word in ("exponential", "dpmpp_2m", "typical", "0.2708", "frechet"):
+        assert word in text
 
 
 def test_there_are_bars_in_a_terminal_alone(folder, model, monkeypatch):
