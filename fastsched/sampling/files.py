@@ -185,7 +185,7 @@ def check_readable(path: Name, what: str) -> str:
 
 
 def kind_of(path: Name) -> str | None:
-    """``"statistics"`` or ``"schedule"``, by the content of the file; None for other content or a missing file."""
+    """``"statistics"``, ``"runs"`` (of a fit) or ``"schedule"``, by a file's content; None for other files, or none."""
     if not os.path.isfile(path):
         return None
     try:
@@ -195,4 +195,6 @@ def kind_of(path: Name) -> str | None:
         return None
     if start[8:9] == b"{" and b"fastsched.path_statistics" in start:  # eight bytes of length, then the header
         return "statistics"
+    if start[48:49] == b"{" and b"fastsched.runs" in start:  # the same, in a record with its length and SHA-256
+        return "runs"
     return "schedule" if start.lstrip()[:1] == b"{" and b"fastsched.schedule" in start else None

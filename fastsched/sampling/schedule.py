@@ -222,7 +222,11 @@ class Schedule:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON with plain decimals; an existing file is replaced only when the new one is complete."""
+        """Write as JSON with plain decimals; an existing file is replaced only when the new one is complete.
+
+        Raises:
+            ValueError: If the file holds statistics, or the runs of a fit: a schedule does not replace these.
+        """
         validate.arguments(locals())
         entries: dict[str, str] = {
             "format": json.dumps(FORMAT),

@@ -34,13 +34,13 @@ def originals():
     fitted = fs.optimal_schedule(stats(), 3, "fitted")
     timed = fs.Schedule([10.0, 1.0, 0.0], "dpmpp_2m", "vp", timesteps=[900.0, 100.5], predicted_error=0.25)
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "x")
         found = {}
         for name, thing, load in (
             ("statistics", stats(), fs.PathStatistics.load),
             ("schedule", timed, fs.Schedule.load),
             ("fitted schedule", fitted, fs.Schedule.load),
         ):
+            path = os.path.join(folder, name)
             thing.save(path)
             with open(path, "rb") as file:
                 found[name] = file.read(), load

@@ -150,6 +150,21 @@ def test_only_regular_files_are_read(load, tmp_path):
         fs.measure(denoiser, (3,), levels=8, samples=1, checkpoint=tmp_path / "pipe", progress=False)
 
 
+def test_a_schedule_does_not_replace_a_measurement(tmp_path):
+    denoiser = fs.Denoiser.from_denoiser(fs.oracles.Gaussian(0.5, (3,)).denoise, 0.01, 9.0)
+    options = {"levels": 12, "samples": 2, "model_calls": 90, "progress": False, "checkpoint": tmp_path / "fit"}
+    schedule = fs.fit(denoiser, (3,), 3, **options)
+    for name in ("fit", "fit.runs"):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(ValueError, match=r"path must not be that of (statistics|runs), which .*fit"):
+            schedule.save(tmp_path / name)
+        assert (tmp_path / name).read_bytes() == before
+    (tmp_path / "s.json").write_text("another program's")
+    for _ in range(2):
+        schedule.save(tmp_path / "s.json")
+    assert fs.Schedule.load(tmp_path / "s.json") == schedule
+
+
 def test_a_file_far_larger_than_a_schedule_is_not_read(tmp_path):
     with open(tmp_path / "huge.json", "wb") as file:
         file.truncate(1 << 40)  # sparse: it takes no space
