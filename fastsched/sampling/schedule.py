@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ class ComfyUISigmas(NamedTuple):
 class Schedule:
     """The noise levels of one sampling run.
 
-    Two schedules are equal (``==``) if samplers use them alike, whatever their errors and origins.
+    Two schedules are equal (``==``) if samplers use them alike, whatever their errors and origins. It does not change: its tensors are copied when they are read.
 
     Attributes:
         sigmas: Sampler sigmas [steps + 1], float64, strictly descending, the last 0: k-diffusion's convention.
@@ -92,6 +92,13 @@ class Schedule:
             )
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", _timesteps(self.timesteps, len(sigmas) - 1, self.noise))
+
+    if not TYPE_CHECKING:  # to a type checker it would mean that a schedule has any attribute
+
+        def __getattribute__(self, name: str) -> Any:
+            """An attribute, of a tensor a copy: written into, the schedule would not be what was tuned and measured."""
+            value = super().__getattribute__(name)
+            return value.clone() if isinstance(value, Tensor) else value
 
     @classmethod
     def from_levels(

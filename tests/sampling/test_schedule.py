@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -32,6 +34,21 @@ def test_sigmas_from_any_array_of_numbers(kind):
     rising = np.array([0, 1, 3], dtype=kind)
     assert fs.Schedule(rising[::-1], "ddim") == fs.Schedule([3.0, 1.0, 0.0], "ddim")
     assert rising.tolist() == [0, 1, 3]
+
+
+def test_what_is_done_to_its_tensors_does_not_change_a_schedule():
+    weights = torch.tensor([[1.0, 0.0], [-0.5, 1.5]])
+    own = torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64)
+    schedule = fs.Schedule(own, "fitted", "vp", [900.0, 100.0], weights=weights, network_sigmas=[3.0, 0.9])
+    before, copies = hash(schedule), [copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule))]
+    for tensor in (own, weights, schedule.timesteps, schedule.network_sigmas, schedule.weights):
+        tensor.fill_(0.5)
+    sigmas = schedule.sigmas
+    sigmas *= 2
+    assert hash(schedule) == before
+    assert [schedule == each for each in copies] == [True, True]
+    assert schedule.sigmas.tolist() == [3.0, 1.0, 0.0]
+    assert schedule.network_sigmas.tolist() == [3.0, 0.9]
 
 
 def test_masked_numbers_are_refused():
