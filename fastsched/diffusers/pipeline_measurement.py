@@ -24,8 +24,14 @@ from fastsched.diffusers.pipeline_call import call, check_call
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.random_numbers import ONE_CALL
 from fastsched.diffusers.watching import watched
-from fastsched.fitting.run_log import check_no_more_samples, runs_beside
-from fastsched.measurement.batches import Batches, carry, finished_part, is_out_of_memory, resumed
+from fastsched.measurement.batches import (
+    Batches,
+    carry,
+    check_more_samples,
+    finished_part,
+    is_out_of_memory,
+    resumed,
+)
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.devices import (
     check_alike,
@@ -269,8 +275,7 @@ def _resumed(
             f"{os.fspath(file)} holds other samples than the first {known.samples} of this measurement; resume it with "
             "the same samples, or name another file"
         )
-    if known is not None:
-        check_no_more_samples(runs_beside(file), known.samples, needed)
+    check_more_samples(file, known, needed, keep)
     return known
 
 

@@ -20,7 +20,7 @@ from fastsched.fitting.group_runs import check_group, led_by_first
 from fastsched.fitting.interrupts import BestSoFar, interrupted_schedule
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, affordable, check_levels, fit_by_running
 from fastsched.fitting.rollouts import Run, Runner
-from fastsched.fitting.run_log import RunLog, check_no_more_samples, identity, runs_beside
+from fastsched.fitting.run_log import RunLog, identity, runs_beside
 from fastsched.measurement.batches import Batches
 from fastsched.measurement.devices import measured_in_group, prepare_together, rank_and_size
 from fastsched.measurement.measuring import check_same_network, prepared, with_increments
@@ -185,8 +185,6 @@ def _prepared(
     responses = takes_responses(budget, math.prod(shape))
     levels, samples = planned(budget, steps, levels, samples, responses=responses)
     run, batches, known = prepared(denoiser, shape, levels, samples, responses=responses, **settings)
-    if log_file is not None and known is not None:
-        check_no_more_samples(log_file, known.samples, len(batches.seeds))
     calls_left(budget, run.calls * len(batches.seeds) + CHECK_CALLS * settings["checks"])
     check_levels(steps, len(run.s), method)
     return run, batches, known

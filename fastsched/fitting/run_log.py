@@ -41,18 +41,6 @@ def identity(stats: PathStatistics, **arguments: object) -> dict[str, Any]:
     return {"format": FORMAT, "version": VERSION, "stats": measurement, **arguments}
 
 
-def check_no_more_samples(runs: str, measured: int, samples: int) -> None:
-    """ValueError if a file of ``runs`` exists and more ``samples`` are wanted than were ``measured``.
-
-    The runs of fewer samples could not be used.
-    """
-    if measured < samples and os.path.exists(runs):
-        raise ValueError(
-            f"{runs} holds runs of another call, with {measured} samples, not {samples} (or the measurement beside it "
-            "is not whole); go on with the same arguments, remove it, or name another file"
-        )
-
-
 def schedule_key(schedule: Schedule) -> str:
     """A checksum of a schedule's levels, solver, noise, weights and the levels that the network is told."""
     return checksum(*_schedule_parts(schedule))

@@ -157,6 +157,29 @@ def resumed(file: str | os.PathLike[str] | None, run: Measurement, batches: Batc
     return found if found.process == own else replace(found, process=own)  # of a class that files do not keep
 
 
+def check_more_samples(
+    file: str | os.PathLike[str] | None, found: PathStatistics | None, samples: int, vectors: bool
+) -> None:
+    """ValueError if more ``samples`` must not be added to what was ``found`` in a file.
+
+    A fit's runs beside it (`fastsched.fitting.run_log`) could not be used then. Nor could a fit use the measurement
+    without increments, which would be dropped without ``vectors``.
+    """
+    if file is None or found is None or found.samples >= samples:
+        return
+    folder, runs = os.path.split(os.path.abspath(file) + ".runs")
+    if any(name == runs or name.startswith(f"{runs}.") for name in os.listdir(folder)):
+        raise ValueError(
+            f"{os.fspath(file)}.runs holds runs of another call, with {found.samples} samples, not {samples} (or the "
+            "measurement beside it is not whole); go on with the same arguments, remove it, or name another file"
+        )
+    if found.increments is not None and not vectors:
+        raise ValueError(
+            f"{Path(file)} was measured with keep_increments=True, and this call would drop the increments; resume it "
+            "with the same settings, or name another file"
+        )
+
+
 def finished_part(error: KeyboardInterrupt, file: str | os.PathLike[str] | None, group: Any) -> PathStatistics:
     """The paths that were finished before an interrupt, with a warning.
 

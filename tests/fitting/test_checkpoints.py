@@ -9,6 +9,7 @@ from models import exact_denoiser, mixture
 import fastsched as fs
 from fastsched.fitting.rollouts import Evaluations, Rollout
 from fastsched.fitting.run_log import RunLog, identity
+from fastsched.measurement.to_file import measure_to_file
 
 ORACLE = mixture()
 LEVELS, SAMPLES, STEPS = 12, 3, 4
@@ -100,6 +101,12 @@ def test_more_samples_are_not_added_to_the_measurement_of_a_fit(whole):
     network = Failing(0, AssertionError("was called"))
     with pytest.raises(ValueError, match="with 3 samples, not 4"):
         fit(network, checkpoint=whole[2], samples=4, model_calls=200)
+    denoiser = fs.Denoiser.from_denoiser(network, 0.02, 20.0)
+    for keep in (False, True):
+        with pytest.raises(ValueError, match="with 3 samples, not 4"):
+            fs.measure(denoiser, (4,), levels=LEVELS, samples=4, keep_increments=keep, checkpoint=whole[2])
+    with pytest.raises(ValueError, match="with 3 samples, not 4"):
+        measure_to_file(denoiser, (4,), whole[2], levels=LEVELS, samples=4, resume=True)
     same(fit(Failing(), checkpoint=whole[2]), whole[0])
 
 

@@ -111,6 +111,17 @@ def test_a_checkpoint_of_another_measurement_is_refused(tmp_path):
         measure(ORACLE.denoise, checkpoint=path, keep_increments=True)
 
 
+def test_increments_in_a_checkpoint_are_not_dropped(tmp_path):
+    path, denoiser = tmp_path / "m.safetensors", fs.Denoiser.from_denoiser(ORACLE.denoise, 0.02, 20.0)
+    measure(ORACLE.denoise, checkpoint=path, keep_increments=True, samples=2)
+    with pytest.raises(ValueError, match="keep_increments=True"):
+        measure(ORACLE.denoise, checkpoint=path)
+    with pytest.raises(ValueError, match="keep_increments=True"):
+        measure_to_file(denoiser, (4,), path, levels=12, samples=4, resume=True, progress=False)
+    assert measure(ORACLE.denoise, checkpoint=path, samples=2).increments is not None  # nothing to add: all of the file
+    assert measure(ORACLE.denoise, checkpoint=path, keep_increments=True).samples == 4
+
+
 def test_the_file_is_checked_before_the_first_call(tmp_path):
     network = Failing(0, AssertionError("was called"))
     denoiser = fs.Denoiser.from_denoiser(network, 0.02, 20.0)
