@@ -137,8 +137,8 @@ def check_network(
     except ValueError:
         ask.check_repeats()  # raises instead if the network is random or keeps a state
         raise
-    if torch.equal(ask.top.raw[0], ask.top.raw[1]) and ask.top.size == 1:
-        _check_cache(ask)
+    if torch.equal(ask.top.raw[0], ask.top.raw[1]) and not ask.constant:
+        check_cache(ask)
     return ask
 
 
@@ -242,12 +242,13 @@ def _answers_equal(ask: CheckCalls, low: float) -> bool:
     return all(float(each.abs().max()) <= most for each in differences)
 
 
-def _check_cache(ask: CheckCalls) -> None:
-    """ValueError if a network constant at the highest level is so at a third too, with another value; two calls."""
+def check_cache(ask: CheckCalls) -> None:
+    """ValueError if a network that seems constant at a level is so at a third, with another value; two calls."""
     one, other = (ask.at_third(seed)[0] for seed in (2, 0))
     if torch.equal(one, other) and not torch.equal(ask.middle, ask.top.raw[:1]):  # else it is constant everywhere
         raise ValueError(
-            f"the network answers different states of one level alike, as if it kept its answer to the first: {STATE}"
+            f"the network answers different states of one level alike, as if it kept its answer to the first, or "
+            f"ignored its input: {STATE}"
         )
 
 

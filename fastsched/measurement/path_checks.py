@@ -36,6 +36,7 @@ from fastsched.measurement.network_checks import (
     FEWEST_ELEMENTS,
     FLOW_LIKE,
     SIGN_AMBIGUOUS,
+    check_cache,
     moved_at_lowest,
     suspects,
 )
@@ -112,7 +113,8 @@ MOVES = "the denoised sample moves by {:.3g} of a step of the input, but a denoi
 def path_checked(steps: Query[Result], ask: CheckCalls, s: Tensor) -> Query[Result]:
     """Run ``steps``, a measurement at levels ``s``, and check the outputs: `CheckCalls.check_first`, then the path.
 
-    Usually one additional call; up to five if something is unusual, and up to nine if samples have few elements.
+    Usually one additional call; up to five if something is unusual, and up to nine if samples have few elements. Two
+    more if the outputs on the deviated paths are those on the path, as if the network kept its answer to each level.
 
     Raises:
         ValueError: If ``v`` or EDM's ``F`` has the wrong sign: in a random direction ``D`` moves by more than the
@@ -129,13 +131,19 @@ def path_checked(steps: Query[Result], ask: CheckCalls, s: Tensor) -> Query[Resu
         raw = yield question
     raw = raw.clone()  # `judge` calls the network, which may overwrite its last output
     path.judge(end)
+    sizes, kept = [each[2] for each in path.products], []
     del path, end  # the deviated paths need the memory
     while True:
         try:
             question = steps.send(raw)
         except StopIteration as finished:
+            if kept and not ask.constant and bool(torch.stack(kept).all()):  # read now, to wait for the device once
+                check_cache(ask)
             return finished.value
         raw = yield question
+        own = raw[:MOST_PATHS].flatten(1).to(question[0])
+        kept.append(torch.einsum("bd,bd->b", own, own) == sizes[question[1]])
+        del own
 
 
 class _Path:
@@ -152,7 +160,7 @@ class _Path:
         self.level, self.below = near(self.prior), near(BELOW * self.prior)
         self.rest = {"edm": self.level, "v": self.below}.get(ask.denoiser.prediction, near(REST))
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # x and D of the first path
-        self._products: list[Tensor] = []  # <x, x>, <x, R>, <R, R>, <m, x>, <m, R>, [5, B] per level
+        self.products: list[Tensor] = []  # <x, x>, <x, R>, <R, R>, <m, x>, <m, R>, [5, B] per level
 
     @property
     def noise(self) -> Tensor:
@@ -164,8 +172,8 @@ class _Path:
         m = self.centre.flatten().to(x)
         x, raw = (each[:MOST_PATHS].flatten(1) for each in (x, raw.to(x)))
         squares = [torch.einsum("bd,bd->b", *pair) for pair in ((x, x), (x, raw), (raw, raw))]
-        self._products.append(torch.stack([*squares, x @ m, raw @ m]))
-        last = len(self._products) == len(self.s)
+        self.products.append(torch.stack([*squares, x @ m, raw @ m]))
+        last = len(self.products) == len(self.s)
         kept = k in ((self.level, self.below) if self.sign_ambiguous else (self.rest,))
         if not last and not kept:
             return None
@@ -184,7 +192,7 @@ class _Path:
 
     def judge(self, end: Tensor) -> None:
         """Raise an error if the prediction has the wrong sign; warn of other violations."""
-        products = torch.stack(self._products, 1).cpu().double()  # [5, N, B]
+        products = torch.stack(self.products, 1).cpu().double()  # [5, N, B]
         sizes, spread = self._sizes(products)
         paths = products.shape[2]
         deviation = math.sqrt(max(float(sizes[-1]), 0.0) / end.numel())
@@ -348,7 +356,7 @@ class _Path:
         if math.prod(self.ask.shape) >= FEWEST_ELEMENTS and deviation > WIDEST_FLOW:
             found.append(f"the network's data have a deviation of {deviation:.3g}, and those of flow models about 1")
         t = float(self.ask.denoiser.process.sigma(self.s[-1]))
-        elements = self._products[-1].shape[1] * self.centre.numel()
+        elements = self.products[-1].shape[1] * self.centre.numel()
         xr *= -math.copysign(1.0, self.c[-1])  # some networks answer x0 - n
         noise = xx + 2 * (1 - t) * xr + (1 - t) ** 2 * rr
         part, chance = (t - xr) / xx, CHANCE * math.sqrt(max(noise, 0.0) / (xx * elements))

@@ -98,6 +98,25 @@ def test_networks_that_keep_the_answer_of_a_level_are_refused(near):
         measure(fs.Denoiser.from_denoiser(network, 0.02, 20.0), samples=3)
 
 
+@pytest.mark.filterwarnings("ignore:.*table of levels the right one")  # of the same networks, before they are refused
+@pytest.mark.parametrize("from_one", [fs.Denoiser.from_denoiser, fs.Denoiser.from_score])
+def test_networks_that_keep_the_answer_of_a_level_are_refused_one_sample_at_a_time(from_one):
+    """Both samples at the highest level are asked in one batch, of which such networks keep another answer."""
+    kept = {}
+    right = DATA.denoise if from_one == fs.Denoiser.from_denoiser else lambda z, s: (DATA.denoise(z, s) - z) / s[0] ** 2
+    network = lambda z, s: kept.setdefault((float(s[0]), len(z)), right(z, s))
+    with pytest.raises(ValueError, match="answers different states of one level alike"):
+        measure(from_one(network, 0.02, 20.0), samples=3, batch_size=1)
+    measure(from_one(right, 0.02, 20.0), samples=3, batch_size=1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_networks_that_ignore_the_state_are_refused(batch_size):
+    network = lambda z, s: (1 / (1 + s**2)).reshape(-1, *[1] * (z.ndim - 1)).expand(z.shape)
+    with pytest.raises(ValueError, match="answers different states of one level alike"):
+        measure(fs.Denoiser.from_denoiser(network, 0.02, 20.0), samples=3, batch_size=batch_size)
+
+
 CHANGING = {
     "first call": lambda n: 0.9 if n == 1 else 1.0,
     "first two calls": lambda n: 0.9 if n <= 2 else 1.0,
