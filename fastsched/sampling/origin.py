@@ -95,5 +95,6 @@ def network_name(network: Callable[..., Any]) -> str:
     core = core_of(network)
     if isinstance(core, WrappedEdmNetwork):
         core = core_of(core.net)
-    name = getattr(core, "__qualname__", None) or type(core).__qualname__
+    name = getattr(core, "__qualname__", None)
+    name = name if isinstance(name, str) and name else type(core).__qualname__  # objects may have any attribute
     return name.replace("<locals>.", "")

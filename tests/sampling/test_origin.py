@@ -68,6 +68,18 @@ def test_networks_are_named_inside_their_containers():
     assert network_name(lambda x, t: x).endswith("<lambda>")
 
 
+def test_a_network_that_has_any_attribute_has_the_name_of_its_class():
+    class Proxy:
+        def __getattr__(self, name):
+            return 5
+
+        def __call__(self, z, s):
+            return z / (1 + s.reshape(-1, 1) ** 2)
+
+    stats = fs.measure(fs.Denoiser.from_denoiser(Proxy(), 0.01, 9.0), (3,), levels=8, samples=1, progress=False)
+    assert stats.origin.model.endswith("Proxy")
+
+
 def test_a_wrapped_edm_network_has_the_name_of_its_own_class():
     class EDMPrecond(torch.nn.Module):
         def __init__(self):
