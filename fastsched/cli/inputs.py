@@ -68,7 +68,7 @@ class Source:
     @property
     def is_pipeline(self) -> bool:
         """Whether the name is a folder, and so a saved pipeline of diffusers."""
-        return Path(self.name).is_dir()
+        return bool(self.name) and Path(self.name).is_dir()  # Path("") is the current folder
 
     @property
     def precision(self) -> torch.dtype | None:

@@ -318,6 +318,8 @@ def writable(
     # Without these checks, writing would fail after the model calls, and their results would be lost.
     if path is None:
         return
+    from fastsched.sampling.files import check_writable, kind_of
+
     if str(path) == "-":
         raise ValueError(f"{name}: - is not read as standard output; name a file")
     if endings and path.suffix not in endings:
@@ -333,12 +335,11 @@ def writable(
         for source in sources:
             if os.path.exists(source) and os.path.samefile(path, source):
                 raise ValueError(f"{name} must be another file than {source}, which is read")
-        if overwrite is None and path.suffix == ".safetensors":
+        measured = path.suffix == ".safetensors" or kind_of(path) in ("statistics", "runs")
+        if measured and (overwrite is None or endings):
             raise FileExistsError(f"{path} exists, and measurements are not replaced here; name another file")
         if overwrite is False:
             raise FileExistsError(f"{path} exists; {replace}, or name another file")
-    from fastsched.sampling.files import check_writable
-
     check_writable(path)
 
 
@@ -354,7 +355,7 @@ def save_or_print(save: Callable[[Path], object], path: Path, value: Any) -> Non
     """``save(path)``; if it fails, as on a full disk, print ``value``, the only copy of what the calls have found."""
     try:
         save(path)
-    except OSError:
+    except (OSError, ValueError):
         print_json(value)
         raise
 

@@ -169,6 +169,22 @@ def test_a_measurement_is_not_overwritten_unasked(folder, model, tmp_path):
     assert fs.PathStatistics.load(output).samples == 1
 
 
+@pytest.mark.parametrize("command", ["fit", "select"])
+def test_a_schedule_does_not_replace_a_measurement_whatever_its_name(folder, model, tmp_path, command):
+    output = tmp_path / "s.json"
+    fs.PathStatistics.load(folder / "s.safetensors").save(output)
+    before = output.read_bytes()
+    fit = ("fit", model, "--shape", "2,3", "--steps", "4", "--overwrite")
+    result = run(*(fit if command == "fit" else ("select", folder / "s.safetensors", "--steps", "4")), "-o", output)
+    assert "measurements are not replaced here" in one_line(result)
+    assert "model calls" not in result.stderr  # known before any work
+    assert output.read_bytes() == before
+
+
+def test_an_empty_model_is_no_folder(tmp_path):
+    assert "must be 'digits'" in one_line(run("measure", "", "--shape", "2,3", "-o", tmp_path / "s"))
+
+
 def test_unknown_solver_names_its_near_match(folder):
     result = run("select", folder / "s.safetensors", "--steps", "4", "--solver", "dpmpp_2mm")
     assert result.exit_code == 2
