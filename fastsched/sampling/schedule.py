@@ -40,7 +40,8 @@ class ComfyUISigmas(NamedTuple):
 class Schedule:
     """The noise levels of one sampling run.
 
-    Two schedules are equal (``==``) if samplers use them alike, whatever their errors and origins. It does not change: its tensors are copied when they are read.
+    It does not change: its tensors are copied when they are read. Two schedules are equal (``==``) if samplers use them
+    alike, whatever their errors and origins.
 
     Attributes:
         sigmas: Sampler sigmas [steps + 1], float64, strictly descending, the last 0: k-diffusion's convention.
