@@ -242,7 +242,7 @@ def test_what_is_removed_agrees_with_the_slope_of_exact_denoisers():
         path.see(z, k, x0)
         z = x0 + (z - x0) * float(s[min(k + 1, 47)] / s[k])
     s_rest = float(s[path.rest])
-    xx, xr, rr = torch.stack(path._products, 1)[:3, path.rest].double().sum(1).tolist()
+    xx, xr, rr = torch.stack(path.products, 1)[:3, path.rest].double().sum(1).tolist()
     slope = path._slope(path.rest)
     assert slope == pytest.approx(0.25 / (0.25 + s_rest**2), abs=0.02)
     assert (xx - 2 * xr + rr) / (8 * 4096 * s_rest**2) == pytest.approx(1 - slope, abs=0.04)
