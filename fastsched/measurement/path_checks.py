@@ -14,12 +14,11 @@
   small eigenvalues. A wrong scale of ``v`` or ``F`` violates this in most directions, guidance in a few.
 
 For ``v`` and ``F`` the last property is checked in one direction. If the result or the path is unusual, it is checked
-in two more. The second property is checked if something is unusual, or if samples have few elements. Two more are those
-of flow models alone: the size of their data, and what their output holds at the lowest level (`_Path._flow_faults`).
-And at the highest level ``D`` is the mean of the data, whatever the noise (`_Path._noise_held`). The bounds were chosen
-on 60 networks, trained or in closed form, and on 800 wrong interpretations of them; those of the last property on 1,300
-measurements of correct networks, 800 of guided ones, and 3,900 of ``-F``, ``2 F`` and ``3 F``; those of flow models on
-2,300 measurements of mixtures with time, sign and prediction right and wrong, and on four trained networks.
+in two more. The second property is checked if something is unusual, or if samples have few elements. At the highest
+level ``D`` is the mean of the data, whatever the noise (`_Path._noise_held`). Flow models have two more properties
+(`measurement.flow_checks`). The bounds were chosen on 60 networks, trained or in closed form, and on 800 wrong
+interpretations of them; those of the last property on 1,300 measurements of correct networks, 800 of guided ones, and
+3,900 of ``-F``, ``2 F`` and ``3 F``.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.measurement.check_calls import ELSEWHERE, CheckCalls
+from fastsched.measurement.flow_checks import flow_faults
 from fastsched.measurement.network_checks import (
     FEWEST_ELEMENTS,
     FLOW_LIKE,
@@ -84,21 +84,6 @@ REMOVED, UNUSUAL = (0.3, 0.25, 2.25), 1 / 3
 FEWEST_TO_REMOVE = 32
 #: Smallest slope of ``D`` along a step of ``z`` (correct networks reach -0.009); and the number of directions checked.
 BACKWARDS, DIRECTIONS = -0.05, 3
-#: Largest deviation of the data of a flow model, whose noise has 1. If time runs the other way, data of deviation ``c``
-#: seem to have about ``1/c``, and more if some of their directions are narrower: modes in 16 to 256 dimensions, with
-#: 0.5 in all, seem to have 4 to 8. Correct networks of images and latents have at most 1.2.
-WIDEST_FLOW = 4.0
-#: The part of a sample that a velocity must hold at the lowest level: doubtful below the first number, wrong below the
-#: second, both less this many times the standard deviation of what chance may take. Of 655 exact networks in 8 to 128
-#: dimensions it took at most 0.31 of the sample. Four trained networks hold 0.82 to 1.1, noise predictions made of
-#: three of them -0.8 to 0.03. Of 144 exact noise predictions in 8 to 256 dimensions 73 are refused, 69 warned of and 2
-#: not noticed, nor is that of the trained network in the plane.
-LEAST_PART, CHANCE = (0.5, 0.25), 1.5
-#: It is surely wrong only where ``D`` of pure noise, ``x - R``, is smaller than this: 0.02 for predictions of noise.
-#: Guidance of 8 and more, which may take as much of the sample from the output, moves it by 0.8 (a trained network).
-NOTHING = 0.2
-#: That check needs a lowest level below this fraction of the data's deviation.
-NEAR_SAMPLE = 0.05
 #: At this fraction of the level of that check, ``D`` moves by more than the noise if the sign is wrong.
 BELOW = 0.15
 #: No network that is guided within its data leaves more noise than this many times `WRONG`.
@@ -216,7 +201,7 @@ class _Path:
             left, excess = _noise_left(self.ask, end, self.noise, level, few)
         of_flow, wrong = [], False
         if self.ask.denoiser.prediction in FLOW_LIKE and not few:
-            of_flow, wrong = self._flow_faults(deviation, *(products[:3, -1].mean(1) / end.numel()).tolist())
+            of_flow, wrong = flow_faults(self.ask, float(self.s[-1]), deviation, products[:3, -1])
         doubtful = [far, left, None if few else unequal, held, against, backwards, None if small else outwards, removed]
         if not any(doubtful + of_flow):
             return
@@ -337,38 +322,6 @@ class _Path:
             f" ({held:.2g} of the data's deviation), as that of a distilled network or consistency model does, which "
             "leads noise straight to samples, or of a network that is given too low a level"
         )
-
-    def _flow_faults(self, deviation: float, xx: float, xr: float, rr: float) -> tuple[list[str], bool]:
-        """Messages about the data and the outputs of a flow model, and whether the outputs are surely wrong.
-
-        The output is ``R = n - x0``, and the state at the lowest level ``x = (1 - t) x0 + t n``. The output holds the
-        part ``<x, n - R> / <x, x>`` of the sample, nearly 1, with ``E <x, n> = t`` per element for any data. Of a
-        prediction of the noise the part is 0, and so is ``D`` at the highest level. By chance the implied noise
-        ``x + (1 - t) R`` may lie along ``x``.
-
-        Args:
-            deviation: Of the data.
-            xx: Mean of ``x^2`` over elements and paths at the lowest level.
-            xr: Mean of ``x R``.
-            rr: Mean of ``R^2``.
-        """
-        found = []
-        if math.prod(self.ask.shape) >= FEWEST_ELEMENTS and deviation > WIDEST_FLOW:
-            found.append(f"the network's data have a deviation of {deviation:.3g}, and those of flow models about 1")
-        t = float(self.ask.denoiser.process.sigma(self.s[-1]))
-        elements = self.products[-1].shape[1] * self.centre.numel()
-        xr *= -math.copysign(1.0, self.c[-1])  # some networks answer x0 - n
-        noise = xx + 2 * (1 - t) * xr + (1 - t) ** 2 * rr
-        part, chance = (t - xr) / xx, CHANCE * math.sqrt(max(noise, 0.0) / (xx * elements))
-        doubtful, wrong = (
-            float(self.s[-1]) <= NEAR_SAMPLE * deviation and part < least - chance for least in LEAST_PART
-        )
-        if doubtful:
-            found.append(
-                f"at the lowest level the network's output holds {part:.2g} times the sample, and a velocity 1 times, "
-                "as if the network did predict the noise"
-            )
-        return found, wrong and float(self.centre.square().mean().sqrt()) < NOTHING
 
     def _outwards(self) -> str | None:
         """A message if ``D`` moves by more than the noise that is added; one call."""
