@@ -75,13 +75,13 @@ WIDE, MOVING = 1.5, 0.75
 #: calls are made too.
 REST = 0.35
 #: Tolerance of the third property, over the noise's square: ``a`` times the mean of its two sides, and
-#: ``(b + c / sqrt(paths)) / sqrt(elements)``. Above a third of it, the network is unusual. Of 920 measurements of exact
-#: networks in 32 to 1,024 dimensions 3 have a false alarm, with a path between modes in 32; of 480 guided ones 4, at
-#: guidance 7.5, and of 12 trained ones none. Of 330 with a wrong time, table or prediction it finds 143; 33 of these
-#: look right otherwise, and 31 more are not found at all.
+#: ``(b + c / sqrt(paths)) / sqrt(elements)``. Above a third of it, the network is unusual. Of 724 measurements of exact
+#: networks in 48 to 1,024 dimensions and of 12 trained ones none has a false alarm, of 480 guided ones one, at guidance
+#: 7.5. Of 330 with a wrong time, table or prediction it finds 126; 29 of these look right otherwise, and 35 more are
+#: not found at all.
 REMOVED, UNUSUAL = (0.3, 0.25, 2.25), 1 / 3
-#: With fewer elements, the third property says too little.
-FEWEST_TO_REMOVE = 32
+#: With fewer elements, the third property says too little: in 32 dimensions a path between modes had a false alarm.
+FEWEST_TO_REMOVE = 48
 #: Smallest slope of ``D`` along a step of ``z`` (correct networks reach -0.009); and the number of directions checked.
 BACKWARDS, DIRECTIONS = -0.05, 3
 #: At this fraction of the level of that check, ``D`` moves by more than the noise if the sign is wrong.
