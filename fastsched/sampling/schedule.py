@@ -130,7 +130,7 @@ class Schedule:
     @property
     def steps(self) -> int:
         """The number of steps; the last one ends at sigma 0."""
-        return len(self.sigmas) - 1
+        return len(vars(self)["sigmas"]) - 1  # without a copy, as samplers ask for it in every step
 
     @property
     def model_calls(self) -> int:

@@ -139,7 +139,7 @@ def test_states_of_whole_numbers_are_refused():
 def test_wrong_sigmas_and_weights_are_refused():
     fitted = schedule()
     sample = lambda sigmas, weights: sample_fitted(denoised, noise_of(), sigmas, weights=weights, disable=True)
-    with pytest.raises(ValueError, match="a row for each of 2 steps, got 3"):
+    with pytest.raises(ValueError, match="a row for each of 2 steps of the schedule, got 3"):
         sample(fitted.sigmas[1:], fitted.weights)
     with pytest.raises(ValueError, match="finite and end in 0"):
         sample(fitted.sigmas[:-1], fitted.weights[:2, :2])
