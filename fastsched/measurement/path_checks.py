@@ -73,15 +73,15 @@ LOW_PART, LOW_PART_OF_SIGN = 0.1, 0.15
 WIDE, MOVING = 1.5, 0.75
 #: Level of the third property, for data of the usual deviations of 0.2 to 1. ``v`` and ``F`` are checked where other
 #: calls are made too.
-REST = 0.35
+REMOVED_AT = 0.35
 #: Tolerance of the third property, over the noise's square: ``a`` times the mean of its two sides, and
 #: ``(b + c / sqrt(paths)) / sqrt(elements)``. Above a third of it, the network is unusual. Of 724 measurements of exact
 #: networks in 48 to 1,024 dimensions and of 12 trained ones none has a false alarm, of 480 guided ones one, at guidance
 #: 7.5. Of 330 with a wrong time, table or prediction it finds 126; 29 of these look right otherwise, and 35 more are
 #: not found at all.
-REMOVED, UNUSUAL = (0.3, 0.25, 2.25), 1 / 3
+REMOVED_TOLERANCE, UNUSUAL = (0.3, 0.25, 2.25), 1 / 3
 #: With fewer elements, the third property says too little: in 32 dimensions a path between modes had a false alarm.
-FEWEST_TO_REMOVE = 48
+FEWEST_REMOVED = 48
 #: Smallest slope of ``D`` along a step of ``z`` (correct networks reach -0.009); and the number of directions checked.
 BACKWARDS, DIRECTIONS = -0.05, 3
 #: At this fraction of the level of that check, ``D`` moves by more than the noise if the sign is wrong.
@@ -143,7 +143,7 @@ class _Path:
         self.prior = ask.assumed_deviation or 1.0
         near = lambda level: int((s / level).log().abs().argmin())
         self.level, self.below = near(self.prior), near(BELOW * self.prior)
-        self.rest = {"edm": self.level, "v": self.below}.get(ask.denoiser.prediction, near(REST))
+        self.removed_at = {"edm": self.level, "v": self.below}.get(ask.denoiser.prediction, near(REMOVED_AT))
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # x and D of the first path
         self.products: list[Tensor] = []  # <x, x>, <x, R>, <R, R>, <m, x>, <m, R>, [5, B] per level
 
@@ -159,7 +159,7 @@ class _Path:
         squares = [torch.einsum("bd,bd->b", *pair) for pair in ((x, x), (x, raw), (raw, raw))]
         self.products.append(torch.stack([*squares, x @ m, raw @ m]))
         last = len(self.products) == len(self.s)
-        kept = k in ((self.level, self.below) if self.sign_ambiguous else (self.rest,))
+        kept = k in ((self.level, self.below) if self.sign_ambiguous else (self.removed_at,))
         if not last and not kept:
             return None
         denoised = (self.a[k] * x[0] + self.c[k] * raw[0]).cpu().float().view(self.ask.shape)
@@ -191,7 +191,7 @@ class _Path:
         unusual, slope, removed = not few, None, None
         if self.sign_ambiguous:
             backwards, unusual, slope = self._backwards(against is not None or deviation > WIDE * self.prior)
-        if not few and end.numel() >= FEWEST_TO_REMOVE:
+        if not few and end.numel() >= FEWEST_REMOVED:
             removed, odd = self._removed(products[:3], slope)
             unusual = odd or (unusual and self.sign_ambiguous)
         if unusual and self.sign_ambiguous:
@@ -271,17 +271,17 @@ class _Path:
 
         Args:
             squares: ``<x, x>``, ``<x, R>`` and ``<R, R>``, [3, N, B].
-            slope: The slope at the level `rest`, if it is known; else one call.
+            slope: The slope at the level `removed_at`, if it is known; else one call.
         """
-        k, elements, paths = self.rest, self.centre.numel(), squares.shape[2]
+        k, elements, paths = self.removed_at, self.centre.numel(), squares.shape[2]
         if slope is None or k != self.level:
             slope = self._slope(k)
         xx, xr, rr = squares[:, k].mean(1).tolist()
         s, c, weight = float(self.s[k]), self.c[k], 1 / float(self.alpha[k]) - self.a[k]  # z - D = weight x - c R
         noise = float(squares[0, 0].mean()) / float(self.ask.denoiser.process.sigma(self.s[0])) ** 2
         removed = (weight**2 * xx - 2 * weight * c * xr + c**2 * rr) / (s**2 * noise)
-        tolerance = REMOVED[0] * (removed + abs(1 - slope)) / 2
-        tolerance += (REMOVED[1] + REMOVED[2] / math.sqrt(paths)) / math.sqrt(elements)
+        tolerance = REMOVED_TOLERANCE[0] * (removed + abs(1 - slope)) / 2
+        tolerance += (REMOVED_TOLERANCE[1] + REMOVED_TOLERANCE[2] / math.sqrt(paths)) / math.sqrt(elements)
         excess = abs(removed - (1 - slope)) / tolerance
         if excess <= 1:
             return None, excess > UNUSUAL
