@@ -35,10 +35,10 @@ from fastsched.fitting.group_runs import check_group, led_by_first
 from fastsched.fitting.interrupts import BestSoFar, interrupted_schedule
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, check_levels, fit_by_running
 from fastsched.fitting.rollouts import Run
-from fastsched.fitting.run_log import RunLog, identity, logged, runs_beside
+from fastsched.fitting.run_log import RunLog, identity, logged
 from fastsched.measurement.devices import prepare_together, rank_and_size
 from fastsched.measurement.statistics import PathStatistics, is_statistics
-from fastsched.sampling.files import check_writable
+from fastsched.sampling.files import check_writable, runs_beside
 from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.progress import Progress
 from fastsched.sampling.schedule import Schedule, check_decoupled

@@ -20,14 +20,14 @@ from fastsched.fitting.group_runs import check_group, led_by_first
 from fastsched.fitting.interrupts import BestSoFar, interrupted_schedule
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, affordable, check_levels, fit_by_running
 from fastsched.fitting.rollouts import Run, Runner
-from fastsched.fitting.run_log import RunLog, identity, runs_beside
+from fastsched.fitting.run_log import RunLog, identity
 from fastsched.measurement.batches import Batches
 from fastsched.measurement.devices import measured_in_group, prepare_together, rank_and_size
 from fastsched.measurement.measuring import check_same_network, prepared, with_increments
 from fastsched.measurement.network_checks import CHECK_CALLS
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics, is_statistics
-from fastsched.sampling.files import check_writable
+from fastsched.sampling.files import check_writable, runs_beside
 from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.schedule import Schedule, check_decoupled

@@ -29,11 +29,6 @@ VERSION = 1
 LENGTH, DIGEST = 8, 32
 
 
-def runs_beside(checkpoint: str | os.PathLike[str], rank: int = 0, size: int = 1) -> str:
-    """The path of the file of runs beside a measurement's checkpoint; each process of a group has its own."""
-    return f"{os.fspath(checkpoint)}.runs" + (f".{rank}-of-{size}" if size > 1 else "")
-
-
 def identity(stats: PathStatistics, **arguments: object) -> dict[str, Any]:
     """The identity of a fit: a checksum of its measurement, and the arguments that change its runs."""
     parts = (stats.s, stats.seeds, stats.ends, stats.gram)

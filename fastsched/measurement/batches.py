@@ -23,7 +23,7 @@ from fastsched.measurement.path_checks import path_checked
 from fastsched.measurement.path_following import Measurement, measurement_steps
 from fastsched.measurement.statistics import PathStatistics, merged
 from fastsched.measurement.statistics_files import check_process
-from fastsched.sampling.files import check_writable
+from fastsched.sampling.files import check_writable, runs_beside
 from fastsched.sampling.origin import network_name, origin_now
 from fastsched.sampling.progress import Progress, progress_bar
 
@@ -162,15 +162,15 @@ def check_more_samples(
 ) -> None:
     """ValueError if more ``samples`` must not be added to what was ``found`` in a file.
 
-    A fit's runs beside it (`fastsched.fitting.run_log`) could not be used then. Nor could a fit use the measurement
-    without increments, which would be dropped without ``vectors``.
+    A fit's runs beside it (`runs_beside`) could not be used then. Nor could a fit use the measurement without
+    increments, which would be dropped without ``vectors``.
     """
     if file is None or found is None or found.samples >= samples:
         return
-    folder, runs = os.path.split(os.path.abspath(file) + ".runs")
+    folder, runs = os.path.split(os.path.abspath(runs_beside(file)))
     if any(name == runs or name.startswith(f"{runs}.") for name in os.listdir(folder)):
         raise ValueError(
-            f"{os.fspath(file)}.runs holds runs of another call, with {found.samples} samples, not {samples} (or the "
+            f"{runs_beside(file)} holds runs of another call, with {found.samples} samples, not {samples} (or the "
             "measurement beside it is not whole); go on with the same arguments, remove it, or name another file"
         )
     if found.increments is not None and not vectors:

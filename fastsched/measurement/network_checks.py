@@ -247,7 +247,7 @@ def check_cache(ask: CheckCalls) -> None:
     one, other = (ask.at_third(seed)[0] for seed in (2, 0))
     if torch.equal(one, other) and not torch.equal(ask.middle, ask.top.raw[:1]):  # else it is constant everywhere
         raise ValueError(
-            f"the network answers different states of one level alike, as if it kept its answer to the first, or "
+            "the network gives the same output for different states of one level, as if it kept its first one, or "
             f"ignored its input: {STATE}"
         )
 

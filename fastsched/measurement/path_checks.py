@@ -76,9 +76,9 @@ WIDE, MOVING = 1.5, 0.75
 REMOVED_AT = 0.35
 #: Tolerance of the third property, over the noise's square: ``a`` times the mean of its two sides, and
 #: ``(b + c / sqrt(paths)) / sqrt(elements)``. Above a third of it, the network is unusual. Of 724 measurements of exact
-#: networks in 48 to 1,024 dimensions and of 12 trained ones none has a false alarm, of 480 guided ones one, at guidance
-#: 7.5. Of 330 with a wrong time, table or prediction it finds 126; 29 of these look right otherwise, and 35 more are
-#: not found at all.
+#: networks in 48 to 1,024 dimensions and of 12 trained ones none has a false alarm, of 336 guided ones one, at guidance
+#: 7.5. Of 330 with a wrong time, table or prediction, 66 of them in 32 dimensions, it finds 126; 29 of these look right
+#: otherwise, and 35 more are not found at all.
 REMOVED_TOLERANCE, UNUSUAL = (0.3, 0.25, 2.25), 1 / 3
 #: With fewer elements, the third property says too little: in 32 dimensions a path between modes had a false alarm.
 FEWEST_REMOVED = 48
@@ -99,7 +99,7 @@ def path_checked(steps: Query[Result], ask: CheckCalls, s: Tensor) -> Query[Resu
     """Run ``steps``, a measurement at levels ``s``, and check the outputs: `CheckCalls.check_first`, then the path.
 
     Usually one additional call; up to five if something is unusual, and up to nine if samples have few elements. Two
-    more if the outputs on the deviated paths are those on the path, as if the network kept its answer to each level.
+    more if the outputs on the deviated paths are those on the path, as if the network kept its output at each level.
 
     Raises:
         ValueError: If ``v`` or EDM's ``F`` has the wrong sign: in a random direction ``D`` moves by more than the
@@ -116,19 +116,19 @@ def path_checked(steps: Query[Result], ask: CheckCalls, s: Tensor) -> Query[Resu
         raw = yield question
     raw = raw.clone()  # `judge` calls the network, which may overwrite its last output
     path.judge(end)
-    sizes, kept = [each[2] for each in path.products], []
+    squares, equal = [each[2] for each in path.products], []  # |R|^2 on the path, and whether it is that on others
     del path, end  # the deviated paths need the memory
     while True:
         try:
             question = steps.send(raw)
         except StopIteration as finished:
-            if kept and not ask.constant and bool(torch.stack(kept).all()):  # read now, to wait for the device once
+            if equal and not ask.constant and bool(torch.stack(equal).all()):  # read now: one wait for the device
                 check_cache(ask)
             return finished.value
         raw = yield question
-        own = raw[:MOST_PATHS].flatten(1).to(question[0])
-        kept.append(torch.einsum("bd,bd->b", own, own) == sizes[question[1]])
-        del own
+        first = raw[:MOST_PATHS].flatten(1).to(question[0])
+        equal.append(torch.einsum("bd,bd->b", first, first) == squares[question[1]])
+        del first
 
 
 class _Path:
@@ -291,7 +291,7 @@ class _Path:
         ), True
 
     def _slope(self, k: int) -> float:
-        """Slope of ``D`` along half the noise of level k, by a difference from the state there; one call."""
+        """Slope of ``D`` along half the noise of level k; one call, with fewer vectors in memory than `moved`."""
         s = float(self.s[k])
         x, before = self._kept[k] if self.sign_ambiguous else self._kept.pop(k)
         y = self.noise.div_(2).add_(x, alpha=1 / float(self.ask.denoiser.process.sigma(self.s[k])))

@@ -184,6 +184,11 @@ def check_readable(path: Name, what: str) -> str:
     return name
 
 
+def runs_beside(checkpoint: str | os.PathLike[str], rank: int = 0, size: int = 1) -> str:
+    """The path of the file of runs beside a measurement's checkpoint; each process of a group has its own."""
+    return f"{os.fspath(checkpoint)}.runs" + (f".{rank}-of-{size}" if size > 1 else "")
+
+
 def kind_of(path: Name) -> str | None:
     """``"statistics"``, ``"runs"`` (of a fit) or ``"schedule"``, by a file's content; None for other files, or none."""
     if not os.path.isfile(path):

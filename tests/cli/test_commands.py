@@ -2,10 +2,8 @@ import csv
 import errno
 import json
 import os
-import re
 import subprocess
 import sys
-import types
 import warnings
 
 import pytest
@@ -308,12 +306,6 @@ def test_an_error_of_the_system_is_told_without_its_number(folder, tmp_path, mon
     assert result.stderr.splitlines()[-1] == f"error: No space left on device: {path}"
 
 
-def test_a_reader_that_has_enough_ends_a_command_silently():
-    command = f"{sys.executable} -m fastsched solvers | true"
-    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
-    assert result.stderr == ""
-
-
 def test_files_are_written_before_anything_is_printed(folder, model, tmp_path, monkeypatch):
     def closed(*_, **__):
         raise BrokenPipeError
@@ -329,46 +321,6 @@ def test_files_are_written_before_anything_is_printed(folder, model, tmp_path, m
     ):
         assert run(*command).exit_code == 1
     assert sorted(os.listdir(tmp_path)) == ["a-3.json", "a-4.json", "b.png", "c.csv"]
-
-
-@pytest.mark.parametrize("encoding", ["cp1252", "utf-8"])
-def test_names_that_stdout_cannot_encode_are_written_as_escapes(folder, tmp_path, encoding):
-    name = {"cp1252": "x\u0436.json", "utf-8": "x\udcff.json"}[encoding]  # the second is no text: a byte of a name
-    (tmp_path / name).write_bytes((folder / "x-4.json").read_bytes())
-    command = [sys.executable, "-m", "fastsched", "info", str(tmp_path / name)]
-    environment = os.environ | {"PYTHONIOENCODING": f"{encoding}:strict", "PYTHONUTF8": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert ascii(name)[1:-1] in result.stdout
-
-
-def test_a_command_works_without_stderr(model, tmp_path):
-    path = tmp_path / "s.safetensors"
-    arguments = f"measure {model} --shape 2,3 --levels 8 --samples 2 -o {path}"
-    subprocess.run(f"{sys.executable} -m fastsched {arguments} 2>&-", shell=True, check=True)  # as some services do
-    assert fs.PathStatistics.load(path).samples == 2
-
-
-@pytest.mark.parametrize("columns", [30, 50, 62, 63, 64, 70, 100])
-def test_tables_can_be_read_in_narrow_terminals(columns, monkeypatch, capsys):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stdout for a terminal
-    monkeypatch.setenv("COLUMNS", str(columns))
-    header = ["schedule", "solver", "steps", "calls", "typical error", "mean error", "frechet"]
-    shell.print_table(header, [["exponential", "dpmpp_2m", "4", "4", "0.2541", "0.2708 ± 0.048", "0.2935"]] * 2, left=2)
-    text = re.sub(r"\x1b\[\d+m", "", capsys.readouterr().out)  # without the codes of bold headers
-    assert max(map(len, text.splitlines())) <= columns
-    for word in ("exponential", "dpmpp_2m", "typical", "0.2708", "frechet"):
-        assert word in text
-
-
-def test_there_are_bars_in_a_terminal_alone(folder, model, monkeypatch):
-    arguments = ["compare", model, folder / "x-4.json", "--shape", "2,3", "--samples", "8", "--reference-steps", "40"]
-    command = [sys.executable, "-m", "fastsched", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stderr.splitlines()[0].startswith("model calls")
-    assert "comparing" not in result.stderr
-    (option,) = shell.Quiet.__metadata__
-    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(isatty=lambda: True))
-    assert [option.callback(quiet) for quiet in (False, True)] == [False, True]
 
 
 def test_version():
@@ -423,16 +375,6 @@ def test_ranges_of_samples_are_merged(tmp_path):
     assert twice.exit_code == 2
     assert "repeats 1 of these paths" in one_line(twice)
     assert "samples must be a number, or A:B" in one_line(measure("a:b", "y.safetensors"))
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the device that is always full is Linux's")
-@pytest.mark.parametrize("option", ["--help", "--version"])
-def test_a_text_that_cannot_be_written_is_an_error_in_a_line(option):
-    with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "fastsched", option]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines() == ["error: No space left on device"]
 
 
 def test_a_bad_name_of_a_file_is_said_of_the_option_that_gave_it(folder, model, tmp_path):

@@ -94,7 +94,7 @@ def test_networks_that_keep_the_answer_of_a_level_are_refused(near):
             kept.update(level=level, answer=DATA.denoise(z, s))
         return kept["answer"]
 
-    with pytest.raises(ValueError, match="answers different states of one level alike"):
+    with pytest.raises(ValueError, match="same output for different states of one level"):
         measure(fs.Denoiser.from_denoiser(network, 0.02, 20.0), samples=3)
 
 
@@ -105,7 +105,7 @@ def test_networks_that_keep_the_answer_of_a_level_are_refused_one_sample_at_a_ti
     kept = {}
     right = DATA.denoise if from_one == fs.Denoiser.from_denoiser else lambda z, s: (DATA.denoise(z, s) - z) / s[0] ** 2
     network = lambda z, s: kept.setdefault((float(s[0]), len(z)), right(z, s))
-    with pytest.raises(ValueError, match="answers different states of one level alike"):
+    with pytest.raises(ValueError, match="same output for different states of one level"):
         measure(from_one(network, 0.02, 20.0), samples=3, batch_size=1)
     measure(from_one(right, 0.02, 20.0), samples=3, batch_size=1)
 
@@ -113,7 +113,7 @@ def test_networks_that_keep_the_answer_of_a_level_are_refused_one_sample_at_a_ti
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_networks_that_ignore_the_state_are_refused(batch_size):
     network = lambda z, s: (1 / (1 + s**2)).reshape(-1, *[1] * (z.ndim - 1)).expand(z.shape)
-    with pytest.raises(ValueError, match="answers different states of one level alike"):
+    with pytest.raises(ValueError, match="same output for different states of one level"):
         measure(fs.Denoiser.from_denoiser(network, 0.02, 20.0), samples=3, batch_size=batch_size)
 
 
