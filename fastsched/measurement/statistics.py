@@ -189,6 +189,9 @@ class PathStatistics:
         Args:
             path: The file.
             vectors: Whether to write increments and responses too.
+
+        Raises:
+            ValueError: If the file holds a schedule or the runs of a fit, which no statistics replace.
         """
         validate.arguments(locals())
         write_statistics(self, path, vectors)

@@ -14,6 +14,9 @@ from typing import Any
 
 Name = str | os.PathLike[str]
 
+#: Bytes at the beginning of a file that tell its kind.
+HEAD = 10_000
+
 
 def write_whole(path: Name, data: bytes) -> None:
     """Write ``data`` to a temporary file, which replaces the target only when it is complete and on the disk.
@@ -24,8 +27,13 @@ def write_whole(path: Name, data: bytes) -> None:
 
     Raises:
         OSError: If the file cannot be written; an existing file is then unchanged.
+        ValueError: If the file holds statistics, a schedule or a fit's runs, and ``data`` is of another kind.
     """
     target = _target(path)
+    held = kind_of(target)
+    if held not in (None, _kind(data[:HEAD])):  # hours of model calls, more likely named by mistake than not wanted
+        what = "a schedule" if held == "schedule" else held
+        raise ValueError(f"path must not be that of {what}, which {os.fspath(path)} holds; name another file")
     if os.path.exists(target) and not os.path.isfile(target):
         with _named(path), os.fdopen(_open_special(target), "wb") as file:  # cannot be replaced
             file.write(data)
@@ -195,9 +203,13 @@ def kind_of(path: Name) -> str | None:
         return None
     try:
         with open(path, "rb") as file:
-            start = file.read(10_000)
+            return _kind(file.read(HEAD))
     except OSError:
         return None
+
+
+def _kind(start: bytes) -> str | None:
+    """`kind_of` a file that begins with these bytes."""
     if start[8:9] == b"{" and b"fastsched.path_statistics" in start:  # eight bytes of length, then the header
         return "statistics"
     if start[48:49] == b"{" and b"fastsched.runs" in start:  # the same, in a record with its length and SHA-256

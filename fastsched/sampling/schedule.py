@@ -233,7 +233,7 @@ class Schedule:
         """Write as JSON with plain decimals; an existing file is replaced only when the new one is complete.
 
         Raises:
-            ValueError: If the file holds statistics, or the runs of a fit: a schedule does not replace these.
+            ValueError: If the file holds statistics or the runs of a fit, which no schedule replaces.
         """
         validate.arguments(locals())
         entries: dict[str, str] = {

@@ -19,9 +19,6 @@ OPTIONAL = ("timesteps", "network_sigmas", "weights", "predicted_error", "measur
 
 def write_entries(path: str | os.PathLike[str], entries: dict[str, str]) -> None:
     """Write entries, given as JSON text, and their checksum; errors as in `Schedule.save`."""
-    kind = kind_of(path)
-    if kind in ("statistics", "runs"):  # hours of model calls, more likely named by mistake than not wanted
-        raise ValueError(f"path must not be that of {kind}, which {os.fspath(path)} holds; name another file")
     values = {key: json.loads(value) for key, value in entries.items()}
     entries = {**entries, "sha256": json.dumps(_checksum(values))}
     text = "{\n" + ",\n".join(f'  "{key}": {value}' for key, value in entries.items()) + "\n}\n"

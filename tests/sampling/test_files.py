@@ -150,7 +150,7 @@ def test_only_regular_files_are_read(load, tmp_path):
         fs.measure(denoiser, (3,), levels=8, samples=1, checkpoint=tmp_path / "pipe", progress=False)
 
 
-def test_a_schedule_does_not_replace_a_measurement(tmp_path):
+def test_no_file_replaces_one_of_another_kind(tmp_path):
     denoiser = fs.Denoiser.from_denoiser(fs.oracles.Gaussian(0.5, (3,)).denoise, 0.01, 9.0)
     options = {"levels": 12, "samples": 2, "model_calls": 90, "progress": False, "checkpoint": tmp_path / "fit"}
     schedule = fs.fit(denoiser, (3,), 3, **options)
@@ -162,6 +162,12 @@ def test_a_schedule_does_not_replace_a_measurement(tmp_path):
     (tmp_path / "s.json").write_text("another program's")
     for _ in range(2):
         schedule.save(tmp_path / "s.json")
+    assert fs.Schedule.load(tmp_path / "s.json") == schedule
+    stats = fs.PathStatistics.load(tmp_path / "fit")
+    compared = fs.compare(denoiser, {"fit": schedule}, shape=(3,), samples=2, progress=False)
+    for write in (stats.save, compared.to_csv):
+        with pytest.raises(ValueError, match=r"path must not be that of a schedule, which .*s\.json"):
+            write(tmp_path / "s.json")
     assert fs.Schedule.load(tmp_path / "s.json") == schedule
 
 
