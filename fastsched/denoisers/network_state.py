@@ -31,8 +31,8 @@ LAYERS = (
 
 
 def is_training(module: nn.Module) -> bool:
-    """Whether a module, or one in it, is in training mode."""
-    return any(each.training for each in module.modules())
+    """Whether a module, or one in it, is in training mode; those of a frozen TorchScript module have no mode."""
+    return any(getattr(each, "training", False) for each in module.modules())
 
 
 def active_training_layer(network: Any) -> str | None:
@@ -40,7 +40,7 @@ def active_training_layer(network: Any) -> str | None:
     for module in modules_of(network):
         for layer in module.modules():
             without = isinstance(layer, nn.modules.instancenorm._InstanceNorm) and not layer.track_running_stats
-            if layer.training and isinstance(layer, LAYERS) and getattr(layer, "p", 1) > 0 and not without:
+            if isinstance(layer, LAYERS) and layer.training and getattr(layer, "p", 1) > 0 and not without:
                 return type(layer).__name__.strip("_")
     return None
 

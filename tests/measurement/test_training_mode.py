@@ -124,3 +124,13 @@ def test_modules_in_lists_and_global_ones_are_known(name):
         measure(denoiser)
     measure(denoiser, checks=False)
     assert torch.equal(layer.running_mean, before)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_frozen_modules_of_torchscript_which_have_no_mode_are_measured():
+    net = Net(nn.Linear(16, 16)).eval()
+    frozen = torch.jit.freeze(torch.jit.script(net))
+    expected, stats = (measure(fs.Denoiser.from_denoiser(each, 0.01, 20.0)) for each in (net, frozen))
+    assert torch.allclose(stats.gram, expected.gram, rtol=1e-4)
+    with pytest.raises(ValueError, match="in training mode"):
+        measure(fs.Denoiser.from_denoiser(torch.jit.script(Net(nn.Dropout(0.1))), 0.01, 20.0))
