@@ -76,6 +76,19 @@ def test_a_wrong_output_at_one_level_is_warned_of(which, answer):
         fs.measure(denoiser, (16,), samples=2, progress=False)
 
 
+@pytest.mark.filterwarnings("ignore:(at level .* the network's outputs|when noise)")
+@pytest.mark.parametrize("kept", [1.0, 0.5], ids=["wholly", "by half"])
+@pytest.mark.parametrize("levels", [24, 48])
+@pytest.mark.parametrize("odd", [0, 1])
+def test_networks_that_keep_each_output_for_the_next_call_are_refused(kept, levels, odd):
+    """No repeated call of the other checks shows it if an even number of calls is between the two."""
+    denoiser = fs.Denoiser.from_denoiser(
+        Off(lambda n: n % 2 == odd, lambda own, last: kept * last + (1 - kept) * own), 0.02, 40.0
+    )
+    with pytest.raises(ValueError, match=r"keeps a state|same output for different states|mixes the samples"):
+        fs.measure(denoiser, (16,), levels=levels, samples=4, progress=False)
+
+
 def test_errors_of_the_network_at_one_level_are_not_warned_of():
     """An error of its own at one timestep, whenever it is asked."""
     exact, table = exact_denoisers(DATA, vp_table(1000))["epsilon"].network, vp_table(1000)
