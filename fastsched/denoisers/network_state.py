@@ -121,14 +121,16 @@ def warned_of_randomness(device: torch.device, what: str, harm: str) -> Iterator
 
 @dataclass
 class _Held:
-    """A buffer, what it held before, and how many blocks of `unchanged_buffers` are open on it."""
+    """A module's buffer, what it held before, and how many blocks of `unchanged_buffers` are open on it."""
 
+    module: nn.Module
+    name: str
     buffer: Tensor
     value: Tensor
     users: int = 0
 
     def put_back(self) -> None:
-        """Restore the buffer, if it has changed."""
+        """Restore the buffer, if it has changed, or another tensor has taken its place."""
         buffer, value = self.buffer, self.value
         # What was made in inference mode can be written there alone, and a network may have resized its buffer.
         with torch.inference_mode(buffer.is_inference()), torch.no_grad():
@@ -136,33 +138,38 @@ class _Held:
                 buffer.data = value
             elif not torch.equal(buffer, value):
                 buffer.copy_(value)
+        now = dict(self.module.named_buffers(recurse=False)).get(self.name)
+        # A network that has moved or converted itself keeps its new buffers, which go with its parameters.
+        if now is not None and now is not buffer and (now.device, now.dtype) == (buffer.device, buffer.dtype):
+            setattr(self.module, self.name, buffer)
 
 
-#: Buffers held now, by id; and a lock, because threads may share a network: the last one puts its buffers back, as what
-#: another finds at its start has been written to already.
-_HELD: dict[int, _Held] = {}
+#: Buffers held now, by module and name; and a lock, because threads may share a network: the last one puts its buffers
+#: back, as what another finds at its start has been written to already.
+_HELD: dict[tuple[int, str], _Held] = {}
 _LOCK = threading.Lock()
 
 
 @contextmanager
 def unchanged_buffers(network: Any) -> Iterator[None]:
     """Put buffers of up to `MOST_ELEMENTS` of a network's modules back, whatever its calls wrote into them."""
-    every = {id(each): each for module in modules_of(network) for each in module.buffers()}
-    known = {key: each for key, each in every.items() if not (each.is_meta or is_lazy(each))}
+    modules = {id(each): each for module in modules_of(network) for each in module.modules()}
     taken = []
     try:
         with _LOCK:
-            for key, each in known.items():
-                if each.numel() <= MOST_ELEMENTS:
-                    held = _HELD.get(key) or _HELD.setdefault(key, _Held(each, each.detach().clone()))
-                    held.users += 1
-                    taken.append(held)
+            for key, module in modules.items():
+                for name, each in module.named_buffers(recurse=False):
+                    if each.numel() <= MOST_ELEMENTS and not (each.is_meta or is_lazy(each)):
+                        held = _HELD.get((key, name))
+                        held = held or _HELD.setdefault((key, name), _Held(module, name, each, each.detach().clone()))
+                        held.users += 1
+                        taken.append(held)
         yield
     finally:
         with _LOCK:
             for held in taken:
                 held.users -= 1
                 if held.users == 0:
-                    del _HELD[id(held.buffer)]
+                    del _HELD[id(held.module), held.name]
             for held in (each for each in taken if each.users == 0):
                 held.put_back()

@@ -28,7 +28,7 @@ def test_buffers_are_put_back():
     assert float(net.calls) == 0
 
 
-@pytest.mark.parametrize("change", ["resized", "of another dtype", "counted up"])
+@pytest.mark.parametrize("change", ["resized", "of another dtype", "counted up", "replaced"])
 @pytest.mark.parametrize("inference", [False, True])
 def test_buffers_that_cannot_be_written_as_they_are_are_put_back_too(change, inference):
     class Changing(nn.Module):
@@ -40,6 +40,8 @@ def test_buffers_that_cannot_be_written_as_they_are_are_put_back_too(change, inf
             with torch.inference_mode(self.kept.is_inference()):
                 if change == "resized":
                     self.kept.resize_(len(z), 2).fill_(7.0)
+                elif change == "replaced":
+                    self.kept = torch.cat([self.kept, self.kept])
                 elif change == "of another dtype":
                     self.kept.data = torch.full((2,), 7.0, dtype=torch.float64)
                 else:
@@ -136,16 +138,33 @@ def test_a_call_leaves_gradients_on_or_off(before):
         assert torch.is_grad_enabled() == before
 
 
-def test_threads_that_share_a_network_leave_its_buffers_as_they_were():
+def added(network):
+    network.last += 1
+
+
+def replaced(network):
+    network.last = network.last + 1
+
+
+@pytest.mark.parametrize("write", [added, replaced])
+def test_threads_that_share_a_network_leave_its_buffers_as_they_were(write):
     network = nn.Module()
     network.register_buffer("last", torch.zeros(3))
     first, second = unchanged_buffers(network), unchanged_buffers(network)
     with first:
-        network.last += 1
+        write(network)
         second.__enter__()  # another thread begins now, and ends after this one
-        network.last += 1
+        write(network)
     second.__exit__(None, None, None)
     assert network.last.tolist() == [0.0, 0.0, 0.0]
     with unchanged_buffers(network):
-        network.last += 1
+        write(network)
     assert network.last.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_network_that_converts_itself_keeps_its_new_buffers():
+    """As one that moves to a device at its first call: its parameters are there too."""
+    network = nn.BatchNorm1d(3).eval()
+    with unchanged_buffers(network):
+        network.double()
+    assert network.weight.dtype == network.running_mean.dtype == torch.float64
