@@ -138,7 +138,7 @@ def audition(
     for name, schedule in chosen.items():
         check_start(f"candidates[{name!r}]", schedule, denoiser)
     check_calls = check_same_network(denoiser, stats, device, dtype) if checks else 0
-    runner = Runner(denoiser, stats, method, batch_size, device, dtype)
+    runner = Runner(denoiser, stats, method, batch_size, device, dtype, checks)
     total = sample_runs(len(chosen), count)
     with progress_bar(total * method.model_calls(steps), progress, "audition") as runner.advance:
         found = ranked(runner, stats, chosen, method.model_calls(steps), count)

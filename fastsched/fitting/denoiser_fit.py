@@ -140,7 +140,7 @@ def fit_report(
         lacking = given and stats.increments is None  # a new measurement has none in processes after the first
         if lacking and affordable(method.model_calls(steps), stats.samples, budget) and steps > 1:
             stats = with_increments(denoiser, stats, checkpoint=checkpoint, group=group, **options)
-        runner, calls = Runner(denoiser, stats, method, **options), method.model_calls(steps)
+        runner, calls = Runner(denoiser, stats, method, **options, checks=checks), method.model_calls(steps)
         if log_file is not None:
             runner.cache = RunLog(log_file, identity(stats, **what, batch_size=batch, dtype=str(runner.dtype))).run
         best = BestSoFar(runner, stats)

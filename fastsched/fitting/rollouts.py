@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -14,6 +15,7 @@ from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, placement, told_argument
 from fastsched.denoisers.late_reading import LateReading
 from fastsched.measurement.batches import is_out_of_memory
+from fastsched.measurement.fingerprints import SAME_NETWORK, SAME_WIDE_NETWORK
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import rounding_floor, squared_distances
 from fastsched.sampling.random_streams import noise_of
@@ -99,7 +101,8 @@ class RecordingDenoiser(Denoiser):
 class Runner:
     """Runs a denoiser's sampler from the noises of the measured paths.
 
-    ``advance`` is called after every batch with the model calls that it made, and ``cache`` to run every batch.
+    ``advance`` is called after every batch with the model calls that it made, and ``cache`` to run every batch. With
+    ``checks``, a run warns if its first outputs are not those of the measurement for the same noises.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class Runner:
         batch_size: int | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        checks: bool = True,
     ) -> None:
         self.denoiser, self.method = denoiser, method
         self.advance: Callable[[int], object] = lambda calls: None
@@ -117,6 +121,9 @@ class Runner:
         self.device, self.dtype = placement(denoiser, device, dtype)
         self.noise = noise_of(stats.seeds, stats.shape)
         self.batch = stats.samples if batch_size is None else validate.positive_int("batch_size", batch_size)
+        self._s, self._denoised = float(stats.s[0]), None  # the first measured level, and ``D`` there if it is known
+        if checks and stats.increments is not None:
+            self._denoised = stats.ends - stats.increments.sum(1).view_as(stats.ends)
 
     def __call__(self, schedule: Schedule, first: int, last: int) -> Rollout:
         """Run samples ``first .. last - 1`` with a schedule."""
@@ -140,7 +147,28 @@ class Runner:
                 f"out of memory: {last - first} samples at once; lower batch_size (now {self.batch}), or run in 16 "
                 "bits (dtype=torch.bfloat16)"
             ) from error
-        return Rollout(ends, recorder.evaluations())
+        found = recorder.evaluations()
+        own = schedule.network_sigmas
+        if self._denoised is not None and (own is None or bool(own[0] == schedule.sigmas[0])):
+            self._check_start(self._denoised[first:last], found)
+        return Rollout(ends, found)
+
+    def _check_start(self, expected: Tensor, found: Evaluations) -> None:
+        """Warn if the first outputs of a run are not the ``expected`` ones [B, *shape]; no call."""
+        if not math.isclose(found.s[0], self._s, rel_tol=1e-9):
+            return
+        s = torch.tensor(self._s, dtype=torch.float64, device="cpu")
+        x = float(self.denoiser.process.sigma(s)) * found.states[0]
+        of_output = found.denoised[0] - float(self.denoiser.coefficients(s)[0]) * x  # c R, as large as its rounding
+        norms = lambda values: values.flatten(1).norm(dim=1)
+        size = torch.maximum(norms(found.denoised[0]), norms(of_output))
+        if bool((norms(found.denoised[0] - expected) > SAME_NETWORK.get(self.dtype, SAME_WIDE_NETWORK) * size).any()):
+            self._denoised = None  # one warning is enough
+            validate.warn(
+                "the network's first outputs in a run of the sampler are not those of the measurement for the same "
+                "noises, so the errors of schedules cannot be compared: it keeps a state between its calls (a cache, a "
+                "counter?), is random at times, or is being trained"
+            )
 
 
 def distances(stats: PathStatistics, ends: Tensor) -> Tensor:

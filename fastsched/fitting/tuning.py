@@ -118,7 +118,7 @@ def tune(
         check_writable(checkpoint)
         batch_size = int(batch_size or 1)  # a NumPy integer cannot be written to the file
     check_calls = check_same_network(denoiser, stats, device, dtype) if checks else 0
-    runner = Runner(denoiser, stats, method, batch_size, device, dtype)
+    runner = Runner(denoiser, stats, method, batch_size, device, dtype, checks)
     if checkpoint is not None:
         starts = [schedule_key(schedule) for schedule, _ in known] or [schedule_key(first)]
         what = identity(stats, start=starts, batch_size=batch_size, dtype=str(runner.dtype))

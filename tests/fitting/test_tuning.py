@@ -244,3 +244,34 @@ def test_statistics_of_another_network_are_refused():
     assert fs.tune(other, stats, start, trials=0, checks=False, progress=False).trials
     denoiser, calls = counted()
     assert fs.tune(denoiser, stats, start, trials=1, progress=False).model_calls == sum(calls)
+
+
+class Changing:
+    """An exact network until a call, and a tenth less from then on."""
+
+    def __init__(self, after):
+        self.after, self.calls = after, 0
+
+    def __call__(self, z, s):
+        self.calls += 1
+        return ORACLE.denoise(z, s) * (1.0 if self.calls <= self.after else 0.9)
+
+
+@pytest.mark.parametrize("run", ["tune", "audition", "fit"])
+def test_networks_that_change_between_runs_are_warned_of_once(run, stats, start):
+    """The one call before a tuning or an audition, and the checks of a fit's measurement, are right still."""
+
+    def call(network, checks=True):
+        denoiser = fs.Denoiser.from_denoiser(network, 0.01, 40.0)
+        return {
+            "tune": lambda: fs.tune(denoiser, stats, start, trials=2, checks=checks, progress=False),
+            "audition": lambda: fs.audition(denoiser, stats, 6, checks=checks, progress=False),
+            "fit": lambda: fs.fit(denoiser, (4,), 6, samples=4, levels=24, checks=checks, progress=False),
+        }[run]()
+
+    exact = Changing(10**6)
+    call(exact)
+    with pytest.warns(UserWarning, match="first outputs in a run of the sampler") as said:
+        call(Changing(exact.calls - 8))
+    assert len(said) == 1
+    call(Changing(exact.calls - 8), checks=False)
