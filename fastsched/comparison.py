@@ -208,6 +208,7 @@ def converged_reference(
     total = method.model_calls(len(fine)) * len(noise)
     with progress_bar(total, progress, "converged reference") as advance:
         ends = _sampled(denoiser, sigmas, method, noise, advance, batch_size, *place)
+    _warn_of_change(denoiser, known, sizes, *place)
     return Reference(noise, ends, method.name, len(fine), total, known)
 
 
@@ -238,7 +239,7 @@ def compare(
     * ``solver``: a solver to run all of them with; each `Schedule`'s own when None.
     * ``reference``: converged samples of an earlier call; then ``shape``, ``samples``, ``seed`` and ``reference_steps``
       (the ``steps`` of `converged_reference`) are not used. One call tells whether it is of this denoiser; if it is
-      not, a warning says so.
+      not, a warning says so. Another call tells whether the network has changed meanwhile.
 
     Returns:
         One row per schedule, and the reference for the next call. With a single sample, ``standard_error`` and
@@ -252,6 +253,7 @@ def compare(
     check_evaluation_mode(denoiser.network)
     runs = _planned(denoiser, schedules, solver)
     place = placement(denoiser, device, dtype)
+    given = reference is not None
     if reference is None:
         if shape is None:
             raise ValueError("shape must be given, such as (4, 64, 64) for one sample, unless there is a reference")
@@ -260,14 +262,14 @@ def compare(
         reference = converged_reference(denoiser, shape, **noises, steps=reference_steps, **options)
     elif shape is not None and tuple(shape) != tuple(reference.noise.shape[1:]):
         raise ValueError(f"shape {tuple(shape)} is not that of the reference, {tuple(reference.noise.shape[1:])}")
-    else:
-        _warn_of_another(denoiser, reference, *place)
+    before = _warn_of_another(denoiser, reference, *place) if given else reference.fingerprint
     rows, calls = [], sum(method.model_calls(_steps(run)) for run, method in runs.values())
     with progress_bar(calls * len(reference.noise), progress, "comparing") as advance:
         for name, (run, method) in runs.items():
             steps = _steps(run)
             ends = _sampled(denoiser, run, method, reference.noise, advance, batch_size, *place)
             rows.append(row_of(name, method.name, steps, method.model_calls(steps), ends, reference))
+    _warn_of_change(denoiser, before, reference.noise.shape[1:], *place)
     return Comparison(tuple(rows), len(reference.noise), reference)
 
 
@@ -365,15 +367,23 @@ def _fingerprint(denoiser: Denoiser, shape: tuple[int, ...], device: torch.devic
     return None
 
 
-def _warn_of_another(denoiser: Denoiser, reference: Reference, device: torch.device, dtype: torch.dtype) -> None:
-    """Warn if the reference is of another denoiser: of a teacher, say, it may be meant."""
-    if reference.fingerprint is None:
-        return
-    found = _fingerprint(denoiser, tuple(reference.noise.shape[1:]), device, dtype)
-    if not same_network(reference.fingerprint, found, dtype):
+def _warn_of_another(denoiser: Denoiser, reference: Reference, *place: Any) -> Tensor | None:
+    """The network's fingerprint. Warns if the reference is of another denoiser: of a teacher, say, it may be meant."""
+    found = _fingerprint(denoiser, tuple(reference.noise.shape[1:]), *place)
+    if not same_network(reference.fingerprint, found, place[1]):
         validate.warn(
             "reference was made with another network, parameterisation or dtype, so that errors are distances "
             "to that one's samples; leave it out, or make one of this denoiser by fastsched.converged_reference",
+        )
+    return found
+
+
+def _warn_of_change(denoiser: Denoiser, before: Tensor | None, shape: Sequence[int], *place: Any) -> None:
+    """Warn if the network's fingerprint is not what it was ``before`` sampling."""
+    if not same_network(before, _fingerprint(denoiser, tuple(shape), *place), place[1]):
+        validate.warn(
+            "the network gives different outputs for the same input before and after sampling, so errors are those of "
+            "different networks: it keeps a state between its calls (a cache, a counter?), or is random at times"
         )
 
 

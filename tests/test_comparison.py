@@ -109,11 +109,11 @@ def test_network_calls_are_those_reported(gaussian):
 
     denoiser = fs.Denoiser.from_denoiser(network, LOW, HIGH)
     found = converged_reference(denoiser, SHAPE, samples=5, steps=20, batch_size=2, progress=False)
-    assert (sum(calls), max(calls)) == (found.model_calls + 1, 2)  # and one that tells the network
+    assert (sum(calls), max(calls)) == (found.model_calls + 2, 2)  # and two that tell the network
     calls.clear()
     sigmas = fs.baselines.karras(4, LOW, HIGH)
     result = compare(denoiser, {"k": sigmas}, "heun", reference=found, batch_size=3, progress=False)
-    assert sum(calls) - 1 == 5 * result["k"].model_calls == 35
+    assert sum(calls) - 2 == 5 * result["k"].model_calls == 35
 
 
 def test_batches_do_not_change_the_result(gaussian, converged):
@@ -314,5 +314,20 @@ def test_a_schedule_that_cannot_be_compared_is_named(gaussian):
 def test_a_random_network_is_warned_of():
     random = lambda z, s: 0.1 * torch.randn(z.shape)
     denoiser = fs.Denoiser.from_denoiser(random, 0.1, 5.0)
-    with pytest.warns(UserWarning, match="random numbers were drawn during sampling"):
+    other = pytest.warns(UserWarning, match="different outputs for the same input before and after sampling")
+    with other, pytest.warns(UserWarning, match="random numbers were drawn during sampling"):
         fs.compare(denoiser, {"a": [5.0, 1.0, 0.0]}, "ddim", shape=(2,), samples=2, reference_steps=4, progress=False)
+
+
+@pytest.mark.parametrize("after", [3, 9])
+def test_a_network_that_changes_is_warned_of(gaussian, after):
+    """While the reference is made, or while schedules are compared with it."""
+    calls = []
+
+    def network(x, condition):
+        calls.append(len(x))
+        return gaussian.network(x, condition) * (1.0 if len(calls) <= after else 0.9)
+
+    denoiser = fs.Denoiser.from_denoiser(network, LOW, HIGH)
+    with pytest.warns(UserWarning, match="different outputs for the same input before and after sampling"):
+        compare(denoiser, {"k": [HIGH, 1.0, 0.0]}, "ddim", shape=SHAPE, samples=2, reference_steps=5, progress=False)
