@@ -19,7 +19,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.fitting.rollouts import Evaluations, Rollout, Run
 from fastsched.measurement.statistics import PathStatistics
-from fastsched.sampling.files import check_readable, checksum, json_object, write_whole
+from fastsched.sampling.files import check_readable, checksum, json_object, named, write_whole
 from fastsched.sampling.schedule import Schedule
 
 FORMAT = "fastsched.runs"
@@ -116,7 +116,7 @@ class RunLog:
             return file.read(length)
 
     def _append(self, content: bytes) -> None:
-        with open(self.path, "ab") as file:
+        with named(self.path), open(self.path, "ab") as file:
             file.write(_framed(content))
             file.flush()
             os.fsync(file.fileno())

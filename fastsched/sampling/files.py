@@ -35,12 +35,12 @@ def write_whole(path: Name, data: bytes) -> None:
         what = "a schedule" if held == "schedule" else held
         raise ValueError(f"path must not be that of {what}, which {os.fspath(path)} holds; name another file")
     if os.path.exists(target) and not os.path.isfile(target):
-        with _named(path), os.fdopen(_open_special(target), "wb") as file:  # cannot be replaced
+        with named(path), os.fdopen(_open_special(target), "wb") as file:  # cannot be replaced
             file.write(data)
         return
     name, descriptor = _create_beside(target)
     try:
-        with _named(path), os.fdopen(descriptor, "wb") as file:
+        with named(path), os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -68,7 +68,7 @@ def _open_special(target: str) -> int:
 
 
 @contextlib.contextmanager
-def _named(path: Name) -> Iterator[None]:
+def named(path: Name) -> Iterator[None]:
     """Add the file's name to an OSError without one, such as that of a full disk."""
     try:
         yield

@@ -1,5 +1,6 @@
 """No finished path or run of a fit is lost, whatever ends it."""
 
+import errno
 import os
 
 import pytest
@@ -214,6 +215,16 @@ def test_an_unfinished_end_is_dropped(filled, what):
         assert len(log) == 3
         assert equal(log.run(schedule(6.0), 0, 2, lambda: RUNS[3][1]), RUNS[3][1])
         assert filled.read_bytes() == whole
+
+
+def test_a_full_disk_is_reported_with_the_file_s_name(filled, what, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log = RunLog(filled, what)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*x\.runs"):
+        log.run(schedule(7.0), 0, 2, lambda: RUNS[0][1])
 
 
 def test_damage_is_noticed(filled, what):
