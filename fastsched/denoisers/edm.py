@@ -64,10 +64,11 @@ def labels_of(class_labels: object, core: Any = None) -> Tensor:
             f"class_labels must be a tensor [label_dim] or [1, label_dim], got {validate.shown(class_labels)}"
         )
     wanted = getattr(core, "label_dim", None)
-    if isinstance(wanted, int) and class_labels.shape[-1] != wanted > 0:
+    if isinstance(wanted, int) and class_labels.shape[-1] != wanted >= 0:
+        hint = f"its first class is torch.eye({wanted})[0]" if wanted else "it is not class-conditional: leave them out"
         raise ValueError(
             f"class_labels must have the network's label_dim, {wanted} entries, got shape {tuple(class_labels.shape)}; "
-            f"class 3 is torch.eye({wanted})[3]"
+            f"{hint}"
         )
     return class_labels.detach().clone().reshape(1, -1)
 
