@@ -6,8 +6,8 @@ Where cosines are low, the network is called twice with the same input. This doe
 timesteps: each timestep may have its own embedding, so their exact outputs may be as rough.
 
 A network that caches outputs of other steps may return a wrong one at a single level. The fourth differences of outputs
-around this level are then 1, -4, 6, -4 and 1 times the error. Their norms follow from the Gram matrix. If it keeps each
-output for the next call too, wholly or in part, they change sign from level to level.
+around this level are then 1, -4, 6, -4 and 1 times the error. Their norms follow from the Gram matrix. If it reuses
+outputs at many levels, wholly or in part, fourth differences are longer than increments at many levels.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ ELEMENTS = 32
 #: one timestep. There was no warning for 1,408 exact networks, some of them rounded, guided or inexact at one timestep,
 #: and four trained ones.
 KNOWN = 0.25
-#: Four calls are made if the fourth differences are longer than the increments in all, and the sum of inner products of
-#: successive ones is below this multiple of the sum of the products of their lengths. It was -0.87 to -0.99 for
-#: networks that keep outputs for two calls, wholly or by half, at least -0.78 for 300 exact networks in float32, and
-#: -0.98 where rounding to 16 bits is larger than all changes.
-TURNING = -0.85
+#: Calls are repeated if this many fourth differences are longer, in squares, than the second number times the mean of
+#: the increments around them, to which the third number times the mean of all is added. The least of so many largest
+#: was at most 2.6 for 400 exact mixtures, and 3.4 to 42 for networks that reuse outputs for two calls or while their
+#: input has changed little. Where rounding to 16 bits is larger than changes it is up to 56.
+MANY, LONG, COMMON = 5, 5.0, 0.1
 #: Fourth differences of a sequence around a single wrong element, as multiples of its error, and their squared norm.
 FOURTH, SQUARED_FOURTH = (1.0, -4.0, 6.0, -4.0, 1.0), 70
 
@@ -55,7 +55,7 @@ FOURTH, SQUARED_FOURTH = (1.0, -4.0, 6.0, -4.0, 1.0), 70
 def check_increments(ask: CheckCalls, stats: PathStatistics) -> None:
     """Check the increments of the first batch.
 
-    Two more calls if they are rough, and up to ten if one output is wrong, or four if every second one is.
+    Two more calls if they are rough, and up to ten if one output is wrong, or eleven if many seem to be.
 
     ValueError if the network gives different outputs for the same input where increments are rough.
     """
@@ -69,32 +69,38 @@ def check_increments(ask: CheckCalls, stats: PathStatistics) -> None:
         if level is not None:
             _check_single_output(ask, stats, level, size)
             return
-        level = _turning_level(products, gram.diagonal())
+        level = _reusing_level(products, gram.diagonal())
         if level is not None:
-            _check_pairs(ask, stats, level)
+            _check_reuse(ask, stats, level)
 
 
-def _check_pairs(ask: CheckCalls, stats: PathStatistics, level: int) -> None:
-    """ValueError if an output depends on the previous call. Two states of a level are asked for, in both orders."""
-    s = ask.known(float(stats.s[level]))
-    states = [stats.ends[:1].view(1, *stats.shape) / s + ask.noise(seed) for seed in (2, 3)]
-    one, other, other_again, one_again = (ask.raw(y, s)[0] for y in (*states, *reversed(states)))
-    if ask.differs(one, one_again) or ask.differs(other, other_again):
+def _check_reuse(ask: CheckCalls, stats: PathStatistics, level: int) -> None:
+    """ValueError if outputs around a ``level`` depend on the call before.
+
+    States of one noise, as on a path, are asked for in order, and after a call far from them in reverse order.
+    """
+    around = [float(each) for each in stats.s[level - 2 : level + 3]]
+    states = [(stats.ends[:1].view(1, *stats.shape) / s + ask.noise(2), s) for s in around]
+    outputs = [ask.raw(*state)[0] for state in states]
+    ask.raw(ask.noise(3), ask.top.level)
+    again = (ask.raw(*state)[0] for state in reversed(states))
+    if any(ask.differs(found, own) for found, own in zip(again, reversed(outputs), strict=True)):
         raise ValueError(
-            f"the network gives different outputs for the same input around level {s:.3g}, as if it kept its outputs "
-            f"for the next call: {STATE}"
+            f"the network gives different outputs for the same input around level {around[-3]:.3g}, as if it reused "
+            f"those of earlier calls: {STATE}"
         )
 
 
-def _turning_level(products: Tensor, squares: Tensor) -> int | None:
-    """A level at which the fourth differences change sign from level to level, or None.
+def _reusing_level(products: Tensor, squares: Tensor) -> int | None:
+    """The level around which outputs are roughest, if they are rough at many levels as if some were reused, or None.
 
-    ``products`` are theirs [N-4, N-4], ``squares`` those of the increments [N-1].
+    ``products`` are those of the fourth differences [N-4, N-4], ``squares`` those of the increments [N-1].
     """
-    own, next_to = products.diagonal(), products.diagonal(1)
-    lengths = (own[1:] * own[:-1]).clamp_min(0).sqrt()  # rounding may make squares negative
-    turning = float(own.sum()) > float(squares.sum()) and float(next_to.sum()) < TURNING * float(lengths.sum())
-    return int(own.argmax()) + 2 if turning else None
+    if len(products) < MANY:
+        return None
+    near = squares.unfold(0, len(FOURTH) - 1, 1).mean(1) + COMMON * squares.mean()
+    excess = products.diagonal() / near.clamp_min(1e-30)
+    return int(excess.argmax()) + 2 if float(excess.sort().values[-MANY]) > LONG else None
 
 
 def _check_single_output(ask: CheckCalls, stats: PathStatistics, level: int, size: float) -> None:
@@ -121,7 +127,7 @@ def _fourth_products(gram: Tensor) -> Tensor:
 
 
 def _wrong_output(products: Tensor, squares: Tensor) -> tuple[int | None, float]:
-    """The level whose output is wrong, or None, and its error's size; arguments as in `_turning_level`."""
+    """The level whose output is wrong, or None, and its error's size; arguments as in `_reusing_level`."""
     weights = products.new_tensor(FOURTH)
     worst: tuple[float, int | None, float] = (ALONE, None, 0.0)
     for k in range(2, len(products) - 2):  # the row of level k + 2

@@ -2,7 +2,7 @@
 
 At most seven calls of one sample with fixed noises ``n``, five of them before the measurement. Up to six more if ``v``
 or ``F`` is unusual, eight if samples have few elements, nine if a velocity's rough sample seems no sample, two if the
-network is constant at the highest level, and twelve if the first path is rough (`measurement.increment_checks`):
+network is constant at the highest level, and thirteen if the first path is rough (`measurement.increment_checks`):
 
 ==============================  ================================================================================
 call                            output of a denoiser ``D = E[x0 | z]``

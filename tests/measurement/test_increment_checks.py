@@ -40,7 +40,7 @@ def test_increments_of_right_networks_are_smooth(name):
 
 
 def test_networks_of_integer_timesteps_may_be_rough():
-    """An error of its own at each timestep, as from an embedding of each: no question more, and no refusal."""
+    """An error of its own at each timestep, as from an embedding of each: a few calls more, and no refusal."""
     generator, table = torch.Generator().manual_seed(0), vp_table(1000)
     errors = 0.05 * torch.randn(1000, 16, generator=generator)
     exact = exact_denoisers(DATA, table)["epsilon"].network
@@ -48,7 +48,7 @@ def test_networks_of_integer_timesteps_may_be_rough():
     denoiser = fs.Denoiser.from_epsilon(rough, table, integer_timesteps=True)
     stats = fs.measure(denoiser, (16,), samples=2, progress=False)
     assert float(_cosines(stats.gram).unfold(0, WINDOW, 1).mean(1).min()) < ROUGH
-    assert stats.model_calls <= 2 * 94 + 7
+    assert stats.model_calls <= 2 * 94 + 7 + 11
 
 
 class Off:
@@ -87,6 +87,27 @@ def test_networks_that_keep_each_output_for_the_next_call_are_refused(kept, leve
     )
     with pytest.raises(ValueError, match=r"keeps a state|same output for different states|mixes the samples"):
         fs.measure(denoiser, (16,), levels=levels, samples=4, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:(at level .* the network's outputs|when noise)")
+@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize("name", ["epsilon", "velocity"])
+def test_networks_that_reuse_outputs_while_their_input_changes_little_are_refused(name, batch_size):
+    exact = KINDS[name]
+    kept = {}
+
+    def network(x, t):
+        if kept and kept["x"].shape == x.shape and float((x - kept["x"]).norm()) < 0.1 * float(kept["x"].norm()):
+            return kept["output"]
+        kept.update(x=x.clone(), output=exact.network(x, t))
+        return kept["output"]
+
+    measure = lambda used: fs.measure(
+        fs.Denoiser(used, exact.process, exact.prediction), (16,), samples=4, batch_size=batch_size, progress=False
+    )
+    assert measure(exact.network).model_calls == 4 * 94 + 7
+    with pytest.raises(ValueError, match="keeps a state"):
+        measure(network)
 
 
 def test_errors_of_the_network_at_one_level_are_not_warned_of():
