@@ -167,7 +167,7 @@ class Runner:
             validate.warn(
                 "the network's first outputs in a run of the sampler are not those of the measurement for the same "
                 "noises, so the errors of schedules cannot be compared: it keeps a state between its calls (a cache, a "
-                "counter?), is random at times, or is being trained"
+                "counter?), is random at times, is being trained, or was measured with another parameterisation"
             )
 
 

@@ -33,7 +33,8 @@ def test_another_parameterisation_is_another_measurement(tmp_path):
     with pytest.raises(ValueError, match="with another parameterisation or dtype"):
         fs.fit(corrected, (64,), 4, stats=stats, progress=False)
     earlier = replace(stats, fingerprint=stats.fingerprint[:16])  # as files had it: of the network alone
-    assert fs.fit(corrected, (64,), 4, stats=earlier, model_calls=40, progress=False).steps == 4
+    with pytest.warns(UserWarning, match="was measured with another parameterisation"):
+        assert fs.fit(corrected, (64,), 4, stats=earlier, model_calls=40, progress=False).steps == 4
 
 
 def test_a_merge_says_if_the_networks_are_not_known():
