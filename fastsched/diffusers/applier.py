@@ -34,6 +34,7 @@ from fastsched.diffusers.overrides import (
     Step,
     StrideStep,
     Timesteps,
+    start_by_strength,
     warn_of_lost_step,
 )
 from fastsched.diffusers.replacement import replacement
@@ -228,7 +229,9 @@ class SetTimesteps(Override):
             ScaleModelInput(self.owner).put()
 
     def sigmas_from(self, index: int) -> Tensor:
-        """The sigmas that a start at ``index`` will use (`start_at`); nothing is set."""
+        """The sigmas that a start at ``index`` will use (`start_at`); nothing is set. During a run, a plain slice."""
+        if self.owner.timesteps.begun:
+            return self.owner.sigmas.plain[index:]
         rest = self._rest(index)
         if rest is None:
             return self.owner.sigmas.plain[:0]
@@ -246,10 +249,10 @@ class SetTimesteps(Override):
         listed = self.asked.get("num_inference_steps") is None  # the pipeline counts the timesteps that it was given
         count = self.count if listed else len(own)
         index = max(index + count, 0) if index < 0 else index
+        if count != len(own):
+            index = start_by_strength(index, count, len(own))
         if index == 0:
             return schedule
-        if listed:
-            index = int((index + 0.5) * len(own) / count)  # the pipeline has rounded down
         return remaining(schedule, describe(self.owner), own[index]) if index < len(own) else None
 
     def _own_timesteps(self) -> Tensor:

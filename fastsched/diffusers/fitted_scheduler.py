@@ -331,7 +331,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         self._states = self._rows = torch.empty(0, device="cpu")
 
     def _start_at(self, index: int) -> Tensor:
-        if self._step_index:
+        if self._step_index or index == 0:
             return self.timesteps.as_subclass(Tensor)[index:]
         if index <= -self.schedule.steps:
             return self.timesteps[:]  # all of them, counted from the end

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -246,7 +247,7 @@ class Timesteps(Tensor):
 
     def __getitem__(self, index: Any) -> Tensor:
         from_index = isinstance(index, slice) and index.stop is None and index.step is None
-        if from_index and isinstance(index.start, int) and index.start != 0 and not self.begun:
+        if from_index and isinstance(index.start, int) and not self.begun:
             return self.start_at(index.start)
         if isinstance(index, slice) and (index.start or 0, index.stop, index.step) == (0, -1, None) and not self.begun:
             return self.plain
@@ -266,6 +267,31 @@ class Timesteps(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.plain.__reduce_ex__(protocol)
+
+
+def start_by_strength(index: int, count: int, own: int) -> int:
+    """The index among ``own`` timesteps of a start at ``index`` of ``count``, which the pipeline found by ``strength``.
+
+    Pipelines that give their scheduler a list (FLUX, Qwen-Image) count the timesteps that they get back, so they round
+    ``strength`` to a multiple of ``1 / count``. Its value is read from the function that takes the slice.
+
+    Raises:
+        ValueError: If that function has none by which the index could be found.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("fastsched."):
+        frame = frame.f_back
+    strength = None if frame is None else frame.f_locals.get("strength")
+    if isinstance(strength, (int, float)):
+        for whole in (int, math.ceil):  # as the pipeline rounds
+            if whole(count - min(count * strength, count)) == index:
+                return whole(own - min(own * strength, own))
+    if index == 0 or index >= count:  # all or none of them
+        return 0 if index == 0 else own
+    raise ValueError(
+        f"the loop starts at step {index} of the applied schedule's {count}, but has given the scheduler a list of "
+        f"{own}, so its strength is not known; pass num_inference_steps={count}, or a list of {count}"
+    )
 
 
 def without_equal_sigmas(sigmas: Tensor, scheduler: Any) -> Tensor:

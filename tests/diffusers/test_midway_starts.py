@@ -9,7 +9,7 @@ pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 
 import diffusers
 import pipelines
-from applied_schedules import SCHEDULERS, SD, uneven
+from applied_schedules import SCHEDULERS, SD, applied_to, uneven
 from diffusers import (
     AnimateDiffVideoToVideoPipeline,
     FluxImg2ImgPipeline,
@@ -158,8 +158,15 @@ def test_image_to_image_pipelines_start_as_noisy_as_without_a_schedule(name, str
     pipe.scheduler = plain_copy(applied)
     seen.clear()
     pipe(**call)
-    if name != "flux":  # which counts the 8 timesteps that it gets, so strength is rounded to eighths
-        assert with_schedule[0] == pytest.approx(seen[0], rel=1e-5)
-    assert with_schedule[0] == pytest.approx(seen[0], rel=0.12)
+    assert with_schedule[0] == pytest.approx(seen[0], rel=1e-5)
     assert 1 <= len(with_schedule) <= schedule.steps
     assert len(with_schedule) < len(seen)
+
+
+def test_a_start_of_unknown_strength_in_a_list_of_another_length_is_refused():
+    scheduler, schedule = applied_to(diffusers.FlowMatchEulerDiscreteScheduler())
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 0.05, schedule.steps).tolist())
+    assert 0 < len(scheduler.timesteps[2:]) < schedule.steps
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 0.05, 20).tolist())
+    with pytest.raises(ValueError, match=f"pass num_inference_steps={schedule.steps}"):
+        scheduler.timesteps[2:]
