@@ -110,7 +110,10 @@ class Consistency:
             return f"at step {index}, {_difference(found, last)} than at step {index - 1}"
         if known is None or not last.explains(found) or not found.contradicts(known):
             return None
-        return f"at step {index - 1}, {_difference(known, found)} than at step {index - 2}"
+        return (
+            f"at step {index - 1}, {_difference(known, found)} than at step {index - 2} (if a noise level ends a "
+            "part of guidance so early, as a large pag_adaptive_scale does, more levels show it)"
+        )
 
     def _other_formula(self, earlier: int, index: int) -> str | None:
         """What is wrong with the formula of step ``index``, at the same level as step ``earlier``; None if nothing is.

@@ -139,6 +139,15 @@ def test_guidance_within_a_window_is_refused_where_the_network_is_always_called_
         measured(guided(GUIDERS["plain"]()), images=images, scale=scale)
 
 
+def test_guidance_that_a_level_ends_early_is_measured_on_as_many_levels_as_the_refusal_asks_for():
+    """As with a large ``pag_adaptive_scale``."""
+    pipe = guided(GUIDERS["plain"]())
+    scale = lambda i, steps: 5.0 if pipe.scheduler.timesteps[i] > 960 else 3.0
+    with pytest.raises(ValueError, match=r"combined with other coefficients.*more levels show it"):
+        fs.diffusers.measure(pipe, levels=24, samples=2, scale=scale)
+    assert fs.diffusers.measure(pipe, levels=128, samples=2, scale=scale).samples == 2
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("scheduler", [None, diffusers.FlowMatchEulerDiscreteScheduler()], ids=["vp", "flow"])
 def test_first_steps_without_an_output_are_refused_whatever_the_coefficients(steps, scheduler):
