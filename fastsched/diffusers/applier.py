@@ -176,9 +176,9 @@ class SetTimesteps(Override):
             self._use(remaining(self.schedule, describe(self.owner), self._own_timesteps()[0]))
 
     def _warn_of_list(self) -> None:
-        """Warn if the call gives a list, which is not used. Pipelines of flow models always give one: no warning."""
+        """Warn if the call gives a list, which is not used. Pipelines of flow models always give one (`_usual`)."""
         name = next((name for name in ("sigmas", "timesteps") if self.asked.get(name) is not None), None)
-        if name is None or self.schedule.noise == "flow":
+        if name is None or (self.schedule.noise == "flow" and _usual(self.asked[name])):
             return
         own, used = (torch.as_tensor(each).cpu().double() for each in (self._own_timesteps(), self.owner.timesteps))
         if len(own) != len(used) or float((own - used).abs().max()) > 1.0:
@@ -295,6 +295,18 @@ class SetBeginIndex(Override):
                 f"with num_inference_steps={steps}"
             )
         self.original(0 if started else begin_index)
+
+
+def _usual(listed: Any) -> bool:
+    """Whether flow times or timesteps are such as pipelines make themselves.
+
+    These are evenly spaced, or in the first half (LTX, Mochi), or after the first one in log-SNR (Stable Audio 3).
+    """
+    times = torch.as_tensor(listed, dtype=torch.float64).cpu()
+    rounded = 1e-3 * float(times[0])  # to whole timesteps (CogView4)
+    even = lambda gaps: bool(((gaps - gaps.mean()).abs() <= 0.02 * gaps.mean().abs() + rounded).all())
+    parts = [times, *([times[: len(times) // 2], times[1:].logit()] if len(times) > 5 else [])]
+    return any(even(part.diff()) for part in parts)
 
 
 def starts_midway(timestep: Tensor, schedule: Schedule, convention: Convention) -> bool:

@@ -143,7 +143,7 @@ def test_a_loop_over_all_timesteps_but_the_last_makes_every_step():
     sigmas = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])
     fs.diffusers.apply(fs.Schedule(sigmas, "ddim", "flow"), pipe)
     scheduler, given = pipe.scheduler, []
-    scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.25, 0.1, 0.0])
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25, 0.0])
     x, data = torch.randn(1, 4, 8, 8), torch.full((1, 4, 8, 8), 0.5)
     for t in scheduler.timesteps[:-1]:
         given.append(float(t))
@@ -309,6 +309,18 @@ def own_timesteps(scheduler, schedule):
     """Those of the applied schedule."""
     scheduler.set_timesteps(50)
     return scheduler.timesteps.plain
+
+
+def test_a_list_that_a_pipeline_of_flow_models_does_not_make_is_not_left_out_without_a_word():
+    plain = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler, schedule = applied_to(plain)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 0.1, 10).tolist())  # as pipelines do
+    scheduler.set_timesteps(
+        sigmas=[1.0, *torch.linspace(5, -2, 9).sigmoid().tolist()]
+    )  # as that of Stable Audio 3 does
+    scheduler.set_timesteps(**fs.diffusers.export(schedule, plain).arguments)
+    with warned_of("sigmas"):
+        scheduler.set_timesteps(sigmas=[1.0, 0.8, 0.3])
 
 
 def test_denoising_start_refuses_decoupled_levels():
