@@ -19,11 +19,11 @@ from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import class_and_settings, class_of, describe, own_scheduler
 from fastsched.diffusers.exporter import told_timesteps
 from fastsched.diffusers.first_latents import UnitStart, check_first_latents, check_neighbours, check_scaled_start
+from fastsched.diffusers.function_checks import check_function
 from fastsched.diffusers.measurement_steps import check_steps, levels_of
 from fastsched.diffusers.overrides import ArgumentsOf, Timesteps, without_equal_sigmas
 from fastsched.diffusers.step_checks import (
     UNALIKE,
-    check_beginning,
     check_copies,
     check_first_output,
     check_one_run,
@@ -361,7 +361,7 @@ class CalibrationScheduler(UnitStart, SchedulerMixin, ConfigMixin):
         ends = self._measured_paths.ends * (1 if self._owned is None else ~self._owned.cpu())
         known = {"ends": ends, "changes": self._consistency.changes(self._levels.tolist())}
         self._statistics = found = replace(self._measured_paths, **known, data_std=data_deviation(ends))
-        check_beginning(found)
+        check_function(found)
         warn_of_clipping(getattr(diffusers, self.config["scheduler_class"]), self.config, ends)
         return ends.to(output.device)
 

@@ -15,14 +15,9 @@ from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.late_reading import Verdicts
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.diffusers.conventions import Convention
-from fastsched.measurement.statistics import PathStatistics
 
 #: What to do about a pipeline whose loop cannot be measured.
 INSTEAD = "so it cannot be measured by its loop; measure its network (fastsched.measure)"
-
-#: `check_beginning`: how many times faster ``D`` may move between two early levels than at the next three (denoisers
-#: reach 6.4, random weights 22); the least ratio of these levels to the data's deviation; the least size of the grid.
-JUMP, ABOVE, FEWEST_LEVELS = 40.0, 3.0, 12
 
 #: Largest relative change of an output that is computed again in the same batch, by the network's dtype. In 16 bits it
 #: is less than in another batch (`measurement.check_calls.REPEATABLE`), for which libraries use other kernels.
@@ -327,28 +322,6 @@ def doubled(sample: Tensor, returned: Tensor) -> bool:
         return False
     same = [(sample[part] == returned[:half]).all() for part in (slice(half), slice(half, None))]
     return bool(torch.stack([*same, (sample != returned).any()]).all())
-
-
-def check_beginning(stats: PathStatistics) -> None:
-    """Check that a network computed the same function in the first calls of a measurement as in later ones.
-
-    At levels well above the data's deviation, ``D`` is a linear function of ``1 / s``, equal to the mean of the data at
-    0. So its speed ``|D_k - D_{k-1}| / (1/s_k - 1/s_{k-1})`` is nearly the same at all the first levels. It is much
-    higher between two levels if the network changes there.
-
-    Raises:
-        ValueError: If the speed is much higher at one of the first levels.
-    """
-    speed = stats.gram.diagonal(dim1=1, dim2=2).mean(0).sqrt() / (1 / stats.s).diff()
-    above = int((stats.s > ABOVE * stats.data_std).sum())
-    for k in range(min(3, above - 3) if stats.levels >= FEWEST_LEVELS else 0):
-        times = float(speed[k] / speed[k + 1 : k + 4].max())
-        if times > JUMP:
-            raise ValueError(
-                f"between levels {k} and {k + 1} the denoised sample moves {times:.3g} times as fast as at the levels "
-                "that follow: are the network's first calls different (a cache that is filled late, a counter)? "
-                f"Reset that in every call, or disable it; as it is, {INSTEAD[3:]}"
-            )
 
 
 def warn_of_clipping(kind: type, config: Mapping[str, Any], ends: Tensor) -> None:
