@@ -24,6 +24,7 @@ from fastsched.diffusers.measurement_steps import check_steps, levels_of
 from fastsched.diffusers.overrides import ArgumentsOf, Timesteps, without_equal_sigmas
 from fastsched.diffusers.step_checks import (
     UNALIKE,
+    beside_others,
     check_copies,
     check_first_output,
     check_one_run,
@@ -351,7 +352,7 @@ class CalibrationScheduler(UnitStart, SchedulerMixin, ConfigMixin):
         except StopIteration as finished:
             assert self._repeat is not None
             self._measured_paths = replace(finished.value, model_calls=len(self.timesteps) * len(output))
-            return self._repeat[1]
+            return beside_others(self._repeat[1])
 
     def _finish(self, output: Tensor) -> Tensor:
         """Make the checks that are left, with that of the repeated output; returns the ends of the paths."""

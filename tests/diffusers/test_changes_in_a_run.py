@@ -150,6 +150,24 @@ def test_a_network_that_is_known_to_be_off_at_one_level_is_warned_of():
         fs.diffusers.measure(pipe, levels=48, samples=2)
 
 
+class Mixing(OracleUNet):
+    """Adds a part of the batch's mean to each output."""
+
+    def forward(self, sample, timestep, **kwargs):
+        output = super().forward(sample, timestep, **kwargs)[0]
+        return (output + 0.02 * output.mean(0),)
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_a_network_that_mixes_its_batch_is_refused(images):
+    pipe = OraclePipeline(Mixing().answer_for(euler(), mixture()), euler())
+    if images == 1:
+        assert measured(pipe, images=images).samples == 2
+        return
+    with pytest.raises(ValueError, match=r"answered differently.*beside other latents in the batch"):
+        measured(pipe, images=images)
+
+
 def test_nothing_of_the_watch_is_left_behind():
     pipe = oracle_pipeline(euler(), mixture())
     measured(pipe)
