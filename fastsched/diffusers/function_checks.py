@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsched import validate
 from fastsched.diffusers.step_checks import INSTEAD
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.statistics import PathStatistics
@@ -19,8 +18,12 @@ ALONE = 0.8
 #: ... is larger than this fraction of the neighbouring increments, ...
 OFF = 0.05
 #: ... and is missing at another visit of its level: its cosine with how far the response there is from those beside it
-#: is below this, and their ratio within these bounds. 55 exact networks had no such output.
+#: is below this, and their ratio within these bounds.
 MISSING, RATIO = -0.9, (-1.3, -0.7)
+#: That must be so at two levels, in samples that have as many elements together. Of 120 measurements of guided mixtures
+#: in 8 dimensions, 4 or 8 samples a call, it was so at one level in 7 and at two in none; in 55 exact networks and the
+#: small ones of the tests with random weights at none.
+TWO, ELEMENTS = 2, 32
 #: Second differences around a single wrong element, as multiples of its error.
 SECOND = (1.0, -2.0, 1.0)
 
@@ -30,22 +33,15 @@ def check_function(stats: PathStatistics) -> None:
 
     Raises:
         ValueError: If its first calls were different, or its outputs at two or more levels.
-
-    Warns:
-        UserWarning: If its output was different at one level.
     """
     check_beginning(stats)
     wrong = [f"{float(stats.s[k]):.3g}" for k in wrong_outputs(stats)]
-    if not wrong:
-        return
-    message = (
-        f"at level {', '.join(wrong)} the network's output fitted neither those at the neighbouring levels nor that of "
-        "the next call at this level: does it keep a state between its calls (a cache, a counter)? Reset that in every "
-        "call, or disable it"
-    )
-    if len(wrong) > 1:
-        raise ValueError(f"{message}; as it is, {INSTEAD[3:]}")
-    validate.warn(f"{message}, or schedules are worse")
+    if len(wrong) >= TWO and stats.dimension * stats.samples >= ELEMENTS:
+        raise ValueError(
+            f"at levels {', '.join(wrong)} the network's output fitted neither those at the neighbouring levels nor "
+            "that of the next call at this level: does it keep a state between its calls (a cache, a counter)? Reset "
+            f"that in every call, or disable it; as it is, {INSTEAD[3:]}"
+        )
 
 
 def check_beginning(stats: PathStatistics) -> None:
