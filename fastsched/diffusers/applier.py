@@ -25,6 +25,7 @@ from fastsched.diffusers.exporter import (
     warn_of_solver,
 )
 from fastsched.diffusers.fitted_scheduler import BELOW_START, FittedScheduler
+from fastsched.diffusers.given_lists import warn_of_list
 from fastsched.diffusers.overrides import (
     HISTORIES,
     FirstOrderEnd,
@@ -171,21 +172,9 @@ class SetTimesteps(Override):
         self.begun = None
         self._set(self.schedule)
         self.count = len(self.owner.timesteps)
-        self._warn_of_list()
+        warn_of_list(self.schedule, self.asked, self._own_timesteps, self.owner.timesteps.plain)
         if self.asked.get("strength", 1.0) < 1.0 or self._given_from_below():  # LCM's and TCD's class, or a list
             self._use(remaining(self.schedule, describe(self.owner), self._own_timesteps()[0]))
-
-    def _warn_of_list(self) -> None:
-        """Warn if the call gives a list, which is not used. Pipelines of flow models always give one (`_usual`)."""
-        name = next((name for name in ("sigmas", "timesteps") if self.asked.get(name) is not None), None)
-        if name is None or (self.schedule.noise == "flow" and _usual(self.asked[name])):
-            return
-        own, used = (torch.as_tensor(each).cpu().double() for each in (self._own_timesteps(), self.owner.timesteps))
-        if len(own) != len(used) or float((own - used).abs().max()) > 1.0:
-            validate.warn(
-                f"{name} of this call is not used, because a schedule of {self.schedule.steps} steps is applied to the "
-                "scheduler; for a call with a list of its own give the pipeline its own scheduler again",
-            )
 
     def _given_from_below(self) -> bool:
         """Whether a list of flow times starts below the schedule, for latents with less noise (Stable Audio 3)."""
@@ -259,7 +248,7 @@ class SetTimesteps(Override):
         """The timesteps that the class itself would use."""
         plain = plain_copy(self.owner)
         type(plain).set_timesteps(plain, **self.asked)
-        return plain.timesteps
+        return torch.as_tensor(plain.timesteps)
 
     def _use(self, rest: Schedule) -> None:
         """Verify the rest of the schedule, and set it."""
@@ -295,18 +284,6 @@ class SetBeginIndex(Override):
                 f"with num_inference_steps={steps}"
             )
         self.original(0 if started else begin_index)
-
-
-def _usual(listed: Any) -> bool:
-    """Whether flow times or timesteps are such as pipelines make themselves.
-
-    These are evenly spaced, or in the first half (LTX, Mochi), or after the first one in log-SNR (Stable Audio 3).
-    """
-    times = torch.as_tensor(listed, dtype=torch.float64).cpu()
-    rounded = 1e-3 * float(times[0])  # to whole timesteps (CogView4)
-    even = lambda gaps: bool(((gaps - gaps.mean()).abs() <= 0.02 * gaps.mean().abs() + rounded).all())
-    parts = [times, *([times[: len(times) // 2], times[1:].logit()] if len(times) > 5 else [])]
-    return any(even(part.diff()) for part in parts)
 
 
 def starts_midway(timestep: Tensor, schedule: Schedule, convention: Convention) -> bool:

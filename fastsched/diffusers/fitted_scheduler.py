@@ -16,6 +16,7 @@ from fastsched.denoisers.late_reading import sent
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.diffusers.conventions import Convention, class_and_settings, describe, own_scheduler
 from fastsched.diffusers.exporter import check_range, plain_copy, told_levels, told_timesteps
+from fastsched.diffusers.given_lists import warn_of_list
 from fastsched.diffusers.overrides import Timesteps
 from fastsched.diffusers.step_checks import check_scaled, noise_alone
 from fastsched.ops.eager import without_autocast
@@ -212,6 +213,8 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
                 f"sigmas must start at {first:g}, as the schedule does, got {float(sigmas[0]):g}: {MIDWAY}"
             )
         self.num_inference_steps = steps
+        asked_for = {"timesteps": timesteps, "sigmas": sigmas}
+        warn_of_list(self.schedule, asked_for, lambda: self._timesteps_of(**asked_for), self._timesteps)
         told = told_timesteps(self._own, self._timesteps, timesteps=timesteps, sigmas=sigmas, mu=mu)
         self.timesteps = Timesteps.of(told.to(device), self._start_at)
         self._step_index = 0
@@ -329,6 +332,13 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         self._step_index: int | None = None
         self._states = self._rows = torch.empty(0, device="cpu")
+
+    def _timesteps_of(self, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None) -> Tensor:
+        """The timesteps of a list that a call gives."""
+        if sigmas is None:
+            return torch.as_tensor(timesteps)
+        levels = self.convention.process.level(torch.as_tensor(sigmas, dtype=torch.float64, device="cpu"))
+        return self.convention.timesteps(levels)
 
     def _start_at(self, index: int) -> Tensor:
         if self._step_index or index == 0:

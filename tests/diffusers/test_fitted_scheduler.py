@@ -324,3 +324,14 @@ def test_a_loop_may_go_on_with_a_slice_of_the_timesteps():
         timesteps[1:]
     x = scheduler.step(x, timesteps[0], x).prev_sample
     assert torch.equal(timesteps[1:], timesteps.clone()[1:])
+
+
+def test_a_list_of_the_call_s_own_is_not_left_out_without_a_word():
+    plain = EulerDiscreteScheduler(**SD)
+    schedule = fitted_for(plain, 5)
+    scheduler = FittedScheduler.from_schedule(schedule, plain)
+    scheduler.set_timesteps(timesteps=scheduler.timesteps.tolist())
+    scheduler.set_timesteps(sigmas=schedule.sigmas[:-1].tolist())
+    for name, other in {"timesteps": [999, 700, 400, 200, 50], "sigmas": [14.0, 5.0, 3.0, 1.0, 0.5]}.items():
+        with pytest.warns(UserWarning, match=f"{name} of this call is not used"):
+            scheduler.set_timesteps(**{name: other})
