@@ -72,7 +72,7 @@ class CalibrationScheduler(UnitStart, SchedulerMixin, ConfigMixin):
     first                    the pipeline's own latents                           their shape, dtype and device
     next N                   states ``x_k``, from the noisiest level down         the reference path
     next, two times N/2 - 1  states ``x'_k`` of the deviated paths, likewise      the responses
-    last                     an early ``x_k`` again                               a check: same input, same output
+    last                     an early ``x_k`` again, half of the batch            a check: same input, same output
     =======================  ===================================================  ==============================
 
     That is ``2 N`` steps for an even number of levels (`calibration_steps`).

@@ -21,7 +21,7 @@ OFF = 0.05
 #: is below this, and their ratio within these bounds.
 MISSING, RATIO = -0.9, (-1.3, -0.7)
 #: That must be so at two levels, in samples that have as many elements together. Of 120 measurements of guided mixtures
-#: in 8 dimensions, 4 or 8 samples a call, it was so at one level in 7 and at two in none; in 55 exact networks and the
+#: in 8 dimensions, 4 or 8 samples a call, it was so at one level in 4 and at two in none; in 55 exact networks and the
 #: small ones of the tests with random weights at none.
 TWO, ELEMENTS = 2, 32
 #: Second differences around a single wrong element, as multiples of its error.
