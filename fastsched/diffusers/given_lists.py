@@ -11,6 +11,9 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.sampling.schedule import Schedule
 
+#: What the times of LTX and Mochi fall by in the first half, by their linear-quadratic schedule.
+LINEAR = 0.025
+
 
 def warn_of_list(schedule: Schedule, asked: Mapping[str, Any], own: Callable[[], Tensor], used: Tensor) -> None:
     """Warn if a call gives a list, which is not used. Pipelines of flow models always give one (`_usual`): no warning.
@@ -35,10 +38,11 @@ def warn_of_list(schedule: Schedule, asked: Mapping[str, Any], own: Callable[[],
 def _usual(listed: Any) -> bool:
     """Whether flow times or timesteps are such as pipelines make themselves.
 
-    These are evenly spaced, or in the first half (LTX, Mochi), or after the first one in log-SNR (Stable Audio 3).
+    These are evenly spaced, fall by `LINEAR` in the first half (LTX, Mochi), or are evenly spaced in log-SNR after the
+    first one (Stable Audio 3).
     """
     times = torch.as_tensor(listed, dtype=torch.float64).cpu()
-    rounded = 1e-3 * float(times[0])  # to whole timesteps (CogView4)
-    even = lambda gaps: bool(((gaps - gaps.mean()).abs() <= 0.02 * gaps.mean().abs() + rounded).all())
-    parts = [times, *([times[: len(times) // 2], times[1:].logit()] if len(times) > 5 else [])]
-    return any(even(part.diff()) for part in parts)
+    times = times / times[0]
+    even = lambda gaps: bool(((gaps - gaps.mean()).abs() <= 0.02 * gaps.mean().abs() + 1e-3).all())  # rounded: CogView4
+    linear = abs(float(1 - times[len(times) // 2]) - LINEAR) < 1e-3
+    return even(times.diff()) or linear or (len(times) > 3 and even(times[1:].logit().diff()))

@@ -128,6 +128,7 @@ def test_modules_in_lists_and_global_ones_are_known(name):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_frozen_modules_of_torchscript_which_have_no_mode_are_measured():
+    torch.manual_seed(0)
     net = Net(nn.Linear(16, 16)).eval()
     frozen = torch.jit.freeze(torch.jit.script(net))
     expected, stats = (measure(fs.Denoiser.from_denoiser(each, 0.01, 20.0)) for each in (net, frozen))
