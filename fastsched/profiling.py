@@ -28,7 +28,7 @@ from fastsched.measurement.measuring import measure
 from fastsched.measurement.memory import WORKING
 from fastsched.measurement.network_checks import CHECK_CALLS
 from fastsched.measurement.timeline import Run, Timeline, device_of, synchronisations
-from fastsched.sampling.files import check_writable, write_whole
+from fastsched.sampling.files import absolute_file, check_writable, write_whole
 from fastsched.sampling.random_streams import noise_of
 from fastsched.sampling.sampler import sample
 from fastsched.sampling.solvers import FITTED
@@ -187,6 +187,7 @@ def profile(
         ValueError: If an argument is out of range, or the pipeline cannot be measured.
     """
     validate.arguments(locals(), **_CHECKS)
+    trace = absolute_file(trace)
     if trace is not None:
         check_writable(trace)  # PyTorch only logs that it cannot write
     if isinstance(model, Denoiser):

@@ -38,7 +38,7 @@ from fastsched.fitting.rollouts import Run
 from fastsched.fitting.run_log import RunLog, identity, logged
 from fastsched.measurement.devices import prepare_together, rank_and_size
 from fastsched.measurement.statistics import PathStatistics, is_statistics
-from fastsched.sampling.files import check_writable, runs_beside
+from fastsched.sampling.files import absolute_file, check_writable, runs_beside
 from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.progress import Progress
 from fastsched.sampling.schedule import Schedule, check_decoupled
@@ -98,7 +98,7 @@ def fit(
     least = calls.minimum_samples if audition else 1  # without runs, more prompts than the calls allow are no loss
     total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else default_total(least)
     plan = partial(_planned, total, steps, levels, samples, name, least, chosen=model_calls is not None)
-    places = {"checkpoint": checkpoint, "group": group, "progress": progress}
+    places = {"checkpoint": absolute_file(checkpoint), "group": group, "progress": progress}
     with in_one_thread(pipe), prompts_encoded_once(pipe):
         if stats is None:
             settings = {"prompts": prompts, "prompts_per_call": prompts_per_call, "seed": seed, **places}

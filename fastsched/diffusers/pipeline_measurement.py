@@ -44,7 +44,7 @@ from fastsched.measurement.devices import (
 )
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics, merged
-from fastsched.sampling.files import check_writable
+from fastsched.sampling.files import absolute_file, check_writable
 from fastsched.sampling.origin import Origin, origin_now
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import sample_seeds
@@ -114,9 +114,9 @@ def measure(
     """
     validate.arguments(locals(), **CHECKS)
     settings = {"levels": validate.levels("levels", levels), "samples": samples, "seed": seed, "prompts": prompts}
-    options = {"keep_increments": keep_increments, "prompts_per_call": prompts_per_call, "checkpoint": checkpoint}
+    settings |= {"keep_increments": keep_increments, "prompts_per_call": prompts_per_call, "progress": progress}
     try:
-        return measured_in_group(pipe, call_kwargs, group, progress=progress, **settings, **options)
+        return measured_in_group(pipe, call_kwargs, group, checkpoint=absolute_file(checkpoint), **settings)
     except KeyboardInterrupt as error:
         return finished_part(error, checkpoint, group)
 

@@ -27,7 +27,7 @@ from fastsched.measurement.measuring import check_same_network, prepared, with_i
 from fastsched.measurement.network_checks import CHECK_CALLS
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics, is_statistics
-from fastsched.sampling.files import check_writable, runs_beside
+from fastsched.sampling.files import absolute_file, check_writable, runs_beside
 from fastsched.sampling.fitted import chosen_solver, is_solver
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.schedule import Schedule, check_decoupled
@@ -119,7 +119,7 @@ def fit_report(
     """`fit`, returning the full report."""
     validate.arguments(locals(), **CHECKS)
     steps, model_calls, batch_size = map(_plain, (steps, model_calls, batch_size))
-    method, decoupled = chosen_solver(solver), bool(decoupled)
+    method, decoupled, checkpoint = chosen_solver(solver), bool(decoupled), absolute_file(checkpoint)
     if decoupled:
         check_decoupled(method.name)
     batch = 1 if batch_size is None and checkpoint is not None else batch_size

@@ -30,7 +30,7 @@ from fastsched.fitting.run_log import RunLog, identity, schedule_key
 from fastsched.fitting.run_record import RunRecord, Trial, increments_of
 from fastsched.measurement.measuring import check_same_network
 from fastsched.measurement.statistics import PathStatistics, is_statistics
-from fastsched.sampling.files import check_writable
+from fastsched.sampling.files import absolute_file, check_writable
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.schedule import Schedule, check_run
@@ -111,7 +111,7 @@ def tune(
     """
     validate.arguments(locals(), denoiser=is_denoiser, stats=is_statistics, start=_is_start)
     first, known = (start.winner, start.complete(stats.samples)) if isinstance(start, Audition) else (start, [])
-    method = chosen_solver(first.solver)
+    method, checkpoint = chosen_solver(first.solver), absolute_file(checkpoint)
     check_run("start", first, denoiser, stats.process)
     increments_of(stats)
     if checkpoint is not None:

@@ -23,7 +23,7 @@ from fastsched.measurement.path_checks import path_checked
 from fastsched.measurement.path_following import Measurement, measurement_steps
 from fastsched.measurement.statistics import PathStatistics, merged
 from fastsched.measurement.statistics_files import check_process
-from fastsched.sampling.files import check_writable, runs_beside
+from fastsched.sampling.files import absolute_file, check_writable, runs_beside
 from fastsched.sampling.origin import network_name, origin_now
 from fastsched.sampling.progress import Progress, progress_bar
 
@@ -59,7 +59,7 @@ class Batches:
         """Batches of ``batch_size`` paths; when None, of as many as fit, or of one if there is a file."""
         usual = len(seeds) if file is None else 1
         size = usual if batch_size is None else validate.positive_int("batch_size", batch_size)
-        return cls(shape, seeds, size, batch_size is not None, file=file, **others)
+        return cls(shape, seeds, size, batch_size is not None, file=absolute_file(file), **others)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import math
 import os
 import secrets
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 Name = str | os.PathLike[str]
@@ -190,6 +191,11 @@ def check_readable(path: Name, what: str) -> str:
     if not os.path.isfile(name):
         raise ValueError(f"{name} is {'a folder' if os.path.isdir(name) else 'no regular file'}; name a {what} file")
     return name
+
+
+def absolute_file(path: Name | None) -> Path | None:
+    """``path`` from the root of the file system, because a model may change the current folder while it runs."""
+    return None if path is None else Path(path).absolute()
 
 
 def runs_beside(checkpoint: str | os.PathLike[str], rank: int = 0, size: int = 1) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import os
 
 import pytest
 import torch
@@ -399,3 +400,17 @@ def test_a_pipeline_with_a_schedule_applied_is_fitted_again_alike():
 def test_a_schedule_keeps_its_fields_when_its_error_is_measured():
     schedule = fs.Schedule(torch.tensor([2.0, 1.0, 0.0]), "ddim", "ve", predicted_error=1.0)
     assert dataclasses.replace(schedule, measured_error=0.5).predicted_error == 1.0
+
+
+def test_a_relative_checkpoint_stays_in_the_folder_of_the_call(tmp_path, monkeypatch):
+    pipe, call, _ = pipelines.unconditional(diffusers.DDIMScheduler(**UNCLIPPED))
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    monkeypatch.chdir(first)
+    pipe.unet.register_forward_pre_hook(lambda *_: os.chdir(second))
+    fs.diffusers.measure(quiet(pipe), levels=LEVELS, samples=2, checkpoint="measured", progress=False, **call)
+    os.chdir(first)
+    fs.diffusers.fit(pipe, STEPS, levels=LEVELS, samples=2, model_calls=80, checkpoint="fit", progress=False, **call)
+    assert not list(second.iterdir())
+    assert {file.name for file in first.iterdir()} == {"measured", "fit", "fit.runs"}

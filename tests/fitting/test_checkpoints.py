@@ -316,3 +316,26 @@ def test_a_file_of_other_runs_is_refused_before_a_run(measured, tmp_path):
         assert network.calls == 1
     with pytest.raises(OSError, match="folder"):
         tune(Failing(0, AssertionError()), measured, checkpoint=tmp_path / "none" / "x")
+
+
+@pytest.mark.parametrize("what", ["measure", "fit", "tune"])
+def test_relative_files_stay_in_the_folder_of_the_call(measured, tmp_path, monkeypatch, what):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    monkeypatch.chdir(first)
+
+    class Moving(Failing):
+        def __call__(self, z, s):
+            os.chdir(second)
+            return super().__call__(z, s)
+
+    if what == "tune":
+        tune(Moving(), measured, checkpoint="kept")
+    elif what == "fit":
+        fit(Moving(), checkpoint="kept")
+    else:
+        denoiser = fs.Denoiser.from_denoiser(Moving(), 0.02, 20.0)
+        fs.measure(denoiser, (4,), levels=LEVELS, samples=2, checkpoint="kept", progress=False)
+    assert not list(second.iterdir())
+    assert {file.name for file in first.iterdir()} == {"kept", *(["kept.runs"] if what == "fit" else [])}
