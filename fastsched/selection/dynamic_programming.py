@@ -45,7 +45,8 @@ def check_steps(steps: int, levels: int) -> None:
     """ValueError if ``steps`` need more levels than there are."""
     if steps > levels - 1:
         raise ValueError(
-            f"steps must be at most {levels - 1} on {levels} levels, got {steps}; measure with more levels"
+            f"steps must be at most {levels - 1} on {levels} levels, got {steps}; measure with more, if the network "
+            "knows more"
         )
 
 
