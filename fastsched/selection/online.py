@@ -14,7 +14,12 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.network_errors import checked_call
-from fastsched.denoisers.network_state import unchanged_buffers, warned_of_training
+from fastsched.denoisers.network_state import (
+    active_training_layer,
+    random_state,
+    unchanged_buffers,
+    warned_of_training,
+)
 from fastsched.measurement.rounding import stored_squares, warn_of_rounded_costs
 from fastsched.ops.backends import in_float64, widest_dtype
 from fastsched.selection.arc_length import moved_to_equal_arc_length
@@ -22,6 +27,9 @@ from fastsched.selection.fixed_point import variation
 
 #: Least relative distance of two levels: closer levels count as equal.
 LEAST_GAP = 1e-9
+
+#: Relative change of answers with the level of another sample that is a fault.
+SHARED = 0.1
 
 _RANDOM = "their changes are counted as cost, most at low levels; call eval() before observe_denoiser, train() after it"
 
@@ -80,6 +88,7 @@ class AdaptiveSchedule:
         # Sums and counts instead of means: they add up over micro-batches, and over ranks with batches of other sizes.
         self._sums = torch.zeros(len(self.s) - 1, dtype=torch.float64, device="cpu")
         self._counts = torch.zeros_like(self._sums)
+        self._checked = False  # whether answers were checked not to follow another sample's level
         self._rounding = torch.zeros_like(self._sums)  # what storage in 16 bits may have added to the sums
 
     def __repr__(self) -> str:
@@ -144,8 +153,9 @@ class AdaptiveSchedule:
         """Estimate corrector costs on a batch of data: ``s_i^2 ||score_{i+1}(z) - score_i(z)||^2``, ``z ~ p_i``.
 
         Each sample gives an estimate for one random interval; all intervals come up equally often. Takes two
-        evaluations per sample, without gradients, and leaves the network's buffers as they are. Warns if a network in
-        training mode draws random numbers.
+        evaluations per sample, without gradients, and leaves the network's buffers as they are. The first time a third
+        one checks that the answer for a sample does not follow another sample's level, as of a network that uses
+        ``s[0]`` for all. Warns if it does, and if a network in training mode draws random numbers.
 
         Args:
             denoise: ``denoise(z, s) -> x0`` for states ``z = x0 + s eps`` [B, *shape] and levels [B], such as a
@@ -180,6 +190,7 @@ class AdaptiveSchedule:
         with unchanged_buffers(denoise), warned_of_training(denoise, clean.device, _RANDOM):
             asked = [(s, partial(denoise, z.clone(), s.to(noise))) for s in (s_from, s_to)]
             answers = [checked_call(ask, z, s, z.dtype).clone() for s, ask in asked]
+            checks = self._warn_of_shared_levels(denoise, z, s_from.to(noise), answers[0])
         scores = [(x0.to(dtype) - z) / wide(s).square() for x0, s in zip(answers, (s_from, s_to), strict=True)]
         squares = in_float64((scores[1] - scores[0]).flatten(1)).square().sum(1)
         costs = squares.cpu() * s_from.square()
@@ -188,7 +199,26 @@ class AdaptiveSchedule:
         self.observe(costs, intervals)
         rounding = stored_squares(answers[1]) * s_from.square() / s_to.pow(4)
         self._rounding = self._rounding.index_add(0, intervals, rounding)
-        return 2 * count
+        return (2 + checks) * count
+
+    def _warn_of_shared_levels(
+        self, denoise: Callable[[Tensor, Tensor], Tensor], z: Tensor, s: Tensor, x0: Tensor
+    ) -> int:
+        """Warn, once, if answers ``x0`` at levels ``s`` follow the first sample's level; returns the calls made."""
+        if self._checked or len(z) == 1 or active_training_layer(denoise) is not None:
+            return 0
+        self._checked = True
+        other, state = s.clone(), random_state(z.device)
+        other[0] = self.s[0] if s[0].square() < self.s[0] * self.s[-1] else self.s[-1]  # the end that is further away
+        moved = checked_call(partial(denoise, z.clone(), other), z, other, z.dtype)
+        before, after = in_float64(x0[1:]), in_float64(moved[1:])
+        random = not torch.equal(state, random_state(z.device))
+        if not random and float((after - before).norm()) > SHARED * float(before.norm()):
+            validate.warn(
+                "denoise must use the level of each sample: its answers for the other samples changed with that of the "
+                "first (does it use s[0] for all, or mix the samples of a batch?); the estimated costs are wrong"
+            )
+        return 1
 
     @property
     def variation(self) -> float:

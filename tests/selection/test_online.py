@@ -58,7 +58,7 @@ def test_converges_to_equal_costs_from_batches(exact):
     generator = torch.Generator().manual_seed(0)
     for batch in range(200):
         clean = oracle.sample(64, seed=batch)
-        assert adaptive.observe_denoiser(denoise, clean, generator=generator) == 128
+        assert adaptive.observe_denoiser(denoise, clean, generator=generator) == (128 if batch else 192)
         assert adaptive.update()
     # An interval has 4 samples a batch and an update remembers about 2 / rate = 20 of them: 80 squares of 16 elements
     # leave sqrt(2 / 1280) = 4% of noise in a cost, and as much again where its neighbours pull on it.
@@ -208,6 +208,28 @@ def test_data_in_16_bits_give_the_costs_of_float32(dtype):
         assert set(asked) == {data.dtype}  # as the network is trained
         costs.append(adaptive.state_dict()["sums"])
     torch.testing.assert_close(*costs, rtol=0.05, atol=1e-3 * float(costs[0].max()))
+
+
+@pytest.mark.parametrize("shared", [lambda s: s[0], lambda s: s.mean()], ids=["first", "mean"])
+def test_one_level_for_the_whole_batch_is_noticed(shared):
+    oracle = _gaussian()
+    adaptive = fs.AdaptiveSchedule(_start())
+    with pytest.warns(UserWarning, match="denoise must use the level of each sample"):
+        adaptive.observe_denoiser(lambda z, s: oracle.denoise(z, shared(s).expand(len(z))), oracle.sample(8, seed=0))
+
+
+def test_conditions_of_each_sample_and_noisy_networks_give_no_warning_about_levels():
+    oracle, labels = _gaussian(), torch.arange(8.0)[:, None]
+    asked = []
+    bound = lambda z, s: (asked.append(len(z)), oracle.denoise(z, s) + labels[: len(z)])[1]
+    dropped = lambda z, s: torch.nn.functional.dropout(oracle.denoise(z, s), 0.5)
+    for denoise in (bound, dropped):
+        adaptive = fs.AdaptiveSchedule(_start())
+        for _ in range(2):
+            adaptive.observe_denoiser(denoise, oracle.sample(8, seed=0))  # warnings are errors in tests
+    assert asked == [8] * 5  # a third call the first time only
+    fs.AdaptiveSchedule(_start()).observe_denoiser(bound, oracle.sample(1, seed=0))
+    assert asked[5:] == [1, 1]
 
 
 @pytest.mark.parametrize(
