@@ -130,8 +130,9 @@ def fit_report(
     plan = partial(_prepared, denoiser, shape, stats, levels, samples, steps, method, budget, log_file, **settings)
     measuring = prepare_together(plan, group)  # raises before any call is made
     what = {"steps": steps, "solver": method.name, "model_calls": model_calls, "decoupled": decoupled or None}
-    check_group(stats, group, **what)
     best, given = None, stats is not None
+    kept = stats is not None and stats.increments is not None  # where they are not, paths are followed once more
+    check_group(stats, group, **what, **{"increments of stats": kept})
     try:
         if measuring is not None:  # not `measure`: on an interrupt it returns the finished paths
             stats = measured_in_group(*measuring, group, vectors="first")

@@ -62,7 +62,8 @@ def measured_in_group(
     if size == 1:
         return measured(run, batches, found)
     given = {"levels": run.s.tolist(), "samples and seed": batches.seeds.tolist(), "shape": batches.shape}
-    given |= {"responses": len(run.deviated), "keep_increments": run.keep_vectors}
+    given |= {"responses": len(run.deviated), "keep_increments": run.keep_vectors, "dtype": str(run.dtype)}
+    given |= {"noise process": run.denoiser.process.to_dict()}
     check_alike({**given, "checkpoint": None if found is None else found.seeds.tolist()}, group)
     seeds = batches.seeds if found is None else batches.seeds[~torch.isin(batches.seeds, found.seeds)]
     received = len(batches.seeds) if vectors == "all" or rank == 0 else 0

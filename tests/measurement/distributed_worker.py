@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -45,8 +46,10 @@ def of_pipelines(folder, group):
 
 #: Arguments of each call that differ between the processes.
 OTHER = {
-    "other measurements": ("seed", "samples", "levels", "shape", "responses", "keep_increments"),
-    "other fits": ("steps", "solver", "decoupled", "model_calls", "stats"),
+    "other measurements": (
+        *("seed", "samples", "levels", "shape", "responses", "keep_increments", "dtype", "denoiser"),
+    ),
+    "other fits": ("steps", "solver", "decoupled", "model_calls", "stats", "increments of stats"),
 }
 
 
@@ -55,7 +58,10 @@ def failed(denoiser, options, rank, name):
     given = {"denoiser": denoiser, "shape": (4,), **options}
     if name not in OTHER["other measurements"]:
         given["steps"] = 4
-    given[name] = {
+    measured = partial(fs.measure, denoiser, (4,), levels=12, progress=False)
+    if name == "denoiser":  # of another noise process, which the levels given here and no check show
+        given |= {"levels": torch.logspace(1, -1, 12), "checks": False}
+    given["stats" if "stats" in name else name] = {
         "seed": rank,
         "samples": range(4 * rank, 4 * rank + 4),
         "levels": 12 + rank,
@@ -66,7 +72,10 @@ def failed(denoiser, options, rank, name):
         "solver": ("dpmpp_2m", "unipc")[rank],
         "decoupled": rank == 1,
         "model_calls": 400 + rank,
-        "stats": fs.measure(denoiser, (4,), levels=12, samples=range(4 * rank, 4 * rank + 4), progress=False),
+        "dtype": (torch.float32, torch.bfloat16)[rank],
+        "denoiser": fs.Denoiser.from_denoiser(mixture().denoise, 0.02, 20.0 + rank),
+        "stats": measured(samples=range(4 * rank, 4 * rank + 4)),
+        "increments of stats": measured(samples=4, keep_increments=rank == 1),
     }[name]
     return text_of_error(fs.fit if "steps" in given else fs.measure, **given)
 

@@ -155,9 +155,9 @@ def test_an_interrupt_in_a_group_hands_no_process_less_than_the_others(run):
 def test_processes_of_a_group_that_were_given_different_arguments_are_told_which(run, task):
     reports, _, printed = run(task)
     assert None not in reports, printed
-    names = ["samples and seed"] * 2 + ["levels", "shape", "responses", "keep_increments"]
+    names = ["samples and seed"] * 2 + ["levels", "shape", "responses", "keep_increments", "dtype", "noise process"]
     if task == "other fits":
-        names = ["steps", "solver", "decoupled", "model_calls", "stats"]
+        names = ["steps", "solver", "decoupled", "model_calls", "stats", "increments of stats"]
     for report in reports:
         assert report["failed"] == [
             f"{name} must be the same in all processes of the group, but those of process 1 are not those of process 0"
