@@ -16,7 +16,7 @@ from fastsched.costs.states import finite_grid
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling.schedule import Schedule
-from fastsched.sampling.solvers import is_any_solver, solver_name
+from fastsched.sampling.solvers import FITTED, is_any_solver, solver_name
 from fastsched.selection.arc_length import equal_arc_length
 from fastsched.selection.constraints import distinct_known_levels
 from fastsched.selection.dynamic_programming import first_order_paths
@@ -62,7 +62,7 @@ def score_optimal_schedule(
 
     Source: Williams, Campbell, Doucet and Syed, NeurIPS 2024 (arXiv 2412.07877), algorithm 1.
     """
-    validate.arguments(locals(), denoiser=is_denoiser, levels=_is_grid, solver=is_any_solver)
+    validate.arguments(locals(), denoiser=is_denoiser, levels=_is_grid, solver=_is_solver)
     s = finite_grid(denoiser, int(levels)) if np.ndim(levels) == 0 else levels
     cost = stein_corrector(
         denoiser,
@@ -106,7 +106,7 @@ def select(
         ValueError: If an argument is out of range or unknown, dynamic programming lacks pairs, or the cost is not
             finite, or at no step above 0.
     """
-    validate.arguments(locals(), cost=is_cost, solver=is_any_solver)
+    validate.arguments(locals(), cost=is_cost, solver=_is_solver)
     _check_costs(cost)
     steps = validate.positive_int("steps", steps)
     complete = len(cost.pairs) == len(cost.s) * (len(cost.s) - 1) // 2
@@ -138,6 +138,14 @@ def _check_costs(cost: CostMatrix) -> None:
         )
     if not bool((means > 0).any()):
         raise ValueError("cost must be above 0 at a step, but no estimate is; take more samples")
+
+
+def _is_solver(name: str, value: object) -> None:
+    """Check the name of a solver that takes levels alone."""
+    if is_any_solver(name, value) == FITTED:
+        raise ValueError(
+            f"{name} must be one without weights of its own, got {value!r}; optimal_schedule and fit choose them"
+        )
 
 
 def _is_grid(name: str, value: object) -> None:

@@ -112,10 +112,22 @@ def test_a_network_of_integer_timesteps_is_refined_over_levels_that_it_knows():
     assert min(refined.variations) < 0.5 * refined.variations[0]
 
 
+def _refusing():
+    """A denoiser that must not be called."""
+
+    def network(z, s):
+        raise AssertionError("it was called before the arguments were checked")
+
+    return fs.Denoiser.from_denoiser(network, 0.05, 20.0)
+
+
 def test_bad_arguments_are_named():
     cost = _gaussian_cost("corrector", levels=6)
     with pytest.raises(ValueError, match="steps must be at most 5 on 6 levels"):
         fs.select(cost, 6)
+    for choose in (partial(fs.select, cost), partial(fs.score_optimal_schedule, _refusing(), shape=(4,))):
+        with pytest.raises(ValueError, match="solver must be one without weights of its own, got 'fitted'"):
+            choose(2, solver="fitted")
     with pytest.raises(ValueError, match="did you mean 'arc_length'"):
         fs.select(cost, 2, method="arclength")
     neighbours = CostMatrix("exact", cost.process, cost.s, cost.pairs[:5], cost.per_sample[:, :5], 2, cost.calls)
