@@ -34,14 +34,27 @@ def distinct_known_levels(process: NoiseProcess, levels: Array, low: float = 0.0
 
     ValueError if there are more steps than such levels.
     """
+    known = _only_levels(process, len(levels) - 1, low)
+    return levels if known is None else distinct_levels(torch.from_numpy(levels), known).numpy()
+
+
+def check_timesteps(process: NoiseProcess, steps: int) -> None:
+    """ValueError if there are more steps than levels that the network knows."""
+    _only_levels(process, steps)
+
+
+def _only_levels(process: NoiseProcess, steps: int, low: float = 0.0) -> Tensor | None:
+    """The levels from ``low`` on of a network with integer timesteps, descending; None for other networks.
+
+    ValueError if there are more steps than such levels.
+    """
     if not (isinstance(process, VariancePreserving) and process.integer_timesteps):
-        return levels
+        return None
     known = process.trained_levels.flip(0)
     known = known[known > low * (1 - ROUNDING)]
-    steps = len(levels) - 1
     if steps > len(known):
         raise ValueError(f"steps must be at most {len(known)}, the network's number of timesteps, got {steps}")
-    return distinct_levels(torch.from_numpy(levels), known).numpy()
+    return known
 
 
 def distinct_levels(levels: Tensor, known: Tensor) -> Tensor:

@@ -128,6 +128,9 @@ def test_bad_arguments_are_named():
     for choose in (partial(fs.select, cost), partial(fs.score_optimal_schedule, _refusing(), shape=(4,))):
         with pytest.raises(ValueError, match="solver must be one without weights of its own, got 'fitted'"):
             choose(2, solver="fitted")
+    few = fs.Denoiser.from_epsilon(_refusing().network, vp_table(20), integer_timesteps=True)
+    with pytest.raises(ValueError, match="steps must be at most 20, the network's number of timesteps, got 21"):
+        fs.score_optimal_schedule(few, 21, shape=(4,), levels=20)
     with pytest.raises(ValueError, match="did you mean 'arc_length'"):
         fs.select(cost, 2, method="arclength")
     neighbours = CostMatrix("exact", cost.process, cost.s, cost.pairs[:5], cost.per_sample[:, :5], 2, cost.calls)
