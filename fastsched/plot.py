@@ -281,7 +281,7 @@ def draw_weights(axes: Axes, schedule: Schedule) -> AxesImage:
 def draw_sample_grid(axes: Axes, images: Tensor, *, columns: int | None = None) -> None:
     """Draw images [B, C, H, W] or [B, H, W] in rows; values from -1 (black) to 1 (white)."""
     sheet = _sheet(((_images(images) + 1) / 2).clamp(0, 1), columns)
-    axes.imshow(sheet.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_axis_off()
 
 
@@ -298,7 +298,7 @@ def draw_difference_grid(axes: Axes, images: Tensor, reference: Tensor, *, colum
     away = (_images(images) - _images(reference)).abs().mean(1, keepdim=True)
     sheet = _sheet(away, columns, fill=math.nan)
     axes.set_axis_off()
-    return axes.imshow(sheet.squeeze(), cmap="Purples", vmin=0, vmax=0.5, interpolation="nearest")
+    return axes.imshow(sheet, cmap="Purples", vmin=0, vmax=0.5, interpolation="nearest")
 
 
 def _is_list(name: str, value: object) -> None:

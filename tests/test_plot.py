@@ -111,6 +111,15 @@ def test_colour_images_keep_their_channels():
     np.testing.assert_allclose(sheet[0, 0], [0.0, 0.5, 1.0])
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1)])
+def test_images_of_one_row_or_column_keep_their_shape(channels, size):
+    """A row of three colours is no grey image of three columns."""
+    figure = plot.plot_sample_grid({"a": torch.zeros(1, channels, *size)})
+    sheet = np.asarray(figure.axes[0].images[0].get_array())
+    assert sheet.shape == (size if channels == 1 else (*size, 3))
+
+
 def test_sample_grids_are_further_apart_than_images_in_a_grid():
     figure = plot.plot_sample_grid({"left": torch.zeros(9, 3, 8, 8), "right": torch.zeros(9, 3, 8, 8)})
     figure.canvas.draw()
