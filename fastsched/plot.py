@@ -117,7 +117,7 @@ def plot_errors(comparisons: Sequence[Comparison], names: Sequence[str] | None =
         names: The schedules to draw; all of them when None.
 
     Raises:
-        ValueError: If there is nothing to draw.
+        ValueError: If there is nothing to draw, or a name is not in the comparisons.
     """
     validate.arguments(locals(), comparisons=_is_list, names=validate.optional(_is_list))
     figure = draw_empty(4.6, 3.2)
@@ -130,8 +130,13 @@ def plot_error_curves(curves: Sequence[ErrorCurve]) -> Figure:
 
     Args:
         curves: Results of `fastsched.error_curve`.
+
+    Raises:
+        ValueError: If there is none.
     """
     validate.arguments(locals(), curves=_is_list)
+    if not curves:
+        raise ValueError("curves must hold at least one curve to draw")
     figure = draw_empty(4.6, 3.2)
     lines = [(curve.solver, curve.model_calls, curve.predicted_errors) for curve in curves]
     _draw_lines(figure.subplots(), lines, "model calls", "predicted squared error")
@@ -334,9 +339,12 @@ def _sheet(images: Tensor, columns: int | None, fill: float = 1.0) -> NDArray:
 def draw_errors(axes: Axes, comparisons: Sequence[Comparison], names: Sequence[str] | None = None) -> None:
     """Draw typical error over model calls, one line per schedule name."""
     every = [row for comparison in comparisons for row in comparison.rows]
-    lines = list(dict.fromkeys(row.name for row in every)) if names is None else names
+    known = list(dict.fromkeys(row.name for row in every))
+    lines = known if names is None else names
     if not every or not lines:
         raise ValueError("comparisons must hold at least one row to draw")
+    for name in lines:
+        validate.choice("names", name, known)
     drawn = []
     for name in lines:
         rows = sorted((row for row in every if row.name == name), key=lambda row: row.model_calls)

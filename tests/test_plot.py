@@ -177,6 +177,8 @@ def test_pyplot_is_not_imported():
         (lambda: plot.plot_sample_grid({"a": torch.zeros(3, 2, 8, 8)}), "C 1 or 3"),
         (lambda: plot.plot_sample_grid({"a": torch.zeros(3, 8, 8)}, columns=0), "columns"),
         (lambda: plot.plot_errors([]), "at least one row"),
+        (lambda: plot.plot_errors([comparison(8, mine=0.5)], ["mine", "min"]), "names must be .* did you mean 'mine'"),
+        (lambda: plot.plot_error_curves([]), "curves must hold at least one curve"),
     ],
 )
 def test_bad_input_is_named(call, message):
