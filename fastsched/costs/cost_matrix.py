@@ -118,3 +118,16 @@ class CostMatrix:
 def is_cost(name: str, value: object) -> CostMatrix:
     """TypeError unless the argument is a `CostMatrix`."""
     return validate.instance(name, value, CostMatrix, "fastsched.costs.klub and others return one")
+
+
+def check_costs(cost: CostMatrix) -> None:
+    """ValueError if no schedule follows from a cost."""
+    means = cost.per_sample.mean(0)
+    if not bool(means.isfinite().all()):
+        start = float(cost.sigmas[cost.pairs[~means.isfinite(), 0].min()])
+        raise ValueError(
+            f"cost must be finite, but has NaN or inf at the step from sigma {start:g}; estimate it in float64, or "
+            "without the levels there"
+        )
+    if not bool((means > 0).any()):
+        raise ValueError("cost must be above 0 at a step, but no estimate is; take more samples")

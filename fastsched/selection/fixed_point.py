@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.costs.cost_matrix import CostMatrix, is_cost
+from fastsched.costs.cost_matrix import CostMatrix, check_costs, is_cost
 from fastsched.selection.arc_length import moved_to_equal_arc_length
 from fastsched.selection.constraints import distinct_known_levels
 
@@ -61,12 +61,13 @@ def refine_schedule(
 
     Raises:
         TypeError: If ``estimate`` returns something else.
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or the costs of ``sigmas`` are not finite or none is above 0.
 
     Source: Williams, Campbell, Doucet and Syed, NeurIPS 2024 (arXiv 2412.07877), algorithm 1.
     """
     validate.arguments(locals())
     cost = _estimated(estimate, validate.descending_sigmas("sigmas", sigmas))
+    check_costs(cost)
     best, variations, calls, blend = cost, [variation(cost.lengths)], cost.model_calls, 1.0
     while len(variations) <= iterations and min(variations) > tolerance:
         s = moved_to_equal_arc_length(best.s, best.lengths, blend)

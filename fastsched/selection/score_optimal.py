@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.costs.corrector_cost import stein_corrector
-from fastsched.costs.cost_matrix import CostMatrix, is_cost
+from fastsched.costs.cost_matrix import CostMatrix, check_costs, is_cost
 from fastsched.costs.states import finite_grid
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.denoisers.noise import NoiseProcess
@@ -108,7 +108,7 @@ def select(
             finite, or at no step above 0.
     """
     validate.arguments(locals(), cost=is_cost, solver=_is_solver)
-    _check_costs(cost)
+    check_costs(cost)
     steps = validate.positive_int("steps", steps)
     complete = len(cost.pairs) == len(cost.s) * (len(cost.s) - 1) // 2
     if method is None:
@@ -126,19 +126,6 @@ def select(
         clipped = cost.matrix.clamp_min(0.0).numpy()  # an unbiased estimate of a cost near 0 may be negative
         s = cost.s[first_order_paths(clipped, nodes - 1).path(nodes - 1)]
     return Schedule.from_levels(cost.process, _to_zero(cost.process, s, steps), solver_name(solver))
-
-
-def _check_costs(cost: CostMatrix) -> None:
-    """ValueError if no schedule follows from a cost."""
-    means = cost.per_sample.mean(0)
-    if not bool(means.isfinite().all()):
-        start = float(cost.sigmas[cost.pairs[~means.isfinite(), 0].min()])
-        raise ValueError(
-            f"cost must be finite, but has NaN or inf at the step from sigma {start:g}; estimate it in float64, or "
-            "without the levels there"
-        )
-    if not bool((means > 0).any()):
-        raise ValueError("cost must be above 0 at a step, but no estimate is; take more samples")
 
 
 def _is_solver(name: str, value: object) -> None:

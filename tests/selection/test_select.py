@@ -163,6 +163,8 @@ def test_costs_that_choose_nothing_are_refused(kind, value, message):
     costs[:, (cost.pairs[:, 0] > 0) | (value <= 0)] = value
     with pytest.raises(ValueError, match=message):
         fs.select(replace(cost, per_sample=costs), 2)
+    with pytest.raises(ValueError, match=message):
+        fs.refine_schedule(lambda sigmas: replace(cost, per_sample=costs), cost.sigmas)
 
 
 def test_a_cost_beyond_float32_is_refused():
