@@ -33,6 +33,11 @@ SAMPLERS = {
 PROGRAMS = ("k-diffusion", "ComfyUI", "stable-diffusion.cpp")
 #: Advice for schedules whose solver is not a sampler of ComfyUI.
 NODE = "use the file in the node Load Schedule (integrations/comfyui), which gives the SAMPLER too"
+#: How Python writes the levels for schedulers that compute with what they are given, so that a list fails.
+LISTS = {
+    "ndarray": ("import numpy as np\n\n", "np.array({})"),  # UniPC
+    "Tensor": ("import torch\n\n", "torch.tensor({}, dtype=torch.float64)"),  # EDMEuler
+}
 #: Solvers whose samplers in ComfyUI (docs/comfyui.md) and stable-diffusion.cpp differ from them for flow times.
 NOT_FOR_FLOW = ("dpmpp_2m", "ancestral", "sde_dpmpp_2m")
 
@@ -208,7 +213,8 @@ def _diffusers(schedule: Schedule, path: Path, scheduler: str | None, mu: float 
         note(f"the call of {name} takes no {argument}=, so this gives the schedule to its scheduler")
         return python, {**values, "arguments": None}
     first = "" if takes is not None and "prompt" not in takes else "prompt, "
-    return f"pipe({first}{', '.join(f'{key}={value}' for key, value in arguments.items())})", values
+    start, given = LISTS.get(type(found.arguments[argument]).__name__, ("", "{}"))
+    return f"{start}pipe({first}{argument}={given.format(arguments[argument])})", values
 
 
 def _engine(schedule: Schedule, engine: str, scheduler: str | None, mu: float | None) -> tuple[str, dict[str, Any]]:

@@ -144,6 +144,20 @@ def test_diffusers_with_a_scheduler_is_its_arguments(flow, tmp_path):
     assert plain.startswith("pipe(prompt, sigmas=[")
 
 
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "EDMEulerScheduler"])
+def test_schedulers_that_fail_with_a_list_are_given_what_they_take(name, tmp_path):
+    diffusers = pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    scheduler = getattr(diffusers, name)(**(flow if name.startswith("UniPC") else {}))
+    scheduler.save_pretrained(tmp_path)
+    sigmas = [0.95, 0.7, 0.25, 0.0]
+    kind = ("unipc", "flow") if name.startswith("UniPC") else ("ddim", "ve")
+    fs.Schedule(sigmas, *kind).save(tmp_path / "a.json")
+    text = run("export", tmp_path / "a.json", "--to", "diffusers", "--scheduler", tmp_path).stdout
+    exec(text, {"prompt": "", "pipe": lambda prompt, **given: scheduler.set_timesteps(**given)})
+    assert scheduler.sigmas.tolist() == pytest.approx(sigmas, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("kind", "printed", "said"),
     [
