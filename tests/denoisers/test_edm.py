@@ -180,7 +180,6 @@ def test_labels_are_as_many_as_the_network_takes():
     with pytest.raises(ValueError, match=r"10 entries, got shape \(1,\); its first class is torch.eye\(10\)\[0\]"):
         fs.Denoiser.from_edm(net, class_labels=torch.tensor([3]))
     fs.Denoiser.from_edm(net, class_labels=torch.eye(10)[3])
-    with pytest.raises(
-        ValueError, match=r"0 entries, got shape \(10,\); it is not class-conditional"
-    ):  # it ignores them
+    # It would ignore them.
+    with pytest.raises(ValueError, match=r"0 entries, got shape \(10,\); it is not class-conditional"):
         fs.Denoiser.from_edm(Precond(edm_parts), class_labels=torch.eye(10)[3])

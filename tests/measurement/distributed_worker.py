@@ -46,9 +46,7 @@ def of_pipelines(folder, group):
 
 #: Arguments of each call that differ between the processes.
 OTHER = {
-    "other measurements": (
-        *("seed", "samples", "levels", "shape", "responses", "keep_increments", "dtype", "denoiser"),
-    ),
+    "other measurements": ("seed", "samples", "levels", "shape", "responses", "keep_increments", "dtype", "denoiser"),
     "other fits": ("steps", "solver", "decoupled", "model_calls", "stats", "increments of stats"),
 }
 
