@@ -33,8 +33,8 @@ SAMPLERS = {
 PROGRAMS = ("k-diffusion", "ComfyUI", "stable-diffusion.cpp")
 #: Advice for schedules whose solver is not a sampler of ComfyUI.
 NODE = "use the file in the node Load Schedule (integrations/comfyui), which gives the SAMPLER too"
-#: How Python writes the levels for schedulers that compute with what they are given, so that a list fails.
-LISTS = {
+#: The code that imports and makes an array of levels, by its class, for schedulers that fail with a list.
+ARRAYS = {
     "ndarray": ("import numpy as np\n\n", "np.array({})"),  # UniPC
     "Tensor": ("import torch\n\n", "torch.tensor({}, dtype=torch.float64)"),  # EDMEuler
 }
@@ -213,7 +213,7 @@ def _diffusers(schedule: Schedule, path: Path, scheduler: str | None, mu: float 
         note(f"the call of {name} takes no {argument}=, so this gives the schedule to its scheduler")
         return python, {**values, "arguments": None}
     first = "" if takes is not None and "prompt" not in takes else "prompt, "
-    start, given = LISTS.get(type(found.arguments[argument]).__name__, ("", "{}"))
+    start, given = ARRAYS.get(type(found.arguments[argument]).__name__, ("", "{}"))
     return f"{start}pipe({first}{argument}={given.format(arguments[argument])})", values
 
 

@@ -23,7 +23,7 @@ MISSING, RATIO = -0.9, (-1.3, -0.7)
 #: That must be so at two levels, in samples that have as many elements together. Of 120 measurements of guided mixtures
 #: in 8 dimensions, 4 or 8 samples a call, it was so at one level in 4 and at two in none; in 55 exact networks and the
 #: small ones of the tests with random weights at none.
-TWO, ELEMENTS = 2, 32
+FEWEST_WRONG, ELEMENTS = 2, 32
 #: Second differences around a single wrong element, as multiples of its error.
 SECOND = (1.0, -2.0, 1.0)
 
@@ -36,7 +36,7 @@ def check_function(stats: PathStatistics) -> None:
     """
     check_beginning(stats)
     wrong = [f"{float(stats.s[k]):.3g}" for k in wrong_outputs(stats)]
-    if len(wrong) >= TWO and stats.dimension * stats.samples >= ELEMENTS:
+    if len(wrong) >= FEWEST_WRONG and stats.dimension * stats.samples >= ELEMENTS:
         raise ValueError(
             f"at levels {', '.join(wrong)} the network's output fitted neither those at the neighbouring levels nor "
             "that of the next call at this level: does it keep a state between its calls (a cache, a counter)? Reset "

@@ -119,7 +119,7 @@ def audition(
         batch_size: Samples run at once; all when None.
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None.
-        checks: Whether to check first, with one call, that the denoiser is the one that was measured.
+        checks: Whether to check the denoiser against ``stats``: by one call, and the first outputs of each run.
         progress: Show a progress bar, or a function called with the model calls done and their total.
 
     Returns:

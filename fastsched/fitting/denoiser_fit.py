@@ -75,7 +75,7 @@ def fit(
         batch_size: Samples run at once; all when None, one with a checkpoint.
         device: As in `measure`.
         dtype: As in `measure`.
-        checks: As in `measure`; with ``stats``, whether to check that the denoiser is the one that was measured.
+        checks: As in `measure`; and, by the first outputs of runs, whether the denoiser is the one that was measured.
         decoupled: Whether the network may be given other levels than the states'; the same runs tune them. The error is
             lower, but only samplers that can set both levels can use the schedule: `fastsched.sample` and
             `fastsched.diffusers.apply`. For deterministic solvers with one call per step.

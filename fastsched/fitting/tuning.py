@@ -97,7 +97,7 @@ def tune(
         batch_size: Samples run at once; all when None, one with a checkpoint.
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None.
-        checks: Whether to check first, with one call, that the denoiser is the one that was measured.
+        checks: Whether to check the denoiser against ``stats``: by one call, and the first outputs of each run.
         checkpoint: A file that keeps every finished run. The same call, also with more trials, continues from there
             with bitwise the same result.
         progress: Show a progress bar, or a function called with the model calls done and their total.
