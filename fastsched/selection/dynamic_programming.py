@@ -1,8 +1,6 @@
-"""Paths of least total cost through a grid of levels, by dynamic programming."""
+"""The path of least total cost through a grid of levels, by dynamic programming."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,21 +10,8 @@ from fastsched.costs.norms import Array
 from fastsched.costs.step_cost import PathCost
 
 
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """The paths of least cost from the first level to the last, one for each number of steps."""
-
-    totals: Array  #: the least cost with ``n`` steps, at ``[n - 1]``; ``inf`` if no path has ``n`` steps
-    #: The ``n + 1`` level indices of that path, at ``[n - 1]``, padded with -1, [steps, steps + 1].
-    paths: NDArray[np.int64]
-
-    def path(self, steps: int) -> list[int]:
-        """The levels of the best path of ``steps`` steps, ``steps + 1`` indices."""
-        return self.paths[steps - 1, : steps + 1].tolist()
-
-
-def cheapest_paths(cost: PathCost, steps: int) -> Selection:
-    """The paths of least cost with 1 to ``steps`` steps, by dynamic programming.
+def cheapest_path(cost: PathCost, steps: int) -> list[int]:
+    """The path of ``steps`` steps with the least cost from the first level to the last, ``steps + 1`` level indices.
 
     The state is the current level for a solver with one slope, and the last two levels for a multistep solver. The cost
     of a multistep solver then takes only its two most recent slopes into account.
@@ -37,8 +22,8 @@ def cheapest_paths(cost: PathCost, steps: int) -> Selection:
     steps = validate.positive_int("steps", steps)
     check_steps(steps, cost.levels)
     if cost.solver.history == 0:
-        return first_order_paths(cost.pairs, steps)
-    return second_order_paths(cost.first, cost.triples, steps)
+        return first_order_path(cost.pairs, steps)
+    return second_order_path(cost.first, cost.triples, steps)
 
 
 def check_steps(steps: int, levels: int) -> None:
@@ -50,35 +35,31 @@ def check_steps(steps: int, levels: int) -> None:
         )
 
 
-def first_order_paths(cost: Array, steps: int) -> Selection:
-    """The paths of least cost from level 0 to the last, if a step's cost depends on its two ends.
+def first_order_path(cost: Array, steps: int) -> list[int]:
+    """The path of least cost from level 0 to the last, if a step's cost depends on its two ends.
 
     ``V_n[k] = min_{j < k} V_{n-1}[j] + cost[j, k]``, Bellman's equation; ties go to the smallest ``j``.
 
     Args:
         cost: ``cost[j, k]`` of a step from j to k, [M, M]; entries with ``k <= j`` are not read.
-        steps: The largest number of steps.
+        steps: The number of steps, at most ``M - 1``.
     """
-    M = len(cost)
-    upper = np.where(np.tri(M, dtype=bool), np.inf, cost)
-    value = np.full(M, np.inf)
+    upper = np.where(np.tri(len(cost), dtype=bool), np.inf, cost)
+    value = np.full(len(cost), np.inf)
     value[0] = 0.0
-    totals, parents = np.full(steps, np.inf), np.zeros((steps, M), dtype=np.int64)
-    for n in range(steps):
+    before = []  # per number of steps: the level before each level on the path to it
+    for _ in range(steps):
         candidates = value[:, None] + upper
-        parents[n] = candidates.argmin(0)
+        before.append(candidates.argmin(0))
         value = candidates.min(0)
-        totals[n] = value[-1]
-    paths = np.full((steps, steps + 1), -1, dtype=np.int64)
-    for n in np.flatnonzero(np.isfinite(totals)):
-        paths[n, n + 1] = M - 1
-        for step in range(n, -1, -1):
-            paths[n, step] = parents[step, paths[n, step + 1]]
-    return Selection(totals, paths)
+    path = [len(cost) - 1]
+    for chosen in reversed(before):
+        path.append(int(chosen[path[-1]]))
+    return path[::-1]
 
 
-def second_order_paths(first: Array, cost: Array, steps: int) -> Selection:
-    """The paths of least cost from level 0 to the last, if a step's cost also depends on the level before it.
+def second_order_path(first: Array, cost: Array, steps: int) -> list[int]:
+    """The path of least cost from level 0 to the last, if a step's cost also depends on the level before it.
 
     Dynamic programming over pairs of consecutive levels, O(M^3) per step: with ``F_1[0, k] = first[k]``,
     ``F_{n+1}[j, k] = min_{i < j} F_n[i, j] + cost[i, j, k]``. Ties go to the smallest ``i``.
@@ -86,27 +67,24 @@ def second_order_paths(first: Array, cost: Array, steps: int) -> Selection:
     Args:
         first: ``first[k]`` of the first step, from level 0 to k, [M]; entry 0 is not read.
         cost: ``cost[i, j, k]`` of a step from j to k after one from i to j, [M, M, M]; only ``i < j < k`` is read.
-        steps: The largest number of steps.
+        steps: The number of steps, at most ``M - 1``.
     """
     M = len(first)
-    totals, paths = np.full(steps, np.inf), np.full((steps, steps + 1), -1)
     best = np.full((M, M), np.inf)  # [j, k]: least cost of a path that ends with the step j -> k
     best[0, 1:] = first[1:]
-    before: list[np.ndarray] = []  # per number of steps: the level before j on that path
+    before = []  # per number of steps: the level before j on that path
     # The minimum runs over i, so i comes last in memory: the inner loop then reads contiguous rows.
     by_edge = [np.ascontiguousarray(cost[:j, j, j + 1 :].T) for j in range(M)]  # [k - j - 1, i]
-    for n in range(min(steps, M - 1)):
-        if n > 0:
-            best, argbest = _extend(best, by_edge)
-            before.append(argbest)
-        j = int(best[:, -1].argmin())
-        totals[n] = best[j, -1]
-        if np.isfinite(totals[n]):
-            paths[n, : n + 2] = _backtrack(before, j, M - 1)
-    return Selection(totals, paths)
+    for _ in range(steps - 1):
+        best, argbest = _extend(best, by_edge)
+        before.append(argbest)
+    path = [M - 1, int(best[:, -1].argmin())]
+    for argbest in reversed(before):
+        path.append(int(argbest[path[-1], path[-2]]))
+    return path[::-1]
 
 
-def _extend(best: np.ndarray, by_edge: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _extend(best: Array, by_edge: list[Array]) -> tuple[Array, NDArray[np.int64]]:
     """One more step: ``min_i best[i, j] + cost[i, j, k]`` and its smallest argmin, both ``[j, k]``."""
     longer, argbest = np.full_like(best, np.inf), np.zeros(best.shape, dtype=np.int64)
     for j in range(1, len(best) - 1):
@@ -115,11 +93,3 @@ def _extend(best: np.ndarray, by_edge: list[np.ndarray]) -> tuple[np.ndarray, np
         argbest[j, j + 1 :] = chosen
         longer[j, j + 1 :] = through[np.arange(len(chosen)), chosen]
     return longer, argbest
-
-
-def _backtrack(before: list[np.ndarray], j: int, k: int) -> list[int]:
-    """The path that ends with the step j -> k, read backwards through the argmins of each number of steps."""
-    path = [k, j]
-    for argbest in reversed(before):
-        path.append(int(argbest[path[-1], path[-2]]))
-    return path[::-1]

@@ -19,7 +19,7 @@ from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED, is_any_solver, solver_name
 from fastsched.selection.arc_length import equal_arc_length
 from fastsched.selection.constraints import check_timesteps, distinct_known_levels
-from fastsched.selection.dynamic_programming import first_order_paths
+from fastsched.selection.dynamic_programming import first_order_path
 
 
 def score_optimal_schedule(
@@ -124,7 +124,7 @@ def select(
         raise ValueError(f"steps must be at most {len(cost.s) - int(spare_last)} on {len(cost.s)} levels, got {steps}")
     else:
         clipped = cost.matrix.clamp_min(0.0).numpy()  # an unbiased estimate of a cost near 0 may be negative
-        s = cost.s[first_order_paths(clipped, nodes - 1).path(nodes - 1)]
+        s = cost.s[first_order_path(clipped, nodes - 1)]
     return Schedule.from_levels(cost.process, _to_zero(cost.process, s, steps), solver_name(solver))
 
 

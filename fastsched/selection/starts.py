@@ -16,7 +16,7 @@ from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED, Solver, get_solver
 from fastsched.sampling.stock_weights import NEAREST_STOCK, stock_weights
 from fastsched.selection.constraints import distinct_levels
-from fastsched.selection.dynamic_programming import cheapest_paths
+from fastsched.selection.dynamic_programming import cheapest_path
 
 #: The starts by dynamic programming, and whether their cost weights errors by their effect at the end.
 DYNAMIC_PROGRAMMING = {"dynamic programming": True, "dynamic programming, unweighted": False}
@@ -30,7 +30,7 @@ def starting_levels(stats: PathStatistics, steps: int, solver: Solver) -> dict[s
     found = {}
     for name, weighted in DYNAMIC_PROGRAMMING.items():
         cost = path_cost(stats, solver, weighted=weighted)
-        found[name] = s[cheapest_paths(cost, steps).path(steps)]
+        found[name] = s[cheapest_path(cost, steps)]
     return found | {name: levels.numpy() for name, levels in common_levels(stats, steps).items()}
 
 

@@ -9,7 +9,7 @@ from fastsched.costs import path_cost
 from fastsched.metrics import power_mean
 from fastsched.sampling.random_streams import noise_of, sample_seeds
 from fastsched.sampling.solvers import SOLVERS, get_solver
-from fastsched.selection.dynamic_programming import cheapest_paths
+from fastsched.selection.dynamic_programming import cheapest_path
 from fastsched.selection.optimal import ranked_starts
 from fastsched.selection.starts import starting_levels
 
@@ -23,7 +23,7 @@ def gaussian_cells(levels, steps, polish=True, responses=True):
     if not polish:  # the weighted programme alone
         cost = path_cost(stats, "ddim", weighted=responses)
         s = torch.cat([stats.s, stats.s.new_zeros(1)])
-        found = s[cheapest_paths(cost, steps).path(steps)]
+        found = s[cheapest_path(cost, steps)]
     else:
         found = fs.optimal_schedule(stats, steps, "ddim").sigmas
     exact = oracle.optimal_ddim_schedule(steps, 80.0)
