@@ -137,7 +137,10 @@ def fit_report(
         if measuring is not None:  # not `measure`: on an interrupt it returns the finished paths
             stats = measured_in_group(*measuring, group, vectors="first")
             budget = max(0, budget - stats.model_calls)
-        stats = _checked_stats(denoiser, shape, stats, checks and given, device, dtype)
+        assert stats is not None  # given, or measured now
+        if checks and given and stats.increments is not None:
+            spent = check_same_network(denoiser, stats, device, dtype)
+            stats = replace(stats, model_calls=stats.model_calls + spent)
         lacking = given and stats.increments is None  # a new measurement has none in processes after the first
         if lacking and affordable(method.model_calls(steps), stats.samples, budget) and steps > 1:
             stats = with_increments(denoiser, stats, checkpoint=checkpoint, group=group, **options)
@@ -182,6 +185,8 @@ def _prepared(
     if log_file is not None:
         check_writable(log_file)
     if stats is not None:
+        if tuple(shape) != stats.shape:
+            raise ValueError(f"stats are of samples of shape {stats.shape}, not of shape {tuple(shape)}")
         return check_levels(steps, stats.levels, method)
     responses = takes_responses(budget, math.prod(shape))
     levels, samples = planned(budget, steps, levels, samples, responses=responses)
@@ -204,20 +209,3 @@ def _fitted(
     candidates = candidates_in_turn(best.stats, steps, method)
     options = {"calls": calls, "model_calls": budget, "decoupled": decoupled}
     return fit_by_running(best, best.stats, steps, method.name, candidates, **options)
-
-
-def _checked_stats(
-    denoiser: Denoiser,
-    shape: Sequence[int],
-    stats: PathStatistics | None,
-    checks: bool,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> PathStatistics:
-    """The statistics, with the check added to their calls; ValueError if they are of another denoiser or shape."""
-    assert stats is not None
-    if tuple(shape) != stats.shape:
-        raise ValueError(f"stats are of samples of shape {stats.shape}, not of shape {tuple(shape)}")
-    if not checks or stats.increments is None:
-        return stats
-    return replace(stats, model_calls=stats.model_calls + check_same_network(denoiser, stats, device, dtype))
