@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -236,24 +234,14 @@ class Schedule:
             ValueError: If the file holds statistics or the runs of a fit, which no schedule replaces.
         """
         validate.arguments(locals())
-        entries: dict[str, str] = {
-            "format": json.dumps(FORMAT),
-            # the lowest version that has all entries, so that older releases can read the file
-            "version": str(VERSION if self.network_sigmas is not None else 1 if self.weights is None else 2),
-            "solver": json.dumps(self.solver),
-            "noise": json.dumps(self.noise),
-        }
-        for name in ("sigmas", "timesteps", "network_sigmas"):
-            if getattr(self, name) is not None:
-                entries[name] = _decimals(getattr(self, name).tolist())
-        if self.weights is not None:
-            entries["weights"] = "[" + ", ".join(_decimals(row) for row in self.weights.tolist()) + "]"
-        for name in ("predicted_error", "measured_error"):
-            if getattr(self, name) is not None:
-                entries[name] = _decimal(getattr(self, name))
-        if self.origin is not None:
-            entries["origin"] = json.dumps(self.origin.to_dict())
-        write_entries(path, entries)
+        # The lowest version that has all entries, so that older releases can read the file.
+        version = VERSION if self.network_sigmas is not None else 1 if self.weights is None else 2
+        entries: dict[str, Any] = {"format": FORMAT, "version": version, "solver": self.solver, "noise": self.noise}
+        for name in ("sigmas", "timesteps", "network_sigmas", "weights", "predicted_error", "measured_error"):
+            value = getattr(self, name)
+            entries[name] = value.tolist() if isinstance(value, Tensor) else value
+        entries["origin"] = None if self.origin is None else self.origin.to_dict()
+        write_entries(path, {name: value for name, value in entries.items() if value is not None})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Schedule:
@@ -375,12 +363,3 @@ def _brief_weights(weights: Tensor) -> str:
         return f"[{len(weights)}, {len(weights)}] from {float(weights.min()):.3g} to {float(weights.max()):.3g}"
     rows = [" ".join(f"{value:.3g}" for value in row[: n + 1]) for n, row in enumerate(weights.tolist())]
     return "[" + " | ".join(rows) + "]"
-
-
-def _decimal(value: float) -> str:
-    """``value`` without an exponent, in as few digits as read back the same; infinity, which JSON lacks, as text."""
-    return '"inf"' if math.isinf(value) else np.format_float_positional(value, trim="0")
-
-
-def _decimals(values: Iterable[float]) -> str:
-    return "[" + ", ".join(map(_decimal, values)) + "]"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import Any
+
+import numpy as np
 
 from fastsched.sampling.files import check_readable, check_version, checksum, json_object, kind_of, write_whole
 from fastsched.sampling.origin import Origin
@@ -17,12 +20,21 @@ REQUIRED = ("format", "version", "sigmas", "solver", "noise")
 OPTIONAL = ("timesteps", "network_sigmas", "weights", "predicted_error", "measured_error", "origin", "sha256")
 
 
-def write_entries(path: str | os.PathLike[str], entries: dict[str, str]) -> None:
-    """Write entries, given as JSON text, and their checksum; errors as in `Schedule.save`."""
-    values = {key: json.loads(value) for key, value in entries.items()}
-    entries = {**entries, "sha256": json.dumps(_checksum(values))}
-    text = "{\n" + ",\n".join(f'  "{key}": {value}' for key, value in entries.items()) + "\n}\n"
-    write_whole(path, text.encode())
+def write_entries(path: str | os.PathLike[str], entries: dict[str, Any]) -> None:
+    """Write entries and their checksum, one entry a line; errors as in `Schedule.save`."""
+    texts = {key: _text(value) for key, value in entries.items()}
+    texts["sha256"] = json.dumps(_checksum({key: json.loads(text) for key, text in texts.items()}))
+    whole = "{\n" + ",\n".join(f'  "{key}": {text}' for key, text in texts.items()) + "\n}\n"
+    write_whole(path, whole.encode())
+
+
+def _text(value: Any) -> str:
+    """``value`` as JSON: numbers without exponents, in as few digits as read back the same; infinity as text."""
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    if isinstance(value, float):
+        return '"inf"' if math.isinf(value) else np.format_float_positional(value, trim="0")
+    return json.dumps(value)
 
 
 def read_entries(path: str | os.PathLike[str]) -> dict[str, Any]:
