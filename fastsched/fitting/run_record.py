@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsched.costs.fitted_weights import surrogate_runs
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.secants import Secants
 from fastsched.costs.surrogate import Surrogate
@@ -22,7 +21,7 @@ from fastsched.fitting.rollouts import Evaluations, Rollout, distances, rounding
 from fastsched.fitting.run_secants import KnownAnswers, residuals, with_runs
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import power_mean
-from fastsched.sampling.sampler import schedule_solver
+from fastsched.sampling.sampler import calls_of, nodes_of, schedule_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
 
@@ -91,13 +90,13 @@ class RunRecord:
         """Add a run and its vectors."""
         squared = distances(self.stats, rollout.ends)
         error = (rollout.ends.double() - self.stats.ends.double()).flatten(1)[:, None]
-        levels = self.stats.process.level(schedule.sigmas).numpy()
+        levels = self.stats.process.level(schedule.sigmas)
         s, found = self._levels_and_residuals(rollout.evaluations, levels)
         first = self._add_vectors(torch.cat([found, error.float()], dim=1))
         self.trials.append(
             Trial(
                 schedule=replace(schedule, measured_error=float(power_mean(squared))),
-                levels=levels,
+                levels=levels.numpy(),
                 errors=squared,
                 s=s,
                 first=first,
@@ -106,17 +105,13 @@ class RunRecord:
             )
         )
 
-    def _levels_and_residuals(self, found: Evaluations | None, levels: Array) -> tuple[Array, Tensor]:
+    def _levels_and_residuals(self, found: Evaluations | None, levels: Tensor) -> tuple[Array, Tensor]:
         """Levels and residuals of a run's evaluations; empty if not kept, not of the expected number, or not finite."""
-        if found is not None and len(found.s) == self._evaluations(levels):
+        if found is not None and len(found.s) == calls_of(self.method, nodes_of(self.stats.process, levels)):
             vectors = residuals(self.surrogate, self.stats, found)
             if bool(vectors.isfinite().all()):
                 return np.array(found.s), vectors
         return np.zeros(0), self._vectors[0][:, :0]
-
-    def _evaluations(self, levels: Array) -> int:
-        """Network calls per sample of a run; `Solver.model_calls` ignores that a step from pure noise has no stage."""
-        return len(surrogate_runs(self.surrogate, levels[None], self.method).deviations)
 
     def _add_vectors(self, vectors: Tensor) -> int:
         """Add vectors [B, m, d] to the Gram matrix; returns the column of the first."""

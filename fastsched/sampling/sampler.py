@@ -98,7 +98,7 @@ def sample(
     if seed is not None:
         raise ValueError(f"seed must be None for {method.name}, got {seed!r}: this solver adds no noise")
     nodes, verdicts, dtype = nodes_of(denoiser.process, s), Verdicts(), dtype or denoiser.dtype_beside(noise.dtype)
-    calls, told = _calls_of(method, nodes), _told_levels(sigmas, method.name, denoiser.process)
+    calls, told = calls_of(method, nodes), _told_levels(sigmas, method.name, denoiser.process)
     with unchanged_buffers(denoiser.network), progress_bar(calls, progress, f"{method.name} sampling") as advance:
 
         def denoise(y: Tensor, level: Tensor | float) -> Tensor:
@@ -111,7 +111,7 @@ def sample(
     return y if float(s[-1]) == 0.0 else y * float(s[-1])
 
 
-def _calls_of(method: Solver, nodes: Sequence[Node]) -> int:
+def calls_of(method: Solver, nodes: Sequence[Node]) -> int:
     """The model calls of a run. A step with a stage takes two, except the step to sigma 0 and one from pure noise."""
     steps = len(nodes) - 1
     without = int(nodes[-1].tau == 0.0) + int(from_pure_noise(method, nodes[0]))
