@@ -14,11 +14,12 @@ from typing import Any
 from fastsched.fitting.rollouts import Rollout, Run
 from fastsched.fitting.run_log import identity
 from fastsched.measurement.devices import (
+    attempted,
     broadcast_by_first,
     check_alike,
     described,
-    failures,
     gathered_by_first,
+    joint_failure,
     rank_and_size,
     share,
 )
@@ -61,9 +62,9 @@ def _dealt_out(run: Run, schedule: Schedule, first: int, last: int, group: Any) 
     own, failure = _own_part(run, schedule, first, last, group)
     found = gathered_by_first((own, described(failure)), group)
     assert found is not None  # the first process gets the results
-    wrong = failures([text for _, text in found])
-    if wrong is not None:
-        raise failure if failure is not None else RuntimeError(wrong)
+    error = joint_failure([text for _, text in found], failure)
+    if error is not None:
+        raise error
     parts = [part for part, _ in found if part != "nothing to run"]
     return None if any(part is None for part in parts) else Rollout.joined(parts)
 
@@ -86,7 +87,4 @@ def _own_part(run: Run, schedule: Schedule, first: int, last: int, group: Any) -
     own = share(range(first, last), group)
     if len(own) == 0:
         return "nothing to run", None
-    try:
-        return run(schedule, int(own[0]), int(own[-1]) + 1), None
-    except Exception as error:
-        return None, error
+    return attempted(lambda: run(schedule, int(own[0]), int(own[-1]) + 1))

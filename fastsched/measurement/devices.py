@@ -139,16 +139,11 @@ def prepare_together(prepare: Callable[[], Result], group: Any) -> Result:
     """
     if rank_and_size(group)[1] == 1:
         return prepare()
-    result: list[Result] = []
-    failure = None
-    try:
-        result.append(prepare())
-    except Exception as error:
-        failure = error
-    wrong = failures(gathered_by_all(described(failure), group))
-    if wrong is not None:
-        raise failure if failure is not None else RuntimeError(wrong)
-    return result[0]
+    result, failure = attempted(prepare)
+    error = joint_failure(gathered_by_all(described(failure), group), failure)
+    if error is not None:
+        raise error
+    return result
 
 
 def broadcast_by_first(value: Any, group: Any) -> Any:
@@ -166,10 +161,18 @@ def gathered_by_first(value: Any, group: Any) -> list[Any] | None:
     return found
 
 
-def failures(texts: Sequence[str | None]) -> str | None:
-    """One message with the errors of all processes; None if there are none."""
+def attempted(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """The result of ``work()``, or the error that it raised: other processes must be told, or they would wait."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+
+
+def joint_failure(texts: Sequence[str | None], own: Exception | None) -> Exception | None:
+    """The error to raise if a process failed: this one's ``own``, else one with those of all; None without errors."""
     found = [f"process {rank} of the group failed: {text}" for rank, text in enumerate(texts) if text is not None]
-    return "; ".join(found) or None
+    return own if own is not None or not found else RuntimeError("; ".join(found))
 
 
 def described(error: BaseException | None) -> str | None:
@@ -186,11 +189,9 @@ def parts_of_group(measure: Callable[[], PathStatistics] | None, group: Any, vec
     Raises:
         RuntimeError: If another process failed; ``error.partial`` holds what all others had finished.
     """
-    part, failure = None, None
-    try:
-        part = None if measure is None else measure()
-    except Exception as error:  # the others must be told, or they would wait
-        part, failure = getattr(error, "partial", None), error
+    part, failure = (None, None) if measure is None else attempted(measure)
+    if failure is not None:
+        part = getattr(failure, "partial", None)
     light = None if part is None else replace(part, increments=None, responses=None)
     try:
         found = gathered_by_all((light, described(failure)), group)
@@ -198,9 +199,8 @@ def parts_of_group(measure: Callable[[], PathStatistics] | None, group: Any, vec
         carry(error, part)  # another process has ended
         raise
     parts = [each for each, _ in found if each is not None]
-    wrong = failures([text for _, text in found])
-    if wrong is not None:
-        error = failure if failure is not None else RuntimeError(wrong)
+    error = joint_failure([text for _, text in found], failure)
+    if error is not None:
         carry(error, reduce(PathStatistics.merge, parts) if parts else None)
         raise error
     if vectors == "none":
