@@ -67,8 +67,8 @@ def sample(
         solver: A solver's name; that of the schedule when None. ``"sde_dpmpp_2m"`` and ``"ancestral"`` solve the
             reverse SDE instead, by `fastsched.sampling.stochastic.sample_stochastic` with ``eta = 1``.
         noise: Standard normal noise [B, *shape], float32 or float64; the state is kept in its dtype.
-        seed: The seed of the noise that a stochastic solver adds, 0 when None; sample ``b``'s own does not depend on
-            ``B``. Only for stochastic solvers.
+        seed: The seed of the noise that a stochastic solver adds, 0 when None. Every sample has a stream of its own,
+            drawn on the CPU: sample ``b`` is the same whatever ``B`` and the device. Only for stochastic solvers.
         dtype: What the network computes in; that of its parameters when None, or of ``noise`` if it has none.
         progress: Show a progress bar, or a function called with the model calls done and their total.
 

@@ -50,23 +50,10 @@ def sample_stochastic(
 ) -> Tensor:
     """Solve the reverse SDE along ``sigmas`` from ``x = sigma_0 * noise``; one model call per step.
 
-    Args:
-        denoiser: The denoiser to sample from.
-        sigmas: Sampler sigmas [steps + 1], strictly descending, usually ending in 0; or a `Schedule`.
-        solver: ``"sde_dpmpp_2m"`` or ``"ancestral"``.
-        noise: Standard normal noise to start from [B, *shape], float32 or float64; the state is kept in its dtype.
-        eta: How much of the noise each step renews, within [0, 1].
-        seed: The seed of the noise that steps add. Every sample has a stream of its own, drawn on the CPU: sample ``b``
-            is the same whatever ``B`` and the device.
-        dtype: What the network computes in; that of its parameters when None, or of ``noise`` if it has none.
-        progress: Show a progress bar, or a function called with the model calls done and their total.
+    Result, errors and arguments are those of `fastsched.sample`, which calls this function for ``"sde_dpmpp_2m"`` and
+    ``"ancestral"``, and
 
-    Returns:
-        The samples ``x0`` [B, *shape]; if the last sigma is not 0, the state ``z = x / alpha`` there.
-
-    Raises:
-        ValueError: If ``sigmas`` do not descend or start where ``D`` is not finite, the solver is unknown, ``eta`` or
-            ``seed`` is out of range, or the network returns NaN or inf (the message names the level).
+    * ``eta``: how much of the noise each step renews, within [0, 1].
     """
     validate.arguments(locals(), denoiser=is_denoiser, sigmas=validate.anything, solver=_IS_STOCHASTIC)
     if not 0 <= eta <= 1:

@@ -241,7 +241,7 @@ class AdaptiveSchedule:
             ValueError: If grid, rate or order are not the same on all ranks, as when only some of them loaded a state.
         """
         _check_same_grid([len(self.s), self.rate, self.order, float(self.s.log().square().sum())], self.group)
-        sums, counts = _summed_over_ranks(self._sums, self._counts, self.group)
+        sums, counts = _reduced(torch.stack([self._sums, self._counts]), "SUM", self.group)
         if not bool((counts > 0).all()):
             return False
         lengths = (sums / counts).clamp_min(0.0).pow(1 / self.order)
@@ -325,25 +325,21 @@ def _is_index(name: str, value: object) -> None:
 
 def _check_same_grid(numbers: list[float], group: Any) -> None:
     """ValueError on all ranks of a distributed run unless they have the same ``numbers``, up to rounding."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
     own = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-    ends = torch.cat([own, -own]).to(_device_of(group))
-    torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX, group=group)
-    largest, least = ends.cpu().reshape(2, -1) * torch.tensor([[1.0], [-1.0]], dtype=torch.float64, device="cpu")
-    if not torch.allclose(largest, least, rtol=1e-6, atol=0.0):  # processors round logarithms differently
+    largest, negated_least = _reduced(torch.stack([own, -own]), "MAX", group)
+    if not torch.allclose(largest, -negated_least, rtol=1e-6, atol=0.0):  # processors round logarithms differently
         raise ValueError(
             "the grid, rate and order of an AdaptiveSchedule must be the same on all ranks; load the same state on all"
         )
 
 
-def _summed_over_ranks(sums: Tensor, counts: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    """``sums`` and ``counts`` summed over the ranks of a distributed run, or copies of them without one."""
+def _reduced(values: Tensor, operation: str, group: Any) -> Tensor:
+    """``values`` reduced over the ranks of a distributed run by "SUM" or "MAX"; as they are without one."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return sums.clone(), counts.clone()
-    both = torch.stack([sums, counts]).to(_device_of(group))
-    torch.distributed.all_reduce(both, group=group)
-    return tuple(both.cpu())  # type: ignore[return-value]  # two rows
+        return values
+    found = values.to(_device_of(group), copy=True)
+    torch.distributed.all_reduce(found, getattr(torch.distributed.ReduceOp, operation), group=group)
+    return found.cpu()
 
 
 def _device_of(group: Any) -> torch.device:
