@@ -83,7 +83,7 @@ def need(
 def free_bytes(device: torch.device) -> int | None:
     """Bytes that can still be allocated on a device, or on the CPU within the limits of its cgroup; None if unknown."""
     if device.type == "cpu":
-        return _free_on_cpu()
+        return min((size for size in (_available(), _free_in_cgroup()) if size is not None), default=None)
     module: Any = getattr(torch, device.type, None)
     with contextlib.suppress(AttributeError, RuntimeError, TypeError):
         cached = module.memory_reserved(device) - module.memory_allocated(device)
@@ -181,11 +181,6 @@ def _total(wanted: Need) -> str:
 
 def _size(size: float) -> str:
     return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
-
-
-def _free_on_cpu() -> int | None:
-    found = [_available(), _free_in_cgroup()]
-    return min((size for size in found if size is not None), default=None)
 
 
 def _available() -> int | None:

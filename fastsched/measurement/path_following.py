@@ -8,7 +8,6 @@ this level, the reference path's state and raw output are stored in the rows tha
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -112,7 +111,9 @@ class OutputChecks:
     def look(self, raw: Tensor) -> None:
         """Note whether an output [B, *shape] is finite and, on the reference path, its norms."""
         if self._checks:
-            self.verdicts.note_finite(raw, functools.partial(self._not_finite, self._queries[self._asked]))
+            run, k = self.run, self._queries[self._asked]
+            where = f"(level {k} of {len(run.s)})"
+            self.verdicts.note_finite(raw, lambda: f"{not_finite(run.denoiser.process, run.s[k])} {where}")
             self.verdicts.settle(wait=False)
         if self._asked < len(self.run.s):
             self._dtype = raw.dtype if self._dtype is None else torch.promote_types(self._dtype, raw.dtype)
@@ -120,9 +121,6 @@ class OutputChecks:
                 self._norms.append(torch.linalg.vector_norm(raw.flatten(1), dim=1, dtype=torch.float32))
         self._asked += 1
         self.advance(len(raw))
-
-    def _not_finite(self, k: int) -> str:
-        return f"{not_finite(self.run.denoiser.process, self.run.s[k])} (level {k} of {len(self.run.s)})"
 
     def warn_of_storage(self, gram: Tensor) -> None:
         """Warn if the reference path's outputs were too coarse for its increments; ``gram`` [B, N-1, N-1]."""

@@ -114,8 +114,8 @@ class GaussianMixture(Oracle):
         post = self._posterior(z, s)
         weighted = post.responsibility[..., None] * post.gain
         within = torch.einsum("mdk,bmk,mek->bde", post.axes, weighted, post.axes)
-        deviation = self._component_denoised(post) - self._mean_denoised(post)[:, None, :]
-        deviation = deviation / post.level[..., None]
+        of_components = post.means + torch.einsum("bmk,mdk->bmd", post.gain * post.coordinate, post.axes)
+        deviation = (of_components - self._mean_denoised(post)[:, None, :]) / post.level[..., None]
         between = torch.einsum("bm,bmd,bme->bde", post.responsibility, deviation, deviation)
         return (within + between).to(z.dtype)
 
@@ -158,9 +158,6 @@ class GaussianMixture(Oracle):
             responsibility=torch.softmax(logits, 1),
             log_density=torch.logsumexp(logits, 1) - constant,
         )
-
-    def _component_denoised(self, post: _Posterior) -> Tensor:
-        return post.means + torch.einsum("bmk,mdk->bmd", post.gain * post.coordinate, post.axes)
 
     def _mean_denoised(self, post: _Posterior) -> Tensor:
         shrunk = post.responsibility[..., None] * post.gain * post.coordinate
