@@ -44,6 +44,44 @@ OFFSET_REACH = 0.5
 
 
 @dataclass(frozen=True, eq=False)
+class Point:
+    """What is tuned of a schedule; or of C schedules, in arrays [C, ...]."""
+
+    levels: Array  #: the levels, [steps + 1]
+    weights: Array | None  #: the fitted solver's, [steps, steps]
+    offsets: Array | None  #: ``log(s_told / s)`` of each step, [steps]; None unless levels are decoupled
+
+    @property
+    def parameters(self) -> Array:
+        """``x`` of one schedule, [P]."""
+        below = [] if self.weights is None else [self.weights[np.tril_indices(len(self.weights), -1)]]
+        return np.concatenate([np.log(self.levels[1:-1]), *below, *([] if self.offsets is None else [self.offsets])])
+
+    @property
+    def told(self) -> Array:
+        """The levels that the network is told, [steps]."""
+        states = self.levels[..., :-1]
+        return states if self.offsets is None else states * np.exp(self.offsets)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the network is told the states' levels."""
+        return self.offsets is None or not bool(self.offsets.any())
+
+    def in_order(self, process: NoiseProcess) -> bool:
+        """Whether the levels, and the levels that the network is told, descend and are far enough apart."""
+        return all(bool(separate(process, each[None])) for each in (self.levels, self.told))
+
+    def schedule(self, process: NoiseProcess, solver: str) -> Schedule:
+        """The schedule for a solver."""
+        weights, told = (
+            None if each is None else torch.from_numpy(each)
+            for each in (self.weights, None if self.coupled else self.told)
+        )
+        return Schedule.from_levels(process, torch.from_numpy(self.levels), solver, weights=weights, told=told)
+
+
+@dataclass(frozen=True, eq=False)
 class Neighbourhood:
     """Schedules near the anchor."""
 
@@ -51,9 +89,7 @@ class Neighbourhood:
     secants: Secants  #: the secants of the measurement and of the runs
     norms: Norms  #: norms over all V known vectors, relative to each sample's error under the anchor
     solver: Solver
-    levels: Array  #: levels of the anchor, [steps + 1]
-    weights: Array | None  #: weights of the anchor, [steps, steps]; None unless the solver is fitted
-    offsets: Array | None  #: offsets of the anchor, [steps]; None unless levels are decoupled
+    run: Point  #: the anchor
     column: int  #: index of the anchor's error among the vectors
     others: Array  #: parameters of the other runs, [M, P]
     columns: Sequence[int]  #: indices of the other runs' errors among the vectors, [M]
@@ -63,17 +99,17 @@ class Neighbourhood:
     @property
     def inner(self) -> int:
         """The number of parameters that are levels; weights follow, and offsets are last."""
-        return len(self.levels) - 2
+        return len(self.run.levels) - 2
 
     @property
     def steps(self) -> int:
         """The number of steps of the schedules."""
-        return len(self.levels) - 1
+        return len(self.run.levels) - 1
 
     @cached_property
     def anchor(self) -> Array:
         """``x_a``, [P]."""
-        return parameters(self.levels, self.weights, self.offsets)
+        return self.run.parameters
 
     def bounds(self, reach: float, low: float, high: float) -> tuple[Array, Array]:
         """The least and largest parameters within ``reach``, a fraction of each level's gap to its nearer neighbour.
@@ -82,31 +118,29 @@ class Neighbourhood:
         between ``low`` and ``high``, the highest finite level.
         """
         most = np.full(len(self.anchor), math.inf)
-        most[: self.inner] = gaps = reach * np.minimum(*log_gaps(self.levels, low, high))
+        most[: self.inner] = gaps = reach * np.minimum(*log_gaps(self.run.levels, low, high))
         least, largest = self.anchor - most, self.anchor + most
-        if self.offsets is not None:
-            states, own = self.levels[:-1], OFFSET_REACH * np.append(gaps[:1], gaps)
+        offsets = self.run.offsets
+        if offsets is not None:
+            states, own = self.run.levels[:-1], OFFSET_REACH * np.append(gaps[:1], gaps)
             at_most = np.log(np.divide([[low], [high]], states, out=np.ones((2, self.steps)), where=states < np.inf))
-            least[-self.steps :] = np.minimum(np.maximum(self.offsets - own, at_most[0]), self.offsets)
-            largest[-self.steps :] = np.maximum(np.minimum(self.offsets + own, at_most[1]), self.offsets)
+            least[-self.steps :] = np.minimum(np.maximum(offsets - own, at_most[0]), offsets)
+            largest[-self.steps :] = np.maximum(np.minimum(offsets + own, at_most[1]), offsets)
         return least, largest
 
     def point(self, x: Array) -> Point:
         """The schedule with parameters ``x`` [P]."""
-        levels, weights, offsets = self._unpacked(x[None])
-        told = None
-        if offsets is not None and bool(offsets.any()):
-            told = levels[0, :-1] * np.exp(offsets[0])
-        return Point(levels[0], None if weights is None else weights[0], told)
+        points = self._points(x[None])
+        weights, offsets = (None if each is None else each[0] for each in (points.weights, points.offsets))
+        return Point(points.levels[0], weights, offsets)
 
     def at_known_levels(self, x: Array) -> Array:
         """``x`` with each level moved to the nearest one that the network knows."""
-        levels, weights, offsets = self._unpacked(x[None])
-        known = known_levels(self.surrogate.process, levels)
+        point, process = self.point(x), self.surrogate.process
+        known, offsets = known_levels(process, point.levels), point.offsets
         if offsets is not None:
-            told = known_levels(self.surrogate.process, levels[:, :-1] * np.exp(offsets))
-            offsets = np.log(np.divide(told, known[:, :-1], out=np.ones_like(told), where=known[:, :-1] < np.inf))
-        return parameters(known[0], *(None if each is None else each[0] for each in (weights, offsets)))
+            offsets = log_ratio(known_levels(process, point.told), known[:-1])
+        return Point(known, point.weights, offsets).parameters
 
     def outcome(self, x: Array) -> Outcome:
         """The predicted errors of C schedules from ``x`` [C, P], and the change of their unexplained deviations."""
@@ -122,10 +156,10 @@ class Neighbourhood:
 
     def predicted(self, x: Array) -> Array:
         """The predicted errors [C] of C schedules from ``x`` [C, P]; ``inf`` where levels are too close together."""
-        levels, _, offsets = self._unpacked(x)
-        valid = separate(self.surrogate.process, levels)
-        if offsets is not None:
-            told, process = levels[:, :-1] * np.exp(offsets), self.surrogate.process
+        points, process = self._points(x), self.surrogate.process
+        valid = separate(process, points.levels)
+        if points.offsets is not None:
+            told = points.told
             highest, lowest = process.s_max * (1 + ROUNDING), process.s_min * (1 - ROUNDING)
             valid &= separate(process, told) & (told[:, 0] <= highest) & (told[:, -1] >= lowest)
         values = np.full(len(x), np.inf)
@@ -151,46 +185,24 @@ class Neighbourhood:
         return apart.T @ np.linalg.solve(damped, unexplained)
 
     def _on_surrogate(self, x: Array) -> Outcome:
-        levels, weights, offsets = self._unpacked(x)
-        known = self.secants, self.norms, weights, offsets
-        return surrogate_runs(self.surrogate, levels, self.solver, *known).outcome
+        points = self._points(x)
+        known = self.secants, self.norms, points.weights, points.offsets
+        return surrogate_runs(self.surrogate, points.levels, self.solver, *known).outcome
 
-    def _unpacked(self, x: Array) -> tuple[Array, Array | None, Array | None]:
-        """Levels [C, steps + 1], weights [C, steps, steps] and offsets [C, steps] from parameters [C, P]."""
-        levels, weights, offsets = np.repeat(self.levels[None], len(x), axis=0), None, None
+    def _points(self, x: Array) -> Point:
+        """The C schedules with parameters ``x`` [C, P]."""
+        levels, weights, offsets = np.repeat(self.run.levels[None], len(x), axis=0), None, None
         levels[:, 1:-1], x = np.exp(x[:, : self.inner]), x[:, self.inner :]
-        if self.offsets is not None:
+        if self.run.offsets is not None:
             x, offsets = x[:, : -self.steps], x[:, -self.steps :]
-        if self.weights is not None:
-            weights = np.zeros((len(x), *self.weights.shape))
+        if self.run.weights is not None:
+            weights = np.zeros((len(x), *self.run.weights.shape))
             row, column = np.tril_indices(self.steps, -1)
             weights[:, row, column] = x
             weights += np.eye(self.steps) * (1 - weights.sum(2))[:, :, None]
-        return levels, weights, offsets
+        return Point(levels, weights, offsets)
 
 
-@dataclass(frozen=True, eq=False)
-class Point:
-    """A schedule of the neighbourhood."""
-
-    levels: Array  #: its levels, [steps + 1]
-    weights: Array | None  #: the fitted solver's, [steps, steps]
-    told: Array | None  #: the levels that the network is told, [steps]; None if they are the states' levels
-
-    def in_order(self, process: NoiseProcess) -> bool:
-        """Whether the levels, and the levels that the network is told, descend and are far enough apart."""
-        return all(bool(separate(process, each[None])) for each in (self.levels, self.told) if each is not None)
-
-    def schedule(self, process: NoiseProcess, solver: str) -> Schedule:
-        """The schedule for a solver."""
-        levels, weights, told = (
-            None if each is None else torch.from_numpy(each) for each in (self.levels, self.weights, self.told)
-        )
-        assert levels is not None
-        return Schedule.from_levels(process, levels, solver, weights=weights, told=told)
-
-
-def parameters(levels: Array, weights: Array | None, offsets: Array | None) -> Array:
-    """``x`` from levels [steps + 1], weights [steps, steps] if they are fitted, and offsets [steps] if decoupled."""
-    below = [] if weights is None else [weights[np.tril_indices(len(weights), -1)]]
-    return np.concatenate([np.log(levels[1:-1]), *below, *([] if offsets is None else [offsets])])
+def log_ratio(told: Array, levels: Array) -> Array:
+    """Offsets ``log(s_told / s)`` from the levels told and the states' levels, [steps] each; 0 at pure noise."""
+    return np.log(np.divide(told, levels, out=np.ones_like(told), where=levels < np.inf))

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.secants import Secants
 from fastsched.costs.surrogate import Surrogate
-from fastsched.fitting.neighbourhood import Neighbourhood, parameters
+from fastsched.fitting.neighbourhood import Neighbourhood, Point, log_ratio
 from fastsched.fitting.rollouts import Evaluations, Rollout, distances, rounding_of
 from fastsched.fitting.run_secants import KnownAnswers, residuals, with_runs
 from fastsched.measurement.statistics import PathStatistics
@@ -41,12 +41,11 @@ class Trial:
     """A run: its schedule and errors, and the columns of its vectors in the Gram matrix."""
 
     schedule: Schedule  #: with its measured error
-    levels: Array  #: the levels of the schedule, [steps + 1]
+    point: Point  #: its levels, weights and offsets
     errors: Tensor  #: ``||x0 - x0_path||^2`` of each sample, [B]
     s: Array  #: the levels of the network evaluations; empty if they are not known
     first: int  #: the column of the first residual; the others follow
     column: int  #: the column of the error
-    offsets: Array  #: ``log(s_told / s)``, if the network was told ``s_told`` and the state's level was ``s``, [steps]
 
     @property
     def error(self) -> float:
@@ -54,9 +53,9 @@ class Trial:
         return float(power_mean(self.errors))
 
     @property
-    def weights(self) -> Array | None:
-        """The weights of the fitted solver, [steps, steps]."""
-        return None if self.schedule.weights is None else self.schedule.weights.numpy()
+    def offsets(self) -> Array:
+        """The offset of each network evaluation; with decoupled levels there is one evaluation a step."""
+        return np.zeros(len(self.s)) if self.point.offsets is None else self.point.offsets
 
 
 class RunRecord:
@@ -90,18 +89,18 @@ class RunRecord:
         """Add a run and its vectors."""
         squared = distances(self.stats, rollout.ends)
         error = (rollout.ends.double() - self.stats.ends.double()).flatten(1)[:, None]
-        levels = self.stats.process.level(schedule.sigmas)
+        levels, weights = self.stats.process.level(schedule.sigmas), schedule.weights
         s, found = self._levels_and_residuals(rollout.evaluations, levels)
+        offsets = _offsets(self.stats, schedule) if self.decoupled else None
         first = self._add_vectors(torch.cat([found, error.float()], dim=1))
         self.trials.append(
             Trial(
                 schedule=replace(schedule, measured_error=float(power_mean(squared))),
-                levels=levels.numpy(),
+                point=Point(levels.numpy(), None if weights is None else weights.numpy(), offsets),
                 errors=squared,
                 s=s,
                 first=first,
                 column=self._gram.shape[1] - 1,
-                offsets=_offsets(self.stats, schedule),
             )
         )
 
@@ -130,17 +129,12 @@ class RunRecord:
             secants=self.secants(anchor, norms),
             norms=norms,
             solver=self.method,
-            levels=trial.levels,
-            weights=trial.weights,
-            offsets=trial.offsets if self.decoupled else None,
+            run=trial.point,
             column=trial.column,
-            others=np.array([self._parameters(other) for other in others]).reshape(len(others), -1 if others else 0),
+            others=np.array([other.point.parameters for other in others]).reshape(len(others), -1 if others else 0),
             columns=[other.column for other in others],
             least=rounding_of(self.stats),
         )
-
-    def _parameters(self, trial: Trial) -> Array:
-        return parameters(trial.levels, trial.weights, trial.offsets if self.decoupled else None)
 
     def norms(self, anchor: int) -> Norms:
         """Norms over all vectors, relative to each sample's error in the run ``anchor``."""
@@ -153,20 +147,16 @@ class RunRecord:
         s = np.array([trial.s for trial in known])
         deviations = np.array([self._deviations(trial, norms.vectors) for trial in known])
         columns = np.array([trial.first + np.arange(len(trial.s)) for trial in known])
-        offsets = np.array([self._offsets_of_evaluations(trial) for trial in known])
+        offsets = np.array([trial.offsets for trial in known])
         # The squared norm of unit noise, relative to the samples' errors and averaged, as the metric is.
         noise = math.prod(self.stats.shape) * float((1 / norms.size).mean())
         place = known.index(near) if known else 0
         return with_runs(own, s, deviations, columns, offsets, place, norms.metric, noise)
 
-    def _offsets_of_evaluations(self, trial: Trial) -> Array:
-        """The offset of each evaluation; 0 for solvers with two per step, which have no decoupled levels."""
-        return trial.offsets if len(trial.offsets) == len(trial.s) else np.zeros(len(trial.s))
-
     def _deviations(self, trial: Trial, vectors: int) -> Array:
         """Deviations of a run from the path at its evaluations, [evaluations, V]."""
         answers = KnownAnswers(trial.first, vectors)
-        return self.surrogate.run(trial.levels[None], schedule_solver(trial.schedule), answers).deviations[:, 0]
+        return self.surrogate.run(trial.point.levels[None], schedule_solver(trial.schedule), answers).deviations[:, 0]
 
 
 def _offsets(stats: PathStatistics, schedule: Schedule) -> Array:
@@ -174,7 +164,7 @@ def _offsets(stats: PathStatistics, schedule: Schedule) -> Array:
     if schedule.network_sigmas is None:
         return np.zeros(schedule.steps)
     levels, told = (stats.process.level(each).numpy() for each in (schedule.sigmas[:-1], schedule.network_sigmas))
-    return np.log(np.divide(told, levels, out=np.ones_like(told), where=np.isfinite(levels)))
+    return log_ratio(told, levels)
 
 
 def _products(rows: Sequence[Tensor], vectors: Tensor) -> Array:

@@ -27,7 +27,7 @@ from fastsched.fitting.gauss_newton import lowered
 from fastsched.fitting.neighbourhood import Point
 from fastsched.fitting.rollouts import Rollout, Run, Runner
 from fastsched.fitting.run_log import RunLog, identity, schedule_key
-from fastsched.fitting.run_record import RunRecord, Trial, increments_of
+from fastsched.fitting.run_record import RunRecord, increments_of
 from fastsched.measurement.measuring import check_same_network
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import absolute_file, check_writable
@@ -213,7 +213,7 @@ def _moved_offsets(record: RunRecord, anchor: int) -> Schedule | None:
     x = near.anchor.copy()
     x[-near.steps :] = np.where(high > 0, np.minimum(high, OFFSET), np.maximum(low, -OFFSET))
     point = near.point(near.at_known_levels(x))
-    if point.told is None or not point.in_order(process):
+    if point.coupled or not point.in_order(process):
         return None
     return point.schedule(process, record.method.name)
 
@@ -233,18 +233,15 @@ def _proposal(record: RunRecord, anchor: int, reach: float) -> tuple[Schedule, f
                 low[part] = high[part] = known[part]
             x = lowered(near, known, low, high)
         point = near.point(x)
-        repeated = any(_repeats(point, trial) for trial in record.trials)
+        repeated = any(_repeats(point, trial.point) for trial in record.trials)
         if not repeated and point.in_order(process):
             return point.schedule(process, record.method.name), reach
         reach *= SHRINKAGE
     return None
 
 
-def _repeats(point: Point, trial: Trial) -> bool:
-    """Whether a run had the same levels and weights up to the tolerances; smaller changes have no effect."""
-    same = np.allclose(point.levels, trial.levels, rtol=1e-9, atol=0.0)
-    told = point.levels[:-1] if point.told is None else point.told
-    same = same and np.allclose(told, trial.levels[:-1] * np.exp(trial.offsets), rtol=1e-4, atol=0.0)
-    return same and (
-        point.weights is None or trial.weights is None or np.allclose(point.weights, trial.weights, atol=1e-4)
-    )
+def _repeats(one: Point, other: Point) -> bool:
+    """Whether two schedules have the same levels and weights up to the tolerances; smaller changes have no effect."""
+    same = np.allclose(one.levels, other.levels, rtol=1e-9, atol=0.0)
+    same = same and np.allclose(one.told, other.told, rtol=1e-4, atol=0.0)
+    return same and (one.weights is None or other.weights is None or np.allclose(one.weights, other.weights, atol=1e-4))

@@ -169,11 +169,11 @@ def test_parameters_of_a_neighbourhood(measured):
         assert (told[finite] <= stats.finite_range[1] * (1 + 1e-9)).all()
         assert (told[finite] >= stats.finite_range[0] * (1 - 1e-9)).all()
         assert np.isinf(told[~finite]).all()
-    gap = np.log(near.levels[2] / near.levels[3])
+    gap = np.log(near.run.levels[2] / near.run.levels[3])
     assert (high - low)[-3] <= 2 * OFFSET_REACH * 0.5 * gap + 1e-9
     none = near.anchor.copy()
     none[-5:] = 0.0
-    assert near.point(none).told is None
+    assert near.point(none).coupled
     crossed = near.anchor.copy()
     crossed[-3], crossed[-2] = -5.0, 5.0
     outside = near.anchor.copy()

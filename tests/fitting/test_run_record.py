@@ -34,9 +34,7 @@ def record_of(stats, schedules, denoiser=DENOISER, answers=True):
 def predicted(record, anchor, trial):
     """``q_b`` of a run as predicted from another, without a penalty."""
     near = dataclasses.replace(record.near(anchor), penalty=0.0)
-    row, column = np.tril_indices(len(trial.levels) - 1, -1)
-    weights = [] if trial.weights is None else trial.weights[row, column]
-    return near.squared_errors(near.outcome(np.concatenate([np.log(trial.levels[1:-1]), weights])[None]))[0]
+    return near.squared_errors(near.outcome(trial.point.parameters[None]))[0]
 
 
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "unipc", "heun", "fitted"])
@@ -95,10 +93,11 @@ def test_samples_that_are_hit_exactly_leave_the_rest_predictable(stats):
 def test_parameters_stand_for_levels_and_weights(stats):
     near = record_of(stats, [fs.optimal_schedule(stats, 5, "fitted")]).near(0)
     point = near.point(near.anchor)
-    np.testing.assert_allclose(point.levels, near.levels, rtol=1e-12)
-    np.testing.assert_allclose(point.weights, near.weights, atol=1e-12)
+    np.testing.assert_allclose(point.levels, near.run.levels, rtol=1e-12)
+    np.testing.assert_allclose(point.weights, near.run.weights, atol=1e-12)
     np.testing.assert_allclose(point.weights.sum(1), 1.0, rtol=1e-12)
-    assert point.told is None
+    assert point.coupled
+    np.testing.assert_array_equal(point.told, point.levels[:-1])
     assert len(near.anchor) == near.inner + 10
 
 
