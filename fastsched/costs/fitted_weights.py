@@ -43,9 +43,8 @@ def surrogate_runs(
     if solver.name != FITTED or solver.end_weights is not None:
         return surrogate.run(levels, solver, secants, offsets)
     levels = np.asarray(levels, dtype=np.float64)
-    known = secants or surrogate.secants or Secants.none(surrogate.vectors)
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = SurrogateRuns(surrogate, known, levels[:, :-1], offsets)
+        found = SurrogateRuns(surrogate, secants or surrogate.secants, levels[:, :-1], offsets)
         _run(found, (norms or surrogate.norms).metric, levels, weights)
     return found
 

@@ -44,7 +44,7 @@ class SampleSurrogate:
         """The surrogate of a measurement. Without deviated paths all samples have the Jacobian of Gaussian data."""
         shared = Surrogate.of(stats)
         secants = shared.secants
-        if secants is None:
+        if not secants.paths:
             return cls(shared, np.stack([shared.jacobian] * stats.samples, axis=1), stats.dimension)
         j = np.interp(secants.lam, shared.lam, shared.jacobian)[:, None, None]
         responses = secants.residuals + j * secants.deviations
@@ -67,18 +67,17 @@ class SampleSurrogate:
     def secants(self) -> tuple[Array, Array]:
         """Coordinates of the secants' deviations and residuals, [G, M, B, r] each."""
         known = self.shared.secants
-        assert known is not None
         return self.coordinates(known.deviations), self.coordinates(known.residuals)
 
     @cached_property
     def answer_errors(self) -> Array:
         """``kappa`` at the levels, [N]; without deviated paths ``sqrt(j (1 - j))``, that of a projection of mean j."""
         shared, known = self.shared, self.shared.secants
-        if known is None:
+        if not known.paths:
             return np.sqrt(shared.jacobian * (1 - shared.jacobian))
         difference = _interpolated(known.lam, shared.lam, self.own - shared.jacobian[:, None])
         left_out = []
-        for path in range(known.deviations.shape[1]):
+        for path in range(known.paths):
             error, unexplained = known.left_out(path)
             left_out.append((self.coordinates(error), self.coordinates(unexplained)))
         return np.interp(shared.lam, known.lam, relative_errors(left_out, difference))
@@ -121,7 +120,7 @@ class SampleRuns:
         self._scale = deviation_scale(self._distinct)
         self._state *= self._scale[:, None, None]
         self._weights = 1 / (self.samples * shared.norms.size[:, None])
-        if shared.secants is not None:
+        if shared.secants.paths:
             self._system = shared.secants.at(self._lam).system
             deviations, residuals = (shared.secants.mixed(self._lam, each) for each in model.secants)
             j = shared.scalar_jacobian(self._distinct)[:, None, None, None]
@@ -137,7 +136,7 @@ class SampleRuns:
         away = left[..., : self.rank]
         away -= self._state[rows]
         known = self._denoised[rows]
-        if self.model.shared.secants is not None:
+        if self.model.shared.secants.paths:
             deviations, responses = self._deviations[rows], self._responses[rows]
             weighted = (self._weights * away).reshape(len(rows), -1, 1)
             c = np.linalg.solve(self._system[rows], deviations @ weighted).transpose(0, 2, 1)

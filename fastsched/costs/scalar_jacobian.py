@@ -27,8 +27,3 @@ def scalar_jacobian(deviations: Array, responses: Array, grams: Array) -> Array:
     found = np.divide(answered, square, out=np.zeros_like(square), where=square > 0)
     found[0] = found[1]  # at the first level nothing has deviated yet
     return np.clip(found, 0.0, 1.0)
-
-
-def gaussian_jacobian(s: Array, std: float) -> Array:
-    """``c^2 / (c^2 + s^2)``, the Jacobian for Gaussian data with the standard deviation ``c``, at levels ``s`` [N]."""
-    return std**2 / (std**2 + s**2)

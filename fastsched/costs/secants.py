@@ -68,6 +68,11 @@ class Secants:
         return cls(np.array([0.0, 1.0]), empty, empty, np.zeros((vectors, vectors)))
 
     @property
+    def paths(self) -> int:
+        """M, the number of deviated paths."""
+        return self.deviations.shape[1]
+
+    @property
     def vectors(self) -> int:
         """V, the number of vectors."""
         return len(self.metric)
@@ -99,7 +104,7 @@ class Secants:
 
     def left_out(self, path: int) -> tuple[Array, Array]:
         """Error of a path's answers predicted from the others, and unexplained part of its deviations; [G, V] each."""
-        others = np.arange(self.deviations.shape[1]) != path
+        others = np.arange(self.paths) != path
         deviations, residuals = self.deviations[:, others], self.residuals[:, others]
         products = self._products[:, others]
         system = _damped(products @ deviations.transpose(0, 2, 1))

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastsched.costs.norms import Array, Norms
-from fastsched.costs.scalar_jacobian import gaussian_jacobian, scalar_jacobian
+from fastsched.costs.scalar_jacobian import scalar_jacobian
 from fastsched.costs.secants import Secants
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.measurement.deviated_paths import asked_levels, positions
@@ -88,7 +88,7 @@ class Surrogate:
     s: Array  #: levels of the grid, [N]
     norms: Norms  #: norms over the V known vectors: the increments, then the responses
     jacobian: Array  #: the scalar Jacobian ``j`` at the levels, [N]
-    secants: Secants | None = None  #: the secants of the deviated paths; None without deviated paths
+    secants: Secants  #: the secants of the deviated paths
 
     @classmethod
     def of(cls, stats: PathStatistics) -> Surrogate:
@@ -98,9 +98,10 @@ class Surrogate:
         it is that of Gaussian data with the standard deviation of the ends.
         """
         s, norms = stats.s.numpy(), Norms.of_increments(stats.vector_gram.numpy(), stats.levels - 1)
+        gaussian = stats.data_std**2 / (stats.data_std**2 + s**2)
+        bare = cls(stats.process, s, norms, gaussian, Secants.none(norms.vectors))
         if stats.response_gram is None:
-            return cls(stats.process, s, norms, gaussian_jacobian(s, stats.data_std))
-        bare = cls(stats.process, s, norms, np.zeros(len(s)))
+            return bare
         levels, deviations, responses = bare._deviated(stats)
         lam = bare.lam[levels]
         j = scalar_jacobian(deviations, responses, norms.metric[None])[:, 0]
@@ -219,11 +220,10 @@ class Surrogate:
             offsets: ``log(s_told / s)``, if the network is told ``s_told`` and the state's level is ``s``, [C, steps].
         """
         method, levels = get_solver(solver), np.asarray(levels, dtype=np.float64)
-        known = secants or self.secants or Secants.none(self.vectors)
         column = lambda value: np.asarray(value)[..., None]
         with np.errstate(divide="ignore", invalid="ignore"):
             nodes, asked = nodes_and_levels(self.process, levels, method)
-            found = SurrogateRuns(self, known, asked, offsets)
+            found = SurrogateRuns(self, secants or self.secants, asked, offsets)
             queries = integration(nodes, method, found.end, s=list(levels.T), number=column)
             found.end = answered(queries, found.denoise)
         return found

@@ -142,7 +142,7 @@ class RunRecord:
 
     def secants(self, anchor: int, norms: Norms) -> Secants:
         """The secants of the measurement, and of all runs with known evaluations, for schedules near the ``anchor``."""
-        own, near = self.surrogate.secants or Secants.none(self.surrogate.vectors), self.trials[anchor]
+        near = self.trials[anchor]
         known = [trial for trial in self.trials if len(trial.s) == len(near.s) > 0]
         s = np.array([trial.s for trial in known])
         deviations = np.array([self._deviations(trial, norms.vectors) for trial in known])
@@ -151,7 +151,7 @@ class RunRecord:
         # The squared norm of unit noise, relative to the samples' errors and averaged, as the metric is.
         noise = math.prod(self.stats.shape) * float((1 / norms.size).mean())
         place = known.index(near) if known else 0
-        return with_runs(own, s, deviations, columns, offsets, place, norms.metric, noise)
+        return with_runs(self.surrogate.secants, s, deviations, columns, offsets, place, norms.metric, noise)
 
     def _deviations(self, trial: Trial, vectors: int) -> Array:
         """Deviations of a run from the path at its evaluations, [evaluations, V]."""

@@ -9,6 +9,7 @@ from models import exact_denoiser, exact_denoisers, mixture
 import fastsched as fs
 from fastsched.costs.norms import Norms
 from fastsched.costs.prediction import squared_errors
+from fastsched.costs.secants import Secants
 from fastsched.costs.surrogate import Outcome, Surrogate
 from fastsched.denoisers.noise import FlowMatching, VarianceExploding, VariancePreserving
 from fastsched.measurement.deviated_paths import PURE_NOISE_GAP
@@ -44,7 +45,8 @@ class LinearModel:
     @property
     def surrogate(self):
         e = self.increments
-        return Surrogate(self.process, self.s, Norms.of_increments((e @ e.T)[None], len(e)), self.shares)
+        norms = Norms.of_increments((e @ e.T)[None], len(e))
+        return Surrogate(self.process, self.s, norms, self.shares, Secants.none(len(e)))
 
     @property
     def increments(self):
@@ -162,7 +164,7 @@ def test_gaussian_data_are_sampled_as_by_the_sampler(name):
     denoised = c**2 / (c**2 + s**2) * path
     e = np.diff(denoised)[:, None]
     norms = Norms.of_increments((e @ e.T)[None], len(e))
-    surrogate = Surrogate(VarianceExploding(0.02, top), s, norms, c**2 / (c**2 + s**2))
+    surrogate = Surrogate(VarianceExploding(0.02, top), s, norms, c**2 / (c**2 + s**2), Secants.none(len(e)))
     levels = np.array([top, *INNER, 0.0])
     denoiser = exact_denoiser(fs.oracles.Gaussian(c, (1,)), 0.02, top)
     end = float(fs.sample(denoiser, torch.from_numpy(levels), name, torch.ones(1, 1, dtype=torch.float64)))
@@ -193,7 +195,7 @@ def test_without_responses_errors_are_passed_on_as_for_gaussian_data():
     c = stats.data_std
     found = Surrogate.of(stats)
     np.testing.assert_allclose(found.jacobian[1:], c**2 / (c**2 + stats.s[1:].numpy() ** 2), rtol=1e-12)
-    assert found.secants is None
+    assert found.secants.paths == 0
 
 
 def test_secants_reproduce_the_measured_responses(measured_mixture):
