@@ -282,15 +282,10 @@ class _DenoiserRuns:
     own_steps, batch = 50, 1
 
     def __init__(self, denoiser: Denoiser, shape: tuple[int, ...]) -> None:
-        self.denoiser, self.shape = denoiser, shape
+        self.denoiser, self.shape, self.elements = denoiser, shape, int(np.prod(shape))
         self.networks = modules_of(denoiser.network)[:1]
-        self.name = type(self.networks[0] if self.networks else denoiser.network).__name__
-        parameters = (each for module in self.networks for each in module.parameters())
-        unknown = torch.empty(0, dtype=torch.float32, device="cpu")
-        wide = (each for each in parameters if each.is_floating_point() and each.itemsize > 1)  # others are quantised
-        first = next(wide, unknown)
-        self.device, self.dtype = first.device, first.dtype
-        self.elements = int(np.prod(shape))
+        module = replace(denoiser, network=self.networks[0]) if self.networks else denoiser  # that a function may hold
+        self.name, self.device, self.dtype = type(module.network).__name__, module.device, module.dtype
 
     def measuring_calls(self, levels: int) -> int:
         return measuring_calls(levels, DENOISER_SAMPLES) + CHECK_CALLS
