@@ -187,15 +187,6 @@ def test_paths_of_exact_denoisers_raise_no_doubt(name, samples):
         fs.measure(denoiser, shape, levels=16, samples=samples, responses=False, progress=False)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_paths_of_the_benchmark_s_networks_raise_no_doubt(name, seed):
-    model = MODELS[name]()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fs.measure(model.denoiser, model.shape, levels=16, samples=4, seed=seed, responses=False, progress=False)
-
-
 #: Where a path's own error, one path's chance, or a trained network's error is nearly all that is seen.
 UNLUCKY = [
     *(("flow", 12, 8, seed) for seed in range(6)),
@@ -205,8 +196,10 @@ UNLUCKY = [
 ]
 
 
-@pytest.mark.parametrize(("name", "levels", "samples", "seed"), UNLUCKY)
-def test_few_levels_and_paths_of_right_networks_raise_no_doubt(name, levels, samples, seed):
+@pytest.mark.parametrize(
+    ("name", "levels", "samples", "seed"), [*((name, 16, 4, seed) for name in MODELS for seed in (0, 1)), *UNLUCKY]
+)
+def test_paths_of_the_benchmark_s_networks_raise_no_doubt(name, levels, samples, seed):
     model = MODELS[name]()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
