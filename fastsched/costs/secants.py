@@ -169,6 +169,26 @@ class Secants:
         )
 
 
+@dataclass(frozen=True)
+class KnownAnswers:
+    """Stands in for `Secants` and answers with the residuals of one run, so that the surrogate repeats that run."""
+
+    first: int  #: the index of the run's first residual among the vectors; the others follow it
+    vectors: int  #: V, the number of vectors
+
+    def at(self, lam: Array) -> LevelSecants:
+        """No secants: the residuals do not depend on the levels."""
+        return Secants.none(self.vectors).at(lam)
+
+    def answer(
+        self, evaluation: int, known: LevelSecants, away: Array, offset: Array | None = None
+    ) -> tuple[Array, Array]:
+        """As `Secants.answer`, with the run's residual as the answer, and the whole deviation explained."""
+        answer = np.zeros_like(away)
+        answer[:, self.first + evaluation] = 1.0
+        return answer, away
+
+
 def _damped(system: Array) -> Array:
     """Gram matrices [C, M, M] with `GRID_DAMPING` added."""
     count = system.shape[1]

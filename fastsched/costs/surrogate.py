@@ -20,7 +20,6 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from numpy.typing import NDArray
 
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.scalar_jacobian import scalar_jacobian
-from fastsched.costs.secants import Secants
+from fastsched.costs.secants import KnownAnswers, Secants
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.measurement.deviated_paths import asked_levels, positions
 from fastsched.measurement.statistics import PathStatistics
@@ -45,23 +44,6 @@ class Outcome:
     #: Coefficients of the part of each state's deviation that no secant explains, times `amplitude`; one for each
     #: network evaluation after the first, [C, evaluations, V].
     deviations: Array
-
-
-class Answers(Protocol):
-    """A model of the denoiser's responses to deviations: `Secants`, or the known responses of one run."""
-
-    @property
-    def vectors(self) -> int:
-        """V, the number of known vectors."""
-        ...
-
-    def at(self, lam: Array) -> Any:
-        """As `Secants.at`: what `answer` needs to know about levels, one row for each."""
-        ...
-
-    def answer(self, evaluation: int, known: Any, away: Array, offset: Array | None = None) -> tuple[Array, Array]:
-        """As `Secants.answer`."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +190,7 @@ class Surrogate:
         self,
         levels: Array,
         solver: str | Solver,
-        secants: Answers | None = None,
+        secants: Secants | KnownAnswers | None = None,
         offsets: Array | None = None,
     ) -> SurrogateRuns:
         """Run a sampler along C schedules at once.
@@ -255,7 +237,9 @@ class SurrogateRuns:
         weights: Weights of runs by `fastsched.costs.fitted_weights`, [C, steps, steps]; None for other runs.
     """
 
-    def __init__(self, surrogate: Surrogate, secants: Answers, levels: Array, offsets: Array | None = None) -> None:
+    def __init__(
+        self, surrogate: Surrogate, secants: Secants | KnownAnswers, levels: Array, offsets: Array | None = None
+    ) -> None:
         self.surrogate, self.secants, self.offsets = surrogate, secants, offsets
         self.end = np.zeros((len(levels), secants.vectors))
         self.weights: Array | None = None

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from fastsched.costs.norms import Array, Norms
-from fastsched.costs.secants import Secants
+from fastsched.costs.secants import KnownAnswers, Secants
 from fastsched.costs.surrogate import Surrogate
 from fastsched.fitting.neighbourhood import Neighbourhood, Point, log_ratio
 from fastsched.fitting.rollouts import Evaluations, Rollout, distances, rounding_of
-from fastsched.fitting.run_secants import KnownAnswers, residuals, with_runs
+from fastsched.fitting.run_secants import residuals, with_runs
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import power_mean
 from fastsched.sampling.sampler import calls_of, nodes_of, schedule_solver

@@ -10,7 +10,7 @@ the level that the network was told is one more coordinate of the deviation.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -50,24 +50,6 @@ def residuals(surrogate: Surrogate, stats: PathStatistics, found: Evaluations) -
         away = scale * (at(found.states) - noise[b].double().flatten() - moved * noisiest - state @ e)
         rows.append((at(found.denoised) - noisiest - denoised @ e - jacobian * away).float())
     return torch.stack(rows)
-
-
-@dataclass(frozen=True, eq=False)
-class KnownAnswers:
-    """Stands in for `Secants` and answers with the residuals of one run, so that the surrogate repeats that run."""
-
-    first: int  #: the index of the run's first residual among the vectors; the others follow it
-    vectors: int  #: V, the number of vectors
-
-    def at(self, lam: Array) -> Array:
-        """The residuals do not depend on the levels."""
-        return lam
-
-    def answer(self, evaluation: int, known: Array, away: Array, offset: Array | None = None) -> tuple[Array, Array]:
-        """As `Secants.answer`, with the run's residual as the answer, and the whole deviation explained."""
-        answer = np.zeros_like(away)
-        answer[:, self.first + evaluation] = 1.0
-        return answer, away
 
 
 def with_runs(

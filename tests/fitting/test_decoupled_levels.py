@@ -9,11 +9,11 @@ import torch
 from models import exact_denoiser, exact_denoisers, mixture, rollout_of, vp_table
 
 import fastsched as fs
-from fastsched.costs.secants import Secants
+from fastsched.costs.secants import KnownAnswers, Secants
 from fastsched.costs.surrogate import Surrogate
 from fastsched.fitting.neighbourhood import OFFSET_REACH
 from fastsched.fitting.run_record import RunRecord
-from fastsched.fitting.run_secants import KnownAnswers, residuals
+from fastsched.fitting.run_secants import residuals
 from fastsched.sampling.random_streams import noise_of
 from fastsched.sampling.solvers import get_solver
 

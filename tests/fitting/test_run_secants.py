@@ -7,11 +7,11 @@ import torch
 from models import exact_denoiser, exact_denoisers, mixture, rollout_of
 
 import fastsched as fs
-from fastsched.costs.secants import Secants
+from fastsched.costs.secants import KnownAnswers, Secants
 from fastsched.costs.surrogate import Surrogate
 from fastsched.fitting import run_secants
 from fastsched.fitting.rollouts import Evaluations, RecordingDenoiser, Rollout
-from fastsched.fitting.run_secants import KnownAnswers, residuals, with_runs
+from fastsched.fitting.run_secants import residuals, with_runs
 from fastsched.sampling.random_streams import noise_of
 from fastsched.sampling.solvers import get_solver
 
