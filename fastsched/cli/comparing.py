@@ -64,9 +64,7 @@ def demo(
 
 def compare(
     denoiser: shell.DenoiserName,
-    schedules: Annotated[
-        list[Path], typer.Argument(help="Schedules that 'fastsched select' or 'fit' wrote.", metavar="SCHEDULE")
-    ],
+    schedules: Annotated[list[Path], shell.SCHEDULE],
     baselines: Baselines = "karras,exponential",
     spare_last: Annotated[bool, typer.Option(help="Replace sigma_min by 0 in the baselines.")] = False,
     solver: Annotated[Optional[str], typer.Option(help="Run all with this solver.  [default: their own]")] = None,

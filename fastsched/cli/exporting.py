@@ -43,9 +43,7 @@ NOT_FOR_FLOW = ("dpmpp_2m", "ancestral", "sde_dpmpp_2m")
 
 
 def export(
-    schedule: Annotated[
-        Path, typer.Argument(help="Schedule that 'fastsched fit' or 'select' wrote.", metavar="SCHEDULE")
-    ],
+    schedule: Annotated[Path, shell.SCHEDULE],
     to: Annotated[
         str,
         typer.Option(

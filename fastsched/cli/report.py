@@ -17,10 +17,7 @@ SOLVERS = "ddim,dpmpp_2m,unipc,fitted"
 
 def report(
     statistics: shell.StatisticsFile,
-    schedules: Annotated[
-        Optional[list[Path]],
-        typer.Argument(help="Schedules that 'fastsched fit' or 'select' wrote.", metavar="SCHEDULE"),
-    ] = None,
+    schedules: Annotated[Optional[list[Path]], shell.SCHEDULE] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Page to write, .html.")] = Path("report.html"),
     solver: Annotated[str, typer.Option(help="Solvers of the error curves, separated by commas.")] = SOLVERS,
     max_steps: Annotated[int, typer.Option(help="Largest number of steps of the error curves.", min=1)] = 16,

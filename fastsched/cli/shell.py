@@ -34,6 +34,7 @@ DENOISER = (
 )
 DenoiserName = Annotated[str, typer.Argument(help=DENOISER, metavar="MODEL")]
 StatisticsFile = Annotated[Path, typer.Argument(help="Statistics that 'fastsched measure' wrote.", metavar="STATS")]
+SCHEDULE = typer.Argument(help="A schedule that 'fastsched fit' or 'select' wrote.", metavar="SCHEDULE")
 Shape = Annotated[
     Optional[str], typer.Option(help="Shape of one sample, such as 4,64,64; not for digits or pipelines.")
 ]
