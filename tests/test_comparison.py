@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from models import counted_denoiser
 
 import fastsched as fs
 from fastsched import metrics
@@ -100,14 +101,8 @@ def test_the_solver_given_overrides_a_schedules_own(gaussian, converged):
     assert row.solver == "ddim"
 
 
-def test_network_calls_are_those_reported(gaussian):
-    calls = []
-
-    def network(x, condition):
-        calls.append(len(x))
-        return gaussian.network(x, condition)
-
-    denoiser = fs.Denoiser.from_denoiser(network, LOW, HIGH)
+def test_network_calls_are_those_reported():
+    denoiser, calls = counted_denoiser(fs.oracles.Gaussian(STD, SHAPE), LOW, HIGH)
     found = converged_reference(denoiser, SHAPE, samples=5, steps=20, batch_size=2, progress=False)
     assert (sum(calls), max(calls)) == (found.model_calls + 2, 2)  # and two that tell the network
     calls.clear()

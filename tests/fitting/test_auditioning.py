@@ -1,6 +1,6 @@
 import pytest
 import torch
-from models import exact_denoiser, exact_denoisers, mixture
+from models import counted_denoiser, exact_denoiser, exact_denoisers, mixture
 
 import fastsched as fs
 from fastsched.fitting.auditioning import ranked
@@ -59,13 +59,7 @@ def test_paired_standard_errors(outcome):
 
 
 def test_model_calls_are_counted(stats):
-    calls = []
-
-    def network(z, s):
-        calls.append(len(z))
-        return ORACLE.denoise(z, s)
-
-    counted = fs.Denoiser.from_denoiser(network, 0.01, 40.0)
+    counted, calls = counted_denoiser(ORACLE, 0.01, 40.0)
     for solver in ("dpmpp_2m", "heun"):
         calls.clear()
         assert fs.audition(counted, stats, 5, solver, progress=False).model_calls == sum(calls)

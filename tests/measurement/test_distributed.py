@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import mixture
+from models import counted_denoiser, mixture
 
 import fastsched as fs
 from fastsched.measurement.devices import share
@@ -84,13 +84,7 @@ def test_measuring_in_two_processes(run):
 def test_fitting_in_two_processes(run):
     reports, _, printed = run("fit")
     assert None not in reports, printed
-    calls = []
-
-    def network(z, s):
-        calls.append(len(z))
-        return mixture().denoise(z, s)
-
-    own = fs.Denoiser.from_denoiser(network, 0.02, 20.0)
+    own, calls = counted_denoiser(mixture(), 0.02, 20.0)
     single = fs.fit(own, (4,), 4, levels=12, samples=5, model_calls=400, batch_size=1, progress=False)
     for report in reports:
         torch.testing.assert_close(torch.tensor(report["sigmas"]).double(), single.sigmas, rtol=1e-5, atol=0)

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from models import exact_denoiser, exact_denoisers, mixture, vp_table
+from models import counted_denoiser, exact_denoiser, exact_denoisers, mixture, vp_table
 
 import fastsched as fs
 from fastsched.measurement.measuring import with_increments
@@ -221,13 +221,7 @@ def test_increments_sum_to_the_path():
 
 
 def test_model_calls_are_counted():
-    seen = []
-
-    def network(z, sigma):
-        seen.append(len(z))
-        return z * 0.1
-
-    denoiser = fs.Denoiser.from_denoiser(network, 0.01, 10.0)
+    denoiser, seen = counted_denoiser(fs.oracles.Gaussian(C, (3,)), 0.01, 10.0)
     stats = measure(denoiser, (3,), levels=16, samples=5, batch_size=2, checks=False)
     assert stats.model_calls == sum(seen) == 5 * (2 * 16 - 2)
     seen.clear()
@@ -282,14 +276,7 @@ def test_half_precision_networks_are_measured_in_their_dtype(dtype):
 
 @pytest.mark.parametrize("responses", [True, False])
 def test_increments_of_a_measurement_can_be_had_later(responses):
-    seen = []
-    oracle = mixture()
-
-    def network(z, sigma):
-        seen.append(len(z))
-        return oracle.denoise(z, sigma)
-
-    denoiser = fs.Denoiser.from_denoiser(network, 0.01, 20.0)
+    denoiser, seen = counted_denoiser(mixture(), 0.01, 20.0)
     kept = measure(denoiser, (4,), levels=12, samples=5, keep_increments=True, responses=responses)
     plain = measure(denoiser, (4,), levels=12, samples=5, responses=responses)
     seen.clear()

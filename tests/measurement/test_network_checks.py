@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import exact_denoisers, mixture, vp_table
+from models import counted_denoiser, exact_denoisers, mixture, vp_table
 
 import fastsched as fs
 from benchmarks.quality.models import MODELS
@@ -294,7 +294,7 @@ def test_guidance_is_no_wrong_reading():
 
 
 def test_the_checks_are_counted_and_cost_less_than_one_percent_of_a_default_measurement():
-    calls, denoiser = [], fs.Denoiser.from_denoiser(lambda z, s: calls.append(len(z)) or DATA.denoise(z, s), 0.01, 20.0)
+    denoiser, calls = counted_denoiser(DATA, 0.01, 20.0)
     checked, plain = (
         fs.measure(denoiser, (16,), progress=False, checks=checks).model_calls for checks in (True, False)
     )
