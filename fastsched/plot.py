@@ -380,7 +380,7 @@ def draw_legend(axes: Axes, columns: int = 2) -> None:
 
 def draw_sigma_axis(axes: Axes, flow: bool) -> None:
     """Format the x axis: noise on the left, as in sampling; logarithmic in sigma, linear in flow time."""
-    if not flow:
+    if not flow and math.isfinite(axes.dataLim.minposx):  # else pure noise alone, which is not drawn
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("flow time (noise on the left)" if flow else "sigma (noise on the left; the final 0 is not drawn)")

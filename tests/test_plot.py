@@ -245,3 +245,10 @@ def test_a_network_with_one_answer_is_drawn_without_warnings():
     denoiser = fs.Denoiser.from_denoiser(lambda z, s: torch.zeros_like(z), 0.02, 80.0)
     stats = fs.measure(denoiser, (4,), levels=6, samples=1, progress=False)
     plot.plot_cost_density(stats).canvas.draw()
+
+
+def test_a_step_from_pure_noise_is_drawn_without_warnings():
+    schedule = fs.Schedule([float("inf"), 0.0], "fitted", "vp", weights=torch.eye(1))
+    for figure in (schedule.plot(), plot.plot_weights(schedule)):
+        figure.canvas.draw()
+        assert figure.axes[0].xaxis_inverted()
