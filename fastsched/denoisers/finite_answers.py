@@ -1,13 +1,19 @@
-"""Call a denoiser and check that its output is finite, without waiting for the device at every step."""
+"""Call a denoiser and check noise and outputs, without waiting for the device at every step."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, told_argument
 from fastsched.denoisers.late_reading import Verdicts
 from fastsched.denoisers.network_errors import not_finite
+
+#: Noise of a root mean square above this, over at least so many elements, is not standard normal.
+LARGE, ELEMENTS = 3.0, 8
+#: A run that starts below this fraction of the highest level may start from a noisy sample, which can be of any size.
+NEAR_TOP = 0.5
 
 
 def finite_denoised(
@@ -25,3 +31,19 @@ def finite_denoised(
     )
     verdicts.settle(wait=False)
     return denoised
+
+
+def verdicts_of(noise: Tensor, s: float, denoiser: Denoiser) -> Verdicts:
+    """Verdicts that warn if noise at the first level ``s`` of a run seems to be scaled by its sigma already."""
+    verdicts = Verdicts()
+
+    def judge(size: Tensor) -> None:
+        if float(size) > LARGE:
+            validate.warn(
+                f"noise must be standard normal, but its root mean square is {float(size):.3g}: is it scaled by the "
+                "first sigma? It is scaled here, so pass it unscaled; the samples are likely to be wrong"
+            )
+
+    if noise.numel() >= ELEMENTS and s >= NEAR_TOP * denoiser.process.s_max:
+        verdicts.note(noise.float().square().mean().sqrt(), judge)
+    return verdicts

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
-from fastsched.denoisers.finite_answers import finite_denoised
-from fastsched.denoisers.late_reading import Verdicts
+from fastsched.denoisers.finite_answers import finite_denoised, verdicts_of
 from fastsched.denoisers.network_state import unchanged_buffers
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling.fitted import fitted_solver
@@ -75,7 +74,7 @@ def sample(
     Returns:
         The samples ``x0`` [B, *shape]; if the last sigma is not 0, the state ``z = x / alpha`` there.
 
-    Warns if sigmas of a variance-preserving process start far above its levels, as timesteps do.
+    Warns if sigmas of a variance-preserving process are like timesteps, and if noise seems to be scaled by sigma_0.
 
     Raises:
         ValueError: If ``sigmas`` do not descend or start where ``D`` is not finite, the solver is unknown or not for
@@ -89,15 +88,15 @@ def sample(
     if noise is None:
         raise ValueError("noise must be given: standard normal, [B, *shape]")
     check_run("sigmas", sigmas, denoiser)
-    values = validate.descending_sigmas("sigmas", getattr(sigmas, "sigmas", sigmas))
-    s = denoiser.process.level(values)
-    _warn_of_unknown_levels(denoiser.process, float(s[0]), float(values[0]))
+    s = denoiser.process.level(validate.descending_sigmas("sigmas", getattr(sigmas, "sigmas", sigmas)))
+    _warn_of_unknown_levels(denoiser.process, float(s[0]))
     if solver_name(name) in STOCHASTIC_SOLVERS:
         return sample_stochastic(denoiser, sigmas, str(name), noise, seed=seed or 0, dtype=dtype, progress=progress)
     method = schedule_solver(sigmas, name)
     if seed is not None:
         raise ValueError(f"seed must be None for {method.name}, got {seed!r}: this solver adds no noise")
-    nodes, verdicts, dtype = nodes_of(denoiser.process, s), Verdicts(), dtype or denoiser.dtype_beside(noise.dtype)
+    nodes, verdicts = nodes_of(denoiser.process, s), verdicts_of(noise, float(s[0]), denoiser)
+    dtype = dtype or denoiser.dtype_beside(noise.dtype)
     calls, told = calls_of(method, nodes), _told_levels(sigmas, method.name, denoiser.process)
     with unchanged_buffers(denoiser.network), progress_bar(calls, progress, f"{method.name} sampling") as advance:
 
@@ -118,11 +117,11 @@ def calls_of(method: Solver, nodes: Sequence[Node]) -> int:
     return steps if method.stage is None else steps + max(0, steps - without)
 
 
-def _warn_of_unknown_levels(process: NoiseProcess, s: float, sigma: float) -> None:
+def _warn_of_unknown_levels(process: NoiseProcess, s: float) -> None:
     """Warn if a run starts far above all levels of a network of timesteps."""
     if process.kind == "vp" and BEYOND * process.s_max < s < math.inf:
         validate.warn(
-            f"sigmas start at {sigma:g}, far above {process.s_max:g}, the highest that the network knows: are they "
+            f"sigmas start at {s:g}, far above {process.s_max:g}, the highest that the network knows: are they "
             "timesteps? fastsched takes noise levels, sigma / alpha"
         )
 

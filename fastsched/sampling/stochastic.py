@@ -25,8 +25,8 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
-from fastsched.denoisers.finite_answers import finite_denoised
-from fastsched.denoisers.late_reading import Verdicts, sent
+from fastsched.denoisers.finite_answers import finite_denoised, verdicts_of
+from fastsched.denoisers.late_reading import sent
 from fastsched.denoisers.network_state import unchanged_buffers
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import normal, sample_seeds, stream
@@ -64,7 +64,7 @@ def sample_stochastic(
     s = denoiser.process.level(validate.descending_sigmas("sigmas", getattr(sigmas, "sigmas", sigmas)))
     levels, dtype = s.tolist(), dtype or denoiser.dtype_beside(noise.dtype)
     streams = [stream(value, 1) for value in sample_seeds(seed, len(noise)).tolist()]
-    y, before, width_before, verdicts = noise, None, math.inf, Verdicts()
+    y, before, width_before, verdicts = noise, None, math.inf, verdicts_of(noise, levels[0], denoiser)
     bar = progress_bar(len(levels) - 1, progress, f"{solver} sampling")
     with unchanged_buffers(denoiser.network), bar as advance:
         for n in range(len(levels) - 1):

@@ -120,3 +120,13 @@ def test_a_network_computes_in_its_own_dtype_unless_another_is_asked_for(kind, s
     given.clear()
     fs.sample(fs.Denoiser.from_edm(lambda x, c: told(x, c)), [80.0, 5.0, 0.0], solver, noise.double())
     assert set(given) == {torch.float64}  # a function may compute in any
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ancestral"])
+def test_noise_that_is_scaled_already_is_warned_of(solver):
+    denoiser, sigmas = exact_denoiser(mixture(), 0.02, 20.0), [20.0, 3.0, 0.5, 0.0]
+    noise = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="noise must be standard normal, but its root mean square is"):
+        fs.sample(denoiser, sigmas, solver, sigmas[0] * noise)
+    fs.sample(denoiser, sigmas, solver, noise)
+    fs.sample(denoiser, sigmas[2:], solver, 9 * noise)  # a noisy sample, divided by its low level
