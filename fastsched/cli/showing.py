@@ -121,7 +121,7 @@ def env(as_json: shell.AsJson = False) -> None:
 
 def _statistics(file: Path, stats: PathStatistics) -> dict[str, Any]:
     """The contents of statistics; unknown entries of the file's header are shown as they are."""
-    from safetensors import safe_open
+    from fastsched.measurement.statistics_files import opened
 
     found = {
         "kind": "statistics",
@@ -135,8 +135,8 @@ def _statistics(file: Path, stats: PathStatistics) -> dict[str, Any]:
         "model_calls": stats.model_calls,
     }
     # A file of a newer version may have entries that this version does not know.
-    with safe_open(str(file), framework="pt") as opened:
-        header = json.loads((opened.metadata() or {}).get("fastsched", "{}"))
+    with opened(str(file)) as content:
+        header = json.loads((content.metadata() or {}).get("fastsched", "{}"))
     return found | {key: value for key, value in header.items() if key not in found and key != "format"}
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -87,17 +89,25 @@ def _equal(one: Tensor | None, two: Tensor | None) -> bool:
     return one is None or two is None or torch.equal(one.double(), two.double())
 
 
+@contextlib.contextmanager
+def opened(name: str) -> Iterator[Any]:
+    """The safetensors file of this name, which may be no UTF-8, though safetensors opens no other."""
+    from safetensors import safe_open
+
+    plain = name.encode(errors="replace").decode() == name
+    with open(name, "rb") as raw, safe_open(name if plain else f"/dev/fd/{raw.fileno()}", framework="pt") as file:
+        yield file
+
+
 def read_statistics(kind: type[Any], path: str | os.PathLike[str]) -> Any:
     """Read statistics, of this version or an earlier one; errors as in `PathStatistics.load`."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     name = check_readable(path, "statistics")
     if kind_of(name) == "schedule":
         raise ValueError(f"{name} is a schedule, and statistics are needed, which 'fastsched measure' writes")
-    if name.encode(errors="replace").decode() != name:
-        raise ValueError(f"{name} must have a name that is UTF-8, as safetensors opens no other; rename it")
     try:
-        with safe_open(name, framework="pt") as file:
+        with opened(name) as file:
             text = (file.metadata() or {}).get("fastsched", "{}")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, ValueError, OSError, RuntimeError) as error:

@@ -103,10 +103,11 @@ def test_files_of_odd_names_are_compared_and_drawn(folder, tmp_path, model, odd_
     assert r"not\udcfftext" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
-def test_statistics_whose_name_is_no_text_are_to_be_renamed(folder, odd_names):
+def test_statistics_whose_name_is_no_text_are_read(folder, odd_names):
     name = odd_names[-1].with_suffix(".safetensors")
     shutil.copy(folder / "s.safetensors", name)
-    assert "rename it" in one_line(run("info", name))
+    assert "levels" in run("info", name).stdout
+    assert fs.PathStatistics.load(name) == fs.PathStatistics.load(folder / "s.safetensors")
 
 
 def test_info_of_neither_is_an_error(tmp_path):
