@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fastsched.diffusers.conventions import describe
+from fastsched.diffusers.network_facts import PROGRESS
 from fastsched.diffusers.pipeline_call import call_parameters
-from fastsched.diffusers.watching import PROGRESS, networks_of
+from fastsched.diffusers.watching import networks_of
 from fastsched.measurement.devices import gathered_by_all
 from fastsched.sampling.origin import Origin
 

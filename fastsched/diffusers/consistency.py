@@ -21,7 +21,8 @@ from itertools import pairwise
 from typing import Any
 
 from fastsched.diffusers.formula import NOT_LINEAR, Formula
-from fastsched.diffusers.watching import Step, is_number, progresses
+from fastsched.diffusers.network_facts import progresses
+from fastsched.diffusers.watching import Step, is_number
 from fastsched.measurement.deviated_paths import asked_levels
 
 #: A step that runs less than this fraction of the layers that another step runs is taken to reuse earlier results.

@@ -21,11 +21,9 @@ from torch import Tensor
 from fastsched.denoisers.late_reading import Verdicts
 from fastsched.denoisers.network_state import active_training_layer, is_training, random_state, unchanged_buffers
 from fastsched.diffusers.formula import Formula, Given, part_like, products_of
+from fastsched.diffusers.network_facts import NetworkFacts
 from fastsched.diffusers.step_checks import differing
 from fastsched.ops.backends import widest_dtype
-
-#: Words in the names of values that follow the level or the step, and so differ between steps in every pipeline.
-PROGRESS = ("time", "step", "sigma", "index", "progress", "temb")
 
 #: Ends of the names of networks' arguments that are timesteps.
 TIMES = ("timestep", "timesteps")
@@ -57,7 +55,7 @@ class PipelineWatch:
         self._first: Step | None = None
         self._step = Step()
         self._names: dict[str, list[str]] = {}
-        self._states: dict[str, _NetworkState] = {}
+        self._states: dict[str, NetworkFacts] = {}
         self._steps = 0
         self._times: dict[str, Tensor] = {}
         self._random: dict[str, Tensor] = {}
@@ -88,7 +86,7 @@ class PipelineWatch:
             if isinstance(value, (bool, int, float, str)):
                 step.facts[f"pipe.{name}"] = value
             elif name in step.calls:
-                state = self._states.get(name) or self._states.setdefault(name, _NetworkState(value))
+                state = self._states.get(name) or self._states.setdefault(name, NetworkFacts(value))
                 _note(step, name, state.facts())
         return step
 
@@ -297,11 +295,6 @@ def check_times(before: dict[str, Tensor], now: dict[str, Tensor], verdicts: Ver
         verdicts.note(apart.sum().reshape(1), judge)
 
 
-def progresses(name: str) -> bool:
-    """Whether a fact of this name follows the level or the step (`PROGRESS`)."""
-    return any(word in name.lower().rsplit(".", 1)[-1] for word in PROGRESS)
-
-
 def is_number(value: Any) -> bool:
     """Whether a fact is a number, a flag or a text, not a tensor."""
     return value is None or isinstance(value, (bool, int, float, str))
@@ -334,44 +327,6 @@ def _note(step: Step, name: str, value: Any) -> None:
             step.sums[key] = fact
         else:
             step.facts[key] = fact
-
-
-class _NetworkState:
-    """What can change a network's output: an element of each weight and buffer, its modules' numbers, LoRA scales.
-
-    The places to read are found once: a walk through a large network at every step would take longer than the
-    scheduler. Tensors are read only if they are plain tensors on one device that no hooks move to other devices.
-    """
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        parts = [*module.modules()]
-        self._numbers = [
-            (vars(part), key)
-            for part in parts
-            for key, value in vars(part).items()
-            if not progresses(key) and (isinstance(value, (bool, int, float, str)) or key == "scaling")
-        ]
-        kinds: list[dict[str, Any]] = [kind for part in parts for kind in (part._parameters, part._buffers)]
-        self._weights = [(kind, key) for kind in kinds for key in kind if isinstance(kind[key], Tensor)]
-        tensors = [kind[key].detach() for kind, key in self._weights]
-        values = [each for each in tensors if each.is_floating_point() and each.numel()]
-        hooks = (getattr(vars(part).get("_diffusers_hook"), "hooks", None) for part in parts)  # empty where none is set
-        moved = any(hooks) or any(hasattr(part, "_hf_hook") for part in parts)
-        usual = all(type(each) is Tensor and each.device == values[0].device for each in values)
-        self._watched = bool(values) and usual and not moved and values[0].device.type != "meta"
-        self._elements: dict[torch.dtype, list[Tensor]] = {}
-        for each in values if self._watched else ():
-            self._elements.setdefault(each.dtype, []).append(each.as_strided((1,), (1,)))  # works in any memory format
-
-    def facts(self) -> dict[str, Any]:
-        """Numbers and tensors that must be equal at every step."""
-        numbers = tuple(str(value) if isinstance(value := at.get(key), dict) else value for at, key in self._numbers)
-        found: dict[str, Any] = {"settings": hash(numbers)}
-        if self._watched:
-            places = (kind[key].data_ptr() for kind, key in self._weights if isinstance(kind.get(key), Tensor))
-            found["weights"] = hash(tuple(places))
-            found |= {f"weights.{dtype}": torch.cat(elements) for dtype, elements in self._elements.items()}
-        return found
 
 
 def _are_tensors(value: Any) -> bool:

@@ -183,18 +183,43 @@ def test_a_scheduler_that_a_callback_replaces_is_named():
         measured(pipe, on_step=on_step)
 
 
+class Times:
+    """A processor, as attention modules have them."""
+
+    def __init__(self, factor=1.0):
+        self.factor = factor
+
+    def __call__(self):
+        return self.factor
+
+
+class Halves(Times):
+    def __call__(self):
+        return self.factor / 2
+
+
+class TimesLayer(torch.nn.Identity):
+    def __init__(self, factor):
+        super().__init__()
+        self.__dict__ |= {"factor": factor, "scaling": {"default": 1.0}, "scale": [1.0], "processor": Times()}
+
+    def forward(self, x):
+        return self.factor * x
+
+
 class Weighted(OracleUNet):
-    """Its answers follow a weight, and the scale of a layer, as LoRA's do."""
+    """Its answers follow a weight, and the scales, a factor, the processor, hooks and the function of a layer."""
 
     def __init__(self):
         super().__init__()
         self.gain, self.layer = torch.nn.Parameter(torch.ones(1)), torch.nn.Identity()
-        self.layer.scaling = {"default": 1.0}
+        self.layer.scaling, self.layer.scale, self.layer.processor = {"default": 1.0}, [1.0], Times()
         self.register_buffer("shift", torch.ones(1))
         self.knob = 1.0
 
     def forward(self, *args, **kwargs):
-        factor = self.gain * self.shift * self.knob * self.layer.scaling["default"]
+        factor = self.gain * self.shift * self.knob * self.layer.scaling["default"] * self.layer.scale[0]
+        factor = self.layer(factor) * self.layer.processor() * (getattr(self.layer, "b1", None) or 1.0)
         return (factor * super().forward(*args, **kwargs)[0],)
 
 
@@ -213,6 +238,20 @@ def set_data(unet, value):
     unet.gain.data = torch.full((1,), value)
 
 
+def set_hook(unet, value):
+    if value == 1.0:
+        unet.hook.remove()
+    else:
+        unet.hook = unet.layer.register_forward_hook(lambda layer, args, output: value * output)
+
+
+def set_forward(unet, value):
+    if value == 1.0:
+        del unet.layer.forward
+    else:
+        unet.layer.forward = lambda x: value * x
+
+
 CHANGES = {
     "in place": lambda unet, value: unet.gain.data.fill_(value),
     "data": set_data,
@@ -220,6 +259,13 @@ CHANGES = {
     "buffer": lambda unet, value: unet.shift.fill_(value),
     "attribute": lambda unet, value: setattr(unet, "knob", value),
     "scale of LoRA": lambda unet, value: unet.layer.scaling.update(default=value),
+    "scale of an IP-adapter": lambda unet, value: unet.layer.scale.__setitem__(0, value),
+    "new attribute": lambda unet, value: setattr(unet.layer, "b1", value if value != 1.0 else None),  # as FreeU's
+    "attribute of a processor": lambda unet, value: setattr(unet.layer.processor, "factor", value),
+    "processor": lambda unet, value: setattr(unet.layer, "processor", (Times if value == 1.0 else Halves)()),
+    "layer": lambda unet, value: setattr(unet, "layer", TimesLayer(value)),
+    "hook": set_hook,
+    "function": set_forward,
 }
 
 
@@ -232,6 +278,19 @@ def test_weights_that_a_callback_changes_and_changes_back_are_noticed(name):
     on_step = in_a_window(CHANGES[name])
     with pytest.raises(ValueError, match=r"unet\.(weights|settings)\S* was different from that at the first step"):
         measured(pipe, on_step=lambda i, output: on_step(pipe.unet, i, output))
+
+
+def test_processors_that_a_callback_makes_anew_may_be_alike():
+    scheduler = euler()
+    pipe = OraclePipeline(Weighted().answer_for(scheduler, mixture()), scheduler)
+    plain = measured(pipe)
+
+    def on_step(i, output):
+        pipe.unet.layer.processor = Times()
+        pipe.unet.layer.kept = torch.ones(i)  # for later, as some layers do
+        return output
+
+    assert torch.equal(measured(pipe, on_step=on_step).gram, plain.gram)
 
 
 def weights_of_the_second(pipe, i, given):
