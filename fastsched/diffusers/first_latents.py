@@ -9,8 +9,12 @@ import torch
 from scipy.special import gammainccinv, gammaincinv
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.denoisers.late_reading import Verdicts
 from fastsched.diffusers.step_checks import INSTEAD
+
+#: Parts of the latents with fewer elements may be equal by chance.
+FEWEST_ELEMENTS = 8
 
 #: Neighbours are refused if they are correlated by more than the first number and this many standard errors.
 CORRELATED, STANDARD_ERRORS = 0.1, 6
@@ -47,6 +51,8 @@ def check_scaled_start(own: Any, name: str, *, asked: bool) -> None:
 def check_first_latents(sample: Tensor, verdicts: Verdicts) -> None:
     """Check that a pipeline starts from standard normal noise times ``init_noise_sigma``, which is 1 here.
 
+    Warns if parts of it are copies of others.
+
     Raises:
         ValueError: If the root mean square of the elements is more than a factor of 1.33 outside the range that it
             leaves once in 10^9 draws on either side, by the chi-square distribution of ``sum x^2``.
@@ -64,6 +70,28 @@ def check_first_latents(sample: Tensor, verdicts: Verdicts) -> None:
             )
 
     verdicts.note(sample.float().square().mean().sqrt().reshape(1), judge)
+    _warn_of_copies(sample, verdicts)
+
+
+def _warn_of_copies(sample: Tensor, verdicts: Verdicts) -> None:
+    counts = []
+    for n in range(1, sample.ndim):
+        parts = sample.movedim(n, 0).flatten(1)
+        if parts.shape[1] >= FEWEST_ELEMENTS:
+            parts = parts[parts.sum(1, dtype=torch.float32).argsort()]  # copies are neighbours
+            random = (parts[1:] != parts[1:, :1]).any(1)  # not those that a mask or a condition fills with one number
+            counts.append((random & (parts[1:] == parts[:-1]).all(1)).sum())
+
+    def judge(found: Tensor) -> None:
+        if int(found.max()) > 0:
+            validate.warn(
+                "some parts of the pipeline's first latents are copies of others (FreeNoise's frames), but a "
+                "measurement and the runs of a fit start from independent noise; where the pipeline can do so as well, "
+                "let it (noise_type='random')"
+            )
+
+    if counts:
+        verdicts.note(torch.stack(counts), judge)
 
 
 def check_neighbours(sample: Tensor, owned: Tensor | None, verdicts: Verdicts) -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
 
 import diffusers
 import pipelines
-from pipelines import SHAPE, oracle_pipeline
+from pipelines import SHAPE, OraclePipeline, OracleUNet, oracle_pipeline
 
 from fastsched.denoisers.late_reading import Verdicts
 from fastsched.diffusers.first_latents import check_first_latents, check_neighbours
@@ -107,6 +107,33 @@ def test_first_latents_of_few_elements_are_not_refused(seed):
     for scale in (0.5, 2.0):
         with pytest.raises(ValueError, match="first latents"):
             first_latents(scale * torch.randn(2, 4, 8, 8))
+
+
+class RepeatedFrames(OraclePipeline):
+    """As AnimateDiff with FreeNoise: a channel of its first latents is a copy of another."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=50, images=2, repeated=True, output_type="latent"):
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn(images, *SHAPE)
+        latents[:, 1] = latents[:, 0] if repeated else 0.0
+        latents[:, 0] *= 1.0 if repeated else 2**0.5
+        for t in self.scheduler.timesteps:
+            output = self.unet(latents, t.expand(images), return_dict=False)[0]
+            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+        return latents
+
+
+def test_first_latents_with_copies_of_some_parts_are_warned_of():
+    scheduler = diffusers.DDIMScheduler(**SD, clip_sample=False)
+    pipe = RepeatedFrames(OracleUNet().answer_for(scheduler, mixture()), scheduler)
+    with pytest.warns(UserWarning, match=r"are copies of others \(FreeNoise"):
+        stats = measured(pipe)
+    assert torch.equal(stats.gram, measured(oracle_pipeline(scheduler, mixture())).gram)
+    measured(pipe, repeated=False)  # constant parts are no copies of noise
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        first_latents(torch.randn(2, 4, 16, 64, 64).to(dtype))
+        first_latents(torch.randn(1, 4000, 4).to(dtype))
 
 
 def test_first_latents_that_hold_an_image_are_refused():
