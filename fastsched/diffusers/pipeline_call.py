@@ -67,6 +67,12 @@ def call(
                     f"{scheduler} does not take, so it cannot run with it; change the scheduler "
                     "(docs/schedulers.md)"
                 ) from error
+            if left() is None and all(word in str(error) for word in ("length", "num_inference_steps")):
+                raise ValueError(
+                    f"an argument of the call, or its default, is a list for another number of steps than the {steps} "
+                    f"that are needed here ({error}); pass one that holds for any number of steps (for Ideogram 4 "
+                    "guidance_scale=7.0, guidance_schedule=None)"
+                ) from error
             if not isinstance(error, (AttributeError, TypeError)) or "CalibrationScheduler" not in str(error):
                 raise
             raise ValueError(

@@ -94,6 +94,24 @@ def test_a_pipeline_that_makes_another_number_of_steps_is_refused(levels, steps)
     assert fs.diffusers.measure(pipe, levels=4, samples=2, steps=8).levels == 4
 
 
+class GuidanceOfEachStep(OraclePipeline):
+    """Has a list with an entry for each of 48 steps as a default, as Ideogram 4."""
+
+    def __call__(self, num_inference_steps=48, guidance_scale=None, guidance_schedule=(7.0,) * 48, output_type="pil"):
+        if guidance_schedule is not None and len(guidance_schedule) != num_inference_steps:
+            raise ValueError("`guidance_schedule` must have length `num_inference_steps`")
+        return super().__call__(num_inference_steps=num_inference_steps)
+
+
+def test_a_list_for_each_step_is_refused_with_what_would_do():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = GuidanceOfEachStep(OracleUNet().answer_for(scheduler, mixture()), scheduler)
+    with pytest.raises(ValueError, match=r"than the 16 that are needed here \(`guid.*guidance_schedule=None\)"):
+        fs.diffusers.measure(pipe, levels=8, samples=2)
+    constant = {"guidance_scale": 7.0, "guidance_schedule": None}
+    assert fs.diffusers.fit(pipe, 4, levels=8, samples=2, model_calls=80, **constant).measured_error is not None
+
+
 class AsBefore(OraclePipeline):
     """Asks for as many steps as its scheduler has made before, as LEDITS++ to edit an image that it has inverted."""
 
