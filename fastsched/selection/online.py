@@ -204,19 +204,20 @@ class AdaptiveSchedule:
     def _warn_of_shared_levels(
         self, denoise: Callable[[Tensor, Tensor], Tensor], z: Tensor, s: Tensor, x0: Tensor
     ) -> int:
-        """Warn, once, if answers ``x0`` at levels ``s`` follow the first sample's level; returns the calls made."""
+        """Warn, once, if answers ``x0`` at levels ``s`` follow the levels of other samples; returns the calls made."""
         if self._checked or len(z) == 1 or active_training_layer(denoise) is not None:
             return 0
         self._checked = True
-        other, state = s.clone(), random_state(z.device)
-        other[0] = self.s[0] if s[0].square() < self.s[0] * self.s[-1] else self.s[-1]  # the end that is further away
+        other, state, half = s.clone(), random_state(z.device), (len(z) + 1) // 2
+        # To the end that is further from the first level; all to one end, so that their mean moves too.
+        other[:half] = self.s[0] if s[0].square() < self.s[0] * self.s[-1] else self.s[-1]
         moved = checked_call(partial(denoise, z.clone(), other), z, other, z.dtype)
-        before, after = in_float64(x0[1:]), in_float64(moved[1:])
+        before, after = in_float64(x0[half:]), in_float64(moved[half:])
         random = not torch.equal(state, random_state(z.device))
         if not random and float((after - before).norm()) > SHARED * float(before.norm()):
             validate.warn(
-                "denoise must use the level of each sample: its answers for the other samples changed with that of the "
-                "first (does it use s[0] for all, or mix the samples of a batch?); the estimated costs are wrong"
+                "denoise must use the level of each sample: its answers for some samples changed with those of the "
+                "others (does it use s[0] for all, or mix the samples of a batch?); the estimated costs are wrong"
             )
         return 1
 
