@@ -15,6 +15,7 @@ from fastsched import validate
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.measurement.deviated_paths import DeviatedPath
 from fastsched.measurement.fingerprints import same_network
+from fastsched.measurement.statistics_checks import check_form, check_values
 from fastsched.measurement.statistics_files import read_statistics, write_statistics
 from fastsched.sampling import display
 from fastsched.sampling.origin import Origin
@@ -66,6 +67,13 @@ class PathStatistics:
     fingerprint: Tensor | None = None
     origin: Origin | None = None
     changes: tuple[tuple[float, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", validate.sample_shape("shape", self.shape))
+        try:
+            check_form(self)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"PathStatistics {error}") from None
 
     @property
     def vector_gram(self) -> Tensor:
@@ -232,8 +240,13 @@ def merged(one: PathStatistics, other: PathStatistics) -> PathStatistics:
 
 
 def is_statistics(name: str, value: object) -> PathStatistics:
-    """TypeError unless the argument is `PathStatistics`."""
-    return validate.instance(name, value, PathStatistics, "fastsched.measure returns them")
+    """TypeError unless the argument is `PathStatistics`; ValueError unless its numbers can be those of paths."""
+    stats = validate.instance(name, value, PathStatistics, "fastsched.measure returns them")
+    try:
+        check_values(stats)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
+    return stats
 
 
 def data_deviation(ends: Tensor) -> float:

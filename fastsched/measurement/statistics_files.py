@@ -7,15 +7,23 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.noise import NoiseProcess, far_outside, process_from_dict
-from fastsched.measurement.deviated_paths import STRIDE, DeviatedPath, asked_levels
-from fastsched.measurement.fingerprints import PROJECTIONS
+from fastsched.denoisers.noise import NoiseProcess, process_from_dict
+from fastsched.measurement.deviated_paths import STRIDE, DeviatedPath
+from fastsched.measurement.statistics_checks import (
+    check_finite,
+    check_form,
+    check_number,
+    check_seeds,
+    check_tensor,
+    check_values,
+)
 from fastsched.sampling.files import check_readable, check_version, checksum, json_object, kind_of, write_whole
 from fastsched.sampling.origin import Origin
 
@@ -28,9 +36,6 @@ NAMES = {"response_cross": "cross", "response_gram": "w_squared"}
 REQUIRED = {"s", "seeds", "gram", "ends"}
 OPTIONAL = {*NAMES.values(), "fingerprint", "increments", "responses"}
 ENTRIES = {"format", "version", "process", "data_std", "model_calls", "deviated", "origin", "changes", "sha256"}
-#: A product of two vectors may exceed that of their norms by this factor, and by this part of the largest such product:
-#: rounding of 16 bits under autocast, in earlier versions, changed entries by 0.1%.
-PRODUCT_SLACK = 1.01, 1e-5
 #: Entries of files before version 3.
 FORMER_ENTRIES = {"sensitivity"}
 
@@ -58,7 +63,9 @@ def write_statistics(stats: Any, path: str | os.PathLike[str], vectors: bool) ->
         header["changes"] = [list(pair) for pair in stats.changes]
     try:
         _check_entries(header, tensors, VERSION)
-        _check_values(stats)
+        check_form(stats)
+        check_values(stats)
+        check_seeds(stats)
         check_process(stats.process, stats.s)
     except ValueError as error:
         raise ValueError(
@@ -120,13 +127,15 @@ def read_statistics(kind: type[Any], path: str | os.PathLike[str]) -> Any:
         if (version >= 3 or given is not None) and given != _checksum(header, tensors):
             raise ValueError("was changed or damaged after it was written: its checksum is another one")
         _check_entries(header, tensors, version)
-        found = _statistics(kind, header, tensors, version)
-        _check_values(found)
+        found = SimpleNamespace(**_fields(header, tensors, version))
+        check_form(found)
+        check_values(found)
+        check_seeds(found)
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{name} lacks an entry of path statistics, or one is wrong: {error}") from None
     except ValueError as error:
         raise ValueError(f"{name} {error}; measure again") from None
-    return found
+    return kind(**vars(found))
 
 
 def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
@@ -146,35 +155,31 @@ def _check_entries(header: dict[str, Any], tensors: dict[str, Tensor], version: 
     for missing in sorted(REQUIRED - set(tensors)):
         raise KeyError(missing)
     for key, kind in (("data_std", float), ("model_calls", int)):
-        value = header[key]
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 <= value < 2**63:
-            raise ValueError(f"has {key} = {value!r:.80}, not a number from 0")
+        check_number(key, header[key], kind)
+    names = {new: old for old, new in NAMES.items()}
     for name, tensor in tensors.items():
-        wanted = {"seeds": torch.int64, "ends": torch.float32, "increments": torch.float32, "responses": torch.float32}
-        if tensor.dtype != wanted.get(name, torch.float64):
-            raise ValueError(f"holds {name} in {tensor.dtype}, not {wanted.get(name, torch.float64)}")
-        if tensor.is_floating_point() and not bool(
-            tensor[1:].isfinite().all() if name == "s" else tensor.isfinite().all()
-        ):
-            raise ValueError(f"holds NaN or inf in {name}")
+        field = names.get(name, name)
+        check_tensor(field, tensor)
+        check_finite(field, tensor)
 
 
-def _statistics(kind: type[Any], header: dict[str, Any], tensors: dict[str, Tensor], version: int) -> Any:
+def _fields(header: dict[str, Any], tensors: dict[str, Tensor], version: int) -> dict[str, Any]:
     fields = {new: old for old, new in NAMES.items()}
     if not isinstance(header["process"], dict):
         raise TypeError(f"process = {header['process']!r:.80}")
     if version == 1:
         tensors = {name: tensor for name, tensor in tensors.items() if name not in fields}
-    return kind(
-        process=process_from_dict(header["process"]),
-        shape=tuple(tensors["ends"].shape[1:]),
-        data_std=float(header["data_std"]),
-        model_calls=header["model_calls"],
-        origin=Origin.from_dict(header["origin"]) if "origin" in header else None,
-        deviated=_deviated(header.get("deviated", [])),
-        changes=_changes(header.get("changes", [])),
+    return {
+        "process": process_from_dict(header["process"]),
+        "shape": tuple(tensors["ends"].shape[1:]),
+        "data_std": float(header["data_std"]),
+        "model_calls": header["model_calls"],
+        "origin": Origin.from_dict(header["origin"]) if "origin" in header else None,
+        "deviated": _deviated(header.get("deviated", [])),
+        "changes": _changes(header.get("changes", [])),
+        **dict.fromkeys((*NAMES, "increments", "responses", "fingerprint")),
         **{fields.get(name, name): tensor for name, tensor in tensors.items()},
-    )
+    }
 
 
 def _deviated(entries: Any) -> tuple[DeviatedPath, ...]:
@@ -195,71 +200,3 @@ def _changes(entries: Any) -> tuple[tuple[float, float], ...]:
         if not pair or not math.inf > entry[0] > entry[1] > 0:
             raise ValueError(f"holds the change {entry!r:.80}; expected 2 levels s, the higher one first")
     return tuple((entry[0], entry[1]) for entry in entries)
-
-
-def _check_values(stats: Any) -> None:
-    """Raise ValueError unless shapes, order, signs and symmetry are those of a measurement."""
-    b, n = len(stats.seeds), len(stats.s)
-    rows = len(stats.deviated) * len(asked_levels(n))
-    if b == 0 or stats.ends.ndim < 2 or stats.ends.numel() == 0:
-        raise ValueError("holds no samples")
-    d = stats.ends[0].numel()
-    shapes = {
-        "s": (n,),
-        "seeds": (b,),
-        "ends": (b, *stats.ends.shape[1:]),
-        "gram": (b, n - 1, n - 1),
-        "response_cross": (b, rows, n - 1),
-        "response_gram": (b, rows, rows),
-        "increments": (b, n - 1, d),
-        "responses": (b, rows, d),
-    }
-    for name, shape in shapes.items():
-        value = getattr(stats, name)
-        if value is not None and tuple(value.shape) != shape:
-            raise ValueError(f"is not whole: {name} has shape {tuple(value.shape)}, not {shape}")
-    fingerprint = stats.fingerprint
-    if fingerprint is not None and fingerprint.shape not in ((PROJECTIONS,), (2 * PROJECTIONS,)):
-        raise ValueError(f"is not whole: fingerprint has shape {tuple(fingerprint.shape)}")
-    if stats.increments is not None and (stats.responses is not None) != (rows > 0):
-        raise ValueError("is not whole: it needs increments and responses of the deviated paths together")
-    if {stats.response_cross is None, stats.response_gram is None} != {rows == 0}:
-        raise ValueError("is not whole: responses need cross, w_squared and the deviated paths together")
-    if len(set(stats.seeds.tolist())) < b or bool((stats.seeds < 0).any()):
-        raise ValueError("holds seeds that repeat or are negative")
-    _check_levels(stats)
-    _check_products(stats)
-
-
-def _check_products(stats: Any) -> None:
-    """Raise ValueError unless Gram matrices are symmetric, and no product exceeds those of the vectors' norms."""
-    norms = {}
-    for name in ("gram", "response_gram"):
-        value = getattr(stats, name)
-        if value is None:
-            continue
-        size = float(value.abs().max()) + math.ulp(0.0)
-        if size > torch.finfo(torch.float32).max:
-            raise ValueError(f"holds a {name} beyond float32, which a measurement refuses")
-        if not torch.allclose(value, value.mT, rtol=0, atol=1e-6 * size):
-            raise ValueError(f"holds a {name} that is not symmetric")
-        squares = value.diagonal(dim1=1, dim2=2)
-        if bool((squares < -1e-9 * size).any()):
-            raise ValueError(f"holds a {name} with negative squared norms")
-        norms[name] = squares.clamp_min(0.0).sqrt()
-    kinds = {"gram": ("gram", "gram"), "response_gram": ("response_gram", "response_gram")}
-    for name, (one, other) in {**kinds, "response_cross": ("response_gram", "gram")}.items():
-        value = getattr(stats, name)
-        if value is None:
-            continue
-        most = norms[one][:, :, None] * norms[other][:, None, :]
-        if bool((value.abs() > PRODUCT_SLACK[0] * most + PRODUCT_SLACK[1] * most.max()).any()):
-            raise ValueError(f"holds a {name} with products of vectors that exceed those of their norms")
-
-
-def _check_levels(stats: Any) -> None:
-    s = stats.s
-    if len(s) < 3 or not bool((s[1:] < s[:-1]).all()) or not float(s[-1]) > 0:
-        raise ValueError("holds levels s that do not descend to a positive one")
-    if far_outside(stats.process, s):
-        raise ValueError("holds levels s far outside of those of its noise process")

@@ -252,3 +252,48 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path):
         with pytest.raises(ValueError, match="cannot be written, because it could not be read again: it holds"):
             wrong.save(tmp_path / "s")
     assert (tmp_path / "s").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def measured() -> fs.PathStatistics:
+    denoiser = fs.Denoiser.from_denoiser(fs.oracles.Gaussian(0.5, (3,)).denoise, 0.01, 9.0)
+    return fs.measure(denoiser, (3,), levels=8, samples=2, keep_increments=True, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gram", lambda x: x.half(), "holds gram in torch.float16"),
+        ("gram", lambda x: x.tolist(), "holds gram = .* not a tensor"),
+        ("gram", lambda x: x[:1], "gram has shape"),
+        ("gram", lambda x: x.clone().requires_grad_(), "without gradients"),
+        ("s", lambda x: x.flip(0), "levels s that do not descend"),
+        ("s", lambda x: 1e5 * x, "levels s far outside"),
+        ("shape", lambda _: (4,), "ends are of shape"),
+        ("seeds", lambda x: x.double(), "holds seeds in torch.float64"),
+        ("data_std", lambda _: math.nan, "has data_std = nan"),
+        ("model_calls", lambda _: -1, "has model_calls = -1"),
+        ("process", lambda _: "ve", "holds process = 've'"),
+        ("deviated", lambda _: (), "response_cross has shape"),
+        ("origin", lambda _: "me", "holds origin = 'me'"),
+    ],
+)
+def test_statistics_made_by_hand_are_checked(measured, name, change, message):
+    with pytest.raises((TypeError, ValueError), match=f"PathStatistics .*{message}"):
+        replace(measured, **{name: change(getattr(measured, name))})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x * math.nan, "holds NaN or inf in gram"),
+        (lambda x: -x, "negative squared norms"),
+        (lambda x: x.triu(), "not symmetric"),
+        (lambda x: 0 * x, "exceed those of their norms"),
+    ],
+)
+def test_products_of_no_vectors_are_refused_where_they_are_used(measured, change, message):
+    wrong = replace(measured, gram=change(measured.gram))
+    for use in (lambda: fs.optimal_schedule(wrong, 3), lambda: fs.predict_error(wrong, [9.0, 1.0, 0.0], "ddim")):
+        with pytest.raises(ValueError, match=f"stats .*{message}"):
+            use()
