@@ -2,7 +2,6 @@ import csv
 import io
 import itertools
 import math
-import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -234,9 +233,7 @@ def test_a_reference_of_another_network_is_told(gaussian, converged):
     other = fs.Denoiser.from_denoiser(lambda z, s: 1.01 * gaussian.network(z, s), LOW, HIGH)
     with pytest.warns(UserWarning, match="reference was made with another network"):
         compare(other, *run, reference=converged, progress=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        compare(gaussian, *run, reference=converged, dtype=torch.bfloat16, progress=False)
+    compare(gaussian, *run, reference=converged, dtype=torch.bfloat16, progress=False)
 
 
 def test_networks_of_batches_of_one_size_are_compared(gaussian):

@@ -80,7 +80,6 @@ def test_costs_of_different_velocities_do_not_merge(estimate):
         first.merge(other)
 
 
-@pytest.mark.filterwarnings("error")
 def test_standard_errors():
     denoiser = fs.Denoiser.from_denoiser(MIXTURE.denoise, 0.05, 10.0)
     settings = {"shape": (2,), "sigmas": [2.0, 1.0, 0.5], "progress": False}

@@ -214,7 +214,6 @@ def test_secants_reproduce_the_measured_responses(measured_mixture):
     assert surrogate.vectors == stats.levels - 1 + stats.response_gram.shape[1]
 
 
-@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("responses", [True, False])
 def test_constant_denoiser_has_no_error(responses):
     denoiser = fs.Denoiser.from_denoiser(lambda z, s: torch.zeros_like(z), 0.01, 20.0)

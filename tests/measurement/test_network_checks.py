@@ -36,18 +36,14 @@ RIGHT = {
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_exact_denoisers_pass(name):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        asked = check(*RIGHT[name])
+    asked = check(*RIGHT[name])
     assert asked.model_calls <= 5
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_trained_networks_of_the_benchmark_pass(name):
     model = MODELS[name]()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert check(model.denoiser, model.shape).model_calls <= 5
+    assert check(model.denoiser, model.shape).model_calls <= 5
 
 
 @pytest.mark.parametrize("oracle", [fs.oracles.Gaussian(2.0, (16,)), fs.oracles.Gaussian(0.02, (16,), mean=0.5)])
@@ -62,9 +58,7 @@ def test_small_networks_in_the_plane_pass():
     exact = exact_denoisers(fs.oracles.Gaussian(0.2, (2,)), table)["epsilon"]
     off = lambda t, e: torch.where(t > 800, e, 0.0)[:, None]
     of_error = lambda e: replace(exact, network=lambda x, t: exact.network(x, t) + off(t, e))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check(of_error(0.07), (2,))
+    check(of_error(0.07), (2,))
     with pytest.raises(ValueError, match="Leave the last entries of the table out"):
         check(of_error(0.7), (2,))
 
@@ -91,9 +85,7 @@ def test_small_errors_of_networks_whose_rough_sample_is_small_pass(kind, error):
     table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     exact = exact_denoisers(SimpleNamespace(denoise=denoise, score=denoise), table)[kind]
     off = lambda x, t: error * (t > 800).float()[:, None] * x
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check(replace(exact, network=lambda x, t: exact.network(x, t) + off(x, t)), (64,))
+    check(replace(exact, network=lambda x, t: exact.network(x, t) + off(x, t)), (64,))
 
 
 def ring(modes, std, d=2):
@@ -107,10 +99,8 @@ def ring(modes, std, d=2):
 @pytest.mark.parametrize("data", [ring(16, 0.03), ring(8, 0.05), ring(2, 1e-3, 1)])
 def test_narrow_modes_in_the_plane_pass(kind, data):
     denoiser = exact_denoisers(data)[kind]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fs.measure(denoiser, (data.means.shape[1],), samples=8, responses=False, progress=False)
-        fs.measure(denoiser, (data.means.shape[1],), levels=8, samples=1, responses=False, progress=False)
+    fs.measure(denoiser, (data.means.shape[1],), samples=8, responses=False, progress=False)
+    fs.measure(denoiser, (data.means.shape[1],), levels=8, samples=1, responses=False, progress=False)
 
 
 @pytest.mark.parametrize("data", [ring(16, 0.03), ring(8, 0.05), mixture()])
@@ -182,9 +172,7 @@ def test_wrong_readings_are_refused(name):
 @pytest.mark.parametrize("samples", [1, 8])
 def test_paths_of_exact_denoisers_raise_no_doubt(name, samples):
     denoiser, shape = RIGHT[name]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fs.measure(denoiser, shape, levels=16, samples=samples, responses=False, progress=False)
+    fs.measure(denoiser, shape, levels=16, samples=samples, responses=False, progress=False)
 
 
 #: Where a path's own error, one path's chance, or a trained network's error is nearly all that is seen.
@@ -201,11 +189,7 @@ UNLUCKY = [
 )
 def test_paths_of_the_benchmark_s_networks_raise_no_doubt(name, levels, samples, seed):
     model = MODELS[name]()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fs.measure(
-            model.denoiser, model.shape, levels=levels, samples=samples, seed=seed, responses=False, progress=False
-        )
+    fs.measure(model.denoiser, model.shape, levels=levels, samples=samples, seed=seed, responses=False, progress=False)
 
 
 def in_its_place(kind, table):
@@ -237,10 +221,8 @@ PLAUSIBLE = {
 
 @pytest.mark.parametrize("name", PLAUSIBLE)
 def test_plausible_wrong_readings_are_refused_or_warned_of(name):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises((ValueError, UserWarning), match=r"its table of levels|checks=False"):
-            fs.measure(PLAUSIBLE[name](), (16,), levels=24, samples=8, responses=False, progress=False)
+    with pytest.raises((ValueError, UserWarning), match=r"its table of levels|checks=False"):
+        fs.measure(PLAUSIBLE[name](), (16,), levels=24, samples=8, responses=False, progress=False)
 
 
 SIGNED = ("v", "edm")
@@ -283,9 +265,7 @@ def guided(scale):
 
 def test_guidance_is_no_wrong_reading():
     for scale in (1.0, 1.5):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            fs.measure(guided(scale), (16,), levels=24, samples=8, responses=False, progress=False)
+        fs.measure(guided(scale), (16,), levels=24, samples=8, responses=False, progress=False)
     with pytest.warns(UserWarning, match="guided by more than its data allow"):
         fs.measure(guided(3.0), (16,), levels=24, samples=8, responses=False, progress=False)
     edm = exact_denoisers(SimpleNamespace(denoise=guided(5.0).network, score=len))["edm"]
@@ -339,9 +319,7 @@ def test_a_clean_sample_that_is_constant_but_for_next_to_nothing_is_doubtful(ans
 
 def test_data_as_small_as_the_lowest_level_raise_no_doubt():
     for std in (0.02, 2e-3):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            check(fs.Denoiser.from_denoiser(fs.oracles.Gaussian(std, (16,)).denoise, std, 40.0))
+        check(fs.Denoiser.from_denoiser(fs.oracles.Gaussian(std, (16,)).denoise, std, 40.0))
 
 
 def test_a_network_of_one_sample_at_a_time_is_measured_so():
