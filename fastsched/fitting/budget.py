@@ -102,18 +102,17 @@ def planned(
             f"model_calls must be at least {PLANS[0].total}, the measurement included, got {total}; or give levels and "
             "samples, or stats"
         )
-    most = MOST_LEVELS - 2  # a network is measured at more levels than there are steps
-    if levels is None and steps > most:
-        raise ValueError(f"steps must be at most {most:,}, got {steps:,}")
+    if levels is None and steps > MOST_LEVELS - 2:  # a network is measured at more levels than there are steps
+        raise ValueError(f"steps must be at most {MOST_LEVELS - 2:,}, got {steps:,}")
     plan = _plan(total)
-    count = plan.levels
+    usual = plan.levels
     if least > plan.samples and not isinstance(samples, range):
-        most = total // (4 * max(least, samples or 1)) // 2 * 2  # a pipeline's path takes two calls a level
-        count = min(count, max(PLANS[0].levels, most))
-    grid = max(count, steps + 2 - steps % 2) if levels is None else validate.levels("levels", levels)
+        half = total // (4 * max(least, samples or 1)) // 2 * 2  # a pipeline's path takes two calls a level
+        usual = min(usual, max(PLANS[0].levels, half))
+    grid = max(usual, steps + 2 - steps % 2) if levels is None else validate.levels("levels", levels)
     if samples is None:
-        count = len(grid) if isinstance(grid, Tensor) else grid
-        samples = max(1, measuring_calls(plan.levels, plan.samples) // measuring_calls(count, 1, responses=responses))
+        each = measuring_calls(len(grid) if isinstance(grid, Tensor) else grid, 1, responses=responses)
+        samples = max(1, measuring_calls(plan.levels, plan.samples) // each)
     calls_left(total, calls(grid, samples))
     return grid, samples
 

@@ -187,7 +187,8 @@ def _prepared(
     if stats is not None:
         if tuple(shape) != stats.shape:
             raise ValueError(f"stats are of samples of shape {stats.shape}, not of shape {tuple(shape)}")
-        return check_levels(steps, stats.levels, method)
+        check_levels(steps, stats.levels, method)
+        return None
     responses = takes_responses(budget, math.prod(shape))
     levels, samples = planned(budget, steps, levels, samples, responses=responses)
     run, batches, known = prepared(denoiser, shape, levels, samples, responses=responses, **settings)

@@ -116,15 +116,15 @@ class CheckCalls:
     @torch.no_grad()
     def check_repeats(self) -> None:
         """Make the first calls again, in batches of the same size and of another; ValueError if an output differs."""
-        first, middle = self.top.asked(self), self.at_third()[0]
-        if self.differs(self.at_third()[0], middle) or self.differs(self.top.asked(self), first):
+        first, middle = self.top.again(self), self.at_third()[0]
+        if self.differs(self.at_third()[0], middle) or self.differs(self.top.again(self), first):
             raise ValueError(
                 "the network gives different outputs for the same input: it is random, or keeps a state (dropout "
                 "left on? noise or a counter inside?); call network.eval(), or fix its random numbers"
             )
         if self.differs(first, self.top.raw):
             raise ValueError(f"the network's output for the same input is not that of its first call: {STATE}")
-        if self.differs(self.top.asked(self, 3 - self.top.size), first):
+        if self.differs(self.top.again(self, 3 - self.top.size), first):
             raise ValueError(MIXES)
 
     @torch.no_grad()
@@ -150,12 +150,12 @@ class Top:
     raw: Tensor = field(init=False)
     denoised: Tensor = field(init=False)
 
-    def ask(self, ask: CheckCalls) -> None:
+    def call(self, ask: CheckCalls) -> None:
         """Make the calls for the first time."""
         raw, denoised = zip(*(ask.raw(part, self.level) for part in self.noise.split(self.size)), strict=True)
         self.raw, self.denoised = torch.cat(raw).float(), torch.cat(denoised).float()  # held while paths are followed
 
-    def asked(self, ask: CheckCalls, size: int | None = None) -> Tensor:
+    def again(self, ask: CheckCalls, size: int | None = None) -> Tensor:
         """Make the calls again, with ``size`` samples each; returns ``R``."""
         return torch.cat([ask.raw(part, self.level)[0] for part in self.noise.split(size or self.size)])
 

@@ -126,12 +126,12 @@ def check_network(
     ask.top = Top(float(levels[0]), ask.noise(seed, seed + ELSEWHERE), 2 if batch == 1 else 1)
     with checked_training(denoiser.network, device):
         try:
-            ask.top.ask(ask)
+            ask.top.call(ask)
         except Exception:
             if ask.top.size == 1:
                 raise
             ask.top.size = 1  # a network that is asked for one sample at a time need not take two
-            ask.top.ask(ask)
+            ask.top.call(ask)
     try:
         _check_denoiser(ask, float(levels[-1]))
     except ValueError:
