@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import math
@@ -17,10 +16,10 @@ from torch import Tensor
 
 from fastsched import metrics, validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
-from fastsched.denoisers.network_state import check_evaluation_mode, unchanged_buffers, warned_of_randomness
+from fastsched.denoisers.network_state import check_evaluation_mode
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.measurement.fingerprints import same_network
-from fastsched.measurement.network_checks import fingerprint
+from fastsched.measurement.watched_sampling import watched_sampling
 from fastsched.sampling.files import write_whole
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
@@ -30,7 +29,7 @@ from fastsched.sampling.solvers import Solver, get_solver, is_any_solver, is_sto
 
 #: Steps of the reference. On a Gaussian mixture, dpmpp_2m with this many steps has a typical squared distance to the
 #: limit of 3e-7, half of which is float32's rounding; the best eight-step schedule has 6e-3.
-REFERENCE_STEPS = 300
+REFERENCE_STEPS, REFERENCE_SOLVER = 300, "dpmpp_2m"
 
 #: The index of a comparison's first noise among the noises of a seed. Measurements start at 0, so schedules are not
 #: compared on the noises with which they were chosen.
@@ -167,7 +166,7 @@ def converged_reference(
     samples: int | range = 256,
     seed: int = 0,
     steps: int = REFERENCE_STEPS,
-    solver: str | Solver = "dpmpp_2m",
+    solver: str | Solver = REFERENCE_SOLVER,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -197,21 +196,42 @@ def converged_reference(
     """
     validate.arguments(locals(), denoiser=is_denoiser, solver=is_stock_solver)
     check_evaluation_mode(denoiser.network)
-    sizes = validate.sample_shape("shape", shape)
+    noise, fine, place = _noise_of(shape, samples, seed), _fine(denoiser, steps), placement(denoiser, device, dtype)
+    with watched_sampling(denoiser, tuple(noise.shape[1:]), batch_size or len(noise), *place) as known:
+        return _converged(denoiser, noise, fine, get_solver(solver), batch_size, *place, progress, known)
+
+
+def _noise_of(shape: Sequence[int], samples: int | range, seed: int) -> Tensor:
+    """The noises of a comparison, on the CPU; each batch goes to the device when its turn comes."""
     seeds = sample_seeds(seed, validate.sample_range("samples", samples)) + FIRST_SAMPLE
-    method = get_solver(solver)
-    fine = denoiser.levels(level_count(denoiser.process, validate.positive_int("steps", steps, minimum=2)))
+    return noise_of(seeds, validate.sample_shape("shape", shape))
+
+
+def _fine(denoiser: Denoiser, steps: int) -> Tensor:
+    """The levels of a converged run."""
+    return denoiser.levels(level_count(denoiser.process, validate.positive_int("steps", steps, minimum=2)))
+
+
+def _converged(
+    denoiser: Denoiser,
+    noise: Tensor,
+    fine: Tensor,
+    method: Solver,
+    batch_size: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+    known: Tensor | None,
+) -> Reference:
+    """Converged samples over the levels ``fine``, of a network whose fingerprint is ``known``."""
     sigmas = denoiser.process.sampler_sigma(torch.cat([fine, fine.new_zeros(1)]))
-    place = placement(denoiser, device, dtype)
-    known = _fingerprint(denoiser, sizes, *place)
-    noise = noise_of(seeds, sizes)  # on the CPU; each batch goes to the device when its turn comes
     total = method.model_calls(len(fine)) * len(noise)
     with progress_bar(total, progress, "converged reference") as advance:
-        ends = _sampled(denoiser, sigmas, method, noise, advance, batch_size, *place)
-    _warn_of_change(denoiser, known, sizes, *place)
+        ends = _sampled(denoiser, sigmas, method, noise, advance, batch_size, device, dtype)
     return Reference(noise, ends, method.name, len(fine), total, known)
 
 
+@torch.no_grad()
 def compare(
     denoiser: Denoiser,
     schedules: Mapping[str, Schedule | Tensor],
@@ -239,7 +259,7 @@ def compare(
     * ``solver``: a solver to run all of them with; each `Schedule`'s own when None.
     * ``reference``: converged samples of an earlier call; then ``shape``, ``samples``, ``seed`` and ``reference_steps``
       (the ``steps`` of `converged_reference`) are not used. One call tells whether it is of this denoiser; if it is
-      not, a warning says so. Another call tells whether the network has changed meanwhile.
+      not, a warning says so. Another call, of two samples, tells whether the network has changed or mixes samples.
 
     Returns:
         One row per schedule, and the reference for the next call. With a single sample, ``standard_error`` and
@@ -253,24 +273,25 @@ def compare(
     check_evaluation_mode(denoiser.network)
     runs = _planned(denoiser, schedules, solver)
     place = placement(denoiser, device, dtype)
-    given = reference is not None
-    if reference is None:
-        if shape is None:
-            raise ValueError("shape must be given, such as (4, 64, 64) for one sample, unless there is a reference")
-        options: dict[str, Any] = {"batch_size": batch_size, "device": device, "dtype": dtype, "progress": progress}
-        noises = {"samples": samples, "seed": seed}
-        reference = converged_reference(denoiser, shape, **noises, steps=reference_steps, **options)
-    elif shape is not None and tuple(shape) != tuple(reference.noise.shape[1:]):
+    if reference is None and shape is None:
+        raise ValueError("shape must be given, such as (4, 64, 64) for one sample, unless there is a reference")
+    if reference is not None and shape is not None and tuple(shape) != tuple(reference.noise.shape[1:]):
         raise ValueError(f"shape {tuple(shape)} is not that of the reference, {tuple(reference.noise.shape[1:])}")
-    before = _warn_of_another(denoiser, reference, *place) if given else reference.fingerprint
+    noise = _noise_of(shape or (), samples, seed) if reference is None else reference.noise
+    fine = _fine(denoiser, reference_steps)
     rows, calls = [], sum(method.model_calls(_steps(run)) for run, method in runs.values())
-    with progress_bar(calls * len(reference.noise), progress, "comparing") as advance:
-        for name, (run, method) in runs.items():
-            steps = _steps(run)
-            ends = _sampled(denoiser, run, method, reference.noise, advance, batch_size, *place)
-            rows.append(row_of(name, method.name, steps, method.model_calls(steps), ends, reference))
-    _warn_of_change(denoiser, before, reference.noise.shape[1:], *place)
-    return Comparison(tuple(rows), len(reference.noise), reference)
+    with watched_sampling(denoiser, tuple(noise.shape[1:]), batch_size or len(noise), *place) as known:
+        if reference is None:
+            usual = get_solver(REFERENCE_SOLVER)
+            reference = _converged(denoiser, noise, fine, usual, batch_size, *place, progress, known)
+        else:
+            _warn_of_another(known, reference, place[1])
+        with progress_bar(calls * len(noise), progress, "comparing") as advance:
+            for name, (run, method) in runs.items():
+                steps = _steps(run)
+                ends = _sampled(denoiser, run, method, noise, advance, batch_size, *place)
+                rows.append(row_of(name, method.name, steps, method.model_calls(steps), ends, reference))
+    return Comparison(tuple(rows), len(noise), reference)
 
 
 def comparison_calls(
@@ -352,38 +373,18 @@ def _sampled(
 ) -> Tensor:
     """Samples on the CPU, made in batches; ``advance`` gets the number of samples of every network call."""
     ends = []
-    with warned_of_randomness(device, "sampling", "errors are mostly distances between random samples"):
-        for part in noise.split(int(batch_size or len(noise))):
-            progress = lambda calls, total, part=part: advance(len(part))
-            ends.append(sample(denoiser, run, method, part.to(device), dtype=dtype, progress=progress).cpu())
+    for part in noise.split(int(batch_size or len(noise))):
+        progress = lambda calls, total, part=part: advance(len(part))
+        ends.append(sample(denoiser, run, method, part.to(device), dtype=dtype, progress=progress).cpu())
     return torch.cat(ends)
 
 
-def _fingerprint(denoiser: Denoiser, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    """The network's fingerprint, None if it does not answer the question, which is of one sample."""
-    # Compiled networks may take batches of one size alone; what else is wrong, the run says.
-    with contextlib.suppress(Exception), unchanged_buffers(denoiser.network):
-        return fingerprint(denoiser, shape, device, dtype)
-    return None
-
-
-def _warn_of_another(denoiser: Denoiser, reference: Reference, *place: Any) -> Tensor | None:
-    """The network's fingerprint. Warns if the reference is of another denoiser: of a teacher, say, it may be meant."""
-    found = _fingerprint(denoiser, tuple(reference.noise.shape[1:]), *place)
-    if not same_network(reference.fingerprint, found, place[1]):
+def _warn_of_another(known: Tensor | None, reference: Reference, dtype: torch.dtype) -> None:
+    """Warn if the reference is of another denoiser than that of the fingerprint: of a teacher, say, it may be meant."""
+    if not same_network(reference.fingerprint, known, dtype):
         validate.warn(
             "reference was made with another network, parameterisation or dtype, so that errors are distances "
             "to that one's samples; leave it out, or make one of this denoiser by fastsched.converged_reference",
-        )
-    return found
-
-
-def _warn_of_change(denoiser: Denoiser, before: Tensor | None, shape: Sequence[int], *place: Any) -> None:
-    """Warn if the network's fingerprint is not what it was ``before`` sampling."""
-    if not same_network(before, _fingerprint(denoiser, tuple(shape), *place), place[1]):
-        validate.warn(
-            "the network gives different outputs for the same input before and after sampling, so errors are those of "
-            "different networks: it keeps a state between its calls (a cache, a counter?), or is random at times"
         )
 
 

@@ -103,11 +103,11 @@ def test_the_solver_given_overrides_a_schedules_own(gaussian, converged):
 def test_network_calls_are_those_reported():
     denoiser, calls = counted_denoiser(fs.oracles.Gaussian(STD, SHAPE), LOW, HIGH)
     found = converged_reference(denoiser, SHAPE, samples=5, steps=20, batch_size=2, progress=False)
-    assert (sum(calls), max(calls)) == (found.model_calls + 2, 2)  # and two that tell the network
+    assert (sum(calls), max(calls)) == (found.model_calls + 3, 2)  # and two calls that tell the network
     calls.clear()
     sigmas = fs.baselines.karras(4, LOW, HIGH)
     result = compare(denoiser, {"k": sigmas}, "heun", reference=found, batch_size=3, progress=False)
-    assert sum(calls) - 2 == 5 * result["k"].model_calls == 35
+    assert sum(calls) - 3 == 5 * result["k"].model_calls == 35
 
 
 def test_batches_do_not_change_the_result(gaussian, converged):
@@ -303,15 +303,24 @@ def test_a_schedule_that_cannot_be_compared_is_named(gaussian):
         fs.compare(flow, {"b": right.sigmas}, "ddim", shape=(4,), samples=2, progress=False)
 
 
-def test_a_random_network_is_warned_of():
+def test_a_random_network_is_warned_of_once():
     random = lambda z, s: 0.1 * torch.randn(z.shape)
     denoiser = fs.Denoiser.from_denoiser(random, 0.1, 5.0)
-    other = pytest.warns(UserWarning, match="different outputs for the same input before and after sampling")
-    with other, pytest.warns(UserWarning, match="random numbers were drawn during sampling"):
+    with pytest.warns(UserWarning, match="random numbers were drawn during sampling") as told:
         fs.compare(denoiser, {"a": [5.0, 1.0, 0.0]}, "ddim", shape=(2,), samples=2, reference_steps=4, progress=False)
+    assert len(told) == 1
 
 
-@pytest.mark.parametrize("after", [3, 9])
+def test_a_network_that_mixes_samples_is_warned_of(gaussian):
+    network = lambda z, s: gaussian.network(z, s) + 0.3 * z.mean(0, keepdim=True)
+    denoiser, options = fs.Denoiser.from_denoiser(network, LOW, HIGH), {"samples": 3, "progress": False}
+    with pytest.warns(UserWarning, match="mixes the samples of a batch") as told:
+        compare(denoiser, {"k": [HIGH, 1.0, 0.0]}, "ddim", shape=SHAPE, reference_steps=4, **options)
+    assert len(told) == 1
+    compare(denoiser, {"k": [HIGH, 1.0, 0.0]}, "ddim", shape=SHAPE, reference_steps=4, batch_size=1, **options)
+
+
+@pytest.mark.parametrize("after", [3, 7])
 def test_a_network_that_changes_is_warned_of(gaussian, after):
     """While the reference is made, or while schedules are compared with it."""
     calls = []

@@ -101,16 +101,18 @@ def _other_random_states() -> dict[str, str]:
 
 
 @contextmanager
-def warned_of_randomness(device: torch.device, what: str, harm: str) -> Iterator[None]:
+def warned_of_randomness(device: torch.device, what: str, harm: str) -> Iterator[list[str]]:
     """Warn if global random numbers are drawn in here: a network may be random at some levels alone.
 
-    For the message, ``what`` is done here, and ``harm`` if the network is random.
+    For the message, ``what`` is done here, and ``harm`` if the network is random. Afterwards the list that it gives
+    holds whose numbers were drawn.
     """
+    drawn: list[str] = []
     places = {torch.device("cpu"), device}
     before = [(place, random_state(place)) for place in places]
     others = _other_random_states()
-    yield
-    drawn = [] if all(torch.equal(state, random_state(place)) for place, state in before) else ["torch"]
+    yield drawn
+    drawn += [] if all(torch.equal(state, random_state(place)) for place, state in before) else ["torch"]
     drawn += [name for name, state in _other_random_states().items() if state != others[name]]
     if drawn:
         validate.warn(

@@ -170,10 +170,17 @@ def _check_denoiser(ask: CheckCalls, low: float) -> None:
 
 
 @torch.no_grad()
-def fingerprint(denoiser: Denoiser, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The network's fingerprint (`measurement.fingerprints`): its answer at one fixed state and level; one call."""
+def fingerprint(
+    denoiser: Denoiser, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, beside: int = 0
+) -> Tensor:
+    """The network's fingerprint (`measurement.fingerprints`): its answer at one fixed state and level; one call.
+
+    ``beside`` other samples are in the same call.
+    """
     ask = CheckCalls(denoiser, shape, device, dtype)
-    return fingerprint_of(*ask.at_third(), ask.factor(ask.between(1 / 3)))
+    third = ask.between(1 / 3)
+    raw, denoised = (each[:1] for each in ask.raw(ask.noise(*range(1 + beside)), third))
+    return fingerprint_of(raw, denoised, ask.factor(third))
 
 
 def _check_top(ask: CheckCalls, size: float) -> None:

@@ -1,0 +1,51 @@
+"""Warnings about networks whose samples are compared: random ones, and those that change or mix samples."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastsched import validate
+from fastsched.denoisers.denoiser import Denoiser
+from fastsched.denoisers.network_state import unchanged_buffers, warned_of_randomness
+from fastsched.measurement.fingerprints import same_network
+from fastsched.measurement.network_checks import fingerprint
+
+
+@contextlib.contextmanager
+def watched_sampling(
+    denoiser: Denoiser, shape: tuple[int, ...], batch: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[Tensor | None]:
+    """Warn, once, if the network is random while it samples batches of this size, changes, or mixes samples.
+
+    Gives the network's fingerprint, None if it is not known. Two calls, the second of two samples if ``batch`` is not
+    1, and one more if they differ.
+    """
+    ask = lambda beside: _fingerprint(denoiser, shape, device, dtype, beside)
+    known = ask(0)
+    with warned_of_randomness(device, "sampling", "errors are mostly distances between random samples") as drawn:
+        yield known
+    if drawn or same_network(known, ask(min(batch - 1, 1)), dtype):
+        return
+    if batch > 1 and same_network(known, ask(0), dtype):
+        validate.warn(
+            "the network gives different outputs for a sample alone and for the same sample in a batch: it mixes the "
+            "samples of a batch (statistics over the batch?), so samples and errors depend on batch_size"
+        )
+        return
+    validate.warn(
+        "the network gives different outputs for the same input before and after sampling, so errors are those of "
+        "different networks: it keeps a state between its calls (a cache, a counter?), or is random at times"
+    )
+
+
+def _fingerprint(
+    denoiser: Denoiser, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, beside: int
+) -> Tensor | None:
+    # Compiled networks may take batches of one size alone; what else is wrong, the run says.
+    with contextlib.suppress(Exception), unchanged_buffers(denoiser.network):
+        return fingerprint(denoiser, shape, device, dtype, beside)
+    return None
