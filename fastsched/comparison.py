@@ -19,7 +19,7 @@ from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
 from fastsched.denoisers.network_state import check_evaluation_mode
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.measurement.fingerprints import same_network
-from fastsched.measurement.watched_sampling import watched_sampling
+from fastsched.measurement.watched_sampling import warn_of_equal, watched_sampling
 from fastsched.sampling.files import write_whole
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
@@ -228,6 +228,7 @@ def _converged(
     total = method.model_calls(len(fine)) * len(noise)
     with progress_bar(total, progress, "converged reference") as advance:
         ends = _sampled(denoiser, sigmas, method, noise, advance, batch_size, device, dtype)
+    warn_of_equal(ends)
     return Reference(noise, ends, method.name, len(fine), total, known)
 
 

@@ -320,6 +320,14 @@ def test_a_network_that_mixes_samples_is_warned_of(gaussian):
     compare(denoiser, {"k": [HIGH, 1.0, 0.0]}, "ddim", shape=SHAPE, reference_steps=4, batch_size=1, **options)
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_network_with_one_answer_is_warned_of(value):
+    denoiser = fs.Denoiser.from_denoiser(lambda z, s: torch.full_like(z, value), LOW, HIGH)
+    with pytest.warns(UserWarning, match="all converged samples are equal"):
+        fs.converged_reference(denoiser, SHAPE, samples=3, steps=4, progress=False)
+    fs.converged_reference(denoiser, SHAPE, samples=1, steps=4, progress=False)  # not known of one
+
+
 @pytest.mark.parametrize("after", [3, 7])
 def test_a_network_that_changes_is_warned_of(gaussian, after):
     """While the reference is made, or while schedules are compared with it."""

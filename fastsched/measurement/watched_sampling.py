@@ -42,6 +42,15 @@ def watched_sampling(
     )
 
 
+def warn_of_equal(ends: Tensor) -> None:
+    """Warn if converged samples [B, *shape] of different noises are all the same."""
+    if len(ends) > 1 and bool((ends == ends[0]).all()):
+        validate.warn(
+            "all converged samples are equal, so errors are meaningless: does the network use its inputs, and is its "
+            "output not all zero?"
+        )
+
+
 def _fingerprint(
     denoiser: Denoiser, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, beside: int
 ) -> Tensor | None:
