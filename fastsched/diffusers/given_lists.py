@@ -38,11 +38,23 @@ def warn_of_list(schedule: Schedule, asked: Mapping[str, Any], own: Callable[[],
 def _usual(listed: Any) -> bool:
     """Whether flow times or timesteps are such as pipelines make themselves.
 
-    These are evenly spaced, fall by `LINEAR` in the first half (LTX, Mochi), or are evenly spaced in log-SNR after the
-    first one (Stable Audio 3).
+    These are evenly spaced, fall by `LINEAR` in the first half (LTX, Mochi), are evenly spaced and then shifted
+    (ACE-Step), or are, after the first one, evenly spaced in log-SNR (Stable Audio 3) or quantiles of a logit-normal
+    distribution (Ideogram 4).
     """
     times = torch.as_tensor(listed, dtype=torch.float64).cpu()
     times = times / times[0]
-    even = lambda gaps: bool(((gaps - gaps.mean()).abs() <= 0.02 * gaps.mean().abs() + 1e-3).all())  # rounded: CogView4
     linear = abs(float(1 - times[len(times) // 2]) - LINEAR) < 1e-3
-    return even(times.diff()) or linear or (len(times) > 3 and even(times[1:].logit().diff()))
+    even = times.diff()  # rounded by CogView4
+    if linear or bool(((even - even.mean()).abs() <= 0.02 * even.mean().abs() + 1e-3).all()):
+        return True
+    logits, known = times[1:].logit(), list[tuple[Tensor, Tensor]]()
+    for steps in (len(times), len(times) + 1):  # the runs of a fit leave out the last one
+        left = 1 - torch.arange(len(times), device="cpu") / steps
+        known += [(1 / times, 1 / left), (logits, left[1:]), (logits, torch.special.ndtri(left[1:]))]
+    return any(len(one) > 2 and _proportional(one.diff(), other.diff()) for one, other in known)
+
+
+def _proportional(one: Tensor, other: Tensor) -> bool:
+    ratios = one / other
+    return bool(((ratios - ratios.mean()).abs() <= 0.02 * ratios.mean().abs()).all())

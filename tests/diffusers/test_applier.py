@@ -315,12 +315,19 @@ def test_a_list_that_a_pipeline_of_flow_models_does_not_make_is_not_left_out_wit
     plain = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler, schedule = applied_to(plain)
     scheduler.set_timesteps(sigmas=torch.linspace(1, 0.1, 10).tolist())  # as pipelines do
-    scheduler.set_timesteps(
-        sigmas=[1.0, *torch.linspace(5, -2, 9).sigmoid().tolist()]
-    )  # as that of Stable Audio 3 does
+    scheduler.set_timesteps(sigmas=[1.0, *torch.linspace(5, -2, 9).sigmoid().tolist()])  # as Stable Audio 3 does
+    for steps in (5, 8, 50):
+        even = torch.linspace(1, 0, steps + 1)[:-1]
+        normal = (0.5 + 1.75 * torch.special.ndtri(even)).sigmoid().clamp(max=0.9999)
+        for own in (even, 3 * even / (1 + 2 * even), normal):  # the last two as ACE-Step and Ideogram 4 do
+            scheduler.set_timesteps(sigmas=own.tolist())
+            scheduler.set_timesteps(sigmas=own[:-1].tolist())  # as in the runs of a fit
     scheduler.set_timesteps(**fs.diffusers.export(schedule, plain).arguments)
     with warned_of("sigmas"):
         scheduler.set_timesteps(sigmas=[1.0, 0.8, 0.3])
+    for listed in ([1.0, 0.9, 0.3, 0.1], torch.linspace(1, 0.2, 6).square().tolist()):
+        with warned_of("sigmas"):
+            scheduler.set_timesteps(sigmas=listed)
 
 
 def test_denoising_start_refuses_decoupled_levels():
