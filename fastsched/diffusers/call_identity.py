@@ -51,7 +51,7 @@ def call_identity(pipe: Any, prompts: Sequence[str], call_kwargs: dict[str, Any]
     They are hashes of the class, prompts and arguments; of the scheduler's prediction; of numbers in the pipeline, its
     guider and its networks' modules; and of one element of each weight. Defaults count as if the call gave them, and
     so do the usual height and width. Callbacks and generators do not count. Tensors are rounded to bfloat16. The last
-    part is empty if a weight cannot be read, as when hooks move it between devices.
+    part is empty if a weight cannot be read, as when hooks move it between devices or to a disk.
     """
     given = {name: value for name, value in call_parameters(pipe).items() if value is not inspect.Parameter.empty}
     given = _with_usual_size(pipe, given | call_kwargs)
@@ -67,7 +67,8 @@ def call_identity(pipe: Any, prompts: Sequence[str], call_kwargs: dict[str, Any]
     told = (convention.denoiser.prediction, convention.denoiser.sigma_data, convention.sign, convention.train_steps)
     settings = [*_settings(pipe), *(fact for network in networks for fact in _numbers(network))]
     digits = [_digits(repr(each).encode()) for each in (parts, told, settings)]
-    return "-".join([*digits, "+".join(dtypes)[:40], _of_weights(weights)])
+    on_disk = any(_is_on_disk(part) for network in networks for part in network.modules())
+    return "-".join([*digits, "+".join(dtypes)[:40], "" if on_disk else _of_weights(weights)])
 
 
 def check_same_call(name: str, found: Origin | None, identity: str) -> None:
@@ -177,6 +178,13 @@ def _parts(network: torch.nn.Module) -> list[torch.nn.Module]:
 def _weights(network: torch.nn.Module) -> list[Tensor]:
     held = {id(weight): weight for part in _parts(network) for weight in part.parameters(recurse=False)}
     return [weight for weight in held.values() if weight.numel()]
+
+
+def _is_on_disk(module: torch.nn.Module) -> bool:
+    """Whether a hook of diffusers keeps the weights of a module on disk between calls; then they hold anything."""
+    hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", None) or {}
+    groups = (getattr(hook, "group", None) for hook in hooks.values())
+    return any(getattr(group, "offload_to_disk_path", None) is not None for group in groups)
 
 
 def _of_weights(weights: Sequence[Tensor]) -> str:

@@ -234,3 +234,18 @@ def test_a_network_that_is_compiled_as_a_module_is_the_same_one():
     assert call_identity(pipe, [], call) == plain
     assert torch.equal(fs.diffusers.measure(pipe, **call, **OPTIONS).gram, stats.gram)
     assert fs.diffusers.fit(pipe, 3, stats=stats, **call, model_calls=40, progress=False).steps == 3
+
+
+def test_weights_on_disk_between_calls_are_no_other_weights(tmp_path):
+    pipe, call = pipeline()
+    stats = fs.diffusers.measure(pipe, **call, **OPTIONS)
+    cpu = torch.device("cpu")
+    pipe.unet.enable_group_offload(
+        onload_device=cpu, offload_device=cpu, offload_type="leaf_level", offload_to_disk_path=str(tmp_path)
+    )
+    for each in pipe.unet.parameters():
+        each.data.fill_(torch.nan)  # they are loaded at each call
+    offloaded = fs.diffusers.measure(pipe, **call, **OPTIONS)
+    assert torch.equal(offloaded.gram, stats.gram)
+    for known in (stats, offloaded):
+        assert fs.diffusers.fit(pipe, 3, stats=known, **call, model_calls=40, progress=False).steps == 3
