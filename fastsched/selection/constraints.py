@@ -34,16 +34,11 @@ def distinct_known_levels(process: NoiseProcess, levels: Array, low: float = 0.0
 
     ValueError if there are more steps than such levels.
     """
-    known = _only_levels(process, len(levels) - 1, low)
+    known = levels_of_timesteps(process, len(levels) - 1, low)
     return levels if known is None else distinct_levels(torch.from_numpy(levels), known).numpy()
 
 
-def check_timesteps(process: NoiseProcess, steps: int) -> None:
-    """ValueError if there are more steps than levels that the network knows."""
-    _only_levels(process, steps)
-
-
-def _only_levels(process: NoiseProcess, steps: int, low: float = 0.0) -> Tensor | None:
+def levels_of_timesteps(process: NoiseProcess, steps: int, low: float = 0.0) -> Tensor | None:
     """The levels from ``low`` on of a network with integer timesteps, descending; None for other networks.
 
     ValueError if there are more steps than such levels.

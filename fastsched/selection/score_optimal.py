@@ -18,7 +18,7 @@ from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED, is_any_solver, solver_name
 from fastsched.selection.arc_length import equal_arc_length
-from fastsched.selection.constraints import check_timesteps, distinct_known_levels
+from fastsched.selection.constraints import distinct_known_levels, levels_of_timesteps
 from fastsched.selection.dynamic_programming import first_order_path
 
 
@@ -63,7 +63,7 @@ def score_optimal_schedule(
     Source: Williams, Campbell, Doucet and Syed, NeurIPS 2024 (arXiv 2412.07877), algorithm 1.
     """
     validate.arguments(locals(), denoiser=is_denoiser, levels=_is_grid, solver=_is_solver)
-    check_timesteps(denoiser.process, steps)
+    levels_of_timesteps(denoiser.process, steps)  # raises before the cost is estimated if there are too few
     s = finite_grid(denoiser, int(levels)) if np.ndim(levels) == 0 else levels
     cost = stein_corrector(
         denoiser,
