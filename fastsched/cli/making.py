@@ -208,7 +208,7 @@ def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool
     model, given = source.pipeline() if source.is_pipeline else source.denoiser()
     least = spending.least_samples(model, source.prompts, given) if source.is_pipeline else 1
     total = default_total(least) if options["model_calls"] is None else options["model_calls"]
-    responses = source.is_pipeline or takes_responses(total, math.prod(given))
+    responses = source.is_pipeline or takes_responses(total, math.prod(given), solver or "dpmpp_2m")
     if options["stats"] is None:
         asked = total, steps, options["levels"], options["samples"]
         options["levels"], options["samples"] = planned(*asked, least=least, responses=responses)

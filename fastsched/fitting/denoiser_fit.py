@@ -57,8 +57,8 @@ def fit(
     """Measure a denoiser, run a few candidate schedules, and tune the best: `measure`, `audition`, `tune`.
 
     `fastsched.fitting.budget` divides the calls between the measurement and the runs that rank and tune candidates.
-    From 400 to below 1,500 calls, samples of at most four elements are measured without responses, and, if ``samples``
-    is None, about twice as many of them.
+    From 400 calls on (for stock solvers below 1,500), samples of at most four elements are measured without responses,
+    and, if ``samples`` is None, about twice as many of them.
 
     Args:
         denoiser: The denoiser to find a schedule for.
@@ -189,7 +189,7 @@ def _prepared(
             raise ValueError(f"stats are of samples of shape {stats.shape}, not of shape {tuple(shape)}")
         check_levels(steps, stats.levels, method)
         return None
-    responses = takes_responses(budget, math.prod(shape))
+    responses = takes_responses(budget, math.prod(shape), method.name)
     levels, samples = planned(budget, steps, levels, samples, responses=responses)
     run, batches, known = prepared(denoiser, shape, levels, samples, responses=responses, **settings)
     calls_left(budget, run.calls * len(batches.seeds) + CHECK_CALLS * settings["checks"])

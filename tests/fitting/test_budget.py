@@ -27,6 +27,25 @@ def test_a_measurement_takes_what_its_plan_does(plan, levels):
 @pytest.mark.parametrize("given", [{}, {"levels": 16, "samples": 3}])
 @pytest.mark.parametrize("elements", [1, 4, 5])
 def test_samples_of_few_elements_are_measured_without_responses(elements, given):
+    denoiser, calls = _counting(elements)
+    report = fit_report(denoiser, (elements,), 4, model_calls=400, progress=False, **given)
+    few = elements <= 4
+    assert (report.stats.response_gram is None) == few
+    assert report.stats.samples == (3 if given else 7 if few else 4)  # 184 calls of paths of 24 or 46
+    assert sum(calls) == report.model_calls <= 400
+
+
+@pytest.mark.parametrize(("solver", "samples"), [("fitted", 15), ("dpmpp_2m", 8)])  # 752 calls of paths of 48 or 94
+def test_large_fits_of_few_elements_go_without_responses_for_the_fitted_solver_alone(solver, samples):
+    denoiser, calls = _counting(2)
+    report = fit_report(denoiser, (2,), 4, solver, model_calls=1500, progress=False)
+    assert (report.stats.response_gram is None) == (solver == "fitted")
+    assert report.stats.samples == samples
+    assert sum(calls) == report.model_calls <= 1500
+
+
+def _counting(elements):
+    """A denoiser of independent Gaussian elements, and the batch sizes of its calls."""
     calls = []
 
     def network(z, s):
@@ -34,12 +53,7 @@ def test_samples_of_few_elements_are_measured_without_responses(elements, given)
         variances = torch.linspace(0.1, 1.0, elements) ** 2
         return z * variances / (variances + s.reshape(-1, *(1,) * (s.ndim > 0)) ** 2)
 
-    denoiser = fs.Denoiser.from_denoiser(network, 0.01, 20.0)
-    report = fit_report(denoiser, (elements,), 4, model_calls=400, progress=False, **given)
-    few = elements <= 4
-    assert (report.stats.response_gram is None) == few
-    assert report.stats.samples == (3 if given else 7 if few else 4)  # 184 calls of paths of 24 or 46
-    assert sum(calls) == report.model_calls <= 400
+    return fs.Denoiser.from_denoiser(network, 0.01, 20.0), calls
 
 
 def test_absurd_numbers_of_levels_and_steps_are_refused_before_they_fill_the_memory():
