@@ -19,7 +19,7 @@ from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
 from fastsched.denoisers.network_state import check_evaluation_mode
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.measurement.fingerprints import same_network
-from fastsched.measurement.watched_sampling import warn_of_equal, watched_sampling
+from fastsched.measurement.watched_networks import warn_of_equal, watched_network
 from fastsched.sampling.files import write_whole
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
@@ -197,7 +197,7 @@ def converged_reference(
     validate.arguments(locals(), denoiser=is_denoiser, solver=is_stock_solver)
     check_evaluation_mode(denoiser.network)
     noise, fine, place = _noise_of(shape, samples, seed), _fine(denoiser, steps), placement(denoiser, device, dtype)
-    with watched_sampling(denoiser, tuple(noise.shape[1:]), batch_size or len(noise), *place) as known:
+    with watched_network(denoiser, tuple(noise.shape[1:]), batch_size or len(noise), *place) as known:
         return _converged(denoiser, noise, fine, get_solver(solver), batch_size, *place, progress, known)
 
 
@@ -281,7 +281,7 @@ def compare(
     noise = _noise_of(shape or (), samples, seed) if reference is None else reference.noise
     fine = _fine(denoiser, reference_steps)
     rows, calls = [], sum(method.model_calls(_steps(run)) for run, method in runs.values())
-    with watched_sampling(denoiser, tuple(noise.shape[1:]), batch_size or len(noise), *place) as known:
+    with watched_network(denoiser, tuple(noise.shape[1:]), batch_size or len(noise), *place) as known:
         if reference is None:
             usual = get_solver(REFERENCE_SOLVER)
             reference = _converged(denoiser, noise, fine, usual, batch_size, *place, progress, known)

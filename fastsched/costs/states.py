@@ -20,15 +20,17 @@ from fastsched.denoisers.network_state import (
     check_evaluation_mode,
     checked_training,
     unchanged_buffers,
-    warned_of_randomness,
 )
 from fastsched.denoisers.noise import check_near, log_uniform
 from fastsched.measurement.batches import is_out_of_memory
+from fastsched.measurement.watched_networks import watched_network
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.random_streams import noise_of, normal, sample_seeds, stream
 from fastsched.sampling.sampler import integration, nodes_of
 from fastsched.sampling.solvers import get_solver
 
+#: What is wrong with the cost of a network that is random.
+HARM = "the cost is mostly that of their changes"
 #: The longest step of the path in ``log s``. Between two levels that are further apart, the path has more levels.
 PATH_STEP = 0.35
 
@@ -172,12 +174,14 @@ class StateSource:
     ) -> Tensor:
         """``estimate(batch, advance)`` [B, P] of every batch, [samples, P] float64 on the CPU.
 
-        ``advance(n)`` moves the progress bar by n states; there are ``levels`` states per sample.
+        ``advance(n)`` moves the progress bar by n states; there are ``levels`` states per sample. Three more tell if
+        the network changes or mixes samples.
         """
         bar = progress_bar(self.samples * levels, progress, what, unit="state")
         network = self.denoiser.network
-        random = warned_of_randomness(self.device, "the estimate", "the cost is mostly that of their changes")
-        with unchanged_buffers(network), random, checked_training(network, self.device), bar as advance:
+        place, words = (self.device, self.dtype), {"what": "the estimate", "harm": HARM, "result": "the cost is"}
+        watched = watched_network(self.denoiser, self.shape, self.batch, *place, **words)
+        with unchanged_buffers(network), watched, checked_training(network, self.device), bar as advance:
             return torch.cat([estimate(batch, advance).cpu().double() for batch in self.batches()])
 
     def states(self, batch: Batch, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -43,7 +43,7 @@ def test_calls_reported_are_the_calls_made(estimate, from_data):
     settings = {"sigmas": denoiser.levels(5), "samples": 7, "data": data, "batch_size": 3, "progress": False}
     cost = estimate(denoiser, shape=(2,), dtype=torch.float64, **settings)
     # A forward-mode derivative runs the network once, and so does the gradient of one.
-    assert counter.rows == cost.model_calls
+    assert counter.rows == cost.model_calls + 3  # that tell whether the network changes or mixes samples
     assert cost.model_calls == sum(cost.calls)
 
 
@@ -152,6 +152,18 @@ def test_a_random_network_is_warned_of(estimate):
     denoiser = fs.Denoiser.from_denoiser(random, 0.1, 5.0)
     with pytest.warns(UserWarning, match="random numbers were drawn during the estimate"):
         ESTIMATORS[estimate](denoiser, shape=(2,), sigmas=[4.0, 2.0, 1.0], samples=3, progress=False)
+
+
+@pytest.mark.parametrize("estimate", ["corrector", "klub", "fisher-rao"])
+def test_networks_that_change_or_mix_samples_are_warned_of(estimate):
+    calls = []
+    changes = lambda z, s: (calls.append(len(z)), (1 + 0.01 * len(calls)) * MIXTURE.denoise(z, s))[1]
+    mixes = lambda z, s: MIXTURE.denoise(z, s) + 0.3 * z.mean(0, keepdim=True)
+    settings = {"shape": (2,), "sigmas": [4.0, 2.0, 1.0], "samples": 3, "progress": False}
+    for network, told in ((changes, "before and after the estimate"), (mixes, "mixes the samples of a batch")):
+        with pytest.warns(UserWarning, match=told):
+            ESTIMATORS[estimate](fs.Denoiser.from_denoiser(network, 0.1, 5.0), **settings)
+    ESTIMATORS[estimate](fs.Denoiser.from_denoiser(mixes, 0.1, 5.0), batch_size=1, **settings)
 
 
 @pytest.mark.parametrize("sigmas", [[1e9, 2.0, 1.0], [4.0, 2.0, 1e-6]])

@@ -1,4 +1,4 @@
-"""Warnings about networks whose samples are compared: random ones, and those that change or mix samples."""
+"""Warnings about networks that are sampled or estimated: random ones, and those that change or mix samples."""
 
 from __future__ import annotations
 
@@ -16,28 +16,37 @@ from fastsched.measurement.network_checks import fingerprint
 
 
 @contextlib.contextmanager
-def watched_sampling(
-    denoiser: Denoiser, shape: tuple[int, ...], batch: int, device: torch.device, dtype: torch.dtype
+def watched_network(
+    denoiser: Denoiser,
+    shape: tuple[int, ...],
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    what: str = "sampling",
+    harm: str = "errors are mostly distances between random samples",
+    result: str = "each error is",
 ) -> Iterator[Tensor | None]:
-    """Warn, once, if the network is random while it samples batches of this size, changes, or mixes samples.
+    """Warn, once, if the network is random while it is run on batches of this size, changes, or mixes samples.
 
     Gives the network's fingerprint, None if it is not known. Two calls, the second of two samples if ``batch`` is not
-    1, and one more if they differ.
+    1, and one more if they differ. For the message, ``what`` is done here, ``harm`` if the network is random, and
+    ``result`` is the beginning of what is wrong of the result.
     """
     ask = lambda beside: _fingerprint(denoiser, shape, device, dtype, beside)
     known = ask(0)
-    with warned_of_randomness(device, "sampling", "errors are mostly distances between random samples") as drawn:
+    with warned_of_randomness(device, what, harm) as drawn:
         yield known
     if drawn or same_network(known, ask(min(batch - 1, 1)), dtype):
         return
     if batch > 1 and same_network(known, ask(0), dtype):
         validate.warn(
             "the network gives different outputs for a sample alone and for the same sample in a batch: it mixes the "
-            "samples of a batch (statistics over the batch?), so samples and errors depend on batch_size"
+            f"samples of a batch (statistics over the batch?), so {result} another with another batch_size"
         )
         return
     validate.warn(
-        "the network gives different outputs for the same input before and after sampling, so errors are those of "
+        f"the network gives different outputs for the same input before and after {what}, so {result} that of "
         "different networks: it keeps a state between its calls (a cache, a counter?), or is random at times"
     )
 
