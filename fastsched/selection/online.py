@@ -20,6 +20,7 @@ from fastsched.denoisers.network_state import (
     unchanged_buffers,
     warned_of_training,
 )
+from fastsched.denoisers.noise import LARGEST_SIGMA, SMALLEST_LEVEL
 from fastsched.measurement.rounding import stored_squares, warn_of_rounded_costs
 from fastsched.ops.backends import in_float64, widest_dtype
 from fastsched.selection.arc_length import moved_to_equal_arc_length
@@ -69,7 +70,7 @@ class AdaptiveSchedule:
         group: The ``torch.distributed`` group whose observations are summed; all ranks when None.
 
     Raises:
-        ValueError: If the levels do not descend, one is 0 or infinite, or ``rate`` or ``order`` is out of range.
+        ValueError: If the levels do not descend or are beyond float32, or ``rate`` or ``order`` is out of range.
 
     Source: Williams, Campbell, Doucet and Syed, NeurIPS 2024 (arXiv 2412.07877), algorithm 2.
     """
@@ -81,6 +82,11 @@ class AdaptiveSchedule:
             hint = "; leave out the 0 at the end of a schedule by s[:-1]" if float(self.s[-1]) == 0 else ""
             ends = f"{float(self.s[0]):g} to {float(self.s[-1]):g}"
             raise ValueError(f"s must be levels above 0 and below infinity, got {ends}{hint}")
+        if not SMALLEST_LEVEL <= float(self.s[-1]) < float(self.s[0]) <= LARGEST_SIGMA:
+            raise ValueError(
+                f"s must be levels within {SMALLEST_LEVEL:g} and {LARGEST_SIGMA:g}, as training draws float32 numbers, "
+                f"got {float(self.s[0]):g} to {float(self.s[-1]):g}"
+            )
         if not 0 < rate <= 1:
             raise ValueError(f"rate must be within (0, 1], got {rate!r}")
         self.rate, self.order, self.updates = float(rate), int(order), 0  # plain numbers, for files
@@ -292,7 +298,8 @@ class AdaptiveSchedule:
         except KeyError as error:
             raise ValueError(f"state lacks the entry {error}; pass what state_dict() returned") from None
         if sums.shape != fresh._sums.shape or counts.shape != fresh._sums.shape:
-            raise ValueError(f"state has {sums.numel()} sums for {len(fresh._sums)} intervals")
+            shapes = f"{tuple(sums.shape)} and {tuple(counts.shape)}"
+            raise ValueError(f"state must hold sums and counts of {len(fresh._sums)} intervals, got shapes {shapes}")
         if not bool(sums.isfinite().all()) or not bool((counts.isfinite() & (counts >= 0)).all()):
             raise ValueError("state must hold finite sums, and finite counts of at least 0")
         if bool((sums[counts == 0] != 0).any()):

@@ -409,3 +409,15 @@ def test_a_network_of_integer_timesteps_is_observed_at_levels_that_it_knows():
         adaptive.observe_denoiser(denoiser, _gaussian().sample(64, seed=1), generator=torch.Generator().manual_seed(0))
         costs.append(adaptive.state_dict()["sums"])
     torch.testing.assert_close(costs[0], costs[1], rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("levels", [[1e300, 1.0], [1.0, 1e-310]])
+def test_levels_that_float32_cannot_hold_are_refused(levels):
+    with pytest.raises(ValueError, match="s must be levels within 1e-30 and 1e\\+15"):
+        fs.AdaptiveSchedule(levels)
+
+
+def test_sums_of_another_shape_are_named():
+    adaptive = fs.AdaptiveSchedule([8.0, 4.0, 2.0, 1.0, 0.5])
+    with pytest.raises(ValueError, match=r"sums and counts of 4 intervals, got shapes \(2, 2\) and \(4,\)"):
+        adaptive.load_state_dict({**adaptive.state_dict(), "sums": torch.zeros(2, 2)})
