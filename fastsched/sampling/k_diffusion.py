@@ -15,6 +15,9 @@ from fastsched.denoisers.network_errors import checked_call
 from fastsched.sampling.fitted import checked_weights
 from fastsched.sampling.progress import progress_bar
 
+#: A first state of a root mean square below this part of its sigma, over at least so many elements, lacks its noise.
+SMALL, ELEMENTS = 1 / 3, 8
+
 
 @torch.no_grad()
 def sample_fitted(
@@ -49,6 +52,8 @@ def sample_fitted(
     Returns:
         The samples, [B, *shape].
 
+    Warns if ``x`` holds far less noise than its sigma, as noise that is not scaled does.
+
     Raises:
         ValueError: If ``x`` is no batch or not finite, ``sigmas`` do not descend to 0, the first is infinite,
             ``weights`` have another number of steps, or ``model`` returns another shape, NaN or inf.
@@ -60,6 +65,7 @@ def sample_fitted(
     rows = checked_weights(weights, len(levels) - 1).tolist()
     sigmas = sigmas.to(x) if isinstance(sigmas, Tensor) else x.new_tensor(levels)
     ones, history, verdicts = x.new_ones([len(x)]), [], Verdicts()
+    _note_size(x, levels[0], verdicts)
     with progress_bar(len(rows), not disable, "fitted sampling", unit="step") as advance:
         for i, row in enumerate(rows):
             call = partial(model, x.clone(), sigmas[i] * ones, **(extra_args or {}))
@@ -83,6 +89,20 @@ def _check(model: object, x: object, extra_args: object, callback: object) -> No
         raise TypeError(f"extra_args must be a dictionary by name, or None, got {validate.shown(extra_args)}")
     if callback is not None:
         validate.function("callback", callback)
+
+
+def _note_size(x: Tensor, sigma: float, verdicts: Verdicts) -> None:
+    """``verdicts`` later warn if a first state is so small that it holds less noise than its sigma."""
+
+    def judge(size: Tensor) -> None:
+        if float(size) < SMALL * sigma:
+            validate.warn(
+                f"x must be noise times sigmas[0] = {sigma:.3g}, but its root mean square is {float(size):.3g}: is the "
+                "noise scaled (x = noise * sigmas[0])? The samples are likely to be wrong"
+            )
+
+    if x.numel() >= ELEMENTS:
+        verdicts.note(x.float().square().mean().sqrt(), judge)
 
 
 def _denoised(call: Callable[[], Tensor], x: Tensor, sigma: float, verdicts: Verdicts) -> Tensor:

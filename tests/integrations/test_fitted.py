@@ -238,3 +238,15 @@ def test_a_model_may_write_into_its_input_and_return_one_buffer():
 def test_wrong_answers_are_refused(model, error, message):
     with pytest.raises(error, match=message):
         sample_fitted(model, torch.ones(2, 4), [2.0, 0.5, 0.0], weights=[[1.0, 0.0], [0.0, 1.0]], disable=True)
+
+
+@pytest.mark.parametrize("noise", SIGMAS)
+def test_noise_that_is_not_scaled_is_warned_of(noise):
+    sigmas = torch.tensor(SIGMAS[noise], dtype=torch.float64)
+    settings = {"disable": True, "weights": WEIGHTS}
+    sample_fitted(denoised, sigmas[0] * noise_of(), sigmas, **settings)
+    if noise == "flow":  # whose first sigma is 1
+        sample_fitted(denoised, noise_of(), sigmas, **settings)
+        return
+    with pytest.warns(UserWarning, match=r"x must be noise times sigmas\[0\] = 14.6, but its root mean square is"):
+        sample_fitted(denoised, noise_of(), sigmas, **settings)
