@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any, ClassVar
@@ -104,6 +104,10 @@ class Comparison:
         """The rows by typical error, best first."""
         return tuple(sorted(self.rows, key=lambda row: row.typical_error))
 
+    def __iter__(self) -> Iterator[str]:
+        """The names of the schedules, as of a dictionary."""
+        return (row.name for row in self.rows)
+
     def __getitem__(self, name: str) -> ComparisonRow:
         """The row of that name.
 
@@ -196,7 +200,8 @@ def converged_reference(
     """
     validate.arguments(locals(), denoiser=is_denoiser, solver=is_stock_solver)
     check_evaluation_mode(denoiser.network)
-    noise, fine, place = _noise_of(shape, samples, seed), _fine(denoiser, steps), placement(denoiser, device, dtype)
+    noise, place = _noise_of(shape, samples, seed), placement(denoiser, device, dtype)
+    fine = denoiser.levels(level_count(denoiser.process, validate.positive_int("steps", steps, minimum=2)))
     with watched_network(denoiser, tuple(noise.shape[1:]), batch_size or len(noise), *place) as known:
         return _converged(denoiser, noise, fine, get_solver(solver), batch_size, *place, progress, known)
 
@@ -205,11 +210,6 @@ def _noise_of(shape: Sequence[int], samples: int | range, seed: int) -> Tensor:
     """The noises of a comparison, on the CPU; each batch goes to the device when its turn comes."""
     seeds = sample_seeds(seed, validate.sample_range("samples", samples)) + FIRST_SAMPLE
     return noise_of(seeds, validate.sample_shape("shape", shape))
-
-
-def _fine(denoiser: Denoiser, steps: int) -> Tensor:
-    """The levels of a converged run."""
-    return denoiser.levels(level_count(denoiser.process, validate.positive_int("steps", steps, minimum=2)))
 
 
 def _converged(
@@ -279,7 +279,7 @@ def compare(
     if reference is not None and shape is not None and tuple(shape) != tuple(reference.noise.shape[1:]):
         raise ValueError(f"shape {tuple(shape)} is not that of the reference, {tuple(reference.noise.shape[1:])}")
     noise = _noise_of(shape or (), samples, seed) if reference is None else reference.noise
-    fine = _fine(denoiser, reference_steps)
+    fine = denoiser.levels(level_count(denoiser.process, reference_steps))
     rows, calls = [], sum(method.model_calls(_steps(run)) for run, method in runs.values())
     with watched_network(denoiser, tuple(noise.shape[1:]), batch_size or len(noise), *place) as known:
         if reference is None:

@@ -340,3 +340,8 @@ def test_a_network_that_changes_is_warned_of(gaussian, after):
     denoiser = fs.Denoiser.from_denoiser(network, LOW, HIGH)
     with pytest.warns(UserWarning, match="different outputs for the same input before and after sampling"):
         compare(denoiser, {"k": [HIGH, 1.0, 0.0]}, "ddim", shape=SHAPE, samples=2, reference_steps=5, progress=False)
+
+
+def test_a_comparison_has_the_names_of_its_schedules(gaussian, converged):
+    found = compare(gaussian, {"b": [HIGH, 1.0, 0.0], "a": [HIGH, 0.0]}, "ddim", reference=converged, progress=False)
+    assert (list(found), "a" in found, "c" in found) == (["b", "a"], True, False)
