@@ -177,10 +177,11 @@ def test_a_latent_consistency_model_is_profiled():
 
     pipe, call, _ = pipelines.latent_consistency()
     pipe.set_progress_bar_config(disable=True)
-    scheduler = pipe.scheduler
+    scheduler, state = pipe.scheduler, torch.get_rng_state()
     found = fs.profile(pipe, steps=3, **call)
     assert found.parameters == sum(each.numel() for each in pipe.unet.parameters())
     assert pipe.scheduler is scheduler
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_more_steps_than_timesteps_are_refused_by_the_name_of_the_argument():

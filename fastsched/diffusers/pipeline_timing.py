@@ -18,6 +18,7 @@ from fastsched.diffusers.conventions import describe, with_signature
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
 from fastsched.diffusers.pipeline_call import call, call_parameters, check_call
 from fastsched.diffusers.pipeline_measurement import PIPELINE_SAMPLES, calibration_calls, measure
+from fastsched.diffusers.random_numbers import random_numbers_kept
 from fastsched.diffusers.watching import networks_of
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.timeline import Run, Timeline, device_of, synchronisations
@@ -51,7 +52,8 @@ class PipelineRuns:
         default = call_parameters(self.pipe).get("num_inference_steps")
         if isinstance(default, int):
             return default
-        return len(self._timed(lambda: self.pipe(**self.call_kwargs), self.pipe.scheduler).steps)
+        with random_numbers_kept(self.call_kwargs.values()):
+            return len(self._timed(lambda: self.pipe(**self.call_kwargs), self.pipe.scheduler).steps)
 
     def measuring_calls(self, levels: int) -> int:
         """Model calls of a measurement, counted per sample."""

@@ -267,7 +267,9 @@ def test_a_pipeline_without_a_default_number_of_steps_is_profiled():
 
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     pipe = Eight(OracleUNet().answer_for(scheduler, mixture()), scheduler)
+    state = torch.get_rng_state()
     assert fs.profile(pipe, steps=3).own_steps == 8
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 class Passing(diffusers.StableDiffusionPipeline):
