@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from benchmarks.quality.models import Model
 from benchmarks.quality.optimal_steps import OptimalSteps
 from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.states import finite_grid
+from fastsched.fitting.budget import takes_responses
 from fastsched.fitting.denoiser_fit import fit_report
 from fastsched.sampling.solvers import FITTED, get_solver
 
@@ -25,6 +27,9 @@ Result = TypeVar("Result")
 
 #: fastsched's own methods: dynamic programming, with the final descent, and `fastsched.fit` with more model calls.
 OURS = ("optimal_schedule_unpolished", "optimal_schedule", "fit", "fit_decoupled", "fit_100")
+
+#: Model calls of a fit in all.
+FIT_CALLS = 1500
 
 #: Added to the seed for the noises on which GITS's settings are chosen, which nothing else uses.
 TUNING_SEED = 10_000
@@ -122,14 +127,11 @@ class Choosers:
 
     def choose(self, solver: str, steps: int) -> dict[str, Callable[[], Chosen]]:
         """Functions that choose ``steps`` steps for ``solver``, by method; only our methods for the fitted solver."""
-        fit = lambda **options: self._after(
-            "statistics", lambda found: self._fit(solver, steps, stats=found, **options)
-        )
         ours = {
             "optimal_schedule_unpolished": self._after("statistics", partial(_optimal, solver, steps, polish=False)),
             "optimal_schedule": self._after("statistics", partial(_optimal, solver, steps)),
-            "fit": fit(),
-            "fit_decoupled": fit(decoupled=True),
+            "fit": self._fitting(solver, steps),
+            "fit_decoupled": self._fitting(solver, steps, decoupled=True),
         }
         if solver == FITTED:
             return {name: ours[name] for name in ("optimal_schedule", "fit", "fit_decoupled")}
@@ -149,9 +151,15 @@ class Choosers:
             **ours,
         }
 
-    def fit_within(self, model_calls: int, solver: str, steps: int) -> Chosen:
+    def fit_within(self, model_calls: int, solver: str, steps: int, **options: Any) -> Chosen:
         """`fastsched.fit` with ``model_calls`` in all, including a measurement of its own."""
-        return _clocked(lambda: self._fit(solver, steps, model_calls=model_calls, seed=self.seed))
+        return _clocked(lambda: self._fit(solver, steps, model_calls=model_calls, seed=self.seed, **options))
+
+    def _fitting(self, solver: str, steps: int, **options: Any) -> Callable[[], Chosen]:
+        """`fastsched.fit` in `FIT_CALLS`, by `statistics` unless its own measurement would be of another kind."""
+        if takes_responses(FIT_CALLS, math.prod(self.model.shape), solver):
+            return self._after("statistics", lambda found: self._fit(solver, steps, stats=found, **options))
+        return lambda: self.fit_within(FIT_CALLS, solver, steps, **options)
 
     def _after(self, measured: str, choose: Callable[[Any], Chosen]) -> Callable[[], Chosen]:
         """A function that chooses from the property ``measured``; the seconds of both are added."""
