@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser
-from fastsched.denoisers.network_state import unchanged_buffers, warned_of_randomness
+from fastsched.denoisers.network_state import checked_training, unchanged_buffers, warned_of_randomness
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.network_checks import fingerprint
 
@@ -64,6 +64,7 @@ def _fingerprint(
     denoiser: Denoiser, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, beside: int
 ) -> Tensor | None:
     # Compiled networks may take batches of one size alone; what else is wrong, the run says.
-    with contextlib.suppress(Exception), unchanged_buffers(denoiser.network):
+    network = denoiser.network
+    with contextlib.suppress(Exception), unchanged_buffers(network), checked_training(network, device):
         return fingerprint(denoiser, shape, device, dtype, beside)
     return None
