@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.schedule import Schedule
@@ -19,6 +20,8 @@ MOST_BYTES = 1 << 30
 
 #: The last measurement with its increments, which files do not hold, so that a fit of other steps can reuse it.
 _last: list[tuple[str, PathStatistics]] = []
+
+Kept = TypeVar("Kept", Schedule, PathStatistics)
 
 
 def folder() -> Path | None:
@@ -33,49 +36,44 @@ def folder() -> Path | None:
 
 def schedule(key: str | None) -> Schedule | None:
     """The schedule kept under ``key``; None if there is none, or it cannot be read."""
-    path = _path(key, ".json")
-    if path is None:
-        return None
-    with contextlib.suppress(OSError, ValueError):
-        return Schedule.load(path)
-    return None
+    return _loaded(Schedule, key, ".json")
 
 
 def statistics(key: str | None) -> PathStatistics | None:
     """The statistics kept under ``key``, with increments if they are the last ones."""
     if key is not None and _last and _last[0][0] == key:
         return _last[0][1]
-    path = _path(key, ".safetensors")
-    if path is None:
-        return None
-    with contextlib.suppress(OSError, ValueError):
-        return PathStatistics.load(path)
-    return None
+    return _loaded(PathStatistics, key, ".safetensors")
 
 
 def keep_schedule(key: str | None, found: Schedule) -> None:
     """Keep ``found``; a full disk or a missing folder is no error."""
-    path = _path(key, ".json")
+    _save(found, key, ".json")
+
+
+def keep_statistics(key: str | None, found: PathStatistics) -> None:
+    """Keep ``found``, as `keep_schedule` does; the last one is held in memory too."""
+    if key is not None:
+        large = [each for each in (found.increments, found.responses) if each is not None]
+        fits = sum(each.nbytes for each in large) <= MOST_BYTES
+        _last[:] = [(key, found if fits else replace(found, increments=None, responses=None))]
+    _save(found, key, ".safetensors")
+
+
+def _loaded(kind: type[Kept], key: str | None, ending: str) -> Kept | None:
+    path = _path(key, ending)
+    with contextlib.suppress(OSError, ValueError):
+        return None if path is None else kind.load(path)
+    return None
+
+
+def _save(found: Schedule | PathStatistics, key: str | None, ending: str) -> None:
+    path = _path(key, ending)
     if path is not None:
         with contextlib.suppress(OSError, ValueError):
             path.parent.mkdir(parents=True, exist_ok=True)
             found.save(path)
             _prune(path.parent)
-
-
-def keep_statistics(key: str | None, found: PathStatistics) -> None:
-    """Keep ``found``, as `keep_schedule` does; the last one is held in memory too."""
-    path = _path(key, ".safetensors")
-    if key is not None:
-        large = [each for each in (found.increments, found.responses) if each is not None]
-        if sum(each.nbytes for each in large) > MOST_BYTES:
-            _last[:] = [(key, replace(found, increments=None, responses=None))]
-        else:
-            _last[:] = [(key, found)]
-    if path is not None:
-        with contextlib.suppress(OSError, ValueError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            found.save(path)
 
 
 def _path(key: str | None, ending: str) -> Path | None:
