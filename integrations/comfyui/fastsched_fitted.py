@@ -40,36 +40,17 @@ def _loader():
 schedules = _loader()
 
 
-class FastschedFittedLoader:
+class FastschedFittedLoader(schedules.FastschedScheduleLoader):
     """Load SAMPLER and SIGMAS, which belong together, from ``Schedule.save``'s JSON of a fitted schedule."""
 
-    CATEGORY = "sampling/schedulers"
-    DEPRECATED = True
     DESCRIPTION = "Load a schedule of fastsched's fitted solver, and the sampler that uses its weights."
-    FUNCTION = "load"
     RETURN_TYPES = ("SAMPLER", "SIGMAS")
     RETURN_NAMES = ("sampler", "sigmas")
 
     @classmethod
-    def INPUT_TYPES(cls):
-        """The node's only input: the file's name within the input folder."""
-        return {"required": {"file": ("STRING", {"default": "schedule.json", "multiline": False})}}
-
-    @classmethod
     def VALIDATE_INPUTS(cls, file):
-        """True, or a message that ComfyUI shows before it runs anything; ``file`` is None if it is connected."""
-        if file is None:
-            return True
-        try:
-            read_fitted(file)
-        except (OSError, ValueError) as error:
-            return str(error)
-        return True
-
-    @classmethod
-    def IS_CHANGED(cls, file):
-        """A digest of the file, as in the other node."""
-        return schedules.FastschedScheduleLoader.IS_CHANGED(file)
+        """True, or a message that ComfyUI shows before it runs anything."""
+        return schedules.readable(read_fitted, file)
 
     def load(self, file):
         """The sampler and its sigmas."""

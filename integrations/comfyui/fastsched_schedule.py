@@ -48,17 +48,8 @@ class FastschedScheduleLoader:
 
     @classmethod
     def VALIDATE_INPUTS(cls, file):
-        """True, or a message that ComfyUI shows before it runs anything.
-
-        ``file`` is None if another node provides it; then `load` checks it.
-        """
-        if file is None:
-            return True
-        try:
-            read_schedule(file)
-        except (OSError, ValueError) as error:
-            return str(error)
-        return True
+        """True, or a message that ComfyUI shows before it runs anything."""
+        return readable(read_schedule, file)
 
     @classmethod
     def IS_CHANGED(cls, file):
@@ -74,6 +65,17 @@ class FastschedScheduleLoader:
         """The sigmas and the solver's name."""
         sigmas, solver = read_schedule(file)
         return (sigmas, solver)
+
+
+def readable(read, file):
+    """True if ``read(file)`` works, or else what is wrong; ``file`` is None if another node provides it, at a run."""
+    if file is None:
+        return True
+    try:
+        read(file)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return True
 
 
 def input_folder():

@@ -10,7 +10,7 @@ from fastsched.fitting.loop import MODEL_CALLS
 from fastsched.selection.planning import COMMON, error_curve, steps_needed
 
 from . import files
-from .fastsched_schedule import FastschedScheduleLoader
+from .fastsched_schedule import FastschedScheduleLoader, readable
 from .files import Found
 from .fitting import fit, guider_of
 from .measuring import Settings
@@ -143,14 +143,8 @@ class LoadSchedule:
 
     @classmethod
     def VALIDATE_INPUTS(cls, file: Any) -> bool | str:
-        """True, or a message that ComfyUI shows before it runs anything; ``file`` is None if it is connected."""
-        if file is None:
-            return True
-        try:
-            files.load(file)
-        except (OSError, ValueError) as error:
-            return str(error)
-        return True
+        """True, or a message that ComfyUI shows before it runs anything."""
+        return readable(files.load, file)
 
     @classmethod
     def IS_CHANGED(cls, file: Any, model: Any = None) -> str | float:
