@@ -70,15 +70,14 @@ class FitGuider:
             files.checked_name(save_as)
         settings = Settings(sampler, steps, seed, samples=samples, model_calls=tuning_calls)
         found, words = fit(guider, latent, settings)
-        sigmas = found.sigmas()
-        chosen, name = sampler_for(found.schedule.solver, found.schedule.noise, sigmas, found.weights())
+        chosen, name = sampler_for(found)
         words = [*words, f"SAMPLER is {name}"]
         if save_as.strip():
             try:
                 words.append(f"saved as {files.save(found.schedule, save_as)}")
             except OSError as error:  # the fit must not be lost because of its file
                 words.append(f"warning: not saved ({error})")
-        return (sigmas, chosen, "; ".join(words), found)
+        return (found.sigmas(), chosen, "; ".join(words), found)
 
 
 class FitSchedule:
@@ -158,9 +157,8 @@ class LoadSchedule:
             words = found.rounding()
         else:
             found, words = found.on_model(model.get_model_object("model_sampling"))
-        sigmas = found.sigmas()
-        chosen, name = sampler_for(found.schedule.solver, found.schedule.noise, sigmas, found.weights())
-        return (sigmas, chosen, "; ".join([found.summary(), *words, f"SAMPLER is {name}"]), found)
+        chosen, name = sampler_for(found)
+        return (found.sigmas(), chosen, "; ".join([found.summary(), *words, f"SAMPLER is {name}"]), found)
 
 
 class SaveSchedule:

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fastsched_fitted import sample_fitted
+from .files import Found
+from .measuring import guided_denoiser
+
 #: ComfyUI's sampler and its options, by our solver, where both take the same steps (`check.py` compares them).
 #: For flow times ComfyUI's dpmpp_2m takes log sigma for the half log-SNR and so is another solver.
 EVERYWHERE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -46,21 +50,13 @@ def same_sampler(solver: str, noise: str) -> tuple[str, dict[str, Any]] | None:
     return (EVERYWHERE if noise == "flow" else {**EVERYWHERE, **NOT_FLOW, **STOCHASTIC}).get(solver)
 
 
-def sampler_for(solver: str, noise: str, sigmas: Tensor, weights: list[list[float]] | None = None) -> tuple[Any, str]:
-    """SAMPLER for a schedule, and its name for people.
-
-    Args:
-        solver: The schedule's solver.
-        noise: The kind of noise process.
-        sigmas: SIGMAS as given to ComfyUI.
-        weights: The weights of a fitted schedule.
-    """
+def sampler_for(found: Found) -> tuple[Any, str]:
+    """SAMPLER for a schedule, and its name for people."""
     import comfy.samplers
 
+    solver, noise, weights = found.schedule.solver, found.schedule.noise, found.weights()
     if weights is not None:
-        from .fastsched_fitted import sample_fitted
-
-        options = {"weights": weights, "fitted_sigmas": sigmas.tolist()}
+        options = {"weights": weights, "fitted_sigmas": found.sigmas().tolist()}
         return comfy.samplers.KSAMPLER(sample_fitted, extra_options=options), "fastsched's fitted solver"
     same = same_sampler(solver, noise)
     if same is not None:
@@ -98,8 +94,6 @@ def sample_by_solver(
     from fastsched.sampling.progress import progress_bar
     from fastsched.sampling.sampler import sample
     from fastsched.sampling.solvers import STOCHASTIC_SOLVERS, get_solver
-
-    from .measuring import guided_denoiser
 
     if len(sigmas) < 2:
         return x
