@@ -306,7 +306,8 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="A page in which the results are written between its marks.")
     parser.add_argument("--keep", type=Path, help="Keep the server's folder here.")
     arguments = parser.parse_args()
-    sys.path[:0] = [str(HERE), str(arguments.comfyui.resolve())]
+    comfyui = arguments.comfyui.resolve()
+    sys.path[:0] = [str(HERE), str(comfyui)]
     from comfy.cli_args import args  # ComfyUI reads no command line unless it is asked to
 
     args.cpu = True
@@ -322,11 +323,10 @@ def main() -> None:
     shutil.copytree(HERE, base / "custom_nodes" / "fastsched", ignore=hidden, dirs_exist_ok=True)
     shutil.copy(HERE / "checking" / "helper_nodes.py", base / "custom_nodes" / "check_helpers.py")
     write(base / "models")
-    environment = {**os.environ}
     runs: list[str] = []
     facts: list[str] = []
     try:
-        with Server(sys.executable, arguments.comfyui.resolve(), base, environment) as server:
+        with Server(comfyui, base) as server:
             print(f"ComfyUI {server.version} on 127.0.0.1:{server.port}")
             listed = server.get("/object_info")
             assert all(listed[name]["category"] == "sampling/fastsched" for name in NODES), "nodes are not listed"
@@ -335,7 +335,7 @@ def main() -> None:
             facts.append(f"Progress messages: {len(server.progress)}.")
             check_refusals(server, base, facts)
             version = server.version
-        with Server(sys.executable, arguments.comfyui.resolve(), base, environment) as server:
+        with Server(comfyui, base) as server:
             check_second_run(server, facts)
         rows = tables.rows()
         kinds = tables.kinds()

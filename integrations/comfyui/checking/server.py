@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -24,15 +25,15 @@ class Server:
         progress: ``(value, max)`` of every progress message.
     """
 
-    def __init__(self, python: str, comfyui: Path, base: Path, environment: dict[str, str]) -> None:
+    def __init__(self, comfyui: Path, base: Path) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.client, self.progress = uuid.uuid4().hex, list[tuple[int, int]]()
         self.log = (base / "server.log").open("ab")
-        command = [python, str(comfyui / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
+        command = [sys.executable, str(comfyui / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", str(base), "--disable-auto-launch", "--disable-api-nodes"]
-        self.process = subprocess.Popen(command, cwd=base, env=environment, stdout=self.log, stderr=self.log)
+        self.process = subprocess.Popen(command, cwd=base, stdout=self.log, stderr=self.log)
 
     def __enter__(self) -> Server:
         end = time.monotonic() + STARTS_WITHIN
