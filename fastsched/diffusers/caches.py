@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fastsched.diffusers.network_facts import hooks_of
 from fastsched.diffusers.watching import networks_of
 
 #: Attributes that diffusers, cache-dit and TeaCache set on a network or pipeline, and how to disable each cache.
@@ -46,8 +47,7 @@ def _caching_hooks(network: torch.nn.Module) -> list[str]:
     """
     found = dict[str, None]()
     for module in network.modules():
-        hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", None) or {}
-        for name, hook in hooks.items():
+        for name, hook in hooks_of(module).items():
             origin = type(hook).__module__
             if getattr(hook, "_is_stateful", False) and origin.startswith("diffusers.") and origin not in OF_THE_PROMPT:
                 found[name] = None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsched.diffusers.conventions import describe
-from fastsched.diffusers.network_facts import PROGRESS
+from fastsched.diffusers.network_facts import PROGRESS, hooks_of
 from fastsched.diffusers.pipeline_call import call_parameters
 from fastsched.diffusers.watching import networks_of
 from fastsched.measurement.devices import gathered_by_all
@@ -182,8 +182,7 @@ def _weights(network: torch.nn.Module) -> list[Tensor]:
 
 def _is_on_disk(module: torch.nn.Module) -> bool:
     """Whether a hook of diffusers keeps the weights of a module on disk between calls; then they hold anything."""
-    hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", None) or {}
-    groups = (getattr(hook, "group", None) for hook in hooks.values())
+    groups = (getattr(hook, "group", None) for hook in hooks_of(module).values())
     return any(getattr(group, "offload_to_disk_path", None) is not None for group in groups)
 
 

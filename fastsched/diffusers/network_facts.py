@@ -27,6 +27,11 @@ def progresses(name: str) -> bool:
     return any(word in name.lower().rsplit(".", 1)[-1] for word in PROGRESS)
 
 
+def hooks_of(module: torch.nn.Module) -> dict[str, Any]:
+    """The hooks that diffusers has set on a module, by name."""
+    return getattr(vars(module).get("_diffusers_hook"), "hooks", None) or {}
+
+
 class NetworkFacts:
     """An element of each of a network's weights and buffers, and the settings of its modules and their processors.
 
@@ -45,8 +50,7 @@ class NetworkFacts:
         self._weights = [(kind, key) for kind in kinds for key in kind if isinstance(kind[key], Tensor)]
         tensors = [kind[key].detach() for kind, key in self._weights]
         values = [each for each in tensors if each.is_floating_point() and each.numel()]
-        hooks = (getattr(vars(part).get("_diffusers_hook"), "hooks", None) for part in parts)  # empty where none is set
-        moved = any(hooks) or any(hasattr(part, "_hf_hook") for part in parts)
+        moved = any(hooks_of(part) or hasattr(part, "_hf_hook") for part in parts)
         usual = all(type(each) is Tensor and each.device == values[0].device for each in values)
         self._watched = bool(values) and usual and not moved and values[0].device.type != "meta"
         self._elements: dict[torch.dtype, list[Tensor]] = {}
