@@ -45,11 +45,16 @@ def active_training_layer(network: Any) -> str | None:
     return None
 
 
-def check_evaluation_mode(network: Any) -> None:
+def check_evaluation_mode(network: Any, name: str = "the network") -> None:
     """ValueError if a layer in training mode makes outputs random or batch-dependent."""
     layer = active_training_layer(network)
     if layer is not None:
-        raise ValueError(f"the network is in training mode, with an active {layer}: call network.eval() first")
+        raise training_error(f"with an active {layer}", name)
+
+
+def training_error(what: str, name: str = "the network") -> ValueError:
+    """The error about a network in training mode."""
+    return ValueError(f"{name} is in training mode, {what}: call {name.removeprefix('the ')}.eval() first")
 
 
 @contextmanager
@@ -75,8 +80,7 @@ def checked_training(network: Any, device: torch.device) -> Iterator[None]:
             if value is not None:
                 parameter.data.copy_(value)
     if written or not torch.equal(state, random_state(device)):
-        what = "writes to its parameters" if written else "draws random numbers"
-        raise ValueError(f"the network is in training mode, and {what}: call network.eval() first")
+        raise training_error("and writes to its parameters" if written else "and draws random numbers")
 
 
 @contextmanager

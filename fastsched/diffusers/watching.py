@@ -19,9 +19,15 @@ import torch
 from torch import Tensor
 
 from fastsched.denoisers.late_reading import Verdicts
-from fastsched.denoisers.network_state import active_training_layer, is_training, random_state, unchanged_buffers
+from fastsched.denoisers.network_state import (
+    check_evaluation_mode,
+    is_training,
+    random_state,
+    training_error,
+    unchanged_buffers,
+)
 from fastsched.diffusers.formula import Formula, Given, part_like, products_of
-from fastsched.diffusers.network_facts import NetworkFacts
+from fastsched.diffusers.network_facts import NUMBERS, NetworkFacts
 from fastsched.diffusers.step_checks import differing
 from fastsched.ops.backends import widest_dtype
 
@@ -83,7 +89,7 @@ class PipelineWatch:
         self._steps += 1
         step.first, self._first = self._first, step if self._steps == 1 else None
         for name, value in vars(self.pipe).items():
-            if isinstance(value, (bool, int, float, str)):
+            if isinstance(value, NUMBERS):
                 step.facts[f"pipe.{name}"] = value
             elif name in step.calls:
                 state = self._states.get(name) or self._states.setdefault(name, NetworkFacts(value))
@@ -93,25 +99,20 @@ class PipelineWatch:
     def calling(self, name: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the arguments of a network before its call, and check its training mode.
 
-        A network may empty a list that it is given (UNets those of T2I adapters). The mode is not checked in the first
-        step, when prompt encoders may run.
+        The mode is not checked in the first step, when prompt encoders may run.
         """
         held = {key: _held(value) for key, value in kwargs.items()}
         self.given[name] = (tuple(_held(value) for value in args), held)
         if self._steps == 0 or not is_training(module):
             return
-        layer = active_training_layer(module)
-        if layer is not None:
-            raise ValueError(f"pipe.{name} is in training mode, with an active {layer}: call pipe.{name}.eval() first")
+        check_evaluation_mode(module, f"pipe.{name}")
         self._random[name] = random_state(_device_of(module))
 
     def check_random(self, name: str, module: torch.nn.Module) -> None:
         """ValueError if a network in training mode drew random numbers in its call, as label dropout does."""
         before = self._random.pop(name, None)
         if before is not None and not torch.equal(before, random_state(_device_of(module))):
-            raise ValueError(
-                f"pipe.{name} is in training mode, and draws random numbers: call pipe.{name}.eval() first"
-            )
+            raise training_error("and draws random numbers", f"pipe.{name}")
 
     def called(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Record a call of a network."""
@@ -121,12 +122,12 @@ class PipelineWatch:
         for key, value in {**dict(zip(self._positional(name), args, strict=False)), **kwargs}.items():
             _note(step, f"{name}#{turn}.{key}", value)
             if _are_tensors(value):
-                step.inputs.append(_kept(value))
+                step.inputs.append(_held(value))
             if isinstance(value, Tensor) and (key == "t" or key.endswith(TIMES)):
                 step.times[f"{name}#{turn}.{key}"] = value.clone()  # it may be a buffer that the next step overwrites
         first = _first_tensor(output)
         if first is not None:
-            step.outputs.append(_kept(first))
+            step.outputs.append(_held(first))
 
     def _positional(self, name: str) -> list[str]:
         if name not in self._names:
@@ -297,7 +298,7 @@ def check_times(before: dict[str, Tensor], now: dict[str, Tensor], verdicts: Ver
 
 def is_number(value: Any) -> bool:
     """Whether a fact is a number, a flag or a text, not a tensor."""
-    return value is None or isinstance(value, (bool, int, float, str))
+    return value is None or isinstance(value, NUMBERS)
 
 
 def _facts(name: str, value: Any) -> dict[str, Any]:
@@ -335,13 +336,9 @@ def _are_tensors(value: Any) -> bool:
     return all(isinstance(each, Tensor) for each in value) if listed else isinstance(value, Tensor)
 
 
-def _kept(given: Given) -> Given:
-    """``given``; a list is copied, because the pipeline may empty it (HunyuanDiT empties its ControlNet's outputs)."""
-    return given if isinstance(given, Tensor) else [*given]
-
-
-def _held(argument: Any) -> Any:
-    return [*argument] if isinstance(argument, list) else argument
+def _held(value: Any) -> Any:
+    """``value``; a list is copied, as it may be emptied: T2I adapters' by the UNet, ControlNets' by HunyuanDiT."""
+    return [*value] if isinstance(value, list) else value
 
 
 def _first_tensor(output: Any) -> Given | None:
