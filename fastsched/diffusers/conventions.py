@@ -12,10 +12,8 @@ times 1000 or ``log(sigma) / 4``, and ``output`` one of five predictions. `descr
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -400,13 +398,3 @@ def class_of(config: dict[str, Any]) -> str:
         "config does not name its class, and its entries are not those of a supported scheduler; use "
         "CalibrationScheduler.from_scheduler(pipe.scheduler)"
     )
-
-
-def with_signature(function: Callable[..., Any], like: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with the signature of ``like``, which pipelines inspect."""
-
-    @functools.wraps(like)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    return call

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.attributes import attributes_set
 from fastsched.diffusers.calibration import CalibrationScheduler
-from fastsched.diffusers.conventions import describe, with_signature
+from fastsched.diffusers.conventions import describe
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
 from fastsched.diffusers.pipeline_call import call, call_parameters, check_call
 from fastsched.diffusers.pipeline_measurement import PIPELINE_SAMPLES, calibration_calls, measure
@@ -99,8 +99,10 @@ class PipelineRuns:
 @contextlib.contextmanager
 def _owned_step(timeline: Timeline, scheduler: Any, seen: Callable[[Tensor], None], waits: list[int]) -> Iterator[None]:
     """Count the time of ``scheduler.step`` (of an object or a class) as the scheduler's."""
-    owned = partial(_timed_step, timeline=timeline, seen=seen, waits=waits)
+    owned = functools.partial(_timed_step, timeline=timeline, seen=seen, waits=waits)
+    mine, set_timesteps = [owned(scheduler.step)], scheduler.set_timesteps
 
+    @functools.wraps(set_timesteps)  # pipelines inspect its signature
     def prepared(*args: Any, **kwargs: Any) -> None:
         vars(scheduler).pop("step", None)  # an applied schedule would warn that it leaves out the timed one
         set_timesteps(*args, **kwargs)
@@ -108,8 +110,7 @@ def _owned_step(timeline: Timeline, scheduler: Any, seen: Callable[[Tensor], Non
             mine.append(owned(scheduler.step))
             scheduler.step = mine[-1]
 
-    mine, set_timesteps = [owned(scheduler.step)], scheduler.set_timesteps
-    prepares = {} if isinstance(scheduler, type) else {"set_timesteps": with_signature(prepared, set_timesteps)}
+    prepares = {} if isinstance(scheduler, type) else {"set_timesteps": prepared}
     with attributes_set(scheduler, step=mine[0], **prepares):
         yield
 
@@ -120,6 +121,7 @@ def _timed_step(
     """``step``, timed; the number of its waits goes to ``waits``, its latents to ``seen``."""
     named = inspect.signature(step)
 
+    @functools.wraps(step)
     def timed(*args: Any, **kwargs: Any) -> Any:
         seen(named.bind(*args, **kwargs).arguments["sample"])
         with timeline.within("scheduler"), synchronisations(timeline.device) as found:
@@ -127,7 +129,7 @@ def _timed_step(
         waits.append(len(found or []))
         return result
 
-    return with_signature(timed, step)
+    return timed
 
 
 @contextlib.contextmanager
@@ -143,6 +145,7 @@ def _owned_networks(timeline: Timeline, pipe: Any) -> Iterator[set[int]]:
         function = compiled if compiled is not None else module.forward
         name = "_compiled_call_impl" if compiled is not None else "forward"
 
+        @functools.wraps(module.forward)  # diffusers inspects its signature
         def timed(*args: Any, module: nn.Module = module, function: Any = function, **kwargs: Any) -> Any:
             if not timeline.had("scheduler"):
                 called.clear()
@@ -150,7 +153,6 @@ def _owned_networks(timeline: Timeline, pipe: Any) -> Iterator[set[int]]:
             with timeline.within("network"):
                 return function(*args, **kwargs)
 
-        timed.__signature__ = inspect.signature(module.forward)  # type: ignore[attr-defined]  # diffusers inspects it
         timed_calls.append(attributes_set(module, **{name: timed}))
     with contextlib.ExitStack() as stack:
         for each in timed_calls:
