@@ -178,8 +178,11 @@ class SetTimesteps(Override):
 
     def _given_from_below(self) -> bool:
         """Whether a list of flow times starts below the schedule, for latents with less noise (Stable Audio 3)."""
-        flow, listed = self.schedule.noise == "flow", self.asked.get("sigmas") is not None
-        return flow and listed and starts_midway(self._own_timesteps()[0], self.schedule, describe(self.owner))
+        if self.schedule.noise != "flow" or self.asked.get("sigmas") is None:
+            return False
+        convention = describe(self.owner)
+        start = convention.process.sampler_sigma(convention.levels(self._own_timesteps()[:1]))
+        return float(start) < BELOW_START * float(self.schedule.sigmas[0])
 
     def _set(self, schedule: Schedule) -> None:
         owner, device = self.owner, self.asked.get("device")
@@ -286,12 +289,6 @@ class SetBeginIndex(Override):
         self.original(0 if started else begin_index)
 
 
-def starts_midway(timestep: Tensor, schedule: Schedule, convention: Convention) -> bool:
-    """Whether a list that starts at ``timestep`` is for latents with less noise than ``schedule`` starts from."""
-    start = convention.process.sampler_sigma(convention.levels(timestep.reshape(1)))
-    return float(start) < BELOW_START * float(schedule.sigmas[0])
-
-
 def remaining(schedule: Schedule, convention: Convention, timestep: Tensor) -> Schedule:
     """``schedule`` from the level of ``timestep`` on, with that level in front.
 
@@ -314,11 +311,8 @@ def remaining(schedule: Schedule, convention: Convention, timestep: Tensor) -> S
 
 
 def _by_arguments(schedule: Schedule, scheduler: Any, convention: Convention) -> Setter:
-    # Any shift works, because it is inverted and then applied again; these values are the identity.
-    config = scheduler.config
-    shifting = {}
-    if config.get("use_dynamic_shifting"):
-        shifting = {"mu": 1.0 if config.get("time_shift_type") == "linear" else 0.0}
+    # Any shift works, because it is inverted and then applied again.
+    shifting = _no_shift(scheduler.config)
     arguments = given_arguments(schedule, scheduler, convention, shifting.get("mu"))
     return lambda target: type(target).set_timesteps(target, **arguments, **shifting)
 
@@ -379,8 +373,14 @@ WAYS = {"arguments": _by_arguments, "assigned": _by_assignment, "stepped": _by_s
 
 def _set_steps(target: Any, steps: int) -> None:
     """Call the class's own ``set_timesteps``, which resets its state."""
-    shifting = {"mu": 1.0} if target.config.get("use_dynamic_shifting") else {}
-    type(target).set_timesteps(target, steps, **shifting)
+    type(target).set_timesteps(target, steps, **_no_shift(target.config))
+
+
+def _no_shift(config: Any) -> dict[str, float]:
+    """The argument with which a class that shifts by resolution changes nothing; {} for other classes."""
+    if not config.get("use_dynamic_shifting"):
+        return {}
+    return {"mu": 1.0 if config.get("time_shift_type") == "linear" else 0.0}
 
 
 def _inner_twice(values: Tensor, twice: bool, *, ends: bool) -> Tensor:
