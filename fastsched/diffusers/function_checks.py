@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsched.diffusers.step_checks import INSTEAD
+from fastsched.diffusers.step_checks import UNMEASURABLE
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.statistics import PathStatistics
 
@@ -27,6 +27,9 @@ FEWEST_WRONG, ELEMENTS = 2, 32
 #: Second differences around a single wrong element, as multiples of its error.
 SECOND = (1.0, -2.0, 1.0)
 
+#: What to do about a network with a state.
+RESET = f"Reset that in every call, or disable it; as it is, {UNMEASURABLE}"
+
 
 def check_function(stats: PathStatistics) -> None:
     """Check that a network computed the same function in all calls of a measurement.
@@ -39,8 +42,7 @@ def check_function(stats: PathStatistics) -> None:
     if len(wrong) >= FEWEST_WRONG and stats.dimension * stats.samples >= ELEMENTS:
         raise ValueError(
             f"at levels {', '.join(wrong)} the network's output fitted neither those at the neighbouring levels nor "
-            "that of the next call at this level: does it keep a state between its calls (a cache, a counter)? Reset "
-            f"that in every call, or disable it; as it is, {INSTEAD[3:]}"
+            f"that of the next call at this level: does it keep a state between its calls (a cache, a counter)? {RESET}"
         )
 
 
@@ -62,7 +64,7 @@ def check_beginning(stats: PathStatistics) -> None:
             raise ValueError(
                 f"between levels {k} and {k + 1} the denoised sample moves {times:.3g} times as fast as at the levels "
                 "that follow: are the network's first calls different (a cache that is filled late, a counter)? "
-                f"Reset that in every call, or disable it; as it is, {INSTEAD[3:]}"
+                f"{RESET}"
             )
 
 

@@ -17,7 +17,14 @@ from fastsched.denoisers.noise import NoiseProcess
 from fastsched.diffusers.conventions import Convention
 
 #: What to do about a pipeline whose loop cannot be measured.
-INSTEAD = "so it cannot be measured by its loop; measure its network (fastsched.measure)"
+UNMEASURABLE = "it cannot be measured by its loop; measure its network (fastsched.measure)"
+INSTEAD = f"so {UNMEASURABLE}"
+
+#: What to do about a pipeline that samples only a part of its latents, or parts of them at other levels.
+FROM_NOISE = (
+    "measure the pipeline of the same model that starts from noise alone (text to image or video), and apply its "
+    "schedule here"
+)
 
 #: Largest relative change of an output that is computed again in the same batch, by the network's dtype. In 16 bits it
 #: is less than in another batch (`measurement.check_calls.REPEATABLE`), for which libraries use other kernels.
@@ -51,8 +58,7 @@ NOISED = (
 #: What is wrong with a pipeline that keeps a part of the latents constant, or replaces it only at some steps.
 KEEPS = (
     "of the latents for itself at some steps (a first frame or a mask?), so the schedule would be chosen for values "
-    "that are not sampled; measure the pipeline of the same model that starts from noise alone (text to image or "
-    "video), and apply its schedule here"
+    f"that are not sampled; {FROM_NOISE}"
 )
 
 #: The argument of ``step`` with a timestep for each token, [B, tokens].

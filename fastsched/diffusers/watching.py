@@ -28,7 +28,7 @@ from fastsched.denoisers.network_state import (
 )
 from fastsched.diffusers.formula import Formula, Given, part_like, products_of
 from fastsched.diffusers.network_facts import NUMBERS, NetworkFacts
-from fastsched.diffusers.step_checks import differing
+from fastsched.diffusers.step_checks import FROM_NOISE, differing
 from fastsched.ops.backends import widest_dtype
 
 #: Ends of the names of networks' arguments that are timesteps.
@@ -253,8 +253,7 @@ def check_replaced(step: Step, latents: Tensor, kept: Tensor) -> None:
             raise ValueError(
                 f"the pipeline gives its network a blend of the latents with something else at {count} of "
                 f"{kept.numel()} elements (a soft mask, an image at a strength below 1?), so its output is not that "
-                "for the latents; make the mask hard, or measure the pipeline of the same model that starts from "
-                "noise alone (text to image or video), and apply its schedule here"
+                f"for the latents; make the mask hard, or {FROM_NOISE}"
             )
         return
 
@@ -289,8 +288,7 @@ def check_times(before: dict[str, Tensor], now: dict[str, Tensor], verdicts: Ver
                 raise ValueError(
                     f"{name.replace('#0', '')} holds another timestep than the step's at {int(found)} of its {size} "
                     "entries, and follows the level there (conditions at a strength below 1?), so a part of the "
-                    "latents has another noise level than the scheduler assumes; measure the pipeline of the same "
-                    "model that starts from noise alone (text to image or video), and apply its schedule here"
+                    f"latents has another noise level than the scheduler assumes; {FROM_NOISE}"
                 )
 
         verdicts.note(apart.sum().reshape(1), judge)
