@@ -11,7 +11,7 @@ from typing import Any
 
 import diffusers
 
-from fastsched.diffusers.conventions import describe, solver_of
+from fastsched.diffusers.conventions import Convention, describe, solver_of
 
 #: Classes to try, for each kind of noise process, the best first.
 CLASSES = {
@@ -31,22 +31,26 @@ def replacement(scheduler: Any, works: Callable[[Any], object]) -> str:
     Returns:
         An instruction that names the first class for which ``works`` is true, or general advice if there is none.
     """
-    process, prediction = describe(scheduler).process, describe(scheduler).denoiser.prediction
-    random = [name for name in ("stochastic_sampling",) if scheduler.config.get(name)]
-    for name in CLASSES[process.kind]:
+    own = describe(scheduler)
+    random = scheduler.config.get("stochastic_sampling")
+    for name in CLASSES[own.process.kind]:
         with contextlib.suppress(ValueError, TypeError), _quiet():
             kind = getattr(diffusers, name)
             taken = inspect.signature(kind.__init__).parameters
-            settings = {name: False for name in random if name in taken}
+            settings = {"stochastic_sampling": False} if random and "stochastic_sampling" in taken else {}
             other = kind.from_config(scheduler.config, **settings)
             convention = describe(other)
-            same = convention.denoiser.prediction == prediction and convention.process.kind == process.kind
-            ends = [(each.s_min, each.s_max) for each in (convention.process, process)]
-            same = same and all(math.isclose(one, other, rel_tol=1e-6) for one, other in zip(*ends, strict=True))
-            if same and solver_of(other) is not None and works(other):
+            if _alike(convention, own) and solver_of(other) is not None and works(other):
                 given = "".join(f", {key}={value}" for key, value in settings.items())
                 return f"change the scheduler: pipe.scheduler = {name}.from_config(pipe.scheduler.config{given})"
     return "change the scheduler for another one of the same model (docs/schedulers.md lists what works)"
+
+
+def _alike(one: Convention, other: Convention) -> bool:
+    """Whether two schedulers have the same prediction, kind of noise process and range of levels."""
+    same = one.denoiser.prediction == other.denoiser.prediction and one.process.kind == other.process.kind
+    ends = [(each.process.s_min, each.process.s_max) for each in (one, other)]
+    return same and all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(*ends, strict=True))
 
 
 @contextlib.contextmanager
