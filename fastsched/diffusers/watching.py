@@ -65,7 +65,7 @@ class PipelineWatch:
         self._steps = 0
         self._times: dict[str, Tensor] = {}
         self._random: dict[str, Tensor] = {}
-        self.given: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._given: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PipelineWatch:
         raise ValueError(
@@ -96,23 +96,24 @@ class PipelineWatch:
                 _note(step, name, state.facts())
         return step
 
-    def calling(self, name: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begun(self, name: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the arguments of a network before its call, and check its training mode.
 
         The mode is not checked in the first step, when prompt encoders may run.
         """
         held = {key: _held(value) for key, value in kwargs.items()}
-        self.given[name] = (tuple(_held(value) for value in args), held)
+        self._given[name] = (tuple(_held(value) for value in args), held)
         if self._steps == 0 or not is_training(module):
             return
         check_evaluation_mode(module, f"pipe.{name}")
         self._random[name] = random_state(_device_of(module))
 
-    def check_random(self, name: str, module: torch.nn.Module) -> None:
-        """ValueError if a network in training mode drew random numbers in its call, as label dropout does."""
+    def ended(self, name: str, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Record a network's call; ValueError if it drew random numbers in training mode, as label dropout does."""
         before = self._random.pop(name, None)
         if before is not None and not torch.equal(before, random_state(_device_of(module))):
             raise training_error("and draws random numbers", f"pipe.{name}")
+        self.called(name, *self._given.pop(name, (args, kwargs)), output)
 
     def called(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Record a call of a network."""
@@ -148,29 +149,18 @@ def watched(pipe: Any) -> Iterator[PipelineWatch]:
     Modules that are compiled in place are not hooked, because that would compile them again.
     """
     watch, networks = PipelineWatch(pipe), networks_of(pipe)
-    handles = []
-    buffers = unchanged_buffers([module for module in networks.values() if is_training(module)])
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(unchanged_buffers([module for module in networks.values() if is_training(module)]))
         for name, module in networks.items():
             if getattr(module, "_compiled_call_impl", None) is not None:
                 continue
-
-            def called(module: Any, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
-                watch.check_random(name, module)
-                watch.called(name, *watch.given.pop(name, (args, kwargs)), output)
-
-            def calling(module: torch.nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                watch.calling(name, module, args, kwargs)
-
-            handles.append(module.register_forward_pre_hook(calling, with_kwargs=True))
-            handles.append(module.register_forward_hook(called, with_kwargs=True))
+            begun = lambda *given, name=name: watch.begun(name, *given)
+            ended = lambda *given, name=name: watch.ended(name, *given)
+            hooks.enter_context(module.register_forward_pre_hook(begun, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(ended, with_kwargs=True))
             for layer in _layers(module):
-                handles.append(layer.register_forward_hook(lambda *_, name=name: watch.layer_ran(name)))
-        with buffers:
-            yield watch
-    finally:
-        for handle in handles:
-            handle.remove()
+                hooks.enter_context(layer.register_forward_hook(lambda *_, name=name: watch.layer_ran(name)))
+        yield watch
 
 
 def _device_of(module: torch.nn.Module) -> torch.device:
