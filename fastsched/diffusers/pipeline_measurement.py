@@ -203,10 +203,7 @@ def measured_pipeline(
                 try:
                     part = _one_call(pipe, levels, arguments, advance, **settings)
                 except Exception as error:
-                    fewer = calls.halved(arguments) if is_out_of_memory(error) else None
-                    if fewer is None:
-                        raise
-                    calls = warn_fewer_prompts(fewer)
+                    calls = with_fewer_prompts(calls, arguments, error)
                     continue
                 calls, part = calls.updated(arguments, part.samples), replace(part, origin=origin)
                 if calls.usable_samples(done, part.samples) < part.samples:
@@ -222,14 +219,17 @@ def measured_pipeline(
     return replace(whole, origin=origin)
 
 
-def warn_fewer_prompts(calls: PromptCalls) -> PromptCalls:
-    """Warn that memory ran out, and that calls now have fewer prompts; returns ``calls``."""
+def with_fewer_prompts(calls: PromptCalls, arguments: dict[str, Any], error: Exception) -> PromptCalls:
+    """Calls with half the prompts of one that ended in ``error``, and a warning, if memory ran out; else raises it."""
+    fewer = calls.halved(arguments) if is_out_of_memory(error) else None
+    if fewer is None:
+        raise error
     validate.warn(
-        f"memory ran out: the pipeline is called with {calls.size} prompts at a time (prompts_per_call={calls.size})",
+        f"memory ran out: the pipeline is called with {fewer.size} prompts at a time (prompts_per_call={fewer.size})",
     )
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    return calls
+    return fewer
 
 
 def calibration_calls(levels: int | Tensor, samples: int | range, least: int = 1) -> int:

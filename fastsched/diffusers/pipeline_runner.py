@@ -9,13 +9,12 @@ from typing import Any
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.attributes import attributes_set
 from fastsched.diffusers.pipeline_call import call
-from fastsched.diffusers.pipeline_measurement import warn_fewer_prompts
+from fastsched.diffusers.pipeline_measurement import with_fewer_prompts
 from fastsched.diffusers.prompt_calls import PromptCalls
 from fastsched.diffusers.random_numbers import ONE_CALL
 from fastsched.diffusers.start_from_noise import StartFromNoise
 from fastsched.diffusers.watching import watched
 from fastsched.fitting.rollouts import Rollout
-from fastsched.measurement.batches import is_out_of_memory
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.random_streams import sample_number
 from fastsched.sampling.schedule import Schedule
@@ -85,10 +84,7 @@ class PipelineRunner:
         try:
             run = self._run(schedule, done, arguments)
         except Exception as error:
-            fewer = self.prompts.halved(arguments) if is_out_of_memory(error) else None
-            if fewer is None:
-                raise
-            self.prompts = warn_fewer_prompts(fewer)
+            self.prompts = with_fewer_prompts(self.prompts, arguments, error)
             return self._one_call(schedule, done, last)
         ends = run.end.float().cpu()
         self._batch = len(ends)
