@@ -21,11 +21,7 @@ OF_THE_PROMPT = ("diffusers.hooks.text_kv_cache",)
 
 
 def check_caches(pipe: Any) -> None:
-    """Check that no network of ``pipe`` reuses results of earlier steps by a known cache.
-
-    Raises:
-        ValueError: If one does; the message says how to disable it.
-    """
+    """ValueError if a network reuses results of earlier steps by a known cache; the message says how to disable it."""
     networks = networks_of(pipe)
     holders = {"pipe": pipe, **{f"pipe.{name}": module for name, module in networks.items()}}
     for name, holder in holders.items():

@@ -222,11 +222,7 @@ class CalibrationScheduler(UnitStart, SchedulerMixin, ConfigMixin):
         self.sigmas = without_equal_sigmas(sampled.float(), self._own)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Only ``begin_index=0`` is supported.
-
-        Raises:
-            ValueError: Otherwise.
-        """
+        """ValueError unless ``begin_index`` is 0."""
         if begin_index != 0:
             raise ValueError(
                 f"the pipeline starts midway, at step {begin_index} (image-to-image or inpainting with strength below "
@@ -241,11 +237,7 @@ class CalibrationScheduler(UnitStart, SchedulerMixin, ConfigMixin):
         return self._scaled
 
     def add_noise(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The noise that a run of a flow model begins with; a measurement starts from pure noise.
-
-        Raises:
-            ValueError: Otherwise.
-        """
+        """The noise that a run of a flow model begins with; ValueError in any other use."""
         check_one_run(again=0 < len(self.timesteps) == self._index)  # noise for another run (FreeInit)
         first = self.sigmas[0] if self._index == 0 < len(self.timesteps) else None
         return noise_alone(self.convention.process, first, [*args, *kwargs.values()])

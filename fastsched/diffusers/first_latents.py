@@ -33,11 +33,9 @@ class UnitStart:
 
 
 def check_scaled_start(own: Any, name: str, *, asked: bool) -> None:
-    """Check that a pipeline multiplies its first latents by ``init_noise_sigma``, where that of ``own`` is not 1.
+    """ValueError if a pipeline has not ``asked`` for ``init_noise_sigma`` (Bria, DiT), where that of ``own`` is not 1.
 
-    Raises:
-        ValueError: If it has not ``asked`` for it (Bria, DiT): with a scheduler such as Euler's it samples from latents
-            that are too small.
+    With a scheduler such as Euler's it samples from latents that are too small.
     """
     size = float(getattr(own, "init_noise_sigma", 1.0))
     if not asked and not 0.9 < size < 1.1:
@@ -95,15 +93,9 @@ def _warn_of_copies(sample: Tensor, verdicts: Verdicts) -> None:
 
 
 def check_neighbours(sample: Tensor, owned: Tensor | None, verdicts: Verdicts) -> None:
-    """Check that a pipeline's first latents are independent noise, but for elements that it keeps for itself.
+    """ValueError if neighbours in a pipeline's first latents are correlated, as in an image with noise.
 
-    Args:
-        sample: The first latents, [B, *shape].
-        owned: Which elements the pipeline replaces at every step, [B, *shape]; they may hold anything.
-        verdicts: Collects what to compare.
-
-    Raises:
-        ValueError: If neighbours are correlated, as in an image with noise.
+    Elements that the pipeline replaces at every step (``owned``) may hold anything.
     """
     x = sample.float() if owned is None else sample.float() * ~owned
     pairs = [(x.narrow(n, 1, x.shape[n] - 1), x.narrow(n, 0, x.shape[n] - 1)) for n in range(1, x.ndim)]

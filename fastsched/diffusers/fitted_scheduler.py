@@ -221,30 +221,18 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         self._states = self._rows = torch.empty(0, device="cpu")
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Only ``begin_index=0`` is supported.
-
-        Raises:
-            ValueError: Otherwise.
-        """
+        """ValueError unless ``begin_index`` is 0."""
         if begin_index != 0:
             raise ValueError(f"begin_index must be 0, got {begin_index}: {MIDWAY}")
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """The network's input at the current step: ``sample``, times ``c_in`` for EDM networks.
-
-        Raises:
-            ValueError: If ``sample`` is a number: the pipeline computes with the scale of another class's states.
-        """
+        """The network's input at the current step: ``sample``, times ``c_in`` for EDM networks; see `check_scaled`."""
         check_scaled(sample)
         scale = self._steps[min(self._step_index or 0, len(self._steps) - 1)].input_scale
         return sample if scale == 1.0 else sample * scale
 
     def add_noise(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The noise that a run of a flow model begins with.
-
-        Raises:
-            ValueError: If something of the image would be left.
-        """
+        """The noise that a run of a flow model begins with; ValueError in any other use."""
         first = self.schedule.sigmas[0] if self._step_index == 0 else None
         ended = self._step_index == self.schedule.steps
         otherwise = AGAIN if ended else f"this pipeline adds noise to an image: {MIDWAY}"

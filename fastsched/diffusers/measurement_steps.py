@@ -37,11 +37,7 @@ def levels_of(steps: int | None) -> int:
 
 
 def check_steps(steps: int, levels: int | Tensor | None) -> None:
-    """Check, at the first step, that a pipeline makes as many steps as it is called with to measure ``levels``.
-
-    Raises:
-        ValueError: If it does not.
-    """
+    """ValueError, at the first step, unless a pipeline makes as many steps as it is called with for ``levels``."""
     wanted = steps if levels is None else calibration_steps(levels)
     if steps != wanted:
         raise ValueError(f"the pipeline makes {steps} steps where it is called with {wanted}: {OWN_LIST}")

@@ -93,11 +93,7 @@ class Step(Override):
             raise
 
     def check_known(self, timestep: Any, error: Exception) -> None:
-        """Check that a step that ended in ``error``, or the first step before it, was for a timestep of the schedule.
-
-        Raises:
-            ValueError: If it was not.
-        """
+        """ValueError unless ``timestep``, of a step that ended in ``error``, or of the first, is of the schedule."""
         known, given = torch.as_tensor(self.owner.timesteps).cpu(), torch.as_tensor(timestep).cpu()
         away = (known.double() - given.double().reshape(-1, 1)).abs().amin(1)
         if float(away.max()) > 1e-6 * float(known.abs().max()):  # float32 rounds by less
@@ -108,10 +104,9 @@ class Step(Override):
             ) from error
 
     def begin(self, timestep: Any) -> None:
-        """Begin a run if this is its first step; waits for the device if the run starts midway.
+        """Begin a run if this is its first step; ValueError if it starts midway elsewhere than at `start`.
 
-        Raises:
-            ValueError: If it does not begin at `start`.
+        Waits for the device if the run starts midway.
         """
         if isinstance(self.owner.timesteps, Timesteps) and not self.owner.timesteps.begun:
             self.first, self.owner.timesteps.begun = timestep, True

@@ -86,11 +86,7 @@ class StartFromNoise:
         return copied_with(self, memo, **own, _watch=self._watch, _advance=self._advance)
 
     def check_ended(self) -> None:
-        """Check that the pipeline made all the steps of its run.
-
-        Raises:
-            ValueError: If it did not.
-        """
+        """ValueError unless the pipeline made all the steps of its run."""
         if self.left != 0:
             left = "all" if self.left is None else self.left
             raise ValueError(
@@ -98,11 +94,7 @@ class StartFromNoise:
             )
 
     def evaluations(self) -> Evaluations:
-        """The network's inputs and outputs, in order; waits for the device.
-
-        Raises:
-            ValueError: If the networks were called in a different way at one of the steps.
-        """
+        """The network's inputs and outputs, in order; waits for the device. ValueError if a step made other calls."""
         self._verdicts.settle()
         return Evaluations.of([(s, y.values(), denoised.values()) for s, y, denoised in self._calls])
 

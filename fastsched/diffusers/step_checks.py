@@ -69,9 +69,7 @@ def output_of_tokens(output: Any, timestep: Any, options: Mapping[str, Any], ver
     """The network's output in a call of ``step``, negated if the call gives a timestep for each token.
 
     In such a call the class steps by ``sample + (sigma - sigma_next) output``, with the opposite of its usual sign.
-
-    Raises:
-        ValueError: If not all tokens are at ``timestep``.
+    ValueError if not all tokens are at ``timestep``.
     """
     tokens = options.get(TOKENS)
     if tokens is None:
@@ -106,15 +104,10 @@ def held_at_zero(output: Tensor, x: Tensor, s: Tensor, denoiser: Denoiser, owned
 
 
 def check_options(parameters: Mapping[str, Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse arguments of ``step`` that differ from the defaults of the scheduler's own class.
+    """ValueError if an argument of ``step`` after the sample may change what the step does.
 
-    Args:
-        parameters: Parameters of the class's ``step``: ``self``, output, timestep and sample, then the others.
-        args: Positional arguments after the sample.
-        kwargs: Keyword arguments.
-
-    Raises:
-        ValueError: If one may change what the step does. A generator does not: no number is drawn from it.
+    It may if it differs from its default among ``parameters``, those of the class's own ``step``: ``self``, output,
+    timestep and sample, then the others. A generator changes nothing: no number is drawn from it.
     """
     given = {**dict(zip([*parameters][4:], args, strict=False)), **kwargs}
     for name, value in given.items():
@@ -128,10 +121,9 @@ def check_options(parameters: Mapping[str, Parameter], args: tuple[Any, ...], kw
 
 
 def check_one_run(*, again: bool) -> None:
-    """Check that a pipeline does not step ``again`` after a run has ended in the same call.
+    """ValueError if a pipeline steps ``again`` after a run has ended in the same call.
 
-    Raises:
-        ValueError: If it does. The error only ends the call, after all needed steps, so there is a warning as well.
+    The error only ends the call, after all needed steps, so there is a warning as well.
     """
     if again:
         what = "the pipeline runs its loop several times in a call (sections of a video, an ensemble, FreeInit?)"
@@ -142,16 +134,14 @@ def check_one_run(*, again: bool) -> None:
 def noise_alone(process: NoiseProcess, first: Tensor | None, given: Sequence[Any], otherwise: str = NOISED) -> Tensor:
     """The noise among the arguments of ``scale_noise`` or ``add_noise``, where they return it without the image.
 
-    That is at time 1 of flow models, at which FLUX Fill and others call them with strength 1.
+    That is at time 1 of flow models, at which FLUX Fill and others call them with strength 1. If something of the image
+    would be left, this is a ValueError that says ``otherwise``.
 
     Args:
         process: The noise process.
         first: The sigma at which a run is about to begin; None during a run.
         given: The arguments: the image's latents, noise of their shape, and timesteps.
         otherwise: What is wrong with a pipeline that adds noise anywhere else.
-
-    Raises:
-        ValueError: If something of the image would be left.
     """
     found = [each for each in given[1:] if isinstance(each, Tensor) and each.shape == getattr(given[0], "shape", None)]
     if process.kind != "flow" or first is None or float(first) < PURE_NOISE or len(found) != 1:
@@ -160,16 +150,13 @@ def noise_alone(process: NoiseProcess, first: Tensor | None, given: Sequence[Any
 
 
 def check_scaling(convention: Convention, name: str, scaled: Tensor | None, sample: Tensor) -> None:
-    """Check that the pipeline scales its latents, and only these, if its scheduler's class scales the network's input.
+    """ValueError unless a pipeline scales its latents, and only these, where the class ``name`` scales the input.
 
     Args:
         convention: The scheduler's convention.
         name: The scheduler's class.
         scaled: What the pipeline called ``scale_model_input`` for; None if it did not.
         sample: The latents, which the pipeline may have laid out in another way since.
-
-    Raises:
-        ValueError: If it does not scale them, or joins them with something else first.
     """
     if not convention.scales_input:
         return
@@ -190,15 +177,7 @@ def check_scaling(convention: Convention, name: str, scaled: Tensor | None, samp
 
 
 def check_scaled(sample: Any, scaled: Tensor | None = None) -> None:
-    """Check that a pipeline calls ``scale_model_input`` on a state, not on a number or on a state scaled already.
-
-    Args:
-        sample: The argument of the call.
-        scaled: The result of the last call, for a scheduler that scales its input.
-
-    Raises:
-        ValueError: If ``sample`` is a number, or is ``scaled``.
-    """
+    """ValueError if a pipeline calls ``scale_model_input`` on a number, or on its own last result, ``scaled``."""
     if scaled is not None and sample is scaled:
         raise ValueError(
             "the pipeline calls scheduler.scale_model_input twice, on its own result, so its network is given latents "
@@ -213,17 +192,7 @@ def check_scaled(sample: Any, scaled: Tensor | None = None) -> None:
 
 
 def check_timestep(index: int, timesteps: Tensor, timestep: Any, verdicts: Verdicts) -> None:
-    """Check that step ``index`` is called with its own timestep.
-
-    Args:
-        index: The number of the step.
-        timesteps: The timesteps of the run, on the CPU.
-        timestep: The timestep that ``step`` was called with.
-        verdicts: Collects the values to compare.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """ValueError unless step ``index`` is called with its own timestep, of the run's ``timesteps`` (on the CPU)."""
     if index >= len(timesteps):
         raise ValueError("the pipeline calls step after its last timestep; start a new run")
     given, expected = torch.as_tensor(timestep), float(timesteps[index].float())
@@ -241,11 +210,7 @@ def check_timestep(index: int, timesteps: Tensor, timestep: Any, verdicts: Verdi
 
 
 def check_output(output: Any, sample: Tensor) -> None:
-    """Check that a network's output is a prediction for the latents.
-
-    Raises:
-        ValueError: If it has another shape than the latents, or is not a floating-point tensor.
-    """
+    """ValueError unless a network's output is a floating-point tensor of the shape of the latents."""
     if not isinstance(output, Tensor) or output.shape != sample.shape or not output.is_floating_point():
         what = f"shape {tuple(output.shape)}, {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
@@ -254,10 +219,9 @@ def check_output(output: Any, sample: Tensor) -> None:
 
 
 def check_unchanged(sample: Tensor, returned: Tensor, index: int, verdicts: Verdicts) -> None:
-    """Check that the latents of step ``index`` are those returned by the step before, element by element.
+    """ValueError if a pipeline changed elements of the latents that the step before returned, or rescaled them all.
 
-    Raises:
-        ValueError: If the pipeline changed some elements, or rescaled all of them. Rounding to 16 bits is allowed.
+    Rounding to 16 bits is allowed.
     """
 
     def judge(found: Tensor) -> None:
@@ -281,16 +245,13 @@ def check_unchanged(sample: Tensor, returned: Tensor, index: int, verdicts: Verd
 
 
 def check_sampled(kept: Tensor, most: float, size: int, verdicts: Verdicts) -> None:
-    """Check that a pipeline samples all elements of its latents.
+    """ValueError if a pipeline keeps some elements of its latents for itself.
 
     Args:
         kept: How many elements it seems to keep, counted in one or more ways, [n]; the smallest is used.
         most: From this fraction of all elements on, there must be another reason, and it is no error.
         size: The number of elements.
         verdicts: Collects the values to compare.
-
-    Raises:
-        ValueError: If it keeps some elements for itself.
     """
 
     def judge(counts: Tensor) -> None:
@@ -302,10 +263,9 @@ def check_sampled(kept: Tensor, most: float, size: int, verdicts: Verdicts) -> N
 
 
 def check_first_output(output: Tensor, verdicts: Verdicts) -> None:
-    """Check that a pipeline's first latents do not hold elements that its first step is to leave as they are (LTX-2).
+    """ValueError if a pipeline's first step is to leave elements of the first latents as they are (LTX-2).
 
-    Raises:
-        ValueError: If the output is exactly 0 at some elements, more than rounding to 16 bits makes 0 by chance.
+    There the output is exactly 0, at more elements than rounding to 16 bits makes 0 by chance.
     """
     zero = (output == 0).sum().reshape(1)
     check_sampled(zero * (zero > 0.02 * output.numel()), 1.0, output.numel(), verdicts)
@@ -352,14 +312,11 @@ def beside_others(states: Tensor) -> Tensor:
 
 
 def check_repeat(first: Tensor, output: Tensor) -> None:
-    """Check that the network gave the same output for the same latents and timestep at the beginning and at the end.
+    """ValueError unless a network answers the same latents and timestep alike at the beginning and at the end.
 
     Args:
         first: The output for a batch.
         output: That for its first half, in a batch with other latents (`beside_others`).
-
-    Raises:
-        ValueError: If it did not.
     """
     kept = (len(first) + 1) // 2
     one, two = (each[:kept].float() for each in (first, output))
@@ -373,11 +330,7 @@ def check_repeat(first: Tensor, output: Tensor) -> None:
 
 
 def check_copies(output: Tensor, copies: int, verdicts: Verdicts) -> None:
-    """Check that the outputs for ``copies`` equal parts of the batch agree.
-
-    Raises:
-        ValueError: If they do not.
-    """
+    """ValueError unless the outputs for ``copies`` equal parts of the batch agree."""
     if copies == 1:
         return
 

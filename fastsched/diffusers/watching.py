@@ -227,12 +227,9 @@ def replaced(step: Step, latents: Tensor) -> Tensor:
 
 
 def check_replaced(step: Step, latents: Tensor, kept: Tensor) -> None:
-    """Check, at the second step, that what a pipeline puts in place of ``kept`` elements does not follow the latents.
+    """ValueError, at the second step, if what a pipeline puts in place of ``kept`` elements follows the latents.
 
-    Then it is equal at the first step, which has the same timestep and unrelated latents.
-
-    Raises:
-        ValueError: If it is not.
+    If not, it is equal at the first step, which has the same timestep and unrelated latents.
     """
     before, now = ([part_like(given, latents) for given in each.inputs] for each in (step.first or Step(), step))
     for one, two in zip(reversed(before), reversed(now), strict=False):  # text encoders may be among the first's
@@ -249,18 +246,10 @@ def check_replaced(step: Step, latents: Tensor, kept: Tensor) -> None:
 
 
 def check_times(before: dict[str, Tensor], now: dict[str, Tensor], verdicts: Verdicts) -> None:
-    """Check that all timesteps in an argument of a network that follow the level are equal, at two steps in turn.
+    """ValueError unless all timesteps in an argument of a network that follow the level are equal, ``before`` and now.
 
     Others must be constant, such as 0 for a given frame: a part of the latents whose timestep is a fraction of the
     step's own has another noise level than the scheduler assumes.
-
-    Args:
-        before: The timesteps of the step before, by argument (`Step`).
-        now: Those of this step.
-        verdicts: Collects the values to compare.
-
-    Raises:
-        ValueError: If they are not.
     """
     for name, times in now.items():
         last = before.get(name)
