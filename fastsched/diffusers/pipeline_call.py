@@ -59,27 +59,35 @@ def call(
                 "the pipeline raised StopIteration (an iterator in it or its network ran out)"
             ) from error
         if left() is not None or "output_type" not in needed or is_out_of_memory(error):
-            unknown = re.search(r"does not support custom\W*(\w+)", str(error))
-            if unknown is not None and left() is None:
-                scheduler = pipe.scheduler.config.get("scheduler_class", type(pipe.scheduler).__name__)
-                raise ValueError(
-                    f"{type(pipe).__name__} gives its scheduler a list of {unknown[1].rstrip('s')}s, which "
-                    f"{scheduler} does not take, so it cannot run with it; change the scheduler "
-                    "(docs/schedulers.md)"
-                ) from error
-            if left() is None and all(word in str(error) for word in ("length", "num_inference_steps")):
-                raise ValueError(
-                    f"an argument of the call, or its default, is a list for another number of steps than the {steps} "
-                    f"that are needed here ({error}); pass one that holds for any number of steps (for Ideogram 4 "
-                    "guidance_scale=7.0, guidance_schedule=None)"
-                ) from error
-            if not isinstance(error, (AttributeError, TypeError)) or "CalibrationScheduler" not in str(error):
+            reason = _reason(error, pipe, steps, begun=left() is not None)
+            if reason is None:
                 raise
-            raise ValueError(
-                f"{type(pipe).__name__} needs something from its scheduler that a measurement cannot provide "
-                f"({error}); measure its network (fastsched.measure)"
-            ) from error
+            raise ValueError(reason) from error
     return call(pipe, steps, {**call_kwargs, "output_type": accepted["output_type"]}, left, seed=seed)
+
+
+def _reason(error: Exception, pipe: Any, steps: int, *, begun: bool) -> str | None:
+    """Why a call of a pipeline has ended in ``error``, and what to do, if its own message does not tell."""
+    told = str(error)
+    unknown = re.search(r"does not support custom\W*(\w+)", told)
+    if unknown is not None and not begun:
+        scheduler = pipe.scheduler.config.get("scheduler_class", type(pipe.scheduler).__name__)
+        return (
+            f"{type(pipe).__name__} gives its scheduler a list of {unknown[1].rstrip('s')}s, which {scheduler} does "
+            "not take, so it cannot run with it; change the scheduler (docs/schedulers.md)"
+        )
+    if "length" in told and "num_inference_steps" in told and not begun:
+        return (
+            f"an argument of the call, or its default, is a list for another number of steps than the {steps} that are "
+            f"needed here ({error}); pass one that holds for any number of steps (for Ideogram 4 guidance_scale=7.0, "
+            "guidance_schedule=None)"
+        )
+    if isinstance(error, (AttributeError, TypeError)) and "CalibrationScheduler" in told:
+        return (
+            f"{type(pipe).__name__} needs something from its scheduler that a measurement cannot provide ({error}); "
+            "measure its network (fastsched.measure)"
+        )
+    return None
 
 
 def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any]) -> None:
