@@ -45,7 +45,13 @@ def fit(guider: Any, latent: dict[str, Any], settings: Settings) -> tuple[Found,
     chosen = None if measured is None else digest("chosen", measured, *wanted)
     schedule, stats = cache.schedule(chosen), cache.statistics(measured)
     if schedule is None or stats is None:
-        report = _run_keeping_measurement(guider, image, settings, stats, measured)
+        try:
+            report = run(guider, image, settings, stats)
+        except BaseException as error:  # also an interrupt, after which a whole measurement is kept
+            finished = getattr(error, "partial", None)
+            if isinstance(finished, PathStatistics) and finished.samples == settings.samples:
+                cache.keep_statistics(measured, finished)
+            raise
         saved = stats.model_calls if stats is not None and report.stats is stats else 0
         schedule, stats = report.schedule, report.stats
         cache.keep_statistics(measured, stats)
@@ -104,19 +110,6 @@ def check(model: Any, latent: dict[str, Any]) -> None:
             "the model samples in context windows, which move with the steps, so it cannot be measured; fit without "
             "them, on a latent as long as one window"
         )
-
-
-def _run_keeping_measurement(
-    guider: Any, image: torch.Tensor, settings: Settings, known: PathStatistics | None, key: str | None
-) -> FitReport:
-    """`run`; if it fails or is interrupted after the measurement, the cache keeps the measurement under ``key``."""
-    try:
-        return run(guider, image, settings, known)
-    except BaseException as error:
-        stats = getattr(error, "partial", None)
-        if isinstance(stats, PathStatistics) and stats.samples == settings.samples:
-            cache.keep_statistics(key, stats)
-        raise
 
 
 def run(guider: Any, image: torch.Tensor, settings: Settings, known: PathStatistics | None) -> FitReport:
