@@ -62,11 +62,7 @@ class Formula:
     def explains(self, other: Formula, factor: float = 10.0) -> bool:
         """Whether these coefficients fit the other's outputs about as well as the other's own coefficients.
 
-        A residual that is NaN counts as a fit.
-
-        Args:
-            other: Another formula.
-            factor: The residual may be this many times the other's own error.
+        The residual may be ``factor`` times the other's own error. One that is NaN counts as a fit.
         """
         same = self.coefficients.shape == other.coefficients.shape
         return same and not other.residual(self.coefficients) > max(LINEAR, factor * other.error)

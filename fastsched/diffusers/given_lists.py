@@ -22,7 +22,7 @@ def warn_of_list(schedule: Schedule, asked: Mapping[str, Any], own: Callable[[],
         schedule: The applied schedule.
         asked: Arguments of ``set_timesteps``.
         own: Returns the timesteps of the list.
-        used: Those that are used.
+        used: The timesteps of the schedule.
     """
     name = next((name for name in ("sigmas", "timesteps") if asked.get(name) is not None), None)
     if name is None or (schedule.noise == "flow" and _usual(asked[name])):

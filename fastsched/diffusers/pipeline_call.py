@@ -34,16 +34,11 @@ def call(
     An error after the last step, when the latents are decoded, loses nothing: then the result is None. An error before
     the first step may mean that the pipeline cannot return latents: it is called again with its default output type.
 
-    Args:
-        pipe: The pipeline.
-        steps: The number of steps.
-        call_kwargs: Arguments of the pipeline's call.
-        left: Returns how many steps are left, None before the first; when not given, no error is caught.
-        seed: Seed of the global random numbers.
+    ``left`` returns how many steps are left, None before the first; when not given, no error is caught.
 
     Raises:
         RuntimeError: If the pipeline raises StopIteration, which would end a loop of the caller without a word.
-        ValueError: If the pipeline uses an attribute or argument of its scheduler that `CalibrationScheduler` lacks.
+        ValueError: If the pipeline cannot be called in this way (`_reason`).
     """
     accepted = call_parameters(pipe)
     needed = {name: value for name, value in CALL_DEFAULTS.items() if name in accepted and name not in call_kwargs}
@@ -132,10 +127,9 @@ def check_call(pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict
 
 
 def call_parameters(pipe: Any) -> dict[str, Any]:
-    """The names of the arguments of a pipeline's call, and their defaults.
+    """The names of the arguments of a call of a pipeline, or of a class of pipelines, and their defaults.
 
-    Args:
-        pipe: A pipeline, or its class. The arguments of a modular pipeline are those of its blocks, not of its class.
+    The arguments of a modular pipeline are those of its blocks, not of its class.
     """
     named = _signature(pipe)
     blocks = getattr(pipe, "default_call_parameters", None)

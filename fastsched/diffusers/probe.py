@@ -50,14 +50,9 @@ def states_of(scheduler: Any, network: Callable[[Tensor, Tensor], Tensor], x: Te
 
 
 def oracle_network(convention: Convention, denoise: Oracle) -> Callable[[Tensor, Tensor], Tensor]:
-    """The network of an exact denoiser: its output for the pipeline's input and level, from ``D = a x + c R``.
+    """The network ``R(input, s)`` of an exact denoiser ``D(y, s)``, ``y = x / sigma`` [B, *shape], at one level ``s``.
 
-    Args:
-        convention: The conventions of scheduler and network.
-        denoise: ``D(y, s)`` for ``y = x / sigma`` [B, *shape] and one level ``s``.
-
-    Returns:
-        ``network(input, s)``, which computes in float64 and returns the dtype of its input.
+    From ``D = a x + c R``, in float64; the result has the dtype of the input.
     """
 
     def network(scaled: Tensor, s: Tensor) -> Tensor:

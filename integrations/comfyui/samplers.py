@@ -41,12 +41,7 @@ CHOICES = (
 
 
 def same_sampler(solver: str, noise: str) -> tuple[str, dict[str, Any]] | None:
-    """ComfyUI's sampler and its options that equal our ``solver``; None if there is none.
-
-    Args:
-        solver: Our name of the solver.
-        noise: The kind of noise process, ``"ve"``, ``"vp"`` or ``"flow"``.
-    """
+    """ComfyUI's sampler and its options that equal our ``solver`` for a kind of noise process; None if none does."""
     return (EVERYWHERE if noise == "flow" else {**EVERYWHERE, **NOT_FLOW, **STOCHASTIC}).get(solver)
 
 
