@@ -8,12 +8,18 @@ error together. At 1,500 calls it has the plan of the benchmark: fewer levels an
 denoisers and worse for others. ``docs/choosing.md`` shows what more calls gain, and why the default is 800.
 
 Samples with few elements, such as points in the plane, give few equations to determine up to a hundred levels and
-weights. For them, twice as many samples without responses can be better. With 400 and 800 calls this gave 0.6 of the
-typical error and 0.7 of the mean error for data of 2 and 4 elements (geometric means over solvers, steps and two to
-five seeds), and 0.9 of both for data of 8 elements. With 100 and 200 calls some networks had up to twice the error.
-With 1,500 calls stock solvers gained nothing, and digits and patches had 1.7 times the error; but the fitted solver had
-0.62 of the typical and 0.91 of the mean error (seven networks of 2 to 4 elements, 112 fits), and with 3,000 calls 0.74
-and 0.80 (four networks).
+weights. So for up to four elements there are twice as many samples, without responses. The typical and mean errors of
+the fitted solver then had these ratios to those of plans with responses (2 and 4 elements, three to seven networks, 18
+to 112 fits each):
+
+    ==========  ====  ====  ====  ====  =====  =====
+    calls        100   200   300   800  1,500  3,000
+    typical     0.23  0.31  0.41  0.26   0.62   0.74
+    mean        0.26  0.39  0.45  0.39   0.91   0.80
+    ==========  ====  ====  ====  ====  =====  =====
+
+Stock solvers had 0.71 and 0.61 of the errors with 200 calls, 0.75 and 0.68 with 800, and gained nothing with 1,500, so
+from there on they keep responses. Data of 8 and 16 elements gained nothing.
 
 A pipeline measures at least one path for each prompt. With more prompts than planned paths there are fewer levels, so
 that again about half of the calls measure. For 6 and 8 prompts and 800 calls this gave 0.64 and 0.68 of the typical
@@ -23,7 +29,6 @@ error of 48 levels, whose measurement leaves few calls to tune; for 16 prompts, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +37,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.noise import MOST_LEVELS
 from fastsched.measurement.deviated_paths import deviated_paths, query_count
+from fastsched.measurement.network_checks import CHECK_CALLS
 from fastsched.sampling.solvers import FITTED
 
 #: Default number of model calls of a fit, the measurement included.
@@ -63,9 +69,9 @@ PLANS = (
     Plan(3000, 48, 16),
 )
 
-#: Samples of at most so many elements are measured without responses, and about twice as many of them, if the fit's
-#: total is at least `LEAST_WITHOUT_RESPONSES` and, for stock solvers, below `MOST_WITHOUT_RESPONSES`.
-FEW_ELEMENTS, LEAST_WITHOUT_RESPONSES, MOST_WITHOUT_RESPONSES = 4, 400, 1500
+#: Samples of at most so many elements are measured without responses, and twice as many of them; for stock solvers only
+#: if the fit has fewer calls than `MOST_WITHOUT_RESPONSES`.
+FEW_ELEMENTS, MOST_WITHOUT_RESPONSES = 4, 1500
 
 
 def measuring_calls(levels: int, samples: int, *, responses: bool = True) -> int:
@@ -75,8 +81,7 @@ def measuring_calls(levels: int, samples: int, *, responses: bool = True) -> int
 
 def takes_responses(total: int, elements: int, solver: str) -> bool:
     """Whether a fit of ``total`` calls measures responses, for samples with this number of elements."""
-    most = math.inf if solver == FITTED else MOST_WITHOUT_RESPONSES
-    return elements > FEW_ELEMENTS or not LEAST_WITHOUT_RESPONSES <= total < most
+    return elements > FEW_ELEMENTS or (solver != FITTED and total >= MOST_WITHOUT_RESPONSES)
 
 
 def default_total(least: int) -> int:
@@ -119,8 +124,10 @@ def planned(
         usual = min(usual, max(PLANS[0].levels, half))
     grid = max(usual, steps + 2 - steps % 2) if levels is None else validate.levels("levels", levels)
     if samples is None:
-        each = measuring_calls(len(grid) if isinstance(grid, Tensor) else grid, 1, responses=responses)
-        samples = max(1, measuring_calls(plan.levels, plan.samples) // each)
+        count = len(grid) if isinstance(grid, Tensor) else grid
+        samples = max(1, measuring_calls(plan.levels, plan.samples) // measuring_calls(count, 1))
+        if not responses:  # of samples of few elements, whose checks may take twice the calls
+            samples = max(1, min(2 * samples, (total - 2 * CHECK_CALLS) // count))
     calls_left(total, calls(grid, samples))
     return grid, samples
 

@@ -57,8 +57,8 @@ def fit(
     """Measure a denoiser, run a few candidate schedules, and tune the best: `measure`, `audition`, `tune`.
 
     `fastsched.fitting.budget` divides the calls between the measurement and the runs that rank and tune candidates.
-    From 400 calls on (for stock solvers below 1,500), samples of at most four elements are measured without responses,
-    and, if ``samples`` is None, about twice as many of them.
+    Samples of at most four elements (points in the plane) are measured without responses, and, if ``samples`` is None,
+    twice as many of them; for stock solvers only with fewer than 1,500 calls.
 
     Args:
         denoiser: The denoiser to find a schedule for.

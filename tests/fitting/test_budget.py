@@ -12,16 +12,15 @@ from fastsched.measurement.deviated_paths import deviated_paths, queries, query_
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("levels", [None, 16, 64])
 def test_a_measurement_takes_what_its_plan_does(plan, levels):
-    """Without responses there are as many more samples."""
+    """Without responses there are twice as many samples, if the total allows."""
     wanted = measuring_calls(plan.levels, plan.samples)
-    counts = []
-    for responses in (True, False):
-        count, samples = planned(plan.total, 8, levels, responses=responses)
-        of_one = measuring_calls(count, 1, responses=responses)
-        assert samples == 1 or wanted - of_one < samples * of_one <= wanted
-        counts.append(samples)
-    assert counts[1] >= counts[0]
-    assert counts[0] < 4 or counts[1] > 1.5 * counts[0]
+    count, samples = planned(plan.total, 8, levels)
+    of_one = measuring_calls(count, 1)
+    assert samples == 1 or wanted - of_one < samples * of_one <= wanted
+    few, more = planned(plan.total, 8, levels, responses=False)
+    assert few == count
+    assert more == 2 * samples or more == max(1, (plan.total - 14) // count)
+    assert more == 1 or more * count + 14 <= plan.total
 
 
 @pytest.mark.parametrize("given", [{}, {"levels": 16, "samples": 3}])
@@ -31,11 +30,21 @@ def test_samples_of_few_elements_are_measured_without_responses(elements, given)
     report = fit_report(denoiser, (elements,), 4, model_calls=400, progress=False, **given)
     few = elements <= 4
     assert (report.stats.response_gram is None) == few
-    assert report.stats.samples == (3 if given else 7 if few else 4)  # 184 calls of paths of 24 or 46
+    assert report.stats.samples == (3 if given else 8 if few else 4)
     assert sum(calls) == report.model_calls <= 400
 
 
-@pytest.mark.parametrize(("solver", "samples"), [("fitted", 15), ("dpmpp_2m", 8)])  # 752 calls of paths of 48 or 94
+@pytest.mark.parametrize("solver", ["fitted", "unipc"])
+@pytest.mark.parametrize(("total", "samples"), [(60, 3), (80, 3), (100, 4), (200, 4), (300, 6)])
+def test_small_fits_of_few_elements_keep_to_their_calls(total, samples, solver):
+    denoiser, calls = _counting(2)
+    report = fit_report(denoiser, (2,), 4, solver, model_calls=total, progress=False)
+    assert report.stats.samples == samples
+    assert report.stats.response_gram is None
+    assert sum(calls) == report.model_calls <= total
+
+
+@pytest.mark.parametrize(("solver", "samples"), [("fitted", 16), ("dpmpp_2m", 8)])
 def test_large_fits_of_few_elements_go_without_responses_for_the_fitted_solver_alone(solver, samples):
     denoiser, calls = _counting(2)
     report = fit_report(denoiser, (2,), 4, solver, model_calls=1500, progress=False)
