@@ -113,8 +113,12 @@ class Source:
             check_accepted(kind, [*(["prompt"] if self.prompts else []), *arguments])
         check_numbers(kind, arguments)
         precision = {} if self.dtype is None else {"torch_dtype": self.precision}
-        with _quiet_diffusers():  # these options read only safetensors and download nothing
-            pipe = kind.from_pretrained(self.name, use_safetensors=True, local_files_only=True, **precision)
+        try:
+            with _quiet_diffusers():  # these options read only safetensors and download nothing
+                pipe = kind.from_pretrained(self.name, use_safetensors=True, local_files_only=True, **precision)
+        except Exception as error:
+            what = f"diffusers cannot load {self.name} as a {kind.__name__}"
+            raise ImportError(f"{what}: {type(error).__name__}: {error}") from error
         pipe.set_progress_bar_config(disable=self.quiet)
         if replacing is not None:
             pipe.scheduler = replaced(pipe.scheduler, replacing)

@@ -357,3 +357,11 @@ def test_the_cost_counts_a_sample_for_each_prompt(text_folder, tmp_path):
 def test_a_folder_that_is_no_pipeline_is_called_so(tmp_path):
     refused = run("measure", tmp_path, "--shape", "2", "-o", tmp_path / "s.safetensors")
     assert "is a folder without model_index.json" in one_line(refused)
+
+
+def test_a_folder_that_diffusers_cannot_load_is_named(saved, tmp_path):
+    broken = shutil.copytree(saved, tmp_path / "broken")
+    config = broken / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"block_out_channels": 8}))
+    result = run("measure", broken, "-q", "-o", tmp_path / "s.safetensors")
+    assert f"diffusers cannot load {broken} as a DDIMPipeline: TypeError: " in one_line(result)
