@@ -364,7 +364,8 @@ def _copy_bandwidth(device: torch.device) -> float:
 
 def _page(found: Profile) -> Iterator[str]:
     modes = ", ".join(found.modes) or "plain"
-    yield f"{found.model}: {_amount(found.parameters)} parameters, {found.dtype}, on {found.device}, {modes}"
+    size = f"{_amount(found.parameters)} parameters, {found.dtype}, " if found.parameters else ""  # none in a function
+    yield f"{found.model}: {size}on {found.device}, {modes}"
     yield ""
     yield f"{'a step of':28} {'p50 ms':>9} {'p95 ms':>9} {'network':>8} {'scheduler':>10} {'rest':>7} {'waits':>6}"
     for each in found.steps:

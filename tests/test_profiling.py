@@ -97,6 +97,7 @@ def test_the_page_and_the_json_say_the_same():
     assert values["own_share"] == found.own_share
     assert f"{found.own_share:.2%}" in str(found)
     assert f"{found.steps[0].p50_ms:.2f}" in str(found)
+    assert "parameters" not in str(found)  # the network is a formula
 
 
 def test_a_network_of_parameters_is_described():
