@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fastsched.denoisers.edm import WrappedEdmNetwork, core_of
+from fastsched.denoisers.network_modules import modules_of
 
 #: Largest number of characters in a text entry.
 LONGEST = 200
@@ -91,10 +92,14 @@ def origin_now(model: str | None, fingerprint: Tensor | None = None, **known: An
 
 
 def network_name(network: Callable[..., Any]) -> str:
-    """The name of a network's class or function, inside containers such as ``torch.compile`` and partial functions."""
+    """The name of a network's class or function, inside containers such as ``torch.compile`` and partial functions.
+
+    A lambda around a module has the name of the module's class.
+    """
     core = core_of(network)
     if isinstance(core, WrappedEdmNetwork):
         core = core_of(core.net)
     name = getattr(core, "__qualname__", None)
     name = name if isinstance(name, str) and name else type(core).__qualname__  # objects may have any attribute
-    return name.replace("<locals>.", "")
+    modules = modules_of(core) if name.endswith("<lambda>") else []
+    return (type(modules[0]).__qualname__ if modules else name).replace("<locals>.", "")

@@ -65,6 +65,7 @@ def test_networks_are_named_inside_their_containers():
     assert network_name(torch.nn.DataParallel(net)) == named
     assert network_name(functools.partial(denoise, s=1)) == "denoise"
     assert network_name(functools.partial(torch.nn.DataParallel(net))) == named
+    assert network_name(lambda x, t: net(x)) == named
     assert network_name(lambda x, t: x).endswith("<lambda>")
 
 
