@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -56,7 +56,7 @@ class Denoiser:
         sigma_data: Standard deviation of the data in EDM's preconditioning; used only by ``"edm"``.
     """
 
-    network: Network
+    network: Network = field(repr=False)  # a module's own repr takes pages
     process: NoiseProcess
     prediction: str
     sigma_data: float = 0.5

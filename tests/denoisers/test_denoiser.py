@@ -155,3 +155,8 @@ def test_states_must_be_floating_point(states):
 def test_states_must_be_a_batch():
     with pytest.raises(ValueError, match=r"z must be \[B, \*shape\]"):
         KINDS["x0"](torch.tensor(1.0), 1.0)
+
+
+def test_a_large_network_is_shown_in_one_line():
+    denoiser = fs.Denoiser.from_velocity(torch.nn.Sequential(*map(torch.nn.Identity, range(20))))
+    assert repr(denoiser) == f"Denoiser(process={denoiser.process!r}, prediction='velocity', sigma_data=0.5)"
