@@ -2,7 +2,8 @@
 
 Every function returns a float64 tensor [steps + 1], strictly descending, whose last entry is 0: the
 k-diffusion convention, in which a multistep sampler makes ``steps`` model calls. Entries are noise levels
-``s = sigma / alpha`` (except `flow_shift`, which is in flow time).
+``s = sigma / alpha`` (except `flow_shift`, which is in flow time). A flow model's highest level is infinite: use flow
+times there, as in ``fs.Schedule(fs.baselines.karras(8, 0.002, 1.0), solver, "flow")``.
 
 A schedule over a range of levels is a curve ``s(u)`` from ``s(0) = sigma_max`` to ``s(1) = sigma_min``.
 ``spare_last`` selects how it ends:
