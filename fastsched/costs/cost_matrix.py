@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -44,12 +44,12 @@ class CostMatrix:
 
     name: str
     process: NoiseProcess
-    s: Tensor
-    pairs: Tensor
-    per_sample: Tensor
+    s: Tensor = field(repr=False)
+    pairs: Tensor = field(repr=False)
+    per_sample: Tensor = field(repr=False)
     order: int
     calls: ModelCalls
-    seeds: Tensor | None = None
+    seeds: Tensor | None = field(default=None, repr=False)
 
     @property
     def sigmas(self) -> Tensor:

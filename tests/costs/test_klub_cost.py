@@ -59,3 +59,9 @@ def test_selects_and_batches():
     schedule = fs.select(whole, 6)
     assert schedule.steps == 6
     assert np.isin(schedule.sigmas[:-1].numpy(), whole.sigmas.numpy()).all()
+
+
+def test_a_cost_is_shown_without_its_tables():
+    _, denoiser = gaussian(2, 0.1, 2.0)
+    cost = klub(denoiser, shape=(2,), sigmas=denoiser.levels(4), samples=2, progress=False)
+    assert repr(cost) == f"CostMatrix(name='klub', process={cost.process!r}, order=2, calls={cost.calls!r})"
