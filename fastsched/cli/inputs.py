@@ -43,6 +43,13 @@ def solver_named(name: str) -> str:
     return found
 
 
+def solver_to_fit(name: str) -> str:
+    """The solver that a user means; ValueError if no schedule can be fitted for it."""
+    from fastsched.sampling.fitted import chosen_solver
+
+    return chosen_solver(solver_named(name)).name
+
+
 @dataclass(frozen=True)
 class Source:
     """A model given on a command line, and how to run it. Each field but ``name`` is the option of that name."""

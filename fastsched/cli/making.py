@@ -182,7 +182,7 @@ def fit(
     kept = shell.checkpoint_file(checkpoint, file, [*inputs.model_files(denoiser), *([stats] if stats else [])])
     source = inputs.Source(denoiser, shape, device, dtype, batch_size, prompt, call, quiet, scheduler)
     # Files and names are checked before the model loads, which may take minutes.
-    chosen = None if solver is None else inputs.solver_named(solver)
+    chosen = None if solver is None else inputs.solver_to_fit(solver)
     known = None if stats is None else inputs.load_statistics(stats)
     for option in (name for name, value in (("levels", levels), ("samples", samples)) if stats and value is not None):
         raise ValueError(f"{option} must be left out with --stats, whose levels and paths are used")

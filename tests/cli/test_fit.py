@@ -330,3 +330,13 @@ def test_an_earlier_interrupt_does_not_change_the_status_of_the_next_command(mon
     with pytest.raises(SystemExit) as end:
         app(["solvers"])
     assert end.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("solver", "message"), [("Euler a", "solver must be deterministic here"), ("dpmpp_2mm", "did you mean 'dpmpp_2m'?")]
+)
+def test_a_solver_that_cannot_be_fitted_is_refused_before_any_cost_is_said(model, solver, message):
+    result = run("fit", model, "--steps", "4", "--shape", "2,3", "--solver", solver, "--dry-run")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "model calls" not in result.stderr
