@@ -19,6 +19,8 @@ import torch
 #: Elements of each of a network's weights that are read, evenly spread: training and merging change nearly all of them.
 #: Other tensors are read whole, for in prompts and images one element may be all that differs.
 ELEMENTS = 1 << 14
+#: Values that are read as they are, beside None, bytes and a few more.
+PLAIN = (bool, int, float, str)
 #: Values nested deeper than this are not read; only a mistake nests deeper.
 DEEPEST = 40
 
@@ -81,7 +83,7 @@ class _Reader:
     def read(self, value: Any, depth: int) -> None:
         if depth > DEEPEST:
             raise Unreadable
-        if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.Size)):
+        if value is None or isinstance(value, (*PLAIN, complex, bytes, torch.dtype, torch.Size)):
             self.say(type(value).__name__, value if isinstance(value, bytes) else repr(value))
             return
         if isinstance(value, (uuid.UUID, torch.device)):
@@ -131,7 +133,9 @@ class _Reader:
         elif isinstance(value, (list, tuple)):
             self.each(value, depth)
         else:
-            self.say(*sorted(repr(item) for item in self._plain(value)))
+            if not all(isinstance(item, PLAIN) for item in value):
+                raise Unreadable
+            self.say(*sorted(map(repr, value)))
         self.mapping(getattr(value, "__dict__", NOTHING), depth)  # attributes, if the class is derived
 
     def mapping(self, value: dict[Any, Any], depth: int, skipped: frozenset[str] = frozenset({"uuid"})) -> None:
@@ -156,7 +160,7 @@ class _Reader:
             else:
                 self.read(const, depth)
         for name in code.co_names:
-            if isinstance(known.get(name), (bool, int, float, str, dict, list, tuple)):
+            if isinstance(known.get(name), (*PLAIN, dict, list, tuple)):
                 self.say("global", name)
                 self.read(known[name], depth)
 
@@ -186,7 +190,7 @@ class _Reader:
     def network(self, value: torch.nn.Module, originals: dict[str, Any], depth: int) -> None:
         self.say("network", type(value).__module__, type(value).__qualname__)
         config = getattr(getattr(value, "model_config", None), "unet_config", None)
-        self.read({k: v for k, v in (config or {}).items() if isinstance(v, (bool, int, float, str))}, depth)
+        self.read({k: v for k, v in (config or {}).items() if isinstance(v, PLAIN)}, depth)
         self.say(*(each.__qualname__ for each in type(value).__mro__))
         for name, tensor in value.state_dict(keep_vars=True).items():
             if name.startswith("model_sampling."):
@@ -198,7 +202,7 @@ class _Reader:
         for name, part in value.named_modules():
             own = {key: item for key, item in vars(part).items() if key not in NO_SETTINGS}
             if _of_comfyui(part):  # attributes of inner modules change while they are loaded
-                kept = {k: v for k, v in own.items() if isinstance(v, (bool, int, float, str)) and k not in BOOKKEEPING}
+                kept = {k: v for k, v in own.items() if isinstance(v, PLAIN) and k not in BOOKKEEPING}
                 own = kept if part is value else {}
             self.say(name, type(part).__module__, type(part).__qualname__)
             self.mapping(own, depth)
@@ -211,13 +215,6 @@ class _Reader:
         if most is not None and flat.numel() > most:
             flat = flat[:: -(-flat.numel() // most)]
         self.say(flat.contiguous().cpu().view(torch.uint8).numpy().tobytes())
-
-    @staticmethod
-    def _plain(values: Iterable[Any]) -> Iterable[Any]:
-        for value in values:
-            if not isinstance(value, (bool, int, float, str)):
-                raise Unreadable
-            yield value
 
 
 def _of_comfyui(value: Any) -> bool:
