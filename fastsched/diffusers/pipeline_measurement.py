@@ -24,14 +24,7 @@ from fastsched.diffusers.pipeline_call import call, check_call
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.random_numbers import ONE_CALL
 from fastsched.diffusers.watching import watched
-from fastsched.measurement.batches import (
-    Batches,
-    carry,
-    check_more_samples,
-    finished_part,
-    is_out_of_memory,
-    resumed,
-)
+from fastsched.measurement.batches import Batches, carry, finished_part, is_out_of_memory, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.devices import (
     check_alike,
@@ -269,13 +262,12 @@ def _resumed(
             f"{list(latents.shape[1:])}; leave them out, or name another file"
         )
     seeds = sample_seeds(settings["seed"], range(which.start, max(which.stop, which.start + MOST_SAMPLES)))
-    known = resumed(file, run, Batches(shape, seeds, 1))
+    known = resumed(file, run, Batches(shape, seeds, 1), needed)
     if known is not None and not torch.equal(known.seeds, seeds[: known.samples]):  # calls go on after the last sample
         raise ValueError(
             f"{os.fspath(file)} holds other samples than the first {known.samples} of this measurement; resume it with "
             "the same samples, or name another file"
         )
-    check_more_samples(file, known, needed, keep)
     return known
 
 

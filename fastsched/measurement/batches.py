@@ -131,8 +131,13 @@ def _warn_of_constant(stats: PathStatistics) -> None:
         )
 
 
-def resumed(file: str | os.PathLike[str] | None, run: Measurement, batches: Batches) -> PathStatistics | None:
-    """What a file holds of a measurement, None if there is none; ValueError if it was measured with other settings."""
+def resumed(
+    file: str | os.PathLike[str] | None, run: Measurement, batches: Batches, samples: int = 0
+) -> PathStatistics | None:
+    """What a file holds of a measurement that is to have ``samples`` at the end; None if there is no file.
+
+    ValueError if it was measured with other settings, or no samples must be added.
+    """
     if file is None or not os.path.exists(file):
         return None
     found, different = PathStatistics.load(file), None
@@ -154,19 +159,17 @@ def resumed(file: str | os.PathLike[str] | None, run: Measurement, batches: Batc
         raise ValueError(
             f"{Path(file)} was measured with {different}; resume it with the same settings, or name another file"
         )
+    if found.samples < samples:
+        _check_more_samples(file, found, samples, run.keep_vectors)
     return found if found.process == own else replace(found, process=own)  # of a class that files do not keep
 
 
-def check_more_samples(
-    file: str | os.PathLike[str] | None, found: PathStatistics | None, samples: int, vectors: bool
-) -> None:
+def _check_more_samples(file: str | os.PathLike[str], found: PathStatistics, samples: int, vectors: bool) -> None:
     """ValueError if more ``samples`` must not be added to what was ``found`` in a file.
 
     A fit's runs beside it (`runs_beside`) could not be used then. Nor could a fit use the measurement without
     increments, which would be dropped without ``vectors``.
     """
-    if file is None or found is None or found.samples >= samples:
-        return
     folder, runs = os.path.split(os.path.abspath(runs_beside(file)))
     if any(name == runs or name.startswith(f"{runs}.") for name in os.listdir(folder)):
         raise ValueError(

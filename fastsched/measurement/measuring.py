@@ -15,7 +15,7 @@ from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
 from fastsched.denoisers.network_state import check_evaluation_mode, unchanged_buffers
 from fastsched.denoisers.noise import check_near
-from fastsched.measurement.batches import Batches, check_more_samples, finished_part, resumed
+from fastsched.measurement.batches import Batches, finished_part, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.devices import measured_in_group, prepare_together
 from fastsched.measurement.fingerprints import same_network
@@ -116,9 +116,7 @@ def prepared(
     run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses, keep_increments, store)
     sizes, seeds = validate.sample_shape("shape", shape), sample_seeds(seed, validate.sample_range("samples", samples))
     batches = Batches.of(sizes, seeds, batch_size, checkpoint, checks=checks, progress=progress)
-    known = resumed(checkpoint, run, batches)
-    check_more_samples(checkpoint, known, len(seeds), keep_increments)
-    return run, batches, known
+    return run, batches, resumed(checkpoint, run, batches, len(seeds))
 
 
 def measurement_of(

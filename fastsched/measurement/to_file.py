@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsched.denoisers.denoiser import Denoiser
-from fastsched.measurement.batches import check_more_samples, measured, resumed
+from fastsched.measurement.batches import measured, resumed
 from fastsched.measurement.measuring import prepared
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.progress import Progress
@@ -48,6 +48,5 @@ def measure_to_file(
     run, batches, _ = prepared(**settings, checkpoint=None, keep_increments=False)
     if os.path.exists(path) and not resume and not overwrite:
         raise FileExistsError(f"{path} exists; resume it (--resume), replace it (--overwrite), or name another file")
-    known = resumed(path, run, batches) if resume else None
-    check_more_samples(path, known, len(batches.seeds), run.keep_vectors)
+    known = resumed(path, run, batches, len(batches.seeds)) if resume else None
     return measured(run, replace(batches, file=path), known)
