@@ -83,23 +83,17 @@ class Trace:
         ``rounding``, the relative error that the scheduler's own arithmetic is allowed. Both factors may also be
         off by `cancellation` (0.74 of it at most, over five classes with cosine betas and 1 to 12 steps).
         """
-        sampling = 4 / math.sqrt(PROBE_SIZE // 2)
-        allowed = (1e-3 if self.deterministic else sampling) + rounding
+        sampling = 0.0 if self.deterministic else 4 / math.sqrt(PROBE_SIZE // 2)
+        allowed = (sampling or 1e-3) + rounding
+        absolute = torch.full_like(noise, self.cancellation)
+        absolute[-1] += allowed * max(1.0, float(noise[-2:][0]))  # of the last level, 0
+        near = (self.noise[:, None] - noise).abs() <= allowed * noise + absolute
+        near &= (self.signal[:, None] - signal).abs() <= allowed * signal.abs() + sampling * noise + absolute
         position = -1
-        for a, b in zip(self.signal.tolist(), self.noise.tolist(), strict=True):
-
-            def reached(n: int, a: float = a, b: float = b) -> bool:
-                if not 0 <= n < len(noise):
-                    return False
-                at_end = allowed * max(1.0, float(noise[-2:][0])) if n == len(noise) - 1 else 0.0
-                absolute = at_end + self.cancellation
-                slack = allowed * abs(float(signal[n])) + (0 if self.deterministic else sampling * float(noise[n]))
-                near = abs(b - float(noise[n])) <= allowed * float(noise[n]) + absolute
-                return near and abs(a - float(signal[n])) <= slack + absolute
-
-            if reached(position + 1):
+        for reached in near.tolist():
+            if position + 1 < len(noise) and reached[position + 1]:
                 position += 1
-            elif not reached(position):
+            elif position < 0 or not reached[position]:
                 return False
         return position == len(noise) - 1
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastsched.denoisers.late_reading import LateReading, Verdicts
 from fastsched.diffusers.attributes import copied_with
-from fastsched.diffusers.calibration import UNALIKE
 from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import describe, own_scheduler
 from fastsched.diffusers.exporter import gives_both_lists
@@ -21,6 +20,7 @@ from fastsched.diffusers.overrides import Override, Timesteps, without_equal_sig
 from fastsched.diffusers.probe import scales
 from fastsched.diffusers.step_checks import (
     INSTEAD,
+    UNALIKE,
     check_one_run,
     check_unchanged,
     doubled,
