@@ -399,7 +399,7 @@ class CalibrationScheduler(UnitStart, SchedulerMixin, ConfigMixin):
             self._owned = replaced(seen, sample)  # their D is held at 0
             check_replaced(seen, sample, self._owned)
         if self._owned is not None:
-            kept = (replaced(seen, sample) & ~self._owned).sum().reshape(1)
+            kept = (replaced(seen, sample) & ~self._owned).sum()
             kept = kept * (kept > 0.01 * self._owned.sum())  # in 16 bits a few were equal by chance at step 1
         if kept is not None:
             check_sampled(kept, 0.99, size, self._verdicts)

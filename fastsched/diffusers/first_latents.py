@@ -67,7 +67,7 @@ def check_first_latents(sample: Tensor, verdicts: Verdicts) -> None:
                 f"scales them by a formula of its own, or puts a given image beside the noise (JoyImage), {INSTEAD}"
             )
 
-    verdicts.note(sample.float().square().mean().sqrt().reshape(1), judge)
+    verdicts.note(sample.float().square().mean().sqrt(), judge)
     _warn_of_copies(sample, verdicts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import diffusers
@@ -305,7 +306,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
 
     def _prepare(self, convention: Convention) -> None:
         # Between steps every pipeline gets the process's own x, so none has to scale it.
-        self.convention = convention = Convention(**{**vars(convention), "scaled": False})
+        self.convention = convention = replace(convention, scaled=False)
         process = convention.process
         s = process.level(self.schedule.sigmas)
         a, c = (each.tolist() for each in convention.denoiser.coefficients(s[:-1]))

@@ -83,7 +83,7 @@ def output_of_tokens(output: Any, timestep: Any, options: Mapping[str, Any], ver
             )
 
     own = torch.as_tensor(timestep).to(tokens)  # timesteps of tokens to be kept differ from it by more than rounding
-    verdicts.note(((tokens - own).abs() > 1e-3 * own.abs() + 1e-3).sum().reshape(1), judge)
+    verdicts.note(((tokens - own).abs() > 1e-3 * own.abs() + 1e-3).sum(), judge)
     return -output
 
 
@@ -267,7 +267,7 @@ def check_first_output(output: Tensor, verdicts: Verdicts) -> None:
 
     There the output is exactly 0, at more elements than rounding to 16 bits makes 0 by chance.
     """
-    zero = (output == 0).sum().reshape(1)
+    zero = (output == 0).sum()
     check_sampled(zero * (zero > 0.02 * output.numel()), 1.0, output.numel(), verdicts)
 
 

@@ -270,7 +270,7 @@ def check_times(before: dict[str, Tensor], now: dict[str, Tensor], verdicts: Ver
                     f"latents has another noise level than the scheduler assumes; {FROM_NOISE}"
                 )
 
-        verdicts.note(apart.sum().reshape(1), judge)
+        verdicts.note(apart.sum(), judge)
 
 
 def is_number(value: Any) -> bool:
