@@ -12,10 +12,10 @@ from fastsched.fitting.rollouts import Evaluations, Rollout
 from fastsched.fitting.run_log import RunLog, identity
 from fastsched.measurement.to_file import measure_to_file
 
-ORACLE = mixture()
+ORACLE = mixture(5)
 LEVELS, SAMPLES, STEPS = 12, 3, 4
 PATH_CALLS = 2 * LEVELS - 2
-CHECKS = 6  # of a network of four elements
+CHECKS = 6  # of a network of five elements
 CALLS = SAMPLES * PATH_CALLS + 67
 
 
@@ -34,7 +34,7 @@ class Failing:
 
 def fit(network, **options):
     options = {"levels": LEVELS, "samples": SAMPLES, "model_calls": CALLS, "progress": False, **options}
-    return fs.fit(fs.Denoiser.from_denoiser(network, 0.02, 20.0), (4,), STEPS, **options)
+    return fs.fit(fs.Denoiser.from_denoiser(network, 0.02, 20.0), (5,), STEPS, **options)
 
 
 def same(one, two):
@@ -79,7 +79,7 @@ def test_a_finished_fit_is_read_from_its_files(whole):
 
 def test_with_statistics_paths_and_runs_are_kept_too(tmp_path):
     path, denoiser = tmp_path / "fit.safetensors", exact_denoiser(ORACLE, 0.02, 20.0)
-    stats = fs.measure(denoiser, (4,), levels=LEVELS, samples=SAMPLES, progress=False)
+    stats = fs.measure(denoiser, (5,), levels=LEVELS, samples=SAMPLES, progress=False)
     with pytest.raises(KeyboardInterrupt):
         fit(Failing(90, KeyboardInterrupt()), checkpoint=path, stats=stats)
     again, whole = Failing(), Failing()
@@ -105,15 +105,15 @@ def test_more_samples_are_not_added_to_the_measurement_of_a_fit(whole):
     denoiser = fs.Denoiser.from_denoiser(network, 0.02, 20.0)
     for keep in (False, True):
         with pytest.raises(ValueError, match="with 3 samples, not 4"):
-            fs.measure(denoiser, (4,), levels=LEVELS, samples=4, keep_increments=keep, checkpoint=whole[2])
+            fs.measure(denoiser, (5,), levels=LEVELS, samples=4, keep_increments=keep, checkpoint=whole[2])
     with pytest.raises(ValueError, match="with 3 samples, not 4"):
-        measure_to_file(denoiser, (4,), whole[2], levels=LEVELS, samples=4, resume=True)
+        measure_to_file(denoiser, (5,), whole[2], levels=LEVELS, samples=4, resume=True)
     same(fit(Failing(), checkpoint=whole[2]), whole[0])
 
 
 def test_another_networks_checkpoint_is_refused(whole):
     with pytest.raises(ValueError, match="another one than that of the earlier measurement"):
-        fit(Failing(oracle=mixture(seed=1)), checkpoint=whole[2])
+        fit(Failing(oracle=mixture(5, seed=1)), checkpoint=whole[2])
 
 
 def test_files_are_checked_before_the_first_call(tmp_path):
@@ -163,7 +163,7 @@ def schedule(top):
 
 @pytest.fixture(scope="module")
 def what():
-    stats = fs.measure(exact_denoiser(ORACLE), (4,), levels=6, samples=2, progress=False)
+    stats = fs.measure(exact_denoiser(ORACLE), (5,), levels=6, samples=2, progress=False)
     return identity(stats, steps=2)
 
 
@@ -262,7 +262,7 @@ def test_out_of_memory_in_a_run_says_what_to_lower(tmp_path, error):
 @pytest.fixture(scope="module")
 def measured():
     denoiser = exact_denoiser(ORACLE, 0.02, 20.0)
-    return fs.measure(denoiser, (4,), levels=LEVELS, samples=SAMPLES, keep_increments=True, progress=False)
+    return fs.measure(denoiser, (5,), levels=LEVELS, samples=SAMPLES, keep_increments=True, progress=False)
 
 
 def tune(network, stats, start=None, **options):
@@ -336,6 +336,6 @@ def test_relative_files_stay_in_the_folder_of_the_call(measured, tmp_path, monke
         fit(Moving(), checkpoint="kept")
     else:
         denoiser = fs.Denoiser.from_denoiser(Moving(), 0.02, 20.0)
-        fs.measure(denoiser, (4,), levels=LEVELS, samples=2, checkpoint="kept", progress=False)
+        fs.measure(denoiser, (5,), levels=LEVELS, samples=2, checkpoint="kept", progress=False)
     assert not list(second.iterdir())
     assert {file.name for file in first.iterdir()} == {"kept", *(["kept.runs"] if what == "fit" else [])}

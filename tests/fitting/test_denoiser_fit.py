@@ -14,7 +14,7 @@ from fastsched.fitting.denoiser_fit import fit_report
 from fastsched.fitting.loop import CANDIDATES, affordable
 from fastsched.sampling.fitted import chosen_solver
 
-ORACLE = mixture(d=4)
+ORACLE = mixture(d=5)
 LEVELS, SAMPLES = 42, 8
 #: Calls of one sample that check a network before it is measured, and its fingerprint.
 CHECKS = 6
@@ -28,12 +28,12 @@ def counted():
 @pytest.fixture(scope="module")
 def stats():
     denoiser = exact_denoiser(ORACLE, 0.01, 100.0)
-    return fs.measure(denoiser, (4,), levels=SIGMAS, samples=SAMPLES, keep_increments=True, progress=False)
+    return fs.measure(denoiser, (5,), levels=SIGMAS, samples=SAMPLES, keep_increments=True, progress=False)
 
 
 def report(denoiser, steps, solver="dpmpp_2m", **options):
     options = {"checks": "stats" not in options, **options}  # else one more call asks if it is the network measured
-    return fit_report(denoiser, (4,), steps, solver, progress=False, **options)
+    return fit_report(denoiser, (5,), steps, solver, progress=False, **options)
 
 
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "heun", "fitted"])
@@ -124,7 +124,7 @@ def test_a_fit_measures_by_itself():
     found = report(denoiser, 4, levels=16, samples=2, model_calls=100)
     assert found.stats.model_calls == 2 * (2 * 16 - 2) + CHECKS
     assert found.model_calls == sum(calls) <= 100
-    same = fs.fit(denoiser, (4,), 4, levels=16, samples=2, model_calls=100, progress=False)
+    same = fs.fit(denoiser, (5,), 4, levels=16, samples=2, model_calls=100, progress=False)
     assert torch.equal(same.sigmas, found.schedule.sigmas)
     assert same.measured_error == found.schedule.measured_error
 
@@ -140,7 +140,7 @@ def test_a_fit_measures_by_itself():
 def test_bad_arguments_spend_no_call(steps, options, message):
     denoiser, calls = counted()
     with pytest.raises(ValueError, match=message):
-        fit_report(denoiser, (4,), steps, progress=False, **options)
+        fit_report(denoiser, (5,), steps, progress=False, **options)
     assert not calls
 
 
@@ -174,7 +174,7 @@ def test_the_last_move_lowers_the_error_of_other_noises():
 def test_numbers_of_numpy_are_taken_and_saved(tmp_path):
     denoiser, calls = counted()
     options = {"levels": 16, "samples": 2, "checkpoint": tmp_path / "fit.safetensors", "progress": False}
-    schedule = fs.fit(denoiser, (4,), np.uint8(5), model_calls=np.int64(100), batch_size=np.int64(1), **options)
+    schedule = fs.fit(denoiser, (5,), np.uint8(5), model_calls=np.int64(100), batch_size=np.int64(1), **options)
     schedule.save(tmp_path / "schedule.json")
     assert fs.Schedule.load(tmp_path / "schedule.json").steps == 5
     assert sum(calls) <= 100
@@ -184,11 +184,11 @@ def test_numbers_of_numpy_are_taken_and_saved(tmp_path):
 def test_the_default_dtype_changes_nothing(tmp_path, dtype):
     denoiser = exact_denoiser(ORACLE, 0.01, 100.0)
     options = {"model_calls": 200, "progress": False}
-    wanted = fs.fit(denoiser, (4,), 5, **options)
+    wanted = fs.fit(denoiser, (5,), 5, **options)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        found = fs.fit(denoiser, (4,), 5, checkpoint=tmp_path / "fit.safetensors", dtype=torch.float32, **options)
+        found = fs.fit(denoiser, (5,), 5, checkpoint=tmp_path / "fit.safetensors", dtype=torch.float32, **options)
     finally:
         torch.set_default_dtype(before)
     torch.testing.assert_close(found.sigmas, wanted.sigmas, rtol=1e-6, atol=0.0)
@@ -204,6 +204,6 @@ def test_an_error_in_the_runs_carries_the_measurement():
 
     failing = fs.Denoiser.from_denoiser(fails_late, 0.01, 100.0)
     with pytest.raises(RuntimeError, match="gone") as caught:
-        fs.fit(failing, (4,), 5, levels=16, samples=4, model_calls=400, progress=False)
+        fs.fit(failing, (5,), 5, levels=16, samples=4, model_calls=400, progress=False)
     assert caught.value.partial.samples == 4
     assert fs.optimal_schedule(caught.value.partial, 5).steps == 5

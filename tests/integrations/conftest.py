@@ -12,7 +12,7 @@ import torch
 import fastsched as fs
 
 PACKAGE = pathlib.Path(__file__).parents[2] / "integrations" / "comfyui"
-SHAPE = (1, 2, 2)
+SHAPE = (1, 2, 3)
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +86,7 @@ class Network(torch.nn.Module):
         super().__init__()
         self.layer, self.other = torch.nn.Identity(), torch.nn.Identity()
         self.scale = torch.nn.Parameter(torch.ones(1))
-        self.oracle = fs.oracles.GaussianMixture.random(4, 3, seed=0)
+        self.oracle = fs.oracles.GaussianMixture.random(6, 3, seed=0)
         self.calls = 0
 
     def forward(self, z, s):

@@ -66,7 +66,7 @@ def test_a_fit_is_that_of_fastsched_on_the_guided_model(package, given, kinds, g
     arguments = given(kinds[kind](), tuning_calls=0)
     sigmas, _, text, found = fit(package, arguments)
     denoiser = independent(guider(arguments), kind, arguments["model"].model.model_sampling)
-    stats = fs.measure(denoiser, (1, 2, 2), samples=2, checks=False, progress=False)
+    stats = fs.measure(denoiser, (1, 2, 3), samples=2, checks=False, progress=False)
     torch.testing.assert_close(found.stats.gram, stats.gram, rtol=1e-3, atol=1e-3 * float(stats.gram.abs().max()))
     expected = fs.optimal_schedule(stats, 4, "dpmpp_2m").sigmas
     trained = getattr(denoiser.process, "trained_levels", None)
@@ -84,7 +84,7 @@ def test_sigmas_and_sampler_give_the_images_of_fastsched(package, given, kinds, 
     arguments = given(kinds[kind](), sampler=sampler, tuning_calls=60)
     sigmas, chosen, _, found = fit(package, arguments)
     asked, steps = guider(arguments), []
-    noise = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(3, 1, 2, 3, generator=torch.Generator().manual_seed(1))
     callback = lambda i, denoised, x, total: steps.append((i, total, denoised.shape, x.shape))
     images = chosen.sample(asked, sigmas, {"model_options": {}}, callback, noise)
     denoiser = independent(asked, kind, arguments["model"].model.model_sampling)
@@ -98,7 +98,7 @@ def test_the_measured_error_is_that_of_the_sigmas_that_are_given(package, given,
     arguments = given(kinds[kind](), tuning_calls=60)
     _, _, _, found = fit(package, arguments)
     denoiser = independent(guider(arguments), kind, arguments["model"].model.model_sampling)
-    noise = noise_of(found.stats.seeds, (1, 2, 2))
+    noise = noise_of(found.stats.seeds, (1, 2, 3))
     images = fs.sample(denoiser, dataclasses.replace(found.schedule, timesteps=None), noise=noise)
     distances = (images - found.stats.ends).double().square().flatten(1).sum(1)
     assert found.schedule.measured_error == pytest.approx(float(power_mean(distances)), rel=0.02)
@@ -108,14 +108,14 @@ def test_the_measured_error_is_that_of_the_sigmas_that_are_given(package, given,
 def test_images_with_conditions_of_their_own_are_measured_and_run_with_those_of_the_first(package, given, guider):
     """With six at once, samples 3 to 5 would be measured as rows 3 to 5, and in the first runs be rows 0 to 2."""
     move = lambda x: x + torch.arange(len(x)).reshape(-1, 1, 1, 1)
-    arguments = given(tuning_calls=60, samples=6, sampler="euler", latent={"samples": torch.zeros(6, 1, 2, 2)})
+    arguments = given(tuning_calls=60, samples=6, sampler="euler", latent={"samples": torch.zeros(6, 1, 2, 3)})
     arguments["model"].model_options["sampler_post_cfg_function"] = [lambda found: move(found["denoised"])]
     with pytest.warns(UserWarning, match="conditions differ from image to image"):
         schedule, stats = vars(fit(package, arguments)[3]).values()
     asked = guider(arguments)
     ask = lambda z, s: asked(z, s.float(), model_options={})  # the first row is not moved
     denoiser = fs.Denoiser.from_denoiser(ask, float(schedule.sigmas[-2]), float(schedule.sigmas[0]))
-    images = fs.sample(denoiser, schedule.sigmas, "ddim", noise_of(stats.seeds, (1, 2, 2)))
+    images = fs.sample(denoiser, schedule.sigmas, "ddim", noise_of(stats.seeds, (1, 2, 3)))
     distances = (images - stats.ends).double().square().flatten(1).sum(1)
     assert schedule.measured_error == pytest.approx(float(power_mean(distances)), rel=0.02)
 
@@ -225,7 +225,7 @@ def test_known_caches_windows_and_masks_are_refused(package, given):
     with pytest.raises(ValueError, match="noise mask"):
         fit(package, arguments)
     with pytest.raises(ValueError, match="one tensor"):
-        fit(package, given(latent={"samples": [torch.zeros(1, 1, 2, 2)]}))
+        fit(package, given(latent={"samples": [torch.zeros(1, 1, 2, 3)]}))
 
 
 def test_the_timesteps_are_those_of_comfyui(package, given, kinds):
@@ -276,8 +276,8 @@ def test_an_empty_latent_is_measured_at_the_size_that_is_sampled(package, given,
         return latent_image[..., :1] if downscale_ratio_spacial == 8 else latent_image
 
     monkeypatch.setattr(sys.modules["comfy.sample"], "fix_empty_latent_channels", half)
-    latent = {"samples": torch.zeros(2, 1, 4, 2), "downscale_ratio_spacial": 8, "batch_index": [0, 1]}
-    assert fit(package, given(latent=latent))[3].stats.shape == (1, 4, 1)
+    latent = {"samples": torch.zeros(2, 1, 6, 2), "downscale_ratio_spacial": 8, "batch_index": [0, 1]}
+    assert fit(package, given(latent=latent))[3].stats.shape == (1, 6, 1)
 
 
 def test_sigmas_that_are_none_are_told(package, given, kinds):
@@ -290,7 +290,7 @@ def test_sigmas_that_are_none_are_told(package, given, kinds):
 def test_an_answer_of_another_shape_is_refused(package, given):
     arguments = given()
     arguments["model"].model_options["sampler_post_cfg_function"] = [lambda told: told["denoised"][:1]]
-    with pytest.raises(ValueError, match=r"answered with a tensor of shape \(1, 1, 2, 2\) about one of shape \(2,"):
+    with pytest.raises(ValueError, match=r"answered with a tensor of shape \(1, 1, 2, 3\) about one of shape \(2,"):
         fit(package, arguments)
 
 

@@ -11,14 +11,14 @@ from test_nodes import fit, node
 
 
 def test_an_interrupt_while_tuning_keeps_the_measurement(package, comfy, given):
-    fit(package, given(seed=1, tuning_calls=200))
-    measured = comfy.bars[-1].total - 200
+    fit(package, given(seed=1, tuning_calls=100))
+    measured = comfy.bars[-1].total - 100
     comfy.interrupt_at = measured + 8  # within the first runs
-    first = given(tuning_calls=200)
+    first = given(tuning_calls=100)
     with pytest.raises(comfy.interrupted):
         fit(package, first)
     comfy.interrupt_at = math.inf
-    second = given(tuning_calls=200)
+    second = given(tuning_calls=100)
     found = fit(package, second)[3]
     assert found.schedule.measured_error > 0
     assert second["model"].calls <= first["model"].calls / 2
@@ -82,9 +82,9 @@ def test_what_changes_the_result_is_not_remembered(package, given, kinds, change
     elif change == "model sampling":
         model.model.model_sampling = kinds["zero SNR"]()
     elif change == "size":
-        other["latent"] = {"samples": torch.zeros(2, 1, 4, 1)}
+        other["latent"] = {"samples": torch.zeros(2, 1, 6, 1)}
     elif change == "latent":
-        other["latent"] = {"samples": torch.full((2, 1, 2, 2), 0.5)}
+        other["latent"] = {"samples": torch.full((2, 1, 2, 3), 0.5)}
     elif change in ("positive", "negative"):
         other[change] = [[other[change][0][0] + 0.1, other[change][0][1]]]
     else:

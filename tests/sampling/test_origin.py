@@ -120,7 +120,7 @@ def test_a_fit_knows_both_errors_and_all_calls(stats):
     schedule = fs.fit(counted, (4,), 4, levels=12, samples=2, model_calls=60, progress=False)
     assert schedule.origin.model_calls == sum(spent)
     assert schedule.measured_error is not None
-    own = fs.measure(denoiser, (4,), levels=12, samples=2, progress=False)
+    own = fs.measure(denoiser, (4,), levels=12, samples=2, responses=False, progress=False)
     assert schedule.predicted_error == pytest.approx(fs.predict_error(own, schedule))
 
 
