@@ -11,14 +11,14 @@ from test_nodes import fit, node
 
 
 def test_an_interrupt_while_tuning_keeps_the_measurement(package, comfy, given):
-    fit(package, given(seed=1, tuning_calls=100))
-    measured = comfy.bars[-1].total - 100
+    fit(package, given(seed=1, tuning_calls=60))
+    measured = comfy.bars[-1].total - 60
     comfy.interrupt_at = measured + 8  # within the first runs
-    first = given(tuning_calls=100)
+    first = given(tuning_calls=60)
     with pytest.raises(comfy.interrupted):
         fit(package, first)
     comfy.interrupt_at = math.inf
-    second = given(tuning_calls=100)
+    second = given(tuning_calls=60)
     found = fit(package, second)[3]
     assert found.schedule.measured_error > 0
     assert second["model"].calls <= first["model"].calls / 2
