@@ -35,7 +35,10 @@ _CURVES = {
 
 #: Every method, by its name in the results; fastsched's own come first.
 METHODS: dict[str, Method] = {
-    "fit": Method("fs.fit", "from 8 noises: measured, chosen, and corrected by running the sampler on them"),
+    "fit": Method(
+        "fs.fit",
+        "from 8 noises (16 for the fitted solver in the plane): measured, chosen, corrected by runs of the sampler",
+    ),
     "fit_decoupled": Method(
         "fs.fit, decoupled", "the same with decoupled=True: the level given to the network is tuned too; not for heun"
     ),
