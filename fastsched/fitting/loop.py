@@ -15,8 +15,10 @@ from fastsched.costs.prediction import predict_error
 from fastsched.costs.step_cost import check_memory
 from fastsched.fitting.auditioning import FINALISTS, Audition, first_round, ranked, sample_runs
 from fastsched.fitting.rollouts import Run
-from fastsched.fitting.tuning import Tuning, corrected_without_run, tuned
+from fastsched.fitting.run_record import RunRecord
+from fastsched.fitting.tuning import Tuning, corrected_without_run, run_trials, tuning_of
 from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED, Solver
 from fastsched.selection.dynamic_programming import check_steps
@@ -91,11 +93,13 @@ def fit_by_running(
             f"{count} of them, and is not tuned",
         )
     elif steps > 1 and stats.increments is not None:
+        method = chosen_solver(schedule.solver)
         if trials > 0:
-            tuning = tuned(run, stats, finalists, trials, calls, decoupled=decoupled)
+            record = RunRecord(stats, method, finalists, decoupled=decoupled)
+            tuning = tuning_of(record, run_trials(run, record, trials) * stats.samples * calls)
             schedule = tuning.schedule
         elif schedule.weights is not None:
-            schedule = corrected_without_run(stats, finalists)
+            schedule = corrected_without_run(RunRecord(stats, method, finalists))
     return _completed(FitReport(schedule, stats, audition, tuning), decoupled=decoupled)
 
 

@@ -6,7 +6,7 @@ Predictions use only the Gram matrix of the vectors: those of the measurement, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -61,19 +61,20 @@ class Trial:
 class RunRecord:
     """The runs so far, and predictions from them for schedules near one of the runs.
 
-    The first runs are those in ``known``. The measurement must have increments. With ``decoupled`` the network may be
-    told other levels than the states'.
+    The first runs are those in ``known``. The measurement must have increments. With ``decoupled``, or if a known
+    schedule has decoupled levels, the network may be told other levels than the states'.
     """
 
     def __init__(
         self,
         stats: PathStatistics,
         method: Solver,
-        known: Iterable[tuple[Schedule, Rollout]] = (),
+        known: Sequence[tuple[Schedule, Rollout]] = (),
         *,
         decoupled: bool = False,
     ) -> None:
-        self.stats, self.method, self.surrogate, self.decoupled = stats, method, Surrogate.of(stats), decoupled
+        self.stats, self.method, self.surrogate = stats, method, Surrogate.of(stats)
+        self.decoupled = decoupled or any(schedule.network_sigmas is not None for schedule, _ in known)
         self.trials: list[Trial] = []
         #: Increments, responses, and each run's residuals and error, [B, n, d]; a list, because a joined copy is large.
         self._vectors = [increments_of(stats)] + ([] if stats.responses is None else [stats.responses])

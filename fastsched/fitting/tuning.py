@@ -13,7 +13,6 @@ effect of this offset, so the first run moves all offsets a little.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +24,7 @@ from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.fitting.auditioning import Audition
 from fastsched.fitting.gauss_newton import lowered
 from fastsched.fitting.neighbourhood import Point
-from fastsched.fitting.rollouts import Rollout, Run, Runner
+from fastsched.fitting.rollouts import Run, Runner
 from fastsched.fitting.run_log import RunLog, identity, schedule_key
 from fastsched.fitting.run_record import RunRecord, increments_of
 from fastsched.measurement.measuring import check_same_network
@@ -123,67 +122,50 @@ def tune(
         starts = [schedule_key(schedule) for schedule, _ in known] or [schedule_key(first)]
         what = identity(stats, start=starts, batch_size=batch_size, dtype=str(runner.dtype))
         runner.cache = RunLog(checkpoint, what).run
-    calls = method.model_calls(first.steps)
-    before = 0 if known else stats.samples * calls
-    with progress_bar(before + trials * stats.samples * calls, progress, "tuning") as runner.advance:
+    each = stats.samples * method.model_calls(first.steps)
+    with progress_bar((trials + (not known)) * each, progress, "tuning") as runner.advance:
+        record = RunRecord(stats, method, known or [(first, runner(first, 0, stats.samples))])
         try:
-            tuning = tuned(runner, stats, known or [(first, runner(first, 0, stats.samples))], trials, calls)
+            run_trials(runner, record, trials)
         except KeyboardInterrupt as error:
-            tuning = _finished_part(error, checkpoint)
-    return replace(tuning, model_calls=check_calls + before + tuning.model_calls)
+            _end_early(error, record, checkpoint)
+    return tuning_of(record, check_calls + (len(record.trials) - len(known)) * each)
 
 
-def _finished_part(error: KeyboardInterrupt, checkpoint: object) -> Tuning:
-    """The result of the runs before an interrupt, with a warning; raises it again without runs or with a checkpoint."""
-    tuning = None if checkpoint is not None else getattr(error, "tuning", None)
-    if tuning is None:
+def _end_early(error: KeyboardInterrupt, record: RunRecord, checkpoint: object) -> None:
+    """Warn that only some runs were made before an interrupt; with a checkpoint it is raised again."""
+    if checkpoint is not None:
         raise error
     validate.warn(
-        f"interrupted: this is the best of the {len(tuning.trials)} schedules that were run (tune(checkpoint=PATH) "
+        f"interrupted: this is the best of the {len(record.trials)} schedules that were run (tune(checkpoint=PATH) "
         "keeps their runs in a file, and the same call goes on from there)",
     )
-    return tuning
 
 
-def tuned(
-    run: Run,
-    stats: PathStatistics,
-    known: Sequence[tuple[Schedule, Rollout]],
-    trials: int,
-    calls: int,
-    *,
-    decoupled: bool = False,
-) -> Tuning:
-    """`tune` with any sampler: at most ``trials`` runs of ``calls`` a sample, from ``known`` schedules and their runs.
-
-    With ``decoupled``, or if a known schedule has decoupled levels, the levels that the network is told are tuned too.
-    """
-    known_offsets = any(schedule.network_sigmas is not None for schedule, _ in known)
-    record = RunRecord(stats, chosen_solver(known[0][0].solver), known, decoupled=decoupled or known_offsets)
+def run_trials(run: Run, record: RunRecord, trials: int) -> int:
+    """`tune` with any sampler: at most ``trials`` runs, added to the ``record``; returns how many there were."""
+    known_offsets = any(trial.schedule.network_sigmas is not None for trial in record.trials)
+    explores = record.decoupled and not known_offsets and trials >= ENOUGH_TRIALS
     reach, tried = REACH, 0
-    while tried < trials and known[0][0].steps > 1:
+    while tried < trials and record.trials[0].schedule.steps > 1:
         anchor = record.best()
-        exploring = tried == 0 and trials >= ENOUGH_TRIALS and decoupled and not known_offsets
-        schedule = _moved_offsets(record, anchor) if exploring else None
+        schedule = _moved_offsets(record, anchor) if explores and tried == 0 else None
+        exploring = schedule is not None
         if schedule is None:
-            exploring, proposal = False, _proposal(record, anchor, reach)
+            proposal = _proposal(record, anchor, reach)
             if proposal is None:
                 break
             schedule, reach = proposal
-        try:
-            rollout = run(schedule, 0, stats.samples)
-        except KeyboardInterrupt as error:
-            error.tuning = _tuning(record, tried * stats.samples * calls)  # type: ignore[attr-defined]  # for `tune`
-            raise
+        rollout = run(schedule, 0, record.stats.samples)
         tried += 1
         if rollout is not None:
             record.add(schedule, rollout)
         if not exploring:
             reach = min(reach * GROWTH, MOST_REACH) if record.best() != anchor else reach * SHRINKAGE
-    return _tuning(record, tried * stats.samples * calls)
+    return tried
 
 
-def _tuning(record: RunRecord, model_calls: int) -> Tuning:
+def tuning_of(record: RunRecord, model_calls: int) -> Tuning:
     """The result of the runs so far, which took ``model_calls``."""
     best = record.trials[record.best()]
     return Tuning(best.schedule, best.errors, tuple(trial.schedule for trial in record.trials), model_calls)
@@ -195,15 +177,14 @@ def _is_start(name: str, value: object) -> None:
         validate.instance(name, value, Schedule, "or what fastsched.audition returned")
 
 
-def corrected_without_run(stats: PathStatistics, known: Sequence[tuple[Schedule, Rollout]]) -> Schedule:
+def corrected_without_run(record: RunRecord) -> Schedule:
     """A fitted solver's schedule near the best that was run, with a lower predicted error; it is not run itself."""
-    record = RunRecord(stats, chosen_solver(known[0][0].solver), known)
     near = replace(record.near(record.best()), penalty=LAST_PENALTY)
-    x = lowered(near, near.anchor, *near.bounds(LAST_REACH, *stats.finite_range))
+    x = lowered(near, near.anchor, *near.bounds(LAST_REACH, *record.stats.finite_range))
     point = near.point(near.at_known_levels(near.anchor + LAST_SHARE * (x - near.anchor)))
-    if not point.in_order(stats.process):
+    if not point.in_order(record.stats.process):
         return record.trials[record.best()].schedule
-    return point.schedule(stats.process, record.method.name)
+    return point.schedule(record.stats.process, record.method.name)
 
 
 def _moved_offsets(record: RunRecord, anchor: int) -> Schedule | None:

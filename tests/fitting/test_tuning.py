@@ -6,9 +6,10 @@ from models import counted_denoiser, exact_denoiser, exact_denoisers, mixture
 import fastsched as fs
 from fastsched.fitting.rollouts import Rollout, distances
 from fastsched.fitting.run_record import RunRecord
-from fastsched.fitting.tuning import tuned
+from fastsched.fitting.tuning import run_trials
 from fastsched.metrics import power_mean
 from fastsched.sampling.random_streams import noise_of
+from fastsched.sampling.solvers import get_solver
 
 ORACLE = mixture(d=4)
 DENOISER = exact_denoiser(ORACLE, 0.01, 40.0)
@@ -216,12 +217,10 @@ def test_what_cannot_be_run_is_passed_over(stats, start):
     def decline(schedule, first, last):
         asked.append(schedule)
 
-    found = tuned(
-        decline, stats, [(start, Rollout(fs.sample(DENOISER, start, noise=noise_of(stats.seeds, (4,)))))], 4, 6
-    )
-    assert len(asked) == 4
-    assert len(found.trials) == 1
-    assert torch.equal(found.schedule.sigmas, start.sigmas)
+    known = Rollout(fs.sample(DENOISER, start, noise=noise_of(stats.seeds, (4,))))
+    record = RunRecord(stats, get_solver(start.solver), [(start, known)])
+    assert run_trials(decline, record, 4) == 4 == len(asked)
+    assert [trial.schedule for trial in record.trials] == [start]
 
 
 def test_bad_arguments(stats, start):
