@@ -9,12 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from fastsched.costs.prediction import predict_error
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import geometric_mean, rounding_floor
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED
 from fastsched.selection.planning import SAFETY, ErrorCurve, target_error
+from fastsched.selection.uncertainty import jackknife_variance, without_each
 
 #: Predicted over measured errors of nine denoisers (`fastsched.selection.planning.SAFETY`): one standard deviation.
 SCATTER = 1.3
@@ -45,20 +48,17 @@ def shown_errors(stats: PathStatistics, curve: ErrorCurve) -> list[float]:
 def band(stats: PathStatistics, curve: ErrorCurve) -> tuple[list[float], list[float]]:
     """Predicted errors one standard deviation lower and higher, on a logarithmic scale, for each number of steps.
 
-    The variance is the sum of two parts: the scatter of predictions over denoisers (`SCATTER`), and the jackknife over
-    the measured samples with the schedules held fixed, ``se^2 = (B - 1)/B sum_b (theta_b - mean theta)^2`` with
-    ``theta_b`` the logarithm of the error without sample b. With one sample there is only the scatter. Errors below
-    `rounding` are raised to it.
+    The variance is the sum of two parts: the scatter of predictions over denoisers (`SCATTER`), and that of the
+    logarithm by the jackknife over the measured samples, with the schedules held fixed. With one sample there is only
+    the scatter. Errors below `rounding` are raised to it.
     """
     floor = rounding(stats)
     spreads = [math.log(SCATTER) ** 2] * len(curve.steps)
-    count = stats.samples
-    if count > 1:
-        parts = [stats.select([b for b in range(count) if b != left_out]) for left_out in range(count)]
+    if stats.samples > 1:
+        parts = without_each(stats)
         for n, schedule in enumerate(curve.schedules):
-            logs = [math.log(max(predict_error(part, schedule, curve.solver), floor)) for part in parts]
-            mean = sum(logs) / count
-            spreads[n] += (count - 1) / count * sum((value - mean) ** 2 for value in logs)
+            errors = [max(predict_error(part, schedule, curve.solver), floor) for part in parts]
+            spreads[n] += float(jackknife_variance(torch.tensor(errors, dtype=torch.float64, device="cpu").log()))
     pairs = [(error, math.exp(math.sqrt(x))) for error, x in zip(shown_errors(stats, curve), spreads, strict=True)]
     return [error / factor for error, factor in pairs], [error * factor for error, factor in pairs]
 

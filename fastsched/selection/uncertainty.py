@@ -46,23 +46,22 @@ def standard_errors(
         ValueError: If there is only one sample, or an argument is out of range.
     """
     validate.arguments(locals(), stats=is_statistics, solver=is_solver)
-    count = stats.samples
-    if count < 2:
+    if stats.samples < 2:
         raise ValueError("stats must hold at least two samples for a standard error; measure more and merge")
-    errors, logs = [], []
-    for left_out in range(count):
-        others = stats.select([b for b in range(count) if b != left_out])
-        schedule = optimal_schedule(others, steps, solver, polish=polish)
-        assert schedule.predicted_error is not None
-        errors.append(schedule.predicted_error)
-        logs.append(schedule.sigmas[1:-1].log())  # the first may be infinite
-    # Schedules without one sample differ little from each other, so the jackknife multiplies their variance by B - 1.
-    moved = torch.stack(logs)  # empty for a single step, of which PyTorch's var would warn
-    spread = ((count - 1) * (moved - moved.mean(0)).square().mean(0)).sqrt()
-    spread = torch.cat([spread.new_zeros(1), spread])
-    return Uncertainty(
-        predicted_error=float(
-            ((count - 1) * torch.tensor(errors, dtype=torch.float64, device="cpu").var(correction=0)).sqrt()
-        ),
-        log_sigmas=spread,
-    )
+    found = [optimal_schedule(others, steps, solver, polish=polish) for others in without_each(stats)]
+    errors = torch.tensor([schedule.predicted_error for schedule in found], dtype=torch.float64, device="cpu")
+    logs = torch.stack([schedule.sigmas[1:-1].log() for schedule in found])  # the first may be infinite
+    spread = torch.cat([logs.new_zeros(1), jackknife_variance(logs).sqrt()])
+    return Uncertainty(float(jackknife_variance(errors).sqrt()), spread)
+
+
+def without_each(stats: PathStatistics) -> list[PathStatistics]:
+    """The statistics without each of their samples in turn."""
+    samples = range(stats.samples)
+    return [stats.select([b for b in samples if b != left_out]) for left_out in samples]
+
+
+def jackknife_variance(values: Tensor) -> Tensor:
+    """The variance of a result of B samples, ``(B-1)/B sum_b (theta_b - mean theta)^2``, from ``theta_b`` [B, ...]."""
+    # Results without one sample differ little from each other, so their variance is multiplied by B - 1.
+    return (len(values) - 1) * (values - values.mean(0)).square().mean(0)
