@@ -79,7 +79,7 @@ def level_increment_gram(
         ValueError: A shape, dtype or device that does not fit, an unknown option, ``backend="triton"`` where the
             kernels cannot run, or more samples than one launch of the kernel can index.
     """
-    _check_precision(precision)
+    validate.choice("precision", precision, PRECISIONS)
     _check_data("R", R)
     if X is not None:
         _check_like("X", X, R, "R")
@@ -111,7 +111,7 @@ def vector_gram(vectors: Tensor, *, precision: str = "bf16x3", backend: str = "a
             cannot run.
     """
     _check_data("vectors", vectors, "B, V, d")
-    _check_precision(precision)
+    validate.choice("precision", precision, PRECISIONS)
     triton = resolve_backend(vectors.device, vectors.dtype, backend=backend) == "triton"
     if _plain_call(triton, vectors):
         return eager.vector_gram(vectors)
@@ -174,11 +174,6 @@ def hutchinson_reduce(V: Tensor, JV: Tensor, *, backend: str = "auto") -> tuple[
 def _plain_call(triton: bool, tensor: Tensor) -> bool:
     """Whether to call the PyTorch code directly: the dispatcher's first use imports torch's compiler (seconds)."""
     return not triton and type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _check_precision(precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
 
 
 def _check_data(name: str, tensor: Tensor, axes: str = "N, B, d") -> None:

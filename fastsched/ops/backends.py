@@ -66,8 +66,7 @@ def resolve_backend(device: torch.device | str, dtype: torch.dtype = torch.float
     Raises:
         ValueError: An unknown backend, or ``"triton"`` where the kernels cannot run.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    validate.choice("backend", backend, BACKENDS)
     device = torch.device(device)
     if backend == "torch" or (backend == "auto" and (device.type != "cuda" or dtype not in KERNEL_DTYPES)):
         return "torch"

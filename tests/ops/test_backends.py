@@ -95,5 +95,5 @@ def test_amd_gpus_have_no_compute_capability(gpu):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="backend must be one of auto, triton, torch; got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'triton', 'torch', got 'cuda'"):
         resolve_backend("cpu", backend="cuda")
