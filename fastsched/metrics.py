@@ -32,8 +32,7 @@ def rounding_floor(ends: Tensor) -> Tensor:
 
     Smaller distances cannot be distinguished from 0, and would make a geometric mean 0.
     """
-    values = validate.finite("ends", ends)
-    return torch.finfo(torch.float32).eps ** 2 * values.cpu().double().flatten(1).square().sum(1)
+    return torch.finfo(torch.float32).eps ** 2 * _rows("ends", ends).square().sum(1)
 
 
 def geometric_mean(values: Tensor) -> float:
@@ -160,9 +159,7 @@ def _same_shape(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows(name: str, samples: Tensor) -> Tensor:
-    """``samples`` as float64 rows on the CPU, [B, d]."""
-    if samples.numel() == 0:
-        raise ValueError(f"{name} must be [B, *shape] with at least one sample, got shape {tuple(samples.shape)}")
+    """``samples`` as float64 rows on the CPU, [B, d]; ValueError if they are no batch of finite numbers."""
     return validate.finite(name, samples).cpu().double().flatten(1)
 
 
