@@ -25,7 +25,7 @@ from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
 from fastsched.sampling.sampler import is_run, sample, schedule_solver
 from fastsched.sampling.schedule import Schedule, check_decoupled, check_start
-from fastsched.sampling.solvers import Solver, get_solver, is_any_solver, is_stock_solver
+from fastsched.sampling.solvers import Solver, get_solver
 
 #: Steps of the reference. On a Gaussian mixture, dpmpp_2m with this many steps has a typical squared distance to the
 #: limit of 3e-7, half of which is float32's rounding; the best eight-step schedule has 6e-3.
@@ -198,12 +198,13 @@ def converged_reference(
     Raises:
         ValueError: If an argument is out of range or unknown, or the network returns NaN or inf.
     """
-    validate.arguments(locals(), denoiser=is_denoiser, solver=is_stock_solver)
+    validate.arguments(locals(), denoiser=is_denoiser)
     check_evaluation_mode(denoiser.network)
+    method = get_solver(solver)
     noise, place = _noise_of(shape, samples, seed), placement(denoiser, device, dtype)
     fine = denoiser.levels(level_count(denoiser.process, validate.positive_int("steps", steps, minimum=2)))
     with watched_network(denoiser, tuple(noise.shape[1:]), batch_size or len(noise), *place) as known:
-        return _converged(denoiser, noise, fine, get_solver(solver), batch_size, *place, progress, known)
+        return _converged(denoiser, noise, fine, method, batch_size, *place, progress, known)
 
 
 def _noise_of(shape: Sequence[int], samples: int | range, seed: int) -> Tensor:
@@ -393,7 +394,6 @@ def _warn_of_another(known: Tensor | None, reference: Reference, dtype: torch.dt
 _CHECKS: dict[str, validate.Check] = {
     "denoiser": is_denoiser,
     "schedules": validate.anything,  # `_planned` checks each schedule
-    "solver": validate.optional(is_any_solver),
     "shape": validate.optional(validate.CHECKS["shape"]),
     "reference": validate.optional(
         partial(validate.instance, kind=Reference, made_by="fastsched.converged_reference returns one")

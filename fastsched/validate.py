@@ -361,6 +361,7 @@ CHECKS: dict[str, Check] = {
     "data": optional(finite),
     "noise": optional(_noise),
     "eta": real,
+    "solver": anything,  # the function finds the solver of that name, which raises if there is none
     "progress": lambda name, value: None if callable(value) else flag(name, value),
     "checkpoint": optional(path),
     "path": path,

@@ -32,7 +32,7 @@ from fastsched.costs.surrogate import Outcome, Surrogate
 from fastsched.denoisers.noise import check_near
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.metrics import power_mean
-from fastsched.sampling.fitted import chosen_solver, is_solver
+from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.sampler import is_run, schedule_solver
 from fastsched.sampling.schedule import Schedule, check_kind
 from fastsched.sampling.solvers import FITTED, Solver
@@ -109,7 +109,7 @@ def predict_error(
         ValueError: If the sigmas do not descend to 0, start below the measured range, lie a thousandfold beyond those
             of the noise process, or belong to a schedule with decoupled levels, which a measurement cannot predict.
     """
-    validate.arguments(locals(), stats=is_statistics, sigmas=is_run, solver=validate.optional(is_solver))
+    validate.arguments(locals(), stats=is_statistics, sigmas=is_run)
     values = validate.descending_sigmas("sigmas", getattr(sigmas, "sigmas", sigmas), to_zero=True)
     check_kind("sigmas", sigmas, stats.process)
     if isinstance(sigmas, Schedule):

@@ -38,7 +38,7 @@ from fastsched.costs.surrogate import Surrogate
 from fastsched.measurement import memory
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.multistep import Node, log_rho
-from fastsched.sampling.solvers import Solver, from_pure_noise, get_solver, is_stock_solver, step_scale
+from fastsched.sampling.solvers import Solver, from_pure_noise, get_solver, step_scale
 
 #: Bytes that a search takes for each triple of levels: 8 for its cost, and copies of a sixth of all costs.
 BYTES_A_TRIPLE = 10
@@ -74,7 +74,7 @@ def path_cost(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", *, weigh
     Raises:
         ValueError: If the solver is unknown.
     """
-    validate.arguments(locals(), stats=is_statistics, solver=is_stock_solver)
+    validate.arguments(locals(), stats=is_statistics)
     surrogate, gram = Surrogate.of(stats), stats.gram.mean(0).numpy()
     return PathCost(
         solver=get_solver(solver),

@@ -39,7 +39,7 @@ from fastsched.fitting.run_log import RunLog, identity, logged
 from fastsched.measurement.devices import prepare_together, rank_and_size
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import absolute_file, check_writable, runs_beside
-from fastsched.sampling.fitted import chosen_solver, is_solver
+from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import Progress
 from fastsched.sampling.schedule import Schedule, check_decoupled
 from fastsched.sampling.solvers import FITTED
@@ -228,7 +228,6 @@ def _check_process(known: NoiseProcess, own: NoiseProcess) -> None:
 #: Checks of arguments that differ from the usual ones; `check_call` checks the arguments of the pipeline's call.
 CHECKS: dict[str, validate.Check] = {
     **CHECKS_OF_MEASURE,
-    "solver": validate.optional(is_solver),
     "stats": validate.optional(is_statistics),
     "audition": validate.flag,
     **{name: validate.optional(validate.CHECKS[name]) for name in ("levels", "samples", "model_calls")},

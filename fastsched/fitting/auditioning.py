@@ -18,7 +18,7 @@ from fastsched.fitting.rollouts import Rollout, Run, Runner, distances
 from fastsched.measurement.measuring import check_same_network
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.metrics import power_mean
-from fastsched.sampling.fitted import chosen_solver, is_solver
+from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.sampler import is_run
 from fastsched.sampling.schedule import Schedule, check_kind, check_start
@@ -149,7 +149,6 @@ def audition(
 CHECKS: dict[str, validate.Check] = {
     "denoiser": is_denoiser,
     "stats": is_statistics,
-    "solver": is_solver,
     "candidates": validate.anything,
     "samples": validate.optional(validate.positive_int),
 }

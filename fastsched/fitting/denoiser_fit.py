@@ -28,7 +28,7 @@ from fastsched.measurement.network_checks import CHECK_CALLS
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import absolute_file, check_writable, runs_beside
-from fastsched.sampling.fitted import chosen_solver, is_solver
+from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.schedule import Schedule, check_decoupled
 from fastsched.sampling.solvers import Solver
@@ -161,7 +161,6 @@ def fit_report(
 #: Checks of the arguments of `fit`.
 CHECKS: dict[str, validate.Check] = {
     "denoiser": is_denoiser,
-    "solver": is_solver,
     "stats": validate.optional(is_statistics),
     "levels": validate.optional(validate.CHECKS["levels"]),
     "samples": validate.optional(validate.CHECKS["samples"]),

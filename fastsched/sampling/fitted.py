@@ -48,11 +48,6 @@ def chosen_solver(solver: str | Solver) -> Solver:
     return FITTED_SOLVER if solver_name(solver) == FITTED else get_solver(solver)
 
 
-def is_solver(name: str, value: object) -> Solver:
-    """ValueError unless the argument names a solver to choose a schedule for."""
-    return chosen_solver(value)  # type: ignore[arg-type]  # any object is checked
-
-
 def checked_weights(weights: Tensor | Sequence[Sequence[float]], steps: int | None = None) -> Tensor:
     """``weights`` as a float64 tensor [K, K] on the CPU.
 

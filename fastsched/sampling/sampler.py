@@ -25,7 +25,6 @@ from fastsched.sampling.solvers import (
     Solver,
     from_pure_noise,
     get_solver,
-    is_any_solver,
     solver_name,
     step_scale,
 )
@@ -36,7 +35,7 @@ Result = TypeVar("Result")
 #: If the first level is above this multiple of the highest of a network with timesteps, it is likely to be a timestep.
 BEYOND = 1.5
 
-_IS_SOLVER, _IS_SEED = validate.optional(is_any_solver), validate.optional(validate.CHECKS["seed"])
+_IS_SEED = validate.optional(validate.CHECKS["seed"])
 
 
 def nodes_of(process: NoiseProcess, s: Tensor) -> list[Node]:
@@ -81,7 +80,7 @@ def sample(
             the schedule, a deterministic one is given a seed, or the network returns NaN or inf (the message names
             the level; on a GPU it may come late).
     """
-    validate.arguments(locals(), denoiser=is_denoiser, sigmas=is_run, solver=_IS_SOLVER, seed=_IS_SEED)
+    validate.arguments(locals(), denoiser=is_denoiser, sigmas=is_run, seed=_IS_SEED)
     name = solver if solver is not None else getattr(sigmas, "solver", None)
     if name is None:
         raise ValueError("solver must be given, because the sigmas do not name one")

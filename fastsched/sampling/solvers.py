@@ -163,16 +163,6 @@ def solver_name(solver: str | Solver) -> str:
     return ALIASES.get(known, known)
 
 
-def is_any_solver(name: str, value: object) -> str:
-    """ValueError unless the argument names a solver, deterministic or stochastic."""
-    return solver_name(value)  # type: ignore[arg-type]  # any object is checked
-
-
-def is_stock_solver(name: str, value: object) -> Solver:
-    """ValueError unless the argument names a deterministic solver of `SOLVERS`."""
-    return get_solver(value)  # type: ignore[arg-type]  # any object is checked
-
-
 def get_solver(solver: str | Solver) -> Solver:
     """The deterministic solver of that name; ValueError, with the nearest name, if there is none."""
     if isinstance(solver, Solver):

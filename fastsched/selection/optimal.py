@@ -13,7 +13,7 @@ from fastsched.costs.blas_threads import one_blas_thread
 from fastsched.costs.norms import Array
 from fastsched.costs.prediction import ErrorModel
 from fastsched.measurement.statistics import PathStatistics, is_statistics
-from fastsched.sampling.fitted import chosen_solver, is_solver
+from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
 from fastsched.selection.constraints import APART, distinct_known_levels, known_levels
@@ -48,7 +48,7 @@ def optimal_schedule(stats: PathStatistics, steps: int, solver: str = "dpmpp_2m"
     Raises:
         ValueError: If an argument is out of range or unknown.
     """
-    validate.arguments(locals(), stats=is_statistics, solver=is_solver)
+    validate.arguments(locals(), stats=is_statistics)
     method = chosen_solver(solver)
     found = local_minima(stats, steps, method) if polish else ranked_starts(stats, steps, method, DYNAMIC_PROGRAMMING)
     return found[0].schedule(stats, method)

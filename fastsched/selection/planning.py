@@ -14,7 +14,7 @@ from fastsched import validate
 from fastsched.costs.norms import Array
 from fastsched.costs.prediction import predict_error
 from fastsched.measurement.statistics import PathStatistics, is_statistics
-from fastsched.sampling.fitted import chosen_solver, is_solver
+from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
@@ -71,7 +71,7 @@ def error_curve(
     Raises:
         ValueError: If an argument is out of range or unknown.
     """
-    validate.arguments(locals(), stats=is_statistics, solver=is_solver)
+    validate.arguments(locals(), stats=is_statistics)
     if max_steps >= stats.levels:
         raise ValueError(f"max_steps must be at most {stats.levels - 1} on {stats.levels} levels, got {max_steps}")
     method = chosen_solver(solver)
@@ -137,7 +137,6 @@ def steps_needed(
     validate.arguments(
         locals(),
         stats=is_statistics,
-        solver=is_solver,
         target=validate.anything,
         max_steps=validate.optional(validate.positive_int),
     )

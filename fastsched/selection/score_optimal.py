@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from fastsched.costs.states import finite_grid
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling.schedule import Schedule
-from fastsched.sampling.solvers import FITTED, is_any_solver, solver_name
+from fastsched.sampling.solvers import FITTED, solver_name
 from fastsched.selection.arc_length import equal_arc_length
 from fastsched.selection.constraints import distinct_known_levels, levels_of_timesteps
 from fastsched.selection.dynamic_programming import first_order_path
@@ -128,9 +129,9 @@ def select(
     return Schedule.from_levels(cost.process, _to_zero(cost.process, s, steps), solver_name(solver))
 
 
-def _is_solver(name: str, value: object) -> None:
+def _is_solver(name: str, value: Any) -> None:
     """Check the name of a solver that takes levels alone."""
-    if is_any_solver(name, value) == FITTED:
+    if solver_name(value) == FITTED:
         raise ValueError(
             f"{name} must be one without weights of its own, got {value!r}; optimal_schedule and fit choose them"
         )
