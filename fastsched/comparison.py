@@ -23,8 +23,8 @@ from fastsched.measurement.watched_networks import warn_of_equal, watched_networ
 from fastsched.sampling.files import write_whole
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
-from fastsched.sampling.sampler import is_run, sample, schedule_solver
-from fastsched.sampling.schedule import Schedule, check_decoupled, check_start
+from fastsched.sampling.sampler import sample, schedule_solver
+from fastsched.sampling.schedule import Schedule, check_decoupled, check_start, run_sigmas
 from fastsched.sampling.solvers import Solver, get_solver
 
 #: Steps of the reference. On a Gaussian mixture, dpmpp_2m with this many steps has a typical squared distance to the
@@ -321,7 +321,7 @@ def _planned(
     validate.named("schedules", schedules)
     runs = {}
     for name, schedule in schedules.items():
-        is_run(f"schedules[{name!r}]", schedule)
+        values = run_sigmas(f"schedules[{name!r}]", schedule, to_zero=True)
         if isinstance(schedule, Schedule) and schedule.noise != denoiser.process.kind:
             raise ValueError(
                 f"schedules[{name!r}] is for a {schedule.noise!r} noise process, and the denoiser's is "
@@ -329,8 +329,6 @@ def _planned(
             )
         if solver is None and not isinstance(schedule, Schedule):
             raise ValueError(f"solver must be given, because schedules[{name!r}] is not a Schedule and names none")
-        sigmas = getattr(schedule, "sigmas", schedule)
-        values = validate.descending_sigmas(f"schedules[{name!r}]", sigmas, to_zero=True)
         try:
             denoiser.process.level(values)  # raises where sigmas are not of this process
             method = schedule_solver(schedule, solver)

@@ -20,8 +20,7 @@ from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.metrics import power_mean
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import Progress, progress_bar
-from fastsched.sampling.sampler import is_run
-from fastsched.sampling.schedule import Schedule, check_kind, check_start
+from fastsched.sampling.schedule import Schedule, check_kind, check_start, run_sigmas
 from fastsched.sampling.solvers import Solver
 
 #: How many candidates run on all samples.
@@ -195,9 +194,8 @@ def _checked(
     validate.named("candidates", candidates)
     chosen = {}
     for name, given in candidates.items():
-        is_run(f"candidates[{name!r}]", given)
+        sigmas = run_sigmas(f"candidates[{name!r}]", given)
         check_kind(f"candidates[{name!r}]", given, stats.process)
-        sigmas = validate.descending_sigmas(f"candidates[{name!r}]", getattr(given, "sigmas", given))
         try:
             if isinstance(given, Schedule):
                 predicted = given.predicted_error if given.solver == method.name else None  # else of another solver

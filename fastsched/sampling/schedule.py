@@ -314,6 +314,16 @@ def is_schedule(name: str, value: object) -> Schedule:
     return validate.instance(name, value, Schedule, "fastsched.optimal_schedule and others return one")
 
 
+def run_sigmas(name: str, run: object, *, to_zero: bool = False) -> Tensor:
+    """The sampler sigmas of ``run``, itself sigmas or a `Schedule`; errors as of `validate.descending_sigmas`."""
+    if hasattr(run, "sigmas") and not hasattr(run, "solver"):  # the sigmas of statistics are those of a measurement
+        raise TypeError(
+            f"{name} must be sigmas or a Schedule, which fastsched.optimal_schedule makes of statistics, got "
+            f"{type(run).__name__}"
+        )
+    return validate.descending_sigmas(name, getattr(run, "sigmas", run), to_zero=to_zero)
+
+
 def check_kind(name: str, value: object, process: NoiseProcess) -> None:
     """ValueError if ``value`` is a `Schedule` in flow times and the process is no flow, or the reverse.
 
@@ -334,7 +344,7 @@ def check_start(name: str, run: object, denoiser: Denoiser) -> None:
 
     Variance-exploding states are infinite there, and so is a clean sample computed from a prediction of the noise.
     """
-    sigmas = validate.descending_sigmas(name, getattr(run, "sigmas", run))[:1]
+    sigmas = run_sigmas(name, run)[:1]
     if bool(sigmas.isfinite()) or type(denoiser).denoise is not Denoiser.denoise:  # a subclass may know D there
         return
     level = denoiser.process.level(sigmas)
