@@ -281,7 +281,7 @@ def compare(
         raise ValueError(f"shape {tuple(shape)} is not that of the reference, {tuple(reference.noise.shape[1:])}")
     noise = _noise_of(shape or (), samples, seed) if reference is None else reference.noise
     fine = denoiser.levels(level_count(denoiser.process, reference_steps))
-    rows, calls = [], sum(method.model_calls(_steps(run)) for run, method in runs.values())
+    rows, calls = [], sum(method.model_calls(steps) for _, method, steps in runs.values())
     with watched_network(denoiser, tuple(noise.shape[1:]), batch_size or len(noise), *place) as known:
         if reference is None:
             usual = get_solver(REFERENCE_SOLVER)
@@ -289,8 +289,7 @@ def compare(
         else:
             _warn_of_another(known, reference, place[1])
         with progress_bar(calls * len(noise), progress, "comparing") as advance:
-            for name, (run, method) in runs.items():
-                steps = _steps(run)
+            for name, (run, method, steps) in runs.items():
                 ends = _sampled(denoiser, run, method, noise, advance, batch_size, *place)
                 rows.append(row_of(name, method.name, steps, method.model_calls(steps), ends, reference))
     return Comparison(tuple(rows), len(noise), reference)
@@ -307,15 +306,15 @@ def comparison_calls(
     """The numbers of model calls that `compare` makes with these arguments, for the reference and for all schedules."""
     runs = _planned(denoiser, schedules, solver)
     reference = level_count(denoiser.process, validate.positive_int("reference_steps", reference_steps, minimum=2))
-    each = sum(method.model_calls(_steps(run)) for run, method in runs.values())
+    each = sum(method.model_calls(steps) for _, method, steps in runs.values())
     count = len(validate.sample_range("samples", samples))
     return reference * count, each * count
 
 
 def _planned(
     denoiser: Denoiser, schedules: Mapping[str, Schedule | Tensor], solver: str | Solver | None
-) -> dict[str, tuple[Schedule | Tensor, Solver]]:
-    """The schedule or sigmas and the solver of each; checked before any model call."""
+) -> dict[str, tuple[Schedule | Tensor, Solver, int]]:
+    """The schedule or sigmas, the solver and the steps of each; checked before any model call."""
     if not isinstance(schedules, Mapping) or not schedules:
         raise ValueError("schedules must be a dictionary of at least one schedule by name, such as {'mine': schedule}")
     validate.named("schedules", schedules)
@@ -337,12 +336,8 @@ def _planned(
         except ValueError as error:
             raise ValueError(f"schedules[{name!r}]: {error}") from None
         check_start(f"schedules[{name!r}]", values, denoiser)
-        runs[name] = (schedule if isinstance(schedule, Schedule) else values, method)
+        runs[name] = (schedule if isinstance(schedule, Schedule) else values, method, len(values) - 1)
     return runs
-
-
-def _steps(run: Schedule | Tensor) -> int:
-    return run.steps if isinstance(run, Schedule) else len(run) - 1
 
 
 def row_of(name: str, solver: str, steps: int, model_calls: int, ends: Tensor, reference: Reference) -> ComparisonRow:
