@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.costs.cost_matrix import CostMatrix
-from fastsched.costs.level_pairs import cost_name, pair_costs
+from fastsched.costs.level_pairs import pair_costs
 from fastsched.costs.states import Batch, StateSource
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.ops.backends import in_float64
@@ -64,9 +64,8 @@ def stein_corrector(
     validate.arguments(locals(), denoiser=is_denoiser)
     source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
 
-    squares, label = partial(score_distances, source), "Stein corrector cost"
-    steps, costs = pair_costs(source, pairs, velocity, squares, order=2, progress=progress, what=label)
-    return source.cost_matrix(cost_name("stein_corrector", velocity), steps, costs, order=2)
+    squares = partial(score_distances, source)
+    return pair_costs(source, "stein_corrector", pairs, velocity, squares, order=2, progress=progress)
 
 
 def score_distances(source: StateSource, _: Batch, z: Tensor, raw: Tensor, k: int, others: range) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.states import Batch, StateSource
 from fastsched.measurement.rounding import stored_squares, warn_of_rounded_costs
 
@@ -16,12 +17,11 @@ Squares = Callable[[Batch, Tensor, Tensor, int, range], Tensor]
 
 
 def pair_costs(
-    source: StateSource, pairs: str, velocity: str | None, squares: Squares, *, order: int, progress: bool, what: str
-) -> tuple[Tensor, Tensor]:
-    """The steps, [P, 2] int64, and ``v^2 squares`` of each for each sample, [samples, P] float64.
+    source: StateSource, name: str, pairs: str, velocity: str | None, squares: Squares, *, order: int, progress: bool
+) -> CostMatrix:
+    """The cost ``v^2 squares`` of each step, with ``pairs`` as in `pair_indices`, ``velocity`` as in `step_velocity`.
 
-    ``pairs`` is as in `pair_indices`, ``velocity`` as in `step_velocity`; ``order`` is the cost's, and ``what`` labels
-    the progress bar. Warns if outputs are too coarse for the costs between neighbours.
+    Warns if outputs are too coarse for the costs between neighbours.
     """
     levels = source.levels
     steps = pair_indices(levels, pairs)
@@ -37,10 +37,13 @@ def pair_costs(
             advance(len(z))
         return torch.cat(columns, 1)
 
+    what = f"{name.replace('_', ' ').capitalize()} cost"
     costs = source.over_batches(of_batch, levels - 1, progress, what) * v.square()
     neighbours = steps[:, 1] == steps[:, 0] + 1
     warn_of_rounded_costs(costs[:, neighbours].mean(0), rounding * v[neighbours].square(), order)
-    return steps, costs
+    # Estimates of one name can be merged, so a velocity other than the usual one is part of it.
+    name = name if velocity == "noisier" else f"{name}, velocity={velocity!r}"
+    return source.cost_matrix(name, steps, costs, order)
 
 
 def pair_indices(levels: int, pairs: str) -> Tensor:
@@ -55,8 +58,3 @@ def step_velocity(s: Tensor, pairs: Tensor, velocity: str | None) -> Tensor:
     if velocity is None:
         return torch.ones(len(pairs), dtype=torch.float64, device="cpu")
     return s[pairs[:, 0 if velocity == "noisier" else 1]]
-
-
-def cost_name(name: str, velocity: str | None) -> str:
-    """The name of a cost with its velocity if that is not the usual one: estimates of one name can be merged."""
-    return name if velocity == "noisier" else f"{name}, velocity={velocity!r}"

@@ -22,6 +22,7 @@ Source: Williams, Campbell, Doucet and Syed, NeurIPS 2024 (arXiv 2412.07877), se
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.costs.cost_matrix import CostMatrix
-from fastsched.costs.level_pairs import cost_name, pair_costs
+from fastsched.costs.level_pairs import pair_costs
 from fastsched.costs.states import Batch, StateSource, explained_derivatives, is_probes
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser
 from fastsched.ops.backends import in_float64
@@ -89,15 +90,13 @@ def stein_predictor(
     validate.arguments(locals(), denoiser=is_denoiser, probes=validate.optional(is_probes))
     source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
     estimator = _Exact(source) if probes is None else _Hutchinson(source, probes, max_iterations)
-    label = "Stein predictor cost"
-    steps, costs = pair_costs(source, pairs, velocity, estimator.squares, order=4, progress=progress, what=label)
+    cost = pair_costs(source, "stein_predictor", pairs, velocity, estimator.squares, order=4, progress=progress)
     if estimator.unconverged:
         validate.warn(
             f"{estimator.unconverged} of {estimator.solves} linear systems did not reach a residual of {TOLERANCE:g}; "
             "raise max_iterations, or use probes=None if the network's Jacobian is far from symmetric and positive",
         )
-    calls = {"jvp": estimator.jvp_calls, "gradient": estimator.gradient_calls}
-    return source.cost_matrix(cost_name("stein_predictor", velocity), steps, costs, order=4, **calls)
+    return replace(cost, calls=cost.calls._replace(jvp=estimator.jvp_calls, gradient=estimator.gradient_calls))
 
 
 class _Estimator:

@@ -203,11 +203,9 @@ class StateSource:
         *_, (k, z, raw) = self.states(batch, self.levels)
         return self.denoised_of(z, raw, k)
 
-    def cost_matrix(
-        self, name: str, pairs: Tensor, per_sample: Tensor, order: int, *, jvp: int = 0, gradient: int = 0
-    ) -> CostMatrix:
+    def cost_matrix(self, name: str, pairs: Tensor, per_sample: Tensor, order: int, *, jvp: int = 0) -> CostMatrix:
         """The estimate as a `CostMatrix`, with the calls it took."""
-        calls = ModelCalls(self.forward_calls, jvp, gradient)
+        calls = ModelCalls(self.forward_calls, jvp)
         return CostMatrix(name, self.process, self.s, pairs, per_sample, order, calls, self.seeds)
 
     def _follow_path(self, noise: Tensor, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
