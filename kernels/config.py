@@ -80,21 +80,8 @@ GRAM = {
     "ieee": dict.fromkeys(("64", "128", "256"), _SMALLEST),
 }
 
-
+HUTCHINSON_COLUMNS, HUTCHINSON_WARPS = 8192, 4  # of a tile: 64 KiB of shared memory hold two in float32; of a program
 PROGRAM_COST = 4  # in tiles, a guess: fill the load pipeline, write [ROWS, ROWS] sums, read them for the total
-
-
-@dataclass(frozen=True)
-class HutchinsonLaunch:
-    """How `hutchinson` runs: columns per tile, warps per program, depth of its load pipeline."""
-
-    columns: int = 8192
-    warps: int = 4
-    stages: int = 3
-
-    def options(self) -> dict:
-        """The compiler's options; the kernel's loop has the stages."""
-        return {"num_warps": self.warps, **FUSION}
 
 
 def architecture(device: torch.device) -> str:
@@ -146,15 +133,6 @@ def gram_launch(N: int, itemsize: int, arch: str, *, precision: str, aligned: bo
     shape = "64" if N <= 64 else "128" if N <= 128 else "256"
     special = f"{shape} {precision}", f"{shape} 16-bit" if itemsize == 2 else ""
     return next(table[key] for key in (*special, shape) if key in table)
-
-
-def hutchinson_launch(*, shared: bool) -> HutchinsonLaunch:
-    """Choose how `hutchinson` runs: 64 KiB of shared memory hold two float32 tiles.
-
-    Args:
-        shared: Whether all levels have the same probe. Then both tiles are of ``JV``, else one is of ``V``.
-    """
-    return HutchinsonLaunch(stages=3 if shared else 2)
 
 
 def splits(tiles: int, samples: int, slots: int) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import config
 
 LARGEST_GRID = 2**31 - 1  # programs along the first axis of a CUDA grid; also the largest 32-bit offset
+OPTIONS = {"num_warps": config.HUTCHINSON_WARPS, **config.FUSION}  # of the compiler
 
 
 @triton.jit
@@ -42,24 +43,9 @@ def hutchinson_kernel(
 
 
 def hutchinson(V: Tensor, JV: Tensor) -> tuple[Tensor, Tensor]:
-    """Launch the kernel and add up its partial sums.
-
-    Args:
-        V: ``[N, B, d]`` or ``[B, d]``.
-        JV: ``[N, B, d]``.
-
-    Returns:
-        ``sum V * JV`` and ``sum JV * JV``, ``[N, B]`` float64.
-    """
-    sums = launch(V, JV).sum(0, dtype=torch.float64)  # in the same order in every run
-    return sums[0].contiguous(), sums[1].clone()
-
-
-def launch(V: Tensor, JV: Tensor, fill: float | None = None) -> Tensor:
-    """Run the kernel: partial sums ``[tiles, 2, N, B]``, filled with ``fill`` first (tests use NaN)."""
+    """As `fastsched.ops.hutchinson_reduce`: launch the kernel and add up its partial sums."""
     N, B, d = JV.shape
-    chosen = config.hutchinson_launch(shared=V.ndim == 2)
-    tiles = triton.cdiv(d, chosen.columns)
+    tiles = triton.cdiv(d, config.HUTCHINSON_COLUMNS)
     if max(tiles, 2 * N) * B > LARGEST_GRID:
         raise ValueError(
             f"JV must have at most {LARGEST_GRID // max(tiles, 2 * N)} samples of this size; got shape "
@@ -67,16 +53,14 @@ def launch(V: Tensor, JV: Tensor, fill: float | None = None) -> Tensor:
         )
     V, JV = (t if t.stride(-1) == 1 else t.contiguous() for t in (V, JV))
     v_level, v_sample = (0, V.stride(0)) if V.ndim == 2 else (V.stride(0), V.stride(1))
-    sums = torch.empty((tiles, 2, N, B), dtype=torch.float32, device=JV.device)
-    if fill is not None:
-        sums.fill_(fill)
+    partial = torch.empty((tiles, 2, N, B), dtype=torch.float32, device=JV.device)
     hutchinson_kernel[(tiles * B,)](
-        V, JV, sums, N, B, d, v_level, v_sample, JV.stride(0), JV.stride(1),
-        **constants(V.ndim == 2, chosen), **chosen.options(),
+        V, JV, partial, N, B, d, v_level, v_sample, JV.stride(0), JV.stride(1), **constants(V.ndim == 2), **OPTIONS,
     )  # fmt: skip
-    return sums
+    sums = partial.sum(0, dtype=torch.float64)  # in the same order in every run
+    return sums[0].contiguous(), sums[1].clone()
 
 
-def constants(shared: bool, chosen: config.HutchinsonLaunch) -> dict:
-    """The kernel's compile-time arguments."""
-    return {"SHARED": shared, "COLUMNS": chosen.columns, "STAGES": chosen.stages}
+def constants(shared: bool) -> dict:
+    """The kernel's compile-time arguments. If all levels share a probe, both tiles in flight are of ``JV``."""
+    return {"SHARED": shared, "COLUMNS": config.HUTCHINSON_COLUMNS, "STAGES": 3 if shared else 2}

@@ -194,18 +194,7 @@ def gram_kernel(
 
 
 def level_gram(R: Tensor, X: Tensor | None, coefficients: Tensor, per_sample: bool, precision: str) -> Tensor:
-    """Launch the kernel and add up its partial sums.
-
-    Args:
-        R: ``[N, B, d]``.
-        X: ``[N, B, d]``, ``[B, d]`` or None.
-        coefficients: ``[2, N]`` float64, on the host or on R's device: ``a``, ``c``.
-        per_sample: Keep the samples apart.
-        precision: ``"bf16x3"``, ``"tf32x3"`` or ``"ieee"``.
-
-    Returns:
-        The Gram matrix, float64: ``[B, N, N]`` per sample, else ``[N, N]``.
-    """
+    """As `fastsched.ops.level_increment_gram`; ``a`` and ``c`` are float64 ``[2, N]``, on the host or R's device."""
     B = R.shape[1]
     flat = not per_sample and all(t is None or t.is_contiguous() for t in (R, X))
     R, X = (None if t is None else columns_view(t, flat) for t in (R, X))
@@ -214,15 +203,7 @@ def level_gram(R: Tensor, X: Tensor | None, coefficients: Tensor, per_sample: bo
 
 
 def vector_gram(vectors: Tensor, precision: str) -> Tensor:
-    """Gram matrices of the vectors of each sample, by the same kernel.
-
-    Args:
-        vectors: ``[B, V, d]``; the elements of a vector are adjacent, and strides between vectors may exceed d.
-        precision: As `level_gram` takes it.
-
-    Returns:
-        ``[B, V, V]`` float64.
-    """
+    """As `fastsched.ops.vector_gram`, by the same kernel; strides between vectors may exceed d."""
     R = columns_view(vectors.transpose(0, 1), flat=False)
     return _total(R, None, torch.zeros(4, len(R), device=R.device), precision, vectors=True)
 
@@ -240,7 +221,7 @@ def _total(R: Tensor, X: Tensor | None, steps: Tensor, precision: str, vectors: 
 
 def launch(
     R: Tensor, X: Tensor | None, steps: Tensor, precision: str, chosen: config.GramLaunch,
-    parts: int | None = None, fill: float | None = None, vectors: bool = False,
+    parts: int | None = None, vectors: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """Run the kernel over ``[N, G, K]`` views.
 
@@ -248,10 +229,9 @@ def launch(
         R: ``[N, G, K]``.
         X: ``[N, G, K]``, ``[1, G, K]`` or None.
         steps: ``[4, N]`` float32, from `coefficient_steps`.
-        precision: As `level_gram` takes it.
+        precision: As `fastsched.ops.level_increment_gram` takes it.
         chosen: Tile and warps.
         parts: Programs that share the columns; from the device's size if None.
-        fill: A value to fill the outputs with first (tests use NaN).
         vectors: Whether the rows of R are multiplied as they are; ``steps`` are not used then.
 
     Returns:
@@ -272,9 +252,6 @@ def launch(
         parts = config.splits(tiles, G * pairs.shape[1], chosen.programs * config.processors(R.device))
     shape = (parts, G, pairs.shape[1], chosen.rows)
     outputs = [R.new_empty(size, dtype=torch.float32) for size in ((*shape, chosen.rows), shape)]
-    if fill is not None:
-        for output in outputs:
-            output.fill_(fill)
     X = R if X is None else X
     gram_kernel[pairs.shape[1], parts, G](
         R, X, steps, pairs, *outputs,

@@ -179,10 +179,9 @@ def build_gram(case: Gram, level_stride: int | str = "i32") -> Built:
 def build_hutchinson(case: Hutchinson) -> Built:
     from fastsched.kernels import hutchinson
 
-    chosen = config.hutchinson_launch(shared=case.shared)
     types = {"p_V": POINTERS[case.dtype], "p_JV": POINTERS[case.dtype], "p_sums": "*fp32"}
-    constants, options = hutchinson.constants(case.shared, chosen), chosen.options()
-    return compile_kernel(hutchinson.hutchinson_kernel, types, constants, ("N", "samples"), case.arch, options)
+    constants, unaligned = hutchinson.constants(case.shared), ("N", "samples")
+    return compile_kernel(hutchinson.hutchinson_kernel, types, constants, unaligned, case.arch, hutchinson.OPTIONS)
 
 
 def every_entry() -> list[Gram]:

@@ -6,11 +6,12 @@ return plain numbers and NumPy arrays, and assertions are made in this process, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -24,6 +25,16 @@ def launch(function: Callable, *arguments: Any) -> Any:
     if DEVICE == "cuda":
         return function(*arguments)
     return _worker(interpret=True).submit(function, *arguments).result()
+
+
+@contextlib.contextmanager
+def nan_in_new_tensors() -> Iterator[None]:
+    """Fill new tensors with NaN in a block, so that what a kernel does not write is seen."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def build(function: Callable, *arguments: Any) -> Any:

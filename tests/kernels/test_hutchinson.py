@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 from kernel_cases import EPS
-from kernel_worker import DEVICE, launch
+from kernel_worker import DEVICE, launch, nan_in_new_tensors
 
 from fastsched import ops
 from fastsched.kernels import config
 from fastsched.ops import reference
 
 PROBES = ("levels", "shared")
-TILE = config.HutchinsonLaunch().columns
+TILE = config.HUTCHINSON_COLUMNS
 
 
 def data(N: int, B: int, d: int, dtype: torch.dtype) -> torch.Tensor:
@@ -60,17 +60,14 @@ def test_strides():
             assert np.array_equal(got, want)
 
 
-def run_raw(probe: str, fill: float) -> np.ndarray:
-    from fastsched.kernels import hutchinson
-
-    N, B, d = 3, 2, TILE + 5
-    V, JV = probes(probe, N, B, d).to(DEVICE), data(N, B, d, torch.float32).to(DEVICE)
-    return hutchinson.launch(V, JV, fill).cpu().numpy()
+def run_over_nan(probe: str, N: int, B: int, d: int) -> list[np.ndarray]:
+    with nan_in_new_tensors():
+        return run(probe, N, B, d, torch.float32)
 
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_outputs_are_written_whole_and_repeat_bitwise(probe):
-    once, again = launch(run_raw, probe, math.nan), launch(run_raw, probe, 0.0)
+    once, again = launch(run_over_nan, probe, 3, 2, TILE + 5), launch(run, probe, 3, 2, TILE + 5, torch.float32)
     assert np.isfinite(once).all()
     assert np.array_equal(once, again)
 

@@ -144,7 +144,7 @@ def fusion(arch: str) -> list[bool]:
         mock.patch.object(hutchinson, "hutchinson_kernel") as sums,
     ):
         level_gram.launch(vectors, None, vectors[:4, 0, :16], "bf16x3", chosen, parts=1)
-        hutchinson.launch(vectors[0], vectors)
+        hutchinson.hutchinson(vectors[0], vectors)
     launched = [kernel.__getitem__.return_value.call_args.kwargs for kernel in (gram, sums)]
     with mock.patch.dict(os.environ, TRITON_DEFAULT_FP_FUSION="0"):
         return [make_backend(gpu_target(arch)).parse_options(options).enable_fp_fusion for options in launched]

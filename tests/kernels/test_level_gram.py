@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_cases import EPS, PRODUCT_ERROR, PRODUCT_RMS, GramCase, gram_scale, summation_error, terms
-from kernel_worker import DEVICE, launch
+from kernel_worker import DEVICE, launch, nan_in_new_tensors
 
 from fastsched import ops
 from fastsched.ops import reference
@@ -199,34 +199,35 @@ def test_bad_numbers_come_through(change, precision):
     assert torch.equal(bad, touched)
 
 
-def run_parts(case: GramCase, parts: list[int], fill: float) -> list[list[np.ndarray]]:
-    """Partial sums for several numbers of programs, from outputs that held ``fill``."""
+def run_parts(case: GramCase, parts: list[int]) -> list[list[np.ndarray]]:
+    """Partial sums for several numbers of programs, from outputs that held NaN."""
     from fastsched.kernels import config, level_gram
 
     R, X, a, c, _ = case.inputs(DEVICE)
     R, X = (None if t is None else level_gram.columns_view(t, True) for t in (R, X))
     steps = level_gram.coefficient_steps(torch.stack([a, c])).to(DEVICE)
     chosen = config.gram_launch(case.N, 4, "sm_90", precision=case.precision, aligned=False)
-    runs = [level_gram.launch(R, X, steps, case.precision, chosen, n, fill) for n in parts]
+    with nan_in_new_tensors():
+        runs = [level_gram.launch(R, X, steps, case.precision, chosen, n) for n in parts]
     return [[t.cpu().numpy() for t in outputs] for outputs in runs]
 
 
 @pytest.mark.parametrize("case", [GramCase(N=24, B=2, d=777), GramCase(N=100, B=1, d=100)], ids=str)
 def test_outputs_are_written_whole(case):
-    (outputs,) = launch(run_parts, case, [3], math.nan)
+    (outputs,) = launch(run_parts, case, [3])
     for output in outputs:
         assert np.isfinite(output).all()
 
 
 def test_repeats_bitwise():
-    once, again = launch(run_parts, GramCase(N=33, B=1, d=300), [4, 4], 0.0)
+    once, again = launch(run_parts, GramCase(N=33, B=1, d=300), [4, 4])
     for one, other in zip(once, again, strict=True):
         assert np.array_equal(one, other)
 
 
 def test_number_of_programs_does_not_matter():
     case = GramCase(N=33, B=1, d=500, states="none")
-    runs = launch(run_parts, case, [1, 2, 7, 20], math.nan)
+    runs = launch(run_parts, case, [1, 2, 7, 20])
     R, X, a, c, _ = case.inputs()
     scale = gram_scale(reference.increments(R, X, a, c))[0]
     grams = [torch.from_numpy(run[0]).double().sum(0)[0, 0, :33, :33] for run in runs]
