@@ -14,10 +14,12 @@ weights of UniPC (`fastsched.sampling.stock_weights`), which remain where the sa
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from fastsched.costs.norms import Array, Norms
 from fastsched.costs.secants import Secants
-from fastsched.costs.surrogate import Surrogate, SurrogateRuns, nodes_of_levels
+from fastsched.costs.surrogate import Surrogate, SurrogateRuns
+from fastsched.sampling.sampler import nodes_of
 from fastsched.sampling.solvers import FITTED, Solver
 from fastsched.sampling.stock_weights import NEAREST_STOCK, stock_weights
 
@@ -57,7 +59,8 @@ def _run(found: SurrogateRuns, metric: Array, levels: Array, given: Array | None
     surrogate, y, rho = found.surrogate, found.end, 1 / levels
     increments, last = len(surrogate.s) - 1, levels.shape[1] - 2
     # At first UniPC's weights ``b0``; each row is replaced when its step is taken.
-    weights = stock_weights(NEAREST_STOCK, nodes_of_levels(surrogate.process, levels)) if given is None else given
+    nodes = nodes_of(surrogate.process, torch.from_numpy(levels))
+    weights = stock_weights(NEAREST_STOCK, nodes) if given is None else given
     differences = _Differences(len(y), last, metric)
     for n in range(last + 1):
         differences.add(found.denoise(y, levels[:, n]))

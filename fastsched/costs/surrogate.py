@@ -32,7 +32,7 @@ from fastsched.denoisers.noise import NoiseProcess
 from fastsched.measurement.deviated_paths import asked_levels, positions
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.multistep import Node, log_rho
-from fastsched.sampling.sampler import answered, integration
+from fastsched.sampling.sampler import answered, integration, nodes_of
 from fastsched.sampling.solvers import Solver, get_solver
 
 
@@ -307,13 +307,6 @@ def deviation_scale(s: Array) -> Array:
 
 def nodes_and_levels(process: NoiseProcess, levels: Array, method: Solver) -> tuple[list[Node], Array]:
     """The nodes of C schedules [C, steps + 1], and all levels that `integration` will ask at, [C, evaluations]."""
-    nodes = nodes_of_levels(process, levels)
+    nodes = nodes_of(process, torch.from_numpy(levels))
     stages = [] if method.stage is None else [1 / method.stage(*pair).rho for pair in pairwise(nodes[:-1])]
     return nodes, np.column_stack([levels[:, :-1], *stages])
-
-
-def nodes_of_levels(process: NoiseProcess, levels: Array) -> list[Node]:
-    """The levels of C schedules [C, steps + 1] as solver nodes, each with arrays [C]."""
-    rho = 1 / levels
-    lam, tau = log_rho(rho), process.sampler_sigma(torch.from_numpy(levels)).numpy()
-    return [Node(rho[:, k], lam[:, k], tau[:, k]) for k in range(levels.shape[1])]

@@ -39,11 +39,14 @@ _IS_SEED = validate.optional(validate.CHECKS["seed"])
 
 
 def nodes_of(process: NoiseProcess, s: Tensor) -> list[Node]:
-    """The levels ``s`` [n] as solver nodes; a last level of 0 has ``rho = lam = inf`` and ``tau = 0``."""
+    """The levels ``s`` [n] as solver nodes; a level of 0 has ``rho = lam = inf`` and ``tau = 0``.
+
+    The nodes of C schedules, from ``s`` [C, n], are arrays [C].
+    """
     values = s.to(torch.float64)
     rho = (1 / values).numpy()
     tau = process.sampler_sigma(values).numpy()
-    return [Node(r, log_rho(r), t) for r, t in zip(rho, tau, strict=True)]
+    return [Node(*each) for each in zip(rho.T, log_rho(rho).T, tau.T, strict=True)]
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ import torch
 from models import exact_denoiser, mixture
 
 import fastsched as fs
-from fastsched.sampling.multistep import Node
 from fastsched.sampling.sampler import answered, integration, nodes_of
 from fastsched.sampling.solvers import SOLVERS, get_solver
 
@@ -70,7 +69,7 @@ def test_integration_of_many_schedules_is_that_of_each(name):
     denoise = lambda y, s: np.tanh(y) + 0.1 * np.asarray(s)  # any function serves, broadcasting over [.., 2]
     start = np.array([0.3, -1.1])
     alone = [nodes_of(process, row) for row in levels]
-    together = [Node(*(np.array(column) for column in zip(*pair, strict=True))) for pair in zip(*alone, strict=True)]
+    together = nodes_of(process, levels)
     method = get_solver(name)
     column = lambda value: np.asarray(value)[..., None]
     queries = integration(together, method, np.tile(start, (2, 1)), s=list(levels.T.numpy()), number=column)
