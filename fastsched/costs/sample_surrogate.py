@@ -13,7 +13,7 @@ coefficients over the known vectors, so each has coordinates instead, in the spa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +22,8 @@ from fastsched.costs.answer_errors import CORRELATION_LENGTH, relative_errors, v
 from fastsched.costs.interpolation_errors import interpolation_errors
 from fastsched.costs.norms import Array
 from fastsched.costs.scalar_jacobian import scalar_jacobian
-from fastsched.costs.surrogate import Surrogate, deviation_scale, nodes_and_levels
+from fastsched.costs.surrogate import Surrogate, deviation_scale, run_along
 from fastsched.measurement.statistics import PathStatistics
-from fastsched.sampling.sampler import answered, integration
 from fastsched.sampling.solvers import Solver
 
 #: Directions of a sample whose squared size is below this fraction of the largest are rounding, and left out.
@@ -89,13 +88,7 @@ class SampleSurrogate:
 
     def run(self, levels: Array, solver: Solver) -> SampleRuns:
         """Run a sampler along C schedules at once, from levels [C, steps + 1], descending to 0."""
-        levels = np.asarray(levels, dtype=np.float64)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            nodes, asked = nodes_and_levels(self.shared.process, levels, solver)
-            found = SampleRuns(self, asked)
-            number = lambda value: np.asarray(value).reshape(-1, 1, 1)
-            found.end = answered(integration(nodes, solver, found.end, s=list(levels.T), number=number), found.denoise)
-        return found
+        return run_along(levels, solver, self.shared.process, partial(SampleRuns, self))
 
 
 class SampleRuns:

@@ -17,9 +17,11 @@ a whole schedule: errors of the steps are passed on and added up with their sign
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,9 +33,11 @@ from fastsched.costs.secants import KnownAnswers, Secants
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.measurement.deviated_paths import asked_levels, positions
 from fastsched.measurement.statistics import PathStatistics
-from fastsched.sampling.multistep import Node, log_rho
+from fastsched.sampling.multistep import log_rho
 from fastsched.sampling.sampler import answered, integration, nodes_of
 from fastsched.sampling.solvers import Solver, get_solver
+
+Runs = TypeVar("Runs", bound=Any)
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,14 +205,8 @@ class Surrogate:
             secants: The secants, which may have more vectors than the measurement; those of the measurement when None.
             offsets: ``log(s_told / s)``, if the network is told ``s_told`` and the state's level is ``s``, [C, steps].
         """
-        method, levels = get_solver(solver), np.asarray(levels, dtype=np.float64)
-        column = lambda value: np.asarray(value)[..., None]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            nodes, asked = nodes_and_levels(self.process, levels, method)
-            found = SurrogateRuns(self, secants or self.secants, asked, offsets)
-            queries = integration(nodes, method, found.end, s=list(levels.T), number=column)
-            found.end = answered(queries, found.denoise)
-        return found
+        begin = lambda asked: SurrogateRuns(self, secants or self.secants, asked, offsets)
+        return run_along(levels, get_solver(solver), self.process, begin)
 
     def scalar_jacobian(self, s: Array) -> Array:
         """``j`` at levels ``s``, interpolated linearly in ``lambda``."""
@@ -305,8 +303,16 @@ def deviation_scale(s: Array) -> Array:
     return np.where(np.isinf(s), 0.0, s)
 
 
-def nodes_and_levels(process: NoiseProcess, levels: Array, method: Solver) -> tuple[list[Node], Array]:
-    """The nodes of C schedules [C, steps + 1], and all levels that `integration` will ask at, [C, evaluations]."""
-    nodes = nodes_of(process, torch.from_numpy(levels))
-    stages = [] if method.stage is None else [1 / method.stage(*pair).rho for pair in pairwise(nodes[:-1])]
-    return nodes, np.column_stack([levels[:, :-1], *stages])
+def run_along(levels: Array, method: Solver, process: NoiseProcess, begin: Callable[[Array], Runs]) -> Runs:
+    """Run a sampler along C schedules [C, steps + 1] at once.
+
+    ``begin`` gets all levels that will be asked, [C, evaluations], and returns what takes the network's place.
+    """
+    levels = np.asarray(levels, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        nodes = nodes_of(process, torch.from_numpy(levels))
+        stages = [] if method.stage is None else [1 / method.stage(*pair).rho for pair in pairwise(nodes[:-1])]
+        found = begin(np.column_stack([levels[:, :-1], *stages]))
+        shaped = lambda value: np.asarray(value).reshape(-1, *[1] * (found.end.ndim - 1))
+        found.end = answered(integration(nodes, method, found.end, s=list(levels.T), number=shaped), found.denoise)
+    return found
