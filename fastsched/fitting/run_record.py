@@ -123,7 +123,8 @@ class RunRecord:
 
     def near(self, anchor: int) -> Neighbourhood:
         """The neighbourhood of a run, with predictions from all runs and the measurement."""
-        trial, norms = self.trials[anchor], self.norms(anchor)
+        trial = self.trials[anchor]
+        norms = Norms(self._gram, trial.errors.numpy())  # relative to each sample's error in this run
         others = [other for other in self.trials if other is not trial]
         return Neighbourhood(
             surrogate=self.surrogate,
@@ -136,10 +137,6 @@ class RunRecord:
             columns=[other.column for other in others],
             least=rounding_of(self.stats),
         )
-
-    def norms(self, anchor: int) -> Norms:
-        """Norms over all vectors, relative to each sample's error in the run ``anchor``."""
-        return Norms(self._gram, self.trials[anchor].errors.numpy())
 
     def secants(self, anchor: int, norms: Norms) -> Secants:
         """The secants of the measurement, and of all runs with known evaluations, for schedules near the ``anchor``."""
