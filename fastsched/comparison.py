@@ -24,7 +24,7 @@ from fastsched.sampling.files import write_whole
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
 from fastsched.sampling.sampler import sample, schedule_solver
-from fastsched.sampling.schedule import Schedule, check_decoupled, check_start, run_sigmas
+from fastsched.sampling.schedule import Schedule, check_decoupled, check_sigmas, check_start
 from fastsched.sampling.solvers import Solver, get_solver
 
 #: Steps of the reference. On a Gaussian mixture, dpmpp_2m with this many steps has a typical squared distance to the
@@ -315,12 +315,9 @@ def _planned(
     denoiser: Denoiser, schedules: Mapping[str, Schedule | Tensor], solver: str | Solver | None
 ) -> dict[str, tuple[Schedule | Tensor, Solver, int]]:
     """The schedule or sigmas, the solver and the steps of each; checked before any model call."""
-    if not isinstance(schedules, Mapping) or not schedules:
-        raise ValueError("schedules must be a dictionary of at least one schedule by name, such as {'mine': schedule}")
-    validate.named("schedules", schedules)
     runs = {}
     for name, schedule in schedules.items():
-        values = run_sigmas(f"schedules[{name!r}]", schedule, to_zero=True)
+        values = check_sigmas(f"schedules[{name!r}]", schedule, to_zero=True)
         if isinstance(schedule, Schedule) and schedule.noise != denoiser.process.kind:
             raise ValueError(
                 f"schedules[{name!r}] is for a {schedule.noise!r} noise process, and the denoiser's is "
@@ -386,7 +383,7 @@ def _warn_of_another(known: Tensor | None, reference: Reference, dtype: torch.dt
 #: Checks of the arguments of `compare`.
 _CHECKS: dict[str, validate.Check] = {
     "denoiser": is_denoiser,
-    "schedules": validate.anything,  # `_planned` checks each schedule
+    "schedules": validate.named,  # `_planned` checks each schedule
     "shape": validate.optional(validate.CHECKS["shape"]),
     "reference": validate.optional(
         partial(validate.instance, kind=Reference, made_by="fastsched.converged_reference returns one")

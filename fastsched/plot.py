@@ -21,7 +21,7 @@ from fastsched.comparison import Comparison
 from fastsched.costs.cost_density import cost_density as cost_density  # `fs.plot.cost_density`
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling import display
-from fastsched.sampling.schedule import Schedule, is_schedule, run_sigmas
+from fastsched.sampling.schedule import Schedule, check_sigmas, is_schedule
 from fastsched.selection.planning import ErrorCurve
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def draw_schedules(axes: Axes, schedules: Mapping[str, Schedule | Tensor], *, fl
     if len(kinds) > 1:
         raise ValueError("schedules must all be in sigmas or all in flow times to share an axis")
     for row, schedule in enumerate(schedules.values()):
-        sigmas = run_sigmas("schedules", schedule)
+        sigmas = check_sigmas("schedules", schedule)
         inside = sigmas[(sigmas > 0) & torch.isfinite(sigmas)].numpy()
         colour, marker = COLOURS[row % len(COLOURS)], MARKERS[row % len(MARKERS)]
         axes.axhline(row, color="#DDDDDD", linewidth=0.8, zorder=0)

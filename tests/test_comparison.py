@@ -199,7 +199,7 @@ def test_an_exact_copy_keeps_a_finite_place(gaussian, converged):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"schedules": {}}, "schedules must be a dictionary"),
+        ({"schedules": {}}, "schedules must hold at least one entry"),
         ({"solver": None}, "solver must be given, because schedules\\['k'\\]"),
         ({"solver": "dpmpp2m"}, "did you mean 'dpmpp_2m'"),
         ({"schedules": {"k": torch.tensor([3.0, 1.0])}}, "schedules\\['k'\\] must end in 0"),

@@ -34,7 +34,7 @@ from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.metrics import power_mean
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.sampler import schedule_solver
-from fastsched.sampling.schedule import Schedule, check_kind, run_sigmas
+from fastsched.sampling.schedule import Schedule, check_kind, check_sigmas
 from fastsched.sampling.solvers import FITTED, Solver
 
 #: Weight of deviations that no secant explains, for the fitted solver, and near schedules that were run
@@ -109,8 +109,8 @@ def predict_error(
         ValueError: If the sigmas do not descend to 0, start below the measured range, lie a thousandfold beyond those
             of the noise process, or belong to a schedule with decoupled levels, which a measurement cannot predict.
     """
-    validate.arguments(locals(), stats=is_statistics, sigmas=run_sigmas)
-    values = run_sigmas("sigmas", sigmas, to_zero=True)
+    validate.arguments(locals(), stats=is_statistics, sigmas=check_sigmas)
+    values = check_sigmas("sigmas", sigmas, to_zero=True)
     check_kind("sigmas", sigmas, stats.process)
     if isinstance(sigmas, Schedule):
         sigmas.check_coupled("a measurement")

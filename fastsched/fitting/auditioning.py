@@ -20,7 +20,7 @@ from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.metrics import power_mean
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import Progress, progress_bar
-from fastsched.sampling.schedule import Schedule, check_kind, check_start, run_sigmas
+from fastsched.sampling.schedule import Schedule, check_kind, check_sigmas, check_start
 from fastsched.sampling.solvers import Solver
 
 #: How many candidates run on all samples.
@@ -148,7 +148,7 @@ def audition(
 CHECKS: dict[str, validate.Check] = {
     "denoiser": is_denoiser,
     "stats": is_statistics,
-    "candidates": validate.anything,
+    "candidates": validate.optional(validate.named),
     "samples": validate.optional(validate.positive_int),
 }
 
@@ -187,14 +187,9 @@ def _checked(
     steps = validate.positive_int("steps", steps)
     if candidates is None:
         return dict(islice(candidates_in_turn(stats, steps, method), CANDIDATES))
-    if not isinstance(candidates, Mapping):
-        raise TypeError(f"candidates must be a dictionary of schedules by name, got {validate.shown(candidates)}")
-    if not candidates:
-        raise ValueError("candidates must hold at least one schedule")
-    validate.named("candidates", candidates)
     chosen = {}
     for name, given in candidates.items():
-        sigmas = run_sigmas(f"candidates[{name!r}]", given)
+        sigmas = check_sigmas(f"candidates[{name!r}]", given)
         check_kind(f"candidates[{name!r}]", given, stats.process)
         try:
             if isinstance(given, Schedule):

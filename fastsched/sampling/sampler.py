@@ -18,7 +18,7 @@ from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling.fitted import fitted_solver
 from fastsched.sampling.multistep import Node, log_rho
 from fastsched.sampling.progress import Progress, progress_bar
-from fastsched.sampling.schedule import Schedule, check_decoupled, check_run, run_sigmas
+from fastsched.sampling.schedule import Schedule, check_decoupled, check_run, check_sigmas
 from fastsched.sampling.solvers import (
     FITTED,
     STOCHASTIC_SOLVERS,
@@ -83,14 +83,14 @@ def sample(
             the schedule, a deterministic one is given a seed, or the network returns NaN or inf (the message names
             the level; on a GPU it may come late).
     """
-    validate.arguments(locals(), denoiser=is_denoiser, sigmas=run_sigmas, seed=_IS_SEED)
+    validate.arguments(locals(), denoiser=is_denoiser, sigmas=check_sigmas, seed=_IS_SEED)
     name = solver if solver is not None else getattr(sigmas, "solver", None)
     if name is None:
         raise ValueError("solver must be given, because the sigmas do not name one")
     if noise is None:
         raise ValueError("noise must be given: standard normal, [B, *shape]")
     check_run("sigmas", sigmas, denoiser)
-    s = denoiser.process.level(run_sigmas("sigmas", sigmas))
+    s = denoiser.process.level(check_sigmas("sigmas", sigmas))
     _warn_of_unknown_levels(denoiser.process, float(s[0]))
     if solver_name(name) in STOCHASTIC_SOLVERS:
         return sample_stochastic(denoiser, sigmas, str(name), noise, seed=seed or 0, dtype=dtype, progress=progress)

@@ -314,7 +314,7 @@ def is_schedule(name: str, value: object) -> Schedule:
     return validate.instance(name, value, Schedule, "fastsched.optimal_schedule and others return one")
 
 
-def run_sigmas(name: str, run: object, *, to_zero: bool = False) -> Tensor:
+def check_sigmas(name: str, run: object, *, to_zero: bool = False) -> Tensor:
     """The sampler sigmas of ``run``, itself sigmas or a `Schedule`; errors as of `validate.descending_sigmas`."""
     if hasattr(run, "sigmas") and not hasattr(run, "solver"):  # the sigmas of statistics are those of a measurement
         raise TypeError(
@@ -344,7 +344,7 @@ def check_start(name: str, run: object, denoiser: Denoiser) -> None:
 
     Variance-exploding states are infinite there, and so is a clean sample computed from a prediction of the noise.
     """
-    sigmas = run_sigmas(name, run)[:1]
+    sigmas = check_sigmas(name, run)[:1]
     if bool(sigmas.isfinite()) or type(denoiser).denoise is not Denoiser.denoise:  # a subclass may know D there
         return
     level = denoiser.process.level(sigmas)

@@ -30,7 +30,7 @@ from fastsched.denoisers.late_reading import sent
 from fastsched.denoisers.network_state import unchanged_buffers
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import normal, sample_seeds, stream
-from fastsched.sampling.schedule import Schedule, check_decoupled, check_run, run_sigmas
+from fastsched.sampling.schedule import Schedule, check_decoupled, check_run, check_sigmas
 from fastsched.sampling.solvers import STOCHASTIC_SOLVERS
 
 _IS_STOCHASTIC = partial(validate.choice, known=STOCHASTIC_SOLVERS)
@@ -61,7 +61,7 @@ def sample_stochastic(
     check_run("sigmas", sigmas, denoiser)
     if isinstance(sigmas, Schedule) and sigmas.network_sigmas is not None:
         check_decoupled(solver)
-    s = denoiser.process.level(run_sigmas("sigmas", sigmas))
+    s = denoiser.process.level(check_sigmas("sigmas", sigmas))
     levels, dtype = s.tolist(), dtype or denoiser.dtype_beside(noise.dtype)
     streams = [stream(value, 1) for value in sample_seeds(seed, len(noise)).tolist()]
     y, before, width_before, verdicts = noise, None, math.inf, verdicts_of(noise, levels[0], denoiser)

@@ -162,7 +162,7 @@ def test_statistics_of_another_network_are_refused(stats):
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"samples": 7}, "samples must be at most the 6 that were measured"),
-     ({"candidates": {}}, "at least one schedule"), ({"solver": "dmpp_2m"}, "did you mean"),
+     ({"candidates": {}}, "at least one entry"), ({"solver": "dmpp_2m"}, "did you mean"),
      ({"candidates": {"a": [1.0, 0.0]}}, r"candidates\['a'\] has 1 steps, not 6"),
      ({"candidates": {"a": [1.0, 2.0, 0.0]}}, r"candidates\['a'\] must strictly descend"),
      ({"candidates": {"a": [1.0, 0.0]}, "solver": "fitted"}, r"candidates\['a'\]: weights must be given")],
