@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.noise import NoiseProcess
+from fastsched.measurement.fingerprints import same_network
 
 
 class ModelCalls(NamedTuple):
@@ -40,6 +41,7 @@ class CostMatrix:
         order: ``p`` in ``cost ~ delta * step^p``, for short steps.
         calls: The model calls that the estimate took.
         seeds: The seed of each sample, [B] int64 (`fastsched.sampling.random_streams`); None if not known.
+        fingerprint: The network's fingerprint (`fastsched.measurement.fingerprints`); None if not known.
     """
 
     name: str
@@ -50,6 +52,7 @@ class CostMatrix:
     order: int
     calls: ModelCalls
     seeds: Tensor | None = field(default=None, repr=False)
+    fingerprint: Tensor | None = field(default=None, repr=False)
 
     @property
     def sigmas(self) -> Tensor:
@@ -93,7 +96,7 @@ class CostMatrix:
 
         Raises:
             TypeError: If ``other`` is no cost.
-            ValueError: If ``other`` is of another cost or of other levels or steps, or repeats a sample.
+            ValueError: If ``other`` is of another cost, network, levels or steps, or repeats a sample.
         """
         is_cost("other", other)
         same = (self.name, self.process) == (other.name, other.process) and torch.equal(self.s, other.s)
@@ -101,6 +104,8 @@ class CostMatrix:
             raise ValueError(
                 f"other must be the same cost, {self.name}, of the same levels and steps, got {other.name}"
             )
+        if not same_network(self.fingerprint, other.fingerprint):
+            raise ValueError("other is of another network, which gave different outputs for the same input")
         seeds = None if self.seeds is None or other.seeds is None else torch.cat([self.seeds, other.seeds])
         repeated = 0 if seeds is None else len(seeds) - len(seeds.unique())
         if repeated:

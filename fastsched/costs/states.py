@@ -119,6 +119,7 @@ class StateSource:
         #: ``D(z; s_k) = denoised_a[k] z + denoised_c[k] R``.
         self.denoised_a, self.denoised_c = a * self.alpha, c
         self.forward_calls = 0
+        self._fingerprint: Tensor | None = None
         self._chosen = None if data is None else _choose(data, self.shape, which, seed)
 
     @property
@@ -181,7 +182,8 @@ class StateSource:
         network = self.denoiser.network
         place, words = (self.device, self.dtype), {"what": "the estimate", "harm": HARM, "result": "the cost is"}
         watched = watched_network(self.denoiser, self.shape, self.batch, *place, **words)
-        with unchanged_buffers(network), watched, checked_training(network, self.device), bar as advance:
+        with unchanged_buffers(network), watched as known, checked_training(network, self.device), bar as advance:
+            self._fingerprint = known
             return torch.cat([estimate(batch, advance).cpu().double() for batch in self.batches()])
 
     def states(self, batch: Batch, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -206,7 +208,7 @@ class StateSource:
     def cost_matrix(self, name: str, pairs: Tensor, per_sample: Tensor, order: int, *, jvp: int = 0) -> CostMatrix:
         """The estimate as a `CostMatrix`, with the calls it took."""
         calls = ModelCalls(self.forward_calls, jvp)
-        return CostMatrix(name, self.process, self.s, pairs, per_sample, order, calls, self.seeds)
+        return CostMatrix(name, self.process, self.s, pairs, per_sample, order, calls, self.seeds, self._fingerprint)
 
     def _follow_path(self, noise: Tensor, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """DPM-Solver++(2M) from the process's highest level, no step longer than `PATH_STEP` in ``log s``."""

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from models import exact_denoisers, vp_table
+from models import exact_denoiser, exact_denoisers, vp_table
 from torch.utils.checkpoint import checkpoint
 
 import fastsched as fs
@@ -64,6 +64,14 @@ def test_ranges_of_samples_merge_into_the_whole(estimate, from_data):
     assert merged.calls == whole.calls
     with pytest.raises(ValueError, match="other must be the same cost"):
         whole.merge(estimate(denoiser, samples=1, **{**settings, "sigmas": denoiser.levels(5)}))
+
+
+def test_costs_of_different_networks_do_not_merge():
+    denoisers = [exact_denoiser(fs.oracles.Gaussian(std, (2,)), 0.05, 10.0) for std in (1.0, 2.0)]
+    settings = {"shape": (2,), "sigmas": [4.0, 2.0, 1.0], "progress": False}
+    first, other = (costs.klub(each, samples=range(n, n + 1), **settings) for n, each in enumerate(denoisers))
+    with pytest.raises(ValueError, match="other is of another network"):
+        first.merge(other)
 
 
 @pytest.mark.parametrize("estimate", ["corrector", "predictor"])
