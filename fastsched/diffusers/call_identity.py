@@ -41,6 +41,7 @@ PARTS = {
     "call": "this pipeline called with the same prompts and arguments",
     "prediction": "the prediction that the pipeline's scheduler is set to (prediction_type)",
     "settings": "the same settings of the pipeline and its networks (guider, FreeU, scales and choice of adapters)",
+    "dtype": "weights in the same dtype",
     "weights": "the same weights and adapters",
 }
 
@@ -71,12 +72,15 @@ def call_identity(pipe: Any, prompts: Sequence[str], call_kwargs: dict[str, Any]
     return "-".join([*digits, "+".join(dtypes)[:40], "" if on_disk else _of_weights(weights)])
 
 
-def check_same_call(name: str, found: Origin | None, identity: str) -> None:
-    """ValueError if a measurement is not of the call ``identity``; weights are compared only if their dtypes agree."""
+def check_same_call(name: str, found: Origin | None, identity: str, *, any_dtype: bool = True) -> None:
+    """ValueError if a measurement is not of the call ``identity``; weights are compared only if their dtypes agree.
+
+    With ``any_dtype`` these may differ.
+    """
     known = "" if found is None or found.fingerprint is None else found.fingerprint
     if known.count("-") != identity.count("-"):
         return  # unknown, or the measurement of a denoiser
-    what = _difference(known, identity)
+    what = _difference(known, identity, any_dtype)
     if what is not None:
         raise ValueError(f"{name} must be of {what}, but is not ({found}); measure this pipeline")
 
@@ -92,13 +96,13 @@ def check_same_calls(identity: str, group: Any) -> None:
             )
 
 
-def _difference(known: str, identity: str) -> str | None:
+def _difference(known: str, identity: str, any_dtype: bool = True) -> str | None:
     """The part in which two identities differ, as in `PARTS`; None if they do not."""
-    *those, dtype, weights = known.split("-")
-    *these, own_dtype, own_weights = identity.split("-")
-    if dtype == own_dtype and weights and own_weights:
-        those, these = [*those, weights], [*these, own_weights]
-    return next((what for one, other, what in zip(those, these, PARTS.values(), strict=False) if one != other), None)
+    one, other = (dict(zip(PARTS, each.split("-"), strict=True)) for each in (known, identity))
+    skipped = {"dtype"} if any_dtype else set()
+    if one["dtype"] != other["dtype"] or not (one["weights"] and other["weights"]):
+        skipped.add("weights")
+    return next((what for part, what in PARTS.items() if part not in skipped and one[part] != other[part]), None)
 
 
 def _with_usual_size(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
         try:
             network_id, ask = _identified(run, batches, found, seeds)
             known = found is not None and found.fingerprint is not None
-            origin = origin_now(network_name(run.denoiser.network), network_id)
+            origin = origin_now(network_name(run.denoiser.network), network_id, dtype=str(run.dtype))
             whole, kept = _with_room(run, batches, found, len(seeds))  # after the first checks, which take memory too
             parts = seeds.split(batches.size) if len(seeds) else ()
             for n, part_seeds in enumerate(parts):
@@ -141,13 +141,15 @@ def resumed(
     if file is None or not os.path.exists(file):
         return None
     found, different = PathStatistics.load(file), None
-    own = run.denoiser.process
+    own, dtype = run.denoiser.process, None if found.origin is None else found.origin.dtype
     if found.process.to_dict() != own.to_dict():
         different = "another noise process"
     elif not torch.equal(found.s, run.s):
         different = f"other levels ({found.levels} of them)"
     elif found.shape != batches.shape:
         different = f"shape {found.shape}"
+    elif dtype not in (None, str(run.dtype)):
+        different = f"dtype {dtype}"
     elif found.deviated != run.deviated:
         different = "responses" if found.deviated else "no responses"
     elif not bool(torch.isin(found.seeds, batches.seeds).all()):

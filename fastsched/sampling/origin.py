@@ -33,6 +33,7 @@ class Origin:
         date: The day of the measurement, UTC, ``YYYY-MM-DD``.
         version: The version of fastsched.
         model_calls: Network evaluations spent, the measurement included; a batch of B counts as B.
+        dtype: What a denoiser's network computed in when it was measured, such as ``"torch.bfloat16"``.
     """
 
     model: str | None = None
@@ -43,6 +44,7 @@ class Origin:
     date: str | None = None
     version: str | None = None
     model_calls: int | None = None
+    dtype: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The entries that are known."""

@@ -46,6 +46,8 @@ def test_a_checkpoint_of_another_call_is_refused(tmp_path):
             fs.diffusers.measure(pipe, **changed, **OPTIONS, checkpoint=file)
     with pytest.raises(ValueError, match=r"part\.safetensors must be of the same weights and adapters"):
         fs.diffusers.measure(other_weights(pipe), **call, **OPTIONS, guidance_scale=5.0, checkpoint=file)
+    with pytest.raises(ValueError, match=r"part\.safetensors must be of weights in the same dtype"):
+        fs.diffusers.measure(pipe.to(torch.bfloat16), **call, **OPTIONS, guidance_scale=5.0, checkpoint=file)
 
 
 def test_statistics_of_another_call_are_refused():

@@ -111,6 +111,17 @@ def test_more_samples_are_not_added_to_the_measurement_of_a_fit(whole):
     same(fit(Failing(), checkpoint=whole[2]), whole[0])
 
 
+@pytest.mark.parametrize("begun", [torch.float32, torch.float64])
+def test_an_unfinished_measurement_goes_on_in_its_own_dtype(tmp_path, begun):
+    path, other = tmp_path / "fit.safetensors", {torch.float32: torch.float64, torch.float64: torch.float32}[begun]
+    with pytest.raises(KeyboardInterrupt):
+        fit(Failing(50, KeyboardInterrupt()), checkpoint=path, dtype=begun)
+    assert fs.PathStatistics.load(path).samples < SAMPLES
+    with pytest.raises(ValueError, match=f"was measured with dtype {begun}; resume it with the same settings"):
+        fit(Failing(), checkpoint=path, dtype=other)
+    fit(Failing(), checkpoint=path, dtype=begun)
+
+
 def test_another_networks_checkpoint_is_refused(whole):
     with pytest.raises(ValueError, match="another one than that of the earlier measurement"):
         fit(Failing(oracle=mixture(5, seed=1)), checkpoint=whole[2])
