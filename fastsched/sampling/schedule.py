@@ -39,7 +39,8 @@ class Schedule:
     """The noise levels of one sampling run.
 
     It does not change: its tensors are copied when they are read. Two schedules are equal (``==``) if samplers use them
-    alike, whatever their errors and origins.
+    alike, whatever their errors and origins. ``dataclasses.replace`` keeps the errors and the origin: give None in
+    their place where other sigmas are not merely rounded.
 
     Attributes:
         sigmas: Sampler sigmas [steps + 1], float64, strictly descending, the last 0: k-diffusion's convention.
