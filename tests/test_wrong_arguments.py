@@ -67,7 +67,6 @@ def test_files_of_the_other_kind_are_named(tmp_path):
     ("name", "meant"),
     [
         ("DPM++ 2M Karras", "did you mean 'dpmpp_2m'"),
-        ("Euler a", "did you mean 'ancestral'"),
         ("DPMSolverMultistepScheduler", "did you mean 'dpmpp_2m'"),
         ("UniPC", "did you mean 'unipc'"),
         ("PLMS", "'ipndm' is the nearest"),

@@ -45,7 +45,7 @@ def chosen_solver(solver: str | Solver) -> Solver:
     """The solver to choose a schedule for, a stock one or `FITTED_SOLVER`; ValueError if none has this name."""
     if isinstance(solver, Solver):
         return solver
-    return FITTED_SOLVER if solver_name(solver) == FITTED else get_solver(solver)
+    return FITTED_SOLVER if solver_name(solver, stochastic=False) == FITTED else get_solver(solver)
 
 
 def checked_weights(weights: Tensor | Sequence[Sequence[float]], steps: int | None = None) -> Tensor:

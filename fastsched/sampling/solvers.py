@@ -155,11 +155,11 @@ FITTED = "fitted"
 STOCHASTIC_SOLVERS = ("sde_dpmpp_2m", "ancestral")
 
 
-def solver_name(solver: str | Solver) -> str:
-    """The name of a solver, also a stochastic one, aliases resolved; ValueError, with the nearest, if there is none."""
+def solver_name(solver: str | Solver, *, stochastic: bool = True) -> str:
+    """The name of a solver, aliases resolved; ValueError, with the nearest, if there is none."""
     if isinstance(solver, Solver):
         return solver.name
-    known = _known(solver, [*SOLVERS, *ALIASES, *STOCHASTIC_SOLVERS, FITTED])
+    known = _known(solver, [*SOLVERS, *ALIASES, *(STOCHASTIC_SOLVERS if stochastic else ()), FITTED])
     return ALIASES.get(known, known)
 
 
@@ -167,26 +167,27 @@ def get_solver(solver: str | Solver) -> Solver:
     """The deterministic solver of that name; ValueError, with the nearest name, if there is none."""
     if isinstance(solver, Solver):
         return solver
-    name = ALIASES.get(solver, solver) if isinstance(solver, str) else ""
-    if name in STOCHASTIC_SOLVERS:
-        raise ValueError(
-            f"solver must be deterministic here, got {solver!r}, which adds noise; fastsched.select chooses schedules "
-            "for it from a cost such as fastsched.costs.klub"
-        )
-    if name == FITTED:
+    if isinstance(solver, str) and solver == FITTED:
         raise ValueError(
             "solver must be a stock one here, got 'fitted', whose weights belong to a schedule; pass the Schedule that "
             "fastsched.optimal_schedule or fastsched.fit returned with solver='fitted'"
         )
-    if name not in SOLVERS:
-        _known(solver, [*SOLVERS, *ALIASES])
-    return SOLVERS[name]
+    known = _known(solver, [*SOLVERS, *ALIASES])
+    return SOLVERS[ALIASES.get(known, known)]
 
 
 def _known(solver: object, names: list[str]) -> str:
-    """Like `validate.choice`; for a sampler's name in a menu or another library, the error suggests its name here."""
+    """Like `validate.choice`; for a sampler's name in a menu or another library, the error suggests its name here.
+
+    A stochastic solver that is not among ``names`` is refused as such, by whatever name.
+    """
     if isinstance(solver, str) and solver not in names:
         found, _ = known_as(solver, names)
+        if (found or solver) in set(STOCHASTIC_SOLVERS) - set(names):
+            raise ValueError(
+                f"solver must be deterministic here, got {solver!r}, which adds noise; fastsched.select chooses "
+                "schedules for it from a cost such as fastsched.costs.klub"
+            )
         if found is not None:
             known = ", ".join(map(repr, names))
             raise ValueError(f"solver must be one of {known}, got {solver!r}; did you mean {found!r}?")

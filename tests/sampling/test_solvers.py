@@ -13,7 +13,7 @@ from scipy import integrate
 import fastsched as fs
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.multistep import Node
-from fastsched.sampling.solvers import SOLVERS, get_solver
+from fastsched.sampling.solvers import SOLVERS, get_solver, solver_name
 
 ORACLE = mixture(d=3)
 DENOISER = exact_denoiser(ORACLE)
@@ -264,6 +264,23 @@ def test_order_of_convergence(name, order, converged):
 def test_where_the_fitted_solver_is_allowed_it_is_suggested():
     with pytest.raises(ValueError, match="did you mean 'fitted'"):
         chosen_solver("fited")
+
+
+@pytest.mark.parametrize("choose", [chosen_solver, get_solver])
+@pytest.mark.parametrize(
+    "name", ["euler_ancestral", "Euler a", "EulerAncestralDiscreteScheduler", "DPM++ 2M SDE Karras"]
+)
+def test_a_stochastic_solver_by_another_name_is_not_suggested_where_it_is_refused(choose, name):
+    with pytest.raises(ValueError, match="solver must be deterministic here"):
+        choose(name)
+    with pytest.raises(ValueError, match=r"did you mean '(ancestral|sde_dpmpp_2m)'"):
+        solver_name(name)
+
+
+def test_a_misspelt_stochastic_solver_is_not_suggested_where_it_is_refused():
+    with pytest.raises(ValueError, match="solver must be one of") as refusal:
+        chosen_solver("ancestrall")
+    assert "ancestral'" not in str(refusal.value)
 
 
 def test_unknown_solver_names_the_nearest():
