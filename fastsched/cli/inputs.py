@@ -171,6 +171,11 @@ def load_statistics(path: Path) -> PathStatistics:
     return PathStatistics.load(path)
 
 
+def known_samples(checkpoint: Path | None) -> int:
+    """How many samples a measurement that goes on from a file has already; 0 if there is none."""
+    return load_statistics(checkpoint).samples if checkpoint is not None and checkpoint.is_file() else 0
+
+
 def load_schedule(path: Path) -> Schedule:
     """The schedule in a file; raises what `Schedule.load` raises."""
     from fastsched.sampling.schedule import Schedule

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -109,7 +107,7 @@ def _measured_pipeline(
     count, output = inputs.sample_range(samples, PIPELINE_SAMPLES), output.absolute()  # the model may change the folder
     pipe, arguments = source.pipeline()
     levels, calls = settings["levels"], spending.calibrating(spending.least_samples(pipe, source.prompts, arguments))
-    left = calls(levels, count) - calls(levels, range(_known_samples(output, settings["resume"])))
+    left = calls(levels, count) - calls(levels, range(inputs.known_samples(output) if settings["resume"] else 0))
     spending.say(f"{max(0, left):,} to measure", dry_run)
     settings |= {"samples": count, "prompts": source.prompts, "checkpoint": output, "progress": not source.quiet}
     with inputs.named_as_options():
@@ -125,17 +123,12 @@ def _measured_denoiser(
 
     count, output = inputs.sample_range(samples, SAMPLES), output.absolute()  # the model may change the folder
     model, sizes = source.denoiser()
-    known = _known_samples(output, settings["resume"])
+    known = inputs.known_samples(output) if settings["resume"] else 0
     left = max(0, (len(count) if isinstance(count, range) else count) - known)
     calls = spending.measuring_calls(model, settings["levels"], left, settings["responses"])
     spending.say(f"{calls:,} to measure", dry_run)
     settings |= source.running | {"samples": count, "batch_size": source.batch_size or 4}
     return measure_to_file(model, sizes, output, **settings)
-
-
-def _known_samples(output: Path, resume: bool) -> int:
-    """How many samples a measurement that is resumed has already."""
-    return inputs.load_statistics(output).samples if resume and output.is_file() else 0
 
 
 def fit(
@@ -201,33 +194,28 @@ def fit(
 def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool, options: dict[str, Any]) -> Schedule:
     """The schedule of a pipeline or a denoiser, under one progress bar."""
     import fastsched as fs
-    from fastsched.fitting.budget import default_total, planned, takes_responses
+    from fastsched.fitting.budget import default_total, planned
 
     model: Any
     given: Any  # arguments of a pipeline's call, or the shape of a denoiser's samples
     model, given = source.pipeline() if source.is_pipeline else source.denoiser()
-    least = spending.least_samples(model, source.prompts, given) if source.is_pipeline else 1
-    total = default_total(least) if options["model_calls"] is None else options["model_calls"]
-    responses = source.is_pipeline or takes_responses(total, math.prod(given), solver or "dpmpp_2m")
-    if options["stats"] is None:
-        asked = total, steps, options["levels"], options["samples"]
-        options["levels"], options["samples"] = planned(*asked, least=least, responses=responses)
-        if source.is_pipeline:
-            options["model_calls"] = total
     if source.is_pipeline:
+        least = spending.least_samples(model, source.prompts, given)
+        if options["stats"] is None:
+            budget = default_total(least) if options["model_calls"] is None else options["model_calls"]
+            levels, samples = planned(budget, steps, options["levels"], options["samples"], least=least)
+            options |= {"model_calls": budget, "levels": levels, "samples": samples}
         _check_scheduler(model.scheduler, steps, solver, options["decoupled"])
-        cost = spending.say_fitting(spending.calibrating(least), options, dry_run)
+        cost = spending.pipeline_fit_calls(spending.calibrating(least), options)
         options = {"solver": solver, "prompts": source.prompts, **given} | options
     else:
-        measuring = lambda levels, count: spending.measuring_calls(model, levels, count, responses)
-        # With --stats the paths are followed again, unless the file holds the increments that tuning needs.
-        repeating = partial(spending.repeating_calls, model)
-        cost = spending.say_fitting(measuring, options, dry_run, repeating)
         options = source.running | options | {"shape": given, "solver": solver or "dpmpp_2m"}
+        cost = spending.denoiser_fit_calls(model, steps, options)
+    total = spending.say_fitting(*cost, options, dry_run)
     kept = "nothing was written" if options["checkpoint"] is None else "the same command goes on from the checkpoint"
     with (
         shell.errors_in_a_line(f"interrupted; {kept}"),
-        shell.joint_bar(cost, not source.quiet, "fitting") as progress,
+        shell.joint_bar(total, not source.quiet, "fitting") as progress,
         inputs.named_as_options(),
     ):
         run: Any = fs.diffusers.fit if source.is_pipeline else fs.fit

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from fastsched.cli import inputs
 from fastsched.cli.shell import note
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fastsched.denoisers.denoiser import Denoiser
-    from fastsched.measurement.statistics import PathStatistics
 
 
-def measuring_calls(
-    model: Denoiser, levels: int | Tensor, samples: int, responses: bool, *, checks: bool = True
-) -> int:
-    """The model calls of a denoiser's measurement, counted per sample; ``checks`` adds those of the network checks."""
+def measuring_calls(model: Denoiser, levels: int | Tensor, samples: int, responses: bool) -> int:
+    """The model calls of a denoiser's measurement and the checks of its network, counted per sample."""
     from fastsched.fitting import budget
     from fastsched.measurement.measuring import measured_levels
     from fastsched.measurement.network_checks import CHECK_CALLS
 
     paths = budget.measuring_calls(len(measured_levels(model, levels)), samples, responses=responses)
-    return paths + CHECK_CALLS * (checks and samples > 0)
+    return paths + CHECK_CALLS * (samples > 0)
 
 
 def least_samples(pipe: Any, prompts: list[str] | None, arguments: dict[str, Any]) -> int:
@@ -43,13 +42,38 @@ def calibrating(least: int) -> Callable[[Any, Any], int]:
     return partial(calibration_calls, least=least)
 
 
-def repeating_calls(model: Denoiser, stats: PathStatistics) -> int:
-    """The model calls of following the paths of statistics once more; none if the file has their increments."""
-    try:
-        calls = measuring_calls(model, stats.s, stats.samples, bool(stats.deviated), checks=False)
-    except ValueError as error:
-        raise ValueError(f"stats are of another noise process than this model's: {error}") from None
-    return calls if stats.increments is None else 0
+def denoiser_fit_calls(model: Denoiser, steps: int, options: dict[str, Any]) -> tuple[int, int]:
+    """The model calls of a fit's measurement, and how many of them its checkpoint lacks; after the fit's own checks.
+
+    Following the paths of given statistics once more, which is done unless their file holds increments, is not counted
+    in the fit's total.
+    """
+    from fastsched.fitting import budget
+    from fastsched.fitting.denoiser_fit import prepared_fit
+    from fastsched.measurement.network_checks import CHECK_CALLS
+    from fastsched.sampling.fitted import chosen_solver
+
+    stats, given, solver = options["stats"], options["model_calls"], chosen_solver(options["solver"])
+    settings = {name: value for name, value in options.items() if name not in ("shape", "solver", "model_calls")}
+    total = budget.TOTAL if given is None else given
+    found = prepared_fit(model, options["shape"], steps, solver, total, None, **settings, checks=True)
+    if found is not None:
+        run, batches, known = found
+        count = len(batches.seeds)
+        left = count - (0 if known is None else known.samples)
+        return run.calls * count + CHECK_CALLS, run.calls * left + CHECK_CALLS * (left > 0)
+    if stats.increments is not None or given == 0:
+        return 0, 0
+    left = stats.samples - inputs.known_samples(options["checkpoint"])
+    return 0, budget.measuring_calls(stats.levels, left, responses=bool(stats.deviated))
+
+
+def pipeline_fit_calls(calls: Callable[[Any, Any], int], options: dict[str, Any]) -> tuple[int, int]:
+    """The same of a pipeline, whose measurement takes ``calls(levels, samples)``."""
+    if options["stats"] is not None:
+        return 0, 0
+    whole = calls(options["levels"], options["samples"])
+    return whole, whole - calls(options["levels"], range(inputs.known_samples(options["checkpoint"])))
 
 
 def say(cost: str, dry_run: bool) -> None:
@@ -59,29 +83,24 @@ def say(cost: str, dry_run: bool) -> None:
         raise typer.Exit
 
 
-def say_fitting(
-    measuring: Callable[[Any, Any], int],
-    options: dict[str, Any],
-    dry_run: bool,
-    repeating: Callable[[Any], int] = lambda stats: 0,
-) -> int:
-    """Print the cost of a fit: of its measurement, new or repeated for given statistics, and of its runs.
+def say_fitting(whole: int, left: int, options: dict[str, Any], dry_run: bool) -> int:
+    """Print the cost of a fit: ``left`` calls of the ``whole`` measurement, and its runs.
 
     Returns:
         The calls that the progress bar counts; repeating a measurement is not among them.
     """
     from fastsched.fitting.budget import TOTAL, calls_left
     from fastsched.fitting.loop import MODEL_CALLS
+    from fastsched.sampling.files import runs_beside
 
-    given, stats = options["model_calls"], options["stats"]
-    if stats is not None:
-        later = MODEL_CALLS if given is None else given
-        calls = repeating(stats) if later else 0
-    else:
-        calls = measuring(options["levels"], options["samples"])
-        later = calls_left(TOTAL if given is None else given, calls)
-    say(f"{calls:,} to measure, at most {later:,} to run and tune schedules", dry_run)
-    return later if stats is not None else calls + later
+    given, new, checkpoint = options["model_calls"], options["stats"] is None, options["checkpoint"]
+    usual = TOTAL if new else MODEL_CALLS
+    later = calls_left(usual if given is None else given, whole)
+    kept = checkpoint is not None and Path(runs_beside(checkpoint)).is_file()
+    less = ", less the runs in the checkpoint" if kept else ""
+    left = max(0, left)  # a checkpoint of another call, which the fit refuses, may hold more
+    say(f"{left:,} to measure, at most {later:,} to run and tune schedules{less}", dry_run)
+    return later + left * new
 
 
 def say_comparing(reference: int, runs: int, dry_run: bool) -> None:

@@ -120,14 +120,13 @@ def fit_report(
     validate.arguments(locals(), **CHECKS)
     steps, model_calls, batch_size = map(_plain, (steps, model_calls, batch_size))
     method, decoupled, checkpoint = chosen_solver(solver), bool(decoupled), absolute_file(checkpoint)
-    if decoupled:
-        check_decoupled(method.name)
     batch = 1 if batch_size is None and checkpoint is not None else batch_size
     budget = model_calls if model_calls is not None else TOTAL if stats is None else MODEL_CALLS
     log_file = None if checkpoint is None else runs_beside(checkpoint, *rank_and_size(group))
     options = {"batch_size": batch, "device": device, "dtype": dtype}
     settings = {**options, "seed": seed, "checks": checks, "checkpoint": checkpoint, "progress": progress}
-    plan = partial(_prepared, denoiser, shape, stats, levels, samples, steps, method, budget, log_file, **settings)
+    asked = {"stats": stats, "levels": levels, "samples": samples, "decoupled": decoupled}
+    plan = partial(prepared_fit, denoiser, shape, steps, method, budget, log_file, **asked, **settings)
     measuring = prepare_together(plan, group)  # raises before any call is made
     what = {"steps": steps, "solver": method.name, "model_calls": model_calls, "decoupled": decoupled or None}
     best, given = None, stats is not None
@@ -168,22 +167,29 @@ CHECKS: dict[str, validate.Check] = {
 }
 
 
-def _prepared(
+def prepared_fit(
     denoiser: Denoiser,
     shape: Sequence[int],
-    stats: PathStatistics | None,
-    levels: int | Tensor | Sequence[float] | None,
-    samples: int | range | None,
     steps: int,
     method: Solver,
     budget: int,
     log_file: str | None,
+    *,
+    stats: PathStatistics | None,
+    levels: int | Tensor | Sequence[float] | None,
+    samples: int | range | None,
+    decoupled: bool,
     **settings: Any,
 ) -> tuple[Measurement, Batches, PathStatistics | None] | None:
     """What to measure (`prepared`); None for given statistics. What cannot work raises before any call is made."""
+    if decoupled:
+        check_decoupled(method.name)
     if log_file is not None:
         check_writable(log_file)
     if stats is not None:
+        known, own = stats.process.kind, denoiser.process.kind
+        if known != own:
+            raise ValueError(f"stats are of another noise process than this model's: {known!r}, not {own!r}")
         if tuple(shape) != stats.shape:
             raise ValueError(f"stats are of samples of shape {stats.shape}, not of shape {tuple(shape)}")
         check_levels(steps, stats.levels, method)

@@ -14,6 +14,7 @@ import fastsched as fs
 from fastsched.cli import comparing, making, shell
 from fastsched.cli.commands import app
 from fastsched.denoisers.loading import load_denoiser
+from fastsched.sampling.files import runs_beside
 
 QUICK = ("--shape", "2,3", "--samples", "2", "--levels", "12", "--model-calls", "111", "-q")
 
@@ -69,6 +70,27 @@ def test_a_dry_run_needs_no_output(model, command):
     result = run(*asked)
     assert result.exit_code == 2
     assert one_line(result) == "error: output must be given: -o FILE; only --dry-run needs none"
+
+
+def test_a_dry_run_makes_the_fits_own_checks(folder, model):
+    asked = ("fit", model, "--steps", "4", "--dry-run")
+    result = run(*asked, "--shape", "2,3", "--solver", "heun", "--decoupled")
+    assert "one call a step for decoupled levels" in one_line(result)
+    result = run(*asked, "--shape", "3,2", "--stats", folder / "s.safetensors")
+    assert one_line(result) == "error: stats are of samples of shape (2, 3), not of shape (3, 2)"
+
+
+def test_the_cost_of_a_fit_is_without_what_its_checkpoint_has(model, tmp_path):
+    kept = tmp_path / "kept.safetensors"
+    asked = ("fit", model, "--steps", "3", "--levels", "8", "--shape", "2,3", "--model-calls", "75")
+    asked += ("--samples", "3", "--checkpoint", kept)
+    assert run(*asked, "-q", "-o", tmp_path / "a.json").exit_code == 0
+    said = run(*asked, "--dry-run").stderr
+    assert said.strip().endswith("0 to measure, at most 26 to run and tune schedules, less the runs in the checkpoint")
+    os.remove(runs_beside(kept))
+    fs.PathStatistics.load(kept).select([0]).save(kept, vectors=True)
+    unfinished = run(*asked, "--dry-run").stderr
+    assert "35 to measure, at most 26 to run and tune schedules\n" in unfinished
 
 
 def test_measuring_and_fitting_are_one_bar(capsys):
