@@ -36,7 +36,7 @@ from fastsched.fitting.interrupts import BestSoFar, interrupted_schedule
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, check_levels, fit_by_running
 from fastsched.fitting.rollouts import Run
 from fastsched.fitting.run_log import RunLog, identity, logged
-from fastsched.measurement.devices import prepare_together, rank_and_size
+from fastsched.measurement.devices import check_together, prepare_together, rank_and_size
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import absolute_file, check_writable, runs_beside
 from fastsched.sampling.fitted import chosen_solver
@@ -91,7 +91,7 @@ def fit(
     Raises:
         ValueError: If an argument is out of range or of another call, or the scheduler or all samples cannot be used.
     """
-    validate.arguments(locals(), **CHECKS)
+    check_together(locals(), **CHECKS)
     calls = prepare_together(lambda: checked_calls(pipe, prompts, call_kwargs, prompts_per_call), group)
     name = prepare_together(lambda: _checked(pipe, steps, solver, checkpoint, audition, decoupled), group)
     check_group(stats, group, steps=steps, solver=name, audition=audition, decoupled=decoupled, model_calls=model_calls)

@@ -28,6 +28,7 @@ from fastsched.measurement.batches import Batches, carry, finished_part, is_out_
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.devices import (
     check_alike,
+    check_together,
     own_file,
     parts_of_group,
     prepare_together,
@@ -105,7 +106,7 @@ def measure(
         >>> schedule = fs.optimal_schedule(stats, steps=8, solver="dpmpp_2m")
         >>> fs.diffusers.apply(schedule, pipe)
     """
-    validate.arguments(locals(), **CHECKS)
+    check_together(locals(), **CHECKS)
     settings = {"levels": validate.levels("levels", levels), "samples": samples, "seed": seed, "prompts": prompts}
     settings |= {"keep_increments": keep_increments, "prompts_per_call": prompts_per_call, "progress": progress}
     try:

@@ -22,7 +22,7 @@ from fastsched.fitting.loop import MODEL_CALLS, FitReport, affordable, check_lev
 from fastsched.fitting.rollouts import Run, Runner
 from fastsched.fitting.run_log import RunLog, identity
 from fastsched.measurement.batches import Batches
-from fastsched.measurement.devices import measured_in_group, prepare_together, rank_and_size
+from fastsched.measurement.devices import check_together, measured_in_group, prepare_together, rank_and_size
 from fastsched.measurement.measuring import check_same_network, prepared, with_increments
 from fastsched.measurement.network_checks import CHECK_CALLS
 from fastsched.measurement.path_following import Measurement
@@ -117,7 +117,7 @@ def fit_report(
     progress: Progress = True,
 ) -> FitReport:
     """`fit`, returning the full report."""
-    validate.arguments(locals(), **CHECKS)
+    check_together(locals(), **CHECKS)
     steps, model_calls, batch_size = map(_plain, (steps, model_calls, batch_size))
     method, decoupled, checkpoint = chosen_solver(solver), bool(decoupled), absolute_file(checkpoint)
     batch = 1 if batch_size is None and checkpoint is not None else batch_size
@@ -137,15 +137,15 @@ def fit_report(
             stats = measured_in_group(*measuring, group, vectors="first")
             budget = max(0, budget - stats.model_calls)
         assert stats is not None  # given, or measured now
-        if checks and given and stats.increments is not None:
-            spent = check_same_network(denoiser, stats, device, dtype)
+        if kept:
+            same = partial(check_same_network, denoiser, stats, device, dtype)
+            spent = prepare_together(same if checks else lambda: 0, group)
             stats = replace(stats, model_calls=stats.model_calls + spent)
         lacking = given and stats.increments is None  # a new measurement has none in processes after the first
         if lacking and affordable(method.model_calls(steps), stats.samples, budget) and steps > 1:
             stats = with_increments(denoiser, stats, checkpoint=checkpoint, group=group, **options)
         runner, calls = Runner(denoiser, stats, method, **options, checks=checks), method.model_calls(steps)
-        if log_file is not None:
-            runner.cache = RunLog(log_file, identity(stats, **what, batch_size=batch, dtype=str(runner.dtype))).run
+        prepare_together(partial(_keep_runs, runner, log_file, stats, **what, batch_size=batch), group)
         best = BestSoFar(runner, stats)
         work = partial(_fitted, best, steps=steps, method=method, calls=calls, budget=budget, decoupled=decoupled)
         with progress_bar(budget, progress, "fitting") as runner.advance:
@@ -200,6 +200,12 @@ def prepared_fit(
     calls_left(budget, run.calls * len(batches.seeds) + CHECK_CALLS * settings["checks"])
     check_levels(steps, len(run.s), method)
     return run, batches, known
+
+
+def _keep_runs(runner: Runner, log_file: str | None, stats: PathStatistics, **what: Any) -> None:
+    """Let a runner take the runs that a file holds from it, and add the others to it."""
+    if log_file is not None:
+        runner.cache = RunLog(log_file, identity(stats, **what, dtype=str(runner.dtype))).run
 
 
 def _plain(number: Any) -> Any:

@@ -12,13 +12,14 @@ import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.measurement.batches import Batches, carry, measured, resumed
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.memory import PIECE
@@ -144,6 +145,12 @@ def prepare_together(prepare: Callable[[], Result], group: Any) -> Result:
     if error is not None:
         raise error
     return result
+
+
+def check_together(given: Mapping[str, Any], **checks: validate.Check) -> None:
+    """`validate.arguments` for a function with a ``group``: what is wrong in one process is an error in all."""
+    validate.arguments({"group": given["group"]})
+    prepare_together(partial(validate.arguments, given, **checks), given["group"])
 
 
 def broadcast_by_first(value: Any, group: Any) -> Any:

@@ -17,7 +17,7 @@ from fastsched.denoisers.network_state import check_evaluation_mode, unchanged_b
 from fastsched.denoisers.noise import check_near
 from fastsched.measurement.batches import Batches, finished_part, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
-from fastsched.measurement.devices import measured_in_group, prepare_together
+from fastsched.measurement.devices import check_together, measured_in_group, prepare_together
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.network_checks import fingerprint
 from fastsched.measurement.path_following import Measurement
@@ -86,7 +86,7 @@ def measure(
         MemoryError: Before the first call, if memory does not suffice; the message says what to lower.
         RuntimeError: If another process failed; ``error.partial`` holds what was finished.
     """
-    validate.arguments(locals(), denoiser=is_denoiser)
+    check_together(locals(), denoiser=is_denoiser)
     settings = {name: value for name, value in locals().items() if name != "group"}
     run, batches, known = prepare_together(partial(prepared, **settings), group)
     try:
@@ -151,9 +151,10 @@ def with_increments(
     if stats.increments is not None:
         return stats
     batches = Batches.of(stats.shape, stats.seeds, batch_size, checkpoint, checks=False, progress=False)
-    check_calls = check_same_network(denoiser, stats, device, dtype)
     run = measurement_of(denoiser, stats.s, device, dtype, stats.response_gram is not None, keep_increments=True)
-    again = measured_in_group(run, batches, resumed(checkpoint, run, batches), group, vectors="first")
+    begun = lambda: (check_same_network(denoiser, stats, device, dtype), resumed(checkpoint, run, batches))
+    check_calls, found = prepare_together(begun, group)
+    again = measured_in_group(run, batches, found, group, vectors="first")
     return replace(
         stats,
         increments=again.increments,

@@ -17,6 +17,7 @@ from models import mixture
 
 import fastsched as fs
 from fastsched.measurement import devices
+from fastsched.sampling.files import runs_beside
 
 
 def of_pipelines(folder, group):
@@ -78,6 +79,20 @@ def failed(denoiser, options, rank, name):
     return text_of_error(fs.fit if "steps" in given else fs.measure, **given)
 
 
+def refused(denoiser, options, rank, folder):
+    """What calls say if process 1 alone has arguments of a wrong type, a damaged file of runs, or another network."""
+    wrong = {**options, "seed": (0, "one")[rank]}
+    said = [text_of_error(fs.measure, denoiser, (4,), **wrong), text_of_error(fs.fit, denoiser, (4,), 4, **wrong)]
+    Path(runs_beside(folder / "runs.safetensors", 1, 2)).write_bytes(b"no runs")
+    said.append(text_of_error(fs.fit, denoiser, (4,), 4, checkpoint=folder / "runs.safetensors", **options))
+    own = fs.Denoiser.from_denoiser(mixture(seed=rank).denoise, 0.02, 20.0)
+    for keep in (False, True):
+        stats = fs.measure(denoiser, (4,), levels=12, samples=2, keep_increments=keep, progress=False)
+        given = {**options, "levels": None, "samples": None, "stats": stats}
+        said.append(text_of_error(fs.fit, own, (4,), 4, **given))
+    return said
+
+
 def of_other_pipelines(folder, group):
     """What measuring and fitting a pipeline says if each process gives another argument of a name."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "diffusers"))
@@ -97,6 +112,8 @@ def of_other_pipelines(folder, group):
         said.append(text_of_error(fs.diffusers.fit, text_pipeline(), **given))
     wrong = {**usual, "prompts": [] if rank == 1 else PROMPTS}
     said.append(text_of_error(fs.diffusers.measure, text_pipeline(), **wrong))
+    for call in (fs.diffusers.measure, partial(fs.diffusers.fit, steps=4)):
+        said.append(text_of_error(call, text_pipeline(), **{**usual, "seed": (0, "one")[rank]}))
     said.append(text_of_error(fs.diffusers.fit, text_pipeline(), steps=4, **wrong))
     said.append(text_of_error(fs.diffusers.fit, text_pipeline(), steps=4, **{**usual, "levels": 12 - 8 * rank}))
     (folder / f"other pipelines-{rank}.json").write_text(json.dumps(said))
@@ -105,7 +122,7 @@ def of_other_pipelines(folder, group):
 def text_of_error(function, *given, **options):
     try:
         function(*given, **options)
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         return str(error)
     return None
 
@@ -150,6 +167,7 @@ def run(task, folder, group):
             (folder / "damaged.part-1-of-2.safetensors").write_bytes(b"no statistics")
             said = [text_of_error(fs.measure, denoiser, (4,), checkpoint=folder / "damaged.safetensors", **options)]
             said.append(text_of_error(fs.fit, denoiser, (4,), 4 + 20 * rank, **options))
+            said += refused(denoiser, options, rank, folder)
             report = {"failed": said}
         elif task in ("fit", "fit fails", "fit dies"):
             schedule = fs.fit(denoiser, (4,), 4, model_calls=400, **options)

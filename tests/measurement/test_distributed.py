@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,7 +165,8 @@ def test_a_refusal_in_one_process_reaches_the_others(run):
     reports, _, printed = run("refused")
     assert None not in reports, printed
     for other, own in zip(*(report["failed"] for report in reports), strict=True):
-        assert other == f"process 1 of the group failed: ValueError: {own}"
+        assert re.fullmatch(f"process 1 of the group failed: (Value|Type)Error: {re.escape(own)}", other)
+    assert len(reports[1]["failed"]) == 7
 
 
 def test_different_calls_of_pipelines_in_a_group_are_refused(run):
@@ -174,12 +176,15 @@ def test_different_calls_of_pipelines_in_a_group_are_refused(run):
     assert None not in reports, printed
     names = ["seed", "samples", "samples", "keep_increments", None, "steps", "solver", "audition"]
     for rank, report in enumerate(reports):
-        *report, other_stats, other_call, measuring, fitting, few = report
+        *report, other_stats, other_call, measuring, one, two, fitting, few = report
         failed = "" if rank == 1 else "process 1 of the group failed: ValueError: "
         assert other_stats.startswith(f"{failed}stats must be of this pipeline called with the same prompts")
         assert other_call.startswith(
             "all processes of the group must measure this pipeline called with the same prompts"
         )
+        wrong = failed.replace("Value", "Type") + "seed must be a whole number within [0, 2^31)"
+        assert one.startswith(wrong)
+        assert two.startswith(wrong)
         assert measuring == fitting == f"{failed}prompts must hold at least one prompt, or be None"
         assert few.startswith(f"{failed}steps must be at most 3 on 4 levels, got 4")
         for name, text in zip(names, report, strict=True):
