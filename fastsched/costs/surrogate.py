@@ -134,10 +134,10 @@ class Surrogate:
         return np.array(positions(torch.from_numpy(self.s)))
 
     @cached_property
-    def _pieces(self) -> tuple[Array, Array]:
+    def _pieces(self) -> Array:
         """Polynomials of each segment, lowest power first: ``p``, and ``P`` with ``d(e^lam P)/dlam = e^lam p``.
 
-        Each [4, N-1 segments, N-1 increments].
+        Side by side, to evaluate them together: [4, N-1 segments, twice N-1 increments].
         """
         from scipy.interpolate import CubicSpline  # imported here, because the import is slow
 
@@ -147,17 +147,12 @@ class Surrogate:
         for sign in (1, -1, 1, -1):  # P = p - p' + p'' - p'''
             integral += sign * np.concatenate([derivative, np.zeros_like(p[: 4 - len(derivative)])])
             derivative = derivative[1:] * np.arange(1, len(derivative))[:, None, None]
-        return p, integral
-
-    @cached_property
-    def _both_pieces(self) -> Array:
-        """``p`` and ``P`` side by side, to evaluate them together, [4, N-1, 2 (N-1)]."""
-        return np.concatenate(self._pieces, axis=2)
+        return np.concatenate([p, integral], axis=2)
 
     @cached_property
     def _integration_constants(self) -> Array:
         """The constant of each segment that is added to ``e^lam P`` to give ``y - y_0``, [N-1, N-1]."""
-        rho, (p, integral) = 1 / self.s, self._pieces
+        rho, (p, integral) = 1 / self.s, np.split(self._pieces, 2, axis=2)
         length = np.diff(self.lam)[:, None]
         at_end = lambda pieces: pieces[0] + length * (pieces[1] + length * (pieces[2] + length * pieces[3]))
         gains = rho[1:, None] * at_end(integral) - rho[:-1, None] * integral[0]
@@ -177,7 +172,7 @@ class Surrogate:
         rho, lam = 1 / s, self.position(s)
         segment = np.clip(np.searchsorted(self.lam, lam, side="right") - 1, 0, len(self.s) - 2)
         x = (lam - self.lam[segment])[:, None]
-        c = self._both_pieces
+        c = self._pieces
         both = c[0][segment] + x * (c[1][segment] + x * (c[2][segment] + x * c[3][segment]))
         denoised, integral = np.split(both, 2, axis=1)
         state = rho[:, None] * integral + self._integration_constants[segment]
