@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastsched import metrics, validate
-from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
+from fastsched.denoisers.denoiser import Denoiser, placement
 from fastsched.denoisers.network_state import check_evaluation_mode
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.measurement.fingerprints import same_network
@@ -198,7 +198,7 @@ def converged_reference(
     Raises:
         ValueError: If an argument is out of range or unknown, or the network returns NaN or inf.
     """
-    validate.arguments(locals(), denoiser=is_denoiser)
+    validate.arguments(locals())
     check_evaluation_mode(denoiser.network)
     method = get_solver(solver)
     noise, place = _noise_of(shape, samples, seed), placement(denoiser, device, dtype)
@@ -382,7 +382,6 @@ def _warn_of_another(known: Tensor | None, reference: Reference, dtype: torch.dt
 
 #: Checks of the arguments of `compare`.
 _CHECKS: dict[str, validate.Check] = {
-    "denoiser": is_denoiser,
     "schedules": validate.named,  # `_planned` checks each schedule
     "shape": validate.optional(validate.CHECKS["shape"]),
     "reference": validate.optional(

@@ -83,7 +83,7 @@ def plot_weights(schedule: Schedule) -> Figure:
 
 def plot_cost_density(stats: PathStatistics) -> Figure:
     """The cost density (`cost_density`) over sigma, unweighted and, if responses were measured, weighted too."""
-    validate.arguments(locals(), stats=is_statistics)
+    validate.arguments(locals())
     figure = draw_empty(7.2, 3.0)
     draw_cost_density(figure.subplots(), stats)
     return figure
@@ -172,7 +172,6 @@ def plot_overview(
         samples=validate.named,
         converged=validate.tensor,
         schedules=validate.named,
-        stats=is_statistics,
         comparisons=_is_list,
         title=validate.anything,
     )

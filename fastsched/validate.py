@@ -340,7 +340,7 @@ def levels(name: str, value: object) -> int | Tensor:
     return s
 
 
-#: The check of each argument name, the same in all public functions.
+#: The check of each argument name, the same in all public functions. `Denoiser` and `PathStatistics` add their own.
 CHECKS: dict[str, Check] = {
     **dict.fromkeys(("steps", "max_steps", "iterations", "max_iterations"), positive_int),
     **dict.fromkeys(("batch_size", "columns", "prompts_per_call"), optional(positive_int)),

@@ -23,7 +23,7 @@ from fastsched import validate
 from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.level_pairs import pair_costs
 from fastsched.costs.states import Batch, StateSource
-from fastsched.denoisers.denoiser import Denoiser, is_denoiser
+from fastsched.denoisers.denoiser import Denoiser
 from fastsched.ops.backends import in_float64
 
 
@@ -61,7 +61,7 @@ def stein_corrector(
     Raises:
         ValueError: If an argument is out of range, or a level (named) has an output of wrong shape, NaN or inf.
     """
-    validate.arguments(locals(), denoiser=is_denoiser)
+    validate.arguments(locals())
     source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
 
     squares = partial(score_distances, source)

@@ -9,7 +9,7 @@ import numpy as np
 from fastsched import validate
 from fastsched.costs.norms import Array
 from fastsched.costs.step_cost import error_weight
-from fastsched.measurement.statistics import PathStatistics, is_statistics
+from fastsched.measurement.statistics import PathStatistics
 
 
 def cost_density(stats: PathStatistics, *, weighted: bool = True) -> tuple[Array, Array]:
@@ -27,7 +27,7 @@ def cost_density(stats: PathStatistics, *, weighted: bool = True) -> tuple[Array
         The levels ``s`` (geometric mean of neighbours) and the density there, each [N - 1], or [N - 2] if the process
         starts from pure noise, which is infinitely far from the second level.
     """
-    validate.arguments(locals(), stats=is_statistics)
+    validate.arguments(locals())
     s = stats.s.numpy()
     first = int(not math.isfinite(s[0]))  # the gap from pure noise is infinite, so it has no density
     squared = stats.gram.mean(0).diagonal().numpy() * (error_weight(stats)[1:-1] if weighted else 1.0)

@@ -23,7 +23,7 @@ from fastsched import ops, validate
 from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.level_pairs import pair_indices
 from fastsched.costs.states import Batch, StateSource, is_probes
-from fastsched.denoisers.denoiser import Denoiser, is_denoiser
+from fastsched.denoisers.denoiser import Denoiser
 from fastsched.measurement.rounding import stored_squares, warn_of_rounded_costs
 from fastsched.ops.backends import in_float64
 
@@ -61,7 +61,7 @@ def fisher_rao(
     Raises:
         ValueError: If an argument is out of range, or a level (named) has an output of wrong shape, NaN or inf.
     """
-    validate.arguments(locals(), denoiser=is_denoiser, probes=is_probes)
+    validate.arguments(locals(), probes=is_probes)
     source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
 
     rounding = torch.zeros(source.levels, dtype=torch.float64, device="cpu")  # of the metric

@@ -21,7 +21,7 @@ from fastsched import ops, validate
 from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.level_pairs import pair_indices
 from fastsched.costs.states import Batch, StateSource
-from fastsched.denoisers.denoiser import Denoiser, is_denoiser
+from fastsched.denoisers.denoiser import Denoiser
 from fastsched.measurement.rounding import stored_squares, warn_of_rounded_costs
 
 
@@ -54,7 +54,7 @@ def klub(
     Raises:
         ValueError: If an argument is out of range, or a level (named) has an output of wrong shape, NaN or inf.
     """
-    validate.arguments(locals(), denoiser=is_denoiser)
+    validate.arguments(locals())
     source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
     pairs = pair_indices(source.levels, "all")
     rounding = torch.zeros(source.levels, dtype=torch.float64, device="cpu")  # of squared differences of D

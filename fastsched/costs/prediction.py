@@ -30,7 +30,7 @@ from fastsched.costs.norms import Array, Norms
 from fastsched.costs.sample_surrogate import SampleSurrogate
 from fastsched.costs.surrogate import Outcome, Surrogate
 from fastsched.denoisers.noise import check_near
-from fastsched.measurement.statistics import PathStatistics, is_statistics
+from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import power_mean
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.sampler import schedule_solver
@@ -109,7 +109,7 @@ def predict_error(
         ValueError: If the sigmas do not descend to 0, start below the measured range, lie a thousandfold beyond those
             of the noise process, or belong to a schedule with decoupled levels, which a measurement cannot predict.
     """
-    validate.arguments(locals(), stats=is_statistics, sigmas=check_sigmas)
+    validate.arguments(locals(), sigmas=check_sigmas)
     values = check_sigmas("sigmas", sigmas, to_zero=True)
     check_kind("sigmas", sigmas, stats.process)
     if isinstance(sigmas, Schedule):

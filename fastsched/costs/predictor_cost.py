@@ -32,7 +32,7 @@ from fastsched import validate
 from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.level_pairs import pair_costs
 from fastsched.costs.states import Batch, StateSource, explained_derivatives, is_probes
-from fastsched.denoisers.denoiser import Denoiser, is_denoiser
+from fastsched.denoisers.denoiser import Denoiser
 from fastsched.ops.backends import in_float64
 
 #: Relative residual at which conjugate gradients stop. The cost is a square, so its relative error is twice as large.
@@ -87,7 +87,7 @@ def stein_predictor(
     Raises:
         ValueError: If an argument is out of range, or a level (named) has an output of wrong shape, NaN or inf.
     """
-    validate.arguments(locals(), denoiser=is_denoiser, probes=validate.optional(is_probes))
+    validate.arguments(locals(), probes=validate.optional(is_probes))
     source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
     estimator = _Exact(source) if probes is None else _Hutchinson(source, probes, max_iterations)
     cost = pair_costs(source, "stein_predictor", pairs, velocity, estimator.squares, order=4, progress=progress)

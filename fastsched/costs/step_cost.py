@@ -36,7 +36,7 @@ from fastsched import validate
 from fastsched.costs.norms import Array
 from fastsched.costs.surrogate import Surrogate
 from fastsched.measurement import memory
-from fastsched.measurement.statistics import PathStatistics, is_statistics
+from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.multistep import Node, log_rho
 from fastsched.sampling.solvers import Solver, from_pure_noise, get_solver, step_scale
 
@@ -74,7 +74,7 @@ def path_cost(stats: PathStatistics, solver: str | Solver = "dpmpp_2m", *, weigh
     Raises:
         ValueError: If the solver is unknown.
     """
-    validate.arguments(locals(), stats=is_statistics)
+    validate.arguments(locals())
     surrogate, gram = Surrogate.of(stats), stats.gram.mean(0).numpy()
     return PathCost(
         solver=get_solver(solver),

@@ -388,6 +388,9 @@ def is_denoiser(name: str, value: object) -> Denoiser:
     return validate.instance(name, value, Denoiser, "made by Denoiser.from_epsilon and others")
 
 
+validate.CHECKS["denoiser"] = is_denoiser
+
+
 def placement(
     denoiser: Denoiser, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> tuple[torch.device, torch.dtype]:

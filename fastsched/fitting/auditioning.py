@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser, is_denoiser
+from fastsched.denoisers.denoiser import Denoiser
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.rollouts import Rollout, Run, Runner, distances
 from fastsched.measurement.measuring import check_same_network
-from fastsched.measurement.statistics import PathStatistics, is_statistics
+from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import power_mean
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import Progress, progress_bar
@@ -128,7 +128,9 @@ def audition(
         ValueError: If there is no candidate, a candidate has another number of steps or starts where ``D`` is not
             finite, the statistics are of another network, or the network returns NaN or inf.
     """
-    validate.arguments(locals(), **CHECKS)
+    validate.arguments(
+        locals(), candidates=validate.optional(validate.named), samples=validate.optional(validate.positive_int)
+    )
     method = chosen_solver(solver)
     count = stats.samples if samples is None else validate.positive_int("samples", samples)
     if count > stats.samples:
@@ -142,15 +144,6 @@ def audition(
     with progress_bar(total * method.model_calls(steps), progress, "audition") as runner.advance:
         found = ranked(runner, stats, chosen, method.model_calls(steps), count)
     return replace(found, model_calls=found.model_calls + check_calls)
-
-
-#: Checks of the arguments of `audition` that differ from the defaults in `fastsched.validate`.
-CHECKS: dict[str, validate.Check] = {
-    "denoiser": is_denoiser,
-    "stats": is_statistics,
-    "candidates": validate.optional(validate.named),
-    "samples": validate.optional(validate.positive_int),
-}
 
 
 def ranked(run: Run, stats: PathStatistics, candidates: Mapping[str, Schedule], calls: int, samples: int) -> Audition:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser, is_denoiser
+from fastsched.denoisers.denoiser import Denoiser
 from fastsched.fitting.budget import TOTAL, calls_left, planned, takes_responses
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.group_runs import check_group, led_by_first
@@ -159,7 +159,6 @@ def fit_report(
 
 #: Checks of the arguments of `fit`.
 CHECKS: dict[str, validate.Check] = {
-    "denoiser": is_denoiser,
     "stats": validate.optional(is_statistics),
     "levels": validate.optional(validate.CHECKS["levels"]),
     "samples": validate.optional(validate.CHECKS["samples"]),

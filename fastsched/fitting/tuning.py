@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser, is_denoiser
+from fastsched.denoisers.denoiser import Denoiser
 from fastsched.fitting.auditioning import Audition
 from fastsched.fitting.gauss_newton import lowered
 from fastsched.fitting.neighbourhood import Point
@@ -28,7 +28,7 @@ from fastsched.fitting.rollouts import Run, Runner
 from fastsched.fitting.run_log import RunLog, identity, schedule_key
 from fastsched.fitting.run_record import RunRecord, increments_of
 from fastsched.measurement.measuring import check_same_network
-from fastsched.measurement.statistics import PathStatistics, is_statistics
+from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.files import absolute_file, check_writable
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import Progress, progress_bar
@@ -108,7 +108,7 @@ def tune(
         ValueError: If the statistics hold no increments or are of another network, ``start`` begins where ``D`` is not
             finite, the checkpoint is of another call, ``trials`` is negative, or the network returns NaN or inf.
     """
-    validate.arguments(locals(), denoiser=is_denoiser, stats=is_statistics, start=_is_start)
+    validate.arguments(locals(), start=_is_start)
     first, known = (start.winner, start.complete(stats.samples)) if isinstance(start, Audition) else (start, [])
     method, checkpoint = chosen_solver(first.solver), absolute_file(checkpoint)
     check_run("start", first, denoiser, stats.process)

@@ -249,6 +249,9 @@ def is_statistics(name: str, value: object) -> PathStatistics:
     return stats
 
 
+validate.CHECKS["stats"] = is_statistics
+
+
 def data_deviation(ends: Tensor) -> float:
     """Root mean square of ``ends`` [B, *shape] about the mean of all their elements.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser, is_denoiser
+from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.finite_answers import finite_denoised, verdicts_of
 from fastsched.denoisers.network_state import unchanged_buffers
 from fastsched.denoisers.noise import NoiseProcess
@@ -83,7 +83,7 @@ def sample(
             the schedule, a deterministic one is given a seed, or the network returns NaN or inf (the message names
             the level; on a GPU it may come late).
     """
-    validate.arguments(locals(), denoiser=is_denoiser, sigmas=check_sigmas, seed=_IS_SEED)
+    validate.arguments(locals(), sigmas=check_sigmas, seed=_IS_SEED)
     name = solver if solver is not None else getattr(sigmas, "solver", None)
     if name is None:
         raise ValueError("solver must be given, because the sigmas do not name one")

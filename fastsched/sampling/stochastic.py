@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser, is_denoiser
+from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.finite_answers import finite_denoised, verdicts_of
 from fastsched.denoisers.late_reading import sent
 from fastsched.denoisers.network_state import unchanged_buffers
@@ -55,7 +55,7 @@ def sample_stochastic(
 
     * ``eta``: how much of the noise each step renews, within [0, 1].
     """
-    validate.arguments(locals(), denoiser=is_denoiser, sigmas=validate.anything, solver=_IS_STOCHASTIC)
+    validate.arguments(locals(), sigmas=validate.anything, solver=_IS_STOCHASTIC)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be within [0, 1], got {eta!r}")
     check_run("sigmas", sigmas, denoiser)

@@ -12,7 +12,7 @@ from fastsched import validate
 from fastsched.costs.blas_threads import one_blas_thread
 from fastsched.costs.norms import Array
 from fastsched.costs.prediction import ErrorModel
-from fastsched.measurement.statistics import PathStatistics, is_statistics
+from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
@@ -48,7 +48,7 @@ def optimal_schedule(stats: PathStatistics, steps: int, solver: str = "dpmpp_2m"
     Raises:
         ValueError: If an argument is out of range or unknown.
     """
-    validate.arguments(locals(), stats=is_statistics)
+    validate.arguments(locals())
     method = chosen_solver(solver)
     found = local_minima(stats, steps, method) if polish else ranked_starts(stats, steps, method, DYNAMIC_PROGRAMMING)
     return found[0].schedule(stats, method)

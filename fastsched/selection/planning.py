@@ -13,7 +13,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.costs.norms import Array
 from fastsched.costs.prediction import predict_error
-from fastsched.measurement.statistics import PathStatistics, is_statistics
+from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.schedule import Schedule
@@ -71,7 +71,7 @@ def error_curve(
     Raises:
         ValueError: If an argument is out of range or unknown.
     """
-    validate.arguments(locals(), stats=is_statistics)
+    validate.arguments(locals())
     if max_steps >= stats.levels:
         raise ValueError(f"max_steps must be at most {stats.levels - 1} on {stats.levels} levels, got {max_steps}")
     method = chosen_solver(solver)
@@ -134,12 +134,7 @@ def steps_needed(
     Raises:
         ValueError: If the target is not positive, has an unknown name, or is not reached within ``max_steps``.
     """
-    validate.arguments(
-        locals(),
-        stats=is_statistics,
-        target=validate.anything,
-        max_steps=validate.optional(validate.positive_int),
-    )
+    validate.arguments(locals(), target=validate.anything, max_steps=validate.optional(validate.positive_int))
     limit = min(max_steps or stats.levels, stats.levels - 1)
     goal = target_error(stats, solver, target)
     method, least = chosen_solver(solver), math.inf

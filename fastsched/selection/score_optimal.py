@@ -14,7 +14,7 @@ from fastsched import validate
 from fastsched.costs.corrector_cost import stein_corrector
 from fastsched.costs.cost_matrix import CostMatrix, check_costs, is_cost
 from fastsched.costs.states import finite_grid
-from fastsched.denoisers.denoiser import Denoiser, is_denoiser
+from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED, solver_name
@@ -63,7 +63,7 @@ def score_optimal_schedule(
 
     Source: Williams, Campbell, Doucet and Syed, NeurIPS 2024 (arXiv 2412.07877), algorithm 1.
     """
-    validate.arguments(locals(), denoiser=is_denoiser, levels=_is_grid, solver=_is_solver)
+    validate.arguments(locals(), levels=_is_grid, solver=_is_solver)
     levels_of_timesteps(denoiser.process, steps)  # raises before the cost is estimated if there are too few
     s = finite_grid(denoiser, int(levels)) if np.ndim(levels) == 0 else levels
     cost = stein_corrector(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.measurement.statistics import PathStatistics, is_statistics
+from fastsched.measurement.statistics import PathStatistics
 from fastsched.selection.optimal import optimal_schedule
 
 
@@ -44,7 +44,7 @@ def standard_errors(
     Raises:
         ValueError: If there is only one sample, or an argument is out of range.
     """
-    validate.arguments(locals(), stats=is_statistics)
+    validate.arguments(locals())
     if stats.samples < 2:
         raise ValueError("stats must hold at least two samples for a standard error; measure more and merge")
     found = [optimal_schedule(others, steps, solver, polish=polish) for others in without_each(stats)]
