@@ -89,10 +89,6 @@ def default_total(least: int) -> int:
     return max(TOTAL, PER_PATH * least)
 
 
-def _plan(total: int) -> Plan:
-    return next((each for each in reversed(PLANS) if each.total <= total), PLANS[0])
-
-
 def planned(
     total: int,
     steps: int,
@@ -117,7 +113,7 @@ def planned(
         )
     if levels is None and steps > MOST_LEVELS - 2:  # a network is measured at more levels than there are steps
         raise ValueError(f"steps must be at most {MOST_LEVELS - 2:,}, got {steps:,}")
-    plan = _plan(total)
+    plan = next((each for each in reversed(PLANS) if each.total <= total), PLANS[0])
     usual = plan.levels
     if least > plan.samples and not isinstance(samples, range):
         half = total // (4 * max(least, samples or 1)) // 2 * 2  # a pipeline's path takes two calls a level
