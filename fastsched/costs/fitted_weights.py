@@ -44,41 +44,29 @@ def surrogate_runs(
     """
     if solver.name != FITTED or solver.end_weights is not None:
         return surrogate.run(levels, solver, secants, offsets)
-    levels = np.asarray(levels, dtype=np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = SurrogateRuns(surrogate, secants or surrogate.secants, levels[:, :-1], offsets)
-        _run(found, (norms or surrogate.norms).metric, levels, weights)
-    return found
-
-
-def _run(found: SurrogateRuns, metric: Array, levels: Array, given: Array | None) -> None:
-    """Run the fitted solver along C schedules with the ``given`` weights, or choose the weights before each step.
-
-    ``found`` calls the surrogate; the ends and the weights are written to it.
-    """
-    surrogate, y, rho = found.surrogate, found.end, 1 / levels
+    levels, metric = np.asarray(levels, dtype=np.float64), (norms or surrogate.norms).metric
     increments, last = len(surrogate.s) - 1, levels.shape[1] - 2
-    # At first UniPC's weights ``b0``; each row is replaced when its step is taken.
-    nodes = nodes_of(surrogate.process, torch.from_numpy(levels))
-    weights = stock_weights(NEAREST_STOCK, nodes) if given is None else given
-    differences = _Differences(len(y), last, metric)
-    for n in range(last + 1):
-        differences.add(found.denoise(y, levels[:, n]))
-        step = (rho[:, n + 1] - rho[:, n])[:, None]
-        b = weights[:, n, :n]
-        if given is None:
-            if n < last:
-                target = -y
-                target[:, :increments] += found.on_path(levels[:, n + 1]).state
-                target /= step
-            else:
-                target = np.zeros_like(y)
-                target[:, :increments] = 1.0  # D_end - D_0
-            b = differences.least_squares(target, b, RIDGE * (8 / (last + 1)) ** 3)
-            weights[:, n, :n], weights[:, n, n] = b, 1 - b.sum(1)
-        slope = differences.combined(b)
-        y = slope if n == last else y + step * slope
+    choosing = weights is None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if weights is None:  # at first UniPC's weights ``b0``; each row is replaced when its step is taken
+            weights = stock_weights(NEAREST_STOCK, nodes_of(surrogate.process, torch.from_numpy(levels)))
+        found = SurrogateRuns(surrogate, secants or surrogate.secants, levels[:, :-1], offsets)
+        y, rho, differences = found.end, 1 / levels, _Differences(len(levels), last, metric)
+        for n in range(last + 1):
+            differences.add(found.denoise(y, levels[:, n]))
+            step = (rho[:, n + 1] - rho[:, n])[:, None]
+            b = weights[:, n, :n]
+            if choosing:
+                target = np.zeros_like(y)  # at first y_path, or D_end - D_0
+                target[:, :increments] = found.on_path(levels[:, n + 1]).state if n < last else 1.0
+                if n < last:
+                    target = (target - y) / step
+                b = differences.least_squares(target, b, RIDGE * (8 / (last + 1)) ** 3)
+                weights[:, n, :n], weights[:, n, n] = b, 1 - b.sum(1)
+            slope = differences.combined(b)
+            y = slope if n == last else y + step * slope
     found.end, found.weights = y, weights
+    return found
 
 
 class _Differences:
