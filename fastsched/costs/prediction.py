@@ -118,8 +118,6 @@ def predict_error(
     if float(s[0]) < float(stats.s[-1]):
         raise ValueError(f"sigmas must start within the measured range, from {float(stats.sigmas[-2]):g} on")
     check_near("sigmas", stats.process, s[:-1])
-    if getattr(sigmas, "weights", None) is not None and solver in (None, FITTED):
-        method = schedule_solver(sigmas)
-    else:
-        method = chosen_solver(solver if solver is not None else getattr(sigmas, "solver", "dpmpp_2m"))
+    name = solver if solver is not None else getattr(sigmas, "solver", "dpmpp_2m")
+    method = chosen_solver(name) if getattr(sigmas, "weights", None) is None else schedule_solver(sigmas, name)
     return float(ErrorModel.of(stats, method)(s.numpy()[None])[0])

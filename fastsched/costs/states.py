@@ -29,8 +29,6 @@ from fastsched.sampling.random_streams import noise_of, normal, sample_seeds, st
 from fastsched.sampling.sampler import integration, nodes_of
 from fastsched.sampling.solvers import get_solver
 
-#: What is wrong with the cost of a network that is random.
-HARM = "the cost is mostly that of their changes"
 #: The longest step of the path in ``log s``. Between two levels that are further apart, the path has more levels.
 PATH_STEP = 0.35
 
@@ -180,8 +178,8 @@ class StateSource:
         """
         bar = progress_bar(self.samples * levels, progress, what, unit="state")
         network = self.denoiser.network
-        place, words = (self.device, self.dtype), {"what": "the estimate", "harm": HARM, "result": "the cost is"}
-        watched = watched_network(self.denoiser, self.shape, self.batch, *place, **words)
+        words = {"what": "the estimate", "harm": "the cost is mostly that of their changes", "result": "the cost is"}
+        watched = watched_network(self.denoiser, self.shape, self.batch, self.device, self.dtype, **words)
         with unchanged_buffers(network), watched as known, checked_training(network, self.device), bar as advance:
             self._fingerprint = known
             return torch.cat([estimate(batch, advance).cpu().double() for batch in self.batches()])
