@@ -48,9 +48,8 @@ def pair_costs(
 
 def pair_indices(levels: int, pairs: str) -> Tensor:
     """The steps (from, to) between levels, [P, 2] int64: neighbours, or all with from < to, row by row."""
-    if pairs == "adjacent":
-        return torch.stack([torch.arange(levels - 1, device="cpu"), torch.arange(1, levels, device="cpu")], 1)
-    return torch.triu_indices(levels, levels, 1, device="cpu").T
+    every = torch.arange(levels, device="cpu")
+    return every.unfold(0, 2, 1) if pairs == "adjacent" else torch.combinations(every)
 
 
 def step_velocity(s: Tensor, pairs: Tensor, velocity: str | None) -> Tensor:
