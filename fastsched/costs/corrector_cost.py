@@ -14,12 +14,11 @@ Source: Williams, Campbell, Doucet and Syed, NeurIPS 2024 (arXiv 2412.07877), se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from fastsched import validate
+from fastsched import ops, validate
 from fastsched.costs.cost_matrix import CostMatrix
 from fastsched.costs.level_pairs import pair_costs
 from fastsched.costs.states import Batch, StateSource
@@ -52,7 +51,8 @@ def stein_corrector(
 
     The arguments are those of `fastsched.costs.states.StateSource`, ``progress``, which shows a progress bar, and
 
-    * ``pairs``: ``"adjacent"``, each level with the next, or ``"all"``, each with every cleaner one.
+    * ``pairs``: ``"adjacent"``, each level with the next, or ``"all"``, each with every cleaner one. ``"all"`` keeps
+      N outputs per sample in memory.
     * ``velocity``: ``v`` is the ``s`` of the pair's ``"noisier"`` level, of its ``"cleaner"`` level, or 1 for None.
 
     Returns:
@@ -64,11 +64,15 @@ def stein_corrector(
     validate.arguments(locals())
     source = StateSource(denoiser, sigmas, shape, samples, data, seed, batch_size, device, dtype)
 
-    squares = partial(score_distances, source)
+    def squares(_: Batch, z: Tensor, raw: Tensor, k: int, others: range) -> Tensor:
+        # The fused op reads every output once but computes the whole n x n Gram, of which one row is needed. A GPU is
+        # limited by the reads, a CPU by the products.
+        return (fused_score_distances if z.is_cuda else score_distances)(source, z, raw, k, others)
+
     return pair_costs(source, "stein_corrector", pairs, velocity, squares, order=2, progress=progress)
 
 
-def score_distances(source: StateSource, _: Batch, z: Tensor, raw: Tensor, k: int, others: range) -> Tensor:
+def score_distances(source: StateSource, z: Tensor, raw: Tensor, k: int, others: range) -> Tensor:
     """``||score_j(z) - score_k(z)||^2`` of level k against each level j of ``others``, [B, n] float64.
 
     Computed as ``c_j (R_j - R_k) + (c_j - c_k) R_k + (a_j - a_k) z``, one level at a time.
@@ -83,3 +87,14 @@ def score_distances(source: StateSource, _: Batch, z: Tensor, raw: Tensor, k: in
         difference = c * (source.raw_output(z, j).to(wide) - start) + change * start + a * z
         columns.append(in_float64(difference.flatten(1)).square().sum(1))
     return torch.stack(columns, 1).cpu()
+
+
+def fused_score_distances(source: StateSource, z: Tensor, raw: Tensor, k: int, others: range) -> Tensor:
+    """The same as `score_distances`, from one Gram of the outputs of all levels, of which level k is the first row."""
+    raws = torch.stack([raw, *[source.raw_output(z, j) for j in others]]).flatten(2)
+    rows = [k, *others]
+    backend = "torch" if torch.float64 in (raws.dtype, z.dtype) else "auto"
+    gram = ops.level_increment_gram(
+        raws, z.flatten(1), source.score_a[rows], source.score_c[rows], per_sample=True, backend=backend
+    )
+    return ops.pairwise_squared_distances(gram)[:, 0, 1:].cpu()
