@@ -32,7 +32,8 @@ def call(
     """Call ``pipe`` for ``steps`` steps from pure noise, with seeded random numbers, and without decoding if possible.
 
     An error after the last step, when the latents are decoded, loses nothing: then the result is None. An error before
-    the first step may mean that the pipeline cannot return latents: it is called again with its default output type.
+    the first step may mean that the pipeline cannot return latents, or needs its cache (AnyFlow's): it is called again
+    with its own defaults.
 
     ``left`` returns how many steps are left, None before the first; when not given, no error is caught.
 
@@ -42,6 +43,7 @@ def call(
     """
     accepted = call_parameters(pipe)
     needed = {name: value for name, value in CALL_DEFAULTS.items() if name in accepted and name not in call_kwargs}
+    own = {name: accepted[name] for name in needed if name != "strength"}
     arguments = needed | {"num_inference_steps": steps} | call_kwargs
     try:
         with random_numbers_kept(call_kwargs.values(), seed):
@@ -53,12 +55,12 @@ def call(
             raise RuntimeError(
                 "the pipeline raised StopIteration (an iterator in it or its network ran out)"
             ) from error
-        if left() is not None or "output_type" not in needed or is_out_of_memory(error):
+        if left() is not None or not own or is_out_of_memory(error):
             reason = _reason(error, pipe, steps, begun=left() is not None)
             if reason is None:
                 raise
             raise ValueError(reason) from error
-    return call(pipe, steps, {**call_kwargs, "output_type": accepted["output_type"]}, left, seed=seed)
+    return call(pipe, steps, {**call_kwargs, **own}, left, seed=seed)
 
 
 def _reason(error: Exception, pipe: Any, steps: int, *, begun: bool) -> str | None:

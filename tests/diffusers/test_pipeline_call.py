@@ -78,6 +78,22 @@ def test_a_pipeline_is_measured_and_fitted_without_a_cache_that_its_first_step_f
         fs.diffusers.measure(pipe, levels=8, samples=2, use_kv_cache=True)
 
 
+class NeedingCache(OraclePipeline):
+    """Cannot do without its cache, as AnyFlow's frames in turn."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=50, use_kv_cache=True):
+        _answer, _cache = (0, {}) if use_kv_cache else (0,)
+        return super().__call__(num_inference_steps=num_inference_steps)
+
+
+def test_a_pipeline_that_needs_its_cache_is_measured_with_it():
+    scheduler = diffusers.EulerDiscreteScheduler(**SD)
+    pipe = NeedingCache(OracleUNet().answer_for(scheduler, mixture()), scheduler)
+    plain = oracle_pipeline(scheduler, mixture())
+    assert torch.equal(*(fs.diffusers.measure(each, levels=8, samples=2).gram for each in (pipe, plain)))
+
+
 class OwnList(OraclePipeline):
     """Has a list of sigmas of its own, as Qwen-Image 2.1 may have in its config."""
 
