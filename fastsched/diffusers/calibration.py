@@ -18,7 +18,7 @@ from fastsched.diffusers.attributes import copied_with
 from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import class_and_settings, class_of, describe, own_scheduler
 from fastsched.diffusers.exporter import told_timesteps
-from fastsched.diffusers.first_latents import UnitStart, check_first_latents, check_neighbours, check_scaled_start
+from fastsched.diffusers.first_latents import UnitStart, check_first_latents, check_neighbours
 from fastsched.diffusers.function_checks import check_function
 from fastsched.diffusers.measurement_steps import check_steps, levels_of
 from fastsched.diffusers.overrides import ArgumentsOf, Timesteps, without_equal_sigmas
@@ -371,8 +371,8 @@ class CalibrationScheduler(UnitStart, SchedulerMixin, ConfigMixin):
             check_scaling(self.convention, self.config["scheduler_class"], self._scaled, sample)
             if self._own_noise:
                 asked = self.asked_size or self._watch is None
-                check_scaled_start(self._own, self.config["scheduler_class"], asked=asked)
-                check_first_latents(sample, self._verdicts)
+                needed = 1.0 if asked else float(getattr(self._own, "init_noise_sigma", 1.0))
+                check_first_latents(sample, self._verdicts, needed, self.config["scheduler_class"])
                 self._first = sample.clone()
             return
         returned = self._returned.to(sample.device)

@@ -1,9 +1,8 @@
-"""Checks of the latents that a pipeline starts from: they must be independent standard normal noise."""
+"""Checks of the latents that a pipeline starts from: they must be independent normal noise."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from scipy.special import gammainccinv, gammaincinv
@@ -32,40 +31,41 @@ class UnitStart:
         return 1.0
 
 
-def check_scaled_start(own: Any, name: str, *, asked: bool) -> None:
-    """ValueError if a pipeline has not ``asked`` for ``init_noise_sigma`` (Bria, DiT), where that of ``own`` is not 1.
-
-    With a scheduler such as Euler's it samples from latents that are too small.
-    """
-    size = float(getattr(own, "init_noise_sigma", 1.0))
-    if not asked and not 0.9 < size < 1.1:
-        raise ValueError(
-            f"the pipeline does not multiply its first latents by scheduler.init_noise_sigma, which {name} needs "
-            f"({size:.3g}), so it samples from latents of the wrong size; give it a scheduler with init_noise_sigma 1, "
-            "as DDIMScheduler, DPMSolverMultistepScheduler or, for flow models, FlowMatchEulerDiscreteScheduler"
-        )
-
-
-def check_first_latents(sample: Tensor, verdicts: Verdicts) -> None:
-    """Check that a pipeline starts from standard normal noise times ``init_noise_sigma``, which is 1 here.
+def check_first_latents(sample: Tensor, verdicts: Verdicts, needed: float = 1.0, name: str = "") -> None:
+    """Check that a pipeline starts from standard normal noise of the size that its scheduler needs.
 
     Warns if parts of it are copies of others.
+
+    Args:
+        sample: The first latents.
+        verdicts: Collects the values to compare.
+        needed: 1 if the pipeline has asked for ``init_noise_sigma``, which is 1 here. If not (Bria, DiT), that of its
+            own scheduler, which it may know as its first sigma.
+        name: The scheduler's class.
 
     Raises:
         ValueError: If the root mean square of the elements is more than a factor of 1.33 outside the range that it
             leaves once in 10^9 draws on either side, by the chi-square distribution of ``sum x^2``.
     """
     half = sample.numel() / 2
-    low, high = (math.sqrt(float(edge(half, 1e-9)) / half) for edge in (gammaincinv, gammainccinv))
+    low, high = (needed * math.sqrt(float(edge(half, 1e-9)) / half) for edge in (gammaincinv, gammainccinv))
 
     def judge(found: Tensor) -> None:
         size = float(found)
-        if not low / 1.33 < size < high * 1.33:
+        if low / 1.33 < size < high * 1.33:
+            return
+        if not 0.9 < needed < 1.1:
             raise ValueError(
-                f"the pipeline's first latents have size {size:.3g} (root mean square) where those of this "
-                "scheduler's noise process have 1: the pipeline uses another noise process than its scheduler, "
-                f"scales them by a formula of its own, or puts a given image beside the noise (JoyImage), {INSTEAD}"
+                f"the pipeline does not multiply its first latents by scheduler.init_noise_sigma, which {name} needs "
+                f"({needed:.3g}), so it samples from latents of the wrong size; give it a scheduler with "
+                "init_noise_sigma 1, as DDIMScheduler, DPMSolverMultistepScheduler or, for flow models, "
+                "FlowMatchEulerDiscreteScheduler"
             )
+        raise ValueError(
+            f"the pipeline's first latents have size {size:.3g} (root mean square) where those of this "
+            "scheduler's noise process have 1: the pipeline uses another noise process than its scheduler, "
+            f"scales them by a formula of its own, or puts a given image beside the noise (JoyImage), {INSTEAD}"
+        )
 
     verdicts.note(sample.float().square().mean().sqrt(), judge)
     _warn_of_copies(sample, verdicts)

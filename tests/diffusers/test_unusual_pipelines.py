@@ -286,6 +286,29 @@ def test_pipelines_that_leave_out_steps_to_nowhere_are_measured_and_fitted(kind,
     assert fs.diffusers.fit(pipe, 4, solver="ddim", stats=stats, model_calls=40).measured_error is not None
 
 
+class FromSigmas(OraclePipeline):
+    """Multiplies its first latents by the scheduler's first sigma, not by ``init_noise_sigma``."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=50, images=2, output_type="latent", factor=1.0):
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = factor * torch.randn(images, *SHAPE) * self.scheduler.sigmas[0]
+        for t in self.scheduler.timesteps:
+            output = self.unet(self.scheduler.scale_model_input(latents, t), t)[0]
+            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+        return latents
+
+
+def test_a_pipeline_may_know_the_size_of_its_first_latents_from_the_sigmas():
+    pipes = [kind(OracleUNet().answer_for(euler(), mixture()), euler()) for kind in (FromSigmas, OraclePipeline)]
+    stats = [measured(pipe) for pipe in pipes]
+    assert torch.equal(stats[0].gram, stats[1].gram)
+    found = [fs.diffusers.fit(pipe, 4, stats=each, model_calls=40) for pipe, each in zip(pipes, stats, strict=True)]
+    assert found[0].measured_error == found[1].measured_error is not None
+    with pytest.raises(ValueError, match="multiply its first latents"):
+        measured(pipes[0], factor=0.1)
+
+
 def test_a_network_that_is_told_where_a_step_goes_is_refused_as_a_flow_map():
     scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=3.0)
     with pytest.raises(ValueError, match="flow map"):
