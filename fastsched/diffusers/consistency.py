@@ -145,7 +145,8 @@ class Consistency:
         if index == 3 and self._may_change(2):
             return None
         before, first = self._steps[index - 2].facts, self._steps[index - 1].facts
-        for name in sorted(first if index == 2 else self._fixed):
+        names = first if index == 2 else self._fixed
+        for name in sorted(names, key=lambda name: (not is_number(first.get(name)), name)):  # a mode says more
             if progresses(name) or not _applies_to(name, step) or before.get(name, ...) == first.get(name, ...):
                 continue
             now = step.facts.get(name, ...)  # or absent

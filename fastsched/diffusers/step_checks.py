@@ -39,7 +39,7 @@ RESIZED_EARLY = 3
 #: What to say about a pipeline whose output depends on the step.
 UNALIKE = (
     "the pipeline's output must not depend on the step's number (guidance or control that starts or ends midway), on "
-    "earlier steps (momentum of guidance), on the timestep of another step (a flow map) or on random numbers "
+    "earlier steps (momentum of guidance, a cache), on the timestep of another step (a flow map) or on random numbers "
     "(dropout)"
 )
 

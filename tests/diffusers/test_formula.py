@@ -157,5 +157,5 @@ def test_first_steps_without_an_output_are_refused_whatever_the_coefficients(ste
 
 
 def test_guidance_with_a_memory_is_refused():
-    with pytest.raises(ValueError, match=r"(answered|combined).*on earlier steps \(momentum of guidance\)"):
+    with pytest.raises(ValueError, match=r"(answered|combined).*on earlier steps \(momentum of guidance"):
         measured(guided(guiders.AdaptiveProjectedGuidance(adaptive_projected_guidance_momentum=-0.75)), images=1)
