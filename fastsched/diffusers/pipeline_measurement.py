@@ -86,8 +86,8 @@ def measure(
             prompt, so several are best. None if the pipeline takes no prompt, or ``call_kwargs`` holds it.
         seed: Seed of the noise; the pipeline's own latents are not used.
         keep_increments: As in `fastsched.measure`; `fit` needs them to tune. They take ``2 levels`` latents a sample.
-        prompts_per_call: The most prompts in one call; when None no limit. It is halved when memory runs out, and is 1
-            if the pipeline takes no list, or an argument in ``call_kwargs`` may be for one batch size.
+        prompts_per_call: The most prompts in one call; None: no limit, or 1 if each makes several samples. Halved when
+            memory runs out; 1 if the pipeline takes no list, or an argument may be for one batch size.
         checkpoint: A file in which the samples of every finished call are saved. The same call goes on from there.
         group: As in `fastsched.measure`; each process has its own pipeline.
         progress: As in `fastsched.measure`: one bar over the steps of all calls, in place of the pipeline's own.

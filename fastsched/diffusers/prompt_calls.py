@@ -37,14 +37,19 @@ class PromptCalls:
     def of(
         cls, pipe: Any, prompts: str | Sequence[str] | None, call_kwargs: dict[str, Any], most: int | None
     ) -> PromptCalls:
-        """For calls of ``pipe(prompt=..., **call_kwargs)``, of at most ``most`` prompts each; no limit when None."""
+        """For calls of ``pipe(prompt=..., **call_kwargs)``, of at most ``most`` prompts each.
+
+        When None, there is no limit if a prompt makes one sample, and a limit of 1 if it makes several: given several
+        prompts then, many pipelines (LTX, Sana, Mochi, Lumina 2) use the attention mask of another prompt.
+        """
         turns = () if prompts is None else (prompts,) if isinstance(prompts, str) else tuple(prompts)
         given = call_parameters(pipe) | call_kwargs
         counts = [value for name, value in given.items() if PER_PROMPT.fullmatch(name) and isinstance(value, Integral)]
         calls = cls(turns, 0, max([1, *map(int, counts)]))
         fixed = any(_is_of_one_batch(each) and not calls._per_prompt(name, each) for name, each in call_kwargs.items())
         lists = turns and _takes_lists(pipe) and not fixed
-        return replace(calls, size=2**31 if most is None else most) if lists else calls
+        usual = 2**31 if calls.images == 1 else 1
+        return replace(calls, size=usual if most is None else most) if lists else calls
 
     @property
     def minimum_samples(self) -> int:

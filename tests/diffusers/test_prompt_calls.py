@@ -163,14 +163,24 @@ def test_each_prompt_makes_its_samples_also_after_a_resumption(tmp_path):
     pipe.interrupt, pipe.encoded = None, []
     measure(pipe, **options, checkpoint=path)
     assert pipe.encoded == [(prompt,) for prompt in PROMPTS[1:]]
-    begun = {"samples": range(3, 8), "num_waveforms_per_prompt": 2}
+    begun = {"num_waveforms_per_prompt": 2, "prompts_per_call": 4}
     pipe = text_pipeline()
-    stats = measure(pipe, **begun)
+    stats = measure(pipe, samples=range(3, 8), **begun)
     assert stats.samples == 5
     assert pipe.encoded == [(PROMPTS[1],), tuple(PROMPTS[2:])]
     pipe.encoded = []
-    fs.diffusers.fit(pipe, 4, stats=stats, prompts=PROMPTS, model_calls=400, num_waveforms_per_prompt=2, progress=False)
+    fs.diffusers.fit(pipe, 4, stats=stats, prompts=PROMPTS, model_calls=400, progress=False, **begun)
     assert {(PROMPTS[1],), tuple(PROMPTS[2:])} <= set(pipe.encoded)
+
+
+def test_a_prompt_that_makes_several_samples_is_alone_in_its_call():
+    """Beside others many pipelines mistake its attention mask: they repeat masks in turn, and embeddings in place."""
+    pipe = text_pipeline()
+    stats = measure(pipe, num_waveforms_per_prompt=2)
+    assert pipe.encoded == [(prompt,) for prompt in PROMPTS]
+    assert pipe.batches == [2] * 4
+    fs.diffusers.fit(pipe, 4, stats=stats, prompts=PROMPTS, model_calls=40, num_waveforms_per_prompt=2, progress=False)
+    assert set(pipe.batches) == {2}
 
 
 def test_where_memory_runs_out_fewer_prompts_are_given_in_a_call():
