@@ -81,8 +81,8 @@ def _reason(error: Exception, pipe: Any, steps: int, *, begun: bool) -> str | No
         )
     if isinstance(error, (AttributeError, TypeError)) and "CalibrationScheduler" in told:
         return (
-            f"{type(pipe).__name__} needs something from its scheduler that a measurement cannot provide ({error}); "
-            "measure its network (fastsched.measure)"
+            f"{type(pipe).__name__}, or its callback, needs something from its scheduler that a measurement cannot "
+            f"provide ({error}); leave the callback out, or measure the pipeline's network (fastsched.measure)"
         )
     return None
 

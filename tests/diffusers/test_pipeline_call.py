@@ -177,6 +177,12 @@ def test_an_error_before_the_last_step_is_raised():
         fs.diffusers.measure(pipe, levels=8, samples=2, on_step=fail)
 
 
+def test_a_callback_that_needs_what_a_measurement_lacks_is_told_so():
+    pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())
+    with pytest.raises(ValueError, match=r"or its callback, needs .*'step_index'\); leave the callback out"):
+        fs.diffusers.measure(pipe, levels=8, samples=2, on_step=lambda i, output: output * pipe.scheduler.step_index)
+
+
 def test_an_empty_prompt_is_a_prompt():
     pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())
     assert fs.diffusers.measure(pipe, levels=8, samples=2, prompts="").samples == 2
