@@ -56,15 +56,21 @@ def call(
                 "the pipeline raised StopIteration (an iterator in it or its network ran out)"
             ) from error
         if left() is not None or not own or is_out_of_memory(error):
-            reason = _reason(error, pipe, steps, begun=left() is not None)
+            reason = _reason(error, pipe, steps, call_kwargs.get("prompt"), begun=left() is not None)
             if reason is None:
                 raise
             raise ValueError(reason) from error
     return call(pipe, steps, {**call_kwargs, **own}, left, seed=seed)
 
 
-def _reason(error: Exception, pipe: Any, steps: int, *, begun: bool) -> str | None:
+def _reason(error: Exception, pipe: Any, steps: int, prompt: Any, *, begun: bool) -> str | None:
     """Why a call of a pipeline has ended in ``error``, and what to do, if its own message does not tell."""
+    several = isinstance(prompt, (list, tuple)) and len(prompt) > 1 and not begun
+    if several and isinstance(error, (IndexError, RuntimeError)) and not is_out_of_memory(error):
+        return (
+            f"{type(pipe).__name__} failed before its first step in a call with {len(prompt)} prompts ({error}): does "
+            "an argument hold an entry for one only, as ACE-Step's lyrics? Pass prompts with prompts_per_call=1"
+        )
     told = str(error)
     unknown = re.search(r"does not support custom\W*(\w+)", told)
     if unknown is not None and not begun:

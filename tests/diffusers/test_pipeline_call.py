@@ -183,6 +183,24 @@ def test_a_callback_that_needs_what_a_measurement_lacks_is_told_so():
         fs.diffusers.measure(pipe, levels=8, samples=2, on_step=lambda i, output: output * pipe.scheduler.step_index)
 
 
+class Singing(OraclePipeline):
+    """Takes a list of lyrics with a list of prompts, as ACE-Step."""
+
+    def __call__(self, prompt: str | list[str] = "", lyrics: str | list[str] = "", num_inference_steps=50):
+        texts = [[each] if isinstance(each, str) else each for each in (prompt, lyrics)]
+        assert all(texts[1][n] is not None for n in range(len(texts[0])))
+        return super().__call__(prompt, num_inference_steps, images=len(texts[0]))
+
+
+def test_a_call_that_fails_with_several_prompts_is_told_to_take_one():
+    scheduler = diffusers.EulerDiscreteScheduler(**SD)
+    pipe = Singing(OracleUNet().answer_for(scheduler, mixture()), scheduler)
+    settings = {"levels": 8, "samples": 2, "prompts": ["techno", "jazz"]}
+    with pytest.raises(ValueError, match=r"with 2 prompts \(list index out of range\).*prompts_per_call=1"):
+        fs.diffusers.measure(pipe, **settings)
+    assert fs.diffusers.measure(pipe, **settings, prompts_per_call=1).samples == 2
+
+
 def test_an_empty_prompt_is_a_prompt():
     pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())
     assert fs.diffusers.measure(pipe, levels=8, samples=2, prompts="").samples == 2
