@@ -108,11 +108,11 @@ def _completed(found: FitReport, *, decoupled: bool) -> FitReport:
     if decoupled and found.tuning is None:
         why = _why_not_tuned(found.stats, found.schedule.steps)
         validate.warn(f"decoupled=True had no effect: {why}")
-    schedule, origin = found.schedule, found.stats.schedule_origin()
+    schedule, origin = found.schedule, found.stats.schedule_origin(found.model_calls - found.stats.model_calls)
     if schedule.predicted_error is None and schedule.network_sigmas is None:  # no prediction for decoupled levels
         schedule = replace(schedule, predicted_error=predict_error(found.stats, schedule))
     if origin is not None:
-        schedule = replace(schedule, origin=replace(origin, model_calls=found.model_calls))
+        schedule = replace(schedule, origin=origin)
     return replace(found, schedule=schedule)
 
 

@@ -129,7 +129,14 @@ def tune(
             run_trials(runner, record, trials)
         except KeyboardInterrupt as error:
             _end_early(error, record, checkpoint)
-    return tuning_of(record, check_calls + (len(record.trials) - len(known)) * each)
+    return _with_origin(tuning_of(record, check_calls + (len(record.trials) - len(known)) * each), stats, start)
+
+
+def _with_origin(found: Tuning, stats: PathStatistics, start: Schedule | Audition) -> Tuning:
+    """The result with the origin of its schedule, whose calls are those of the whole way to it."""
+    before = start.model_calls if isinstance(start, Audition) else 0
+    origin = stats.schedule_origin(before + found.model_calls)
+    return found if origin is None else replace(found, schedule=replace(found.schedule, origin=origin))
 
 
 def _end_early(error: KeyboardInterrupt, record: RunRecord, checkpoint: object) -> None:

@@ -146,9 +146,9 @@ class PathStatistics:
         """
         return display.figure("plot_cost_density", self)
 
-    def schedule_origin(self) -> Origin | None:
-        """The origin of a schedule that is chosen from these statistics alone."""
-        return None if self.origin is None else replace(self.origin, model_calls=self.model_calls)
+    def schedule_origin(self, spent: int = 0) -> Origin | None:
+        """The origin of a schedule that is chosen from these statistics, with ``spent`` more model calls."""
+        return None if self.origin is None else replace(self.origin, model_calls=self.model_calls + spent)
 
     def select(self, samples: Sequence[int] | Tensor) -> PathStatistics:
         """The statistics of some of the samples, by index (for jackknives and convergence checks).

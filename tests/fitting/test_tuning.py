@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +46,14 @@ def test_tuning_lowers_the_error_on_a_mixture(tuning):
     assert 1 <= len(others) <= 6
     assert tuning.schedule.measured_error == min(trial.measured_error for trial in tuning.trials)
     assert tuning.schedule.measured_error < 0.3 * first.measured_error  # karras leaves much to win
+
+
+def test_a_tuned_schedule_says_where_it_comes_from(stats, start, tuning):
+    assert tuning.schedule.origin == replace(stats.origin, model_calls=stats.model_calls + tuning.model_calls)
+    audition = fs.audition(DENOISER, stats, 4, progress=False)
+    found = fs.tune(DENOISER, stats, audition, trials=1, progress=False)
+    assert found.schedule.origin.model_calls == stats.model_calls + audition.model_calls + found.model_calls
+    assert fs.tune(DENOISER, replace(stats, origin=None), start, trials=0, progress=False).schedule.origin is None
 
 
 def test_tuned_error_is_the_samplers_own(stats, tuning):
