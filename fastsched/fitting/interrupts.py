@@ -44,7 +44,9 @@ class BestSoFar:
         if not runs:
             return None
         schedule, errors = min(runs, key=lambda run: (-len(run[1]), float(power_mean(run[1]))))
-        return replace(schedule, measured_error=float(power_mean(errors)))
+        spent = sum(one.model_calls * len(part.ends) for one, parts in self.finished.values() for part in parts)
+        origin = self.stats.schedule_origin(spent) or schedule.origin
+        return replace(schedule, measured_error=float(power_mean(errors)), origin=origin)
 
 
 def interrupted_schedule(stats: PathStatistics, steps: int, method: Solver, runs: BestSoFar | None = None) -> Schedule:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -156,6 +157,8 @@ def test_the_best_so_far_is_a_schedule_that_was_run():
     with pytest.warns(UserWarning, match="interrupted"):
         partial = fit(Failing(network.calls - 1, KeyboardInterrupt()))
     assert partial.measured_error >= found.measured_error
+    assert found.origin.model_calls == network.calls
+    assert partial.origin == replace(found.origin, model_calls=network.calls - SAMPLES * STEPS)  # without the last run
 
 
 # --- the file of runs
