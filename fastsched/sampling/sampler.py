@@ -32,8 +32,9 @@ from fastsched.sampling.stochastic import sample_stochastic
 
 Result = TypeVar("Result")
 
-#: If the first level is above this multiple of the highest of a network with timesteps, it is likely to be a timestep.
-BEYOND = 1.5
+#: If the first level is above this multiple of the process's highest, it is likely to be a timestep. Networks that are
+#: given sigma may know levels above that.
+BEYOND = {"vp": 1.5, "ve": 10.0, "flow": math.inf}
 
 _IS_SEED = validate.optional(validate.CHECKS["seed"])
 
@@ -120,10 +121,10 @@ def calls_of(method: Solver, nodes: Sequence[Node]) -> int:
 
 
 def _warn_of_unknown_levels(process: NoiseProcess, s: float) -> None:
-    """Warn if a run starts far above all levels of a network of timesteps."""
-    if process.kind == "vp" and BEYOND * process.s_max < s < math.inf:
+    """Warn if a run starts far above all levels of the noise process."""
+    if BEYOND[process.kind] * process.s_max < s < math.inf:
         validate.warn(
-            f"sigmas start at {s:g}, far above {process.s_max:g}, the highest that the network knows: are they "
+            f"sigmas start at {s:g}, far above {process.s_max:g}, the highest of the noise process: are they "
             "timesteps? fastsched takes noise levels, sigma / alpha"
         )
 

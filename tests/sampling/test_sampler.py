@@ -100,7 +100,10 @@ def test_timesteps_in_place_of_sigmas_are_warned_of(solver):
     with pytest.warns(UserWarning, match=r"sigmas start at 999, far above 31\.6.*are they timesteps"):
         fs.sample(denoiser, [999.0, 500.0, 1.0, 0.0], solver, noise)
     fs.sample(denoiser, [40.0, 5.0, 1.0, 0.0], solver, noise)  # a warning is an error in this suite
-    fs.sample(fs.Denoiser.from_denoiser(lambda z, s: 0.1 * z, 0.01, 20.0), [80.0, 1.0, 0.0], solver, noise)
+    denoiser = fs.Denoiser.from_denoiser(lambda z, s: 0.1 * z, 0.01, 20.0)
+    fs.sample(denoiser, [80.0, 1.0, 0.0], solver, noise)
+    with pytest.warns(UserWarning, match=r"sigmas start at 999, far above 20.*are they timesteps"):
+        fs.sample(denoiser, [999.0, 500.0, 1.0, 0.0], solver, noise)
 
 
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "ancestral"])
