@@ -140,7 +140,7 @@ def fit_report(
         if kept:
             same = partial(check_same_network, denoiser, stats, device, dtype)
             spent = prepare_together(same if checks else lambda: 0, group)
-            stats = replace(stats, model_calls=stats.model_calls + spent)
+            stats = replace(stats, model_calls=stats.model_calls + spent) if spent else stats
         lacking = given and stats.increments is None  # a new measurement has none in processes after the first
         if lacking and affordable(method.model_calls(steps), stats.samples, budget) and steps > 1:
             stats = with_increments(denoiser, stats, checkpoint=checkpoint, group=group, **options)
