@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastsched import plot
-from fastsched.cli.report_data import Measured, band, karras_error, rounding, shown_errors
+from fastsched.cli.report_data import Measured, band, rounding, shown_errors
 from fastsched.costs.step_cost import error_weight
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling import display
 from fastsched.sampling.schedule import Schedule
-from fastsched.selection.planning import ErrorCurve
+from fastsched.sampling.solvers import FITTED
+from fastsched.selection.planning import ErrorCurve, target_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,9 +62,10 @@ def errors(
             curve.steps, shown_errors(stats, curve), "o-", color=next(colours), markersize=4, label=curve.solver
         )
         axes.fill_between(curve.steps, low, high, color=line.get_color(), alpha=0.16, linewidth=0)
-    reference = "dpmpp_2m" if "dpmpp_2m" in [curve.solver for curve in curves] else curves[0].solver
+    solvers = [curve.solver for curve in curves]
+    reference = "dpmpp_2m" if "dpmpp_2m" in solvers or solvers[0] == FITTED else solvers[0]
     steps = range(2, curves[0].steps[-1] + 1)
-    common = [karras_error(stats, reference, n) for n in steps]
+    common = [target_error(stats, reference, ("karras", n)) for n in steps]
     axes.plot(steps, common, "--", color=plot.COLOURS[7], label=f"karras, {reference}")
     markers = itertools.cycle(plot.MARKERS[1:7])  # 6 and 7 are coprime: 42 different pairs with the colours
     found = [*((point, "in its fit") for point in points), *((point, "measured") for point in measured)]

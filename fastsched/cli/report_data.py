@@ -15,7 +15,6 @@ from fastsched.costs.prediction import predict_error
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import geometric_mean, rounding_floor
 from fastsched.sampling.schedule import Schedule
-from fastsched.sampling.solvers import FITTED
 from fastsched.selection.planning import SAFETY, ErrorCurve, target_error
 from fastsched.selection.uncertainty import jackknife_variance, without_each
 
@@ -66,21 +65,15 @@ def band(stats: PathStatistics, curve: ErrorCurve) -> tuple[list[float], list[fl
 def plan(stats: PathStatistics, curve: ErrorCurve) -> list[int | None]:
     """The fewest steps that are as good as karras at each of `TARGETS`; None where the curve has too few steps.
 
-    As in `fastsched.steps_needed`, the predicted error must be at most that of the target over `SAFETY`. The fitted
-    solver is compared with dpmpp_2m on karras, because its weights are for one schedule.
+    As in `fastsched.steps_needed`, the predicted error must be at most that of the target over `SAFETY`.
     """
-    return [steps_within(curve, karras_error(stats, curve.solver, steps)) for steps in TARGETS]
+    return [steps_within(curve, target_error(stats, curve.solver, ("karras", steps))) for steps in TARGETS]
 
 
 def steps_within(curve: ErrorCurve, goal: float) -> int | None:
     """The fewest steps of a curve whose predicted error is at most ``goal`` over `SAFETY`; None if there are none."""
     pairs = zip(curve.steps, curve.predicted_errors, strict=True)
     return next((steps for steps, error in pairs if error <= goal / SAFETY), None)
-
-
-def karras_error(stats: PathStatistics, solver: str, steps: int) -> float:
-    """The predicted error of karras with a solver; for the fitted solver, with dpmpp_2m."""
-    return target_error(stats, "dpmpp_2m" if solver == FITTED else solver, ("karras", steps))
 
 
 def check_schedules(stats: PathStatistics, schedules: Mapping[str, Schedule]) -> None:

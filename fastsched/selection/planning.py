@@ -17,7 +17,7 @@ from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.schedule import Schedule
-from fastsched.sampling.solvers import Solver
+from fastsched.sampling.solvers import FITTED, Solver
 from fastsched.selection.optimal import Minimum, local_minima
 from fastsched.selection.starts import common_sigmas
 
@@ -127,7 +127,8 @@ def steps_needed(
         solver: A solver's name.
         target: A squared distance to the converged sample; or a schedule whose error with the same solver is to be
             reached: a `Schedule`, its sigmas, or a name in `COMMON` and a number of steps, as ``("karras", 20)``. For
-            flow models sigmas and named schedules are in flow times; ``"uniform"`` is only for these models.
+            flow models sigmas and named schedules are in flow times; ``"uniform"`` is only for these models. With the
+            fitted solver, whose weights are for one schedule, a name is that schedule with dpmpp_2m.
         max_steps: The most steps to consider; the number of levels less one when None.
         progress: Show a progress bar, or a function called with the schedules found so far and the most there may be.
 
@@ -163,6 +164,7 @@ def target_error(stats: PathStatistics, solver: str | Solver, target: object) ->
             raise ValueError(f"target must be a pair like ('karras', 20), got {target!r}")
         name, steps = validate.choice("target", target[0], COMMON), validate.positive_int("target steps", target[1])
         target = common_sigmas(stats.process, stats.s, name, steps)
+        solver = "dpmpp_2m" if chosen_solver(solver).name == FITTED else solver
     if isinstance(target, Schedule) or (isinstance(target, Tensor) and target.ndim > 0):
         sigmas = target if isinstance(target, Schedule) else validate.descending_sigmas("target", target, to_zero=True)
         return predict_error(stats, sigmas, solver)

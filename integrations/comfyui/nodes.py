@@ -224,7 +224,8 @@ class StepsNeeded:
     CATEGORY = CATEGORY
     DESCRIPTION = (
         "How many steps of a fitted schedule are predicted to be as near to the converged image as a given number of "
-        "steps of a common scheduler with the same sampler, with a margin. No model calls."
+        "steps of a common scheduler with the same sampler (dpmpp_2m for the fitted solver), with a margin. No model "
+        "calls."
     )
     FUNCTION = "needed"
     RETURN_TYPES = ("INT", "STRING")

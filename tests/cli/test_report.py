@@ -127,13 +127,17 @@ def test_a_measurement_without_responses_and_a_flow_have_pages(tmp_path):
 def test_the_plan_is_that_of_steps_needed(folder, monkeypatch):
     monkeypatch.setattr(report_data, "TARGETS", (3, 5))
     stats = fs.PathStatistics.load(folder / "s.safetensors")
-    for solver in ("ddim", "dpmpp_2m"):
+    for solver in ("ddim", "dpmpp_2m", "fitted"):
         curve = fs.error_curve(stats, solver, 8)
         needed = [fs.steps_needed(stats, solver, target=("karras", steps)) for steps in (3, 5)]
         assert report_data.plan(stats, curve) == [n if n <= 8 else None for n in needed]
-    curve = fs.error_curve(stats, "fitted", 4)
-    goal = report_data.karras_error(stats, "dpmpp_2m", 5)
-    assert report_data.plan(stats, curve)[1] == fs.steps_needed(stats, "fitted", target=goal)
+
+
+def test_karras_is_drawn_with_dpmpp_2m_beside_the_fitted_solver_alone(folder, tmp_path):
+    options = ("--solver", "fitted", "--max-steps", "3", "-q", "-o", tmp_path / "r.html")
+    result = run("report", folder / "s.safetensors", *options)
+    assert result.exit_code == 0, result.stderr
+    assert "karras, dpmpp_2m" in parsed(tmp_path / "r.html").text
 
 
 def test_bands_add_the_scatter_and_the_jackknife(folder):

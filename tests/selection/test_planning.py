@@ -78,6 +78,12 @@ def test_as_good_as_karras(stats):
     assert table["ours"].typical_error <= table["karras"].typical_error
 
 
+def test_common_schedules_are_targets_of_the_fitted_solver_with_dpmpp_2m(stats):
+    """As `fastsched compare --baselines` runs them: the fitted solver's weights are for one schedule."""
+    for name in ("karras", "exponential"):
+        assert target_error(stats, "fitted", (name, 8)) == target_error(stats, "dpmpp_2m", (name, 8))
+
+
 def test_flow_targets_are_in_its_own_sigmas():
     denoiser = exact_denoisers(mixture(d=4))["velocity"]
     stats = fs.measure(denoiser, (4,), levels=24, samples=2, progress=False)
