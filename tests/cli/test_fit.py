@@ -2,9 +2,11 @@ import errno
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +61,16 @@ def test_the_cost_is_said_before_it_is_spent(folder, model, tmp_path):
     dry = run(*spent, "--dry-run")
     assert (dry.exit_code, dry.stderr.strip()) == (0, cost)
     assert not (tmp_path / "a.json").exists()
+
+
+def test_the_guide_has_the_calls_that_measuring_takes(model):
+    """Those of dry runs of the default fit, for samples of many elements and of few."""
+    page = (Path(__file__).parents[2] / "docs" / "shell.md").read_text(encoding="utf-8")
+    calls = []
+    for shape in ("4,8,8", "2"):
+        plan = run("fit", model, "--steps", "8", "--shape", shape, "-q", "--dry-run").stderr
+        calls += re.findall(r"(\d+) to measure", plan)
+    assert "{} measure a denoiser ({} if a sample has at most 4 elements".format(*calls) in page
 
 
 @pytest.mark.parametrize("command", [("fit", "--steps", "4"), ("measure",)])
