@@ -47,7 +47,9 @@ def plot_schedules(schedules: Mapping[str, Schedule | Tensor], *, stats: PathSta
         ValueError: If there is no schedule, or flow times and sigmas are mixed.
     """
     validate.arguments(locals(), schedules=validate.named, stats=validate.optional(is_statistics))
-    figure = draw_empty(7.2, 1.1 + 0.32 * len(schedules) + (2.2 if stats else 0.0))
+    longest = max(len(line) for name in schedules for line in display.as_label(name).split("\n"))
+    width = 7.2 + 0.1 * max(longest - 40, 0)  # names such as paths leave the axes their width
+    figure = draw_empty(width, 1.1 + 0.32 * len(schedules) + (2.2 if stats else 0.0))
     if stats is None:
         draw_schedules(figure.subplots(), schedules)
         return figure

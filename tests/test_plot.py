@@ -192,6 +192,16 @@ def test_without_responses_only_the_unweighted_density_is_drawn():
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["unweighted"]
 
 
+@pytest.mark.parametrize("length", [60, 250])
+def test_long_names_leave_the_axes_room(stats, schedules, length):
+    figure = plot.plot_schedules({"/path" * (length // 5): schedules["a"]}, stats=stats)
+    figure.draw_without_rendering()
+    above, below = figure.axes
+    for text in (above.get_legend(), below.xaxis.label, *below.get_yticklabels()):
+        box = text.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+
+
 def test_ticks_of_model_calls_are_integers_and_legends_cover_no_curve(stats, schedules):
     curves = [fs.error_curve(stats, solver, 3) for solver in ("ddim", "dpmpp_2m", "heun")]
     errors = [comparison(calls, a=1.0 / calls, b=2.0 / calls) for calls in (5, 6, 7)]
