@@ -375,11 +375,12 @@ def _page(found: Profile) -> Iterator[str]:
     outside = f"outside of steps {found.fixed_seconds:.2f} s"
     yield f"fastsched's own share is at most {found.own_share:.2%} of a step; {outside}"
     yield ""
-    seen = f"peak {found.peak_gb:.2f} GB, and {found.measuring_gb:.2f} GB while measuring on few levels"
-    yield f"weights {found.weights_gb:.2f} GB, {seen}"
+    seen = f"peak {found.peak_gb:.3g} GB, and {found.measuring_gb:.3g} GB while measuring on few levels"
+    yield f"weights {found.weights_gb:.3g} GB, {seen}"
     yield f"measuring on {LEVELS} levels adds {found.predicted_gb:.3g} GB a path"
-    rate = found.gram_bandwidth / max(found.copy_bandwidth, 1.0)
-    yield f"its Gram matrix: {found.gram_ms:.2f} ms, {found.gram_bandwidth / 1e9:.0f} GB/s, {rate:.0%} of a copy's rate"
+    rate, speed = found.gram_bandwidth / max(found.copy_bandwidth, 1.0), found.gram_bandwidth / 1e9
+    shown = f"{speed:.0f}" if speed >= 10 else f"{speed:.2g}"
+    yield f"its Gram matrix: {found.gram_ms:.2f} ms, {shown} GB/s, {rate:.0%} of a copy's rate"
     yield ""
     for name, minutes in found.minutes.items():
         pays = found.pays_after(name)

@@ -112,12 +112,19 @@ def test_a_network_of_parameters_is_described():
 
 def test_the_page_has_numbers_of_a_small_network_and_of_a_large_one():
     found = fs.profile(exact_denoiser(mixture()), (4,), steps=3)
-    small = dataclasses.replace(found, parameters=1_234_000, minutes={"measure": 0.25, "fit": 0.5})
+    small = dataclasses.replace(
+        found, parameters=1_234_000, weights_gb=0.004936, gram_bandwidth=3.8e8, minutes={"measure": 0.25, "fit": 0.5}
+    )
     assert "1.23 M parameters" in str(small)
+    assert "weights 0.00494 GB" in str(small)
+    assert " 0.38 GB/s" in str(small)
     assert "15.0 s" in str(small)
     assert " min" not in str(small)
-    large = dataclasses.replace(found, parameters=12_000_000_000, minutes={"measure": 25.0, "fit": 26.0})
+    large = dataclasses.replace(
+        found, parameters=12_000_000_000, gram_bandwidth=3.94e12, minutes={"measure": 25.0, "fit": 26.0}
+    )
     assert "12 B parameters" in str(large)
+    assert " 3940 GB/s" in str(large)
     assert "25.0 min" in str(large)
 
 
