@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastsched.fitting.loop import MODEL_CALLS
+from fastsched.sampling.solvers import FITTED
 from fastsched.selection.planning import COMMON, error_curve, steps_needed
 
 from . import files
@@ -248,7 +249,8 @@ class StepsNeeded:
             raise ValueError("schedule must come from Fit Schedule: a file holds no measurement to predict errors from")
         solver = schedule.schedule.solver
         steps = steps_needed(schedule.stats, solver, target=(as_good_as, of_steps))
-        return steps, f"{steps} fitted steps of {solver} are as good as {of_steps} of {as_good_as}"
+        other = " with dpmpp_2m" if solver == FITTED else ""
+        return steps, f"{steps} fitted steps of {solver} are as good as {of_steps} of {as_good_as}{other}"
 
 
 _ALL: dict[str, tuple[type, str]] = {

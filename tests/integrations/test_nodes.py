@@ -323,7 +323,9 @@ def test_steps_needed_are_those_of_fastsched(package, given):
     found = fit(package, given())[3]
     steps, text = node(package, "StepsNeeded")().needed(found, "karras", 4)
     assert steps == fs.steps_needed(found.stats, "dpmpp_2m", target=("karras", 4))
-    assert str(steps) in text
+    assert text == f"{steps} fitted steps of dpmpp_2m are as good as 4 of karras"
+    own = fit(package, given(sampler="fitted"))[3]
+    assert node(package, "StepsNeeded")().needed(own, "karras", 4)[1].endswith("as good as 4 of karras with dpmpp_2m")
     with pytest.raises(ValueError, match="must come from Fit Schedule"):
         node(package, "StepsNeeded")().needed(dataclasses.replace(found, stats=None), "karras", 4)
 
