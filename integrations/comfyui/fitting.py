@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import fastsched
+from fastsched import validate
 from fastsched.fitting.loop import FitReport
 from fastsched.measurement.statistics import PathStatistics
 
@@ -91,7 +92,7 @@ def check(model: Any, latent: dict[str, Any]) -> None:
     """
     samples = latent.get("samples")
     if type(samples) is not torch.Tensor or samples.ndim < 3 or len(samples) == 0:
-        raise ValueError(f"latent must hold one tensor of images, got {type(samples).__name__}")
+        raise ValueError(f"latent must hold one tensor of images, [B, C, H, W], got {validate.shown(samples)}")
     if latent.get("noise_mask") is not None:
         raise ValueError(
             "latent has a noise mask: inpainting overwrites a part of every step's latents, so it cannot be measured; "

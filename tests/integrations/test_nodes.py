@@ -226,6 +226,8 @@ def test_known_caches_windows_and_masks_are_refused(package, given):
         fit(package, arguments)
     with pytest.raises(ValueError, match="one tensor"):
         fit(package, given(latent={"samples": [torch.zeros(1, 1, 2, 3)]}))
+    with pytest.raises(ValueError, match=r"one tensor of images, .* got Tensor of shape \(0, 1, 2, 3\)"):
+        fit(package, given(latent={"samples": torch.zeros(0, 1, 2, 3)}))
 
 
 def test_the_timesteps_are_those_of_comfyui(package, given, kinds):
