@@ -42,7 +42,7 @@ from fastsched.diffusers.step_checks import (
     output_of_tokens,
     warn_of_clipping,
 )
-from fastsched.diffusers.watching import PipelineWatch, Step, check_replaced, observed, overwritten, replaced
+from fastsched.diffusers.watching import PipelineWatch, Step, check_replaced, overwritten, replaced
 from fastsched.measurement.deviated_paths import deviated_paths, queries
 from fastsched.measurement.measuring import measured_levels
 from fastsched.measurement.memory import check_call, with_store
@@ -386,14 +386,7 @@ class CalibrationScheduler(UnitStart, SchedulerMixin, ConfigMixin):
         """Compare the networks' calls with those of earlier steps, and their input with the latents."""
         index, n, size = self._index, len(self._levels), sample.numel()
         level = [0, *self._queries, self._repeated][index]
-        found, resolve = observed(seen, output)
-
-        def judge(values: Tensor) -> None:
-            wrong = self._consistency.check(index, level, *resolve(values))
-            if wrong is not None:
-                raise ValueError(f"{wrong}; {UNALIKE}")
-
-        self._verdicts.note(found, judge)
+        self._consistency.note(index, level, seen, output, self._verdicts)
         kept = overwritten(seen, sample) if index > 0 and self._copies == 1 else None
         if index == 1 and kept is not None and 0 < int(kept.min()) < 0.99 * size:
             self._owned = replaced(seen, sample)  # their D is held at 0

@@ -20,9 +20,13 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+from torch import Tensor
+
+from fastsched.denoisers.late_reading import Verdicts
 from fastsched.diffusers.formula import NOT_LINEAR, Formula
 from fastsched.diffusers.network_facts import progresses
-from fastsched.diffusers.watching import Step, is_number
+from fastsched.diffusers.step_checks import UNALIKE
+from fastsched.diffusers.watching import Step, is_number, observed
 from fastsched.measurement.deviated_paths import asked_levels
 
 #: A step that runs less than this fraction of the layers that another step runs is taken to reuse earlier results.
@@ -47,6 +51,17 @@ class Consistency:
         self._constant: dict[str, Any] = {}
         self._late: dict[str, list[tuple[int, dict[str, Any]]]] = {}
         self._layers: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def note(self, index: int, level: int, seen: Step, output: Tensor, verdicts: Verdicts) -> None:
+        """`check` a step in which the scheduler was given ``output``, once ``verdicts`` are read: then a ValueError."""
+        found, resolve = observed(seen, output)
+
+        def judge(values: Tensor) -> None:
+            wrong = self.check(index, level, *resolve(values))
+            if wrong is not None:
+                raise ValueError(f"{wrong}; {UNALIKE}")
+
+        verdicts.note(found, judge)
 
     def check(self, index: int, level: int, step: Step, formula: Formula | None) -> str | None:
         """What is wrong with step ``index``, at the level with the index ``level``; None if nothing is.

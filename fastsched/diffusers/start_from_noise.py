@@ -20,14 +20,13 @@ from fastsched.diffusers.overrides import Override, Timesteps, without_equal_sig
 from fastsched.diffusers.probe import scales
 from fastsched.diffusers.step_checks import (
     INSTEAD,
-    UNALIKE,
     check_one_run,
     check_unchanged,
     doubled,
     held_at_zero,
     output_of_tokens,
 )
-from fastsched.diffusers.watching import PipelineWatch, observed
+from fastsched.diffusers.watching import PipelineWatch
 from fastsched.fitting.rollouts import Evaluations
 from fastsched.sampling.random_streams import BESIDE, noise_of
 from fastsched.sampling.schedule import Schedule
@@ -99,15 +98,9 @@ class StartFromNoise:
         return Evaluations.of([(s, y.values(), denoised.values()) for s, y, denoised in self._calls])
 
     def _check(self, output: Tensor) -> None:
-        index, (found, resolve) = self._index, observed(self._watch.take(self._verdicts), output)
+        seen, level = self._watch.take(self._verdicts), self._index + 1  # each step has a level of its own
+        self._consistency.note(self._index, level, seen, output, self._verdicts)
         self._index += 1
-
-        def judge(values: Tensor) -> None:
-            wrong = self._consistency.check(index, index + 1, *resolve(values))  # each step has a level of its own
-            if wrong is not None:
-                raise ValueError(f"{wrong}; {UNALIKE}")
-
-        self._verdicts.note(found, judge)
         self._verdicts.settle(wait=False)
 
     def _may_change(self, index: int) -> bool:
