@@ -75,9 +75,8 @@ def wrong_outputs(stats: PathStatistics) -> list[int]:
     deviated path at this level, the difference of its output and the wrong one, has the same error with the other sign.
     """
     gram, n = stats.vector_gram.double().mean(0), stats.levels
-    outputs = gram.new_zeros(n, len(gram))  # as sums of increments
-    outputs[1:, : n - 1] = torch.ones_like(gram[: n - 1, : n - 1]).tril()
-    seconds, weights = outputs.diff(dim=0).diff(dim=0), gram.new_tensor(SECOND)  # row k - 1 is that of level k
+    increments, weights = torch.eye(n - 1, len(gram), dtype=gram.dtype, device="cpu"), gram.new_tensor(SECOND)
+    seconds = increments.diff(dim=0)  # row k - 1 is that of level k
     asked, found = [*asked_levels(n)], []
     for at, k in enumerate(asked[:-1]):
         near = seconds[k - 2 : k + 1]

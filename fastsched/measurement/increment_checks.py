@@ -131,9 +131,7 @@ def _check_single_output(ask: CheckCalls, stats: PathStatistics, level: int, siz
 
 def _fourth_products(gram: Tensor) -> Tensor:
     """The inner products of the outputs' fourth differences [N-4, N-4], from the increments' Gram matrix [N-1, N-1]."""
-    fourth = gram.new_zeros(max(0, len(gram) - 3), len(gram))  # as sums of increments
-    for row in range(len(fourth)):
-        fourth[row, row : row + 4] = -gram.new_tensor(FOURTH).cumsum(0)[:4]
+    fourth = torch.eye(len(gram), dtype=gram.dtype, device="cpu").diff(n=3, dim=0)  # third differences of increments
     return fourth @ gram @ fourth.T
 
 
