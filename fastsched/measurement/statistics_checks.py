@@ -41,16 +41,21 @@ def check_form(stats: Any) -> None:
     _check_levels(stats)
 
 
-def check_values(stats: Any) -> None:
-    """Raise ValueError unless the numbers are finite and can be products of vectors."""
+def check_values(stats: Any, *, vectors: bool = False) -> None:
+    """Raise ValueError unless the numbers are finite, with ``vectors`` all, and can be products of vectors."""
     for name in TENSORS:
-        if name not in VECTORS and getattr(stats, name) is not None:
+        if (vectors or name not in VECTORS) and getattr(stats, name) is not None:
             check_finite(name, getattr(stats, name))
     _check_products(stats)
 
 
-def check_seeds(stats: Any) -> None:
-    """Raise ValueError if a path counts twice, as in a draw with repetition, or has no seed of a measurement."""
+def check_whole(stats: Any, *, vectors: bool = True) -> None:
+    """What a file must hold: `check_form` and `check_values`, and no path counts twice, as in a draw with repetition.
+
+    TypeError or ValueError also if a path has no seed of a measurement.
+    """
+    check_form(stats)
+    check_values(stats, vectors=vectors)
     if len(set(stats.seeds.tolist())) < len(stats.seeds) or bool((stats.seeds < 0).any()):
         raise ValueError("holds seeds that repeat or are negative")
 
@@ -138,6 +143,7 @@ def _check_products(stats: Any) -> None:
 
 def _check_levels(stats: Any) -> None:
     s = stats.s
+    check_finite("s", s)
     if len(s) < 3 or not bool((s[1:] < s[:-1]).all()) or not float(s[-1]) > 0:
         raise ValueError("holds levels s that do not descend to a positive one")
     if far_outside(stats.process, s):

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,14 +16,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.noise import NoiseProcess, process_from_dict
 from fastsched.measurement.deviated_paths import STRIDE, DeviatedPath
-from fastsched.measurement.statistics_checks import (
-    check_finite,
-    check_form,
-    check_number,
-    check_seeds,
-    check_tensor,
-    check_values,
-)
+from fastsched.measurement.statistics_checks import TENSORS, VECTORS, check_whole
 from fastsched.sampling.files import check_readable, check_version, checksum, json_object, kind_of, write_whole
 from fastsched.sampling.origin import Origin
 
@@ -33,22 +26,29 @@ VERSION = 3
 
 #: Names of the responses' tensors in files; version 1 used them for its sensitivity.
 NAMES = {"response_cross": "cross", "response_gram": "w_squared"}
-REQUIRED = {"s", "seeds", "gram", "ends"}
-OPTIONAL = {*NAMES.values(), "fingerprint", "increments", "responses"}
 ENTRIES = {"format", "version", "process", "data_std", "model_calls", "deviated", "origin", "changes", "sha256"}
 #: Entries of files before version 3.
 FORMER_ENTRIES = {"sensitivity"}
+
+#: Entries that are lists of pairs: how errors name one, the type of both of its numbers, whether they are right, and
+#: what they must be.
+PAIRS: dict[str, tuple[str, type, Callable[[Any, Any], bool], str]] = {
+    "deviated": (
+        "deviated path",
+        int,
+        lambda hold, order: hold >= STRIDE and hold % STRIDE == 0 and order in (1, 2),
+        "numbers, levels to hold and an order",
+    ),
+    "changes": ("change", float, lambda high, low: math.inf > high > low > 0, "levels s, the higher one first"),
+}
 
 
 def write_statistics(stats: Any, path: str | os.PathLike[str], vectors: bool) -> None:
     """Write statistics, with ``vectors`` also increments and responses; ValueError if the file could not be read."""
     from safetensors.torch import save
 
-    kept = {"s": stats.s, "seeds": stats.seeds, "gram": stats.gram, "ends": stats.ends}
-    kept |= {"fingerprint": stats.fingerprint, **{new: getattr(stats, old) for old, new in NAMES.items()}}
-    if vectors:
-        kept |= {"increments": stats.increments, "responses": stats.responses}
-    tensors = {name: tensor.contiguous() for name, tensor in kept.items() if tensor is not None}
+    kept = {name: getattr(stats, name) for name in TENSORS if vectors or name not in VECTORS}
+    tensors = {NAMES.get(name, name): tensor.contiguous() for name, tensor in kept.items() if tensor is not None}
     header: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -62,10 +62,7 @@ def write_statistics(stats: Any, path: str | os.PathLike[str], vectors: bool) ->
     if stats.changes:
         header["changes"] = [list(pair) for pair in stats.changes]
     try:
-        _check_entries(header, tensors, VERSION)
-        check_form(stats)
-        check_values(stats)
-        check_seeds(stats)
+        check_whole(stats, vectors=vectors)
         check_process(stats.process, stats.s)
     except ValueError as error:
         raise ValueError(
@@ -126,11 +123,8 @@ def read_statistics(kind: type[Any], path: str | os.PathLike[str]) -> Any:
     try:
         if (version >= 3 or given is not None) and given != _checksum(header, tensors):
             raise ValueError("was changed or damaged after it was written: its checksum is another one")
-        _check_entries(header, tensors, version)
         found = SimpleNamespace(**_fields(header, tensors, version))
-        check_form(found)
-        check_values(found)
-        check_seeds(found)
+        check_whole(found)
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{name} lacks an entry of path statistics, or one is wrong: {error}") from None
     except ValueError as error:
@@ -147,56 +141,35 @@ def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return checksum(*parts)
 
 
-def _check_entries(header: dict[str, Any], tensors: dict[str, Tensor], version: int) -> None:
+def _fields(header: dict[str, Any], tensors: dict[str, Tensor], version: int) -> dict[str, Any]:
+    names = {name: NAMES.get(name, name) for name in TENSORS}
     unknown = set(header) - ENTRIES - (FORMER_ENTRIES if version < 3 else set())
-    unknown |= set(tensors) - REQUIRED - OPTIONAL
+    unknown |= set(tensors) - {*names.values()}
     if unknown:
         raise ValueError(f"holds entries that are not known: {', '.join(sorted(unknown))[:200]}")
-    for missing in sorted(REQUIRED - set(tensors)):
-        raise KeyError(missing)
-    for key, kind in (("data_std", float), ("model_calls", int)):
-        check_number(key, header[key], kind)
-    names = {new: old for old, new in NAMES.items()}
-    for name, tensor in tensors.items():
-        field = names.get(name, name)
-        check_tensor(field, tensor)
-        check_finite(field, tensor)
-
-
-def _fields(header: dict[str, Any], tensors: dict[str, Tensor], version: int) -> dict[str, Any]:
-    fields = {new: old for old, new in NAMES.items()}
     if not isinstance(header["process"], dict):
         raise TypeError(f"process = {header['process']!r:.80}")
     if version == 1:
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in fields}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in NAMES.values()}
     return {
         "process": process_from_dict(header["process"]),
         "shape": tuple(tensors["ends"].shape[1:]),
-        "data_std": float(header["data_std"]),
+        "data_std": header["data_std"],
         "model_calls": header["model_calls"],
         "origin": Origin.from_dict(header["origin"]) if "origin" in header else None,
-        "deviated": _deviated(header.get("deviated", [])),
-        "changes": _changes(header.get("changes", [])),
-        **dict.fromkeys((*NAMES, "increments", "responses", "fingerprint")),
-        **{fields.get(name, name): tensor for name, tensor in tensors.items()},
+        "deviated": tuple(DeviatedPath(*pair) for pair in _pairs(header, "deviated")),
+        "changes": tuple(_pairs(header, "changes")),
+        **{name: tensors.get(written) for name, written in names.items()},
     }
 
 
-def _deviated(entries: Any) -> tuple[DeviatedPath, ...]:
+def _pairs(header: dict[str, Any], name: str) -> list[tuple[Any, Any]]:
+    """The pairs of an entry of `PAIRS`; TypeError or ValueError if they are none."""
+    (what, kind, right, wanted), entries = PAIRS[name], header.get(name, [])
     if not isinstance(entries, list):
-        raise TypeError(f"deviated = {entries!r:.80}")
+        raise TypeError(f"{name} = {entries!r:.80}")
     for entry in entries:
-        pair = isinstance(entry, list) and len(entry) == 2 and all(type(each) is int for each in entry)
-        if not pair or entry[0] < STRIDE or entry[0] % STRIDE or entry[1] not in (1, 2):
-            raise ValueError(f"holds the deviated path {entry!r:.80}; expected 2 numbers, levels to hold and an order")
-    return tuple(DeviatedPath(*entry) for entry in entries)
-
-
-def _changes(entries: Any) -> tuple[tuple[float, float], ...]:
-    if not isinstance(entries, list):
-        raise TypeError(f"changes = {entries!r:.80}")
-    for entry in entries:
-        pair = isinstance(entry, list) and len(entry) == 2 and all(type(each) is float for each in entry)
-        if not pair or not math.inf > entry[0] > entry[1] > 0:
-            raise ValueError(f"holds the change {entry!r:.80}; expected 2 levels s, the higher one first")
-    return tuple((entry[0], entry[1]) for entry in entries)
+        pair = isinstance(entry, list) and len(entry) == 2 and all(type(each) is kind for each in entry)
+        if not pair or not right(*entry):
+            raise ValueError(f"holds the {what} {entry!r:.80}; expected 2 {wanted}")
+    return [tuple(entry) for entry in entries]
