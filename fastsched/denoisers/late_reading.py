@@ -55,11 +55,11 @@ class Verdicts:
 
     def __init__(self) -> None:
         self._noted: list[tuple[Tensor, Judge]] = []
-        self._sent: list[tuple[LateReading, Tensor, list[tuple[int, Judge]]]] = []
+        self._sent: list[tuple[LateReading, list[tuple[int, Judge]]]] = []
 
     def note(self, values: Tensor, judge: Judge) -> None:
         """Call ``judge`` with ``values`` [n] as float64 (float32 from Apple's GPUs) in a later `settle`."""
-        self._noted.append((values.reshape(-1), judge))
+        self._noted.append((values.reshape(-1).to(widest_dtype(values.device), copy=True), judge))
 
     def note_finite(self, values: Tensor, wrong: Callable[[], str]) -> None:
         """Raise a ValueError with the message ``wrong()`` in a later `settle` if ``values`` hold NaN or inf."""
@@ -73,24 +73,14 @@ class Verdicts:
 
     def settle(self, *, wait: bool = True) -> None:
         """Check the noted vectors that are on the CPU, in order, or with ``wait`` all; the first failure raises."""
-        noted, self._noted = self._noted, []
-        for device in dict.fromkeys(values.device for values, _ in noted):
-            exact = widest_dtype(device)
-            vectors = [(values.to(exact), judge) for values, judge in noted if values.device == device]
-            vector = torch.cat([values for values, _ in vectors])
-            self._sent.append((LateReading(vector), vector, [(values.numel(), judge) for values, judge in vectors]))
-        while self._sent and self._sent[0][0].ready:
-            reading, _, judges = self._sent.pop(0)
-            _judge(reading.values(), judges)
-        if not wait:
-            return
-        sent, self._sent = self._sent, []
-        for device in dict.fromkeys(vector.device for _, vector, _ in sent):
-            same = [(vector, judges) for _, vector, judges in sent if vector.device == device]
-            joined = torch.cat([vector for vector, _ in same]).cpu()
-            _judge(joined, [each for _, judges in same for each in judges])
-
-
-def _judge(values: Tensor, judges: list[tuple[int, Judge]]) -> None:
-    for part, (_, judge) in zip(values.split([size for size, _ in judges]), judges, strict=True):
-        judge(part)
+        for device in dict.fromkeys(values.device for values, _ in self._noted):
+            if wait or device.type in ("cpu", "cuda"):  # copies from other devices wait
+                same = [(values, judge) for values, judge in self._noted if values.device == device]
+                self._noted = [each for each in self._noted if each[0].device != device]
+                reading = LateReading(torch.cat([values for values, _ in same]))
+                self._sent.append((reading, [(values.numel(), judge) for values, judge in same]))
+        while self._sent and (wait or self._sent[0][0].ready):
+            reading, judges = self._sent.pop(0)
+            parts = reading.values().split([size for size, _ in judges])
+            for part, (_, judge) in zip(parts, judges, strict=True):
+                judge(part)
