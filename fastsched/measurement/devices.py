@@ -71,7 +71,7 @@ def measured_in_group(
     asks = {"checks": batches.checks and rank == 0, "identified": batches.checks}
     own = replace(batches, seeds=share(seeds, group), gathered=(received, size), **asks)
     if batches.file is not None:
-        own = replace(own, file=_part_file(batches.file, rank, size))
+        own = replace(own, file=own_file(batches.file, group))
     measure = lambda: measured(run, own, resumed(own.file, run, own))
     parts = parts_of_group(measure if len(own.seeds) else None, group, vectors if run.keep_vectors else "none")
     parts = of_one_network(([] if found is None else [found]) + parts, run.dtype)

@@ -37,8 +37,6 @@ def warn_of_storage(norms: Tensor, dtype: torch.dtype, c: Tensor, gram: Tensor) 
     little, as near the data, rounding always exceeds 1%, and has no effect on the schedule. Arguments are as in
     `storage_floor`, with the Gram matrices of the increments, [B, N-1, N-1].
     """
-    if dtype not in STORAGE_ERROR:
-        return
     distances = gram.diagonal(dim1=-2, dim2=-1).mean(0)
     floor = storage_floor(norms, dtype, c).mean(0)[1:]  # one per distance
     if bool(distances.sum() < TRUSTED * floor.sum()):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,7 +96,7 @@ class PathStatistics:
     @property
     def dimension(self) -> int:
         """d, the number of elements of one sample."""
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
     @property
     def finite_range(self) -> tuple[float, float]:
