@@ -29,7 +29,7 @@ from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.devices import (
     check_alike,
     check_together,
-    own_file,
+    part_file,
     parts_of_group,
     prepare_together,
     rank_and_size,
@@ -124,7 +124,8 @@ def measured_in_group(
         ValueError: If the processes were given different arguments or pipelines.
         RuntimeError: If another process failed.
     """
-    if rank_and_size(group)[1] == 1:
+    rank, size = rank_and_size(group)
+    if size == 1:
         return measured_pipeline(pipe, call_kwargs, **settings)
 
     def prepare() -> tuple[PromptCalls, Origin]:
@@ -140,7 +141,7 @@ def measured_in_group(
     own = share(range(which.start, which.start + _needed(settings["samples"], which, calls)), group).tolist()
     file, keep = settings["checkpoint"], settings["keep_increments"]
     if file is not None:
-        settings["checkpoint"] = own_file(file, group)
+        settings["checkpoint"] = part_file(file, rank, size)
     settings["samples"] = range(own[0], own[-1] + 1) if own else None
 
     def measure() -> PathStatistics:
@@ -151,7 +152,7 @@ def measured_in_group(
         return measured_pipeline(pipe, call_kwargs, **settings)
 
     whole = reduce(PathStatistics.merge, parts_of_group(measure if own else None, group, vectors if keep else "none"))
-    if file is not None and rank_and_size(group)[0] == 0:
+    if file is not None and rank == 0:
         save_whole(whole, file, group, vectors=keep)
     return whole
 

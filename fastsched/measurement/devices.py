@@ -71,7 +71,7 @@ def measured_in_group(
     asks = {"checks": batches.checks and rank == 0, "identified": batches.checks}
     own = replace(batches, seeds=share(seeds, group), gathered=(received, size), **asks)
     if batches.file is not None:
-        own = replace(own, file=own_file(batches.file, group))
+        own = replace(own, file=part_file(batches.file, rank, size))
     measure = lambda: measured(run, own, resumed(own.file, run, own))
     parts = parts_of_group(measure if len(own.seeds) else None, group, vectors if run.keep_vectors else "none")
     parts = of_one_network(([] if found is None else [found]) + parts, run.dtype)
@@ -100,13 +100,13 @@ def save_whole(whole: PathStatistics, file: str | os.PathLike[str], group: Any, 
     whole.save(file, vectors=vectors)
     size = rank_and_size(group)[1]
     for rank in range(size):
-        _part_file(file, rank, size).unlink(missing_ok=True)
+        part_file(file, rank, size).unlink(missing_ok=True)
 
 
-def own_file(file: str | os.PathLike[str], group: Any) -> str:
-    """In a group, this process's own file beside ``file``; else ``file`` itself."""
-    rank, size = rank_and_size(group)
-    return os.fspath(file) if size == 1 else os.fspath(_part_file(file, rank, size))
+def part_file(file: str | os.PathLike[str], rank: int, size: int) -> Path:
+    """The file of one process's part, beside that of the whole."""
+    path = Path(file)
+    return path.with_name(f"{path.stem}.part-{rank}-of-{size}{path.suffix}")
 
 
 def gathered_by_all(value: Any, group: Any) -> list[Any]:
@@ -249,8 +249,3 @@ def _with_vectors(
         replace(each, increments=vectors[:, :n], responses=None if responses is None else vectors[:, n:])
         for each, vectors in zip(known, held, strict=True)
     ]
-
-
-def _part_file(file: str | os.PathLike[str], rank: int, size: int) -> Path:
-    path = Path(file)
-    return path.with_name(f"{path.stem}.part-{rank}-of-{size}{path.suffix}")
