@@ -76,9 +76,9 @@ class StartFromNoise:
         self._recorded = True
         self._own: dict[str, Tensor] = {}
         self._set_timesteps = scheduler.set_timesteps
-        _SetTimesteps(scheduler, self).put()
+        _Replaced(scheduler, "set_timesteps", self.prepare).put()
         if hasattr(type(scheduler), "scale_model_input"):
-            _ScaleModelInput(scheduler, self).put()
+            _Replaced(scheduler, "scale_model_input", self.scale_model_input).put()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StartFromNoise:
         own = {"seeds": self.seeds ^ BESIDE * 2**32, "_recorded": False, "_verdicts": Verdicts(), "_calls": []}
@@ -123,17 +123,22 @@ class StartFromNoise:
             # Then the timesteps are not those of the states' levels.
             self._levels = self.convention.process.level(self._schedule.sigmas[:-1])
 
-    def step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Replaces the scheduler's ``step``."""
         check_one_run(again=self.left == 0)
         if self._recorded:
-            self._check(output)
+            self._check(model_output)
         if self.left is None:
             return self._first_step(sample, **kwargs)
         if self._recorded:
-            return self._recorded_step(output, timestep, sample, *args, **kwargs)
+            return self._recorded_step(model_output, timestep, sample, *args, **kwargs)
         with self.own_tables():
-            return self._step(output, timestep, sample, *args, **kwargs)
+            return self._step(model_output, timestep, sample, *args, **kwargs)
+
+    def scale_model_input(self, *args: Any, **kwargs: Any) -> Any:
+        """Replaces the scheduler's ``scale_model_input``."""
+        with self.own_tables():
+            return type(self.scheduler).scale_model_input(self.scheduler, *args, **kwargs)
 
     @contextlib.contextmanager
     def own_tables(self) -> Iterator[None]:
@@ -150,7 +155,7 @@ class StartFromNoise:
         vars(self.scheduler).update(self._own)
         self._set_timesteps(*args, **kwargs)
         self._step = self.scheduler.step  # an applied schedule may have replaced it
-        _Step(self.scheduler, self).put()
+        _Replaced(self.scheduler, "step", self.step).put()
         tables = {name: vars(self.scheduler).get(name) for name in TABLES}
         self._own = {name: table for name, table in tables.items() if isinstance(table, Tensor)}
         self._shown = {name: torch.cat([table[:1], table]) for name, table in self._own.items()}
@@ -204,28 +209,9 @@ def _without_added_step(asked: Any) -> Any:
 class _Replaced(Override):
     """Replaces a method of a scheduler by one of a `StartFromNoise`, which is copied with the scheduler."""
 
-    def __init__(self, owner: Any, run: StartFromNoise) -> None:
+    def __init__(self, owner: Any, name: str, method: Callable[..., Any]) -> None:
         super().__init__(owner)
-        self.run = run
-
-
-class _SetTimesteps(_Replaced):
-    name = "set_timesteps"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self.run.prepare(*args, **kwargs)
-
-
-class _Step(_Replaced):
-    name = "step"
-
-    def __call__(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.run.step(model_output, timestep, sample, *args, **kwargs)
-
-
-class _ScaleModelInput(_Replaced):
-    name = "scale_model_input"
+        self.name, self.method = name, method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.run.own_tables():
-            return self.original(*args, **kwargs)
+        return self.method(*args, **kwargs)
