@@ -227,8 +227,7 @@ class SetTimesteps(Override):
         rest = self._rest(index)
         if rest is None:
             return self.owner.sigmas.plain[:0]
-        twice = getattr(self.owner, "order", 1) == 2
-        return _inner_twice(rest.sigmas, twice, ends=True).to(self.owner.sigmas.plain)
+        return _inner_twice(rest.sigmas, self.owner, ends=True).to(self.owner.sigmas.plain)
 
     def _rest(self, index: int) -> Schedule | None:
         """The schedule of a start at ``index``; None if no step is left."""
@@ -340,11 +339,10 @@ def _by_assignment(schedule: Schedule, scheduler: Any, convention: Convention) -
             return
         if getattr(target, "sigmas", None) is None:
             raise ValueError("it has no sigmas to set")
-        twice = getattr(target, "order", 1) == 2
-        target.sigmas = _inner_twice(sigmas, twice, ends=True).to(target.sigmas)
+        target.sigmas = _inner_twice(sigmas, target, ends=True).to(target.sigmas)
         if hasattr(target, "sigmas_interpol"):  # KDPM2's midpoints, one for each entry
             target.sigmas_interpol = torch.cat([sigmas[:1], passed[1:-1:2].repeat_interleave(2), sigmas[-1:]]).float()
-        repeated = timesteps if len(passed) > len(sigmas) else _inner_twice(timesteps, twice, ends=False)
+        repeated = timesteps if len(passed) > len(sigmas) else _inner_twice(timesteps, target, ends=False)
         target.timesteps = _like_timesteps(repeated, target.timesteps)
 
     return setter
@@ -383,9 +381,9 @@ def _no_shift(config: Any) -> dict[str, float]:
     return {"mu": 1.0 if config.get("time_shift_type") == "linear" else 0.0}
 
 
-def _inner_twice(values: Tensor, twice: bool, *, ends: bool) -> Tensor:
-    """``values`` as listed by classes with two calls a step: all but the first (with ``ends`` also the last) twice."""
-    if not twice:
+def _inner_twice(values: Tensor, scheduler: Any, *, ends: bool) -> Tensor:
+    """``values`` as listed by the class: all but the first (with ``ends`` also the last) twice if a step calls twice."""
+    if getattr(scheduler, "order", 1) != 2:
         return values
     inner = values[1:-1] if ends else values[1:]
     return torch.cat([values[:1], inner.repeat_interleave(2), *([values[-1:]] if ends else [])])

@@ -136,10 +136,7 @@ def _proven(schedule: Schedule, scheduler: Any, mu: float | None) -> Export:
     convention = describe(scheduler)
     arguments = given_arguments(schedule, scheduler, convention, mu)
     shifting = {"mu": mu} if scheduler.config.get("use_dynamic_shifting") else {}
-
-    def setter(target: Any) -> None:
-        target.set_timesteps(**arguments, **shifting)
-
+    setter = lambda target: target.set_timesteps(**arguments, **shifting)
     return prove(schedule, scheduler, convention, setter, "arguments", arguments)
 
 
