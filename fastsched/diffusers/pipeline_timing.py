@@ -139,22 +139,18 @@ def _owned_networks(timeline: Timeline, pipe: Any) -> Iterator[set[int]]:
     Before the first step prompts and images are encoded; the last network called before it is the step's.
     """
     called: set[int] = set()
-    timed_calls = []
-    for module in networks_of(pipe).values():
-        compiled = getattr(module, "_compiled_call_impl", None)
-        function = compiled if compiled is not None else module.forward
-        name = "_compiled_call_impl" if compiled is not None else "forward"
-
-        @functools.wraps(module.forward)  # diffusers inspects its signature
-        def timed(*args: Any, module: nn.Module = module, function: Any = function, **kwargs: Any) -> Any:
-            if not timeline.had("scheduler"):
-                called.clear()
-            called.add(id(module))
-            with timeline.within("network"):
-                return function(*args, **kwargs)
-
-        timed_calls.append(attributes_set(module, **{name: timed}))
     with contextlib.ExitStack() as stack:
-        for each in timed_calls:
-            stack.enter_context(each)
+        for module in networks_of(pipe).values():
+            name = "forward" if getattr(module, "_compiled_call_impl", None) is None else "_compiled_call_impl"
+            function = getattr(module, name)
+
+            @functools.wraps(module.forward)  # diffusers inspects its signature
+            def timed(*args: Any, module: nn.Module = module, function: Any = function, **kwargs: Any) -> Any:
+                if not timeline.had("scheduler"):
+                    called.clear()
+                called.add(id(module))
+                with timeline.within("network"):
+                    return function(*args, **kwargs)
+
+            stack.enter_context(attributes_set(module, **{name: timed}))
         yield called
