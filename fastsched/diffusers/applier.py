@@ -382,7 +382,7 @@ def _no_shift(config: Any) -> dict[str, float]:
 
 
 def _inner_twice(values: Tensor, scheduler: Any, *, ends: bool) -> Tensor:
-    """``values`` as listed by the class: all but the first (with ``ends`` also the last) twice if a step calls twice."""
+    """``values`` as listed by a class: with two calls a step all but the first (with ``ends`` also the last) twice."""
     if getattr(scheduler, "order", 1) != 2:
         return values
     inner = values[1:-1] if ends else values[1:]

@@ -111,16 +111,14 @@ def amplified_rounding(run: Trace, nudged: Trace) -> float:
     return min(MOST_ROUNDING, ROUNDINGS * float(change.max())) if len(change) else 0.0
 
 
-def trace(
-    scheduler: Any, convention: Convention, levels: Tensor, expected: Tensor | None = None, nudge: float = 0.0
-) -> Trace:
+def trace(scheduler: Any, convention: Convention, levels: Tensor, expected: Tensor, nudge: float = 0.0) -> Trace:
     """Run the probe. The global random state is not changed.
 
     Args:
         scheduler: The scheduler, on which ``set_timesteps`` has been called.
         convention: Its conventions.
         levels: The levels ``s`` of its network calls as it lists them; the probe starts at the first.
-        expected: The timestep given to the network at each level; the level's own when None.
+        expected: The timestep given to the network at each level.
         nudge: Relative change of the network's answers.
     """
     ones = torch.zeros(1, 2, PROBE_SIZE // 2, 1, dtype=torch.float32, device="cpu")
@@ -130,7 +128,6 @@ def trace(
         noise = torch.randn(ones.shape, dtype=torch.float32, device="cpu") * (1 - ones)
         alpha, sigma = (float(scale[0]) for scale in scales(convention, levels))
         oracle = oracle_network(convention, lambda y, s: ones.double())
-        expected = convention.timesteps(levels) if expected is None else expected
 
         def network(x: Tensor, t: Any) -> Tensor:
             given = torch.as_tensor(t, dtype=torch.float64)

@@ -99,7 +99,7 @@ def check_network(
     shape: tuple[int, ...],
     device: torch.device,
     dtype: torch.dtype,
-    s: Tensor | None = None,
+    s: Tensor,
     seed: int = 0,
     batch: int = 2,
 ) -> CheckCalls:
@@ -108,9 +108,9 @@ def check_network(
     Two more if it returns the same for two states of the highest level, and two if ``D`` of ``v`` or ``F`` moves a
     little against a step. Warns if all outputs are equal.
 
-    ``s`` are the levels of the measurement; those of the process when None. ``seed`` is that of the last sample of the
-    measurement's first batch, which is checked at the first level, and ``batch`` the size of this batch. If it is 1,
-    the check has both samples in one call, unless the network takes no two; else one in each.
+    ``s`` are the levels of the measurement, ``seed`` is that of the last sample of its first batch, which is checked at
+    the first level, and ``batch`` the size of this batch. If it is 1, the check has both samples in one call, unless
+    the network takes no two; else one in each.
 
     Returns:
         The calls and outputs so far; `CheckCalls.check_first` and `CheckCalls.check_last` remain to be called.
@@ -122,8 +122,7 @@ def check_network(
     check_table(denoiser.process)
     check_evaluation_mode(denoiser.network)
     ask = CheckCalls(denoiser, shape, device, dtype)
-    levels = denoiser.levels(3) if s is None else s
-    ask.top = Top(float(levels[0]), ask.noise(seed, seed + ELSEWHERE), 2 if batch == 1 else 1)
+    ask.top = Top(float(s[0]), ask.noise(seed, seed + ELSEWHERE), 2 if batch == 1 else 1)
     with checked_training(denoiser.network, device):
         try:
             ask.top.call(ask)
@@ -133,7 +132,7 @@ def check_network(
             ask.top.size = 1  # a network that is asked for one sample at a time need not take two
             ask.top.call(ask)
     try:
-        _check_denoiser(ask, float(levels[-1]))
+        _check_denoiser(ask, float(s[-1]))
     except ValueError:
         ask.check_repeats()  # raises instead if the network is random or keeps a state
         raise

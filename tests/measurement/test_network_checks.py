@@ -20,7 +20,7 @@ GAUSSIAN = exact_denoisers(fs.oracles.Gaussian(0.5, (16,)))
 
 
 def check(denoiser, shape=(16,)):
-    return check_network(denoiser, tuple(shape), torch.device("cpu"), torch.float32)
+    return check_network(denoiser, tuple(shape), torch.device("cpu"), torch.float32, denoiser.levels(3))
 
 
 def measure(denoiser, samples=2, **options):
