@@ -113,24 +113,12 @@ def prepared(
     store: str | None = None,
 ) -> tuple[Measurement, Batches, PathStatistics | None]:
     """What to measure, in which batches, and what of it the checkpoint holds; arguments as in `measure`."""
-    run = measurement_of(denoiser, measured_levels(denoiser, levels), device, dtype, responses, keep_increments, store)
+    s = measured_levels(denoiser, levels)
+    paths = deviated_paths(len(s)) if responses else ()
+    run = Measurement(denoiser, s, *placement(denoiser, device, dtype), paths, keep_increments, store)
     sizes, seeds = validate.sample_shape("shape", shape), sample_seeds(seed, validate.sample_range("samples", samples))
     batches = Batches.of(sizes, seeds, batch_size, checkpoint, checks=checks, progress=progress)
     return run, batches, resumed(checkpoint, run, batches, len(seeds))
-
-
-def measurement_of(
-    denoiser: Denoiser,
-    s: Tensor,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    responses: bool = True,
-    keep_increments: bool = False,
-    store: str | None = None,
-) -> Measurement:
-    """A measurement at levels ``s``, with the defaults of `measure`."""
-    paths = deviated_paths(len(s)) if responses else ()
-    return Measurement(denoiser, s, *placement(denoiser, device, dtype), paths, keep_increments, store)
 
 
 @torch.no_grad()
@@ -151,7 +139,7 @@ def with_increments(
     if stats.increments is not None:
         return stats
     batches = Batches.of(stats.shape, stats.seeds, batch_size, checkpoint, checks=False, progress=False)
-    run = measurement_of(denoiser, stats.s, device, dtype, stats.response_gram is not None, keep_increments=True)
+    run = Measurement(denoiser, stats.s, *placement(denoiser, device, dtype), stats.deviated, keep_vectors=True)
     begun = lambda: (check_same_network(denoiser, stats, device, dtype), resumed(checkpoint, run, batches))
     check_calls, found = prepare_together(begun, group)
     again = measured_in_group(run, batches, found, group, vectors="first")

@@ -7,8 +7,9 @@ import torch
 
 import fastsched as fs
 from fastsched import ops
-from fastsched.measurement.measuring import measurement_of
+from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.memory import need
+from fastsched.measurement.path_following import Measurement
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -99,7 +100,8 @@ def test_vectors_in_page_locked_memory(keep_increments):
 def test_the_device_holds_what_is_predicted(store):
     d, levels = 1 << 22, 32
     given = fs.Denoiser.from_denoiser(lambda z, s: 0.5 * z, 0.02, 20.0)
-    run = measurement_of(given, given.levels(levels), "cuda", store=store)
+    s, paths = given.levels(levels), deviated_paths(levels)
+    run = Measurement(given, s, torch.device("cuda"), torch.float32, paths, store=store)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     fs.measure(given, (d,), levels=levels, samples=1, store=store, device="cuda", checks=False, progress=False)

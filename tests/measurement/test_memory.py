@@ -10,7 +10,6 @@ import fastsched as fs
 from fastsched.measurement import memory
 from fastsched.measurement.batches import Batches, measured
 from fastsched.measurement.deviated_paths import deviated_paths
-from fastsched.measurement.measuring import measurement_of
 from fastsched.measurement.path_following import Measurement, measurement_steps
 from fastsched.sampling.random_streams import sample_seeds
 
@@ -24,6 +23,11 @@ def denoiser_of(calls=None):
         return z / (1 + s[0] ** 2)
 
     return fs.Denoiser.from_denoiser(network, 0.02, 20.0)
+
+
+def run_of(levels=48, keep=False):
+    s = denoiser_of().levels(levels)
+    return Measurement(denoiser_of(), s, torch.device("cpu"), torch.float32, deviated_paths(levels), keep, "device")
 
 
 def peak_on_cpu(run):
@@ -44,7 +48,7 @@ def test_a_path_takes_the_states_that_are_documented(keep):
     d, levels = 250_000, 48
     options = {"levels": levels, "samples": 1, "keep_increments": keep, "progress": False}
     peak = peak_on_cpu(lambda: fs.measure(denoiser_of(), (d,), **options))
-    run = measurement_of(denoiser_of(), denoiser_of().levels(levels), keep_increments=keep, store="device")
+    run = run_of(levels, keep)
     predicted = memory.need(run, 1, 1, d).cpu
     assert 2 * levels * 4 * d < peak < 2.4 * levels * 4 * d
     assert 0.9 * predicted < peak < predicted
@@ -55,7 +59,7 @@ def test_batches_take_no_more_than_their_vectors():
     d, levels, samples = 50_000, 24, 6
     options = {"levels": levels, "samples": samples, "batch_size": 2, "progress": False, "checks": False}
     peak = peak_on_cpu(lambda: fs.measure(denoiser_of(), (d,), keep_increments=True, **options))
-    run = measurement_of(denoiser_of(), denoiser_of().levels(levels), keep_increments=True, store="device")
+    run = run_of(levels, keep=True)
     assert peak < memory.need(run, 2, samples, d).cpu
     assert peak < 1.5 * samples * run.vectors * 4 * d
 
@@ -103,7 +107,7 @@ def with_free(monkeypatch, **free):
 def test_what_does_not_fit_is_refused_before_the_first_call(monkeypatch):
     calls = []
     measure = lambda **options: fs.measure(denoiser_of(calls), (100_000,), samples=8, progress=False, **options)
-    one = memory.need(measurement_of(denoiser_of(), denoiser_of().levels(48)), 1, 8, 100_000).cpu
+    one = memory.need(run_of(), 1, 8, 100_000).cpu
     with_free(monkeypatch, cpu=int(2.5 * one))
     with pytest.raises(
         MemoryError, match=r"8 paths at once over 48 levels of 100,000 elements take .*batch_size=2 fits"
@@ -119,7 +123,7 @@ def test_what_does_not_fit_is_refused_before_the_first_call(monkeypatch):
 
 def test_what_a_group_gathers_is_predicted(monkeypatch):
     """The first process gets the increments of all samples, beside its own; a process that sends has pieces."""
-    run = measurement_of(denoiser_of(), denoiser_of().levels(48), keep_increments=True, store="device")
+    run = run_of(keep=True)
     d, samples, processes = 2_000_000, 8, 4
     alone, first, other = (
         memory.need(run, 1, samples // processes, d, gathered=gathered).cpu
@@ -136,7 +140,7 @@ def test_what_a_group_gathers_is_predicted(monkeypatch):
 
 def test_where_the_caller_did_not_choose_fewer_paths_are_followed_at_once(monkeypatch):
     calls = []
-    one = memory.need(measurement_of(denoiser_of(), denoiser_of().levels(48)), 1, 8, 100_000).cpu
+    one = memory.need(run_of(), 1, 8, 100_000).cpu
     with_free(monkeypatch, cpu=int(2.5 * one))
     with pytest.warns(UserWarning, match=r"2 paths are followed at once instead of all 8.*batch_size=2"):
         fs.measure(denoiser_of(calls), (100_000,), samples=8, progress=False, checks=False)
