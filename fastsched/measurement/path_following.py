@@ -76,8 +76,8 @@ class Measurement:
 
     @property
     def vectors(self) -> int:
-        """The number of increments and responses of a sample."""
-        return len(self.s) - 1 + len(self.deviated) * len(asked_levels(len(self.s)))
+        """The number of increments and responses of a sample: one for each call but the first."""
+        return self.calls - 1
 
     @property
     def rows(self) -> int:
@@ -89,13 +89,9 @@ class Measurement:
         asked = asked_levels(len(self.s))
         return len(self.s) - 1 + path * len(asked) + asked.index(k)
 
-    def raw_output(self, x: Tensor, k: int) -> Tensor:
-        """``R`` at ``x`` [B, *shape] and level k, possibly in memory that the network reuses."""
-        return self.denoiser.borrowed_output(x, float(self.s[k]), dtype=self.dtype)
-
     def drive(self, steps: Query[Answer]) -> Answer:
-        """Run ``steps`` with the denoiser's own network."""
-        return answered(steps, self.raw_output)
+        """Run ``steps`` with the denoiser's own network, which may reuse the memory of its outputs."""
+        return answered(steps, lambda x, k: self.denoiser.borrowed_output(x, float(self.s[k]), dtype=self.dtype))
 
 
 class OutputChecks:
