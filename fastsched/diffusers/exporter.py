@@ -374,10 +374,8 @@ def declared_sigmas(scheduler: Any, convention: Convention) -> Tensor:
     if getattr(scheduler, "sigmas", None) is None:
         times = torch.as_tensor(scheduler.timesteps)
         return torch.cat([convention.process.sampler_sigma(convention.levels(times)), end])
-    sigmas = torch.as_tensor(scheduler.sigmas).detach().to("cpu", torch.float64)
-    keep = torch.ones(len(sigmas), dtype=torch.bool, device="cpu")
-    keep[1:] = sigmas[1:] != sigmas[:-1]  # schedulers with two calls a step list each inner level twice
-    distinct = sigmas[keep]
+    # Schedulers with two calls a step list each inner level twice.
+    distinct = torch.unique_consecutive(torch.as_tensor(scheduler.sigmas).detach().to("cpu", torch.float64))
     if len(distinct) > 1 and distinct[-1] <= 1.001 * NEGLIGIBLE * distinct[-2]:
         distinct[-1] = 0.0
     return distinct
