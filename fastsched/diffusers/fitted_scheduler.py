@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import torch
@@ -38,14 +38,6 @@ BELOW_START = 0.98
 
 #: Entries of a `FittedScheduler`'s config; the others are those of the pipeline's own scheduler.
 OWN_ENTRIES = ("sigmas", "weights", "noise", "network_sigmas", "scheduler_class", "scheduler_config")
-
-
-class _Step(NamedTuple):
-    """The factors of one step's network: its input is ``input_scale x``, and ``D = a x + c R``."""
-
-    input_scale: float
-    a: float
-    c: float
 
 
 class FittedScheduler(SchedulerMixin, ConfigMixin):
@@ -229,7 +221,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The network's input at the current step: ``sample``, times ``c_in`` for EDM networks; see `check_scaled`."""
         check_scaled(sample)
-        scale = self._steps[min(self._step_index or 0, len(self._steps) - 1)].input_scale
+        scale = self._input_scales[min(self._step_index or 0, self.schedule.steps - 1)]
         return sample if scale == 1.0 else sample * scale
 
     def add_noise(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -295,7 +287,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
                 "call set_timesteps before another run"
             )
         known, x = self._states[: n + 2], self._states[0].copy_(sample)
-        torch.mul(x, self._steps[n].a, out=known[-1]).add_(output, alpha=self._steps[n].c)
+        torch.mul(x, self._a[n], out=known[-1]).add_(output, alpha=self._c[n])
         with without_autocast(sample.device):
             following = (self._rows[n, : n + 2] @ known.flatten(1)).view_as(sample).to(sample.dtype)
         self._step_index = n + 1
@@ -309,8 +301,8 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         self.convention = convention = replace(convention, scaled=False)
         process = convention.process
         s = process.level(self.schedule.sigmas)
-        a, c = (each.tolist() for each in convention.denoiser.coefficients(s[:-1]))
-        self._steps = [_Step(*each) for each in zip(convention.input_scale(s[:-1]).tolist(), a, c, strict=True)]
+        self._a, self._c = (each.tolist() for each in convention.denoiser.coefficients(s[:-1]))
+        self._input_scales = convention.input_scale(s[:-1]).tolist()
         self._factors = _factors(process, self.schedule)
         self.init_noise_sigma = float(process.sigma(s)[0])
         self.sigmas = self.schedule.sigmas.float()
