@@ -89,7 +89,7 @@ class Convention:
     denoiser: Denoiser
     sign: float = 1.0  #: factor that turns the network's output into ``R`` (-1 for EDM networks that predict ``v``)
     scaled: bool = False  #: whether the state between steps is ``z = x / alpha`` (the process's own ``x`` otherwise)
-    train_steps: int = 1000  #: training timesteps of the model; flow times are multiplied by it
+    train_steps: int = TRAIN_STEPS  #: training timesteps of the model; flow times are multiplied by it
     integer: bool = False  #: whether the class uses integer timesteps
     #: Whether the network's output holds a variance after the prediction, which is dropped.
     learned_variance: bool = False

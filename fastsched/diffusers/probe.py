@@ -41,8 +41,7 @@ Oracle = Callable[[Tensor, Tensor], Tensor]
 def states_of(scheduler: Any, network: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Iterator[Tensor]:
     """The states after each step of a pipeline's loop from ``x``, after ``set_timesteps`` has been called."""
     generator = torch.Generator().manual_seed(1)  # another stream than the probe's noise
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    extra = {"generator": generator} if takes_generator else {}
+    extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(network(scaled, t), t, x, **extra, return_dict=False)[0]
@@ -144,9 +143,8 @@ def trace(scheduler: Any, convention: Convention, levels: Tensor, expected: Tens
     cancellation = NUDGE * sigma / alpha if alpha > 0 else 0.0
     slack = max(1e-5 * max(1.0, sigma), ROUNDINGS * cancellation)  # float32 rounding of the largest state, and this
     times = torch.as_tensor(scheduler.timesteps).detach().to("cpu", torch.float64)
-    signals = [float(x[0].mean()) for x in states]
     return Trace(
-        torch.tensor(signals, dtype=torch.float64, device="cpu"),
+        torch.stack([x[0].mean() for x in states]),
         levels,
         torch.unique_consecutive(times),
         deterministic=bool((fresh <= 0.01 * levels + slack).all()),

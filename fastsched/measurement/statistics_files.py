@@ -79,8 +79,7 @@ def check_process(process: NoiseProcess, s: Tensor) -> None:
     """
     kept = process_from_dict(process.to_dict())
     names = ("alpha", "sigma", "sampler_sigma", "timestep")
-    pairs = [(name, getattr(kept, name)(s), getattr(process, name)(s)) for name in names]
-    other = [name for name, one, two in pairs if (one is None) != (two is None) or not _equal(one, two)]
+    other = [name for name in names if not _equal(getattr(kept, name)(s), getattr(process, name)(s))]
     if other:
         validate.warn(
             f"a file of statistics keeps the noise process {type(process).__name__} as {type(kept).__name__}, which "
@@ -90,7 +89,7 @@ def check_process(process: NoiseProcess, s: Tensor) -> None:
 
 
 def _equal(one: Tensor | None, two: Tensor | None) -> bool:
-    return one is None or two is None or torch.equal(one.double(), two.double())
+    return one is two or (one is not None and two is not None and torch.equal(one.double(), two.double()))
 
 
 @contextlib.contextmanager
