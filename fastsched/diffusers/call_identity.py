@@ -30,8 +30,9 @@ POSTPROCESSING = ("vae", "vqvae", "vqgan", "movq", "vocoder", "safety_checker")
 #: Attributes of a network's modules that hold the scales of adapters, or the active adapters.
 ADAPTER_ATTRIBUTES = ("scale", "scaling", "_active_adapter")
 
-#: Parts of the names of module attributes that leave the output as it is: they save memory or time, or mark training.
-NOT_IN_OUTPUT = ("checkpointing", "chunk", "slicing", "tiling", "tile_", "training", "compile")
+#: Parts of the names of module attributes that leave the output as it is: they save memory or time, mark training, or
+#: note by which scale an adapter was fused.
+NOT_IN_OUTPUT = ("checkpointing", "chunk", "slicing", "tiling", "tile_", "training", "compile", "lora_scale")
 
 #: Modules that attention modules with fused projections have in addition to the ones that they were made of.
 FUSED = ("to_qkv", "to_kv", "to_added_qkv")
@@ -151,7 +152,7 @@ def _settings(pipe: Any) -> Iterator[str]:
 
 
 def _numbers(network: torch.nn.Module) -> Iterator[str]:
-    """Numbers and flags of a network's modules, and the active adapters with their scales; no tensors.
+    """Numbers and flags of a network's modules, and the adapters in use with their scales; no tensors.
 
     Private flags are left out: libraries note in them what they set up at the first call (transformers: its hooks).
     """
@@ -167,16 +168,39 @@ def _numbers(network: torch.nn.Module) -> Iterator[str]:
                 if hasattr(type(part), key):  # then an object has it only once it was fused
                     continue
                 value = False
+            if _is_adapted(part) and key in ADAPTER_ATTRIBUTES:
+                names = _adapters(part)
+                value = {name: value.get(name) for name in names} if isinstance(value, Mapping) else names
             if isinstance(value, numbers.Number) or key in ADAPTER_ATTRIBUTES:
                 yield f"{key}={_content(value)}"
 
 
 def _parts(network: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules of a network without fused projections, whose weights repeat others (`FUSED`)."""
+    """The modules of a network without fused projections, whose weights repeat others, and adapters not in use."""
     modules = [*network.modules()]
     attention = [part for part in modules if getattr(part, "fused_projections", False) is True]
-    fused = {id(getattr(part, name, None)) for part in attention for name in FUSED}
-    return [part for part in modules if id(part) not in fused]
+    left_out = {id(getattr(part, name, None)) for part in attention for name in FUSED}
+    for part in modules:
+        if _is_adapted(part):
+            names = _adapters(part)
+            unused = [each for name, each in part.named_children() if name != "base_layer"]
+            if names:
+                unused = [each for kind in unused for name, each in kind.named_children() if name not in names]
+            else:
+                left_out.add(id(part))
+            left_out |= {id(each) for own in unused for each in own.modules()}
+    return [part for part in modules if id(part) not in left_out]
+
+
+def _is_adapted(part: torch.nn.Module) -> bool:
+    """Whether a module is PEFT's around a layer, with adapters."""
+    return hasattr(part, "base_layer") and isinstance(getattr(part, "active_adapters", None), (list, tuple))
+
+
+def _adapters(part: Any) -> list[str]:
+    """The adapters that act on a layer: not those that are inactive, disabled, at scale 0 or fused into its weights."""
+    off = part.disable_adapters or part.merged
+    return [] if off else [name for name in part.active_adapters if getattr(part, "scaling", {}).get(name, 1) != 0]
 
 
 def _weights(network: torch.nn.Module) -> list[Tensor]:

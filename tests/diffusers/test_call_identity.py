@@ -181,6 +181,43 @@ def test_other_settings_of_networks_are_refused(tmp_path):
         assert len(found | {known}) == 3
 
 
+class Adapted(torch.nn.Module):
+    """A layer with adapters, as those of PEFT."""
+
+    def __init__(self, base_layer, *names):
+        super().__init__()
+        self.base_layer = base_layer
+        torch.manual_seed(1)
+        self.lora_A = torch.nn.ModuleDict({name: torch.nn.Linear(base_layer.in_features, 2) for name in names})
+        self.scaling = dict.fromkeys(names, 1.0)
+        self._active_adapter = [*names]
+        self._disable_adapters, self.merged = False, False
+
+    active_adapters = property(lambda self: self._active_adapter)
+    disable_adapters = property(lambda self: self._disable_adapters)
+
+
+def test_only_adapters_in_use_count():
+    pipe, call = pipeline()
+    attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    plain, layer = call_identity(pipe, (), call), attention.to_q
+
+    def identity(*names, **settings):
+        attention.to_q = Adapted(layer, *names)
+        for name, value in settings.items():
+            setattr(attention.to_q, name, value)
+        return call_identity(pipe, (), call)
+
+    known = identity("a")
+    assert len({plain, known, identity("b"), identity("a", "b"), identity("a", scaling={"a": 0.5})}) == 5
+    assert identity("a", "b", _active_adapter=["a"]) == known
+    assert identity("a", "b", scaling={"a": 1.0, "b": 0.0}) == known
+    off = {"_disable_adapters": True}, {"merged": True}, {"_active_adapter": []}, {"scaling": {"a": 0.0}}
+    assert {identity("a", **each) for each in off} == {plain}
+    pipe.unet.lora_scale = 1.0  # left by `fuse_lora`
+    assert identity("a") == known
+
+
 def test_another_guider_of_a_modular_pipeline_is_another_setting():
     pipe, call = pipeline()
     guider = diffusers.ClassifierFreeGuidance
