@@ -72,6 +72,10 @@ def _reason(error: Exception, pipe: Any, steps: int, prompt: Any, *, begun: bool
             "an argument hold an entry for one only, as ACE-Step's lyrics? Pass prompts with prompts_per_call=1"
         )
     told = str(error)
+    both = re.match(r"Cannot forward both `(\w+)`.*?and `(\w+)`", told, re.DOTALL)
+    if both is not None:  # with whole tensors in the text
+        name = "prompt (or prompts)" if both[1] == "prompt" else both[1]
+        return f"{type(pipe).__name__} takes {name} or {both[2]}, not both; leave one of them out"
     unknown = re.search(r"does not support custom\W*(\w+)", told)
     if unknown is not None and not begun:
         scheduler = pipe.scheduler.config.get("scheduler_class", type(pipe.scheduler).__name__)

@@ -201,6 +201,15 @@ def test_a_call_that_fails_with_several_prompts_is_told_to_take_one():
     assert fs.diffusers.measure(pipe, **settings, prompts_per_call=1).samples == 2
 
 
+@pytest.mark.parametrize("given", [{"prompts": ["a", "b"]}, {"prompt": "a"}, {"negative_prompt": "a"}])
+def test_a_text_beside_its_embeddings_is_refused_without_their_numbers(given):
+    pipe, call, _ = pipelines.stable_diffusion(diffusers.EulerDiscreteScheduler())
+    name = next(iter(given)).replace("prompts", "prompt")
+    with pytest.raises(ValueError, match=f"takes {name}.* or {name}_embeds, not both") as caught:
+        fs.diffusers.measure(pipe, levels=4, samples=2, progress=False, **call, **given)
+    assert "tensor" not in str(caught.value)
+
+
 def test_an_empty_prompt_is_a_prompt():
     pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())
     assert fs.diffusers.measure(pipe, levels=8, samples=2, prompts="").samples == 2
