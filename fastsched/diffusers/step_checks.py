@@ -322,10 +322,13 @@ def check_repeat(first: Tensor, output: Tensor) -> None:
     one, two = (each[:kept].float() for each in (first, output))
     change = float((two - one).norm() / one.norm().clamp_min(1e-30))
     if change > REPEATED.get(output.dtype, 1e-3):
-        beside = ", beside other latents in the batch, on which it must not depend either" if kept < len(first) else ""
+        beside = (
+            ", beside other latents in the batch, on which it must not depend either (I2VGenXL and TextToVideoSD give "
+            "the frames of a video to step as a batch: no measurement)"
+        )
         raise ValueError(
             f"the same latents and timestep were answered differently (by {change:.2%}) at the end of the run than at "
-            f"its beginning{beside}; {UNALIKE}"
+            f"its beginning{beside if kept < len(first) else ''}; {UNALIKE}"
         )
 
 
