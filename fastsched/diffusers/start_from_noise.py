@@ -21,6 +21,7 @@ from fastsched.diffusers.probe import scales
 from fastsched.diffusers.step_checks import (
     INSTEAD,
     check_one_run,
+    check_output,
     check_unchanged,
     doubled,
     held_at_zero,
@@ -186,6 +187,7 @@ class StartFromNoise:
         y = kept.float() / float(scales(self.convention, s)[1])
         signed = output_of_tokens(output, timestep, kwargs, self._verdicts)
         raw = self.convention.raw_output(signed, sample.shape[1]).chunk(self._copies)[0].float()
+        check_output(raw, kept)
         if bool(self._owned.any()):  # then the batch is not doubled
             raw = held_at_zero(raw, float(sigma) * y, s, self.convention.denoiser, self._owned.to(sample.device))
             output = (self.convention.sign * output_of_tokens(raw, timestep, kwargs, self._verdicts)).to(output)

@@ -213,6 +213,11 @@ def check_output(output: Any, sample: Tensor) -> None:
     """ValueError unless a network's output is a floating-point tensor of the shape of the latents."""
     if not isinstance(output, Tensor) or output.shape != sample.shape or not output.is_floating_point():
         what = f"shape {tuple(output.shape)}, {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
+        if isinstance(output, Tensor) and output.shape != sample.shape and output.shape[1:] == sample.shape[1:]:
+            raise ValueError(
+                f"the pipeline calls step with an output for {len(output)} samples, but latents of {len(sample)}: pass "
+                "latents for all prompts and images of a call, or leave latents out"
+            )
         raise ValueError(
             f"the pipeline calls step with an output of {what} for latents of shape {tuple(sample.shape)}, {INSTEAD}"
         )

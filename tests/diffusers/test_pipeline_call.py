@@ -210,6 +210,19 @@ def test_a_text_beside_its_embeddings_is_refused_without_their_numbers(given):
     assert "tensor" not in str(caught.value)
 
 
+def test_latents_of_fewer_samples_than_the_prompts_are_refused_by_name():
+    """FLUX takes them: the state becomes that of all prompts at the first step."""
+    pipe, call, _ = pipelines.flux(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    own = {"levels": 8, "samples": 2, "keep_increments": True, "progress": False}
+    stats = fs.diffusers.measure(pipe, **call, **own)
+    call["latents"] = torch.randn(1, *stats.shape)
+    message = "an output for 2 samples, but latents of 1: pass latents for all prompts"
+    with pytest.raises(ValueError, match=message):
+        fs.diffusers.measure(pipe, **call, **own)
+    with pytest.raises(ValueError, match=message):
+        fs.diffusers.fit(pipe, 3, stats=stats, **call, progress=False)
+
+
 def test_an_empty_prompt_is_a_prompt():
     pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())
     assert fs.diffusers.measure(pipe, levels=8, samples=2, prompts="").samples == 2
