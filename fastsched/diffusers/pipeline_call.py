@@ -56,17 +56,20 @@ def call(
                 "the pipeline raised StopIteration (an iterator in it or its network ran out)"
             ) from error
         if left() is not None or not own or is_out_of_memory(error):
-            reason = _reason(error, pipe, steps, call_kwargs.get("prompt"), begun=left() is not None)
+            reason = _reason(error, pipe, steps, call_kwargs, begun=left() is not None)
             if reason is None:
                 raise
             raise ValueError(reason) from error
     return call(pipe, steps, {**call_kwargs, **own}, left, seed=seed)
 
 
-def _reason(error: Exception, pipe: Any, steps: int, prompt: Any, *, begun: bool) -> str | None:
+def _reason(error: Exception, pipe: Any, steps: int, call_kwargs: dict[str, Any], *, begun: bool) -> str | None:
     """Why a call of a pipeline has ended in ``error``, and what to do, if its own message does not tell."""
-    several = isinstance(prompt, (list, tuple)) and len(prompt) > 1 and not begun
-    if several and isinstance(error, (IndexError, RuntimeError)) and not is_out_of_memory(error):
+    prompt: Any = call_kwargs.get("prompt")
+    latents: Any = call_kwargs.get("latents")
+    unfit = isinstance(error, (AttributeError, IndexError, RuntimeError)) and not begun and not is_out_of_memory(error)
+    several = isinstance(prompt, (list, tuple)) and len(prompt) > 1
+    if several and unfit and not isinstance(error, AttributeError):
         return (
             f"{type(pipe).__name__} failed before its first step in a call with {len(prompt)} prompts ({error}): does "
             "an argument hold an entry for one only, as ACE-Step's lyrics? Pass prompts with prompts_per_call=1"
@@ -93,6 +96,14 @@ def _reason(error: Exception, pipe: Any, steps: int, prompt: Any, *, begun: bool
         return (
             f"{type(pipe).__name__}, or its callback, needs something from its scheduler that a measurement cannot "
             f"provide ({error}); leave the callback out, or measure the pipeline's network (fastsched.measure)"
+        )
+    if latents is not None and unfit:
+        what = (
+            f"of shape {list(latents.shape)}, {latents.dtype}" if hasattr(latents, "dtype") else type(latents).__name__
+        )
+        return (
+            f"{type(pipe).__name__} failed before its first step with latents {what} ({error}): is their shape or "
+            "dtype another than the pipeline's own? Leave latents out, as measurements and fits draw their own noise"
         )
     return None
 

@@ -223,6 +223,24 @@ def test_latents_of_fewer_samples_than_the_prompts_are_refused_by_name():
         fs.diffusers.fit(pipe, 3, stats=stats, **call, progress=False)
 
 
+@pytest.mark.parametrize("latents", [torch.randn(3, 4, 8, 8), torch.randn(2, 4, 8, 8).double(), [[0.0]]])
+def test_latents_that_a_pipeline_cannot_use_are_named(latents):
+    pipe, call, _ = pipelines.stable_diffusion(diffusers.EulerDiscreteScheduler())
+    with pytest.raises(ValueError, match=r"failed before its first step with latents .*Leave latents out"):
+        fs.diffusers.measure(pipe, levels=4, samples=2, progress=False, latents=latents, **call)
+
+
+def test_memory_that_runs_out_is_not_put_down_to_the_latents():
+    pipe, call, _ = pipelines.stable_diffusion(diffusers.EulerDiscreteScheduler())
+
+    def run_out(*_):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    pipe.unet.register_forward_pre_hook(run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        fs.diffusers.measure(pipe, levels=4, samples=2, progress=False, latents=torch.randn(2, 4, 8, 8), **call)
+
+
 def test_an_empty_prompt_is_a_prompt():
     pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(**SD), mixture())
     assert fs.diffusers.measure(pipe, levels=8, samples=2, prompts="").samples == 2
