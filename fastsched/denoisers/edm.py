@@ -118,10 +118,13 @@ class WrappedEdmNetwork(nn.Module):
         return self.net
 
     def _inner_output(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        arguments = self.net.keywords if isinstance(self.net, functools.partial) else {}
+        bound = self.net.keywords if isinstance(self.net, functools.partial) else {}
+        arguments = {**bound, **self._labels(x)}
         try:
-            return self.inner(x.clone(), c_noise.clone(), **{**arguments, **self._labels(x)})
+            return self.inner(x.clone(), c_noise.clone(), **arguments)
         except TypeError:
+            if arguments:  # some only ``net`` takes; without the others, such as class labels, the output is another
+                raise
             # NVIDIA's networks require the argument for class labels, None if there are none.
             return self.inner(x.clone(), c_noise.clone(), None)
 

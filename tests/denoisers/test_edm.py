@@ -183,3 +183,17 @@ def test_labels_are_as_many_as_the_network_takes():
     # It would ignore them.
     with pytest.raises(ValueError, match=r"0 entries, got shape \(10,\); it is not class-conditional"):
         fs.Denoiser.from_edm(Precond(edm_parts), class_labels=torch.eye(10)[3])
+
+
+def test_labels_bound_beside_an_argument_of_the_wrapper_alone_reach_the_network():
+    class LabelsAtLowLevels(Kept):  # nothing of them shows where the wrapper and its network are compared
+        def forward(self, x, noise_labels, class_labels):
+            low = column((noise_labels < -0.3).float(), x)
+            return super().forward(x, noise_labels, None if class_labels is None else low * class_labels.sum())
+
+    net = Precond(edm_parts, sigma_data=0.5, label_dim=2)
+    net.model = LabelsAtLowLevels(edm_parts)
+    labels = torch.tensor([[0.25, 0.5]])
+    denoiser = fs.Denoiser.from_edm(functools.partial(net, class_labels=labels, force_fp32=True))
+    z = torch.ones(3, 3, 4, 4)
+    torch.testing.assert_close(denoiser(z, 0.1), net(z, torch.full((3,), 0.1), labels), rtol=1e-5, atol=1e-5)
