@@ -89,6 +89,7 @@ class WrappedEdmNetwork(nn.Module):
 
     def __init__(self, net: Any, inner: Any, sigma_data: float, class_labels: Tensor | None = None) -> None:
         super().__init__()
+        self.training = False  # the mode is that of ``net``
         self.net, self.inner, self.sigma_data = net, inner, sigma_data
         self.class_labels = class_labels
         self._raw: Callable[[Tensor, Tensor], Tensor] | None = None

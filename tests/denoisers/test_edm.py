@@ -197,3 +197,17 @@ def test_labels_bound_beside_an_argument_of_the_wrapper_alone_reach_the_network(
     denoiser = fs.Denoiser.from_edm(functools.partial(net, class_labels=labels, force_fp32=True))
     z = torch.ones(3, 3, 4, 4)
     torch.testing.assert_close(denoiser(z, 0.1), net(z, torch.full((3,), 0.1), labels), rtol=1e-5, atol=1e-5)
+
+
+def test_a_wrapper_in_evaluation_mode_is_not_said_to_be_in_training_mode():
+    class Draws(Precond):  # without use of the numbers, so that the answers are right
+        def forward(self, x, sigma, **others):
+            torch.rand(1)
+            return super().forward(x, sigma, **others)
+
+    net = Draws(vp_parts)
+    options = {"levels": 16, "samples": 4, "progress": False}
+    with pytest.warns(UserWarning, match="torch's random numbers were drawn"):
+        fs.measure(fs.Denoiser.from_edm(net.eval()), (3, 4, 4), **options)
+    with pytest.raises(ValueError, match="in training mode, and draws random numbers"):
+        fs.measure(fs.Denoiser.from_edm(net.train()), (3, 4, 4), **options)
