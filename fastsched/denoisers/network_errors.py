@@ -74,6 +74,11 @@ CAUSES = (
         "so the network must cast what it computes from it to the dtype of x",
     ),
     (
+        r"does not require grad|Inference tensors cannot",
+        "it takes gradients itself, and they are off here: let it do so under torch.enable_grad(), and do not call "
+        "fastsched under torch.inference_mode()",
+    ),
+    (
         r"shapes? .*(cannot be multiplied|invalid for)|Given groups=|size of tensor|expected input|must match|"
         r"Sizes of tensors|channels|normalized_shape|number of dimensions|Expected \dD",
         "is shape, or that of the noise without its batch, the shape of one sample, such as (4, 64, 64)? Does the "

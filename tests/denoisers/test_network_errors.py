@@ -207,3 +207,12 @@ def test_another_dtype_is_explained_in_every_wording_of_torch(message):
 
     with pytest.raises(ValueError, match="another dtype; give dtype="):
         measured(network, (3,))
+
+
+def test_a_network_that_takes_gradients_is_told_to_turn_them_on():
+    def score(x, t):  # of an energy
+        x.requires_grad_()
+        return torch.autograd.grad(x.square().sum(), x)[0] * 0.1
+
+    with pytest.raises(ValueError, match=r"failed when called with x .*does not require grad.*torch\.enable_grad\(\)"):
+        measured(score, (4,))
