@@ -118,8 +118,9 @@ def fit_report(
 ) -> FitReport:
     """`fit`, returning the full report."""
     check_together(locals(), **CHECKS)
+    method = prepare_together(partial(chosen_solver, solver), group)
     steps, model_calls, batch_size = map(_plain, (steps, model_calls, batch_size))
-    method, decoupled, checkpoint = chosen_solver(solver), bool(decoupled), absolute_file(checkpoint)
+    decoupled, checkpoint = bool(decoupled), absolute_file(checkpoint)
     batch = 1 if batch_size is None and checkpoint is not None else batch_size
     budget = model_calls if model_calls is not None else TOTAL if stats is None else MODEL_CALLS
     log_file = None if checkpoint is None else runs_beside(checkpoint, *rank_and_size(group))

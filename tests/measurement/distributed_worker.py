@@ -80,9 +80,10 @@ def failed(denoiser, options, rank, name):
 
 
 def refused(denoiser, options, rank, folder):
-    """What calls say if process 1 alone has arguments of a wrong type, a damaged file of runs, or another network."""
+    """What calls say if process 1 alone has wrong arguments, a damaged file of runs, or another network."""
     wrong = {**options, "seed": (0, "one")[rank]}
     said = [text_of_error(fs.measure, denoiser, (4,), **wrong), text_of_error(fs.fit, denoiser, (4,), 4, **wrong)]
+    said.append(text_of_error(fs.fit, denoiser, (4,), 4, ("unipc", "none")[rank], **options))
     Path(runs_beside(folder / "runs.safetensors", 1, 2)).write_bytes(b"no runs")
     said.append(text_of_error(fs.fit, denoiser, (4,), 4, checkpoint=folder / "runs.safetensors", **options))
     own = fs.Denoiser.from_denoiser(mixture(seed=rank).denoise, 0.02, 20.0)

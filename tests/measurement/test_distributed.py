@@ -166,7 +166,7 @@ def test_a_refusal_in_one_process_reaches_the_others(run):
     assert None not in reports, printed
     for other, own in zip(*(report["failed"] for report in reports), strict=True):
         assert re.fullmatch(f"process 1 of the group failed: (Value|Type)Error: {re.escape(own)}", other)
-    assert len(reports[1]["failed"]) == 7
+    assert len(reports[1]["failed"]) == 8
 
 
 def test_different_calls_of_pipelines_in_a_group_are_refused(run):
