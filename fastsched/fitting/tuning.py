@@ -134,8 +134,9 @@ def tune(
 
 def _with_origin(found: Tuning, stats: PathStatistics, start: Schedule | Audition) -> Tuning:
     """The result with the origin of its schedule, whose calls are those of the whole way to it."""
-    before = start.model_calls if isinstance(start, Audition) else 0
-    origin = stats.schedule_origin(before + found.model_calls)
+    first, spent = (start.winner, start.model_calls) if isinstance(start, Audition) else (start, 0)
+    before = 0 if first.origin is None else first.origin.model_calls or 0  # of an earlier fit or tuning, for example
+    origin = stats.schedule_origin(max(0, before - stats.model_calls) + spent + found.model_calls)
     return found if origin is None else replace(found, schedule=replace(found.schedule, origin=origin))
 
 

@@ -53,6 +53,8 @@ def test_a_tuned_schedule_says_where_it_comes_from(stats, start, tuning):
     audition = fs.audition(DENOISER, stats, 4, progress=False)
     found = fs.tune(DENOISER, stats, audition, trials=1, progress=False)
     assert found.schedule.origin.model_calls == stats.model_calls + audition.model_calls + found.model_calls
+    again = fs.tune(DENOISER, stats, found.schedule, trials=1, progress=False)
+    assert again.schedule.origin.model_calls == found.schedule.origin.model_calls + again.model_calls
     assert fs.tune(DENOISER, replace(stats, origin=None), start, trials=0, progress=False).schedule.origin is None
 
 
