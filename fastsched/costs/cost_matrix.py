@@ -111,7 +111,9 @@ class CostMatrix:
         if repeated:
             raise ValueError(f"other repeats {repeated} of these samples; estimate it from others")
         calls = ModelCalls(*(own + their for own, their in zip(self.calls, other.calls, strict=True)))
-        return replace(self, per_sample=torch.cat([self.per_sample, other.per_sample]), calls=calls, seeds=seeds)
+        known = self.fingerprint if self.fingerprint is not None else other.fingerprint
+        samples = torch.cat([self.per_sample, other.per_sample])
+        return replace(self, per_sample=samples, calls=calls, seeds=seeds, fingerprint=known)
 
     def _scatter(self, values: Tensor) -> Tensor:
         # NaN, not 0, where nothing was computed, so that no schedule can use such a step unnoticed.
