@@ -50,6 +50,7 @@ def denoiser_fit_calls(model: Denoiser, steps: int, options: dict[str, Any]) -> 
     """
     from fastsched.fitting import budget
     from fastsched.fitting.denoiser_fit import prepared_fit
+    from fastsched.fitting.loop import MODEL_CALLS, affordable
     from fastsched.measurement.network_checks import CHECK_CALLS
     from fastsched.sampling.fitted import chosen_solver
 
@@ -62,7 +63,8 @@ def denoiser_fit_calls(model: Denoiser, steps: int, options: dict[str, Any]) -> 
         count = len(batches.seeds)
         left = count - (0 if known is None else known.samples)
         return run.calls * count + CHECK_CALLS, run.calls * left + CHECK_CALLS * (left > 0)
-    if stats.increments is not None or given == 0:
+    later = MODEL_CALLS if given is None else given
+    if stats.increments is not None or steps == 1 or not affordable(solver.model_calls(steps), stats.samples, later):
         return 0, 0
     left = stats.samples - inputs.known_samples(options["checkpoint"])
     return 0, budget.measuring_calls(stats.levels, left, responses=bool(stats.deviated))

@@ -153,6 +153,9 @@ def test_fit_takes_earlier_statistics_and_spends_no_measurement(folder, model, t
         *("-o", tmp_path / "b.json"),
     )
     assert f"{3 * 46} to measure, at most 740" in again.stderr  # the same paths again, for their increments
+    for untuned in (("--steps", "1"), ("--steps", "4", "--model-calls", "11")):
+        asked = ("fit", model, *untuned, "--shape", "2,3", "--stats", folder / "s.safetensors", "--dry-run")
+        assert ": 0 to measure, at most" in run(*asked).stderr
 
 
 def test_statistics_with_increments_need_no_second_measurement(model, tmp_path):
