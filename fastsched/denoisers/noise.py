@@ -143,6 +143,11 @@ class VariancePreserving(NoiseProcess):
 
     def __post_init__(self) -> None:
         values = validate.float64("alphas_cumprod", self.alphas_cumprod)
+        if getattr(getattr(self.alphas_cumprod, "dtype", None), "itemsize", 8) < 4:
+            raise ValueError(
+                "alphas_cumprod must be in float32 or float64: 16 bits round those near 1, so that the lowest level of "
+                "Stable Diffusion is 7% too high; compute them anew from the betas"
+            )
         if values.ndim != 1 or len(values) < 2:
             raise ValueError(f"alphas_cumprod must be a list of at least two values, got shape {tuple(values.shape)}")
         inside = (values[:-1] > 0).all() and values[-1] >= 0 and values[0] < 1

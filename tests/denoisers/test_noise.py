@@ -130,6 +130,15 @@ def test_bad_alphas_cumprod(values):
         VariancePreserving(values)
 
 
+@pytest.mark.parametrize("half", [lambda table: table.half(), lambda table: table.half().numpy()])
+def test_a_table_in_16_bits_is_refused(half):
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
+    table = (1 - betas).cumprod(0)
+    VariancePreserving(table.float())
+    with pytest.raises(ValueError, match=r"alphas_cumprod must be in float32 or float64: 16 bits round .* the betas"):
+        VariancePreserving(half(table))
+
+
 def test_a_table_that_starts_at_one_is_shown():
     with pytest.raises(ValueError, match=r"not the betas; got 1 to 0\.5"):  # alphas_cumprod_prev of many repositories
         VariancePreserving([1.0, 0.9, 0.5])
