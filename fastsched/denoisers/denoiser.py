@@ -100,7 +100,8 @@ class Denoiser:
                 from the network's attribute of the same name, or else from EDM: 0.5, 0.002 and 80.
             sigma_min: The lowest level.
             sigma_max: The highest level.
-            class_labels: Labels of a class-conditional wrapper, [label_dim] or [1, label_dim], for all samples.
+            class_labels: Labels of a class-conditional wrapper, [label_dim] or [1, label_dim], for all samples. Without
+                them it is given no class, with a warning unless it was trained so (``label_dropout``).
 
         Raises:
             ValueError: If ``sigma_data`` is not positive, unless ``0 < sigma_min < sigma_max``, or if labels are given
@@ -130,6 +131,8 @@ class Denoiser:
         inner = edm.inner_of(core)
         if inner is not None:
             labels = None if class_labels is None else edm.labels_of(class_labels, core)
+            if labels is None:
+                edm.warn_of_no_class(net, inner, core)
             net = edm.WrappedEdmNetwork(net, inner, data, labels)
         elif class_labels is not None:
             raise ValueError("class_labels must be None for a raw network; pass a function that adds them itself")

@@ -73,6 +73,17 @@ def labels_of(class_labels: object, core: Any = None) -> Tensor:
     return class_labels.detach().clone().reshape(1, -1)
 
 
+def warn_of_no_class(net: Any, inner: Any, core: Any) -> None:
+    """Warn if a class-conditional wrapper is given no class, and its network was not trained without one."""
+    bound = net.keywords if isinstance(net, functools.partial) else {}
+    classes, dropout = getattr(core, "label_dim", 0), getattr(inner, "label_dropout", 0)
+    if isinstance(classes, int) and classes > 0 and not dropout and "class_labels" not in bound:
+        validate.warn(
+            f"the network is class-conditional (label_dim={classes}) and is given no class, for which it was not "
+            f"trained (label_dropout={dropout}): pass class_labels, such as torch.eye({classes})[0]"
+        )
+
+
 class WrappedEdmNetwork(nn.Module):
     """``F(c_in z, c_noise)`` from a network that keeps another network as an attribute.
 

@@ -25,9 +25,9 @@ class Kept(torch.nn.Module):
     NVIDIA's networks require class labels; with some, they add their sum.
     """
 
-    def __init__(self, parts):
+    def __init__(self, parts, label_dropout=0):
         super().__init__()
-        self.parts, self.calls = parts, 0
+        self.parts, self.calls, self.label_dropout = parts, 0, label_dropout
 
     def forward(self, x, noise_labels, class_labels, augment_labels=None):
         self.calls += 1
@@ -65,12 +65,12 @@ LABELS = {edm_parts: lambda s: s.log() / 4, vp_parts: vp_label, ve_parts: lambda
 class Precond(torch.nn.Module):
     """As in NVlabs/edm and NVlabs/edm2, ``name`` being where the raw network is kept."""
 
-    def __init__(self, parts, name="model", label_dim=0, sigma_data=None):
+    def __init__(self, parts, name="model", label_dim=0, sigma_data=None, label_dropout=0):
         super().__init__()
         self.label_dim, self.sigma_min, self.sigma_max, self.parts, self.name = label_dim, 0, float("inf"), parts, name
         if sigma_data is not None:
             self.sigma_data = sigma_data
-        setattr(self, name, Kept(parts))
+        setattr(self, name, Kept(parts, label_dropout))
 
     def forward(self, x, sigma, class_labels=None, force_fp32=False, **others):
         s = sigma.to(x.dtype).flatten()
@@ -85,7 +85,7 @@ WRAPPERS = {
     "EDMPrecond": lambda: Precond(edm_parts, sigma_data=0.5),
     "EDM2": lambda: Precond(edm_parts, "unet", sigma_data=0.5),
     "k-diffusion": lambda: Precond(edm_parts, "inner_model", sigma_data=0.5),
-    "EDMPrecond with classes": lambda: Precond(edm_parts, sigma_data=0.5, label_dim=3),
+    "EDMPrecond with classes": lambda: Precond(edm_parts, sigma_data=0.5, label_dim=3, label_dropout=0.1),
     "VPPrecond": lambda: Precond(vp_parts),
     "VEPrecond": lambda: Precond(ve_parts),
     "in DataParallel": lambda: torch.nn.DataParallel(Precond(edm_parts, sigma_data=0.5)),
@@ -183,6 +183,14 @@ def test_labels_are_as_many_as_the_network_takes():
     # It would ignore them.
     with pytest.raises(ValueError, match=r"0 entries, got shape \(10,\); it is not class-conditional"):
         fs.Denoiser.from_edm(Precond(edm_parts), class_labels=torch.eye(10)[3])
+
+
+def test_a_network_that_needs_a_class_and_is_given_none_is_warned_of():
+    net = Precond(edm_parts, sigma_data=0.5, label_dim=10)
+    with pytest.warns(UserWarning, match=r"class-conditional \(label_dim=10\) and is given no class.*torch.eye\(10\)"):
+        fs.Denoiser.from_edm(net)
+    fs.Denoiser.from_edm(functools.partial(net, class_labels=torch.eye(10)[:1]))
+    fs.Denoiser.from_edm(Precond(edm_parts, sigma_data=0.5, label_dim=10, label_dropout=0.1))
 
 
 def test_labels_bound_beside_an_argument_of_the_wrapper_alone_reach_the_network():
