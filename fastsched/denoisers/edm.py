@@ -61,7 +61,8 @@ def labels_of(class_labels: object, core: Any = None) -> Tensor:
         and class_labels.numel() == class_labels.shape[-1] > 0
     ):
         raise TypeError(
-            f"class_labels must be a tensor [label_dim] or [1, label_dim], got {validate.shown(class_labels)}"
+            "class_labels must be a tensor [label_dim] or [1, label_dim], such as torch.eye(label_dim)[0] for the "
+            f"first class, got {validate.shown(class_labels)}"
         )
     wanted = getattr(core, "label_dim", None)
     if isinstance(wanted, int) and class_labels.shape[-1] != wanted >= 0:

@@ -129,6 +129,8 @@ def test_class_labels_reach_the_network():
         fs.Denoiser.from_edm(lambda x, c_noise: x, class_labels=labels)
     with pytest.raises(TypeError, match=r"class_labels must be a tensor .label_dim. or .1, label_dim."):
         fs.Denoiser.from_edm(net, class_labels=torch.ones(3, 2))
+    with pytest.raises(TypeError, match=r"such as torch.eye.label_dim..0. for the first class, got 3"):
+        fs.Denoiser.from_edm(net, class_labels=3)
 
 
 def test_a_raw_network_that_keeps_another_is_itself():
