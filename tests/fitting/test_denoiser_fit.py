@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from models import counted_denoiser, exact_denoiser, exact_denoisers, mixture
+from models import counted_denoiser, exact_denoiser, exact_denoisers, mixture, vp_table
 
 import fastsched as fs
 from fastsched.fitting.auditioning import FINALISTS
@@ -207,3 +207,25 @@ def test_an_error_in_the_runs_carries_the_measurement():
         fs.fit(failing, (5,), 5, levels=16, samples=4, model_calls=400, progress=False)
     assert caught.value.partial.samples == 4
     assert fs.optimal_schedule(caught.value.partial, 5).steps == 5
+
+
+def test_statistics_with_other_timesteps_are_refused_where_no_run_shows_it():
+    def denoiser(table, integers=False):
+        return fs.Denoiser.from_epsilon(lambda x, t: x, table, integer_timesteps=integers)
+
+    options = {"levels": 12, "samples": 2, "checks": False, "progress": False}
+    stats = fs.measure(denoiser(vp_table()), (4,), **options)
+    given = {"shape": (4,), "steps": 4, "stats": stats, "model_calls": 0, "progress": False}
+    for other in (
+        denoiser(vp_table(beta_max=15.0)),
+        denoiser(vp_table(100)),
+        fs.Denoiser.from_vp_score(lambda x, t: x),
+    ):
+        with pytest.raises(ValueError, match="stats are of another noise process than this model's: with other timest"):
+            fs.fit(other, **given)
+    whole = fs.fit(denoiser(vp_table().float()), **given)
+    assert fs.fit(denoiser(vp_table(), integers=True), **given) == whole  # only rounded
+    flow = fs.measure(fs.Denoiser.from_velocity(lambda x, t: x), (4,), **options)
+    with pytest.raises(ValueError, match="direction of time"):
+        fs.fit(fs.Denoiser.from_velocity(lambda x, t: x, data_at=1), **{**given, "stats": flow})
+    assert fs.fit(fs.Denoiser.from_velocity(lambda x, t: x, t_min=0.01, t_max=0.99), **{**given, "stats": flow})
