@@ -354,15 +354,18 @@ def suspects(denoiser: Denoiser) -> str:
     sign = 1 if (denoiser.prediction == "velocity") == (data_at == 0) else -1
     flow = (
         f"is the network's time {1 - data_at} at the data (data_at={1 - data_at}), its sign the other one "
-        f"(sign={-sign}), or does it predict the noise?"
+        f"(sign={-sign}), or does it predict the noise; does it take times within [0, 1], not 1000 times as large?"
     )
     return {
         "x0": "does the network predict the clean sample, or the noise (from_epsilon) or F (from_edm)?",
         "epsilon": "does the network predict v (from_v); are alphas_cumprod cumulative products, not alphas or betas, "
         "of all timesteps that it was trained on, not respaced; does it take the times 0, 1, 2, ..., unscaled?",
-        "v": "does the network predict the noise (from_epsilon), is its sign the other one, the table the right one?",
+        "v": "does the network predict the noise (from_epsilon), is its sign the other one, the table the right one; "
+        "does it take the times 0, 1, 2, ..., unscaled?",
         "velocity": flow,
         "reverse_velocity": flow,
-        "score": "is the network's output the score of x in this parameterisation, or the noise or the clean sample?",
-        "edm": "is it the raw network F of EDM's preconditioning, with its sign and its scale; is sigma_data right?",
+        "score": "is the network's output the score of x in this parameterisation, or the noise or the clean sample; "
+        "does it take the level (VE) or the time (VP) unscaled?",
+        "edm": "is it the raw network F of EDM's preconditioning, with its sign and its scale; is sigma_data right; "
+        "does it take c_noise = ln(s)/4?",
     }[denoiser.prediction] + " (in Python, checks=False measures it anyway)"

@@ -1,5 +1,6 @@
 """Networks that are no denoisers are refused before they are measured; right ones are not."""
 
+import re
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -337,6 +338,29 @@ def test_a_flow_is_asked_for_the_other_time_and_sign(data_at, sign):
     asked = suspects(denoiser)
     assert f"(data_at={1 - data_at})" in asked
     assert f"(sign={-sign})" in asked
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "asked"),
+    [
+        (fs.Denoiser.from_velocity, lambda t: t / 1000, "times within [0, 1], not 1000 times as large?"),
+        (fs.Denoiser.from_vp_score, lambda t: t / 999, "the time (VP) unscaled?"),
+    ],
+)
+def test_a_network_of_times_in_thousands_is_asked_for_its_times(make, change, asked):
+    """As transformers of diffusers and score networks of PyTorch are."""
+    oracle, flow = fs.oracles.GaussianMixture.random(16, 4, seed=0), make == fs.Denoiser.from_velocity
+
+    def network(x, t):
+        t = change(t.double()).clamp(1e-5, 1 - 1e-5)[:, None]
+        alpha = 1 - t if flow else torch.exp(-(t**2) * 19.9 / 4 - t * 0.1 / 2)
+        sigma = t if flow else (1 - alpha**2).sqrt()
+        denoised = oracle.denoise(x / alpha, (sigma / alpha).flatten())
+        return (x - denoised) / t if flow else (alpha * denoised - x) / sigma**2
+
+    check(make(lambda x, t: network(x, t / change(1))), (16,))
+    with pytest.raises((ValueError, UserWarning), match=re.escape(asked)):  # or a warning, which is an error here
+        check(make(network), (16,))
 
 
 def test_where_to_cut_a_table_is_said():
