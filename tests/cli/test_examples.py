@@ -43,11 +43,11 @@ def work(tmp_path_factory, text_folder):
     (path / "package" / "__init__.py").write_text("")
     (path / "package" / "models.py").write_text(MODEL)
     denoiser = fs.Denoiser.from_denoiser(lambda z, s: z / (1 + s.reshape(-1, 1, 1, 1) ** 2), 0.002, 80.0)
-    stats = fs.measure(denoiser, (1, 8, 8), samples=2, levels=17, progress=False)  # few, so that plans are quick
+    stats = fs.measure(denoiser, (4, 64, 64), samples=2, levels=17, progress=False)  # few, so that plans are quick
     stats.save(path / "stats.safetensors")
     stats.save(path / "model.safetensors")
     stats.save(path / "a.safetensors")
-    fs.measure(denoiser, (1, 8, 8), samples=range(2, 3), levels=17, progress=False).save(path / "b.safetensors")
+    fs.measure(denoiser, (4, 64, 64), samples=range(2, 3), levels=17, progress=False).save(path / "b.safetensors")
     for name in ("schedule", "a", "b", "model-8"):
         fs.optimal_schedule(stats, 8, "ddim", polish=False).save(path / f"{name}.json")  # of the folder's scheduler
     (path / "errors.csv").write_text("name,solver,steps,typical_error\nkarras,dpmpp_2m,8,0.25\n")
