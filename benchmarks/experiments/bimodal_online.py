@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fastsched as fs
 from benchmarks.experiments.common import arguments, axes, report
-from fastsched.denoisers.noise import log_uniform
+from fastsched.denoisers.level_grids import log_uniform
 
 SIGMA_MIN, SIGMA_MAX, LEVELS = 0.01, 20.0, 25
 ORACLE = fs.oracles.GaussianMixture(

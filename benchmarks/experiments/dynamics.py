@@ -20,7 +20,7 @@ import fastsched as fs
 from benchmarks.experiments.common import SHAPE, arguments, axes, report
 from benchmarks.quality.networks import ddpm_table
 from fastsched.denoisers.digits import digits_denoiser
-from fastsched.denoisers.noise import log_uniform
+from fastsched.denoisers.level_grids import log_uniform
 
 STEPS = 10
 

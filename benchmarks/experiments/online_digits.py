@@ -26,7 +26,7 @@ import fastsched as fs
 from benchmarks.experiments.common import SHAPE, SIGMA_MAX, SIGMA_MIN, arguments, axes, report
 from benchmarks.train.digits import digits_data, preconditioned
 from fastsched.denoisers.digits import DigitsNetwork
-from fastsched.denoisers.noise import log_uniform
+from fastsched.denoisers.level_grids import log_uniform
 from fastsched.selection.fixed_point import variation
 
 LEVELS = 25

@@ -15,13 +15,14 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.costs.cost_matrix import CostMatrix, ModelCalls
 from fastsched.denoisers.denoiser import Denoiser, placement
+from fastsched.denoisers.level_grids import log_uniform
 from fastsched.denoisers.network_errors import not_finite
 from fastsched.denoisers.network_state import (
     check_evaluation_mode,
     checked_training,
     unchanged_buffers,
 )
-from fastsched.denoisers.noise import check_near, log_uniform
+from fastsched.denoisers.noise import check_near
 from fastsched.measurement.batches import is_out_of_memory
 from fastsched.measurement.watched_networks import watched_network
 from fastsched.sampling.progress import progress_bar

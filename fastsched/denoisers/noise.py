@@ -10,26 +10,22 @@ Source: Karras et al. 2022 (arXiv 2206.00364), section 2 and table 1; Lipman et 
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastsched import validate
+from fastsched.denoisers.level_grids import checked_level_count, log_uniform, spread_indices
 
 #: The largest ``sigma_max``, for squared distances of samples must be float32 numbers; the smallest is its inverse.
 LARGEST_SIGMA = 1e15
 
 #: The smallest level: sampler states ``x / sigma`` must be float32 numbers.
 SMALLEST_LEVEL = 1e-30
-
-#: The most levels of a grid; more would fill memory before anything is called.
-MOST_LEVELS = 10**6
 
 
 class NoiseProcess:
@@ -208,7 +204,7 @@ class VariancePreserving(NoiseProcess):
             return torch.tensor(values, dtype=torch.float64, device="cpu")
         if n > len(trained):
             raise ValueError(f"levels must be at most {len(trained)}, the network's number of timesteps, got {n}")
-        return trained[_spread_indices(trained, n)].flip(0)
+        return trained[spread_indices(trained, n)].flip(0)
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "alphas_cumprod": list(self.alphas_cumprod)}
@@ -373,14 +369,6 @@ def _check_lowest(name: str, process: NoiseProcess) -> None:
         )
 
 
-def checked_level_count(n: object, minimum: int = 2) -> int:
-    """How many levels are meant; at most `MOST_LEVELS`."""
-    count = validate.positive_int("levels", n, minimum=minimum)
-    if count > MOST_LEVELS:
-        raise ValueError(f"levels must be at most {MOST_LEVELS:,}, got {count:,}; 32 to 64 serve")
-    return count
-
-
 def far_outside(process: NoiseProcess, s: Tensor) -> bool:
     """Whether levels lie a thousandfold beyond those of a noise process; from pure noise, the first may be any."""
     high, low = process.s_max, process.s_min
@@ -395,31 +383,3 @@ def check_near(name: str, process: NoiseProcess, s: Tensor) -> None:
             f"{name} must be near those of the noise process, {process.s_min:g} to {process.s_max:g} as levels s, "
             f"got s = {validate.shown(s.tolist())}"
         )
-
-
-def log_uniform(high: float, low: float, n: int) -> Tensor:
-    """``n`` levels from ``high`` to ``low``, uniform in the logarithm, both ends exact. Shape [n], float64."""
-    levels = torch.linspace(math.log(high), math.log(low), n, dtype=torch.float64, device="cpu").exp()
-    levels[0], levels[-1] = high, low
-    return levels
-
-
-def _spread_indices(trained: Tensor, n: int) -> Sequence[int]:
-    """``n`` distinct indices into the ascending levels ``trained``, spread as evenly as possible in ``log s``.
-
-    With zero terminal SNR one of them is the infinite level, and the others are spread below it.
-    """
-    logs = trained.log().numpy()
-    last = len(logs) - 1
-    infinite = not np.isfinite(logs[last])
-    top = logs[last - infinite]
-    wanted = np.linspace(logs[0], top, n - infinite)
-    chosen = {int(np.abs(logs - value).argmin()) for value in wanted} | {0, last}
-    while len(chosen) < n:
-        order = sorted(chosen)
-        gaps = [(min(logs[b], top) - logs[a], a, b) for a, b in itertools.pairwise(order) if b - a > 1]
-        _, a, b = max(gaps)
-        middle = (logs[a] + min(logs[b], top)) / 2
-        inner = np.arange(a + 1, b)
-        chosen.add(int(inner[np.abs(logs[inner] - middle).argmin()]))
-    return sorted(chosen)

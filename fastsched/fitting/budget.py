@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.noise import MOST_LEVELS
+from fastsched.denoisers.level_grids import MOST_LEVELS
 from fastsched.measurement.deviated_paths import deviated_paths, query_count
 from fastsched.measurement.network_checks import CHECK_CALLS
 from fastsched.sampling.solvers import FITTED

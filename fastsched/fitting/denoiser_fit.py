@@ -159,7 +159,7 @@ def fit_report(
         return FitReport(interrupted_schedule(finished, steps, method, best), finished)
 
 
-#: Largest difference of timesteps of one noise process, over the largest of them.
+#: Largest difference of timesteps of one noise process, over the largest of them, beside that of rounding to integers.
 SAME_TIMES = 1e-3
 
 #: Checks of the arguments of `fit`.
@@ -214,8 +214,8 @@ def _check_process(stats: PathStatistics, own: NoiseProcess) -> None:
     if known.kind != own.kind:
         other = f"{known.kind!r}, not {own.kind!r}"
     elif times is not None and own_times is not None:
-        # Rounded timesteps, which some networks need, differ by up to a half.
-        apart = float((times - own_times).abs().max()) > SAME_TIMES * float(times.abs().max())
+        rounded = getattr(known, "integer_timesteps", False) or getattr(own, "integer_timesteps", False)
+        apart = float((times - own_times).abs().max()) > SAME_TIMES * float(times.abs().max()) + 0.5 * rounded
         other = "with other timesteps (another table, or scale or direction of time)" if apart else None
     if other is not None:
         raise ValueError(f"stats are of another noise process than this model's: {other}")

@@ -123,7 +123,7 @@ def tune(
         what = identity(stats, start=starts, batch_size=batch_size, dtype=str(runner.dtype))
         runner.cache = RunLog(checkpoint, what).run
     each = stats.samples * method.model_calls(first.steps)
-    with progress_bar((trials + (not known)) * each, progress, "tuning") as runner.advance:
+    with progress_bar((trials if known else 1 + trials) * each, progress, "tuning") as runner.advance:
         record = RunRecord(stats, method, known or [(first, runner(first, 0, stats.samples))])
         try:
             run_trials(runner, record, trials)

@@ -225,6 +225,11 @@ def test_statistics_with_other_timesteps_are_refused_where_no_run_shows_it():
             fs.fit(other, **given)
     whole = fs.fit(denoiser(vp_table().float()), **given)
     assert fs.fit(denoiser(vp_table(), integers=True), **given) == whole  # only rounded
+    few = {**given, "stats": fs.measure(denoiser(vp_table(100)), (4,), **options)}
+    assert fs.fit(denoiser(vp_table(100), integers=True), **few) == fs.fit(denoiser(vp_table(100)), **few)
+    continuous = fs.measure(fs.Denoiser.from_vp_score(lambda x, t: x), (4,), **options)
+    with pytest.raises(ValueError, match="with other timesteps"):
+        fs.fit(fs.Denoiser.from_vp_score(lambda x, t: x, beta_max=15.0), **{**given, "stats": continuous})
     flow = fs.measure(fs.Denoiser.from_velocity(lambda x, t: x), (4,), **options)
     with pytest.raises(ValueError, match="direction of time"):
         fs.fit(fs.Denoiser.from_velocity(lambda x, t: x, data_at=1), **{**given, "stats": flow})

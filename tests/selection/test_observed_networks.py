@@ -8,7 +8,7 @@ from models import exact_denoisers, vp_table
 from test_online import _gaussian, _start
 
 import fastsched as fs
-from fastsched.denoisers.noise import log_uniform
+from fastsched.denoisers.level_grids import log_uniform
 
 
 class _Dropping(torch.nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastsched as fs
-from fastsched.denoisers.noise import log_uniform
+from fastsched.denoisers.level_grids import log_uniform
 from fastsched.selection.arc_length import equal_arc_length
 
 STD = 0.5

@@ -9,7 +9,7 @@ from models import exact_denoisers, gaussian, mixture
 
 import fastsched as fs
 from fastsched.costs import stein_corrector
-from fastsched.denoisers.noise import log_uniform
+from fastsched.denoisers.level_grids import log_uniform
 
 
 def test_summed_lengths_approach_the_closed_form():

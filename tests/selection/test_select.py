@@ -10,7 +10,8 @@ from models import exact_denoisers, vp_table
 
 import fastsched as fs
 from fastsched.costs import CostMatrix, ModelCalls, stein_corrector, stein_predictor
-from fastsched.denoisers.noise import VarianceExploding, log_uniform
+from fastsched.denoisers.level_grids import log_uniform
+from fastsched.denoisers.noise import VarianceExploding
 
 
 def _exact_cost(values, s, order):
