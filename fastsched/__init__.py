@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastsched.measurement.measuring import measure
     from fastsched.measurement.statistics import PathStatistics
     from fastsched.profiling import Profile, profile
+    from fastsched.sampling.decoupled import decoupled_model
     from fastsched.sampling.sampler import sample
     from fastsched.sampling.schedule import Schedule
     from fastsched.selection.fixed_point import refine_schedule
@@ -50,6 +51,7 @@ _HOME = {
     "compare": "comparison",
     "converged_reference": "comparison",
     "costs": "costs",
+    "decoupled_model": "sampling.decoupled",
     "diffusers": "diffusers",
     "error_curve": "selection.planning",
     "fit": "fitting.denoiser_fit",
@@ -81,6 +83,7 @@ __all__ = [
     "compare",
     "converged_reference",
     "costs",
+    "decoupled_model",
     "diffusers",
     "error_curve",
     "fit",

@@ -366,7 +366,7 @@ CHECKS: dict[str, Check] = {
     "checkpoint": optional(path),
     "path": path,
     **dict.fromkeys(("fn", "net", "estimate"), function),
-    **dict.fromkeys(("checks", "decoupled", "responses", "keep_increments", "polish", "weighted"), flag),
+    **dict.fromkeys(("checks", "responses", "keep_increments", "polish", "weighted"), flag),
     **dict.fromkeys(("spare_last", "integer_timesteps", "sub_vp", "vectors"), flag),
     **dict.fromkeys(("sigma_min", "sigma_max", "rho", "data_std", "beta_min", "beta_max", "shift"), positive),
     **dict.fromkeys(("alpha", "beta", "tolerance"), positive),

@@ -180,7 +180,7 @@ def own_run(scheduler, convention):
     sigmas = declared_sigmas(target, convention).unique().flip(0)
     levels = convention.process.level(sigmas[:-1])
     try:
-        if not trace(target, convention, levels, convention.timesteps(levels)).deterministic:
+        if not trace(target, convention, levels[0], levels, convention.timesteps(levels)).deterministic:
             return "adds noise"
     except TypeError:
         return "not run: its step takes other arguments"

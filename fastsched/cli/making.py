@@ -148,7 +148,10 @@ def fit(
     samples: Annotated[Optional[int], typer.Option(help="Number of paths.  [default: by the calls]", min=1)] = None,
     model_calls: ModelCalls = None,
     decoupled: Annotated[
-        bool, typer.Option("--decoupled", help="Also tune the levels given to the network; for diffusers, fs.sample.")
+        bool, typer.Option("--decoupled", help="Also tune the level at which the network is asked in each step.")
+    ] = False,
+    decoupled_timesteps: Annotated[
+        bool, typer.Option("--decoupled-timesteps", help="The same for stock schedulers of diffusers: timesteps only.")
     ] = False,
     seed: shell.Seed = 0,
     batch_size: shell.Batch = None,
@@ -180,7 +183,7 @@ def fit(
     for option in (name for name, value in (("levels", levels), ("samples", samples)) if stats and value is not None):
         raise ValueError(f"{option} must be left out with --stats, whose levels and paths are used")
     options = {"stats": known, "levels": levels, "samples": samples, "model_calls": model_calls, "seed": seed}
-    options |= {"decoupled": decoupled, "checkpoint": kept}
+    options |= {"decoupled": "timestep" if decoupled_timesteps else decoupled, "checkpoint": kept}
     schedule = _fitted(source, steps, chosen, dry_run, options)
     shell.save_or_print(schedule.save, file, summary(schedule))
     if as_json:
@@ -222,15 +225,17 @@ def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool
         return run(model, steps=steps, **options | {"progress": progress})
 
 
-def _check_scheduler(scheduler: Any, steps: int, solver: str | None, decoupled: bool) -> None:
+def _check_scheduler(scheduler: Any, steps: int, solver: str | None, decoupled: bool | str) -> None:
     """Run the fit's own checks of the scheduler before the cost is printed."""
     from fastsched.diffusers.pipeline_fit import check_tells_apart, checked_solver
+    from fastsched.sampling.schedule import decoupling
 
     with inputs.named_as_options(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the fit repeats them
         chosen = checked_solver(scheduler, steps, solver, audition=True)
-        if decoupled:
-            check_tells_apart(scheduler, steps, chosen)
+        apart = decoupling("decoupled", decoupled)
+        if apart is not None:
+            check_tells_apart(scheduler, steps, chosen, apart)
 
 
 def select(
@@ -379,6 +384,7 @@ def summary(schedule: Schedule) -> dict[str, Any]:
         **({} if schedule.origin is None else {"origin": schedule.origin.to_dict()}),
         **({} if schedule.weights is None else {"weights": schedule.weights.tolist()}),
         **({} if schedule.network_sigmas is None else {"network_sigmas": schedule.network_sigmas.tolist()}),
+        **({} if schedule.decoupled is None else {"decoupled": schedule.decoupled}),
     }
 
 

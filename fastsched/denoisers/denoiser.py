@@ -294,7 +294,7 @@ class Denoiser:
     ) -> Tensor:
         """Like `raw_output`, without the copy of the output: the result may change at the next network call."""
         if type(self).raw_output is not Denoiser.raw_output:  # overridden by a subclass
-            return self.raw_output(x, s, dtype=dtype, **told_argument(told))
+            return self.raw_output(x, s, dtype=dtype, **({} if told is None else {"told": told}))
         return self._output(x, s, dtype, told)
 
     def _output(
@@ -318,7 +318,13 @@ class Denoiser:
         return checked_call(ask, x, condition, dtype or x.dtype).to(x.device)
 
     def denoise(
-        self, y: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None, told: Tensor | float | None = None
+        self,
+        y: Tensor,
+        s: Tensor | float,
+        *,
+        dtype: torch.dtype | None = None,
+        told: Tensor | float | None = None,
+        at: Tensor | float | None = None,
     ) -> Tensor:
         """``D`` from the normalised state ``y = x / sigma``, finite at every level, pure noise included.
 
@@ -328,10 +334,15 @@ class Denoiser:
             dtype: The dtype that the network computes in; the dtype of ``y`` when None.
             told: The level whose timestep the network is given; ``s`` when None. ``D`` is computed from the output
                 with the coefficients at ``s`` in both cases.
+            at: The level of ``D``; ``s`` when None. The state does not change: it is the sampler's, ``tau y`` with
+                ``tau`` the sampler sigma at ``s``, so this is ``model(x, sigma)`` of k-diffusion with another sigma.
 
         Returns:
             ``E[x0 | x]``, [B, *shape], in the dtype of ``y``.
         """
+        if at is not None:
+            ratio = self.process.other_level(sample_levels(s, y), sample_levels(at, y))
+            return self.denoise(y * per_sample(ratio, y), at, dtype=dtype)
         levels = sample_levels(s, y)
         a, c = self.coefficients(levels)
         x = y * per_sample(self.process.sigma(levels), y)
@@ -379,11 +390,6 @@ def _floating(name: str, value: object) -> Tensor:
     if value.ndim == 0:
         raise ValueError(f"{name} must be [B, *shape], got a tensor of no dimension")
     return value
-
-
-def told_argument(told: Tensor | float | None) -> dict[str, Tensor | float]:
-    """``told`` as a keyword argument, unless it is None: subclasses that override a method may not accept it."""
-    return {} if told is None else {"told": told}
 
 
 def is_denoiser(name: str, value: object) -> Denoiser:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser, told_argument
+from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.late_reading import Verdicts
 from fastsched.denoisers.network_errors import not_finite
 
@@ -22,10 +22,10 @@ def finite_denoised(
     s: Tensor | float,
     dtype: torch.dtype | None,
     verdicts: Verdicts,
-    told: Tensor | float | None = None,
+    **other_level: Tensor,
 ) -> Tensor:
     """`Denoiser.denoise`; ``verdicts`` later raise a ValueError that names the level if the output is not finite."""
-    denoised = denoiser.denoise(y, s, dtype=dtype, **told_argument(told))
+    denoised = denoiser.denoise(y, s, dtype=dtype, **other_level)
     verdicts.note_finite(
         denoised, lambda: not_finite(denoiser.process, torch.as_tensor(s, dtype=torch.float64, device="cpu"))
     )

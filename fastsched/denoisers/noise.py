@@ -65,6 +65,11 @@ class NoiseProcess:
         """The inverse of `sampler_sigma`."""
         return sampler_sigma
 
+    def other_level(self, s: Tensor, at: Tensor) -> Tensor:
+        """Factor from ``y`` at ``s`` to ``y`` of the same state ``tau y`` at other levels: ``tau_s / tau_at``."""
+        ratio = self.sampler_sigma(s) / self.sampler_sigma(at)
+        return torch.where(torch.isinf(s) & torch.isinf(at), 1.0, ratio)
+
     def timestep(self, s: Tensor) -> Tensor | None:
         """The timestep that the network is given at levels ``s``; None if the network is given sigma."""
         return None

@@ -40,6 +40,7 @@ from fastsched.diffusers.overrides import (
 )
 from fastsched.diffusers.replacement import replacement
 from fastsched.sampling.schedule import Schedule
+from fastsched.sampling.stock_weights import as_fitted
 
 #: Classes whose step goes to ``t - train_steps // num_inference_steps`` and reads that number at every step.
 ARITHMETIC = ("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler")
@@ -63,9 +64,9 @@ def apply(schedule: Schedule, pipe: Any) -> Export:
     * ``"assigned"``: its ``sigmas`` and ``timesteps`` are set after ``set_timesteps``, if its ``step`` follows them;
     * ``"stepped"``: for DDIM, the stride that its ``step`` reads is set before each step.
 
-    A schedule of the fitted solver needs a class of its own: the pipeline gets a
-    `fastsched.diffusers.FittedScheduler` (way ``"fitted"``), and its calls must ask for as many steps as the schedule
-    has.
+    A schedule of the fitted solver, or with decoupled levels of the denoiser, needs a class of its own: the pipeline
+    gets a `fastsched.diffusers.FittedScheduler` (way ``"fitted"``), and its calls must ask for as many steps as the
+    schedule has.
 
     Otherwise the scheduler's class and config do not change, so the pipeline saves and loads as before, without the
     schedule. The old scheduler object is not modified: keep a reference to ``pipe.scheduler`` to restore it. Copies and
@@ -93,7 +94,8 @@ def apply(schedule: Schedule, pipe: Any) -> Export:
     """
     check_pipe(pipe)
     scheduler, proof = applied(schedule, pipe.scheduler)
-    warn_of_solver(schedule, pipe.scheduler)
+    if proof.way != "fitted":
+        warn_of_solver(schedule, pipe.scheduler)
     warn_of_lost_step(pipe.scheduler)
     if not proof.exact:
         measured = "schedules that were measured through this pipeline are not"
@@ -105,7 +107,7 @@ def apply(schedule: Schedule, pipe: Any) -> Export:
 def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
     """A copy of ``scheduler`` that uses ``schedule``, and what was verified; arguments and errors as in `apply`."""
     scheduler = own_scheduler(scheduler)
-    if getattr(schedule, "weights", None) is not None:
+    if getattr(schedule, "weights", None) is not None or getattr(schedule, "decoupled", None) == "denoiser":
         return _fitted(schedule, scheduler)
     convention = describe(scheduler)
     check_range(schedule, convention, scheduler)
@@ -126,6 +128,8 @@ def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
 
 
 def _fitted(schedule: Schedule, scheduler: Any) -> tuple[FittedScheduler, Export]:
+    if schedule.weights is None:  # no class of diffusers computes D for another level than the state's
+        schedule = as_fitted(schedule, describe(scheduler).process)
     target = FittedScheduler.from_schedule(schedule, scheduler)
     return target, prove(schedule, target, target.convention, lambda copied: copied.set_timesteps(), "fitted")
 

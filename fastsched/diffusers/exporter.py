@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.noise import FlowMatching, VariancePreserving
+from fastsched.denoisers.noise import FlowMatching, NoiseProcess, VariancePreserving
 from fastsched.diffusers.conventions import Convention, class_names, describe, other_solver, own_scheduler, visited
 from fastsched.diffusers.probe import NUDGE, amplified_rounding, rounding, scales, trace
 from fastsched.diffusers.replacement import replacement
@@ -163,7 +163,8 @@ def prove(
         used = declared_sigmas(target, convention)
         levels = convention.process.level(visited(target, used))
         expected = convention.timesteps(told_levels(schedule, convention, levels))
-        run = trace(target, convention, levels[:-1], expected)
+        answered = denoised_levels(schedule, convention.process) if schedule.decoupled == "denoiser" else levels[:-1]
+        run = trace(target, convention, levels[0], answered, expected)
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, AssertionError, KeyError) as error:
         raise ValueError(f"{name} does not take this schedule: {error}") from error
     if len(used) != len(schedule.sigmas):
@@ -173,7 +174,7 @@ def prove(
     reached = scales(convention, levels[1:])
     if not run.follows(*reached):
         setter(target)
-        nudged = trace(target, convention, levels[:-1], expected, NUDGE)
+        nudged = trace(target, convention, levels[0], answered, expected, NUDGE)
         if not run.follows(*reached, rounding=amplified_rounding(run, nudged)):
             raise ValueError(
                 f"{name} does not step through its sigmas {_brief(used)}: the noise levels of its states are "
@@ -198,6 +199,12 @@ def told_levels(schedule: Schedule, convention: Convention, levels: Tensor) -> T
     """The level given to the network at each call: that of the state, unless the schedule has decoupled levels."""
     own = schedule.network_sigmas
     return levels[:-1] if own is None else convention.process.level(own)
+
+
+def denoised_levels(schedule: Schedule, process: NoiseProcess) -> Tensor:
+    """The level that ``D`` is computed for at each call: that of the state, unless `Schedule.decoupled` says others."""
+    own = schedule.network_sigmas if schedule.decoupled == "denoiser" else None
+    return process.level(schedule.sigmas[:-1] if own is None else own)
 
 
 def plain_copy(scheduler: Any) -> Any:

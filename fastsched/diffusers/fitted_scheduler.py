@@ -16,7 +16,7 @@ from torch import Tensor
 from fastsched.denoisers.late_reading import sent
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.diffusers.conventions import Convention, class_and_settings, describe, own_scheduler
-from fastsched.diffusers.exporter import check_range, plain_copy, told_levels, told_timesteps
+from fastsched.diffusers.exporter import check_range, denoised_levels, plain_copy, told_levels, told_timesteps
 from fastsched.diffusers.given_lists import warn_of_list
 from fastsched.diffusers.overrides import Timesteps
 from fastsched.diffusers.step_checks import check_scaled, noise_alone
@@ -37,7 +37,7 @@ AGAIN = (
 BELOW_START = 0.98
 
 #: Entries of a `FittedScheduler`'s config; the others are those of the pipeline's own scheduler.
-OWN_ENTRIES = ("sigmas", "weights", "noise", "network_sigmas", "scheduler_class", "scheduler_config")
+OWN_ENTRIES = ("sigmas", "weights", "noise", "network_sigmas", "decoupled", "scheduler_class", "scheduler_config")
 
 
 class FittedScheduler(SchedulerMixin, ConfigMixin):
@@ -62,6 +62,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         scheduler_class: The class of the pipeline's own scheduler, which gives noise process, prediction and timesteps.
         scheduler_config: Its config.
         network_sigmas: With decoupled levels, the sigma that the network is given at each step, [steps].
+        decoupled: What these are levels of (`fastsched.Schedule`).
 
     Raises:
         ValueError: If the entries are not those of a fitted schedule, or the own scheduler is not supported; from
@@ -80,10 +81,12 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         scheduler_class: str = "EulerDiscreteScheduler",
         scheduler_config: dict[str, Any] | None = None,
         network_sigmas: Sequence[float | str] | None = None,
+        decoupled: str | None = None,
     ) -> None:
         rows = torch.tensor(weights, dtype=torch.float64, device="cpu")
         told = None if network_sigmas is None else _numbers(network_sigmas)
-        self.schedule = Schedule(_numbers(sigmas), "fitted", noise, weights=rows, network_sigmas=told)
+        more = {"weights": rows, "network_sigmas": told, "decoupled": decoupled}
+        self.schedule = Schedule(_numbers(sigmas), "fitted", noise, **more)
         settings = dict(scheduler_config or {})
         self._own = getattr(diffusers, scheduler_class).from_config(settings)
         self._prepare(describe(self._own))
@@ -135,6 +138,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             scheduler_class=name,
             scheduler_config=settings,
             network_sigmas=None if schedule.network_sigmas is None else _plain(schedule.network_sigmas),
+            decoupled=schedule.decoupled,
         )
         # Another class has defaults of its own for what was never set.
         unset = [entry for entry in own.config.get("_use_default_values", ()) if entry not in OWN_ENTRIES]
@@ -221,6 +225,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The network's input at the current step: ``sample``, times ``c_in`` for EDM networks; see `check_scaled`."""
         check_scaled(sample)
+        self._scaled = self._step_index
         scale = self._input_scales[min(self._step_index or 0, self.schedule.steps - 1)]
         return sample if scale == 1.0 else sample * scale
 
@@ -269,6 +274,11 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
                 f"step was called {0 if n is None else n + 1} times in a run of {self.schedule.steps} steps; call "
                 "set_timesteps before each run, and step once for each timestep"
             )
+        if self._input_scales[n] != 1.0 and self._scaled != n:
+            raise ValueError(
+                "the pipeline does not call scheduler.scale_model_input before its network, which this schedule needs; "
+                "fit one without decoupled levels, or with decoupled='timestep'"
+            )
         output = self.convention.raw_output(model_output, sample.shape[1])
         if per_token_timesteps is not None:
             output = -output
@@ -301,8 +311,13 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         self.convention = convention = replace(convention, scaled=False)
         process = convention.process
         s = process.level(self.schedule.sigmas)
-        self._a, self._c = (each.tolist() for each in convention.denoiser.coefficients(s[:-1]))
-        self._input_scales = convention.input_scale(s[:-1]).tolist()
+        at = denoised_levels(self.schedule, process)
+        a, c = convention.denoiser.coefficients(at)
+        # From the state to the network's x: the sampler's state is the same, alpha of the level is another.
+        same = (process.sigma(at) / process.sigma(s[:-1])) * process.other_level(s[:-1], at)
+        self._a, self._c, self._input_scales = (
+            each.tolist() for each in (a * same, c, convention.input_scale(at) * same)
+        )
         self._factors = _factors(process, self.schedule)
         self.init_noise_sigma = float(process.sigma(s)[0])
         self.sigmas = self.schedule.sigmas.float()
@@ -312,6 +327,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = self._timesteps
         self.num_inference_steps: int | None = None
         self._step_index: int | None = None
+        self._scaled: int | None = None  # the step before which the pipeline called `scale_model_input`
         self._states = self._rows = torch.empty(0, device="cpu")
 
     def _timesteps_of(self, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None) -> Tensor:

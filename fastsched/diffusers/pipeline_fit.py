@@ -41,7 +41,7 @@ from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import absolute_file, check_writable, runs_beside
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import Progress
-from fastsched.sampling.schedule import Schedule, check_decoupled
+from fastsched.sampling.schedule import Schedule, check_decoupled, decoupling
 from fastsched.sampling.solvers import FITTED
 from fastsched.selection.optimal import optimal_schedule
 from fastsched.selection.starts import even_schedule
@@ -59,7 +59,7 @@ def fit(
     seed: int = 0,
     audition: bool = True,
     model_calls: int | None = None,
-    decoupled: bool = False,
+    decoupled: bool | str = False,
     prompts_per_call: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     group: Any = None,
@@ -81,7 +81,8 @@ def fit(
         seed: As in `measure`.
         audition: Whether to run candidates and tune; if not, the result is that of `fastsched.optimal_schedule`.
         model_calls: As in `fastsched.fit`, with 100 a prompt if that is more; ``steps + 1`` a run (two stages: twice).
-        decoupled: As in `fastsched.fit`; for schedulers whose timesteps can be set apart from their sigmas.
+        decoupled: As in `fastsched.fit`. If True, `apply` gives the pipeline a scheduler of fastsched that computes
+            ``D`` for the other levels; with ``"timestep"`` it keeps its own, whose timesteps are set apart.
         prompts_per_call: As in `measure`.
         checkpoint: A file for the measurement; runs are kept in ``checkpoint.runs``. The same call goes on from there.
         group: As in `measure`; its first process decides which schedules run, and all processes share the samples.
@@ -93,8 +94,9 @@ def fit(
     """
     check_together(locals(), **CHECKS)
     calls = prepare_together(lambda: checked_calls(pipe, prompts, call_kwargs, prompts_per_call), group)
-    name = prepare_together(lambda: _checked(pipe, steps, solver, checkpoint, audition, decoupled), group)
-    check_group(stats, group, steps=steps, solver=name, audition=audition, decoupled=decoupled, model_calls=model_calls)
+    apart = decoupling("decoupled", decoupled)
+    name = prepare_together(lambda: _checked(pipe, steps, solver, checkpoint, audition, apart), group)
+    check_group(stats, group, steps=steps, solver=name, audition=audition, decoupled=apart, model_calls=model_calls)
     least = calls.minimum_samples if audition else 1  # without runs, more prompts than the calls allow are no loss
     total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else default_total(least)
     plan = partial(_planned, total, steps, levels, samples, name, least, chosen=model_calls is not None)
@@ -106,7 +108,7 @@ def fit(
             if not whole:
                 return interrupted_schedule(stats, steps, chosen_solver(name))
             total = max(0, total - stats.model_calls)
-        return _fitted(pipe, stats, steps, name, calls, call_kwargs, total * audition, decoupled, **places).schedule
+        return _fitted(pipe, stats, steps, name, calls, call_kwargs, total * audition, apart, **places).schedule
 
 
 def _measured(
@@ -123,13 +125,13 @@ def _measured(
         return finished, False
 
 
-def _checked(pipe: Any, steps: int, solver: str | None, checkpoint: Any, audition: bool, decoupled: bool) -> str:
+def _checked(pipe: Any, steps: int, solver: str | None, checkpoint: Any, audition: bool, apart: str | None) -> str:
     """Check that the pipeline can be fitted and files can be written; returns the solver to choose for."""
     if checkpoint is not None:
         check_writable(runs_beside(checkpoint))
     name = checked_solver(pipe.scheduler, steps, solver, audition=audition)
-    if decoupled:
-        check_tells_apart(pipe.scheduler, steps, name)
+    if apart is not None:
+        check_tells_apart(pipe.scheduler, steps, name, apart)
     check_caches(pipe)
     return name
 
@@ -166,7 +168,7 @@ def _fitted(
     prompts: PromptCalls,
     call_kwargs: dict[str, Any],
     budget: int,
-    decoupled: bool,
+    decoupled: str | None,
     *,
     checkpoint: str | os.PathLike[str] | None,
     group: Any,
@@ -196,8 +198,7 @@ def _fitted(
 
     runner = run
     if alone and checkpoint is not None:
-        other = decoupled or None  # as in files of earlier versions
-        what = identity(stats, steps=steps, solver=solver, model_calls=budget, decoupled=other)
+        what = identity(stats, steps=steps, solver=solver, model_calls=budget, decoupled=decoupled)
         runner = logged(run, RunLog(runs_beside(checkpoint), what))
     try:
         with one_bar(pipe, budget, budget > 0 and progress, "fitting") as run.advance:
@@ -263,14 +264,15 @@ def checked_solver(scheduler: Any, steps: int, solver: str | None, *, audition: 
     return name
 
 
-def check_tells_apart(scheduler: Any, steps: int, solver: str) -> None:
-    """ValueError unless the scheduler can give the network other levels than those of the states."""
+def check_tells_apart(scheduler: Any, steps: int, solver: str, decoupled: str) -> None:
+    """ValueError unless the scheduler can use decoupled levels (`fastsched.Schedule`)."""
     check_decoupled(solver)
     process = describe(scheduler).process
     even = even_schedule(process, steps, solver)
     told = process.level(even.sigmas)[:-1].clone()
     told[1:-1] = (told[1:-1] * told[2:]).sqrt()
-    applied(replace(even, network_sigmas=process.sampler_sigma(told), timesteps=process.timestep(told)), scheduler)
+    more = {"network_sigmas": process.sampler_sigma(told), "timesteps": process.timestep(told), "decoupled": decoupled}
+    applied(replace(even, **more), scheduler)
 
 
 def _change(scheduler: Any, steps: int) -> str:

@@ -110,13 +110,16 @@ def amplified_rounding(run: Trace, nudged: Trace) -> float:
     return min(MOST_ROUNDING, ROUNDINGS * float(change.max())) if len(change) else 0.0
 
 
-def trace(scheduler: Any, convention: Convention, levels: Tensor, expected: Tensor, nudge: float = 0.0) -> Trace:
+def trace(
+    scheduler: Any, convention: Convention, start: Tensor, levels: Tensor, expected: Tensor, nudge: float = 0.0
+) -> Trace:
     """Run the probe. The global random state is not changed.
 
     Args:
         scheduler: The scheduler, on which ``set_timesteps`` has been called.
         convention: Its conventions.
-        levels: The levels ``s`` of its network calls as it lists them; the probe starts at the first.
+        start: The level ``s`` of the first state.
+        levels: The levels of its network calls as it lists them.
         expected: The timestep given to the network at each level.
         nudge: Relative change of the network's answers.
     """
@@ -125,7 +128,7 @@ def trace(scheduler: Any, convention: Convention, levels: Tensor, expected: Tens
     with ONE_CALL, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # the CPU's alone, because no other is restored
         noise = torch.randn(ones.shape, dtype=torch.float32, device="cpu") * (1 - ones)
-        alpha, sigma = (float(scale[0]) for scale in scales(convention, levels))
+        alpha, sigma = (float(scale[0]) for scale in scales(convention, start.reshape(1)))
         oracle = oracle_network(convention, lambda y, s: ones.double())
 
         def network(x: Tensor, t: Any) -> Tensor:

@@ -68,6 +68,8 @@ class StartFromNoise:
         self.scheduler, self.seeds, self._schedule = scheduler, seeds, schedule
         self._watch, self._consistency, self._index = watch, Consistency(changes=self._may_change), 0
         self.convention = describe(scheduler)
+        own = schedule.network_sigmas if schedule.decoupled == "denoiser" else None
+        self._at = None if own is None else self.convention.process.level(own)  # the levels that D is computed for
         self.scale = scales(self.convention, self.convention.process.level(schedule.sigmas[:1]))[1].float()
         self.end = torch.empty(0, device="cpu")
         self.left: int | None = None
@@ -183,15 +185,17 @@ class StartFromNoise:
             check_unchanged(sample, self._returned.to(sample.device), self._index - 1, self._verdicts)
         kept = sample.chunk(self._copies)[0]
         s = self._levels[len(self._calls)].reshape(1)
-        sigma, (a, c) = self.convention.process.sigma(s), self.convention.denoiser.coefficients(s)
+        at = s if self._at is None else self._at[len(self._calls)].reshape(1)
+        process, (a, c) = self.convention.process, self.convention.denoiser.coefficients(at)
         y = kept.float() / float(scales(self.convention, s)[1])
+        x = float(process.sigma(at) * process.other_level(s, at)) * y
         signed = output_of_tokens(output, timestep, kwargs, self._verdicts)
         raw = self.convention.raw_output(signed, sample.shape[1]).chunk(self._copies)[0].float()
         check_output(raw, kept)
         if bool(self._owned.any()):  # then the batch is not doubled
-            raw = held_at_zero(raw, float(sigma) * y, s, self.convention.denoiser, self._owned.to(sample.device))
+            raw = held_at_zero(raw, x, at, self.convention.denoiser, self._owned.to(sample.device))
             output = (self.convention.sign * output_of_tokens(raw, timestep, kwargs, self._verdicts)).to(output)
-        self._calls.append((float(s), LateReading(y), LateReading(float(a * sigma) * y + float(c) * raw)))
+        self._calls.append((float(s), LateReading(y), LateReading(float(a) * x + float(c) * raw)))
         with self.own_tables():
             result = self._step(output, timestep, sample, *args, **kwargs)
         end = result[0] if isinstance(result, tuple) else result.prev_sample

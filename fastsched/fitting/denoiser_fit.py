@@ -31,7 +31,7 @@ from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import absolute_file, check_writable, runs_beside
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import Progress, progress_bar
-from fastsched.sampling.schedule import Schedule, check_decoupled
+from fastsched.sampling.schedule import Schedule, check_decoupled, decoupling
 from fastsched.sampling.solvers import Solver
 
 
@@ -50,7 +50,7 @@ def fit(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     checks: bool = True,
-    decoupled: bool = False,
+    decoupled: bool | str = False,
     checkpoint: str | os.PathLike[str] | None = None,
     group: Any = None,
     progress: Progress = True,
@@ -77,9 +77,10 @@ def fit(
         device: As in `measure`.
         dtype: As in `measure`.
         checks: As in `measure`; and, by the first outputs of runs, whether the denoiser is the one that was measured.
-        decoupled: Whether the network may be given other levels than the states'; the same runs tune them. The error is
-            lower, but only samplers that can set both levels can use the schedule: `fastsched.sample` and
-            `fastsched.diffusers.apply`. For deterministic solvers with one call per step.
+        decoupled: Whether ``D`` may be computed for other levels than the states'; the same runs tune them. Lowers the
+            error, for samplers that know both levels: `fastsched.sample`, `fastsched.diffusers.apply`, ComfyUI's nodes,
+            and those of k-diffusion with `fastsched.decoupled_model`. With ``"timestep"`` only the network's timestep
+            is another, as stock schedulers of diffusers allow. For deterministic solvers with one call per step.
         checkpoint: A file that keeps every finished path, as in `measure`. ``checkpoint.runs`` beside it keeps every
             finished run of the sampler. After Ctrl-C, an error or ``kill -9``, the same call continues from the files
             with bitwise the same result; at most one batch is run twice. Remove the files afterwards.
@@ -112,7 +113,7 @@ def fit_report(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     checks: bool = True,
-    decoupled: bool = False,
+    decoupled: bool | str = False,
     checkpoint: str | os.PathLike[str] | None = None,
     group: Any = None,
     progress: Progress = True,
@@ -121,16 +122,16 @@ def fit_report(
     check_together(locals(), **CHECKS)
     method = prepare_together(partial(chosen_solver, solver), group)
     steps, model_calls, batch_size = map(_plain, (steps, model_calls, batch_size))
-    decoupled, checkpoint = bool(decoupled), absolute_file(checkpoint)
+    apart, checkpoint = decoupling("decoupled", decoupled), absolute_file(checkpoint)
     batch = 1 if batch_size is None and checkpoint is not None else batch_size
     budget = model_calls if model_calls is not None else TOTAL if stats is None else MODEL_CALLS
     log_file = None if checkpoint is None else runs_beside(checkpoint, *rank_and_size(group))
     options = {"batch_size": batch, "device": device, "dtype": dtype}
     settings = {**options, "seed": seed, "checks": checks, "checkpoint": checkpoint, "progress": progress}
-    asked = {"stats": stats, "levels": levels, "samples": samples, "decoupled": decoupled}
+    asked = {"stats": stats, "levels": levels, "samples": samples, "decoupled": apart}
     plan = partial(prepared_fit, denoiser, shape, steps, method, budget, log_file, **asked, **settings)
     measuring = prepare_together(plan, group)  # raises before any call is made
-    what = {"steps": steps, "solver": method.name, "model_calls": model_calls, "decoupled": decoupled or None}
+    what = {"steps": steps, "solver": method.name, "model_calls": model_calls, "decoupled": apart}
     best, given = None, stats is not None
     kept = stats is not None and stats.increments is not None  # where they are not, paths are followed once more
     check_group(stats, group, **what, **{"increments of stats": kept})
@@ -149,7 +150,7 @@ def fit_report(
         runner, calls = Runner(denoiser, stats, method, **options, checks=checks), method.model_calls(steps)
         prepare_together(partial(_keep_runs, runner, log_file, stats, **what, batch_size=batch), group)
         best = BestSoFar(runner, stats)
-        work = partial(_fitted, best, steps=steps, method=method, calls=calls, budget=budget, decoupled=decoupled)
+        work = partial(_fitted, best, steps=steps, method=method, calls=calls, budget=budget, decoupled=apart)
         with progress_bar(budget, progress, "fitting") as runner.advance:
             return led_by_first(runner, work, group)
     except KeyboardInterrupt as error:
@@ -182,11 +183,11 @@ def prepared_fit(
     stats: PathStatistics | None,
     levels: int | Tensor | Sequence[float] | None,
     samples: int | range | None,
-    decoupled: bool,
+    decoupled: str | None,
     **settings: Any,
 ) -> tuple[Measurement, Batches, PathStatistics | None] | None:
     """What to measure (`prepared`); None for given statistics. What cannot work raises before any call is made."""
-    if decoupled:
+    if decoupled is not None:
         check_decoupled(method.name)
     if log_file is not None:
         check_writable(log_file)
@@ -233,7 +234,7 @@ def _plain(number: Any) -> Any:
 
 
 def _fitted(
-    best: BestSoFar, run: Run, *, steps: int, method: Solver, calls: int, budget: int, decoupled: bool
+    best: BestSoFar, run: Run, *, steps: int, method: Solver, calls: int, budget: int, decoupled: str | None
 ) -> FitReport:
     """The fit by ``run``, which may be shared by a group; ``best`` remembers the finished runs."""
     best.run = run

@@ -66,21 +66,21 @@ def fit_by_running(
     *,
     calls: int,
     model_calls: int = MODEL_CALLS,
-    decoupled: bool = False,
+    decoupled: str | None = None,
 ) -> FitReport:
     """Rank candidates by running them, and tune the best. Without increments in the statistics nothing is tuned.
 
     ``candidates`` yields names and schedules, the most promising first; only as many are made as the calls allow. A run
     takes ``calls`` per sample, and all runs take at most ``model_calls``. If these do not suffice for one run of all
     samples, the schedule is that of `fastsched.optimal_schedule`. If too few calls remain for another run, the schedule
-    of a fitted solver is corrected but not run again. With ``decoupled``, tuning may give the network other levels than
-    the states'; a warning says if nothing was tuned.
+    of a fitted solver is corrected but not run again. Tuning may decouple levels (`Schedule.decoupled`); a warning says
+    if nothing was tuned.
 
     Raises:
         ValueError: If no candidate could be run.
     """
     most = affordable(calls, stats.samples, model_calls)
-    most = min(most, FINALISTS) if decoupled else most
+    most = most if decoupled is None else min(most, FINALISTS)
     if most == 0:
         return _completed(FitReport(optimal_schedule(stats, steps, solver), stats), decoupled=decoupled)
     audition = ranked(run, stats, dict(islice(candidates, most)), calls, stats.samples)
@@ -103,11 +103,11 @@ def fit_by_running(
     return _completed(FitReport(schedule, stats, audition, tuning), decoupled=decoupled)
 
 
-def _completed(found: FitReport, *, decoupled: bool) -> FitReport:
+def _completed(found: FitReport, *, decoupled: str | None) -> FitReport:
     """The report, with a predicted error and an origin added to its schedule where they are known."""
-    if decoupled and found.tuning is None:
+    if decoupled is not None and found.tuning is None:
         why = _why_not_tuned(found.stats, found.schedule.steps)
-        validate.warn(f"decoupled=True had no effect: {why}")
+        validate.warn(f"decoupled={decoupled!r} had no effect: {why}")
     schedule, origin = found.schedule, found.stats.schedule_origin(found.model_calls - found.stats.model_calls)
     if schedule.predicted_error is None and schedule.network_sigmas is None:  # no prediction for decoupled levels
         schedule = replace(schedule, predicted_error=predict_error(found.stats, schedule))

@@ -72,13 +72,14 @@ class Point:
         """Whether the levels, and the levels that the network is told, descend and are far enough apart."""
         return all(bool(separate(process, each[None])) for each in (self.levels, self.told))
 
-    def schedule(self, process: NoiseProcess, solver: str) -> Schedule:
-        """The schedule for a solver."""
+    def schedule(self, process: NoiseProcess, solver: str, decoupled: str | None) -> Schedule:
+        """The schedule for a solver; for ``decoupled`` see `Schedule`."""
         weights, told = (
             None if each is None else torch.from_numpy(each)
             for each in (self.weights, None if self.coupled else self.told)
         )
-        return Schedule.from_levels(process, torch.from_numpy(self.levels), solver, weights=weights, told=told)
+        more = {"weights": weights, "told": told, "decoupled": decoupled}
+        return Schedule.from_levels(process, torch.from_numpy(self.levels), solver, **more)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.denoiser import Denoiser, placement, told_argument
+from fastsched.denoisers.denoiser import Denoiser, placement
 from fastsched.denoisers.late_reading import LateReading
 from fastsched.measurement.batches import is_out_of_memory
 from fastsched.measurement.fingerprints import SAME_NETWORK, SAME_WIDE_NETWORK
@@ -85,11 +85,9 @@ class RecordingDenoiser(Denoiser):
         """A recording denoiser that calls ``denoiser``."""
         return cls(**{each.name: getattr(denoiser, each.name) for each in fields(Denoiser)}, own=denoiser)
 
-    def denoise(
-        self, y: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None, told: Tensor | float | None = None
-    ) -> Tensor:
+    def denoise(self, y: Tensor, s: Tensor | float, **options: Any) -> Tensor:
         """As `Denoiser.denoise`, but for one level only."""
-        found = (self.own or super()).denoise(y, s, dtype=dtype, **told_argument(told))
+        found = (self.own or super()).denoise(y, s, **options)
         self.calls.append((float(s), LateReading(y), LateReading(found)))
         return found
 

@@ -178,7 +178,8 @@ def _rollout(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> Rollout | 
 def _schedule_parts(schedule: Schedule) -> list[bytes]:
     lists = [schedule.sigmas, schedule.timesteps, schedule.weights]
     lists += [] if schedule.network_sigmas is None else [schedule.network_sigmas]
-    return [schedule.solver.encode(), schedule.noise.encode(), *(b"" if x is None else _bytes(x) for x in lists)]
+    names = [schedule.solver, schedule.noise, *(["denoiser"] if schedule.decoupled == "denoiser" else [])]
+    return [*(name.encode() for name in names), *(b"" if x is None else _bytes(x) for x in lists)]
 
 
 def _bytes(tensor: Tensor) -> bytes:

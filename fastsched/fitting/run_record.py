@@ -61,8 +61,8 @@ class Trial:
 class RunRecord:
     """The runs so far, and predictions from them for schedules near one of the runs.
 
-    The first runs are those in ``known``. The measurement must have increments. With ``decoupled``, or if a known
-    schedule has decoupled levels, the network may be told other levels than the states'.
+    The first runs are those in ``known``. The measurement must have increments. If ``decoupled`` is not None, or a
+    known schedule has decoupled levels, the network may be told other levels than the states' (`Schedule.decoupled`).
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class RunRecord:
         method: Solver,
         known: Sequence[tuple[Schedule, Rollout]] = (),
         *,
-        decoupled: bool = False,
+        decoupled: str | None = None,
     ) -> None:
         self.stats, self.method, self.surrogate = stats, method, Surrogate.of(stats)
-        self.decoupled = decoupled or any(schedule.network_sigmas is not None for schedule, _ in known)
+        self.decoupled = next((each.decoupled for each, _ in known if each.decoupled is not None), decoupled)
         self.trials: list[Trial] = []
         #: Increments, responses, and each run's residuals and error, [B, n, d]; a list, because a joined copy is large.
         self._vectors = [increments_of(stats)] + ([] if stats.responses is None else [stats.responses])
@@ -92,7 +92,7 @@ class RunRecord:
         error = (rollout.ends.double() - self.stats.ends.double()).flatten(1)[:, None]
         levels, weights = self.stats.process.level(schedule.sigmas), schedule.weights
         s, found = self._levels_and_residuals(rollout.evaluations, levels)
-        offsets = _offsets(self.stats, schedule) if self.decoupled else None
+        offsets = None if self.decoupled is None else _offsets(self.stats, schedule)
         first = self._add_vectors(torch.cat([found, error.float()], dim=1))
         self.trials.append(
             Trial(

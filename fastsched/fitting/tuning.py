@@ -192,7 +192,7 @@ def corrected_without_run(record: RunRecord) -> Schedule:
     point = near.point(near.at_known_levels(near.anchor + LAST_SHARE * (x - near.anchor)))
     if not point.in_order(record.stats.process):
         return record.trials[record.best()].schedule
-    return point.schedule(record.stats.process, record.method.name)
+    return point.schedule(record.stats.process, record.method.name, record.decoupled)
 
 
 def _moved_offsets(record: RunRecord, anchor: int) -> Schedule | None:
@@ -204,7 +204,7 @@ def _moved_offsets(record: RunRecord, anchor: int) -> Schedule | None:
     point = near.point(near.at_known_levels(x))
     if point.coupled or not point.in_order(process):
         return None
-    return point.schedule(process, record.method.name)
+    return point.schedule(process, record.method.name, record.decoupled)
 
 
 def _proposal(record: RunRecord, anchor: int, reach: float) -> tuple[Schedule, float] | None:
@@ -224,7 +224,7 @@ def _proposal(record: RunRecord, anchor: int, reach: float) -> tuple[Schedule, f
         point = near.point(x)
         repeated = any(_repeats(point, trial.point) for trial in record.trials)
         if not repeated and point.in_order(process):
-            return point.schedule(process, record.method.name), reach
+            return point.schedule(process, record.method.name, record.decoupled), reach
         reach *= SHRINKAGE
     return None
 

@@ -100,11 +100,11 @@ def sample(
         raise ValueError(f"seed must be None for {method.name}, got {seed!r}: this solver adds no noise")
     nodes, verdicts = nodes_of(denoiser.process, s), verdicts_of(noise, float(s[0]), denoiser)
     dtype = dtype or denoiser.dtype_beside(noise.dtype)
-    calls, told = calls_of(method, nodes), _told_levels(sigmas, method.name, denoiser.process)
+    calls, others = calls_of(method, nodes), _other_levels(sigmas, method.name, denoiser.process)
     with unchanged_buffers(denoiser.network), progress_bar(calls, progress, f"{method.name} sampling") as advance:
 
         def denoise(y: Tensor, level: Tensor | float) -> Tensor:
-            denoised = finite_denoised(denoiser, y, level, dtype, verdicts, next(told, None))
+            denoised = finite_denoised(denoiser, y, level, dtype, verdicts, **next(others, {}))
             advance(1)
             return denoised
 
@@ -129,13 +129,14 @@ def _warn_of_unknown_levels(process: NoiseProcess, s: float) -> None:
         )
 
 
-def _told_levels(run: object, solver: str, process: NoiseProcess) -> Iterator[Tensor]:
-    """The levels whose timesteps the network is given, one per call; empty if they are those of the states."""
+def _other_levels(run: object, solver: str, process: NoiseProcess) -> Iterator[dict[str, Tensor]]:
+    """Decoupled levels as arguments of `Denoiser.denoise`, for each call; empty if levels are those of the states."""
     own = getattr(run, "network_sigmas", None)
     if own is None:
         return iter(())
     check_decoupled(solver)
-    return iter(process.level(own))
+    name = "at" if getattr(run, "decoupled", None) == "denoiser" else "told"
+    return ({name: level} for level in process.level(own))
 
 
 def schedule_solver(sigmas: object, solver: str | Solver | None = None) -> Solver:

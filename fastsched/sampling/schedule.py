@@ -21,6 +21,9 @@ from fastsched.sampling.origin import Origin
 from fastsched.sampling.schedule_files import FORMAT, VERSION, read_entries, write_entries
 from fastsched.sampling.solvers import FITTED, STOCHASTIC_SOLVERS, get_solver, solver_name
 
+#: What decoupled levels can be levels of (`Schedule.decoupled`).
+DECOUPLED = ("denoiser", "timestep")
+
 #: The value to which ComfyUI sets the last ``alphas_cumprod`` of models of zero terminal SNR.
 COMFYUI_LAST_ALPHA_BAR = 4.8973451890853435e-08
 #: Timesteps above this belong to no model; a file that holds one is damaged.
@@ -56,6 +59,9 @@ class Schedule:
         network_sigmas: With decoupled levels, the sigma that the network is given at each step, [steps] float64; None
             if it is that of the state. `timesteps` are those of these sigmas.
         origin: What it was chosen for, and how; None if it is not known.
+        decoupled: What ``network_sigmas`` are levels of: ``"denoiser"`` if ``D(z; s)`` is computed for them, as by
+            ``model(z, sigma)`` of k-diffusion; ``"timestep"`` if the network gets their timesteps, and ``D`` is
+            computed from its output at the state's level, as by schedulers of diffusers. None without them.
     """
 
     sigmas: Tensor
@@ -67,6 +73,7 @@ class Schedule:
     weights: Tensor | None = None
     origin: Origin | None = None
     network_sigmas: Tensor | None = None
+    decoupled: str | None = None
 
     def __post_init__(self) -> None:
         sigmas = validate.descending_sigmas("sigmas", self.sigmas, to_zero=True)
@@ -85,11 +92,16 @@ class Schedule:
             raise ValueError(f"weights must be {wanted} for the solver {self.solver!r}")
         if self.weights is not None:
             object.__setattr__(self, "weights", checked_weights(self.weights, len(sigmas) - 1))
-        if self.network_sigmas is not None:
+        if self.network_sigmas is None:
+            object.__setattr__(self, "decoupled", None)
+        else:
             check_decoupled(self.solver)
-            object.__setattr__(
-                self, "network_sigmas", _network_sigmas(self.network_sigmas, len(sigmas) - 1, self.noise)
-            )
+            object.__setattr__(self, "decoupled", self.decoupled or "timestep")  # as in files of earlier versions
+            validate.choice("decoupled", self.decoupled, DECOUPLED)
+            told = _network_sigmas(self.network_sigmas, len(sigmas) - 1, self.noise)
+            if self.decoupled == "denoiser" and bool(told[0].isinf() != sigmas[0].isinf()):
+                raise ValueError("network_sigmas and sigmas must both start at pure noise, or neither may")
+            object.__setattr__(self, "network_sigmas", told)
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", _timesteps(self.timesteps, len(sigmas) - 1, self.noise))
 
@@ -110,10 +122,12 @@ class Schedule:
         weights: Tensor | None = None,
         origin: Origin | None = None,
         told: Tensor | None = None,
+        decoupled: str | None = None,
     ) -> Schedule:
         """A schedule at the noise levels ``s`` [steps + 1] of ``process``, the last of which is 0.
 
-        ``told`` are the levels [steps] whose timesteps the network is given, if not those of the states.
+        ``told`` are the levels [steps] that the network is given, if not those of the states; for ``decoupled`` see
+        the class.
         """
         return cls(
             sigmas=process.sampler_sigma(s),
@@ -121,6 +135,7 @@ class Schedule:
             noise=process.kind,
             timesteps=process.timestep(s[:-1] if told is None else told),
             network_sigmas=None if told is None else process.sampler_sigma(told),
+            decoupled=decoupled,
             predicted_error=predicted_error,
             weights=weights,
             origin=origin,
@@ -146,7 +161,7 @@ class Schedule:
     def __repr__(self) -> str:
         parts = [f"{self.solver}, {self.steps} steps, {self.noise}: [{_brief(self.sigmas)}]"]
         if self.network_sigmas is not None:
-            parts.append(f"network told [{_brief(self.network_sigmas)}]")
+            parts.append(f"network told [{_brief(self.network_sigmas)}] ({self.decoupled})")
         if self.weights is not None:
             parts.append(f"weights={_brief_weights(self.weights)}")
         for name in ("predicted_error", "measured_error"):
@@ -165,7 +180,8 @@ class Schedule:
     def _used(self) -> tuple[Any, ...]:
         """The fields that a sampler uses, as plain values."""
         tensors = (self.sigmas, self.timesteps, self.weights, self.network_sigmas)
-        return self.solver, self.noise, *(None if tensor is None else tensor.tolist() for tensor in tensors)
+        lists = (None if tensor is None else tensor.tolist() for tensor in tensors)
+        return self.solver, self.noise, self.decoupled, *lists
 
     def _repr_html_(self) -> str:
         rows = {
@@ -236,11 +252,14 @@ class Schedule:
         """
         validate.arguments(locals())
         # The lowest version that has all entries, so that older releases can read the file.
-        version = VERSION if self.network_sigmas is not None else 1 if self.weights is None else 2
+        version = 1 if self.weights is None else 2
+        if self.decoupled is not None:
+            version = 3 if self.decoupled == "timestep" else VERSION
         entries: dict[str, Any] = {"format": FORMAT, "version": version, "solver": self.solver, "noise": self.noise}
         for name in ("sigmas", "timesteps", "network_sigmas", "weights", "predicted_error", "measured_error"):
             value = getattr(self, name)
             entries[name] = value.tolist() if isinstance(value, Tensor) else value
+        entries["decoupled"] = None if self.decoupled == "timestep" else self.decoupled
         entries["origin"] = None if self.origin is None else self.origin.to_dict()
         write_entries(path, {name: value for name, value in entries.items() if value is not None})
 
@@ -265,6 +284,16 @@ def _squared_error(name: str, value: float) -> float:
     if not 0 <= error < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {error!r}")
     return error
+
+
+def decoupling(name: str, value: object) -> str | None:
+    """What levels to decouple: None for False, ``"denoiser"`` for True; TypeError or ValueError for the rest."""
+    if isinstance(value, str):
+        return validate.choice(name, value, DECOUPLED)
+    return "denoiser" if validate.flag(name, value) else None
+
+
+validate.CHECKS["decoupled"] = decoupling
 
 
 def check_decoupled(solver: str) -> None:

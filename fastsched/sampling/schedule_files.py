@@ -13,11 +13,14 @@ from fastsched.sampling.files import check_readable, check_version, checksum, js
 from fastsched.sampling.origin import Origin
 
 FORMAT = "fastsched.schedule"
-VERSION = 3
+VERSION = 4
 LARGEST_FILE = 1 << 26
 
 REQUIRED = ("format", "version", "sigmas", "solver", "noise")
-OPTIONAL = ("timesteps", "network_sigmas", "weights", "predicted_error", "measured_error", "origin", "sha256")
+OPTIONAL = (
+    *("timesteps", "network_sigmas", "decoupled", "weights"),
+    *("predicted_error", "measured_error", "origin", "sha256"),
+)
 
 
 def write_entries(path: str | os.PathLike[str], entries: dict[str, Any]) -> None:
@@ -80,7 +83,7 @@ def _checksum(entries: dict[str, Any]) -> str:
 
 def _checked(entries: dict[str, Any]) -> dict[str, Any]:
     found = {key: entries.get(key) for key in ("solver", "noise", *OPTIONAL) if key != "sha256"}
-    for key in ("solver", "noise"):
+    for key in ("solver", "noise", *(["decoupled"] if "decoupled" in entries else [])):
         if not isinstance(found[key], str):
             raise ValueError(f"{key} must be text, got {found[key]!r:.80}")
     found["sigmas"] = _numbers("sigmas", entries["sigmas"])

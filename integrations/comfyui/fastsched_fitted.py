@@ -56,6 +56,7 @@ class FastschedFittedLoader(schedules.FastschedScheduleLoader):
         """The sampler and its sigmas."""
         import comfy.samplers
 
+        schedules.check_coupled(file, schedules.read_entries(file))
         sigmas, weights = read_fitted(file)
         options = {"weights": weights, "fitted_sigmas": sigmas.tolist()}
         return (comfy.samplers.KSAMPLER(sample_fitted, extra_options=options), sigmas)

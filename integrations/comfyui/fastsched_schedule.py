@@ -17,7 +17,7 @@ import stat
 import torch
 
 FORMAT = "fastsched.schedule"
-VERSION = 3
+VERSION = 4
 LARGEST_FILE = 1 << 20
 NOISES = ("ve", "vp", "flow")
 
@@ -159,6 +159,7 @@ def read_schedule(file):
             the fitted solver.
     """
     entries = read_entries(file)
+    check_coupled(file, entries)
     if entries.get("weights") is not None:
         raise ValueError(
             f"{file} has the weights of a fitted solver, which ComfyUI's samplers cannot use; load it with the node "
@@ -185,10 +186,6 @@ def read_entries(file):
         raise ValueError(f"{file} is nested too deeply to be a schedule") from None
     if not isinstance(entries, dict) or entries.get("format") != FORMAT:
         raise ValueError(f"{file} does not hold a schedule; fastsched's Schedule.save writes them")
-    if "network_sigmas" in entries:
-        raise ValueError(
-            f"{file} has decoupled levels (network_sigmas), which ComfyUI's samplers cannot use; fit a schedule without"
-        )
     version = entries.get("version")
     if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= VERSION:
         raise ValueError(f"{file} has version {_brief(version)}; versions 1 to {VERSION} are supported")
@@ -201,6 +198,14 @@ def read_entries(file):
     if not isinstance(solver, str):
         raise ValueError(f"{file}: solver must be text, got {_brief(solver)}")
     return entries
+
+
+def check_coupled(file, entries):
+    """ValueError if levels are decoupled, which only the sampler of the package's node Load Schedule can use."""
+    if "network_sigmas" in entries:
+        raise ValueError(
+            f"{file} has decoupled levels (network_sigmas); load it with fastsched's whole package, node Load Schedule"
+        )
 
 
 def read_sigmas(file, entries):

@@ -45,7 +45,7 @@ class Found:
 
     def sigmas(self) -> Tensor:
         """SIGMAS: [steps + 1] float32 on the CPU, descending, the last 0."""
-        return self.schedule.to_comfyui().sigmas
+        return replace(self.schedule, network_sigmas=None).to_comfyui().sigmas
 
     def weights(self) -> list[list[float]] | None:
         """The weights of the fitted solver; None for other solvers."""
@@ -57,6 +57,7 @@ class Found:
         parts = [
             f"{self.schedule.solver}, {self.schedule.steps} steps, {self.schedule.model_calls} model calls, {kind}"
         ]
+        parts += ["decoupled levels"] if self.schedule.decoupled else []
         errors = {"on the noises of its fit": self.schedule.measured_error, "predicted": self.schedule.predicted_error}
         parts += [f"squared error {error:.4g} {what}" for what, error in errors.items() if error is not None]
         return ", ".join(parts)
@@ -121,6 +122,12 @@ def load(file: Any) -> Found:
     weights = entries.get("weights")
     if weights is not None:
         fastsched_fitted.read_fitted(file)
+    network_sigmas = entries.get("network_sigmas")
+    if network_sigmas is not None and entries.get("decoupled") != "denoiser":
+        raise ValueError(
+            f"{file} has decoupled timesteps, which ComfyUI's models cannot be given; fit one with Fit Schedule, or "
+            "with fastsched.fit(..., decoupled=True)"
+        )
     # These have every digit of the file; a first sigma of pure noise becomes ComfyUI's own.
     values = [
         single if value == "inf" else float(value) for single, value in zip(shown, entries["sigmas"], strict=True)
@@ -135,6 +142,8 @@ def load(file: Any) -> Found:
                 predicted_error=entries.get("predicted_error"),
                 measured_error=entries.get("measured_error"),
                 weights=weights,
+                network_sigmas=network_sigmas,
+                decoupled=entries.get("decoupled"),
             )
         )
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
@@ -177,7 +186,11 @@ def save(schedule: Schedule, name: str) -> str:
         number += 1
         path = folder / f"{plain}_{number:05d}.json"
     first = float(schedule.sigmas[0])
-    if schedule.noise == "vp" and math.isclose(first, fastsched_schedule.LARGEST_SIGMA, rel_tol=1e-4):
+    if (
+        schedule.noise == "vp"
+        and schedule.decoupled is None
+        and math.isclose(first, fastsched_schedule.LARGEST_SIGMA, rel_tol=1e-4)
+    ):
         sigmas = schedule.sigmas.clone()
         sigmas[0] = math.inf
         schedule = replace(schedule, sigmas=sigmas)

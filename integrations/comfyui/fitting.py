@@ -42,7 +42,7 @@ def fit(guider: Any, latent: dict[str, Any], settings: Settings) -> tuple[Found,
     content = image if bool(image.any()) else image.shape[1:]
     asked = (settings.seed, settings.levels, settings.samples)
     measured = digest("measured", fastsched.__version__, guider, content, *asked)
-    wanted = (settings.solver, settings.steps, settings.model_calls)
+    wanted = (settings.solver, settings.steps, settings.model_calls, settings.decoupled)
     chosen = None if measured is None else digest("chosen", measured, *wanted)
     schedule, stats = cache.schedule(chosen), cache.statistics(measured)
     if schedule is None or stats is None:

@@ -43,6 +43,7 @@ class Settings:
         levels: The number of levels to measure at.
         samples: The number of paths to measure.
         model_calls: The most model calls after the measurement, counted per sample.
+        decoupled: Whether the model may be asked at other sigmas than the states'.
     """
 
     solver: str
@@ -51,6 +52,7 @@ class Settings:
     levels: int = 48
     samples: int = 4
     model_calls: int = MODEL_CALLS
+    decoupled: bool = False
 
 
 def process_of(model_sampling: Any) -> NoiseProcess:
@@ -148,8 +150,12 @@ def on_trained_levels(schedule: Schedule, process: NoiseProcess, model_sampling:
     if not getattr(process, "integer_timesteps", False) or schedule.solver == FITTED:
         return schedule
     table = process.trained_levels  # type: ignore[attr-defined]  # of VariancePreserving
-    sigmas = nearest_trained(schedule.sigmas, table)
-    return replace(schedule, sigmas=sigmas, timesteps=model_sampling.timestep(sigmas[:-1].float()).double())
+    sigmas, told = nearest_trained(schedule.sigmas, table), schedule.network_sigmas
+    asked = sigmas[:-1]
+    if told is not None:
+        asked = told = nearest_trained(torch.cat([told, told.new_zeros(1)]), table)[:-1]
+    timesteps = model_sampling.timestep(asked.float()).double()
+    return replace(schedule, sigmas=sigmas, network_sigmas=told, timesteps=timesteps)
 
 
 def nearest_trained(sigmas: Tensor, table: Tensor) -> Tensor:
@@ -241,6 +247,7 @@ def fitted(denoiser: GuidedDenoiser, settings: Settings, noise: Tensor, known: P
         batch_size=min(len(noise), settings.samples),
         device=noise.device,
         checks=False,
+        decoupled=settings.decoupled,
         progress=False,
     )
 

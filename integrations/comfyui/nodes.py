@@ -20,6 +20,11 @@ from .samplers import CHOICES, sampler_for
 CATEGORY = "sampling/fastsched"
 #: The type of a schedule together with its measurement (`files.Found`).
 FOUND = "FASTSCHED_SCHEDULE"
+#: What the input ``decoupled`` does.
+DECOUPLED = (
+    "Also tune the sigma that the model is told at each step, apart from the state's: a lower error, for samplers with "
+    "one call a step. Use the SAMPLER output: others ask at the state's sigma."
+)
 
 
 def _settings() -> dict[str, Any]:
@@ -38,6 +43,7 @@ def _more_settings() -> dict[str, Any]:
         "samples": ("INT", {"default": 4, "min": 1, "max": 64, "tooltip": "The number of images that are measured."}),
         "tuning_calls": ("INT", tuning),
         "save_as": ("STRING", {"default": "", "tooltip": "A file name, or empty: no file."}),
+        "decoupled": ("BOOLEAN", {"default": False, "tooltip": DECOUPLED}),
     }
 
 
@@ -65,11 +71,12 @@ class FitGuider:
         samples: int = 4,
         tuning_calls: int = MODEL_CALLS,
         save_as: str = "",
+        decoupled: bool = False,
     ) -> tuple[Any, ...]:
         """Fit, or find what was fitted before."""
         if save_as.strip():
             files.checked_name(save_as)
-        settings = Settings(sampler, steps, seed, samples=samples, model_calls=tuning_calls)
+        settings = Settings(sampler, steps, seed, samples=samples, model_calls=tuning_calls, decoupled=decoupled)
         found, words = fit(guider, latent, settings)
         chosen, name = sampler_for(found)
         words = [*words, f"SAMPLER is {name}"]
@@ -118,10 +125,11 @@ class FitSchedule:
         samples: int = 4,
         tuning_calls: int = MODEL_CALLS,
         save_as: str = "",
+        decoupled: bool = False,
     ) -> tuple[Any, ...]:
         """Fit, or find what was fitted before."""
         guider = guider_of(model, positive, negative, cfg)
-        return FitGuider().fit(guider, latent, steps, sampler, seed, samples, tuning_calls, save_as)
+        return FitGuider().fit(guider, latent, steps, sampler, seed, samples, tuning_calls, save_as, decoupled)
 
 
 class LoadSchedule:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsched.sampling.decoupled import decoupled_model
+
 from .fastsched_fitted import sample_fitted
 from .files import Found
 from .measuring import guided_denoiser
@@ -47,6 +49,24 @@ def same_sampler(solver: str, noise: str) -> tuple[str, dict[str, Any]] | None:
 
 def sampler_for(found: Found) -> tuple[Any, str]:
     """SAMPLER for a schedule, and its name for people."""
+    import comfy.samplers
+
+    sampler, name = _coupled(found)
+    if found.schedule.decoupled is None:
+        return sampler, name
+    options = {**sampler.extra_options, "sampler": sampler.sampler_function, "schedule": found.schedule}
+    return comfy.samplers.KSAMPLER(sample_decoupled, extra_options=options), f"{name}, with decoupled levels"
+
+
+def sample_decoupled(
+    model: Any, x: Tensor, *args: Any, sampler: Callable[..., Tensor], schedule: Any, **options: Any
+) -> Tensor:
+    """Sample by ``sampler``, while the model is asked at the sigmas that ``schedule`` has for it."""
+    return sampler(decoupled_model(model, schedule), x, *args, **options)
+
+
+def _coupled(found: Found) -> tuple[Any, str]:
+    """`sampler_for` a schedule as if its levels were not decoupled."""
     import comfy.samplers
 
     solver, noise, weights = found.schedule.solver, found.schedule.noise, found.weights()

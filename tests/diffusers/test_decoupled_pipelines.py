@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -50,7 +51,7 @@ def own_scheduler(kind):
     return getattr(diffusers, name)(**config)
 
 
-def decoupled(scheduler, solver):
+def decoupled(scheduler, solver, of="timestep"):
     """An uneven schedule whose network is told levels between the states' and the next."""
     process = describe(scheduler).process
     schedule = uneven_schedule(describe(scheduler), STEPS)
@@ -62,7 +63,7 @@ def decoupled(scheduler, solver):
         weights[0] = torch.eye(STEPS)[0]
         weights = weights / weights.sum(1, keepdim=True)
     sigmas = torch.cat([s, s.new_zeros(1)])
-    return fs.Schedule.from_levels(process, sigmas, solver, weights=weights, told=told)
+    return fs.Schedule.from_levels(process, sigmas, solver, weights=weights, told=told, decoupled=of)
 
 
 def denoiser_of(scheduler):
@@ -121,13 +122,48 @@ def test_the_loop_of_diffusers_gives_the_samples_of_fs_sample(kind, stock):
         assert float((found - expected).norm()) < (ALLOWED.get(kind, 2e-3) if stock else 1e-9) * scale
 
 
-def test_a_fitted_scheduler_keeps_what_the_network_is_told(tmp_path):
+@pytest.mark.parametrize("stock", [True, False], ids=["stock", "fitted"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_denoised_samples_of_other_levels(kind, stock):
+    """The loop of diffusers with a scheduler of fastsched, also for stock solvers, gives the samples of `fs.sample`."""
+    pipe, solver = Pipe(own_scheduler(kind)), KINDS[kind][2] if stock else "fitted"
+    schedule = decoupled(pipe.scheduler, solver, "denoiser")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        proof = fs.diffusers.apply(schedule, pipe)
+    assert (proof.way, proof.exact) == ("fitted", True)
+    denoiser = denoiser_of(own_scheduler(kind))
+    expected = fs.sample(denoiser, schedule, noise=noise_of())
+    of_timesteps = fs.sample(denoiser, replace(schedule, decoupled="timestep"), noise=noise_of())
+    scale = float(expected.norm())
+    assert float((of_timesteps - expected).norm()) > 1e-2 * scale
+    for scheduler in (pipe.scheduler, copy.deepcopy(pipe.scheduler)):
+        assert float((by_loop(scheduler, schedule, noise_of()) - expected).norm()) < 1e-9 * scale
+        if kind == "epsilon":
+            scheduler.set_timesteps(STEPS)
+            first, second = scheduler.timesteps[:2]
+            scheduler.step(noise_of(), first, noise_of())  # the first level is that of the state
+            with pytest.raises(ValueError, match=r"does not call scheduler\.scale_model_input"):
+                scheduler.step(noise_of(), second, noise_of())
+    with pytest.raises(ValueError, match="pipelines take sigmas or timesteps"):
+        fs.diffusers.export(replace(schedule, solver="ddim", weights=None), own_scheduler(kind))
+
+
+def test_solvers_without_weights_have_no_scheduler_for_other_levels():
+    scheduler = own_scheduler("epsilon")
+    with pytest.raises(ValueError, match="multistep solver over rho"):
+        fs.diffusers.apply(decoupled(scheduler, "ipndm", "denoiser"), Pipe(scheduler))
+
+
+@pytest.mark.parametrize("of", ["timestep", "denoiser"])
+def test_a_fitted_scheduler_keeps_what_the_network_is_told(tmp_path, of):
     pipe = Pipe(own_scheduler("velocity"))
-    schedule = decoupled(pipe.scheduler, "fitted")
+    schedule = decoupled(pipe.scheduler, "fitted", of)
     fs.diffusers.apply(schedule, pipe)
     pipe.scheduler.save_pretrained(tmp_path)
     read = FittedScheduler.from_pretrained(tmp_path)
     assert torch.equal(read.schedule.network_sigmas, schedule.network_sigmas)
+    assert read.schedule.decoupled == of
     assert torch.equal(read.timesteps, pipe.scheduler.timesteps)
 
 
@@ -140,7 +176,7 @@ def test_what_cannot_tell_the_network_another_level_is_refused():
         fs.diffusers.export(schedule, diffusers.EulerDiscreteScheduler(**SD))
     pipe = oracle_pipeline(ddim, ORACLE)
     with pytest.raises(ValueError, match="another"):
-        fs.diffusers.fit(pipe, 4, levels=12, samples=2, decoupled=True)
+        fs.diffusers.fit(pipe, 4, levels=12, samples=2, decoupled="timestep")
     pipe = oracle_pipeline(diffusers.HeunDiscreteScheduler(**SD), ORACLE)
     with pytest.raises(ValueError, match="one call a step"):
         fs.diffusers.fit(pipe, 4, levels=12, samples=2, decoupled=True)
@@ -158,8 +194,9 @@ def test_a_start_midway_is_refused():
         midway(image=torch.zeros(2, 3, 16, 16), strength=0.5, num_inference_steps=STEPS, **prompts)
 
 
+@pytest.mark.parametrize("of", ["timestep", "denoiser"])
 @pytest.mark.parametrize("kind", ["epsilon", "velocity"])
-def test_a_pipeline_is_fitted_with_decoupled_levels(kind):
+def test_a_pipeline_is_fitted_with_decoupled_levels(kind, of):
     from test_pipeline_fit import rollout
 
     name, config, solver = KINDS[kind]
@@ -167,9 +204,9 @@ def test_a_pipeline_is_fitted_with_decoupled_levels(kind):
     stats = fs.diffusers.measure(pipe, levels=24, samples=4, keep_increments=True, progress=False)
     options = {"stats": stats, "model_calls": 14 * 4 * 6, "progress": False}
     coupled = fs.diffusers.fit(pipe, 5, **options)
-    schedule = fs.diffusers.fit(pipe, 5, decoupled=True, **options)
+    schedule = fs.diffusers.fit(pipe, 5, decoupled=of, **options)
     assert schedule.solver == solver
-    assert schedule.network_sigmas is not None
+    assert schedule.decoupled == of
     assert schedule.predicted_error is None  # the measurement does not know what told levels change
     assert schedule.measured_error < 0.95 * coupled.measured_error
     fs.diffusers.apply(schedule, pipe)

@@ -21,11 +21,12 @@ ORACLE = mixture(d=4)
 DENOISERS = exact_denoisers(ORACLE)
 
 
-def told_lower(denoiser, steps=5, solver="ddim"):
+def told_lower(denoiser, steps=5, solver="ddim", decoupled="timestep"):
     """A schedule whose network is told levels between the states' and the next."""
     s = denoiser.levels(steps)
     told = torch.cat([s[:1], s[1:-1] ** 0.8 * s[2:] ** 0.2, s[-1:]])
-    return fs.Schedule.from_levels(denoiser.process, torch.cat([s, s.new_zeros(1)]), solver, told=told)
+    levels = torch.cat([s, s.new_zeros(1)])
+    return fs.Schedule.from_levels(denoiser.process, levels, solver, told=told, decoupled=decoupled)
 
 
 @pytest.mark.parametrize("kind", DENOISERS)
@@ -51,6 +52,41 @@ def test_the_network_is_told_the_level_and_its_output_read_at_the_states(kind):
     torch.testing.assert_close(found, y, rtol=1e-9, atol=1e-9)
     coupled = fs.sample(denoiser, dataclasses.replace(schedule, network_sigmas=None), noise=noise)
     assert float((coupled - found).norm()) > 1e-3 * float(found.norm())
+
+
+@pytest.mark.parametrize("kind", DENOISERS)
+def test_the_denoised_sample_is_that_of_another_level(kind):
+    """Against Euler's method by hand, with the exact ``D(z; s')`` of the sampler's state."""
+    denoiser, noise = DENOISERS[kind], noise_of(torch.arange(3), (4,)).double()
+    schedule, process = told_lower(denoiser, decoupled="denoiser"), denoiser.process
+    found = fs.sample(denoiser, schedule, noise=noise)
+    sigmas, told = schedule.sigmas.tolist(), schedule.network_sigmas.tolist()
+    state = sigmas[0] * noise if math.isfinite(sigmas[0]) else None  # of pure noise only the first step is known
+    for n, (own, other) in enumerate(zip(sigmas[:-1], told, strict=True)):
+        s = process.level(torch.tensor([other], dtype=torch.float64))
+        if math.isinf(float(s)):
+            assert n == 0
+            denoised = denoiser.denoise(noise, math.inf)
+        else:
+            denoised = ORACLE.denoise(state / (process.alpha(s) if kind == "velocity" else 1.0), s)
+        away = noise if state is None else (state - denoised) / own
+        state = denoised + sigmas[n + 1] * away
+    torch.testing.assert_close(found, state, rtol=1e-6, atol=1e-6)
+    of_timesteps = fs.sample(denoiser, dataclasses.replace(schedule, decoupled="timestep"), noise=noise)
+    differs = float((of_timesteps - found).norm()) > 1e-3 * float(found.norm())
+    assert differs == (denoiser.prediction != "x0")  # whose output is D itself
+
+
+def test_what_levels_are_decoupled():
+    plain = fs.Schedule([4.0, 2.0, 0.0], "ddim", decoupled="denoiser")
+    assert plain.decoupled is None  # no levels are
+    told = fs.Schedule([4.0, 2.0, 0.0], "ddim", network_sigmas=[3.0, 1.0])
+    assert told.decoupled == "timestep"  # as in files of earlier versions
+    assert told != dataclasses.replace(told, decoupled="denoiser")
+    with pytest.raises(ValueError, match="decoupled must be one of 'denoiser', 'timestep'"):
+        fs.Schedule([4.0, 2.0, 0.0], "ddim", network_sigmas=[3.0, 1.0], decoupled="sigma")
+    with pytest.raises(ValueError, match="both start at pure noise"):
+        fs.Schedule([math.inf, 2.0, 0.0], "ddim", "vp", network_sigmas=[3.0, 1.0], decoupled="denoiser")
 
 
 def test_solvers_that_cannot_have_decoupled_levels_are_refused():
@@ -85,8 +121,9 @@ def test_a_flow_is_told_times():
     assert float(fs.Schedule([0.9, 0.3, 0.0], "ddim", "flow", network_sigmas=[1.0, 0.2]).network_sigmas[0]) == 1.0
 
 
-def test_a_schedule_keeps_what_the_network_is_told(tmp_path):
-    schedule = told_lower(DENOISERS["velocity"])
+@pytest.mark.parametrize(("decoupled", "version"), [("timestep", 3), ("denoiser", 4)])
+def test_a_schedule_keeps_what_the_network_is_told(tmp_path, decoupled, version):
+    schedule = told_lower(DENOISERS["velocity"], decoupled=decoupled)
     schedule.save(tmp_path / "schedule.json")
     read = fs.Schedule.load(tmp_path / "schedule.json")
     assert read == schedule
@@ -95,7 +132,7 @@ def test_a_schedule_keeps_what_the_network_is_told(tmp_path):
         read.timesteps, DENOISERS["velocity"].process.timestep(read.network_sigmas / (1 - read.network_sigmas))
     )
     assert read != dataclasses.replace(schedule, network_sigmas=None)
-    assert '"version": 3' in (tmp_path / "schedule.json").read_text()
+    assert f'"version": {version}' in (tmp_path / "schedule.json").read_text()
     assert "network told" in repr(schedule)
     assert "network told" in schedule._repr_html_()
 
@@ -155,13 +192,15 @@ def test_a_run_is_the_surrogate_and_its_residuals(measured, solver):
 def test_parameters_of_a_neighbourhood(measured):
     denoiser, stats = measured
     schedule = told_lower(denoiser, 5)
-    record = RunRecord(stats, get_solver("ddim"), decoupled=True)
+    record = RunRecord(stats, get_solver("ddim"), decoupled="timestep")
     record.add(schedule, rollout_of(denoiser, stats, schedule))
     near = record.near(0)
     assert len(near.anchor) == 3 + 1 + 5
     point = near.point(near.anchor)
     np.testing.assert_allclose(point.told, stats.process.level(schedule.network_sigmas).numpy(), rtol=1e-12)
-    assert point.schedule(stats.process, "ddim").network_sigmas is not None
+    again = point.schedule(stats.process, "ddim", "timestep")
+    torch.testing.assert_close(again.network_sigmas, schedule.network_sigmas)
+    assert again.decoupled == "timestep"
     low, high = near.bounds(0.5, *stats.finite_range)
     for x in (low, high):
         told = near.point(np.concatenate([near.anchor[:-5], x[-5:]])).told
@@ -182,16 +221,17 @@ def test_parameters_of_a_neighbourhood(measured):
     assert np.isfinite(near.predicted(near.anchor[None])).all()
 
 
+@pytest.mark.parametrize("decoupled", ["denoiser", "timestep"])
 @pytest.mark.parametrize("solver", ["ddim", "unipc", "fitted"])
-def test_a_decoupled_fit_is_tuned_by_its_own_runs(measured, solver):
+def test_a_decoupled_fit_is_tuned_by_its_own_runs(measured, solver, decoupled):
     denoiser, stats = measured
     options = {"stats": stats, "model_calls": 14 * 4 * 5, "progress": False}
-    schedule = fs.fit(denoiser, (4,), 5, solver, decoupled=True, **options)
+    schedule = fs.fit(denoiser, (4,), 5, solver, decoupled=decoupled, **options)
     ends = fs.sample(denoiser, schedule, noise=noise_of(stats.seeds, stats.shape))
     squared = (ends - stats.ends).double().square().sum(1)
     assert schedule.measured_error == pytest.approx(float(fs.metrics.power_mean(squared)), rel=1e-4)
     if solver == "ddim":
-        assert schedule.network_sigmas is not None
+        assert schedule.decoupled == decoupled
         assert schedule.predicted_error is None
         assert schedule.measured_error < 0.7 * fs.fit(denoiser, (4,), 5, solver, **options).measured_error
 
@@ -203,7 +243,7 @@ def test_a_decoupled_fit_is_tuned_by_its_own_runs(measured, solver):
 )
 def test_a_decoupled_fit_that_tunes_nothing_says_so(measured, steps, calls, why):
     denoiser, stats = measured
-    with pytest.warns(UserWarning, match=f"decoupled=True had no effect: .*{why}"):
+    with pytest.warns(UserWarning, match=f"decoupled='denoiser' had no effect: .*{why}"):
         found = fs.fit(denoiser, (4,), steps, stats=stats, model_calls=calls, decoupled=True, progress=False)
     assert found.network_sigmas is None
 
@@ -214,7 +254,7 @@ def test_a_decoupled_schedule_is_tuned_on(measured):
     assert start.network_sigmas is not None
     tuning = fs.tune(denoiser, stats, start, trials=3, progress=False)
     assert tuning.schedule.measured_error <= start.measured_error * (1 + 1e-6)
-    assert all(trial.network_sigmas is not None for trial in tuning.trials)
+    assert all(trial.decoupled == "denoiser" for trial in tuning.trials)
 
 
 def test_integer_timesteps_stay_integers():
@@ -249,4 +289,4 @@ def test_an_interrupted_decoupled_fit_goes_on_to_the_same_bits(tmp_path):
     resumed = fs.fit(denoiser, (4,), 5, "ddim", checkpoint=path, **options)
     assert resumed == whole
     with pytest.raises(ValueError, match="another call"):
-        fs.fit(denoiser, (4,), 5, "ddim", checkpoint=path, **{**options, "decoupled": False})
+        fs.fit(denoiser, (4,), 5, "ddim", checkpoint=path, **{**options, "decoupled": "timestep"})

@@ -125,7 +125,7 @@ def test_bad_arguments(arguments, message):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"version": 4}, "version 4, and the newest known here is 3; update"),
+    [({"version": 5}, "version 5, and the newest known here is 4; update"),
      ({"format": "x"}, "does not hold a schedule"),
      ({"predicted_error": "abc"}, "predicted_error must be numbers"), ({"version": "1"}, "version '1'"),
      ({"predicted_error": -1.0}, "must be finite and not negative"), ({"version": True}, "version True"),
