@@ -94,3 +94,11 @@ def rollout_of(denoiser, stats, schedule):
     recorder = RecordingDenoiser.of(denoiser)
     ends = fs.sample(recorder, schedule, noise=noise_of(stats.seeds, stats.shape))
     return Rollout(ends, recorder.evaluations())
+
+
+def told_lower(denoiser, steps=5, solver="ddim", decoupled="timestep"):
+    """A schedule whose network is told levels between the states' and the next."""
+    s = denoiser.levels(steps)
+    told = torch.cat([s[:1], s[1:-1] ** 0.8 * s[2:] ** 0.2, s[-1:]])
+    levels = torch.cat([s, s.new_zeros(1)])
+    return fs.Schedule.from_levels(denoiser.process, levels, solver, told=told, decoupled=decoupled)

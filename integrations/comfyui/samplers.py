@@ -113,7 +113,8 @@ def sample_by_solver(
     if len(sigmas) < 2:
         return x
     values, given = sigmas.detach().cpu().double(), extra_args or {}
-    process = FlowMatching() if flow else VarianceExploding(1.0, 2.0)  # their ranges do not affect sampling
+    # The range does not affect sampling; only a start far above it is warned of.
+    process = FlowMatching() if flow else VarianceExploding(float(values[0]) / 2, float(values[0]))
     stochastic = solver in STOCHASTIC_SOLVERS
     calls_a_step = 1 if stochastic or get_solver(solver).stage is None else 2
     calls = 0

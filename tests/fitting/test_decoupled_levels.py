@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from models import exact_denoiser, exact_denoisers, mixture, rollout_of, vp_table
+from models import exact_denoiser, exact_denoisers, mixture, rollout_of, told_lower, vp_table
 
 import fastsched as fs
 from fastsched.costs.secants import KnownAnswers, Secants
@@ -19,14 +19,6 @@ from fastsched.sampling.solvers import get_solver
 
 ORACLE = mixture(d=4)
 DENOISERS = exact_denoisers(ORACLE)
-
-
-def told_lower(denoiser, steps=5, solver="ddim", decoupled="timestep"):
-    """A schedule whose network is told levels between the states' and the next."""
-    s = denoiser.levels(steps)
-    told = torch.cat([s[:1], s[1:-1] ** 0.8 * s[2:] ** 0.2, s[-1:]])
-    levels = torch.cat([s, s.new_zeros(1)])
-    return fs.Schedule.from_levels(denoiser.process, levels, solver, told=told, decoupled=decoupled)
 
 
 @pytest.mark.parametrize("kind", DENOISERS)

@@ -180,6 +180,15 @@ class KSampler:
         return self.sampler_function(wrap, x, sigmas, extra_args, told, True, **self.extra_options)
 
 
+def euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """ComfyUI's euler, the only one of its own samplers that is run here."""
+    for n in range(len(sigmas) - 1):
+        denoised = model(x, sigmas[n] * x.new_ones(len(x)), **extra_args)
+        callback({"x": x, "i": n, "sigma": sigmas[n], "sigma_hat": sigmas[n], "denoised": denoised})
+        x = denoised + sigmas[n + 1] / sigmas[n] * (x - denoised)
+    return x
+
+
 class Interrupted(Exception):
     """ComfyUI's own exception."""
 
@@ -219,7 +228,7 @@ class Comfy:
 
         def own(name, options):
             self.chosen.append((name, options))
-            return types.SimpleNamespace(name=name, options=options)
+            return types.SimpleNamespace(name=name, options=options, sampler_function=euler, extra_options=options)
 
         folders = {"get_input_directory": "input", "get_output_directory": "output", "get_user_directory": "user"}
         samplers = types.SimpleNamespace(KSAMPLER=KSampler, CFGGuider=Guider, ksampler=own)

@@ -147,7 +147,7 @@ def test_the_node_says_what_is_wrong_with_a_file(node, folder, kind):
         node.FastschedScheduleLoader().load("schedule.json")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MALFORMED if kind != "fitted"])  # which the newer node can load
+@pytest.mark.parametrize("kind", [kind for kind in MALFORMED if kind not in ("fitted", "decoupled")])
 def test_the_newer_node_says_the_same(node, comfy, package, kind):
     content, _ = MALFORMED[kind]
     path = comfy.home / "input" / "schedule.json"
@@ -155,6 +155,15 @@ def test_the_newer_node_says_the_same(node, comfy, package, kind):
     message = package.NODE_CLASS_MAPPINGS["FastschedLoad"].VALIDATE_INPUTS("schedule.json")
     assert message == node.FastschedScheduleLoader.VALIDATE_INPUTS("schedule.json")
     assert isinstance(message, str)
+
+
+def test_the_newer_node_refuses_only_decoupled_timesteps(comfy, package):
+    path = comfy.home / "input" / "schedule.json"
+    check = package.NODE_CLASS_MAPPINGS["FastschedLoad"].VALIDATE_INPUTS
+    for decoupled, message in (("timestep", "decoupled timesteps"), ("denoiser", None)):
+        told = fs.Schedule([2.0, 1.0, 0.0], "ddim", network_sigmas=[1.8, 0.9], decoupled=decoupled)
+        told.save(path)
+        assert check("schedule.json") is True if message is None else message in check("schedule.json")
 
 
 def test_the_node_gives_a_zero_terminal_snr_model_comfyui_s_own_first_sigma(node, folder):

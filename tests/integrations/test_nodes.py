@@ -93,6 +93,32 @@ def test_sigmas_and_sampler_give_the_images_of_fastsched(package, given, kinds, 
     assert steps == [(n, 4, noise.shape, noise.shape) for n in range(4)]
 
 
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "unipc", "fitted"])
+@pytest.mark.parametrize("kind", ["discrete", "continuous", "flow"])
+@torch.no_grad()
+def test_decoupled_levels_give_the_images_of_fastsched(package, given, kinds, guider, kind, sampler):
+    if (kind, sampler) in {("discrete", "dpmpp_2m"), ("continuous", "dpmpp_2m")}:
+        pytest.skip("the stand-in has no dpmpp_2m of ComfyUI")
+    arguments = given(kinds[kind](), sampler=sampler, tuning_calls=120, decoupled=True, save_as="told")
+    sigmas, chosen, text, found = fit(package, arguments)
+    assert found.schedule.decoupled == "denoiser"
+    assert "with decoupled levels" in text
+    asked = guider(arguments)
+    noise = torch.randn(3, 1, 2, 3, generator=torch.Generator().manual_seed(1))
+    images = chosen.sample(asked, sigmas, {"model_options": {}}, lambda *_: None, noise)
+    denoiser = independent(asked, kind, arguments["model"].model.model_sampling)
+    shown = dataclasses.replace(found.schedule, sigmas=sigmas.double(), timesteps=None)
+    torch.testing.assert_close(images, fs.sample(denoiser, shown, noise=noise), rtol=1e-4, atol=1e-4)
+    coupled = fs.sample(denoiser, dataclasses.replace(shown, network_sigmas=None), noise=noise)
+    assert float((coupled - images).norm()) > 1e-3 * float(images.norm())
+    load = node(package, "Load")()
+    (name,) = [name for name in load.INPUT_TYPES()["required"]["file"][0] if "told" in name]
+    again_sigmas, again, *_ = load.load(name, arguments["model"])
+    torch.testing.assert_close(again.sample(asked, again_sigmas, {"model_options": {}}, lambda *_: None, noise), images)
+    with pytest.raises(ValueError, match=r"none of the schedule's|sigmas must be those"):
+        again.sample(asked, 0.9 * again_sigmas, {"model_options": {}}, lambda *_: None, noise)
+
+
 @pytest.mark.parametrize("kind", ["discrete", "flow"])
 def test_the_measured_error_is_that_of_the_sigmas_that_are_given(package, given, kinds, guider, kind):
     arguments = given(kinds[kind](), tuning_calls=60)
