@@ -1,8 +1,9 @@
 """Checks with a few calls that the network is a denoiser, and of the kind that was declared.
 
 At most seven calls of one sample with fixed noises ``n``, five of them before the measurement. Up to six more if ``v``
-or ``F`` is unusual, eight if samples have few elements, nine if a velocity's rough sample seems no sample, two if the
-network is constant at the highest level, and thirteen if the first path is rough (`measurement.increment_checks`):
+or ``F`` is unusual, eight if samples have few elements, two if the rough sample seems no sample (nine for velocities),
+two if the network is constant at the highest level, and thirteen if the first path is rough
+(`measurement.increment_checks`):
 
 ==============================  ================================================================================
 call                            output of a denoiser ``D = E[x0 | z]``
@@ -15,11 +16,11 @@ pure noise at a third of the    (The first output also gives the network's finge
 range, then at two thirds       rough sample ``x0``. ``v`` and ``F`` assume a size of the data, and need only one.)
 the same third, plus a step     For ``v`` and ``F``, whose sign may be wrong: ``D`` does not move against the step. If
                                 ``D`` moves only a little against it, another noise is tried.
-``x0 + s n``, lowest level      Nearly its input. With few elements ``x0`` may be far from all data, so the end of the
-                                first path is tried too. With a velocity any ``D`` has this property, so a middle level
-                                is used, where ``||D - x0|| < s ||n||``; else a finer ``x0`` is tried. For EDM the
-                                check is instead whether the network returns ``D`` where it should return ``F``. Not
-                                for ``v``.
+``x0 + s n``, lowest level      Nearly its input. ``x0`` may be far from all data: then ``D`` is tried in its place, or
+                                with few elements the end of the first path. With a velocity any ``D`` has this
+                                property, so a middle level is used, where ``||D - x0|| < s ||n||``; else a finer
+                                ``x0`` is tried. For EDM the check is instead whether the network returns ``D`` where
+                                it should return ``F``. Not for ``v``.
 the first path, and its end     See `measurement.path_checks` and `measurement.increment_checks`.
 at the end, the third again     The same as before. Otherwise the network has changed during the measurement.
 ==============================  ================================================================================
@@ -330,10 +331,17 @@ def _check_raw_edm(ask: CheckCalls, noise: Tensor) -> None:
 
 
 def _check_low(ask: CheckCalls, x0: Tensor, noise: Tensor, low: float) -> None:
-    """Check that denoising changes little at the lowest level; with few elements, the path's end is checked later."""
+    """Check that denoising changes little at the lowest level; with few elements, the path's end is checked later.
+
+    The rough sample ``x0`` may be no data, as between the values of binary images. A denoiser then leads it to data,
+    which it leaves where they are. Two more calls.
+    """
     ask.low_fault = moved_at_lowest(ask, x0, noise, low)
-    if ask.low_fault is not None and noise.numel() >= FEWEST_ELEMENTS:
+    if ask.low_fault is None or noise.numel() < FEWEST_ELEMENTS:
+        return
+    if moved_at_lowest(ask, ask.denoised(x0 + low * noise, low), noise, low) is not None:
         raise ValueError(f"{ask.low_fault}: {suspects(ask.denoiser)}")
+    ask.low_fault = None
 
 
 def moved_at_lowest(ask: CheckCalls, x0: Tensor, noise: Tensor, low: float) -> str | None:

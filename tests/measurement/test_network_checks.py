@@ -53,6 +53,23 @@ def test_wide_and_narrow_data_pass(oracle):
         check(denoiser)
 
 
+@pytest.mark.parametrize("kind", ["x0", "epsilon", "score"])
+def test_data_of_two_values_pass(kind):
+    """As of binary images, and bits. Two Euler steps end between the values, where no data are."""
+    level = lambda z, s: torch.as_tensor(s).reshape(-1, 1).to(z)
+    denoise = lambda z, s: torch.tanh(z / level(z, s).square())
+    score = lambda z, s: (denoise(z, s) - z) / level(z, s).square()
+    check(exact_denoisers(SimpleNamespace(denoise=denoise, score=score))[kind], (48,))
+
+
+@pytest.mark.parametrize("turned", [torch.neg, lambda x0: x0.flip(1)], ids=["sign", "order"])
+def test_clean_samples_that_are_turned_round_are_refused(turned):
+    """Their rough samples, and those of more steps, may lie where turning them round changes little."""
+    wrong = lambda z, s: turned(DATA.denoise(z, s))
+    with pytest.raises(ValueError, match=r"at the lowest level .* this one moves it"):
+        check(fs.Denoiser.from_denoiser(wrong, 0.02, 20.0))
+
+
 def test_small_networks_in_the_plane_pass():
     """An error of 7% at sigma 157, as small networks make, is 11 in the denoised sample; two elements tell no size."""
     table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
