@@ -341,7 +341,7 @@ def writable(
             raise FileExistsError(f"{path} exists, and measurements are not replaced here; name another file")
         if overwrite is False:
             raise FileExistsError(f"{path} exists; {replace}, or name another file")
-    check_writable(path)
+    check_writable(path, "statistics", "schedule", "runs")
 
 
 def checkpoint_file(path: Path | None, output: Path, sources: Sequence[Path]) -> Path | None:

@@ -73,7 +73,7 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
         MemoryError: If memory runs out; the message says what to lower.
     """
     if batches.file is not None:
-        check_writable(batches.file)
+        check_writable(batches.file, "statistics")
         check_process(run.denoiser.process, run.s)
     seeds = batches.seeds if found is None else batches.seeds[~torch.isin(batches.seeds, found.seeds)]
     run, batches = _within_memory(run, batches, len(seeds))

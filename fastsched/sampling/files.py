@@ -9,7 +9,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ Name = str | os.PathLike[str]
 
 #: Bytes at the beginning of a file that tell its kind.
 HEAD = 10_000
+
+#: How files of weights begin: those of torch.save (zip, formerly pickle) and GGUF. Those of safetensors begin with the
+#: length of their header, which is below this; eight bytes of text would be a far larger number.
+WEIGHTS, LONGEST_HEADER = (b"PK\x03\x04", b"\x80\x02", b"GGUF"), 10**9
 
 
 def write_whole(path: Name, data: bytes) -> None:
@@ -28,13 +32,10 @@ def write_whole(path: Name, data: bytes) -> None:
 
     Raises:
         OSError: If the file cannot be written; an existing file is then unchanged.
-        ValueError: If the file holds statistics, a schedule or a fit's runs, and ``data`` is of another kind.
+        ValueError: If the file holds statistics, a schedule, a fit's runs or weights, and ``data`` is of another kind.
     """
     target = _target(path)
-    held = kind_of(target)
-    if held not in (None, _kind(data[:HEAD])):  # hours of model calls, more likely named by mistake than not wanted
-        what = "a schedule" if held == "schedule" else held
-        raise ValueError(f"path must not be that of {what}, which {os.fspath(path)} holds; name another file")
+    _check_replaced(path, target, [_kind(data[:HEAD])])
     if os.path.exists(target) and not os.path.isfile(target):
         with named(path), os.fdopen(_open_special(target), "wb") as file:  # cannot be replaced
             file.write(data)
@@ -78,14 +79,27 @@ def named(path: Name) -> Iterator[None]:
         raise
 
 
-def check_writable(path: Name) -> None:
-    """Check before long work that `write_whole` can write to ``path``: OSError if not."""
+def check_writable(path: Name, *kinds: str) -> None:
+    """Check before long work that `write_whole` can write data of these ``kinds``, any if none, to ``path``.
+
+    Errors are those of `write_whole`.
+    """
     target = _target(path)
+    if kinds:
+        _check_replaced(path, target, kinds)
     if os.path.exists(target) and not os.path.isfile(target):
         return
     name, descriptor = _create_beside(target)
     os.close(descriptor)
     os.unlink(name)
+
+
+def _check_replaced(path: Name, target: str, kinds: Sequence[str | None]) -> None:
+    """ValueError if data of these ``kinds`` would replace hours of work, more likely named by mistake than unwanted."""
+    held = kind_of(target)
+    if held not in (None, *kinds):
+        what = {"schedule": "a schedule", "weights": "the weights of a network"}.get(held, held)
+        raise ValueError(f"path must not be that of {what}, which {os.fspath(path)} holds; name another file")
 
 
 def _target(path: Name) -> str:
@@ -204,7 +218,10 @@ def runs_beside(checkpoint: str | os.PathLike[str], rank: int = 0, size: int = 1
 
 
 def kind_of(path: Name) -> str | None:
-    """``"statistics"``, ``"runs"`` (of a fit) or ``"schedule"``, by a file's content; None for other files, or none."""
+    """``"statistics"``, ``"runs"`` (of a fit), ``"schedule"`` or ``"weights"``, by a file's content.
+
+    Weights are all other files in the formats of weights. None for other files, or none.
+    """
     if not os.path.isfile(path):
         return None
     try:
@@ -220,4 +237,7 @@ def _kind(start: bytes) -> str | None:
         return "statistics"
     if start[48:49] == b"{" and b"fastsched.runs" in start:  # the same, in a record with its length and SHA-256
         return "runs"
-    return "schedule" if start.lstrip()[:1] == b"{" and b"fastsched.schedule" in start else None
+    if start.lstrip()[:1] == b"{" and b"fastsched.schedule" in start:
+        return "schedule"
+    safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < LONGEST_HEADER
+    return "weights" if safetensors or start.startswith(WEIGHTS) else None

@@ -6,8 +6,11 @@ import stat
 import threading
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import fastsched as fs
+from fastsched.measurement.to_file import measure_to_file
 from fastsched.sampling import files
 from fastsched.sampling.files import check_writable, write_whole
 
@@ -169,6 +172,30 @@ def test_no_file_replaces_one_of_another_kind(tmp_path):
         with pytest.raises(ValueError, match=r"path must not be that of a schedule, which .*s\.json"):
             write(tmp_path / "s.json")
     assert fs.Schedule.load(tmp_path / "s.json") == schedule
+
+
+@pytest.mark.parametrize("form", ["safetensors", "with metadata", "zip", "pickle"])
+def test_no_file_replaces_the_weights_of_a_network(form, tmp_path):
+    """A statistics file has the ending of such weights, and often the model's name."""
+    file = tmp_path / "model.safetensors"
+    weights = {"layer": torch.ones(3)}
+    if form in ("safetensors", "with metadata"):
+        save_file(weights, file, metadata={"tags": "x" * 20_000} if form == "with metadata" else None)
+    else:
+        torch.save(weights, file, _use_new_zipfile_serialization=form == "zip")
+    before, asked = file.read_bytes(), []
+    denoiser = fs.Denoiser.from_denoiser(lambda z, s: asked.append(1) or z / (1 + s[:, None] ** 2), 0.01, 9.0)
+    stats = fs.measure(denoiser, (3,), levels=12, samples=2, progress=False)
+    asked.clear()
+    for write in (
+        stats.save,
+        fs.optimal_schedule(stats, 3).save,
+        lambda path: measure_to_file(denoiser, (3,), path, levels=12, samples=2, progress=False, overwrite=True),
+    ):
+        with pytest.raises(ValueError, match=r"path must not be that of the weights of a network, which .*model"):
+            write(file)
+    assert file.read_bytes() == before
+    assert not asked
 
 
 def test_a_file_far_larger_than_a_schedule_is_not_read(tmp_path):
