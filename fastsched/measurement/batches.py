@@ -79,12 +79,12 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
     run, batches = _within_memory(run, batches, len(seeds))
     whole = found
     random = warned_of_randomness(run.device, "the measurement", "schedules are worse")
-    with (
-        unchanged_buffers(run.denoiser.network),
-        random if batches.checks else contextlib.nullcontext(),
-        progress_bar(run.calls * len(seeds), batches.progress, "measuring") as advance,
-    ):
-        try:
+    try:
+        with (
+            unchanged_buffers(run.denoiser.network),
+            random if batches.checks else contextlib.nullcontext(),
+            progress_bar(run.calls * len(seeds), batches.progress, "measuring") as advance,
+        ):
             network_id, ask = _identified(run, batches, found, seeds)
             known = found is not None and found.fingerprint is not None
             origin = origin_now(network_name(run.denoiser.network), network_id, dtype=str(run.dtype))
@@ -102,18 +102,18 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
                 whole = part if whole is None else merged(whole, part)
                 if batches.file is not None:
                     whole.save(batches.file, vectors=run.keep_vectors)
-        except BaseException as error:
-            carry(error, whole)
-            if is_out_of_memory(error):
-                paths = min(batches.size, len(batches.seeds))
-                advice = MemoryError(out_of_memory_message(run, paths, len(seeds), math.prod(batches.shape)))
-                carry(advice, whole)
-                raise advice from error
-            raise
-    assert whole is not None  # there is at least one seed, measured now or before
-    if ask is not None and not ask.constant:
-        _warn_of_constant(whole)
-    return whole
+        assert whole is not None  # there is at least one seed, measured now or before
+        if ask is not None and not ask.constant:
+            _warn_of_constant(whole)
+        return whole
+    except BaseException as error:  # also a warning that is an error, at the very end
+        carry(error, whole)
+        if is_out_of_memory(error):
+            paths = min(batches.size, len(batches.seeds))
+            advice = MemoryError(out_of_memory_message(run, paths, len(seeds), math.prod(batches.shape)))
+            carry(advice, whole)
+            raise advice from error
+        raise
 
 
 def carry(error: BaseException, finished: PathStatistics | None) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from models import exact_denoiser, mixture
@@ -88,6 +89,16 @@ def test_an_error_carries_what_was_finished():
     with pytest.raises(ValueError, match="broken") as caught:
         measure(Failing(5 + 2 * CALLS + 3, ValueError("broken")), batch_size=1)
     assert caught.value.partial.samples == 2
+
+
+def test_a_last_warning_that_is_an_error_carries_all_paths():
+    def drawing(z, s):
+        np.random.random()  # noqa: NPY002 - of which the measurement warns when it is finished
+        return ORACLE.denoise(z, s)
+
+    with pytest.raises(UserWarning, match="random numbers were drawn during the measurement") as caught:
+        measure(drawing)
+    assert caught.value.partial.samples == 4
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
