@@ -10,8 +10,9 @@ from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.late_reading import Verdicts
 from fastsched.denoisers.network_errors import not_finite
 
-#: Noise of a root mean square above this, over at least so many elements, is not standard normal.
-LARGE, ELEMENTS = 3.0, 8
+#: Noise of a root mean square above the first number, over at least so many elements, is not standard normal; nor is
+#: noise below the third, over so many. That of ``torch.rand`` has 0.58; speech models reduce theirs to 0.67.
+LARGE, ELEMENTS, SMALL, MORE_ELEMENTS = 3.0, 8, 0.6, 64
 #: A run that starts below this fraction of the highest level may start from a noisy sample, which can be of any size.
 NEAR_TOP = 0.5
 
@@ -34,14 +35,19 @@ def finite_denoised(
 
 
 def verdicts_of(noise: Tensor, s: float, denoiser: Denoiser) -> Verdicts:
-    """Verdicts that warn if noise at the first level ``s`` of a run seems to be scaled by its sigma already."""
+    """Verdicts that warn if noise at the first level ``s`` of a run seems to be scaled already, or too small."""
     verdicts = Verdicts()
 
     def judge(size: Tensor) -> None:
+        hint = ""
         if float(size) > LARGE:
+            hint = "is it scaled by the first sigma? It is scaled here, so pass it unscaled"
+        elif float(size) < SMALL and noise.numel() >= MORE_ELEMENTS:
+            hint = "torch.randn draws such noise, torch.rand does not"
+        if hint:
             validate.warn(
-                f"noise must be standard normal, but its root mean square is {float(size):.3g}: is it scaled by the "
-                "first sigma? It is scaled here, so pass it unscaled; the samples are likely to be wrong"
+                f"noise must be standard normal, but its root mean square is {float(size):.3g}: {hint}; the samples "
+                "are likely to be wrong"
             )
 
     if noise.numel() >= ELEMENTS and s >= NEAR_TOP * denoiser.process.s_max:

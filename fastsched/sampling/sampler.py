@@ -77,7 +77,7 @@ def sample(
     Returns:
         The samples ``x0`` [B, *shape]; if the last sigma is not 0, the state ``z = x / alpha`` there.
 
-    Warns if sigmas of a variance-preserving process are like timesteps, and if noise seems to be scaled by sigma_0.
+    Warns if sigmas of a variance-preserving process are like timesteps, and if noise is too large or too small.
 
     Raises:
         ValueError: If ``sigmas`` do not descend or start where ``D`` is not finite, the solver is unknown or not for

@@ -131,3 +131,13 @@ def test_noise_that_is_scaled_already_is_warned_of(solver):
         fs.sample(denoiser, sigmas, solver, sigmas[0] * noise)
     fs.sample(denoiser, sigmas, solver, noise)
     fs.sample(denoiser, sigmas[2:], solver, 9 * noise)  # a noisy sample, divided by its low level
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ancestral"])
+def test_noise_that_is_uniform_is_warned_of(solver):
+    denoiser, sigmas = exact_denoiser(mixture(), 0.02, 20.0), [20.0, 3.0, 0.5, 0.0]
+    generator = torch.Generator().manual_seed(0)
+    with pytest.warns(UserWarning, match=r"is 0\.5.*torch\.randn draws such noise, torch\.rand does not"):
+        fs.sample(denoiser, sigmas, solver, torch.rand(64, 4, generator=generator))
+    fs.sample(denoiser, sigmas, solver, 0.667 * torch.randn(64, 4, generator=generator))
+    fs.sample(denoiser, sigmas, solver, 0.1 * torch.randn(4, 4, generator=generator))  # as a few numbers may be
