@@ -177,10 +177,10 @@ def own_run(scheduler, convention):
     """The table's last column for a class that can use no schedule, from a run on its own timesteps."""
     target = plain_copy(scheduler)
     target.set_timesteps(STEPS)
-    sigmas = declared_sigmas(target, convention).unique().flip(0)
+    sigmas = declared_sigmas(target).unique().flip(0)
     levels = convention.process.level(sigmas[:-1])
     try:
-        if not trace(target, convention, levels[0], levels, convention.timesteps(levels)).deterministic:
+        if not trace(target, levels[0], levels, convention.timesteps(levels)).deterministic:
             return "adds noise"
     except TypeError:
         return "not run: its step takes other arguments"

@@ -109,11 +109,10 @@ def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
     scheduler = own_scheduler(scheduler)
     if getattr(schedule, "weights", None) is not None or getattr(schedule, "decoupled", None) == "denoiser":
         return _fitted(schedule, scheduler)
-    convention = describe(scheduler)
-    check_range(schedule, convention, scheduler)
-    proven, reasons = _proven(schedule, scheduler, convention)
+    check_range(schedule, scheduler)
+    proven, reasons = _proven(schedule, scheduler)
     if not proven:
-        change = replacement(scheduler, lambda other: _proven(schedule, other, describe(other))[0])
+        change = replacement(scheduler, lambda other: _proven(schedule, other)[0])
         raise ValueError(
             f"{type(scheduler).__name__} cannot be made to use this schedule; {change}. " + " | ".join(reasons)
         )
@@ -131,17 +130,16 @@ def _fitted(schedule: Schedule, scheduler: Any) -> tuple[FittedScheduler, Export
     if schedule.weights is None:  # no class of diffusers computes D for another level than the state's
         schedule = as_fitted(schedule, describe(scheduler).process)
     target = FittedScheduler.from_schedule(schedule, scheduler)
-    return target, prove(schedule, target, target.convention, lambda copied: copied.set_timesteps(), "fitted")
+    return target, prove(schedule, target, lambda copied: copied.set_timesteps(), "fitted")
 
 
-def _proven(schedule: Schedule, scheduler: Any, convention: Convention) -> tuple[list[Export], list[str]]:
+def _proven(schedule: Schedule, scheduler: Any) -> tuple[list[Export], list[str]]:
     """The verified ways up to the first exact one, and the reasons why other ways do not work."""
     proven: list[Export] = []
     reasons = []
     for way, make in WAYS.items():
         try:
-            setter = make(schedule, scheduler, convention)
-            proof = prove(schedule, scheduler, convention, setter, way)
+            proof = prove(schedule, scheduler, make(schedule, scheduler), way)
         except ValueError as error:
             reasons.append(f"{way}: {error}")
             continue
@@ -192,7 +190,7 @@ class SetTimesteps(Override):
         owner, device = self.owner, self.asked.get("device")
         warn_of_lost_step(owner)
         Step(owner).put()
-        WAYS[self.way](schedule, owner, describe(owner))(owner)
+        WAYS[self.way](schedule, owner)(owner)
         timesteps = told_timesteps(owner, torch.as_tensor(owner.timesteps), **self.asked)
         if device is not None:
             on_mps = torch.device(device).type == "mps"  # which has no float64
@@ -260,8 +258,7 @@ class SetTimesteps(Override):
         """Verify the rest of the schedule, and set it."""
         try:
             if rest is not self.schedule:
-                convention = describe(self.owner)
-                prove(rest, self.owner, convention, WAYS[self.way](rest, self.owner, convention), self.way)
+                prove(rest, self.owner, WAYS[self.way](rest, self.owner), self.way)
             self._set(rest)
         except ValueError as error:
             raise ValueError(
@@ -307,21 +304,21 @@ def remaining(schedule: Schedule, convention: Convention, timestep: Tensor) -> S
     if len(below) > 1:
         gaps = torch.cat([level, levels[:-1]]).log().diff().abs()
         next_gap = float(gaps[1]) if len(gaps) > 1 else math.inf
-        same = convention.integer and float(convention.timesteps(levels[:1])) > float(timestep) - 0.75
+        same = convention.process.integer_timesteps and float(convention.timesteps(levels[:1])) > float(timestep) - 0.75
         if same or (math.isfinite(next_gap) and float(gaps[0]) < 0.25 * next_gap):
             below = below[1:]
     return Schedule(torch.cat([start, below]), schedule.solver, schedule.noise)
 
 
-def _by_arguments(schedule: Schedule, scheduler: Any, convention: Convention) -> Setter:
+def _by_arguments(schedule: Schedule, scheduler: Any) -> Setter:
     # Any shift works, because it is inverted and then applied again.
     shifting = _no_shift(scheduler.config)
-    arguments = given_arguments(schedule, scheduler, convention, shifting.get("mu"))
+    arguments = given_arguments(schedule, scheduler, shifting.get("mu"))
     return lambda target: type(target).set_timesteps(target, **arguments, **shifting)
 
 
-def _by_assignment(schedule: Schedule, scheduler: Any, convention: Convention) -> Setter:
-    names = class_names(scheduler)
+def _by_assignment(schedule: Schedule, scheduler: Any) -> Setter:
+    names, convention = class_names(scheduler), describe(scheduler)
     sigmas = schedule.sigmas.clone()
     delicate = names.intersection(DELICATE) or scheduler.config.get("solver_type") == "bh1"
     if scheduler.config.get("use_flow_sigmas"):
@@ -352,12 +349,12 @@ def _by_assignment(schedule: Schedule, scheduler: Any, convention: Convention) -
     return setter
 
 
-def _by_steps(schedule: Schedule, scheduler: Any, convention: Convention) -> Setter:
+def _by_steps(schedule: Schedule, scheduler: Any) -> Setter:
     if not class_names(scheduler).intersection(ARITHMETIC):
         raise ValueError("its step reads no stride to set")
     if schedule.network_sigmas is not None:
         raise ValueError("its step takes the state's level from the timestep, so the network cannot be told another")
-    rounded = convention.timesteps(schedule.sigmas[:-1]).round().to(torch.int64)
+    rounded = describe(scheduler).timesteps(schedule.sigmas[:-1]).round().to(torch.int64)
     following = dict(zip(rounded.tolist(), [*rounded[1:].tolist(), -1], strict=True))
     if len(following) < len(rounded):
         raise ValueError(f"two of the schedule's levels round to the same timestep: {rounded.tolist()}")

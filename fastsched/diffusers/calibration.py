@@ -215,7 +215,7 @@ class CalibrationScheduler(UnitStart, SchedulerMixin, ConfigMixin):
         self._queries = queries(count, deviated_paths(count))
         self._s = s = torch.cat([self._levels[:1], self._levels[self._queries], self._levels[self._repeated, None]])
         names = told_timesteps(self._own, self.convention.timesteps(s), timesteps=timesteps, sigmas=sigmas, mu=mu)
-        self._names = names.round().to(torch.int64) if self.convention.integer else names.float()
+        self._names = names.round().to(torch.int64) if self.convention.process.integer_timesteps else names.float()
         self.timesteps = Timesteps.whole(self._names.to(device, copy=True))  # the pipeline may write into it
         self.num_inference_steps = steps
         sampled = torch.nn.functional.pad(self.convention.process.sampler_sigma(s), (0, 1))

@@ -90,7 +90,6 @@ class Convention:
     sign: float = 1.0  #: factor that turns the network's output into ``R`` (-1 for EDM networks that predict ``v``)
     scaled: bool = False  #: whether the state between steps is ``z = x / alpha`` (the process's own ``x`` otherwise)
     train_steps: int = TRAIN_STEPS  #: training timesteps of the model; flow times are multiplied by it
-    integer: bool = False  #: whether the class uses integer timesteps
     #: Whether the network's output holds a variance after the prediction, which is dropped.
     learned_variance: bool = False
     angle: bool = False  #: whether timesteps are ``2/pi atan(s)``
@@ -319,7 +318,6 @@ def _variance_preserving(scheduler: Any, *, scaled: bool) -> Convention:
         Denoiser(_pipeline_network, process, prediction),
         scaled=scaled,
         train_steps=len(abar),
-        integer=not scaled,
         learned_variance=scheduler.config.get("variance_type") in ("learned", "learned_range"),
     )
 

@@ -84,8 +84,7 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
         UserWarning: If the scheduler takes integer timesteps and rounds the schedule by more than 1e-5, or if the
             schedule was chosen (it has an ``origin``) for another solver than the scheduler's.
     """
-    convention = describe(scheduler)
-    check_range(schedule, convention, scheduler)
+    check_range(schedule, scheduler)
     if schedule.weights is not None:
         raise ValueError(
             f"schedule must be for a stock solver, because {type(scheduler).__name__} cannot use the weights of the "
@@ -127,26 +126,20 @@ def _uses_another(scheduler: Any, schedule: Schedule, proof: Export) -> bool:
         return False
     target = copy.deepcopy(scheduler)
     target.set_timesteps(schedule.steps)
-    used = declared_sigmas(target, describe(scheduler))
+    used = declared_sigmas(target)
     same = (len(used) == len(one) and relative_error(used, one) <= EXACT for one in (schedule.sigmas, proof.sigmas))
     return not any(same)
 
 
 def _proven(schedule: Schedule, scheduler: Any, mu: float | None) -> Export:
-    convention = describe(scheduler)
-    arguments = given_arguments(schedule, scheduler, convention, mu)
+    arguments = given_arguments(schedule, scheduler, mu)
     shifting = {"mu": mu} if scheduler.config.get("use_dynamic_shifting") else {}
     setter = lambda target: target.set_timesteps(**arguments, **shifting)
-    return prove(schedule, scheduler, convention, setter, "arguments", arguments)
+    return prove(schedule, scheduler, setter, "arguments", arguments)
 
 
 def prove(
-    schedule: Schedule,
-    scheduler: Any,
-    convention: Convention,
-    setter: Setter,
-    way: str,
-    arguments: dict[str, Any] | None = None,
+    schedule: Schedule, scheduler: Any, setter: Setter, way: str, arguments: dict[str, Any] | None = None
 ) -> Export:
     """Run ``setter`` on a copy of ``scheduler`` and check what the copy then does.
 
@@ -156,15 +149,15 @@ def prove(
     Raises:
         ValueError: If they do not agree, or the copy raises an error.
     """
-    target = plain_copy(scheduler)
+    target, convention = plain_copy(scheduler), describe(scheduler)
     name = type(scheduler).__name__
     try:
         setter(target)
-        used = declared_sigmas(target, convention)
+        used = declared_sigmas(target)
         levels = convention.process.level(visited(target, used))
         expected = convention.timesteps(told_levels(schedule, convention, levels))
         answered = denoised_levels(schedule, convention.process) if schedule.decoupled == "denoiser" else levels[:-1]
-        run = trace(target, convention, levels[0], answered, expected)
+        run = trace(target, levels[0], answered, expected)
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, AssertionError, KeyError) as error:
         raise ValueError(f"{name} does not take this schedule: {error}") from error
     if len(used) != len(schedule.sigmas):
@@ -174,7 +167,7 @@ def prove(
     reached = scales(convention, levels[1:])
     if not run.follows(*reached):
         setter(target)
-        nudged = trace(target, convention, levels[0], answered, expected, NUDGE)
+        nudged = trace(target, levels[0], answered, expected, NUDGE)
         if not run.follows(*reached, rounding=amplified_rounding(run, nudged)):
             raise ValueError(
                 f"{name} does not step through its sigmas {_brief(used)}: the noise levels of its states are "
@@ -222,7 +215,7 @@ def relative_error(used: Tensor, asked: Tensor) -> float:
     return float(difference.nan_to_num(posinf=torch.inf).max())
 
 
-def check_range(schedule: Schedule, convention: Convention, scheduler: Any) -> None:
+def check_range(schedule: Schedule, scheduler: Any) -> None:
     """Check that ``schedule`` is for the scheduler's kind of noise process and within its trained levels.
 
     Raises:
@@ -230,8 +223,8 @@ def check_range(schedule: Schedule, convention: Convention, scheduler: Any) -> N
         ValueError: If it is for another kind or range of levels, or the scheduler's list is not of flow times.
     """
     is_schedule("schedule", schedule)
-    process, name = convention.process, type(scheduler).__name__
-    _check_flow_times(convention, scheduler)
+    process, name = describe(scheduler).process, type(scheduler).__name__
+    _check_flow_times(process, scheduler)
     if (schedule.noise == "flow") != isinstance(process, FlowMatching):
         raise ValueError(
             f"schedule must be for a {process.kind!r} noise process, as {name} is, got one for a {schedule.noise!r} "
@@ -247,12 +240,12 @@ def check_range(schedule: Schedule, convention: Convention, scheduler: Any) -> N
         )
 
 
-def _check_flow_times(convention: Convention, scheduler: Any) -> None:
+def _check_flow_times(process: NoiseProcess, scheduler: Any) -> None:
     """ValueError if a class of flow times is set to step through the sigmas of EDM (Cosmos 2, by its ``sigma_max``)."""
     config = scheduler.config
     most = float(config.get("sigma_max") or 0.0)
     formulas = any(config.get(f"use_{kind}_sigmas") for kind in ("karras", "exponential", "beta"))
-    if isinstance(convention.process, FlowMatching) and not config.get("use_flow_sigmas") and formulas and most > 1:
+    if isinstance(process, FlowMatching) and not config.get("use_flow_sigmas") and formulas and most > 1:
         raise ValueError(
             f"{type(scheduler).__name__} steps through sigmas up to {most:g} (sigma_max), not through flow times, and "
             "its pipeline turns them into flow times by itself (Cosmos 2), so no schedule can be given to it; sample "
@@ -282,7 +275,7 @@ def _alternative(schedule: Schedule, scheduler: Any, mu: float | None) -> str:
     return f"Try fastsched.diffusers.apply(schedule, pipe), or {change}"
 
 
-def given_arguments(schedule: Schedule, scheduler: Any, convention: Convention, mu: float | None) -> dict[str, Any]:
+def given_arguments(schedule: Schedule, scheduler: Any, mu: float | None) -> dict[str, Any]:
     """Keyword arguments of ``set_timesteps``, with what the class does to them inverted.
 
     Raises:
@@ -290,7 +283,7 @@ def given_arguments(schedule: Schedule, scheduler: Any, convention: Convention, 
     """
     if schedule.network_sigmas is not None:
         raise ValueError("its arguments are sigmas or timesteps, not both, which decoupled levels need")
-    scheduler = plain_copy(scheduler)
+    scheduler, convention = plain_copy(scheduler), describe(scheduler)
     names = class_names(scheduler)
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     wanted = schedule.sigmas
@@ -375,12 +368,13 @@ def _linear_timesteps(sigmas: Tensor, process: VariancePreserving) -> list[float
     return np.interp(sigmas.numpy(), trained, np.arange(len(trained), dtype=np.float64)).tolist()
 
 
-def declared_sigmas(scheduler: Any, convention: Convention) -> Tensor:
+def declared_sigmas(scheduler: Any) -> Tensor:
     """The sampler sigmas that a scheduler lists, [steps + 1]; computed from its timesteps if it lists none."""
     end = torch.zeros(1, dtype=torch.float64, device="cpu")
     if getattr(scheduler, "sigmas", None) is None:
-        times = torch.as_tensor(scheduler.timesteps)
-        return torch.cat([convention.process.sampler_sigma(convention.levels(times)), end])
+        convention = describe(scheduler)
+        levels = convention.levels(torch.as_tensor(scheduler.timesteps))
+        return torch.cat([convention.process.sampler_sigma(levels), end])
     # Schedulers with two calls a step list each inner level twice.
     distinct = torch.unique_consecutive(torch.as_tensor(scheduler.sigmas).detach().to("cpu", torch.float64))
     if len(distinct) > 1 and distinct[-1] <= 1.001 * NEGLIGIBLE * distinct[-2]:

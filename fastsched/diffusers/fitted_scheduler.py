@@ -123,8 +123,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
                 is not supported.
         """
         own = own_scheduler(scheduler)
-        convention = describe(own)
-        check_range(schedule, convention, own)
+        check_range(schedule, own)
         if schedule.weights is None:
             raise ValueError(
                 f"schedule must be for the fitted solver, got one for {schedule.solver!r}, which needs no scheduler of "
@@ -144,7 +143,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         unset = [entry for entry in own.config.get("_use_default_values", ()) if entry not in OWN_ENTRIES]
         made.register_to_config(_use_default_values=unset)
         made._own = plain_copy(own)  # its attributes may have been changed since it was made
-        made._prepare(convention)
+        made._prepare(describe(own))
         return made
 
     def __getattr__(self, name: str) -> Any:
@@ -322,7 +321,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = float(process.sigma(s)[0])
         self.sigmas = self.schedule.sigmas.float()
         timesteps = convention.timesteps(told_levels(self.schedule, convention, s))
-        whole = convention.integer and bool(((timesteps - timesteps.round()).abs() < 1e-4).all())
+        whole = convention.process.integer_timesteps and bool(((timesteps - timesteps.round()).abs() < 1e-4).all())
         self._timesteps = timesteps.round().to(torch.int64) if whole else timesteps.to(torch.float32)
         self.timesteps = self._timesteps
         self.num_inference_steps: int | None = None

@@ -312,11 +312,10 @@ def own_sigmas(scheduler: Any, steps: int) -> Tensor | None:
     if config.get("use_dynamic_shifting"):
         return None  # only the pipeline knows the shift, when it is called
     target.set_timesteps(steps)
-    convention = describe(scheduler)
-    sigmas = declared_sigmas(target, convention)
+    process, sigmas = describe(scheduler).process, declared_sigmas(target)
     descending = bool((sigmas[1:] < sigmas[:-1]).all())
     try:
-        known = float(convention.process.level(sigmas[:1])) <= 1.001 * convention.process.s_max
+        known = float(process.level(sigmas[:1])) <= 1.001 * process.s_max
     except ValueError:
         return None
     return sigmas if descending and known and float(sigmas[-1]) == 0 and len(sigmas) == steps + 1 else None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastsched.denoisers.noise import VarianceExploding
-from fastsched.diffusers.conventions import Convention, class_names
+from fastsched.diffusers.conventions import Convention, class_names, describe
 from fastsched.diffusers.random_numbers import ONE_CALL
 
 #: Elements of the probe's state. A stochastic scheduler's sigma is found to about ``1 / sqrt(PROBE_SIZE)``.
@@ -110,19 +110,17 @@ def amplified_rounding(run: Trace, nudged: Trace) -> float:
     return min(MOST_ROUNDING, ROUNDINGS * float(change.max())) if len(change) else 0.0
 
 
-def trace(
-    scheduler: Any, convention: Convention, start: Tensor, levels: Tensor, expected: Tensor, nudge: float = 0.0
-) -> Trace:
+def trace(scheduler: Any, start: Tensor, levels: Tensor, expected: Tensor, nudge: float = 0.0) -> Trace:
     """Run the probe. The global random state is not changed.
 
     Args:
         scheduler: The scheduler, on which ``set_timesteps`` has been called.
-        convention: Its conventions.
         start: The level ``s`` of the first state.
         levels: The levels of its network calls as it lists them.
         expected: The timestep given to the network at each level.
         nudge: Relative change of the network's answers.
     """
+    convention = describe(scheduler)
     ones = torch.zeros(1, 2, PROBE_SIZE // 2, 1, dtype=torch.float32, device="cpu")
     ones[:, 0] = 1.0
     with ONE_CALL, torch.random.fork_rng(devices=[]):
