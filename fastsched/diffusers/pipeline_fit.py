@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.attributes import in_one_thread
 from fastsched.diffusers.caches import check_caches
@@ -37,6 +36,7 @@ from fastsched.fitting.loop import MODEL_CALLS, FitReport, check_levels, fit_by_
 from fastsched.fitting.rollouts import Run
 from fastsched.fitting.run_log import RunLog, identity, logged
 from fastsched.measurement.devices import check_together, prepare_together, rank_and_size
+from fastsched.measurement.measuring import check_same_process
 from fastsched.measurement.statistics import PathStatistics, is_statistics
 from fastsched.sampling.files import absolute_file, check_writable, runs_beside
 from fastsched.sampling.fitted import chosen_solver
@@ -177,7 +177,7 @@ def _fitted(
     """Fit to a measurement with at most ``budget`` calls. Outside a group, the runs are kept in a file."""
 
     def check() -> str:
-        _check_process(stats.process, describe(pipe.scheduler).process)
+        check_same_process(stats, describe(pipe.scheduler).process)
         own = call_identity(pipe, prompts.prompts, call_kwargs)
         check_same_call("stats", stats.origin, own)
         applied(optimal_schedule(stats, steps, solver), pipe.scheduler)  # raises before a call is spent
@@ -207,23 +207,6 @@ def _fitted(
         if checkpoint is not None or group is not None:
             raise
         return FitReport(interrupted_schedule(stats, steps, chosen_solver(solver), best), stats)
-
-
-def _check_process(known: NoiseProcess, own: NoiseProcess) -> None:
-    """ValueError unless statistics are of the scheduler's noise process; the range of its levels is checked elsewhere.
-
-    Whether timesteps are integers depends on the scheduler's class, so it is not compared.
-    """
-    same = type(known) is type(own)
-    if same and isinstance(known, VariancePreserving) and isinstance(own, VariancePreserving):
-        levels = known.trained_levels, own.trained_levels
-        same = len(levels[0]) == len(levels[1]) and torch.allclose(*levels, rtol=1e-3, atol=0)
-    if not same:
-        other = repr(own.kind) if known.kind != own.kind else "with other betas or zero terminal SNR"
-        raise ValueError(
-            f"stats are of a {known.kind!r} noise process, and the pipeline's scheduler has another, {other}; set the "
-            "scheduler as it was, or measure again"
-        )
 
 
 #: Checks of arguments that differ from the usual ones; `check_call` checks the arguments of the pipeline's call.

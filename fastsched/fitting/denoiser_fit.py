@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser
-from fastsched.denoisers.noise import NoiseProcess
 from fastsched.fitting.budget import TOTAL, calls_left, planned, takes_responses
 from fastsched.fitting.candidates import candidates_in_turn
 from fastsched.fitting.group_runs import check_group, led_by_first
@@ -24,7 +23,7 @@ from fastsched.fitting.rollouts import Run, Runner
 from fastsched.fitting.run_log import RunLog, identity
 from fastsched.measurement.batches import Batches
 from fastsched.measurement.devices import check_together, measured_in_group, prepare_together, rank_and_size
-from fastsched.measurement.measuring import check_same_network, prepared, with_increments
+from fastsched.measurement.measuring import check_same_network, check_same_process, prepared, with_increments
 from fastsched.measurement.network_checks import CHECK_CALLS
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics, is_statistics
@@ -160,9 +159,6 @@ def fit_report(
         return FitReport(interrupted_schedule(finished, steps, method, best), finished)
 
 
-#: Largest difference of timesteps of one noise process, over the largest of them, beside that of rounding to integers.
-SAME_TIMES = 1e-3
-
 #: Checks of the arguments of `fit`.
 CHECKS: dict[str, validate.Check] = {
     "stats": validate.optional(is_statistics),
@@ -192,7 +188,7 @@ def prepared_fit(
     if log_file is not None:
         check_writable(log_file)
     if stats is not None:
-        _check_process(stats, denoiser.process)
+        check_same_process(stats, denoiser.process)
         if tuple(shape) != stats.shape:
             raise ValueError(f"stats are of samples of shape {stats.shape}, not of shape {tuple(shape)}")
         check_levels(steps, stats.levels, method)
@@ -203,23 +199,6 @@ def prepared_fit(
     calls_left(budget, run.calls * len(batches.seeds) + CHECK_CALLS * settings["checks"])
     check_levels(steps, len(run.s), method)
     return run, batches, known
-
-
-def _check_process(stats: PathStatistics, own: NoiseProcess) -> None:
-    """ValueError unless statistics are of a model's noise process, whatever the range of its levels.
-
-    Without runs a schedule follows from the statistics alone, and its timesteps would be those of another table.
-    """
-    known, other = stats.process, None
-    times, own_times = known.timestep(stats.s), own.timestep(stats.s)
-    if known.kind != own.kind:
-        other = f"{known.kind!r}, not {own.kind!r}"
-    elif times is not None and own_times is not None:
-        rounded = getattr(known, "integer_timesteps", False) or getattr(own, "integer_timesteps", False)
-        apart = float((times - own_times).abs().max()) > SAME_TIMES * float(times.abs().max()) + 0.5 * rounded
-        other = "with other timesteps (another table, or scale or direction of time)" if apart else None
-    if other is not None:
-        raise ValueError(f"stats are of another noise process than this model's: {other}")
 
 
 def _keep_runs(runner: Runner, log_file: str | None, stats: PathStatistics, **what: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
 from fastsched.denoisers.network_state import check_evaluation_mode, unchanged_buffers
-from fastsched.denoisers.noise import check_near
+from fastsched.denoisers.noise import NoiseProcess, check_near
 from fastsched.measurement.batches import Batches, finished_part, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.devices import check_together, measured_in_group, prepare_together
@@ -31,6 +31,9 @@ CLOSEST = 9.9e-4
 
 #: The same for the denoiser's own levels, which are evenly spaced: at smaller distances changes are mostly rounding.
 CLOSEST_EVEN = 1e-6
+
+#: Largest difference of timesteps of one noise process, over the largest of them, beside that of rounding to integers.
+SAME_TIMES = 1e-3
 
 
 def measure(
@@ -175,6 +178,23 @@ def check_same_network(
             "different outputs for the same input"
         )
     return 1
+
+
+def check_same_process(stats: PathStatistics, own: NoiseProcess) -> None:
+    """ValueError unless statistics are of a model's ``own`` noise process, whatever the range of its levels.
+
+    Without runs a schedule follows from the statistics alone, and its timesteps would be those of another table.
+    """
+    known, other = stats.process, None
+    times, own_times = known.timestep(stats.s), own.timestep(stats.s)
+    if known.kind != own.kind:
+        other = f"{known.kind!r}, not {own.kind!r}"
+    elif times is not None and own_times is not None:
+        rounded = known.integer_timesteps or own.integer_timesteps
+        apart = float((times - own_times).abs().max()) > SAME_TIMES * float(times.abs().max()) + 0.5 * rounded
+        other = "with other timesteps (another table, or scale or direction of time)" if apart else None
+    if other is not None:
+        raise ValueError(f"stats are of another noise process than this model's: {other}; measure again")
 
 
 def measured_levels(denoiser: Denoiser, levels: int | Tensor | Sequence[float]) -> Tensor:

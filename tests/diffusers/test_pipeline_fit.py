@@ -384,7 +384,7 @@ def test_fit_names_what_is_wrong_with_its_statistics():
     with pytest.raises(ValueError, match=r"stats are of samples \[2, 2, 2\] and the pipeline's are \[4, 8, 8\]"):
         fs.diffusers.fit(quiet(other), 3, stats=unknown, **call)
     flow = oracle_pipeline(diffusers.FlowMatchEulerDiscreteScheduler(), oracle)
-    with pytest.raises(ValueError, match="'vp' noise process"):
+    with pytest.raises(ValueError, match="noise process than this model's: 'vp', not 'flow'"):
         fs.diffusers.fit(flow, 3, stats=stats)
 
 
