@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,7 @@ def errors(
         if each.measured_error and (name, each.solver, each.steps) not in known
     ]
     figure, axes = _axes(HEIGHT + 0.2 * (len(curves) + len(points) + len(measured)))
-    colours = _colours()
+    colours = itertools.cycle(plot.COLOURS[:7])  # the eighth, black, is for karras
     for curve in curves:
         low, high = band(stats, curve)
         (line,) = axes.plot(
@@ -104,7 +104,7 @@ def responses(stats: PathStatistics) -> str:
     asked = list(asked_levels(stats.levels))
     assert stats.response_gram is not None  # it is there if there are deviated paths
     sizes = stats.response_gram.diagonal(dim1=1, dim2=2).mean(0).sqrt() / (stats.data_std * math.sqrt(stats.dimension))
-    for path, found, colour in zip(stats.deviated, sizes.split(len(asked)), _colours(), strict=False):
+    for path, found, colour in zip(stats.deviated, sizes.split(len(asked)), plot.COLOURS, strict=False):
         label = f"order {path.order}, steps of {path.hold} levels"
         _over_sigma(axes, stats, stats.sigmas[asked].numpy(), found.numpy(), marker="o", color=colour, label=label)
     axes.set_ylabel("change of the denoised image,\nin standard deviations")
@@ -131,11 +131,6 @@ def cosines(stats: PathStatistics) -> str:
 def _axes(height: float = HEIGHT, width: float = WIDTH) -> tuple[Figure, Axes]:
     figure = plot.draw_empty(width, height)
     return figure, figure.subplots()
-
-
-def _colours() -> Iterator[str]:
-    while True:
-        yield from plot.COLOURS[:7]  # the eighth, black, is for karras
 
 
 def _label(name: str) -> str:

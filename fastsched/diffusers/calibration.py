@@ -18,9 +18,8 @@ from fastsched.diffusers.attributes import copied_with
 from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import class_and_settings, class_of, describe, own_scheduler
 from fastsched.diffusers.exporter import told_timesteps
-from fastsched.diffusers.first_latents import UnitStart, check_first_latents, check_neighbours
+from fastsched.diffusers.first_latents import check_first_latents, check_neighbours
 from fastsched.diffusers.function_checks import check_function
-from fastsched.diffusers.measurement_steps import check_steps, levels_of
 from fastsched.diffusers.overrides import ArgumentsOf, Timesteps, without_equal_sigmas
 from fastsched.diffusers.step_checks import (
     UNALIKE,
@@ -42,10 +41,11 @@ from fastsched.diffusers.step_checks import (
     output_of_tokens,
     warn_of_clipping,
 )
+from fastsched.diffusers.step_counts import check_steps, levels_of
 from fastsched.diffusers.watching import PipelineWatch, Step, check_replaced, overwritten, replaced
 from fastsched.measurement.deviated_paths import deviated_paths, queries
 from fastsched.measurement.measuring import measured_levels
-from fastsched.measurement.memory import check_call, with_store
+from fastsched.measurement.memory import check_room, with_store
 from fastsched.measurement.path_following import Measurement, Query, measurement_steps
 from fastsched.measurement.statistics import PathStatistics, data_deviation
 from fastsched.sampling.random_streams import BESIDE, sample_seeds
@@ -59,7 +59,7 @@ class CalibrationOutput(SchedulerOutput):
     denoised: Tensor | None = None
 
 
-class CalibrationScheduler(UnitStart, SchedulerMixin, ConfigMixin):
+class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     """Measure a pipeline through its own loop.
 
     It takes the place of the pipeline's scheduler. Each ``step`` returns the next state of a measurement over N levels
@@ -101,6 +101,7 @@ class CalibrationScheduler(UnitStart, SchedulerMixin, ConfigMixin):
     """
 
     order = 1
+    asked_size = False  #: whether the pipeline has asked for the size of its first latents, `init_noise_sigma`
 
     @register_to_config
     def __init__(
@@ -171,6 +172,12 @@ class CalibrationScheduler(UnitStart, SchedulerMixin, ConfigMixin):
         return made
 
     @property
+    def init_noise_sigma(self) -> float:
+        """1: whatever the class of the pipeline's scheduler, a measurement starts from standard normal noise."""
+        self.asked_size = True
+        return 1.0
+
+    @property
     def statistics(self) -> PathStatistics:
         """The measurement, one sample for each element of the pipeline's batch.
 
@@ -207,7 +214,8 @@ class CalibrationScheduler(UnitStart, SchedulerMixin, ConfigMixin):
             self._earlier = self._statistics or self._earlier  # a pipeline may reset its scheduler at the end
         self._parameters = dict(inspect.signature(getattr(diffusers, self.config["scheduler_class"]).step).parameters)
         # Another number of steps than that of the levels is refused at the first step: there may be another call.
-        self._levels = self.measured_levels(asked if isinstance(asked, Tensor) and len(asked) == count else count)
+        levels = asked if isinstance(asked, Tensor) and len(asked) == count else count
+        self._levels = measured_levels(self.convention.denoiser, levels)
         self._clear()
         self._scales = self.convention.input_scale(self._levels).tolist()
         # An early level, to detect changes in the middle of the run, but one at which the conditioning matters.
@@ -314,10 +322,6 @@ class CalibrationScheduler(UnitStart, SchedulerMixin, ConfigMixin):
         self._returned: Tensor | None = None
         self._repeat: tuple[Tensor, Tensor] | None = None
 
-    def measured_levels(self, levels: int | Tensor) -> Tensor:
-        """The levels to measure: this number of levels, or these; at integer timesteps if the class requires them."""
-        return measured_levels(self.convention.denoiser, levels)
-
     def _next(self, output: Tensor, sample: Tensor) -> Tensor:
         if self._index == 0:
             return self._start(output.dtype, sample)
@@ -327,7 +331,7 @@ class CalibrationScheduler(UnitStart, SchedulerMixin, ConfigMixin):
         denoiser, keep = self.convention.denoiser, bool(self.config["keep_increments"])
         run = Measurement(denoiser, self._levels, sample.device, dtype, deviated_paths(len(self._levels)), keep)
         self._run = with_store(run, len(sample), sample[0].numel())
-        check_call(self._run, len(sample), sample[0].numel())
+        check_room(self._run, len(sample), sample[0].numel())
         seeds = sample_seeds(int(self.config["seed"]), int(self.config["samples_before"]) + len(sample))
         seeds, shape = seeds[-len(sample) :], tuple(sample.shape[1:])
         self._steps = measurement_steps(self._run, seeds, shape, verdicts=self._verdicts)

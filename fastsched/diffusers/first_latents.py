@@ -19,18 +19,6 @@ FEWEST_ELEMENTS = 8
 CORRELATED, STANDARD_ERRORS = 0.1, 6
 
 
-class UnitStart:
-    """The size of a pipeline's first latents, and whether the pipeline has asked for it."""
-
-    asked_size = False
-
-    @property
-    def init_noise_sigma(self) -> float:
-        """1: whatever the class of the pipeline's scheduler, a measurement starts from standard normal noise."""
-        self.asked_size = True
-        return 1.0
-
-
 def check_first_latents(sample: Tensor, verdicts: Verdicts, needed: float = 1.0, name: str = "") -> None:
     """Check that a pipeline starts from standard normal noise of the size that its scheduler needs.
 

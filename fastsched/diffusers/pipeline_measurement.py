@@ -18,11 +18,11 @@ from fastsched.diffusers.attributes import attributes_set, in_one_thread
 from fastsched.diffusers.caches import check_caches
 from fastsched.diffusers.calibration import CalibrationScheduler
 from fastsched.diffusers.call_identity import call_identity, check_same_call, check_same_calls
-from fastsched.diffusers.conventions import own_scheduler, warn_of_overrides
-from fastsched.diffusers.measurement_steps import calibration_steps
+from fastsched.diffusers.conventions import describe, own_scheduler, warn_of_overrides
 from fastsched.diffusers.pipeline_call import call, check_call
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.random_numbers import ONE_CALL
+from fastsched.diffusers.step_counts import calibration_steps
 from fastsched.diffusers.watching import watched
 from fastsched.measurement.batches import Batches, carry, finished_part, is_out_of_memory, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
@@ -36,6 +36,7 @@ from fastsched.measurement.devices import (
     save_whole,
     share,
 )
+from fastsched.measurement.measuring import measured_levels
 from fastsched.measurement.path_following import Measurement
 from fastsched.measurement.statistics import PathStatistics, merged
 from fastsched.sampling.files import absolute_file, check_writable
@@ -248,12 +249,11 @@ def _resumed(
 ) -> PathStatistics | None:
     """The samples of this measurement that a file holds, to become ``needed``; None if there is no file."""
     check_writable(file)
-    calibration = CalibrationScheduler.from_scheduler(pipe.scheduler)
-    denoiser, s = calibration.convention.denoiser, calibration.measured_levels(settings["levels"])
-    keep = settings["keep_increments"]
-    run = Measurement(denoiser, s, torch.device("cpu"), torch.float32, deviated_paths(len(s)), keep)
     if not os.path.exists(file):
         return None
+    denoiser = describe(own_scheduler(pipe.scheduler)).denoiser
+    s, keep = measured_levels(denoiser, settings["levels"]), settings["keep_increments"]
+    run = Measurement(denoiser, s, torch.device("cpu"), torch.float32, deviated_paths(len(s)), keep)
     found = PathStatistics.load(file)
     assert origin.fingerprint is not None  # every pipeline has one
     check_same_call(os.fspath(file), found.origin, origin.fingerprint, any_dtype=False)

@@ -126,7 +126,7 @@ def paths_at_once(
     return fits
 
 
-def check_call(run: Measurement, paths: int, elements: int) -> None:
+def check_room(run: Measurement, paths: int, elements: int) -> None:
     """MemoryError, which says what to lower, unless one path for each image of a pipeline's call fits into memory."""
     lacking = _lacking(run, need(run, paths, paths, elements))
     if lacking:

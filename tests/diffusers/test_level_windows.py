@@ -16,7 +16,7 @@ from pipelines import SHAPE, OraclePipeline, OracleUNet
 from test_watching import STEP_NUMBER, euler, measured, mixture, quiet
 
 from fastsched.diffusers.consistency import Consistency
-from fastsched.diffusers.measurement_steps import calibration_steps
+from fastsched.diffusers.step_counts import calibration_steps
 from fastsched.diffusers.watching import Step
 from fastsched.measurement.deviated_paths import asked_levels, deviated_paths, queries
 

@@ -1,4 +1,4 @@
-"""How many steps of a pipeline a measurement takes."""
+"""How many steps a pipeline makes in a measurement."""
 
 from __future__ import annotations
 
