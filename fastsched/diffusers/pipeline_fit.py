@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ from fastsched.fitting.interrupts import BestSoFar, interrupted_schedule
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, check_levels, fit_by_running
 from fastsched.fitting.rollouts import Run
 from fastsched.fitting.run_log import RunLog, identity, logged
+from fastsched.measurement.batches import finished_part
 from fastsched.measurement.devices import check_together, prepare_together, rank_and_size
 from fastsched.measurement.measuring import check_same_process
 from fastsched.measurement.statistics import PathStatistics, is_statistics
@@ -104,25 +105,13 @@ def fit(
     with in_one_thread(pipe), prompts_encoded_once(pipe):
         if stats is None:
             settings = {"prompts": prompts, "prompts_per_call": prompts_per_call, "seed": seed, **places}
-            stats, whole = _measured(pipe, call_kwargs, plan, keep_increments=audition, **settings)
-            if not whole:
-                return interrupted_schedule(stats, steps, chosen_solver(name))
+            settings |= {"keep_increments": audition, **prepare_together(plan, group)}
+            try:
+                stats = measured_in_group(pipe, call_kwargs, vectors="first", **settings)
+            except KeyboardInterrupt as error:
+                return interrupted_schedule(finished_part(error, checkpoint, group), steps, chosen_solver(name))
             total = max(0, total - stats.model_calls)
         return _fitted(pipe, stats, steps, name, calls, call_kwargs, total * audition, apart, **places).schedule
-
-
-def _measured(
-    pipe: Any, call_kwargs: dict[str, Any], plan: Callable[[], dict[str, Any]], **settings: Any
-) -> tuple[PathStatistics, bool]:
-    """The measurement of a fit, and whether it is whole: without a checkpoint an interrupt leaves what was finished."""
-    settings |= prepare_together(plan, settings["group"])
-    try:
-        return measured_in_group(pipe, call_kwargs, vectors="first", **settings), True
-    except KeyboardInterrupt as error:
-        finished = getattr(error, "partial", None)
-        if finished is None or settings["checkpoint"] is not None or settings["group"] is not None:
-            raise
-        return finished, False
 
 
 def _checked(pipe: Any, steps: int, solver: str | None, checkpoint: Any, audition: bool, apart: str | None) -> str:

@@ -24,7 +24,7 @@ from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.random_numbers import ONE_CALL
 from fastsched.diffusers.step_counts import calibration_steps
 from fastsched.diffusers.watching import watched
-from fastsched.measurement.batches import Batches, carry, finished_part, is_out_of_memory, resumed
+from fastsched.measurement.batches import Batches, carry, interrupted_measurement, is_out_of_memory, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.devices import (
     check_alike,
@@ -113,7 +113,7 @@ def measure(
     try:
         return measured_in_group(pipe, call_kwargs, group, checkpoint=absolute_file(checkpoint), **settings)
     except KeyboardInterrupt as error:
-        return finished_part(error, checkpoint, group)
+        return interrupted_measurement(error, checkpoint, group)
 
 
 def measured_in_group(

@@ -21,7 +21,7 @@ from fastsched.fitting.interrupts import BestSoFar, interrupted_schedule
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, affordable, check_levels, fit_by_running
 from fastsched.fitting.rollouts import Run, Runner
 from fastsched.fitting.run_log import RunLog, identity
-from fastsched.measurement.batches import Batches
+from fastsched.measurement.batches import Batches, carry, finished_part
 from fastsched.measurement.devices import check_together, measured_in_group, prepare_together, rank_and_size
 from fastsched.measurement.measuring import check_same_network, check_same_process, prepared, with_increments
 from fastsched.measurement.network_checks import CHECK_CALLS
@@ -153,9 +153,9 @@ def fit_report(
         with progress_bar(budget, progress, "fitting") as runner.advance:
             return led_by_first(runner, work, group)
     except KeyboardInterrupt as error:
-        finished = getattr(error, "partial", None) if stats is None else stats
-        if checkpoint is not None or finished is None or group is not None:
-            raise
+        if stats is not None:
+            carry(error, stats)
+        finished = finished_part(error, checkpoint, group)
         return FitReport(interrupted_schedule(finished, steps, method, best), finished)
 
 

@@ -186,13 +186,21 @@ def _check_more_samples(file: str | os.PathLike[str], found: PathStatistics, sam
 
 
 def finished_part(error: KeyboardInterrupt, file: str | os.PathLike[str] | None, group: Any) -> PathStatistics:
-    """The paths that were finished before an interrupt, with a warning.
+    """The paths that were finished before an interrupt.
 
     Raises the interrupt again if there are none, if a file has them, or in a group, whose other processes continue.
     """
     partial = None if file is not None or group is not None else getattr(error, "partial", None)
     if partial is None:
         raise error
+    return partial
+
+
+def interrupted_measurement(
+    error: KeyboardInterrupt, file: str | os.PathLike[str] | None, group: Any
+) -> PathStatistics:
+    """`finished_part`, with a warning."""
+    partial = finished_part(error, file, group)
     validate.warn(
         f"interrupted: these statistics hold the {partial.samples} paths that were finished "
         "(measure(checkpoint=PATH) keeps them in a file and resumes from there)",

@@ -15,7 +15,7 @@ from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, is_denoiser, placement
 from fastsched.denoisers.network_state import check_evaluation_mode, unchanged_buffers
 from fastsched.denoisers.noise import NoiseProcess, check_near
-from fastsched.measurement.batches import Batches, finished_part, resumed
+from fastsched.measurement.batches import Batches, interrupted_measurement, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.devices import check_together, measured_in_group, prepare_together
 from fastsched.measurement.fingerprints import same_network
@@ -95,7 +95,7 @@ def measure(
     try:
         return measured_in_group(run, batches, known, group)
     except KeyboardInterrupt as error:
-        return finished_part(error, checkpoint, group)
+        return interrupted_measurement(error, checkpoint, group)
 
 
 def prepared(
