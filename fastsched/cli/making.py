@@ -106,7 +106,7 @@ def _measured_pipeline(
 
     count, output = inputs.sample_range(samples, PIPELINE_SAMPLES), output.absolute()  # the model may change the folder
     pipe, arguments = source.pipeline()
-    levels, calls = settings["levels"], spending.calibrating(spending.least_samples(pipe, source.prompts, arguments))
+    levels, calls = settings["levels"], spending.calibrating(pipe, source.prompts, arguments)[1]
     left = calls(levels, count) - calls(levels, range(inputs.known_samples(output) if settings["resume"] else 0))
     spending.say(f"{max(0, left):,} to measure", dry_run)
     settings |= {"samples": count, "prompts": source.prompts, "checkpoint": output, "progress": not source.quiet}
@@ -203,13 +203,17 @@ def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool
     given: Any  # arguments of a pipeline's call, or the shape of a denoiser's samples
     model, given = source.pipeline() if source.is_pipeline else source.denoiser()
     if source.is_pipeline:
-        least = spending.least_samples(model, source.prompts, given)
+        from fastsched.diffusers.pipeline_fit import checked_fit
+
+        least, calls = spending.calibrating(model, source.prompts, given)
         if options["stats"] is None:
             budget = default_total(least) if options["model_calls"] is None else options["model_calls"]
             levels, samples = planned(budget, steps, options["levels"], options["samples"], least=least)
             options |= {"model_calls": budget, "levels": levels, "samples": samples}
-        _check_scheduler(model.scheduler, steps, solver, options["decoupled"])
-        cost = spending.pipeline_fit_calls(spending.calibrating(least), options)
+        with inputs.named_as_options(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the fit repeats them
+            checked_fit(model, steps, solver, options["checkpoint"], audition=True, decoupled=options["decoupled"])
+        cost = spending.pipeline_fit_calls(calls, options)
         options = {"solver": solver, "prompts": source.prompts, **given} | options
     else:
         options = source.running | options | {"shape": given, "solver": solver or "dpmpp_2m"}
@@ -223,19 +227,6 @@ def _fitted(source: inputs.Source, steps: int, solver: str | None, dry_run: bool
     ):
         run: Any = fs.diffusers.fit if source.is_pipeline else fs.fit
         return run(model, steps=steps, **options | {"progress": progress})
-
-
-def _check_scheduler(scheduler: Any, steps: int, solver: str | None, decoupled: bool | str) -> None:
-    """Run the fit's own checks of the scheduler before the cost is printed."""
-    from fastsched.diffusers.pipeline_fit import check_tells_apart, checked_solver
-    from fastsched.sampling.schedule import decoupling
-
-    with inputs.named_as_options(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the fit repeats them
-        chosen = checked_solver(scheduler, steps, solver, audition=True)
-        apart = decoupling("decoupled", decoupled)
-        if apart is not None:
-            check_tells_apart(scheduler, steps, chosen, apart)
 
 
 def select(

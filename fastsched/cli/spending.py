@@ -28,18 +28,15 @@ def measuring_calls(model: Denoiser, levels: int | Tensor, samples: int, respons
     return paths + CHECK_CALLS * (samples > 0)
 
 
-def least_samples(pipe: Any, prompts: list[str] | None, arguments: dict[str, Any]) -> int:
-    """The least number of samples of a pipeline's measurement, one for each prompt and image."""
+def calibrating(
+    pipe: Any, prompts: list[str] | None, arguments: dict[str, Any]
+) -> tuple[int, Callable[[Any, Any], int]]:
+    """The least number of samples of a pipeline's measurement, and its model calls for given levels and samples."""
+    from fastsched.diffusers.pipeline_measurement import calibration_calls
     from fastsched.diffusers.prompt_calls import PromptCalls
 
-    return PromptCalls.of(pipe, prompts, arguments, None).minimum_samples
-
-
-def calibrating(least: int) -> Callable[[Any, Any], int]:
-    """The model calls of a pipeline's measurement of given levels and samples."""
-    from fastsched.diffusers.pipeline_measurement import calibration_calls
-
-    return partial(calibration_calls, least=least)
+    least = PromptCalls.of(pipe, prompts, arguments, None).minimum_samples  # one for each prompt and image
+    return least, partial(calibration_calls, least=least)
 
 
 def denoiser_fit_calls(model: Denoiser, steps: int, options: dict[str, Any]) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -96,7 +96,7 @@ def fit(
     check_together(locals(), **CHECKS)
     calls = prepare_together(lambda: checked_calls(pipe, prompts, call_kwargs, prompts_per_call), group)
     apart = decoupling("decoupled", decoupled)
-    name = prepare_together(lambda: _checked(pipe, steps, solver, checkpoint, audition, apart), group)
+    name = prepare_together(lambda: checked_fit(pipe, steps, solver, checkpoint, audition, decoupled), group)
     check_group(stats, group, steps=steps, solver=name, audition=audition, decoupled=apart, model_calls=model_calls)
     least = calls.minimum_samples if audition else 1  # without runs, more prompts than the calls allow are no loss
     total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else default_total(least)
@@ -105,20 +105,32 @@ def fit(
     with in_one_thread(pipe), prompts_encoded_once(pipe):
         if stats is None:
             settings = {"prompts": prompts, "prompts_per_call": prompts_per_call, "seed": seed, **places}
-            settings |= {"keep_increments": audition, **prepare_together(plan, group)}
-            try:
-                stats = measured_in_group(pipe, call_kwargs, vectors="first", **settings)
-            except KeyboardInterrupt as error:
-                return interrupted_schedule(finished_part(error, checkpoint, group), steps, chosen_solver(name))
+            stats, whole = _measured(pipe, call_kwargs, plan, keep_increments=audition, **settings)
+            if not whole:
+                return interrupted_schedule(stats, steps, chosen_solver(name))
             total = max(0, total - stats.model_calls)
         return _fitted(pipe, stats, steps, name, calls, call_kwargs, total * audition, apart, **places).schedule
 
 
-def _checked(pipe: Any, steps: int, solver: str | None, checkpoint: Any, audition: bool, apart: str | None) -> str:
+def _measured(
+    pipe: Any, call_kwargs: dict[str, Any], plan: Callable[[], dict[str, Any]], **settings: Any
+) -> tuple[PathStatistics, bool]:
+    """The measurement of a fit, and whether it is whole: without a checkpoint an interrupt leaves what was finished."""
+    settings |= prepare_together(plan, settings["group"])
+    try:
+        return measured_in_group(pipe, call_kwargs, vectors="first", **settings), True
+    except KeyboardInterrupt as error:
+        return finished_part(error, settings["checkpoint"], settings["group"]), False
+
+
+def checked_fit(
+    pipe: Any, steps: int, solver: str | None, checkpoint: Any, audition: bool, decoupled: bool | str
+) -> str:
     """Check that the pipeline can be fitted and files can be written; returns the solver to choose for."""
     if checkpoint is not None:
         check_writable(runs_beside(checkpoint))
     name = checked_solver(pipe.scheduler, steps, solver, audition=audition)
+    apart = decoupling("decoupled", decoupled)
     if apart is not None:
         check_tells_apart(pipe.scheduler, steps, name, apart)
     check_caches(pipe)
