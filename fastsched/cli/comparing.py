@@ -13,8 +13,6 @@ from fastsched.cli import inputs, shell, spending
 from fastsched.cli.shell import note
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from fastsched.comparison import Comparison
     from fastsched.denoisers.noise import NoiseProcess
     from fastsched.sampling.schedule import Schedule
@@ -196,7 +194,7 @@ def _baselines(
     from fastsched.selection.starts import common_sigmas
 
     ranged = ("karras", "exponential", "linear", "kl_optimal", "vp_uniform", "cosine", "beta")
-    levels = _trained(process)
+    levels = process.levels(3)  # among them the lowest and the highest finite one
     # The fitted solver's weights belong to one schedule, so no baseline can use them.
     given = schedules.values()
     stock = ["dpmpp_2m" if schedule.solver == FITTED else schedule.solver for schedule in given]
@@ -211,14 +209,3 @@ def _baselines(
                 label = f"common {label}"
             added[label] = Schedule(sigmas, solver, process.kind)
     return added
-
-
-def _trained(process: NoiseProcess) -> Tensor:
-    """Levels that include the lowest, the highest and the highest finite level the network was trained for."""
-    import torch
-
-    from fastsched.denoisers.noise import VariancePreserving
-
-    if isinstance(process, VariancePreserving):
-        return process.trained_levels
-    return torch.tensor([process.s_min, process.s_max], dtype=torch.float64, device="cpu")

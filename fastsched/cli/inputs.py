@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.metadata
-import inspect
 import json
 import re
 import sys
@@ -283,7 +282,11 @@ def pipeline_call(name: str) -> tuple[str | None, list[str] | None]:
     """Class of the pipeline in a folder and arguments of its call; None for a scheduler or an unknown class."""
     index = Path(name) / "model_index.json"
     kind, known = _named_class(index) if index.is_file() else (None, None)
-    return kind, None if known is None else list(inspect.signature(known.__call__).parameters)
+    if known is None:
+        return kind, None
+    from fastsched.diffusers.pipeline_call import call_parameters
+
+    return kind, [*call_parameters(known)]
 
 
 def _class_in(file: Path, method: str) -> Any:
@@ -327,7 +330,9 @@ def call_arguments(options: list[str] | None) -> dict[str, Any]:
 
 def check_numbers(kind: type, arguments: dict[str, Any]) -> None:
     """ValueError if an argument of a call is a string but its default is a number."""
-    usual = {name: each.default for name, each in inspect.signature(kind.__call__).parameters.items()}
+    from fastsched.diffusers.pipeline_call import call_parameters
+
+    usual = call_parameters(kind)
     for name, value in arguments.items():
         if isinstance(value, str) and isinstance(usual.get(name), (int, float)):
             raise ValueError(f"call: {name} must be a value such as {json.dumps(usual[name])}, got {value!r}")
