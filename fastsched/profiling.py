@@ -27,7 +27,7 @@ from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.measuring import measure
 from fastsched.measurement.memory import WORKING
 from fastsched.measurement.network_checks import CHECK_CALLS
-from fastsched.measurement.timeline import Run, Timeline, device_of, synchronisations
+from fastsched.measurement.timeline import TimedRun, Timeline, device_of, synchronisations
 from fastsched.sampling.files import absolute_file, check_writable, write_whole
 from fastsched.sampling.random_streams import noise_of
 from fastsched.sampling.sampler import sample
@@ -68,7 +68,7 @@ class StepTimes:
     synchronisations: float | None = None
 
     @classmethod
-    def of(cls, name: str, run: Run, steps: int | None = None) -> StepTimes:
+    def of(cls, name: str, run: TimedRun, steps: int | None = None) -> StepTimes:
         """From a run; its first step is a warm-up, and is left out if there are others.
 
         Fractions are those of this run; with the ``steps`` of a whole measurement, of its last two steps and
@@ -290,19 +290,19 @@ class _DenoiserRuns:
     def measuring_calls(self, levels: int) -> int:
         return measuring_calls(levels, DENOISER_SAMPLES) + CHECK_CALLS
 
-    def sampling(self, steps: int, solver: str = "dpmpp_2m") -> Run:
+    def sampling(self, steps: int, solver: str = "dpmpp_2m") -> TimedRun:
         schedule = even_schedule(self.denoiser.process, steps, solver)
         noise = noise_of(torch.tensor([0], device="cpu"), self.shape).to(self.device)
         return self._timed(lambda denoiser: sample(denoiser, schedule, solver, noise, dtype=self.dtype))
 
-    def sampling_fitted(self, steps: int) -> Run:
+    def sampling_fitted(self, steps: int) -> TimedRun:
         return self.sampling(steps, FITTED)
 
-    def measuring(self, levels: int) -> Run:
+    def measuring(self, levels: int) -> TimedRun:
         given = {"levels": levels, "samples": 1, "device": self.device, "dtype": self.dtype}
         return self._timed(lambda denoiser: measure(denoiser, self.shape, **given, checks=False, progress=False))
 
-    def _timed(self, run: Any) -> Run:
+    def _timed(self, run: Any) -> TimedRun:
         timeline = Timeline(self.device, "scheduler")
         timed = replace(self.denoiser, network=timeline.owned("network", self.denoiser.network))
         with synchronisations(self.device) as waits:

@@ -16,7 +16,7 @@ from fastsched.denoisers.noise import FlowMatching, VariancePreserving
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.conventions import describe, solver_of, visited
 from fastsched.diffusers.exporter import declared_sigmas, plain_copy
-from fastsched.diffusers.probe import oracle_network, rounding, scales, states_of, trace
+from fastsched.diffusers.probe import oracle_network, scales, states_of, timestep_slack, trace
 from fastsched.sampling.solvers import SOLVERS
 
 PATH = pathlib.Path(__file__).parents[1] / "docs" / "schedulers.md"
@@ -153,7 +153,7 @@ def run_scheduler(scheduler, convention, oracle, sigmas, noise):
     def at_level(x, t):
         given = torch.as_tensor(t, dtype=torch.float64)
         nearest = (expected - given).abs().argmin()
-        near = (expected[nearest] - given).abs() <= rounding(convention)
+        near = (expected[nearest] - given).abs() <= timestep_slack(convention)
         return network(x, levels[nearest] if near else convention.levels(given))
 
     scale = scales(convention, levels[:1])[1].float()

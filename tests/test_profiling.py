@@ -12,7 +12,7 @@ from models import exact_denoiser, mixture
 from shell_runs import run
 
 import fastsched as fs
-from fastsched.measurement.timeline import Run, Timeline
+from fastsched.measurement.timeline import TimedRun, Timeline
 from fastsched.profiling import StepTimes
 
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def test_the_end_of_a_measurement_counts_once_among_all_its_steps():
     """The median of five stands for 92 of 94; the last two wait for the device and compute the Gram matrix."""
     early, late = {"network": 0.9, "scheduler": 0.1}, {"network": 1.0, "scheduler": 3.0}
     slow = {"network": 0.9, "scheduler": 20.0}  # something is loaded
-    found = StepTimes.of("measuring", Run([{"network": 50.0}, slow, *[early] * 4, late, late], 60.0, None), 94)
+    found = StepTimes.of("measuring", TimedRun([{"network": 50.0}, slow, *[early] * 4, late, late], 60.0, None), 94)
     assert found.scheduler == pytest.approx((92 * 0.1 + 2 * 3.0) / (92 + 2 * 4.0))
     assert found.network + found.scheduler == pytest.approx(1.0)
     assert found.p50_ms == pytest.approx(1000.0)

@@ -68,7 +68,7 @@ def denoiser_fit_calls(model: Denoiser, steps: int, options: dict[str, Any]) -> 
 
 
 def pipeline_fit_calls(calls: Callable[[Any, Any], int], options: dict[str, Any]) -> tuple[int, int]:
-    """The same of a pipeline, whose measurement takes ``calls(levels, samples)``."""
+    """`denoiser_fit_calls` of a pipeline, whose measurement takes ``calls(levels, samples)``."""
     if options["stats"] is not None:
         return 0, 0
     whole = calls(options["levels"], options["samples"])

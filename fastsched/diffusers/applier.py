@@ -19,7 +19,7 @@ from fastsched.diffusers.exporter import (
     given_arguments,
     plain_copy,
     prove,
-    rounds,
+    rounding_warning,
     told_levels,
     told_timesteps,
     warn_of_solver,
@@ -99,7 +99,7 @@ def apply(schedule: Schedule, pipe: Any) -> Export:
     warn_of_lost_step(pipe.scheduler)
     if not proof.exact:
         measured = "schedules that were measured through this pipeline are not"
-        validate.warn(f"{rounds(scheduler, proof)}; {measured}")
+        validate.warn(f"{rounding_warning(scheduler, proof)}; {measured}")
     pipe.scheduler = scheduler
     return proof
 

@@ -42,7 +42,7 @@ from fastsched.diffusers.step_checks import (
     warn_of_clipping,
 )
 from fastsched.diffusers.step_counts import check_steps, levels_of
-from fastsched.diffusers.watching import PipelineWatch, Step, check_replaced, overwritten, replaced
+from fastsched.diffusers.watching import PipelineWatch, SeenStep, check_replaced, overwritten, replaced
 from fastsched.measurement.deviated_paths import deviated_paths, queries
 from fastsched.measurement.measuring import measured_levels
 from fastsched.measurement.memory import check_room, with_store
@@ -386,7 +386,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         else:
             check_unchanged(sample, returned, self._index, self._verdicts)
 
-    def _check_seen(self, seen: Step, output: Tensor, sample: Tensor) -> None:
+    def _check_seen(self, seen: SeenStep, output: Tensor, sample: Tensor) -> None:
         """Compare the networks' calls with those of earlier steps, and their input with the latents."""
         index, n, size = self._index, len(self._levels), sample.numel()
         level = [0, *self._queries, self._repeated][index]

@@ -26,7 +26,7 @@ from fastsched.denoisers.late_reading import Verdicts
 from fastsched.diffusers.formula import NOT_LINEAR, Formula
 from fastsched.diffusers.network_facts import progresses
 from fastsched.diffusers.step_checks import UNALIKE
-from fastsched.diffusers.watching import Step, is_number, observed
+from fastsched.diffusers.watching import SeenStep, is_number, observed
 from fastsched.measurement.deviated_paths import asked_levels
 
 #: A step that runs less than this fraction of the layers that another step runs is taken to reuse earlier results.
@@ -44,15 +44,15 @@ class Consistency:
     def __init__(self, levels: int = 0, changes: Callable[[int], bool] = lambda index: False) -> None:
         self._levels, self._may_change = levels, changes
         self._changed: dict[str, list[tuple[int, str]]] = {}
-        self._steps: dict[int, Step] = {}
-        self._visits: dict[int, tuple[int, Step]] = {}
+        self._steps: dict[int, SeenStep] = {}
+        self._visits: dict[int, tuple[int, SeenStep]] = {}
         self._formulas: dict[int, Formula | None] = {}
         self._fixed: set[str] = set()
         self._constant: dict[str, Any] = {}
         self._late: dict[str, list[tuple[int, dict[str, Any]]]] = {}
         self._layers: dict[tuple[str, int], tuple[int, int]] = {}
 
-    def note(self, index: int, level: int, seen: Step, output: Tensor, verdicts: Verdicts) -> None:
+    def note(self, index: int, level: int, seen: SeenStep, output: Tensor, verdicts: Verdicts) -> None:
         """`check` a step in which the scheduler was given ``output``, once ``verdicts`` are read: then a ValueError."""
         found, resolve = observed(seen, output)
 
@@ -63,7 +63,7 @@ class Consistency:
 
         verdicts.note(found, judge)
 
-    def check(self, index: int, level: int, step: Step, formula: Formula | None) -> str | None:
+    def check(self, index: int, level: int, step: SeenStep, formula: Formula | None) -> str | None:
         """What is wrong with step ``index``, at the level with the index ``level``; None if nothing is.
 
         Steps must be checked in order, each as `observed` returns it.
@@ -147,7 +147,7 @@ class Consistency:
         before, found = (self._formulas.get(n) for n in (index - 1, index))
         return before is not None and found is not None and index > 1 and found.explains(before, factor=2.0)
 
-    def _changed_early(self, index: int, step: Step) -> str | None:
+    def _changed_early(self, index: int, step: SeenStep) -> str | None:
         """What differed at step 0, or at steps 0 and 1, from two equal values at the next two steps, if anything.
 
         Or only at step 1: a value that follows the latents would not be at step 2 what it was at step 0.
@@ -171,7 +171,7 @@ class Consistency:
                 return f"at step 1, {name.replace('#0', '')} was different from that at the steps before and after"
         return None
 
-    def _changed_late(self, index: int, step: Step) -> str | None:
+    def _changed_late(self, index: int, step: SeenStep) -> str | None:
         """What differed only at the first step of a network that was not called at step 1; None if nothing did.
 
         A value that is equal at its first two steps must be constant from then on.
@@ -191,7 +191,7 @@ class Consistency:
                     return f"at step {start}, {name.replace('#0', '')} was different from that at all later steps"
         return None
 
-    def _changed_constant(self, index: int, level: int, step: Step) -> str | None:
+    def _changed_constant(self, index: int, level: int, step: SeenStep) -> str | None:
         for name, value in sorted(self._constant.items()):
             given = step.facts.get(name, ...)
             if given == value or progresses(name) or not _applies_to(name, step):
@@ -226,7 +226,7 @@ class Consistency:
                 )
         return None
 
-    def _differs(self, other: Step, step: Step) -> str | None:
+    def _differs(self, other: SeenStep, step: SeenStep) -> str | None:
         if other.calls != step.calls:
             return f"the networks were called {dict(step.calls)} times, not {dict(other.calls)},"
         for name in sorted(self._fixed):
@@ -234,7 +234,7 @@ class Consistency:
                 return f"{name.replace('#0', '')} was different"
         return None
 
-    def _skipped_layers(self, step: Step) -> str | None:
+    def _skipped_layers(self, step: SeenStep) -> str | None:
         for name, calls in step.calls.items():
             key, layers = (name, calls), step.layers[name]  # 0 if it was called and reused its whole output
             low, high = self._layers.get(key, (layers, layers))
@@ -252,7 +252,7 @@ def _difference(known: Formula, found: Formula) -> str:
     return f"the networks' outputs were combined with other coefficients ({numbers[0]} instead of {numbers[1]})"
 
 
-def _applies_to(name: str, step: Step) -> bool:
+def _applies_to(name: str, step: SeenStep) -> bool:
     """Whether a fact belongs to the pipeline, or to a network call that was made in this step."""
     holder, turn = _holder(name)
     return holder == "pipe" or step.calls[holder] > turn

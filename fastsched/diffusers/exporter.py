@@ -20,7 +20,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.noise import FlowMatching, NoiseProcess, VariancePreserving
 from fastsched.diffusers.conventions import Convention, class_names, describe, other_solver, own_scheduler, visited
-from fastsched.diffusers.probe import NUDGE, amplified_rounding, rounding, scales, trace
+from fastsched.diffusers.probe import NUDGE, amplified_rounding, scales, timestep_slack, trace
 from fastsched.diffusers.replacement import replacement
 from fastsched.sampling.schedule import Schedule, is_schedule
 
@@ -106,7 +106,7 @@ def export(schedule: Schedule, scheduler: Any, *, mu: float | None = None) -> Ex
         raise ValueError(OTHER_APPLIED)
     warn_of_solver(schedule, scheduler)
     if not proof.exact:
-        validate.warn(f"{rounds(scheduler, proof)}. {_alternative(schedule, scheduler, mu)}")
+        validate.warn(f"{rounding_warning(scheduler, proof)}. {_alternative(schedule, scheduler, mu)}")
     return proof
 
 
@@ -174,7 +174,7 @@ def prove(
                 f"{_brief(run.noise)}"
             )
     rounded = (run.timesteps - expected).abs().max() if len(run.timesteps) == len(expected) else torch.inf
-    if rounded > rounding(convention):
+    if rounded > timestep_slack(convention):
         raise ValueError(
             f"{name} gives the network the timesteps {_brief(run.timesteps)}, but those of its sigmas are "
             f"{_brief(expected)}"
@@ -182,7 +182,7 @@ def prove(
     return Export(arguments or {}, way, used, relative_error(used, schedule.sigmas), float(rounded), run.deterministic)
 
 
-def rounds(scheduler: Any, proof: Export) -> str:
+def rounding_warning(scheduler: Any, proof: Export) -> str:
     """The warning for a scheduler that rounds the sigmas."""
     name = type(scheduler).__name__
     return f"{name} takes integer timesteps, so the schedule is rounded, by up to {proof.error:.1%} in sigma"

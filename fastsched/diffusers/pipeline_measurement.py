@@ -24,7 +24,7 @@ from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
 from fastsched.diffusers.random_numbers import ONE_CALL
 from fastsched.diffusers.step_counts import calibration_steps
 from fastsched.diffusers.watching import watched
-from fastsched.measurement.batches import Batches, carry, interrupted_measurement, is_out_of_memory, resumed
+from fastsched.measurement.batches import Batches, attach_finished, interrupted_measurement, is_out_of_memory, resumed
 from fastsched.measurement.deviated_paths import deviated_paths
 from fastsched.measurement.devices import (
     check_alike,
@@ -210,7 +210,7 @@ def measured_pipeline(
                 if checkpoint is not None:
                     whole.save(checkpoint, vectors=keep_increments)
         except BaseException as error:
-            carry(error, whole)
+            attach_finished(error, whole)
             raise
     return replace(whole, origin=origin)
 

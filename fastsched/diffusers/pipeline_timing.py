@@ -21,7 +21,7 @@ from fastsched.diffusers.pipeline_measurement import PIPELINE_SAMPLES, calibrati
 from fastsched.diffusers.random_numbers import random_numbers_kept
 from fastsched.diffusers.watching import networks_of
 from fastsched.measurement.deviated_paths import asked_levels
-from fastsched.measurement.timeline import Run, Timeline, device_of, synchronisations
+from fastsched.measurement.timeline import TimedRun, Timeline, device_of, synchronisations
 from fastsched.ops import vector_gram
 from fastsched.sampling.solvers import FITTED
 from fastsched.selection.starts import even_schedule
@@ -59,11 +59,11 @@ class PipelineRuns:
         """Model calls of a measurement, counted per sample."""
         return calibration_calls(levels, PIPELINE_SAMPLES)
 
-    def sampling(self, steps: int) -> Run:
+    def sampling(self, steps: int) -> TimedRun:
         """Run the pipeline with its own scheduler."""
         return self._timed(lambda: call(self.pipe, steps, self.call_kwargs), self.pipe.scheduler)
 
-    def sampling_fitted(self, steps: int) -> Run:
+    def sampling_fitted(self, steps: int) -> TimedRun:
         """Run the pipeline with a fitted schedule: of a stock solver where the pipeline takes no other."""
         process = describe(self.pipe.scheduler).process
         if "original_inference_steps" in call_parameters(self.pipe):
@@ -73,7 +73,7 @@ class PipelineRuns:
         with attributes_set(self.pipe, scheduler=scheduler):
             return self._timed(lambda: call(self.pipe, steps, self.call_kwargs), scheduler)
 
-    def measuring(self, levels: int) -> Run:
+    def measuring(self, levels: int) -> TimedRun:
         """Make one call of a measurement; the kernel is compiled before it, so that the time does not include that."""
         vectors = levels - 1 + 2 * len(asked_levels(levels))
         vector_gram(torch.zeros(1, vectors, self.elements, device=self.device))
@@ -83,7 +83,7 @@ class PipelineRuns:
             calls=2,
         )
 
-    def _timed(self, run: Callable[[], Any], scheduler: Any, calls: int = 1) -> Run:
+    def _timed(self, run: Callable[[], Any], scheduler: Any, calls: int = 1) -> TimedRun:
         timeline, waits = Timeline(self.device), list[int]()
         with _owned_step(timeline, scheduler, self._seen, waits), _owned_networks(timeline, self.pipe) as called:
             run()

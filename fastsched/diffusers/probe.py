@@ -132,7 +132,7 @@ def trace(scheduler: Any, start: Tensor, levels: Tensor, expected: Tensor, nudge
         def network(x: Tensor, t: Any) -> Tensor:
             given = torch.as_tensor(t, dtype=torch.float64)
             nearest = (expected - given).abs().argmin()
-            rounded = (expected[nearest] - given).abs() <= rounding(convention)
+            rounded = (expected[nearest] - given).abs() <= timestep_slack(convention)
             output = oracle(x, levels[nearest] if rounded else convention.levels(given)) * (1 + nudge)
             return _with_variance(output, scheduler, t)
 
@@ -163,7 +163,7 @@ def _with_variance(output: Tensor, scheduler: Any, t: Any) -> Tensor:
     return torch.cat([output, torch.full_like(output, value)], 1)
 
 
-def rounding(convention: Convention) -> float:
+def timestep_slack(convention: Convention) -> float:
     """How far equal timesteps may differ: 1, or 0.001 for ``log(sigma) / 4``, flow times in [0, 1] and angles."""
     times = isinstance(convention.process, VarianceExploding) or convention.train_steps == 1
     return 1e-3 if times else 1.0

@@ -36,7 +36,7 @@ TIMES = ("timestep", "timesteps")
 
 
 @dataclass
-class Step:
+class SeenStep:
     """What happened between two calls of the scheduler's ``step``."""
 
     calls: Counter[str] = field(default_factory=Counter)  #: the number of calls of each network
@@ -50,7 +50,7 @@ class Step:
     outputs: list[Given] = field(default_factory=list)  #: the first tensor, or list of tensors, in each call's output
     #: The timesteps that the networks were given as tensors, by argument.
     times: dict[str, Tensor] = field(default_factory=dict)
-    first: Step | None = None  #: in the second step, the first; otherwise None
+    first: SeenStep | None = None  #: in the second step, the first; otherwise None
 
 
 class PipelineWatch:
@@ -58,8 +58,8 @@ class PipelineWatch:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        self._first: Step | None = None
-        self._step = Step()
+        self._first: SeenStep | None = None
+        self._step = SeenStep()
         self._names: dict[str, list[str]] = {}
         self._states: dict[str, NetworkFacts] = {}
         self._steps = 0
@@ -75,15 +75,15 @@ class PipelineWatch:
 
     def begin(self) -> None:
         """Forget calls before the run: prompt encoders, or a network that fills a cache (GLM-Image from an image)."""
-        self._step = Step()
+        self._step = SeenStep()
 
-    def take(self, verdicts: Verdicts) -> Step:
+    def take(self, verdicts: Verdicts) -> SeenStep:
         """End a step: return what happened since the last call of this method; ``verdicts`` collects what to compare.
 
         Raises:
             ValueError: As `check_times` does.
         """
-        step, self._step = self._step, Step()
+        step, self._step = self._step, SeenStep()
         check_times(self._times, step.times, verdicts)
         self._times = step.times
         self._steps += 1
@@ -172,7 +172,7 @@ def networks_of(pipe: Any) -> dict[str, torch.nn.Module]:
     return {name: value for name, value in vars(pipe).items() if isinstance(value, torch.nn.Module)}
 
 
-def observed(step: Step, output: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Step, Formula | None]]]:
+def observed(step: SeenStep, output: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[SeenStep, Formula | None]]]:
     """Collect what must be copied to the CPU of a step in which the scheduler was given ``output`` [B, *shape].
 
     Returns:
@@ -183,11 +183,11 @@ def observed(step: Step, output: Tensor) -> tuple[Tensor, Callable[[Tensor], tup
     sums = [each.to(output.device, non_blocking=True) for _, *both in step.sums.values() for each in both]
     parts = [torch.stack(sums).to(exact)] if sums else [output.new_zeros(0, dtype=exact)]
     vector = torch.cat(parts if products is None else [*parts, products.flatten()])
-    light = Step(step.calls, dict(step.facts), layers=step.layers)
+    light = SeenStep(step.calls, dict(step.facts), layers=step.layers)
     shapes = {name: shape for name, (shape, *_) in step.sums.items()}
     size = torch.Size([0]) if products is None else products.shape
 
-    def resolve(values: Tensor) -> tuple[Step, Formula | None]:
+    def resolve(values: Tensor) -> tuple[SeenStep, Formula | None]:
         numbers = values[: 2 * len(shapes)].view(-1, 2).tolist()
         light.facts |= {name: (shape, *sums) for (name, shape), sums in zip(shapes.items(), numbers, strict=True)}
         square = values[2 * len(shapes) :][: size.numel()].view(size)
@@ -196,7 +196,7 @@ def observed(step: Step, output: Tensor) -> tuple[Tensor, Callable[[Tensor], tup
     return vector, resolve
 
 
-def overwritten(step: Step, latents: Tensor) -> Tensor | None:
+def overwritten(step: SeenStep, latents: Tensor) -> Tensor | None:
     """How many elements of ``latents`` [B, *shape] the pipeline replaced in each of its networks' inputs, [n].
 
     An input is compared if it has the latents' shape, repeats them along the batch, or extends them along one other
@@ -215,7 +215,7 @@ def overwritten(step: Step, latents: Tensor) -> Tensor | None:
     return torch.stack(counts) if counts else None
 
 
-def replaced(step: Step, latents: Tensor) -> Tensor:
+def replaced(step: SeenStep, latents: Tensor) -> Tensor:
     """Which elements of ``latents`` [B, *shape] the pipeline replaced in its networks' input, bool.
 
     Compares the inputs that `overwritten` compares, of longer ones the beginning, exactly in the input's dtype. Returns
@@ -226,12 +226,12 @@ def replaced(step: Step, latents: Tensor) -> Tensor:
     return min(masks, key=lambda mask: int(mask.sum()), default=torch.zeros_like(latents, dtype=torch.bool))
 
 
-def check_replaced(step: Step, latents: Tensor, kept: Tensor) -> None:
+def check_replaced(step: SeenStep, latents: Tensor, kept: Tensor) -> None:
     """ValueError, at the second step, if what a pipeline puts in place of ``kept`` elements follows the latents.
 
     If not, it is equal at the first step, which has the same timestep and unrelated latents.
     """
-    before, now = ([part_like(given, latents) for given in each.inputs] for each in (step.first or Step(), step))
+    before, now = ([part_like(given, latents) for given in each.inputs] for each in (step.first or SeenStep(), step))
     for one, two in zip(reversed(before), reversed(now), strict=False):  # text encoders may be among the first's
         if one is None or two is None or not torch.equal((two != latents.to(two)).to(kept.device), kept):
             continue
@@ -298,7 +298,7 @@ def _facts(name: str, value: Any) -> dict[str, Any]:
     return {}
 
 
-def _note(step: Step, name: str, value: Any) -> None:
+def _note(step: SeenStep, name: str, value: Any) -> None:
     """Add the facts about ``value`` to a step's facts, or to its sums if they are not on the CPU yet."""
     for key, fact in _facts(name, value).items():
         if isinstance(fact, tuple) and isinstance(fact[1], Tensor):

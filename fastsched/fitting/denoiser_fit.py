@@ -21,7 +21,7 @@ from fastsched.fitting.interrupts import BestSoFar, interrupted_schedule
 from fastsched.fitting.loop import MODEL_CALLS, FitReport, affordable, check_levels, fit_by_running
 from fastsched.fitting.rollouts import Run, Runner
 from fastsched.fitting.run_log import RunLog, identity
-from fastsched.measurement.batches import Batches, carry, finished_part
+from fastsched.measurement.batches import Batches, attach_finished, finished_part
 from fastsched.measurement.devices import check_together, measured_in_group, prepare_together, rank_and_size
 from fastsched.measurement.measuring import check_same_network, check_same_process, prepared, with_increments
 from fastsched.measurement.network_checks import CHECK_CALLS
@@ -154,7 +154,7 @@ def fit_report(
             return led_by_first(runner, work, group)
     except KeyboardInterrupt as error:
         if stats is not None:
-            carry(error, stats)
+            attach_finished(error, stats)
         finished = finished_part(error, checkpoint, group)
         return FitReport(interrupted_schedule(finished, steps, method, best), finished)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from fastsched import validate
 from fastsched.fitting.rollouts import Rollout, Run, distances
-from fastsched.measurement.batches import carry
+from fastsched.measurement.batches import attach_finished
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import power_mean
 from fastsched.sampling.schedule import Schedule
@@ -30,7 +30,7 @@ class BestSoFar:
         try:
             found = self.run(schedule, first, last)
         except BaseException as error:
-            carry(error, self.stats)
+            attach_finished(error, self.stats)
             raise
         if found is not None:
             self.finished.setdefault(id(schedule), (schedule, []))[1].append(Rollout(found.ends))

@@ -107,16 +107,16 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
             _warn_of_constant(whole)
         return whole
     except BaseException as error:  # also a warning that is an error, at the very end
-        carry(error, whole)
+        attach_finished(error, whole)
         if is_out_of_memory(error):
             paths = min(batches.size, len(batches.seeds))
             advice = MemoryError(out_of_memory_message(run, paths, len(seeds), math.prod(batches.shape)))
-            carry(advice, whole)
+            attach_finished(advice, whole)
             raise advice from error
         raise
 
 
-def carry(error: BaseException, finished: PathStatistics | None) -> None:
+def attach_finished(error: BaseException, finished: PathStatistics | None) -> None:
     """Attach the finished paths to an error as ``error.partial``, so that a handler can save them."""
     with contextlib.suppress(Exception):  # a few classes take no attributes
         error.partial = finished  # type: ignore[attr-defined]  # no class of errors declares it

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.measurement.batches import Batches, carry, measured, resumed
+from fastsched.measurement.batches import Batches, attach_finished, measured, resumed
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.memory import PIECE
 from fastsched.measurement.path_following import Measurement
@@ -203,12 +203,12 @@ def parts_of_group(measure: Callable[[], PathStatistics] | None, group: Any, vec
     try:
         found = gathered_by_all((light, described(failure)), group)
     except Exception as error:
-        carry(error, part)  # another process has ended
+        attach_finished(error, part)  # another process has ended
         raise
     parts = [each for each, _ in found if each is not None]
     error = joint_failure([text for _, text in found], failure)
     if error is not None:
-        carry(error, reduce(PathStatistics.merge, parts) if parts else None)
+        attach_finished(error, reduce(PathStatistics.merge, parts) if parts else None)
         raise error
     if vectors == "none":
         return parts

@@ -233,7 +233,7 @@ def _lower_start(process: NoiseProcess) -> str:
 
 
 def _if_untrained(process: NoiseProcess) -> str:
-    """The same for a network that may be right and badly trained there."""
+    """`_lower_start` as advice for a network that may be right and badly trained at the highest level; else empty."""
     if process.kind != "vp" or process.s_max <= USUAL_TOP[-1]:
         return ""
     return f". Or is it badly trained there? {_lower_start(process)}"

@@ -15,7 +15,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Run:
+class TimedRun:
     """A run of a sampler or a measurement."""
 
     steps: Sequence[dict[str, float]]  #: for every step, its seconds by owner
@@ -89,9 +89,9 @@ class Timeline:
                 step = {}
         return found
 
-    def run(self, last: str, synchronisations: Sequence[float] | None) -> Run:
+    def run(self, last: str, synchronisations: Sequence[float] | None) -> TimedRun:
         """The run so far; a step ends with a span of the owner ``last``."""
-        return Run(self.steps(last), sum(seconds for _, seconds in self.spans()), synchronisations)
+        return TimedRun(self.steps(last), sum(seconds for _, seconds in self.spans()), synchronisations)
 
 
 def device_of(model: Any) -> torch.device:

@@ -15,7 +15,7 @@ from pipelines import SHAPE, OraclePipeline, OracleUNet, oracle_pipeline
 
 from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.formula import Formula, products_of
-from fastsched.diffusers.watching import Step
+from fastsched.diffusers.watching import SeenStep
 
 MIXTURE = fs.oracles.GaussianMixture.random(8, 3, seed=0)
 
@@ -71,7 +71,7 @@ def test_guidance_of_bounded_size_follows_the_latents():
         consistency, found = Consistency(), None
         for index, factor in enumerate(factors):
             output = torch.tensor([[1.0, 2.0, 4.0]])
-            step = Step(Counter(unet=1))
+            step = SeenStep(Counter(unet=1))
             formula = Formula.of_products(products_of([output], factor * output))
             found = found or consistency.check(index, max(index - 1, 0), step, formula)
         return found

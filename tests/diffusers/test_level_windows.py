@@ -17,7 +17,7 @@ from test_watching import STEP_NUMBER, euler, measured, mixture, quiet
 
 from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.step_counts import calibration_steps
-from fastsched.diffusers.watching import Step
+from fastsched.diffusers.watching import SeenStep
 from fastsched.measurement.deviated_paths import asked_levels, deviated_paths, queries
 
 
@@ -27,7 +27,7 @@ def refusal(levels, argument):
     visited = [0, *queries(levels, deviated_paths(levels)), max(1, levels // 8)]
     for index, level in enumerate(visited):
         facts = {"unet#0.scale": argument(index, level)}
-        wrong = compared.check(index, level, Step(Counter(unet=1), facts), None)
+        wrong = compared.check(index, level, SeenStep(Counter(unet=1), facts), None)
         if wrong is not None:
             return wrong, ()
     return None, compared.changes(list(range(levels)))
