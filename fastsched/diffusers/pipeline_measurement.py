@@ -7,7 +7,6 @@ import numbers
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import reduce
 from typing import Any
 
 import torch
@@ -33,8 +32,8 @@ from fastsched.measurement.devices import (
     parts_of_group,
     prepare_together,
     rank_and_size,
-    save_whole,
     share,
+    whole_of,
 )
 from fastsched.measurement.measuring import measured_levels
 from fastsched.measurement.path_following import Measurement
@@ -152,10 +151,8 @@ def measured_in_group(
             return replace(part, model_calls=known.model_calls * len(own) // known.samples)
         return measured_pipeline(pipe, call_kwargs, **settings)
 
-    whole = reduce(PathStatistics.merge, parts_of_group(measure if own else None, group, vectors if keep else "none"))
-    if file is not None and rank == 0:
-        save_whole(whole, file, group, vectors=keep)
-    return whole
+    parts = parts_of_group(measure if own else None, group, vectors if keep else "none")
+    return whole_of(parts, file, group, vectors=keep)
 
 
 def measured_pipeline(

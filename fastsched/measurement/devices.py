@@ -75,10 +75,7 @@ def measured_in_group(
     measure = lambda: measured(run, own, resumed(own.file, run, own))
     parts = parts_of_group(measure if len(own.seeds) else None, group, vectors if run.keep_vectors else "none")
     parts = of_one_network(([] if found is None else [found]) + parts, run.dtype)
-    whole = reduce(PathStatistics.merge, parts)
-    if batches.file is not None and rank == 0:
-        save_whole(whole, batches.file, group, vectors=run.keep_vectors)
-    return whole
+    return whole_of(parts, batches.file, group, vectors=run.keep_vectors)
 
 
 def of_one_network(parts: Sequence[PathStatistics], dtype: torch.dtype) -> list[PathStatistics]:
@@ -95,12 +92,16 @@ def of_one_network(parts: Sequence[PathStatistics], dtype: torch.dtype) -> list[
     return [replace(part, fingerprint=fingerprint) for part in parts]
 
 
-def save_whole(whole: PathStatistics, file: str | os.PathLike[str], group: Any, *, vectors: bool) -> None:
-    """Save what all processes measured, and remove their parts beside the file."""
-    whole.save(file, vectors=vectors)
-    size = rank_and_size(group)[1]
-    for rank in range(size):
-        part_file(file, rank, size).unlink(missing_ok=True)
+def whole_of(
+    parts: Sequence[PathStatistics], file: str | os.PathLike[str] | None, group: Any, *, vectors: bool
+) -> PathStatistics:
+    """The ``parts`` of all processes, merged; the first process saves them in place of the parts beside the file."""
+    whole, (rank, size) = reduce(PathStatistics.merge, parts), rank_and_size(group)
+    if file is not None and rank == 0:
+        whole.save(file, vectors=vectors)
+        for each in range(size):
+            part_file(file, each, size).unlink(missing_ok=True)
+    return whole
 
 
 def part_file(file: str | os.PathLike[str], rank: int, size: int) -> Path:
