@@ -47,7 +47,8 @@ class SeenStep:
     #: How many layers each network ran, where they could be counted.
     layers: Counter[str] = field(default_factory=Counter)
     inputs: list[Given] = field(default_factory=list)  #: the tensors that the networks were given, or lists of them
-    outputs: list[Given] = field(default_factory=list)  #: the first tensor, or list of tensors, in each call's output
+    #: The first tensor, or list of tensors, in each call's output; copies, as guidance may be computed in their place.
+    outputs: list[Given] = field(default_factory=list)
     #: The timesteps that the networks were given as tensors, by argument.
     times: dict[str, Tensor] = field(default_factory=dict)
     first: SeenStep | None = None  #: in the second step, the first; otherwise None
@@ -128,7 +129,7 @@ class PipelineWatch:
                 step.times[f"{name}#{turn}.{key}"] = value.clone()  # it may be a buffer that the next step overwrites
         first = _first_tensor(output)
         if first is not None:
-            step.outputs.append(_held(first))
+            step.outputs.append([*map(torch.clone, first)] if isinstance(first, list) else first.clone())
 
     def _positional(self, name: str) -> list[str]:
         if name not in self._names:

@@ -1,0 +1,60 @@
+"""Pipelines with loops of their own, as people write them: measured rightly, or refused with the reason."""
+
+import pytest
+import torch
+
+import fastsched as fs
+
+pytest.importorskip("diffusers", reason="needs the extra fastsched[diffusers]")
+
+import diffusers
+from pipelines import SHAPE, OracleUNet
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+STEPS = 48  # of a measurement on half as many levels
+
+
+class CustomPipeline(diffusers.DiffusionPipeline):
+    """Guided sampling; ``guide`` makes a step's output from its number and the network's two outputs."""
+
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=50, guide=None):
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn(2, *SHAPE) * self.scheduler.init_noise_sigma
+        prompts = torch.tensor([0.0, 0.0, 1.0, 1.0])[:, None]
+        for i, t in enumerate(self.scheduler.timesteps):
+            scaled = self.scheduler.scale_model_input(latents, t)
+            output = guide(i, *self.unet(torch.cat([scaled] * 2), t, prompts)[0].chunk(2))
+            latents = self.scheduler.step(output, t, latents).prev_sample
+        return latents
+
+
+def custom_pipeline(kind=CustomPipeline, scheduler="EulerDiscreteScheduler"):
+    scheduler = getattr(diffusers, scheduler)(**SD)
+    networks = (fs.oracles.GaussianMixture.random(8, 3, seed=seed) for seed in (0, 1))
+    return kind(OracleUNet().answer_for(scheduler, *networks), scheduler)
+
+
+def measured(pipe, **call):
+    return fs.diffusers.measure(pipe, levels=STEPS // 2, samples=2, progress=False, **call)
+
+
+def guided(i, plain, prompted):
+    return plain + 4 * (prompted - plain)
+
+
+@pytest.mark.parametrize("window", [(0, STEPS), (5, 43), (0, 20), (20, 30)])
+def test_guidance_that_is_computed_in_place_of_an_output_is_watched(window):
+    def in_place(i, plain, prompted):
+        return prompted.sub_(plain).mul_(4 if window[0] <= i < window[1] else 1).add_(plain)
+
+    pipe = custom_pipeline()
+    if window == (0, STEPS):
+        assert torch.allclose(measured(pipe, guide=in_place).gram, measured(pipe, guide=guided).gram, rtol=1e-4)
+        return
+    with pytest.raises(ValueError, match="must not depend on the step's number"):
+        measured(pipe, guide=in_place)
