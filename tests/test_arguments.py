@@ -128,6 +128,11 @@ def schedule():
 
 
 @functools.cache
+def decoupled_schedule():
+    return fs.Schedule([2.0, 1.0, 0.0], "ddim", network_sigmas=[1.8, 0.9], decoupled="denoiser")
+
+
+@functools.cache
 def cost():
     sigmas = torch.logspace(1, -1, 5, dtype=torch.float64)
     return fs.costs.klub(denoiser(), shape=(4,), sigmas=sigmas, samples=2, progress=False)
@@ -154,6 +159,7 @@ RIGHT = {
     "tune": (fs.tune, lambda: {"denoiser": denoiser(), "stats": stats(), "start": schedule()}),
     "sample": (fs.sample, lambda: {"denoiser": denoiser(), "sigmas": schedule(), "noise": torch.zeros(2, 4)}),
     "optimal_schedule": (fs.optimal_schedule, lambda: {"stats": stats(), "steps": 3}),
+    "decoupled_model": (fs.decoupled_model, lambda: {"model": NETWORK, "schedule": decoupled_schedule()}),
     "error_curve": (fs.error_curve, lambda: {"stats": stats(), "max_steps": 2}),
     "steps_needed": (fs.steps_needed, lambda: {"stats": stats(), "target": 1.0}),
     "predict_error": (fs.predict_error, lambda: {"stats": stats(), "sigmas": schedule()}),
@@ -241,6 +247,8 @@ SPECIAL = {
     ("profile", "steps"): [2, *COUNT],
     ("profile", "call_kwargs"): [{}],  # an argument of a pipeline
     ("audition", "samples"): [3, *OPTIONAL_COUNT],
+    ("Schedule", "decoupled"): [value for value in FLAG if value is not None],
+    ("decoupled_model", "model"): FUNCTION,
     **{(fit, "samples"): OPTIONAL_COUNT for fit in ("fit", "fit with stats")},
     **{(fit, "levels"): [2, *OPTIONAL_COUNT, torch.tensor([3.0, 2.0])] for fit in ("fit", "fit with stats")},
     **{(fit, "model_calls"): [-1, *OPTIONAL_COUNT[1:]] for fit in ("fit", "fit with stats")},

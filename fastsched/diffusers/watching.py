@@ -129,7 +129,7 @@ class PipelineWatch:
                 step.times[f"{name}#{turn}.{key}"] = value.clone()  # it may be a buffer that the next step overwrites
         first = _first_tensor(output)
         if first is not None:
-            step.outputs.append([*map(torch.clone, first)] if isinstance(first, list) else first.clone())
+            step.outputs.append(first.clone() if isinstance(first, Tensor) else [each.clone() for each in first])
 
     def _positional(self, name: str) -> list[str]:
         if name not in self._names:

@@ -92,12 +92,13 @@ class Schedule:
             raise ValueError(f"weights must be {wanted} for the solver {self.solver!r}")
         if self.weights is not None:
             object.__setattr__(self, "weights", checked_weights(self.weights, len(sigmas) - 1))
+        if self.decoupled is not None:
+            validate.choice("decoupled", self.decoupled, DECOUPLED)
         if self.network_sigmas is None:
             object.__setattr__(self, "decoupled", None)
         else:
             check_decoupled(self.solver)
             object.__setattr__(self, "decoupled", self.decoupled or "timestep")  # as in files of earlier versions
-            validate.choice("decoupled", self.decoupled, DECOUPLED)
             told = _network_sigmas(self.network_sigmas, len(sigmas) - 1, self.noise)
             if self.decoupled == "denoiser" and bool(told[0].isinf() != sigmas[0].isinf()):
                 raise ValueError("network_sigmas and sigmas must both start at pure noise, or neither may")
