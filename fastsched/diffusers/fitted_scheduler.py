@@ -273,11 +273,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
                 f"step was called {0 if n is None else n + 1} times in a run of {self.schedule.steps} steps; call "
                 "set_timesteps before each run, and step once for each timestep"
             )
-        if self._input_scales[n] != 1.0 and self._scaled != n:
-            raise ValueError(
-                "the pipeline does not call scheduler.scale_model_input before its network, which this schedule needs; "
-                "fit one without decoupled levels, or with decoupled='timestep'"
-            )
+        self._check_scaled(n)
         output = self.convention.raw_output(model_output, sample.shape[1])
         if per_token_timesteps is not None:
             output = -output
@@ -328,6 +324,14 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         self._step_index: int | None = None
         self._scaled: int | None = None  # the step before which the pipeline called `scale_model_input`
         self._states = self._rows = torch.empty(0, device="cpu")
+
+    def _check_scaled(self, n: int) -> None:
+        """ValueError if step ``n`` needs `scale_model_input`, and the pipeline did not call it."""
+        if self._input_scales[n] != 1.0 and self._scaled != n:
+            raise ValueError(
+                "the pipeline does not call scheduler.scale_model_input before its network, which this schedule needs; "
+                "fit one without decoupled levels, or with decoupled='timestep'"
+            )
 
     def _timesteps_of(self, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None) -> Tensor:
         """The timesteps of a list that a call gives."""

@@ -82,8 +82,7 @@ def fit(
         seed: As in `measure`.
         audition: Whether to run candidates and tune; if not, the result is that of `fastsched.optimal_schedule`.
         model_calls: As in `fastsched.fit`, with 100 a prompt if that is more; ``steps + 1`` a run (two stages: twice).
-        decoupled: As in `fastsched.fit`. If True, `apply` gives the pipeline a scheduler of fastsched that computes
-            ``D`` for the other levels; with ``"timestep"`` it keeps its own, whose timesteps are set apart.
+        decoupled: As in `fastsched.fit`; only with ``"timestep"`` the pipeline keeps the class of its scheduler.
         prompts_per_call: As in `measure`.
         checkpoint: A file for the measurement; runs are kept in ``checkpoint.runs``. The same call goes on from there.
         group: As in `measure`; its first process decides which schedules run, and all processes share the samples.
@@ -95,9 +94,8 @@ def fit(
     """
     check_together(locals(), **CHECKS)
     calls = prepare_together(lambda: checked_calls(pipe, prompts, call_kwargs, prompts_per_call), group)
-    apart = decoupling("decoupled", decoupled)
     name = prepare_together(lambda: checked_fit(pipe, steps, solver, checkpoint, audition, decoupled), group)
-    check_group(stats, group, steps=steps, solver=name, audition=audition, decoupled=apart, model_calls=model_calls)
+    check_group(stats, group, steps=steps, solver=name, audition=audition, decoupled=decoupled, model_calls=model_calls)
     least = calls.minimum_samples if audition else 1  # without runs, more prompts than the calls allow are no loss
     total = model_calls if model_calls is not None else MODEL_CALLS if stats is not None else default_total(least)
     plan = partial(_planned, total, steps, levels, samples, name, least, chosen=model_calls is not None)
@@ -109,7 +107,7 @@ def fit(
             if not whole:
                 return interrupted_schedule(stats, steps, chosen_solver(name))
             total = max(0, total - stats.model_calls)
-        return _fitted(pipe, stats, steps, name, calls, call_kwargs, total * audition, apart, **places).schedule
+        return _fitted(pipe, stats, steps, name, calls, call_kwargs, total * audition, decoupled, **places).schedule
 
 
 def _measured(
@@ -169,7 +167,7 @@ def _fitted(
     prompts: PromptCalls,
     call_kwargs: dict[str, Any],
     budget: int,
-    decoupled: str | None,
+    decoupled: bool | str,
     *,
     checkpoint: str | os.PathLike[str] | None,
     group: Any,
@@ -190,7 +188,8 @@ def _fitted(
     calls = chosen_solver(solver).model_calls(steps) + 1  # one more step starts from the noise of the measured paths
     run = PipelineRunner(pipe, stats, prompts, call_kwargs, calls=calls, model_calls=budget)
     tried = candidates(stats, steps, solver, pipe.scheduler)
-    options = {"calls": calls, "model_calls": budget, "decoupled": decoupled}
+    apart = decoupling("decoupled", decoupled)
+    options = {"calls": calls, "model_calls": budget, "decoupled": apart}
     best = BestSoFar(run, stats)
 
     def made(run: Run) -> FitReport:
@@ -199,7 +198,7 @@ def _fitted(
 
     runner = run
     if alone and checkpoint is not None:
-        what = identity(stats, steps=steps, solver=solver, model_calls=budget, decoupled=decoupled)
+        what = identity(stats, steps=steps, solver=solver, model_calls=budget, decoupled=apart)
         runner = logged(run, RunLog(runs_beside(checkpoint), what))
     try:
         with one_bar(pipe, budget, budget > 0 and progress, "fitting") as run.advance:

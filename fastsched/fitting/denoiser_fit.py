@@ -76,10 +76,9 @@ def fit(
         device: As in `measure`.
         dtype: As in `measure`.
         checks: As in `measure`; and, by the first outputs of runs, whether the denoiser is the one that was measured.
-        decoupled: Whether ``D`` may be computed for other levels than the states'; the same runs tune them. Lowers the
-            error, for samplers that know both levels: `fastsched.sample`, `fastsched.diffusers.apply`, ComfyUI's nodes,
-            and those of k-diffusion with `fastsched.decoupled_model`. With ``"timestep"`` only the network's timestep
-            is another, as stock schedulers of diffusers allow. For deterministic solvers with one call per step.
+        decoupled: Whether ``D`` may be computed for other levels than the states', which lowers the error, for samplers
+            that know both (docs/choosing.md). With ``"timestep"`` only the network's timestep is another, as stock
+            schedulers of diffusers allow. For deterministic solvers with one call per step.
         checkpoint: A file that keeps every finished path, as in `measure`. ``checkpoint.runs`` beside it keeps every
             finished run of the sampler. After Ctrl-C, an error or ``kill -9``, the same call continues from the files
             with bitwise the same result; at most one batch is run twice. Remove the files afterwards.
