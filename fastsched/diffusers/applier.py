@@ -128,7 +128,10 @@ def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
 
 def _fitted(schedule: Schedule, scheduler: Any) -> tuple[FittedScheduler, Export]:
     if schedule.weights is None:  # no class of diffusers computes D for another level than the state's
-        schedule = as_fitted(schedule, describe(scheduler).process)
+        try:
+            schedule = as_fitted(schedule, describe(scheduler).process)
+        except ValueError as error:
+            raise ValueError(f"{error}; use decoupled='timestep' for this one") from None
     target = FittedScheduler.from_schedule(schedule, scheduler)
     return target, prove(schedule, target, lambda copied: copied.set_timesteps(), "fitted")
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsched.sampling.decoupled import decoupled_model
+from fastsched.sampling.schedule import Schedule
 
 from .fastsched_fitted import sample_fitted
 from .files import Found
@@ -59,7 +60,7 @@ def sampler_for(found: Found) -> tuple[Any, str]:
 
 
 def sample_decoupled(
-    model: Any, x: Tensor, *args: Any, sampler: Callable[..., Tensor], schedule: Any, **options: Any
+    model: Any, x: Tensor, *args: Any, sampler: Callable[..., Tensor], schedule: Schedule, **options: Any
 ) -> Tensor:
     """Sample by ``sampler``, while the model is asked at the sigmas that ``schedule`` has for it."""
     return sampler(decoupled_model(model, schedule), x, *args, **options)
