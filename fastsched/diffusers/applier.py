@@ -6,11 +6,20 @@ import inspect
 import math
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.diffusers.conventions import Convention, check_pipe, class_names, describe, own_scheduler, visited
+from fastsched.diffusers.conventions import (
+    Convention,
+    check_pipe,
+    class_and_settings,
+    class_names,
+    describe,
+    own_scheduler,
+    visited,
+)
 from fastsched.diffusers.exporter import (
     NEGLIGIBLE,
     Export,
@@ -32,15 +41,17 @@ from fastsched.diffusers.overrides import (
     Override,
     SaveConfig,
     ScaleModelInput,
+    SetBeginIndex,
     Step,
     StrideStep,
     Timesteps,
     start_by_strength,
-    warn_of_lost_step,
+    warn_of_lost_methods,
 )
 from fastsched.diffusers.replacement import replacement
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.stock_weights import as_fitted
+from fastsched.selection.starts import even_schedule
 
 #: Classes whose step goes to ``t - train_steps // num_inference_steps`` and reads that number at every step.
 ARITHMETIC = ("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler")
@@ -52,6 +63,9 @@ DELICATE = ("DEISMultistepScheduler", "SASolverScheduler")
 #: The log-SNR at flow time 1 is infinite. Solvers in log-SNR start this far below 1 (as UniPC's own class does); the
 #: second value is for the `DELICATE` classes.
 BELOW_ONE, DELICATE_BELOW_ONE = 1e-6, 1e-3
+
+#: Why a method that was set on a scheduler by hand is not used with an applied schedule.
+APPLIED = "an applied schedule sets one of its own"
 
 
 def apply(schedule: Schedule, pipe: Any) -> Export:
@@ -96,7 +110,7 @@ def apply(schedule: Schedule, pipe: Any) -> Export:
     scheduler, proof = applied(schedule, pipe.scheduler)
     if proof.way != "fitted":
         warn_of_solver(schedule, pipe.scheduler)
-    warn_of_lost_step(pipe.scheduler)
+    warn_of_lost_methods(pipe.scheduler, APPLIED)
     if not proof.exact:
         measured = "schedules that were measured through this pipeline are not"
         validate.warn(f"{rounding_warning(scheduler, proof)}; {measured}")
@@ -127,6 +141,7 @@ def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
 
 
 def _fitted(schedule: Schedule, scheduler: Any) -> tuple[FittedScheduler, Export]:
+    check_derived(scheduler)
     if schedule.weights is None:  # no class of diffusers computes D for another level than the state's
         try:
             schedule = as_fitted(schedule, describe(scheduler).process)
@@ -134,6 +149,28 @@ def _fitted(schedule: Schedule, scheduler: Any) -> tuple[FittedScheduler, Export
             raise ValueError(f"{error}; use decoupled='timestep' for this one") from None
     target = FittedScheduler.from_schedule(schedule, scheduler)
     return target, prove(schedule, target, lambda copied: copied.set_timesteps(), "fitted")
+
+
+def check_derived(scheduler: Any) -> None:
+    """ValueError if a class that derives from one of diffusers reads a network's outputs, or steps, in another way.
+
+    Then no schedule can be applied to it that could be applied to its base, as which it is measured.
+    """
+    scheduler = own_scheduler(scheduler)
+    name, _ = class_and_settings(scheduler)
+    if type(scheduler) is getattr(diffusers, name):
+        return
+    schedule = even_schedule(describe(scheduler).process, 3, "ddim")
+    base = plain_copy(scheduler)
+    base.__class__ = getattr(diffusers, name)
+    reasons = {each: _proven(schedule, each) for each in (scheduler, base)}
+    if reasons[base][0] and not reasons[scheduler][0]:
+        raise ValueError(
+            f"{type(scheduler).__name__} does not scale the network's input, read its outputs or step as {name} does, "
+            "from which it derives, so a measurement, which does all this, would be wrong; change the network's inputs "
+            f"and outputs in the network or the pipeline, and give the pipeline a {name}. "
+            + " | ".join(reasons[scheduler][1])
+        )
 
 
 def _proven(schedule: Schedule, scheduler: Any) -> tuple[list[Export], list[str]]:
@@ -191,7 +228,7 @@ class SetTimesteps(Override):
 
     def _set(self, schedule: Schedule) -> None:
         owner, device = self.owner, self.asked.get("device")
-        warn_of_lost_step(owner)
+        warn_of_lost_methods(owner, APPLIED)
         Step(owner).put()
         WAYS[self.way](schedule, owner)(owner)
         timesteps = told_timesteps(owner, torch.as_tensor(owner.timesteps), **self.asked)
@@ -269,27 +306,6 @@ class SetTimesteps(Override):
                 f"of its timesteps asks ({error}); restore its own scheduler for this call, or leave denoising_start "
                 f"out and pass strength=1.0 with num_inference_steps={self.schedule.steps}"
             ) from error
-
-
-class SetBeginIndex(Override):
-    """``set_begin_index`` that sets index 0 if `SetTimesteps.start_at` has already chosen where to start."""
-
-    name = "set_begin_index"
-
-    def __init__(self, owner: Any, timesteps: SetTimesteps) -> None:
-        super().__init__(owner)
-        self.timesteps = timesteps
-
-    def __call__(self, begin_index: int = 0) -> None:
-        """Called as the class's own method."""
-        started = self.timesteps.begun is not None
-        if not started and begin_index >= len(self.owner.timesteps):
-            steps = self.timesteps.schedule.steps
-            raise ValueError(
-                f"begin_index must be below the applied schedule's {steps} steps, got {begin_index}; call the pipeline "
-                f"with num_inference_steps={steps}"
-            )
-        self.original(0 if started else begin_index)
 
 
 def remaining(schedule: Schedule, convention: Convention, timestep: Tensor) -> Schedule:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.noise import FlowMatching, NoiseProcess, VariancePreserving
 from fastsched.diffusers.conventions import Convention, class_names, describe, other_solver, own_scheduler, visited
+from fastsched.diffusers.overrides import LOST
 from fastsched.diffusers.probe import NUDGE, amplified_rounding, scales, timestep_slack, trace
 from fastsched.diffusers.replacement import replacement
 from fastsched.sampling.schedule import Schedule, is_schedule
@@ -35,8 +36,8 @@ OTHER_APPLIED = (
 EXACT = 1e-5
 #: A last sigma of this fraction of the one before counts as 0: a float32 state cannot represent the noise.
 NEGLIGIBLE = 1e-6
-#: Attributes that `fastsched.diffusers.apply` sets on a scheduler.
-OVERRIDES = ("set_timesteps", "set_begin_index", "scale_model_input", "step", "step_index")
+#: Attributes that `fastsched.diffusers.apply` sets on a scheduler, or leaves out if they were set by hand.
+OVERRIDES = ("set_timesteps", "set_begin_index", "step_index", *LOST)
 
 Setter = Callable[[Any], None]
 

@@ -24,6 +24,10 @@ from fastsched.diffusers.conventions import class_names
 HISTORIES: dict[str, Callable[[], Any]] = {"lower_order_nums": lambda: 0, "ets": list}
 
 
+#: Methods of a scheduler that a measurement and an applied schedule replace, and that programs set by hand.
+LOST = ("step", "scale_model_input", "convert_model_output")
+
+
 class Override:
     """Replaces the method ``name`` of ``owner``, a scheduler, and has its signature, which pipelines inspect."""
 
@@ -129,16 +133,16 @@ class Step(Override):
         return super().original(*args, **{name: value for name, value in kwargs.items() if name not in ignored})
 
 
-def warn_of_lost_step(scheduler: Any) -> None:
-    """Warn if a ``step`` that was set on the object by hand is about to be replaced."""
-    step = vars(scheduler).get("step")
-    if step is not None and not isinstance(step, Override):
-        name = type(scheduler).__name__
-        validate.warn(
-            f"the step that was set on this {name} object by hand is not used, because an applied schedule sets one of "
-            f"its own; to follow a run use the pipeline's callback, and to change its steps give the pipeline a "
-            f"subclass of {name} with another step, before the schedule is applied",
-        )
+def warn_of_lost_methods(scheduler: Any, because: str) -> None:
+    """Warn if methods that were set on the object by hand, which are about to be left out, are not used ``because``."""
+    name = type(scheduler).__name__
+    for lost in LOST:
+        if lost in vars(scheduler) and not isinstance(vars(scheduler)[lost], Override):
+            validate.warn(
+                f"the {lost} that was set on this {name} object by hand is not used, because {because}; to follow a "
+                f"run use the pipeline's callback, and to change it give the pipeline a subclass of {name} with "
+                f"another {lost}, or do the same in the network",
+            )
 
 
 def _counts(value: Any) -> bool:
@@ -185,6 +189,27 @@ class ScaleModelInput(Override):
         if isinstance(self.owner.step, Step) and timestep is not None:
             self.owner.step.begin(timestep)
         return self.original(sample, timestep, *args, **kwargs)
+
+
+class SetBeginIndex(Override):
+    """``set_begin_index`` that sets index 0 if `applier.SetTimesteps.start_at` has already chosen where to start."""
+
+    name = "set_begin_index"
+
+    def __init__(self, owner: Any, timesteps: Any) -> None:
+        super().__init__(owner)
+        self.timesteps = timesteps
+
+    def __call__(self, begin_index: int = 0) -> None:
+        """Called as the class's own method."""
+        started = self.timesteps.begun is not None
+        if not started and begin_index >= len(self.owner.timesteps):
+            steps = self.timesteps.schedule.steps
+            raise ValueError(
+                f"begin_index must be below the applied schedule's {steps} steps, got {begin_index}; call the pipeline "
+                f"with num_inference_steps={steps}"
+            )
+        self.original(0 if started else begin_index)
 
 
 class SaveConfig(Override):
