@@ -158,7 +158,8 @@ def watched(pipe: Any) -> Iterator[PipelineWatch]:
             begun = lambda *given, name=name: watch.begun(name, *given)
             ended = lambda *given, name=name: watch.ended(name, *given)
             hooks.enter_context(module.register_forward_pre_hook(begun, with_kwargs=True))
-            hooks.enter_context(module.register_forward_hook(ended, with_kwargs=True))
+            # before other hooks on the output, which may depend on the step's number
+            hooks.enter_context(module.register_forward_hook(ended, with_kwargs=True, prepend=True))
             for layer in _layers(module):
                 hooks.enter_context(layer.register_forward_hook(lambda *_, name=name: watch.layer_ran(name)))
         yield watch
