@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from fastsched.diffusers.conventions import Convention, class_and_settings, desc
 from fastsched.diffusers.exporter import check_range, denoised_levels, plain_copy, told_levels, told_timesteps
 from fastsched.diffusers.given_lists import warn_of_list
 from fastsched.diffusers.overrides import Timesteps
-from fastsched.diffusers.step_checks import check_scaled, noise_alone
+from fastsched.diffusers.step_checks import check_options, check_scaled, noise_alone
 from fastsched.ops.eager import without_autocast
 from fastsched.sampling.schedule import Schedule
 
@@ -243,12 +244,12 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         model_output: Tensor,
         timestep: Any,
         sample: Tensor,
-        *,
+        *args: Any,
         eta: float = 0.0,
         generator: Any = None,
         per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
-        **_: Any,
+        **others: Any,
     ) -> SchedulerOutput | tuple[Tensor]:
         """The next state. Steps are counted; ``timestep`` is not read, which would wait for the device.
 
@@ -257,16 +258,18 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
                 [B, 2 C, ...].
             timestep: The current entry of ``timesteps``.
             sample: The state ``x_n``, [B, *shape].
+            *args: Further arguments in the order of the own scheduler's class.
             eta: Must be 0: no step adds noise.
-            generator: Not used, for the same reason.
+            generator: Not used.
             per_token_timesteps: Must be ``timestep`` for all tokens; ``model_output`` then has the other sign.
             return_dict: Whether to return a `SchedulerOutput` or a tuple.
+            **others: Must be at their defaults in the own scheduler's class.
 
         Raises:
-            ValueError: If there is no step left, a shape differs from those before, ``eta`` is not 0, or times differ.
+            ValueError: If there is no step left, a shape differs from those before, an argument would change what a
+                step does, or times differ.
         """
-        if eta:
-            raise ValueError(f"eta must be 0, because the fitted solver adds no noise, got {eta!r}")
+        _check_options(self._own, eta, args, others)
         n = self._step_index
         if n is None or n >= self.schedule.steps:
             raise ValueError(
@@ -358,6 +361,15 @@ def _numbers(values: Sequence[float | str]) -> Tensor:
 def _plain(sigmas: Tensor) -> list[float | str]:
     """``sigmas`` in a form that JSON can hold."""
     return ["inf" if value == float("inf") else value for value in sigmas.tolist()]
+
+
+def _check_options(own: Any, eta: float, args: tuple[Any, ...], others: dict[str, Any]) -> None:
+    """ValueError if an argument of ``step`` would change what a step of the ``own`` scheduler does."""
+    if eta:
+        raise ValueError(f"eta must be 0, because the fitted solver adds no noise, got {eta!r}")
+    if args or others:
+        parameters = inspect.signature(type(own).step).parameters
+        check_options(parameters, args, others, "and the fitted solver has one step; leave it out")
 
 
 def _check_tokens(n: int, timesteps: Tensor) -> None:

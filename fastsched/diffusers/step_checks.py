@@ -103,11 +103,14 @@ def held_at_zero(output: Tensor, x: Tensor, s: Tensor, denoiser: Denoiser, owned
     return torch.where(owned, -a / c * x.float(), output.float())  # in 16 bits D would be a rounding error, not 0
 
 
-def check_options(parameters: Mapping[str, Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_options(
+    parameters: Mapping[str, Parameter], args: tuple[Any, ...], kwargs: dict[str, Any], otherwise: str = INSTEAD
+) -> None:
     """ValueError if an argument of ``step`` after the sample may change what the step does.
 
     It may if it differs from its default among ``parameters``, those of the class's own ``step``: ``self``, output,
-    timestep and sample, then the others. A generator changes nothing: no number is drawn from it.
+    timestep and sample, then the others. A generator changes nothing: no number is drawn from it. The message
+    ends in ``otherwise``.
     """
     given = {**dict(zip([*parameters][4:], args, strict=False)), **kwargs}
     for name, value in given.items():
@@ -117,7 +120,7 @@ def check_options(parameters: Mapping[str, Parameter], args: tuple[Any, ...], kw
         if name == TOKENS and name in parameters:
             continue  # see `output_of_tokens`
         shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise ValueError(f"the pipeline calls step with {name}={shown}, which changes what a step does, {INSTEAD}")
+        raise ValueError(f"the pipeline calls step with {name}={shown}, which changes what a step does, {otherwise}")
 
 
 def check_one_run(*, again: bool) -> None:

@@ -111,3 +111,25 @@ def test_schedules_that_do_not_fit_are_refused():
         FittedScheduler.from_config(scheduler.config)
     with pytest.raises(ValueError, match=r"fastsched\.diffusers\.apply"):
         fs.diffusers.export(fitted, scheduler)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (((), {"s_churn": 0.5}), "s_churn=0.5"),
+        (((0.5,), {}), "s_churn=0.5"),
+        (((), {"s_noise": 1.1}), "s_noise=1.1"),
+        (((), {"variance_noise": torch.ones(2)}), "variance_noise=a tensor"),
+        (((), {"use_clipped_model_output": True}), "use_clipped_model_output=True"),
+    ],
+)
+def test_an_argument_of_step_that_changes_its_meaning_is_refused(arguments, named):
+    """Those at the defaults of the pipeline's own class, in its order or by name, change nothing."""
+    scheduler = FittedScheduler.from_schedule(fitted_for(EulerDiscreteScheduler(**SD)), EulerDiscreteScheduler(**SD))
+    scheduler.set_timesteps(STEPS)
+    x = torch.randn(2, 4, 8, 8)
+    with pytest.raises(ValueError, match=f"calls step with {named}.*the fitted solver has one step"):
+        scheduler.step(x, scheduler.timesteps[0], x, *arguments[0], **arguments[1])
+    usual = scheduler.step(x, scheduler.timesteps[0], x, 0.0, 0.0, s_noise=1.0, variance_noise=None).prev_sample
+    scheduler.set_timesteps(STEPS)
+    assert torch.equal(usual, scheduler.step(x, scheduler.timesteps[0], x).prev_sample)
