@@ -42,7 +42,7 @@ from fastsched.diffusers.step_checks import (
     warn_of_clipping,
 )
 from fastsched.diffusers.step_counts import check_steps, levels_of
-from fastsched.diffusers.watching import PipelineWatch, SeenStep, check_replaced, overwritten, replaced
+from fastsched.diffusers.watching import PipelineWatch, SeenStep, check_replaced, overwritten, replaced, warn_of_unseen
 from fastsched.measurement.deviated_paths import deviated_paths, queries
 from fastsched.measurement.measuring import measured_levels
 from fastsched.measurement.memory import check_room, with_store
@@ -400,6 +400,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             kept = kept * (kept > 0.01 * self._owned.sum())  # in 16 bits a few were equal by chance at step 1
         if kept is not None:
             check_sampled(kept, 0.99, size, self._verdicts)
+        if index == 1:  # networks that prepare a run are called before
+            warn_of_unseen(seen)
         if index == 0:
             check_first_output(output, self._verdicts)
         elif index <= n:

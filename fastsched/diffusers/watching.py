@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.denoisers.late_reading import Verdicts
 from fastsched.denoisers.network_state import (
     check_evaluation_mode,
@@ -273,6 +274,16 @@ def check_times(before: dict[str, Tensor], now: dict[str, Tensor], verdicts: Ver
                 )
 
         verdicts.note(apart.sum(), judge)
+
+
+def warn_of_unseen(step: SeenStep) -> None:
+    """Warn if no call of a network was seen in a step."""
+    if not step.calls:
+        validate.warn(
+            "no call of the pipeline's networks is seen (are they called by their forward, compiled in place, or no "
+            "attributes of the pipeline?), so it is not noticed if guidance, control or prompts depend on the step's "
+            "number, and then the measurement is wrong"
+        )
 
 
 def is_number(value: Any) -> bool:

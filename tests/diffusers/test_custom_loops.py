@@ -21,6 +21,9 @@ class CustomPipeline(diffusers.DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
 
+    def network(self, *given):
+        return self.unet(*given)
+
     @torch.no_grad()
     def __call__(self, num_inference_steps=50, guide=None):
         self.scheduler.set_timesteps(num_inference_steps)
@@ -28,7 +31,7 @@ class CustomPipeline(diffusers.DiffusionPipeline):
         prompts = torch.tensor([0.0, 0.0, 1.0, 1.0])[:, None]
         for i, t in enumerate(self.scheduler.timesteps):
             scaled = self.scheduler.scale_model_input(latents, t)
-            output = guide(i, *self.unet(torch.cat([scaled] * 2), t, prompts)[0].chunk(2))
+            output = guide(i, *self.network(torch.cat([scaled] * 2), t, prompts)[0].chunk(2))
             latents = self.scheduler.step(output, t, latents).prev_sample
         return latents
 
@@ -80,3 +83,16 @@ def test_a_hook_on_the_network_s_output_is_watched(window):
         return
     with pytest.raises(ValueError, match="must not depend on the step's number"):
         measured(pipe, guide=guided)
+
+
+@pytest.mark.parametrize("way", ["forward", "list"])
+def test_a_network_whose_calls_are_not_seen_is_measured_with_a_warning(way):
+    class Unseen(CustomPipeline):
+        def network(self, *given):
+            return self.unet.forward(*given) if way == "forward" else self.networks[0](*given)
+
+    seen, pipe = measured(custom_pipeline(), guide=guided), custom_pipeline(Unseen)
+    if way == "list":
+        pipe.networks, pipe.unet = [pipe.unet], None
+    with pytest.warns(UserWarning, match="no call of the pipeline's networks is seen"):
+        assert_alike(measured(pipe, guide=guided), seen)
