@@ -400,12 +400,11 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             kept = kept * (kept > 0.01 * self._owned.sum())  # in 16 bits a few were equal by chance at step 1
         if kept is not None:
             check_sampled(kept, 0.99, size, self._verdicts)
-        if index == 1:  # networks that prepare a run are called before
-            warn_of_unseen(seen)
         if index == 0:
             check_first_output(output, self._verdicts)
         elif index <= n:
             zero = output == 0 if self._owned is None else (output == 0) & ~self._owned
             self._still = zero if self._still is None else self._still.logical_and_(zero)
             if index == n:
+                warn_of_unseen(seen)
                 check_sampled(self._still.sum(), 1.0, size, self._verdicts)
