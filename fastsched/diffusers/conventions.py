@@ -21,6 +21,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.noise import FlowMatching, NoiseProcess, VarianceExploding, VariancePreserving
 from fastsched.sampling.solvers import FITTED
@@ -180,6 +181,20 @@ def class_names(scheduler: Any) -> set[str]:
 def own_scheduler(scheduler: Any) -> Any:
     """``scheduler``, or if it is a `FittedScheduler`, the pipeline's own scheduler, which it replaces."""
     return scheduler.own_scheduler() if "FittedScheduler" in class_names(scheduler) else scheduler
+
+
+def warn_of_overrides(scheduler: Any) -> None:
+    """Warn if a class outside diffusers changes what the network is given or how its outputs are read.
+
+    A measurement does that itself, by the conventions of the class of diffusers that it derives from.
+    """
+    base = _known_class(scheduler)
+    for name in ("scale_model_input", "convert_model_output"):
+        if base is not None and getattr(type(scheduler), name, None) is not getattr(base, name, None):
+            validate.warn(
+                f"{type(scheduler).__name__} has its own {name}, but is measured as {base.__name__}: if that method "
+                "changes what the network is given or how its outputs are read, do the same in the network instead",
+            )
 
 
 def class_and_settings(scheduler: Any) -> tuple[str, dict[str, Any]]:

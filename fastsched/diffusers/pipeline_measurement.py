@@ -18,7 +18,7 @@ from fastsched.diffusers.attributes import attributes_set, in_one_thread
 from fastsched.diffusers.caches import check_caches
 from fastsched.diffusers.calibration import CalibrationScheduler
 from fastsched.diffusers.call_identity import call_identity, check_same_call, check_same_calls
-from fastsched.diffusers.conventions import describe, own_scheduler
+from fastsched.diffusers.conventions import describe, own_scheduler, warn_of_overrides
 from fastsched.diffusers.overrides import warn_of_lost_methods
 from fastsched.diffusers.pipeline_call import call, check_call
 from fastsched.diffusers.prompt_calls import PromptCalls, prompts_encoded_once
@@ -180,6 +180,7 @@ def measured_pipeline(
     check_caches(pipe)
     origin = _origin(pipe, calls, call_kwargs)
     check_derived(pipe.scheduler)
+    warn_of_overrides(own_scheduler(pipe.scheduler))
     warn_of_lost_methods(own_scheduler(pipe.scheduler), "a measurement has one of its own")
     known = {"levels": levels, "seed": seed, "keep_increments": keep_increments}
     whole, needed = None, _needed(samples, which, calls)

@@ -46,9 +46,6 @@ class Watched(Euler):
     def step(self, *args, **kwargs):
         return super().step(*args, **kwargs)
 
-    def scale_model_input(self, sample, timestep):
-        return super().scale_model_input(sample, timestep).clone()
-
 
 class Exact(Euler):
     """A solver of its own: Euler's step in another form."""
