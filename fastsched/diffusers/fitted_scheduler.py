@@ -277,14 +277,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
                 "set_timesteps before each run, and step once for each timestep"
             )
         self._check_scaled(n)
-        output = self.convention.raw_output(model_output, sample.shape[1])
-        if per_token_timesteps is not None:
-            output = -output
-            _check_tokens(n, per_token_timesteps)
-        if output.shape != sample.shape:
-            raise ValueError(
-                f"model_output must have the shape of sample, {tuple(sample.shape)}, got {tuple(model_output.shape)}"
-            )
+        output = self._raw_output(n, model_output, sample, per_token_timesteps)
         if n == 0:
             wide = torch.promote_types(sample.dtype, torch.float32)
             self._states = sample.new_empty(self.schedule.steps + 1, *sample.shape, dtype=wide)
@@ -303,6 +296,17 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.convention.train_steps
+
+    def _raw_output(self, n: int, model_output: Tensor, sample: Tensor, of_tokens: Tensor | None) -> Tensor:
+        output = self.convention.raw_output(model_output, sample.shape[1])
+        if of_tokens is not None:
+            output = -output
+            _check_tokens(n, of_tokens)
+        if output.shape != sample.shape:
+            raise ValueError(
+                f"model_output must have the shape of sample, {tuple(sample.shape)}, got {tuple(model_output.shape)}"
+            )
+        return output
 
     def _prepare(self, convention: Convention) -> None:
         # Between steps every pipeline gets the process's own x, so none has to scale it.
