@@ -22,7 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Case:
         lora: The strength of a LoRA.
         control: The strength of a ControlNet.
         guider: Whether to fit through ComfyUI's node CFGGuider.
+        decoupled: Whether the model may be asked at other sigmas than the states'.
     """
 
     kind: str
@@ -68,6 +69,7 @@ class Case:
     lora: float = 0.0
     control: float = 0.0
     guider: bool = False
+    decoupled: bool = False
 
 
 CASES = {
@@ -75,6 +77,7 @@ CASES = {
     "eps, with a LoRA, our own solver": Case("unet", "epsilon", "dpmpp_3m", lora=0.7),
     "eps, with a ControlNet": Case("unet", "epsilon", "euler", control=0.5),
     "eps, fitted solver": Case("unet", "epsilon", "fitted", cfg=1.0),
+    "eps, decoupled levels": Case("unet", "epsilon", "euler", decoupled=True),
     "v, zero terminal SNR, our own solver": Case(
         "unet", "v", "unipc", patch=("ModelSamplingDiscrete", {"sampling": "v_prediction", "zsnr": True})
     ),
@@ -89,6 +92,7 @@ CASES = {
     "flow, our own solver": Case("mmdit", "flow", "dpmpp_2m", cfg=1.0),
     "flow, video": Case("wan", "flow", "unipc", cfg=1.5),
     "flow, fitted solver": Case("mmdit", "flow", "fitted"),
+    "flow, decoupled levels": Case("mmdit", "flow", "dpmpp_2m", decoupled=True),
 }
 
 
@@ -125,7 +129,7 @@ def graph(case: Case, name: str, *, fit: dict[str, Any] | None = None) -> dict[s
         nodes["control"] = ("ControlNetApplyAdvanced", given)
         both |= {"positive": ["control", 0], "negative": ["control", 1]}
     settings = {"steps": STEPS, "sampler": case.solver, "seed": 0, "samples": BATCH, "tuning_calls": 120}
-    settings |= {"latent": ["latent", 0], **(fit or {})}
+    settings |= {"latent": ["latent", 0], "decoupled": case.decoupled, **(fit or {})}
     nodes["fit"] = ("FastschedFit", {**both, **settings})
     if case.guider:
         nodes["guider"] = ("CFGGuider", both)
@@ -168,6 +172,11 @@ def loaded(case: Case, name: str, file: str) -> dict[str, Any]:
     return {**kept, **numbered(more), **sampled(both, ["read", 0], ["read", 1], name)}
 
 
+def comfyui_sigmas(schedule: Any) -> Any:
+    """The sigmas of the states as ComfyUI holds them."""
+    return replace(schedule, network_sigmas=None, decoupled=None).to_comfyui().sigmas.double()
+
+
 def latent_of(outputs: dict[str, Any], base: Path) -> Any:
     """The latents that a graph saved."""
     from safetensors.torch import load_file
@@ -189,9 +198,7 @@ def expected(case: Case, schedule: Any) -> Any:
         table = torch.tensor([0.002, 120.0])
     else:
         table = comfy.model_sampling.ModelSamplingDiscrete(zsnr=case.prediction == "v").sigmas
-    shown = fs.Schedule(
-        schedule.to_comfyui().sigmas.double(), schedule.solver, schedule.noise, weights=schedule.weights
-    )
+    shown = replace(schedule, sigmas=comfyui_sigmas(schedule))
     torch.manual_seed(SEED)
     shape = {"unet": (4,), "mmdit": (16,), "wan": (16, 2)}[case.kind]
     noise = torch.randn(BATCH, *shape, SIZE, SIZE)
@@ -223,7 +230,8 @@ def check_cases(server: Any, base: Path, report: list[str]) -> None:
         outputs = server.run(graph(case, name))
         told, file = said(outputs), outputs["save"]["text"][0]
         schedule = fs.Schedule.load(base / "output" / "fastsched" / file.removesuffix(" [output]"))
-        assert schedule.to_comfyui().sigmas.tolist() == told["sigmas"], "the file has other sigmas than SIGMAS"
+        assert (schedule.decoupled is not None) == case.decoupled, f"decoupled levels: {schedule.decoupled}"
+        assert comfyui_sigmas(schedule).tolist() == told["sigmas"], "the file has other sigmas than SIGMAS"
         wanted = expected(case, schedule)
         one = difference(latent_of(outputs, base), wanted)
         again = server.run(loaded(case, name + "file", file))
