@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,12 +28,13 @@ class DecoupledModel:
 
     def __call__(self, x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The denoised image at the network's sigma; ValueError if ``sigma`` is none of the schedule's."""
-        given = sigma.flatten().tolist()
+        given = validate.tensor("sigma", sigma).flatten().tolist() or [math.nan]  # whole numbers would round `told`
         own, told = min(self._pairs, key=lambda pair: abs(pair[0] - given[0]))
-        if max(abs(each - own) for each in given) > SAME * own:
+        other = [each for each in given if not (each == own or abs(each - own) <= SAME * own)]  # also NaN
+        if other:
             raise ValueError(
-                f"the sampler asks at sigma = {given[0]:g}, which is none of the schedule's; give it schedule.sigmas, "
-                "whole and unchanged, and use a sampler with one call a step"
+                f"the sampler asks at sigma = {other[0]:g}, which is none of the schedule's (or not for all samples); "
+                "give it schedule.sigmas, whole and unchanged, and use a sampler with one call a step"
             )
         return self._model(x, sigma.new_full(sigma.shape, told), *args, **kwargs)
 

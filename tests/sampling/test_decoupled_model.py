@@ -101,6 +101,23 @@ def test_sigmas_that_the_schedule_does_not_have_are_refused():
         told(torch.zeros(2, 4, dtype=torch.float64), schedule.sigmas[1:3])
 
 
+@pytest.mark.parametrize("sigma", [[math.nan], [14.0, math.nan], []], ids=["NaN", "NaN beside a level", "none"])
+def test_sigmas_that_are_no_numbers_are_refused(sigma):
+    _, schedule, model = given("epsilon")
+    told = fs.decoupled_model(model, dataclasses.replace(schedule, sigmas=[14.0, *schedule.sigmas.tolist()[1:]]))
+    with pytest.raises(ValueError, match=r"sigma.*give it schedule\.sigmas"):
+        told(torch.zeros(len(sigma), 4, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("sigma", [torch.tensor([14, 14]), 14.0], ids=["whole numbers", "a float"])
+def test_sigmas_are_floating_point_tensors(sigma):
+    """The network's sigma would be rounded to a whole number."""
+    _, schedule, model = given("epsilon")
+    told = fs.decoupled_model(model, dataclasses.replace(schedule, sigmas=[14.0, *schedule.sigmas.tolist()[1:]]))
+    with pytest.raises(TypeError, match="sigma must be a floating-point tensor"):
+        told(torch.zeros(2, 4, dtype=torch.float64), sigma)
+
+
 def test_schedules_that_need_no_such_model_or_another_are_refused():
     _, schedule, model = given("epsilon")
     with pytest.raises(ValueError, match="no decoupled levels: use the model itself"):
