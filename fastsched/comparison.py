@@ -19,7 +19,7 @@ from fastsched.denoisers.denoiser import Denoiser, placement
 from fastsched.denoisers.network_state import check_evaluation_mode
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.measurement.fingerprints import same_network
-from fastsched.measurement.watched_networks import warn_of_equal, watched_network
+from fastsched.measurement.watched_networks import watched_network
 from fastsched.sampling.files import write_whole
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
@@ -229,7 +229,6 @@ def _converged(
     total = method.model_calls(len(fine)) * len(noise)
     with progress_bar(total, progress, "converged reference") as advance:
         ends = _sampled(denoiser, sigmas, method, noise, advance, batch_size, device, dtype)
-    warn_of_equal(ends)
     return Reference(noise, ends, method.name, len(fine), total, known)
 
 
@@ -260,8 +259,8 @@ def compare(
     * ``schedules``: by name, a `Schedule` or sampler sigmas [steps + 1] descending to 0 (times for a flow model).
     * ``solver``: a solver to run all of them with; each `Schedule`'s own when None.
     * ``reference``: converged samples of an earlier call; then ``shape``, ``samples``, ``seed`` and ``reference_steps``
-      (the ``steps`` of `converged_reference`) are not used. One call tells whether it is of this denoiser; if it is
-      not, a warning says so. Another call, of two samples, tells whether the network has changed or mixes samples.
+      (the ``steps`` of `converged_reference`) are not used. A few calls tell whether the network is a denoiser, and
+      the reference of it; two more whether it has changed or mixes samples. A warning says if something is wrong.
 
     Returns:
         One row per schedule, and the reference for the next call. With a single sample, ``standard_error`` and

@@ -103,11 +103,11 @@ def test_the_solver_given_overrides_a_schedules_own(gaussian, converged):
 def test_network_calls_are_those_reported():
     denoiser, calls = counted_denoiser(fs.oracles.Gaussian(STD, SHAPE), LOW, HIGH)
     found = converged_reference(denoiser, SHAPE, samples=5, steps=20, batch_size=2, progress=False)
-    assert (sum(calls), max(calls)) == (found.model_calls + 3, 2)  # and two calls that tell the network
+    assert (sum(calls), max(calls)) == (found.model_calls + 7, 2)  # and those that check the network
     calls.clear()
     sigmas = fs.baselines.karras(4, LOW, HIGH)
     result = compare(denoiser, {"k": sigmas}, "heun", reference=found, batch_size=3, progress=False)
-    assert sum(calls) - 3 == 5 * result["k"].model_calls == 35
+    assert sum(calls) - 7 == 5 * result["k"].model_calls == 35
 
 
 def test_batches_do_not_change_the_result(gaussian, converged):
@@ -312,7 +312,7 @@ def test_a_random_network_is_warned_of_once():
 
 
 def test_a_network_that_mixes_samples_is_warned_of(gaussian):
-    network = lambda z, s: gaussian.network(z, s) + 0.3 * z.mean(0, keepdim=True)
+    network = lambda z, s: gaussian.network(z, s) + 0.3 * (z.mean(0, keepdim=True) - z)
     denoiser, options = fs.Denoiser.from_denoiser(network, LOW, HIGH), {"samples": 3, "progress": False}
     with pytest.warns(UserWarning, match="mixes the samples of a batch") as told:
         compare(denoiser, {"k": [HIGH, 1.0, 0.0]}, "ddim", shape=SHAPE, reference_steps=4, **options)
@@ -320,15 +320,27 @@ def test_a_network_that_mixes_samples_is_warned_of(gaussian):
     compare(denoiser, {"k": [HIGH, 1.0, 0.0]}, "ddim", shape=SHAPE, reference_steps=4, batch_size=1, **options)
 
 
+@pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_a_network_with_one_answer_is_warned_of(value):
+def test_a_network_with_one_answer_is_warned_of(value, samples):
     denoiser = fs.Denoiser.from_denoiser(lambda z, s: torch.full_like(z, value), LOW, HIGH)
-    with pytest.warns(UserWarning, match="all converged samples are equal"):
-        fs.converged_reference(denoiser, SHAPE, samples=3, steps=4, progress=False)
-    fs.converged_reference(denoiser, SHAPE, samples=1, steps=4, progress=False)  # not known of one
+    with pytest.warns(UserWarning, match="the network answered the same to every question"):
+        fs.converged_reference(denoiser, SHAPE, samples=samples, steps=4, progress=False)
 
 
-@pytest.mark.parametrize("after", [3, 7])
+def test_a_network_that_is_no_denoiser_is_warned_of():
+    """It predicts the noise, and was declared to predict the clean sample."""
+    exact = fs.oracles.GaussianMixture.random(12, 3, seed=0)
+    noise = lambda z, s: (z - exact.denoise(z, s)) / s.reshape(-1, 1)
+    options = {"shape": (12,), "samples": 3, "reference_steps": 4, "progress": False}
+    with pytest.warns(UserWarning, match="no denoiser of its noise process.*at the lowest level.*the noise") as told:
+        compare(fs.Denoiser.from_denoiser(noise, LOW, HIGH), {"k": [HIGH, 1.0, 0.0]}, "ddim", **options)
+    assert len(told) == 1
+    assert "checks=False" not in str(told[0].message)  # which `compare` does not have
+    compare(fs.Denoiser.from_denoiser(exact.denoise, LOW, HIGH), {"k": [HIGH, 1.0, 0.0]}, "ddim", **options)
+
+
+@pytest.mark.parametrize("after", [7, 11])
 def test_a_network_that_changes_is_warned_of(gaussian, after):
     """While the reference is made, or while schedules are compared with it."""
     calls = []

@@ -174,8 +174,8 @@ class StateSource:
     ) -> Tensor:
         """``estimate(batch, advance)`` [B, P] of every batch, [samples, P] float64 on the CPU.
 
-        ``advance(n)`` moves the progress bar by n states; there are ``levels`` states per sample. Three more tell if
-        the network changes or mixes samples.
+        ``advance(n)`` moves the progress bar by n states; there are ``levels`` states per sample. A few more tell
+        if the network is a denoiser, changes or mixes samples.
         """
         bar = progress_bar(self.samples * levels, progress, what, unit="state")
         network = self.denoiser.network

@@ -12,10 +12,13 @@ from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.network_errors import not_finite
 from fastsched.sampling.random_streams import noise_of
 
+#: The end of what the checks find wrong with a network. Errors that the network raises do not have it.
+ANYWAY = " (in Python, checks=False measures it anyway)"
+
 #: What to do about a network whose outputs depend on its earlier calls.
 STATE = (
     "it keeps a state between its calls (a cache, a counter?), or is random at times; reset this in every call, or "
-    "disable it (in Python, checks=False measures it anyway)"
+    f"disable it{ANYWAY}"
 )
 
 #: What is wrong with a network whose outputs depend on the other samples.

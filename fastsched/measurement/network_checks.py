@@ -44,7 +44,7 @@ from fastsched.denoisers.edm import IDENTITY_RTOL, LOW_LEVEL
 from fastsched.denoisers.network_errors import checked_call
 from fastsched.denoisers.network_state import check_evaluation_mode, checked_training
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
-from fastsched.measurement.check_calls import ELSEWHERE, STATE, CheckCalls, Top
+from fastsched.measurement.check_calls import ANYWAY, ELSEWHERE, STATE, CheckCalls, Top
 from fastsched.measurement.fingerprints import fingerprint_of
 from fastsched.measurement.table_checks import check_table
 
@@ -326,7 +326,7 @@ def _check_raw_edm(ask: CheckCalls, noise: Tensor) -> None:
     if float((answer.cpu().double() - z.cpu().double()).norm()) <= IDENTITY_RTOL * float(z.cpu().double().norm()):
         raise ValueError(
             "the network given to from_edm returns the denoised sample D(z, sigma), not the raw F(c_in z, c_noise): "
-            "pass the network that its wrapper keeps, or use Denoiser.from_denoiser"
+            f"pass the network that its wrapper keeps, or use Denoiser.from_denoiser{ANYWAY}"
         )
 
 
@@ -376,4 +376,4 @@ def suspects(denoiser: Denoiser) -> str:
         "does it take the level (VE) or the time (VP) unscaled?",
         "edm": "is it the raw network F of EDM's preconditioning, with its sign and its scale; is sigma_data right; "
         "does it take c_noise = ln(s)/4?",
-    }[denoiser.prediction] + " (in Python, checks=False measures it anyway)"
+    }[denoiser.prediction] + ANYWAY

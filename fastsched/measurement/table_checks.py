@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
+from fastsched.measurement.check_calls import ANYWAY
 
 #: Largest deviation from a straight line, over its range, of a table that belongs to a family: rounding to float32.
 STRAIGHT = 1e-4
@@ -33,8 +34,7 @@ def check_table(process: NoiseProcess) -> None:
     if squared < STRAIGHT and DISTINCT * squared < _distance(values):
         raise ValueError(
             "alphas_cumprod seem to be square roots: their squares are the usual table of a known family, and they are "
-            "not. Pass the cumulative products themselves, the squares of sqrt_alphas_cumprod (in Python, "
-            "checks=False measures it anyway)"
+            f"not. Pass the cumulative products themselves, the squares of sqrt_alphas_cumprod{ANYWAY}"
         )
 
 

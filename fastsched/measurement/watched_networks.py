@@ -1,4 +1,4 @@
-"""Warnings about networks that are sampled or estimated: random ones, and those that change or mix samples."""
+"""Warnings about networks that are sampled or estimated: wrong and random ones, and those that mix samples."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.network_state import checked_training, unchanged_buffers, warned_of_randomness
+from fastsched.measurement.check_calls import ANYWAY
 from fastsched.measurement.fingerprints import same_network
-from fastsched.measurement.network_checks import fingerprint
+from fastsched.measurement.network_checks import check_network, fingerprint
 
 
 @contextlib.contextmanager
@@ -27,14 +28,14 @@ def watched_network(
     harm: str = "errors are mostly distances between random samples",
     result: str = "each error is",
 ) -> Iterator[Tensor | None]:
-    """Warn, once, if the network is random while it is run on batches of this size, changes, or mixes samples.
+    """Warn, once, if the network is no denoiser, or if it is random, changes or mixes samples in batches of this size.
 
-    Gives the network's fingerprint, None if it is not known. Two calls, the second of two samples if ``batch`` is not
-    1, and one more if they differ. For the message, ``what`` is done here, ``harm`` if the network is random, and
-    ``result`` is the beginning of what is wrong of the result.
+    Gives the network's fingerprint, None if it is not known. At most five calls (`check_network`); and one at the end,
+    of two samples if ``batch`` is not 1, and one more if its answer differs. For the message, ``what`` is done here,
+    ``harm`` if the network is random, and ``result`` is the beginning of what is wrong of the result.
     """
     ask = lambda beside: _fingerprint(denoiser, shape, device, dtype, beside)
-    known = ask(0)
+    known = _checked(denoiser, shape, device, dtype)
     with warned_of_randomness(device, what, harm) as drawn:
         yield known
     if drawn or same_network(known, ask(min(batch - 1, 1)), dtype):
@@ -51,13 +52,18 @@ def watched_network(
     )
 
 
-def warn_of_equal(ends: Tensor) -> None:
-    """Warn if converged samples [B, *shape] of different noises are all the same."""
-    if len(ends) > 1 and bool((ends == ends[0]).all()):
-        validate.warn(
-            "all converged samples are equal, so errors are meaningless: does the network use its inputs, and is its "
-            "output not all zero?"
-        )
+def _checked(denoiser: Denoiser, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    """The network's fingerprint; with a warning if the network fails the checks of a measurement."""
+    network, finding = denoiser.network, ""
+    with contextlib.suppress(Exception), unchanged_buffers(network), checked_training(network, device):
+        try:
+            return check_network(denoiser, shape, device, dtype, denoiser.levels(3)).fingerprint
+        except ValueError as error:
+            finding = str(error)
+    if ANYWAY in finding:
+        fault = finding.replace(ANYWAY, "")
+        validate.warn(f"the network seems to be no denoiser of its noise process, so results are meaningless: {fault}")
+    return _fingerprint(denoiser, shape, device, dtype, 0)
 
 
 def _fingerprint(

@@ -147,7 +147,10 @@ def test_unconverged_solves_are_reported_and_bad_arguments_named():
     _, denoiser = gaussian(4)
     settings = {"shape": (4,), "sigmas": [2.0, 1.0], "samples": 3, "progress": False}
     backwards = fs.Denoiser.from_denoiser(lambda z, s: -9.0 * z, 0.1, 10.0)
-    with pytest.warns(UserWarning, match="did not reach a residual"):
+    with (
+        pytest.warns(UserWarning, match="no denoiser of its noise process"),
+        pytest.warns(UserWarning, match="did not reach a residual"),
+    ):
         stein_predictor(backwards, **settings)
     with pytest.raises(ValueError, match="probes must be at least 2"):
         stein_predictor(denoiser, probes=1, **settings)

@@ -44,7 +44,7 @@ def test_calls_reported_are_the_calls_made(estimate, from_data):
     settings = {"sigmas": denoiser.levels(5), "samples": 7, "data": data, "batch_size": 3, "progress": False}
     cost = estimate(denoiser, shape=(2,), dtype=torch.float64, **settings)
     # A forward-mode derivative runs the network once, and so does the gradient of one.
-    assert counter.rows == cost.model_calls + 3  # that tell whether the network changes or mixes samples
+    assert counter.rows == cost.model_calls + 7  # that tell whether it is a denoiser, changes or mixes samples
     assert cost.model_calls == sum(cost.calls)
 
 
@@ -153,7 +153,8 @@ def test_networks_whose_derivative_has_no_gradient_are_refused(estimate):
 def test_a_constant_network_has_a_derivative_of_0():
     denoiser = fs.Denoiser.from_denoiser(lambda z, s: 0 * z, 0.1, 5.0)
     settings = {"shape": (2,), "sigmas": [4.0, 2.0, 1.0], "samples": 3, "progress": False}
-    assert ESTIMATORS["fisher-rao"](denoiser, **settings).adjacent.shape == (2,)
+    with pytest.warns(UserWarning, match="the network answered the same to every question"):
+        assert ESTIMATORS["fisher-rao"](denoiser, **settings).adjacent.shape == (2,)
 
 
 @pytest.mark.parametrize("estimate", ["corrector", "klub"])
@@ -168,12 +169,24 @@ def test_a_random_network_is_warned_of(estimate):
 def test_networks_that_change_or_mix_samples_are_warned_of(estimate):
     calls = []
     changes = lambda z, s: (calls.append(len(z)), (1 + 0.01 * len(calls)) * MIXTURE.denoise(z, s))[1]
-    mixes = lambda z, s: MIXTURE.denoise(z, s) + 0.3 * z.mean(0, keepdim=True)
+    mixes = lambda z, s: MIXTURE.denoise(z, s) + 0.3 * (z.mean(0, keepdim=True) - z)
     settings = {"shape": (2,), "sigmas": [4.0, 2.0, 1.0], "samples": 3, "progress": False}
     for network, told in ((changes, "before and after the estimate"), (mixes, "mixes the samples of a batch")):
         with pytest.warns(UserWarning, match=told):
             ESTIMATORS[estimate](fs.Denoiser.from_denoiser(network, 0.1, 5.0), **settings)
     ESTIMATORS[estimate](fs.Denoiser.from_denoiser(mixes, 0.1, 5.0), batch_size=1, **settings)
+
+
+@pytest.mark.parametrize("from_data", [True, False], ids=["data", "path"])
+@pytest.mark.parametrize("estimate", ["corrector", "klub"])
+def test_networks_that_are_no_denoisers_are_warned_of(estimate, from_data):
+    exact = fs.oracles.GaussianMixture.random(12, 3, seed=0)
+    noise = lambda z, s: (z - exact.denoise(z, s)) / s.reshape(-1, 1)
+    data = exact.sample(9, seed=1) if from_data else None
+    settings = {"shape": (12,), "sigmas": [4.0, 2.0, 1.0], "samples": 3, "data": data, "progress": False}
+    with pytest.warns(UserWarning, match="no denoiser of its noise process.*at the lowest level"):
+        ESTIMATORS[estimate](fs.Denoiser.from_denoiser(noise, 0.02, 5.0), **settings)
+    ESTIMATORS[estimate](fs.Denoiser.from_denoiser(exact.denoise, 0.02, 5.0), **settings)
 
 
 @pytest.mark.parametrize("sigmas", [[1e9, 2.0, 1.0], [4.0, 2.0, 1e-6]])
