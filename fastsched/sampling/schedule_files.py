@@ -87,6 +87,8 @@ def _checked(entries: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(found[key], str):
             raise ValueError(f"{key} must be text, got {found[key]!r:.80}")
     found["sigmas"] = _numbers("sigmas", entries["sigmas"])
+    if found["decoupled"] is not None and found["network_sigmas"] is None:
+        raise ValueError("network_sigmas must be there, as its entry decoupled says; fit the schedule again")
     for key in ("timesteps", "network_sigmas"):
         if found[key] is not None:
             found[key] = _numbers(key, found[key])

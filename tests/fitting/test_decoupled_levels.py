@@ -1,6 +1,7 @@
 """Decoupled levels: what the network is told, apart from the state's level, in sampling and in tuning."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -141,6 +142,18 @@ def test_compare_samples_as_the_network_is_told():
     assert errors["told"] != pytest.approx(errors["plain"], rel=0.05)
     with pytest.raises(ValueError, match="one call a step"):
         fs.compare(denoiser, {"told": schedule}, "heun", shape=(4,), samples=8, progress=False)
+
+
+@pytest.mark.parametrize("value", ["missing", None])
+def test_a_file_that_lost_its_network_sigmas_is_refused(tmp_path, value):
+    """Its sigmas are of no use to a network that is told the levels of the states."""
+    path = tmp_path / "schedule.json"
+    told_lower(DENOISERS["x0"], decoupled="denoiser").save(path)
+    entries = json.loads(path.read_text())
+    entries = {name: each for name, each in entries.items() if name not in ("network_sigmas", "sha256")}
+    path.write_text(json.dumps(entries | ({} if value == "missing" else {"network_sigmas": value})))
+    with pytest.raises(ValueError, match=r"schedule\.json .*network_sigmas must be there"):
+        fs.Schedule.load(path)
 
 
 def test_comfyui_and_predictions_refuse_decoupled_levels():
