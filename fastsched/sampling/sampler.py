@@ -120,11 +120,11 @@ def calls_of(method: Solver, nodes: Sequence[Node]) -> int:
     return steps if method.stage is None else steps + max(0, steps - without)
 
 
-def _warn_of_unknown_levels(process: NoiseProcess, s: float) -> None:
+def _warn_of_unknown_levels(process: NoiseProcess, s: float, name: str = "sigmas") -> None:
     """Warn if a run starts far above all levels of the noise process."""
     if BEYOND[process.kind] * process.s_max < s < math.inf:
         validate.warn(
-            f"sigmas start at {s:g}, far above {process.s_max:g}, the highest of the noise process: are they "
+            f"{name} start at {s:g}, far above {process.s_max:g}, the highest of the noise process: are they "
             "timesteps? fastsched takes noise levels, sigma / alpha"
         )
 
@@ -135,8 +135,9 @@ def _other_levels(run: object, solver: str, process: NoiseProcess) -> Iterator[d
     if own is None:
         return iter(())
     check_decoupled(solver)
-    name = "at" if getattr(run, "decoupled", None) == "denoiser" else "told"
-    return ({name: level} for level in process.level(own))
+    name, levels = "at" if getattr(run, "decoupled", None) == "denoiser" else "told", process.level(own)
+    _warn_of_unknown_levels(process, float(levels[0]), "network_sigmas")
+    return ({name: level} for level in levels)
 
 
 def schedule_solver(sigmas: object, solver: str | Solver | None = None) -> Solver:

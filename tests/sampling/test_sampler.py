@@ -106,6 +106,18 @@ def test_timesteps_in_place_of_sigmas_are_warned_of(solver):
         fs.sample(denoiser, [999.0, 500.0, 1.0, 0.0], solver, noise)
 
 
+@pytest.mark.parametrize("decoupled", ["denoiser", "timestep"])
+def test_timesteps_in_place_of_network_sigmas_are_warned_of(decoupled):
+    denoiser = fs.Denoiser.from_epsilon(lambda x, t: 0.1 * x, torch.linspace(0.999, 0.001, 1000))  # s up to 31.6
+    wrong, right = (
+        fs.Schedule([20.0, 5.0, 0.0], "ddim", "vp", network_sigmas=told, decoupled=decoupled)
+        for told in ([980.0, 700.0], [40.0, 4.0])
+    )
+    with pytest.warns(UserWarning, match=r"network_sigmas start at 980, far above 31\.6.*are they timesteps"):
+        fs.sample(denoiser, wrong, noise=torch.ones(1, 2))
+    fs.sample(denoiser, right, noise=torch.ones(1, 2))  # a warning is an error in this suite
+
+
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "ancestral"])
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_network_computes_in_its_own_dtype_unless_another_is_asked_for(kind, solver):
