@@ -84,13 +84,17 @@ def checked_training(network: Any, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def warned_of_training(network: Any, device: torch.device, harm: str) -> Iterator[None]:
-    """Warn if a network in training mode draws random numbers in here, with the ``harm`` that this does."""
-    training = any(is_training(each) for each in modules_of(network))
-    state = random_state(device) if training else None
+def warned_of_draws(network: Any, device: torch.device, harm: str) -> Iterator[None]:
+    """Warn if a network draws torch's random numbers in here, with the ``harm`` that this does.
+
+    Those of NumPy and Python are not watched, because other threads of a training draw them too.
+    """
+    state = random_state(device)
     yield
-    if state is not None and not torch.equal(state, random_state(device)):
-        validate.warn(f"the network is in training mode, and draws random numbers (dropout?): {harm}")
+    if not torch.equal(state, random_state(device)):
+        training = any(is_training(each) for each in modules_of(network))
+        how = "is in training mode, and draws random numbers (dropout?)" if training else "draws random numbers"
+        validate.warn(f"the network {how}: {harm}")
 
 
 def random_state(device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ from fastsched.denoisers.network_state import (
     active_training_layer,
     random_state,
     unchanged_buffers,
-    warned_of_training,
+    warned_of_draws,
 )
 from fastsched.denoisers.noise import LARGEST_SIGMA, SMALLEST_LEVEL
 from fastsched.measurement.rounding import stored_squares, warn_of_rounded_costs
@@ -32,7 +32,10 @@ LEAST_GAP = 1e-9
 #: Relative change of answers with the level of another sample that is a fault.
 SHARED = 0.1
 
-_RANDOM = "their changes are counted as cost, most at low levels; call eval() before observe_denoiser, train() after it"
+_RANDOM = (
+    "the changes that they make are counted as cost, most at low levels; call eval() before observe_denoiser and "
+    "train() after it, or fix the numbers"
+)
 
 
 class AdaptiveSchedule:
@@ -161,7 +164,7 @@ class AdaptiveSchedule:
         Each sample gives an estimate for one random interval; all intervals come up equally often. Takes two
         evaluations per sample, without gradients, and leaves the network's buffers as they are. The first time a third
         one checks that the answer for a sample does not follow another sample's level, as of a network that uses
-        ``s[0]`` for all. Warns if it does, and if a network in training mode draws random numbers.
+        ``s[0]`` for all. Warns if it does, and if the network draws random numbers.
 
         Args:
             denoise: ``denoise(z, s) -> x0`` for states ``z = x0 + s eps`` [B, *shape] and levels [B], such as a
@@ -193,7 +196,7 @@ class AdaptiveSchedule:
         wide = lambda values: values.to(noise).reshape(-1, *[1] * (clean.ndim - 1))
         z = (clean + wide(s_from) * noise).to(clean.dtype)
         # A network may write into its input, and return the same buffer every time.
-        with unchanged_buffers(denoise), warned_of_training(denoise, clean.device, _RANDOM):
+        with unchanged_buffers(denoise), warned_of_draws(denoise, clean.device, _RANDOM):
             asked = [(s, partial(denoise, z.clone(), s.to(noise))) for s in (s_from, s_to)]
             answers = [checked_call(ask, z, s, z.dtype).clone() for s, ask in asked]
             checks = self._warn_of_shared_levels(denoise, z, s_from.to(noise), answers[0])

@@ -55,15 +55,13 @@ def test_one_level_for_the_whole_batch_is_noticed(shared):
             adaptive.observe_denoiser(denoise, oracle.sample(8, seed=0), generator=generator)
 
 
-def test_conditions_of_each_sample_and_noisy_networks_give_no_warning_about_levels():
+def test_conditions_of_each_sample_give_no_warning_about_levels():
     oracle, labels = _gaussian(), torch.arange(8.0)[:, None]
     asked = []
     bound = lambda z, s: (asked.append(len(z)), oracle.denoise(z, s) + labels[: len(z)])[1]
-    dropped = lambda z, s: torch.nn.functional.dropout(oracle.denoise(z, s), 0.5)
-    for denoise in (bound, dropped):
-        adaptive = fs.AdaptiveSchedule(_start())
-        for _ in range(2):
-            adaptive.observe_denoiser(denoise, oracle.sample(8, seed=0))  # warnings are errors in tests
+    adaptive = fs.AdaptiveSchedule(_start())
+    for _ in range(2):
+        adaptive.observe_denoiser(bound, oracle.sample(8, seed=0))  # warnings are errors in tests
     assert asked == [8] * 5  # a third call the first time only
     fs.AdaptiveSchedule(_start()).observe_denoiser(bound, oracle.sample(1, seed=0))
     assert asked[5:] == [1, 1]
@@ -118,6 +116,13 @@ def test_a_network_that_is_random_in_training_mode_is_warned_of(layer, wrapped):
     adaptive.observe_denoiser(denoise, _gaussian().sample(64, seed=0))  # warnings are errors in tests
     without = torch.nn.Linear(16, 16).train()
     adaptive.observe_denoiser(lambda z, s: without(z), _gaussian().sample(64, seed=0))
+
+
+def test_a_function_that_is_random_is_warned_of_and_not_of_levels():
+    dropped = lambda z, s: torch.nn.functional.dropout(_gaussian().denoise(z, s), 0.5)
+    with pytest.warns(UserWarning, match="the network draws random numbers: .* counted as cost") as told:
+        fs.AdaptiveSchedule(_start()).observe_denoiser(dropped, _gaussian().sample(8, seed=0))
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
