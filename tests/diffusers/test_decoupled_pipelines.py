@@ -23,6 +23,7 @@ from fastsched.diffusers.fitted_scheduler import FittedScheduler
 from fastsched.diffusers.probe import oracle_network, scales, states_of
 from fastsched.fitting.rollouts import distances
 from fastsched.metrics import power_mean
+from fastsched.sampling.random_streams import noise_of as noise_of_paths
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW_UNIPC = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
@@ -86,7 +87,14 @@ def denoiser_of(scheduler):
     return replace(convention.denoiser, network=answer, process=process)
 
 
-def by_loop(scheduler, schedule, noise):
+class NeverScaled:
+    """A scheduler in a pipeline of a flow model, whose loop does not call ``scale_model_input``."""
+
+    def __init__(self, scheduler):
+        self.timesteps, self.step = scheduler.timesteps, scheduler.step
+
+
+def by_loop(scheduler, schedule, noise, seen=lambda scheduler: scheduler):
     """The last state of diffusers' loop; the oracle is asked at the exact level, not at that of a float32 timestep."""
     convention = describe(scheduler)
     network = oracle_network(convention, exact_denoise(ORACLE))
@@ -96,7 +104,7 @@ def by_loop(scheduler, schedule, noise):
     told = iter(told)
     first = convention.process.level(schedule.sigmas[:1])
     start = float(scales(convention, first)[1]) * noise
-    return list(states_of(scheduler, lambda x, t: network(x, next(told)[None]), start))[-1]
+    return list(states_of(seen(scheduler), lambda x, t: network(x, next(told)[None]), start))[-1]
 
 
 def noise_of(count=4):
@@ -138,15 +146,25 @@ def test_denoised_samples_of_other_levels(kind, stock):
     scale = float(expected.norm())
     assert float((of_timesteps - expected).norm()) > 1e-2 * scale
     for scheduler in (pipe.scheduler, copy.deepcopy(pipe.scheduler)):
-        assert float((by_loop(scheduler, schedule, noise_of()) - expected).norm()) < 1e-9 * scale
-        if kind == "epsilon":
-            scheduler.set_timesteps(STEPS)
-            first, second = scheduler.timesteps[:2]
-            scheduler.step(noise_of(), first, noise_of())  # the first level is that of the state
-            with pytest.raises(ValueError, match=r"does not call scheduler\.scale_model_input"):
-                scheduler.step(noise_of(), second, noise_of())
+        for seen in (lambda scheduler: scheduler, NeverScaled)[: 1 if kind == "EDM" else 2]:
+            assert float((by_loop(scheduler, schedule, noise_of(), seen) - expected).norm()) < 1e-9 * scale
     with pytest.raises(ValueError, match="pipelines take sigmas or timesteps"):
         fs.diffusers.export(replace(schedule, solver="ddim", weights=None), own_scheduler(kind))
+
+
+def test_a_first_level_other_than_the_states_needs_a_pipeline_that_scales_its_latents():
+    """A pipeline's first latents are its own; later states are returned as the network needs them."""
+    pipe = Pipe(own_scheduler("epsilon"))
+    schedule = decoupled(pipe.scheduler, "dpmpp_2m", "denoiser")
+    told = schedule.network_sigmas
+    told[0] *= 0.9
+    schedule = replace(schedule, network_sigmas=told)
+    fs.diffusers.apply(schedule, pipe)
+    expected = fs.sample(denoiser_of(own_scheduler("epsilon")), schedule, noise=noise_of())
+    found = by_loop(pipe.scheduler, schedule, noise_of())
+    assert float((found - expected).norm()) < 1e-9 * float(expected.norm())
+    with pytest.raises(ValueError, match=r"does not call scheduler\.scale_model_input"):
+        by_loop(pipe.scheduler, schedule, noise_of(), NeverScaled)
 
 
 def test_solvers_without_weights_have_no_scheduler_for_other_levels():
@@ -213,3 +231,22 @@ def test_a_pipeline_is_fitted_with_decoupled_levels(kind, of):
     error = float(power_mean(distances(stats, rollout(pipe, stats, schedule).ends)))
     assert schedule.measured_error == pytest.approx(error, rel=1e-3)
     assert math.isfinite(error)
+
+
+@pytest.mark.parametrize("of", ["timestep", "denoiser"])
+def test_a_pipeline_that_never_scales_its_latents_is_fitted_with_decoupled_levels(of):
+    """FLUX, as all pipelines of flow models."""
+    from pipelines import flux
+
+    pipe, call, ending = flux(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipe.set_progress_bar_config(disable=True)
+    options = {"levels": 12, "samples": 2, "model_calls": 200, "progress": False}
+    schedule = fs.diffusers.fit(pipe, 4, decoupled=of, **options, **call)
+    assert schedule.decoupled == of
+    assert float((schedule.network_sigmas / schedule.sigmas[:-1] - 1).abs().max()) > 1e-3
+    stats = fs.diffusers.measure(pipe, levels=12, samples=2, progress=False, **call)
+    fs.diffusers.apply(schedule, pipe)
+    noise = noise_of_paths(stats.seeds, stats.shape)
+    ends = pipe(**call, **ending, latents=noise, num_inference_steps=4).images
+    error = float(power_mean((ends - stats.ends).flatten(1).square().sum(1)))
+    assert schedule.measured_error == pytest.approx(error, rel=1e-3)
