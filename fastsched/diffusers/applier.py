@@ -24,6 +24,7 @@ from fastsched.diffusers.exporter import (
     NEGLIGIBLE,
     Export,
     Setter,
+    StepsOtherwise,
     check_range,
     given_arguments,
     plain_copy,
@@ -128,7 +129,7 @@ def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
     if not proven:
         change = replacement(scheduler, lambda other: _proven(schedule, other)[0])
         raise ValueError(
-            f"{type(scheduler).__name__} cannot be made to use this schedule; {change}. " + " | ".join(reasons)
+            f"{type(scheduler).__name__} cannot be made to use this schedule; {change}. {_listed(reasons)}"
         )
     proof = min(proven, key=_rounding)
     target = plain_copy(scheduler)
@@ -154,34 +155,44 @@ def _fitted(schedule: Schedule, scheduler: Any) -> tuple[FittedScheduler, Export
 def check_derived(scheduler: Any) -> None:
     """ValueError if a class that derives from one of diffusers reads a network's outputs, or steps, in another way.
 
-    Then no schedule can be applied to it that could be applied to its base, as which it is measured.
+    Then no schedule can be applied to it that could be applied to its base, as which it is measured. There is a warning
+    where its steps cannot be tried, as those of a class for latents of one shape.
     """
     scheduler = own_scheduler(scheduler)
-    name, _ = class_and_settings(scheduler)
+    own, (name, _) = type(scheduler).__name__, class_and_settings(scheduler)
     if type(scheduler) is getattr(diffusers, name):
         return
     schedule = even_schedule(describe(scheduler).process, 3, "ddim")
     base = plain_copy(scheduler)
     base.__class__ = getattr(diffusers, name)
-    reasons = {each: _proven(schedule, each) for each in (scheduler, base)}
-    if reasons[base][0] and not reasons[scheduler][0]:
+    proven, reasons = _proven(schedule, scheduler)
+    if proven or not _proven(schedule, base)[0]:
+        return
+    if any(isinstance(reason, StepsOtherwise) for reason in reasons.values()):
         raise ValueError(
-            f"{type(scheduler).__name__} does not scale the network's input, read its outputs or step as {name} does, "
-            "from which it derives, so a measurement, which does all this, would be wrong; change the network's inputs "
-            f"and outputs in the network or the pipeline, and give the pipeline a {name}. "
-            + " | ".join(reasons[scheduler][1])
+            f"{own} does not scale the network's input, read its outputs or step as {name} does, from which it "
+            "derives, so a measurement, which does all this, would be wrong; change the network's inputs and outputs "
+            f"in the network or the pipeline, and give the pipeline a {name}. {_listed(reasons)}"
         )
+    validate.warn(
+        f"{own} is measured as {name}, from which it derives; whether it steps alike could not be tried. "
+        f"{_listed(reasons)}"
+    )
 
 
-def _proven(schedule: Schedule, scheduler: Any) -> tuple[list[Export], list[str]]:
+def _listed(reasons: dict[str, ValueError]) -> str:
+    return " | ".join(f"{way}: {reason}" for way, reason in reasons.items())
+
+
+def _proven(schedule: Schedule, scheduler: Any) -> tuple[list[Export], dict[str, ValueError]]:
     """The verified ways up to the first exact one, and the reasons why other ways do not work."""
     proven: list[Export] = []
-    reasons = []
+    reasons = {}
     for way, make in WAYS.items():
         try:
             proof = prove(schedule, scheduler, make(schedule, scheduler), way)
         except ValueError as error:
-            reasons.append(f"{way}: {error}")
+            reasons[way] = error
             continue
         proven.append(proof)
         if _rounding(proof) == (0.0, 0.0):

@@ -36,6 +36,18 @@ def copied_with(owner: Any, memo: dict[int, Any], /, **values: Any) -> Any:
     return made
 
 
+def deep_copy(owner: Any) -> Any:
+    """A deep copy of ``owner``; attributes that cannot be copied, such as a file or a lock, are shared."""
+    with contextlib.suppress(Exception):
+        return copy.deepcopy(owner)
+    made = copy.copy(owner)
+    memo = {id(owner): made}
+    for name, value in vars(owner).items():
+        with contextlib.suppress(Exception):
+            vars(made)[name] = copy.deepcopy(value, memo)
+    return made
+
+
 #: The thread that measures or fits each pipeline, by the pipeline's identity.
 _USERS: dict[int, int] = {}
 _LOCK = threading.Lock()

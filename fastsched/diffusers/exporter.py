@@ -7,7 +7,6 @@ those of the schedule.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.noise import FlowMatching, NoiseProcess, VariancePreserving
+from fastsched.diffusers.attributes import deep_copy
 from fastsched.diffusers.conventions import Convention, class_names, describe, other_solver, own_scheduler, visited
 from fastsched.diffusers.overrides import LOST
 from fastsched.diffusers.probe import NUDGE, amplified_rounding, scales, timestep_slack, trace
@@ -40,6 +40,10 @@ NEGLIGIBLE = 1e-6
 OVERRIDES = ("set_timesteps", "set_begin_index", "step_index", *LOST)
 
 Setter = Callable[[Any], None]
+
+
+class StepsOtherwise(ValueError):
+    """A scheduler made its steps, but not those from each of its sigmas to the next."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +129,7 @@ def _uses_another(scheduler: Any, schedule: Schedule, proof: Export) -> bool:
     """Whether another schedule (not a rounded form of this one) is applied, which arguments do not change."""
     if "set_timesteps" not in vars(scheduler):
         return False
-    target = copy.deepcopy(scheduler)
+    target = deep_copy(scheduler)
     target.set_timesteps(schedule.steps)
     used = declared_sigmas(target)
     same = (len(used) == len(one) and relative_error(used, one) <= EXACT for one in (schedule.sigmas, proof.sigmas))
@@ -173,7 +177,7 @@ def prove(
         setter(target)
         nudged = trace(target, levels[0], answered, expected, NUDGE)
         if not run.follows(*reached, rounding=amplified_rounding(run, nudged)):
-            raise ValueError(
+            raise StepsOtherwise(
                 f"{name} does not step through its sigmas {_brief(used)}: the noise levels of its states are "
                 f"{_brief(run.noise)}"
             )
@@ -223,7 +227,7 @@ def input_factors(schedule: Schedule, process: NoiseProcess) -> Tensor:
 
 def plain_copy(scheduler: Any) -> Any:
     """A copy of ``scheduler`` without what `fastsched.diffusers.apply` set on it."""
-    target = copy.deepcopy(scheduler)
+    target = deep_copy(scheduler)
     for name in OVERRIDES:
         target.__dict__.pop(name, None)
     return target

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
@@ -170,7 +169,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
 
     def own_scheduler(self) -> Any:
         """A copy of the scheduler that this one replaced; if loaded from a file, one of its class and config."""
-        return copy.deepcopy(self._own)
+        return plain_copy(self._own)
 
     @property
     def step_index(self) -> int | None:

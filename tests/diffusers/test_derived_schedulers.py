@@ -1,6 +1,7 @@
 """Scheduler classes of a user's own, and methods that were set on a scheduler by hand."""
 
 import copy
+import threading
 import warnings
 
 import pytest
@@ -60,6 +61,27 @@ class Exact(Euler):
         return (latents, denoised) if not return_dict else diffusers.schedulers.SchedulerOutput(latents)
 
 
+class OfOneShape(diffusers.FlowMatchEulerDiscreteScheduler):
+    """For latents in a sequence, as FLUX has them; OraclePipeline's are not."""
+
+    def step(self, model_output, timestep, sample, **kwargs):
+        _, _, _ = sample.shape
+        return super().step(model_output, timestep, sample, **kwargs)
+
+
+class Logging(Euler):
+    """Holds what cannot be copied, as a log file does."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.lock, self.seen = threading.Lock(), []
+
+    def step(self, model_output, timestep, sample, **kwargs):
+        with self.lock:
+            self.seen.append(float(timestep))
+        return super().step(model_output, timestep, sample, **kwargs)
+
+
 def pipeline_of(scheduler):
     pipe = oracle_pipeline(scheduler, fs.oracles.GaussianMixture.random(8, 3, seed=0))
     pipe.set_progress_bar_config(disable=True)
@@ -82,6 +104,26 @@ def test_a_class_that_steps_as_its_base_is_measured_alike(kind):
         fs.diffusers.measure(pipeline_of(each(**SD)), levels=12, samples=1, progress=False) for each in (kind, Euler)
     )
     assert torch.equal(one.gram, other.gram)
+
+
+def test_a_class_whose_steps_cannot_be_tried_is_measured_with_a_warning():
+    pipe = pipeline_of(OfOneShape(shift=3.0))
+    with pytest.warns(UserWarning, match=r"OfOneShape is measured as FlowMatchEuler.*too many values to unpack"):
+        found = fs.diffusers.measure(pipe, levels=12, samples=1, progress=False)
+    plain = pipeline_of(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    assert torch.equal(found.gram, fs.diffusers.measure(plain, levels=12, samples=1, progress=False).gram)
+
+
+def test_a_scheduler_that_holds_what_cannot_be_copied_is_used_and_left_alone():
+    pipe = pipeline_of(Logging(**SD))
+    own = pipe.scheduler
+    schedule = fs.diffusers.fit(pipe, 4, levels=12, samples=1, model_calls=100, progress=False)
+    assert pipe.scheduler is own
+    assert own.seen == []
+    fs.diffusers.apply(schedule, pipe)
+    pipe(num_inference_steps=4)
+    assert len(pipe.scheduler.seen) == 4
+    assert pipe.scheduler.lock is own.lock
 
 
 @pytest.mark.filterwarnings("ignore:Should have tb:UserWarning")  # rounding in torchsde
