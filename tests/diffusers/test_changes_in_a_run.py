@@ -280,6 +280,19 @@ def test_weights_that_a_callback_changes_and_changes_back_are_noticed(name):
         measured(pipe, on_step=lambda i, output: on_step(pipe.unet, i, output))
 
 
+def test_marks_of_progress_that_a_callback_makes_are_no_change():
+    torch.manual_seed(0)
+    pipe, call = quiet(pipelines.flux(diffusers.FlowMatchEulerDiscreteScheduler()))
+    plain = measured(pipe, **call)
+
+    def mark(pipe, i, t, given):
+        pipe.step_number, pipe.cancelled = i, False
+        return given
+
+    assert torch.equal(measured(pipe, callback_on_step_end=mark, **call).gram, plain.gram)
+    assert pipe.cancelled is False
+
+
 def test_processors_that_a_callback_makes_anew_may_be_alike():
     scheduler = euler()
     pipe = OraclePipeline(Weighted().answer_for(scheduler, mixture()), scheduler)
