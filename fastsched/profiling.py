@@ -29,6 +29,7 @@ from fastsched.measurement.memory import WORKING
 from fastsched.measurement.network_checks import CHECK_CALLS
 from fastsched.measurement.timeline import TimedRun, Timeline, device_of, synchronisations
 from fastsched.sampling.files import absolute_file, check_writable, write_whole
+from fastsched.sampling.origin import network_name
 from fastsched.sampling.random_streams import noise_of
 from fastsched.sampling.sampler import sample
 from fastsched.sampling.solvers import FITTED
@@ -285,7 +286,7 @@ class _DenoiserRuns:
         self.denoiser, self.shape, self.elements = denoiser, shape, int(np.prod(shape))
         self.networks = modules_of(denoiser.network)[:1]
         module = replace(denoiser, network=self.networks[0]) if self.networks else denoiser  # that a function may hold
-        self.name, self.device, self.dtype = type(module.network).__name__, module.device, module.dtype
+        self.name, self.device, self.dtype = network_name(module.network), module.device, module.dtype
 
     def measuring_calls(self, levels: int) -> int:
         return measuring_calls(levels, DENOISER_SAMPLES) + CHECK_CALLS

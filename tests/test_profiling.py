@@ -34,6 +34,22 @@ def test_no_peak_is_said_where_python_cannot_tell(monkeypatch):
     assert fs.profile(oracle, (4,)).peak_gb == 0
 
 
+def test_a_wrapped_network_has_the_name_that_its_schedules_have():
+    class Precond(torch.nn.Module):
+        sigma_data, sigma_min, sigma_max = 0.5, 0.02, 80.0
+
+        def __init__(self):
+            super().__init__()
+            self.model = torch.nn.Identity()
+
+        def forward(self, x, sigma):
+            return 0.25 * x / (0.25 + sigma.reshape(-1, 1) ** 2)
+
+    denoiser = fs.Denoiser.from_edm(Precond())
+    assert fs.profile(denoiser, (4,)).model.endswith("Precond")
+    assert fs.profile(slow_network(0), (4,)).model.endswith("denoise")
+
+
 def test_inner_owners_take_time_from_outer_ones():
     timeline = Timeline(CPU)
     with timeline.within("scheduler"):
