@@ -76,14 +76,8 @@ def export(
         raise ValueError("scheduler and mu are for --to diffusers, vllm-omni and sglang only")
     shell.writable(output, sources=[schedule])
     loaded = inputs.load_schedule(schedule)
-    if loaded.weights is not None and to != "diffusers":
-        ways = {"comfyui": NODE, "k-diffusion": "sample by fastsched.sampling.k_diffusion.sample_fitted"}
-        instead = f"{ways[to]}, or " if to in ways else ""
-        raise ValueError(
-            f"schedule is for the fitted solver, whose weights {to} cannot take; {instead}fit one for a stock solver"
-        )
     if to != "diffusers":
-        loaded.check_coupled(to)
+        _check_list(loaded, to)
     if to == "diffusers":
         text, values = _diffusers(loaded, schedule, scheduler, mu)
     elif to in ENGINES:
@@ -97,6 +91,24 @@ def export(
     else:
         write_whole(output, f"{text}\n".encode())
         note(f"wrote {output}")
+
+
+def _check_list(schedule: Schedule, program: str) -> None:
+    """ValueError if one list of levels cannot hold the schedule; it names what else the program can use."""
+    decoupled, fitted = schedule.decoupled == "denoiser", schedule.weights is not None
+    ways = {"comfyui": NODE} if decoupled or fitted else {}
+    if fitted:
+        model = "the model fs.decoupled_model(model, schedule) and " if decoupled else ""
+        ways["k-diffusion"] = f"sample by {model}fastsched.sampling.k_diffusion.sample_fitted"
+    elif decoupled and schedule.noise != "flow":
+        ways["k-diffusion"] = "give its sampler fs.decoupled_model(model, schedule) and schedule.sigmas"
+    instead = f"{ways[program]}, or " if program in ways else ""
+    if fitted:
+        raise ValueError(
+            f"schedule is for the fitted solver, whose weights {program} cannot take; {instead}fit one for a stock "
+            "solver"
+        )
+    schedule.check_coupled(program, instead)
 
 
 def _text(schedule: Schedule) -> tuple[str, dict[str, Any]]:

@@ -238,12 +238,11 @@ class Schedule:
         text = ", ".join(np.format_float_positional(np.float32(value), trim="0") for value in sigmas.tolist())
         return ComfyUISigmas(text, sigmas)
 
-    def check_coupled(self, who: str) -> None:
+    def check_coupled(self, who: str, instead: str = "") -> None:
         """ValueError if levels are decoupled, for a program ``who`` that tells the network the sigma of the state."""
         if self.network_sigmas is not None:
-            raise ValueError(
-                f"schedule has decoupled levels (network_sigmas), which {who} cannot use; fit one with decoupled=False"
-            )
+            what = f"schedule has decoupled levels (network_sigmas), which {who} cannot use"
+            raise ValueError(f"{what}; {instead}fit one with decoupled=False")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON with plain decimals; an existing file is replaced only when the new one is complete.

@@ -311,10 +311,11 @@ def test_decoupled_levels_are_fitted_shown_and_exported_where_they_can_be(folder
     assert "the network is told" in result.stderr
     shown = json.loads(run("fit", model, *options, "--overwrite", "--json").stdout)
     assert shown["network_sigmas"] == schedule.network_sigmas.tolist()
-    for program in ("comfyui", "k-diffusion", "text"):
+    for program, instead in (("comfyui", "Load Schedule"), ("k-diffusion", "fs.decoupled_model"), ("text", "")):
         refused = run("export", output, "--to", program)
         assert refused.exit_code == 2
         assert "decoupled levels" in one_line(refused)
+        assert instead in one_line(refused)
     assert "fs.diffusers.apply(schedule, pipe)" in run("export", output, "--to", "diffusers").stdout
 
 
