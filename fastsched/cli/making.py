@@ -315,7 +315,7 @@ def plan(
     if output is not None:  # before printing, which ends the command if a reader such as head closed the pipe
         shell.save_figure(plot_error_curves(curves), output)
         note(f"wrote {output}")
-    found = []
+    found, missed = [], []
     for curve, error in zip(curves, errors, strict=True):
         rows = list(zip(curve.steps, curve.model_calls, curve.predicted_errors, strict=True))
         points = [{"steps": n, "model_calls": calls, "predicted_error": value} for n, calls, value in rows]
@@ -324,14 +324,17 @@ def plan(
             cells = [(str(n), f"{calls}", f"{value:.4g}") for n, calls, value in rows]
             shell.print_table((f"{curve.solver}: steps", "model calls", "predicted error"), cells, left=0)
         if goal is not None and error is not None:
-            if (enough := steps_within(curve, error)) is None:
-                raise not_reached(curve.solver, most, error, curve.predicted_errors[-1])
+            enough = steps_within(curve, error)
             entry |= {"target": target, "steps_needed": enough}
-            if not as_json:
-                typer.echo(f"{curve.solver} needs {entry['steps_needed']} steps for {target}")
+            if enough is None:
+                missed.append(not_reached(curve.solver, most, error, curve.predicted_errors[-1]))
+            elif not as_json:
+                typer.echo(f"{curve.solver} needs {enough} steps for {target}")
         found.append(entry)
     if as_json:
         shell.print_json(found)
+    if missed:  # after the results of the other solvers
+        raise missed[0]
 
 
 def merge(

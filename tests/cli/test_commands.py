@@ -337,6 +337,19 @@ def test_plan_prints_and_draws(folder, tmp_path):
     assert "steps for karras:8" in result.stdout
 
 
+def test_plan_shows_the_other_solvers_if_one_does_not_reach_the_target(folder):
+    options = ("--solver", "ddim,dpmpp_2m", "--max-steps", "8", "--target")
+    curves = json.loads(run("plan", folder / "s.safetensors", *options, "1e9", "--json").stdout)
+    least = [curve["curve"][-1]["predicted_error"] for curve in curves]
+    assert least[1] < least[0]
+    result = run("plan", folder / "s.safetensors", *options, f"{2 * least[1]:.17g}")
+    assert result.exit_code == 2
+    assert "dpmpp_2m needs 8 steps" in result.stdout
+    assert "the best ddim one reaches" in result.stderr
+    result = run("plan", folder / "s.safetensors", *options, f"{2 * least[1]:.17g}", "--json")
+    assert [entry["steps_needed"] for entry in json.loads(result.stdout)] == [None, 8]
+
+
 def test_plan_goes_as_far_as_few_levels_allow(tmp_path):
     assert (
         run("measure", "digits", "--levels", "6", "--samples", "1", "-q", "-o", tmp_path / "s.safetensors").exit_code
