@@ -94,7 +94,7 @@ def sensitivity(stats: PathStatistics) -> str:
     figure, axes = _axes()
     growth = np.sqrt(error_weight(stats)[:-1])
     _over_sigma(axes, stats, stats.sigmas[:-1].numpy(), growth, color=plot.COLOURS[2])
-    axes.set_ylabel("error at the end over error made here")
+    axes.set_ylabel("error at the end\nover error made here")
     return _svg(figure, "growth of an error until the end")
 
 
