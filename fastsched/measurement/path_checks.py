@@ -179,42 +179,54 @@ class _Path:
         """Raise an error if the prediction has the wrong sign; warn of other violations."""
         products = torch.stack(self.products, 1).cpu().double()  # [5, N, B]
         sizes, spread = self._sizes(products)
-        paths = products.shape[2]
         deviation = math.sqrt(max(float(sizes[-1]), 0.0) / end.numel())
         far = self._far_from_data(end, deviation)
         if not deviation > 0:
             return
-        few, small = len(self.s) < FEWEST_LEVELS, end.numel() < FEWEST_ELEMENTS
-        unequal = _unequal_sizes(sizes / sizes[-1], self.s, deviation, end.numel(), paths)
-        held = None if few else self._noise_held(sizes / sizes[-1], spread / sizes[-1], deviation, paths)
-        against, backwards, outwards, left, excess = self.ask.negative_slope, None, None, None, 0.0
-        unusual, slope, removed = not few, None, None
-        if self.sign_ambiguous:
-            backwards, unusual, slope = self._backwards(against is not None or deviation > WIDE * self.prior)
-        if not few and end.numel() >= FEWEST_REMOVED:
-            removed, odd = self._removed(products[:3], slope)
-            unusual = odd or (unusual and self.sign_ambiguous)
-        if unusual and self.sign_ambiguous:
-            outwards = self._outwards()
-        if unusual and not small:
-            level = (LOW_PART_OF_SIGN if self.sign_ambiguous else LOW_PART) * deviation
-            left, excess = _noise_left(self.ask, end, self.noise, level, few)
-        of_flow, wrong = [], False
-        if self.ask.denoiser.prediction in FLOW_LIKE and not few:
-            of_flow, wrong = flow_faults(self.ask, float(self.s[-1]), deviation, products[:3, -1])
-        doubtful = [far, left, None if few else unequal, held, against, backwards, None if small else outwards, removed]
-        if not any(doubtful + of_flow):
+        (left, *others), wrong = self._with_noise(end, deviation, products[:3])
+        along_path: list[str | None] = []
+        if len(self.s) >= FEWEST_LEVELS:
+            sizes, spread, paths = sizes / sizes[-1], spread / sizes[-1], products.shape[2]
+            along_path = [
+                _unequal_sizes(sizes, self.s, deviation, end.numel(), paths),
+                self._noise_held(sizes, spread, deviation, paths),
+            ]
+            if self.ask.denoiser.prediction in FLOW_LIKE:
+                of_flow, wrong = flow_faults(self.ask, float(self.s[-1]), deviation, products[:3, -1])
+                others += of_flow
+        found = [each for each in (far, left, *along_path, *others) if each]
+        if not found:
             return
         finding = (
-            f"{'; and '.join(filter(None, [self.ask.middle_fault, *doubtful, *of_flow]))}. Does the network get time "
-            "or noise level in its own units, and is its table of levels the right one? Is it guided by more than its "
-            f"data allow? Or {suspects(self.ask.denoiser)}"
+            f"{'; and '.join(filter(None, [self.ask.middle_fault, *found]))}. Does the network get time or noise level "
+            "in its own units, and is its table of levels the right one? Is it guided by more than its data allow? Or "
+            f"{suspects(self.ask.denoiser)}"
         )
-        if self.sign_ambiguous:  # other signs were checked before the path
-            wrong = bool(outwards and (against or excess > 1)) or (excess > FAR and not few)
         if wrong or self.ask.middle_fault is not None:  # that alone may be of a rough sample between modes
             raise ValueError(finding)
         validate.warn(finding)
+
+    def _with_noise(self, end: Tensor, deviation: float, squares: Tensor) -> tuple[list[str | None], bool]:
+        """Messages about noise added to the path's end and to its states, and whether the sign is surely wrong.
+
+        ``squares`` are ``<x, x>``, ``<x, R>`` and ``<R, R>``, [3, N, B]. Calls that are not always made are for
+        networks that are unusual so far.
+        """
+        few, small, ambiguous = len(self.s) < FEWEST_LEVELS, end.numel() < FEWEST_ELEMENTS, self.sign_ambiguous
+        against, unusual, slope, excess = self.ask.negative_slope, not few, None, 0.0
+        left = backwards = removed = outwards = None
+        if ambiguous:  # other signs were checked before the path
+            backwards, unusual, slope = self._backwards(against is not None or deviation > WIDE * self.prior)
+        if not few and end.numel() >= FEWEST_REMOVED:
+            removed, odd = self._removed(squares, slope)
+            unusual = odd or (unusual and ambiguous)
+        if unusual and ambiguous:
+            outwards = self._outwards()
+        if unusual and not small:
+            level = (LOW_PART_OF_SIGN if ambiguous else LOW_PART) * deviation
+            left, excess = _noise_left(self.ask, end, self.noise, level, few)
+        wrong = bool(outwards and (against or excess > 1)) or (excess > FAR and not few)
+        return [left, against, backwards, None if small else outwards, removed], ambiguous and wrong
 
     def _sizes(self, products: Tensor) -> tuple[Tensor, Tensor]:
         """``<z - m, D - m>`` and ``|D - m|^2``, means over the paths, [N]; from the products [5, N, B]."""
