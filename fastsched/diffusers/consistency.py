@@ -45,7 +45,7 @@ class Consistency:
         self._levels, self._may_change = levels, changes
         self._changed: dict[str, list[tuple[int, str]]] = {}
         self._steps: dict[int, SeenStep] = {}
-        self._visits: dict[int, tuple[int, SeenStep]] = {}
+        self._visits: dict[int, int] = {}  # the first step at each level
         self._formulas: dict[int, Formula | None] = {}
         self._fixed: set[str] = set()
         self._constant: dict[str, Any] = {}
@@ -70,16 +70,13 @@ class Consistency:
         """
         self._steps[index], self._formulas[index] = step, formula
         if index == 0:
-            self._skipped_layers(step)
+            self._skipped_layers(index, step)
             return None
         if index == 1:
+            wrong = self._unlike(0, 1)
+            if wrong is not None:
+                return wrong
             before = self._steps[0].facts
-            counts = {name: self._steps[0].calls[name] for name in step.calls}  # before step 0 prompts were encoded
-            changed = self._other_formula(0, 1)
-            if counts != step.calls:
-                changed = f"the networks were called {dict(step.calls)} times, not {counts},"
-            if changed is not None:
-                return f"at step 1, {changed} than at step 0, at the same timestep"
             self._fixed = {name for name, fact in step.facts.items() if name in before and before[name] == fact}
         if index == 2:
             first = self._steps[1].facts
@@ -88,27 +85,19 @@ class Consistency:
                 for name in self._fixed
                 if is_number(first[name]) or step.facts.get(name) == first[name]
             }
-        changed = self._changed_early(index, step) or self._changed_late(index, step)
-        if changed is not None:
-            return changed
-        changed = self._changed_constant(index, level, step) or self._skipped_layers(step)
-        if changed is not None:
-            return f"at step {index}, {changed}"
-        if index == self._levels:
-            changed = self._unconfirmed()
-            if changed is not None:
-                return changed
-        if level in self._visits:
-            earlier, other = self._visits[level]
-            changed = self._differs(other, step) or self._other_formula(earlier, index)
-            if changed is not None:
-                return f"at step {index}, {changed} than at step {earlier}, at the same timestep"
-        elif level == index - 1:
-            changed = self._changed_first(index, level)
-            if changed is not None:
-                return changed
-        self._visits.setdefault(level, (index, step))
-        return None
+        wrong = (
+            self._changed_early(index, step)
+            or self._changed_late(index, step)
+            or self._changed_constant(index, level, step)
+            or self._skipped_layers(index, step)
+            or (self._unconfirmed() if index == self._levels else None)
+        )
+        if wrong is None and level in self._visits:
+            wrong = self._unlike(self._visits[level], index)
+        elif wrong is None and level == index - 1:
+            wrong = self._changed_first(index, level)
+        self._visits.setdefault(level, index)
+        return wrong
 
     def _changed_first(self, index: int, level: int) -> str | None:
         """What changed after the first or second level. They get no second visit, so consecutive steps are compared.
@@ -168,9 +157,9 @@ class Consistency:
                 continue
             now = step.facts.get(name, ...)  # or absent
             if now == first.get(name, ...):
-                return f"at step {index - 2}, {name.replace('#0', '')} was different from that at all later steps"
+                return f"at step {index - 2}, {_shown(name)} was different from that at all later steps"
             if index == 2 and now == before.get(name, ...):
-                return f"at step 1, {name.replace('#0', '')} was different from that at the steps before and after"
+                return f"at step 1, {_shown(name)} was different from that at the steps before and after"
         return None
 
     def _changed_late(self, index: int, step: SeenStep) -> str | None:
@@ -190,7 +179,7 @@ class Consistency:
             start, first = seen[0]
             for name in sorted(same):
                 if len(seen) == 3 and not progresses(name) and first.get(name, ...) != now[name]:
-                    return f"at step {start}, {name.replace('#0', '')} was different from that at all later steps"
+                    return f"at step {start}, {_shown(name)} was different from that at all later steps"
         return None
 
     def _changed_constant(self, index: int, level: int, step: SeenStep) -> str | None:
@@ -200,13 +189,13 @@ class Consistency:
                 continue
             inner = any(word in name for word in (".settings", ".weights"))  # hashes, and no arguments
             detail = f": {given!r} instead of {value!r}" if is_number(value) and is_number(given) and not inner else ""
-            changed = f"{name.replace('#0', '')} was different from that at the first step{detail}"
+            changed = f"{_shown(name)} was different from that at the first step{detail}"
             if inner or name not in self._fixed:
-                return changed
+                return f"at step {index}, {changed}"
             if level in self._visits:
                 continue  # it must be equal to that at the first visit
             if not (index <= self._levels or self._may_change(index)):
-                return changed
+                return f"at step {index}, {changed}"
             self._constant[name] = given
             self._changed.setdefault(name, []).append((level, changed))
         return None
@@ -228,21 +217,28 @@ class Consistency:
                 )
         return None
 
-    def _differs(self, other: SeenStep, step: SeenStep) -> str | None:
-        if other.calls != step.calls:
-            return f"the networks were called {dict(step.calls)} times, not {dict(other.calls)},"
-        for name in sorted(self._fixed):
-            if other.facts.get(name) != step.facts.get(name):
-                return f"{name.replace('#0', '')} was different"
-        return None
+    def _unlike(self, earlier: int, index: int) -> str | None:
+        """What is wrong with step ``index``, at the same level as step ``earlier``; None if nothing is."""
+        other, step = self._steps[earlier], self._steps[index]
+        # Before step 0 prompts were encoded, by networks that are not called again.
+        calls = {name: other.calls[name] for name in step.calls} if earlier == 0 else other.calls
+        differing = (name for name in sorted(self._fixed) if other.facts.get(name) != step.facts.get(name))
+        if calls != step.calls:
+            changed = f"the networks were called {dict(step.calls)} times, not {dict(calls)},"
+        elif (name := next(differing, None)) is not None:
+            changed = f"{_shown(name)} was different"
+        else:
+            changed = self._other_formula(earlier, index)
+        return changed and f"at step {index}, {changed} than at step {earlier}, at the same timestep"
 
-    def _skipped_layers(self, step: SeenStep) -> str | None:
+    def _skipped_layers(self, index: int, step: SeenStep) -> str | None:
         for name, calls in step.calls.items():
             key, layers = (name, calls), step.layers[name]  # 0 if it was called and reused its whole output
             low, high = self._layers.get(key, (layers, layers))
             self._layers[key] = low, high = min(low, layers), max(high, layers)
             if low < FEWER_LAYERS * high:
-                return f"{name} ran {layers} of its layers, and {high + low - layers} at another step (a cache?)"
+                other = high + low - layers
+                return f"at step {index}, {name} ran {layers} of its layers, and {other} at another step (a cache?)"
         return None
 
 
@@ -252,6 +248,11 @@ def _difference(known: Formula, found: Formula) -> str:
     sample = int((found.coefficients - known.coefficients).norm(dim=-1).argmax())
     numbers = [", ".join(f"{x:.3g}" for x in formula.coefficients[sample].tolist()) for formula in (found, known)]
     return f"the networks' outputs were combined with other coefficients ({numbers[0]} instead of {numbers[1]})"
+
+
+def _shown(name: str) -> str:
+    """A fact's name in messages; a network's first call in a step is not counted."""
+    return name.replace("#0", "")
 
 
 def _applies_to(name: str, step: SeenStep) -> bool:
