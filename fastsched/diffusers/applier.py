@@ -133,10 +133,10 @@ def applied(schedule: Schedule, scheduler: Any) -> tuple[Any, Export]:
         )
     proof = min(proven, key=_rounding)
     target = plain_copy(scheduler)
-    timesteps = SetTimesteps(target, schedule, proof.way)
-    timesteps.put()
+    set_timesteps = SetTimesteps(target, schedule, proof.way)
+    set_timesteps.put()
     if hasattr(target, "set_begin_index"):
-        SetBeginIndex(target, timesteps).put()
+        SetBeginIndex(target, set_timesteps).put()
     SaveConfig(target).put()
     return target, proof
 
@@ -207,29 +207,33 @@ def _rounding(proof: Export) -> tuple[float, float]:
 
 
 class SetTimesteps(Override):
-    """``set_timesteps`` that sets a schedule, whatever number of steps or list it is called with."""
+    """``set_timesteps`` that sets a schedule, whatever number of steps or list it is called with.
+
+    A run may start midway: by the class's ``strength``, by a list of flow times that starts below the schedule, or by
+    a slice of the timesteps (`start_at`). Then only the rest of the schedule is verified and set.
+    """
 
     name = "set_timesteps"
 
     def __init__(self, owner: Any, schedule: Schedule, way: str) -> None:
         super().__init__(owner)
         self.schedule, self.way = schedule, way
-        self.asked: dict[str, Any] = {}
-        self.begun: int | None = None
-        self.count = 0
+        self.asked: dict[str, Any] = {}  # the arguments of the last call
+        self.started_at: int | None = None  # the index of the slice by which the run starts
+        self.count = 0  # of the whole schedule's timesteps
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Called as the class's own method."""
         self.asked = dict(self.__signature__.bind(*args, **kwargs).arguments)
         self.asked |= self.asked.pop("kwargs", {})
-        self.begun = None
+        self.started_at = None
         self._set(self.schedule)
         self.count = len(self.owner.timesteps)
         warn_of_list(self.schedule, self.asked, self._own_timesteps, self.owner.timesteps.plain)
-        if self.asked.get("strength", 1.0) < 1.0 or self._given_from_below():  # LCM's and TCD's class, or a list
+        if self.asked.get("strength", 1.0) < 1.0 or self._list_starts_below():  # LCM's and TCD's class, or a list
             self._use(remaining(self.schedule, describe(self.owner), self._own_timesteps()[0]))
 
-    def _given_from_below(self) -> bool:
+    def _list_starts_below(self) -> bool:
         """Whether a list of flow times starts below the schedule, for latents with less noise (Stable Audio 3)."""
         if self.schedule.noise != "flow" or self.asked.get("sigmas") is None:
             return False
@@ -259,7 +263,7 @@ class SetTimesteps(Override):
             ValueError: If the scheduler cannot use the rest of the schedule.
         """
         rest = self._rest(index)
-        self.begun = index
+        self.started_at = index
         if rest is None:
             return self.owner.timesteps.plain[:0]
         self._use(rest)

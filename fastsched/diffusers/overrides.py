@@ -192,19 +192,19 @@ class ScaleModelInput(Override):
 
 
 class SetBeginIndex(Override):
-    """``set_begin_index`` that sets index 0 if `applier.SetTimesteps.start_at` has already chosen where to start."""
+    """``set_begin_index`` that sets index 0 if ``set_timesteps``, an `applier.SetTimesteps`, knows where to start."""
 
     name = "set_begin_index"
 
-    def __init__(self, owner: Any, timesteps: Any) -> None:
+    def __init__(self, owner: Any, set_timesteps: Any) -> None:
         super().__init__(owner)
-        self.timesteps = timesteps
+        self.set_timesteps = set_timesteps
 
     def __call__(self, begin_index: int = 0) -> None:
         """Called as the class's own method."""
-        started = self.timesteps.begun is not None
+        started = self.set_timesteps.started_at is not None
         if not started and begin_index >= len(self.owner.timesteps):
-            steps = self.timesteps.schedule.steps
+            steps = self.set_timesteps.schedule.steps
             raise ValueError(
                 f"begin_index must be below the applied schedule's {steps} steps, got {begin_index}; call the pipeline "
                 f"with num_inference_steps={steps}"
@@ -227,14 +227,16 @@ class SaveConfig(Override):
 
 
 class Timesteps(Tensor):
-    """A scheduler's timesteps, of which the slice ``timesteps[index:]`` is computed by a function.
+    """A scheduler's timesteps, of which two slices have a meaning of their own before a run.
 
-    Image-to-image pipelines take this slice. Their index counts the steps that they asked for (from the end if
-    negative) or, if they first compare the timesteps with that of ``denoising_start``, these timesteps. Every other
-    operation, copies and pickles, and this slice during a run, give plain tensors. Sigmas are sliced in the same way.
+    * ``timesteps[index:]`` is ``start_at(index)``: by this slice image-to-image pipelines start midway. Their index
+      counts the steps that they asked for, from the end if negative. If they first compare the timesteps with that of
+      ``denoising_start``, it counts these timesteps.
+    * ``timesteps[:-1]`` gives all timesteps: pipelines of LTX leave out the last one, which would be that of sigma 0
+      (`LTXEulerAncestralRFScheduler` lists it), and is not among these.
 
-    The slice ``timesteps[:-1]`` before a run gives all timesteps: pipelines of LTX leave out the last one, which would
-    be that of sigma 0 (`LTXEulerAncestralRFScheduler` lists it), and is not among these.
+    Everything else gives plain tensors: other operations, copies, pickles, and these slices during a run. Sigmas are
+    sliced in the same way.
 
     Attributes:
         start_at: Computes ``[index:]``.
@@ -266,11 +268,11 @@ class Timesteps(Tensor):
         return self.as_subclass(Tensor)
 
     def __getitem__(self, index: Any) -> Tensor:
-        from_index = isinstance(index, slice) and index.stop is None and index.step is None
-        if from_index and isinstance(index.start, int) and not self.begun:
-            return self.start_at(index.start)
-        if isinstance(index, slice) and (index.start or 0, index.stop, index.step) == (0, -1, None) and not self.begun:
-            return self.plain
+        if isinstance(index, slice) and not self.begun:
+            if isinstance(index.start, int) and (index.stop, index.step) == (None, None):
+                return self.start_at(index.start)
+            if (index.start or 0, index.stop, index.step) == (0, -1, None):
+                return self.plain
         if isinstance(index, int) and index >= len(self):
             raise IndexError(
                 f"timestep {index} was asked for, and the applied schedule has {len(self)}; pass num_inference_steps="
