@@ -317,24 +317,30 @@ def plan(
         note(f"wrote {output}")
     found, missed = [], []
     for curve, error in zip(curves, errors, strict=True):
-        rows = list(zip(curve.steps, curve.model_calls, curve.predicted_errors, strict=True))
+        rows = zip(curve.steps, curve.model_calls, curve.predicted_errors, strict=True)
         points = [{"steps": n, "model_calls": calls, "predicted_error": value} for n, calls, value in rows]
         entry: dict[str, Any] = {"solver": curve.solver, "curve": points}
-        if not as_json:
-            cells = [(str(n), f"{calls}", f"{value:.4g}") for n, calls, value in rows]
-            shell.print_table((f"{curve.solver}: steps", "model calls", "predicted error"), cells, left=0)
-        if goal is not None and error is not None:
+        if error is not None:
             enough = steps_within(curve, error)
             entry |= {"target": target, "steps_needed": enough}
-            if enough is None:
-                missed.append(not_reached(curve.solver, most, error, curve.predicted_errors[-1]))
-            elif not as_json:
-                typer.echo(f"{curve.solver} needs {enough} steps for {target}")
+            missed += [] if enough else [not_reached(curve.solver, most, error, curve.predicted_errors[-1])]
         found.append(entry)
     if as_json:
         shell.print_json(found)
+    else:
+        for entry in found:
+            _print_curve(entry)
     if missed:  # after the results of the other solvers
         raise missed[0]
+
+
+def _print_curve(entry: dict[str, Any]) -> None:
+    """Print what `plan` has found for a solver."""
+    rows = (each.values() for each in entry["curve"])
+    cells = [(str(steps), str(calls), f"{error:.4g}") for steps, calls, error in rows]
+    shell.print_table((f"{entry['solver']}: steps", "model calls", "predicted error"), cells, left=0)
+    if entry.get("steps_needed"):
+        typer.echo(f"{entry['solver']} needs {entry['steps_needed']} steps for {entry['target']}")
 
 
 def merge(
