@@ -314,12 +314,12 @@ class _DenoiserRuns:
 
 def modes_of(module: nn.Module) -> list[str]:
     """The detectable ways in which a network is run: compiled, cached, offloaded, quantised."""
-    told = lambda name: getattr(module, name, None)
+    flag = lambda name: getattr(module, name, None)
     signs = {
-        "compiled": hasattr(module, "_orig_mod") or told("_compiled_call_impl") is not None,
-        "cached": told("is_cache_enabled") is True or told("_is_cached") is True,
+        "compiled": hasattr(module, "_orig_mod") or flag("_compiled_call_impl") is not None,
+        "cached": flag("is_cache_enabled") is True or flag("_is_cached") is True,
         "offloaded": any(hasattr(each, "_hf_hook") for each in module.modules()),
-        "quantised": told("is_quantized") is True or told("quantization_config") is not None,
+        "quantised": flag("is_quantized") is True or flag("quantization_config") is not None,
     }
     return [mode for mode, found in signs.items() if found]
 

@@ -46,7 +46,7 @@ def fisher_rao(
     """The squared Fisher-Rao length between neighbouring levels, ``(integral of sqrt(I) ds)^2`` for short steps.
 
     With ``m = s^2 I``, the metric in ``log s``, ``cost = (log s_i - log s_{i+1})^2 (m_i + m_{i+1}) / 2``. It is linear
-    in the estimates of ``m``, hence unbiased, and accurate to second order in the step. Select levels with
+    in the estimates of ``m``, so unbiased, and accurate to second order in the step. Select levels with
     ``method="arc_length"``. Each level and sample takes one evaluation and ``probes`` forward-mode derivatives
     (`torch.func.jvp`), which the network must support. Without data a path may take more evaluations, as in
     `fastsched.costs.stein_corrector`.

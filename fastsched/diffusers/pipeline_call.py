@@ -74,25 +74,25 @@ def _reason(error: Exception, pipe: Any, steps: int, call_kwargs: dict[str, Any]
             f"{type(pipe).__name__} failed before its first step in a call with {len(prompt)} prompts ({error}): does "
             "an argument hold an entry for one only, as ACE-Step's lyrics? Pass prompts with prompts_per_call=1"
         )
-    told = str(error)
-    both = re.match(r"Cannot forward both `(\w+)`.*?and `(\w+)`", told, re.DOTALL)
+    text = str(error)
+    both = re.match(r"Cannot forward both `(\w+)`.*?and `(\w+)`", text, re.DOTALL)
     if both is not None:  # with whole tensors in the text
         name = "prompt (or prompts)" if both[1] == "prompt" else both[1]
         return f"{type(pipe).__name__} takes {name} or {both[2]}, not both; leave one of them out"
-    unknown = re.search(r"does not support custom\W*(\w+)", told)
+    unknown = re.search(r"does not support custom\W*(\w+)", text)
     if unknown is not None and not begun:
         scheduler = pipe.scheduler.config.get("scheduler_class", type(pipe.scheduler).__name__)
         return (
             f"{type(pipe).__name__} gives its scheduler a list of {unknown[1].rstrip('s')}s, which {scheduler} does "
             "not take, so it cannot run with it; change the scheduler (docs/schedulers.md)"
         )
-    if "length" in told and "num_inference_steps" in told and not begun:
+    if "length" in text and "num_inference_steps" in text and not begun:
         return (
             f"an argument of the call, or its default, is a list for another number of steps than the {steps} that are "
             f"needed here ({error}); pass one that holds for any number of steps (for Ideogram 4 guidance_scale=7.0, "
             "guidance_schedule=None)"
         )
-    if isinstance(error, (AttributeError, TypeError)) and "CalibrationScheduler" in told:
+    if isinstance(error, (AttributeError, TypeError)) and "CalibrationScheduler" in text:
         return (
             f"{type(pipe).__name__}, or its callback, needs something from its scheduler that a measurement cannot "
             f"provide ({error}); leave the callback out, or measure the pipeline's network (fastsched.measure)"

@@ -63,13 +63,13 @@ class PromptCalls:
         first, begun = divmod(done, self.images)
         count = 1 if begun else max(1, min(self.size, -(-wanted // self.images)))
         which = [(first + n) % len(self.prompts) for n in range(count)]
-        dealt = {name: self._entries_for(name, value, which) for name, value in call_kwargs.items()}
+        given = {name: self._entries_for(name, value, which) for name, value in call_kwargs.items()}
         if not self.size:
-            dealt |= {
-                name: value[0] for name, value in dealt.items() if "prompt" in name and _are_texts(value) and value
+            given |= {
+                name: value[0] for name, value in given.items() if "prompt" in name and _are_texts(value) and value
             }
-            return {"prompt": self.prompts[which[0]], **dealt}
-        return {"prompt": [self.prompts[n] for n in which], **dealt}
+            return {"prompt": self.prompts[which[0]], **given}
+        return {"prompt": [self.prompts[n] for n in which], **given}
 
     def _per_prompt(self, name: str, value: Any) -> bool:
         """Whether an argument has an entry for each prompt, or for each sample of each prompt."""

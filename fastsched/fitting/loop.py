@@ -71,7 +71,7 @@ def fit_by_running(
     """Rank candidates by running them, and tune the best. Without increments in the statistics nothing is tuned.
 
     ``candidates`` yields names and schedules, the most promising first; only as many are made as the calls allow. A run
-    takes ``calls`` per sample, and all runs take at most ``model_calls``. If these do not suffice for one run of all
+    takes ``calls`` per sample, and all runs take at most ``model_calls``. If these are too few for one run of all
     samples, the schedule is that of `fastsched.optimal_schedule`. If too few calls remain for another run, the schedule
     of a fitted solver is corrected but not run again. Tuning may decouple levels (`Schedule.decoupled`); a warning says
     if nothing was tuned.
@@ -121,11 +121,11 @@ def _why_not_tuned(stats: PathStatistics, steps: int) -> str:
         return "a schedule of one step is not tuned"
     if stats.increments is None:
         return "tuning needs the increments of the measured paths, which these statistics lack (keep_increments=True)"
-    return "model_calls does not suffice to tune; allow more"
+    return "model_calls is too small to tune; allow more"
 
 
 def affordable(calls: int, samples: int, model_calls: int) -> int:
-    """How many candidates to rank within ``model_calls``; 0 if the calls do not suffice for one.
+    """How many candidates to rank within ``model_calls``; 0 if the calls are too few for one.
 
     A run takes ``calls`` per sample, and finalists run on all ``samples``. `FIRST_ROUND` only limits candidates beyond
     `FINALISTS`, so two runs may leave no calls to tune.

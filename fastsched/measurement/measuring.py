@@ -73,7 +73,7 @@ def measure(
         keep_increments: Whether to keep increments and responses, ``2 N`` images per sample, for `fastsched.tune`.
         seed: The seed of the noises. Sample ``n`` is the same for any ``samples`` and ``batch_size``.
         batch_size: Paths at once, each ``2 N + 10`` float32 states; when None as many as fit, one with a checkpoint.
-        store: Where ``2 N - 3`` of these are: ``"cpu"``, ``"device"``, or on the device if half of it suffices (None).
+        store: Where ``2 N - 3`` of these are: ``"cpu"``, ``"device"``, or on the device if half of it is enough (None).
         device: Where to run; where the network's parameters are when None.
         dtype: What the network computes in; that of its parameters when None. States stay float32.
         checks: Whether to check first that the network is a denoiser (`fastsched.measurement.network_checks`).
@@ -86,7 +86,7 @@ def measure(
 
     Raises:
         ValueError: If an argument is out of range, the network fails the checks, or returns NaN or inf.
-        MemoryError: Before the first call, if memory does not suffice; the message says what to lower.
+        MemoryError: Before the first call, if there is not enough memory; the message says what to lower.
         RuntimeError: If another process failed; ``error.partial`` holds what was finished.
     """
     check_together(locals(), denoiser=is_denoiser)

@@ -3,7 +3,7 @@
 ``D(z; s) = E[x0 | z]`` has four properties. With a wrong table of levels, time, sign or scale none holds by chance:
 
 * ``E <z - m, D - m> = E |x0 - m|^2`` for any fixed ``m``. So it is the same at every level. The reason is that
-  ``x0 - D`` is orthogonal to all functions of ``z``. The outputs along the path suffice to check it.
+  ``x0 - D`` is orthogonal to all functions of ``z``. The outputs along the path are enough to check it.
 * For ``z = x0 + s n``, ``E |D - x0|^2 = s E <n, D - x0>`` (Stein's identity), which is at most ``E |s n|^2``: the error
   after denoising is no larger than the noise, and lies along it. One call checks this, with a path's end as ``x0``.
 * ``E |z - D|^2 = s^2 (d - E tr J)`` along the path, with the Jacobian ``J`` of ``D`` in ``d`` dimensions (Stein's

@@ -254,7 +254,7 @@ def test_the_first_level_of_a_flow_stays_coupled():
 
 @pytest.mark.parametrize(
     ("steps", "calls", "why"),
-    [(5, 10, "model_calls does not suffice"), (1, 400, "of one step")],
+    [(5, 10, "model_calls is too small"), (1, 400, "of one step")],
     ids=["calls", "steps"],
 )
 def test_a_decoupled_fit_that_tunes_nothing_says_so(measured, steps, calls, why):
