@@ -308,7 +308,7 @@ def warn_of_clipping(kind: type, config: Mapping[str, Any], ends: Tensor) -> Non
         beyond = float((ends.abs() > 1.02 * bound).double().mean())
         if name in taken and config.get(name) and beyond > 0.01:
             validate.warn(
-                f"the scheduler clips the denoised sample at {bound:g} ({name}=True), and {beyond:.0%} of the paths' "
+                f"the scheduler clips the denoised sample at {bound:g} ({name}=True), and more than 1% of the paths' "
                 f"ends lie beyond: the statistics are for sampling without that; set {name}=False for latent models",
             )
 
