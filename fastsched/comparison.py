@@ -18,6 +18,7 @@ from fastsched import metrics, validate
 from fastsched.denoisers.denoiser import Denoiser, placement
 from fastsched.denoisers.network_state import check_evaluation_mode
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
+from fastsched.measurement.batches import attach_finished
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.watched_networks import watched_network
 from fastsched.sampling.files import write_whole
@@ -213,6 +214,17 @@ def _noise_of(shape: Sequence[int], samples: int | range, seed: int) -> Tensor:
     return noise_of(seeds, validate.sample_shape("shape", shape))
 
 
+def _shared_noise(shape: Sequence[int] | None, samples: int | range, seed: int, reference: Reference | None) -> Tensor:
+    """The noise of a reference, which may be given; ValueError if ``shape`` is missing or is another one."""
+    if reference is None:
+        if shape is None:
+            raise ValueError("shape must be given, such as (4, 64, 64) for one sample, unless there is a reference")
+        return _noise_of(shape, samples, seed)
+    if shape is not None and tuple(shape) != tuple(reference.noise.shape[1:]):
+        raise ValueError(f"shape {tuple(shape)} is not that of the reference, {tuple(reference.noise.shape[1:])}")
+    return reference.noise
+
+
 def _converged(
     denoiser: Denoiser,
     noise: Tensor,
@@ -268,29 +280,30 @@ def compare(
 
     Raises:
         ValueError: If there is no schedule, one does not fit the denoiser or names no solver, or an argument is out
-            of range or unknown.
+            of range or unknown. Later errors and Ctrl-C carry the reference, and rows, as ``error.partial``.
     """
     validate.arguments(locals(), **_CHECKS)
     check_evaluation_mode(denoiser.network)
     runs = _planned(denoiser, schedules, solver)
     place = placement(denoiser, device, dtype)
-    if reference is None and shape is None:
-        raise ValueError("shape must be given, such as (4, 64, 64) for one sample, unless there is a reference")
-    if reference is not None and shape is not None and tuple(shape) != tuple(reference.noise.shape[1:]):
-        raise ValueError(f"shape {tuple(shape)} is not that of the reference, {tuple(reference.noise.shape[1:])}")
-    noise = _noise_of(shape or (), samples, seed) if reference is None else reference.noise
+    noise = _shared_noise(shape, samples, seed, reference)
     fine = denoiser.levels(level_count(denoiser.process, reference_steps))
     rows, calls = [], sum(method.model_calls(steps) for _, method, steps in runs.values())
-    with watched_network(denoiser, tuple(noise.shape[1:]), batch_size or len(noise), *place) as known:
-        if reference is None:
-            usual = get_solver(REFERENCE_SOLVER)
-            reference = _converged(denoiser, noise, fine, usual, batch_size, *place, progress, known)
-        else:
-            _warn_of_another(known, reference, place[1])
-        with progress_bar(calls * len(noise), progress, "comparing") as advance:
-            for name, (run, method, steps) in runs.items():
-                ends = _sampled(denoiser, run, method, noise, advance, batch_size, *place)
-                rows.append(row_of(name, method.name, steps, method.model_calls(steps), ends, reference))
+    try:
+        with watched_network(denoiser, tuple(noise.shape[1:]), batch_size or len(noise), *place) as known:
+            if reference is None:
+                usual = get_solver(REFERENCE_SOLVER)
+                reference = _converged(denoiser, noise, fine, usual, batch_size, *place, progress, known)
+            else:
+                _warn_of_another(known, reference, place[1])
+            with progress_bar(calls * len(noise), progress, "comparing") as advance:
+                for name, (run, method, steps) in runs.items():
+                    ends = _sampled(denoiser, run, method, noise, advance, batch_size, *place)
+                    rows.append(row_of(name, method.name, steps, method.model_calls(steps), ends, reference))
+    except BaseException as error:  # also Ctrl-C: the reference takes most of the calls
+        if reference is not None:
+            attach_finished(error, Comparison(tuple(rows), len(noise), reference))
+        raise
     return Comparison(tuple(rows), len(noise), reference)
 
 

@@ -354,6 +354,34 @@ def test_a_network_that_changes_is_warned_of(gaussian, after):
         compare(denoiser, {"k": [HIGH, 1.0, 0.0]}, "ddim", shape=SHAPE, samples=2, reference_steps=5, progress=False)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_comparison_keeps_its_reference(gaussian, error):
+    schedules, calls = {"a": [HIGH, 1.0, 0.0], "b": [HIGH, 2.0, 0.5, 0.0]}, []
+    options = {"samples": 3, "reference_steps": 5, "progress": False}
+
+    def stopped(x, condition):
+        calls.append(1)
+        if len(calls) == stop:
+            raise error
+        return gaussian.network(x, condition)
+
+    stop, denoiser = 0, fs.Denoiser.from_denoiser(stopped, LOW, HIGH)
+    whole = compare(denoiser, schedules, "ddim", shape=SHAPE, **options)
+    stop, calls = len(calls) - 2, []  # the second call of "b"
+    with pytest.raises(error) as raised:
+        compare(denoiser, schedules, "ddim", shape=SHAPE, **options)
+    partial = raised.value.partial
+    assert list(partial) == ["a"]
+    assert torch.equal(partial.reference.ends, whole.reference.ends)
+    stop = 0
+    again = compare(denoiser, schedules, "ddim", reference=partial.reference, progress=False)
+    assert again["b"].typical_error == whole["b"].typical_error
+    stop, calls = 8, []  # while the reference is made
+    with pytest.raises(error) as raised:
+        compare(denoiser, schedules, "ddim", shape=SHAPE, **options)
+    assert not hasattr(raised.value, "partial")
+
+
 def test_a_comparison_has_the_names_of_its_schedules(gaussian, converged):
     found = compare(gaussian, {"b": [HIGH, 1.0, 0.0], "a": [HIGH, 0.0]}, "ddim", reference=converged, progress=False)
     assert (list(found), "a" in found, "c" in found) == (["b", "a"], True, False)

@@ -116,8 +116,8 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
         raise
 
 
-def attach_finished(error: BaseException, finished: PathStatistics | None) -> None:
-    """Attach the finished paths to an error as ``error.partial``, so that a handler can save them."""
+def attach_finished(error: BaseException, finished: object) -> None:
+    """Attach what is finished to an error as ``error.partial``, so that a handler can save it."""
     with contextlib.suppress(Exception):  # a few classes take no attributes
         error.partial = finished  # type: ignore[attr-defined]  # no class of errors declares it
 
