@@ -71,7 +71,7 @@ def _open_special(target: str) -> int:
 
 @contextlib.contextmanager
 def named(path: Name) -> Iterator[None]:
-    """Add the file's name to an OSError without one, such as that of a full disk."""
+    """Add the file's name to an OSError without one, such as that of a full disk or of a removed current folder."""
     try:
         yield
     except OSError as error:
@@ -106,7 +106,8 @@ def _target(path: Name) -> str:
     """``path`` with links followed, even to a file that does not exist yet; OSError if no file can be written there."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         return os.fspath(path)  # a device or a pipe; the links of /dev/fd lead to names that cannot be opened
-    target = os.path.realpath(path)
+    with named(path):  # there may be no current folder
+        target = os.path.realpath(path)
     given = os.path.dirname(os.fspath(path)) or os.curdir
     if os.path.islink(target):
         raise OSError(f"{os.fspath(path)} is a link that leads back to itself; remove it, or name another file")
@@ -209,7 +210,10 @@ def check_readable(path: Name, what: str) -> str:
 
 def absolute_file(path: Name | None) -> Path | None:
     """``path`` from the root of the file system, because a model may change the current folder while it runs."""
-    return None if path is None else Path(path).absolute()
+    if path is None:
+        return None
+    with named(path):  # there may be no current folder
+        return Path(path).absolute()
 
 
 def runs_beside(checkpoint: str | os.PathLike[str], rank: int = 0, size: int = 1) -> str:

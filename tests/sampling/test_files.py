@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import fastsched as fs
 from fastsched.measurement.to_file import measure_to_file
 from fastsched.sampling import files
-from fastsched.sampling.files import check_writable, write_whole
+from fastsched.sampling.files import absolute_file, check_writable, write_whole
 
 
 def test_a_file_is_written_and_replaced(tmp_path):
@@ -231,3 +231,13 @@ def test_a_path_must_be_text():
     for action in (fs.Schedule([1.0, 0.0], "ddim").save, fs.Schedule.load, fs.PathStatistics.load):
         with pytest.raises(TypeError, match="path must be the path of a file as text"):
             action(Named())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps a current folder")
+@pytest.mark.parametrize("write", [lambda path: write_whole(path, b"{}"), check_writable, absolute_file])
+def test_a_file_in_a_removed_current_folder_is_named(tmp_path, monkeypatch, write):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileNotFoundError, match=r"schedule\.json"):
+        write("schedule.json")
