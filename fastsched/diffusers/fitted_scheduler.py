@@ -235,7 +235,13 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         check_scaled(sample)
         self._scaled = self._step_index
         scale = self._input_scales[min(self._step_index or 0, self.schedule.steps - 1)]
-        return sample if scale == 1.0 else sample * scale
+        self._input = sample if scale == 1.0 else sample * scale
+        return self._input
+
+    def unscaled(self, sample: Tensor) -> Tensor:
+        """The state of a pipeline that steps what `scale_model_input` returned, as DiT's does; or ``sample`` itself."""
+        scale = self._input_scales[min(self._step_index or 0, self.schedule.steps - 1)]
+        return sample / scale if sample is self._input and scale != 1.0 else sample
 
     def add_noise(self, *args: Any, **kwargs: Any) -> Tensor:
         """The noise that a run of a flow model begins with; ValueError in any other use."""
@@ -285,6 +291,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
                 "set_timesteps before each run, and step once for each timestep"
             )
         self._check_scaled(n)
+        sample, self._input = self.unscaled(sample), None
         output = self._raw_output(n, model_output, sample, per_token_timesteps)
         if n == 0:
             wide = torch.promote_types(sample.dtype, torch.float32)
@@ -339,6 +346,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         self._step_index: int | None = None
         self._scaled: int | None = None  # the step before which the pipeline called `scale_model_input`
+        self._input: Tensor | None = None  # and what it returned
         self._states = self._rows = torch.empty(0, device="cpu")
 
     def _check_scaled(self, n: int) -> None:

@@ -16,6 +16,7 @@ from fastsched.diffusers.attributes import copied_with
 from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import describe, own_scheduler
 from fastsched.diffusers.exporter import gives_both_lists, state_factors
+from fastsched.diffusers.fitted_scheduler import FittedScheduler
 from fastsched.diffusers.overrides import Override, Timesteps, without_equal_sigmas
 from fastsched.diffusers.probe import scales
 from fastsched.diffusers.step_checks import (
@@ -179,6 +180,8 @@ class StartFromNoise:
         return SchedulerOutput(prev_sample=given) if options.get("return_dict", True) else (given,)
 
     def _recorded_step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.scheduler, FittedScheduler):
+            sample = self.scheduler.unscaled(sample)
         self._advance(len(sample) // self._copies)
         if not self._calls and doubled(sample, self._returned):
             self._copies = 2  # guided DiT: the second half of the batch has become a copy of the first

@@ -233,16 +233,44 @@ def test_a_pipeline_is_fitted_with_decoupled_levels(kind, of):
     assert math.isfinite(error)
 
 
-@pytest.mark.parametrize("of", ["timestep", "denoiser"])
-def test_a_pipeline_that_never_scales_its_latents_is_fitted_with_decoupled_levels(of):
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_a_pipeline_that_steps_its_scaled_latents_is_fitted_with_decoupled_levels(scale):
+    """DiT, whose first state would be taken for the state before it was scaled."""
+    from pipelines import dit
+
+    torch.manual_seed(0)
+    pipe, call, _ = dit(diffusers.DDIMScheduler(clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    options = {"levels": 12, "samples": 2, "model_calls": 200, "progress": False}
+    schedule = fs.diffusers.fit(pipe, 4, decoupled=True, guidance_scale=scale, **options, **call)
+    assert schedule.decoupled == "denoiser"
+
+
+def test_a_state_that_the_scheduler_scaled_is_known_again():
+    pipe = Pipe(own_scheduler("epsilon"))
+    schedule = decoupled(pipe.scheduler, "dpmpp_2m", "denoiser")
+    told = schedule.network_sigmas
+    told[0] *= 0.9
+    fs.diffusers.apply(replace(schedule, network_sigmas=told), pipe)
+    output, x, ends = noise_of(), noise_of() + 1, []
+    for steps_scaled in (False, True):
+        pipe.scheduler.set_timesteps(STEPS)
+        given = pipe.scheduler.scale_model_input(x, pipe.scheduler.timesteps[0])
+        assert float((given - x).norm()) > 1e-2 * float(x.norm())
+        ends.append(pipe.scheduler.step(output, pipe.scheduler.timesteps[0], given if steps_scaled else x)[0])
+    torch.testing.assert_close(*ends)
+
+
+def test_a_pipeline_that_never_scales_its_latents_is_fitted_with_decoupled_levels():
     """FLUX, as all pipelines of flow models."""
     from pipelines import flux
 
+    torch.manual_seed(0)
     pipe, call, ending = flux(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
     pipe.set_progress_bar_config(disable=True)
     options = {"levels": 12, "samples": 2, "model_calls": 200, "progress": False}
-    schedule = fs.diffusers.fit(pipe, 4, decoupled=of, **options, **call)
-    assert schedule.decoupled == of
+    schedule = fs.diffusers.fit(pipe, 4, decoupled=True, **options, **call)
+    assert schedule.decoupled == "denoiser"
     assert float((schedule.network_sigmas / schedule.sigmas[:-1] - 1).abs().max()) > 1e-3
     stats = fs.diffusers.measure(pipe, levels=12, samples=2, progress=False, **call)
     fs.diffusers.apply(schedule, pipe)
