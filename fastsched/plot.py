@@ -37,7 +37,7 @@ FORMATS = (".png", ".svg", ".pdf")
 
 
 def plot_schedules(schedules: Mapping[str, Schedule | Tensor], *, stats: PathStatistics | None = None) -> Figure:
-    """A row of dots for each schedule, over the cost density of ``stats`` if given.
+    """A row of dots for each schedule, over the cost density of ``stats`` if given; bars mark decoupled levels.
 
     Args:
         schedules: By name: a `Schedule`, or sampler sigmas descending to 0. The 0 is not drawn.
@@ -63,7 +63,8 @@ def plot_schedules(schedules: Mapping[str, Schedule | Tensor], *, stats: PathSta
 def plot_weights(schedule: Schedule) -> Figure:
     """The weights of a fitted schedule as a heat map, beside its noise levels.
 
-    Row n is the step from the n-th level, a dot on the left; column m is the network's output at the m-th level.
+    Row n is the step from the n-th level, a dot on the left; column m is the network's output at the m-th level. Bars
+    on the left mark decoupled levels.
 
     Args:
         schedule: A schedule of the solver ``"fitted"``.
@@ -236,11 +237,21 @@ def draw_schedules(axes: Axes, schedules: Mapping[str, Schedule | Tensor], *, fl
         colour, marker = COLOURS[row % len(COLOURS)], MARKERS[row % len(MARKERS)]
         axes.axhline(row, color="#DDDDDD", linewidth=0.8, zorder=0)
         axes.plot(inside, np.full(len(inside), row), marker, color=colour, markersize=6, clip_on=False)
+        if isinstance(schedule, Schedule):
+            draw_network_levels(axes, schedule, np.full(schedule.steps, row))
     axes.set_yticks(range(len(schedules)), [display.as_label(name) for name in schedules])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(schedules) - 0.5, -0.5)
     axes.spines["left"].set_visible(False)
     draw_sigma_axis(axes, bool(kinds and kinds.pop()))
+
+
+def draw_network_levels(axes: Axes, schedule: Schedule, rows: NDArray) -> None:
+    """Draw a bar in each step's row at the level of the network, if levels are decoupled."""
+    if schedule.network_sigmas is not None:
+        levels = schedule.network_sigmas.numpy()
+        finite = np.isfinite(levels)
+        axes.plot(levels[finite], rows[finite], "|", color="#222222", markersize=12, clip_on=False)
 
 
 def draw_nodes(axes: Axes, schedule: Schedule) -> None:
@@ -249,6 +260,7 @@ def draw_nodes(axes: Axes, schedule: Schedule) -> None:
     rows = np.arange(len(sigmas))
     finite = np.isfinite(sigmas)
     axes.plot(sigmas[finite], rows[finite], "o-", color=COLOURS[0], markersize=5, linewidth=1, clip_on=False)
+    draw_network_levels(axes, schedule, rows)
     axes.set_yticks(rows, [f"{n + 1}:  {sigma:.3g}" for n, sigma in enumerate(sigmas)])
     axes.set_ylabel("step:  noise level at its start")
     axes.tick_params(axis="y", length=0)

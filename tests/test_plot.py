@@ -245,6 +245,20 @@ def test_weights_are_drawn_beside_the_levels(steps, tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_bars_mark_decoupled_levels():
+    told = torch.tensor([float("inf"), 1.2, 0.4], dtype=torch.float64)
+    schedule = fs.Schedule(
+        [float("inf"), 1.0, 0.5, 0.0], "fitted", "vp", weights=torch.eye(3), network_sigmas=told, decoupled="denoiser"
+    )
+    for figure in (plot.plot_schedules({"a": schedule}), plot.plot_weights(schedule)):
+        dots, bars = (
+            line for line in figure.axes[0].lines if len(line.get_xdata()) == 2 and line.get_marker() != "None"
+        )
+        np.testing.assert_allclose(bars.get_xdata(), told[1:])
+        np.testing.assert_allclose(dots.get_xdata(), [1.0, 0.5])
+        np.testing.assert_array_equal(bars.get_ydata()[-1] - dots.get_ydata()[-1], 0)
+
+
 def test_only_fitted_schedules_have_weights_to_draw():
     with pytest.raises(ValueError, match="got one for 'ddim'"):
         plot.plot_weights(fs.Schedule(torch.tensor([1.0, 0.0]), "ddim"))

@@ -182,6 +182,8 @@ def fit(
     known = None if stats is None else inputs.load_statistics(stats)
     for option in (name for name, value in (("levels", levels), ("samples", samples)) if stats and value is not None):
         raise ValueError(f"{option} must be left out with --stats, whose levels and paths are used")
+    if decoupled and decoupled_timesteps:
+        raise ValueError("--decoupled and --decoupled-timesteps exclude each other; give one")
     options = {"stats": known, "levels": levels, "samples": samples, "model_calls": model_calls, "seed": seed}
     options |= {"decoupled": "timestep" if decoupled_timesteps else decoupled, "checkpoint": kept}
     schedule = _fitted(source, steps, chosen, dry_run, options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
@@ -15,55 +14,36 @@ from fastsched.diffusers.conventions import (
     Convention,
     check_pipe,
     class_and_settings,
-    class_names,
     describe,
     own_scheduler,
-    visited,
 )
 from fastsched.diffusers.exporter import (
-    NEGLIGIBLE,
     Export,
-    Setter,
     StepsOtherwise,
     check_range,
-    given_arguments,
     plain_copy,
     prove,
     rounding_warning,
-    told_levels,
     told_timesteps,
     warn_of_solver,
 )
 from fastsched.diffusers.fitted_scheduler import BELOW_START, FittedScheduler
 from fastsched.diffusers.given_lists import warn_of_list
 from fastsched.diffusers.overrides import (
-    HISTORIES,
-    FirstOrderEnd,
     Override,
     SaveConfig,
     ScaleModelInput,
     SetBeginIndex,
     Step,
-    StrideStep,
     Timesteps,
     start_by_strength,
     warn_of_lost_methods,
 )
 from fastsched.diffusers.replacement import replacement
+from fastsched.diffusers.setters import WAYS, inner_twice
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.stock_weights import as_fitted
 from fastsched.selection.starts import even_schedule
-
-#: Classes whose step goes to ``t - train_steps // num_inference_steps`` and reads that number at every step.
-ARITHMETIC = ("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler")
-
-#: Classes whose formula is not finite at sigma 0 and inaccurate in float32 near flow time 1. They end at `NEGLIGIBLE`
-#: times the last positive sigma instead of 0. UniPC is one of them with solver_type "bh1".
-DELICATE = ("DEISMultistepScheduler", "SASolverScheduler")
-
-#: The log-SNR at flow time 1 is infinite. Solvers in log-SNR start this far below 1 (as UniPC's own class does); the
-#: second value is for the `DELICATE` classes.
-BELOW_ONE, DELICATE_BELOW_ONE = 1e-6, 1e-3
 
 #: Why a method that was set on a scheduler by hand is not used with an applied schedule.
 APPLIED = "an applied schedule sets one of its own"
@@ -284,7 +264,7 @@ class SetTimesteps(Override):
         rest = self._rest(index)
         if rest is None:
             return self.owner.sigmas.plain[:0]
-        return _inner_twice(rest.sigmas, self.owner, ends=True).to(self.owner.sigmas.plain)
+        return inner_twice(rest.sigmas, self.owner, ends=True).to(self.owner.sigmas.plain)
 
     def _rest(self, index: int) -> Schedule | None:
         """The schedule of a start at ``index``; None if no step is left."""
@@ -342,90 +322,3 @@ def remaining(schedule: Schedule, convention: Convention, timestep: Tensor) -> S
         if same or (math.isfinite(next_gap) and float(gaps[0]) < 0.25 * next_gap):
             below = below[1:]
     return Schedule(torch.cat([start, below]), schedule.solver, schedule.noise)
-
-
-def _by_arguments(schedule: Schedule, scheduler: Any) -> Setter:
-    # Any shift works, because it is inverted and then applied again.
-    shifting = _no_shift(scheduler.config)
-    arguments = given_arguments(schedule, scheduler, shifting.get("mu"))
-    return lambda target: type(target).set_timesteps(target, **arguments, **shifting)
-
-
-def _by_assignment(schedule: Schedule, scheduler: Any) -> Setter:
-    names, convention = class_names(scheduler), describe(scheduler)
-    sigmas = schedule.sigmas.clone()
-    delicate = names.intersection(DELICATE) or scheduler.config.get("solver_type") == "bh1"
-    if scheduler.config.get("use_flow_sigmas"):
-        sigmas[0] = sigmas[0].clamp(max=1 - (DELICATE_BELOW_ONE if delicate else BELOW_ONE))
-    if delicate:
-        sigmas[-1] = NEGLIGIBLE * sigmas[-2]
-    passed = visited(scheduler, sigmas)
-    timesteps = convention.timesteps(told_levels(schedule, convention, convention.process.level(passed)))
-
-    def setter(target: Any) -> None:
-        _set_steps(target, schedule.steps)
-        has_history = any(hasattr(target, name) for name in HISTORIES)
-        if has_history or "order" in inspect.signature(type(target).step).parameters:
-            FirstOrderEnd(target).put()
-        if convention.angle:
-            target.betas = convention.process.sigma(sigmas).float()
-            target.alphas = convention.process.alpha(sigmas).float()
-            target.timesteps = timesteps.to(target.timesteps)
-            return
-        if getattr(target, "sigmas", None) is None:
-            raise ValueError("it has no sigmas to set")
-        target.sigmas = _inner_twice(sigmas, target, ends=True).to(target.sigmas)
-        if hasattr(target, "sigmas_interpol"):  # KDPM2's midpoints, one for each entry
-            target.sigmas_interpol = torch.cat([sigmas[:1], passed[1:-1:2].repeat_interleave(2), sigmas[-1:]]).float()
-        repeated = timesteps if len(passed) > len(sigmas) else _inner_twice(timesteps, target, ends=False)
-        target.timesteps = _like_timesteps(repeated, target.timesteps)
-
-    return setter
-
-
-def _by_steps(schedule: Schedule, scheduler: Any) -> Setter:
-    if not class_names(scheduler).intersection(ARITHMETIC):
-        raise ValueError("its step reads no stride to set")
-    if schedule.network_sigmas is not None:
-        raise ValueError("its step takes the state's level from the timestep, so the network cannot be told another")
-    rounded = describe(scheduler).timesteps(schedule.sigmas[:-1]).round().to(torch.int64)
-    following = dict(zip(rounded.tolist(), [*rounded[1:].tolist(), -1], strict=True))
-    if len(following) < len(rounded):
-        raise ValueError(f"two of the schedule's levels round to the same timestep: {rounded.tolist()}")
-
-    def setter(target: Any) -> None:
-        _set_steps(target, schedule.steps)
-        target.timesteps = rounded.to(target.timesteps)
-        StrideStep(target, following).put()
-
-    return setter
-
-
-WAYS = {"arguments": _by_arguments, "assigned": _by_assignment, "stepped": _by_steps}
-
-
-def _set_steps(target: Any, steps: int) -> None:
-    """Call the class's own ``set_timesteps``, which resets its state."""
-    type(target).set_timesteps(target, steps, **_no_shift(target.config))
-
-
-def _no_shift(config: Any) -> dict[str, float]:
-    """The argument with which a class that shifts by resolution changes nothing; {} for other classes."""
-    if not config.get("use_dynamic_shifting"):
-        return {}
-    return {"mu": 1.0 if config.get("time_shift_type") == "linear" else 0.0}
-
-
-def _inner_twice(values: Tensor, scheduler: Any, *, ends: bool) -> Tensor:
-    """``values`` as listed by a class: with two calls a step all but the first (with ``ends`` also the last) twice."""
-    if getattr(scheduler, "order", 1) != 2:
-        return values
-    inner = values[1:-1] if ends else values[1:]
-    return torch.cat([values[:1], inner.repeat_interleave(2), *([values[-1:]] if ends else [])])
-
-
-def _like_timesteps(timesteps: Tensor, like: Tensor) -> Tensor:
-    """``timesteps`` in the dtype of ``like``, or float32 if that dtype would round them."""
-    if not like.is_floating_point() and bool(((timesteps - timesteps.round()).abs() < 1e-4).all()):
-        return timesteps.round().to(like)
-    return timesteps.to(like.device, torch.float32 if not like.is_floating_point() else like.dtype)

@@ -319,6 +319,13 @@ def test_decoupled_levels_are_fitted_shown_and_exported_where_they_can_be(folder
     assert "fs.diffusers.apply(schedule, pipe)" in run("export", output, "--to", "diffusers").stdout
 
 
+def test_levels_are_decoupled_in_one_way(model, tmp_path):
+    options = ("--shape", "2,3", "--steps", "4", "--decoupled", "--decoupled-timesteps", "-o", tmp_path / "a.json")
+    result = run("fit", model, *options)
+    assert result.exit_code == 2
+    assert "--decoupled and --decoupled-timesteps exclude each other" in one_line(result)
+
+
 @pytest.mark.parametrize("option", ["levels", "samples"])
 def test_levels_and_samples_are_those_of_statistics(folder, model, tmp_path, option):
     common = ("--shape", "2,3", "--steps", "4", "--stats", folder / "s.safetensors", "-o", tmp_path / "a.json")
