@@ -182,10 +182,8 @@ def fit(
     known = None if stats is None else inputs.load_statistics(stats)
     for option in (name for name, value in (("levels", levels), ("samples", samples)) if stats and value is not None):
         raise ValueError(f"{option} must be left out with --stats, whose levels and paths are used")
-    if decoupled and decoupled_timesteps:
-        raise ValueError("--decoupled and --decoupled-timesteps exclude each other; give one")
     options = {"stats": known, "levels": levels, "samples": samples, "model_calls": model_calls, "seed": seed}
-    options |= {"decoupled": "timestep" if decoupled_timesteps else decoupled, "checkpoint": kept}
+    options |= {"decoupled": _one_way(decoupled, decoupled_timesteps), "checkpoint": kept}
     schedule = _fitted(source, steps, chosen, dry_run, options)
     shell.save_or_print(schedule.save, file, summary(schedule))
     if as_json:
@@ -193,6 +191,13 @@ def fit(
     else:
         _show(schedule)
     note(f"wrote {file}")
+
+
+def _one_way(decoupled: bool, timesteps: bool) -> bool | str:
+    """The argument ``decoupled`` of a fit."""
+    if decoupled and timesteps:
+        raise ValueError("--decoupled and --decoupled-timesteps exclude each other; give one")
+    return "timestep" if timesteps else decoupled
 
 
 @shell.while_a_model_runs()
