@@ -25,7 +25,7 @@ from benchmarks.quality.choosing import Choosers
 from fastsched.sampling.solvers import FITTED
 
 #: Methods shown by default for the named solver, and for the fitted solver.
-ROWS = ("native", "karras_7", "exponential", "paper", "optimal_schedule", "fit")
+ROWS = ("native", "karras_7", "exponential", "paper", "optimal_schedule", "fit", "fit_decoupled")
 FITTED_ROWS = ("fit_100",)
 
 

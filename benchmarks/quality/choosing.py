@@ -131,7 +131,7 @@ class Choosers:
             "optimal_schedule_unpolished": self._after("statistics", partial(_optimal, solver, steps, polish=False)),
             "optimal_schedule": self._after("statistics", partial(_optimal, solver, steps)),
             "fit": self._fitting(solver, steps),
-            "fit_decoupled": self._fitting(solver, steps, decoupled="timestep"),
+            "fit_decoupled": self._fitting(solver, steps, decoupled=True),
         }
         if solver == FITTED:
             return {name: ours[name] for name in ("optimal_schedule", "fit", "fit_decoupled")}

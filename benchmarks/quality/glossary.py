@@ -40,7 +40,7 @@ METHODS: dict[str, Method] = {
         "from 8 noises (16 for the fitted solver in the plane): measured, chosen, corrected by runs of the sampler",
     ),
     "fit_decoupled": Method(
-        "fs.fit, decoupled", "the same with decoupled='timestep': the network's timestep is tuned too; not for heun"
+        "fs.fit, decoupled", "the same with decoupled=True: the level that D is computed for is tuned too; not for heun"
     ),
     "fit_100": Method("fs.fit in 100 calls", "the same with 100 model calls in all, the measurement included"),
     "optimal_schedule": Method("fs.optimal_schedule", "from the measurement of 8 noises alone, one for all cells"),
