@@ -352,9 +352,10 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
     def _check_scaled(self, n: int) -> None:
         """ValueError if step ``n`` needs `scale_model_input`, and the pipeline did not call it."""
         if self._input_scales[n] != 1.0 and self._scaled != n:
+            decoupled = "fit one without decoupled levels, or with decoupled='timestep'"
             raise ValueError(
                 "the pipeline does not call scheduler.scale_model_input before its network, which this schedule needs; "
-                "fit one without decoupled levels, or with decoupled='timestep'"
+                + (decoupled if self.schedule.decoupled else f"{type(self._own).__name__} needs it too")
             )
 
     def _timesteps_of(self, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None) -> Tensor:

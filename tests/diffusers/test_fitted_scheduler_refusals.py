@@ -94,6 +94,13 @@ def test_wrong_calls_of_step_are_refused():
         scheduler.step(x, None, x)
 
 
+def test_an_edm_pipeline_that_does_not_scale_its_input_is_told_that_its_scheduler_needs_it():
+    scheduler = applied("EDM")[0].scheduler
+    scheduler.set_timesteps(STEPS)
+    with pytest.raises(ValueError, match="which this schedule needs; EDMEulerScheduler needs it too"):
+        scheduler.step(noise_of(), scheduler.timesteps[0], noise_of())
+
+
 def test_schedules_that_do_not_fit_are_refused():
     scheduler = EulerDiscreteScheduler(**SD)
     fitted = fitted_for(scheduler)
