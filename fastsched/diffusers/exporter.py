@@ -170,9 +170,6 @@ def prove(
     if float(used[-1]) != 0:
         raise ValueError(f"{name} would end at sigma {float(used[-1]):g} instead of 0")
     reached = scales(convention, levels[1:])
-    if schedule.decoupled == "denoiser":
-        sizes = state_factors(schedule, convention.process)[1:]
-        reached = (reached[0] * sizes, reached[1] * sizes)
     if not run.follows(*reached):
         setter(target)
         nudged = trace(target, levels[0], answered, expected, NUDGE)
@@ -206,23 +203,6 @@ def denoised_levels(schedule: Schedule, process: NoiseProcess) -> Tensor:
     """The level that ``D`` is computed for at each call: that of the state, unless `Schedule.decoupled` says others."""
     own = schedule.network_sigmas if schedule.decoupled == "denoiser" else None
     return process.level(schedule.sigmas[:-1] if own is None else own)
-
-
-def state_factors(schedule: Schedule, process: NoiseProcess) -> Tensor:
-    """The sizes of a `FittedScheduler`'s states between steps, of the process's own ``x``, [steps + 1].
-
-    They are 1 unless ``D`` is computed for other levels (`Schedule.decoupled`). Then the states after the first step
-    are the ``x`` that the network needs at its level, because pipelines of flow models never ask the scheduler to scale
-    it. The first, the pipeline's own noise, and the last, the sample, are not scaled.
-    """
-    factors = input_factors(schedule, process)
-    return torch.cat([torch.ones_like(factors[:1]), factors[1:], torch.ones_like(factors[:1])])
-
-
-def input_factors(schedule: Schedule, process: NoiseProcess) -> Tensor:
-    """Factors from ``x`` at the levels of a schedule's states to the same states' ``x`` at those of ``D``, [steps]."""
-    s, at = process.level(schedule.sigmas[:-1]), denoised_levels(schedule, process)
-    return (process.sigma(at) / process.sigma(s)) * process.other_level(s, at)
 
 
 def plain_copy(scheduler: Any) -> Any:

@@ -16,15 +16,7 @@ from torch import Tensor
 from fastsched.denoisers.late_reading import sent
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.diffusers.conventions import Convention, class_and_settings, describe, own_scheduler
-from fastsched.diffusers.exporter import (
-    check_range,
-    denoised_levels,
-    input_factors,
-    plain_copy,
-    state_factors,
-    told_levels,
-    told_timesteps,
-)
+from fastsched.diffusers.exporter import check_range, denoised_levels, plain_copy, told_levels, told_timesteps
 from fastsched.diffusers.given_lists import warn_of_list
 from fastsched.diffusers.overrides import Timesteps
 from fastsched.diffusers.step_checks import check_options, check_scaled, noise_alone
@@ -44,6 +36,9 @@ AGAIN = (
 #: A list of flow times that starts below this fraction of the schedule's first is for a start midway.
 BELOW_START = 0.98
 
+#: A factor of the network's input this near to 1 is a rounding error.
+SAME_INPUT = 1e-9
+
 #: Entries of a `FittedScheduler`'s config; the others are those of the pipeline's own scheduler.
 OWN_ENTRIES = ("sigmas", "weights", "noise", "network_sigmas", "decoupled", "scheduler_class", "scheduler_config")
 
@@ -56,8 +51,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         ``x_{n+1} = sigma_{n+1} [ x_n / sigma_n + (rho_{n+1} - rho_n) sum_m W[n, m] D_m ]``,   ``rho = alpha / sigma``,
 
     and the last one returns ``x0 = sum_m W[K-1, m] D_m`` (`fastsched.sampling.fitted`). The state is the noise
-    process's own ``x = alpha x0 + sigma eps``, whatever the pipeline's own class steps; with decoupled levels it is
-    returned as the ``x`` of the network's level (`state_factors`). Sums are in float32 (float64
+    process's own ``x = alpha x0 + sigma eps``, whatever the pipeline's own class steps. Sums are in float32 (float64
     for float64 latents), as in the multistep classes of diffusers; the result has the latents' dtype. ``step`` copies
     nothing to the host. It does not clip or threshold ``D``, as some classes of diffusers do.
 
@@ -330,13 +324,14 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         s = process.level(self.schedule.sigmas)
         at = denoised_levels(self.schedule, process)
         a, c = convention.denoiser.coefficients(at)
-        sizes = state_factors(self.schedule, process)
-        scale = input_factors(self.schedule, process) / sizes[:-1]  # 1 after the first step
+        # From the state to the network's x: the sampler's state is the same, alpha of the level is another.
+        same = (process.sigma(at) / process.sigma(s[:-1])) * process.other_level(s[:-1], at)
+        # Flow models share x, up to rounding, and their pipelines never call `scale_model_input`.
+        same = torch.where((same - 1).abs() < SAME_INPUT, 1.0, same)
         self._a, self._c, self._input_scales = (
-            each.tolist() for each in (a * scale, c, convention.input_scale(at) * scale)
+            each.tolist() for each in (a * same, c, convention.input_scale(at) * same)
         )
-        self._factors = _factors(process, self.schedule) * sizes[1:, None]
-        self._factors[:, 0] /= sizes[:-1]
+        self._factors = _factors(process, self.schedule)
         self.init_noise_sigma = float(process.sigma(s)[0])
         self.sigmas = self.schedule.sigmas.float()
         timesteps = convention.timesteps(told_levels(self.schedule, convention, s))

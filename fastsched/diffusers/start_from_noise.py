@@ -15,7 +15,7 @@ from fastsched.denoisers.late_reading import LateReading, Verdicts
 from fastsched.diffusers.attributes import copied_with
 from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import describe, own_scheduler
-from fastsched.diffusers.exporter import gives_both_lists, state_factors
+from fastsched.diffusers.exporter import gives_both_lists
 from fastsched.diffusers.fitted_scheduler import FittedScheduler
 from fastsched.diffusers.overrides import Override, Timesteps, without_equal_sigmas
 from fastsched.diffusers.probe import scales
@@ -71,7 +71,6 @@ class StartFromNoise:
         self.convention = describe(scheduler)
         own = schedule.network_sigmas if schedule.decoupled == "denoiser" else None
         self._at = None if own is None else self.convention.process.level(own)  # the levels that D is computed for
-        self._sizes = state_factors(schedule, self.convention.process)
         self.scale = scales(self.convention, self.convention.process.level(schedule.sigmas[:1]))[1].float()
         self.end = torch.empty(0, device="cpu")
         self.left: int | None = None
@@ -188,11 +187,10 @@ class StartFromNoise:
         else:
             check_unchanged(sample, self._returned.to(sample.device), self._index - 1, self._verdicts)
         kept = sample.chunk(self._copies)[0]
-        n = len(self._calls)
-        s = self._levels[n].reshape(1)
-        at, size = (s, 1.0) if self._at is None else (self._at[n].reshape(1), float(self._sizes[n]))
+        s = self._levels[len(self._calls)].reshape(1)
+        at = s if self._at is None else self._at[len(self._calls)].reshape(1)
         process, (a, c) = self.convention.process, self.convention.denoiser.coefficients(at)
-        y = kept.float() / (float(scales(self.convention, s)[1]) * size)
+        y = kept.float() / float(scales(self.convention, s)[1])
         x = float(process.sigma(at) * process.other_level(s, at)) * y
         signed = output_of_tokens(output, timestep, kwargs, self._verdicts)
         raw = self.convention.raw_output(signed, sample.shape[1]).chunk(self._copies)[0].float()

@@ -116,7 +116,7 @@ class Neighbourhood:
         """The least and largest parameters within ``reach``, a fraction of each level's gap to its nearer neighbour.
 
         Weights have no bounds. Offsets move `OFFSET_REACH` times as far, and keep the level that the network is told
-        between ``low`` and ``high``, the highest finite level; the first one of a flow model stays as it is.
+        between ``low`` and ``high``, the highest finite level.
         """
         most = np.full(len(self.anchor), math.inf)
         most[: self.inner] = gaps = reach * np.minimum(*log_gaps(self.run.levels, low, high))
@@ -127,8 +127,6 @@ class Neighbourhood:
             at_most = np.log(np.divide([[low], [high]], states, out=np.ones((2, self.steps)), where=states < np.inf))
             least[-self.steps :] = np.minimum(np.maximum(offsets - own, at_most[0]), offsets)
             largest[-self.steps :] = np.maximum(np.minimum(offsets + own, at_most[1]), offsets)
-            if self.surrogate.process.kind == "flow":  # pipelines of flow models never scale their first latents
-                least[-self.steps] = largest[-self.steps] = offsets[0]
         return least, largest
 
     def point(self, x: Array) -> Point:

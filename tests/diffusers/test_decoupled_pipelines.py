@@ -4,6 +4,7 @@ import copy
 import math
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,15 +88,11 @@ def denoiser_of(scheduler):
     return replace(convention.denoiser, network=answer, process=process)
 
 
-class NeverScaled:
-    """A scheduler in a pipeline of a flow model, whose loop does not call ``scale_model_input``."""
+def by_loop(scheduler, schedule, noise, scaled=True):
+    """The last state of diffusers' loop; the oracle is asked at the exact level, not at that of a float32 timestep.
 
-    def __init__(self, scheduler):
-        self.timesteps, self.step = scheduler.timesteps, scheduler.step
-
-
-def by_loop(scheduler, schedule, noise, seen=lambda scheduler: scheduler):
-    """The last state of diffusers' loop; the oracle is asked at the exact level, not at that of a float32 timestep."""
+    Unless it is ``scaled``, the loop does not call ``scale_model_input``, as those of flow models do not.
+    """
     convention = describe(scheduler)
     network = oracle_network(convention, exact_denoise(ORACLE))
     scheduler.set_timesteps(STEPS)
@@ -104,7 +101,8 @@ def by_loop(scheduler, schedule, noise, seen=lambda scheduler: scheduler):
     told = iter(told)
     first = convention.process.level(schedule.sigmas[:1])
     start = float(scales(convention, first)[1]) * noise
-    return list(states_of(seen(scheduler), lambda x, t: network(x, next(told)[None]), start))[-1]
+    shown = scheduler if scaled else SimpleNamespace(timesteps=scheduler.timesteps, step=scheduler.step)
+    return list(states_of(shown, lambda x, t: network(x, next(told)[None]), start))[-1]
 
 
 def noise_of(count=4):
@@ -146,25 +144,17 @@ def test_denoised_samples_of_other_levels(kind, stock):
     scale = float(expected.norm())
     assert float((of_timesteps - expected).norm()) > 1e-2 * scale
     for scheduler in (pipe.scheduler, copy.deepcopy(pipe.scheduler)):
-        for seen in (lambda scheduler: scheduler, NeverScaled)[: 1 if kind == "EDM" else 2]:
-            assert float((by_loop(scheduler, schedule, noise_of(), seen) - expected).norm()) < 1e-9 * scale
+        assert float((by_loop(scheduler, schedule, noise_of()) - expected).norm()) < 1e-9 * scale
+        if kind == "epsilon":
+            scheduler.set_timesteps(STEPS)
+            first, second = scheduler.timesteps[:2]
+            scheduler.step(noise_of(), first, noise_of())  # the first level is that of the state
+            with pytest.raises(ValueError, match=r"does not call scheduler\.scale_model_input"):
+                scheduler.step(noise_of(), second, noise_of())
+        if kind.startswith("velocity"):
+            assert float((by_loop(scheduler, schedule, noise_of(), scaled=False) - expected).norm()) < 1e-9 * scale
     with pytest.raises(ValueError, match="pipelines take sigmas or timesteps"):
         fs.diffusers.export(replace(schedule, solver="ddim", weights=None), own_scheduler(kind))
-
-
-def test_a_first_level_other_than_the_states_needs_a_pipeline_that_scales_its_latents():
-    """A pipeline's first latents are its own; later states are returned as the network needs them."""
-    pipe = Pipe(own_scheduler("epsilon"))
-    schedule = decoupled(pipe.scheduler, "dpmpp_2m", "denoiser")
-    told = schedule.network_sigmas
-    told[0] *= 0.9
-    schedule = replace(schedule, network_sigmas=told)
-    fs.diffusers.apply(schedule, pipe)
-    expected = fs.sample(denoiser_of(own_scheduler("epsilon")), schedule, noise=noise_of())
-    found = by_loop(pipe.scheduler, schedule, noise_of())
-    assert float((found - expected).norm()) < 1e-9 * float(expected.norm())
-    with pytest.raises(ValueError, match=r"does not call scheduler\.scale_model_input"):
-        by_loop(pipe.scheduler, schedule, noise_of(), NeverScaled)
 
 
 def test_solvers_without_weights_have_no_scheduler_for_other_levels():
@@ -213,7 +203,7 @@ def test_a_start_midway_is_refused():
 
 
 @pytest.mark.parametrize("of", ["timestep", "denoiser"])
-@pytest.mark.parametrize("kind", ["epsilon", "velocity"])
+@pytest.mark.parametrize("kind", ["epsilon", "velocity", "velocity, UniPC"])
 def test_a_pipeline_is_fitted_with_decoupled_levels(kind, of):
     from test_pipeline_fit import rollout
 

@@ -241,17 +241,6 @@ def test_a_decoupled_fit_is_tuned_by_its_own_runs(measured, solver, decoupled):
         assert schedule.measured_error < 0.7 * fs.fit(denoiser, (4,), 5, solver, **options).measured_error
 
 
-def test_the_first_level_of_a_flow_stays_coupled():
-    """Pipelines of flow models never let the scheduler scale their first latents, also below time 1."""
-    denoiser = DENOISERS["velocity"]
-    below = dataclasses.replace(denoiser, process=dataclasses.replace(denoiser.process, t_max=0.98))
-    options = {"levels": 16, "samples": 4, "model_calls": 300, "decoupled": True, "progress": False}
-    found = fs.fit(below, (4,), 4, "ddim", **options)
-    told = found.network_sigmas / found.sigmas[:-1]
-    assert float(told[0]) == pytest.approx(1, abs=1e-12)
-    assert float((told - 1).abs().max()) > 1e-3
-
-
 @pytest.mark.parametrize(
     ("steps", "calls", "why"),
     [(5, 10, "model_calls is too small"), (1, 400, "of one step")],
