@@ -47,9 +47,7 @@ def main() -> None:
     found = {
         "fastsched": sample_dpmpp_2m(oracle.denoise, noise * schedule.sigmas[0], schedule.sigmas),
         "karras": sample_dpmpp_2m(oracle.denoise, noise * karras[0], karras),
-        "fitted": sample_fitted(
-            oracle.denoise, noise * fitted.sigmas[0], fitted.sigmas, weights=fitted.weights, disable=True
-        ),
+        "fitted": sample_fitted(oracle.denoise, noise * fitted.sigmas[0], fitted, disable=True),
     }
     for name, samples in found.items():
         typical = (samples - converged).square().sum(1).log().mean().exp()

@@ -115,9 +115,9 @@ Tables of the fitted solver compare it with the best of the stock solvers at as 
 `fs.fit`, and under the best common schedule (karras, exponential, the repository's own time steps). *fs.fit in 100
 calls* measures only two samples within its 100 calls, so its results differ between seeds.
 
-![Samples of rgb64-eps at 5 calls of dpmpp_2m under six schedules, and of the fitted solver](pretrained_rgb64-eps.png)
+![Samples of rgb64-eps at 5 calls of dpmpp_2m under seven schedules, and of the fitted solver](pretrained_rgb64-eps.png)
 
-![Samples of mnist-flow at 5 calls of dpmpp_2m under six schedules](pretrained_mnist-flow.png)"""
+![Samples of mnist-flow at 5 calls of dpmpp_2m under seven schedules](pretrained_mnist-flow.png)"""
 
 
 def report(results: Results) -> str:

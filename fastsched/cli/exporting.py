@@ -98,8 +98,7 @@ def _check_list(schedule: Schedule, program: str) -> None:
     decoupled, fitted = schedule.decoupled == "denoiser", schedule.weights is not None
     ways = {"comfyui": NODE} if decoupled or fitted else {}
     if fitted:
-        model = "the model fs.decoupled_model(model, schedule) and " if decoupled else ""
-        ways["k-diffusion"] = f"sample by {model}fastsched.sampling.k_diffusion.sample_fitted"
+        ways["k-diffusion"] = "sample by fastsched.sampling.k_diffusion.sample_fitted(model, x, schedule)"
     elif decoupled and schedule.noise != "flow":
         ways["k-diffusion"] = "give its sampler fs.decoupled_model(model, schedule) and schedule.sigmas"
     instead = f"{ways[program]}, or " if program in ways else ""

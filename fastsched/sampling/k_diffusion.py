@@ -12,8 +12,10 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.late_reading import Verdicts
 from fastsched.denoisers.network_errors import checked_call
+from fastsched.sampling.decoupled import decoupled_model
 from fastsched.sampling.fitted import checked_weights
 from fastsched.sampling.progress import progress_bar
+from fastsched.sampling.schedule import Schedule
 
 #: A first state of a root mean square below this part of its sigma, over at least so many elements, lacks its noise.
 SMALL, ELEMENTS = 1 / 3, 8
@@ -23,12 +25,12 @@ SMALL, ELEMENTS = 1 / 3, 8
 def sample_fitted(
     model: Callable[..., Tensor],
     x: Tensor,
-    sigmas: Tensor,
+    sigmas: Tensor | Schedule,
     extra_args: dict[str, Any] | None = None,
     callback: Callable[[dict[str, Any]], Any] | None = None,
     disable: bool | None = None,
     *,
-    weights: Tensor | Sequence[Sequence[float]],
+    weights: Tensor | Sequence[Sequence[float]] | None = None,
 ) -> Tensor:
     """Sample with a fitted schedule; the arguments are those of k-diffusion's samplers.
 
@@ -43,11 +45,11 @@ def sample_fitted(
     Args:
         model: ``model(x, sigma, **extra_args)`` is the denoised image, [B, *shape]; ``sigma`` has shape [B].
         x: The first state, unit noise times ``sigmas[0]``, [B, *shape].
-        sigmas: The schedule's sigmas [steps + 1], descending, the last 0: ``schedule.sigmas``.
+        sigmas: The schedule itself, also one with decoupled levels; or its sigmas [steps + 1], descending, the last 0.
         extra_args: Further arguments of ``model``.
         callback: Called before each step with a dict of ``x``, ``i``, ``sigma``, ``sigma_hat`` and ``denoised``.
         disable: Whether to hide the progress bar; shown when None or False.
-        weights: ``W``, [steps, steps]: ``schedule.weights``.
+        weights: ``W``, [steps, steps]: ``schedule.weights``; None with a schedule.
 
     Returns:
         The samples, [B, *shape].
@@ -55,14 +57,15 @@ def sample_fitted(
     Warns if ``x`` holds far less noise than its sigma, as noise that is not scaled does.
 
     Raises:
-        ValueError: If ``x`` is no batch or not finite, ``sigmas`` do not descend to 0, the first is infinite,
-            ``weights`` have another number of steps, or ``model`` returns another shape, NaN or inf.
+        ValueError: If ``x`` is no batch or not finite, ``sigmas`` do not descend to 0 or start at infinity, ``weights``
+            or a schedule do not fit, or ``model`` returns another shape, NaN or inf.
     """
     _check(model, x, extra_args, callback)
+    model, sigmas, given = _parts(model, sigmas, weights)
     levels = validate.descending_sigmas("sigmas", sigmas).tolist()
     if levels[-1] != 0 or levels[0] == float("inf"):
         raise ValueError(f"sigmas must be finite and end in 0, got {levels}")
-    rows = checked_weights(weights, len(levels) - 1).tolist()
+    rows = checked_weights(given, len(levels) - 1).tolist()
     sigmas = sigmas.to(x) if isinstance(sigmas, Tensor) else x.new_tensor(levels)
     ones, history, verdicts = x.new_ones([len(x)]), [], Verdicts()
     _note_size(x, levels[0], verdicts)
@@ -89,6 +92,20 @@ def _check(model: object, x: object, extra_args: object, callback: object) -> No
         raise TypeError(f"extra_args must be a dictionary by name, or None, got {validate.shown(extra_args)}")
     if callback is not None:
         validate.function("callback", callback)
+
+
+def _parts(model: Callable[..., Tensor], sigmas: Any, weights: Any) -> tuple[Callable[..., Tensor], Any, Any]:
+    """The model, sigmas and weights as given; or of a whole schedule, whose levels may be decoupled."""
+    if not isinstance(sigmas, Schedule):
+        if weights is None:
+            raise ValueError("weights must be given with sigmas; or pass the schedule itself as sigmas")
+        return model, sigmas, weights
+    if weights is not None:
+        raise ValueError("weights must be left out with a schedule, which has its own")
+    if sigmas.weights is None:
+        raise ValueError(f"sigmas must be a schedule of the fitted solver, got one for {sigmas.solver!r}")
+    asked = model if sigmas.decoupled is None else decoupled_model(model, sigmas)
+    return asked, sigmas.sigmas, sigmas.weights
 
 
 def _note_size(x: Tensor, sigma: float, verdicts: Verdicts) -> None:

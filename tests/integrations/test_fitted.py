@@ -145,6 +145,19 @@ def test_wrong_sigmas_and_weights_are_refused():
         sample(fitted.sigmas[:-1], fitted.weights[:2, :2])
     with pytest.raises(ValueError, match="sum to 1"):
         sample(fitted.sigmas, 2 * fitted.weights)
+    with pytest.raises(ValueError, match="weights must be given with sigmas"):
+        sample(fitted.sigmas, None)
+    with pytest.raises(ValueError, match="weights must be left out with a schedule"):
+        sample(fitted, fitted.weights)
+    with pytest.raises(ValueError, match="sigmas must be a schedule of the fitted solver, got one for 'ddim'"):
+        sample(fs.Schedule(fitted.sigmas, "ddim", fitted.noise), None)
+
+
+def test_a_schedule_stands_for_its_sigmas_and_weights():
+    fitted = schedule()
+    start = noise_of() * fitted.sigmas[0]
+    found = sample_fitted(denoised, start, fitted, disable=True)
+    assert torch.equal(found, sample_fitted(denoised, start, fitted.sigmas, weights=fitted.weights, disable=True))
 
 
 def test_the_node_follows_comfyui_s_contract(node, comfyui):

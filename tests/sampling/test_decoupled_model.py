@@ -75,6 +75,10 @@ def test_the_fitted_solver_uses_such_a_model():
     told, sigmas = fs.decoupled_model(model, schedule), schedule.sigmas
     found = sample_fitted(told, noise * sigmas[0], sigmas, weights=weights, disable=True)
     torch.testing.assert_close(found, fs.sample(denoiser, schedule, noise=noise), rtol=1e-9, atol=1e-9)
+    of_schedule = sample_fitted(model, noise * sigmas[0], schedule, disable=True)
+    torch.testing.assert_close(of_schedule, found, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="schedule has only decoupled timesteps"):
+        sample_fitted(model, noise, dataclasses.replace(schedule, decoupled="timestep"), disable=True)
 
 
 def test_other_attributes_are_those_of_the_model():
