@@ -95,12 +95,13 @@ def export(
 
 def _check_list(schedule: Schedule, program: str) -> None:
     """ValueError if one list of levels cannot hold the schedule; it names what else the program can use."""
-    decoupled, fitted = schedule.decoupled == "denoiser", schedule.weights is not None
-    ways = {"comfyui": NODE} if decoupled or fitted else {}
-    if fitted:
-        ways["k-diffusion"] = "sample by fastsched.sampling.k_diffusion.sample_fitted(model, x, schedule)"
-    elif decoupled and schedule.noise != "flow":
-        ways["k-diffusion"] = "give its sampler fs.decoupled_model(model, schedule) and schedule.sigmas"
+    fitted, ways = schedule.weights is not None, {}
+    if schedule.decoupled == "denoiser" or (fitted and schedule.decoupled is None):
+        ways["comfyui"] = NODE
+        if fitted:
+            ways["k-diffusion"] = "sample by fastsched.sampling.k_diffusion.sample_fitted(model, x, schedule)"
+        elif schedule.noise != "flow":
+            ways["k-diffusion"] = "give its sampler fs.decoupled_model(model, schedule) and schedule.sigmas"
     instead = f"{ways[program]}, or " if program in ways else ""
     if fitted:
         raise ValueError(

@@ -319,6 +319,18 @@ def test_decoupled_levels_are_fitted_shown_and_exported_where_they_can_be(folder
     assert "fs.diffusers.apply(schedule, pipe)" in run("export", output, "--to", "diffusers").stdout
 
 
+def test_what_is_named_in_place_of_an_export_can_take_the_schedule(tmp_path):
+    sigmas, weights = torch.tensor([10.0, 1.0, 0.0]), torch.eye(2)
+    for decoupled, named in (("denoiser", True), (None, True), ("timestep", False)):
+        told = None if decoupled is None else 1.1 * sigmas[:-1]
+        schedule = fs.Schedule(sigmas, "fitted", "ve", weights=weights, network_sigmas=told, decoupled=decoupled)
+        schedule.save(tmp_path / "a.json")
+        for program, instead in (("comfyui", "Load Schedule"), ("k-diffusion", "sample_fitted(model, x, schedule)")):
+            refused = run("export", tmp_path / "a.json", "--to", program)
+            assert refused.exit_code == 2
+            assert (instead in one_line(refused)) == named
+
+
 def test_levels_are_decoupled_in_one_way(model, tmp_path):
     options = ("--shape", "2,3", "--steps", "4", "--decoupled", "--decoupled-timesteps", "-o", tmp_path / "a.json")
     result = run("fit", model, *options)
