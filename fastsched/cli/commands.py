@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastsched.cli import comparing, exporting, making, profiling, report, showing
+from fastsched.cli import comparing, exporting, making, planning, profiling, report, showing
 from fastsched.cli.shell import STATE, errors_in_a_line, interrupted_by_signals, prepare_streams, say_on_stderr
 
 
@@ -41,7 +41,7 @@ COMMANDS = {
     "measure": making.measure,
     "merge": making.merge,
     "select": making.select,
-    "plan": making.plan,
+    "plan": planning.plan,
     "compare": comparing.compare,
     "plot": comparing.plot,
     "report": report.report,

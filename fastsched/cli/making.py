@@ -1,4 +1,4 @@
-"""Commands that make statistics and schedules: measure, fit, select, plan."""
+"""Commands that make statistics and schedules: measure, fit, select, merge."""
 
 from __future__ import annotations
 
@@ -279,77 +279,6 @@ def _numbered(output: Path, steps: int, several: int) -> Path:
     return output if several == 1 else output.with_name(f"{output.stem}-{steps}{output.suffix}")
 
 
-def plan(
-    stats: shell.StatisticsFile,
-    solver: Annotated[
-        str, typer.Option(help="ddim, dpmpp_2m, ipndm, heun, ... or several, comma-separated.")
-    ] = "dpmpp_2m",
-    max_steps: Annotated[
-        Optional[int], typer.Option(help="Largest number of steps.  [default: at most 20]", min=1)
-    ] = None,
-    target: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Print how many steps reach this error, or that of a common schedule, as karras:20: karras, "
-            "exponential, linear or kl_optimal; for flow models, in flow times, also uniform."
-        ),
-    ] = None,
-    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Figure to write.")] = None,
-    quiet: shell.Quiet = False,
-    as_json: shell.AsJson = False,
-) -> None:
-    """Predict the error at every number of steps. Also how many steps reach a target; no model calls.
-
-    \b
-    fastsched plan stats.safetensors --solver ddim,dpmpp_2m -o plan.png
-    fastsched plan stats.safetensors --target karras:20
-    """
-    import fastsched as fs
-    from fastsched.cli.report_data import steps_within
-    from fastsched.plot import FORMATS, check_matplotlib, plot_error_curves
-    from fastsched.selection.planning import not_reached, target_error
-
-    if output is not None:
-        check_matplotlib()
-        shell.writable(output, endings=FORMATS)
-    goal = None if target is None else _target(target)
-    loaded = inputs.load_statistics(stats)
-    most = min(20, loaded.levels - 1) if max_steps is None else max_steps
-    names = [inputs.solver_named(name.strip()) for name in solver.split(",")]
-    errors = [None if goal is None else target_error(loaded, name, goal) for name in names]  # before the slow curves
-    with shell.joint_bar(most * len(names), not quiet, "predicting", "schedule") as progress:
-        curves = [fs.error_curve(loaded, name, most, progress=progress) for name in names]
-    if output is not None:  # before printing, which ends the command if a reader such as head closed the pipe
-        shell.save_figure(plot_error_curves(curves), output)
-        note(f"wrote {output}")
-    found, missed = [], []
-    for curve, error in zip(curves, errors, strict=True):
-        rows = zip(curve.steps, curve.model_calls, curve.predicted_errors, strict=True)
-        points = [{"steps": n, "model_calls": calls, "predicted_error": value} for n, calls, value in rows]
-        entry: dict[str, Any] = {"solver": curve.solver, "curve": points}
-        if error is not None:
-            enough = steps_within(curve, error)
-            entry |= {"target": target, "steps_needed": enough}
-            missed += [] if enough else [not_reached(curve.solver, most, error, curve.predicted_errors[-1])]
-        found.append(entry)
-    if as_json:
-        shell.print_json(found)
-    else:
-        for entry in found:
-            _print_curve(entry)
-    if missed:  # after the results of the other solvers
-        raise missed[0]
-
-
-def _print_curve(entry: dict[str, Any]) -> None:
-    """Print what `plan` has found for a solver."""
-    rows = (each.values() for each in entry["curve"])
-    cells = [(str(steps), str(calls), f"{error:.4g}") for steps, calls, error in rows]
-    shell.print_table((f"{entry['solver']}: steps", "model calls", "predicted error"), cells, left=0)
-    if entry.get("steps_needed"):
-        typer.echo(f"{entry['solver']} needs {entry['steps_needed']} steps for {entry['target']}")
-
-
 def merge(
     statistics: Annotated[
         list[Path], typer.Argument(help="Statistics of different samples of one model.", metavar="STATS")
@@ -410,12 +339,3 @@ def _show(schedule: Schedule) -> None:
     typer.echo(plain_decimals(schedule.sigmas.tolist()))
     if schedule.network_sigmas is not None:
         note(f"the network is told {plain_decimals(schedule.network_sigmas.tolist())}")
-
-
-def _target(text: str) -> float | tuple[str, int]:
-    """An error, or the name and steps of a common schedule."""
-    name, colon, steps = text.partition(":")
-    try:
-        return (name, int(steps)) if colon else float(text)
-    except ValueError:
-        raise ValueError(f"target must be an error such as 0.05, or karras:20, got {text!r}") from None
