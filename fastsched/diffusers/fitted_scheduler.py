@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import diffusers
 import torch
@@ -41,6 +41,13 @@ SAME_INPUT = 1e-9
 
 #: Entries of a `FittedScheduler`'s config; the others are those of the pipeline's own scheduler.
 OWN_ENTRIES = ("sigmas", "weights", "noise", "network_sigmas", "decoupled", "scheduler_class", "scheduler_config")
+
+
+@dataclass
+class FittedOutput(SchedulerOutput):
+    """The next state, and the denoised sample ``D`` of this step."""
+
+    pred_original_sample: Tensor
 
 
 class FittedScheduler(SchedulerMixin, ConfigMixin):
@@ -258,7 +265,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
         **others: Any,
-    ) -> SchedulerOutput | tuple[Tensor]:
+    ) -> FittedOutput | tuple[Tensor, ...]:
         """The next state. Steps are counted; ``timestep`` is not read, which would wait for the device.
 
         Args:
@@ -270,7 +277,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             eta: Must be 0: no step adds noise.
             generator: Not used.
             per_token_timesteps: Must be ``timestep`` for all tokens; ``model_output`` then has the other sign.
-            return_dict: Whether to return a `SchedulerOutput` or a tuple.
+            return_dict: Whether to return a `FittedOutput`, or a tuple, with ``D`` if the own scheduler's has it.
             **others: Must be at their defaults in the own scheduler's class.
 
         Raises:
@@ -301,7 +308,10 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         with without_autocast(sample.device):
             following = (self._rows[n, : n + 2] @ known.flatten(1)).view_as(sample).to(sample.dtype)
         self._step_index = n + 1
-        return SchedulerOutput(following) if return_dict else (following,)
+        if not return_dict and not self._tuples_hold_denoised:
+            return (following,)
+        denoised = known[-1].to(sample.dtype, copy=True)  # later steps need what is kept
+        return FittedOutput(following, denoised) if return_dict else (following, denoised)
 
     def __len__(self) -> int:
         return self.convention.train_steps
@@ -332,6 +342,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             each.tolist() for each in (a * same, c, convention.input_scale(at) * same)
         )
         self._factors = _factors(process, self.schedule)
+        self._tuples_hold_denoised = _gives_denoised(type(self._own))
         self.init_noise_sigma = float(process.sigma(s)[0])
         self.sigmas = self.schedule.sigmas.float()
         timesteps = convention.timesteps(told_levels(self.schedule, convention, s))
@@ -378,6 +389,12 @@ def _numbers(values: Sequence[float | str]) -> Tensor:
 def _plain(sigmas: Tensor) -> list[float | str]:
     """``sigmas`` in a form that JSON can hold."""
     return ["inf" if value == float("inf") else value for value in sigmas.tolist()]
+
+
+def _gives_denoised(kind: type) -> bool:
+    """Whether ``step`` of a class also gives ``D``, as those of DDIM and Euler do, and those of DPM-Solver do not."""
+    outputs = get_args(inspect.signature(kind.step).return_annotation)
+    return any("pred_original_sample" in getattr(output, "__annotations__", ()) for output in outputs)
 
 
 def _check_options(own: Any, eta: float, args: tuple[Any, ...], others: dict[str, Any]) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from fastsched.denoisers.late_reading import LateReading, Verdicts
 from fastsched.diffusers.attributes import copied_with
+from fastsched.diffusers.calibration import CalibrationOutput
 from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import describe, own_scheduler
 from fastsched.diffusers.exporter import gives_both_lists
@@ -176,7 +176,7 @@ class StartFromNoise:
         seeds = self.seeds[torch.arange(len(sample), device="cpu") % len(self.seeds)]
         given = (self.scale * noise_of(seeds, sample.shape[1:])).to(sample)
         self._returned = given.clone()  # the pipeline may write into what it is given
-        return SchedulerOutput(prev_sample=given) if options.get("return_dict", True) else (given,)
+        return CalibrationOutput(given, given, given) if options.get("return_dict", True) else (given, given)
 
     def _recorded_step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.scheduler, FittedScheduler):

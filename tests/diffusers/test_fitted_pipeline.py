@@ -31,3 +31,28 @@ def test_a_pipeline_is_fitted_with_weights(kind):
     assert fitted.measured_error < stock.measured_error
     fs.diffusers.apply(fitted, pipe)
     assert torch.isfinite(torch.as_tensor(pipe(images=2, num_inference_steps=5))).all()
+
+
+class Previews(pipelines.OraclePipeline):
+    """Reads the denoised sample of each step, in an output or a tuple."""
+
+    def __call__(self, num_inference_steps=50, output_type="pil", return_dict=True):
+        self.scheduler.set_timesteps(num_inference_steps)
+        x, self.previews = self.scheduler.init_noise_sigma * torch.randn(2, *pipelines.SHAPE), []
+        for t in self.scheduler.timesteps:
+            output = self.unet(self.scheduler.scale_model_input(x, t), t, return_dict=False)[0]
+            step = self.scheduler.step(output, t, x, return_dict=return_dict)
+            x, preview = (step.prev_sample, step.pred_original_sample) if return_dict else step
+            self.previews.append(preview)
+        return x
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("solver", ["ddim", "fitted"])
+def test_a_pipeline_that_reads_denoised_samples_is_fitted(solver, return_dict):
+    scheduler = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear")
+    pipe = Previews(pipelines.OracleUNet().answer_for(scheduler, mixture(d=8)), scheduler)
+    options = {"levels": 12, "samples": 4, "model_calls": 200, "return_dict": return_dict}
+    fs.diffusers.apply(fs.diffusers.fit(pipe, 4, solver=solver, **options), pipe)
+    end = pipe(num_inference_steps=4, return_dict=return_dict)
+    assert [each.shape for each in pipe.previews] == 4 * [end.shape]

@@ -114,6 +114,30 @@ def test_the_loop_of_diffusers_gives_the_samples_of_fs_sample(kind):
     assert float((stock - expected).norm()) > 1e-2 * scale  # the weights matter
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_also_gives_the_denoised_sample(kind):
+    """As own classes do: in an output of some classes, and in tuples of these only. A pipeline may write into it."""
+    pipe, schedule, _ = applied(kind)
+    own, scheduler, convention = own_scheduler(kind), pipe.scheduler, describe(own_scheduler(kind))
+    network = oracle_network(convention, lambda y, s: torch.full_like(y, 0.25))
+    own.set_timesteps(STEPS)
+    gives = len(own.step(noise_of(), own.timesteps[0], noise_of(), return_dict=False))
+    ends = []
+    for write in (False, True):
+        scheduler.set_timesteps(STEPS)
+        x = scheduler.init_noise_sigma * noise_of()
+        for t, s in zip(scheduler.timesteps, convention.process.level(schedule.sigmas[:-1]), strict=True):
+            output = network(scheduler.scale_model_input(x, t), s[None])
+            assert len(copy.deepcopy(scheduler).step(output, t, x, return_dict=False)) == gives
+            step = scheduler.step(output, t, x)
+            x, denoised = step.prev_sample, step.pred_original_sample
+            torch.testing.assert_close(denoised, torch.full_like(denoised, 0.25), rtol=1e-6, atol=1e-6)
+            if write:
+                denoised.zero_()
+        ends.append(x)
+    assert torch.equal(*ends)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "v from pure noise"])
 def test_the_function_of_k_diffusion_gives_them_too(kind):
     scheduler = own_scheduler(kind)
