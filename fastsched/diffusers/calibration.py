@@ -24,6 +24,7 @@ from fastsched.diffusers.overrides import ArgumentsOf, Timesteps, without_equal_
 from fastsched.diffusers.step_checks import (
     UNALIKE,
     beside_others,
+    check_asked,
     check_copies,
     check_first_output,
     check_one_run,
@@ -120,7 +121,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = self._levels = torch.arange(0, device="cpu")
         self._asked_levels: int | Tensor | None = None
         self._watch: PipelineWatch | None = None
-        self._own_noise = True
+        self._own_noise, self._must_scale = True, False
         self._earlier: PathStatistics | None = None
         self._advance: Callable[[int], object] = lambda calls: None
         self._clear()
@@ -147,6 +148,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         levels: int | Tensor | None = None,
         watch: PipelineWatch | None = None,
         own_noise: bool = True,
+        must_scale: bool = False,
         advance: Callable[[int], object] = lambda calls: None,
     ) -> CalibrationScheduler:
         """From a pipeline's scheduler object, which may be a subclass or have attributes changed since it was made.
@@ -159,6 +161,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             levels: The levels to measure at, descending, or their number: the pipeline must then make as many steps.
             watch: Records the calls of the pipeline's networks, which are then compared between steps.
             own_noise: Whether the pipeline draws its first latents itself, so that their size can be checked.
+            must_scale: Whether the pipeline must call ``scale_model_input``, as decoupled levels need.
             advance: Called after each step with the number of samples.
 
         Raises:
@@ -168,6 +171,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         made = cls(*class_and_settings(scheduler), seed, samples_before, keep_increments)
         made._own, made.convention = scheduler, describe(scheduler)
         made._asked_levels, made._watch, made._own_noise, made._advance = levels, watch, own_noise, advance
+        made._must_scale = must_scale
         ArgumentsOf(made, scheduler).put()
         return made
 
@@ -373,6 +377,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         if self._returned is None:
             check_steps(len(self.timesteps), self._asked_levels)
             check_scaling(self.convention, self.config["scheduler_class"], self._scaled, sample)
+            check_asked(self._scaled is not None or not self._must_scale)
             if self._own_noise:
                 asked = self.asked_size or self._watch is None
                 needed = 1.0 if asked else float(getattr(self._own, "init_noise_sigma", 1.0))

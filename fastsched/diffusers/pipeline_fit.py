@@ -103,7 +103,7 @@ def fit(
     with in_one_thread(pipe), prompts_encoded_once(pipe):
         if stats is None:
             settings = {"prompts": prompts, "prompts_per_call": prompts_per_call, "seed": seed, **places}
-            stats, whole = _measured(pipe, call_kwargs, plan, keep_increments=audition, **settings)
+            stats, whole = _measured(pipe, call_kwargs, plan, audition, decoupled, **settings)
             if not whole:
                 return interrupted_schedule(stats, steps, chosen_solver(name))
             total = max(0, total - stats.model_calls)
@@ -111,10 +111,16 @@ def fit(
 
 
 def _measured(
-    pipe: Any, call_kwargs: dict[str, Any], plan: Callable[[], dict[str, Any]], **settings: Any
+    pipe: Any,
+    call_kwargs: dict[str, Any],
+    plan: Callable[[], dict[str, Any]],
+    audition: bool,
+    decoupled: bool | str,
+    **settings: Any,
 ) -> tuple[PathStatistics, bool]:
     """The measurement of a fit, and whether it is whole: without a checkpoint an interrupt leaves what was finished."""
-    settings |= prepare_together(plan, settings["group"])
+    settings |= prepare_together(plan, settings["group"]) | {"keep_increments": audition}
+    settings["must_scale"] = audition and must_scale(pipe.scheduler, decoupled)
     try:
         return measured_in_group(pipe, call_kwargs, vectors="first", **settings), True
     except KeyboardInterrupt as error:
@@ -186,7 +192,8 @@ def _fitted(
     if not alone:
         check_same_calls(own, group)
     calls = chosen_solver(solver).model_calls(steps) + 1  # one more step starts from the noise of the measured paths
-    run = PipelineRunner(pipe, stats, prompts, call_kwargs, calls=calls, model_calls=budget)
+    must = must_scale(pipe.scheduler, decoupled)
+    run = PipelineRunner(pipe, stats, prompts, call_kwargs, calls=calls, model_calls=budget, must_scale=must)
     tried = candidates(stats, steps, solver, pipe.scheduler)
     apart = decoupling("decoupled", decoupled)
     options = {"calls": calls, "model_calls": budget, "decoupled": apart}
@@ -245,6 +252,11 @@ def checked_solver(scheduler: Any, steps: int, solver: str | None, *, audition: 
             "nearest solver to choose for (docs/schedulers.md): solver='ddim' for first-order ones, 'dpmpp_3m', ..."
         )
     return name
+
+
+def must_scale(scheduler: Any, decoupled: bool | str) -> bool:
+    """Whether decoupled levels need a pipeline that lets ``scheduler`` scale its network's input, if it is no flow."""
+    return decoupling("decoupled", decoupled) == "denoiser" and describe(scheduler).process.kind != "flow"
 
 
 def check_tells_apart(scheduler: Any, steps: int, solver: str, decoupled: str) -> None:

@@ -169,11 +169,13 @@ def measured_pipeline(
     prompts_per_call: int | None,
     checkpoint: str | os.PathLike[str] | None,
     progress: Progress,
+    must_scale: bool = False,
     resume: bool = True,
 ) -> PathStatistics:
     """`measure`, but an interrupt is raised. Like any error, it carries the finished samples as ``error.partial``.
 
-    Without ``resume`` a checkpoint that exists is replaced after the first call.
+    Without ``resume`` a checkpoint that exists is replaced after the first call. ``must_scale`` is as in
+    `CalibrationScheduler.from_scheduler`.
     """
     which = validate.sample_range("samples", samples)
     calls = checked_calls(pipe, prompts, call_kwargs, prompts_per_call)
@@ -197,6 +199,7 @@ def measured_pipeline(
                 done = which.start + (0 if whole is None else whole.samples)
                 arguments = calls.arguments(done, _needed(samples, which, calls) + which.start - done, call_kwargs)
                 settings = {"seed": seed, "samples_before": done, "keep_increments": keep_increments}
+                settings["must_scale"] = must_scale
                 try:
                     part = _one_call(pipe, levels, arguments, advance, **settings)
                 except Exception as error:

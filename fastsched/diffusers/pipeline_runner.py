@@ -36,9 +36,10 @@ class PipelineRunner:
         *,
         calls: int = 1,
         model_calls: float = math.inf,
+        must_scale: bool = False,
     ) -> None:
         self.pipe, self.stats, self.prompts, self.call_kwargs = pipe, stats, prompts, call_kwargs
-        self.calls, self.left = calls, model_calls
+        self.calls, self.left, self._must_scale = calls, model_calls, must_scale
         self.advance: Callable[[int], object] = lambda calls: None
         self._batch = 1
         self._owned = (stats.ends == 0).all(0)  # elements whose D was held at 0
@@ -102,7 +103,8 @@ class PipelineRunner:
         scheduler, _ = applied(schedule, self.pipe.scheduler)
         with ONE_CALL, watched(self.pipe) as watch, attributes_set(self.pipe, scheduler=scheduler):
             seeds, known = self.stats.seeds[done:], (self._owned, self.stats.changes)
-            run = StartFromNoise(scheduler, seeds, schedule, watch, self.advance, *known)
+            options = {"must_scale": self._must_scale}
+            run = StartFromNoise(scheduler, seeds, schedule, watch, self.advance, *known, **options)
             call(self.pipe, schedule.steps + 1, arguments, lambda: run.left)  # it adds the step that returns the noise
             run.check_ended()
         return run

@@ -21,6 +21,7 @@ from fastsched.diffusers.overrides import Override, Timesteps, without_equal_sig
 from fastsched.diffusers.probe import scales
 from fastsched.diffusers.step_checks import (
     INSTEAD,
+    check_asked,
     check_one_run,
     check_output,
     check_unchanged,
@@ -64,6 +65,8 @@ class StartFromNoise:
         advance: Callable[[int], object],
         owned: Tensor,
         changes: Sequence[tuple[float, float]] = (),
+        *,
+        must_scale: bool = False,
     ) -> None:
         self._advance, self._owned, self._changes = advance, owned, changes
         self.scheduler, self.seeds, self._schedule = scheduler, seeds, schedule
@@ -77,7 +80,7 @@ class StartFromNoise:
         self._copies, self._returned = 1, torch.empty(0, device="cpu")
         self._calls: list[tuple[float, LateReading, LateReading]] = []  # s, y, D
         self._verdicts = Verdicts()
-        self._recorded = True
+        self._recorded, self._must_scale = True, must_scale
         self._own: dict[str, Tensor] = {}
         self._set_timesteps = scheduler.set_timesteps
         _Replaced(scheduler, "set_timesteps", self.prepare).put()
@@ -133,6 +136,7 @@ class StartFromNoise:
         if self._recorded:
             self._check(model_output)
         if self.left is None:
+            check_asked(not self._must_scale)
             return self._first_step(sample, **kwargs)
         if self._recorded:
             return self._recorded_step(model_output, timestep, sample, *args, **kwargs)
@@ -141,6 +145,7 @@ class StartFromNoise:
 
     def scale_model_input(self, *args: Any, **kwargs: Any) -> Any:
         """Replaces the scheduler's ``scale_model_input``."""
+        self._must_scale = False  # it has been called
         with self.own_tables():
             return type(self.scheduler).scale_model_input(self.scheduler, *args, **kwargs)
 

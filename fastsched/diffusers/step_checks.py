@@ -152,6 +152,16 @@ def noise_alone(process: NoiseProcess, first: Tensor | None, given: Sequence[Any
     return found[0]
 
 
+def check_asked(asked: bool) -> None:
+    """ValueError if a pipeline to fit with decoupled levels has not ``asked`` its scheduler to scale the latents."""
+    if not asked:
+        raise ValueError(
+            "decoupled=True needs a pipeline that calls scheduler.scale_model_input before its network, and this one "
+            "does not (as DDIMPipeline and DDPMPipeline); leave decoupled out, or pass decoupled='timestep', which "
+            "scales nothing"
+        )
+
+
 def check_scaling(convention: Convention, name: str, scaled: Tensor | None, sample: Tensor) -> None:
     """ValueError unless a pipeline scales its latents, and only these, where the class ``name`` scales the input.
 

@@ -251,6 +251,27 @@ def test_a_state_that_the_scheduler_scaled_is_known_again():
     torch.testing.assert_close(*ends)
 
 
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "UniPCMultistepScheduler"])
+def test_a_pipeline_that_lets_nothing_scale_its_latents_is_refused_in_its_first_call(name, measured):
+    from pipelines import unconditional
+
+    torch.manual_seed(0)
+    pipe, call, _ = unconditional(getattr(diffusers, name)())
+    pipe.scheduler.register_to_config(clip_sample=False)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"levels": 12, "samples": 2, "progress": False, **call}
+    stats = fs.diffusers.measure(pipe, **options) if measured else None
+    calls = []
+    pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match="leave decoupled out, or pass decoupled='timestep'"):
+        fs.diffusers.fit(pipe, 4, decoupled=True, stats=stats, model_calls=120, **options)
+    assert len(calls) <= 2  # a call that fails at its first step is tried again with the pipeline's own defaults
+    if name != "DDIMScheduler":
+        schedule = fs.diffusers.fit(pipe, 4, decoupled="timestep", model_calls=120, **options)
+        assert schedule.decoupled == "timestep"
+
+
 def test_a_pipeline_that_never_scales_its_latents_is_fitted_with_decoupled_levels():
     """FLUX, as all pipelines of flow models."""
     from pipelines import flux
