@@ -13,6 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.denoisers.late_reading import sent
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.diffusers.conventions import Convention, class_and_settings, describe, own_scheduler
@@ -222,7 +223,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         asked_for = {"timesteps": timesteps, "sigmas": sigmas}
         warn_of_list(self.schedule, asked_for, lambda: self._timesteps_of(**asked_for), self._timesteps)
         told = told_timesteps(self._own, self._timesteps, timesteps=timesteps, sigmas=sigmas, mu=mu)
-        self.timesteps = Timesteps.of(told.to(device), self._start_at)
+        self.timesteps = Timesteps.of(told.to(device), self._start_at, self._ends_at)
         self._step_index = 0
         self._states = self._rows = torch.empty(0, device="cpu")
 
@@ -379,6 +380,14 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         raise ValueError(
             f"the pipeline starts midway, at step {index}, by a slice of scheduler.timesteps: {MIDWAY}; to look at the "
             "timesteps that follow, slice a copy, scheduler.timesteps.clone()[1:]"
+        )
+
+    def _ends_at(self, count: int) -> None:
+        validate.warn(
+            f"the run ends after {count} of {self.schedule.steps} steps (denoising_end?), at sigma "
+            f"{float(self.schedule.sigmas[count]):.3g} and with latents alpha x0 + sigma eps, whatever the scale of "
+            f"{type(self._own).__name__}'s, so a refiner with a schedule of its own does not go on from there; leave "
+            "denoising_end out, or apply one schedule of a stock solver to both pipelines"
         )
 
 

@@ -235,11 +235,13 @@ class Timesteps(Tensor):
     * ``timesteps[:-1]`` gives all timesteps: pipelines of LTX leave out the last one, which would be that of sigma 0
       (`LTXEulerAncestralRFScheduler` lists it), and is not among these.
 
+    By ``timesteps[:count]`` the base of a refiner ends its run early (``denoising_end``): ``ends_at(count)`` is told.
     Everything else gives plain tensors: other operations, copies, pickles, and these slices during a run. Sigmas are
     sliced in the same way.
 
     Attributes:
         start_at: Computes ``[index:]``.
+        ends_at: Called for ``[:count]``.
         compared: Whether the pipeline has compared the timesteps.
         begun: Whether a step of the run has been made.
     """
@@ -247,14 +249,17 @@ class Timesteps(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # plain results
 
     start_at: Callable[[int], Tensor]
+    ends_at: Callable[[int], object]
     compared: bool
     begun: bool
 
     @classmethod
-    def of(cls, timesteps: Tensor, start_at: Callable[[int], Tensor]) -> Timesteps:
-        """``timesteps`` whose ``[index:]`` is ``start_at(index)``."""
+    def of(
+        cls, timesteps: Tensor, start_at: Callable[[int], Tensor], ends_at: Callable[[int], object] = lambda count: None
+    ) -> Timesteps:
+        """``timesteps`` whose ``[index:]`` is ``start_at(index)``, and whose ``[:count]`` calls ``ends_at``."""
         made = timesteps.as_subclass(cls)
-        made.start_at, made.compared, made.begun = start_at, False, False
+        made.start_at, made.ends_at, made.compared, made.begun = start_at, ends_at, False, False
         return made
 
     @classmethod
@@ -273,6 +278,8 @@ class Timesteps(Tensor):
                 return self.start_at(index.start)
             if (index.start or 0, index.stop, index.step) == (0, -1, None):
                 return self.plain
+            if (index.start, index.step) == (None, None) and isinstance(index.stop, int) and 0 < index.stop < len(self):
+                self.ends_at(index.stop)
         if isinstance(index, int) and index >= len(self):
             raise IndexError(
                 f"timestep {index} was asked for, and the applied schedule has {len(self)}; pass num_inference_steps="

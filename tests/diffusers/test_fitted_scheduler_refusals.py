@@ -1,5 +1,7 @@
 """What the scheduler of fitted schedules refuses: other steps, starts midway, wrong calls, other schedules."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -46,6 +48,20 @@ def test_image_to_image_is_refused(family, cls):
     for strength in (0.5, 1.0) if family == "stable_diffusion" else (0.5,):
         with pytest.raises(ValueError, match="starts from pure noise"):
             pipe(**call, strength=strength)
+
+
+def test_a_run_that_ends_early_for_a_refiner_is_warned_of():
+    """Its latents would have the scale sqrt(alpha^2 + sigma^2) = 1, where Euler's have sigma."""
+    torch.manual_seed(0)
+    pipe, call, _ = pipelines.stable_diffusion_xl(EulerDiscreteScheduler(**SD))
+    pipe.set_progress_bar_config(disable=True)
+    fs.diffusers.apply(fitted_for(pipe.scheduler), pipe)
+    options = {"num_inference_steps": STEPS, "output_type": "latent", **call}
+    with pytest.warns(UserWarning, match=rf"ends after \d of {STEPS} steps .*leave denoising_end out"):
+        pipe(denoising_end=0.5, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipe(**options)
 
 
 def test_at_strength_1_a_flow_model_starts_from_noise_alone():
