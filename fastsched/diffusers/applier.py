@@ -15,6 +15,7 @@ from fastsched.diffusers.conventions import (
     check_pipe,
     class_and_settings,
     describe,
+    holders_of,
     own_scheduler,
 )
 from fastsched.diffusers.exporter import (
@@ -85,7 +86,8 @@ def apply(schedule: Schedule, pipe: Any) -> Export:
     Warns:
         UserWarning: If the scheduler takes integer timesteps and rounds the schedule by more than 1e-5, or if the
             schedule was chosen (it has an ``origin``) for another solver than the scheduler's, or if the ``step`` of
-            the scheduler object was replaced by hand, before or after.
+            the scheduler object was replaced by hand, before or after, or if another pipeline, which this one holds,
+            keeps the scheduler.
     """
     check_pipe(pipe)
     scheduler, proof = applied(schedule, pipe.scheduler)
@@ -95,7 +97,12 @@ def apply(schedule: Schedule, pipe: Any) -> Export:
     if not proof.exact:
         measured = "schedules that were measured through this pipeline are not"
         validate.warn(f"{rounding_warning(scheduler, proof)}; {measured}")
-    pipe.scheduler = scheduler
+    before, pipe.scheduler = pipe.scheduler, scheduler
+    for name in holders_of(before, pipe):
+        validate.warn(
+            f"pipe.{name} keeps the scheduler that {type(pipe).__name__} has had, without the schedule; if that is "
+            f"the one that steps the latents, apply the schedule to pipe.{name}"
+        )
     return proof
 
 

@@ -13,9 +13,10 @@ from typing import Any
 def attributes_set(owner: Any, **values: Any) -> Iterator[None]:
     """Set attributes of ``owner`` within the block, and restore them at the end, also after an error.
 
-    Attributes that only the class had before are deleted from ``owner``.
+    Attributes that only the class had before are deleted from ``owner``, unless they are properties.
     """
-    before = {name: vars(owner)[name] for name in values if name in vars(owner)}
+    properties = {name for name in values if hasattr(getattr(type(owner), name, None), "__set__")}
+    before = {name: getattr(owner, name) for name in values if name in vars(owner) or name in properties}
     try:
         for name, value in values.items():
             setattr(owner, name, value)

@@ -189,6 +189,11 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             ValueError: If the pipeline has not made all the steps.
         """
         found = self._statistics if self._index == len(self.timesteps) else self._earlier
+        if found is None and len(self.timesteps) == 0:
+            raise ValueError(
+                "the pipeline's call did not set its scheduler's timesteps: does it call another pipeline, which steps "
+                "the latents with a scheduler of its own? Pass that one"
+            )
         if found is None:
             raise ValueError(
                 f"the pipeline made {self._index} of the {len(self.timesteps)} steps of a measurement; it was "

@@ -219,6 +219,13 @@ def check_pipe(pipe: Any) -> None:
         others = [f"pipe.{name}" for name, each in held.items() if "scheduler" in name and hasattr(each, "step")]
         hint += f", but {' and '.join(others)}: only a loop that steps pipe.scheduler can be used" if others else ""
         raise TypeError(f"pipe must be a pipeline with a scheduler, got {what}{hint}")
+    place = inspect.getattr_static(pipe, "scheduler", None)
+    if place is None or (isinstance(place, property) and place.fset is None):
+        inner = [f"pipe.{name}" for name in holders_of(pipe.scheduler, pipe)]
+        raise TypeError(
+            f"pipe must hold its scheduler itself, but {type(pipe).__name__} hands on that of another object; pass "
+            f"the pipeline that it wraps{', ' if inner else ''}{' or '.join(inner)}"
+        )
     own = _networks(pipe)
     held = {name: value for name, value in vars(pipe).items() if hasattr(value, "scheduler")}
     parts = [f"pipe.{name}" for name, value in held.items() if callable(value) and set() < _networks(value) <= own]
@@ -227,6 +234,11 @@ def check_pipe(pipe: Any) -> None:
             f"pipe must step its latents itself: {type(pipe).__name__} calls pipelines that have schedulers of their "
             f"own; pass the one that is meant, {' or '.join(parts)}"
         )
+
+
+def holders_of(scheduler: Any, pipe: Any) -> list[str]:
+    """The attributes of ``pipe``, such as pipelines, that hold ``scheduler`` too."""
+    return [name for name, value in vars(pipe).items() if getattr(value, "scheduler", None) is scheduler]
 
 
 def _networks(pipe: Any) -> set[int]:

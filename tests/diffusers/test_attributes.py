@@ -29,6 +29,20 @@ def test_attributes_are_as_before_also_after_an_error():
     assert owner.of_class == "class"
 
 
+def test_properties_are_set_and_restored():
+    class Inner:
+        value = 1
+
+    class Outer:
+        inner = Inner()
+        value = property(lambda self: self.inner.value, lambda self, new: setattr(self.inner, "value", new))
+
+    outer = Outer()
+    with attributes_set(outer, value=2):
+        assert outer.inner.value == 2
+    assert outer.inner.value == 1
+
+
 def test_those_of_a_class_too():
     with attributes_set(Owner, of_class="other", new=1):
         assert Owner().of_class == "other"

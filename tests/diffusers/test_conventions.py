@@ -66,15 +66,89 @@ class Combined(diffusers.DiffusionPipeline):
 def test_a_combined_pipeline_is_refused_with_the_name_of_its_part():
     scheduler = diffusers.DDIMScheduler(clip_sample=False)
     pipe = Combined(OracleUNet().answer_for(scheduler, mixture()), scheduler)
-    process = describe(scheduler).process
-    levels = process.nearest(process.levels(3))
-    schedule = fs.Schedule.from_levels(process, torch.cat([levels, levels.new_zeros(1)]), "ddim")
+    schedule = schedule_for(scheduler)
     for function in (lambda of: fs.diffusers.apply(schedule, of), lambda of: fs.diffusers.measure(of, **SETTINGS)):
         with pytest.raises(ValueError, match=r"Combined calls pipelines that have .*, pipe\.decoder_pipe"):
             function(pipe)
         assert function(pipe.decoder_pipe) is not None
     assert pipe(num_inference_steps=9).shape == (2, *SHAPE)
     assert len(pipe.decoder_pipe.scheduler.timesteps) == 3
+
+
+class Wrapper:
+    """Calls a pipeline that it wraps."""
+
+    def __init__(self, pipe):
+        self.module = pipe
+
+    def __call__(self, num_inference_steps=50):
+        return self.module(num_inference_steps=num_inference_steps)
+
+
+class HandsOn(Wrapper):
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+
+class ReadOnly(Wrapper):
+    @property
+    def scheduler(self):
+        return self.module.scheduler
+
+
+class Replaceable(Wrapper):
+    @property
+    def scheduler(self):
+        return self.module.scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler):
+        self.module.scheduler = scheduler
+
+
+class HoldsToo(Wrapper):
+    def __init__(self, pipe):
+        super().__init__(pipe)
+        self.scheduler = pipe.scheduler
+
+
+def schedule_for(scheduler):
+    process = describe(scheduler).process
+    levels = process.nearest(process.levels(3))
+    return fs.Schedule.from_levels(process, torch.cat([levels, levels.new_zeros(1)]), "ddim")
+
+
+@pytest.mark.parametrize("kind", [HandsOn, ReadOnly])
+def test_a_wrapper_whose_scheduler_is_another_object_s_is_refused(kind):
+    """A schedule that is set on it would not be used."""
+    pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(), mixture())
+    wrapper = kind(pipe)
+    for use in (
+        lambda: fs.diffusers.apply(schedule_for(pipe.scheduler), wrapper),
+        lambda: fs.diffusers.measure(wrapper),
+    ):
+        with pytest.raises(TypeError, match=r"pass the pipeline that it wraps, pipe\.module"):
+            use()
+
+
+def test_a_wrapper_beside_whose_scheduler_another_is_used_is_told_so():
+    pipe = oracle_pipeline(diffusers.DDIMScheduler(clip_sample=False), mixture())
+    wrapper = HoldsToo(pipe)
+    with pytest.warns(UserWarning, match=r"apply the schedule to pipe\.module"):
+        fs.diffusers.apply(schedule_for(pipe.scheduler), wrapper)
+    with pytest.raises(ValueError, match=r"does it call another pipeline.* Pass that one"):
+        fs.diffusers.measure(wrapper, **SETTINGS)
+
+
+@pytest.mark.filterwarnings("ignore:no call of the pipeline's networks is seen")
+def test_a_wrapper_that_lets_its_pipeline_s_scheduler_be_replaced_is_used_and_left_as_it_was():
+    pipe = oracle_pipeline(diffusers.EulerDiscreteScheduler(), mixture())
+    own, wrapper = pipe.scheduler, Replaceable(pipe)
+    fs.diffusers.measure(wrapper, **SETTINGS)
+    assert pipe.scheduler is own
+    fs.diffusers.apply(schedule_for(own), wrapper)
+    assert len(wrapper(num_inference_steps=9)) == 2
+    assert len(pipe.scheduler.timesteps) == 3
 
 
 class WithAnother(OraclePipeline):
