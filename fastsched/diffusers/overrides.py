@@ -235,7 +235,7 @@ class Timesteps(Tensor):
     * ``timesteps[:-1]`` gives all timesteps: pipelines of LTX leave out the last one, which would be that of sigma 0
       (`LTXEulerAncestralRFScheduler` lists it), and is not among these.
 
-    By ``timesteps[:count]`` the base of a refiner ends its run early (``denoising_end``): ``ends_at(count)`` is told.
+    By ``timesteps[:count]``, but ``[:1]``, the base of a refiner ends early (``denoising_end``): ``ends_at`` is called.
     Everything else gives plain tensors: other operations, copies, pickles, and these slices during a run. Sigmas are
     sliced in the same way.
 
@@ -278,7 +278,7 @@ class Timesteps(Tensor):
                 return self.start_at(index.start)
             if (index.start or 0, index.stop, index.step) == (0, -1, None):
                 return self.plain
-            if (index.start, index.step) == (None, None) and isinstance(index.stop, int) and 0 < index.stop < len(self):
+            if (index.start, index.step) == (None, None) and isinstance(index.stop, int) and 1 < index.stop < len(self):
                 self.ends_at(index.stop)
         if isinstance(index, int) and index >= len(self):
             raise IndexError(

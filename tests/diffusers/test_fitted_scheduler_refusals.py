@@ -62,6 +62,7 @@ def test_a_run_that_ends_early_for_a_refiner_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         pipe(**options)
+        assert len(pipe.scheduler.timesteps[:1].repeat(2)) == 2  # the first timestep, for a batch
 
 
 def test_at_strength_1_a_flow_model_starts_from_noise_alone():
