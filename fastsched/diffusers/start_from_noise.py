@@ -130,6 +130,7 @@ class StartFromNoise:
             # Then the timesteps are not those of the states' levels.
             self._levels = self.convention.process.level(self._schedule.sigmas[:-1])
 
+    @torch.no_grad()
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Replaces the scheduler's ``step``."""
         check_one_run(again=self.left == 0)

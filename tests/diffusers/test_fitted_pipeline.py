@@ -33,6 +33,30 @@ def test_a_pipeline_is_fitted_with_weights(kind):
     assert torch.isfinite(torch.as_tensor(pipe(images=2, num_inference_steps=5))).all()
 
 
+class WithGradients(pipelines.OraclePipeline):
+    """A loop without ``torch.no_grad()``, of a network with parameters."""
+
+    def __call__(self, num_inference_steps=50):
+        self.scheduler.set_timesteps(num_inference_steps)
+        x = self.scheduler.init_noise_sigma * torch.randn(2, *pipelines.SHAPE)
+        for t in self.scheduler.timesteps:
+            output = self.unet(self.scheduler.scale_model_input(x, t), t, return_dict=False)[0]
+            x = self.scheduler.step(output + self.unet.anchor, t, x).prev_sample
+        return x
+
+
+@pytest.mark.parametrize("solver", ["ddim", "fitted"])
+def test_a_pipeline_that_records_gradients_is_fitted_as_without(solver):
+    scheduler = SCHEDULERS["epsilon"]()
+    errors = []
+    for enabled in (False, True):
+        pipe = WithGradients(pipelines.OracleUNet().answer_for(scheduler, mixture(d=8)), scheduler)
+        with torch.set_grad_enabled(enabled):
+            schedule = fs.diffusers.fit(pipe, 4, solver=solver, levels=12, samples=2, model_calls=100)
+        errors.append(schedule.measured_error)
+    assert errors[0] == errors[1]
+
+
 class Previews(pipelines.OraclePipeline):
     """Reads the denoised sample of each step, in an output or a tuple."""
 
