@@ -8,6 +8,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 
 @contextlib.contextmanager
 def attributes_set(owner: Any, **values: Any) -> Iterator[None]:
@@ -35,6 +38,17 @@ def copied_with(owner: Any, memo: dict[int, Any], /, **values: Any) -> Any:
     vars(made).update(copy.deepcopy({key: each for key, each in vars(owner).items() if key not in values}, memo))
     vars(made).update(values)
     return made
+
+
+def values_copied(value: Any) -> Any:
+    """A copy of arguments or results, because a pipeline may write into them; objects of other kinds are shared."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if type(value) in (list, tuple):
+        return type(value)(values_copied(each) for each in value)
+    return {key: values_copied(each) for key, each in value.items()} if type(value) is dict else value
 
 
 def deep_copy(owner: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.diffusers.attributes import check_one_thread
+from fastsched.diffusers.attributes import check_one_thread, values_copied
 from fastsched.diffusers.conventions import check_pipe
 from fastsched.diffusers.random_numbers import random_numbers_kept
 from fastsched.measurement.batches import is_out_of_memory
@@ -31,6 +31,7 @@ def call(
 ) -> Any:
     """Call ``pipe`` for ``steps`` steps from pure noise, with seeded random numbers, and without decoding if possible.
 
+    The pipeline gets copies of tensors, lists and dictionaries, so that its next call has the same arguments.
     An error after the last step, when the latents are decoded, loses nothing: then the result is None. An error before
     the first step may mean that the pipeline cannot return latents, or needs its cache (AnyFlow's): it is called again
     with its own defaults.
@@ -47,7 +48,7 @@ def call(
     arguments = needed | {"num_inference_steps": steps} | call_kwargs
     try:
         with random_numbers_kept(call_kwargs.values(), seed):
-            return pipe(**arguments)
+            return pipe(**values_copied(arguments))
     except Exception as error:
         if left() == 0:
             return None

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastsched.diffusers.attributes import attributes_set
+from fastsched.diffusers.attributes import attributes_set, values_copied
 from fastsched.diffusers.pipeline_call import call_parameters
 
 #: Methods of pipelines that encode prompts.
@@ -130,7 +130,7 @@ class _Remembering:
             return self._function(*args, **kwargs)
         if key not in self._results:
             self._results[key] = self._function(*args, **kwargs)
-        return _copy(self._results[key])
+        return values_copied(self._results[key])
 
 
 def _key(value: Any) -> Hashable:
@@ -141,15 +141,6 @@ def _key(value: Any) -> Hashable:
     if isinstance(value, dict):
         return tuple((name, _key(each)) for name, each in sorted(value.items()))
     raise TypeError(f"{type(value).__name__} cannot be compared")
-
-
-def _copy(value: Any) -> Any:
-    """A copy of a result, because a pipeline may write into it."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if type(value) in (list, tuple):
-        return type(value)(_copy(each) for each in value)
-    return value
 
 
 def _takes_lists(pipe: Any) -> bool:

@@ -380,3 +380,28 @@ def test_stop_iteration_is_named(after):
     pipe.unet.register_forward_hook(lambda *_: [next(items), None][1])
     with pytest.raises(RuntimeError, match="the pipeline raised StopIteration"):
         fs.diffusers.measure(pipe, levels=8, samples=2, progress=False)
+
+
+class WritesIntoArguments(OraclePipeline):
+    """Changes what it is called with: a tensor, an array, a list and a dictionary."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=50, image=None, array=None, weights=None, options=None):
+        image.mul_(2)
+        array += 1
+        condition = 0.01 * (image.mean() + array.mean() + weights[0].pop() + options.pop("scale"))
+        self.conditions.append(float(condition))
+        return super().__call__(num_inference_steps=num_inference_steps, on_step=lambda i, output: output + condition)
+
+
+def test_a_pipeline_that_writes_into_its_arguments_has_the_same_ones_in_every_call():
+    scheduler = diffusers.DPMSolverMultistepScheduler(**SD)
+    pipe = WritesIntoArguments(OracleUNet().answer_for(scheduler, mixture()), scheduler)
+    pipe.conditions = []
+    call = {"image": torch.ones(3), "array": np.ones(3), "weights": ([1.0, 2.0],), "options": {"scale": 4.0}}
+    options = {"levels": 12, "samples": 4, "progress": False}
+    fs.diffusers.fit(pipe, 4, model_calls=150, **options, **call)
+    assert len(pipe.conditions) > 4
+    assert pipe.conditions == [pytest.approx(0.1)] * len(pipe.conditions)
+    assert call["image"].tolist() == [1.0] * 3
+    assert (call["array"].tolist(), call["weights"], call["options"]) == ([1.0] * 3, ([1.0, 2.0],), {"scale": 4.0})
