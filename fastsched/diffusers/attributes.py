@@ -63,8 +63,9 @@ def deep_copy(owner: Any) -> Any:
     return made
 
 
-#: The thread that measures or fits each pipeline, by the pipeline's identity.
+#: The thread that measures or fits each pipeline, and what is known of its calls, by the pipeline's identity.
 _USERS: dict[int, int] = {}
+_KNOWN: dict[int, dict[Any, Any]] = {}
 _LOCK = threading.Lock()
 
 
@@ -86,3 +87,9 @@ def in_one_thread(pipe: Any) -> Iterator[None]:
     finally:
         if outermost:
             del _USERS[id(pipe)]
+            _KNOWN.pop(id(pipe), None)
+
+
+def known_calls(pipe: Any) -> dict[Any, Any]:
+    """What calls of ``pipe`` have found out for later ones, until the end of its measurement or fit."""
+    return _KNOWN.setdefault(id(pipe), {}) if id(pipe) in _USERS else {}

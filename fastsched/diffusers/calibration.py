@@ -201,6 +201,11 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             )
         return found
 
+    @property
+    def constants(self) -> dict[str, Any]:
+        """`Consistency.constants`."""
+        return self._consistency.constants()
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,

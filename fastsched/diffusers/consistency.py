@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastsched import validate
 from fastsched.denoisers.late_reading import Verdicts
 from fastsched.diffusers.formula import NOT_LINEAR, Formula
 from fastsched.diffusers.network_facts import progresses
@@ -205,6 +206,11 @@ class Consistency:
         changed = {level for found in self._changed.values() for level, _ in found}
         return tuple((s[level - 1], s[level]) for level in sorted(changed))
 
+    def constants(self) -> dict[str, Any]:
+        """The arguments of networks that do not follow the level, at least not at the first three steps."""
+        facts = [self._steps[index].facts if index in self._steps else {} for index in (1, 2)]
+        return {name: facts[0][name] for name in self._fixed if "#" in name and facts[0][name] == facts[1].get(name)}
+
     def _unconfirmed(self) -> str | None:
         """What changed between levels so that no level from one change to the next is visited again, if anything."""
         asked = {*asked_levels(self._levels)}
@@ -240,6 +246,31 @@ class Consistency:
                 other = high + low - layers
                 return f"at step {index}, {name} ran {layers} of its layers, and {other} at another step (a cache?)"
         return None
+
+
+def warn_of_other_call(known: dict[Any, Any], arguments: dict[str, Any], found: dict[str, Any]) -> None:
+    """Warn, once, if the `constants` of a pipeline's call differ from those ``known`` of one with the same prompts.
+
+    Samples of another number, as in the last call, are not compared.
+    """
+    before = known.setdefault(("constants", repr(arguments.get("prompt"))), found)
+    name = next((name for name, fact in sorted(found.items()) if not _alike(before.get(name, fact), fact)), None)
+    if name is not None and not known.get("warned"):
+        known["warned"] = True
+        validate.warn(
+            f"{_shown(name)} was different in another call of the pipeline with the same prompts, so its runs differ "
+            "by more than their schedules: does the pipeline keep a state between its calls, draw random numbers that "
+            "no seed reaches, or tell its network the number of steps?"
+        )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two facts, numbers or a tensor's shape and sums, are equal up to rounding, or cannot be compared."""
+    if not (isinstance(one, tuple) and isinstance(other, tuple)):
+        return one == other
+    shape, *sums = one
+    size = max(sums[-1], other[-1], 1e-30)
+    return shape != other[0] or not any(abs(a - b) > 1e-2 * size for a, b in zip(sums, other[1:], strict=True))
 
 
 def _difference(known: Formula, found: Formula) -> str:

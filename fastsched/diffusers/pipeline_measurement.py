@@ -14,10 +14,11 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.diffusers.applier import check_derived
-from fastsched.diffusers.attributes import attributes_set, in_one_thread
+from fastsched.diffusers.attributes import attributes_set, in_one_thread, known_calls
 from fastsched.diffusers.caches import check_caches
 from fastsched.diffusers.calibration import CalibrationScheduler
 from fastsched.diffusers.call_identity import call_identity, check_same_call, check_same_calls
+from fastsched.diffusers.consistency import warn_of_other_call
 from fastsched.diffusers.conventions import describe, own_scheduler, warn_of_overrides
 from fastsched.diffusers.overrides import warn_of_lost_methods
 from fastsched.diffusers.pipeline_call import call, check_call
@@ -318,6 +319,7 @@ def _one_call(
                     f"the pipeline, or its callback, put a {type(pipe.scheduler).__name__} in the scheduler's place "
                     "during the run, so its loop cannot be measured; leave the scheduler as it is"
                 ) from error
+    warn_of_other_call(known_calls(pipe), arguments, calibration.constants)
     return calibration.statistics
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fastsched.diffusers.applier import applied
-from fastsched.diffusers.attributes import attributes_set
+from fastsched.diffusers.attributes import attributes_set, known_calls
+from fastsched.diffusers.consistency import warn_of_other_call
 from fastsched.diffusers.pipeline_call import call
 from fastsched.diffusers.pipeline_measurement import with_fewer_prompts
 from fastsched.diffusers.prompt_calls import PromptCalls
@@ -107,6 +108,7 @@ class PipelineRunner:
             run = StartFromNoise(scheduler, seeds, schedule, watch, self.advance, *known, **options)
             call(self.pipe, schedule.steps + 1, arguments, lambda: run.left)  # it adds the step that returns the noise
             run.check_ended()
+            warn_of_other_call(known_calls(self.pipe), arguments, run.constants())
         return run
 
 

@@ -99,6 +99,11 @@ class StartFromNoise:
                 f"the pipeline ended its run with {left} of its steps left (did a callback interrupt it?), {INSTEAD}"
             )
 
+    def constants(self) -> dict[str, Any]:
+        """`Consistency.constants`."""
+        self._verdicts.settle()
+        return self._consistency.constants()
+
     def evaluations(self) -> Evaluations:
         """The network's inputs and outputs, in order; waits for the device. ValueError if a step made other calls."""
         self._verdicts.settle()

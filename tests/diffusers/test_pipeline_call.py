@@ -382,6 +382,50 @@ def test_stop_iteration_is_named(after):
         fs.diffusers.measure(pipe, levels=8, samples=2, progress=False)
 
 
+class Told(OracleUNet):
+    """A network that is given a condition beside the latents."""
+
+    def forward(self, sample, timestep, condition, return_dict=True):
+        return (super().forward(sample, timestep)[0] + 0.01 * condition.clamp(-9, 9).mean(),)
+
+
+class TellsItsNetwork(OraclePipeline):
+    """Gives its network what ``condition`` returns of the number of the call, the prompt and the number of steps."""
+
+    @torch.no_grad()
+    def __call__(self, prompt=None, num_inference_steps=50):
+        self.prompts.append(prompt)
+        condition = self.condition(len(self.prompts), prompt, num_inference_steps).expand(2, 3)
+        self.scheduler.set_timesteps(num_inference_steps)
+        x = torch.randn(2, *SHAPE)
+        for t in self.scheduler.timesteps:
+            output = self.unet(self.scheduler.scale_model_input(x, t), t, condition, return_dict=False)[0]
+            x = self.scheduler.step(output, t, x, return_dict=False)[0]
+        return x
+
+
+CONDITIONS = {
+    "the call": (lambda call, prompt, steps: torch.tensor(float(call)), True),
+    "the steps": (lambda call, prompt, steps: torch.tensor(float(steps)), True),
+    "chance": (lambda call, prompt, steps: torch.tensor(np.random.default_rng(call).normal()), True),
+    "a seed": (lambda call, prompt, steps: torch.randn(3), False),
+    "the prompt": (lambda call, prompt, steps: torch.tensor(float(ord(prompt))), False),
+    "a mask": (lambda call, prompt, steps: torch.tensor([0.0, -torch.inf, 0.0]), False),
+}
+
+
+@pytest.mark.parametrize("of", CONDITIONS)
+def test_what_differs_between_calls_with_the_same_prompt_is_warned_of_once(of, recwarn):
+    scheduler = diffusers.DPMSolverMultistepScheduler(**SD)
+    pipe = TellsItsNetwork(Told().answer_for(scheduler, mixture()), scheduler)
+    pipe.condition, differs = CONDITIONS[of]
+    fs.diffusers.fit(pipe, 4, levels=12, samples=4, prompts=["a", "b"], model_calls=200, progress=False)
+    assert len(pipe.prompts) > 4
+    told = [str(each.message) for each in recwarn if "another call of the pipeline" in str(each.message)]
+    assert len(told) == differs
+    assert all(each.startswith("unet.condition was different") for each in told)
+
+
 class WritesIntoArguments(OraclePipeline):
     """Changes what it is called with: a tensor, an array, a list and a dictionary."""
 
