@@ -26,7 +26,7 @@ SCHEDULERS = [
 @pytest.fixture
 def plain_timesteps(monkeypatch):
     """Timesteps of the waiting device cannot be of a second class of their own."""
-    monkeypatch.setattr(Timesteps, "of", lambda timesteps, start_at: timesteps)
+    monkeypatch.setattr(Timesteps, "of", lambda timesteps, *_: timesteps)
 
 
 class Pipe:
