@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.measurement.batches import Batches, attach_finished, measured, resumed
+from fastsched.measurement.deviated_paths import query_count
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.memory import PIECE
 from fastsched.measurement.path_following import Measurement
@@ -219,34 +220,38 @@ def parts_of_group(measure: Callable[[], PathStatistics] | None, group: Any, vec
 def _with_vectors(
     parts: Sequence[PathStatistics | None], own: PathStatistics | None, group: Any, *, everywhere: bool
 ) -> list[PathStatistics]:
-    """The ``parts`` that are not None, with all increments and responses in one tensor, which `merge` need not copy.
-
-    Vectors are sent in pieces, because pickling whole parts took eight times their size.
-    """
+    """The ``parts`` that are not None, with all increments and responses in one tensor, which `merge` need not copy."""
     known = [each for each in parts if each is not None]
-    if not known:
-        return []
-    n, elements, responses = known[0].levels - 1, known[0].dimension, known[0].response_gram
-    rows = {"increments": n, "responses": 0 if responses is None else responses.shape[1]}
-    step = max(1, PIECE // elements)
     counts = [0 if each is None else each.samples for each in parts]
-    starts = [sum(counts[:rank]) for rank in range(len(counts))]
-    here = everywhere or rank_and_size(group)[0] == 0
-    whole = torch.empty(sum(counts), sum(rows.values()), elements, dtype=torch.float32, device="cpu") if here else None
-    for name, sample in itertools.product(rows, range(max(counts))):
-        mine = getattr(own, name)[sample] if own is not None and rows[name] and sample < own.samples else None
-        for first in range(0, rows[name], step):
-            # A copy, because a view is pickled with its whole storage.
-            piece = None if mine is None else mine[first : first + step].clone()
-            found = gathered_by_all(piece, group) if everywhere else gathered_by_first(piece, group)
-            place = first + (n if name == "responses" else 0)
-            for start, each in zip(starts, found or [None] * len(starts), strict=True):
-                if whole is not None and each is not None:
-                    whole[start + sample, place : place + len(each)] = each
+    whole = _gathered_vectors(known[0], own, counts, group, everywhere=everywhere) if known else None
     if whole is None:
         return known
-    held = [whole[start : start + count] for start, count in zip(starts, counts, strict=True) if count]
+    n, own_vectors = known[0].levels - 1, whole.split([each.samples for each in known])
     return [
-        replace(each, increments=vectors[:, :n], responses=None if responses is None else vectors[:, n:])
-        for each, vectors in zip(known, held, strict=True)
+        replace(each, increments=vectors[:, :n], responses=vectors[:, n:] if each.deviated else None)
+        for each, vectors in zip(known, own_vectors, strict=True)
     ]
+
+
+def _gathered_vectors(
+    like: PathStatistics, own: PathStatistics | None, counts: Sequence[int], group: Any, *, everywhere: bool
+) -> Tensor | None:
+    """Increments and responses of the samples of all processes, [B, V, d]; None in a process that gets none.
+
+    The processes have ``counts`` samples, each as many vectors as those of ``like``; this one has those of ``own``.
+    Vectors are sent in pieces, because pickling whole parts took eight times their size.
+    """
+    rows, elements = query_count(like.levels, like.deviated) - 1, like.dimension
+    starts, step = [0, *itertools.accumulate(counts)], max(1, PIECE // elements)
+    here = everywhere or rank_and_size(group)[0] == 0
+    whole = torch.empty(sum(counts), rows, elements, dtype=torch.float32, device="cpu") if here else None
+    for sample, first in itertools.product(range(max(counts)), range(0, rows, step)):
+        piece = None
+        if own is not None and sample < own.samples:
+            kept = (each[sample] for each in (own.increments, own.responses) if each is not None)
+            piece = torch.stack([*itertools.chain(*kept)][first : first + step])
+        found = gathered_by_all(piece, group) if everywhere else gathered_by_first(piece, group)
+        for start, each in zip(starts, found or (), strict=False):
+            if whole is not None and each is not None:
+                whole[start + sample, first : first + step] = each
+    return whole
