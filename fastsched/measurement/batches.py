@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,26 +86,10 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
             random if batches.checks else contextlib.nullcontext(),
             progress_bar(run.calls * len(seeds), batches.progress, "measuring") as advance,
         ):
-            network_id, ask = _identified(run, batches, found, seeds)
-            known = found is not None and found.fingerprint is not None
-            origin = origin_now(network_name(run.denoiser.network), network_id, dtype=str(run.dtype))
-            whole, kept = _with_room(run, batches, found, len(seeds))  # after the first checks, which take memory too
-            parts = seeds.split(batches.size) if len(seeds) else ()
-            for n, part_seeds in enumerate(parts):
-                done = 0 if whole is None else whole.samples
-                out = None if kept is None else kept[done : done + len(part_seeds)]
-                steps = measurement_steps(run, part_seeds, batches.shape, advance, out)
-                part = run.drive(steps if ask is None or n > 0 else path_checked(steps, ask, run.s))
-                if ask is not None and n == 0 and not ask.constant:
-                    check_increments(ask, part)
-                spent = 0 if ask is None else _spent(ask, known, n == len(parts) - 1)
-                part = replace(part, fingerprint=network_id, model_calls=part.model_calls + spent, origin=origin)
-                whole = part if whole is None else merged(whole, part)
+            for whole in _batch_by_batch(run, batches, found, seeds, advance):
                 if batches.file is not None:
                     whole.save(batches.file, vectors=run.keep_vectors)
         assert whole is not None  # there is at least one seed, measured now or before
-        if ask is not None and not ask.constant:
-            _warn_of_constant(whole)
         return whole
     except BaseException as error:  # also a warning that is an error, at the very end
         attach_finished(error, whole)
@@ -114,6 +99,32 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
             attach_finished(advice, whole)
             raise advice from error
         raise
+
+
+def _batch_by_batch(
+    run: Measurement, batches: Batches, found: PathStatistics | None, seeds: Tensor, advance: Callable[[int], object]
+) -> Iterator[PathStatistics]:
+    """After each batch of ``seeds``, yield the statistics of all paths so far, ``found`` included."""
+    network_id, ask = _identified(run, batches, found, seeds)
+    known = found is not None and found.fingerprint is not None
+    origin = origin_now(network_name(run.denoiser.network), network_id, dtype=str(run.dtype))
+    whole, kept = _with_room(run, batches, found, len(seeds))  # after the first checks, which take memory too
+    parts = seeds.split(batches.size) if len(seeds) else ()
+    for n, part_seeds in enumerate(parts):
+        done = 0 if whole is None else whole.samples
+        out = None if kept is None else kept[done : done + len(part_seeds)]
+        steps = measurement_steps(run, part_seeds, batches.shape, advance, out)
+        if ask is not None and n == 0:
+            part = run.drive(path_checked(steps, ask, run.s))
+            check_increments(ask, part)
+        else:
+            part = run.drive(steps)
+        spent = 0 if ask is None else _spent(ask, known, n == len(parts) - 1)
+        part = replace(part, fingerprint=network_id, model_calls=part.model_calls + spent, origin=origin)
+        whole = part if whole is None else merged(whole, part)
+        yield whole
+    if whole is not None and ask is not None and not ask.constant:
+        _warn_of_constant(whole)
 
 
 def attach_finished(error: BaseException, finished: object) -> None:
