@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +27,7 @@ from fastsched.selection.planning import ErrorCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
     from matplotlib.image import AxesImage
 
 #: Okabe & Ito: blue, orange, green, pink, vermilion, sky, yellow, black.
@@ -34,6 +35,8 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 #: Endings of file names that figures can be saved under.
 FORMATS = (".png", ".svg", ".pdf")
+
+_ARE_COMPARISONS, _ARE_NAMES = (partial(validate.list_of, kind=kind) for kind in (Comparison, str))
 
 
 def plot_schedules(schedules: Mapping[str, Schedule | Tensor], *, stats: PathStatistics | None = None) -> Figure:
@@ -53,10 +56,7 @@ def plot_schedules(schedules: Mapping[str, Schedule | Tensor], *, stats: PathSta
     if stats is None:
         draw_schedules(figure.subplots(), schedules)
         return figure
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 0.4 + 0.32 * len(schedules)])
-    draw_cost_density(above, stats)
-    draw_schedules(below, schedules, flow=stats.process.kind == "flow")
-    above.set_xlabel("")
+    _draw_under_cost_density(figure, schedules, stats, [2.2, 0.4 + 0.32 * len(schedules)])
     return figure
 
 
@@ -79,8 +79,7 @@ def plot_weights(schedule: Schedule) -> Figure:
     figure = draw_empty(side + 3.4, max(2.4, side))
     nodes, weights = figure.subplots(1, 2, sharey=True, width_ratios=[1.6, side])
     draw_nodes(nodes, schedule)
-    image = draw_weights(weights, schedule)
-    figure.colorbar(image, ax=weights, label="weight", shrink=0.8)
+    figure.colorbar(draw_weights(weights, schedule), ax=weights, label="weight", shrink=0.8)
     return figure
 
 
@@ -122,7 +121,7 @@ def plot_errors(comparisons: Sequence[Comparison], names: Sequence[str] | None =
     Raises:
         ValueError: If there is nothing to draw, or a name is not in the comparisons.
     """
-    validate.arguments(locals(), comparisons=_is_list, names=validate.optional(_is_list))
+    validate.arguments(locals(), comparisons=_ARE_COMPARISONS, names=validate.optional(_ARE_NAMES))
     figure = draw_empty(4.6, 3.2)
     draw_errors(figure.subplots(), comparisons, names)
     return figure
@@ -137,7 +136,7 @@ def plot_error_curves(curves: Sequence[ErrorCurve]) -> Figure:
     Raises:
         ValueError: If there is none.
     """
-    validate.arguments(locals(), curves=_is_list)
+    validate.arguments(locals(), curves=partial(validate.list_of, kind=ErrorCurve))
     if not curves:
         raise ValueError("curves must hold at least one curve to draw")
     figure = draw_empty(4.6, 3.2)
@@ -175,7 +174,7 @@ def plot_overview(
         samples=validate.named,
         converged=validate.tensor,
         schedules=validate.named,
-        comparisons=_is_list,
+        comparisons=_ARE_COMPARISONS,
         title=validate.anything,
     )
     if not comparisons:
@@ -183,7 +182,18 @@ def plot_overview(
     figure = draw_empty(10.5, 6.6)
     figure.suptitle(title, fontsize="large", fontweight="bold")
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.0, 1.0], hspace=0.05)[:, 0]
-    grids = top.subplots(2, len(samples) + 1, squeeze=False, gridspec_kw={"wspace": 0.06})
+    _draw_with_differences(top, samples, converged, comparisons[0].reference.steps, columns)
+    left, right = bottom.subfigures(1, 2, squeeze=False, width_ratios=[1.75, 1.0], wspace=0.03)[0]
+    _draw_under_cost_density(left, schedules, stats, [1.5, 1.0])
+    draw_errors(right.subplots(), comparisons, list(schedules))
+    return figure
+
+
+def _draw_with_differences(
+    figure: SubFigure, samples: Mapping[str, Tensor], converged: Tensor, steps: int, columns: int | None
+) -> None:
+    """Draw samples above their distance to the converged ones, which took ``steps`` calls and come last."""
+    grids = figure.subplots(2, len(samples) + 1, squeeze=False, gridspec_kw={"wspace": 0.06})
     differences = []
     for (above, below), (name, images) in zip(grids.T, samples.items(), strict=False):
         draw_sample_grid(above, images, columns=columns)
@@ -191,18 +201,21 @@ def plot_overview(
         differences.append(draw_difference_grid(below, images, converged, columns=columns))
     above, key = grids.T[-1]
     draw_sample_grid(above, converged, columns=columns)
-    above.set_title(f"converged\n{comparisons[0].reference.steps} model calls", fontsize="medium")
+    above.set_title(f"converged\n{steps} model calls", fontsize="medium")
     key.set_axis_off()
     scale = key.inset_axes((0.1, 0.62, 0.8, 0.12))
-    bar = top.colorbar(differences[0], cax=scale, orientation="horizontal", ticks=[0, 0.25, 0.5])
+    bar = figure.colorbar(differences[0], cax=scale, orientation="horizontal", ticks=[0, 0.25, 0.5])
     bar.set_label("distance of each pixel to the\nconverged one (black to white: 2)", fontsize="small")
-    left, right = bottom.subfigures(1, 2, squeeze=False, width_ratios=[1.75, 1.0], wspace=0.03)[0]
-    curve, rows = left.subplots(2, 1, sharex=True, height_ratios=[1.5, 1.0])
-    draw_cost_density(curve, stats)
-    draw_schedules(rows, schedules, flow=stats.process.kind == "flow")
-    curve.set_xlabel("")
-    draw_errors(right.subplots(), comparisons, list(schedules))
-    return figure
+
+
+def _draw_under_cost_density(
+    figure: Figure | SubFigure, schedules: Mapping[str, Schedule | Tensor], stats: PathStatistics, heights: list[float]
+) -> None:
+    """Draw the cost density above the rows of `draw_schedules`, on axes of these relative heights."""
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=heights)
+    draw_cost_density(above, stats)
+    draw_schedules(below, schedules, flow=stats.process.kind == "flow")
+    above.set_xlabel("")
 
 
 def draw_cost_density(axes: Axes, stats: PathStatistics) -> None:
@@ -210,13 +223,12 @@ def draw_cost_density(axes: Axes, stats: PathStatistics) -> None:
     for weighted in (True, False) if stats.deviated else (False,):
         s, density = cost_density(stats, weighted=weighted)
         sigmas = stats.process.sampler_sigma(torch.from_numpy(s)).numpy()
-        share = density / max(density.max(), np.finfo(density.dtype).tiny)  # 0 for a network with one answer
-        if not weighted:
-            axes.plot(sigmas, share, color="#777777", linewidth=1.2, linestyle="--", label="unweighted")
+        relative = density / max(density.max(), np.finfo(density.dtype).tiny)  # 0 for a network with one answer
+        if weighted:
+            axes.fill_between(sigmas, relative, color=COLOURS[5], alpha=0.35, linewidth=0)
+            axes.plot(sigmas, relative, color=COLOURS[0], linewidth=1.6, label="weighted by effect on the final sample")
         else:
-            axes.fill_between(sigmas, share, color=COLOURS[5], alpha=0.35, linewidth=0)
-            label = "weighted by effect on the final sample"
-            axes.plot(sigmas, share, color=COLOURS[0], linewidth=1.6, label=label)
+            axes.plot(sigmas, relative, color="#777777", linewidth=1.2, linestyle="--", label="unweighted")
     axes.set_ylim(0, 1.08)
     axes.set_ylabel("cost density\n(relative to its peak)")
     draw_legend(axes)
@@ -317,36 +329,6 @@ def draw_difference_grid(axes: Axes, images: Tensor, reference: Tensor, *, colum
     return axes.imshow(sheet, cmap="Purples", vmin=0, vmax=0.5, interpolation="nearest")
 
 
-def _is_list(name: str, value: object) -> None:
-    """TypeError unless the argument is a list of the class that belongs to its name."""
-    kinds = {"comparisons": Comparison, "curves": ErrorCurve, "names": str}
-    kind = kinds[name]
-    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, kind) for each in value):
-        raise TypeError(f"{name} must be a list of {kind.__name__}, got {validate.shown(value)}")
-
-
-def _images(images: Tensor) -> Tensor:
-    validate.tensor("images of samples", images)
-    batch = images[:, None] if images.ndim == 3 else images
-    if batch.ndim != 4 or batch.shape[1] not in (1, 3) or len(batch) == 0:
-        raise ValueError(
-            f"images of samples must be [B, C, H, W] with C 1 or 3, or [B, H, W], got shape {tuple(images.shape)}"
-        )
-    return batch.detach().cpu().double()
-
-
-def _sheet(images: Tensor, columns: int | None, fill: float = 1.0) -> NDArray:
-    """Images [B, C, H, W] in rows on one sheet [height, width, C], with gaps of value ``fill`` between them."""
-    count, channels, height, width = images.shape
-    across = validate.positive_int("columns", math.ceil(math.sqrt(count)) if columns is None else columns)
-    down, gap = math.ceil(count / across), max(1, height // 8)
-    sheet = np.full((down * (height + gap) - gap, across * (width + gap) - gap, channels), fill)
-    for n, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        top, left = (n // across) * (height + gap), (n % across) * (width + gap)
-        sheet[top : top + height, left : left + width] = image
-    return sheet
-
-
 def draw_errors(axes: Axes, comparisons: Sequence[Comparison], names: Sequence[str] | None = None) -> None:
     """Draw typical error over model calls, one line per schedule name."""
     every = [row for comparison in comparisons for row in comparison.rows]
@@ -354,10 +336,9 @@ def draw_errors(axes: Axes, comparisons: Sequence[Comparison], names: Sequence[s
     lines = known if names is None else names
     if not every or not lines:
         raise ValueError("comparisons must hold at least one row to draw")
-    for name in lines:
-        validate.choice("names", name, known)
     drawn = []
     for name in lines:
+        validate.choice("names", name, known)
         rows = sorted((row for row in every if row.name == name), key=lambda row: row.model_calls)
         drawn.append((name, [row.model_calls for row in rows], [row.typical_error for row in rows]))
     _draw_lines(axes, drawn, "model calls per sample", "typical squared distance\nto the converged sample")
@@ -419,3 +400,25 @@ def draw_empty(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _images(images: Tensor) -> Tensor:
+    validate.tensor("images of samples", images)
+    batch = images[:, None] if images.ndim == 3 else images
+    if batch.ndim != 4 or batch.shape[1] not in (1, 3) or len(batch) == 0:
+        raise ValueError(
+            f"images of samples must be [B, C, H, W] with C 1 or 3, or [B, H, W], got shape {tuple(images.shape)}"
+        )
+    return batch.detach().cpu().double()
+
+
+def _sheet(images: Tensor, columns: int | None, fill: float = 1.0) -> NDArray:
+    """Images [B, C, H, W] in rows on one sheet [height, width, C], with gaps of value ``fill`` between them."""
+    count, channels, height, width = images.shape
+    across = validate.positive_int("columns", math.ceil(math.sqrt(count)) if columns is None else columns)
+    down, gap = math.ceil(count / across), max(1, height // 8)
+    sheet = np.full((down * (height + gap) - gap, across * (width + gap) - gap, channels), fill)
+    for n, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        top, left = (n // across) * (height + gap), (n % across) * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    return sheet

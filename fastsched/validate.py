@@ -178,6 +178,13 @@ def instance(name: str, value: object, kind: type[Kind], made_by: str) -> Kind:
     return value
 
 
+def list_of(name: str, value: object, kind: type) -> object:
+    """Return ``value``, a list of instances of a class."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, kind) for each in value):
+        raise TypeError(f"{name} must be a list of {kind.__name__}, got {shown(value)}")
+    return value
+
+
 def named(name: str, value: object) -> object:
     """Return ``value``, a dictionary by name with at least one entry."""
     if not isinstance(value, Mapping):
