@@ -93,8 +93,5 @@ def fused_score_distances(source: StateSource, z: Tensor, raw: Tensor, k: int, o
     """The same as `score_distances`, from one Gram of the outputs of all levels, of which level k is the first row."""
     raws = torch.stack([raw, *[source.raw_output(z, j) for j in others]]).flatten(2)
     rows = [k, *others]
-    backend = "torch" if torch.float64 in (raws.dtype, z.dtype) else "auto"
-    gram = ops.level_increment_gram(
-        raws, z.flatten(1), source.score_a[rows], source.score_c[rows], per_sample=True, backend=backend
-    )
+    gram = ops.level_increment_gram(raws, z.flatten(1), source.score_a[rows], source.score_c[rows], per_sample=True)
     return ops.pairwise_squared_distances(gram)[:, 0, 1:].cpu()

@@ -88,8 +88,7 @@ def _metric(source: StateSource, z: Tensor, k: int, norms: Tensor, probes: Tenso
     count = probes.shape[1]
     repeated, directions = z.repeat_interleave(count, 0), probes.flatten(0, 1)
     products = source.derivative(repeated, directions, k)
-    backend = "torch" if z.dtype == torch.float64 else "auto"
-    traces, _ = ops.hutchinson_reduce(probes.flatten(2), products.reshape(*probes.shape[:2], -1), backend=backend)
+    traces, _ = ops.hutchinson_reduce(probes.flatten(2), products.reshape(*probes.shape[:2], -1))
     s2 = float(source.s[k]) ** 2
     change = traces - z[0].numel() + s2 * norms[:, None]  # s^2 (tr H + ||score||^2), [B, probes]
     # (sum of all)^2 - sum of squares = the products of different probes: the square of a single probe's estimate

@@ -85,9 +85,8 @@ def _noising_paths(source: StateSource, batch: Batch) -> list[Tensor]:
 
 def _integrals(source: StateSource, raws: Tensor, states: Tensor) -> Tensor:
     """``cost[i, j]`` for i < j, [B, N, N] float64 on the CPU."""
-    backend = "torch" if torch.float64 in (raws.dtype, states.dtype) else "auto"
     gram = ops.level_increment_gram(
-        raws.flatten(2), states.flatten(2), source.denoised_a, source.denoised_c, per_sample=True, backend=backend
+        raws.flatten(2), states.flatten(2), source.denoised_a, source.denoised_c, per_sample=True
     )
     distances = ops.pairwise_squared_distances(gram).cpu()  # [B, i, k]
     earlier, later = _end_weights(source.s)

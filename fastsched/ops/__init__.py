@@ -84,7 +84,8 @@ def level_increment_gram(
     if X is not None:
         _check_like("X", X, R, "R")
     R, X = off_apple_gpu(R), None if X is None else off_apple_gpu(X)
-    triton = resolve_backend(R.device, R.dtype, backend=backend) == "triton"
+    dtype = torch.float64 if X is not None and X.dtype == torch.float64 else R.dtype
+    triton = resolve_backend(R.device, dtype, backend=backend) == "triton"
     coefficients = _coefficients(a, c, R)
     if _plain_call(triton, R):
         return eager.level_gram(R, X, coefficients, per_sample)

@@ -250,6 +250,10 @@ ERRORS = {
         lambda: hutchinson_reduce(R3.double(), R3, backend="triton"),
         'backend="triton" reads float32, bfloat16 and float16; got float64',
     ),
+    "triton-float64-states": (
+        lambda: level_increment_gram(R3, R3.double(), [1] * 4, [1] * 4, backend="triton"),
+        'backend="triton" reads float32, bfloat16 and float16; got float64',
+    ),
     "R-shape": (lambda: level_increment_gram(R3[0], None, [1] * 4, [1] * 4), r"R must be \[N, B, d\]"),
     "R-empty": (lambda: level_increment_gram(R3[:, :0], None, [1] * 4, [1] * 4), "R must be .* not empty"),
     "R-dtype": (lambda: level_increment_gram(R3.int(), None, [1] * 4, [1] * 4), "R must be one of .*int32"),
