@@ -11,10 +11,9 @@ from fastsched.costs.norms import Array
 from fastsched.costs.step_cost import path_cost
 from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.measurement.statistics import PathStatistics
-from fastsched.sampling.sampler import nodes_of
 from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import FITTED, Solver, get_solver
-from fastsched.sampling.stock_weights import NEAREST_STOCK, stock_weights
+from fastsched.sampling.stock_weights import NEAREST_STOCK, as_fitted
 from fastsched.selection.constraints import distinct_levels
 from fastsched.selection.dynamic_programming import cheapest_path
 
@@ -90,5 +89,5 @@ def even_schedule(process: NoiseProcess, steps: int, solver: str) -> Schedule:
     """A schedule of levels even in ``log s``; the fitted solver gets the weights of `NEAREST_STOCK`."""
     levels = process.levels(max(steps, 3))[:steps]
     levels = torch.cat([levels, levels.new_zeros(1)])
-    weights = stock_weights(NEAREST_STOCK, nodes_of(process, levels)) if solver == FITTED else None
-    return Schedule.from_levels(process, levels, solver, weights=None if weights is None else torch.from_numpy(weights))
+    schedule = Schedule.from_levels(process, levels, NEAREST_STOCK if solver == FITTED else solver)
+    return as_fitted(schedule, process) if solver == FITTED else schedule
