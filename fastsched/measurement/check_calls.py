@@ -77,14 +77,14 @@ class CheckCalls:
         level = torch.tensor(min(max(s, low), high), dtype=torch.float64, device="cpu")
         return float(self.denoiser.process.nearest(level))
 
-    def factor(self, s: float) -> float:
-        """``c`` of ``D = a x + c R``."""
-        return float(self.denoiser.coefficients(torch.tensor(s, dtype=torch.float64, device="cpu"))[1])
+    def coefficients(self, s: float) -> tuple[float, float]:
+        """``(a, c)`` of ``D = a x + c R``."""
+        a, c = self.denoiser.coefficients(torch.tensor(s, dtype=torch.float64, device="cpu"))
+        return float(a), float(c)
 
     def raw(self, y: Tensor, s: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """``R`` and ``D`` at normalised states ``y = z / s`` [B, *shape], in ``dtype`` on the CPU."""
-        level = torch.tensor(s, dtype=torch.float64, device="cpu")
-        a, c = (float(value) for value in self.denoiser.coefficients(level))
+        level, (a, c) = torch.tensor(s, dtype=torch.float64, device="cpu"), self.coefficients(s)
         x = float(self.denoiser.process.sigma(level)) * y.float().to(self.device)
         raw = self.denoiser.raw_output(x, level, dtype=self.dtype).cpu().to(dtype)
         self.model_calls += len(y)

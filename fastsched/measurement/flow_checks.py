@@ -48,7 +48,7 @@ def flow_faults(ask: CheckCalls, s: float, deviation: float, products: Tensor) -
     if elements >= FEWEST_ELEMENTS and deviation > WIDEST_FLOW:
         found.append(f"the network's data have a deviation of {deviation:.3g}, and those of flow models about 1")
     xx, xr, rr = (products.mean(1) / elements).tolist()
-    xr *= -math.copysign(1.0, ask.factor(s))  # some networks answer x0 - n
+    xr *= -math.copysign(1.0, ask.coefficients(s)[1])  # some networks answer x0 - n
     t = s / (1 + s)
     noise = xx + 2 * (1 - t) * xr + (1 - t) ** 2 * rr
     part, chance = (t - xr) / xx, CHANCE * math.sqrt(max(noise, 0.0) / (xx * elements * products.shape[1]))

@@ -147,7 +147,7 @@ def _check_denoiser(ask: CheckCalls, low: float) -> None:
     noise = ask.noise(0, 2).double()
     first, second = ask.between(1 / 3), ask.between(2 / 3)
     middle, x0 = ask.raw(noise[:1], first)
-    ask.middle, ask.fingerprint = middle.float(), fingerprint_of(middle, x0, ask.factor(first))
+    ask.middle, ask.fingerprint = middle.float(), fingerprint_of(middle, x0, ask.coefficients(first)[1])
     if ask.denoiser.prediction in SIGN_AMBIGUOUS:
         ask.negative_slope = _negative_slope(ask, first * noise[:1], first, x0, first * noise[1:])
     if first != second and ask.denoiser.prediction not in SIGN_AMBIGUOUS:
@@ -180,7 +180,7 @@ def fingerprint(
     ask = CheckCalls(denoiser, shape, device, dtype)
     third = ask.between(1 / 3)
     raw, denoised = (each[:1] for each in ask.raw(ask.noise(*range(1 + beside)), third))
-    return fingerprint_of(raw, denoised, ask.factor(third))
+    return fingerprint_of(raw, denoised, ask.coefficients(third)[1])
 
 
 def _check_top(ask: CheckCalls, size: float) -> None:
@@ -190,7 +190,7 @@ def _check_top(ask: CheckCalls, size: float) -> None:
         size = max(size, 1.0)
     elif denoiser.process.kind != "ve":
         size = max(size, LEAST_SIZE)
-    slope, reach = top.slope, top.reach(ask.factor(top.level))
+    slope, reach = top.slope, top.reach(ask.coefficients(top.level)[1])
     sigma = float(denoiser.process.sampler_sigma(torch.tensor(top.level, dtype=torch.float64, device="cpu")))
     where = f"at the highest level (sigma = {sigma:.6g})"
     high = top.level == ask.range[2] or top.level > TOP_LEVEL * size
@@ -268,7 +268,7 @@ def _negative_slope(ask: CheckCalls, z: Tensor, s: float, x0: Tensor, other: Ten
     Jacobian of ``D' = 2 a z - D`` has some, in directions in which data vary more than twice as much as ``a`` assumes,
     most likely that of the true ``D = 2 a z - D'``, along which the step goes.
     """
-    a = float(ask.denoiser.coefficients(torch.tensor(s, dtype=torch.float64, device="cpu"))[0])
+    a = ask.coefficients(s)[0]
     a *= float(ask.denoiser.process.alpha(torch.tensor(s, dtype=torch.float64, device="cpu")))  # D = a alpha z + c R
     step = x0 - ask.top.denoised.mean(0) - 2 * a * z
     step /= step.norm().clamp_min(1e-30)
