@@ -341,7 +341,7 @@ class Denoiser:
             ``E[x0 | x]``, [B, *shape], in the dtype of ``y``.
         """
         if at is not None:
-            ratio = self.process.other_level(sample_levels(s, y), sample_levels(at, y))
+            ratio = self.process.sigma_ratio(sample_levels(s, y), sample_levels(at, y))
             return self.denoise(y * per_sample(ratio, y), at, dtype=dtype)
         levels = sample_levels(s, y)
         a, c = self.coefficients(levels)

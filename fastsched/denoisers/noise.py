@@ -65,8 +65,8 @@ class NoiseProcess:
         """The inverse of `sampler_sigma`."""
         return sampler_sigma
 
-    def other_level(self, s: Tensor, at: Tensor) -> Tensor:
-        """Factor from ``y`` at ``s`` to ``y`` of the same state ``tau y`` at other levels: ``tau_s / tau_at``."""
+    def sigma_ratio(self, s: Tensor, at: Tensor) -> Tensor:
+        """``tau_s / tau_at``: the factor from ``y`` at ``s`` to ``y`` of the same state ``tau y`` at other levels."""
         ratio = self.sampler_sigma(s) / self.sampler_sigma(at)
         return torch.where(torch.isinf(s) & torch.isinf(at), 1.0, ratio)
 

@@ -336,7 +336,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         at = denoised_levels(self.schedule, process)
         a, c = convention.denoiser.coefficients(at)
         # From the state to the network's x: the sampler's state is the same, alpha of the level is another.
-        same = (process.sigma(at) / process.sigma(s[:-1])) * process.other_level(s[:-1], at)
+        same = (process.sigma(at) / process.sigma(s[:-1])) * process.sigma_ratio(s[:-1], at)
         # Flow models share x, up to rounding, and their pipelines never call `scale_model_input`.
         same = torch.where((same - 1).abs() < SAME_INPUT, 1.0, same)
         self._a, self._c, self._input_scales = (

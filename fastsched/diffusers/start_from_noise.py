@@ -202,7 +202,7 @@ class StartFromNoise:
         at = s if self._at is None else self._at[len(self._calls)].reshape(1)
         process, (a, c) = self.convention.process, self.convention.denoiser.coefficients(at)
         y = kept.float() / float(scales(self.convention, s)[1])
-        x = float(process.sigma(at) * process.other_level(s, at)) * y
+        x = float(process.sigma(at) * process.sigma_ratio(s, at)) * y
         signed = output_of_tokens(output, timestep, kwargs, self._verdicts)
         raw = self.convention.raw_output(signed, sample.shape[1]).chunk(self._copies)[0].float()
         check_output(raw, kept)
