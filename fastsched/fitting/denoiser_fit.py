@@ -130,22 +130,22 @@ def fit_report(
     plan = partial(prepared_fit, denoiser, shape, steps, method, budget, log_file, **asked, **settings)
     measuring = prepare_together(plan, group)  # raises before any call is made
     what = {"steps": steps, "solver": method.name, "model_calls": model_calls, "decoupled": apart}
-    best, given = None, stats is not None
-    kept = stats is not None and stats.increments is not None  # where they are not, paths are followed once more
+    kept = stats is not None and stats.increments is not None
     check_group(stats, group, **what, **{"increments of stats": kept})
+    best = None
     try:
         if measuring is not None:  # not `measure`: on an interrupt it returns the finished paths
             stats = measured_in_group(*measuring, group, vectors="first")
             budget = max(0, budget - stats.model_calls)
         assert stats is not None  # given, or measured now
+        calls = method.model_calls(steps)
         if kept:
             same = partial(check_same_network, denoiser, stats, device, dtype)
             spent = prepare_together(same if checks else lambda: 0, group)
-            stats = replace(stats, model_calls=stats.model_calls + spent) if spent else stats
-        lacking = given and stats.increments is None  # a new measurement has none in processes after the first
-        if lacking and affordable(method.model_calls(steps), stats.samples, budget) and steps > 1:
+            stats = replace(stats, model_calls=stats.model_calls + spent)
+        elif measuring is None and steps > 1 and affordable(calls, stats.samples, budget):
             stats = with_increments(denoiser, stats, checkpoint=checkpoint, group=group, **options)
-        runner, calls = Runner(denoiser, stats, method, **options, checks=checks), method.model_calls(steps)
+        runner = Runner(denoiser, stats, method, **options, checks=checks)
         prepare_together(partial(_keep_runs, runner, log_file, stats, **what, batch_size=batch), group)
         best = BestSoFar(runner, stats)
         work = partial(_fitted, best, steps=steps, method=method, calls=calls, budget=budget, decoupled=apart)
