@@ -203,9 +203,10 @@ def converged_reference(
     check_evaluation_mode(denoiser.network)
     method = get_solver(solver)
     noise, place = _noise_of(shape, samples, seed), placement(denoiser, device, dtype)
-    fine = denoiser.levels(level_count(denoiser.process, validate.positive_int("steps", steps, minimum=2)))
+    fine = _fine_sigmas(denoiser, validate.positive_int("steps", steps, minimum=2))
+    sampled = partial(_sampled, denoiser, noise, batch_size, *place)
     with watched_network(denoiser, tuple(noise.shape[1:]), batch_size or len(noise), *place) as known:
-        return _converged(denoiser, noise, fine, method, batch_size, *place, progress, known)
+        return _converged(sampled, fine, method, noise, progress, known)
 
 
 def _noise_of(shape: Sequence[int], samples: int | range, seed: int) -> Tensor:
@@ -225,23 +226,26 @@ def _shared_noise(shape: Sequence[int] | None, samples: int | range, seed: int, 
     return reference.noise
 
 
+def _fine_sigmas(denoiser: Denoiser, steps: int) -> Tensor:
+    """The sampler sigmas of converged samples: ``steps`` levels, or as many as there are, and 0."""
+    levels = denoiser.levels(level_count(denoiser.process, steps))
+    return denoiser.process.sampler_sigma(torch.cat([levels, levels.new_zeros(1)]))
+
+
 def _converged(
-    denoiser: Denoiser,
-    noise: Tensor,
-    fine: Tensor,
+    sampled: Callable[..., Tensor],
+    sigmas: Tensor,
     method: Solver,
-    batch_size: int | None,
-    device: torch.device,
-    dtype: torch.dtype,
+    noise: Tensor,
     progress: Progress,
     known: Tensor | None,
 ) -> Reference:
-    """Converged samples over the levels ``fine``, of a network whose fingerprint is ``known``."""
-    sigmas = denoiser.process.sampler_sigma(torch.cat([fine, fine.new_zeros(1)]))
-    total = method.model_calls(len(fine)) * len(noise)
+    """Converged samples over ``sigmas``, by `_sampled` of a network whose fingerprint is ``known``."""
+    steps = len(sigmas) - 1
+    total = method.model_calls(steps) * len(noise)
     with progress_bar(total, progress, "converged reference") as advance:
-        ends = _sampled(denoiser, sigmas, method, noise, advance, batch_size, device, dtype)
-    return Reference(noise, ends, method.name, len(fine), total, known)
+        ends = sampled(sigmas, method, advance)
+    return Reference(noise, ends, method.name, steps, total, known)
 
 
 @torch.no_grad()
@@ -287,18 +291,18 @@ def compare(
     runs = _planned(denoiser, schedules, solver)
     place = placement(denoiser, device, dtype)
     noise = _shared_noise(shape, samples, seed, reference)
-    fine = denoiser.levels(level_count(denoiser.process, reference_steps))
+    sampled = partial(_sampled, denoiser, noise, batch_size, *place)
+    fine = _fine_sigmas(denoiser, reference_steps)
     rows, calls = [], sum(method.model_calls(steps) for _, method, steps in runs.values())
     try:
         with watched_network(denoiser, tuple(noise.shape[1:]), batch_size or len(noise), *place) as known:
             if reference is None:
-                usual = get_solver(REFERENCE_SOLVER)
-                reference = _converged(denoiser, noise, fine, usual, batch_size, *place, progress, known)
+                reference = _converged(sampled, fine, get_solver(REFERENCE_SOLVER), noise, progress, known)
             else:
                 _warn_of_another(known, reference, place[1])
             with progress_bar(calls * len(noise), progress, "comparing") as advance:
                 for name, (run, method, steps) in runs.items():
-                    ends = _sampled(denoiser, run, method, noise, advance, batch_size, *place)
+                    ends = sampled(run, method, advance)
                     rows.append(row_of(name, method.name, steps, method.model_calls(steps), ends, reference))
     except BaseException as error:  # also Ctrl-C: the reference takes most of the calls
         if reference is not None:
@@ -367,13 +371,13 @@ def row_of(name: str, solver: str, steps: int, model_calls: int, ends: Tensor, r
 
 def _sampled(
     denoiser: Denoiser,
-    run: Schedule | Tensor,
-    method: Solver,
     noise: Tensor,
-    advance: Callable[[int], None],
     batch_size: int | None,
     device: torch.device,
     dtype: torch.dtype,
+    run: Schedule | Tensor,
+    method: Solver,
+    advance: Callable[[int], None],
 ) -> Tensor:
     """Samples on the CPU, made in batches; ``advance`` gets the number of samples of every network call."""
     ends = []
