@@ -310,10 +310,9 @@ class Denoiser:
         else:
             timestep = self.process.timestep(told_levels)
             condition = told_levels if timestep is None else timestep
-        integers = getattr(self.process, "integer_timesteps", False)
         # The condition stays float32 in half precision: bfloat16 would merge neighbouring levels.
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        condition = on_device(condition.to(torch.int64 if integers else wide), x)
+        condition = on_device(condition.to(torch.int64 if self.process.integer_timesteps else wide), x)
         ask = partial(self.network, network_input.to(dtype or x.dtype, copy=network_input is x), condition)
         return checked_call(ask, x, condition, dtype or x.dtype).to(x.device)
 

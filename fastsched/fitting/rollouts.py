@@ -15,7 +15,7 @@ from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser, placement
 from fastsched.denoisers.late_reading import LateReading
 from fastsched.measurement.batches import is_out_of_memory
-from fastsched.measurement.fingerprints import SAME_NETWORK, SAME_WIDE_NETWORK
+from fastsched.measurement.fingerprints import largest_difference
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.metrics import rounding_floor, squared_distances
 from fastsched.sampling.random_streams import noise_of
@@ -160,7 +160,7 @@ class Runner:
         of_output = found.denoised[0] - float(self.denoiser.coefficients(s)[0]) * x  # c R, as large as its rounding
         norms = lambda values: values.flatten(1).norm(dim=1)
         size = torch.maximum(norms(found.denoised[0]), norms(of_output))
-        if bool((norms(found.denoised[0] - expected) > SAME_NETWORK.get(self.dtype, SAME_WIDE_NETWORK) * size).any()):
+        if bool((norms(found.denoised[0] - expected) > largest_difference(self.dtype) * size).any()):
             self._denoised = None  # one warning is enough
             validate.warn(
                 "the network's first outputs in a run of the sampler are not those of the measurement for the same "

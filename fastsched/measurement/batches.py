@@ -62,6 +62,10 @@ class Batches:
         size = usual if batch_size is None else validate.positive_int("batch_size", batch_size)
         return cls(shape, seeds, size, batch_size is not None, file=absolute_file(file), **others)
 
+    def lacking(self, found: PathStatistics | None) -> Tensor:
+        """The seeds of the paths that ``found`` does not hold, [n]."""
+        return self.seeds if found is None else self.seeds[~torch.isin(self.seeds, found.seeds)]
+
 
 @torch.no_grad()
 def measured(run: Measurement, batches: Batches, found: PathStatistics | None = None) -> PathStatistics:
@@ -76,7 +80,7 @@ def measured(run: Measurement, batches: Batches, found: PathStatistics | None = 
     if batches.file is not None:
         check_writable(batches.file, "statistics")
         check_process(run.denoiser.process, run.s)
-    seeds = batches.seeds if found is None else batches.seeds[~torch.isin(batches.seeds, found.seeds)]
+    seeds = batches.lacking(found)
     run, batches = _within_memory(run, batches, len(seeds))
     whole = found
     random = warned_of_randomness(run.device, "the measurement", "schedules are worse")

@@ -106,7 +106,7 @@ class CheckCalls:
 
     def differs(self, output: Tensor, other: Tensor) -> bool:
         """Whether two outputs for the same input differ by more than rounding."""
-        allowed = REPEATABLE.get(self.dtype, 1e-3) * float(other.norm())
+        allowed = REPEATABLE[self.dtype] * float(other.norm())
         return float((output.cpu().double() - other).norm()) > allowed
 
     @torch.no_grad()

@@ -67,10 +67,9 @@ def measured_in_group(
     given |= {"responses": len(run.deviated), "keep_increments": run.keep_vectors, "dtype": str(run.dtype)}
     given |= {"noise process": run.denoiser.process.to_dict()}
     check_alike({**given, "checkpoint": None if found is None else found.seeds.tolist()}, group)
-    seeds = batches.seeds if found is None else batches.seeds[~torch.isin(batches.seeds, found.seeds)]
     received = len(batches.seeds) if vectors == "all" or rank == 0 else 0
     asks = {"checks": batches.checks and rank == 0, "identified": batches.checks}
-    own = replace(batches, seeds=share(seeds, group), gathered=(received, size), **asks)
+    own = replace(batches, seeds=share(batches.lacking(found), group), gathered=(received, size), **asks)
     if batches.file is not None:
         own = replace(own, file=part_file(batches.file, rank, size))
     measure = lambda: measured(run, own, resumed(own.file, run, own))

@@ -7,11 +7,6 @@ from torch import Tensor
 
 #: Number of projections that represent one output.
 PROJECTIONS = 16
-#: Largest relative difference between two fingerprints of one network, as devices and kernels round differently. At a
-#: high level, different noise predictors are similar: on the usual table, those of data of size 0.25 and 0.5 differ by
-#: 5e-3, so the bound of wide dtypes is lower.
-SAME_NETWORK = {torch.float16: 5e-2, torch.bfloat16: 5e-2}
-SAME_WIDE_NETWORK = 2e-3
 
 
 def fingerprint_of(raw: Tensor, denoised: Tensor, c: float) -> Tensor:
@@ -30,6 +25,15 @@ def projections(raw: Tensor) -> Tensor:
     return padded.reshape(-1, PROJECTIONS).sum(0)
 
 
+def largest_difference(dtype: torch.dtype) -> float:
+    """Largest relative difference of two fingerprints or outputs of one network: devices and kernels round differently.
+
+    At a high level, different noise predictors are similar: on the usual table, those of data of size 0.25 and 0.5
+    differ by 5e-3, so the bound of wide dtypes is lower.
+    """
+    return 5e-2 if dtype.itemsize < 4 else 2e-3
+
+
 def same_network(one: Tensor | None, other: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
     """Whether two fingerprints may be those of one network and parameterisation; True if one is not known.
 
@@ -40,4 +44,4 @@ def same_network(one: Tensor | None, other: Tensor | None, dtype: torch.dtype = 
     known = min(len(one), len(other))
     one, other = one[:known], other[:known]
     size = max(float(one.norm()), float(other.norm()))
-    return float((one - other).norm()) <= SAME_NETWORK.get(dtype, SAME_WIDE_NETWORK) * size
+    return float((one - other).norm()) <= largest_difference(dtype) * size
