@@ -20,7 +20,7 @@ def checked_level_count(n: object, minimum: int = 2) -> int:
     """How many levels are meant; at most `MOST_LEVELS`."""
     count = validate.positive_int("levels", n, minimum=minimum)
     if count > MOST_LEVELS:
-        raise ValueError(f"levels must be at most {MOST_LEVELS:,}, got {count:,}; 32 to 64 serve")
+        raise ValueError(f"levels must be at most {MOST_LEVELS:,}, got {count:,}; 32 to 64 are enough")
     return count
 
 

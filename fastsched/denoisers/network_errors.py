@@ -49,7 +49,7 @@ CAUSES = (
     (
         r"used as ind|'indices'|dtype (int32( or |/))?int64 for index|converted to an .*index|indices must be int",
         "it looks something up by the time or level, which is a float: integer_timesteps=True of from_epsilon and "
-        "from_v gives it whole timesteps in int64; or round in the network: table[t.round().long()]",
+        "from_v gives it integer timesteps in int64; or round in the network: table[t.round().long()]",
     ),
     (
         r"^(index .* is out of bounds|index out of range|list index out of range|tuple index out of range)",

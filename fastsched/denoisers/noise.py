@@ -189,8 +189,8 @@ class VariancePreserving(NoiseProcess):
         position = s.detach().to(torch.float64).log().clamp_min(logs[0])
         last = int(logs.isfinite().sum()) - 1
         above = torch.searchsorted(logs[: last + 1].contiguous(), position.contiguous()).clamp(1, max(last, 1))
-        share = (position - logs[above - 1]) / (logs[above] - logs[above - 1])
-        t = (above - 1 + share).clamp_max(last)
+        fraction = (position - logs[above - 1]) / (logs[above] - logs[above - 1])
+        t = (above - 1 + fraction).clamp_max(last)
         t = torch.where(position == math.inf, torch.full_like(t, len(logs) - 1), t)
         return t.round() if self.integer_timesteps else t
 

@@ -47,7 +47,7 @@ def led_by_first(run: Run, work: Callable[[Run], Any], group: Any) -> Any:
     if rank > 0:
         return _follow(run, group)
     try:
-        result = work(lambda schedule, first, last: _dealt_out(run, schedule, first, last, group))
+        result = work(lambda schedule, first, last: _run_by_all(run, schedule, first, last, group))
     except Exception as error:
         with contextlib.suppress(Exception):  # if the error is that a process has died, this fails as well
             broadcast_by_first(("failed", described(error)), group)
@@ -57,7 +57,8 @@ def led_by_first(run: Run, work: Callable[[Run], Any], group: Any) -> Any:
     return result
 
 
-def _dealt_out(run: Run, schedule: Schedule, first: int, last: int, group: Any) -> Rollout | None:
+def _run_by_all(run: Run, schedule: Schedule, first: int, last: int, group: Any) -> Rollout | None:
+    """In the first process: a run of which every process makes a part; None if it cannot be made."""
     broadcast_by_first(("run", (schedule, first, last)), group)
     own, failure = _own_part(run, schedule, first, last, group)
     found = gathered_by_first((own, described(failure)), group)
@@ -65,11 +66,12 @@ def _dealt_out(run: Run, schedule: Schedule, first: int, last: int, group: Any) 
     error = joint_failure([text for _, text in found], failure)
     if error is not None:
         raise error
-    parts = [part for part, _ in found if part != "nothing to run"]
+    parts = [part for own, _ in found for part in own]
     return None if any(part is None for part in parts) else Rollout.joined(parts)
 
 
 def _follow(run: Run, group: Any) -> Any:
+    """In the other processes: make parts of runs until the first has the report, and return it."""
     failure: Exception | None = None
     while True:
         what, value = broadcast_by_first(None, group)
@@ -82,9 +84,12 @@ def _follow(run: Run, group: Any) -> Any:
         gathered_by_first((own, described(failure)), group)
 
 
-def _own_part(run: Run, schedule: Schedule, first: int, last: int, group: Any) -> tuple[Any, Exception | None]:
-    """The run of this process's samples, and the error if it failed."""
+def _own_part(
+    run: Run, schedule: Schedule, first: int, last: int, group: Any
+) -> tuple[list[Rollout | None], Exception | None]:
+    """The run of this process's samples, in a list that is empty if it has none; and the error if it failed."""
     own = share(range(first, last), group)
     if len(own) == 0:
-        return "nothing to run", None
-    return attempted(lambda: run(schedule, int(own[0]), int(own[-1]) + 1))
+        return [], None
+    made, failure = attempted(lambda: run(schedule, int(own[0]), int(own[-1]) + 1))
+    return [made], failure

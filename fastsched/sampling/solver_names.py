@@ -43,7 +43,7 @@ UNKNOWN = {
     "pndm": "PNDM is not supported; 'ipndm' is the nearest solver",
     "dpmfast": "DPM fast chooses its own steps; it cannot be given a schedule",
     "dpmadaptive": "DPM adaptive chooses its own steps; it cannot be given a schedule",
-    "lcm": "LCM samples a distilled model in its own steps; 'ancestral' or 'ddim' may serve",
+    "lcm": "LCM samples a distilled model in its own steps; the nearest solvers are 'ancestral' and 'ddim'",
     "ddpm": "DDPM is not supported; 'ancestral' is the nearest stochastic solver",
 }
 #: Noise schedules that menus append to a sampler's name: "DPM++ 2M Karras".

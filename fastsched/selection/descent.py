@@ -62,23 +62,23 @@ def descend(error: Callable[[Array], Array], start: Array, low: float, high: flo
 
     def levels_at(u: Array) -> tuple[Array, Array]:
         """Levels [steps + 1], and the softmax [steps] of their gaps."""
-        share = np.exp(u - u.max())
-        share /= share.sum()
+        softmax = np.exp(u - u.max())
+        softmax /= softmax.sum()
         levels = start.copy()
-        levels[1:-1] = np.exp(top - np.cumsum(apart + room * share[:-1]))
-        return levels, share
+        levels[1:-1] = np.exp(top - np.cumsum(apart + room * softmax[:-1]))
+        return levels, softmax
 
     def log_error(levels: Array) -> Array:
         return np.log(np.clip(np.nan_to_num(error(levels), nan=MOST), LEAST, MOST))
 
     def value_and_gradient(u: Array) -> tuple[float, Array]:
-        levels, share = levels_at(u)
+        levels, softmax = levels_at(u)
         tried = np.repeat(levels[None], inner + 1, axis=0)
         tried[range(1, inner + 1), range(1, inner + 1)] *= math.exp(DIFFERENCE)
         values = log_error(tried)
         of_levels = (values[1:] - values[0]) / DIFFERENCE
         of_gaps = np.append(-np.cumsum(of_levels[::-1])[::-1], 0.0)  # a change of a gap moves all levels below it
-        return float(values[0]) - of_start, room * share * (of_gaps - share @ of_gaps)
+        return float(values[0]) - of_start, room * softmax * (of_gaps - softmax @ of_gaps)
 
     gaps = -np.diff(np.concatenate([[top], np.log(start[1:-1]), [math.log(low)]]))
     gaps[:-1] -= apart
