@@ -23,7 +23,7 @@ from fastsched.measurement.devices import (
     rank_and_size,
     share,
 )
-from fastsched.measurement.statistics import PathStatistics
+from fastsched.measurement.statistics import PathStatistics, with_vectors
 from fastsched.sampling.schedule import Schedule
 
 
@@ -52,7 +52,7 @@ def led_by_first(run: Run, work: Callable[[Run], Any], group: Any) -> Any:
         with contextlib.suppress(Exception):  # if the error is that a process has died, this fails as well
             broadcast_by_first(("failed", described(error)), group)
         raise
-    light = replace(result.stats, increments=None, responses=None)
+    light = with_vectors(result.stats, None)
     broadcast_by_first(("done", replace(result, stats=light)), group)
     return result
 

@@ -22,7 +22,8 @@ from fastsched.measurement.memory import need, out_of_memory_message, paths_at_o
 from fastsched.measurement.network_checks import check_network, fingerprint
 from fastsched.measurement.path_checks import path_checked
 from fastsched.measurement.path_following import Measurement, measurement_steps
-from fastsched.measurement.statistics import PathStatistics, merged
+from fastsched.measurement.statistics import PathStatistics, merged, with_vectors
+from fastsched.measurement.statistics_checks import VECTORS
 from fastsched.measurement.statistics_files import check_process
 from fastsched.sampling.files import absolute_file, check_writable, runs_beside
 from fastsched.sampling.origin import network_name, origin_now
@@ -291,9 +292,8 @@ def _with_room(
     kept = torch.zeros(before + samples, run.vectors, math.prod(batches.shape), dtype=torch.float32, device="cpu")
     if found is None:
         return None, kept
-    assert found.increments is not None  # `resumed` has checked it
-    n = len(run.s) - 1
-    increments, responses = kept[:before, :n].copy_(found.increments), None
-    if found.responses is not None:
-        responses = kept[:before, n:].copy_(found.responses)
-    return replace(found, increments=increments, responses=responses), kept
+    moved = with_vectors(found, kept[:before])
+    for name in VECTORS:
+        if getattr(moved, name) is not None:
+            getattr(moved, name).copy_(getattr(found, name))
+    return moved, kept

@@ -25,7 +25,7 @@ from fastsched.measurement.deviated_paths import query_count
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.memory import PIECE
 from fastsched.measurement.path_following import Measurement
-from fastsched.measurement.statistics import PathStatistics
+from fastsched.measurement.statistics import PathStatistics, with_vectors
 
 Result = TypeVar("Result")
 
@@ -200,7 +200,7 @@ def parts_of_group(measure: Callable[[], PathStatistics] | None, group: Any, vec
     part, failure = (None, None) if measure is None else attempted(measure)
     if failure is not None:
         part = getattr(failure, "partial", None)
-    light = None if part is None else replace(part, increments=None, responses=None)
+    light = None if part is None else with_vectors(part, None)
     try:
         found = gathered_by_all((light, described(failure)), group)
     except Exception as error:
@@ -225,11 +225,8 @@ def _with_vectors(
     whole = _gathered_vectors(known[0], own, counts, group, everywhere=everywhere) if known else None
     if whole is None:
         return known
-    n, own_vectors = known[0].levels - 1, whole.split([each.samples for each in known])
-    return [
-        replace(each, increments=vectors[:, :n], responses=vectors[:, n:] if each.deviated else None)
-        for each, vectors in zip(known, own_vectors, strict=True)
-    ]
+    own_vectors = whole.split([each.samples for each in known])
+    return [with_vectors(each, vectors) for each, vectors in zip(known, own_vectors, strict=True)]
 
 
 def _gathered_vectors(

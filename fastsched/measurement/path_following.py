@@ -23,7 +23,7 @@ from fastsched.denoisers.network_errors import not_finite
 from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels, queries
 from fastsched.measurement.kept_vectors import KeptVectors
 from fastsched.measurement.rounding import STORAGE_ERROR, warn_of_storage
-from fastsched.measurement.statistics import PathStatistics, data_deviation
+from fastsched.measurement.statistics import PathStatistics, data_deviation, with_vectors
 from fastsched.sampling.random_streams import noise_of
 from fastsched.sampling.sampler import answered, integration, nodes_of
 from fastsched.sampling.solvers import get_solver
@@ -162,7 +162,7 @@ def measurement_steps(
     checks.warn_of_storage(gram[:, :n, :n])
     data_std = data_deviation(ends)
     _warn_of_high_end(run, data_std)
-    return PathStatistics(
+    found = PathStatistics(
         process=run.denoiser.process,
         s=run.s,
         shape=shape,
@@ -174,9 +174,8 @@ def measurement_steps(
         deviated=run.deviated,
         response_cross=gram[:, n:, :n].contiguous() if run.deviated else None,
         response_gram=gram[:, n:, n:].contiguous() if run.deviated else None,
-        increments=None if vectors is None else vectors[:, :n],
-        responses=vectors[:, n:] if vectors is not None and run.deviated else None,
     )
+    return with_vectors(found, vectors)
 
 
 def _warn_of_high_end(run: Measurement, data_std: float) -> None:

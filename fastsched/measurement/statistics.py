@@ -239,6 +239,13 @@ def merged(one: PathStatistics, other: PathStatistics) -> PathStatistics:
     )
 
 
+def with_vectors(stats: PathStatistics, vectors: Tensor | None) -> PathStatistics:
+    """Statistics whose increments and responses are ``vectors`` [B, V, d], in this order; or which hold none."""
+    n = stats.levels - 1
+    increments, responses = (None, None) if vectors is None else (vectors[:, :n], vectors[:, n:])
+    return replace(stats, increments=increments, responses=responses if stats.deviated else None)
+
+
 def is_statistics(name: str, value: object) -> PathStatistics:
     """TypeError unless the argument is `PathStatistics`; ValueError unless its numbers can be those of paths."""
     stats = validate.instance(name, value, PathStatistics, "fastsched.measure returns them")
