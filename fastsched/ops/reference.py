@@ -10,17 +10,7 @@ from torch import Tensor
 
 
 def levels(R: Tensor, X: Tensor | None, a: Tensor, c: Tensor) -> Tensor:
-    """Return ``u_k = a_k X_k + c_k R_k`` in float64.
-
-    Args:
-        R: Raw network outputs ``[N, B, d]``.
-        X: States ``[N, B, d]``, or ``[B, d]`` when every level shares one, or None for ``u_k = c_k R_k``.
-        a: Coefficients of ``X``, ``[N]``.
-        c: Coefficients of ``R``, ``[N]``.
-
-    Returns:
-        The levels, ``[N, B, d]``.
-    """
+    """Return ``u_k = a_k X_k + c_k R_k``, ``[N, B, d]`` in float64; arguments as in `level_increment_gram`."""
     u = c.double().view(-1, 1, 1) * R.double()
     if X is None:
         return u
@@ -51,10 +41,5 @@ def squared_distances(u: Tensor) -> Tensor:
 
 
 def hutchinson(V: Tensor, JV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``sum V * JV`` and ``sum JV * JV`` over the last axis, both ``[N, B]`` in float64.
-
-    Args:
-        V: Probes ``[N, B, d]``, or ``[B, d]`` when every level shares them.
-        JV: Jacobian-vector products ``[N, B, d]``.
-    """
+    """Return ``sum V * JV`` and ``sum JV * JV`` over the last axis, both ``[N, B]`` in float64."""
     return (V.double() * JV.double()).sum(-1), JV.double().square().sum(-1)
