@@ -13,9 +13,6 @@ from fastsched.sampling.schedule import Schedule
 from fastsched.sampling.solvers import Solver
 from fastsched.selection.optimal import optimal_schedule
 
-#: Advice at the end of the warning about an interrupt.
-ADVICE = "(fit(checkpoint=PATH) keeps what is finished in files, and the same call goes on from there)"
-
 
 @dataclass
 class BestSoFar:
@@ -57,5 +54,8 @@ def interrupted_schedule(stats: PathStatistics, steps: int, method: Solver, runs
     else:
         best = optimal_schedule(stats, steps, method.name)
         what = f"that of optimal_schedule for the {stats.samples} paths that were finished"
-    validate.warn(f"interrupted: this schedule is {what} {ADVICE}")
+    validate.warn(
+        f"interrupted: this schedule is {what} (fit(checkpoint=PATH) keeps what is finished in files, and the same "
+        "call goes on from there)"
+    )
     return best
