@@ -18,7 +18,7 @@ from fastsched.diffusers.network_facts import PROGRESS, hooks_of
 from fastsched.diffusers.pipeline_call import call_parameters
 from fastsched.diffusers.watching import networks_of
 from fastsched.measurement.devices import gathered_by_all
-from fastsched.sampling.origin import Origin
+from fastsched.sampling.origin import Origin, call_difference
 
 #: Arguments of a call that are left out: the prompts (added separately), the form of the output, the strength (always
 #: 1), and the first latents, which a measurement replaces by its own noise.
@@ -36,15 +36,6 @@ NOT_IN_OUTPUT = ("checkpointing", "chunk", "slicing", "tiling", "tile_", "traini
 
 #: Modules that attention modules with fused projections have in addition to the ones that they were made of.
 FUSED = ("to_qkv", "to_kv", "to_added_qkv")
-
-#: The parts of an identity, as the error about a different one names them.
-PARTS = {
-    "call": "this pipeline called with the same prompts and arguments",
-    "prediction": "the prediction that the pipeline's scheduler is set to (prediction_type)",
-    "settings": "the same settings of the pipeline and its networks (guider, FreeU, scales and choice of adapters)",
-    "dtype": "weights in the same dtype",
-    "weights": "the same weights and adapters",
-}
 
 
 def call_identity(pipe: Any, prompts: Sequence[str], call_kwargs: dict[str, Any]) -> str:
@@ -78,10 +69,7 @@ def check_same_call(name: str, found: Origin | None, identity: str, *, any_dtype
 
     With ``any_dtype`` these may differ.
     """
-    known = "" if found is None or found.fingerprint is None else found.fingerprint
-    if known.count("-") != identity.count("-"):
-        return  # unknown, or the measurement of a denoiser
-    what = _difference(known, identity, any_dtype)
+    what = call_difference(None if found is None else found.fingerprint, identity, any_dtype)
     if what is not None:
         raise ValueError(f"{name} must be of {what}, but is not ({found}); measure this pipeline")
 
@@ -90,20 +78,11 @@ def check_same_calls(identity: str, group: Any) -> None:
     """ValueError in all processes of ``group`` unless their calls and weights are the same, as in `check_same_call`."""
     first, *others = gathered_by_all(identity, group)
     for rank, other in enumerate(others, 1):
-        what = _difference(first, other)
+        what = call_difference(first, other, any_dtype=False)
         if what is not None:
             raise ValueError(
                 f"all processes of the group must measure {what}, but process {rank} differs from process 0 in this"
             )
-
-
-def _difference(known: str, identity: str, any_dtype: bool = True) -> str | None:
-    """The part in which two identities differ, as in `PARTS`; None if they do not."""
-    one, other = (dict(zip(PARTS, each.split("-"), strict=True)) for each in (known, identity))
-    skipped = {"dtype"} if any_dtype else set()
-    if one["dtype"] != other["dtype"] or not (one["weights"] and other["weights"]):
-        skipped.add("weights")
-    return next((what for part, what in PARTS.items() if part not in skipped and one[part] != other[part]), None)
 
 
 def _with_usual_size(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:

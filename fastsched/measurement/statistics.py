@@ -18,7 +18,7 @@ from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.statistics_checks import check_form, check_values
 from fastsched.measurement.statistics_files import read_statistics, write_statistics
 from fastsched.sampling import display
-from fastsched.sampling.origin import Origin
+from fastsched.sampling.origin import Origin, call_difference
 
 #: Tensors with a row for each sample.
 PER_SAMPLE = ("seeds", "gram", "ends", "response_cross", "response_gram", "increments", "responses")
@@ -178,8 +178,8 @@ class PathStatistics:
         Warns if it is not known whether the denoiser is the same: there is no fingerprint with ``checks=False``.
 
         Raises:
-            ValueError: If process, levels, shape, deviated paths or networks differ, or if a seed is in both (its path
-                would count twice; measure more samples with another ``seed``).
+            ValueError: If process, levels, shape, deviated paths, network, dtype or a pipeline's call differ, or if a
+                seed is in both (its path would count twice; measure more samples with another ``seed``).
         """
         is_statistics("other", other)
         found = merged(self, other)
@@ -220,8 +220,14 @@ def merged(one: PathStatistics, other: PathStatistics) -> PathStatistics:
     """`PathStatistics.merge`, without its warning: for parts of one measurement."""
     if one.process != other.process or not torch.equal(one.s, other.s) or one.shape != other.shape:
         raise ValueError("other was measured on another noise process, other levels or another shape")
+    ours, theirs = (each.origin or Origin() for each in (one, other))
+    if None not in (ours.dtype, theirs.dtype) and ours.dtype != theirs.dtype:
+        raise ValueError(f"other was measured in {theirs.dtype}, and these statistics in {ours.dtype}")
     if not same_network(one.fingerprint, other.fingerprint):
         raise ValueError("other was measured on another network, which gave different outputs for the same input")
+    what = call_difference(ours.fingerprint, theirs.fingerprint, any_dtype=False)
+    if what is not None:
+        raise ValueError(f"other must be of {what}, as these statistics are ({ours}), but is not ({theirs})")
     if one.deviated != other.deviated:
         raise ValueError("other must hold responses of the same deviated paths as these statistics")
     shared = sorted(set(one.seeds.tolist()) & set(other.seeds.tolist()))

@@ -18,6 +18,15 @@ from fastsched.denoisers.network_modules import modules_of
 #: Largest number of characters in a text entry.
 LONGEST = 200
 
+#: The parts of an identity, as the error about a different one names them.
+PARTS = {
+    "call": "this pipeline called with the same prompts and arguments",
+    "prediction": "the prediction that the pipeline's scheduler is set to (prediction_type)",
+    "settings": "the same settings of the pipeline and its networks (guider, FreeU, scales and choice of adapters)",
+    "dtype": "weights in the same dtype",
+    "weights": "the same weights and adapters",
+}
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -105,3 +114,17 @@ def network_name(network: Callable[..., Any]) -> str:
     name = name if isinstance(name, str) and name else type(core).__qualname__  # objects may have any attribute
     modules = modules_of(core) if name.endswith("<lambda>") else []
     return (type(modules[0]).__qualname__ if modules else name).replace("<locals>.", "")
+
+
+def call_difference(known: str | None, identity: str | None, any_dtype: bool = True) -> str | None:
+    """The part in which two identities of a pipeline's call differ, as in `PARTS`; None if in none, or not known.
+
+    Weights are compared only if their dtypes agree. With ``any_dtype`` these may differ.
+    """
+    one, other = (dict(zip(PARTS, (each or "").split("-"), strict=False)) for each in (known, identity))
+    if not len(one) == len(other) == len(PARTS):  # of a denoiser, or of an earlier version
+        return None
+    skipped = {"dtype"} if any_dtype else set()
+    if one["dtype"] != other["dtype"] or not (one["weights"] and other["weights"]):
+        skipped.add("weights")
+    return next((what for part, what in PARTS.items() if part not in skipped and one[part] != other[part]), None)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import fastsched as fs
 from fastsched.measurement.measuring import measured_levels
+from fastsched.sampling.origin import Origin
 
 KINDS = exact_denoisers(mixture())
 
@@ -59,11 +60,23 @@ def test_merge_refuses_the_same_paths_twice(stats):
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"levels": 13}, "other levels"), ({"kind": "v"}, "another noise process"),
-     ({"responses": False}, "responses of the same deviated paths")],
+     ({"responses": False}, "responses of the same deviated paths"),
+     ({"dtype": torch.bfloat16}, "other was measured in torch.bfloat16, and these statistics in torch.float32")],
 )  # fmt: skip
 def test_merge_refuses_what_does_not_fit(stats, options, message):
     with pytest.raises(ValueError, match=message):
         stats.merge(measure(seed=1, **options))
+
+
+def test_merge_refuses_another_call_of_a_pipeline(stats):
+    call = Origin(pipeline="P", fingerprint="a" * 12 + "-b-c-float32-d")
+    calls = {"call": "e-b-c-float32-d", "weights": "a" * 12 + "-b-c-float32-e", "disk": "a" * 12 + "-b-c-float32-"}
+    one, more = replace(stats, fingerprint=None, origin=call), replace(measure(seed=1), fingerprint=None, origin=call)
+    others = {name: replace(more, origin=replace(call, fingerprint=digits)) for name, digits in calls.items()}
+    for name, message in (("call", "called with the same prompts and arguments"), ("weights", "the same weights")):
+        with pytest.raises(ValueError, match=f"other must be of .*{message}"):
+            one.merge(others[name])
+    assert one.merge(more).samples == one.merge(others["disk"]).samples == 6  # not known where weights were on disk
 
 
 def test_truncated_file(stats, tmp_path):
