@@ -88,7 +88,8 @@ def _check(model: object, x: object, extra_args: object, callback: object) -> No
     """Raise TypeError or ValueError for arguments that would otherwise fail only during sampling."""
     validate.function("model", model)
     validate.CHECKS["noise"]("x", validate.tensor("x", x))
-    if not isinstance(extra_args, (Mapping, type(None))):
+    by_name = isinstance(extra_args, Mapping) and all(isinstance(name, str) for name in extra_args)
+    if extra_args is not None and not by_name:
         raise TypeError(f"extra_args must be a dictionary by name, or None, got {validate.shown(extra_args)}")
     if callback is not None:
         validate.function("callback", callback)

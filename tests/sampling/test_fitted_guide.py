@@ -131,6 +131,7 @@ def test_sigmas_of_any_form_are_given_in_the_precision_of_the_states():
         ("x", None),
         ("model", None),
         ("extra_args", "cat"),
+        ("extra_args", {1: 1}),
         ("callback", "print"),
     ],
 )
