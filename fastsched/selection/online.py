@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -61,7 +62,7 @@ class AdaptiveSchedule:
     density)``, which is at most ``1 / a``.
 
     Attributes:
-        s: The grid, noisiest first, [N] float64; both ends are fixed.
+        s: The grid, noisiest first, [N] float64; updates leave both ends. Another grid may be set.
         rate: ``gamma``, the step size of an update.
         order: ``p`` in ``L ~ delta * step^p``.
         updates: The number of updates so far.
@@ -81,24 +82,21 @@ class AdaptiveSchedule:
     def __init__(self, s: Tensor | Sequence[float], *, rate: float = 0.1, order: int = 2, group: Any = None) -> None:
         validate.arguments(locals(), s=validate.anything, rate=validate.real, order=validate.positive_int)
         self.s = validate.descending_sigmas("s", s)
-        if float(self.s[-1]) <= 0 or not bool(torch.isfinite(self.s[0])):
-            hint = "; leave out the 0 at the end of a schedule by s[:-1]" if float(self.s[-1]) == 0 else ""
-            ends = f"{float(self.s[0]):g} to {float(self.s[-1]):g}"
-            raise ValueError(f"s must be levels above 0 and below infinity, got {ends}{hint}")
-        if not SMALLEST_LEVEL <= float(self.s[-1]) < float(self.s[0]) <= LARGEST_SIGMA:
-            raise ValueError(
-                f"s must be levels within {SMALLEST_LEVEL:g} and {LARGEST_SIGMA:g}, as training draws float32 numbers, "
-                f"got {float(self.s[0]):g} to {float(self.s[-1]):g}"
-            )
-        if not 0 < rate <= 1:
-            raise ValueError(f"rate must be within (0, 1], got {rate!r}")
         self.rate, self.order, self.updates = float(rate), int(order), 0  # plain numbers, for files
         self.group = group
-        # Sums and counts instead of means: they add up over micro-batches, and over ranks with batches of other sizes.
-        self._sums = torch.zeros(len(self.s) - 1, dtype=torch.float64, device="cpu")
-        self._counts = torch.zeros_like(self._sums)
         self._checked = False  # whether answers were checked not to follow another sample's level
-        self._rounding = torch.zeros_like(self._sums)  # what storage in 16 bits may have added to the sums
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Levels, rate and order are checked, also when they are replaced later; other levels drop the observations."""
+        super().__setattr__(name, _CHECKED[name](value) if name in _CHECKED else value)
+        if name == "s":
+            self._clear()
+
+    def _clear(self) -> None:
+        # Sums and counts instead of means: they add up over micro-batches, and over ranks with batches of other sizes.
+        # The third is what storage in 16 bits may have added to the sums.
+        none = lambda: torch.zeros(len(self.s) - 1, dtype=torch.float64, device="cpu")
+        self._sums, self._counts, self._rounding = none(), none(), none()
 
     def __repr__(self) -> str:
         ends = f"{float(self.s[0]):.4g} to {float(self.s[-1]):.4g}"
@@ -257,7 +255,7 @@ class AdaptiveSchedule:
         lengths = (sums / counts).clamp_min(0.0).pow(1 / self.order)
         seen = self._counts.clamp_min(1)  # by this rank
         warn_of_rounded_costs(self._sums / seen, self._rounding / seen, self.order)
-        self._sums, self._counts, self._rounding = (torch.zeros_like(self._sums) for _ in range(3))
+        self._clear()
         if float(lengths.sum()) == 0.0:  # no estimate is positive, so equal lengths are not defined
             return False
         moved = moved_to_equal_arc_length(self.s, lengths, self.rate)
@@ -309,6 +307,35 @@ class AdaptiveSchedule:
             raise ValueError("state must hold a count of at least 1 for every interval whose sum is not 0")
         self.s, self.rate, self.order, self.updates = fresh.s, fresh.rate, fresh.order, updates
         self._sums, self._counts, self._rounding = sums.clone(), counts.clone(), torch.zeros_like(sums)
+
+
+def _grid(levels: object) -> Tensor:
+    s = validate.descending_sigmas("s", levels)
+    low, high = float(s[-1]), float(s[0])
+    if low <= 0 or math.isinf(high):
+        hint = "; leave out the 0 at the end of a schedule by s[:-1]" if low == 0 else ""
+        raise ValueError(f"s must be levels above 0 and below infinity, got {high:g} to {low:g}{hint}")
+    if not SMALLEST_LEVEL <= low < high <= LARGEST_SIGMA:
+        raise ValueError(
+            f"s must be levels within {SMALLEST_LEVEL:g} and {LARGEST_SIGMA:g}, as training draws float32 numbers, "
+            f"got {high:g} to {low:g}"
+        )
+    return s
+
+
+def _rate(value: object) -> float:
+    rate = validate.real("rate", value)
+    if not 0 < rate <= 1:
+        raise ValueError(f"rate must be within (0, 1], got {rate!r}")
+    return rate
+
+
+#: What is set on an `AdaptiveSchedule` only after a check.
+_CHECKED: dict[str, Callable[[object], Any]] = {
+    "s": _grid,
+    "rate": _rate,
+    "order": partial(validate.positive_int, "order"),
+}
 
 
 def _cause_of_infinity(clean: Tensor, z: Tensor, answers: Sequence[Tensor], levels: Sequence[Tensor]) -> str:

@@ -1,4 +1,5 @@
 import copy
+import math
 import socket
 
 import numpy as np
@@ -279,3 +280,17 @@ def test_sums_of_another_shape_are_named():
     adaptive = fs.AdaptiveSchedule([8.0, 4.0, 2.0, 1.0, 0.5])
     with pytest.raises(ValueError, match=r"sums and counts of 4 intervals, got shapes \(2, 2\) and \(4,\)"):
         adaptive.load_state_dict({**adaptive.state_dict(), "sums": torch.zeros(2, 2)})
+
+
+def test_a_grid_that_is_set_is_checked_and_starts_anew():
+    adaptive = fs.AdaptiveSchedule([4.0, 2.0, 1.0])
+    adaptive.observe(torch.tensor([1.0, 3.0]))
+    adaptive.s = [8.0, 4.0, 2.0, 1.0]
+    assert math.isnan(adaptive.variation)
+    adaptive.observe(torch.tensor([1.0, 1.0, 1.0]))
+    assert adaptive.update()
+    assert adaptive.s.tolist() == pytest.approx([8.0, 4.0, 2.0, 1.0])
+    for name, value in (("s", [1.0, 2.0]), ("s", [2.0, 0.0]), ("s", [1e200, 1.0]), ("rate", 1.5), ("order", 2.5)):
+        with pytest.raises((TypeError, ValueError), match=f"^{name} must "):
+            setattr(adaptive, name, value)
+    assert adaptive.s.tolist() == pytest.approx([8.0, 4.0, 2.0, 1.0])
