@@ -14,6 +14,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.fitting.candidates import candidates_in_turn
+from fastsched.fitting.interrupts import BestSoFar
 from fastsched.fitting.rollouts import Rollout, Run, Runner, distances
 from fastsched.measurement.measuring import check_same_network
 from fastsched.measurement.statistics import PathStatistics
@@ -122,7 +123,8 @@ def audition(
         progress: Show a progress bar, or a function called with the model calls done and their total.
 
     Returns:
-        The ranking. Cost: at most ``steps`` calls (``2 steps - 1`` for two-stage solvers) a sample and candidate.
+        The ranking; after Ctrl-C, with a warning, of the candidates that were run. Cost: at most ``steps`` calls
+        (``2 steps - 1`` for two-stage solvers) a sample and candidate.
 
     Raises:
         ValueError: If there is no candidate, a candidate has another number of steps or starts where ``D`` is not
@@ -140,10 +142,23 @@ def audition(
         check_start(f"candidates[{name!r}]", schedule, denoiser)
     check_calls = check_same_network(denoiser, stats, device, dtype) if checks else 0
     runner = Runner(denoiser, stats, method, batch_size, device, dtype, checks)
-    total = sample_runs(len(chosen), count)
-    with progress_bar(total * method.model_calls(steps), progress, "audition") as runner.advance:
-        found = ranked(runner, stats, chosen, method.model_calls(steps), count)
+    total, calls, best = sample_runs(len(chosen), count), method.model_calls(steps), BestSoFar(runner, stats)
+    try:
+        with progress_bar(total * calls, progress, "audition") as runner.advance:
+            found = ranked(best, stats, chosen, calls, count)
+    except KeyboardInterrupt:
+        if not best.finished:
+            raise
+        found = _ranked_so_far(best, stats, chosen, calls)
     return replace(found, model_calls=found.model_calls + check_calls)
+
+
+def _ranked_so_far(best: BestSoFar, stats: PathStatistics, chosen: Mapping[str, Schedule], calls: int) -> Audition:
+    """The ranking of the candidates that were run before an interrupt; a warning says so."""
+    runs = {name: best.joined(schedule) for name, schedule in chosen.items() if id(schedule) in best.finished}
+    validate.warn(f"interrupted: this ranking is of the {len(runs)} of {len(chosen)} candidates that were run")
+    spent = sum(len(run.ends) for run in runs.values())
+    return Audition(_table({name: chosen[name] for name in runs}, stats, runs), calls * spent)
 
 
 def ranked(run: Run, stats: PathStatistics, candidates: Mapping[str, Schedule], calls: int, samples: int) -> Audition:

@@ -33,11 +33,13 @@ class BestSoFar:
             self.finished.setdefault(id(schedule), (schedule, []))[1].append(Rollout(found.ends))
         return found
 
+    def joined(self, schedule: Schedule) -> Rollout:
+        """The finished runs of a schedule as one, without the evaluations on the way."""
+        return Rollout.joined(self.finished[id(schedule)][1])
+
     def best(self) -> Schedule | None:
         """The schedule of least error among those that ran on the most samples; None if no schedule was run."""
-        runs = [
-            (schedule, distances(self.stats, Rollout.joined(parts).ends)) for schedule, parts in self.finished.values()
-        ]
+        runs = [(schedule, distances(self.stats, self.joined(schedule).ends)) for schedule, _ in self.finished.values()]
         if not runs:
             return None
         schedule, errors = min(runs, key=lambda run: (-len(run[1]), float(power_mean(run[1]))))

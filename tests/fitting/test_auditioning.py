@@ -183,3 +183,31 @@ def test_names_of_candidates_must_be_text(stats):
         fs.audition(DENOISER, stats, 2, candidates={None: schedule}, progress=False)
     with pytest.raises(TypeError, match="schedules must have names that are text, got 8"):
         fs.plot.plot_schedules({8: schedule})
+
+
+@pytest.mark.parametrize("ran", [0, 2, 7])
+def test_an_interrupted_audition_ranks_what_was_run(stats, outcome, ran):
+    calls = 6 * ran + 3 + 1  # in the midst of the next run; the first call is the check's
+
+    def stopped(x, s):
+        nonlocal calls
+        calls -= 1
+        if calls < 0:
+            raise KeyboardInterrupt
+        return ORACLE.denoise(x, s)
+
+    denoiser = fs.Denoiser.from_denoiser(stopped, 0.01, 40.0)
+    if ran == 0:
+        with pytest.raises(KeyboardInterrupt):
+            fs.audition(denoiser, stats, 6, progress=False)
+        return
+    with pytest.warns(UserWarning, match=rf"interrupted: this ranking is of the {min(ran, 6)} of 6 candidates"):
+        found = fs.audition(denoiser, stats, 6, progress=False)
+    whole = {row.name: row for row in outcome.table}
+    assert len(found.table) == min(ran, 6)
+    for row in found.table:
+        assert torch.equal(row.errors, whole[row.name].errors[: len(row.errors)])
+    assert found.model_calls == 6 * 3 * ran + 1  # three samples in each of these runs
+    calls = 1000
+    kept = fs.measure(denoiser, (4,), levels=32, samples=6, keep_increments=True, progress=False)
+    assert fs.tune(denoiser, kept, found, trials=1, progress=False).schedule.steps == 6
