@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastsched.comparison import aligned
+from fastsched.sampling.display import aligned
 from fastsched.sampling.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"

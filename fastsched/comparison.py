@@ -21,6 +21,7 @@ from fastsched.denoisers.noise import NoiseProcess, VariancePreserving
 from fastsched.measurement.batches import attach_finished
 from fastsched.measurement.fingerprints import same_network
 from fastsched.measurement.watched_networks import watched_network
+from fastsched.sampling.display import aligned
 from fastsched.sampling.files import write_whole
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import noise_of, sample_seeds
@@ -197,7 +198,8 @@ def converged_reference(
         The noises and the samples, on the CPU.
 
     Raises:
-        ValueError: If an argument is out of range or unknown, or the network returns NaN or inf.
+        ValueError: If an argument is out of range or unknown, or the network returns NaN or inf. Later errors and
+            Ctrl-C carry the samples of the finished batches as ``error.partial``.
     """
     validate.arguments(locals())
     check_evaluation_mode(denoiser.network)
@@ -233,19 +235,28 @@ def _fine_sigmas(denoiser: Denoiser, steps: int) -> Tensor:
 
 
 def _converged(
-    sampled: Callable[..., Tensor],
+    sampled: Callable[..., Iterator[Tensor]],
     sigmas: Tensor,
     method: Solver,
     noise: Tensor,
     progress: Progress,
     known: Tensor | None,
 ) -> Reference:
-    """Converged samples over ``sigmas``, by `_sampled` of a network whose fingerprint is ``known``."""
-    steps = len(sigmas) - 1
-    total = method.model_calls(steps) * len(noise)
-    with progress_bar(total, progress, "converged reference") as advance:
-        ends = sampled(sigmas, method, advance)
-    return Reference(noise, ends, method.name, steps, total, known)
+    """Converged samples over ``sigmas``, by `_sampled` of a network whose fingerprint is ``known``.
+
+    An exception carries those of the finished batches as ``error.partial``.
+    """
+    steps, found = len(sigmas) - 1, list[Tensor]()
+    calls = method.model_calls(steps)
+    of = lambda ends: Reference(noise[: len(ends)], ends, method.name, steps, calls * len(ends), known)
+    try:
+        with progress_bar(calls * len(noise), progress, "converged reference") as advance:
+            found.extend(sampled(sigmas, method, advance))
+    except BaseException as error:  # also Ctrl-C
+        if found:
+            attach_finished(error, of(torch.cat(found)))
+        raise
+    return of(torch.cat(found))
 
 
 @torch.no_grad()
@@ -302,11 +313,11 @@ def compare(
                 _warn_of_another(known, reference, place[1])
             with progress_bar(calls * len(noise), progress, "comparing") as advance:
                 for name, (run, method, steps) in runs.items():
-                    ends = sampled(run, method, advance)
+                    ends = torch.cat(list(sampled(run, method, advance)))
                     rows.append(row_of(name, method.name, steps, method.model_calls(steps), ends, reference))
     except BaseException as error:  # also Ctrl-C: the reference takes most of the calls
-        if reference is not None:
-            attach_finished(error, Comparison(tuple(rows), len(noise), reference))
+        if (reference := reference or getattr(error, "partial", None)) is not None:
+            attach_finished(error, Comparison(tuple(rows), len(reference.noise), reference))
         raise
     return Comparison(tuple(rows), len(noise), reference)
 
@@ -378,13 +389,11 @@ def _sampled(
     run: Schedule | Tensor,
     method: Solver,
     advance: Callable[[int], None],
-) -> Tensor:
-    """Samples on the CPU, made in batches; ``advance`` gets the number of samples of every network call."""
-    ends = []
+) -> Iterator[Tensor]:
+    """Samples on the CPU, batch by batch; ``advance`` gets the number of samples of every network call."""
     for part in noise.split(int(batch_size or len(noise))):
         progress = lambda calls, total, part=part: advance(len(part))
-        ends.append(sample(denoiser, run, method, part.to(device), dtype=dtype, progress=progress).cpu())
-    return torch.cat(ends)
+        yield sample(denoiser, run, method, part.to(device), dtype=dtype, progress=progress).cpu()
 
 
 def _warn_of_another(known: Tensor | None, reference: Reference, dtype: torch.dtype) -> None:
@@ -411,14 +420,3 @@ def level_count(process: NoiseProcess, steps: int) -> int:
     if isinstance(process, VariancePreserving) and process.integer_timesteps:
         return min(steps, len(process.alphas_cumprod))
     return steps
-
-
-def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
-    """Rows of text in columns: the first ``left`` columns aligned to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [cell.ljust(w) if n < left else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths))]  # noqa: B905 - rows may be short
-        return "  ".join(cells).rstrip()
-
-    return "\n".join(map(line, rows))

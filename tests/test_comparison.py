@@ -380,6 +380,18 @@ def test_an_interrupted_comparison_keeps_its_reference(gaussian, error):
     with pytest.raises(error) as raised:
         compare(denoiser, schedules, "ddim", shape=SHAPE, **options)
     assert not hasattr(raised.value, "partial")
+    stop, calls = 16, []  # after five calls of the checks, in its third batch
+    with pytest.raises(error) as raised:
+        compare(denoiser, schedules, "ddim", shape=SHAPE, batch_size=1, **options)
+    finished = raised.value.partial.reference
+    assert (raised.value.partial.rows, raised.value.partial.samples, finished.model_calls) == ((), 2, 10)
+    assert torch.equal(finished.ends, whole.reference.ends[:2])
+    stop, calls = 16, []
+    with pytest.raises(error) as raised:
+        converged_reference(denoiser, SHAPE, steps=5, samples=3, batch_size=1, progress=False)
+    assert torch.equal(raised.value.partial.ends, finished.ends)
+    stop = 0
+    assert compare(denoiser, schedules, "ddim", reference=finished, progress=False).samples == 2
 
 
 def test_a_comparison_has_the_names_of_its_schedules(gaussian, converged):

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from fastsched import baselines, validate
 from fastsched.cli.shell import save_figure
-from fastsched.comparison import Comparison, Reference, aligned, compare, converged_reference
+from fastsched.comparison import Comparison, Reference, compare, converged_reference
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.digits import DigitsNetwork, digits_denoiser
 from fastsched.measurement.measuring import measure
 from fastsched.measurement.statistics import PathStatistics
+from fastsched.sampling.display import aligned
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.sampler import sample
 from fastsched.sampling.schedule import Schedule

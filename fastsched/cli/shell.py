@@ -261,7 +261,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int 
     from rich.table import Table
     from rich.text import Text
 
-    from fastsched.comparison import aligned
+    from fastsched.sampling.display import aligned
 
     header, *rows = [[printable(cell) for cell in row] for row in (header, *rows)]
     console = Console(file=sys.stdout)

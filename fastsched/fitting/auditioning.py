@@ -142,23 +142,23 @@ def audition(
         check_start(f"candidates[{name!r}]", schedule, denoiser)
     check_calls = check_same_network(denoiser, stats, device, dtype) if checks else 0
     runner = Runner(denoiser, stats, method, batch_size, device, dtype, checks)
-    total, calls, best = sample_runs(len(chosen), count), method.model_calls(steps), BestSoFar(runner, stats)
-    try:
-        with progress_bar(total * calls, progress, "audition") as runner.advance:
-            found = ranked(best, stats, chosen, calls, count)
-    except KeyboardInterrupt:
-        if not best.finished:
-            raise
-        found = _ranked_so_far(best, stats, chosen, calls)
+    total, calls = sample_runs(len(chosen), count), method.model_calls(steps)
+    with progress_bar(total * calls, progress, "audition") as runner.advance:
+        found = _ranked_until_interrupted(BestSoFar(runner, stats), chosen, calls, count)
     return replace(found, model_calls=found.model_calls + check_calls)
 
 
-def _ranked_so_far(best: BestSoFar, stats: PathStatistics, chosen: Mapping[str, Schedule], calls: int) -> Audition:
-    """The ranking of the candidates that were run before an interrupt; a warning says so."""
-    runs = {name: best.joined(schedule) for name, schedule in chosen.items() if id(schedule) in best.finished}
-    validate.warn(f"interrupted: this ranking is of the {len(runs)} of {len(chosen)} candidates that were run")
-    spent = sum(len(run.ends) for run in runs.values())
-    return Audition(_table({name: chosen[name] for name in runs}, stats, runs), calls * spent)
+def _ranked_until_interrupted(run: BestSoFar, candidates: Mapping[str, Schedule], calls: int, samples: int) -> Audition:
+    """`ranked`, but after Ctrl-C of the candidates that were run, with a warning."""
+    try:
+        return ranked(run, run.stats, candidates, calls, samples)
+    except KeyboardInterrupt:
+        runs = {name: run.joined(schedule) for name, schedule in candidates.items() if id(schedule) in run.finished}
+        if not runs:
+            raise
+    validate.warn(f"interrupted: this ranking is of the {len(runs)} of {len(candidates)} candidates that were run")
+    spent = sum(len(each.ends) for each in runs.values())
+    return Audition(_table({name: candidates[name] for name in runs}, run.stats, runs), calls * spent)
 
 
 def ranked(run: Run, stats: PathStatistics, candidates: Mapping[str, Schedule], calls: int, samples: int) -> Audition:

@@ -1,4 +1,4 @@
-"""HTML of schedules and statistics for notebooks, access to their figures, and labels."""
+"""HTML of schedules and statistics for notebooks, access to their figures, labels, and tables of text."""
 
 from __future__ import annotations
 
@@ -61,3 +61,14 @@ def as_label(name: str) -> str:
     """
     text = printable_lines(name)
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Rows of text in columns: the first ``left`` columns aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [cell.ljust(w) if n < left else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths))]  # noqa: B905 - rows may be short
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(map(line, rows))
