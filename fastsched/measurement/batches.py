@@ -17,7 +17,7 @@ from fastsched import validate
 from fastsched.denoisers.network_state import unchanged_buffers, warned_of_randomness
 from fastsched.measurement.check_calls import CheckCalls
 from fastsched.measurement.fingerprints import same_network
-from fastsched.measurement.increment_checks import check_increments
+from fastsched.measurement.increment_checks import ELEMENTS, check_increments
 from fastsched.measurement.memory import need, out_of_memory_message, paths_at_once, with_store
 from fastsched.measurement.network_checks import check_network, fingerprint
 from fastsched.measurement.path_checks import path_checked
@@ -129,7 +129,7 @@ def _batch_by_batch(
         whole = part if whole is None else merged(whole, part)
         yield whole
     if whole is not None and ask is not None and not ask.constant:
-        _warn_of_constant(whole)
+        _warn_of_no_data(whole, ask.range[0])
 
 
 def attach_finished(error: BaseException, finished: object) -> None:
@@ -138,12 +138,20 @@ def attach_finished(error: BaseException, finished: object) -> None:
         error.partial = finished  # type: ignore[attr-defined]  # no class of errors declares it
 
 
-def _warn_of_constant(stats: PathStatistics) -> None:
-    """Warn if no denoised sample changed along its path; the checks warn earlier if all outputs are equal."""
+def _warn_of_no_data(stats: PathStatistics, low: float) -> None:
+    """Warn if no denoised sample changed along its path, or all vary by less than the ``low``est level of the process.
+
+    The checks warn earlier if all outputs are equal.
+    """
     if not bool(stats.gram.any()):
         validate.warn(
             "the denoised samples did not change from level to level, so schedules are meaningless: does the network "
             "use the noise level, and is its output not rounded?"
+        )
+    elif float(stats.s[-1]) <= low and stats.data_std < low and stats.ends.numel() >= ELEMENTS:
+        validate.warn(
+            f"the denoised samples vary by {stats.data_std:.3g}, less than the noise that is left at the lowest level, "
+            f"{low:.3g}, so they are means of data, not data: is this level (sigma_min) in the unit of the data?"
         )
 
 

@@ -196,9 +196,10 @@ def _check_top(ask: CheckCalls, size: float) -> None:
     high = top.level == ask.range[2] or top.level > TOP_LEVEL * size
     if high and top.level < math.inf and slope / top.level > TOP_JACOBIAN:
         silent = denoiser.prediction == "epsilon" and float(top.raw.norm()) < SILENT * float(top.noise.norm())
+        untrained = ", as its outputs are near 0 (is it trained?)" if silent else ""
         raise ValueError(
-            f"{where} a denoiser depends little on its input, but this network returns {slope / top.level:.0%} of it"
-            f"{', as its outputs are near 0 (is it trained?)' if silent else ''}: {suspects(denoiser)}"
+            f"{where} a denoiser depends little on its input, as the noise must far exceed the data there, but this "
+            f"network returns {slope / top.level:.0%} of it{untrained}: {suspects(denoiser)}"
         )
     if slope < -0.5 * reach and -slope > 0.5 * size:
         raise ValueError(

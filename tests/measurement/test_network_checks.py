@@ -408,3 +408,19 @@ def test_an_untrained_noise_prediction_is_asked_whether_it_is_trained():
         check(fs.Denoiser.from_epsilon(lambda x, t: 0.01 * x.cos(), vp_table()))
     with pytest.raises(ValueError, match=r"returns \d+% of it: does the network predict v"):
         check(replace(KINDS["v"], prediction="epsilon"))
+
+
+@pytest.mark.parametrize(("low", "said"), [(0.05, 0), (1.0, 1)])
+def test_a_range_of_levels_that_ends_above_the_data_is_doubtful(low, said):
+    """The data deviate by about 0.4."""
+    denoiser = fs.Denoiser.from_denoiser(fs.oracles.Gaussian(0.4, (16,)).denoise, low, 20.0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        measure(denoiser, samples=4)
+    assert ["means of data" in str(each.message) for each in told] == [True] * said
+
+
+def test_a_range_of_levels_that_starts_among_the_data_is_named():
+    denoiser = fs.Denoiser.from_denoiser(fs.oracles.Gaussian(0.4, (16,)).denoise, 0.05, 0.5)
+    with pytest.raises(ValueError, match="the noise must far exceed the data"):
+        measure(denoiser)
