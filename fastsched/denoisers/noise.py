@@ -28,6 +28,11 @@ LARGEST_SIGMA = 1e15
 SMALLEST_LEVEL = 1e-30
 
 
+#: A last entry of ``alphas_cumprod`` below this is 0 up to rounding: a cosine's square that should be 0 is 2e-15 in
+#: float32, 4e-33 in float64. Tables of trained networks end above 1e-10.
+ZERO = 1e-12
+
+
 class NoiseProcess:
     """The interface of all noise processes; levels ``s`` are float64 tensors, noisiest first.
 
@@ -157,6 +162,11 @@ class VariancePreserving(NoiseProcess):
                 "alphas_cumprod must descend strictly from below 1 to above 0 (or 0 at the last timestep); "
                 "pass the cumulative products, in order of timestep, not the betas; got "
                 f"{float(values[0]):g} to {float(values[-1]):g}"
+            )
+        if 0 < float(values[-1]) < ZERO:
+            raise ValueError(
+                f"alphas_cumprod ends in {float(values[-1]):.3g}, which is 0 up to rounding: make it 0 (zero terminal "
+                "SNR, for from_v), or leave the last entry out"
             )
         levels = ((1 - values) / values).sqrt()
         object.__setattr__(self, "integer_timesteps", validate.flag("integer_timesteps", self.integer_timesteps))

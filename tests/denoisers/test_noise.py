@@ -130,6 +130,16 @@ def test_bad_alphas_cumprod(values):
         VariancePreserving(values)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_cosine_table_that_ends_in_a_rounded_zero_is_refused(dtype):
+    table = (torch.arange(1, 101, dtype=dtype) / 100 * math.pi / 2).cos().square()
+    with pytest.raises(ValueError, match=r"alphas_cumprod ends in .* 0 up to rounding"):
+        VariancePreserving(table)
+    assert VariancePreserving(table[:-1]).s_max < 100
+    table[-1] = 0
+    assert math.isinf(VariancePreserving(table).s_max)
+
+
 @pytest.mark.parametrize("half", [lambda table: table.half(), lambda table: table.half().numpy()])
 def test_a_table_in_16_bits_is_refused(half):
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
