@@ -37,6 +37,19 @@ def test_another_parameterisation_is_another_measurement(tmp_path):
         assert fs.fit(corrected, (64,), 4, stats=earlier, model_calls=40, progress=False).steps == 4
 
 
+def test_a_network_that_was_not_checked_is_known_when_it_is_resumed(tmp_path):
+    right = fs.oracles.Gaussian(0.5, (8,)).denoise
+    in_twos = lambda z, s: right(z, s) if len(z) == 2 else z[:, :2]  # fails for one sample
+    options = {"levels": 8, "batch_size": 2, "checks": False, "progress": False}
+    for name, network in {"right": right, "in twos": in_twos}.items():
+        file, denoiser = tmp_path / f"{name}.safetensors", fs.Denoiser.from_denoiser(network, 0.02, 20.0)
+        assert fs.measure(denoiser, (8,), samples=2, checkpoint=file, **options).samples == 2
+        assert fs.measure(denoiser, (8,), samples=4, checkpoint=file, **options).samples == 4
+    other = fs.Denoiser.from_denoiser(fs.oracles.Gaussian(0.7, (8,)).denoise, 0.02, 20.0)
+    with pytest.raises(ValueError, match="the network is another one"):
+        fs.measure(other, (8,), samples=6, checkpoint=tmp_path / "right.safetensors", **options)
+
+
 def test_a_merge_says_if_the_networks_are_not_known():
     options = {"levels": 8, "checks": False, "progress": False}
     networks = (lambda z, s: z / (1 + s.reshape(-1, 1) ** 2), lambda z, s: 0.1 * z / (0.1 + s.reshape(-1, 1) ** 2))
