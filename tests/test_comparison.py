@@ -311,8 +311,15 @@ def test_a_random_network_is_warned_of_once():
     assert len(told) == 1
 
 
-def test_a_network_that_mixes_samples_is_warned_of(gaussian):
-    network = lambda z, s: gaussian.network(z, s) + 0.3 * (z.mean(0, keepdim=True) - z)
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda z: 0.3 * (z.mean(0, keepdim=True) - z),
+        lambda z: 0.1 * z * torch.arange(len(z)).reshape(-1, *[1] * (z.ndim - 1)),
+    ],
+)
+def test_a_network_that_mixes_samples_is_warned_of(gaussian, other):
+    network = lambda z, s: gaussian.network(z, s) + other(z)
     denoiser, options = fs.Denoiser.from_denoiser(network, LOW, HIGH), {"samples": 3, "progress": False}
     with pytest.warns(UserWarning, match="mixes the samples of a batch") as told:
         compare(denoiser, {"k": [HIGH, 1.0, 0.0]}, "ddim", shape=SHAPE, reference_steps=4, **options)

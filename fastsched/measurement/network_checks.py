@@ -175,11 +175,11 @@ def fingerprint(
 ) -> Tensor:
     """The network's fingerprint (`measurement.fingerprints`): its answer at one fixed state and level; one call.
 
-    ``beside`` other samples are in the same call.
+    ``beside`` other samples are in the same call, before this one: a network may also go by the place in the batch.
     """
     ask = CheckCalls(denoiser, shape, device, dtype)
     third = ask.between(1 / 3)
-    raw, denoised = (each[:1] for each in ask.raw(ask.noise(*range(1 + beside)), third))
+    raw, denoised = (each[-1:] for each in ask.raw(ask.noise(*range(beside, -1, -1)), third))
     return fingerprint_of(raw, denoised, ask.coefficients(third)[1])
 
 
