@@ -349,8 +349,8 @@ def levels(name: str, value: object) -> int | Tensor:
 
 #: The check of each argument name, the same in all public functions. `Denoiser` and `PathStatistics` add their own.
 CHECKS: dict[str, Check] = {
-    **dict.fromkeys(("steps", "max_steps", "iterations", "max_iterations"), positive_int),
-    **dict.fromkeys(("batch_size", "columns", "prompts_per_call"), optional(positive_int)),
+    **dict.fromkeys(("steps", "iterations", "max_iterations"), positive_int),
+    **dict.fromkeys(("batch_size", "max_steps", "columns", "prompts_per_call"), optional(positive_int)),
     **dict.fromkeys(("trials", "model_calls"), partial(positive_int, minimum=0)),
     "reference_steps": partial(positive_int, minimum=2),
     "samples": sample_range,

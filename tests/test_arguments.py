@@ -42,8 +42,8 @@ RESULTS = [3, "x", [3], None]
 
 #: By name of the argument; `SPECIAL` says otherwise for some functions.
 WRONG = {
-    **dict.fromkeys(("steps", "samples", "max_steps", "iterations", "n", "order"), COUNT),
-    **dict.fromkeys(("batch_size", "columns"), OPTIONAL_COUNT),
+    **dict.fromkeys(("steps", "samples", "iterations", "n", "order"), COUNT),
+    **dict.fromkeys(("batch_size", "max_steps", "columns"), OPTIONAL_COUNT),
     **dict.fromkeys(("trials", "model_calls"), OF_ZERO),
     **dict.fromkeys(
         ("progress", "checks", "decoupled", "responses", "keep_increments", "polish", "weighted", "spare_last"), FLAG
@@ -259,7 +259,6 @@ SPECIAL = {
     ("fit", "stats"): OTHER[1:],
     ("plot.plot_schedules", "stats"): OTHER[1:],
     ("plot.plot_schedules", "schedules"): [None, 3, "x", {}, {"a": 3}, {"a": torch.tensor([1.0, 2.0])}],
-    ("steps_needed", "max_steps"): OPTIONAL_COUNT,
     ("predict_error", "solver"): [value for value in SOLVER if value is not None],
     ("compare", "solver"): [value for value in SOLVER if value is not None],
     ("sample", "solver"): [value for value in SOLVER if value is not None],

@@ -55,7 +55,7 @@ class ErrorCurve:
 
 
 def error_curve(
-    stats: PathStatistics, solver: str | Solver = "dpmpp_2m", max_steps: int = 32, *, progress: Progress = True
+    stats: PathStatistics, solver: str | Solver = "dpmpp_2m", max_steps: int | None = None, *, progress: Progress = True
 ) -> ErrorCurve:
     """Predicted error against the number of steps, for the schedules of `optimal_schedule`.
 
@@ -65,13 +65,14 @@ def error_curve(
     Args:
         stats: The result of `fastsched.measure`.
         solver: A solver's name.
-        max_steps: The most steps, at most the number of levels less one.
+        max_steps: The most steps, at most the number of levels less one; when None 32, or as many as there can be.
         progress: Show a progress bar, or a function called with the schedules found so far and their total.
 
     Raises:
         ValueError: If an argument is out of range or unknown.
     """
     validate.arguments(locals())
+    max_steps = min(32, stats.levels - 1) if max_steps is None else max_steps
     if max_steps >= stats.levels:
         raise ValueError(f"max_steps must be at most {stats.levels - 1} on {stats.levels} levels, got {max_steps}")
     method = chosen_solver(solver)
@@ -135,7 +136,7 @@ def steps_needed(
     Raises:
         ValueError: If the target is not positive, has an unknown name, or is not reached within ``max_steps``.
     """
-    validate.arguments(locals(), target=validate.anything, max_steps=validate.optional(validate.positive_int))
+    validate.arguments(locals(), target=validate.anything)
     limit = min(max_steps or stats.levels, stats.levels - 1)
     goal = target_error(stats, solver, target)
     method, least = chosen_solver(solver), math.inf

@@ -45,6 +45,7 @@ def test_no_more_steps_are_tried_than_levels_allow():
     stats = fs.measure(DENOISER, (4,), levels=10, samples=2, progress=False)
     with pytest.raises(ValueError, match="no schedule of up to 9 steps"):
         fs.steps_needed(stats, target=1e-30, max_steps=1000)
+    assert fs.error_curve(stats, "ddim", progress=False).steps == tuple(range(1, 10))
 
 
 def test_progress_counts_schedules(stats):
