@@ -54,6 +54,15 @@ class CostMatrix:
     seeds: Tensor | None = field(default=None, repr=False)
     fingerprint: Tensor | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        validate.descending_sigmas("s", self.s)
+        pairs, found = self.pairs, tuple(self.per_sample.shape)
+        steps = pairs.dtype == torch.int64 and pairs.ndim == 2 and pairs.shape[1] == 2
+        if not (steps and bool(((pairs[:, 0] >= 0) & (pairs[:, 0] < pairs[:, 1]) & (pairs[:, 1] < len(self.s))).all())):
+            raise ValueError(f"pairs must be steps (from, to) between {len(self.s)} levels, [P, 2] int64, from < to")
+        if len(found) != 2 or found[0] == 0 or found[1] != len(pairs):
+            raise ValueError(f"per_sample must have a cost for each sample and step, [B, {len(pairs)}], got {found}")
+
     @property
     def sigmas(self) -> Tensor:
         """The levels as sampler sigmas, [N] float64."""

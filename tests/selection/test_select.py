@@ -141,6 +141,23 @@ def test_bad_arguments_are_named():
         fs.refine_schedule(lambda sigmas: cost, [2.0, 1.0], tolerance=0.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("s", lambda cost: cost.s.flip(0)),
+        ("pairs", lambda cost: cost.pairs + 1),  # of a level that is not there
+        ("pairs", lambda cost: cost.pairs.flip(1)),
+        ("pairs", lambda cost: cost.pairs.double()),
+        ("per_sample", lambda cost: cost.per_sample[:, 1:]),
+        ("per_sample", lambda cost: cost.per_sample[:0]),
+    ],
+)
+def test_costs_changed_by_hand_must_be_of_one_form(name, changed):
+    cost = _gaussian_cost("corrector", levels=6)
+    with pytest.raises(ValueError, match=f"^{name} must "):
+        replace(cost, **{name: changed(cost)})
+
+
 def test_an_estimate_must_return_a_cost():
     with pytest.raises(TypeError, match=r"what estimate\(sigmas=...\) returns must be of class CostMatrix"):
         fs.refine_schedule(lambda sigmas: sigmas, [2.0, 1.0])
