@@ -107,11 +107,12 @@ def compare(
     else:
         method = None if solver is None else inputs.solver_named(solver)
         result = _of_denoiser(source, common, method, run, dry_run)
+    found = {"samples": result.samples, "rows": result.to_dicts()}
     if csv is not None:  # before printing, which ends the command if a reader such as head closed the pipe
-        result.to_csv(csv)
+        shell.save_or_print(result.to_csv, csv, found)
         note(f"wrote {csv}")
     if as_json:
-        shell.print_json({"samples": result.samples, "rows": result.to_dicts()})
+        shell.print_json(found)
     else:
         shell.print_table(result.header, result.cells, left=2)
         typer.echo(result.legend)

@@ -50,6 +50,15 @@ def test_compare_ranks_schedules_and_baselines(folder, model):
     assert read["x-4"] == min(read.values())
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the device that is always full is Linux's")
+def test_a_comparison_that_cannot_be_written_is_printed(folder, model):
+    common = ("--shape", "2,3", "--samples", "4", "--reference-steps", "20", "-q")
+    result = run("compare", model, folder / "x-4.json", "--baselines", "karras", *common, "--csv", "/dev/full")
+    assert result.exit_code == 1
+    assert one_line(result) == "error: No space left on device: /dev/full"
+    assert {row["name"] for row in json.loads(result.stdout)["rows"]} == {"x-4", "karras"}
+
+
 def test_compare_gives_each_number_of_steps_its_baseline(folder, model):
     files = (folder / "x-4.json", folder / "x-6.json")
     common = ("--shape", "2,3", "--samples", "2", "--reference-steps", "10", "-q", "--csv", folder / "two.csv")
