@@ -17,7 +17,7 @@ from fastsched import validate
 from fastsched.denoisers.noise import NoiseProcess, process_from_dict
 from fastsched.measurement.deviated_paths import STRIDE, DeviatedPath
 from fastsched.measurement.statistics_checks import TENSORS, VECTORS, check_whole
-from fastsched.sampling.files import check_readable, check_version, checksum, json_object, kind_of, write_whole
+from fastsched.sampling.files import check_readable, check_version, checksum, json_object, kind_of, named, write_whole
 from fastsched.sampling.origin import Origin
 
 FORMAT = "fastsched.path_statistics"
@@ -110,10 +110,10 @@ def read_statistics(kind: type[Any], path: str | os.PathLike[str]) -> Any:
     if kind_of(name) == "schedule":
         raise ValueError(f"{name} is a schedule, and statistics are needed, which 'fastsched measure' writes")
     try:
-        with opened(name) as file:
+        with named(name), opened(name) as file:
             text = (file.metadata() or {}).get("fastsched", "{}")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, ValueError, OSError, RuntimeError) as error:
+    except (SafetensorError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} is not a whole safetensors file ({error}); measure again") from None
     header = json_object(text, name)
     if header.get("format") != FORMAT:

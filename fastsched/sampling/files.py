@@ -113,6 +113,8 @@ def _target(path: Name) -> str:
         raise OSError(f"{os.fspath(path)} is a link that leads back to itself; remove it, or name another file")
     if os.path.isdir(target):
         raise IsADirectoryError(f"{os.fspath(path)} is a folder; name a file in it")
+    if os.path.exists(target) and not os.access(target, os.R_OK | os.W_OK):  # its folder may allow to replace it
+        raise PermissionError(errno.EACCES, "no permission to read and replace this file", os.fspath(path))
     # realpath drops "missing/..", through which nothing can be read.
     for folder in (each for each in (os.path.dirname(target), given) if not os.path.isdir(each)):
         raise FileNotFoundError(f"no folder {folder} to write {os.path.basename(target)} to; create it first")

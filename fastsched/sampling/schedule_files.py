@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsched.sampling.files import check_readable, check_version, checksum, json_object, kind_of, write_whole
+from fastsched.sampling.files import check_readable, check_version, checksum, json_object, kind_of, named, write_whole
 from fastsched.sampling.origin import Origin
 
 FORMAT = "fastsched.schedule"
@@ -51,7 +51,7 @@ def read_entries(path: str | os.PathLike[str]) -> dict[str, Any]:
     if os.path.getsize(name) > LARGEST_FILE:
         raise ValueError(f"{name} is larger than {LARGEST_FILE} bytes, so it is not a schedule")
     try:
-        with open(name, encoding="utf-8") as file:
+        with named(name), open(name, encoding="utf-8") as file:
             text = file.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not a whole JSON file ({error}); save the schedule again") from None

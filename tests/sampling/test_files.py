@@ -174,6 +174,36 @@ def test_no_file_replaces_one_of_another_kind(tmp_path):
     assert fs.Schedule.load(tmp_path / "s.json") == schedule
 
 
+@pytest.mark.parametrize("missing", [os.R_OK, os.W_OK])
+def test_a_protected_file_is_left_alone(missing, tmp_path, monkeypatch):
+    """The folder's permissions allow to replace it, and what it holds may not be known."""
+    path, access = tmp_path / "protected", os.access
+    path.write_bytes(b"precious")
+    denied = lambda name, mode: not (str(name) == str(path) and mode & missing) and access(name, mode)
+    monkeypatch.setattr(os, "access", denied)  # everything is allowed to root, who may run the tests
+    for act in (check_writable, lambda path: write_whole(path, b"x"), fs.Schedule([1.0, 0.0], "ddim", "ve").save):
+        with pytest.raises(PermissionError, match=r"no permission to read and replace this file: .*protected"):
+            act(path)
+    assert path.read_bytes() == b"precious"
+    assert [each.name for each in tmp_path.iterdir()] == ["protected"]
+
+
+@pytest.mark.parametrize("load", [fs.Schedule.load, fs.PathStatistics.load])
+def test_a_file_that_cannot_be_read_is_not_called_damaged(load, tmp_path, monkeypatch):
+    """The advice for a damaged file is to make it again, which may take hours."""
+    path, usual = tmp_path / "whole", open
+    path.write_bytes(b"{}")
+
+    def broken(name, *arguments, **options):
+        if str(name) == str(path):
+            raise OSError(errno.EIO, "Input/output error")  # a read error has no file name
+        return usual(name, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", broken)
+    with pytest.raises(OSError, match=r"Input/output error: .*whole"):
+        load(path)
+
+
 @pytest.mark.parametrize("form", ["safetensors", "with metadata", "zip", "pickle"])
 def test_no_file_replaces_the_weights_of_a_network(form, tmp_path):
     """A statistics file has the ending of such weights, and often the model's name."""
