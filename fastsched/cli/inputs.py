@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from fastsched.sampling.schedule import Schedule
 
 
+#: What type hints of arguments name: objects that no text stands for, and values that can be written as JSON.
+OBJECTS, PLAIN = re.compile("Tensor|Generator|PIL|ndarray"), re.compile(r"\b(str|int|float|bool|[dD]ict|Any)\b")
+
+
 def solver_named(name: str) -> str:
     """The solver that a user means, with a note on stderr if it is named as in a sampler's menu or another library.
 
@@ -117,7 +121,7 @@ class Source:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the call repeats them; errors must come before the model loads
             check_accepted(kind, [*(["prompt"] if self.prompts else []), *arguments])
-        check_numbers(kind, arguments)
+        check_values(kind, arguments)
         precision = {} if self.dtype is None else {"torch_dtype": self.precision}
         try:
             with _quiet_diffusers():  # these options read only safetensors and download nothing
@@ -312,7 +316,7 @@ def _named_class(file: Path) -> tuple[Any, Any]:
 
 def call_arguments(options: list[str] | None) -> dict[str, Any]:
     """``--call name=value`` options as keyword arguments. Values that are not JSON are strings."""
-    from fastsched.sampling.files import not_json
+    from fastsched.sampling.files import finite_number, not_json
 
     arguments: dict[str, Any] = {}
     for option in options or []:
@@ -322,18 +326,24 @@ def call_arguments(options: list[str] | None) -> dict[str, Any]:
         if name in arguments:
             raise ValueError(f"call: {name} must be given once, got {option!r} too")
         try:
-            arguments[name] = json.loads(value, parse_constant=not_json)
+            arguments[name] = json.loads(value, parse_constant=not_json, parse_float=finite_number)
         except ValueError:
             arguments[name] = value
     return arguments
 
 
-def check_numbers(kind: type, arguments: dict[str, Any]) -> None:
-    """ValueError if an argument of a call is a string but its default is a number."""
-    from fastsched.diffusers.pipeline_call import call_parameters
+def check_values(kind: type, arguments: dict[str, Any]) -> None:
+    """ValueError if an argument of a call is a string but its default is a number, or can only be an object."""
+    from fastsched.diffusers.pipeline_call import call_parameters, call_signature
 
-    usual = call_parameters(kind)
+    usual, signature = call_parameters(kind), call_signature(kind)
     for name, value in arguments.items():
+        hint = str(signature[name].annotation) if name in signature else ""
+        if value is not None and ("Callable" in hint or (OBJECTS.search(hint) and not PLAIN.search(hint))):
+            raise ValueError(
+                f"call: {name} takes an object of Python, which cannot be given here; leave it out, or use "
+                "fastsched.diffusers in Python"
+            )
         if isinstance(value, str) and isinstance(usual.get(name), (int, float)):
             raise ValueError(f"call: {name} must be a value such as {json.dumps(usual[name])}, got {value!r}")
 

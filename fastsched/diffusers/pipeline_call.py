@@ -155,7 +155,7 @@ def call_parameters(pipe: Any) -> dict[str, Any]:
 
     The arguments of a modular pipeline are those of its blocks, not of its class.
     """
-    named = _signature(pipe)
+    named = call_signature(pipe)
     blocks = getattr(pipe, "default_call_parameters", None)
     if not isinstance(blocks, dict):
         return {name: each.default for name, each in named.items() if name != "self"}
@@ -163,7 +163,7 @@ def call_parameters(pipe: Any) -> dict[str, Any]:
     return own | {name: default for name, default in blocks.items() if name is not None}
 
 
-def _signature(pipe: Any) -> Mapping[str, inspect.Parameter]:
+def call_signature(pipe: Any) -> Mapping[str, inspect.Parameter]:
     """The parameters of a pipeline's call; of one that takes any keyword, those of the call that it overrides too."""
     found: dict[str, inspect.Parameter] = {}
     for function in _calls(pipe if isinstance(pipe, type) else type(pipe)):
@@ -189,7 +189,7 @@ def check_accepted(pipe: Any, names: Iterable[str]) -> None:
     """
     accepted = call_parameters(pipe)
     kind = pipe if isinstance(pipe, type) else type(pipe)
-    kinds = {name: each.kind for name, each in _signature(pipe).items()}
+    kinds = {name: each.kind for name, each in call_signature(pipe).items()}
     any_name = any(kinds.get(name) is inspect.Parameter.VAR_KEYWORD for name in accepted)
     known = [name for name in accepted if name not in STEPPING]
     for name in names:

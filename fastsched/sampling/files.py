@@ -161,7 +161,7 @@ def json_object(text: str, name: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(
-            text.removeprefix("\ufeff"), object_pairs_hook=_unique, parse_constant=not_json, parse_float=_finite
+            text.removeprefix("\ufeff"), object_pairs_hook=_unique, parse_constant=not_json, parse_float=finite_number
         )
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -176,7 +176,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _finite(digits: str) -> float:
+def finite_number(digits: str) -> float:
+    """The number; ValueError if it is so large that it would be read as infinity."""
     number = float(digits)
     if math.isinf(number):
         raise ValueError(f"{digits:.40} is too large")

@@ -165,6 +165,7 @@ def test_info_describes_a_pipeline(saved):
         (("--prompt", "a cat"), "the call of DDIMPipeline has no argument 'prompt'; it has batch_size"),
         (("--call", "batch_size=two"), "call: batch_size must be a value such as 1, got 'two'"),
         (("--call", "eta=0,1"), "call: eta must be a value such as 0.0, got '0,1'"),
+        (("--call", "eta=1e999"), "call: eta must be a value such as 0.0, got '1e999'"),
         (("--call", "return_dict=False"), "call: return_dict must be a value such as true, got 'False'"),
         (("--call", "batch_sise=2"), "has no argument 'batch_sise'; did you mean 'batch_size'?"),
     ],
@@ -173,6 +174,15 @@ def test_options_that_do_not_fit_are_refused(saved, tmp_path, arguments, message
     result = run("fit", saved, "--steps", "4", "-q", "-o", tmp_path / "a.json", *arguments)
     assert result.exit_code == 2
     assert message in one_line(result)
+
+
+@pytest.mark.parametrize("value", ["generator=1", "callback_on_step_end=f", "latents=[1]", "ip_adapter_image=a.png"])
+def test_arguments_that_are_objects_are_refused_before_the_pipeline_loads(value, text_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_pretrained", None)
+    run_it = ("fit", text_folder, "--steps", "3", "--prompt", "a", "-q", "-o", tmp_path / "a.json")
+    result = run(*run_it, "--call", value)
+    assert result.exit_code == 2
+    assert f"call: {value.split('=')[0]} takes an object of Python, which cannot be given here" in one_line(result)
 
 
 def test_a_prompt_and_guidance_reach_the_pipeline(text_folder, tmp_path):
