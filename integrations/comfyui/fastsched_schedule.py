@@ -202,7 +202,7 @@ def read_entries(file):
 
 def check_coupled(file, entries):
     """ValueError if levels are decoupled, which only the sampler of the package's node Load Schedule can use."""
-    if "network_sigmas" in entries:
+    if "network_sigmas" in entries or "decoupled" in entries:
         raise ValueError(
             f"{file} has decoupled levels (network_sigmas); load it with fastsched's whole package, node Load Schedule"
         )

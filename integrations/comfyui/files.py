@@ -123,6 +123,8 @@ def load(file: Any) -> Found:
     if weights is not None:
         fastsched_fitted.read_fitted(file)
     network_sigmas = entries.get("network_sigmas")
+    if network_sigmas is None and "decoupled" in entries:
+        raise ValueError(f"{file} lacks network_sigmas, which its entry decoupled needs; save the schedule again")
     if network_sigmas is not None and entries.get("decoupled") != "denoiser":
         raise ValueError(
             f"{file} has decoupled timesteps, which ComfyUI's models cannot be given; fit one with Fit Schedule, or "

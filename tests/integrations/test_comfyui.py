@@ -104,6 +104,7 @@ MALFORMED = {
     "a list": ("[1, 0]", "does not hold a schedule"),
     "newer": (file_with(version=99), "version 99"),
     "decoupled": (file_with(version=3, network_sigmas=[0.9, 0.5]), "decoupled levels"),
+    "half decoupled": (file_with(version=4, decoupled="denoiser"), "network_sigmas"),
     "negative version": (file_with(version=-3), "version -3"),
     "true version": (file_with(version=True), "version True"),
     "no version": ('{"format": "fastsched.schedule", "sigmas": [1, 0]}', "version None"),
@@ -147,7 +148,7 @@ def test_the_node_says_what_is_wrong_with_a_file(node, folder, kind):
         node.FastschedScheduleLoader().load("schedule.json")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MALFORMED if kind not in ("fitted", "decoupled")])
+@pytest.mark.parametrize("kind", [kind for kind in MALFORMED if kind not in ("fitted", "decoupled", "half decoupled")])
 def test_the_newer_node_says_the_same(node, comfy, package, kind):
     content, _ = MALFORMED[kind]
     path = comfy.home / "input" / "schedule.json"

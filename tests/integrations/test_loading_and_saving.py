@@ -238,6 +238,7 @@ DAMAGED = {
     "huge timesteps": ({"timesteps": [10**400, 1]}, "does not hold a valid schedule"),
     "error of text": ({"measured_error": "small"}, "does not hold a valid schedule"),
     "error a list": ({"predicted_error": [1]}, "does not hold a valid schedule"),
+    "half decoupled": ({"decoupled": "denoiser"}, "lacks network_sigmas"),
     "checksum": ({"sha256": "0" * 64}, "changed or damaged"),
 }
 
