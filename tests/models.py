@@ -101,4 +101,4 @@ def told_lower(denoiser, steps=5, solver="ddim", decoupled="timestep"):
     s = denoiser.levels(steps)
     told = torch.cat([s[:1], s[1:-1] ** 0.8 * s[2:] ** 0.2, s[-1:]])
     levels = torch.cat([s, s.new_zeros(1)])
-    return fs.Schedule.from_levels(denoiser.process, levels, solver, told=told, decoupled=decoupled)
+    return fs.Schedule.from_levels(denoiser.process, levels, solver, network_levels=told, decoupled=decoupled)

@@ -32,7 +32,7 @@ class RunSecants:
     deviations: Array  #: ``a_m``, [m, V]
     residuals: Array  #: ``r_m``, [m, V]
     damping: Array  #: ``mu_m``, [m]
-    #: ``o_m = log(s_told / s)``, if the network was told ``s_told`` and the state's level was ``s``, [m].
+    #: ``o_m = log(s' / s)``, if the network was told ``s'`` and the state's level was ``s``, [m].
     offsets: Array
     unit: float  #: the squared deviation that an offset of 1 is equivalent to
 
@@ -86,7 +86,7 @@ class Secants:
             evaluation: The index of the evaluation in its run.
             known: The secants at the levels of the deviations, `at` their ``lambda``.
             away: The deviations, [C, V].
-            offset: ``log(s_told / s)``, if the network is told ``s_told`` and the state's level is ``s``, [C].
+            offset: ``log(s' / s)``, if the network is told ``s'`` and the state's level is ``s``, [C].
 
         Returns:
             The answers ``sum_m c_m r_m``, and the explained part ``sum_m c_m a_m`` of the deviations, both [C, V].

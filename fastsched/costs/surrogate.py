@@ -198,7 +198,7 @@ class Surrogate:
             levels: Levels ``s`` [C, steps + 1], descending to 0.
             solver: The solver.
             secants: The secants, which may have more vectors than the measurement; those of the measurement when None.
-            offsets: ``log(s_told / s)``, if the network is told ``s_told`` and the state's level is ``s``, [C, steps].
+            offsets: ``log(s' / s)``, if the network is told ``s'`` and the state's level is ``s``, [C, steps].
         """
         begin = lambda asked: SurrogateRuns(self, secants or self.secants, asked, offsets)
         return run_along(levels, get_solver(solver), self.process, begin)
@@ -224,7 +224,7 @@ class SurrogateRuns:
     Attributes:
         surrogate: The surrogate.
         secants: The secants.
-        offsets: ``log(s_told / s)``, if the network is told ``s_told`` and the state's level is ``s``, [C, steps].
+        offsets: ``log(s' / s)``, if the network is told ``s'`` and the state's level is ``s``, [C, steps].
         end: Coefficients of the states ``y - y_0`` at the start, and after the run of the denoised samples ``D - D_0``,
             [C, V].
         weights: Weights of runs by `fastsched.costs.fitted_weights`, [C, steps, steps]; None for other runs.

@@ -290,26 +290,32 @@ class Denoiser:
         return self._output(_floating("x", x), s, dtype).clone()
 
     def borrowed_output(
-        self, x: Tensor, s: Tensor | float, *, dtype: torch.dtype | None = None, told: Tensor | float | None = None
+        self,
+        x: Tensor,
+        s: Tensor | float,
+        *,
+        dtype: torch.dtype | None = None,
+        timestep_level: Tensor | float | None = None,
     ) -> Tensor:
         """Like `raw_output`, without the copy of the output: the result may change at the next network call."""
         if type(self).raw_output is not Denoiser.raw_output:  # overridden by a subclass
-            return self.raw_output(x, s, dtype=dtype, **({} if told is None else {"told": told}))
-        return self._output(x, s, dtype, told)
+            other = {} if timestep_level is None else {"timestep_level": timestep_level}
+            return self.raw_output(x, s, dtype=dtype, **other)
+        return self._output(x, s, dtype, timestep_level)
 
     def _output(
-        self, x: Tensor, s: Tensor | float, dtype: torch.dtype | None, told: Tensor | float | None = None
+        self, x: Tensor, s: Tensor | float, dtype: torch.dtype | None, timestep_level: Tensor | float | None = None
     ) -> Tensor:
         levels = sample_levels(s, x)
-        told_levels = levels if told is None else sample_levels(told, x)
+        asked = levels if timestep_level is None else sample_levels(timestep_level, x)
         network_input = x
         if self.prediction == "edm":
             scale = (levels.square() + self.sigma_data**2).rsqrt()
             network_input = x * per_sample(scale, x)
-            condition = told_levels.log() / 4
+            condition = asked.log() / 4
         else:
-            timestep = self.process.timestep(told_levels)
-            condition = told_levels if timestep is None else timestep
+            timestep = self.process.timestep(asked)
+            condition = asked if timestep is None else timestep
         # The condition stays float32 in half precision: bfloat16 would merge neighbouring levels.
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         condition = on_device(condition.to(torch.int64 if self.process.integer_timesteps else wide), x)
@@ -322,8 +328,8 @@ class Denoiser:
         s: Tensor | float,
         *,
         dtype: torch.dtype | None = None,
-        told: Tensor | float | None = None,
-        at: Tensor | float | None = None,
+        timestep_level: Tensor | float | None = None,
+        denoiser_level: Tensor | float | None = None,
     ) -> Tensor:
         """``D`` from the normalised state ``y = x / sigma``, finite at every level, pure noise included.
 
@@ -331,21 +337,22 @@ class Denoiser:
             y: [B, *shape], float32 or float64.
             s: One level, or one per sample [B].
             dtype: The dtype that the network computes in; the dtype of ``y`` when None.
-            told: The level whose timestep the network is given; ``s`` when None. ``D`` is computed from the output
-                with the coefficients at ``s`` in both cases.
-            at: The level of ``D``; ``s`` when None. The state does not change: it is the sampler's, ``tau y`` with
-                ``tau`` the sampler sigma at ``s``, so this is ``model(x, sigma)`` of k-diffusion with another sigma.
+            timestep_level: The level whose timestep the network is given; ``s`` when None. ``D`` is computed from the
+                output with the coefficients at ``s`` in both cases.
+            denoiser_level: The level of ``D``; ``s`` when None. The state does not change: it is the sampler's,
+                ``tau y`` with ``tau`` the sampler sigma at ``s``, so this is ``model(x, sigma)`` of k-diffusion with
+                another sigma.
 
         Returns:
             ``E[x0 | x]``, [B, *shape], in the dtype of ``y``.
         """
-        if at is not None:
-            ratio = self.process.sigma_ratio(sample_levels(s, y), sample_levels(at, y))
-            return self.denoise(y * per_sample(ratio, y), at, dtype=dtype)
+        if denoiser_level is not None:
+            ratio = self.process.sigma_ratio(sample_levels(s, y), sample_levels(denoiser_level, y))
+            return self.denoise(y * per_sample(ratio, y), denoiser_level, dtype=dtype)
         levels = sample_levels(s, y)
         a, c = self.coefficients(levels)
         x = y * per_sample(self.process.sigma(levels), y)
-        output = self.borrowed_output(x, levels, dtype=dtype, told=told).to(y.dtype)
+        output = self.borrowed_output(x, levels, dtype=dtype, timestep_level=timestep_level).to(y.dtype)
         scaled, factor = per_sample(a, y) * x, per_sample(c, y)
         return scaled + factor * output if isinstance(factor, Tensor) else scaled.add(output, alpha=factor)
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
+from fastsched.denoisers.deferred_checks import DeferredChecks
 from fastsched.denoisers.denoiser import Denoiser
-from fastsched.denoisers.late_reading import Verdicts
 from fastsched.denoisers.network_errors import not_finite
 
 #: Noise of a root mean square above the first number, over at least so many elements, is not standard normal; nor is
@@ -22,23 +22,23 @@ def finite_denoised(
     y: Tensor,
     s: Tensor | float,
     dtype: torch.dtype | None,
-    verdicts: Verdicts,
+    deferred: DeferredChecks,
     **other_level: Tensor,
 ) -> Tensor:
-    """`Denoiser.denoise`; ``verdicts`` later raise a ValueError that names the level if the output is not finite."""
+    """`Denoiser.denoise`; ``deferred`` later raises a ValueError that names the level if the output is not finite."""
     denoised = denoiser.denoise(y, s, dtype=dtype, **other_level)
-    verdicts.note_finite(
+    deferred.add_finite(
         denoised, lambda: not_finite(denoiser.process, torch.as_tensor(s, dtype=torch.float64, device="cpu"))
     )
-    verdicts.settle(wait=False)
+    deferred.run(wait=False)
     return denoised
 
 
-def verdicts_of(noise: Tensor, s: float, denoiser: Denoiser) -> Verdicts:
-    """Verdicts that warn if noise at the first level ``s`` of a run seems to be scaled already, or too small."""
-    verdicts = Verdicts()
+def noise_check(noise: Tensor, s: float, denoiser: Denoiser) -> DeferredChecks:
+    """A deferred check that warns if noise at the first level ``s`` of a run seems scaled already, or too small."""
+    deferred = DeferredChecks()
 
-    def judge(size: Tensor) -> None:
+    def check(size: Tensor) -> None:
         hint = ""
         if float(size) > LARGE:
             hint = "is it scaled by the first sigma? It is scaled here, so pass it unscaled"
@@ -51,5 +51,5 @@ def verdicts_of(noise: Tensor, s: float, denoiser: Denoiser) -> Verdicts:
             )
 
     if noise.numel() >= ELEMENTS and s >= NEAR_TOP * denoiser.process.s_max:
-        verdicts.note(noise.float().square().mean().sqrt(), judge)
-    return verdicts
+        deferred.add(noise.float().square().mean().sqrt(), check)
+    return deferred

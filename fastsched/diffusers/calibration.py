@@ -13,7 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from fastsched.denoisers.late_reading import Verdicts
+from fastsched.denoisers.deferred_checks import DeferredChecks
 from fastsched.diffusers.attributes import copied_with
 from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import class_and_settings, class_of, describe, own_scheduler
@@ -290,20 +290,20 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             ValueError: If the pipeline cannot be measured this way (see the class), or the output is not finite.
         """
         check_one_run(again=self._earlier is not None)
-        seen = None if self._watch is None else self._watch.take(self._verdicts)
+        seen = None if self._watch is None else self._watch.take(self._deferred)
         self._check(timestep, sample, args, kwargs)
-        model_output = output_of_tokens(model_output, timestep, kwargs, self._verdicts)
+        model_output = output_of_tokens(model_output, timestep, kwargs, self._deferred)
         output = self.convention.raw_output(model_output, sample.shape[1])
         check_output(output, sample)
         name = f"timestep {float(self._names[self._index]):g}"
-        self._verdicts.note_finite(output, lambda: f"the network returned NaN or inf at {name}")
+        self._deferred.add_finite(output, lambda: f"the network returned NaN or inf at {name}")
         if seen is not None:
             self._check_seen(seen, output, sample)
         if self._index == 1 and self._first is not None:  # now it is known which elements the pipeline owns
-            check_neighbours(self._first, self._owned, self._verdicts)
+            check_neighbours(self._first, self._owned, self._deferred)
             self._first = None
-        check_copies(output, self._copies, self._verdicts)
-        self._verdicts.settle(wait=False)
+        check_copies(output, self._copies, self._deferred)
+        self._deferred.run(wait=False)
         if self._owned is not None:
             x = sample / float(self.convention.input_scale(self._s[self._index]))
             output = held_at_zero(output, x, self._s[self._index], self.convention.denoiser, self._owned)
@@ -327,7 +327,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._index, self._copies = 0, 1
         self._scaled: Tensor | None = None
         self._consistency = Consistency(len(self._levels))
-        self._verdicts = Verdicts()
+        self._deferred = DeferredChecks()
         self._still: Tensor | None = None
         self._first: Tensor | None = None  # the pipeline's first latents, until the second step
         self._owned: Tensor | None = None  # elements of the latents that the pipeline keeps for itself
@@ -348,7 +348,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         check_room(self._run, len(sample), sample[0].numel())
         seeds = sample_seeds(int(self.config["seed"]), int(self.config["samples_before"]) + len(sample))
         seeds, shape = seeds[-len(sample) :], tuple(sample.shape[1:])
-        self._steps = measurement_steps(self._run, seeds, shape, verdicts=self._verdicts)
+        self._steps = measurement_steps(self._run, seeds, shape, deferred=self._deferred)
         return self._input(*next(self._steps))
 
     def _send(self, output: Tensor) -> Tensor:
@@ -366,7 +366,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
 
     def _finish(self, output: Tensor) -> Tensor:
         """Make the checks that are left, with that of the repeated output; returns the ends of the paths."""
-        self._verdicts.settle()
+        self._deferred.run()
         assert self._repeat is not None
         check_repeat(self._repeat[0], output)
         ends = self._measured_paths.ends * (1 if self._owned is None else ~self._owned.cpu())
@@ -378,12 +378,12 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
 
     def _input(self, x: Tensor, k: int) -> Tensor:
         name = f"timestep {float(self._names[1 + k]):g}"
-        self._verdicts.note_finite(x, lambda: f"the measurement overflows at {name}; {UNALIKE}")
+        self._deferred.add_finite(x, lambda: f"the measurement overflows at {name}; {UNALIKE}")
         return x if self._scales[k] == 1.0 else self._scales[k] * x
 
     def _check(self, timestep: Any, sample: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         check_options(self._parameters, args, kwargs)
-        check_timestep(self._index, self._names, timestep, self._verdicts)
+        check_timestep(self._index, self._names, timestep, self._deferred)
         if self._returned is None:
             check_steps(len(self.timesteps), self._asked_levels)
             check_scaling(self.convention, self.config["scheduler_class"], self._scaled, sample)
@@ -391,7 +391,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             if self._own_noise:
                 asked = self.asked_size or self._watch is None
                 needed = 1.0 if asked else float(getattr(self._own, "init_noise_sigma", 1.0))
-                check_first_latents(sample, self._verdicts, needed, self.config["scheduler_class"])
+                check_first_latents(sample, self._deferred, needed, self.config["scheduler_class"])
                 self._first = sample.clone()
             return
         returned = self._returned.to(sample.device)
@@ -399,13 +399,13 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             self._copies = 2
             self._start(self._run.dtype, sample[: len(sample) // 2])
         else:
-            check_unchanged(sample, returned, self._index, self._verdicts)
+            check_unchanged(sample, returned, self._index, self._deferred)
 
     def _check_seen(self, seen: SeenStep, output: Tensor, sample: Tensor) -> None:
         """Compare the networks' calls with those of earlier steps, and their input with the latents."""
         index, n, size = self._index, len(self._levels), sample.numel()
         level = [0, *self._queries, self._repeated][index]
-        self._consistency.note(index, level, seen, output, self._verdicts)
+        self._consistency.note(index, level, seen, output, self._deferred)
         kept = overwritten(seen, sample) if index > 0 and self._copies == 1 else None
         if index == 1 and kept is not None and 0 < int(kept.min()) < 0.99 * size:
             self._owned = replaced(seen, sample)  # their D is held at 0
@@ -414,12 +414,12 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             kept = (replaced(seen, sample) & ~self._owned).sum()
             kept = kept * (kept > 0.01 * self._owned.sum())  # in 16 bits a few were equal by chance at step 1
         if kept is not None:
-            check_sampled(kept, 0.99, size, self._verdicts)
+            check_sampled(kept, 0.99, size, self._deferred)
         if index == 0:
-            check_first_output(output, self._verdicts)
+            check_first_output(output, self._deferred)
         elif index <= n:
             zero = output == 0 if self._owned is None else (output == 0) & ~self._owned
             self._still = zero if self._still is None else self._still.logical_and_(zero)
             if index == n:
                 warn_of_unseen(seen)
-                check_sampled(self._still.sum(), 1.0, size, self._verdicts)
+                check_sampled(self._still.sum(), 1.0, size, self._deferred)

@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.late_reading import Verdicts
+from fastsched.denoisers.deferred_checks import DeferredChecks
 from fastsched.diffusers.formula import NOT_LINEAR, Formula
 from fastsched.diffusers.network_facts import progresses
 from fastsched.diffusers.step_checks import UNALIKE
@@ -53,16 +53,16 @@ class Consistency:
         self._late: dict[str, list[tuple[int, dict[str, Any]]]] = {}
         self._layers: dict[tuple[str, int], tuple[int, int]] = {}
 
-    def note(self, index: int, level: int, seen: SeenStep, output: Tensor, verdicts: Verdicts) -> None:
-        """`check` a step in which the scheduler was given ``output``, once ``verdicts`` are read: then a ValueError."""
+    def note(self, index: int, level: int, seen: SeenStep, output: Tensor, deferred: DeferredChecks) -> None:
+        """`check` a step in which the scheduler was given ``output``, when ``deferred`` is run: then a ValueError."""
         found, resolve = observed(seen, output)
 
-        def judge(values: Tensor) -> None:
+        def check(values: Tensor) -> None:
             wrong = self.check(index, level, *resolve(values))
             if wrong is not None:
                 raise ValueError(f"{wrong}; {UNALIKE}")
 
-        verdicts.note(found, judge)
+        deferred.add(found, check)
 
     def check(self, index: int, level: int, step: SeenStep, formula: Formula | None) -> str | None:
         """What is wrong with step ``index``, at the level with the index ``level``; None if nothing is.

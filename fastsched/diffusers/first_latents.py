@@ -9,7 +9,7 @@ from scipy.special import gammainccinv, gammaincinv
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.late_reading import Verdicts
+from fastsched.denoisers.deferred_checks import DeferredChecks
 from fastsched.diffusers.step_checks import INSTEAD
 
 #: Parts of the latents with fewer elements may be equal by chance.
@@ -19,14 +19,14 @@ FEWEST_ELEMENTS = 8
 CORRELATED, STANDARD_ERRORS = 0.1, 6
 
 
-def check_first_latents(sample: Tensor, verdicts: Verdicts, needed: float = 1.0, name: str = "") -> None:
+def check_first_latents(sample: Tensor, deferred: DeferredChecks, needed: float = 1.0, name: str = "") -> None:
     """Check that a pipeline starts from standard normal noise of the size that its scheduler needs.
 
     Warns if parts of it are copies of others.
 
     Args:
         sample: The first latents.
-        verdicts: Collects the values to compare.
+        deferred: Collects the values to compare.
         needed: 1 if the pipeline has asked for ``init_noise_sigma``, which is 1 here. If not (Bria, DiT), that of its
             own scheduler, which it may know as its first sigma.
         name: The scheduler's class.
@@ -38,7 +38,7 @@ def check_first_latents(sample: Tensor, verdicts: Verdicts, needed: float = 1.0,
     half = sample.numel() / 2
     low, high = (needed * math.sqrt(float(edge(half, 1e-9)) / half) for edge in (gammaincinv, gammainccinv))
 
-    def judge(found: Tensor) -> None:
+    def check(found: Tensor) -> None:
         size = float(found)
         if low / 1.33 < size < high * 1.33:
             return
@@ -55,11 +55,11 @@ def check_first_latents(sample: Tensor, verdicts: Verdicts, needed: float = 1.0,
             f"scales them by a formula of its own, or puts a given image beside the noise (JoyImage), {INSTEAD}"
         )
 
-    verdicts.note(sample.float().square().mean().sqrt(), judge)
-    _warn_of_copies(sample, verdicts)
+    deferred.add(sample.float().square().mean().sqrt(), check)
+    _warn_of_copies(sample, deferred)
 
 
-def _warn_of_copies(sample: Tensor, verdicts: Verdicts) -> None:
+def _warn_of_copies(sample: Tensor, deferred: DeferredChecks) -> None:
     counts = []
     for n in range(1, sample.ndim):
         parts = sample.movedim(n, 0).flatten(1)
@@ -68,7 +68,7 @@ def _warn_of_copies(sample: Tensor, verdicts: Verdicts) -> None:
             random = (parts[1:] != parts[1:, :1]).any(1)  # not those that a mask or a condition fills with one number
             counts.append((random & (parts[1:] == parts[:-1]).all(1)).sum())
 
-    def judge(found: Tensor) -> None:
+    def check(found: Tensor) -> None:
         if int(found.max()) > 0:
             validate.warn(
                 "some parts of the pipeline's first latents are copies of others (FreeNoise's frames), but a "
@@ -77,10 +77,10 @@ def _warn_of_copies(sample: Tensor, verdicts: Verdicts) -> None:
             )
 
     if counts:
-        verdicts.note(torch.stack(counts), judge)
+        deferred.add(torch.stack(counts), check)
 
 
-def check_neighbours(sample: Tensor, owned: Tensor | None, verdicts: Verdicts) -> None:
+def check_neighbours(sample: Tensor, owned: Tensor | None, deferred: DeferredChecks) -> None:
     """ValueError if neighbours in a pipeline's first latents are correlated, as in an image with noise.
 
     Elements that the pipeline replaces at every step (``owned``) may hold anything.
@@ -90,7 +90,7 @@ def check_neighbours(sample: Tensor, owned: Tensor | None, verdicts: Verdicts) -
     products = torch.stack([x.square().mean(), *((one * other).mean() for one, other in pairs if one.numel())])
     most = [CORRELATED + STANDARD_ERRORS / math.sqrt(one.numel()) for one, _ in pairs if one.numel()]
 
-    def judge(found: Tensor) -> None:
+    def check(found: Tensor) -> None:
         square, *others = found.tolist()
         for product, bound in zip(others, most, strict=True):
             if abs(product) > bound * square:
@@ -101,4 +101,4 @@ def check_neighbours(sample: Tensor, owned: Tensor | None, verdicts: Verdicts) -
                     "image or video), if there is one"
                 )
 
-    verdicts.note(products, judge)
+    deferred.add(products, check)

@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.late_reading import sent
+from fastsched.denoisers.deferred_checks import sent
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.diffusers.conventions import Convention, class_and_settings, describe, own_scheduler
 from fastsched.diffusers.exporter import check_range, denoised_levels, plain_copy, told_levels, told_timesteps

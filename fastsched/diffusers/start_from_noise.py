@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsched.denoisers.late_reading import LateReading, Verdicts
+from fastsched.denoisers.deferred_checks import DeferredChecks, DeferredRead
 from fastsched.diffusers.attributes import copied_with
 from fastsched.diffusers.calibration import CalibrationOutput
 from fastsched.diffusers.consistency import Consistency
@@ -78,8 +78,8 @@ class StartFromNoise:
         self.end = torch.empty(0, device="cpu")
         self.left: int | None = None
         self._copies, self._returned = 1, torch.empty(0, device="cpu")
-        self._calls: list[tuple[float, LateReading, LateReading]] = []  # s, y, D
-        self._verdicts = Verdicts()
+        self._calls: list[tuple[float, DeferredRead, DeferredRead]] = []  # s, y, D
+        self._deferred = DeferredChecks()
         self._recorded, self._must_scale = True, must_scale
         self._own: dict[str, Tensor] = {}
         self._set_timesteps = scheduler.set_timesteps
@@ -88,7 +88,7 @@ class StartFromNoise:
             _Replaced(scheduler, "scale_model_input", self.scale_model_input).put()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StartFromNoise:
-        own = {"seeds": self.seeds ^ BESIDE * 2**32, "_recorded": False, "_verdicts": Verdicts(), "_calls": []}
+        own = {"seeds": self.seeds ^ BESIDE * 2**32, "_recorded": False, "_deferred": DeferredChecks(), "_calls": []}
         return copied_with(self, memo, **own, _watch=self._watch, _advance=self._advance)
 
     def check_ended(self) -> None:
@@ -101,19 +101,19 @@ class StartFromNoise:
 
     def constants(self) -> dict[str, Any]:
         """`Consistency.constants`."""
-        self._verdicts.settle()
+        self._deferred.run()
         return self._consistency.constants()
 
     def evaluations(self) -> Evaluations:
         """The network's inputs and outputs, in order; waits for the device. ValueError if a step made other calls."""
-        self._verdicts.settle()
+        self._deferred.run()
         return Evaluations.of([(s, y.values(), denoised.values()) for s, y, denoised in self._calls])
 
     def _check(self, output: Tensor) -> None:
-        seen, level = self._watch.take(self._verdicts), self._index + 1  # each step has a level of its own
-        self._consistency.note(self._index, level, seen, output, self._verdicts)
+        seen, level = self._watch.take(self._deferred), self._index + 1  # each step has a level of its own
+        self._consistency.note(self._index, level, seen, output, self._deferred)
         self._index += 1
-        self._verdicts.settle(wait=False)
+        self._deferred.run(wait=False)
 
     def _may_change(self, index: int) -> bool:
         """Whether a change that was measured (`PathStatistics.changes`) may lie between a step and the one before."""
@@ -196,20 +196,20 @@ class StartFromNoise:
         if not self._calls and doubled(sample, self._returned):
             self._copies = 2  # guided DiT: the second half of the batch has become a copy of the first
         else:
-            check_unchanged(sample, self._returned.to(sample.device), self._index - 1, self._verdicts)
+            check_unchanged(sample, self._returned.to(sample.device), self._index - 1, self._deferred)
         kept = sample.chunk(self._copies)[0]
         s = self._levels[len(self._calls)].reshape(1)
         at = s if self._at is None else self._at[len(self._calls)].reshape(1)
         process, (a, c) = self.convention.process, self.convention.denoiser.coefficients(at)
         y = kept.float() / float(scales(self.convention, s)[1])
         x = float(process.sigma(at) * process.sigma_ratio(s, at)) * y
-        signed = output_of_tokens(output, timestep, kwargs, self._verdicts)
+        signed = output_of_tokens(output, timestep, kwargs, self._deferred)
         raw = self.convention.raw_output(signed, sample.shape[1]).chunk(self._copies)[0].float()
         check_output(raw, kept)
         if bool(self._owned.any()):  # then the batch is not doubled
             raw = held_at_zero(raw, x, at, self.convention.denoiser, self._owned.to(sample.device))
-            output = (self.convention.sign * output_of_tokens(raw, timestep, kwargs, self._verdicts)).to(output)
-        self._calls.append((float(s), LateReading(y), LateReading(float(a) * x + float(c) * raw)))
+            output = (self.convention.sign * output_of_tokens(raw, timestep, kwargs, self._deferred)).to(output)
+        self._calls.append((float(s), DeferredRead(y), DeferredRead(float(a) * x + float(c) * raw)))
         with self.own_tables():
             result = self._step(output, timestep, sample, *args, **kwargs)
         end = result[0] if isinstance(result, tuple) else result.prev_sample

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
+from fastsched.denoisers.deferred_checks import DeferredChecks
 from fastsched.denoisers.denoiser import Denoiser
-from fastsched.denoisers.late_reading import Verdicts
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.diffusers.conventions import Convention
 
@@ -65,7 +65,7 @@ KEEPS = (
 TOKENS = "per_token_timesteps"
 
 
-def output_of_tokens(output: Any, timestep: Any, options: Mapping[str, Any], verdicts: Verdicts) -> Any:
+def output_of_tokens(output: Any, timestep: Any, options: Mapping[str, Any], deferred: DeferredChecks) -> Any:
     """The network's output in a call of ``step``, negated if the call gives a timestep for each token.
 
     In such a call the class steps by ``sample + (sigma - sigma_next) output``, with the opposite of its usual sign.
@@ -75,7 +75,7 @@ def output_of_tokens(output: Any, timestep: Any, options: Mapping[str, Any], ver
     if tokens is None:
         return output
 
-    def judge(found: Tensor) -> None:
+    def check(found: Tensor) -> None:
         if int(found) > 0:
             raise ValueError(
                 f"the pipeline calls step with {TOKENS} of which {int(found)} of {tokens.numel()} are not the step's "
@@ -83,7 +83,7 @@ def output_of_tokens(output: Any, timestep: Any, options: Mapping[str, Any], ver
             )
 
     own = torch.as_tensor(timestep).to(tokens)  # timesteps of tokens to be kept differ from it by more than rounding
-    verdicts.note(((tokens - own).abs() > 1e-3 * own.abs() + 1e-3).sum(), judge)
+    deferred.add(((tokens - own).abs() > 1e-3 * own.abs() + 1e-3).sum(), check)
     return -output
 
 
@@ -204,13 +204,13 @@ def check_scaled(sample: Any, scaled: Tensor | None = None) -> None:
         )
 
 
-def check_timestep(index: int, timesteps: Tensor, timestep: Any, verdicts: Verdicts) -> None:
+def check_timestep(index: int, timesteps: Tensor, timestep: Any, deferred: DeferredChecks) -> None:
     """ValueError unless step ``index`` is called with its own timestep, of the run's ``timesteps`` (on the CPU)."""
     if index >= len(timesteps):
         raise ValueError("the pipeline calls step after its last timestep; start a new run")
     given, expected = torch.as_tensor(timestep), float(timesteps[index].float())
 
-    def judge(found: Tensor) -> None:
+    def check(found: Tensor) -> None:
         away = {abs(value - expected): value for value in found.tolist()}
         if not max(away) <= 1e-3 + 1e-3 * abs(expected):
             raise ValueError(
@@ -219,7 +219,7 @@ def check_timestep(index: int, timesteps: Tensor, timestep: Any, verdicts: Verdi
                 f"{INSTEAD}"
             )
 
-    verdicts.note(given if given.numel() == 1 else torch.stack(torch.aminmax(given)), judge)
+    deferred.add(given if given.numel() == 1 else torch.stack(torch.aminmax(given)), check)
 
 
 def check_output(output: Any, sample: Tensor) -> None:
@@ -236,13 +236,13 @@ def check_output(output: Any, sample: Tensor) -> None:
         )
 
 
-def check_unchanged(sample: Tensor, returned: Tensor, index: int, verdicts: Verdicts) -> None:
+def check_unchanged(sample: Tensor, returned: Tensor, index: int, deferred: DeferredChecks) -> None:
     """ValueError if a pipeline changed elements of the latents that the step before returned, or rescaled them all.
 
     Rounding to 16 bits is allowed.
     """
 
-    def judge(found: Tensor) -> None:
+    def check(found: Tensor) -> None:
         changed = int(found)
         if changed > 0:
             raise ValueError(
@@ -252,41 +252,41 @@ def check_unchanged(sample: Tensor, returned: Tensor, index: int, verdicts: Verd
 
     sample_size = sample.numel()
     if sample.shape != returned.shape:
-        judge(torch.tensor([sample_size], device="cpu"))
+        check(torch.tensor([sample_size], device="cpu"))
     changed = differing(sample, returned, ROUNDED)
     if index <= RESIZED_EARLY:
         before, now = (latents.float().flatten() for latents in (returned, sample))
         square = before @ before
         resized = (now @ before - square).abs() > RESIZED * square
         changed = torch.where(resized & (changed == 0), sample_size, changed)
-    verdicts.note(changed, judge)
+    deferred.add(changed, check)
 
 
-def check_sampled(kept: Tensor, most: float, size: int, verdicts: Verdicts) -> None:
+def check_sampled(kept: Tensor, most: float, size: int, deferred: DeferredChecks) -> None:
     """ValueError if a pipeline keeps some elements of its latents for itself.
 
     Args:
         kept: How many elements it seems to keep, counted in one or more ways, [n]; the smallest is used.
         most: From this fraction of all elements on, there must be another reason, and it is no error.
         size: The number of elements.
-        verdicts: Collects the values to compare.
+        deferred: Collects the values to compare.
     """
 
-    def judge(counts: Tensor) -> None:
+    def check(counts: Tensor) -> None:
         count = min(counts.tolist())
         if 0 < count < most * size:
             raise ValueError(f"the pipeline keeps {count:.0f} of {size} elements {KEEPS}")
 
-    verdicts.note(kept, judge)
+    deferred.add(kept, check)
 
 
-def check_first_output(output: Tensor, verdicts: Verdicts) -> None:
+def check_first_output(output: Tensor, deferred: DeferredChecks) -> None:
     """ValueError if a pipeline's first step is to leave elements of the first latents as they are (LTX-2).
 
     There the output is exactly 0, at more elements than rounding to 16 bits makes 0 by chance.
     """
     zero = (output == 0).sum()
-    check_sampled(zero * (zero > 0.02 * output.numel()), 1.0, output.numel(), verdicts)
+    check_sampled(zero * (zero > 0.02 * output.numel()), 1.0, output.numel(), deferred)
 
 
 def differing(values: Tensor, wanted: Tensor, slack: float) -> Tensor:
@@ -350,16 +350,16 @@ def check_repeat(first: Tensor, output: Tensor) -> None:
         )
 
 
-def check_copies(output: Tensor, copies: int, verdicts: Verdicts) -> None:
+def check_copies(output: Tensor, copies: int, deferred: DeferredChecks) -> None:
     """ValueError unless the outputs for ``copies`` equal parts of the batch agree."""
     if copies == 1:
         return
 
-    def judge(found: Tensor) -> None:
+    def check(found: Tensor) -> None:
         if bool((found[1:] > 1e-2 * found[0]).any()):
             raise ValueError(
                 f"the pipeline doubles its batch and computes different outputs for the two halves, {INSTEAD}"
             )
 
     first, *others = output.float().chunk(copies)
-    verdicts.note(torch.stack([first.norm(), *((other - first).norm() for other in others)]), judge)
+    deferred.add(torch.stack([first.norm(), *((other - first).norm() for other in others)]), check)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.late_reading import Verdicts
+from fastsched.denoisers.deferred_checks import DeferredChecks
 from fastsched.denoisers.network_state import (
     check_evaluation_mode,
     is_training,
@@ -79,14 +79,14 @@ class PipelineWatch:
         """Forget calls before the run: prompt encoders, or a network that fills a cache (GLM-Image from an image)."""
         self._step = SeenStep()
 
-    def take(self, verdicts: Verdicts) -> SeenStep:
-        """End a step: return what happened since the last call of this method; ``verdicts`` collects what to compare.
+    def take(self, deferred: DeferredChecks) -> SeenStep:
+        """End a step: return what happened since the last call of this method; ``deferred`` collects what to compare.
 
         Raises:
             ValueError: As `check_times` does.
         """
         step, self._step = self._step, SeenStep()
-        check_times(self._times, step.times, verdicts)
+        check_times(self._times, step.times, deferred)
         self._times = step.times
         self._steps += 1
         step.first, self._first = self._first, step if self._steps == 1 else None
@@ -248,7 +248,7 @@ def check_replaced(step: SeenStep, latents: Tensor, kept: Tensor) -> None:
         return
 
 
-def check_times(before: dict[str, Tensor], now: dict[str, Tensor], verdicts: Verdicts) -> None:
+def check_times(before: dict[str, Tensor], now: dict[str, Tensor], deferred: DeferredChecks) -> None:
     """ValueError unless all timesteps in an argument of a network that follow the level are equal, ``before`` and now.
 
     Others must be constant, such as 0 for a given frame: a part of the latents whose timestep is a fraction of the
@@ -265,7 +265,7 @@ def check_times(before: dict[str, Tensor], now: dict[str, Tensor], verdicts: Ver
         own = pair[:, (pair[1] - pair[0]).abs().argmax().reshape(1)]  # that of the step, which changes most
         apart = ((pair - own).abs() > rounded * own.abs() + 1e-6).any(0) & (pair[0] != pair[1])
 
-        def judge(found: Tensor, name: str = name, size: int = times.numel()) -> None:
+        def check(found: Tensor, name: str = name, size: int = times.numel()) -> None:
             if int(found) > 0:
                 raise ValueError(
                     f"{name.replace('#0', '')} holds another timestep than the step's at {int(found)} of its {size} "
@@ -273,7 +273,7 @@ def check_times(before: dict[str, Tensor], now: dict[str, Tensor], verdicts: Ver
                     f"latents has another noise level than the scheduler assumes; {FROM_NOISE}"
                 )
 
-        verdicts.note(apart.sum(), judge)
+        deferred.add(apart.sum(), check)
 
 
 def warn_of_unseen(step: SeenStep) -> None:

@@ -1,8 +1,8 @@
 """Predicted errors of schedules near one that was run.
 
 The parameters ``x`` of a schedule are the logarithms of its inner levels. If the solver is fitted, its weights below
-the diagonal follow, row by row. With decoupled levels the offsets ``log(s_told / s)`` of all steps are last, where the
-network is told ``s_told`` instead of the state's level ``s``. The anchor ``x_a`` is a schedule that was run, so its
+the diagonal follow, row by row. With decoupled levels the offsets ``log(s' / s)`` of all steps are last, where the
+network is told ``s'`` instead of the state's level ``s``. The anchor ``x_a`` is a schedule that was run, so its
 error ``E_a`` is known. Near the anchor the error is predicted as
 
     ``E(x) ~ E_a + (C(x) - C(x_a)) v + sum_m c_m(x) R_m``,   ``R_m = E_m - E_a - (C(x_m) - C(x_a)) v``,
@@ -49,7 +49,7 @@ class Point:
 
     levels: Array  #: the levels, [steps + 1]
     weights: Array | None  #: the fitted solver's, [steps, steps]
-    offsets: Array | None  #: ``log(s_told / s)`` of each step, [steps]; None unless levels are decoupled
+    offsets: Array | None  #: ``log(s' / s)`` of each step, [steps]; None unless levels are decoupled
 
     @property
     def parameters(self) -> Array:
@@ -58,7 +58,7 @@ class Point:
         return np.concatenate([np.log(self.levels[1:-1]), *below, *([] if self.offsets is None else [self.offsets])])
 
     @property
-    def told(self) -> Array:
+    def network_levels(self) -> Array:
         """The levels that the network is told, [steps]."""
         states = self.levels[..., :-1]
         return states if self.offsets is None else states * np.exp(self.offsets)
@@ -70,15 +70,15 @@ class Point:
 
     def in_order(self, process: NoiseProcess) -> bool:
         """Whether the levels, and the levels that the network is told, descend and are far enough apart."""
-        return all(bool(separate(process, each[None])) for each in (self.levels, self.told))
+        return all(bool(separate(process, each[None])) for each in (self.levels, self.network_levels))
 
     def schedule(self, process: NoiseProcess, solver: str, decoupled: str | None) -> Schedule:
         """The schedule for a solver; for ``decoupled`` see `Schedule`."""
-        weights, told = (
+        weights, levels = (
             None if each is None else torch.from_numpy(each)
-            for each in (self.weights, None if self.coupled else self.told)
+            for each in (self.weights, None if self.coupled else self.network_levels)
         )
-        more = {"weights": weights, "told": told, "decoupled": decoupled}
+        more = {"weights": weights, "network_levels": levels, "decoupled": decoupled}
         return Schedule.from_levels(process, torch.from_numpy(self.levels), solver, **more)
 
 
@@ -140,7 +140,7 @@ class Neighbourhood:
         point, process = self.point(x), self.surrogate.process
         known, offsets = known_levels(process, point.levels), point.offsets
         if offsets is not None:
-            offsets = log_ratio(known_levels(process, point.told), known[:-1])
+            offsets = log_ratio(known_levels(process, point.network_levels), known[:-1])
         return Point(known, point.weights, offsets).parameters
 
     def outcome(self, x: Array) -> Outcome:
@@ -160,9 +160,9 @@ class Neighbourhood:
         points, process = self._points(x), self.surrogate.process
         valid = separate(process, points.levels)
         if points.offsets is not None:
-            told = points.told
+            levels = points.network_levels
             highest, lowest = process.s_max * (1 + ROUNDING), process.s_min * (1 - ROUNDING)
-            valid &= separate(process, told) & (told[:, 0] <= highest) & (told[:, -1] >= lowest)
+            valid &= separate(process, levels) & (levels[:, 0] <= highest) & (levels[:, -1] >= lowest)
         values = np.full(len(x), np.inf)
         if valid.any():
             values[valid] = power_mean(self.squared_errors(self.outcome(x[valid])))
@@ -204,6 +204,6 @@ class Neighbourhood:
         return Point(levels, weights, offsets)
 
 
-def log_ratio(told: Array, levels: Array) -> Array:
-    """Offsets ``log(s_told / s)`` from the levels told and the states' levels, [steps] each; 0 at pure noise."""
-    return np.log(np.divide(told, levels, out=np.ones_like(told), where=levels < np.inf))
+def log_ratio(network_levels: Array, levels: Array) -> Array:
+    """Offsets ``log(s' / s)`` from the network's levels and the states' levels, [steps] each; 0 at pure noise."""
+    return np.log(np.divide(network_levels, levels, out=np.ones_like(network_levels), where=levels < np.inf))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
+from fastsched.denoisers.deferred_checks import DeferredRead
 from fastsched.denoisers.denoiser import Denoiser, placement
-from fastsched.denoisers.late_reading import LateReading
 from fastsched.measurement.batches import is_out_of_memory
 from fastsched.measurement.fingerprints import largest_difference
 from fastsched.measurement.statistics import PathStatistics
@@ -78,7 +78,7 @@ class RecordingDenoiser(Denoiser):
     """A denoiser that keeps its inputs and outputs on the CPU."""
 
     own: Denoiser | None = None  #: the denoiser that is called
-    calls: list[tuple[float, LateReading, LateReading]] = field(default_factory=list)  #: ``(s, y, D)`` of each call
+    calls: list[tuple[float, DeferredRead, DeferredRead]] = field(default_factory=list)  #: ``(s, y, D)`` of each call
 
     @classmethod
     def of(cls, denoiser: Denoiser) -> RecordingDenoiser:
@@ -88,7 +88,7 @@ class RecordingDenoiser(Denoiser):
     def denoise(self, y: Tensor, s: Tensor | float, **options: Any) -> Tensor:
         """As `Denoiser.denoise`, but for one level only."""
         found = (self.own or super()).denoise(y, s, **options)
-        self.calls.append((float(s), LateReading(y), LateReading(found)))
+        self.calls.append((float(s), DeferredRead(y), DeferredRead(found)))
         return found
 
     def evaluations(self) -> Evaluations:

@@ -161,8 +161,8 @@ def _offsets(stats: PathStatistics, schedule: Schedule) -> Array:
     """``log`` of the levels that the network is told over the states' levels, [steps]; 0 at pure noise."""
     if schedule.network_sigmas is None:
         return np.zeros(schedule.steps)
-    levels, told = (stats.process.level(each).numpy() for each in (schedule.sigmas[:-1], schedule.network_sigmas))
-    return log_ratio(told, levels)
+    levels, asked = (stats.process.level(each).numpy() for each in (schedule.sigmas[:-1], schedule.network_sigmas))
+    return log_ratio(asked, levels)
 
 
 def _products(rows: Sequence[Tensor], vectors: Tensor) -> Array:

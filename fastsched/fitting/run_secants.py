@@ -69,7 +69,7 @@ def with_runs(
         s: Levels of the evaluations, [R, E].
         deviations: Deviations of the states at the evaluations, [R, E, V].
         columns: Indices of the evaluations' residuals among the vectors, [R, E].
-        offsets: ``log(s_told / s)``, if the network was told ``s_told`` and the state's level was ``s``, [R, E].
+        offsets: ``log(s' / s)``, if the network was told ``s'`` and the state's level was ``s``, [R, E].
         anchor: The index of the run near which the secants are used.
         metric: The Gram matrix of all vectors, [V, V].
         unit: The squared deviation at level 1 that an offset of 1 is equivalent to. It grows with the square of the

@@ -232,5 +232,5 @@ def _proposal(record: RunRecord, anchor: int, reach: float) -> tuple[Schedule, f
 def _repeats(one: Point, other: Point) -> bool:
     """Whether two schedules have the same levels and weights up to the tolerances; smaller changes have no effect."""
     same = np.allclose(one.levels, other.levels, rtol=1e-9, atol=0.0)
-    same = same and np.allclose(one.told, other.told, rtol=1e-4, atol=0.0)
+    same = same and np.allclose(one.network_levels, other.network_levels, rtol=1e-4, atol=0.0)
     return same and (one.weights is None or other.weights is None or np.allclose(one.weights, other.weights, atol=1e-4))

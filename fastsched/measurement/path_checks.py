@@ -114,8 +114,8 @@ def path_checked(steps: Query[Result], ask: CheckCalls, s: Tensor) -> Query[Resu
     while (end := path.see(*question, raw)) is None:
         question = steps.send(raw)
         raw = yield question
-    raw = raw.clone()  # `judge` calls the network, which may overwrite its last output
-    path.judge(end)
+    raw = raw.clone()  # `check_end` calls the network, which may overwrite its last output
+    path.check_end(end)
     squares, equal = [each[2] for each in path.products], []  # |R|^2 on the path, and whether it is that on others
     del path, end  # the deviated paths need the memory
     while True:
@@ -175,7 +175,7 @@ class _Path:
         change = self.ask.raw(y[None], s, torch.float32)[1][0].sub_(before).div_(s)
         return change, float((change * step).sum() / step.square().sum())
 
-    def judge(self, end: Tensor) -> None:
+    def check_end(self, end: Tensor) -> None:
         """Raise an error if the prediction has the wrong sign; warn of other violations."""
         products = torch.stack(self.products, 1).cpu().double()  # [5, N, B]
         sizes, spread = self._sizes(products)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
+from fastsched.denoisers.deferred_checks import DeferredChecks
 from fastsched.denoisers.denoiser import Denoiser
-from fastsched.denoisers.late_reading import Verdicts
 from fastsched.denoisers.network_errors import not_finite
 from fastsched.measurement.deviated_paths import DeviatedPath, asked_levels, queries
 from fastsched.measurement.kept_vectors import KeptVectors
@@ -97,9 +97,9 @@ class Measurement:
 class OutputChecks:
     """Checks the network's outputs for a batch, one after the other, without waiting for the device."""
 
-    def __init__(self, run: Measurement, advance: Callable[[int], object], verdicts: Verdicts | None) -> None:
-        self.run, self.advance, self.verdicts = run, advance, Verdicts() if verdicts is None else verdicts
-        self._checks = verdicts is None
+    def __init__(self, run: Measurement, advance: Callable[[int], object], deferred: DeferredChecks | None) -> None:
+        self.run, self.advance, self.deferred = run, advance, DeferredChecks() if deferred is None else deferred
+        self._checks = deferred is None
         self._asked, self._queries = 0, run.queries
         self._norms: list[Tensor] = []  # [B], one a level of the reference path, if outputs have 16 bits
         self._dtype: torch.dtype | None = None
@@ -109,8 +109,8 @@ class OutputChecks:
         if self._checks:
             run, k = self.run, self._queries[self._asked]
             where = f"(level {k} of {len(run.s)})"
-            self.verdicts.note_finite(raw, lambda: f"{not_finite(run.denoiser.process, run.s[k])} {where}")
-            self.verdicts.settle(wait=False)
+            self.deferred.add_finite(raw, lambda: f"{not_finite(run.denoiser.process, run.s[k])} {where}")
+            self.deferred.run(wait=False)
         if self._asked < len(self.run.s):
             self._dtype = raw.dtype if self._dtype is None else torch.promote_types(self._dtype, raw.dtype)
             if self._dtype in STORAGE_ERROR:
@@ -130,7 +130,7 @@ def measurement_steps(
     shape: tuple[int, ...],
     advance: Callable[[int], object] = lambda calls: None,
     out: Tensor | None = None,
-    verdicts: Verdicts | None = None,
+    deferred: DeferredChecks | None = None,
 ) -> Query[PathStatistics]:
     """One batch's measurement, as a generator that is sent the network's raw outputs.
 
@@ -139,22 +139,22 @@ def measurement_steps(
     pipeline's own loop (`fastsched.diffusers.CalibrationScheduler`).
 
     ``advance`` is called with the number of calls made. Kept vectors are written to ``out`` [B, V, d] float32 on the
-    CPU, or to new memory. A caller that checks by itself whether outputs are finite passes its ``verdicts``, which are
-    read at the end.
+    CPU, or to new memory. A caller that checks by itself whether outputs are finite passes its ``deferred``
+    checks, which are run at the end.
 
     Raises:
         ValueError: If an output holds NaN or inf (the message names the first such level), or if squared increments
             exceed float32. For outputs on a GPU it is raised once the result is known without waiting, or at the end.
     """
     noise, elements = noise_of(seeds, shape).to(run.device), math.prod(shape)
-    checks = OutputChecks(run, advance, verdicts)
+    checks = OutputChecks(run, advance, deferred)
     with KeptVectors.allocated((len(seeds), run.rows, elements), run.device, run.store or "device", out) as kept:
         first, end = yield from _follow_reference(run, noise, kept, checks)
         followers = [_Follower(run.s, path, noise, first) for path in run.deviated]
         del noise, first  # no longer than the followers need them
         if run.deviated:
             yield from _follow_deviated(run, followers, kept, checks)
-        checks.verdicts.settle()
+        checks.deferred.run()
         gram, n = kept.gram(run.vectors), len(run.s) - 1
         _check_squares(gram)
         vectors = kept.on_cpu(run.vectors, out) if run.keep_vectors else None

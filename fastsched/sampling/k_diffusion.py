@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
-from fastsched.denoisers.late_reading import Verdicts
+from fastsched.denoisers.deferred_checks import DeferredChecks
 from fastsched.denoisers.network_errors import checked_call
 from fastsched.sampling.decoupled import decoupled_model
 from fastsched.sampling.fitted import checked_weights
@@ -67,12 +67,12 @@ def sample_fitted(
         raise ValueError(f"sigmas must be finite and end in 0, got {levels}")
     rows = checked_weights(given, len(levels) - 1).tolist()
     sigmas = sigmas.to(x) if isinstance(sigmas, Tensor) else x.new_tensor(levels)
-    ones, history, verdicts = x.new_ones([len(x)]), [], Verdicts()
-    _note_size(x, levels[0], verdicts)
+    ones, history, deferred = x.new_ones([len(x)]), [], DeferredChecks()
+    _note_size(x, levels[0], deferred)
     with progress_bar(len(rows), not disable, "fitted sampling", unit="step") as advance:
         for i, row in enumerate(rows):
             call = partial(model, x.clone(), sigmas[i] * ones, **(extra_args or {}))
-            denoised = _denoised(call, x, levels[i], verdicts)
+            denoised = _denoised(call, x, levels[i], deferred)
             if callback is not None:
                 callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
             history.append(denoised)
@@ -80,7 +80,7 @@ def sample_fitted(
             mean = sum(weight * known for weight, known in zip(row, history, strict=False))
             x = ratio * x + (1 - ratio) * mean
             advance(1)
-    verdicts.settle()
+    deferred.run()
     return x
 
 
@@ -109,10 +109,10 @@ def _parts(model: Callable[..., Tensor], sigmas: Any, weights: Any) -> tuple[Cal
     return asked, sigmas.sigmas, sigmas.weights
 
 
-def _note_size(x: Tensor, sigma: float, verdicts: Verdicts) -> None:
-    """``verdicts`` later warn if a first state is so small that it holds less noise than its sigma."""
+def _note_size(x: Tensor, sigma: float, deferred: DeferredChecks) -> None:
+    """``deferred`` later warns if a first state is so small that it holds less noise than its sigma."""
 
-    def judge(size: Tensor) -> None:
+    def check(size: Tensor) -> None:
         if float(size) < SMALL * sigma:
             validate.warn(
                 f"x must be noise times sigmas[0] = {sigma:.3g}, but its root mean square is {float(size):.3g}: is the "
@@ -120,12 +120,12 @@ def _note_size(x: Tensor, sigma: float, verdicts: Verdicts) -> None:
             )
 
     if x.numel() >= ELEMENTS:
-        verdicts.note(x.float().square().mean().sqrt(), judge)
+        deferred.add(x.float().square().mean().sqrt(), check)
 
 
-def _denoised(call: Callable[[], Tensor], x: Tensor, sigma: float, verdicts: Verdicts) -> Tensor:
-    """A copy of the model's output, because the model may reuse its buffer; ``verdicts`` note if it is not finite."""
+def _denoised(call: Callable[[], Tensor], x: Tensor, sigma: float, deferred: DeferredChecks) -> Tensor:
+    """A copy of the model's output, as the model may reuse its buffer; ``deferred`` later checks that it is finite."""
     denoised = checked_call(call, x, x.new_ones(len(x)), x.dtype).clone()
-    verdicts.note_finite(denoised, lambda: f"the model returned NaN or inf at sigma = {sigma:g}")
-    verdicts.settle(wait=False)
+    deferred.add_finite(denoised, lambda: f"the model returned NaN or inf at sigma = {sigma:g}")
+    deferred.run(wait=False)
     return denoised

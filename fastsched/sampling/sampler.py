@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser
-from fastsched.denoisers.finite_answers import finite_denoised, verdicts_of
+from fastsched.denoisers.finite_answers import finite_denoised, noise_check
 from fastsched.denoisers.network_state import unchanged_buffers
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling.fitted import fitted_solver
@@ -98,18 +98,18 @@ def sample(
     method = schedule_solver(sigmas, name)
     if seed is not None:
         raise ValueError(f"seed must be None for {method.name}, got {seed!r}: this solver adds no noise")
-    nodes, verdicts = nodes_of(denoiser.process, s), verdicts_of(noise, float(s[0]), denoiser)
+    nodes, deferred = nodes_of(denoiser.process, s), noise_check(noise, float(s[0]), denoiser)
     dtype = dtype or denoiser.dtype_beside(noise.dtype)
     calls, others = calls_of(method, nodes), _other_levels(sigmas, method.name, denoiser.process)
     with unchanged_buffers(denoiser.network), progress_bar(calls, progress, f"{method.name} sampling") as advance:
 
         def denoise(y: Tensor, level: Tensor | float) -> Tensor:
-            denoised = finite_denoised(denoiser, y, level, dtype, verdicts, **next(others, {}))
+            denoised = finite_denoised(denoiser, y, level, dtype, deferred, **next(others, {}))
             advance(1)
             return denoised
 
         y = answered(integration(nodes, method, noise, s=s), denoise)
-    verdicts.settle()
+    deferred.run()
     return y if float(s[-1]) == 0.0 else y * float(s[-1])
 
 
@@ -135,7 +135,8 @@ def _other_levels(run: object, solver: str, process: NoiseProcess) -> Iterator[d
     if own is None:
         return iter(())
     check_decoupled(solver)
-    name, levels = "at" if getattr(run, "decoupled", None) == "denoiser" else "told", process.level(own)
+    name = "denoiser_level" if getattr(run, "decoupled", None) == "denoiser" else "timestep_level"
+    levels = process.level(own)
     _warn_of_unknown_levels(process, float(levels[0]), "network_sigmas")
     return ({name: level} for level in levels)
 

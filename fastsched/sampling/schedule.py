@@ -99,10 +99,10 @@ class Schedule:
         else:
             check_decoupled(self.solver)
             object.__setattr__(self, "decoupled", self.decoupled or "timestep")  # as in files of earlier versions
-            told = _network_sigmas(self.network_sigmas, len(sigmas) - 1, self.noise)
-            if self.decoupled == "denoiser" and bool(told[0].isinf() != sigmas[0].isinf()):
+            levels = _network_sigmas(self.network_sigmas, len(sigmas) - 1, self.noise)
+            if self.decoupled == "denoiser" and bool(levels[0].isinf() != sigmas[0].isinf()):
                 raise ValueError("network_sigmas and sigmas must both start at pure noise, or neither may")
-            object.__setattr__(self, "network_sigmas", told)
+            object.__setattr__(self, "network_sigmas", levels)
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", _timesteps(self.timesteps, len(sigmas) - 1, self.noise))
 
@@ -122,20 +122,20 @@ class Schedule:
         predicted_error: float | None = None,
         weights: Tensor | None = None,
         origin: Origin | None = None,
-        told: Tensor | None = None,
+        network_levels: Tensor | None = None,
         decoupled: str | None = None,
     ) -> Schedule:
         """A schedule at the noise levels ``s`` [steps + 1] of ``process``, the last of which is 0.
 
-        ``told`` are the levels [steps] that the network is given, if not those of the states; for ``decoupled`` see
-        the class.
+        ``network_levels`` are the levels [steps] that the network is given, if not those of the states; for
+        ``decoupled`` see the class.
         """
         return cls(
             sigmas=process.sampler_sigma(s),
             solver=solver,
             noise=process.kind,
-            timesteps=process.timestep(s[:-1] if told is None else told),
-            network_sigmas=None if told is None else process.sampler_sigma(told),
+            timesteps=process.timestep(s[:-1] if network_levels is None else network_levels),
+            network_sigmas=None if network_levels is None else process.sampler_sigma(network_levels),
             decoupled=decoupled,
             predicted_error=predicted_error,
             weights=weights,

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from fastsched import validate
+from fastsched.denoisers.deferred_checks import sent
 from fastsched.denoisers.denoiser import Denoiser
-from fastsched.denoisers.finite_answers import finite_denoised, verdicts_of
-from fastsched.denoisers.late_reading import sent
+from fastsched.denoisers.finite_answers import finite_denoised, noise_check
 from fastsched.denoisers.network_state import unchanged_buffers
 from fastsched.sampling.progress import Progress, progress_bar
 from fastsched.sampling.random_streams import normal, sample_seeds, stream
@@ -64,15 +64,15 @@ def sample_stochastic(
     s = denoiser.process.level(check_sigmas("sigmas", sigmas))
     levels, dtype = s.tolist(), dtype or denoiser.dtype_beside(noise.dtype)
     streams = [stream(value, 1) for value in sample_seeds(seed, len(noise)).tolist()]
-    y, before, width_before, verdicts = noise, None, math.inf, verdicts_of(noise, levels[0], denoiser)
+    y, before, width_before, deferred = noise, None, math.inf, noise_check(noise, levels[0], denoiser)
     bar = progress_bar(len(levels) - 1, progress, f"{solver} sampling")
     with unchanged_buffers(denoiser.network), bar as advance:
         for n in range(len(levels) - 1):
             start, end = levels[n], levels[n + 1]
-            denoised = finite_denoised(denoiser, y, s[n], dtype, verdicts)
+            denoised = finite_denoised(denoiser, y, s[n], dtype, deferred)
             advance(1)
             if end == 0:
-                verdicts.settle()
+                deferred.run()
                 return denoised
             width = math.log(start / end)
             slope = denoised
@@ -82,7 +82,7 @@ def sample_stochastic(
             y = (keep * y).add_(slope, alpha=pull)
             y.add_(sent(normal(streams, y.shape[1:]), y.device), alpha=fresh)
             before, width_before = denoised, width
-    verdicts.settle()
+    deferred.run()
     return levels[-1] * y
 
 

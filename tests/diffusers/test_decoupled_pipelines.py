@@ -65,7 +65,7 @@ def decoupled(scheduler, solver, of="timestep"):
         weights[0] = torch.eye(STEPS)[0]
         weights = weights / weights.sum(1, keepdim=True)
     sigmas = torch.cat([s, s.new_zeros(1)])
-    return fs.Schedule.from_levels(process, sigmas, solver, weights=weights, told=told, decoupled=of)
+    return fs.Schedule.from_levels(process, sigmas, solver, weights=weights, network_levels=told, decoupled=of)
 
 
 def denoiser_of(scheduler):

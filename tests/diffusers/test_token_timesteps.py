@@ -14,7 +14,7 @@ import diffusers
 import pipelines
 from pipelines import OraclePipeline, OracleUNet
 
-from fastsched.denoisers.late_reading import Verdicts
+from fastsched.denoisers.deferred_checks import DeferredChecks
 from fastsched.diffusers.watching import check_times
 
 
@@ -97,16 +97,16 @@ def test_frames_at_a_noise_level_of_their_own_are_refused(fraction, most):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_timesteps_that_differ_by_their_rounding_are_equal(dtype):
     times = [torch.stack([t.to(dtype), (t / 1000).to(dtype) * 1000]) for t in torch.linspace(999.0, 1.0, 50)]
-    verdicts = Verdicts()
+    deferred = DeferredChecks()
     for before, now in itertools.pairwise(times):
-        check_times({"unet#0.timestep": before}, {"unet#0.timestep": now}, verdicts)
-    verdicts.settle()
+        check_times({"unet#0.timestep": before}, {"unet#0.timestep": now}, deferred)
+    deferred.run()
 
 
 def test_no_timesteps_at_all_are_no_reason_to_fail():
     """As of a kind of tokens that a call has none of."""
     none = {"unet#0.timestep": torch.zeros(1, 0)}
-    check_times(none, none, Verdicts())
+    check_times(none, none, DeferredChecks())
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])

@@ -15,7 +15,7 @@ import diffusers
 import pipelines
 from pipelines import SHAPE, OraclePipeline, OracleUNet, oracle_pipeline
 
-from fastsched.denoisers.late_reading import Verdicts
+from fastsched.denoisers.deferred_checks import DeferredChecks
 from fastsched.diffusers.first_latents import check_first_latents, check_neighbours
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -93,9 +93,9 @@ def test_first_latents_of_another_size_than_the_process_s_are_refused(scheduler)
 
 
 def first_latents(latents):
-    verdicts = Verdicts()
-    check_first_latents(latents, verdicts)
-    verdicts.settle()
+    deferred = DeferredChecks()
+    check_first_latents(latents, deferred)
+    deferred.run()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -103,7 +103,7 @@ def test_first_latents_of_few_elements_are_not_refused(seed):
     torch.manual_seed(seed)
     for shape in ((1,), (1, *SHAPE), (2, 4, 8, 8)):
         for _ in range(50):
-            check_first_latents(torch.randn(shape), Verdicts())
+            check_first_latents(torch.randn(shape), DeferredChecks())
     for scale in (0.5, 2.0):
         with pytest.raises(ValueError, match="first latents"):
             first_latents(scale * torch.randn(2, 4, 8, 8))
@@ -140,12 +140,12 @@ def test_first_latents_that_hold_an_image_are_refused():
     """As Kandinsky 6's super-resolution starts, from an image and noise of size 1 together."""
     torch.manual_seed(0)
     for shape, dimension in (((1, 4, 64, 64), 3), ((1, 2, 32, 32, 8), 2)):
-        image, verdicts = torch.randn(shape).repeat_interleave(2, dimension), Verdicts()
-        check_neighbours(torch.randn_like(image), None, verdicts)
-        verdicts.settle()
-        check_neighbours(0.714 * image + 0.7 * torch.randn_like(image), None, verdicts)
+        image, deferred = torch.randn(shape).repeat_interleave(2, dimension), DeferredChecks()
+        check_neighbours(torch.randn_like(image), None, deferred)
+        deferred.run()
+        check_neighbours(0.714 * image + 0.7 * torch.randn_like(image), None, deferred)
         with pytest.raises(ValueError, match=r"neighbours .* correlated, by 0\.[23].*an image"):
-            verdicts.settle()
+            deferred.run()
 
 
 # What depends on the step's number

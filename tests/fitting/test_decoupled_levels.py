@@ -202,13 +202,13 @@ def test_parameters_of_a_neighbourhood(measured):
     near = record.near(0)
     assert len(near.anchor) == 3 + 1 + 5
     point = near.point(near.anchor)
-    np.testing.assert_allclose(point.told, stats.process.level(schedule.network_sigmas).numpy(), rtol=1e-12)
+    np.testing.assert_allclose(point.network_levels, stats.process.level(schedule.network_sigmas).numpy(), rtol=1e-12)
     again = point.schedule(stats.process, "ddim", "timestep")
     torch.testing.assert_close(again.network_sigmas, schedule.network_sigmas)
     assert again.decoupled == "timestep"
     low, high = near.bounds(0.5, *stats.finite_range)
     for x in (low, high):
-        told = near.point(np.concatenate([near.anchor[:-5], x[-5:]])).told
+        told = near.point(np.concatenate([near.anchor[:-5], x[-5:]])).network_levels
         finite = np.isfinite(told)
         assert (told[finite] <= stats.finite_range[1] * (1 + 1e-9)).all()
         assert (told[finite] >= stats.finite_range[0] * (1 - 1e-9)).all()

@@ -94,7 +94,7 @@ def test_parameters_stand_for_levels_and_weights(stats):
     np.testing.assert_allclose(point.weights, near.run.weights, atol=1e-12)
     np.testing.assert_allclose(point.weights.sum(1), 1.0, rtol=1e-12)
     assert point.coupled
-    np.testing.assert_array_equal(point.told, point.levels[:-1])
+    np.testing.assert_array_equal(point.network_levels, point.levels[:-1])
     assert len(near.anchor) == near.inner + 10
 
 

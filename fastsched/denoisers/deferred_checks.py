@@ -12,7 +12,7 @@ from torch import Tensor
 from fastsched.ops.backends import widest_dtype
 
 #: A function that checks values on the CPU and raises an error if they are wrong.
-Judge: TypeAlias = "Callable[[Tensor], None]"
+Check: TypeAlias = "Callable[[Tensor], None]"
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
@@ -20,7 +20,7 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
-class LateReading:
+class DeferredRead:
     """A tensor's values, copied to the CPU without waiting for the device.
 
     CPU tensors are ready at once, CUDA tensors when the copy is done. Others are copied when `values` is called.
@@ -46,41 +46,41 @@ class LateReading:
         return self._values.cpu()
 
 
-class Verdicts:
+class DeferredChecks:
     """Deferred checks of small vectors, each made once its vector is on the CPU.
 
-    All vectors noted between two calls of `settle` are read in one copy. `settle` raises an error at once for CPU
+    All vectors added between two calls of `run` are read in one copy. `run` raises an error at once for CPU
     tensors, in one of its next calls for CUDA tensors, and in any case in a call with ``wait``.
     """
 
     def __init__(self) -> None:
-        self._noted: list[tuple[Tensor, Judge]] = []
-        self._sent: list[tuple[LateReading, list[tuple[int, Judge]]]] = []
+        self._added: list[tuple[Tensor, Check]] = []
+        self._sent: list[tuple[DeferredRead, list[tuple[int, Check]]]] = []
 
-    def note(self, values: Tensor, judge: Judge) -> None:
-        """Call ``judge`` with ``values`` [n] as float64 (float32 from Apple's GPUs) in a later `settle`."""
-        self._noted.append((values.reshape(-1).to(widest_dtype(values.device), copy=True), judge))
+    def add(self, values: Tensor, check: Check) -> None:
+        """Call ``check`` with ``values`` [n] as float64 (float32 from Apple's GPUs) in a later `run`."""
+        self._added.append((values.reshape(-1).to(widest_dtype(values.device), copy=True), check))
 
-    def note_finite(self, values: Tensor, wrong: Callable[[], str]) -> None:
-        """Raise a ValueError with the message ``wrong()`` in a later `settle` if ``values`` hold NaN or inf."""
+    def add_finite(self, values: Tensor, wrong: Callable[[], str]) -> None:
+        """Raise a ValueError with the message ``wrong()`` in a later `run` if ``values`` hold NaN or inf."""
 
-        def judge(extremes: Tensor) -> None:
+        def check(extremes: Tensor) -> None:
             if not all(map(math.isfinite, extremes.tolist())):
                 raise ValueError(wrong())
 
         # aminmax returns NaN if there is one; it passes over memory once, isfinite five times
-        self.note(torch.stack(torch.aminmax(values)), judge)
+        self.add(torch.stack(torch.aminmax(values)), check)
 
-    def settle(self, *, wait: bool = True) -> None:
-        """Check the noted vectors that are on the CPU, in order, or with ``wait`` all; the first failure raises."""
-        for device in dict.fromkeys(values.device for values, _ in self._noted):
+    def run(self, *, wait: bool = True) -> None:
+        """Check the added vectors that are on the CPU, in order, or with ``wait`` all; the first failure raises."""
+        for device in dict.fromkeys(values.device for values, _ in self._added):
             if wait or device.type in ("cpu", "cuda"):  # copies from other devices wait
-                same = [(values, judge) for values, judge in self._noted if values.device == device]
-                self._noted = [each for each in self._noted if each[0].device != device]
-                reading = LateReading(torch.cat([values for values, _ in same]))
-                self._sent.append((reading, [(values.numel(), judge) for values, judge in same]))
+                same = [(values, check) for values, check in self._added if values.device == device]
+                self._added = [each for each in self._added if each[0].device != device]
+                reading = DeferredRead(torch.cat([values for values, _ in same]))
+                self._sent.append((reading, [(values.numel(), check) for values, check in same]))
         while self._sent and (wait or self._sent[0][0].ready):
-            reading, judges = self._sent.pop(0)
-            parts = reading.values().split([size for size, _ in judges])
-            for part, (_, judge) in zip(parts, judges, strict=True):
-                judge(part)
+            reading, checks = self._sent.pop(0)
+            parts = reading.values().split([size for size, _ in checks])
+            for part, (_, check) in zip(parts, checks, strict=True):
+                check(part)
