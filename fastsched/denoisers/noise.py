@@ -28,9 +28,10 @@ LARGEST_SIGMA = 1e15
 SMALLEST_LEVEL = 1e-30
 
 
-#: A last entry of ``alphas_cumprod`` below this is 0 up to rounding: a cosine's square that should be 0 is 2e-15 in
-#: float32, 4e-33 in float64. Tables of trained networks end above 1e-10.
-ZERO = 1e-12
+#: A last entry of ``alphas_cumprod`` is 0 up to rounding if it is this fraction of the one before, or less: of 1,000
+#: entries of a cosine's square whose last should be 0, it is 1e-9 in float32 and 1e-27 in float64. Betas of trained
+#: networks are at most 0.999, so there the fraction is 1e-3 or more.
+ZERO = 1e-7
 
 
 class NoiseProcess:
@@ -163,7 +164,7 @@ class VariancePreserving(NoiseProcess):
                 "pass the cumulative products, in order of timestep, not the betas; got "
                 f"{float(values[0]):g} to {float(values[-1]):g}"
             )
-        if 0 < float(values[-1]) < ZERO:
+        if 0 < float(values[-1]) < ZERO * float(values[-2]):
             raise ValueError(
                 f"alphas_cumprod ends in {float(values[-1]):.3g}, which is 0 up to rounding: make it 0 (zero terminal "
                 "SNR, for from_v), or leave the last entry out"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -235,13 +235,15 @@ class Timesteps(Tensor):
     * ``timesteps[:-1]`` gives all timesteps: pipelines of LTX leave out the last one, which would be that of sigma 0
       (`LTXEulerAncestralRFScheduler` lists it), and is not among these.
 
-    By ``timesteps[:count]``, but ``[:1]``, the base of a refiner ends early (``denoising_end``): ``ends_at`` is called.
+    If a pipeline goes through the timesteps and then slices ``timesteps[:count]``, its run ends early for a refiner
+    (``denoising_end``), and ``ends_at`` is called.
     Everything else gives plain tensors: other operations, copies, pickles, and these slices during a run. Sigmas are
     sliced in the same way.
 
     Attributes:
         start_at: Computes ``[index:]``.
-        ends_at: Called for ``[:count]``.
+        ends_at: Called for ``[:count]`` of `listed` timesteps.
+        listed: Whether the pipeline has gone through the timesteps.
         compared: Whether the pipeline has compared the timesteps.
         begun: Whether a step of the run has been made.
     """
@@ -250,6 +252,7 @@ class Timesteps(Tensor):
 
     start_at: Callable[[int], Tensor]
     ends_at: Callable[[int], object]
+    listed: bool
     compared: bool
     begun: bool
 
@@ -257,9 +260,10 @@ class Timesteps(Tensor):
     def of(
         cls, timesteps: Tensor, start_at: Callable[[int], Tensor], ends_at: Callable[[int], object] = lambda count: None
     ) -> Timesteps:
-        """``timesteps`` whose ``[index:]`` is ``start_at(index)``, and whose ``[:count]`` calls ``ends_at``."""
+        """``timesteps`` whose ``[index:]`` is ``start_at(index)``, and whose ``[:count]`` may call ``ends_at``."""
         made = timesteps.as_subclass(cls)
-        made.start_at, made.ends_at, made.compared, made.begun = start_at, ends_at, False, False
+        made.start_at, made.ends_at = start_at, ends_at
+        made.listed = made.compared = made.begun = False
         return made
 
     @classmethod
@@ -278,7 +282,8 @@ class Timesteps(Tensor):
                 return self.start_at(index.start)
             if (index.start or 0, index.stop, index.step) == (0, -1, None):
                 return self.plain
-            if (index.start, index.step) == (None, None) and isinstance(index.stop, int) and 1 < index.stop < len(self):
+            ends = self.listed and (index.start, index.step) == (None, None) and isinstance(index.stop, int)
+            if ends and 1 < index.stop < len(self):  # `[:1]` is the first timestep, for a batch
                 self.ends_at(index.stop)
         if isinstance(index, int) and index >= len(self):
             raise IndexError(
@@ -286,6 +291,10 @@ class Timesteps(Tensor):
                 f"{len(self)} if the loop counts its steps by that"
             )
         return self.plain[index]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.listed = True
+        return iter(self.plain)
 
     def __lt__(self, other: Any) -> Tensor:
         self.compared = True

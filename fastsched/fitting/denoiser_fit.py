@@ -142,7 +142,7 @@ def fit_report(
         if kept:
             same = partial(check_same_network, denoiser, stats, device, dtype)
             spent = prepare_together(same if checks else lambda: 0, group)
-            stats = replace(stats, model_calls=stats.model_calls + spent)
+            stats = replace(stats, model_calls=stats.model_calls + spent) if spent else stats  # the same object if not
         elif measuring is None and steps > 1 and affordable(calls, stats.samples, budget):
             stats = with_increments(denoiser, stats, checkpoint=checkpoint, group=group, **options)
         runner = Runner(denoiser, stats, method, **options, checks=checks)
