@@ -50,6 +50,15 @@ def test_a_network_that_was_not_checked_is_known_when_it_is_resumed(tmp_path):
         fs.measure(other, (8,), samples=6, checkpoint=tmp_path / "right.safetensors", **options)
 
 
+def test_a_network_that_draws_random_numbers_and_is_not_checked_is_resumed(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    noisy = lambda z, s: z / (1 + s.reshape(-1, 1) ** 2) * (1 + 0.05 * torch.randn(z.shape, generator=generator))
+    denoiser, file = fs.Denoiser.from_denoiser(noisy, 0.02, 20.0), tmp_path / "noisy.safetensors"
+    options = {"levels": 8, "checks": False, "progress": False, "checkpoint": file}
+    assert fs.measure(denoiser, (8,), samples=2, **options).fingerprint is None
+    assert fs.measure(denoiser, (8,), samples=4, **options).samples == 4
+
+
 def test_a_merge_says_if_the_networks_are_not_known():
     options = {"levels": 8, "checks": False, "progress": False}
     networks = (lambda z, s: z / (1 + s.reshape(-1, 1) ** 2), lambda z, s: 0.1 * z / (0.1 + s.reshape(-1, 1) ** 2))
