@@ -253,7 +253,8 @@ def warn_of_other_call(known: dict[Any, Any], arguments: dict[str, Any], found: 
 
     Samples of another number, as in the last call, are not compared.
     """
-    before = known.setdefault(("constants", repr(arguments.get("prompt"))), found)
+    prompts = {name: value for name, value in arguments.items() if "prompt" in name}  # also negative and second ones
+    before = known.setdefault(("constants", repr(prompts)), found)
     name = next((name for name, fact in sorted(found.items()) if not _alike(before.get(name, fact), fact)), None)
     if name is not None and not known.get("warned"):
         known["warned"] = True

@@ -426,6 +426,23 @@ def test_what_differs_between_calls_with_the_same_prompt_is_warned_of_once(of, r
     assert all(each.startswith("unet.condition was different") for each in told)
 
 
+class TellsNegativePrompts(TellsItsNetwork):
+    """Gives its network its negative prompt, of which every prompt has one of its own."""
+
+    def __call__(self, prompt=None, negative_prompt=None, num_inference_steps=50):
+        self.condition = lambda *call: torch.tensor(float(ord(negative_prompt)))
+        return super().__call__(prompt, num_inference_steps)
+
+
+def test_equal_prompts_with_other_negative_prompts_are_other_calls(recwarn):
+    scheduler = diffusers.DPMSolverMultistepScheduler(**SD)
+    pipe = TellsNegativePrompts(Told().answer_for(scheduler, mixture()), scheduler)
+    options = {"prompts": ["a", "a"], "negative_prompt": ["A", "z"], "model_calls": 200, "progress": False}
+    fs.diffusers.fit(pipe, 4, levels=12, samples=4, **options)
+    assert len(pipe.prompts) > 4
+    assert not [each for each in recwarn if "another call of the pipeline" in str(each.message)]
+
+
 class WritesIntoArguments(OraclePipeline):
     """Changes what it is called with: a tensor, an array, a list and a dictionary."""
 
