@@ -3,6 +3,7 @@ import io
 import itertools
 import math
 from dataclasses import replace
+from http.client import IncompleteRead
 
 import numpy as np
 import pytest
@@ -399,6 +400,16 @@ def test_an_interrupted_comparison_keeps_its_reference(gaussian, error):
     assert torch.equal(raised.value.partial.ends, finished.ends)
     stop = 0
     assert compare(denoiser, schedules, "ddim", reference=finished, progress=False).samples == 2
+
+
+def test_the_error_of_a_network_may_have_a_partial_result_of_its_own():
+    def unread(x, condition):
+        raise IncompleteRead(b"half an answer")  # of a network on another machine
+
+    denoiser = fs.Denoiser.from_denoiser(unread, LOW, HIGH)
+    with pytest.raises(IncompleteRead) as raised:
+        compare(denoiser, {"a": fs.baselines.karras(4, LOW, HIGH)}, "ddim", shape=SHAPE, samples=2, progress=False)
+    assert raised.value.partial == b"half an answer"
 
 
 def test_a_comparison_has_the_names_of_its_schedules(gaussian, converged):
