@@ -316,8 +316,7 @@ def compare(
                     ends = torch.cat(list(sampled(run, method, advance)))
                     rows.append(row_of(name, method.name, steps, method.model_calls(steps), ends, reference))
     except BaseException as error:  # also Ctrl-C: the reference takes most of the calls
-        finished = reference or getattr(error, "partial", None)  # others' errors may have something else there
-        if isinstance(finished, Reference):
+        if isinstance(finished := reference or getattr(error, "partial", None), Reference):  # not a network's own
             attach_finished(error, Comparison(tuple(rows), len(finished.noise), finished))
         raise
     return Comparison(tuple(rows), len(noise), reference)
