@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastsched import baselines, costs, diffusers, metrics, plot
-    from fastsched.comparison import Comparison, compare, converged_reference
+    from fastsched.comparison import Comparison, compare
     from fastsched.costs.prediction import predict_error
     from fastsched.denoisers import oracles
     from fastsched.denoisers.denoiser import Denoiser
     from fastsched.fitting.auditioning import audition
     from fastsched.fitting.denoiser_fit import fit
     from fastsched.fitting.tuning import tune
+    from fastsched.measurement.converged_samples import converged_reference
     from fastsched.measurement.measuring import measure
     from fastsched.measurement.statistics import PathStatistics
     from fastsched.profiling import Profile, profile
@@ -49,7 +50,7 @@ _HOME = {
     "audition": "fitting.auditioning",
     "baselines": "baselines",
     "compare": "comparison",
-    "converged_reference": "comparison",
+    "converged_reference": "measurement.converged_samples",
     "costs": "costs",
     "decoupled_model": "sampling.decoupled",
     "diffusers": "diffusers",

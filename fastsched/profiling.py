@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from fastsched import ops, validate
-from fastsched.comparison import level_count
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.network_modules import modules_of
 from fastsched.fitting.budget import TOTAL, measuring_calls
+from fastsched.measurement.converged_samples import level_count
 from fastsched.measurement.deviated_paths import asked_levels
 from fastsched.measurement.measuring import measure
 from fastsched.measurement.memory import WORKING

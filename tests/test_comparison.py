@@ -12,7 +12,8 @@ from models import counted_denoiser
 
 import fastsched as fs
 from fastsched import metrics
-from fastsched.comparison import Comparison, ComparisonRow, Reference, compare, comparison_calls, converged_reference
+from fastsched.comparison import Comparison, ComparisonRow, compare, comparison_calls
+from fastsched.measurement.converged_samples import Reference, converged_reference
 from fastsched.sampling.random_streams import noise_of, sample_seeds
 
 SHAPE = (2, 3)

@@ -6,8 +6,9 @@ import torch
 
 import fastsched as fs
 from fastsched import plot
-from fastsched.comparison import Comparison, ComparisonRow, Reference
+from fastsched.comparison import Comparison, ComparisonRow
 from fastsched.costs.step_cost import error_weight
+from fastsched.measurement.converged_samples import Reference
 from fastsched.sampling.random_streams import noise_of
 
 STD = 0.5

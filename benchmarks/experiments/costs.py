@@ -25,9 +25,9 @@ import fastsched as fs
 from benchmarks.experiments.common import SHAPE, arguments, axes, number_decades, report
 from benchmarks.train.digits import digits_data
 from fastsched import metrics
-from fastsched.comparison import Reference
 from fastsched.costs import CostMatrix, PathCost
 from fastsched.denoisers.digits import digits_denoiser
+from fastsched.measurement.converged_samples import Reference
 
 STEPS = 8
 SOLVERS = ("ddim", "heun", "dpmpp_2m", "ipndm", "sde_dpmpp_2m", "ancestral")

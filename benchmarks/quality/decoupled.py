@@ -22,7 +22,7 @@ from benchmarks.quality.choosing import Chosen
 from benchmarks.quality.cost_curve import model_of
 from benchmarks.quality.models import MODELS, Model
 from benchmarks.quality.run import SAMPLES, result
-from fastsched.comparison import Reference
+from fastsched.measurement.converged_samples import Reference
 from fastsched.sampling.solvers import FITTED
 
 KEY = ("denoiser", "solver", "calls", "seed", "model_calls", "decoupled")

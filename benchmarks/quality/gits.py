@@ -12,8 +12,8 @@ from torch import Tensor
 
 import fastsched as fs
 from benchmarks.quality.baselines import highest_finite
-from fastsched.comparison import Reference
 from fastsched.denoisers.noise import NoiseProcess
+from fastsched.measurement.converged_samples import Reference
 from fastsched.sampling.random_streams import noise_of, sample_seeds
 from fastsched.sampling.sampler import answered, integration, nodes_of
 from fastsched.sampling.solvers import get_solver

@@ -30,8 +30,8 @@ from benchmarks.common import RESULTS, append, environment, read
 from benchmarks.quality.choosing import Choosers
 from benchmarks.quality.models import MODELS
 from benchmarks.quality.run import REFERENCE, SAMPLES
-from fastsched.comparison import Reference
 from fastsched.denoisers.noise import VariancePreserving
+from fastsched.measurement.converged_samples import Reference
 
 NAME = "quality_gradient_limit"
 KEY = ("denoiser", "calls")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import fastsched as fs
 from benchmarks.quality.networks import EpsilonNetwork, PatchNetwork, VelocityNetwork, ddpm_table
-from fastsched.comparison import Reference
 from fastsched.denoisers.digits import digits_denoiser
+from fastsched.measurement.converged_samples import Reference
 
 WEIGHTS = Path(__file__).parent / "weights"
 

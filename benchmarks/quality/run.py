@@ -30,7 +30,8 @@ from benchmarks.common import RESULTS, Row, append, environment, read
 from benchmarks.quality.choosing import Choosers, Chosen
 from benchmarks.quality.limit import limit_schedules
 from benchmarks.quality.models import MODELS, Model
-from fastsched.comparison import Reference, row_of
+from fastsched.comparison import row_of
+from fastsched.measurement.converged_samples import Reference
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.solvers import FITTED
 

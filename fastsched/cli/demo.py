@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from fastsched import baselines, validate
 from fastsched.cli.shell import save_figure
-from fastsched.comparison import Comparison, Reference, compare, converged_reference
+from fastsched.comparison import Comparison, compare
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.digits import DigitsNetwork, digits_denoiser
+from fastsched.measurement.converged_samples import Reference, converged_reference
 from fastsched.measurement.measuring import measure
 from fastsched.measurement.statistics import PathStatistics
 from fastsched.sampling.display import aligned

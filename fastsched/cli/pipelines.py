@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsched.comparison import Comparison, Reference, level_count, row_of
+from fastsched.comparison import Comparison, row_of
 from fastsched.diffusers.applier import applied
 from fastsched.diffusers.attributes import attributes_set
 from fastsched.diffusers.conventions import describe, solver_of
 from fastsched.diffusers.exporter import warn_of_solver
 from fastsched.diffusers.pipeline_call import call, check_call
+from fastsched.measurement.converged_samples import Reference, level_count
 from fastsched.sampling.fitted import chosen_solver
 from fastsched.sampling.progress import progress_bar
 from fastsched.sampling.schedule import Schedule

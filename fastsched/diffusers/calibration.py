@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from fastsched.denoisers.deferred_checks import DeferredChecks
@@ -24,9 +24,9 @@ from fastsched.diffusers.overrides import ArgumentsOf, Timesteps, without_equal_
 from fastsched.diffusers.step_checks import (
     UNALIKE,
     beside_others,
-    check_asked,
     check_copies,
     check_first_output,
+    check_input_scaled,
     check_one_run,
     check_options,
     check_output,
@@ -43,6 +43,7 @@ from fastsched.diffusers.step_checks import (
     warn_of_clipping,
 )
 from fastsched.diffusers.step_counts import check_steps, levels_of
+from fastsched.diffusers.step_outputs import StepOutput
 from fastsched.diffusers.watching import PipelineWatch, SeenStep, check_replaced, overwritten, replaced, warn_of_unseen
 from fastsched.measurement.deviated_paths import deviated_paths, queries
 from fastsched.measurement.measuring import measured_levels
@@ -50,14 +51,6 @@ from fastsched.measurement.memory import check_room, with_store
 from fastsched.measurement.path_following import Measurement, Query, measurement_steps
 from fastsched.measurement.statistics import PathStatistics, data_deviation
 from fastsched.sampling.random_streams import BESIDE, sample_seeds
-
-
-@dataclass
-class CalibrationOutput(SchedulerOutput):
-    """The next state, which is also returned in place of the clean estimate of some classes."""
-
-    pred_original_sample: Tensor | None = None
-    denoised: Tensor | None = None
 
 
 class CalibrationScheduler(SchedulerMixin, ConfigMixin):
@@ -275,7 +268,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         *args: Any,
         return_dict: bool = True,
         **kwargs: Any,
-    ) -> CalibrationOutput | tuple[Tensor, Tensor]:
+    ) -> StepOutput | tuple[Tensor, Tensor]:
         """Receive the network's output for the state returned last, and return the next state.
 
         Args:
@@ -283,7 +276,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             timestep: The current entry of ``timesteps``.
             sample: The state returned by the last call.
             *args: Arguments of the scheduler's own class; values that change its steps are refused.
-            return_dict: Whether to return a `CalibrationOutput` or a tuple.
+            return_dict: Whether to return a `StepOutput`, with the state in place of ``D``, or a tuple.
             **kwargs: As ``args``.
 
         Raises:
@@ -312,7 +305,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._advance(len(sample) // self._copies)
         self._returned = following if self._copies == 1 else torch.cat([following] * self._copies)
         given = self._returned.clone()  # the pipeline may write into what it is given
-        return CalibrationOutput(given, given, given) if return_dict else (given, given)
+        return StepOutput(given, given, given) if return_dict else (given, given)
 
     def __len__(self) -> int:
         return self.convention.train_steps
@@ -387,7 +380,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         if self._returned is None:
             check_steps(len(self.timesteps), self._asked_levels)
             check_scaling(self.convention, self.config["scheduler_class"], self._scaled, sample)
-            check_asked(self._scaled is not None or not self._must_scale)
+            check_input_scaled(self._scaled is not None or not self._must_scale)
             if self._own_noise:
                 asked = self.asked_size or self._watch is None
                 needed = 1.0 if asked else float(getattr(self._own, "init_noise_sigma", 1.0))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, get_args
+from dataclasses import replace
+from typing import Any
 
 import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from fastsched import validate
@@ -21,6 +21,7 @@ from fastsched.diffusers.exporter import check_range, denoised_levels, plain_cop
 from fastsched.diffusers.given_lists import warn_of_list
 from fastsched.diffusers.overrides import Timesteps
 from fastsched.diffusers.step_checks import check_options, check_scaled, noise_alone
+from fastsched.diffusers.step_outputs import StepOutput, gives_denoised
 from fastsched.ops.eager import without_autocast
 from fastsched.sampling.schedule import Schedule
 
@@ -42,13 +43,6 @@ SAME_INPUT = 1e-9
 
 #: Entries of a `FittedScheduler`'s config; the others are those of the pipeline's own scheduler.
 OWN_ENTRIES = ("sigmas", "weights", "noise", "network_sigmas", "decoupled", "scheduler_class", "scheduler_config")
-
-
-@dataclass
-class FittedOutput(SchedulerOutput):
-    """The next state, and the denoised sample ``D`` of this step."""
-
-    pred_original_sample: Tensor
 
 
 class FittedScheduler(SchedulerMixin, ConfigMixin):
@@ -266,7 +260,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
         **others: Any,
-    ) -> FittedOutput | tuple[Tensor, ...]:
+    ) -> StepOutput | tuple[Tensor, ...]:
         """The next state. Steps are counted; ``timestep`` is not read, which would wait for the device.
 
         Args:
@@ -278,7 +272,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             eta: Must be 0: no step adds noise.
             generator: Not used.
             per_token_timesteps: Must be ``timestep`` for all tokens; ``model_output`` then has the other sign.
-            return_dict: Whether to return a `FittedOutput`, or a tuple, with ``D`` if the own scheduler's has it.
+            return_dict: Whether to return a `StepOutput`, or a tuple, with ``D`` if the own scheduler's has it.
             **others: Must be at their defaults in the own scheduler's class.
 
         Raises:
@@ -312,7 +306,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         if not return_dict and not self._tuples_hold_denoised:
             return (following,)
         denoised = known[-1].to(sample.dtype, copy=True)  # later steps need what is kept
-        return FittedOutput(following, denoised) if return_dict else (following, denoised)
+        return StepOutput(following, denoised, denoised) if return_dict else (following, denoised)
 
     def __len__(self) -> int:
         return self.convention.train_steps
@@ -343,7 +337,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             each.tolist() for each in (a * same, c, convention.input_scale(at) * same)
         )
         self._factors = _factors(process, self.schedule)
-        self._tuples_hold_denoised = _gives_denoised(type(self._own))
+        self._tuples_hold_denoised = gives_denoised(type(self._own))
         self.init_noise_sigma = float(process.sigma(s)[0])
         self.sigmas = self.schedule.sigmas.float()
         timesteps = convention.timesteps(told_levels(self.schedule, convention, s))
@@ -398,12 +392,6 @@ def _numbers(values: Sequence[float | str]) -> Tensor:
 def _plain(sigmas: Tensor) -> list[float | str]:
     """``sigmas`` in a form that JSON can hold."""
     return ["inf" if value == float("inf") else value for value in sigmas.tolist()]
-
-
-def _gives_denoised(kind: type) -> bool:
-    """Whether ``step`` of a class also gives ``D``, as those of DDIM and Euler do, and those of DPM-Solver do not."""
-    outputs = get_args(inspect.signature(kind.step).return_annotation)
-    return any("pred_original_sample" in getattr(output, "__annotations__", ()) for output in outputs)
 
 
 def _check_options(own: Any, eta: float, args: tuple[Any, ...], others: dict[str, Any]) -> None:

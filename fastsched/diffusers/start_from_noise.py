@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fastsched.denoisers.deferred_checks import DeferredChecks, DeferredRead
 from fastsched.diffusers.attributes import copied_with
-from fastsched.diffusers.calibration import CalibrationOutput
 from fastsched.diffusers.consistency import Consistency
 from fastsched.diffusers.conventions import describe, own_scheduler
 from fastsched.diffusers.exporter import gives_both_lists
@@ -21,7 +20,7 @@ from fastsched.diffusers.overrides import Override, Timesteps, without_equal_sig
 from fastsched.diffusers.probe import scales
 from fastsched.diffusers.step_checks import (
     INSTEAD,
-    check_asked,
+    check_input_scaled,
     check_one_run,
     check_output,
     check_unchanged,
@@ -29,6 +28,7 @@ from fastsched.diffusers.step_checks import (
     held_at_zero,
     output_of_tokens,
 )
+from fastsched.diffusers.step_outputs import StepOutput
 from fastsched.diffusers.watching import PipelineWatch
 from fastsched.fitting.rollouts import Evaluations
 from fastsched.sampling.random_streams import BESIDE, noise_of
@@ -142,7 +142,7 @@ class StartFromNoise:
         if self._recorded:
             self._check(model_output)
         if self.left is None:
-            check_asked(not self._must_scale)
+            check_input_scaled(not self._must_scale)
             return self._first_step(sample, **kwargs)
         if self._recorded:
             return self._recorded_step(model_output, timestep, sample, *args, **kwargs)
@@ -187,7 +187,7 @@ class StartFromNoise:
         seeds = self.seeds[torch.arange(len(sample), device="cpu") % len(self.seeds)]
         given = (self.scale * noise_of(seeds, sample.shape[1:])).to(sample)
         self._returned = given.clone()  # the pipeline may write into what it is given
-        return CalibrationOutput(given, given, given) if options.get("return_dict", True) else (given, given)
+        return StepOutput(given, given, given) if options.get("return_dict", True) else (given, given)
 
     def _recorded_step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.scheduler, FittedScheduler):

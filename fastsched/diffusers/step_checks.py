@@ -152,9 +152,9 @@ def noise_alone(process: NoiseProcess, first: Tensor | None, given: Sequence[Any
     return found[0]
 
 
-def check_asked(asked: bool) -> None:
-    """ValueError if a pipeline to fit with decoupled levels has not ``asked`` its scheduler to scale the latents."""
-    if not asked:
+def check_input_scaled(scaled: bool) -> None:
+    """ValueError if a pipeline to fit with decoupled levels has not let its scheduler scale the network's input."""
+    if not scaled:
         raise ValueError(
             "decoupled=True needs a pipeline that calls scheduler.scale_model_input before its network, and this one "
             "does not (as DDIMPipeline and DDPMPipeline); leave decoupled out, or pass decoupled='timestep', which "
