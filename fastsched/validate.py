@@ -70,7 +70,7 @@ def shown(value: object) -> str:
 def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
     """Return ``value`` as an int of at least ``minimum``, below `COUNT_LIMIT`."""
     try:
-        if isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        if isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and not _is_single(value)):
             raise TypeError
         number = operator.index(value)  # type: ignore[arg-type]  # the point of asking
     except TypeError:
@@ -82,9 +82,14 @@ def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
     return number
 
 
+def _is_single(value: Tensor) -> bool:
+    """Whether a tensor is one real number that can be read."""
+    return value.ndim == 0 and not (value.is_meta or value.is_complex() or value.dtype == torch.bool)
+
+
 def real(name: str, value: object) -> float:
     """Return ``value`` as a float; infinite ones are allowed, NaN is not."""
-    single = isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex() and value.dtype != torch.bool
+    single = isinstance(value, Tensor) and _is_single(value)
     if isinstance(value, (bool, np.bool_)) or not (single or isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
     try:

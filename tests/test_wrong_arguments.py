@@ -164,3 +164,12 @@ def test_more_samples_than_memory_has_seeds_for_are_refused(samples):
     """The system ended the program."""
     with pytest.raises(ValueError, match="samples must be at most 16,777,216 in one call, got 1,073,741,8"):
         fs.measure(DENOISER, (4,), samples=samples, progress=False)
+
+
+@pytest.mark.parametrize("value", [torch.tensor(5, device="meta"), torch.tensor([5])])
+def test_numbers_in_tensors_without_one_number_are_named(value):
+    """The first gave an error of torch without a name, the second was taken, or one of torch.linspace."""
+    with pytest.raises(TypeError, match="steps must be a whole number of at least 1, got"):
+        fs.baselines.karras(value, 0.002, 80.0)
+    with pytest.raises(TypeError, match="sigma_min must be a number, got"):
+        fs.baselines.karras(5, value, 80.0)
