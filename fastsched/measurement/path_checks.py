@@ -3,7 +3,8 @@
 ``D(z; s) = E[x0 | z]`` has four properties. With a wrong table of levels, time, sign or scale none holds by chance:
 
 * ``E <z - m, D - m> = E |x0 - m|^2`` for any fixed ``m``. So it is the same at every level. The reason is that
-  ``x0 - D`` is orthogonal to all functions of ``z``. The outputs along the path are enough to check it.
+  ``x0 - D`` is orthogonal to all functions of ``z``. The outputs along the path are enough to check it, for the mean of
+  the data, and for 0 if the path ends nearer to it.
 * For ``z = x0 + s n``, ``E |D - x0|^2 = s E <n, D - x0>`` (Stein's identity), which is at most ``E |s n|^2``: the error
   after denoising is no larger than the noise, and lies along it. One call checks this, with a path's end as ``x0``.
 * ``E |z - D|^2 = s^2 (d - E tr J)`` along the path, with the Jacobian ``J`` of ``D`` in ``d`` dimensions (Stein's
@@ -178,7 +179,7 @@ class _Path:
     def check_end(self, end: Tensor) -> None:
         """Raise an error if the prediction has the wrong sign; warn of other violations."""
         products = torch.stack(self.products, 1).cpu().double()  # [5, N, B]
-        sizes, spread = self._sizes(products)
+        sizes, spread, of_zero = self._sizes(products)
         deviation = math.sqrt(max(float(sizes[-1]), 0.0) / end.numel())
         far = self._far_from_data(end, deviation)
         if not deviation > 0:
@@ -186,11 +187,10 @@ class _Path:
         (left, *others), wrong = self._with_noise(end, deviation, products[:3])
         along_path: list[str | None] = []
         if len(self.s) >= FEWEST_LEVELS:
-            sizes, spread, paths = sizes / sizes[-1], spread / sizes[-1], products.shape[2]
-            along_path = [
-                _unequal_sizes(sizes, self.s, deviation, end.numel(), paths),
-                self._noise_held(sizes, spread, deviation, paths),
-            ]
+            paths, unequal = products.shape[2], _unequal_sizes(sizes, self.s, end.numel(), products.shape[2])
+            if unequal is None and 0 < float(of_zero[-1]) < float(sizes[-1]):  # a wrong D may have lost its mean
+                unequal = _unequal_sizes(of_zero, self.s, end.numel(), paths)
+            along_path = [unequal, self._noise_held(sizes / sizes[-1], spread / sizes[-1], deviation, paths)]
             if self.ask.denoiser.prediction in FLOW_LIKE:
                 of_flow, wrong = flow_faults(self.ask, float(self.s[-1]), deviation, products[:3, -1])
                 others += of_flow
@@ -228,15 +228,17 @@ class _Path:
         wrong = bool(outwards and (against or excess > 1)) or (excess > FAR and not few)
         return [left, against, backwards, None if small else outwards, removed], ambiguous and wrong
 
-    def _sizes(self, products: Tensor) -> tuple[Tensor, Tensor]:
-        """``<z - m, D - m>`` and ``|D - m|^2``, means over the paths, [N]; from the products [5, N, B]."""
+    def _sizes(self, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``<z - m, D - m>``, ``|D - m|^2`` and ``<z, D>``, means over the paths, [N]; from the products [5, N, B]."""
         xx, xr, rr, mx, mr = products
         alpha, a, c = (
             torch.as_tensor(each, dtype=torch.float64, device="cpu")[:, None] for each in (self.alpha, self.a, self.c)
         )
         of_centre = torch.linalg.vector_norm(self.centre, dtype=torch.float64).square()  # no copy in float64
-        sizes = ((a * xx + c * xr - mx) / alpha - a * mx - c * mr).mean(1) + of_centre
-        return sizes, (a.square() * xx + 2 * a * c * xr + c.square() * rr - 2 * (a * mx + c * mr)).mean(1) + of_centre
+        of_zero, of_denoised = ((a * xx + c * xr) / alpha).mean(1), a * mx + c * mr  # <z, D>, <m, D>
+        sizes = of_zero - (mx / alpha + of_denoised).mean(1) + of_centre
+        spread = (a.square() * xx + 2 * a * c * xr + c.square() * rr - 2 * of_denoised).mean(1) + of_centre
+        return sizes, spread, of_zero
 
     def _far_from_data(self, end: Tensor, deviation: float) -> str | None:
         """`CheckCalls.low_fault` of a sample of few elements, if the path does not end in a sample either; else None.
@@ -341,9 +343,9 @@ class _Path:
         return f"at level {float(self.s[self.below]):.3g} {MOVES.format(along)} moves by less" if along > 1 else None
 
 
-def _unequal_sizes(sizes: Tensor, s: Tensor, deviation: float, elements: int, paths: int) -> str | None:
-    """A message if the first property's values at levels ``s``, over that of the lowest level, are too far from 1."""
-    level = s / deviation
+def _unequal_sizes(sizes: Tensor, s: Tensor, elements: int, paths: int) -> str | None:
+    """A message if the first property's values at levels ``s`` are too far from that of the lowest level."""
+    sizes, level = sizes / sizes[-1], s / math.sqrt(float(sizes[-1]) / elements)
     slack = (SLACK + SLACK_OF_ELEMENTS / math.sqrt(elements)) / math.sqrt(paths) * (1 + GROWTH * level)
     slack += SLACK_OF_WIDE_STEPS * float(s[s.isfinite()].log().diff().abs().max()) ** 4
     near = (level >= NEAR_DATA[0]) & (level <= NEAR_DATA[1])

@@ -220,6 +220,15 @@ def test_a_time_that_is_off_by_a_fifth_is_noticed(kind, factor):
     assert "of the noise's square away" in told_of(wrong, (256,), samples=8)
 
 
+@pytest.mark.parametrize("mixture", range(3))
+def test_a_noise_prediction_that_keeps_to_its_last_timestep_is_noticed(mixture):
+    """As one that takes times from 0 to 1 does. Its ``D`` is nearly that of other data, without the mean of these."""
+    right = exact_denoisers(fs.oracles.GaussianMixture.random(64, 3, seed=mixture))["epsilon"]
+    wrong = replace(right, network=lambda x, t: right.network(x, (1000 * t).clamp_max(999)))
+    assert not told_of(right, (64,), samples=8)
+    assert "times the data variance" in told_of(wrong, (64,), samples=8)
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v"])
 def test_a_scaled_linear_table_in_place_of_a_linear_one_is_noticed(kind):
     process = fs.denoisers.noise.VariancePreserving(SCALED_LINEAR)
