@@ -12,6 +12,7 @@ from torch import Tensor
 from fastsched import validate
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.measurement.fingerprints import same_network
+from fastsched.sampling.read_only import ReadOnlyTensors
 
 
 class ModelCalls(NamedTuple):
@@ -29,7 +30,7 @@ class ModelCalls(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class CostMatrix:
+class CostMatrix(ReadOnlyTensors):
     """The cost of stepping between noise levels, estimated as a mean over samples.
 
     Attributes:
@@ -55,13 +56,15 @@ class CostMatrix:
     fingerprint: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        validate.descending_sigmas("s", self.s)
+        object.__setattr__(self, "s", validate.descending_sigmas("s", self.s))
         pairs, found = self.pairs, tuple(self.per_sample.shape)
         steps = pairs.dtype == torch.int64 and pairs.ndim == 2 and pairs.shape[1] == 2
         if not (steps and bool(((pairs[:, 0] >= 0) & (pairs[:, 0] < pairs[:, 1]) & (pairs[:, 1] < len(self.s))).all())):
             raise ValueError(f"pairs must be steps (from, to) between {len(self.s)} levels, [P, 2] int64, from < to")
         if len(found) != 2 or found[0] == 0 or found[1] != len(pairs):
             raise ValueError(f"per_sample must have a cost for each sample and step, [B, {len(pairs)}], got {found}")
+        for name in ("pairs", "per_sample"):
+            object.__setattr__(self, name, getattr(self, name))  # a copy
 
     @property
     def sigmas(self) -> Tensor:
@@ -90,7 +93,7 @@ class CostMatrix:
     @property
     def adjacent(self) -> Tensor:
         """The cost of each step between neighbouring levels, [N-1] float64."""
-        return self.matrix.diagonal(1).clone()
+        return self.matrix.diagonal(1)
 
     @property
     def lengths(self) -> Tensor:

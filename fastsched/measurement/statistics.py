@@ -15,17 +15,18 @@ from fastsched import validate
 from fastsched.denoisers.noise import NoiseProcess
 from fastsched.measurement.deviated_paths import DeviatedPath
 from fastsched.measurement.fingerprints import same_network
-from fastsched.measurement.statistics_checks import check_form, check_values
+from fastsched.measurement.statistics_checks import TENSORS, VECTORS, check_form, check_values
 from fastsched.measurement.statistics_files import read_statistics, write_statistics
 from fastsched.sampling import display
 from fastsched.sampling.origin import Origin, call_difference
+from fastsched.sampling.read_only import ReadOnlyTensors
 
 #: Tensors with a row for each sample.
 PER_SAMPLE = ("seeds", "gram", "ends", "response_cross", "response_gram", "increments", "responses")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PathStatistics:
+class PathStatistics(ReadOnlyTensors):
     """Statistics of the denoiser along the probability-flow paths of B samples, over N levels.
 
     Values are kept per sample, so that weights, standard errors and refinements need no further model call.
@@ -51,6 +52,8 @@ class PathStatistics:
             a noise level in between starts or ends its guidance or a prompt.
     """
 
+    uncopied = ("ends", *VECTORS)
+
     process: NoiseProcess
     s: Tensor
     shape: tuple[int, ...]
@@ -74,6 +77,8 @@ class PathStatistics:
             check_form(self)
         except (TypeError, ValueError) as error:
             raise type(error)(f"PathStatistics {error}") from None
+        for name in TENSORS:
+            object.__setattr__(self, name, getattr(self, name))  # a copy, unless it is large
 
     @property
     def vector_gram(self) -> Tensor:

@@ -6,7 +6,7 @@ import importlib
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from fastsched.denoisers.noise import NoiseProcess
 from fastsched.sampling import display
 from fastsched.sampling.fitted import checked_weights
 from fastsched.sampling.origin import Origin
+from fastsched.sampling.read_only import ReadOnlyTensors
 from fastsched.sampling.schedule_files import FORMAT, VERSION, read_entries, write_entries
 from fastsched.sampling.solvers import FITTED, STOCHASTIC_SOLVERS, get_solver, solver_name
 
@@ -38,7 +39,7 @@ class ComfyUISigmas(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Schedule:
+class Schedule(ReadOnlyTensors):
     """The noise levels of one sampling run.
 
     It does not change: its tensors are copied when they are read. Two schedules are equal (``==``) if samplers use them
@@ -105,13 +106,6 @@ class Schedule:
             object.__setattr__(self, "network_sigmas", levels)
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", _timesteps(self.timesteps, len(sigmas) - 1, self.noise))
-
-    if not TYPE_CHECKING:  # to a type checker it would mean that a schedule has any attribute
-
-        def __getattribute__(self, name: str) -> Any:
-            """An attribute, of a tensor a copy: written into, the schedule would not be what was tuned and measured."""
-            value = super().__getattribute__(name)
-            return value.clone() if isinstance(value, Tensor) else value
 
     @classmethod
     def from_levels(

@@ -310,3 +310,14 @@ def test_products_of_no_vectors_are_refused_where_they_are_used(measured, change
     for use in (lambda: fs.optimal_schedule(wrong, 3), lambda: fs.predict_error(wrong, [9.0, 1.0, 0.0], "ddim")):
         with pytest.raises(ValueError, match=f"stats .*{message}"):
             use()
+
+
+def test_writing_into_levels_and_products_does_not_change_statistics(stats):
+    """The file of a measurement, and every schedule that follows from it, would be of other levels."""
+    before, given = fs.optimal_schedule(stats, 4), stats.gram
+    other = replace(stats, gram=given)
+    for name in ("s", "seeds", "gram", "response_cross", "response_gram", "fingerprint"):
+        getattr(stats, name).fill_(1)
+    given.fill_(1.0)
+    assert fs.optimal_schedule(stats, 4) == fs.optimal_schedule(other, 4) == before
+    assert replace(stats) == stats

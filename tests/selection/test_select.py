@@ -189,3 +189,16 @@ def test_a_cost_beyond_float32_is_refused():
     denoiser = fs.Denoiser.from_denoiser(fs.oracles.Gaussian(0.5, (4,)).denoise, 1e-30, 1.0)
     with pytest.raises(ValueError, match="cost must be finite"):
         fs.score_optimal_schedule(denoiser, 4, shape=(4,), levels=8, samples=2, progress=False)
+
+
+def test_writing_into_the_tables_of_a_cost_does_not_change_its_schedule():
+    cost = _gaussian_cost("corrector", levels=12)
+    before = fs.select(cost, 4)
+    for name in ("matrix", "s", "sigmas", "adjacent", "lengths", "per_sample", "stderr"):
+        getattr(cost, name).fill_(1.0)
+    given = torch.rand(1, 66, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    other = replace(cost, per_sample=given)
+    expected = fs.select(other, 4)
+    given.fill_(1.0)
+    assert fs.select(cost, 4) == before
+    assert fs.select(other, 4) == expected != before
