@@ -23,6 +23,11 @@ CAUSES = (
         "it moves something to a device that is not here; move it to that of x instead: .to(x.device)",
     ),
     (
+        r"Guard failed: .*size\(\)\[0\]",
+        "it takes batches of one size alone: export it with a dynamic batch (dynamic_shapes), or for one sample, and "
+        "give batch_size=1",
+    ),
+    (
         r"^AssertionError",
         "it asserts what this call does not fulfil; conditions that it needs must be bound, a row for each sample: "
         "lambda x, t: network(x, t, labels.expand(len(x)))",

@@ -171,6 +171,12 @@ def test_a_failed_assertion_without_words_is_shown():
         measured(network, (3,))
 
 
+def test_a_network_that_is_exported_for_one_size_of_batches_is_no_missing_condition():
+    of_two = torch.export.export(torch.nn.Bilinear(3, 1, 3), (torch.ones(2, 3), torch.ones(2, 1))).module()
+    with pytest.raises(ValueError, match=r"batches of one size alone: export it with a dynamic batch .*batch_size=1"):
+        measured(lambda x, t: of_two(x, t[:, None]), (3,))
+
+
 @pytest.mark.parametrize("loss", [lambda x, t: x.mean(), lambda x, t: x.square().sum()])
 def test_a_training_loss_points_to_the_network_inside(loss):
     with pytest.raises(ValueError, match=r"shape \(\) .*training loss: pass the network that this wrapper holds"):
