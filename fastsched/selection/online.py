@@ -33,6 +33,11 @@ LEAST_GAP = 1e-9
 #: Relative change of answers with the level of another sample that is a fault.
 SHARED = 0.1
 
+#: Answers within this relative squared distance of the noise, or of the score ``-n / s``, at all levels down to this
+#: part of the highest, are no samples if these span the third number: ``D`` of data of deviation ``c`` contains
+#: ``c^2 / s`` times the noise above the level ``c``, and ``s`` times it below, so it is near it at one level only.
+NEAR_NOISE, HIGH_LEVELS, LEVEL_SPAN = 0.3, 0.1, 4.0
+
 _RANDOM = (
     "the changes that they make are counted as cost, most at low levels; call eval() before observe_denoiser and "
     "train() after it, or fix the numbers"
@@ -85,6 +90,7 @@ class AdaptiveSchedule:
         self.rate, self.order, self.updates = float(rate), int(order), 0  # plain numbers, for files
         self.group = group
         self._checked = False  # whether answers were checked not to follow another sample's level
+        self._is_noise = False  # whether it was warned that answers are noise
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Levels, rate and order are checked, also when they are replaced later; other levels drop the observations."""
@@ -178,7 +184,7 @@ class AdaptiveSchedule:
             TypeError: If the denoiser returns no floating-point tensor.
             ValueError: If ``clean`` holds no data, NaN or inf, or the denoiser returns another shape, NaN or inf.
         """
-        validate.arguments(locals(), denoise=validate.function, clean=validate.tensor, generator=_is_generator)
+        validate.arguments(locals(), denoise=_is_denoise, clean=validate.tensor, generator=_is_generator)
         if clean.ndim < 2 or clean.numel() == 0:
             raise ValueError(f"clean must hold at least one sample, [B, *shape], got shape {tuple(clean.shape)}")
         count, cells = len(clean), len(self._sums)
@@ -204,6 +210,7 @@ class AdaptiveSchedule:
         if not bool(costs.isfinite().all()):
             raise ValueError(f"{_cause_of_infinity(clean, z, answers, (s_from, s_to))}; skip such a batch")
         self.observe(costs, intervals)
+        self._warn_of_noise(answers[0].to(noise), noise, wide(s_from), s_from)
         rounding = stored_squares(answers[1]) * s_from.square() / s_to.pow(4)
         self._rounding = self._rounding.index_add(0, intervals, rounding)
         return (2 + checks) * count
@@ -227,6 +234,21 @@ class AdaptiveSchedule:
                 "others (does it use s[0] for all, or mix the samples of a batch?); the estimated costs are wrong"
             )
         return 1
+
+    def _warn_of_noise(self, answers: Tensor, noise: Tensor, column: Tensor, s: Tensor) -> None:
+        """Warn, once, if the answers at the highest of the levels ``s`` are the noise, or the score."""
+        high = s >= HIGH_LEVELS * s.max()
+        if self._is_noise or float(s[high].max()) < LEVEL_SPAN * float(s[high].min()):
+            return
+        high = high.to(noise.device)
+        for what, scaled in (("the noise", answers), ("the score", -column * answers)):
+            squares = ((each[high] ** 2).flatten(1).sum(1) for each in (scaled - noise, noise))
+            if bool((next(squares) < NEAR_NOISE * next(squares)).all()):
+                self._is_noise = True
+                validate.warn(
+                    f"denoise must return x0, but its answers are nearly {what}, and the estimated costs wrong: pass a "
+                    "Denoiser, such as Denoiser.from_epsilon or from_score makes"
+                )
 
     @property
     def variation(self) -> float:
@@ -349,6 +371,14 @@ def _cause_of_infinity(clean: Tensor, z: Tensor, answers: Sequence[Tensor], leve
         if len(bad):
             return f"denoise returned NaN or inf, first at s = {float(s[int(bad[0])]):g}"
     return "denoise returned numbers so large that the squares of their differences overflow"
+
+
+def _is_denoise(name: str, value: object) -> None:
+    """Check a function; methods of a `Denoiser` take other states than it does."""
+    validate.function(name, value)
+    owner = getattr(value, "__self__", None)
+    if isinstance(owner, Denoiser) and value != owner.__call__:
+        raise TypeError(f"{name} must be the Denoiser itself, as its methods take other states, got {value}")
 
 
 def _is_generator(name: str, value: object) -> None:

@@ -154,3 +154,40 @@ def test_a_network_of_integer_timesteps_is_observed_at_levels_that_it_knows():
         adaptive.observe_denoiser(denoiser, _gaussian().sample(64, seed=1), generator=torch.Generator().manual_seed(0))
         costs.append(adaptive.state_dict()["sums"])
     torch.testing.assert_close(costs[0], costs[1], rtol=1e-4, atol=0.0)
+
+
+def _observed(denoise, clean):
+    """Observe with a fixed generator; returns the warnings."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        adaptive = fs.AdaptiveSchedule(_start())
+        for seed in range(2):
+            adaptive.observe_denoiser(denoise, clean, generator=torch.Generator().manual_seed(seed))
+    return [str(each.message) for each in told]
+
+
+@pytest.mark.parametrize("std", [1e-3, 0.1, 1.0, 2.0, 5.0, 30.0, 1e4])
+@pytest.mark.parametrize("batch", [8, 64])
+def test_predictions_of_the_noise_or_the_score_are_no_samples(std, batch):
+    """The costs that follow from them are those of no denoiser. A denoiser may come near its noise at one level."""
+    oracle = fs.oracles.Gaussian(std, (16,))
+    clean = oracle.sample(batch, seed=0, dtype=torch.float32)
+    column = lambda s: s[:, None]
+    assert not _observed(oracle.denoise, clean)
+    assert not _observed(lambda z, s: 0.0 * z, clean)  # not trained yet
+    if std < 1 or (std == 1 and batch == 64):  # the levels reach 20; few samples may miss the higher ones
+        found = _observed(lambda z, s: (z - oracle.denoise(z, s)) / column(s), clean)
+        assert [each.partition(", and")[0] for each in found] == [
+            "denoise must return x0, but its answers are nearly the noise"
+        ]
+        assert "nearly the score" in " ".join(_observed(lambda z, s: oracle.score(z, s), clean))
+
+
+def test_methods_of_a_denoiser_are_not_taken_for_it():
+    """They take states of another scale."""
+    denoiser = exact_denoisers(_gaussian())["x0"]
+    adaptive, clean = fs.AdaptiveSchedule(_start()), torch.zeros(8, 16)
+    for method in (denoiser.denoise, denoiser.raw_output):
+        with pytest.raises(TypeError, match="denoise must be the Denoiser itself"):
+            adaptive.observe_denoiser(method, clean)
+    assert adaptive.observe_denoiser(denoiser.__call__, clean) > 0
