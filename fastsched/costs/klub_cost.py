@@ -63,6 +63,7 @@ def klub(
         raws, states = [], _noising_paths(source, batch)
         for k, z in enumerate(states):
             raws.append(source.raw_output(z, k))
+            source.warn_of_other_data(batch, z, raws[-1], k)
             rounding[k] += source.denoised_c[k].square() * stored_squares(raws[-1]).sum() / source.samples
             advance(len(z))
         return _integrals(source, torch.stack(raws), torch.stack(states))[:, pairs[:, 0], pairs[:, 1]]

@@ -33,6 +33,10 @@ from fastsched.sampling.solvers import get_solver
 #: The longest step of the path in ``log s``. Between two levels that are further apart, the path has more levels.
 PATH_STEP = 0.35
 
+#: Data are checked at levels from the first number times their deviation, where trained networks leave less than 0.6 of
+#: the noise's square. More than the second, and the third over the root of the elements, is that of other data.
+OTHER_DATA = 0.05, 2.0, 8.0
+
 
 class Batch:
     """A batch of an estimate's samples. Each sample has its own random stream, independent of the batch.
@@ -119,6 +123,7 @@ class StateSource:
         self.denoised_a, self.denoised_c = a * self.alpha, c
         self.forward_calls = 0
         self._fingerprint: Tensor | None = None
+        self._warned = False
         self._chosen = None if data is None else _choose(data, self.shape, which, seed)
 
     @property
@@ -195,7 +200,23 @@ class StateSource:
             return
         for k in range(count):
             z = batch.clean + float(self.s[k]) * batch.noise
-            yield k, z, self.raw_output(z, k)
+            raw = self.raw_output(z, k)
+            self.warn_of_other_data(batch, z, raw, k)
+            yield k, z, raw
+
+    def warn_of_other_data(self, batch: Batch, z: Tensor, raw: Tensor, k: int) -> None:
+        """Warn, once, if data are further off once denoised than with noise: ``E |D - x0|^2 <= s^2 d``."""
+        clean, s = batch.clean, float(self.s[k])
+        if clean is None or self._warned or s < OTHER_DATA[0] * float(clean.std(correction=0)):
+            return
+        off = float((self.denoised_of(z, raw, k) - clean).square().mean()) / s**2
+        if off > OTHER_DATA[1] + OTHER_DATA[2] / math.sqrt(clean.numel()):
+            self._warned = True
+            validate.warn(
+                f"data do not seem to be what the network was trained on: from level {s:.3g} they are denoised to "
+                f"samples {math.sqrt(off):.3g} times as far off as the noise. Are they in its range, such as [-1, 1], "
+                "or latents with their scaling factor?"
+            )
 
     def clean(self, batch: Batch) -> Tensor:
         """Clean samples, [B, *shape]: from the data, or the ends of probability-flow paths."""

@@ -236,3 +236,29 @@ def test_outputs_in_16_bits_that_are_too_coarse_for_a_cost_are_warned_of(estimat
         data = oracle.sample(16, seed=0)
         ESTIMATORS[estimate](denoiser, shape=(4,), sigmas=sigmas, samples=16, data=data, progress=False)
     assert sum("outputs come in 16 bits" in str(each.message) for each in said) == (prediction == "x0")
+
+
+@pytest.mark.parametrize("estimate", ESTIMATORS.values(), ids=ESTIMATORS.keys())
+def test_data_in_another_unit_than_the_network_is_warned_of(estimate):
+    """Their costs are those of a density that the network does not know."""
+    oracle = fs.oracles.GaussianMixture.random(8, 3, seed=0)
+    clean = oracle.sample(32, seed=0, dtype=torch.float32)
+    settings = {"shape": (8,), "sigmas": [40.0, 5.0, 1.0, 0.3, 0.1], "samples": 16, "progress": False}
+    for data, wrong in ((clean, False), (127.5 * (clean + 1), True)):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            estimate(exact_denoiser(oracle), data=data, **settings)
+        assert [str(each.message).startswith("data do not seem") for each in told] == [True] * wrong
+
+
+@pytest.mark.parametrize(("d", "samples"), [(1, 1), (1, 8), (2, 2), (64, 4)])
+def test_data_of_the_network_give_no_warning(d, samples):
+    """One sample of one element may be further off than its noise by chance."""
+    for seed in range(10):
+        oracle = fs.oracles.GaussianMixture.random(d, 6, seed=seed, std=0.05)
+        data = oracle.sample(samples, seed=seed, dtype=torch.float32)
+        sigmas = torch.logspace(1.6, -1.7, 12)
+        costs.stein_corrector(
+            exact_denoiser(oracle), shape=(d,), sigmas=sigmas, samples=samples, data=data, progress=False
+        )
