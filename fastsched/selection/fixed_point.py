@@ -82,7 +82,14 @@ def refine_schedule(
 
 
 def _estimated(estimate: Callable[..., CostMatrix], sigmas: Tensor) -> CostMatrix:
-    return is_cost("what estimate(sigmas=...) returns", estimate(sigmas=sigmas))
+    cost = is_cost("what estimate(sigmas=...) returns", estimate(sigmas=sigmas))
+    asked = cost.process.nearest(cost.process.level(sigmas))
+    if asked.shape != cost.s.shape or not torch.allclose(asked, cost.s, rtol=1e-6, atol=0.0):
+        raise ValueError(
+            "what estimate(sigmas=...) returns must be the cost of these sigmas, and for all calls of one denoiser, "
+            f"but it is of levels {validate.shown(cost.sigmas.tolist())}"
+        )
+    return cost
 
 
 def variation(values: Tensor) -> float:

@@ -202,3 +202,14 @@ def test_writing_into_the_tables_of_a_cost_does_not_change_its_schedule():
     given.fill_(1.0)
     assert fs.select(cost, 4) == before
     assert fs.select(other, 4) == expected != before
+
+
+def test_an_estimate_that_does_not_use_the_sigmas_it_is_given_is_refused():
+    """It gave the levels to start from, as if they had been refined."""
+    denoiser = exact_denoisers(fs.oracles.Gaussian(0.5, (2,)))["x0"]
+    estimate = partial(stein_corrector, denoiser, shape=(2,), samples=2, progress=False)
+    fixed, start = [40.0, 10.0, 1.0, 0.1], [40.0, 8.0, 1.0, 0.1]
+    for wrong in (lambda sigmas: estimate(sigmas=fixed), lambda sigmas: estimate(sigmas=sigmas[:-1])):
+        with pytest.raises(ValueError, match="returns must be the cost of these sigmas, and for all calls"):
+            fs.refine_schedule(wrong, start)
+    fs.refine_schedule(estimate, start)
