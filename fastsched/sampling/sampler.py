@@ -14,7 +14,7 @@ from fastsched import validate
 from fastsched.denoisers.denoiser import Denoiser
 from fastsched.denoisers.finite_answers import finite_denoised, noise_check
 from fastsched.denoisers.network_state import unchanged_buffers
-from fastsched.denoisers.noise import NoiseProcess
+from fastsched.denoisers.noise import SMALLEST_LEVEL, NoiseProcess
 from fastsched.sampling.fitted import fitted_solver
 from fastsched.sampling.multistep import Node, log_rho
 from fastsched.sampling.progress import Progress, progress_bar
@@ -35,6 +35,9 @@ Result = TypeVar("Result")
 #: If the first level is above this multiple of the process's highest, it is likely to be a timestep. Networks that are
 #: given sigma may know levels above that.
 BEYOND = {"vp": 1.5, "ve": 10.0, "flow": math.inf}
+
+#: Shortest step in ``log s``, over the next one. At this ratio UniPC leaves 20 times the sample's size in error.
+SHORTEST = 1e-3
 
 _IS_SEED = validate.optional(validate.CHECKS["seed"])
 
@@ -98,6 +101,7 @@ def sample(
     method = schedule_solver(sigmas, name)
     if seed is not None:
         raise ValueError(f"seed must be None for {method.name}, got {seed!r}: this solver adds no noise")
+    _check_distances(s, method)
     nodes, deferred = nodes_of(denoiser.process, s), noise_check(noise, float(s[0]), denoiser)
     dtype = dtype or denoiser.dtype_beside(noise.dtype)
     calls, others = calls_of(method, nodes), _other_levels(sigmas, method.name, denoiser.process)
@@ -126,6 +130,22 @@ def _warn_of_unknown_levels(process: NoiseProcess, s: float, name: str = "sigmas
         validate.warn(
             f"{name} start at {s:g}, far above {process.s_max:g}, the highest of the noise process: are they "
             "timesteps? fastsched takes noise levels, sigma / alpha"
+        )
+
+
+def _check_distances(s: Tensor, method: Solver) -> None:
+    """ValueError if levels are too low for float32; a warning if a multistep solver extrapolates a step too far."""
+    known = s[(s > 0) & s.isfinite()]
+    if bool((known < SMALLEST_LEVEL).any()):
+        found = known.tolist()
+        raise ValueError(f"sigmas must be 0 or at least {SMALLEST_LEVEL:g}, as states are float32, got {found}")
+    steps = -known.log().diff()
+    short = (steps[:-1] < SHORTEST * steps[1:]).nonzero()
+    if len(short) and method.order > 1 and method.stage is None and method.name != FITTED:
+        k = int(short[0])
+        validate.warn(
+            f"sigmas {float(known[k])!r} and {float(known[k + 1])!r} are nearly equal, and {method.name} extrapolates "
+            f"their step to one {float(steps[k + 1] / steps[k]):.2g} times as long: leave one of them out"
         )
 
 
