@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -47,10 +47,10 @@ class Candidate:
 
     name: str
     schedule: Schedule
-    errors: Tensor
+    errors: Tensor = field(repr=False)
     log_ratio: float
     stderr: float
-    rollout: Rollout
+    rollout: Rollout = field(repr=False)
 
     @property
     def error(self) -> float:

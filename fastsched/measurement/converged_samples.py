@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -43,12 +43,12 @@ class Reference:
         fingerprint: The network's (`fastsched.measurement.fingerprints`), by one call more; None if it is not known.
     """
 
-    noise: Tensor
-    ends: Tensor
+    noise: Tensor = field(repr=False)
+    ends: Tensor = field(repr=False)
     solver: str
     steps: int
     model_calls: int
-    fingerprint: Tensor | None = None
+    fingerprint: Tensor | None = field(default=None, repr=False)
 
 
 @torch.no_grad()

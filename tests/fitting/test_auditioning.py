@@ -34,6 +34,15 @@ def test_errors_are_the_samplers_own(stats, outcome):
         assert row.schedule.measured_error == pytest.approx(row.error)
 
 
+def test_results_are_shown_without_their_samples(outcome):
+    """They took 16,000 characters, and more for images."""
+    reference = fs.converged_reference(DENOISER, (4,), samples=4, steps=8, progress=False)
+    compared = fs.compare(DENOISER, {"a": outcome.winner}, reference=reference, progress=False)
+    for shown, names in ((outcome, "log_ratio"), (reference, "steps=8"), (compared, "typical_error")):
+        assert names in repr(shown)
+        assert "tensor(" not in repr(shown)
+
+
 def test_the_predicted_error_of_another_solver_is_dropped(stats):
     for solver, kept in (("ddim", True), ("heun", False)):
         given = fs.optimal_schedule(stats, 5, "ddim")
