@@ -44,10 +44,11 @@ class Batch:
     Attributes:
         noise: The noise that the states start from, standard normal, [B, *shape].
         clean: Clean samples of the data, [B, *shape]; None without data.
+        checked: Whether its data need not be checked, as in all batches after the first.
     """
 
-    def __init__(self, seeds: Tensor, noise: Tensor, clean: Tensor | None) -> None:
-        self.noise, self.clean = noise, clean
+    def __init__(self, seeds: Tensor, noise: Tensor, clean: Tensor | None, checked: bool) -> None:
+        self.noise, self.clean, self.checked = noise, clean, checked
         self._streams = [stream(seed, 1) for seed in seeds.tolist()]
 
     def __len__(self) -> int:
@@ -123,7 +124,6 @@ class StateSource:
         self.denoised_a, self.denoised_c = a * self.alpha, c
         self.forward_calls = 0
         self._fingerprint: Tensor | None = None
-        self._warned = False
         self._chosen = None if data is None else _choose(data, self.shape, which, seed)
 
     @property
@@ -172,7 +172,7 @@ class StateSource:
             # Drawn on the CPU, sample by sample, for the same numbers on every device and in every batch.
             noise = noise_of(self.seeds[rows], self.shape).to(self.device, self.state_dtype)
             clean = None if self._chosen is None else self._chosen[rows].to(self.device, self.state_dtype)
-            yield Batch(self.seeds[rows], noise, clean)
+            yield Batch(self.seeds[rows], noise, clean, checked=start > 0)
 
     def over_batches(
         self, estimate: Callable[[Batch, Callable[[int], None]], Tensor], levels: int, progress: bool, what: str
@@ -207,11 +207,11 @@ class StateSource:
     def warn_of_other_data(self, batch: Batch, z: Tensor, raw: Tensor, k: int) -> None:
         """Warn, once, if data are further off once denoised than with noise: ``E |D - x0|^2 <= s^2 d``."""
         clean, s = batch.clean, float(self.s[k])
-        if clean is None or self._warned or s < OTHER_DATA[0] * float(clean.std(correction=0)):
+        if clean is None or batch.checked or s < OTHER_DATA[0] * float(clean.std(correction=0)):
             return
         off = float((self.denoised_of(z, raw, k) - clean).square().mean()) / s**2
         if off > OTHER_DATA[1] + OTHER_DATA[2] / math.sqrt(clean.numel()):
-            self._warned = True
+            batch.checked = True
             validate.warn(
                 f"data do not seem to be what the network was trained on: from level {s:.3g} they are denoised to "
                 f"samples {math.sqrt(off):.3g} times as far off as the noise. Are they in its range, such as [-1, 1], "

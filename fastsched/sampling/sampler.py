@@ -101,8 +101,7 @@ def sample(
     method = schedule_solver(sigmas, name)
     if seed is not None:
         raise ValueError(f"seed must be None for {method.name}, got {seed!r}: this solver adds no noise")
-    _check_distances(s, method)
-    nodes, deferred = nodes_of(denoiser.process, s), noise_check(noise, float(s[0]), denoiser)
+    nodes, deferred = _checked_nodes(denoiser.process, s, method), noise_check(noise, float(s[0]), denoiser)
     dtype = dtype or denoiser.dtype_beside(noise.dtype)
     calls, others = calls_of(method, nodes), _other_levels(sigmas, method.name, denoiser.process)
     with unchanged_buffers(denoiser.network), progress_bar(calls, progress, f"{method.name} sampling") as advance:
@@ -133,8 +132,8 @@ def _warn_of_unknown_levels(process: NoiseProcess, s: float, name: str = "sigmas
         )
 
 
-def _check_distances(s: Tensor, method: Solver) -> None:
-    """ValueError if levels are too low for float32; a warning if a multistep solver extrapolates a step too far."""
+def _checked_nodes(process: NoiseProcess, s: Tensor, method: Solver) -> list[Node]:
+    """`nodes_of`; ValueError for levels too low for float32, a warning if a solver extrapolates a step too far."""
     known = s[(s > 0) & s.isfinite()]
     if bool((known < SMALLEST_LEVEL).any()):
         found = known.tolist()
@@ -147,6 +146,7 @@ def _check_distances(s: Tensor, method: Solver) -> None:
             f"sigmas {float(known[k])!r} and {float(known[k + 1])!r} are nearly equal, and {method.name} extrapolates "
             f"their step to one {float(steps[k + 1] / steps[k]):.2g} times as long: leave one of them out"
         )
+    return nodes_of(process, s)
 
 
 def _other_levels(run: object, solver: str, process: NoiseProcess) -> Iterator[dict[str, Tensor]]:
