@@ -82,6 +82,18 @@ def test_guidance_over_few_levels_is_not_refused(levels, d):
                     measure(guided(whole, part, 2.0, kind), d, levels)
 
 
+@pytest.mark.parametrize(("spread", "std"), [(0.6, 0.3), (1.0, 0.1), (1.0, 0.3)])
+def test_a_strongly_guided_flow_is_not_refused(spread, std):
+    """Towards one of five modes, by 7.5: the rough sample moves far, but across the noise."""
+    whole = fs.oracles.GaussianMixture.random(64, 5, seed=1, spread=spread, std=std)
+    part = fs.oracles.GaussianMixture(*(each[:1] for each in (whole.weights, whole.means, whole.covariances)))
+    strong = guided(whole, part, 7.5, "velocity")
+    with pytest.warns(UserWarning, match="guided by more than its data allow"):
+        measure(strong, 64, 16)
+    with pytest.raises(ValueError, match="its sign the other one"):
+        measure(replace(strong, network=lambda x, t: -strong.network(x, t)), 64, 16)
+
+
 @pytest.mark.parametrize("kind", ["x0", "edm", "score", "epsilon", "v", "velocity"])
 def test_usual_networks_are_asked_seven_times(kind):
     right = exact_denoisers(fs.oracles.Gaussian(0.3, (64,)))[kind]
