@@ -50,6 +50,8 @@ class CheckCalls:
     constant: bool = field(default=False, init=False)  #: whether all outputs before the measurement were equal
     #: A message if ``D`` moves against a step of its input, else None.
     negative_slope: str | None = field(default=None, init=False)
+    #: A message if ``D`` depends on its input at the highest level as only data as large as the noise allow, else None.
+    top_fault: str | None = field(default=None, init=False)
     #: A message if ``D`` is far from its input at the lowest level, else None.
     low_fault: str | None = field(default=None, init=False)
     #: A message if denoising moves a rough sample of a flow too far and a finer one not, else None.
