@@ -324,9 +324,12 @@ def warn_of_clipping(kind: type, config: Mapping[str, Any], ends: Tensor) -> Non
 
 
 def beside_others(states: Tensor) -> Tensor:
-    """The first half of a batch (the middle one included), and after it the same states again."""
-    kept = (len(states) + 1) // 2
-    return torch.cat([states[:kept], states[: len(states) - kept]])
+    """The second half of a batch (the middle one included) in its place, and before it the same states again.
+
+    Where samples depend on others it is mostly on the first, as with a reference (StyleAligned, Prompt-to-Prompt).
+    """
+    half = len(states) // 2
+    return torch.cat([states[len(states) - half :], states[half:]])
 
 
 def check_repeat(first: Tensor, output: Tensor) -> None:
@@ -334,19 +337,20 @@ def check_repeat(first: Tensor, output: Tensor) -> None:
 
     Args:
         first: The output for a batch.
-        output: That for its first half, in a batch with other latents (`beside_others`).
+        output: That for its second half, in a batch with other latents (`beside_others`).
     """
-    kept = (len(first) + 1) // 2
-    one, two = (each[:kept].float() for each in (first, output))
+    half = len(first) // 2
+    one, two = (each[half:].float() for each in (first, output))
     change = float((two - one).norm() / one.norm().clamp_min(1e-30))
     if change > REPEATED.get(output.dtype, 1e-3):
         beside = (
             ", beside other latents in the batch, on which it must not depend either (I2VGenXL and TextToVideoSD give "
-            "the frames of a video to step as a batch: no measurement)"
+            "the frames of a video to step as a batch: no measurement; the images of StyleAligned or Prompt-to-Prompt "
+            "follow the first: prompts_per_call=1)"
         )
         raise ValueError(
             f"the same latents and timestep were answered differently (by {change:.2%}) at the end of the run than at "
-            f"its beginning{beside if kept < len(first) else ''}; {UNALIKE}"
+            f"its beginning{beside if half > 0 else ''}; {UNALIKE}"
         )
 
 

@@ -143,16 +143,20 @@ def test_a_network_that_is_off_at_every_few_calls_is_refused(scheduler, period, 
 
 
 class Mixing(OracleUNet):
-    """Adds a part of the batch's mean to each output."""
+    """Adds a part of the batch's mean, or of the first output, to each output."""
+
+    first = False
 
     def forward(self, sample, timestep, **kwargs):
         output = super().forward(sample, timestep, **kwargs)[0]
-        return (output + 0.02 * output.mean(0),)
+        return (output + 0.02 * (output[0] if self.first else output.mean(0)),)
 
 
+@pytest.mark.parametrize("first", [False, True])  # as StyleAligned and Prompt-to-Prompt share their attention
 @pytest.mark.parametrize("images", [1, 2, 3])
-def test_a_network_that_mixes_its_batch_is_refused(images):
+def test_a_network_that_mixes_its_batch_is_refused(images, first):
     pipe = OraclePipeline(Mixing().answer_for(euler(), mixture()), euler())
+    pipe.unet.first = first
     if images == 1:
         assert measured(pipe, images=images).samples == 2
         return
