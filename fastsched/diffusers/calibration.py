@@ -40,6 +40,7 @@ from fastsched.diffusers.step_checks import (
     held_at_zero,
     noise_alone,
     output_of_tokens,
+    repeated_query,
     warn_of_clipping,
 )
 from fastsched.diffusers.step_counts import check_steps, levels_of
@@ -66,7 +67,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     first                    the pipeline's own latents                           their shape, dtype and device
     next N                   states ``x_k``, from the noisiest level down         the reference path
     next, two times N/2 - 1  states ``x'_k`` of the deviated paths, likewise      the responses
-    last                     an early ``x_k`` again, half of the batch            a check: same input, same output
+    last                     an earlier state again, half of the batch            a check: same input, same output
     =======================  ===================================================  ==============================
 
     That is ``2 N`` steps for an even number of levels (`calibration_steps`).
@@ -225,10 +226,10 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._levels = measured_levels(self.convention.denoiser, levels)
         self._clear()
         self._scales = self.convention.input_scale(self._levels).tolist()
-        # An early level, to detect changes in the middle of the run, but one at which the conditioning matters.
-        self._repeated = max(1, len(self._levels) // 8)
-        self._queries = queries(count, deviated_paths(count))
-        self._s = s = torch.cat([self._levels[:1], self._levels[self._queries], self._levels[self._repeated, None]])
+        asked = queries(count, deviated_paths(count))
+        self._repeated = repeated_query(len(asked), int(self.config["samples_before"]))
+        self._queries = [*asked, asked[self._repeated]]
+        self._s = s = torch.cat([self._levels[:1], self._levels[self._queries]])
         names = told_timesteps(self._own, self.convention.timesteps(s), timesteps=timesteps, sigmas=sigmas, mu=mu)
         self._names = names.round().to(torch.int64) if self.convention.process.integer_timesteps else names.float()
         self.timesteps = Timesteps.whole(self._names.to(device, copy=True))  # the pipeline may write into it
@@ -345,7 +346,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         return self._input(*next(self._steps))
 
     def _send(self, output: Tensor) -> Tensor:
-        """Send the output to the measurement; returns its next state, or after its last one an early state again."""
+        """Send the output to the measurement; returns its next state, or after its last one an earlier state again."""
         assert self._steps is not None
         assert self._returned is not None
         if self._index == 1 + self._repeated:
@@ -361,7 +362,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         """Make the checks that are left, with that of the repeated output; returns the ends of the paths."""
         self._deferred.run()
         assert self._repeat is not None
-        check_repeat(self._repeat[0], output)
+        check_repeat(self._repeat[0], output, 1 + self._repeated)
         ends = self._measured_paths.ends * (1 if self._owned is None else ~self._owned.cpu())
         known = {"ends": ends, "changes": self._consistency.changes(self._levels.tolist())}
         self._statistics = found = replace(self._measured_paths, **known, data_std=data_deviation(ends))
@@ -397,7 +398,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
     def _check_seen(self, seen: SeenStep, output: Tensor, sample: Tensor) -> None:
         """Compare the networks' calls with those of earlier steps, and their input with the latents."""
         index, n, size = self._index, len(self._levels), sample.numel()
-        level = [0, *self._queries, self._repeated][index]
+        level = [0, *self._queries][index]
         self._consistency.note(index, level, seen, output, self._deferred)
         kept = overwritten(seen, sample) if index > 0 and self._copies == 1 else None
         if index == 1 and kept is not None and 0 < int(kept.min()) < 0.99 * size:

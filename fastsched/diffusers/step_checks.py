@@ -30,6 +30,10 @@ FROM_NOISE = (
 #: is less than in another batch (`measurement.check_calls.REPEATABLE`), for which libraries use other kernels.
 REPEATED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 5e-3}
 
+#: How far into a measurement the step is that is repeated at its end, by call: one that is early, but at which the
+#: conditioning matters, or within windows of steps that no argument shows (of attention, in a processor's object).
+REPEATS = (1 / 15, 0.4, 0.25, 0.75)
+
 #: Largest relative changes between steps: of an element of the latents, and of their scale. bfloat16 rounds by 0.002.
 ROUNDED, RESIZED = 1e-2, 3e-3
 
@@ -332,12 +336,18 @@ def beside_others(states: Tensor) -> Tensor:
     return torch.cat([states[len(states) - half :], states[half:]])
 
 
-def check_repeat(first: Tensor, output: Tensor) -> None:
-    """ValueError unless a network answers the same latents and timestep alike at the beginning and at the end.
+def repeated_query(count: int, samples_before: int) -> int:
+    """Which of a measurement's ``count`` queries its last step repeats (`REPEATS`), the first one excepted."""
+    return max(1, int(REPEATS[samples_before % len(REPEATS)] * count))
+
+
+def check_repeat(first: Tensor, output: Tensor, step: int) -> None:
+    """ValueError unless a network answers the same latents and timestep alike at ``step`` and at the last step.
 
     Args:
         first: The output for a batch.
         output: That for its second half, in a batch with other latents (`beside_others`).
+        step: The index of the first output's step.
     """
     half = len(first) // 2
     one, two = (each[half:].float() for each in (first, output))
@@ -350,7 +360,7 @@ def check_repeat(first: Tensor, output: Tensor) -> None:
         )
         raise ValueError(
             f"the same latents and timestep were answered differently (by {change:.2%}) at the end of the run than at "
-            f"its beginning{beside if half > 0 else ''}; {UNALIKE}"
+            f"step {step}{beside if half > 0 else ''}; {UNALIKE}"
         )
 
 

@@ -142,6 +142,26 @@ def test_a_network_that_is_off_at_every_few_calls_is_refused(scheduler, period, 
         fs.diffusers.measure(pipe, levels=48, samples=4, images=4)
 
 
+class Windowed(OracleUNet):
+    """Changes its outputs at a part of the steps of each run, which it counts in a place that is not watched."""
+
+    def forward(self, sample, timestep, **kwargs):
+        self.counter["calls"] += 1
+        output = super().forward(sample, timestep, **kwargs)[0]
+        begin, end = self.counter["window"]
+        return (output * (1.05 if begin <= (self.counter["calls"] - 1) % 96 / 96 < end else 1.0),)
+
+
+@pytest.mark.parametrize("window", [(0, 0.2), (0.1, 0.3), (0.2, 0.45), (0.2, 0.8), (0.3, 0.7), (0.5, 0.8), (0.5, 1)])
+def test_a_network_that_is_another_within_a_window_of_steps_is_refused(window):
+    unet = Windowed().answer_for(euler(), mixture())
+    unet.counter = {"calls": 0, "window": window}
+    with pytest.raises(
+        ValueError, match=r"answered differently \(by (4.76|5.00)%\) at the end of the run than at step"
+    ):
+        fs.diffusers.measure(OraclePipeline(unet, euler()), levels=48, samples=4, images=1)
+
+
 class Mixing(OracleUNet):
     """Adds a part of the batch's mean, or of the first output, to each output."""
 
