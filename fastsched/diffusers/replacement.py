@@ -26,7 +26,7 @@ def replacement(scheduler: Any, works: Callable[[Any], object]) -> str:
 
     Args:
         scheduler: A supported scheduler.
-        works: Tells whether a scheduler can be used; a ValueError counts as no.
+        works: Tells whether a scheduler can be used; a ValueError counts as no. A class may lack a beta schedule.
 
     Returns:
         An instruction that names the first class for which ``works`` is true, or general advice if there is none.
@@ -34,7 +34,7 @@ def replacement(scheduler: Any, works: Callable[[Any], object]) -> str:
     own = describe(scheduler)
     random = scheduler.config.get("stochastic_sampling")
     for name in CLASSES[own.process.kind]:
-        with contextlib.suppress(ValueError, TypeError), _quiet():
+        with contextlib.suppress(ValueError, TypeError, NotImplementedError), _quiet():
             kind = getattr(diffusers, name)
             taken = inspect.signature(kind.__init__).parameters
             settings = {"stochastic_sampling": False} if random and "stochastic_sampling" in taken else {}
