@@ -221,7 +221,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             self._watch.begin()
             self._earlier = self._statistics or self._earlier  # a pipeline may reset its scheduler at the end
         self._parameters = dict(inspect.signature(getattr(diffusers, self.config["scheduler_class"]).step).parameters)
-        # Another number of steps than that of the levels is refused at the first step: there may be another call.
+        # another number of steps is refused at the first step: there may be another call
         levels = asked if isinstance(asked, Tensor) and len(asked) == count else count
         self._levels = measured_levels(self.convention.denoiser, levels)
         self._clear()
@@ -312,8 +312,8 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         return self.convention.train_steps
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CalibrationScheduler:
-        """A copy for latents beside the measured ones (sound beside a video), which is neither watched nor counted."""
-        made = copied_with(self, memo, _watch=None, _advance=lambda calls: None)
+        """A copy, neither watched nor counted, for latents beside those measured (sound); refused during a run."""
+        made = copied_with(self, memo, _advance=lambda calls: None, **({} if self._steps else {"_watch": None}))
         made.register_to_config(seed=self.config["seed"] ^ BESIDE, keep_increments=False)
         return made
 

@@ -71,7 +71,7 @@ class PipelineWatch:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PipelineWatch:
         raise ValueError(
-            f"{type(self.pipe).__name__} copies its scheduler's attributes (for the views of a panorama?), "
+            f"{type(self.pipe).__name__} copies its scheduler's attributes (a panorama's views, a video's frames?), "
             "so it cannot be measured by its loop; measure another pipeline of the same model, and apply its schedule"
         )
 

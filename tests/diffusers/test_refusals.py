@@ -55,7 +55,7 @@ def test_a_refusal_names_a_scheduler_that_works_at_the_first_try(name):
 def test_a_refusal_holds_where_no_other_class_has_the_beta_schedule():
     scheduler = diffusers.DDPMScheduler(beta_schedule="sigmoid", **UNCLIPPED)
     pipe = oracle_pipeline(scheduler, fs.oracles.GaussianMixture.random(8, 3, seed=0))
-    with pytest.raises(ValueError, match="DDPMScheduler adds noise.*change the scheduler for another one"):
+    with pytest.raises(ValueError, match=r"DDPMScheduler adds noise.*change the scheduler for another one"):
         fs.diffusers.fit(pipe, 4, levels=8, samples=2)
 
 
