@@ -16,7 +16,7 @@ CACHES = {
     "enable_teacache": "{}.enable_teacache = False",
 }
 
-#: Modules of diffusers with hooks that keep a state from call to call, but only of the prompt, which does not change.
+#: Modules of diffusers with caches that keep a state from call to call, but only of the prompt, which does not change.
 OF_THE_PROMPT = ("diffusers.hooks.text_kv_cache",)
 
 
@@ -25,6 +25,8 @@ def check_caches(pipe: Any) -> None:
     networks = networks_of(pipe)
     holders = {"pipe": pipe, **{f"pipe.{name}": module for name, module in networks.items()}}
     for name, holder in holders.items():
+        if type(getattr(holder, "_cache_config", None)).__module__ in OF_THE_PROMPT:
+            continue
         for mark, remedy in CACHES.items():
             if getattr(holder, mark, False) is True:
                 raise ValueError(_message(name, f"{mark} is True", remedy.format(name)))

@@ -59,11 +59,14 @@ def test_a_cache_of_hooks_alone_is_refused_before_a_call(apply):
     assert measured(pipe, **call).samples == 2
 
 
-def test_hooks_that_only_remember_the_prompt_are_no_cache():
+@pytest.mark.parametrize(
+    "enable", [diffusers.hooks.apply_text_kv_cache, lambda network, config: network.enable_cache(config)]
+)
+def test_hooks_that_only_remember_the_prompt_are_no_cache(enable):
     torch.manual_seed(0)
     pipe, call = quiet(pipelines.flux(diffusers.FlowMatchEulerDiscreteScheduler()))
     before = measured(pipe, **call)
-    diffusers.hooks.apply_text_kv_cache(pipe.transformer, diffusers.hooks.TextKVCacheConfig())
+    enable(pipe.transformer, diffusers.hooks.TextKVCacheConfig())
     assert torch.equal(measured(pipe, **call).gram, before.gram)
 
 
