@@ -33,9 +33,12 @@ from fastsched.sampling.solvers import get_solver
 #: The longest step of the path in ``log s``. Between two levels that are further apart, the path has more levels.
 PATH_STEP = 0.35
 
-#: Data are checked at levels from the first number times their deviation, where trained networks leave less than 0.6 of
-#: the noise's square. More than the second, and the third over the root of the elements, is that of other data.
-OTHER_DATA = 0.05, 2.0, 8.0
+#: Data are checked at levels between these, in units of their deviation. Below, trained networks may err by more than
+#: the noise, soon those that predict x0 (first number), as no output of theirs contains the input; above, guided ones.
+LEAST_LEVEL, MOST_LEVEL = {"x0": 0.3, "others": 0.05}, 0.8
+#: Errors over the noise's square of more than the first number, and the second over the root of the elements, are those
+#: of other data.
+OTHER_DATA = 2.0, 8.0
 
 
 class Batch:
@@ -44,11 +47,12 @@ class Batch:
     Attributes:
         noise: The noise that the states start from, standard normal, [B, *shape].
         clean: Clean samples of the data, [B, *shape]; None without data.
-        checked: Whether its data need not be checked, as in all batches after the first.
+        unchecked: The deviation of data that need a check; None without, and in all batches after the first.
     """
 
-    def __init__(self, seeds: Tensor, noise: Tensor, clean: Tensor | None, checked: bool) -> None:
-        self.noise, self.clean, self.checked = noise, clean, checked
+    def __init__(self, seeds: Tensor, noise: Tensor, clean: Tensor | None, check: bool) -> None:
+        self.noise, self.clean = noise, clean
+        self.unchecked = float(clean.std(correction=0)) if clean is not None and check else None
         self._streams = [stream(seed, 1) for seed in seeds.tolist()]
 
     def __len__(self) -> int:
@@ -172,7 +176,7 @@ class StateSource:
             # Drawn on the CPU, sample by sample, for the same numbers on every device and in every batch.
             noise = noise_of(self.seeds[rows], self.shape).to(self.device, self.state_dtype)
             clean = None if self._chosen is None else self._chosen[rows].to(self.device, self.state_dtype)
-            yield Batch(self.seeds[rows], noise, clean, checked=start > 0)
+            yield Batch(self.seeds[rows], noise, clean, check=start == 0)
 
     def over_batches(
         self, estimate: Callable[[Batch, Callable[[int], None]], Tensor], levels: int, progress: bool, what: str
@@ -206,12 +210,13 @@ class StateSource:
 
     def warn_of_other_data(self, batch: Batch, z: Tensor, raw: Tensor, k: int) -> None:
         """Warn, once, if data are further off once denoised than with noise: ``E |D - x0|^2 <= s^2 d``."""
-        clean, s = batch.clean, float(self.s[k])
-        if clean is None or batch.checked or s < OTHER_DATA[0] * float(clean.std(correction=0)):
+        clean, deviation, s = batch.clean, batch.unchecked, float(self.s[k])
+        least = LEAST_LEVEL["x0" if self.denoiser.prediction == "x0" else "others"]
+        if clean is None or deviation is None or not least * deviation <= s <= MOST_LEVEL * deviation:
             return
         off = float((self.denoised_of(z, raw, k) - clean).square().mean()) / s**2
-        if off > OTHER_DATA[1] + OTHER_DATA[2] / math.sqrt(clean.numel()):
-            batch.checked = True
+        if off > OTHER_DATA[0] + OTHER_DATA[1] / math.sqrt(clean.numel()):
+            batch.unchecked = None
             validate.warn(
                 f"data do not seem to be what the network was trained on: from level {s:.3g} they are denoised to "
                 f"samples {math.sqrt(off):.3g} times as far off as the noise. Are they in its range, such as [-1, 1], "

@@ -262,3 +262,31 @@ def test_data_of_the_network_give_no_warning(d, samples):
         costs.stein_corrector(
             exact_denoiser(oracle), shape=(d,), sigmas=sigmas, samples=samples, data=data, progress=False
         )
+
+
+def _told(denoiser, data, deviation):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        sigmas = deviation * torch.logspace(1.6, -1.3, 24)
+        costs.stein_corrector(denoiser, shape=data.shape[1:], sigmas=sigmas, samples=16, data=data, progress=False)
+    return [str(each.message) for each in told if str(each.message).startswith("data do not seem")]
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_data_of_a_network_that_predicts_samples_with_an_error_give_no_warning(shift):
+    """Small ones are off by 0.1 to 0.3 of the data's deviation, also at levels far below."""
+    oracle = fs.oracles.GaussianMixture.random(64, 6, seed=0, std=0.05)
+    data = oracle.sample(32, seed=0, dtype=torch.float32)
+    deviation = float(data.std())
+    off = lambda z, s: oracle.denoise(z, s) + shift * deviation
+    assert not _told(fs.Denoiser.from_denoiser(off, 0.002, 80.0), data, deviation)
+
+
+@pytest.mark.parametrize("guidance", [2.0, 7.5])
+def test_data_of_a_guided_network_give_no_warning(guidance):
+    """Guidance pushes samples away from those of other classes where the noise exceeds the data."""
+    whole = fs.oracles.GaussianMixture.random(8, 5, seed=1, spread=0.6, std=0.3)
+    part = fs.oracles.GaussianMixture(*(each[:1] for each in (whole.weights, whole.means, whole.covariances)))
+    data = part.sample(32, seed=0, dtype=torch.float32)
+    guided = lambda z, s: guidance * part.denoise(z, s) + (1 - guidance) * whole.denoise(z, s)
+    assert not _told(fs.Denoiser.from_denoiser(guided, 0.002, 80.0), data, float(data.std()))
