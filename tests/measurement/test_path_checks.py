@@ -242,6 +242,18 @@ def test_a_noise_prediction_that_keeps_to_its_last_timestep_is_noticed(mixture):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v"])
+@pytest.mark.parametrize(("d", "steps", "seed"), [(16, 50, 1), (64, 100, 0), (64, 100, 1)])
+def test_paths_from_noise_that_does_not_far_exceed_the_data_are_not_checked_about_0(kind, d, steps, seed):
+    """They start from noise alone, so the size of ``D`` about 0 seems to grow towards the data."""
+    table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64), 0)
+    right = exact_denoisers(fs.oracles.GaussianMixture.random(d, 5, seed=1, spread=1.0, std=0.2), table)[kind]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fs.measure(right, (d,), levels=16, samples=4, seed=seed, responses=False, progress=False)
+    assert not [str(each.message) for each in told if "times the data variance" in str(each.message)]
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v"])
 def test_a_scaled_linear_table_in_place_of_a_linear_one_is_noticed(kind):
     process = fs.denoisers.noise.VariancePreserving(SCALED_LINEAR)
     wrong = replace(of_falling_deviations(kind, d=1024), process=process)
