@@ -115,7 +115,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = self._levels = torch.arange(0, device="cpu")
         self._asked_levels: int | Tensor | None = None
         self._watch: PipelineWatch | None = None
-        self._own_noise, self._must_scale = True, False
+        self._own_noise, self._must_scale, self._number = True, False, 0
         self._earlier: PathStatistics | None = None
         self._advance: Callable[[int], object] = lambda calls: None
         self._clear()
@@ -143,6 +143,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         watch: PipelineWatch | None = None,
         own_noise: bool = True,
         must_scale: bool = False,
+        number: int = 0,
         advance: Callable[[int], object] = lambda calls: None,
     ) -> CalibrationScheduler:
         """From a pipeline's scheduler object, which may be a subclass or have attributes changed since it was made.
@@ -156,6 +157,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
             watch: Records the calls of the pipeline's networks, which are then compared between steps.
             own_noise: Whether the pipeline draws its first latents itself, so that their size can be checked.
             must_scale: Whether the pipeline must call ``scale_model_input``, as decoupled levels need.
+            number: The number of the call. Each repeats a step at another place.
             advance: Called after each step with the number of samples.
 
         Raises:
@@ -165,7 +167,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         made = cls(*class_and_settings(scheduler), seed, samples_before, keep_increments)
         made._own, made.convention = scheduler, describe(scheduler)
         made._asked_levels, made._watch, made._own_noise, made._advance = levels, watch, own_noise, advance
-        made._must_scale = must_scale
+        made._must_scale, made._number = must_scale, number
         ArgumentsOf(made, scheduler).put()
         return made
 
@@ -227,7 +229,7 @@ class CalibrationScheduler(SchedulerMixin, ConfigMixin):
         self._clear()
         self._scales = self.convention.input_scale(self._levels).tolist()
         asked = queries(count, deviated_paths(count))
-        self._repeated = repeated_query(len(asked), int(self.config["samples_before"]))
+        self._repeated = repeated_query(len(asked), self._number)
         self._queries = [*asked, asked[self._repeated]]
         self._s = s = torch.cat([self._levels[:1], self._levels[self._queries]])
         names = told_timesteps(self._own, self.convention.timesteps(s), timesteps=timesteps, sigmas=sigmas, mu=mu)

@@ -189,7 +189,8 @@ def measured_pipeline(
     whole, needed = None, _needed(samples, which, calls)
     if checkpoint is not None and resume:
         whole = _resumed(checkpoint, pipe, which, origin, known, call_kwargs.get("latents"), needed)
-    left = max(0, needed - (0 if whole is None else whole.samples))
+    held = 0 if whole is None else whole.samples
+    left, number = max(0, needed - held), which.start + held
     with (
         in_one_thread(pipe),
         prompts_encoded_once(pipe),
@@ -200,13 +201,13 @@ def measured_pipeline(
                 done = which.start + (0 if whole is None else whole.samples)
                 arguments = calls.arguments(done, _needed(samples, which, calls) + which.start - done, call_kwargs)
                 settings = {"seed": seed, "samples_before": done, "keep_increments": keep_increments}
-                settings["must_scale"] = must_scale
+                settings |= {"must_scale": must_scale, "number": number}
                 try:
                     part = _one_call(pipe, levels, arguments, advance, **settings)
                 except Exception as error:
                     calls = with_fewer_prompts(calls, arguments, error)
                     continue
-                calls, part = calls.updated(arguments, part.samples), replace(part, origin=origin)
+                calls, part, number = calls.updated(arguments, part.samples), replace(part, origin=origin), number + 1
                 if calls.usable_samples(done, part.samples) < part.samples:
                     part = part.select(range(calls.usable_samples(done, part.samples)))
                 whole = part if whole is None else merged(whole, part)

@@ -336,9 +336,9 @@ def beside_others(states: Tensor) -> Tensor:
     return torch.cat([states[len(states) - half :], states[half:]])
 
 
-def repeated_query(count: int, samples_before: int) -> int:
-    """Which of a measurement's ``count`` queries its last step repeats (`REPEATS`), the first one excepted."""
-    return max(1, int(REPEATS[samples_before % len(REPEATS)] * count))
+def repeated_query(count: int, number: int) -> int:
+    """Which of a call's ``count`` queries its last step repeats (`REPEATS`), not the first one."""
+    return max(1, int(REPEATS[number % len(REPEATS)] * count))
 
 
 def check_repeat(first: Tensor, output: Tensor, step: int) -> None:

@@ -156,13 +156,14 @@ class Windowed(OracleUNet):
 
 
 @pytest.mark.parametrize("window", [(0, 0.2), (0.1, 0.3), (0.2, 0.45), (0.2, 0.8), (0.3, 0.7), (0.5, 0.8), (0.5, 1)])
-def test_a_network_that_is_another_within_a_window_of_steps_is_refused(window):
+@pytest.mark.parametrize("images", [1, 3, 4])
+def test_a_network_that_is_another_within_a_window_of_steps_is_refused(window, images):
     unet = Windowed().answer_for(euler(), mixture())
     unet.counter = {"calls": 0, "window": window}
     with pytest.raises(
         ValueError, match=r"answered differently \(by (4.76|5.00)%\) at the end of the run than at step"
     ):
-        fs.diffusers.measure(OraclePipeline(unet, euler()), levels=48, samples=4, images=1)
+        fs.diffusers.measure(OraclePipeline(unet, euler()), levels=48, samples=4 * images, images=images)
 
 
 class Mixing(OracleUNet):
