@@ -54,8 +54,8 @@ MOST_PATHS = 8
 NOISES = 8
 #: Levels at which the first property is checked, in units of the data's deviation; above, it scatters on few paths.
 NEAR_DATA = (0.1, 2.5)
-#: The first property is checked for 0 if the highest level is above this times the data's deviation. At a lower one the
-#: noise alone, from which paths start, is smaller than data with noise.
+#: The first property is checked for 0 if the highest level is above this times the data's deviation, and not for few
+#: elements, which may end near 0 by chance. At a lower level, noise alone, from which paths start, is smaller than z.
 NOISE_ALONE = 4.0
 #: Tolerance of the first property, as a relative difference, at a ``level`` in units of the data's deviation:
 #: ``(SLACK + SLACK_OF_ELEMENTS / sqrt(elements)) / sqrt(paths) * (1 + GROWTH * level)``.
@@ -196,8 +196,8 @@ class _Path:
         along_path: list[str | None] = []
         if len(self.s) >= FEWEST_LEVELS:
             paths, unequal = products.shape[2], _unequal_sizes(sizes, self.s, end.numel(), products.shape[2])
-            far_exceeds = float(self.s[0]) > NOISE_ALONE * deviation
-            if unequal is None and far_exceeds and 0 < float(of_zero[-1]) < float(sizes[-1]):  # D may lack its mean
+            about_zero = float(self.s[0]) > NOISE_ALONE * deviation and end.numel() * paths >= FEWEST_IN_ALL
+            if unequal is None and about_zero and 0 < float(of_zero[-1]) < float(sizes[-1]):  # D may lack its mean
                 unequal = _unequal_sizes(of_zero, self.s, end.numel(), paths)
             along_path = [unequal, self._noise_held(sizes / sizes[-1], spread / sizes[-1], deviation, paths)]
             if self.ask.denoiser.prediction in FLOW_LIKE:

@@ -253,6 +253,11 @@ def test_paths_from_noise_that_does_not_far_exceed_the_data_are_not_checked_abou
     assert not [str(each.message) for each in told if "times the data variance" in str(each.message)]
 
 
+def test_a_path_that_ends_near_0_by_chance_is_no_doubt():
+    right = exact_denoisers(fs.oracles.GaussianMixture.random(1, 1, seed=13, spread=2.0, std=0.2))["x0"]
+    assert not told_of(right, (1,), samples=1, levels=32, seed=30)
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v"])
 def test_a_scaled_linear_table_in_place_of_a_linear_one_is_noticed(kind):
     process = fs.denoisers.noise.VariancePreserving(SCALED_LINEAR)
