@@ -136,15 +136,16 @@ def _checked_nodes(process: NoiseProcess, s: Tensor, method: Solver) -> list[Nod
     """`nodes_of`; ValueError for levels too low for float32, a warning if a solver extrapolates a step too far."""
     known = s[(s > 0) & s.isfinite()]
     if bool((known < SMALLEST_LEVEL).any()):
-        found = known.tolist()
-        raise ValueError(f"sigmas must be 0 or at least {SMALLEST_LEVEL:g}, as states are float32, got {found}")
+        lowest = float(known[-1])
+        raise ValueError(f"sigmas must be 0 or at least {SMALLEST_LEVEL:g}, as states are float32, got {lowest}")
     steps = -known.log().diff()
     short = (steps[:-1] < SHORTEST * steps[1:]).nonzero()
     if len(short) and method.order > 1 and method.stage is None and method.name != FITTED:
         k = int(short[0])
+        first, second = process.sampler_sigma(known[k : k + 2]).tolist()
         validate.warn(
-            f"sigmas {float(known[k])!r} and {float(known[k + 1])!r} are nearly equal, and {method.name} extrapolates "
-            f"their step to one {float(steps[k + 1] / steps[k]):.2g} times as long: leave one of them out"
+            f"sigmas {first:.12g} and {second:.12g} are nearly equal, and {method.name} extrapolates their step to one "
+            f"{float(steps[k + 1] / steps[k]):.2g} times as long: leave one of them out"
         )
     return nodes_of(process, s)
 

@@ -169,6 +169,12 @@ def test_nearly_equal_sigmas_of_a_multistep_solver_are_warned_of(solver):
         assert ["nearly equal" in str(each.message) for each in told] == [True] * (extrapolates and gap < 1e-3)
 
 
+def test_nearly_equal_sigmas_of_a_flow_are_named_as_they_were_given():
+    flow = fs.Denoiser.from_velocity(lambda x, t: x)
+    with pytest.warns(UserWarning, match=r"sigmas 0.5 and 0.49999 are nearly equal"):
+        fs.sample(flow, [0.9, 0.5, 0.49999, 0.2, 0.0], "unipc", NOISE)
+
+
 def test_sigmas_too_low_for_float32_are_named():
     with pytest.raises(ValueError, match=r"sigmas must be 0 or at least 1e-30, .*1e-300"):
         fs.sample(DENOISER, [80.0, 1e-300, 0.0], "ddim", NOISE)
