@@ -25,10 +25,9 @@ def check_caches(pipe: Any) -> None:
     networks = networks_of(pipe)
     holders = {"pipe": pipe, **{f"pipe.{name}": module for name, module in networks.items()}}
     for name, holder in holders.items():
-        if type(getattr(holder, "_cache_config", None)).__module__ in OF_THE_PROMPT:
-            continue
+        of_the_prompt = type(getattr(holder, "_cache_config", None)).__module__ in OF_THE_PROMPT
         for mark, remedy in CACHES.items():
-            if getattr(holder, mark, False) is True:
+            if getattr(holder, mark, False) is True and not (of_the_prompt and mark == "is_cache_enabled"):
                 raise ValueError(_message(name, f"{mark} is True", remedy.format(name)))
     for name, module in networks.items():
         hooks = _caching_hooks(module)

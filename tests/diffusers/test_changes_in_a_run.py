@@ -68,6 +68,9 @@ def test_hooks_that_only_remember_the_prompt_are_no_cache(enable):
     before = measured(pipe, **call)
     enable(pipe.transformer, diffusers.hooks.TextKVCacheConfig())
     assert torch.equal(measured(pipe, **call).gram, before.gram)
+    pipe.transformer.enable_teacache = True
+    with pytest.raises(ValueError, match="enable_teacache is True"):
+        measured(pipe, **call)
 
 
 @pytest.mark.parametrize("mark", ["_is_cached", "enable_teacache"])
