@@ -33,9 +33,9 @@ from fastsched.sampling.solvers import get_solver
 #: The longest step of the path in ``log s``. Between two levels that are further apart, the path has more levels.
 PATH_STEP = 0.35
 
-#: Data are checked at levels between these, in units of their deviation. Below, trained networks may err by more than
-#: the noise, soon those that predict x0 (first number), as no output of theirs contains the input; above, guided ones.
-LEAST_LEVEL, MOST_LEVEL = {"x0": 0.3, "others": 0.05}, 0.8
+#: Data are checked at levels from the first number times their deviation to the third, or from the second if the network
+#: predicts x0: as none of its input is in ``D`` as it is, its errors soon exceed the noise. Above, those of guidance may.
+LEAST_LEVEL, LEAST_LEVEL_OF_X0, MOST_LEVEL = 0.05, 0.3, 0.8
 #: Errors over the noise's square of more than the first number, and the second over the root of the elements, are those
 #: of other data.
 OTHER_DATA = 2.0, 8.0
@@ -211,7 +211,7 @@ class StateSource:
     def warn_of_other_data(self, batch: Batch, z: Tensor, raw: Tensor, k: int) -> None:
         """Warn, once, if data are further off once denoised than with noise: ``E |D - x0|^2 <= s^2 d``."""
         clean, deviation, s = batch.clean, batch.unchecked, float(self.s[k])
-        least = LEAST_LEVEL["x0" if self.denoiser.prediction == "x0" else "others"]
+        least = LEAST_LEVEL_OF_X0 if self.denoiser.prediction == "x0" else LEAST_LEVEL
         if clean is None or deviation is None or not least * deviation <= s <= MOST_LEVEL * deviation:
             return
         off = float((self.denoised_of(z, raw, k) - clean).square().mean()) / s**2
