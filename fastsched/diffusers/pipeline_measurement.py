@@ -189,8 +189,7 @@ def measured_pipeline(
     whole, needed = None, _needed(samples, which, calls)
     if checkpoint is not None and resume:
         whole = _resumed(checkpoint, pipe, which, origin, known, call_kwargs.get("latents"), needed)
-    held = 0 if whole is None else whole.samples
-    left, number = max(0, needed - held), which.start + held
+    left, number = max(0, needed - (0 if whole is None else whole.samples)), which.start
     with (
         in_one_thread(pipe),
         prompts_encoded_once(pipe),
