@@ -33,8 +33,9 @@ from fastsched.sampling.solvers import get_solver
 #: The longest step of the path in ``log s``. Between two levels that are further apart, the path has more levels.
 PATH_STEP = 0.35
 
-#: Data are checked at levels from the first number times their deviation to the third, or from the second if the network
-#: predicts x0: as none of its input is in ``D`` as it is, its errors soon exceed the noise. Above, those of guidance may.
+#: Data are checked at levels from the first number times their deviation to the third, or from the second if the
+#: network predicts x0. Its errors soon exceed lower noise, as ``D`` has no part of the input itself; at higher levels
+#: guided networks are as far off.
 LEAST_LEVEL, LEAST_LEVEL_OF_X0, MOST_LEVEL = 0.05, 0.3, 0.8
 #: Errors over the noise's square of more than the first number, and the second over the root of the elements, are those
 #: of other data.
