@@ -222,7 +222,7 @@ def _diffusers(schedule: Schedule, path: Path, scheduler: str | None, mu: float 
     elif argument not in takes:
         note(f"the call of {name} takes no {argument}=, so this gives the schedule to its scheduler")
         return python, {**values, "arguments": None}
-    first = "" if takes is not None and "prompt" not in takes else "prompt, "
+    first = "" if takes is not None and "prompt" not in takes else "prompt=prompt, "  # some take an image first
     start, given = ARRAYS.get(type(found.arguments[argument]).__name__, ("", "{}"))
     return f"{start}pipe({first}{argument}={given.format(arguments[argument])})", values
 

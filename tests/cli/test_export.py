@@ -141,7 +141,7 @@ def test_diffusers_with_a_scheduler_is_its_arguments(flow, tmp_path):
     assert found["arguments"] == {key: list(value) for key, value in expected.arguments.items()}
     assert found["used"] == pytest.approx([1.0, 0.7, 0.25, 0.0], rel=1e-5)
     plain = run("export", flow, "--to", "diffusers", "--scheduler", tmp_path / "scheduler").stdout
-    assert plain.startswith("pipe(prompt, sigmas=[")
+    assert plain.startswith("pipe(prompt=prompt, sigmas=[")
 
 
 @pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "EDMEulerScheduler"])
@@ -161,10 +161,11 @@ def test_schedulers_that_fail_with_a_list_are_given_what_they_take(name, tmp_pat
 @pytest.mark.parametrize(
     ("kind", "printed", "said"),
     [
-        ("StableDiffusionPipeline", "pipe(prompt, timesteps=[", ""),
+        ("StableDiffusionPipeline", "pipe(prompt=prompt, timesteps=[", ""),
+        ("CogVideoXVideoToVideoPipeline", "pipe(prompt=prompt, timesteps=[", ""),  # its first argument is the video
         ("DDIMPipeline", "fs.diffusers.apply(schedule, pipe)", "DDIMPipeline takes no timesteps="),
-        (["my_module", "MyPipeline"], "pipe(prompt, timesteps=[", "whose call takes timesteps="),
-        (None, "pipe(prompt, timesteps=[", "whose call takes timesteps="),
+        (["my_module", "MyPipeline"], "pipe(prompt=prompt, timesteps=[", "whose call takes timesteps="),
+        (None, "pipe(prompt=prompt, timesteps=[", "whose call takes timesteps="),
     ],
 )
 def test_diffusers_arguments_are_those_that_the_pipeline_takes(kind, printed, said, tmp_path):
