@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from fastsched.cli import inputs, shell, spending
+
+if TYPE_CHECKING:
+    from fastsched.denoisers.denoiser import Denoiser
 
 
 def profile(
@@ -43,10 +46,33 @@ def profile(
     with shell.while_a_model_runs(), inputs.named_as_options():
         if source.is_pipeline:
             model, arguments = source.pipeline()
-            arguments: dict[str, Any] = ({"prompt": source.prompts[0]} if source.prompts else {}) | arguments
+            arguments |= _one_prompt(model, prompt, arguments)
         else:
             model, sizes = source.denoiser()
-            arguments = {"shape": sizes}
+            arguments: dict[str, Any] = {"shape": sizes}
+            _check_placed(model, device, dtype)
         spending.say(f"about {steps_run(model, steps)}", dry_run)
         found = fs.profile(model, steps=steps, trace=trace, **arguments)
     typer.echo(found.to_json() if as_json else str(found))
+
+
+def _one_prompt(pipe: Any, prompts: list[str] | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The prompt as an argument of the call that is timed; ValueError if there are several."""
+    from fastsched.diffusers.pipeline_call import check_call
+
+    check_call(pipe, prompts, arguments)
+    if prompts and len(prompts) > 1:
+        raise ValueError(f"prompt must be given once here, because one call is timed, got {len(prompts)}")
+    return {"prompt": prompts[0]} if prompts else {}
+
+
+def _check_placed(model: Denoiser, device: str | None, dtype: str | None) -> None:
+    """ValueError if a denoiser's network, which is timed as it is, would have to be moved or converted."""
+    import torch
+
+    from fastsched.measurement.timeline import device_of
+
+    if dtype is not None:
+        raise ValueError("dtype is for pipelines; a denoiser is timed in the dtype of its network")
+    if device is not None and torch.device(device).type != device_of(model).type:
+        raise ValueError(f"device must be {device_of(model)}, where the denoiser's network is, got {device!r}")

@@ -274,6 +274,16 @@ def test_profile_says_its_cost_first(folder, tmp_path):
     assert json.loads(result.stdout)
 
 
+def test_profile_refuses_what_it_would_not_heed(folder, monkeypatch):
+    model = ("profile", f"{folder / 'my_model.py'}:build", "--shape", "2,3", "--steps", "3", "-q", "--dry-run")
+    assert run(*model, "--device", "cpu").exit_code == 0
+    refused = run(*model, "--dtype", "float64")
+    assert refused.exit_code == 2
+    assert "dtype is for pipelines" in one_line(refused)
+    monkeypatch.setattr(fs.Denoiser, "device", torch.device("cuda"))
+    assert "device must be cuda, where the denoiser's network is, got 'cpu'" in one_line(run(*model, "--device", "cpu"))
+
+
 def test_profile_announces_the_longer_measurement_of_a_gpu(folder, monkeypatch):
     model = ("profile", f"{folder / 'my_model.py'}:build", "--shape", "2,3", "--steps", "3", "-q", "--dry-run")
     monkeypatch.setattr(fs.Denoiser, "device", torch.device("cuda"))
